@@ -1,0 +1,122 @@
+//! Who is at the other end of a connection, by what the kernel fixed.
+//!
+//! On a unix socket that is the process that connected, on TCP the process that made the socket: never whoever happens to
+//! write on the descriptor now. A doubt is a [`Refusal`], never a guess.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio::net::UnixStream;
+
+use crate::caller::{Caller, Refusal};
+
+mod cgroups;
+mod inet_diag;
+mod process;
+mod search;
+mod sys;
+mod tcp;
+mod unix;
+
+/// Says whether a decision about this caller needs its process, which on TCP has to be searched for.
+pub type NeedsProcess = Arc<dyn Fn(&Caller) -> bool + Send + Sync>;
+
+/// Attests the peers of all listeners in the daemon's own network namespace.
+pub struct Attestor {
+    proc_root: PathBuf,
+    needs_process: NeedsProcess,
+    tcp: Option<tcp::TcpAttestor>,
+}
+
+impl fmt::Debug for Attestor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attestor").field("tcp", &self.tcp).finish_non_exhaustive()
+    }
+}
+
+/// Why the daemon cannot attest anybody here.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// User ids would not mean what they say (attack 14).
+    #[error(
+        "the daemon runs in a user namespace that does not map every user id to itself; run it in the host's (for systemd: no PrivateUsers=)"
+    )]
+    UserNamespace,
+    /// `/proc` cannot be read.
+    #[error("{path} cannot be read: {source}; the daemon needs the host's /proc")]
+    Proc {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Attestor {
+    /// Looks at the machine. TCP callers are refused, and the reason is logged once, where the kernel lacks what they need.
+    pub fn new(needs_process: NeedsProcess) -> Result<Self, StartError> {
+        let proc_root = PathBuf::from("/proc");
+        let read = |name: &str| {
+            let path = proc_root.join(name);
+            std::fs::read_to_string(&path).map_err(|source| StartError::Proc { path, source })
+        };
+        if !process::is_identity_map(&read("self/uid_map")?) {
+            return Err(StartError::UserNamespace);
+        }
+        let cgroups = cgroups::CgroupTree::find(&read("self/mountinfo")?);
+        let tcp = match (cgroups, inet_diag::SockDiag::open()) {
+            _ if !tells_cgroups(&read("sys/kernel/osrelease")?) => {
+                tracing::warn!("before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket");
+                None
+            }
+            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(proc_root.clone(), diag, Arc::new(cgroups))),
+            (None, _) => {
+                tracing::warn!(
+                    "no cgroup v2 tree is mounted: callers over TCP are refused; mount cgroup2, or use the unix socket"
+                );
+                None
+            }
+            (_, Err(error)) => {
+                tracing::warn!(%error, "sock_diag is not available (CONFIG_INET_DIAG): callers over TCP are refused");
+                None
+            }
+        };
+        Ok(Self { proc_root, needs_process, tcp })
+    }
+
+    /// Attests the peer of a unix stream.
+    pub fn unix(&self, stream: &UnixStream) -> Result<Caller, Refusal> {
+        unix::attest(&self.proc_root, stream)
+    }
+
+    /// Attests the peer `client` of a TCP connection that was accepted on `server`.
+    pub async fn tcp(&self, client: SocketAddr, server: SocketAddr) -> Result<Caller, Refusal> {
+        let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
+        tcp.attest(client, server, |caller| (self.needs_process)(caller)).await
+    }
+}
+
+/// Whether `INET_DIAG_CGROUP_ID` is to be trusted: before Linux 5.15, `net_cls` and `net_prio` made every id the root's.
+fn tells_cgroups(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) => (major, minor) >= (5, 15),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_tell_cgroups() {
+        for (release, tells) in [("5.14.21-el9", false), ("5.15.0", true), ("6.1.0-9-amd64", true), ("4.19", false), ("nonsense", false)] {
+            assert_eq!(tells_cgroups(release), tells, "{release}");
+        }
+    }
+}

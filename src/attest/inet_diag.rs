@@ -1,0 +1,200 @@
+//! Asks the kernel whose a loopback TCP connection is: one exact `sock_diag(7)` lookup of the client's own socket.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::errno::Errno;
+use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType};
+use nix::sys::time::TimeVal;
+
+use crate::caller::Refusal;
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLM_F_REQUEST: u16 = 1;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_HEADER: usize = 16;
+/// The header and `struct inet_diag_req_v2`.
+const REQUEST: u32 = 16 + 56;
+/// `struct inet_diag_msg`, before its attributes.
+const MESSAGE: usize = 72;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IPPROTO_TCP: u8 = 6;
+const INET_DIAG_CGROUP_ID: u16 = 21;
+/// Any cookie: `INET_DIAG_NOCOOKIE` twice.
+const NO_COOKIE: u64 = u64::MAX;
+/// States in which the client's end still belongs to a process: `TCP_ESTABLISHED`, `TCP_FIN_WAIT1`, `TCP_FIN_WAIT2`.
+const LIVE_STATES: [u8; 3] = [1, 4, 5];
+/// Loopback, in every network namespace.
+const LOOPBACK: &str = "lo";
+
+/// The client's socket of one connection, as the kernel describes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Socket {
+    /// Owner: the user who made it.
+    pub(crate) uid: u32,
+    /// In sockfs; what `/proc/<pid>/fd` shows as `socket:[inode]`.
+    pub(crate) inode: u32,
+    /// Unique for this socket until the next boot.
+    pub(crate) cookie: u64,
+    /// Inode number of the cgroup v2 directory in which it was made; `None` where the kernel doesn't say.
+    pub(crate) cgroup_id: Option<u64>,
+}
+
+/// A `sock_diag` socket, which stays in the network namespace in which it was made.
+#[derive(Debug)]
+pub(crate) struct SockDiag {
+    netlink: Mutex<OwnedFd>,
+    loopback: u32,
+    sequence: AtomicU32,
+}
+
+impl SockDiag {
+    /// Opens one in the current network namespace.
+    pub(crate) fn open() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let netlink = socket::socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkSockDiag)?;
+        // The kernel answers within `send`; this only bounds the damage of being wrong about that.
+        socket::setsockopt(&netlink, socket::sockopt::ReceiveTimeout, &TimeVal::new(1, 0))?;
+        let loopback = nix::net::if_::if_nametoindex(LOOPBACK)?;
+        Ok(Self { netlink: Mutex::new(netlink), loopback, sequence: AtomicU32::new(1) })
+    }
+
+    /// The socket at `client`'s end of its connection to `server`.
+    ///
+    /// Asked with loopback as the interface: without it the kernel skips a socket that is bound to a device and answers
+    /// with a *listener* on the same port, which is somebody else's (attack 1).
+    pub(crate) fn client_socket(&self, client: SocketAddr, server: SocketAddr) -> Result<Socket, Refusal> {
+        if !client.ip().to_canonical().is_loopback() || !server.ip().to_canonical().is_loopback() {
+            return Err(Refusal::NotLoopback);
+        }
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
+        let request = request(client, server, self.loopback, sequence);
+        let mut buffer = [0_u8; 1024];
+        let length = self.exchange(&request, sequence, &mut buffer).map_err(|error| {
+            tracing::error!(%error, "sock_diag did not answer; TCP callers are refused until it does");
+            Refusal::Kernel
+        })?;
+        parse(&buffer[..length], client, server)
+    }
+
+    fn exchange(&self, request: &[u8], sequence: u32, buffer: &mut [u8]) -> io::Result<usize> {
+        let netlink = self.netlink.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        retry(|| socket::send(netlink.as_raw_fd(), request, MsgFlags::empty()))?;
+        loop {
+            let length = retry(|| socket::recv(netlink.as_raw_fd(), buffer, MsgFlags::empty()))?;
+            // An answer that came after its question had timed out is not ours.
+            if read_u32(buffer, 8) == Some(sequence) {
+                return Ok(length);
+            }
+        }
+    }
+}
+
+fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            result => return Ok(result?),
+        }
+    }
+}
+
+/// `struct nlmsghdr`, then `struct inet_diag_req_v2`: family, protocol, ext, pad, states, `struct inet_diag_sockid`.
+fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32) -> Vec<u8> {
+    let mut out = Vec::new();
+    out.extend(REQUEST.to_ne_bytes());
+    out.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    out.extend(NLM_F_REQUEST.to_ne_bytes());
+    out.extend(sequence.to_ne_bytes());
+    out.extend(0_u32.to_ne_bytes());
+    let family = if client.is_ipv4() { AF_INET } else { AF_INET6 };
+    out.extend([family, IPPROTO_TCP, 0, 0]);
+    out.extend(u32::MAX.to_ne_bytes());
+    out.extend(client.port().to_be_bytes());
+    out.extend(server.port().to_be_bytes());
+    for address in [client.ip(), server.ip()] {
+        match address {
+            IpAddr::V4(v4) => {
+                out.extend(v4.octets());
+                out.extend([0; 12]);
+            }
+            IpAddr::V6(v6) => out.extend(v6.octets()),
+        }
+    }
+    out.extend(interface.to_ne_bytes());
+    out.extend(NO_COOKIE.to_ne_bytes());
+    out
+}
+
+/// Believes an answer only if it describes exactly the asked connection's client end, alive.
+fn parse(reply: &[u8], client: SocketAddr, server: SocketAddr) -> Result<Socket, Refusal> {
+    let kind = read_u16(reply, 4).ok_or(Refusal::Kernel)?;
+    if kind == NLMSG_ERROR {
+        let errno = read_u32(reply, NLMSG_HEADER).map(|code| Errno::from_raw(code.cast_signed().wrapping_neg()));
+        return Err(if errno == Some(Errno::ENOENT) { Refusal::Gone } else { Refusal::Kernel });
+    }
+    let length = read_u32(reply, 0).map_or(0, |length| length as usize);
+    let message = reply.get(NLMSG_HEADER..length).filter(|message| message.len() >= MESSAGE).ok_or(Refusal::Kernel)?;
+    if kind != SOCK_DIAG_BY_FAMILY {
+        return Err(Refusal::Kernel);
+    }
+    let (family, state) = (message[0], message[1]);
+    let source = endpoint(family, &message[8..24], [message[4], message[5]]).ok_or(Refusal::Kernel)?;
+    let target = endpoint(family, &message[24..40], [message[6], message[7]]).ok_or(Refusal::Kernel)?;
+    let inode = read_u32(message, 68).unwrap_or(0);
+    // A socket that its process has closed reads as uid 0, inode 0.
+    if source != canonical(client) || target != canonical(server) || !LIVE_STATES.contains(&state) || inode == 0 {
+        return Err(Refusal::Gone);
+    }
+    let (uid, cookie) = read_u32(message, 64).zip(read_u64(message, 44)).ok_or(Refusal::Kernel)?;
+    Ok(Socket { uid, inode, cookie, cgroup_id: attribute(&message[MESSAGE..], INET_DIAG_CGROUP_ID) })
+}
+
+fn endpoint(family: u8, address: &[u8], port: [u8; 2]) -> Option<SocketAddr> {
+    let ip = if family == AF_INET {
+        IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(&address[..4]).ok()?))
+    } else if family == AF_INET6 {
+        IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(address).ok()?))
+    } else {
+        return None;
+    };
+    Some(SocketAddr::new(ip.to_canonical(), u16::from_be_bytes(port)))
+}
+
+/// Without scope and flow, and a v4-mapped address as the IPv4 address that it is.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// A `u64` among netlink attributes: length (2 bytes, with this header of 4), type (2), value, padded to 4.
+fn attribute(mut rest: &[u8], wanted: u16) -> Option<u64> {
+    loop {
+        let length = usize::from(read_u16(rest, 0)?);
+        if length < 4 {
+            return None;
+        }
+        if read_u16(rest, 2)? == wanted {
+            return read_u64(rest.get(..length)?, 4);
+        }
+        rest = rest.get(length.next_multiple_of(4)..)?;
+    }
+}
+
+fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests;

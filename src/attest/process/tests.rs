@@ -1,0 +1,75 @@
+use super::*;
+
+#[test]
+fn start_time_survives_hostile_names() {
+    let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 424242 20 21";
+    for name in ["cat", "a b", "a) R 1 (b", "x)\n1 (y", ")", ""] {
+        let stat = format!("77 ({name}) {tail}");
+        assert_eq!(start_time(&stat), Some(424_242), "{name:?}");
+    }
+    for broken in ["", "77", "77 (cat", "77 (cat) S 1 2"] {
+        assert_eq!(start_time(broken), None, "{broken:?}");
+    }
+}
+
+#[test]
+fn status_needs_all_its_lines() {
+    let text = "Name:\tUid:\\t0\nUmask:\t0022\nUid:\t1001\t1001\t1001\t1001\nGid:\t7\t8\t9\t10\nGroups:\t44 4 44 \nNSpid:\t12\t1\n";
+    let status = Status::parse(text).unwrap();
+    assert_eq!(status, Status { uids: [1001; 4], gids: [7, 8, 9, 10], groups: vec![4, 44], namespaces: 2 });
+    for line in ["Uid:\t1001\t1001\t1001\t1001\n", "Gid:\t7\t8\t9\t10\n", "Groups:\t44 4 44 \n", "NSpid:\t12\t1\n"] {
+        assert_eq!(Status::parse(&text.replace(line, "")), None, "without {line:?}");
+    }
+    assert_eq!(Status::parse(&text.replace("7\t8\t9\t10", "7\t8\t9")), None);
+    assert_eq!(Status::parse(&text.replace("1001\t1001\t1001\t1001", "1001\t-1\t1001\t1001")), None);
+    assert!(Status::parse(&text.replace("44 4 44 ", "")).unwrap().groups.is_empty());
+}
+
+#[test]
+fn only_the_initial_user_namespace_maps_every_id_to_itself() {
+    assert!(is_identity_map("         0          0 4294967295\n"));
+    for map in ["", "         0       1001          1\n", "0 0 65536\n", "0 0 4294967294\n1 1 1\n", "0 0 4294967295\n0 0 1\n"] {
+        assert!(!is_identity_map(map), "{map:?}");
+    }
+}
+
+#[test]
+fn cgroup_paths_may_hold_colons() {
+    let text = "9:name=systemd:/a\n0::/kubelet:cri:x\n1:cpu\n";
+    assert_eq!(cgroup_paths(text).collect::<Vec<_>>(), ["/a", "/kubelet:cri:x"]);
+}
+
+/// A process of the test's own that waits until it is told to end.
+fn sleeper() -> std::process::Child {
+    std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap()
+}
+
+#[test]
+fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
+    let mut child = sleeper();
+    let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
+    let held = HeldProcess::look(Path::new("/proc"), child.id(), pidfd).unwrap();
+    assert_eq!(held.still_same(), Ok(()));
+    assert_eq!(held.describe().pid, child.id());
+    child.kill().unwrap();
+    // Dead, and not reaped before `wait` below: /proc/<pid> is still there.
+    let mut fds = [PollFd::new(held.pidfd.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1);
+    assert!(Path::new("/proc").join(child.id().to_string()).join("stat").exists());
+    assert_eq!(held.still_same(), Err(Refusal::Gone));
+    child.wait().unwrap();
+    assert_eq!(held.still_same(), Err(Refusal::Gone));
+}
+
+#[test]
+fn a_number_that_belongs_to_another_process_now_is_not_mistaken() {
+    let mut dead = sleeper();
+    let pidfd = crate::attest::sys::pidfd_open(dead.id()).unwrap();
+    dead.kill().unwrap();
+    dead.wait().unwrap();
+    let mut living = sleeper();
+    // As if the number had been given out again in between.
+    assert_eq!(HeldProcess::look(Path::new("/proc"), living.id(), pidfd).unwrap_err(), Refusal::Gone);
+    living.kill().unwrap();
+    living.wait().unwrap();
+}

@@ -1,0 +1,103 @@
+//! The caller on loopback TCP: the process that made the socket, by the socket itself and, where needed, by its holder.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use crate::attest::cgroups::CgroupTree;
+use crate::attest::inet_diag::{SockDiag, Socket};
+use crate::attest::search::{self, Budget, Holder};
+use crate::caller::{Caller, Evidence, Listener, Refusal};
+use crate::cgroup::CgroupPath;
+
+/// Attests peers of TCP listeners in one network namespace.
+#[derive(Debug)]
+pub(crate) struct TcpAttestor {
+    proc_root: PathBuf,
+    diag: Arc<SockDiag>,
+    cgroups: Arc<CgroupTree>,
+    searches: Searches,
+}
+
+/// One search at a time for each user and cgroup, so that nobody's searches pile up behind another's.
+#[derive(Debug, Default)]
+struct Searches(Mutex<HashMap<Searched, Arc<tokio::sync::Mutex<()>>>>);
+
+type Searched = (u32, CgroupPath);
+
+/// What was seen of the connection, to be compared before anything is released.
+#[derive(Debug)]
+struct Seen {
+    diag: Arc<SockDiag>,
+    client: SocketAddr,
+    server: SocketAddr,
+    socket: Socket,
+    holder: Option<Holder>,
+}
+
+impl Evidence for Seen {
+    fn still_same(&self) -> Result<(), Refusal> {
+        if self.diag.client_socket(self.client, self.server)? != self.socket {
+            return Err(Refusal::Changed);
+        }
+        let Some(Holder { process, descriptor }) = &self.holder else { return Ok(()) };
+        process.still_same()?;
+        if process.holds(descriptor, self.socket.inode) { Ok(()) } else { Err(Refusal::Gone) }
+    }
+}
+
+impl TcpAttestor {
+    pub(crate) fn new(proc_root: PathBuf, diag: SockDiag, cgroups: Arc<CgroupTree>) -> Self {
+        Self { proc_root, diag: Arc::new(diag), cgroups, searches: Searches::default() }
+    }
+
+    /// Attests the peer `client` of a connection to `server`; looks for its process only if `needs_process` says so.
+    pub(crate) async fn attest(
+        &self,
+        client: SocketAddr,
+        server: SocketAddr,
+        needs_process: impl Fn(&Caller) -> bool,
+    ) -> Result<Caller, Refusal> {
+        let socket = self.diag.client_socket(client, server)?;
+        let id =
+            socket.cgroup_id.ok_or(Refusal::Unsupported("TCP callers need Linux 5.15 or newer, built with cgroups"))?;
+        let cgroup = self.cgroups.path_of(id)?;
+        let seen = Seen { diag: self.diag.clone(), client, server, socket, holder: None };
+        let caller = Caller {
+            listener: Listener::Tcp,
+            uid: socket.uid,
+            cgroup: Some(cgroup.clone()),
+            process: None,
+            evidence: Box::new(seen),
+        };
+        if !needs_process(&caller) {
+            return Ok(caller);
+        }
+        let holder = self.search(socket, cgroup).await?;
+        let process = Some(holder.process.describe());
+        let seen = Seen { diag: self.diag.clone(), client, server, socket, holder: Some(holder) };
+        // The search took a while: what it found is only worth something if the socket is what it was before.
+        seen.still_same()?;
+        Ok(Caller { process, evidence: Box::new(seen), ..caller })
+    }
+
+    /// Off the I/O threads: a search is a loop as long as the caller makes it.
+    async fn search(&self, socket: Socket, cgroup: CgroupPath) -> Result<Holder, Refusal> {
+        let turn = self.searches.turn((socket.uid, cgroup.clone()));
+        let _turn = turn.lock().await;
+        let (proc_root, cgroups) = (self.proc_root.clone(), self.cgroups.clone());
+        tokio::task::spawn_blocking(move || search::holder(&proc_root, &cgroups, &socket, &cgroup, Budget::default()))
+            .await
+            .unwrap_or(Err(Refusal::Kernel))
+    }
+}
+
+impl Searches {
+    fn turn(&self, searched: Searched) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // Those that nobody waits for or runs are held by this map alone.
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        turns.entry(searched).or_default().clone()
+    }
+}

@@ -1,0 +1,154 @@
+//! Who is asking: what the kernel said of the process at the other end of a connection, as a plain value.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::cgroup::CgroupPath;
+
+/// Over which kind of listener a caller came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Listener {
+    /// The unix socket.
+    Unix,
+    /// A loopback TCP address in the host's network namespace.
+    Tcp,
+}
+
+impl Listener {
+    /// The name in audit records and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unix => "unix",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// The caller of one connection.
+///
+/// `uid` and `cgroup` are what the kernel fixed: of the connector on the unix socket, of the process that made the socket
+/// on TCP. `process` is there where a process was looked at: always on the unix socket, on TCP only if a decision needs it.
+#[derive(Debug)]
+pub struct Caller {
+    /// Which listener.
+    pub listener: Listener,
+    /// The user id.
+    pub uid: u32,
+    /// The cgroup v2 path, as seen from the host's root of that hierarchy; `None` where the kernel doesn't tell.
+    pub cgroup: Option<CgroupPath>,
+    /// What was read of the process itself.
+    pub process: Option<Process>,
+    /// Proof that the caller is still the one that these facts were read of.
+    pub evidence: Box<dyn Evidence>,
+}
+
+/// What is known of the calling process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// In the daemon's pid namespace.
+    pub pid: u32,
+    /// In clock ticks since boot: field 22 of `/proc/<pid>/stat`.
+    pub start_time: u64,
+    /// The group id.
+    pub gid: u32,
+    /// Supplementary groups, in ascending order.
+    pub groups: Vec<u32>,
+    /// The executable, where the daemon may see it (`CAP_SYS_PTRACE` for processes of other users).
+    pub exe: Option<Executable>,
+    /// Whether it lives in another pid or user namespace than the daemon, or in a cgroup (v1 too) that names a container.
+    pub contained: bool,
+}
+
+/// An executable: the file itself, and the path for people to read.
+///
+/// Only `device` and `inode` decide: in a mount namespace of his own anybody can show any path (attack 11).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Executable {
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+    /// What `/proc/<pid>/exe` reads as. Not to be trusted.
+    pub path: PathBuf,
+}
+
+/// Shows whether a connection's caller is unchanged since it was attested.
+pub trait Evidence: fmt::Debug + Send + Sync {
+    /// Looks again; to be called right before anything is released.
+    fn still_same(&self) -> Result<(), Refusal>;
+}
+
+impl Caller {
+    /// Whether the caller is still what it was when it was attested: same process, same ids, same socket.
+    pub fn still_same(&self) -> Result<(), Refusal> {
+        self.evidence.still_same()
+    }
+
+    /// Whether it lives in a container, as far as it is known: `None` if neither cgroup nor process tell.
+    pub fn in_container(&self) -> Option<bool> {
+        let by_process = self.process.as_ref().map(|process| process.contained);
+        // In the root cgroup of a host that also has cgroup v1 a container may sit without a name of its own, so the
+        // root says nothing by itself.
+        let by_cgroup = self.cgroup.as_ref().filter(|path| !path.is_root()).map(CgroupPath::names_container);
+        match (by_cgroup, by_process) {
+            (Some(true), _) | (_, Some(true)) => Some(true),
+            (None, None) => None,
+            _ => Some(false),
+        }
+    }
+}
+
+/// Why a caller was not attested. Each is a refusal (403), counted and audited by [`Refusal::reason`].
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// The socket or process is gone, closing, or never was that of this connection.
+    #[error("the calling socket or process is gone")]
+    Gone,
+    /// The peer's address is not loopback.
+    #[error("the caller's address is not loopback")]
+    NotLoopback,
+    /// The kernel names no process that the daemon can see.
+    #[error("the caller lives in a pid namespace that this daemon cannot see; in Kubernetes set hostPID: true")]
+    InvisibleProcess,
+    /// Several processes hold the socket and differ in what a rule can see, or the facts do not describe one process.
+    #[error("several different processes hold the calling socket, so it is not clear whose it is")]
+    Ambiguous,
+    /// No process of the socket's cgroup and user shows the socket among its descriptors.
+    #[error("no process of the caller's cgroup and user holds the calling socket")]
+    NoHolder,
+    /// The search for the socket's process went over its budget.
+    #[error("the processes beside the caller have too many open descriptors to find the caller among them")]
+    TooManyDescriptors,
+    /// The process changed its user, groups, cgroup or executable since it connected.
+    #[error("the calling process changed its user, groups, cgroup or executable after it connected")]
+    Changed,
+    /// The cgroup is removed, can't be listed, or is not below the tree that the daemon sees.
+    #[error("the caller's cgroup cannot be read")]
+    UnreadableCgroup,
+    /// The kernel lacks what this listener needs for this caller.
+    #[error("this kernel cannot tell who is calling: {0}")]
+    Unsupported(&'static str),
+    /// Asking the kernel failed.
+    #[error("the kernel did not say who is calling")]
+    Kernel,
+}
+
+impl Refusal {
+    /// The label in metrics and audit records.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Gone => "caller_gone",
+            Self::NotLoopback => "not_loopback",
+            Self::InvisibleProcess => "invisible_process",
+            Self::Ambiguous => "ambiguous_caller",
+            Self::NoHolder => "no_holder",
+            Self::TooManyDescriptors => "too_many_descriptors",
+            Self::Changed => "identity_changed",
+            Self::UnreadableCgroup => "unreadable_cgroup",
+            Self::Unsupported(_) => "unsupported_kernel",
+            Self::Kernel => "kernel_error",
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! What a cgroup path says of its processes. Only text: where it comes from is `attest`'s business.
+
+use std::fmt;
+
+/// A path in the cgroup v2 hierarchy as the host's root sees it, for example `/system.slice/billing.service`.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct CgroupPath(String);
+
+impl CgroupPath {
+    /// Takes an absolute path. `None` for one that is relative to a foreign cgroup namespace (`/../..`): it names nothing.
+    pub fn parse(path: &str) -> Option<Self> {
+        let absolute = path.starts_with('/') && !path.split('/').any(|segment| segment == "..");
+        // The kernel marks a removed cgroup so; a name can't be made to end like that by accident.
+        let removed = path.ends_with(" (deleted)");
+        (absolute && !removed).then(|| Self(path.to_owned()))
+    }
+
+    /// The path.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether it is the root of the hierarchy.
+    pub fn is_root(&self) -> bool {
+        self.0 == "/"
+    }
+
+    fn segments(&self) -> impl Iterator<Item = &str> {
+        self.0.split('/').filter(|segment| !segment.is_empty())
+    }
+
+    /// The outermost systemd unit that is no slice.
+    ///
+    /// What lies below it may have been delegated, and named by its owner: `user@1002.service/billing.service` is
+    /// user 1002's, not the system's `billing.service` (attack 2).
+    pub fn systemd_unit(&self) -> Option<&str> {
+        let first = self.segments().find(|segment| !segment.ends_with(".slice"))?;
+        [".service", ".scope"].iter().any(|suffix| first.ends_with(suffix)).then_some(first)
+    }
+
+    /// Whether any part of the path looks like a container's or a pod's.
+    ///
+    /// A false yes costs a refusal, a false no would hand a host user's credentials to a container, so anything that a
+    /// container runtime is known to write counts, wherever it stands.
+    pub fn names_container(&self) -> bool {
+        self.segments().any(|segment| {
+            segment.contains("kubepods")
+                || segment.starts_with("lxc")
+                || segment.starts_with("libpod")
+                || matches!(segment, "machine.slice" | "docker" | "garden" | "buildkit")
+                || has_hex_run(segment)
+                || has_pod_uid(segment)
+        })
+    }
+}
+
+/// A container id: 64 hex digits, neither more nor fewer.
+fn has_hex_run(segment: &str) -> bool {
+    segment
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .any(|word| word.len() == 64 && word.bytes().all(|c| c.is_ascii_hexdigit()))
+}
+
+/// `pod` and a UID, with dashes, underscores or (static pods) nothing between its groups.
+fn has_pod_uid(segment: &str) -> bool {
+    segment.match_indices("pod").any(|(at, _)| {
+        let digits = segment[at + 3..].bytes().filter(|c| !matches!(c, b'-' | b'_'));
+        digits.take_while(u8::is_ascii_hexdigit).count() >= 32
+    })
+}
+
+impl fmt::Display for CgroupPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for CgroupPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+    const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
+
+    fn path(text: &str) -> CgroupPath {
+        CgroupPath::parse(text).unwrap()
+    }
+
+    #[test]
+    fn containers_are_recognized() {
+        let u_ = U.replace('-', "_");
+        let paths = [
+            format!("/kubepods/burstable/pod{U}/{C}"),
+            format!(
+                "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{u_}.slice/cri-containerd-{C}.scope"
+            ),
+            format!("/system.slice/docker-{C}.scope"),
+            format!("/a/crio-{C}.scope"),
+            format!("/docker/{C}"),
+            format!("/kubepods-besteffort-pod{u_}.slice:cri-containerd:{C}"),
+            "/kubelet/pod2732ca68f6358eba7703fb6f82a25c94".to_owned(),
+            format!("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{C}.scope"),
+            format!("/user.slice/user-1002.slice/user@1002.service/kubepods/besteffort/pod{U}/{C}"),
+            format!("/x/{}", C.to_uppercase()),
+            "/lxc.payload.web".to_owned(),
+            "/machine.slice/machine-web.scope".to_owned(),
+        ];
+        for text in paths {
+            assert!(path(&text).names_container(), "{text}");
+        }
+    }
+
+    #[test]
+    fn host_cgroups_are_no_containers() {
+        let paths = [
+            "/".to_owned(),
+            "/system.slice/billing.service".to_owned(),
+            "/user.slice/user-1001.slice/session-3.scope".to_owned(),
+            format!("/a/{C}0"),
+            format!("/a/{}", &C[1..]),
+            "/system.slice/podman-like.service".to_owned(),
+        ];
+        for text in paths {
+            assert!(!path(&text).names_container(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_unit_is_the_outermost() {
+        let table = [
+            ("/system.slice/billing.service", Some("billing.service")),
+            ("/system.slice/system-shop.slice/shop@1.service/worker", Some("shop@1.service")),
+            ("/user.slice/user-1002.slice/user@1002.service/billing.service", Some("user@1002.service")),
+            ("/user.slice/user-1002.slice/session-3.scope", Some("session-3.scope")),
+            ("/somewhere/billing.service", None),
+            ("/system.slice", None),
+            ("/", None),
+        ];
+        for (text, unit) in table {
+            assert_eq!(path(text).systemd_unit(), unit, "{text}");
+        }
+    }
+
+    #[test]
+    fn paths_that_name_nothing_are_refused() {
+        for text in ["", "relative", "/../../kubepods", "/..", "/a/../b", "/system.slice/x.service (deleted)"] {
+            assert!(CgroupPath::parse(text).is_none(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! The configuration: read once, all of its errors reported together, valid from then on.
+//!
+//! TOML, as the README describes it. Nothing else configures awsvid but three variables: `AWSVID_CONFIG` (the file),
+//! `AWSVID_LOG` (overrides `[log] level`) and `SPIFFE_ENDPOINT_SOCKET` (if `[identity] socket` is not set).
+
+mod aws;
+mod checks;
+mod identity;
+mod listen;
+mod output;
+mod problem;
+mod reader;
+mod role;
+mod sts;
+mod workload;
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+use toml::de::DeTable;
+
+pub use identity::{IdentityConfig, Source};
+pub use listen::{Authorization, Listen};
+pub use output::{AuditConfig, AuditFile, Log, LogFormat};
+pub use problem::{ConfigErrors, Problem};
+pub use sts::Sts;
+pub use workload::{Accounts, Lookup};
+
+use crate::endpoint::Endpoint;
+use crate::role::Roles;
+use crate::rule::Rule;
+use reader::{Report, Table};
+
+/// Everything that the file says, with defaults for what it doesn't.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `[listen]`.
+    pub listen: Listen,
+    /// `[identity]`.
+    pub identity: IdentityConfig,
+    /// `[sts]`.
+    pub sts: Sts,
+    /// `[cache]`.
+    pub cache: CacheConfig,
+    /// `[audit]`.
+    pub audit: AuditConfig,
+    /// `[log]`.
+    pub log: Log,
+    /// `[[workload]]`, in their order.
+    pub workloads: Vec<Rule>,
+    /// `[[role]]` and `allow_requested_roles`.
+    pub roles: Roles,
+}
+
+/// `[cache]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// Entries at one time.
+    pub max_entries: usize,
+    /// How long credentials are still served after STS has refused to renew them.
+    pub revocation_grace: Duration,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self { max_entries: 10_000, revocation_grace: Duration::from_secs(300) }
+    }
+}
+
+/// A configuration without errors.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// What to do.
+    pub config: Config,
+    /// What is allowed but not wise, by line.
+    pub warnings: Vec<Problem>,
+}
+
+impl Config {
+    /// Reads the file and looks up the users and groups that it names; `env` gives environment variables.
+    ///
+    /// A syntax error is reported alone. Everything else is reported together.
+    pub fn load(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
+        let failed = |problems| ConfigErrors { path: path.to_owned(), problems };
+        let text = read_file(path).map_err(|problem| failed(vec![problem]))?;
+        let mut loaded = Self::parse(&text, &env, Accounts::system()).map_err(failed)?;
+        loaded.warnings.extend(writable_by_all(path));
+        Ok(loaded)
+    }
+
+    /// Reads a configuration from its text; on failure gives at least one problem, in the order of their lines.
+    pub fn parse(
+        text: &str,
+        env: &dyn Fn(&str) -> Option<String>,
+        accounts: Accounts<'_>,
+    ) -> Result<Loaded, Vec<Problem>> {
+        let entries = DeTable::parse(text).map_err(|error| vec![syntax_error(text, &error)])?.into_inner();
+        let report = Report::new(text);
+        let config = read(&report.root(&entries), env, accounts);
+        let warnings = report.finish(&entries)?;
+        Ok(Loaded { config, warnings })
+    }
+}
+
+/// Reads all tables. What has an error is replaced by its default or left out, so that the rest can be checked.
+fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accounts<'_>) -> Config {
+    let [listen_table, identity_table, sts_table, cache_table, audit_table, log_table] =
+        ["listen", "identity", "sts", "cache", "audit", "log"].map(|name| root.table(name));
+    let listen = listen::read(&listen_table);
+    let identity = identity::read(&identity_table, env);
+    let sts = sts::read(&sts_table);
+    let audit = output::read_audit(&audit_table);
+
+    let defaults =
+        role::Defaults { identity: &identity, identity_table: &identity_table, sts: &sts, sts_table: &sts_table };
+    let workloads = workload::read(root, accounts);
+    let requested = role::read_requested(root, &defaults);
+    let roles = role::read(root, &defaults);
+
+    let audit_path = match &audit.file {
+        AuditFile::Path(path) => Some(path.as_path()),
+        AuditFile::Stdout => None,
+    };
+    let source = match &identity.socket {
+        Endpoint::Unix(path) => Some(path.as_path()),
+        Endpoint::Tcp(_) => None,
+    };
+    let named: [checks::Named<'_>; 6] = [
+        (&identity_table, "socket", source),
+        (&sts_table, "ca_file", sts.ca_file.as_deref()),
+        (&listen_table, "unix", listen.unix.as_deref()),
+        (&listen_table, "status", listen.status.as_deref()),
+        (&listen_table, "token_file", Some(&listen.token_file)),
+        (&audit_table, "file", audit_path),
+    ];
+    if root.lacks("workload") {
+        root.error("workload", "nobody has an identity, so every request would be refused", "add a [[workload]]");
+    }
+    if root.lacks("role") && root.lacks("allow_requested_roles") {
+        root.error("role", "nobody has a role, so every request would be refused", "add a [[role]]");
+    }
+    checks::paths(root.report, &named);
+    checks::rules(root.report, &workloads);
+    checks::roles(root.report, &roles, requested.as_ref());
+    checks::coverage(root.report, &workloads, &roles, requested.is_some());
+
+    Config {
+        cache: read_cache(&cache_table),
+        log: output::read_log(&log_table, env),
+        workloads: workloads.into_iter().map(|workload| workload.rule).collect(),
+        roles: Roles { defined: roles.into_iter().map(|defined| defined.role).collect(), requested },
+        listen,
+        identity,
+        sts,
+        audit,
+    }
+}
+
+fn read_cache(table: &Table<'_>) -> CacheConfig {
+    let default = CacheConfig::default();
+    let grace = Duration::ZERO..=Duration::from_secs(12 * 3600);
+    CacheConfig {
+        max_entries: table.number("max_entries", 1..=1_000_000).unwrap_or(default.max_entries),
+        revocation_grace: table.duration("revocation_grace", grace).unwrap_or(default.revocation_grace),
+    }
+}
+
+fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
+    let span = error.span().unwrap_or(text.len()..text.len());
+    let before = text.get(..span.start).unwrap_or(text);
+    let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+    let found = text.get(span.clone()).filter(|found| (1..=40).contains(&found.len()) && !found.contains('\n'));
+    let found = found.map(|found| format!(" at `{found}`")).unwrap_or_default();
+    Problem {
+        line: Some(reader::line_at(text, span.start)),
+        key: String::new(),
+        what: format!("this is not TOML: {}{found} (column {column})", error.message()),
+        fix: "correct it; the rest of the file is checked after that".to_owned(),
+    }
+}
+
+fn read_file(path: &Path) -> Result<String, Problem> {
+    let problem = |line, what, fix: &str| Problem { line, key: String::new(), what, fix: fix.to_owned() };
+    let bytes = std::fs::read(path).map_err(|error| {
+        problem(None, format!("the file can't be read: {error}"), "name a file with --config or AWSVID_CONFIG")
+    })?;
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = valid.iter().filter(|byte| **byte == b'\n').count() + 1;
+        problem(Some(line), "this is not UTF-8".to_owned(), "save the file as UTF-8")
+    })
+}
+
+/// Whoever can write the file decides who gets which credentials.
+fn writable_by_all(path: &Path) -> Option<Problem> {
+    let mode = std::fs::metadata(path).ok()?.mode();
+    (mode & 0o002 != 0).then(|| Problem {
+        line: None,
+        key: String::new(),
+        what: "every user of this node can write the configuration".to_owned(),
+        fix: format!("chmod o-w {}", path.display()),
+    })
+}
+
+#[cfg(test)]
+mod tests;

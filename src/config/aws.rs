@@ -1,0 +1,218 @@
+//! The names of STS endpoints and regions, and which of them are AWS's.
+
+use std::net::IpAddr;
+
+use hyper::Uri;
+
+/// The suffixes of AWS's own host names, in all partitions, also dual-stack.
+const AWS_SUFFIXES: [&str; 14] = [
+    "amazonaws.com",
+    "api.aws",
+    "amazonaws.com.cn",
+    "api.amazonwebservices.com.cn",
+    "amazonaws.eu",
+    "api.amazonwebservices.eu",
+    "c2s.ic.gov",
+    "api.aws.ic.gov",
+    "sc2s.sgov.gov",
+    "api.aws.scloud",
+    "cloud.adc-e.uk",
+    "api.cloud-aws.adc-e.uk",
+    "csp.hci.ic.gov",
+    "api.aws.hci.ic.gov",
+];
+
+/// Checks the URL of an STS endpoint and gives it in one form, so that two ways to write one endpoint are not two endpoints.
+///
+/// Without TLS whoever is on the way could read the tokens, so `http` is for loopback only.
+pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
+    let uri: Uri = text.parse().map_err(|_| "it is no URL".to_owned())?;
+    let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+        return Err("it is no URL with a scheme and a host".to_owned());
+    };
+    let host = authority.host().to_ascii_lowercase();
+    let port = authority.port_u16();
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    let is_name = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_');
+    if address.is_err() && (host.is_empty() || !host.bytes().all(is_name)) {
+        return Err(format!("`{host}` is no host"));
+    }
+    // What is neither host nor port: a user name, or a port that is no number.
+    let length = host.len() + port.map_or(0, |port| port.to_string().len() + 1);
+    if authority.as_str().len() != length || port == Some(0) {
+        return Err("after the host there may be a port, and nothing may stand before it".to_owned());
+    }
+    if uri.query().is_some() || text.contains('#') {
+        return Err("it has a query or a fragment".to_owned());
+    }
+    let (scheme, default_port) = match scheme.to_ascii_lowercase().as_str() {
+        "https" => ("https", 443),
+        "http" if host == "localhost" || address.is_ok_and(|address| address.is_loopback()) => ("http", 80),
+        "http" => return Err("without TLS everybody on the way could read the tokens".to_owned()),
+        _ => return Err("its scheme is not https".to_owned()),
+    };
+    let port = port.filter(|port| *port != default_port).map(|port| format!(":{port}")).unwrap_or_default();
+    Ok(format!("{scheme}://{host}{port}{}", uri.path().trim_end_matches('/')))
+}
+
+/// Whether this STS is AWS's: no endpoint of its own, or a URL of AWS's STS itself.
+pub(super) fn is_aws(endpoint: Option<&str>) -> bool {
+    endpoint.is_none_or(|url| url.strip_prefix("https://").is_some_and(is_aws_sts_host))
+}
+
+/// Whether this is the name of AWS's STS, in any region or partition, FIPS or a VPC endpoint.
+///
+/// The suffix alone would not do: customers have names of their own below it.
+pub(super) fn is_aws_sts_host(host: &str) -> bool {
+    let rest = AWS_SUFFIXES.iter().find_map(|suffix| host.strip_suffix(suffix)?.strip_suffix('.'));
+    match rest.map(|rest| rest.split('.').collect::<Vec<_>>()).as_deref() {
+        Some(["sts" | "sts-fips"] | ["sts" | "sts-fips", _]) => true,
+        Some([name, "sts" | "sts-fips", _, "vpce"]) => name.starts_with("vpce-"),
+        _ => false,
+    }
+}
+
+/// Checks the name of a region. It becomes part of a host name, so nothing else may be in it.
+pub(super) fn region(text: &str) -> Result<String, &'static str> {
+    let allowed = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+    let good =
+        (1..=32).contains(&text.len()) && text.bytes().all(allowed) && !text.starts_with('-') && !text.ends_with('-');
+    if good { Ok(text.to_owned()) } else { Err("a region's name takes a-z, 0-9 and '-'") }
+}
+
+/// Whether AWS could have a region of this name: all of them are like `eu-central-1`.
+pub(super) fn is_aws_region(region: &str) -> bool {
+    let parts: Vec<&str> = region.split('-').collect();
+    let number = parts.last().is_some_and(|last| !last.is_empty() && last.bytes().all(|c| c.is_ascii_digit()));
+    parts.len() >= 3 && number
+}
+
+/// The partition that a region of AWS is in.
+pub(super) fn partition(region: &str) -> &'static str {
+    const OTHERS: [(&str, &str); 7] = [
+        ("cn-", "aws-cn"),
+        ("us-gov-", "aws-us-gov"),
+        ("eusc-", "aws-eusc"),
+        ("us-iso-", "aws-iso"),
+        ("us-isob-", "aws-iso-b"),
+        ("eu-isoe-", "aws-iso-e"),
+        ("us-isof-", "aws-iso-f"),
+    ];
+    OTHERS.iter().find(|(prefix, _)| region.starts_with(prefix)).map_or("aws", |(_, partition)| partition)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_endpoint_has_one_form() {
+        let table = [
+            ("https://minio.internal:9000", "https://minio.internal:9000"),
+            ("https://MinIO.internal:443/", "https://minio.internal"),
+            ("HTTPS://minio/sts/", "https://minio/sts"),
+            ("https://[2001:DB8::1]:9000", "https://[2001:db8::1]:9000"),
+            ("http://127.0.0.1:9000", "http://127.0.0.1:9000"),
+            ("http://127.8.8.8:80/", "http://127.8.8.8"),
+            ("http://[::1]:9000/", "http://[::1]:9000"),
+            ("http://localhost:9000", "http://localhost:9000"),
+            ("https://10.0.0.1", "https://10.0.0.1"),
+        ];
+        for (text, form) in table {
+            assert_eq!(sts_endpoint(text).as_deref(), Ok(form), "{text}");
+            assert_eq!(sts_endpoint(form).as_deref(), Ok(form), "{form}: as it is given");
+        }
+    }
+
+    #[test]
+    fn what_is_no_endpoint() {
+        let table = [
+            ("", "no URL"),
+            ("minio", "no URL"),
+            ("minio:9000", "no URL"),
+            ("/sts", "no URL"),
+            ("https://", "no URL"),
+            ("https://:9000", "is no host"),
+            ("https://a b", "no URL"),
+            ("https://m!nio", "is no host"),
+            ("https://[::1", "no URL"),
+            ("https://user@minio", "nothing may stand before it"),
+            ("https://user:secret@minio:9000", "nothing may stand before it"),
+            ("https://minio:", "there may be a port"),
+            ("https://minio:0", "there may be a port"),
+            ("https://minio:65536", "there may be a port"),
+            ("https://minio:0443", "there may be a port"),
+            ("https://minio/?Action=x", "a query"),
+            ("https://minio/#x", "a fragment"),
+            ("ftp://minio", "scheme is not https"),
+            ("unix:///run/minio.sock", "no URL"),
+            ("http://minio", "without TLS"),
+            ("http://localhost.example.org", "without TLS"),
+            ("http://127.0.0.1.example.org", "without TLS"),
+            ("http://0.0.0.0:9000", "without TLS"),
+            ("http://[::ffff:127.0.0.1]:9000", "without TLS"),
+            ("http://127.1:9000", "without TLS"),
+        ];
+        for (text, words) in table {
+            let error = sts_endpoint(text).expect_err(text);
+            assert!(error.contains(words), "{text}: {error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_names_of_sts_itself_are_aws() {
+        let aws = [
+            "sts.amazonaws.com",
+            "sts.eu-central-1.amazonaws.com",
+            "sts-fips.us-east-1.amazonaws.com",
+            "sts.cn-north-1.amazonaws.com.cn",
+            "sts.us-east-1.api.aws",
+            "sts.eusc-de-east-1.amazonaws.eu",
+            "sts.us-iso-east-1.c2s.ic.gov",
+            "vpce-0a1b-xyz.sts.us-east-1.vpce.amazonaws.com",
+        ];
+        for host in aws {
+            assert!(is_aws_sts_host(host), "{host}");
+            assert!(is_aws(Some(&format!("https://{host}"))), "{host}");
+        }
+        let others = [
+            "minio.internal",
+            "amazonaws.com",
+            "s3.amazonaws.com",
+            "sts.a.b.amazonaws.com",
+            "sts.abc.execute-api.us-east-1.amazonaws.com",
+            "evil.sts.us-east-1.vpce.amazonaws.com",
+            "sts.example-amazonaws.com",
+            "sts.amazonaws.com.example.org",
+            "sts.us-east-1.amazonaws.com:8443",
+        ];
+        for host in others {
+            assert!(!is_aws_sts_host(host), "{host}");
+            assert!(!is_aws(Some(&format!("https://{host}"))), "{host}");
+        }
+        assert!(is_aws(None) && !is_aws(Some("http://sts.amazonaws.com")));
+    }
+
+    #[test]
+    fn regions() {
+        let table = [
+            ("us-east-1", "aws"),
+            ("ap-southeast-7", "aws"),
+            ("cn-north-1", "aws-cn"),
+            ("us-gov-west-1", "aws-us-gov"),
+            ("us-iso-east-1", "aws-iso"),
+            ("us-isob-east-1", "aws-iso-b"),
+            ("eusc-de-east-1", "aws-eusc"),
+        ];
+        for (name, of) in table {
+            assert_eq!((region(name).as_deref(), is_aws_region(name), partition(name)), (Ok(name), true, of));
+        }
+        for name in ["", "-", "eu-central-1-", "EU-central-1", "eu.central.1", "eu-central-1/x", "eu central", "é"] {
+            assert!(region(name).is_err(), "{name}");
+        }
+        for name in ["x", "frankfurt", "eu-central", "eu-central-1a", "aws-global", "1"] {
+            assert!(region(name).is_ok() && !is_aws_region(name), "{name}");
+        }
+    }
+}

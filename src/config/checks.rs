@@ -1,0 +1,126 @@
+//! What only several tables together tell: rules that hide others, names and audiences that are there twice, and identities
+//! or roles that nothing leads to.
+
+use std::path::Path;
+
+use super::aws;
+use super::reader::{Place, Report, Table};
+use super::role::Defined;
+use super::workload::{Workload, literal};
+use crate::role::RequestedRoles;
+use crate::rule::{CGROUP_GLOB, Rule};
+
+/// Checks the rules against one another.
+pub(super) fn rules(report: &Report<'_>, workloads: &[Workload]) {
+    for (i, later) in workloads.iter().enumerate() {
+        if let Some(earlier) = workloads[..i].iter().find(|earlier| covers(&earlier.rule, &later.rule)) {
+            let what = format!("this rule can never match: {} matches all of its callers first", the_one(&earlier.at));
+            report.error(&later.at, what, "move it up, or remove one of the two");
+        } else if let Some(other) = workloads[..i].iter().find(|other| differ_by_exe(&other.rule, &later.rule)) {
+            let what = format!("only `exe` tells its callers from those of {}", the_one(&other.at));
+            let fix = "give each program its own user: programs of one user can take each other's place";
+            report.warn(&later.at, what, fix);
+        }
+    }
+}
+
+fn the_one(at: &Place) -> String {
+    at.line.map_or_else(|| "another".to_owned(), |line| format!("the one in line {line}"))
+}
+
+/// Whether every caller that `later` matches is matched by `earlier`.
+fn covers(earlier: &Rule, later: &Rule) -> bool {
+    fn implied<T: PartialEq>(earlier: &Option<T>, later: &Option<T>) -> bool {
+        earlier.is_none() || earlier == later
+    }
+    let cgroup = match (&earlier.cgroup, &later.cgroup) {
+        (None, None) => true,
+        // Without `cgroup` a rule is for callers outside containers only; the later one may be about those inside.
+        (None, Some(_)) | (Some(_), None) => false,
+        (Some(a), Some(b)) => a == b || literal(b).is_some_and(|path| a.matches_with(path, CGROUP_GLOB)),
+    };
+    cgroup
+        && implied(&earlier.uid, &later.uid)
+        && implied(&earlier.gid, &later.gid)
+        && implied(&earlier.supplementary_group, &later.supplementary_group)
+        && implied(&earlier.exe, &later.exe)
+        && implied(&earlier.systemd_unit, &later.systemd_unit)
+}
+
+/// Whether two identities are kept apart by the executable alone (attack 7).
+fn differ_by_exe(a: &Rule, b: &Rule) -> bool {
+    let with_its_exe = Rule { spiffe_id: a.spiffe_id.clone(), exe: a.exe.clone(), ..b.clone() };
+    a.spiffe_id != b.spiffe_id && a.exe.is_some() && b.exe.is_some() && *a == with_its_exe
+}
+
+/// Checks the roles against one another, and where their tokens go.
+pub(super) fn roles(report: &Report<'_>, roles: &[Defined], requested: Option<&RequestedRoles>) {
+    for (i, later) in roles.iter().enumerate() {
+        if let Some(earlier) = roles[..i].iter().find(|earlier| earlier.role.name == later.role.name) {
+            let what = format!("{} has this name, too", the_one(&earlier.name_at));
+            report.error(&later.name_at, what, "give each role its own name");
+        }
+    }
+    audiences(report, roles, requested);
+}
+
+/// A token can be used wherever its audience is accepted, so an audience belongs to one endpoint (attack 8).
+fn audiences(report: &Report<'_>, roles: &[Defined], requested: Option<&RequestedRoles>) {
+    let at_aws = requested.map(|requested| (requested.audience.as_str(), "AWS"));
+    let mut seen: Vec<(&str, &str)> = at_aws.into_iter().collect();
+    for defined in roles.iter().filter(|defined| !defined.allow_shared_audience) {
+        let audience = defined.role.audience.as_str();
+        let url = defined.role.sts.endpoint.as_deref();
+        let is_aws = aws::is_aws(url);
+        let operator = if is_aws { "AWS" } else { url.unwrap_or_default() };
+        let other = if aws::is_aws_sts_host(audience) && !is_aws {
+            Some("AWS")
+        } else {
+            seen.iter().find(|(known, at)| *known == audience && *at != operator).map(|(_, at)| *at)
+        };
+        if let Some(other) = other {
+            let what = format!("tokens for {audience:?} go to {operator}, whose operator could use them at {other}");
+            let fix =
+                "set an `audience` that only this endpoint accepts, or `allow_shared_audience = true` in the role";
+            report.error(&defined.audience_at, what, fix);
+        }
+        seen.push((audience, operator));
+    }
+}
+
+/// Warns of identities and roles that nothing leads to.
+pub(super) fn coverage(report: &Report<'_>, workloads: &[Workload], roles: &[Defined], any_role: bool) {
+    for workload in workloads.iter().filter(|_| !any_role) {
+        let id = &workload.rule.spiffe_id;
+        if !roles.iter().any(|defined| defined.role.spiffe_id.matches(id)) {
+            report.warn(&workload.at, format!("no role is for {id}"), "add a [[role]] with this `spiffe_id`");
+        }
+    }
+    for defined in roles {
+        let pattern = &defined.role.spiffe_id;
+        if !workloads.iter().any(|workload| pattern.matches(&workload.rule.spiffe_id)) {
+            let what = format!("no workload on this node is {}", pattern.as_str());
+            report.warn(&defined.name_at, what, "add a [[workload]] with such a `spiffe_id`, or remove the role");
+        }
+    }
+}
+
+/// What is read, bound or written by its path, with the table and key that say so.
+pub(super) type Named<'a> = (&'a Table<'a>, &'a str, Option<&'a Path>);
+
+/// Two things can't have the same path.
+pub(super) fn paths(report: &Report<'_>, named: &[Named<'_>]) {
+    for (i, (table, key, path)) in named.iter().enumerate() {
+        let Some(path) = path.filter(|_| !table.is_wrong(key)) else { continue };
+        let same = |(other, key, known): &&Named<'_>| *known == Some(path) && !other.is_wrong(key);
+        let Some((other, other_key, _)) = named[..i].iter().find(same) else { continue };
+        // One of the two may be a default; then the other is the one that the file has.
+        let in_file = table.has(key) || !other.has(other_key);
+        let (at, other) = match (table.place(key), other.place(other_key)) {
+            (here, there) if in_file => (here, there),
+            (here, there) => (there, here),
+        };
+        let what = format!("{} is also what `{}` names", path.display(), other.key);
+        report.error(&at, what, "give each a path of its own");
+    }
+}

@@ -1,0 +1,239 @@
+//! `[[role]]` and `allow_requested_roles`: which SPIFFE IDs may have which roles.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::aws;
+use super::identity::{IdentityConfig, audience};
+use super::reader::{Place, Table};
+use super::sts::{ENDPOINT_FIX, REGION_FIX, Sts};
+use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
+use crate::role::{RequestedRoles, Role, StsTarget};
+
+/// STS: `DurationSeconds` has 900 to 43200.
+const DURATION: std::ops::RangeInclusive<Duration> = Duration::from_secs(900)..=Duration::from_secs(43_200);
+const DEFAULT_DURATION: Duration = Duration::from_secs(3600);
+/// SDKs refresh 15 minutes and more before the end, so below this each of their calls is a request to awsvid.
+const SHORT: Duration = Duration::from_secs(1800);
+/// STS: `Policy` has at most this many characters.
+const POLICY_MAX: usize = 2048;
+/// STS: `PolicyArns` has at most this many.
+const POLICY_ARNS_MAX: usize = 10;
+/// What an endpoint that is not AWS's is told if nothing else is said.
+const ANY_REGION: &str = "us-east-1";
+const ROLE_NAME_MAX: usize = 64;
+
+/// A role, and what the cross-checks need beside it.
+pub(super) struct Defined {
+    pub(super) role: Arc<Role>,
+    pub(super) allow_shared_audience: bool,
+    pub(super) name_at: Place,
+    pub(super) audience_at: Place,
+}
+
+/// What a role falls back to.
+pub(super) struct Defaults<'a> {
+    pub(super) identity: &'a IdentityConfig,
+    pub(super) identity_table: &'a Table<'a>,
+    pub(super) sts: &'a Sts,
+    pub(super) sts_table: &'a Table<'a>,
+}
+
+/// Reads all `[[role]]`; one with an error is left out.
+pub(super) fn read(root: &Table<'_>, defaults: &Defaults<'_>) -> Vec<Defined> {
+    let tables = root.tables("role");
+    let roles = tables.iter().filter_map(|table| role(table, defaults)).collect();
+    let has_region = |table: &Table<'_>| table.has("region") || table.has("sts_endpoint");
+    let needs_region = !root.lacks("allow_requested_roles") || !tables.iter().all(has_region);
+    if needs_region && !defaults.sts_table.has("region") && !defaults.sts_table.has("endpoint") {
+        defaults.sts_table.error("region", "no AWS region is set", "add `region = \"eu-central-1\"` (or yours)");
+    }
+    roles
+}
+
+fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<Defined> {
+    table.require("name", "add the name that stands in the path /v1/credentials/<name>");
+    table.require("spiffe_id", "add the SPIFFE ID that may have this role");
+    table.require("role_arn", "add the ARN of the role");
+    table.not_yet("chain");
+    let name = table.parse("name", "use up to 64 of A-Z a-z 0-9 . _ -", role_name);
+    let spiffe_id = table.parse(
+        "spiffe_id",
+        "write an ID as in \"spiffe://example.org/billing\", or with * for a segment, ** for the rest",
+        SpiffeIdPattern::parse,
+    );
+    let role_arn = table.parse("role_arn", "write the role's ARN as IAM shows it", ArnTemplate::parse);
+    let own_audience = table.parse("audience", "write what STS expects as the audience of a token", audience);
+    let duration = table.duration("duration", DURATION);
+    let session_name = table.parse("session_name", "leave it out to get one from the SPIFFE ID", SessionName::parse);
+    let region = table.parse("region", REGION_FIX, aws::region);
+    let endpoint = table.parse("sts_endpoint", ENDPOINT_FIX, aws::sts_endpoint);
+    let policy = table.parse("policy", "write a session policy as one JSON object in '''quotes'''", policy);
+    let policy_arns = policy_arns(table);
+    let allow_shared_audience = table.flag("allow_shared_audience").unwrap_or(false);
+    let duration = whole_seconds(table, duration);
+
+    // What is checked below, and against other roles, means nothing if where the tokens go is not known.
+    let own_is_wrong = ["audience", "region", "sts_endpoint"].iter().any(|key| table.is_wrong(key));
+    if own_is_wrong || (own_audience.is_none() && defaults.identity_table.is_wrong("audience")) {
+        return None;
+    }
+    let role = Role {
+        name: name?,
+        spiffe_id: spiffe_id?,
+        role_arn: role_arn?,
+        audience: own_audience.unwrap_or_else(|| defaults.identity.audience.clone()),
+        duration,
+        session_name,
+        sts: target(region, endpoint, defaults)?,
+        policy,
+        policy_arns,
+    };
+    check(table, &role);
+    Some(Defined {
+        role: Arc::new(role),
+        allow_shared_audience,
+        name_at: table.place("name"),
+        audience_at: table.place("audience"),
+    })
+}
+
+/// The region and endpoint that count for a role with these of its own; `None` if that is not known.
+fn target(region: Option<String>, endpoint: Option<String>, defaults: &Defaults<'_>) -> Option<StsTarget> {
+    if endpoint.is_none() && defaults.sts_table.is_wrong("endpoint") {
+        return None;
+    }
+    let endpoint = endpoint.or_else(|| defaults.sts.endpoint.clone());
+    let fallback = endpoint.as_ref().map(|_| ANY_REGION.to_owned());
+    let region = region.or_else(|| defaults.sts.region.clone()).or(fallback)?;
+    Some(StsTarget { region, endpoint })
+}
+
+fn role_name(text: &str) -> Result<String, &'static str> {
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
+    match text {
+        "" => Err("it is empty"),
+        "." | ".." => Err("clients would take it out of the path"),
+        _ if text.starts_with("arn:") => Err("a name that begins with arn: would be taken for a role's ARN"),
+        _ if text.len() > ROLE_NAME_MAX => Err("it is too long"),
+        _ if !text.bytes().all(allowed) => Err("it holds a character that the path of a URL can't hold as it is"),
+        _ => Ok(text.to_owned()),
+    }
+}
+
+fn policy(text: &str) -> Result<String, String> {
+    let length = text.chars().count();
+    if length > POLICY_MAX {
+        return Err(format!("a session policy has at most {POLICY_MAX} characters, this one {length}"));
+    }
+    match serde_json::from_str(text) {
+        Ok(serde_json::Value::Object(_)) => Ok(text.to_owned()),
+        Ok(_) => Err("it is no JSON object".to_owned()),
+        Err(error) => Err(format!("it is no JSON: {error}")),
+    }
+}
+
+fn policy_arns(table: &Table<'_>) -> Vec<String> {
+    const KEY: &str = "policy_arns";
+    const FIX: &str = "write the ARNs of managed policies, as in \"arn:aws:iam::aws:policy/ReadOnlyAccess\"";
+    let listed = table.strings(KEY).unwrap_or_default();
+    if listed.len() > POLICY_ARNS_MAX {
+        table.error(KEY, format!("STS takes at most {POLICY_ARNS_MAX}, these are {}", listed.len()), "remove some");
+    }
+    for (at, text) in &listed {
+        let parts: Vec<&str> = text.splitn(6, ':').collect();
+        let good = matches!(parts[..], ["arn", _, _, _, _, resource] if resource.strip_prefix("policy/").is_some_and(|name| !name.is_empty()))
+            && (20..=2048).contains(&text.len())
+            && text.bytes().all(|c| c.is_ascii_graphic());
+        if !good {
+            table.report.error(at, format!("{text:?} is no policy's ARN"), FIX);
+        }
+    }
+    listed.into_iter().map(|(_, text)| text.to_owned()).collect()
+}
+
+fn whole_seconds(table: &Table<'_>, duration: Option<Duration>) -> Duration {
+    let duration = duration.unwrap_or(DEFAULT_DURATION);
+    if duration.subsec_nanos() != 0 {
+        table.error("duration", "STS counts in whole seconds", "leave out what is less");
+    }
+    if duration < SHORT {
+        table.warn("duration", "below 30m SDKs ask anew for every call they make", "use \"30m\" or more");
+    }
+    duration
+}
+
+/// What only the keys of one role together tell.
+fn check(table: &Table<'_>, role: &Role) {
+    let least = role.spiffe_id.least_segments();
+    if let Some(index) = role.role_arn.highest_segment().filter(|index| *index >= least) {
+        let what = format!("{{path[{index}]}} is not in every SPIFFE ID that `spiffe_id` covers");
+        table.error("role_arn", what, format!("use {{path[0]}} to {{path[{}]}}", least - 1));
+    }
+    if role.spiffe_id.wildcard_before_fixed_end() && role.role_arn.highest_segment().is_none() {
+        let what = "whoever can create what `*` stands for can have this role";
+        table.warn("spiffe_id", what, "write the whole ID, or use {path[N]} in `role_arn`");
+    }
+    if role.session_name.is_some() && role.spiffe_id.exact().is_none() {
+        let what = "all workloads of this role look the same in CloudTrail";
+        table.warn("session_name", what, "leave it out to get one from the SPIFFE ID");
+    }
+    let StsTarget { region, endpoint } = &role.sts;
+    let is_aws = aws::is_aws(endpoint.as_deref());
+    if endpoint.is_none() && table.has("region") && !aws::is_aws_region(region) {
+        table.error("region", "AWS has no region of such a name", REGION_FIX);
+    }
+    let partition = role.role_arn.as_str().split(':').nth(1).unwrap_or_default();
+    if is_aws && !partition.starts_with("aws") {
+        let what = format!("AWS has no roles in a partition `{partition}`");
+        table.error("role_arn", what, "set `sts_endpoint` here or `endpoint` in [sts] to the system that has it");
+    } else if is_aws && endpoint.is_none() && partition != aws::partition(region) {
+        let what = format!("a role in `{partition}` can't be assumed in {region}");
+        table.warn("role_arn", what, "set `region` to one of that partition");
+    }
+}
+
+/// Reads `allow_requested_roles`.
+pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Option<RequestedRoles> {
+    const KEY: &str = "allow_requested_roles";
+    let listed = root.strings(KEY)?;
+    let mut allowed = Vec::with_capacity(listed.len());
+    for (at, text) in &listed {
+        match requested_pattern(text) {
+            Ok(pattern) => allowed.push(pattern),
+            Err(error) => {
+                let fix = "write ARNs as in \"arn:aws:iam::123456789012:role/app-*\"";
+                root.report.error(at, format!("{text:?}: {error}"), fix);
+            }
+        }
+        if text.split(':').nth(4).is_some_and(|account| account.contains(['*', '?', '['])) {
+            root.report.warn(at, "a workload may have roles of anybody's account", "write the account's 12 digits");
+        }
+    }
+    if listed.is_empty() {
+        return None;
+    }
+    let sts = target(None, None, defaults)?;
+    if !aws::is_aws(sts.endpoint.as_deref()) {
+        let what = "only AWS's trust policies bound what a workload may ask for, and [sts] endpoint is not AWS's";
+        root.error(KEY, what, "remove it, and define each role as [[role]]");
+    }
+    Some(RequestedRoles { allowed, audience: defaults.identity.audience.clone(), sts })
+}
+
+/// Checks a glob for role ARNs: with its wildcards taken as text it has to be a role's ARN at AWS.
+fn requested_pattern(text: &str) -> Result<glob::Pattern, String> {
+    let pattern = glob::Pattern::new(text).map_err(|error| error.msg.to_owned())?;
+    let parts: Vec<&str> = text.splitn(6, ':').collect();
+    let [arn, partition, service, region, account, resource] = parts[..] else {
+        return Err("it is no role's ARN".to_owned());
+    };
+    let digits = if account.contains(['*', '?', '[']) { "123456789012" } else { account };
+    let name = resource.replace("**", "x").replace(['*', '?', '[', ']', '!'], "x");
+    let example = RoleArn::parse(&[arn, partition, service, region, digits, &name].join(":"));
+    match example {
+        Ok(example) if example.is_aws() => Ok(pattern),
+        Ok(_) => Err("only roles at AWS can be asked for".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}

@@ -1,0 +1,276 @@
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use super::*;
+
+mod errors;
+mod mutations;
+mod warnings;
+
+/// What an administrator starts from.
+const EXAMPLE: &str = include_str!("../../deploy/awsvid.toml");
+
+/// The least that is complete, for tests to add to: [sts] is lines 1 and 2, [[workload]] 3 to 5, [[role]] 6 to 9.
+const LEAST: &str = r#"[sts]
+region = "eu-central-1"
+[[workload]]
+spiffe_id = "spiffe://example.org/billing"
+uid = 1001
+[[role]]
+name = "billing"
+spiffe_id = "spiffe://example.org/billing"
+role_arn = "arn:aws:iam::123456789012:role/billing"
+"#;
+
+/// Each key that there is, with another value than its default.
+const EVERY_KEY: &str = r#"allow_requested_roles = ["arn:aws:iam::123456789012:role/app-*"]
+[listen]
+unix = ""
+tcp = ["127.0.0.1:80"]
+pods = false
+node = []
+admin = "10.0.0.7:9100"
+status = "/srv/status"
+authorization = "token"
+token_file = "/srv/token"
+max_connections = 1_000
+max_connections_per_workload = 0x10
+[identity]
+source = "workload-api"
+socket = "tcp://127.0.0.1:8081"
+audience = "aws"
+[sts]
+region = "eu-west-1"
+endpoint = "https://STS.eu-west-1.amazonaws.com:443/"
+ca_file = "/etc/ca.pem"
+timeout = "1s 500ms"
+max_concurrent = 1
+[cache]
+max_entries = 1
+revocation_grace = "0s"
+[audit]
+file = "/var/log/audit.json"
+required = true
+[log]
+level = "warn,awsvid::sts=debug"
+format = "json"
+[[workload]]
+spiffe_id = "spiffe://example.org/shop/billing"
+user = "billing"
+gid = 0
+supplementary_group = "billing"
+exe = "/usr/bin/billing"
+systemd_unit = "billing.service"
+cgroup = "/system.slice/billing.service"
+[[workload]]
+spiffe_id = "spiffe://example.org/shop/other"
+uid = 7
+group = "billing"
+supplementary_group = 8
+[[role]]
+name = "shop"
+spiffe_id = "spiffe://example.org/shop/*"
+role_arn = "arn:minio:iam:::role/{path[1]}"
+audience = "minio"
+duration = "12h"
+session_name = "shop@node"
+region = "x"
+sts_endpoint = "http://[::1]:9000"
+policy = '{"Statement": []}'
+policy_arns = ["arn:aws:iam::aws:policy/ReadOnlyAccess"]
+allow_shared_audience = false
+chain = []
+"#;
+
+fn no_env(_: &str) -> Option<String> {
+    None
+}
+
+/// A node with the user and group `billing`, and with `nobody`.
+fn accounts() -> Accounts<'static> {
+    fn find(name: &str) -> nix::Result<Option<u32>> {
+        match name {
+            "billing" => Ok(Some(1001)),
+            "nobody" => Ok(Some(65534)),
+            "unreachable" => Err(nix::errno::Errno::EIO),
+            _ => Ok(None),
+        }
+    }
+    Accounts { user: &find, group: &find }
+}
+
+fn parse(text: &str) -> Result<Loaded, Vec<Problem>> {
+    Config::parse(text, &no_env, accounts())
+}
+
+fn loaded(text: &str) -> Loaded {
+    parse(text).unwrap_or_else(|problems| panic!("{text}\n{problems:#?}"))
+}
+
+/// `LEAST` with one of its lines replaced by `new` (which may have several).
+fn with(line: &str, new: &str) -> String {
+    assert!(LEAST.contains(line), "{line}");
+    LEAST.replacen(line, new, 1)
+}
+
+#[test]
+fn what_is_not_said_has_the_documented_default() {
+    let Loaded { config, warnings } = loaded(LEAST);
+    assert_eq!(warnings, []);
+    let address = |text: &str| text.parse::<SocketAddr>().unwrap();
+    let listen = Listen {
+        unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
+        tcp: vec![address("127.0.0.1:974"), address("[::1]:974")],
+        admin: Some(address("127.0.0.1:975")),
+        status: Some(PathBuf::from("/run/awsvid/status.sock")),
+        authorization: Authorization::Present,
+        token_file: PathBuf::from("/run/awsvid/token"),
+        max_connections: 4096,
+        max_connections_per_workload: 512,
+    };
+    assert_eq!(config.listen, listen);
+    assert_eq!(config.identity.source, Source::WorkloadApi);
+    assert_eq!(config.identity.socket.to_string(), "unix:///run/spire/agent-sockets/spire-agent.sock");
+    assert_eq!(config.identity.audience, "sts.amazonaws.com");
+    assert_eq!(config.sts.timeout, Duration::from_secs(5));
+    assert_eq!((config.sts.endpoint, config.sts.ca_file, config.sts.max_concurrent), (None, None, 16));
+    assert_eq!(config.cache, CacheConfig { max_entries: 10_000, revocation_grace: Duration::from_secs(300) });
+    assert_eq!(config.audit, AuditConfig { file: AuditFile::Stdout, required: false });
+    assert_eq!(config.log, Log { level: "info".to_owned(), format: LogFormat::Auto });
+    let role = &config.roles.defined[0];
+    assert_eq!((role.audience.as_str(), role.duration), ("sts.amazonaws.com", Duration::from_secs(3600)));
+    assert_eq!((role.sts.region.as_str(), &role.sts.endpoint), ("eu-central-1", &None));
+    assert!(role.session_name.is_none() && role.policy.is_none() && role.policy_arns.is_empty());
+    assert!(config.roles.requested.is_none());
+}
+
+#[test]
+fn every_key_of_the_sections_is_read() {
+    let config = loaded(EVERY_KEY).config;
+    let Listen { unix, tcp, admin, status, authorization, token_file, .. } = config.listen;
+    assert_eq!((unix, status, token_file), (None, Some("/srv/status".into()), "/srv/token".into()));
+    assert_eq!((tcp, admin), (vec!["127.0.0.1:80".parse().unwrap()], Some("10.0.0.7:9100".parse().unwrap())));
+    assert_eq!(authorization, Authorization::Token);
+    assert_eq!((config.listen.max_connections, config.listen.max_connections_per_workload), (1000, 16));
+    assert_eq!(
+        (config.identity.socket.to_string(), config.identity.audience),
+        ("tcp://127.0.0.1:8081".into(), "aws".into())
+    );
+    assert_eq!(config.sts.region.as_deref(), Some("eu-west-1"));
+    assert_eq!(config.sts.endpoint.as_deref(), Some("https://sts.eu-west-1.amazonaws.com"));
+    assert_eq!((config.sts.ca_file, config.sts.max_concurrent), (Some("/etc/ca.pem".into()), 1));
+    assert_eq!(config.sts.timeout, Duration::from_millis(1500));
+    assert_eq!(config.cache, CacheConfig { max_entries: 1, revocation_grace: Duration::ZERO });
+    assert_eq!(config.audit, AuditConfig { file: AuditFile::Path("/var/log/audit.json".into()), required: true });
+    assert_eq!(config.log, Log { level: "warn,awsvid::sts=debug".into(), format: LogFormat::Json });
+}
+
+#[test]
+fn every_key_of_rules_and_roles_is_read() {
+    let config = loaded(EVERY_KEY).config;
+    let [first, second] = &config.workloads[..] else { panic!("{:?}", config.workloads) };
+    assert_eq!((first.uid, first.gid, first.supplementary_group), (Some(1001), Some(0), Some(1001)));
+    assert_eq!(
+        (&first.exe, first.systemd_unit.as_deref()),
+        (&Some("/usr/bin/billing".into()), Some("billing.service"))
+    );
+    assert_eq!(first.cgroup.as_ref().map(glob::Pattern::as_str), Some("/system.slice/billing.service"));
+    assert_eq!((second.uid, second.gid, second.supplementary_group), (Some(7), Some(1001), Some(8)));
+    assert_eq!(second.spiffe_id.as_str(), "spiffe://example.org/shop/other");
+
+    let role = &config.roles.defined[0];
+    assert_eq!((role.name.as_str(), role.audience.as_str()), ("shop", "minio"));
+    assert_eq!(
+        (role.spiffe_id.as_str(), role.role_arn.as_str()),
+        ("spiffe://example.org/shop/*", "arn:minio:iam:::role/{path[1]}")
+    );
+    assert_eq!(role.duration, Duration::from_secs(12 * 3600));
+    assert_eq!(role.session_name.as_ref().map(|name| name.as_str()), Some("shop@node"));
+    assert_eq!((role.sts.region.as_str(), role.sts.endpoint.as_deref()), ("x", Some("http://[::1]:9000")));
+    assert_eq!((role.policy.as_deref(), role.policy_arns.len()), (Some(r#"{"Statement": []}"#), 1));
+    let requested = config.roles.requested.unwrap();
+    assert_eq!(
+        (requested.allowed[0].as_str(), requested.audience.as_str()),
+        ("arn:aws:iam::123456789012:role/app-*", "aws")
+    );
+    assert_eq!(requested.sts.endpoint.as_deref(), Some("https://sts.eu-west-1.amazonaws.com"));
+}
+
+#[test]
+fn the_example_is_a_configuration_without_a_warning() {
+    let Loaded { config, warnings } = loaded(EXAMPLE);
+    assert_eq!(warnings, []);
+    assert_eq!((config.workloads.len(), config.roles.defined.len()), (1, 1));
+}
+
+#[test]
+fn the_example_shows_all_defaults_as_they_are() {
+    let is_default = |line: &&str| line.starts_with('#') && line[1..].starts_with(|c: char| c.is_ascii_lowercase());
+    let shown = EXAMPLE.lines().filter(is_default).count();
+    let written: Vec<_> = EXAMPLE.lines().map(|line| if is_default(&line) { &line[1..] } else { line }).collect();
+    let [plain, written] = [loaded(EXAMPLE), loaded(&written.join("\n"))];
+    assert_eq!(format!("{plain:?}"), format!("{written:?}"));
+    // One for each field of the sections (those of [sts] without the three that have no default), and three of the rest.
+    assert_eq!(shown, 8 + 3 + 2 + 2 + 2 + 2 + 3);
+}
+
+#[test]
+fn the_environment_gives_the_socket_and_overrides_the_level() {
+    let env = |name: &str| match name {
+        "SPIFFE_ENDPOINT_SOCKET" => Some("unix:///env.sock".to_owned()),
+        "AWSVID_LOG" => Some("debug".to_owned()),
+        _ => None,
+    };
+    let config = Config::parse(LEAST, &env, accounts()).unwrap().config;
+    assert_eq!((config.identity.socket.to_string().as_str(), config.log.level.as_str()), ("unix:///env.sock", "debug"));
+
+    let text = format!("{LEAST}[identity]\nsocket = \"unix:///file.sock\"\n[log]\nlevel = \"warn\"\n");
+    let config = Config::parse(&text, &env, accounts()).unwrap().config;
+    assert_eq!(
+        (config.identity.socket.to_string().as_str(), config.log.level.as_str()),
+        ("unix:///file.sock", "debug")
+    );
+
+    let empty = |_: &str| Some(String::new());
+    let config = Config::parse(LEAST, &empty, accounts()).unwrap().config;
+    assert_eq!((config.identity.socket, config.log.level.as_str()), (IdentityConfig::default().socket, "info"));
+
+    let wrong = |_: &str| Some("/no/uri=".to_owned());
+    let problems = Config::parse(LEAST, &wrong, accounts()).unwrap_err();
+    let keys: Vec<_> = problems.iter().map(|problem| (problem.line, problem.key.as_str())).collect();
+    assert_eq!(keys, [(None, "SPIFFE_ENDPOINT_SOCKET"), (None, "AWSVID_LOG")]);
+}
+
+#[test]
+fn an_endpoint_of_another_kind_needs_no_region() {
+    let text = with("region = \"eu-central-1\"", "endpoint = \"https://minio:9000\"");
+    let config = loaded(&format!("{text}[identity]\naudience = \"minio\"\n")).config;
+    let sts = &config.roles.defined[0].sts;
+    assert_eq!((sts.region.as_str(), sts.endpoint.as_deref()), ("us-east-1", Some("https://minio:9000")));
+    let own = with("region = \"eu-central-1\"", "");
+    assert_eq!(loaded(&format!("{own}region = \"eu-north-1\"")).config.roles.defined[0].sts.region, "eu-north-1");
+}
+
+#[test]
+fn a_file_is_loaded_from_its_path() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("awsvid.toml");
+    let missing = Config::load(&path, no_env).unwrap_err().to_string();
+    let expected =
+        format!("{}: the file can't be read: No such file or directory (os error 2); name a", path.display());
+    assert!(missing.starts_with(&expected), "{missing}");
+
+    std::fs::write(&path, b"[listen]\n\xff\n").unwrap();
+    let errors = Config::load(&path, no_env).unwrap_err();
+    assert_eq!(errors.to_string(), format!("{}:2: this is not UTF-8; save the file as UTF-8", path.display()));
+
+    // The user `root` is one that every node has.
+    std::fs::write(&path, with("uid = 1001", "user = \"root\"")).unwrap();
+    let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
+    std::fs::set_permissions(&path, mode(0o644)).unwrap();
+    let Loaded { config, warnings } = Config::load(&path, no_env).unwrap();
+    assert_eq!((config.workloads[0].uid, warnings.len()), (Some(0), 0));
+    std::fs::set_permissions(&path, mode(0o646)).unwrap();
+    let [warning] = &Config::load(&path, no_env).unwrap().warnings[..] else { panic!("one warning") };
+    assert!(warning.to_string().contains("every user of this node can write"), "{warning}");
+}

@@ -1,0 +1,92 @@
+//! Each thing that is allowed but not wise.
+
+use super::*;
+
+#[track_caller]
+fn warned(text: &str, expected: &[(usize, &str, &str)]) {
+    let warnings = loaded(text).warnings;
+    let fits = |problem: &Problem, (line, key, words): &(usize, &str, &str)| {
+        problem.line == Some(*line) && problem.key == *key && problem.to_string().contains(words)
+    };
+    let all = warnings.len() == expected.len() && warnings.iter().zip(expected).all(|(w, e)| fits(w, e));
+    assert!(all, "{text}\ngave {warnings:#?}\nnot {expected:#?}");
+}
+
+#[test]
+fn of_one_key() {
+    let table = [
+        ("", "duration = \"29m 59s\"", (10, "role.duration", "SDKs ask anew for every call")),
+        (
+            "",
+            "[listen]\ntcp = [\"127.0.0.1:80\",\n\"127.0.0.1:1024\"]",
+            (12, "listen.tcp", "any user can take port 1024"),
+        ),
+        ("", "[listen]\nauthorization = \"off\"", (11, "listen.authorization", "fetch a URL")),
+        ("", "[identity]\nsocket = \"tcp://10.0.0.1:8081\"", (11, "identity.socket", "in clear text")),
+        (
+            "uid = 1001",
+            "uid = 1001\nexe = \"/usr/bin/python3.12\"",
+            (6, "workload.exe", "runs whatever its caller gives it"),
+        ),
+        ("uid = 1001", "exe = \"/bin/sh\"\nallow_exe_only = true", (5, "workload.exe", "runs whatever")),
+        ("", "region = \"cn-north-1\"", (9, "role.role_arn", "can't be assumed in cn-north-1")),
+    ];
+    for (line, new, expected) in table {
+        let text = if line.is_empty() { format!("{LEAST}{new}\n") } else { with(line, new) };
+        warned(&text, &[expected]);
+    }
+    for quiet in
+        ["duration = \"30m\"", "[listen]\nauthorization = \"off\"\ntcp = []", "[identity]\nsocket = \"tcp://[::1]:1\""]
+    {
+        warned(&format!("{LEAST}{quiet}\n"), &[]);
+    }
+    warned(&with("uid = 1001", "uid = 1001\nexe = \"/opt/pythonesque\""), &[]);
+}
+
+#[test]
+fn of_wildcards() {
+    let role = |id: &str, arn: &str, more: &str| {
+        let text =
+            with("uid = 1001", "uid = 1001\n[[workload]]\nspiffe_id = \"spiffe://example.org/ns/shop/sa/x\"\nuid = 7");
+        format!(
+            "{text}[[role]]\nname = \"x\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/{arn}\"\n{more}\n"
+        )
+    };
+    let claim = (15, "role.spiffe_id", "whoever can create what `*` stands for");
+    warned(&role("spiffe://example.org/ns/*/sa/x", "x", ""), &[claim]);
+    warned(&role("spiffe://example.org/ns/*/sa/x", "{path[1]}", ""), &[]);
+    warned(&role("spiffe://example.org/ns/shop/sa/*", "x", ""), &[]);
+    warned(&role("spiffe://example.org/ns/**", "x", ""), &[]);
+    let alike = (17, "role.session_name", "look the same in CloudTrail");
+    warned(&role("spiffe://example.org/ns/**", "x", "session_name = \"shop\""), &[alike]);
+    warned(&role("spiffe://example.org/ns/shop/sa/x", "x", "session_name = \"shop\""), &[]);
+}
+
+#[test]
+fn of_what_nothing_leads_to() {
+    let other =
+        with("spiffe_id = \"spiffe://example.org/billing\"\nuid", "spiffe_id = \"spiffe://example.org/other\"\nuid");
+    let role = (7, "role.name", "no workload on this node is spiffe://example.org/billing");
+    warned(&other, &[(3, "workload", "no role is for spiffe://example.org/other"), role]);
+    // A workload may still ask for roles by their ARN.
+    let requested = format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{other}");
+    warned(&requested, &[(8, "role.name", "no workload on this node")]);
+    let any = requested.replace("::123456789012:role/*", "::*:role/*");
+    warned(&any, &[(1, "allow_requested_roles", "anybody's account"), (8, "role.name", "no workload")]);
+}
+
+#[test]
+fn of_programs_of_one_user() {
+    let two = |first: &str, second: &str| {
+        let text = format!(
+            "{first}\nexe = \"/a\"\n[[workload]]\nspiffe_id = \"spiffe://example.org/other\"\n{second}\nexe = \"/b\""
+        );
+        with("uid = 1001", &text).replace("/billing\"\nrole_arn", "/*\"\nrole_arn")
+    };
+    warned(
+        &two("uid = 1", "uid = 1"),
+        &[(7, "workload", "only `exe` tells its callers from those of the one in line 3")],
+    );
+    warned(&two("uid = 1", "uid = 2"), &[]);
+    warned(&two("uid = 1", "uid = 1").replace("/other", "/billing"), &[]);
+}

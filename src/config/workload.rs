@@ -1,0 +1,176 @@
+//! `[[workload]]`: which callers have which SPIFFE ID.
+
+use std::path::{Path, PathBuf};
+
+use toml::de::DeValue;
+
+use super::reader::{Place, Table, absolute};
+use crate::cgroup::CgroupPath;
+use crate::identity::SpiffeId;
+use crate::rule::{OVERFLOW_ID, Rule};
+
+/// Names of programs that run other programs' text: whoever may start one is what the rule says.
+const INTERPRETERS: [&str; 27] = [
+    "sh", "bash", "dash", "ash", "zsh", "ksh", "fish", "busybox", "env", "python", "pypy", "perl", "ruby", "node",
+    "nodejs", "deno", "bun", "java", "php", "lua", "luajit", "tclsh", "awk", "gawk", "mawk", "Rscript", "dotnet",
+];
+/// What a caller is told by.
+const KEYS: [&str; 8] = ["uid", "user", "gid", "group", "supplementary_group", "exe", "systemd_unit", "cgroup"];
+const UID_FIX: &str = "write the name of a user of this node, or its number as `uid`";
+const GID_FIX: &str = "write the name of a group of this node, or its number";
+
+/// Finds the number of a user or group by its name; `None` if there is none of that name.
+pub type Lookup<'a> = &'a dyn Fn(&str) -> nix::Result<Option<u32>>;
+
+/// Where the numbers of users and groups come from.
+#[derive(Clone, Copy)]
+pub struct Accounts<'a> {
+    /// A user's uid.
+    pub user: Lookup<'a>,
+    /// A group's gid.
+    pub group: Lookup<'a>,
+}
+
+impl Accounts<'_> {
+    /// Those of this node (NSS: /etc/passwd, and whatever /etc/nsswitch.conf adds).
+    pub fn system() -> Self {
+        Self {
+            user: &|name| Ok(nix::unistd::User::from_name(name)?.map(|user| user.uid.as_raw())),
+            group: &|name| Ok(nix::unistd::Group::from_name(name)?.map(|group| group.gid.as_raw())),
+        }
+    }
+}
+
+/// A rule, and where it stands.
+pub(super) struct Workload {
+    pub(super) rule: Rule,
+    pub(super) at: Place,
+}
+
+/// Reads all `[[workload]]`; one with an error is left out.
+pub(super) fn read(root: &Table<'_>, accounts: Accounts<'_>) -> Vec<Workload> {
+    root.tables("workload").iter().filter_map(|table| rule(table, accounts)).collect()
+}
+
+fn rule(table: &Table<'_>, accounts: Accounts<'_>) -> Option<Workload> {
+    table.require("spiffe_id", "add the SPIFFE ID that these callers have");
+    let spiffe_id = table.parse("spiffe_id", "write an ID as in \"spiffe://example.org/billing\"", SpiffeId::parse);
+    let rule = Rule {
+        // Only to go on and find the other errors: without a valid ID the rule is dropped below.
+        spiffe_id: spiffe_id.clone().or_else(|| SpiffeId::parse("spiffe://invalid/invalid").ok())?,
+        uid: account(table, "uid", "user", UID_FIX, accounts.user),
+        gid: account(table, "gid", "group", GID_FIX, accounts.group),
+        supplementary_group: supplementary_group(table, accounts.group),
+        exe: table.parse("exe", "write the whole path of the program's file", absolute),
+        systemd_unit: table.parse("systemd_unit", "write a unit's name as in \"billing.service\"", systemd_unit),
+        cgroup: table.parse("cgroup", "write a path as in \"/system.slice/billing.service\"", cgroup),
+    };
+    check_keys(table, &rule);
+    // A rule without the key that is wrong would match others than its writer meant.
+    let sound = !KEYS.iter().any(|key| table.is_wrong(key));
+    spiffe_id.filter(|_| sound).map(|_| Workload { rule, at: table.at() })
+}
+
+/// The id under either of two keys.
+fn account(table: &Table<'_>, number: &'static str, name: &'static str, fix: &str, lookup: Lookup<'_>) -> Option<u32> {
+    if table.has(number) && table.has(name) {
+        table.error(name, format!("`{name}` and `{number}` say the same thing"), "keep one of them");
+    }
+    let by_name = table.parse(name, fix, |text| find(text, lookup));
+    let by_number = table.number(number, 0..=u32::MAX - 1);
+    let key = if by_name.is_some() { name } else { number };
+    by_name.or(by_number).filter(|id| exists(table, key, *id))
+}
+
+fn supplementary_group(table: &Table<'_>, lookup: Lookup<'_>) -> Option<u32> {
+    const KEY: &str = "supplementary_group";
+    let id = match table.value(KEY)? {
+        DeValue::Integer(_) => table.number(KEY, 0..=u32::MAX - 1),
+        _ => table.parse(KEY, GID_FIX, |text| find(text, lookup)),
+    };
+    id.filter(|id| exists(table, KEY, *id))
+}
+
+fn find(name: &str, lookup: Lookup<'_>) -> Result<u32, String> {
+    // What the C library would read as the end of the name.
+    if name.is_empty() || name.contains('\0') {
+        return Err("it is no name".to_owned());
+    }
+    match lookup(name) {
+        Ok(Some(id)) => Ok(id),
+        Ok(None) => Err("there is none of that name on this node".to_owned()),
+        Err(error) => Err(format!("looking it up failed: {}", error.desc())),
+    }
+}
+
+fn exists(table: &Table<'_>, key: &str, id: u32) -> bool {
+    if id == OVERFLOW_ID {
+        let what = format!("{id} is what the kernel shows for an id that it can't map, so no caller matches it");
+        table.error(key, what, "give the workload a user or group of its own");
+    }
+    id != OVERFLOW_ID
+}
+
+fn systemd_unit(text: &str) -> Result<String, String> {
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b':' | b'-' | b'_' | b'.' | b'\\' | b'@');
+    let name = text.strip_suffix(".service").or_else(|| text.strip_suffix(".scope"));
+    match name {
+        None => Err(format!("processes live in a .service or .scope; did you mean {text}.service?")),
+        Some(name) if name.is_empty() || !text.bytes().all(allowed) => Err("it is no unit's name".to_owned()),
+        Some(name) if name.ends_with('@') => Err("a template is never started itself; name an instance".to_owned()),
+        _ if CgroupPath::parse(&format!("/system.slice/{text}")).is_some_and(|path| path.names_container()) => {
+            Err("that is a container's unit, which only `cgroup` can name".to_owned())
+        }
+        _ => Ok(text.to_owned()),
+    }
+}
+
+fn cgroup(text: &str) -> Result<glob::Pattern, String> {
+    if CgroupPath::parse(text).is_none() || text.contains("//") || (text.ends_with('/') && text != "/") {
+        return Err("no cgroup has such a path: it begins with `/`, without `..`, `//` or a `/` at the end".to_owned());
+    }
+    if text != "/" && text.bytes().all(|c| matches!(c, b'/' | b'*' | b'?')) {
+        return Err("it names no cgroup: all processes would match, in containers too".to_owned());
+    }
+    glob::Pattern::new(text).map_err(|error| error.msg.to_owned())
+}
+
+/// What only the keys together tell.
+fn check_keys(table: &Table<'_>, rule: &Rule) {
+    let allow_exe_only = table.flag("allow_exe_only").unwrap_or(false);
+    let others = KEYS.iter().any(|key| *key != "exe" && table.has(key));
+    let at = table.at();
+    if !others && !table.has("exe") {
+        table.report.error(
+            &at,
+            "without a key this rule matches every caller",
+            "add `user`, `systemd_unit` or `cgroup`",
+        );
+    }
+    if !others && table.has("exe") && !allow_exe_only {
+        let what =
+            "whoever runs this program, as any user, and with whatever he makes it load, would have this identity";
+        table.error("exe", what, "add `user` or `systemd_unit`, or set `allow_exe_only = true`");
+    }
+    if let Some(path) = rule.exe.as_ref().filter(|path| is_interpreter(path)) {
+        let what =
+            format!("{} runs whatever its caller gives it, so this does not tell programs apart", path.display());
+        table.warn("exe", what, "use `user` or `systemd_unit`");
+    }
+    if let (Some(unit), Some(cgroup)) = (&rule.systemd_unit, rule.cgroup.as_ref().and_then(literal))
+        && CgroupPath::parse(cgroup).as_ref().and_then(CgroupPath::systemd_unit) != Some(unit)
+    {
+        table.error("cgroup", format!("this rule can never match: {cgroup} is not in {unit}"), "keep one of them");
+    }
+}
+
+/// The path itself, where a pattern has no wildcard.
+pub(super) fn literal(pattern: &glob::Pattern) -> Option<&str> {
+    Some(pattern.as_str()).filter(|text| !text.contains(['*', '?', '[']))
+}
+
+fn is_interpreter(path: &PathBuf) -> bool {
+    let name = Path::new(path).file_name().unwrap_or_default().to_string_lossy();
+    let name = name.trim_end_matches(|c: char| c.is_ascii_digit() || c == '.' || c == '-');
+    INTERPRETERS.contains(&name) || name.starts_with("ld-linux") || name.starts_with("qemu-")
+}

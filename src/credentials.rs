@@ -1,0 +1,103 @@
+//! Temporary AWS credentials, and the one place where they are written out: the body that every SDK reads.
+
+use std::fmt;
+use std::time::SystemTime;
+
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use crate::identity::RoleArn;
+
+/// What STS issued for one role session.
+#[derive(Clone)]
+pub struct Credentials {
+    /// The access key id. Not secret: it ties the audit record to CloudTrail.
+    pub access_key_id: String,
+    /// Secret.
+    pub secret_access_key: Zeroizing<String>,
+    /// Secret.
+    pub session_token: Zeroizing<String>,
+    /// When AWS stops to accept them.
+    pub expiration: SystemTime,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials")
+            .field("access_key_id", &self.access_key_id)
+            .field("expiration", &humantime::format_rfc3339_seconds(self.expiration).to_string())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The keys of the answer, no others: one SDK fails on keys that it doesn't know, another needs `Code`.
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Body<'a> {
+    code: &'static str,
+    access_key_id: &'a str,
+    secret_access_key: &'a str,
+    token: &'a str,
+    expiration: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    account_id: Option<&'a str>,
+    role_arn: &'a str,
+}
+
+impl Credentials {
+    /// The JSON body for SDKs: `Expiration` in UTC with `Z` and whole seconds, `AccountId` only where the ARN has one.
+    pub fn body(&self, role: &RoleArn) -> Zeroizing<Vec<u8>> {
+        let body = Body {
+            code: "Success",
+            access_key_id: &self.access_key_id,
+            secret_access_key: &self.secret_access_key,
+            token: &self.session_token,
+            expiration: humantime::format_rfc3339_seconds(self.expiration).to_string(),
+            account_id: role.account(),
+            role_arn: role.as_str(),
+        };
+        // Strings and nothing else: writing them to memory cannot fail.
+        Zeroizing::new(serde_json::to_vec(&body).unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn example() -> Credentials {
+        Credentials {
+            access_key_id: "ASIAEXAMPLE".to_owned(),
+            secret_access_key: Zeroizing::new("s3cret/key".to_owned()),
+            session_token: Zeroizing::new("t0ken==".to_owned()),
+            expiration: SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_999),
+        }
+    }
+
+    #[test]
+    fn body_has_exactly_the_keys_that_sdks_read() {
+        let role = RoleArn::parse("arn:aws:iam::123456789012:role/billing").unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&example().body(&role)).unwrap();
+        let expected = serde_json::json!({
+            "Code": "Success", "AccessKeyId": "ASIAEXAMPLE", "SecretAccessKey": "s3cret/key", "Token": "t0ken==",
+            "Expiration": "2027-01-15T08:00:00Z", "AccountId": "123456789012",
+            "RoleArn": "arn:aws:iam::123456789012:role/billing",
+        });
+        assert_eq!(body, expected);
+    }
+
+    #[test]
+    fn an_arn_without_account_gives_no_account_id() {
+        let role = RoleArn::parse("arn:minio:iam:::role/abcdef").unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&example().body(&role)).unwrap();
+        assert!(body.get("AccountId").is_none());
+    }
+
+    #[test]
+    fn debug_shows_no_secret() {
+        let text = format!("{:?}", example());
+        assert!(text.contains("ASIAEXAMPLE"));
+        assert!(!text.contains("s3cret") && !text.contains("t0ken"), "{text}");
+    }
+}

@@ -1,0 +1,177 @@
+//! From a reason to what the client is told: status, code, words. One place, every case.
+
+use serde::Serialize;
+
+use crate::audit::Outcome;
+use crate::broker::BrokerError;
+use crate::cache::CacheError;
+use crate::caller::{Caller, Refusal};
+use crate::issue::IssueError;
+use crate::role::Denied;
+
+/// Why a request gets no credentials, with what the client may know of it.
+#[derive(Debug)]
+pub(crate) enum Refused {
+    /// The caller was not attested, or is no longer what it was.
+    Caller(Refusal),
+    /// `Host` is missing, twice there, or not loopback.
+    Host,
+    /// A browser asks.
+    Browser,
+    /// A proxy asks for somebody.
+    Proxied,
+    /// Not GET.
+    Method,
+    /// No such path.
+    Path,
+    /// The ARN in the path is none.
+    BadArn,
+    /// No `Authorization` header.
+    NoAuthorization,
+    /// Not the token.
+    WrongToken,
+    /// No rule matches; with what the caller is, which it knows itself.
+    NoIdentity(String),
+    /// No role.
+    Denied(Denied),
+    /// The source or STS failed or refused.
+    Issue(IssueError),
+    /// Still under way.
+    Pending,
+    /// The cache's bound.
+    Full,
+    /// The audit record can't be written, and the configuration requires it.
+    NotAudited,
+}
+
+/// Both spellings, since SDKs read one or the other.
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    code: &'a str,
+    message: &'a str,
+    #[serde(rename = "Code")]
+    code_too: &'a str,
+    #[serde(rename = "Message")]
+    message_too: &'a str,
+}
+
+impl Refused {
+    pub(super) fn broker(error: BrokerError, caller: &Caller) -> Self {
+        match error {
+            BrokerError::Refused(refusal) => Self::Caller(refusal),
+            BrokerError::NoIdentity => Self::NoIdentity(describe(caller)),
+            BrokerError::Source(error) => Self::Issue(IssueError::Source(error)),
+            BrokerError::Denied(denied) => Self::Denied(denied),
+            BrokerError::Cache(CacheError::Issue(error)) => Self::Issue(error),
+            BrokerError::Cache(CacheError::Pending) => Self::Pending,
+            BrokerError::Cache(CacheError::Full) => Self::Full,
+        }
+    }
+
+    /// The label in metrics and audit records.
+    pub(super) fn reason(&self) -> &'static str {
+        match self {
+            Self::Caller(refusal) => refusal.reason(),
+            Self::Host => "host",
+            Self::Browser => "browser",
+            Self::Proxied => "proxied",
+            Self::Method => "method",
+            Self::Path => "path",
+            Self::BadArn => "bad_arn",
+            Self::NoAuthorization => "no_authorization",
+            Self::WrongToken => "wrong_token",
+            Self::NoIdentity(_) => "no_identity",
+            Self::Denied(denied) => denied.reason(),
+            Self::Issue(error) => error.reason(),
+            Self::Pending => "pending",
+            Self::Full => "cache_full",
+            Self::NotAudited => "not_audited",
+        }
+    }
+
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Issue(error) => error.is_transient(),
+            Self::Pending | Self::Full | Self::NotAudited => true,
+            Self::Caller(_)
+            | Self::Host
+            | Self::Browser
+            | Self::Proxied
+            | Self::Method
+            | Self::Path
+            | Self::BadArn
+            | Self::NoAuthorization
+            | Self::WrongToken
+            | Self::NoIdentity(_)
+            | Self::Denied(_) => false,
+        }
+    }
+
+    pub(super) fn outcome(&self) -> Outcome {
+        if self.is_transient() { Outcome::Failed } else { Outcome::Refused }
+    }
+
+    /// Transient is 503, which SDKs try again; never 429, which some don't.
+    pub(super) fn status(&self) -> u16 {
+        match self {
+            Self::Path => 404,
+            Self::Method => 405,
+            Self::Host | Self::BadArn => 400,
+            other if other.is_transient() => 503,
+            _ => 403,
+        }
+    }
+
+    /// Seconds.
+    pub(super) fn retry_after(&self) -> Option<u64> {
+        self.is_transient().then_some(1)
+    }
+
+    /// What happened, why, and what to do: nothing of other workloads, nothing secret.
+    fn message(&self) -> String {
+        let asks = "Ask with the variables that `awsvid` documents: the URI is http://127.0.0.1:<port>/v1/credentials";
+        match self {
+            Self::Caller(refusal) => format!("The caller was not recognized: {refusal}. Connect anew and ask again; if this repeats, the node's log has the details"),
+            Self::Host => "The Host header must be one, and a loopback address or localhost: requests for other names are refused because of DNS rebinding".to_owned(),
+            Self::Browser => "This endpoint does not answer browsers".to_owned(),
+            Self::Proxied => "The request came through a proxy, so the one who asks is not the one who is attested. Set NO_PROXY=127.0.0.1,localhost".to_owned(),
+            Self::Method => "Only GET is answered here".to_owned(),
+            Self::Path => format!("There is nothing at this path. {asks}, or /v1/credentials/<role>"),
+            Self::BadArn => "The role ARN in the path is none; it has the form arn:aws:iam::123456789012:role/name, percent-encoded once".to_owned(),
+            Self::NoAuthorization => "The Authorization header is missing. Set AWS_CONTAINER_AUTHORIZATION_TOKEN to any value, or AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
+            Self::WrongToken => "The Authorization header is missing or is not this node's token. Set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
+            Self::NoIdentity(caller) => format!("No identity is configured on this node for {caller}. Whoever runs the node can add a [[workload]] rule for it"),
+            Self::Denied(denied) => format!("{}. Whoever runs the node can add or widen a [[role]]", sentence(&denied.to_string())),
+            Self::Issue(error) => sentence(&error.to_string()),
+            Self::Pending => "The credentials are being issued; ask again".to_owned(),
+            Self::Full => "This node holds as many credentials as it may; raise [cache] max_entries".to_owned(),
+            Self::NotAudited => "The audit record could not be written, and this node hands out nothing without one".to_owned(),
+        }
+    }
+
+    pub(super) fn body(&self, request_id: &str) -> Vec<u8> {
+        let message = format!("awsvid: {}. (request {request_id})", self.message());
+        let code = self.reason();
+        let body = ErrorBody { code, message: &message, code_too: code, message_too: &message };
+        // Strings: writing them to memory cannot fail.
+        serde_json::to_vec(&body).unwrap_or_default()
+    }
+}
+
+/// What the caller is, as it knows itself.
+fn describe(caller: &Caller) -> String {
+    let unit = caller.cgroup.as_ref().and_then(|cgroup| cgroup.systemd_unit());
+    match (unit, caller.in_container()) {
+        (_, Some(true)) => format!("uid {} in a container", caller.uid),
+        (Some(unit), _) => format!("uid {} in {unit}", caller.uid),
+        (None, _) => format!("uid {}", caller.uid),
+    }
+}
+
+fn sentence(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,136 @@
+//! What a request must look like: method, path, and the headers that keep browsers, proxies and other deputies out.
+
+use std::net::IpAddr;
+
+use hyper::header::{AUTHORIZATION, HOST, HeaderMap};
+use hyper::{Method, Request};
+use percent_encoding::percent_decode_str;
+use subtle::ConstantTimeEq;
+
+use crate::caller::Listener;
+use crate::http::answer::Refused;
+use crate::identity::RoleArn;
+use crate::role::Wanted;
+
+/// `[listen] authorization`: what a TCP caller has to send. It proves that the caller can set headers, which a deputy that
+/// merely fetches URLs for somebody can't (attack 4).
+#[derive(Clone)]
+pub enum Authorization {
+    /// Any value.
+    Present,
+    /// This one, with or without `Bearer `.
+    Token(zeroize::Zeroizing<String>),
+    /// Nothing.
+    Off,
+}
+
+impl std::fmt::Debug for Authorization {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Present => "Present",
+            Self::Token(_) => "Token",
+            Self::Off => "Off",
+        })
+    }
+}
+
+/// The parts of a request's head that are judged.
+#[derive(Debug)]
+pub struct Asked<'a> {
+    /// The method.
+    pub method: &'a Method,
+    /// The path, percent-encoded as it came.
+    pub path: &'a str,
+    /// The query, if there was a `?`.
+    pub query: Option<&'a str>,
+    /// The headers.
+    pub headers: &'a HeaderMap,
+}
+
+impl<'a> Asked<'a> {
+    /// Takes them from a request.
+    pub fn of<B>(request: &'a Request<B>) -> Self {
+        let uri = request.uri();
+        Self { method: request.method(), path: uri.path(), query: uri.query(), headers: request.headers() }
+    }
+}
+
+const PATH: &str = "/v1/credentials";
+/// Set by browsers, never by an SDK.
+const BROWSER: [&str; 5] = ["origin", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"];
+/// Set by proxies: whoever is attested here is then not whoever asks.
+const PROXY: [&str; 3] = ["forwarded", "via", "x-real-ip"];
+const PROXY_PREFIX: &str = "x-forwarded-";
+
+/// Judges a request; says which role it asks for.
+pub(super) fn read(asked: &Asked<'_>, listener: Listener, authorization: &Authorization) -> Result<Wanted, Refused> {
+    let has = |names: &[&str]| names.iter().any(|name| asked.headers.contains_key(*name));
+    if !host_is_loopback(asked.headers) {
+        return Err(Refused::Host);
+    }
+    if has(&BROWSER) {
+        return Err(Refused::Browser);
+    }
+    if has(&PROXY) || asked.headers.keys().any(|name| name.as_str().starts_with(PROXY_PREFIX)) {
+        return Err(Refused::Proxied);
+    }
+    if asked.method != Method::GET {
+        return Err(Refused::Method);
+    }
+    if listener != Listener::Unix && !authorized(asked.headers, authorization) {
+        return Err(match authorization {
+            Authorization::Token(_) => Refused::WrongToken,
+            Authorization::Present | Authorization::Off => Refused::NoAuthorization,
+        });
+    }
+    wanted(asked.path, asked.query)
+}
+
+/// One `Host`, which is a loopback address or `localhost`, with or without a port: a name that somebody points at
+/// 127.0.0.1 (DNS rebinding) is neither.
+fn host_is_loopback(headers: &HeaderMap) -> bool {
+    let mut hosts = headers.get_all(HOST).iter();
+    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
+    let Ok(host) = host.to_str() else { return false };
+    let host = host.to_ascii_lowercase();
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit()) && !host.ends_with(']') => name,
+        _ => host.as_str(),
+    };
+    let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
+    bare == "localhost" || bare.parse().is_ok_and(loopback)
+}
+
+fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let (given, only_one) = (values.next(), values.next().is_none());
+    match authorization {
+        Authorization::Off => true,
+        Authorization::Present => given.is_some_and(|given| !given.is_empty()),
+        Authorization::Token(token) => given.is_some_and(|given| {
+            let given = given.as_bytes().strip_prefix(b"Bearer ").unwrap_or(given.as_bytes());
+            only_one && bool::from(given.ct_eq(token.as_bytes()))
+        }),
+    }
+}
+
+/// `/v1/credentials`, `/v1/credentials/<name>` or `/v1/credentials/<ARN>`, decoded once. A trailing `/` is as without it.
+fn wanted(path: &str, query: Option<&str>) -> Result<Wanted, Refused> {
+    let rest = path.strip_prefix(PATH).ok_or(Refused::Path)?;
+    if query.is_some() {
+        return Err(Refused::Path);
+    }
+    let name = match rest {
+        "" | "/" => return Ok(Wanted::First),
+        rest => rest.strip_prefix('/').ok_or(Refused::Path)?,
+    };
+    let name = percent_decode_str(name).decode_utf8().map_err(|_| Refused::Path)?;
+    if name.starts_with("arn:") {
+        return RoleArn::parse(&name).map(Wanted::Arn).map_err(|_| Refused::BadArn);
+    }
+    Ok(Wanted::Named(name.into_owned()))
+}
+
+#[cfg(test)]
+mod tests;

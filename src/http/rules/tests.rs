@@ -1,0 +1,118 @@
+use super::*;
+use hyper::header::{HeaderName, HeaderValue};
+
+/// A request as SDKs send it, with changes: `("Name", "value")` sets, an empty value removes.
+fn request(changes: &[(&str, &str)]) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for (name, value) in [("host", "127.0.0.1:974"), ("authorization", "any"), ("accept", "*/*")].iter().chain(changes) {
+        let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
+        if value.is_empty() {
+            headers.remove(&name);
+        } else {
+            headers.insert(name, HeaderValue::from_str(value).unwrap());
+        }
+    }
+    headers
+}
+
+fn judge(path: &str, headers: &HeaderMap, listener: Listener, authorization: &Authorization) -> Result<Wanted, &'static str> {
+    let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
+    let asked = Asked { method: &Method::GET, path, query, headers };
+    read(&asked, listener, authorization).map_err(|refused| refused.reason())
+}
+
+fn over_tcp(path: &str, changes: &[(&str, &str)]) -> Result<Wanted, &'static str> {
+    judge(path, &request(changes), Listener::Tcp, &Authorization::Present)
+}
+
+#[test]
+fn hosts_that_are_loopback_are_answered() {
+    for host in ["127.0.0.1", "127.0.0.1:974", "127.8.9.1:1", "localhost", "LocalHost:974", "[::1]", "[::1]:974", "[::ffff:127.0.0.1]:974"] {
+        assert_eq!(over_tcp("/v1/credentials", &[("host", host)]), Ok(Wanted::First), "{host}");
+    }
+}
+
+#[test]
+fn other_hosts_are_refused() {
+    let hosts = ["", "evil.example", "evil.example:974", "127.0.0.1.evil.example", "localhost.evil.example", "169.254.169.254", "127.0.0.1:974:974",
+        "127.0.0.1:", "127.0.0.1:x", "localhost@evil.example", "[::1", "0.0.0.0", "[fe80::1]", "::1", "localhost, evil.example"];
+    for host in hosts {
+        assert_eq!(over_tcp("/v1/credentials", &[("host", host)]), Err("host"), "{host}");
+    }
+    let mut twice = request(&[]);
+    twice.append(HOST, HeaderValue::from_static("127.0.0.1"));
+    assert_eq!(judge("/v1/credentials", &twice, Listener::Tcp, &Authorization::Present), Err("host"));
+    // On the unix socket too: a deputy may speak over it as well.
+    assert_eq!(judge("/v1/credentials", &request(&[("host", "evil.example")]), Listener::Unix, &Authorization::Off), Err("host"));
+}
+
+#[test]
+fn deputies_are_refused() {
+    for name in ["Origin", "Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest", "Sec-Fetch-User"] {
+        assert_eq!(over_tcp("/v1/credentials", &[(name, "x")]), Err("browser"), "{name}");
+    }
+    for name in ["Forwarded", "Via", "X-Real-IP", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Anything"] {
+        assert_eq!(over_tcp("/v1/credentials", &[(name, "x")]), Err("proxied"), "{name}");
+    }
+}
+
+#[test]
+fn only_get_is_answered() {
+    let headers = request(&[]);
+    for method in [Method::POST, Method::PUT, Method::HEAD, Method::OPTIONS, Method::CONNECT, Method::DELETE] {
+        let asked = Asked { method: &method, path: "/v1/credentials", query: None, headers: &headers };
+        assert_eq!(read(&asked, Listener::Tcp, &Authorization::Present).unwrap_err().reason(), "method", "{method}");
+    }
+}
+
+#[test]
+fn authorization_is_asked_for_on_tcp() {
+    let token = Authorization::Token(zeroize::Zeroizing::new("s3cret".to_owned()));
+    let cases = [
+        (Authorization::Present, "anything", Ok(Wanted::First)),
+        (Authorization::Present, "", Err("no_authorization")),
+        (Authorization::Off, "", Ok(Wanted::First)),
+        (token.clone(), "s3cret", Ok(Wanted::First)),
+        (token.clone(), "Bearer s3cret", Ok(Wanted::First)),
+        (token.clone(), "s3cre", Err("wrong_token")),
+        (token.clone(), "s3cret2", Err("wrong_token")),
+        (token.clone(), "bearer s3cret", Err("wrong_token")),
+        (token.clone(), "", Err("wrong_token")),
+    ];
+    for (authorization, value, expected) in cases {
+        let headers = request(&[("authorization", value)]);
+        assert_eq!(judge("/v1/credentials", &headers, Listener::Tcp, &authorization), expected, "{authorization:?} {value:?}");
+        assert_eq!(judge("/v1/credentials", &headers, Listener::Unix, &authorization), Ok(Wanted::First));
+    }
+    let mut twice = request(&[("authorization", "s3cret")]);
+    twice.append(AUTHORIZATION, HeaderValue::from_static("other"));
+    assert_eq!(judge("/v1/credentials", &twice, Listener::Tcp, &token), Err("wrong_token"));
+    assert!(!format!("{token:?}").contains("s3cret"));
+}
+
+#[test]
+fn paths() {
+    let arn = "arn:aws:iam::123456789012:role/app-1";
+    let named = |name: &str| Ok(Wanted::Named(name.to_owned()));
+    let cases = [
+        ("/v1/credentials", Ok(Wanted::First)),
+        ("/v1/credentials/", Ok(Wanted::First)),
+        ("/v1/credentials/billing", named("billing")),
+        ("/v1/credentials/a%20b", named("a b")),
+        // Decoded once.
+        ("/v1/credentials/a%2520b", named("a%20b")),
+        ("/v1/credentials/arn%3Aaws%3Aiam%3A%3A123456789012%3Arole%2Fapp-1", Ok(Wanted::Arn(RoleArn::parse(arn).unwrap()))),
+        ("/v1/credentials/arn:aws:iam::123456789012:role/app-1", Ok(Wanted::Arn(RoleArn::parse(arn).unwrap()))),
+        ("/v1/credentials/arn:aws:iam::12:role/app-1", Err("bad_arn")),
+        ("/v1/credentials/%ff", Err("path")),
+        ("/v1/credentialsx", Err("path")),
+        ("/v1/credentials?role=x", Err("path")),
+        ("/v1/credentials?", Err("path")),
+        ("/v2/credentials", Err("path")),
+        ("/", Err("path")),
+        ("/latest/meta-data/", Err("path")),
+    ];
+    for (path, expected) in cases {
+        assert_eq!(over_tcp(path, &[]), expected, "{path}");
+    }
+}

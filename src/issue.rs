@@ -1,0 +1,150 @@
+//! Credentials that are not cached: a JWT-SVID from the source, credentials from STS.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::time::{Instant, sleep};
+
+use crate::caller::Caller;
+use crate::clock::Clock;
+use crate::credentials::Credentials;
+use crate::role::Grant;
+use crate::sts::{Again, AssumeRole, StsError};
+use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError};
+
+/// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
+/// the cache to try again, at its pace.
+const WINDOW: Duration = Duration::from_secs(4);
+/// The tries of one issue after its first ones, at the source and at STS together.
+const MORE_TRIES: u32 = 3;
+/// Before the first of them; doubled before each other one, and jittered, so that a node's flights don't march in step.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// Issues credentials. It remembers nothing.
+#[derive(Debug, Clone)]
+pub struct Issuer {
+    source: Arc<dyn IdentitySource>,
+    sts: Arc<dyn AssumeRole>,
+    clock: Clock,
+}
+
+/// Why no credentials were issued.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum IssueError {
+    /// The source gave no token that may be used.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// STS gave no credentials for it.
+    #[error(transparent)]
+    Sts(#[from] StsError),
+}
+
+impl IssueError {
+    /// Whether it may pass without anybody doing anything: an outage, not a refusal.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Source(error) => error.is_transient(),
+            Self::Sts(error) => match error.again {
+                Again::Later => true,
+                // The new token has been tried by now.
+                Again::NewToken | Again::Never => false,
+            },
+        }
+    }
+
+    /// The label in metrics and audit records.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Source(error) => error.reason(),
+            Self::Sts(error) => error.reason,
+        }
+    }
+}
+
+impl Issuer {
+    /// Puts source and STS together.
+    pub fn new(source: Arc<dyn IdentitySource>, sts: Arc<dyn AssumeRole>, clock: Clock) -> Self {
+        Self { source, sts, clock }
+    }
+
+    /// Credentials for `grant`, by a token that the source gives `caller`.
+    ///
+    /// What passes quickly is tried again within seconds; a token that STS refuses is replaced once.
+    pub async fn issue(&self, caller: &Caller, grant: &Grant) -> Result<Credentials, IssueError> {
+        let mut patience = Patience::new();
+        let token = self.token(caller, grant, &mut patience).await?;
+        let refused = match self.assume(grant, &token, &mut patience).await {
+            Err(error) if error.again == Again::NewToken => error,
+            result => return Ok(result?),
+        };
+        let fresh = self.token(caller, grant, &mut patience).await?;
+        if fresh.is_same(&token) {
+            return Err(noting(refused, "the identity source gave the same token again").into());
+        }
+        match self.assume(grant, &fresh, &mut patience).await {
+            Err(error) if error.again == Again::NewToken => {
+                Err(noting(error, "a new token was refused as well").into())
+            }
+            result => Ok(result?),
+        }
+    }
+
+    async fn token(&self, caller: &Caller, grant: &Grant, patience: &mut Patience) -> Result<JwtSvid, SourceError> {
+        let audience = &grant.role.audience;
+        loop {
+            match self.source.token(caller, &grant.spiffe_id, audience).await {
+                Err(SourceError::Unavailable(_)) if patience.pause().await => {}
+                // Checked against what the source was asked for, this can only be a mistake in the source's own code.
+                // It would hand one workload the account of another.
+                Ok(token) if *token.spiffe_id() != grant.spiffe_id || token.audience() != audience => {
+                    return Err(BadToken::Wrong("it is not the one that was asked for".to_owned()).into());
+                }
+                result => return result,
+            }
+        }
+    }
+
+    async fn assume(&self, grant: &Grant, token: &JwtSvid, patience: &mut Patience) -> Result<Credentials, StsError> {
+        loop {
+            match self.sts.assume(grant, token).await {
+                Err(error) if error.again == Again::Later => {
+                    if !patience.pause().await || token.expires() <= self.clock.now() {
+                        return Err(error);
+                    }
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
+fn noting(error: StsError, note: &str) -> StsError {
+    StsError { message: format!("{}; {note}", error.message), ..error }
+}
+
+/// How many more tries one issue has, and until when.
+struct Patience {
+    start: Instant,
+    tries: u32,
+}
+
+impl Patience {
+    fn new() -> Self {
+        Self { start: Instant::now(), tries: 0 }
+    }
+
+    /// Waits before another try; `false`, at once, if there is to be none.
+    async fn pause(&mut self) -> bool {
+        let pause = PAUSE.mul_f64(f64::from(1 << self.tries) * (0.5 + 0.5 * fastrand::f64()));
+        if self.tries == MORE_TRIES || self.start.elapsed() + pause > WINDOW {
+            return false;
+        }
+        self.tries += 1;
+        sleep(pause).await;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests;

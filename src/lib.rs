@@ -1,0 +1,71 @@
+//! awsvid hands each workload on a Linux node its own AWS credentials, by its SPIFFE identity.
+//!
+//! # Layout
+//!
+//! A file imports only what stands above it in this list (and its own children); `tests/it/layout.rs` checks that.
+//!
+//! Values, without I/O: [`identity`] names, [`cgroup`] what a cgroup path says, [`caller`] who is asking, [`rule`] which
+//! SPIFFE ID a caller has, [`role`] which role that may have, [`credentials`] what is handed out, [`clock`] what time it is.
+//!
+//! What every part needs: [`config`], [`telemetry`] the log, [`metrics`], [`audit`] one record per request.
+//!
+//! A request, in its order:
+//!
+//! | step | module | |
+//! |---|---|---|
+//! | connect | [`listen`] | accepts, takes the peer's facts before a byte is read |
+//! | attest | [`attest`] | peer -> [`caller::Caller`], by what the kernel fixed |
+//! | ask | [`http`] | method, path, header rules; opens the audit record |
+//! | decide | [`broker`] | identify, choose, cached or issued, still the same caller: **the request path** |
+//! | remember | [`cache`] | credentials by SPIFFE ID and role, refreshed ahead |
+//! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`] |
+//!
+//! Around it: [`admin`] health and metrics, [`app`] which wires all of it.
+
+pub mod identity;
+
+pub mod endpoint;
+
+pub mod cgroup;
+
+pub mod caller;
+
+pub mod rule;
+
+pub mod role;
+
+pub mod credentials;
+
+pub mod clock;
+
+pub mod config;
+
+pub mod telemetry;
+
+pub mod metrics;
+
+pub mod audit;
+
+pub mod hardening;
+
+pub mod listen;
+
+pub mod attest;
+
+pub mod svid;
+
+pub mod sts;
+
+pub mod issue;
+
+pub mod cache;
+
+pub mod broker;
+
+pub mod http;
+
+pub mod admin;
+
+pub mod readiness;
+
+pub mod app;

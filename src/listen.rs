@@ -1,0 +1,252 @@
+//! Listeners: bound by the daemon or handed over by systemd, and accept loops that nothing ends but the daemon's own end.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::metrics::{Metrics, Reason};
+
+mod inherited;
+mod share;
+mod socket_file;
+
+pub use inherited::Inherited;
+pub use share::{Place, Shares};
+pub use socket_file::SocketFile;
+
+/// How long an accept loop pauses when the process or the system is out of descriptors or memory.
+const PAUSE: Duration = Duration::from_millis(50);
+/// How often a listener that was killed is bound again.
+const REBIND: Duration = Duration::from_secs(1);
+/// How long connections may take to end once the daemon was told to.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Why a listener could not be had.
+#[derive(Debug, Error)]
+pub enum ListenError {
+    /// Another process has the address.
+    #[error("{address}: {source}; see who has it with `ss -lntp`, or choose another address in [listen]")]
+    Tcp {
+        /// Which.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another daemon serves this socket.
+    #[error("{}: another process serves this socket; stop it first, or choose another path in [listen]", path.display())]
+    InUse {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The directory is not safe to put the socket in.
+    #[error("{}: the directory can be changed by others, who could put a socket of their own there; make it owned by root with mode 0755", path.display())]
+    UnsafeDirectory {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The socket can't be made.
+    #[error("{}: {source}", path.display())]
+    Unix {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// systemd handed over a socket that the configuration does not name.
+    #[error(
+        "systemd handed over the socket {0}, which is not in [listen]: make the .socket unit and the configuration agree"
+    )]
+    NotConfigured(String),
+}
+
+/// A listener.
+#[derive(Debug)]
+pub enum Bound {
+    /// On a unix socket; the file is removed with the daemon unless systemd owns it.
+    Unix {
+        /// Accepts.
+        listener: UnixListener,
+        /// Where clients find it.
+        path: PathBuf,
+        /// Its mode, for when it has to be bound again.
+        mode: u32,
+        /// Removes the file at the end.
+        file: Option<SocketFile>,
+    },
+    /// On a loopback address.
+    Tcp {
+        /// Accepts.
+        listener: TcpListener,
+        /// Its address, with the port that the kernel chose if the configuration says 0.
+        address: SocketAddr,
+    },
+}
+
+/// A connection, and for TCP the address that it was accepted on.
+#[derive(Debug)]
+pub enum Stream {
+    /// Over the unix socket.
+    Unix(UnixStream),
+    /// Over TCP.
+    Tcp {
+        /// The connection.
+        stream: TcpStream,
+        /// The client's address.
+        client: SocketAddr,
+        /// The daemon's.
+        server: SocketAddr,
+    },
+}
+
+impl ListenError {
+    /// Whether the machine has no such address family.
+    pub fn is_unavailable_family(&self) -> bool {
+        let Self::Tcp { source, .. } = self else { return false };
+        let errno = source.raw_os_error().map(Errno::from_raw);
+        matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
+    }
+}
+
+impl Bound {
+    /// Listens on a TCP address, or takes the one that systemd holds.
+    ///
+    /// Never with SO_REUSEPORT: whoever shares the port would get half of the connections (attack 9).
+    pub async fn tcp(address: SocketAddr, inherited: &mut Inherited) -> Result<Self, ListenError> {
+        let failed = |source| ListenError::Tcp { address, source };
+        let listener = match inherited.take_tcp(address) {
+            Some(listener) => TcpListener::from_std(listener).map_err(failed)?,
+            None => TcpListener::bind(address).await.map_err(failed)?,
+        };
+        let address = listener.local_addr().map_err(failed)?;
+        Ok(Self::Tcp { listener, address })
+    }
+
+    /// Listens on a unix socket with this mode, or takes the one that systemd holds.
+    pub fn unix(path: &Path, mode: u32, inherited: &mut Inherited) -> Result<Self, ListenError> {
+        let failed = |source| ListenError::Unix { path: path.to_owned(), source };
+        if let Some(listener) = inherited.take_unix(path) {
+            let listener = UnixListener::from_std(listener).map_err(failed)?;
+            return Ok(Self::Unix { listener, path: path.to_owned(), mode, file: None });
+        }
+        let (listener, file) = SocketFile::bind(path, mode)?;
+        let listener = UnixListener::from_std(listener).map_err(failed)?;
+        Ok(Self::Unix { listener, path: path.to_owned(), mode, file: Some(file) })
+    }
+
+    /// For the log.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Unix { path, .. } => path.display().to_string(),
+            Self::Tcp { address, .. } => address.to_string(),
+        }
+    }
+
+    async fn accept(&self) -> io::Result<Stream> {
+        match self {
+            Self::Unix { listener, .. } => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+            Self::Tcp { listener, address } => {
+                let (stream, client) = listener.accept().await?;
+                Ok(Stream::Tcp { stream, client, server: *address })
+            }
+        }
+    }
+
+    /// A listener in the place of one that somebody has killed, as `ss -K` can (attack 9).
+    async fn again(&self) -> Result<Self, ListenError> {
+        match self {
+            Self::Tcp { address, .. } => Self::tcp(*address, &mut Inherited::default()).await,
+            Self::Unix { path, mode, .. } => Self::unix(path, *mode, &mut Inherited::default()),
+        }
+    }
+}
+
+impl Stream {
+    /// Ends the connection at once: a reset leaves no port waiting, as a close would (attack 20).
+    pub fn reset(self) {
+        if let Self::Tcp { stream, .. } = &self {
+            // If that fails it is closed the ordinary way.
+            let _ = stream.set_zero_linger();
+        }
+    }
+}
+
+/// What all accept loops share.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Connections at one time, over all listeners.
+    pub connections: Arc<Semaphore>,
+    /// Counts what is dropped.
+    pub metrics: Metrics,
+}
+
+/// Accepts until `stop` says so, then lets the connections end. Accepting never waits for a connection.
+pub async fn serve<F, C>(mut bound: Bound, limits: Limits, mut stop: watch::Receiver<bool>, connection: F)
+where
+    F: Fn(Stream) -> C,
+    C: Future<Output = ()> + Send + 'static,
+{
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => break,
+            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            accepted = bound.accept() => accepted,
+        };
+        match accepted {
+            Ok(stream) => match limits.connections.clone().try_acquire_owned() {
+                Ok(permit) => {
+                    let served = connection(stream);
+                    let open = limits.metrics.connections.clone();
+                    connections.spawn(async move {
+                        open.inc();
+                        served.await;
+                        open.dec();
+                        drop(permit);
+                    });
+                }
+                Err(_) => {
+                    limits.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many" }).inc();
+                    stream.reset();
+                }
+            },
+            Err(error) => recover(&mut bound, &error, &mut stop).await,
+        }
+    }
+    if timeout(DRAIN, async { while connections.join_next().await.is_some() {} }).await.is_err() {
+        tracing::warn!(open = connections.len(), "connections did not end in time and are cut");
+    }
+}
+
+/// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
+async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>) {
+    let pause = match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
+            tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
+            PAUSE
+        }
+        Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
+            tracing::error!(%error, listener = bound.name(), "the listener was killed; binding it again");
+            match bound.again().await {
+                Ok(new) => {
+                    *bound = new;
+                    return;
+                }
+                Err(error) => tracing::error!(%error, "the listener cannot be bound again yet"),
+            }
+            REBIND
+        }
+        _ => return,
+    };
+    // Ends early when the daemon is told to stop.
+    let _ = timeout(pause, stop.wait_for(|stop| *stop)).await;
+}

@@ -1,0 +1,58 @@
+//! Sockets that systemd holds and hands over (`sd_listen_fds(3)`), so that they outlive the daemon's restarts.
+
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use crate::listen::ListenError;
+
+/// Listeners that were handed over and are not yet taken.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    unix: Vec<UnixListener>,
+    tcp: Vec<TcpListener>,
+}
+
+impl Inherited {
+    /// Takes them from the environment; to be called once, before threads are started.
+    pub fn from_environment() -> Self {
+        let mut handed = listenfd::ListenFd::from_env();
+        let mut inherited = Self::default();
+        for index in 0..handed.len() {
+            if let Ok(Some(listener)) = handed.take_unix_listener(index) {
+                inherited.unix.push(listener);
+            } else if let Ok(Some(listener)) = handed.take_tcp_listener(index) {
+                inherited.tcp.push(listener);
+            }
+        }
+        for listener in &inherited.unix {
+            let _ = listener.set_nonblocking(true);
+        }
+        for listener in &inherited.tcp {
+            let _ = listener.set_nonblocking(true);
+        }
+        inherited
+    }
+
+    pub(super) fn take_tcp(&mut self, address: SocketAddr) -> Option<TcpListener> {
+        let index = self.tcp.iter().position(|listener| listener.local_addr().is_ok_and(|found| found == address))?;
+        Some(self.tcp.swap_remove(index))
+    }
+
+    pub(super) fn take_unix(&mut self, path: &Path) -> Option<UnixListener> {
+        let is_here =
+            |listener: &UnixListener| listener.local_addr().is_ok_and(|found| found.as_pathname() == Some(path));
+        let index = self.unix.iter().position(is_here)?;
+        Some(self.unix.swap_remove(index))
+    }
+
+    /// An error if any was not taken: a socket that nobody serves would leave its callers waiting.
+    pub fn all_taken(&self) -> Result<(), ListenError> {
+        let unix = self
+            .unix
+            .iter()
+            .filter_map(|listener| Some(listener.local_addr().ok()?.as_pathname()?.display().to_string()));
+        let tcp = self.tcp.iter().filter_map(|listener| Some(listener.local_addr().ok()?.to_string()));
+        unix.chain(tcp).next().map_or(Ok(()), |name| Err(ListenError::NotConfigured(name)))
+    }
+}

@@ -1,0 +1,138 @@
+//! The file of a unix socket: put in place safely, and removed at the end.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
+
+use crate::listen::ListenError;
+
+/// Owns the file of a listening unix socket while it lives.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    inode: u64,
+    /// Held for the daemon's life, so that two starts at the same time can't both find the file stale.
+    _lock: Flock<File>,
+}
+
+impl SocketFile {
+    /// Listens on `path` with `mode`: replaces the file of a daemon that is gone, refuses to replace a living one's.
+    pub fn bind(path: &Path, mode: u32) -> Result<(UnixListener, Self), ListenError> {
+        let failed = |source: io::Error| ListenError::Unix { path: path.to_owned(), source };
+        let in_use = || ListenError::InUse { path: path.to_owned() };
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(failed)?;
+        check_directory(directory)?;
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(beside(path, ".lock"))
+            .map_err(failed)?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| in_use())?;
+        // A daemon whose socket systemd holds has no lock file.
+        if UnixStream::connect(path).is_ok() {
+            return Err(in_use());
+        }
+        let is_other = |found: fs::Metadata| !found.file_type().is_socket();
+        if fs::symlink_metadata(path).is_ok_and(is_other) {
+            return Err(failed(io::Error::new(io::ErrorKind::AlreadyExists, "it exists and is no socket; remove it")));
+        }
+        // Made under another name first: clients see it with its final mode, or not at all.
+        let new = beside(path, ".new");
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&new).map_err(failed)?;
+        fs::set_permissions(&new, Permissions::from_mode(mode)).map_err(failed)?;
+        let inode = fs::symlink_metadata(&new).map_err(failed)?.ino();
+        fs::rename(&new, path).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok((listener, Self { path: path.to_owned(), inode, _lock: lock }))
+    }
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// Whoever may rename files in the directory could put a fake server in the socket's place (attack 12).
+fn check_directory(directory: &Path) -> Result<(), ListenError> {
+    let failed = |source: io::Error| ListenError::Unix { path: directory.to_owned(), source };
+    let found = fs::metadata(directory).map_err(failed)?;
+    let owned = found.uid() == 0 || found.uid() == geteuid().as_raw();
+    if owned && found.mode() & 0o022 == 0 {
+        Ok(())
+    } else {
+        Err(ListenError::UnsafeDirectory { path: directory.to_owned() })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Only if it is still this socket's.
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn safe_directory() -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+        directory
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_living_one_is_not() {
+        let directory = safe_directory();
+        let path = directory.path().join("a.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        let (_listener, file) = SocketFile::bind(&path, 0o666).unwrap();
+        assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o666);
+        assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::InUse { .. })));
+        drop(file);
+        assert!(!path.exists());
+        // Held by somebody without a lock file, as systemd does.
+        let _held = UnixListener::bind(&path).unwrap();
+        assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::InUse { .. })));
+    }
+
+    #[test]
+    fn what_is_no_socket_and_directories_of_others_are_left_alone() {
+        let directory = safe_directory();
+        let path = directory.path().join("a.sock");
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::Unix { .. })));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
+        assert!(matches!(
+            SocketFile::bind(&directory.path().join("b.sock"), 0o666),
+            Err(ListenError::UnsafeDirectory { .. })
+        ));
+    }
+
+    #[test]
+    fn a_file_that_is_no_longer_ours_stays() {
+        let directory = safe_directory();
+        let path = directory.path().join("a.sock");
+        let (_listener, file) = SocketFile::bind(&path, 0o600).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        drop(file);
+        assert!(path.exists());
+    }
+}

@@ -1,0 +1,98 @@
+//! Counters for operators. deploy/README.md describes each; labels are bounded and name no single workload.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+/// Labels of `awsvid_requests`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Request {
+    /// `unix` or `tcp`.
+    pub listener: &'static str,
+    /// `issued`, `refused`, `failed` or `aborted`.
+    pub outcome: &'static str,
+    /// Why; `ok` where it was issued.
+    pub reason: &'static str,
+}
+
+/// Labels of what has only a reason.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Reason {
+    /// Why.
+    pub reason: &'static str,
+}
+
+/// Labels of calls to the identity source and to STS.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Call {
+    /// `ok` or the reason of the failure.
+    pub result: &'static str,
+}
+
+/// Every metric. Cheap to clone: all are handles.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics {
+    /// Requests whose head arrived.
+    pub requests: Family<Request, Counter>,
+    /// Connections that ended before a request was read, or were never taken.
+    pub connections_dropped: Family<Reason, Counter>,
+    /// Connections open now.
+    pub connections: Gauge,
+    /// Credentials issued: a JWT-SVID exchanged at STS, or the failure.
+    pub issues: Family<Call, Counter>,
+    /// Entries in the cache.
+    pub cache_entries: Gauge,
+    /// Audit records that could not be written.
+    pub audit_lost: Counter,
+    /// 1 once `/readyz` has been 200.
+    pub ready: Gauge,
+    /// From the request's head to the answer.
+    pub latency: Latency,
+}
+
+/// A histogram of seconds, 10 microseconds to 10 seconds.
+#[derive(Debug, Clone)]
+pub struct Latency(pub Histogram);
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self(Histogram::new(exponential_buckets(10e-6, 4.0, 11)))
+    }
+}
+
+impl Metrics {
+    /// All metrics in the text format of the OpenMetrics 1.0 specification.
+    pub fn encode(&self) -> String {
+        let mut registry = Registry::with_prefix("awsvid");
+        registry.register("requests", "Requests by listener, outcome and reason", self.requests.clone());
+        registry.register(
+            "connections_dropped",
+            "Connections that ended without a request",
+            self.connections_dropped.clone(),
+        );
+        registry.register("connections", "Connections open now", self.connections.clone());
+        registry.register("issues", "JWT-SVIDs exchanged at STS, by result", self.issues.clone());
+        registry.register("cache_entries", "Sets of credentials in the cache", self.cache_entries.clone());
+        registry.register("audit_lost", "Audit records that could not be written", self.audit_lost.clone());
+        registry.register("ready", "1 once the daemon has been ready", self.ready.clone());
+        let latency = self.latency.0.clone();
+        registry.register_with_unit("request_duration", "From head to answer", Unit::Seconds, latency);
+        // The build's version as a label, by the usual convention.
+        let version = Family::<Version, Gauge<i64>>::default();
+        version.get_or_create(&Version { version: env!("CARGO_PKG_VERSION") }).set(1);
+        registry.register("build_info", "What is running", version);
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = encode(&mut text, &registry);
+        text
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Version {
+    version: &'static str,
+}

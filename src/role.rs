@@ -1,0 +1,197 @@
+//! The `[[role]]` definitions, and the choice of one: pure, deny by default.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
+
+/// A role as the configuration defines it, with the defaults of `[identity]` and `[sts]` filled in. The whole of it is part
+/// of the cache's key, so that credentials of a definition never outlive it (attack 17).
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Role {
+    /// The name in the path: `/v1/credentials/<name>`.
+    pub name: String,
+    /// Who may have it.
+    pub spiffe_id: SpiffeIdPattern,
+    /// What is assumed.
+    pub role_arn: ArnTemplate,
+    /// The one audience of the JWT-SVID.
+    pub audience: String,
+    /// Of the session: 15 minutes to 12 hours.
+    pub duration: Duration,
+    /// A fixed session name, instead of the one made from the SPIFFE ID.
+    pub session_name: Option<SessionName>,
+    /// Where it is assumed.
+    pub sts: StsTarget,
+    /// A session policy (JSON) that narrows the role.
+    pub policy: Option<String>,
+    /// Managed session policies.
+    pub policy_arns: Vec<String>,
+}
+
+/// An STS endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct StsTarget {
+    /// The AWS region; also what an endpoint of another kind is told to be in.
+    pub region: String,
+    /// Instead of AWS's endpoint of that region.
+    pub endpoint: Option<String>,
+}
+
+/// An identity that the source gave a caller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The SPIFFE ID.
+    pub spiffe_id: SpiffeId,
+    /// The operator's name for it, if the source gave one.
+    pub hint: Option<String>,
+}
+
+/// Which role a request asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wanted {
+    /// `/v1/credentials`: the first that the caller may have.
+    First,
+    /// `/v1/credentials/<name>`.
+    Named(String),
+    /// `/v1/credentials/<percent-encoded ARN>`.
+    Arn(RoleArn),
+}
+
+/// What is to be issued: everything that distinguishes one set of credentials from another.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Grant {
+    /// To whom.
+    pub spiffe_id: SpiffeId,
+    /// By which definition.
+    pub role: Arc<Role>,
+    /// The role's ARN for this SPIFFE ID.
+    pub role_arn: RoleArn,
+    /// The session's name.
+    pub session_name: SessionName,
+}
+
+/// Why no role was chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Denied {
+    /// No role is for this caller.
+    #[error("no role is configured for this workload")]
+    NoRole,
+    /// The named role does not exist, or is not for this caller; the two are not told apart.
+    #[error("this workload has no role of that name")]
+    NotThisRole,
+    /// The ARN in the path is not in `allow_requested_roles`, or STS is not AWS's.
+    #[error("workloads on this node may not ask for that role ARN")]
+    ArnNotAllowed,
+    /// Several identities would do.
+    #[error("the workload has several SPIFFE IDs that this role is for")]
+    SeveralIdentities,
+}
+
+impl Denied {
+    /// The label in metrics and audit records.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NoRole => "no_role",
+            Self::NotThisRole => "not_this_role",
+            Self::ArnNotAllowed => "arn_not_allowed",
+            Self::SeveralIdentities => "several_identities",
+        }
+    }
+}
+
+/// All roles of a node, in the order of the configuration.
+#[derive(Debug, Clone, Default)]
+pub struct Roles {
+    /// `[[role]]`.
+    pub defined: Vec<Arc<Role>>,
+    /// For ARNs in the path, if any is allowed.
+    pub requested: Option<RequestedRoles>,
+}
+
+/// `allow_requested_roles`.
+#[derive(Debug, Clone)]
+pub struct RequestedRoles {
+    /// Which ARNs.
+    pub allowed: Vec<glob::Pattern>,
+    /// `[identity] audience`.
+    pub audience: String,
+    /// `[sts]`. Only AWS's own: with an endpoint of another kind the list is a configuration error.
+    pub sts: StsTarget,
+}
+
+/// Without a `[[role]]` nothing else says how long.
+const REQUESTED_DURATION: Duration = Duration::from_secs(3600);
+
+impl Roles {
+    /// Chooses the role for a caller with these identities: the first that fits, or the one that was asked for.
+    pub fn choose(&self, identities: &[Identity], wanted: &Wanted) -> Result<Grant, Denied> {
+        match wanted {
+            Wanted::First => {
+                let mut grants = self.defined.iter().filter_map(|role| grant(role, identities).transpose());
+                grants.next().unwrap_or(Err(Denied::NoRole))
+            }
+            Wanted::Named(name) => {
+                let role = self.defined.iter().find(|role| role.name == *name).ok_or(Denied::NotThisRole)?;
+                grant(role, identities)?.ok_or(Denied::NotThisRole)
+            }
+            Wanted::Arn(arn) => self.requested(identities, arn),
+        }
+    }
+
+    /// AWS's trust policy is the authority over who may assume this role; the list only bounds what is tried.
+    fn requested(&self, identities: &[Identity], arn: &RoleArn) -> Result<Grant, Denied> {
+        let options = glob::MatchOptions {
+            case_sensitive: true,
+            require_literal_separator: true,
+            require_literal_leading_dot: false,
+        };
+        let settings = self.requested.as_ref().filter(|requested| {
+            arn.is_aws() && requested.allowed.iter().any(|pattern| pattern.matches_with(arn.as_str(), options))
+        });
+        let settings = settings.ok_or(Denied::ArnNotAllowed)?;
+        let identity = match identities {
+            [only] => only,
+            [] => return Err(Denied::NoRole),
+            _ => return Err(Denied::SeveralIdentities),
+        };
+        let role = Role {
+            name: arn.as_str().to_owned(),
+            spiffe_id: SpiffeIdPattern::parse(identity.spiffe_id.as_str()).map_err(|_| Denied::ArnNotAllowed)?,
+            // The workload wrote this: a `{path[0]}` in it is no template of the operator's.
+            role_arn: ArnTemplate::fixed(arn),
+            audience: settings.audience.clone(),
+            duration: REQUESTED_DURATION,
+            session_name: None,
+            sts: settings.sts.clone(),
+            policy: None,
+            policy_arns: Vec::new(),
+        };
+        grant(&Arc::new(role), identities)?.ok_or(Denied::ArnNotAllowed)
+    }
+}
+
+/// The grant of this role to the one identity that it is for; `None` if it is for none of them.
+///
+/// Of several, the one whose hint is the role's name; never one by its position in the list.
+fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, Denied> {
+    let fitting: Vec<_> = identities.iter().filter(|identity| role.spiffe_id.matches(&identity.spiffe_id)).collect();
+    let hinted: Vec<_> =
+        fitting.iter().copied().filter(|identity| identity.hint.as_ref() == Some(&role.name)).collect();
+    let identity = match (&fitting[..], &hinted[..]) {
+        ([], _) => return Ok(None),
+        ([only], _) | (_, [only]) => &only.spiffe_id,
+        _ => return Err(Denied::SeveralIdentities),
+    };
+    Ok(role.role_arn.render(identity).map(|role_arn| Grant {
+        spiffe_id: identity.clone(),
+        role: role.clone(),
+        role_arn,
+        session_name: role.session_name.clone().unwrap_or_else(|| SessionName::of(identity)),
+    }))
+}
+
+#[cfg(test)]
+mod tests;

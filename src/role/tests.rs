@@ -1,0 +1,225 @@
+use super::*;
+
+fn role(name: &str, spiffe_id: &str, arn: &str) -> Role {
+    Role {
+        name: name.to_owned(),
+        spiffe_id: SpiffeIdPattern::parse(&format!("spiffe://example.org/{spiffe_id}")).unwrap(),
+        role_arn: ArnTemplate::parse(&format!("arn:aws:iam::123456789012:role/{arn}")).unwrap(),
+        audience: "sts.amazonaws.com".to_owned(),
+        duration: Duration::from_secs(900),
+        session_name: None,
+        sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
+        policy: None,
+        policy_arns: Vec::new(),
+    }
+}
+
+fn roles(defined: impl IntoIterator<Item = Role>) -> Roles {
+    Roles { defined: defined.into_iter().map(Arc::new).collect(), requested: None }
+}
+
+/// Each `path` or `path hint`.
+fn identities(list: &[&str]) -> Vec<Identity> {
+    let one = |text: &&str| {
+        let (path, hint) = text.split_once(' ').map_or((*text, None), |(path, hint)| (path, Some(hint.to_owned())));
+        Identity { spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(), hint }
+    };
+    list.iter().map(one).collect()
+}
+
+/// The chosen role's name and the SPIFFE ID's path, or the reason of the denial.
+fn choice(roles: &Roles, callers: &[&str], wanted: &Wanted) -> String {
+    match roles.choose(&identities(callers), wanted) {
+        Ok(grant) => {
+            format!("{} as {}", grant.role.name, grant.spiffe_id.as_str().replace("spiffe://example.org/", ""))
+        }
+        Err(denied) => denied.reason().to_owned(),
+    }
+}
+
+#[test]
+fn the_first_role_or_the_named_one() {
+    let roles = roles([
+        role("reader", "shop/reader", "reader"),
+        role("billing", "shop/billing", "billing"),
+        role("any", "shop/*", "any"),
+        role("admin", "admin", "admin"),
+    ]);
+    let named = |name: &str| Wanted::Named(name.to_owned());
+    let table = [
+        ("shop/reader", Wanted::First, "reader as shop/reader"),
+        ("shop/billing", Wanted::First, "billing as shop/billing"),
+        ("shop/other", Wanted::First, "any as shop/other"),
+        ("shop", Wanted::First, "no_role"),
+        ("shop/billing/x", Wanted::First, "no_role"),
+        ("shop/billing", named("any"), "any as shop/billing"),
+        ("shop/billing", named("billing"), "billing as shop/billing"),
+        // Not for this caller, and not there at all: nobody can find out which names exist.
+        ("shop/billing", named("reader"), "not_this_role"),
+        ("shop/billing", named("admin"), "not_this_role"),
+        ("shop/billing", named("missing"), "not_this_role"),
+        ("shop/billing", named("Billing"), "not_this_role"),
+        ("shop/billing", named(""), "not_this_role"),
+    ];
+    for (caller, wanted, expected) in table {
+        assert_eq!(choice(&roles, &[caller], &wanted), expected, "{caller} {wanted:?}");
+    }
+    assert_eq!(choice(&roles, &[], &Wanted::First), "no_role");
+    assert_eq!(choice(&roles, &[], &named("billing")), "not_this_role");
+    assert_eq!(choice(&Roles::default(), &["shop/billing"], &Wanted::First), "no_role");
+}
+
+#[test]
+fn of_several_identities_never_one_by_its_position() {
+    let roles = roles([
+        role("billing", "shop/*", "billing"),
+        role("reader", "read/*", "reader"),
+        role("exact", "shop/a", "exact"),
+    ]);
+    let named = |name: &str| Wanted::Named(name.to_owned());
+    let table: [(&[&str], Wanted, &str); 14] = [
+        (&["shop/a", "shop/b"], Wanted::First, "several_identities"),
+        (&["shop/b", "shop/a"], Wanted::First, "several_identities"),
+        (&["shop/a", "shop/b"], named("billing"), "several_identities"),
+        // Only one that the role is for.
+        (&["shop/a", "read/b"], Wanted::First, "billing as shop/a"),
+        (&["read/b", "shop/a"], Wanted::First, "billing as shop/a"),
+        (&["shop/a", "read/b"], named("reader"), "reader as read/b"),
+        (&["other/a", "other/b", "read/c"], Wanted::First, "reader as read/c"),
+        (&["other/a", "other/b"], Wanted::First, "no_role"),
+        (&["shop/a", "shop/b"], named("exact"), "exact as shop/a"),
+        // The hint is the role's name.
+        (&["shop/a", "shop/b billing"], Wanted::First, "billing as shop/b"),
+        (&["shop/a billing", "shop/b reader"], named("billing"), "billing as shop/a"),
+        (&["shop/a billing", "shop/b billing"], Wanted::First, "several_identities"),
+        (&["shop/a reader", "shop/b other"], Wanted::First, "several_identities"),
+        // A hint gives nobody a role that is not for him.
+        (&["other/a billing"], Wanted::First, "no_role"),
+    ];
+    for (callers, wanted, expected) in table {
+        assert_eq!(choice(&roles, callers, &wanted), expected, "{callers:?} {wanted:?}");
+    }
+}
+
+#[test]
+fn a_grant_says_all_that_is_issued() {
+    let templated = role("shop", "ns/*/sa/*", "{path[1]}-{path[3]}");
+    let named = Role { session_name: Some(SessionName::parse("fixed").unwrap()), ..role("fixed", "ns/**", "fixed") };
+    let roles = roles([templated.clone(), named]);
+    let callers = identities(&["ns/pay/sa/billing"]);
+    let grant = roles.choose(&callers, &Wanted::First).unwrap();
+    let expected = Grant {
+        spiffe_id: callers[0].spiffe_id.clone(),
+        role: Arc::new(templated),
+        role_arn: RoleArn::parse("arn:aws:iam::123456789012:role/pay-billing").unwrap(),
+        session_name: SessionName::parse("example.org=ns=pay=sa=billing").unwrap(),
+    };
+    assert_eq!(grant, expected);
+    let fixed = roles.choose(&callers, &Wanted::Named("fixed".to_owned())).unwrap();
+    assert_eq!(
+        (fixed.session_name.as_str(), fixed.role_arn.as_str()),
+        ("fixed", "arn:aws:iam::123456789012:role/fixed")
+    );
+}
+
+#[test]
+fn a_template_that_does_not_fit_gives_no_role() {
+    let roles =
+        roles([role("long", "**", "{path[0]}"), role("missing", "**", "{path[3]}"), role("last", "**", "last")]);
+    let long = "x".repeat(65);
+    assert_eq!(choice(&roles, &[&long], &Wanted::First), format!("last as {long}"));
+    assert_eq!(choice(&roles, &[&long], &Wanted::Named("missing".to_owned())), "not_this_role");
+}
+
+/// Attack 17: what differs in anything must not share credentials.
+#[test]
+fn every_part_of_a_role_distinguishes_grants() {
+    let plain = role("a", "x", "r");
+    let policy = |text: &str| Role { policy: Some(text.to_owned()), ..plain.clone() };
+    let sts = |region: &str, endpoint: Option<&str>| Role {
+        sts: StsTarget { region: region.to_owned(), endpoint: endpoint.map(str::to_owned) },
+        ..plain.clone()
+    };
+    let all = [
+        plain.clone(),
+        role("b", "x", "r"),
+        role("a", "*", "r"),
+        role("a", "x", "s"),
+        Role { audience: "other".to_owned(), ..plain.clone() },
+        Role { duration: Duration::from_secs(901), ..plain.clone() },
+        Role { session_name: Some(SessionName::parse("s1").unwrap()), ..plain.clone() },
+        sts("eu-west-1", None),
+        sts("eu-central-1", Some("https://minio")),
+        policy("{}"),
+        policy("{\"a\":1}"),
+        Role { policy_arns: vec!["arn:aws:iam::aws:policy/ReadOnlyAccess".to_owned()], ..plain.clone() },
+    ];
+    let keys: std::collections::HashSet<_> =
+        all.iter().map(|role| roles([role.clone()]).choose(&identities(&["x"]), &Wanted::First).unwrap()).collect();
+    assert_eq!(keys.len(), all.len());
+}
+
+fn requesting(allowed: &[&str]) -> Roles {
+    let requested = RequestedRoles {
+        allowed: allowed.iter().map(|text| glob::Pattern::new(text).unwrap()).collect(),
+        audience: "sts.amazonaws.com".to_owned(),
+        sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
+    };
+    Roles { requested: Some(requested), ..roles([role("billing", "shop/*", "billing")]) }
+}
+
+fn arn(text: &str) -> Wanted {
+    Wanted::Arn(RoleArn::parse(text).unwrap())
+}
+
+#[test]
+fn arns_that_workloads_may_ask_for() {
+    let all = requesting(&["arn:aws:iam::123456789012:role/app-*", "arn:aws:iam::123456789012:role/team/**"]);
+    let table = [
+        ("arn:aws:iam::123456789012:role/app-x", true),
+        ("arn:aws:iam::123456789012:role/team/a", true),
+        ("arn:aws:iam::123456789012:role/team/a/b", true),
+        ("arn:aws:iam::123456789012:role/APP-x", false),
+        ("arn:aws:iam::123456789012:role/other", false),
+        // `*` stays within a segment.
+        ("arn:aws:iam::123456789012:role/app-x/admin", false),
+        ("arn:aws:iam::999999999999:role/app-x", false),
+        ("arn:aws-cn:iam::123456789012:role/app-x", false),
+    ];
+    for (text, allowed) in table {
+        let expected = if allowed { format!("{text} as ns/a") } else { "arn_not_allowed".to_owned() };
+        assert_eq!(choice(&all, &["ns/a"], &arn(text)), expected);
+    }
+    let wanted = arn("arn:aws:iam::123456789012:role/app-x");
+    assert_eq!(choice(&all, &["ns/a", "ns/b"], &wanted), "several_identities");
+    assert_eq!(choice(&all, &[], &wanted), "no_role");
+    assert_eq!(choice(&roles([]), &["ns/a"], &wanted), "arn_not_allowed");
+    assert_eq!(choice(&requesting(&[]), &["ns/a"], &wanted), "arn_not_allowed");
+    // A pattern that is too wide still gives nothing that is not AWS's.
+    assert_eq!(choice(&requesting(&["**"]), &["ns/a"], &arn("arn:minio:iam:::role/x")), "arn_not_allowed");
+    // An ARN is no way around a [[role]], nor is the list for one.
+    assert_eq!(choice(&all, &["shop/a"], &arn("arn:aws:iam::123456789012:role/billing")), "arn_not_allowed");
+    assert_eq!(choice(&all, &["ns/a"], &Wanted::First), "no_role");
+}
+
+#[test]
+fn a_requested_grant_is_for_the_caller_alone_and_for_the_arn_as_it_was_written() {
+    let caller = identities(&["admin"]);
+    let all = requesting(&["arn:aws:iam::123456789012:role/*/x"]);
+    // Were this taken as a template, the answer would be a role that nobody has compared with the list.
+    let written = "arn:aws:iam::123456789012:role/{path[0]}/x";
+    let grant = all.choose(&caller, &arn(written)).unwrap();
+    assert_eq!((grant.role_arn.as_str(), grant.session_name.as_str()), (written, "example.org=admin"));
+    assert_eq!(grant.role.spiffe_id.exact().as_ref(), Some(&caller[0].spiffe_id));
+    assert_eq!((grant.role.audience.as_str(), grant.role.sts.region.as_str()), ("sts.amazonaws.com", "eu-central-1"));
+    assert_eq!(grant.role.duration, Duration::from_secs(3600));
+    assert!(grant.role.policy.is_none() && grant.role.policy_arns.is_empty());
+}
+
+#[test]
+fn denials_have_reasons_of_their_own() {
+    let all = [Denied::NoRole, Denied::NotThisRole, Denied::ArnNotAllowed, Denied::SeveralIdentities];
+    let reasons: std::collections::HashSet<_> = all.iter().map(Denied::reason).collect();
+    assert_eq!(reasons.len(), all.len());
+    assert!(all.iter().all(|denied| !denied.to_string().is_empty()));
+}

@@ -1,0 +1,103 @@
+//! The `[[workload]]` rules: which SPIFFE ID a caller on this node has, where the node's configuration says so.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use crate::caller::{Caller, Executable};
+use crate::identity::SpiffeId;
+
+/// The kernel's stand-in for an id that has no mapping in the reader's user namespace. It is nobody in particular, so it
+/// matches no rule (attack 14).
+pub const OVERFLOW_ID: u32 = 65534;
+
+/// How `cgroup` is compared.
+pub const CGROUP_GLOB: glob::MatchOptions =
+    glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: false };
+
+/// One rule. Each key that is given must match.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Rule {
+    /// What a caller that matches is.
+    pub spiffe_id: SpiffeId,
+    /// The user.
+    pub uid: Option<u32>,
+    /// The primary group.
+    pub gid: Option<u32>,
+    /// One of the supplementary groups.
+    pub supplementary_group: Option<u32>,
+    /// The executable, by its path in the daemon's own mount namespace.
+    pub exe: Option<PathBuf>,
+    /// The systemd unit.
+    pub systemd_unit: Option<String>,
+    /// The cgroup, as a glob: `*` stays within one segment, `**` doesn't. The only key that can name a container.
+    pub cgroup: Option<glob::Pattern>,
+}
+
+/// What the rules say of a caller.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Decision<'a> {
+    /// This rule is the first that matches.
+    Matched(&'a Rule),
+    /// None does.
+    NoMatch,
+    /// It depends on the process, which has not been looked at.
+    NeedsProcess,
+}
+
+/// Finds the first rule that matches; stops with `NeedsProcess` at the first that can't be decided from what is known.
+pub fn decide<'a>(rules: &'a [Rule], caller: &Caller) -> Decision<'a> {
+    for rule in rules {
+        match rule.matches(caller) {
+            Some(true) => return Decision::Matched(rule),
+            Some(false) => {}
+            None => return Decision::NeedsProcess,
+        }
+    }
+    Decision::NoMatch
+}
+
+impl Rule {
+    /// `None`: not without the process. Keys that the socket alone decides come first, so that a rule for somebody else
+    /// never causes a search.
+    fn matches(&self, caller: &Caller) -> Option<bool> {
+        if caller.uid == OVERFLOW_ID || self.uid.is_some_and(|uid| uid != caller.uid) || !self.cgroup_matches(caller) {
+            return Some(false);
+        }
+        // A uid or a unit's name means the host's. Only a rule that names the container's own cgroup lets it in (attack 6).
+        if self.cgroup.is_none() && caller.in_container()? {
+            return Some(false);
+        }
+        if self.gid.is_none() && self.supplementary_group.is_none() && self.exe.is_none() {
+            return Some(true);
+        }
+        let process = caller.process.as_ref()?;
+        Some(
+            self.gid.is_none_or(|gid| gid == process.gid && gid != OVERFLOW_ID)
+                && self.supplementary_group.is_none_or(|group| group != OVERFLOW_ID && process.groups.contains(&group))
+                && self.exe_matches(process.exe.as_ref()),
+        )
+    }
+
+    fn cgroup_matches(&self, caller: &Caller) -> bool {
+        let glob = self.cgroup.as_ref().is_none_or(|pattern| {
+            caller.cgroup.as_ref().is_some_and(|path| pattern.matches_with(path.as_str(), CGROUP_GLOB))
+        });
+        let unit = self
+            .systemd_unit
+            .as_ref()
+            .is_none_or(|unit| caller.cgroup.as_ref().and_then(|path| path.systemd_unit()) == Some(unit));
+        glob && unit
+    }
+
+    /// Looks at the file anew each time: an upgrade replaces it by another inode.
+    fn exe_matches(&self, exe: Option<&Executable>) -> bool {
+        let Some(path) = &self.exe else { return true };
+        match (std::fs::metadata(path), exe) {
+            (Ok(file), Some(exe)) => file.dev() == exe.device && file.ino() == exe.inode,
+            _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

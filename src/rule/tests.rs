@@ -1,0 +1,211 @@
+use std::path::Path;
+
+use super::*;
+use crate::caller::{Evidence, Listener, Process, Refusal};
+use crate::cgroup::CgroupPath;
+
+#[derive(Debug)]
+struct Unchanged;
+
+impl Evidence for Unchanged {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+}
+
+/// A caller of whom only the socket is known.
+fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
+    let cgroup = cgroup.map(|path| CgroupPath::parse(path).unwrap());
+    Caller { listener: Listener::Tcp, uid, cgroup, process: None, evidence: Box::new(Unchanged) }
+}
+
+fn process() -> Process {
+    Process { pid: 4711, start_time: 1, gid: 100, groups: vec![27, 1002], exe: None, contained: false }
+}
+
+fn with_process(caller: Caller, process: Process) -> Caller {
+    Caller { process: Some(process), ..caller }
+}
+
+fn rule() -> Rule {
+    Rule {
+        spiffe_id: SpiffeId::parse("spiffe://example.org/billing").unwrap(),
+        uid: None,
+        gid: None,
+        supplementary_group: None,
+        exe: None,
+        systemd_unit: None,
+        cgroup: None,
+    }
+}
+
+fn glob(text: &str) -> Option<glob::Pattern> {
+    Some(glob::Pattern::new(text).unwrap())
+}
+
+#[track_caller]
+fn decides(rule: &Rule, caller: &Caller, expected: &str) {
+    let decision = match decide(std::slice::from_ref(rule), caller) {
+        Decision::Matched(matched) if std::ptr::eq(matched, rule) => "matched",
+        Decision::Matched(_) => "another rule",
+        Decision::NoMatch => "no match",
+        Decision::NeedsProcess => "needs the process",
+    };
+    assert_eq!(decision, expected, "{rule:?}\n{caller:?}");
+}
+
+const HOST: Option<&str> = Some("/system.slice/billing.service");
+const CONTAINER: Option<&str> =
+    Some("/system.slice/docker-0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.scope");
+
+#[test]
+fn the_socket_alone_decides_uid_unit_and_cgroup() {
+    let unit = |name: &str| Rule { systemd_unit: Some(name.to_owned()), ..rule() };
+    let uid = Rule { uid: Some(1001), ..rule() };
+    let cgroup = |pattern: &str| Rule { cgroup: glob(pattern), ..rule() };
+    let table = [
+        (uid.clone(), 1001, HOST, "matched"),
+        (uid.clone(), 1002, HOST, "no match"),
+        (uid.clone(), 0, HOST, "no match"),
+        (uid.clone(), 1001, CONTAINER, "no match"),
+        (unit("billing.service"), 5, HOST, "matched"),
+        (unit("billing.service"), 5, Some("/system.slice/billing.service/worker"), "matched"),
+        (unit("billing.service"), 5, Some("/system.slice/other.service"), "no match"),
+        // Delegated to its user, who can name what is below as he likes (attack 2).
+        (unit("billing.service"), 5, Some("/user.slice/user@5.service/billing.service"), "no match"),
+        (unit("billing.service"), 5, Some("/"), "no match"),
+        (unit("billing.service"), 5, None, "no match"),
+        (cgroup("/system.slice/billing.service"), 5, HOST, "matched"),
+        (cgroup("/system.slice/*"), 5, HOST, "matched"),
+        (cgroup("/system.slice/*"), 5, Some("/system.slice/billing.service/worker"), "no match"),
+        (cgroup("/system.slice/**"), 5, Some("/system.slice/billing.service/worker"), "matched"),
+        (cgroup("/system.slice/**"), 5, Some("/system.slice2/billing.service"), "no match"),
+        (cgroup("/system.slice/Billing.service"), 5, HOST, "no match"),
+        (cgroup("/system.slice/*"), 5, None, "no match"),
+        // Only a rule that names the cgroup can mean a container (attack 6).
+        (cgroup("/system.slice/docker-*"), 5, CONTAINER, "matched"),
+        (Rule { uid: Some(1001), ..cgroup("/system.slice/docker-*") }, 1001, CONTAINER, "matched"),
+        (Rule { uid: Some(1001), ..cgroup("/system.slice/docker-*") }, 5, CONTAINER, "no match"),
+        (Rule { uid: Some(1001), ..unit("billing.service") }, 1001, HOST, "matched"),
+        (Rule { uid: Some(1001), ..unit("billing.service") }, 1002, HOST, "no match"),
+        (Rule { uid: Some(1001), ..unit("other.service") }, 1001, HOST, "no match"),
+    ];
+    for (rule, uid, path, expected) in table {
+        decides(&rule, &by_socket(uid, path), expected);
+    }
+}
+
+#[test]
+fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
+    let uid = Rule { uid: Some(1001), ..rule() };
+    for path in [None, Some("/")] {
+        decides(&uid, &by_socket(1001, path), "needs the process");
+        decides(&uid, &by_socket(1002, path), "no match");
+        decides(&uid, &with_process(by_socket(1001, path), process()), "matched");
+        let contained = Process { contained: true, ..process() };
+        decides(&uid, &with_process(by_socket(1001, path), contained), "no match");
+    }
+    // A process in namespaces of its own is in a container, whatever its cgroup is called.
+    let contained = Process { contained: true, ..process() };
+    decides(&uid, &with_process(by_socket(1001, HOST), contained.clone()), "no match");
+    let named = Rule { cgroup: glob("/system.slice/*"), ..uid };
+    decides(&named, &with_process(by_socket(1001, HOST), contained), "matched");
+}
+
+#[test]
+fn groups_need_the_process() {
+    let table = [
+        (Rule { gid: Some(100), ..rule() }, "matched"),
+        (Rule { gid: Some(1002), ..rule() }, "no match"),
+        (Rule { supplementary_group: Some(1002), ..rule() }, "matched"),
+        (Rule { supplementary_group: Some(100), ..rule() }, "no match"),
+        (Rule { gid: Some(100), supplementary_group: Some(27), ..rule() }, "matched"),
+        (Rule { gid: Some(100), supplementary_group: Some(28), ..rule() }, "no match"),
+    ];
+    for (rule, expected) in table {
+        decides(&rule, &by_socket(7, HOST), "needs the process");
+        decides(&rule, &with_process(by_socket(7, HOST), process()), expected);
+        decides(&rule, &by_socket(7, CONTAINER), "no match");
+        // What the socket rules out costs no search.
+        decides(&Rule { uid: Some(8), ..rule }, &by_socket(7, HOST), "no match");
+    }
+}
+
+#[test]
+fn the_overflow_id_is_nobody() {
+    for rule in
+        [Rule { uid: Some(OVERFLOW_ID), ..rule() }, Rule { systemd_unit: Some("billing.service".into()), ..rule() }]
+    {
+        decides(&rule, &by_socket(OVERFLOW_ID, HOST), "no match");
+        decides(&rule, &with_process(by_socket(OVERFLOW_ID, HOST), process()), "no match");
+    }
+    let unmapped = Process { gid: OVERFLOW_ID, groups: vec![OVERFLOW_ID], ..process() };
+    for rule in [Rule { gid: Some(OVERFLOW_ID), ..rule() }, Rule { supplementary_group: Some(OVERFLOW_ID), ..rule() }] {
+        decides(&rule, &with_process(by_socket(7, HOST), unmapped.clone()), "no match");
+    }
+}
+
+#[test]
+fn an_executable_is_the_file_that_is_there_now() {
+    let directory = tempfile::tempdir().unwrap();
+    let [program, copy, link] = ["program", "copy", "link"].map(|name| directory.path().join(name));
+    std::fs::write(&program, "v1").unwrap();
+    std::fs::write(&copy, "v1").unwrap();
+    std::os::unix::fs::symlink(&program, &link).unwrap();
+    // `shown` is what /proc/<pid>/exe would read as, which the caller can forge (attack 11).
+    let running = |file: &Path, shown: &Path| {
+        let file = std::fs::metadata(file).unwrap();
+        let exe = Executable { device: file.dev(), inode: file.ino(), path: shown.to_owned() };
+        with_process(by_socket(7, HOST), Process { exe: Some(exe), ..process() })
+    };
+    let only = |path: &Path| Rule { exe: Some(path.to_owned()), ..rule() };
+
+    decides(&only(&program), &by_socket(7, HOST), "needs the process");
+    decides(&only(&program), &running(&program, &program), "matched");
+    decides(&only(&program), &running(&program, Path::new("/elsewhere")), "matched");
+    decides(&only(&link), &running(&program, &program), "matched");
+    decides(&only(&program), &running(&copy, &program), "no match");
+    decides(&only(&program), &with_process(by_socket(7, HOST), process()), "no match");
+    decides(&only(&directory.path().join("missing")), &running(&program, &program), "no match");
+    let same_inode_elsewhere = {
+        let mut caller = running(&program, &program);
+        if let Some(Process { exe: Some(exe), .. }) = &mut caller.process {
+            exe.device += 1;
+        }
+        caller
+    };
+    decides(&only(&program), &same_inode_elsewhere, "no match");
+    decides(&Rule { uid: Some(8), ..only(&program) }, &running(&program, &program), "no match");
+    decides(&Rule { uid: Some(7), ..only(&program) }, &running(&program, &program), "matched");
+
+    // An upgrade replaces the file: what runs the old one is no longer that program, and what runs the new one is.
+    let old = running(&program, &program);
+    std::fs::rename(&copy, &program).unwrap();
+    decides(&only(&program), &old, "no match");
+    decides(&only(&program), &running(&program, &program), "matched");
+}
+
+#[test]
+fn the_first_rule_that_matches_wins() {
+    let named = |name: &str, rule: Rule| Rule {
+        spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap(),
+        ..rule
+    };
+    let rules = [
+        named("other", Rule { uid: Some(1), ..rule() }),
+        named("by-group", Rule { uid: Some(2), gid: Some(100), ..rule() }),
+        named("by-uid", Rule { uid: Some(2), ..rule() }),
+        named("second", Rule { uid: Some(1), ..rule() }),
+    ];
+    let chosen = |caller: &Caller| match decide(&rules, caller) {
+        Decision::Matched(rule) => rule.spiffe_id.to_string().replace("spiffe://example.org/", ""),
+        other => format!("{other:?}"),
+    };
+    assert_eq!(chosen(&by_socket(1, HOST)), "other");
+    assert_eq!(chosen(&by_socket(3, HOST)), "NoMatch");
+    // The second rule comes first, so the third must not be taken before the second is decided.
+    assert_eq!(chosen(&by_socket(2, HOST)), "NeedsProcess");
+    assert_eq!(chosen(&with_process(by_socket(2, HOST), process())), "by-group");
+    assert_eq!(chosen(&with_process(by_socket(2, HOST), Process { gid: 5, ..process() })), "by-uid");
+    assert_eq!(decide(&[], &by_socket(1, HOST)), Decision::NoMatch);
+}

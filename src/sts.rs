@@ -1,0 +1,181 @@
+//! STS: credentials for a JWT-SVID, by `AssumeRoleWithWebIdentity`.
+//!
+//! The call is unsigned: the token is the proof. So the SDK is given neither credentials nor a place to find any, and
+//! of the environment only what [`Network`] holds.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use aws_sdk_sts::Client;
+use aws_sdk_sts::operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityOutput;
+use aws_sdk_sts::operation::assume_role_with_web_identity::builders::AssumeRoleWithWebIdentityFluentBuilder;
+use aws_sdk_sts::types::PolicyDescriptorType;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tracing::instrument::WithSubscriber;
+use tracing::subscriber::NoSubscriber;
+use zeroize::Zeroizing;
+
+use crate::clock::Clock;
+use crate::credentials::Credentials;
+use crate::role::{Grant, StsTarget};
+use crate::svid::JwtSvid;
+
+mod client;
+mod error;
+
+pub use client::{InvalidSetting, Network};
+pub use error::{Again, StsError};
+
+use client::Connections;
+use error::Failure;
+
+/// How long a call may wait for its turn. A token has at least 30 s of life when it begins to wait.
+const TURN: Duration = Duration::from_secs(20);
+/// No session is asked to last longer than 12 hours, so an `Expiration` further away than that and a wide margin for
+/// clocks is nonsense.
+const LIFETIME_MAX: Duration = Duration::from_secs(36 * 3600);
+/// What [`Sts::answers`] shows to STS: too short to be anybody's token or role.
+const NO_TOKEN: &str = "none";
+const NO_ROLE: &str = "arn:aws:iam::000000000000:role/none";
+
+/// Somebody who exchanges a JWT-SVID for credentials of a role.
+#[async_trait]
+pub trait AssumeRole: Send + Sync + fmt::Debug {
+    /// Assumes the role of `grant` once, with `token`.
+    async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError>;
+}
+
+/// `[sts]`.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// For one call, from connecting to the last byte of the answer.
+    pub timeout: Duration,
+    /// How many calls are under way at most; others wait for their turn, in the order in which they came.
+    pub max_concurrent: usize,
+    /// A file of PEM certificates: the only ones that an `endpoint` of one's own is trusted by. AWS's endpoints are
+    /// trusted by the system's certificates, always.
+    pub ca_file: Option<PathBuf>,
+    /// Proxies and kinds of AWS endpoints.
+    pub network: Network,
+}
+
+/// STS at AWS, or another server that speaks its protocol.
+pub struct Sts {
+    connections: Connections,
+    /// One client, and with it one pool of connections, for each place.
+    clients: Mutex<HashMap<StsTarget, Client>>,
+    turns: Semaphore,
+    timeout: Duration,
+    clock: Clock,
+}
+
+impl Sts {
+    /// Reads the CA file; connects to nothing yet.
+    pub fn new(settings: Settings, clock: Clock) -> Result<Self, InvalidSetting> {
+        Ok(Self {
+            connections: Connections::new(settings.network, settings.ca_file.as_deref(), settings.timeout)?,
+            clients: Mutex::default(),
+            turns: Semaphore::new(settings.max_concurrent.clamp(1, Semaphore::MAX_PERMITS)),
+            timeout: settings.timeout,
+            clock,
+        })
+    }
+
+    /// Whether STS answers at all, whatever it says: it is shown something that is no token. For `/readyz`.
+    pub async fn answers(&self, target: &StsTarget) -> Result<(), StsError> {
+        let nothing = |call: AssumeRoleWithWebIdentityFluentBuilder| {
+            call.role_arn(NO_ROLE).role_session_name(NO_TOKEN).web_identity_token(NO_TOKEN)
+        };
+        match self.call(target, nothing).await {
+            Ok(_) | Err(Failure::Refused { .. } | Failure::Garbled(_)) => Ok(()),
+            Err(failure) => Err(StsError::new(&failure, target, None)),
+        }
+    }
+
+    /// One call, with the parameters that `fill` sets.
+    async fn call(
+        &self,
+        target: &StsTarget,
+        fill: impl FnOnce(AssumeRoleWithWebIdentityFluentBuilder) -> AssumeRoleWithWebIdentityFluentBuilder,
+    ) -> Result<AssumeRoleWithWebIdentityOutput, Failure> {
+        let call = fill(self.client(target)?.assume_role_with_web_identity()).send();
+        // At its trace level the SDK logs requests and refusals whole, and with them the token.
+        match timeout(self.timeout, call.with_subscriber(NoSubscriber::new())).await {
+            Ok(result) => result.map_err(|error| Failure::of(&error)),
+            Err(_) => Err(Failure::NoAnswer(format!("no answer within {:?}", self.timeout))),
+        }
+    }
+
+    fn client(&self, target: &StsTarget) -> Result<Client, Failure> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get(target) {
+            return Ok(client.clone());
+        }
+        let client = self.connections.client(target)?;
+        clients.insert(target.clone(), client.clone());
+        Ok(client)
+    }
+
+    fn credentials(&self, answer: AssumeRoleWithWebIdentityOutput) -> Result<Credentials, Failure> {
+        // Nothing is asked of `AssumedRoleUser`: MinIO leaves it empty.
+        let credentials = answer.credentials.ok_or(Failure::Garbled("it has no credentials".to_owned()))?;
+        // What the answer lacks, the SDK fills with empty strings and the year 1970.
+        let texts = [&credentials.access_key_id, &credentials.secret_access_key, &credentials.session_token];
+        if texts.iter().any(|text| text.is_empty()) {
+            return Err(Failure::Garbled("a part of the credentials is missing or empty".to_owned()));
+        }
+        let now = self.clock.now();
+        let expiration = SystemTime::try_from(credentials.expiration).ok();
+        let expiration = expiration.filter(|at| *at > now && *at <= now + LIFETIME_MAX).ok_or_else(|| {
+            let text = "the credentials' `Expiration` is missing, over or too far away: compare this node's clock";
+            Failure::Garbled(text.to_owned())
+        })?;
+        Ok(Credentials {
+            access_key_id: credentials.access_key_id,
+            secret_access_key: Zeroizing::new(credentials.secret_access_key),
+            session_token: Zeroizing::new(credentials.session_token),
+            expiration,
+        })
+    }
+}
+
+#[async_trait]
+impl AssumeRole for Sts {
+    async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
+        let target = &grant.role.sts;
+        let failed = |failure: &Failure| StsError::new(failure, target, Some((grant, token)));
+        let Ok(Ok(_turn)) = timeout(TURN, self.turns.acquire()).await else { return Err(failed(&Failure::Busy)) };
+        let answer = self.call(target, |call| filled(call, grant, token)).await;
+        answer.and_then(|answer| self.credentials(answer)).map_err(|failure| failed(&failure))
+    }
+}
+
+/// The request's parameters. `ProviderId` stays out: it is for OAuth 2.0, and with it STS takes no OIDC token.
+fn filled(
+    call: AssumeRoleWithWebIdentityFluentBuilder,
+    grant: &Grant,
+    token: &JwtSvid,
+) -> AssumeRoleWithWebIdentityFluentBuilder {
+    let policies: Vec<_> =
+        grant.role.policy_arns.iter().map(|arn| PolicyDescriptorType::builder().arn(arn).build()).collect();
+    call.role_arn(grant.role_arn.as_str())
+        .role_session_name(grant.session_name.as_str())
+        .web_identity_token(token.secret())
+        .duration_seconds(i32::try_from(grant.role.duration.as_secs()).unwrap_or(i32::MAX))
+        .set_policy(grant.role.policy.clone())
+        .set_policy_arns((!policies.is_empty()).then_some(policies))
+}
+
+impl fmt::Debug for Sts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sts").field("timeout", &self.timeout).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

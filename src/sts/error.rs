@@ -1,0 +1,253 @@
+//! What a failed call means: the table of STS's errors, in one function.
+
+use std::error::Error;
+
+use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_sts::operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityError;
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+use thiserror::Error;
+
+use crate::role::{Grant, StsTarget};
+use crate::svid::{JwtSvid, one_line};
+
+/// What to do after a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Again {
+    /// Try once more with a new token. If that is refused too, the same as `Never`.
+    NewToken,
+    /// Try again later, with backoff: it passes by itself.
+    Later,
+    /// Somebody has to change something first.
+    Never,
+}
+
+/// Why STS gave no credentials.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{message}")]
+pub struct StsError {
+    /// What to do about it.
+    pub again: Again,
+    /// The label in metrics and audit records.
+    pub reason: &'static str,
+    /// What STS itself calls it, as on the wire; empty if STS has not answered, or in no words that can be read.
+    pub code: String,
+    /// For people, in one line. It may be shown to the workload: it has the workload's own role and SPIFFE ID, what STS
+    /// said and what to do, and never the token.
+    pub message: String,
+}
+
+/// Everything that can go wrong with a call.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Failure {
+    /// STS refused, or something that answers in its place.
+    Refused { code: Option<String>, status: u16, message: String },
+    /// An answer of status 2xx without credentials that can be used.
+    Garbled(String),
+    /// No answer, or only a part of one.
+    NoAnswer(String),
+    /// There is no request to send: the endpoint or the region is none.
+    Unsendable(String),
+    /// Too many other calls were waiting.
+    Busy,
+}
+
+type CallError = SdkError<AssumeRoleWithWebIdentityError, HttpResponse>;
+
+impl Failure {
+    /// What the SDK's error says. Its `Debug` is never used: that of a dispatch failure may hold the request.
+    pub(super) fn of(error: &CallError) -> Self {
+        match error {
+            SdkError::ServiceError(refusal) if refusal.raw().status().is_success() => {
+                Self::Garbled("it could not be read".to_owned())
+            }
+            SdkError::ServiceError(refusal) => Self::Refused {
+                code: refusal.err().code().map(one_line).filter(|code| !code.is_empty()),
+                status: refusal.raw().status().as_u16(),
+                message: refusal.err().message().unwrap_or_default().to_owned(),
+            },
+            SdkError::DispatchFailure(failure) => match failure.as_connector_error() {
+                Some(error) if error.is_user() => Self::Unsendable(causes(error)),
+                Some(error) => Self::NoAnswer(causes(error)),
+                None => Self::NoAnswer("the connection failed".to_owned()),
+            },
+            SdkError::ResponseError(_) => Self::NoAnswer("the connection broke during the answer".to_owned()),
+            SdkError::TimeoutError(_) => Self::NoAnswer("no answer in time".to_owned()),
+            // The SDK may add kinds; whatever they are, nothing came back from STS.
+            SdkError::ConstructionFailure(_) => {
+                Self::Unsendable("is `region` an AWS region, and `endpoint` a URL?".to_owned())
+            }
+            _ => Self::NoAnswer("the call failed".to_owned()),
+        }
+    }
+
+    /// **The** table: what to do, and the reason's label.
+    fn judge(&self) -> (Again, &'static str) {
+        match self {
+            Self::Refused { code, status, message } => match code {
+                Some(code) => by_code(code, *status, message),
+                None => by_status(*status),
+            },
+            Self::Garbled(_) => (Again::Later, "sts_bad_answer"),
+            Self::NoAnswer(_) => (Again::Later, "sts_unreachable"),
+            Self::Unsendable(_) => (Again::Never, "sts_misconfigured"),
+            Self::Busy => (Again::Later, "sts_busy"),
+        }
+    }
+}
+
+/// By the code on the wire. Shapes in the SDK have names of their own (`IdpCommunicationErrorException` for
+/// `IDPCommunicationError`), and other makers' STS use now one, now the other, so the ending doesn't count.
+fn by_code(code: &str, status: u16, message: &str) -> (Again, &'static str) {
+    match code.strip_suffix("Exception").unwrap_or(code) {
+        "ExpiredToken" => (Again::NewToken, "sts_expired_token"),
+        // STS fetches the issuer's keys during the call, and gives up after seconds.
+        "InvalidIdentityToken" if message.to_ascii_lowercase().contains("retrieve verification key") => {
+            (Again::Later, "sts_issuer_unreachable")
+        }
+        "IDPCommunicationError" => (Again::Later, "sts_issuer_unreachable"),
+        // Perhaps signed with a key that has been withdrawn since; the agent drops such tokens.
+        "InvalidIdentityToken" | "IDPRejectedClaim" => (Again::NewToken, "sts_invalid_token"),
+        "AccessDenied" => (Again::Never, "sts_access_denied"),
+        "RegionDisabled" => (Again::Never, "sts_region_disabled"),
+        "MalformedPolicyDocument" | "PackedPolicyTooLarge" => (Again::Never, "sts_bad_policy"),
+        "ValidationError"
+        | "Validation"
+        | "InvalidParameterValue"
+        | "InvalidParameterCombination"
+        | "MissingParameter" => (Again::Never, "sts_bad_request"),
+        "BandwidthLimitExceeded"
+        | "EC2Throttled"
+        | "LimitExceeded"
+        | "PriorRequestNotComplete"
+        | "ProvisionedThroughputExceeded"
+        | "RequestLimitExceeded"
+        | "RequestThrottled"
+        | "SlowDown"
+        | "Throttled"
+        | "Throttling"
+        | "TooManyRequests"
+        | "TransactionInProgress" => (Again::Later, "sts_throttled"),
+        "RequestTimeout" | "InternalFailure" | "InternalError" | "ServiceUnavailable" => {
+            (Again::Later, "sts_unavailable")
+        }
+        _ => by_status(status),
+    }
+}
+
+/// For codes that nobody knows, and answers in HTML from whatever stands between here and STS.
+fn by_status(status: u16) -> (Again, &'static str) {
+    match status {
+        429 => (Again::Later, "sts_throttled"),
+        408 | 500..=599 => (Again::Later, "sts_unavailable"),
+        _ => (Again::Never, "sts_refused"),
+    }
+}
+
+impl StsError {
+    /// `call`: what was asked for, and with which token.
+    pub(super) fn new(failure: &Failure, target: &StsTarget, call: Option<(&Grant, &JwtSvid)>) -> Self {
+        let (again, reason) = failure.judge();
+        let sts = match &target.endpoint {
+            Some(endpoint) => format!("STS at {endpoint}"),
+            None => format!("STS in {}", target.region),
+        };
+        let clean = |text: &str| one_line(&without_token(text, call.map(|(_, token)| token)));
+        let mut message = match failure {
+            Failure::Refused { code, status, message } => {
+                let code =
+                    code.clone().unwrap_or_else(|| format!("HTTP {status}, in words that are not those of an STS"));
+                let what = call.map(|(grant, _)| format!(" {} to {}", grant.role_arn, grant.spiffe_id));
+                let said = [clean(&code), clean(message)].into_iter().filter(|text| !text.is_empty());
+                format!("{sts} refused{}: {}", what.unwrap_or_default(), said.collect::<Vec<_>>().join(": "))
+            }
+            Failure::Garbled(text) => format!("{sts} gave an answer that cannot be used: {}", clean(text)),
+            Failure::NoAnswer(text) => format!("{sts} did not answer: {}", clean(text)),
+            Failure::Unsendable(text) => format!("{sts} cannot be called: {}", clean(text)),
+            Failure::Busy => format!("too many calls are waiting for {sts}: raise `max_concurrent` in [sts]"),
+        };
+        for advice in [advice(reason), algorithm_advice(reason, call.map(|(_, token)| token))].into_iter().flatten() {
+            message.push_str("; ");
+            message.push_str(advice);
+        }
+        let code = match failure {
+            Failure::Refused { code: Some(code), .. } => clean(code),
+            _ => String::new(),
+        };
+        Self { again, reason, code, message }
+    }
+}
+
+/// What an operator can do.
+fn advice(reason: &str) -> Option<&'static str> {
+    Some(match reason {
+        "sts_access_denied" => {
+            "the role's trust policy decides: it must allow sts:AssumeRoleWithWebIdentity to the OIDC provider, with this \
+             SPIFFE ID as its `sub` and the audience as its `aud`"
+        }
+        "sts_invalid_token" => {
+            "the account needs an IAM OIDC provider whose URL is exactly the token's issuer and which lists \
+             its audience"
+        }
+        "sts_expired_token" => "compare the clocks of this node and of the SPIFFE server",
+        "sts_issuer_unreachable" => {
+            "STS must be able to fetch the issuer's discovery document and keys over the internet, within seconds"
+        }
+        "sts_region_disabled" => "activate STS in that region in the account's IAM console, or set another `region`",
+        "sts_bad_policy" => "correct `policy` or `policy_arns` of this role",
+        "sts_bad_request" => "look at `duration` (is it above the role's maximum?), `session_name` and `role_arn`",
+        "sts_unreachable" => "look at this node's way to it: DNS, firewall, HTTPS_PROXY, and the CA certificates",
+        _ => return None,
+    })
+}
+
+fn algorithm_advice(reason: &str, token: Option<&JwtSvid>) -> Option<&'static str> {
+    let unknown_to_aws = token.is_some_and(|token| token.algorithm().starts_with("PS"));
+    (reason == "sts_invalid_token" && unknown_to_aws)
+        .then_some("AWS takes no signatures of the PS family: use RS256 or ES256")
+}
+
+/// What the causes of an error say, each once. Some of the SDK's print the request even where they are displayed, so
+/// whatever looks like a printed structure is left out.
+fn causes(error: &dyn Error) -> String {
+    let mut texts: Vec<String> = Vec::new();
+    let mut next = error.source();
+    while let Some(error) = next {
+        let text = error.to_string();
+        if !text.contains('{') && !texts.iter().any(|seen| seen.contains(&text)) {
+            texts.push(text);
+        }
+        next = error.source();
+    }
+    if texts.is_empty() { "the connection failed".to_owned() } else { texts.join(": ") }
+}
+
+/// `text` without anything of the token: AWS's validation errors quote the values that they complain about.
+///
+/// A fragment of twice [`WINDOW`] is always found: it has a window in it that begins at a multiple of `WINDOW` of its
+/// word.
+fn without_token(text: &str, token: Option<&JwtSvid>) -> String {
+    const WINDOW: usize = 16;
+    const TEXT_MAX: usize = 8192;
+    let Some(token) = token else { return text.to_owned() };
+    let text: String = text.chars().take(TEXT_MAX).collect();
+    let in_token = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let mut clean = String::with_capacity(text.len());
+    let mut rest = text.as_str();
+    while !rest.is_empty() {
+        let word = rest.find(|c| !in_token(c)).unwrap_or(rest.len());
+        let (word, other) = rest.split_at(word);
+        // ASCII only, so it can be cut anywhere.
+        let quoted = word
+            .as_bytes()
+            .chunks_exact(WINDOW)
+            .any(|window| std::str::from_utf8(window).is_ok_and(|window| token.secret().contains(window)));
+        clean.push_str(if quoted { "[token]" } else { word });
+        let next = other.find(in_token).unwrap_or(other.len());
+        clean.push_str(&other[..next]);
+        rest = &other[next..];
+    }
+    clean
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,143 @@
+use super::*;
+use crate::svid::jwt::tests::{billing, now, raw_token, svid_for};
+
+fn refused(code: Option<&str>, status: u16, message: &str) -> Failure {
+    Failure::Refused { code: code.map(str::to_owned), status, message: message.to_owned() }
+}
+
+#[test]
+fn each_code_has_its_meaning() {
+    use Again::{Later, Never, NewToken};
+    let keys = "Couldn't retrieve verification key from your identity provider, please reference \
+                AssumeRoleWithWebIdentity documentation for requirements";
+    let table = [
+        (Some("ExpiredTokenException"), 400, "Token expired", NewToken, "sts_expired_token"),
+        (Some("ExpiredToken"), 400, "", NewToken, "sts_expired_token"),
+        (Some("InvalidIdentityToken"), 400, keys, Later, "sts_issuer_unreachable"),
+        (Some("InvalidIdentityToken"), 400, "No OpenIDConnect provider found", NewToken, "sts_invalid_token"),
+        (Some("InvalidIdentityToken"), 400, "", NewToken, "sts_invalid_token"),
+        (Some("IDPCommunicationError"), 400, "", Later, "sts_issuer_unreachable"),
+        (Some("IDPCommunicationErrorException"), 400, "", Later, "sts_issuer_unreachable"),
+        (Some("IDPRejectedClaim"), 403, "", NewToken, "sts_invalid_token"),
+        (Some("AccessDenied"), 403, "Not authorized", Never, "sts_access_denied"),
+        (Some("AccessDeniedException"), 403, "", Never, "sts_access_denied"),
+        (Some("RegionDisabledException"), 403, "", Never, "sts_region_disabled"),
+        (Some("MalformedPolicyDocument"), 400, "", Never, "sts_bad_policy"),
+        (Some("PackedPolicyTooLarge"), 400, "", Never, "sts_bad_policy"),
+        (Some("ValidationError"), 400, "", Never, "sts_bad_request"),
+        (Some("InvalidParameterValue"), 400, "", Never, "sts_bad_request"),
+        (Some("Throttling"), 400, "Rate exceeded", Later, "sts_throttled"),
+        (Some("ThrottlingException"), 400, "", Later, "sts_throttled"),
+        (Some("RequestLimitExceeded"), 503, "", Later, "sts_throttled"),
+        (Some("TooManyRequestsException"), 429, "", Later, "sts_throttled"),
+        (Some("SlowDown"), 503, "", Later, "sts_throttled"),
+        (Some("BandwidthLimitExceeded"), 400, "", Later, "sts_throttled"),
+        (Some("EC2ThrottledException"), 400, "", Later, "sts_throttled"),
+        (Some("LimitExceededException"), 400, "", Later, "sts_throttled"),
+        (Some("PriorRequestNotComplete"), 400, "", Later, "sts_throttled"),
+        (Some("ProvisionedThroughputExceededException"), 400, "", Later, "sts_throttled"),
+        (Some("RequestThrottled"), 400, "", Later, "sts_throttled"),
+        (Some("RequestThrottledException"), 400, "", Later, "sts_throttled"),
+        (Some("ThrottledException"), 400, "", Later, "sts_throttled"),
+        (Some("TransactionInProgressException"), 400, "", Later, "sts_throttled"),
+        (Some("RequestTimeout"), 400, "", Later, "sts_unavailable"),
+        (Some("InternalFailure"), 500, "", Later, "sts_unavailable"),
+        (Some("ServiceUnavailable"), 503, "", Later, "sts_unavailable"),
+        (Some("UpstreamError"), 500, "", Later, "sts_unavailable"),
+        (Some("NeverHeardOf"), 400, "", Never, "sts_refused"),
+        (Some("NeverHeardOf"), 429, "", Later, "sts_throttled"),
+        (Some("NeverHeardOf"), 502, "", Later, "sts_unavailable"),
+        (None, 301, "", Never, "sts_refused"),
+        (None, 403, "", Never, "sts_refused"),
+        (None, 404, "", Never, "sts_refused"),
+        (None, 408, "", Later, "sts_unavailable"),
+        (None, 429, "", Later, "sts_throttled"),
+        (None, 500, "", Later, "sts_unavailable"),
+        (None, 502, "", Later, "sts_unavailable"),
+        (None, 503, "", Later, "sts_unavailable"),
+        (None, 504, "", Later, "sts_unavailable"),
+    ];
+    for (code, status, message, again, reason) in table {
+        assert_eq!(refused(code, status, message).judge(), (again, reason), "{code:?} {status} {message}");
+    }
+    let others = [
+        (Failure::Garbled(String::new()), Later, "sts_bad_answer"),
+        (Failure::NoAnswer(String::new()), Later, "sts_unreachable"),
+        (Failure::Unsendable(String::new()), Never, "sts_misconfigured"),
+        (Failure::Busy, Later, "sts_busy"),
+    ];
+    for (failure, again, reason) in others {
+        assert_eq!(failure.judge(), (again, reason));
+    }
+}
+
+#[test]
+fn words_of_the_token_are_taken_out() {
+    let svid = svid_for(&billing(), 300, 1);
+    let token = svid.secret();
+    let clean = |text: &str| without_token(text, Some(&svid));
+    let quotes = [
+        format!("Value '{token}' at 'webIdentityToken' is too long"),
+        format!("Value '{}...' at 'webIdentityToken'", &token[..60]),
+        format!("token={token}"),
+        format!("x{token}y"),
+        token.to_owned(),
+        token.split('.').collect::<Vec<_>>().join(" "),
+        format!("ünïcödé {token} ünïcödé"),
+    ];
+    for text in quotes {
+        let cleaned = clean(&text);
+        assert!(cleaned.contains("[token]"), "{cleaned}");
+        for at in 0..token.len() - 32 {
+            assert!(!cleaned.contains(&token[at..at + 32]), "{cleaned}");
+        }
+    }
+    let harmless = [
+        "",
+        "Not authorized to perform sts:AssumeRoleWithWebIdentity",
+        "arn:aws:iam::123456789012:role/a-role-with-a-very-long-name-that-is-not-secret-at-all",
+        "No OpenIDConnect provider found in your account for https://oidc.example.org/some/path",
+        "ünïcödé",
+        "...",
+    ];
+    for text in harmless {
+        assert_eq!(clean(text), text);
+    }
+}
+
+#[test]
+fn a_signature_that_aws_does_not_know_is_named() {
+    let target = StsTarget { region: "eu-central-1".to_owned(), endpoint: None };
+    let claims = format!(r#"{{"sub":"{}","aud":"sts.amazonaws.com","exp":1867225600}}"#, billing());
+    let grant = super::super::tests::grant(&target);
+    for (algorithm, named) in [("PS256", true), ("RS256", false)] {
+        let token = raw_token(&format!(r#"{{"alg":"{algorithm}"}}"#), &claims);
+        let svid = JwtSvid::check(token, &billing(), "sts.amazonaws.com", now()).unwrap();
+        let failure = refused(Some("InvalidIdentityToken"), 400, "");
+        let error = StsError::new(&failure, &target, Some((&grant, &svid)));
+        assert_eq!(error.message.contains("PS family"), named, "{error}");
+    }
+}
+
+#[derive(Debug, Error)]
+#[error("{0}")]
+struct Link(&'static str, #[source] Option<Box<Link>>);
+
+#[test]
+fn causes_are_said_once_each_and_no_structures() {
+    let chain = |texts: &[&'static str]| {
+        texts.iter().rev().fold(None, |cause, text| Some(Box::new(Link(text, cause)))).unwrap()
+    };
+    let table = [
+        (
+            &["io error", "client error (Connect)", "invalid certificate", "certificate"][..],
+            "client error (Connect): invalid certificate",
+        ),
+        (&["the SDK's own words say nothing"], "the connection failed"),
+        (&["other", "failed to apply to `Request { body: ... }`"], "the connection failed"),
+        (&["other", "failed to apply to `Request { body: ... }`", "no such host"], "no such host"),
+    ];
+    for (texts, said) in table {
+        assert_eq!(causes(&*chain(texts)), said);
+    }
+}

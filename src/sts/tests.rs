@@ -1,0 +1,554 @@
+pub(crate) mod fake;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tempfile::tempdir;
+use tokio::sync::Barrier;
+
+use super::*;
+use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
+use crate::role::Role;
+use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, svid_for};
+use fake::{FakeSts, Proxy, Reply};
+
+const ARN: &str = "arn:aws:iam::123456789012:role/billing";
+
+/// For tests of other modules too.
+pub(crate) fn grant(target: &StsTarget) -> Grant {
+    let role = Role {
+        name: "billing".to_owned(),
+        spiffe_id: SpiffeIdPattern::parse("spiffe://example.org/*").unwrap(),
+        role_arn: ArnTemplate::parse(ARN).unwrap(),
+        audience: AUDIENCE.to_owned(),
+        duration: Duration::from_secs(3600),
+        session_name: None,
+        sts: target.clone(),
+        policy: None,
+        policy_arns: vec![],
+    };
+    Grant {
+        spiffe_id: billing(),
+        role: Arc::new(role),
+        role_arn: RoleArn::parse(ARN).unwrap(),
+        session_name: SessionName::of(&billing()),
+    }
+}
+
+pub(crate) fn endpoint(url: String) -> StsTarget {
+    StsTarget { region: "eu-central-1".to_owned(), endpoint: Some(url) }
+}
+
+pub(crate) fn plain(server: &FakeSts) -> StsTarget {
+    endpoint(format!("http://{}", server.address))
+}
+
+pub(crate) fn settings() -> Settings {
+    Settings { timeout: Duration::from_secs(30), max_concurrent: 16, ca_file: None, network: Network::default() }
+}
+
+fn sts(settings: Settings) -> Sts {
+    Sts::new(settings, Clock::starting_at(now())).unwrap()
+}
+
+fn network(variables: &[(&str, String)]) -> Network {
+    Network::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| v.clone())).unwrap()
+}
+
+const NAMESPACE: &str = r#" xmlns="https://sts.amazonaws.com/doc/2011-06-15/""#;
+
+/// What AWS answers, with these credentials and this namespace.
+fn success(namespace: &str, credentials: &str) -> Reply {
+    let text = format!(
+        "<AssumeRoleWithWebIdentityResponse{namespace}><AssumeRoleWithWebIdentityResult>\
+         <SubjectFromWebIdentityToken>{}</SubjectFromWebIdentityToken><Audience>{AUDIENCE}</Audience>\
+         <AssumedRoleUser><Arn>arn:aws:sts::123456789012:assumed-role/billing/example.org=billing</Arn>\
+         <AssumedRoleId>AROAEXAMPLE:example.org=billing</AssumedRoleId></AssumedRoleUser>\
+         <Credentials>{credentials}</Credentials><Provider>arn:aws:iam::123456789012:oidc-provider/o</Provider>\
+         </AssumeRoleWithWebIdentityResult><ResponseMetadata><RequestId>r</RequestId></ResponseMetadata>\
+         </AssumeRoleWithWebIdentityResponse>",
+        billing()
+    );
+    Reply::Body(200, "text/xml", text)
+}
+
+const CREDENTIALS: &str = "<AccessKeyId>ASIAEXAMPLE</AccessKeyId><SecretAccessKey>secret+/key</SecretAccessKey>\
+                           <SessionToken>session//token==</SessionToken><Expiration>2026-01-01T01:00:00Z</Expiration>";
+
+pub(crate) fn good() -> Reply {
+    success(NAMESPACE, CREDENTIALS)
+}
+
+pub(crate) fn refusal(status: u16, code: &str, message: &str) -> Reply {
+    let text = format!(
+        "<ErrorResponse{NAMESPACE}><Error><Type>Sender</Type><Code>{code}</Code><Message>{message}</Message></Error>\
+         <RequestId>3b0e1c5f-0000-0000-0000-000000000000</RequestId></ErrorResponse>"
+    );
+    Reply::Body(status, "text/xml", text)
+}
+
+/// What one call makes of `reply`.
+async fn assume_of(reply: Reply) -> (Result<Credentials, StsError>, FakeSts) {
+    let server = FakeSts::start(move |_, _| reply.clone()).await;
+    let sts = sts(settings());
+    (sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1)).await, server)
+}
+
+#[tokio::test]
+async fn the_request_is_the_grant_and_the_token_unsigned() {
+    let server = FakeSts::start(|_, _| good()).await;
+    let mut narrowed = grant(&plain(&server));
+    let role = Role {
+        duration: Duration::from_secs(900),
+        policy: Some(r#"{"Version":"2012-10-17","Statement":[]}"#.to_owned()),
+        policy_arns: vec!["arn:aws:iam::aws:policy/A".to_owned(), "arn:aws:iam::aws:policy/B".to_owned()],
+        ..(*narrowed.role).clone()
+    };
+    narrowed.role = Arc::new(role);
+    let token = svid_for(&billing(), 300, 1);
+    sts(settings()).assume(&narrowed, &token).await.unwrap();
+    let [request] = &server.received()[..] else { panic!("not exactly one request") };
+    let expected = [
+        ("Action", "AssumeRoleWithWebIdentity"),
+        ("Version", "2011-06-15"),
+        ("RoleArn", ARN),
+        ("RoleSessionName", "example.org=billing"),
+        ("WebIdentityToken", token.secret()),
+        ("DurationSeconds", "900"),
+        ("Policy", r#"{"Version":"2012-10-17","Statement":[]}"#),
+        ("PolicyArns.member.1.arn", "arn:aws:iam::aws:policy/A"),
+        ("PolicyArns.member.2.arn", "arn:aws:iam::aws:policy/B"),
+    ];
+    let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    assert_eq!(request.form, HashMap::from(expected));
+    assert_eq!(request.uri, "/", "the token belongs into the body: URLs are logged");
+    assert!(!request.headers.contains_key("authorization"), "{:?}", request.headers);
+    assert!(!request.headers.contains_key("x-amz-security-token"), "{:?}", request.headers);
+
+    // Without policies, no such parameter.
+    sts(settings()).assume(&grant(&plain(&server)), &token).await.unwrap();
+    let plain = &server.received()[1].form;
+    assert!(plain.keys().all(|name| !name.starts_with("Policy")), "{plain:?}");
+}
+
+#[tokio::test]
+async fn answers_of_several_makes_are_read() {
+    let minio = format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<AssumeRoleWithWebIdentityResponse{NAMESPACE}>\
+         <AssumeRoleWithWebIdentityResult><AssumedRoleUser><Arn></Arn><AssumeRoleId></AssumeRoleId></AssumedRoleUser>\
+         <Credentials>{CREDENTIALS}</Credentials></AssumeRoleWithWebIdentityResult><ResponseMetadata><RequestId>1\
+         </RequestId></ResponseMetadata></AssumeRoleWithWebIdentityResponse>"
+    );
+    let bare = minio.replace("<AssumedRoleUser><Arn></Arn><AssumeRoleId></AssumeRoleId></AssumedRoleUser>", "");
+    let with = |expiration: &str| success(NAMESPACE, &CREDENTIALS.replace("2026-01-01T01:00:00Z", expiration));
+    let replies = [
+        good(),
+        success("", CREDENTIALS),
+        Reply::Body(200, "application/xml", minio),
+        Reply::Body(200, "text/plain", bare),
+        with("2026-01-01T01:00:00.000Z"),
+        with("2026-01-01T02:00:00+01:00"),
+    ];
+    for reply in replies {
+        let credentials = assume_of(reply).await.0.unwrap();
+        assert_eq!(credentials.access_key_id, "ASIAEXAMPLE");
+        assert_eq!(credentials.secret_access_key.as_str(), "secret+/key");
+        assert_eq!(credentials.session_token.as_str(), "session//token==");
+        assert_eq!(credentials.expiration, now() + Duration::from_secs(3600));
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_cannot_be_used_is_an_error() {
+    let with = |old: &str, new: &str| success(NAMESPACE, &CREDENTIALS.replace(old, new));
+    let page = |text: &str| Reply::Body(200, "text/html", text.to_owned());
+    let replies = [
+        with("2026-01-01T01:00:00Z", &format!("{NOW}.5")),
+        with("2026-01-01T01:00:00Z", "1.7672292E9"),
+        with("2026-01-01T01:00:00Z", "tomorrow"),
+        with("2026-01-01T01:00:00Z", ""),
+        with("<Expiration>2026-01-01T01:00:00Z</Expiration>", ""),
+        with("2026-01-01T01:00:00Z", "2025-12-31T23:59:59Z"),
+        with("2026-01-01T01:00:00Z", "2026-01-01T00:00:00Z"),
+        with("2026-01-01T01:00:00Z", "2026-01-03T00:00:00Z"),
+        with("2026-01-01T01:00:00Z", "9999-01-01T00:00:00Z"),
+        with("ASIAEXAMPLE", ""),
+        with("secret+/key", ""),
+        with("session//token==", ""),
+        with("<SessionToken>session//token==</SessionToken>", ""),
+        success(NAMESPACE, ""),
+        page(""),
+        page("<html><body>Please log in to the network</body></html>"),
+        page("<html><body>Please log in"),
+        page("<AssumeRoleResponse></AssumeRoleResponse>"),
+        page(&format!("<AssumeRoleWithWebIdentityResponse{NAMESPACE}></AssumeRoleWithWebIdentityResponse>")),
+        page("{\"Credentials\":{}}"),
+        Reply::Body(204, "text/xml", String::new()),
+    ];
+    for (row, reply) in replies.into_iter().enumerate() {
+        let error = assume_of(reply).await.0.expect_err(&format!("row {row}"));
+        assert_eq!((error.again, error.reason), (Again::Later, "sts_bad_answer"), "row {row}: {error}");
+        assert!(!error.message.contains("secret+/key") && !error.message.contains("log in"), "row {row}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn refusals_on_the_wire_have_their_meaning() {
+    use Again::{Later, Never, NewToken};
+    let keys = "Couldn't retrieve verification key from your identity provider";
+    let table = [
+        (
+            400,
+            "ExpiredTokenException",
+            "Token expired: current date/time 1 must be before 0",
+            NewToken,
+            "sts_expired_token",
+        ),
+        (400, "InvalidIdentityToken", keys, Later, "sts_issuer_unreachable"),
+        (400, "InvalidIdentityToken", "Incorrect token audience", NewToken, "sts_invalid_token"),
+        (400, "IDPCommunicationError", "", Later, "sts_issuer_unreachable"),
+        (403, "IDPRejectedClaim", "", NewToken, "sts_invalid_token"),
+        (403, "AccessDenied", "Not authorized to perform sts:AssumeRoleWithWebIdentity", Never, "sts_access_denied"),
+        (403, "RegionDisabledException", "", Never, "sts_region_disabled"),
+        (400, "MalformedPolicyDocument", "", Never, "sts_bad_policy"),
+        (400, "PackedPolicyTooLarge", "", Never, "sts_bad_policy"),
+        (400, "ValidationError", "The requested DurationSeconds exceeds the maximum", Never, "sts_bad_request"),
+        (400, "Throttling", "Rate exceeded", Later, "sts_throttled"),
+        (503, "SlowDown", "", Later, "sts_throttled"),
+        (500, "InternalFailure", "", Later, "sts_unavailable"),
+        // MinIO's own.
+        (400, "InvalidParameterValue", "", Never, "sts_bad_request"),
+        (400, "ExpiredToken", "", NewToken, "sts_expired_token"),
+        (503, "STSNotInitialized", "", Later, "sts_unavailable"),
+    ];
+    for (status, code, message, again, reason) in table {
+        let (result, server) = assume_of(refusal(status, code, message)).await;
+        let error = result.unwrap_err();
+        assert_eq!((error.again, error.reason, error.code.as_str()), (again, reason, code), "{error}");
+        assert!(error.message.contains(message) && error.message.contains(ARN), "{error}");
+        assert_eq!(server.received().len(), 1, "{code}: the SDK must not try again by itself");
+    }
+}
+
+#[tokio::test]
+async fn answers_from_something_else_are_judged_by_their_status() {
+    use Again::{Later, Never};
+    let html = || "<html><head><title>503</title></head><body><p>Secret page<br></body></html>".to_owned();
+    let s3 =
+        "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>".to_owned();
+    let table = [
+        (503, html(), Later, "sts_unavailable"),
+        (502, String::new(), Later, "sts_unavailable"),
+        (504, "upstream request timeout".to_owned(), Later, "sts_unavailable"),
+        (429, html(), Later, "sts_throttled"),
+        (403, html(), Never, "sts_refused"),
+        (403, s3, Never, "sts_refused"),
+        (404, "404 page not found".to_owned(), Never, "sts_refused"),
+        (400, "<ErrorResponse><Error><Code></Code></Error></ErrorResponse>".to_owned(), Never, "sts_refused"),
+    ];
+    for (status, body, again, reason) in table {
+        let error = assume_of(Reply::Body(status, "text/html", body)).await.0.unwrap_err();
+        assert_eq!((error.again, error.reason, error.code.as_str()), (again, reason, ""), "{error}");
+        assert!(error.message.contains(&format!("HTTP {status}")) && !error.message.contains("Secret page"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_redirect_is_not_followed_with_the_token() {
+    let elsewhere = FakeSts::start(|_, _| good()).await;
+    let (result, _server) = assume_of(Reply::Redirect(format!("http://{}/", elsewhere.address))).await;
+    let error = result.unwrap_err();
+    assert_eq!((error.again, error.reason), (Again::Never, "sts_refused"), "{error}");
+    assert!(elsewhere.received().is_empty());
+}
+
+#[tokio::test]
+async fn no_whole_answer_is_an_outage() {
+    for reply in [Reply::Never, Reply::Stalls] {
+        let server = FakeSts::start(move |_, _| reply.clone()).await;
+        let sts = sts(Settings { timeout: Duration::from_millis(200), ..settings() });
+        let error = sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1)).await.unwrap_err();
+        assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+        assert!(error.message.contains("within 200ms"), "{error}");
+    }
+    let endless = Reply::Body(200, "text/xml", "x".repeat(1024 * 1024));
+    for reply in [Reply::Breaks, endless] {
+        let error = assume_of(reply).await.0.unwrap_err();
+        assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+    }
+    // A port that is taken, so that nobody else can, but not listened at.
+    let taken = tokio::net::TcpSocket::new_v4().unwrap();
+    taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let target = endpoint(format!("http://{}", taken.local_addr().unwrap()));
+    let error = sts(settings()).assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
+    assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+    assert!(error.message.contains("Connection refused"), "{error}");
+}
+
+#[tokio::test]
+async fn what_cannot_be_sent_is_a_misconfiguration() {
+    let targets = [
+        endpoint("not a url".to_owned()),
+        endpoint("minio.internal:9000".to_owned()),
+        endpoint("ftp://minio.internal".to_owned()),
+        endpoint(String::new()),
+        StsTarget { region: "not a region!".to_owned(), endpoint: None },
+        StsTarget { region: String::new(), endpoint: None },
+    ];
+    for target in targets {
+        let error = sts(settings()).assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
+        assert_eq!((error.again, error.reason), (Again::Never, "sts_misconfigured"), "{target:?}: {error}");
+        assert!(!error.message.contains("Request"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn neither_logs_nor_errors_show_the_token_or_the_credentials() {
+    let token = svid_for(&billing(), 300, 1);
+    let log = Log::start();
+    let echo = |status: u16| {
+        move |_: usize, request: &fake::Received| {
+            let token = &request.form["WebIdentityToken"];
+            let message = format!("1 validation error: Value '{token}' at 'webIdentityToken', {}...", &token[..50]);
+            refusal(status, &token[..80], &message)
+        }
+    };
+    for server in [FakeSts::start(echo(400)).await, FakeSts::start(echo(503)).await] {
+        let error = sts(settings()).assume(&grant(&plain(&server)), &token).await.unwrap_err();
+        let shown = format!("{error} {error:?}");
+        assert!(shown.contains("[token]"), "{shown}");
+        for part in token.secret().split('.') {
+            assert!(!shown.contains(&part[..20]), "{shown}");
+        }
+    }
+    for reply in [good(), Reply::Breaks, Reply::Body(200, "text/xml", "secret+/key".to_owned())] {
+        let _ = assume_of(reply).await;
+    }
+    let text = log.text();
+    assert!(text.contains("TRACE") && text.contains("hyper"), "the log was on: {text}");
+    for secret in token.secret().split('.').chain(["secret+/key", "session//token=="]) {
+        assert!(!text.contains(secret), "{}", text.lines().find(|line| line.contains(secret)).unwrap());
+    }
+}
+
+#[tokio::test]
+async fn no_more_calls_are_under_way_than_allowed() {
+    let server = FakeSts::start(|_, _| good()).await;
+    let held = Arc::new(Barrier::new(2));
+    let (now_at, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    // A slow way to STS, so that the calls overlap: each connection waits for another one.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (behind, counted) = (server.address, most.clone());
+    let way = tokio::spawn(async move {
+        loop {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let (held, now_at, most) = (held.clone(), now_at.clone(), counted.clone());
+            tokio::spawn(async move {
+                most.fetch_max(now_at.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                held.wait().await;
+                let mut server = tokio::net::TcpStream::connect(behind).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+                now_at.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+    });
+    let sts = Arc::new(sts(Settings { max_concurrent: 2, ..settings() }));
+    let target = endpoint(format!("http://{address}"));
+    let calls: Vec<_> = (0..8)
+        .map(|serial| {
+            let (sts, grant) = (sts.clone(), grant(&target));
+            tokio::spawn(async move { sts.assume(&grant, &svid_for(&billing(), 300, serial)).await })
+        })
+        .collect();
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    assert_eq!(most.load(Ordering::SeqCst), 2, "two at once, and never more");
+    assert_eq!(server.received().len(), 8);
+    way.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_never_gets_its_turn_ends() {
+    let sts = sts(Settings { max_concurrent: 1, ..settings() });
+    let _other = sts.turns.acquire().await.unwrap();
+    let start = tokio::time::Instant::now();
+    let target = endpoint("http://127.0.0.1:9".to_owned());
+    let error = sts.assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
+    assert_eq!((error.again, error.reason), (Again::Later, "sts_busy"), "{error}");
+    assert_eq!(start.elapsed(), TURN);
+}
+
+#[tokio::test]
+async fn one_client_and_its_connection_serve_one_place() {
+    let server = FakeSts::start(|_, _| good()).await;
+    let sts = sts(settings());
+    for serial in 0..3 {
+        sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, serial)).await.unwrap();
+    }
+    let connections: Vec<_> = server.received().iter().map(|request| request.connection).collect();
+    assert_eq!(connections, [0, 0, 0]);
+    let other = StsTarget { region: "us-east-1".to_owned(), ..plain(&server) };
+    sts.assume(&grant(&other), &svid_for(&billing(), 300, 9)).await.unwrap();
+    assert_eq!(sts.clients.lock().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn whether_sts_answers() {
+    let server =
+        FakeSts::start(|_, _| refusal(400, "InvalidIdentityToken", "The ID Token provided is not a valid JWT")).await;
+    sts(settings()).answers(&plain(&server)).await.unwrap();
+    assert_eq!(server.received()[0].form["WebIdentityToken"], "none");
+    let server = FakeSts::start(|_, _| Reply::Body(503, "text/html", String::new())).await;
+    sts(settings()).answers(&plain(&server)).await.unwrap();
+    for reply in [Reply::Never, Reply::Breaks] {
+        let server = FakeSts::start(move |_, _| reply.clone()).await;
+        let sts = sts(Settings { timeout: Duration::from_millis(200), ..settings() });
+        let error = sts.answers(&plain(&server)).await.unwrap_err();
+        assert_eq!(error.reason, "sts_unreachable", "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
+    let dir = tempdir().unwrap();
+    let (ca, tls) = fake::tls(&["127.0.0.1"]);
+    let file = dir.path().join("ca.pem");
+    std::fs::write(&file, ca).unwrap();
+    let server = FakeSts::start_with(Some(tls), |_, _| good()).await;
+    let target = endpoint(format!("https://{}", server.address));
+    let token = svid_for(&billing(), 300, 1);
+    let trusting = sts(Settings { ca_file: Some(file.clone()), ..settings() });
+    trusting.assume(&grant(&target), &token).await.unwrap();
+
+    // Without the file, and with that of another CA.
+    let other = dir.path().join("other.pem");
+    std::fs::write(&other, fake::tls(&["127.0.0.1"]).0).unwrap();
+    for ca_file in [None, Some(other)] {
+        let error = sts(Settings { ca_file, ..settings() }).assume(&grant(&target), &token).await.unwrap_err();
+        assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+        assert!(error.message.contains("certificate"), "{error}");
+    }
+    // For another name than the certificate's.
+    let named = endpoint(format!("https://localhost:{}", server.address.port()));
+    let error = trusting.assume(&grant(&named), &token).await.unwrap_err();
+    assert!(error.message.contains("certificate"), "{error}");
+    assert_eq!(server.received().len(), 1, "no token went to a server that is not trusted");
+
+    let missing = Settings { ca_file: Some(dir.path().join("absent.pem")), ..settings() };
+    assert!(Sts::new(missing, Clock::system()).is_err());
+}
+
+#[tokio::test]
+async fn aws_is_reached_through_the_proxy_and_not_trusted_by_a_private_ca() {
+    let dir = tempdir().unwrap();
+    let names = [
+        "sts.eu-central-1.amazonaws.com",
+        "sts-fips.us-east-1.amazonaws.com",
+        "sts.us-east-1.api.aws",
+        "sts.cn-north-1.amazonaws.com.cn",
+    ];
+    let (ca, tls) = fake::tls(&names);
+    let file = dir.path().join("ca.pem");
+    std::fs::write(&file, ca).unwrap();
+    let server = FakeSts::start_with(Some(tls), |_, _| good()).await;
+    let proxy = Proxy::to(server.address).await;
+    let url = format!("http://user:pass@{}", proxy.address);
+    let on = || "true".to_owned();
+    let table = [
+        (vec![("HTTPS_PROXY", url.clone())], "eu-central-1", names[0]),
+        (vec![("ALL_PROXY", url.clone())], "cn-north-1", names[3]),
+        (vec![("HTTPS_PROXY", url.clone()), ("AWS_USE_FIPS_ENDPOINT", on())], "us-east-1", names[1]),
+        (vec![("HTTPS_PROXY", url.clone()), ("AWS_USE_DUALSTACK_ENDPOINT", on())], "us-east-1", names[2]),
+    ];
+    for (number, (variables, region, host)) in table.into_iter().enumerate() {
+        let sts = sts(Settings { ca_file: Some(file.clone()), network: network(&variables), ..settings() });
+        let target = StsTarget { region: region.to_owned(), endpoint: None };
+        let error = sts.assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
+        assert!(error.message.contains("certificate"), "{error}");
+        assert!(!error.message.contains("pass"), "{error}");
+        let heads = proxy.heads();
+        assert_eq!(heads.len(), number + 1);
+        assert!(heads[number].starts_with(&format!("CONNECT {host}:443 ")), "{heads:?}");
+        // base64 of user:pass
+        assert!(heads[number].to_lowercase().contains("proxy-authorization: basic dxnlcjpwyxnz"), "{heads:?}");
+    }
+    assert!(server.received().is_empty(), "no token went to a server that is not trusted");
+}
+
+#[tokio::test]
+async fn an_endpoint_of_ones_own_is_reached_through_the_proxy() {
+    let dir = tempdir().unwrap();
+    let (ca, tls) = fake::tls(&["sts.test.invalid", "127.0.0.1"]);
+    let file = dir.path().join("ca.pem");
+    std::fs::write(&file, ca).unwrap();
+    let server = FakeSts::start_with(Some(tls), |_, _| good()).await;
+    let proxy = Proxy::to(server.address).await;
+    let url = format!("http://{}", proxy.address);
+    let with = |variables: &[(&str, String)]| {
+        sts(Settings { ca_file: Some(file.clone()), network: network(variables), ..settings() })
+    };
+    let token = svid_for(&billing(), 300, 1);
+    let far = endpoint("https://sts.test.invalid".to_owned());
+    let near = endpoint(format!("https://{}", server.address));
+
+    with(&[("HTTPS_PROXY", url.clone())]).assume(&grant(&far), &token).await.unwrap();
+    assert!(proxy.heads()[0].starts_with("CONNECT sts.test.invalid:443 "), "{:?}", proxy.heads());
+
+    // Nobody resolves that name, so without the proxy there is no way. Loopback has none other than the direct one.
+    let no_proxy = ("NO_PROXY", ".test.invalid".to_owned());
+    let error = with(&[("HTTPS_PROXY", url.clone()), no_proxy]).assume(&grant(&far), &token).await.unwrap_err();
+    assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+    with(&[("HTTPS_PROXY", url)]).assume(&grant(&near), &token).await.unwrap();
+    assert_eq!(proxy.heads().len(), 1);
+}
+
+/// In an environment that is set to lead an SDK elsewhere: this test starts itself in one.
+#[test]
+fn neither_environment_nor_profiles_lead_the_call_elsewhere() {
+    const CHILD: &str = "AWSVID_TEST_CHILD_STS";
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    if let Ok(url) = std::env::var(CHILD) {
+        let result = runtime.block_on(sts(settings()).assume(&grant(&endpoint(url)), &svid_for(&billing(), 300, 1)));
+        assert_eq!(result.unwrap().access_key_id, "ASIAEXAMPLE");
+        return;
+    }
+    let dir = tempdir().unwrap();
+    let (server, trap) = runtime.block_on(async {
+        (FakeSts::start(|_, _| good()).await, FakeSts::start(|_, _| refusal(400, "ValidationError", "trap")).await)
+    });
+    let elsewhere = format!("http://{}", trap.address);
+    let profile = format!(
+        "[default]\nregion = us-west-2\nendpoint_url = {elsewhere}\naws_access_key_id = AKIAPROFILE\n\
+         aws_secret_access_key = x\nretry_mode = adaptive\nmax_attempts = 9\n"
+    );
+    for name in ["config", "credentials"] {
+        std::fs::write(dir.path().join(name), &profile).unwrap();
+    }
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    let name = "sts::tests::neither_environment_nor_profiles_lead_the_call_elsewhere";
+    child.args(["--exact", name, "--nocapture"]).env_clear();
+    child.env(CHILD, format!("http://{}", server.address)).env("HOME", dir.path());
+    child.env("AWS_CONFIG_FILE", dir.path().join("config"));
+    child.env("AWS_SHARED_CREDENTIALS_FILE", dir.path().join("credentials"));
+    child.env("AWS_ACCESS_KEY_ID", "AKIAENVIRONMENT").env("AWS_SECRET_ACCESS_KEY", "x");
+    for name in [
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_STS",
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ] {
+        child.env(name, &elsewhere);
+    }
+    let output = runtime.block_on(async { tokio::process::Command::from(child).kill_on_drop(true).output().await });
+    let output = output.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let received = server.received();
+    assert_eq!(received.len(), 1);
+    assert!(!received[0].headers.contains_key("authorization"), "{:?}", received[0].headers);
+    assert!(trap.received().is_empty(), "{:?}", trap.received());
+}

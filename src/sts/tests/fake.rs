@@ -1,0 +1,207 @@
+//! Servers in STS's place, and a proxy in front of them.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::future::pending;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::{HeaderMap, Request, Response};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::crypto::aws_lc_rs::default_provider;
+use tokio_rustls::rustls::pki_types::PrivateKeyDer;
+use tokio_stream::StreamExt;
+
+/// What to answer.
+#[derive(Clone)]
+pub(crate) enum Reply {
+    /// This.
+    Body(u16, &'static str, String),
+    /// This head without a body, and a place to go.
+    Redirect(String),
+    /// Nothing, ever.
+    Never,
+    /// The beginning of an answer, and no end.
+    Stalls,
+    /// The beginning of an answer, and the end of the connection.
+    Breaks,
+}
+
+/// A request that arrived.
+#[derive(Clone, Debug)]
+pub(crate) struct Received {
+    pub(crate) uri: String,
+    pub(crate) headers: HeaderMap,
+    pub(crate) form: HashMap<String, String>,
+    pub(crate) connection: usize,
+}
+
+/// A running server; it ends with the value.
+pub(crate) struct FakeSts {
+    pub(crate) address: SocketAddr,
+    received: Arc<Mutex<Vec<Received>>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for FakeSts {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+type Script = dyn Fn(usize, &Received) -> Reply + Send + Sync;
+
+impl FakeSts {
+    /// Plain HTTP on loopback. `script` is given the request's number, from 0.
+    pub(crate) async fn start(script: impl Fn(usize, &Received) -> Reply + Send + Sync + 'static) -> Self {
+        Self::start_with(None, script).await
+    }
+
+    /// With TLS, where a certificate is given.
+    pub(crate) async fn start_with(
+        tls: Option<TlsAcceptor>,
+        script: impl Fn(usize, &Received) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let received = Arc::new(Mutex::new(Vec::new()));
+        let (seen, script): (_, Arc<Script>) = (received.clone(), Arc::new(script));
+        let task = tokio::spawn(async move {
+            for connection in 0.. {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (tls, seen, script) = (tls.clone(), seen.clone(), script.clone());
+                tokio::spawn(async move {
+                    match tls {
+                        None => serve(stream, connection, seen, script).await,
+                        Some(tls) => match tls.accept(stream).await {
+                            Ok(stream) => serve(stream, connection, seen, script).await,
+                            Err(refused_by_the_client) => drop(refused_by_the_client),
+                        },
+                    }
+                });
+            }
+        });
+        Self { address, received, task }
+    }
+
+    pub(crate) fn received(&self) -> Vec<Received> {
+        self.received.lock().unwrap().clone()
+    }
+}
+
+async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
+    connection: usize,
+    seen: Arc<Mutex<Vec<Received>>>,
+    script: Arc<Script>,
+) {
+    let service = hyper::service::service_fn(|request: Request<Incoming>| async {
+        let (head, body) = request.into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        let form = std::str::from_utf8(&body).unwrap().split('&').filter_map(|pair| pair.split_once('='));
+        let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8().unwrap().into_owned();
+        let form = form.map(|(name, value)| (decode(name), decode(value))).collect();
+        let request = Received { uri: head.uri.to_string(), headers: head.headers, form, connection };
+        let number = {
+            let mut seen = seen.lock().unwrap();
+            seen.push(request.clone());
+            seen.len() - 1
+        };
+        Ok::<_, Infallible>(answer(script(number, &request)).await)
+    });
+    // An error is a client that hung up, or a reply that breaks off on purpose.
+    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+}
+
+async fn answer(reply: Reply) -> Response<UnsyncBoxBody<Bytes, std::io::Error>> {
+    let full = |text: String| Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync();
+    let beginning = || tokio_stream::once(Ok(Frame::data(Bytes::from_static(b"<AssumeRoleWithWebIdentityResponse>"))));
+    match reply {
+        Reply::Body(status, kind, body) => {
+            Response::builder().status(status).header("content-type", kind).body(full(body)).unwrap()
+        }
+        Reply::Redirect(place) => {
+            Response::builder().status(307).header("location", place).body(full(String::new())).unwrap()
+        }
+        Reply::Never => pending().await,
+        Reply::Stalls => Response::new(StreamBody::new(beginning().chain(tokio_stream::pending())).boxed_unsync()),
+        Reply::Breaks => {
+            let end = tokio_stream::once(Err(std::io::Error::other("on purpose")));
+            Response::new(StreamBody::new(beginning().chain(end)).boxed_unsync())
+        }
+    }
+}
+
+/// A certificate authority of one's own and a server's certificate for these names: (CA as PEM, TLS).
+pub(crate) fn tls(names: &[&str]) -> (String, TlsAcceptor) {
+    let ca_key = rcgen::KeyPair::generate().unwrap();
+    let mut ca = rcgen::CertificateParams::new(vec![]).unwrap();
+    ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let ca_pem = ca.self_signed(&ca_key).unwrap().pem();
+    let issuer = rcgen::Issuer::new(ca, ca_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    let certificate = rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &issuer).unwrap();
+    let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+    let config =
+        ServerConfig::builder_with_provider(Arc::new(default_provider())).with_safe_default_protocol_versions();
+    let config = config.unwrap().with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key).unwrap();
+    (ca_pem, TlsAcceptor::from(Arc::new(config)))
+}
+
+/// A proxy that tunnels every CONNECT to one server, whatever was asked for, and notes what that was.
+pub(crate) struct Proxy {
+    pub(crate) address: SocketAddr,
+    heads: Arc<Mutex<Vec<String>>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Proxy {
+    pub(crate) async fn to(server: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let heads = Arc::new(Mutex::new(Vec::new()));
+        let seen = heads.clone();
+        let task = tokio::spawn(async move {
+            loop {
+                let (client, _) = listener.accept().await.unwrap();
+                let seen = seen.clone();
+                tokio::spawn(async move {
+                    let mut client = BufReader::new(client);
+                    let mut head = String::new();
+                    while !head.ends_with("\r\n\r\n") {
+                        if client.read_line(&mut head).await.unwrap() == 0 {
+                            return;
+                        }
+                    }
+                    seen.lock().unwrap().push(head);
+                    let mut server = TcpStream::connect(server).await.unwrap();
+                    client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                    // An error is one of the two hanging up.
+                    let _ = copy_bidirectional(&mut client, &mut server).await;
+                });
+            }
+        });
+        Self { address, heads, task }
+    }
+
+    /// The heads of the CONNECT requests.
+    pub(crate) fn heads(&self) -> Vec<String> {
+        self.heads.lock().unwrap().clone()
+    }
+}

@@ -1,0 +1,86 @@
+//! Identity sources: which SPIFFE ID a caller has, and the JWT-SVID that proves it.
+//!
+//! [`workload_api`] asks any SPIFFE provider for the identities that the daemon itself is registered for, by its own
+//! `[[workload]]` rules. [`jwt`] is the check that every token goes through, whoever gave it.
+
+use std::fmt;
+
+use async_trait::async_trait;
+use thiserror::Error;
+
+use crate::caller::Caller;
+use crate::identity::SpiffeId;
+use crate::role::Identity;
+
+pub mod jwt;
+pub mod workload_api;
+
+pub use jwt::{BadToken, JwtSvid};
+pub use workload_api::WorkloadApi;
+
+/// The SPIFFE Workload API's messages, client and server, generated from `proto/spiffe/workload.proto`.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+pub mod proto {
+    tonic::include_proto!("_");
+}
+
+/// Somebody who knows which identities the workloads of this node have.
+#[async_trait]
+pub trait IdentitySource: Send + Sync + fmt::Debug {
+    /// The identities of `caller`; none if the source has none for it, which is an answer, not an error.
+    async fn identify(&self, caller: &Caller) -> Result<Vec<Identity>, SourceError>;
+
+    /// A JWT-SVID of `caller` for the identity `id`, meant for `audience` alone, checked by [`JwtSvid::check`].
+    async fn token(&self, caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError>;
+}
+
+/// Why a source gave no identity or no token. What the caller of the source has to do decides the variant; the text is
+/// for operators and never holds a token.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum SourceError {
+    /// The source says no. Registrations spread slowly, and a part of the source that fails for a moment looks the
+    /// same, so ask again, with backoff, and never remember it for more than seconds.
+    #[error("{0}")]
+    Denied(String),
+    /// The source did not answer, or can't now. Ask again, with backoff.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The source will never answer this request. Asking again is of no use; somebody has to change something.
+    #[error("{0}")]
+    Misconfigured(String),
+    /// The source gave a token that must not be used.
+    #[error("the identity source gave a token that cannot be used: {0}")]
+    BadToken(#[from] BadToken),
+}
+
+impl SourceError {
+    /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unavailable(_) => true,
+            // Agents answer from their cache while their server is down, until the second that the token expires.
+            Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
+            Self::Denied(_) | Self::Misconfigured(_) => false,
+        }
+    }
+
+    /// The label in metrics and audit records.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Denied(_) => "source_denied",
+            Self::Unavailable(_) => "source_unavailable",
+            Self::Misconfigured(_) => "source_misconfigured",
+            Self::BadToken(_) => "bad_token",
+        }
+    }
+}
+
+/// Somebody else's words, fit for one line of a log: no control characters, at most 300 characters.
+pub(crate) fn one_line(text: &str) -> String {
+    const MAX: usize = 300;
+    let mut line: String = text.chars().take(MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if text.chars().count() > MAX {
+        line.push_str("...");
+    }
+    line.trim().to_owned()
+}

@@ -1,0 +1,285 @@
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+pub(crate) const AUDIENCE: &str = "sts.amazonaws.com";
+/// 2026-01-01: where these tests stand in time.
+pub(crate) const NOW: u64 = 1_767_225_600;
+
+pub(crate) fn now() -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(NOW)
+}
+
+pub(crate) fn billing() -> SpiffeId {
+    SpiffeId::parse("spiffe://example.org/billing").unwrap()
+}
+
+/// A token with this header and these claims, as JSON text. The signature is none: nobody here looks at it.
+pub(crate) fn raw_token(header: &str, claims: &str) -> String {
+    let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
+    format!("{}.{}.{}", part(header), part(claims), part("a signature that nobody verifies here"))
+}
+
+/// A good token for `id` and [`AUDIENCE`] that ends `life` seconds after [`NOW`]; `serial` tells one from another.
+pub(crate) fn token_for(id: &SpiffeId, life: u64, serial: u32) -> String {
+    let exp = NOW + life;
+    raw_token(
+        r#"{"alg":"ES256","kid":"k1","typ":"JWT"}"#,
+        &format!(r#"{{"sub":"{id}","aud":["{AUDIENCE}"],"iat":{NOW},"exp":{exp},"jti":"{serial}"}}"#),
+    )
+}
+
+/// The same, checked.
+pub(crate) fn svid_for(id: &SpiffeId, life: u64, serial: u32) -> JwtSvid {
+    JwtSvid::check(token_for(id, life, serial), id, AUDIENCE, now()).unwrap()
+}
+
+/// Keeps everything that any crate logs on this thread while it exists, at every level.
+pub(crate) struct Log {
+    lines: Lines,
+    _until_dropped: tracing::subscriber::DefaultGuard,
+}
+
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Log {
+    pub(crate) fn start() -> Self {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_ansi(false);
+        let subscriber = subscriber.with_writer(move || writer.clone()).finish();
+        Self { lines, _until_dropped: tracing::subscriber::set_default(subscriber) }
+    }
+
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.lines.0.lock().unwrap()).into_owned()
+    }
+}
+
+fn check(header: &str, claims: &str) -> Result<JwtSvid, BadToken> {
+    // Short names, so that a row of a table shows what is odd in it.
+    let claims = claims.replace("NOW", &NOW.to_string()).replace("LATER", &(NOW + 300).to_string());
+    JwtSvid::check(raw_token(header, &claims), &billing(), AUDIENCE, now())
+}
+
+const HEADER: &str = r#"{"alg":"ES256","typ":"JWT"}"#;
+const CLAIMS: &str = r#"{"sub":"spiffe://example.org/billing","aud":["sts.amazonaws.com"],"iat":NOW,"exp":LATER}"#;
+
+#[test]
+fn good_tokens_pass() {
+    let headers = [
+        HEADER,
+        r#"{"alg":"RS256"}"#,
+        r#"{"alg":"RS384","typ":"JOSE"}"#,
+        r#"{"alg":"RS512","kid":"k1","typ":"JWT"}"#,
+        r#"{"alg":"ES384"}"#,
+        r#"{"alg":"ES512"}"#,
+        r#"{"alg":"PS256"}"#,
+        r#"{"alg":"PS384"}"#,
+        r#"{"alg":"PS512","other":[1,{"a":null}]}"#,
+    ];
+    for header in headers {
+        check(header, CLAIMS).unwrap_or_else(|error| panic!("{header}: {error}"));
+    }
+    let claims = [
+        r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER}"#,
+        r#"{ "exp" : LATER , "aud":["sts.amazonaws.com"], "sub":"spiffe:\/\/example.org/billing" }"#,
+        r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":NOW,"nbf":NOW}"#,
+        r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"x":1.5,"x":1e9,"iss":"i"}"#,
+        r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":253402300799,"iat":0}"#,
+    ];
+    for claims in claims {
+        check(HEADER, claims).unwrap_or_else(|error| panic!("{claims}: {error}"));
+    }
+}
+
+#[test]
+fn what_was_checked_is_kept() {
+    let raw = token_for(&billing(), 300, 1);
+    let svid = JwtSvid::check(raw.clone(), &billing(), AUDIENCE, now()).unwrap();
+    assert_eq!(svid.secret(), raw);
+    assert_eq!(svid.spiffe_id(), &billing());
+    assert_eq!(svid.audience(), AUDIENCE);
+    assert_eq!(svid.algorithm(), "ES256");
+    assert_eq!(svid.expires(), now() + Duration::from_secs(300));
+    assert!(svid.is_same(&svid_for(&billing(), 300, 1)));
+    assert!(!svid.is_same(&svid_for(&billing(), 300, 2)));
+}
+
+#[test]
+fn bad_headers_are_refused() {
+    let table = [
+        (r#"{"alg":"none"}"#, "algorithm"),
+        (r#"{"alg":"HS256"}"#, "algorithm"),
+        (r#"{"alg":"EdDSA"}"#, "algorithm"),
+        (r#"{"alg":"es256"}"#, "algorithm"),
+        (r#"{"alg":""}"#, "algorithm"),
+        (r#"{"typ":"JWT"}"#, "lack"),
+        (r#"{"alg":1}"#, "lack"),
+        (r#"{"alg":"RS256","alg":"none"}"#, "twice"),
+        (r#"{"alg":"RS256","typ":"at+jwt"}"#, "type"),
+        (r#"{"alg":"RS256","typ":"jwt"}"#, "type"),
+        (r#"{"alg":"RS256","typ":""}"#, "type"),
+        (r#"["RS256","JWT"]"#, "objects"),
+        ("null", "objects"),
+        ("", "base64url"),
+        ("{", "no valid JSON"),
+    ];
+    for (header, reason) in table {
+        let error = check(header, CLAIMS).expect_err(header);
+        assert!(matches!(&error, BadToken::Wrong(text) if text.contains(reason)), "{header}: {error}");
+    }
+}
+
+#[test]
+fn bad_claims_are_refused() {
+    let table = [
+        // Whose it is.
+        (r#"{"aud":"sts.amazonaws.com","exp":LATER}"#, "lack"),
+        (r#"{"sub":"","aud":"sts.amazonaws.com","exp":LATER}"#, "its subject is not spiffe://example.org/billing"),
+        (r#"{"sub":"spiffe://example.org/billing2","aud":"sts.amazonaws.com","exp":LATER}"#, "subject"),
+        (r#"{"sub":"spiffe://example.org/Billing","aud":"sts.amazonaws.com","exp":LATER}"#, "subject"),
+        (r#"{"sub":"spiffe://other.org/billing","aud":"sts.amazonaws.com","exp":LATER}"#, "subject"),
+        (r#"{"sub":"spiffe://example.org/billing\u0000","aud":"sts.amazonaws.com","exp":LATER}"#, "subject"),
+        (r#"{"sub":["spiffe://example.org/billing"],"aud":"sts.amazonaws.com","exp":LATER}"#, "lack"),
+        // Twice: one reader takes the first, another the last. The second spelling of the name is the same name.
+        (r#"{"sub":"spiffe://example.org/billing","sub":"a","aud":"sts.amazonaws.com","exp":LATER}"#, "twice"),
+        (r#"{"sub":"a","s\u0075b":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER}"#, "twice"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"exp":LATER}"#, "twice"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","aud":"b","exp":LATER}"#, "twice"),
+        // For whom it is.
+        (r#"{"sub":"spiffe://example.org/billing","exp":LATER}"#, "lack"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":[],"exp":LATER}"#, "audience"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"","exp":LATER}"#, "audience"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"STS.amazonaws.com","exp":LATER}"#, "audience"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":["other"],"exp":LATER}"#, "audience"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":["sts.amazonaws.com","other"],"exp":LATER}"#, "audience"),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":["sts.amazonaws.com","sts.amazonaws.com"],"exp":LATER}"#,
+            "aud",
+        ),
+        (r#"{"sub":"spiffe://example.org/billing","aud":[["sts.amazonaws.com"]],"exp":LATER}"#, "lack"),
+        // How its times are written.
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com"}"#, "lack"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":null}"#, "`exp`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":"LATER"}"#, "`exp`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER.0}"#, "`exp`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":1.8e9}"#, "`exp`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":18E8}"#, "`exp`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":-LATER}"#, "`exp`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER000}"#, "`exp`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":99999999999999999999999}"#, "`exp`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":1.767e9}"#, "`iat`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":NOW.0}"#, "`iat`"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"nbf":1.7e9}"#, "`nbf`"),
+        // What they say.
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":LATER}"#, "not before"),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":1867225600,"iat":1767225901}"#,
+            "future",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":1867225600,"nbf":1767225901}"#,
+            "future",
+        ),
+        // No claims at all.
+        (r#"["spiffe://example.org/billing","sts.amazonaws.com",LATER,NOW,NOW]"#, "objects"),
+        ("7", "objects"),
+        ("", "base64url"),
+        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER} x"#, "no valid JSON"),
+    ];
+    for (claims, reason) in table {
+        let error = check(HEADER, claims).expect_err(claims);
+        assert!(matches!(&error, BadToken::Wrong(text) if text.contains(reason)), "{claims}: {error}");
+    }
+}
+
+#[test]
+fn a_token_needs_thirty_seconds_of_life() {
+    let id = billing();
+    let check = |life| JwtSvid::check(token_for(&id, life, 0), &id, AUDIENCE, now());
+    check(30).unwrap();
+    for (life, text) in [(29, "in 29 s"), (5, "in 5 s"), (0, "not before")] {
+        let error = check(life).unwrap_err();
+        assert!(error.to_string().contains(text), "{life}: {error}");
+    }
+    let claims = r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":1767225000}"#;
+    let error = JwtSvid::check(raw_token(HEADER, claims), &id, AUDIENCE, now()).unwrap_err();
+    assert!(matches!(&error, BadToken::Expiring(text) if text.contains("has expired")), "{error}");
+    assert!(
+        matches!(check(29), Err(BadToken::Expiring(_))),
+        "one that is about to expire may be followed by a new one"
+    );
+}
+
+#[test]
+fn what_is_no_jwt_is_refused() {
+    let good = token_for(&billing(), 300, 0);
+    let (rest, _) = good.rsplit_once('.').unwrap();
+    let table = [
+        String::new(),
+        "abc".to_owned(),
+        rest.to_owned(),
+        format!("{rest}."),
+        format!("{good}.AAAA"),
+        format!("{good}="),
+        format!("{rest}.a+b/"),
+        format!(" {good}"),
+        format!("{good}\n"),
+        good.replace('.', ".."),
+        // JWS in JSON form, which AWS doesn't take either.
+        format!(r#"{{"payload":"{rest}"}}"#),
+    ];
+    for token in table {
+        let result = JwtSvid::check(token.clone(), &billing(), AUDIENCE, now());
+        assert!(matches!(result, Err(BadToken::Wrong(_))), "{token}");
+    }
+}
+
+#[test]
+fn length_is_limited_to_what_sts_takes() {
+    let of_length = |length: usize| {
+        let head = token_for(&billing(), 300, 0);
+        let head = head.rsplit_once('.').unwrap().0;
+        format!("{head}.{}", "A".repeat(length - head.len() - 1))
+    };
+    // No base64 has a length of 4n + 1, so the nearest that are possible on both sides of the limit.
+    let lengths: Vec<usize> =
+        (19_990..=20_010).filter(|l| (l - of_length(1000).rfind('.').unwrap() - 1) % 4 != 1).collect();
+    for length in lengths {
+        let result = JwtSvid::check(of_length(length), &billing(), AUDIENCE, now());
+        match result {
+            Ok(_) => assert!(length <= 20_000, "{length} passed"),
+            Err(error) => assert!(length > 20_000 && error.to_string().contains("20000"), "{length}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn nothing_prints_the_token() {
+    let svid = svid_for(&billing(), 300, 7);
+    let shown = format!("{svid:?} {svid:#?}");
+    assert!(shown.contains("spiffe://example.org/billing"));
+    for part in svid.secret().split('.') {
+        assert!(!shown.contains(part), "{shown}");
+    }
+    // serde's messages quote what they stumble over; ours must not.
+    let claims = r#"{"sub":{"secret":1},"aud":"a-secret-audience","exp":"secret"}"#;
+    let error = JwtSvid::check(raw_token(r#"{"alg":"secret"}"#, claims), &billing(), AUDIENCE, now()).unwrap_err();
+    assert!(!error.to_string().contains("secret"), "{error}");
+    let error = JwtSvid::check(raw_token(HEADER, claims), &billing(), AUDIENCE, now()).unwrap_err();
+    assert!(!error.to_string().contains("secret"), "{error}");
+}

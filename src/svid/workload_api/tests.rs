@@ -1,0 +1,413 @@
+mod fake;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use prost::Message;
+use tempfile::tempdir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixListener;
+use tokio::time::Instant;
+
+use super::*;
+use crate::caller::{Evidence, Listener, Process, Refusal};
+use crate::cgroup::CgroupPath;
+use crate::svid::BadToken;
+use crate::svid::jwt::tests::{AUDIENCE, Log, billing, now, raw_token, token_for};
+use fake::{Fake, Script, socket, svids};
+
+const ID: &str = "spiffe://example.org/billing";
+
+fn api(path: &Path) -> WorkloadApi {
+    let endpoint = Endpoint::parse(&format!("unix://{}", path.display())).unwrap();
+    WorkloadApi::new(endpoint, Vec::new(), Clock::starting_at(now()))
+}
+
+fn good() -> JwtsvidResponse {
+    svids([(ID, token_for(&billing(), 300, 1))])
+}
+
+fn always(answer: impl Fn() -> Result<JwtsvidResponse, Status> + Send + Sync + 'static) -> Arc<Script> {
+    Arc::new(move |_| Some(answer()))
+}
+
+/// What one fetch makes of `answer`.
+async fn fetch_of(answer: Result<JwtsvidResponse, Status>) -> (Result<JwtSvid, SourceError>, Fake) {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let fake = fake::at(&path, always(move || answer.clone()));
+    (api(&path).fetch(&billing(), AUDIENCE).await, fake)
+}
+
+#[tokio::test]
+async fn asks_for_one_audience_and_one_id_with_the_header_once() {
+    let (result, fake) = fetch_of(Ok(good())).await;
+    assert_eq!(result.unwrap().secret(), token_for(&billing(), 300, 1));
+    let [(metadata, request)] = &fake.seen.all()[..] else { panic!("not exactly one request") };
+    assert_eq!(request, &JwtsvidRequest { audience: vec![AUDIENCE.to_owned()], spiffe_id: ID.to_owned() });
+    let header: Vec<_> = metadata.get_all("workload.spiffe.io").iter().collect();
+    assert_eq!(header, ["true"]);
+    // The agent may give up when nobody waits any more.
+    assert!(metadata.contains_key("grpc-timeout"));
+}
+
+#[tokio::test]
+async fn takes_only_the_id_that_was_asked_for() {
+    let ours = || (ID, token_for(&billing(), 300, 1));
+    let other =
+        || ("spiffe://example.org/other", token_for(&SpiffeId::parse("spiffe://example.org/other").unwrap(), 300, 2));
+    for answer in [
+        vec![ours()],
+        vec![other(), ours()],
+        vec![ours(), other()],
+        vec![(ID, String::new()), ours()],
+        vec![ours(), ours()],
+    ] {
+        let (result, _) = fetch_of(Ok(svids(answer.clone()))).await;
+        assert_eq!(result.unwrap().secret(), ours().1, "{answer:?}");
+    }
+    let unusable = [
+        vec![],
+        vec![(ID, String::new())],
+        vec![("", token_for(&billing(), 300, 1))],
+        vec![("", String::new())],
+        vec![other()],
+        vec![("spiffe://example.org/billing/", ours().1)],
+        vec![("spiffe://example.org/Billing", ours().1)],
+    ];
+    for answer in unusable {
+        let (result, _) = fetch_of(Ok(svids(answer.clone()))).await;
+        assert!(matches!(&result, Err(SourceError::Denied(text)) if text.contains(ID)), "{answer:?}: {result:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_fails_the_check_is_not_given_out() {
+    let other = SpiffeId::parse("spiffe://example.org/other").unwrap();
+    let float = raw_token(
+        r#"{"alg":"ES256"}"#,
+        &format!(r#"{{"sub":"{ID}","aud":"{AUDIENCE}","iat":1.7e9,"exp":1867225600}}"#),
+    );
+    let table = [
+        (token_for(&other, 300, 1), "subject", false),
+        (float, "iat", false),
+        ("x".repeat(20_001), "20001", false),
+        (token_for(&billing(), 5, 1), "expires in ", true),
+    ];
+    for (token, reason, transient) in table {
+        let (result, _) = fetch_of(Ok(svids([(ID, token)]))).await;
+        let error = result.unwrap_err();
+        assert!(matches!(error, SourceError::BadToken(_)) && error.to_string().contains(reason), "{error}");
+        assert_eq!(error.is_transient(), transient, "{error}");
+        assert_eq!(error.reason(), "bad_token");
+    }
+    assert!(!SourceError::from(BadToken::Wrong(String::new())).is_transient());
+}
+
+#[tokio::test]
+async fn each_status_code_has_its_meaning() {
+    let table = [
+        (Code::Cancelled, "source_unavailable"),
+        (Code::Unknown, "source_unavailable"),
+        (Code::InvalidArgument, "source_misconfigured"),
+        (Code::DeadlineExceeded, "source_unavailable"),
+        (Code::NotFound, "source_denied"),
+        (Code::AlreadyExists, "source_unavailable"),
+        (Code::PermissionDenied, "source_denied"),
+        (Code::ResourceExhausted, "source_unavailable"),
+        (Code::FailedPrecondition, "source_unavailable"),
+        (Code::Aborted, "source_unavailable"),
+        (Code::OutOfRange, "source_misconfigured"),
+        (Code::Unimplemented, "source_misconfigured"),
+        (Code::Internal, "source_unavailable"),
+        (Code::Unavailable, "source_unavailable"),
+        (Code::DataLoss, "source_unavailable"),
+        (Code::Unauthenticated, "source_unavailable"),
+    ];
+    for (code, reason) in table {
+        let (result, fake) = fetch_of(Err(Status::new(code, "what the agent\nsays"))).await;
+        let error = result.unwrap_err();
+        assert_eq!(error.reason(), reason, "{code:?}");
+        assert_eq!(error.is_transient(), reason == "source_unavailable", "{code:?}");
+        assert!(error.to_string().contains("what the agent says"), "{code:?}: {error}");
+        assert_eq!(fake.seen.count(), 1, "{code:?} is for others to try again");
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_recovers_is_asked_again() {
+    for code in [Code::Unavailable, Code::PermissionDenied] {
+        let dir = tempdir().unwrap();
+        let path = socket(&dir);
+        let script = move |number| Some(if number < 3 { Err(Status::new(code, "not yet")) } else { Ok(good()) });
+        let _fake = fake::at(&path, Arc::new(script));
+        let api = api(&path);
+        for _ in 0..3 {
+            api.fetch(&billing(), AUDIENCE).await.unwrap_err();
+        }
+        api.fetch(&billing(), AUDIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_is_never_answered_ends_at_the_deadline() {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let fake = fake::at(&path, Arc::new(|_| None));
+    for deadline in [DEADLINE, Duration::from_secs(7)] {
+        let start = Instant::now();
+        let error = api(&path).with_deadline(deadline).fetch(&billing(), AUDIENCE).await.unwrap_err();
+        assert!(matches!(error, SourceError::Unavailable(_)), "{error}");
+        let took = start.elapsed();
+        assert!(took >= deadline && took < deadline + Duration::from_secs(1), "{took:?}");
+    }
+    assert_eq!(fake.seen.count(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_hangs_before_it_accepts_is_left_at_the_deadline() {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
+    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("within 35s")), "{error}");
+}
+
+#[tokio::test]
+async fn an_agent_without_room_for_connections_is_unavailable() {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket as new_socket};
+    use std::os::fd::AsRawFd;
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let listener = new_socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let _only_one_that_fits = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
+    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("no more connections")), "{error}");
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_during_the_call_is_an_outage() {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let listener = UnixListener::bind(&path).unwrap();
+    let breaks = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        // The preface, the settings and the request have been sent when this much has arrived.
+        stream.read_exact(&mut [0; 100]).await.unwrap();
+    });
+    let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
+    assert!(matches!(error, SourceError::Unavailable(_)), "{error}");
+    breaks.await.unwrap();
+}
+
+#[tokio::test]
+async fn goaway_during_the_call_is_an_outage_and_the_next_call_connects_anew() {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    for reason in [h2::Reason::NO_ERROR, h2::Reason::ENHANCE_YOUR_CALM, h2::Reason::INADEQUATE_SECURITY] {
+        let leaves = fake::at_h2(&path, move |mut connection| async move {
+            let _request = connection.accept().await;
+            connection.abrupt_shutdown(reason);
+            while connection.accept().await.is_some() {}
+        });
+        let api = api(&path);
+        for _ in 0..2 {
+            let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
+            assert!(matches!(error, SourceError::Unavailable(_)), "{reason:?}: {error:?}");
+        }
+        leaves.abort();
+        std::fs::remove_file(&path).unwrap();
+        let _agent = fake::at(&path, always(|| Ok(good())));
+        api.fetch(&billing(), AUDIENCE).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives() {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let api = api(&path);
+    let old = fake::at(&path, always(|| Ok(good())));
+    api.fetch(&billing(), AUDIENCE).await.unwrap();
+
+    std::fs::rename(&path, dir.path().join("old.sock")).unwrap();
+    let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
+    assert!(error.to_string().contains("there is no socket"), "{error}");
+
+    let new = fake::at(&path, always(|| Ok(svids([(ID, token_for(&billing(), 300, 2))]))));
+    let svid = api.fetch(&billing(), AUDIENCE).await.unwrap();
+    assert_eq!(svid.secret(), token_for(&billing(), 300, 2));
+    assert_eq!((old.seen.count(), new.seen.count()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_socket_that_is_not_there_yet_or_not_any_more() {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let api = api(&path);
+    let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
+    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket")), "{error}");
+
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
+    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("nobody listens")), "{error}");
+
+    std::fs::remove_file(&path).unwrap();
+    let _agent = fake::at(&path, always(|| Ok(good())));
+    api.fetch(&billing(), AUDIENCE).await.unwrap();
+}
+
+#[test]
+fn a_socket_that_awsvid_may_not_open() {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000)).unwrap();
+    // For root, permissions count only under another file system uid, which is a thread's own.
+    let error = std::thread::spawn(move || {
+        if nix::unistd::geteuid().is_root() {
+            nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65_533));
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(api(&path).fetch(&billing(), AUDIENCE)).unwrap_err()
+    });
+    let error = error.join().unwrap();
+    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("may not open")), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_is_no_workload_api() {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    // HTTP/1, as at a container engine's socket.
+    let listener = UnixListener::bind(&path).unwrap();
+    let engine = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+        // Until the client hangs up.
+        let _ = stream.read_to_end(&mut Vec::new()).await;
+    });
+    let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
+    assert!(matches!(error, SourceError::Unavailable(_)), "{error}");
+    engine.await.unwrap();
+    std::fs::remove_file(&path).unwrap();
+
+    let website = fake::at_h2(&path, |mut connection| async move {
+        while let Some(Ok((_, mut respond))) = connection.accept().await {
+            let response = tonic::codegen::http::Response::builder().status(404).body(()).unwrap();
+            respond.send_response(response, true).unwrap();
+        }
+    });
+    let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
+    assert!(matches!(&error, SourceError::Misconfigured(text) if text.contains("Workload API?")), "{error:?}");
+    website.abort();
+}
+
+#[tokio::test]
+async fn fields_that_are_not_known_are_passed_over() {
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let _agent = fake::at_h2(&path, |mut connection| async move {
+        while let Some(Ok((_, mut respond))) = connection.accept().await {
+            let head = tonic::codegen::http::Response::builder().header("content-type", "application/grpc");
+            let mut body = respond.send_response(head.body(()).unwrap(), false).unwrap();
+            let mut message = good().encode_to_vec();
+            // Field 1000, a string: its tag is 1000 << 3 | 2.
+            message.extend_from_slice(&[0xc2, 0x3e, 3, b'n', b'e', b'w']);
+            let mut frame = vec![0];
+            frame.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
+            frame.extend_from_slice(&message);
+            body.send_data(Bytes::from(frame), false).unwrap();
+            let mut trailers = tonic::codegen::http::HeaderMap::new();
+            trailers.insert("grpc-status", tonic::codegen::http::HeaderValue::from_static("0"));
+            body.send_trailers(trailers).unwrap();
+        }
+    });
+    api(&path).fetch(&billing(), AUDIENCE).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_answer_without_measure_is_refused() {
+    let other = || ("spiffe://example.org/other", "x".repeat(20_000));
+    let (result, _) = fetch_of(Ok(svids((0..60).map(|_| other())))).await;
+    let error = result.unwrap_err();
+    assert!(matches!(&error, SourceError::Misconfigured(text) if text.contains("far more")), "{error:?}");
+    let few = (0..40).map(|_| other()).chain([(ID, token_for(&billing(), 300, 1))]);
+    fetch_of(Ok(svids(few))).await.0.unwrap();
+}
+
+#[tokio::test]
+async fn tcp_endpoints_are_asked_too() {
+    for address in ["127.0.0.1", "::1"] {
+        let (agent, bound) = fake::at_tcp(address, always(|| Ok(good()))).await;
+        let endpoint = Endpoint::parse(&format!("tcp://{bound}")).unwrap();
+        let api = WorkloadApi::new(endpoint, Vec::new(), Clock::starting_at(now()));
+        api.fetch(&billing(), AUDIENCE).await.unwrap();
+        drop(agent);
+    }
+    // A port that is taken, so that nobody else can, but not listened at.
+    let taken = tokio::net::TcpSocket::new_v4().unwrap();
+    taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = taken.local_addr().unwrap();
+    let api = WorkloadApi::new(Endpoint::Tcp(address), Vec::new(), Clock::starting_at(now()));
+    let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
+    assert!(error.to_string().contains(&format!("nobody listens at tcp://{address}")), "{error}");
+}
+
+#[derive(Debug)]
+struct Unchanged;
+
+impl Evidence for Unchanged {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+}
+
+fn caller(uid: u32, process: Option<Process>) -> Caller {
+    let cgroup = CgroupPath::parse("/system.slice/billing.service");
+    Caller { listener: Listener::Tcp, uid, cgroup, process, evidence: Box::new(Unchanged) }
+}
+
+#[tokio::test]
+async fn the_rules_say_who_a_caller_is() {
+    let rule = |uid, gid, path: &str| Rule {
+        spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
+        uid: Some(uid),
+        gid,
+        supplementary_group: None,
+        exe: None,
+        systemd_unit: None,
+        cgroup: None,
+    };
+    let rules = vec![rule(1001, None, "billing"), rule(1002, Some(7), "by-group"), rule(1002, None, "shop")];
+    let endpoint = Endpoint::parse("unix:///nowhere.sock").unwrap();
+    let api = WorkloadApi::new(endpoint, rules, Clock::starting_at(now()));
+    let identity = |path: &str| {
+        vec![Identity { spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(), hint: None }]
+    };
+    let process = |gid| Process { pid: 1, start_time: 1, gid, groups: vec![], exe: None, contained: false };
+
+    assert_eq!(api.identify(&caller(1001, None)).await, Ok(identity("billing")));
+    assert_eq!(api.identify(&caller(1003, None)).await, Ok(vec![]));
+    assert_eq!(api.identify(&caller(1002, Some(process(7)))).await, Ok(identity("by-group")));
+    assert_eq!(api.identify(&caller(1002, Some(process(8)))).await, Ok(identity("shop")));
+    let undecided = api.identify(&caller(1002, None)).await;
+    assert!(matches!(undecided, Err(SourceError::Denied(_))), "{undecided:?}");
+}
+
+#[tokio::test]
+async fn no_log_level_shows_a_token() {
+    let log = Log::start();
+    let (result, _) = fetch_of(Ok(good())).await;
+    let svid = result.unwrap();
+    let text = log.text();
+    assert!(text.contains("TRACE"), "the log was on: {text}");
+    for part in svid.secret().split('.') {
+        assert!(!text.contains(part), "{text}");
+    }
+}

@@ -1,0 +1,137 @@
+//! Servers at the other end of the socket, for answers that no real agent can be made to give.
+
+use std::future::pending;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::metadata::MetadataMap;
+use tonic::transport::Server;
+use tonic::transport::server::Router;
+use tonic::{Request, Response, Status};
+
+use crate::svid::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use crate::svid::proto::{JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse};
+
+/// What to say to the request with this number (from 0); `None`: nothing, ever.
+pub(super) type Script = dyn Fn(usize) -> Option<Result<JwtsvidResponse, Status>> + Send + Sync;
+
+/// A Workload API that answers as it is told, and is as strict about the header as SPIRE.
+#[derive(Clone)]
+struct Service {
+    script: Arc<Script>,
+    seen: Seen,
+}
+
+/// The requests that arrived, with their metadata.
+#[derive(Clone, Default)]
+pub(super) struct Seen(Arc<Mutex<Vec<(MetadataMap, JwtsvidRequest)>>>);
+
+impl Seen {
+    pub(super) fn all(&self) -> Vec<(MetadataMap, JwtsvidRequest)> {
+        self.0.lock().unwrap().clone()
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+}
+
+#[tonic::async_trait]
+impl SpiffeWorkloadApi for Service {
+    async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
+        let header: Vec<_> = request.metadata().get_all("workload.spiffe.io").iter().collect();
+        if header != ["true"] {
+            return Err(Status::invalid_argument("security header missing from request"));
+        }
+        let number = {
+            let mut seen = self.seen.0.lock().unwrap();
+            seen.push((request.metadata().clone(), request.into_inner()));
+            seen.len() - 1
+        };
+        match (self.script)(number) {
+            Some(answer) => answer.map(Response::new),
+            None => pending().await,
+        }
+    }
+
+    type FetchJWTBundlesStream = tokio_stream::Pending<Result<JwtBundlesResponse, Status>>;
+
+    async fn fetch_jwt_bundles(
+        &self,
+        _: Request<JwtBundlesRequest>,
+    ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+}
+
+/// A running fake; it ends with the value.
+pub(super) struct Fake {
+    pub(super) seen: Seen,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn router(script: Arc<Script>) -> (Router, Seen) {
+    let seen = Seen::default();
+    let service = Service { script, seen: seen.clone() };
+    (Server::builder().add_service(SpiffeWorkloadApiServer::new(service)), seen)
+}
+
+/// Listens at `path`.
+pub(super) fn at(path: &Path, script: Arc<Script>) -> Fake {
+    let (router, seen) = router(script);
+    let listener = UnixListener::bind(path).unwrap();
+    let task = tokio::spawn(async move {
+        router.serve_with_incoming(UnixListenerStream::new(listener)).await.unwrap();
+    });
+    Fake { seen, task }
+}
+
+/// Listens at a free port of this address.
+pub(super) async fn at_tcp(address: &str, script: Arc<Script>) -> (Fake, std::net::SocketAddr) {
+    let (router, seen) = router(script);
+    let listener = tokio::net::TcpListener::bind((address, 0)).await.unwrap();
+    let bound = listener.local_addr().unwrap();
+    let task = tokio::spawn(async move {
+        router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+    });
+    (Fake { seen, task }, bound)
+}
+
+/// Accepts HTTP/2 connections below gRPC and gives each to `serve`.
+pub(super) fn at_h2<F>(
+    path: &Path,
+    serve: impl Fn(h2::server::Connection<tokio::net::UnixStream, bytes::Bytes>) -> F + Send + 'static,
+) -> JoinHandle<()>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = UnixListener::bind(path).unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            if let Ok(connection) = h2::server::handshake(stream).await {
+                serve(connection).await;
+            }
+        }
+    })
+}
+
+/// An answer with these (SPIFFE ID, token) pairs.
+pub(super) fn svids<'a>(pairs: impl IntoIterator<Item = (&'a str, String)>) -> JwtsvidResponse {
+    let svid = |(id, svid): (&str, String)| Jwtsvid { spiffe_id: id.to_owned(), svid, hint: String::new() };
+    JwtsvidResponse { svids: pairs.into_iter().map(svid).collect() }
+}
+
+/// Where a socket may be made, and the endpoint of it.
+pub(super) fn socket(dir: &tempfile::TempDir) -> PathBuf {
+    dir.path().join("agent.sock")
+}

@@ -1,0 +1,173 @@
+//! What clients and operators see of the daemon itself, byte for byte where it matters; nothing here needs SPIRE or STS.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::harness::counterparts::process::{Output, run};
+use crate::harness::counterparts::{folder, http_get};
+use crate::harness::daemon::Daemon;
+
+/// A source that nobody listens at, and a rule for nobody who runs these tests.
+const CONFIGURATION: &str = r#"
+[identity]
+socket = "unix:///nonexistent/agent.sock"
+[sts]
+region = "eu-central-1"
+[[workload]]
+spiffe_id = "spiffe://example.org/billing"
+uid = 54321
+[[role]]
+name = "billing"
+spiffe_id = "spiffe://example.org/billing"
+role_arn = "arn:aws:iam::123456789012:role/billing"
+"#;
+
+const GOOD: &str = "GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: x\r\n\r\n";
+
+/// A whole answer: status, headers in lower case, body.
+struct Answer {
+    status: u16,
+    head: String,
+    body: Value,
+}
+
+fn exchange(mut stream: impl Read + Write, request: &str) -> Answer {
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer to {request:?}: {answer:?}"));
+    Answer { status: head[9..12].parse().unwrap(), head: head.to_lowercase(), body: serde_json::from_str(body).unwrap_or_default() }
+}
+
+fn ask(address: SocketAddr, request: &str) -> Answer {
+    let stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    exchange(stream, request)
+}
+
+#[test]
+fn refusals_are_counted_audited_and_readable() {
+    let folder = folder();
+    let daemon = Daemon::start(folder.path(), "", CONFIGURATION);
+    let with = |line: &str| GOOD.replace("\r\n\r\n", &format!("\r\n{line}\r\n\r\n"));
+    let cases = [
+        (GOOD.to_owned(), 403, "no_identity"),
+        (GOOD.replace("Host: 127.0.0.1\r\n", "Host: rebound.example\r\n"), 400, "host"),
+        (GOOD.replace("Host: 127.0.0.1\r\n", ""), 400, "host"),
+        (with("Host: 127.0.0.1"), 400, "host"),
+        (with("Origin: http://evil.example"), 403, "browser"),
+        (with("Sec-Fetch-Site: cross-site"), 403, "browser"),
+        (with("X-Forwarded-For: 10.0.0.1"), 403, "proxied"),
+        (with("Via: 1.1 proxy"), 403, "proxied"),
+        (GOOD.replace("GET", "POST"), 405, "method"),
+        (GOOD.replace("GET", "PUT"), 405, "method"),
+        (GOOD.replace("Authorization: x\r\n", ""), 403, "no_authorization"),
+        (GOOD.replace("/v1/credentials", "/latest/meta-data"), 404, "path"),
+        (GOOD.replace("/v1/credentials", "/v1/credentials/arn:x"), 400, "bad_arn"),
+    ];
+    for address in [daemon.tcp(), daemon.tcp6()] {
+        for (request, status, code) in &cases {
+            let before = daemon.audit().len();
+            let answer = ask(address, request);
+            assert_eq!((answer.status, &answer.body["code"]), (*status, &Value::from(*code)), "{request:?}");
+            for header in ["content-type: application/json", "cache-control: no-store", "connection: close", "content-length: "] {
+                assert!(answer.head.contains(header), "{header} in {}", answer.head);
+            }
+            let record = &daemon.audit_after(before)[..];
+            // The daemon's own questions for its readiness may come in between.
+            assert!(record.iter().any(|record| record["reason"] == *code && record["outcome"] == "refused"), "{record:?}");
+        }
+    }
+    // On the unix socket no Authorization is asked for.
+    let answer = exchange(UnixStream::connect(daemon.unix()).unwrap(), &GOOD.replace("Authorization: x\r\n", ""));
+    assert_eq!((answer.status, &answer.body["code"]), (403, &Value::from("no_identity")));
+    let (_, metrics) = http_get(daemon.admin(), "/metrics").unwrap();
+    for (_, _, code) in &cases {
+        assert!(metrics.contains(&format!("reason=\"{code}\"")), "{code} in {metrics}");
+    }
+}
+
+#[test]
+fn operators_see_health_but_no_workload() {
+    let folder = folder();
+    let daemon = Daemon::start(folder.path(), "", CONFIGURATION);
+    assert_eq!(http_get(daemon.admin(), "/healthz").unwrap().0, 200);
+    // There is no source and no STS here.
+    assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
+    assert_eq!(http_get(daemon.admin(), "/status").unwrap().0, 404);
+    let (_, metrics) = http_get(daemon.admin(), "/metrics").unwrap();
+    assert!(!metrics.contains("spiffe") && !metrics.contains("arn:"), "{metrics}");
+    let socket = folder.path().join("status.sock");
+    let found = std::fs::metadata(&socket).unwrap();
+    assert!(found.file_type().is_socket());
+    assert_eq!(found.mode() & 0o777, 0o600);
+    let answer = exchange(UnixStream::connect(&socket).unwrap(), "GET /status HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert_eq!((answer.status, &answer.body["ready"]), (200, &Value::from(false)));
+}
+
+#[test]
+fn the_socket_is_everybodys_and_gone_at_the_end() {
+    let folder = folder();
+    let mut daemon = Daemon::start(folder.path(), "", CONFIGURATION);
+    let path = daemon.unix();
+    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o666);
+    let token = std::fs::read(folder.path().join("token")).unwrap();
+    assert_eq!(token.len(), 43);
+    assert!(!token.contains(&b'\n'));
+    assert_eq!(std::fs::metadata(folder.path().join("token")).unwrap().mode() & 0o777, 0o644);
+    // A second daemon leaves the first one's socket alone.
+    let output = serve(folder.path().join("awsvid.toml").to_str().unwrap());
+    assert!(!output.status.success() && output.stderr.contains("another process serves this socket"), "{output:?}");
+    assert_eq!(exchange(UnixStream::connect(&path).unwrap(), GOOD).status, 403);
+    daemon.process().signal(Signal::SIGTERM);
+    let status = daemon.process().owned().wait(Duration::from_secs(20)).expect("it ends on SIGTERM");
+    assert!(status.success(), "{status}");
+    assert!(!path.exists());
+}
+
+#[test]
+fn sigterm_lets_an_open_request_end() {
+    let folder = folder();
+    let mut daemon = Daemon::start(folder.path(), "", CONFIGURATION);
+    let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.write_all(&GOOD.as_bytes()[..20]).unwrap();
+    // Answered after the first one was accepted, since both came to the same listener.
+    assert_eq!(ask(daemon.tcp(), GOOD).status, 403);
+    daemon.process().signal(Signal::SIGTERM);
+    let mut rest = stream.try_clone().unwrap();
+    rest.write_all(&GOOD.as_bytes()[20..]).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+    assert!(daemon.process().owned().wait(Duration::from_secs(20)).expect("it ends").success());
+}
+
+fn serve(config: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_awsvid"));
+    command.env_clear().args(["serve", "--config", config]);
+    run(command, b"", Duration::from_secs(20))
+}
+
+#[test]
+fn every_mistake_in_the_configuration_is_reported_at_once() {
+    let folder = folder();
+    let path = folder.path().join("wrong.toml");
+    let text = "[listen]\ntpc = []\nadmin = 7\n[[workload]]\nuid = 1001\nspiffe_id = \"spiffe:/x\"\n[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole_arn = \"arn:aws:iam::12:role/x\"\nduration = \"1\"\n";
+    std::fs::write(&path, text).unwrap();
+    let output = serve(path.to_str().unwrap());
+    assert_eq!(output.status.code(), Some(78));
+    for line in [2, 3, 6, 10, 11] {
+        assert!(output.stderr.contains(&format!("wrong.toml:{line}: ")), "line {line} in:\n{}", output.stderr);
+    }
+    let output = serve("/nonexistent.toml");
+    assert_eq!(output.status.code(), Some(78));
+    assert!(output.stderr.contains("/nonexistent.toml"), "{output:?}");
+}

@@ -1,0 +1,108 @@
+//! The real systems that awsvid works with, started by a test on loopback and gone with it: SPIRE, MinIO, the AWS CLI.
+//! `tests/counterparts/get` builds them.
+//!
+//! All of it blocks the calling thread: in an async test use a multi-threaded runtime. What goes wrong is a panic that
+//! says what was awaited and shows the logs.
+
+pub(crate) mod minio;
+pub(crate) mod process;
+pub(crate) mod spire;
+pub(crate) mod workload;
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::net::TcpSocket;
+
+/// Where `tests/counterparts/get` puts the programs. Both must come to the same answer.
+fn cache() -> PathBuf {
+    let env = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(path) = env("AWSVID_TEST_CACHE") {
+        return path;
+    }
+    if nix::unistd::getuid().is_root() {
+        return PathBuf::from("/var/cache/awsvid-tests");
+    }
+    env("XDG_CACHE_HOME").unwrap_or_else(|| env("HOME").unwrap_or_default().join(".cache")).join("awsvid-tests")
+}
+
+/// The path of a program that `tests/counterparts/get` provides, such as `aws` or `mc`. `None` after a printed skip if
+/// it is not there; in CI that is a panic.
+pub(crate) fn tool(name: &str) -> Option<PathBuf> {
+    let path = cache().join("bin").join(name);
+    if path.exists() {
+        return Some(path);
+    }
+    skip(&format!("{} is missing: run tests/counterparts/get", path.display()));
+    None
+}
+
+/// True if this process is root, as most tests with other users' processes need. Else false after a printed skip; in
+/// CI that is a panic.
+pub(crate) fn root() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        skip("only root can run processes of other users: run the tests as root");
+    }
+    root
+}
+
+/// Says why a test does not run here. In CI (`CI` set and not empty) nothing may be skipped, so there it panics.
+pub(crate) fn skip(reason: &str) {
+    assert!(std::env::var_os("CI").is_none_or(|value| value.is_empty()), "in CI nothing is skipped: {reason}");
+    eprintln!("skipped: {reason}");
+}
+
+/// A new folder that other users can enter (a plain temporary folder is its owner's alone), removed at the end. Its
+/// path is short enough for unix sockets.
+pub(crate) fn folder() -> tempfile::TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    let permissions = std::fs::Permissions::from_mode(0o755);
+    tempfile::Builder::new().prefix("awsvid-").permissions(permissions).tempdir().expect("a temporary folder")
+}
+
+/// A loopback TCP port that the kernel picked and that stays ours while this lives, however often the program that was
+/// given it stops and starts.
+///
+/// The socket is bound and never listens. With SO_REUSEADDR on both, another socket may bind the same port and listen,
+/// but only by naming it (Go's listeners and tokio's do set it): the kernel gives the port to nobody who asks for any
+/// port, be it to listen or to connect.
+pub(crate) struct Port {
+    address: SocketAddr,
+    _socket: TcpSocket,
+}
+
+impl Port {
+    /// Reserves a port of 127.0.0.1.
+    pub(crate) fn reserve() -> Port {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.set_reuseaddr(true).expect("SO_REUSEADDR");
+        socket.bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a free port on 127.0.0.1");
+        Port { address: socket.local_addr().expect("the address just bound"), _socket: socket }
+    }
+
+    /// 127.0.0.1 and the port.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+/// The status and body of `GET path` over plain HTTP; `None` if nobody answers within 5 s, or the answer is not HTTP.
+pub(crate) fn http_get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+    // HTTP/1.0: the server closes the connection after an answer that is not chunked.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let status = head.strip_prefix("HTTP/1.")?.get(2..5)?.parse().ok()?;
+    Some((status, body.to_owned()))
+}
+
+/// The text of a file that may not exist yet, or end within a character while it is being written.
+fn read(path: &Path) -> String {
+    String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned()
+}

@@ -1,0 +1,244 @@
+//! MinIO: an STS that verifies JWT-SVIDs against the OIDC discovery document, and an S3 that takes its credentials.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Deserializer, Value, json};
+
+use super::process::{Process, run};
+use super::{Port, http_get, read, tool};
+
+/// How long each step of MinIO's start, and each call of its client, may take on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+const ROOT_USER: &str = "minio-root";
+const ROOT_PASSWORD: &str = "minio-password";
+const POLICY: &str = "awsvid";
+
+/// What the trace calls AssumeRoleWithWebIdentity (`Record::api`), because one function of MinIO serves two actions.
+pub(crate) const ASSUME_ROLE: &str = "sts.AssumeRoleWithSSO";
+
+/// The audience that MinIO asks for in a token.
+pub(crate) const AUDIENCE: &str = "minio";
+
+/// A MinIO server with one OpenID provider and one role that anybody with a valid token of it may assume. It ends when
+/// this is dropped.
+pub(crate) struct Minio {
+    folder: PathBuf,
+    program: PathBuf,
+    client: PathBuf,
+    port: Port,
+    issuer_url: String,
+    server: Option<Process>,
+}
+
+impl Minio {
+    /// Starts MinIO with its data below `folder`, its OpenID provider at `issuer_url` (which must answer already:
+    /// `Spire::issuer_url`), the audience `AUDIENCE`, and `policy` (an IAM policy document) for the role. `None` after
+    /// a printed skip if the programs are missing.
+    pub(crate) fn start(folder: &Path, issuer_url: &str, policy: &Value) -> Option<Minio> {
+        let (program, client) = (tool("minio")?, tool("mc")?);
+        let folder = folder.join("minio");
+        fs::create_dir_all(folder.join("data")).expect("a folder for MinIO");
+        let mut minio =
+            Minio { folder, program, client, port: Port::reserve(), issuer_url: issuer_url.to_owned(), server: None };
+        minio.restart();
+        let file = minio.folder.join("policy.json");
+        fs::write(&file, policy.to_string()).expect("the policy's file");
+        // The role names the policy, and is looked up at each request: it may come after the start.
+        minio.client(&["admin", "policy", "create", "m", POLICY, file.to_str().expect("a path in UTF-8")], b"");
+        Some(minio)
+    }
+
+    /// The URL of both S3 and STS.
+    pub(crate) fn endpoint(&self) -> String {
+        format!("http://{}", self.port.address())
+    }
+
+    /// The role's ARN, as MinIO printed it.
+    pub(crate) fn role_arn(&self) -> String {
+        role_arn(&self.log()).expect("MinIO has printed its role")
+    }
+
+    /// Makes a bucket.
+    pub(crate) fn make_bucket(&self, bucket: &str) {
+        self.client(&["mb", &format!("m/{bucket}")], b"");
+    }
+
+    /// Writes an object, as MinIO's root user.
+    pub(crate) fn put(&self, bucket: &str, key: &str, content: &[u8]) {
+        self.client(&["pipe", &format!("m/{bucket}/{key}")], content);
+    }
+
+    /// What MinIO has printed so far.
+    pub(crate) fn log(&self) -> String {
+        read(&self.folder.join("server.log"))
+    }
+
+    /// Kills the server; its endpoint refuses connections.
+    pub(crate) fn stop(&mut self) {
+        self.server = None;
+    }
+
+    /// Starts the server again at the same endpoint, with the data, the policy and the role that it had.
+    pub(crate) fn restart(&mut self) {
+        self.stop();
+        let printed = self.log().len();
+        let mut command = Command::new(&self.program);
+        command
+            .args(["server", "--address", &self.port.address().to_string()])
+            .arg(self.folder.join("data"))
+            .env_clear()
+            .envs([
+                ("HOME", self.folder.to_str().expect("a path in UTF-8")),
+                ("MINIO_ROOT_USER", ROOT_USER),
+                ("MINIO_ROOT_PASSWORD", ROOT_PASSWORD),
+                ("MINIO_BROWSER", "off"),
+                ("MINIO_UPDATE", "off"),
+                ("MINIO_IDENTITY_OPENID_CONFIG_URL", &format!("{}/.well-known/openid-configuration", self.issuer_url)),
+                ("MINIO_IDENTITY_OPENID_CLIENT_ID", AUDIENCE),
+                ("MINIO_IDENTITY_OPENID_ROLE_POLICY", POLICY),
+            ]);
+        let server = Process::start("minio", command, &self.folder.join("server.log"));
+        // It prints its roles when IAM is ready, which is after it has read the provider's keys.
+        server.await_some("MinIO is ready", PATIENCE, || {
+            role_arn(&self.log()[printed..])?;
+            http_get(self.port.address(), "/minio/health/ready").filter(|(status, _)| *status == 200)
+        });
+        self.server = Some(server);
+    }
+
+    /// Starts `mc admin trace`, and returns once it shows the server's calls.
+    pub(crate) fn trace(&self) -> Trace {
+        let log = self.folder.join("trace.log");
+        let mut command = self.client_command();
+        command.args(["--json", "admin", "trace", "--call", "s3,internal", "--verbose", "m"]);
+        let trace = Trace { process: Process::start("mc admin trace", command, &log) };
+        // Nothing tells when the subscription is there but a call that shows up.
+        trace.process.await_some("mc admin trace shows a call", PATIENCE, || {
+            http_get(self.port.address(), "/awsvid-trace-begins/")?;
+            trace.records().iter().any(|record| record.path().starts_with("/awsvid-trace-begins")).then_some(())
+        });
+        trace
+    }
+
+    fn client_command(&self) -> Command {
+        let mut command = Command::new(&self.client);
+        let host = format!("http://{ROOT_USER}:{ROOT_PASSWORD}@{}", self.port.address());
+        command.env_clear().env("HOME", &self.folder).env("MC_HOST_m", host);
+        command.arg("--config-dir").arg(self.folder.join("mc")).arg("--disable-pager");
+        command
+    }
+
+    fn client(&self, arguments: &[&str], input: &[u8]) {
+        let mut command = self.client_command();
+        command.args(arguments);
+        run(command, input, PATIENCE).success(&format!("mc {}", arguments.join(" ")));
+    }
+}
+
+/// A policy that lets whoever has the role read one bucket, but only with credentials that came from a token with this
+/// `sub`.
+pub(crate) fn readable_by(spiffe_id: &str, bucket: &str) -> Value {
+    json!({ "Version": "2012-10-17", "Statement": [{
+        "Effect": "Allow",
+        "Action": ["s3:GetObject", "s3:ListBucket"],
+        "Resource": [format!("arn:aws:s3:::{bucket}"), format!("arn:aws:s3:::{bucket}/*")],
+        "Condition": { "StringEquals": { "jwt:sub": spiffe_id } },
+    }]})
+}
+
+fn role_arn(log: &str) -> Option<String> {
+    let (_, rest) = log.split_once("arn:minio:iam:")?;
+    let end = rest.find(|c: char| c.is_whitespace() || c == '\u{1b}')?;
+    Some(format!("arn:minio:iam:{}", &rest[..end]))
+}
+
+/// A running `mc admin trace` of the server's S3 and STS calls, from its start on. It has the secrets of the calls
+/// too. It ends when the server does.
+pub(crate) struct Trace {
+    process: Process,
+}
+
+impl Trace {
+    /// All calls shown so far, in their order. MinIO shows a call after it has answered it, so one that was just
+    /// answered may come a little later: `await_record`.
+    pub(crate) fn records(&self) -> Vec<Record> {
+        // The last record may still be being written: it ends the stream.
+        Deserializer::from_str(&self.process.log()).into_iter().map_while(Result::ok).map(Record).collect()
+    }
+
+    /// Waits for the first record that `wanted` accepts. `what` says what it is.
+    pub(crate) fn await_record(&self, what: &str, wanted: impl Fn(&Record) -> bool) -> Record {
+        self.process.await_some(what, PATIENCE, || self.records().into_iter().find(&wanted))
+    }
+
+    /// How many calls of this API, so far, were signed with this access key id or (`ASSUME_ROLE`) answered with it.
+    pub(crate) fn count(&self, api: &str, access_key_id: &str) -> usize {
+        self.records()
+            .iter()
+            .filter(|record| record.api() == api && record.access_key_id().as_deref() == Some(access_key_id))
+            .count()
+    }
+}
+
+/// One call, as MinIO saw it.
+#[derive(Debug)]
+pub(crate) struct Record(Value);
+
+impl Record {
+    /// Such as `s3.GetObject`, or `ASSUME_ROLE`.
+    pub(crate) fn api(&self) -> &str {
+        self.0["api"].as_str().unwrap_or_default()
+    }
+
+    /// The URL's path.
+    pub(crate) fn path(&self) -> &str {
+        self.0["path"].as_str().unwrap_or_default()
+    }
+
+    /// The HTTP status of the answer.
+    pub(crate) fn status(&self) -> u64 {
+        self.0["response"]["statusCode"].as_u64().unwrap_or_default()
+    }
+
+    /// The access key id of the call: the one that STS gave in its answer, else the one that the request was signed
+    /// with. `None`: refused by STS, or unsigned.
+    pub(crate) fn access_key_id(&self) -> Option<String> {
+        let text = |pointer| self.0.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+        between(text("/response/body"), "<AccessKeyId>", "<")
+            .or_else(|| between(text("/request/headers/Authorization"), "Credential=", "/"))
+            .or_else(|| between(text("/request/rawQuery"), "X-Amz-Credential=", "%2F"))
+    }
+}
+
+fn between(text: &str, start: &str, end: &str) -> Option<String> {
+    let (_, rest) = text.split_once(start)?;
+    let (found, _) = rest.split_once(end)?;
+    Some(found.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_access_key_id_of_a_call_is_read_from_wherever_it_stands() {
+        let scope = "20261124/eu-central-1/s3/aws4_request";
+        let signed = json!({ "Authorization": format!("AWS4-HMAC-SHA256 Credential=SIGNED/{scope}, Signature=0") });
+        let presigned = format!("X-Amz-Date=0&X-Amz-Credential=PRESIGNED%2F{}", scope.replace('/', "%2F"));
+        let given = "<Credentials><AccessKeyId>GIVEN</AccessKeyId><SecretAccessKey>s</SecretAccessKey></Credentials>";
+        let refused = "<Error><Code>AccessDenied</Code></Error>";
+        for (call, expected) in [
+            (json!({ "request": { "headers": signed } }), Some("SIGNED")),
+            (json!({ "request": { "rawQuery": presigned } }), Some("PRESIGNED")),
+            (json!({ "response": { "body": given } }), Some("GIVEN")),
+            (json!({ "request": { "headers": signed }, "response": { "body": given } }), Some("GIVEN")),
+            (json!({ "request": { "headers": {} }, "response": { "body": refused } }), None),
+            (json!({ "api": "s3.GetObject" }), None),
+        ] {
+            assert_eq!(Record(call.clone()).access_key_id().as_deref(), expected, "{call}");
+        }
+    }
+}

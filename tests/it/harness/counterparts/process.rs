@@ -1,0 +1,231 @@
+//! Child processes that never outlive the test.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::prctl;
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::{Pid, getppid};
+
+/// How many of a log's last lines a failed test shows.
+const SHOWN_LINES: usize = 40;
+
+/// Asks `ready` until it gives something. Panics with `what` after `within`, which is for a machine that hangs, so be
+/// generous.
+pub(crate) fn await_some<T>(what: &str, within: Duration, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + within;
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {within:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A child process. Dropping it ends it and what it has started: SIGKILL to its process group, then wait.
+pub(crate) struct Owned {
+    child: Child,
+    status: Option<ExitStatus>,
+}
+
+impl Owned {
+    /// Its process id, which nobody else can have until this is dropped or `wait` has returned a status.
+    pub(crate) fn id(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("the kernel's pids are below 2^22"))
+    }
+
+    /// Its standard input, once, if the command made a pipe of it.
+    pub(crate) fn stdin(&mut self) -> Option<ChildStdin> {
+        self.child.stdin.take()
+    }
+
+    /// Its standard output, once, if the command made a pipe of it.
+    pub(crate) fn stdout(&mut self) -> Option<ChildStdout> {
+        self.child.stdout.take()
+    }
+
+    /// False once it has ended.
+    pub(crate) fn is_running(&self) -> bool {
+        // WNOWAIT leaves the zombie: until `end` reaps it, its id names its group and nothing else.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        self.status.is_none() && waitid(Id::Pid(self.id()), flags).expect("an own child") == WaitStatus::StillAlive
+    }
+
+    /// How it ended by itself, with what is left of its group killed. `None`: it still runs after `within`.
+    pub(crate) fn wait(&mut self, within: Duration) -> Option<ExitStatus> {
+        let deadline = Instant::now() + within;
+        while self.is_running() {
+            if Instant::now() >= deadline {
+                return None;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Some(self.end())
+    }
+
+    /// Ends it now.
+    pub(crate) fn end(&mut self) -> ExitStatus {
+        if let Some(status) = self.status {
+            return status;
+        }
+        // An error says that nobody is left to kill.
+        let _ = killpg(self.id(), Signal::SIGKILL);
+        let status = self.child.wait().expect("an own child");
+        self.status = Some(status);
+        status
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Starts a child that the kernel kills when this test process ends, however it ends, also by SIGKILL.
+///
+/// PR_SET_PDEATHSIG fires when the *thread* that forked ends. Each test runs in a thread of its own, which ends before
+/// others are done, so one thread that lives as long as the process starts all children.
+pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
+    type Job = (Command, Sender<io::Result<Owned>>);
+    static SPAWNER: OnceLock<Sender<Job>> = OnceLock::new();
+
+    // A group of its own, so that ending it takes along what it has started.
+    command.process_group(0);
+    let parent = Pid::this();
+    // SAFETY: the closure runs between fork and exec and makes two system calls; it neither allocates nor takes a
+    // lock.
+    #[allow(unsafe_code)]
+    unsafe {
+        // This comes after std's setuid, which would clear the signal again.
+        command.pre_exec(move || {
+            prctl::set_pdeathsig(Signal::SIGKILL)?;
+            // The parent may have ended before the call above: nobody would kill this child then.
+            if getppid() == parent { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+        });
+    }
+    let spawner = SPAWNER.get_or_init(|| {
+        let (sender, jobs): (_, Receiver<Job>) = channel();
+        let run = move || {
+            for (mut command, reply) in jobs {
+                // If the test that asked is gone, dropping the answer ends the child.
+                let _ = reply.send(command.spawn().map(|child| Owned { child, status: None }));
+            }
+        };
+        thread::Builder::new().name("spawner".to_owned()).spawn(run).expect("a thread");
+        sender
+    });
+    let (reply, answer) = channel();
+    spawner.send((command, reply)).expect("the spawner never ends");
+    answer.recv().expect("the spawner never ends")
+}
+
+/// A long-running program, with both outputs in a log file that a failed test shows the end of.
+pub(crate) struct Process {
+    name: String,
+    owned: Owned,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command`, with its outputs appended to the file `log`. `name` is what failures call it.
+    pub(crate) fn start(name: &str, mut command: Command, log: &Path) -> Process {
+        let file = OpenOptions::new().create(true).append(true).open(log).expect("the log file");
+        command.stdin(Stdio::null()).stdout(duplicate(&file)).stderr(file);
+        let owned = spawn(command).unwrap_or_else(|error| panic!("{name} could not be started: {error}"));
+        Process { name: name.to_owned(), owned, log: log.to_owned() }
+    }
+
+    /// The child itself.
+    pub(crate) fn owned(&mut self) -> &mut Owned {
+        &mut self.owned
+    }
+
+    /// All that it has printed so far, in earlier starts too if they had the same log file.
+    pub(crate) fn log(&self) -> String {
+        super::read(&self.log)
+    }
+
+    /// `await_some`, but it panics at once if the program has ended, with or without success.
+    pub(crate) fn await_some<T>(&self, what: &str, within: Duration, mut ready: impl FnMut() -> Option<T>) -> T {
+        await_some(what, within, || {
+            let running = self.owned.is_running();
+            let value = ready();
+            assert!(running || value.is_some(), "{what}: {} has ended", self.name);
+            value
+        })
+    }
+
+    /// Sends it `signal`.
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(self.owned.id(), signal).unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.name));
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.owned.end();
+        if thread::panicking() {
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            let from = lines.len().saturating_sub(SHOWN_LINES);
+            eprintln!(
+                "--- {}: the last {} of {} lines\n{}",
+                self.name,
+                lines.len() - from,
+                lines.len(),
+                lines[from..].join("\n")
+            );
+        }
+    }
+}
+
+/// What a program that has ended left behind.
+#[derive(Debug)]
+pub(crate) struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+impl Output {
+    /// The standard output of a program that must have succeeded; else a panic with all that is known. `what` says
+    /// what it was to do.
+    pub(crate) fn success(self, what: &str) -> String {
+        assert!(self.status.success(), "{what}: {}\n{}{}", self.status, self.stdout, self.stderr);
+        self.stdout
+    }
+}
+
+/// Runs `command` to its end, with `input` as its standard input. After `within` it is killed, which its status shows.
+pub(crate) fn run(mut command: Command, input: &[u8], within: Duration) -> Output {
+    let name = command.get_program().to_owned();
+    // Files, not pipes: a grandchild that keeps an output open can't make this wait, nor a full pipe the program.
+    let [mut stdin, mut stdout, mut stderr] = [(); 3].map(|()| tempfile::tempfile().expect("a temporary file"));
+    stdin.write_all(input).and_then(|()| stdin.rewind()).expect("write a temporary file");
+    command.stdin(stdin).stdout(duplicate(&stdout)).stderr(duplicate(&stderr));
+    let mut owned = spawn(command).unwrap_or_else(|error| panic!("{} could not be started: {error}", name.display()));
+    let status = owned.wait(within).unwrap_or_else(|| owned.end());
+    let [stdout, stderr] = [&mut stdout, &mut stderr].map(|file| {
+        let mut bytes = Vec::new();
+        file.rewind().and_then(|()| file.read_to_end(&mut bytes)).expect("read a temporary file");
+        String::from_utf8_lossy(&bytes).into_owned()
+    });
+    Output { status, stdout, stderr }
+}
+
+fn duplicate(file: &File) -> Stdio {
+    file.try_clone().expect("a second handle").into()
+}

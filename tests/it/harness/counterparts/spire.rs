@@ -1,0 +1,304 @@
+//! SPIRE on one host: server, agent and OIDC discovery provider.
+
+use std::fs;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::process::{Process, run};
+use super::{Port, http_get, read, tool};
+
+/// How long each step of SPIRE's start, and each call of its command line, may take on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A SPIRE server, an agent that it has attested, and an OIDC discovery provider whose URL is the issuer of the
+/// JWT-SVIDs. All ends when this is dropped.
+pub(crate) struct Spire {
+    folder: PathBuf,
+    programs: [PathBuf; 3],
+    server_port: Port,
+    oidc_port: Port,
+    agent_id: String,
+    // Dropped in this order: nobody's log fills with complaints about those gone before.
+    oidc: Option<Process>,
+    agent: Option<Process>,
+    server: Option<Process>,
+    /// How long the agent's log was when the agent was last started.
+    agent_log_start: usize,
+}
+
+impl Spire {
+    /// Starts all three with their data below `folder` and returns when each answers. `None` after a printed skip if
+    /// the programs are missing (`counterparts::tool`). `folder` must be one that other users can enter
+    /// (`counterparts::folder`).
+    pub(crate) fn start(folder: &Path) -> Option<Spire> {
+        let programs = [tool("spire-server")?, tool("spire-agent")?, tool("oidc-discovery-provider")?];
+        let folder = folder.join("spire");
+        // The admin socket may not lie in or below the folder of the Workload API's socket: the agent would end at
+        // once.
+        for name in ["server", "agent", "admin"] {
+            fs::create_dir_all(folder.join(name)).expect("a folder for SPIRE");
+        }
+        let mut spire = Spire {
+            folder,
+            programs,
+            server_port: Port::reserve(),
+            oidc_port: Port::reserve(),
+            agent_id: String::new(),
+            oidc: None,
+            agent: None,
+            server: None,
+            agent_log_start: 0,
+        };
+        spire.start_server();
+        let bundle = spire.server_command(&["bundle", "show"]).success("the server's bundle");
+        fs::write(spire.folder.join("bundle.pem"), bundle).expect("the bundle's file");
+        let answer = spire.server_json(&["token", "generate"]);
+        let token = answer["value"].as_str().unwrap_or_else(|| panic!("no join token in {answer}"));
+        spire.agent_id = format!("spiffe://{}/spire/agent/join_token/{token}", spire.trust_domain());
+        spire.run_agent(&["-joinToken", token]);
+        spire.start_oidc();
+        spire.await_agent();
+        Some(spire)
+    }
+
+    /// The trust domain's name.
+    pub(crate) fn trust_domain(&self) -> &str {
+        "example.org"
+    }
+
+    /// The socket of the SPIFFE Workload API; any user may connect.
+    pub(crate) fn agent_socket(&self) -> PathBuf {
+        self.folder.join("agent/api.sock")
+    }
+
+    /// The `iss` of the JWT-SVIDs; below it is the discovery document.
+    pub(crate) fn issuer_url(&self) -> String {
+        format!("http://{}", self.oidc_port.address())
+    }
+
+    /// Makes a registration entry whose parent is the agent, and returns its ID once the agent serves it (if it runs).
+    /// Selectors are such as `unix:uid:1001`.
+    pub(crate) fn register(&self, spiffe_id: &str, selectors: &[&str]) -> String {
+        let mut arguments = vec!["entry", "create", "-parentID", &self.agent_id, "-spiffeID", spiffe_id];
+        arguments.extend(selectors.iter().flat_map(|selector| ["-selector", selector]));
+        let answer = self.server_json(&arguments);
+        let Some(entry) = answer["results"][0]["entry"]["id"].as_str() else {
+            panic!("no entry for {spiffe_id}: {answer}")
+        };
+        if self.agent.is_some() {
+            self.await_entry(entry);
+        }
+        entry.to_owned()
+    }
+
+    /// Waits until the agent that runs now has got an entry from the server.
+    pub(crate) fn await_entry(&self, entry: &str) {
+        self.await_agent_line("Entry created", entry);
+    }
+
+    /// Deletes a registration entry, and returns once the agent has forgotten it (if it runs).
+    pub(crate) fn delete_entry(&self, entry: &str) {
+        self.server_command(&["entry", "delete", "-entryID", entry]).success("delete an entry");
+        if self.agent.is_some() {
+            self.await_agent_line("Entry removed", entry);
+        }
+    }
+
+    /// The JWT-SVIDs with this `sub` that the server has signed, by its own log. The agent caches them, so this may be
+    /// less than `jwt_svids_fetched`.
+    pub(crate) fn jwt_svids_signed(&self, spiffe_id: &str) -> usize {
+        count(&self.server_log(), "Server CA successfully signed JWT SVID", spiffe_id)
+    }
+
+    /// The JWT-SVIDs with this `sub` that the agent has handed out over the Workload API, by its own log. It writes
+    /// the line before it answers.
+    pub(crate) fn jwt_svids_fetched(&self, spiffe_id: &str) -> usize {
+        count(&self.agent_log(), "Fetched JWT SVID", spiffe_id)
+    }
+
+    /// The server's log: JSON lines, level debug.
+    pub(crate) fn server_log(&self) -> String {
+        read(&self.folder.join("server.log"))
+    }
+
+    /// The agent's log: JSON lines, level debug, of all its starts.
+    pub(crate) fn agent_log(&self) -> String {
+        read(&self.folder.join("agent.log"))
+    }
+
+    /// Kills the agent. Its socket file stays, as it does after a crash.
+    pub(crate) fn stop_agent(&mut self) {
+        self.agent = None;
+    }
+
+    /// Starts the agent again, with the key and SVID that it had, and waits until it answers. It still has to sync:
+    /// `await_entry`.
+    pub(crate) fn start_agent(&mut self) {
+        self.run_agent(&[]);
+        self.await_agent();
+    }
+
+    /// Kills the server.
+    pub(crate) fn stop_server(&mut self) {
+        self.server = None;
+    }
+
+    /// Starts the server, with the keys and entries that it had, and waits until it answers.
+    pub(crate) fn start_server(&mut self) {
+        let config = self.write("server.conf", &self.server_config());
+        let mut command = Command::new(&self.programs[0]);
+        command.arg("run").arg("-config").arg(config);
+        let server = Process::start("spire-server", command, &self.folder.join("server.log"));
+        // The agent needs the port, the command line the socket.
+        server.await_some("spire-server listens", PATIENCE, || {
+            TcpStream::connect(self.server_port.address()).and(UnixStream::connect(self.server_socket())).ok()
+        });
+        self.server = Some(server);
+    }
+
+    /// Runs a command of `spire-server` against this server.
+    pub(crate) fn server_command(&self, arguments: &[&str]) -> super::process::Output {
+        let mut command = Command::new(&self.programs[0]);
+        command.args(arguments).arg("-socketPath").arg(self.server_socket());
+        run(command, b"", PATIENCE)
+    }
+
+    fn server_json(&self, arguments: &[&str]) -> Value {
+        let answer = self.server_command(&[arguments, &["-output", "json"]].concat()).success(&arguments.join(" "));
+        serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{}: {error} in {answer}", arguments.join(" ")))
+    }
+
+    fn server_socket(&self) -> PathBuf {
+        self.folder.join("server/api.sock")
+    }
+
+    fn run_agent(&mut self, arguments: &[&str]) {
+        self.agent_log_start = self.agent_log().len();
+        let config = self.write("agent.conf", &self.agent_config());
+        let mut command = Command::new(&self.programs[1]);
+        command.arg("run").arg("-config").arg(config).args(arguments);
+        self.agent = Some(Process::start("spire-agent", command, &self.folder.join("agent.log")));
+    }
+
+    fn await_agent(&self) {
+        let agent = self.agent.as_ref().expect("the agent was started");
+        agent.await_some("spire-agent listens", PATIENCE, || UnixStream::connect(self.agent_socket()).ok());
+    }
+
+    fn await_agent_line(&self, message: &str, entry: &str) {
+        let agent = self.agent.as_ref().expect("the agent runs");
+        agent.await_some(&format!("{message} in the agent's log for {entry}"), PATIENCE, || {
+            lines(&self.agent_log()[self.agent_log_start..])
+                .any(|line| line["msg"] == message && line["entry"] == entry)
+                .then_some(())
+        });
+    }
+
+    fn start_oidc(&mut self) {
+        let config = self.write("oidc.conf", &self.oidc_config());
+        let mut command = Command::new(&self.programs[2]);
+        command.arg("-config").arg(config);
+        let oidc = Process::start("oidc-discovery-provider", command, &self.folder.join("oidc.log"));
+        oidc.await_some("the OIDC discovery provider has keys", PATIENCE, || {
+            let (status, keys) = http_get(self.oidc_port.address(), "/keys")?;
+            (status == 200 && keys.contains("\"kid\"")).then_some(())
+        });
+        self.oidc = Some(oidc);
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.folder.join(name);
+        fs::write(&path, text).expect("a configuration file");
+        path
+    }
+
+    // Keys are kept on disk, so that server and agent can be stopped and started: a join token is good for one
+    // attestation. The two intervals are 5 s by default, and an entry takes both to reach the agent.
+    fn server_config(&self) -> String {
+        format!(
+            r#"
+server {{
+    trust_domain = "{trust_domain}"
+    data_dir = "{folder}/server"
+    socket_path = "{folder}/server/api.sock"
+    bind_address = "127.0.0.1"
+    bind_port = {port}
+    ca_key_type = "ec-p256"
+    jwt_key_type = "ec-p256"
+    jwt_issuer = "{issuer}"
+    default_jwt_svid_ttl = "5m"
+    log_level = "debug"
+    log_format = "json"
+    experimental {{ cache_reload_interval = "200ms" }}
+}}
+plugins {{
+    DataStore "sql" {{
+        plugin_data {{ database_type = "sqlite3", connection_string = "{folder}/server/entries.sqlite3" }}
+    }}
+    KeyManager "disk" {{ plugin_data {{ keys_path = "{folder}/server/keys.json" }} }}
+    NodeAttestor "join_token" {{ plugin_data {{ }} }}
+}}
+"#,
+            trust_domain = self.trust_domain(),
+            folder = self.folder.display(),
+            port = self.server_port.address().port(),
+            issuer = self.issuer_url(),
+        )
+    }
+
+    fn agent_config(&self) -> String {
+        format!(
+            r#"
+agent {{
+    trust_domain = "{trust_domain}"
+    trust_bundle_path = "{folder}/bundle.pem"
+    data_dir = "{folder}/agent"
+    socket_path = "{folder}/agent/api.sock"
+    admin_socket_path = "{folder}/admin/api.sock"
+    server_address = "127.0.0.1"
+    server_port = {port}
+    log_level = "debug"
+    log_format = "json"
+    experimental {{ sync_interval = "200ms" }}
+}}
+plugins {{
+    KeyManager "disk" {{ plugin_data {{ directory = "{folder}/agent" }} }}
+    NodeAttestor "join_token" {{ plugin_data {{ }} }}
+    WorkloadAttestor "unix" {{ plugin_data {{ discover_workload_path = true }} }}
+}}
+"#,
+            trust_domain = self.trust_domain(),
+            folder = self.folder.display(),
+            port = self.server_port.address().port(),
+        )
+    }
+
+    fn oidc_config(&self) -> String {
+        format!(
+            r#"
+domains = ["127.0.0.1"]
+insecure_addr = "{address}"
+allow_insecure_scheme = true
+set_key_use = true
+log_level = "debug"
+server_api {{ address = "unix://{folder}/server/api.sock" }}
+"#,
+            address = self.oidc_port.address(),
+            folder = self.folder.display(),
+        )
+    }
+}
+
+/// The lines of a JSON log; a line that is still being written is left out.
+fn lines(log: &str) -> impl Iterator<Item = Value> {
+    log.lines().filter_map(|line| serde_json::from_str(line).ok())
+}
+
+fn count(log: &str, message: &str, spiffe_id: &str) -> usize {
+    lines(log).filter(|line| line["msg"] == message && line["spiffe_id"] == spiffe_id).count()
+}

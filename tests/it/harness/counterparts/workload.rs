@@ -1,0 +1,69 @@
+//! A workload: a process of some user, with nothing in its environment but what the test gives it.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::process::{Output, run};
+
+/// How long one command of a workload may take; the AWS CLI retries for a while before it gives up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs commands as one user, by number: no passwd entry is needed. The environment is empty but for HOME, an empty
+/// folder of that user, and what `env` adds.
+pub(crate) struct Workload {
+    uid: u32,
+    gid: u32,
+    home: TempDir,
+    environment: BTreeMap<String, String>,
+}
+
+impl Workload {
+    /// A workload with this uid, the gid of the same number, and no supplementary groups. Needs root
+    /// (`counterparts::root`).
+    pub(crate) fn new(uid: u32) -> Workload {
+        let home = tempfile::Builder::new().prefix("awsvid-home-").tempdir().expect("a temporary folder");
+        let path = home.path().to_str().expect("a path in UTF-8").to_owned();
+        Workload { uid, gid: uid, home, environment: BTreeMap::new() }.env("HOME", &path)
+    }
+
+    /// The same with another gid.
+    pub(crate) fn gid(mut self, gid: u32) -> Workload {
+        self.gid = gid;
+        self
+    }
+
+    /// The same with one more environment variable.
+    pub(crate) fn env(mut self, name: &str, value: &str) -> Workload {
+        self.environment.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// The workload's HOME and working directory.
+    pub(crate) fn home(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// A command of this workload, to be changed further and given to `process::run`, `Process::start` or
+    /// `process::spawn`. `program` is a path: there is no PATH.
+    pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        chown(self.home(), Some(self.uid), Some(self.gid)).expect("chown of the workload's HOME, as root");
+        let mut command = Command::new(program);
+        // std also drops root's supplementary groups when it sets a uid.
+        command.env_clear().envs(&self.environment).current_dir(self.home()).uid(self.uid).gid(self.gid);
+        command
+    }
+
+    /// Runs a program to its end, for at most 60 s.
+    pub(crate) fn run(&self, program: impl AsRef<OsStr>, arguments: &[&str]) -> Output {
+        let mut command = self.command(program);
+        command.args(arguments);
+        run(command, b"", PATIENCE)
+    }
+}

@@ -1,0 +1,114 @@
+//! `awsvid serve` as a process of its own.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::counterparts::http_get;
+use super::counterparts::process::Process;
+
+/// How long the daemon may take for anything that it does in milliseconds, on a machine that is busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A running daemon, with its files below one folder.
+pub(crate) struct Daemon {
+    process: Process,
+    folder: PathBuf,
+}
+
+impl Daemon {
+    /// Starts `awsvid serve` with this configuration, to which `[listen]`, `[audit]` and `[log]` are added: ports that the
+    /// kernel picks, files below `folder`. `listen` is put into `[listen]`. Returns when its listeners are bound.
+    pub(crate) fn start(folder: &Path, listen: &str, configuration: &str) -> Self {
+        let config = folder.join("awsvid.toml");
+        let path = |name: &str| folder.join(name).display().to_string();
+        let text = format!(
+            "{configuration}\n\
+             [listen]\nunix = {:?}\ntcp = [\"127.0.0.1:0\", \"[::1]:0\"]\nadmin = \"127.0.0.1:0\"\nstatus = {:?}\ntoken_file = {:?}\n{listen}\n\
+             [audit]\nfile = {:?}\n[log]\nlevel = \"awsvid=debug,info\"\nformat = \"json\"\n",
+            path("awsvid.sock"),
+            path("status.sock"),
+            path("token"),
+            path("audit.log"),
+        );
+        std::fs::write(&config, text).expect("write the configuration");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_awsvid"));
+        command.env_clear().args(["serve", "--config"]).arg(&config);
+        let process = Process::start("awsvid", command, &folder.join("awsvid.log"));
+        let daemon = Self { process, folder: folder.to_owned() };
+        daemon.process.await_some("the daemon's listeners", PATIENCE, || daemon.address("serving operators", "127.0.0.1:"));
+        daemon
+    }
+
+    /// Waits until `/readyz` is 200.
+    pub(crate) fn ready(self) -> Self {
+        self.process.await_some("the daemon is ready", PATIENCE, || {
+            http_get(self.admin(), "/readyz").filter(|(status, _)| *status == 200)
+        });
+        self
+    }
+
+    /// The process.
+    pub(crate) fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    fn address(&self, message: &str, prefix: &str) -> Option<SocketAddr> {
+        self.log_lines().find_map(|line| {
+            let here = line["message"] == message && line["address"].as_str()?.starts_with(prefix);
+            if here { line["address"].as_str()?.parse().ok() } else { None }
+        })
+    }
+
+    fn log_lines(&self) -> impl Iterator<Item = Value> + use<> {
+        let lines: Vec<Value> = self.process.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        lines.into_iter()
+    }
+
+    /// Everything that it has logged.
+    pub(crate) fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// Where it listens on 127.0.0.1.
+    pub(crate) fn tcp(&self) -> SocketAddr {
+        self.address("serving workloads", "127.0.0.1:").expect("a TCP listener")
+    }
+
+    /// Where it listens on ::1.
+    pub(crate) fn tcp6(&self) -> SocketAddr {
+        self.address("serving workloads", "[::1]:").expect("a TCP listener on ::1")
+    }
+
+    /// Where it answers operators.
+    pub(crate) fn admin(&self) -> SocketAddr {
+        self.address("serving operators", "127.0.0.1:").expect("an operators' listener")
+    }
+
+    /// The unix socket.
+    pub(crate) fn unix(&self) -> PathBuf {
+        self.folder.join("awsvid.sock")
+    }
+
+    /// The URI for SDKs.
+    pub(crate) fn uri(&self) -> String {
+        format!("http://{}/v1/credentials", self.tcp())
+    }
+
+    /// All audit records so far.
+    pub(crate) fn audit(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.folder.join("audit.log")).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).expect("an audit record is a line of JSON")).collect()
+    }
+
+    /// The audit records after the first `count`, once there is at least one.
+    pub(crate) fn audit_after(&self, count: usize) -> Vec<Value> {
+        self.process.await_some("an audit record", PATIENCE, || {
+            let records = self.audit();
+            (records.len() > count).then(|| records[count..].to_vec())
+        })
+    }
+}

@@ -1,0 +1,245 @@
+//! A machine with a real systemd as its pid 1, in namespaces of its own on this computer's kernel: its own files, network,
+//! processes and cgroup tree. It boots in about half a second.
+//!
+//! The programs are this computer's (`/usr`, with changes that nobody else sees); the configuration is not: no unit, user or
+//! mount of this computer is in it. All of it ends with the value, or with the test process however that ends.
+
+mod forward;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::unistd::Pid;
+
+pub(crate) use forward::Forward;
+
+use super::counterparts::process::{Output, Process, await_some, run};
+use super::counterparts::{root, skip};
+
+/// Pid 1's program.
+const SYSTEMD: &str = "/usr/lib/systemd/systemd";
+/// Where `systemctl`, `unshare` and the like are, inside and outside.
+const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// How long anything may take that takes less than a second on a machine that is not busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+const NAMESPACES: [&str; 7] = ["--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork"];
+/// Begins the names of our cgroups; the test process's id and a number follow.
+const CGROUP_PREFIX: &str = "awsvid-test-";
+
+/// What is put into the machine before it boots.
+#[derive(Clone, Copy)]
+pub(crate) enum Content<'a> {
+    /// A file with this text.
+    Text(&'a str),
+    /// A copy of this file, with its mode.
+    Copy(&'a Path),
+    /// This directory itself, with whatever comes into it later.
+    Mount(&'a Path),
+}
+
+/// A running machine. Its root can do what root can, except for what would change this computer.
+pub(crate) struct SystemdMachine {
+    init: Pid,
+    // Dropped in this order: a cgroup can be removed when nobody is in it.
+    _process: Process,
+    _cgroup: Cgroup,
+}
+
+impl SystemdMachine {
+    /// Boots it up to `basic.target`, with its files below `directory` and with `files` (paths inside, and what is there).
+    ///
+    /// `None` after a printed skip if this computer has no systemd or does not let the test make namespaces; in CI that is
+    /// a panic.
+    pub(crate) fn boot(directory: &Path, files: &[(&str, Content<'_>)]) -> Option<Self> {
+        if !root() {
+            return None;
+        }
+        if !Path::new(SYSTEMD).exists() {
+            skip(&format!("{SYSTEMD} is missing: install systemd"));
+            return None;
+        }
+        let Some(tree) = cgroup_tree() else {
+            skip("no cgroup v2 tree is mounted");
+            return None;
+        };
+        let cgroup = match Cgroup::create(&tree) {
+            Ok(cgroup) => cgroup,
+            Err(error) => {
+                skip(&format!("no cgroup can be made in {}: {error}", tree.display()));
+                return None;
+            }
+        };
+        let probe = run(outside("unshare", NAMESPACES.iter().copied().chain(["true"])), b"", PATIENCE);
+        if !probe.status.success() {
+            skip(&format!("no namespaces can be made here: {}", probe.stderr));
+            return None;
+        }
+        let home = directory.join("machine");
+        stage(&home, files);
+        // The shell puts itself into the cgroup before it makes a cgroup namespace, whose root that then is. Nobody is
+        // left behind to end the machine: pid 1 is killed with `unshare`, and the rest with pid 1.
+        let enter = r#"echo $$ >"$1/cgroup.procs" && shift && exec unshare --kill-child "$@""#;
+        let mut command = outside("sh", ["-c", enter, "enter"]);
+        command.arg(&cgroup.0).args(NAMESPACES).args(["sh", "-c", include_str!("systemd/boot.sh"), "boot"]).arg(&home);
+        let process = Process::start("the machine", command, &directory.join("machine.log"));
+        let init = process.await_some("the machine's pid 1", PATIENCE, || {
+            fs::read_to_string(home.join("init.pid")).ok()?.trim().parse().ok()
+        });
+        let machine = Self { init: Pid::from_raw(init), _process: process, _cgroup: cgroup };
+        machine._process.await_some("systemd has booted", PATIENCE, || {
+            let state = machine.run(&["systemctl", "is-system-running"]).stdout;
+            // "degraded": a unit of this computer's distribution does not work in here. No test is about those.
+            matches!(state.trim(), "running" | "degraded").then_some(())
+        });
+        Some(machine)
+    }
+
+    /// A command that runs inside as root, but outside of every unit: for systemd's own tools. Its environment is empty.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let init = self.init.to_string();
+        let namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"];
+        let mut command = outside("nsenter", ["--target", &init].into_iter().chain(namespaces).chain(["--"]));
+        command.args(arguments);
+        command
+    }
+
+    /// Runs such a command to its end.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        run(self.command(arguments), b"", PATIENCE)
+    }
+
+    /// A command that runs inside as the service `unit`, of the user with this name or number.
+    pub(crate) fn command_as(&self, unit: &str, user: &str, arguments: &[&str]) -> Command {
+        let unit = format!("--unit={unit}");
+        let user = format!("--uid={user}");
+        self.command(
+            &[&["systemd-run", "--quiet", "--collect", "--wait", "--pipe", &unit, &user, "--"], arguments].concat(),
+        )
+    }
+
+    /// Runs such a command to its end.
+    pub(crate) fn run_as(&self, unit: &str, user: &str, arguments: &[&str]) -> Output {
+        run(self.command_as(unit, user, arguments), b"", PATIENCE)
+    }
+
+    /// A property of a unit, as `systemctl show` prints it.
+    pub(crate) fn property(&self, unit: &str, name: &str) -> String {
+        let shown = self.run(&["systemctl", "show", "--value", "--property", name, unit]);
+        shown.success(&format!("{name} of {unit}")).trim_end().to_owned()
+    }
+
+    /// Waits until a property of a unit is `value`.
+    pub(crate) fn await_property(&self, unit: &str, name: &str, value: &str) {
+        let what = format!("{name} of {unit} is {value}");
+        await_some(&what, PATIENCE, || (self.property(unit, name) == value).then_some(()));
+    }
+
+    /// All that systemd and its services have logged so far.
+    pub(crate) fn journal(&self) -> String {
+        // What was written on a stream before is in the file after this.
+        self.run(&["journalctl", "--sync"]).success("journalctl --sync");
+        self.run(&["journalctl", "--no-pager"]).success("the journal")
+    }
+
+    /// A path of the machine as this process sees it.
+    pub(crate) fn path(&self, inside: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{inside}", self.init))
+    }
+
+    /// Offers, on a loopback port of the machine, what listens on a loopback address of this computer.
+    pub(crate) fn forward(&self, to: std::net::SocketAddr) -> Forward {
+        Forward::start(&PathBuf::from(format!("/proc/{}/ns/net", self.init)), to)
+    }
+}
+
+impl Drop for SystemdMachine {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let journal = self.run(&["journalctl", "--no-pager", "--lines=60"]);
+            eprintln!("--- the machine's journal\n{}{}", journal.stdout, journal.stderr);
+        }
+    }
+}
+
+/// A command on this computer with nothing in its environment.
+fn outside<'a>(program: &str, arguments: impl IntoIterator<Item = &'a str>) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear().env("PATH", SEARCH_PATH).env("LC_ALL", "C.UTF-8").args(arguments);
+    command
+}
+
+/// Lays out for `boot.sh` what the machine is given.
+fn stage(home: &Path, files: &[(&str, Content<'_>)]) {
+    let mut mounts = String::new();
+    fs::create_dir_all(home.join("files")).expect("a directory for the machine");
+    for (path, content) in files {
+        let staged = home.join("files").join(path.trim_start_matches('/'));
+        fs::create_dir_all(staged.parent().expect("a path below the root")).expect("a directory");
+        match content {
+            Content::Text(text) => fs::write(&staged, text).expect("a file"),
+            Content::Copy(source) => drop(fs::copy(source, &staged).expect("a copy of a file")),
+            Content::Mount(source) => mounts.push_str(&format!("{} {path}\n", source.display())),
+        }
+    }
+    fs::write(home.join("mounts"), mounts).expect("a file");
+}
+
+/// Where the cgroup v2 tree is mounted.
+fn cgroup_tree() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("/proc");
+    let line = mounts.lines().find(|line| line.contains(" - cgroup2 "))?;
+    line.split(' ').nth(4).map(PathBuf::from)
+}
+
+/// A cgroup that is removed with all below it.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn create(tree: &Path) -> io::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        remove_abandoned(tree);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = tree.join(format!("{CGROUP_PREFIX}{}-{number}", std::process::id()));
+        fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // The processes were killed, but may be ending still.
+        let removed = std::panic::catch_unwind(|| {
+            await_some("the machine's cgroup is empty", PATIENCE, || remove_tree(&self.0).ok());
+        });
+        if removed.is_err() {
+            eprintln!("{} is left behind", self.0.display());
+        }
+    }
+}
+
+/// Removes what test processes left that were killed. Their machines were killed with them.
+fn remove_abandoned(tree: &Path) {
+    for entry in fs::read_dir(tree).into_iter().flatten().filter_map(Result::ok) {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let owner = name.strip_prefix(CGROUP_PREFIX).and_then(|rest| rest.split_once('-'));
+        if owner.is_some_and(|(pid, _)| !Path::new("/proc").join(pid).exists()) {
+            // Another test may be doing the same; one that is not empty after all is left alone.
+            let _ = remove_tree(&entry.path());
+        }
+    }
+}
+
+/// Removes a cgroup and those below it, none of which has a process.
+fn remove_tree(cgroup: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(cgroup)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    fs::remove_dir(cgroup)
+}

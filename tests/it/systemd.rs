@@ -1,0 +1,296 @@
+//! The shipped units as they stand, under a real systemd: `deploy/systemd` and the example configuration.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::harness::counterparts::folder;
+use crate::harness::counterparts::minio::{self, Minio};
+use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::spire::Spire;
+use crate::harness::systemd::{Content, SystemdMachine};
+
+/// For what takes milliseconds on a machine that is not busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+const CONFIGURATION: &str = "/etc/awsvid/awsvid.toml";
+const PROGRAM: &str = "/usr/bin/awsvid";
+const BILLING: &str = "spiffe://example.org/billing";
+/// Two users without any privilege.
+const USERS: &str = "u billing 1001\nu shop 1002\n";
+
+/// How curl reaches the daemon.
+const UNIX: &[&str] = &["--unix-socket", "/run/awsvid/awsvid.sock", "http://localhost/v1/credentials"];
+const TCP: &[&str] = &["http://127.0.0.1:974/v1/credentials"];
+const TCP6: &[&str] = &["http://[::1]:974/v1/credentials"];
+const ADDRESSES: [(&str, &[&str]); 3] = [("unix", UNIX), ("tcp", TCP), ("tcp6", TCP6)];
+
+fn shipped(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(name)
+}
+
+/// A machine with awsvid installed as the README says, from the shipped files; nothing of it is started yet.
+fn install(directory: &Path, more: &[(&str, Content<'_>)]) -> Option<SystemdMachine> {
+    let [service, socket, tmpfiles, example] =
+        ["systemd/awsvid.service", "systemd/awsvid.socket", "systemd/awsvid.tmpfiles.conf", "awsvid.toml"].map(shipped);
+    let mut files = vec![
+        (PROGRAM, Content::Copy(Path::new(env!("CARGO_BIN_EXE_awsvid")))),
+        ("/etc/systemd/system/awsvid.service", Content::Copy(&service)),
+        ("/etc/systemd/system/awsvid.socket", Content::Copy(&socket)),
+        ("/etc/tmpfiles.d/awsvid.conf", Content::Copy(&tmpfiles)),
+        (CONFIGURATION, Content::Copy(&example)),
+        ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
+    ];
+    files.extend(more.iter().map(|(path, content)| (*path, *content)));
+    SystemdMachine::boot(directory, &files)
+}
+
+fn start(machine: &SystemdMachine) {
+    // Succeeds when the daemon has said READY=1, for the unit is of Type=notify.
+    machine
+        .run(&["systemctl", "enable", "--now", "awsvid.socket", "awsvid.service"])
+        .success("enable and start awsvid");
+}
+
+/// Asks as a service of some user, and returns the status and the body. Panics if the connection is refused or reset.
+fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u16, Value) {
+    let fixed = ["curl", "--silent", "--show-error", "--max-time", "50", "--write-out", "\n%{http_code}"];
+    let asked = machine.run_as(unit, user, &[&fixed, &["--header", "Authorization: any"], address].concat());
+    let output = asked.success(&format!("curl {address:?} of {user} in {unit}"));
+    let (body, status) = output.rsplit_once('\n').expect("the status after the body");
+    let body = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error} in {body}"));
+    (status.parse().expect("a status"), body)
+}
+
+/// That awsvid answers, and has seen who asks: nobody that it knows.
+fn assert_answered(machine: &SystemdMachine, address: &[&str]) {
+    let (status, body) = ask(machine, "stranger.service", "shop", address);
+    assert_eq!((status, &body["code"]), (403, &Value::from("no_identity")), "{address:?}: {body}");
+}
+
+fn restarts(machine: &SystemdMachine) -> u32 {
+    machine.property("awsvid.service", "NRestarts").parse().expect("a number")
+}
+
+#[test]
+fn the_units_are_clean_and_their_sandbox_holds() {
+    let directory = folder();
+    let Some(machine) = install(directory.path(), &[]) else { return };
+    let verified = machine.run(&["systemd-analyze", "verify", "awsvid.service", "awsvid.socket"]);
+    assert!(verified.status.success() && verified.stdout.is_empty() && verified.stderr.is_empty(), "{verified:?}");
+    let unit = "/etc/systemd/system/awsvid.service";
+    let exposure = machine.run(&["systemd-analyze", "security", "--no-pager", "--offline=yes", "--threshold=30", unit]);
+    exposure.success("an exposure level of at most 3.0");
+
+    // tmpfiles.d has made it at boot.
+    let made = fs::metadata(machine.path("/run/awsvid")).unwrap();
+    assert_eq!((made.uid(), made.gid(), made.mode() & 0o7777), (0, 0, 0o755));
+    start(&machine);
+    for (name, mode) in [("awsvid.sock", 0o666), ("status.sock", 0o600), ("token", 0o644)] {
+        let found = fs::symlink_metadata(machine.path("/run/awsvid").join(name)).unwrap();
+        assert_eq!((found.uid(), found.mode() & 0o7777), (0, mode), "{name}");
+    }
+    assert_eq!(machine.property("awsvid.socket", "ReusePort"), "no");
+
+    let process = format!("/proc/{}", machine.property("awsvid.service", "MainPID"));
+    let status = fs::read_to_string(machine.path(&format!("{process}/status"))).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap_or_else(|| panic!("no {name} in {status}")).trim()
+    };
+    // CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH.
+    let three = format!("{:016x}", 1 << 10 | 1 << 19 | 1 << 2);
+    assert_eq!([field("CapBnd"), field("CapPrm"), field("CapEff")], [three.as_str(); 3]);
+    assert_eq!([field("NoNewPrivs"), field("Seccomp")], ["1", "2"]);
+    let mounts = fs::read_to_string(machine.path(&format!("{process}/mountinfo"))).unwrap();
+    let writable: Vec<&str> = mounts
+        .lines()
+        .filter(|line| line.split(' ').nth(5).is_some_and(|options| options.split(',').any(|option| option == "rw")))
+        .filter_map(|line| line.split(' ').nth(4))
+        .filter(|path| !["/dev", "/proc"].iter().any(|api| Path::new(path).starts_with(api)))
+        .collect();
+    assert_eq!(writable.len(), 2, "{writable:?}");
+    assert!(["/run/awsvid", "/var/log/awsvid"].iter().all(|path| writable.contains(path)), "{writable:?}");
+}
+
+#[test]
+fn callers_are_told_apart_by_their_unit_with_spire_beside() {
+    let directory = folder();
+    let Some(spire) = Spire::start(directory.path()) else { return };
+    let policy = minio::readable_by(BILLING, "shop");
+    let Some(minio) = Minio::start(directory.path(), &spire.issuer_url(), &policy) else { return };
+    spire.register(BILLING, &["unix:uid:0", "unix:path:/usr/bin/awsvid"]);
+    let socket = spire.agent_socket();
+    let agent = socket.parent().unwrap();
+    symlink(socket.file_name().unwrap(), agent.join("spire-agent.sock")).unwrap();
+    // Where the example looks for it, and where SPIRE puts it by default.
+    let more =
+        [("/run/spire/agent-sockets", Content::Mount(agent)), ("/tmp/spire-agent/public", Content::Mount(agent))];
+    let Some(machine) = install(directory.path(), &more) else { return };
+    start(&machine);
+
+    // The example as it stands names an account at AWS, which can't be reached from here: one caller gets as far as that.
+    for (_, address) in ADDRESSES {
+        let (status, body) = ask(&machine, "billing.service", "billing", address);
+        assert_eq!(status, 503, "{address:?}: {body}");
+        assert_answered(&machine, address);
+    }
+    assert_ne!(spire.jwt_svids_fetched(BILLING), 0, "the daemon has fetched the caller's JWT-SVID");
+
+    let forward = machine.forward(minio.endpoint().trim_start_matches("http://").parse().unwrap());
+    let configuration = format!(
+        r#"
+[identity]
+socket = "unix:///tmp/spire-agent/public/api.sock"
+audience = "{}"
+[sts]
+endpoint = "http://{}"
+[audit]
+file = "/var/log/awsvid/audit.log"
+[[workload]]
+spiffe_id = "{BILLING}"
+systemd_unit = "billing.service"
+[[workload]]
+spiffe_id = "{BILLING}"
+user = "shop"
+exe = "/usr/bin/curl"
+[[role]]
+name = "shop"
+spiffe_id = "{BILLING}"
+role_arn = "{}"
+"#,
+        minio::AUDIENCE,
+        forward.address(),
+        minio.role_arn(),
+    );
+    fs::write(machine.path(CONFIGURATION), configuration).unwrap();
+    machine.run(&["systemctl", "restart", "awsvid.service"]).success("restart with another configuration");
+    let mut keys = Vec::new();
+    for (_, address) in ADDRESSES {
+        let (status, body) = ask(&machine, "billing.service", "billing", address);
+        assert_eq!(status, 200, "{address:?}: {body}");
+        keys.push(body["AccessKeyId"].clone());
+        // The unit decides, not the user.
+        let (status, body) = ask(&machine, "payroll.service", "billing", address);
+        assert_eq!((status, &body["code"]), (403, &Value::from("no_identity")), "{address:?}: {body}");
+        // By its executable: over TCP the daemon has to look into a process of another user.
+        let (status, body) = ask(&machine, "search.service", "shop", address);
+        assert_eq!(status, 200, "{address:?}: {body}");
+        keys.push(body["AccessKeyId"].clone());
+    }
+    assert!(keys[0].is_string() && keys.iter().all(|key| *key == keys[0]), "{keys:?}");
+    let audit = fs::read_to_string(machine.path("/var/log/awsvid/audit.log")).unwrap();
+    assert_eq!(audit.lines().filter(|line| line.contains(keys[0].as_str().unwrap())).count(), 6, "{audit}");
+    // Every listener, SPIRE and STS have answered.
+    let ready = ["curl", "--silent", "--fail", "http://127.0.0.1:975/readyz"];
+    await_some("ready", PATIENCE, || machine.run_as("probe.service", "shop", &ready).status.success().then_some(()));
+}
+
+#[test]
+fn the_addresses_are_held_while_the_daemon_is_away() {
+    let directory = folder();
+    let Some(machine) = install(directory.path(), &[]) else { return };
+    start(&machine);
+
+    // Restarts while callers ask: not one is turned away.
+    let machine = &machine;
+    thread::scope(|scope| {
+        let askers = ADDRESSES.map(|(name, address)| {
+            scope.spawn(move || {
+                for _ in 0..10 {
+                    let (status, body) = ask(machine, &format!("asker-{name}.service"), "shop", address);
+                    assert_eq!(status, 403, "{body}");
+                }
+            })
+        });
+        while askers.iter().any(|asker| !asker.is_finished()) {
+            machine.run(&["systemctl", "restart", "awsvid.service"]).success("restart awsvid");
+        }
+    });
+
+    // Stopped, and nobody else can have the port: not a user, for it is below 1024, nor root, for systemd holds it.
+    machine.run(&["systemctl", "stop", "awsvid.service"]).success("stop awsvid");
+    assert_eq!(machine.property("awsvid.service", "ActiveState"), "inactive");
+    for (user, why) in [("shop", "Permission denied"), ("root", "Address already in use")] {
+        let listen = ["systemd-socket-activate", "--listen=127.0.0.1:974", "/usr/bin/true"];
+        let thief = machine.run_as("thief.service", user, &listen);
+        assert!(!thief.status.success() && thief.stderr.contains(why), "{user}: {thief:?}");
+    }
+    assert_answered(machine, TCP);
+    assert_eq!(machine.property("awsvid.service", "ActiveState"), "active");
+
+    // Killed: it comes back by itself, and who asks meanwhile is answered.
+    for (_, address) in ADDRESSES {
+        let before = restarts(machine);
+        machine.run(&["systemctl", "kill", "--signal=KILL", "awsvid.service"]).success("kill awsvid");
+        assert_answered(machine, address);
+        assert_eq!(restarts(machine), before + 1);
+    }
+}
+
+#[test]
+fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
+    let directory = folder();
+    let Some(machine) = install(directory.path(), &[]) else { return };
+    start(&machine);
+    let aside = machine.path("/usr/bin/awsvid.aside");
+    fs::rename(machine.path(PROGRAM), &aside).unwrap();
+    symlink("/usr/bin/false", machine.path(PROGRAM)).unwrap();
+    machine.run(&["systemctl", "kill", "--signal=KILL", "awsvid.service"]).success("kill awsvid");
+    let machine = &machine;
+    thread::scope(|scope| {
+        let askers = ADDRESSES.map(|(name, address)| {
+            scope.spawn(move || ask(machine, &format!("waits-{name}.service"), "shop", address))
+        });
+        // More often than systemd allows by default (5 starts in 10 s), while the callers are there.
+        let before = restarts(machine);
+        await_some("more restarts", PATIENCE, || (restarts(machine) > before + 10).then_some(()));
+        assert_eq!(machine.property("awsvid.socket", "ActiveState"), "active");
+        fs::rename(&aside, machine.path(PROGRAM)).unwrap();
+        for asker in askers {
+            let (status, body) = asker.join().unwrap();
+            assert_eq!((status, &body["code"]), (403, &Value::from("no_identity")), "{body}");
+        }
+    });
+}
+
+#[test]
+fn a_wrong_configuration_is_not_tried_again() {
+    let directory = folder();
+    let Some(machine) = install(directory.path(), &[]) else { return };
+    let good = fs::read_to_string(machine.path(CONFIGURATION)).unwrap();
+    fs::write(machine.path(CONFIGURATION), good.replace("spiffe_id", "spifee_id")).unwrap();
+    let started = machine.run(&["systemctl", "start", "awsvid.service"]);
+    assert!(!started.status.success(), "{started:?}");
+    let failed = |machine: &SystemdMachine| {
+        ["SubState", "ExecMainStatus", "NRestarts"].map(|name| machine.property("awsvid.service", name))
+    };
+    assert_eq!(failed(&machine), ["failed", "78", "0"]);
+    let journal = machine.journal();
+    assert!(journal.contains("spifee_id"), "the journal tells what is wrong:\n{journal}");
+
+    // A caller makes systemd try again, since its connection can't be taken: soon it gives up, and the caller is told.
+    let asked = machine.run_as("early.service", "shop", &[&["curl", "--silent", "--max-time", "50"], TCP].concat());
+    assert!(matches!(asked.status.code(), Some(7 | 56)), "refused or reset: {asked:?}");
+    machine.await_property("awsvid.socket", "Result", "trigger-limit-hit");
+    assert_eq!(failed(&machine), ["failed", "78", "0"]);
+    // `restart` of the service alone brings the sockets back too.
+    fs::write(machine.path(CONFIGURATION), good).unwrap();
+    machine.run(&["systemctl", "restart", "awsvid.service"]).success("start with the configuration repaired");
+    ADDRESSES.map(|(_, address)| assert_answered(&machine, address));
+}
+
+#[test]
+fn without_ipv6_the_other_addresses_are_served() {
+    let directory = folder();
+    let Some(machine) = install(directory.path(), &[]) else { return };
+    let off = "for i in all lo; do echo 1 >/proc/sys/net/ipv6/conf/$i/disable_ipv6; done";
+    machine.run(&["sh", "-c", off]).success("switch IPv6 off");
+    start(&machine);
+    let asked = machine.run_as("six.service", "shop", &[&["curl", "--silent"], TCP6].concat());
+    assert_eq!(asked.status.code(), Some(7), "::1 is gone: {asked:?}");
+    [UNIX, TCP].map(|address| assert_answered(&machine, address));
+}
