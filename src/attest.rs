@@ -70,7 +70,9 @@ impl Attestor {
         let cgroups = cgroups::CgroupTree::find(&read("self/mountinfo")?);
         let tcp = match (cgroups, inet_diag::SockDiag::open()) {
             _ if !tells_cgroups(&read("sys/kernel/osrelease")?) => {
-                tracing::warn!("before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket");
+                tracing::warn!(
+                    "before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket"
+                );
                 None
             }
             (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(proc_root.clone(), diag, Arc::new(cgroups))),
@@ -115,7 +117,9 @@ mod tests {
 
     #[test]
     fn kernels_that_tell_cgroups() {
-        for (release, tells) in [("5.14.21-el9", false), ("5.15.0", true), ("6.1.0-9-amd64", true), ("4.19", false), ("nonsense", false)] {
+        for (release, tells) in
+            [("5.14.21-el9", false), ("5.15.0", true), ("6.1.0-9-amd64", true), ("4.19", false), ("nonsense", false)]
+        {
             assert_eq!(tells_cgroups(release), tells, "{release}");
         }
     }

@@ -126,7 +126,12 @@ impl Front {
     }
 
     /// Opens the audit record, decides, closes it. If the client goes away hyper drops this future, and the record says so.
-    async fn answer(&self, request: &Request<Incoming>, listener: Listener, caller: Result<Arc<Caller>, Refusal>) -> Answer {
+    async fn answer(
+        &self,
+        request: &Request<Incoming>,
+        listener: Listener,
+        caller: Result<Arc<Caller>, Refusal>,
+    ) -> Answer {
         let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
         match self.decide(request, listener, caller, &mut record).await {
             Ok((body, issued)) => match record.finish(Outcome::Issued, "ok", Some(&issued)) {

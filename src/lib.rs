@@ -20,7 +20,8 @@
 //! | remember | [`cache`] | credentials by SPIFFE ID and role, refreshed ahead |
 //! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`] |
 //!
-//! Around it: [`admin`] health and metrics, [`app`] which wires all of it.
+//! Around it: [`admin`] health and metrics, [`readiness`], [`hardening`], [`app`] which wires all of it. [`dev`] is what the
+//! command of that name puts around the daemon; nothing but main.rs imports it.
 
 pub mod identity;
 
@@ -69,3 +70,5 @@ pub mod admin;
 pub mod readiness;
 
 pub mod app;
+
+pub mod dev;

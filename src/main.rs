@@ -6,11 +6,9 @@ use std::process::ExitCode;
 use awsvid::app::App;
 use awsvid::config::{self, Config};
 use awsvid::listen::Inherited;
-use awsvid::{hardening, telemetry};
+use awsvid::{dev, hardening, telemetry};
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
-
-
 
 /// sysexits.h: something was found in an unconfigured or misconfigured state. systemd does not restart on it.
 const EX_CONFIG: u8 = 78;
@@ -42,7 +40,7 @@ enum Command {
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Serve { config } => serve(&config),
-        Command::Dev { .. } => ExitCode::SUCCESS,
+        Command::Dev { command } => dev::run(&command),
     }
 }
 

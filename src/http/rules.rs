@@ -94,7 +94,9 @@ fn host_is_loopback(headers: &HeaderMap) -> bool {
     let Ok(host) = host.to_str() else { return false };
     let host = host.to_ascii_lowercase();
     let name = match host.rsplit_once(':') {
-        Some((name, port)) if !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit()) && !host.ends_with(']') => name,
+        Some((name, port)) if !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit()) && !host.ends_with(']') => {
+            name
+        }
         _ => host.as_str(),
     };
     let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);

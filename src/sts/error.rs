@@ -181,8 +181,8 @@ impl StsError {
 fn advice(reason: &str) -> Option<&'static str> {
     Some(match reason {
         "sts_access_denied" => {
-            "the role's trust policy decides: it must allow sts:AssumeRoleWithWebIdentity to the OIDC provider, with this \
-             SPIFFE ID as its `sub` and the audience as its `aud`"
+            "the role's trust policy decides: it must allow sts:AssumeRoleWithWebIdentity to the OIDC provider, with \
+             this SPIFFE ID as its `sub` and the audience as its `aud`"
         }
         "sts_invalid_token" => {
             "the account needs an IAM OIDC provider whose URL is exactly the token's issuer and which lists \
@@ -194,7 +194,9 @@ fn advice(reason: &str) -> Option<&'static str> {
         }
         "sts_region_disabled" => "activate STS in that region in the account's IAM console, or set another `region`",
         "sts_bad_policy" => "correct `policy` or `policy_arns` of this role",
-        "sts_bad_request" => "look at `duration` (is it above the role's maximum?), `session_name` and `role_arn`",
+        "sts_bad_request" => {
+            "look at `role_arn`, `audience`, `session_name` and `duration` (is it above the role's maximum?)"
+        }
         "sts_unreachable" => "look at this node's way to it: DNS, firewall, HTTPS_PROXY, and the CA certificates",
         _ => return None,
     })

@@ -1,16 +1,15 @@
 pub(crate) mod fake;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use tempfile::tempdir;
-use tokio::sync::Barrier;
 
 use super::*;
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
 use crate::role::Role;
 use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, svid_for};
-use fake::{FakeSts, Proxy, Reply};
+use fake::{FakeSts, Meeting, Proxy, Reply};
 
 const ARN: &str = "arn:aws:iam::123456789012:role/billing";
 
@@ -333,40 +332,22 @@ async fn neither_logs_nor_errors_show_the_token_or_the_credentials() {
 
 #[tokio::test]
 async fn no_more_calls_are_under_way_than_allowed() {
-    let server = FakeSts::start(|_, _| good()).await;
-    let held = Arc::new(Barrier::new(2));
-    let (now_at, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    // A slow way to STS, so that the calls overlap: each connection waits for another one.
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let (behind, counted) = (server.address, most.clone());
-    let way = tokio::spawn(async move {
-        loop {
-            let (mut client, _) = listener.accept().await.unwrap();
-            let (held, now_at, most) = (held.clone(), now_at.clone(), counted.clone());
-            tokio::spawn(async move {
-                most.fetch_max(now_at.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-                held.wait().await;
-                let mut server = tokio::net::TcpStream::connect(behind).await.unwrap();
-                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
-                now_at.fetch_sub(1, Ordering::SeqCst);
-            });
-        }
-    });
+    let meeting = Meeting::new();
+    let Reply::Body(_, _, body) = good() else { unreachable!() };
+    let reply = Reply::Together(meeting.clone(), body);
+    let server = FakeSts::start(move |_, _| reply.clone()).await;
     let sts = Arc::new(sts(Settings { max_concurrent: 2, ..settings() }));
-    let target = endpoint(format!("http://{address}"));
     let calls: Vec<_> = (0..8)
         .map(|serial| {
-            let (sts, grant) = (sts.clone(), grant(&target));
+            let (sts, grant) = (sts.clone(), grant(&plain(&server)));
             tokio::spawn(async move { sts.assume(&grant, &svid_for(&billing(), 300, serial)).await })
         })
         .collect();
     for call in calls {
         call.await.unwrap().unwrap();
     }
-    assert_eq!(most.load(Ordering::SeqCst), 2, "two at once, and never more");
+    assert_eq!(meeting.most.load(Ordering::SeqCst), 2, "two at once, and never more");
     assert_eq!(server.received().len(), 8);
-    way.abort();
 }
 
 #[tokio::test(start_paused = true)]
@@ -480,7 +461,7 @@ async fn aws_is_reached_through_the_proxy_and_not_trusted_by_a_private_ca() {
 #[tokio::test]
 async fn an_endpoint_of_ones_own_is_reached_through_the_proxy() {
     let dir = tempdir().unwrap();
-    let (ca, tls) = fake::tls(&["sts.test.invalid", "127.0.0.1"]);
+    let (ca, tls) = fake::tls(&["sts.test.invalid", "127.0.0.1", "0.0.0.0"]);
     let file = dir.path().join("ca.pem");
     std::fs::write(&file, ca).unwrap();
     let server = FakeSts::start_with(Some(tls), |_, _| good()).await;
@@ -496,12 +477,15 @@ async fn an_endpoint_of_ones_own_is_reached_through_the_proxy() {
     with(&[("HTTPS_PROXY", url.clone())]).assume(&grant(&far), &token).await.unwrap();
     assert!(proxy.heads()[0].starts_with("CONNECT sts.test.invalid:443 "), "{:?}", proxy.heads());
 
-    // Nobody resolves that name, so without the proxy there is no way. Loopback has none other than the direct one.
-    let no_proxy = ("NO_PROXY", ".test.invalid".to_owned());
-    let error = with(&[("HTTPS_PROXY", url.clone()), no_proxy]).assume(&grant(&far), &token).await.unwrap_err();
-    assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+    // 0.0.0.0 is this host too, though no loopback address.
+    let here = endpoint(format!("https://0.0.0.0:{}", server.address.port()));
+    with(&[("HTTPS_PROXY", url.clone())]).assume(&grant(&here), &token).await.unwrap();
+    assert!(proxy.heads()[1].starts_with("CONNECT 0.0.0.0:"), "{:?}", proxy.heads());
+    let no_proxy = ("NO_PROXY", "example.org,0.0.0.0".to_owned());
+    with(&[("HTTPS_PROXY", url.clone()), no_proxy]).assume(&grant(&here), &token).await.unwrap();
     with(&[("HTTPS_PROXY", url)]).assume(&grant(&near), &token).await.unwrap();
-    assert_eq!(proxy.heads().len(), 1);
+    assert_eq!(proxy.heads().len(), 2, "neither what NO_PROXY names nor loopback goes through it");
+    assert_eq!(server.received().len(), 4);
 }
 
 /// In an environment that is set to lead an SDK elsewhere: this test starts itself in one.

@@ -124,8 +124,8 @@ impl WorkloadApi {
         }
         match status.code() {
             Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
-                "the SPIFFE agent does not give {id} to awsvid: register that ID for the daemon itself, and give no two \
-                 of its registrations the same hint ({said})"
+                "the SPIFFE agent does not give {id} to awsvid: register that ID for the daemon itself, and give no \
+                 two of its registrations the same hint ({said})"
             )),
             Code::InvalidArgument => SourceError::Misconfigured(format!(
                 "the SPIFFE agent finds the request for {id} invalid: correct the ID or the audience ({said})"

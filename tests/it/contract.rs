@@ -43,7 +43,11 @@ fn exchange(mut stream: impl Read + Write, request: &str) -> Answer {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer to {request:?}: {answer:?}"));
-    Answer { status: head[9..12].parse().unwrap(), head: head.to_lowercase(), body: serde_json::from_str(body).unwrap_or_default() }
+    Answer {
+        status: head[9..12].parse().unwrap(),
+        head: head.to_lowercase(),
+        body: serde_json::from_str(body).unwrap_or_default(),
+    }
 }
 
 fn ask(address: SocketAddr, request: &str) -> Answer {
@@ -77,12 +81,17 @@ fn refusals_are_counted_audited_and_readable() {
             let before = daemon.audit().len();
             let answer = ask(address, request);
             assert_eq!((answer.status, &answer.body["code"]), (*status, &Value::from(*code)), "{request:?}");
-            for header in ["content-type: application/json", "cache-control: no-store", "connection: close", "content-length: "] {
+            for header in
+                ["content-type: application/json", "cache-control: no-store", "connection: close", "content-length: "]
+            {
                 assert!(answer.head.contains(header), "{header} in {}", answer.head);
             }
             let record = &daemon.audit_after(before)[..];
             // The daemon's own questions for its readiness may come in between.
-            assert!(record.iter().any(|record| record["reason"] == *code && record["outcome"] == "refused"), "{record:?}");
+            assert!(
+                record.iter().any(|record| record["reason"] == *code && record["outcome"] == "refused"),
+                "{record:?}"
+            );
         }
     }
     // On the unix socket no Authorization is asked for.

@@ -123,7 +123,9 @@ fn each_process_gets_its_own_credentials() {
     assert_eq!((&issued["spiffe_id"], &issued["outcome"]), (&Value::from(OTHER), &Value::from("issued")));
     let other_key = issued["access_key_id"].as_str().unwrap();
     assert_ne!(other_key, key);
-    let refused = trace.await_record("the object is refused", |record| record.access_key_id().as_deref() == Some(other_key) && record.api().starts_with("s3."));
+    let refused = trace.await_record("the object is refused", |record| {
+        record.access_key_id().as_deref() == Some(other_key) && record.api().starts_with("s3.")
+    });
     assert_eq!(refused.status(), 403);
     assert_eq!(world.curl(1002)["AccessKeyId"], other_key);
     assert_eq!(world.upstream(&trace, OTHER, other_key), (1, 1));
@@ -134,7 +136,10 @@ fn each_process_gets_its_own_credentials() {
     assert!(output.stderr.contains("No identity is configured on this node for uid 1003"), "{output:?}");
     assert_eq!(world.curl(1003)["code"], "no_identity");
     let refused = world.daemon.audit_after(probes + 4);
-    assert!(refused.iter().all(|record| record["reason"] == "no_identity" && record["access_key_id"].is_null()), "{refused:?}");
+    assert!(
+        refused.iter().all(|record| record["reason"] == "no_identity" && record["access_key_id"].is_null()),
+        "{refused:?}"
+    );
 
     // Nothing secret is anywhere in what the daemon wrote.
     let secret = answer["SecretAccessKey"].as_str().unwrap();

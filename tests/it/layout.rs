@@ -7,8 +7,12 @@ use std::path::{Path, PathBuf};
 fn a_file_imports_only_what_stands_above_it() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let map = std::fs::read_to_string(source.join("lib.rs")).unwrap();
-    let order: HashMap<&str, usize> =
-        map.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).enumerate().map(|(i, name)| (name, i)).collect();
+    let order: HashMap<&str, usize> = map
+        .lines()
+        .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'))
+        .enumerate()
+        .map(|(i, name)| (name, i))
+        .collect();
     assert!(order.len() > 15, "lib.rs names the modules as `pub mod name;`");
     let mut wrong = Vec::new();
     for file in files(&source) {
@@ -21,7 +25,10 @@ fn a_file_imports_only_what_stands_above_it() {
         let text = std::fs::read_to_string(&file).unwrap();
         let production = text.split("#[cfg(test)]").next().unwrap();
         let code = production.lines().filter(|line| !line.trim_start().starts_with("//"));
-        for imported in code.flat_map(|line| line.split("crate::").skip(1)).filter_map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next()) {
+        for imported in code
+            .flat_map(|line| line.split("crate::").skip(1))
+            .filter_map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next())
+        {
             if order.get(imported).is_some_and(|other| other > place) {
                 wrong.push(format!("{} imports {imported}, which stands below {module}", relative.display()));
             }
@@ -37,7 +44,9 @@ fn files(folder: &Path) -> Vec<PathBuf> {
         let path = entry.path();
         if path.is_dir() {
             found.extend(files(&path));
-        } else if path.file_name().is_some_and(|name| name != "tests.rs") && path.extension().is_some_and(|kind| kind == "rs") {
+        } else if path.file_name().is_some_and(|name| name != "tests.rs")
+            && path.extension().is_some_and(|kind| kind == "rs")
+        {
             found.push(path);
         }
     }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, reason = "in a test a panic is the report")]
 
 mod contract;
+mod dev;
 mod e2e;
 mod harness;
 mod layout;

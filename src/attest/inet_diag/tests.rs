@@ -99,7 +99,12 @@ fn a_reply_about_anything_else_is_not_believed() {
         server: server.parse().unwrap(),
         ..Reply::good()
     };
-    for (client, server) in [("127.0.0.2:40000", SERVER), ("127.0.0.1:40001", SERVER), (CLIENT, "127.0.0.1:975"), ("0.0.0.0:40000", "0.0.0.0:0")] {
+    for (client, server) in [
+        ("127.0.0.2:40000", SERVER),
+        ("127.0.0.1:40001", SERVER),
+        (CLIENT, "127.0.0.1:975"),
+        ("0.0.0.0:40000", "0.0.0.0:0"),
+    ] {
         assert_eq!(other(client, server).parse(), Err(Refusal::Gone), "{client} {server}");
     }
     // A client that has closed already reads as root's.

@@ -28,7 +28,9 @@ fn status_needs_all_its_lines() {
 #[test]
 fn only_the_initial_user_namespace_maps_every_id_to_itself() {
     assert!(is_identity_map("         0          0 4294967295\n"));
-    for map in ["", "         0       1001          1\n", "0 0 65536\n", "0 0 4294967294\n1 1 1\n", "0 0 4294967295\n0 0 1\n"] {
+    for map in
+        ["", "         0       1001          1\n", "0 0 65536\n", "0 0 4294967294\n1 1 1\n", "0 0 4294967295\n0 0 1\n"]
+    {
         assert!(!is_identity_map(map), "{map:?}");
     }
 }

@@ -4,7 +4,8 @@ use hyper::header::{HeaderName, HeaderValue};
 /// A request as SDKs send it, with changes: `("Name", "value")` sets, an empty value removes.
 fn request(changes: &[(&str, &str)]) -> HeaderMap {
     let mut headers = HeaderMap::new();
-    for (name, value) in [("host", "127.0.0.1:974"), ("authorization", "any"), ("accept", "*/*")].iter().chain(changes) {
+    for (name, value) in [("host", "127.0.0.1:974"), ("authorization", "any"), ("accept", "*/*")].iter().chain(changes)
+    {
         let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
         if value.is_empty() {
             headers.remove(&name);
@@ -15,7 +16,12 @@ fn request(changes: &[(&str, &str)]) -> HeaderMap {
     headers
 }
 
-fn judge(path: &str, headers: &HeaderMap, listener: Listener, authorization: &Authorization) -> Result<Wanted, &'static str> {
+fn judge(
+    path: &str,
+    headers: &HeaderMap,
+    listener: Listener,
+    authorization: &Authorization,
+) -> Result<Wanted, &'static str> {
     let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
     let asked = Asked { method: &Method::GET, path, query, headers };
     read(&asked, listener, authorization).map_err(|refused| refused.reason())
@@ -27,15 +33,39 @@ fn over_tcp(path: &str, changes: &[(&str, &str)]) -> Result<Wanted, &'static str
 
 #[test]
 fn hosts_that_are_loopback_are_answered() {
-    for host in ["127.0.0.1", "127.0.0.1:974", "127.8.9.1:1", "localhost", "LocalHost:974", "[::1]", "[::1]:974", "[::ffff:127.0.0.1]:974"] {
+    for host in [
+        "127.0.0.1",
+        "127.0.0.1:974",
+        "127.8.9.1:1",
+        "localhost",
+        "LocalHost:974",
+        "[::1]",
+        "[::1]:974",
+        "[::ffff:127.0.0.1]:974",
+    ] {
         assert_eq!(over_tcp("/v1/credentials", &[("host", host)]), Ok(Wanted::First), "{host}");
     }
 }
 
 #[test]
 fn other_hosts_are_refused() {
-    let hosts = ["", "evil.example", "evil.example:974", "127.0.0.1.evil.example", "localhost.evil.example", "169.254.169.254", "127.0.0.1:974:974",
-        "127.0.0.1:", "127.0.0.1:x", "localhost@evil.example", "[::1", "0.0.0.0", "[fe80::1]", "::1", "localhost, evil.example"];
+    let hosts = [
+        "",
+        "evil.example",
+        "evil.example:974",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "169.254.169.254",
+        "127.0.0.1:974:974",
+        "127.0.0.1:",
+        "127.0.0.1:x",
+        "localhost@evil.example",
+        "[::1",
+        "0.0.0.0",
+        "[fe80::1]",
+        "::1",
+        "localhost, evil.example",
+    ];
     for host in hosts {
         assert_eq!(over_tcp("/v1/credentials", &[("host", host)]), Err("host"), "{host}");
     }
@@ -43,7 +73,10 @@ fn other_hosts_are_refused() {
     twice.append(HOST, HeaderValue::from_static("127.0.0.1"));
     assert_eq!(judge("/v1/credentials", &twice, Listener::Tcp, &Authorization::Present), Err("host"));
     // On the unix socket too: a deputy may speak over it as well.
-    assert_eq!(judge("/v1/credentials", &request(&[("host", "evil.example")]), Listener::Unix, &Authorization::Off), Err("host"));
+    assert_eq!(
+        judge("/v1/credentials", &request(&[("host", "evil.example")]), Listener::Unix, &Authorization::Off),
+        Err("host")
+    );
 }
 
 #[test]
@@ -81,7 +114,11 @@ fn authorization_is_asked_for_on_tcp() {
     ];
     for (authorization, value, expected) in cases {
         let headers = request(&[("authorization", value)]);
-        assert_eq!(judge("/v1/credentials", &headers, Listener::Tcp, &authorization), expected, "{authorization:?} {value:?}");
+        assert_eq!(
+            judge("/v1/credentials", &headers, Listener::Tcp, &authorization),
+            expected,
+            "{authorization:?} {value:?}"
+        );
         assert_eq!(judge("/v1/credentials", &headers, Listener::Unix, &authorization), Ok(Wanted::First));
     }
     let mut twice = request(&[("authorization", "s3cret")]);
@@ -101,7 +138,10 @@ fn paths() {
         ("/v1/credentials/a%20b", named("a b")),
         // Decoded once.
         ("/v1/credentials/a%2520b", named("a%20b")),
-        ("/v1/credentials/arn%3Aaws%3Aiam%3A%3A123456789012%3Arole%2Fapp-1", Ok(Wanted::Arn(RoleArn::parse(arn).unwrap()))),
+        (
+            "/v1/credentials/arn%3Aaws%3Aiam%3A%3A123456789012%3Arole%2Fapp-1",
+            Ok(Wanted::Arn(RoleArn::parse(arn).unwrap())),
+        ),
         ("/v1/credentials/arn:aws:iam::123456789012:role/app-1", Ok(Wanted::Arn(RoleArn::parse(arn).unwrap()))),
         ("/v1/credentials/arn:aws:iam::12:role/app-1", Err("bad_arn")),
         ("/v1/credentials/%ff", Err("path")),

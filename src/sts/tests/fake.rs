@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::pending;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use hyper::{HeaderMap, Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Barrier;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -28,12 +30,27 @@ pub(crate) enum Reply {
     Body(u16, &'static str, String),
     /// This head without a body, and a place to go.
     Redirect(String),
+    /// This, when two are waiting for it.
+    Together(Arc<Meeting>, String),
     /// Nothing, ever.
     Never,
     /// The beginning of an answer, and no end.
     Stalls,
     /// The beginning of an answer, and the end of the connection.
     Breaks,
+}
+
+/// Where requests wait for one another, and are counted.
+pub(crate) struct Meeting {
+    two: Barrier,
+    waiting: AtomicUsize,
+    pub(crate) most: AtomicUsize,
+}
+
+impl Meeting {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { two: Barrier::new(2), waiting: AtomicUsize::new(0), most: AtomicUsize::new(0) })
+    }
 }
 
 /// A request that arrived.
@@ -128,6 +145,13 @@ async fn answer(reply: Reply) -> Response<UnsyncBoxBody<Bytes, std::io::Error>> 
     match reply {
         Reply::Body(status, kind, body) => {
             Response::builder().status(status).header("content-type", kind).body(full(body)).unwrap()
+        }
+        Reply::Together(meeting, body) => {
+            let waiting = meeting.waiting.fetch_add(1, Ordering::SeqCst) + 1;
+            meeting.most.fetch_max(waiting, Ordering::SeqCst);
+            meeting.two.wait().await;
+            meeting.waiting.fetch_sub(1, Ordering::SeqCst);
+            Response::new(full(body))
         }
         Reply::Redirect(place) => {
             Response::builder().status(307).header("location", place).body(full(String::new())).unwrap()

@@ -39,7 +39,9 @@ impl Daemon {
         command.env_clear().args(["serve", "--config"]).arg(&config);
         let process = Process::start("awsvid", command, &folder.join("awsvid.log"));
         let daemon = Self { process, folder: folder.to_owned() };
-        daemon.process.await_some("the daemon's listeners", PATIENCE, || daemon.address("serving operators", "127.0.0.1:"));
+        daemon
+            .process
+            .await_some("the daemon's listeners", PATIENCE, || daemon.address("serving operators", "127.0.0.1:"));
         daemon
     }
 

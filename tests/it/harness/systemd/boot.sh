@@ -20,8 +20,8 @@ ln -s usr/bin usr/sbin usr/lib usr/lib64 .
 # The programs of this computer, under a layer that takes what is written.
 mount -t overlay machine -o "lowerdir=/usr,upperdir=$root/overlay/upper,workdir=$root/overlay/work" usr
 # Of its configuration only what programs need to run at all: no unit, mount, user or secret of the computer.
-for name in alternatives ld.so.cache ld.so.conf ld.so.conf.d; do
-    [ ! -e "/etc/$name" ] || cp -a "/etc/$name" etc/
+for name in alternatives ld.so.cache ld.so.conf ld.so.conf.d ssl/certs pki/tls/certs pki/ca-trust/extracted; do
+    [ ! -e "/etc/$name" ] || cp -a --parents "/etc/$name" .
 done
 echo 'passwd: files systemd
 group: files systemd

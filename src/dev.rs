@@ -1,0 +1,215 @@
+//! `awsvid dev`: the whole path with no AWS account and no SPIRE.
+//!
+//! What the daemon would meet elsewhere is here on loopback, and works for real: [`workload_api`] signs JWT-SVIDs with
+//! a key of [`keys`] that lives as long as the run, [`oidc`] publishes it, and [`sts`] verifies by what is published.
+//! Between them runs the ordinary daemon with an ordinary configuration ([`Dev::configuration`]), so nothing of `dev` is in
+//! the request path, and nothing in a configuration file can switch `dev` on.
+
+use std::fs::Permissions;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::unistd::{Uid, User as SystemUser, geteuid};
+use tempfile::TempDir;
+use thiserror::Error;
+
+use crate::clock::Clock;
+use crate::identity::{RoleArn, SpiffeIdPattern};
+
+pub mod command;
+pub mod environment;
+pub mod keys;
+mod loopback;
+pub mod oidc;
+mod run;
+pub mod sts;
+pub mod users;
+pub mod workload_api;
+
+use environment::{Endpoints, Environment};
+use keys::SigningKey;
+use oidc::Issuer;
+pub use run::run;
+use sts::{Account, Provider, Sts, TrustedRole};
+use users::User;
+use workload_api::{Registrations, WorkloadApi};
+
+/// The trust domain of all identities in `dev`.
+pub const TRUST_DOMAIN: &str = "dev.local";
+/// The one role in `dev`. No AWS account has this number.
+pub const ROLE_ARN: &str = "arn:aws:iam::000000000000:role/dev";
+/// What tokens are for: not for AWS, so that none could ever be used there (an audience belongs to one endpoint).
+const AUDIENCE: &str = "awsvid-dev";
+const REGION: &str = "us-east-1";
+/// `MaxSessionDuration` of the role: all that a `duration` may say can be tried.
+const MAX_SESSION: Duration = Duration::from_secs(12 * 3600);
+
+/// Why `dev` does not start.
+#[derive(Debug, Error)]
+#[error("{what}: {source}")]
+pub struct StartError {
+    what: &'static str,
+    source: io::Error,
+}
+
+impl StartError {
+    fn of<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |error| Self { what, source: io::Error::other(error) }
+    }
+}
+
+/// All that the daemon needs around it. It ends with this value.
+#[derive(Debug)]
+pub struct Dev {
+    workload_api: WorkloadApi,
+    _issuer: Issuer,
+    sts: Sts,
+    users: Vec<User>,
+    /// Removed with everything in it, after the servers have ended.
+    directory: TempDir,
+}
+
+impl Dev {
+    /// Starts the servers, for the user who runs this; for root, also for the people of this machine. When it returns each
+    /// of them is bound.
+    pub async fn start() -> Result<Self, StartError> {
+        let users = users::identities(accounts()).map_err(StartError::of("the users"))?;
+        Self::start_for(users).await
+    }
+
+    /// The same for these users; at least one.
+    pub async fn start_for(users: Vec<User>) -> Result<Self, StartError> {
+        let directory = directory().map_err(StartError::of("a directory for the sockets"))?;
+        let key = Arc::new(SigningKey::generate().map_err(StartError::of("a key to sign with"))?);
+        let issuer = Issuer::start(key.jwks()).await.map_err(StartError::of("the OpenID Connect issuer"))?;
+        let account = account(issuer.url()).map_err(StartError::of("the role"))?;
+        let sts = Sts::start(account, Clock::system()).await.map_err(StartError::of("the STS"))?;
+        let registrations = Registrations {
+            trust_domain: TRUST_DOMAIN.to_owned(),
+            spiffe_ids: users.iter().map(|user| user.spiffe_id.clone()).collect(),
+            issuer: issuer.url().to_owned(),
+            key,
+            clock: Clock::system(),
+        };
+        let workload_api = WorkloadApi::start(&directory.path().join("workload-api"), registrations)
+            .map_err(StartError::of("the Workload API"))?;
+        Ok(Self { workload_api, _issuer: issuer, sts, users, directory })
+    }
+
+    /// Whom it serves; the user who runs it comes first.
+    pub fn users(&self) -> &[User] {
+        &self.users
+    }
+
+    /// The STS.
+    pub fn sts(&self) -> &Sts {
+        &self.sts
+    }
+
+    /// The daemon's unix socket.
+    pub fn socket(&self) -> PathBuf {
+        self.path("awsvid.sock")
+    }
+
+    /// The daemon's configuration, as a file would have it, with this port of 127.0.0.1 for SDKs (0: the kernel picks one).
+    /// With `quiet`, standard output and standard error are left to somebody else: audit records go to a file that ends
+    /// with this value, and the log has errors only.
+    pub fn configuration(&self, port: u16, quiet: bool) -> String {
+        let (audit, level) = if quiet { (self.path("audit.log"), "error") } else { (PathBuf::from("-"), "info") };
+        let rules: String = self
+            .users
+            .iter()
+            .map(|user| format!("\n[[workload]]\nspiffe_id = \"{}\"\nuid = {}\n", user.spiffe_id, user.uid))
+            .collect();
+        format!(
+            "[listen]\nunix = {unix}\ntcp = [\"127.0.0.1:{port}\"]\nadmin = \"127.0.0.1:0\"\nstatus = {status}\n\
+             token_file = {token}\n\n\
+             [identity]\nsource = \"workload-api\"\nsocket = {socket}\naudience = \"{AUDIENCE}\"\n\n\
+             [sts]\nregion = \"{REGION}\"\nendpoint = \"{sts}\"\n\n\
+             [audit]\nfile = {audit}\n\n\
+             [log]\nlevel = \"{level}\"\n\n\
+             [[role]]\nname = \"dev\"\nspiffe_id = \"spiffe://{TRUST_DOMAIN}/user/*\"\nrole_arn = \"{ROLE_ARN}\"\n\
+             audience = \"{AUDIENCE}\"\n{rules}",
+            unix = toml_string(&self.socket()),
+            status = toml_string(&self.path("status.sock")),
+            token = toml_string(&self.path("token")),
+            socket = toml::Value::from(self.workload_api.address()),
+            sts = self.sts.url(),
+            audit = toml_string(&audit),
+        )
+    }
+
+    /// The variables for SDKs, once the daemon serves `credentials` and has written its token file; `inherited` gives the
+    /// variables of this process.
+    pub fn environment(
+        &self,
+        credentials: SocketAddr,
+        inherited: impl Fn(&str) -> Option<String>,
+    ) -> io::Result<Environment> {
+        let token_file = &self.path("token");
+        Environment::new(&Endpoints { credentials, token_file, sts: self.sts.url(), region: REGION }, inherited)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+}
+
+/// Others may only reach what is in it if there are others who are served.
+fn directory() -> io::Result<TempDir> {
+    let (base, mode) = match geteuid().is_root() {
+        // Root's temporary directory may be one that nobody else can enter.
+        true if Path::new("/run").is_dir() => (PathBuf::from("/run"), 0o755),
+        true => (std::env::temp_dir(), 0o755),
+        false => (std::env::temp_dir(), 0o700),
+    };
+    let directory = tempfile::Builder::new().prefix("awsvid-dev.").tempdir_in(base)?;
+    std::fs::set_permissions(directory.path(), Permissions::from_mode(mode))?;
+    if directory.path().to_str().is_none() {
+        return Err(io::Error::other("its path is not UTF-8; set TMPDIR to another one"));
+    }
+    Ok(directory)
+}
+
+fn accounts() -> Vec<users::Account> {
+    let own = geteuid();
+    let account = |uid: Uid| {
+        // Without an entry in the user database the number has to do.
+        let name = SystemUser::from_uid(uid).ok().flatten().map(|user| user.name);
+        users::Account { uid: uid.as_raw(), name }
+    };
+    let mut accounts = vec![account(own)];
+    if own.is_root() {
+        let sudo = std::env::var("SUDO_UID").ok().and_then(|uid| uid.parse().ok());
+        accounts.extend(sudo.map(|uid| account(Uid::from_raw(uid))));
+        accounts.extend(users::people(&std::fs::read_to_string("/etc/passwd").unwrap_or_default()));
+    }
+    accounts
+}
+
+/// What an administrator would have made in IAM: the provider, and the role with its trust policy.
+fn account(issuer: &str) -> Result<Account, crate::identity::InvalidName> {
+    Ok(Account {
+        region: REGION.to_owned(),
+        providers: vec![Provider { issuer: issuer.to_owned(), client_ids: vec![AUDIENCE.to_owned()] }],
+        roles: vec![TrustedRole {
+            arn: RoleArn::parse(ROLE_ARN)?,
+            issuer: issuer.to_owned(),
+            audience: AUDIENCE.to_owned(),
+            subjects: vec![SpiffeIdPattern::parse(&format!("spiffe://{TRUST_DOMAIN}/user/*"))?],
+            max_duration: MAX_SESSION,
+        }],
+    })
+}
+
+/// A path as a TOML string.
+fn toml_string(path: &Path) -> toml::Value {
+    toml::Value::from(path.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,189 @@
+//! An STS on loopback that verifies for real: `AssumeRoleWithWebIdentity` and `GetCallerIdentity`, and nothing else.
+//!
+//! Wire format: AWS Security Token Service API Reference, version 2011-06-15 (the query protocol).
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use hyper::Request;
+use hyper::body::Bytes;
+
+use super::keys::random_bytes;
+use super::loopback::{self, Answer, Server};
+use crate::clock::Clock;
+use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
+
+mod answer;
+mod request;
+mod sessions;
+mod sigv4;
+mod token;
+
+use answer::{Caller, Code, Refusal};
+use request::{Parameters, WebIdentityRequest};
+use sessions::{Sessions, random_id};
+
+const VERSION: &str = "2011-06-15";
+
+/// What an administrator would have set up in IAM.
+#[derive(Debug, Clone)]
+pub struct Account {
+    /// The region that requests are signed for.
+    pub region: String,
+    /// The OpenID Connect providers.
+    pub providers: Vec<Provider>,
+    /// The roles.
+    pub roles: Vec<TrustedRole>,
+}
+
+/// An OpenID Connect provider.
+#[derive(Debug, Clone)]
+pub struct Provider {
+    /// Its URL, exactly as `iss` has it: http, a loopback address, no slash at the end.
+    pub issuer: String,
+    /// The audiences that are accepted.
+    pub client_ids: Vec<String>,
+}
+
+/// A role and its trust policy.
+#[derive(Debug, Clone)]
+pub struct TrustedRole {
+    /// The role.
+    pub arn: RoleArn,
+    /// Whose tokens may assume it: the URL of a provider.
+    pub issuer: String,
+    /// The condition on `aud`.
+    pub audience: String,
+    /// The condition on `sub`: one of these.
+    pub subjects: Vec<SpiffeIdPattern>,
+    /// `MaxSessionDuration`: 1 to 12 hours.
+    pub max_duration: Duration,
+}
+
+/// A running STS; it ends with this value, and so do the credentials that it issued.
+#[derive(Debug)]
+pub struct Sts {
+    url: String,
+    desk: Arc<Desk>,
+    _server: Server,
+}
+
+impl Sts {
+    /// Serves `account` on a port of 127.0.0.1 that the kernel picks.
+    pub async fn start(account: Account, clock: Clock) -> io::Result<Self> {
+        let (listener, address) = loopback::bind().await?;
+        let role_id = random_id("AROA").map_err(io::Error::other)?;
+        let desk = Desk { account, role_id, clock, sessions: Sessions::default(), issued: AtomicU64::new(0) };
+        let desk = Arc::new(desk);
+        let server = Server::start(listener, {
+            let desk = desk.clone();
+            move |request| {
+                let desk = desk.clone();
+                async move { desk.answer(request).await }
+            }
+        });
+        Ok(Self { url: format!("http://{address}"), desk, _server: server })
+    }
+
+    /// The endpoint, for `[sts] endpoint` and `AWS_ENDPOINT_URL_STS`.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// How many sessions it has issued: how often a token was exchanged, apart from what was refused.
+    pub fn issued(&self) -> u64 {
+        self.desk.issued.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Debug)]
+struct Desk {
+    account: Account,
+    /// Stands for the role in ids, as `AROA...` does at AWS.
+    role_id: String,
+    clock: Clock,
+    sessions: Sessions,
+    issued: AtomicU64,
+}
+
+impl Desk {
+    async fn answer(&self, request: Request<Bytes>) -> Answer {
+        let request_id = random_bytes::<16>().map(uuid).unwrap_or_default();
+        let parameters = Parameters::of(&request);
+        let action = parameters.get("Action").unwrap_or("(none)");
+        let version = parameters.get("Version").unwrap_or("NO_VERSION_SPECIFIED");
+        let answered = match (action, version) {
+            ("AssumeRoleWithWebIdentity", VERSION) => self.assume_role(&parameters, &request_id).await,
+            ("GetCallerIdentity", VERSION) => self.caller_identity(&request, &parameters, &request_id),
+            _ => {
+                let message = format!("Could not find operation {action:.64} for version {version:.64}");
+                Err(Refusal::new(Code::InvalidAction, message))
+            }
+        };
+        answered.unwrap_or_else(|refusal| refusal.answer(&request_id))
+    }
+
+    async fn assume_role(&self, parameters: &Parameters, request_id: &str) -> Result<Answer, Refusal> {
+        let wanted = WebIdentityRequest::of(parameters)?;
+        let now = self.clock.now();
+        let claims = token::verify(wanted.token, &self.account, now).await?;
+        // A role that doesn't exist and one that doesn't trust the token are not told apart.
+        let role = self.account.roles.iter().find(|role| role.arn == wanted.role_arn);
+        let Some(role) = role.filter(|role| role.trusts(&claims)) else {
+            return Err(Refusal::new(Code::AccessDenied, "Not authorized to perform sts:AssumeRoleWithWebIdentity"));
+        };
+        if wanted.duration > role.max_duration {
+            let message = "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.";
+            return Err(Refusal::new(Code::ValidationError, message));
+        }
+        let caller = self.caller(&role.arn, &wanted.session_name);
+        let session = self.sessions.issue(caller, now, wanted.duration).map_err(|error| Refusal::internal(&error))?;
+        self.issued.fetch_add(1, Ordering::Relaxed);
+        Ok(answer::assumed(&session.credentials, &session.caller, &claims, request_id))
+    }
+
+    fn caller_identity(
+        &self,
+        request: &Request<Bytes>,
+        parameters: &Parameters,
+        request_id: &str,
+    ) -> Result<Answer, Refusal> {
+        let now = self.clock.now();
+        let session = sigv4::authenticate(request, parameters, &self.sessions, &self.account.region, now)?;
+        Ok(answer::identity(&session.caller, request_id))
+    }
+
+    fn caller(&self, role: &RoleArn, session: &SessionName) -> Caller {
+        let session = session.as_str();
+        let account = role.account().unwrap_or_default();
+        let partition = role.as_str().split(':').nth(1).unwrap_or_default();
+        let name = role.as_str().rsplit('/').next().unwrap_or_default();
+        Caller {
+            arn: format!("arn:{partition}:sts::{account}:assumed-role/{name}/{session}"),
+            user_id: format!("{}:{session}", self.role_id),
+            account: account.to_owned(),
+        }
+    }
+}
+
+impl TrustedRole {
+    fn trusts(&self, claims: &token::Claims) -> bool {
+        let subject = SpiffeId::parse(&claims.sub);
+        self.issuer == claims.issuer
+            && self.audience == claims.audience
+            && subject.is_ok_and(|subject| self.subjects.iter().any(|pattern| pattern.matches(&subject)))
+    }
+}
+
+/// A request id in the form of AWS's.
+fn uuid(random: [u8; 16]) -> String {
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let [time, middle, version, variant, node] =
+        [&random[..4], &random[4..6], &random[6..8], &random[8..10], &random[10..]].map(hex);
+    format!("{time}-{middle}-{version}-{variant}-{node}")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,128 @@
+//! What a request asks for: the parameters of the query protocol, and the bounds that STS sets to them.
+
+use std::time::Duration;
+
+use hyper::Request;
+use hyper::body::Bytes;
+use hyper::header::CONTENT_TYPE;
+
+use super::answer::{Code, Refusal};
+use crate::identity::{RoleArn, SessionName};
+
+/// Characters.
+const TOKEN_LENGTH: std::ops::RangeInclusive<usize> = 4..=20_000;
+/// Seconds.
+const DURATION: std::ops::RangeInclusive<u32> = 900..=43_200;
+/// Seconds, where the request doesn't say.
+const DEFAULT_DURATION: u32 = 3600;
+/// Characters of a session policy.
+const POLICY_MAX: usize = 2048;
+/// Managed session policies.
+const POLICY_ARNS_MAX: usize = 10;
+
+/// The parameters: those of the URL, then those of a form.
+#[derive(Debug)]
+pub(super) struct Parameters(Vec<(String, String)>);
+
+impl Parameters {
+    pub(super) fn of(request: &Request<Bytes>) -> Self {
+        let content_type = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let is_form = content_type.is_some_and(|value| value.starts_with("application/x-www-form-urlencoded"));
+        let form: &[u8] = if is_form { request.body() } else { &[] };
+        let query = request.uri().query().unwrap_or_default().as_bytes();
+        let parameters = form_urlencoded::parse(query).into_owned().chain(form_urlencoded::parse(form).into_owned());
+        Self(parameters.collect())
+    }
+
+    /// The first parameter of that name.
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
+    }
+
+    /// How many of the list `PolicyArns` there are.
+    fn policy_arns(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().filter(|(name, _)| name.starts_with("PolicyArns.member.")).map(|(_, value)| value.as_str())
+    }
+}
+
+/// `AssumeRoleWithWebIdentity`, with all that can be checked without the token.
+#[derive(Debug)]
+pub(super) struct WebIdentityRequest<'a> {
+    pub(super) token: &'a str,
+    pub(super) role_arn: RoleArn,
+    pub(super) session_name: SessionName,
+    pub(super) duration: Duration,
+}
+
+impl<'a> WebIdentityRequest<'a> {
+    /// Reads the parameters, or refuses as STS's validation does.
+    pub(super) fn of(parameters: &'a Parameters) -> Result<Self, Refusal> {
+        let token = required(parameters, "WebIdentityToken", "webIdentityToken")?;
+        if !TOKEN_LENGTH.contains(&token.len()) {
+            let bound = if token.len() > 4 { "less than or equal to 20000" } else { "greater than or equal to 4" };
+            // The token itself is a secret, so it is not repeated.
+            let constraint = format!("have length {bound}");
+            return Err(Refusal::parameter("webIdentityToken", Some("***"), &constraint));
+        }
+        let role_arn = required(parameters, "RoleArn", "roleArn")?;
+        let role_arn = RoleArn::parse(role_arn)
+            .map_err(|_| Refusal::new(Code::ValidationError, format!("{role_arn:.128} is invalid")))?;
+        let session_name = required(parameters, "RoleSessionName", "roleSessionName")?;
+        let session_name = SessionName::parse(session_name).map_err(|_| session_name_refused(session_name))?;
+        if parameters.get("ProviderId").is_some() {
+            let message = "ProviderId is for OAuth 2.0 access tokens; an OpenID Connect token goes without it";
+            return Err(Refusal::new(Code::ValidationError, message));
+        }
+        check_policies(parameters)?;
+        Ok(Self { token, role_arn, session_name, duration: duration(parameters)? })
+    }
+}
+
+fn required<'a>(parameters: &'a Parameters, wire: &str, member: &str) -> Result<&'a str, Refusal> {
+    parameters.get(wire).ok_or_else(|| Refusal::parameter(member, None, "not be null"))
+}
+
+fn session_name_refused(name: &str) -> Refusal {
+    let constraint = match name.len() {
+        0..2 => "have length greater than or equal to 2",
+        65.. => "have length less than or equal to 64",
+        _ => "satisfy regular expression pattern: [\\w+=,.@-]*",
+    };
+    Refusal::parameter("roleSessionName", Some(name), constraint)
+}
+
+fn duration(parameters: &Parameters) -> Result<Duration, Refusal> {
+    let Some(text) = parameters.get("DurationSeconds") else {
+        return Ok(Duration::from_secs(DEFAULT_DURATION.into()));
+    };
+    let refused = |constraint| Refusal::parameter("durationSeconds", Some(text), constraint);
+    let seconds: u32 = text.parse().map_err(|_| refused("be an integer"))?;
+    if seconds < *DURATION.start() {
+        return Err(refused("have value greater than or equal to 900"));
+    }
+    if seconds > *DURATION.end() {
+        return Err(refused("have value less than or equal to 43200"));
+    }
+    Ok(Duration::from_secs(seconds.into()))
+}
+
+/// Session policies can only narrow a role, and the role of `dev` may do nothing that they could take away: they are
+/// checked for their form.
+fn check_policies(parameters: &Parameters) -> Result<(), Refusal> {
+    if let Some(policy) = parameters.get("Policy") {
+        if policy.is_empty() || policy.len() > POLICY_MAX {
+            return Err(Refusal::parameter("policy", Some(policy), "have length between 1 and 2048"));
+        }
+        let document = serde_json::from_str::<serde_json::Value>(policy).ok();
+        if document.is_none_or(|document| document.get("Statement").is_none()) {
+            return Err(Refusal::new(Code::MalformedPolicyDocument, "The policy is not in the valid JSON format."));
+        }
+    }
+    if parameters.policy_arns().count() > POLICY_ARNS_MAX {
+        return Err(Refusal::parameter("policyArns", Some("..."), "have length less than or equal to 10"));
+    }
+    match parameters.policy_arns().find(|arn| !arn.starts_with("arn:")) {
+        Some(arn) => Err(Refusal::new(Code::ValidationError, format!("ARN {arn:.128} is not valid."))),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,90 @@
+//! The role sessions that STS has issued and must know again.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use zeroize::Zeroizing;
+
+use super::answer::Caller;
+use crate::credentials::Credentials;
+use crate::dev::keys::{KeyError, random_bytes};
+
+/// Sessions at one time. Over it, the one that expires first is forgotten.
+const MAX_SESSIONS: usize = 10_000;
+/// The letters of AWS's ids (base32).
+const ID_LETTERS: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
+/// Behind the four letters that tell the kind.
+const ID_LENGTH: usize = 16;
+
+/// One role session.
+#[derive(Debug, Clone)]
+pub(super) struct Session {
+    pub(super) credentials: Credentials,
+    pub(super) caller: Caller,
+}
+
+/// All of them, by access key id.
+#[derive(Debug, Default)]
+pub(super) struct Sessions(Mutex<HashMap<String, Session>>);
+
+impl Sessions {
+    /// Issues credentials for a session and remembers them.
+    pub(super) fn issue(&self, caller: Caller, now: SystemTime, duration: Duration) -> Result<Session, KeyError> {
+        let credentials = Credentials {
+            access_key_id: random_id("ASIA")?,
+            secret_access_key: Zeroizing::new(STANDARD.encode(random_bytes::<30>()?)),
+            session_token: Zeroizing::new(STANDARD.encode(random_bytes::<192>()?)),
+            expiration: now + duration,
+        };
+        let session = Session { credentials, caller };
+        self.remember(session.clone(), now);
+        Ok(session)
+    }
+
+    pub(super) fn remember(&self, session: Session, now: SystemTime) {
+        let mut sessions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if sessions.len() >= MAX_SESSIONS {
+            sessions.retain(|_, session| session.credentials.expiration > now);
+        }
+        if sessions.len() >= MAX_SESSIONS {
+            let first = sessions.iter().min_by_key(|(_, session)| session.credentials.expiration);
+            if let Some(first) = first.map(|(id, _)| id.clone()) {
+                sessions.remove(&first);
+            }
+        }
+        sessions.insert(session.credentials.access_key_id.clone(), session);
+    }
+
+    /// The session of an access key id, expired or not.
+    pub(super) fn find(&self, access_key_id: &str) -> Option<Session> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(access_key_id).cloned()
+    }
+}
+
+/// An id as AWS writes them: a prefix for the kind, and random letters.
+pub(super) fn random_id(prefix: &str) -> Result<String, KeyError> {
+    let letters = random_bytes::<ID_LENGTH>()?;
+    let letters = letters.iter().map(|byte| char::from(ID_LETTERS[usize::from(byte % 32)]));
+    Ok(prefix.chars().chain(letters).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_sessions_is_bounded_and_the_first_to_expire_goes() {
+        let sessions = Sessions::default();
+        let now = SystemTime::UNIX_EPOCH;
+        let caller = Caller { arn: String::new(), user_id: String::new(), account: String::new() };
+        let short = sessions.issue(caller.clone(), now, Duration::from_secs(900)).unwrap();
+        let long: Vec<Session> = (0..MAX_SESSIONS)
+            .map(|_| sessions.issue(caller.clone(), now, Duration::from_secs(3600)).unwrap())
+            .collect();
+        assert!(sessions.find(&short.credentials.access_key_id).is_none());
+        assert!(long.iter().all(|session| sessions.find(&session.credentials.access_key_id).is_some()));
+    }
+}

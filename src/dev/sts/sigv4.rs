@@ -1,0 +1,265 @@
+//! Signature Version 4 of a request, checked by signing it again with AWS's own signer.
+
+use std::time::{Duration, SystemTime};
+
+use aws_credential_types::Credentials as SigningCredentials;
+use aws_sigv4::http_request::{SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign};
+use aws_sigv4::sign::v4;
+use hyper::Request;
+use hyper::body::Bytes;
+use hyper::header::AUTHORIZATION;
+use subtle::ConstantTimeEq;
+
+use super::answer::{Code, Refusal};
+use super::request::Parameters;
+use super::sessions::{Session, Sessions};
+
+const ALGORITHM: &str = "AWS4-HMAC-SHA256";
+const SERVICE: &str = "sts";
+/// How far a request's time may be from this clock.
+const SKEW: Duration = Duration::from_secs(15 * 60);
+/// A presigned request is valid for a week at most.
+const EXPIRES_MAX: u64 = 604_800;
+/// What a presigned request adds to the query; signing again adds it again.
+const PRESIGNED: [&str; 7] = [
+    "X-Amz-Algorithm",
+    "X-Amz-Credential",
+    "X-Amz-Date",
+    "X-Amz-Expires",
+    "X-Amz-Security-Token",
+    "X-Amz-Signature",
+    "X-Amz-SignedHeaders",
+];
+
+/// What a request says of its signature.
+struct Signature {
+    access_key_id: String,
+    /// `yyyymmdd`.
+    date: String,
+    region: String,
+    service: String,
+    signed_headers: Vec<String>,
+    signature: String,
+    /// `yyyymmddThhmmssZ`.
+    time_text: String,
+    time: SystemTime,
+    session_token: Option<String>,
+    /// Only presigned.
+    expires: Option<Duration>,
+}
+
+fn incomplete<T>(message: &str) -> Result<T, Refusal> {
+    Err(Refusal::new(Code::IncompleteSignature, message))
+}
+
+fn mismatch<T>(message: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal::new(Code::SignatureDoesNotMatch, message))
+}
+
+/// Finds the session that signed a request, or refuses as STS does.
+pub(super) fn authenticate(
+    request: &Request<Bytes>,
+    parameters: &Parameters,
+    sessions: &Sessions,
+    region: &str,
+    now: SystemTime,
+) -> Result<Session, Refusal> {
+    let signature = Signature::of(request, parameters)?;
+    let unknown = || Refusal::new(Code::InvalidClientTokenId, "The security token included in the request is invalid.");
+    let session = sessions.find(&signature.access_key_id).ok_or_else(unknown)?;
+    let token = signature.session_token.as_deref().unwrap_or_default().as_bytes();
+    if !bool::from(token.ct_eq(session.credentials.session_token.as_bytes())) {
+        return Err(unknown());
+    }
+    signature.check_scope(request, region, now)?;
+    let again = signature.again(request, &session)?;
+    if !bool::from(again.as_bytes().ct_eq(signature.signature.as_bytes())) {
+        return mismatch(
+            "The request signature we calculated does not match the signature you provided. Check your AWS Secret \
+             Access Key and signing method. Consult the service documentation for details.",
+        );
+    }
+    if session.credentials.expiration <= now {
+        return Err(Refusal::new(Code::ExpiredToken, "The security token included in the request is expired"));
+    }
+    Ok(session)
+}
+
+impl Signature {
+    fn of(request: &Request<Bytes>, parameters: &Parameters) -> Result<Self, Refusal> {
+        if parameters.get("X-Amz-Signature").is_some() {
+            return Self::of_query(parameters);
+        }
+        match header(request, AUTHORIZATION.as_str()) {
+            Some(authorization) => Self::of_header(request, authorization),
+            None => Err(Refusal::new(Code::MissingAuthenticationToken, "Request is missing Authentication Token")),
+        }
+    }
+
+    fn of_header(request: &Request<Bytes>, authorization: &str) -> Result<Self, Refusal> {
+        let Some(fields) = authorization.strip_prefix(ALGORITHM) else {
+            return incomplete("Authorization does not use AWS4-HMAC-SHA256.");
+        };
+        let field = |name: &str| {
+            let mut fields = fields.split(',').filter_map(|field| field.trim().split_once('='));
+            fields.find(|(found, _)| *found == name).map(|(_, value)| value)
+        };
+        let (Some(credential), Some(headers), Some(signature)) =
+            (field("Credential"), field("SignedHeaders"), field("Signature"))
+        else {
+            return incomplete(
+                "Authorization header requires 'Credential', 'SignedHeaders' and 'Signature' parameters.",
+            );
+        };
+        let Some(time) = header(request, "x-amz-date") else {
+            return incomplete("Authorization header requires existence of either a 'X-Amz-Date' or a 'Date' header.");
+        };
+        let token = header(request, "x-amz-security-token").map(str::to_owned);
+        Self::new(credential, headers, signature, time, token, None)
+    }
+
+    fn of_query(parameters: &Parameters) -> Result<Self, Refusal> {
+        let [algorithm, credential, date, expires, _, signature, headers] = PRESIGNED.map(|name| parameters.get(name));
+        let (Some(ALGORITHM), Some(credential), Some(time), Some(expires), Some(signature), Some(headers)) =
+            (algorithm, credential, date, expires, signature, headers)
+        else {
+            return incomplete("The X-Amz-* query parameters of the signature are not complete.");
+        };
+        let Some(expires) = expires.parse().ok().filter(|seconds| *seconds <= EXPIRES_MAX) else {
+            return incomplete("X-Amz-Expires must be a number of seconds, 604800 at most.");
+        };
+        let token = parameters.get("X-Amz-Security-Token").map(str::to_owned);
+        Self::new(credential, headers, signature, time, token, Some(Duration::from_secs(expires)))
+    }
+
+    fn new(
+        credential: &str,
+        headers: &str,
+        signature: &str,
+        time_text: &str,
+        session_token: Option<String>,
+        expires: Option<Duration>,
+    ) -> Result<Self, Refusal> {
+        let scope: Vec<&str> = credential.split('/').collect();
+        let [access_key_id, date, region, service, "aws4_request"] = scope[..] else {
+            return incomplete("Credential must have 5 parts, as in ASIA.../20260101/us-east-1/sts/aws4_request.");
+        };
+        let Some(time) = basic_time(time_text) else {
+            return incomplete("X-Amz-Date must be a time in UTC, as in 20260101T000000Z.");
+        };
+        Ok(Self {
+            access_key_id: access_key_id.to_owned(),
+            date: date.to_owned(),
+            region: region.to_owned(),
+            service: service.to_owned(),
+            signed_headers: headers.split(';').map(str::to_owned).collect(),
+            signature: signature.to_owned(),
+            time_text: time_text.to_owned(),
+            time,
+            session_token,
+            expires,
+        })
+    }
+
+    /// What the signature covers, and for when and where it was made.
+    fn check_scope(&self, request: &Request<Bytes>, region: &str, now: SystemTime) -> Result<(), Refusal> {
+        if self.region != region {
+            return mismatch("Credential should be scoped to a valid region.");
+        }
+        if self.service != SERVICE {
+            return mismatch("Credential should be scoped to correct service: 'sts'.");
+        }
+        if !self.time_text.starts_with(&self.date) {
+            return mismatch(
+                "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP",
+            );
+        }
+        // Headers that the signature leaves out could be changed on the way.
+        let is_signed = |name: &str| self.signed_headers.iter().any(|signed| signed == name);
+        let mut must = request.headers().keys().map(|name| name.as_str()).filter(|name| name.starts_with("x-amz-"));
+        if !is_signed("host") || must.any(|name| !is_signed(name)) {
+            return mismatch("'Host' and all 'x-amz-*' headers must be 'SignedHeaders' in the AWS Authorization.");
+        }
+        let valid_for = self.expires.unwrap_or(SKEW);
+        if now > self.time + valid_for {
+            return mismatch(format!("Signature expired: {} is more than {valid_for:?} ago", self.time_text));
+        }
+        if self.time > now + SKEW {
+            return mismatch(format!("Signature not yet current: {} is still later than now", self.time_text));
+        }
+        Ok(())
+    }
+
+    /// The signature that the session's secret key gives this request.
+    fn again(&self, request: &Request<Bytes>, session: &Session) -> Result<String, Refusal> {
+        let credentials = &session.credentials;
+        let identity = SigningCredentials::new(
+            credentials.access_key_id.as_str(),
+            credentials.secret_access_key.as_str(),
+            Some(credentials.session_token.to_string()),
+            None,
+            "dev",
+        )
+        .into();
+        let mut settings = SigningSettings::default();
+        // The client says which headers it signed; none of them is left out.
+        settings.excluded_headers = None;
+        if self.expires.is_some() {
+            settings.signature_location = SignatureLocation::QueryParams;
+            settings.expires_in = self.expires;
+        }
+        let parameters = v4::SigningParams::builder()
+            .identity(&identity)
+            .region(&self.region)
+            .name(SERVICE)
+            .time(self.time)
+            .settings(settings)
+            .build()
+            .map_err(|error| Refusal::internal(&error))?
+            .into();
+        let headers = self.signed_headers.iter().flat_map(|name| {
+            let values = request.headers().get_all(name.as_str()).iter();
+            values.filter_map(move |value| Some((name.as_str(), value.to_str().ok()?)))
+        });
+        let uri = self.unsigned_uri(request);
+        let signable =
+            SignableRequest::new(request.method().as_str(), uri, headers, SignableBody::Bytes(request.body()));
+        let Ok(signed) = signable.and_then(|signable| sign(signable, &parameters)) else {
+            return incomplete("The request cannot be signed.");
+        };
+        Ok(signed.into_parts().1)
+    }
+
+    /// The request's URI before it was signed. The host is signed as a header.
+    fn unsigned_uri(&self, request: &Request<Bytes>) -> String {
+        let uri = request.uri();
+        let is_added = |pair: &&str| {
+            let name = pair.split('=').next().unwrap_or_default();
+            self.expires.is_some() && PRESIGNED.contains(&name)
+        };
+        let query: Vec<&str> = uri.query().unwrap_or_default().split('&').filter(|pair| !is_added(pair)).collect();
+        format!("http://127.0.0.1{}?{}", uri.path(), query.join("&"))
+    }
+}
+
+fn header<'a>(request: &'a Request<Bytes>, name: &str) -> Option<&'a str> {
+    request.headers().get(name).and_then(|value| value.to_str().ok())
+}
+
+/// `20260101T120000Z`.
+fn basic_time(text: &str) -> Option<SystemTime> {
+    if text.len() != 16 || !text.is_ascii() {
+        return None;
+    }
+    let (date, time) = text.split_once('T')?;
+    let extended = format!(
+        "{}-{}-{}T{}:{}:{}",
+        date.get(..4)?,
+        date.get(4..6)?,
+        date.get(6..)?,
+        time.get(..2)?,
+        time.get(2..4)?,
+        time.get(4..)?
+    );
+    humantime::parse_rfc3339(&extended).ok()
+}

