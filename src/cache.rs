@@ -222,7 +222,13 @@ impl Shared {
         state.flight = Some(flight.clone());
         let (shared, slot, caller) = (self.clone(), slot.clone(), caller.clone());
         tokio::spawn(async move {
-            let landed = shared.fly(&slot, &caller).await;
+            let flying = {
+                let (shared, slot, caller) = (shared.clone(), slot.clone(), caller.clone());
+                tokio::spawn(async move { shared.fly(&slot, &caller).await })
+            };
+            // A panic in a library below ends that flight, not the place that it was for.
+            let landed = flying.await.unwrap_or_else(|_| Err(IssueError::broken()));
+            shared.landed(&slot, &landed);
             if landed.is_ok() {
                 shared.keep_fresh(&slot, caller);
             } else {
@@ -242,25 +248,29 @@ impl Shared {
         }
     }
 
-    /// Issues once and puts the result in its place.
+    /// Issues once.
     async fn fly(&self, slot: &Slot, caller: &Caller) -> Landed {
-        let result = self.issuer.issue(caller, &slot.grant).await;
-        let label = result.as_ref().map_or_else(IssueError::reason, |_| "ok");
+        let credentials = self.issuer.issue(caller, &slot.grant).await?;
+        Ok(Arc::new(self.issued(&slot.grant, credentials)))
+    }
+
+    /// Puts a flight's result in its place.
+    fn landed(&self, slot: &Slot, landed: &Landed) {
+        let label = landed.as_ref().map_or_else(IssueError::reason, |_| "ok");
         self.metrics.issues.get_or_create(&Call { result: label }).inc();
-        let landed = result.map(|credentials| Arc::new(self.issued(&slot.grant, credentials)));
         let mut state = slot.state();
         state.flight = None;
-        match &landed {
+        match landed {
             Ok(issued) => {
                 slot.current.store(Some(issued.clone()));
                 state.failure = None;
             }
             Err(error) => {
-                tracing::warn!(spiffe_id = %slot.grant.spiffe_id, role_arn = %slot.grant.role_arn, %error, "credentials were not issued");
+                let Grant { spiffe_id, role_arn, .. } = &slot.grant;
+                tracing::warn!(%spiffe_id, %role_arn, %error, "credentials were not issued");
                 state.failure = Some((Instant::now(), error.clone()));
             }
         }
-        landed
     }
 
     fn issued(&self, grant: &Grant, credentials: Credentials) -> Issued {

@@ -41,6 +41,11 @@ pub enum IssueError {
 }
 
 impl IssueError {
+    /// For a flight that ended by a panic, which is in the log.
+    pub fn broken() -> Self {
+        Self::Source(SourceError::Unavailable("an error inside awsvid ended the exchange; its log has it".to_owned()))
+    }
+
     /// Whether it may pass without anybody doing anything: an outage, not a refusal.
     pub fn is_transient(&self) -> bool {
         match self {

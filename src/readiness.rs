@@ -1,5 +1,7 @@
 //! When the daemon is ready: each listener, the identity source and STS have answered once.
 
+use std::fmt;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -47,11 +49,18 @@ impl Probes {
     }
 
     /// Asks until all have answered, or the daemon ends.
-    pub async fn until_ready(self, tcp: Vec<SocketAddr>, readiness: Arc<Readiness>, mut stop: watch::Receiver<bool>) {
+    pub async fn until_ready(
+        mut self,
+        tcp: Vec<SocketAddr>,
+        readiness: Arc<Readiness>,
+        mut stop: watch::Receiver<bool>,
+    ) {
         let mut told = None;
+        let mut unanswered: Vec<Listening> = self.unix.take().map(Listening::Unix).into_iter().collect();
+        unanswered.extend(tcp.into_iter().map(Listening::Tcp));
         loop {
             let missing = tokio::select! {
-                missing = self.missing(&tcp) => missing,
+                missing = self.missing(&mut unanswered) => missing,
                 _ = stop.wait_for(|stop| *stop) => return,
             };
             let Some(missing) = missing else {
@@ -70,18 +79,13 @@ impl Probes {
         }
     }
 
-    async fn missing(&self, tcp: &[SocketAddr]) -> Option<String> {
-        if let Some(path) = &self.unix {
-            let answered = timeout(ANSWER, async { answers(UnixStream::connect(path).await?).await }).await;
-            if !matches!(answered, Ok(Ok(true))) {
-                return Some(format!("the listener {} does not answer the daemon itself", path.display()));
+    /// What has not answered yet. Each listener is asked until it has answered once: its requests are audited like others.
+    async fn missing(&self, unanswered: &mut Vec<Listening>) -> Option<String> {
+        while let Some(listener) = unanswered.last() {
+            if !listener.answers().await {
+                return Some(format!("the listener {listener} does not answer the daemon itself"));
             }
-        }
-        for address in tcp {
-            let answered = timeout(ANSWER, async { answers(TcpStream::connect(address).await?).await }).await;
-            if !matches!(answered, Ok(Ok(true))) {
-                return Some(format!("the listener {address} does not answer the daemon itself"));
-            }
+            unanswered.pop();
         }
         if let Some((id, audience)) = &self.identity
             && let Err(error) = self.source.fetch(id, audience).await
@@ -97,8 +101,47 @@ impl Probes {
     }
 }
 
+/// One of the daemon's own listeners.
+#[derive(Debug)]
+enum Listening {
+    Unix(PathBuf),
+    Tcp(SocketAddr),
+}
+
+impl fmt::Display for Listening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "{}", path.display()),
+            Self::Tcp(address) => write!(f, "{address}"),
+        }
+    }
+}
+
+impl Listening {
+    /// Whether it attests this process, or nobody can reach it: systemd binds an address of a family that is switched off.
+    async fn answers(&self) -> bool {
+        let asked = timeout(ANSWER, async {
+            match self {
+                Self::Unix(path) => asks(UnixStream::connect(path).await?).await,
+                Self::Tcp(address) => asks(TcpStream::connect(address).await?).await,
+            }
+        });
+        match asked.await {
+            Ok(Ok(recognized)) => recognized,
+            Ok(Err(error)) => {
+                let absent = matches!(error.kind(), ErrorKind::AddrNotAvailable | ErrorKind::NetworkUnreachable);
+                if absent {
+                    tracing::warn!(listener = %self, "this machine has no such address; clients use the others");
+                }
+                absent
+            }
+            Err(_) => false,
+        }
+    }
+}
+
 /// Whether the other end attests this process and finds nothing at the path: 403 would be a refusal to attest it.
-async fn answers<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) -> std::io::Result<bool> {
+async fn asks<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) -> io::Result<bool> {
     stream.write_all(PROBE).await?;
     let mut head = [0; 12];
     stream.read_exact(&mut head).await?;

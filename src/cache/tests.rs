@@ -1,4 +1,4 @@
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -23,6 +23,7 @@ struct World {
     gate: Semaphore,
     fetched: AtomicUsize,
     failure: Mutex<Option<SourceError>>,
+    panics: AtomicBool,
 }
 
 #[async_trait]
@@ -34,6 +35,7 @@ impl IdentitySource for World {
     async fn token(&self, _: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         self.gate.acquire().await.unwrap().forget();
         self.fetched.fetch_add(1, Ordering::SeqCst);
+        assert!(!self.panics.load(Ordering::SeqCst), "asked to");
         if let Some(failure) = self.failure.lock().unwrap().clone() {
             return Err(failure);
         }
@@ -95,7 +97,13 @@ fn grant(name: &str) -> Grant {
 fn world(open: usize) -> (Arc<World>, CredentialCache) {
     let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
     let gate = Semaphore::new(open);
-    let world = Arc::new(World { clock: clock.clone(), gate, fetched: AtomicUsize::new(0), failure: Mutex::default() });
+    let world = Arc::new(World {
+        clock: clock.clone(),
+        gate,
+        fetched: AtomicUsize::new(0),
+        failure: Mutex::default(),
+        panics: AtomicBool::new(false),
+    });
     let issuer = Issuer::new(world.clone(), world.clone(), clock.clone());
     (world, CredentialCache::new(issuer, clock, Metrics::default(), 3))
 }
@@ -199,6 +207,16 @@ async fn a_failure_is_remembered_for_a_moment_only() {
     assert_eq!(world.fetched.load(Ordering::SeqCst), asked);
     *world.failure.lock().unwrap() = None;
     advance(REMEMBER_PERMANENT).await;
+    assert_eq!(key(&cache).await.unwrap().1, Freshness::Miss);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_in_a_flight_leaves_its_place_usable() {
+    let (world, cache) = world(10_000);
+    world.panics.store(true, Ordering::SeqCst);
+    assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
+    world.panics.store(false, Ordering::SeqCst);
+    advance(REMEMBER_TRANSIENT).await;
     assert_eq!(key(&cache).await.unwrap().1, Freshness::Miss);
 }
 

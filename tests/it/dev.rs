@@ -1,66 +1,144 @@
-//! The first of the README's two commands, as a newcomer runs it.
+//! `awsvid dev` as a newcomer runs it: the real command, and the real AWS CLI.
 
-use std::path::Path;
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use serde_json::Value;
+use nix::sys::signal::Signal;
+use nix::unistd::geteuid;
 
 use crate::harness::counterparts::process::{Output, Process, run};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root, tool};
 
-/// The CLI starts in half a second, on a busy machine in several.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `awsvid dev` with an environment that has nothing of AWS in it, and an empty HOME.
-fn dev(home: &Path, arguments: &[&str]) -> Command {
+fn dev(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_awsvid"));
-    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", home).arg("dev").args(arguments);
+    command.arg("dev").args(arguments);
     command
 }
 
-fn played(arguments: &[&str]) -> Output {
-    let home = folder();
-    run(dev(home.path(), arguments), b"", PATIENCE)
+fn output(command: Command) -> Output {
+    run(command, b"", PATIENCE)
+}
+
+/// The name that `dev` gives this process's own user.
+fn own_name() -> String {
+    let user = nix::unistd::User::from_uid(geteuid()).unwrap();
+    user.map_or_else(|| format!("uid-{}", geteuid()), |user| user.name)
+}
+
+fn arn(name: &str) -> String {
+    format!("arn:aws:sts::000000000000:assumed-role/dev/dev.local=user={name}")
 }
 
 #[test]
-fn one_command_shows_the_assumed_role() {
+fn the_cli_has_the_role_whatever_else_the_user_has_configured() {
     let Some(aws) = tool("aws") else { return };
-    let output = played(&["--", aws.to_str().unwrap(), "sts", "get-caller-identity"]);
-    let identity: Value = serde_json::from_str(&output.success("dev -- aws sts get-caller-identity")).unwrap();
-    let arn = identity["Arn"].as_str().unwrap();
-    assert!(arn.starts_with("arn:aws:sts::000000000000:assumed-role/dev/dev.local=user="), "{arn}");
-    assert_eq!(identity["Account"], "000000000000");
+    let home = folder();
+    fs::create_dir(home.path().join(".aws")).unwrap();
+    let profile = "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = example\nregion = eu-west-1\n";
+    fs::write(home.path().join(".aws/credentials"), profile).unwrap();
+    let query = ["sts", "get-caller-identity", "--query", "Arn", "--output", "text"];
+    let mut command = dev(&["--", aws.to_str().unwrap()]);
+    command.args(query).env("HOME", home.path());
+    command.envs([
+        ("AWS_PROFILE", "other"),
+        ("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE"),
+        ("AWS_SECRET_ACCESS_KEY", "example"),
+    ]);
+    // A proxy that is not there: nothing on loopback may go to it.
+    command.envs([("http_proxy", "http://127.0.0.1:1"), ("HTTP_PROXY", "http://127.0.0.1:1")]);
+    assert_eq!(output(command).success("aws sts get-caller-identity").trim(), arn(&own_name()));
 }
 
 #[test]
-fn the_command_decides_the_exit_status() {
-    assert_eq!(played(&["--", "sh", "-c", "exit 7"]).status.code(), Some(7));
-    assert_eq!(played(&["--", "sh", "-c", "kill -TERM $$"]).status.code(), Some(128 + 15));
-    assert_eq!(played(&["--", "/nonexistent/command"]).status.code(), Some(127));
+fn a_user_without_privileges_can_run_it() {
+    if !root() {
+        return;
+    }
+    let Some(aws) = tool("aws") else { return };
+    // Where this was built may be a place that others can't enter.
+    let folder = folder();
+    let program = folder.path().join("awsvid");
+    fs::copy(env!("CARGO_BIN_EXE_awsvid"), &program).unwrap();
+    let aws = aws.to_str().unwrap();
+    let query = ["dev", "--", aws, "sts", "get-caller-identity", "--query", "Arn", "--output", "text"];
+    let workload = Workload::new(1777);
+    assert_eq!(workload.run(&program, &query).success("aws sts get-caller-identity").trim(), arn("uid-1777"));
+
+    let environment = workload.run(&program, &["dev", "--", "/usr/bin/env"]).success("env");
+    let variable = |name: &str| {
+        let mut lines = environment.lines().filter_map(|line| line.split_once('='));
+        lines.find(|(found, _)| *found == name).map(|(_, value)| value).unwrap_or_else(|| panic!("{name}"))
+    };
+    let uri = variable("AWS_CONTAINER_CREDENTIALS_FULL_URI").strip_prefix("http://127.0.0.1:").unwrap();
+    let port: u16 = uri.strip_suffix("/v1/credentials").unwrap().parse().unwrap();
+    assert!(port >= 1024, "{port}");
+    let token_file = Path::new(variable("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"));
+    assert!(!token_file.parent().unwrap().exists(), "{} is left behind", token_file.display());
 }
 
 #[test]
-fn its_lines_work_in_another_terminal() {
+fn it_ends_as_its_command_ends() {
+    let table = [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 143), ("kill -KILL $$", 137)];
+    for (script, status) in table {
+        assert_eq!(output(dev(&["--", "sh", "-c", script])).status.code(), Some(status), "{script}");
+    }
+    let missing = output(dev(&["--", "/nonexistent/command"]));
+    assert_eq!(missing.status.code(), Some(127));
+    assert!(missing.stderr.contains("/nonexistent/command: No such file"), "{missing:?}");
+    assert_eq!(output(dev(&["--", "/dev/null"])).status.code(), Some(126));
+}
+
+#[test]
+fn signals_end_the_command_and_it_says_how() {
+    let folder = folder();
+    let script = "trap 'exit 3' TERM; trap 'exit 4' HUP; trap 'exit 5' INT; echo up; while :; do sleep 0.01; done";
+    for (signal, status) in [(Signal::SIGTERM, 3), (Signal::SIGHUP, 4), (Signal::SIGINT, 5)] {
+        let log = folder.path().join(signal.as_str());
+        let mut process = Process::start("awsvid dev", dev(&["--", "sh", "-c", script]), &log);
+        process.await_some("the command runs", PATIENCE, || process.log().contains("up").then_some(()));
+        process.signal(signal);
+        let ended = process.owned().wait(PATIENCE).expect("it ends");
+        assert_eq!(ended.code(), Some(status), "{signal}");
+    }
+}
+
+#[test]
+fn without_a_command_it_prints_what_another_terminal_needs() {
     let Some(aws) = tool("aws") else { return };
     let folder = folder();
-    let log = folder.path().join("dev.log");
-    let process = Process::start("awsvid dev", dev(folder.path(), &[]), &log);
-    let lines = process.await_some("the lines for another terminal", PATIENCE, || {
-        let text = process.log();
-        text.contains("Ctrl-C")
-            .then(|| text.lines().filter(|line| line.starts_with("export ")).collect::<Vec<_>>().join("\n"))
+    let mut process = Process::start("awsvid dev", dev(&[]), &folder.path().join("log"));
+    let lines: Vec<String> = process.await_some("its announcement", PATIENCE, || {
+        let log = process.log();
+        let lines = log.lines().filter(|line| line.starts_with("export ") || line.starts_with("unset "));
+        log.contains("Ctrl-C").then(|| lines.map(str::to_owned).collect())
     });
-    let script = format!("{lines}\nexec {} sts get-caller-identity", aws.display());
-    let mut shell = Command::new("sh");
-    shell.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", folder.path()).args(["-c", &script]);
-    let own = run(shell, b"", PATIENCE).success("aws in another terminal");
-    assert!(own.contains(":assumed-role/dev/dev.local=user="), "{own}");
+    let mut other_terminal = Command::new("sh");
+    let script = format!("{}\nexec \"$0\" sts get-caller-identity --query Arn --output text", lines.join("\n"));
+    other_terminal.arg("-uec").arg(script).arg(aws);
+    assert_eq!(output(other_terminal).success("aws in another terminal").trim(), arn(&own_name()));
+
+    let token_file = lines.iter().find_map(|line| line.strip_prefix("export AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE="));
+    let directory = PathBuf::from(token_file.unwrap()).parent().unwrap().to_owned();
+    assert!(directory.exists());
     if root() {
-        // Somebody whom `dev` does not serve.
-        let output = Workload::new(54321).run("/bin/sh", &["-c", &script]);
-        assert!(!output.status.success() && output.stderr.contains("No identity is configured"), "{output:?}");
+        let socket = directory.join("awsvid.sock");
+        let curl = ["-sS", "--unix-socket", socket.to_str().unwrap(), "http://localhost/v1/credentials"];
+        let refused = Workload::new(1777).run("/usr/bin/curl", &curl).success("curl");
+        assert!(refused.contains("\"code\":\"no_identity\""), "{refused}");
+        // The API that signs for everybody is behind a door of its own.
+        let api = directory.join("workload-api");
+        let mut ls = Command::new("/bin/ls");
+        ls.arg(&api).uid(1777).gid(1777);
+        assert!(!output(ls).status.success(), "{} can be entered", api.display());
     }
+    process.signal(Signal::SIGINT);
+    let ended = process.owned().wait(PATIENCE).expect("it ends");
+    assert_eq!(ended.code(), Some(0));
+    assert!(!directory.exists(), "{} is left behind", directory.display());
 }

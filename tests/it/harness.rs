@@ -2,3 +2,4 @@
 
 pub(crate) mod counterparts;
 pub(crate) mod daemon;
+pub(crate) mod systemd;

@@ -6,3 +6,5 @@ mod dev;
 mod e2e;
 mod harness;
 mod layout;
+mod recognition;
+mod systemd;

@@ -313,6 +313,11 @@ fn sts_cache_audit_log() {
         ),
         (
             "region = \"eu-central-1\"",
+            "region = \"eu-central-1\"\nca_file = \"/etc/ca.pem\"",
+            (3, "sts.ca_file", "no role uses an STS endpoint of its own"),
+        ),
+        (
+            "region = \"eu-central-1\"",
             "region = \"eu-central-1\"\ntimeout = \"0s\"",
             (3, "sts.timeout", "out of range"),
         ),

@@ -308,6 +308,18 @@ async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
 }
 
 #[tokio::test]
+async fn a_role_trusts_its_own_issuer_only() {
+    let World { sts, .. } = world().await;
+    let World { key, issuer, .. } = world().await;
+    let mut account = sts.desk.account.clone();
+    account.providers.push(Provider { issuer: issuer.url().to_owned(), client_ids: vec![AUDIENCE.to_owned()] });
+    let sts = Sts::start(account, Clock::system()).await.unwrap();
+    // The second issuer is known to the account, and its token is good.
+    let other = World { key, issuer, sts };
+    other.with_token(&other.token(json!({}))).await.refused(403, "AccessDenied", "Not authorized");
+}
+
+#[tokio::test]
 async fn parameters_out_of_their_bounds_are_refused() {
     let world = world().await;
     let validation = "ValidationError";

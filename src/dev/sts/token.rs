@@ -139,7 +139,7 @@ fn check(claims: RawClaims, provider: &Provider, now: SystemTime) -> Result<Clai
         return refused(format!("Token is not yet valid: current date/time {now} must be after {made}"));
     }
     let audience = audience(claims.aud, claims.azp)?;
-    if false {
+    if !provider.client_ids.contains(&audience) {
         return refused("Incorrect token audience");
     }
     Ok(Claims { issuer: provider.issuer.clone(), sub, audience })

@@ -1,0 +1,175 @@
+//! Which facts of a caller decide, over which listener: seen in the audit records. No source is needed for that.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::harness::counterparts::process::run;
+use crate::harness::counterparts::{folder, root};
+use crate::harness::daemon::Daemon;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A cgroup of the test's own, as systemd would name a unit's, removed at the end.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(name: &str) -> Self {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let cgroup2 = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("a cgroup v2 tree is mounted");
+        let mount = cgroup2.split(' ').nth(4).unwrap();
+        let path = Path::new(mount).join(format!("awsvid-test-{}.slice", std::process::id())).join(name);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // The parent goes with the last of the tests that share it.
+        let _ = fs::remove_dir(&self.0);
+        let _ = fs::remove_dir(self.0.parent().unwrap());
+    }
+}
+
+/// curl as this user and group, in this cgroup, over the listener.
+fn ask(daemon: &Daemon, listener: &str, (uid, gid, groups): (u32, u32, &str), cgroup: Option<&Cgroup>) -> Value {
+    let unix = daemon.unix();
+    let target = match listener {
+        "unix" => format!("--unix-socket {} http://localhost/v1/credentials", unix.display()),
+        "tcp" => daemon.uri(),
+        _ => format!("http://{}/v1/credentials", daemon.tcp6()),
+    };
+    let enter = cgroup.map_or(String::new(), |cgroup| format!("echo 0 > {}/cgroup.procs && ", cgroup.0.display()));
+    let groups = if groups.is_empty() { "--clear-groups".to_owned() } else { format!("--groups {groups}") };
+    let script =
+        format!("{enter}exec setpriv --reuid {uid} --regid {gid} {groups} curl -sS -g -H 'Authorization: x' {target}");
+    let before = daemon.audit().len();
+    let mut command = Command::new("sh");
+    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
+    let body = run(command, b"", PATIENCE).success(&script);
+    serde_json::from_str::<Value>(&body).expect("an answer in JSON");
+    daemon.audit_after(before).into_iter().find(|record| record["uid"] == uid).expect("the request's record")
+}
+
+fn daemon(folder: &Path, rules: &str) -> Daemon {
+    let rest = r#"
+[identity]
+socket = "unix:///nonexistent/agent.sock"
+[sts]
+region = "eu-central-1"
+[[role]]
+name = "all"
+spiffe_id = "spiffe://example.org/**"
+role_arn = "arn:aws:iam::123456789012:role/all"
+"#;
+    Daemon::start(folder, "", &format!("{rest}{rules}"))
+}
+
+const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
+
+#[test]
+fn user_unit_and_cgroup_are_seen_on_the_socket_alone() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let daemon = daemon(
+        folder.path(),
+        r#"
+[[workload]]
+spiffe_id = "spiffe://example.org/unit"
+systemd_unit = "seen.service"
+[[workload]]
+spiffe_id = "spiffe://example.org/cgroup"
+cgroup = "/awsvid-test-*.slice/plain/*"
+[[workload]]
+spiffe_id = "spiffe://example.org/user"
+uid = 51001
+[[workload]]
+spiffe_id = "spiffe://example.org/group"
+uid = 51002
+gid = 51009
+"#,
+    );
+    let unit = Cgroup::new("seen.service");
+    let plain = Cgroup::new("plain");
+    let below = Cgroup(plain.0.join("below"));
+    fs::create_dir(&below.0).unwrap();
+    let elsewhere = Cgroup::new("elsewhere");
+    for listener in LISTENERS {
+        for (uid, cgroup, id) in [(51005, &unit, "unit"), (51006, &below, "cgroup"), (51001, &elsewhere, "user")] {
+            let record = ask(&daemon, listener, (uid, uid, ""), Some(cgroup));
+            assert_eq!(record["spiffe_id"], format!("spiffe://example.org/{id}"), "{listener} {record}");
+            // On TCP nothing else was looked at: there was no search.
+            assert_eq!(record["pid"].is_null(), listener != "unix", "{listener} {record}");
+        }
+        let record = ask(&daemon, listener, (51007, 51007, ""), Some(&elsewhere));
+        assert_eq!((&record["reason"], record["pid"].is_null()), (&"no_identity".into(), listener != "unix"));
+        // A rule by group does need the process.
+        let record = ask(&daemon, listener, (51002, 51009, ""), Some(&elsewhere));
+        assert_eq!(record["spiffe_id"], "spiffe://example.org/group", "{listener} {record}");
+        assert!(record["pid"].is_number());
+        let record = ask(&daemon, listener, (51002, 51008, "51009"), Some(&elsewhere));
+        assert_eq!(record["reason"], "no_identity", "{listener} {record}");
+    }
+    drop(below);
+}
+
+#[test]
+fn groups_and_executables_are_those_of_the_process() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let curl = fs::canonicalize("/usr/bin/curl").unwrap();
+    let rules = format!(
+        "[[workload]]\nspiffe_id = \"spiffe://example.org/extra\"\nuid = 52001\nsupplementary_group = 52009\n\
+         [[workload]]\nspiffe_id = \"spiffe://example.org/exe\"\nuid = 52002\nexe = {curl:?}\n\
+         [[workload]]\nspiffe_id = \"spiffe://example.org/other-exe\"\nuid = 52003\nexe = \"/usr/bin/env\"\n"
+    );
+    let daemon = daemon(folder.path(), &rules);
+    for listener in LISTENERS {
+        for (who, expected) in [
+            ((52001, 1, "52008,52009"), "spiffe://example.org/extra"),
+            ((52001, 52009, ""), "no_identity"),
+            ((52002, 1, ""), "spiffe://example.org/exe"),
+            ((52003, 1, ""), "no_identity"),
+        ] {
+            let record = ask(&daemon, listener, who, None);
+            let got = if record["spiffe_id"].is_null() { &record["reason"] } else { &record["spiffe_id"] };
+            assert_eq!(got, expected, "{listener} {who:?} {record}");
+            assert!(record["pid"].is_number());
+        }
+    }
+}
+
+#[test]
+fn a_user_of_the_host_is_not_that_user_in_a_container() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let id = "0123456789abcdef".repeat(4);
+    let rules = format!(
+        "[[workload]]\nspiffe_id = \"spiffe://example.org/host\"\nuid = 53001\n\
+         [[workload]]\nspiffe_id = \"spiffe://example.org/named\"\nuid = 53002\ncgroup = \"/awsvid-test-*/docker-{id}.scope\"\n"
+    );
+    let daemon = daemon(folder.path(), &rules);
+    let container = Cgroup::new(&format!("docker-{id}.scope"));
+    let host = Cgroup::new("host");
+    for listener in LISTENERS {
+        let reason = |uid, cgroup| {
+            let record = ask(&daemon, listener, (uid, uid, ""), Some(cgroup));
+            record["spiffe_id"].as_str().or(record["reason"].as_str()).unwrap().to_owned()
+        };
+        assert_eq!(reason(53001, &host), "spiffe://example.org/host");
+        assert_eq!(reason(53001, &container), "no_identity");
+        // A rule that names the container's own cgroup means it.
+        assert_eq!(reason(53002, &container), "spiffe://example.org/named");
+        assert_eq!(reason(53002, &host), "no_identity");
+    }
+}
