@@ -1,1 +1,3 @@
+//! A process that an integration test starts as another user.
+
 fn main() {}

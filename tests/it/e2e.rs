@@ -1,11 +1,12 @@
 //! The whole path with nothing of ours in the place of the real thing: SPIRE, MinIO, the AWS CLI.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::harness::counterparts::minio::{self, Minio};
-use crate::harness::counterparts::process::Output;
+use crate::harness::counterparts::process::{Output, await_some};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root, tool};
@@ -147,4 +148,20 @@ fn each_process_gets_its_own_credentials() {
     let written = format!("{}{}", world.daemon.log(), serde_json::to_string(&world.daemon.audit()).unwrap());
     assert!(!written.contains(secret) && !written.contains(token) && !written.contains("eyJ"), "a secret was written");
     drop(trace);
+}
+
+#[test]
+fn an_agent_that_is_away_fails_who_is_new_and_nobody_else() {
+    let folder = folder();
+    let Some(mut world) = World::start(folder.path()) else { return };
+    let key = world.curl(1001)["AccessKeyId"].clone();
+    world.spire.stop_agent();
+    assert_eq!(world.curl(1001)["AccessKeyId"], key, "warm: answered from the cache");
+    let cold = world.curl(1002);
+    assert_eq!(cold["code"], "source_unavailable", "{cold}");
+    world.spire.start_agent();
+    await_some("the one who was cold is answered, without a restart of the daemon", Duration::from_secs(60), || {
+        world.curl(1002)["AccessKeyId"].as_str().map(str::to_owned)
+    });
+    assert_eq!(world.spire.jwt_svids_signed(OTHER), 1);
 }

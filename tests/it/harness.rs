@@ -1,4 +1,5 @@
 //! What the tests share: the real counterparts, the daemon itself, and a systemd.
+#![allow(dead_code, reason = "each counterpart has its whole repertoire, for the tests that come")]
 
 pub(crate) mod counterparts;
 pub(crate) mod daemon;

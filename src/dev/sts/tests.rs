@@ -21,6 +21,9 @@ const ROLE: &str = "arn:aws:iam::000000000000:role/dev";
 const SUBJECT: &str = "spiffe://dev.local/user/alice";
 const AUDIENCE: &str = "dev-sts";
 
+/// Names and values, of headers or of a query.
+type Pairs = Vec<(String, String)>;
+
 struct World {
     key: SigningKey,
     issuer: Issuer,
@@ -414,7 +417,7 @@ impl Signed {
         time: SystemTime,
         region: &str,
         settings: SigningSettings,
-    ) -> (Vec<(String, String)>, Vec<(String, String)>) {
+    ) -> (Pairs, Pairs) {
         let identity = credentials.clone().into();
         let parameters = v4::SigningParams::builder()
             .identity(&identity)
