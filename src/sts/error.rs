@@ -225,7 +225,7 @@ fn causes(error: &dyn Error) -> String {
 
 /// `text` without anything of the token: AWS's validation errors quote the values that they complain about.
 ///
-/// A fragment of twice [`WINDOW`] is always found: it has a window in it that begins at a multiple of `WINDOW` of its
+/// A fragment of twice `WINDOW` is always found: it has a window in it that begins at a multiple of `WINDOW` of its
 /// word.
 fn without_token(text: &str, token: Option<&JwtSvid>) -> String {
     const WINDOW: usize = 16;
