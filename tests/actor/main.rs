@@ -1,3 +1,35 @@
-//! A process that an integration test starts as another user.
+//! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
+//! client, does: `actor SCENE LISTENER ADDRESS`. What the daemon answered is printed on standard output.
+//!
+//! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
+#![allow(unsafe_code, reason = "fork, clone3 and setuid are what this program is for; it has one thread")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a panic fails the test that runs it"
+)]
 
-fn main() {}
+mod process;
+mod scenes;
+mod wire;
+
+/// A user with a rule.
+pub(crate) const ALICE: u32 = 61001;
+/// Another user with another rule.
+pub(crate) const BOB: u32 = 61002;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        // Executed by scenes: ask on an inherited descriptor, or just be there.
+        ["speak", descriptor] => print!("{}", wire::ask_on(descriptor.parse().unwrap())),
+        ["stay"] => process::stay(),
+        [scene, listener, address] => {
+            let to = wire::Address::parse(listener, address);
+            print!("{}", scenes::play(scene, &to));
+        }
+        _ => panic!("usage: actor SCENE LISTENER ADDRESS"),
+    }
+}

@@ -1,6 +1,9 @@
 //! What the tests share: the real counterparts, the daemon itself, and a systemd.
 #![allow(dead_code, reason = "each counterpart has its whole repertoire, for the tests that come")]
 
+pub(crate) mod actor;
+pub(crate) mod cgroup;
 pub(crate) mod counterparts;
 pub(crate) mod daemon;
 pub(crate) mod systemd;
+pub(crate) mod upstream;

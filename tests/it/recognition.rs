@@ -1,39 +1,18 @@
 //! Which facts of a caller decide, over which listener: seen in the audit records. No source is needed for that.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::run;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A cgroup of the test's own, as systemd would name a unit's, removed at the end.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn new(name: &str) -> Self {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let cgroup2 = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("a cgroup v2 tree is mounted");
-        let mount = cgroup2.split(' ').nth(4).unwrap();
-        let path = Path::new(mount).join(format!("awsvid-test-{}.slice", std::process::id())).join(name);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // The parent goes with the last of the tests that share it.
-        let _ = fs::remove_dir(&self.0);
-        let _ = fs::remove_dir(self.0.parent().unwrap());
-    }
-}
 
 /// curl as this user and group, in this cgroup, over the listener.
 fn ask(daemon: &Daemon, listener: &str, (uid, gid, groups): (u32, u32, &str), cgroup: Option<&Cgroup>) -> Value {
@@ -43,7 +22,7 @@ fn ask(daemon: &Daemon, listener: &str, (uid, gid, groups): (u32, u32, &str), cg
         "tcp" => daemon.uri(),
         _ => format!("http://{}/v1/credentials", daemon.tcp6()),
     };
-    let enter = cgroup.map_or(String::new(), |cgroup| format!("echo 0 > {}/cgroup.procs && ", cgroup.0.display()));
+    let enter = cgroup.map_or(String::new(), |cgroup| format!("echo 0 > {}/cgroup.procs && ", cgroup.path().display()));
     let groups = if groups.is_empty() { "--clear-groups".to_owned() } else { format!("--groups {groups}") };
     let script =
         format!("{enter}exec setpriv --reuid {uid} --regid {gid} {groups} curl -sS -g -H 'Authorization: x' {target}");
@@ -97,8 +76,7 @@ gid = 51009
     );
     let unit = Cgroup::new("seen.service");
     let plain = Cgroup::new("plain");
-    let below = Cgroup(plain.0.join("below"));
-    fs::create_dir(&below.0).unwrap();
+    let below = plain.below("below");
     let elsewhere = Cgroup::new("elsewhere");
     for listener in LISTENERS {
         for (uid, cgroup, id) in [(51005, &unit, "unit"), (51006, &below, "cgroup"), (51001, &elsewhere, "user")] {

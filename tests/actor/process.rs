@@ -1,0 +1,128 @@
+//! Children: as another user, waited for or not, with a certain pid.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Gid, Pid, Uid, fork, pipe, setgroups, setresgid, setresuid};
+
+/// Becomes this user, with the group of the same number and no others.
+pub(crate) fn become_user(uid: u32) {
+    setgroups(&[]).unwrap();
+    setresgid(Gid::from_raw(uid), Gid::from_raw(uid), Gid::from_raw(uid)).unwrap();
+    setresuid(Uid::from_raw(uid), Uid::from_raw(uid), Uid::from_raw(uid)).unwrap();
+    // A change of user clears it.
+    set_pdeathsig(Signal::SIGKILL).unwrap();
+}
+
+/// A child, which ends when it is told to or its parent ends.
+pub(crate) struct Child {
+    pub(crate) pid: Pid,
+    says: File,
+    hears: Option<File>,
+}
+
+/// What a child uses to be told when to go on.
+pub(crate) struct Cue(File);
+
+impl Cue {
+    /// Waits for the parent's word, or its end.
+    pub(crate) fn wait(&mut self) {
+        let _ = self.0.read(&mut [0]);
+    }
+}
+
+/// Starts a child that does `act` and then ends; what `act` gives is kept for [`Child::said`].
+pub(crate) fn child(act: impl FnOnce(&mut Cue) -> String) -> Child {
+    let (says, mut say) = pair();
+    let (hear, hears) = pair();
+    // SAFETY: this program has one thread.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => Child { pid: child, says, hears: Some(hears) },
+        ForkResult::Child => {
+            drop((says, hears));
+            set_pdeathsig(Signal::SIGKILL).unwrap();
+            let text = act(&mut Cue(hear));
+            let _ = say.write_all(text.as_bytes());
+            drop(say);
+            // SAFETY: ends this process without running the parent's exit code in it.
+            unsafe { libc::_exit(0) }
+        }
+    }
+}
+
+fn pair() -> (File, File) {
+    let (read, write): (OwnedFd, OwnedFd) = pipe().unwrap();
+    (read.into(), write.into())
+}
+
+impl Child {
+    /// Lets a waiting child go on.
+    pub(crate) fn cue(&mut self) {
+        if let Some(mut hears) = self.hears.take() {
+            let _ = hears.write_all(b"x");
+        }
+    }
+
+    /// Waits until the child has said all and ended; it stays a zombie.
+    pub(crate) fn said(&mut self) -> String {
+        let mut text = String::new();
+        let _ = self.says.read_to_string(&mut text);
+        text
+    }
+
+    /// Reaps it.
+    pub(crate) fn reap(self) {
+        drop(self.hears);
+        waitpid(self.pid, None).unwrap();
+    }
+}
+
+/// `struct clone_args` up to `set_tid_size` (clone3(2)).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// A process of `uid` that has the number `pid` and stays until this one ends. `None` if the number is taken.
+pub(crate) fn reuse(pid: Pid, uid: u32) -> Option<Pid> {
+    let wanted = pid.as_raw();
+    let arguments = CloneArgs {
+        exit_signal: u64::try_from(libc::SIGCHLD).unwrap(),
+        set_tid: std::ptr::from_ref(&wanted) as u64,
+        set_tid_size: 1,
+        ..CloneArgs::default()
+    };
+    // SAFETY: as fork(2): no memory is shared, and this program has one thread.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<CloneArgs>()) };
+    match result {
+        0 => {
+            set_pdeathsig(Signal::SIGKILL).unwrap();
+            become_user(uid);
+            stay()
+        }
+        child if child > 0 => Some(Pid::from_raw(i32::try_from(child).unwrap())),
+        _ => None,
+    }
+}
+
+/// Does nothing until it is killed.
+pub(crate) fn stay() -> ! {
+    loop {
+        nix::unistd::pause();
+    }
+}

@@ -1,0 +1,114 @@
+//! Connections to the daemon, and what is said on them.
+
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use nix::cmsg_space;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn, bind, connect,
+    recvmsg, sendmsg, setsockopt, socket, sockopt,
+};
+
+/// Where the daemon listens.
+pub(crate) enum Address {
+    Unix(PathBuf),
+    Tcp(SocketAddr),
+}
+
+const REQUEST: &[u8] = b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: any\r\n\r\n";
+/// How much of it is sent where a scene goes on in the middle of a request.
+const PART: usize = 20;
+
+impl Address {
+    pub(crate) fn parse(listener: &str, address: &str) -> Self {
+        if listener == "unix" { Self::Unix(address.into()) } else { Self::Tcp(address.parse().unwrap()) }
+    }
+
+    pub(crate) fn connect(&self) -> OwnedFd {
+        match self {
+            Self::Unix(path) => UnixStream::connect(path).unwrap().into(),
+            Self::Tcp(address) => TcpStream::connect(address).unwrap().into(),
+        }
+    }
+
+    /// A socket that is not yet connected: from this port of 127.0.0.2, bound to the loopback device (attack 1).
+    pub(crate) fn bound_socket(port: u16) -> OwnedFd {
+        let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
+        setsockopt(&fd, sockopt::BindToDevice, &"lo".into()).unwrap();
+        bind(fd.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port))).unwrap();
+        fd
+    }
+
+    /// Connects such a socket.
+    pub(crate) fn connect_from(&self, fd: &OwnedFd) {
+        let Self::Tcp(SocketAddr::V4(to)) = self else { panic!("over IPv4 only") };
+        connect(fd.as_raw_fd(), &SockaddrIn::from(*to)).unwrap();
+    }
+}
+
+/// The whole request, and the whole answer; an empty one if the daemon says nothing.
+pub(crate) fn ask(fd: &OwnedFd) -> String {
+    send(fd);
+    answer(fd)
+}
+
+pub(crate) fn send(fd: &OwnedFd) {
+    // The daemon may have closed already, which the answer then shows.
+    let _ = file(fd).write_all(REQUEST);
+}
+
+/// The beginning of a request. Once somebody who connected later has been answered, the daemon has attested this one.
+pub(crate) fn begin(fd: &OwnedFd) {
+    file(fd).write_all(&REQUEST[..PART]).unwrap();
+}
+
+pub(crate) fn finish(fd: &OwnedFd) -> String {
+    let _ = file(fd).write_all(&REQUEST[PART..]);
+    answer(fd)
+}
+
+pub(crate) fn answer(fd: &OwnedFd) -> String {
+    let mut bytes = Vec::new();
+    let _ = file(fd).read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+pub(crate) fn ask_on(descriptor: RawFd) -> String {
+    // SAFETY: whoever executed this program has left the descriptor open for it.
+    ask(&unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+fn file(fd: &OwnedFd) -> std::fs::File {
+    fd.try_clone().unwrap().into()
+}
+
+/// Puts a copy of `fd` into the queue of a socket, for whoever receives it.
+pub(crate) fn pass(over: &UnixStream, fd: &OwnedFd) {
+    let fds = [fd.as_raw_fd()];
+    let message = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(over.as_raw_fd(), &[IoSlice::new(b"x")], &message, MsgFlags::empty(), None).unwrap();
+}
+
+pub(crate) fn receive(over: &UnixStream) -> OwnedFd {
+    let mut space = cmsg_space!(RawFd);
+    let mut byte = [0];
+    let mut into = [IoSliceMut::new(&mut byte)];
+    let message = recvmsg::<()>(over.as_raw_fd(), &mut into, Some(&mut space), MsgFlags::empty()).unwrap();
+    let mut received = message.cmsgs().unwrap().filter_map(|message| match message {
+        ControlMessageOwned::ScmRights(fds) => fds.into_iter().next(),
+        _ => None,
+    });
+    // SAFETY: the kernel has just made this descriptor for this process.
+    unsafe { OwnedFd::from_raw_fd(received.next().expect("a descriptor")) }
+}
+
+/// The same descriptor, which programs executed from here on inherit.
+pub(crate) fn inheritable(fd: OwnedFd) -> RawFd {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    fcntl(&fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    fd.into_raw_fd()
+}

@@ -1,0 +1,39 @@
+//! cgroups of the tests' own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A cgroup of the test's own, as systemd would name a unit's, removed at the end.
+pub(crate) struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// Makes it, in a slice of this test program's.
+    pub(crate) fn new(name: &str) -> Self {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let cgroup2 = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("a cgroup v2 tree is mounted");
+        let mount = cgroup2.split(' ').nth(4).unwrap();
+        let path = Path::new(mount).join(format!("awsvid-test-{}.slice", std::process::id())).join(name);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// One below it.
+    pub(crate) fn below(&self, name: &str) -> Self {
+        let path = self.0.join(name);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    /// Its directory.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // The parent goes with the last of the tests that share it.
+        let _ = fs::remove_dir(&self.0);
+        let _ = fs::remove_dir(self.0.parent().unwrap());
+    }
+}

@@ -1,0 +1,35 @@
+//! The Workload API and the verifying STS of `awsvid dev`, for tests of what lies before them.
+
+use awsvid::dev::Dev;
+use awsvid::dev::users::User;
+use tokio::runtime::Runtime;
+
+/// Runs until it is dropped.
+pub(crate) struct Upstream {
+    dev: Dev,
+    _runtime: Runtime,
+}
+
+impl Upstream {
+    /// Serves these users' identities: (uid, name), which are `spiffe://dev.local/user/<name>`.
+    pub(crate) fn start(users: &[(u32, &str)]) -> Self {
+        let runtime = Runtime::new().expect("a runtime");
+        let users = users.iter().map(|(uid, name)| User {
+            uid: *uid,
+            spiffe_id: awsvid::identity::SpiffeId::parse(&format!("spiffe://dev.local/user/{name}")).expect("an ID"),
+        });
+        let dev = runtime.block_on(Dev::start_for(users.collect())).expect("the servers of dev");
+        Self { dev, _runtime: runtime }
+    }
+
+    /// `[identity]`, `[sts]` and the role, without rules.
+    pub(crate) fn configuration(&self) -> String {
+        let all = self.dev.configuration(0, true);
+        let section = |name: &str| {
+            let from = all.find(name).expect("the section is there");
+            let rest = &all[from..];
+            rest[..rest.find("\n\n").unwrap_or(rest.len())].to_owned()
+        };
+        [section("[identity]"), section("[sts]"), section("[[role]]")].join("\n\n")
+    }
+}
