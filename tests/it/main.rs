@@ -7,5 +7,6 @@ mod dev;
 mod e2e;
 mod harness;
 mod layout;
+mod listeners;
 mod recognition;
 mod systemd;
