@@ -191,7 +191,8 @@ fn setuid(to: &Address, late: bool) -> String {
 /// Until the process has executed the setuid program.
 fn await_root(process: &Child) {
     let status = format!("/proc/{}/status", process.pid);
-    let is_root = |line: &str| line.starts_with("Uid:") && line.split_whitespace().nth(2) == Some("0");
+    // Real and effective: before it became Alice both were root's.
+    let is_root = |line: &str| line.split_whitespace().take(3).eq(["Uid:", &ALICE.to_string(), "0"]);
     while !fs::read_to_string(&status).unwrap().lines().any(is_root) {
         std::thread::yield_now();
     }

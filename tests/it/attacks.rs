@@ -105,7 +105,7 @@ fn expected() -> Vec<(&'static str, Right, Right, Right)> {
         row("reused", (gone(), vec![alice()], heir())),
         row("forked", all(alice())),
         row("executed", all(alice())),
-        row("setuid", (changed(), vec![alice()], heir())),
+        row("setuid", (changed(), vec![alice()], [heir(), changed()].concat())),
         row(
             "setuid-late",
             (
