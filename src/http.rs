@@ -143,25 +143,27 @@ impl Front {
             .header_read_timeout(HEAD)
             .keep_alive(false)
             .max_buf_size(HEAD_BYTES)
+            .max_header_size(HEAD_BYTES)
             .max_headers(HEADERS)
             .serve_connection(TokioIo::new(&mut wire), service)
             .await;
-        let understood = answering.load(Ordering::Relaxed);
-        match served {
-            Ok(()) if more_comes.load(Ordering::Relaxed) => wire.discard().await,
-            Ok(()) if understood => {}
-            Ok(()) => return Err(Dropped::Closed),
-            Err(error) if error.is_timeout() => return Err(Dropped::SlowHead),
-            Err(error) if !understood && (error.is_parse() || wire.line_feed_alone()) => {
-                let refused = if error.is_parse_too_large() { Refused::HeadTooLarge } else { Refused::Malformed };
-                // A client that is gone by now is no further concern.
-                let _ = wire.say(&refused.bare_answer()).await;
-                wire.discard().await;
-                return Err(Dropped::BadRequest);
+        let refused = match served {
+            Ok(()) if answering.load(Ordering::Relaxed) => {
+                if more_comes.load(Ordering::Relaxed) {
+                    wire.discard().await;
+                }
+                return Ok(());
             }
-            Err(_) => return Err(Dropped::Closed),
-        }
-        Ok(())
+            _ if wire.line_feed_alone() => Refused::Malformed,
+            Err(error) if error.is_timeout() => return Err(Dropped::SlowHead),
+            Err(error) if error.is_parse_too_large() => Refused::HeadTooLarge,
+            Err(error) if error.is_parse() => Refused::Malformed,
+            Ok(()) | Err(_) => return Err(Dropped::Closed),
+        };
+        // A client that is gone by now is no further concern.
+        let _ = wire.say(&refused.bare_answer()).await;
+        wire.discard().await;
+        Err(Dropped::BadRequest)
     }
 
     /// Opens the audit record, decides, closes it. If the client goes away hyper drops this future, and the record says so.

@@ -11,7 +11,7 @@ use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::metrics::{Metrics, Reason};
 
@@ -25,6 +25,8 @@ pub use socket_file::SocketFile;
 
 /// How long an accept loop pauses when the process or the system is out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How often the log says so, if it goes on.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
 /// How often a listener that was killed is bound again.
 const REBIND: Duration = Duration::from_secs(1);
 /// How long connections may take to end once the daemon was told to.
@@ -194,7 +196,7 @@ where
     F: Fn(Stream) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    let mut connections = JoinSet::new();
+    let (mut connections, mut told) = (JoinSet::new(), None);
     loop {
         let accepted = tokio::select! {
             biased;
@@ -219,7 +221,7 @@ where
                     stream.reset();
                 }
             },
-            Err(error) => recover(&mut bound, &error, &mut stop).await,
+            Err(error) => recover(&mut bound, &error, &mut stop, &mut told).await,
         }
     }
     if timeout(DRAIN, async { while connections.join_next().await.is_some() {} }).await.is_err() {
@@ -228,12 +230,23 @@ where
 }
 
 /// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
-async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>) {
+/// `told` is when the log last said that the machine is short of something.
+async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>, told: &mut Option<Instant>) {
     let pause = match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
-            tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
-            PAUSE
-        }
+        // Nothing is wrong with the listener: accept(2) also tells of what happened to a connection that waited there.
+        Some(
+            Errno::ECONNABORTED
+            | Errno::EINTR
+            | Errno::EPERM
+            | Errno::EPROTO
+            | Errno::ENETDOWN
+            | Errno::ENETUNREACH
+            | Errno::EHOSTDOWN
+            | Errno::EHOSTUNREACH
+            | Errno::ENONET
+            | Errno::ENOPROTOOPT
+            | Errno::EOPNOTSUPP,
+        ) => return,
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
             tracing::error!(%error, listener = bound.name(), "the listener was killed; binding it again");
             match bound.again().await {
@@ -245,7 +258,14 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
             }
             REBIND
         }
-        _ => return,
+        // Out of descriptors or memory, or something that nobody has seen yet: never a loop without a pause.
+        _ => {
+            if told.is_none_or(|told| told.elapsed() >= TELL_AGAIN) {
+                tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
+                *told = Some(Instant::now());
+            }
+            PAUSE
+        }
     };
     // Ends early when the daemon is told to stop.
     let _ = timeout(pause, stop.wait_for(|stop| *stop)).await;

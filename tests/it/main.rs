@@ -6,6 +6,7 @@ mod contract;
 mod dev;
 mod e2e;
 mod harness;
+mod hostile;
 mod layout;
 mod listeners;
 mod recognition;
