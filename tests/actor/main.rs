@@ -1,5 +1,6 @@
 //! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
 //! client, does: `actor SCENE LISTENER ADDRESS`. What the daemon answered is printed on standard output.
+//! `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for what one user does very often.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
 #![allow(unsafe_code, reason = "fork, clone3 and setuid are what this program is for; it has one thread")]
@@ -10,6 +11,7 @@
     reason = "a panic fails the test that runs it"
 )]
 
+mod floods;
 mod process;
 mod scenes;
 mod wire;
@@ -26,6 +28,10 @@ fn main() {
         // Executed by scenes: ask on an inherited descriptor, or just be there.
         ["speak", descriptor] => print!("{}", wire::ask_on(descriptor.parse().unwrap())),
         ["stay"] => process::stay(),
+        ["in-numbers", act, listener, address, ref numbers @ ..] => {
+            let numbers: Vec<usize> = numbers.iter().map(|number| number.parse().unwrap()).collect();
+            print!("{}", floods::act(act, &numbers, &wire::Address::parse(listener, address)));
+        }
         [scene, listener, address] => {
             let to = wire::Address::parse(listener, address);
             print!("{}", scenes::play(scene, &to));

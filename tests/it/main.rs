@@ -5,6 +5,7 @@ mod attacks;
 mod contract;
 mod dev;
 mod e2e;
+mod floods;
 mod harness;
 mod hostile;
 mod layout;

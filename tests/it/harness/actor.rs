@@ -1,10 +1,12 @@
 //! The program `tests/actor`, which plays scenes with processes of several users.
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use super::counterparts::process::run;
+use super::counterparts::process::{Owned, run, spawn};
 
 /// Where cargo puts it: beside the folder of the test programs.
 pub(crate) fn program() -> PathBuf {
@@ -19,4 +21,52 @@ pub(crate) fn play(scene: &str, listener: &str, address: &str, cgroup: Option<&s
     let mut command = Command::new("sh");
     command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
     run(command, b"", Duration::from_secs(60)).success(&format!("scene {scene} over {listener}"))
+}
+
+/// One user's process that does something very often, until it is told that it is enough.
+pub(crate) struct Acting {
+    owned: Owned,
+    says: BufReader<ChildStdout>,
+}
+
+/// Answers by their code, or connections by how they ended.
+pub(crate) type Counts = BTreeMap<String, usize>;
+
+impl Acting {
+    /// Starts `act` (see `tests/actor/floods.rs`) as the user whose id is the first of `numbers`, in this cgroup.
+    pub(crate) fn start(act: &str, listener: &str, address: &str, numbers: &[usize], cgroup: &Path) -> Self {
+        let numbers: Vec<String> = numbers.iter().map(usize::to_string).collect();
+        let actor = format!("{} in-numbers {act} {listener} {address} {}", program().display(), numbers.join(" "));
+        let script = format!("echo 0 > {}/cgroup.procs && exec {actor}", cgroup.display());
+        let mut command = Command::new("sh");
+        command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut owned = spawn(command).expect("the actor");
+        let says = BufReader::new(owned.stdout().expect("a pipe"));
+        Self { owned, says }
+    }
+
+    /// Waits until all is open, or the first answer has come.
+    pub(crate) fn begun(mut self) -> Self {
+        let mut line = String::new();
+        self.says.read_line(&mut line).expect("the actor's word");
+        assert_eq!(line, "begun\n");
+        self
+    }
+
+    /// Says that it is enough, and gives what was counted.
+    pub(crate) fn enough(mut self) -> Counts {
+        drop(self.owned.stdin());
+        let mut text = String::new();
+        self.says.read_to_string(&mut text).expect("what was counted");
+        let status = self.owned.wait(Duration::from_secs(60)).expect("the actor ends");
+        assert!(status.success(), "{status}");
+        let count = |line: &str| line.split_once(' ').map(|(code, count)| (code.to_owned(), count.parse().unwrap()));
+        text.lines().filter_map(count).collect()
+    }
+}
+
+/// What comes of so many requests of this user, one after another.
+pub(crate) fn ask(listener: &str, address: &str, uid: u32, count: usize, cgroup: &Path) -> Counts {
+    Acting::start("ask", listener, address, &[usize::try_from(uid).unwrap(), count], cgroup).enough()
 }
