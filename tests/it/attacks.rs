@@ -9,8 +9,8 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
-const ALICE: &str = "spiffe://dev.local/user/alice";
-const BOB: &str = "spiffe://dev.local/user/bob";
+const ALICE: &str = "spiffe://example.org/user/alice";
+const BOB: &str = "spiffe://example.org/user/bob";
 
 /// What the daemon may have made of a scene.
 #[derive(Debug, Clone, PartialEq, Eq)]
