@@ -1,8 +1,8 @@
 //! The host's cgroup v2 tree: which path an id stands for, and which processes a cgroup has.
 
 use std::collections::HashMap;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -73,10 +73,15 @@ impl CgroupTree {
         Ok(found)
     }
 
-    /// The pids in this cgroup itself. One that can't be listed (removed, or of the threaded kind) is a refusal.
-    pub(crate) fn processes(&self, path: &CgroupPath) -> Result<Vec<u32>, Refusal> {
-        let file = self.directory(path).join("cgroup.procs");
-        let text = fs::read_to_string(file).map_err(|_| Refusal::UnreadableCgroup)?;
+    /// The pids in this cgroup itself; a refusal if their list has more than `bytes`. One that can't be listed (removed, or
+    /// of the threaded kind) is a refusal too.
+    pub(crate) fn processes(&self, path: &CgroupPath, bytes: u64) -> Result<Vec<u32>, Refusal> {
+        let mut text = String::new();
+        let file = File::open(self.directory(path).join("cgroup.procs"));
+        let read = file.and_then(|file| file.take(bytes + 1).read_to_string(&mut text));
+        if read.map_err(|_| Refusal::UnreadableCgroup)? as u64 > bytes {
+            return Err(Refusal::TooManyDescriptors);
+        }
         Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
     }
 
@@ -123,8 +128,10 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let tree = CgroupTree::at(root.path().to_owned());
         let path = CgroupPath::parse("/gone").unwrap();
-        assert_eq!(tree.processes(&path), Err(Refusal::UnreadableCgroup));
+        assert_eq!(tree.processes(&path, 7), Err(Refusal::UnreadableCgroup));
         fs::write(root.path().join("cgroup.procs"), "12\n345\n").unwrap();
-        assert_eq!(tree.processes(&CgroupPath::parse("/").unwrap()), Ok(vec![12, 345]));
+        let path = CgroupPath::parse("/").unwrap();
+        assert_eq!(tree.processes(&path, 7), Ok(vec![12, 345]));
+        assert_eq!(tree.processes(&path, 6), Err(Refusal::TooManyDescriptors));
     }
 }

@@ -3,10 +3,10 @@
 
 use std::path::Path;
 
-use super::{DEV_ACCOUNT, DEV_TRUST_DOMAIN, aws};
 use super::reader::{Place, Report, Table};
 use super::role::Defined;
 use super::workload::{Workload, literal};
+use super::{DEV_ACCOUNT, DEV_TRUST_DOMAIN, aws};
 use crate::role::RequestedRoles;
 use crate::rule::{CGROUP_GLOB, Rule};
 
@@ -91,7 +91,8 @@ fn audiences(report: &Report<'_>, roles: &[Defined], requested: Option<&Requeste
 /// What `awsvid dev` gives out ends with it, and proves nothing to anybody else.
 pub(super) fn names_of_dev(report: &Report<'_>, workloads: &[Workload], roles: &[Defined]) {
     const FIX: &str = "use the names of your own SPIFFE provider and AWS account";
-    let what = || format!("{DEV_TRUST_DOMAIN} is the trust domain of `awsvid dev`, which is no provider for production");
+    let what =
+        || format!("{DEV_TRUST_DOMAIN} is the trust domain of `awsvid dev`, which is no provider for production");
     for workload in workloads.iter().filter(|workload| workload.rule.spiffe_id.trust_domain() == DEV_TRUST_DOMAIN) {
         report.error(&workload.at, what(), FIX);
     }

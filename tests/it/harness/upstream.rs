@@ -1,7 +1,7 @@
 //! The Workload API and the verifying STS of `awsvid dev`, for tests of what lies before them.
 
-use awsvid::dev::{Dev, Names};
 use awsvid::dev::users::User;
+use awsvid::dev::{Dev, Names};
 use tokio::runtime::Runtime;
 
 /// Runs until it is dropped.
