@@ -10,6 +10,7 @@
     reason = "a panic fails the test that runs it"
 )]
 
+mod moves;
 mod process;
 mod programs;
 mod scenes;

@@ -16,7 +16,7 @@ use nix::unistd::execv;
 
 use crate::process::{Child, become_of, become_user, child, reuse};
 use crate::wire::{self, Address};
-use crate::{ALICE, BOB};
+use crate::{ALICE, BOB, moves};
 
 pub(crate) fn play(scene: &str, to: &Address) -> String {
     match scene {
@@ -39,6 +39,10 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "user-namespace" => user_namespace(to),
         "dropped" => dropped(to),
         "chowned" => chowned(to),
+        "moved" => moves::moved(to, false),
+        "removed-cgroup" => moves::moved(to, true),
+        "threaded" => moves::threaded(to),
+        "personality" => moves::personality(to),
         other => panic!("no scene {other}"),
     }
 }

@@ -43,14 +43,22 @@ impl Address {
         fd
     }
 
-    /// A socket that is not yet connected.
-    pub(crate) fn socket(&self) -> OwnedFd {
-        let family = match self {
+    fn family(&self) -> AddressFamily {
+        match self {
             Self::Unix(_) => AddressFamily::Unix,
             Self::Tcp(SocketAddr::V4(_)) => AddressFamily::Inet,
             Self::Tcp(SocketAddr::V6(_)) => AddressFamily::Inet6,
-        };
-        socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap()
+        }
+    }
+
+    /// The first two arguments of socket(2).
+    pub(crate) fn numbers(&self) -> (i32, i32) {
+        (self.family() as i32, SockType::Stream as i32)
+    }
+
+    /// A socket that is not yet connected.
+    pub(crate) fn socket(&self) -> OwnedFd {
+        socket(self.family(), SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap()
     }
 
     /// Connects such a socket.

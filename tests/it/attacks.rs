@@ -153,6 +153,12 @@ fn expected() -> Vec<Row> {
                 vec![refused("no_identity")],
             ),
         ),
+        // On TCP what counts is the cgroup in which the socket was made. On the unix socket it is that of the connector.
+        row("moved", (vec![alice()], vec![alice()], vec![refused("no_holder")])),
+        row("removed-cgroup", (vec![alice()], vec![refused("unreadable_cgroup")], vec![refused("unreadable_cgroup")])),
+        row("threaded", (vec![alice()], vec![alice()], vec![refused("unreadable_cgroup")])),
+        // The socket's owner is Alice, the process that made it is Bob's.
+        row("personality", (vec![Made::Answered(BOB.to_owned())], vec![alice()], vec![refused("ambiguous_caller")])),
         // Before or after the file became Alice's; never as her, since no process of hers made the socket.
         row(
             "chowned",
