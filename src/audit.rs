@@ -335,9 +335,9 @@ impl<'a> CallerFields<'a> {
             cgroup: caller.cgroup.as_ref().map(|cgroup| cgroup.as_str()),
             systemd_unit: caller.cgroup.as_ref().and_then(|cgroup| cgroup.systemd_unit()),
             pid: process.map(|process| process.pid),
-            start_time: process.map(|process| process.start_time),
+            start_time: process.and_then(|process| process.program.as_ref()).map(|program| program.start_time),
             gid: process.map(|process| process.gid),
-            exe: process.and_then(|process| process.exe.as_ref()?.path.to_str()),
+            exe: process.and_then(|process| process.program.as_ref()?.exe.as_ref()?.path.to_str()),
         }
     }
 }

@@ -29,7 +29,7 @@ impl Listener {
 /// The caller of one connection.
 ///
 /// `uid` and `cgroup` are what the kernel fixed: of the connector on the unix socket, of the process that made the socket
-/// on TCP. `process` is there where a process was looked at: always on the unix socket, on TCP only if a decision needs it.
+/// on TCP. `process` is always there on the unix socket, on TCP only if a decision needs it.
 #[derive(Debug)]
 pub struct Caller {
     /// Which listener.
@@ -57,16 +57,23 @@ pub struct Owner {
 pub struct Process {
     /// In the daemon's pid namespace.
     pub pid: u32,
-    /// In clock ticks since boot: field 22 of `/proc/<pid>/stat`.
-    pub start_time: u64,
     /// The group id.
     pub gid: u32,
     /// Supplementary groups, in ascending order.
     pub groups: Vec<u32>,
-    /// The executable, where the daemon may see it (`CAP_SYS_PTRACE` for processes of other users).
-    pub exe: Option<Executable>,
     /// Whether it lives in another pid or user namespace than the daemon, or in a cgroup (v1 too) that names a container.
     pub contained: bool,
+    /// What it runs; `None` where no decision needs it.
+    pub program: Option<Program>,
+}
+
+/// What a process runs, and since when.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// Of the process, in clock ticks since boot: field 22 of `/proc/<pid>/stat`.
+    pub start_time: u64,
+    /// The executable, where the daemon may see it (`CAP_SYS_PTRACE` for processes of other users).
+    pub exe: Option<Executable>,
 }
 
 /// An executable: the file itself, and the path for people to read.

@@ -1,5 +1,5 @@
 //! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
-//! client, does: `actor SCENE LISTENER ADDRESS`. What the daemon answered is printed on standard output.
+//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`. What the daemon answered is printed on standard output.
 //! `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for what one user does very often.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
@@ -12,7 +12,9 @@
 )]
 
 mod floods;
+mod moves;
 mod process;
+mod programs;
 mod scenes;
 mod wire;
 
@@ -32,10 +34,15 @@ fn main() {
             let numbers: Vec<usize> = numbers.iter().map(|number| number.parse().unwrap()).collect();
             print!("{}", floods::act(act, &numbers, &wire::Address::parse(listener, address)));
         }
+        ["ask", listener, address] => {
+            let to = wire::Address::parse(listener, address);
+            print!("{}", wire::ask(&to.connect()));
+        }
         [scene, listener, address] => {
             let to = wire::Address::parse(listener, address);
             print!("{}", scenes::play(scene, &to));
         }
-        _ => panic!("usage: actor SCENE LISTENER ADDRESS"),
+        [scene, listener, address, program] => programs::play(scene, [listener, address], program),
+        _ => panic!("usage: actor SCENE LISTENER ADDRESS [PROGRAM]"),
     }
 }
