@@ -6,12 +6,14 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use thiserror::Error;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use crate::admin::{Address, Admin, Readiness};
@@ -29,6 +31,9 @@ use crate::readiness::Probes;
 use crate::rule::{self, Decision};
 use crate::sts::{InvalidSetting, Network, Settings, Sts};
 use crate::svid::WorkloadApi;
+
+/// How long operators' connections may take to end, once those of workloads have.
+const OPERATORS: Duration = Duration::from_secs(1);
 
 /// Why the daemon does not start.
 #[derive(Debug, Error)]
@@ -68,8 +73,23 @@ pub struct App {
     /// The operators' address.
     pub admin: Option<SocketAddr>,
     readiness: Arc<Readiness>,
+    workloads: Serving,
+    operators: Serving,
+}
+
+/// Accept loops, and how they are told to end.
+#[derive(Debug, Default)]
+struct Serving {
     stop: watch::Sender<bool>,
-    listeners: JoinSet<()>,
+    loops: JoinSet<()>,
+}
+
+impl Serving {
+    /// Takes no more connections, and waits for those that are open.
+    async fn end(&mut self) {
+        self.stop.send_replace(true);
+        while self.loops.join_next().await.is_some() {}
+    }
 }
 
 impl App {
@@ -103,13 +123,14 @@ impl App {
             tcp: Vec::new(),
             admin: None,
             readiness: readiness.clone(),
-            stop: watch::Sender::new(false),
-            listeners: JoinSet::new(),
+            workloads: Serving::default(),
+            operators: Serving::default(),
         };
         app.serve_workloads(&config.listen, &mut inherited, &front, &limits).await?;
         app.serve_operators(&config.listen, &mut inherited, &admin, &limits).await?;
         inherited.all_taken()?;
-        app.listeners.spawn(probes.until_ready(app.tcp.clone(), readiness, app.stop.subscribe()));
+        let stop = app.workloads.stop.subscribe();
+        app.workloads.loops.spawn(probes.until_ready(app.tcp.clone(), readiness, stop));
         Ok(app)
     }
 
@@ -140,7 +161,8 @@ impl App {
             tracing::info!(address = listener.name(), "serving workloads");
             let front = front.clone();
             let connection = move |stream| front.clone().connection(stream);
-            self.listeners.spawn(listen::serve(listener, limits.clone(), self.stop.subscribe(), connection));
+            let stop = self.workloads.stop.subscribe();
+            self.workloads.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
         }
         Ok(())
     }
@@ -168,16 +190,19 @@ impl App {
             tracing::info!(address = listener.name(), "serving operators");
             let admin = admin.clone();
             let connection = move |stream| admin.clone().connection(kind, stream);
-            self.listeners.spawn(listen::serve(listener, limits.clone(), self.stop.subscribe(), connection));
+            let stop = self.operators.stop.subscribe();
+            self.operators.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
         }
         Ok(())
     }
 
-    /// Takes no more connections and lets those that are open end.
+    /// Takes no more connections, and returns when those that are open have ended. Operators are answered until then:
+    /// `/readyz` says that the daemon ends.
     pub async fn drain(mut self) {
         self.readiness.ending();
-        self.stop.send_replace(true);
-        while self.listeners.join_next().await.is_some() {}
+        self.workloads.end().await;
+        // Whoever reads metrics slowly keeps nobody waiting.
+        let _ = timeout(OPERATORS, self.operators.end()).await;
     }
 }
 

@@ -5,5 +5,6 @@ pub(crate) mod actor;
 pub(crate) mod cgroup;
 pub(crate) mod counterparts;
 pub(crate) mod daemon;
+pub(crate) mod gate;
 pub(crate) mod systemd;
 pub(crate) mod upstream;

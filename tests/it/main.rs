@@ -4,6 +4,7 @@
 mod attacks;
 mod contract;
 mod dev;
+mod drain;
 mod e2e;
 mod harness;
 mod layout;
