@@ -5,6 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
@@ -25,11 +26,11 @@ use sink::Sink;
 #[derive(Debug)]
 pub struct Audit {
     sink: ArcSwap<Sink>,
-    required: bool,
+    required: AtomicBool,
     clock: Clock,
     metrics: Metrics,
     boot: u32,
-    next: std::sync::atomic::AtomicU64,
+    next: AtomicU64,
 }
 
 /// How credentials were come by.
@@ -137,24 +138,25 @@ impl Audit {
         let sink = ArcSwap::from_pointee(Sink::open(to, &metrics)?);
         Ok(Arc::new(Self {
             sink,
-            required,
+            required: AtomicBool::new(required),
             clock,
             metrics,
             boot: fastrand::u32(..),
-            next: std::sync::atomic::AtomicU64::new(0),
+            next: AtomicU64::new(0),
         }))
     }
 
     /// Opens the destination anew: its name may have been given to another file since, as rotation does. Until the new
     /// one is open, and if it can't be, records go to the old one.
-    pub fn reopen(&self, to: &AuditFile) -> io::Result<()> {
+    pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
         self.sink.store(Arc::new(Sink::open(to, &self.metrics)?));
+        self.required.store(required, Ordering::Relaxed);
         Ok(())
     }
 
     /// Opens the record of a request. `caller` is `None` where it could not be attested.
     pub fn begin(self: &Arc<Self>, listener: Listener, caller: Option<Arc<Caller>>) -> Record {
-        let number = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
         Record {
             audit: self.clone(),
             started: Instant::now(),
@@ -192,11 +194,16 @@ impl Record {
         self.grant = Some(grant.clone());
     }
 
+    /// Takes that back: a reload came between.
+    pub fn undecided(&mut self) {
+        self.grant = None;
+    }
+
     /// Writes the record. `false`: it could not be written, and the configuration says that then nothing is to be handed out.
     pub fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<&Issued>) -> bool {
         self.finished = true;
         let written = self.write(outcome.name(), reason, issued);
-        written || !self.audit.required
+        written || !self.audit.required.load(Ordering::Relaxed)
     }
 
     fn write(&self, outcome: &'static str, reason: &'static str, issued: Option<&Issued>) -> bool {

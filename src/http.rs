@@ -44,7 +44,7 @@ pub struct Front {
     /// Who asks.
     pub attestor: Attestor,
     /// What they get.
-    pub broker: Broker,
+    pub broker: Arc<Broker>,
     /// Who got what.
     pub audit: Arc<Audit>,
     /// Counts.

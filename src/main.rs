@@ -1,14 +1,16 @@
 //! The `awsvid` command.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use awsvid::app::App;
-use awsvid::config::{self, Config};
+use awsvid::config::{self, Config, Problem};
 use awsvid::listen::Inherited;
+use awsvid::telemetry::Log;
 use awsvid::{dev, hardening, telemetry};
 use clap::{Parser, Subcommand};
+use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// sysexits.h: something was found in an unconfigured or misconfigured state. systemd does not restart on it.
@@ -48,7 +50,7 @@ fn main() -> ExitCode {
 }
 
 #[expect(clippy::print_stderr, reason = "before the log is there, standard error is where a person looks")]
-fn serve(path: &std::path::Path) -> ExitCode {
+fn serve(path: &Path) -> ExitCode {
     let loaded = match Config::load(path, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded,
         Err(errors) => {
@@ -57,36 +59,52 @@ fn serve(path: &std::path::Path) -> ExitCode {
         }
     };
     let config::Loaded { config, warnings } = loaded;
-    if let Err(error) = telemetry::init(&config.log.level, config.log.format) {
-        eprintln!("{}: [log] level: {error}", path.display());
-        return ExitCode::from(EX_CONFIG);
-    }
-    for warning in warnings {
-        tracing::warn!("{}: {warning}", path.display());
-    }
+    let log = match telemetry::init(&config.log.level, config.log.format) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("{}: [log] level: {error}", path.display());
+            return ExitCode::from(EX_CONFIG);
+        }
+    };
+    warn(path, &warnings);
     hardening::before_threads();
-    start(config).unwrap_or_else(|error| {
+    start(path, config, &log).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         ExitCode::FAILURE
     })
 }
 
-fn start(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>> {
+fn start(path: &Path, config: Config, log: &Log) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let inherited = Inherited::from_environment();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(run(config, inherited));
+    let ended = runtime.block_on(run(path, config, inherited, log));
     // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.
     runtime.shutdown_background();
     ended
 }
 
-async fn run(config: Config, inherited: Inherited) -> Result<ExitCode, Box<dyn std::error::Error>> {
+async fn run(
+    path: &Path,
+    config: Config,
+    inherited: Inherited,
+    log: &Log,
+) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut signals = Signals::catch()?;
-    let app = App::start(config, inherited).await?;
-    // Not running under systemd is no error.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    signals.end().await;
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut app = App::start(config, inherited).await?;
+    notify(&[NotifyState::Ready]);
+    loop {
+        tokio::select! {
+            _ = signals.end() => break,
+            _ = hangup.recv() => {}
+        }
+        // A name service may let it wait; the daemon can be ended all the same.
+        tokio::select! {
+            _ = signals.end() => break,
+            () = reload(&mut app, path, log) => {}
+        }
+    }
+    notify(&[NotifyState::Stopping]);
     tracing::info!("ending: no new connections, open ones are finished; a second signal ends at once");
     tokio::select! {
         () = app.drain() => Ok(ExitCode::SUCCESS),
@@ -95,6 +113,51 @@ async fn run(config: Config, inherited: Inherited) -> Result<ExitCode, Box<dyn s
             Ok(ExitCode::from(KILLED + number))
         }
     }
+}
+
+/// Reads the configuration again. One that can't be used changes nothing.
+async fn reload(app: &mut App, path: &Path, log: &Log) {
+    let begun = NotifyState::monotonic_usec_now().ok();
+    notify(&[Some(NotifyState::Reloading), begun].into_iter().flatten().collect::<Vec<_>>());
+    let loading = {
+        let path = path.to_owned();
+        tokio::task::spawn_blocking(move || Config::load(&path, |name| std::env::var(name).ok()))
+    };
+    let used = match loading.await {
+        Ok(Ok(loaded)) => {
+            let wanted = loaded.config.log.clone();
+            app.reload(loaded.config).map_err(|error| error.to_string()).inspect(|()| {
+                // It was read as a part of the configuration, so there is no error to lose.
+                let _ = log.change(&wanted.level, wanted.format);
+                warn(path, &loaded.warnings);
+            })
+        }
+        Ok(Err(errors)) => Err(errors.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    let status = match used {
+        Ok(()) => {
+            tracing::info!("the configuration was reloaded");
+            "Reloaded"
+        }
+        Err(errors) => {
+            errors.lines().for_each(|line| tracing::error!("{line}"));
+            tracing::error!("the configuration was not reloaded: the one before stays in effect");
+            "The configuration has errors, see the log: the one before stays in effect"
+        }
+    };
+    notify(&[NotifyState::Ready, NotifyState::Status(status)]);
+}
+
+fn warn(path: &Path, warnings: &[Problem]) {
+    for warning in warnings {
+        tracing::warn!("{}: {warning}", path.display());
+    }
+}
+
+/// Tells systemd. Not running under it is no error.
+fn notify(state: &[NotifyState<'_>]) {
+    let _ = sd_notify::notify(state);
 }
 
 /// The signals that end the daemon.

@@ -1,6 +1,6 @@
 //! The daemon's end: SIGTERM cuts nobody off, a second signal does.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -11,13 +11,13 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
+use crate::harness::client::{answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
 use crate::harness::gate::Gate;
 use crate::harness::upstream::Upstream;
 
-const REQUEST: &[u8] = b"GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: any\r\n\r\n";
 /// For what takes milliseconds, or the daemon's own 16 s, on a machine that is busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -70,19 +70,6 @@ impl Stage {
     }
 }
 
-fn send<S: Write>(mut stream: S) -> S {
-    stream.write_all(REQUEST).unwrap();
-    stream
-}
-
-/// The status and body of an answer, to its very end.
-fn answer(stream: &mut impl Read) -> (u16, Value) {
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
-    (head[9..12].parse().unwrap(), serde_json::from_str(body).unwrap())
-}
-
 #[test]
 fn a_cold_request_is_answered_with_what_it_waited_for() {
     let mut stage = Stage::set();
@@ -113,7 +100,7 @@ fn who_has_connected_but_was_not_accepted_yet_is_answered() {
     const EACH: usize = 150;
     let mut stage = Stage::set();
     stage.gate.set_open(true);
-    let warm = answer(&mut send(UnixStream::connect(stage.daemon.unix()).unwrap())).1["AccessKeyId"].clone();
+    let warm = ask(UnixStream::connect(stage.daemon.unix()).unwrap()).1["AccessKeyId"].clone();
     let (unix, tcp, tcp6) = (stage.daemon.unix(), stage.daemon.tcp(), stage.daemon.tcp6());
     // While it stands still the kernel accepts for it. It finds the signal and the connections at the same time.
     stage.daemon.process().signal(Signal::SIGSTOP);

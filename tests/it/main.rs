@@ -10,4 +10,5 @@ mod harness;
 mod layout;
 mod listeners;
 mod recognition;
+mod reload;
 mod systemd;
