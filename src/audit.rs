@@ -6,7 +6,7 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
@@ -35,7 +35,7 @@ const LAST_TIME: Duration = Duration::from_secs(253_402_300_799);
 #[derive(Debug)]
 pub struct Audit {
     sink: ArcSwap<Sink>,
-    required: bool,
+    required: AtomicBool,
     clock: Clock,
     metrics: Metrics,
     boot: u32,
@@ -158,7 +158,7 @@ impl Audit {
         let sink = ArcSwap::from_pointee(Sink::open(to, &metrics)?);
         Ok(Arc::new(Self {
             sink,
-            required,
+            required: AtomicBool::new(required),
             clock,
             metrics,
             boot: fastrand::u32(..),
@@ -169,8 +169,9 @@ impl Audit {
 
     /// Opens the destination anew: its name may have been given to another file since, as rotation does. Until the new
     /// one is open, and if it can't be, records go to the old one.
-    pub fn reopen(&self, to: &AuditFile) -> io::Result<()> {
+    pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
         self.sink.store(Arc::new(Sink::open(to, &self.metrics)?));
+        self.required.store(required, Ordering::Relaxed);
         Ok(())
     }
 
@@ -235,6 +236,11 @@ impl Record {
         self.grant = Some(grant.clone());
     }
 
+    /// Takes that back: a reload came between.
+    pub fn undecided(&mut self) {
+        self.grant = None;
+    }
+
     /// Writes the record. `false`: it could not be written, and the configuration says that then nothing is to be handed out.
     pub fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<Issued<'_>>) -> bool {
         self.finished = true;
@@ -243,7 +249,7 @@ impl Record {
             Outcome::Issued => self.audit.write(self.line(outcome.name(), reason, issued, true, elapsed)),
             Outcome::Refused | Outcome::Failed => self.write_few(outcome.name(), reason, elapsed),
         };
-        written || !self.audit.required
+        written || !self.audit.required.load(Ordering::Relaxed)
     }
 
     /// A record of a request that was given nothing: of very many of them, one stands for the rest.

@@ -16,6 +16,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use crate::attest::Attestor;
@@ -23,7 +24,7 @@ use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
 use crate::caller::{Caller, Listener, Owner, Refusal};
-use crate::listen::{Shares, Stream};
+use crate::listen::{Arrival, CONNECTION_LIFE, Place, Shares, Stream};
 use crate::metrics::{Metrics, Reason};
 
 mod answer;
@@ -37,8 +38,6 @@ use wire::Wire;
 
 /// A head that is not complete after this is given up.
 const HEAD: Duration = Duration::from_secs(5);
-/// The whole connection: head, held request (4.5 s), answer.
-const CONNECTION_LIFE: Duration = Duration::from_secs(15);
 /// The largest head. SDKs send well under 2 kB.
 const HEAD_BYTES: usize = 16 * 1024;
 const HEADERS: usize = 64;
@@ -49,7 +48,7 @@ pub struct Front {
     /// Who asks.
     pub attestor: Attestor,
     /// What they get.
-    pub broker: Broker,
+    pub broker: Arc<Broker>,
     /// Who got what.
     pub audit: Arc<Audit>,
     /// Counts.
@@ -67,6 +66,8 @@ type Answer = Response<Full<Bytes>>;
 enum Dropped {
     /// Its workload has too many.
     OverShare,
+    /// All together have too many.
+    TooMany,
     /// The head did not come in time.
     SlowHead,
     /// What came is no head of HTTP/1, or too long a one.
@@ -81,6 +82,7 @@ impl Dropped {
     fn reason(self) -> &'static str {
         match self {
             Self::OverShare => "too_many_of_one",
+            Self::TooMany => "too_many",
             Self::SlowHead => "slow_head",
             Self::BadRequest => "bad_request",
             Self::Closed => "closed",
@@ -91,37 +93,48 @@ impl Dropped {
 
 impl Front {
     /// Serves one connection to its end. The caller is attested before a byte is read.
-    pub async fn connection(self: Arc<Self>, stream: Stream) {
-        let served = timeout(CONNECTION_LIFE, self.attest_and_serve(stream)).await;
+    pub async fn connection(self: Arc<Self>, stream: Stream, arrival: Arrival) {
+        let served = timeout(CONNECTION_LIFE, self.attest_and_serve(stream, arrival)).await;
         if let Err(dropped) = served.unwrap_or(Err(Dropped::TooSlow)) {
             self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
         }
     }
 
-    async fn attest_and_serve(&self, stream: Stream) -> Result<(), Dropped> {
-        let mut place = None;
+    async fn attest_and_serve(&self, stream: Stream, arrival: Arrival) -> Result<(), Dropped> {
+        let (mut arrival, mut places) = (Some(arrival), Err(Dropped::TooMany));
+        // Before a byte is read, and over TCP before a process is searched for.
+        let mut admit = |owner| {
+            if let Some(arrival) = arrival.take() {
+                places = self.admit(owner, arrival);
+            }
+            places.is_ok()
+        };
         let (listener, caller) = match &stream {
             Stream::Unix(stream) => (Listener::Unix, self.attestor.unix(stream)),
             Stream::Tcp { client, server, .. } => {
-                let admit = |caller: &Caller| {
-                    place = self.shares.enter(Owner::of(caller));
-                    place.is_some()
-                };
+                let admit = |caller: &Caller| admit(Owner::of(caller));
                 (Listener::Tcp, self.attestor.tcp(*client, *server, admit).await)
             }
         };
-        // Before a byte is read. Those who are not attested are read and answered, too, so they have a share as well.
-        if place.is_none() && !matches!(caller, Err(Refusal::TooManyConnections)) {
-            place = self.shares.enter(caller.as_ref().map_or_else(|_| Owner::unknown(), Owner::of));
-        }
-        let Some(_place) = place else {
-            stream.reset();
-            return Err(Dropped::OverShare);
+        // Those who are not attested are read and answered, too, so they have a share as well.
+        admit(caller.as_ref().map_or_else(|_| Owner::unknown(), Owner::of));
+        let _places = match places {
+            Ok(places) => places,
+            Err(dropped) => {
+                stream.reset();
+                return Err(dropped);
+            }
         };
         match stream {
             Stream::Unix(stream) => self.request(stream, listener, caller).await,
             Stream::Tcp { stream, .. } => self.request(stream, listener, caller).await,
         }
+    }
+
+    /// A place among the connections of one workload, and one among all.
+    fn admit(&self, owner: Owner, arrival: Arrival) -> Result<(Place, OwnedSemaphorePermit), Dropped> {
+        let place = self.shares.enter(owner).ok_or(Dropped::OverShare)?;
+        Ok((place, arrival.admit().ok_or(Dropped::TooMany)?))
     }
 
     /// Reads one request and answers it. A refused caller is still read and answered, so that its SDK shows why.

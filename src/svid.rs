@@ -48,6 +48,10 @@ pub enum SourceError {
     /// The source will never answer this request. Asking again is of no use; somebody has to change something.
     #[error("{0}")]
     Misconfigured(String),
+    /// What the decision depends on is not known of this caller, since the rules were others when it was attested. Another
+    /// connection will do.
+    #[error("the configuration was reloaded after this connection was made")]
+    Reloaded,
     /// The source gave a token that must not be used.
     #[error("the identity source gave a token that cannot be used: {0}")]
     BadToken(#[from] BadToken),
@@ -57,7 +61,7 @@ impl SourceError {
     /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable(_) => true,
+            Self::Unavailable(_) | Self::Reloaded => true,
             // Agents answer from their cache while their server is down, until the second that the token expires.
             Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
             Self::Denied(_) | Self::Misconfigured(_) => false,
@@ -70,6 +74,7 @@ impl SourceError {
             Self::Denied(_) => "source_denied",
             Self::Unavailable(_) => "source_unavailable",
             Self::Misconfigured(_) => "source_misconfigured",
+            Self::Reloaded => "reloaded",
             Self::BadToken(_) => "bad_token",
         }
     }

@@ -18,13 +18,13 @@ async fn after_a_rotation_records_go_to_the_new_file() {
     audit.begin(Listener::Unix, None).finish(Outcome::Refused, "host", None);
     std::fs::rename(&path, &moved).unwrap();
     audit.begin(Listener::Unix, None).finish(Outcome::Refused, "path", None);
-    audit.reopen(&AuditFile::Path(path.clone())).unwrap();
+    audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
     audit.begin(Listener::Unix, None).finish(Outcome::Refused, "method", None);
     let reasons = |path| lines(path).iter().map(|line| line["reason"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
     assert_eq!(reasons(&moved), ["host", "path"]);
     assert_eq!(reasons(&path), ["method"]);
     // One that can't be opened leaves everything as it was.
-    assert!(audit.reopen(&AuditFile::Path(folder.path().join("none/audit.log"))).is_err());
+    assert!(audit.reopen(&AuditFile::Path(folder.path().join("none/audit.log")), false).is_err());
     audit.begin(Listener::Unix, None).finish(Outcome::Refused, "browser", None);
     assert_eq!(reasons(&path), ["method", "browser"]);
 }

@@ -36,7 +36,7 @@ impl Stage {
         let upstream = Upstream::start(&[(ALICE, "alice"), (BOB, "bob")]);
         let rules = [("alice", ALICE), ("bob", BOB)].map(|(name, uid)| {
             let rule = rule.replace("UID", &uid.to_string());
-            format!("\n[[workload]]\nspiffe_id = \"spiffe://dev.local/user/{name}\"\nuid = {uid}\n{rule}\n")
+            format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/{name}\"\nuid = {uid}\n{rule}\n")
         });
         let configuration = format!("{}\n{}", upstream.configuration(), rules.concat());
         let daemon = Daemon::start(folder.path(), listen, &configuration).ready();
@@ -91,7 +91,6 @@ fn idle_connections_of_one_leave_room_for_others() {
         // Her own requests are refused meanwhile.
         let more = ask(listener, &stage.address(listener), ALICE, 5, stage.alice.path());
         assert_eq!(more, counts(&[("nothing", 5)]), "over {listener}");
-        eprintln!("{}", http_get(stage.daemon.admin(), "/metrics").unwrap().1);
         await_some("what is too much is counted", PATIENCE, || (stage.metric(DROPPED) >= before + 1605).then_some(()));
         let ended = held.enough();
         assert!(ended.get("reset").is_some_and(|reset| listener == "unix" || *reset >= 1600), "{ended:?}");

@@ -57,7 +57,7 @@ impl Stage {
         let folder = folder();
         let uid = nix::unistd::getuid();
         let upstream = Upstream::start(&[(uid.as_raw(), "me")]);
-        let rule = format!("[[workload]]\nspiffe_id = \"spiffe://dev.local/user/me\"\nuid = {uid}\n");
+        let rule = format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n");
         let daemon = Daemon::start(folder.path(), "", &format!("{}\n{rule}", upstream.configuration())).ready();
         Self { daemon, _upstream: upstream, _folder: folder }
     }

@@ -4,6 +4,7 @@
 mod attacks;
 mod contract;
 mod dev;
+mod drain;
 mod e2e;
 mod floods;
 mod harness;
@@ -11,4 +12,5 @@ mod hostile;
 mod layout;
 mod listeners;
 mod recognition;
+mod reload;
 mod systemd;
