@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
@@ -27,6 +28,15 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
         ("mute", [_, count]) => hold(to, *count, wire::send),
         ("storm", [_, threads, descriptors]) => storm(to, *threads, *descriptors),
         _ => panic!("no such act: {what} {numbers:?}"),
+    }
+}
+
+/// Connects whenever it is told to by a byte on standard input, a socket, and gives the connection away over that.
+pub(crate) fn connect(uid: u32, to: &Address) {
+    become_user(uid);
+    let mut asked = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+    while asked.read(&mut [0]).is_ok_and(|length| length == 1) {
+        wire::pass(&asked, &to.connect());
     }
 }
 

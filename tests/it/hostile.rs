@@ -2,28 +2,29 @@
 //! request that anybody could hide in a first one would be answered with some.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::harness::actor::Connector;
+use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::{folder, http_get};
+use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
 const PATIENCE: Duration = Duration::from_secs(30);
+const ALICE: u32 = 61001;
 const HEADERS: &str = "Host: 127.0.0.1\r\nAuthorization: x\r\n";
 /// What is hidden in others: whole, and welcome if it came by itself.
 const HIDDEN: &str = "GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: x\r\n\r\n";
 
-/// A listener's address.
-#[derive(Debug, Clone)]
-enum Address {
-    Tcp(SocketAddr),
-    Unix(PathBuf),
+/// A listener, to which the client connects as a user with a rule, from a cgroup of its own.
+struct Address {
+    listener: &'static str,
+    connector: Connector,
 }
 
 /// What has to come back.
@@ -49,21 +50,34 @@ const UNAUTHORIZED: Right = Right::Refused("HTTP/1.1 403 Forbidden", "no_authori
 struct Stage {
     daemon: Daemon,
     _upstream: Upstream,
+    cgroup: Cgroup,
     _folder: tempfile::TempDir,
 }
 
 impl Stage {
-    fn set() -> Self {
+    /// `None` after a printed skip.
+    fn set() -> Option<Self> {
+        if !root() {
+            return None;
+        }
         let folder = folder();
-        let uid = nix::unistd::getuid();
-        let upstream = Upstream::start(&[(uid.as_raw(), "me")]);
-        let rule = format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n");
+        let upstream = Upstream::start(&[(ALICE, "alice")]);
+        let rule = format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n");
         let daemon = Daemon::start(folder.path(), "", &format!("{}\n{rule}", upstream.configuration())).ready();
-        Self { daemon, _upstream: upstream, _folder: folder }
+        let cgroup = Cgroup::new(&format!("alice-{}.service", folder.path().file_name().unwrap().display()));
+        Some(Self { daemon, _upstream: upstream, cgroup, _folder: folder })
     }
 
     fn addresses(&self) -> [Address; 3] {
-        [Address::Tcp(self.daemon.tcp()), Address::Tcp(self.daemon.tcp6()), Address::Unix(self.daemon.unix())]
+        let addresses = [
+            ("tcp", self.daemon.tcp().to_string()),
+            ("tcp6", self.daemon.tcp6().to_string()),
+            ("unix", self.daemon.unix().display().to_string()),
+        ];
+        addresses.map(|(listener, address)| {
+            let connector = Connector::start(ALICE, listener, &address, self.cgroup.path());
+            Address { listener, connector }
+        })
     }
 
     /// The sum of a counter over all series that have these labels.
@@ -111,10 +125,9 @@ impl Connection for UnixStream {
 
 impl Address {
     fn connect(&self) -> Box<dyn Connection> {
-        let stream: Box<dyn Connection> = match self {
-            Self::Tcp(address) => Box::new(TcpStream::connect(address).unwrap()),
-            Self::Unix(path) => Box::new(UnixStream::connect(path).unwrap()),
-        };
+        let fd = self.connector.connect();
+        let stream: Box<dyn Connection> =
+            if self.listener == "unix" { Box::new(UnixStream::from(fd)) } else { Box::new(TcpStream::from(fd)) };
         stream.wait_at_most(PATIENCE);
         stream
     }
@@ -176,7 +189,7 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
     let (all, these, dropped) = (stage.requests(""), stage.requests(&labels), stage.dropped("bad_request"));
     let answer = address.exchange(request);
     let (status, headers, body) = one_answer(&answer);
-    let context = || format!("{shown:?} over {address:?}: {}", String::from_utf8_lossy(&answer));
+    let context = || format!("{shown:?} over {}: {}", address.listener, String::from_utf8_lossy(&answer));
     let mut expected = vec![
         "cache-control: no-store".to_owned(),
         "connection: close".to_owned(),
@@ -215,15 +228,13 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
 }
 
 fn check_all(cases: &[(Vec<u8>, Right)]) {
-    let stage = Stage::set();
+    let Some(stage) = Stage::set() else { return };
     for address in stage.addresses() {
         check(&stage, &address, HIDDEN.as_bytes(), Right::Credentials);
         for (request, right) in cases {
             // The unix socket asks for no Authorization.
-            let right = match address {
-                Address::Unix(_) if *right == UNAUTHORIZED => Right::Credentials,
-                _ => *right,
-            };
+            let is_unix = address.listener == "unix";
+            let right = if is_unix && *right == UNAUTHORIZED { Right::Credentials } else { *right };
             check(&stage, &address, request, right);
         }
     }
@@ -418,7 +429,7 @@ fn what_is_understood_and_refused() {
 /// What SDKs send, in pieces of every size: a head is a head however it comes.
 #[test]
 fn a_request_in_pieces() {
-    let stage = Stage::set();
+    let Some(stage) = Stage::set() else { return };
     for address in stage.addresses() {
         for size in [1, 2, 7, 64] {
             let mut stream = address.connect();
@@ -440,10 +451,10 @@ fn a_request_in_pieces() {
 /// A head that doesn't come, or not to its end: closed without a word, and counted.
 #[test]
 fn slow_heads_are_closed() {
-    let stage = Stage::set();
+    let Some(stage) = Stage::set() else { return };
     let begun = [&b""[..], b"GET /v1/cre", &HIDDEN.as_bytes()[..HIDDEN.len() - 2]];
-    let mut open: Vec<_> = stage
-        .addresses()
+    let addresses = stage.addresses();
+    let mut open: Vec<_> = addresses
         .iter()
         .flat_map(|address| begun.map(|bytes| (address.connect(), bytes)))
         .map(|(mut stream, bytes)| {
@@ -452,7 +463,7 @@ fn slow_heads_are_closed() {
         })
         .collect();
     // And one that sends a byte whenever it has waited a little, which is no progress.
-    let mut dripping = Address::Tcp(stage.daemon.tcp()).connect();
+    let mut dripping = stage.addresses()[0].connect();
     dripping.wait_at_most(Duration::from_millis(100));
     let drops = std::thread::spawn(move || {
         dripping.write_all(b"GET /").unwrap();
@@ -479,7 +490,7 @@ fn slow_heads_are_closed() {
 /// Who goes away before a whole head is there is counted, and is no request.
 #[test]
 fn clients_that_go_away() {
-    let stage = Stage::set();
+    let Some(stage) = Stage::set() else { return };
     let (requests, before) = (stage.requests(""), stage.dropped("closed"));
     for address in stage.addresses() {
         drop(address.connect());
