@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use dashmap::DashMap;
 use thiserror::Error;
 use tokio::sync::watch;
@@ -37,13 +37,33 @@ const BACKOFF_LAST: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone)]
 pub struct CredentialCache(Arc<Shared>);
 
-#[derive(Debug)]
 struct Shared {
-    issuer: Issuer,
+    setup: ArcSwap<Setup>,
     clock: Clock,
     metrics: Metrics,
-    max_entries: usize,
     slots: DashMap<Grant, Arc<Slot>>,
+}
+
+/// What a reload replaces.
+struct Setup {
+    issuer: Issuer,
+    limits: Limits,
+    keep: Box<dyn Fn(&Grant) -> bool + Send + Sync>,
+}
+
+/// `[cache]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// How many sets of credentials there are at most.
+    pub max_entries: usize,
+    /// How long credentials are still handed out once STS refuses to renew them.
+    pub revocation_grace: Duration,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("slots", &self.slots.len()).finish_non_exhaustive()
+    }
 }
 
 /// The place of one grant.
@@ -57,6 +77,8 @@ struct Slot {
 #[derive(Debug)]
 struct State {
     flight: Option<Flight>,
+    /// Taken out by a reload: nothing of it is handed out any more, and nothing is put into it.
+    ended: bool,
     /// Whether a task refreshes it ahead of time.
     kept_fresh: bool,
     /// What the last flight failed with, if nothing has succeeded since.
@@ -64,7 +86,7 @@ struct State {
     last_used: Instant,
 }
 
-type Landed = Result<Arc<Issued>, IssueError>;
+type Landed = Result<Arc<Issued>, CacheError>;
 type Flight = watch::Receiver<Option<Landed>>;
 
 /// Credentials, the answer made of them, and their times.
@@ -95,7 +117,7 @@ pub enum CacheError {
     /// They could not be issued.
     #[error(transparent)]
     Issue(#[from] IssueError),
-    /// They are still being issued: the next try will find them.
+    /// They are still being issued, or a reload came between: the next try will find them.
     #[error("the credentials are still being issued")]
     Pending,
     /// There are too many others.
@@ -104,9 +126,27 @@ pub enum CacheError {
 }
 
 impl CredentialCache {
-    /// An empty cache of at most `max_entries`.
-    pub fn new(issuer: Issuer, clock: Clock, metrics: Metrics, max_entries: usize) -> Self {
-        Self(Arc::new(Shared { issuer, clock, metrics, max_entries, slots: DashMap::new() }))
+    /// An empty cache.
+    pub fn new(issuer: Issuer, clock: Clock, metrics: Metrics, limits: Limits) -> Self {
+        let setup = ArcSwap::from_pointee(Setup { issuer, limits, keep: Box::new(|_| true) });
+        Self(Arc::new(Shared { setup, clock, metrics, slots: DashMap::new() }))
+    }
+
+    /// Goes on with another source, another STS and other limits, and ends every entry that `keep` is false for: when
+    /// this returns nothing of it is handed out any more, and what a flight under way brings for it is thrown away
+    /// (attack 17). `keep` is asked again for each new entry, so a request that was decided by the old configuration
+    /// and comes late makes none that the new one would not.
+    pub fn reconfigure(&self, issuer: Issuer, limits: Limits, keep: impl Fn(&Grant) -> bool + Send + Sync + 'static) {
+        let setup = Arc::new(Setup { issuer, limits, keep: Box::new(keep) });
+        self.0.setup.store(setup.clone());
+        self.0.slots.retain(|grant, slot| {
+            let kept = (setup.keep)(grant);
+            if !kept {
+                slot.end();
+            }
+            kept
+        });
+        self.0.count();
     }
 
     /// The credentials for `grant`: those that are there, or newly issued with `caller`'s token.
@@ -147,6 +187,13 @@ pub struct Entry {
 }
 
 impl Slot {
+    /// Nothing of it is handed out from now on. Whoever waits for its flight is told when that lands.
+    fn end(&self) {
+        let mut state = self.state();
+        state.ended = true;
+        self.current.store(None);
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -170,16 +217,23 @@ impl Shared {
         if let Some(slot) = self.slots.get(grant) {
             return Ok(slot.clone());
         }
-        if self.slots.len() >= self.max_entries {
+        if self.slots.len() >= self.setup.load().limits.max_entries {
             return Err(CacheError::Full);
         }
         let empty = || {
-            let state = State { flight: None, kept_fresh: false, failure: None, last_used: Instant::now() };
+            let state =
+                State { flight: None, ended: false, kept_fresh: false, failure: None, last_used: Instant::now() };
             Arc::new(Slot { grant: grant.clone(), current: ArcSwapOption::empty(), state: Mutex::new(state) })
         };
-        // Cloned out of the map's guard in the same statement: whatever else touches the map while one is held waits for
-        // itself.
-        let slot = self.slots.entry(grant.clone()).or_insert_with(empty).clone();
+        let slot = {
+            // While its place in the map is locked a reload can't pass it by: either `keep` is the new one already, or
+            // the reload is still to come here.
+            let place = self.slots.entry(grant.clone());
+            if !(self.setup.load().keep)(grant) {
+                return Err(CacheError::Pending);
+            }
+            place.or_insert_with(empty).clone()
+        };
         self.count();
         Ok(slot)
     }
@@ -204,6 +258,9 @@ impl Shared {
     fn join_or_start(self: &Arc<Self>, slot: &Arc<Slot>, caller: &Arc<Caller>) -> Result<Flight, CacheError> {
         let mut state = slot.state();
         state.last_used = Instant::now();
+        if state.ended {
+            return Err(CacheError::Pending);
+        }
         if let Some(flight) = &state.flight {
             return Ok(flight.clone());
         }
@@ -228,7 +285,7 @@ impl Shared {
             };
             // A panic in a library below ends that flight, not the place that it was for.
             let landed = flying.await.unwrap_or_else(|_| Err(IssueError::broken()));
-            shared.landed(&slot, &landed);
+            let landed = shared.landed(&slot, landed);
             if landed.is_ok() {
                 shared.keep_fresh(&slot, caller);
             } else {
@@ -242,25 +299,29 @@ impl Shared {
     /// Starts what refreshes this place ahead of time, unless it runs already.
     fn keep_fresh(self: &Arc<Self>, slot: &Arc<Slot>, caller: Arc<Caller>) {
         let mut state = slot.state();
-        if !state.kept_fresh {
+        if !state.kept_fresh && !state.ended {
             state.kept_fresh = true;
             tokio::spawn(refresh_ahead(Arc::downgrade(self), slot.clone(), caller));
         }
     }
 
     /// Issues once.
-    async fn fly(&self, slot: &Slot, caller: &Caller) -> Landed {
-        let credentials = self.issuer.issue(caller, &slot.grant).await?;
+    async fn fly(&self, slot: &Slot, caller: &Caller) -> Result<Arc<Issued>, IssueError> {
+        let issuer = self.setup.load().issuer.clone();
+        let credentials = issuer.issue(caller, &slot.grant).await?;
         Ok(Arc::new(self.issued(&slot.grant, credentials)))
     }
 
-    /// Puts a flight's result in its place.
-    fn landed(&self, slot: &Slot, landed: &Landed) {
+    /// Puts a flight's result in its place, and says what those who wait for it get.
+    fn landed(&self, slot: &Slot, landed: Result<Arc<Issued>, IssueError>) -> Landed {
         let label = landed.as_ref().map_or_else(IssueError::reason, |_| "ok");
         self.metrics.issues.get_or_create(&Call { result: label }).inc();
         let mut state = slot.state();
         state.flight = None;
-        match landed {
+        if state.ended {
+            return Err(CacheError::Pending);
+        }
+        match &landed {
             Ok(issued) => {
                 slot.current.store(Some(issued.clone()));
                 state.failure = None;
@@ -271,6 +332,7 @@ impl Shared {
                 state.failure = Some((Instant::now(), error.clone()));
             }
         }
+        Ok(landed?)
     }
 
     fn issued(&self, grant: &Grant, credentials: Credentials) -> Issued {

@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep};
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::credentials::Credentials;
+use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
 use crate::sts::{Again, AssumeRole, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError};
@@ -27,6 +28,7 @@ pub struct Issuer {
     source: Arc<dyn IdentitySource>,
     sts: Arc<dyn AssumeRole>,
     clock: Clock,
+    metrics: Metrics,
 }
 
 /// Why no credentials were issued.
@@ -69,8 +71,8 @@ impl IssueError {
 
 impl Issuer {
     /// Puts source and STS together.
-    pub fn new(source: Arc<dyn IdentitySource>, sts: Arc<dyn AssumeRole>, clock: Clock) -> Self {
-        Self { source, sts, clock }
+    pub fn new(source: Arc<dyn IdentitySource>, sts: Arc<dyn AssumeRole>, clock: Clock, metrics: Metrics) -> Self {
+        Self { source, sts, clock, metrics }
     }
 
     /// Credentials for `grant`, by a token that the source gives `caller`.
@@ -98,7 +100,9 @@ impl Issuer {
     async fn token(&self, caller: &Caller, grant: &Grant, patience: &mut Patience) -> Result<JwtSvid, SourceError> {
         let audience = &grant.role.audience;
         loop {
-            match self.source.token(caller, &grant.spiffe_id, audience).await {
+            let result = self.source.token(caller, &grant.spiffe_id, audience).await;
+            self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
+            match result {
                 Err(SourceError::Unavailable(_)) if patience.pause().await => {}
                 // Checked against what the source was asked for, this can only be a mistake in the source's own code.
                 // It would hand one workload the account of another.
@@ -112,7 +116,9 @@ impl Issuer {
 
     async fn assume(&self, grant: &Grant, token: &JwtSvid, patience: &mut Patience) -> Result<Credentials, StsError> {
         loop {
-            match self.sts.assume(grant, token).await {
+            let result = self.sts.assume(grant, token).await;
+            self.metrics.sts_calls.get_or_create(&Call::of(&result, |error| error.reason)).inc();
+            match result {
                 Err(error) if error.again == Again::Later => {
                     if !patience.pause().await || token.expires() <= self.clock.now() {
                         return Err(error);

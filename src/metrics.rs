@@ -33,6 +33,13 @@ pub struct Call {
     pub result: &'static str,
 }
 
+impl Call {
+    /// The label of this result, by `reason` if it is an error.
+    pub fn of<T, E>(result: &Result<T, E>, reason: impl Fn(&E) -> &'static str) -> Self {
+        Self { result: result.as_ref().map_or_else(reason, |_| "ok") }
+    }
+}
+
 /// Every metric. Cheap to clone: all are handles.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
@@ -42,6 +49,10 @@ pub struct Metrics {
     pub connections_dropped: Family<Reason, Counter>,
     /// Connections open now.
     pub connections: Gauge,
+    /// Calls to the identity source for a JWT-SVID.
+    pub source_calls: Family<Call, Counter>,
+    /// Calls to STS.
+    pub sts_calls: Family<Call, Counter>,
     /// Credentials issued: a JWT-SVID exchanged at STS, or the failure.
     pub issues: Family<Call, Counter>,
     /// Entries in the cache.
@@ -75,6 +86,12 @@ impl Metrics {
             self.connections_dropped.clone(),
         );
         registry.register("connections", "Connections open now", self.connections.clone());
+        registry.register(
+            "source_calls",
+            "JWT-SVIDs asked of the identity source, by result",
+            self.source_calls.clone(),
+        );
+        registry.register("sts_calls", "Calls to STS, by result", self.sts_calls.clone());
         registry.register("issues", "JWT-SVIDs exchanged at STS, by result", self.issues.clone());
         registry.register("cache_entries", "Sets of credentials in the cache", self.cache_entries.clone());
         registry.register("audit_lost", "Audit records that could not be written", self.audit_lost.clone());

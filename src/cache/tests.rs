@@ -14,6 +14,7 @@ use crate::sts::{AssumeRole, StsError};
 use crate::svid::{IdentitySource, JwtSvid, SourceError};
 
 const HOUR: Duration = Duration::from_secs(3600);
+const LIMITS: Limits = Limits { max_entries: 3, revocation_grace: Duration::from_secs(300) };
 
 /// A source whose answers the test chooses. The exchange never gets to STS where the source fails.
 #[derive(Debug)]
@@ -104,8 +105,8 @@ fn world(open: usize) -> (Arc<World>, CredentialCache) {
         failure: Mutex::default(),
         panics: AtomicBool::new(false),
     });
-    let issuer = Issuer::new(world.clone(), world.clone(), clock.clone());
-    (world, CredentialCache::new(issuer, clock, Metrics::default(), 3))
+    let issuer = Issuer::new(world.clone(), world.clone(), clock.clone(), Metrics::default());
+    (world, CredentialCache::new(issuer, clock, Metrics::default(), LIMITS))
 }
 
 async fn key(cache: &CredentialCache) -> Result<(String, Freshness), CacheError> {
@@ -243,4 +244,41 @@ async fn the_number_of_entries_is_bounded() {
     }
     assert!(matches!(cache.get(&grant("d"), &caller()).await, Err(CacheError::Full)));
     assert!(cache.get(&grant("a"), &caller()).await.is_ok());
+}
+
+/// Like `world`'s, after a reload that changed nothing else.
+fn reload(world: &Arc<World>, cache: &CredentialCache, keep: impl Fn(&Grant) -> bool + Send + Sync + 'static) {
+    let issuer = Issuer::new(world.clone(), world.clone(), world.clock.clone(), Metrics::default());
+    cache.reconfigure(issuer, LIMITS, keep);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reload_ends_what_it_does_not_keep() {
+    let (world, cache) = world(10_000);
+    cache.get(&grant("a"), &caller()).await.unwrap();
+    cache.get(&grant("b"), &caller()).await.unwrap();
+    reload(&world, &cache, |grant| *grant != self::grant("a"));
+    let left: Vec<_> = cache.entries().into_iter().map(|entry| entry.spiffe_id).collect();
+    assert_eq!(left, ["spiffe://example.org/b"]);
+    // One that was decided by the old configuration, and comes after the reload.
+    assert!(matches!(cache.get(&grant("a"), &caller()).await, Err(CacheError::Pending)));
+    assert_eq!(cache.get(&grant("b"), &caller()).await.unwrap().1, Freshness::Hit);
+    assert_eq!(world.fetched.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flight_that_lands_after_a_reload_serves_nobody() {
+    let (world, cache) = world(0);
+    let waiting = tokio::spawn({
+        let cache = cache.clone();
+        async move { key(&cache).await }
+    });
+    settle().await;
+    reload(&world, &cache, |_| false);
+    reload(&world, &cache, |_| true);
+    world.gate.add_permits(1);
+    assert!(matches!(waiting.await.unwrap(), Err(CacheError::Pending)));
+    assert!(cache.entries().is_empty());
+    world.gate.add_permits(10);
+    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), Freshness::Miss));
 }
