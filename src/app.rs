@@ -18,7 +18,7 @@ use crate::admin::{Address, Admin, Readiness};
 use crate::attest::{Attestor, StartError};
 use crate::audit::Audit;
 use crate::broker::Broker;
-use crate::cache::CredentialCache;
+use crate::cache::{self, CredentialCache};
 use crate::clock::Clock;
 use crate::config::{self, AuditFile, Config};
 use crate::http::{Authorization, Front};
@@ -84,8 +84,8 @@ impl App {
         let attestor = Attestor::new(needs_process)?;
         let source = Arc::new(WorkloadApi::new(config.identity.socket.clone(), rules, clock.clone()));
         let sts = Arc::new(sts(&config, clock.clone())?);
-        let issuer = Issuer::new(source.clone(), sts.clone(), clock.clone());
-        let cache = CredentialCache::new(issuer, clock.clone(), metrics.clone(), config.cache.max_entries);
+        let issuer = Issuer::new(source.clone(), sts.clone(), clock.clone(), metrics.clone());
+        let cache = CredentialCache::new(issuer, clock.clone(), metrics.clone(), limits(&config.cache));
         let audit = open_audit(&config, clock, metrics.clone())?;
         let probes = Probes::new(&config, source.clone(), sts);
         let front = Arc::new(Front {
@@ -179,6 +179,10 @@ impl App {
         self.stop.send_replace(true);
         while self.listeners.join_next().await.is_some() {}
     }
+}
+
+fn limits(cache: &config::CacheConfig) -> cache::Limits {
+    cache::Limits { max_entries: cache.max_entries, revocation_grace: cache.revocation_grace }
 }
 
 fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {

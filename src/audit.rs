@@ -78,7 +78,7 @@ impl Outcome {
 #[derive(Debug, Clone)]
 pub struct Issued {
     /// Of the credentials.
-    pub access_key_id: String,
+    pub access_key_id: Arc<str>,
     /// Of the credentials.
     pub expiration: SystemTime,
     /// Cached or new.
@@ -249,7 +249,7 @@ impl Record {
             spiffe_id: self.grant.as_ref().map(|grant| grant.spiffe_id.as_str()),
             role_arn: self.grant.as_ref().map(|grant| grant.role_arn.as_str()),
             session_name: self.grant.as_ref().map(|grant| grant.session_name.as_str()),
-            access_key_id: issued.map(|issued| issued.access_key_id.as_str()),
+            access_key_id: issued.map(|issued| &*issued.access_key_id),
             expiration: issued.map(|issued| humantime::format_rfc3339_seconds(issued.expiration).to_string()),
             cache: issued.map(|issued| issued.freshness),
             milliseconds: (elapsed * 1e6).round() / 1e3,
