@@ -20,10 +20,9 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::cache::{CredentialCache, Entry};
-use crate::listen::Stream;
+use crate::listen::{CONNECTION_LIFE, Stream};
 use crate::metrics::Metrics;
 
-const CONNECTION_LIFE: Duration = Duration::from_secs(15);
 const HEAD: Duration = Duration::from_secs(5);
 
 /// Whether the daemon can do its work. Once it could, it stays ready through outages of others, since it can then still

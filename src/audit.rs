@@ -3,13 +3,12 @@
 //! A record is one line of JSON, written in one write before the answer is sent. The fields are a contract: see
 //! deploy/README.md. Nothing secret is in it; the access key id ties it to CloudTrail.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use arc_swap::ArcSwap;
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -19,26 +18,19 @@ use crate::config::AuditFile;
 use crate::metrics::{Metrics, Request};
 use crate::role::Grant;
 
-/// Records that wait for a reader that is slower than requests come.
-const QUEUE: usize = 8192;
+mod sink;
+
+use sink::Sink;
 
 /// Opens records and writes them.
 #[derive(Debug)]
 pub struct Audit {
-    sink: Sink,
-    required: bool,
+    sink: ArcSwap<Sink>,
+    required: AtomicBool,
     clock: Clock,
     metrics: Metrics,
     boot: u32,
-    next: std::sync::atomic::AtomicU64,
-}
-
-#[derive(Debug)]
-enum Sink {
-    /// A regular file: an append takes microseconds and blocks on no reader.
-    File(File),
-    /// Anything whose reader may stall: a thread writes, so that requests never wait for that reader.
-    Queue(SyncSender<Vec<u8>>),
+    next: AtomicU64,
 }
 
 /// How credentials were come by.
@@ -143,26 +135,28 @@ struct CallerFields<'a> {
 impl Audit {
     /// Opens the destination. With `required`, credentials whose record can't be written are not handed out.
     pub fn open(to: &AuditFile, required: bool, clock: Clock, metrics: Metrics) -> io::Result<Arc<Self>> {
-        let file = match to {
-            AuditFile::Stdout => File::from(own_stdout()?),
-            AuditFile::Path(path) => OpenOptions::new().append(true).create(true).mode(0o600).open(path)?,
-        };
-        let kind = file.metadata()?.file_type();
-        let may_stall = kind.is_fifo() || kind.is_socket() || kind.is_char_device();
-        let sink = if may_stall { Sink::Queue(queue(file, metrics.clone())?) } else { Sink::File(file) };
+        let sink = ArcSwap::from_pointee(Sink::open(to, &metrics)?);
         Ok(Arc::new(Self {
             sink,
-            required,
+            required: AtomicBool::new(required),
             clock,
             metrics,
             boot: fastrand::u32(..),
-            next: std::sync::atomic::AtomicU64::new(0),
+            next: AtomicU64::new(0),
         }))
+    }
+
+    /// Opens the destination anew: its name may have been given to another file since, as rotation does. Until the new
+    /// one is open, and if it can't be, records go to the old one.
+    pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
+        self.sink.store(Arc::new(Sink::open(to, &self.metrics)?));
+        self.required.store(required, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Opens the record of a request. `caller` is `None` where it could not be attested.
     pub fn begin(self: &Arc<Self>, listener: Listener, caller: Option<Arc<Caller>>) -> Record {
-        let number = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
         Record {
             audit: self.clone(),
             started: Instant::now(),
@@ -175,21 +169,7 @@ impl Audit {
     }
 
     fn write(&self, line: Vec<u8>) -> bool {
-        let written = match &self.sink {
-            Sink::File(file) => {
-                let mut file = file;
-                file.write_all(&line)
-                    .inspect_err(|error| tracing::error!(%error, "an audit record cannot be written"))
-                    .is_ok()
-            }
-            Sink::Queue(queue) => match queue.try_send(line) {
-                Ok(()) => true,
-                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                    tracing::error!("an audit record was lost: whoever reads the audit stream is too slow or gone");
-                    false
-                }
-            },
-        };
+        let written = self.sink.load().write(line);
         if !written {
             self.metrics.audit_lost.inc();
         }
@@ -197,22 +177,10 @@ impl Audit {
     }
 }
 
-fn own_stdout() -> io::Result<std::os::fd::OwnedFd> {
-    use std::os::fd::AsFd;
-    io::stdout().as_fd().try_clone_to_owned()
-}
-
-fn queue(mut file: File, metrics: Metrics) -> io::Result<SyncSender<Vec<u8>>> {
-    let (sender, lines) = sync_channel::<Vec<u8>>(QUEUE);
-    std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
-        for line in lines {
-            if let Err(error) = file.write_all(&line) {
-                tracing::error!(%error, "an audit record cannot be written");
-                metrics.audit_lost.inc();
-            }
-        }
-    })?;
-    Ok(sender)
+impl Drop for Audit {
+    fn drop(&mut self) {
+        self.sink.load().flush();
+    }
 }
 
 impl Record {
@@ -226,11 +194,16 @@ impl Record {
         self.grant = Some(grant.clone());
     }
 
+    /// Takes that back: a reload came between.
+    pub fn undecided(&mut self) {
+        self.grant = None;
+    }
+
     /// Writes the record. `false`: it could not be written, and the configuration says that then nothing is to be handed out.
     pub fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<&Issued>) -> bool {
         self.finished = true;
         let written = self.write(outcome.name(), reason, issued);
-        written || !self.audit.required
+        written || !self.audit.required.load(Ordering::Relaxed)
     }
 
     fn write(&self, outcome: &'static str, reason: &'static str, issued: Option<&Issued>) -> bool {
@@ -283,3 +256,6 @@ impl<'a> CallerFields<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,7 +22,7 @@ use crate::audit::{Audit, Freshness, Issued, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::Body;
 use crate::caller::{Caller, Listener, Refusal};
-use crate::listen::{Shares, Stream};
+use crate::listen::{CONNECTION_LIFE, Shares, Stream};
 use crate::metrics::{Metrics, Reason};
 
 mod answer;
@@ -34,8 +34,6 @@ use answer::Refused;
 
 /// A head that is not complete after this is given up.
 const HEAD: Duration = Duration::from_secs(5);
-/// The whole connection: head, held request (4.5 s), answer.
-const CONNECTION_LIFE: Duration = Duration::from_secs(15);
 /// The largest head. SDKs send well under 2 kB.
 const HEAD_BYTES: usize = 16 * 1024;
 const HEADERS: usize = 64;
@@ -46,7 +44,7 @@ pub struct Front {
     /// Who asks.
     pub attestor: Attestor,
     /// What they get.
-    pub broker: Broker,
+    pub broker: Arc<Broker>,
     /// Who got what.
     pub audit: Arc<Audit>,
     /// Counts.

@@ -2,13 +2,15 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
 use thiserror::Error;
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -27,8 +29,13 @@ pub use socket_file::SocketFile;
 const PAUSE: Duration = Duration::from_millis(50);
 /// How often a listener that was killed is bound again.
 const REBIND: Duration = Duration::from_secs(1);
-/// How long connections may take to end once the daemon was told to.
-const DRAIN: Duration = Duration::from_secs(10);
+/// The whole of any connection: the head, a held request (4.5 s), the answer.
+pub const CONNECTION_LIFE: Duration = Duration::from_secs(15);
+/// How many may wait to be accepted, as in awsvid.socket. The kernel drops who comes when the queue is full, and TCP
+/// clients try again only a second later.
+const BACKLOG: u32 = 4096;
+/// Once the daemon was told to end. Every connection ends by itself before that, so this cuts none that keeps to its time.
+const DRAIN: Duration = Duration::from_secs(16);
 
 /// Why a listener could not be had.
 #[derive(Debug, Error)]
@@ -71,7 +78,7 @@ pub enum ListenError {
 /// A listener.
 #[derive(Debug)]
 pub enum Bound {
-    /// On a unix socket; the file is removed with the daemon unless systemd owns it.
+    /// On a unix socket; its file is removed with it unless systemd owns both.
     Unix {
         /// Accepts.
         listener: UnixListener,
@@ -79,7 +86,7 @@ pub enum Bound {
         path: PathBuf,
         /// Its mode, for when it has to be bound again.
         mode: u32,
-        /// Removes the file at the end.
+        /// Removes the file at the end. `None`: systemd holds the socket.
         file: Option<SocketFile>,
     },
     /// On a loopback address.
@@ -88,6 +95,8 @@ pub enum Bound {
         listener: TcpListener,
         /// Its address, with the port that the kernel chose if the configuration says 0.
         address: SocketAddr,
+        /// Whether systemd holds the socket too.
+        inherited: bool,
     },
 }
 
@@ -122,12 +131,12 @@ impl Bound {
     /// Never with SO_REUSEPORT: whoever shares the port would get half of the connections (attack 9).
     pub async fn tcp(address: SocketAddr, inherited: &mut Inherited) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Tcp { address, source };
-        let listener = match inherited.take_tcp(address) {
-            Some(listener) => TcpListener::from_std(listener).map_err(failed)?,
-            None => TcpListener::bind(address).await.map_err(failed)?,
+        let (listener, inherited) = match inherited.take_tcp(address) {
+            Some(listener) => (TcpListener::from_std(listener).map_err(failed)?, true),
+            None => (bind(address).map_err(failed)?, false),
         };
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Self::Tcp { listener, address })
+        Ok(Self::Tcp { listener, address, inherited })
     }
 
     /// Listens on a unix socket with this mode, or takes the one that systemd holds.
@@ -153,11 +162,41 @@ impl Bound {
     async fn accept(&self) -> io::Result<Stream> {
         match self {
             Self::Unix { listener, .. } => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
-            Self::Tcp { listener, address } => {
+            Self::Tcp { listener, address, .. } => {
                 let (stream, client) = listener.accept().await?;
                 Ok(Stream::Tcp { stream, client, server: *address })
             }
         }
+    }
+
+    /// Ends listening, and gives those who have connected already: closing alone resets them, and some have sent their
+    /// request.
+    ///
+    /// Where systemd holds the socket nobody is lost: they wait in its queue for the daemon's next start.
+    fn close(self) -> io::Result<Vec<Stream>> {
+        let mut waiting = Vec::new();
+        match self {
+            Self::Unix { file: None, .. } | Self::Tcp { inherited: true, .. } => {}
+            Self::Unix { listener, file, .. } => {
+                drop(file);
+                let listener = listener.into_std()?;
+                // Whoever comes from here on is refused, so that the queue has an end.
+                shutdown(listener.as_raw_fd(), Shutdown::Both)?;
+                while let Ok((stream, _)) = listener.accept() {
+                    let stream = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
+                    waiting.extend(stream.map(Stream::Unix));
+                }
+            }
+            Self::Tcp { listener, address, .. } => {
+                let listener = listener.into_std()?;
+                // TCP has no way to end the queue alone. Who comes between the last of these and the close is reset.
+                for (stream, client) in std::iter::from_fn(|| listener.accept().ok()).take(BACKLOG as usize) {
+                    let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+                    waiting.extend(stream.map(|stream| Stream::Tcp { stream, client, server: address }));
+                }
+            }
+        }
+        Ok(waiting)
     }
 
     /// A listener in the place of one that somebody has killed, as `ss -K` can (attack 9).
@@ -167,6 +206,14 @@ impl Bound {
             Self::Unix { path, mode, .. } => Self::unix(path, *mode, &mut Inherited::default()),
         }
     }
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // What is left of the connections of an earlier start keeps nobody from listening.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 impl Stream {
@@ -188,7 +235,29 @@ pub struct Limits {
     pub metrics: Metrics,
 }
 
-/// Accepts until `stop` says so, then lets the connections end. Accepting never waits for a connection.
+impl Limits {
+    /// Serves a connection beside the others, or resets it if there are too many.
+    fn admit<C>(&self, stream: Stream, connections: &mut JoinSet<()>, connection: impl Fn(Stream) -> C)
+    where
+        C: Future<Output = ()> + Send + 'static,
+    {
+        let Ok(permit) = self.connections.clone().try_acquire_owned() else {
+            self.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many" }).inc();
+            return stream.reset();
+        };
+        let served = connection(stream);
+        let open = self.metrics.connections.clone();
+        connections.spawn(async move {
+            open.inc();
+            served.await;
+            open.dec();
+            drop(permit);
+        });
+    }
+}
+
+/// Accepts until `stop` says so, then closes the listener and lets the connections end. Accepting never waits for a
+/// connection.
 pub async fn serve<F, C>(mut bound: Bound, limits: Limits, mut stop: watch::Receiver<bool>, connection: F)
 where
     F: Fn(Stream) -> C,
@@ -203,24 +272,14 @@ where
             accepted = bound.accept() => accepted,
         };
         match accepted {
-            Ok(stream) => match limits.connections.clone().try_acquire_owned() {
-                Ok(permit) => {
-                    let served = connection(stream);
-                    let open = limits.metrics.connections.clone();
-                    connections.spawn(async move {
-                        open.inc();
-                        served.await;
-                        open.dec();
-                        drop(permit);
-                    });
-                }
-                Err(_) => {
-                    limits.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many" }).inc();
-                    stream.reset();
-                }
-            },
+            Ok(stream) => limits.admit(stream, &mut connections, &connection),
             Err(error) => recover(&mut bound, &error, &mut stop).await,
         }
+    }
+    let name = bound.name();
+    match bound.close() {
+        Ok(waiting) => waiting.into_iter().for_each(|stream| limits.admit(stream, &mut connections, &connection)),
+        Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
     }
     if timeout(DRAIN, async { while connections.join_next().await.is_some() {} }).await.is_err() {
         tracing::warn!(open = connections.len(), "connections did not end in time and are cut");

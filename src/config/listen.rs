@@ -58,6 +58,25 @@ impl Default for Listen {
     }
 }
 
+impl Listen {
+    /// The keys in which `other` differs.
+    pub fn changed(&self, other: &Self) -> Vec<&'static str> {
+        let Self { unix, tcp, admin, status, authorization, token_file, max_connections, max_connections_per_workload } =
+            self;
+        let changed = [
+            ("unix", *unix != other.unix),
+            ("tcp", *tcp != other.tcp),
+            ("admin", *admin != other.admin),
+            ("status", *status != other.status),
+            ("authorization", *authorization != other.authorization),
+            ("token_file", *token_file != other.token_file),
+            ("max_connections", *max_connections != other.max_connections),
+            ("max_connections_per_workload", *max_connections_per_workload != other.max_connections_per_workload),
+        ];
+        changed.into_iter().filter(|(_, changed)| *changed).map(|(key, _)| key).collect()
+    }
+}
+
 /// Reads `[listen]`.
 pub(super) fn read(table: &Table<'_>) -> Listen {
     let default = Listen::default();

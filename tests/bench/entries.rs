@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use awsvid::cache::CredentialCache;
+use awsvid::cache::{CredentialCache, Limits};
 use awsvid::caller::{Caller, Evidence, Listener, Refusal};
 use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
@@ -28,8 +28,9 @@ const HOUR: Duration = Duration::from_secs(3600);
 pub(crate) fn run(count: usize) -> Result<(), Failed> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let issuer = Issuer::new(Arc::new(Source), Arc::new(Source), Clock::system());
-        let cache = CredentialCache::new(issuer, Clock::system(), Metrics::default(), count);
+        let issuer = Issuer::new(Arc::new(Source), Arc::new(Source), Clock::system(), Metrics::default());
+        let limits = Limits { max_entries: count, revocation_grace: Duration::ZERO };
+        let cache = CredentialCache::new(issuer, Clock::system(), Metrics::default(), limits);
         let role = Arc::new(role()?);
         println!("empty");
         stdin().lock().read_line(&mut String::new())?;

@@ -4,9 +4,11 @@
 mod attacks;
 mod contract;
 mod dev;
+mod drain;
 mod e2e;
 mod harness;
 mod layout;
 mod listeners;
 mod recognition;
+mod reload;
 mod systemd;
