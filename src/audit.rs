@@ -70,7 +70,7 @@ impl Outcome {
 #[derive(Debug, Clone)]
 pub struct Issued {
     /// Of the credentials.
-    pub access_key_id: String,
+    pub access_key_id: Arc<str>,
     /// Of the credentials.
     pub expiration: SystemTime,
     /// Cached or new.
@@ -222,7 +222,7 @@ impl Record {
             spiffe_id: self.grant.as_ref().map(|grant| grant.spiffe_id.as_str()),
             role_arn: self.grant.as_ref().map(|grant| grant.role_arn.as_str()),
             session_name: self.grant.as_ref().map(|grant| grant.session_name.as_str()),
-            access_key_id: issued.map(|issued| issued.access_key_id.as_str()),
+            access_key_id: issued.map(|issued| &*issued.access_key_id),
             expiration: issued.map(|issued| humantime::format_rfc3339_seconds(issued.expiration).to_string()),
             cache: issued.map(|issued| issued.freshness),
             milliseconds: (elapsed * 1e6).round() / 1e3,
@@ -250,9 +250,9 @@ impl<'a> CallerFields<'a> {
             cgroup: caller.cgroup.as_ref().map(|cgroup| cgroup.as_str()),
             systemd_unit: caller.cgroup.as_ref().and_then(|cgroup| cgroup.systemd_unit()),
             pid: process.map(|process| process.pid),
-            start_time: process.map(|process| process.start_time),
+            start_time: process.and_then(|process| process.program.as_ref()).map(|program| program.start_time),
             gid: process.map(|process| process.gid),
-            exe: process.and_then(|process| process.exe.as_ref()?.path.to_str()),
+            exe: process.and_then(|process| process.program.as_ref()?.exe.as_ref()?.path.to_str()),
         }
     }
 }

@@ -29,7 +29,7 @@ impl Listener {
 /// The caller of one connection.
 ///
 /// `uid` and `cgroup` are what the kernel fixed: of the connector on the unix socket, of the process that made the socket
-/// on TCP. `process` is there where a process was looked at: always on the unix socket, on TCP only if a decision needs it.
+/// on TCP. `process` is always there on the unix socket, on TCP only if a decision needs it.
 #[derive(Debug)]
 pub struct Caller {
     /// Which listener.
@@ -49,16 +49,23 @@ pub struct Caller {
 pub struct Process {
     /// In the daemon's pid namespace.
     pub pid: u32,
-    /// In clock ticks since boot: field 22 of `/proc/<pid>/stat`.
-    pub start_time: u64,
     /// The group id.
     pub gid: u32,
     /// Supplementary groups, in ascending order.
     pub groups: Vec<u32>,
-    /// The executable, where the daemon may see it (`CAP_SYS_PTRACE` for processes of other users).
-    pub exe: Option<Executable>,
     /// Whether it lives in another pid or user namespace than the daemon, or in a cgroup (v1 too) that names a container.
     pub contained: bool,
+    /// What it runs; `None` where no decision needs it.
+    pub program: Option<Program>,
+}
+
+/// What a process runs, and since when.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// Of the process, in clock ticks since boot: field 22 of `/proc/<pid>/stat`.
+    pub start_time: u64,
+    /// The executable, where the daemon may see it (`CAP_SYS_PTRACE` for processes of other users).
+    pub exe: Option<Executable>,
 }
 
 /// An executable: the file itself, and the path for people to read.
@@ -80,7 +87,22 @@ pub trait Evidence: fmt::Debug + Send + Sync {
     fn still_same(&self) -> Result<(), Refusal>;
 }
 
+#[derive(Debug)]
+struct Nobody;
+
+impl Evidence for Nobody {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Err(Refusal::Gone)
+    }
+}
+
 impl Caller {
+    /// Stands in for a caller where the daemon asks by itself and the answer depends on none. It has the user id that
+    /// nobody can have, and is not there when it is looked at.
+    pub fn nobody() -> Self {
+        Self { listener: Listener::Unix, uid: u32::MAX, cgroup: None, process: None, evidence: Box::new(Nobody) }
+    }
+
     /// Whether the caller is still what it was when it was attested: same process, same ids, same socket.
     pub fn still_same(&self) -> Result<(), Refusal> {
         self.evidence.still_same()

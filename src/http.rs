@@ -158,11 +158,7 @@ impl Front {
         if freshness == Freshness::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");
         }
-        let said = Issued {
-            access_key_id: issued.credentials.access_key_id.clone(),
-            expiration: issued.credentials.expiration,
-            freshness,
-        };
+        let said = Issued { access_key_id: issued.access_key_id.clone(), expiration: issued.expiration, freshness };
         Ok((issued.body.clone(), said))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use tempfile::tempdir;
 
 use super::*;
-use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
+use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 use crate::role::Role;
 use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, svid_for};
 use fake::{FakeSts, Meeting, Proxy, Reply};
@@ -353,12 +353,12 @@ async fn no_more_calls_are_under_way_than_allowed() {
 #[tokio::test(start_paused = true)]
 async fn a_call_that_never_gets_its_turn_ends() {
     let sts = sts(Settings { max_concurrent: 1, ..settings() });
-    let _other = sts.turns.acquire().await.unwrap();
+    let _other = sts.turns.take(&SpiffeId::parse("spiffe://example.org/other").unwrap()).await.unwrap();
     let start = tokio::time::Instant::now();
     let target = endpoint("http://127.0.0.1:9".to_owned());
     let error = sts.assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
     assert_eq!((error.again, error.reason), (Again::Later, "sts_busy"), "{error}");
-    assert_eq!(start.elapsed(), TURN);
+    assert_eq!(start.elapsed(), crate::turns::TURN);
 }
 
 #[tokio::test]

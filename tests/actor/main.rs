@@ -1,5 +1,5 @@
 //! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
-//! client, does: `actor SCENE LISTENER ADDRESS`. What the daemon answered is printed on standard output.
+//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`. What the daemon answered is printed on standard output.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
 #![allow(unsafe_code, reason = "fork, clone3 and setuid are what this program is for; it has one thread")]
@@ -10,7 +10,9 @@
     reason = "a panic fails the test that runs it"
 )]
 
+mod moves;
 mod process;
+mod programs;
 mod scenes;
 mod wire;
 
@@ -26,10 +28,15 @@ fn main() {
         // Executed by scenes: ask on an inherited descriptor, or just be there.
         ["speak", descriptor] => print!("{}", wire::ask_on(descriptor.parse().unwrap())),
         ["stay"] => process::stay(),
+        ["ask", listener, address] => {
+            let to = wire::Address::parse(listener, address);
+            print!("{}", wire::ask(&to.connect()));
+        }
         [scene, listener, address] => {
             let to = wire::Address::parse(listener, address);
             print!("{}", scenes::play(scene, &to));
         }
-        _ => panic!("usage: actor SCENE LISTENER ADDRESS"),
+        [scene, listener, address, program] => programs::play(scene, [listener, address], program),
+        _ => panic!("usage: actor SCENE LISTENER ADDRESS [PROGRAM]"),
     }
 }

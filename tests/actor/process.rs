@@ -11,8 +11,13 @@ use nix::unistd::{ForkResult, Gid, Pid, Uid, fork, pipe, setgroups, setresgid, s
 
 /// Becomes this user, with the group of the same number and no others.
 pub(crate) fn become_user(uid: u32) {
+    become_of(uid, uid);
+}
+
+/// Becomes this user, with this group and no others.
+pub(crate) fn become_of(uid: u32, gid: u32) {
     setgroups(&[]).unwrap();
-    setresgid(Gid::from_raw(uid), Gid::from_raw(uid), Gid::from_raw(uid)).unwrap();
+    setresgid(Gid::from_raw(gid), Gid::from_raw(gid), Gid::from_raw(gid)).unwrap();
     setresuid(Uid::from_raw(uid), Uid::from_raw(uid), Uid::from_raw(uid)).unwrap();
     // A change of user clears it.
     set_pdeathsig(Signal::SIGKILL).unwrap();

@@ -14,9 +14,9 @@ use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::waitpid;
 use nix::unistd::execv;
 
-use crate::process::{Child, become_user, child, reuse};
+use crate::process::{Child, become_of, become_user, child, reuse};
 use crate::wire::{self, Address};
-use crate::{ALICE, BOB};
+use crate::{ALICE, BOB, moves};
 
 pub(crate) fn play(scene: &str, to: &Address) -> String {
     match scene {
@@ -31,6 +31,7 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "setuid" => setuid(to, false),
         "setuid-late" => setuid(to, true),
         "shared" => shared(to),
+        "other-group" => other_group(to),
         "closed" => closed(to),
         "half-closed" => alone(|| half_closed(to.connect())),
         "queued" => alone(|| queued(to.connect())),
@@ -38,6 +39,10 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "user-namespace" => user_namespace(to),
         "dropped" => dropped(to),
         "chowned" => chowned(to),
+        "moved" => moves::moved(to, false),
+        "removed-cgroup" => moves::moved(to, true),
+        "threaded" => moves::threaded(to),
+        "personality" => moves::personality(to),
         other => panic!("no scene {other}"),
     }
 }
@@ -198,28 +203,41 @@ fn await_root(process: &Child) {
     }
 }
 
-/// Alice and Bob both hold the connection; Alice asks.
+/// Alice and Bob both hold the socket before it is connected; Alice asks.
 fn shared(to: &Address) -> String {
+    held_by_two(to, (BOB, BOB), (ALICE, ALICE))
+}
+
+/// A process of Alice's user but of Bob's group makes the connection and asks. One of Alice's own group, which has been
+/// there for longer, holds it too.
+fn other_group(to: &Address) -> String {
+    held_by_two(to, (ALICE, ALICE), (ALICE, BOB))
+}
+
+/// Two processes, each with a user and a group: the younger makes the socket, gives it to the elder, connects and asks.
+fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (told, tell) = UnixStream::pair().unwrap();
-    let mut bob = child(|cue| {
-        become_user(BOB);
+    let mut elder = child(|cue| {
+        become_of(elder.0, elder.1);
         let fd = wire::receive(&theirs);
         wire::pass(&tell, &fd);
         cue.wait();
         String::new()
     });
-    let alice = child(|_| {
-        become_user(ALICE);
-        // Given to Bob before it is connected to anything would be the same: what counts is who made it.
-        let fd = to.connect();
+    // Processes that start within one tick of the clock (10 ms) are of one age.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let younger = child(|_| {
+        become_of(younger.0, younger.1);
+        let fd = to.socket();
         wire::pass(&ours, &fd);
         wire::receive(&told);
+        to.connect_from(&fd);
         wire::ask(&fd)
     });
-    let said = finish(alice);
-    bob.cue();
-    bob.reap();
+    let said = finish(younger);
+    elder.cue();
+    elder.reap();
     said
 }
 

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn, bind, connect,
-    recvmsg, sendmsg, setsockopt, socket, sockopt,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6,
+    UnixAddr, bind, connect, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
 
 /// Where the daemon listens.
@@ -43,10 +43,33 @@ impl Address {
         fd
     }
 
+    fn family(&self) -> AddressFamily {
+        match self {
+            Self::Unix(_) => AddressFamily::Unix,
+            Self::Tcp(SocketAddr::V4(_)) => AddressFamily::Inet,
+            Self::Tcp(SocketAddr::V6(_)) => AddressFamily::Inet6,
+        }
+    }
+
+    /// The first two arguments of socket(2).
+    pub(crate) fn numbers(&self) -> (i32, i32) {
+        (self.family() as i32, SockType::Stream as i32)
+    }
+
+    /// A socket that is not yet connected.
+    pub(crate) fn socket(&self) -> OwnedFd {
+        socket(self.family(), SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap()
+    }
+
     /// Connects such a socket.
     pub(crate) fn connect_from(&self, fd: &OwnedFd) {
-        let Self::Tcp(SocketAddr::V4(to)) = self else { panic!("over IPv4 only") };
-        connect(fd.as_raw_fd(), &SockaddrIn::from(*to)).unwrap();
+        let fd = fd.as_raw_fd();
+        match self {
+            Self::Unix(path) => connect(fd, &UnixAddr::new(path).unwrap()),
+            Self::Tcp(SocketAddr::V4(to)) => connect(fd, &SockaddrIn::from(*to)),
+            Self::Tcp(SocketAddr::V6(to)) => connect(fd, &SockaddrIn6::from(*to)),
+        }
+        .unwrap();
     }
 }
 

@@ -3,14 +3,14 @@
 
 use serde_json::Value;
 
-use crate::harness::actor::play;
+use crate::harness::actor::{self, play};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
-const ALICE: &str = "spiffe://dev.local/user/alice";
-const BOB: &str = "spiffe://dev.local/user/bob";
+const ALICE: &str = "spiffe://example.org/user/alice";
+const BOB: &str = "spiffe://example.org/user/bob";
 
 /// What the daemon may have made of a scene.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,13 +39,17 @@ struct Stage {
 
 impl Stage {
     fn set(rules: Rules) -> Self {
-        let folder = folder();
+        let gid = |uid: u32| if rules == Rules::User { String::new() } else { format!("gid = {uid}") };
+        Self::with(folder(), gid)
+    }
+
+    /// With a rule for each user, who has this key beside `uid`.
+    fn with(folder: tempfile::TempDir, key: impl Fn(u32) -> String) -> Self {
         let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob")]);
-        let gid = |uid: u32| if rules == Rules::User { String::new() } else { format!("gid = {uid}\n") };
-        let rule = |id, uid| format!("\n[[workload]]\nspiffe_id = \"{id}\"\nuid = {uid}\n{}", gid(uid));
+        let rule = |id, uid| format!("\n[[workload]]\nspiffe_id = \"{id}\"\nuid = {uid}\n{}\n", key(uid));
         let configuration = format!("{}\n{}{}", upstream.configuration(), rule(ALICE, 61001), rule(BOB, 61002));
         let daemon = Daemon::start(folder.path(), "", &configuration).ready();
-        let cgroup = Cgroup::new(&format!("stage-{rules:?}-{}", folder.path().file_name().unwrap().display()));
+        let cgroup = Cgroup::new(&format!("stage-{}", folder.path().file_name().unwrap().display()));
         Self { daemon, _upstream: upstream, cgroup, _folder: folder }
     }
 
@@ -57,11 +61,15 @@ impl Stage {
         }
     }
 
-    /// Plays a scene. Whose credentials were in the answer is read from the audit record with their key.
+    /// Plays a scene.
     fn play(&self, scene: &str, listener: &str) -> Made {
-        let answer = play(scene, listener, &self.address(listener), Some(self.cgroup.path()));
+        self.made(scene, &play(scene, listener, &self.address(listener), Some(self.cgroup.path())))
+    }
+
+    /// Whose credentials are in the answer is read from the audit record with their key.
+    fn made(&self, scene: &str, answer: &str) -> Made {
         let Some((_, body)) = answer.split_once("\r\n\r\n") else { return Made::Silence };
-        let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{scene} over {listener}: {answer}"));
+        let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{scene}: {answer}"));
         if let Some(code) = body["code"].as_str() {
             return Made::Refused(code.to_owned());
         }
@@ -82,13 +90,24 @@ fn refused(reason: &str) -> Made {
 /// The scene's outcomes that are right; several where it depends on how far the daemon was when the scene went on.
 type Right = Vec<Made>;
 
+/// What is right in a scene; nothing where the scene does not apply.
+struct Row {
+    scene: &'static str,
+    /// On the unix socket, for either kind of rules.
+    unix: [Right; 2],
+    /// On TCP where the socket alone decides.
+    socket: Right,
+    /// On TCP where the process is needed.
+    process: Right,
+}
+
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
-/// Each scene over the listeners that it applies to: what comes of it on the unix socket; on TCP where the socket alone
-/// decides; on TCP where the process is needed.
-fn expected() -> Vec<(&'static str, Right, Right, Right)> {
+/// Each scene with what is right.
+fn expected() -> Vec<Row> {
     let all = |made: Made| (vec![made.clone()], vec![made.clone()], vec![made]);
-    let row = |scene, (unix, socket, process)| (scene, unix, socket, process);
+    let row =
+        |scene, (unix, socket, process): (Right, _, _)| Row { scene, unix: [unix.clone(), unix], socket, process };
     let gone = || vec![refused("caller_gone")];
     let changed = || vec![refused("identity_changed")];
     // While the heir's descriptor is on its way, nobody holds the socket.
@@ -98,8 +117,14 @@ fn expected() -> Vec<(&'static str, Right, Right, Right)> {
         row("bob", all(Made::Answered(BOB.to_owned()))),
         // Whoever holds the descriptor: the connector is asked about. On TCP Bob's process holds it too, once he has it.
         row("passed", (vec![alice()], vec![alice()], [heir(), vec![refused("ambiguous_caller")]].concat())),
-        row("shared", (vec![alice()], vec![alice()], vec![alice(), refused("ambiguous_caller")])),
+        row("shared", (vec![alice()], vec![alice()], vec![refused("ambiguous_caller")])),
         // On TCP the heir is Alice's process, and holds the socket that she made.
+        Row {
+            scene: "other-group",
+            unix: [vec![alice()], vec![refused("no_identity")]],
+            socket: vec![alice()],
+            process: vec![refused("ambiguous_caller")],
+        },
         row("exited", (gone(), vec![alice()], heir())),
         row("zombie", (gone(), vec![alice()], heir())),
         row("reused", (gone(), vec![alice()], heir())),
@@ -128,6 +153,12 @@ fn expected() -> Vec<(&'static str, Right, Right, Right)> {
                 vec![refused("no_identity")],
             ),
         ),
+        // On TCP what counts is the cgroup in which the socket was made. On the unix socket it is that of the connector.
+        row("moved", (vec![alice()], vec![alice()], vec![refused("no_holder")])),
+        row("removed-cgroup", (vec![alice()], vec![refused("unreadable_cgroup")], vec![refused("unreadable_cgroup")])),
+        row("threaded", (vec![alice()], vec![alice()], vec![refused("unreadable_cgroup")])),
+        // The socket's owner is Alice, the process that made it is Bob's.
+        row("personality", (vec![Made::Answered(BOB.to_owned())], vec![alice()], vec![refused("ambiguous_caller")])),
         // Before or after the file became Alice's; never as her, since no process of hers made the socket.
         row(
             "chowned",
@@ -137,14 +168,14 @@ fn expected() -> Vec<(&'static str, Right, Right, Right)> {
 }
 
 /// The outcomes that are right over this listener; none where the scene does not apply to it.
-fn right<'a>(row: &'a (&'static str, Right, Right, Right), listener: &str, rules: Rules) -> &'a [Made] {
-    let (scene, unix, socket, process) = row;
+fn right<'a>(row: &'a Row, listener: &str, rules: Rules) -> &'a [Made] {
     match (listener, rules) {
         // Its addresses are of IPv4.
-        ("tcp6", _) if *scene == "decoy" => &[],
-        ("unix", _) => unix,
-        (_, Rules::User) => socket,
-        (_, Rules::UserAndGroup) => process,
+        ("tcp6", _) if row.scene == "decoy" => &[],
+        ("unix", Rules::User) => &row.unix[0],
+        ("unix", Rules::UserAndGroup) => &row.unix[1],
+        (_, Rules::User) => &row.socket,
+        (_, Rules::UserAndGroup) => &row.process,
     }
 }
 
@@ -160,9 +191,9 @@ fn check(rules: Rules) {
             if right.is_empty() {
                 continue;
             }
-            let made = stage.play(row.0, listener);
+            let made = stage.play(row.scene, listener);
             if !right.contains(&made) {
-                wrong.push(format!("{} over {listener}, {rules:?}: {made:?} is none of {right:?}", row.0));
+                wrong.push(format!("{} over {listener}, {rules:?}: {made:?} is none of {right:?}", row.scene));
             }
         }
     }
@@ -177,6 +208,32 @@ fn scenes_where_the_user_decides() {
 #[test]
 fn scenes_where_the_process_is_needed() {
     check(Rules::UserAndGroup);
+}
+
+/// Attack 11: in a mount namespace of his own anybody can show any path.
+#[test]
+fn an_executable_is_its_file_and_not_its_path() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let program = folder.path().join("program");
+    for name in ["program", "forged"] {
+        std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
+    }
+    let stage = Stage::with(folder, |_| format!("exe = {program:?}"));
+    for listener in LISTENERS {
+        for (scene, right) in [
+            ("program", alice()),
+            ("other-program", refused("no_identity")),
+            ("forged-path", refused("no_identity")),
+            ("forged-path-in-user-namespace", refused("no_identity")),
+        ] {
+            let address = stage.address(listener);
+            let answer = actor::play_program(scene, listener, &address, &program, stage.cgroup.path());
+            assert_eq!(stage.made(scene, &answer), right, "{scene} over {listener}");
+        }
+    }
 }
 
 /// Scenes in random order, with honest callers of the same users in between. Nobody may ever be answered as somebody else,
@@ -202,9 +259,9 @@ fn many_scenes_in_random_order() {
             continue;
         }
         played += 1;
-        let made = stage.play(row.0, listener);
+        let made = stage.play(row.scene, listener);
         let is_right = right.contains(&made);
-        if matches!(row.0, "alice" | "bob") {
+        if matches!(row.scene, "alice" | "bob") {
             honest += 1;
             // Not answered is a failure of another kind than answered as somebody else.
             if !is_right && !matches!(made, Made::Answered(_)) {
@@ -213,7 +270,7 @@ fn many_scenes_in_random_order() {
             }
         }
         if !is_right {
-            wrong.push(format!("{} over {listener}, {rules:?}: {made:?} is none of {right:?}", row.0));
+            wrong.push(format!("{} over {listener}, {rules:?}: {made:?} is none of {right:?}", row.scene));
         }
         let (scene, id) = if random.bool() { ("alice", ALICE) } else { ("bob", BOB) };
         honest += 1;

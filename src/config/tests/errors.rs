@@ -581,3 +581,24 @@ fn an_audience_belongs_to_one_endpoint() {
     );
     refused(&requested, &[(16, "role.audience", "could use them at AWS")]);
 }
+
+#[test]
+fn the_names_of_dev_are_for_dev_alone() {
+    each(&[
+        (
+            "spiffe_id = \"spiffe://example.org/billing\"\nuid = 1001",
+            "spiffe_id = \"spiffe://dev.local/user/billing\"\nuid = 1001",
+            (3, "workload", "is the trust domain of `awsvid dev`, which is no provider for production"),
+        ),
+        (
+            "spiffe_id = \"spiffe://example.org/billing\"\nrole_arn",
+            "spiffe_id = \"spiffe://dev.local/user/*\"\nrole_arn",
+            (7, "role.name", "is the trust domain of `awsvid dev`"),
+        ),
+        (
+            "role_arn = \"arn:aws:iam::123456789012:role/billing\"",
+            "role_arn = \"arn:aws:iam::000000000000:role/dev\"",
+            (7, "role.name", "no AWS account has the number 000000000000: it is that of `awsvid dev`"),
+        ),
+    ]);
+}
