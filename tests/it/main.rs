@@ -9,6 +9,7 @@ mod e2e;
 mod harness;
 mod layout;
 mod listeners;
+mod outages;
 mod recognition;
 mod reload;
 mod systemd;
