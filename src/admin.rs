@@ -116,6 +116,7 @@ impl Admin {
             (Address::Admin, "/readyz") if self.readiness.is_ready() => text(StatusCode::OK, "ready\n"),
             (Address::Admin, "/readyz") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
             (Address::Admin, "/metrics") => {
+                self.cache.count();
                 let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
                 reply(StatusCode::OK, kind, self.metrics.encode().into())
             }

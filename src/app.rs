@@ -99,10 +99,7 @@ impl Parts {
         let sts = Arc::new(sts(config, clock.clone())?);
         Ok(Self {
             issuer: Issuer::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
-            limits: cache::Limits {
-                max_entries: config.cache.max_entries,
-                revocation_grace: config.cache.revocation_grace,
-            },
+            limits: limits(&config.cache),
             probes: Probes::new(config, source.clone(), sts),
             policy: Policy { rules, source, roles: config.roles.clone() },
         })
@@ -256,6 +253,10 @@ impl App {
         // Whoever reads metrics slowly keeps nobody waiting.
         let _ = timeout(OPERATORS, self.operators.end()).await;
     }
+}
+
+fn limits(cache: &config::CacheConfig) -> cache::Limits {
+    cache::Limits { max_entries: cache.max_entries, revocation_grace: cache.revocation_grace }
 }
 
 fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {

@@ -72,7 +72,7 @@ impl Broker {
             let begun = self.reloads.load(Ordering::SeqCst);
             let policy = self.policy.load_full();
             let answer = self.decide(&policy, caller, wanted, record).await;
-            let is_over = begun % 2 == 0;
+            let is_over = begun.is_multiple_of(2);
             if is_over && self.reloads.load(Ordering::SeqCst) == begun {
                 return answer;
             }

@@ -95,7 +95,22 @@ pub trait Evidence: fmt::Debug + Send + Sync {
     fn still_same(&self) -> Result<(), Refusal>;
 }
 
+#[derive(Debug)]
+struct Nobody;
+
+impl Evidence for Nobody {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Err(Refusal::Gone)
+    }
+}
+
 impl Caller {
+    /// Stands in for a caller where the daemon asks by itself and the answer depends on none. It has the user id that
+    /// nobody can have, and is not there when it is looked at.
+    pub fn nobody() -> Self {
+        Self { listener: Listener::Unix, uid: u32::MAX, cgroup: None, process: None, evidence: Box::new(Nobody) }
+    }
+
     /// Whether the caller is still what it was when it was attested: same process, same ids, same socket.
     pub fn still_same(&self) -> Result<(), Refusal> {
         self.evidence.still_same()

@@ -46,6 +46,8 @@ pub(crate) enum Refused {
     Pending,
     /// The cache's bound.
     Full,
+    /// The cache's bound for one SPIFFE ID.
+    TooManyRoles,
     /// The audit record can't be written, and the configuration requires it.
     NotAudited,
 }
@@ -71,6 +73,7 @@ impl Refused {
             BrokerError::Cache(CacheError::Issue(error)) => Self::Issue(error),
             BrokerError::Cache(CacheError::Pending) => Self::Pending,
             BrokerError::Cache(CacheError::Full) => Self::Full,
+            BrokerError::Cache(CacheError::TooManyRoles) => Self::TooManyRoles,
         }
     }
 
@@ -94,6 +97,7 @@ impl Refused {
             Self::Issue(error) => error.reason(),
             Self::Pending => "pending",
             Self::Full => "cache_full",
+            Self::TooManyRoles => "too_many_roles",
             Self::NotAudited => "not_audited",
         }
     }
@@ -101,7 +105,7 @@ impl Refused {
     fn is_transient(&self) -> bool {
         match self {
             Self::Issue(error) => error.is_transient(),
-            Self::Pending | Self::Full | Self::NotAudited => true,
+            Self::Pending | Self::Full | Self::TooManyRoles | Self::NotAudited => true,
             Self::Caller(_)
             | Self::Host
             | Self::Browser
@@ -166,6 +170,7 @@ impl Refused {
             Self::Issue(error) => sentence(&error.to_string()),
             Self::Pending => "The credentials are being issued; ask again".to_owned(),
             Self::Full => "This node holds as many credentials as it may; raise [cache] max_entries".to_owned(),
+            Self::TooManyRoles => "Credentials for 16 roles of this workload are being issued at this moment; ask again".to_owned(),
             Self::NotAudited => "The audit record could not be written, and this node hands out nothing without one".to_owned(),
         }
     }

@@ -187,6 +187,11 @@ impl IdentitySource for WorkloadApi {
     async fn token(&self, _caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         self.fetch(id, audience).await
     }
+
+    /// The agent knows only the daemon.
+    fn needs_caller(&self) -> bool {
+        false
+    }
 }
 
 #[cfg(test)]

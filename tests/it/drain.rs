@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
+use crate::harness::cgroup::own_rule;
 use crate::harness::client::{answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
@@ -38,7 +39,7 @@ impl Stage {
         let path = folder.path().join("gate.sock");
         let gate = Gate::start(&path, &upstream.socket());
         gate.set_open(true);
-        let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://dev.local/user/me\"\nuid = {uid}\n");
+        let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://dev.local/user/me\"\nuid = {uid}\n{}", own_rule());
         let daemon = Daemon::start(folder.path(), "", &(upstream.configuration_at(&path) + &rule)).ready();
         gate.set_open(false);
         Self { daemon, gate, _upstream: upstream, _folder: folder }

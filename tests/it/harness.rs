@@ -9,3 +9,4 @@ pub(crate) mod daemon;
 pub(crate) mod gate;
 pub(crate) mod systemd;
 pub(crate) mod upstream;
+pub(crate) mod world;

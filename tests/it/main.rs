@@ -11,6 +11,7 @@ mod harness;
 mod hostile;
 mod layout;
 mod listeners;
+mod outages;
 mod recognition;
 mod reload;
 mod systemd;

@@ -4,20 +4,20 @@ use std::collections::HashSet;
 use std::fs;
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use crate::harness::client::{answer, ask, send};
+use crate::harness::cgroup::own_rule;
+use crate::harness::client::{Asker, answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
 use crate::harness::gate::Gate;
 use crate::harness::upstream::Upstream;
 
-const ID: &str = "spiffe://dev.local/user/me";
+const ID: &str = "spiffe://example.org/user/me";
 /// For what takes milliseconds on a machine that is not busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -61,7 +61,7 @@ impl Stage {
 }
 
 fn rule(uid: u32) -> String {
-    format!("\n[[workload]]\nspiffe_id = \"{ID}\"\nuid = {uid}\n")
+    format!("\n[[workload]]\nspiffe_id = \"{ID}\"\nuid = {uid}\n{}", own_rule())
 }
 
 fn unix(daemon: &Daemon) -> UnixStream {
@@ -178,7 +178,7 @@ fn a_configuration_with_errors_changes_nothing() {
     let wrong = daemon.text().replace("spiffe:/wrong", ID);
     assert_ne!(wrong, good);
     assert!(
-        !daemon.reload_text(&good.replace("audit.log", "missing/audit.log").replace(ID, "spiffe://dev.local/user/x"))
+        !daemon.reload_text(&good.replace("audit.log", "missing/audit.log").replace(ID, "spiffe://example.org/user/x"))
     );
     assert!(daemon.log().contains("missing/audit.log"));
     assert_eq!(key(&daemon), before);
@@ -290,9 +290,9 @@ fn nobody_sees_an_error_during_fifty_reloads() {
         Asker::new(|| ask(TcpStream::connect(daemon.tcp()).unwrap())),
         Asker::new(|| ask(TcpStream::connect(daemon.tcp6()).unwrap())),
     ];
-    let ended = AtomicBool::new(false);
     thread::scope(|scope| {
-        let running = askers.each_ref().map(|asker| scope.spawn(|| asker.run(&ended)));
+        let _end = askers.each_ref().map(Asker::end_later);
+        let running = askers.each_ref().map(|asker| scope.spawn(|| asker.run()));
         for round in 0..50 {
             // The role is another one than before, the rules are others, and the file is a new one.
             let minutes = 15 + round % 5;
@@ -305,30 +305,5 @@ fn nobody_sees_an_error_during_fifty_reloads() {
                 askers.iter().zip(before).all(|(asker, before)| asker.count() > before + 1).then_some(())
             });
         }
-        ended.store(true, Ordering::Relaxed);
     });
-}
-
-/// Asks all the time, and panics at the first answer that is no credentials.
-struct Asker<'a> {
-    ask: Box<dyn Fn() -> (u16, Value) + Sync + 'a>,
-    answered: AtomicUsize,
-}
-
-impl<'a> Asker<'a> {
-    fn new(ask: impl Fn() -> (u16, Value) + Sync + 'a) -> Self {
-        Self { ask: Box::new(ask), answered: AtomicUsize::new(0) }
-    }
-
-    fn run(&self, ended: &AtomicBool) {
-        while !ended.load(Ordering::Relaxed) {
-            let (status, body) = (self.ask)();
-            assert!(status == 200 && body["AccessKeyId"].is_string(), "{status} {body}");
-            self.answered.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    fn count(&self) -> usize {
-        self.answered.load(Ordering::Relaxed)
-    }
 }

@@ -19,6 +19,8 @@ fn every_refusal_is_json_that_all_sdks_can_read() {
         (Refused::Denied(Denied::NoRole), 403, "no_role", None),
         (Refused::Pending, 503, "pending", Some(1)),
         (Refused::Full, 503, "cache_full", Some(1)),
+        (Refused::TooManyRoles, 503, "too_many_roles", Some(1)),
+        (Refused::Issue(IssueError::TooOften), 503, "too_many_exchanges", Some(1)),
         (Refused::NotAudited, 503, "not_audited", Some(1)),
     ];
     for (refused, status, code, retry_after) in cases {
