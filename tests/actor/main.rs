@@ -1,5 +1,6 @@
 //! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
-//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`. What the daemon answered is printed on standard output.
+//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. What the daemon answered is printed
+//! on standard output.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
 #![allow(unsafe_code, reason = "fork, clone3 and setuid are what this program is for; it has one thread")]
@@ -10,6 +11,7 @@
     reason = "a panic fails the test that runs it"
 )]
 
+mod daemon;
 mod moves;
 mod process;
 mod programs;
@@ -32,6 +34,10 @@ fn main() {
             let to = wire::Address::parse(listener, address);
             print!("{}", wire::ask(&to.connect()));
         }
+        ["become", listener, address, program] => {
+            programs::become_another(&wire::Address::parse(listener, address), program)
+        }
+        ["conclude", descriptor] => print!("{}", wire::conclude_on(descriptor.parse().unwrap())),
         [scene, listener, address] => {
             let to = wire::Address::parse(listener, address);
             print!("{}", scenes::play(scene, &to));
