@@ -190,11 +190,8 @@ impl Front {
         let id = record.request_id();
         match self.decide(request, listener, caller, &mut record).await {
             Ok((issued, freshness)) => {
-                let said = audit::Issued {
-                    access_key_id: &issued.access_key_id,
-                    expiration: issued.expiration,
-                    freshness,
-                };
+                let said =
+                    audit::Issued { access_key_id: &issued.access_key_id, expiration: issued.expiration, freshness };
                 match record.finish(Outcome::Issued, "ok", Some(said)) {
                     true => respond(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
                     false => refuse(&Refused::NotAudited, id),
