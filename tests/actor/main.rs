@@ -1,6 +1,6 @@
 //! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
-//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`. What the daemon answered is printed on standard output.
-//! `actor connect UID LISTENER ADDRESS` only connects, for a test that talks itself.
+//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. What the daemon answered is
+//! printed on standard output. `actor connect UID LISTENER ADDRESS` only connects, for a test that talks itself.
 //! `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for what one user does very often.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
@@ -12,6 +12,7 @@
     reason = "a panic fails the test that runs it"
 )]
 
+mod daemon;
 mod floods;
 mod moves;
 mod process;
@@ -42,6 +43,10 @@ fn main() {
             let to = wire::Address::parse(listener, address);
             print!("{}", wire::ask(&to.connect()));
         }
+        ["become", listener, address, program] => {
+            programs::become_another(&wire::Address::parse(listener, address), program)
+        }
+        ["conclude", descriptor] => print!("{}", wire::conclude_on(descriptor.parse().unwrap())),
         [scene, listener, address] => {
             let to = wire::Address::parse(listener, address);
             print!("{}", scenes::play(scene, &to));

@@ -9,6 +9,7 @@ use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::unistd::Pid;
 
 use super::counterparts::process::{Owned, run, spawn};
 
@@ -18,21 +19,28 @@ pub(crate) fn program() -> PathBuf {
     test.parent().and_then(|deps| deps.parent()).expect("target/<profile>/deps").join("examples/actor")
 }
 
-/// Plays a scene against a listener, in a cgroup if one is given; what the daemon answered on the connection.
-pub(crate) fn play(scene: &str, listener: &str, address: &str, cgroup: Option<&Path>) -> String {
-    run_in(cgroup, &[scene, listener, address])
+/// Plays a scene against a listener of the process `daemon`, in this cgroup; what it answered on the connection.
+pub(crate) fn play(scene: &str, listener: &str, address: &str, daemon: Pid, cgroup: &Path) -> String {
+    run_in(cgroup, daemon, &[scene, listener, address])
 }
 
 /// The same for a scene about what a caller runs: `program` is the file that a rule names.
-pub(crate) fn play_program(scene: &str, listener: &str, address: &str, program: &Path, cgroup: &Path) -> String {
-    run_in(Some(cgroup), &[scene, listener, address, program.to_str().expect("a path in UTF-8")])
+pub(crate) fn play_program(
+    scene: &str,
+    listener: &str,
+    address: &str,
+    daemon: Pid,
+    cgroup: &Path,
+    program: &Path,
+) -> String {
+    run_in(cgroup, daemon, &[scene, listener, address, program.to_str().expect("a path in UTF-8")])
 }
 
-fn run_in(cgroup: Option<&Path>, words: &[&str]) -> String {
-    let enter = cgroup.map_or(String::new(), |cgroup| format!("echo 0 > {}/cgroup.procs && ", cgroup.display()));
-    let script = format!("{enter}exec {} {}", program().display(), words.join(" "));
+fn run_in(cgroup: &Path, daemon: Pid, words: &[&str]) -> String {
+    let script =
+        format!("echo 0 > {}/cgroup.procs && exec {} {}", cgroup.display(), program().display(), words.join(" "));
     let mut command = Command::new("sh");
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
+    command.env_clear().env("PATH", "/usr/bin:/bin").env("DAEMON", daemon.to_string()).args(["-c", &script]);
     run(command, b"", Duration::from_secs(60)).success(&format!("scene {words:?}"))
 }
 
