@@ -51,6 +51,12 @@ fn token(bytes: &[u8]) -> bool {
             assert_eq!((svid.spiffe_id(), svid.audience()), (&id, "sts.amazonaws.com"));
             assert!(svid.expires() >= now() + Duration::from_secs(30));
             assert!(!format!("{svid:?}").contains(&token));
+            // As another reader sees it.
+            let claims = token.split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part).ok()).unwrap_or_default();
+            let claims: serde_json::Value = serde_json::from_slice(&claims).unwrap_or_default();
+            assert_eq!(claims["sub"], id.as_str());
+            assert!(claims["aud"] == "sts.amazonaws.com" || claims["aud"] == serde_json::json!(["sts.amazonaws.com"]));
+            assert!(claims["exp"].is_u64(), "{}", claims["exp"]);
             true
         }
         Err(error) => {
@@ -89,6 +95,8 @@ fn spiffe_id(text: &str) -> bool {
     let taken = id.is_ok() || pattern.is_ok();
     if let Ok(id) = id {
         assert_eq!(id.as_str(), text);
+        assert!(id.segments().all(|segment| !matches!(segment, "" | "." | "..")), "{text}");
+        assert!(text.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-:/".contains(&c)), "{text}");
         let again = format!("spiffe://{}/{}", id.trust_domain(), id.segments().collect::<Vec<_>>().join("/"));
         assert_eq!(again, text);
         let name = SessionName::of(&id);
