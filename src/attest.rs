@@ -15,6 +15,7 @@ use tokio::net::UnixStream;
 use crate::caller::{Caller, Refusal};
 
 mod cgroups;
+mod host;
 mod inet_diag;
 mod process;
 mod search;
@@ -22,12 +23,15 @@ mod sys;
 mod tcp;
 mod unix;
 
+use cgroups::CgroupTree;
+use host::Host;
+
 /// Says whether a decision about this caller needs its process, which on TCP has to be searched for.
 pub type NeedsProcess = Arc<dyn Fn(&Caller) -> bool + Send + Sync>;
 
 /// Attests the peers of all listeners in the daemon's own network namespace.
 pub struct Attestor {
-    proc_root: PathBuf,
+    host: Arc<Host>,
     needs_process: NeedsProcess,
     tcp: Option<tcp::TcpAttestor>,
 }
@@ -67,15 +71,17 @@ impl Attestor {
         if !process::is_identity_map(&read("self/uid_map")?) {
             return Err(StartError::UserNamespace);
         }
-        let cgroups = cgroups::CgroupTree::find(&read("self/mountinfo")?);
+        let cgroups = CgroupTree::find(&read("self/mountinfo")?).map(Arc::new);
+        let release = read("sys/kernel/osrelease")?;
+        let host = Arc::new(Host::new(proc_root, cgroups.clone()));
         let tcp = match (cgroups, inet_diag::SockDiag::open()) {
-            _ if !tells_cgroups(&read("sys/kernel/osrelease")?) => {
+            _ if !tells_cgroups(&release) => {
                 tracing::warn!(
                     "before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket"
                 );
                 None
             }
-            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(proc_root.clone(), diag, Arc::new(cgroups))),
+            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(host.clone(), diag, cgroups)),
             (None, _) => {
                 tracing::warn!(
                     "no cgroup v2 tree is mounted: callers over TCP are refused; mount cgroup2, or use the unix socket"
@@ -87,18 +93,24 @@ impl Attestor {
                 None
             }
         };
-        Ok(Self { proc_root, needs_process, tcp })
+        Ok(Self { host, needs_process, tcp })
     }
 
     /// Attests the peer of a unix stream.
     pub fn unix(&self, stream: &UnixStream) -> Result<Caller, Refusal> {
-        unix::attest(&self.proc_root, stream)
+        unix::attest(&self.host, unix::Peer::of(stream)?, |caller| (self.needs_process)(caller))
     }
 
-    /// Attests the peer `client` of a TCP connection that was accepted on `server`.
-    pub async fn tcp(&self, client: SocketAddr, server: SocketAddr) -> Result<Caller, Refusal> {
+    /// Attests the peer `client` of a TCP connection that was accepted on `server`. `admit` is shown what the socket alone
+    /// tells, before any process is searched for; if it says no, that is [`Refusal::TooManyConnections`].
+    pub async fn tcp(
+        &self,
+        client: SocketAddr,
+        server: SocketAddr,
+        admit: impl FnOnce(&Caller) -> bool,
+    ) -> Result<Caller, Refusal> {
         let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
-        tcp.attest(client, server, |caller| (self.needs_process)(caller)).await
+        tcp.attest(client, server, admit, |caller| (self.needs_process)(caller)).await
     }
 }
 

@@ -32,6 +32,11 @@ use crate::role::Roles;
 use crate::rule::Rule;
 use reader::{Report, Table};
 
+/// The trust domain of `awsvid dev`'s identities.
+pub const DEV_TRUST_DOMAIN: &str = "dev.local";
+/// The account of its role. AWS gives this number to nobody.
+pub const DEV_ACCOUNT: &str = "000000000000";
+
 /// Everything that the file says, with defaults for what it doesn't.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -89,22 +94,48 @@ impl Config {
         Ok(loaded)
     }
 
-    /// Reads a configuration from its text; on failure gives at least one problem, in the order of their lines.
+    /// Reads a configuration from its text; on failure gives at least one problem, in the order of their lines. Names that
+    /// only `awsvid dev` has are refused: its identities and its role are for trying things out.
     pub fn parse(
         text: &str,
         env: &dyn Fn(&str) -> Option<String>,
         accounts: Accounts<'_>,
     ) -> Result<Loaded, Vec<Problem>> {
-        let entries = DeTable::parse(text).map_err(|error| vec![syntax_error(text, &error)])?.into_inner();
-        let report = Report::new(text);
-        let config = read(&report.root(&entries), env, accounts);
-        let warnings = report.finish(&entries)?;
-        Ok(Loaded { config, warnings })
+        parse(text, env, accounts, Names::OfServe)
+    }
+
+    /// Reads `awsvid dev`'s own configuration.
+    pub fn parse_for_dev(
+        text: &str,
+        env: &dyn Fn(&str) -> Option<String>,
+        accounts: Accounts<'_>,
+    ) -> Result<Loaded, Vec<Problem>> {
+        parse(text, env, accounts, Names::OfDev)
     }
 }
 
+/// Whose names a configuration may have.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Names {
+    OfServe,
+    OfDev,
+}
+
+fn parse(
+    text: &str,
+    env: &dyn Fn(&str) -> Option<String>,
+    accounts: Accounts<'_>,
+    names: Names,
+) -> Result<Loaded, Vec<Problem>> {
+    let entries = DeTable::parse(text).map_err(|error| vec![syntax_error(text, &error)])?.into_inner();
+    let report = Report::new(text);
+    let config = read(&report.root(&entries), env, accounts, names);
+    let warnings = report.finish(&entries)?;
+    Ok(Loaded { config, warnings })
+}
+
 /// Reads all tables. What has an error is replaced by its default or left out, so that the rest can be checked.
-fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accounts<'_>) -> Config {
+fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accounts<'_>, names: Names) -> Config {
     let [listen_table, identity_table, sts_table, cache_table, audit_table, log_table] =
         ["listen", "identity", "sts", "cache", "audit", "log"].map(|name| root.table(name));
     let listen = listen::read(&listen_table);
@@ -139,6 +170,9 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accoun
     }
     if root.lacks("role") && root.lacks("allow_requested_roles") {
         root.error("role", "nobody has a role, so every request would be refused", "add a [[role]]");
+    }
+    if names == Names::OfServe {
+        checks::names_of_dev(root.report, &workloads, &roles);
     }
     checks::paths(root.report, &named);
     checks::rules(root.report, &workloads);

@@ -18,6 +18,7 @@ use tempfile::TempDir;
 use thiserror::Error;
 
 use crate::clock::Clock;
+use crate::config::{DEV_ACCOUNT, DEV_TRUST_DOMAIN};
 use crate::identity::{RoleArn, SpiffeIdPattern};
 
 pub mod command;
@@ -38,10 +39,6 @@ use sts::{Account, Provider, Sts, TrustedRole};
 use users::User;
 use workload_api::{Registrations, WorkloadApi};
 
-/// The trust domain of all identities in `dev`.
-pub const TRUST_DOMAIN: &str = "dev.local";
-/// The one role in `dev`. No AWS account has this number.
-pub const ROLE_ARN: &str = "arn:aws:iam::000000000000:role/dev";
 /// What tokens are for: not for AWS, so that none could ever be used there (an audience belongs to one endpoint).
 const AUDIENCE: &str = "awsvid-dev";
 const REGION: &str = "us-east-1";
@@ -62,9 +59,36 @@ impl StartError {
     }
 }
 
+/// What identities and role are called.
+#[derive(Debug, Clone)]
+pub struct Names {
+    /// The trust domain of all identities.
+    pub trust_domain: String,
+    /// The account of the one role, which is called `dev`.
+    pub account: String,
+}
+
+impl Default for Names {
+    /// Those of the command, which no production configuration may have.
+    fn default() -> Self {
+        Self { trust_domain: DEV_TRUST_DOMAIN.to_owned(), account: DEV_ACCOUNT.to_owned() }
+    }
+}
+
+impl Names {
+    fn role_arn(&self) -> String {
+        format!("arn:aws:iam::{}:role/dev", self.account)
+    }
+
+    fn everybody(&self) -> String {
+        format!("spiffe://{}/user/*", self.trust_domain)
+    }
+}
+
 /// All that the daemon needs around it. It ends with this value.
 #[derive(Debug)]
 pub struct Dev {
+    names: Names,
     workload_api: WorkloadApi,
     _issuer: Issuer,
     sts: Sts,
@@ -78,18 +102,18 @@ impl Dev {
     /// of them is bound.
     pub async fn start() -> Result<Self, StartError> {
         let users = users::identities(accounts()).map_err(StartError::of("the users"))?;
-        Self::start_for(users).await
+        Self::start_for(users, Names::default()).await
     }
 
-    /// The same for these users; at least one.
-    pub async fn start_for(users: Vec<User>) -> Result<Self, StartError> {
+    /// The same for these users, at least one, under these names.
+    pub async fn start_for(users: Vec<User>, names: Names) -> Result<Self, StartError> {
         let directory = directory().map_err(StartError::of("a directory for the sockets"))?;
         let key = Arc::new(SigningKey::generate().map_err(StartError::of("a key to sign with"))?);
         let issuer = Issuer::start(key.jwks()).await.map_err(StartError::of("the OpenID Connect issuer"))?;
-        let account = account(issuer.url()).map_err(StartError::of("the role"))?;
+        let account = account(issuer.url(), &names).map_err(StartError::of("the role"))?;
         let sts = Sts::start(account, Clock::system()).await.map_err(StartError::of("the STS"))?;
         let registrations = Registrations {
-            trust_domain: TRUST_DOMAIN.to_owned(),
+            trust_domain: names.trust_domain.clone(),
             spiffe_ids: users.iter().map(|user| user.spiffe_id.clone()).collect(),
             issuer: issuer.url().to_owned(),
             key,
@@ -97,7 +121,7 @@ impl Dev {
         };
         let workload_api = WorkloadApi::start(&directory.path().join("workload-api"), registrations)
             .map_err(StartError::of("the Workload API"))?;
-        Ok(Self { workload_api, _issuer: issuer, sts, users, directory })
+        Ok(Self { names, workload_api, _issuer: issuer, sts, users, directory })
     }
 
     /// Whom it serves; the user who runs it comes first.
@@ -132,13 +156,15 @@ impl Dev {
              [sts]\nregion = \"{REGION}\"\nendpoint = \"{sts}\"\n\n\
              [audit]\nfile = {audit}\n\n\
              [log]\nlevel = \"{level}\"\n\n\
-             [[role]]\nname = \"dev\"\nspiffe_id = \"spiffe://{TRUST_DOMAIN}/user/*\"\nrole_arn = \"{ROLE_ARN}\"\n\
+             [[role]]\nname = \"dev\"\nspiffe_id = \"{everybody}\"\nrole_arn = \"{role_arn}\"\n\
              audience = \"{AUDIENCE}\"\n{rules}",
             unix = toml_string(&self.socket()),
             status = toml_string(&self.path("status.sock")),
             token = toml_string(&self.path("token")),
             socket = toml::Value::from(self.workload_api.address()),
             sts = self.sts.url(),
+            everybody = self.names.everybody(),
+            role_arn = self.names.role_arn(),
             audit = toml_string(&audit),
         )
     }
@@ -192,15 +218,15 @@ fn accounts() -> Vec<users::Account> {
 }
 
 /// What an administrator would have made in IAM: the provider, and the role with its trust policy.
-fn account(issuer: &str) -> Result<Account, crate::identity::InvalidName> {
+fn account(issuer: &str, names: &Names) -> Result<Account, crate::identity::InvalidName> {
     Ok(Account {
         region: REGION.to_owned(),
         providers: vec![Provider { issuer: issuer.to_owned(), client_ids: vec![AUDIENCE.to_owned()] }],
         roles: vec![TrustedRole {
-            arn: RoleArn::parse(ROLE_ARN)?,
+            arn: RoleArn::parse(&names.role_arn())?,
             issuer: issuer.to_owned(),
             audience: AUDIENCE.to_owned(),
-            subjects: vec![SpiffeIdPattern::parse(&format!("spiffe://{TRUST_DOMAIN}/user/*"))?],
+            subjects: vec![SpiffeIdPattern::parse(&names.everybody())?],
             max_duration: MAX_SESSION,
         }],
     })

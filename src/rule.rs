@@ -1,7 +1,7 @@
 //! The `[[workload]]` rules: which SPIFFE ID a caller on this node has, where the node's configuration says so.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::caller::{Caller, Executable};
 use crate::identity::SpiffeId;
@@ -40,7 +40,7 @@ pub enum Decision<'a> {
     Matched(&'a Rule),
     /// None does.
     NoMatch,
-    /// It depends on the process, which has not been looked at.
+    /// It depends on the process, which has not been looked at, or on what it runs, which was not.
     NeedsProcess,
 }
 
@@ -74,7 +74,11 @@ impl Rule {
         Some(
             self.gid.is_none_or(|gid| gid == process.gid && gid != OVERFLOW_ID)
                 && self.supplementary_group.is_none_or(|group| group != OVERFLOW_ID && process.groups.contains(&group))
-                && self.exe_matches(process.exe.as_ref()),
+                && match (&self.exe, &process.program) {
+                    (None, _) => true,
+                    (Some(path), Some(program)) => is_file(path, program.exe.as_ref()),
+                    (Some(_), None) => return None,
+                },
         )
     }
 
@@ -88,14 +92,13 @@ impl Rule {
             .is_none_or(|unit| caller.cgroup.as_ref().and_then(|path| path.systemd_unit()) == Some(unit));
         glob && unit
     }
+}
 
-    /// Looks at the file anew each time: an upgrade replaces it by another inode.
-    fn exe_matches(&self, exe: Option<&Executable>) -> bool {
-        let Some(path) = &self.exe else { return true };
-        match (std::fs::metadata(path), exe) {
-            (Ok(file), Some(exe)) => file.dev() == exe.device && file.ino() == exe.inode,
-            _ => false,
-        }
+/// Looks at the file anew each time: an upgrade replaces it by another inode.
+fn is_file(path: &Path, exe: Option<&Executable>) -> bool {
+    match (std::fs::metadata(path), exe) {
+        (Ok(file), Some(exe)) => file.dev() == exe.device && file.ino() == exe.inode,
+        _ => false,
     }
 }
 

@@ -57,6 +57,10 @@ pub enum SourceError {
     /// The process or pod that the source was asked about is gone. Another caller of the same identity may still get one.
     #[error("{0}")]
     CallerGone(String),
+    /// What the decision depends on is not known of this caller, since the rules were others when it was attested. Another
+    /// connection will do.
+    #[error("the configuration was reloaded after this connection was made")]
+    Reloaded,
     /// The source gave a token that must not be used.
     #[error("the identity source gave a token that cannot be used: {0}")]
     BadToken(#[from] BadToken),
@@ -66,7 +70,7 @@ impl SourceError {
     /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable(_) | Self::CallerGone(_) => true,
+            Self::Unavailable(_) | Self::CallerGone(_) | Self::Reloaded => true,
             // Agents answer from their cache while their server is down, until the second that the token expires.
             Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
             Self::Denied(_) | Self::Misconfigured(_) => false,
@@ -80,6 +84,7 @@ impl SourceError {
             Self::Unavailable(_) => "source_unavailable",
             Self::Misconfigured(_) => "source_misconfigured",
             Self::CallerGone(_) => "source_caller_gone",
+            Self::Reloaded => "reloaded",
             Self::BadToken(_) => "bad_token",
         }
     }

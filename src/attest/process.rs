@@ -1,9 +1,8 @@
-//! What `/proc` says of a process, held so that it can be asked whether it is still the same one.
+//! What the kernel says of a process, held so that it can be asked whether it is still the same one.
 //!
-//! Interfaces: `proc_pid_stat(5)`, `proc_pid_status(5)`, `proc_pid_cgroup(5)`, `pidfd_open(2)`.
+//! Interfaces: `PIDFD_GET_INFO` of `ioctl_pidfd(2)` where the kernel has it, else `proc_pid_status(5)` and
+//! `proc_pid_cgroup(5)`; `proc_pid_stat(5)`, `pidfd_open(2)`.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -11,50 +10,83 @@ use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{Mode, fstatat};
+use nix::unistd;
 
-use crate::caller::{Executable, Process, Refusal};
+use crate::attest::host::{Host, Shared};
+use crate::attest::sys;
+use crate::caller::{Executable, Process, Program, Refusal};
 use crate::cgroup::CgroupPath;
 
-/// Everything that a rule, or SPIRE by pid, can see of a process.
+/// Room for a file of `/proc/<pid>`, so that it is read at once.
+const PROC_FILE: usize = 4096;
+
+/// What changes when a process takes on other privileges, or is moved to another cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Facts {
+pub(crate) struct Credentials {
     /// Real, effective, saved, filesystem.
     pub(crate) uids: [u32; 4],
     /// Likewise.
     pub(crate) gids: [u32; 4],
-    /// Supplementary, ascending.
-    pub(crate) groups: Vec<u32>,
     /// In the v2 hierarchy.
-    pub(crate) cgroup: Option<CgroupPath>,
-    /// See [`Process::contained`].
-    pub(crate) contained: bool,
-    /// Where the daemon may see it.
-    pub(crate) exe: Option<Executable>,
+    pub(crate) cgroup: Membership,
+}
+
+/// A process's cgroup v2: by its id where the kernel tells it, else by what `/proc/<pid>/cgroup` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Membership {
+    Id(u64),
+    Path(Option<CgroupPath>),
 }
 
 /// A process that was looked at, and can be looked at again without mistaking another one for it.
+///
+/// The pidfd and the directory are both tied to one process, so its start time needs no second look: reads fail once it is
+/// gone, even if its number is in use again.
 #[derive(Debug)]
 pub(crate) struct HeldProcess {
     pid: u32,
-    start_time: u64,
     pidfd: OwnedFd,
-    /// Of `/proc/<pid>`: reads fail once this process is gone, even if its number is in use again.
+    /// Of `/proc/<pid>`.
     directory: OwnedFd,
-    facts: Facts,
+    credentials: Credentials,
+    cgroup: Option<CgroupPath>,
+    contained: bool,
+    /// Supplementary, ascending, where they were read from the process itself.
+    groups: Option<Vec<u32>>,
+    program: Option<Program>,
 }
 
 impl HeldProcess {
     /// Looks at the process behind `pidfd`, which is `pid` in the daemon's pid namespace.
-    pub(crate) fn look(proc_root: &Path, pid: u32, pidfd: OwnedFd) -> Result<Self, Refusal> {
+    pub(crate) fn look(host: &Host, pid: u32, pidfd: OwnedFd) -> Result<Self, Refusal> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_PATH;
         let directory =
-            fcntl::open(&proc_root.join(pid.to_string()), flags, Mode::empty()).map_err(|_| Refusal::Gone)?;
-        let start_time = start_time(&read(&directory, "stat")?).ok_or(Refusal::Kernel)?;
-        let facts = Facts::read(&directory)?;
-        let held = Self { pid, start_time, pidfd, directory, facts };
+            fcntl::open(&host.proc_root.join(pid.to_string()), flags, Mode::empty()).map_err(|_| Refusal::Gone)?;
+        let credentials = Credentials::read(&pidfd, &directory)?;
+        let cgroup = match (&credentials.cgroup, &host.cgroups) {
+            (Membership::Path(path), _) => path.clone(),
+            (Membership::Id(id), Some(tree)) => Some(tree.path_of(*id)?),
+            (Membership::Id(_), None) => None,
+        };
+        let contained = is_contained(host, &directory, cgroup.as_ref())?;
+        let held = Self { pid, pidfd, directory, credentials, cgroup, contained, groups: None, program: None };
         // Alive after the directory was opened, so that the number cannot have been another process's at that time.
         held.alive()?;
         Ok(held)
+    }
+
+    /// Looks at its supplementary groups too.
+    pub(crate) fn with_groups(mut self) -> Result<Self, Refusal> {
+        self.groups = Some(read_groups(&self.directory)?);
+        Ok(self)
+    }
+
+    /// Looks at what it runs too.
+    pub(crate) fn with_program(mut self) -> Result<Self, Refusal> {
+        let start_time = start_time(&read(&self.directory, "stat")?).ok_or(Refusal::Kernel)?;
+        self.program = Some(Program { start_time, exe: executable(&self.directory)? });
+        self.alive()?;
+        Ok(self)
     }
 
     /// Whether it runs. A zombie still has its `/proc` entries, but its pidfd is readable.
@@ -67,22 +99,51 @@ impl HeldProcess {
         }
     }
 
-    /// Whether it is alive and every fact of it as it was.
+    /// Whether it is alive and everything that was looked at is as it was.
     pub(crate) fn still_same(&self) -> Result<(), Refusal> {
-        let unchanged = Facts::read(&self.directory)? == self.facts
-            && start_time(&read(&self.directory, "stat")?) == Some(self.start_time);
+        let credentials = Credentials::read(&self.pidfd, &self.directory)? == self.credentials;
+        let groups = match &self.groups {
+            Some(groups) => read_groups(&self.directory)? == *groups,
+            None => true,
+        };
+        let program = match &self.program {
+            Some(program) => file(executable_file(&self.directory)?) == program.exe.as_ref().map(key),
+            None => true,
+        };
         self.alive()?;
-        if unchanged { Ok(()) } else { Err(Refusal::Changed) }
+        if credentials && groups && program { Ok(()) } else { Err(Refusal::Changed) }
+    }
+
+    /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
+    pub(crate) fn agrees_with(&self, other: &Self) -> bool {
+        let exe = |held: &Self| held.program.as_ref().and_then(|program| program.exe.as_ref()).map(key);
+        self.credentials == other.credentials
+            && self.contained == other.contained
+            && self.groups == other.groups
+            && exe(self) == exe(other)
+    }
+
+    /// Ids and cgroup.
+    pub(crate) fn credentials(&self) -> &Credentials {
+        &self.credentials
+    }
+
+    /// The path of its cgroup, if there is a v2 hierarchy.
+    pub(crate) fn cgroup(&self) -> Option<&CgroupPath> {
+        self.cgroup.as_ref()
+    }
+
+    /// See [`Process::contained`].
+    pub(crate) fn contained(&self) -> bool {
+        self.contained
     }
 
     /// In clock ticks since boot.
-    pub(crate) fn start_time(&self) -> u64 {
-        self.start_time
-    }
-
-    /// What was read.
-    pub(crate) fn facts(&self) -> &Facts {
-        &self.facts
+    pub(crate) fn start_time(&self) -> Result<u64, Refusal> {
+        match &self.program {
+            Some(program) => Ok(program.start_time),
+            None => start_time(&read(&self.directory, "stat")?).ok_or(Refusal::Kernel),
+        }
     }
 
     /// Whether descriptor `number` of the process is the socket with this inode.
@@ -91,15 +152,14 @@ impl HeldProcess {
         link.is_ok_and(|link| link.to_str() == Some(&socket_link(inode)))
     }
 
-    /// As a plain value.
-    pub(crate) fn describe(&self) -> Process {
+    /// As a plain value; with these groups where its own were not read.
+    pub(crate) fn describe(&self, groups: &[u32]) -> Process {
         Process {
             pid: self.pid,
-            start_time: self.start_time,
-            gid: self.facts.gids[1],
-            groups: self.facts.groups.clone(),
-            exe: self.facts.exe.clone(),
-            contained: self.facts.contained,
+            gid: self.credentials.gids[1],
+            groups: self.groups.clone().unwrap_or_else(|| groups.to_vec()),
+            contained: self.contained,
+            program: self.program.clone(),
         }
     }
 }
@@ -109,41 +169,94 @@ pub(crate) fn socket_link(inode: u32) -> String {
     format!("socket:[{inode}]")
 }
 
-impl Facts {
-    fn read(directory: &OwnedFd) -> Result<Self, Refusal> {
-        let status = Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?;
+impl Credentials {
+    fn read(pidfd: &OwnedFd, directory: &OwnedFd) -> Result<Self, Refusal> {
+        match sys::pidfd_info(pidfd.as_fd()) {
+            Ok(Some(sys::PidfdInfo { uids, gids, cgroup_id: Some(id) })) => {
+                Ok(Self { uids, gids, cgroup: Membership::Id(id) })
+            }
+            Ok(_) => Self::of_proc(directory),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(Refusal::Gone),
+            Err(_) => Err(Refusal::Kernel),
+        }
+    }
+
+    /// As every kernel tells it.
+    fn of_proc(directory: &OwnedFd) -> Result<Self, Refusal> {
+        let Status { uids, gids, .. } = Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?;
         let cgroups = read(directory, "cgroup")?;
-        let contained = status.namespaces > 1
-            || !is_identity_map(&read(directory, "uid_map")?)
-            || cgroup_paths(&cgroups).any(|path| CgroupPath::parse(path).is_none_or(|path| path.names_container()));
-        let cgroup = cgroups.lines().find_map(|line| line.strip_prefix("0::")).and_then(CgroupPath::parse);
-        let Status { uids, gids, groups, .. } = status;
-        Ok(Self { uids, gids, groups, cgroup, contained, exe: executable(directory)? })
+        let path = cgroups.lines().find_map(|line| line.strip_prefix("0::")).and_then(CgroupPath::parse);
+        Ok(Self { uids, gids, cgroup: Membership::Path(path) })
     }
 }
 
-/// Without `CAP_SYS_PTRACE` another user's executable can't be seen; then no rule by `exe` matches.
-fn executable(directory: &OwnedFd) -> Result<Option<Executable>, Refusal> {
-    let stat = match fstatat(directory, "exe", fcntl::AtFlags::empty()) {
-        Ok(stat) => stat,
-        Err(Errno::EACCES | Errno::EPERM | Errno::ENOENT) => return Ok(None),
-        Err(_) => return Err(Refusal::Gone),
+/// Whether it lives in a container, by any of its namespaces and cgroups.
+fn is_contained(host: &Host, directory: &OwnedFd, cgroup: Option<&CgroupPath>) -> Result<bool, Refusal> {
+    // On a host that has cgroup v1 too, a container may sit in the root of the v2 hierarchy, and only v1 names it.
+    let named = match cgroup.filter(|path| !path.is_root()) {
+        Some(path) => path.names_container(),
+        None => {
+            let text = read(directory, "cgroup")?;
+            cgroup_paths(&text).any(|path| CgroupPath::parse(path).is_none_or(|path| path.names_container()))
+        }
     };
-    let path = fcntl::readlinkat(directory, "exe").map_or_else(|_| PathBuf::new(), PathBuf::from);
-    Ok(Some(Executable { device: stat.st_dev, inode: stat.st_ino, path }))
+    let [user, pid] = host.shares(directory).map_err(|_| Refusal::Gone)?;
+    let other_user = || Ok(!is_identity_map(&read(directory, "uid_map")?));
+    let other_pid = || Ok(Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.namespaces > 1);
+    // A user namespace that maps every id to itself is as good as the host's (systemd's PrivateUsers=identity).
+    Ok(named || (user != Shared::Yes && other_user()?) || pid == Shared::No || (pid == Shared::Unseen && other_pid()?))
+}
+
+/// Device and inode: all of an executable that can't be forged (attack 11).
+fn key(exe: &Executable) -> (u64, u64) {
+    (exe.device, exe.inode)
+}
+
+fn file(stat: Option<libc::stat>) -> Option<(u64, u64)> {
+    stat.map(|stat| (stat.st_dev, stat.st_ino))
+}
+
+/// Without `CAP_SYS_PTRACE` another user's executable can't be seen; then no rule by `exe` matches.
+fn executable_file(directory: &OwnedFd) -> Result<Option<libc::stat>, Refusal> {
+    match fstatat(directory, "exe", fcntl::AtFlags::empty()) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(Errno::EACCES | Errno::EPERM | Errno::ENOENT) => Ok(None),
+        Err(_) => Err(Refusal::Gone),
+    }
+}
+
+fn executable(directory: &OwnedFd) -> Result<Option<Executable>, Refusal> {
+    let stat = executable_file(directory)?;
+    Ok(stat.map(|stat| {
+        let path = fcntl::readlinkat(directory, "exe").map_or_else(|_| PathBuf::new(), PathBuf::from);
+        Executable { device: stat.st_dev, inode: stat.st_ino, path }
+    }))
+}
+
+fn read_groups(directory: &OwnedFd) -> Result<Vec<u32>, Refusal> {
+    Ok(Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.groups)
 }
 
 fn read(directory: &OwnedFd, name: &str) -> Result<String, Refusal> {
-    let open = || -> io::Result<String> {
+    let open = || -> nix::Result<String> {
         let file = fcntl::openat(directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
-        let mut bytes = Vec::new();
-        File::from(file).read_to_end(&mut bytes)?;
+        let (mut bytes, mut filled) = (vec![0; PROC_FILE], 0);
+        // Not by `read_to_end`, which asks for sizes that /proc doesn't have and tries with small buffers first.
+        loop {
+            match unistd::read(&file, &mut bytes[filled..])? {
+                0 => break,
+                more => filled += more,
+            }
+            if filled == bytes.len() {
+                bytes.resize(filled * 2, 0);
+            }
+        }
         // A process may have named itself in any bytes; everything that is read here is ASCII.
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
+        Ok(String::from_utf8_lossy(&bytes[..filled]).into_owned())
     };
-    open().map_err(|error| match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ESRCH | Errno::ENOENT) => Refusal::Gone,
-        _ => {
+    open().map_err(|error| match error {
+        Errno::ESRCH | Errno::ENOENT => Refusal::Gone,
+        error => {
             tracing::warn!(%error, file = name, "a caller's /proc entry cannot be read");
             Refusal::Kernel
         }

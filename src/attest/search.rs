@@ -1,12 +1,16 @@
 //! Finds the process behind a TCP caller's socket, among the processes of the socket's own cgroup.
 
-use std::ffi::OsStr;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use nix::dir::Dir;
+use nix::fcntl::{OFlag, readlinkat};
+use nix::sys::stat::{Mode, stat};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::attest::cgroups::CgroupTree;
+use crate::attest::host::Host;
 use crate::attest::inet_diag::Socket;
 use crate::attest::process::{HeldProcess, socket_link};
 use crate::attest::sys;
@@ -16,17 +20,23 @@ use crate::cgroup::CgroupPath;
 /// How much one search may look at. The loop is as long as the caller makes it (attack 21).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Budget {
+    /// Bytes in the list of the cgroup's processes.
+    pub(crate) list: u64,
     /// Descriptors.
     pub(crate) descriptors: usize,
-    /// Time.
+    /// Of the processor.
     pub(crate) time: Duration,
 }
 
-impl Default for Budget {
-    fn default() -> Self {
-        Self { descriptors: 4096, time: Duration::from_millis(20) }
-    }
+impl Budget {
+    /// What may be spent on an I/O thread: as much as a small program needs, well under a millisecond.
+    pub(crate) const SHORT: Self = Self { list: 1024, descriptors: 256, time: Duration::from_millis(1) };
+    /// All that one search may spend.
+    pub(crate) const LONG: Self = Self { list: 64 * 1024, descriptors: 4096, time: Duration::from_millis(20) };
 }
+
+/// Between two looks at the clock.
+const LOOKS: usize = 64;
 
 /// A process that holds the socket, and under which descriptor number.
 #[derive(Debug)]
@@ -41,32 +51,31 @@ pub(crate) struct Holder {
 /// named. In the root cgroup only the processes of the socket's user are looked at, since all others are no neighbours.
 /// This proves no exclusive ownership: a descriptor may wait in a queue or an io_uring (attack 7).
 pub(crate) fn holder(
-    proc_root: &Path,
+    host: &Host,
     cgroups: &CgroupTree,
     socket: &Socket,
     cgroup: &CgroupPath,
     budget: Budget,
 ) -> Result<Holder, Refusal> {
-    let mut spent = Spent { descriptors: 0, deadline: Instant::now() + budget.time, budget };
+    let mut spent = Spent::begin(budget)?;
     let mut found: Option<Holder> = None;
-    for pid in cgroups.processes(cgroup)? {
+    for pid in cgroups.processes(cgroup, budget.list)? {
         // 0 is a process outside the daemon's pid namespace.
         if pid == 0 {
             return Err(Refusal::InvisibleProcess);
         }
-        let directory = proc_root.join(pid.to_string());
-        if cgroup.is_root() && !fs::metadata(&directory).is_ok_and(|process| process.uid() == socket.uid) {
-            spent.in_time()?;
+        let directory = host.proc_root.join(pid.to_string());
+        spent.in_time()?;
+        if cgroup.is_root() && !stat(&directory).is_ok_and(|process| process.st_uid == socket.uid) {
             continue;
         }
-        let Some(next) = holding(proc_root, pid, &directory, socket, &mut spent)? else { continue };
-        let facts = next.process.facts();
-        if facts.uids != [socket.uid; 4] || facts.cgroup.as_ref() != Some(cgroup) {
+        let Some(next) = holding(host, pid, &directory, socket, &mut spent)? else { continue };
+        if next.process.credentials().uids != [socket.uid; 4] || next.process.cgroup() != Some(cgroup) {
             return Err(Refusal::Ambiguous);
         }
         found = Some(match found {
-            Some(first) if first.process.facts() != facts => return Err(Refusal::Ambiguous),
-            Some(first) if first.process.start_time() <= next.process.start_time() => first,
+            Some(first) if !first.process.agrees_with(&next.process) => return Err(Refusal::Ambiguous),
+            Some(first) if first.process.start_time()? <= next.process.start_time()? => first,
             _ => next,
         });
     }
@@ -75,7 +84,7 @@ pub(crate) fn holder(
 
 /// Looks through one process's descriptors. Order matters: pidfd, then the facts, then the descriptor once more.
 fn holding(
-    proc_root: &Path,
+    host: &Host,
     pid: u32,
     directory: &Path,
     socket: &Socket,
@@ -84,7 +93,8 @@ fn holding(
     let Some(descriptor) = descriptor(directory, socket.inode, spent)? else { return Ok(None) };
     // One that exits meanwhile holds nothing any more.
     let Ok(pidfd) = sys::pidfd_open(pid) else { return Ok(None) };
-    let process = match HeldProcess::look(proc_root, pid, pidfd) {
+    let looked = HeldProcess::look(host, pid, pidfd).and_then(HeldProcess::with_groups);
+    let process = match looked.and_then(HeldProcess::with_program) {
         Ok(process) => process,
         Err(Refusal::Gone) => return Ok(None),
         Err(refusal) => return Err(refusal),
@@ -92,38 +102,62 @@ fn holding(
     if !process.holds(&descriptor, socket.inode) {
         return Ok(None);
     }
-    if process.facts().gids.iter().any(|gid| *gid != process.facts().gids[0]) {
+    let gids = process.credentials().gids;
+    if gids != [gids[0]; 4] {
         return Err(Refusal::Changed);
     }
     Ok(Some(Holder { process, descriptor }))
 }
 
+/// The number of the process's descriptor that is the socket. The highest come first: a connection that was just made has
+/// the number of the last one that was free.
 fn descriptor(directory: &Path, inode: u32, spent: &mut Spent) -> Result<Option<String>, Refusal> {
     let wanted = socket_link(inode);
     // A process that is gone, or (kernel threads, no privilege) shows nothing.
-    let Ok(entries) = fs::read_dir(directory.join("fd")) else { return Ok(None) };
-    for entry in entries.filter_map(Result::ok) {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else { return Ok(None) };
+    let mut numbers: Vec<u32> = Vec::new();
+    for entry in open.iter() {
         spent.one()?;
-        if fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == OsStr::new(&wanted)) {
-            return Ok(entry.file_name().into_string().ok());
+        numbers.extend(entry.ok().and_then(|entry| entry.file_name().to_str().ok()?.parse::<u32>().ok()));
+    }
+    numbers.sort_unstable_by(|a, b| b.cmp(a));
+    for (looked, number) in numbers.into_iter().enumerate() {
+        if looked % LOOKS == LOOKS - 1 {
+            spent.in_time()?;
+        }
+        let number = number.to_string();
+        if readlinkat(open.as_fd(), number.as_str()).is_ok_and(|link| link == wanted.as_str()) {
+            return Ok(Some(number));
         }
     }
     Ok(None)
 }
 
+/// What one search has cost. Its time is that of the processor: on a busy machine a search is not longer for its caller's
+/// neighbours because it has to wait for its turn.
 struct Spent {
     descriptors: usize,
-    deadline: Instant,
+    deadline: Duration,
     budget: Budget,
 }
 
 impl Spent {
+    fn begin(budget: Budget) -> Result<Self, Refusal> {
+        Ok(Self { descriptors: 0, deadline: thread_time()? + budget.time, budget })
+    }
+
     fn one(&mut self) -> Result<(), Refusal> {
         self.descriptors += 1;
-        if self.descriptors > self.budget.descriptors { Err(Refusal::TooManyDescriptors) } else { self.in_time() }
+        if self.descriptors > self.budget.descriptors { Err(Refusal::TooManyDescriptors) } else { Ok(()) }
     }
 
     fn in_time(&self) -> Result<(), Refusal> {
-        if Instant::now() > self.deadline { Err(Refusal::TooManyDescriptors) } else { Ok(()) }
+        if thread_time()? > self.deadline { Err(Refusal::TooManyDescriptors) } else { Ok(()) }
     }
+}
+
+fn thread_time() -> Result<Duration, Refusal> {
+    let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_err(|_| Refusal::Kernel)?;
+    Ok(Duration::from(now))
 }

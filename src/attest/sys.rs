@@ -43,6 +43,80 @@ pub(crate) fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> 
     Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
+/// What `PIDFD_GET_INFO` tells of a process: ids in the order real, effective, saved, filesystem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PidfdInfo {
+    pub(crate) uids: [u32; 4],
+    pub(crate) gids: [u32; 4],
+    /// Of its cgroup v2; `None` on a kernel without cgroups.
+    pub(crate) cgroup_id: Option<u64>,
+}
+
+/// `struct pidfd_info` of linux/pidfd.h in its first version, 64 bytes.
+#[repr(C)]
+#[derive(Default)]
+struct RawPidfdInfo {
+    mask: u64,
+    cgroup_id: u64,
+    pid: u32,
+    tgid: u32,
+    ppid: u32,
+    ruid: u32,
+    rgid: u32,
+    euid: u32,
+    egid: u32,
+    suid: u32,
+    sgid: u32,
+    fsuid: u32,
+    fsgid: u32,
+    exit_code: i32,
+}
+
+nix::ioctl_readwrite!(get_pidfd_info, 0xFF, 11, RawPidfdInfo);
+
+/// `ioctl_pidfd(2)`: the ids and the cgroup of a process in one call. `None` before Linux 6.13.
+pub(crate) fn pidfd_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<PidfdInfo>> {
+    const CREDENTIALS: u64 = 1 << 1;
+    const CGROUP_ID: u64 = 1 << 2;
+    let mut raw = RawPidfdInfo { mask: CREDENTIALS | CGROUP_ID, ..RawPidfdInfo::default() };
+    // SAFETY: the request's number holds the size of `raw`, and the kernel writes no more than that.
+    match unsafe { get_pidfd_info(pidfd.as_raw_fd(), &raw mut raw) } {
+        Ok(_) if raw.mask & CREDENTIALS == 0 => Ok(None),
+        Ok(_) => Ok(Some(PidfdInfo {
+            uids: [raw.ruid, raw.euid, raw.suid, raw.fsuid],
+            gids: [raw.rgid, raw.egid, raw.sgid, raw.fsgid],
+            cgroup_id: (raw.mask & CGROUP_ID != 0).then_some(raw.cgroup_id),
+        })),
+        Err(Errno::ENOTTY | Errno::EINVAL | Errno::ENOSYS) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// `struct file_handle` for kernfs: the inode number of a directory.
+#[repr(C)]
+struct KernfsHandle {
+    bytes: libc::c_uint,
+    kind: libc::c_int,
+    id: [u8; 8],
+}
+
+/// `FILEID_KERNFS` of linux/exportfs.h.
+const FILEID_KERNFS: libc::c_int = 0xfe;
+
+/// `open_by_handle_at(2)`: the directory with this inode number in the kernfs (cgroup2, here) that `mount` is on. It takes
+/// CAP_DAC_READ_SEARCH. The descriptor only names the directory (`O_PATH`).
+pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd> {
+    let mut handle = KernfsHandle { bytes: 8, kind: FILEID_KERNFS, id: id.to_ne_bytes() };
+    // SAFETY: `handle` has the layout of a file_handle whose 8 bytes follow its header, and lives through the call.
+    let fd =
+        unsafe { libc::open_by_handle_at(mount.as_raw_fd(), (&raw mut handle).cast(), libc::O_PATH | libc::O_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// `SO_PEERGROUPS`: the connector's supplementary groups as they were when it connected, ascending.
 pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     let mut room = 64;

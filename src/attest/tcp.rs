@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use crate::attest::cgroups::CgroupTree;
+use crate::attest::host::Host;
 use crate::attest::inet_diag::{SockDiag, Socket};
 use crate::attest::search::{self, Budget, Holder};
 use crate::caller::{Caller, Evidence, Listener, Refusal};
@@ -14,7 +14,7 @@ use crate::cgroup::CgroupPath;
 /// Attests peers of TCP listeners in one network namespace.
 #[derive(Debug)]
 pub(crate) struct TcpAttestor {
-    proc_root: PathBuf,
+    host: Arc<Host>,
     diag: Arc<SockDiag>,
     cgroups: Arc<CgroupTree>,
     searches: Searches,
@@ -48,8 +48,8 @@ impl Evidence for Seen {
 }
 
 impl TcpAttestor {
-    pub(crate) fn new(proc_root: PathBuf, diag: SockDiag, cgroups: Arc<CgroupTree>) -> Self {
-        Self { proc_root, diag: Arc::new(diag), cgroups, searches: Searches::default() }
+    pub(crate) fn new(host: Arc<Host>, diag: SockDiag, cgroups: Arc<CgroupTree>) -> Self {
+        Self { host, diag: Arc::new(diag), cgroups, searches: Searches::default() }
     }
 
     /// Attests the peer `client` of a connection to `server`; looks for its process only if `needs_process` says so.
@@ -57,6 +57,7 @@ impl TcpAttestor {
         &self,
         client: SocketAddr,
         server: SocketAddr,
+        admit: impl FnOnce(&Caller) -> bool,
         needs_process: impl Fn(&Caller) -> bool,
     ) -> Result<Caller, Refusal> {
         let socket = self.diag.client_socket(client, server)?;
@@ -71,23 +72,32 @@ impl TcpAttestor {
             process: None,
             evidence: Box::new(seen),
         };
+        // A workload that has too many connections must not have a search for each of them as well.
+        if !admit(&caller) {
+            return Err(Refusal::TooManyConnections);
+        }
         if !needs_process(&caller) {
             return Ok(caller);
         }
         let holder = self.search(socket, cgroup).await?;
-        let process = Some(holder.process.describe());
+        let process = Some(holder.process.describe(&[]));
+        // That the socket is still what it was before the search is seen when the caller is looked at again, before anything
+        // is released.
         let seen = Seen { diag: self.diag.clone(), client, server, socket, holder: Some(holder) };
-        // The search took a while: what it found is only worth something if the socket is what it was before.
-        seen.still_same()?;
         Ok(Caller { process, evidence: Box::new(seen), ..caller })
     }
 
-    /// Off the I/O threads: a search is a loop as long as the caller makes it.
+    /// At once where that is soon done. Else off the I/O threads and one at a time for this user and cgroup: a search is a
+    /// loop as long as the caller makes it.
     async fn search(&self, socket: Socket, cgroup: CgroupPath) -> Result<Holder, Refusal> {
+        match search::holder(&self.host, &self.cgroups, &socket, &cgroup, Budget::SHORT) {
+            Err(Refusal::TooManyDescriptors) => {}
+            done => return done,
+        }
         let turn = self.searches.turn((socket.uid, cgroup.clone()));
         let _turn = turn.lock().await;
-        let (proc_root, cgroups) = (self.proc_root.clone(), self.cgroups.clone());
-        tokio::task::spawn_blocking(move || search::holder(&proc_root, &cgroups, &socket, &cgroup, Budget::default()))
+        let (host, cgroups) = (self.host.clone(), self.cgroups.clone());
+        tokio::task::spawn_blocking(move || search::holder(&host, &cgroups, &socket, &cgroup, Budget::LONG))
             .await
             .unwrap_or(Err(Refusal::Kernel))
     }

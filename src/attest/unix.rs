@@ -1,13 +1,13 @@
-//! The caller on a unix socket: the process that connected, whoever holds the descriptor now.
+//! The caller on the unix socket: the process that connected, whoever holds the descriptor now.
 
-use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
 use tokio::net::UnixStream;
 
+use crate::attest::host::Host;
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
 use crate::caller::{Caller, Evidence, Listener, Refusal};
@@ -21,47 +21,98 @@ impl Evidence for Connector {
     }
 }
 
-/// Attests the peer of `stream`.
-///
-/// User, group, pid and supplementary groups are the connector's at connect(2) (`SO_PEERCRED`, `SO_PEERPIDFD`,
-/// `SO_PEERGROUPS`). The process must still be there, and still be exactly that in each of its ids: one that has executed a
-/// setuid program meanwhile, or has dropped a privilege, is refused (attack 3).
-pub(crate) fn attest(proc_root: &Path, stream: &UnixStream) -> Result<Caller, Refusal> {
-    let peer = getsockopt(stream, PeerCredentials).map_err(|_| Refusal::Kernel)?;
-    let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0).ok_or(Refusal::InvisibleProcess)?;
-    let groups = sys::peer_groups(stream.as_fd()).map_err(|_| Refusal::Kernel)?;
-    let pinned = sys::peer_pidfd(stream.as_fd()).map_err(|_| Refusal::Gone)?;
-    let kernel_pins_peer = pinned.is_some();
-    let pidfd = match pinned {
-        Some(pidfd) => pidfd,
-        None => sys::pidfd_open(pid).map_err(|_| Refusal::Gone)?,
-    };
-    let process = HeldProcess::look(proc_root, pid, pidfd)?;
-    if !kernel_pins_peer {
-        started_before_now(&process)?;
+/// Stands in while the decision is still open what has to be looked at: nothing is released on it.
+#[derive(Debug)]
+struct NotYet;
+
+impl Evidence for NotYet {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Err(Refusal::Gone)
     }
-    let facts = process.facts();
-    if facts.uids != [peer.uid(); 4] || facts.gids != [peer.gid(); 4] || facts.groups != groups {
-        return Err(Refusal::Changed);
-    }
-    if !kernel_pins_peer && facts.contained {
-        return Err(Refusal::Unsupported("callers in containers need Linux 6.5 or newer on the unix socket"));
-    }
-    Ok(Caller {
-        listener: Listener::Unix,
-        uid: peer.uid(),
-        cgroup: facts.cgroup.clone(),
-        process: Some(process.describe()),
-        evidence: Box::new(Connector(process)),
-    })
 }
 
-/// Before Linux 6.5 the pid may be in use again by the time it is opened. One that started after the connection was
-/// accepted is certainly another; one that started between connect and accept is not noticed, which is why callers in
-/// containers are not served there (attack 16).
-fn started_before_now(process: &HeldProcess) -> Result<(), Refusal> {
+/// What the kernel recorded of the connector at connect(2). A plain value, with which tests stand in for other kernels.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pid: u32,
+    uid: u32,
+    gid: u32,
+    /// Supplementary, ascending.
+    groups: Vec<u32>,
+    pinned: Pinned,
+}
+
+/// How sure it is that a process with the connector's number is the connector.
+#[derive(Debug)]
+enum Pinned {
+    /// By the kernel, since it connected: `SO_PEERPIDFD`.
+    ByKernel(OwnedFd),
+    /// Not at all before Linux 6.5. The connection was accepted at this time, in clock ticks since boot.
+    SinceAccept(u64),
+}
+
+impl Peer {
+    /// Reads `SO_PEERCRED`, `SO_PEERGROUPS` and `SO_PEERPIDFD`.
+    pub(crate) fn of(stream: &UnixStream) -> Result<Self, Refusal> {
+        let peer = getsockopt(stream, PeerCredentials).map_err(|_| Refusal::Kernel)?;
+        let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0).ok_or(Refusal::InvisibleProcess)?;
+        let groups = sys::peer_groups(stream.as_fd()).map_err(|_| Refusal::Kernel)?;
+        let pinned = match sys::peer_pidfd(stream.as_fd()).map_err(|_| Refusal::Gone)? {
+            Some(pidfd) => Pinned::ByKernel(pidfd),
+            None => Pinned::SinceAccept(ticks_since_boot()?),
+        };
+        Ok(Self { pid, uid: peer.uid(), gid: peer.gid(), groups, pinned })
+    }
+}
+
+/// Attests the connector `peer`; looks at what it runs only if `needs_process` still says so with everything else known.
+///
+/// The process must still be there, and still be exactly that in each of its ids: one that has executed a setuid program
+/// meanwhile, or has dropped a privilege, is refused (attack 3).
+pub(crate) fn attest(host: &Host, peer: Peer, needs_process: impl Fn(&Caller) -> bool) -> Result<Caller, Refusal> {
+    let Peer { pid, uid, gid, groups, pinned } = peer;
+    let process = match pinned {
+        Pinned::ByKernel(pidfd) => HeldProcess::look(host, pid, pidfd)?,
+        Pinned::SinceAccept(accepted) => unpinned(host, pid, accepted)?,
+    };
+    let credentials = process.credentials();
+    if credentials.uids != [uid; 4] || credentials.gids != [gid; 4] {
+        return Err(Refusal::Changed);
+    }
+    let mut caller = Caller {
+        listener: Listener::Unix,
+        uid,
+        cgroup: process.cgroup().cloned(),
+        process: Some(process.describe(&groups)),
+        evidence: Box::new(NotYet),
+    };
+    let process = if needs_process(&caller) { process.with_program()? } else { process };
+    caller.process = Some(process.describe(&groups));
+    caller.evidence = Box::new(Connector(process));
+    Ok(caller)
+}
+
+/// The process that has the number now, on a kernel that does not say whether it is the connector. One that started after
+/// the connection was accepted certainly isn't. One that started between connect and accept is not noticed, which is why
+/// callers in containers, who can make pids be used again, are not served there (attack 16).
+fn unpinned(host: &Host, pid: u32, accepted: u64) -> Result<HeldProcess, Refusal> {
+    let pidfd = sys::pidfd_open(pid).map_err(|_| Refusal::Gone)?;
+    let process = HeldProcess::look(host, pid, pidfd)?;
+    if process.start_time()? > accepted {
+        return Err(Refusal::Gone);
+    }
+    if process.contained() {
+        return Err(Refusal::Unsupported("callers in containers need Linux 6.5 or newer on the unix socket"));
+    }
+    Ok(process)
+}
+
+fn ticks_since_boot() -> Result<u64, Refusal> {
     let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|_| Refusal::Kernel)?;
     let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().ok_or(Refusal::Kernel)?;
     let ticks = now.tv_sec() * per_second + now.tv_nsec() * per_second / 1_000_000_000;
-    if process.start_time() > ticks.cast_unsigned() { Err(Refusal::Gone) } else { Ok(()) }
+    Ok(ticks.cast_unsigned())
 }
+
+#[cfg(test)]
+mod tests;

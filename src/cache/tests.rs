@@ -149,7 +149,7 @@ impl Evidence for Always {
 
 /// A caller whose process has the same number as its user.
 fn caller_of(uid: u32) -> Arc<Caller> {
-    let process = Process { pid: uid, start_time: 1, gid: 1, groups: Vec::new(), exe: None, contained: false };
+    let process = Process { pid: uid, gid: 1, groups: Vec::new(), contained: false, program: None };
     let process = Some(process);
     Arc::new(Caller { listener: Listener::Tcp, uid, cgroup: None, process, evidence: Box::new(Always) })
 }

@@ -3,10 +3,10 @@
 
 use std::path::Path;
 
-use super::aws;
 use super::reader::{Place, Report, Table};
 use super::role::Defined;
 use super::workload::{Workload, literal};
+use super::{DEV_ACCOUNT, DEV_TRUST_DOMAIN, aws};
 use crate::role::RequestedRoles;
 use crate::rule::{CGROUP_GLOB, Rule};
 
@@ -85,6 +85,25 @@ fn audiences(report: &Report<'_>, roles: &[Defined], requested: Option<&Requeste
             report.error(&defined.audience_at, what, fix);
         }
         seen.push((audience, operator));
+    }
+}
+
+/// What `awsvid dev` gives out ends with it, and proves nothing to anybody else.
+pub(super) fn names_of_dev(report: &Report<'_>, workloads: &[Workload], roles: &[Defined]) {
+    const FIX: &str = "use the names of your own SPIFFE provider and AWS account";
+    let what =
+        || format!("{DEV_TRUST_DOMAIN} is the trust domain of `awsvid dev`, which is no provider for production");
+    for workload in workloads.iter().filter(|workload| workload.rule.spiffe_id.trust_domain() == DEV_TRUST_DOMAIN) {
+        report.error(&workload.at, what(), FIX);
+    }
+    for defined in roles {
+        if defined.role.spiffe_id.trust_domain() == DEV_TRUST_DOMAIN {
+            report.error(&defined.name_at, what(), FIX);
+        }
+        if defined.role.role_arn.as_str().split(':').nth(4) == Some(DEV_ACCOUNT) {
+            let what = format!("no AWS account has the number {DEV_ACCOUNT}: it is that of `awsvid dev`");
+            report.error(&defined.name_at, what, FIX);
+        }
     }
 }
 

@@ -16,12 +16,14 @@ use crate::clock::Clock;
 use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 
 mod answer;
+mod refusal;
 mod request;
 mod sessions;
 mod sigv4;
 mod token;
 
-use answer::{Caller, Code, Refusal};
+use answer::Caller;
+use refusal::{Code, Refusal};
 use request::{Parameters, WebIdentityRequest};
 use sessions::{Sessions, random_id};
 
@@ -122,7 +124,7 @@ impl Desk {
                 Err(Refusal::new(Code::InvalidAction, message))
             }
         };
-        answered.unwrap_or_else(|refusal| refusal.answer(&request_id))
+        answered.unwrap_or_else(|refusal| answer::refused(&refusal, &request_id))
     }
 
     async fn assume_role(&self, parameters: &Parameters, request_id: &str) -> Result<Answer, Refusal> {

@@ -11,11 +11,11 @@ use crate::svid::SourceError;
 
 async fn dev(names: &[(u32, &str)]) -> Dev {
     let accounts = names.iter().map(|(uid, name)| users::Account { uid: *uid, name: Some((*name).to_owned()) });
-    Dev::start_for(users::identities(accounts).unwrap()).await.unwrap()
+    Dev::start_for(users::identities(accounts).unwrap(), Names::default()).await.unwrap()
 }
 
 fn parsed(dev: &Dev, quiet: bool) -> Loaded {
-    Config::parse(&dev.configuration(0, quiet), &|_| None, Accounts::system()).unwrap()
+    Config::parse_for_dev(&dev.configuration(0, quiet), &|_| None, Accounts::system()).unwrap()
 }
 
 #[tokio::test]

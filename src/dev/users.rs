@@ -2,10 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use crate::config::DEV_TRUST_DOMAIN;
 use crate::identity::{InvalidName, SpiffeId};
 use crate::rule::OVERFLOW_ID;
-
-use super::TRUST_DOMAIN;
 
 /// Callers that `dev` knows at most; a directory of thousands has no place in a playground.
 const MAX_USERS: usize = 100;
@@ -51,7 +50,7 @@ pub(super) fn identities(accounts: impl IntoIterator<Item = Account>) -> Result<
 fn spiffe_id(name: &str) -> Result<SpiffeId, InvalidName> {
     // One segment: a name with a slash would be somebody else's path.
     let name = if name.contains('/') { "" } else { name };
-    SpiffeId::parse(&format!("spiffe://{TRUST_DOMAIN}/user/{name}"))
+    SpiffeId::parse(&format!("spiffe://{DEV_TRUST_DOMAIN}/user/{name}"))
 }
 
 /// The people in the text of a passwd(5) file: those with a person's uid, and those who can log in.

@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::caller::{Evidence, Listener, Process, Refusal};
+use crate::caller::{Evidence, Listener, Process, Program, Refusal};
 use crate::cgroup::CgroupPath;
 
 #[derive(Debug)]
@@ -20,7 +20,11 @@ fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
 }
 
 fn process() -> Process {
-    Process { pid: 4711, start_time: 1, gid: 100, groups: vec![27, 1002], exe: None, contained: false }
+    Process { pid: 4711, gid: 100, groups: vec![27, 1002], contained: false, program: None }
+}
+
+fn running_program(exe: Option<Executable>) -> Process {
+    Process { program: Some(Program { start_time: 1, exe }), ..process() }
 }
 
 fn with_process(caller: Caller, process: Process) -> Caller {
@@ -156,7 +160,7 @@ fn an_executable_is_the_file_that_is_there_now() {
     let running = |file: &Path, shown: &Path| {
         let file = std::fs::metadata(file).unwrap();
         let exe = Executable { device: file.dev(), inode: file.ino(), path: shown.to_owned() };
-        with_process(by_socket(7, HOST), Process { exe: Some(exe), ..process() })
+        with_process(by_socket(7, HOST), running_program(Some(exe)))
     };
     let only = |path: &Path| Rule { exe: Some(path.to_owned()), ..rule() };
 
@@ -165,13 +169,15 @@ fn an_executable_is_the_file_that_is_there_now() {
     decides(&only(&program), &running(&program, Path::new("/elsewhere")), "matched");
     decides(&only(&link), &running(&program, &program), "matched");
     decides(&only(&program), &running(&copy, &program), "no match");
-    decides(&only(&program), &with_process(by_socket(7, HOST), process()), "no match");
+    // Not looked at, and looked at without being allowed to see it.
+    decides(&only(&program), &with_process(by_socket(7, HOST), process()), "needs the process");
+    decides(&Rule { gid: Some(1), ..only(&program) }, &with_process(by_socket(7, HOST), process()), "no match");
+    decides(&only(&program), &with_process(by_socket(7, HOST), running_program(None)), "no match");
     decides(&only(&directory.path().join("missing")), &running(&program, &program), "no match");
     let same_inode_elsewhere = {
         let mut caller = running(&program, &program);
-        if let Some(Process { exe: Some(exe), .. }) = &mut caller.process {
-            exe.device += 1;
-        }
+        let exe = caller.process.as_mut().and_then(|process| process.program.as_mut()?.exe.as_mut());
+        exe.unwrap().device += 1;
         caller
     };
     decides(&only(&program), &same_inode_elsewhere, "no match");

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::harness::counterparts::process::{Output, run};
-use crate::harness::counterparts::{folder, http_get};
+use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::Daemon;
 
 /// A source that nobody listens at, and a rule for nobody who runs these tests.
@@ -179,4 +179,23 @@ fn every_mistake_in_the_configuration_is_reported_at_once() {
     let output = serve("/nonexistent.toml");
     assert_eq!(output.status.code(), Some(78));
     assert!(output.stderr.contains("/nonexistent.toml"), "{output:?}");
+}
+
+/// Attack 14: there every user that the namespace does not map reads as one and the same.
+#[test]
+fn in_a_user_namespace_of_its_own_it_does_not_start() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let path = folder.path().join("awsvid.toml");
+    let socket = folder.path().join("awsvid.sock");
+    let listen = format!("[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\nstatus = \"\"\n");
+    std::fs::write(&path, format!("{CONFIGURATION}{listen}")).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", env!("CARGO_BIN_EXE_awsvid"), "serve", "--config"]).arg(&path);
+    let output = run(command, b"", Duration::from_secs(20));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.stderr.contains("in a user namespace that does not map every user id to itself"), "{output:?}");
+    assert!(!socket.exists());
 }

@@ -1,5 +1,9 @@
 use super::*;
 
+fn host() -> Host {
+    Host::new(PathBuf::from("/proc"), None)
+}
+
 #[test]
 fn start_time_survives_hostile_names() {
     let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 424242 20 21";
@@ -50,9 +54,9 @@ fn sleeper() -> std::process::Child {
 fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
     let mut child = sleeper();
     let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
-    let held = HeldProcess::look(Path::new("/proc"), child.id(), pidfd).unwrap();
+    let held = HeldProcess::look(&host(), child.id(), pidfd).unwrap();
     assert_eq!(held.still_same(), Ok(()));
-    assert_eq!(held.describe().pid, child.id());
+    assert_eq!(held.describe(&[]).pid, child.id());
     child.kill().unwrap();
     // Dead, and not reaped before `wait` below: /proc/<pid> is still there.
     let mut fds = [PollFd::new(held.pidfd.as_fd(), PollFlags::POLLIN)];
@@ -71,7 +75,7 @@ fn a_number_that_belongs_to_another_process_now_is_not_mistaken() {
     dead.wait().unwrap();
     let mut living = sleeper();
     // As if the number had been given out again in between.
-    assert_eq!(HeldProcess::look(Path::new("/proc"), living.id(), pidfd).unwrap_err(), Refusal::Gone);
+    assert_eq!(HeldProcess::look(&host(), living.id(), pidfd).unwrap_err(), Refusal::Gone);
     living.kill().unwrap();
     living.wait().unwrap();
 }

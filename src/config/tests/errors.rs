@@ -262,12 +262,12 @@ fn listeners() {
         (
             "",
             "[listen]\nmax_connections = 100",
-            (11, "listen.max_connections", "one workload may have more connections (512)"),
+            (11, "listen.max_connections", "one workload may have 512 connections"),
         ),
         (
             "",
             "[listen]\nmax_connections_per_workload = 5000",
-            (11, "listen.max_connections_per_workload", "all together (4096)"),
+            (11, "listen.max_connections_per_workload", "none of all 4096"),
         ),
     ]);
     // Port 0 is a new one each time, so nothing overlaps.
@@ -580,4 +580,25 @@ fn an_audience_belongs_to_one_endpoint() {
         "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{minio}[identity]\naudience = \"m\"\n"
     );
     refused(&requested, &[(16, "role.audience", "could use them at AWS")]);
+}
+
+#[test]
+fn the_names_of_dev_are_for_dev_alone() {
+    each(&[
+        (
+            "spiffe_id = \"spiffe://example.org/billing\"\nuid = 1001",
+            "spiffe_id = \"spiffe://dev.local/user/billing\"\nuid = 1001",
+            (3, "workload", "is the trust domain of `awsvid dev`, which is no provider for production"),
+        ),
+        (
+            "spiffe_id = \"spiffe://example.org/billing\"\nrole_arn",
+            "spiffe_id = \"spiffe://dev.local/user/*\"\nrole_arn",
+            (7, "role.name", "is the trust domain of `awsvid dev`"),
+        ),
+        (
+            "role_arn = \"arn:aws:iam::123456789012:role/billing\"",
+            "role_arn = \"arn:aws:iam::000000000000:role/dev\"",
+            (7, "role.name", "no AWS account has the number 000000000000: it is that of `awsvid dev`"),
+        ),
+    ]);
 }

@@ -6,7 +6,7 @@ use hyper::Request;
 use hyper::body::Bytes;
 use hyper::header::CONTENT_TYPE;
 
-use super::answer::{Code, Refusal};
+use super::refusal::{Code, Refusal};
 use crate::identity::{RoleArn, SessionName};
 
 /// Characters.

@@ -10,7 +10,7 @@ use hyper::body::Bytes;
 use hyper::header::AUTHORIZATION;
 use subtle::ConstantTimeEq;
 
-use super::answer::{Code, Refusal};
+use super::refusal::{Code, Refusal};
 use super::request::Parameters;
 use super::sessions::{Session, Sessions};
 

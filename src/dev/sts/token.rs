@@ -7,7 +7,7 @@ use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::answer::{Code, Refusal};
+use super::refusal::{Code, Refusal};
 use super::{Account, Provider};
 use crate::dev::loopback::{self, FetchError};
 use crate::dev::oidc::DISCOVERY_PATH;

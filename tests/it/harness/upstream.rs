@@ -1,7 +1,9 @@
 //! The Workload API and the verifying STS of `awsvid dev`, for tests of what lies before them.
 
-use awsvid::dev::Dev;
+use std::path::{Path, PathBuf};
+
 use awsvid::dev::users::User;
+use awsvid::dev::{Dev, Names};
 use tokio::runtime::Runtime;
 
 /// Runs until it is dropped.
@@ -11,15 +13,29 @@ pub(crate) struct Upstream {
 }
 
 impl Upstream {
-    /// Serves these users' identities: (uid, name), which are `spiffe://dev.local/user/<name>`.
+    /// Serves these users' identities: (uid, name), which are `spiffe://example.org/user/<name>`: `serve` takes none of
+    /// `dev`'s own names.
     pub(crate) fn start(users: &[(u32, &str)]) -> Self {
         let runtime = Runtime::new().expect("a runtime");
         let users = users.iter().map(|(uid, name)| User {
             uid: *uid,
-            spiffe_id: awsvid::identity::SpiffeId::parse(&format!("spiffe://dev.local/user/{name}")).expect("an ID"),
+            spiffe_id: awsvid::identity::SpiffeId::parse(&format!("spiffe://example.org/user/{name}")).expect("an ID"),
         });
-        let dev = runtime.block_on(Dev::start_for(users.collect())).expect("the servers of dev");
+        let names = Names { trust_domain: "example.org".to_owned(), account: "123456789012".to_owned() };
+        let dev = runtime.block_on(Dev::start_for(users.collect(), names)).expect("the servers of dev");
         Self { dev, _runtime: runtime }
+    }
+
+    /// The socket of the Workload API.
+    pub(crate) fn socket(&self) -> PathBuf {
+        let configuration = self.configuration();
+        let (_, rest) = configuration.split_once("\"unix://").expect("a unix socket");
+        rest.split_once('"').expect("a string").0.into()
+    }
+
+    /// The same as `configuration`, with another path for that socket.
+    pub(crate) fn configuration_at(&self, path: &Path) -> String {
+        self.configuration().replace(&self.socket().display().to_string(), &path.display().to_string())
     }
 
     /// `[identity]`, `[sts]` and the role, without rules.

@@ -1,0 +1,170 @@
+//! Scenes about cgroups, in ones below this process's own, and about sockets that io_uring makes (attacks 7 and 15).
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use io_uring::types::Fixed;
+use io_uring::{IoUring, opcode, squeue};
+
+use crate::daemon;
+use crate::process::{become_user, child};
+use crate::wire::{self, Address};
+use crate::{ALICE, BOB};
+
+/// A cgroup below this process's own, removed at the end.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(parent: &Path, name: &str) -> Self {
+        let path = parent.join(format!("{name}-{}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    fn write(&self, file: &str, text: &str) {
+        fs::write(self.0.join(file), text).unwrap();
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // One that a scene has removed is gone already.
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+fn own_cgroup() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mount = mounts.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
+    let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap().to_owned();
+    Path::new(mount.unwrap()).join(path)
+}
+
+/// Alice makes a socket in one cgroup, is moved to another, then connects and asks; with `late` she has begun to ask before
+/// she is moved. With `remove` the first cgroup is gone by then.
+pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
+    let (here, there) = UnixStream::pair().unwrap();
+    let own = own_cgroup();
+    let [first, second] = ["first", "second"].map(|name| Cgroup::new(&own, name));
+    let mut alice = child(|_| {
+        let mut steps = &there;
+        steps.read_exact(&mut [0]).unwrap();
+        become_user(ALICE);
+        let fd = to.socket();
+        if late {
+            to.connect_from(&fd);
+            wire::begin(to, &fd);
+        }
+        steps.write_all(b"x").unwrap();
+        steps.read_exact(&mut [0]).unwrap();
+        if late {
+            return wire::conclude(&fd);
+        }
+        to.connect_from(&fd);
+        wire::ask(&fd)
+    });
+    let pid = alice.pid.to_string();
+    let mut steps = &here;
+    first.write("cgroup.procs", &pid);
+    steps.write_all(b"x").unwrap();
+    steps.read_exact(&mut [0]).unwrap();
+    second.write("cgroup.procs", &pid);
+    if remove {
+        fs::remove_dir(&first.0).unwrap();
+    }
+    steps.write_all(b"x").unwrap();
+    let said = alice.said();
+    alice.reap();
+    said
+}
+
+/// Alice asks from a cgroup of the threaded kind, whose processes can't be listed.
+pub(crate) fn threaded(to: &Address) -> String {
+    let (here, there) = UnixStream::pair().unwrap();
+    let domain = Cgroup::new(&own_cgroup(), "domain");
+    // Dropped before its parent.
+    let threaded = Cgroup::new(&domain.0, "threaded");
+    threaded.write("cgroup.type", "threaded");
+    let mut alice = child(|_| {
+        (&there).read_exact(&mut [0]).unwrap();
+        become_user(ALICE);
+        wire::ask(&to.connect())
+    });
+    domain.write("cgroup.procs", &alice.pid.to_string());
+    threaded.write("cgroup.threads", &alice.pid.to_string());
+    (&here).write_all(b"x").unwrap();
+    let said = alice.said();
+    alice.reap();
+    drop(threaded);
+    said
+}
+
+/// Root keeps Alice's credentials in an io_uring and becomes Bob, whose socket is then made as Alice.
+pub(crate) fn personality(to: &Address) -> String {
+    let mut bob = child(|_| {
+        let mut ring = IoUring::new(2).unwrap();
+        // The filesystem uid is what a new socket's owner is taken from.
+        let as_alice = {
+            nix::unistd::setfsuid(ALICE.into());
+            let kept = ring.submitter().register_personality().unwrap();
+            nix::unistd::setfsuid(0.into());
+            kept
+        };
+        become_user(BOB);
+        let (family, kind) = to.numbers();
+        let make = opcode::Socket::new(family, kind, 0).build().personality(as_alice);
+        let made = complete(&mut ring, &make);
+        assert!(made >= 0, "{}", std::io::Error::from_raw_os_error(-made));
+        // SAFETY: the kernel has just made this descriptor.
+        let fd = unsafe { OwnedFd::from_raw_fd(made) };
+        to.connect_from(&fd);
+        wire::ask(&fd)
+    });
+    let said = bob.said();
+    bob.reap();
+    said
+}
+
+/// Alice asks by a connection that is among the fixed files of an io_uring, and no descriptor of anybody's.
+pub(crate) fn fixed_file(to: &Address) -> String {
+    let (tell, told) = UnixStream::pair().unwrap();
+    let held = daemon::hold();
+    let mut alice = child(|cue| {
+        let mut ring = IoUring::new(2).unwrap();
+        become_user(ALICE);
+        let fd = to.connect();
+        ring.submitter().register_files(&[fd.as_raw_fd()]).unwrap();
+        drop(fd);
+        (&tell).write_all(b"x").unwrap();
+        cue.wait();
+        let length = u32::try_from(wire::REQUEST.len()).unwrap();
+        let sent = complete(&mut ring, &opcode::Send::new(Fixed(0), wire::REQUEST.as_ptr(), length).build());
+        assert_eq!(u32::try_from(sent), Ok(length));
+        let mut answer = Vec::new();
+        let mut part = [0_u8; 4096];
+        loop {
+            let receive = opcode::Recv::new(Fixed(0), part.as_mut_ptr(), 4096).build();
+            let Ok(length @ 1..) = usize::try_from(complete(&mut ring, &receive)) else { break };
+            answer.extend_from_slice(&part[..length]);
+        }
+        String::from_utf8(answer).unwrap()
+    });
+    (&told).read_exact(&mut [0]).unwrap();
+    drop(held);
+    alice.cue();
+    let said = alice.said();
+    alice.reap();
+    said
+}
+
+/// Does one thing, and waits until it is done.
+fn complete(ring: &mut IoUring, entry: &squeue::Entry) -> i32 {
+    // SAFETY: whatever memory the entry refers to is the caller's, who waits here.
+    unsafe { ring.submission().push(entry) }.unwrap();
+    ring.submit_and_wait(1).unwrap();
+    ring.completion().next().unwrap().result()
+}
