@@ -14,6 +14,7 @@ mod moves;
 mod process;
 mod programs;
 mod scenes;
+mod soak;
 mod wire;
 
 /// A user with a rule.
@@ -32,6 +33,7 @@ fn main() {
             let to = wire::Address::parse(listener, address);
             print!("{}", wire::ask(&to.connect()));
         }
+        ["soak", uid, listener, address, pause] => soak::ask(uid, &wire::Address::parse(listener, address), pause),
         [scene, listener, address] => {
             let to = wire::Address::parse(listener, address);
             print!("{}", scenes::play(scene, &to));

@@ -12,4 +12,5 @@ mod listeners;
 mod outages;
 mod recognition;
 mod reload;
+mod soak;
 mod systemd;
