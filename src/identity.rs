@@ -261,6 +261,7 @@ impl fmt::Display for RoleArn {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct ArnTemplate {
     text: String,
+    /// None where `whole` is there.
     pieces: Vec<Piece>,
     /// The ARN itself, where it is the same for all.
     whole: Option<RoleArn>,
@@ -293,17 +294,15 @@ impl ArnTemplate {
             rest = behind;
         }
         pieces.push(Piece::Text(rest.to_owned()));
-        let mut template = Self { text: text.to_owned(), pieces, whole: None };
+        let template = Self { text: text.to_owned(), pieces, whole: None };
         // Whatever a segment holds, the shape must be an ARN's.
         let arn = RoleArn::parse(&template.fill(|_| Some("x")).unwrap_or_default())?;
-        template.whole = template.highest_segment().is_none().then_some(arn);
-        Ok(template)
+        Ok(if template.highest_segment().is_some() { template } else { Self::fixed(&arn) })
     }
 
     /// This ARN for every ID: whatever is in it stands for itself, braces too.
     pub fn fixed(arn: &RoleArn) -> Self {
-        let text = arn.as_str().to_owned();
-        Self { pieces: vec![Piece::Text(text.clone())], text, whole: Some(arn.clone()) }
+        Self { text: arn.as_str().to_owned(), pieces: Vec::new(), whole: Some(arn.clone()) }
     }
 
     /// The ARN for this ID; `None` where a segment is missing or the result is too long.

@@ -21,8 +21,8 @@ use crate::clock::Clock;
 const COMPARE: Duration = Duration::from_secs(30);
 /// How many places are looked at before other tasks of the same thread have their turn.
 const BATCH: usize = 256;
-/// A refresh that has no turn now looks again after about this.
-const NO_TURN: Duration = Duration::from_secs(1);
+/// A refresh that has no turn now looks again after about this. It is not urgent, and thousands may wait.
+const NO_TURN: Duration = Duration::from_secs(4);
 
 /// Places in the order of time, each once at most.
 #[derive(Default)]

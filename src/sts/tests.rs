@@ -361,6 +361,20 @@ async fn a_call_that_never_gets_its_turn_ends() {
     assert_eq!(start.elapsed(), crate::turns::TURN);
 }
 
+#[tokio::test(start_paused = true)]
+async fn one_workload_has_a_quarter_of_the_turns() {
+    let sts = sts(settings());
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(sts.turns.take(&billing()).await.unwrap());
+    }
+    let mine = grant(&endpoint("http://127.0.0.1:9".to_owned()));
+    let other = Grant { spiffe_id: SpiffeId::parse("spiffe://example.org/other").unwrap(), ..mine.clone() };
+    let token = svid_for(&billing(), 300, 1);
+    assert_eq!(sts.assume(&mine, &token).await.unwrap_err().reason, "sts_busy");
+    assert_eq!(sts.assume(&other, &token).await.unwrap_err().reason, "sts_unreachable", "it was sent");
+}
+
 #[tokio::test]
 async fn one_client_and_its_connection_serve_one_place() {
     let server = FakeSts::start(|_, _| good()).await;

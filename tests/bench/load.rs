@@ -51,7 +51,7 @@ pub(crate) struct Report {
     pub(crate) finished: Duration,
     /// CPU time of this process for the measured requests.
     pub(crate) cpu: Duration,
-    /// Of the last answer.
+    /// Of the first answer that was no 200; without one, of the last.
     pub(crate) body: String,
 }
 
@@ -66,7 +66,8 @@ impl Report {
         if self.answers.keys().eq([&200]) {
             return Ok(());
         }
-        Err(format!("answers by status, 0 for none: {:?}; the last body: {}", self.answers, self.body).into())
+        Err(format!("answers by status (0: none): {:?}; one body that is no credentials: {}", self.answers, self.body)
+            .into())
     }
 }
 
@@ -170,13 +171,18 @@ fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<A
         };
         let answer = ask().ok();
         let at = answer.as_ref().map_or_else(Instant::now, |answer| answer.at);
-        // Only the last body is of interest.
-        if let Some((_, Some(previous))) = asked.last_mut() {
+        // Of the credentials only the last are of interest.
+        if let Some((_, Some(previous))) = asked.last_mut().filter(|(_, answer)| answer.as_ref().is_some_and(is_issued))
+        {
             previous.body = String::new();
         }
         asked.push((at - start, answer));
     }
     asked
+}
+
+fn is_issued(answer: &Answer) -> bool {
+    answer.status == 200
 }
 
 /// When thread `index` has its `number`th request to make.
@@ -204,12 +210,16 @@ fn summary(start: Instant, asked: Vec<Asked>) -> Report {
     latencies.sort_by(f64::total_cmp);
     let at = |part: f64| latencies.get(rank(part, latencies.len())).copied().unwrap_or_default();
     (report.p50, report.p99, report.max) = (at(0.5), at(0.99), at(1.0));
+    let mut refused = None;
     for (_, answer) in asked {
         *report.answers.entry(answer.as_ref().map_or(0, |answer| answer.status)).or_default() += 1;
-        if let Some(answer) = answer.filter(|answer| !answer.body.is_empty()) {
-            report.body = answer.body;
+        match answer {
+            Some(answer) if !is_issued(&answer) => refused = refused.or(Some(answer.body)),
+            Some(answer) if !answer.body.is_empty() => report.body = answer.body,
+            _ => {}
         }
     }
+    report.body = refused.unwrap_or(report.body);
     report
 }
 

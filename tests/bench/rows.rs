@@ -27,7 +27,12 @@ pub(crate) const ROWS: [Row; 14] = [
                   below, in multiples of `direct` on the same transport",
         run: |bench| ratio::own_cgroup(bench, &ratio::TCP_SOCKET),
     },
-    Row { name: "tcp-socket-root", meaning: "the same with the load in the root cgroup", run: ratio::root_cgroup },
+    Row {
+        name: "tcp-socket-root",
+        meaning: "the same with the load in the root cgroup, which does not tell whether it is a container's, so that the \
+                  process has to be found",
+        run: ratio::root_cgroup,
+    },
     Row {
         name: "tcp-pid",
         meaning: "over TCP, rules by uid and gid: the process has to be found among those of its cgroup",
@@ -73,7 +78,8 @@ pub(crate) const ROWS: [Row; 14] = [
     },
     Row {
         name: "memory",
-        meaning: "anonymous memory of the daemon after one exchange over TLS, and after load and 1,000 callers at once",
+        meaning: "anonymous memory of the daemon: after one exchange over TLS, then after 20,000 requests on each transport, then after \
+                  1,000 callers at once",
         run: size::memory,
     },
     Row {

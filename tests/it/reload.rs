@@ -17,7 +17,7 @@ use crate::harness::daemon::Daemon;
 use crate::harness::gate::Gate;
 use crate::harness::upstream::Upstream;
 
-const ID: &str = "spiffe://dev.local/user/me";
+const ID: &str = "spiffe://example.org/user/me";
 /// For what takes milliseconds on a machine that is not busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -178,7 +178,7 @@ fn a_configuration_with_errors_changes_nothing() {
     let wrong = daemon.text().replace("spiffe:/wrong", ID);
     assert_ne!(wrong, good);
     assert!(
-        !daemon.reload_text(&good.replace("audit.log", "missing/audit.log").replace(ID, "spiffe://dev.local/user/x"))
+        !daemon.reload_text(&good.replace("audit.log", "missing/audit.log").replace(ID, "spiffe://example.org/user/x"))
     );
     assert!(daemon.log().contains("missing/audit.log"));
     assert_eq!(key(&daemon), before);

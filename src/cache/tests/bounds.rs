@@ -107,6 +107,22 @@ async fn one_that_makes_up_roles_is_stopped_and_hinders_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn one_whose_source_hangs_waits_for_itself_alone() {
+    let (world, cache) = world_of(100_000, MANY);
+    *world.takes.lock().unwrap() = SECOND * 30;
+    for role in roles(ROLES_EACH) {
+        let (cache, grant) = (cache.clone(), grant_of("a", &role));
+        tokio::spawn(async move { cache.get(&grant, &caller()).await.map(drop) });
+    }
+    settle().await;
+    assert_eq!(world.busy.load(Ordering::SeqCst), 4);
+    *world.takes.lock().unwrap() = Duration::from_millis(100);
+    let start = Instant::now();
+    key_for(&cache, "b", 1).await.unwrap();
+    assert_eq!(start.elapsed(), Duration::from_millis(100));
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_whose_source_hangs_leaves_refreshes_for_others() {
     let (world, cache) = world_of(100_000, MANY);
     for role in roles(ROLES_EACH) {

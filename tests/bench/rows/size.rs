@@ -38,13 +38,18 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let idle = later(&daemon)?;
     measure(bench, daemon.pid(), &plan(Transport::Tcp)?)?;
     measure(bench, daemon.pid(), &plan(Transport::Unix)?)?;
-    at_once(bench, &daemon.address(Transport::Tcp)?, 4, bench.count(1000, 40))?;
     let loaded = later(&daemon)?;
+    at_once(bench, &daemon.address(Transport::Tcp)?, 4, bench.count(1000, 40))?;
+    let crowded = later(&daemon)?;
     let line = |row, Memory { anonymous, private, resident }, asked| {
         let beside = format!("private {}, resident {}", mebibytes(private), mebibytes(resident));
         Line::new(row, format!("anonymous {}", mebibytes(anonymous)), asked, beside)
     };
-    Ok(vec![line("memory idle", idle, "at most 8 MiB"), line("memory after load", loaded, "at most 12 MiB")])
+    Ok(vec![
+        line("memory idle", idle, "at most 8 MiB"),
+        line("memory after load", loaded, "at most 12 MiB"),
+        line("memory after herd", crowded, "at most 12 MiB"),
+    ])
 }
 
 /// Once what it does behind its answers is done.
