@@ -39,7 +39,7 @@ impl Stage {
         let path = folder.path().join("gate.sock");
         let gate = Gate::start(&path, &upstream.socket());
         gate.set_open(true);
-        let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://dev.local/user/me\"\nuid = {uid}\n{}", own_rule());
+        let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
         let daemon = Daemon::start(folder.path(), "", &(upstream.configuration_at(&path) + &rule)).ready();
         gate.set_open(false);
         Self { daemon, gate, _upstream: upstream, _folder: folder }
