@@ -20,8 +20,8 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::cache::{CredentialCache, Entry};
-use crate::listen::{CONNECTION_LIFE, Stream};
-use crate::metrics::Metrics;
+use crate::listen::{Arrival, CONNECTION_LIFE, Stream};
+use crate::metrics::{Metrics, Reason};
 
 const HEAD: Duration = Duration::from_secs(5);
 
@@ -86,7 +86,11 @@ struct Status {
 
 impl Admin {
     /// Serves one connection to its end.
-    pub async fn connection(self: Arc<Self>, address: Address, stream: Stream) {
+    pub async fn connection(self: Arc<Self>, address: Address, stream: Stream, arrival: Arrival) {
+        let Some(_place) = arrival.admit() else {
+            self.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many" }).inc();
+            return stream.reset();
+        };
         let service = service_fn(|request: Request<Incoming>| {
             let answer = self.answer(address, request.method(), request.uri().path());
             async move { Ok::<_, Infallible>(answer) }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use thiserror::Error;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use zeroize::Zeroizing;
@@ -142,8 +142,7 @@ impl App {
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin { metrics: metrics.clone(), readiness: readiness.clone(), cache });
-        let connections = Arc::new(Semaphore::new(config.listen.max_connections));
-        let limits = Limits { connections, metrics: metrics.clone() };
+        let limits = Limits::new(config.listen.max_connections, metrics.clone());
         let mut app = Self {
             tcp: Vec::new(),
             admin: None,
@@ -158,7 +157,7 @@ impl App {
             operators: Serving::default(),
         };
         app.serve_workloads(&mut inherited, &front, &limits).await?;
-        app.serve_operators(&mut inherited, &admin, &limits).await?;
+        app.serve_operators(&mut inherited, &admin).await?;
         inherited.all_taken()?;
         app.probe(parts.probes);
         Ok(app)
@@ -216,7 +215,7 @@ impl App {
             }
             tracing::info!(address = listener.name(), "serving workloads");
             let front = front.clone();
-            let connection = move |stream| front.clone().connection(stream);
+            let connection = move |stream, arrival| front.clone().connection(stream, arrival);
             let stop = self.workloads.stop.subscribe();
             self.workloads.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
         }
@@ -224,13 +223,8 @@ impl App {
     }
 
     /// With a bound of its own: workloads that use up theirs don't hide the daemon's state.
-    async fn serve_operators(
-        &mut self,
-        inherited: &mut Inherited,
-        admin: &Arc<Admin>,
-        limits: &Limits,
-    ) -> Result<(), AppError> {
-        let limits = Limits { connections: Arc::new(Semaphore::new(64)), metrics: limits.metrics.clone() };
+    async fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
+        let limits = Limits::new(64, self.metrics.clone());
         let mut bound = Vec::new();
         if let Some(address) = self.listen.admin {
             bound.push((Address::Admin, Bound::tcp(address, inherited).await?));
@@ -244,7 +238,7 @@ impl App {
             }
             tracing::info!(address = listener.name(), "serving operators");
             let admin = admin.clone();
-            let connection = move |stream| admin.clone().connection(kind, stream);
+            let connection = move |stream, arrival| admin.clone().connection(kind, stream, arrival);
             let stop = self.operators.stop.subscribe();
             self.operators.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
         }

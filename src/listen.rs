@@ -11,11 +11,11 @@ use nix::errno::Errno;
 use nix::sys::socket::{Shutdown, shutdown};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
-use crate::metrics::{Metrics, Reason};
+use crate::metrics::Metrics;
 
 mod inherited;
 mod share;
@@ -27,6 +27,10 @@ pub use socket_file::SocketFile;
 
 /// How long an accept loop pauses when the process or the system is out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How often the log says so, if it goes on.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
+/// So many connections may have been accepted and not yet attested.
+const ARRIVING: usize = 64;
 /// How often a listener that was killed is bound again.
 const REBIND: Duration = Duration::from_secs(1);
 /// The whole of any connection: the head, a held request (4.5 s), the answer.
@@ -229,56 +233,88 @@ impl Stream {
 /// What all accept loops share.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections at one time, over all listeners.
-    pub connections: Arc<Semaphore>,
-    /// Counts what is dropped.
-    pub metrics: Metrics,
+    /// Connections at one time, over all listeners, whose workload is known.
+    connections: Arc<Semaphore>,
+    /// Those whose workload is not known yet.
+    arriving: Arc<Semaphore>,
+    metrics: Metrics,
+}
+
+/// A connection that was accepted, and is not yet counted among all, since it may be one too many of its workload.
+#[derive(Debug)]
+pub struct Arrival {
+    connections: Arc<Semaphore>,
+    _arriving: Option<OwnedSemaphorePermit>,
+}
+
+impl Arrival {
+    /// Its place among all connections; `None` if there is none left.
+    pub fn admit(self) -> Option<OwnedSemaphorePermit> {
+        self.connections.try_acquire_owned().ok()
+    }
 }
 
 impl Limits {
-    /// Serves a connection beside the others, or resets it if there are too many.
-    fn admit<C>(&self, stream: Stream, connections: &mut JoinSet<()>, connection: impl Fn(Stream) -> C)
+    /// At most `connections` at one time.
+    pub fn new(connections: usize, metrics: Metrics) -> Self {
+        let connections = Arc::new(Semaphore::new(connections));
+        Self { connections, arriving: Arc::new(Semaphore::new(ARRIVING)), metrics }
+    }
+
+    /// Waits until another connection may be accepted. That depends on the daemon's own work alone, never on a client: whose
+    /// a connection is, is known before anything is expected of it. Without this whoever connects quickly would have the
+    /// places of all before the daemon had seen that they are not his.
+    async fn arrival(&self) -> Arrival {
+        // The semaphore is never closed, so there is always a permit in the end.
+        let arriving = self.arriving.clone().acquire_owned().await.ok();
+        Arrival { connections: self.connections.clone(), _arriving: arriving }
+    }
+
+    fn serve<F, C>(&self, (stream, arrival): (Stream, Arrival), connections: &mut JoinSet<()>, connection: F)
     where
+        F: Fn(Stream, Arrival) -> C,
         C: Future<Output = ()> + Send + 'static,
     {
-        let Ok(permit) = self.connections.clone().try_acquire_owned() else {
-            self.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many" }).inc();
-            return stream.reset();
-        };
-        let served = connection(stream);
+        let served = connection(stream, arrival);
         let open = self.metrics.connections.clone();
         connections.spawn(async move {
             open.inc();
             served.await;
             open.dec();
-            drop(permit);
         });
     }
 }
 
 /// Accepts until `stop` says so, then closes the listener and lets the connections end. Accepting never waits for a
-/// connection.
+/// client.
 pub async fn serve<F, C>(mut bound: Bound, limits: Limits, mut stop: watch::Receiver<bool>, connection: F)
 where
-    F: Fn(Stream) -> C,
+    F: Fn(Stream, Arrival) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    let mut connections = JoinSet::new();
+    let (mut connections, mut told) = (JoinSet::new(), None);
     loop {
         let accepted = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-            accepted = bound.accept() => accepted,
+            accepted = async {
+                let arrival = limits.arrival().await;
+                bound.accept().await.map(|stream| (stream, arrival))
+            } => accepted,
         };
         match accepted {
-            Ok(stream) => limits.admit(stream, &mut connections, &connection),
-            Err(error) => recover(&mut bound, &error, &mut stop).await,
+            Ok(accepted) => limits.serve(accepted, &mut connections, &connection),
+            Err(error) => recover(&mut bound, &error, &mut stop, &mut told).await,
         }
     }
     let name = bound.name();
     match bound.close() {
-        Ok(waiting) => waiting.into_iter().for_each(|stream| limits.admit(stream, &mut connections, &connection)),
+        Ok(waiting) => {
+            for stream in waiting {
+                limits.serve((stream, limits.arrival().await), &mut connections, &connection);
+            }
+        }
         Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
     }
     if timeout(DRAIN, async { while connections.join_next().await.is_some() {} }).await.is_err() {
@@ -287,12 +323,23 @@ where
 }
 
 /// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
-async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>) {
+/// `told` is when the log last said that the machine is short of something.
+async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>, told: &mut Option<Instant>) {
     let pause = match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
-            tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
-            PAUSE
-        }
+        // Nothing is wrong with the listener: accept(2) also tells of what happened to a connection that waited there.
+        Some(
+            Errno::ECONNABORTED
+            | Errno::EINTR
+            | Errno::EPERM
+            | Errno::EPROTO
+            | Errno::ENETDOWN
+            | Errno::ENETUNREACH
+            | Errno::EHOSTDOWN
+            | Errno::EHOSTUNREACH
+            | Errno::ENONET
+            | Errno::ENOPROTOOPT
+            | Errno::EOPNOTSUPP,
+        ) => return,
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
             tracing::error!(%error, listener = bound.name(), "the listener was killed; binding it again");
             match bound.again().await {
@@ -304,7 +351,14 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
             }
             REBIND
         }
-        _ => return,
+        // Out of descriptors or memory, or something that nobody has seen yet: never a loop without a pause.
+        _ => {
+            if told.is_none_or(|told| told.elapsed() >= TELL_AGAIN) {
+                tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
+                *told = Some(Instant::now());
+            }
+            PAUSE
+        }
     };
     // Ends early when the daemon is told to stop.
     let _ = timeout(pause, stop.wait_for(|stop| *stop)).await;

@@ -151,10 +151,11 @@ fn check(table: &Table<'_>, listen: &Listen) {
         table.report.error(&at, format!("`admin` ({admin}) and `tcp` ({tcp}) overlap"), "give one another port");
     }
     let counts_are_wrong = table.is_wrong("max_connections") || table.is_wrong("max_connections_per_workload");
-    if listen.max_connections_per_workload > listen.max_connections && !counts_are_wrong {
+    // With as many as all together, one workload could keep every other out (attack 20).
+    if listen.max_connections_per_workload >= listen.max_connections && !counts_are_wrong {
         let at = either(table, "max_connections_per_workload", "max_connections");
         let what = format!(
-            "one workload may have more connections ({}) than all together ({})",
+            "one workload may have {} connections, which leaves none of all {} to the others",
             listen.max_connections_per_workload, listen.max_connections
         );
         table.report.error(&at, what, "lower `max_connections_per_workload`");

@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use io_uring::{IoUring, opcode};
+use io_uring::types::Fixed;
+use io_uring::{IoUring, opcode, squeue};
 
+use crate::daemon;
 use crate::process::{become_user, child};
 use crate::wire::{self, Address};
 use crate::{ALICE, BOB};
@@ -42,8 +44,9 @@ fn own_cgroup() -> PathBuf {
     Path::new(mount.unwrap()).join(path)
 }
 
-/// Alice makes a socket in one cgroup, is moved to another, then connects and asks. With `remove` the first is gone by then.
-pub(crate) fn moved(to: &Address, remove: bool) -> String {
+/// Alice makes a socket in one cgroup, is moved to another, then connects and asks; with `late` she has begun to ask before
+/// she is moved. With `remove` the first cgroup is gone by then.
+pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
     let (here, there) = UnixStream::pair().unwrap();
     let own = own_cgroup();
     let [first, second] = ["first", "second"].map(|name| Cgroup::new(&own, name));
@@ -52,8 +55,15 @@ pub(crate) fn moved(to: &Address, remove: bool) -> String {
         steps.read_exact(&mut [0]).unwrap();
         become_user(ALICE);
         let fd = to.socket();
+        if late {
+            to.connect_from(&fd);
+            wire::begin(to, &fd);
+        }
         steps.write_all(b"x").unwrap();
         steps.read_exact(&mut [0]).unwrap();
+        if late {
+            return wire::conclude(&fd);
+        }
         to.connect_from(&fd);
         wire::ask(&fd)
     });
@@ -107,10 +117,7 @@ pub(crate) fn personality(to: &Address) -> String {
         become_user(BOB);
         let (family, kind) = to.numbers();
         let make = opcode::Socket::new(family, kind, 0).build().personality(as_alice);
-        // SAFETY: the entry refers to no memory.
-        unsafe { ring.submission().push(&make) }.unwrap();
-        ring.submit_and_wait(1).unwrap();
-        let made = ring.completion().next().unwrap().result();
+        let made = complete(&mut ring, &make);
         assert!(made >= 0, "{}", std::io::Error::from_raw_os_error(-made));
         // SAFETY: the kernel has just made this descriptor.
         let fd = unsafe { OwnedFd::from_raw_fd(made) };
@@ -120,4 +127,44 @@ pub(crate) fn personality(to: &Address) -> String {
     let said = bob.said();
     bob.reap();
     said
+}
+
+/// Alice asks by a connection that is among the fixed files of an io_uring, and no descriptor of anybody's.
+pub(crate) fn fixed_file(to: &Address) -> String {
+    let (tell, told) = UnixStream::pair().unwrap();
+    let held = daemon::hold();
+    let mut alice = child(|cue| {
+        let mut ring = IoUring::new(2).unwrap();
+        become_user(ALICE);
+        let fd = to.connect();
+        ring.submitter().register_files(&[fd.as_raw_fd()]).unwrap();
+        drop(fd);
+        (&tell).write_all(b"x").unwrap();
+        cue.wait();
+        let length = u32::try_from(wire::REQUEST.len()).unwrap();
+        let sent = complete(&mut ring, &opcode::Send::new(Fixed(0), wire::REQUEST.as_ptr(), length).build());
+        assert_eq!(u32::try_from(sent), Ok(length));
+        let mut answer = Vec::new();
+        let mut part = [0_u8; 4096];
+        loop {
+            let receive = opcode::Recv::new(Fixed(0), part.as_mut_ptr(), 4096).build();
+            let Ok(length @ 1..) = usize::try_from(complete(&mut ring, &receive)) else { break };
+            answer.extend_from_slice(&part[..length]);
+        }
+        String::from_utf8(answer).unwrap()
+    });
+    (&told).read_exact(&mut [0]).unwrap();
+    drop(held);
+    alice.cue();
+    let said = alice.said();
+    alice.reap();
+    said
+}
+
+/// Does one thing, and waits until it is done.
+fn complete(ring: &mut IoUring, entry: &squeue::Entry) -> i32 {
+    // SAFETY: whatever memory the entry refers to is the caller's, who waits here.
+    unsafe { ring.submission().push(entry) }.unwrap();
+    ring.submit_and_wait(1).unwrap();
+    ring.completion().next().unwrap().result()
 }

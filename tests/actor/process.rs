@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use nix::unistd::{ForkResult, Gid, Pid, Uid, fork, pipe, setgroups, setresgid, setresuid};
 
 /// Becomes this user, with the group of the same number and no others.
@@ -76,6 +76,8 @@ impl Child {
     pub(crate) fn said(&mut self) -> String {
         let mut text = String::new();
         let _ = self.says.read_to_string(&mut text);
+        // Its end of the pipe is closed a moment before it has ended.
+        waitid(Id::Pid(self.pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
         text
     }
 
@@ -105,6 +107,7 @@ struct CloneArgs {
 
 /// A process of `uid` that has the number `pid` and stays until this one ends. `None` if the number is taken.
 pub(crate) fn reuse(pid: Pid, uid: u32) -> Option<Pid> {
+    let (mut is_there, mut there) = pair();
     let wanted = pid.as_raw();
     let arguments = CloneArgs {
         exit_signal: u64::try_from(libc::SIGCHLD).unwrap(),
@@ -118,9 +121,13 @@ pub(crate) fn reuse(pid: Pid, uid: u32) -> Option<Pid> {
         0 => {
             set_pdeathsig(Signal::SIGKILL).unwrap();
             become_user(uid);
+            there.write_all(b"x").unwrap();
             stay()
         }
-        child if child > 0 => Some(Pid::from_raw(i32::try_from(child).unwrap())),
+        child if child > 0 => {
+            is_there.read_exact(&mut [0]).unwrap();
+            Some(Pid::from_raw(i32::try_from(child).unwrap()))
+        }
         _ => None,
     }
 }

@@ -1,4 +1,4 @@
-//! Scenes about what a caller runs: attack 11, an executable's path that is forged.
+//! Scenes about what a caller runs: attack 11, an executable's path that is forged, and one that is replaced.
 
 use std::ffi::CString;
 use std::path::Path;
@@ -9,6 +9,7 @@ use nix::unistd::execv;
 
 use crate::ALICE;
 use crate::process::become_user;
+use crate::wire::{self, Address};
 
 /// Alice runs `program`, or makes another file appear at its path and runs that; whichever it is, it asks.
 pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
@@ -16,7 +17,7 @@ pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
         "program" => become_user(ALICE),
         "other-program" => {
             become_user(ALICE);
-            execute(&forged(program), listener, address);
+            execute(&forged(program), &["ask", listener, address]);
         }
         // In a mount namespace alone, which takes root to make: only the file itself tells.
         "forged-path" => {
@@ -28,9 +29,21 @@ pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
             become_user(ALICE);
             cover(program, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS);
         }
+        // The program connects, and another one goes on from there.
+        "replaced" => {
+            become_user(ALICE);
+            execute(program, &["become", listener, address, &forged(program)]);
+        }
         other => panic!("no scene {other}"),
     }
-    execute(program, listener, address);
+    execute(program, &["ask", listener, address]);
+}
+
+/// Begins a request, and leaves the rest of it to another program.
+pub(crate) fn become_another(to: &Address, program: &str) {
+    let fd = to.connect();
+    wire::begin(to, &fd);
+    execute(program, &["conclude", &wire::inheritable(fd).to_string()]);
 }
 
 /// A program of Alice's own, beside the one that a rule names.
@@ -46,8 +59,9 @@ fn cover(program: &str, namespaces: CloneFlags) {
     mount(Some(forged(program).as_str()), program, none, MsFlags::MS_BIND, none).unwrap();
 }
 
-fn execute(program: &str, listener: &str, address: &str) {
-    let words = [program, "ask", listener, address].map(|word| CString::new(word).unwrap());
+fn execute(program: &str, words: &[&str]) {
+    let words = [&[program], words].concat();
+    let words: Vec<CString> = words.into_iter().map(|word| CString::new(word).unwrap()).collect();
     let Err(error) = execv(&words[0], &words);
     panic!("{program}: {error}");
 }

@@ -1,9 +1,12 @@
 //! What is played out. Each scene gives what the daemon answered on the connection that it is about.
+//!
+//! Where it matters whether the daemon looks before or after something happens, it is held back until it has happened, and in
+//! a scene whose name ends in `-late` it has attested the caller before.
 
 use std::ffi::CString;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, fchown};
 use std::os::unix::net::UnixStream;
@@ -12,37 +15,42 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::waitpid;
-use nix::unistd::execv;
+use nix::unistd::{execv, setgroups};
 
+use crate::daemon::{self, Held};
 use crate::process::{Child, become_of, become_user, child, reuse};
 use crate::wire::{self, Address};
 use crate::{ALICE, BOB, moves};
 
 pub(crate) fn play(scene: &str, to: &Address) -> String {
-    match scene {
+    let late = scene.ends_with("-late");
+    match scene.trim_end_matches("-late") {
         "alice" => honest(to, ALICE),
         "bob" => honest(to, BOB),
-        "passed" => passed(to),
-        "exited" => exited(to, true),
-        "zombie" => exited(to, false),
-        "reused" => reused(to),
+        "passed" => passed(to, late),
+        "made-for" => made_for(to),
+        "exited" => exited(to, late, true),
+        "zombie" => exited(to, late, false),
+        "reused" => reused(to, late),
         "forked" => alone(|| child_asks(to.connect())),
         "executed" => alone(|| executed(to.connect())),
-        "setuid" => setuid(to, false),
-        "setuid-late" => setuid(to, true),
+        "setuid" => setuid(to, late),
         "shared" => shared(to),
         "other-group" => other_group(to),
         "closed" => closed(to),
         "half-closed" => alone(|| half_closed(to.connect())),
-        "queued" => alone(|| queued(to.connect())),
+        "queued" => queued(to),
         "decoy" => decoy(to),
-        "user-namespace" => user_namespace(to),
-        "dropped" => dropped(to),
-        "chowned" => chowned(to),
-        "moved" => moves::moved(to, false),
-        "removed-cgroup" => moves::moved(to, true),
+        "user-namespace" => apart(to, CloneFlags::CLONE_NEWUSER),
+        "pid-namespace" => apart(to, CloneFlags::CLONE_NEWPID),
+        "dropped" => changed_by_root(to, late, |_| become_user(ALICE)),
+        "chowned" => changed_by_root(to, late, |fd| fchown(fd, Some(ALICE), Some(ALICE)).unwrap()),
+        "regrouped" => changed_by_root(to, late, |_| setgroups(&[ALICE.into()]).unwrap()),
+        "moved" => moves::moved(to, late, false),
+        "removed-cgroup" => moves::moved(to, late, true),
         "threaded" => moves::threaded(to),
         "personality" => moves::personality(to),
+        "fixed-file" => moves::fixed_file(to),
         other => panic!("no scene {other}"),
     }
 }
@@ -68,64 +76,99 @@ fn finish(mut child: Child) -> String {
     said
 }
 
-/// Alice connects and gives the descriptor to Bob, who asks on it while she lives.
-fn passed(to: &Address) -> String {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut alice = child(|cue| {
-        become_user(ALICE);
-        wire::pass(&ours, &to.connect());
-        cue.wait();
-        String::new()
-    });
-    let bob = child(|_| {
-        become_user(BOB);
-        wire::ask(&wire::receive(&theirs))
-    });
-    let said = finish(bob);
+/// Alice's connection is given to somebody who is to ask on it, and she has closed her own descriptor.
+struct Given {
+    alice: Child,
+    heir: Child,
+    held: Option<Held>,
+}
+
+impl Given {
+    /// With `late` the request has begun before. `then` is what Alice does when she is told to go on.
+    fn start(to: &Address, late: bool, heir: u32, then: impl FnOnce()) -> Self {
+        let (over, from) = UnixStream::pair().unwrap();
+        let (tell, told) = UnixStream::pair().unwrap();
+        let held = (!late).then(daemon::hold);
+        let alice = child(|cue| {
+            become_user(ALICE);
+            let fd = to.connect();
+            if late {
+                wire::begin(to, &fd);
+            }
+            wire::pass(&over, &fd);
+            drop(fd);
+            (&tell).write_all(b"x").unwrap();
+            cue.wait();
+            then();
+            String::new()
+        });
+        let heir = child(|cue| {
+            become_user(heir);
+            let fd = wire::receive(&from);
+            (&tell).write_all(b"x").unwrap();
+            cue.wait();
+            if late { wire::conclude(&fd) } else { wire::ask(&fd) }
+        });
+        (&told).read_exact(&mut [0; 2]).unwrap();
+        Self { alice, heir, held }
+    }
+}
+
+fn goes_on(held: Option<Held>, mut asking: Child) -> String {
+    drop(held);
+    asking.cue();
+    finish(asking)
+}
+
+/// Bob asks on Alice's connection while she lives.
+fn passed(to: &Address, late: bool) -> String {
+    let Given { mut alice, heir, held } = Given::start(to, late, BOB, || {});
+    let said = goes_on(held, heir);
     alice.cue();
     alice.reap();
     said
 }
 
-/// A connector that has ended, and the child that still has its connection and waits to be told to ask.
-fn orphan(to: &Address) -> (Child, Child) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut alice = child(|_| {
+/// Alice makes a socket and Bob, who alone has it then, connects it and asks.
+fn made_for(to: &Address) -> String {
+    let (over, from) = UnixStream::pair().unwrap();
+    let alice = child(|_| {
         become_user(ALICE);
-        wire::pass(&ours, &to.connect());
+        wire::pass(&over, &to.socket());
         String::new()
     });
-    alice.said();
-    let heir = child(|cue| {
-        become_user(ALICE);
-        let fd = wire::receive(&theirs);
-        cue.wait();
+    finish(alice);
+    finish(child(|_| {
+        become_user(BOB);
+        let fd = wire::receive(&from);
+        to.connect_from(&fd);
         wire::ask(&fd)
-    });
-    (alice, heir)
+    }))
 }
 
-fn exited(to: &Address, reap: bool) -> String {
-    let (alice, mut heir) = orphan(to);
+/// Alice's process has ended, and a child of hers asks.
+fn exited(to: &Address, late: bool, reap: bool) -> String {
+    let Given { mut alice, heir, held } = Given::start(to, late, ALICE, || {});
+    alice.cue();
+    alice.said();
     if reap {
         alice.reap();
-        heir.cue();
-        return finish(heir);
+        return goes_on(held, heir);
     }
-    heir.cue();
-    let said = finish(heir);
+    let said = goes_on(held, heir);
     alice.reap();
     said
 }
 
-/// As above, and Bob's process then has the connector's number.
-fn reused(to: &Address) -> String {
-    let (alice, mut heir) = orphan(to);
+/// As above, and Bob's process has the connector's number.
+fn reused(to: &Address, late: bool) -> String {
+    let Given { mut alice, heir, held } = Given::start(to, late, ALICE, || {});
     let pid = alice.pid;
+    alice.cue();
+    alice.said();
     alice.reap();
     let bob = reuse(pid, BOB);
-    heir.cue();
-    let said = finish(heir);
+    let said = goes_on(held, heir);
     if let Some(bob) = bob {
         kill(bob, Signal::SIGKILL).unwrap();
         waitpid(bob, None).unwrap();
@@ -144,8 +187,7 @@ fn executed(fd: OwnedFd) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Attack 3: Alice connects, leaves a child with the connection, and executes a program that is setuid root. With `late`
-/// the request has begun before, so that the daemon has attested her before.
+/// Attack 3: Alice connects, leaves a child with the connection, and executes a program that is setuid root.
 fn setuid(to: &Address, late: bool) -> String {
     let folder = std::env::temp_dir().join(format!("awsvid-setuid-{}", std::process::id()));
     fs::create_dir(&folder).unwrap();
@@ -154,39 +196,13 @@ fn setuid(to: &Address, late: bool) -> String {
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).unwrap();
     let path = CString::new(program.to_str().unwrap()).unwrap();
-
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let (begun, seen) = UnixStream::pair().unwrap();
-    let mut alice = child(|cue| {
-        become_user(ALICE);
-        let fd = to.connect();
-        wire::pass(&ours, &fd);
-        drop(fd);
-        cue.wait();
+    let execute = || {
         execv(&path, &[path.clone(), c"stay".to_owned()]).unwrap();
-        String::new()
-    });
-    let mut heir = child(|cue| {
-        become_user(ALICE);
-        let fd = wire::receive(&theirs);
-        if !late {
-            cue.wait();
-            return wire::ask(&fd);
-        }
-        wire::begin(&fd);
-        // Accepted, attested and answered after this connection was accepted.
-        wire::ask(&to.connect());
-        (&begun).write_all(b"x").unwrap();
-        cue.wait();
-        wire::finish(&fd)
-    });
-    if late {
-        (&seen).read_exact(&mut [0]).unwrap();
-    }
+    };
+    let Given { mut alice, heir, held } = Given::start(to, late, ALICE, execute);
     alice.cue();
     await_root(&alice);
-    heir.cue();
-    let said = finish(heir);
+    let said = goes_on(held, heir);
     kill(alice.pid, Signal::SIGKILL).unwrap();
     alice.reap();
     fs::remove_dir_all(&folder).unwrap();
@@ -241,13 +257,15 @@ fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     said
 }
 
-/// Asks and is gone before an answer can come.
+/// Alice asks and is gone before the daemon looks. What it makes of her is in its audit alone.
 fn closed(to: &Address) -> String {
+    let held = daemon::hold();
     finish(child(|_| {
         become_user(ALICE);
         wire::send(&to.connect());
         String::new()
     }));
+    drop(held);
     String::new()
 }
 
@@ -258,33 +276,52 @@ fn half_closed(fd: OwnedFd) -> String {
 }
 
 /// Attack 7: while the daemon looks, the connection is only in a queue, and among no process's descriptors.
-fn queued(fd: OwnedFd) -> String {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    wire::send(&fd);
-    wire::pass(&ours, &fd);
-    drop(fd);
-    wire::answer(&wire::receive(&theirs))
+fn queued(to: &Address) -> String {
+    let (over, from) = UnixStream::pair().unwrap();
+    let (tell, told) = UnixStream::pair().unwrap();
+    let held = daemon::hold();
+    let mut alice = child(|cue| {
+        become_user(ALICE);
+        let fd = to.connect();
+        wire::send(&fd);
+        wire::pass(&over, &fd);
+        let client = matches!(to, Address::Tcp(_)).then(|| Address::local(&fd));
+        drop(fd);
+        (&tell).write_all(b"x").unwrap();
+        cue.wait();
+        // On the unix socket nobody searches for it.
+        if let (Some(client), Address::Tcp(server)) = (client, to) {
+            daemon::await_answer(client, *server);
+        }
+        wire::answer(&wire::receive(&from))
+    });
+    (&told).read_exact(&mut [0]).unwrap();
+    drop(held);
+    alice.cue();
+    finish(alice)
 }
 
 /// Attack 1: Bob listens on the port that Alice connects from, on every address.
 fn decoy(to: &Address) -> String {
-    let free = TcpListener::bind("127.0.0.2:0").unwrap();
+    let free = TcpListener::bind(to.another(0)).unwrap();
     let port = free.local_addr().unwrap().port();
     drop(free);
     let (bound, is_bound) = UnixStream::pair().unwrap();
     let (listening, listens) = UnixStream::pair().unwrap();
     let mut alice = child(|cue| {
         become_user(ALICE);
-        let fd = Address::bound_socket(port);
+        let fd = to.bound_socket(port);
         (&bound).write_all(b"x").unwrap();
         cue.wait();
         to.connect_from(&fd);
         wire::ask(&fd)
     });
     (&is_bound).read_exact(&mut [0]).unwrap();
+    let every: IpAddr =
+        if to.another(0).is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let mut bob = child(|cue| {
         become_user(BOB);
-        let _listener = TcpListener::bind(("0.0.0.0", port)).unwrap();
+        let _listener = TcpListener::bind((every, port)).unwrap();
         (&listening).write_all(b"x").unwrap();
         cue.wait();
         String::new()
@@ -297,28 +334,34 @@ fn decoy(to: &Address) -> String {
     said
 }
 
-/// From a user namespace of Alice's own, in which she has no id at all.
-fn user_namespace(to: &Address) -> String {
-    alone(|| {
-        unshare(CloneFlags::CLONE_NEWUSER).unwrap();
-        wire::ask(&to.connect())
-    })
-}
-
-/// Root connects, and then becomes Alice.
-fn dropped(to: &Address) -> String {
+/// Alice asks from a namespace of her own: one of users, in which she has no id at all, or one of processes.
+fn apart(to: &Address, namespace: CloneFlags) -> String {
     finish(child(|_| {
-        let fd = to.connect();
-        become_user(ALICE);
-        wire::ask(&fd)
+        if namespace == CloneFlags::CLONE_NEWUSER {
+            become_user(ALICE);
+            unshare(namespace).unwrap();
+            return wire::ask(&to.connect());
+        }
+        unshare(namespace).unwrap();
+        // The first process in it.
+        honest(to, ALICE)
     }))
 }
 
-/// Root makes the socket and gives its file to Alice: the kernel then says that it is hers.
-fn chowned(to: &Address) -> String {
-    finish(child(|_| {
+/// Root connects, and then changes something of itself or of the connection.
+fn changed_by_root(to: &Address, late: bool, change: impl FnOnce(&OwnedFd)) -> String {
+    let (tell, told) = UnixStream::pair().unwrap();
+    let held = (!late).then(daemon::hold);
+    let asking = child(|cue| {
         let fd = to.connect();
-        fchown(&fd, Some(ALICE), Some(ALICE)).unwrap();
-        wire::ask(&fd)
-    }))
+        if late {
+            wire::begin(to, &fd);
+        }
+        change(&fd);
+        (&tell).write_all(b"x").unwrap();
+        cue.wait();
+        if late { wire::conclude(&fd) } else { wire::ask(&fd) }
+    });
+    (&told).read_exact(&mut [0]).unwrap();
+    goes_on(held, asking)
 }

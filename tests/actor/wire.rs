@@ -1,7 +1,7 @@
 //! Connections to the daemon, and what is said on them.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -9,8 +9,10 @@ use std::path::PathBuf;
 use nix::cmsg_space;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6,
-    UnixAddr, bind, connect, recvmsg, sendmsg, setsockopt, socket, sockopt,
+    SockaddrStorage, UnixAddr, bind, connect, getsockname, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
+
+use crate::daemon;
 
 /// Where the daemon listens.
 pub(crate) enum Address {
@@ -18,7 +20,7 @@ pub(crate) enum Address {
     Tcp(SocketAddr),
 }
 
-const REQUEST: &[u8] = b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: any\r\n\r\n";
+pub(crate) const REQUEST: &[u8] = b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: any\r\n\r\n";
 /// How much of it is sent where a scene goes on in the middle of a request.
 const PART: usize = 20;
 
@@ -38,13 +40,28 @@ impl Address {
         })
     }
 
-    /// A socket that is not yet connected: from this port of 127.0.0.2, bound to the loopback device (attack 1).
-    pub(crate) fn bound_socket(port: u16) -> OwnedFd {
-        let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    /// A loopback address from which nobody connects by himself, of the listener's family.
+    pub(crate) fn another(&self, port: u16) -> SocketAddr {
+        match self.family() {
+            AddressFamily::Inet6 => SocketAddrV6::new(Ipv6Addr::LOCALHOST, port, 0, 0).into(),
+            _ => SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port).into(),
+        }
+    }
+
+    /// A socket that is not yet connected: from this port of such an address, bound to the loopback device (attack 1).
+    pub(crate) fn bound_socket(&self, port: u16) -> OwnedFd {
+        let fd = self.socket();
         setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
         setsockopt(&fd, sockopt::BindToDevice, &"lo".into()).unwrap();
-        bind(fd.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port))).unwrap();
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(self.another(port))).unwrap();
         fd
+    }
+
+    /// The address of a TCP socket.
+    pub(crate) fn local(fd: &OwnedFd) -> SocketAddr {
+        let name: SockaddrStorage = getsockname(fd.as_raw_fd()).unwrap();
+        let v4 = name.as_sockaddr_in().map(|v4| SocketAddrV4::from(*v4).into());
+        v4.or_else(|| name.as_sockaddr_in6().map(|v6| SocketAddrV6::from(*v6).into())).unwrap()
     }
 
     fn family(&self) -> AddressFamily {
@@ -88,12 +105,14 @@ pub(crate) fn send(fd: &OwnedFd) {
     let _ = file(fd).write_all(REQUEST);
 }
 
-/// The beginning of a request. Once somebody who connected later has been answered, the daemon has attested this one.
-pub(crate) fn begin(fd: &OwnedFd) {
+/// The beginning of a request, read by the daemon, so that it has attested whose connection this is.
+pub(crate) fn begin(to: &Address, fd: &OwnedFd) {
     file(fd).write_all(&REQUEST[..PART]).unwrap();
+    daemon::await_read(to, fd);
 }
 
-pub(crate) fn finish(fd: &OwnedFd) -> String {
+/// The rest of it.
+pub(crate) fn conclude(fd: &OwnedFd) -> String {
     let _ = file(fd).write_all(&REQUEST[PART..]);
     answer(fd)
 }
@@ -105,8 +124,16 @@ pub(crate) fn answer(fd: &OwnedFd) -> String {
 }
 
 pub(crate) fn ask_on(descriptor: RawFd) -> String {
+    ask(&inherited(descriptor))
+}
+
+pub(crate) fn conclude_on(descriptor: RawFd) -> String {
+    conclude(&inherited(descriptor))
+}
+
+fn inherited(descriptor: RawFd) -> OwnedFd {
     // SAFETY: whoever executed this program has left the descriptor open for it.
-    ask(&unsafe { OwnedFd::from_raw_fd(descriptor) })
+    unsafe { OwnedFd::from_raw_fd(descriptor) }
 }
 
 fn file(fd: &OwnedFd) -> std::fs::File {

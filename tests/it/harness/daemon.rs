@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::counterparts::http_get;
@@ -93,6 +94,11 @@ impl Daemon {
         self
     }
 
+    /// Its process id.
+    pub(crate) fn pid(&self) -> Pid {
+        self.process.id()
+    }
+
     /// The process.
     pub(crate) fn process(&mut self) -> &mut Process {
         &mut self.process
@@ -142,15 +148,21 @@ impl Daemon {
 
     /// All audit records so far.
     pub(crate) fn audit(&self) -> Vec<Value> {
+        self.audit_where(|_, _| true)
+    }
+
+    /// The audit records that this is true of: their number, from 0, and their text.
+    pub(crate) fn audit_where(&self, mut wanted: impl FnMut(usize, &str) -> bool) -> Vec<Value> {
         let text = std::fs::read_to_string(self.folder.join("audit.log")).unwrap_or_default();
-        text.lines().map(|line| serde_json::from_str(line).expect("an audit record is a line of JSON")).collect()
+        let lines = text.lines().enumerate().filter(|(i, line)| wanted(*i, line));
+        lines.map(|(_, line)| serde_json::from_str(line).expect("an audit record is a line of JSON")).collect()
     }
 
     /// The audit records after the first `count`, once there is at least one.
     pub(crate) fn audit_after(&self, count: usize) -> Vec<Value> {
         self.process.await_some("an audit record", PATIENCE, || {
-            let records = self.audit();
-            (records.len() > count).then(|| records[count..].to_vec())
+            let records = self.audit_where(|i, _| i >= count);
+            (!records.is_empty()).then_some(records)
         })
     }
 }

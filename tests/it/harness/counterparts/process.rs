@@ -145,6 +145,11 @@ impl Process {
         Process { name: name.to_owned(), owned, log: log.to_owned() }
     }
 
+    /// See [`Owned::id`].
+    pub(crate) fn id(&self) -> Pid {
+        self.owned.id()
+    }
+
     /// The child itself.
     pub(crate) fn owned(&mut self) -> &mut Owned {
         &mut self.owned
