@@ -107,18 +107,16 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
 
     let began = Instant::now();
     let mut askers: Vec<Asker> = (0..PROCESSES).map(|number| start(&world, folder.path(), number, &cgroups)).collect();
-    let (mut settled, mut outages) = (None, Vec::new());
-    let mut rng = Rng::with_seed(seed);
+    thread::sleep(form.settled);
+    let settled = anonymous_kib(pid);
+    let (mut rng, mut outages) = (Rng::with_seed(seed), Vec::new());
     while began.elapsed() < form.length {
         thread::sleep(between(&mut rng, form.between, form.between * 3 / 2));
-        if began.elapsed() > form.settled {
-            settled.get_or_insert_with(|| anonymous_kib(pid));
-        }
         // As many quick restarts as outages of any length.
         let longest = if rng.bool() { form.outage } else { form.outage.min(Duration::from_secs(10)) };
         outages.push(outage(&mut world, &mut rng, longest));
     }
-    let (settled, at_end) = (settled.expect("it was long enough"), anonymous_kib(pid));
+    let at_end = anonymous_kib(pid);
 
     let mut seen = Seen::default();
     for asker in &mut askers {
