@@ -262,8 +262,8 @@ impl Limits {
     }
 
     /// Waits until another connection may be accepted. That depends on the daemon's own work alone, never on a client: whose
-    /// a connection is, is known before anything is expected of it. Without this whoever connects quickly would have the
-    /// places of all before the daemon had seen that they are not his.
+    /// a connection is, is known before anything is expected of it. Those of whom it is not known yet take no place among
+    /// all, which whoever connects quickly would have in an instant; this keeps them few.
     async fn arrival(&self) -> Arrival {
         // The semaphore is never closed, so there is always a permit in the end.
         let arriving = self.arriving.clone().acquire_owned().await.ok();

@@ -146,7 +146,7 @@ fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32
 }
 
 /// Believes an answer only if it describes exactly the asked connection's client end, alive.
-fn parse(reply: &[u8], client: SocketAddr, server: SocketAddr) -> Result<Socket, Refusal> {
+pub(crate) fn parse(reply: &[u8], client: SocketAddr, server: SocketAddr) -> Result<Socket, Refusal> {
     let kind = read_u16(reply, 4).ok_or(Refusal::Kernel)?;
     if kind == NLMSG_ERROR {
         let errno = read_u32(reply, NLMSG_HEADER).map(|code| Errno::from_raw(code.cast_signed().wrapping_neg()));
