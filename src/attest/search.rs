@@ -144,3 +144,6 @@ impl Spent {
         if Instant::now() > self.deadline { Err(Refusal::TooManyDescriptors) } else { Ok(()) }
     }
 }
+
+#[cfg(test)]
+mod tests;

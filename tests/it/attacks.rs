@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::harness::actor::{self, play};
 use crate::harness::cgroup::Cgroup;
-use crate::harness::counterparts::{folder, root};
+use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
@@ -66,7 +66,7 @@ impl Stage {
     /// Plays a scene.
     fn play(&self, scene: &str, listener: &str) -> Made {
         let play = || play(scene, listener, &self.address(listener), self.daemon.pid(), self.cgroup.path());
-        if scene != "closed" {
+        if !scene.ends_with("closed") || scene == "half-closed" {
             return self.made(scene, &play());
         }
         // Nobody is there to see an answer.
@@ -147,6 +147,7 @@ fn expected() -> Vec<Row> {
         row("shared", alice, alice, ambiguous),
         // On TCP the heir is Alice's process, and holds the socket that she made.
         Row { unix: [alice.clone(), nobody.clone()], ..row("other-group", alice, alice, ambiguous) },
+        row("mixed-group", changed, alice, changed),
         row("exited", gone, alice, alice),
         row("exited-late", gone, alice, gone),
         row("zombie", gone, alice, alice),
@@ -162,6 +163,7 @@ fn expected() -> Vec<Row> {
         // Or nothing at all: see `is_right`.
         row("half-closed", alice, alice, alice),
         row("closed", gone, gone, gone),
+        row("shut-and-closed", gone, gone, gone),
         row("decoy", alice, alice, alice),
         // Where the process is seen, it is seen to live in other namespaces than the daemon.
         row("user-namespace", nobody, alice, nobody),
@@ -218,6 +220,9 @@ fn check(rules: Rules) {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    // Attack 19: of all that, no workload shows in what operators see.
+    let (_, metrics) = http_get(stage.daemon.admin(), "/metrics").unwrap();
+    assert!(!["alice", "61001", "arn:"].iter().any(|word| metrics.contains(word)), "{metrics}");
 }
 
 #[test]
