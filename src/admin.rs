@@ -20,10 +20,9 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::cache::{CredentialCache, Entry};
-use crate::listen::Stream;
-use crate::metrics::Metrics;
+use crate::listen::{Arrival, CONNECTION_LIFE, Stream};
+use crate::metrics::{Metrics, Reason};
 
-const CONNECTION_LIFE: Duration = Duration::from_secs(15);
 const HEAD: Duration = Duration::from_secs(5);
 
 /// Whether the daemon can do its work. Once it could, it stays ready through outages of others, since it can then still
@@ -87,7 +86,11 @@ struct Status {
 
 impl Admin {
     /// Serves one connection to its end.
-    pub async fn connection(self: Arc<Self>, address: Address, stream: Stream) {
+    pub async fn connection(self: Arc<Self>, address: Address, stream: Stream, arrival: Arrival) {
+        let Some(_place) = arrival.admit() else {
+            self.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many" }).inc();
+            return stream.reset();
+        };
         let service = service_fn(|request: Request<Incoming>| {
             let answer = self.answer(address, request.method(), request.uri().path());
             async move { Ok::<_, Infallible>(answer) }
@@ -113,6 +116,7 @@ impl Admin {
             (Address::Admin, "/readyz") if self.readiness.is_ready() => text(StatusCode::OK, "ready\n"),
             (Address::Admin, "/readyz") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
             (Address::Admin, "/metrics") => {
+                self.cache.count();
                 let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
                 reply(StatusCode::OK, kind, self.metrics.encode().into())
             }

@@ -6,19 +6,21 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use thiserror::Error;
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use crate::admin::{Address, Admin, Readiness};
 use crate::attest::{Attestor, StartError};
 use crate::audit::Audit;
-use crate::broker::Broker;
-use crate::cache::CredentialCache;
+use crate::broker::{Broker, Policy};
+use crate::cache::{self, CredentialCache};
 use crate::clock::Clock;
 use crate::config::{self, AuditFile, Config};
 use crate::http::{Authorization, Front};
@@ -26,11 +28,14 @@ use crate::issue::Issuer;
 use crate::listen::{self, Bound, Inherited, Limits, ListenError, Shares};
 use crate::metrics::Metrics;
 use crate::readiness::Probes;
-use crate::rule::{self, Decision};
+use crate::rule::Rule;
 use crate::sts::{InvalidSetting, Network, Settings, Sts};
 use crate::svid::WorkloadApi;
 
-/// Why the daemon does not start.
+/// How long operators' connections may take to end, once those of workloads have.
+const OPERATORS: Duration = Duration::from_secs(1);
+
+/// Why the daemon does not start, or goes on with its old configuration.
 #[derive(Debug, Error)]
 pub enum AppError {
     /// Nobody could be attested.
@@ -67,60 +72,131 @@ pub struct App {
     pub tcp: Vec<SocketAddr>,
     /// The operators' address.
     pub admin: Option<SocketAddr>,
+    /// What was listened on at the start, whatever the file has said since.
+    listen: config::Listen,
+    broker: Arc<Broker>,
+    audit: Arc<Audit>,
+    clock: Clock,
+    metrics: Metrics,
     readiness: Arc<Readiness>,
+    probing: Option<AbortHandle>,
+    workloads: Serving,
+    operators: Serving,
+}
+
+/// What a configuration comes to, apart from `[listen]`, `[audit]` and `[log]`.
+struct Parts {
+    policy: Policy,
+    issuer: Issuer,
+    limits: cache::Limits,
+    probes: Probes,
+}
+
+impl Parts {
+    fn new(config: &Config, clock: &Clock, metrics: &Metrics) -> Result<Self, InvalidSetting> {
+        let rules: Arc<[Rule]> = config.workloads.as_slice().into();
+        let source = Arc::new(WorkloadApi::new(config.identity.socket.clone(), rules.clone(), clock.clone()));
+        let sts = Arc::new(sts(config, clock.clone())?);
+        Ok(Self {
+            issuer: Issuer::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
+            limits: limits(&config.cache),
+            probes: Probes::new(config, source.clone(), sts),
+            policy: Policy { rules, source, roles: config.roles.clone() },
+        })
+    }
+}
+
+/// Accept loops, and how they are told to end.
+#[derive(Debug, Default)]
+struct Serving {
     stop: watch::Sender<bool>,
-    listeners: JoinSet<()>,
+    loops: JoinSet<()>,
+}
+
+impl Serving {
+    /// Takes no more connections, and waits for those that are open.
+    async fn end(&mut self) {
+        self.stop.send_replace(true);
+        while self.loops.join_next().await.is_some() {}
+    }
 }
 
 impl App {
     /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
     pub async fn start(config: Config, mut inherited: Inherited) -> Result<Self, AppError> {
         let (metrics, clock) = (Metrics::default(), Clock::system());
-        let rules = config.workloads.clone();
+        let parts = Parts::new(&config, &clock, &metrics)?;
+        let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
+        let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
         let needs_process = {
-            let rules = rules.clone();
-            Arc::new(move |caller: &_| rule::decide(&rules, caller) == Decision::NeedsProcess)
+            let broker = broker.clone();
+            Arc::new(move |caller: &_| broker.needs_process(caller))
         };
-        let attestor = Attestor::new(needs_process)?;
-        let source = Arc::new(WorkloadApi::new(config.identity.socket.clone(), rules, clock.clone()));
-        let sts = Arc::new(sts(&config, clock.clone())?);
-        let issuer = Issuer::new(source.clone(), sts.clone(), clock.clone());
-        let cache = CredentialCache::new(issuer, clock.clone(), metrics.clone(), config.cache.max_entries);
-        let audit = open_audit(&config, clock, metrics.clone())?;
-        let probes = Probes::new(&config, source.clone(), sts);
         let front = Arc::new(Front {
-            attestor,
-            broker: Broker::new(source, config.roles, cache.clone()),
-            audit,
+            attestor: Attestor::new(needs_process)?,
+            broker: broker.clone(),
+            audit: open_audit(&config, clock.clone(), metrics.clone())?,
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
             shares: Shares::new(config.listen.max_connections_per_workload),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin { metrics: metrics.clone(), readiness: readiness.clone(), cache });
-        let limits = Limits { connections: Arc::new(Semaphore::new(config.listen.max_connections)), metrics };
+        let limits = Limits::new(config.listen.max_connections, metrics.clone());
         let mut app = Self {
             tcp: Vec::new(),
             admin: None,
-            readiness: readiness.clone(),
-            stop: watch::Sender::new(false),
-            listeners: JoinSet::new(),
+            listen: config.listen,
+            broker,
+            audit: front.audit.clone(),
+            clock,
+            metrics,
+            readiness,
+            probing: None,
+            workloads: Serving::default(),
+            operators: Serving::default(),
         };
-        app.serve_workloads(&config.listen, &mut inherited, &front, &limits).await?;
-        app.serve_operators(&config.listen, &mut inherited, &admin, &limits).await?;
+        app.serve_workloads(&mut inherited, &front, &limits).await?;
+        app.serve_operators(&mut inherited, &admin).await?;
         inherited.all_taken()?;
-        app.listeners.spawn(probes.until_ready(app.tcp.clone(), readiness, app.stop.subscribe()));
+        app.probe(parts.probes);
         Ok(app)
+    }
+
+    /// Goes on with another configuration, but for `[listen]`, which needs a restart, and `[log]`. After an error nothing has
+    /// changed.
+    pub fn reload(&mut self, mut config: Config) -> Result<(), AppError> {
+        let changed = self.listen.changed(&config.listen).join(", ");
+        config.listen = self.listen.clone();
+        let parts = Parts::new(&config, &self.clock, &self.metrics)?;
+        let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
+        reopened.map_err(|source| audit_error(&config.audit.file, source))?;
+        self.broker.reload(parts.policy, parts.issuer, parts.limits);
+        self.probe(parts.probes);
+        if !changed.is_empty() {
+            tracing::warn!("[listen] {changed}: what the file says now takes effect when awsvid is started again");
+        }
+        Ok(())
+    }
+
+    /// Asks until everything that is needed has answered; once it has, it is not asked again.
+    fn probe(&mut self, probes: Probes) {
+        if let Some(before) = self.probing.take() {
+            before.abort();
+        }
+        if !self.readiness.is_ready() {
+            let (stop, readiness) = (self.workloads.stop.subscribe(), self.readiness.clone());
+            self.probing = Some(self.workloads.loops.spawn(probes.until_ready(self.tcp.clone(), readiness, stop)));
+        }
     }
 
     async fn serve_workloads(
         &mut self,
-        listen: &config::Listen,
         inherited: &mut Inherited,
         front: &Arc<Front>,
         limits: &Limits,
     ) -> Result<(), AppError> {
-        let mut bound = Vec::new();
+        let (mut bound, listen) = (Vec::new(), self.listen.clone());
         if let Some(path) = &listen.unix {
             bound.push(Bound::unix(path, 0o666, inherited)?);
         }
@@ -139,26 +215,21 @@ impl App {
             }
             tracing::info!(address = listener.name(), "serving workloads");
             let front = front.clone();
-            let connection = move |stream| front.clone().connection(stream);
-            self.listeners.spawn(listen::serve(listener, limits.clone(), self.stop.subscribe(), connection));
+            let connection = move |stream, arrival| front.clone().connection(stream, arrival);
+            let stop = self.workloads.stop.subscribe();
+            self.workloads.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
         }
         Ok(())
     }
 
     /// With a bound of its own: workloads that use up theirs don't hide the daemon's state.
-    async fn serve_operators(
-        &mut self,
-        listen: &config::Listen,
-        inherited: &mut Inherited,
-        admin: &Arc<Admin>,
-        limits: &Limits,
-    ) -> Result<(), AppError> {
-        let limits = Limits { connections: Arc::new(Semaphore::new(64)), metrics: limits.metrics.clone() };
+    async fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
+        let limits = Limits::new(64, self.metrics.clone());
         let mut bound = Vec::new();
-        if let Some(address) = listen.admin {
+        if let Some(address) = self.listen.admin {
             bound.push((Address::Admin, Bound::tcp(address, inherited).await?));
         }
-        if let Some(path) = &listen.status {
+        if let Some(path) = &self.listen.status {
             bound.push((Address::Status, Bound::unix(path, 0o600, inherited)?));
         }
         for (kind, listener) in bound {
@@ -167,18 +238,25 @@ impl App {
             }
             tracing::info!(address = listener.name(), "serving operators");
             let admin = admin.clone();
-            let connection = move |stream| admin.clone().connection(kind, stream);
-            self.listeners.spawn(listen::serve(listener, limits.clone(), self.stop.subscribe(), connection));
+            let connection = move |stream, arrival| admin.clone().connection(kind, stream, arrival);
+            let stop = self.operators.stop.subscribe();
+            self.operators.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
         }
         Ok(())
     }
 
-    /// Takes no more connections and lets those that are open end.
+    /// Takes no more connections, and returns when those that are open have ended. Operators are answered until then:
+    /// `/readyz` says that the daemon ends.
     pub async fn drain(mut self) {
         self.readiness.ending();
-        self.stop.send_replace(true);
-        while self.listeners.join_next().await.is_some() {}
+        self.workloads.end().await;
+        // Whoever reads metrics slowly keeps nobody waiting.
+        let _ = timeout(OPERATORS, self.operators.end()).await;
     }
+}
+
+fn limits(cache: &config::CacheConfig) -> cache::Limits {
+    cache::Limits { max_entries: cache.max_entries, revocation_grace: cache.revocation_grace }
 }
 
 fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
@@ -192,12 +270,16 @@ fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
 }
 
 fn open_audit(config: &Config, clock: Clock, metrics: Metrics) -> Result<Arc<Audit>, AppError> {
-    let path = match &config.audit.file {
+    Audit::open(&config.audit.file, config.audit.required, clock, metrics)
+        .map_err(|source| audit_error(&config.audit.file, source))
+}
+
+fn audit_error(file: &AuditFile, source: io::Error) -> AppError {
+    let path = match file {
         AuditFile::Path(path) => path.clone(),
         AuditFile::Stdout => PathBuf::from("standard output"),
     };
-    Audit::open(&config.audit.file, config.audit.required, clock, metrics)
-        .map_err(|source| AppError::Audit { path, source })
+    AppError::Audit { path, source }
 }
 
 /// The token file is always there: one SDK uses the endpoint only if it is given a token by file.

@@ -101,10 +101,16 @@ impl Attestor {
         unix::attest(&self.host, unix::Peer::of(stream)?, |caller| (self.needs_process)(caller))
     }
 
-    /// Attests the peer `client` of a TCP connection that was accepted on `server`.
-    pub async fn tcp(&self, client: SocketAddr, server: SocketAddr) -> Result<Caller, Refusal> {
+    /// Attests the peer `client` of a TCP connection that was accepted on `server`. `admit` is shown what the socket alone
+    /// tells, before any process is searched for; if it says no, that is [`Refusal::TooManyConnections`].
+    pub async fn tcp(
+        &self,
+        client: SocketAddr,
+        server: SocketAddr,
+        admit: impl FnOnce(&Caller) -> bool,
+    ) -> Result<Caller, Refusal> {
         let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
-        tcp.attest(client, server, |caller| (self.needs_process)(caller)).await
+        tcp.attest(client, server, admit, |caller| (self.needs_process)(caller)).await
     }
 }
 

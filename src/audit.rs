@@ -3,42 +3,51 @@
 //! A record is one line of JSON, written in one write before the answer is sent. The fields are a contract: see
 //! deploy/README.md. Nothing secret is in it; the access key id ties it to CloudTrail.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::fmt;
+use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
-use std::time::SystemTime;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
-use tokio::time::Instant;
+use arc_swap::ArcSwap;
+use serde::{Serialize, Serializer};
+use tokio::runtime::Handle;
+use tokio::time::{Instant, sleep};
 
-use crate::caller::{Caller, Listener};
+use crate::caller::{Caller, Listener, Owner};
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::metrics::{Metrics, Request};
 use crate::role::Grant;
 
-/// Records that wait for a reader that is slower than requests come.
-const QUEUE: usize = 8192;
+mod flood;
+mod sink;
+
+use flood::{Floods, Key, SWEEP};
+use sink::Sink;
+
+/// Most records are shorter, and are rendered without a second allocation.
+const LINE: usize = 768;
+/// The last second of the year 9999, in which the format of times ends.
+const LAST_TIME: Duration = Duration::from_secs(253_402_300_799);
 
 /// Opens records and writes them.
 #[derive(Debug)]
 pub struct Audit {
-    sink: Sink,
-    required: bool,
+    sink: ArcSwap<Sink>,
+    required: AtomicBool,
     clock: Clock,
     metrics: Metrics,
     boot: u32,
-    next: std::sync::atomic::AtomicU64,
+    next: AtomicU64,
+    floods: Floods,
 }
 
-#[derive(Debug)]
-enum Sink {
-    /// A regular file: an append takes microseconds and blocks on no reader.
-    File(File),
-    /// Anything whose reader may stall: a thread writes, so that requests never wait for that reader.
-    Queue(SyncSender<Vec<u8>>),
+/// Names a request in its record, in the answer and in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestId {
+    boot: u32,
+    number: u64,
 }
 
 /// How credentials were come by.
@@ -75,10 +84,10 @@ impl Outcome {
 }
 
 /// What was handed out.
-#[derive(Debug, Clone)]
-pub struct Issued {
+#[derive(Debug, Clone, Copy)]
+pub struct Issued<'a> {
     /// Of the credentials.
-    pub access_key_id: String,
+    pub access_key_id: &'a str,
     /// Of the credentials.
     pub expiration: SystemTime,
     /// Cached or new.
@@ -90,7 +99,7 @@ pub struct Issued {
 pub struct Record {
     audit: Arc<Audit>,
     started: Instant,
-    request_id: String,
+    request_id: RequestId,
     listener: Listener,
     caller: Option<Arc<Caller>>,
     grant: Option<Grant>,
@@ -100,9 +109,9 @@ pub struct Record {
 /// The line. Keys are part of the contract.
 #[derive(Serialize)]
 struct Line<'a> {
-    time: String,
+    time: Text<humantime::Rfc3339Timestamp>,
     target: &'static str,
-    request_id: &'a str,
+    request_id: Text<RequestId>,
     outcome: &'static str,
     reason: &'static str,
     listener: &'static str,
@@ -117,11 +126,14 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     access_key_id: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    expiration: Option<String>,
+    expiration: Option<Text<humantime::Rfc3339Timestamp>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cache: Option<Freshness>,
     milliseconds: f64,
 }
+
+/// Rendered in place, without a string of its own.
+struct Text<T>(T);
 
 #[derive(Serialize)]
 struct CallerFields<'a> {
@@ -143,30 +155,33 @@ struct CallerFields<'a> {
 impl Audit {
     /// Opens the destination. With `required`, credentials whose record can't be written are not handed out.
     pub fn open(to: &AuditFile, required: bool, clock: Clock, metrics: Metrics) -> io::Result<Arc<Self>> {
-        let file = match to {
-            AuditFile::Stdout => File::from(own_stdout()?),
-            AuditFile::Path(path) => OpenOptions::new().append(true).create(true).mode(0o600).open(path)?,
-        };
-        let kind = file.metadata()?.file_type();
-        let may_stall = kind.is_fifo() || kind.is_socket() || kind.is_char_device();
-        let sink = if may_stall { Sink::Queue(queue(file, metrics.clone())?) } else { Sink::File(file) };
+        let sink = ArcSwap::from_pointee(Sink::open(to, &metrics)?);
         Ok(Arc::new(Self {
             sink,
-            required,
+            required: AtomicBool::new(required),
             clock,
             metrics,
             boot: fastrand::u32(..),
-            next: std::sync::atomic::AtomicU64::new(0),
+            next: AtomicU64::new(0),
+            floods: Floods::default(),
         }))
+    }
+
+    /// Opens the destination anew: its name may have been given to another file since, as rotation does. Until the new
+    /// one is open, and if it can't be, records go to the old one.
+    pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
+        self.sink.store(Arc::new(Sink::open(to, &self.metrics)?));
+        self.required.store(required, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Opens the record of a request. `caller` is `None` where it could not be attested.
     pub fn begin(self: &Arc<Self>, listener: Listener, caller: Option<Arc<Caller>>) -> Record {
-        let number = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
         Record {
             audit: self.clone(),
             started: Instant::now(),
-            request_id: format!("{:08x}-{number}", self.boot),
+            request_id: RequestId { boot: self.boot, number },
             listener,
             caller,
             grant: None,
@@ -174,51 +189,46 @@ impl Audit {
         }
     }
 
-    fn write(&self, line: Vec<u8>) -> bool {
-        let written = match &self.sink {
-            Sink::File(file) => {
-                let mut file = file;
-                file.write_all(&line)
-                    .inspect_err(|error| tracing::error!(%error, "an audit record cannot be written"))
-                    .is_ok()
-            }
-            Sink::Queue(queue) => match queue.try_send(line) {
-                Ok(()) => true,
-                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                    tracing::error!("an audit record was lost: whoever reads the audit stream is too slow or gone");
-                    false
-                }
-            },
-        };
+    /// Writes one or more lines.
+    fn write(&self, lines: Vec<u8>) -> bool {
+        let written = lines.is_empty() || self.sink.load().write(lines);
         if !written {
             self.metrics.audit_lost.inc();
         }
         written
     }
-}
 
-fn own_stdout() -> io::Result<std::os::fd::OwnedFd> {
-    use std::os::fd::AsFd;
-    io::stdout().as_fd().try_clone_to_owned()
-}
-
-fn queue(mut file: File, metrics: Metrics) -> io::Result<SyncSender<Vec<u8>>> {
-    let (sender, lines) = sync_channel::<Vec<u8>>(QUEUE);
-    std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
-        for line in lines {
-            if let Err(error) = file.write_all(&line) {
-                tracing::error!(%error, "an audit record cannot be written");
-                metrics.audit_lost.inc();
+    /// Writes, as long as refusals come, the records that stand for several. Ends with the daemon.
+    fn sweep(self: &Arc<Self>) {
+        // Without a runtime, as at the very end, `Drop` does it.
+        let Ok(runtime) = Handle::try_current() else { return };
+        let audit = Arc::downgrade(self);
+        runtime.spawn(async move {
+            loop {
+                sleep(SWEEP).await;
+                let Some(audit) = audit.upgrade() else { return };
+                let (lines, done) = audit.floods.sweep(Some(Instant::now()));
+                audit.write(lines);
+                if done {
+                    return;
+                }
             }
-        }
-    })?;
-    Ok(sender)
+        });
+    }
+}
+
+impl Drop for Audit {
+    fn drop(&mut self) {
+        let (lines, _) = self.floods.sweep(None);
+        self.write(lines);
+        self.sink.load().flush();
+    }
 }
 
 impl Record {
     /// Names the request in answers and logs.
-    pub fn request_id(&self) -> &str {
-        &self.request_id
+    pub fn request_id(&self) -> RequestId {
+        self.request_id
     }
 
     /// Notes what the request was found to be for.
@@ -226,46 +236,100 @@ impl Record {
         self.grant = Some(grant.clone());
     }
 
-    /// Writes the record. `false`: it could not be written, and the configuration says that then nothing is to be handed out.
-    pub fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<&Issued>) -> bool {
-        self.finished = true;
-        let written = self.write(outcome.name(), reason, issued);
-        written || !self.audit.required
+    /// Takes that back: a reload came between.
+    pub fn undecided(&mut self) {
+        self.grant = None;
     }
 
-    fn write(&self, outcome: &'static str, reason: &'static str, issued: Option<&Issued>) -> bool {
+    /// Writes the record. `false`: it could not be written, and the configuration says that then nothing is to be handed out.
+    pub fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<Issued<'_>>) -> bool {
+        self.finished = true;
+        let elapsed = self.count(outcome.name(), reason);
+        let written = match outcome {
+            Outcome::Issued => self.audit.write(self.line(outcome.name(), reason, issued, true, elapsed)),
+            Outcome::Refused | Outcome::Failed => self.write_few(outcome.name(), reason, elapsed),
+        };
+        written || !self.audit.required.load(Ordering::Relaxed)
+    }
+
+    /// A record of a request that was given nothing: of very many of them, one stands for the rest.
+    fn write_few(&self, outcome: &'static str, reason: &'static str, elapsed: f64) -> bool {
+        let owner = self.caller.as_deref().map_or_else(Owner::unknown, Owner::of);
+        let key = Key { owner: Some(owner), listener: self.listener, reason };
+        let line = |of_one| self.line(outcome, reason, None, of_one, elapsed);
+        let turn = self.audit.floods.take(key, Instant::now(), line);
+        if turn.begin_sweep {
+            self.audit.sweep();
+        }
+        self.audit.write(turn.lines)
+    }
+
+    /// The seconds since the head arrived, noted in the metrics with the outcome.
+    fn count(&self, outcome: &'static str, reason: &'static str) -> f64 {
         let elapsed = self.started.elapsed().as_secs_f64();
-        let audit = &self.audit;
-        audit.metrics.requests.get_or_create(&Request { listener: self.listener.name(), outcome, reason }).inc();
-        audit.metrics.latency.0.observe(elapsed);
+        let metrics = &self.audit.metrics;
+        metrics.requests.get_or_create(&Request { listener: self.listener.name(), outcome, reason }).inc();
+        metrics.latency.0.observe(elapsed);
+        elapsed
+    }
+
+    /// Renders the record; without what names the caller, if it stands for several callers.
+    fn line(
+        &self,
+        outcome: &'static str,
+        reason: &'static str,
+        issued: Option<Issued<'_>>,
+        of_one: bool,
+        elapsed: f64,
+    ) -> Vec<u8> {
+        let grant = self.grant.as_ref().filter(|_| of_one);
         let line = Line {
-            time: humantime::format_rfc3339_millis(audit.clock.now()).to_string(),
+            time: Text(humantime::format_rfc3339_millis(printable(self.audit.clock.now()))),
             target: "audit",
-            request_id: &self.request_id,
+            request_id: Text(self.request_id),
             outcome,
             reason,
             listener: self.listener.name(),
-            caller: self.caller.as_deref().map(CallerFields::of),
-            spiffe_id: self.grant.as_ref().map(|grant| grant.spiffe_id.as_str()),
-            role_arn: self.grant.as_ref().map(|grant| grant.role_arn.as_str()),
-            session_name: self.grant.as_ref().map(|grant| grant.session_name.as_str()),
-            access_key_id: issued.map(|issued| issued.access_key_id.as_str()),
-            expiration: issued.map(|issued| humantime::format_rfc3339_seconds(issued.expiration).to_string()),
+            caller: self.caller.as_deref().filter(|_| of_one).map(CallerFields::of),
+            spiffe_id: grant.map(|grant| grant.spiffe_id.as_str()),
+            role_arn: grant.map(|grant| grant.role_arn.as_str()),
+            session_name: grant.map(|grant| grant.session_name.as_str()),
+            access_key_id: issued.map(|issued| issued.access_key_id),
+            expiration: issued.map(|issued| Text(humantime::format_rfc3339_seconds(printable(issued.expiration)))),
             cache: issued.map(|issued| issued.freshness),
             milliseconds: (elapsed * 1e6).round() / 1e3,
         };
+        let mut bytes = Vec::with_capacity(LINE);
         // Strings and numbers: writing them to memory cannot fail.
-        let mut bytes = serde_json::to_vec(&line).unwrap_or_default();
+        let _ = serde_json::to_writer(&mut bytes, &line);
         bytes.push(b'\n');
-        audit.write(bytes)
+        bytes
     }
+}
+
+/// A moment that the format of times can show.
+fn printable(time: SystemTime) -> SystemTime {
+    time.clamp(UNIX_EPOCH, UNIX_EPOCH + LAST_TIME)
 }
 
 impl Drop for Record {
     fn drop(&mut self) {
         if !self.finished {
-            self.write("aborted", "aborted", None);
+            let elapsed = self.count("aborted", "aborted");
+            self.audit.write(self.line("aborted", "aborted", None, true, elapsed));
         }
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08x}-{}", self.boot, self.number)
+    }
+}
+
+impl<T: fmt::Display> Serialize for Text<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
     }
 }
 
@@ -283,3 +347,6 @@ impl<'a> CallerFields<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,21 +1,38 @@
 //! What happens to a request, without HTTP: identify, choose, take from the cache, look at the caller once more.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use arc_swap::ArcSwap;
 use thiserror::Error;
 
 use crate::audit::{Freshness, Record};
-use crate::cache::{CacheError, CredentialCache, Issued};
+use crate::cache::{CacheError, CredentialCache, Issued, Limits};
 use crate::caller::{Caller, Refusal};
-use crate::role::{Denied, Roles, Wanted};
+use crate::identity::SpiffeId;
+use crate::issue::Issuer;
+use crate::role::{Denied, Grant, Roles, Wanted};
+use crate::rule::{self, Decision, Rule};
 use crate::svid::{IdentitySource, SourceError};
 
 /// The request path.
 #[derive(Debug)]
 pub struct Broker {
-    source: Arc<dyn IdentitySource>,
-    roles: Roles,
+    policy: ArcSwap<Policy>,
+    /// How often a reload has begun or ended: odd while one is under way.
+    reloads: AtomicU64,
     cache: CredentialCache,
+}
+
+/// Who has which identity and which role, by one configuration.
+#[derive(Debug)]
+pub struct Policy {
+    /// `[[workload]]`.
+    pub rules: Arc<[Rule]>,
+    /// Identifies by them.
+    pub source: Arc<dyn IdentitySource>,
+    /// `[[role]]` and `allow_requested_roles`.
+    pub roles: Roles,
 }
 
 /// Why a caller gets nothing.
@@ -39,9 +56,9 @@ pub enum BrokerError {
 }
 
 impl Broker {
-    /// Puts the parts together.
-    pub fn new(source: Arc<dyn IdentitySource>, roles: Roles, cache: CredentialCache) -> Self {
-        Self { source, roles, cache }
+    /// Puts the parts together. `cache` was made by the same configuration as `policy`.
+    pub fn new(policy: Policy, cache: CredentialCache) -> Self {
+        Self { policy: ArcSwap::from_pointee(policy), reloads: AtomicU64::new(0), cache }
     }
 
     /// Answers `caller`, who asks for `wanted`; notes in `record` what it turned out to be for.
@@ -51,19 +68,72 @@ impl Broker {
         wanted: &Wanted,
         record: &mut Record,
     ) -> Result<(Arc<Issued>, Freshness), BrokerError> {
-        let identities = self.source.identify(caller).await?;
+        loop {
+            let begun = self.reloads.load(Ordering::SeqCst);
+            let policy = self.policy.load_full();
+            let answer = self.decide(&policy, caller, wanted, record).await;
+            let is_over = begun.is_multiple_of(2);
+            if is_over && self.reloads.load(Ordering::SeqCst) == begun {
+                return answer;
+            }
+            // Nothing that was decided by the old configuration, a refusal neither, is released under the new one.
+            record.undecided();
+            tokio::task::yield_now().await;
+        }
+    }
+
+    async fn decide(
+        &self,
+        policy: &Policy,
+        caller: &Arc<Caller>,
+        wanted: &Wanted,
+        record: &mut Record,
+    ) -> Result<(Arc<Issued>, Freshness), BrokerError> {
+        let identities = policy.source.identify(caller).await?;
         if identities.is_empty() {
             return Err(BrokerError::NoIdentity);
         }
-        let grant = self.roles.choose(&identities, wanted)?;
+        let grant = policy.roles.choose(&identities, wanted)?;
         record.granted(&grant);
         let issued = self.cache.get(&grant, caller).await?;
         caller.still_same()?;
         Ok(issued)
     }
 
-    /// What is cached, for `/status`.
-    pub fn cache(&self) -> &CredentialCache {
-        &self.cache
+    /// Whether a decision about this caller depends on its process.
+    pub fn needs_process(&self, caller: &Caller) -> bool {
+        rule::decide(&self.policy.load().rules, caller) == Decision::NeedsProcess
+    }
+
+    /// Goes on with another configuration, by one caller at a time. Credentials are kept where the rules for their SPIFFE
+    /// ID are the same as before, and the new roles give just the same; all others are never handed out again (attack 17).
+    pub fn reload(&self, policy: Policy, issuer: Issuer, limits: Limits) {
+        self.reloads.fetch_add(1, Ordering::SeqCst);
+        let (old, new) = (self.policy.load_full(), Arc::new(policy));
+        let swept = Arc::new(AtomicBool::new(false));
+        let keep = {
+            let (rules, new, swept) = (old.rules.clone(), new.clone(), swept.clone());
+            // The cache also asks for entries that are yet to be made, which have nothing of the old rules.
+            move |grant: &Grant| {
+                new.allows(grant) && (swept.load(Ordering::SeqCst) || new.has_same_rules(&rules, &grant.spiffe_id))
+            }
+        };
+        self.cache.reconfigure(issuer, limits, keep);
+        swept.store(true, Ordering::SeqCst);
+        self.policy.store(new);
+        self.reloads.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Policy {
+    /// Whether a caller could be given just this.
+    fn allows(&self, grant: &Grant) -> bool {
+        let has_rule = self.rules.iter().any(|rule| rule.spiffe_id == grant.spiffe_id);
+        has_rule && self.roles.could_give(grant)
+    }
+
+    fn has_same_rules(&self, others: &[Rule], id: &SpiffeId) -> bool {
+        let for_id = |rule: &&Rule| rule.spiffe_id == *id;
+        self.rules.iter().filter(for_id).eq(others.iter().filter(for_id))
     }
 }

@@ -44,6 +44,14 @@ pub struct Caller {
     pub evidence: Box<dyn Evidence>,
 }
 
+/// Whose share of the daemon a caller takes, where something is bounded per workload: a pod's, whoever its users are, else
+/// a user's within an outermost systemd unit (attack 20).
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Owner {
+    uid: Option<u32>,
+    place: Option<Box<str>>,
+}
+
 /// What is known of the calling process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
@@ -87,7 +95,22 @@ pub trait Evidence: fmt::Debug + Send + Sync {
     fn still_same(&self) -> Result<(), Refusal>;
 }
 
+#[derive(Debug)]
+struct Nobody;
+
+impl Evidence for Nobody {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Err(Refusal::Gone)
+    }
+}
+
 impl Caller {
+    /// Stands in for a caller where the daemon asks by itself and the answer depends on none. It has the user id that
+    /// nobody can have, and is not there when it is looked at.
+    pub fn nobody() -> Self {
+        Self { listener: Listener::Unix, uid: u32::MAX, cgroup: None, process: None, evidence: Box::new(Nobody) }
+    }
+
     /// Whether the caller is still what it was when it was attested: same process, same ids, same socket.
     pub fn still_same(&self) -> Result<(), Refusal> {
         self.evidence.still_same()
@@ -104,6 +127,25 @@ impl Caller {
             (None, None) => None,
             _ => Some(false),
         }
+    }
+}
+
+impl Owner {
+    /// Of a caller that was attested, as far as its socket tells.
+    pub fn of(caller: &Caller) -> Self {
+        let Some(cgroup) = &caller.cgroup else { return Self::user(caller.uid) };
+        let (place, is_pod) = cgroup.workload();
+        Self { uid: (!is_pod).then_some(caller.uid), place: Some(place.into()) }
+    }
+
+    /// Of a user's processes, where nothing else is known.
+    pub fn user(uid: u32) -> Self {
+        Self { uid: Some(uid), place: None }
+    }
+
+    /// Of all those who could not be attested: together they get as much as one workload.
+    pub fn unknown() -> Self {
+        Self { uid: None, place: None }
     }
 }
 
@@ -125,6 +167,9 @@ pub enum Refusal {
     /// No process of the socket's cgroup and user shows the socket among its descriptors.
     #[error("no process of the caller's cgroup and user holds the calling socket")]
     NoHolder,
+    /// Its workload has as many connections as it may; this one is reset without an answer.
+    #[error("the workload has too many connections")]
+    TooManyConnections,
     /// The search for the socket's process went over its budget.
     #[error("the processes beside the caller have too many open descriptors to find the caller among them")]
     TooManyDescriptors,
@@ -151,6 +196,7 @@ impl Refusal {
             Self::InvisibleProcess => "invisible_process",
             Self::Ambiguous => "ambiguous_caller",
             Self::NoHolder => "no_holder",
+            Self::TooManyConnections => "too_many_of_one",
             Self::TooManyDescriptors => "too_many_descriptors",
             Self::Changed => "identity_changed",
             Self::UnreadableCgroup => "unreadable_cgroup",

@@ -38,6 +38,29 @@ impl CgroupPath {
         [".service", ".scope"].iter().any(|suffix| first.ends_with(suffix)).then_some(first)
     }
 
+    /// The part of the path that is one workload's, and whether that is a pod: down to the pod's own directory or the
+    /// outermost unit, whichever comes first, else to the first directory that is neither a slice nor a runtime's.
+    ///
+    /// For counting what a workload uses up. What lies below may be named by the workload, so it is never looked at.
+    pub fn workload(&self) -> (&str, bool) {
+        let mut end = 0;
+        for segment in self.0.split('/').skip(1) {
+            end += 1 + segment.len();
+            let path = &self.0[..end];
+            if has_pod_uid(segment) {
+                return (path, true);
+            }
+            let is_above = segment.is_empty()
+                || segment.ends_with(".slice")
+                || segment.contains("kubepods")
+                || matches!(segment, "kubelet" | "burstable" | "besteffort" | "guaranteed" | "docker");
+            if !is_above {
+                return (path, false);
+            }
+        }
+        (&self.0, false)
+    }
+
     /// Whether any part of the path looks like a container's or a pod's.
     ///
     /// A false yes costs a refusal, a false no would hand a host user's credentials to a container, so anything that a
@@ -144,6 +167,33 @@ mod tests {
         ];
         for (text, unit) in table {
             assert_eq!(path(text).systemd_unit(), unit, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_part_that_is_one_workloads() {
+        let u_ = U.replace('-', "_");
+        let pod = format!("/kubepods/burstable/pod{U}");
+        let slice = format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{u_}.slice");
+        let table = [
+            (format!("{pod}/{C}"), pod.as_str(), true),
+            (format!("{pod}/{C}/named/by/its/owner"), &pod, true),
+            (format!("{slice}/cri-containerd-{C}.scope"), &slice, true),
+            ("/system.slice/a.service/below".to_owned(), "/system.slice/a.service", false),
+            ("/user.slice/user-7.slice/session-3.scope".to_owned(), "/user.slice/user-7.slice/session-3.scope", false),
+            // Whoever names pods below his own unit gets no second share.
+            (
+                format!("/user.slice/user-7.slice/user@7.service/pod{U}"),
+                "/user.slice/user-7.slice/user@7.service",
+                false,
+            ),
+            (format!("/own/pod{U}"), "/own", false),
+            (format!("/docker/{C}/x"), &format!("/docker/{C}"), false),
+            ("/own.slice".to_owned(), "/own.slice", false),
+            ("/".to_owned(), "/", false),
+        ];
+        for (text, part, is_pod) in table {
+            assert_eq!(path(&text).workload(), (part, is_pod), "{text}");
         }
     }
 

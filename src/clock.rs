@@ -1,5 +1,7 @@
 //! Wall-clock time, which only `Expiration` and tokens need; everything else is measured on tokio's monotonic clock.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
@@ -7,7 +9,15 @@ use tokio::time::Instant;
 /// Reads the time. A value, so that tests can stand anywhere in time.
 #[derive(Debug, Clone, Default)]
 pub struct Clock {
-    fixed: Option<(SystemTime, Instant)>,
+    fixed: Option<Arc<Fixed>>,
+}
+
+#[derive(Debug)]
+struct Fixed {
+    start: SystemTime,
+    since: Instant,
+    /// Seconds that somebody has set it ahead, or back.
+    stepped: AtomicI64,
 }
 
 impl Clock {
@@ -18,15 +28,24 @@ impl Clock {
 
     /// A clock that shows `now` at this moment and goes on with tokio's (possibly paused) time.
     pub fn starting_at(now: SystemTime) -> Self {
-        Self { fixed: Some((now, Instant::now())) }
+        let fixed = Fixed { start: now, since: Instant::now(), stepped: AtomicI64::new(0) };
+        Self { fixed: Some(Arc::new(fixed)) }
+    }
+
+    /// Sets a clock made by [`Clock::starting_at`], and all its clones, ahead by so many seconds, or back. The system's
+    /// clock is not touched.
+    pub fn step(&self, seconds: i64) {
+        if let Some(fixed) = &self.fixed {
+            fixed.stepped.fetch_add(seconds, Ordering::SeqCst);
+        }
     }
 
     /// The wall-clock time.
     pub fn now(&self) -> SystemTime {
-        match self.fixed {
-            Some((start, since)) => start + since.elapsed(),
-            None => SystemTime::now(),
-        }
+        let Some(fixed) = &self.fixed else { return SystemTime::now() };
+        let stepped = fixed.stepped.load(Ordering::SeqCst);
+        let (by, now) = (Duration::from_secs(stepped.unsigned_abs()), fixed.start + fixed.since.elapsed());
+        if stepped < 0 { now - by } else { now + by }
     }
 
     /// How long until `moment`; zero if it has passed.

@@ -1,6 +1,7 @@
 //! Temporary AWS credentials, and the one place where they are written out: the body that every SDK reads.
 
 use std::fmt;
+use std::io;
 use std::time::SystemTime;
 
 use serde::Serialize;
@@ -56,8 +57,27 @@ impl Credentials {
             account_id: role.account(),
             role_arn: role.as_str(),
         };
-        // Strings and nothing else: writing them to memory cannot fail.
-        Zeroizing::new(serde_json::to_vec(&body).unwrap_or_default())
+        // Into memory of just this size: a buffer that grows leaves copies of the secrets behind. Strings and nothing else:
+        // writing them to memory cannot fail.
+        let mut length = Length(0);
+        let _ = serde_json::to_writer(&mut length, &body);
+        let mut bytes = Zeroizing::new(Vec::with_capacity(length.0));
+        let _ = serde_json::to_writer(&mut *bytes, &body);
+        bytes
+    }
+}
+
+/// Counts what is written.
+struct Length(usize);
+
+impl io::Write for Length {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -92,6 +112,15 @@ mod tests {
         let role = RoleArn::parse("arn:minio:iam:::role/abcdef").unwrap();
         let body: serde_json::Value = serde_json::from_slice(&example().body(&role)).unwrap();
         assert!(body.get("AccountId").is_none());
+    }
+
+    #[test]
+    fn the_body_was_never_moved_to_a_larger_place() {
+        let role = RoleArn::parse("arn:aws:iam::123456789012:role/billing").unwrap();
+        let long = Credentials { session_token: Zeroizing::new("t".repeat(1024)), ..example() };
+        let body = long.body(&role);
+        assert_eq!(body.capacity(), body.len());
+        assert!(body.ends_with(b"}"));
     }
 
     #[test]

@@ -1,41 +1,43 @@
 //! The front: one connection, one request, one answer, in the contract of the container credential endpoint.
 //!
-//! hyper parses. Everything that is refused here has its own reason, which is counted and audited.
+//! hyper parses. Everything that is refused here has its own reason, which is counted, and audited if a head arrived.
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use crate::attest::Attestor;
-use crate::audit::{Audit, Freshness, Issued, Outcome, Record};
+use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
-use crate::cache::Body;
-use crate::caller::{Caller, Listener, Refusal};
-use crate::listen::{Shares, Stream};
+use crate::cache::{Body, Issued};
+use crate::caller::{Caller, Listener, Owner, Refusal};
+use crate::listen::{Arrival, CONNECTION_LIFE, Place, Shares, Stream};
 use crate::metrics::{Metrics, Reason};
 
 mod answer;
 mod rules;
+mod wire;
 
 pub use rules::{Asked, Authorization};
 
 use answer::Refused;
+use wire::Wire;
 
 /// A head that is not complete after this is given up.
 const HEAD: Duration = Duration::from_secs(5);
-/// The whole connection: head, held request (4.5 s), answer.
-const CONNECTION_LIFE: Duration = Duration::from_secs(15);
 /// The largest head. SDKs send well under 2 kB.
 const HEAD_BYTES: usize = 16 * 1024;
 const HEADERS: usize = 64;
@@ -46,7 +48,7 @@ pub struct Front {
     /// Who asks.
     pub attestor: Attestor,
     /// What they get.
-    pub broker: Broker,
+    pub broker: Arc<Broker>,
     /// Who got what.
     pub audit: Arc<Audit>,
     /// Counts.
@@ -59,70 +61,122 @@ pub struct Front {
 
 type Answer = Response<Full<Bytes>>;
 
-/// Why a connection ended without an answer.
+/// Why a connection ended without a request.
+#[derive(Debug, Clone, Copy)]
 enum Dropped {
     /// Its workload has too many.
     OverShare,
-    /// hyper gave it up.
-    Http(hyper::Error),
+    /// All together have too many.
+    TooMany,
+    /// The head did not come in time.
+    SlowHead,
+    /// What came is no head of HTTP/1, or too long a one.
+    BadRequest,
+    /// The client went away.
+    Closed,
+    /// The whole connection took too long.
+    TooSlow,
 }
 
-impl From<hyper::Error> for Dropped {
-    fn from(error: hyper::Error) -> Self {
-        Self::Http(error)
+impl Dropped {
+    fn reason(self) -> &'static str {
+        match self {
+            Self::OverShare => "too_many_of_one",
+            Self::TooMany => "too_many",
+            Self::SlowHead => "slow_head",
+            Self::BadRequest => "bad_request",
+            Self::Closed => "closed",
+            Self::TooSlow => "too_slow",
+        }
     }
 }
 
 impl Front {
     /// Serves one connection to its end. The caller is attested before a byte is read.
-    pub async fn connection(self: Arc<Self>, stream: Stream) {
-        let served = timeout(CONNECTION_LIFE, self.attest_and_serve(stream)).await;
-        let dropped = match served {
-            Ok(Ok(())) => return,
-            Ok(Err(Dropped::OverShare)) => "too_many_of_one",
-            Ok(Err(Dropped::Http(error))) if error.is_timeout() => "slow_head",
-            Ok(Err(Dropped::Http(error))) if error.is_parse() => "bad_request",
-            Ok(Err(Dropped::Http(_))) => "closed",
-            Err(_) => "too_slow",
-        };
-        self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped }).inc();
+    pub async fn connection(self: Arc<Self>, stream: Stream, arrival: Arrival) {
+        let served = timeout(CONNECTION_LIFE, self.attest_and_serve(stream, arrival)).await;
+        if let Err(dropped) = served.unwrap_or(Err(Dropped::TooSlow)) {
+            self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
+        }
     }
 
-    async fn attest_and_serve(&self, stream: Stream) -> Result<(), Dropped> {
+    async fn attest_and_serve(&self, stream: Stream, arrival: Arrival) -> Result<(), Dropped> {
+        let (mut arrival, mut places) = (Some(arrival), Err(Dropped::TooMany));
+        // Before a byte is read, and over TCP before a process is searched for.
+        let mut admit = |owner| {
+            if let Some(arrival) = arrival.take() {
+                places = self.admit(owner, arrival);
+            }
+            places.is_ok()
+        };
         let (listener, caller) = match &stream {
             Stream::Unix(stream) => (Listener::Unix, self.attestor.unix(stream)),
-            Stream::Tcp { client, server, .. } => (Listener::Tcp, self.attestor.tcp(*client, *server).await),
+            Stream::Tcp { client, server, .. } => {
+                let admit = |caller: &Caller| admit(Owner::of(caller));
+                (Listener::Tcp, self.attestor.tcp(*client, *server, admit).await)
+            }
         };
-        let place = caller.as_ref().ok().map(|caller| self.shares.enter(caller));
-        if let Some(None) = place {
-            stream.reset();
-            return Err(Dropped::OverShare);
-        }
+        // Those who are not attested are read and answered, too, so they have a share as well.
+        admit(caller.as_ref().map_or_else(|_| Owner::unknown(), Owner::of));
+        let _places = match places {
+            Ok(places) => places,
+            Err(dropped) => {
+                stream.reset();
+                return Err(dropped);
+            }
+        };
         match stream {
-            Stream::Unix(stream) => self.request(TokioIo::new(stream), listener, caller).await?,
-            Stream::Tcp { stream, .. } => self.request(TokioIo::new(stream), listener, caller).await?,
+            Stream::Unix(stream) => self.request(stream, listener, caller).await,
+            Stream::Tcp { stream, .. } => self.request(stream, listener, caller).await,
         }
-        Ok(())
+    }
+
+    /// A place among the connections of one workload, and one among all.
+    fn admit(&self, owner: Owner, arrival: Arrival) -> Result<(Place, OwnedSemaphorePermit), Dropped> {
+        let place = self.shares.enter(owner).ok_or(Dropped::OverShare)?;
+        Ok((place, arrival.admit().ok_or(Dropped::TooMany)?))
     }
 
     /// Reads one request and answers it. A refused caller is still read and answered, so that its SDK shows why.
-    async fn request<S>(&self, io: TokioIo<S>, listener: Listener, caller: Result<Caller, Refusal>) -> hyper::Result<()>
+    async fn request<S>(&self, stream: S, listener: Listener, caller: Result<Caller, Refusal>) -> Result<(), Dropped>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let caller = caller.map(Arc::new);
-        let service = service_fn(|request| {
+        let (answering, more_comes) = (AtomicBool::new(false), AtomicBool::new(false));
+        let service = service_fn(|request: Request<Incoming>| {
+            answering.store(true, Ordering::Relaxed);
+            more_comes.store(rules::has_body(&request), Ordering::Relaxed);
             let caller = caller.clone();
             async move { Ok::<_, Infallible>(self.answer(&request, listener, caller).await) }
         });
-        http1::Builder::new()
+        let mut wire = Wire::new(stream, &answering);
+        let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD)
             .keep_alive(false)
             .max_buf_size(HEAD_BYTES)
+            .max_header_size(HEAD_BYTES)
             .max_headers(HEADERS)
-            .serve_connection(io, service)
-            .await
+            .serve_connection(TokioIo::new(&mut wire), service)
+            .await;
+        let refused = match served {
+            Ok(()) if answering.load(Ordering::Relaxed) => {
+                if more_comes.load(Ordering::Relaxed) {
+                    wire.discard().await;
+                }
+                return Ok(());
+            }
+            _ if wire.line_feed_alone() => Refused::Malformed,
+            Err(error) if error.is_timeout() => return Err(Dropped::SlowHead),
+            Err(error) if error.is_parse_too_large() => Refused::HeadTooLarge,
+            Err(error) if error.is_parse() => Refused::Malformed,
+            Ok(()) | Err(_) => return Err(Dropped::Closed),
+        };
+        // A client that is gone by now is no further concern.
+        let _ = wire.say(&refused.bare_answer()).await;
+        wire.discard().await;
+        Err(Dropped::BadRequest)
     }
 
     /// Opens the audit record, decides, closes it. If the client goes away hyper drops this future, and the record says so.
@@ -133,15 +187,19 @@ impl Front {
         caller: Result<Arc<Caller>, Refusal>,
     ) -> Answer {
         let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
+        let id = record.request_id();
         match self.decide(request, listener, caller, &mut record).await {
-            Ok((body, issued)) => match record.finish(Outcome::Issued, "ok", Some(&issued)) {
-                true => respond(200, Bytes::from_owner(SharedBody(body)), None),
-                false => refuse(&Refused::NotAudited, "-"),
-            },
+            Ok((issued, freshness)) => {
+                let said =
+                    audit::Issued { access_key_id: &issued.access_key_id, expiration: issued.expiration, freshness };
+                match record.finish(Outcome::Issued, "ok", Some(said)) {
+                    true => respond(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
+                    false => refuse(&Refused::NotAudited, id),
+                }
+            }
             Err(refused) => {
-                let id = record.request_id().to_owned();
                 record.finish(refused.outcome(), refused.reason(), None);
-                refuse(&refused, &id)
+                refuse(&refused, id)
             }
         }
     }
@@ -152,7 +210,7 @@ impl Front {
         listener: Listener,
         caller: Result<Arc<Caller>, Refusal>,
         record: &mut Record,
-    ) -> Result<(Body, Issued), Refused> {
+    ) -> Result<(Arc<Issued>, Freshness), Refused> {
         let caller = caller.map_err(Refused::Caller)?;
         let wanted = rules::read(&Asked::of(request), listener, &self.authorization)?;
         let (issued, freshness) =
@@ -160,12 +218,7 @@ impl Front {
         if freshness == Freshness::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");
         }
-        let said = Issued {
-            access_key_id: issued.credentials.access_key_id.clone(),
-            expiration: issued.credentials.expiration,
-            freshness,
-        };
-        Ok((issued.body.clone(), said))
+        Ok((issued, freshness))
     }
 }
 
@@ -178,20 +231,24 @@ impl AsRef<[u8]> for SharedBody {
     }
 }
 
-fn refuse(refused: &Refused, request_id: &str) -> Answer {
-    respond(refused.status(), Bytes::from(refused.body(request_id)), refused.retry_after())
+fn refuse(refused: &Refused, id: audit::RequestId) -> Answer {
+    let mut response = respond(refused.status(), Bytes::from(refused.body(Some(id))));
+    if let Some(seconds) = refused.retry_after() {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    if let Some(methods) = refused.allow() {
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static(methods));
+    }
+    response
 }
 
 /// `Connection: close` on every answer: one connection is one attestation, and one SDK never closes its own.
-fn respond(status: u16, body: Bytes, retry_after: Option<u64>) -> Answer {
+fn respond(status: u16, body: Bytes) -> Answer {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = hyper::StatusCode::from_u16(status).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    if let Some(seconds) = retry_after {
-        headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
-    }
     response
 }

@@ -195,7 +195,7 @@ impl SpiffeIdPattern {
 
 /// The ARN of a role to assume. Any partition and service: S3-compatible systems have ARNs of their own.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct RoleArn(String);
+pub struct RoleArn(Arc<str>);
 
 impl RoleArn {
     /// Parses `arn:<partition>:<service>:<region>:<account>:role/<name>`.
@@ -223,7 +223,7 @@ impl RoleArn {
                 return invalid("an AWS role's name has 1 to 64 of the characters A-Z a-z 0-9 _ + = , . @ -");
             }
         }
-        Ok(Self(text.to_owned()))
+        Ok(Self(Arc::from(text)))
     }
 
     /// The whole ARN.
@@ -261,7 +261,10 @@ impl fmt::Display for RoleArn {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct ArnTemplate {
     text: String,
+    /// None where `whole` is there.
     pieces: Vec<Piece>,
+    /// The ARN itself, where it is the same for all.
+    whole: Option<RoleArn>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -291,19 +294,22 @@ impl ArnTemplate {
             rest = behind;
         }
         pieces.push(Piece::Text(rest.to_owned()));
-        let template = Self { text: text.to_owned(), pieces };
+        let template = Self { text: text.to_owned(), pieces, whole: None };
         // Whatever a segment holds, the shape must be an ARN's.
-        RoleArn::parse(&template.fill(|_| Some("x")).unwrap_or_default())?;
-        Ok(template)
+        let arn = RoleArn::parse(&template.fill(|_| Some("x")).unwrap_or_default())?;
+        Ok(if template.highest_segment().is_some() { template } else { Self::fixed(&arn) })
     }
 
     /// This ARN for every ID: whatever is in it stands for itself, braces too.
     pub fn fixed(arn: &RoleArn) -> Self {
-        Self { text: arn.0.clone(), pieces: vec![Piece::Text(arn.0.clone())] }
+        Self { text: arn.as_str().to_owned(), pieces: Vec::new(), whole: Some(arn.clone()) }
     }
 
     /// The ARN for this ID; `None` where a segment is missing or the result is too long.
     pub fn render(&self, id: &SpiffeId) -> Option<RoleArn> {
+        if let Some(arn) = &self.whole {
+            return Some(arn.clone());
+        }
         let arn = self.fill(|index| id.segments().nth(index))?;
         RoleArn::parse(&arn).ok()
     }
@@ -337,7 +343,7 @@ impl ArnTemplate {
 
 /// What CloudTrail shows as the role session's name.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct SessionName(String);
+pub struct SessionName(Arc<str>);
 
 impl SessionName {
     /// The name for a SPIFFE ID: its text without the scheme, each `/` as `=`.
@@ -348,18 +354,18 @@ impl SessionName {
     pub fn of(id: &SpiffeId) -> Self {
         let name = id.as_str().trim_start_matches("spiffe://").replace('/', "=");
         if name.len() <= *SESSION_NAME_LENGTH.end() && !reads_as_shortened(&name) {
-            return Self(name);
+            return Self(name.into());
         }
         let digest = Sha256::digest(id.as_str().as_bytes());
         let tail: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         // A SPIFFE ID is ASCII, so this cuts between characters.
-        Self(format!("{}={tail}", &name[..SESSION_NAME_HEAD]))
+        Self(format!("{}={tail}", &name[..SESSION_NAME_HEAD]).into())
     }
 
     /// A name from the configuration.
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         if SESSION_NAME_LENGTH.contains(&text.len()) && text.bytes().all(is_iam_character) {
-            return Ok(Self(text.to_owned()));
+            return Ok(Self(Arc::from(text)));
         }
         invalid("a session name has 2 to 64 of the characters A-Z a-z 0-9 _ + = , . @ -")
     }

@@ -9,9 +9,11 @@ use tokio::time::{Instant, sleep};
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::credentials::Credentials;
+use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
 use crate::sts::{Again, AssumeRole, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError};
+use crate::turns::{Allowance, Turns};
 
 /// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
 /// the cache to try again, at its pace.
@@ -21,12 +23,27 @@ const MORE_TRIES: u32 = 3;
 /// Before the first of them; doubled before each other one, and jittered, so that a node's flights don't march in step.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Issues credentials. It remembers nothing.
+/// How many calls to the source are under way at most: an agent answers most of them from its cache, and each has a
+/// connection of its own ...
+const SOURCE_CALLS: usize = 64;
+/// ... and of those for one SPIFFE ID: a source that keeps one workload waiting (SPIRE does for up to 30 s) still has turns
+/// for all others.
+const SOURCE_CALLS_EACH: usize = 4;
+/// What one SPIFFE ID may have issued at once: its 16 cached roles, and each of them once more ...
+const BURST: u32 = 32;
+/// ... and after that. Renewing 16 roles of the shortest session takes one in 28 s, and an outage of hours one in 4 s; so
+/// this is far above what anybody needs, and a thousandth of what STS takes from an account.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// Issues credentials. Of what it has issued it remembers nothing but how often.
 #[derive(Debug, Clone)]
 pub struct Issuer {
     source: Arc<dyn IdentitySource>,
     sts: Arc<dyn AssumeRole>,
     clock: Clock,
+    metrics: Metrics,
+    turns: Turns,
+    allowance: Arc<Allowance>,
 }
 
 /// Why no credentials were issued.
@@ -38,6 +55,12 @@ pub enum IssueError {
     /// STS gave no credentials for it.
     #[error(transparent)]
     Sts(#[from] StsError),
+    /// This SPIFFE ID has had too many issued in a short time, or has too many calls waiting.
+    #[error("this workload asks for new credentials too often; ask again in some seconds, and for fewer roles")]
+    TooOften,
+    /// The credentials end so soon that they are of no use.
+    #[error("STS gave credentials that end within a minute: compare this node's clock")]
+    TooShort,
 }
 
 impl IssueError {
@@ -55,6 +78,7 @@ impl IssueError {
                 // The new token has been tried by now.
                 Again::NewToken | Again::Never => false,
             },
+            Self::TooOften | Self::TooShort => true,
         }
     }
 
@@ -63,20 +87,32 @@ impl IssueError {
         match self {
             Self::Source(error) => error.reason(),
             Self::Sts(error) => error.reason,
+            Self::TooOften => "too_many_exchanges",
+            Self::TooShort => "sts_bad_answer",
         }
     }
 }
 
 impl Issuer {
     /// Puts source and STS together.
-    pub fn new(source: Arc<dyn IdentitySource>, sts: Arc<dyn AssumeRole>, clock: Clock) -> Self {
-        Self { source, sts, clock }
+    pub fn new(source: Arc<dyn IdentitySource>, sts: Arc<dyn AssumeRole>, clock: Clock, metrics: Metrics) -> Self {
+        let turns = Turns::new(SOURCE_CALLS, SOURCE_CALLS_EACH);
+        let allowance = Arc::new(Allowance::new(BURST, EVERY));
+        Self { source, sts, clock, metrics, turns, allowance }
+    }
+
+    /// Whether a token is only to be had for a caller that lives.
+    pub fn needs_caller(&self) -> bool {
+        self.source.needs_caller()
     }
 
     /// Credentials for `grant`, by a token that the source gives `caller`.
     ///
     /// What passes quickly is tried again within seconds; a token that STS refuses is replaced once.
     pub async fn issue(&self, caller: &Caller, grant: &Grant) -> Result<Credentials, IssueError> {
+        if !self.allowance.take(&grant.spiffe_id) {
+            return Err(IssueError::TooOften);
+        }
         let mut patience = Patience::new();
         let token = self.token(caller, grant, &mut patience).await?;
         let refused = match self.assume(grant, &token, &mut patience).await {
@@ -95,24 +131,32 @@ impl Issuer {
         }
     }
 
-    async fn token(&self, caller: &Caller, grant: &Grant, patience: &mut Patience) -> Result<JwtSvid, SourceError> {
+    async fn token(&self, caller: &Caller, grant: &Grant, patience: &mut Patience) -> Result<JwtSvid, IssueError> {
         let audience = &grant.role.audience;
         loop {
-            match self.source.token(caller, &grant.spiffe_id, audience).await {
+            let turn = self.turns.take(&grant.spiffe_id).await.ok_or(IssueError::TooOften)?;
+            let result = self.source.token(caller, &grant.spiffe_id, audience).await;
+            drop(turn);
+            self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
+            match result {
                 Err(SourceError::Unavailable(_)) if patience.pause().await => {}
                 // Checked against what the source was asked for, this can only be a mistake in the source's own code.
                 // It would hand one workload the account of another.
                 Ok(token) if *token.spiffe_id() != grant.spiffe_id || token.audience() != audience => {
-                    return Err(BadToken::Wrong("it is not the one that was asked for".to_owned()).into());
+                    return Err(
+                        SourceError::from(BadToken::Wrong("it is not the one that was asked for".to_owned())).into()
+                    );
                 }
-                result => return result,
+                result => return Ok(result?),
             }
         }
     }
 
     async fn assume(&self, grant: &Grant, token: &JwtSvid, patience: &mut Patience) -> Result<Credentials, StsError> {
         loop {
-            match self.sts.assume(grant, token).await {
+            let result = self.sts.assume(grant, token).await;
+            self.metrics.sts_calls.get_or_create(&Call::of(&result, |error| error.reason)).inc();
+            match result {
                 Err(error) if error.again == Again::Later => {
                     if !patience.pause().await || token.expires() <= self.clock.now() {
                         return Err(error);

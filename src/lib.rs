@@ -18,7 +18,7 @@
 //! | ask | [`http`] | method, path, header rules; opens the audit record |
 //! | decide | [`broker`] | identify, choose, cached or issued, still the same caller: **the request path** |
 //! | remember | [`cache`] | credentials by SPIFFE ID and role, refreshed ahead |
-//! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`] |
+//! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], in [`turns`] that are fair between workloads |
 //!
 //! Around it: [`admin`] health and metrics, [`readiness`], [`hardening`], [`app`] which wires all of it. [`dev`] is what the
 //! command of that name puts around the daemon; nothing but main.rs imports it.
@@ -52,6 +52,8 @@ pub mod hardening;
 pub mod listen;
 
 pub mod attest;
+
+pub mod turns;
 
 pub mod svid;
 

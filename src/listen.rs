@@ -2,18 +2,20 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
 use thiserror::Error;
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
-use crate::metrics::{Metrics, Reason};
+use crate::metrics::Metrics;
 
 mod inherited;
 mod share;
@@ -25,10 +27,19 @@ pub use socket_file::SocketFile;
 
 /// How long an accept loop pauses when the process or the system is out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How often the log says so, if it goes on.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
+/// So many connections may have been accepted and not yet attested.
+const ARRIVING: usize = 64;
 /// How often a listener that was killed is bound again.
 const REBIND: Duration = Duration::from_secs(1);
-/// How long connections may take to end once the daemon was told to.
-const DRAIN: Duration = Duration::from_secs(10);
+/// The whole of any connection: the head, a held request (4.5 s), the answer.
+pub const CONNECTION_LIFE: Duration = Duration::from_secs(15);
+/// How many may wait to be accepted, as in awsvid.socket. The kernel drops who comes when the queue is full, and TCP
+/// clients try again only a second later.
+const BACKLOG: u32 = 4096;
+/// Once the daemon was told to end. Every connection ends by itself before that, so this cuts none that keeps to its time.
+const DRAIN: Duration = Duration::from_secs(16);
 
 /// Why a listener could not be had.
 #[derive(Debug, Error)]
@@ -71,7 +82,7 @@ pub enum ListenError {
 /// A listener.
 #[derive(Debug)]
 pub enum Bound {
-    /// On a unix socket; the file is removed with the daemon unless systemd owns it.
+    /// On a unix socket; its file is removed with it unless systemd owns both.
     Unix {
         /// Accepts.
         listener: UnixListener,
@@ -79,7 +90,7 @@ pub enum Bound {
         path: PathBuf,
         /// Its mode, for when it has to be bound again.
         mode: u32,
-        /// Removes the file at the end.
+        /// Removes the file at the end. `None`: systemd holds the socket.
         file: Option<SocketFile>,
     },
     /// On a loopback address.
@@ -88,6 +99,8 @@ pub enum Bound {
         listener: TcpListener,
         /// Its address, with the port that the kernel chose if the configuration says 0.
         address: SocketAddr,
+        /// Whether systemd holds the socket too.
+        inherited: bool,
     },
 }
 
@@ -122,12 +135,12 @@ impl Bound {
     /// Never with SO_REUSEPORT: whoever shares the port would get half of the connections (attack 9).
     pub async fn tcp(address: SocketAddr, inherited: &mut Inherited) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Tcp { address, source };
-        let listener = match inherited.take_tcp(address) {
-            Some(listener) => TcpListener::from_std(listener).map_err(failed)?,
-            None => TcpListener::bind(address).await.map_err(failed)?,
+        let (listener, inherited) = match inherited.take_tcp(address) {
+            Some(listener) => (TcpListener::from_std(listener).map_err(failed)?, true),
+            None => (bind(address).map_err(failed)?, false),
         };
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Self::Tcp { listener, address })
+        Ok(Self::Tcp { listener, address, inherited })
     }
 
     /// Listens on a unix socket with this mode, or takes the one that systemd holds.
@@ -153,11 +166,41 @@ impl Bound {
     async fn accept(&self) -> io::Result<Stream> {
         match self {
             Self::Unix { listener, .. } => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
-            Self::Tcp { listener, address } => {
+            Self::Tcp { listener, address, .. } => {
                 let (stream, client) = listener.accept().await?;
                 Ok(Stream::Tcp { stream, client, server: *address })
             }
         }
+    }
+
+    /// Ends listening, and gives those who have connected already: closing alone resets them, and some have sent their
+    /// request.
+    ///
+    /// Where systemd holds the socket nobody is lost: they wait in its queue for the daemon's next start.
+    fn close(self) -> io::Result<Vec<Stream>> {
+        let mut waiting = Vec::new();
+        match self {
+            Self::Unix { file: None, .. } | Self::Tcp { inherited: true, .. } => {}
+            Self::Unix { listener, file, .. } => {
+                drop(file);
+                let listener = listener.into_std()?;
+                // Whoever comes from here on is refused, so that the queue has an end.
+                shutdown(listener.as_raw_fd(), Shutdown::Both)?;
+                while let Ok((stream, _)) = listener.accept() {
+                    let stream = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
+                    waiting.extend(stream.map(Stream::Unix));
+                }
+            }
+            Self::Tcp { listener, address, .. } => {
+                let listener = listener.into_std()?;
+                // TCP has no way to end the queue alone. Who comes between the last of these and the close is reset.
+                for (stream, client) in std::iter::from_fn(|| listener.accept().ok()).take(BACKLOG as usize) {
+                    let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+                    waiting.extend(stream.map(|stream| Stream::Tcp { stream, client, server: address }));
+                }
+            }
+        }
+        Ok(waiting)
     }
 
     /// A listener in the place of one that somebody has killed, as `ss -K` can (attack 9).
@@ -167,6 +210,14 @@ impl Bound {
             Self::Unix { path, mode, .. } => Self::unix(path, *mode, &mut Inherited::default()),
         }
     }
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // What is left of the connections of an earlier start keeps nobody from listening.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 impl Stream {
@@ -182,45 +233,89 @@ impl Stream {
 /// What all accept loops share.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections at one time, over all listeners.
-    pub connections: Arc<Semaphore>,
-    /// Counts what is dropped.
-    pub metrics: Metrics,
+    /// Connections at one time, over all listeners, whose workload is known.
+    connections: Arc<Semaphore>,
+    /// Those whose workload is not known yet.
+    arriving: Arc<Semaphore>,
+    metrics: Metrics,
 }
 
-/// Accepts until `stop` says so, then lets the connections end. Accepting never waits for a connection.
+/// A connection that was accepted, and is not yet counted among all, since it may be one too many of its workload.
+#[derive(Debug)]
+pub struct Arrival {
+    connections: Arc<Semaphore>,
+    _arriving: Option<OwnedSemaphorePermit>,
+}
+
+impl Arrival {
+    /// Its place among all connections; `None` if there is none left.
+    pub fn admit(self) -> Option<OwnedSemaphorePermit> {
+        self.connections.try_acquire_owned().ok()
+    }
+}
+
+impl Limits {
+    /// At most `connections` at one time.
+    pub fn new(connections: usize, metrics: Metrics) -> Self {
+        let connections = Arc::new(Semaphore::new(connections));
+        Self { connections, arriving: Arc::new(Semaphore::new(ARRIVING)), metrics }
+    }
+
+    /// Waits until another connection may be accepted. That depends on the daemon's own work alone, never on a client: whose
+    /// a connection is, is known before anything is expected of it. Without this whoever connects quickly would have the
+    /// places of all before the daemon had seen that they are not his.
+    async fn arrival(&self) -> Arrival {
+        // The semaphore is never closed, so there is always a permit in the end.
+        let arriving = self.arriving.clone().acquire_owned().await.ok();
+        Arrival { connections: self.connections.clone(), _arriving: arriving }
+    }
+
+    fn serve<F, C>(&self, (stream, arrival): (Stream, Arrival), connections: &mut JoinSet<()>, connection: F)
+    where
+        F: Fn(Stream, Arrival) -> C,
+        C: Future<Output = ()> + Send + 'static,
+    {
+        let served = connection(stream, arrival);
+        let open = self.metrics.connections.clone();
+        connections.spawn(async move {
+            open.inc();
+            served.await;
+            open.dec();
+        });
+    }
+}
+
+/// Accepts until `stop` says so, then closes the listener and lets the connections end. Accepting never waits for a
+/// client.
 pub async fn serve<F, C>(mut bound: Bound, limits: Limits, mut stop: watch::Receiver<bool>, connection: F)
 where
-    F: Fn(Stream) -> C,
+    F: Fn(Stream, Arrival) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    let mut connections = JoinSet::new();
+    let (mut connections, mut told) = (JoinSet::new(), None);
     loop {
         let accepted = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-            accepted = bound.accept() => accepted,
+            accepted = async {
+                let arrival = limits.arrival().await;
+                bound.accept().await.map(|stream| (stream, arrival))
+            } => accepted,
         };
         match accepted {
-            Ok(stream) => match limits.connections.clone().try_acquire_owned() {
-                Ok(permit) => {
-                    let served = connection(stream);
-                    let open = limits.metrics.connections.clone();
-                    connections.spawn(async move {
-                        open.inc();
-                        served.await;
-                        open.dec();
-                        drop(permit);
-                    });
-                }
-                Err(_) => {
-                    limits.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many" }).inc();
-                    stream.reset();
-                }
-            },
-            Err(error) => recover(&mut bound, &error, &mut stop).await,
+            Ok(accepted) => limits.serve(accepted, &mut connections, &connection),
+            Err(error) => recover(&mut bound, &error, &mut stop, &mut told).await,
         }
+    }
+    let name = bound.name();
+    match bound.close() {
+        Ok(waiting) => {
+            for stream in waiting {
+                limits.serve((stream, limits.arrival().await), &mut connections, &connection);
+            }
+        }
+        Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
     }
     if timeout(DRAIN, async { while connections.join_next().await.is_some() {} }).await.is_err() {
         tracing::warn!(open = connections.len(), "connections did not end in time and are cut");
@@ -228,12 +323,23 @@ where
 }
 
 /// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
-async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>) {
+/// `told` is when the log last said that the machine is short of something.
+async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>, told: &mut Option<Instant>) {
     let pause = match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
-            tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
-            PAUSE
-        }
+        // Nothing is wrong with the listener: accept(2) also tells of what happened to a connection that waited there.
+        Some(
+            Errno::ECONNABORTED
+            | Errno::EINTR
+            | Errno::EPERM
+            | Errno::EPROTO
+            | Errno::ENETDOWN
+            | Errno::ENETUNREACH
+            | Errno::EHOSTDOWN
+            | Errno::EHOSTUNREACH
+            | Errno::ENONET
+            | Errno::ENOPROTOOPT
+            | Errno::EOPNOTSUPP,
+        ) => return,
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
             tracing::error!(%error, listener = bound.name(), "the listener was killed; binding it again");
             match bound.again().await {
@@ -245,7 +351,14 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
             }
             REBIND
         }
-        _ => return,
+        // Out of descriptors or memory, or something that nobody has seen yet: never a loop without a pause.
+        _ => {
+            if told.is_none_or(|told| told.elapsed() >= TELL_AGAIN) {
+                tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
+                *told = Some(Instant::now());
+            }
+            PAUSE
+        }
     };
     // Ends early when the daemon is told to stop.
     let _ = timeout(pause, stop.wait_for(|stop| *stop)).await;

@@ -33,6 +33,53 @@ pub struct Call {
     pub result: &'static str,
 }
 
+impl Call {
+    /// The label of this result, by `reason` if it is an error.
+    pub fn of<T, E>(result: &Result<T, E>, reason: impl Fn(&E) -> &'static str) -> Self {
+        Self { result: result.as_ref().map_or_else(reason, |_| "ok") }
+    }
+}
+
+/// What an entry of the cache is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EntryState {
+    /// Has credentials, not yet due for a refresh.
+    Fresh,
+    /// Due for a refresh, which has not failed.
+    Due,
+    /// The last refresh has failed; what is there is handed out.
+    Failing,
+    /// STS or the source refuses the refresh; what is there is handed out for the grace.
+    Refused,
+    /// Has no credentials: they are being issued, or that has failed a moment ago.
+    Empty,
+}
+
+impl EntryState {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Fresh, Self::Due, Self::Failing, Self::Refused, Self::Empty];
+}
+
+/// Labels of `awsvid_cache_entries`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EntryLabel {
+    /// `fresh`, `due`, `failing`, `refused` or `empty`.
+    pub state: &'static str,
+}
+
+impl From<EntryState> for EntryLabel {
+    fn from(state: EntryState) -> Self {
+        let state = match state {
+            EntryState::Fresh => "fresh",
+            EntryState::Due => "due",
+            EntryState::Failing => "failing",
+            EntryState::Refused => "refused",
+            EntryState::Empty => "empty",
+        };
+        Self { state }
+    }
+}
+
 /// Every metric. Cheap to clone: all are handles.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
@@ -42,10 +89,16 @@ pub struct Metrics {
     pub connections_dropped: Family<Reason, Counter>,
     /// Connections open now.
     pub connections: Gauge,
+    /// Calls to the identity source for a JWT-SVID.
+    pub source_calls: Family<Call, Counter>,
+    /// Calls to STS.
+    pub sts_calls: Family<Call, Counter>,
     /// Credentials issued: a JWT-SVID exchanged at STS, or the failure.
     pub issues: Family<Call, Counter>,
-    /// Entries in the cache.
-    pub cache_entries: Gauge,
+    /// Entries in the cache, as of the last look at them.
+    pub cache_entries: Family<EntryLabel, Gauge>,
+    /// Credentials that the cache let go before anybody replaced them.
+    pub cache_removed: Family<Reason, Counter>,
     /// Audit records that could not be written.
     pub audit_lost: Counter,
     /// 1 once `/readyz` has been 200.
@@ -75,8 +128,15 @@ impl Metrics {
             self.connections_dropped.clone(),
         );
         registry.register("connections", "Connections open now", self.connections.clone());
+        registry.register(
+            "source_calls",
+            "JWT-SVIDs asked of the identity source, by result",
+            self.source_calls.clone(),
+        );
+        registry.register("sts_calls", "Calls to STS, by result", self.sts_calls.clone());
         registry.register("issues", "JWT-SVIDs exchanged at STS, by result", self.issues.clone());
-        registry.register("cache_entries", "Sets of credentials in the cache", self.cache_entries.clone());
+        registry.register("cache_entries", "Sets of credentials in the cache, by state", self.cache_entries.clone());
+        registry.register("cache_removed", "Credentials taken out of the cache", self.cache_removed.clone());
         registry.register("audit_lost", "Audit records that could not be written", self.audit_lost.clone());
         registry.register("ready", "1 once the daemon has been ready", self.ready.clone());
         let latency = self.latency.0.clone();

@@ -141,6 +141,13 @@ impl Roles {
         }
     }
 
+    /// Whether a caller with the grant's identity could be given just this grant.
+    pub fn could_give(&self, grant: &Grant) -> bool {
+        let identity = [Identity { spiffe_id: grant.spiffe_id.clone(), hint: None }];
+        let wanted = [Wanted::Named(grant.role.name.clone()), Wanted::Arn(grant.role_arn.clone())];
+        wanted.iter().any(|wanted| self.choose(&identity, wanted).is_ok_and(|given| given == *grant))
+    }
+
     /// AWS's trust policy is the authority over who may assume this role; the list only bounds what is tried.
     fn requested(&self, identities: &[Identity], arn: &RoleArn) -> Result<Grant, Denied> {
         let options = glob::MatchOptions {

@@ -14,7 +14,6 @@ use aws_sdk_sts::Client;
 use aws_sdk_sts::operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityOutput;
 use aws_sdk_sts::operation::assume_role_with_web_identity::builders::AssumeRoleWithWebIdentityFluentBuilder;
 use aws_sdk_sts::types::PolicyDescriptorType;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::instrument::WithSubscriber;
 use tracing::subscriber::NoSubscriber;
@@ -24,6 +23,7 @@ use crate::clock::Clock;
 use crate::credentials::Credentials;
 use crate::role::{Grant, StsTarget};
 use crate::svid::JwtSvid;
+use crate::turns::Turns;
 
 mod client;
 mod error;
@@ -34,8 +34,6 @@ pub use error::{Again, StsError};
 use client::Connections;
 use error::Failure;
 
-/// How long a call may wait for its turn. A token has at least 30 s of life when it begins to wait.
-const TURN: Duration = Duration::from_secs(20);
 /// No session is asked to last longer than 12 hours, so an `Expiration` further away than that and a wide margin for
 /// clocks is nonsense.
 const LIFETIME_MAX: Duration = Duration::from_secs(36 * 3600);
@@ -55,7 +53,7 @@ pub trait AssumeRole: Send + Sync + fmt::Debug {
 pub struct Settings {
     /// For one call, from connecting to the last byte of the answer.
     pub timeout: Duration,
-    /// How many calls are under way at most; others wait for their turn, in the order in which they came.
+    /// How many calls are under way at most, a quarter of them for one SPIFFE ID; others wait for their turn.
     pub max_concurrent: usize,
     /// A file of PEM certificates: the only ones that an `endpoint` of one's own is trusted by. AWS's endpoints are
     /// trusted by the system's certificates, always.
@@ -69,7 +67,7 @@ pub struct Sts {
     connections: Connections,
     /// One client, and with it one pool of connections, for each place.
     clients: Mutex<HashMap<StsTarget, Client>>,
-    turns: Semaphore,
+    turns: Turns,
     timeout: Duration,
     clock: Clock,
 }
@@ -80,7 +78,7 @@ impl Sts {
         Ok(Self {
             connections: Connections::new(settings.network, settings.ca_file.as_deref(), settings.timeout)?,
             clients: Mutex::default(),
-            turns: Semaphore::new(settings.max_concurrent.clamp(1, Semaphore::MAX_PERMITS)),
+            turns: Turns::new(settings.max_concurrent, (settings.max_concurrent / 4).max(2)),
             timeout: settings.timeout,
             clock,
         })
@@ -149,7 +147,7 @@ impl AssumeRole for Sts {
     async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
         let target = &grant.role.sts;
         let failed = |failure: &Failure| StsError::new(failure, target, Some((grant, token)));
-        let Ok(Ok(_turn)) = timeout(TURN, self.turns.acquire()).await else { return Err(failed(&Failure::Busy)) };
+        let Some(_turn) = self.turns.take(&grant.spiffe_id).await else { return Err(failed(&Failure::Busy)) };
         let answer = self.call(target, |call| filled(call, grant, token)).await;
         answer.and_then(|answer| self.credentials(answer)).map_err(|failure| failed(&failure))
     }

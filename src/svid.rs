@@ -32,6 +32,12 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
 
     /// A JWT-SVID of `caller` for the identity `id`, meant for `audience` alone, checked by [`JwtSvid::check`].
     async fn token(&self, caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError>;
+
+    /// Whether tokens are given only for a caller that lives. Then the cache remembers the latest caller of each identity,
+    /// to renew its credentials with; else it keeps none, and passes [`Caller::nobody`] when it renews.
+    fn needs_caller(&self) -> bool {
+        true
+    }
 }
 
 /// Why a source gave no identity or no token. What the caller of the source has to do decides the variant; the text is
@@ -48,6 +54,13 @@ pub enum SourceError {
     /// The source will never answer this request. Asking again is of no use; somebody has to change something.
     #[error("{0}")]
     Misconfigured(String),
+    /// The process or pod that the source was asked about is gone. Another caller of the same identity may still get one.
+    #[error("{0}")]
+    CallerGone(String),
+    /// What the decision depends on is not known of this caller, since the rules were others when it was attested. Another
+    /// connection will do.
+    #[error("the configuration was reloaded after this connection was made")]
+    Reloaded,
     /// The source gave a token that must not be used.
     #[error("the identity source gave a token that cannot be used: {0}")]
     BadToken(#[from] BadToken),
@@ -57,7 +70,7 @@ impl SourceError {
     /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable(_) => true,
+            Self::Unavailable(_) | Self::CallerGone(_) | Self::Reloaded => true,
             // Agents answer from their cache while their server is down, until the second that the token expires.
             Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
             Self::Denied(_) | Self::Misconfigured(_) => false,
@@ -70,6 +83,8 @@ impl SourceError {
             Self::Denied(_) => "source_denied",
             Self::Unavailable(_) => "source_unavailable",
             Self::Misconfigured(_) => "source_misconfigured",
+            Self::CallerGone(_) => "source_caller_gone",
+            Self::Reloaded => "reloaded",
             Self::BadToken(_) => "bad_token",
         }
     }

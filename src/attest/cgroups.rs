@@ -3,12 +3,20 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use nix::errno::Errno;
+use nix::fcntl::readlink;
+
+use crate::attest::sys;
 use crate::caller::Refusal;
 use crate::cgroup::CgroupPath;
+
+/// Paths that are remembered before those of removed cgroups are looked for and forgotten.
+const REMEMBERED: usize = 10_000;
 
 /// Where the tree is mounted, and what is known of its directories.
 ///
@@ -16,13 +24,22 @@ use crate::cgroup::CgroupPath;
 #[derive(Debug)]
 pub(crate) struct CgroupTree {
     mount: PathBuf,
+    /// Whether the kernel opens a directory by its id for this process: else an unknown id takes a walk.
+    handles: bool,
     paths: Mutex<HashMap<u64, CgroupPath>>,
 }
 
 impl CgroupTree {
     /// Takes the directory on which the hierarchy's root is mounted.
     pub(crate) fn at(mount: PathBuf) -> Self {
-        Self { mount, paths: Mutex::default() }
+        Self { mount, handles: false, paths: Mutex::default() }
+    }
+
+    /// Finds directories by their ids, where CAP_DAC_READ_SEARCH is held, as it shows by the root's.
+    fn with_handles(mut self) -> Self {
+        let root = fs::metadata(&self.mount).map(|root| root.ino());
+        self.handles = root.is_ok_and(|id| self.by_handle(id).is_ok_and(|path| path.is_root()));
+        self
     }
 
     /// Finds the mount in the text of `/proc/self/mountinfo`; `None` on a host without cgroup v2.
@@ -34,16 +51,23 @@ impl CgroupTree {
             let is_cgroup2 = filesystem.split(' ').next() == Some("cgroup2");
             let mut fields = mount.split(' ').skip(3);
             let (root, point) = (fields.next()?, fields.next()?);
-            (is_cgroup2 && root == "/").then(|| Self::at(PathBuf::from(point)))
+            (is_cgroup2 && root == "/").then(|| Self::at(PathBuf::from(point)).with_handles())
         })
     }
 
     /// The path of the cgroup with this id. A removed one, or one outside the tree, is a refusal.
     pub(crate) fn path_of(&self, id: u64) -> Result<CgroupPath, Refusal> {
         let mut paths = self.paths.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let still_there = |path: &&CgroupPath| fs::metadata(self.directory(path)).is_ok_and(|found| found.ino() == id);
-        if let Some(known) = paths.get(&id).filter(still_there) {
+        if let Some(known) = paths.get(&id).filter(|path| self.is_at(path, id)) {
             return Ok(known.clone());
+        }
+        if self.handles {
+            let path = self.by_handle(id).map_err(|_| Refusal::UnreadableCgroup)?;
+            if paths.len() >= REMEMBERED {
+                paths.retain(|id, path| self.is_at(path, *id));
+            }
+            paths.insert(id, path.clone());
+            return Ok(path);
         }
         // Walked anew as a whole, so that removed directories are forgotten too. The lock is held meanwhile: a caller
         // with another unknown id finds it in this walk instead of starting a second one.
@@ -53,6 +77,22 @@ impl CgroupTree {
         })?;
         *paths = walked;
         paths.get(&id).cloned().ok_or(Refusal::UnreadableCgroup)
+    }
+
+    fn is_at(&self, path: &CgroupPath, id: u64) -> bool {
+        fs::metadata(self.directory(path)).is_ok_and(|found| found.ino() == id)
+    }
+
+    /// In one step, however large the tree is that somebody has made below his own cgroup. A directory outside the mounted
+    /// part of the tree would read as its root, so what was found has to have the id.
+    fn by_handle(&self, id: u64) -> nix::Result<CgroupPath> {
+        let mount = File::open(&self.mount).map_err(|_| Errno::ENOENT)?;
+        let found =
+            sys::open_kernfs(mount.as_fd(), id).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
+        let shown = readlink(format!("/proc/self/fd/{}", found.as_raw_fd()).as_str())?;
+        let path = Path::new(&shown).strip_prefix(&self.mount).ok().and_then(Path::to_str);
+        let path = path.and_then(|path| CgroupPath::parse(&format!("/{path}")));
+        path.filter(|path| self.is_at(path, id)).ok_or(Errno::ESTALE)
     }
 
     fn walk(&self) -> io::Result<HashMap<u64, CgroupPath>> {
@@ -120,6 +160,24 @@ mod tests {
         fs::rename(&unit, root.path().join("system.slice/other.service")).unwrap();
         assert_eq!(tree.path_of(id).unwrap().as_str(), "/system.slice/other.service");
         fs::remove_dir(root.path().join("system.slice/other.service")).unwrap();
+        assert_eq!(tree.path_of(id), Err(Refusal::UnreadableCgroup));
+    }
+
+    #[test]
+    fn the_hosts_own_tree_is_asked_by_handle() {
+        let tree = CgroupTree::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+        let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
+        let root = fs::metadata(&tree.mount).unwrap().ino();
+        assert_eq!(tree.by_handle(root).unwrap().as_str(), "/");
+        let own =
+            tree.directory(&CgroupPath::parse("/").unwrap()).join(format!("awsvid-unit-test-{}", std::process::id()));
+        fs::create_dir(&own).unwrap();
+        let id = fs::metadata(&own).unwrap().ino();
+        let path = tree.by_handle(id).unwrap();
+        assert_eq!(tree.path_of(id), Ok(path.clone()));
+        fs::remove_dir(&own).unwrap();
+        assert_eq!(path.as_str(), format!("/{}", own.file_name().unwrap().display()));
+        assert_eq!(tree.by_handle(id), Err(Errno::ESTALE));
         assert_eq!(tree.path_of(id), Err(Refusal::UnreadableCgroup));
     }
 

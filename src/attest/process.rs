@@ -3,8 +3,6 @@
 //! Interfaces: `PIDFD_GET_INFO` of `ioctl_pidfd(2)` where the kernel has it, else `proc_pid_status(5)` and
 //! `proc_pid_cgroup(5)`; `proc_pid_stat(5)`, `pidfd_open(2)`.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{Mode, fstatat};
+use nix::unistd;
 
 use crate::attest::host::{Host, Shared};
 use crate::attest::sys;
@@ -239,21 +238,31 @@ fn read_groups(directory: &OwnedFd) -> Result<Vec<u32>, Refusal> {
 }
 
 fn read(directory: &OwnedFd, name: &str) -> Result<String, Refusal> {
-    let open = || -> io::Result<String> {
+    let open = || -> nix::Result<String> {
         let file = fcntl::openat(directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
-        let mut bytes = Vec::with_capacity(PROC_FILE);
-        File::from(file).read_to_end(&mut bytes)?;
+        let (mut bytes, mut filled) = (vec![0; PROC_FILE], 0);
+        // Not by `read_to_end`, which asks for sizes that /proc doesn't have and tries with small buffers first.
+        loop {
+            match unistd::read(&file, &mut bytes[filled..])? {
+                0 => break,
+                more => filled += more,
+            }
+            if filled == bytes.len() {
+                bytes.resize(filled * 2, 0);
+            }
+        }
         // A process may have named itself in any bytes; everything that is read here is ASCII.
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
+        Ok(String::from_utf8_lossy(&bytes[..filled]).into_owned())
     };
-    open().map_err(|error| match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ESRCH | Errno::ENOENT) => Refusal::Gone,
-        _ => {
+    open().map_err(|error| match error {
+        Errno::ESRCH | Errno::ENOENT => Refusal::Gone,
+        error => {
             tracing::warn!(%error, file = name, "a caller's /proc entry cannot be read");
             Refusal::Kernel
         }
     })
 }
+
 /// Field 22 of `stat`. Counted from the *last* `)`, since field 2 is a name that the process chooses.
 pub(crate) fn start_time(stat: &str) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;

@@ -92,6 +92,31 @@ pub(crate) fn pidfd_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<PidfdInfo>>
     }
 }
 
+/// `struct file_handle` for kernfs: the inode number of a directory.
+#[repr(C)]
+struct KernfsHandle {
+    bytes: libc::c_uint,
+    kind: libc::c_int,
+    id: [u8; 8],
+}
+
+/// `FILEID_KERNFS` of linux/exportfs.h.
+const FILEID_KERNFS: libc::c_int = 0xfe;
+
+/// `open_by_handle_at(2)`: the directory with this inode number in the kernfs (cgroup2, here) that `mount` is on. It takes
+/// CAP_DAC_READ_SEARCH. The descriptor only names the directory (`O_PATH`).
+pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd> {
+    let mut handle = KernfsHandle { bytes: 8, kind: FILEID_KERNFS, id: id.to_ne_bytes() };
+    // SAFETY: `handle` has the layout of a file_handle whose 8 bytes follow its header, and lives through the call.
+    let fd =
+        unsafe { libc::open_by_handle_at(mount.as_raw_fd(), (&raw mut handle).cast(), libc::O_PATH | libc::O_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// `SO_PEERGROUPS`: the connector's supplementary groups as they were when it connected, ascending.
 pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     let mut room = 64;

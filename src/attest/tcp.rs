@@ -57,6 +57,7 @@ impl TcpAttestor {
         &self,
         client: SocketAddr,
         server: SocketAddr,
+        admit: impl FnOnce(&Caller) -> bool,
         needs_process: impl Fn(&Caller) -> bool,
     ) -> Result<Caller, Refusal> {
         let socket = self.diag.client_socket(client, server)?;
@@ -71,6 +72,10 @@ impl TcpAttestor {
             process: None,
             evidence: Box::new(seen),
         };
+        // A workload that has too many connections must not have a search for each of them as well.
+        if !admit(&caller) {
+            return Err(Refusal::TooManyConnections);
+        }
         if !needs_process(&caller) {
             return Ok(caller);
         }

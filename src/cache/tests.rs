@@ -1,29 +1,87 @@
+use std::collections::HashSet;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use async_trait::async_trait;
 use tokio::sync::Semaphore;
-use tokio::time::advance;
+use tokio::time::{advance, sleep};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Listener, Refusal};
+use crate::caller::{Evidence, Listener, Process, Refusal};
+use crate::credentials::Credentials;
 use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
 use crate::role::{Identity, Role, Roles, StsTarget, Wanted};
-use crate::sts::{AssumeRole, StsError};
+use crate::sts::{Again, AssumeRole, StsError};
 use crate::svid::{IdentitySource, JwtSvid, SourceError};
+use flight::HOLD;
 
+mod bounds;
+mod callers;
+mod clocks;
+mod outages;
+
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
+const LIMITS: Limits = Limits { max_entries: 3, revocation_grace: Duration::from_secs(300) };
 
-/// A source whose answers the test chooses. The exchange never gets to STS where the source fails.
+/// A source and an STS whose answers the test chooses. The exchange never gets to STS where the source fails.
 #[derive(Debug)]
 struct World {
     clock: Clock,
     /// Flights wait here until the test lets them go.
     gate: Semaphore,
+    /// How long the source takes.
+    takes: Mutex<Duration>,
     fetched: AtomicUsize,
     failure: Mutex<Option<SourceError>>,
+    refusal: Mutex<Option<StsError>>,
+    lifetime: Mutex<Duration>,
     panics: AtomicBool,
+    needs_caller: AtomicBool,
+    /// User ids of callers that are gone, and of those that the source was asked for.
+    gone: Mutex<HashSet<u32>>,
+    asked: Mutex<Vec<u32>>,
+    /// Calls under way, and the most that ever were.
+    busy: AtomicUsize,
+    most: AtomicUsize,
+    metrics: Metrics,
+}
+
+impl World {
+    fn fail(&self, failure: impl Into<Option<SourceError>>) {
+        *self.failure.lock().unwrap() = failure.into();
+    }
+
+    fn refuse(&self, refusal: impl Into<Option<StsError>>) {
+        *self.refusal.lock().unwrap() = refusal.into();
+    }
+
+    fn fetched(&self) -> usize {
+        self.fetched.load(Ordering::SeqCst)
+    }
+
+    fn issuer(self: &Arc<Self>) -> Issuer {
+        Issuer::new(self.clone(), self.clone(), self.clock.clone(), self.metrics.clone())
+    }
+
+    async fn answer(&self, caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+        self.asked.lock().unwrap().push(caller.uid);
+        self.gate.acquire().await.unwrap().forget();
+        let takes = *self.takes.lock().unwrap();
+        sleep(takes).await;
+        self.fetched.fetch_add(1, Ordering::SeqCst);
+        assert!(!self.panics.load(Ordering::SeqCst), "asked to");
+        if self.gone.lock().unwrap().contains(&caller.uid) {
+            return Err(SourceError::CallerGone("the process is gone".to_owned()));
+        }
+        if let Some(failure) = self.failure.lock().unwrap().clone() {
+            return Err(failure);
+        }
+        Ok(JwtSvid::check(token(id, audience, self.clock.now()), id, audience, self.clock.now()).unwrap())
+    }
 }
 
 #[async_trait]
@@ -32,14 +90,15 @@ impl IdentitySource for World {
         Ok(Vec::new())
     }
 
-    async fn token(&self, _: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
-        self.gate.acquire().await.unwrap().forget();
-        self.fetched.fetch_add(1, Ordering::SeqCst);
-        assert!(!self.panics.load(Ordering::SeqCst), "asked to");
-        if let Some(failure) = self.failure.lock().unwrap().clone() {
-            return Err(failure);
-        }
-        Ok(JwtSvid::check(token(id, audience, self.clock.now()), id, audience, self.clock.now()).unwrap())
+    async fn token(&self, caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+        self.most.fetch_max(self.busy.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+        let answer = self.answer(caller, id, audience).await;
+        self.busy.fetch_sub(1, Ordering::SeqCst);
+        answer
+    }
+
+    fn needs_caller(&self) -> bool {
+        self.needs_caller.load(Ordering::SeqCst)
     }
 }
 
@@ -54,14 +113,29 @@ fn token(id: &SpiffeId, audience: &str, now: SystemTime) -> String {
 #[async_trait]
 impl AssumeRole for World {
     async fn assume(&self, _: &Grant, _: &JwtSvid) -> Result<Credentials, StsError> {
-        let number = self.fetched.load(Ordering::SeqCst);
+        if let Some(refusal) = self.refusal.lock().unwrap().clone() {
+            return Err(refusal);
+        }
         Ok(Credentials {
-            access_key_id: format!("KEY{number}"),
+            access_key_id: format!("KEY{}", self.fetched()),
             secret_access_key: Zeroizing::new("secret".to_owned()),
             session_token: Zeroizing::new("token".to_owned()),
-            expiration: self.clock.now() + HOUR,
+            expiration: self.clock.now() + *self.lifetime.lock().unwrap(),
         })
     }
+}
+
+fn unavailable() -> SourceError {
+    SourceError::Unavailable("away".to_owned())
+}
+
+fn denied() -> SourceError {
+    SourceError::Denied("not registered".to_owned())
+}
+
+fn refused() -> StsError {
+    let message = "STS refuses".to_owned();
+    StsError { again: Again::Never, reason: "sts_access_denied", code: "AccessDenied".to_owned(), message }
 }
 
 #[derive(Debug)]
@@ -73,15 +147,22 @@ impl Evidence for Always {
     }
 }
 
-fn caller() -> Arc<Caller> {
-    Arc::new(Caller { listener: Listener::Tcp, uid: 1, cgroup: None, process: None, evidence: Box::new(Always) })
+/// A caller whose process has the same number as its user.
+fn caller_of(uid: u32) -> Arc<Caller> {
+    let process = Process { pid: uid, gid: 1, groups: Vec::new(), contained: false, program: None };
+    let process = Some(process);
+    Arc::new(Caller { listener: Listener::Tcp, uid, cgroup: None, process, evidence: Box::new(Always) })
 }
 
-fn grant(name: &str) -> Grant {
-    let id = format!("spiffe://example.org/{name}");
-    let role = Role {
+fn caller() -> Arc<Caller> {
+    caller_of(1)
+}
+
+/// A role of this name for everybody.
+fn role(name: &str) -> Role {
+    Role {
         name: name.to_owned(),
-        spiffe_id: SpiffeIdPattern::parse(&id).unwrap(),
+        spiffe_id: SpiffeIdPattern::parse("spiffe://example.org/**").unwrap(),
         role_arn: ArnTemplate::parse("arn:aws:iam::123456789012:role/r").unwrap(),
         audience: "sts.amazonaws.com".to_owned(),
         duration: HOUR,
@@ -89,28 +170,61 @@ fn grant(name: &str) -> Grant {
         sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
         policy: None,
         policy_arns: Vec::new(),
-    };
-    let roles = Roles { defined: vec![Arc::new(role)], requested: None };
-    roles.choose(&[Identity { spiffe_id: SpiffeId::parse(&id).unwrap(), hint: None }], &Wanted::First).unwrap()
+    }
+}
+
+fn grant_of(owner: &str, role: &Arc<Role>) -> Grant {
+    let spiffe_id = SpiffeId::parse(&format!("spiffe://example.org/{owner}")).unwrap();
+    let roles = Roles { defined: vec![role.clone()], requested: None };
+    roles.choose(&[Identity { spiffe_id, hint: None }], &Wanted::First).unwrap()
+}
+
+/// The one role of this owner: each time with a definition made anew.
+fn grant(owner: &str) -> Grant {
+    grant_of(owner, &Arc::new(role("r")))
+}
+
+fn world_of(open: usize, limits: Limits) -> (Arc<World>, CredentialCache) {
+    let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+    let world = Arc::new(World {
+        clock: clock.clone(),
+        gate: Semaphore::new(open),
+        takes: Mutex::default(),
+        fetched: AtomicUsize::new(0),
+        failure: Mutex::default(),
+        refusal: Mutex::default(),
+        lifetime: Mutex::new(HOUR),
+        panics: AtomicBool::new(false),
+        needs_caller: AtomicBool::new(false),
+        gone: Mutex::default(),
+        asked: Mutex::default(),
+        busy: AtomicUsize::new(0),
+        most: AtomicUsize::new(0),
+        metrics: Metrics::default(),
+    });
+    let cache = CredentialCache::new(world.issuer(), clock, world.metrics.clone(), limits);
+    (world, cache)
 }
 
 fn world(open: usize) -> (Arc<World>, CredentialCache) {
-    let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
-    let gate = Semaphore::new(open);
-    let world = Arc::new(World {
-        clock: clock.clone(),
-        gate,
-        fetched: AtomicUsize::new(0),
-        failure: Mutex::default(),
-        panics: AtomicBool::new(false),
-    });
-    let issuer = Issuer::new(world.clone(), world.clone(), clock.clone());
-    (world, CredentialCache::new(issuer, clock, Metrics::default(), 3))
+    world_of(open, LIMITS)
+}
+
+async fn key_for(cache: &CredentialCache, owner: &str, uid: u32) -> Result<(String, Freshness), CacheError> {
+    let (issued, freshness) = cache.get(&grant(owner), &caller_of(uid)).await?;
+    Ok((issued.access_key_id.to_string(), freshness))
 }
 
 async fn key(cache: &CredentialCache) -> Result<(String, Freshness), CacheError> {
-    let (issued, freshness) = cache.get(&grant("a"), &caller()).await?;
-    Ok((issued.credentials.access_key_id.clone(), freshness))
+    key_for(cache, "a", 1).await
+}
+
+/// The label of what the request fails with.
+async fn reason(cache: &CredentialCache) -> &'static str {
+    match key(cache).await {
+        Err(CacheError::Issue(error)) => error.reason(),
+        other => panic!("{other:?}"),
+    }
 }
 
 /// Lets everything run that can run without time passing.
@@ -118,6 +232,18 @@ async fn settle() {
     for _ in 0..100 {
         tokio::task::yield_now().await;
     }
+}
+
+/// Lets this time pass, in small steps, so that timers fire at about their time.
+async fn pass(time: Duration) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        advance(SECOND.min(end - Instant::now())).await;
+        for _ in 0..5 {
+            tokio::task::yield_now().await;
+        }
+    }
+    settle().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -134,7 +260,7 @@ async fn a_thousand_callers_cause_one_flight() {
     for waiting in waiting {
         assert_eq!(waiting.await.unwrap(), ("KEY1".to_owned(), Freshness::Miss));
     }
-    assert_eq!(world.fetched.load(Ordering::SeqCst), 1);
+    assert_eq!(world.fetched(), 1);
     assert_eq!(key(&cache).await.unwrap().1, Freshness::Hit);
 }
 
@@ -170,10 +296,10 @@ async fn credentials_are_refreshed_at_about_half_their_life() {
     key(&cache).await.unwrap();
     advance(HOUR.mul_f64(0.44)).await;
     settle().await;
-    assert_eq!(world.fetched.load(Ordering::SeqCst), 1);
+    assert_eq!(world.fetched(), 1);
     advance(HOUR.mul_f64(0.12)).await;
     settle().await;
-    assert_eq!(world.fetched.load(Ordering::SeqCst), 2);
+    assert_eq!(world.fetched(), 2);
     assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), Freshness::Hit));
 }
 
@@ -181,7 +307,7 @@ async fn credentials_are_refreshed_at_about_half_their_life() {
 async fn the_last_good_ones_are_served_through_an_outage_until_a_minute_before_their_end() {
     let (world, cache) = world(10_000);
     key(&cache).await.unwrap();
-    *world.failure.lock().unwrap() = Some(SourceError::Unavailable("away".to_owned()));
+    world.fail(unavailable());
     for _ in 0..58 {
         advance(Duration::from_secs(60)).await;
         settle().await;
@@ -192,7 +318,7 @@ async fn the_last_good_ones_are_served_through_an_outage_until_a_minute_before_t
     assert_eq!(key(&cache).await.unwrap().0, "KEY1");
     advance(Duration::from_secs(2)).await;
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
-    *world.failure.lock().unwrap() = None;
+    world.fail(None);
     advance(Duration::from_secs(1)).await;
     assert_ne!(key(&cache).await.unwrap().0, "KEY1");
 }
@@ -200,13 +326,13 @@ async fn the_last_good_ones_are_served_through_an_outage_until_a_minute_before_t
 #[tokio::test(start_paused = true)]
 async fn a_failure_is_remembered_for_a_moment_only() {
     let (world, cache) = world(10_000);
-    *world.failure.lock().unwrap() = Some(SourceError::Denied("not registered".to_owned()));
+    world.fail(denied());
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
-    let asked = world.fetched.load(Ordering::SeqCst);
+    let asked = world.fetched();
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
-    assert_eq!(world.fetched.load(Ordering::SeqCst), asked);
-    *world.failure.lock().unwrap() = None;
-    advance(REMEMBER_PERMANENT).await;
+    assert_eq!(world.fetched(), asked);
+    world.fail(None);
+    advance(rules::remembered(&denied().into())).await;
     assert_eq!(key(&cache).await.unwrap().1, Freshness::Miss);
 }
 
@@ -216,7 +342,7 @@ async fn a_panic_in_a_flight_leaves_its_place_usable() {
     world.panics.store(true, Ordering::SeqCst);
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
     world.panics.store(false, Ordering::SeqCst);
-    advance(REMEMBER_TRANSIENT).await;
+    advance(rules::remembered(&IssueError::broken())).await;
     assert_eq!(key(&cache).await.unwrap().1, Freshness::Miss);
 }
 
@@ -229,10 +355,10 @@ async fn what_nobody_asks_for_during_a_lifetime_is_dropped() {
         settle().await;
     }
     assert!(cache.entries().is_empty());
-    let refreshed = world.fetched.load(Ordering::SeqCst);
+    let refreshed = world.fetched();
     advance(HOUR * 3).await;
     settle().await;
-    assert_eq!(world.fetched.load(Ordering::SeqCst), refreshed);
+    assert_eq!(world.fetched(), refreshed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -243,4 +369,186 @@ async fn the_number_of_entries_is_bounded() {
     }
     assert!(matches!(cache.get(&grant("d"), &caller()).await, Err(CacheError::Full)));
     assert!(cache.get(&grant("a"), &caller()).await.is_ok());
+}
+
+/// Like `world`'s, after a reload that changed nothing else.
+fn reload(world: &Arc<World>, cache: &CredentialCache, keep: impl Fn(&Grant) -> bool + Send + Sync + 'static) {
+    cache.reconfigure(world.issuer(), LIMITS, keep);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reload_ends_what_it_does_not_keep() {
+    let (world, cache) = world(10_000);
+    cache.get(&grant("a"), &caller()).await.unwrap();
+    cache.get(&grant("b"), &caller()).await.unwrap();
+    reload(&world, &cache, |grant| *grant != self::grant("a"));
+    let left: Vec<_> = cache.entries().into_iter().map(|entry| entry.spiffe_id).collect();
+    assert_eq!(left, ["spiffe://example.org/b"]);
+    // One that was decided by the old configuration, and comes after the reload.
+    assert!(matches!(cache.get(&grant("a"), &caller()).await, Err(CacheError::Pending)));
+    assert_eq!(cache.get(&grant("b"), &caller()).await.unwrap().1, Freshness::Hit);
+    assert_eq!(world.fetched(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flight_that_lands_after_a_reload_serves_nobody() {
+    let (world, cache) = world(0);
+    let waiting = tokio::spawn({
+        let cache = cache.clone();
+        async move { key(&cache).await }
+    });
+    settle().await;
+    reload(&world, &cache, |_| false);
+    reload(&world, &cache, |_| true);
+    world.gate.add_permits(1);
+    assert!(matches!(waiting.await.unwrap(), Err(CacheError::Pending)));
+    assert!(cache.entries().is_empty());
+    world.gate.add_permits(10);
+    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), Freshness::Miss));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_narrowed_role_is_never_answered_with_the_wide_ones_credentials() {
+    let (_world, cache) = world(10_000);
+    let narrowed = Role { policy: Some(r#"{"Version":"2012-10-17"}"#.to_owned()), ..role("r") };
+    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Miss));
+    let (issued, freshness) = cache.get(&grant_of("a", &Arc::new(narrowed)), &caller()).await.unwrap();
+    assert_eq!((&*issued.access_key_id, freshness), ("KEY2", Freshness::Miss));
+    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Hit), "the same definition, made anew");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_past_the_refresh_point_gets_the_old_ones_and_starts_one_refresh() {
+    let (world, cache) = world(1);
+    key(&cache).await.unwrap();
+    // The background sleeps by the monotonic clock, and has not noticed.
+    world.clock.step(2000);
+    for _ in 0..10 {
+        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Stale));
+        settle().await;
+    }
+    assert_eq!(world.asked.lock().unwrap().len(), 2, "one more");
+    world.gate.add_permits(1);
+    settle().await;
+    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), Freshness::Hit));
+}
+
+#[test]
+fn refreshes_are_spread_and_leave_sdks_what_they_want() {
+    for minutes in [20, 25, 30, 45, 60, 12 * 60] {
+        let lifetime = MINUTE * minutes;
+        let points: Vec<_> = (0..1000).map(|_| rules::refresh_left(lifetime)).collect();
+        let (first, last) = (points.iter().max().unwrap(), points.iter().min().unwrap());
+        assert!(*last > MINUTE * 15 && *first < lifetime, "{minutes}: {last:?} {first:?}");
+        assert!(*first - *last > SECOND * 30, "{minutes}: {last:?} {first:?}");
+    }
+    let hour: Vec<_> = (0..1000).map(|_| rules::refresh_left(HOUR).as_secs_f64() / 3600.0).collect();
+    assert!(hour.iter().all(|left| (0.45..=0.55).contains(left)));
+    let mean = hour.iter().sum::<f64>() / 1000.0;
+    assert!((0.48..0.52).contains(&mean), "{mean}");
+    assert!(rules::refresh_left(MINUTE * 15) < MINUTE * 9, "not all the time");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_at_any_time_gets_more_than_fifteen_minutes() {
+    for minutes in [20, 30, 60] {
+        let (world, cache) = world(10_000);
+        *world.lifetime.lock().unwrap() = MINUTE * minutes;
+        for _ in 0..3 * 60 * 3 {
+            let (issued, _) = cache.get(&grant("a"), &caller()).await.unwrap();
+            let left = issued.left(&world.clock);
+            assert!(left > MINUTE * 15, "{minutes}: {left:?}");
+            pass(SECOND * 20).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn credentials_that_are_as_good_as_over_are_no_credentials() {
+    let (world, cache) = world(10_000);
+    *world.lifetime.lock().unwrap() = MINUTE;
+    assert_eq!(reason(&cache).await, "sts_bad_answer");
+    assert!(cache.entries()[0].access_key_id.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_entry_is_no_task_and_the_cache_ends_with_its_last_handle() {
+    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let (_world, cache) = world_of(10_000, Limits { max_entries: 1000, ..LIMITS });
+    let role = Arc::new(role("r"));
+    for number in 0..500 {
+        cache.get(&grant_of(&number.to_string(), &role), &caller()).await.unwrap();
+    }
+    settle().await;
+    assert_eq!((cache.entries().len(), tasks()), (500, 1));
+    drop(cache);
+    settle().await;
+    assert_eq!(tasks(), 0);
+}
+
+#[test]
+fn an_entry_is_small() {
+    let place = size_of::<Slot>();
+    assert!(place <= 192, "{place}");
+    assert!(size_of::<Issued>() <= 96, "{}", size_of::<Issued>());
+    // What a definition has is not copied for each of its entries.
+    let role = Arc::new(role("r"));
+    let (one, other) = (grant_of("a", &role), grant_of("b", &role));
+    assert_eq!(one.role_arn.as_str().as_ptr(), other.role_arn.as_str().as_ptr());
+    assert!(Arc::ptr_eq(&one.role, &other.role));
+}
+
+#[tokio::test(start_paused = true)]
+async fn status_shows_what_is_known_of_an_entry() {
+    let (world, cache) = world(10_000);
+    world.needs_caller.store(true, Ordering::SeqCst);
+    key_for(&cache, "a", 7).await.unwrap();
+    let [fresh] = &cache.entries()[..] else { panic!("one entry") };
+    assert_eq!(fresh.expiration.as_deref(), Some("2027-01-15T09:00:00Z"));
+    assert_eq!((fresh.access_key_id.as_deref(), &fresh.last_error, fresh.callers), (Some("KEY1"), &None, 1));
+    assert_eq!((fresh.latest_uid, fresh.latest_pid), (Some(7), Some(7)));
+    let next = fresh.next_try.as_deref().unwrap();
+    assert!(("2027-01-15T08:26:59Z".."2027-01-15T08:33:01Z").contains(&next), "{next}");
+
+    world.refuse(refused());
+    pass(MINUTE * 26).await;
+    while world.fetched() == 1 {
+        pass(SECOND).await;
+    }
+    pass(MINUTE).await;
+    let [refused] = &cache.entries()[..] else { panic!("one entry") };
+    assert_eq!(
+        (refused.access_key_id.as_deref(), refused.last_error_reason),
+        (Some("KEY1"), Some("sts_access_denied"))
+    );
+    let (since, at) = (refused.refused_since.as_deref().unwrap(), refused.last_error_at.as_deref().unwrap());
+    assert!(since >= next && since < at, "{next} {since} {at}");
+    let text = serde_json::to_string(&refused).unwrap();
+    assert!(!text.contains("secret") && !text.contains("token\":"), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn metrics_show_an_outage() {
+    let (world, cache) = world(10_000);
+    let metrics = || {
+        cache.count();
+        world.metrics.encode()
+    };
+    key(&cache).await.unwrap();
+    assert!(metrics().contains("awsvid_cache_entries{state=\"fresh\"} 1\n"), "{}", metrics());
+    world.fail(unavailable());
+    pass(MINUTE * 34).await;
+    let during = metrics();
+    for line in [
+        "awsvid_cache_entries{state=\"fresh\"} 0\n",
+        "awsvid_cache_entries{state=\"failing\"} 1\n",
+        "awsvid_sts_calls_total{result=\"ok\"} 1\n",
+        "awsvid_source_calls_total{result=\"ok\"} 1\n",
+        "awsvid_issues_total{result=\"source_unavailable\"} ",
+        "awsvid_source_calls_total{result=\"source_unavailable\"} ",
+    ] {
+        assert!(during.contains(line), "{line}: {during}");
+    }
+    pass(MINUTE * 27).await;
+    assert!(metrics().contains("awsvid_cache_removed_total{reason=\"expired\"} 1\n"), "{}", metrics());
 }

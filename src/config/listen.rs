@@ -58,6 +58,25 @@ impl Default for Listen {
     }
 }
 
+impl Listen {
+    /// The keys in which `other` differs.
+    pub fn changed(&self, other: &Self) -> Vec<&'static str> {
+        let Self { unix, tcp, admin, status, authorization, token_file, max_connections, max_connections_per_workload } =
+            self;
+        let changed = [
+            ("unix", *unix != other.unix),
+            ("tcp", *tcp != other.tcp),
+            ("admin", *admin != other.admin),
+            ("status", *status != other.status),
+            ("authorization", *authorization != other.authorization),
+            ("token_file", *token_file != other.token_file),
+            ("max_connections", *max_connections != other.max_connections),
+            ("max_connections_per_workload", *max_connections_per_workload != other.max_connections_per_workload),
+        ];
+        changed.into_iter().filter(|(_, changed)| *changed).map(|(key, _)| key).collect()
+    }
+}
+
 /// Reads `[listen]`.
 pub(super) fn read(table: &Table<'_>) -> Listen {
     let default = Listen::default();
@@ -132,10 +151,11 @@ fn check(table: &Table<'_>, listen: &Listen) {
         table.report.error(&at, format!("`admin` ({admin}) and `tcp` ({tcp}) overlap"), "give one another port");
     }
     let counts_are_wrong = table.is_wrong("max_connections") || table.is_wrong("max_connections_per_workload");
-    if listen.max_connections_per_workload > listen.max_connections && !counts_are_wrong {
+    // With as many as all together, one workload could keep every other out (attack 20).
+    if listen.max_connections_per_workload >= listen.max_connections && !counts_are_wrong {
         let at = either(table, "max_connections_per_workload", "max_connections");
         let what = format!(
-            "one workload may have more connections ({}) than all together ({})",
+            "one workload may have {} connections, which leaves none of all {} to the others",
             listen.max_connections_per_workload, listen.max_connections
         );
         table.report.error(&at, what, "lower `max_connections_per_workload`");

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::audit::Outcome;
+use crate::audit::{Outcome, RequestId};
 use crate::broker::BrokerError;
 use crate::cache::CacheError;
 use crate::caller::{Caller, Refusal};
@@ -20,8 +20,14 @@ pub(crate) enum Refused {
     Browser,
     /// A proxy asks for somebody.
     Proxied,
+    /// What came is no head of HTTP/1.
+    Malformed,
+    /// The head is over a bound.
+    HeadTooLarge,
     /// Not GET.
     Method,
+    /// A body, which no GET of an SDK has.
+    Body,
     /// No such path.
     Path,
     /// The ARN in the path is none.
@@ -40,6 +46,8 @@ pub(crate) enum Refused {
     Pending,
     /// The cache's bound.
     Full,
+    /// The cache's bound for one SPIFFE ID.
+    TooManyRoles,
     /// The audit record can't be written, and the configuration requires it.
     NotAudited,
 }
@@ -65,6 +73,7 @@ impl Refused {
             BrokerError::Cache(CacheError::Issue(error)) => Self::Issue(error),
             BrokerError::Cache(CacheError::Pending) => Self::Pending,
             BrokerError::Cache(CacheError::Full) => Self::Full,
+            BrokerError::Cache(CacheError::TooManyRoles) => Self::TooManyRoles,
         }
     }
 
@@ -75,7 +84,10 @@ impl Refused {
             Self::Host => "host",
             Self::Browser => "browser",
             Self::Proxied => "proxied",
+            Self::Malformed => "bad_request",
+            Self::HeadTooLarge => "head_too_large",
             Self::Method => "method",
+            Self::Body => "body",
             Self::Path => "path",
             Self::BadArn => "bad_arn",
             Self::NoAuthorization => "no_authorization",
@@ -85,6 +97,7 @@ impl Refused {
             Self::Issue(error) => error.reason(),
             Self::Pending => "pending",
             Self::Full => "cache_full",
+            Self::TooManyRoles => "too_many_roles",
             Self::NotAudited => "not_audited",
         }
     }
@@ -92,12 +105,15 @@ impl Refused {
     fn is_transient(&self) -> bool {
         match self {
             Self::Issue(error) => error.is_transient(),
-            Self::Pending | Self::Full | Self::NotAudited => true,
+            Self::Pending | Self::Full | Self::TooManyRoles | Self::NotAudited => true,
             Self::Caller(_)
             | Self::Host
             | Self::Browser
             | Self::Proxied
+            | Self::Malformed
+            | Self::HeadTooLarge
             | Self::Method
+            | Self::Body
             | Self::Path
             | Self::BadArn
             | Self::NoAuthorization
@@ -116,7 +132,8 @@ impl Refused {
         match self {
             Self::Path => 404,
             Self::Method => 405,
-            Self::Host | Self::BadArn => 400,
+            Self::HeadTooLarge => 431,
+            Self::Host | Self::Malformed | Self::Body | Self::BadArn => 400,
             other if other.is_transient() => 503,
             _ => 403,
         }
@@ -127,6 +144,11 @@ impl Refused {
         self.is_transient().then_some(1)
     }
 
+    /// RFC 9110, section 15.5.6: whoever is told that a method is wrong is told which are right.
+    pub(super) fn allow(&self) -> Option<&'static str> {
+        matches!(self, Self::Method).then_some("GET")
+    }
+
     /// What happened, why, and what to do: nothing of other workloads, nothing secret.
     fn message(&self) -> String {
         let asks = "Ask with the variables that `awsvid` documents: the URI is http://127.0.0.1:<port>/v1/credentials";
@@ -134,8 +156,11 @@ impl Refused {
             Self::Caller(refusal) => format!("The caller was not recognized: {refusal}. Connect anew and ask again; if this repeats, the node's log has the details"),
             Self::Host => "The Host header must be one, and a loopback address or localhost: requests for other names are refused because of DNS rebinding".to_owned(),
             Self::Browser => "This endpoint does not answer browsers".to_owned(),
-            Self::Proxied => "The request came through a proxy, so the one who asks is not the one who is attested. Set NO_PROXY=127.0.0.1,localhost".to_owned(),
+            Self::Proxied => "The request came through a proxy or takes this endpoint for one, so the one who asks is not the one who is attested. Set NO_PROXY=127.0.0.1,localhost".to_owned(),
+            Self::Malformed => "This is no request of HTTP/1.1 that can be understood. Plain HTTP is spoken here, neither TLS nor HTTP/2".to_owned(),
+            Self::HeadTooLarge => "The head of the request is larger than 16 KiB or has more than 64 headers".to_owned(),
             Self::Method => "Only GET is answered here".to_owned(),
+            Self::Body => "The request has a body, which is not read here; ask without one".to_owned(),
             Self::Path => format!("There is nothing at this path. {asks}, or /v1/credentials/<role>"),
             Self::BadArn => "The role ARN in the path is none; it has the form arn:aws:iam::123456789012:role/name, percent-encoded once".to_owned(),
             Self::NoAuthorization => "The Authorization header is missing. Set AWS_CONTAINER_AUTHORIZATION_TOKEN to any value, or AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
@@ -145,16 +170,32 @@ impl Refused {
             Self::Issue(error) => sentence(&error.to_string()),
             Self::Pending => "The credentials are being issued; ask again".to_owned(),
             Self::Full => "This node holds as many credentials as it may; raise [cache] max_entries".to_owned(),
+            Self::TooManyRoles => "Credentials for 16 roles of this workload are being issued at this moment; ask again".to_owned(),
             Self::NotAudited => "The audit record could not be written, and this node hands out nothing without one".to_owned(),
         }
     }
 
-    pub(super) fn body(&self, request_id: &str) -> Vec<u8> {
-        let message = format!("awsvid: {}. (request {request_id})", self.message());
+    /// `request` is `None` where there is no audit record.
+    pub(super) fn body(&self, request: Option<RequestId>) -> Vec<u8> {
+        let request = request.map(|id| format!(" (request {id})")).unwrap_or_default();
+        let message = format!("awsvid: {}.{request}", self.message());
         let code = self.reason();
         let body = ErrorBody { code, message: &message, code_too: code, message_too: &message };
         // Strings: writing them to memory cannot fail.
         serde_json::to_vec(&body).unwrap_or_default()
+    }
+
+    /// The whole answer to a head that hyper did not understand, and so doesn't answer in our words.
+    pub(super) fn bare_answer(&self) -> Vec<u8> {
+        let status = hyper::StatusCode::from_u16(self.status()).unwrap_or(hyper::StatusCode::BAD_REQUEST);
+        let body = self.body(None);
+        let length = body.len();
+        let mut answer = format!(
+            "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncache-control: no-store\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"
+        )
+        .into_bytes();
+        answer.extend(body);
+        answer
     }
 }
 

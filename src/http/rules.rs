@@ -1,8 +1,14 @@
 //! What a request must look like: method, path, and the headers that keep browsers, proxies and other deputies out.
+//!
+//! hyper and httparse refuse before this what is no HTTP/1.1: spaces before a colon, folded lines, control characters, two
+//! lengths that differ, a coding other than chunked. [`Wire`](super::wire::Wire) refuses line feeds alone. What is ignored,
+//! as the standard allows: `Upgrade` (one Java client offers HTTP/2 with every request), `Expect` without a body, headers
+//! that nobody knows, everything after the first request.
 
 use std::net::IpAddr;
 
-use hyper::header::{AUTHORIZATION, HOST, HeaderMap};
+use hyper::body::Body;
+use hyper::header::{AUTHORIZATION, HOST, HeaderMap, TRANSFER_ENCODING};
 use hyper::{Method, Request};
 use percent_encoding::percent_decode_str;
 use subtle::ConstantTimeEq;
@@ -39,20 +45,36 @@ impl std::fmt::Debug for Authorization {
 pub struct Asked<'a> {
     /// The method.
     pub method: &'a Method,
+    /// Whether the target is more than a path: `http://host/path`, as proxies are asked, or `host:port`.
+    pub names_server: bool,
     /// The path, percent-encoded as it came.
     pub path: &'a str,
     /// The query, if there was a `?`.
     pub query: Option<&'a str>,
     /// The headers.
     pub headers: &'a HeaderMap,
+    /// Whether a body follows.
+    pub has_body: bool,
 }
 
 impl<'a> Asked<'a> {
     /// Takes them from a request.
-    pub fn of<B>(request: &'a Request<B>) -> Self {
+    pub fn of<B: Body>(request: &'a Request<B>) -> Self {
         let uri = request.uri();
-        Self { method: request.method(), path: uri.path(), query: uri.query(), headers: request.headers() }
+        Self {
+            method: request.method(),
+            names_server: uri.authority().is_some() || uri.scheme().is_some(),
+            path: uri.path(),
+            query: uri.query(),
+            headers: request.headers(),
+            has_body: has_body(request),
+        }
     }
+}
+
+/// Whether a body follows the head, or may: a length of 0 is none, a transfer coding always counts.
+pub(super) fn has_body<B: Body>(request: &Request<B>) -> bool {
+    !request.body().is_end_stream() || request.headers().contains_key(TRANSFER_ENCODING)
 }
 
 const PATH: &str = "/v1/credentials";
@@ -61,6 +83,8 @@ const BROWSER: [&str; 5] = ["origin", "sec-fetch-site", "sec-fetch-mode", "sec-f
 /// Set by proxies: whoever is attested here is then not whoever asks.
 const PROXY: [&str; 3] = ["forwarded", "via", "x-real-ip"];
 const PROXY_PREFIX: &str = "x-forwarded-";
+/// As the configuration has it.
+const ROLE_NAME_MAX: usize = 64;
 
 /// Judges a request; says which role it asks for.
 pub(super) fn read(asked: &Asked<'_>, listener: Listener, authorization: &Authorization) -> Result<Wanted, Refused> {
@@ -71,11 +95,20 @@ pub(super) fn read(asked: &Asked<'_>, listener: Listener, authorization: &Author
     if has(&BROWSER) {
         return Err(Refused::Browser);
     }
+    // RFC 9112 would have a server that is no proxy take such a target, too. But no SDK sends one unless it was told that
+    // this is a proxy, and then it asks for somebody else's resource.
+    if asked.names_server && asked.method != Method::CONNECT {
+        return Err(Refused::Proxied);
+    }
     if has(&PROXY) || asked.headers.keys().any(|name| name.as_str().starts_with(PROXY_PREFIX)) {
         return Err(Refused::Proxied);
     }
     if asked.method != Method::GET {
         return Err(Refused::Method);
+    }
+    // No SDK sends one. Whatever is in it, a second request even, is never looked at.
+    if asked.has_body {
+        return Err(Refused::Body);
     }
     if listener != Listener::Unix && !authorized(asked.headers, authorization) {
         return Err(match authorization {
@@ -109,7 +142,7 @@ fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
     let (given, only_one) = (values.next(), values.next().is_none());
     match authorization {
         Authorization::Off => true,
-        Authorization::Present => given.is_some_and(|given| !given.is_empty()),
+        Authorization::Present => only_one && given.is_some_and(|given| !given.is_empty()),
         Authorization::Token(token) => given.is_some_and(|given| {
             let given = given.as_bytes().strip_prefix(b"Bearer ").unwrap_or(given.as_bytes());
             only_one && bool::from(given.ct_eq(token.as_bytes()))
@@ -130,6 +163,11 @@ fn wanted(path: &str, query: Option<&str>) -> Result<Wanted, Refused> {
     let name = percent_decode_str(name).decode_utf8().map_err(|_| Refused::Path)?;
     if name.starts_with("arn:") {
         return RoleArn::parse(&name).map(Wanted::Arn).map_err(|_| Refused::BadArn);
+    }
+    // Nothing else can be a role's name: no `..`, no NUL, no `%` of a path that was encoded twice.
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
+    if name.len() > ROLE_NAME_MAX || !name.bytes().all(allowed) || matches!(&*name, "." | "..") {
+        return Err(Refused::Path);
     }
     Ok(Wanted::Named(name.into_owned()))
 }

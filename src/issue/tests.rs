@@ -84,7 +84,7 @@ fn target() -> StsTarget {
 }
 
 async fn issue(source: &Arc<Tokens>, sts: &Arc<Answers>) -> Result<Credentials, IssueError> {
-    let issuer = Issuer::new(source.clone(), sts.clone(), Clock::starting_at(now()));
+    let issuer = Issuer::new(source.clone(), sts.clone(), Clock::starting_at(now()), Metrics::default());
     issuer.issue(&caller(), &grant(&target())).await
 }
 
@@ -227,6 +227,7 @@ async fn a_token_that_expires_between_two_tries_is_not_sent_again() {
         sts.clone(),
         // By now it has a second left: a source or a queue took its time.
         Clock::starting_at(brief.expires() - Duration::from_secs(1)),
+        Metrics::default(),
     );
     issuer.issue(&caller(), &grant(&target())).await.unwrap_err();
     assert_eq!(sts.calls().len(), 1);
@@ -255,7 +256,7 @@ async fn with_the_real_client_an_expired_token_is_replaced() {
     let server = server.await;
     let clock = Clock::starting_at(now());
     let sts = Arc::new(Sts::new(settings(), clock.clone()).unwrap());
-    let issuer = Issuer::new(Scripted::new([token(1), token(2)]), sts, clock);
+    let issuer = Issuer::new(Scripted::new([token(1), token(2)]), sts, clock, Metrics::default());
     let issued = issuer.issue(&caller(), &grant(&plain(&server))).await.unwrap();
     assert_eq!(issued.access_key_id, "ASIAEXAMPLE");
     let sent: Vec<_> = server.received().iter().map(|request| request.form["WebIdentityToken"].clone()).collect();

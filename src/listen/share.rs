@@ -3,23 +3,20 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::caller::Caller;
-
-/// A workload for this purpose: its user and its outermost unit.
-type Owner = (u32, Option<String>);
+use crate::caller::Owner;
 
 /// Counts connections by workload. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Shares {
     max: usize,
-    open: Arc<Mutex<HashMap<Owner, usize>>>,
+    open: Arc<Mutex<HashMap<Arc<Owner>, usize>>>,
 }
 
 /// One connection's place, given back when it is dropped.
 #[derive(Debug)]
 pub struct Place {
     shares: Shares,
-    owner: Owner,
+    owner: Arc<Owner>,
 }
 
 impl Shares {
@@ -28,10 +25,9 @@ impl Shares {
         Self { max, open: Arc::default() }
     }
 
-    /// A place for a connection of `caller`; `None` if it has as many as it may.
-    pub fn enter(&self, caller: &Caller) -> Option<Place> {
-        let unit = caller.cgroup.as_ref().and_then(|cgroup| cgroup.systemd_unit());
-        let owner = (caller.uid, unit.map(str::to_owned));
+    /// A place for a connection of `owner`'s; `None` if it has as many as it may.
+    pub fn enter(&self, owner: Owner) -> Option<Place> {
+        let owner = Arc::new(owner);
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let count = open.entry(owner.clone()).or_default();
         if *count >= self.max {
@@ -57,7 +53,7 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::caller::{Evidence, Listener, Refusal};
+    use crate::caller::{Caller, Evidence, Listener, Refusal};
     use crate::cgroup::CgroupPath;
 
     #[derive(Debug)]
@@ -74,16 +70,30 @@ mod tests {
         Caller { listener: Listener::Tcp, uid, cgroup, process: None, evidence: Box::new(Always) }
     }
 
+    fn enter(shares: &Shares, uid: u32, cgroup: &str) -> Option<Place> {
+        shares.enter(Owner::of(&caller(uid, cgroup)))
+    }
+
     #[test]
     fn each_user_and_unit_has_its_own_share() {
         let shares = Shares::new(2);
-        let first = shares.enter(&caller(1, "/system.slice/a.service")).unwrap();
-        let _second = shares.enter(&caller(1, "/system.slice/a.service/below")).unwrap();
-        assert!(shares.enter(&caller(1, "/system.slice/a.service")).is_none());
-        assert!(shares.enter(&caller(2, "/system.slice/a.service")).is_some());
-        assert!(shares.enter(&caller(1, "/system.slice/b.service")).is_some());
+        let first = enter(&shares, 1, "/system.slice/a.service").unwrap();
+        let _second = enter(&shares, 1, "/system.slice/a.service/below").unwrap();
+        assert!(enter(&shares, 1, "/system.slice/a.service").is_none());
+        assert!(enter(&shares, 2, "/system.slice/a.service").is_some());
+        assert!(enter(&shares, 1, "/system.slice/b.service").is_some());
+        assert!(shares.enter(Owner::unknown()).is_some());
         drop(first);
-        assert!(shares.enter(&caller(1, "/system.slice/a.service")).is_some());
+        assert!(enter(&shares, 1, "/system.slice/a.service").is_some());
         assert_eq!(shares.open.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_pod_has_one_share_whoever_its_users_are() {
+        let shares = Shares::new(1);
+        let pod = |number: u8| format!("/kubepods/burstable/pod72f7f152-440c-66ac-9084-e0fc1d8a91{number:02}/x");
+        let _first = enter(&shares, 0, &pod(1)).unwrap();
+        assert!(enter(&shares, 1000, &pod(1)).is_none());
+        assert!(enter(&shares, 0, &pod(2)).is_some());
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use tempfile::tempdir;
 
 use super::*;
-use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
+use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 use crate::role::Role;
 use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, svid_for};
 use fake::{FakeSts, Meeting, Proxy, Reply};
@@ -353,12 +353,26 @@ async fn no_more_calls_are_under_way_than_allowed() {
 #[tokio::test(start_paused = true)]
 async fn a_call_that_never_gets_its_turn_ends() {
     let sts = sts(Settings { max_concurrent: 1, ..settings() });
-    let _other = sts.turns.acquire().await.unwrap();
+    let _other = sts.turns.take(&SpiffeId::parse("spiffe://example.org/other").unwrap()).await.unwrap();
     let start = tokio::time::Instant::now();
     let target = endpoint("http://127.0.0.1:9".to_owned());
     let error = sts.assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
     assert_eq!((error.again, error.reason), (Again::Later, "sts_busy"), "{error}");
-    assert_eq!(start.elapsed(), TURN);
+    assert_eq!(start.elapsed(), crate::turns::TURN);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_workload_has_a_quarter_of_the_turns() {
+    let sts = sts(settings());
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(sts.turns.take(&billing()).await.unwrap());
+    }
+    let mine = grant(&endpoint("http://127.0.0.1:9".to_owned()));
+    let other = Grant { spiffe_id: SpiffeId::parse("spiffe://example.org/other").unwrap(), ..mine.clone() };
+    let token = svid_for(&billing(), 300, 1);
+    assert_eq!(sts.assume(&mine, &token).await.unwrap_err().reason, "sts_busy");
+    assert_eq!(sts.assume(&other, &token).await.unwrap_err().reason, "sts_unreachable", "it was sent");
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 
 use std::future::{Future, ready};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -37,7 +38,7 @@ const ANSWER_MAX: usize = 1024 * 1024;
 #[derive(Debug)]
 pub struct WorkloadApi {
     endpoint: Endpoint,
-    rules: Vec<Rule>,
+    rules: Arc<[Rule]>,
     clock: Clock,
     deadline: Duration,
 }
@@ -45,8 +46,8 @@ pub struct WorkloadApi {
 impl WorkloadApi {
     /// Connects only when a token is asked for, and anew each time: tokens are needed a few times an hour, and so an
     /// agent that was restarted, or replaced at the same path while the old one lives on, is never missed.
-    pub fn new(endpoint: Endpoint, rules: Vec<Rule>, clock: Clock) -> Self {
-        Self { endpoint, rules, clock, deadline: DEADLINE }
+    pub fn new(endpoint: Endpoint, rules: impl Into<Arc<[Rule]>>, clock: Clock) -> Self {
+        Self { endpoint, rules: rules.into(), clock, deadline: DEADLINE }
     }
 
     /// With another deadline for a whole call than [`DEADLINE`].
@@ -178,16 +179,18 @@ impl IdentitySource for WorkloadApi {
         match decide(&self.rules, caller) {
             Decision::Matched(rule) => Ok(vec![Identity { spiffe_id: rule.spiffe_id.clone(), hint: None }]),
             Decision::NoMatch => Ok(Vec::new()),
-            // Whoever attested the caller has looked at the process where a rule needs it. What is unknown now stays
-            // so.
-            Decision::NeedsProcess => Err(SourceError::Denied(
-                "a [[workload]] rule depends on the calling process, which could not be looked at".to_owned(),
-            )),
+            // Whoever attested the caller has looked at the process where a rule needed it then.
+            Decision::NeedsProcess => Err(SourceError::Reloaded),
         }
     }
 
     async fn token(&self, _caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         self.fetch(id, audience).await
+    }
+
+    /// The agent knows only the daemon.
+    fn needs_caller(&self) -> bool {
+        false
     }
 }
 

@@ -1,6 +1,7 @@
 //! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
-//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. What the daemon answered is printed
-//! on standard output.
+//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. What the daemon answered is
+//! printed on standard output. `actor connect UID LISTENER ADDRESS` only connects, for a test that talks itself.
+//! `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for what one user does very often.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
 #![allow(unsafe_code, reason = "fork, clone3 and setuid are what this program is for; it has one thread")]
@@ -12,6 +13,7 @@
 )]
 
 mod daemon;
+mod floods;
 mod moves;
 mod process;
 mod programs;
@@ -30,6 +32,13 @@ fn main() {
         // Executed by scenes: ask on an inherited descriptor, or just be there.
         ["speak", descriptor] => print!("{}", wire::ask_on(descriptor.parse().unwrap())),
         ["stay"] => process::stay(),
+        ["connect", uid, listener, address] => {
+            floods::connect(uid.parse().unwrap(), &wire::Address::parse(listener, address));
+        }
+        ["in-numbers", act, listener, address, ref numbers @ ..] => {
+            let numbers: Vec<usize> = numbers.iter().map(|number| number.parse().unwrap()).collect();
+            print!("{}", floods::act(act, &numbers, &wire::Address::parse(listener, address)));
+        }
         ["ask", listener, address] => {
             let to = wire::Address::parse(listener, address);
             print!("{}", wire::ask(&to.connect()));

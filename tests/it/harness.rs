@@ -3,7 +3,10 @@
 
 pub(crate) mod actor;
 pub(crate) mod cgroup;
+pub(crate) mod client;
 pub(crate) mod counterparts;
 pub(crate) mod daemon;
+pub(crate) mod gate;
 pub(crate) mod systemd;
 pub(crate) mod upstream;
+pub(crate) mod world;

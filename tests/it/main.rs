@@ -4,9 +4,14 @@
 mod attacks;
 mod contract;
 mod dev;
+mod drain;
 mod e2e;
+mod floods;
 mod harness;
+mod hostile;
 mod layout;
 mod listeners;
+mod outages;
 mod recognition;
+mod reload;
 mod systemd;

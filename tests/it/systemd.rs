@@ -292,6 +292,44 @@ fn a_wrong_configuration_is_not_tried_again() {
 }
 
 #[test]
+fn a_reload_reads_the_configuration_again() {
+    let directory = folder();
+    let Some(machine) = install(directory.path(), &[]) else { return };
+    start(&machine);
+    let process = machine.property("awsvid.service", "MainPID");
+    let good = fs::read_to_string(machine.path(CONFIGURATION)).unwrap();
+    let reload = |text: &str, status: &str| {
+        fs::write(machine.path(CONFIGURATION), text).unwrap();
+        machine.run(&["systemctl", "reload", "awsvid.service"]).success("reload awsvid");
+        await_some(status, PATIENCE, || {
+            machine.property("awsvid.service", "StatusText").contains(status).then_some(())
+        });
+        machine.await_property("awsvid.service", "ActiveState", "active");
+    };
+    reload(&good.replace("spiffe_id", "spifee_id"), "The configuration has errors");
+    assert!(machine.journal().contains("spifee_id"), "the journal tells what is wrong");
+    assert_answered(&machine, UNIX);
+    // In its sandbox it may open the audit file anew, and the rest takes effect.
+    let other =
+        good.replace("[audit]", "[audit]\nfile = \"/var/log/awsvid/audit.log\"").replace("\"billing\"\n", "\"shop\"\n");
+    assert_ne!(other, good);
+    reload(&other, "Reloaded");
+    let (status, body) = ask(&machine, "stranger.service", "shop", UNIX);
+    assert_eq!(
+        (status, &body["code"]),
+        (503, &Value::from("source_unavailable")),
+        "the stranger has an identity: {body}"
+    );
+    let audit = fs::read_to_string(machine.path("/var/log/awsvid/audit.log")).unwrap();
+    assert!(audit.lines().any(|line| line.contains("\"uid\":1002")), "{audit}");
+    // Ends as ever.
+    machine.run(&["systemctl", "stop", "awsvid.service"]).success("stop awsvid");
+    let found = ["Result", "ExecMainStatus"].map(|name| machine.property("awsvid.service", name));
+    assert_eq!(found, ["success", "0"]);
+    assert_ne!(process, "0");
+}
+
+#[test]
 fn without_ipv6_the_other_addresses_are_served() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else { return };

@@ -262,12 +262,12 @@ fn listeners() {
         (
             "",
             "[listen]\nmax_connections = 100",
-            (11, "listen.max_connections", "one workload may have more connections (512)"),
+            (11, "listen.max_connections", "one workload may have 512 connections"),
         ),
         (
             "",
             "[listen]\nmax_connections_per_workload = 5000",
-            (11, "listen.max_connections_per_workload", "all together (4096)"),
+            (11, "listen.max_connections_per_workload", "none of all 4096"),
         ),
     ]);
     // Port 0 is a new one each time, so nothing overlaps.

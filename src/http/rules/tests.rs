@@ -23,7 +23,7 @@ fn judge(
     authorization: &Authorization,
 ) -> Result<Wanted, &'static str> {
     let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
-    let asked = Asked { method: &Method::GET, path, query, headers };
+    let asked = Asked { method: &Method::GET, names_server: false, path, query, headers, has_body: false };
     read(&asked, listener, authorization).map_err(|refused| refused.reason())
 }
 
@@ -93,8 +93,33 @@ fn deputies_are_refused() {
 fn only_get_is_answered() {
     let headers = request(&[]);
     for method in [Method::POST, Method::PUT, Method::HEAD, Method::OPTIONS, Method::CONNECT, Method::DELETE] {
-        let asked = Asked { method: &method, path: "/v1/credentials", query: None, headers: &headers };
+        let path = "/v1/credentials";
+        let asked =
+            Asked { method: &method, names_server: false, path, query: None, headers: &headers, has_body: false };
         assert_eq!(read(&asked, Listener::Tcp, &Authorization::Present).unwrap_err().reason(), "method", "{method}");
+    }
+}
+
+#[test]
+fn a_target_is_a_path_and_a_request_has_no_body() {
+    let cases = [
+        ("/v1/credentials", 0, Ok(Wanted::First)),
+        ("http://127.0.0.1/v1/credentials", 0, Err("proxied")),
+        ("127.0.0.1:974", 0, Err("proxied")),
+        ("*", 0, Err("path")),
+        ("/v1/credentials", 1, Err("body")),
+    ];
+    for (target, length, expected) in cases {
+        let body = http_body_util::Full::new(bytes::Bytes::from(vec![0; length]));
+        let mut request = Request::builder().uri(target).body(body).unwrap();
+        *request.headers_mut() = self::request(&[]);
+        let judge = |request: &Request<_>| {
+            read(&Asked::of(request), Listener::Tcp, &Authorization::Present).map_err(|refused| refused.reason())
+        };
+        assert_eq!(judge(&request), expected, "{target} {length}");
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        let expected = if expected == Err("proxied") { expected } else { Err("body") };
+        assert_eq!(judge(&request), expected, "{target} {length}, chunked");
     }
 }
 
@@ -124,6 +149,8 @@ fn authorization_is_asked_for_on_tcp() {
     let mut twice = request(&[("authorization", "s3cret")]);
     twice.append(AUTHORIZATION, HeaderValue::from_static("other"));
     assert_eq!(judge("/v1/credentials", &twice, Listener::Tcp, &token), Err("wrong_token"));
+    let present = Authorization::Present;
+    assert_eq!(judge("/v1/credentials", &twice, Listener::Tcp, &present), Err("no_authorization"));
     assert!(!format!("{token:?}").contains("s3cret"));
 }
 
@@ -135,9 +162,19 @@ fn paths() {
         ("/v1/credentials", Ok(Wanted::First)),
         ("/v1/credentials/", Ok(Wanted::First)),
         ("/v1/credentials/billing", named("billing")),
-        ("/v1/credentials/a%20b", named("a b")),
+        ("/v1/credentials/b%69lling", named("billing")),
         // Decoded once.
-        ("/v1/credentials/a%2520b", named("a%20b")),
+        ("/v1/credentials/b%2569lling", Err("path")),
+        ("/v1/credentials/a%20b", Err("path")),
+        ("/v1/credentials/a%00", Err("path")),
+        ("/v1/credentials/..", Err("path")),
+        ("/v1/credentials/%2e%2e", Err("path")),
+        ("/v1/credentials/%2e%2e%2fbilling", Err("path")),
+        ("/v1/credentials/../credentials", Err("path")),
+        ("/v1/../v1/credentials", Err("path")),
+        ("/v1/credentials//", Err("path")),
+        ("//v1/credentials", Err("path")),
+        ("/%76%31/credentials", Err("path")),
         (
             "/v1/credentials/arn%3Aaws%3Aiam%3A%3A123456789012%3Arole%2Fapp-1",
             Ok(Wanted::Arn(RoleArn::parse(arn).unwrap())),

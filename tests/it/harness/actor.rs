@@ -1,12 +1,17 @@
 //! The program `tests/actor`, which plays scenes with processes of several users.
 
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 
-use super::counterparts::process::run;
+use super::counterparts::process::{Owned, run, spawn};
 
 /// Where cargo puts it: beside the folder of the test programs.
 pub(crate) fn program() -> PathBuf {
@@ -37,4 +42,91 @@ fn run_in(cgroup: &Path, daemon: Pid, words: &[&str]) -> String {
     let mut command = Command::new("sh");
     command.env_clear().env("PATH", "/usr/bin:/bin").env("DAEMON", daemon.to_string()).args(["-c", &script]);
     run(command, b"", Duration::from_secs(60)).success(&format!("scene {words:?}"))
+}
+
+/// A user's process that connects for the test, which then talks itself.
+pub(crate) struct Connector {
+    _owned: Owned,
+    socket: UnixStream,
+}
+
+impl Connector {
+    /// Connects to this listener as this user and from this cgroup.
+    pub(crate) fn start(uid: u32, listener: &str, address: &str, cgroup: &Path) -> Self {
+        let (socket, theirs) = UnixStream::pair().expect("a pair of sockets");
+        let actor = format!("{} connect {uid} {listener} {address}", program().display());
+        let mut command = in_cgroup(cgroup, &actor);
+        command.stdin(OwnedFd::from(theirs));
+        Self { _owned: spawn(command).expect("the actor"), socket }
+    }
+
+    /// A new connection.
+    #[allow(unsafe_code, reason = "a received descriptor is a number")]
+    pub(crate) fn connect(&self) -> OwnedFd {
+        (&self.socket).write_all(b"x").expect("the actor lives");
+        let mut space = nix::cmsg_space!(RawFd);
+        let mut byte = [0];
+        let mut into = [IoSliceMut::new(&mut byte)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut into, Some(&mut space), flags).expect("a message");
+        let mut received = message.cmsgs().expect("whole").filter_map(|message| match message {
+            ControlMessageOwned::ScmRights(fds) => fds.into_iter().next(),
+            _ => None,
+        });
+        // SAFETY: the kernel has just made this descriptor for this process.
+        unsafe { OwnedFd::from_raw_fd(received.next().expect("a descriptor")) }
+    }
+}
+
+fn in_cgroup(cgroup: &Path, actor: &str) -> Command {
+    let script = format!("echo 0 > {}/cgroup.procs && exec {actor}", cgroup.display());
+    let mut command = Command::new("sh");
+    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
+    command
+}
+
+/// One user's process that does something very often, until it is told that it is enough.
+pub(crate) struct Acting {
+    owned: Owned,
+    says: BufReader<ChildStdout>,
+}
+
+/// Answers by their code, or connections by how they ended.
+pub(crate) type Counts = BTreeMap<String, usize>;
+
+impl Acting {
+    /// Starts `act` (see `tests/actor/floods.rs`) as the user whose id is the first of `numbers`, in this cgroup.
+    pub(crate) fn start(act: &str, listener: &str, address: &str, numbers: &[usize], cgroup: &Path) -> Self {
+        let numbers: Vec<String> = numbers.iter().map(usize::to_string).collect();
+        let actor = format!("{} in-numbers {act} {listener} {address} {}", program().display(), numbers.join(" "));
+        let mut command = in_cgroup(cgroup, &actor);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut owned = spawn(command).expect("the actor");
+        let says = BufReader::new(owned.stdout().expect("a pipe"));
+        Self { owned, says }
+    }
+
+    /// Waits until all is open, or the first answer has come.
+    pub(crate) fn begun(mut self) -> Self {
+        let mut line = String::new();
+        self.says.read_line(&mut line).expect("the actor's word");
+        assert_eq!(line, "begun\n");
+        self
+    }
+
+    /// Says that it is enough, and gives what was counted.
+    pub(crate) fn enough(mut self) -> Counts {
+        drop(self.owned.stdin());
+        let mut text = String::new();
+        self.says.read_to_string(&mut text).expect("what was counted");
+        let status = self.owned.wait(Duration::from_secs(60)).expect("the actor ends");
+        assert!(status.success(), "{status}");
+        let count = |line: &str| line.split_once(' ').map(|(code, count)| (code.to_owned(), count.parse().unwrap()));
+        text.lines().filter_map(count).collect()
+    }
+}
+
+/// What comes of so many requests of this user, one after another.
+pub(crate) fn ask(listener: &str, address: &str, uid: u32, count: usize, cgroup: &Path) -> Counts {
+    Acting::start("ask", listener, address, &[usize::try_from(uid).unwrap(), count], cgroup).enough()
 }

@@ -3,6 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// A rule's key for callers of the test's own process, by which the socket alone decides: over TCP, and in the root cgroup,
+/// the daemon would otherwise search all processes of the machine for the socket, as far as its budget goes.
+pub(crate) fn own_rule() -> String {
+    let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::")).expect("a cgroup v2 path");
+    format!("cgroup = {path:?}\n")
+}
+
 /// A cgroup of the test's own, as systemd would name a unit's, removed at the end.
 pub(crate) struct Cgroup(PathBuf);
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -13,6 +14,20 @@ use super::counterparts::process::Process;
 
 /// How long the daemon may take for anything that it does in milliseconds, on a machine that is busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The configuration with `[listen]`, `[audit]` and `[log]`.
+fn text(folder: &Path, listen: &str, configuration: &str) -> String {
+    let path = |name: &str| folder.join(name).display().to_string();
+    format!(
+        "{configuration}\n\
+         [listen]\nunix = {:?}\ntcp = [\"127.0.0.1:0\", \"[::1]:0\"]\nadmin = \"127.0.0.1:0\"\nstatus = {:?}\ntoken_file = {:?}\n{listen}\n\
+         [audit]\nfile = {:?}\n[log]\nlevel = \"awsvid=debug,info\"\nformat = \"json\"\n",
+        path("awsvid.sock"),
+        path("status.sock"),
+        path("token"),
+        path("audit.log"),
+    )
+}
 
 /// A running daemon, with its files below one folder.
 pub(crate) struct Daemon {
@@ -25,17 +40,7 @@ impl Daemon {
     /// kernel picks, files below `folder`. `listen` is put into `[listen]`. Returns when its listeners are bound.
     pub(crate) fn start(folder: &Path, listen: &str, configuration: &str) -> Self {
         let config = folder.join("awsvid.toml");
-        let path = |name: &str| folder.join(name).display().to_string();
-        let text = format!(
-            "{configuration}\n\
-             [listen]\nunix = {:?}\ntcp = [\"127.0.0.1:0\", \"[::1]:0\"]\nadmin = \"127.0.0.1:0\"\nstatus = {:?}\ntoken_file = {:?}\n{listen}\n\
-             [audit]\nfile = {:?}\n[log]\nlevel = \"awsvid=debug,info\"\nformat = \"json\"\n",
-            path("awsvid.sock"),
-            path("status.sock"),
-            path("token"),
-            path("audit.log"),
-        );
-        std::fs::write(&config, text).expect("write the configuration");
+        std::fs::write(&config, text(folder, listen, configuration)).expect("write the configuration");
         let mut command = Command::new(env!("CARGO_BIN_EXE_awsvid"));
         command.env_clear().args(["serve", "--config"]).arg(&config);
         let process = Process::start("awsvid", command, &folder.join("awsvid.log"));
@@ -44,6 +49,41 @@ impl Daemon {
             .process
             .await_some("the daemon's listeners", PATIENCE, || daemon.address("serving operators", "127.0.0.1:"));
         daemon
+    }
+
+    /// Replaces the configuration by another one as `start` would write it, and sends SIGHUP. Returns whether the daemon
+    /// has taken it, once it has said so.
+    pub(crate) fn reload(&self, listen: &str, configuration: &str) -> bool {
+        self.reload_text(&text(&self.folder, listen, configuration))
+    }
+
+    /// The same with the whole file.
+    pub(crate) fn reload_text(&self, text: &str) -> bool {
+        const DONE: &str = "the configuration was reloaded";
+        const REFUSED: &str = "the configuration was not reloaded";
+        let count = |message: &str| self.process.log().matches(message).count();
+        let before = [DONE, REFUSED].map(count);
+        self.write_and_hang_up(text);
+        self.process.await_some("the daemon has read its configuration again", PATIENCE, || {
+            let after = [DONE, REFUSED].map(count);
+            (after != before).then(|| after[0] > before[0])
+        })
+    }
+
+    /// The same without waiting for it.
+    pub(crate) fn write_and_hang_up(&self, text: &str) {
+        std::fs::write(self.folder.join("awsvid.toml"), text).expect("write the configuration");
+        self.hang_up();
+    }
+
+    /// Sends SIGHUP.
+    pub(crate) fn hang_up(&self) {
+        self.process.signal(Signal::SIGHUP);
+    }
+
+    /// The configuration as it is.
+    pub(crate) fn text(&self) -> String {
+        std::fs::read_to_string(self.folder.join("awsvid.toml")).expect("the configuration")
     }
 
     /// Waits until `/readyz` is 200.

@@ -1,5 +1,7 @@
 //! The Workload API and the verifying STS of `awsvid dev`, for tests of what lies before them.
 
+use std::path::{Path, PathBuf};
+
 use awsvid::dev::users::User;
 use awsvid::dev::{Dev, Names};
 use tokio::runtime::Runtime;
@@ -22,6 +24,18 @@ impl Upstream {
         let names = Names { trust_domain: "example.org".to_owned(), account: "123456789012".to_owned() };
         let dev = runtime.block_on(Dev::start_for(users.collect(), names)).expect("the servers of dev");
         Self { dev, _runtime: runtime }
+    }
+
+    /// The socket of the Workload API.
+    pub(crate) fn socket(&self) -> PathBuf {
+        let configuration = self.configuration();
+        let (_, rest) = configuration.split_once("\"unix://").expect("a unix socket");
+        rest.split_once('"').expect("a string").0.into()
+    }
+
+    /// The same as `configuration`, with another path for that socket.
+    pub(crate) fn configuration_at(&self, path: &Path) -> String {
+        self.configuration().replace(&self.socket().display().to_string(), &path.display().to_string())
     }
 
     /// `[identity]`, `[sts]` and the role, without rules.

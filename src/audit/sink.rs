@@ -1,0 +1,98 @@
+//! Where audit records go.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::time::Duration;
+
+use crate::config::AuditFile;
+use crate::metrics::Metrics;
+
+/// Records that wait for a reader that is slower than requests come.
+const QUEUE: usize = 8192;
+/// How long the end of the daemon waits for such a reader.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// An open destination.
+#[derive(Debug)]
+pub(super) enum Sink {
+    /// A regular file: an append takes microseconds and blocks on no reader.
+    File(File),
+    /// Anything whose reader may stall: a thread writes, so that requests never wait for that reader.
+    Queue(SyncSender<Message>),
+}
+
+/// What that thread is told.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// Write this.
+    Line(Vec<u8>),
+    /// Say when everything before this is written.
+    Flush(SyncSender<()>),
+}
+
+impl Sink {
+    pub(super) fn open(to: &AuditFile, metrics: &Metrics) -> io::Result<Self> {
+        let file = match to {
+            AuditFile::Stdout => File::from(own_stdout()?),
+            AuditFile::Path(path) => OpenOptions::new().append(true).create(true).mode(0o600).open(path)?,
+        };
+        let kind = file.metadata()?.file_type();
+        let may_stall = kind.is_fifo() || kind.is_socket() || kind.is_char_device();
+        Ok(if may_stall { Self::Queue(queue(file, metrics.clone())?) } else { Self::File(file) })
+    }
+
+    /// Writes one line, or queues it; says why if neither can be done. Never waits for a reader.
+    pub(super) fn write(&self, line: Vec<u8>) -> bool {
+        match self {
+            Self::File(file) => {
+                let mut file = file;
+                file.write_all(&line)
+                    .inspect_err(|error| tracing::error!(%error, "an audit record cannot be written"))
+                    .is_ok()
+            }
+            Self::Queue(queue) => match queue.try_send(Message::Line(line)) {
+                Ok(()) => true,
+                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                    tracing::error!("an audit record was lost: whoever reads the audit stream is too slow or gone");
+                    false
+                }
+            },
+        }
+    }
+
+    /// At the daemon's end, which would otherwise take along what is still queued. A reader that stalls is not waited for.
+    pub(super) fn flush(&self) {
+        let Self::Queue(queue) = self else { return };
+        let (done, is_done) = sync_channel(1);
+        if queue.try_send(Message::Flush(done)).is_ok() {
+            let _ = is_done.recv_timeout(LAST_WORDS);
+        }
+    }
+}
+
+fn own_stdout() -> io::Result<std::os::fd::OwnedFd> {
+    use std::os::fd::AsFd;
+    io::stdout().as_fd().try_clone_to_owned()
+}
+
+fn queue(mut file: File, metrics: Metrics) -> io::Result<SyncSender<Message>> {
+    let (sender, messages) = sync_channel(QUEUE);
+    std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
+        for message in messages {
+            let line = match message {
+                Message::Line(line) => line,
+                Message::Flush(done) => {
+                    let _ = done.send(());
+                    continue;
+                }
+            };
+            if let Err(error) = file.write_all(&line) {
+                tracing::error!(%error, "an audit record cannot be written");
+                metrics.audit_lost.inc();
+            }
+        }
+    })?;
+    Ok(sender)
+}

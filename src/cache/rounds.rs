@@ -1,0 +1,187 @@
+//! The one task that looks at places when something is due: a refresh, an end, a failure to forget.
+//!
+//! A task for each of 100,000 entries would cost more memory than the entries.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::Notify;
+use tokio::task::yield_now;
+use tokio::time::{Instant, timeout_at};
+
+use super::Shared;
+use super::entry::{Slot, State};
+use super::news::News;
+use super::rules::{Class, Next};
+use crate::clock::Clock;
+
+/// How often the wall clock is compared with the monotonic one, by which the task sleeps.
+const COMPARE: Duration = Duration::from_secs(30);
+/// How many places are looked at before other tasks of the same thread have their turn.
+const BATCH: usize = 256;
+/// A refresh that has no turn now looks again after about this. It is not urgent, and thousands may wait.
+const NO_TURN: Duration = Duration::from_secs(4);
+
+/// Places in the order of time, each once at most.
+#[derive(Default)]
+pub(super) struct Schedule {
+    queue: Mutex<BTreeMap<(Instant, usize), Arc<Slot>>>,
+    changed: Notify,
+    closed: AtomicBool,
+}
+
+impl Schedule {
+    /// Has `slot` looked at `at`, and not when it was to be before. `next` is its [`State::next`].
+    pub(super) fn put(&self, slot: &Arc<Slot>, next: &mut Option<Instant>, at: Option<Instant>) {
+        let address = Arc::as_ptr(slot) as usize;
+        let mut queue = self.lock();
+        if let Some(before) = next.take() {
+            queue.remove(&(before, address));
+        }
+        if let Some(at) = at {
+            queue.insert((at, address), slot.clone());
+            *next = Some(at);
+            if queue.first_key_value().is_some_and(|(first, _)| *first == (at, address)) {
+                self.changed.notify_one();
+            }
+        }
+    }
+
+    /// Takes out some of those whose time has come.
+    fn due(&self) -> Vec<Arc<Slot>> {
+        let mut queue = self.lock();
+        let now = Instant::now();
+        let mut due = Vec::new();
+        while due.len() < BATCH
+            && let Some(first) = queue.first_entry()
+            && first.key().0 <= now
+        {
+            due.push(first.remove());
+        }
+        due
+    }
+
+    /// Until the first is due, or the clocks are to be compared, or something has changed; `false` at the end.
+    async fn wait(&self) -> bool {
+        let first = self.lock().first_key_value().map(|((at, _), _)| *at);
+        match first {
+            Some(at) => {
+                // Whichever comes first.
+                let _ = timeout_at(at.min(Instant::now() + COMPARE), self.changed.notified()).await;
+            }
+            None => self.changed.notified().await,
+        }
+        !self.closed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.changed.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(Instant, usize), Arc<Slot>>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Notices that the wall clock has left the monotonic one: it was set, or the machine was suspended.
+struct Drift {
+    wall: SystemTime,
+    at: Instant,
+}
+
+/// Less is not worth a look at everything.
+const DRIFT: Duration = Duration::from_secs(1);
+
+impl Drift {
+    fn new(clock: &Clock) -> Self {
+        Self { wall: clock.now(), at: Instant::now() }
+    }
+
+    /// Since the last time this was asked.
+    fn happened(&mut self, clock: &Clock) -> bool {
+        let now = Self::new(clock);
+        let expected = self.wall + now.at.duration_since(self.at);
+        let away = now.wall.duration_since(expected).unwrap_or_else(|error| error.duration());
+        *self = now;
+        away > DRIFT
+    }
+}
+
+/// Until the cache is dropped.
+pub(super) async fn make(shared: Weak<Shared>, schedule: Arc<Schedule>, clock: Clock) {
+    let mut drift = Drift::new(&clock);
+    while schedule.wait().await {
+        let Some(shared) = shared.upgrade() else { return };
+        if drift.happened(&clock) {
+            let mut all = Vec::new();
+            shared.places.each(|slot| all.push(slot.clone()));
+            all.iter().for_each(|slot| shared.look(slot));
+        }
+        loop {
+            let due = schedule.due();
+            due.iter().for_each(|slot| shared.look(slot));
+            if due.len() < BATCH {
+                break;
+            }
+            yield_now().await;
+        }
+    }
+}
+
+impl Shared {
+    /// Does what is to be done with a place now, and says when it is looked at again.
+    fn look(self: &Arc<Self>, slot: &Arc<Slot>) {
+        let setup = self.setup.load_full();
+        let mut state = slot.state();
+        if state.ended {
+            return;
+        }
+        let mut next = self.judge(slot, &state, &setup);
+        let mut news = None;
+        if let Next::Clear(reason) = next {
+            // Without another caller an end is what has to come.
+            let trouble = state.trouble.as_ref().filter(|trouble| Class::of(&trouble.error) != Class::CallerGone);
+            news = trouble.map(|trouble| News::Over(trouble.error.clone()));
+            self.clear(slot, reason);
+            next = self.judge(slot, &state, &setup);
+        }
+        let again = match next {
+            Next::Remove(reason) | Next::Clear(reason) => {
+                self.end(slot, &mut state, reason);
+                None
+            }
+            Next::Wait(at) => Some(at),
+            Next::Refresh(end) => {
+                let caller =
+                    if setup.issuer.needs_caller() { slot.latest.load_full() } else { Some(self.nobody.clone()) };
+                Some(match (caller, self.refreshes.try_take(&slot.grant.spiffe_id)) {
+                    (Some(caller), Some(turn)) => {
+                        self.launch(slot, caller, &mut state, Some(turn));
+                        end
+                    }
+                    _ => end.min(Instant::now() + NO_TURN.mul_f64(0.5 + fastrand::f64())),
+                })
+            }
+        };
+        self.schedule.put(slot, &mut state.next, again);
+        drop(state);
+        if again.is_none() {
+            self.places.remove(slot);
+        }
+        if let Some(news) = news {
+            news.tell(slot, &self.log);
+        }
+    }
+
+    /// Has the place looked at when there is something to do.
+    pub(super) fn plan(&self, slot: &Arc<Slot>, state: &mut State) {
+        let at = match self.judge(slot, state, &self.setup.load()) {
+            Next::Wait(at) => at,
+            Next::Refresh(_) | Next::Clear(_) | Next::Remove(_) => Instant::now(),
+        };
+        self.schedule.put(slot, &mut state.next, Some(at));
+    }
+}

@@ -1,0 +1,110 @@
+//! The stream under hyper: what hyper would say by itself does not reach the client, and a line ends as the standard says.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::timeout;
+
+/// How much of what nobody wants is read before the connection is closed, and for how long.
+const UNWANTED_BYTES: u64 = 1024 * 1024;
+const UNWANTED_TIME: Duration = Duration::from_secs(1);
+
+/// A client's stream.
+pub(super) struct Wire<'a, S> {
+    stream: S,
+    /// Set once a request was understood: only what is written from then on is the daemon's answer.
+    answering: &'a AtomicBool,
+    last_byte: u8,
+    line_feed_alone: bool,
+}
+
+impl<'a, S: AsyncRead + AsyncWrite + Unpin> Wire<'a, S> {
+    pub(super) fn new(stream: S, answering: &'a AtomicBool) -> Self {
+        Self { stream, answering, last_byte: 0, line_feed_alone: false }
+    }
+
+    /// Whether the head was given up because of a line feed without a carriage return.
+    pub(super) fn line_feed_alone(&self) -> bool {
+        self.line_feed_alone
+    }
+
+    /// Answers a head that hyper did not understand.
+    pub(super) async fn say(&mut self, answer: &[u8]) -> io::Result<()> {
+        self.stream.write_all(answer).await?;
+        self.stream.shutdown().await
+    }
+
+    /// Reads what the client still sends, within bounds. Closed with unread bytes, the kernel would reset the connection,
+    /// and the client might never see the answer.
+    pub(super) async fn discard(&mut self) {
+        let unwanted = async {
+            let mut buffer = [0; 4096];
+            let mut rest = (&mut self.stream).take(UNWANTED_BYTES);
+            while rest.read(&mut buffer).await.is_ok_and(|length| length > 0) {}
+        };
+        let _ = timeout(UNWANTED_TIME, unwanted).await;
+    }
+
+    /// Whether a line feed follows something else than a carriage return. Many parsers take that for the end of a line,
+    /// others for a part of it; whoever lets a stranger write into one header must not have let him write the next.
+    fn has_line_feed_alone(&mut self, bytes: &[u8]) -> bool {
+        let before = |at: usize| at.checked_sub(1).map_or(self.last_byte, |at| bytes[at]);
+        let alone = bytes.iter().enumerate().any(|(at, byte)| *byte == b'\n' && before(at) != b'\r');
+        self.last_byte = bytes.last().copied().unwrap_or(self.last_byte);
+        alone
+    }
+
+    fn is_answering(&self) -> bool {
+        self.answering.load(Ordering::Relaxed)
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Wire<'_, S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        if !self.is_answering() && self.has_line_feed_alone(&buf.filled()[before..]) {
+            self.line_feed_alone = true;
+            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<'_, S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.is_answering() {
+            Pin::new(&mut self.stream).poll_write(cx, bytes)
+        } else {
+            Poll::Ready(Ok(bytes.len()))
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.is_answering() {
+            Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        } else {
+            Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()))
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.is_answering() { Pin::new(&mut self.stream).poll_shutdown(cx) } else { Poll::Ready(Ok(())) }
+    }
+}

@@ -1,0 +1,135 @@
+//! One user's processes in numbers: honest requests one after another, connections that are just held, and loops of several
+//! threads beside very many open descriptors. What the daemon answered is counted by its code.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{MsgFlags, recv};
+
+use crate::process::become_user;
+use crate::wire::{self, Address};
+
+/// Answers by their code (`Success`, or an error's); `nothing` for connections that ended without one.
+type Counts = BTreeMap<String, usize>;
+
+pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    become_user(u32::try_from(numbers[0]).unwrap());
+    match (what, numbers) {
+        ("ask", [_, count]) => show(&asked(to, *count)),
+        ("hold", [_, count]) => hold(to, *count, |_| ()),
+        ("mute", [_, count]) => hold(to, *count, wire::send),
+        ("storm", [_, threads, descriptors]) => storm(to, *threads, *descriptors),
+        _ => panic!("no such act: {what} {numbers:?}"),
+    }
+}
+
+/// Connects whenever it is told to by a byte on standard input, a socket, and gives the connection away over that.
+pub(crate) fn connect(uid: u32, to: &Address) {
+    become_user(uid);
+    let mut asked = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+    while asked.read(&mut [0]).is_ok_and(|length| length == 1) {
+        wire::pass(&asked, &to.connect());
+    }
+}
+
+fn show(counts: &Counts) -> String {
+    counts.iter().map(|(code, count)| format!("{code} {count}\n")).collect()
+}
+
+fn asked(to: &Address, count: usize) -> Counts {
+    let mut counts = Counts::new();
+    for _ in 0..count {
+        *counts.entry(code(&wire::ask(&to.connect()))).or_default() += 1;
+    }
+    counts
+}
+
+fn code(answer: &str) -> String {
+    let code = answer.split("\"Code\":\"").nth(1).and_then(|rest| rest.split('"').next());
+    code.unwrap_or("nothing").to_owned()
+}
+
+/// Tells the test that this has begun, and waits until it says, by closing standard input, that it is enough.
+fn begun() {
+    println!("begun");
+}
+
+fn enough() {
+    let _ = std::io::stdin().read_to_end(&mut Vec::new());
+}
+
+/// Opens connections, does `first` on each, and keeps all of them. How many the daemon had ended by the end.
+fn hold(to: &Address, count: usize, first: impl Fn(&OwnedFd)) -> String {
+    let held: Vec<OwnedFd> = (0..count)
+        .map(|_| {
+            let fd = to.connect();
+            first(&fd);
+            fd
+        })
+        .collect();
+    begun();
+    enough();
+    let mut counts = Counts::new();
+    for fd in &held {
+        *counts.entry(state(fd).to_owned()).or_default() += 1;
+    }
+    show(&counts)
+}
+
+/// What the daemon has done with a connection, of which nothing is read.
+fn state(fd: &OwnedFd) -> &'static str {
+    match recv(fd.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+        Ok(0) => "closed",
+        Ok(_) => "answered",
+        Err(Errno::EAGAIN) => "open",
+        Err(_) => "reset",
+    }
+}
+
+/// Asks in a loop from each of so many threads, in a process that has so many descriptors open.
+fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
+    let open: Vec<File> = (0..descriptors).map(|_| File::open("/dev/null").unwrap()).collect();
+    let ended = AtomicBool::new(false);
+    let mut counts = Counts::new();
+    std::thread::scope(|scope| {
+        let (first, is_first) = std::sync::mpsc::channel();
+        let ask = |first: std::sync::mpsc::Sender<()>| {
+            let mut counts = Counts::new();
+            while !ended.load(Ordering::Relaxed) {
+                for (code, count) in asked(to, 1) {
+                    *counts.entry(code).or_default() += count;
+                }
+                let _ = first.send(());
+            }
+            counts
+        };
+        let running: Vec<_> = (0..threads)
+            .map(|_| {
+                scope.spawn({
+                    let first = first.clone();
+                    move || ask(first)
+                })
+            })
+            .collect();
+        // Once there was an answer, it is under way.
+        is_first.recv().unwrap();
+        begun();
+        enough();
+        ended.store(true, Ordering::Relaxed);
+        for thread in running {
+            for (code, count) in thread.join().unwrap() {
+                *counts.entry(code).or_default() += count;
+            }
+        }
+    });
+    assert!(open.iter().all(|file| file.as_raw_fd() > 2));
+    show(&counts)
+}

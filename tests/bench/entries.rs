@@ -1,0 +1,109 @@
+//! The part `entries`: a cache, filled. The only file here that knows the cache's own interface.
+
+use std::io::{BufRead, stdin};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use awsvid::cache::{CredentialCache, Limits};
+use awsvid::caller::{Caller, Evidence, Listener, Refusal};
+use awsvid::cgroup::CgroupPath;
+use awsvid::clock::Clock;
+use awsvid::credentials::Credentials;
+use awsvid::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
+use awsvid::issue::Issuer;
+use awsvid::metrics::Metrics;
+use awsvid::role::{Grant, Identity, Role, Roles, StsTarget, Wanted};
+use awsvid::sts::{AssumeRole, StsError};
+use awsvid::svid::{IdentitySource, JwtSvid, SourceError};
+use zeroize::Zeroizing;
+
+use crate::Failed;
+use crate::upstream::{TRUST_DOMAIN, token};
+
+const AUDIENCE: &str = "bench";
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// Says when its cache is there, fills it when it hears a line, and says when it is full.
+pub(crate) fn run(count: usize) -> Result<(), Failed> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let issuer = Issuer::new(Arc::new(Source), Arc::new(Source), Clock::system(), Metrics::default());
+        let limits = Limits { max_entries: count, revocation_grace: Duration::ZERO };
+        let cache = CredentialCache::new(issuer, Clock::system(), Metrics::default(), limits);
+        let role = Arc::new(role()?);
+        println!("empty");
+        stdin().lock().read_line(&mut String::new())?;
+        for number in 0..count {
+            let grant = grant(&role, number)?;
+            cache.get(&grant, &Arc::new(caller(number))).await?;
+        }
+        println!("full");
+        stdin().lock().read_line(&mut String::new())?;
+        Ok(())
+    })
+}
+
+fn role() -> Result<Role, Failed> {
+    Ok(Role {
+        name: "bench".to_owned(),
+        spiffe_id: SpiffeIdPattern::parse(&format!("spiffe://{TRUST_DOMAIN}/**"))?,
+        role_arn: ArnTemplate::parse("arn:aws:iam::123456789012:role/{path[3]}")?,
+        audience: AUDIENCE.to_owned(),
+        duration: HOUR,
+        session_name: None,
+        sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
+        policy: None,
+        policy_arns: Vec::new(),
+    })
+}
+
+/// As those of a large node: each workload has an identity of its own.
+fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
+    let spiffe_id = SpiffeId::parse(&format!("spiffe://{TRUST_DOMAIN}/ns/namespace/sa/workload-{number}"))?;
+    let roles = Roles { defined: vec![role.clone()], requested: None };
+    Ok(roles.choose(&[Identity { spiffe_id, hint: None }], &Wanted::First)?)
+}
+
+/// As one over TCP whose rule needs no process.
+fn caller(number: usize) -> Caller {
+    let cgroup = CgroupPath::parse(&format!("/system.slice/system-workload.slice/workload@{number}.service"));
+    Caller { listener: Listener::Tcp, uid: 1000, cgroup, process: None, evidence: Box::new(Seen([0; 128])) }
+}
+
+/// Of about the size of what attestation keeps.
+#[derive(Debug)]
+struct Seen(#[expect(dead_code, reason = "only its size matters")] [u8; 128]);
+
+impl Evidence for Seen {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+}
+
+/// Gives what it is asked for, at once.
+#[derive(Debug)]
+struct Source;
+
+#[async_trait]
+impl IdentitySource for Source {
+    async fn identify(&self, _: &Caller) -> Result<Vec<Identity>, SourceError> {
+        Ok(Vec::new())
+    }
+
+    async fn token(&self, _: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+        Ok(JwtSvid::check(token(id.as_str(), audience), id, audience, SystemTime::now())?)
+    }
+}
+
+#[async_trait]
+impl AssumeRole for Source {
+    async fn assume(&self, _: &Grant, _: &JwtSvid) -> Result<Credentials, StsError> {
+        Ok(Credentials {
+            access_key_id: "ASIAIOSFODNN7EXAMPLE".to_owned(),
+            secret_access_key: Zeroizing::new("wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY00".to_owned()),
+            session_token: Zeroizing::new("t".repeat(1024)),
+            expiration: SystemTime::now() + HOUR,
+        })
+    }
+}

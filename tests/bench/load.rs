@@ -1,0 +1,254 @@
+//! The load: blocking client threads in a process of its own, a new connection for each request.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::Failed;
+use crate::caller::{self, Answer, Caller};
+use crate::machine;
+use crate::process::Part;
+
+/// What to do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Plan {
+    /// Who asks.
+    pub(crate) caller: Caller,
+    /// Of the server.
+    pub(crate) address: String,
+    /// In the request.
+    pub(crate) path: String,
+    /// Each with one request at a time.
+    pub(crate) threads: usize,
+    /// Requests before anything is measured.
+    pub(crate) warm_up: usize,
+    /// Requests that are measured. 0: until standard input is closed.
+    pub(crate) requests: usize,
+    /// Requests per second, begun on time whether or not earlier ones have been answered (while a thread is free); without
+    /// it as many as go.
+    pub(crate) rate: Option<u32>,
+}
+
+/// What it was like for the clients.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Report {
+    /// Answers by status; 0: none.
+    pub(crate) answers: BTreeMap<u16, usize>,
+    /// From the first request to the last answer.
+    pub(crate) seconds: f64,
+    /// Latencies in microseconds, from before connect(2) to the last byte of the body: of one half of the requests at most ...
+    pub(crate) p50: f64,
+    /// ... of 99 in 100 ...
+    pub(crate) p99: f64,
+    /// ... of all.
+    pub(crate) max: f64,
+    /// When the last answer was there, by the machine's monotonic clock.
+    pub(crate) finished: Duration,
+    /// CPU time of this process for the measured requests.
+    pub(crate) cpu: Duration,
+    /// Of the first answer that was no 200; without one, of the last.
+    pub(crate) body: String,
+}
+
+impl Report {
+    /// All requests, answered or not.
+    pub(crate) fn requests(&self) -> usize {
+        self.answers.values().sum()
+    }
+
+    /// An error unless each request was answered with credentials.
+    pub(crate) fn all_issued(&self) -> Result<(), Failed> {
+        if self.answers.keys().eq([&200]) {
+            return Ok(());
+        }
+        Err(format!("answers by status (0: none): {:?}; one body that is no credentials: {}", self.answers, self.body)
+            .into())
+    }
+}
+
+/// A load, from the side of the bench.
+pub(crate) struct Load(Part);
+
+impl Load {
+    /// Starts it. When this returns it has warmed up and waits.
+    pub(crate) fn start(plan: &Plan) -> Result<Self, Failed> {
+        Self::part("load", plan)
+    }
+
+    /// The same with all of its requests at one time (see [`callers`]).
+    pub(crate) fn callers(plan: &Plan) -> Result<Self, Failed> {
+        Self::part("callers", plan)
+    }
+
+    fn part(name: &str, plan: &Plan) -> Result<Self, Failed> {
+        let mut part = Part::start(&[name, &serde_json::to_string(plan)?])?;
+        match part.hear()?.as_str() {
+            "ready" => Ok(Self(part)),
+            other => Err(format!("the load says {other:?}").into()),
+        }
+    }
+
+    /// Lets it begin.
+    pub(crate) fn go(&mut self) -> Result<(), Failed> {
+        self.0.say("go\n")
+    }
+
+    /// Waits for its end.
+    pub(crate) fn report(mut self) -> Result<Report, Failed> {
+        Ok(serde_json::from_str(&self.0.hear()?)?)
+    }
+
+    /// Ends one that has no number of requests.
+    pub(crate) fn stop(mut self) -> Result<Report, Failed> {
+        self.0.hang_up();
+        self.report()
+    }
+}
+
+/// Says that it is ready, and waits for the word.
+fn ready() -> Result<(), Failed> {
+    println!("ready");
+    let mut line = String::new();
+    io::stdin().lock().read_line(&mut line)?;
+    if line == "go\n" { Ok(()) } else { Err("not needed any more".into()) }
+}
+
+/// The part `load`.
+pub(crate) fn run(plan: Plan) -> Result<(), Failed> {
+    let _descriptors = plan.caller.become_it()?;
+    let plan = Arc::new(plan);
+    let gate = Arc::new(Barrier::new(plan.threads + 1));
+    let stop = Arc::new(AtomicBool::new(false));
+    let threads: Vec<_> = (0..plan.threads)
+        .map(|index| {
+            let (plan, gate, stop) = (plan.clone(), gate.clone(), stop.clone());
+            thread::spawn(move || client(index, &plan, &gate, &stop))
+        })
+        .collect();
+    gate.wait();
+    ready()?;
+    let (cpu, start) = (machine::cpu_time(std::process::id())?, Instant::now());
+    gate.wait();
+    if plan.requests == 0 {
+        // Gives nothing until standard input is closed.
+        io::stdin().lock().read_line(&mut String::new())?;
+        stop.store(true, Ordering::Relaxed);
+    }
+    let asked = threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect();
+    let cpu = machine::cpu_time(std::process::id())? - cpu;
+    println!("{}", serde_json::to_string(&Report { cpu, ..summary(start, asked) })?);
+    Ok(())
+}
+
+/// How long a request took, and what came; `None`: nothing.
+type Asked = (Duration, Option<Answer>);
+
+/// One thread. Waits twice at the gate: before `ready`, and for `go`.
+fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<Asked> {
+    let request = caller::request(&plan.path);
+    let ask = || {
+        let mut wire = caller::connect(&plan.address)?;
+        wire.write_all(&request)?;
+        caller::answer(&mut *wire)
+    };
+    for _ in 0..plan.warm_up / plan.threads {
+        let _ = ask();
+    }
+    gate.wait();
+    gate.wait();
+    let begin = Instant::now();
+    let mut asked: Vec<Asked> = Vec::new();
+    let all = if plan.requests == 0 { usize::MAX } else { plan.requests / plan.threads };
+    while asked.len() < all && !stop.load(Ordering::Relaxed) {
+        let start = match plan.rate {
+            None => Instant::now(),
+            Some(rate) => on_time(begin + turn(index, asked.len(), plan.threads, rate)),
+        };
+        let answer = ask().ok();
+        let at = answer.as_ref().map_or_else(Instant::now, |answer| answer.at);
+        // Of the credentials only the last are of interest.
+        if let Some((_, Some(previous))) = asked.last_mut().filter(|(_, answer)| answer.as_ref().is_some_and(is_issued))
+        {
+            previous.body = String::new();
+        }
+        asked.push((at - start, answer));
+    }
+    asked
+}
+
+fn is_issued(answer: &Answer) -> bool {
+    answer.status == 200
+}
+
+/// When thread `index` has its `number`th request to make.
+fn turn(index: usize, number: usize, threads: usize, rate: u32) -> Duration {
+    let number = u32::try_from(number * threads + index).unwrap_or(u32::MAX);
+    Duration::from_secs(1) * number / rate
+}
+
+/// Sleeps until `due`, and gives the moment that the request's latency counts from. That is `due` itself if this thread was
+/// still busy with an earlier request then: who waits for a slow server waits from then on. Sleeping too long is no fault of
+/// the server's.
+fn on_time(due: Instant) -> Instant {
+    let wait = due.saturating_duration_since(Instant::now());
+    if wait.is_zero() {
+        return due;
+    }
+    thread::sleep(wait);
+    Instant::now()
+}
+
+fn summary(start: Instant, asked: Vec<Asked>) -> Report {
+    let mut report = Report { finished: machine::monotonic(), ..Report::default() };
+    report.seconds = start.elapsed().as_secs_f64();
+    let mut latencies: Vec<f64> = asked.iter().map(|(latency, _)| latency.as_secs_f64() * 1e6).collect();
+    latencies.sort_by(f64::total_cmp);
+    let at = |part: f64| latencies.get(rank(part, latencies.len())).copied().unwrap_or_default();
+    (report.p50, report.p99, report.max) = (at(0.5), at(0.99), at(1.0));
+    let mut refused = None;
+    for (_, answer) in asked {
+        *report.answers.entry(answer.as_ref().map_or(0, |answer| answer.status)).or_default() += 1;
+        match answer {
+            Some(answer) if !is_issued(&answer) => refused = refused.or(Some(answer.body)),
+            Some(answer) if !answer.body.is_empty() => report.body = answer.body,
+            _ => {}
+        }
+    }
+    report.body = refused.unwrap_or(report.body);
+    report
+}
+
+/// The place of the quantile `part` among `count` values in their order.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
+    reason = "small numbers"
+)]
+fn rank(part: f64, count: usize) -> usize {
+    ((part * count as f64).ceil() as usize).saturating_sub(1)
+}
+
+/// The part `callers`: connects as often as it has requests, and then sends all of them at once.
+pub(crate) fn callers(plan: &Plan) -> Result<(), Failed> {
+    let _descriptors = plan.caller.become_it()?;
+    let mut wires = (0..plan.requests).map(|_| caller::connect(&plan.address)).collect::<Result<Vec<_>, _>>()?;
+    let request = caller::request(&plan.path);
+    ready()?;
+    let start = Instant::now();
+    let mut asked: Vec<Asked> = Vec::new();
+    for wire in &mut wires {
+        wire.write_all(&request)?;
+    }
+    for wire in &mut wires {
+        let answer = caller::answer(&mut **wire).ok();
+        asked.push((start.elapsed(), answer));
+    }
+    println!("{}", serde_json::to_string(&summary(start, asked))?);
+    Ok(())
+}

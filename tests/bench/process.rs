@@ -1,0 +1,86 @@
+//! Child processes, which never outlive the bench.
+#![allow(unsafe_code, reason = "what runs between fork and exec")]
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use nix::unistd::{Pid, getppid};
+
+use crate::Failed;
+
+/// Starts a child that the kernel kills when the bench ends, however it ends. To be called by the main thread only: the
+/// kernel means the end of the thread that forked.
+pub(crate) fn spawn(mut command: Command) -> io::Result<Child> {
+    let parent = Pid::this();
+    // SAFETY: the closure makes two system calls; it neither allocates nor takes a lock.
+    unsafe {
+        command.pre_exec(move || {
+            set_pdeathsig(Signal::SIGKILL)?;
+            // The parent may have ended before the call above: nobody would kill this child then.
+            if getppid() == parent { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+        });
+    }
+    command.spawn()
+}
+
+/// This program once more, in another part, spoken to in lines.
+pub(crate) struct Part {
+    name: String,
+    child: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+}
+
+impl Part {
+    /// Starts it with these arguments, of which the first names the part.
+    pub(crate) fn start(arguments: &[&str]) -> Result<Self, Failed> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = spawn(command)?;
+        let input = child.stdin.take();
+        let output = BufReader::new(child.stdout.take().ok_or("no standard output")?);
+        Ok(Self { name: arguments.first().copied().unwrap_or_default().to_owned(), child, input, output })
+    }
+
+    /// Writes to its standard input.
+    pub(crate) fn say(&mut self, text: &str) -> Result<(), Failed> {
+        Ok(self.input.as_mut().ok_or("its standard input is closed")?.write_all(text.as_bytes())?)
+    }
+
+    /// Closes its standard input.
+    pub(crate) fn hang_up(&mut self) {
+        self.input = None;
+    }
+
+    /// Reads its next line.
+    pub(crate) fn hear(&mut self) -> Result<String, Failed> {
+        let mut line = String::new();
+        if self.output.read_line(&mut line)? == 0 {
+            return Err(format!("the part `{}` has ended: {}", self.name, self.child.wait()?).into());
+        }
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// Lets it end by itself: closes its standard input and waits.
+    pub(crate) fn end(mut self) -> Result<(), Failed> {
+        self.hang_up();
+        let status = self.child.wait()?;
+        if status.success() { Ok(()) } else { Err(format!("the part `{}`: {status}", self.name).into()) }
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // Errors say that it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

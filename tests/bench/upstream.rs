@@ -1,0 +1,204 @@
+//! What the daemon asks: a SPIFFE Workload API and an STS, in the bench's own process, which take the time that they are
+//! told to, and count. They verify nothing; the integration tests have those that do.
+
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::runtime::Runtime;
+use tokio::time::sleep;
+use tokio_rustls::TlsAcceptor;
+use tokio_stream::wrappers::UnixListenerStream;
+
+use awsvid::svid::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use awsvid::svid::proto::{JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse};
+
+use crate::{Failed, machine};
+
+/// The one trust domain.
+pub(crate) const TRUST_DOMAIN: &str = "bench.example";
+/// About as long as AWS's own.
+const SESSION_TOKEN: usize = 1024;
+
+/// What the two have done.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Counts {
+    /// JWT-SVIDs given.
+    pub(crate) tokens: u32,
+    /// Sessions given.
+    pub(crate) sessions: u32,
+    /// The time that all of these took here, from request to answer.
+    pub(crate) spent: Duration,
+    /// When the last session was given, by the machine's monotonic clock.
+    pub(crate) answered: Duration,
+}
+
+/// Counts, and takes its time. Cheap to clone.
+#[derive(Debug, Clone)]
+struct Desk {
+    delay: Duration,
+    counts: Arc<Mutex<Counts>>,
+}
+
+impl Desk {
+    async fn serve(&self, note: impl FnOnce(&mut Counts)) {
+        let begin = machine::monotonic();
+        if !self.delay.is_zero() {
+            sleep(self.delay).await;
+        }
+        let end = machine::monotonic();
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.spent += end - begin;
+        note(&mut counts);
+    }
+}
+
+/// Both; they end with this value.
+pub(crate) struct Upstream {
+    desk: Desk,
+    socket: PathBuf,
+    sts: String,
+    ca: Option<PathBuf>,
+    _runtime: Runtime,
+}
+
+impl Upstream {
+    /// Starts them with their files in `folder`. Each answer takes `delay`. With `tls` the STS speaks TLS, as AWS's does.
+    pub(crate) fn start(folder: &Path, delay: Duration, tls: bool) -> Result<Self, Failed> {
+        let runtime = Runtime::new()?;
+        let desk = Desk { delay, counts: Arc::default() };
+        let socket = folder.join("agent.sock");
+        let (ca, acceptor) =
+            if tls { certificate(folder).map(|(ca, tls)| (Some(ca), Some(tls)))? } else { (None, None) };
+        let sts = runtime.block_on(async {
+            let agent = UnixListenerStream::new(UnixListener::bind(&socket)?);
+            let service = SpiffeWorkloadApiServer::new(Agent(desk.clone()));
+            tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(agent));
+            let listener = TcpListener::bind("127.0.0.1:0").await?;
+            let address = listener.local_addr()?;
+            tokio::spawn(sts(listener, acceptor, desk.clone()));
+            Ok::<_, Failed>(address)
+        })?;
+        let scheme = if tls { "https" } else { "http" };
+        Ok(Self { desk, socket, sts: format!("{scheme}://{sts}"), ca, _runtime: runtime })
+    }
+
+    /// So far.
+    pub(crate) fn counts(&self) -> Counts {
+        *self.desk.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `[identity]` and `[sts]`.
+    pub(crate) fn configuration(&self) -> String {
+        let ca = self.ca.as_ref().map(|ca| format!("ca_file = {:?}\n", ca.display().to_string())).unwrap_or_default();
+        let socket = format!("unix://{}", self.socket.display());
+        format!(
+            "[identity]\nsocket = {socket:?}\naudience = \"bench\"\n\n\
+             [sts]\nregion = \"eu-central-1\"\nendpoint = {:?}\n{ca}",
+            self.sts
+        )
+    }
+}
+
+/// The Workload API.
+struct Agent(Desk);
+
+#[tonic::async_trait]
+impl SpiffeWorkloadApi for Agent {
+    type FetchJWTBundlesStream = tokio_stream::Pending<Result<JwtBundlesResponse, tonic::Status>>;
+
+    async fn fetch_jwtsvid(
+        &self,
+        request: tonic::Request<JwtsvidRequest>,
+    ) -> Result<tonic::Response<JwtsvidResponse>, tonic::Status> {
+        self.0.serve(|counts| counts.tokens += 1).await;
+        let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
+        let svid = token(&spiffe_id, audience.first().map_or("", String::as_str));
+        let svids = vec![Jwtsvid { spiffe_id, svid, hint: String::new() }];
+        Ok(tonic::Response::new(JwtsvidResponse { svids }))
+    }
+
+    async fn fetch_jwt_bundles(
+        &self,
+        _: tonic::Request<JwtBundlesRequest>,
+    ) -> Result<tonic::Response<Self::FetchJWTBundlesStream>, tonic::Status> {
+        Err(tonic::Status::unimplemented("nobody asks"))
+    }
+}
+
+/// A JWT-SVID that passes every check but that of its signature, which only STS can make.
+pub(crate) fn token(spiffe_id: &str, audience: &str) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let claims = format!(r#"{{"sub":"{spiffe_id}","aud":["{audience}"],"iat":{now},"exp":{}}}"#, now + 300);
+    [r#"{"alg":"ES256","typ":"JWT"}"#, &claims, "signature"].map(|part| URL_SAFE_NO_PAD.encode(part)).join(".")
+}
+
+async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Desk) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let (tls, desk) = (tls.clone(), desk.clone());
+        tokio::spawn(async move {
+            match tls {
+                None => serve(stream, desk).await,
+                Some(tls) => match tls.accept(stream).await {
+                    Ok(stream) => serve(stream, desk).await,
+                    Err(error) => eprintln!("bench: TLS with the daemon: {error}"),
+                },
+            }
+        });
+    }
+}
+
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, desk: Desk) {
+    let service = hyper::service::service_fn(|request: Request<Incoming>| async {
+        // The daemon's own question for its readiness is answered, and counted, like any other.
+        let _ = request.into_body().collect().await;
+        let answer = session();
+        desk.serve(|counts| {
+            counts.sessions += 1;
+            counts.answered = machine::monotonic();
+        })
+        .await;
+        Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(answer))))
+    });
+    // An error is the daemon's end.
+    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+}
+
+fn session() -> String {
+    let expiration = humantime::format_rfc3339_seconds(SystemTime::now() + Duration::from_secs(3600));
+    format!(
+        "<AssumeRoleWithWebIdentityResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\">\
+         <AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>ASIAIOSFODNN7EXAMPLE</AccessKeyId>\
+         <SecretAccessKey>wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY00</SecretAccessKey>\
+         <SessionToken>{}</SessionToken><Expiration>{expiration}</Expiration></Credentials>\
+         </AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>",
+        "t".repeat(SESSION_TOKEN)
+    )
+}
+
+/// A certificate for 127.0.0.1, which is its own authority: the file of that, and TLS.
+fn certificate(folder: &Path) -> Result<(PathBuf, TlsAcceptor), Failed> {
+    use tokio_rustls::rustls::ServerConfig;
+    use tokio_rustls::rustls::crypto::aws_lc_rs::default_provider;
+    use tokio_rustls::rustls::pki_types::PrivateKeyDer;
+
+    let certified = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()])?;
+    let ca = folder.join("ca.pem");
+    std::fs::write(&ca, certified.cert.pem())?;
+    let key = PrivateKeyDer::Pkcs8(certified.signing_key.serialize_der().into());
+    let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(vec![certified.cert.der().clone()], key)?;
+    Ok((ca, TlsAcceptor::from(Arc::new(config))))
+}

@@ -1,0 +1,157 @@
+//! The daemon's end: SIGTERM cuts nobody off, a second signal does.
+
+use std::io::{ErrorKind, Read};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use nix::sys::socket::{setsockopt, sockopt};
+use serde_json::Value;
+
+use crate::harness::cgroup::own_rule;
+use crate::harness::client::{answer, ask, send};
+use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::{folder, http_get};
+use crate::harness::daemon::Daemon;
+use crate::harness::gate::Gate;
+use crate::harness::upstream::Upstream;
+
+/// For what takes milliseconds, or the daemon's own 16 s, on a machine that is busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A daemon that serves the user of this test, and a gate before its source.
+struct Stage {
+    daemon: Daemon,
+    gate: Gate,
+    _upstream: Upstream,
+    _folder: tempfile::TempDir,
+}
+
+impl Stage {
+    /// Ready, with nothing cached and the gate closed.
+    fn set() -> Self {
+        let folder = folder();
+        let uid = nix::unistd::getuid().as_raw();
+        let upstream = Upstream::start(&[(uid, "me")]);
+        let path = folder.path().join("gate.sock");
+        let gate = Gate::start(&path, &upstream.socket());
+        gate.set_open(true);
+        let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
+        let daemon = Daemon::start(folder.path(), "", &(upstream.configuration_at(&path) + &rule)).ready();
+        gate.set_open(false);
+        Self { daemon, gate, _upstream: upstream, _folder: folder }
+    }
+
+    /// A request for credentials that aren't cached, once the daemon has asked the source for them.
+    fn held(&self) -> UnixStream {
+        let came = self.gate.came();
+        let stream = send(UnixStream::connect(self.daemon.unix()).unwrap());
+        self.gate.await_came(came + 1);
+        stream
+    }
+
+    /// Sends the signal, and returns when the daemon takes no more connections.
+    fn end(&mut self, signal: Signal) {
+        self.daemon.process().signal(signal);
+        await_some("no listener is left", PATIENCE, || {
+            let refused =
+                |error: std::io::Error| matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound);
+            let unix = UnixStream::connect(self.daemon.unix()).is_err_and(refused);
+            let tcp =
+                [self.daemon.tcp(), self.daemon.tcp6()].map(|address| TcpStream::connect(address).is_err_and(refused));
+            (unix && tcp == [true; 2]).then_some(())
+        });
+    }
+
+    fn exit_status(&mut self) -> Option<i32> {
+        self.daemon.process().owned().wait(PATIENCE).expect("the daemon ends").code()
+    }
+}
+
+#[test]
+fn a_cold_request_is_answered_with_what_it_waited_for() {
+    let mut stage = Stage::set();
+    let mut held = stage.held();
+    stage.end(Signal::SIGTERM);
+    assert_eq!(http_get(stage.daemon.admin(), "/readyz").unwrap().0, 503, "operators see that it ends");
+    stage.gate.set_open(true);
+    let (status, body) = answer(&mut held);
+    assert_eq!(status, 200, "{body}");
+    assert_eq!(stage.exit_status(), Some(0));
+    let records = stage.daemon.audit();
+    let issued = records.iter().find(|record| record["access_key_id"] == body["AccessKeyId"]);
+    assert_eq!(issued.expect("an audit record")["outcome"], "issued");
+}
+
+#[test]
+fn a_cold_request_that_waits_in_vain_is_told_so() {
+    let mut stage = Stage::set();
+    let mut held = stage.held();
+    stage.end(Signal::SIGINT);
+    let (status, body) = answer(&mut held);
+    assert_eq!((status, &body["code"]), (503, &Value::from("pending")), "{body}");
+    assert_eq!(stage.exit_status(), Some(0));
+}
+
+#[test]
+fn who_has_connected_but_was_not_accepted_yet_is_answered() {
+    const EACH: usize = 150;
+    let mut stage = Stage::set();
+    stage.gate.set_open(true);
+    let warm = ask(UnixStream::connect(stage.daemon.unix()).unwrap()).1["AccessKeyId"].clone();
+    let (unix, tcp, tcp6) = (stage.daemon.unix(), stage.daemon.tcp(), stage.daemon.tcp6());
+    // While it stands still the kernel accepts for it. It finds the signal and the connections at the same time.
+    stage.daemon.process().signal(Signal::SIGSTOP);
+    let queued: Vec<_> = (0..EACH)
+        .map(|_| {
+            let unix = send(UnixStream::connect(&unix).unwrap());
+            (unix, [tcp, tcp6].map(|address| send(TcpStream::connect(address).unwrap())))
+        })
+        .collect();
+    stage.daemon.process().signal(Signal::SIGTERM);
+    stage.daemon.process().signal(Signal::SIGCONT);
+    for (mut unix, mut tcp) in queued {
+        let answers = [answer(&mut unix), answer(&mut tcp[0]), answer(&mut tcp[1])];
+        assert!(answers.iter().all(|(status, body)| *status == 200 && body["AccessKeyId"] == warm), "{answers:?}");
+    }
+    assert_eq!(stage.exit_status(), Some(0));
+}
+
+#[test]
+fn a_slow_reader_gets_all_of_its_answer() {
+    let mut stage = Stage::set();
+    let held = stage.held();
+    let slow = [stage.daemon.tcp(), stage.daemon.tcp6()].map(|address| {
+        let stream = TcpStream::connect(address).unwrap();
+        // The least that the kernel gives: the answer doesn't fit.
+        setsockopt(&stream.as_fd(), sockopt::RcvBuf, &1).unwrap();
+        send(stream)
+    });
+    stage.end(Signal::SIGTERM);
+    stage.gate.set_open(true);
+    // Whoever reads only when the daemon is gone.
+    assert_eq!(stage.exit_status(), Some(0));
+    for stream in slow {
+        assert_eq!(answer(&mut &stream).0, 200);
+    }
+    assert_eq!(answer(&mut &held).0, 200);
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    for (second, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+        let mut stage = Stage::set();
+        let mut held = stage.held();
+        stage.end(Signal::SIGTERM);
+        stage.daemon.process().signal(second);
+        assert_eq!(stage.exit_status(), Some(status));
+        let mut cut = String::new();
+        let _ = held.read_to_string(&mut cut);
+        assert_eq!(cut, "", "the request was open, and nobody has answered it");
+        let left: Vec<PathBuf> = [stage.daemon.unix()].into_iter().filter(|path| path.exists()).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}

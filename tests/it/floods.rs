@@ -1,0 +1,224 @@
+//! One workload in masses, and another that is answered all the while (attacks 9, 20, 21, 23). Only numbers of answers are
+//! looked at here; how long they took is the bench's business.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::harness::actor::{Acting, Counts, ask};
+use crate::harness::cgroup::Cgroup;
+use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::{folder, http_get, root};
+use crate::harness::daemon::Daemon;
+use crate::harness::upstream::Upstream;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const ALICE: u32 = 61001;
+const BOB: u32 = 61002;
+/// Nobody has a rule for him.
+const MALLORY: u32 = 61003;
+
+struct Stage {
+    daemon: Daemon,
+    _upstream: Upstream,
+    alice: Cgroup,
+    bob: Cgroup,
+    _folder: tempfile::TempDir,
+}
+
+impl Stage {
+    /// `rule` is put into each rule, `listen` into `[listen]`.
+    fn set(listen: &str, rule: &str) -> Self {
+        let folder = folder();
+        let upstream = Upstream::start(&[(ALICE, "alice"), (BOB, "bob")]);
+        let rules = [("alice", ALICE), ("bob", BOB)].map(|(name, uid)| {
+            let rule = rule.replace("UID", &uid.to_string());
+            format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/{name}\"\nuid = {uid}\n{rule}\n")
+        });
+        let configuration = format!("{}\n{}", upstream.configuration(), rules.concat());
+        let daemon = Daemon::start(folder.path(), listen, &configuration).ready();
+        let name = folder.path().file_name().unwrap().display().to_string();
+        let [alice, bob] = ["alice", "bob"].map(|user| Cgroup::new(&format!("{user}-{name}.service")));
+        Self { daemon, _upstream: upstream, alice, bob, _folder: folder }
+    }
+
+    fn address(&self, listener: &str) -> String {
+        match listener {
+            "unix" => self.daemon.unix().display().to_string(),
+            "tcp" => self.daemon.tcp().to_string(),
+            _ => self.daemon.tcp6().to_string(),
+        }
+    }
+
+    fn alice(&self, act: &str, listener: &str, numbers: &[usize]) -> Acting {
+        let numbers = [&[usize::try_from(ALICE).unwrap()], numbers].concat();
+        Acting::start(act, listener, &self.address(listener), &numbers, self.alice.path()).begun()
+    }
+
+    /// So many requests of Bob's, of which each has to be answered.
+    fn bob_is_answered(&self, listener: &str, count: usize) {
+        let answers = ask(listener, &self.address(listener), BOB, count, self.bob.path());
+        assert_eq!(answers, counts(&[("Success", count)]), "over {listener}");
+    }
+
+    fn metric(&self, name: &str) -> u64 {
+        let (_, metrics) = http_get(self.daemon.admin(), "/metrics").unwrap();
+        metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok()).unwrap_or(0)
+    }
+}
+
+fn counts(counts: &[(&str, usize)]) -> Counts {
+    counts.iter().map(|(code, count)| ((*code).to_owned(), *count)).collect()
+}
+
+const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
+const DROPPED: &str = "awsvid_connections_dropped_total{reason=\"too_many_of_one\"}";
+
+/// Attack 20: twice as many idle connections as there may be of all. Alice has her share, and the rest is reset.
+#[test]
+fn idle_connections_of_one_leave_room_for_others() {
+    if !root() {
+        return;
+    }
+    let stage = Stage::set("max_connections = 1000\nmax_connections_per_workload = 400", "");
+    for listener in LISTENERS {
+        let before = stage.metric(DROPPED);
+        let held = stage.alice("hold", listener, &[2000]);
+        stage.bob_is_answered(listener, 50);
+        // Her own requests are refused meanwhile.
+        let more = ask(listener, &stage.address(listener), ALICE, 5, stage.alice.path());
+        assert_eq!(more, counts(&[("nothing", 5)]), "over {listener}");
+        await_some("what is too much is counted", PATIENCE, || (stage.metric(DROPPED) >= before + 1605).then_some(()));
+        let ended = held.enough();
+        let how = if listener == "unix" { "closed" } else { "reset" };
+        assert_eq!(ended.get(how), Some(&1600), "over {listener}: {ended:?}");
+        // Her places are free again, once the daemon has seen that they are given up.
+        await_some("she is answered again", PATIENCE, || {
+            let answers = ask(listener, &stage.address(listener), ALICE, 1, stage.alice.path());
+            (answers == counts(&[("Success", 1)])).then_some(())
+        });
+    }
+    assert_eq!(stage.metric("awsvid_connections_dropped_total{reason=\"too_many\"}"), 0, "there was always room");
+}
+
+/// Attack 20: who asks and doesn't read the answer has had his turn all the same.
+#[test]
+fn answers_that_are_never_read_hold_nobody_up() {
+    if !root() {
+        return;
+    }
+    let stage = Stage::set("", "");
+    for listener in LISTENERS {
+        let held = stage.alice("mute", listener, &[300]);
+        // The one that is open is the question for the metrics.
+        await_some("all are over for the daemon", PATIENCE, || (stage.metric("awsvid_connections") == 1).then_some(()));
+        stage.bob_is_answered(listener, 20);
+        let ended = held.enough();
+        assert_eq!(ended, counts(&[("answered", 300)]), "over {listener}");
+    }
+}
+
+/// Attack 21: the search for a caller's process is as long as the caller makes it, and no longer than its budget.
+#[test]
+fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
+    if !root() {
+        return;
+    }
+    let stage = Stage::set("", "gid = UID");
+    for listener in ["tcp", "tcp6"] {
+        let storm = stage.alice("storm", listener, &[8, 10_000]);
+        stage.bob_is_answered(listener, 100);
+        stage.bob_is_answered("unix", 100);
+        let refused = storm.enough();
+        assert_eq!(refused.keys().collect::<Vec<_>>(), ["too_many_descriptors"], "{refused:?}");
+        // As does Alice herself, without so many.
+        let answers = ask(listener, &stage.address(listener), ALICE, 5, stage.alice.path());
+        assert_eq!(answers, counts(&[("Success", 5)]));
+    }
+}
+
+/// How many descriptors the process may have from now on; `None` for as many as its hard limit says.
+#[allow(unsafe_code, reason = "nix has no prlimit")]
+fn set_limit(pid: Pid, wanted: Option<u64>) {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let null = std::ptr::null_mut();
+    // SAFETY: the kernel writes one struct, which lives; none is read.
+    let result = unsafe { libc::prlimit(pid.as_raw(), libc::RLIMIT_NOFILE, null, &raw mut limit) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    limit.rlim_cur = wanted.unwrap_or(limit.rlim_max);
+    // SAFETY: the kernel reads one struct, which lives; none is written.
+    let result = unsafe { libc::prlimit(pid.as_raw(), libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Attack 9: without descriptors the daemon takes no connections, but it lives, and does so again when it has some.
+#[test]
+fn a_daemon_out_of_descriptors_recovers() {
+    if !root() {
+        return;
+    }
+    let mut stage = Stage::set("", "");
+    let pid = stage.daemon.process().owned().id();
+    let limit = |wanted: Option<u64>| set_limit(pid, wanted);
+    let open = || std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let short = || stage.daemon.log().matches("no connection can be taken for the moment").count();
+    for (round, listener) in LISTENERS.into_iter().enumerate() {
+        // Since unix sockets take three each, a few of these are left for the next.
+        limit(Some(u64::try_from(open() + 20).unwrap()));
+        let held = stage.alice("hold", listener, &[100]);
+        await_some("the daemon notices", PATIENCE, || (short() > round).then_some(()));
+        held.enough();
+        // By itself, before there is more.
+        await_some("Bob is answered", PATIENCE, || {
+            let answers = ask(listener, &stage.address(listener), BOB, 1, stage.bob.path());
+            (answers == counts(&[("Success", 1)])).then_some(())
+        });
+        limit(None);
+        stage.bob_is_answered(listener, 20);
+        assert!(short() <= 2 * (round + 1), "the log is not flooded: {}", stage.daemon.log());
+    }
+}
+
+/// The audit records about a user, and how many requests they stand for, by outcome.
+fn audited(records: &[Value], uid: u32) -> (usize, BTreeMap<String, u64>) {
+    let mut requests = BTreeMap::new();
+    let these: Vec<_> = records.iter().filter(|record| record["uid"] == uid).collect();
+    for record in &these {
+        let outcome = record["outcome"].as_str().unwrap().to_owned();
+        *requests.entry(outcome).or_default() += record["repeated"].as_u64().unwrap_or(1);
+    }
+    (these.len(), requests)
+}
+
+/// Attack 23: who is refused very often fills neither the disk nor the reader's eyes, and no record of another is missing.
+#[test]
+fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
+    if !root() {
+        return;
+    }
+    let mut stage = Stage::set("", "");
+    let address = stage.address("tcp");
+    let one = |outcome: &str, count| BTreeMap::from([(outcome.to_owned(), count)]);
+    let started = Instant::now();
+    let numbers = [usize::try_from(MALLORY).unwrap(), 3000];
+    let flood = Acting::start("ask", "tcp", &address, &numbers, stage.alice.path());
+    stage.bob_is_answered("tcp", 100);
+    assert_eq!(flood.enough(), counts(&[("no_identity", 3000)]));
+    // The last of them comes without a further request.
+    await_some("all refusals are accounted for", PATIENCE, || {
+        (audited(&stage.daemon.audit(), MALLORY).1 == one("refused", 3000)).then_some(())
+    });
+    let seconds = usize::try_from(started.elapsed().as_secs()).unwrap() + 1;
+    let (records, _) = audited(&stage.daemon.audit(), MALLORY);
+    assert!(records <= 11 * seconds, "{records} records in {seconds} s");
+    assert_eq!(audited(&stage.daemon.audit(), BOB), (100, one("issued", 100)));
+
+    // And what was only counted is written when the daemon ends.
+    assert_eq!(ask("tcp", &address, MALLORY, 50, stage.alice.path()), counts(&[("no_identity", 50)]));
+    stage.daemon.process().signal(Signal::SIGTERM);
+    assert!(stage.daemon.process().owned().wait(PATIENCE).expect("it ends").success());
+    assert_eq!(audited(&stage.daemon.audit(), MALLORY).1, one("refused", 3050));
+}

@@ -1,0 +1,69 @@
+//! A client of this test's own process.
+
+use std::io::{Read, Write};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use serde_json::Value;
+
+const REQUEST: &[u8] = b"GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: any\r\n\r\n";
+
+/// Asks for credentials; the stream is for [`answer`].
+pub(crate) fn send<S: Write>(mut stream: S) -> S {
+    stream.write_all(REQUEST).expect("send a request");
+    stream
+}
+
+/// The status and body of an answer, read to its very end. Panics if there is none.
+pub(crate) fn answer(stream: &mut impl Read) -> (u16, Value) {
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("read an answer");
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
+    (head[9..12].parse().expect("a status"), serde_json::from_str(body).expect("a JSON body"))
+}
+
+/// Both.
+pub(crate) fn ask(stream: impl Read + Write) -> (u16, Value) {
+    answer(&mut send(stream))
+}
+
+/// Asks all the time, and panics at the first answer that is no credentials.
+pub(crate) struct Asker<'a> {
+    ask: Box<dyn Fn() -> (u16, Value) + Sync + 'a>,
+    answered: AtomicUsize,
+    ended: AtomicBool,
+}
+
+/// Ends it when dropped, also by a panic.
+pub(crate) struct EndLater<'a>(&'a AtomicBool);
+
+impl Drop for EndLater<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl<'a> Asker<'a> {
+    /// Asks by `ask`.
+    pub(crate) fn new(ask: impl Fn() -> (u16, Value) + Sync + 'a) -> Self {
+        Self { ask: Box::new(ask), answered: AtomicUsize::new(0), ended: AtomicBool::new(false) }
+    }
+
+    /// Does so until it is ended.
+    pub(crate) fn run(&self) {
+        while !self.ended.load(Ordering::Relaxed) {
+            let (status, body) = (self.ask)();
+            assert!(status == 200 && body["AccessKeyId"].is_string(), "{status} {body}");
+            self.answered.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How often it was answered.
+    pub(crate) fn count(&self) -> usize {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Ends `run` with the value.
+    pub(crate) fn end_later(&self) -> EndLater<'_> {
+        EndLater(&self.ended)
+    }
+}

@@ -1,0 +1,97 @@
+//! A unix socket in front of another one, for tests of what happens while an answer is awaited.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Takes connections at once, and lets their bytes through when it is open. It is made closed.
+pub(crate) struct Gate {
+    path: PathBuf,
+    state: Arc<State>,
+}
+
+#[derive(Default)]
+struct State {
+    at: Mutex<At>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct At {
+    came: usize,
+    open: bool,
+    ended: bool,
+}
+
+impl Gate {
+    /// Listens at `path`, in front of the socket `to`.
+    pub(crate) fn start(path: &Path, to: &Path) -> Self {
+        let listener = UnixListener::bind(path).expect("the gate's socket");
+        let gate = Self { path: path.to_owned(), state: Arc::default() };
+        let (state, to) = (gate.state.clone(), to.to_owned());
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                if state.at.lock().unwrap().ended {
+                    return;
+                }
+                let (state, to) = (state.clone(), to.clone());
+                thread::spawn(move || state.pass(client, &to));
+            }
+        });
+        gate
+    }
+
+    /// Waits until `count` connections have come, since it was made, open or not.
+    pub(crate) fn await_came(&self, count: usize) {
+        let at = self.state.at.lock().unwrap();
+        let (at, _) = self.state.changed.wait_timeout_while(at, PATIENCE, |at| at.came < count).unwrap();
+        assert!(at.came >= count, "{} connections came to the gate", at.came);
+    }
+
+    /// How many have come.
+    pub(crate) fn came(&self) -> usize {
+        self.state.at.lock().unwrap().came
+    }
+
+    /// Opens or closes it, for those who wait and those who will come.
+    pub(crate) fn set_open(&self, open: bool) {
+        self.state.at.lock().unwrap().open = open;
+        self.state.changed.notify_all();
+    }
+}
+
+impl State {
+    fn pass(&self, client: UnixStream, to: &Path) {
+        let mut at = self.at.lock().unwrap();
+        at.came += 1;
+        self.changed.notify_all();
+        let at = self.changed.wait_while(at, |at| !at.open && !at.ended).unwrap();
+        let ended = at.ended;
+        drop(at);
+        if let (false, Ok(server)) = (ended, UnixStream::connect(to)) {
+            let (from, back) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            thread::spawn(move || copy(from, back));
+            copy(server, client);
+        }
+    }
+}
+
+fn copy(mut from: UnixStream, mut to: UnixStream) {
+    let _ = io::copy(&mut from, &mut to);
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.state.at.lock().unwrap().ended = true;
+        self.state.changed.notify_all();
+        // Wakes the one who accepts.
+        let _ = UnixStream::connect(&self.path);
+    }
+}

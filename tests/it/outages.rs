@@ -1,0 +1,117 @@
+//! SPIRE's agent and STS go away and come back: who has credentials notices nothing, who has none yet is told to come back.
+
+use std::cell::RefCell;
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::harness::client::{Asker, ask};
+use crate::harness::counterparts::folder;
+use crate::harness::counterparts::process::await_some;
+use crate::harness::gate::Gate;
+use crate::harness::world::{Setting, World, id};
+
+/// For the AWS CLI on a busy machine, several times.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// The test itself is warm all the time; the others get their first credentials in one test each way.
+const WARM: u32 = 0;
+const USERS: [(u32, &str); 3] = [(1001, "reader"), (WARM, "warm"), (1002, "other")];
+/// Before its request a cold workload has nothing at all: no flight, no failure that is remembered.
+const COLD: [u32; 2] = [1001, 1002];
+
+/// Has `act` done to the world while the warm one asks without a break, and that is answered with the same key throughout.
+fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
+    let socket = world.daemon.unix();
+    let ask = || ask(UnixStream::connect(&socket).unwrap());
+    let key = ask().1["AccessKeyId"].clone();
+    assert!(key.is_string());
+    let asker = Asker::new(|| {
+        let (status, body) = ask();
+        assert_eq!(body["AccessKeyId"], key, "{status} {body}");
+        (status, body)
+    });
+    thread::scope(|scope| {
+        let _end = asker.end_later();
+        scope.spawn(|| asker.run());
+        act(world);
+        let before = asker.count();
+        await_some("the warm one is answered", PATIENCE, || (asker.count() > before).then_some(()));
+    });
+}
+
+/// What a cold workload gets: over HTTP, and as the AWS CLI shows it.
+fn assert_told_to_come_back(world: &World, reason: &str) {
+    let (head, body) = world.curl(COLD[1]);
+    assert!(head.starts_with("HTTP/1.1 503 Service Unavailable\r\n"), "{head}");
+    assert!(head.contains("\r\nretry-after: 1\r\n"), "{head}");
+    assert_eq!(serde_json::from_str::<Value>(&body).unwrap()["code"], reason, "{body}");
+    // The CLI gives each try 2 s, which on a busy machine may be over before the exchange has failed.
+    let shown = format!(
+        "Received non 200 response 503 from container metadata: {{\"code\":\"{reason}\",\"message\":\"awsvid: "
+    );
+    await_some("the CLI shows what awsvid says", PATIENCE, || {
+        let output = world.copy(COLD[0]);
+        assert!(!output.status.success(), "{output:?}");
+        output.stderr.contains(&shown).then_some(())
+    });
+}
+
+/// One try each.
+fn assert_answered(world: &World) {
+    assert_eq!(world.copy(COLD[0]).success("aws s3 cp on the next try"), "hello from the shop\n");
+    let (head, body) = world.curl(COLD[1]);
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head} {body}");
+}
+
+#[test]
+fn an_agent_that_was_killed_and_started_again() {
+    let folder = folder();
+    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else { return };
+    while_warm(&mut world, |world| {
+        world.spire.stop_agent();
+        assert_told_to_come_back(world, "source_unavailable");
+        world.start_agent();
+        assert_answered(world);
+    });
+    // Readiness asks for the first user's; this one's was signed once, for all of its requests.
+    assert_eq!(world.spire.jwt_svids_signed(&id("other")), 1);
+}
+
+#[test]
+fn an_sts_that_was_away() {
+    let folder = folder();
+    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else { return };
+    while_warm(&mut world, |world| {
+        world.minio.stop();
+        assert_told_to_come_back(world, "sts_unreachable");
+        world.minio.restart();
+        assert_answered(world);
+    });
+}
+
+#[test]
+fn a_socket_that_was_replaced_while_the_old_one_lives_on() {
+    let folder = folder();
+    let (path, new) = (folder.path().join("agent.sock"), folder.path().join("agent.sock.new"));
+    let gates = RefCell::new(Vec::new());
+    let socket = |agent: &std::path::Path| {
+        gates.borrow_mut().extend([Gate::start(&path, agent), Gate::start(&new, agent)]);
+        gates.borrow()[0].set_open(true);
+        path.clone()
+    };
+    let setting = Setting { socket: Some(&socket), ..Setting::default() };
+    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else { return };
+    let [old, replacement] = &gates.borrow()[..] else { panic!("two gates") };
+    while_warm(&mut world, |world| {
+        // Whoever goes on with the old one waits in vain from now on.
+        old.set_open(false);
+        replacement.set_open(true);
+        let came = old.came();
+        fs::rename(&new, &path).unwrap();
+        assert_answered(world);
+        assert_eq!((old.came(), replacement.came()), (came, COLD.len()));
+    });
+}

@@ -1,0 +1,309 @@
+//! SIGHUP: another configuration takes effect as a whole or not at all, and nobody gets what only the old one gave.
+
+use std::collections::HashSet;
+use std::fs;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+use crate::harness::cgroup::own_rule;
+use crate::harness::client::{Asker, answer, ask, send};
+use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::{folder, http_get};
+use crate::harness::daemon::Daemon;
+use crate::harness::gate::Gate;
+use crate::harness::upstream::Upstream;
+
+const ID: &str = "spiffe://example.org/user/me";
+/// For what takes milliseconds on a machine that is not busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The servers of `awsvid dev`, with a gate before the source that is open, and the parts of configurations for them. The
+/// user of this test is the only one.
+struct Stage {
+    gate: Gate,
+    upstream: Upstream,
+    folder: tempfile::TempDir,
+}
+
+impl Stage {
+    fn set() -> Self {
+        let folder = folder();
+        let upstream = Upstream::start(&[(nix::unistd::getuid().as_raw(), "me")]);
+        let gate = Gate::start(&folder.path().join("gate.sock"), &upstream.socket());
+        gate.set_open(true);
+        Self { gate, upstream, folder }
+    }
+
+    fn start(&self, configuration: &str) -> Daemon {
+        Daemon::start(self.folder.path(), "", configuration).ready()
+    }
+
+    /// Everything but rules: the role with this added to it.
+    fn role(&self, more: &str) -> String {
+        let configuration = self.upstream.configuration_at(&self.folder.path().join("gate.sock"));
+        assert!(configuration.contains("[[role]]\n"));
+        configuration.replace("[[role]]\n", &format!("[[role]]\n{more}\n"))
+    }
+
+    /// With the rule for the user of this test.
+    fn with_rule(&self, role: &str) -> String {
+        self.role(role) + &rule(nix::unistd::getuid().as_raw())
+    }
+
+    /// With a rule for somebody else.
+    fn without_rule(&self) -> String {
+        self.role("") + &rule(54321)
+    }
+}
+
+fn rule(uid: u32) -> String {
+    format!("\n[[workload]]\nspiffe_id = \"{ID}\"\nuid = {uid}\n{}", own_rule())
+}
+
+fn unix(daemon: &Daemon) -> UnixStream {
+    UnixStream::connect(daemon.unix()).unwrap()
+}
+
+/// The key that is handed out now.
+fn key(daemon: &Daemon) -> String {
+    let (status, body) = ask(unix(daemon));
+    assert_eq!(status, 200, "{body}");
+    body["AccessKeyId"].as_str().unwrap().to_owned()
+}
+
+fn refusal(daemon: &Daemon) -> String {
+    let (status, body) = ask(unix(daemon));
+    assert_ne!(status, 200, "{body}");
+    body["code"].as_str().unwrap().to_owned()
+}
+
+/// How long the credentials in an answer are good for.
+fn lifetime(body: &Value) -> Duration {
+    let expiration = humantime::parse_rfc3339(body["Expiration"].as_str().unwrap()).unwrap();
+    expiration.duration_since(SystemTime::now()).unwrap_or_default()
+}
+
+#[test]
+fn a_rule_comes_and_goes() {
+    let stage = Stage::set();
+    let daemon = stage.start(&stage.without_rule());
+    assert_eq!(refusal(&daemon), "no_identity");
+    assert!(daemon.reload("", &stage.with_rule("")));
+    let first = key(&daemon);
+    // Nothing is different: what is cached stays.
+    assert!(daemon.reload("", &stage.with_rule("")));
+    assert_eq!(key(&daemon), first);
+    assert!(daemon.reload("", &stage.without_rule()));
+    assert_eq!(refusal(&daemon), "no_identity");
+    // Another rule than before for the same ID is not the old one.
+    assert!(daemon.reload("", &stage.with_rule("")));
+    assert_ne!(key(&daemon), first);
+}
+
+#[test]
+fn a_narrowed_role_leaves_nothing_of_the_wide_one() {
+    let stage = Stage::set();
+    let daemon = stage.start(&stage.with_rule(""));
+    let mut seen = HashSet::from([key(&daemon)]);
+    let policies = [r#"policy = '{"Statement": []}'"#, r#"policy_arns = ["arn:aws:iam::aws:policy/ReadOnlyAccess"]"#];
+    for more in policies {
+        assert!(daemon.reload("", &stage.with_rule(more)));
+        assert!(seen.insert(key(&daemon)), "{more}: an old key");
+    }
+    // An ARN that this STS does not know: refused there, and not served from before.
+    let other = stage.with_rule("").replace("role/dev", "role/other");
+    assert!(daemon.reload("", &other));
+    assert!(refusal(&daemon).starts_with("sts_"), "STS was asked about the other ARN");
+    // The way back is not the way to what was cached then.
+    assert!(daemon.reload("", &stage.with_rule("")));
+    assert!(seen.insert(key(&daemon)), "an old key");
+}
+
+#[test]
+fn a_request_under_way_is_answered_by_the_new_configuration() {
+    let stage = Stage::set();
+    let daemon = stage.start(&stage.with_rule("duration = \"2h\""));
+    // Three who wait for what the old configuration would give: a longer session, and then what is nobody's any more.
+    let wait = || {
+        stage.gate.set_open(false);
+        let came = stage.gate.came();
+        let waiting = [send(unix(&daemon)), send(unix(&daemon)), send(unix(&daemon))];
+        stage.gate.await_came(came + 1);
+        waiting
+    };
+    let waiting = wait();
+    assert!(daemon.reload("", &stage.with_rule("duration = \"15m\"")));
+    stage.gate.set_open(true);
+    for mut stream in waiting {
+        let (status, body) = answer(&mut stream);
+        assert_eq!(status, 200, "{body}");
+        assert!(lifetime(&body) <= Duration::from_secs(15 * 60), "a session of the old role: {body}");
+    }
+    // Nothing is cached for this one yet.
+    assert!(daemon.reload("", &stage.with_rule("duration = \"1h\"")));
+    let waiting = wait();
+    let asked = daemon.audit().len();
+    assert!(daemon.reload("", &stage.without_rule()));
+    stage.gate.set_open(true);
+    for mut stream in waiting {
+        let (status, body) = answer(&mut stream);
+        assert_eq!((status, &body["code"]), (403, &Value::from("no_identity")), "{body}");
+    }
+    for record in &daemon.audit()[asked..] {
+        assert!(record["access_key_id"].is_null() && record["role_arn"].is_null(), "{record}");
+    }
+}
+
+#[test]
+fn a_configuration_with_errors_changes_nothing() {
+    let stage = Stage::set();
+    let daemon = stage.start(&stage.with_rule(""));
+    let before = key(&daemon);
+    let good = daemon.text();
+    let lines = good.lines().count();
+    // Two mistakes, and a change that is none: without the rule nobody would be served.
+    let wrong = good.replace(ID, "spiffe:/wrong") + "levle = \"info\"\n[cache]\nmax_entries = 0\n";
+    assert!(!daemon.reload_text(&wrong));
+    assert_eq!(key(&daemon), before);
+    let log = daemon.log();
+    let rule = 1 + good.lines().position(|line| line.contains(ID)).unwrap();
+    for line in [rule, lines + 1, lines + 3] {
+        assert!(log.contains(&format!("awsvid.toml:{line}: ")), "line {line} in:\n{log}");
+    }
+    // What only shows when it is used: a file that can't be opened.
+    let wrong = daemon.text().replace("spiffe:/wrong", ID);
+    assert_ne!(wrong, good);
+    assert!(
+        !daemon.reload_text(&good.replace("audit.log", "missing/audit.log").replace(ID, "spiffe://example.org/user/x"))
+    );
+    assert!(daemon.log().contains("missing/audit.log"));
+    assert_eq!(key(&daemon), before);
+    fs::remove_file(stage.folder.path().join("awsvid.toml")).unwrap();
+    daemon_reads_nothing(&daemon);
+    assert_eq!(key(&daemon), before);
+    // And it can be repaired.
+    assert!(daemon.reload_text(&good));
+    assert_eq!(key(&daemon), before);
+}
+
+/// SIGHUP without a file.
+fn daemon_reads_nothing(daemon: &Daemon) {
+    let count = || daemon.log().matches("the configuration was not reloaded").count();
+    let before = count();
+    daemon.hang_up();
+    await_some("the daemon has looked for its configuration", PATIENCE, || (count() > before).then_some(()));
+}
+
+#[test]
+fn what_is_listened_on_stays_and_the_rest_takes_effect() {
+    let stage = Stage::set();
+    let daemon = stage.start(&stage.without_rule());
+    let socket = daemon.unix();
+    let text =
+        daemon.text().replace("tcp = [\"127.0.0.1:0", "tcp = [\"127.0.0.1:1").replace("awsvid.sock", "other.sock");
+    let text = text.replace("uid = 54321", &format!("uid = {}", nix::unistd::getuid()));
+    let text = text.replace("token_file = ", "max_connections_per_workload = 7\ntoken_file = ");
+    assert!(daemon.reload_text(&text));
+    let log = daemon.log();
+    assert!(log.contains("[listen] unix, tcp, max_connections_per_workload: "), "{log}");
+    assert!(log.contains("takes effect when awsvid is started again"), "{log}");
+    assert!(socket.exists() && !socket.with_file_name("other.sock").exists());
+    key(&daemon);
+    assert_eq!(ask(TcpStream::connect(daemon.tcp()).unwrap()).0, 200);
+    assert_eq!(ask(TcpStream::connect(daemon.tcp6()).unwrap()).0, 200);
+    // The same again, as at the start: there is nothing to be told.
+    assert!(daemon.reload("", &stage.with_rule("")));
+    assert_eq!(daemon.log().matches("takes effect when awsvid is started again").count(), 1);
+}
+
+#[test]
+fn the_audit_file_is_opened_anew() {
+    let stage = Stage::set();
+    let daemon = stage.start(&stage.with_rule(""));
+    let first = key(&daemon);
+    let (current, rotated) = (stage.folder.path().join("audit.log"), stage.folder.path().join("audit.log.1"));
+    fs::rename(&current, &rotated).unwrap();
+    // Until it is told, the daemon writes to the file that it has open.
+    key(&daemon);
+    assert!(!current.exists());
+    assert!(daemon.reload("", &stage.with_rule("")));
+    let moved = fs::read_to_string(&rotated).unwrap();
+    assert_eq!(moved.matches(&first).count(), 2, "{moved}");
+    key(&daemon);
+    assert_eq!(daemon.audit().len(), 1);
+    assert_eq!(fs::read_to_string(&rotated).unwrap(), moved);
+    // To another name.
+    let elsewhere = stage.folder.path().join("elsewhere.log");
+    assert!(daemon.reload_text(&daemon.text().replace("audit.log", "elsewhere.log")));
+    key(&daemon);
+    assert_eq!((daemon.audit().len(), fs::read_to_string(elsewhere).unwrap().lines().count()), (1, 1));
+}
+
+#[test]
+fn the_log_changes_its_level_and_format() {
+    let stage = Stage::set();
+    let daemon = stage.start(&stage.with_rule(""));
+    let text = daemon.text();
+    let quiet = text.replace("awsvid=debug,info", "warn").replace("format = \"json\"", "format = \"text\"");
+    let since = daemon.log().len();
+    // The only thing that it says at this level: that the rule needs a role.
+    let quiet = quiet + "\n[[workload]]\nspiffe_id = \"spiffe://other.example/x\"\nuid = 54321\n";
+    daemon.write_and_hang_up(&quiet);
+    let said = await_some("a warning", PATIENCE, || {
+        let log = daemon.log();
+        log[since..].contains("no role is for spiffe://other.example/x").then(|| log[since..].to_owned())
+    });
+    assert!(said.lines().last().unwrap().contains(" WARN "), "{said}");
+    assert!(!daemon.reload_text(&quiet.replace("[listen]", "[lisen]")));
+    assert!(!daemon.log()[since..].contains("was reloaded"), "{}", &daemon.log()[since..]);
+    assert!(daemon.reload_text(&text));
+    let log = daemon.log();
+    assert!(serde_json::from_str::<Value>(log.lines().last().unwrap()).is_ok(), "{log}");
+}
+
+#[test]
+fn a_daemon_that_is_not_ready_becomes_so_by_another_configuration() {
+    let stage = Stage::set();
+    let wrong = stage.with_rule("").replace("gate.sock", "nobody.sock");
+    let daemon = Daemon::start(stage.folder.path(), "", &wrong);
+    await_some("it says what is missing", PATIENCE, || daemon.log().contains("not ready: no JWT-SVID").then_some(()));
+    assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
+    assert!(daemon.reload("", &stage.with_rule("")));
+    let daemon = daemon.ready();
+    // The source is the new one for requests, too.
+    let came = stage.gate.came();
+    key(&daemon);
+    assert_eq!(stage.gate.came(), came + 1);
+}
+
+#[test]
+fn nobody_sees_an_error_during_fifty_reloads() {
+    let stage = Stage::set();
+    let daemon = stage.start(&stage.with_rule(""));
+    let path = daemon.unix();
+    let askers = [
+        Asker::new(|| ask(UnixStream::connect(&path).unwrap())),
+        Asker::new(|| ask(TcpStream::connect(daemon.tcp()).unwrap())),
+        Asker::new(|| ask(TcpStream::connect(daemon.tcp6()).unwrap())),
+    ];
+    thread::scope(|scope| {
+        let _end = askers.each_ref().map(Asker::end_later);
+        let running = askers.each_ref().map(|asker| scope.spawn(|| asker.run()));
+        for round in 0..50 {
+            // The role is another one than before, the rules are others, and the file is a new one.
+            let minutes = 15 + round % 5;
+            let more = if round % 2 == 0 { rule(54321).replace("/me", "/x") } else { String::new() };
+            let _ = fs::remove_file(stage.folder.path().join("audit.log"));
+            let before = askers.each_ref().map(Asker::count);
+            assert!(daemon.reload("", &(stage.with_rule(&format!("duration = \"{minutes}m\"")) + &more)));
+            await_some("everybody is answered", PATIENCE, || {
+                assert!(!running.iter().any(|asker| asker.is_finished()), "one has seen an error");
+                askers.iter().zip(before).all(|(asker, before)| asker.count() > before + 1).then_some(())
+            });
+        }
+    });
+}
