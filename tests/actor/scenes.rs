@@ -319,35 +319,49 @@ fn queued(to: &Address) -> String {
 
 /// Attack 1: Bob listens on the port that Alice connects from, on every address.
 fn decoy(to: &Address) -> String {
-    let free = TcpListener::bind(to.another(0)).unwrap();
-    let port = free.local_addr().unwrap().port();
-    drop(free);
-    let (bound, is_bound) = UnixStream::pair().unwrap();
-    let (listening, listens) = UnixStream::pair().unwrap();
+    loop {
+        let free = TcpListener::bind(to.another(0)).unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        // Somebody else may have taken it meanwhile.
+        if let Some(said) = decoy_on(to, port) {
+            return said;
+        }
+    }
+}
+
+fn decoy_on(to: &Address, port: u16) -> Option<String> {
+    let (tell, told) = UnixStream::pair().unwrap();
+    let are_ready = || {
+        let mut ready = [0];
+        (&told).read_exact(&mut ready).unwrap();
+        ready == [1]
+    };
     let mut alice = child(|cue| {
         become_user(ALICE);
-        let fd = to.bound_socket(port);
-        (&bound).write_all(b"x").unwrap();
+        let bound = to.bound_socket(port);
+        (&tell).write_all(&[bound.is_ok().into()]).unwrap();
         cue.wait();
+        let Ok(fd) = bound else { return String::new() };
         to.connect_from(&fd);
         wire::ask(&fd)
     });
-    (&is_bound).read_exact(&mut [0]).unwrap();
+    let is_bound = are_ready();
     let every: IpAddr =
         if to.another(0).is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let mut bob = child(|cue| {
         become_user(BOB);
-        let _listener = TcpListener::bind((every, port)).unwrap();
-        (&listening).write_all(b"x").unwrap();
+        let listener = TcpListener::bind((every, port));
+        (&tell).write_all(&[listener.is_ok().into()]).unwrap();
         cue.wait();
         String::new()
     });
-    (&listens).read_exact(&mut [0]).unwrap();
+    let is_played = are_ready() && is_bound;
     alice.cue();
     let said = finish(alice);
     bob.cue();
     bob.reap();
-    said
+    is_played.then_some(said)
 }
 
 /// Alice asks from a namespace of her own: one of users, in which she has no id at all, or one of processes.
