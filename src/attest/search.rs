@@ -161,3 +161,6 @@ fn thread_time() -> Result<Duration, Refusal> {
     let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_err(|_| Refusal::Kernel)?;
     Ok(Duration::from(now))
 }
+
+#[cfg(test)]
+mod tests;

@@ -51,11 +51,10 @@ pub(crate) fn await_read(to: &Address, fd: &OwnedFd) {
         Address::Unix(_) => while unread(fd) {},
         Address::Tcp(server) => {
             let client = Address::local(fd);
-            let is_read = || {
-                let sent = queues(client, *server).is_none_or(|(unsent, _)| unsent == 0);
-                sent && queues(*server, client).is_some_and(|(_, unread)| unread == 0)
-            };
-            while !is_read() {
+            // Both ends have to be seen: what is not acknowledged yet may not have arrived.
+            while queues(client, *server).is_none_or(|(unsent, _)| unsent > 0)
+                || queues(*server, client).is_none_or(|(_, unread)| unread > 0)
+            {
                 thread::yield_now();
             }
         }

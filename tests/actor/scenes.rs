@@ -15,7 +15,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::waitpid;
-use nix::unistd::{execv, setgroups};
+use nix::unistd::{execv, setgroups, setresgid, setresuid};
 
 use crate::daemon::{self, Held};
 use crate::process::{Child, become_of, become_user, child, reuse};
@@ -37,7 +37,9 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "setuid" => setuid(to, late),
         "shared" => shared(to),
         "other-group" => other_group(to),
-        "closed" => closed(to),
+        "mixed-group" => mixed_group(to),
+        "closed" => closed(to, false),
+        "shut-and-closed" => closed(to, true),
         "half-closed" => alone(|| half_closed(to.connect())),
         "queued" => queued(to),
         "decoy" => decoy(to),
@@ -84,8 +86,8 @@ struct Given {
 }
 
 impl Given {
-    /// With `late` the request has begun before. `then` is what Alice does when she is told to go on.
-    fn start(to: &Address, late: bool, heir: u32, then: impl FnOnce()) -> Self {
+    /// To a user with a group. With `late` the request has begun before. `then` is what Alice does when she is told to go on.
+    fn start(to: &Address, late: bool, heir: (u32, u32), then: impl FnOnce()) -> Self {
         let (over, from) = UnixStream::pair().unwrap();
         let (tell, told) = UnixStream::pair().unwrap();
         let held = (!late).then(daemon::hold);
@@ -103,7 +105,7 @@ impl Given {
             String::new()
         });
         let heir = child(|cue| {
-            become_user(heir);
+            become_of(heir.0, heir.1);
             let fd = wire::receive(&from);
             (&tell).write_all(b"x").unwrap();
             cue.wait();
@@ -120,9 +122,9 @@ fn goes_on(held: Option<Held>, mut asking: Child) -> String {
     finish(asking)
 }
 
-/// Bob asks on Alice's connection while she lives.
+/// Bob, who is in Alice's group, asks on her connection while she lives.
 fn passed(to: &Address, late: bool) -> String {
-    let Given { mut alice, heir, held } = Given::start(to, late, BOB, || {});
+    let Given { mut alice, heir, held } = Given::start(to, late, (BOB, ALICE), || {});
     let said = goes_on(held, heir);
     alice.cue();
     alice.reap();
@@ -148,7 +150,7 @@ fn made_for(to: &Address) -> String {
 
 /// Alice's process has ended, and a child of hers asks.
 fn exited(to: &Address, late: bool, reap: bool) -> String {
-    let Given { mut alice, heir, held } = Given::start(to, late, ALICE, || {});
+    let Given { mut alice, heir, held } = Given::start(to, late, (ALICE, ALICE), || {});
     alice.cue();
     alice.said();
     if reap {
@@ -162,7 +164,7 @@ fn exited(to: &Address, late: bool, reap: bool) -> String {
 
 /// As above, and Bob's process has the connector's number.
 fn reused(to: &Address, late: bool) -> String {
-    let Given { mut alice, heir, held } = Given::start(to, late, ALICE, || {});
+    let Given { mut alice, heir, held } = Given::start(to, late, (ALICE, ALICE), || {});
     let pid = alice.pid;
     alice.cue();
     alice.said();
@@ -199,7 +201,7 @@ fn setuid(to: &Address, late: bool) -> String {
     let execute = || {
         execv(&path, &[path.clone(), c"stay".to_owned()]).unwrap();
     };
-    let Given { mut alice, heir, held } = Given::start(to, late, ALICE, execute);
+    let Given { mut alice, heir, held } = Given::start(to, late, (ALICE, ALICE), execute);
     alice.cue();
     await_root(&alice);
     let said = goes_on(held, heir);
@@ -257,12 +259,26 @@ fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     said
 }
 
+/// Alice's process is in another group by its real id than by the others.
+fn mixed_group(to: &Address) -> String {
+    finish(child(|_| {
+        setgroups(&[]).unwrap();
+        setresgid(BOB.into(), ALICE.into(), ALICE.into()).unwrap();
+        setresuid(ALICE.into(), ALICE.into(), ALICE.into()).unwrap();
+        wire::ask(&to.connect())
+    }))
+}
+
 /// Alice asks and is gone before the daemon looks. What it makes of her is in its audit alone.
-fn closed(to: &Address) -> String {
+fn closed(to: &Address, shut: bool) -> String {
     let held = daemon::hold();
     finish(child(|_| {
         become_user(ALICE);
-        wire::send(&to.connect());
+        let fd = to.connect();
+        wire::send(&fd);
+        if shut {
+            shutdown(fd.as_raw_fd(), Shutdown::Write).unwrap();
+        }
         String::new()
     }));
     drop(held);
@@ -303,35 +319,49 @@ fn queued(to: &Address) -> String {
 
 /// Attack 1: Bob listens on the port that Alice connects from, on every address.
 fn decoy(to: &Address) -> String {
-    let free = TcpListener::bind(to.another(0)).unwrap();
-    let port = free.local_addr().unwrap().port();
-    drop(free);
-    let (bound, is_bound) = UnixStream::pair().unwrap();
-    let (listening, listens) = UnixStream::pair().unwrap();
+    loop {
+        let free = TcpListener::bind(to.another(0)).unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        // Somebody else may have taken it meanwhile.
+        if let Some(said) = decoy_on(to, port) {
+            return said;
+        }
+    }
+}
+
+fn decoy_on(to: &Address, port: u16) -> Option<String> {
+    let (tell, told) = UnixStream::pair().unwrap();
+    let are_ready = || {
+        let mut ready = [0];
+        (&told).read_exact(&mut ready).unwrap();
+        ready == [1]
+    };
     let mut alice = child(|cue| {
         become_user(ALICE);
-        let fd = to.bound_socket(port);
-        (&bound).write_all(b"x").unwrap();
+        let bound = to.bound_socket(port);
+        (&tell).write_all(&[bound.is_ok().into()]).unwrap();
         cue.wait();
+        let Ok(fd) = bound else { return String::new() };
         to.connect_from(&fd);
         wire::ask(&fd)
     });
-    (&is_bound).read_exact(&mut [0]).unwrap();
+    let is_bound = are_ready();
     let every: IpAddr =
         if to.another(0).is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let mut bob = child(|cue| {
         become_user(BOB);
-        let _listener = TcpListener::bind((every, port)).unwrap();
-        (&listening).write_all(b"x").unwrap();
+        let listener = TcpListener::bind((every, port));
+        (&tell).write_all(&[listener.is_ok().into()]).unwrap();
         cue.wait();
         String::new()
     });
-    (&listens).read_exact(&mut [0]).unwrap();
+    let is_played = are_ready() && is_bound;
     alice.cue();
     let said = finish(alice);
     bob.cue();
     bob.reap();
-    said
+    is_played.then_some(said)
 }
 
 /// Alice asks from a namespace of her own: one of users, in which she has no id at all, or one of processes.

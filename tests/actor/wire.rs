@@ -49,12 +49,12 @@ impl Address {
     }
 
     /// A socket that is not yet connected: from this port of such an address, bound to the loopback device (attack 1).
-    pub(crate) fn bound_socket(&self, port: u16) -> OwnedFd {
+    pub(crate) fn bound_socket(&self, port: u16) -> nix::Result<OwnedFd> {
         let fd = self.socket();
         setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
         setsockopt(&fd, sockopt::BindToDevice, &"lo".into()).unwrap();
-        bind(fd.as_raw_fd(), &SockaddrStorage::from(self.another(port))).unwrap();
-        fd
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(self.another(port)))?;
+        Ok(fd)
     }
 
     /// The address of a TCP socket.

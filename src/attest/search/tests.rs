@@ -1,0 +1,90 @@
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::*;
+use crate::attest::inet_diag::SockDiag;
+
+const PLENTY: Budget = Budget { list: 64 * 1024, descriptors: 65_536, time: Duration::from_secs(60) };
+
+/// A connection of this process, and what the kernel says of its client's socket.
+fn connection() -> (TcpListener, TcpStream, Socket) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let server = listener.local_addr().unwrap();
+    let client = TcpStream::connect(server).unwrap();
+    let socket = SockDiag::open().unwrap().client_socket(client.local_addr().unwrap(), server).unwrap();
+    (listener, client, socket)
+}
+
+/// The machine, with its real cgroup v2 tree.
+fn machine() -> (Host, Arc<CgroupTree>) {
+    let tree = Arc::new(CgroupTree::find(&fs::read_to_string("/proc/self/mountinfo").unwrap()).expect("cgroup v2"));
+    (Host::new(PathBuf::from("/proc"), Some(tree.clone())), tree)
+}
+
+/// A tree whose root says that these are its processes.
+fn listing(processes: &str) -> (tempfile::TempDir, CgroupTree) {
+    let root = tempfile::tempdir().unwrap();
+    fs::create_dir(root.path().join("unit")).unwrap();
+    fs::write(root.path().join("unit/cgroup.procs"), processes).unwrap();
+    let tree = CgroupTree::at(root.path().to_owned());
+    (root, tree)
+}
+
+fn unit() -> CgroupPath {
+    CgroupPath::parse("/unit").unwrap()
+}
+
+#[test]
+fn the_holder_is_found_with_its_descriptor() {
+    let (_listener, client, socket) = connection();
+    let (host, tree) = machine();
+    let cgroup = tree.path_of(socket.cgroup_id.unwrap()).unwrap();
+    let found = holder(&host, &tree, &socket, &cgroup, PLENTY).unwrap();
+    assert_eq!(found.process.describe(&[]).pid, std::process::id());
+    assert_eq!(found.descriptor, client.as_raw_fd().to_string());
+}
+
+/// As when it is moved between the list and the look at it.
+#[test]
+fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
+    let (_listener, _client, socket) = connection();
+    let (host, _) = machine();
+    let (_root, elsewhere) = listing(&format!("{}\n", std::process::id()));
+    assert_eq!(holder(&host, &elsewhere, &socket, &unit(), PLENTY).unwrap_err(), Refusal::Ambiguous);
+}
+
+#[test]
+fn a_process_of_a_pid_namespace_that_is_not_seen_ends_the_search() {
+    let (_listener, _client, socket) = connection();
+    let (host, _) = machine();
+    let (_root, tree) = listing(&format!("0\n{}\n", std::process::id()));
+    assert_eq!(holder(&host, &tree, &socket, &unit(), PLENTY).unwrap_err(), Refusal::InvisibleProcess);
+}
+
+#[test]
+fn a_search_over_its_budget_finds_nobody() {
+    let (_listener, _client, socket) = connection();
+    let (host, _) = machine();
+    let (_root, tree) = listing(&format!("{}\n", std::process::id()));
+    for budget in [
+        Budget { list: 1, ..PLENTY },
+        // The standard streams and the two sockets are more.
+        Budget { descriptors: 3, ..PLENTY },
+        Budget { time: Duration::ZERO, ..PLENTY },
+    ] {
+        let found = holder(&host, &tree, &socket, &unit(), budget);
+        assert_eq!(found.unwrap_err(), Refusal::TooManyDescriptors, "{budget:?}");
+    }
+}
+
+#[test]
+fn a_process_that_does_not_hold_the_socket_is_passed_over() {
+    let (_listener, client, socket) = connection();
+    let (host, _) = machine();
+    let (_root, tree) = listing(&format!("{}\n", std::process::id()));
+    drop(client);
+    assert_eq!(holder(&host, &tree, &socket, &unit(), PLENTY).unwrap_err(), Refusal::NoHolder);
+}
