@@ -15,6 +15,8 @@ use tokio::net::UnixStream;
 use crate::caller::{Caller, Refusal};
 
 mod cgroups;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod host;
 mod inet_diag;
 mod process;

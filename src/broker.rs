@@ -72,8 +72,8 @@ impl Broker {
             let begun = self.reloads.load(Ordering::SeqCst);
             let policy = self.policy.load_full();
             let answer = self.decide(&policy, caller, wanted, record).await;
-            let is_over = begun.is_multiple_of(2);
-            if is_over && self.reloads.load(Ordering::SeqCst) == begun {
+            let under_way = !begun.is_multiple_of(2);
+            if !under_way && self.reloads.load(Ordering::SeqCst) == begun {
                 return answer;
             }
             // Nothing that was decided by the old configuration, a refusal neither, is released under the new one.

@@ -298,7 +298,7 @@ impl Status {
 }
 
 /// The paths of `/proc/<pid>/cgroup`: three fields by `:`, of which the last may hold more of them.
-fn cgroup_paths(text: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn cgroup_paths(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter_map(|line| line.splitn(3, ':').nth(2))
 }
 
