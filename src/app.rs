@@ -128,12 +128,12 @@ impl App {
         let parts = Parts::new(&config, &clock, &metrics)?;
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
-        let needs_process = {
+        let needs = {
             let broker = broker.clone();
-            Arc::new(move |caller: &_| broker.needs_process(caller))
+            Arc::new(move |caller: &_| broker.needs(caller))
         };
         let front = Arc::new(Front {
-            attestor: Attestor::new(needs_process)?,
+            attestor: Attestor::new(needs)?,
             broker: broker.clone(),
             audit: open_audit(&config, clock.clone(), metrics.clone())?,
             metrics: metrics.clone(),

@@ -6,15 +6,18 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::caller::{Caller, Refusal};
+use crate::caller::{Caller, Looks, Refusal};
 
 mod cgroups;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod host;
 mod inet_diag;
 mod process;
@@ -26,13 +29,14 @@ mod unix;
 use cgroups::CgroupTree;
 use host::Host;
 
-/// Says whether a decision about this caller needs its process, which on TCP has to be searched for.
-pub type NeedsProcess = Arc<dyn Fn(&Caller) -> bool + Send + Sync>;
+/// Says what a decision about this caller needs to know of its process, which on TCP has to be searched for; `None` if
+/// nothing more.
+pub type Needs = Arc<dyn Fn(&Caller) -> Option<Looks> + Send + Sync>;
 
 /// Attests the peers of all listeners in the daemon's own network namespace.
 pub struct Attestor {
     host: Arc<Host>,
-    needs_process: NeedsProcess,
+    needs: Needs,
     tcp: Option<tcp::TcpAttestor>,
 }
 
@@ -62,7 +66,7 @@ pub enum StartError {
 
 impl Attestor {
     /// Looks at the machine. TCP callers are refused, and the reason is logged once, where the kernel lacks what they need.
-    pub fn new(needs_process: NeedsProcess) -> Result<Self, StartError> {
+    pub fn new(needs: Needs) -> Result<Self, StartError> {
         let proc_root = PathBuf::from("/proc");
         let read = |name: &str| {
             let path = proc_root.join(name);
@@ -93,12 +97,13 @@ impl Attestor {
                 None
             }
         };
-        Ok(Self { host, needs_process, tcp })
+        Ok(Self { host, needs, tcp })
     }
 
     /// Attests the peer of a unix stream.
     pub fn unix(&self, stream: &UnixStream) -> Result<Caller, Refusal> {
-        unix::attest(&self.host, unix::Peer::of(stream)?, |caller| (self.needs_process)(caller))
+        let groups = || sys::peer_groups(stream.as_fd()).map_err(|_| Refusal::Kernel);
+        unix::attest(&self.host, unix::Peer::of(stream)?, groups, |caller| (self.needs)(caller))
     }
 
     /// Attests the peer `client` of a TCP connection that was accepted on `server`. `admit` is shown what the socket alone
@@ -110,7 +115,7 @@ impl Attestor {
         admit: impl FnOnce(&Caller) -> bool,
     ) -> Result<Caller, Refusal> {
         let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
-        tcp.attest(client, server, admit, |caller| (self.needs_process)(caller)).await
+        tcp.attest(client, server, admit, |caller| (self.needs)(caller)).await
     }
 }
 

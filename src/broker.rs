@@ -8,11 +8,11 @@ use thiserror::Error;
 
 use crate::audit::{Freshness, Record};
 use crate::cache::{CacheError, CredentialCache, Issued, Limits};
-use crate::caller::{Caller, Refusal};
+use crate::caller::{Caller, Looks, Refusal};
 use crate::identity::SpiffeId;
 use crate::issue::Issuer;
 use crate::role::{Denied, Grant, Roles, Wanted};
-use crate::rule::{self, Decision, Rule};
+use crate::rule::{self, Rule};
 use crate::svid::{IdentitySource, SourceError};
 
 /// The request path.
@@ -72,8 +72,8 @@ impl Broker {
             let begun = self.reloads.load(Ordering::SeqCst);
             let policy = self.policy.load_full();
             let answer = self.decide(&policy, caller, wanted, record).await;
-            let is_over = begun.is_multiple_of(2);
-            if is_over && self.reloads.load(Ordering::SeqCst) == begun {
+            let under_way = !begun.is_multiple_of(2);
+            if !under_way && self.reloads.load(Ordering::SeqCst) == begun {
                 return answer;
             }
             // Nothing that was decided by the old configuration, a refusal neither, is released under the new one.
@@ -100,9 +100,9 @@ impl Broker {
         Ok(issued)
     }
 
-    /// Whether a decision about this caller depends on its process.
-    pub fn needs_process(&self, caller: &Caller) -> bool {
-        rule::decide(&self.policy.load().rules, caller) == Decision::NeedsProcess
+    /// What a decision about this caller needs to know of its process; `None` if it needs nothing more.
+    pub fn needs(&self, caller: &Caller) -> Option<Looks> {
+        rule::needs(&self.policy.load().rules, caller)
     }
 
     /// Goes on with another configuration, by one caller at a time. Credentials are kept where the rules for their SPIFFE

@@ -59,12 +59,21 @@ pub struct Process {
     pub pid: u32,
     /// The group id.
     pub gid: u32,
-    /// Supplementary groups, in ascending order.
-    pub groups: Vec<u32>,
+    /// Supplementary groups, in ascending order; `None` where no decision needs them.
+    pub groups: Option<Vec<u32>>,
     /// Whether it lives in another pid or user namespace than the daemon, or in a cgroup (v1 too) that names a container.
     pub contained: bool,
     /// What it runs; `None` where no decision needs it.
     pub program: Option<Program>,
+}
+
+/// What a decision needs to know of a process beside its ids and its cgroup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Looks {
+    /// [`Process::groups`].
+    pub groups: bool,
+    /// [`Process::program`].
+    pub program: bool,
 }
 
 /// What a process runs, and since when.

@@ -1,10 +1,14 @@
 //! What a cgroup path says of its processes. Only text: where it comes from is `attest`'s business.
 
 use std::fmt;
+use std::sync::Arc;
 
 /// A path in the cgroup v2 hierarchy as the host's root sees it, for example `/system.slice/billing.service`.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct CgroupPath(String);
+pub struct CgroupPath {
+    text: Arc<str>,
+    names_container: bool,
+}
 
 impl CgroupPath {
     /// Takes an absolute path. `None` for one that is relative to a foreign cgroup namespace (`/../..`): it names nothing.
@@ -12,21 +16,21 @@ impl CgroupPath {
         let absolute = path.starts_with('/') && !path.split('/').any(|segment| segment == "..");
         // The kernel marks a removed cgroup so; a name can't be made to end like that by accident.
         let removed = path.ends_with(" (deleted)");
-        (absolute && !removed).then(|| Self(path.to_owned()))
+        (absolute && !removed).then(|| Self { text: Arc::from(path), names_container: names_container(path) })
     }
 
     /// The path.
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.text
     }
 
     /// Whether it is the root of the hierarchy.
     pub fn is_root(&self) -> bool {
-        self.0 == "/"
+        &*self.text == "/"
     }
 
     fn segments(&self) -> impl Iterator<Item = &str> {
-        self.0.split('/').filter(|segment| !segment.is_empty())
+        segments(&self.text)
     }
 
     /// The outermost systemd unit that is no slice.
@@ -44,9 +48,9 @@ impl CgroupPath {
     /// For counting what a workload uses up. What lies below may be named by the workload, so it is never looked at.
     pub fn workload(&self) -> (&str, bool) {
         let mut end = 0;
-        for segment in self.0.split('/').skip(1) {
+        for segment in self.text.split('/').skip(1) {
             end += 1 + segment.len();
-            let path = &self.0[..end];
+            let path = &self.text[..end];
             if has_pod_uid(segment) {
                 return (path, true);
             }
@@ -58,7 +62,7 @@ impl CgroupPath {
                 return (path, false);
             }
         }
-        (&self.0, false)
+        (&self.text, false)
     }
 
     /// Whether any part of the path looks like a container's or a pod's.
@@ -66,15 +70,23 @@ impl CgroupPath {
     /// A false yes costs a refusal, a false no would hand a host user's credentials to a container, so anything that a
     /// container runtime is known to write counts, wherever it stands.
     pub fn names_container(&self) -> bool {
-        self.segments().any(|segment| {
-            segment.contains("kubepods")
-                || segment.starts_with("lxc")
-                || segment.starts_with("libpod")
-                || matches!(segment, "machine.slice" | "docker" | "garden" | "buildkit")
-                || has_hex_run(segment)
-                || has_pod_uid(segment)
-        })
+        self.names_container
     }
+}
+
+fn segments(path: &str) -> impl Iterator<Item = &str> {
+    path.split('/').filter(|segment| !segment.is_empty())
+}
+
+fn names_container(path: &str) -> bool {
+    segments(path).any(|segment| {
+        segment.contains("kubepods")
+            || segment.starts_with("lxc")
+            || segment.starts_with("libpod")
+            || matches!(segment, "machine.slice" | "docker" | "garden" | "buildkit")
+            || has_hex_run(segment)
+            || has_pod_uid(segment)
+    })
 }
 
 /// A container id: 64 hex digits, neither more nor fewer.
@@ -94,13 +106,13 @@ fn has_pod_uid(segment: &str) -> bool {
 
 impl fmt::Display for CgroupPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
 impl fmt::Debug for CgroupPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 

@@ -28,6 +28,8 @@ use crate::listen::{Arrival, CONNECTION_LIFE, Place, Shares, Stream};
 use crate::metrics::{Metrics, Reason};
 
 mod answer;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod rules;
 mod wire;
 

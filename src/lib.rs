@@ -74,3 +74,7 @@ pub mod readiness;
 pub mod app;
 
 pub mod dev;
+
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;

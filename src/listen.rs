@@ -12,8 +12,8 @@ use nix::sys::socket::{Shutdown, shutdown};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
+use tokio_util::task::TaskTracker;
 
 use crate::metrics::Metrics;
 
@@ -262,15 +262,15 @@ impl Limits {
     }
 
     /// Waits until another connection may be accepted. That depends on the daemon's own work alone, never on a client: whose
-    /// a connection is, is known before anything is expected of it. Without this whoever connects quickly would have the
-    /// places of all before the daemon had seen that they are not his.
+    /// a connection is, is known before anything is expected of it. Those of whom it is not known yet take no place among
+    /// all, which whoever connects quickly would have in an instant; this keeps them few.
     async fn arrival(&self) -> Arrival {
         // The semaphore is never closed, so there is always a permit in the end.
         let arriving = self.arriving.clone().acquire_owned().await.ok();
         Arrival { connections: self.connections.clone(), _arriving: arriving }
     }
 
-    fn serve<F, C>(&self, (stream, arrival): (Stream, Arrival), connections: &mut JoinSet<()>, connection: F)
+    fn serve<F, C>(&self, (stream, arrival): (Stream, Arrival), connections: &TaskTracker, connection: F)
     where
         F: Fn(Stream, Arrival) -> C,
         C: Future<Output = ()> + Send + 'static,
@@ -292,19 +292,19 @@ where
     F: Fn(Stream, Arrival) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    let (mut connections, mut told) = (JoinSet::new(), None);
+    // It wakes nobody when a connection ends, as a JoinSet would this loop.
+    let (connections, mut told) = (TaskTracker::new(), None);
     loop {
         let accepted = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => break,
-            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
             accepted = async {
                 let arrival = limits.arrival().await;
                 bound.accept().await.map(|stream| (stream, arrival))
             } => accepted,
         };
         match accepted {
-            Ok(accepted) => limits.serve(accepted, &mut connections, &connection),
+            Ok(accepted) => limits.serve(accepted, &connections, &connection),
             Err(error) => recover(&mut bound, &error, &mut stop, &mut told).await,
         }
     }
@@ -312,12 +312,13 @@ where
     match bound.close() {
         Ok(waiting) => {
             for stream in waiting {
-                limits.serve((stream, limits.arrival().await), &mut connections, &connection);
+                limits.serve((stream, limits.arrival().await), &connections, &connection);
             }
         }
         Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
     }
-    if timeout(DRAIN, async { while connections.join_next().await.is_some() {} }).await.is_err() {
+    connections.close();
+    if timeout(DRAIN, connections.wait()).await.is_err() {
         tracing::warn!(open = connections.len(), "connections did not end in time and are cut");
     }
 }

@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::caller::{Caller, Executable};
+use crate::caller::{Caller, Executable, Looks};
 use crate::identity::SpiffeId;
 
 /// The kernel's stand-in for an id that has no mapping in the reader's user namespace. It is nobody in particular, so it
@@ -56,6 +56,15 @@ pub fn decide<'a>(rules: &'a [Rule], caller: &Caller) -> Decision<'a> {
     Decision::NoMatch
 }
 
+/// What has to be looked at of the caller's process; `None` if what is known decides. It is the same for all callers of
+/// these rules, so that it does not depend on the caller what is compared when several processes hold one socket.
+pub fn needs(rules: &[Rule], caller: &Caller) -> Option<Looks> {
+    (decide(rules, caller) == Decision::NeedsProcess).then(|| Looks {
+        groups: rules.iter().any(|rule| rule.supplementary_group.is_some()),
+        program: rules.iter().any(|rule| rule.exe.is_some()),
+    })
+}
+
 impl Rule {
     /// `None`: not without the process. Keys that the socket alone decides come first, so that a rule for somebody else
     /// never causes a search.
@@ -73,7 +82,11 @@ impl Rule {
         let process = caller.process.as_ref()?;
         Some(
             self.gid.is_none_or(|gid| gid == process.gid && gid != OVERFLOW_ID)
-                && self.supplementary_group.is_none_or(|group| group != OVERFLOW_ID && process.groups.contains(&group))
+                && match (self.supplementary_group, &process.groups) {
+                    (None, _) => true,
+                    (Some(group), Some(groups)) => group != OVERFLOW_ID && groups.contains(&group),
+                    (Some(_), None) => return None,
+                }
                 && match (&self.exe, &process.program) {
                     (None, _) => true,
                     (Some(path), Some(program)) => is_file(path, program.exe.as_ref()),

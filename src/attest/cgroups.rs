@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -53,6 +53,12 @@ impl CgroupTree {
             let (root, point) = (fields.next()?, fields.next()?);
             (is_cgroup2 && root == "/").then(|| Self::at(PathBuf::from(point)).with_handles())
         })
+    }
+
+    /// The path of the cgroup with this id, in which a process lives: so it is there, and cgroups are never renamed.
+    pub(crate) fn path_of_living(&self, id: u64) -> Result<CgroupPath, Refusal> {
+        let known = self.paths.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(&id).cloned();
+        known.map_or_else(|| self.path_of(id), Ok)
     }
 
     /// The path of the cgroup with this id. A removed one, or one outside the tree, is a refusal.
@@ -115,11 +121,11 @@ impl CgroupTree {
 
     /// The pids in this cgroup itself; a refusal if their list has more than `bytes`. One that can't be listed (removed, or
     /// of the threaded kind) is a refusal too.
-    pub(crate) fn processes(&self, path: &CgroupPath, bytes: u64) -> Result<Vec<u32>, Refusal> {
-        let mut text = String::new();
+    pub(crate) fn processes(&self, path: &CgroupPath, bytes: usize) -> Result<Vec<u32>, Refusal> {
         let file = File::open(self.directory(path).join("cgroup.procs"));
-        let read = file.and_then(|file| file.take(bytes + 1).read_to_string(&mut text));
-        if read.map_err(|_| Refusal::UnreadableCgroup)? as u64 > bytes {
+        let text = file.map_err(|_| Errno::ENOENT).and_then(|file| sys::read_whole(&file, bytes + 1));
+        let text = text.map_err(|_| Refusal::UnreadableCgroup)?;
+        if text.len() > bytes {
             return Err(Refusal::TooManyDescriptors);
         }
         Ok(text.lines().filter_map(|line| line.parse().ok()).collect())

@@ -3,8 +3,8 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType};
@@ -47,7 +47,8 @@ pub(crate) struct Socket {
 /// A `sock_diag` socket, which stays in the network namespace in which it was made.
 #[derive(Debug)]
 pub(crate) struct SockDiag {
-    netlink: Mutex<OwnedFd>,
+    /// As many as there are processors, so that callers hardly ever wait for each other.
+    netlinks: Vec<Mutex<OwnedFd>>,
     loopback: u32,
     sequence: AtomicU32,
 }
@@ -55,12 +56,10 @@ pub(crate) struct SockDiag {
 impl SockDiag {
     /// Opens one in the current network namespace.
     pub(crate) fn open() -> io::Result<Self> {
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let netlink = socket::socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkSockDiag)?;
-        // The kernel answers within `send`; this only bounds the damage of being wrong about that.
-        socket::setsockopt(&netlink, socket::sockopt::ReceiveTimeout, &TimeVal::new(1, 0))?;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let netlinks = (0..processors).map(|_| netlink().map(Mutex::new)).collect::<io::Result<_>>()?;
         let loopback = nix::net::if_::if_nametoindex(LOOPBACK)?;
-        Ok(Self { netlink: Mutex::new(netlink), loopback, sequence: AtomicU32::new(1) })
+        Ok(Self { netlinks, loopback, sequence: AtomicU32::new(1) })
     }
 
     /// The socket at `client`'s end of its connection to `server`.
@@ -81,8 +80,16 @@ impl SockDiag {
         parse(&buffer[..length], client, server)
     }
 
+    /// One that nobody uses now, else the next one whose turn it is.
+    fn netlink(&self, sequence: u32) -> MutexGuard<'_, OwnedFd> {
+        let free = self.netlinks.iter().find_map(|netlink| netlink.try_lock().ok());
+        free.unwrap_or_else(|| {
+            self.netlinks[sequence as usize % self.netlinks.len()].lock().unwrap_or_else(PoisonError::into_inner)
+        })
+    }
+
     fn exchange(&self, request: &[u8], sequence: u32, buffer: &mut [u8]) -> io::Result<usize> {
-        let netlink = self.netlink.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let netlink = self.netlink(sequence);
         retry(|| socket::send(netlink.as_raw_fd(), request, MsgFlags::empty()))?;
         loop {
             let length = retry(|| socket::recv(netlink.as_raw_fd(), buffer, MsgFlags::empty()))?;
@@ -92,6 +99,14 @@ impl SockDiag {
             }
         }
     }
+}
+
+fn netlink() -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let netlink = socket::socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkSockDiag)?;
+    // The kernel answers within `send`; this only bounds the damage of being wrong about that.
+    socket::setsockopt(&netlink, socket::sockopt::ReceiveTimeout, &TimeVal::new(1, 0))?;
+    Ok(netlink)
 }
 
 fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
@@ -131,7 +146,7 @@ fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32
 }
 
 /// Believes an answer only if it describes exactly the asked connection's client end, alive.
-fn parse(reply: &[u8], client: SocketAddr, server: SocketAddr) -> Result<Socket, Refusal> {
+pub(crate) fn parse(reply: &[u8], client: SocketAddr, server: SocketAddr) -> Result<Socket, Refusal> {
     let kind = read_u16(reply, 4).ok_or(Refusal::Kernel)?;
     if kind == NLMSG_ERROR {
         let errno = read_u32(reply, NLMSG_HEADER).map(|code| Errno::from_raw(code.cast_signed().wrapping_neg()));

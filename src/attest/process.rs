@@ -5,20 +5,17 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{Mode, fstatat};
-use nix::unistd;
 
 use crate::attest::host::{Host, Shared};
 use crate::attest::sys;
-use crate::caller::{Executable, Process, Program, Refusal};
+use crate::caller::{Executable, Looks, Process, Program, Refusal};
 use crate::cgroup::CgroupPath;
-
-/// Room for a file of `/proc/<pid>`, so that it is read at once.
-const PROC_FILE: usize = 4096;
 
 /// What changes when a process takes on other privileges, or is moved to another cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,71 +43,82 @@ pub(crate) enum Membership {
 pub(crate) struct HeldProcess {
     pid: u32,
     pidfd: OwnedFd,
-    /// Of `/proc/<pid>`.
-    directory: OwnedFd,
+    directory: Directory,
     credentials: Credentials,
     cgroup: Option<CgroupPath>,
     contained: bool,
-    /// Supplementary, ascending, where they were read from the process itself.
+    /// Supplementary, ascending, where they were looked at.
     groups: Option<Vec<u32>>,
     program: Option<Program>,
 }
 
-impl HeldProcess {
-    /// Looks at the process behind `pidfd`, which is `pid` in the daemon's pid namespace.
-    pub(crate) fn look(host: &Host, pid: u32, pidfd: OwnedFd) -> Result<Self, Refusal> {
+/// `/proc/<pid>`, opened when something of it is needed.
+#[derive(Debug)]
+struct Directory {
+    host: Arc<Host>,
+    opened: OnceLock<OwnedFd>,
+}
+
+impl Directory {
+    /// The directory of the process behind `pidfd`, which is `pid` in the daemon's pid namespace.
+    fn of(&self, pid: u32, pidfd: &OwnedFd) -> Result<&OwnedFd, Refusal> {
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened);
+        }
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_PATH;
-        let directory =
-            fcntl::open(&host.proc_root.join(pid.to_string()), flags, Mode::empty()).map_err(|_| Refusal::Gone)?;
-        let credentials = Credentials::read(&pidfd, &directory)?;
+        let path = self.host.proc_root.join(pid.to_string());
+        let directory = fcntl::open(&path, flags, Mode::empty()).map_err(|_| Refusal::Gone)?;
+        // Alive after it was opened, so that the number cannot have been another process's at that time.
+        alive(pidfd)?;
+        Ok(self.opened.get_or_init(|| directory))
+    }
+}
+
+impl HeldProcess {
+    /// Looks at the ids and the cgroup of the process behind `pidfd`, which is `pid` in the daemon's pid namespace.
+    pub(crate) fn look(host: &Arc<Host>, pid: u32, pidfd: OwnedFd) -> Result<Self, Refusal> {
+        let directory = Directory { host: host.clone(), opened: OnceLock::new() };
+        let credentials = Credentials::read(&pidfd, || directory.of(pid, &pidfd))?;
         let cgroup = match (&credentials.cgroup, &host.cgroups) {
             (Membership::Path(path), _) => path.clone(),
-            (Membership::Id(id), Some(tree)) => Some(tree.path_of(*id)?),
+            (Membership::Id(id), Some(tree)) => Some(tree.path_of_living(*id)?),
             (Membership::Id(_), None) => None,
         };
-        let contained = is_contained(host, &directory, cgroup.as_ref())?;
-        let held = Self { pid, pidfd, directory, credentials, cgroup, contained, groups: None, program: None };
-        // Alive after the directory was opened, so that the number cannot have been another process's at that time.
-        held.alive()?;
-        Ok(held)
+        let contained = names_container(cgroup.as_ref(), || directory.of(pid, &pidfd))?
+            || host.remember(&pidfd, || in_other_namespaces(host, directory.of(pid, &pidfd)?))?;
+        alive(&pidfd)?;
+        Ok(Self { pid, pidfd, directory, credentials, cgroup, contained, groups: None, program: None })
     }
 
-    /// Looks at its supplementary groups too.
-    pub(crate) fn with_groups(mut self) -> Result<Self, Refusal> {
-        self.groups = Some(read_groups(&self.directory)?);
-        Ok(self)
-    }
-
-    /// Looks at what it runs too.
-    pub(crate) fn with_program(mut self) -> Result<Self, Refusal> {
-        let start_time = start_time(&read(&self.directory, "stat")?).ok_or(Refusal::Kernel)?;
-        self.program = Some(Program { start_time, exe: executable(&self.directory)? });
-        self.alive()?;
-        Ok(self)
-    }
-
-    /// Whether it runs. A zombie still has its `/proc` entries, but its pidfd is readable.
-    fn alive(&self) -> Result<(), Refusal> {
-        let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::ZERO) {
-            Ok(0) => Ok(()),
-            Ok(_) => Err(Refusal::Gone),
-            Err(_) => Err(Refusal::Kernel),
+    /// Looks at these as well.
+    pub(crate) fn with(mut self, looks: Looks) -> Result<Self, Refusal> {
+        if looks.groups {
+            self.groups = Some(read_groups(self.directory()?)?);
         }
+        if looks.program {
+            let start_time = start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel)?;
+            self.program = Some(Program { start_time, exe: executable(self.directory()?)? });
+        }
+        alive(&self.pidfd)?;
+        Ok(self)
+    }
+
+    fn directory(&self) -> Result<&OwnedFd, Refusal> {
+        self.directory.of(self.pid, &self.pidfd)
     }
 
     /// Whether it is alive and everything that was looked at is as it was.
     pub(crate) fn still_same(&self) -> Result<(), Refusal> {
-        let credentials = Credentials::read(&self.pidfd, &self.directory)? == self.credentials;
+        let credentials = Credentials::read(&self.pidfd, || self.directory())? == self.credentials;
         let groups = match &self.groups {
-            Some(groups) => read_groups(&self.directory)? == *groups,
+            Some(groups) => read_groups(self.directory()?)? == *groups,
             None => true,
         };
         let program = match &self.program {
-            Some(program) => file(executable_file(&self.directory)?) == program.exe.as_ref().map(key),
+            Some(program) => file(executable_file(self.directory()?)?) == program.exe.as_ref().map(key),
             None => true,
         };
-        self.alive()?;
+        alive(&self.pidfd)?;
         if credentials && groups && program { Ok(()) } else { Err(Refusal::Changed) }
     }
 
@@ -142,22 +150,28 @@ impl HeldProcess {
     pub(crate) fn start_time(&self) -> Result<u64, Refusal> {
         match &self.program {
             Some(program) => Ok(program.start_time),
-            None => start_time(&read(&self.directory, "stat")?).ok_or(Refusal::Kernel),
+            None => start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel),
         }
     }
 
     /// Whether descriptor `number` of the process is the socket with this inode.
     pub(crate) fn holds(&self, number: &str, inode: u32) -> bool {
-        let link = fcntl::readlinkat(&self.directory, Path::new("fd").join(number).as_path());
+        let Ok(directory) = self.directory() else { return false };
+        let link = fcntl::readlinkat(directory, Path::new("fd").join(number).as_path());
         link.is_ok_and(|link| link.to_str() == Some(&socket_link(inode)))
     }
 
-    /// As a plain value; with these groups where its own were not read.
-    pub(crate) fn describe(&self, groups: &[u32]) -> Process {
+    /// Supplementary, ascending, where they were looked at.
+    pub(crate) fn groups(&self) -> Option<&[u32]> {
+        self.groups.as_deref()
+    }
+
+    /// As a plain value.
+    pub(crate) fn describe(&self) -> Process {
         Process {
             pid: self.pid,
             gid: self.credentials.gids[1],
-            groups: self.groups.clone().unwrap_or_else(|| groups.to_vec()),
+            groups: self.groups.clone(),
             contained: self.contained,
             program: self.program.clone(),
         }
@@ -170,12 +184,12 @@ pub(crate) fn socket_link(inode: u32) -> String {
 }
 
 impl Credentials {
-    fn read(pidfd: &OwnedFd, directory: &OwnedFd) -> Result<Self, Refusal> {
+    fn read<'d>(pidfd: &OwnedFd, directory: impl FnOnce() -> Result<&'d OwnedFd, Refusal>) -> Result<Self, Refusal> {
         match sys::pidfd_info(pidfd.as_fd()) {
             Ok(Some(sys::PidfdInfo { uids, gids, cgroup_id: Some(id) })) => {
                 Ok(Self { uids, gids, cgroup: Membership::Id(id) })
             }
-            Ok(_) => Self::of_proc(directory),
+            Ok(_) => Self::of_proc(directory()?),
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(Refusal::Gone),
             Err(_) => Err(Refusal::Kernel),
         }
@@ -190,21 +204,36 @@ impl Credentials {
     }
 }
 
-/// Whether it lives in a container, by any of its namespaces and cgroups.
-fn is_contained(host: &Host, directory: &OwnedFd, cgroup: Option<&CgroupPath>) -> Result<bool, Refusal> {
-    // On a host that has cgroup v1 too, a container may sit in the root of the v2 hierarchy, and only v1 names it.
-    let named = match cgroup.filter(|path| !path.is_root()) {
-        Some(path) => path.names_container(),
-        None => {
-            let text = read(directory, "cgroup")?;
-            cgroup_paths(&text).any(|path| CgroupPath::parse(path).is_none_or(|path| path.names_container()))
-        }
-    };
+/// Whether the process runs. A zombie still has its `/proc` entries, but its pidfd is readable.
+fn alive(pidfd: &OwnedFd) -> Result<(), Refusal> {
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut fds, PollTimeout::ZERO) {
+        Ok(0) => Ok(()),
+        Ok(_) => Err(Refusal::Gone),
+        Err(_) => Err(Refusal::Kernel),
+    }
+}
+
+/// Whether any of its cgroups names a container. On a host that has cgroup v1 too, a container may sit in the root of the v2
+/// hierarchy, and only v1 names it.
+fn names_container<'d>(
+    cgroup: Option<&CgroupPath>,
+    directory: impl FnOnce() -> Result<&'d OwnedFd, Refusal>,
+) -> Result<bool, Refusal> {
+    if let Some(path) = cgroup.filter(|path| !path.is_root()) {
+        return Ok(path.names_container());
+    }
+    let text = read(directory()?, "cgroup")?;
+    Ok(cgroup_paths(&text).any(|path| CgroupPath::parse(path).is_none_or(|path| path.names_container())))
+}
+
+/// Whether it lives in another user or pid namespace than the daemon.
+fn in_other_namespaces(host: &Host, directory: &OwnedFd) -> Result<bool, Refusal> {
     let [user, pid] = host.shares(directory).map_err(|_| Refusal::Gone)?;
     let other_user = || Ok(!is_identity_map(&read(directory, "uid_map")?));
     let other_pid = || Ok(Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.namespaces > 1);
     // A user namespace that maps every id to itself is as good as the host's (systemd's PrivateUsers=identity).
-    Ok(named || (user != Shared::Yes && other_user()?) || pid == Shared::No || (pid == Shared::Unseen && other_pid()?))
+    Ok((user != Shared::Yes && other_user()?) || pid == Shared::No || (pid == Shared::Unseen && other_pid()?))
 }
 
 /// Device and inode: all of an executable that can't be forged (attack 11).
@@ -238,23 +267,8 @@ fn read_groups(directory: &OwnedFd) -> Result<Vec<u32>, Refusal> {
 }
 
 fn read(directory: &OwnedFd, name: &str) -> Result<String, Refusal> {
-    let open = || -> nix::Result<String> {
-        let file = fcntl::openat(directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
-        let (mut bytes, mut filled) = (vec![0; PROC_FILE], 0);
-        // Not by `read_to_end`, which asks for sizes that /proc doesn't have and tries with small buffers first.
-        loop {
-            match unistd::read(&file, &mut bytes[filled..])? {
-                0 => break,
-                more => filled += more,
-            }
-            if filled == bytes.len() {
-                bytes.resize(filled * 2, 0);
-            }
-        }
-        // A process may have named itself in any bytes; everything that is read here is ASCII.
-        Ok(String::from_utf8_lossy(&bytes[..filled]).into_owned())
-    };
-    open().map_err(|error| match error {
+    let file = fcntl::openat(directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+    file.and_then(|file| sys::read_whole(&file, usize::MAX)).map_err(|error| match error {
         Errno::ESRCH | Errno::ENOENT => Refusal::Gone,
         error => {
             tracing::warn!(%error, file = name, "a caller's /proc entry cannot be read");
@@ -298,7 +312,7 @@ impl Status {
 }
 
 /// The paths of `/proc/<pid>/cgroup`: three fields by `:`, of which the last may hold more of them.
-fn cgroup_paths(text: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn cgroup_paths(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter_map(|line| line.splitn(3, ':').nth(2))
 }
 

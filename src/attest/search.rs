@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::dir::Dir;
@@ -14,14 +15,14 @@ use crate::attest::host::Host;
 use crate::attest::inet_diag::Socket;
 use crate::attest::process::{HeldProcess, socket_link};
 use crate::attest::sys;
-use crate::caller::Refusal;
+use crate::caller::{Looks, Refusal};
 use crate::cgroup::CgroupPath;
 
 /// How much one search may look at. The loop is as long as the caller makes it (attack 21).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Budget {
     /// Bytes in the list of the cgroup's processes.
-    pub(crate) list: u64,
+    pub(crate) list: usize,
     /// Descriptors.
     pub(crate) descriptors: usize,
     /// Of the processor.
@@ -51,11 +52,11 @@ pub(crate) struct Holder {
 /// named. In the root cgroup only the processes of the socket's user are looked at, since all others are no neighbours.
 /// This proves no exclusive ownership: a descriptor may wait in a queue or an io_uring (attack 7).
 pub(crate) fn holder(
-    host: &Host,
+    host: &Arc<Host>,
     cgroups: &CgroupTree,
     socket: &Socket,
     cgroup: &CgroupPath,
-    budget: Budget,
+    (looks, budget): (Looks, Budget),
 ) -> Result<Holder, Refusal> {
     let mut spent = Spent::begin(budget)?;
     let mut found: Option<Holder> = None;
@@ -69,7 +70,7 @@ pub(crate) fn holder(
         if cgroup.is_root() && !stat(&directory).is_ok_and(|process| process.st_uid == socket.uid) {
             continue;
         }
-        let Some(next) = holding(host, pid, &directory, socket, &mut spent)? else { continue };
+        let Some(next) = holding(host, pid, &directory, (socket, looks), &mut spent)? else { continue };
         if next.process.credentials().uids != [socket.uid; 4] || next.process.cgroup() != Some(cgroup) {
             return Err(Refusal::Ambiguous);
         }
@@ -84,17 +85,16 @@ pub(crate) fn holder(
 
 /// Looks through one process's descriptors. Order matters: pidfd, then the facts, then the descriptor once more.
 fn holding(
-    host: &Host,
+    host: &Arc<Host>,
     pid: u32,
     directory: &Path,
-    socket: &Socket,
+    (socket, looks): (&Socket, Looks),
     spent: &mut Spent,
 ) -> Result<Option<Holder>, Refusal> {
     let Some(descriptor) = descriptor(directory, socket.inode, spent)? else { return Ok(None) };
     // One that exits meanwhile holds nothing any more.
     let Ok(pidfd) = sys::pidfd_open(pid) else { return Ok(None) };
-    let looked = HeldProcess::look(host, pid, pidfd).and_then(HeldProcess::with_groups);
-    let process = match looked.and_then(HeldProcess::with_program) {
+    let process = match HeldProcess::look(host, pid, pidfd).and_then(|process| process.with(looks)) {
         Ok(process) => process,
         Err(Refusal::Gone) => return Ok(None),
         Err(refusal) => return Err(refusal),

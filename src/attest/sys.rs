@@ -23,6 +23,30 @@ pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Room for most files of `/proc` and cgroups, so that they are read at once.
+const SMALL_FILE: usize = 4096;
+
+/// Reads a file of `/proc` or of a cgroup to its end, or until more than `most` bytes have come. Not by `read_to_end`, which
+/// asks for sizes that such files don't have, and tries with small buffers first.
+pub(crate) fn read_whole(file: impl std::os::fd::AsFd, most: usize) -> nix::Result<String> {
+    let (mut bytes, mut filled) = (vec![0; SMALL_FILE], 0);
+    loop {
+        match nix::unistd::read(&file, &mut bytes[filled..])? {
+            0 => break,
+            more => filled += more,
+        }
+        if filled > most {
+            break;
+        }
+        if filled == bytes.len() {
+            bytes.resize(filled * 2, 0);
+        }
+    }
+    bytes.truncate(filled);
+    // A process may have named itself in any bytes; everything that is read of such files is ASCII.
+    Ok(String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+}
+
 /// `SO_PEERPIDFD`: a descriptor for the process that connected. `None` on kernels before 6.5.
 ///
 /// A connector that is gone is an error on some kernels, and a pidfd that reads as exited on others.

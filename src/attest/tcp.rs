@@ -8,7 +8,7 @@ use crate::attest::cgroups::CgroupTree;
 use crate::attest::host::Host;
 use crate::attest::inet_diag::{SockDiag, Socket};
 use crate::attest::search::{self, Budget, Holder};
-use crate::caller::{Caller, Evidence, Listener, Refusal};
+use crate::caller::{Caller, Evidence, Listener, Looks, Refusal};
 use crate::cgroup::CgroupPath;
 
 /// Attests peers of TCP listeners in one network namespace.
@@ -52,13 +52,13 @@ impl TcpAttestor {
         Self { host, diag: Arc::new(diag), cgroups, searches: Searches::default() }
     }
 
-    /// Attests the peer `client` of a connection to `server`; looks for its process only if `needs_process` says so.
+    /// Attests the peer `client` of a connection to `server`; looks for its process only if `needs` says so.
     pub(crate) async fn attest(
         &self,
         client: SocketAddr,
         server: SocketAddr,
         admit: impl FnOnce(&Caller) -> bool,
-        needs_process: impl Fn(&Caller) -> bool,
+        needs: impl Fn(&Caller) -> Option<Looks>,
     ) -> Result<Caller, Refusal> {
         let socket = self.diag.client_socket(client, server)?;
         let id =
@@ -76,11 +76,9 @@ impl TcpAttestor {
         if !admit(&caller) {
             return Err(Refusal::TooManyConnections);
         }
-        if !needs_process(&caller) {
-            return Ok(caller);
-        }
-        let holder = self.search(socket, cgroup).await?;
-        let process = Some(holder.process.describe(&[]));
+        let Some(looks) = needs(&caller) else { return Ok(caller) };
+        let holder = self.search(socket, cgroup, looks).await?;
+        let process = Some(holder.process.describe());
         // That the socket is still what it was before the search is seen when the caller is looked at again, before anything
         // is released.
         let seen = Seen { diag: self.diag.clone(), client, server, socket, holder: Some(holder) };
@@ -89,15 +87,15 @@ impl TcpAttestor {
 
     /// At once where that is soon done. Else off the I/O threads and one at a time for this user and cgroup: a search is a
     /// loop as long as the caller makes it.
-    async fn search(&self, socket: Socket, cgroup: CgroupPath) -> Result<Holder, Refusal> {
-        match search::holder(&self.host, &self.cgroups, &socket, &cgroup, Budget::SHORT) {
+    async fn search(&self, socket: Socket, cgroup: CgroupPath, looks: Looks) -> Result<Holder, Refusal> {
+        match search::holder(&self.host, &self.cgroups, &socket, &cgroup, (looks, Budget::SHORT)) {
             Err(Refusal::TooManyDescriptors) => {}
             done => return done,
         }
         let turn = self.searches.turn((socket.uid, cgroup.clone()));
         let _turn = turn.lock().await;
         let (host, cgroups) = (self.host.clone(), self.cgroups.clone());
-        tokio::task::spawn_blocking(move || search::holder(&host, &cgroups, &socket, &cgroup, Budget::LONG))
+        tokio::task::spawn_blocking(move || search::holder(&host, &cgroups, &socket, &cgroup, (looks, Budget::LONG)))
             .await
             .unwrap_or(Err(Refusal::Kernel))
     }

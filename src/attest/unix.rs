@@ -1,6 +1,7 @@
 //! The caller on the unix socket: the process that connected, whoever holds the descriptor now.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::time::{ClockId, clock_gettime};
@@ -10,7 +11,7 @@ use tokio::net::UnixStream;
 use crate::attest::host::Host;
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
-use crate::caller::{Caller, Evidence, Listener, Refusal};
+use crate::caller::{Caller, Evidence, Listener, Looks, Refusal};
 
 #[derive(Debug)]
 struct Connector(HeldProcess);
@@ -37,8 +38,6 @@ pub(crate) struct Peer {
     pid: u32,
     uid: u32,
     gid: u32,
-    /// Supplementary, ascending.
-    groups: Vec<u32>,
     pinned: Pinned,
 }
 
@@ -52,25 +51,30 @@ enum Pinned {
 }
 
 impl Peer {
-    /// Reads `SO_PEERCRED`, `SO_PEERGROUPS` and `SO_PEERPIDFD`.
+    /// Reads `SO_PEERCRED` and `SO_PEERPIDFD`.
     pub(crate) fn of(stream: &UnixStream) -> Result<Self, Refusal> {
         let peer = getsockopt(stream, PeerCredentials).map_err(|_| Refusal::Kernel)?;
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0).ok_or(Refusal::InvisibleProcess)?;
-        let groups = sys::peer_groups(stream.as_fd()).map_err(|_| Refusal::Kernel)?;
         let pinned = match sys::peer_pidfd(stream.as_fd()).map_err(|_| Refusal::Gone)? {
             Some(pidfd) => Pinned::ByKernel(pidfd),
             None => Pinned::SinceAccept(ticks_since_boot()?),
         };
-        Ok(Self { pid, uid: peer.uid(), gid: peer.gid(), groups, pinned })
+        Ok(Self { pid, uid: peer.uid(), gid: peer.gid(), pinned })
     }
 }
 
-/// Attests the connector `peer`; looks at what it runs only if `needs_process` still says so with everything else known.
+/// Attests the connector `peer`; looks at more than its ids and cgroup only as far as `needs` says so. `groups` reads
+/// `SO_PEERGROUPS`.
 ///
 /// The process must still be there, and still be exactly that in each of its ids: one that has executed a setuid program
 /// meanwhile, or has dropped a privilege, is refused (attack 3).
-pub(crate) fn attest(host: &Host, peer: Peer, needs_process: impl Fn(&Caller) -> bool) -> Result<Caller, Refusal> {
-    let Peer { pid, uid, gid, groups, pinned } = peer;
+pub(crate) fn attest(
+    host: &Arc<Host>,
+    peer: Peer,
+    groups: impl Fn() -> Result<Vec<u32>, Refusal>,
+    needs: impl Fn(&Caller) -> Option<Looks>,
+) -> Result<Caller, Refusal> {
+    let Peer { pid, uid, gid, pinned } = peer;
     let process = match pinned {
         Pinned::ByKernel(pidfd) => HeldProcess::look(host, pid, pidfd)?,
         Pinned::SinceAccept(accepted) => unpinned(host, pid, accepted)?,
@@ -83,11 +87,20 @@ pub(crate) fn attest(host: &Host, peer: Peer, needs_process: impl Fn(&Caller) ->
         listener: Listener::Unix,
         uid,
         cgroup: process.cgroup().cloned(),
-        process: Some(process.describe(&groups)),
+        process: Some(process.describe()),
         evidence: Box::new(NotYet),
     };
-    let process = if needs_process(&caller) { process.with_program()? } else { process };
-    caller.process = Some(process.describe(&groups));
+    let process = match needs(&caller) {
+        None => process,
+        Some(looks) => {
+            let process = process.with(looks)?;
+            if looks.groups && process.groups() != Some(&groups()?[..]) {
+                return Err(Refusal::Changed);
+            }
+            caller.process = Some(process.describe());
+            process
+        }
+    };
     caller.evidence = Box::new(Connector(process));
     Ok(caller)
 }
@@ -95,7 +108,7 @@ pub(crate) fn attest(host: &Host, peer: Peer, needs_process: impl Fn(&Caller) ->
 /// The process that has the number now, on a kernel that does not say whether it is the connector. One that started after
 /// the connection was accepted certainly isn't. One that started between connect and accept is not noticed, which is why
 /// callers in containers, who can make pids be used again, are not served there (attack 16).
-fn unpinned(host: &Host, pid: u32, accepted: u64) -> Result<HeldProcess, Refusal> {
+fn unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<HeldProcess, Refusal> {
     let pidfd = sys::pidfd_open(pid).map_err(|_| Refusal::Gone)?;
     let process = HeldProcess::look(host, pid, pidfd)?;
     if process.start_time()? > accepted {

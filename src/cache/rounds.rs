@@ -11,10 +11,10 @@ use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
-use super::Shared;
 use super::entry::{Slot, State};
 use super::news::News;
 use super::rules::{Class, Next};
+use super::{Setup, Shared};
 use crate::clock::Clock;
 
 /// How often the wall clock is compared with the monotonic one, by which the task sleeps.
@@ -154,17 +154,7 @@ impl Shared {
                 None
             }
             Next::Wait(at) => Some(at),
-            Next::Refresh(end) => {
-                let caller =
-                    if setup.issuer.needs_caller() { slot.latest.load_full() } else { Some(self.nobody.clone()) };
-                Some(match (caller, self.refreshes.try_take(&slot.grant.spiffe_id)) {
-                    (Some(caller), Some(turn)) => {
-                        self.launch(slot, caller, &mut state, Some(turn));
-                        end
-                    }
-                    _ => end.min(Instant::now() + NO_TURN.mul_f64(0.5 + fastrand::f64())),
-                })
-            }
+            Next::Refresh(end) => Some(self.refresh(slot, &setup, &mut state).map_or(end, |at| end.min(at))),
         };
         self.schedule.put(slot, &mut state.next, again);
         drop(state);
@@ -174,6 +164,19 @@ impl Shared {
         if let Some(news) = news {
             news.tell(slot, &self.log);
         }
+    }
+
+    /// Starts a refresh, if there is somebody to ask for it with, and a turn; if only that is missing, says when to look
+    /// again.
+    fn refresh(self: &Arc<Self>, slot: &Arc<Slot>, setup: &Setup, state: &mut State) -> Option<Instant> {
+        let caller = if setup.issuer.needs_caller() { slot.latest.load_full() } else { Some(self.nobody.clone()) };
+        // Without one, the next request brings it.
+        let caller = caller?;
+        let Some(turn) = self.refreshes.try_take(&slot.grant.spiffe_id) else {
+            return Some(Instant::now() + NO_TURN.mul_f64(0.5 + fastrand::f64()));
+        };
+        self.launch(slot, caller, state, Some(turn));
+        None
     }
 
     /// Has the place looked at when there is something to do.

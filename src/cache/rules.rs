@@ -161,8 +161,6 @@ impl Shared {
         }
         match trouble {
             Some(trouble) if trouble.retry_at > now => Next::Wait(end.min(trouble.retry_at)),
-            // The next request brings a caller.
-            _ if setup.issuer.needs_caller() && slot.latest.load().is_none() => Next::Wait(end),
             _ => Next::Refresh(end),
         }
     }

@@ -274,3 +274,12 @@ fn a_file_is_loaded_from_its_path() {
     let [warning] = &Config::load(&path, no_env).unwrap().warnings[..] else { panic!("one warning") };
     assert!(warning.to_string().contains("every user of this node can write"), "{warning}");
 }
+
+#[test]
+fn a_reload_is_told_which_keys_of_listen_differ() {
+    let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.listen);
+    assert!(default.changed(&default).is_empty());
+    let keys = "unix tcp admin status authorization token_file max_connections max_connections_per_workload";
+    assert_eq!(default.changed(&other).join(" "), keys);
+    assert_eq!(default.changed(&Listen { admin: None, ..default.clone() }), ["admin"]);
+}

@@ -3,7 +3,8 @@
 //! hyper and httparse refuse before this what is no HTTP/1.1: spaces before a colon, folded lines, control characters, two
 //! lengths that differ, a coding other than chunked. [`Wire`](super::wire::Wire) refuses line feeds alone. What is ignored,
 //! as the standard allows: `Upgrade` (one Java client offers HTTP/2 with every request), `Expect` without a body, headers
-//! that nobody knows, everything after the first request.
+//! that nobody knows, bytes above 127 in their values, everything after the first request. HTTP/1.0 is answered as such, if
+//! it has a `Host`: small clients and probes speak it.
 
 use std::net::IpAddr;
 

@@ -42,7 +42,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Wire<'a, S> {
     /// and the client might never see the answer.
     pub(super) async fn discard(&mut self) {
         let unwanted = async {
-            let mut buffer = [0; 4096];
+            // Not in the future of each connection, of which hardly one comes here.
+            let mut buffer = vec![0; 4096];
             let mut rest = (&mut self.stream).take(UNWANTED_BYTES);
             while rest.read(&mut buffer).await.is_ok_and(|length| length > 0) {}
         };

@@ -217,6 +217,33 @@ fn a_requested_grant_is_for_the_caller_alone_and_for_the_arn_as_it_was_written()
 }
 
 #[test]
+fn only_the_same_definition_could_give_a_grant() {
+    let caller = identities(&["shop/billing"]);
+    let before = Roles {
+        requested: requesting(&["arn:aws:iam::123456789012:role/app-*"]).requested,
+        ..roles([role("any", "shop/*", "any"), role("billing", "shop/billing", "billing")])
+    };
+    let billing = before.choose(&caller, &Wanted::Named("billing".to_owned())).unwrap();
+    let asked = before.choose(&caller, &arn("arn:aws:iam::123456789012:role/app-1")).unwrap();
+    assert!(before.could_give(&billing) && before.could_give(&asked));
+    // Elsewhere in the list, and beside others.
+    let moved = roles([role("billing", "shop/billing", "billing"), role("new", "**", "new")]);
+    assert!(moved.could_give(&billing) && !moved.could_give(&asked));
+    let narrowed = Role { policy: Some("{}".to_owned()), ..role("billing", "shop/billing", "billing") };
+    for other in [
+        narrowed,
+        role("billing", "shop/billing", "other"),
+        role("billing", "shop/other", "billing"),
+        role("renamed", "shop/billing", "billing"),
+    ] {
+        assert!(!roles([other.clone()]).could_give(&billing), "{other:?}");
+    }
+    let fewer =
+        Roles { requested: requesting(&["arn:aws:iam::123456789012:role/web-*"]).requested, ..Roles::default() };
+    assert!(!fewer.could_give(&asked));
+}
+
+#[test]
 fn denials_have_reasons_of_their_own() {
     let all = [Denied::NoRole, Denied::NotThisRole, Denied::ArnNotAllowed, Denied::SeveralIdentities];
     let reasons: std::collections::HashSet<_> = all.iter().map(Denied::reason).collect();

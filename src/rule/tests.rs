@@ -20,7 +20,7 @@ fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
 }
 
 fn process() -> Process {
-    Process { pid: 4711, gid: 100, groups: vec![27, 1002], contained: false, program: None }
+    Process { pid: 4711, gid: 100, groups: Some(vec![27, 1002]), contained: false, program: None }
 }
 
 fn running_program(exe: Option<Executable>) -> Process {
@@ -143,7 +143,7 @@ fn the_overflow_id_is_nobody() {
         decides(&rule, &by_socket(OVERFLOW_ID, HOST), "no match");
         decides(&rule, &with_process(by_socket(OVERFLOW_ID, HOST), process()), "no match");
     }
-    let unmapped = Process { gid: OVERFLOW_ID, groups: vec![OVERFLOW_ID], ..process() };
+    let unmapped = Process { gid: OVERFLOW_ID, groups: Some(vec![OVERFLOW_ID]), ..process() };
     for rule in [Rule { gid: Some(OVERFLOW_ID), ..rule() }, Rule { supplementary_group: Some(OVERFLOW_ID), ..rule() }] {
         decides(&rule, &with_process(by_socket(7, HOST), unmapped.clone()), "no match");
     }

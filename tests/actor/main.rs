@@ -18,6 +18,7 @@ mod moves;
 mod process;
 mod programs;
 mod scenes;
+mod soak;
 mod wire;
 
 /// A user with a rule.
@@ -43,6 +44,7 @@ fn main() {
             let to = wire::Address::parse(listener, address);
             print!("{}", wire::ask(&to.connect()));
         }
+        ["soak", uid, listener, address, pause] => soak::ask(uid, &wire::Address::parse(listener, address), pause),
         ["become", listener, address, program] => {
             programs::become_another(&wire::Address::parse(listener, address), program)
         }

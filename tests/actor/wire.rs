@@ -1,6 +1,6 @@
 //! Connections to the daemon, and what is said on them.
 
-use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -30,10 +30,14 @@ impl Address {
     }
 
     pub(crate) fn connect(&self) -> OwnedFd {
-        match self {
-            Self::Unix(path) => UnixStream::connect(path).unwrap().into(),
-            Self::Tcp(address) => TcpStream::connect(address).unwrap().into(),
-        }
+        self.try_connect().unwrap()
+    }
+
+    pub(crate) fn try_connect(&self) -> io::Result<OwnedFd> {
+        Ok(match self {
+            Self::Unix(path) => UnixStream::connect(path)?.into(),
+            Self::Tcp(address) => TcpStream::connect(address)?.into(),
+        })
     }
 
     /// A loopback address from which nobody connects by himself, of the listener's family.

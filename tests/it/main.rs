@@ -14,4 +14,5 @@ mod listeners;
 mod outages;
 mod recognition;
 mod reload;
+mod soak;
 mod systemd;

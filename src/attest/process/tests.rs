@@ -1,7 +1,7 @@
 use super::*;
 
-fn host() -> Host {
-    Host::new(PathBuf::from("/proc"), None)
+fn host() -> Arc<Host> {
+    Arc::new(Host::new(PathBuf::from("/proc"), None))
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
     let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
     let held = HeldProcess::look(&host(), child.id(), pidfd).unwrap();
     assert_eq!(held.still_same(), Ok(()));
-    assert_eq!(held.describe(&[]).pid, child.id());
+    assert_eq!(held.describe().pid, child.id());
     child.kill().unwrap();
     // Dead, and not reaped before `wait` below: /proc/<pid> is still there.
     let mut fds = [PollFd::new(held.pidfd.as_fd(), PollFlags::POLLIN)];

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use super::*;
 use crate::attest::inet_diag::SockDiag;
 
+/// Everything that may be looked at.
+const ALL: Looks = Looks { groups: true, program: true };
 const PLENTY: Budget = Budget { list: 64 * 1024, descriptors: 65_536, time: Duration::from_secs(60) };
 
 /// A connection of this process, and what the kernel says of its client's socket.
@@ -19,9 +21,9 @@ fn connection() -> (TcpListener, TcpStream, Socket) {
 }
 
 /// The machine, with its real cgroup v2 tree.
-fn machine() -> (Host, Arc<CgroupTree>) {
+fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
     let tree = Arc::new(CgroupTree::find(&fs::read_to_string("/proc/self/mountinfo").unwrap()).expect("cgroup v2"));
-    (Host::new(PathBuf::from("/proc"), Some(tree.clone())), tree)
+    (Arc::new(Host::new(PathBuf::from("/proc"), Some(tree.clone()))), tree)
 }
 
 /// A tree whose root says that these are its processes.
@@ -42,8 +44,8 @@ fn the_holder_is_found_with_its_descriptor() {
     let (_listener, client, socket) = connection();
     let (host, tree) = machine();
     let cgroup = tree.path_of(socket.cgroup_id.unwrap()).unwrap();
-    let found = holder(&host, &tree, &socket, &cgroup, PLENTY).unwrap();
-    assert_eq!(found.process.describe(&[]).pid, std::process::id());
+    let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
+    assert_eq!(found.process.describe().pid, std::process::id());
     assert_eq!(found.descriptor, client.as_raw_fd().to_string());
 }
 
@@ -53,7 +55,7 @@ fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, elsewhere) = listing(&format!("{}\n", std::process::id()));
-    assert_eq!(holder(&host, &elsewhere, &socket, &unit(), PLENTY).unwrap_err(), Refusal::Ambiguous);
+    assert_eq!(holder(&host, &elsewhere, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::Ambiguous);
 }
 
 #[test]
@@ -61,7 +63,7 @@ fn a_process_of_a_pid_namespace_that_is_not_seen_ends_the_search() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("0\n{}\n", std::process::id()));
-    assert_eq!(holder(&host, &tree, &socket, &unit(), PLENTY).unwrap_err(), Refusal::InvisibleProcess);
+    assert_eq!(holder(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::InvisibleProcess);
 }
 
 #[test]
@@ -75,7 +77,7 @@ fn a_search_over_its_budget_finds_nobody() {
         Budget { descriptors: 3, ..PLENTY },
         Budget { time: Duration::ZERO, ..PLENTY },
     ] {
-        let found = holder(&host, &tree, &socket, &unit(), budget);
+        let found = holder(&host, &tree, &socket, &unit(), (ALL, budget));
         assert_eq!(found.unwrap_err(), Refusal::TooManyDescriptors, "{budget:?}");
     }
 }
@@ -86,5 +88,5 @@ fn a_process_that_does_not_hold_the_socket_is_passed_over() {
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
     drop(client);
-    assert_eq!(holder(&host, &tree, &socket, &unit(), PLENTY).unwrap_err(), Refusal::NoHolder);
+    assert_eq!(holder(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::NoHolder);
 }

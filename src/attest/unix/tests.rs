@@ -5,16 +5,25 @@ use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 
 use super::*;
 
-fn host() -> Host {
-    Host::new(PathBuf::from("/proc"), None)
+fn host() -> Arc<Host> {
+    Arc::new(Host::new(PathBuf::from("/proc"), None))
 }
 
 /// What a kernel before 6.5 would have recorded of this process or a child of it.
 fn peer(pid: u32, accepted: u64) -> Peer {
+    Peer { pid, uid: geteuid().as_raw(), gid: getegid().as_raw(), pinned: Pinned::SinceAccept(accepted) }
+}
+
+/// This process's supplementary groups, which its children have too.
+fn groups() -> Result<Vec<u32>, Refusal> {
     let mut groups: Vec<u32> = getgroups().unwrap().into_iter().map(Gid::as_raw).collect();
     groups.sort_unstable();
     groups.dedup();
-    Peer { pid, uid: geteuid().as_raw(), gid: getegid().as_raw(), groups, pinned: Pinned::SinceAccept(accepted) }
+    Ok(groups)
+}
+
+fn nothing_more(_: &Caller) -> Option<Looks> {
+    None
 }
 
 /// A process that waits until it is killed.
@@ -36,7 +45,7 @@ fn start_time(child: &Child) -> u64 {
 fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
     let child = waiting("cat", &[]);
     let accepted = start_time(&child);
-    let caller = attest(&host(), peer(child.id(), accepted), |_| false).unwrap();
+    let caller = attest(&host(), peer(child.id(), accepted), groups, nothing_more).unwrap();
     assert_eq!(caller.process.as_ref().unwrap().pid, child.id());
     assert_eq!(caller.still_same(), Ok(()));
     end(child);
@@ -47,7 +56,7 @@ fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
 fn without_one_a_process_that_started_after_the_connection_is_another() {
     let child = waiting("cat", &[]);
     let accepted = start_time(&child) - 1;
-    assert_eq!(attest(&host(), peer(child.id(), accepted), |_| false).unwrap_err(), Refusal::Gone);
+    assert_eq!(attest(&host(), peer(child.id(), accepted), groups, nothing_more).unwrap_err(), Refusal::Gone);
     end(child);
 }
 
@@ -60,7 +69,7 @@ fn without_one_nobody_in_a_container_is_served() {
     // In a user namespace of its own, with this user mapped to itself: all that tells is the namespace.
     let mut child = waiting("unshare", &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"]);
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
-    let refusal = attest(&host(), peer(child.id(), u64::MAX), |_| false).unwrap_err();
+    let refusal = attest(&host(), peer(child.id(), u64::MAX), groups, nothing_more).unwrap_err();
     assert!(matches!(refusal, Refusal::Unsupported(_)), "{refusal:?}");
     end(child);
 }
@@ -69,20 +78,30 @@ fn without_one_nobody_in_a_container_is_served() {
 fn other_ids_than_the_connectors_are_a_refusal() {
     let child = waiting("cat", &[]);
     let other = Peer { uid: geteuid().as_raw() + 1, ..peer(child.id(), u64::MAX) };
-    assert_eq!(attest(&host(), other, |_| false).unwrap_err(), Refusal::Changed);
+    assert_eq!(attest(&host(), other, groups, nothing_more).unwrap_err(), Refusal::Changed);
     let other = Peer { gid: getegid().as_raw() + 1, ..peer(child.id(), u64::MAX) };
-    assert_eq!(attest(&host(), other, |_| false).unwrap_err(), Refusal::Changed);
+    assert_eq!(attest(&host(), other, groups, nothing_more).unwrap_err(), Refusal::Changed);
     end(child);
 }
 
 #[test]
-fn what_it_runs_is_looked_at_only_where_that_decides() {
+fn groups_and_program_are_looked_at_only_where_they_decide() {
     let child = waiting("cat", &[]);
-    let without = attest(&host(), peer(child.id(), u64::MAX), |_| false).unwrap();
-    assert!(without.process.unwrap().program.is_none());
-    let with = attest(&host(), peer(child.id(), u64::MAX), |caller| caller.process.is_some()).unwrap();
-    let program = with.process.unwrap().program.unwrap();
-    assert_eq!(program.start_time, start_time(&child));
+    let attest_with = |looks| attest(&host(), peer(child.id(), u64::MAX), groups, |_| looks).unwrap().process.unwrap();
+    let least = attest_with(None);
+    assert_eq!((least.groups, least.program), (None, None));
+    let all = attest_with(Some(Looks { groups: true, program: true }));
+    let program = all.program.unwrap();
+    assert_eq!((all.groups.unwrap(), program.start_time), (groups().unwrap(), start_time(&child)));
     assert!(program.exe.unwrap().path.is_absolute());
+    end(child);
+}
+
+#[test]
+fn other_groups_than_the_connectors_are_a_refusal() {
+    let child = waiting("cat", &[]);
+    let others = || Ok(vec![4_000_000_000]);
+    let looks = |_: &Caller| Some(Looks { groups: true, program: false });
+    assert_eq!(attest(&host(), peer(child.id(), u64::MAX), others, looks).unwrap_err(), Refusal::Changed);
     end(child);
 }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::Log;
+use news::News;
 
 /// When the first refresh may be due at the latest.
 const DUE: Duration = Duration::from_secs(3600 * 55 / 100);
@@ -125,8 +126,12 @@ async fn an_outage_between_two_denials_does_not_make_the_first_undone() {
     pass(MINUTE * 5).await;
     assert_eq!(key(&cache).await.unwrap().0, "KEY1");
     world.fail(denied());
-    pass(MINUTE * 2).await;
-    assert_eq!(reason(&cache).await, "source_denied");
+    let before = world.fetched();
+    while world.fetched() == before {
+        pass(SECOND).await;
+    }
+    pass(SECOND * 3).await;
+    assert_eq!(reason(&cache).await, "source_denied", "at the first question after it");
 }
 
 #[tokio::test(start_paused = true)]
@@ -153,11 +158,27 @@ async fn an_outage_is_tried_again_and_again_but_not_all_the_time() {
     assert_eq!(key(&cache).await.unwrap().1, Freshness::Hit);
 }
 
+/// A line that is first written by another test's thread, which has no log, would be left out of this thread's as well: so
+/// each is written once before.
+fn log() -> Log {
+    let slot = Slot::new(grant("before"));
+    let error = || IssueError::from(unavailable());
+    for news in [
+        News::Failed { error: error(), kept: false, missed: 0 },
+        News::Again,
+        News::Withdrawn(error()),
+        News::Over(error()),
+    ] {
+        news.tell(&slot, &super::Log::default());
+    }
+    Log::start()
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_log_has_a_failure_once_per_change() {
     let (world, cache) = world(10_000);
     key(&cache).await.unwrap();
-    let log = Log::start();
+    let log = log();
     let count = |what: &str| log.text().matches(what).count();
     world.fail(unavailable());
     pass(MINUTE * 45).await;
@@ -179,7 +200,7 @@ async fn the_log_has_a_recovery_and_is_bounded_in_an_outage_of_all() {
     for number in 0..300 {
         cache.get(&grant_of(&number.to_string(), &role), &caller()).await.unwrap();
     }
-    let log = Log::start();
+    let log = log();
     world.fail(unavailable());
     pass(DUE + SECOND).await;
     let failed = log.text().matches("credentials were not issued").count();

@@ -408,7 +408,7 @@ async fn the_rules_say_who_a_caller_is() {
     let identity = |path: &str| {
         vec![Identity { spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(), hint: None }]
     };
-    let process = |gid| Process { pid: 1, gid, groups: vec![], contained: false, program: None };
+    let process = |gid| Process { pid: 1, gid, groups: None, contained: false, program: None };
 
     assert_eq!(api.identify(&caller(1001, None)).await, Ok(identity("billing")));
     assert_eq!(api.identify(&caller(1003, None)).await, Ok(vec![]));

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
@@ -13,10 +14,24 @@ use nix::unistd::Pid;
 
 use super::counterparts::process::{Owned, run, spawn};
 
-/// Where cargo puts it: beside the folder of the test programs.
+/// Where cargo puts it: beside the folder of the test programs. Cargo builds examples only when all of a project's tests
+/// are run, so for a run of some of them this does it.
 pub(crate) fn program() -> PathBuf {
-    let test = std::env::current_exe().expect("the test program");
-    test.parent().and_then(|deps| deps.parent()).expect("target/<profile>/deps").join("examples/actor")
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let build = || {
+        let test = std::env::current_exe().expect("the test program");
+        let folder = test.parent().and_then(|deps| deps.parent()).expect("target/<profile>/deps");
+        let profile = match folder.file_name().and_then(|name| name.to_str()).expect("a profile") {
+            "debug" => "dev",
+            other => other,
+        };
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+        cargo.args(["build", "--quiet", "--locked", "--example", "actor", "--profile", profile]);
+        run(cargo, b"", Duration::from_secs(600)).success("cargo build --example actor");
+        folder.join("examples/actor")
+    };
+    BUILT.get_or_init(build).clone()
 }
 
 /// Plays a scene against a listener of the process `daemon`, in this cgroup; what it answered on the connection.

@@ -1,0 +1,96 @@
+//! For the fuzz target: what the kernel says, read from any bytes.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use crate::attest::cgroups::CgroupTree;
+use crate::attest::{inet_diag, process};
+use crate::cgroup::CgroupPath;
+
+/// The connection that is asked about, as in the seeds.
+const CLIENT: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 40000);
+const SERVER: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 974);
+
+/// A reply is believed about one connection at most, and never about a socket that nobody holds.
+pub(crate) fn sock_diag(reply: &[u8]) -> bool {
+    let (client, server) = (SocketAddr::from(CLIENT), SocketAddr::from(SERVER));
+    let Ok(socket) = inet_diag::parse(reply, client, server) else { return false };
+    assert_ne!(socket.inode, 0);
+    let mut others = [client, client, client];
+    others[0].set_port(40001);
+    others[1].set_ip(Ipv4Addr::new(127, 0, 0, 2).into());
+    others[2].set_ip(std::net::Ipv6Addr::LOCALHOST.into());
+    for other in others {
+        assert!(inet_diag::parse(reply, other, server).is_err(), "believed about {other}, too");
+        assert!(inet_diag::parse(reply, client, other).is_err(), "believed about a connection to {other}, too");
+    }
+    assert!(inet_diag::parse(reply, server, client).is_err(), "the server's own end is not the client's");
+    // A v4-mapped address is the IPv4 address that it is.
+    let mapped = |(ip, port): (Ipv4Addr, u16)| SocketAddr::from((ip.to_ipv6_mapped(), port));
+    assert_eq!(inet_diag::parse(reply, mapped(CLIENT), mapped(SERVER)), Ok(socket));
+    for end in 0..reply.len() {
+        assert!(inet_diag::parse(&reply[..end], client, server).is_err() || end >= 16 + 72, "believed without its end");
+    }
+    true
+}
+
+/// `/proc/<pid>/stat`, `status`, `uid_map` and `cgroup`.
+pub(crate) fn proc(text: &str) -> bool {
+    let (start, status) = (process::start_time(text), process::Status::parse(text));
+    if let Some(start) = start {
+        // Whatever a process calls itself.
+        assert_eq!(process::start_time(&format!("7 (a) R 1 (b) {text}")), Some(start));
+    }
+    if let Some(status) = &status {
+        assert!(status.groups.is_sorted_by(|a, b| a < b));
+        let numbers = |numbers: &[u32]| numbers.iter().map(u32::to_string).collect::<Vec<_>>().join("\t");
+        let again = format!(
+            "Name:\tUid: 0\nUid:\t{}\nGid:\t{}\nGroups:\t{} \nNSpid:\t{}\n",
+            numbers(&status.uids),
+            numbers(&status.gids),
+            numbers(&status.groups),
+            numbers(&vec![1; status.namespaces]),
+        );
+        assert_eq!(process::Status::parse(&again).as_ref(), Some(status));
+    }
+    if process::is_identity_map(text) {
+        assert!(text.split_ascii_whitespace().eq(["0", "0", "4294967295"]));
+    }
+    for path in process::cgroup_paths(text) {
+        assert!(text.contains(path) && !path.contains('\n'));
+    }
+    start.is_some() || status.is_some() || process::is_identity_map(text)
+}
+
+/// `/proc/self/mountinfo`: only a whole tree of the second version is taken.
+pub(crate) fn mountinfo(text: &str) -> bool {
+    let tree = CgroupTree::find(text);
+    if let Some(tree) = &tree {
+        assert!(
+            text.contains(" - cgroup2 ") || text.ends_with(" - cgroup2") || text.contains(" - cgroup2\n"),
+            "{tree:?}"
+        );
+    }
+    tree.is_some()
+}
+
+/// A cgroup's path names what it names however much is below it, and nothing that leads out of it.
+pub(crate) fn cgroup(text: &str) -> bool {
+    let Some(path) = CgroupPath::parse(text) else { return false };
+    assert_eq!(path.as_str(), text);
+    assert!(text.starts_with('/') && !text.split('/').any(|segment| segment == ".."));
+    let (part, is_pod) = path.workload();
+    assert!(text.starts_with(part) && matches!(text.as_bytes().get(part.len()), None | Some(b'/')), "{part} of {text}");
+    assert!(!is_pod || path.names_container());
+    if let Some(unit) = path.systemd_unit() {
+        assert!(text.split('/').any(|segment| segment == unit));
+    }
+    // Names that a workload can choose below its own directory change neither.
+    let Some(below) = CgroupPath::parse(&format!("{text}/system.slice/other.service")) else { return true };
+    if path.systemd_unit().is_some() {
+        assert_eq!(below.systemd_unit(), path.systemd_unit());
+        let (there, _) = below.workload();
+        assert!(there == part || part == text, "{there} and {part}");
+    }
+    assert!(!path.names_container() || below.names_container());
+    true
+}

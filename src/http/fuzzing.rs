@@ -1,0 +1,55 @@
+//! For the fuzz target: the rules for requests, with one read from any bytes.
+
+use hyper::header::{HOST, HeaderMap, HeaderName, HeaderValue};
+use hyper::{Method, Uri};
+
+use super::rules::{Asked, Authorization, read};
+use crate::caller::Listener;
+use crate::role::Wanted;
+
+/// `METHOD TARGET` in the first line, headers in the others: whatever is let through is harmless by itself.
+pub(crate) fn request(bytes: &[u8]) -> bool {
+    let mut lines = bytes.split(|byte| *byte == b'\n');
+    let Some((method, target)) = lines.next().and_then(|line| split(line, b' ')) else { return false };
+    let (Ok(method), Ok(uri)) = (Method::from_bytes(method), Uri::try_from(target)) else { return false };
+    let mut headers = HeaderMap::new();
+    for (name, value) in lines.filter_map(|line| split(line, b':')) {
+        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), HeaderValue::from_bytes(value.trim_ascii())) {
+            headers.append(name, value);
+        }
+    }
+    let asked = Asked {
+        method: &method,
+        names_server: uri.authority().is_some() || uri.scheme().is_some(),
+        path: uri.path(),
+        query: uri.query(),
+        headers: &headers,
+        has_body: false,
+    };
+    let [tcp, unix] =
+        [Listener::Tcp, Listener::Unix].map(|listener| read(&asked, listener, &Authorization::Present).ok());
+    assert!(tcp.is_none() || tcp == unix, "the unix socket asks for less, never for something else");
+    let Some(wanted) = unix else { return false };
+    assert_eq!(method, Method::GET);
+    assert!(!asked.names_server && uri.path().starts_with("/v1/credentials") && uri.query().is_none());
+    assert_eq!(headers.get_all(HOST).iter().count(), 1);
+    for name in headers.keys().map(HeaderName::as_str) {
+        let is_deputys = name.starts_with("x-forwarded-") || name.starts_with("sec-fetch-") || name == "via";
+        // Only those of `Sec-Fetch-*` that browsers send.
+        assert!(!is_deputys || (name.starts_with("sec-fetch-") && !headers.contains_key("sec-fetch-mode")), "{name}");
+    }
+    match wanted {
+        Wanted::First => assert!(matches!(uri.path(), "/v1/credentials" | "/v1/credentials/")),
+        Wanted::Named(name) => {
+            assert!((1..=64).contains(&name.len()) && !matches!(&*name, "." | ".."), "{name:?}");
+            assert!(name.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c)), "{name:?}");
+        }
+        Wanted::Arn(arn) => assert!(arn.as_str().bytes().all(|c| c.is_ascii_graphic()), "{arn}"),
+    }
+    true
+}
+
+fn split(line: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
+    let place = line.iter().position(|byte| *byte == at)?;
+    Some((&line[..place], &line[place + 1..]))
+}

@@ -1,0 +1,273 @@
+//! Twenty processes of four users ask all the time, while SPIRE's agent and STS are killed and started again at random.
+//!
+//! `tests/run` has a short form; `tests/run slow` the whole one of half an hour, in which each session of 15 minutes is
+//! renewed several times. Alone: `AWSVID_TESTS=slow cargo test --test it soak -- --nocapture`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::harness::actor::program;
+use crate::harness::cgroup::Cgroup;
+use crate::harness::counterparts::folder;
+use crate::harness::counterparts::process::{Process, await_some};
+use crate::harness::world::{Setting, World, id};
+
+const USERS: [(u32, &str); 4] = [(61011, "one"), (61012, "two"), (61013, "three"), (61014, "four")];
+const PROCESSES: usize = 20;
+/// Between the requests of each. Without one the machine would measure itself, and the audit file be gigabytes.
+const PAUSE_MS: u64 = 100;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long, and how bad.
+struct Form {
+    length: Duration,
+    /// When memory is first looked at.
+    settled: Duration,
+    /// The longest outage, as it is ordered: with the start of what was away it is some seconds longer.
+    outage: Duration,
+    /// The shortest time between two outages. What is due for renewal is tried at least every 90 s, so that two outages don't
+    /// come to one of double length.
+    between: Duration,
+    /// How much more anonymous memory there may be at the end, in per cent of what there was and in KiB.
+    growth: (u64, u64),
+    /// How many keys each user has been given at least.
+    keys: usize,
+}
+
+impl Form {
+    fn wanted() -> Self {
+        let seconds = Duration::from_secs;
+        if std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow") {
+            // The issue's own figures.
+            Self {
+                length: seconds(1800),
+                settled: seconds(60),
+                outage: seconds(285),
+                between: seconds(150),
+                growth: (10, 0),
+                keys: 3,
+            }
+        } else {
+            // Some seconds are not enough for a percentage: allocator and buffers still grow to what twenty processes at
+            // one time need. What leaks for each request (there are thousands) or each outage shows all the same.
+            Self {
+                length: seconds(20),
+                settled: seconds(5),
+                outage: seconds(3),
+                between: seconds(2),
+                growth: (10, 2048),
+                keys: 1,
+            }
+        }
+    }
+}
+
+/// One process that asks.
+struct Asker {
+    process: Process,
+    user: &'static str,
+}
+
+/// What all of them have seen.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counted {
+    errors: u64,
+    expired: u64,
+    empty: u64,
+    others: u64,
+}
+
+#[test]
+fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
+    let form = Form::wanted();
+    let seed =
+        std::env::var("AWSVID_SEED").ok().map_or_else(|| fastrand::u64(..), |text| text.parse().expect("a number"));
+    eprintln!("soak: AWSVID_SEED={seed}");
+    let folder = folder();
+    // Over TCP this user's process has to be searched for; see `start`.
+    let rule = |uid| if uid == USERS[0].0 { format!("gid = {uid}") } else { String::new() };
+    let setting = Setting { rule: Some(&rule), role: "duration = \"15m\"", ..Setting::default() };
+    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else { return };
+    let cgroups = USERS.map(|(uid, _)| Cgroup::new(&format!("soak-{uid}.service")));
+    for (uid, _) in USERS {
+        world.curl(uid);
+    }
+    let sts = world.minio.endpoint().rsplit_once(':').unwrap().1.parse().unwrap();
+    let pid = world.daemon.process().owned().id().as_raw().cast_unsigned();
+    let idle = descriptors(pid, sts);
+
+    let began = Instant::now();
+    let mut askers: Vec<Asker> = (0..PROCESSES).map(|number| start(&world, folder.path(), number, &cgroups)).collect();
+    thread::sleep(form.settled);
+    let settled = anonymous_kib(pid);
+    let (mut rng, mut outages) = (Rng::with_seed(seed), Vec::new());
+    while began.elapsed() < form.length {
+        thread::sleep(between(&mut rng, form.between, form.between * 3 / 2));
+        // As many quick restarts as outages of any length.
+        let longest = if rng.bool() { form.outage } else { form.outage.min(Duration::from_secs(10)) };
+        outages.push(outage(&mut world, &mut rng, longest));
+    }
+    let at_end = anonymous_kib(pid);
+
+    let mut seen = Seen::default();
+    for asker in &mut askers {
+        asker.process.signal(Signal::SIGTERM);
+        asker.process.owned().wait(PATIENCE).expect("it ends");
+        seen.add(asker);
+    }
+    seen.compare(&folder.path().join("audit.log"));
+    let left = await_some("nothing is open but what was before", PATIENCE, || {
+        let left = descriptors(pid, sts);
+        (left == idle).then_some(left)
+    });
+    let longest = outages.iter().max().copied().unwrap_or_default();
+    eprintln!(
+        "soak: seed {seed}, {} s, {PROCESSES} processes, {} outages (longest {} s), {} answers, {} errors, {} expired, \
+         {} empty, {} of another identity, {} keys, anonymous memory {settled} -> {at_end} KiB, descriptors {idle} -> {left}",
+        began.elapsed().as_secs(),
+        outages.len(),
+        longest.as_secs(),
+        seen.answers,
+        seen.counted.errors,
+        seen.counted.expired,
+        seen.counted.empty,
+        seen.counted.others,
+        seen.keys.values().map(BTreeSet::len).sum::<usize>(),
+    );
+    assert_eq!(seen.counted, Counted::default(), "{}", seen.bad.join("\n"));
+    for (_, name) in USERS {
+        assert!(seen.keys[name].len() >= form.keys, "{name} was given {:?}", seen.keys[name]);
+    }
+    let allowed = settled + settled * form.growth.0 / 100 + form.growth.1;
+    assert!(at_end <= allowed, "anonymous memory grew from {settled} to {at_end} KiB");
+    assert!(longest <= Duration::from_secs(300), "an outage of {longest:?} is more than is promised for");
+}
+
+/// Starts one that asks, in its user's cgroup, over one of the listeners.
+fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Asker {
+    let (uid, user) = USERS[number % USERS.len()];
+    let addresses = [
+        ("unix", world.daemon.unix().display().to_string()),
+        ("tcp", world.daemon.tcp().to_string()),
+        ("tcp6", world.daemon.tcp6().to_string()),
+    ];
+    // A search has 20 ms, which is little on a machine that is busy with other tests. The unix socket needs none.
+    let (listener, address) = &addresses[if uid == USERS[0].0 { 0 } else { number / USERS.len() % addresses.len() }];
+    let cgroup = cgroups[number % USERS.len()].path().display().to_string();
+    let enter = "echo 0 >\"$1/cgroup.procs\" && shift && exec \"$@\"";
+    let mut command = Command::new("sh");
+    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", enter, "enter", &cgroup]);
+    command.arg(program()).args(["soak", &uid.to_string(), listener, address, &PAUSE_MS.to_string()]);
+    let process = Process::start(&format!("asker {number}"), command, &folder.join(format!("asker-{number}.log")));
+    Asker { process, user }
+}
+
+/// Takes the agent, STS or both away for a while; how long they were.
+fn outage(world: &mut World, rng: &mut Rng, longest: Duration) -> Duration {
+    let which = rng.u8(0..3);
+    let (agent, sts) = (which != 1, which != 0);
+    let began = Instant::now();
+    if agent {
+        world.spire.stop_agent();
+    }
+    if sts {
+        world.minio.stop();
+    }
+    thread::sleep(between(rng, Duration::from_millis(100), longest));
+    if sts {
+        world.minio.restart();
+    }
+    if agent {
+        world.start_agent();
+    }
+    began.elapsed()
+}
+
+fn between(rng: &mut Rng, least: Duration, most: Duration) -> Duration {
+    least + (most - least).mul_f64(rng.f64())
+}
+
+/// What the processes have printed, and what the audit file says of their keys.
+#[derive(Default)]
+struct Seen {
+    answers: u64,
+    counted: Counted,
+    bad: Vec<String>,
+    /// By user.
+    keys: BTreeMap<&'static str, BTreeSet<String>>,
+}
+
+impl Seen {
+    fn add(&mut self, asker: &Asker) {
+        let lines: Vec<Value> =
+            asker.process.log().lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+        for line in &lines {
+            self.bad.extend(line["bad"].as_str().map(|bad| format!("{}: {bad}", asker.user)));
+            self.keys.entry(asker.user).or_default().extend(line["key"].as_str().map(str::to_owned));
+        }
+        let total = lines.last().expect("what it has counted");
+        let count = |what: &str| total[what].as_u64().expect(what);
+        self.answers += count("answers");
+        self.counted.errors += count("errors");
+        self.counted.expired += count("expired");
+        self.counted.empty += count("empty");
+    }
+
+    /// Each key that a user was given is of its own identity, and each record of a user is of its own identity.
+    fn compare(&mut self, audit: &Path) {
+        let mut identities: BTreeMap<String, String> = BTreeMap::new();
+        // As the file may be large, one line at a time.
+        for line in BufReader::new(fs::File::open(audit).unwrap()).lines() {
+            let record: Value = serde_json::from_str(&line.unwrap()).expect("an audit record is a line of JSON");
+            let (Some(key), Some(spiffe_id)) = (record["access_key_id"].as_str(), record["spiffe_id"].as_str()) else {
+                continue;
+            };
+            let user = USERS.iter().find(|(uid, _)| record["uid"] == *uid).map(|(_, name)| id(name));
+            if user.as_deref() != Some(spiffe_id) {
+                self.counted.others += 1;
+                self.bad.push(record.to_string());
+            }
+            identities.insert(key.to_owned(), spiffe_id.to_owned());
+        }
+        for (user, keys) in &self.keys {
+            let others = keys.iter().filter(|key| identities.get(*key) != Some(&id(user))).count();
+            self.counted.others += u64::try_from(others).unwrap();
+        }
+    }
+}
+
+/// Anonymous memory of a process.
+fn anonymous_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("RssAnon");
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Descriptors of a process, but for connections to this port, of which a few are kept for the next exchange.
+fn descriptors(pid: u32, but: u16) -> usize {
+    let remote = format!(":{but:04X}");
+    let kept: BTreeSet<String> = ["tcp", "tcp6"]
+        .iter()
+        .flat_map(|family| {
+            let table = fs::read_to_string(format!("/proc/{pid}/net/{family}")).unwrap();
+            let inode = |line: &str| {
+                let fields: Vec<_> = line.split_whitespace().collect();
+                fields[2].ends_with(&remote).then(|| format!("socket:[{}]", fields[9]))
+            };
+            table.lines().skip(1).filter_map(inode).collect::<Vec<_>>()
+        })
+        .collect();
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    // One that is closed in between can't be read.
+    let targets = open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    targets.filter(|target| !kept.contains(target.to_string_lossy().as_ref())).count()
+}
