@@ -47,7 +47,7 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "pid-namespace" => apart(to, CloneFlags::CLONE_NEWPID),
         "dropped" => changed_by_root(to, late, |_| become_user(ALICE)),
         "chowned" => changed_by_root(to, late, |fd| fchown(fd, Some(ALICE), Some(ALICE)).unwrap()),
-        "regrouped" => changed_by_root(to, late, |_| setgroups(&[ALICE.into()]).unwrap()),
+        "regrouped" => regrouped(to, late),
         "moved" => moves::moved(to, late, false),
         "removed-cgroup" => moves::moved(to, late, true),
         "threaded" => moves::threaded(to),
@@ -376,6 +376,12 @@ fn apart(to: &Address, namespace: CloneFlags) -> String {
         // The first process in it.
         honest(to, ALICE)
     }))
+}
+
+/// Root is in Bob's group when it connects, and then in Alice's.
+fn regrouped(to: &Address, late: bool) -> String {
+    setgroups(&[BOB.into()]).unwrap();
+    changed_by_root(to, late, |_| setgroups(&[ALICE.into()]).unwrap())
 }
 
 /// Root connects, and then changes something of itself or of the connection.

@@ -144,10 +144,10 @@ fn a_user_of_the_host_is_not_that_user_in_a_container() {
             let record = ask(&daemon, listener, (uid, uid, ""), Some(cgroup));
             record["spiffe_id"].as_str().or(record["reason"].as_str()).unwrap().to_owned()
         };
-        assert_eq!(reason(53001, &host), "spiffe://example.org/host");
-        assert_eq!(reason(53001, &container), "no_identity");
+        assert_eq!(reason(53001, &host), "spiffe://example.org/host", "{listener}");
+        assert_eq!(reason(53001, &container), "no_identity", "{listener}");
         // A rule that names the container's own cgroup means it.
-        assert_eq!(reason(53002, &container), "spiffe://example.org/named");
-        assert_eq!(reason(53002, &host), "no_identity");
+        assert_eq!(reason(53002, &container), "spiffe://example.org/named", "{listener}");
+        assert_eq!(reason(53002, &host), "no_identity", "{listener}");
     }
 }
