@@ -90,16 +90,14 @@ impl HeldProcess {
         Ok(Self { pid, pidfd, directory, credentials, cgroup, contained, groups: None, program: None })
     }
 
-    /// Looks at these as well.
+    /// Looks at these as well. Whether it was alive meanwhile is seen when it is looked at again.
     pub(crate) fn with(mut self, looks: Looks) -> Result<Self, Refusal> {
         if looks.groups {
             self.groups = Some(read_groups(self.directory()?)?);
         }
         if looks.program {
-            let start_time = start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel)?;
-            self.program = Some(Program { start_time, exe: executable(self.directory()?)? });
+            self.program = Some(Program { exe: executable(self.directory()?)? });
         }
-        alive(&self.pidfd)?;
         Ok(self)
     }
 
@@ -148,10 +146,7 @@ impl HeldProcess {
 
     /// In clock ticks since boot.
     pub(crate) fn start_time(&self) -> Result<u64, Refusal> {
-        match &self.program {
-            Some(program) => Ok(program.start_time),
-            None => start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel),
-        }
+        start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel)
     }
 
     /// Whether descriptor `number` of the process is the socket with this inode.
