@@ -44,9 +44,8 @@ struct World {
     /// User ids of callers that are gone, and of those that the source was asked for.
     gone: Mutex<HashSet<u32>>,
     asked: Mutex<Vec<u32>>,
-    /// Calls under way, and the most that ever were.
+    /// Calls under way.
     busy: AtomicUsize,
-    most: AtomicUsize,
     metrics: Metrics,
 }
 
@@ -91,7 +90,7 @@ impl IdentitySource for World {
     }
 
     async fn token(&self, caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
-        self.most.fetch_max(self.busy.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+        self.busy.fetch_add(1, Ordering::SeqCst);
         let answer = self.answer(caller, id, audience).await;
         self.busy.fetch_sub(1, Ordering::SeqCst);
         answer
@@ -199,7 +198,6 @@ fn world_of(open: usize, limits: Limits) -> (Arc<World>, CredentialCache) {
         gone: Mutex::default(),
         asked: Mutex::default(),
         busy: AtomicUsize::new(0),
-        most: AtomicUsize::new(0),
         metrics: Metrics::default(),
     });
     let cache = CredentialCache::new(world.issuer(), clock, world.metrics.clone(), limits);
@@ -225,6 +223,13 @@ async fn reason(cache: &CredentialCache) -> &'static str {
         Err(CacheError::Issue(error)) => error.reason(),
         other => panic!("{other:?}"),
     }
+}
+
+/// How many are under way.
+fn flights(cache: &CredentialCache) -> usize {
+    let mut count = 0;
+    cache.0.places.each(|slot| count += usize::from(slot.state().flight.is_some()));
+    count
 }
 
 /// Lets everything run that can run without time passing.
