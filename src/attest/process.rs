@@ -75,7 +75,8 @@ impl Directory {
 }
 
 impl HeldProcess {
-    /// Looks at the ids and the cgroup of the process behind `pidfd`, which is `pid` in the daemon's pid namespace.
+    /// Looks at the ids and the cgroup of the process behind `pidfd`, which is `pid` in the daemon's pid namespace. Whether
+    /// it is alive is seen when it is looked at again.
     pub(crate) fn look(host: &Arc<Host>, pid: u32, pidfd: OwnedFd) -> Result<Self, Refusal> {
         let directory = Directory { host: host.clone(), opened: OnceLock::new() };
         let credentials = Credentials::read(&pidfd, || directory.of(pid, &pidfd))?;
@@ -86,11 +87,10 @@ impl HeldProcess {
         };
         let contained = names_container(cgroup.as_ref(), || directory.of(pid, &pidfd))?
             || host.remember(&pidfd, || in_other_namespaces(host, directory.of(pid, &pidfd)?))?;
-        alive(&pidfd)?;
         Ok(Self { pid, pidfd, directory, credentials, cgroup, contained, groups: None, program: None })
     }
 
-    /// Looks at these as well. Whether it was alive meanwhile is seen when it is looked at again.
+    /// Looks at these as well.
     pub(crate) fn with(mut self, looks: Looks) -> Result<Self, Refusal> {
         if looks.groups {
             self.groups = Some(read_groups(self.directory()?)?);
