@@ -152,7 +152,7 @@ impl Front {
             let caller = caller.clone();
             async move { Ok::<_, Infallible>(self.answer(&request, listener, caller).await) }
         });
-        let mut wire = Wire::new(stream, &answering);
+        let mut wire = Wire::new(stream, listener != Listener::Unix, &answering);
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD)

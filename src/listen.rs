@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::metrics::Metrics;
 
+mod cork;
 mod inherited;
 mod share;
 mod socket_file;
@@ -168,6 +169,8 @@ impl Bound {
             Self::Unix { listener, .. } => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
             Self::Tcp { listener, address, .. } => {
                 let (stream, client) = listener.accept().await?;
+                // Without it only more packets are sent.
+                let _ = cork::cork(&stream);
                 Ok(Stream::Tcp { stream, client, server: *address })
             }
         }

@@ -16,6 +16,9 @@ const UNWANTED_TIME: Duration = Duration::from_secs(1);
 /// A client's stream.
 pub(super) struct Wire<'a, S> {
     stream: S,
+    /// Whether the stream is shut down before it is closed. Over TCP the answer is sent with that; on a unix socket closing
+    /// says the same, and wakes the client once less.
+    shuts_down: bool,
     /// Set once a request was understood: only what is written from then on is the daemon's answer.
     answering: &'a AtomicBool,
     last_byte: u8,
@@ -23,8 +26,8 @@ pub(super) struct Wire<'a, S> {
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin> Wire<'a, S> {
-    pub(super) fn new(stream: S, answering: &'a AtomicBool) -> Self {
-        Self { stream, answering, last_byte: 0, line_feed_alone: false }
+    pub(super) fn new(stream: S, shuts_down: bool, answering: &'a AtomicBool) -> Self {
+        Self { stream, shuts_down, answering, last_byte: 0, line_feed_alone: false }
     }
 
     /// Whether the head was given up because of a line feed without a carriage return.
@@ -42,6 +45,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Wire<'a, S> {
     /// and the client might never see the answer.
     pub(super) async fn discard(&mut self) {
         let unwanted = async {
+            // The client sees the end of the answer, whether it goes on to send or not.
+            let _ = self.stream.shutdown().await;
             // Not in the future of each connection, of which hardly one comes here.
             let mut buffer = vec![0; 4096];
             let mut rest = (&mut self.stream).take(UNWANTED_BYTES);
@@ -106,6 +111,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<'_, S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.is_answering() { Pin::new(&mut self.stream).poll_shutdown(cx) } else { Poll::Ready(Ok(())) }
+        if self.shuts_down && self.is_answering() {
+            Pin::new(&mut self.stream).poll_shutdown(cx)
+        } else {
+            Poll::Ready(Ok(()))
+        }
     }
 }
