@@ -145,8 +145,6 @@ struct CallerFields<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pid: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    start_time: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     gid: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     exe: Option<&'a str>,
@@ -341,7 +339,6 @@ impl<'a> CallerFields<'a> {
             cgroup: caller.cgroup.as_ref().map(|cgroup| cgroup.as_str()),
             systemd_unit: caller.cgroup.as_ref().and_then(|cgroup| cgroup.systemd_unit()),
             pid: process.map(|process| process.pid),
-            start_time: process.and_then(|process| process.program.as_ref()).map(|program| program.start_time),
             gid: process.map(|process| process.gid),
             exe: process.and_then(|process| process.program.as_ref()?.exe.as_ref()?.path.to_str()),
         }

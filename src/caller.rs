@@ -76,11 +76,9 @@ pub struct Looks {
     pub program: bool,
 }
 
-/// What a process runs, and since when.
+/// What a process runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
-    /// Of the process, in clock ticks since boot: field 22 of `/proc/<pid>/stat`.
-    pub start_time: u64,
     /// The executable, where the daemon may see it (`CAP_SYS_PTRACE` for processes of other users).
     pub exe: Option<Executable>,
 }

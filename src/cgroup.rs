@@ -8,6 +8,8 @@ use std::sync::Arc;
 pub struct CgroupPath {
     text: Arc<str>,
     names_container: bool,
+    /// How much of the text is one workload's, and whether that is a pod.
+    workload: (usize, bool),
 }
 
 impl CgroupPath {
@@ -16,7 +18,11 @@ impl CgroupPath {
         let absolute = path.starts_with('/') && !path.split('/').any(|segment| segment == "..");
         // The kernel marks a removed cgroup so; a name can't be made to end like that by accident.
         let removed = path.ends_with(" (deleted)");
-        (absolute && !removed).then(|| Self { text: Arc::from(path), names_container: names_container(path) })
+        (absolute && !removed).then(|| Self {
+            text: Arc::from(path),
+            names_container: names_container(path),
+            workload: workload(path),
+        })
     }
 
     /// The path.
@@ -47,22 +53,8 @@ impl CgroupPath {
     ///
     /// For counting what a workload uses up. What lies below may be named by the workload, so it is never looked at.
     pub fn workload(&self) -> (&str, bool) {
-        let mut end = 0;
-        for segment in self.text.split('/').skip(1) {
-            end += 1 + segment.len();
-            let path = &self.text[..end];
-            if has_pod_uid(segment) {
-                return (path, true);
-            }
-            let is_above = segment.is_empty()
-                || segment.ends_with(".slice")
-                || segment.contains("kubepods")
-                || matches!(segment, "kubelet" | "burstable" | "besteffort" | "guaranteed" | "docker");
-            if !is_above {
-                return (path, false);
-            }
-        }
-        (&self.text, false)
+        let (end, is_pod) = self.workload;
+        (&self.text[..end], is_pod)
     }
 
     /// Whether any part of the path looks like a container's or a pod's.
@@ -87,6 +79,25 @@ fn names_container(path: &str) -> bool {
             || has_hex_run(segment)
             || has_pod_uid(segment)
     })
+}
+
+/// See [`CgroupPath::workload`].
+fn workload(path: &str) -> (usize, bool) {
+    let mut end = 0;
+    for segment in path.split('/').skip(1) {
+        end += 1 + segment.len();
+        if has_pod_uid(segment) {
+            return (end, true);
+        }
+        let is_above = segment.is_empty()
+            || segment.ends_with(".slice")
+            || segment.contains("kubepods")
+            || matches!(segment, "kubelet" | "burstable" | "besteffort" | "guaranteed" | "docker");
+        if !is_above {
+            return (end, false);
+        }
+    }
+    (path.len(), false)
 }
 
 /// A container id: 64 hex digits, neither more nor fewer.

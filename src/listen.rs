@@ -275,7 +275,8 @@ impl Limits {
         F: Fn(Stream, Arrival) -> C,
         C: Future<Output = ()> + Send + 'static,
     {
-        let served = connection(stream, arrival);
+        // By its address: a future that another one awaits would be in it twice, and be copied with it.
+        let served = Box::pin(connection(stream, arrival));
         let open = self.metrics.connections.clone();
         connections.spawn(async move {
             open.inc();

@@ -6,7 +6,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::readlink;
@@ -18,6 +19,10 @@ use crate::cgroup::CgroupPath;
 /// Paths that are remembered before those of removed cgroups are looked for and forgotten.
 const REMEMBERED: usize = 10_000;
 
+/// A directory that was there so long ago is looked for again. A path is its id's for ever, so until then a socket that was
+/// made in a cgroup that is gone by now is still taken for what it is.
+const SEEN: Duration = Duration::from_millis(100);
+
 /// Where the tree is mounted, and what is known of its directories.
 ///
 /// A cgroup's id is the inode number of its directory, and never used again while the machine runs.
@@ -26,7 +31,20 @@ pub(crate) struct CgroupTree {
     mount: PathBuf,
     /// Whether the kernel opens a directory by its id for this process: else an unknown id takes a walk.
     handles: bool,
-    paths: Mutex<HashMap<u64, CgroupPath>>,
+    paths: Mutex<HashMap<u64, Known>>,
+}
+
+/// A cgroup's path, and when its directory was last seen there.
+#[derive(Debug, Clone)]
+struct Known {
+    path: CgroupPath,
+    seen: Instant,
+}
+
+impl Known {
+    fn now(path: CgroupPath) -> Self {
+        Self { path, seen: Instant::now() }
+    }
 }
 
 impl CgroupTree {
@@ -57,22 +75,28 @@ impl CgroupTree {
 
     /// The path of the cgroup with this id, in which a process lives: so it is there, and cgroups are never renamed.
     pub(crate) fn path_of_living(&self, id: u64) -> Result<CgroupPath, Refusal> {
-        let known = self.paths.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(&id).cloned();
+        let known = self.paths.lock().unwrap_or_else(PoisonError::into_inner).get(&id).map(|known| known.path.clone());
         known.map_or_else(|| self.path_of(id), Ok)
     }
 
     /// The path of the cgroup with this id. A removed one, or one outside the tree, is a refusal.
     pub(crate) fn path_of(&self, id: u64) -> Result<CgroupPath, Refusal> {
-        let mut paths = self.paths.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(known) = paths.get(&id).filter(|path| self.is_at(path, id)) {
-            return Ok(known.clone());
+        let mut paths = self.paths.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = paths.get_mut(&id) {
+            if known.seen.elapsed() < SEEN {
+                return Ok(known.path.clone());
+            }
+            if self.is_at(&known.path, id) {
+                known.seen = Instant::now();
+                return Ok(known.path.clone());
+            }
         }
         if self.handles {
             let path = self.by_handle(id).map_err(|_| Refusal::UnreadableCgroup)?;
             if paths.len() >= REMEMBERED {
-                paths.retain(|id, path| self.is_at(path, *id));
+                paths.retain(|id, known| self.is_at(&known.path, *id));
             }
-            paths.insert(id, path.clone());
+            paths.insert(id, Known::now(path.clone()));
             return Ok(path);
         }
         // Walked anew as a whole, so that removed directories are forgotten too. The lock is held meanwhile: a caller
@@ -82,7 +106,7 @@ impl CgroupTree {
             Refusal::UnreadableCgroup
         })?;
         *paths = walked;
-        paths.get(&id).cloned().ok_or(Refusal::UnreadableCgroup)
+        paths.get(&id).map(|known| known.path.clone()).ok_or(Refusal::UnreadableCgroup)
     }
 
     fn is_at(&self, path: &CgroupPath, id: u64) -> bool {
@@ -101,7 +125,7 @@ impl CgroupTree {
         path.filter(|path| self.is_at(path, id)).ok_or(Errno::ESTALE)
     }
 
-    fn walk(&self) -> io::Result<HashMap<u64, CgroupPath>> {
+    fn walk(&self) -> io::Result<HashMap<u64, Known>> {
         let mut found = HashMap::new();
         let mut open = vec![(fs::metadata(&self.mount)?.ino(), "/".to_owned())];
         while let Some((id, path)) = open.pop() {
@@ -114,7 +138,7 @@ impl CgroupTree {
                     open.push((entry.ino(), format!("{}/{name}", path.trim_end_matches('/'))));
                 }
             }
-            found.insert(id, cgroup);
+            found.insert(id, Known::now(cgroup));
         }
         Ok(found)
     }
@@ -163,9 +187,13 @@ mod tests {
         assert_eq!(tree.path_of(id).unwrap().as_str(), "/system.slice/billing.service");
         assert_eq!(tree.path_of(fs::metadata(root.path()).unwrap().ino()).unwrap().as_str(), "/");
         assert_eq!(tree.path_of(1 << 60), Err(Refusal::UnreadableCgroup));
+        // As if it had been seen longer ago than that.
+        let later = || tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= SEEN);
+        later();
         fs::rename(&unit, root.path().join("system.slice/other.service")).unwrap();
         assert_eq!(tree.path_of(id).unwrap().as_str(), "/system.slice/other.service");
         fs::remove_dir(root.path().join("system.slice/other.service")).unwrap();
+        later();
         assert_eq!(tree.path_of(id), Err(Refusal::UnreadableCgroup));
     }
 
@@ -182,6 +210,7 @@ mod tests {
         let path = tree.by_handle(id).unwrap();
         assert_eq!(tree.path_of(id), Ok(path.clone()));
         fs::remove_dir(&own).unwrap();
+        tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= SEEN);
         assert_eq!(path.as_str(), format!("/{}", own.file_name().unwrap().display()));
         assert_eq!(tree.by_handle(id), Err(Errno::ESTALE));
         assert_eq!(tree.path_of(id), Err(Refusal::UnreadableCgroup));

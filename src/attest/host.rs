@@ -12,6 +12,7 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::attest::cgroups::CgroupTree;
+use crate::attest::search::Hints;
 use crate::attest::sys;
 use crate::caller::Refusal;
 
@@ -26,6 +27,8 @@ pub(crate) struct Host {
     namespaces: [Option<OsString>; 2],
     /// Whether a process lives in namespaces of its own, by the inode of its pidfd, which no other process ever has.
     known: Mutex<HashMap<u64, bool>>,
+    /// Where searches look first.
+    pub(crate) hints: Hints,
     /// From Linux 6.9 on pidfds have such inodes.
     pidfds_have_inodes: bool,
 }
@@ -54,7 +57,14 @@ impl Host {
         let namespaces = NAMESPACES.map(own);
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
-        Self { proc_root, cgroups, namespaces, known: Mutex::default(), pidfds_have_inodes: kind == Some(PID_FS) }
+        Self {
+            proc_root,
+            cgroups,
+            namespaces,
+            known: Mutex::default(),
+            hints: Hints::default(),
+            pidfds_have_inodes: kind == Some(PID_FS),
+        }
     }
 
     /// What `look` says of the process behind `pidfd`, which is asked once for each process: whoever asks again and again

@@ -75,7 +75,8 @@ impl Directory {
 }
 
 impl HeldProcess {
-    /// Looks at the ids and the cgroup of the process behind `pidfd`, which is `pid` in the daemon's pid namespace.
+    /// Looks at the ids and the cgroup of the process behind `pidfd`, which is `pid` in the daemon's pid namespace. Whether
+    /// it is alive is seen when it is looked at again.
     pub(crate) fn look(host: &Arc<Host>, pid: u32, pidfd: OwnedFd) -> Result<Self, Refusal> {
         let directory = Directory { host: host.clone(), opened: OnceLock::new() };
         let credentials = Credentials::read(&pidfd, || directory.of(pid, &pidfd))?;
@@ -86,7 +87,6 @@ impl HeldProcess {
         };
         let contained = names_container(cgroup.as_ref(), || directory.of(pid, &pidfd))?
             || host.remember(&pidfd, || in_other_namespaces(host, directory.of(pid, &pidfd)?))?;
-        alive(&pidfd)?;
         Ok(Self { pid, pidfd, directory, credentials, cgroup, contained, groups: None, program: None })
     }
 
@@ -96,10 +96,8 @@ impl HeldProcess {
             self.groups = Some(read_groups(self.directory()?)?);
         }
         if looks.program {
-            let start_time = start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel)?;
-            self.program = Some(Program { start_time, exe: executable(self.directory()?)? });
+            self.program = Some(Program { exe: executable(self.directory()?)? });
         }
-        alive(&self.pidfd)?;
         Ok(self)
     }
 
@@ -148,10 +146,7 @@ impl HeldProcess {
 
     /// In clock ticks since boot.
     pub(crate) fn start_time(&self) -> Result<u64, Refusal> {
-        match &self.program {
-            Some(program) => Ok(program.start_time),
-            None => start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel),
-        }
+        start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel)
     }
 
     /// Whether descriptor `number` of the process is the socket with this inode.

@@ -1,12 +1,13 @@
 //! Finds the process behind a TCP caller's socket, among the processes of the socket's own cgroup.
 
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::dir::Dir;
-use nix::fcntl::{OFlag, readlinkat};
+use nix::fcntl::{OFlag, readlink, readlinkat};
 use nix::sys::stat::{Mode, stat};
 use nix::time::{ClockId, clock_gettime};
 
@@ -83,6 +84,36 @@ pub(crate) fn holder(
     found.ok_or(Refusal::NoHolder)
 }
 
+/// Under which numbers processes held their last connections. Whoever connects again and again mostly has one of these
+/// again, and to list the descriptors of a process costs more than all else. A wrong one costs a look.
+#[derive(Debug, Default)]
+pub(crate) struct Hints(Mutex<HashMap<u32, VecDeque<u32>>>);
+
+/// For one process: as many as threads may well connect at a time.
+const NUMBERS: usize = 8;
+/// Processes, before all are forgotten.
+const PROCESSES: usize = 1024;
+
+impl Hints {
+    fn of(&self, pid: u32) -> VecDeque<u32> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&pid).cloned().unwrap_or_default()
+    }
+
+    /// The one that was seen last comes last: it is in use now.
+    fn seen(&self, pid: u32, number: u32) {
+        let mut hints = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if hints.len() >= PROCESSES && !hints.contains_key(&pid) {
+            hints.clear();
+        }
+        let numbers = hints.entry(pid).or_default();
+        numbers.retain(|known| *known != number);
+        if numbers.len() == NUMBERS {
+            numbers.pop_front();
+        }
+        numbers.push_back(number);
+    }
+}
+
 /// Looks through one process's descriptors. Order matters: pidfd, then the facts, then the descriptor once more.
 fn holding(
     host: &Arc<Host>,
@@ -91,7 +122,9 @@ fn holding(
     (socket, looks): (&Socket, Looks),
     spent: &mut Spent,
 ) -> Result<Option<Holder>, Refusal> {
-    let Some(descriptor) = descriptor(directory, socket.inode, spent)? else { return Ok(None) };
+    let Some(number) = descriptor(host, pid, directory, socket.inode, spent)? else { return Ok(None) };
+    host.hints.seen(pid, number);
+    let descriptor = number.to_string();
     // One that exits meanwhile holds nothing any more.
     let Ok(pidfd) = sys::pidfd_open(pid) else { return Ok(None) };
     let process = match HeldProcess::look(host, pid, pidfd).and_then(|process| process.with(looks)) {
@@ -111,8 +144,14 @@ fn holding(
 
 /// The number of the process's descriptor that is the socket. The highest come first: a connection that was just made has
 /// the number of the last one that was free.
-fn descriptor(directory: &Path, inode: u32, spent: &mut Spent) -> Result<Option<String>, Refusal> {
+fn descriptor(host: &Host, pid: u32, directory: &Path, inode: u32, spent: &mut Spent) -> Result<Option<u32>, Refusal> {
     let wanted = socket_link(inode);
+    for number in host.hints.of(pid) {
+        spent.one()?;
+        if readlink(&directory.join("fd").join(number.to_string())).is_ok_and(|link| link == wanted.as_str()) {
+            return Ok(Some(number));
+        }
+    }
     // A process that is gone, or (kernel threads, no privilege) shows nothing.
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else { return Ok(None) };
@@ -126,8 +165,7 @@ fn descriptor(directory: &Path, inode: u32, spent: &mut Spent) -> Result<Option<
         if looked % LOOKS == LOOKS - 1 {
             spent.in_time()?;
         }
-        let number = number.to_string();
-        if readlinkat(open.as_fd(), number.as_str()).is_ok_and(|link| link == wanted.as_str()) {
+        if readlinkat(open.as_fd(), number.to_string().as_str()).is_ok_and(|link| link == wanted.as_str()) {
             return Ok(Some(number));
         }
     }

@@ -89,7 +89,7 @@ const ROLE_NAME_MAX: usize = 64;
 
 /// Judges a request; says which role it asks for.
 pub(super) fn read(asked: &Asked<'_>, listener: Listener, authorization: &Authorization) -> Result<Wanted, Refused> {
-    let has = |names: &[&str]| names.iter().any(|name| asked.headers.contains_key(*name));
+    let has = |names: &[&str]| asked.headers.keys().any(|name| names.contains(&name.as_str()));
     if !host_is_loopback(asked.headers) {
         return Err(Refused::Host);
     }

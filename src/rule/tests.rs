@@ -24,7 +24,7 @@ fn process() -> Process {
 }
 
 fn running_program(exe: Option<Executable>) -> Process {
-    Process { program: Some(Program { start_time: 1, exe }), ..process() }
+    Process { program: Some(Program { exe }), ..process() }
 }
 
 fn with_process(caller: Caller, process: Process) -> Caller {
