@@ -352,7 +352,8 @@ impl SessionName {
     /// read like that (its last segment has 16 hex digits in just this place) is shortened, too, so that nobody gets
     /// the name of another by choosing his path. No SPIFFE ID contains `=`, so two IDs never share a name.
     pub fn of(id: &SpiffeId) -> Self {
-        let name = id.as_str().trim_start_matches("spiffe://").replace('/', "=");
+        let id_text = id.as_str();
+        let name = id_text.strip_prefix("spiffe://").unwrap_or(id_text).replace('/', "=");
         if name.len() <= *SESSION_NAME_LENGTH.end() && !reads_as_shortened(&name) {
             return Self(name.into());
         }

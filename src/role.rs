@@ -184,20 +184,24 @@ impl Roles {
 ///
 /// Of several, the one whose hint is the role's name; never one by its position in the list.
 fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, Denied> {
-    let fitting: Vec<_> = identities.iter().filter(|identity| role.spiffe_id.matches(&identity.spiffe_id)).collect();
-    let hinted: Vec<_> =
-        fitting.iter().copied().filter(|identity| identity.hint.as_ref() == Some(&role.name)).collect();
-    let identity = match (&fitting[..], &hinted[..]) {
-        ([], _) => return Ok(None),
-        ([only], _) | (_, [only]) => &only.spiffe_id,
-        _ => return Err(Denied::SeveralIdentities),
-    };
+    let fitting = || identities.iter().filter(|identity| role.spiffe_id.matches(&identity.spiffe_id));
+    let hinted = fitting().filter(|identity| identity.hint.as_ref() == Some(&role.name));
+    if fitting().next().is_none() {
+        return Ok(None);
+    }
+    let identity = only(fitting()).or_else(|| only(hinted)).ok_or(Denied::SeveralIdentities)?;
+    let identity = &identity.spiffe_id;
     Ok(role.role_arn.render(identity).map(|role_arn| Grant {
         spiffe_id: identity.clone(),
         role: role.clone(),
         role_arn,
         session_name: role.session_name.clone().unwrap_or_else(|| SessionName::of(identity)),
     }))
+}
+
+/// The one item, if there is just one.
+fn only<T>(mut items: impl Iterator<Item = T>) -> Option<T> {
+    items.next().filter(|_| items.next().is_none())
 }
 
 #[cfg(test)]

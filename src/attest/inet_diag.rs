@@ -120,7 +120,7 @@ fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
 
 /// `struct nlmsghdr`, then `struct inet_diag_req_v2`: family, protocol, ext, pad, states, `struct inet_diag_sockid`.
 fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32) -> Vec<u8> {
-    let mut out = Vec::new();
+    let mut out = Vec::with_capacity(REQUEST as usize);
     out.extend(REQUEST.to_ne_bytes());
     out.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
     out.extend(NLM_F_REQUEST.to_ne_bytes());
