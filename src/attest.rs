@@ -18,6 +18,7 @@ use crate::caller::{Caller, Looks, Refusal};
 mod cgroups;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod hints;
 mod host;
 mod inet_diag;
 mod process;

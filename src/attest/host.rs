@@ -12,7 +12,7 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::attest::cgroups::CgroupTree;
-use crate::attest::search::Hints;
+use crate::attest::hints::Hints;
 use crate::attest::sys;
 use crate::caller::Refusal;
 

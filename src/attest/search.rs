@@ -1,9 +1,8 @@
 //! Finds the process behind a TCP caller's socket, among the processes of the socket's own cgroup.
 
-use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::dir::Dir;
@@ -59,7 +58,7 @@ pub(crate) fn holder(
     cgroup: &CgroupPath,
     (looks, budget): (Looks, Budget),
 ) -> Result<Holder, Refusal> {
-    let mut spent = Spent::begin(budget)?;
+    let mut spent = Spent::begin(budget);
     let mut found: Option<Holder> = None;
     for pid in cgroups.processes(cgroup, budget.list)? {
         // 0 is a process outside the daemon's pid namespace.
@@ -82,36 +81,6 @@ pub(crate) fn holder(
         });
     }
     found.ok_or(Refusal::NoHolder)
-}
-
-/// Under which numbers processes held their last connections. Whoever connects again and again mostly has one of these
-/// again, and to list the descriptors of a process costs more than all else. A wrong one costs a look.
-#[derive(Debug, Default)]
-pub(crate) struct Hints(Mutex<HashMap<u32, VecDeque<u32>>>);
-
-/// For one process: as many as threads may well connect at a time.
-const NUMBERS: usize = 8;
-/// Processes, before all are forgotten.
-const PROCESSES: usize = 1024;
-
-impl Hints {
-    fn of(&self, pid: u32) -> VecDeque<u32> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&pid).cloned().unwrap_or_default()
-    }
-
-    /// The one that was seen last comes last: it is in use now.
-    fn seen(&self, pid: u32, number: u32) {
-        let mut hints = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if hints.len() >= PROCESSES && !hints.contains_key(&pid) {
-            hints.clear();
-        }
-        let numbers = hints.entry(pid).or_default();
-        numbers.retain(|known| *known != number);
-        if numbers.len() == NUMBERS {
-            numbers.pop_front();
-        }
-        numbers.push_back(number);
-    }
 }
 
 /// Looks through one process's descriptors. Order matters: pidfd, then the facts, then the descriptor once more.
@@ -161,10 +130,8 @@ fn descriptor(host: &Host, pid: u32, directory: &Path, inode: u32, spent: &mut S
         numbers.extend(entry.ok().and_then(|entry| entry.file_name().to_str().ok()?.parse::<u32>().ok()));
     }
     numbers.sort_unstable_by(|a, b| b.cmp(a));
-    for (looked, number) in numbers.into_iter().enumerate() {
-        if looked % LOOKS == LOOKS - 1 {
-            spent.in_time()?;
-        }
+    for number in numbers {
+        spent.in_time()?;
         if readlinkat(open.as_fd(), number.to_string().as_str()).is_ok_and(|link| link == wanted.as_str()) {
             return Ok(Some(number));
         }
@@ -176,13 +143,15 @@ fn descriptor(host: &Host, pid: u32, directory: &Path, inode: u32, spent: &mut S
 /// neighbours because it has to wait for its turn.
 struct Spent {
     descriptors: usize,
-    deadline: Duration,
+    looks: usize,
+    /// From the first look at the clock on: a short search takes none.
+    deadline: Option<Duration>,
     budget: Budget,
 }
 
 impl Spent {
-    fn begin(budget: Budget) -> Result<Self, Refusal> {
-        Ok(Self { descriptors: 0, deadline: thread_time()? + budget.time, budget })
+    fn begin(budget: Budget) -> Self {
+        Self { descriptors: 0, looks: 0, deadline: None, budget }
     }
 
     fn one(&mut self) -> Result<(), Refusal> {
@@ -190,8 +159,15 @@ impl Spent {
         if self.descriptors > self.budget.descriptors { Err(Refusal::TooManyDescriptors) } else { Ok(()) }
     }
 
-    fn in_time(&self) -> Result<(), Refusal> {
-        if thread_time()? > self.deadline { Err(Refusal::TooManyDescriptors) } else { Ok(()) }
+    /// To be called for each process and each descriptor that is looked at.
+    fn in_time(&mut self) -> Result<(), Refusal> {
+        self.looks += 1;
+        if !self.looks.is_multiple_of(LOOKS) {
+            return Ok(());
+        }
+        let now = thread_time()?;
+        let deadline = *self.deadline.get_or_insert(now + self.budget.time);
+        if now > deadline { Err(Refusal::TooManyDescriptors) } else { Ok(()) }
     }
 }
 
