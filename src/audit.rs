@@ -189,11 +189,7 @@ impl Audit {
 
     /// Writes one or more lines.
     fn write(&self, lines: Vec<u8>) -> bool {
-        let written = lines.is_empty() || self.sink.load().write(lines);
-        if !written {
-            self.metrics.audit_lost.inc();
-        }
-        written
+        lines.is_empty() || self.sink.load().write(lines, &self.metrics)
     }
 
     /// Writes, as long as refusals come, the records that stand for several. Ends with the daemon.

@@ -3,6 +3,8 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
@@ -20,7 +22,16 @@ pub(super) enum Sink {
     /// A regular file: an append takes microseconds and blocks on no reader.
     File(File),
     /// Anything whose reader may stall: a thread writes, so that requests never wait for that reader.
-    Queue(SyncSender<Message>),
+    Queue(Queue),
+}
+
+/// To the thread that writes.
+#[derive(Debug)]
+pub(super) struct Queue {
+    messages: SyncSender<Message>,
+    /// Whether the last line could not be written. Then the next ones are taken for lost as well until one is written, so
+    /// that where a record is required only what was under way at that moment is handed out without one.
+    failing: Arc<AtomicBool>,
 }
 
 /// What that thread is told.
@@ -43,19 +54,18 @@ impl Sink {
         Ok(if may_stall { Self::Queue(queue(file, metrics.clone())?) } else { Self::File(file) })
     }
 
-    /// Writes one line, or queues it; says why if neither can be done. Never waits for a reader.
-    pub(super) fn write(&self, line: Vec<u8>) -> bool {
+    /// Writes one line, or queues it; says why, and counts it, if neither can be done. Never waits for a reader.
+    pub(super) fn write(&self, line: Vec<u8>, metrics: &Metrics) -> bool {
         match self {
             Self::File(file) => {
                 let mut file = file;
-                file.write_all(&line)
-                    .inspect_err(|error| tracing::error!(%error, "an audit record cannot be written"))
-                    .is_ok()
+                file.write_all(&line).inspect_err(|error| lost(error, metrics)).is_ok()
             }
-            Self::Queue(queue) => match queue.try_send(Message::Line(line)) {
-                Ok(()) => true,
+            Self::Queue(queue) => match queue.messages.try_send(Message::Line(line)) {
+                Ok(()) => !queue.failing.load(Ordering::Relaxed),
                 Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
                     tracing::error!("an audit record was lost: whoever reads the audit stream is too slow or gone");
+                    metrics.audit_lost.inc();
                     false
                 }
             },
@@ -66,10 +76,15 @@ impl Sink {
     pub(super) fn flush(&self) {
         let Self::Queue(queue) = self else { return };
         let (done, is_done) = sync_channel(1);
-        if queue.try_send(Message::Flush(done)).is_ok() {
+        if queue.messages.try_send(Message::Flush(done)).is_ok() {
             let _ = is_done.recv_timeout(LAST_WORDS);
         }
     }
+}
+
+fn lost(error: &io::Error, metrics: &Metrics) {
+    tracing::error!(%error, "an audit record cannot be written");
+    metrics.audit_lost.inc();
 }
 
 fn own_stdout() -> io::Result<std::os::fd::OwnedFd> {
@@ -77,8 +92,10 @@ fn own_stdout() -> io::Result<std::os::fd::OwnedFd> {
     io::stdout().as_fd().try_clone_to_owned()
 }
 
-fn queue(mut file: File, metrics: Metrics) -> io::Result<SyncSender<Message>> {
+fn queue(mut file: File, metrics: Metrics) -> io::Result<Queue> {
     let (sender, messages) = sync_channel(QUEUE);
+    let failing = Arc::new(AtomicBool::new(false));
+    let queue = Queue { messages: sender, failing: failing.clone() };
     std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
         for message in messages {
             let line = match message {
@@ -88,11 +105,12 @@ fn queue(mut file: File, metrics: Metrics) -> io::Result<SyncSender<Message>> {
                     continue;
                 }
             };
-            if let Err(error) = file.write_all(&line) {
-                tracing::error!(%error, "an audit record cannot be written");
-                metrics.audit_lost.inc();
+            let written = file.write_all(&line);
+            failing.store(written.is_err(), Ordering::Relaxed);
+            if let Err(error) = written {
+                lost(&error, &metrics);
             }
         }
     })?;
-    Ok(sender)
+    Ok(queue)
 }

@@ -102,13 +102,22 @@ async fn what_is_required_and_cannot_be_written_says_so() {
     let full = AuditFile::Path("/dev/full".into());
     let open = |required| Audit::open(&full, required, Clock::system(), Metrics::default()).unwrap();
     let issued = || Issued { access_key_id: "ASIAX", expiration: UNIX_EPOCH, freshness: Freshness::Hit };
-    // A character device is written to by a thread, so only the sink itself shows what is required of it.
+    let issues = |audit: &Arc<Audit>| audit.begin(Listener::Unix, None).finish(Outcome::Issued, "ok", Some(issued()));
     for required in [true, false] {
         let audit = open(required);
+        // As a regular file on a full disk.
         let file = std::fs::OpenOptions::new().append(true).open("/dev/full").unwrap();
         audit.sink.store(Arc::new(Sink::File(file)));
-        assert_eq!(audit.begin(Listener::Unix, None).finish(Outcome::Issued, "ok", Some(issued())), !required);
+        assert_eq!(issues(&audit), !required);
         assert_eq!(audit.metrics.audit_lost.get(), 1);
+
+        // A character device is written to by a thread: once that has failed, nothing more is handed out.
+        let audit = open(required);
+        assert!(issues(&audit));
+        while audit.metrics.audit_lost.get() == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(issues(&audit), !required);
     }
 }
 
