@@ -20,8 +20,8 @@
 //! | remember | [`cache`] | credentials by SPIFFE ID and role, refreshed ahead |
 //! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], in [`turns`] that are fair between workloads |
 //!
-//! Around it: [`admin`] health and metrics, [`readiness`], [`hardening`], [`app`] which wires all of it. [`dev`] is what the
-//! command of that name puts around the daemon; nothing but main.rs imports it.
+//! Around it: [`admin`] health and metrics, [`readiness`], [`hardening`], [`app`] which wires all of it, and [`serve`] which
+//! runs that. [`dev`] is what the command of that name puts around the daemon; nothing but main.rs imports it.
 
 pub mod identity;
 
@@ -72,6 +72,8 @@ pub mod admin;
 pub mod readiness;
 
 pub mod app;
+
+pub mod serve;
 
 pub mod dev;
 

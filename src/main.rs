@@ -1,22 +1,10 @@
 //! The `awsvid` command.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use awsvid::app::App;
-use awsvid::config::{self, Config, Problem};
-use awsvid::listen::Inherited;
-use awsvid::telemetry::Log;
-use awsvid::{dev, hardening, telemetry};
+use awsvid::{dev, serve};
 use clap::{Parser, Subcommand};
-use sd_notify::NotifyState;
-use tokio::signal::unix::{Signal, SignalKind, signal};
-
-/// sysexits.h: something was found in an unconfigured or misconfigured state. systemd does not restart on it.
-const EX_CONFIG: u8 = 78;
-/// With a signal's number added: ended by that signal while requests were open. As shells say it of a killed process.
-const KILLED: u8 = 128;
 
 /// Gives each workload on this machine its own AWS credentials, by its SPIFFE identity.
 #[derive(Parser)]
@@ -44,140 +32,7 @@ enum Command {
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
-        Command::Serve { config } => serve(&config),
+        Command::Serve { config } => serve::serve(&config),
         Command::Dev { command } => dev::run(&command),
-    }
-}
-
-#[expect(clippy::print_stderr, reason = "before the log is there, standard error is where a person looks")]
-fn serve(path: &Path) -> ExitCode {
-    let loaded = match Config::load(path, |name| std::env::var(name).ok()) {
-        Ok(loaded) => loaded,
-        Err(errors) => {
-            eprintln!("{errors}\nawsvid: the configuration has errors and nothing was started");
-            return ExitCode::from(EX_CONFIG);
-        }
-    };
-    let config::Loaded { config, warnings } = loaded;
-    let log = match telemetry::init(&config.log.level, config.log.format) {
-        Ok(log) => log,
-        Err(error) => {
-            eprintln!("{}: [log] level: {error}", path.display());
-            return ExitCode::from(EX_CONFIG);
-        }
-    };
-    warn(path, &warnings);
-    hardening::before_threads();
-    start(path, config, &log).unwrap_or_else(|error| {
-        tracing::error!(%error, "awsvid did not start");
-        ExitCode::FAILURE
-    })
-}
-
-fn start(path: &Path, config: Config, log: &Log) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let inherited = Inherited::from_environment();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(run(path, config, inherited, log));
-    // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.
-    runtime.shutdown_background();
-    ended
-}
-
-async fn run(
-    path: &Path,
-    config: Config,
-    inherited: Inherited,
-    log: &Log,
-) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let mut signals = Signals::catch()?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut app = App::start(config, inherited).await?;
-    notify(&[NotifyState::Ready]);
-    loop {
-        tokio::select! {
-            _ = signals.end() => break,
-            _ = hangup.recv() => {}
-        }
-        // A name service may let it wait; the daemon can be ended all the same.
-        tokio::select! {
-            _ = signals.end() => break,
-            () = reload(&mut app, path, log) => {}
-        }
-    }
-    notify(&[NotifyState::Stopping]);
-    tracing::info!("ending: no new connections, open ones are finished; a second signal ends at once");
-    tokio::select! {
-        () = app.drain() => Ok(ExitCode::SUCCESS),
-        number = signals.end() => {
-            tracing::warn!("ending at once: open requests are cut");
-            Ok(ExitCode::from(KILLED + number))
-        }
-    }
-}
-
-/// Reads the configuration again. One that can't be used changes nothing.
-async fn reload(app: &mut App, path: &Path, log: &Log) {
-    let begun = NotifyState::monotonic_usec_now().ok();
-    notify(&[Some(NotifyState::Reloading), begun].into_iter().flatten().collect::<Vec<_>>());
-    let loading = {
-        let path = path.to_owned();
-        tokio::task::spawn_blocking(move || Config::load(&path, |name| std::env::var(name).ok()))
-    };
-    let used = match loading.await {
-        Ok(Ok(loaded)) => {
-            let wanted = loaded.config.log.clone();
-            app.reload(loaded.config).map_err(|error| error.to_string()).inspect(|()| {
-                // It was read as a part of the configuration, so there is no error to lose.
-                let _ = log.change(&wanted.level, wanted.format);
-                warn(path, &loaded.warnings);
-            })
-        }
-        Ok(Err(errors)) => Err(errors.to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    let status = match used {
-        Ok(()) => {
-            tracing::info!("the configuration was reloaded");
-            "Reloaded"
-        }
-        Err(errors) => {
-            errors.lines().for_each(|line| tracing::error!("{line}"));
-            tracing::error!("the configuration was not reloaded: the one before stays in effect");
-            "The configuration has errors, see the log: the one before stays in effect"
-        }
-    };
-    notify(&[NotifyState::Ready, NotifyState::Status(status)]);
-}
-
-fn warn(path: &Path, warnings: &[Problem]) {
-    for warning in warnings {
-        tracing::warn!("{}: {warning}", path.display());
-    }
-}
-
-/// Tells systemd. Not running under it is no error.
-fn notify(state: &[NotifyState<'_>]) {
-    let _ = sd_notify::notify(state);
-}
-
-/// The signals that end the daemon.
-struct Signals {
-    term: Signal,
-    int: Signal,
-}
-
-impl Signals {
-    fn catch() -> io::Result<Self> {
-        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
-    }
-
-    /// Waits for one of them; its number.
-    async fn end(&mut self) -> u8 {
-        const SIGINT: u8 = 2;
-        const SIGTERM: u8 = 15;
-        tokio::select! {
-            _ = self.term.recv() => SIGTERM,
-            _ = self.int.recv() => SIGINT,
-        }
     }
 }

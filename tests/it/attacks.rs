@@ -82,6 +82,7 @@ impl Stage {
             (now != before).then(|| now.difference(&before).cloned().collect::<Vec<_>>())
         });
         match &counted[..] {
+            [one] if one.starts_with("awsvid_connections_dropped_total{") => Made::Silence,
             [one] if one.contains("outcome=\"refused\"") => {
                 let (_, reason) = one.split_once("reason=\"").expect("a reason");
                 refused(reason.split('"').next().unwrap())
@@ -90,10 +91,12 @@ impl Stage {
         }
     }
 
-    /// What is counted of requests: the labels with the number.
+    /// What is counted of requests, and of connections that ended without one: the labels with the number.
     fn requests(&self) -> BTreeSet<String> {
         let (_, metrics) = http_get(self.daemon.admin(), "/metrics").expect("metrics");
-        metrics.lines().filter(|line| line.starts_with("awsvid_requests_total{")).map(str::to_owned).collect()
+        let counts = ["awsvid_requests_total{", "awsvid_connections_dropped_total{"];
+        let counted = metrics.lines().filter(|line| counts.iter().any(|count| line.starts_with(count)));
+        counted.map(str::to_owned).collect()
     }
 
     /// Whose credentials are in the answer is read from the audit record with their key.
@@ -209,10 +212,10 @@ fn right<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Made> {
     }
 }
 
-/// Whether the daemon made the right thing of it. A client that has closed its half is gone for hyper, unless the answer is
-/// ready at once.
+/// Whether the daemon made the right thing of it. A client that has closed its half, or all, is gone for hyper if it sees that
+/// before it has begun with the request.
 fn is_right(row: &Row, made: &Made, right: &Made) -> bool {
-    made == right || (row.scene == "half-closed" && *made == Made::Silence)
+    made == right || (row.scene.ends_with("closed") && *made == Made::Silence)
 }
 
 fn check(rules: Rules) {
