@@ -81,8 +81,10 @@ impl Stage {
             let now = self.requests();
             (now != before).then(|| now.difference(&before).cloned().collect::<Vec<_>>())
         });
-        match &counted[..] {
-            [one] if one.starts_with("awsvid_connections_dropped_total{") => Made::Silence,
+        // A connection's end is counted after its request, if it had one.
+        let requests: Vec<_> = counted.iter().filter(|count| count.starts_with("awsvid_requests_total{")).collect();
+        match &requests[..] {
+            [] => Made::Silence,
             [one] if one.contains("outcome=\"refused\"") => {
                 let (_, reason) = one.split_once("reason=\"").expect("a reason");
                 refused(reason.split('"').next().unwrap())
