@@ -5,12 +5,19 @@
 use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let definitions = ["spiffe/workload.proto"];
+    let definitions =
+        ["spiffe/workload.proto", "spiffe/broker.proto", "spire/types.proto", "spire/delegatedidentity.proto"];
+    // Their derived `Debug` would print keys and tokens; src/svid/proto.rs has another.
+    let secret = [".X509SVID", ".JWTSVID", ".spiffe.broker.JWTSVID", ".spire.api.types.JWTSVID"];
     for definition in definitions {
         println!("cargo:rerun-if-changed=proto/{definition}");
     }
     println!("cargo:rerun-if-changed=proto/build.rs");
     let descriptors = protox::compile(definitions, ["proto"])?;
-    tonic_prost_build::configure().build_client(true).build_server(true).compile_fds(descriptors)?;
+    let mut code = tonic_prost_build::configure().build_client(true).build_server(true);
+    for message in secret {
+        code = code.skip_debug([message]);
+    }
+    code.compile_fds(descriptors)?;
     Ok(())
 }

@@ -95,13 +95,13 @@ struct Parts {
 impl Parts {
     fn new(config: &Config, clock: &Clock, metrics: &Metrics) -> Result<Self, InvalidSetting> {
         let rules: Arc<[Rule]> = config.workloads.as_slice().into();
-        let source = Arc::new(WorkloadApi::new(config.identity.socket.clone(), rules.clone(), clock.clone()));
+        let source = Arc::new(WorkloadApi::new(config.identity.socket.clone(), rules, clock.clone()));
         let sts = Arc::new(sts(config, clock.clone())?);
         Ok(Self {
             issuer: Issuer::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
             limits: limits(&config.cache),
             probes: Probes::new(config, source.clone(), sts),
-            policy: Policy { rules, source, roles: config.roles.clone() },
+            policy: Policy { source, roles: config.roles.clone() },
         })
     }
 }

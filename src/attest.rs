@@ -7,9 +7,10 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use thiserror::Error;
 use tokio::net::UnixStream;
 
@@ -18,6 +19,7 @@ use crate::caller::{Caller, Looks, Refusal};
 mod cgroups;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod hierarchies;
 mod hints;
 mod host;
 mod inet_diag;
@@ -118,6 +120,16 @@ impl Attestor {
         let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
         tcp.attest(client, server, admit, |caller| (self.needs)(caller)).await
     }
+}
+
+/// Whether the process that listens at the other end of `stream` numbers processes as this one does. In another pid
+/// namespace the same number is another process's.
+///
+/// The kernel tells the listener's number as this process would call it: 0 if it can't be seen from here (unix(7),
+/// `SO_PEERCRED`). One in a namespace below is seen, and so looked at.
+pub fn names_the_same_processes(stream: &UnixStream) -> bool {
+    let Ok(peer) = getsockopt(stream, PeerCredentials) else { return false };
+    peer.pid() > 0 && process::shares_pid_namespace(Path::new("/proc"), peer.pid())
 }
 
 /// Whether `INET_DIAG_CGROUP_ID` is to be trusted: before Linux 5.15, `net_cls` and `net_prio` made every id the root's.

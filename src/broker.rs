@@ -12,8 +12,7 @@ use crate::caller::{Caller, Looks, Refusal};
 use crate::identity::SpiffeId;
 use crate::issue::Issuer;
 use crate::role::{Denied, Grant, Roles, Wanted};
-use crate::rule::{self, Rule};
-use crate::svid::{IdentitySource, SourceError};
+use crate::svid::{Basis, IdentitySource, SourceError};
 
 /// The request path.
 #[derive(Debug)]
@@ -27,9 +26,7 @@ pub struct Broker {
 /// Who has which identity and which role, by one configuration.
 #[derive(Debug)]
 pub struct Policy {
-    /// `[[workload]]`.
-    pub rules: Arc<[Rule]>,
-    /// Identifies by them.
+    /// Who identifies callers.
     pub source: Arc<dyn IdentitySource>,
     /// `[[role]]` and `allow_requested_roles`.
     pub roles: Roles,
@@ -102,7 +99,7 @@ impl Broker {
 
     /// What a decision about this caller needs to know of its process; `None` if it needs nothing more.
     pub fn needs(&self, caller: &Caller) -> Option<Looks> {
-        rule::needs(&self.policy.load().rules, caller)
+        self.policy.load().source.needs(caller)
     }
 
     /// Goes on with another configuration, by one caller at a time. Credentials are kept where the rules for their SPIFFE
@@ -112,10 +109,10 @@ impl Broker {
         let (old, new) = (self.policy.load_full(), Arc::new(policy));
         let swept = Arc::new(AtomicBool::new(false));
         let keep = {
-            let (rules, new, swept) = (old.rules.clone(), new.clone(), swept.clone());
-            // The cache also asks for entries that are yet to be made, which have nothing of the old rules.
+            let (new, swept) = (new.clone(), swept.clone());
+            // The cache also asks for entries that are yet to be made, which have nothing of the old source.
             move |grant: &Grant| {
-                new.allows(grant) && (swept.load(Ordering::SeqCst) || new.has_same_rules(&rules, &grant.spiffe_id))
+                new.allows(grant) && (swept.load(Ordering::SeqCst) || new.has_same_basis(&old, &grant.spiffe_id))
             }
         };
         self.cache.reconfigure(issuer, limits, keep);
@@ -128,12 +125,10 @@ impl Broker {
 impl Policy {
     /// Whether a caller could be given just this.
     fn allows(&self, grant: &Grant) -> bool {
-        let has_rule = self.rules.iter().any(|rule| rule.spiffe_id == grant.spiffe_id);
-        has_rule && self.roles.could_give(grant)
+        self.source.basis(&grant.spiffe_id) != Basis::Rules(Vec::new()) && self.roles.could_give(grant)
     }
 
-    fn has_same_rules(&self, others: &[Rule], id: &SpiffeId) -> bool {
-        let for_id = |rule: &&Rule| rule.spiffe_id == *id;
-        self.rules.iter().filter(for_id).eq(others.iter().filter(for_id))
+    fn has_same_basis(&self, other: &Self, id: &SpiffeId) -> bool {
+        self.source.basis(id) == other.source.basis(id)
     }
 }

@@ -53,7 +53,7 @@ pub struct Owner {
 }
 
 /// What is known of the calling process.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Process {
     /// In the daemon's pid namespace.
     pub pid: u32,
@@ -65,6 +65,8 @@ pub struct Process {
     pub contained: bool,
     /// What it runs; `None` where no decision needs it.
     pub program: Option<Program>,
+    /// When it started, in clock ticks since boot; `None` where no decision needs it.
+    pub started: Option<u64>,
 }
 
 /// What a decision needs to know of a process beside its ids and its cgroup.
@@ -74,10 +76,12 @@ pub struct Looks {
     pub groups: bool,
     /// [`Process::program`].
     pub program: bool,
+    /// [`Process::started`].
+    pub started: bool,
 }
 
 /// What a process runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Program {
     /// The executable, where the daemon may see it (`CAP_SYS_PTRACE` for processes of other users).
     pub exe: Option<Executable>,
@@ -86,7 +90,7 @@ pub struct Program {
 /// An executable: the file itself, and the path for people to read.
 ///
 /// Only `device` and `inode` decide: in a mount namespace of his own anybody can show any path (attack 11).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Executable {
     /// `st_dev`.
     pub device: u64,
@@ -100,6 +104,22 @@ pub struct Executable {
 pub trait Evidence: fmt::Debug + Send + Sync {
     /// Looks again; to be called right before anything is released.
     fn still_same(&self) -> Result<(), Refusal>;
+
+    /// The process, for an agent that attests it by its number: still the same one in every respect that was looked at,
+    /// whatever has become of its connection, and with cgroups in which an agent cannot mistake it for another
+    /// workload's. To be called before and after the agent is asked; the two have to be equal (attacks 2 and 3).
+    fn process(&self) -> Result<Named, Refusal> {
+        Err(Refusal::Kernel)
+    }
+}
+
+/// A process as it is named to an agent that attests it itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    /// Its number in the daemon's pid namespace.
+    pub pid: u32,
+    /// Its cgroups in all hierarchies, as `/proc/<pid>/cgroup` has them: what the agent reads, too.
+    pub cgroups: String,
 }
 
 #[derive(Debug)]
@@ -186,6 +206,15 @@ pub enum Refusal {
     /// The cgroup is removed, can't be listed, or is not below the tree that the daemon sees.
     #[error("the caller's cgroup cannot be read")]
     UnreadableCgroup,
+    /// Somebody else than root can name cgroups beside the caller's own, so an agent may take it for a container's process.
+    #[error(
+        "the caller's cgroup is in the hands of a user, who could give it a container's name; run it in a cgroup of \
+         root's (not below user@.service)"
+    )]
+    DelegatedCgroup,
+    /// Its cgroup names a container in a place where no container runtime does, or several.
+    #[error("the caller's cgroups name a container inside another, or in a place that is no container runtime's")]
+    NestedContainer,
     /// The kernel lacks what this listener needs for this caller.
     #[error("this kernel cannot tell who is calling: {0}")]
     Unsupported(&'static str),
@@ -207,6 +236,8 @@ impl Refusal {
             Self::TooManyDescriptors => "too_many_descriptors",
             Self::Changed => "identity_changed",
             Self::UnreadableCgroup => "unreadable_cgroup",
+            Self::DelegatedCgroup => "delegated_cgroup",
+            Self::NestedContainer => "nested_container",
             Self::Unsupported(_) => "unsupported_kernel",
             Self::Kernel => "kernel_error",
         }

@@ -35,7 +35,8 @@ impl CgroupPath {
         &*self.text == "/"
     }
 
-    fn segments(&self) -> impl Iterator<Item = &str> {
+    /// The names of its directories, from the root down.
+    pub fn segments(&self) -> impl Iterator<Item = &str> {
         segments(&self.text)
     }
 
@@ -57,6 +58,20 @@ impl CgroupPath {
         (&self.text[..end], is_pod)
     }
 
+    /// The pod and the container whose names the path has, in one spelling each; `Err` if it has several of a kind, or a
+    /// pod below a container: a container within another, or the work of somebody who may name cgroups (attack 2).
+    pub fn container(&self) -> Result<ContainerName, Nested> {
+        let mut name = ContainerName::default();
+        for segment in self.segments() {
+            let (pod, id) = (pod_uid(segment), container_id(segment));
+            if (pod.is_some() && (name.pod.is_some() || name.id.is_some())) || (id.is_some() && name.id.is_some()) {
+                return Err(Nested);
+            }
+            name = ContainerName { pod: pod.or(name.pod), id: id.or(name.id) };
+        }
+        Ok(name)
+    }
+
     /// Whether any part of the path looks like a container's or a pod's.
     ///
     /// A false yes costs a refusal, a false no would hand a host user's credentials to a container, so anything that a
@@ -65,6 +80,19 @@ impl CgroupPath {
         self.names_container
     }
 }
+
+/// What of a cgroup path names a container, in lower case; both are `None` outside of containers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ContainerName {
+    /// The pod's UID, without dashes.
+    pub pod: Option<String>,
+    /// The container's id.
+    pub id: Option<String>,
+}
+
+/// A path that names more than one container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Nested;
 
 fn segments(path: &str) -> impl Iterator<Item = &str> {
     path.split('/').filter(|segment| !segment.is_empty())
@@ -76,8 +104,8 @@ fn names_container(path: &str) -> bool {
             || segment.starts_with("lxc")
             || segment.starts_with("libpod")
             || matches!(segment, "machine.slice" | "docker" | "garden" | "buildkit")
-            || has_hex_run(segment)
-            || has_pod_uid(segment)
+            || container_id(segment).is_some()
+            || pod_uid(segment).is_some()
     })
 }
 
@@ -86,7 +114,7 @@ fn workload(path: &str) -> (usize, bool) {
     let mut end = 0;
     for segment in path.split('/').skip(1) {
         end += 1 + segment.len();
-        if has_pod_uid(segment) {
+        if pod_uid(segment).is_some() {
             return (end, true);
         }
         let is_above = segment.is_empty()
@@ -101,17 +129,17 @@ fn workload(path: &str) -> (usize, bool) {
 }
 
 /// A container id: 64 hex digits, neither more nor fewer.
-fn has_hex_run(segment: &str) -> bool {
-    segment
-        .split(|c: char| !c.is_ascii_alphanumeric())
-        .any(|word| word.len() == 64 && word.bytes().all(|c| c.is_ascii_hexdigit()))
+fn container_id(segment: &str) -> Option<String> {
+    let mut words = segment.split(|c: char| !c.is_ascii_alphanumeric());
+    words.find(|word| word.len() == 64 && word.bytes().all(|c| c.is_ascii_hexdigit())).map(str::to_ascii_lowercase)
 }
 
 /// `pod` and a UID, with dashes, underscores or (static pods) nothing between its groups.
-fn has_pod_uid(segment: &str) -> bool {
-    segment.match_indices("pod").any(|(at, _)| {
-        let digits = segment[at + 3..].bytes().filter(|c| !matches!(c, b'-' | b'_'));
-        digits.take_while(u8::is_ascii_hexdigit).count() >= 32
+fn pod_uid(segment: &str) -> Option<String> {
+    segment.match_indices("pod").find_map(|(at, _)| {
+        let digits = segment[at + 3..].chars().filter(|c| !matches!(c, '-' | '_'));
+        let uid: String = digits.take_while(char::is_ascii_hexdigit).take(32).collect();
+        (uid.len() == 32).then(|| uid.to_ascii_lowercase())
     })
 }
 
@@ -159,6 +187,38 @@ mod tests {
         ];
         for text in paths {
             assert!(path(&text).names_container(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_container_has_one_name_in_every_spelling() {
+        let u_ = U.replace('-', "_");
+        let (pod, id) = (Some(U.replace('-', "")), Some(C.to_owned()));
+        let table = [
+            ("/".to_owned(), None, None),
+            ("/system.slice/billing.service".to_owned(), None, None),
+            (format!("/kubepods/burstable/pod{U}/{C}"), pod.clone(), id.clone()),
+            (format!("/kubepods/burstable/pod{U}/{C}/named/by/its/owner"), pod.clone(), id.clone()),
+            (
+                format!("/kubepods.slice/kubepods-pod{u_}.slice/cri-containerd-{}.scope", C.to_uppercase()),
+                pod.clone(),
+                id.clone(),
+            ),
+            (format!("/kubepods-besteffort-pod{u_}.slice:cri-containerd:{C}"), pod, id.clone()),
+            (format!("/docker/{C}"), None, id),
+        ];
+        for (text, pod, id) in table {
+            assert_eq!(path(&text).container(), Ok(ContainerName { pod, id }), "{text}");
+        }
+        let nested = [
+            format!("/docker/{C}/{C}"),
+            format!("/docker/{C}/kubepods/pod{U}/{C}"),
+            format!("/docker/{C}/pod{U}"),
+            format!("/kubepods/pod{U}/{C}/docker/{C}"),
+            format!("/kubepods/pod{U}/pod{U}/{C}"),
+        ];
+        for text in nested {
+            assert_eq!(path(&text).container(), Err(Nested), "{text}");
         }
     }
 

@@ -109,7 +109,7 @@ impl Issuer {
     /// Credentials for `grant`, by a token that the source gives `caller`.
     ///
     /// What passes quickly is tried again within seconds; a token that STS refuses is replaced once.
-    pub async fn issue(&self, caller: &Caller, grant: &Grant) -> Result<Credentials, IssueError> {
+    pub async fn issue(&self, caller: &Arc<Caller>, grant: &Grant) -> Result<Credentials, IssueError> {
         if !self.allowance.take(&grant.spiffe_id) {
             return Err(IssueError::TooOften);
         }
@@ -131,7 +131,7 @@ impl Issuer {
         }
     }
 
-    async fn token(&self, caller: &Caller, grant: &Grant, patience: &mut Patience) -> Result<JwtSvid, IssueError> {
+    async fn token(&self, caller: &Arc<Caller>, grant: &Grant, patience: &mut Patience) -> Result<JwtSvid, IssueError> {
         let audience = &grant.role.audience;
         loop {
             let turn = self.turns.take(&grant.spiffe_id).await.ok_or(IssueError::TooOften)?;

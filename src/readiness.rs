@@ -14,10 +14,9 @@ use tokio::time::timeout;
 
 use crate::admin::Readiness;
 use crate::config::Config;
-use crate::identity::SpiffeId;
 use crate::role::StsTarget;
 use crate::sts::Sts;
-use crate::svid::WorkloadApi;
+use crate::svid::IdentitySource;
 
 /// Between rounds of questions.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -30,22 +29,20 @@ const PROBE: &[u8] = b"GET /probe HTTP/1.1\r\nHost: localhost\r\nAuthorization: 
 #[derive(Debug)]
 pub struct Probes {
     unix: Option<PathBuf>,
-    source: Arc<WorkloadApi>,
-    identity: Option<(SpiffeId, String)>,
+    source: Arc<dyn IdentitySource>,
+    audience: String,
     sts: Arc<Sts>,
     targets: Vec<StsTarget>,
 }
 
 impl Probes {
     /// Takes what is to be asked from the configuration.
-    pub fn new(config: &Config, source: Arc<WorkloadApi>, sts: Arc<Sts>) -> Self {
+    pub fn new(config: &Config, source: Arc<dyn IdentitySource>, sts: Arc<Sts>) -> Self {
         let mut targets: Vec<_> = config.roles.defined.iter().map(|role| role.sts.clone()).collect();
         targets.sort_by(|a, b| (&a.endpoint, &a.region).cmp(&(&b.endpoint, &b.region)));
         targets.dedup();
-        let first = config.workloads.first().map(|rule| rule.spiffe_id.clone());
-        let audience = config.roles.defined.first().map_or(&config.identity.audience, |role| &role.audience);
-        let identity = first.map(|id| (id, audience.clone()));
-        Self { unix: config.listen.unix.clone(), source, identity, sts, targets }
+        let audience = config.roles.defined.first().map_or(&config.identity.audience, |role| &role.audience).clone();
+        Self { unix: config.listen.unix.clone(), source, audience, sts, targets }
     }
 
     /// Asks until all have answered, or the daemon ends.
@@ -87,10 +84,8 @@ impl Probes {
             }
             unanswered.pop();
         }
-        if let Some((id, audience)) = &self.identity
-            && let Err(error) = self.source.fetch(id, audience).await
-        {
-            return Some(format!("no JWT-SVID for {id}: {error}"));
+        if let Err(error) = self.source.ready(&self.audience).await {
+            return Some(format!("the identity source: {error}"));
         }
         for target in &self.targets {
             if let Err(error) = self.sts.answers(target).await {

@@ -62,6 +62,7 @@ pub fn needs(rules: &[Rule], caller: &Caller) -> Option<Looks> {
     (decide(rules, caller) == Decision::NeedsProcess).then(|| Looks {
         groups: rules.iter().any(|rule| rule.supplementary_group.is_some()),
         program: rules.iter().any(|rule| rule.exe.is_some()),
+        started: false,
     })
 }
 

@@ -4,40 +4,60 @@
 //! `[[workload]]` rules. [`jwt`] is the check that every token goes through, whoever gave it.
 
 use std::fmt;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use thiserror::Error;
 
-use crate::caller::Caller;
+use crate::caller::{Caller, Looks};
+use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
+use crate::rule::Rule;
 
+pub mod agent;
+pub mod delegated;
+mod dial;
 pub mod jwt;
+pub mod proto;
 pub mod workload_api;
 
 pub use jwt::{BadToken, JwtSvid};
 pub use workload_api::WorkloadApi;
 
-/// The SPIFFE Workload API's messages, client and server, generated from `proto/spiffe/workload.proto`.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used, clippy::expect_used)]
-pub mod proto {
-    tonic::include_proto!("_");
-}
-
 /// Somebody who knows which identities the workloads of this node have.
 #[async_trait]
 pub trait IdentitySource: Send + Sync + fmt::Debug {
     /// The identities of `caller`; none if the source has none for it, which is an answer, not an error.
-    async fn identify(&self, caller: &Caller) -> Result<Vec<Identity>, SourceError>;
+    async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError>;
 
     /// A JWT-SVID of `caller` for the identity `id`, meant for `audience` alone, checked by [`JwtSvid::check`].
-    async fn token(&self, caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError>;
+    async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError>;
+
+    /// What has to be known of this caller's process to identify it; `None` if what is known is enough.
+    fn needs(&self, caller: &Caller) -> Option<Looks>;
+
+    /// On what it rests that a caller has the identity `id`. Two sources for which that is equal give it to the same
+    /// callers, so what was issued by the one may be handed out by the other.
+    fn basis(&self, id: &SpiffeId) -> Basis;
+
+    /// Whether the source answers, and knows this daemon; a token is asked for with this `audience`.
+    async fn ready(&self, audience: &str) -> Result<(), SourceError>;
 
     /// Whether tokens are given only for a caller that lives. Then the cache remembers the latest caller of each identity,
     /// to renew its credentials with; else it keeps none, and passes [`Caller::nobody`] when it renews.
     fn needs_caller(&self) -> bool {
         true
     }
+}
+
+/// See [`IdentitySource::basis`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Basis {
+    /// These rules of the configuration; without any, nobody has the identity.
+    Rules(Vec<Rule>),
+    /// What is registered at this agent.
+    Agent(Endpoint),
 }
 
 /// Why a source gave no identity or no token. What the caller of the source has to do decides the variant; the text is

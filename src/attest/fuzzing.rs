@@ -55,7 +55,7 @@ pub(crate) fn proc(text: &str) -> bool {
     if process::is_identity_map(text) {
         assert!(text.split_ascii_whitespace().eq(["0", "0", "4294967295"]));
     }
-    for path in process::cgroup_paths(text) {
+    for (_, path) in process::cgroup_lines(text) {
         assert!(text.contains(path) && !path.contains('\n'));
     }
     start.is_some() || status.is_some() || process::is_identity_map(text)

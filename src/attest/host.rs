@@ -12,6 +12,7 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::attest::cgroups::CgroupTree;
+use crate::attest::hierarchies::Hierarchies;
 use crate::attest::hints::Hints;
 use crate::attest::sys;
 use crate::caller::Refusal;
@@ -23,6 +24,8 @@ pub(crate) struct Host {
     pub(crate) proc_root: PathBuf,
     /// The cgroup v2 hierarchy, if there is one.
     pub(crate) cgroups: Option<Arc<CgroupTree>>,
+    /// All cgroup hierarchies, v1's too.
+    pub(crate) hierarchies: Hierarchies,
     /// The daemon's own user and pid namespaces: `user:[4026531837]`.
     namespaces: [Option<OsString>; 2],
     /// Whether a process lives in namespaces of its own, by the inode of its pidfd, which no other process ever has.
@@ -56,10 +59,12 @@ impl Host {
         let own = |name: &str| std::fs::read_link(proc_root.join("self").join(name)).ok().map(PathBuf::into_os_string);
         let namespaces = NAMESPACES.map(own);
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
+        let mountinfo = std::fs::read_to_string(proc_root.join("self/mountinfo")).unwrap_or_default();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
         Self {
             proc_root,
             cgroups,
+            hierarchies: Hierarchies::find(&mountinfo),
             namespaces,
             known: Mutex::default(),
             hints: Hints::default(),

@@ -14,7 +14,7 @@ use nix::sys::stat::{Mode, fstatat};
 
 use crate::attest::host::{Host, Shared};
 use crate::attest::sys;
-use crate::caller::{Executable, Looks, Process, Program, Refusal};
+use crate::caller::{Executable, Looks, Named, Process, Program, Refusal};
 use crate::cgroup::CgroupPath;
 
 /// What changes when a process takes on other privileges, or is moved to another cgroup.
@@ -50,6 +50,8 @@ pub(crate) struct HeldProcess {
     /// Supplementary, ascending, where they were looked at.
     groups: Option<Vec<u32>>,
     program: Option<Program>,
+    /// In clock ticks since boot, where it was looked at.
+    started: Option<u64>,
 }
 
 /// `/proc/<pid>`, opened when something of it is needed.
@@ -87,7 +89,7 @@ impl HeldProcess {
         };
         let contained = names_container(cgroup.as_ref(), || directory.of(pid, &pidfd))?
             || host.remember(&pidfd, || in_other_namespaces(host, directory.of(pid, &pidfd)?))?;
-        Ok(Self { pid, pidfd, directory, credentials, cgroup, contained, groups: None, program: None })
+        Ok(Self { pid, pidfd, directory, credentials, cgroup, contained, groups: None, program: None, started: None })
     }
 
     /// Looks at these as well.
@@ -97,6 +99,9 @@ impl HeldProcess {
         }
         if looks.program {
             self.program = Some(Program { exe: executable(self.directory()?)? });
+        }
+        if looks.started {
+            self.started = Some(self.start_time()?);
         }
         Ok(self)
     }
@@ -118,6 +123,14 @@ impl HeldProcess {
         };
         alive(&self.pidfd)?;
         if credentials && groups && program { Ok(()) } else { Err(Refusal::Changed) }
+    }
+
+    /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
+    pub(crate) fn named(&self) -> Result<Named, Refusal> {
+        self.still_same()?;
+        let cgroups = read(self.directory()?, "cgroup")?;
+        self.directory.host.hierarchies.check(&cgroups)?;
+        Ok(Named { pid: self.pid, cgroups })
     }
 
     /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
@@ -169,6 +182,7 @@ impl HeldProcess {
             groups: self.groups.clone(),
             contained: self.contained,
             program: self.program.clone(),
+            started: self.started,
         }
     }
 }
@@ -219,7 +233,7 @@ fn names_container<'d>(
         return Ok(path.names_container());
     }
     let text = read(directory()?, "cgroup")?;
-    Ok(cgroup_paths(&text).any(|path| CgroupPath::parse(path).is_none_or(|path| path.names_container())))
+    Ok(cgroup_lines(&text).any(|(_, path)| CgroupPath::parse(path).is_none_or(|path| path.names_container())))
 }
 
 /// Whether it lives in another user or pid namespace than the daemon.
@@ -229,6 +243,19 @@ fn in_other_namespaces(host: &Host, directory: &OwnedFd) -> Result<bool, Refusal
     let other_pid = || Ok(Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.namespaces > 1);
     // A user namespace that maps every id to itself is as good as the host's (systemd's PrivateUsers=identity).
     Ok((user != Shared::Yes && other_user()?) || pid == Shared::No || (pid == Shared::Unseen && other_pid()?))
+}
+
+/// Whether the process with this number lives in this process's pid namespace. Where its link may not be read, by how many
+/// namespaces it has a number in.
+pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
+    let directory = proc_root.join(pid.to_string());
+    let namespace = |of: &Path| fcntl::readlink(&of.join("ns/pid"));
+    match (namespace(&directory), namespace(&proc_root.join("self"))) {
+        (Ok(other), Ok(own)) => other == own,
+        (Err(Errno::EACCES | Errno::EPERM), _) => std::fs::read_to_string(directory.join("status"))
+            .is_ok_and(|text| Status::parse(&text).is_some_and(|status| status.namespaces == 1)),
+        _ => false,
+    }
 }
 
 /// Device and inode: all of an executable that can't be forged (attack 11).
@@ -306,9 +333,10 @@ impl Status {
     }
 }
 
-/// The paths of `/proc/<pid>/cgroup`: three fields by `:`, of which the last may hold more of them.
-pub(crate) fn cgroup_paths(text: &str) -> impl Iterator<Item = &str> {
-    text.lines().filter_map(|line| line.splitn(3, ':').nth(2))
+/// The hierarchies (v1: by their controllers, v2: nothing) and paths of `/proc/<pid>/cgroup`: three fields by `:`, of which
+/// the last may hold more of them.
+pub(crate) fn cgroup_lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    text.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'))
 }
 
 /// Whether a `uid_map` maps every id to itself, as in the initial user namespace.

@@ -8,7 +8,7 @@ use crate::attest::cgroups::CgroupTree;
 use crate::attest::host::Host;
 use crate::attest::inet_diag::{SockDiag, Socket};
 use crate::attest::search::{self, Budget, Holder};
-use crate::caller::{Caller, Evidence, Listener, Looks, Refusal};
+use crate::caller::{Caller, Evidence, Listener, Looks, Named, Refusal};
 use crate::cgroup::CgroupPath;
 
 /// Attests peers of TCP listeners in one network namespace.
@@ -44,6 +44,10 @@ impl Evidence for Seen {
         let Some(Holder { process, descriptor }) = &self.holder else { return Ok(()) };
         process.still_same()?;
         if process.holds(descriptor, self.socket.inode) { Ok(()) } else { Err(Refusal::Gone) }
+    }
+
+    fn process(&self) -> Result<Named, Refusal> {
+        self.holder.as_ref().ok_or(Refusal::Kernel)?.process.named()
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 use crate::attest::host::Host;
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
-use crate::caller::{Caller, Evidence, Listener, Looks, Refusal};
+use crate::caller::{Caller, Evidence, Listener, Looks, Named, Refusal};
 
 #[derive(Debug)]
 struct Connector(HeldProcess);
@@ -19,6 +19,10 @@ struct Connector(HeldProcess);
 impl Evidence for Connector {
     fn still_same(&self) -> Result<(), Refusal> {
         self.0.still_same()
+    }
+
+    fn process(&self) -> Result<Named, Refusal> {
+        self.0.named()
     }
 }
 

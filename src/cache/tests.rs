@@ -9,12 +9,12 @@ use tokio::time::{advance, sleep};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Listener, Process, Refusal};
+use crate::caller::{Evidence, Listener, Looks, Process, Refusal};
 use crate::credentials::Credentials;
 use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
 use crate::role::{Identity, Role, Roles, StsTarget, Wanted};
 use crate::sts::{Again, AssumeRole, StsError};
-use crate::svid::{IdentitySource, JwtSvid, SourceError};
+use crate::svid::{Basis, IdentitySource, JwtSvid, SourceError};
 use flight::HOLD;
 
 mod bounds;
@@ -85,15 +85,27 @@ impl World {
 
 #[async_trait]
 impl IdentitySource for World {
-    async fn identify(&self, _: &Caller) -> Result<Vec<Identity>, SourceError> {
+    async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         Ok(Vec::new())
     }
 
-    async fn token(&self, caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+    async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         self.busy.fetch_add(1, Ordering::SeqCst);
         let answer = self.answer(caller, id, audience).await;
         self.busy.fetch_sub(1, Ordering::SeqCst);
         answer
+    }
+
+    fn needs(&self, _: &Caller) -> Option<Looks> {
+        None
+    }
+
+    fn basis(&self, _: &SpiffeId) -> Basis {
+        Basis::Rules(Vec::new())
+    }
+
+    async fn ready(&self, _: &str) -> Result<(), SourceError> {
+        Ok(())
     }
 
     fn needs_caller(&self) -> bool {
@@ -148,7 +160,7 @@ impl Evidence for Always {
 
 /// A caller whose process has the same number as its user.
 fn caller_of(uid: u32) -> Arc<Caller> {
-    let process = Process { pid: uid, gid: 1, groups: None, contained: false, program: None };
+    let process = Process { pid: uid, gid: 1, groups: None, contained: false, program: None, started: None };
     let process = Some(process);
     Arc::new(Caller { listener: Listener::Tcp, uid, cgroup: None, process, evidence: Box::new(Always) })
 }

@@ -23,8 +23,10 @@ use tonic::{Request, Response, Status};
 use super::keys::SigningKey;
 use crate::clock::Clock;
 use crate::identity::SpiffeId;
-use crate::svid::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
-use crate::svid::proto::{JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse};
+use crate::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use crate::svid::proto::workload::{
+    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, X509svidRequest, X509svidResponse,
+};
 
 /// How long a JWT-SVID is valid: SPIRE's default.
 const LIFETIME: Duration = Duration::from_secs(300);
@@ -127,6 +129,12 @@ impl Api {
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for Api {
+    type FetchX509SVIDStream = tokio_stream::Pending<Result<X509svidResponse, Status>>;
+
+    async fn fetch_x509svid(&self, _: Request<X509svidRequest>) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
+        Err(Status::unimplemented("awsvid dev has no X.509-SVIDs to give"))
+    }
+
     type FetchJWTBundlesStream = Pin<Box<dyn Stream<Item = Result<JwtBundlesResponse, Status>> + Send>>;
 
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {

@@ -5,12 +5,13 @@ use async_trait::async_trait;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Listener, Refusal};
+use crate::caller::{Evidence, Listener, Looks, Refusal};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
 use crate::sts::Sts;
 use crate::sts::tests::fake::FakeSts;
 use crate::sts::tests::{good, grant, plain, refusal, settings};
+use crate::svid::Basis;
 use crate::svid::jwt::tests::{billing, now, raw_token, svid_for};
 
 /// Answers in turn, each after some time; the last one for ever.
@@ -50,12 +51,24 @@ type Answers = Scripted<Result<Credentials, StsError>>;
 
 #[async_trait]
 impl IdentitySource for Tokens {
-    async fn identify(&self, _: &Caller) -> Result<Vec<Identity>, SourceError> {
+    async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         panic!("nobody asks here")
     }
 
-    async fn token(&self, _: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+    async fn token(&self, _: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         self.next(format!("{id} {audience}")).await
+    }
+
+    fn needs(&self, _: &Caller) -> Option<Looks> {
+        None
+    }
+
+    fn basis(&self, _: &SpiffeId) -> Basis {
+        Basis::Rules(Vec::new())
+    }
+
+    async fn ready(&self, _: &str) -> Result<(), SourceError> {
+        Ok(())
     }
 }
 
@@ -75,8 +88,8 @@ impl Evidence for Unchanged {
     }
 }
 
-fn caller() -> Caller {
-    Caller { listener: Listener::Unix, uid: 1001, cgroup: None, process: None, evidence: Box::new(Unchanged) }
+fn caller() -> Arc<Caller> {
+    Arc::new(Caller { listener: Listener::Unix, uid: 1001, cgroup: None, process: None, evidence: Box::new(Unchanged) })
 }
 
 fn target() -> StsTarget {

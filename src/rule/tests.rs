@@ -20,7 +20,7 @@ fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
 }
 
 fn process() -> Process {
-    Process { pid: 4711, gid: 100, groups: Some(vec![27, 1002]), contained: false, program: None }
+    Process { pid: 4711, gid: 100, groups: Some(vec![27, 1002]), contained: false, program: None, started: None }
 }
 
 fn running_program(exe: Option<Executable>) -> Process {

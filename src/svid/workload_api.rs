@@ -3,34 +3,29 @@
 //!
 //! Standard: SPIFFE_Workload_API.md, sections 4 to 6, and SPIFFE_Workload_Endpoint.md.
 
-use std::future::{Future, ready};
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tonic::metadata::MetadataValue;
-use tonic::transport::{Channel, Uri};
+use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::proto::spiffe_workload_api_client::SpiffeWorkloadApiClient;
-use super::proto::{JwtsvidRequest, JwtsvidResponse};
-use super::{IdentitySource, JwtSvid, SourceError, one_line};
-use crate::caller::Caller;
+use super::dial::{is_broken, open, unreachable};
+use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
+use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
+use super::{Basis, IdentitySource, JwtSvid, SourceError, one_line};
+use crate::caller::{Caller, Looks};
 use crate::clock::Clock;
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
-use crate::rule::{Decision, Rule, decide};
+use crate::rule::{Decision, Rule, decide, needs};
 
 /// SPIRE's agent itself waits up to 30 s for its server, and then still answers with a token from its cache.
 pub const DEADLINE: Duration = Duration::from_secs(35);
-/// A local agent accepts at once or not at all.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 /// An answer holds one token of at most 20 kB; some providers add the daemon's other identities.
 const ANSWER_MAX: usize = 1024 * 1024;
 
@@ -89,29 +84,7 @@ impl WorkloadApi {
             Endpoint::Unix(path) => open(UnixStream::connect(path)).await,
             Endpoint::Tcp(address) => open(TcpStream::connect(address)).await,
         };
-        channel.map_err(|error| SourceError::Unavailable(self.unreachable(&error)))
-    }
-
-    /// What went wrong between the daemon and the agent's socket, and what to do about it.
-    fn unreachable(&self, error: &io::Error) -> String {
-        let endpoint = &self.endpoint;
-        match error.kind() {
-            io::ErrorKind::NotFound => {
-                format!("there is no socket at {endpoint}: start the SPIFFE agent, or correct `socket` in [identity]")
-            }
-            io::ErrorKind::PermissionDenied => format!(
-                "awsvid may not open {endpoint}: give uid {} write access to the socket and search access to its \
-                 directories",
-                nix::unistd::geteuid()
-            ),
-            io::ErrorKind::ConnectionRefused => format!(
-                "nobody listens at {endpoint}: start the SPIFFE agent (one that stopped leaves its socket behind)"
-            ),
-            io::ErrorKind::WouldBlock => {
-                format!("the SPIFFE agent at {endpoint} takes no more connections: it hangs or has too many clients")
-            }
-            _ => format!("no connection to the SPIFFE agent at {endpoint}: {}", one_line(&error.to_string())),
-        }
+        channel.map_err(|error| SourceError::Unavailable(unreachable(&self.endpoint, "socket", &error)))
     }
 
     /// What the agent's refusal means: the table of SPIFFE_Workload_API.md, section 6, and what lies outside it.
@@ -119,8 +92,7 @@ impl WorkloadApi {
         let said = one_line(status.message());
         let trouble =
             || SourceError::Unavailable(format!("the SPIFFE agent at {} gave no token: {said}", self.endpoint));
-        // Made by the client out of a broken connection; whatever code that got, the agent has not said it.
-        if std::error::Error::source(status).is_some() {
+        if is_broken(status) {
             return trouble();
         }
         match status.code() {
@@ -157,25 +129,9 @@ impl WorkloadApi {
     }
 }
 
-/// One HTTP/2 connection over the stream that `connecting` gives.
-async fn open<S>(connecting: impl Future<Output = io::Result<S>>) -> io::Result<Channel>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let stream = timeout(CONNECT_DEADLINE, connecting).await??;
-    let mut stream = Some(TokioIo::new(stream));
-    // tonic would connect again if this connection broke; there is nothing more for it to take.
-    let connector = tower::service_fn(move |_: Uri| {
-        ready(stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)))
-    });
-    // The authority of the requests; nothing resolves it.
-    let over = tonic::transport::Endpoint::from_static("http://localhost");
-    over.connect_with_connector(connector).await.map_err(io::Error::other)
-}
-
 #[async_trait]
 impl IdentitySource for WorkloadApi {
-    async fn identify(&self, caller: &Caller) -> Result<Vec<Identity>, SourceError> {
+    async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         match decide(&self.rules, caller) {
             Decision::Matched(rule) => Ok(vec![Identity { spiffe_id: rule.spiffe_id.clone(), hint: None }]),
             Decision::NoMatch => Ok(Vec::new()),
@@ -184,8 +140,22 @@ impl IdentitySource for WorkloadApi {
         }
     }
 
-    async fn token(&self, _caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+    async fn token(&self, _caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         self.fetch(id, audience).await
+    }
+
+    fn needs(&self, caller: &Caller) -> Option<Looks> {
+        needs(&self.rules, caller)
+    }
+
+    fn basis(&self, id: &SpiffeId) -> Basis {
+        Basis::Rules(self.rules.iter().filter(|rule| rule.spiffe_id == *id).cloned().collect())
+    }
+
+    /// By a token for the identity of the first rule.
+    async fn ready(&self, audience: &str) -> Result<(), SourceError> {
+        let Some(first) = self.rules.first() else { return Ok(()) };
+        self.fetch(&first.spiffe_id, audience).await.map(drop)
     }
 
     /// The agent knows only the daemon.

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use awsvid::cache::{CredentialCache, Limits};
-use awsvid::caller::{Caller, Evidence, Listener, Refusal};
+use awsvid::caller::{Caller, Evidence, Listener, Looks, Refusal};
 use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
 use awsvid::credentials::Credentials;
@@ -15,7 +15,7 @@ use awsvid::issue::Issuer;
 use awsvid::metrics::Metrics;
 use awsvid::role::{Grant, Identity, Role, Roles, StsTarget, Wanted};
 use awsvid::sts::{AssumeRole, StsError};
-use awsvid::svid::{IdentitySource, JwtSvid, SourceError};
+use awsvid::svid::{Basis, IdentitySource, JwtSvid, SourceError};
 use zeroize::Zeroizing;
 
 use crate::Failed;
@@ -87,12 +87,24 @@ struct Source;
 
 #[async_trait]
 impl IdentitySource for Source {
-    async fn identify(&self, _: &Caller) -> Result<Vec<Identity>, SourceError> {
+    async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         Ok(Vec::new())
     }
 
-    async fn token(&self, _: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+    async fn token(&self, _: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         Ok(JwtSvid::check(token(id.as_str(), audience), id, audience, SystemTime::now())?)
+    }
+
+    fn needs(&self, _: &Caller) -> Option<Looks> {
+        None
+    }
+
+    fn basis(&self, _: &SpiffeId) -> Basis {
+        Basis::Rules(Vec::new())
+    }
+
+    async fn ready(&self, _: &str) -> Result<(), SourceError> {
+        Ok(())
     }
 }
 

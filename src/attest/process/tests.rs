@@ -42,7 +42,7 @@ fn only_the_initial_user_namespace_maps_every_id_to_itself() {
 #[test]
 fn cgroup_paths_may_hold_colons() {
     let text = "9:name=systemd:/a\n0::/kubelet:cri:x\n1:cpu\n";
-    assert_eq!(cgroup_paths(text).collect::<Vec<_>>(), ["/a", "/kubelet:cri:x"]);
+    assert_eq!(cgroup_lines(text).collect::<Vec<_>>(), [("name=systemd", "/a"), ("", "/kubelet:cri:x")]);
 }
 
 /// A process of the test's own that waits until it is told to end.

@@ -8,7 +8,7 @@ use super::*;
 use crate::attest::inet_diag::SockDiag;
 
 /// Everything that may be looked at.
-const ALL: Looks = Looks { groups: true, program: true };
+const ALL: Looks = Looks { groups: true, program: true, started: false };
 const PLENTY: Budget = Budget { list: 64 * 1024, descriptors: 65_536, time: Duration::from_secs(60) };
 
 /// A connection of this process, and what the kernel says of its client's socket.

@@ -8,7 +8,7 @@ use tonic::Code;
 use tonic::metadata::MetadataMap;
 use tonic::transport::Endpoint;
 
-use crate::svid::proto::spiffe_workload_api_client::SpiffeWorkloadApiClient;
+use crate::svid::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 
 const ALICE: &str = "spiffe://dev.local/user/alice";
 const BOB: &str = "spiffe://dev.local/user/bob";

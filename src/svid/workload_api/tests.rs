@@ -386,9 +386,9 @@ impl Evidence for Unchanged {
     }
 }
 
-fn caller(uid: u32, process: Option<Process>) -> Caller {
+fn caller(uid: u32, process: Option<Process>) -> Arc<Caller> {
     let cgroup = CgroupPath::parse("/system.slice/billing.service");
-    Caller { listener: Listener::Tcp, uid, cgroup, process, evidence: Box::new(Unchanged) }
+    Arc::new(Caller { listener: Listener::Tcp, uid, cgroup, process, evidence: Box::new(Unchanged) })
 }
 
 #[tokio::test]
@@ -408,7 +408,7 @@ async fn the_rules_say_who_a_caller_is() {
     let identity = |path: &str| {
         vec![Identity { spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(), hint: None }]
     };
-    let process = |gid| Process { pid: 1, gid, groups: None, contained: false, program: None };
+    let process = |gid| Process { pid: 1, gid, groups: None, contained: false, program: None, started: None };
 
     assert_eq!(api.identify(&caller(1001, None)).await, Ok(identity("billing")));
     assert_eq!(api.identify(&caller(1003, None)).await, Ok(vec![]));

@@ -1,0 +1,83 @@
+use std::os::unix::fs::{PermissionsExt, chown};
+
+use super::*;
+
+const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+const OTHER: &str = "1123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
+
+/// Two hierarchies, v2 and v1's memory, with these directories in both.
+fn machine(directories: &[&str]) -> (tempfile::TempDir, Hierarchies) {
+    let folder = tempfile::tempdir().unwrap();
+    let [v2, memory] = ["v2", "memory"].map(|name| folder.path().join(name));
+    for directory in directories {
+        fs::create_dir_all(v2.join(directory)).unwrap();
+        fs::create_dir_all(memory.join(directory)).unwrap();
+    }
+    let hierarchies = Hierarchies(vec![
+        Hierarchy { names: Vec::new(), mount: v2 },
+        Hierarchy { names: vec!["rw".to_owned(), "memory".to_owned()], mount: memory },
+    ]);
+    (folder, hierarchies)
+}
+
+#[test]
+fn hierarchies_are_found_where_they_are_mounted() {
+    let mountinfo = "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
+                     32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
+                     40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,name=systemd\n\
+                     41 31 0:38 /sub /elsewhere rw,relatime - cgroup2 cgroup2 rw\n\
+                     42 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+    let found = Hierarchies::find(mountinfo);
+    let mount = |names| found.mount_of(names).map(|mount| mount.to_str().unwrap().to_owned());
+    assert_eq!(mount("cpu,cpuacct").as_deref(), Some("/sys/fs/cgroup/cpu,cpuacct"));
+    assert_eq!(mount("name=systemd").as_deref(), Some("/sys/fs/cgroup/systemd"));
+    assert_eq!(mount("").as_deref(), Some("/sys/fs/cgroup/unified"));
+    assert_eq!(mount("memory"), None);
+}
+
+#[test]
+fn those_that_root_alone_could_have_named_are_believed() {
+    let pod = format!("kubepods/besteffort/pod{U}/{C}");
+    let (_folder, machine) = machine(&["system.slice/billing.service", &pod]);
+    for text in [
+        "0::/\n".to_owned(),
+        "0::/system.slice/billing.service\n".to_owned(),
+        format!("4:memory:/{pod}\n0::/\n"),
+        format!("4:memory:/{pod}\n0::/{pod}\n"),
+    ] {
+        assert_eq!(machine.check(&text), Ok(()), "{text}");
+    }
+}
+
+#[test]
+fn a_container_within_another_or_two_of_them_are_refused() {
+    let (outer, inner) = (format!("docker/{C}"), format!("docker/{C}/kubepods/pod{U}/{OTHER}"));
+    let other = format!("docker/{OTHER}");
+    let (_folder, machine) = machine(&[&inner, &other]);
+    for text in [format!("0::/{inner}\n"), format!("4:memory:/{outer}\n0::/{other}\n")] {
+        assert_eq!(machine.check(&text), Err(Refusal::NestedContainer), "{text}");
+    }
+}
+
+#[test]
+fn what_a_user_could_have_named_is_refused() {
+    let delegated = "user.slice/user@1002.service";
+    let (folder, machine) = machine(&[&format!("{delegated}/app")]);
+    chown(folder.path().join("v2").join(delegated), Some(1002), None).unwrap();
+    assert_eq!(machine.check(&format!("0::/{delegated}/app\n")), Err(Refusal::DelegatedCgroup));
+    assert_eq!(machine.check(&format!("0::/{delegated}\n")), Err(Refusal::DelegatedCgroup));
+    assert_eq!(machine.check("0::/user.slice\n"), Ok(()));
+    // In v1's hierarchy it is root's.
+    assert_eq!(machine.check(&format!("4:memory:/{delegated}/app\n")), Ok(()));
+    fs::set_permissions(folder.path().join("memory/user.slice"), fs::Permissions::from_mode(0o775)).unwrap();
+    assert_eq!(machine.check(&format!("4:memory:/{delegated}/app\n")), Err(Refusal::DelegatedCgroup));
+}
+
+#[test]
+fn what_cannot_be_looked_at_is_refused() {
+    let (_folder, machine) = machine(&["there"]);
+    for text in ["0::/gone\n", "0::/../elsewhere\n", "0::/there (deleted)\n", "5:pids:/there\n"] {
+        assert_eq!(machine.check(text), Err(Refusal::UnreadableCgroup), "{text}");
+    }
+}

@@ -1,0 +1,45 @@
+//! What sources B and D have in common: an agent that attests workloads itself, by the number of their process.
+
+use std::fmt;
+
+use async_trait::async_trait;
+use zeroize::Zeroizing;
+
+use super::SourceError;
+use crate::endpoint::Endpoint;
+
+/// An agent that attests workloads itself. It is asked about a process by its number, and looks at whatever has that
+/// number then: whoever asks has to see to it that this is the right one, before and after.
+#[async_trait]
+pub trait Agent: Send + Sync + fmt::Debug {
+    /// The SVIDs of the process `pid`, for `audience` alone. [`SourceError::Denied`] if the agent has none for it.
+    async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError>;
+
+    /// Where it listens.
+    fn endpoint(&self) -> &Endpoint;
+
+    /// Makes a connection, if there is none, and so finds out whether it is of any use: `Misconfigured` if not.
+    async fn connect(&self) -> Result<(), SourceError>;
+}
+
+/// One of a workload's JWT-SVIDs as the agent gave it: unchecked.
+pub struct Svid {
+    /// Whose it is said to be.
+    pub spiffe_id: String,
+    /// The token.
+    pub token: Zeroizing<String>,
+    /// The operator's name for the identity, if it has one.
+    pub hint: Option<String>,
+}
+
+impl fmt::Debug for Svid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Svid").field("spiffe_id", &self.spiffe_id).field("hint", &self.hint).finish_non_exhaustive()
+    }
+}
+
+impl Svid {
+    pub(super) fn new(spiffe_id: String, token: String, hint: String) -> Self {
+        Self { spiffe_id, token: Zeroizing::new(token), hint: Some(hint).filter(|hint| !hint.is_empty()) }
+    }
+}

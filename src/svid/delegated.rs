@@ -1,0 +1,142 @@
+//! Source B: SPIRE's Delegated Identity API. The agent attests the caller's process itself, and workloads keep their
+//! ordinary registration entries.
+//!
+//! Reference: <https://github.com/spiffe/spire/blob/main/doc/spire_agent.md>, "Delegated Identity API". By pid from SPIRE
+//! 1.10.2 on.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::net::UnixStream;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status};
+
+use super::agent::{Agent, Svid};
+use super::dial::{Dial, Failed, Kept, is_broken, open, unreachable};
+use super::proto::spire::api::agent::delegatedidentity::v1::FetchJwtsviDsRequest;
+use super::proto::spire::api::agent::delegatedidentity::v1::delegated_identity_client::DelegatedIdentityClient;
+use super::{SourceError, one_line};
+use crate::attest::names_the_same_processes;
+use crate::endpoint::Endpoint;
+
+/// An answer holds a token for each identity of one workload.
+const ANSWER_MAX: usize = 1024 * 1024;
+
+/// A SPIRE agent's admin socket.
+pub struct Delegated {
+    endpoint: Endpoint,
+    connection: Kept<Admin>,
+    deadline: Duration,
+}
+
+struct Admin(PathBuf);
+
+impl fmt::Debug for Delegated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Delegated").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
+}
+
+impl Delegated {
+    /// The agent whose `admin_socket_path` is `socket`. No call lasts longer than `deadline`.
+    pub fn new(socket: &Path, deadline: Duration) -> Self {
+        let endpoint = Endpoint::Unix(socket.to_owned());
+        Self { endpoint, connection: Kept::new(socket, Admin(socket.to_owned())), deadline }
+    }
+
+    /// What the agent's refusal means. The texts are those of SPIRE 1.10 to 1.15.
+    fn refused(&self, status: &Status) -> SourceError {
+        let (said, endpoint) = (one_line(status.message()), &self.endpoint);
+        if is_broken(status) {
+            return SourceError::Unavailable(format!("the SPIRE agent at {endpoint} gave no answer: {said}"));
+        }
+        match status.code() {
+            Code::PermissionDenied if said.contains("authorized delegate") => SourceError::Misconfigured(format!(
+                "the SPIRE agent does not let awsvid ask for other workloads: add awsvid's own SPIFFE ID to \
+                 `authorized_delegates` in the agent's configuration ({said})"
+            )),
+            Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
+                "no registration entry of the SPIRE agent at {endpoint} matches this process ({said})"
+            )),
+            Code::InvalidArgument => SourceError::Misconfigured(format!(
+                "the SPIRE agent at {endpoint} cannot be asked about a process: that takes SPIRE 1.10.2 or newer ({said})"
+            )),
+            Code::Unimplemented => SourceError::Misconfigured(format!(
+                "{endpoint} is not the admin socket of a SPIRE agent: set `admin_socket` in [identity] to its \
+                 `admin_socket_path` ({said})"
+            )),
+            _ => SourceError::Unavailable(format!("the SPIRE agent at {endpoint} gave no answer: {said}")),
+        }
+    }
+
+    fn failed(&self, failed: Failed) -> SourceError {
+        match failed {
+            Failed::Unconnected(error) => error,
+            Failed::Answered(status) => self.refused(&status),
+        }
+    }
+}
+
+#[async_trait]
+impl Dial for Admin {
+    async fn dial(&self) -> Result<Channel, SourceError> {
+        let endpoint = Endpoint::Unix(self.0.clone());
+        let stream = UnixStream::connect(&self.0).await;
+        let stream = stream.map_err(|error| SourceError::Unavailable(no_admin(&endpoint, &error)))?;
+        if !names_the_same_processes(&stream) {
+            return Err(SourceError::Misconfigured(other_pids(&endpoint)));
+        }
+        let channel = open(std::future::ready(Ok(stream))).await;
+        channel.map_err(|error| SourceError::Unavailable(unreachable(&endpoint, "admin_socket", &error)))
+    }
+}
+
+/// The socket's mode is 0770, and it is there only where the configuration asks for it.
+fn no_admin(endpoint: &Endpoint, error: &std::io::Error) -> String {
+    let text = unreachable(endpoint, "admin_socket", error);
+    match error.kind() {
+        std::io::ErrorKind::NotFound => format!("{text} (the agent makes it where `admin_socket_path` is set)"),
+        std::io::ErrorKind::PermissionDenied => {
+            format!("{text} (the agent makes it with mode 0770: awsvid has to run as root or in the agent's group)")
+        }
+        _ => text,
+    }
+}
+
+/// The agent would look at another process, and give the identity of that.
+pub(super) fn other_pids(endpoint: &Endpoint) -> String {
+    format!(
+        "the SPIFFE agent at {endpoint} lives in another pid namespace than awsvid, so it would take one process for \
+         another: run both in the host's (Kubernetes: hostPID: true)"
+    )
+}
+
+#[async_trait]
+impl Agent for Delegated {
+    async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
+        let pid = i32::try_from(pid).map_err(|_| SourceError::CallerGone("there is no such process".to_owned()))?;
+        let ask = |channel: Channel| {
+            let mut client = DelegatedIdentityClient::new(channel).max_decoding_message_size(ANSWER_MAX);
+            let audience = vec![audience.to_owned()];
+            let mut request = Request::new(FetchJwtsviDsRequest { audience, selectors: Vec::new(), pid });
+            request.set_timeout(self.deadline);
+            async move { client.fetch_jwtsvi_ds(request).await }
+        };
+        let answer = self.connection.call(ask).await.map_err(|failed| self.failed(failed))?;
+        let svids = answer.into_inner().svids.into_iter().map(|svid| {
+            let id = svid.id.unwrap_or_default();
+            Svid::new(format!("spiffe://{}{}", id.trust_domain, id.path), svid.token, svid.hint)
+        });
+        Ok(svids.collect())
+    }
+
+    fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    async fn connect(&self) -> Result<(), SourceError> {
+        self.connection.connect().await.map_err(|failed| self.failed(failed))
+    }
+}
