@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
@@ -22,15 +23,15 @@ use crate::audit::Audit;
 use crate::broker::{Broker, Policy};
 use crate::cache::{self, CredentialCache};
 use crate::clock::Clock;
-use crate::config::{self, AuditFile, Config};
+use crate::config::{self, AuditFile, Config, IdentityConfig};
 use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
 use crate::listen::{self, Bound, Inherited, Limits, ListenError, Shares};
 use crate::metrics::Metrics;
 use crate::readiness::Probes;
-use crate::rule::Rule;
 use crate::sts::{InvalidSetting, Network, Settings, Sts};
-use crate::svid::WorkloadApi;
+use crate::svid::agent::Agent;
+use crate::svid::{self, Attesting, Delegated, IdentitySource, SourceError, WorkloadApi};
 
 /// How long operators' connections may take to end, once those of workloads have.
 const OPERATORS: Duration = Duration::from_secs(1);
@@ -60,6 +61,9 @@ pub enum AppError {
         /// Why.
         source: io::Error,
     },
+    /// The identity source is of no use as it is set up.
+    #[error("[identity] {0}")]
+    Source(SourceError),
     /// The client for STS can't be made.
     #[error(transparent)]
     Sts(#[from] InvalidSetting),
@@ -74,6 +78,8 @@ pub struct App {
     pub admin: Option<SocketAddr>,
     /// What was listened on at the start, whatever the file has said since.
     listen: config::Listen,
+    /// The source in use, and what it was made by.
+    source: (IdentityConfig, Arc<dyn IdentitySource>),
     broker: Arc<Broker>,
     audit: Arc<Audit>,
     clock: Clock,
@@ -86,6 +92,7 @@ pub struct App {
 
 /// What a configuration comes to, apart from `[listen]`, `[audit]` and `[log]`.
 struct Parts {
+    identity: IdentityConfig,
     policy: Policy,
     issuer: Issuer,
     limits: cache::Limits,
@@ -93,11 +100,20 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(config: &Config, clock: &Clock, metrics: &Metrics) -> Result<Self, InvalidSetting> {
-        let rules: Arc<[Rule]> = config.workloads.as_slice().into();
-        let source = Arc::new(WorkloadApi::new(config.identity.socket.clone(), rules, clock.clone()));
+    /// With `source` if there is one that this configuration may go on with.
+    async fn new(
+        config: &Config,
+        source: Option<Arc<dyn IdentitySource>>,
+        clock: &Clock,
+        metrics: &Metrics,
+    ) -> Result<Self, AppError> {
+        let source = match source {
+            Some(source) => source,
+            None => identity_source(config, clock, metrics).await?,
+        };
         let sts = Arc::new(sts(config, clock.clone())?);
         Ok(Self {
+            identity: config.identity.clone(),
             issuer: Issuer::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
             limits: limits(&config.cache),
             probes: Probes::new(config, source.clone(), sts),
@@ -125,7 +141,8 @@ impl App {
     /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
     pub async fn start(config: Config, mut inherited: Inherited) -> Result<Self, AppError> {
         let (metrics, clock) = (Metrics::default(), Clock::system());
-        let parts = Parts::new(&config, &clock, &metrics)?;
+        let parts = Parts::new(&config, None, &clock, &metrics).await?;
+        let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
         let needs = {
@@ -147,6 +164,7 @@ impl App {
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
+            source,
             broker,
             audit: front.audit.clone(),
             clock,
@@ -165,12 +183,17 @@ impl App {
 
     /// Goes on with another configuration, but for `[listen]`, which needs a restart, and `[log]`. After an error nothing has
     /// changed.
-    pub fn reload(&mut self, mut config: Config) -> Result<(), AppError> {
+    pub async fn reload(&mut self, mut config: Config) -> Result<(), AppError> {
         let changed = self.listen.changed(&config.listen).join(", ");
         config.listen = self.listen.clone();
-        let parts = Parts::new(&config, &self.clock, &self.metrics)?;
+        // An agent that attests workloads itself is kept with all that it has said.
+        let (identity, source) = &self.source;
+        let kept =
+            (*identity == config.identity && identity.source != config::Source::WorkloadApi).then(|| source.clone());
+        let parts = Parts::new(&config, kept, &self.clock, &self.metrics).await?;
         let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
+        self.source = (parts.identity, parts.policy.source.clone());
         self.broker.reload(parts.policy, parts.issuer, parts.limits);
         self.probe(parts.probes);
         if !changed.is_empty() {
@@ -257,6 +280,37 @@ impl App {
 
 fn limits(cache: &config::CacheConfig) -> cache::Limits {
     cache::Limits { max_entries: cache.max_entries, revocation_grace: cache.revocation_grace }
+}
+
+/// The source that the configuration names. One that is set up so that it could only err is refused here; one that does not
+/// answer yet is not.
+async fn identity_source(
+    config: &Config,
+    clock: &Clock,
+    metrics: &Metrics,
+) -> Result<Arc<dyn IdentitySource>, AppError> {
+    let identity = &config.identity;
+    let agent: Arc<dyn Agent> = match &identity.source {
+        config::Source::WorkloadApi => {
+            let rules = config.workloads.as_slice();
+            let source = WorkloadApi::new(identity.socket.clone(), rules, clock.clone());
+            return Ok(Arc::new(source));
+        }
+        config::Source::SpireDelegated { socket } => Arc::new(Delegated::new(socket, svid::DEADLINE)),
+        config::Source::SpiffeBroker { .. } => todo!(),
+    };
+    if let Err(error @ SourceError::Misconfigured(_)) = agent.connect().await {
+        return Err(AppError::Source(error));
+    }
+    let most = remembered_processes();
+    Ok(Arc::new(Attesting::new(agent, identity.audience.clone(), most, clock.clone(), metrics.clone())))
+}
+
+/// Each process that is remembered takes two descriptors. There are enough for connections besides.
+fn remembered_processes() -> usize {
+    const MOST: u64 = 8192;
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+    usize::try_from((descriptors / 8).min(MOST)).unwrap_or(1024)
 }
 
 fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {

@@ -111,6 +111,11 @@ pub trait Evidence: fmt::Debug + Send + Sync {
     fn process(&self) -> Result<Named, Refusal> {
         Err(Refusal::Kernel)
     }
+
+    /// Whether the process runs still, whatever it has become.
+    fn is_there(&self) -> bool {
+        self.process().is_ok()
+    }
 }
 
 /// A process as it is named to an agent that attests it itself.
@@ -215,6 +220,9 @@ pub enum Refusal {
     /// Its cgroup names a container in a place where no container runtime does, or several.
     #[error("the caller's cgroups name a container inside another, or in a place that is no container runtime's")]
     NestedContainer,
+    /// The daemon may not see what the process runs, so it would not notice that it runs something else meanwhile.
+    #[error("the daemon cannot see what the calling process runs; give it CAP_SYS_PTRACE")]
+    UnseenProgram,
     /// The kernel lacks what this listener needs for this caller.
     #[error("this kernel cannot tell who is calling: {0}")]
     Unsupported(&'static str),
@@ -238,6 +246,7 @@ impl Refusal {
             Self::UnreadableCgroup => "unreadable_cgroup",
             Self::DelegatedCgroup => "delegated_cgroup",
             Self::NestedContainer => "nested_container",
+            Self::UnseenProgram => "unseen_program",
             Self::Unsupported(_) => "unsupported_kernel",
             Self::Kernel => "kernel_error",
         }

@@ -139,7 +139,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accoun
     let [listen_table, identity_table, sts_table, cache_table, audit_table, log_table] =
         ["listen", "identity", "sts", "cache", "audit", "log"].map(|name| root.table(name));
     let listen = listen::read(&listen_table);
-    let identity = identity::read(&identity_table, env);
+    let (identity, by_rules) = identity::read(&identity_table, env);
     let sts = sts::read(&sts_table);
     let audit = output::read_audit(&audit_table);
 
@@ -157,7 +157,14 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accoun
         Endpoint::Unix(path) => Some(path.as_path()),
         Endpoint::Tcp(_) => None,
     };
-    let named: [checks::Named<'_>; 6] = [
+    let agent = match &identity.source {
+        Source::WorkloadApi => None,
+        Source::SpireDelegated { socket } => Some(("admin_socket", socket.as_path())),
+        Source::SpiffeBroker { socket, .. } => Some(("broker_socket", socket.as_path())),
+    };
+    let (agent_key, agent) = agent.map_or(("admin_socket", None), |(key, path)| (key, Some(path)));
+    let named: [checks::Named<'_>; 7] = [
+        (&identity_table, agent_key, agent),
         (&identity_table, "socket", source),
         (&sts_table, "ca_file", sts.ca_file.as_deref()),
         (&listen_table, "unix", listen.unix.as_deref()),
@@ -165,8 +172,12 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accoun
         (&listen_table, "token_file", Some(&listen.token_file)),
         (&audit_table, "file", audit_path),
     ];
-    if root.lacks("workload") {
+    if by_rules == Some(true) && root.lacks("workload") {
         root.error("workload", "nobody has an identity, so every request would be refused", "add a [[workload]]");
+    }
+    if let (Some(false), Some(first)) = (by_rules, workloads.first()) {
+        let what = "the agent says itself which workload has which identity, so rules are never looked at";
+        root.report.error(&first.at, what, "remove every [[workload]], or set source = \"workload-api\"");
     }
     if root.lacks("role") && root.lacks("allow_requested_roles") {
         root.error("role", "nobody has a role, so every request would be refused", "add a [[role]]");
@@ -181,7 +192,9 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accoun
         let what = "no role uses an STS endpoint of its own, and AWS's are trusted by the system's certificates alone";
         sts_table.error("ca_file", what, "remove it, or set `endpoint`");
     }
-    checks::coverage(root.report, &workloads, &roles, requested.is_some());
+    if by_rules == Some(true) {
+        checks::coverage(root.report, &workloads, &roles, requested.is_some());
+    }
 
     Config {
         cache: read_cache(&cache_table),

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::app::App;
+use crate::app::{App, AppError};
 use crate::config::{self, Config, Problem};
 use crate::listen::Inherited;
 use crate::telemetry::Log;
@@ -41,7 +41,11 @@ pub fn serve(path: &Path) -> ExitCode {
     hardening::before_threads();
     start(path, config, &log).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
-        ExitCode::FAILURE
+        // Nothing that trying again would mend.
+        match error.downcast_ref() {
+            Some(AppError::Source(_)) => ExitCode::from(EX_CONFIG),
+            _ => ExitCode::FAILURE,
+        }
     })
 }
 
@@ -97,7 +101,7 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
     let used = match loading.await {
         Ok(Ok(loaded)) => {
             let wanted = loaded.config.log.clone();
-            app.reload(loaded.config).map_err(|error| error.to_string()).inspect(|()| {
+            app.reload(loaded.config).await.map_err(|error| error.to_string()).inspect(|()| {
                 // It was read as a part of the configuration, so there is no error to lose.
                 let _ = log.change(&wanted.level, wanted.format);
                 warn(path, &loaded.warnings);

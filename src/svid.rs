@@ -5,25 +5,34 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use thiserror::Error;
 
-use crate::caller::{Caller, Looks};
+use crate::caller::{Caller, Looks, Refusal};
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
 use crate::rule::Rule;
 
 pub mod agent;
+pub mod attesting;
 pub mod delegated;
 mod dial;
 pub mod jwt;
+mod memory;
 pub mod proto;
 pub mod workload_api;
 
+pub use attesting::Attesting;
+pub use delegated::Delegated;
 pub use jwt::{BadToken, JwtSvid};
 pub use workload_api::WorkloadApi;
+
+/// SPIRE's agent itself waits up to 30 s for its server, and then still answers with a token from its cache; in Kubernetes it
+/// waits as long for a container to be told of.
+pub const DEADLINE: Duration = Duration::from_secs(35);
 
 /// Somebody who knows which identities the workloads of this node have.
 #[async_trait]
@@ -74,9 +83,13 @@ pub enum SourceError {
     /// The source will never answer this request. Asking again is of no use; somebody has to change something.
     #[error("{0}")]
     Misconfigured(String),
-    /// The process or pod that the source was asked about is gone. Another caller of the same identity may still get one.
-    #[error("{0}")]
-    CallerGone(String),
+    /// The process that the source was to be asked about is gone, has changed, or must not be named to it. Another caller
+    /// of the same identity may still get a token.
+    #[error(transparent)]
+    Caller(#[from] Refusal),
+    /// More is asked of the source than it can do. Ask again in a moment.
+    #[error("more new processes ask for credentials than the SPIFFE agent can attest; ask again in a moment")]
+    Busy,
     /// What the decision depends on is not known of this caller, since the rules were others when it was attested. Another
     /// connection will do.
     #[error("the configuration was reloaded after this connection was made")]
@@ -90,7 +103,7 @@ impl SourceError {
     /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable(_) | Self::CallerGone(_) | Self::Reloaded => true,
+            Self::Unavailable(_) | Self::Caller(_) | Self::Busy | Self::Reloaded => true,
             // Agents answer from their cache while their server is down, until the second that the token expires.
             Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
             Self::Denied(_) | Self::Misconfigured(_) => false,
@@ -103,7 +116,8 @@ impl SourceError {
             Self::Denied(_) => "source_denied",
             Self::Unavailable(_) => "source_unavailable",
             Self::Misconfigured(_) => "source_misconfigured",
-            Self::CallerGone(_) => "source_caller_gone",
+            Self::Caller(refusal) => refusal.reason(),
+            Self::Busy => "source_busy",
             Self::Reloaded => "reloaded",
             Self::BadToken(_) => "bad_token",
         }

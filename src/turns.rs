@@ -2,6 +2,7 @@
 //! one workload that asks without end delays itself alone (attack 22).
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,50 +14,62 @@ use crate::identity::SpiffeId;
 /// How long a call may wait for its turn. A token has at least 30 s of life when it begins to wait.
 pub const TURN: Duration = Duration::from_secs(20);
 
-/// Allows so many at one time in all, and of those so many to each SPIFFE ID. Cheap to clone.
+/// Allows so many at one time in all, and of those so many to each owner: a SPIFFE ID, or a workload before its SPIFFE ID
+/// is known. Cheap to clone.
 ///
-/// Whoever waits has a turn of his SPIFFE ID already, and all of these wait in one queue: so in front of anybody there are
-/// at most `each` of every other SPIFFE ID.
-#[derive(Debug, Clone)]
-pub struct Turns(Arc<Shared>);
+/// Whoever waits has a turn of his owner's already, and all of these wait in one queue: so in front of anybody there are
+/// at most `each` of every other owner.
+#[derive(Debug)]
+pub struct Turns<K: Eq + Hash = SpiffeId>(Arc<Shared<K>>);
+
+impl<K: Eq + Hash> Clone for Turns<K> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
 
 #[derive(Debug)]
-struct Shared {
+struct Shared<K> {
     all: Arc<Semaphore>,
     each: usize,
     /// Only those that have a turn or wait for one.
-    owners: Mutex<HashMap<SpiffeId, Arc<Semaphore>>>,
+    owners: Mutex<HashMap<K, Arc<Semaphore>>>,
 }
 
 /// Ends when it is dropped. The fields are dropped in this order: the place looks whether it was the last of its owner.
 #[derive(Debug)]
-pub struct Turn {
+pub struct Turn<K: Eq + Hash = SpiffeId> {
     _all: OwnedSemaphorePermit,
     _own: OwnedSemaphorePermit,
-    _place: Place,
+    _place: Place<K>,
 }
 
 /// Keeps the owner in the table while it has a turn or waits for one.
 #[derive(Debug)]
-struct Place {
-    turns: Arc<Shared>,
-    owner: SpiffeId,
+struct Place<K: Eq + Hash> {
+    turns: Arc<Shared<K>>,
+    owner: K,
     own: Arc<Semaphore>,
 }
 
-impl Turns {
-    /// `most` in all, `each` for one SPIFFE ID; neither is less than one.
+impl<K: Eq + Hash + Clone> Turns<K> {
+    /// `most` in all, `each` for one owner; neither is less than one.
     pub fn new(most: usize, each: usize) -> Self {
         let all = Arc::new(Semaphore::new(most.clamp(1, Semaphore::MAX_PERMITS)));
         Self(Arc::new(Shared { all, each: each.clamp(1, Semaphore::MAX_PERMITS), owners: Mutex::default() }))
     }
 
     /// Waits for a turn, at most for [`TURN`]: `None` if there was none.
-    pub async fn take(&self, owner: &SpiffeId) -> Option<Turn> {
-        timeout(TURN, self.wait(owner)).await.ok().flatten()
+    pub async fn take(&self, owner: &K) -> Option<Turn<K>> {
+        self.take_within(TURN, owner).await
     }
 
-    async fn wait(&self, owner: &SpiffeId) -> Option<Turn> {
+    /// Waits for a turn, at most for `patience`.
+    pub async fn take_within(&self, patience: Duration, owner: &K) -> Option<Turn<K>> {
+        timeout(patience, self.wait(owner)).await.ok().flatten()
+    }
+
+    async fn wait(&self, owner: &K) -> Option<Turn<K>> {
         let place = self.place(owner);
         // The semaphores are never closed.
         let own = place.own.clone().acquire_owned().await.ok()?;
@@ -65,27 +78,27 @@ impl Turns {
     }
 
     /// A turn if there is one now.
-    pub fn try_take(&self, owner: &SpiffeId) -> Option<Turn> {
+    pub fn try_take(&self, owner: &K) -> Option<Turn<K>> {
         let place = self.place(owner);
         let own = place.own.clone().try_acquire_owned().ok()?;
         let all = self.0.all.clone().try_acquire_owned().ok()?;
         Some(Turn { _all: all, _own: own, _place: place })
     }
 
-    fn place(&self, owner: &SpiffeId) -> Place {
+    fn place(&self, owner: &K) -> Place<K> {
         let mut owners = self.0.owners();
         let own = owners.entry(owner.clone()).or_insert_with(|| Arc::new(Semaphore::new(self.0.each))).clone();
         Place { turns: self.0.clone(), owner: owner.clone(), own }
     }
 }
 
-impl Shared {
-    fn owners(&self) -> MutexGuard<'_, HashMap<SpiffeId, Arc<Semaphore>>> {
+impl<K> Shared<K> {
+    fn owners(&self) -> MutexGuard<'_, HashMap<K, Arc<Semaphore>>> {
         self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Place {
+impl<K: Eq + Hash> Drop for Place<K> {
     fn drop(&mut self) {
         let mut owners = self.turns.owners();
         // The table's and this one's: whoever else has a place or a permit of this owner holds it, too.

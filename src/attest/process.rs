@@ -125,6 +125,11 @@ impl HeldProcess {
         if credentials && groups && program { Ok(()) } else { Err(Refusal::Changed) }
     }
 
+    /// Whether it runs still.
+    pub(crate) fn is_there(&self) -> bool {
+        alive(&self.pidfd).is_ok()
+    }
+
     /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
     pub(crate) fn named(&self) -> Result<Named, Refusal> {
         self.still_same()?;

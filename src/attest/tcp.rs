@@ -49,6 +49,10 @@ impl Evidence for Seen {
     fn process(&self) -> Result<Named, Refusal> {
         self.holder.as_ref().ok_or(Refusal::Kernel)?.process.named()
     }
+
+    fn is_there(&self) -> bool {
+        self.holder.as_ref().is_some_and(|holder| holder.process.is_there())
+    }
 }
 
 impl TcpAttestor {

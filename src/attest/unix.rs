@@ -24,6 +24,10 @@ impl Evidence for Connector {
     fn process(&self) -> Result<Named, Refusal> {
         self.0.named()
     }
+
+    fn is_there(&self) -> bool {
+        self.0.is_there()
+    }
 }
 
 /// Stands in while the decision is still open what has to be looked at: nothing is released on it.

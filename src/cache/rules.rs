@@ -41,7 +41,7 @@ pub(super) enum Class {
 impl Class {
     pub(super) fn of(error: &IssueError) -> Self {
         match error {
-            IssueError::Source(SourceError::CallerGone(_)) => Self::CallerGone,
+            IssueError::Source(SourceError::Caller(_)) => Self::CallerGone,
             IssueError::Source(SourceError::Denied(_)) => Self::Denied,
             error if error.is_transient() => Self::Outage,
             _ => Self::Refused,

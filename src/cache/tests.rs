@@ -74,7 +74,7 @@ impl World {
         self.fetched.fetch_add(1, Ordering::SeqCst);
         assert!(!self.panics.load(Ordering::SeqCst), "asked to");
         if self.gone.lock().unwrap().contains(&caller.uid) {
-            return Err(SourceError::CallerGone("the process is gone".to_owned()));
+            return Err(SourceError::Caller(Refusal::Gone));
         }
         if let Some(failure) = self.failure.lock().unwrap().clone() {
             return Err(failure);

@@ -4,12 +4,15 @@ use std::path::PathBuf;
 
 use super::reader::{Place, Table};
 use crate::endpoint::Endpoint;
+use crate::identity::SpiffeIdPattern;
 
 /// The longest audience that IAM takes as a client id, in bytes.
 const AUDIENCE_MAX: usize = 255;
-/// Where the standard has the address of the Workload API.
+/// Where the standards have the addresses of the Workload API and of the Broker API.
 const SOCKET_VARIABLE: &str = "SPIFFE_ENDPOINT_SOCKET";
+const BROKER_VARIABLE: &str = "SPIFFE_BROKER_SOCKET";
 const SOCKET_FIX: &str = "write unix:///path/of/the/socket or tcp://IP:port";
+const UNIX_FIX: &str = "write unix:///path/of/the/socket";
 
 /// `[identity]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,10 +26,22 @@ pub struct IdentityConfig {
 }
 
 /// Who identifies callers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// The `[[workload]]` rules identify, and the SPIFFE Workload API gives the tokens.
     WorkloadApi,
+    /// A SPIRE agent does both, by its Delegated Identity API.
+    SpireDelegated {
+        /// Its admin socket.
+        socket: PathBuf,
+    },
+    /// A SPIFFE agent does both, by the Broker API.
+    SpiffeBroker {
+        /// Its broker socket.
+        socket: PathBuf,
+        /// The agent's own SPIFFE ID; by default that of any SPIRE agent in the daemon's own trust domain.
+        server: Option<SpiffeIdPattern>,
+    },
 }
 
 impl Default for IdentityConfig {
@@ -39,33 +54,100 @@ impl Default for IdentityConfig {
     }
 }
 
-/// Reads `[identity]`; `env` gives the socket if the file doesn't.
-pub(super) fn read(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> IdentityConfig {
+/// Which keys only one source has.
+const KEYS: [(&str, &str); 4] = [
+    ("admin_socket", "spire-delegated"),
+    ("broker_socket", "spiffe-broker"),
+    ("broker_server", "spiffe-broker"),
+    ("reference", "spiffe-broker"),
+];
+
+/// Reads `[identity]`; `env` gives the sockets if the file doesn't. Also says whether the `[[workload]]` rules are to identify
+/// callers, if the file says that, whatever is wrong with the rest.
+pub(super) fn read(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> (IdentityConfig, Option<bool>) {
     let default = IdentityConfig::default();
-    ["admin_socket", "broker_socket", "broker_server", "reference"].into_iter().for_each(|key| table.not_yet(key));
-    IdentityConfig {
-        source: table.parse("source", "write \"workload-api\"", source).unwrap_or(default.source),
-        socket: socket(table, env).unwrap_or(default.socket),
+    let name = table.parse("source", "write \"workload-api\", \"spire-delegated\" or \"spiffe-broker\"", known);
+    let name = name.unwrap_or_else(|| "workload-api".to_owned());
+    for (key, source) in KEYS {
+        // Known here, whoever has it.
+        let is_there = table.value(key).is_some();
+        if is_there && source != name && !table.is_wrong("source") {
+            table.error(
+                key,
+                format!("only the source {source:?} has it"),
+                format!("remove it, or set source = {source:?}"),
+            );
+        }
+    }
+    let by_rules = (!table.is_wrong("source")).then(|| name == "workload-api");
+    let config = IdentityConfig {
+        source: source(table, &name, env).unwrap_or(default.source),
+        socket: socket(table, "socket", SOCKET_VARIABLE, SOCKET_FIX, env).unwrap_or(default.socket),
         audience: table
             .parse("audience", "write what STS expects as the audience of a token", audience)
             .unwrap_or(default.audience),
-    }
+    };
+    (config, by_rules)
 }
 
-fn source(text: &str) -> Result<Source, &'static str> {
+fn known(text: &str) -> Result<String, &'static str> {
     match text {
-        "workload-api" => Ok(Source::WorkloadApi),
-        "spire-delegated" | "spiffe-broker" => Err("this version of awsvid does not have this source yet"),
+        "workload-api" | "spire-delegated" | "spiffe-broker" => Ok(text.to_owned()),
         _ => Err("there is no such source"),
     }
 }
 
-fn socket(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> Option<Endpoint> {
-    let from_env = || env(SOCKET_VARIABLE).filter(|text| !text.is_empty());
-    let (text, at) = match table.string("socket") {
-        Some(text) => (text.to_owned(), table.place("socket")),
-        None if table.has("socket") => return None,
-        None => (from_env()?, Place { line: None, key: SOCKET_VARIABLE.to_owned() }),
+fn source(table: &Table<'_>, name: &str, env: &dyn Fn(&str) -> Option<String>) -> Option<Source> {
+    let needed = |key: &'static str, what: &str, variable: &str| {
+        let endpoint = socket(table, key, variable, UNIX_FIX, env);
+        if endpoint.is_none() && !table.has(key) {
+            table.error("source", format!("{name:?} needs `{key}`"), what.to_owned());
+        }
+        match endpoint? {
+            Endpoint::Unix(path) => Some(path),
+            Endpoint::Tcp(_) => {
+                table.error(key, "processes can be named to an agent on this node only".to_owned(), UNIX_FIX);
+                None
+            }
+        }
+    };
+    match name {
+        "spire-delegated" => {
+            let socket = needed("admin_socket", "write the agent's `admin_socket_path` as unix:///path", "");
+            Some(Source::SpireDelegated { socket: socket? })
+        }
+        "spiffe-broker" => {
+            let fix = "write the agent's broker socket as unix:///path, or set SPIFFE_BROKER_SOCKET";
+            let socket = needed("broker_socket", fix, BROKER_VARIABLE);
+            let pattern = "write an ID as in \"spiffe://example.org/spire/agent/**\"";
+            let server = table.parse("broker_server", pattern, SpiffeIdPattern::parse);
+            table.parse("reference", "write \"auto\" or \"process\"", reference);
+            Some(Source::SpiffeBroker { socket: socket?, server })
+        }
+        _ => Some(Source::WorkloadApi),
+    }
+}
+
+/// How a workload is named to the agent. On a host both are the same: by its process.
+fn reference(text: &str) -> Result<(), &'static str> {
+    match text {
+        "auto" | "process" => Ok(()),
+        _ => Err("workloads are named to the agent otherwise"),
+    }
+}
+
+fn socket(
+    table: &Table<'_>,
+    key: &'static str,
+    variable: &str,
+    fix: &str,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Option<Endpoint> {
+    let from_env = || env(variable).filter(|text| !text.is_empty());
+    let (text, at) = match table.string(key) {
+        Some(text) => (text.to_owned(), table.place(key)),
+        None if table.has(key) => return None,
+        None => (from_env()?, Place { line: None, key: variable.to_owned() }),
     };
     match Endpoint::parse(&text) {
         Ok(endpoint) => {
@@ -76,7 +158,7 @@ fn socket(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> Option<End
             Some(endpoint)
         }
         Err(error) => {
-            table.report.error(&at, format!("{text:?}: {error}"), SOCKET_FIX);
+            table.report.error(&at, format!("{text:?}: {error}"), fix);
             None
         }
     }

@@ -5,6 +5,7 @@ use super::*;
 
 mod errors;
 mod mutations;
+mod sources;
 mod warnings;
 
 /// What an administrator starts from.

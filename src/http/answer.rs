@@ -8,6 +8,7 @@ use crate::cache::CacheError;
 use crate::caller::{Caller, Refusal};
 use crate::issue::IssueError;
 use crate::role::Denied;
+use crate::svid::SourceError;
 
 /// Why a request gets no credentials, with what the client may know of it.
 #[derive(Debug)]
@@ -68,6 +69,11 @@ impl Refused {
         match error {
             BrokerError::Refused(refusal) => Self::Caller(refusal),
             BrokerError::NoIdentity => Self::NoIdentity(describe(caller)),
+            // The process that the source was asked about is the caller, or one that waits with it.
+            BrokerError::Source(SourceError::Caller(refusal))
+            | BrokerError::Cache(CacheError::Issue(IssueError::Source(SourceError::Caller(refusal)))) => {
+                Self::Caller(refusal)
+            }
             BrokerError::Source(error) => Self::Issue(IssueError::Source(error)),
             BrokerError::Denied(denied) => Self::Denied(denied),
             BrokerError::Cache(CacheError::Issue(error)) => Self::Issue(error),

@@ -19,6 +19,7 @@ use super::proto::spire::api::agent::delegatedidentity::v1::FetchJwtsviDsRequest
 use super::proto::spire::api::agent::delegatedidentity::v1::delegated_identity_client::DelegatedIdentityClient;
 use super::{SourceError, one_line};
 use crate::attest::names_the_same_processes;
+use crate::caller::Refusal;
 use crate::endpoint::Endpoint;
 
 /// An answer holds a token for each identity of one workload.
@@ -116,7 +117,7 @@ pub(super) fn other_pids(endpoint: &Endpoint) -> String {
 #[async_trait]
 impl Agent for Delegated {
     async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
-        let pid = i32::try_from(pid).map_err(|_| SourceError::CallerGone("there is no such process".to_owned()))?;
+        let pid = i32::try_from(pid).map_err(|_| Refusal::Gone)?;
         let ask = |channel: Channel| {
             let mut client = DelegatedIdentityClient::new(channel).max_decoding_message_size(ANSWER_MAX);
             let audience = vec![audience.to_owned()];

@@ -79,8 +79,13 @@ impl JwtSvid {
     ///
     /// `expected` includes the trust domain. Timestamps are judged on their JSON text: STS refuses `1.7e9` and `1.0`,
     /// which a parser would take for integers. `iat` and `nbf` may be absent, and at most 5 minutes ahead of `now`.
-    pub fn check(token: String, expected: &SpiffeId, audience: &str, now: SystemTime) -> Result<Self, BadToken> {
-        let token = Zeroizing::new(token);
+    pub fn check(
+        token: impl Into<Zeroizing<String>>,
+        expected: &SpiffeId,
+        audience: &str,
+        now: SystemTime,
+    ) -> Result<Self, BadToken> {
+        let token = token.into();
         if token.len() > LENGTH_MAX {
             return wrong(format!("it has {} characters, and STS takes at most {LENGTH_MAX}", token.len()));
         }

@@ -16,7 +16,7 @@ use tonic::{Code, Request, Status};
 use super::dial::{is_broken, open, unreachable};
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
-use super::{Basis, IdentitySource, JwtSvid, SourceError, one_line};
+use super::{Basis, DEADLINE, IdentitySource, JwtSvid, SourceError, one_line};
 use crate::caller::{Caller, Looks};
 use crate::clock::Clock;
 use crate::endpoint::Endpoint;
@@ -24,8 +24,6 @@ use crate::identity::SpiffeId;
 use crate::role::Identity;
 use crate::rule::{Decision, Rule, decide, needs};
 
-/// SPIRE's agent itself waits up to 30 s for its server, and then still answers with a token from its cache.
-pub const DEADLINE: Duration = Duration::from_secs(35);
 /// An answer holds one token of at most 20 kB; some providers add the daemon's other identities.
 const ANSWER_MAX: usize = 1024 * 1024;
 

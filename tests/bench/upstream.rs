@@ -20,8 +20,10 @@ use tokio::time::sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::UnixListenerStream;
 
-use awsvid::svid::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
-use awsvid::svid::proto::{JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse};
+use awsvid::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use awsvid::svid::proto::workload::{
+    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, X509svidRequest, X509svidResponse,
+};
 
 use crate::{Failed, machine};
 
@@ -115,6 +117,15 @@ struct Agent(Desk);
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for Agent {
+    type FetchX509SVIDStream = tokio_stream::Pending<Result<X509svidResponse, tonic::Status>>;
+
+    async fn fetch_x509svid(
+        &self,
+        _: tonic::Request<X509svidRequest>,
+    ) -> Result<tonic::Response<Self::FetchX509SVIDStream>, tonic::Status> {
+        Err(tonic::Status::unimplemented("nobody asks"))
+    }
+
     type FetchJWTBundlesStream = tokio_stream::Pending<Result<JwtBundlesResponse, tonic::Status>>;
 
     async fn fetch_jwtsvid(

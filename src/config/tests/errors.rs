@@ -193,13 +193,6 @@ fn what_is_planned_is_said_to_be_so() {
         ("", "[listen]\npods = true", (11, "listen.pods", "this version of awsvid does not have it yet; remove it")),
         ("", "[listen]\npods_dir = \"/run/netns\"", (11, "listen.pods_dir", "does not have it yet")),
         ("", "[listen]\nnode = [\"169.254.170.23:80\"]", (11, "listen.node", "does not have it yet")),
-        ("", "[identity]\nsource = \"spire-delegated\"", (11, "identity.source", "does not have this source yet")),
-        ("", "[identity]\nsource = \"spiffe-broker\"", (11, "identity.source", "does not have this source yet")),
-        ("", "[identity]\nsource = \"vault\"", (11, "identity.source", "there is no such source")),
-        ("", "[identity]\nadmin_socket = \"/x\"", (11, "identity.admin_socket", "does not have it yet")),
-        ("", "[identity]\nbroker_socket = \"/x\"", (11, "identity.broker_socket", "does not have it yet")),
-        ("", "[identity]\nbroker_server = \"x\"", (11, "identity.broker_server", "does not have it yet")),
-        ("", "[identity]\nreference = \"process\"", (11, "identity.reference", "does not have it yet")),
         ("", "chain = [\"arn:aws:iam::123456789012:role/x\"]", (10, "role.chain", "does not have it yet")),
     ]);
 }

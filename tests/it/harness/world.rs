@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::counterparts::minio::{self, Minio};
 use super::counterparts::process::Output;
-use super::counterparts::spire::Spire;
+use super::counterparts::spire::{Broker, Spire, SpireSetting};
 use super::counterparts::workload::Workload;
 use super::counterparts::{root, tool};
 use super::daemon::Daemon;
@@ -34,6 +34,55 @@ pub(crate) struct Setting<'a> {
     pub(crate) role: &'a str,
     /// What is put before the agent's socket: makes it, and gives its path.
     pub(crate) socket: Option<&'a dyn Fn(&Path) -> PathBuf>,
+    /// Who says which user has which identity.
+    pub(crate) source: Source,
+}
+
+/// Where awsvid has its identities from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// All are registered for awsvid, whose rules give them to users.
+    #[default]
+    Rules,
+    /// Each is registered for its user; SPIRE attests the caller, asked over its admin socket.
+    Delegated,
+    /// The same over the broker socket.
+    Broker,
+}
+
+/// awsvid's own SPIFFE ID, where SPIRE attests callers.
+pub(crate) const AWSVID: &str = "spiffe://example.org/awsvid";
+
+impl Source {
+    /// What SPIRE is started with for it.
+    pub(crate) fn of_spire(self) -> SpireSetting {
+        match self {
+            Self::Rules => SpireSetting::default(),
+            Self::Delegated => SpireSetting { delegates: vec![AWSVID.to_owned()], ..SpireSetting::default() },
+            Self::Broker => SpireSetting { brokers: vec![Broker::by_pid(AWSVID)], ..SpireSetting::default() },
+        }
+    }
+
+    /// Its part of `[identity]`, with the agent's Workload API at `socket`.
+    fn keys(self, spire: &Spire, socket: &Path) -> String {
+        let socket = format!("socket = \"unix://{}\"", socket.display());
+        match self {
+            Self::Rules => socket,
+            Self::Delegated => {
+                let admin = spire.admin_socket();
+                format!("{socket}\nsource = \"spire-delegated\"\nadmin_socket = \"unix://{}\"", admin.display())
+            }
+            Self::Broker => {
+                let broker = spire.broker_socket();
+                format!("{socket}\nsource = \"spiffe-broker\"\nbroker_socket = \"unix://{}\"", broker.display())
+            }
+        }
+    }
+}
+
+/// What SPIRE tells awsvid by.
+pub(crate) fn awsvid_selectors() -> [String; 2] {
+    ["unix:uid:0".to_owned(), format!("unix:path:{}", env!("CARGO_BIN_EXE_awsvid"))]
 }
 
 impl World {
@@ -43,14 +92,23 @@ impl World {
             return None;
         }
         let aws = tool("aws")?;
-        let spire = Spire::start(folder)?;
+        let spire = Spire::start_with(folder, setting.source.of_spire())?;
         let minio = Minio::start(folder, &spire.issuer_url(), &minio::readable_by(&id(users[0].1), "shop"))?;
         minio.make_bucket("shop");
         minio.put("shop", "test.txt", b"hello from the shop\n");
-        // The daemon runs as root; all identities are its own at SPIRE, and its rules give them to callers.
-        let entries = users.iter().map(|(_, name)| (id(name), spire.register(&id(name), &["unix:uid:0"]))).collect();
+        let mut entries = BTreeMap::new();
+        if setting.source != Source::Rules {
+            entries
+                .insert(AWSVID.to_owned(), spire.register(AWSVID, &awsvid_selectors().each_ref().map(String::as_str)));
+        }
+        for (uid, name) in users {
+            // The daemon runs as root; by rules all identities are its own at SPIRE, and it gives them to callers.
+            let owner = if setting.source == Source::Rules { 0 } else { *uid };
+            entries.insert(id(name), spire.register(&id(name), &[&format!("unix:uid:{owner}")]));
+        }
         let rules: String = users
             .iter()
+            .filter(|_| setting.source == Source::Rules)
             .map(|(uid, name)| {
                 let more = setting.rule.map_or(String::new(), |rule| rule(*uid));
                 format!("[[workload]]\nspiffe_id = \"{}\"\nuid = {uid}\n{more}\n", id(name))
@@ -58,9 +116,9 @@ impl World {
             .collect();
         let socket = setting.socket.map_or(spire.agent_socket(), |make| make(&spire.agent_socket()));
         let configuration = format!(
-            "[identity]\nsocket = \"unix://{}\"\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
+            "[identity]\n{}\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
              [[role]]\nname = \"shop\"\nspiffe_id = \"{}\"\nrole_arn = \"{}\"\n{}\n",
-            socket.display(),
+            setting.source.keys(&spire, &socket),
             minio::AUDIENCE,
             minio.endpoint(),
             id("*"),

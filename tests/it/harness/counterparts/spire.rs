@@ -18,6 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A SPIRE server, an agent that it has attested, and an OIDC discovery provider whose URL is the issuer of the
 /// JWT-SVIDs. All ends when this is dropped.
 pub(crate) struct Spire {
+    /// What the agent's next start reads; the server's part is read once.
+    pub(crate) setting: SpireSetting,
     folder: PathBuf,
     programs: [PathBuf; 3],
     server_port: Port,
@@ -31,19 +33,56 @@ pub(crate) struct Spire {
     agent_log_start: usize,
 }
 
+/// What SPIRE is started with beyond what every test needs.
+#[derive(Clone, Default)]
+pub(crate) struct SpireSetting {
+    /// `authorized_delegates`: the SPIFFE IDs that may use the Delegated Identity API. Its socket is there in any case.
+    pub(crate) delegates: Vec<String>,
+    /// `brokers`: who may use the Broker API. Its socket is there if this is not empty.
+    pub(crate) brokers: Vec<Broker>,
+    /// `default_x509_svid_ttl`, in SPIRE's notation. The agent renews an SVID when half of its life is over, and SPIRE
+    /// dates it back by 10 s: from "10s" down it renews all the time.
+    pub(crate) x509_svid_ttl: Option<&'static str>,
+}
+
+/// Somebody who may use the Broker API.
+#[derive(Clone)]
+pub(crate) struct Broker {
+    /// SPIFFE ID.
+    pub(crate) id: String,
+    /// `allowed_reference_types`; "*" alone is all of them.
+    pub(crate) reference_types: Vec<&'static str>,
+}
+
+impl Broker {
+    /// The reference to a process by its pid.
+    pub(crate) const BY_PID: &str = "type.googleapis.com/spiffe.broker.WorkloadPIDReference";
+
+    /// One that may refer to processes.
+    pub(crate) fn by_pid(id: &str) -> Broker {
+        Broker { id: id.to_owned(), reference_types: vec![Self::BY_PID] }
+    }
+}
+
 impl Spire {
     /// Starts all three with their data below `folder` and returns when each answers. `None` after a printed skip if
     /// the programs are missing (`counterparts::tool`). `folder` must be one that other users can enter
     /// (`counterparts::folder`).
     pub(crate) fn start(folder: &Path) -> Option<Spire> {
+        Self::start_with(folder, SpireSetting::default())
+    }
+
+    /// The same, with more in the configuration.
+    pub(crate) fn start_with(folder: &Path, setting: SpireSetting) -> Option<Spire> {
         let programs = [tool("spire-server")?, tool("spire-agent")?, tool("oidc-discovery-provider")?];
         let folder = folder.join("spire");
-        // The admin socket may not lie in or below the folder of the Workload API's socket: the agent would end at
-        // once.
-        for name in ["server", "agent", "admin"] {
+        // The admin and broker sockets may not lie in or below the folder of the Workload API's socket: the agent would
+        // end at once.
+        for name in ["server", "agent", "admin", "broker"] {
             fs::create_dir_all(folder.join(name)).expect("a folder for SPIRE");
         }
         let mut spire = Spire {
+            setting,
             folder,
             programs,
             server_port: Port::reserve(),
@@ -74,6 +113,16 @@ impl Spire {
     /// The socket of the SPIFFE Workload API; any user may connect.
     pub(crate) fn agent_socket(&self) -> PathBuf {
         self.folder.join("agent/api.sock")
+    }
+
+    /// The socket of the Delegated Identity API: mode 0770.
+    pub(crate) fn admin_socket(&self) -> PathBuf {
+        self.folder.join("admin/api.sock")
+    }
+
+    /// The socket of the Broker API, if the setting names a broker: mode 0770.
+    pub(crate) fn broker_socket(&self) -> PathBuf {
+        self.folder.join("broker/api.sock")
     }
 
     /// The `iss` of the JWT-SVIDs; below it is the discovery document.
@@ -187,7 +236,12 @@ impl Spire {
 
     fn await_agent(&self) {
         let agent = self.agent.as_ref().expect("the agent was started");
-        agent.await_some("spire-agent listens", PATIENCE, || UnixStream::connect(self.agent_socket()).ok());
+        let mut sockets = vec![self.agent_socket(), self.admin_socket()];
+        sockets.extend((!self.setting.brokers.is_empty()).then(|| self.broker_socket()));
+        for socket in sockets {
+            let what = format!("spire-agent listens at {}", socket.display());
+            agent.await_some(&what, PATIENCE, || UnixStream::connect(&socket).ok());
+        }
     }
 
     fn await_agent_line(&self, message: &str, entry: &str) {
@@ -232,6 +286,7 @@ server {{
     jwt_key_type = "ec-p256"
     jwt_issuer = "{issuer}"
     default_jwt_svid_ttl = "5m"
+    {x509_svid_ttl}
     log_level = "debug"
     log_format = "json"
     experimental {{ cache_reload_interval = "200ms" }}
@@ -248,6 +303,8 @@ plugins {{
             folder = self.folder.display(),
             port = self.server_port.address().port(),
             issuer = self.issuer_url(),
+            x509_svid_ttl =
+                self.setting.x509_svid_ttl.map_or(String::new(), |ttl| format!("default_x509_svid_ttl = \"{ttl}\"")),
         )
     }
 
@@ -260,11 +317,15 @@ agent {{
     data_dir = "{folder}/agent"
     socket_path = "{folder}/agent/api.sock"
     admin_socket_path = "{folder}/admin/api.sock"
+    authorized_delegates = {delegates:?}
     server_address = "127.0.0.1"
     server_port = {port}
     log_level = "debug"
     log_format = "json"
-    experimental {{ sync_interval = "200ms" }}
+    experimental {{
+        sync_interval = "200ms"
+        {broker}
+    }}
 }}
 plugins {{
     KeyManager "disk" {{ plugin_data {{ directory = "{folder}/agent" }} }}
@@ -275,7 +336,24 @@ plugins {{
             trust_domain = self.trust_domain(),
             folder = self.folder.display(),
             port = self.server_port.address().port(),
+            delegates = self.setting.delegates,
+            broker = self.broker_config(),
         )
+    }
+
+    fn broker_config(&self) -> String {
+        let brokers = &self.setting.brokers;
+        if brokers.is_empty() {
+            return String::new();
+        }
+        let types = |broker: &Broker| -> String {
+            broker.reference_types.iter().map(|name| format!("{{ type_url = \"{name}\" }}, ")).collect()
+        };
+        let brokers: String = brokers
+            .iter()
+            .map(|broker| format!("{{ id = \"{}\", allowed_reference_types = [{}] }}, ", broker.id, types(broker)))
+            .collect();
+        format!("broker {{ socket_path = \"{}\", brokers = [{brokers}] }}", self.broker_socket().display())
     }
 
     fn oidc_config(&self) -> String {

@@ -1,0 +1,300 @@
+//! Sources B and D: an agent attests the caller's process itself, by its number, and says which identities it has.
+//!
+//! The agent looks at whatever has that number at some moment of the call. So the process is held by its pidfd, and looked
+//! at before and after: what is said counts only if it was the same process in every respect, both times (attack 3), and
+//! one whose cgroups the agent cannot misread (attack 2). It is then remembered for that process.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::agent::{Agent, Svid};
+use super::memory::{Found, LOOKS, Memory, Said, Subject, is_known};
+use super::{Basis, IdentitySource, JwtSvid, SourceError};
+use crate::caller::{Caller, Looks, Owner};
+use crate::clock::Clock;
+use crate::identity::SpiffeId;
+use crate::metrics::{Call, Metrics};
+use crate::role::Identity;
+use crate::rule::OVERFLOW_ID;
+use crate::turns::Turns;
+
+/// How long a request waits for the agent, which Kubernetes may keep waiting for half a minute. Its question goes on, and
+/// the next try finds the answer.
+const HOLD: Duration = Duration::from_millis(4500);
+/// How long one waits for its turn to be asked for: SDKs give up after a second.
+const TURN: Duration = Duration::from_millis(800);
+/// Questions under way about processes that are new ...
+const QUESTIONS: usize = 32;
+/// ... and of those about processes of one workload.
+const QUESTIONS_EACH: usize = 8;
+/// Questions under way about processes that are known.
+const AGAIN: usize = 4;
+/// Between two looks at who is to be asked about again.
+const ROUND: Duration = Duration::from_secs(1);
+/// Tokens that came with an answer are kept so long for the exchange that follows it ...
+const KEPT: Duration = Duration::from_secs(10);
+/// ... and so many of them.
+const KEPT_MOST: usize = 256;
+/// How long it is believed which identities the daemon itself has ...
+const OWN: Duration = Duration::from_secs(60);
+/// ... and that the agent knows the daemon, when it says that it does not know a workload.
+const OWN_AT_DENIAL: Duration = Duration::from_secs(1);
+
+/// An agent that attests callers, and what it has said of them. Asks again in the background until it is dropped.
+pub struct Attesting(Arc<Shared>);
+
+struct Shared {
+    agent: Arc<dyn Agent>,
+    /// `[identity] audience`: of the tokens that come with an identity.
+    audience: String,
+    clock: Clock,
+    metrics: Metrics,
+    memory: Mutex<Memory>,
+    tokens: Mutex<VecDeque<Kept>>,
+    turns: Turns<Owner>,
+    /// The daemon's own identities, which no workload is given, and when they were asked for.
+    own: tokio::sync::Mutex<Option<(Instant, BTreeSet<SpiffeId>)>>,
+}
+
+struct Kept {
+    subject: Subject,
+    token: JwtSvid,
+    at: Instant,
+}
+
+impl fmt::Debug for Attesting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attesting").field("agent", &self.0.agent).finish_non_exhaustive()
+    }
+}
+
+impl Attesting {
+    /// With tokens for `audience` unless a role wants another one; `most` processes are remembered. To be called within a
+    /// tokio runtime.
+    pub fn new(agent: Arc<dyn Agent>, audience: String, most: usize, clock: Clock, metrics: Metrics) -> Self {
+        let shared = Arc::new(Shared {
+            agent,
+            audience,
+            clock,
+            metrics,
+            memory: Mutex::new(Memory::new(most)),
+            tokens: Mutex::default(),
+            turns: Turns::new(QUESTIONS, QUESTIONS_EACH),
+            own: tokio::sync::Mutex::default(),
+        });
+        tokio::spawn(ask_again(Arc::downgrade(&shared)));
+        Self(shared)
+    }
+
+    /// How many processes are remembered.
+    pub fn remembered(&self) -> usize {
+        self.0.memory().len()
+    }
+}
+
+#[async_trait]
+impl IdentitySource for Attesting {
+    async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
+        // The kernel's stand-in for ids without a mapping is nobody in particular (attack 14).
+        if caller.uid == OVERFLOW_ID {
+            return Ok(Vec::new());
+        }
+        let subject = Subject::of(caller)?;
+        let found = self.0.memory().find(&subject, caller)?;
+        let asked = match found {
+            Found::Known(identities) => return Ok(identities.to_vec()),
+            Found::Asked(asked) => asked,
+            Found::Unknown(asked) => {
+                // Goes on whatever becomes of the caller's connection.
+                tokio::spawn(self.0.clone().ask_new(subject, caller.clone()));
+                asked
+            }
+        };
+        wait(asked).await.map(|identities| identities.to_vec())
+    }
+
+    async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+        let subject = Subject::of(caller)?;
+        if audience == self.0.audience
+            && let Some(token) = self.0.take(&subject, id)
+        {
+            return Ok(token);
+        }
+        let svids = self.0.ask(caller, audience).await?;
+        let is_own = self.0.own(OWN).await?.contains(id);
+        let svid = svids.into_iter().find(|svid| svid.spiffe_id == id.as_str() && !is_own);
+        let Some(svid) = svid else {
+            return Err(SourceError::Denied(format!("the SPIFFE agent does not give {id} to this process any more")));
+        };
+        Ok(JwtSvid::check(svid.token, id, audience, self.0.clock.now())?)
+    }
+
+    fn needs(&self, caller: &Caller) -> Option<Looks> {
+        (!is_known(caller)).then_some(LOOKS)
+    }
+
+    fn basis(&self, _: &SpiffeId) -> Basis {
+        Basis::Agent(self.0.agent.endpoint().clone())
+    }
+
+    async fn ready(&self, _: &str) -> Result<(), SourceError> {
+        self.0.own(Duration::ZERO).await.map(drop)
+    }
+}
+
+async fn wait(mut asked: watch::Receiver<Option<Said>>) -> Said {
+    let too_long = || SourceError::Unavailable("the SPIFFE agent has not answered yet; ask again".to_owned());
+    let said = timeout(HOLD, asked.wait_for(Option::is_some)).await.map_err(|_| too_long())?;
+    // Whoever was to say it is gone only if the daemon ends.
+    said.ok().and_then(|said| said.clone()).unwrap_or_else(|| Err(too_long()))
+}
+
+impl Shared {
+    /// Asks about a process that nothing is known of, when its turn comes.
+    async fn ask_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
+        let said = match self.turns.take_within(TURN, &Owner::of(&caller)).await {
+            Some(_turn) => self.clone().identities(&caller, Some(&subject)).await,
+            None => Err(SourceError::Busy),
+        };
+        self.memory().note(&subject, said);
+    }
+
+    /// What the agent says of this process now: nothing is an answer. Its tokens are kept where an exchange may follow.
+    async fn identities(self: Arc<Self>, caller: &Arc<Caller>, keep: Option<&Subject>) -> Said {
+        let (shared, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
+        let asking = tokio::spawn(async move {
+            match shared.ask(&caller, &shared.audience).await {
+                Ok(svids) => shared.believed(svids, keep.as_ref()).await,
+                Err(SourceError::Denied(_)) => Ok(Arc::from([])),
+                Err(error) => Err(error),
+            }
+        });
+        // A panic in a library below ends that question, not the place in the memory.
+        asking.await.unwrap_or_else(|_| {
+            Err(SourceError::Unavailable("an error inside awsvid ended the question; its log has it".to_owned()))
+        })
+    }
+
+    /// The identities of an answer, without the daemon's own.
+    async fn believed(&self, svids: Vec<Svid>, keep: Option<&Subject>) -> Said {
+        let own = self.own(OWN).await?;
+        let mut identities = Vec::new();
+        for svid in svids {
+            let Ok(spiffe_id) = SpiffeId::parse(&svid.spiffe_id) else {
+                tracing::warn!("the SPIFFE agent gave a process an identity that is no SPIFFE ID; it is left out");
+                continue;
+            };
+            if own.contains(&spiffe_id) {
+                tracing::info!(%spiffe_id, "a process has awsvid's own identity, which is given to nobody");
+                continue;
+            }
+            if let Some(subject) = keep
+                && let Ok(token) = JwtSvid::check(svid.token, &spiffe_id, &self.audience, self.clock.now())
+            {
+                self.keep(subject, token);
+            }
+            identities.push(Identity { spiffe_id, hint: svid.hint });
+        }
+        Ok(identities.into())
+    }
+
+    /// Asks the agent about the caller's process, and drops the answer unless it is the same process as before.
+    async fn ask(&self, caller: &Arc<Caller>, audience: &str) -> Result<Vec<Svid>, SourceError> {
+        let before = caller.evidence.process()?;
+        let result = self.agent.svids(before.pid, audience).await;
+        self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
+        if caller.evidence.process()? != before {
+            return Err(crate::caller::Refusal::Changed.into());
+        }
+        if matches!(result, Err(SourceError::Denied(_))) {
+            // An agent that does not know the daemon itself, as one that has just started, denies everybody.
+            self.own(OWN_AT_DENIAL).await?;
+        }
+        result
+    }
+
+    /// The daemon's own identities, asked for if what is known is older than `age`.
+    async fn own(&self, age: Duration) -> Result<BTreeSet<SpiffeId>, SourceError> {
+        let mut own = self.own.lock().await;
+        if let Some((at, ids)) = &*own
+            && at.elapsed() < age
+        {
+            return Ok(ids.clone());
+        }
+        let svids = match self.agent.svids(std::process::id(), &self.audience).await {
+            Ok(svids) => svids,
+            Err(SourceError::Denied(said)) => {
+                return Err(SourceError::Unavailable(format!(
+                    "the SPIFFE agent has no identity for awsvid itself: register one for its process, by its user and \
+                     executable ({said})"
+                )));
+            }
+            // They hardly ever change, so what was said before holds; but that the agent knows the daemon now is not known.
+            Err(error) => match &*own {
+                Some((_, ids)) if age == OWN => return Ok(ids.clone()),
+                _ => return Err(error),
+            },
+        };
+        let ids: BTreeSet<SpiffeId> = svids.iter().filter_map(|svid| SpiffeId::parse(&svid.spiffe_id).ok()).collect();
+        *own = Some((Instant::now(), ids.clone()));
+        Ok(ids)
+    }
+
+    fn keep(&self, subject: &Subject, token: JwtSvid) {
+        let mut tokens = self.tokens();
+        while tokens.len() >= KEPT_MOST || tokens.front().is_some_and(|kept| kept.at.elapsed() >= KEPT) {
+            tokens.pop_front();
+        }
+        tokens.push_back(Kept { subject: subject.clone(), token, at: Instant::now() });
+    }
+
+    fn take(&self, subject: &Subject, id: &SpiffeId) -> Option<JwtSvid> {
+        let mut tokens = self.tokens();
+        let wanted = |kept: &Kept| kept.subject == *subject && kept.token.spiffe_id() == id;
+        let kept = tokens.iter().position(wanted).and_then(|index| tokens.remove(index))?;
+        (kept.at.elapsed() < KEPT).then_some(kept.token)
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tokens(&self) -> MutexGuard<'_, VecDeque<Kept>> {
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Asks again about those that are known, some at a time: an agent that hangs keeps only this waiting.
+async fn ask_again(shared: Weak<Shared>) {
+    let mut asking = JoinSet::new();
+    loop {
+        sleep(ROUND).await;
+        let Some(shared) = shared.upgrade() else { return };
+        while asking.try_join_next().is_some() {}
+        loop {
+            let due = shared.memory().due(AGAIN.saturating_sub(asking.len()));
+            if due.is_empty() {
+                break;
+            }
+            for (subject, caller) in due {
+                let shared = shared.clone();
+                asking.spawn(async move {
+                    let said = shared.clone().identities(&caller, None).await;
+                    shared.memory().note(&subject, said);
+                });
+            }
+            // The next one begins when one of these has ended.
+            asking.join_next().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,259 @@
+//! What an agent has said of processes, so that a process that is known costs no call.
+//!
+//! Only what is remembered, and for how long; who asks is [`super::attesting`].
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::SourceError;
+use crate::caller::{Caller, Looks, Owner, Process, Refusal};
+use crate::cgroup::CgroupPath;
+use crate::role::Identity;
+
+/// What was said so long ago is asked again.
+pub(super) const ASK_AGAIN: Duration = Duration::from_secs(30);
+/// Two definite answers this far apart, without another in between, are the agent's last word: one alone may be an attestor
+/// that failed for a moment, which looks just the same.
+pub(super) const DENIALS_APART: Duration = Duration::from_secs(10);
+/// How long a process that has no identity is told so without asking: somebody may be registering it right now.
+const NO_IDENTITY: Duration = Duration::from_secs(2);
+/// Processes of one workload that are remembered: what it makes up fills its own places only (attack 22).
+const EACH: usize = 1024;
+
+/// One process, with everything of it that may decide what it is: whoever changes any of it is another subject.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Subject {
+    uid: u32,
+    cgroup: Option<CgroupPath>,
+    process: Process,
+}
+
+/// What an agent has to be told apart by.
+pub(super) const LOOKS: Looks = Looks { groups: true, program: true, started: true };
+
+impl Subject {
+    /// Of a caller whose process was looked at.
+    pub(super) fn of(caller: &Caller) -> Result<Self, SourceError> {
+        if !is_known(caller) {
+            return Err(SourceError::Reloaded);
+        }
+        let process = caller.process.clone().ok_or(SourceError::Reloaded)?;
+        if process.program.as_ref().is_none_or(|program| program.exe.is_none()) {
+            return Err(Refusal::UnseenProgram.into());
+        }
+        Ok(Self { uid: caller.uid, cgroup: caller.cgroup.clone(), process })
+    }
+}
+
+/// Whether everything is known of the caller's process that a subject is made of.
+pub(super) fn is_known(caller: &Caller) -> bool {
+    let known = |process: &Process| process.groups.is_some() && process.program.is_some() && process.started.is_some();
+    caller.process.as_ref().is_some_and(known)
+}
+
+/// What is told to all who wait for one question.
+pub(super) type Said = Result<Arc<[Identity]>, SourceError>;
+type Told = watch::Sender<Option<Said>>;
+
+/// What there is for a request.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// It is known.
+    Known(Arc<[Identity]>),
+    /// It is being asked for.
+    Asked(watch::Receiver<Option<Said>>),
+    /// It has to be asked for, by whoever finds this.
+    Unknown(watch::Receiver<Option<Said>>),
+}
+
+#[derive(Debug)]
+struct Known {
+    /// With proof of which process it is.
+    caller: Arc<Caller>,
+    owner: Owner,
+    /// `None` before the first answer.
+    identities: Option<Arc<[Identity]>>,
+    /// When the last answer or the last try came.
+    at: Instant,
+    /// Since when it is denied.
+    denied: Option<Instant>,
+    /// Who waits for the question that is under way, if one is.
+    asking: Option<Told>,
+}
+
+impl Known {
+    /// When it is to be asked about again.
+    fn due(&self) -> Instant {
+        match (self.denied, &self.identities) {
+            // The second question, which decides.
+            (Some(since), _) => since.max(self.at - DENIALS_APART) + DENIALS_APART,
+            (None, Some(identities)) if identities.is_empty() => self.at + NO_IDENTITY,
+            (None, _) => self.at + ASK_AGAIN,
+        }
+    }
+}
+
+/// All processes that an agent has said something of.
+#[derive(Debug)]
+pub(super) struct Memory {
+    most: usize,
+    known: HashMap<Subject, Known>,
+    counts: HashMap<Owner, usize>,
+}
+
+impl Memory {
+    /// Room for `most` processes.
+    pub(super) fn new(most: usize) -> Self {
+        Self { most, known: HashMap::new(), counts: HashMap::new() }
+    }
+
+    /// What is known of `subject`. If nothing is, and nobody has asked yet, the caller has to.
+    pub(super) fn find(&mut self, subject: &Subject, caller: &Arc<Caller>) -> Result<Found, SourceError> {
+        if let Some(known) = self.known.get_mut(subject) {
+            let old = known.identities.as_ref().is_some_and(|ids| ids.is_empty()) && known.due() <= Instant::now();
+            return Ok(match (&known.identities, &known.asking) {
+                (Some(identities), _) if !old => Found::Known(identities.clone()),
+                (_, Some(told)) => Found::Asked(told.subscribe()),
+                (_, None) => {
+                    known.caller = caller.clone();
+                    Found::Unknown(known.asking.insert(watch::Sender::new(None)).subscribe())
+                }
+            });
+        }
+        let owner = Owner::of(caller);
+        if !self.has_room(&owner) {
+            return Err(SourceError::Busy);
+        }
+        *self.counts.entry(owner.clone()).or_default() += 1;
+        let told = watch::Sender::new(None);
+        let asked = told.subscribe();
+        let (at, caller) = (Instant::now(), caller.clone());
+        let known = Known { caller, owner, identities: None, at, denied: None, asking: Some(told) };
+        self.known.insert(subject.clone(), known);
+        Ok(Found::Unknown(asked))
+    }
+
+    /// Notes what was said of `subject`, and tells it to all who wait.
+    pub(super) fn note(&mut self, subject: &Subject, said: Said) {
+        let Entry::Occupied(mut entry) = self.known.entry(subject.clone()) else { return };
+        let known = entry.get_mut();
+        let now = Instant::now();
+        known.at = now;
+        let told = known.asking.take();
+        let (said, keep) = match said {
+            Ok(identities) if !identities.is_empty() => {
+                known.denied = None;
+                known.identities = Some(identities.clone());
+                (Ok(identities), true)
+            }
+            Ok(none) => match &known.identities {
+                // Once is not enough to take something away.
+                Some(before)
+                    if !before.is_empty() && now.duration_since(*known.denied.get_or_insert(now)) < DENIALS_APART =>
+                {
+                    (Ok(before.clone()), true)
+                }
+                _ => {
+                    known.denied = None;
+                    known.identities = Some(none.clone());
+                    (Ok(none), true)
+                }
+            },
+            // It is not the process any more that it was.
+            Err(error @ SourceError::Caller(_)) => (Err(error), false),
+            Err(error) => match &known.identities {
+                Some(before) if !before.is_empty() => (Ok(before.clone()), true),
+                _ => (Err(error), false),
+            },
+        };
+        if !keep {
+            let known = entry.remove();
+            self.one_less(&known.owner);
+        }
+        if let Some(told) = told {
+            told.send_replace(Some(said));
+        }
+    }
+
+    /// Those that are to be asked about again, at most `most`, of which questions are under way from now on. Processes
+    /// without an identity are forgotten instead.
+    pub(super) fn due(&mut self, most: usize) -> Vec<(Subject, Arc<Caller>)> {
+        let now = Instant::now();
+        let mut due = Vec::new();
+        let mut forgotten = Vec::new();
+        for (subject, known) in &mut self.known {
+            if known.asking.is_some() || known.due() > now {
+                continue;
+            }
+            if known.identities.as_ref().is_none_or(|identities| identities.is_empty()) {
+                forgotten.push(subject.clone());
+            } else if due.len() < most {
+                known.asking = Some(watch::Sender::new(None));
+                due.push((subject.clone(), known.caller.clone()));
+            }
+        }
+        for subject in forgotten {
+            if let Some(known) = self.known.remove(&subject) {
+                self.one_less(&known.owner);
+            }
+        }
+        due
+    }
+
+    /// How many are remembered.
+    pub(super) fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    /// Makes room among the processes of the same owner, first of those that are gone.
+    fn has_room(&mut self, owner: &Owner) -> bool {
+        let is_full = |memory: &Self| {
+            memory.known.len() >= memory.most || memory.counts.get(owner).copied().unwrap_or_default() >= EACH
+        };
+        if is_full(self) {
+            self.forget_gone();
+        }
+        if !is_full(self) {
+            return true;
+        }
+        let own = self.known.iter().filter(|(_, known)| known.owner == *owner && known.asking.is_none());
+        let Some(oldest) = own.min_by_key(|(_, known)| known.at).map(|(subject, _)| subject.clone()) else {
+            return false;
+        };
+        self.known.remove(&oldest);
+        self.one_less(owner);
+        true
+    }
+
+    fn forget_gone(&mut self) {
+        let counts = &mut self.counts;
+        self.known.retain(|_, known| {
+            let keep = known.asking.is_some() || known.caller.evidence.is_there();
+            if !keep {
+                take_one(counts, &known.owner);
+            }
+            keep
+        });
+    }
+
+    fn one_less(&mut self, owner: &Owner) {
+        take_one(&mut self.counts, owner);
+    }
+}
+
+fn take_one(counts: &mut HashMap<Owner, usize>, owner: &Owner) {
+    if let Entry::Occupied(mut count) = counts.entry(owner.clone()) {
+        *count.get_mut() -= 1;
+        if *count.get() == 0 {
+            count.remove();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
