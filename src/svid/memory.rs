@@ -20,10 +20,14 @@ pub(super) const ASK_AGAIN: Duration = Duration::from_secs(30);
 /// Two definite answers this far apart, without another in between, are the agent's last word: one alone may be an attestor
 /// that failed for a moment, which looks just the same.
 pub(super) const DENIALS_APART: Duration = Duration::from_secs(10);
+/// After a question without an answer, where one is due.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// How long a process that has no identity is told so without asking: somebody may be registering it right now.
 const NO_IDENTITY: Duration = Duration::from_secs(2);
 /// Processes of one workload that are remembered: what it makes up fills its own places only (attack 22).
 const EACH: usize = 1024;
+/// Between two looks for processes that are gone.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// One process, with everything of it that may decide what it is: whoever changes any of it is another subject.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -91,7 +95,7 @@ impl Known {
     fn due(&self) -> Instant {
         match (self.denied, &self.identities) {
             // The second question, which decides.
-            (Some(since), _) => since.max(self.at - DENIALS_APART) + DENIALS_APART,
+            (Some(since), _) => (since + DENIALS_APART).max(self.at + TRY_AGAIN),
             (None, Some(identities)) if identities.is_empty() => self.at + NO_IDENTITY,
             (None, _) => self.at + ASK_AGAIN,
         }
@@ -104,12 +108,14 @@ pub(super) struct Memory {
     most: usize,
     known: HashMap<Subject, Known>,
     counts: HashMap<Owner, usize>,
+    /// When those that are gone were last looked for.
+    swept: Option<Instant>,
 }
 
 impl Memory {
     /// Room for `most` processes.
     pub(super) fn new(most: usize) -> Self {
-        Self { most, known: HashMap::new(), counts: HashMap::new() }
+        Self { most, known: HashMap::new(), counts: HashMap::new(), swept: None }
     }
 
     /// What is known of `subject`. If nothing is, and nobody has asked yet, the caller has to.
@@ -210,23 +216,31 @@ impl Memory {
         self.known.len()
     }
 
-    /// Makes room among the processes of the same owner, first of those that are gone.
+    /// Makes room if there is none: first by those that are gone, then by the oldest of the same owner, or of the owner that
+    /// has the most where all together are too many.
     fn has_room(&mut self, owner: &Owner) -> bool {
-        let is_full = |memory: &Self| {
-            memory.known.len() >= memory.most || memory.counts.get(owner).copied().unwrap_or_default() >= EACH
-        };
-        if is_full(self) {
-            self.forget_gone();
-        }
-        if !is_full(self) {
+        let own = |memory: &Self| memory.counts.get(owner).copied().unwrap_or_default();
+        if self.known.len() < self.most && own(self) < EACH {
             return true;
         }
-        let own = self.known.iter().filter(|(_, known)| known.owner == *owner && known.asking.is_none());
-        let Some(oldest) = own.min_by_key(|(_, known)| known.at).map(|(subject, _)| subject.clone()) else {
+        if self.swept.is_none_or(|swept| swept.elapsed() >= SWEEP) {
+            self.swept = Some(Instant::now());
+            self.forget_gone();
+        }
+        let victim = if own(self) >= EACH {
+            owner.clone()
+        } else if self.known.len() >= self.most {
+            let Some((most, _)) = self.counts.iter().max_by_key(|(_, count)| **count) else { return false };
+            most.clone()
+        } else {
+            return true;
+        };
+        let its = self.known.iter().filter(|(_, known)| known.owner == victim && known.asking.is_none());
+        let Some(oldest) = its.min_by_key(|(_, known)| known.at).map(|(subject, _)| subject.clone()) else {
             return false;
         };
         self.known.remove(&oldest);
-        self.one_less(owner);
+        self.one_less(&victim);
         true
     }
 

@@ -1,1 +1,356 @@
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
+use tokio::sync::Semaphore;
+use zeroize::Zeroizing;
+
+use super::*;
+use crate::caller::{Evidence, Executable, Listener, Named, Process, Program, Refusal};
+use crate::endpoint::Endpoint;
+use crate::svid::jwt::tests::{NOW, now, raw_token};
+
+const AUDIENCE: &str = "sts.amazonaws.com";
+const MOST: usize = 100;
+
+/// An agent that does as it is told, and counts.
+#[derive(Debug)]
+struct Script {
+    /// What each process is, by its number; the daemon's own is asked for as well.
+    says: Mutex<Box<dyn Answers>>,
+    /// One for each call that may be answered.
+    gate: Semaphore,
+    calls: AtomicUsize,
+    endpoint: Endpoint,
+}
+
+trait Answers: Fn(u32) -> Result<Vec<&'static str>, SourceError> + Send {}
+impl<F: Fn(u32) -> Result<Vec<&'static str>, SourceError> + Send> Answers for F {}
+
+impl fmt::Debug for dyn Answers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Answers")
+    }
+}
+
+impl Script {
+    fn says(says: impl Answers + 'static) -> Arc<Self> {
+        Arc::new(Self {
+            says: Mutex::new(Box::new(says)),
+            gate: Semaphore::new(Semaphore::MAX_PERMITS),
+            calls: AtomicUsize::new(0),
+            endpoint: Endpoint::Unix(PathBuf::from("/agent")),
+        })
+    }
+
+    fn now_says(&self, says: impl Answers + 'static) {
+        *self.says.lock().unwrap() = Box::new(says);
+    }
+
+    /// How often it was asked about others than the daemon.
+    fn calls(&self) -> usize {
+        self.calls.load(Ordering::SeqCst)
+    }
+}
+
+#[async_trait]
+impl Agent for Script {
+    async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
+        if pid != std::process::id() {
+            self.calls.fetch_add(1, Ordering::SeqCst);
+            self.gate.acquire().await.unwrap().forget();
+        }
+        let ids = (self.says.lock().unwrap())(pid)?;
+        let svid = |id: &&str| {
+            let claims = format!(r#"{{"sub":"{id}","aud":["{audience}"],"iat":{NOW},"exp":{}}}"#, NOW + 300);
+            let token = raw_token(r#"{"alg":"ES256","typ":"JWT"}"#, &claims);
+            Svid { spiffe_id: (*id).to_owned(), token: Zeroizing::new(token), hint: None }
+        };
+        Ok(ids.iter().map(svid).collect())
+    }
+
+    fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    async fn connect(&self) -> Result<(), SourceError> {
+        Ok(())
+    }
+}
+
+const AWSVID: &str = "spiffe://example.org/awsvid";
+const SHOP: &str = "spiffe://example.org/shop";
+
+/// The daemon's own identity, and the shop's for everybody else.
+fn shop(pid: u32) -> Result<Vec<&'static str>, SourceError> {
+    Ok(vec![if pid == std::process::id() { AWSVID } else { SHOP }])
+}
+
+fn denied() -> SourceError {
+    SourceError::Denied("no identity issued".to_owned())
+}
+
+fn own_alone(pid: u32) -> Result<Vec<&'static str>, SourceError> {
+    if pid == std::process::id() { Ok(vec![AWSVID]) } else { Err(denied()) }
+}
+
+/// What `process` says, in turn: how often it was looked at; from this look on it is another.
+#[derive(Debug)]
+struct Looked {
+    pid: u32,
+    looks: Arc<AtomicU32>,
+    changes_at: Option<u32>,
+    refusal: Option<Refusal>,
+}
+
+impl Evidence for Looked {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn process(&self) -> Result<Named, Refusal> {
+        let look = self.looks.fetch_add(1, Ordering::SeqCst);
+        match (&self.refusal, self.changes_at) {
+            (Some(refusal), None) => Err(refusal.clone()),
+            (Some(refusal), Some(at)) if look >= at => Err(refusal.clone()),
+            (None, Some(at)) if look >= at => Ok(Named { pid: self.pid, cgroups: "0::/moved\n".to_owned() }),
+            _ => Ok(Named { pid: self.pid, cgroups: "0::/\n".to_owned() }),
+        }
+    }
+}
+
+fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<Refusal>) -> Arc<Caller> {
+    let exe = Executable { device: 1, inode: 7, path: PathBuf::from("/bin/shop") };
+    let program = Some(Program { exe: Some(exe) });
+    let process = Process { pid, gid: uid, groups: Some(Vec::new()), contained: false, program, started: Some(1) };
+    let evidence = Box::new(Looked { pid, looks: Arc::default(), changes_at, refusal });
+    Arc::new(Caller { listener: Listener::Unix, uid, cgroup: None, process: Some(process), evidence })
+}
+
+fn caller(pid: u32) -> Arc<Caller> {
+    caller_with(1001, pid, None, None)
+}
+
+fn source(agent: &Arc<Script>) -> Attesting {
+    Attesting::new(agent.clone(), AUDIENCE.to_owned(), MOST, Clock::starting_at(now()), Metrics::default())
+}
+
+fn ids(identities: Result<Vec<Identity>, SourceError>) -> Vec<String> {
+    identities.unwrap().into_iter().map(|identity| identity.spiffe_id.to_string()).collect()
+}
+
+fn shop_id() -> SpiffeId {
+    SpiffeId::parse(SHOP).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_process_costs_one_call_and_a_known_one_none() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    for _ in 0..3 {
+        assert_eq!(ids(source.identify(&caller(1)).await), [SHOP]);
+    }
+    // The token came along; it is there for one exchange.
+    let token = source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap();
+    assert_eq!((token.spiffe_id(), token.audience(), agent.calls()), (&shop_id(), AUDIENCE, 1));
+    source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap();
+    assert_eq!(agent.calls(), 2);
+    let other = source.token(&caller(1), &shop_id(), "minio").await.unwrap();
+    assert_eq!((other.audience(), agent.calls()), ("minio", 3));
+    assert_eq!(ids(source.identify(&caller(2)).await), [SHOP]);
+    assert_eq!((agent.calls(), source.remembered()), (4, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_came_along_is_not_kept_for_long_nor_for_another_process() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    source.identify(&caller(1)).await.unwrap();
+    source.token(&caller(2), &shop_id(), AUDIENCE).await.unwrap();
+    assert_eq!(agent.calls(), 2, "another process's token is not taken");
+    tokio::time::advance(KEPT).await;
+    source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap();
+    assert_eq!(agent.calls(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_who_ask_at_once_wait_for_one_question() {
+    let agent = Script::says(shop);
+    let source = Arc::new(source(&agent));
+    let asking: Vec<_> = (0..100)
+        .map(|_| {
+            let source = source.clone();
+            tokio::spawn(async move { source.identify(&caller(1)).await })
+        })
+        .collect();
+    for asking in asking {
+        assert_eq!(ids(asking.await.unwrap()), [SHOP]);
+    }
+    assert_eq!(agent.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_is_not_asked_about_what_it_could_misread() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    for refusal in [Refusal::DelegatedCgroup, Refusal::NestedContainer, Refusal::Gone] {
+        let caller = caller_with(1001, 1, None, Some(refusal.clone()));
+        assert_eq!(source.identify(&caller).await, Err(refusal.clone().into()));
+        assert_eq!(source.token(&caller, &shop_id(), AUDIENCE).await.unwrap_err(), refusal.into());
+    }
+    assert_eq!((agent.calls(), source.remembered()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    for (refusal, expected) in [(None, Refusal::Changed), (Some(Refusal::Gone), Refusal::Gone)] {
+        // The first look is before the call.
+        let changed = || caller_with(1001, 1, Some(1), refusal.clone());
+        assert_eq!(source.identify(&changed()).await, Err(expected.clone().into()));
+        assert_eq!(source.token(&changed(), &shop_id(), AUDIENCE).await.unwrap_err(), expected.into());
+    }
+    assert_eq!((agent.calls(), source.remembered()), (4, 0));
+    assert_eq!(ids(source.identify(&caller(1)).await), [SHOP], "nothing of it is remembered");
+    assert_eq!(agent.calls(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_daemons_own_identity_is_given_to_nobody() {
+    let agent = Script::says(|_| Ok(vec![AWSVID, "spiffe://example.org/daemon-too"]));
+    let source = source(&agent);
+    assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);
+    let own = SpiffeId::parse(AWSVID).unwrap();
+    let refused = source.token(&caller(1), &own, AUDIENCE).await.unwrap_err();
+    assert!(matches!(refused, SourceError::Denied(_)), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_denial_is_believed_only_of_an_agent_that_knows_the_daemon() {
+    let agent = Script::says(own_alone);
+    let source = source(&agent);
+    assert_eq!(source.ready(AUDIENCE).await, Ok(()));
+    assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);
+    // It has been started again, and has not heard from its server yet.
+    agent.now_says(|_| Err(denied()));
+    tokio::time::advance(OWN_AT_DENIAL).await;
+    let new = source.identify(&caller(2)).await.unwrap_err();
+    assert!(matches!(&new, SourceError::Unavailable(text) if text.contains("register one for its process")), "{new:?}");
+    let not_ready = source.ready(AUDIENCE).await.unwrap_err();
+    assert!(matches!(not_ready, SourceError::Unavailable(_)), "{not_ready:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_is_asked_about_again_and_loses_its_identity_within_the_minute() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    source.identify(&caller(1)).await.unwrap();
+    agent.now_says(own_alone);
+    let deleted = Instant::now();
+    while !source.identify(&caller(1)).await.unwrap().is_empty() {
+        assert!(deleted.elapsed() < Duration::from_secs(60));
+        sleep(Duration::from_secs(1)).await;
+    }
+    assert!(deleted.elapsed() >= Duration::from_secs(40), "once is not enough: {:?}", deleted.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_is_away_takes_nothing_from_those_that_are_known() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    source.identify(&caller(1)).await.unwrap();
+    agent.now_says(|_| Err(SourceError::Unavailable("away".to_owned())));
+    for _ in 0..600 {
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(ids(source.identify(&caller(1)).await), [SHOP]);
+    }
+    assert!(agent.calls() > 10, "it is asked again all the time");
+    assert_eq!(source.identify(&caller(2)).await, Err(SourceError::Unavailable("away".to_owned())));
+    agent.now_says(shop);
+    assert_eq!(ids(source.identify(&caller(2)).await), [SHOP]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_is_gone_is_forgotten() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    // Looked at before and after the first call, and then no more.
+    source.identify(&caller_with(1001, 1, Some(2), Some(Refusal::Gone))).await.unwrap();
+    assert_eq!(source.remembered(), 1);
+    sleep(Duration::from_secs(32)).await;
+    assert_eq!((source.remembered(), agent.calls()), (0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_agent_keeps_nobody_waiting_for_ever_and_its_answer_is_not_lost() {
+    let agent = Script::says(shop);
+    agent.gate.forget_permits(Semaphore::MAX_PERMITS);
+    let source = source(&agent);
+    let start = Instant::now();
+    let first = source.identify(&caller(1)).await.unwrap_err();
+    assert!(matches!(first, SourceError::Unavailable(_)), "{first:?}");
+    assert_eq!(start.elapsed(), HOLD);
+    agent.gate.add_permits(1);
+    assert_eq!(ids(source.identify(&caller(1)).await), [SHOP]);
+    assert_eq!(agent.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_their_turns() {
+    let agent = Script::says(shop);
+    agent.gate.forget_permits(Semaphore::MAX_PERMITS);
+    let source = Arc::new(source(&agent));
+    let start = Instant::now();
+    let asking: Vec<_> = (1..=50)
+        .map(|pid| {
+            let source = source.clone();
+            tokio::spawn(async move { (source.identify(&caller(pid)).await, Instant::now()) })
+        })
+        .collect();
+    tokio::task::yield_now().await;
+    let other = {
+        let source = source.clone();
+        tokio::spawn(async move { source.identify(&caller_with(1002, 99, None, None)).await })
+    };
+    sleep(TURN + Duration::from_millis(100)).await;
+    assert_eq!(agent.calls(), QUESTIONS_EACH + 1, "so many of the one, and the other");
+    agent.gate.add_permits(QUESTIONS_EACH + 1);
+    assert_eq!(ids(other.await.unwrap()), [SHOP]);
+    let mut busy = 0;
+    for asking in asking {
+        match asking.await.unwrap() {
+            (Err(SourceError::Busy), at) => {
+                busy += 1;
+                assert_eq!(at - start, TURN);
+            }
+            (said, _) => assert_eq!(ids(said), [SHOP]),
+        }
+    }
+    assert_eq!(busy, 50 - QUESTIONS_EACH);
+    assert_eq!(source.remembered(), QUESTIONS_EACH + 1, "those that were not asked about are not remembered");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_in_particular_has_no_identity() {
+    let agent = Script::says(shop);
+    assert_eq!(source(&agent).identify(&caller_with(OVERFLOW_ID, 1, None, None)).await, Ok(Vec::new()));
+    assert_eq!(agent.calls(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_identity_that_is_no_spiffe_id_is_left_out() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    let shared = source.0.clone();
+    let svid = |id: &str| Svid { spiffe_id: id.to_owned(), token: Zeroizing::new(String::new()), hint: None };
+    let believed = shared.believed(vec![svid("spiffe://"), svid("https://example.org/x"), svid(SHOP)], None).await;
+    assert_eq!(ids(believed.map(|ids| ids.to_vec())), [SHOP]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_ends_with_its_owner() {
+    let agent = Script::says(shop);
+    drop(source(&agent));
+    sleep(ROUND * 2).await;
+    assert_eq!(Arc::strong_count(&agent), 1);
+}

@@ -1,1 +1,236 @@
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use tokio::time::advance;
+
+use super::*;
+use crate::caller::{Evidence, Executable, Listener, Program};
+use crate::identity::SpiffeId;
+
+#[derive(Debug)]
+struct Living(Arc<AtomicBool>);
+
+impl Evidence for Living {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn is_there(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// A process of this user, and whether it lives.
+fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
+    let exe = Executable { device: 1, inode: 7, path: PathBuf::from("/bin/shop") };
+    let process = Process {
+        pid,
+        gid: uid,
+        groups: Some(Vec::new()),
+        contained: false,
+        program: Some(Program { exe: Some(exe) }),
+        started: Some(u64::from(pid)),
+    };
+    let lives = Arc::new(AtomicBool::new(true));
+    let evidence = Box::new(Living(lives.clone()));
+    let caller = Caller { listener: Listener::Unix, uid, cgroup: None, process: Some(process), evidence };
+    (Arc::new(caller), lives)
+}
+
+fn ids(names: &[&str]) -> Arc<[Identity]> {
+    let id = |name: &&str| SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap();
+    names.iter().map(|name| Identity { spiffe_id: id(name), hint: None }).collect()
+}
+
+fn unavailable() -> Said {
+    Err(SourceError::Unavailable("away".to_owned()))
+}
+
+/// What a request by `caller` finds: its identities, or `None` if they have to be asked for.
+#[track_caller]
+fn found(memory: &mut Memory, caller: &Arc<Caller>) -> Option<Arc<[Identity]>> {
+    match memory.find(&Subject::of(caller).unwrap(), caller).unwrap() {
+        Found::Known(identities) => Some(identities),
+        Found::Asked(_) | Found::Unknown(_) => None,
+    }
+}
+
+fn note(memory: &mut Memory, caller: &Arc<Caller>, said: Said) {
+    memory.note(&Subject::of(caller).unwrap(), said);
+}
+
+fn due(memory: &mut Memory) -> usize {
+    memory.due(100).len()
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_question_for_all_who_ask_and_none_afterwards() {
+    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    let subject = Subject::of(&caller).unwrap();
+    assert!(matches!(memory.find(&subject, &caller), Ok(Found::Unknown(_))));
+    let Ok(Found::Asked(mut asked)) = memory.find(&subject, &caller) else { panic!("it is being asked for") };
+    note(&mut memory, &caller, Ok(ids(&["shop"])));
+    let said = asked.wait_for(Option::is_some).await.unwrap().clone().unwrap();
+    assert_eq!(said, Ok(ids(&["shop"])));
+    assert_eq!(found(&mut memory, &caller), Some(ids(&["shop"])));
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_changes_anything_is_another() {
+    let (caller, _) = process(1, 1);
+    let base = Subject::of(&caller).unwrap();
+    let change = |change: &dyn Fn(&mut Caller)| {
+        let (other, _) = process(1, 1);
+        let mut other = Arc::into_inner(other).unwrap();
+        change(&mut other);
+        Subject::of(&other).unwrap()
+    };
+    let exe = |inode| Program { exe: Some(Executable { device: 1, inode, path: PathBuf::from("/bin/shop") }) };
+    assert_eq!(change(&|_| {}), base);
+    assert_ne!(change(&|other| other.uid = 2), base);
+    assert_ne!(change(&|other| other.cgroup = CgroupPath::parse("/x")), base);
+    assert_ne!(change(&|other| other.process.as_mut().unwrap().pid = 2), base);
+    assert_ne!(change(&|other| other.process.as_mut().unwrap().gid = 2), base);
+    assert_ne!(change(&|other| other.process.as_mut().unwrap().started = Some(9)), base);
+    assert_ne!(change(&|other| other.process.as_mut().unwrap().groups = Some(vec![5])), base);
+    assert_ne!(change(&|other| other.process.as_mut().unwrap().program = Some(exe(8))), base);
+}
+
+#[test]
+fn a_process_that_was_not_looked_at_is_nobody() {
+    let unseen = |change: &dyn Fn(&mut Process)| {
+        let mut other = Arc::into_inner(process(1, 1).0).unwrap();
+        change(other.process.as_mut().unwrap());
+        Subject::of(&other).unwrap_err()
+    };
+    assert_eq!(unseen(&|process| process.groups = None), SourceError::Reloaded);
+    assert_eq!(unseen(&|process| process.started = None), SourceError::Reloaded);
+    assert_eq!(unseen(&|process| process.program = None), SourceError::Reloaded);
+    let no_exe = unseen(&|process| process.program = Some(Program { exe: None }));
+    assert_eq!(no_exe, SourceError::Caller(Refusal::UnseenProgram));
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_is_asked_again_when_it_is_old_and_an_outage_takes_nothing_away() {
+    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    assert_eq!(found(&mut memory, &caller), None);
+    note(&mut memory, &caller, Ok(ids(&["shop"])));
+    advance(ASK_AGAIN - Duration::from_secs(1)).await;
+    assert_eq!(due(&mut memory), 0);
+    for _ in 0..100 {
+        advance(ASK_AGAIN).await;
+        assert_eq!(due(&mut memory), 1);
+        assert_eq!(due(&mut memory), 0, "it is being asked for");
+        assert_eq!(found(&mut memory, &caller), Some(ids(&["shop"])), "nobody waits");
+        note(&mut memory, &caller, unavailable());
+    }
+    advance(ASK_AGAIN).await;
+    assert_eq!(due(&mut memory), 1);
+    note(&mut memory, &caller, Ok(ids(&["other"])));
+    assert_eq!(found(&mut memory, &caller), Some(ids(&["other"])), "another answer counts at once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_definite_answers_ten_seconds_apart_take_it_away() {
+    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    found(&mut memory, &caller);
+    note(&mut memory, &caller, Ok(ids(&["shop"])));
+    advance(ASK_AGAIN).await;
+    assert_eq!(due(&mut memory), 1);
+    note(&mut memory, &caller, Ok(ids(&[])));
+    assert_eq!(found(&mut memory, &caller), Some(ids(&["shop"])));
+    advance(DENIALS_APART - Duration::from_secs(1)).await;
+    assert_eq!(due(&mut memory), 0);
+    advance(Duration::from_secs(1)).await;
+    assert_eq!(due(&mut memory), 1);
+    note(&mut memory, &caller, Ok(ids(&[])));
+    assert_eq!(found(&mut memory, &caller), Some(ids(&[])), "it is told so without a question");
+    advance(NO_IDENTITY).await;
+    assert_eq!(found(&mut memory, &caller), None, "for a moment");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_success_between_two_denials_or_no_answer_is_not_the_second() {
+    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    found(&mut memory, &caller);
+    note(&mut memory, &caller, Ok(ids(&["shop"])));
+    let steps = [
+        (ASK_AGAIN, Ok(ids(&[])), ids(&["shop"])),
+        (DENIALS_APART, unavailable(), ids(&["shop"])),
+        (TRY_AGAIN, Ok(ids(&["shop"])), ids(&["shop"])),
+        // The first one of two again.
+        (ASK_AGAIN, Ok(ids(&[])), ids(&["shop"])),
+        (DENIALS_APART, Ok(ids(&[])), ids(&[])),
+    ];
+    for (step, (after, said, known)) in steps.into_iter().enumerate() {
+        advance(after).await;
+        assert_eq!(due(&mut memory), 1, "{step}");
+        note(&mut memory, &caller, said);
+        assert_eq!(found(&mut memory, &caller), Some(known), "{step}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_is_not_what_it_was_is_forgotten_and_a_failure_is_not_remembered() {
+    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    found(&mut memory, &caller);
+    note(&mut memory, &caller, unavailable());
+    assert_eq!(memory.len(), 0);
+    found(&mut memory, &caller);
+    note(&mut memory, &caller, Ok(ids(&["shop"])));
+    advance(ASK_AGAIN).await;
+    assert_eq!(due(&mut memory), 1);
+    note(&mut memory, &caller, Err(Refusal::Gone.into()));
+    assert_eq!((memory.len(), memory.counts.len()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_has_no_identity_is_forgotten_when_nobody_asks() {
+    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    found(&mut memory, &caller);
+    note(&mut memory, &caller, Ok(ids(&[])));
+    advance(NO_IDENTITY).await;
+    assert_eq!((due(&mut memory), memory.len()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
+    let mut memory = Memory::new(EACH + 10);
+    let first: Vec<_> = (0..5).map(|pid| process(2, pid)).collect();
+    for (caller, _) in &first {
+        found(&mut memory, caller);
+        note(&mut memory, caller, Ok(ids(&["modest"])));
+    }
+    let many: Vec<_> = (0..u32::try_from(EACH).unwrap() + 100).map(|pid| process(1, 100 + pid)).collect();
+    let known = |memory: &Memory, caller: &Arc<Caller>| memory.known.contains_key(&Subject::of(caller).unwrap());
+    many[3].1.store(false, Ordering::SeqCst);
+    for (caller, _) in &many[..EACH] {
+        found(&mut memory, caller);
+        note(&mut memory, caller, Ok(ids(&["greedy"])));
+        advance(Duration::from_millis(1)).await;
+    }
+    assert!(known(&memory, &many[3].0), "there was room");
+    let last = &many[EACH].0;
+    found(&mut memory, last);
+    assert!(!known(&memory, &many[3].0) && known(&memory, &many[0].0), "the one that is gone made room");
+    for (caller, _) in &many[EACH..] {
+        found(&mut memory, caller);
+        note(&mut memory, caller, Ok(ids(&["greedy"])));
+    }
+    assert_eq!(memory.counts.get(&Owner::user(1)), Some(&EACH));
+    assert!(!known(&memory, &many[0].0), "its oldest");
+    for (caller, _) in &first {
+        assert_eq!(found(&mut memory, caller), Some(ids(&["modest"])));
+    }
+    // Where all together are too many, the one that has the most has one less.
+    for pid in 0..20 {
+        let (caller, _) = process(3, pid);
+        assert_eq!(found(&mut memory, &caller), None);
+        note(&mut memory, &caller, Ok(ids(&["third"])));
+        assert_eq!(found(&mut memory, &caller), Some(ids(&["third"])));
+    }
+    for (caller, _) in &first {
+        assert_eq!(found(&mut memory, caller), Some(ids(&["modest"])));
+    }
+    assert_eq!(memory.len(), EACH + 10);
+}
