@@ -293,7 +293,7 @@ async fn identity_source(
     let agent: Arc<dyn Agent> = match &identity.source {
         config::Source::WorkloadApi => {
             let rules = config.workloads.as_slice();
-            let source = WorkloadApi::new(identity.socket.clone(), rules, clock.clone());
+            let source = WorkloadApi::new(identity.socket.clone(), rules, clock.clone(), metrics.clone());
             return Ok(Arc::new(source));
         }
         config::Source::SpireDelegated { socket } => Arc::new(Delegated::new(socket, svid::DEADLINE)),

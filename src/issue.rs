@@ -137,7 +137,6 @@ impl Issuer {
             let turn = self.turns.take(&grant.spiffe_id).await.ok_or(IssueError::TooOften)?;
             let result = self.source.token(caller, &grant.spiffe_id, audience).await;
             drop(turn);
-            self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
             match result {
                 Err(SourceError::Unavailable(_)) if patience.pause().await => {}
                 // Checked against what the source was asked for, this can only be a mistake in the source's own code.

@@ -130,7 +130,7 @@ impl Metrics {
         registry.register("connections", "Connections open now", self.connections.clone());
         registry.register(
             "source_calls",
-            "JWT-SVIDs asked of the identity source, by result",
+            "Questions to the identity source, by result",
             self.source_calls.clone(),
         );
         registry.register("sts_calls", "Calls to STS, by result", self.sts_calls.clone());

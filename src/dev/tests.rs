@@ -27,8 +27,12 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
     let identities = [Identity { spiffe_id: alice.clone(), hint: None }];
     let grant = config.roles.choose(&identities, &Wanted::Named("dev".to_owned())).unwrap();
 
-    let source =
-        crate::svid::WorkloadApi::new(config.identity.socket.clone(), config.workloads.clone(), Clock::system());
+    let source = crate::svid::WorkloadApi::new(
+        config.identity.socket.clone(),
+        config.workloads.clone(),
+        Clock::system(),
+        crate::metrics::Metrics::default(),
+    );
     let token = source.fetch(&alice, &grant.role.audience).await.unwrap();
     let settings = crate::sts::Settings {
         timeout: config.sts.timeout,

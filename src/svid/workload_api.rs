@@ -21,6 +21,7 @@ use crate::caller::{Caller, Looks};
 use crate::clock::Clock;
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
+use crate::metrics::{Call, Metrics};
 use crate::role::Identity;
 use crate::rule::{Decision, Rule, decide, needs};
 
@@ -33,14 +34,15 @@ pub struct WorkloadApi {
     endpoint: Endpoint,
     rules: Arc<[Rule]>,
     clock: Clock,
+    metrics: Metrics,
     deadline: Duration,
 }
 
 impl WorkloadApi {
     /// Connects only when a token is asked for, and anew each time: tokens are needed a few times an hour, and so an
     /// agent that was restarted, or replaced at the same path while the old one lives on, is never missed.
-    pub fn new(endpoint: Endpoint, rules: impl Into<Arc<[Rule]>>, clock: Clock) -> Self {
-        Self { endpoint, rules: rules.into(), clock, deadline: DEADLINE }
+    pub fn new(endpoint: Endpoint, rules: impl Into<Arc<[Rule]>>, clock: Clock, metrics: Metrics) -> Self {
+        Self { endpoint, rules: rules.into(), clock, metrics, deadline: DEADLINE }
     }
 
     /// With another deadline for a whole call than [`DEADLINE`].
@@ -50,6 +52,12 @@ impl WorkloadApi {
 
     /// A token for one of the daemon's identities, whoever it is for.
     pub async fn fetch(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+        let result = self.fetch_checked(id, audience).await;
+        self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
+        result
+    }
+
+    async fn fetch_checked(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         let Ok(answer) = timeout(self.deadline, self.ask(id, audience)).await else {
             let text = format!("the SPIFFE agent at {} did not answer within {:?}", self.endpoint, self.deadline);
             return Err(SourceError::Unavailable(text));

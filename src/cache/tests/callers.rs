@@ -41,7 +41,7 @@ async fn a_flight_whose_caller_died_goes_on_with_the_latest_that_waits() {
 async fn without_a_living_caller_the_flight_ends() {
     let (world, cache) = world(100);
     world.gone.lock().unwrap().insert(1);
-    assert_eq!(reason(&cache).await, "source_caller_gone");
+    assert_eq!(reason(&cache).await, "caller_gone");
     assert_eq!(asked(&world), [1]);
     advance(SECOND).await;
     assert!(key_for(&cache, "a", 2).await.is_ok());

@@ -158,6 +158,8 @@ async fn a_new_process_costs_one_call_and_a_known_one_none() {
     assert_eq!((other.audience(), agent.calls()), ("minio", 3));
     assert_eq!(ids(source.identify(&caller(2)).await), [SHOP]);
     assert_eq!((agent.calls(), source.remembered()), (4, 2));
+    let metrics = source.0.metrics.encode();
+    assert!(metrics.contains("awsvid_source_calls_total{result=\"ok\"} 4\n"), "{metrics}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -22,7 +22,7 @@ const ID: &str = "spiffe://example.org/billing";
 
 fn api(path: &Path) -> WorkloadApi {
     let endpoint = Endpoint::parse(&format!("unix://{}", path.display())).unwrap();
-    WorkloadApi::new(endpoint, [], Clock::starting_at(now()))
+    WorkloadApi::new(endpoint, [], Clock::starting_at(now()), Metrics::default())
 }
 
 fn good() -> JwtsvidResponse {
@@ -364,7 +364,7 @@ async fn tcp_endpoints_are_asked_too() {
     for address in ["127.0.0.1", "::1"] {
         let (agent, bound) = fake::at_tcp(address, always(|| Ok(good()))).await;
         let endpoint = Endpoint::parse(&format!("tcp://{bound}")).unwrap();
-        let api = WorkloadApi::new(endpoint, [], Clock::starting_at(now()));
+        let api = WorkloadApi::new(endpoint, [], Clock::starting_at(now()), Metrics::default());
         api.fetch(&billing(), AUDIENCE).await.unwrap();
         drop(agent);
     }
@@ -372,7 +372,7 @@ async fn tcp_endpoints_are_asked_too() {
     let taken = tokio::net::TcpSocket::new_v4().unwrap();
     taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = taken.local_addr().unwrap();
-    let api = WorkloadApi::new(Endpoint::Tcp(address), [], Clock::starting_at(now()));
+    let api = WorkloadApi::new(Endpoint::Tcp(address), [], Clock::starting_at(now()), Metrics::default());
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
     assert!(error.to_string().contains(&format!("nobody listens at tcp://{address}")), "{error}");
 }
@@ -404,7 +404,7 @@ async fn the_rules_say_who_a_caller_is() {
     };
     let rules = vec![rule(1001, None, "billing"), rule(1002, Some(7), "by-group"), rule(1002, None, "shop")];
     let endpoint = Endpoint::parse("unix:///nowhere.sock").unwrap();
-    let api = WorkloadApi::new(endpoint, rules, Clock::starting_at(now()));
+    let api = WorkloadApi::new(endpoint, rules, Clock::starting_at(now()), Metrics::default());
     let identity = |path: &str| {
         vec![Identity { spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(), hint: None }]
     };
