@@ -18,9 +18,9 @@ use crate::caller::{Caller, Looks, Refusal};
 mod cgroups;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod hints;
 mod host;
 mod inet_diag;
+mod known;
 mod process;
 mod search;
 mod sys;

@@ -1,7 +1,8 @@
 //! Who is asking: what the kernel said of the process at the other end of a connection, as a plain value.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::Path;
+use std::sync::Arc;
 
 use thiserror::Error;
 
@@ -92,8 +93,8 @@ pub struct Executable {
     pub device: u64,
     /// `st_ino`.
     pub inode: u64,
-    /// What `/proc/<pid>/exe` reads as. Not to be trusted.
-    pub path: PathBuf,
+    /// What `/proc/<pid>/exe` read as when the process was first seen to run it. Not to be trusted.
+    pub path: Arc<Path>,
 }
 
 /// Shows whether a connection's caller is unchanged since it was attested.

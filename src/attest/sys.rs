@@ -1,6 +1,7 @@
 //! The few system calls and socket options that no safe wrapper has.
 #![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -45,6 +46,15 @@ pub(crate) fn read_whole(file: impl std::os::fd::AsFd, most: usize) -> nix::Resu
     bytes.truncate(filled);
     // A process may have named itself in any bytes; everything that is read of such files is ASCII.
     Ok(String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+}
+
+/// `readlinkat(2)` into `room`; what does not fit into it is cut off. Without room for the longest of paths, as others would.
+pub(crate) fn read_link<'r>(directory: BorrowedFd<'_>, name: &CStr, room: &'r mut [u8]) -> nix::Result<&'r [u8]> {
+    // SAFETY: `name` ends with a zero, and the kernel writes at most `room.len()` bytes into `room`.
+    let length =
+        unsafe { libc::readlinkat(directory.as_raw_fd(), name.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
+    let length = usize::try_from(length).map_err(|_| Errno::last())?;
+    Ok(&room[..length])
 }
 
 /// `SO_PEERPIDFD`: a descriptor for the process that connected. `None` on kernels before 6.5.

@@ -76,7 +76,7 @@ pub(crate) fn attest(
 ) -> Result<Caller, Refusal> {
     let Peer { pid, uid, gid, pinned } = peer;
     let process = match pinned {
-        Pinned::ByKernel(pidfd) => HeldProcess::look(host, pid, pidfd)?,
+        Pinned::ByKernel(pidfd) => HeldProcess::look(host, host.process(pid, pidfd)?)?,
         Pinned::SinceAccept(accepted) => unpinned(host, pid, accepted)?,
     };
     let credentials = process.credentials();
@@ -110,7 +110,7 @@ pub(crate) fn attest(
 /// callers in containers, who can make pids be used again, are not served there (attack 16).
 fn unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<HeldProcess, Refusal> {
     let pidfd = sys::pidfd_open(pid).map_err(|_| Refusal::Gone)?;
-    let process = HeldProcess::look(host, pid, pidfd)?;
+    let process = HeldProcess::look(host, host.process(pid, pidfd)?)?;
     if process.start_time()? > accepted {
         return Err(Refusal::Gone);
     }
