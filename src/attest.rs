@@ -6,12 +6,11 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use thiserror::Error;
-use tokio::net::UnixStream;
 
 use crate::caller::{Caller, Looks, Refusal};
 
@@ -102,8 +101,8 @@ impl Attestor {
     }
 
     /// Attests the peer of a unix stream.
-    pub fn unix(&self, stream: &UnixStream) -> Result<Caller, Refusal> {
-        let groups = || sys::peer_groups(stream.as_fd()).map_err(|_| Refusal::Kernel);
+    pub fn unix(&self, stream: BorrowedFd<'_>) -> Result<Caller, Refusal> {
+        let groups = || sys::peer_groups(stream).map_err(|_| Refusal::Kernel);
         unix::attest(&self.host, unix::Peer::of(stream)?, groups, |caller| (self.needs)(caller))
     }
 

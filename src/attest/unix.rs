@@ -1,12 +1,11 @@
 //! The caller on the unix socket: the process that connected, whoever holds the descriptor now.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
-use tokio::net::UnixStream;
 
 use crate::attest::host::Host;
 use crate::attest::process::HeldProcess;
@@ -52,10 +51,10 @@ enum Pinned {
 
 impl Peer {
     /// Reads `SO_PEERCRED` and `SO_PEERPIDFD`.
-    pub(crate) fn of(stream: &UnixStream) -> Result<Self, Refusal> {
-        let peer = getsockopt(stream, PeerCredentials).map_err(|_| Refusal::Kernel)?;
+    pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Refusal> {
+        let peer = getsockopt(&stream, PeerCredentials).map_err(|_| Refusal::Kernel)?;
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0).ok_or(Refusal::InvisibleProcess)?;
-        let pinned = match sys::peer_pidfd(stream.as_fd()).map_err(|_| Refusal::Gone)? {
+        let pinned = match sys::peer_pidfd(stream).map_err(|_| Refusal::Gone)? {
             Some(pidfd) => Pinned::ByKernel(pidfd),
             None => Pinned::SinceAccept(ticks_since_boot()?),
         };
