@@ -35,7 +35,14 @@ pub(crate) struct Known {
     elsewhere: OnceLock<bool>,
     /// What it ran last.
     program: Mutex<Option<Executable>>,
-    numbers: Mutex<[Option<u32>; NUMBERS]>,
+    numbers: Mutex<[Option<Number>; NUMBERS]>,
+}
+
+/// Under which number a process held a connection, and the inode of the socket that was seen there last.
+#[derive(Debug, Clone, Copy)]
+struct Number {
+    number: u32,
+    inode: u32,
 }
 
 impl Known {
@@ -101,9 +108,9 @@ impl Known {
         Ok(self.descriptors.get_or_init(|| opened))
     }
 
-    /// Whether descriptor `number` of the process is the socket with this inode.
-    pub(crate) fn holds(&self, proc_root: &Path, number: u32, inode: u32) -> bool {
-        self.descriptors(proc_root).is_ok_and(|descriptors| is_socket(descriptors.as_fd(), number, inode))
+    /// The inode of the socket that is descriptor `number` of the process.
+    pub(crate) fn socket(&self, proc_root: &Path, number: u32) -> Option<u32> {
+        socket(self.descriptors(proc_root).ok()?.as_fd(), number)
     }
 
     /// Whether it lives in namespaces of its own, which `look` is asked once: a process that moves to others later keeps its
@@ -124,33 +131,57 @@ impl Known {
         }
     }
 
-    /// Under which numbers it held its last connections, the one that was seen last at the end: it is in use now. Whoever
-    /// connects again and again mostly has one of these again, and to list the descriptors of a process costs more than all
-    /// else. A wrong one costs a look.
-    pub(crate) fn numbers(&self) -> impl Iterator<Item = u32> + use<> {
-        locked(&self.numbers).into_iter().flatten()
+    /// The number of the descriptor that is the socket with this inode, among those under which the process held its last
+    /// connections. Whoever connects again and again mostly has one of these again, and to list the descriptors of a process
+    /// costs more than all else. `look` is called before each look.
+    pub(crate) fn hinted(
+        &self,
+        proc_root: &Path,
+        inode: u32,
+        mut look: impl FnMut() -> Result<(), Refusal>,
+    ) -> Result<Option<u32>, Refusal> {
+        let mut numbers = *locked(&self.numbers);
+        // One that was come across in the search for another connection, first. Else the one that was found last comes last: it
+        // is in use now.
+        let seen = numbers.iter().position(|known| known.is_some_and(|known| known.inode == inode));
+        numbers[..=seen.unwrap_or(0)].rotate_right(1);
+        for Number { number, .. } in numbers.into_iter().flatten() {
+            look()?;
+            match self.socket(proc_root, number) {
+                Some(found) if found == inode => return Ok(Some(number)),
+                Some(other) => self.seen(number, other),
+                None => {}
+            }
+        }
+        Ok(None)
     }
 
-    /// Notes that it held a connection under this number.
-    pub(crate) fn held(&self, number: u32) {
+    fn seen(&self, number: u32, inode: u32) {
         let mut numbers = locked(&self.numbers);
-        let at = numbers.iter().position(|known| *known == Some(number)).unwrap_or(0);
+        if let Some(known) = numbers.iter_mut().flatten().find(|known| known.number == number) {
+            known.inode = inode;
+        }
+    }
+
+    /// Notes that it holds a connection under this number.
+    pub(crate) fn held(&self, number: u32, inode: u32) {
+        let mut numbers = locked(&self.numbers);
+        let at = numbers.iter().position(|known| known.is_some_and(|known| known.number == number)).unwrap_or(0);
         numbers[at..].rotate_left(1);
-        numbers[NUMBERS - 1] = Some(number);
+        numbers[NUMBERS - 1] = Some(Number { number, inode });
     }
 }
 
 /// Only names a directory.
 const FOLDER: OFlag = OFlag::O_DIRECTORY.union(OFlag::O_CLOEXEC).union(OFlag::O_PATH);
 
-/// Whether descriptor `number` in this `/proc/<pid>/fd` is the socket with this inode.
-pub(crate) fn is_socket(descriptors: BorrowedFd<'_>, number: u32, inode: u32) -> bool {
+/// The inode of the socket that is descriptor `number` in this `/proc/<pid>/fd`.
+pub(crate) fn socket(descriptors: BorrowedFd<'_>, number: u32) -> Option<u32> {
     // Room for more than the longest of each, so that nothing is cut off.
-    let (mut name, mut wanted, mut room) = ([0; 16], [0; 32], [0; 32]);
-    let written = write!(&mut name[..], "{number}\0").and_then(|()| write!(&mut wanted[..], "socket:[{inode}]"));
-    let (Ok(()), Ok(name)) = (written, CStr::from_bytes_until_nul(&name)) else { return false };
-    let wanted = wanted.split(|byte| *byte == 0).next();
-    sys::read_link(descriptors, name, &mut room).is_ok_and(|link| Some(link) == wanted)
+    let (mut name, mut room) = ([0; 16], [0; 32]);
+    write!(&mut name[..], "{number}\0").ok()?;
+    let link = sys::read_link(descriptors, CStr::from_bytes_until_nul(&name).ok()?, &mut room).ok()?;
+    std::str::from_utf8(link).ok()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 /// Those that were looked at last.

@@ -136,7 +136,7 @@ impl HeldProcess {
 
     /// Whether descriptor `number` of the process is the socket with this inode.
     pub(crate) fn holds(&self, number: u32, inode: u32) -> bool {
-        self.known.holds(&self.host.proc_root, number, inode)
+        self.known.socket(&self.host.proc_root, number) == Some(inode)
     }
 
     /// Supplementary, ascending, where they were looked at.

@@ -13,7 +13,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::attest::cgroups::CgroupTree;
 use crate::attest::host::Host;
 use crate::attest::inet_diag::Socket;
-use crate::attest::known::{Known, is_socket};
+use crate::attest::known::{self, Known};
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
 use crate::caller::{Looks, Refusal};
@@ -94,7 +94,7 @@ fn holding(
 ) -> Result<Option<Holder>, Refusal> {
     let known = host.processes.of(pid);
     let hinted = match &known {
-        Some(known) => hinted(host, known, socket.inode, spent)?,
+        Some(known) => known.hinted(&host.proc_root, socket.inode, || spent.one())?,
         None => None,
     };
     let (known, descriptor) = match (known, hinted) {
@@ -109,7 +109,7 @@ fn holding(
             }
         }
     };
-    known.held(descriptor);
+    known.held(descriptor, socket.inode);
     let process = match HeldProcess::look(host, known).and_then(|process| process.with(looks)) {
         Ok(process) => process,
         Err(Refusal::Gone) => return Ok(None),
@@ -129,17 +129,6 @@ fn opened(host: &Host, pid: u32) -> Result<Arc<Known>, Refusal> {
     host.process(pid, sys::pidfd_open(pid).map_err(|_| Refusal::Gone)?)
 }
 
-/// The number of the process's descriptor that is the socket, if it is one of those under which it held its last ones.
-fn hinted(host: &Host, known: &Known, inode: u32, spent: &mut Spent) -> Result<Option<u32>, Refusal> {
-    for number in known.numbers() {
-        spent.one()?;
-        if known.holds(&host.proc_root, number, inode) {
-            return Ok(Some(number));
-        }
-    }
-    Ok(None)
-}
-
 /// The number of the descriptor that is the socket, of the process whose directory this is. The highest come first: a
 /// connection that was just made has the number of the last one that was free.
 fn descriptor(directory: &Path, inode: u32, spent: &mut Spent) -> Result<Option<u32>, Refusal> {
@@ -154,7 +143,7 @@ fn descriptor(directory: &Path, inode: u32, spent: &mut Spent) -> Result<Option<
     numbers.sort_unstable_by(|a, b| b.cmp(a));
     for number in numbers {
         spent.in_time()?;
-        if is_socket(open.as_fd(), number, inode) {
+        if known::socket(open.as_fd(), number) == Some(inode) {
             return Ok(Some(number));
         }
     }

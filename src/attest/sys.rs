@@ -27,12 +27,14 @@ pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
 /// Room for most files of `/proc` and cgroups, so that they are read at once.
 const SMALL_FILE: usize = 4096;
 
-/// Reads a file of `/proc` or of a cgroup to its end, or until more than `most` bytes have come. Not by `read_to_end`, which
+/// Reads a file of `/proc` or of a cgroup from its beginning, wherever it stands, to its end, or until more than `most` bytes
+/// have come. Not by `read_to_end`, which
 /// asks for sizes that such files don't have, and tries with small buffers first.
 pub(crate) fn read_whole(file: impl std::os::fd::AsFd, most: usize) -> nix::Result<String> {
     let (mut bytes, mut filled) = (vec![0; SMALL_FILE], 0);
     loop {
-        match nix::unistd::read(&file, &mut bytes[filled..])? {
+        let at = filled.try_into().map_err(|_| Errno::EOVERFLOW)?;
+        match nix::sys::uio::pread(&file, &mut bytes[filled..], at)? {
             0 => break,
             more => filled += more,
         }

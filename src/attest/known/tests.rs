@@ -60,37 +60,74 @@ fn what_was_opened_of_one_that_is_gone_shows_nothing_any_more() {
     assert!(fcntl::readlinkat(known.descriptors(proc_root).unwrap(), "0").is_err());
 }
 
-#[test]
-fn a_descriptor_is_a_socket_only_by_its_whole_inode() {
+/// Connections of this process, with number and inode of each.
+fn connections(count: usize) -> (TcpListener, Vec<(TcpStream, u32, u32)>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let known = Known::new(std::process::id(), pidfd(std::process::id()), None);
-    let inode = |socket: &TcpStream| {
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", socket.as_raw_fd())).unwrap();
-        let link = link.to_str().unwrap().strip_prefix("socket:[").unwrap().strip_suffix(']').unwrap().to_owned();
-        link.parse::<u32>().unwrap()
+    let connect = || {
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let number = client.as_raw_fd().cast_unsigned();
+        let inode = nix::sys::stat::fstat(&client).unwrap().st_ino.try_into().unwrap();
+        (client, number, inode)
     };
-    let (inode, number) = (inode(&client), client.as_raw_fd().cast_unsigned());
-    assert!(known.holds(Path::new("/proc"), number, inode));
-    for other in [inode / 10, inode + 1, 0, u32::MAX] {
-        assert!(!known.holds(Path::new("/proc"), number, other), "{other}");
-    }
-    assert!(!known.holds(Path::new("/proc"), u32::MAX, inode));
+    let connections = (0..count).map(|_| connect()).collect();
+    (listener, connections)
+}
+
+fn own() -> Known {
+    Known::new(std::process::id(), pidfd(std::process::id()), None)
 }
 
 #[test]
-fn the_numbers_that_were_seen_last_are_tried() {
-    let known = Known::new(std::process::id(), pidfd(std::process::id()), None);
-    assert_eq!(known.numbers().count(), 0);
-    [3, 4, 5, 3].into_iter().for_each(|number| known.held(number));
-    assert_eq!(known.numbers().collect::<Vec<_>>(), [4, 5, 3]);
-    (10..16).for_each(|number| known.held(number));
-    assert_eq!(known.numbers().collect::<Vec<_>>(), [5, 3, 10, 11, 12, 13, 14, 15]);
+fn a_descriptor_that_is_a_socket_has_its_inode() {
+    let (_listener, connections) = connections(1);
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let (known, proc_root) = (own(), Path::new("/proc"));
+    let (_, number, inode) = connections[0];
+    assert_eq!(known.socket(proc_root, number), Some(inode));
+    assert_eq!(known.socket(proc_root, file.as_raw_fd().cast_unsigned()), None);
+    assert_eq!(known.socket(proc_root, u32::MAX), None);
+}
+
+/// The number that is found for `inode`, and how many were looked at.
+fn hinted(known: &Known, inode: u32) -> (Option<u32>, usize) {
+    let mut looks = 0;
+    let found = known.hinted(Path::new("/proc"), inode, || {
+        looks += 1;
+        Ok(())
+    });
+    (found.unwrap(), looks)
+}
+
+#[test]
+fn the_last_numbers_are_tried_and_what_was_come_across_first() {
+    let (_listener, connections) = connections(10);
+    let known = own();
+    assert_eq!(hinted(&known, connections[0].2), (None, 0));
+    connections.iter().for_each(|(_, number, _)| known.held(*number, 0));
+    // The first two are forgotten by now; all others are seen in the search for one that is not there.
+    assert_eq!(hinted(&known, connections[0].2), (None, NUMBERS));
+    for (_, number, inode) in &connections[2..] {
+        assert_eq!(hinted(&known, *inode), (Some(*number), 1));
+    }
+    // The oldest is tried first.
+    let known = own();
+    connections[..3].iter().for_each(|(_, number, _)| known.held(*number, 0));
+    known.held(connections[0].1, 0);
+    assert_eq!(hinted(&known, connections[2].2), (Some(connections[2].1), 2));
+}
+
+#[test]
+fn a_look_that_is_one_too_many_ends_the_search() {
+    let (_listener, connections) = connections(2);
+    let known = own();
+    connections.iter().for_each(|(_, number, _)| known.held(*number, 0));
+    let found = known.hinted(Path::new("/proc"), connections[1].2, || Err(Refusal::TooManyDescriptors));
+    assert_eq!(found, Err(Refusal::TooManyDescriptors));
 }
 
 #[test]
 fn a_path_is_read_once_for_each_file() {
-    let known = Known::new(std::process::id(), pidfd(std::process::id()), None);
+    let known = own();
     let path = |file, path: &str| known.executable(file, || PathBuf::from(path)).path;
     assert_eq!(&*path((1, 2), "/a"), Path::new("/a"));
     assert_eq!(&*path((1, 2), "/b"), Path::new("/a"));
