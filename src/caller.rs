@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::cgroup::CgroupPath;
+use crate::cgroup::{CgroupPath, Workload};
 
 /// Over which kind of listener a caller came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -50,7 +50,7 @@ pub struct Caller {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Owner {
     uid: Option<u32>,
-    place: Option<Box<str>>,
+    place: Option<Workload>,
 }
 
 /// What is known of the calling process.
@@ -143,7 +143,7 @@ impl Owner {
     pub fn of(caller: &Caller) -> Self {
         let Some(cgroup) = &caller.cgroup else { return Self::user(caller.uid) };
         let (place, is_pod) = cgroup.workload();
-        Self { uid: (!is_pod).then_some(caller.uid), place: Some(place.into()) }
+        Self { uid: (!is_pod).then_some(caller.uid), place: Some(place) }
     }
 
     /// Of a user's processes, where nothing else is known.

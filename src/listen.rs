@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -307,10 +308,12 @@ where
 {
     // It wakes nobody when a connection ends, as a JoinSet would this loop.
     let (connections, mut told) = (TaskTracker::new(), None);
+    let mut stopping = stop.clone();
+    let mut stopped = pin!(stopping.wait_for(|stop| *stop));
     loop {
         let accepted = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => break,
+            _ = &mut stopped => break,
             accepted = async {
                 let arrival = limits.arrival().await;
                 bound.accept().await.map(|stream| (stream, arrival))
