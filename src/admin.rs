@@ -97,12 +97,8 @@ impl Admin {
         });
         let mut builder = http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD).keep_alive(false);
-        let served = async {
-            match stream {
-                Stream::Unix(stream) => builder.serve_connection(TokioIo::new(stream), service).await,
-                Stream::Tcp { stream, .. } => builder.serve_connection(TokioIo::new(stream), service).await,
-            }
-        };
+        let (Stream::Unix(stream) | Stream::Tcp { stream, .. }) = stream;
+        let served = builder.serve_connection(TokioIo::new(stream), service);
         // An operator's client that is slow or gone is nobody's concern.
         let _ = timeout(CONNECTION_LIFE, served).await;
     }

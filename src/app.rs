@@ -306,7 +306,7 @@ async fn identity_source(
     Ok(Arc::new(Attesting::new(agent, identity.audience.clone(), most, clock.clone(), metrics.clone())))
 }
 
-/// Each process that is remembered takes two descriptors. There are enough for connections besides.
+/// Each process that is remembered takes up to three descriptors. There are enough for connections besides.
 fn remembered_processes() -> usize {
     const MOST: u64 = 8192;
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);

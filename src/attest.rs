@@ -6,7 +6,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,9 +20,9 @@ mod cgroups;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod hierarchies;
-mod hints;
 mod host;
 mod inet_diag;
+mod known;
 mod process;
 mod search;
 mod sys;
@@ -104,8 +104,8 @@ impl Attestor {
     }
 
     /// Attests the peer of a unix stream.
-    pub fn unix(&self, stream: &UnixStream) -> Result<Caller, Refusal> {
-        let groups = || sys::peer_groups(stream.as_fd()).map_err(|_| Refusal::Kernel);
+    pub fn unix(&self, stream: BorrowedFd<'_>) -> Result<Caller, Refusal> {
+        let groups = || sys::peer_groups(stream).map_err(|_| Refusal::Kernel);
         unix::attest(&self.host, unix::Peer::of(stream)?, groups, |caller| (self.needs)(caller))
     }
 

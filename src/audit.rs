@@ -115,8 +115,18 @@ struct Line<'a> {
     outcome: &'static str,
     reason: &'static str,
     listener: &'static str,
-    #[serde(flatten)]
-    caller: Option<CallerFields<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cgroup: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    systemd_unit: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exe: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     spiffe_id: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -134,21 +144,6 @@ struct Line<'a> {
 
 /// Rendered in place, without a string of its own.
 struct Text<T>(T);
-
-#[derive(Serialize)]
-struct CallerFields<'a> {
-    uid: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cgroup: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    systemd_unit: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pid: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    gid: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    exe: Option<&'a str>,
-}
 
 impl Audit {
     /// Opens the destination. With `required`, credentials whose record can't be written are not handed out.
@@ -277,6 +272,9 @@ impl Record {
         elapsed: f64,
     ) -> Vec<u8> {
         let grant = self.grant.as_ref().filter(|_| of_one);
+        let caller = self.caller.as_deref().filter(|_| of_one);
+        let cgroup = caller.and_then(|caller| caller.cgroup.as_ref());
+        let process = caller.and_then(|caller| caller.process.as_ref());
         let line = Line {
             time: Text(humantime::format_rfc3339_millis(printable(self.audit.clock.now()))),
             target: "audit",
@@ -284,7 +282,12 @@ impl Record {
             outcome,
             reason,
             listener: self.listener.name(),
-            caller: self.caller.as_deref().filter(|_| of_one).map(CallerFields::of),
+            uid: caller.map(|caller| caller.uid),
+            cgroup: cgroup.map(|cgroup| cgroup.as_str()),
+            systemd_unit: cgroup.and_then(|cgroup| cgroup.systemd_unit()),
+            pid: process.map(|process| process.pid),
+            gid: process.map(|process| process.gid),
+            exe: process.and_then(|process| process.program.as_ref()?.exe.as_ref()?.path.to_str()),
             spiffe_id: grant.map(|grant| grant.spiffe_id.as_str()),
             role_arn: grant.map(|grant| grant.role_arn.as_str()),
             session_name: grant.map(|grant| grant.session_name.as_str()),
@@ -324,20 +327,6 @@ impl fmt::Display for RequestId {
 impl<T: fmt::Display> Serialize for Text<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&self.0)
-    }
-}
-
-impl<'a> CallerFields<'a> {
-    fn of(caller: &'a Caller) -> Self {
-        let process = caller.process.as_ref();
-        Self {
-            uid: caller.uid,
-            cgroup: caller.cgroup.as_ref().map(|cgroup| cgroup.as_str()),
-            systemd_unit: caller.cgroup.as_ref().and_then(|cgroup| cgroup.systemd_unit()),
-            pid: process.map(|process| process.pid),
-            gid: process.map(|process| process.gid),
-            exe: process.and_then(|process| process.program.as_ref()?.exe.as_ref()?.path.to_str()),
-        }
     }
 }
 

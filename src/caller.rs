@@ -1,11 +1,12 @@
 //! Who is asking: what the kernel said of the process at the other end of a connection, as a plain value.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::Path;
+use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::cgroup::CgroupPath;
+use crate::cgroup::{CgroupPath, Workload};
 
 /// Over which kind of listener a caller came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -49,7 +50,7 @@ pub struct Caller {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Owner {
     uid: Option<u32>,
-    place: Option<Box<str>>,
+    place: Option<Workload>,
 }
 
 /// What is known of the calling process.
@@ -96,8 +97,8 @@ pub struct Executable {
     pub device: u64,
     /// `st_ino`.
     pub inode: u64,
-    /// What `/proc/<pid>/exe` reads as. Not to be trusted.
-    pub path: PathBuf,
+    /// What `/proc/<pid>/exe` read as when the process was first seen to run it. Not to be trusted.
+    pub path: Arc<Path>,
 }
 
 /// Shows whether a connection's caller is unchanged since it was attested.
@@ -167,7 +168,7 @@ impl Owner {
     pub fn of(caller: &Caller) -> Self {
         let Some(cgroup) = &caller.cgroup else { return Self::user(caller.uid) };
         let (place, is_pod) = cgroup.workload();
-        Self { uid: (!is_pod).then_some(caller.uid), place: Some(place.into()) }
+        Self { uid: (!is_pod).then_some(caller.uid), place: Some(place) }
     }
 
     /// Of a user's processes, where nothing else is known.

@@ -1,6 +1,7 @@
 //! What a cgroup path says of its processes. Only text: where it comes from is `attest`'s business.
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 /// A path in the cgroup v2 hierarchy as the host's root sees it, for example `/system.slice/billing.service`.
@@ -10,6 +11,13 @@ pub struct CgroupPath {
     names_container: bool,
     /// How much of the text is one workload's, and whether that is a pod.
     workload: (usize, bool),
+}
+
+/// The part of a path that is one workload's: the same for all paths that begin with it. Made without a copy of the text.
+#[derive(Clone)]
+pub struct Workload {
+    path: Arc<str>,
+    end: usize,
 }
 
 impl CgroupPath {
@@ -53,9 +61,9 @@ impl CgroupPath {
     /// outermost unit, whichever comes first, else to the first directory that is neither a slice nor a runtime's.
     ///
     /// For counting what a workload uses up. What lies below may be named by the workload, so it is never looked at.
-    pub fn workload(&self) -> (&str, bool) {
+    pub fn workload(&self) -> (Workload, bool) {
         let (end, is_pod) = self.workload;
-        (&self.text[..end], is_pod)
+        (Workload { path: self.text.clone(), end }, is_pod)
     }
 
     /// The pod and the container whose names the path has, in one spelling each; `Err` if it has several of a kind, or a
@@ -141,6 +149,33 @@ fn pod_uid(segment: &str) -> Option<String> {
         let uid: String = digits.take_while(char::is_ascii_hexdigit).take(32).collect();
         (uid.len() == 32).then(|| uid.to_ascii_lowercase())
     })
+}
+
+impl Workload {
+    /// The path.
+    pub fn as_str(&self) -> &str {
+        &self.path[..self.end]
+    }
+}
+
+impl PartialEq for Workload {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_str() == other.as_str()
+    }
+}
+
+impl Eq for Workload {}
+
+impl Hash for Workload {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.as_str().hash(state);
+    }
+}
+
+impl fmt::Debug for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 impl fmt::Display for CgroupPath {
@@ -276,7 +311,8 @@ mod tests {
             ("/".to_owned(), "/", false),
         ];
         for (text, part, is_pod) in table {
-            assert_eq!(path(&text).workload(), (part, is_pod), "{text}");
+            let (found, found_pod) = path(&text).workload();
+            assert_eq!((found.as_str(), found_pod), (part, is_pod), "{text}");
         }
     }
 

@@ -3,6 +3,8 @@
 //! hyper parses. Everything that is refused here has its own reason, which is counted, and audited if a head arrived.
 
 use std::convert::Infallible;
+use std::os::fd::AsFd;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -15,7 +17,6 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
@@ -24,7 +25,7 @@ use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
 use crate::caller::{Caller, Listener, Owner, Refusal};
-use crate::listen::{Arrival, CONNECTION_LIFE, Place, Shares, Stream};
+use crate::listen::{Arrival, CONNECTION_LIFE, Place, Shares, Socket, Stream};
 use crate::metrics::{Metrics, Reason};
 
 mod answer;
@@ -36,7 +37,7 @@ mod wire;
 pub use rules::{Asked, Authorization};
 
 use answer::Refused;
-use wire::Wire;
+use wire::{Stage, Wire};
 
 /// A head that is not complete after this is given up.
 const HEAD: Duration = Duration::from_secs(5);
@@ -112,7 +113,7 @@ impl Front {
             places.is_ok()
         };
         let (listener, caller) = match &stream {
-            Stream::Unix(stream) => (Listener::Unix, self.attestor.unix(stream)),
+            Stream::Unix(stream) => (Listener::Unix, self.attestor.unix(stream.as_fd())),
             Stream::Tcp { client, server, .. } => {
                 let admit = |caller: &Caller| admit(Owner::of(caller));
                 (Listener::Tcp, self.attestor.tcp(*client, *server, admit).await)
@@ -127,10 +128,8 @@ impl Front {
                 return Err(dropped);
             }
         };
-        match stream {
-            Stream::Unix(stream) => self.request(stream, listener, caller).await,
-            Stream::Tcp { stream, .. } => self.request(stream, listener, caller).await,
-        }
+        let (Stream::Unix(stream) | Stream::Tcp { stream, .. }) = stream;
+        self.request(stream, listener, caller).await
     }
 
     /// A place among the connections of one workload, and one among all.
@@ -140,19 +139,24 @@ impl Front {
     }
 
     /// Reads one request and answers it. A refused caller is still read and answered, so that its SDK shows why.
-    async fn request<S>(&self, stream: S, listener: Listener, caller: Result<Caller, Refusal>) -> Result<(), Dropped>
-    where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
+    async fn request(
+        &self,
+        stream: Socket,
+        listener: Listener,
+        caller: Result<Caller, Refusal>,
+    ) -> Result<(), Dropped> {
         let caller = caller.map(Arc::new);
-        let (answering, more_comes) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (stage, more_comes) = (Stage::default(), AtomicBool::new(false));
         let service = service_fn(|request: Request<Incoming>| {
-            answering.store(true, Ordering::Relaxed);
+            stage.answering();
             more_comes.store(rules::has_body(&request), Ordering::Relaxed);
-            let caller = caller.clone();
-            async move { Ok::<_, Infallible>(self.answer(&request, listener, caller).await) }
+            let (caller, stage) = (caller.clone(), &stage);
+            async move {
+                let answer = stage.waiting(pin!(self.answer(&request, listener, caller))).await;
+                Ok::<_, Infallible>(answer)
+            }
         });
-        let mut wire = Wire::new(stream, listener != Listener::Unix, &answering);
+        let mut wire = Wire::new(stream, listener != Listener::Unix, &stage);
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD)
@@ -163,7 +167,7 @@ impl Front {
             .serve_connection(TokioIo::new(&mut wire), service)
             .await;
         let refused = match served {
-            Ok(()) if answering.load(Ordering::Relaxed) => {
+            Ok(()) if stage.is_answering() => {
                 if more_comes.load(Ordering::Relaxed) {
                     wire.discard().await;
                 }

@@ -1,29 +1,35 @@
 //! Listeners: bound by the daemon or handed over by systemd, and accept loops that nothing ends but the daemon's own end.
 
 use std::io;
-use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt::Linger};
 use thiserror::Error;
-use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::TcpSocket;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::metrics::Metrics;
 
-mod cork;
 mod inherited;
 mod share;
+mod socket;
 mod socket_file;
+mod sys;
 
 pub use inherited::Inherited;
 pub use share::{Place, Shares};
+pub use socket::Socket;
 pub use socket_file::SocketFile;
 
 /// How long an accept loop pauses when the process or the system is out of descriptors or memory.
@@ -86,7 +92,7 @@ pub enum Bound {
     /// On a unix socket; its file is removed with it unless systemd owns both.
     Unix {
         /// Accepts.
-        listener: UnixListener,
+        listener: AsyncFd<OwnedFd>,
         /// Where clients find it.
         path: PathBuf,
         /// Its mode, for when it has to be bound again.
@@ -97,7 +103,7 @@ pub enum Bound {
     /// On a loopback address.
     Tcp {
         /// Accepts.
-        listener: TcpListener,
+        listener: AsyncFd<OwnedFd>,
         /// Its address, with the port that the kernel chose if the configuration says 0.
         address: SocketAddr,
         /// Whether systemd holds the socket too.
@@ -109,11 +115,11 @@ pub enum Bound {
 #[derive(Debug)]
 pub enum Stream {
     /// Over the unix socket.
-    Unix(UnixStream),
+    Unix(Socket),
     /// Over TCP.
     Tcp {
         /// The connection.
-        stream: TcpStream,
+        stream: Socket,
         /// The client's address.
         client: SocketAddr,
         /// The daemon's.
@@ -137,22 +143,22 @@ impl Bound {
     pub async fn tcp(address: SocketAddr, inherited: &mut Inherited) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Tcp { address, source };
         let (listener, inherited) = match inherited.take_tcp(address) {
-            Some(listener) => (TcpListener::from_std(listener).map_err(failed)?, true),
+            Some(listener) => (listener, true),
             None => (bind(address).map_err(failed)?, false),
         };
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Self::Tcp { listener, address, inherited })
+        Ok(Self::Tcp { listener: sys::watch_listener(listener.into()).map_err(failed)?, address, inherited })
     }
 
     /// Listens on a unix socket with this mode, or takes the one that systemd holds.
     pub fn unix(path: &Path, mode: u32, inherited: &mut Inherited) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Unix { path: path.to_owned(), source };
         if let Some(listener) = inherited.take_unix(path) {
-            let listener = UnixListener::from_std(listener).map_err(failed)?;
+            let listener = sys::watch_listener(listener.into()).map_err(failed)?;
             return Ok(Self::Unix { listener, path: path.to_owned(), mode, file: None });
         }
         let (listener, file) = SocketFile::bind(path, mode)?;
-        let listener = UnixListener::from_std(listener).map_err(failed)?;
+        let listener = sys::watch_listener(listener.into()).map_err(failed)?;
         Ok(Self::Unix { listener, path: path.to_owned(), mode, file: Some(file) })
     }
 
@@ -166,12 +172,16 @@ impl Bound {
 
     async fn accept(&self) -> io::Result<Stream> {
         match self {
-            Self::Unix { listener, .. } => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+            Self::Unix { listener, .. } => {
+                let accepted = listener.async_io(Interest::READABLE, |listener| sys::accept_unix(listener.as_fd()));
+                Ok(Stream::Unix(Socket::new(accepted.await?)))
+            }
             Self::Tcp { listener, address, .. } => {
-                let (stream, client) = listener.accept().await?;
+                let accepted = listener.async_io(Interest::READABLE, |listener| sys::accept_tcp(listener.as_fd()));
+                let (stream, client) = accepted.await?;
                 // Without it only more packets are sent.
-                let _ = cork::cork(&stream);
-                Ok(Stream::Tcp { stream, client, server: *address })
+                let _ = sys::cork(&stream);
+                Ok(Stream::Tcp { stream: Socket::new(stream), client, server: *address })
             }
         }
     }
@@ -186,19 +196,19 @@ impl Bound {
             Self::Unix { file: None, .. } | Self::Tcp { inherited: true, .. } => {}
             Self::Unix { listener, file, .. } => {
                 drop(file);
-                let listener = listener.into_std()?;
+                let listener = UnixListener::from(listener.into_inner());
                 // Whoever comes from here on is refused, so that the queue has an end.
                 shutdown(listener.as_raw_fd(), Shutdown::Both)?;
                 while let Ok((stream, _)) = listener.accept() {
-                    let stream = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
+                    let stream = stream.set_nonblocking(true).map(|()| Socket::new(stream));
                     waiting.extend(stream.map(Stream::Unix));
                 }
             }
             Self::Tcp { listener, address, .. } => {
-                let listener = listener.into_std()?;
+                let listener = TcpListener::from(listener.into_inner());
                 // TCP has no way to end the queue alone. Who comes between the last of these and the close is reset.
                 for (stream, client) in std::iter::from_fn(|| listener.accept().ok()).take(BACKLOG as usize) {
-                    let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+                    let stream = stream.set_nonblocking(true).map(|()| Socket::new(stream));
                     waiting.extend(stream.map(|stream| Stream::Tcp { stream, client, server: address }));
                 }
             }
@@ -220,7 +230,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     // What is left of the connections of an earlier start keeps nobody from listening.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
-    socket.listen(BACKLOG)
+    socket.listen(BACKLOG)?.into_std()
 }
 
 impl Stream {
@@ -228,7 +238,7 @@ impl Stream {
     pub fn reset(self) {
         if let Self::Tcp { stream, .. } = &self {
             // If that fails it is closed the ordinary way.
-            let _ = stream.set_zero_linger();
+            let _ = setsockopt(stream, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
         }
     }
 }
@@ -298,10 +308,12 @@ where
 {
     // It wakes nobody when a connection ends, as a JoinSet would this loop.
     let (connections, mut told) = (TaskTracker::new(), None);
+    let mut stopping = stop.clone();
+    let mut stopped = pin!(stopping.wait_for(|stop| *stop));
     loop {
         let accepted = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => break,
+            _ = &mut stopped => break,
             accepted = async {
                 let arrival = limits.arrival().await;
                 bound.accept().await.map(|stream| (stream, arrival))

@@ -128,11 +128,7 @@ impl Metrics {
             self.connections_dropped.clone(),
         );
         registry.register("connections", "Connections open now", self.connections.clone());
-        registry.register(
-            "source_calls",
-            "Questions to the identity source, by result",
-            self.source_calls.clone(),
-        );
+        registry.register("source_calls", "Questions to the identity source, by result", self.source_calls.clone());
         registry.register("sts_calls", "Calls to STS, by result", self.sts_calls.clone());
         registry.register("issues", "JWT-SVIDs exchanged at STS, by result", self.issues.clone());
         registry.register("cache_entries", "Sets of credentials in the cache, by state", self.cache_entries.clone());

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -18,6 +18,9 @@ use crate::cgroup::CgroupPath;
 
 /// Paths that are remembered before those of removed cgroups are looked for and forgotten.
 const REMEMBERED: usize = 10_000;
+
+/// Lists of processes that are kept open, before all are closed.
+const LISTS: usize = 64;
 
 /// A directory that was there so long ago is looked for again. A path is its id's for ever, so until then a socket that was
 /// made in a cgroup that is gone by now is still taken for what it is.
@@ -32,6 +35,8 @@ pub(crate) struct CgroupTree {
     /// Whether the kernel opens a directory by its id for this process: else an unknown id takes a walk.
     handles: bool,
     paths: Mutex<HashMap<u64, Known>>,
+    /// Open `cgroup.procs` of cgroups that were searched: that of a removed one can't be read any more.
+    lists: Mutex<HashMap<CgroupPath, Arc<Mutex<File>>>>,
 }
 
 /// A cgroup's path, and when its directory was last seen there.
@@ -50,7 +55,7 @@ impl Known {
 impl CgroupTree {
     /// Takes the directory on which the hierarchy's root is mounted.
     pub(crate) fn at(mount: PathBuf) -> Self {
-        Self { mount, handles: false, paths: Mutex::default() }
+        Self { mount, handles: false, paths: Mutex::default(), lists: Mutex::default() }
     }
 
     /// Finds directories by their ids, where CAP_DAC_READ_SEARCH is held, as it shows by the root's.
@@ -146,13 +151,38 @@ impl CgroupTree {
     /// The pids in this cgroup itself; a refusal if their list has more than `bytes`. One that can't be listed (removed, or
     /// of the threaded kind) is a refusal too.
     pub(crate) fn processes(&self, path: &CgroupPath, bytes: usize) -> Result<Vec<u32>, Refusal> {
-        let file = File::open(self.directory(path).join("cgroup.procs"));
-        let text = file.map_err(|_| Errno::ENOENT).and_then(|file| sys::read_whole(&file, bytes + 1));
-        let text = text.map_err(|_| Refusal::UnreadableCgroup)?;
+        let text = match self.listed(path, bytes + 1) {
+            Some(text) => text,
+            None => self.list(path, bytes + 1)?,
+        };
         if text.len() > bytes {
             return Err(Refusal::TooManyDescriptors);
         }
         Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+    }
+
+    /// What the list says that is open, if there is one, nobody else reads it now, and it is not that of a cgroup that is gone.
+    fn listed(&self, path: &CgroupPath, most: usize) -> Option<String> {
+        let list = self.lists().get(path)?.clone();
+        let text = sys::read_whole(&*list.try_lock().ok()?, most);
+        text.inspect_err(|_| drop(self.lists().remove(path))).ok()
+    }
+
+    /// What the list says, opened now, and kept open.
+    fn list(&self, path: &CgroupPath, most: usize) -> Result<String, Refusal> {
+        let file = File::open(self.directory(path).join("cgroup.procs")).map_err(|_| Refusal::UnreadableCgroup)?;
+        let text = sys::read_whole(&file, most).map_err(|_| Refusal::UnreadableCgroup)?;
+        let mut lists = self.lists();
+        let all = if lists.len() >= LISTS { std::mem::take(&mut *lists) } else { HashMap::new() };
+        lists.entry(path.clone()).or_insert_with(|| Arc::new(Mutex::new(file)));
+        drop(lists);
+        // Nobody waits while they are closed.
+        drop(all);
+        Ok(text)
+    }
+
+    fn lists(&self) -> MutexGuard<'_, HashMap<CgroupPath, Arc<Mutex<File>>>> {
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn directory(&self, path: &CgroupPath) -> PathBuf {
@@ -226,5 +256,66 @@ mod tests {
         let path = CgroupPath::parse("/").unwrap();
         assert_eq!(tree.processes(&path, 7), Ok(vec![12, 345]));
         assert_eq!(tree.processes(&path, 6), Err(Refusal::TooManyDescriptors));
+    }
+
+    /// A cgroup of the real tree, with its path in it, where that can be made.
+    fn made(tree: &CgroupTree, name: &str) -> (PathBuf, CgroupPath) {
+        let path = CgroupPath::parse(&format!("/awsvid-unit-test-{}-{name}", std::process::id())).unwrap();
+        let directory = tree.directory(&path);
+        fs::create_dir(&directory).unwrap();
+        (directory, path)
+    }
+
+    fn move_to(directory: &Path, pid: u32) {
+        fs::write(directory.join("cgroup.procs"), pid.to_string()).unwrap();
+    }
+
+    #[test]
+    fn a_list_that_is_open_says_what_is_so_now() {
+        let tree = CgroupTree::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+        let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
+        let (directory, path) = made(&tree, "list");
+        let mut children: Vec<_> = (0..2)
+            .map(|_| std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap())
+            .collect();
+        let pids: Vec<_> = children.iter().map(std::process::Child::id).collect();
+        assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
+        let inode = |list: &File| list.metadata().unwrap().ino();
+        let kept = || inode(&tree.lists()[&path].lock().unwrap());
+        let first = kept();
+        for count in 1..=2 {
+            move_to(&directory, pids[count - 1]);
+            assert_eq!(tree.processes(&path, 100), Ok(pids[..count].to_vec()));
+        }
+        // Also while another one reads the list.
+        let busy = tree.lists()[&path].clone();
+        let busy = busy.lock().unwrap();
+        assert_eq!(tree.processes(&path, 100), Ok(pids.clone()));
+        drop(busy);
+        children.iter_mut().for_each(|child| {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        });
+        assert_eq!((tree.processes(&path, 100), kept()), (Ok(Vec::new()), first));
+        fs::remove_dir(&directory).unwrap();
+        assert_eq!(tree.processes(&path, 100), Err(Refusal::UnreadableCgroup));
+        // Another one in its place is read, and not the one that is gone.
+        fs::create_dir(&directory).unwrap();
+        assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
+        assert_ne!(kept(), first);
+        fs::remove_dir(&directory).unwrap();
+    }
+
+    #[test]
+    fn so_many_lists_are_open_and_no_more() {
+        let root = tempfile::tempdir().unwrap();
+        let tree = CgroupTree::at(root.path().to_owned());
+        for number in 0..200 {
+            fs::create_dir(root.path().join(number.to_string())).unwrap();
+            fs::write(root.path().join(format!("{number}/cgroup.procs")), format!("{number}\n")).unwrap();
+            let path = CgroupPath::parse(&format!("/{number}")).unwrap();
+            assert_eq!(tree.processes(&path, 10), Ok(vec![number]));
+            assert!(tree.lists().contains_key(&path) && tree.lists().len() <= LISTS);
+        }
     }
 }

@@ -79,7 +79,10 @@ pub(crate) fn cgroup(text: &str) -> bool {
     assert_eq!(path.as_str(), text);
     assert!(text.starts_with('/') && !text.split('/').any(|segment| segment == ".."));
     let (part, is_pod) = path.workload();
-    assert!(text.starts_with(part) && matches!(text.as_bytes().get(part.len()), None | Some(b'/')), "{part} of {text}");
+    assert!(
+        text.starts_with(part.as_str()) && matches!(text.as_bytes().get(part.as_str().len()), None | Some(b'/')),
+        "{part:?} of {text}"
+    );
     assert!(!is_pod || path.names_container());
     if let Some(unit) = path.systemd_unit() {
         assert!(text.split('/').any(|segment| segment == unit));
@@ -89,7 +92,7 @@ pub(crate) fn cgroup(text: &str) -> bool {
     if path.systemd_unit().is_some() {
         assert_eq!(below.systemd_unit(), path.systemd_unit());
         let (there, _) = below.workload();
-        assert!(there == part || part == text, "{there} and {part}");
+        assert!(there == part || part.as_str() == text, "{there:?} and {part:?}");
     }
     assert!(!path.names_container() || below.names_container());
     true

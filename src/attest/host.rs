@@ -1,10 +1,9 @@
 //! Where the facts of this machine are found.
 
-use std::collections::HashMap;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl;
@@ -13,7 +12,7 @@ use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::attest::cgroups::CgroupTree;
 use crate::attest::hierarchies::Hierarchies;
-use crate::attest::hints::Hints;
+use crate::attest::known::{Known, KnownProcesses};
 use crate::attest::sys;
 use crate::caller::Refusal;
 
@@ -28,18 +27,14 @@ pub(crate) struct Host {
     pub(crate) hierarchies: Hierarchies,
     /// The daemon's own user and pid namespaces: `user:[4026531837]`.
     namespaces: [Option<OsString>; 2],
-    /// Whether a process lives in namespaces of its own, by the inode of its pidfd, which no other process ever has.
-    known: Mutex<HashMap<u64, bool>>,
-    /// Where searches look first.
-    pub(crate) hints: Hints,
-    /// From Linux 6.9 on pidfds have such inodes.
+    /// Those that were looked at before.
+    pub(crate) processes: KnownProcesses,
+    /// From Linux 6.9 on a pidfd has an inode that no other process ever has.
     pidfds_have_inodes: bool,
 }
 
 /// `PID_FS_MAGIC` of linux/magic.h.
 const PID_FS: FsType = FsType(0x5049_4446);
-/// Processes whose namespaces are remembered, before all are forgotten.
-const REMEMBERED: usize = 4096;
 
 /// Links below `/proc/<pid>`.
 const NAMESPACES: [&str; 2] = ["ns/user", "ns/pid"];
@@ -66,34 +61,24 @@ impl Host {
             cgroups,
             hierarchies: Hierarchies::find(&mountinfo),
             namespaces,
-            known: Mutex::default(),
-            hints: Hints::default(),
+            processes: KnownProcesses::default(),
             pidfds_have_inodes: kind == Some(PID_FS),
         }
     }
 
-    /// What `look` says of the process behind `pidfd`, which is asked once for each process: whoever asks again and again
-    /// does not cost two more links of `/proc` each time. A process that moves to other namespaces later keeps its user.
-    pub(crate) fn remember(
-        &self,
-        pidfd: &OwnedFd,
-        look: impl FnOnce() -> Result<bool, Refusal>,
-    ) -> Result<bool, Refusal> {
-        if !self.pidfds_have_inodes {
-            return look();
+    /// The process behind `pidfd`, whose number is or was `pid`: as it is known, if it has been looked at before. Where its
+    /// pidfd does not tell that, it is taken for a new one.
+    pub(crate) fn process(&self, pid: u32, pidfd: OwnedFd) -> Result<Arc<Known>, Refusal> {
+        let inode = match self.pidfds_have_inodes {
+            true => Some(fstat(&pidfd).map_err(|_| Refusal::Kernel)?.st_ino),
+            false => None,
+        };
+        if let Some(known) = self.processes.of(pid).filter(|known| inode.is_some() && known.inode() == inode) {
+            return Ok(known);
         }
-        let inode = fstat(pidfd).map_err(|_| Refusal::Kernel)?.st_ino;
-        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(answer) = known().get(&inode) {
-            return Ok(*answer);
-        }
-        let answer = look()?;
-        let mut known = known();
-        if known.len() >= REMEMBERED {
-            known.clear();
-        }
-        known.insert(inode, answer);
-        Ok(answer)
+        let known = Arc::new(Known::new(pid, pidfd, inode));
+        self.processes.keep(known.clone());
+        Ok(known)
     }
 
     /// Whether the process whose `/proc/<pid>` is `directory` lives in the daemon's user and pid namespace, in this order.

@@ -4,15 +4,15 @@
 //! `proc_pid_cgroup(5)`; `proc_pid_stat(5)`, `pidfd_open(2)`.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::path::Path;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{Mode, fstatat};
 
 use crate::attest::host::{Host, Shared};
+use crate::attest::known::Known;
 use crate::attest::sys;
 use crate::caller::{Executable, Looks, Named, Process, Program, Refusal};
 use crate::cgroup::CgroupPath;
@@ -41,9 +41,8 @@ pub(crate) enum Membership {
 /// gone, even if its number is in use again.
 #[derive(Debug)]
 pub(crate) struct HeldProcess {
-    pid: u32,
-    pidfd: OwnedFd,
-    directory: Directory,
+    host: Arc<Host>,
+    known: Arc<Known>,
     credentials: Credentials,
     cgroup: Option<CgroupPath>,
     contained: bool,
@@ -54,42 +53,28 @@ pub(crate) struct HeldProcess {
     started: Option<u64>,
 }
 
-/// `/proc/<pid>`, opened when something of it is needed.
-#[derive(Debug)]
-struct Directory {
-    host: Arc<Host>,
-    opened: OnceLock<OwnedFd>,
-}
-
-impl Directory {
-    /// The directory of the process behind `pidfd`, which is `pid` in the daemon's pid namespace.
-    fn of(&self, pid: u32, pidfd: &OwnedFd) -> Result<&OwnedFd, Refusal> {
-        if let Some(opened) = self.opened.get() {
-            return Ok(opened);
-        }
-        let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_PATH;
-        let path = self.host.proc_root.join(pid.to_string());
-        let directory = fcntl::open(&path, flags, Mode::empty()).map_err(|_| Refusal::Gone)?;
-        // Alive after it was opened, so that the number cannot have been another process's at that time.
-        alive(pidfd)?;
-        Ok(self.opened.get_or_init(|| directory))
-    }
-}
-
 impl HeldProcess {
-    /// Looks at the ids and the cgroup of the process behind `pidfd`, which is `pid` in the daemon's pid namespace. Whether
-    /// it is alive is seen when it is looked at again.
-    pub(crate) fn look(host: &Arc<Host>, pid: u32, pidfd: OwnedFd) -> Result<Self, Refusal> {
-        let directory = Directory { host: host.clone(), opened: OnceLock::new() };
-        let credentials = Credentials::read(&pidfd, || directory.of(pid, &pidfd))?;
+    /// Looks at the ids and the cgroup of a process. Whether it is alive is seen when it is looked at again.
+    pub(crate) fn look(host: &Arc<Host>, known: Arc<Known>) -> Result<Self, Refusal> {
+        let directory = || known.directory(&host.proc_root);
+        let credentials = Credentials::read(known.pidfd(), directory)?;
         let cgroup = match (&credentials.cgroup, &host.cgroups) {
             (Membership::Path(path), _) => path.clone(),
             (Membership::Id(id), Some(tree)) => Some(tree.path_of_living(*id)?),
             (Membership::Id(_), None) => None,
         };
-        let contained = names_container(cgroup.as_ref(), || directory.of(pid, &pidfd))?
-            || host.remember(&pidfd, || in_other_namespaces(host, directory.of(pid, &pidfd)?))?;
-        Ok(Self { pid, pidfd, directory, credentials, cgroup, contained, groups: None, program: None, started: None })
+        let contained = names_container(cgroup.as_ref(), directory)?
+            || known.is_elsewhere(|| in_other_namespaces(host, directory()?))?;
+        Ok(Self {
+            host: host.clone(),
+            known,
+            credentials,
+            cgroup,
+            contained,
+            groups: None,
+            program: None,
+            started: None,
+        })
     }
 
     /// Looks at these as well.
@@ -98,7 +83,11 @@ impl HeldProcess {
             self.groups = Some(read_groups(self.directory()?)?);
         }
         if looks.program {
-            self.program = Some(Program { exe: executable(self.directory()?)? });
+            self.program = Some(Program { exe: self.executable()? });
+        }
+        // Some of that reads as nothing of a zombie.
+        if looks != Looks::default() {
+            self.known.alive()?;
         }
         if looks.started {
             self.started = Some(self.start_time()?);
@@ -107,12 +96,18 @@ impl HeldProcess {
     }
 
     fn directory(&self) -> Result<&OwnedFd, Refusal> {
-        self.directory.of(self.pid, &self.pidfd)
+        self.known.directory(&self.host.proc_root)
+    }
+
+    fn executable(&self) -> Result<Option<Executable>, Refusal> {
+        let directory = self.directory()?;
+        let path = || fcntl::readlinkat(directory, "exe").unwrap_or_default().into();
+        Ok(file(executable_file(directory)?).map(|file| self.known.executable(file, path)))
     }
 
     /// Whether it is alive and everything that was looked at is as it was.
     pub(crate) fn still_same(&self) -> Result<(), Refusal> {
-        let credentials = Credentials::read(&self.pidfd, || self.directory())? == self.credentials;
+        let credentials = Credentials::read(self.known.pidfd(), || self.directory())? == self.credentials;
         let groups = match &self.groups {
             Some(groups) => read_groups(self.directory()?)? == *groups,
             None => true,
@@ -121,21 +116,21 @@ impl HeldProcess {
             Some(program) => file(executable_file(self.directory()?)?) == program.exe.as_ref().map(key),
             None => true,
         };
-        alive(&self.pidfd)?;
+        self.known.alive()?;
         if credentials && groups && program { Ok(()) } else { Err(Refusal::Changed) }
     }
 
     /// Whether it runs still.
     pub(crate) fn is_there(&self) -> bool {
-        alive(&self.pidfd).is_ok()
+        self.known.alive().is_ok()
     }
 
     /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
     pub(crate) fn named(&self) -> Result<Named, Refusal> {
         self.still_same()?;
         let cgroups = read(self.directory()?, "cgroup")?;
-        self.directory.host.hierarchies.check(&cgroups)?;
-        Ok(Named { pid: self.pid, cgroups })
+        self.host.hierarchies.check(&cgroups)?;
+        Ok(Named { pid: self.known.pid(), cgroups })
     }
 
     /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
@@ -168,10 +163,8 @@ impl HeldProcess {
     }
 
     /// Whether descriptor `number` of the process is the socket with this inode.
-    pub(crate) fn holds(&self, number: &str, inode: u32) -> bool {
-        let Ok(directory) = self.directory() else { return false };
-        let link = fcntl::readlinkat(directory, Path::new("fd").join(number).as_path());
-        link.is_ok_and(|link| link.to_str() == Some(&socket_link(inode)))
+    pub(crate) fn holds(&self, number: u32, inode: u32) -> bool {
+        self.known.socket(&self.host.proc_root, number) == Some(inode)
     }
 
     /// Supplementary, ascending, where they were looked at.
@@ -182,7 +175,7 @@ impl HeldProcess {
     /// As a plain value.
     pub(crate) fn describe(&self) -> Process {
         Process {
-            pid: self.pid,
+            pid: self.known.pid(),
             gid: self.credentials.gids[1],
             groups: self.groups.clone(),
             contained: self.contained,
@@ -190,11 +183,6 @@ impl HeldProcess {
             started: self.started,
         }
     }
-}
-
-/// How `/proc/<pid>/fd` shows a socket.
-pub(crate) fn socket_link(inode: u32) -> String {
-    format!("socket:[{inode}]")
 }
 
 impl Credentials {
@@ -215,16 +203,6 @@ impl Credentials {
         let cgroups = read(directory, "cgroup")?;
         let path = cgroups.lines().find_map(|line| line.strip_prefix("0::")).and_then(CgroupPath::parse);
         Ok(Self { uids, gids, cgroup: Membership::Path(path) })
-    }
-}
-
-/// Whether the process runs. A zombie still has its `/proc` entries, but its pidfd is readable.
-fn alive(pidfd: &OwnedFd) -> Result<(), Refusal> {
-    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut fds, PollTimeout::ZERO) {
-        Ok(0) => Ok(()),
-        Ok(_) => Err(Refusal::Gone),
-        Err(_) => Err(Refusal::Kernel),
     }
 }
 
@@ -279,14 +257,6 @@ fn executable_file(directory: &OwnedFd) -> Result<Option<libc::stat>, Refusal> {
         Err(Errno::EACCES | Errno::EPERM | Errno::ENOENT) => Ok(None),
         Err(_) => Err(Refusal::Gone),
     }
-}
-
-fn executable(directory: &OwnedFd) -> Result<Option<Executable>, Refusal> {
-    let stat = executable_file(directory)?;
-    Ok(stat.map(|stat| {
-        let path = fcntl::readlinkat(directory, "exe").map_or_else(|_| PathBuf::new(), PathBuf::from);
-        Executable { device: stat.st_dev, inode: stat.st_ino, path }
-    }))
 }
 
 fn read_groups(directory: &OwnedFd) -> Result<Vec<u32>, Refusal> {

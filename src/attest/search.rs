@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::dir::Dir;
-use nix::fcntl::{OFlag, readlink, readlinkat};
+use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, stat};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::attest::cgroups::CgroupTree;
 use crate::attest::host::Host;
 use crate::attest::inet_diag::Socket;
-use crate::attest::process::{HeldProcess, socket_link};
+use crate::attest::known::{self, Known};
+use crate::attest::process::HeldProcess;
 use crate::attest::sys;
 use crate::caller::{Looks, Refusal};
 use crate::cgroup::CgroupPath;
@@ -43,7 +44,7 @@ const LOOKS: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Holder {
     pub(crate) process: HeldProcess,
-    pub(crate) descriptor: String,
+    pub(crate) descriptor: u32,
 }
 
 /// The process that holds `socket`, where `cgroup` is the socket's own.
@@ -91,17 +92,30 @@ fn holding(
     (socket, looks): (&Socket, Looks),
     spent: &mut Spent,
 ) -> Result<Option<Holder>, Refusal> {
-    let Some(number) = descriptor(host, pid, directory, socket.inode, spent)? else { return Ok(None) };
-    host.hints.seen(pid, number);
-    let descriptor = number.to_string();
-    // One that exits meanwhile holds nothing any more.
-    let Ok(pidfd) = sys::pidfd_open(pid) else { return Ok(None) };
-    let process = match HeldProcess::look(host, pid, pidfd).and_then(|process| process.with(looks)) {
+    let known = host.processes.of(pid);
+    let hinted = match &known {
+        Some(known) => known.hinted(&host.proc_root, socket.inode, || spent.one())?,
+        None => None,
+    };
+    let (known, descriptor) = match (known, hinted) {
+        (Some(known), Some(number)) => (known, number),
+        (known, _) => {
+            let Some(number) = descriptor(directory, socket.inode, spent)? else { return Ok(None) };
+            // The number may be another process's by now. One that exits meanwhile holds nothing any more.
+            match known.filter(|known| known.alive().is_ok()).map_or_else(|| opened(host, pid), Ok) {
+                Ok(known) => (known, number),
+                Err(Refusal::Gone) => return Ok(None),
+                Err(refusal) => return Err(refusal),
+            }
+        }
+    };
+    known.held(descriptor, socket.inode);
+    let process = match HeldProcess::look(host, known).and_then(|process| process.with(looks)) {
         Ok(process) => process,
         Err(Refusal::Gone) => return Ok(None),
         Err(refusal) => return Err(refusal),
     };
-    if !process.holds(&descriptor, socket.inode) {
+    if !process.holds(descriptor, socket.inode) {
         return Ok(None);
     }
     let gids = process.credentials().gids;
@@ -111,16 +125,13 @@ fn holding(
     Ok(Some(Holder { process, descriptor }))
 }
 
-/// The number of the process's descriptor that is the socket. The highest come first: a connection that was just made has
-/// the number of the last one that was free.
-fn descriptor(host: &Host, pid: u32, directory: &Path, inode: u32, spent: &mut Spent) -> Result<Option<u32>, Refusal> {
-    let wanted = socket_link(inode);
-    for number in host.hints.of(pid) {
-        spent.one()?;
-        if readlink(&directory.join("fd").join(number.to_string())).is_ok_and(|link| link == wanted.as_str()) {
-            return Ok(Some(number));
-        }
-    }
+fn opened(host: &Host, pid: u32) -> Result<Arc<Known>, Refusal> {
+    host.process(pid, sys::pidfd_open(pid).map_err(|_| Refusal::Gone)?)
+}
+
+/// The number of the descriptor that is the socket, of the process whose directory this is. The highest come first: a
+/// connection that was just made has the number of the last one that was free.
+fn descriptor(directory: &Path, inode: u32, spent: &mut Spent) -> Result<Option<u32>, Refusal> {
     // A process that is gone, or (kernel threads, no privilege) shows nothing.
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else { return Ok(None) };
@@ -132,7 +143,7 @@ fn descriptor(host: &Host, pid: u32, directory: &Path, inode: u32, spent: &mut S
     numbers.sort_unstable_by(|a, b| b.cmp(a));
     for number in numbers {
         spent.in_time()?;
-        if readlinkat(open.as_fd(), number.to_string().as_str()).is_ok_and(|link| link == wanted.as_str()) {
+        if known::socket(open.as_fd(), number) == Some(inode) {
             return Ok(Some(number));
         }
     }

@@ -1,6 +1,7 @@
 //! The few system calls and socket options that no safe wrapper has.
 #![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -26,12 +27,14 @@ pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
 /// Room for most files of `/proc` and cgroups, so that they are read at once.
 const SMALL_FILE: usize = 4096;
 
-/// Reads a file of `/proc` or of a cgroup to its end, or until more than `most` bytes have come. Not by `read_to_end`, which
+/// Reads a file of `/proc` or of a cgroup from its beginning, wherever it stands, to its end, or until more than `most` bytes
+/// have come. Not by `read_to_end`, which
 /// asks for sizes that such files don't have, and tries with small buffers first.
 pub(crate) fn read_whole(file: impl std::os::fd::AsFd, most: usize) -> nix::Result<String> {
     let (mut bytes, mut filled) = (vec![0; SMALL_FILE], 0);
     loop {
-        match nix::unistd::read(&file, &mut bytes[filled..])? {
+        let at = filled.try_into().map_err(|_| Errno::EOVERFLOW)?;
+        match nix::sys::uio::pread(&file, &mut bytes[filled..], at)? {
             0 => break,
             more => filled += more,
         }
@@ -45,6 +48,15 @@ pub(crate) fn read_whole(file: impl std::os::fd::AsFd, most: usize) -> nix::Resu
     bytes.truncate(filled);
     // A process may have named itself in any bytes; everything that is read of such files is ASCII.
     Ok(String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+}
+
+/// `readlinkat(2)` into `room`; what does not fit into it is cut off. Without room for the longest of paths, as others would.
+pub(crate) fn read_link<'r>(directory: BorrowedFd<'_>, name: &CStr, room: &'r mut [u8]) -> nix::Result<&'r [u8]> {
+    // SAFETY: `name` ends with a zero, and the kernel writes at most `room.len()` bytes into `room`.
+    let length =
+        unsafe { libc::readlinkat(directory.as_raw_fd(), name.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
+    let length = usize::try_from(length).map_err(|_| Errno::last())?;
+    Ok(&room[..length])
 }
 
 /// `SO_PEERPIDFD`: a descriptor for the process that connected. `None` on kernels before 6.5.

@@ -43,7 +43,7 @@ impl Evidence for Seen {
         }
         let Some(Holder { process, descriptor }) = &self.holder else { return Ok(()) };
         process.still_same()?;
-        if process.holds(descriptor, self.socket.inode) { Ok(()) } else { Err(Refusal::Gone) }
+        if process.holds(*descriptor, self.socket.inode) { Ok(()) } else { Err(Refusal::Gone) }
     }
 
     fn process(&self) -> Result<Named, Refusal> {

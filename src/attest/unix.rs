@@ -1,12 +1,11 @@
 //! The caller on the unix socket: the process that connected, whoever holds the descriptor now.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
-use tokio::net::UnixStream;
 
 use crate::attest::host::Host;
 use crate::attest::process::HeldProcess;
@@ -60,10 +59,10 @@ enum Pinned {
 
 impl Peer {
     /// Reads `SO_PEERCRED` and `SO_PEERPIDFD`.
-    pub(crate) fn of(stream: &UnixStream) -> Result<Self, Refusal> {
-        let peer = getsockopt(stream, PeerCredentials).map_err(|_| Refusal::Kernel)?;
+    pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Refusal> {
+        let peer = getsockopt(&stream, PeerCredentials).map_err(|_| Refusal::Kernel)?;
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0).ok_or(Refusal::InvisibleProcess)?;
-        let pinned = match sys::peer_pidfd(stream.as_fd()).map_err(|_| Refusal::Gone)? {
+        let pinned = match sys::peer_pidfd(stream).map_err(|_| Refusal::Gone)? {
             Some(pidfd) => Pinned::ByKernel(pidfd),
             None => Pinned::SinceAccept(ticks_since_boot()?),
         };
@@ -84,7 +83,7 @@ pub(crate) fn attest(
 ) -> Result<Caller, Refusal> {
     let Peer { pid, uid, gid, pinned } = peer;
     let process = match pinned {
-        Pinned::ByKernel(pidfd) => HeldProcess::look(host, pid, pidfd)?,
+        Pinned::ByKernel(pidfd) => HeldProcess::look(host, host.process(pid, pidfd)?)?,
         Pinned::SinceAccept(accepted) => unpinned(host, pid, accepted)?,
     };
     let credentials = process.credentials();
@@ -118,7 +117,7 @@ pub(crate) fn attest(
 /// callers in containers, who can make pids be used again, are not served there (attack 16).
 fn unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<HeldProcess, Refusal> {
     let pidfd = sys::pidfd_open(pid).map_err(|_| Refusal::Gone)?;
-    let process = HeldProcess::look(host, pid, pidfd)?;
+    let process = HeldProcess::look(host, host.process(pid, pidfd)?)?;
     if process.start_time()? > accepted {
         return Err(Refusal::Gone);
     }

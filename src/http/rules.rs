@@ -9,7 +9,7 @@
 use std::net::IpAddr;
 
 use hyper::body::Body;
-use hyper::header::{AUTHORIZATION, HOST, HeaderMap, TRANSFER_ENCODING};
+use hyper::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, TRANSFER_ENCODING};
 use hyper::{Method, Request};
 use percent_encoding::percent_decode_str;
 use subtle::ConstantTimeEq;
@@ -89,11 +89,15 @@ const ROLE_NAME_MAX: usize = 64;
 
 /// Judges a request; says which role it asks for.
 pub(super) fn read(asked: &Asked<'_>, listener: Listener, authorization: &Authorization) -> Result<Wanted, Refused> {
-    let has = |names: &[&str]| asked.headers.keys().any(|name| names.contains(&name.as_str()));
     if !host_is_loopback(asked.headers) {
         return Err(Refused::Host);
     }
-    if has(&BROWSER) {
+    let (mut browser, mut proxy) = (false, false);
+    for name in asked.headers.keys().map(HeaderName::as_str) {
+        browser |= BROWSER.contains(&name);
+        proxy |= PROXY.contains(&name) || name.starts_with(PROXY_PREFIX);
+    }
+    if browser {
         return Err(Refused::Browser);
     }
     // RFC 9112 would have a server that is no proxy take such a target, too. But no SDK sends one unless it was told that
@@ -101,7 +105,7 @@ pub(super) fn read(asked: &Asked<'_>, listener: Listener, authorization: &Author
     if asked.names_server && asked.method != Method::CONNECT {
         return Err(Refused::Proxied);
     }
-    if has(&PROXY) || asked.headers.keys().any(|name| name.as_str().starts_with(PROXY_PREFIX)) {
+    if proxy {
         return Err(Refused::Proxied);
     }
     if asked.method != Method::GET {
@@ -126,16 +130,15 @@ fn host_is_loopback(headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
     let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
     let Ok(host) = host.to_str() else { return false };
-    let host = host.to_ascii_lowercase();
     let name = match host.rsplit_once(':') {
         Some((name, port)) if !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit()) && !host.ends_with(']') => {
             name
         }
-        _ => host.as_str(),
+        _ => host,
     };
     let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
     let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
-    bare == "localhost" || bare.parse().is_ok_and(loopback)
+    bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(loopback)
 }
 
 fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {

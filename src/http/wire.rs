@@ -1,5 +1,6 @@
 //! The stream under hyper: what hyper would say by itself does not reach the client, and a line ends as the standard says.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,21 +14,56 @@ use tokio::time::timeout;
 const UNWANTED_BYTES: u64 = 1024 * 1024;
 const UNWANTED_TIME: Duration = Duration::from_secs(1);
 
+/// How far a connection has come.
+#[derive(Debug, Default)]
+pub(super) struct Stage {
+    /// A request was understood: only what is written from then on is the daemon's answer.
+    answering: AtomicBool,
+    /// The answer was not there at once, so the client may go away meanwhile.
+    waiting: AtomicBool,
+}
+
+impl Stage {
+    pub(super) fn answering(&self) {
+        self.answering.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_answering(&self) -> bool {
+        self.answering.load(Ordering::Relaxed)
+    }
+
+    /// The answer, once it is there. If that is not at once, the connection is polled again, so that hyper looks whether the
+    /// client is still there: it does so before it asks for the answer, and then it is too early ([`Wire::poll_read`]).
+    pub(super) async fn waiting<A>(&self, mut answer: Pin<&mut impl Future<Output = A>>) -> A {
+        poll_fn(|cx| {
+            let polled = answer.as_mut().poll(cx);
+            if polled.is_pending() && !self.waiting.swap(true, Ordering::Relaxed) {
+                cx.waker().wake_by_ref();
+            }
+            polled
+        })
+        .await
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed)
+    }
+}
+
 /// A client's stream.
 pub(super) struct Wire<'a, S> {
     stream: S,
     /// Whether the stream is shut down before it is closed. Over TCP the answer is sent with that; on a unix socket closing
     /// says the same, and wakes the client once less.
     shuts_down: bool,
-    /// Set once a request was understood: only what is written from then on is the daemon's answer.
-    answering: &'a AtomicBool,
+    stage: &'a Stage,
     last_byte: u8,
     line_feed_alone: bool,
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin> Wire<'a, S> {
-    pub(super) fn new(stream: S, shuts_down: bool, answering: &'a AtomicBool) -> Self {
-        Self { stream, shuts_down, answering, last_byte: 0, line_feed_alone: false }
+    pub(super) fn new(stream: S, shuts_down: bool, stage: &'a Stage) -> Self {
+        Self { stream, shuts_down, stage, last_byte: 0, line_feed_alone: false }
     }
 
     /// Whether the head was given up because of a line feed without a carriage return.
@@ -63,17 +99,18 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Wire<'a, S> {
         self.last_byte = bytes.last().copied().unwrap_or(self.last_byte);
         alone
     }
-
-    fn is_answering(&self) -> bool {
-        self.answering.load(Ordering::Relaxed)
-    }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Wire<'_, S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        // hyper wants to know whether the client is still there, and polls again if the answer has to be waited for. Mostly it
+        // has not, and then this would be a system call for nothing.
+        if self.stage.is_answering() && !self.stage.is_waiting() {
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-        if !self.is_answering() && self.has_line_feed_alone(&buf.filled()[before..]) {
+        if !self.stage.is_answering() && self.has_line_feed_alone(&buf.filled()[before..]) {
             self.line_feed_alone = true;
             return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
         }
@@ -83,7 +120,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Wire<'_, S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<'_, S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        if self.is_answering() {
+        if self.stage.is_answering() {
             Pin::new(&mut self.stream).poll_write(cx, bytes)
         } else {
             Poll::Ready(Ok(bytes.len()))
@@ -95,7 +132,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<'_, S> {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if self.is_answering() {
+        if self.stage.is_answering() {
             Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
         } else {
             Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()))
@@ -111,7 +148,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<'_, S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.shuts_down && self.is_answering() {
+        if self.shuts_down && self.stage.is_answering() {
             Pin::new(&mut self.stream).poll_shutdown(cx)
         } else {
             Poll::Ready(Ok(()))

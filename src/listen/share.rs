@@ -9,14 +9,14 @@ use crate::caller::Owner;
 #[derive(Debug, Clone)]
 pub struct Shares {
     max: usize,
-    open: Arc<Mutex<HashMap<Arc<Owner>, usize>>>,
+    open: Arc<Mutex<HashMap<Owner, usize>>>,
 }
 
 /// One connection's place, given back when it is dropped.
 #[derive(Debug)]
 pub struct Place {
-    shares: Shares,
-    owner: Arc<Owner>,
+    open: Arc<Mutex<HashMap<Owner, usize>>>,
+    owner: Owner,
 }
 
 impl Shares {
@@ -27,20 +27,19 @@ impl Shares {
 
     /// A place for a connection of `owner`'s; `None` if it has as many as it may.
     pub fn enter(&self, owner: Owner) -> Option<Place> {
-        let owner = Arc::new(owner);
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let count = open.entry(owner.clone()).or_default();
         if *count >= self.max {
             return None;
         }
         *count += 1;
-        Some(Place { shares: self.clone(), owner })
+        Some(Place { open: self.open.clone(), owner })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut open = self.shares.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = open.get_mut(&self.owner) {
             *count -= 1;
             if *count == 0 {

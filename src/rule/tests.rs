@@ -159,7 +159,7 @@ fn an_executable_is_the_file_that_is_there_now() {
     // `shown` is what /proc/<pid>/exe would read as, which the caller can forge (attack 11).
     let running = |file: &Path, shown: &Path| {
         let file = std::fs::metadata(file).unwrap();
-        let exe = Executable { device: file.dev(), inode: file.ino(), path: shown.to_owned() };
+        let exe = Executable { device: file.dev(), inode: file.ino(), path: shown.into() };
         with_process(by_socket(7, HOST), running_program(Some(exe)))
     };
     let only = |path: &Path| Rule { exe: Some(path.to_owned()), ..rule() };

@@ -1,3 +1,7 @@
+use std::path::{Path, PathBuf};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use super::*;
 
 fn host() -> Arc<Host> {
@@ -54,12 +58,13 @@ fn sleeper() -> std::process::Child {
 fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
     let mut child = sleeper();
     let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
-    let held = HeldProcess::look(&host(), child.id(), pidfd).unwrap();
+    let host = host();
+    let held = HeldProcess::look(&host, host.process(child.id(), pidfd).unwrap()).unwrap();
     assert_eq!(held.still_same(), Ok(()));
     assert_eq!(held.describe().pid, child.id());
     child.kill().unwrap();
     // Dead, and not reaped before `wait` below: /proc/<pid> is still there.
-    let mut fds = [PollFd::new(held.pidfd.as_fd(), PollFlags::POLLIN)];
+    let mut fds = [PollFd::new(held.known.pidfd().as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1);
     assert!(Path::new("/proc").join(child.id().to_string()).join("stat").exists());
     assert_eq!(held.still_same(), Err(Refusal::Gone));
@@ -75,7 +80,9 @@ fn a_number_that_belongs_to_another_process_now_is_not_mistaken() {
     dead.wait().unwrap();
     let mut living = sleeper();
     // As if the number had been given out again in between.
-    assert_eq!(HeldProcess::look(&host(), living.id(), pidfd).unwrap_err(), Refusal::Gone);
+    let host = host();
+    let known = host.process(living.id(), pidfd).unwrap();
+    assert_eq!(HeldProcess::look(&host, known).unwrap_err(), Refusal::Gone);
     living.kill().unwrap();
     living.wait().unwrap();
 }

@@ -46,7 +46,7 @@ fn the_holder_is_found_with_its_descriptor() {
     let cgroup = tree.path_of(socket.cgroup_id.unwrap()).unwrap();
     let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
     assert_eq!(found.process.describe().pid, std::process::id());
-    assert_eq!(found.descriptor, client.as_raw_fd().to_string());
+    assert_eq!(found.descriptor, client.as_raw_fd().cast_unsigned());
 }
 
 /// As when it is moved between the list and the look at it.
@@ -91,4 +91,21 @@ fn a_process_that_does_not_hold_the_socket_is_passed_over() {
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
     drop(client);
     assert_eq!(holder(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::NoHolder);
+}
+
+/// As when another process had this number when it was looked at last.
+#[test]
+fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
+    let (_listener, _client, socket) = connection();
+    let (host, tree) = machine();
+    let mut gone = std::process::Command::new("true").spawn().unwrap();
+    let pidfd = sys::pidfd_open(gone.id()).unwrap();
+    gone.wait().unwrap();
+    let known = host.process(std::process::id(), pidfd).unwrap();
+    // Where the other one had its connections, too.
+    (0..8).for_each(|number| known.held(number, socket.inode));
+    let cgroup = tree.path_of(socket.cgroup_id.unwrap()).unwrap();
+    let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
+    assert_eq!(found.process.still_same(), Ok(()));
+    assert!(!Arc::ptr_eq(&known, &host.processes.of(std::process::id()).unwrap()));
 }

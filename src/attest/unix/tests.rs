@@ -38,7 +38,8 @@ fn end(mut child: Child) {
 
 fn start_time(child: &Child) -> u64 {
     let pidfd = sys::pidfd_open(child.id()).unwrap();
-    HeldProcess::look(&host(), child.id(), pidfd).unwrap().start_time().unwrap()
+    let host = host();
+    HeldProcess::look(&host, host.process(child.id(), pidfd).unwrap()).unwrap().start_time().unwrap()
 }
 
 #[test]

@@ -1,0 +1,214 @@
+//! Processes that have been looked at before, kept open: whoever asks again and again is not opened anew each time.
+//!
+//! Nothing of what a process may change is remembered, but for hints.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use nix::fcntl::{self, OFlag};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
+
+use crate::attest::sys;
+use crate::caller::{Executable, Refusal};
+
+/// How many are kept, before all are let go: each has three descriptors of the daemon's.
+const KEPT: usize = 128;
+/// Of the numbers under which a process held connections: as many as threads may well connect at a time.
+const NUMBERS: usize = 8;
+
+/// One process, by descriptors that are tied to it: they show nothing once it is gone, and never another process, even if
+/// its number is in use again.
+#[derive(Debug)]
+pub(crate) struct Known {
+    pid: u32,
+    pidfd: OwnedFd,
+    inode: Option<u64>,
+    /// `/proc/<pid>`, opened when something of it is needed.
+    directory: OnceLock<OwnedFd>,
+    /// `/proc/<pid>/fd`, likewise.
+    descriptors: OnceLock<OwnedFd>,
+    elsewhere: OnceLock<bool>,
+    /// What it ran last.
+    program: Mutex<Option<Executable>>,
+    numbers: Mutex<[Option<Number>; NUMBERS]>,
+}
+
+/// Under which number a process held a connection, and the inode of the socket that was seen there last.
+#[derive(Debug, Clone, Copy)]
+struct Number {
+    number: u32,
+    inode: u32,
+}
+
+impl Known {
+    /// The process behind `pidfd`, which is `pid` in the daemon's pid namespace; `inode` is the pidfd's, where no other
+    /// process ever has the same.
+    pub(crate) fn new(pid: u32, pidfd: OwnedFd, inode: Option<u64>) -> Self {
+        Self {
+            pid,
+            pidfd,
+            inode,
+            directory: OnceLock::new(),
+            descriptors: OnceLock::new(),
+            elsewhere: OnceLock::new(),
+            program: Mutex::default(),
+            numbers: Mutex::default(),
+        }
+    }
+
+    /// In the daemon's pid namespace.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Names it for good.
+    pub(crate) fn pidfd(&self) -> &OwnedFd {
+        &self.pidfd
+    }
+
+    /// Of the pidfd.
+    pub(crate) fn inode(&self) -> Option<u64> {
+        self.inode
+    }
+
+    /// Whether the process runs. A zombie still has its `/proc` entries, but its pidfd is readable.
+    pub(crate) fn alive(&self) -> Result<(), Refusal> {
+        let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::ZERO) {
+            Ok(0) => Ok(()),
+            Ok(_) => Err(Refusal::Gone),
+            Err(_) => Err(Refusal::Kernel),
+        }
+    }
+
+    /// `/proc/<pid>`.
+    pub(crate) fn directory(&self, proc_root: &Path) -> Result<&OwnedFd, Refusal> {
+        if let Some(opened) = self.directory.get() {
+            return Ok(opened);
+        }
+        let directory = fcntl::open(&proc_root.join(self.pid.to_string()), FOLDER, Mode::empty());
+        let directory = directory.map_err(|_| Refusal::Gone)?;
+        // Alive after it was opened, so that the number cannot have been another process's at that time.
+        self.alive()?;
+        Ok(self.directory.get_or_init(|| directory))
+    }
+
+    /// `/proc/<pid>/fd`.
+    fn descriptors(&self, proc_root: &Path) -> Result<&OwnedFd, Refusal> {
+        if let Some(opened) = self.descriptors.get() {
+            return Ok(opened);
+        }
+        let opened = fcntl::openat(self.directory(proc_root)?, "fd", FOLDER, Mode::empty());
+        let opened = opened.map_err(|_| Refusal::Gone)?;
+        Ok(self.descriptors.get_or_init(|| opened))
+    }
+
+    /// The inode of the socket that is descriptor `number` of the process.
+    pub(crate) fn socket(&self, proc_root: &Path, number: u32) -> Option<u32> {
+        socket(self.descriptors(proc_root).ok()?.as_fd(), number)
+    }
+
+    /// Whether it lives in namespaces of its own, which `look` is asked once: a process that moves to others later keeps its
+    /// user.
+    pub(crate) fn is_elsewhere(&self, look: impl FnOnce() -> Result<bool, Refusal>) -> Result<bool, Refusal> {
+        match self.elsewhere.get() {
+            Some(answer) => Ok(*answer),
+            None => look().map(|answer| *self.elsewhere.get_or_init(|| answer)),
+        }
+    }
+
+    /// The file that it runs, with the path that `look` shows: for people, so it is asked once for each file.
+    pub(crate) fn executable(&self, (device, inode): (u64, u64), look: impl FnOnce() -> PathBuf) -> Executable {
+        let mut program = locked(&self.program);
+        match &*program {
+            Some(known) if (known.device, known.inode) == (device, inode) => known.clone(),
+            _ => program.insert(Executable { device, inode, path: look().into() }).clone(),
+        }
+    }
+
+    /// The number of the descriptor that is the socket with this inode, among those under which the process held its last
+    /// connections. Whoever connects again and again mostly has one of these again, and to list the descriptors of a process
+    /// costs more than all else. `look` is called before each look.
+    pub(crate) fn hinted(
+        &self,
+        proc_root: &Path,
+        inode: u32,
+        mut look: impl FnMut() -> Result<(), Refusal>,
+    ) -> Result<Option<u32>, Refusal> {
+        let mut numbers = *locked(&self.numbers);
+        // One that was come across in the search for another connection, first. Else the one that was found last comes last: it
+        // is in use now.
+        let seen = numbers.iter().position(|known| known.is_some_and(|known| known.inode == inode));
+        numbers[..=seen.unwrap_or(0)].rotate_right(1);
+        for Number { number, .. } in numbers.into_iter().flatten() {
+            look()?;
+            match self.socket(proc_root, number) {
+                Some(found) if found == inode => return Ok(Some(number)),
+                Some(other) => self.seen(number, other),
+                None => {}
+            }
+        }
+        Ok(None)
+    }
+
+    fn seen(&self, number: u32, inode: u32) {
+        let mut numbers = locked(&self.numbers);
+        if let Some(known) = numbers.iter_mut().flatten().find(|known| known.number == number) {
+            known.inode = inode;
+        }
+    }
+
+    /// Notes that it holds a connection under this number.
+    pub(crate) fn held(&self, number: u32, inode: u32) {
+        let mut numbers = locked(&self.numbers);
+        let at = numbers.iter().position(|known| known.is_some_and(|known| known.number == number)).unwrap_or(0);
+        numbers[at..].rotate_left(1);
+        numbers[NUMBERS - 1] = Some(Number { number, inode });
+    }
+}
+
+/// Only names a directory.
+const FOLDER: OFlag = OFlag::O_DIRECTORY.union(OFlag::O_CLOEXEC).union(OFlag::O_PATH);
+
+/// The inode of the socket that is descriptor `number` in this `/proc/<pid>/fd`.
+pub(crate) fn socket(descriptors: BorrowedFd<'_>, number: u32) -> Option<u32> {
+    // Room for more than the longest of each, so that nothing is cut off.
+    let (mut name, mut room) = ([0; 16], [0; 32]);
+    write!(&mut name[..], "{number}\0").ok()?;
+    let link = sys::read_link(descriptors, CStr::from_bytes_until_nul(&name).ok()?, &mut room).ok()?;
+    std::str::from_utf8(link).ok()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// Those that were looked at last.
+#[derive(Debug, Default)]
+pub(crate) struct KnownProcesses(Mutex<HashMap<u32, Arc<Known>>>);
+
+impl KnownProcesses {
+    /// The one that had this number when it was last looked at; it may be gone, and the number another one's.
+    pub(crate) fn of(&self, pid: u32) -> Option<Arc<Known>> {
+        locked(&self.0).get(&pid).cloned()
+    }
+
+    /// Keeps it open.
+    pub(crate) fn keep(&self, known: Arc<Known>) {
+        let mut processes = locked(&self.0);
+        let full = processes.len() >= KEPT && !processes.contains_key(&known.pid);
+        let all = if full { std::mem::take(&mut *processes) } else { HashMap::new() };
+        processes.insert(known.pid, known);
+        drop(processes);
+        // Nobody waits while they are closed.
+        drop(all);
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

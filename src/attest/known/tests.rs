@@ -1,0 +1,145 @@
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::process::{Child, Command, Stdio};
+
+use super::*;
+use crate::attest::host::Host;
+
+fn host() -> Host {
+    Host::new(PathBuf::from("/proc"), None)
+}
+
+/// A process of the test's own that waits until it is told to end.
+fn sleeper() -> Child {
+    Command::new("cat").stdin(Stdio::piped()).spawn().unwrap()
+}
+
+fn end(mut child: Child) -> u32 {
+    child.kill().unwrap();
+    child.wait().unwrap();
+    child.id()
+}
+
+fn pidfd(pid: u32) -> OwnedFd {
+    sys::pidfd_open(pid).unwrap()
+}
+
+#[test]
+fn a_process_is_opened_once() {
+    let (host, child) = (host(), sleeper());
+    let first = host.process(child.id(), pidfd(child.id())).unwrap();
+    let again = host.process(child.id(), pidfd(child.id())).unwrap();
+    // Before Linux 6.9 nothing tells that it is the same.
+    assert_eq!(Arc::ptr_eq(&first, &again), first.inode().is_some());
+    end(child);
+}
+
+#[test]
+fn another_one_with_the_same_number_is_another() {
+    let (host, old, new) = (host(), sleeper(), sleeper());
+    // As if the number of the new one had been that of the old one.
+    let first = host.process(new.id(), pidfd(old.id())).unwrap();
+    end(old);
+    assert_eq!(first.alive(), Err(Refusal::Gone));
+    let second = host.process(new.id(), pidfd(new.id())).unwrap();
+    assert!(!Arc::ptr_eq(&first, &second));
+    assert!(Arc::ptr_eq(&second, &host.processes.of(new.id()).unwrap()));
+    assert_eq!(second.alive(), Ok(()));
+    end(new);
+}
+
+#[test]
+fn what_was_opened_of_one_that_is_gone_shows_nothing_any_more() {
+    let child = sleeper();
+    let known = Known::new(child.id(), pidfd(child.id()), None);
+    let proc_root = Path::new("/proc");
+    known.descriptors(proc_root).unwrap();
+    end(child);
+    let directory = known.directory(proc_root).unwrap();
+    assert!(fcntl::openat(directory, "stat", OFlag::O_RDONLY, Mode::empty()).is_err());
+    assert!(fcntl::readlinkat(known.descriptors(proc_root).unwrap(), "0").is_err());
+}
+
+/// Connections of this process, with number and inode of each.
+fn connections(count: usize) -> (TcpListener, Vec<(TcpStream, u32, u32)>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connect = || {
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let number = client.as_raw_fd().cast_unsigned();
+        let inode = nix::sys::stat::fstat(&client).unwrap().st_ino.try_into().unwrap();
+        (client, number, inode)
+    };
+    let connections = (0..count).map(|_| connect()).collect();
+    (listener, connections)
+}
+
+fn own() -> Known {
+    Known::new(std::process::id(), pidfd(std::process::id()), None)
+}
+
+#[test]
+fn a_descriptor_that_is_a_socket_has_its_inode() {
+    let (_listener, connections) = connections(1);
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let (known, proc_root) = (own(), Path::new("/proc"));
+    let (_, number, inode) = connections[0];
+    assert_eq!(known.socket(proc_root, number), Some(inode));
+    assert_eq!(known.socket(proc_root, file.as_raw_fd().cast_unsigned()), None);
+    assert_eq!(known.socket(proc_root, u32::MAX), None);
+}
+
+/// The number that is found for `inode`, and how many were looked at.
+fn hinted(known: &Known, inode: u32) -> (Option<u32>, usize) {
+    let mut looks = 0;
+    let found = known.hinted(Path::new("/proc"), inode, || {
+        looks += 1;
+        Ok(())
+    });
+    (found.unwrap(), looks)
+}
+
+#[test]
+fn the_last_numbers_are_tried_and_what_was_come_across_first() {
+    let (_listener, connections) = connections(10);
+    let known = own();
+    assert_eq!(hinted(&known, connections[0].2), (None, 0));
+    connections.iter().for_each(|(_, number, _)| known.held(*number, 0));
+    // The first two are forgotten by now; all others are seen in the search for one that is not there.
+    assert_eq!(hinted(&known, connections[0].2), (None, NUMBERS));
+    for (_, number, inode) in &connections[2..] {
+        assert_eq!(hinted(&known, *inode), (Some(*number), 1));
+    }
+    // The oldest is tried first.
+    let known = own();
+    connections[..3].iter().for_each(|(_, number, _)| known.held(*number, 0));
+    known.held(connections[0].1, 0);
+    assert_eq!(hinted(&known, connections[2].2), (Some(connections[2].1), 2));
+}
+
+#[test]
+fn a_look_that_is_one_too_many_ends_the_search() {
+    let (_listener, connections) = connections(2);
+    let known = own();
+    connections.iter().for_each(|(_, number, _)| known.held(*number, 0));
+    let found = known.hinted(Path::new("/proc"), connections[1].2, || Err(Refusal::TooManyDescriptors));
+    assert_eq!(found, Err(Refusal::TooManyDescriptors));
+}
+
+#[test]
+fn a_path_is_read_once_for_each_file() {
+    let known = own();
+    let path = |file, path: &str| known.executable(file, || PathBuf::from(path)).path;
+    assert_eq!(&*path((1, 2), "/a"), Path::new("/a"));
+    assert_eq!(&*path((1, 2), "/b"), Path::new("/a"));
+    assert_eq!(&*path((1, 3), "/b"), Path::new("/b"));
+}
+
+#[test]
+fn so_many_are_kept_and_no_more() {
+    let processes = KnownProcesses::default();
+    for pid in 1..1000 {
+        processes.keep(Arc::new(Known::new(pid, pidfd(std::process::id()), None)));
+        assert!(processes.of(pid).is_some());
+        assert!(processes.0.lock().unwrap().len() <= KEPT);
+    }
+}

@@ -1,0 +1,176 @@
+//! The socket of an accepted connection.
+//!
+//! Mostly the request is there by the time it is read, and the answer fits into the kernel's buffer. So the runtime, which has
+//! to tell the kernel what to wake it for, and to take that back, hears of the socket only when something has to be waited
+//! for.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use nix::sys::socket::{self, Shutdown};
+use nix::sys::uio::writev;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::listen::sys;
+
+/// A stream socket.
+#[derive(Debug)]
+pub struct Socket {
+    fd: Arc<OwnedFd>,
+    watched: Option<AsyncFd<Arc<OwnedFd>>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Direction {
+    Read,
+    Write,
+}
+
+impl Socket {
+    /// Takes one that does not block.
+    pub(super) fn new(fd: impl Into<OwnedFd>) -> Self {
+        Self { fd: Arc::new(fd.into()), watched: None }
+    }
+
+    /// Makes `call` until it does not have to wait.
+    fn poll<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        direction: Direction,
+        mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        let fd = self.fd.as_fd();
+        let mut call = || loop {
+            match call(fd) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => return done,
+            }
+        };
+        let watched = match &self.watched {
+            Some(watched) => watched,
+            None => match call() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.watched.insert(sys::watch(self.fd.clone())?)
+                }
+                done => return Poll::Ready(done),
+            },
+        };
+        loop {
+            let mut is_ready = match direction {
+                Direction::Read => ready!(watched.poll_read_ready(cx))?,
+                Direction::Write => ready!(watched.poll_write_ready(cx))?,
+            };
+            if let Ok(done) = is_ready.try_io(|_| call()) {
+                return Poll::Ready(done);
+            }
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.poll(cx, Direction::Read, |fd| sys::receive(fd, buffer))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll(cx, Direction::Write, |fd| Ok(writev(fd, slices)?))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// Nothing is held back here.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(socket::shutdown(self.fd.as_raw_fd(), Shutdown::Write).map_err(io::Error::from))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::time::timeout;
+
+    use super::*;
+
+    fn pair() -> (Socket, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (Socket::new(ours), theirs)
+    }
+
+    #[tokio::test]
+    async fn what_is_there_is_read_without_the_runtime() {
+        let (mut ours, mut theirs) = pair();
+        io::Write::write_all(&mut theirs, b"there").unwrap();
+        let mut room = [0; 16];
+        assert_eq!(ours.read(&mut room).await.unwrap(), 5);
+        assert_eq!(&room[..5], b"there");
+        ours.write_all(b"answer").await.unwrap();
+        assert!(ours.watched.is_none());
+    }
+
+    #[tokio::test]
+    async fn what_comes_later_is_waited_for() {
+        let (mut ours, mut theirs) = pair();
+        let mut room = [0; 16];
+        let nothing = timeout(Duration::from_millis(10), ours.read(&mut room)).await;
+        assert!(nothing.is_err() && ours.watched.is_some());
+        let reading = tokio::spawn(async move {
+            let mut room = [0; 16];
+            let first = ours.read(&mut room).await.unwrap();
+            (first, ours.read(&mut room).await.unwrap())
+        });
+        tokio::task::yield_now().await;
+        io::Write::write_all(&mut theirs, b"later").unwrap();
+        drop(theirs);
+        assert_eq!(reading.await.unwrap(), (5, 0));
+    }
+
+    #[tokio::test]
+    async fn what_the_kernel_has_no_room_for_is_written_when_it_has() {
+        let (mut ours, mut theirs) = pair();
+        let much = vec![7; 4 * 1024 * 1024];
+        let expected = much.len();
+        let writing = tokio::spawn(async move {
+            ours.write_all(&much).await.unwrap();
+            let watched = ours.watched.is_some();
+            ours.shutdown().await.unwrap();
+            watched
+        });
+        let read = tokio::task::spawn_blocking(move || {
+            let mut all = Vec::new();
+            io::Read::read_to_end(&mut theirs, &mut all).unwrap();
+            all.len()
+        });
+        assert_eq!(read.await.unwrap(), expected);
+        assert!(writing.await.unwrap());
+    }
+}

@@ -1,0 +1,82 @@
+//! The system calls and the socket option that have no safe wrapper here, or one that takes more than is needed.
+#![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
+
+use std::io;
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::sys::socket::{SockaddrLike, SockaddrStorage};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, ReadBuf};
+
+/// `TCP_CORK` of `tcp(7)`: what is written is sent when the connection is shut down, with that. A client that waits for an
+/// answer is woken once then, not for the answer and again for its end. Each connection is shut down after its one answer.
+pub(super) fn cork(stream: impl AsFd) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    let length = libc::socklen_t::try_from(size_of::<libc::c_int>()).map_err(io::Error::other)?;
+    // SAFETY: `on` is a valid place of `length` bytes, which the kernel only reads.
+    let status = unsafe {
+        let socket = stream.as_fd().as_raw_fd();
+        libc::setsockopt(socket, libc::IPPROTO_TCP, libc::TCP_CORK, (&raw const on).cast(), length)
+    };
+    if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+const ACCEPTED: libc::c_int = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+
+/// `accept4(2)` on a unix socket.
+pub(super) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // SAFETY: without a place for an address the kernel writes none.
+    owned(unsafe { libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), ACCEPTED) })
+}
+
+/// `accept4(2)` on a TCP socket, with the client's address.
+pub(super) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
+    // SAFETY: zeros are a sockaddr_storage without an address.
+    let mut place: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let mut length = libc::socklen_t::try_from(size_of_val(&place)).map_err(io::Error::other)?;
+    let address = (&raw mut place).cast::<libc::sockaddr>();
+    // SAFETY: `place` has room for `length` bytes, and the kernel writes at most that many.
+    let accepted = owned(unsafe { libc::accept4(listener.as_raw_fd(), address, &raw mut length, ACCEPTED) })?;
+    // SAFETY: the kernel has put an address of `length` bytes here.
+    let client = unsafe { SockaddrStorage::from_raw(address, Some(length)) };
+    let v4 = || client?.as_sockaddr_in().map(|v4| SocketAddr::from(SocketAddrV4::from(*v4)));
+    let v6 = || client?.as_sockaddr_in6().map(|v6| SocketAddr::from(SocketAddrV6::from(*v6)));
+    // As of a connection that is broken.
+    let client = v4().or_else(v6).ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO))?;
+    Ok((accepted, client))
+}
+
+fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `recv(2)` into what is free of `buffer`, which need not be filled with zeros before.
+pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
+    // SAFETY: nothing is read from there, and nothing but the kernel's bytes is put there.
+    let room = unsafe { buffer.unfilled_mut() };
+    // SAFETY: the kernel writes at most `room.len()` bytes into `room`.
+    let length = unsafe { libc::recv(socket.as_raw_fd(), room.as_mut_ptr().cast(), room.len(), 0) };
+    let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel has filled so many.
+    unsafe { buffer.assume_init(length) };
+    buffer.advance(length);
+    Ok(())
+}
+
+/// A listener that does not block, and wakes whoever waits for a connection.
+pub(super) fn watch_listener(listener: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: it owns the descriptor, and gives no other than that.
+    Ok(unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }?)
+}
+
+/// A socket that does not block, and wakes whoever waits for it.
+pub(super) fn watch(socket: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: it keeps the descriptor open, and gives no other than that.
+    Ok(unsafe { AsyncFd::register(socket) }?)
+}
