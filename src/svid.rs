@@ -18,10 +18,12 @@ use crate::rule::Rule;
 
 pub mod agent;
 pub mod attesting;
+pub mod broker_api;
 pub mod delegated;
 mod dial;
 pub mod jwt;
 mod memory;
+pub mod own;
 pub mod proto;
 pub mod workload_api;
 

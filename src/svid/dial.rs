@@ -62,6 +62,11 @@ pub(super) fn is_broken(status: &Status) -> bool {
     std::error::Error::source(status).is_some()
 }
 
+/// The socket's file, by device and inode, if there is one: another agent at the same path has another.
+pub(super) fn file_at(socket: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(socket).ok().map(|file| (file.dev(), file.ino()))
+}
+
 /// Makes connections to one agent.
 #[async_trait]
 pub(super) trait Dial: Send + Sync {
@@ -130,7 +135,7 @@ impl<D: Dial> Kept<D> {
     /// on, is noticed by the socket's file. Calls that are under way keep the connection that they have.
     async fn channel(&self) -> Result<(Tag, Channel, bool), Failed> {
         let mut now = self.now.lock().await;
-        let tag = (self.file(), self.dial.generation());
+        let tag = (file_at(&self.socket), self.dial.generation());
         if let Some((made_with, channel)) = &*now
             && *made_with == tag
         {
@@ -150,7 +155,8 @@ impl<D: Dial> Kept<D> {
         }
     }
 
-    fn file(&self) -> Option<(u64, u64)> {
-        std::fs::metadata(&self.socket).ok().map(|file| (file.dev(), file.ino()))
+    /// Has the next call make a new connection. Those that are under way keep the one that they have.
+    pub(super) async fn forget(&self) {
+        *self.now.lock().await = None;
     }
 }

@@ -1,10 +1,17 @@
 //! The clients of the agent's APIs for others' identities, against the real SPIRE: what it answers, and how it refuses.
 
-use std::time::Duration;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
+use awsvid::endpoint::Endpoint;
+use awsvid::identity::SpiffeIdPattern;
 use awsvid::svid::SourceError;
 use awsvid::svid::agent::{Agent, Svid};
+use awsvid::svid::broker_api::BrokerApi;
 use awsvid::svid::delegated::Delegated;
+use awsvid::svid::own::OwnIdentity;
 
 use crate::harness::counterparts::process::{Owned, spawn};
 use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};
@@ -66,4 +73,131 @@ async fn the_delegated_identity_api_attests_others() {
         matches!(&refused, SourceError::Misconfigured(text) if text.contains("`authorized_delegates`")),
         "{refused:?}"
     );
+}
+
+/// The client of the Broker API at `socket`, for an agent whose ID `server` covers.
+fn broker(spire: &Spire, socket: &Path, server: Option<&str>) -> BrokerApi {
+    let own = OwnIdentity::at(Endpoint::Unix(spire.agent_socket()));
+    BrokerApi::new(socket, own, server.map(|server| SpiffeIdPattern::parse(server).unwrap()), DEADLINE)
+}
+
+fn brokers(id: &str, reference_types: &[&'static str]) -> SpireSetting {
+    let broker = Broker { id: id.to_owned(), reference_types: reference_types.to_vec() };
+    SpireSetting { brokers: vec![broker], ..SpireSetting::default() }
+}
+
+/// What is said when it is not any more that there is no answer for the moment.
+async fn settled<T>(ask: impl AsyncFn() -> Result<T, SourceError>) -> Result<T, SourceError> {
+    let begun = Instant::now();
+    loop {
+        match ask().await {
+            Err(SourceError::Unavailable(text)) => assert!(begun.elapsed() < DEADLINE, "{text}"),
+            answer => return answer,
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Why nothing can be asked of this agent, which is for somebody to change.
+async fn misconfigured(agent: &BrokerApi) -> String {
+    match agent.connect().await {
+        Err(SourceError::Misconfigured(text)) => text,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_broker_api_attests_others() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let Some(mut spire) = Spire::start_with(folder.path(), brokers(AWSVID, &[Broker::BY_PID])) else { return };
+    let awsvid = spire.register(AWSVID, &["unix:uid:0"]);
+    spire.register("spiffe://example.org/sleep", &["unix:uid:51001", "unix:path:/usr/bin/sleep"]);
+    spire.register("spiffe://example.org/tail", &["unix:uid:51001", "unix:path:/usr/bin/tail"]);
+    let agent = broker(&spire, &spire.broker_socket(), None);
+    agent.connect().await.unwrap();
+    attests_others(&agent).await;
+
+    // Whoever else has the trust domain's certificate is not taken for the agent.
+    let agent_id = spire.agent_id();
+    broker(&spire, &spire.broker_socket(), Some(agent_id)).connect().await.unwrap();
+    let wrong = broker(&spire, &spire.broker_socket(), Some("spiffe://example.org/spire/server"));
+    let text = misconfigured(&wrong).await;
+    assert!(text.contains(agent_id) && text.contains("`broker_server`"), "{text}");
+
+    // The agent's other sockets.
+    for socket in [spire.agent_socket(), spire.admin_socket()] {
+        let text = misconfigured(&broker(&spire, &socket, None)).await;
+        assert!(text.contains("does not speak TLS") && text.contains("`broker_socket`"), "{text}");
+    }
+
+    // The same client, and an agent that says no in each way.
+    let refusals = [
+        (brokers("spiffe://example.org/other", &["*"]), [AWSVID, "`brokers`"]),
+        (
+            brokers(AWSVID, &["type.googleapis.com/spiffe.broker.KubernetesObjectReference"]),
+            ["`allowed_reference_types`", Broker::BY_PID],
+        ),
+    ];
+    for (setting, said) in refusals {
+        spire.stop_agent();
+        spire.setting = setting;
+        spire.start_agent();
+        spire.await_entry(&awsvid);
+        // Until the agent that was started has told awsvid who it is, nothing is certain.
+        let answer = settled(async || agent.svids(1, AUDIENCE).await).await;
+        let Err(SourceError::Misconfigured(text)) = answer else { panic!("{answer:?}") };
+        assert!(said.iter().all(|part| text.contains(part)), "{text}");
+    }
+    spire.stop_agent();
+    spire.setting = brokers(AWSVID, &["*"]);
+    spire.start_agent();
+    spire.await_entry(&awsvid);
+    settled(async || agent.connect().await).await.unwrap();
+    attests_others(&agent).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_call_fails_while_the_certificate_is_renewed() {
+    /// Tasks that ask all the time.
+    const TASKS: usize = 8;
+    /// How often the SVID is renewed meanwhile.
+    const RENEWALS: u64 = 20;
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let setting = SpireSetting { x509_svid_ttl: Some("10s"), ..brokers(AWSVID, &[Broker::BY_PID]) };
+    let Some(spire) = Spire::start_with(folder.path(), setting) else { return };
+    spire.register(AWSVID, &["unix:uid:0"]);
+    spire.register("spiffe://example.org/sleep", &["unix:uid:51001", "unix:path:/usr/bin/sleep"]);
+    let agent = Arc::new(broker(&spire, &spire.broker_socket(), None));
+    agent.connect().await.unwrap();
+    let sleeps = idle(&Workload::new(51_001), "/usr/bin/sleep", &["600"]);
+    let pid = u32::try_from(sleeps.id().as_raw()).unwrap();
+
+    let (own, begun) = (OwnIdentity::at(Endpoint::Unix(spire.agent_socket())), Instant::now());
+    let done = Arc::new(AtomicBool::new(false));
+    let ask = |(agent, done): (Arc<BrokerApi>, Arc<AtomicBool>)| async move {
+        let mut answers = 0;
+        while !done.load(Relaxed) {
+            assert_eq!(ids(agent.svids(pid, AUDIENCE).await), ["spiffe://example.org/sleep"]);
+            answers += 1;
+        }
+        answers
+    };
+    let tasks: Vec<_> = (0..TASKS).map(|_| tokio::spawn(ask((agent.clone(), done.clone())))).collect();
+    let first = own.first(DEADLINE).await.unwrap().version;
+    while own.latest().unwrap().version < first + RENEWALS {
+        assert!(begun.elapsed() < Duration::from_secs(120), "renewed {} times", own.latest().unwrap().version - first);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    done.store(true, Relaxed);
+    let mut answers = 0;
+    for task in tasks {
+        answers += task.await.unwrap();
+    }
+    eprintln!("{answers} answers, {RENEWALS} renewals in {:?}", begun.elapsed());
 }

@@ -110,6 +110,11 @@ impl Spire {
         "example.org"
     }
 
+    /// The agent's own SPIFFE ID.
+    pub(crate) fn agent_id(&self) -> &str {
+        &self.agent_id
+    }
+
     /// The socket of the SPIFFE Workload API; any user may connect.
     pub(crate) fn agent_socket(&self) -> PathBuf {
         self.folder.join("agent/api.sock")
