@@ -31,6 +31,8 @@ use crate::metrics::Metrics;
 use crate::readiness::Probes;
 use crate::sts::{InvalidSetting, Network, Settings, Sts};
 use crate::svid::agent::Agent;
+use crate::svid::broker_api::BrokerApi;
+use crate::svid::own::OwnIdentity;
 use crate::svid::{self, Attesting, Delegated, IdentitySource, SourceError, WorkloadApi};
 
 /// How long operators' connections may take to end, once those of workloads have.
@@ -297,7 +299,10 @@ async fn identity_source(
             return Ok(Arc::new(source));
         }
         config::Source::SpireDelegated { socket } => Arc::new(Delegated::new(socket, svid::DEADLINE)),
-        config::Source::SpiffeBroker { .. } => todo!(),
+        config::Source::SpiffeBroker { socket, server } => {
+            let own = OwnIdentity::at(identity.socket.clone());
+            Arc::new(BrokerApi::new(socket, own, server.clone(), svid::DEADLINE))
+        }
     };
     if let Err(error @ SourceError::Misconfigured(_)) = agent.connect().await {
         return Err(AppError::Source(error));

@@ -41,3 +41,26 @@ fn each_process_has_its_own_entry(source: Source) {
 fn by_delegated_identity_each_process_has_its_own_entry() {
     each_process_has_its_own_entry(Source::Delegated);
 }
+
+#[test]
+fn by_the_broker_api_each_process_has_its_own_entry() {
+    each_process_has_its_own_entry(Source::Broker);
+}
+
+/// awsvid's own X.509-SVID is another one all the time; each new process is asked about over a connection with the latest.
+#[test]
+fn no_request_fails_while_awsvids_own_identity_is_renewed() {
+    let folder = folder();
+    let setting = Setting { source: Source::Broker, x509_svid_ttl: Some("10s"), ..Setting::default() };
+    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &setting) else { return };
+    let renewals = || world.daemon.log().matches("awsvid's own X.509-SVID is renewed").count();
+    let (before, mut requests) = (renewals(), 0);
+    while renewals() < before + 5 {
+        let (head, _) = world.curl(1001);
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        requests += 1;
+    }
+    let issued = world.daemon.audit().iter().filter(|record| record["spiffe_id"] == id("reader")).count();
+    assert_eq!(issued, requests);
+    println!("{requests} processes during {} renewals", renewals() - before);
+}

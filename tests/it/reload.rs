@@ -270,7 +270,9 @@ fn a_daemon_that_is_not_ready_becomes_so_by_another_configuration() {
     let stage = Stage::set();
     let wrong = stage.with_rule("").replace("gate.sock", "nobody.sock");
     let daemon = Daemon::start(stage.folder.path(), "", &wrong);
-    await_some("it says what is missing", PATIENCE, || daemon.log().contains("not ready: the identity source").then_some(()));
+    await_some("it says what is missing", PATIENCE, || {
+        daemon.log().contains("not ready: the identity source").then_some(())
+    });
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     assert!(daemon.reload("", &stage.with_rule("")));
     let daemon = daemon.ready();

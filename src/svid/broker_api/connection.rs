@@ -40,12 +40,12 @@ pub(super) struct Broker {
 #[async_trait]
 impl Dial for Broker {
     async fn dial(&self) -> Result<Channel, SourceError> {
-        let own = self.own()?;
         let stream = UnixStream::connect(&self.socket).await;
         let stream = stream.map_err(|error| SourceError::Unavailable(no_broker(&self.endpoint(), &error)))?;
         if !names_the_same_processes(&stream) {
             return Err(SourceError::Misconfigured(other_pids(&self.endpoint())));
         }
+        let own = self.own()?;
         let shaken = timeout(HANDSHAKE, self.shake_hands(stream, &own)).await;
         let stream = shaken.unwrap_or_else(|late| Err(late.into())).map_err(|error| self.unshaken(&own, &error))?;
         let channel = open(ready(Ok(stream))).await;

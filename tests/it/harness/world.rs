@@ -36,6 +36,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) socket: Option<&'a dyn Fn(&Path) -> PathBuf>,
     /// Who says which user has which identity.
     pub(crate) source: Source,
+    /// SPIRE's `default_x509_svid_ttl`.
+    pub(crate) x509_svid_ttl: Option<&'static str>,
 }
 
 /// Where awsvid has its identities from.
@@ -92,7 +94,8 @@ impl World {
             return None;
         }
         let aws = tool("aws")?;
-        let spire = Spire::start_with(folder, setting.source.of_spire())?;
+        let spire_setting = SpireSetting { x509_svid_ttl: setting.x509_svid_ttl, ..setting.source.of_spire() };
+        let spire = Spire::start_with(folder, spire_setting)?;
         let minio = Minio::start(folder, &spire.issuer_url(), &minio::readable_by(&id(users[0].1), "shop"))?;
         minio.make_bucket("shop");
         minio.put("shop", "test.txt", b"hello from the shop\n");
