@@ -97,6 +97,9 @@ pub struct Executable {
     pub device: u64,
     /// `st_ino`.
     pub inode: u64,
+    /// `st_ctim`, seconds and nanoseconds: another file that is given the same inode later has another one, and so has this
+    /// one once it has lost a name.
+    pub changed: (i64, i64),
     /// What `/proc/<pid>/exe` read as when the process was first seen to run it. Not to be trusted.
     pub path: Arc<Path>,
 }

@@ -1,7 +1,10 @@
 //! The `[[workload]]` rules: which SPIFFE ID a caller on this node has, where the node's configuration says so.
 
+use std::hash::{Hash, Hasher};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::caller::{Caller, Executable, Looks};
 use crate::identity::SpiffeId;
@@ -25,13 +28,32 @@ pub struct Rule {
     pub gid: Option<u32>,
     /// One of the supplementary groups.
     pub supplementary_group: Option<u32>,
-    /// The executable, by its path in the daemon's own mount namespace.
-    pub exe: Option<PathBuf>,
+    /// The executable.
+    pub exe: Option<ProgramFile>,
     /// The systemd unit.
     pub systemd_unit: Option<String>,
     /// The cgroup, as a glob: `*` stays within one segment, `**` doesn't. The only key that can name a container.
     pub cgroup: Option<glob::Pattern>,
 }
+
+/// The file of a program, by its path in the daemon's own mount namespace.
+#[derive(Debug, Clone)]
+pub struct ProgramFile {
+    path: PathBuf,
+    seen: Arc<Mutex<Option<Seen>>>,
+}
+
+/// What was at a path, and when.
+#[derive(Debug)]
+struct Seen {
+    file: (u64, u64, (i64, i64)),
+    at: Instant,
+}
+
+/// A file that was at its path so long ago, and has not been changed since, is taken to be still there: one that was removed
+/// from there, renamed or replaced has been changed by that. What this does not see is another directory in the place of one
+/// that leads to it.
+const SEEN: Duration = Duration::from_millis(100);
 
 /// What the rules say of a caller.
 #[derive(Debug, PartialEq, Eq)]
@@ -90,7 +112,7 @@ impl Rule {
                 }
                 && match (&self.exe, &process.program) {
                     (None, _) => true,
-                    (Some(path), Some(program)) => is_file(path, program.exe.as_ref()),
+                    (Some(file), Some(program)) => program.exe.as_ref().is_some_and(|exe| file.is(exe)),
                     (Some(_), None) => return None,
                 },
         )
@@ -108,11 +130,43 @@ impl Rule {
     }
 }
 
-/// Looks at the file anew each time: an upgrade replaces it by another inode.
-fn is_file(path: &Path, exe: Option<&Executable>) -> bool {
-    match (std::fs::metadata(path), exe) {
-        (Ok(file), Some(exe)) => file.dev() == exe.device && file.ino() == exe.inode,
-        _ => false,
+impl ProgramFile {
+    /// The one at this path, whichever that is at the time.
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, seen: Arc::default() }
+    }
+
+    /// As it is written in the configuration.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether this is what somebody runs. An upgrade replaces the file by another inode, so it is looked at again and again.
+    fn is(&self, exe: &Executable) -> bool {
+        let seen = || self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let running = (exe.device, exe.inode, exe.changed);
+        if seen().as_ref().is_some_and(|seen| seen.file == running && seen.at.elapsed() < SEEN) {
+            return true;
+        }
+        let at = Instant::now();
+        let found = std::fs::metadata(&self.path).ok();
+        let file = found.map(|file| (file.dev(), file.ino(), (file.ctime(), file.ctime_nsec())));
+        *seen() = file.map(|file| Seen { file, at });
+        file.is_some_and(|(device, inode, _)| (device, inode) == (exe.device, exe.inode))
+    }
+}
+
+impl PartialEq for ProgramFile {
+    fn eq(&self, other: &Self) -> bool {
+        self.path == other.path
+    }
+}
+
+impl Eq for ProgramFile {}
+
+impl Hash for ProgramFile {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.path.hash(state);
     }
 }
 

@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 
 use crate::attest::sys;
-use crate::caller::{Executable, Refusal};
+use crate::caller::Refusal;
 
 /// How many are kept, before all are let go: each has three descriptors of the daemon's.
 const KEPT: usize = 128;
@@ -34,8 +34,15 @@ pub(crate) struct Known {
     descriptors: OnceLock<OwnedFd>,
     elsewhere: OnceLock<bool>,
     /// What it ran last.
-    program: Mutex<Option<Executable>>,
+    program: Mutex<Option<Shown>>,
     numbers: Mutex<[Option<Number>; NUMBERS]>,
+}
+
+/// A file by device and inode, and the path that it was shown with.
+#[derive(Debug)]
+struct Shown {
+    file: (u64, u64),
+    path: Arc<Path>,
 }
 
 /// Under which number a process held a connection, and the inode of the socket that was seen there last.
@@ -122,12 +129,12 @@ impl Known {
         }
     }
 
-    /// The file that it runs, with the path that `look` shows: for people, so it is asked once for each file.
-    pub(crate) fn executable(&self, (device, inode): (u64, u64), look: impl FnOnce() -> PathBuf) -> Executable {
+    /// The path of `file`, by device and inode, which it runs, as `look` shows it: for people, so it is asked once for each.
+    pub(crate) fn path_of(&self, file: (u64, u64), look: impl FnOnce() -> PathBuf) -> Arc<Path> {
         let mut program = locked(&self.program);
         match &*program {
-            Some(known) if (known.device, known.inode) == (device, inode) => known.clone(),
-            _ => program.insert(Executable { device, inode, path: look().into() }).clone(),
+            Some(Shown { file: known, path }) if *known == file => path.clone(),
+            _ => program.insert(Shown { file, path: look().into() }).path.clone(),
         }
     }
 

@@ -85,8 +85,8 @@ impl HeldProcess {
         if looks.program {
             self.program = Some(Program { exe: self.executable()? });
         }
-        // Some of that reads as nothing of a zombie.
-        if looks != Looks::default() {
+        // A zombie has no executable any more, but still has groups.
+        if looks.groups || self.program.as_ref().is_some_and(|program| program.exe.is_none()) {
             self.known.alive()?;
         }
         if looks.started {
@@ -102,7 +102,12 @@ impl HeldProcess {
     fn executable(&self) -> Result<Option<Executable>, Refusal> {
         let directory = self.directory()?;
         let path = || fcntl::readlinkat(directory, "exe").unwrap_or_default().into();
-        Ok(file(executable_file(directory)?).map(|file| self.known.executable(file, path)))
+        Ok(executable_file(directory)?.map(|file| Executable {
+            device: file.st_dev,
+            inode: file.st_ino,
+            changed: (file.st_ctime, file.st_ctime_nsec),
+            path: self.known.path_of((file.st_dev, file.st_ino), path),
+        }))
     }
 
     /// Whether it is alive and everything that was looked at is as it was.

@@ -1,13 +1,13 @@
 //! `[[workload]]`: which callers have which SPIFFE ID.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use toml::de::DeValue;
 
 use super::reader::{Place, Table, absolute};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
-use crate::rule::{OVERFLOW_ID, Rule};
+use crate::rule::{OVERFLOW_ID, ProgramFile, Rule};
 
 /// Names of programs that run other programs' text: whoever may start one is what the rule says.
 const INTERPRETERS: [&str; 27] = [
@@ -61,7 +61,7 @@ fn rule(table: &Table<'_>, accounts: Accounts<'_>) -> Option<Workload> {
         uid: account(table, "uid", "user", UID_FIX, accounts.user),
         gid: account(table, "gid", "group", GID_FIX, accounts.group),
         supplementary_group: supplementary_group(table, accounts.group),
-        exe: table.parse("exe", "write the whole path of the program's file", absolute),
+        exe: table.parse("exe", "write the whole path of the program's file", absolute).map(ProgramFile::new),
         systemd_unit: table.parse("systemd_unit", "write a unit's name as in \"billing.service\"", systemd_unit),
         cgroup: table.parse("cgroup", "write a path as in \"/system.slice/billing.service\"", cgroup),
     };
@@ -152,7 +152,7 @@ fn check_keys(table: &Table<'_>, rule: &Rule) {
             "whoever runs this program, as any user, and with whatever he makes it load, would have this identity";
         table.error("exe", what, "add `user` or `systemd_unit`, or set `allow_exe_only = true`");
     }
-    if let Some(path) = rule.exe.as_ref().filter(|path| is_interpreter(path)) {
+    if let Some(path) = rule.exe.as_ref().map(ProgramFile::path).filter(|path| is_interpreter(path)) {
         let what =
             format!("{} runs whatever its caller gives it, so this does not tell programs apart", path.display());
         table.warn("exe", what, "use `user` or `systemd_unit`");
@@ -169,8 +169,8 @@ pub(super) fn literal(pattern: &glob::Pattern) -> Option<&str> {
     Some(pattern.as_str()).filter(|text| !text.contains(['*', '?', '[']))
 }
 
-fn is_interpreter(path: &PathBuf) -> bool {
-    let name = Path::new(path).file_name().unwrap_or_default().to_string_lossy();
+fn is_interpreter(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
     let name = name.trim_end_matches(|c: char| c.is_ascii_digit() || c == '.' || c == '-');
     INTERPRETERS.contains(&name) || name.starts_with("ld-linux") || name.starts_with("qemu-")
 }

@@ -155,3 +155,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<'_, S> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -149,6 +149,10 @@ fn the_overflow_id_is_nobody() {
     }
 }
 
+fn executable(file: &std::fs::Metadata, shown: &Path) -> Executable {
+    Executable { device: file.dev(), inode: file.ino(), changed: (file.ctime(), file.ctime_nsec()), path: shown.into() }
+}
+
 #[test]
 fn an_executable_is_the_file_that_is_there_now() {
     let directory = tempfile::tempdir().unwrap();
@@ -158,11 +162,10 @@ fn an_executable_is_the_file_that_is_there_now() {
     std::os::unix::fs::symlink(&program, &link).unwrap();
     // `shown` is what /proc/<pid>/exe would read as, which the caller can forge (attack 11).
     let running = |file: &Path, shown: &Path| {
-        let file = std::fs::metadata(file).unwrap();
-        let exe = Executable { device: file.dev(), inode: file.ino(), path: shown.into() };
+        let exe = executable(&std::fs::metadata(file).unwrap(), shown);
         with_process(by_socket(7, HOST), running_program(Some(exe)))
     };
-    let only = |path: &Path| Rule { exe: Some(path.to_owned()), ..rule() };
+    let only = |path: &Path| Rule { exe: Some(ProgramFile::new(path.to_owned())), ..rule() };
 
     decides(&only(&program), &by_socket(7, HOST), "needs the process");
     decides(&only(&program), &running(&program, &program), "matched");
@@ -189,6 +192,50 @@ fn an_executable_is_the_file_that_is_there_now() {
     std::fs::rename(&copy, &program).unwrap();
     decides(&only(&program), &old, "no match");
     decides(&only(&program), &running(&program, &program), "matched");
+}
+
+/// However short ago it was seen there: what runs on is looked at by its open file, as `/proc/<pid>/exe` shows it.
+#[test]
+fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let [program, other] = ["program", "other"].map(|name| directory.path().join(name));
+    let rule = Rule { exe: Some(ProgramFile::new(program.clone())), ..rule() };
+    let decides_of = |running: &std::fs::File, expected: &str| {
+        let exe = executable(&running.metadata().unwrap(), &program);
+        decides(&rule, &with_process(by_socket(7, HOST), running_program(Some(exe))), expected);
+    };
+    type Take<'t> = &'t dyn Fn(&Path, &Path);
+    let takes: [Take<'_>; 3] = [
+        &|program, _| std::fs::remove_file(program).unwrap(),
+        &|program, other| std::fs::rename(program, other).unwrap(),
+        &|program, other| {
+            std::fs::write(other, "v2").unwrap();
+            std::fs::rename(other, program).unwrap();
+        },
+    ];
+    for take in takes {
+        std::fs::write(&program, "v1").unwrap();
+        let running = std::fs::File::open(&program).unwrap();
+        decides_of(&running, "matched");
+        // Seen there a moment ago, and not looked for anew.
+        let seen = || rule.exe.as_ref().unwrap().seen.lock().unwrap().as_ref().unwrap().at;
+        let first = seen();
+        decides_of(&running, "matched");
+        assert_eq!(seen(), first);
+        take(&program, &other);
+        decides_of(&running, "no match");
+    }
+    // The other directory in its place that this does not see at once.
+    let [old, new] = ["old", "new"].map(|name| directory.path().join(name));
+    std::fs::create_dir(&old).unwrap();
+    std::fs::write(old.join("program"), "v1").unwrap();
+    let running = std::fs::File::open(old.join("program")).unwrap();
+    let file = ProgramFile::new(old.join("program"));
+    let runs = || file.is(&executable(&running.metadata().unwrap(), Path::new("")));
+    assert!(runs());
+    std::fs::rename(&old, &new).unwrap();
+    file.seen.lock().unwrap().as_mut().unwrap().at -= SEEN;
+    assert!(!runs());
 }
 
 #[test]

@@ -128,7 +128,7 @@ fn a_look_that_is_one_too_many_ends_the_search() {
 #[test]
 fn a_path_is_read_once_for_each_file() {
     let known = own();
-    let path = |file, path: &str| known.executable(file, || PathBuf::from(path)).path;
+    let path = |file, path: &str| known.path_of(file, || PathBuf::from(path));
     assert_eq!(&*path((1, 2), "/a"), Path::new("/a"));
     assert_eq!(&*path((1, 2), "/b"), Path::new("/a"));
     assert_eq!(&*path((1, 3), "/b"), Path::new("/b"));
