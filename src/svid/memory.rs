@@ -46,10 +46,10 @@ impl Subject {
         if !is_known(caller) {
             return Err(SourceError::Reloaded);
         }
-        let process = caller.process.clone().ok_or(SourceError::Reloaded)?;
-        if process.program.as_ref().is_none_or(|program| program.exe.is_none()) {
-            return Err(Refusal::UnseenProgram.into());
-        }
+        let mut process = caller.process.clone().ok_or(SourceError::Reloaded)?;
+        let exe = process.program.as_mut().and_then(|program| program.exe.as_mut()).ok_or(Refusal::UnseenProgram)?;
+        // A link to the file that comes or goes makes no other program of it.
+        exe.changed = (0, 0);
         Ok(Self { uid: caller.uid, cgroup: caller.cgroup.clone(), process })
     }
 }

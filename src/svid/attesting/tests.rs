@@ -119,7 +119,7 @@ impl Evidence for Looked {
 }
 
 fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<Refusal>) -> Arc<Caller> {
-    let exe = Executable { device: 1, inode: 7, path: PathBuf::from("/bin/shop").into() };
+    let exe = Executable { device: 1, inode: 7, changed: (0, 0), path: PathBuf::from("/bin/shop").into() };
     let program = Some(Program { exe: Some(exe) });
     let process = Process { pid, gid: uid, groups: Some(Vec::new()), contained: false, program, started: Some(1) };
     let evidence = Box::new(Looked { pid, looks: Arc::default(), changes_at, refusal });

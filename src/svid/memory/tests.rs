@@ -22,7 +22,7 @@ impl Evidence for Living {
 
 /// A process of this user, and whether it lives.
 fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
-    let exe = Executable { device: 1, inode: 7, path: PathBuf::from("/bin/shop").into() };
+    let exe = Executable { device: 1, inode: 7, changed: (1, 2), path: PathBuf::from("/bin/shop").into() };
     let process = Process {
         pid,
         gid: uid,
@@ -85,7 +85,9 @@ async fn whoever_changes_anything_is_another() {
         change(&mut other);
         Subject::of(&other).unwrap()
     };
-    let exe = |inode| Program { exe: Some(Executable { device: 1, inode, path: PathBuf::from("/bin/shop").into() }) };
+    let exe = |inode| Program {
+        exe: Some(Executable { device: 1, inode, changed: (1, 2), path: PathBuf::from("/bin/shop").into() }),
+    };
     assert_eq!(change(&|_| {}), base);
     assert_ne!(change(&|other| other.uid = 2), base);
     assert_ne!(change(&|other| other.cgroup = CgroupPath::parse("/x")), base);
