@@ -1,11 +1,13 @@
 //! A certificate authority, and a Workload API whose every stream the test decides about.
 
 use std::path::Path;
+use std::time::Duration;
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_stream::wrappers::{UnboundedReceiverStream, UnixListenerStream};
 use tonic::metadata::MetadataMap;
 use tonic::transport::Server;
@@ -101,9 +103,9 @@ impl FakeAgent {
         Self { opened, task }
     }
 
-    /// The next one who asks.
+    /// The next one who asks, which takes no client longer than this.
     pub(in crate::svid) async fn asked(&mut self) -> Opening {
-        self.opened.recv().await.unwrap()
+        timeout(Duration::from_secs(120), self.opened.recv()).await.expect("somebody asks").unwrap()
     }
 
     /// Whether nobody has asked since the last one.
