@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
@@ -122,10 +123,16 @@ impl Agent for Delegated {
             let mut client = DelegatedIdentityClient::new(channel).max_decoding_message_size(ANSWER_MAX);
             let audience = vec![audience.to_owned()];
             let mut request = Request::new(FetchJwtsviDsRequest { audience, selectors: Vec::new(), pid });
-            request.set_timeout(self.deadline);
+            // Tells the agent when nobody waits any more. tonic would end the call at that time too, and it would look as
+            // if the connection had broken.
+            request.set_timeout(self.deadline + Duration::from_secs(1));
             async move { client.fetch_jwtsvi_ds(request).await }
         };
-        let answer = self.connection.call(ask).await.map_err(|failed| self.failed(failed))?;
+        let answer = timeout(self.deadline, self.connection.call(ask)).await.map_err(|_| {
+            let (endpoint, deadline) = (&self.endpoint, self.deadline);
+            SourceError::Unavailable(format!("the SPIRE agent at {endpoint} did not answer within {deadline:?}"))
+        })?;
+        let answer = answer.map_err(|failed| self.failed(failed))?;
         let svids = answer.into_inner().svids.into_iter().map(|svid| {
             let id = svid.id.unwrap_or_default();
             Svid::new(format!("spiffe://{}{}", id.trust_domain, id.path), svid.token, svid.hint)
@@ -141,3 +148,6 @@ impl Agent for Delegated {
         self.connection.connect().await.map_err(|failed| self.failed(failed))
     }
 }
+
+#[cfg(test)]
+mod tests;
