@@ -38,6 +38,10 @@ use crate::svid::{self, Attesting, Delegated, IdentitySource, SourceError, Workl
 /// How long operators' connections may take to end, once those of workloads have.
 const OPERATORS: Duration = Duration::from_secs(1);
 
+/// How long the start waits to find out whether the identity source is of any use. An agent on this machine needs a few
+/// milliseconds.
+const FIRST_LOOK: Duration = Duration::from_millis(500);
+
 /// Why the daemon does not start, or goes on with its old configuration.
 #[derive(Debug, Error)]
 pub enum AppError {
@@ -304,7 +308,8 @@ async fn identity_source(
             Arc::new(BrokerApi::new(socket, own, server.clone(), svid::DEADLINE))
         }
     };
-    if let Err(error @ SourceError::Misconfigured(_)) = agent.connect().await {
+    // What it has not said by then is found out while callers are served.
+    if let Ok(Err(error @ SourceError::Misconfigured(_))) = timeout(FIRST_LOOK, agent.connect()).await {
         return Err(AppError::Source(error));
     }
     let most = remembered_processes();

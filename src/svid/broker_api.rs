@@ -161,9 +161,17 @@ impl Agent for BrokerApi {
     }
 
     async fn connect(&self) -> Result<(), SourceError> {
-        // What becomes of it is seen when the connection is made.
-        let _ = self.own.first(FIRST_SVID).await;
-        self.connection.connect().await.map_err(|failed| match failed {
+        let connected = self.connection.connect().await;
+        // In another pid namespace the daemon is attested by nobody, and its SVID never comes.
+        let connected = match connected {
+            Err(Failed::Unconnected(SourceError::Unavailable(_))) => {
+                // What becomes of it is seen when the connection is made.
+                let _ = self.own.first(FIRST_SVID).await;
+                self.connection.connect().await
+            }
+            connected => connected,
+        };
+        connected.map_err(|failed| match failed {
             Failed::Unconnected(error) => error,
             Failed::Answered(status) => self.refused(&status),
         })
