@@ -1,5 +1,7 @@
 //! SPIRE attests the callers itself: the Delegated Identity API and the SPIFFE Broker API, with the real agent.
 
+mod kept;
+
 use serde_json::Value;
 
 use crate::harness::counterparts::folder;

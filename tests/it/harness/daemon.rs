@@ -141,6 +141,13 @@ impl Daemon {
         self.folder.join("awsvid.sock")
     }
 
+    /// A counter of `/metrics`, by its name with labels; 0 if it is not there.
+    pub(crate) fn metric(&self, name: &str) -> u64 {
+        let (_, text) = http_get(self.admin(), "/metrics").expect("/metrics");
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map_or(0, |value| value.parse().expect("a number"))
+    }
+
     /// The URI for SDKs.
     pub(crate) fn uri(&self) -> String {
         format!("http://{}/v1/credentials", self.tcp())

@@ -107,7 +107,14 @@ impl World {
         for (uid, name) in users {
             // The daemon runs as root; by rules all identities are its own at SPIRE, and it gives them to callers.
             let owner = if setting.source == Source::Rules { 0 } else { *uid };
-            entries.insert(id(name), spire.register(&id(name), &[&format!("unix:uid:{owner}")]));
+            let mut selectors = vec![format!("unix:uid:{owner}")];
+            // Root's, where SPIRE attests it, is this test: awsvid is root's as well.
+            if setting.source != Source::Rules && *uid == 0 {
+                let test = std::env::current_exe().expect("this test's own program");
+                selectors.push(format!("unix:path:{}", test.display()));
+            }
+            let selectors: Vec<&str> = selectors.iter().map(String::as_str).collect();
+            entries.insert(id(name), spire.register(&id(name), &selectors));
         }
         let rules: String = users
             .iter()
@@ -148,6 +155,12 @@ impl World {
         let answer = Workload::new(uid).run("/usr/bin/curl", &arguments).success("curl");
         let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
         (head.to_owned(), body.to_owned())
+    }
+
+    /// Deletes a user's registration entry; the agent has forgotten it.
+    pub(crate) fn withdraw(&mut self, name: &str) {
+        let entry = self.entries.remove(&id(name)).expect("it is registered");
+        self.spire.delete_entry(&entry);
     }
 
     /// Starts the agent, and returns when it knows every identity again: one that has just started denies them.
