@@ -64,5 +64,5 @@ fn no_request_fails_while_awsvids_own_identity_is_renewed() {
     }
     let issued = world.daemon.audit().iter().filter(|record| record["spiffe_id"] == id("reader")).count();
     assert_eq!(issued, requests);
-    println!("{requests} processes during {} renewals", renewals() - before);
+    eprintln!("{requests} processes during {} renewals", renewals() - before);
 }

@@ -63,7 +63,7 @@ fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
         let (status, body) = ask(&world);
         (status != 200).then_some((status, body, deleted.elapsed()))
     });
-    println!("{source:?}: refused {:?} after its entry was deleted", refused.2);
+    eprintln!("{source:?}: refused {:?} after its entry was deleted", refused.2);
     assert_eq!((refused.0, &refused.1["code"]), (403, &Value::from("no_identity")), "{refused:?}");
     assert!(refused.2 < Duration::from_secs(60), "{refused:?}");
     assert!(world.curl(1001).0.starts_with("HTTP/1.1 200"));
