@@ -171,7 +171,7 @@ impl Refused {
             Self::BadArn => "The role ARN in the path is none; it has the form arn:aws:iam::123456789012:role/name, percent-encoded once".to_owned(),
             Self::NoAuthorization => "The Authorization header is missing. Set AWS_CONTAINER_AUTHORIZATION_TOKEN to any value, or AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
             Self::WrongToken => "The Authorization header is missing or is not this node's token. Set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
-            Self::NoIdentity(caller) => format!("No identity is configured on this node for {caller}. Whoever runs the node can add a [[workload]] rule for it"),
+            Self::NoIdentity(caller) => format!("No identity is configured on this node for {caller}. Whoever runs the node can add a [[workload]] rule or, where SPIRE attests workloads, a registration entry for it"),
             Self::Denied(denied) => format!("{}. Whoever runs the node can add or widen a [[role]]", sentence(&denied.to_string())),
             Self::Issue(error) => sentence(&error.to_string()),
             Self::Pending => "The credentials are being issued; ask again".to_owned(),

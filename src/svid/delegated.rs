@@ -25,6 +25,8 @@ use crate::endpoint::Endpoint;
 
 /// An answer holds a token for each identity of one workload.
 const ANSWER_MAX: usize = 1024 * 1024;
+/// How long it may take to find out whether a socket is an admin socket.
+const KIND: Duration = Duration::from_secs(2);
 
 /// A SPIRE agent's admin socket.
 pub struct Delegated {
@@ -60,7 +62,8 @@ impl Delegated {
                  `authorized_delegates` in the agent's configuration ({said})"
             )),
             Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
-                "no registration entry of the SPIRE agent at {endpoint} matches this process ({said})"
+                "no registration entry of the SPIRE agent at {endpoint} matches this process, or the agent is older than \
+                 1.10.2, which says so of every process ({said})"
             )),
             Code::InvalidArgument => SourceError::Misconfigured(format!(
                 "the SPIRE agent at {endpoint} cannot be asked about a process: that takes SPIRE 1.10.2 or newer ({said})"
@@ -145,7 +148,18 @@ impl Agent for Delegated {
     }
 
     async fn connect(&self) -> Result<(), SourceError> {
-        self.connection.connect().await.map_err(|failed| self.failed(failed))
+        self.connection.connect().await.map_err(|failed| self.failed(failed))?;
+        // Without an audience any admin socket's agent refuses this before it looks at anybody. One that hangs tells nothing
+        // of its kind.
+        let ask = |channel: Channel| async move {
+            let mut request = Request::new(FetchJwtsviDsRequest::default());
+            request.set_timeout(KIND);
+            DelegatedIdentityClient::new(channel).fetch_jwtsvi_ds(request).await
+        };
+        match self.connection.call(ask).await {
+            Err(Failed::Answered(status)) if status.code() == Code::Unimplemented => Err(self.refused(&status)),
+            _ => Ok(()),
+        }
     }
 }
 

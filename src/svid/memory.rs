@@ -26,6 +26,10 @@ const TRY_AGAIN: Duration = Duration::from_secs(5);
 const NO_IDENTITY: Duration = Duration::from_secs(2);
 /// Processes of one workload that are remembered: what it makes up fills its own places only (attack 22).
 const EACH: usize = 1024;
+/// Processes of one workload that are asked about because of a request, or wait for that. The next are told at once to come
+/// back: with more in front of them they would wait in vain, and as many connections as they may have would soon be open, of
+/// which those beyond are reset without a word.
+const WAITING: usize = 256;
 /// Between two looks for processes that are gone.
 const SWEEP: Duration = Duration::from_secs(1);
 
@@ -88,9 +92,21 @@ struct Known {
     denied: Option<Instant>,
     /// Who waits for the question that is under way, if one is.
     asking: Option<Told>,
+    /// Whether that was asked because of a request: then it counts in [`Memory::waiting`].
+    is_waited_for: bool,
 }
 
 impl Known {
+    /// What there is for a request; `None` if it has to be asked for.
+    fn found(&self) -> Option<Found> {
+        let identities = self.identities.as_ref().filter(|ids| !ids.is_empty() || self.due() > Instant::now());
+        match (identities, &self.asking) {
+            (Some(identities), _) => Some(Found::Known(identities.clone())),
+            (None, Some(told)) => Some(Found::Asked(told.subscribe())),
+            (None, None) => None,
+        }
+    }
+
     /// When it is to be asked about again.
     fn due(&self) -> Instant {
         match (self.denied, &self.identities) {
@@ -108,6 +124,8 @@ pub(super) struct Memory {
     most: usize,
     known: HashMap<Subject, Known>,
     counts: HashMap<Owner, usize>,
+    /// For how many of them a question is under way because of a request.
+    waiting: HashMap<Owner, usize>,
     /// When those that are gone were last looked for.
     swept: Option<Instant>,
 }
@@ -115,33 +133,46 @@ pub(super) struct Memory {
 impl Memory {
     /// Room for `most` processes.
     pub(super) fn new(most: usize) -> Self {
-        Self { most, known: HashMap::new(), counts: HashMap::new(), swept: None }
+        Self { most, known: HashMap::new(), counts: HashMap::new(), waiting: HashMap::new(), swept: None }
     }
 
     /// What is known of `subject`. If nothing is, and nobody has asked yet, the caller has to.
     pub(super) fn find(&mut self, subject: &Subject, caller: &Arc<Caller>) -> Result<Found, SourceError> {
-        if let Some(known) = self.known.get_mut(subject) {
-            let old = known.identities.as_ref().is_some_and(|ids| ids.is_empty()) && known.due() <= Instant::now();
-            return Ok(match (&known.identities, &known.asking) {
-                (Some(identities), _) if !old => Found::Known(identities.clone()),
-                (_, Some(told)) => Found::Asked(told.subscribe()),
-                (_, None) => {
-                    known.caller = caller.clone();
-                    Found::Unknown(known.asking.insert(watch::Sender::new(None)).subscribe())
-                }
-            });
+        if let Some(found) = self.known.get(subject).and_then(Known::found) {
+            return Ok(found);
         }
         let owner = Owner::of(caller);
-        if !self.has_room(&owner) {
+        if self.waiting.get(&owner).is_some_and(|waiting| *waiting >= WAITING) {
+            return Err(SourceError::Busy);
+        }
+        let known = match self.known.get_mut(subject) {
+            Some(known) => known,
+            None => self.add(subject, caller, &owner)?,
+        };
+        known.caller = caller.clone();
+        known.is_waited_for = true;
+        let asked = known.asking.insert(watch::Sender::new(None)).subscribe();
+        *self.waiting.entry(owner).or_default() += 1;
+        Ok(Found::Unknown(asked))
+    }
+
+    /// A place for one that was not known.
+    fn add(&mut self, subject: &Subject, caller: &Arc<Caller>, owner: &Owner) -> Result<&mut Known, SourceError> {
+        if !self.has_room(owner) {
             return Err(SourceError::Busy);
         }
         *self.counts.entry(owner.clone()).or_default() += 1;
-        let told = watch::Sender::new(None);
-        let asked = told.subscribe();
-        let (at, caller) = (Instant::now(), caller.clone());
-        let known = Known { caller, owner, identities: None, at, denied: None, asking: Some(told) };
-        self.known.insert(subject.clone(), known);
-        Ok(Found::Unknown(asked))
+        let (caller, owner) = (caller.clone(), owner.clone());
+        let known = Known {
+            caller,
+            owner,
+            identities: None,
+            at: Instant::now(),
+            denied: None,
+            asking: None,
+            is_waited_for: false,
+        };
+        Ok(self.known.entry(subject.clone()).insert_entry(known).into_mut())
     }
 
     /// Notes what was said of `subject`, and tells it to all who wait.
@@ -151,6 +182,9 @@ impl Memory {
         let now = Instant::now();
         known.at = now;
         let told = known.asking.take();
+        if std::mem::take(&mut known.is_waited_for) {
+            take_one(&mut self.waiting, &known.owner);
+        }
         let (said, keep) = match said {
             Ok(identities) if !identities.is_empty() => {
                 known.denied = None;

@@ -236,3 +236,39 @@ async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
     }
     assert_eq!(memory.len(), EACH + 10);
 }
+
+#[tokio::test(start_paused = true)]
+async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
+    let mut memory = Memory::new(EACH);
+    let many = |pids: std::ops::Range<u32>| pids.map(|pid| process(1, pid).0).collect::<Vec<_>>();
+    let waiting = u32::try_from(WAITING).unwrap();
+    let (known, new) = (many(0..500), many(1000..1000 + waiting));
+    for caller in &known {
+        found(&mut memory, caller);
+        note(&mut memory, caller, Ok(ids(&["shop"])));
+    }
+    for caller in &new {
+        assert_eq!(found(&mut memory, caller), None);
+    }
+    let is_busy = |memory: &mut Memory| {
+        let (next, _) = process(1, 9000);
+        memory.find(&Subject::of(&next).unwrap(), &next).unwrap_err() == SourceError::Busy
+    };
+    assert!(is_busy(&mut memory));
+    assert!(known.iter().all(|caller| found(&mut memory, caller).is_some()), "those that are known are answered");
+    assert_eq!(found(&mut memory, &new[0]), None, "those that wait go on waiting");
+    assert_eq!(found(&mut memory, &process(2, 1).0), None, "another workload's is asked about");
+    // There is a place as soon as one of them is done with, however that ends.
+    let ends = [Ok(ids(&["shop"])), Ok(ids(&[])), unavailable(), Err(Refusal::Gone.into())];
+    for (said, (caller, other)) in ends.into_iter().zip(new.iter().zip(many(2000..2004))) {
+        note(&mut memory, caller, said);
+        assert_eq!(found(&mut memory, &other), None);
+        assert!(is_busy(&mut memory));
+    }
+    // A question that nobody waits for takes none.
+    advance(ASK_AGAIN).await;
+    assert_eq!(memory.due(EACH).len(), known.len() + 1);
+    known.iter().for_each(|caller| note(&mut memory, caller, Ok(ids(&["shop"]))));
+    assert!(is_busy(&mut memory));
+    assert_eq!(memory.waiting.get(&Owner::user(1)), Some(&WAITING));
+}
