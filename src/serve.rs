@@ -38,7 +38,7 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     warn(path, &warnings);
-    hardening::before_threads();
+    hardening::before_threads(config.identity.source != config::Source::WorkloadApi);
     start(path, config, &log).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         // Nothing that trying again would mend.
