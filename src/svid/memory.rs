@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -52,8 +53,8 @@ impl Subject {
         }
         let mut process = caller.process.clone().ok_or(SourceError::Reloaded)?;
         let exe = process.program.as_mut().and_then(|program| program.exe.as_mut()).ok_or(Refusal::UnseenProgram)?;
-        // A link to the file that comes or goes makes no other program of it.
-        exe.changed = (0, 0);
+        // The file is what counts. Its path is what the process shows, and reads otherwise once an upgrade has replaced it.
+        (exe.changed, exe.path) = ((0, 0), Path::new("").into());
         Ok(Self { uid: caller.uid, cgroup: caller.cgroup.clone(), process })
     }
 }

@@ -89,6 +89,11 @@ async fn whoever_changes_anything_is_another() {
         exe: Some(Executable { device: 1, inode, changed: (1, 2), path: PathBuf::from("/bin/shop").into() }),
     };
     assert_eq!(change(&|_| {}), base);
+    // Its file was replaced by an upgrade: it is the same program still.
+    let replaced =
+        Executable { device: 1, inode: 7, changed: (3, 4), path: PathBuf::from("/bin/shop (deleted)").into() };
+    let replaced = Program { exe: Some(replaced) };
+    assert_eq!(change(&|other| other.process.as_mut().unwrap().program = Some(replaced.clone())), base);
     assert_ne!(change(&|other| other.uid = 2), base);
     assert_ne!(change(&|other| other.cgroup = CgroupPath::parse("/x")), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().pid = 2), base);
