@@ -116,9 +116,31 @@ pub trait Evidence: fmt::Debug + Send + Sync {
         Err(Refusal::Kernel)
     }
 
+    /// To be called before the first of these looks, and asked after the last: between two of them a process may execute a
+    /// setuid program, be seen by the agent as that, and be back at what it was.
+    fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
+        Ok(Box::new(Unwatched))
+    }
+
     /// Whether the process runs still, whatever it has become.
     fn is_there(&self) -> bool {
         self.process().is_ok()
+    }
+}
+
+/// Notices whether a process executes a program.
+pub trait Watch: fmt::Debug + Send + Sync {
+    /// Whether it has executed none since, and is there.
+    fn is_unbroken(&self) -> bool;
+}
+
+/// Where no process is named to an agent, none can be mistaken.
+#[derive(Debug)]
+struct Unwatched;
+
+impl Watch for Unwatched {
+    fn is_unbroken(&self) -> bool {
+        true
     }
 }
 
@@ -225,7 +247,10 @@ pub enum Refusal {
     #[error("the caller's cgroups name a container inside another, or in a place that is no container runtime's")]
     NestedContainer,
     /// The daemon may not see what the process runs, so it would not notice that it runs something else meanwhile.
-    #[error("the daemon cannot see what the calling process runs; give it CAP_SYS_PTRACE")]
+    #[error(
+        "the daemon cannot see what the calling process runs; give it CAP_SYS_PTRACE, CAP_PERFMON and the system call \
+         perf_event_open"
+    )]
     UnseenProgram,
     /// The kernel lacks what this listener needs for this caller.
     #[error("this kernel cannot tell who is calling: {0}")]

@@ -14,7 +14,7 @@ use nix::sys::stat::{Mode, fstatat};
 use crate::attest::host::{Host, Shared};
 use crate::attest::known::Known;
 use crate::attest::sys;
-use crate::caller::{Executable, Looks, Named, Process, Program, Refusal};
+use crate::caller::{Executable, Looks, Named, Process, Program, Refusal, Watch};
 use crate::cgroup::CgroupPath;
 
 /// What changes when a process takes on other privileges, or is moved to another cgroup.
@@ -138,6 +138,20 @@ impl HeldProcess {
         Ok(Named { pid: self.known.pid(), cgroups })
     }
 
+    /// Notices from now on whether it executes a program.
+    pub(crate) fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
+        let watch = sys::ExecWatch::on(self.known.pid()).map_err(|error| match error {
+            Errno::ESRCH => Refusal::Gone,
+            error => {
+                tracing::warn!(%error, "a caller's process cannot be watched for the programs that it executes");
+                Refusal::UnseenProgram
+            }
+        })?;
+        // Alive after that, so that the number cannot have been another process's at that time.
+        self.known.alive()?;
+        Ok(Box::new(watch))
+    }
+
     /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
     pub(crate) fn agrees_with(&self, other: &Self) -> bool {
         let exe = |held: &Self| held.program.as_ref().and_then(|program| program.exe.as_ref()).map(key);
@@ -187,6 +201,12 @@ impl HeldProcess {
             program: self.program.clone(),
             started: self.started,
         }
+    }
+}
+
+impl Watch for sys::ExecWatch {
+    fn is_unbroken(&self) -> bool {
+        self.is_unbroken()
     }
 }
 

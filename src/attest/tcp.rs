@@ -8,7 +8,7 @@ use crate::attest::cgroups::CgroupTree;
 use crate::attest::host::Host;
 use crate::attest::inet_diag::{SockDiag, Socket};
 use crate::attest::search::{self, Budget, Holder};
-use crate::caller::{Caller, Evidence, Listener, Looks, Named, Refusal};
+use crate::caller::{Caller, Evidence, Listener, Looks, Named, Refusal, Watch};
 use crate::cgroup::CgroupPath;
 
 /// Attests peers of TCP listeners in one network namespace.
@@ -48,6 +48,10 @@ impl Evidence for Seen {
 
     fn process(&self) -> Result<Named, Refusal> {
         self.holder.as_ref().ok_or(Refusal::Kernel)?.process.named()
+    }
+
+    fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
+        self.holder.as_ref().ok_or(Refusal::Kernel)?.process.watch()
     }
 
     fn is_there(&self) -> bool {

@@ -10,7 +10,7 @@ use nix::unistd::{SysconfVar, sysconf};
 use crate::attest::host::Host;
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
-use crate::caller::{Caller, Evidence, Listener, Looks, Named, Refusal};
+use crate::caller::{Caller, Evidence, Listener, Looks, Named, Refusal, Watch};
 
 #[derive(Debug)]
 struct Connector(HeldProcess);
@@ -22,6 +22,10 @@ impl Evidence for Connector {
 
     fn process(&self) -> Result<Named, Refusal> {
         self.0.named()
+    }
+
+    fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
+        self.0.watch()
     }
 
     fn is_there(&self) -> bool {

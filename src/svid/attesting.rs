@@ -207,10 +207,11 @@ impl Shared {
 
     /// Asks the agent about the caller's process, and drops the answer unless it is the same process as before.
     async fn ask(&self, caller: &Arc<Caller>, audience: &str) -> Result<Vec<Svid>, SourceError> {
+        let watch = caller.evidence.watch()?;
         let before = caller.evidence.process()?;
         let result = self.agent.svids(before.pid, audience).await;
         self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
-        if caller.evidence.process()? != before {
+        if caller.evidence.process()? != before || !watch.is_unbroken() {
             return Err(crate::caller::Refusal::Changed.into());
         }
         if matches!(result, Err(SourceError::Denied(_))) {

@@ -1,7 +1,8 @@
 //! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
 //! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. What the daemon answered is
 //! printed on standard output. `actor connect UID LISTENER ADDRESS` only connects, for a test that talks itself.
-//! `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for what one user does very often.
+//! `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for what one user does very often. `actor asked SCENE LISTENER ADDRESS`
+//! goes on step by step, as the test tells it.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
 #![allow(unsafe_code, reason = "fork, clone3 and setuid are what this program is for; it has one thread")]
@@ -12,8 +13,10 @@
     reason = "a panic fails the test that runs it"
 )]
 
+mod asked;
 mod daemon;
 mod floods;
+mod herd;
 mod moves;
 mod process;
 mod programs;
@@ -44,7 +47,13 @@ fn main() {
             let to = wire::Address::parse(listener, address);
             print!("{}", wire::ask(&to.connect()));
         }
+        ["herd", users, rate, seconds, listener, address] => {
+            println!("{}", herd::ask(users, rate, seconds, &wire::Address::parse(listener, address)));
+        }
+        ["idle", uid, count] => herd::idle(uid, count),
         ["soak", uid, listener, address, pause] => soak::ask(uid, &wire::Address::parse(listener, address), pause),
+        ["asked", scene, listener, address] => asked::play(scene, [listener, address]),
+        ["obey", descriptor, listener, address] => asked::obey_on(descriptor, [listener, address]),
         ["become", listener, address, program] => {
             programs::become_another(&wire::Address::parse(listener, address), program)
         }

@@ -15,16 +15,16 @@ use crate::wire::{self, Address};
 use crate::{ALICE, BOB};
 
 /// A cgroup below this process's own, removed at the end.
-struct Cgroup(PathBuf);
+pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
-    fn new(parent: &Path, name: &str) -> Self {
+    pub(crate) fn new(parent: &Path, name: &str) -> Self {
         let path = parent.join(format!("{name}-{}", std::process::id()));
         fs::create_dir(&path).unwrap();
         Self(path)
     }
 
-    fn write(&self, file: &str, text: &str) {
+    pub(crate) fn write(&self, file: &str, text: &str) {
         fs::write(self.0.join(file), text).unwrap();
     }
 }
@@ -36,7 +36,7 @@ impl Drop for Cgroup {
     }
 }
 
-fn own_cgroup() -> PathBuf {
+pub(crate) fn own_cgroup() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let mount = mounts.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
     let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap();

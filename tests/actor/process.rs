@@ -105,8 +105,9 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-/// A process of `uid` that has the number `pid` and stays until this one ends. `None` if the number is taken.
-pub(crate) fn reuse(pid: Pid, uid: u32) -> Option<Pid> {
+/// A process of `uid` that has the number `pid`, does `act` and ends, at the latest with this one. `None` if the number is
+/// taken.
+pub(crate) fn reuse(pid: Pid, uid: u32, act: impl FnOnce()) -> Option<Pid> {
     let (mut is_there, mut there) = pair();
     let wanted = pid.as_raw();
     let arguments = CloneArgs {
@@ -122,7 +123,9 @@ pub(crate) fn reuse(pid: Pid, uid: u32) -> Option<Pid> {
             set_pdeathsig(Signal::SIGKILL).unwrap();
             become_user(uid);
             there.write_all(b"x").unwrap();
-            stay()
+            act();
+            // SAFETY: as in `child`.
+            unsafe { libc::_exit(0) }
         }
         child if child > 0 => {
             is_there.read_exact(&mut [0]).unwrap();

@@ -18,7 +18,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{execv, setgroups, setresgid, setresuid};
 
 use crate::daemon::{self, Held};
-use crate::process::{Child, become_of, become_user, child, reuse};
+use crate::process::{Child, become_of, become_user, child, reuse, stay};
 use crate::wire::{self, Address};
 use crate::{ALICE, BOB, moves};
 
@@ -169,7 +169,7 @@ fn reused(to: &Address, late: bool) -> String {
     alice.cue();
     alice.said();
     alice.reap();
-    let bob = reuse(pid, BOB);
+    let bob = reuse(pid, BOB, || stay());
     let said = goes_on(held, heir);
     if let Some(bob) = bob {
         kill(bob, Signal::SIGKILL).unwrap();

@@ -4,29 +4,17 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use serde_json::Value;
-
 use crate::harness::actor::{self, play};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::Daemon;
+use crate::harness::made::{Made, answered, refused};
 use crate::harness::upstream::Upstream;
 
 const ALICE: &str = "spiffe://example.org/user/alice";
 const BOB: &str = "spiffe://example.org/user/bob";
 const ROOT: &str = "spiffe://example.org/user/root";
-
-/// What the daemon may have made of a scene.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Made {
-    /// Credentials of this identity.
-    Answered(String),
-    /// A refusal, for this reason.
-    Refused(String),
-    /// Nothing that the client saw.
-    Silence,
-}
 
 /// Which facts the rules need, so over TCP whether a process is searched for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +59,7 @@ impl Stage {
     fn play(&self, scene: &str, listener: &str) -> Made {
         let play = || play(scene, listener, &self.address(listener), self.daemon.pid(), self.cgroup.path());
         if !scene.ends_with("closed") || scene == "half-closed" {
-            return self.made(scene, &play());
+            return Made::of(&play(), scene, &self.daemon);
         }
         // Nobody is there to see an answer, so what was made of it is counted. There may be no record: of many refusals
         // within a second the audit has one for all.
@@ -100,33 +88,6 @@ impl Stage {
         let counted = metrics.lines().filter(|line| counts.iter().any(|count| line.starts_with(count)));
         counted.map(str::to_owned).collect()
     }
-
-    /// Whose credentials are in the answer is read from the audit record with their key.
-    fn made(&self, scene: &str, answer: &str) -> Made {
-        let Some((_, body)) = answer.split_once("\r\n\r\n") else { return Made::Silence };
-        let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{scene}: {answer}"));
-        if let Some(code) = body["code"].as_str() {
-            return Made::Refused(code.to_owned());
-        }
-        let key = body["AccessKeyId"].as_str().expect("credentials or an error");
-        let mut found = false;
-        let first = self.daemon.audit_where(|_, line| {
-            let is_first = !found && line.contains(key);
-            found |= is_first;
-            is_first
-        });
-        let record = first.first().expect("what is handed out is in the audit");
-        assert_eq!(record["access_key_id"], key);
-        Made::Answered(record["spiffe_id"].as_str().unwrap().to_owned())
-    }
-}
-
-fn answered(id: &str) -> Made {
-    Made::Answered(id.to_owned())
-}
-
-fn refused(reason: &str) -> Made {
-    Made::Refused(reason.to_owned())
 }
 
 /// What is right in a scene. There is one right outcome: where it depends on how far the daemon is, the scene sees to that.
@@ -275,7 +236,7 @@ fn an_executable_is_its_file_and_not_its_path() {
             let address = stage.address(listener);
             let answer =
                 actor::play_program(scene, listener, &address, stage.daemon.pid(), stage.cgroup.path(), &program);
-            let made = stage.made(scene, &answer);
+            let made = Made::of(&answer, scene, &stage.daemon);
             if made != right {
                 wrong.push(format!("{scene} over {listener}: {made:?}, not {right:?}"));
             }

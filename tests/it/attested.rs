@@ -1,6 +1,12 @@
 //! SPIRE attests the callers itself: the Delegated Identity API and the SPIFFE Broker API, with the real agent.
 
+mod asked;
 mod kept;
+mod misconfigured;
+mod programs;
+mod remembering;
+mod several;
+mod spire;
 
 use serde_json::Value;
 

@@ -2,11 +2,15 @@
 #![allow(dead_code, reason = "each counterpart has its whole repertoire, for the tests that come")]
 
 pub(crate) mod actor;
+pub(crate) mod agent;
 pub(crate) mod cgroup;
 pub(crate) mod client;
 pub(crate) mod counterparts;
 pub(crate) mod daemon;
+pub(crate) mod engine;
 pub(crate) mod gate;
+pub(crate) mod made;
+pub(crate) mod sts;
 pub(crate) mod systemd;
 pub(crate) mod upstream;
 pub(crate) mod world;

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdout, Command, Stdio};
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -36,7 +36,19 @@ pub(crate) fn program() -> PathBuf {
 
 /// Plays a scene against a listener of the process `daemon`, in this cgroup; what it answered on the connection.
 pub(crate) fn play(scene: &str, listener: &str, address: &str, daemon: Pid, cgroup: &Path) -> String {
-    run_in(cgroup, daemon, &[scene, listener, address])
+    run_in(cgroup, daemon, &program(), &[scene, listener, address])
+}
+
+/// The same played by a copy of the program, which is what its processes then run.
+pub(crate) fn play_by(
+    program: &Path,
+    scene: &str,
+    listener: &str,
+    address: &str,
+    daemon: Pid,
+    cgroup: &Path,
+) -> String {
+    run_in(cgroup, daemon, program, &[scene, listener, address])
 }
 
 /// The same for a scene about what a caller runs: `program` is the file that a rule names.
@@ -48,20 +60,18 @@ pub(crate) fn play_program(
     cgroup: &Path,
     program: &Path,
 ) -> String {
-    run_in(cgroup, daemon, &[scene, listener, address, program.to_str().expect("a path in UTF-8")])
+    run_in(cgroup, daemon, &self::program(), &[scene, listener, address, program.to_str().expect("a path in UTF-8")])
 }
 
-fn run_in(cgroup: &Path, daemon: Pid, words: &[&str]) -> String {
-    let script =
-        format!("echo 0 > {}/cgroup.procs && exec {} {}", cgroup.display(), program().display(), words.join(" "));
-    let mut command = Command::new("sh");
-    command.env_clear().env("PATH", "/usr/bin:/bin").env("DAEMON", daemon.to_string()).args(["-c", &script]);
+fn run_in(cgroup: &Path, daemon: Pid, program: &Path, words: &[&str]) -> String {
+    let mut command = in_cgroup(cgroup, &format!("{} {}", program.display(), words.join(" ")));
+    command.env("DAEMON", daemon.to_string());
     run(command, b"", Duration::from_secs(60)).success(&format!("scene {words:?}"))
 }
 
 /// A user's process that connects for the test, which then talks itself.
 pub(crate) struct Connector {
-    _owned: Owned,
+    owned: Owned,
     socket: UnixStream,
 }
 
@@ -72,7 +82,12 @@ impl Connector {
         let actor = format!("{} connect {uid} {listener} {address}", program().display());
         let mut command = in_cgroup(cgroup, &actor);
         command.stdin(OwnedFd::from(theirs));
-        Self { _owned: spawn(command).expect("the actor"), socket }
+        Self { owned: spawn(command).expect("the actor"), socket }
+    }
+
+    /// Its process.
+    pub(crate) fn id(&self) -> Pid {
+        self.owned.id()
     }
 
     /// A new connection.
@@ -144,4 +159,52 @@ impl Acting {
 /// What comes of so many requests of this user, one after another.
 pub(crate) fn ask(listener: &str, address: &str, uid: u32, count: usize, cgroup: &Path) -> Counts {
     Acting::start("ask", listener, address, &[usize::try_from(uid).unwrap(), count], cgroup).enough()
+}
+
+/// A scene that goes on step by step: see `tests/actor/asked.rs`.
+pub(crate) struct Steps {
+    _owned: Owned,
+    /// `None` once it is told to end.
+    hears: Option<ChildStdin>,
+    says: BufReader<ChildStdout>,
+    caller: i32,
+}
+
+impl Steps {
+    /// Begins it with the program in a folder of its copies, in this cgroup. Nobody has connected yet.
+    pub(crate) fn start(program: &Path, scene: &str, listener: &str, address: &str, cgroup: &Path) -> Self {
+        let mut command = in_cgroup(cgroup, &format!("{} asked {scene} {listener} {address}", program.display()));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut owned = spawn(command).expect("the actor");
+        let hears = owned.stdin();
+        let says = BufReader::new(owned.stdout().expect("a pipe"));
+        let mut steps = Self { _owned: owned, hears, says, caller: 0 };
+        steps.caller = steps.line().parse().expect("the caller's pid");
+        steps
+    }
+
+    /// The pid of the process that is going to ask.
+    pub(crate) fn caller(&self) -> i32 {
+        self.caller
+    }
+
+    /// Says a word, and gives what was said to it: for those that ask for it, an answer of the daemon.
+    pub(crate) fn step(&mut self, word: &str) -> String {
+        writeln!(self.hears.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
+        self.line()
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.says.read_line(&mut line).expect("the actor's word");
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        drop(self.hears.take());
+        // Until it has tidied up and ended.
+        let _ = self.says.read_to_end(&mut Vec::new());
+    }
 }

@@ -32,16 +32,31 @@ impl Cgroup {
         Self(path)
     }
 
+    /// Words behind which a command of root's runs in it.
+    pub(crate) fn enter(&self) -> [&str; 4] {
+        ["sh", "-c", r#"echo 0 >"$0/cgroup.procs" && exec "$@""#, self.0.to_str().expect("a path in UTF-8")]
+    }
+
     /// Its directory.
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }
 
+/// Removes a cgroup and those that were made below it, as far as they have no processes.
+fn remove(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().filter_map(Result::ok) {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(cgroup);
+}
+
 impl Drop for Cgroup {
     fn drop(&mut self) {
         // The parent goes with the last of the tests that share it.
-        let _ = fs::remove_dir(&self.0);
+        remove(&self.0);
         let _ = fs::remove_dir(self.0.parent().unwrap());
     }
 }

@@ -1,19 +1,39 @@
 //! `awsvid serve` as a process of its own.
 
+use std::collections::HashMap;
+use std::io::Write;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use super::cgroup::Cgroup;
+use super::client::answer;
 use super::counterparts::http_get;
-use super::counterparts::process::Process;
+use super::counterparts::process::{Process, behind, run};
 
 /// How long the daemon may take for anything that it does in milliseconds, on a machine that is busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// As it was built with these tests.
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_awsvid");
+
+/// The program as it is released, built now if it is not there.
+pub(crate) fn released() -> PathBuf {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo.args(["build", "--quiet", "--locked", "--release", "--bin", "awsvid", "--message-format", "json"]);
+    let messages = run(cargo, b"", Duration::from_secs(3600)).success("cargo build --release");
+    let mut messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let path = messages.find_map(|message| message["executable"].as_str().map(PathBuf::from));
+    path.expect("cargo names what it has built")
+}
 
 /// The configuration with `[listen]`, `[audit]` and `[log]`.
 fn text(folder: &Path, listen: &str, configuration: &str) -> String {
@@ -32,23 +52,56 @@ fn text(folder: &Path, listen: &str, configuration: &str) -> String {
 /// A running daemon, with its files below one folder.
 pub(crate) struct Daemon {
     process: Process,
+    /// As a service has. Over TCP the daemon's questions to itself are looked for among the processes of its cgroup, which
+    /// without one of its own would be half of the machine's.
+    _cgroup: Option<Cgroup>,
     folder: PathBuf,
+    /// By access key id, as far as it was asked.
+    issued: Mutex<HashMap<String, String>>,
 }
 
 impl Daemon {
     /// Starts `awsvid serve` with this configuration, to which `[listen]`, `[audit]` and `[log]` are added: ports that the
     /// kernel picks, files below `folder`. `listen` is put into `[listen]`. Returns when its listeners are bound.
     pub(crate) fn start(folder: &Path, listen: &str, configuration: &str) -> Self {
+        Self::start_behind(&[], folder, listen, configuration)
+    }
+
+    /// The same with another build of the program.
+    pub(crate) fn start_program(program: &Path, folder: &Path, listen: &str, configuration: &str) -> Self {
+        Self::begin(&[], program, folder, listen, configuration).listening()
+    }
+
+    /// The same behind another command, such as one that makes it another user's.
+    pub(crate) fn start_behind(words: &[&str], folder: &Path, listen: &str, configuration: &str) -> Self {
+        Self::begin(words, Path::new(PROGRAM), folder, listen, configuration).listening()
+    }
+
+    fn listening(self) -> Self {
+        self.process.await_some("the daemon's listeners", PATIENCE, || self.address("serving operators", "127.0.0.1:"));
+        self
+    }
+
+    /// The same where it is to end by itself before it listens: its exit status and all that it has logged.
+    pub(crate) fn refused(words: &[&str], folder: &Path, configuration: &str) -> (Option<i32>, String) {
+        let mut daemon = Self::begin(words, Path::new(PROGRAM), folder, "", configuration);
+        let status = daemon.process.owned().wait(PATIENCE).expect("it ends by itself");
+        (status.code(), daemon.log())
+    }
+
+    fn begin(words: &[&str], program: &Path, folder: &Path, listen: &str, configuration: &str) -> Self {
         let config = folder.join("awsvid.toml");
         std::fs::write(&config, text(folder, listen, configuration)).expect("write the configuration");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_awsvid"));
-        command.env_clear().args(["serve", "--config"]).arg(&config);
+        let cgroup = nix::unistd::geteuid().is_root().then(|| {
+            let name = folder.file_name().and_then(|name| name.to_str()).expect("a name in UTF-8");
+            Cgroup::new(&format!("daemon-{name}.service"))
+        });
+        let enter = cgroup.as_ref().map(Cgroup::enter);
+        let words = [enter.as_ref().map_or(&[][..], |enter| enter), words].concat();
+        let mut command = behind(&words, program);
+        command.env_clear().env("PATH", "/usr/bin:/bin").args(["serve", "--config"]).arg(&config);
         let process = Process::start("awsvid", command, &folder.join("awsvid.log"));
-        let daemon = Self { process, folder: folder.to_owned() };
-        daemon
-            .process
-            .await_some("the daemon's listeners", PATIENCE, || daemon.address("serving operators", "127.0.0.1:"));
-        daemon
+        Self { process, _cgroup: cgroup, folder: folder.to_owned(), issued: Mutex::default() }
     }
 
     /// Replaces the configuration by another one as `start` would write it, and sends SIGHUP. Returns whether the daemon
@@ -92,6 +145,14 @@ impl Daemon {
             http_get(self.admin(), "/readyz").filter(|(status, _)| *status == 200)
         });
         self
+    }
+
+    /// Waits for a line of its log whose message has all of these words; the message.
+    pub(crate) fn await_line(&self, words: &[&str]) -> String {
+        self.process.await_some(&format!("a line with {words:?} in the log"), PATIENCE, || {
+            let mut messages = self.log_lines().filter_map(|line| Some(line["message"].as_str()?.to_owned()));
+            messages.find(|message| words.iter().all(|word| message.contains(word)))
+        })
     }
 
     /// Its process id.
@@ -148,6 +209,16 @@ impl Daemon {
         value.map_or(0, |value| value.parse().expect("a number"))
     }
 
+    /// The credentials that `/status` has for this SPIFFE ID and the first role.
+    pub(crate) fn status(&self, spiffe_id: &str) -> Value {
+        let mut stream = UnixStream::connect(self.folder.join("status.sock")).expect("the status socket");
+        stream.write_all(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("send a request");
+        let (status, body) = answer(&mut stream);
+        assert_eq!(status, 200, "{body}");
+        let all = body["credentials"].as_array().expect("a list");
+        all.iter().find(|entry| entry["spiffe_id"] == spiffe_id).cloned().unwrap_or_default()
+    }
+
     /// The URI for SDKs.
     pub(crate) fn uri(&self) -> String {
         format!("http://{}/v1/credentials", self.tcp())
@@ -171,5 +242,24 @@ impl Daemon {
             let records = self.audit_where(|i, _| i >= count);
             (!records.is_empty()).then_some(records)
         })
+    }
+
+    /// For which SPIFFE ID these credentials were handed out first, by the audit.
+    pub(crate) fn first_issued_to(&self, access_key_id: &str) -> String {
+        let mut issued = self.issued.lock().unwrap();
+        let mut found = false;
+        let mut first = || {
+            self.audit_where(|_, line| {
+                let is_first = !found && line.contains(access_key_id);
+                found |= is_first;
+                is_first
+            })
+        };
+        let of = |records: &[Value]| {
+            let record = records.first().expect("what is handed out is in the audit");
+            assert_eq!(record["access_key_id"], access_key_id);
+            record["spiffe_id"].as_str().expect("a SPIFFE ID").to_owned()
+        };
+        issued.entry(access_key_id.to_owned()).or_insert_with(|| of(&first())).clone()
     }
 }

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use super::cgroup::Cgroup;
 use super::counterparts::minio::{self, Minio};
-use super::counterparts::process::Output;
+use super::counterparts::process::{Output, behind, run};
 use super::counterparts::spire::{Broker, Spire, SpireSetting};
 use super::counterparts::workload::Workload;
 use super::counterparts::{root, tool};
-use super::daemon::Daemon;
+use super::daemon::{Daemon, PROGRAM};
 
 /// SPIRE and MinIO with the object `shop/test.txt`, and awsvid registered for the identities of some users.
 pub(crate) struct World {
@@ -18,7 +20,12 @@ pub(crate) struct World {
     aws: PathBuf,
     /// Registration entries, by SPIFFE ID.
     entries: BTreeMap<String, String>,
+    /// Where curl runs. Over TCP it would otherwise be looked for among half of the machine's processes.
+    workloads: Cgroup,
 }
+
+/// For one request, on a machine that is busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A user's SPIFFE ID.
 pub(crate) fn id(name: &str) -> String {
@@ -38,6 +45,10 @@ pub(crate) struct Setting<'a> {
     pub(crate) source: Source,
     /// SPIRE's `default_x509_svid_ttl`.
     pub(crate) x509_svid_ttl: Option<&'static str>,
+    /// `SpireSetting::without_hashes`.
+    pub(crate) without_hashes: bool,
+    /// Another build of awsvid.
+    pub(crate) program: Option<&'a Path>,
 }
 
 /// Where awsvid has its identities from.
@@ -83,8 +94,8 @@ impl Source {
 }
 
 /// What SPIRE tells awsvid by.
-pub(crate) fn awsvid_selectors() -> [String; 2] {
-    ["unix:uid:0".to_owned(), format!("unix:path:{}", env!("CARGO_BIN_EXE_awsvid"))]
+pub(crate) fn awsvid_selectors(program: &Path) -> [String; 2] {
+    ["unix:uid:0".to_owned(), format!("unix:path:{}", program.display())]
 }
 
 impl World {
@@ -94,15 +105,22 @@ impl World {
             return None;
         }
         let aws = tool("aws")?;
-        let spire_setting = SpireSetting { x509_svid_ttl: setting.x509_svid_ttl, ..setting.source.of_spire() };
+        let program = setting.program.unwrap_or(Path::new(PROGRAM));
+        let spire_setting = SpireSetting {
+            x509_svid_ttl: setting.x509_svid_ttl,
+            without_hashes: setting.without_hashes,
+            ..setting.source.of_spire()
+        };
         let spire = Spire::start_with(folder, spire_setting)?;
         let minio = Minio::start(folder, &spire.issuer_url(), &minio::readable_by(&id(users[0].1), "shop"))?;
         minio.make_bucket("shop");
         minio.put("shop", "test.txt", b"hello from the shop\n");
         let mut entries = BTreeMap::new();
         if setting.source != Source::Rules {
-            entries
-                .insert(AWSVID.to_owned(), spire.register(AWSVID, &awsvid_selectors().each_ref().map(String::as_str)));
+            entries.insert(
+                AWSVID.to_owned(),
+                spire.register(AWSVID, &awsvid_selectors(program).each_ref().map(String::as_str)),
+            );
         }
         for (uid, name) in users {
             // The daemon runs as root; by rules all identities are its own at SPIRE, and it gives them to callers.
@@ -135,8 +153,10 @@ impl World {
             minio.role_arn(),
             setting.role,
         );
-        let daemon = Daemon::start(folder, "", &configuration).ready();
-        Some(Self { spire, minio, daemon, aws, entries })
+        let daemon = Daemon::start_program(program, folder, "", &configuration).ready();
+        let name = folder.file_name().and_then(|name| name.to_str()).expect("a name in UTF-8");
+        let workloads = Cgroup::new(&format!("workloads-{name}.service"));
+        Some(Self { spire, minio, daemon, aws, entries, workloads })
     }
 
     /// `aws s3 cp` as a user that has nothing but the variables which the README names.
@@ -150,9 +170,24 @@ impl World {
 
     /// curl over the unix socket: the head and the body, as they came.
     pub(crate) fn curl(&self, uid: u32) -> (String, String) {
-        let socket = self.daemon.unix();
-        let arguments = ["-sSi", "--unix-socket", socket.to_str().unwrap(), "http://localhost/v1/credentials"];
-        let answer = Workload::new(uid).run("/usr/bin/curl", &arguments).success("curl");
+        self.curl_by(Path::new("/usr/bin/curl"), uid, "unix", "")
+    }
+
+    /// The same by a copy of curl, over this listener, for what is at `path` below `/v1/credentials`.
+    pub(crate) fn curl_by(&self, program: &Path, uid: u32, listener: &str, path: &str) -> (String, String) {
+        let (socket, user) = (self.daemon.unix(), uid.to_string());
+        let user = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups"];
+        let mut command = behind(&[&self.workloads.enter()[..], &user].concat(), program);
+        command.env_clear().env("PATH", "/usr/bin:/bin").arg("-sSi");
+        match listener {
+            "unix" => {
+                command.arg("--unix-socket").arg(socket).arg(format!("http://localhost/v1/credentials{path}"));
+            }
+            _ => {
+                command.args(["-H", "Authorization: any", &format!("{}{path}", self.daemon.uri())]);
+            }
+        }
+        let answer = run(command, b"", PATIENCE).success("curl");
         let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
         (head.to_owned(), body.to_owned())
     }
@@ -161,6 +196,21 @@ impl World {
     pub(crate) fn withdraw(&mut self, name: &str) {
         let entry = self.entries.remove(&id(name)).expect("it is registered");
         self.spire.delete_entry(&entry);
+    }
+
+    /// The cgroup of workloads that a test starts itself.
+    pub(crate) fn cgroup(&self) -> &Cgroup {
+        &self.workloads
+    }
+
+    /// Registers an identity for processes with these selectors, with further options of `spire-server entry create`.
+    pub(crate) fn register(&mut self, spiffe_id: &str, selectors: &[&str], options: &[&str]) {
+        self.entries.insert(spiffe_id.to_owned(), self.spire.register_with(spiffe_id, selectors, options));
+    }
+
+    /// Deletes the registration of an identity, and returns once the agent has forgotten it (if it runs).
+    pub(crate) fn unregister(&mut self, spiffe_id: &str) {
+        self.spire.delete_entry(&self.entries.remove(spiffe_id).expect("it is registered"));
     }
 
     /// Starts the agent, and returns when it knows every identity again: one that has just started denies them.

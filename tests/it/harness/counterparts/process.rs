@@ -1,5 +1,6 @@
 //! Child processes that never outlive the test.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::process::CommandExt;
@@ -29,6 +30,14 @@ pub(crate) fn await_some<T>(what: &str, within: Duration, mut ready: impl FnMut(
         assert!(Instant::now() < deadline, "{what}: not within {within:?}");
         thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// A command that starts `program` by these words, such as `unshare --pid`, or by itself if there are none.
+pub(crate) fn behind(words: &[&str], program: &Path) -> Command {
+    let mut words = words.iter().map(OsStr::new).chain([program.as_os_str()]);
+    let mut command = Command::new(words.next().expect("the program at least"));
+    command.args(words);
+    command
 }
 
 /// A child process. Dropping it ends it and what it has started: SIGKILL to its process group, then wait.

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::process::{Process, run};
+use super::process::{Process, behind, run};
 use super::{Port, http_get, read, tool};
 
 /// How long each step of SPIRE's start, and each call of its command line, may take on a loaded machine.
@@ -43,6 +44,13 @@ pub(crate) struct SpireSetting {
     /// `default_x509_svid_ttl`, in SPIRE's notation. The agent renews an SVID when half of its life is over, and SPIRE
     /// dates it back by 10 s: from "10s" down it renews all the time.
     pub(crate) x509_svid_ttl: Option<&'static str>,
+    /// What the agent's command is put behind, to run it in other namespaces.
+    pub(crate) agent_behind: Vec<&'static str>,
+    /// Whether the agent leaves out `unix:sha256`, for which it reads the whole executable of whoever calls, and of whoever
+    /// it is asked about, at each call.
+    pub(crate) without_hashes: bool,
+    /// Another `WorkloadAttestor` beside `unix`, as the agent's configuration has it.
+    pub(crate) attestor: String,
 }
 
 /// Somebody who may use the Broker API.
@@ -138,8 +146,14 @@ impl Spire {
     /// Makes a registration entry whose parent is the agent, and returns its ID once the agent serves it (if it runs).
     /// Selectors are such as `unix:uid:1001`.
     pub(crate) fn register(&self, spiffe_id: &str, selectors: &[&str]) -> String {
+        self.register_with(spiffe_id, selectors, &[])
+    }
+
+    /// The same with further options of `spire-server entry create`, such as `-admin`.
+    pub(crate) fn register_with(&self, spiffe_id: &str, selectors: &[&str], options: &[&str]) -> String {
         let mut arguments = vec!["entry", "create", "-parentID", &self.agent_id, "-spiffeID", spiffe_id];
         arguments.extend(selectors.iter().flat_map(|selector| ["-selector", selector]));
+        arguments.extend(options);
         let answer = self.server_json(&arguments);
         let Some(entry) = answer["results"][0]["entry"]["id"].as_str() else {
             panic!("no entry for {spiffe_id}: {answer}")
@@ -175,6 +189,20 @@ impl Spire {
         count(&self.agent_log(), "Fetched JWT SVID", spiffe_id)
     }
 
+    /// The processes that the agent has attested and found to have this selector, such as `uid:1001`, by its own log: one for
+    /// each time, whoever asked. Whoever asks by an admin socket is attested each time, too.
+    pub(crate) fn attested(&self, selector: &str) -> Vec<Pid> {
+        let has = |line: &Value| {
+            let selectors = line["selectors"].as_array();
+            selectors.is_some_and(|all| all.iter().any(|one| one["value"] == selector))
+        };
+        let log = self.agent_log();
+        let attested = lines(&log).filter(|line| line["msg"] == "PID attested to have selectors" && has(line));
+        attested
+            .map(|line| Pid::from_raw(i32::try_from(line["pid"].as_i64().expect("a pid")).expect("a pid")))
+            .collect()
+    }
+
     /// The server's log: JSON lines, level debug.
     pub(crate) fn server_log(&self) -> String {
         read(&self.folder.join("server.log"))
@@ -183,6 +211,11 @@ impl Spire {
     /// The agent's log: JSON lines, level debug, of all its starts.
     pub(crate) fn agent_log(&self) -> String {
         read(&self.folder.join("agent.log"))
+    }
+
+    /// The agent's process.
+    pub(crate) fn agent_pid(&self) -> Pid {
+        self.agent.as_ref().expect("the agent runs").id()
     }
 
     /// Kills the agent. Its socket file stays, as it does after a crash.
@@ -234,7 +267,7 @@ impl Spire {
     fn run_agent(&mut self, arguments: &[&str]) {
         self.agent_log_start = self.agent_log().len();
         let config = self.write("agent.conf", &self.agent_config());
-        let mut command = Command::new(&self.programs[1]);
+        let mut command = behind(&self.setting.agent_behind, &self.programs[1]);
         command.arg("run").arg("-config").arg(config).args(arguments);
         self.agent = Some(Process::start("spire-agent", command, &self.folder.join("agent.log")));
     }
@@ -335,7 +368,8 @@ agent {{
 plugins {{
     KeyManager "disk" {{ plugin_data {{ directory = "{folder}/agent" }} }}
     NodeAttestor "join_token" {{ plugin_data {{ }} }}
-    WorkloadAttestor "unix" {{ plugin_data {{ discover_workload_path = true }} }}
+    WorkloadAttestor "unix" {{ plugin_data {{ discover_workload_path = true, workload_size_limit = {size_limit} }} }}
+    {attestor}
 }}
 "#,
             trust_domain = self.trust_domain(),
@@ -343,6 +377,8 @@ plugins {{
             port = self.server_port.address().port(),
             delegates = self.setting.delegates,
             broker = self.broker_config(),
+            size_limit = if self.setting.without_hashes { -1 } else { 0 },
+            attestor = self.setting.attestor,
         )
     }
 

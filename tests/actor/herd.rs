@@ -1,0 +1,154 @@
+//! Processes that live for one request each, or for none: as many new ones in a second as the test says.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::unistd::{ForkResult, fork, pipe};
+use serde_json::{Value, json};
+
+use crate::process::{become_user, stay};
+use crate::wire::{self, Address};
+
+/// What one of them tells of its answer: small enough that it is written whole, whoever else writes.
+const RECORD: usize = 64;
+
+/// Has `rate` processes in a second ask for the first time, for so many seconds, of one user after another. Prints for each
+/// kind of answer how many there were and how long they took, and the keys that each user was given.
+///
+/// They are all there before the first of them asks and until the last has been answered, so that the machine is not busy
+/// with their beginnings and ends.
+pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> String {
+    let users: Vec<u32> = users.split(',').map(|uid| uid.parse().unwrap()).collect();
+    let (rate, seconds): (u128, u128) = (rate.parse().unwrap(), seconds.parse().unwrap());
+    reap_nobody();
+    let [(mut said, mut say), (cue, cues)] = [(); 2].map(|()| {
+        let (read, write): (OwnedFd, OwnedFd) = pipe().unwrap();
+        (File::from(read), File::from(write))
+    });
+    let count = usize::try_from(rate * seconds).unwrap();
+    for number in 0..count {
+        let uid = users[number % users.len()];
+        born(|| {
+            become_user(uid);
+            // One of those that wait is woken by each byte.
+            (&cue).read_exact(&mut [0]).unwrap();
+            say.write_all(&record(uid, to)).unwrap();
+            stay()
+        });
+    }
+    fcntl(&said, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    let mut seen = Seen::default();
+    let (began, mut cued) = (Instant::now(), 0);
+    while cued < count {
+        let due = usize::try_from(began.elapsed().as_micros() * rate / 1_000_000).unwrap().min(count);
+        (&cues).write_all(&vec![0; due - cued]).unwrap();
+        cued = due;
+        seen.read(&mut said);
+        thread::sleep(Duration::from_millis(1));
+    }
+    let (took, in_time) = (began.elapsed(), seen.count("200"));
+    while seen.all() < count {
+        seen.read(&mut said);
+        thread::sleep(Duration::from_millis(1));
+    }
+    seen.show(json!({ "asked": count, "seconds": took.as_secs_f64(), "in_time": in_time }))
+}
+
+/// So many processes of a user, which do nothing until this one ends; prints their numbers.
+pub(crate) fn idle(uid: &str, count: &str) -> ! {
+    become_user(uid.parse().unwrap());
+    for _ in 0..count.parse().unwrap() {
+        println!("{}", born(|| stay()));
+    }
+    println!("all");
+    stay()
+}
+
+/// Nobody waits for children, and they leave no zombies.
+fn reap_nobody() {
+    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::SA_NOCLDWAIT, SigSet::empty());
+    // SAFETY: no handler is set.
+    unsafe { sigaction(Signal::SIGCHLD, &ignore) }.unwrap();
+}
+
+fn born(act: impl FnOnce()) -> nix::unistd::Pid {
+    // SAFETY: this program has one thread.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            set_pdeathsig(Signal::SIGKILL).unwrap();
+            act();
+            // SAFETY: ends this process without running the parent's exit code in it.
+            unsafe { libc::_exit(0) }
+        }
+    }
+}
+
+/// One question: user, kind of answer, microseconds, key.
+fn record(uid: u32, to: &Address) -> [u8; RECORD] {
+    let began = Instant::now();
+    let answer = to.try_connect().map(|fd| wire::ask(&fd)).unwrap_or_default();
+    let took = began.elapsed().as_micros();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
+    let status = head.get(9..12).unwrap_or("nothing");
+    let again = if head.contains("\r\nretry-after: ") { "+retry-after" } else { "" };
+    let body: Value = serde_json::from_str(body).unwrap_or_default();
+    let key = body["AccessKeyId"].as_str().or(body["code"].as_str()).unwrap_or("-");
+    let mut record = [b' '; RECORD];
+    let text = format!("{uid} {status}{again} {took} {key}");
+    record[..text.len()].copy_from_slice(text.as_bytes());
+    record
+}
+
+#[derive(Default)]
+struct Seen {
+    rest: Vec<u8>,
+    /// By kind of answer, in microseconds.
+    took: BTreeMap<String, Vec<u64>>,
+    /// By user and kind of answer.
+    keys: BTreeMap<String, BTreeSet<String>>,
+}
+
+impl Seen {
+    /// Reads what there is: all of it, if that waits.
+    fn read(&mut self, said: &mut File) {
+        // An error says that there is no more for now.
+        let _ = said.read_to_end(&mut self.rest);
+        let whole = self.rest.len() / RECORD * RECORD;
+        let records: Vec<u8> = self.rest.drain(..whole).collect();
+        for record in records.chunks(RECORD) {
+            let text = std::str::from_utf8(record).unwrap();
+            let mut words = text.split_ascii_whitespace();
+            let [uid, kind, took, key] = [(); 4].map(|()| words.next().unwrap());
+            self.took.entry(kind.to_owned()).or_default().push(took.parse().unwrap());
+            self.keys.entry(format!("{uid} {kind}")).or_default().insert(key.to_owned());
+        }
+    }
+
+    fn all(&self) -> usize {
+        self.took.values().map(Vec::len).sum()
+    }
+
+    fn count(&self, kind: &str) -> usize {
+        self.took.get(kind).map_or(0, Vec::len)
+    }
+
+    /// Adds what was seen.
+    fn show(mut self, mut all: Value) -> String {
+        let answers = self.took.iter_mut().map(|(kind, took)| {
+            took.sort_unstable();
+            let at = |part: usize| Duration::from_micros(took[(took.len() - 1) * part / 100]).as_secs_f64();
+            (kind.clone(), json!({ "count": took.len(), "p50": at(50), "p99": at(99), "longest": at(100) }))
+        });
+        all["answers"] = answers.collect();
+        all["keys"] = json!(self.keys);
+        all.to_string()
+    }
+}

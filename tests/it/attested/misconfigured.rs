@@ -1,0 +1,199 @@
+//! Each way in which awsvid and the agent do not fit together gives one line that names the fix, and ends awsvid where only a
+//! change of awsvid's own setup would help.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::path::Path;
+
+use api::delegated_identity_server::{DelegatedIdentity, DelegatedIdentityServer};
+use awsvid::svid::proto::spire::api::agent::delegatedidentity::v1 as api;
+use tokio::net::UnixListener;
+use tokio::runtime::Runtime;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status};
+
+use crate::harness::counterparts::spire::{Spire, SpireSetting};
+use crate::harness::counterparts::{folder, http_get, root};
+use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::world::{AWSVID, Source, awsvid_selectors};
+
+/// Not root, nor in any group of the agent's.
+const USER: u32 = 51_001;
+/// Puts a program into a pid namespace of its own, with the `/proc` of that.
+const OWN_PIDS: [&str; 5] = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+const EX_CONFIG: Option<i32> = Some(78);
+
+/// `socket` as the admin socket. STS is not there: whoever waits for that has done with the source.
+fn by_delegated_identity(socket: &Path) -> String {
+    format!(
+        "[identity]\nsource = \"spire-delegated\"\nadmin_socket = \"unix://{}\"\naudience = \"shop\"\n[sts]\nendpoint = \"http://127.0.0.1:1\"\n\
+         [[role]]\nname = \"shop\"\nspiffe_id = \"spiffe://example.org/**\"\nrole_arn = \"arn:minio:iam:::role/shop\"\n",
+        socket.display()
+    )
+}
+
+/// An agent that trusts awsvid with others' identities, and does not know it yet.
+fn spire(folder: &Path) -> Option<Spire> {
+    if !root() {
+        return None;
+    }
+    Spire::start_with(folder, Source::Delegated.of_spire())
+}
+
+fn register(spire: &Spire) {
+    spire.register(AWSVID, &awsvid_selectors(Path::new(PROGRAM)).each_ref().map(String::as_str));
+}
+
+/// What the daemon says, once, of the source that keeps it from being ready.
+fn complaint(daemon: &Daemon, words: &[&str]) -> String {
+    let line = daemon.await_line(&[&["not ready: the identity source: "], words].concat());
+    assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
+    line
+}
+
+/// Whatever it was, it is over: the source answers, and the daemon has said what it had to say only once.
+fn assert_mended(daemon: &Daemon, line: &str) {
+    daemon.await_line(&["not ready: STS: "]);
+    assert_eq!(daemon.log().matches(&serde_json::to_string(line).unwrap()).count(), 1, "{line}");
+}
+
+#[test]
+fn no_socket() {
+    let folder = folder();
+    let Some(mut spire) = spire(folder.path()) else { return };
+    register(&spire);
+    spire.stop_agent();
+    // One that has never run.
+    fs::remove_file(spire.admin_socket()).unwrap();
+    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
+    let line = complaint(&daemon, &["there is no socket at unix://", "start the SPIFFE agent", "`admin_socket_path`"]);
+    spire.start_agent();
+    assert_mended(&daemon, &line);
+}
+
+#[test]
+fn a_socket_that_awsvid_may_not_open() {
+    let folder = folder();
+    let Some(spire) = spire(folder.path()) else { return };
+    let own = folder.path().join("own");
+    fs::create_dir(&own).unwrap();
+    chown(&own, Some(USER), Some(USER)).unwrap();
+    let user = USER.to_string();
+    let as_user = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups", "--inh-caps=-all"];
+    let daemon = Daemon::start_behind(&as_user, &own, "", &by_delegated_identity(&spire.admin_socket()));
+    complaint(&daemon, &["awsvid may not open unix://", "give uid 51001 write access", "mode 0770", "agent's group"]);
+}
+
+#[test]
+fn awsvid_has_no_entry() {
+    let folder = folder();
+    let Some(spire) = spire(folder.path()) else { return };
+    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
+    let line = complaint(&daemon, &["no identity for awsvid itself", "register one", "by its user and executable"]);
+    register(&spire);
+    assert_mended(&daemon, &line);
+}
+
+#[test]
+fn awsvid_is_no_delegate() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let Some(mut spire) = Spire::start(folder.path()) else { return };
+    register(&spire);
+    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
+    let line = complaint(&daemon, &["does not let awsvid ask for other workloads", "`authorized_delegates`"]);
+    spire.stop_agent();
+    spire.setting = Source::Delegated.of_spire();
+    spire.start_agent();
+    assert_mended(&daemon, &line);
+}
+
+#[test]
+fn the_socket_is_another_one() {
+    let folder = folder();
+    let Some(spire) = spire(folder.path()) else { return };
+    register(&spire);
+    let (status, log) = Daemon::refused(&[], folder.path(), &by_delegated_identity(&spire.agent_socket()));
+    assert_eq!(status, EX_CONFIG, "{log}");
+    assert!(log.contains("is not the admin socket of a SPIRE agent: set `admin_socket`"), "{log}");
+}
+
+#[test]
+fn awsvid_lives_in_another_pid_namespace() {
+    let folder = folder();
+    let Some(spire) = spire(folder.path()) else { return };
+    register(&spire);
+    let (status, log) = Daemon::refused(&OWN_PIDS, folder.path(), &by_delegated_identity(&spire.admin_socket()));
+    assert_eq!(status, EX_CONFIG, "{log}");
+    assert!(log.contains("in another pid namespace than awsvid") && log.contains("hostPID: true"), "{log}");
+}
+
+#[test]
+fn the_agent_lives_in_another_pid_namespace() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let setting = SpireSetting { agent_behind: OWN_PIDS.to_vec(), ..Source::Delegated.of_spire() };
+    let Some(mut spire) = Spire::start_with(folder.path(), setting) else { return };
+    let (status, log) = Daemon::refused(&[], folder.path(), &by_delegated_identity(&spire.admin_socket()));
+    assert_eq!(status, EX_CONFIG, "{log}");
+    assert!(log.contains("in another pid namespace than awsvid") && log.contains("hostPID: true"), "{log}");
+
+    // One that comes only later is found out as well, and nobody is named to it.
+    spire.stop_agent();
+    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
+    spire.start_agent();
+    complaint(&daemon, &["in another pid namespace than awsvid", "hostPID: true"]);
+    assert!(!spire.agent_log().contains("PID attested"), "the agent was asked about somebody");
+}
+
+/// An agent to which the number of a process means nothing.
+struct Old {
+    answer: Answer,
+}
+
+type Answer = fn() -> Status;
+
+#[tonic::async_trait]
+impl DelegatedIdentity for Old {
+    async fn fetch_jwtsvi_ds(
+        &self,
+        request: Request<api::FetchJwtsviDsRequest>,
+    ) -> Result<Response<api::FetchJwtsviDsResponse>, Status> {
+        if request.into_inner().audience.is_empty() {
+            return Err(Status::invalid_argument("audience must be specified"));
+        }
+        Err((self.answer)())
+    }
+}
+
+/// That agent at this path, until the value is dropped.
+fn old_agent(path: &Path, answer: Answer) -> Runtime {
+    let runtime = Runtime::new().unwrap();
+    let listener = runtime.block_on(async { UnixListener::bind(path).unwrap() });
+    runtime.spawn(
+        tonic::transport::Server::builder()
+            .add_service(DelegatedIdentityServer::new(Old { answer }))
+            .serve_with_incoming(UnixListenerStream::new(listener)),
+    );
+    runtime
+}
+
+#[test]
+fn the_agent_is_too_old() {
+    // One that misses something in the request, and 1.10.1, which looks for entries without selectors and finds none.
+    let answers: [(Answer, &str); 2] = [
+        (|| Status::invalid_argument("must provide selectors"), "that takes SPIRE 1.10.2 or newer"),
+        (|| Status::permission_denied("no identity issued"), "or the agent is older than 1.10.2"),
+    ];
+    for (answer, words) in answers {
+        let folder = folder();
+        let socket = folder.path().join("admin.sock");
+        let _agent = old_agent(&socket, answer);
+        let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&socket));
+        complaint(&daemon, &[words]);
+    }
+}

@@ -1,0 +1,202 @@
+//! What SPIRE said of a process is remembered: through an outage of the agent, but not past the end of an entry, and it costs
+//! the agent one question for each process.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::harness::actor::{Connector, program};
+use crate::harness::client::ask;
+use crate::harness::counterparts::process::{Process, await_some, behind};
+use crate::harness::counterparts::{folder, minio};
+use crate::harness::world::{Setting, Source, World, id};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const READER: u32 = 51_001;
+const OTHER: u32 = 51_002;
+/// Asks once, and then no more for long.
+const QUIET: u32 = 51_003;
+const USERS: [(u32, &str); 3] = [(READER, "reader"), (OTHER, "other"), (QUIET, "quiet")];
+
+/// A process that asks on a new connection all the time, until the test has seen enough.
+struct Asking {
+    process: Process,
+    name: String,
+}
+
+impl Asking {
+    /// Starts it as this user, over this listener; returns when it has got credentials.
+    fn start(world: &World, folder: &Path, uid: u32, listener: &str) -> Self {
+        let address = match listener {
+            "unix" => world.daemon.unix().display().to_string(),
+            _ => world.daemon.tcp().to_string(),
+        };
+        let name = format!("{uid} over {listener}");
+        let mut command = behind(&world.cgroup().enter(), &program());
+        command.env_clear().env("PATH", "/usr/bin:/bin").args(["soak", &uid.to_string(), listener, &address, "100"]);
+        let process = Process::start(&name, command, &folder.join(format!("asking-{uid}-{listener}.log")));
+        let asking = Self { process, name };
+        asking.await_keys(1);
+        asking
+    }
+
+    /// Waits until it has seen so many keys.
+    fn await_keys(&self, count: usize) {
+        self.process.await_some(&format!("{count} keys of {}", self.name), Duration::from_secs(300), || {
+            (self.process.log().lines().filter(|line| line.contains("\"key\"")).count() >= count).then_some(())
+        });
+    }
+
+    /// How many answers it has got, all of which were credentials.
+    fn answers(mut self) -> u64 {
+        self.process.signal(Signal::SIGTERM);
+        self.process.owned().wait(PATIENCE).expect("it ends");
+        let log = self.process.log();
+        let counted: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+        for what in ["errors", "expired", "empty"] {
+            assert_eq!(counted[what], 0, "{}: {log}", self.name);
+        }
+        counted["answers"].as_u64().unwrap()
+    }
+}
+
+/// A process that asks when the test says so.
+fn connector(world: &World, uid: u32) -> Connector {
+    Connector::start(uid, "unix", world.daemon.unix().to_str().unwrap(), world.cgroup().path())
+}
+
+fn ask_by(connector: &Connector) -> (u16, Value) {
+    ask(UnixStream::from(connector.connect()))
+}
+
+/// A process that is new is told to come back.
+fn assert_told_to_come_back(world: &World, uid: u32) {
+    let (head, body) = world.curl(uid);
+    assert!(head.starts_with("HTTP/1.1 503 Service Unavailable\r\n"), "{head}");
+    assert!(head.contains("\r\nretry-after: 1\r\n"), "{head}");
+    assert!(body.contains("\"code\":\"source_unavailable\""), "{body}");
+}
+
+fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
+    let slow = std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow");
+    // Everybody is asked about again every 30 s. In ten minutes a session of a quarter of an hour is due for a new one, too.
+    let away = Duration::from_secs(if slow { 600 } else { 38 });
+    let folder = folder();
+    let setting = Setting { source, role: "duration = \"15m\"", ..Setting::default() };
+    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else { return };
+    let asking = [(READER, "unix"), (READER, "tcp"), (OTHER, "unix")]
+        .map(|(uid, listener)| Asking::start(&world, folder.path(), uid, listener));
+    let quiet = connector(&world, QUIET);
+    let (status, first) = ask_by(&quiet);
+    assert_eq!(status, 200, "{first}");
+    assert_eq!(world.daemon.status(&id("quiet"))["latest_pid"], quiet.id().as_raw());
+
+    world.spire.stop_agent();
+    let began = Instant::now();
+    // Of an identity that is warm, but nobody can say that it is this process's.
+    assert_told_to_come_back(&world, READER);
+    thread::sleep(away.saturating_sub(began.elapsed()));
+    assert_told_to_come_back(&world, OTHER);
+    if !slow {
+        assert_eq!(ask_by(&quiet), (200, first.clone()), "by a connection that is as new as the process is known");
+    }
+    world.start_agent();
+    for uid in [READER, OTHER] {
+        let (head, body) = world.curl(uid);
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "one try: {head} {body}");
+    }
+    if slow {
+        // With a process that has closed its connection a quarter of an hour ago.
+        let renewed = await_some("the quiet one's credentials are renewed", Duration::from_secs(200), || {
+            Some(world.daemon.status(&id("quiet"))["access_key_id"].clone()).filter(|key| *key != first["AccessKeyId"])
+        });
+        assert_eq!(ask_by(&quiet).1["AccessKeyId"], renewed);
+        asking.iter().for_each(|asking| asking.await_keys(2));
+    }
+    let answers = asking.map(Asking::answers);
+    eprintln!("away for {away:?}: {answers:?} answers, all of them credentials");
+    let least = u64::try_from(away.as_millis()).unwrap() / 1000;
+    assert!(answers.iter().all(|answers| *answers > least), "{answers:?}");
+}
+
+fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
+    let folder = folder();
+    let setting = Setting { source, ..Setting::default() };
+    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else { return };
+    let [busy, quiet] = [OTHER, QUIET].map(|uid| connector(&world, uid));
+    for known in [&busy, &quiet] {
+        assert_eq!(ask_by(known).0, 200);
+    }
+    let began = Instant::now();
+    world.unregister(&id("other"));
+    world.unregister(&id("quiet"));
+    assert_eq!(ask_by(&busy).0, 200, "it is known");
+    let refused = loop {
+        thread::sleep(Duration::from_secs(1));
+        let (status, body) = ask_by(&busy);
+        if status != 200 {
+            break body;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "it is answered for longer than a minute");
+    };
+    let took = began.elapsed();
+    eprintln!("an entry that was deleted had an effect after {took:?} for a process that asked each second");
+    assert_eq!(refused["code"], "no_identity");
+    // By default the server and the agent take up to 10 s more to notice the deletion, each a half.
+    assert!(took < Duration::from_secs(50), "{took:?}");
+    // The other one has not asked since, and never hears of credentials again.
+    thread::sleep(Duration::from_secs(60).saturating_sub(began.elapsed()));
+    assert_eq!(ask_by(&quiet).1["code"], "no_identity");
+    // It is registered again, and may have to be asked for once more.
+    world.register(&id("other"), &[&format!("unix:uid:{OTHER}")], &[]);
+    await_some("it is answered again", PATIENCE, || (ask_by(&busy).0 == 200).then_some(()));
+}
+
+fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
+    let folder = folder();
+    let setting = Setting { source, ..Setting::default() };
+    let Some(world) = World::start(folder.path(), &USERS, &setting) else { return };
+    let trace = world.minio.trace();
+    // Each command is a new process.
+    for _ in 0..5 {
+        assert_eq!(world.copy(READER).success("aws s3 cp"), "hello from the shop\n");
+    }
+    let issued = world.daemon.status(&id("reader"));
+    let key = issued["access_key_id"].as_str().unwrap();
+    let mut attested = world.spire.attested(&format!("uid:{READER}"));
+    attested.sort_unstable();
+    attested.dedup();
+    assert_eq!((attested.len(), trace.count(minio::ASSUME_ROLE, key)), (5, 1));
+    assert_eq!(world.spire.attested(&format!("uid:{READER}")).len(), 5, "one question for each");
+
+    let known = connector(&world, READER);
+    let own = world.spire.attested("uid:0").len();
+    for _ in 0..50 {
+        assert_eq!(ask_by(&known).1["AccessKeyId"], key);
+    }
+    let asked = world.spire.attested(&format!("uid:{READER}")).iter().filter(|pid| **pid == known.id()).count();
+    assert_eq!((asked, trace.count(minio::ASSUME_ROLE, key)), (1, 1));
+    // The agent attests whoever asks for others, too: here for that one question, and where awsvid asks about itself.
+    let own = world.spire.attested("uid:0").len() - own;
+    assert!(own <= 3, "{own} questions of awsvid's");
+    drop(trace);
+}
+
+#[test]
+fn by_delegated_identity_an_agent_that_is_away_cuts_off_nobody_who_is_known() {
+    an_agent_that_is_away_cuts_off_nobody_who_is_known(Source::Delegated);
+}
+
+#[test]
+fn by_delegated_identity_a_deleted_entry_takes_effect_within_the_minute() {
+    a_deleted_entry_takes_effect_within_the_minute(Source::Delegated);
+}
+
+#[test]
+fn by_delegated_identity_a_process_that_is_known_costs_the_agent_nothing() {
+    a_process_that_is_known_costs_the_agent_nothing(Source::Delegated);
+}

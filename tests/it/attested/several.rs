@@ -1,0 +1,100 @@
+//! A process with several identities: which of them a role takes, by the real agent's own answers.
+
+use serde_json::Value;
+
+use crate::harness::counterparts::folder;
+use crate::harness::world::{Setting, Source, World, id};
+
+const TWO: u32 = 51_001;
+const ADMIN: u32 = 51_003;
+
+/// The SPIFFE ID that a user is given credentials for by a role, or the code of the refusal.
+fn by_role(world: &World, uid: u32, role: &str) -> String {
+    let before = world.daemon.audit().len();
+    let (_, body) = world.curl_by("/usr/bin/curl".as_ref(), uid, "unix", role);
+    let body: Value = serde_json::from_str(&body).unwrap();
+    let [record] = &world.daemon.audit_after(before)[..] else { panic!("one request, one record") };
+    assert_eq!(record["access_key_id"], body["AccessKeyId"], "{record} {body}");
+    let given = record["spiffe_id"].as_str().filter(|_| record["outcome"] == "issued");
+    given.or(body["code"].as_str()).unwrap().to_owned()
+}
+
+/// Roles beside `shop`, which comes first and is for all of `w/*`.
+fn add_roles(world: &World, roles: &[(&str, &str)]) {
+    let roles = roles.iter().map(|(name, ids)| {
+        format!("[[role]]\nname = \"{name}\"\nspiffe_id = \"{ids}\"\nrole_arn = \"{}\"\n", world.minio.role_arn())
+    });
+    let text = format!("{}\n{}", world.daemon.text(), roles.collect::<String>());
+    assert!(world.daemon.reload_text(&text));
+}
+
+fn one_is_chosen_by_role_or_hint_and_never_by_its_place(source: Source) {
+    let folder = folder();
+    let setting = Setting { source, ..Setting::default() };
+    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else { return };
+    let of_two = format!("unix:uid:{TWO}");
+    for (name, options) in [("first", &[][..]), ("second", &["-hint", "second-by-hint"]), ("third", &["-hint", "x"])] {
+        world.register(&id(name), &[&of_two], options);
+    }
+    add_roles(
+        &world,
+        &[
+            ("exact-first", &id("first")),
+            ("exact-third", &id("third")),
+            ("second-by-hint", &id("*")),
+            ("of-others", "spiffe://example.org/others/*"),
+            ("exact-reader", &id("reader")),
+        ],
+    );
+    for (role, given) in [
+        ("/exact-first", &*id("first")),
+        ("/exact-third", &*id("third")),
+        ("/second-by-hint", &*id("second")),
+        // A role for all three, without a hint: for none of them, also where no role is asked for by name.
+        ("/shop", "several_identities"),
+        ("", "several_identities"),
+        ("/of-others", "not_this_role"),
+        ("/exact-reader", "not_this_role"),
+    ] {
+        assert_eq!(by_role(&world, TWO, role), given, "{role}");
+    }
+}
+
+fn an_admin_entry_is_used_only_if_a_role_names_it(source: Source) {
+    let folder = folder();
+    let setting = Setting { source, ..Setting::default() };
+    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else { return };
+    let of_admin = format!("unix:uid:{ADMIN}");
+    let admin = "spiffe://example.org/tools/admin";
+    world.register(admin, &[&of_admin], &["-admin"]);
+    world.register("spiffe://example.org/tools/downstream", &[&of_admin], &["-downstream"]);
+    add_roles(&world, &[("named", admin), ("all", "spiffe://example.org/**")]);
+    // Which agent gives such identities away differs; without a role of their own nobody gets anything by them.
+    let leaks = source == Source::Broker;
+    assert_eq!(by_role(&world, ADMIN, ""), if leaks { admin } else { "no_identity" });
+    assert_eq!(by_role(&world, ADMIN, "/named"), if leaks { admin } else { "no_identity" });
+    assert_eq!(by_role(&world, ADMIN, "/all"), if leaks { "several_identities" } else { "no_identity" });
+    world.register(&id("plain"), &[&of_admin], &[]);
+    assert_eq!(by_role(&world, ADMIN, "/shop"), id("plain"));
+    assert_eq!(by_role(&world, ADMIN, "/all"), if leaks { "several_identities".to_owned() } else { id("plain") });
+}
+
+#[test]
+fn by_delegated_identity_one_is_chosen_by_role_or_hint_and_never_by_its_place() {
+    one_is_chosen_by_role_or_hint_and_never_by_its_place(Source::Delegated);
+}
+
+#[test]
+fn by_delegated_identity_an_admin_entry_is_used_only_if_a_role_names_it() {
+    an_admin_entry_is_used_only_if_a_role_names_it(Source::Delegated);
+}
+
+#[test]
+fn by_the_broker_api_one_is_chosen_by_role_or_hint_and_never_by_its_place() {
+    one_is_chosen_by_role_or_hint_and_never_by_its_place(Source::Broker);
+}
+
+#[test]
+fn by_the_broker_api_an_admin_entry_is_used_only_if_a_role_names_it() {
+    an_admin_entry_is_used_only_if_a_role_names_it(Source::Broker);
+}

@@ -1,0 +1,229 @@
+//! A SPIRE agent of the test's own, and the STS that trusts it. It attests as SPIRE does, by what `/proc` shows of a process
+//! while it is being asked; the test says at which moment that is.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use awsvid::dev::keys::SigningKey;
+use awsvid::dev::oidc::Issuer;
+use awsvid::svid::proto::spire::api::agent::delegatedidentity::v1::delegated_identity_server::{
+    DelegatedIdentity, DelegatedIdentityServer,
+};
+use awsvid::svid::proto::spire::api::agent::delegatedidentity::v1::{FetchJwtsviDsRequest, FetchJwtsviDsResponse};
+use awsvid::svid::proto::spire::api::types::{Jwtsvid, Spiffeid};
+use nix::unistd::Pid;
+use serde_json::json;
+use tokio::net::UnixListener;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status};
+
+use super::sts::{AUDIENCE, OneRoleSts};
+use super::world::AWSVID;
+
+const TRUST_DOMAIN: &str = "example.org";
+/// Of a test, for what takes milliseconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A registration entry: who has all of these selectors has this SPIFFE ID.
+pub(crate) struct Entry {
+    id: String,
+    selectors: Vec<String>,
+}
+
+impl Entry {
+    /// Selectors are `unix:uid:N`, `unix:gid:N` and `unix:path:/P`.
+    pub(crate) fn new(id: &str, selectors: &[&str]) -> Self {
+        Self { id: id.to_owned(), selectors: selectors.iter().map(|text| (*text).to_owned()).collect() }
+    }
+}
+
+/// The agent and the STS, until it is dropped.
+pub(crate) struct FakeAgent {
+    runtime: Runtime,
+    desk: Arc<Desk>,
+    socket: PathBuf,
+    sts: OneRoleSts,
+    _issuer: Issuer,
+}
+
+struct Desk {
+    entries: Vec<Entry>,
+    key: SigningKey,
+    issuer: String,
+    calls: Mutex<Calls>,
+}
+
+#[derive(Default)]
+struct Calls {
+    /// How often it was asked about each process.
+    count: HashMap<i32, usize>,
+    /// About whom the next question is to be held.
+    held: HashMap<i32, watch::Sender<Stage>>,
+}
+
+/// How far a question that is held has come, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    Expected,
+    Asked,
+    Looking,
+    Seen,
+    Answered,
+}
+
+/// A question that goes on when the test says so; else when this is dropped.
+pub(crate) struct Held<'a> {
+    runtime: &'a Runtime,
+    stage: watch::Sender<Stage>,
+}
+
+impl FakeAgent {
+    /// Serves these entries at a socket in `folder`.
+    pub(crate) fn start(folder: &Path, mut entries: Vec<Entry>) -> Self {
+        let runtime = Runtime::new().expect("a runtime");
+        entries.push(Entry::new(AWSVID, &["unix:uid:0", &format!("unix:path:{}", env!("CARGO_BIN_EXE_awsvid"))]));
+        let key = SigningKey::generate().expect("a key");
+        let issuer = runtime.block_on(Issuer::start(key.jwks())).expect("an issuer");
+        let sts = OneRoleSts::start(issuer.url());
+        let desk = Arc::new(Desk { entries, key, issuer: issuer.url().to_owned(), calls: Mutex::default() });
+        let socket = folder.join("agent.sock");
+        let listener = runtime.block_on(async { UnixListener::bind(&socket) }).expect("a socket");
+        let service = DelegatedIdentityServer::from_arc(desk.clone());
+        let server = tonic::transport::Server::builder().add_service(service);
+        runtime.spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
+        Self { runtime, desk, socket, sts, _issuer: issuer }
+    }
+
+    /// All that a daemon needs but `[listen]`, `[audit]` and `[log]`.
+    pub(crate) fn configuration(&self) -> String {
+        let identity = format!("admin_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"", self.socket.display());
+        format!("[identity]\nsource = \"spire-delegated\"\n{identity}\n{}", self.sts.configuration())
+    }
+
+    /// Holds the next question about this process.
+    pub(crate) fn hold(&self, pid: i32) -> Held<'_> {
+        let stage = watch::Sender::new(Stage::Expected);
+        self.desk.calls.lock().unwrap().held.insert(pid, stage.clone());
+        Held { runtime: &self.runtime, stage }
+    }
+
+    /// How often it was asked about processes other than this one.
+    pub(crate) fn questions(&self, but: Pid) -> usize {
+        let calls = self.desk.calls.lock().unwrap();
+        calls.count.iter().filter(|(pid, _)| **pid != but.as_raw()).map(|(_, count)| count).sum()
+    }
+
+    /// How often a token was exchanged.
+    pub(crate) fn exchanged(&self) -> u64 {
+        self.sts.exchanged()
+    }
+}
+
+impl Held<'_> {
+    /// Waits until the question has come: nothing has been looked at.
+    pub(crate) fn await_asked(&self) {
+        self.wait(Stage::Asked);
+    }
+
+    /// Lets the agent look, and waits until it has: nothing is answered yet.
+    pub(crate) fn look(&self) {
+        self.advance(Stage::Looking);
+        self.wait(Stage::Seen);
+    }
+
+    /// Lets the answer go, to what was seen.
+    pub(crate) fn answer(&self) {
+        self.advance(Stage::Answered);
+    }
+
+    fn advance(&self, to: Stage) {
+        advance(&self.stage, to);
+    }
+
+    fn wait(&self, for_stage: Stage) {
+        let mut stage = self.stage.subscribe();
+        let reached =
+            async { tokio::time::timeout(PATIENCE, stage.wait_for(|stage| *stage >= for_stage)).await.is_ok() };
+        assert!(self.runtime.block_on(reached), "the question was not {for_stage:?} within {PATIENCE:?}");
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.advance(Stage::Answered);
+    }
+}
+
+fn advance(stage: &watch::Sender<Stage>, to: Stage) {
+    stage.send_if_modified(|stage| {
+        let is_later = *stage < to;
+        *stage = (*stage).max(to);
+        is_later
+    });
+}
+
+#[tonic::async_trait]
+impl DelegatedIdentity for Desk {
+    async fn fetch_jwtsvi_ds(
+        &self,
+        request: Request<FetchJwtsviDsRequest>,
+    ) -> Result<Response<FetchJwtsviDsResponse>, Status> {
+        let FetchJwtsviDsRequest { audience, pid, .. } = request.into_inner();
+        let held = {
+            let mut calls = self.calls.lock().unwrap();
+            *calls.count.entry(pid).or_default() += 1;
+            calls.held.remove(&pid)
+        };
+        // Whoever holds it lets go at the latest when he is dropped.
+        let reached = async |to: Stage, wanted: Stage| {
+            if let Some(stage) = &held {
+                advance(stage, to);
+                stage.subscribe().wait_for(|stage| *stage >= wanted).await.expect("this has a sender");
+            }
+        };
+        reached(Stage::Asked, Stage::Looking).await;
+        let seen = selectors(pid);
+        reached(Stage::Seen, Stage::Answered).await;
+        let seen = seen.map_err(|_| Status::unavailable("workload attestation failed"))?;
+        let has_all = |entry: &&Entry| entry.selectors.iter().all(|selector| seen.contains(selector));
+        let svids: Vec<_> = self.entries.iter().filter(has_all).map(|entry| self.svid(&entry.id, &audience)).collect();
+        if svids.is_empty() {
+            return Err(Status::permission_denied("no identity issued"));
+        }
+        Ok(Response::new(FetchJwtsviDsResponse { svids }))
+    }
+}
+
+impl Desk {
+    fn svid(&self, id: &str, audience: &[String]) -> Jwtsvid {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let claims = json!({ "iss": self.issuer, "sub": id, "aud": audience, "iat": now, "exp": now + 300 });
+        let path = id.strip_prefix("spiffe://").and_then(|rest| rest.strip_prefix(TRUST_DOMAIN)).expect("an own ID");
+        Jwtsvid {
+            token: self.key.sign(&claims).expect("a signature"),
+            id: Some(Spiffeid { trust_domain: TRUST_DOMAIN.to_owned(), path: path.to_owned() }),
+            ..Jwtsvid::default()
+        }
+    }
+}
+
+/// What SPIRE's attestor `unix` finds, with `discover_workload_path`: the effective ids and the executable's path.
+fn selectors(pid: i32) -> io::Result<Vec<String>> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let effective = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|line| line.split_ascii_whitespace().nth(1)).ok_or(io::ErrorKind::InvalidData)
+    };
+    let path = fs::read_link(format!("/proc/{pid}/exe"))?;
+    Ok(vec![
+        format!("unix:uid:{}", effective("Uid:")?),
+        format!("unix:gid:{}", effective("Gid:")?),
+        format!("unix:path:{}", path.display()),
+    ])
+}

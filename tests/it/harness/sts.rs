@@ -1,0 +1,55 @@
+//! The verifying STS of `awsvid dev` with one role, for all whom one issuer calls `spiffe://example.org/w/<name>`.
+
+use std::time::Duration;
+
+use awsvid::clock::Clock;
+use awsvid::dev::sts::{Account, Provider, Sts, TrustedRole};
+use awsvid::identity::{RoleArn, SpiffeIdPattern};
+use tokio::runtime::Runtime;
+
+use super::world::id;
+
+/// What a token has to be for.
+pub(crate) const AUDIENCE: &str = "awsvid-test";
+const ROLE: &str = "arn:aws:iam::123456789012:role/app";
+
+/// Runs until it is dropped.
+pub(crate) struct OneRoleSts {
+    sts: Sts,
+    _runtime: Runtime,
+}
+
+impl OneRoleSts {
+    /// Trusts the tokens of this issuer.
+    pub(crate) fn start(issuer: &str) -> Self {
+        let runtime = Runtime::new().expect("a runtime");
+        let account = Account {
+            region: "us-east-1".to_owned(),
+            providers: vec![Provider { issuer: issuer.to_owned(), client_ids: vec![AUDIENCE.to_owned()] }],
+            roles: vec![TrustedRole {
+                arn: RoleArn::parse(ROLE).expect("an ARN"),
+                issuer: issuer.to_owned(),
+                audience: AUDIENCE.to_owned(),
+                subjects: vec![SpiffeIdPattern::parse(&id("*")).expect("a pattern")],
+                max_duration: Duration::from_secs(12 * 3600),
+            }],
+        };
+        let sts = runtime.block_on(Sts::start(account, Clock::system())).expect("an STS");
+        Self { sts, _runtime: runtime }
+    }
+
+    /// `[sts]` and the role.
+    pub(crate) fn configuration(&self) -> String {
+        format!(
+            "[sts]\nregion = \"us-east-1\"\nendpoint = \"{}\"\n\
+             [[role]]\nname = \"app\"\nspiffe_id = \"{}\"\nrole_arn = \"{ROLE}\"\n",
+            self.sts.url(),
+            id("*"),
+        )
+    }
+
+    /// How often a token was exchanged.
+    pub(crate) fn exchanged(&self) -> u64 {
+        self.sts.issued()
+    }
+}
