@@ -39,8 +39,8 @@ use crate::svid::{self, Attesting, Delegated, IdentitySource, SourceError, Workl
 const OPERATORS: Duration = Duration::from_secs(1);
 
 /// How long the start waits to find out whether the identity source is of any use. An agent on this machine needs a few
-/// milliseconds.
-const FIRST_LOOK: Duration = Duration::from_millis(500);
+/// milliseconds, more on a busy one; only one that hangs makes a start wait.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
 
 /// Why the daemon does not start, or goes on with its old configuration.
 #[derive(Debug, Error)]
