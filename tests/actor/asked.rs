@@ -7,7 +7,7 @@
 use std::ffi::CString;
 use std::fs;
 use std::io::{BufRead, Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -127,6 +127,7 @@ impl Player {
     fn start(uid: u32, to: [&str; 2], over: UnixStream) -> Self {
         let (words, theirs) = UnixStream::pair().unwrap();
         let started = child(|_| {
+            leave(&words);
             become_user(uid);
             Part::new(to, theirs, Some(over)).obey();
             String::new()
@@ -136,7 +137,11 @@ impl Player {
 
     fn reusing(pid: Pid, uid: u32, to: [&str; 2]) -> Option<Self> {
         let (words, theirs) = UnixStream::pair().unwrap();
-        reuse(pid, uid, || Part::new(to, theirs, None).obey()).map(|pid| Self { pid, words })
+        let act = || {
+            leave(&words);
+            Part::new(to, theirs, None).obey();
+        };
+        reuse(pid, uid, act).map(|pid| Self { pid, words })
     }
 
     /// Tells it to, and waits until it has said that it is done, or what it was answered.
@@ -153,6 +158,12 @@ impl Player {
             waitpid(self.pid, None).unwrap();
         }
     }
+}
+
+/// Closes the other end of a player's own words in the player, who was forked with both: so it ends with this program, even
+/// if that has ended before the player is to be killed then.
+fn leave(words: &UnixStream) {
+    nix::unistd::close(words.as_raw_fd()).unwrap();
 }
 
 /// Byte by byte: another program may have to read the next one. `None` at the end.

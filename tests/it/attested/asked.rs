@@ -102,7 +102,10 @@ impl Stage {
         let mut steps = Steps::start(&self.first(), scene, listener, &self.address(listener), self.cgroup.path());
         let held = self.agent.hold(steps.caller());
         steps.step("ask");
-        held.await_asked();
+        if !held.await_asked() {
+            let made = Made::of(&steps.step("answer"), scene, &self.daemon);
+            return Some(Played { made, again: (Made::Silence, 0) });
+        }
         if moment == Moment::Before && steps.step("change") != "changed" {
             return None;
         }
@@ -128,6 +131,17 @@ impl Stage {
         }
         let again = before.unwrap_or_else(|| again(&mut steps));
         Some(Played { made, again })
+    }
+}
+
+impl Played {
+    /// Whether somebody was answered as another, or where it is right to refuse, or by what was said of another.
+    fn is_wrong(&self, right: &Self) -> bool {
+        let is_other = |made: &Made, right: &Made| matches!(made, Made::Answered(_)) && made != right;
+        let (again, questions) = &self.again;
+        is_other(&self.made, &right.made)
+            || is_other(again, &right.again.0)
+            || (matches!(again, Made::Answered(_)) && *questions < right.again.1)
     }
 }
 
@@ -212,7 +226,9 @@ fn an_answer_counts_only_for_the_process_that_asked() {
     });
 }
 
-/// Nobody else waits for a question that is under way, and nobody's answer is another's, however often it is tried.
+/// Nobody's answer is another's, however often it is tried, and nobody else waits for a question that is held. As in the
+/// other scenes in random order, what is refused or not answered for another reason, as on a machine that is very busy, has to
+/// be rare.
 #[test]
 fn many_scenes_in_random_order() {
     if !root() {
@@ -224,35 +240,61 @@ fn many_scenes_in_random_order() {
     eprintln!("AWSVID_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let (stage, rows) = (Stage::set(), expected());
-    let (mut wrong, mut played, mut unplayed, mut honest) = (Vec::new(), 0, 0, 0);
-    while played < tries && wrong.len() < 20 {
+    let mut count = Count::default();
+    while count.played < tries {
         let row = &rows[random.usize(..rows.len())];
         let at @ (listener, moment) =
             (LISTENERS[random.usize(..LISTENERS.len())], row.moments[random.usize(..row.moments.len())]);
         let early = row.is_another() && random.bool();
-        let mut answered_wrong = Vec::new();
-        let mut ask = |when: &str| {
-            let (name, listener) = (["alice", "bob"][random.usize(..2)], LISTENERS[random.usize(..LISTENERS.len())]);
-            let made = stage.honest(name, listener);
-            honest += 1;
-            if made != answered(&id(if name == "alice" { "first" } else { name })) {
-                answered_wrong.push(format!("{name} over {listener}, {when}: {made:?}"));
-            }
-        };
-        let what = format!("{} over {listener}, {moment:?}, {early}", row.scene);
-        let made = stage.play(row, at, early, || ask(&format!("during {what}")));
-        ask(&format!("after {what}"));
-        wrong.extend(answered_wrong);
-        match made {
-            Some(made) if made != row.right => wrong.push(format!("{what}: {made:?}")),
-            Some(_) => played += 1,
-            None => unplayed += 1,
-        }
-        if played % 1000 == 0 {
-            eprintln!("{played} scenes and {honest} honest callers: {} wrong", wrong.len());
+        let what = format!("{} over {listener}, {moment:?}{}", row.scene, if early { ", early" } else { "" });
+        let honest =
+            [(); 2].map(|()| (["alice", "bob"][random.usize(..2)], LISTENERS[random.usize(..LISTENERS.len())]));
+        let played = stage.play(row, at, early, || count.honest(&stage, honest[0], &what));
+        count.scene(&what, played, row);
+        count.honest(&stage, honest[1], &what);
+        if count.played % 1000 == 0 {
+            eprintln!("{count:?}");
         }
     }
-    eprintln!("{played} scenes and {honest} honest callers: {} wrong; {unplayed} not played", wrong.len());
-    assert!(wrong.is_empty(), "seed {seed}\n{}", wrong.join("\n"));
-    assert!(unplayed * 100 <= played, "{unplayed} could not be played (seed {seed})");
+    eprintln!("{count:?}");
+    assert_eq!(count.wrong, 0, "seed {seed}: {count:?}");
+    assert!(count.otherwise * 1000 <= count.played, "seed {seed}: {count:?}");
+    assert!(count.unanswered * 1000 <= count.honest, "seed {seed}: {count:?}");
+}
+
+#[derive(Debug, Default)]
+struct Count {
+    /// Scenes, of which
+    played: usize,
+    /// so many had another outcome than the right one, that hurts nobody.
+    otherwise: usize,
+    /// Callers that nothing becomes of, of whom
+    honest: usize,
+    /// so many were not answered.
+    unanswered: usize,
+    /// Answers that nobody should have been given.
+    wrong: usize,
+}
+
+impl Count {
+    fn scene(&mut self, what: &str, played: Option<Played>, row: &Row) {
+        self.played += 1;
+        match &played {
+            Some(played) if *played == row.right => return,
+            Some(played) if played.is_wrong(&row.right) => self.wrong += 1,
+            _ => self.otherwise += 1,
+        }
+        eprintln!("{what}: {played:?}");
+    }
+
+    fn honest(&mut self, stage: &Stage, (name, listener): (&str, &str), when: &str) {
+        self.honest += 1;
+        let made = stage.honest(name, listener);
+        match &made {
+            Made::Answered(id) if *id == self::id(if name == "alice" { "first" } else { name }) => return,
+            Made::Answered(_) => self.wrong += 1,
+            _ => self.unanswered += 1,
+        }
+        eprintln!("{name} over {listener}, at {when}: {made:?}");
+    }
 }

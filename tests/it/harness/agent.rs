@@ -126,15 +126,15 @@ impl FakeAgent {
 }
 
 impl Held<'_> {
-    /// Waits until the question has come: nothing has been looked at.
-    pub(crate) fn await_asked(&self) {
-        self.wait(Stage::Asked);
+    /// Waits until the question has come: nothing has been looked at. `false` if none comes.
+    pub(crate) fn await_asked(&self) -> bool {
+        self.reached(Stage::Asked)
     }
 
     /// Lets the agent look, and waits until it has: nothing is answered yet.
     pub(crate) fn look(&self) {
         self.advance(Stage::Looking);
-        self.wait(Stage::Seen);
+        assert!(self.reached(Stage::Seen), "the agent looks within {PATIENCE:?}");
     }
 
     /// Lets the answer go, to what was seen.
@@ -146,11 +146,10 @@ impl Held<'_> {
         advance(&self.stage, to);
     }
 
-    fn wait(&self, for_stage: Stage) {
+    fn reached(&self, wanted: Stage) -> bool {
         let mut stage = self.stage.subscribe();
-        let reached =
-            async { tokio::time::timeout(PATIENCE, stage.wait_for(|stage| *stage >= for_stage)).await.is_ok() };
-        assert!(self.runtime.block_on(reached), "the question was not {for_stage:?} within {PATIENCE:?}");
+        let reached = async { tokio::time::timeout(PATIENCE, stage.wait_for(|stage| *stage >= wanted)).await.is_ok() };
+        self.runtime.block_on(reached)
     }
 }
 
