@@ -7,7 +7,7 @@
 use std::ffi::CString;
 use std::fs;
 use std::io::{BufRead, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -127,21 +127,23 @@ impl Player {
     fn start(uid: u32, to: [&str; 2], over: UnixStream) -> Self {
         let (words, theirs) = UnixStream::pair().unwrap();
         let started = child(|_| {
-            leave(&words);
             become_user(uid);
             Part::new(to, theirs, Some(over)).obey();
             String::new()
         });
-        Self { pid: started.pid, words }
+        Self { pid: started.pid, words }.ready()
     }
 
     fn reusing(pid: Pid, uid: u32, to: [&str; 2]) -> Option<Self> {
         let (words, theirs) = UnixStream::pair().unwrap();
-        let act = || {
-            leave(&words);
-            Part::new(to, theirs, None).obey();
-        };
-        reuse(pid, uid, act).map(|pid| Self { pid, words })
+        let pid = reuse(pid, uid, || Part::new(to, theirs, None).obey())?;
+        Some(Self { pid, words }.ready())
+    }
+
+    /// Once it says so it is the user that it is to be, and ends with this program.
+    fn ready(mut self) -> Self {
+        line(&mut self.words).expect("a player's first word");
+        self
     }
 
     /// Tells it to, and waits until it has said that it is done, or what it was answered.
@@ -160,12 +162,6 @@ impl Player {
     }
 }
 
-/// Closes the other end of a player's own words in the player, who was forked with both: so it ends with this program, even
-/// if that has ended before the player is to be killed then.
-fn leave(words: &UnixStream) {
-    nix::unistd::close(words.as_raw_fd()).unwrap();
-}
-
 /// Byte by byte: another program may have to read the next one. `None` at the end.
 fn line(words: &mut UnixStream) -> Option<String> {
     let mut line = Vec::new();
@@ -182,8 +178,7 @@ fn line(words: &mut UnixStream) -> Option<String> {
 /// Goes on as the player that has executed this program.
 pub(crate) fn obey_on(descriptor: &str, to: [&str; 2]) {
     // SAFETY: whoever executed this program has left the descriptor open for it.
-    let mut words = unsafe { UnixStream::from_raw_fd(descriptor.parse().unwrap()) };
-    words.write_all(b"\"done\"\n").unwrap();
+    let words = unsafe { UnixStream::from_raw_fd(descriptor.parse().unwrap()) };
     Part::new(to, words, None).obey();
 }
 
@@ -192,7 +187,9 @@ impl<'a> Part<'a> {
         Self { listener, address, words, over, connection: None }
     }
 
+    /// Says first that it is there.
     fn obey(mut self) {
+        self.words.write_all(b"\"done\"\n").unwrap();
         while let Some(word) = line(&mut self.words) {
             if word == "end" {
                 return;
