@@ -1,6 +1,6 @@
 //! Connections to the daemon, and what is said on them.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -101,19 +101,18 @@ pub(crate) fn ask(fd: &OwnedFd) -> String {
 }
 
 pub(crate) fn send(fd: &OwnedFd) {
-    // The daemon may have closed already, which the answer then shows.
-    let _ = file(fd).write_all(REQUEST);
+    write(fd, REQUEST);
 }
 
 /// The beginning of a request, read by the daemon, so that it has attested whose connection this is.
 pub(crate) fn begin(to: &Address, fd: &OwnedFd) {
-    file(fd).write_all(&REQUEST[..PART]).unwrap();
+    write(fd, &REQUEST[..PART]);
     daemon::await_read(to, fd);
 }
 
 /// The rest of it.
 pub(crate) fn conclude(fd: &OwnedFd) -> String {
-    let _ = file(fd).write_all(&REQUEST[PART..]);
+    write(fd, &REQUEST[PART..]);
     answer(fd)
 }
 
@@ -134,6 +133,13 @@ pub(crate) fn conclude_on(descriptor: RawFd) -> String {
 fn inherited(descriptor: RawFd) -> OwnedFd {
     // SAFETY: whoever executed this program has left the descriptor open for it.
     unsafe { OwnedFd::from_raw_fd(descriptor) }
+}
+
+/// On this very descriptor: a second one that is closed again may be the one that the daemon has found. The daemon may have
+/// closed already, which the answer then shows; what is written here fits into any buffer.
+fn write(fd: &OwnedFd, bytes: &[u8]) {
+    let written = nix::unistd::write(fd, bytes);
+    assert!(written.is_err() || written == Ok(bytes.len()));
 }
 
 fn file(fd: &OwnedFd) -> std::fs::File {

@@ -103,7 +103,8 @@ impl Stage {
         let held = self.agent.hold(steps.caller());
         steps.step("ask");
         if !held.await_asked() {
-            let made = Made::of(&steps.step("answer"), scene, &self.daemon);
+            // Whatever came of it; nothing has become of the caller.
+            let made = Made::of(&steps.step("alice answer"), scene, &self.daemon);
             return Some(Played { made, again: (Made::Silence, 0) });
         }
         if moment == Moment::Before && steps.step("change") != "changed" {
