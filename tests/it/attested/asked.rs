@@ -33,6 +33,8 @@ enum Moment {
     Before,
     /// The agent has seen the caller itself, and is about to answer.
     After,
+    /// The caller has been answered, and is known.
+    Known,
 }
 
 /// What came of a scene.
@@ -91,48 +93,57 @@ impl Stage {
 
     /// Plays a scene; `meanwhile` goes on while the agent is about to answer. With `early`, whoever is there then asks before
     /// that. `None` if it could not be played: somebody has taken the number that was to be used again.
-    fn play(
-        &self,
-        row: &Row,
-        (listener, moment): (&str, Moment),
-        early: bool,
-        meanwhile: impl FnOnce(),
-    ) -> Option<Played> {
-        let Row { scene, .. } = row;
+    fn play(&self, row: &Row, listener: &str, early: bool, meanwhile: impl FnOnce()) -> Option<Played> {
+        let Row { scene, moment, .. } = *row;
         let mut steps = Steps::start(&self.first(), scene, listener, &self.address(listener), self.cgroup.path());
         let held = self.agent.hold(steps.caller());
         steps.step("ask");
         if !held.await_asked() {
             // Whatever came of it; nothing has become of the caller.
-            let made = Made::of(&steps.step("alice answer"), scene, &self.daemon);
-            return Some(Played { made, again: (Made::Silence, 0) });
+            return Some(Played { made: self.made(scene, &steps.step("alice answer")), again: (Made::Silence, 0) });
         }
-        if moment == Moment::Before && steps.step("change") != "changed" {
-            return None;
+        if moment == Moment::Before {
+            becomes(&mut steps)?;
         }
         held.look();
-        if moment == Moment::After && steps.step("change") != "changed" {
-            return None;
+        if moment == Moment::After {
+            becomes(&mut steps)?;
         }
-        if scene.ends_with("-and-back") {
+        if moment != Moment::Known && row.is_back() {
             steps.step("back");
         }
         meanwhile();
-        let again = |steps: &mut Steps| {
-            let before = self.agent.questions(self.daemon.pid());
-            let made = Made::of(&steps.step("again"), scene, &self.daemon);
-            (made, self.agent.questions(self.daemon.pid()) - before)
-        };
-        let before = early.then(|| again(&mut steps));
+        let before = early.then(|| self.again(&mut steps, scene));
         let exchanged = self.agent.exchanged();
         held.answer();
-        let made = Made::of(&steps.step("answer"), scene, &self.daemon);
+        let answer = steps.step(if moment == Moment::Known { "alice answer" } else { "answer" });
+        let made = self.made(scene, &answer);
         if matches!(made, Made::Refused(_)) {
             assert_eq!(self.agent.exchanged(), exchanged, "{scene}: a token of the wrong process was exchanged");
         }
-        let again = before.unwrap_or_else(|| again(&mut steps));
-        Some(Played { made, again })
+        if moment == Moment::Known {
+            becomes(&mut steps)?;
+            if row.is_back() {
+                steps.step("back");
+            }
+        }
+        Some(Played { made, again: before.unwrap_or_else(|| self.again(&mut steps, scene)) })
     }
+
+    fn again(&self, steps: &mut Steps, scene: &str) -> (Made, usize) {
+        let before = self.agent.questions(self.daemon.pid());
+        let made = self.made(scene, &steps.step("again"));
+        (made, self.agent.questions(self.daemon.pid()) - before)
+    }
+
+    fn made(&self, scene: &str, answer: &str) -> Made {
+        Made::of(answer, scene, &self.daemon)
+    }
+}
+
+/// What the scene is about happens to the caller.
+fn becomes(steps: &mut Steps) -> Option<()> {
+    (steps.step("change") == "changed").then_some(())
 }
 
 impl Played {
@@ -146,45 +157,54 @@ impl Played {
     }
 }
 
-/// What is right in a scene, over every listener and at each moment.
+/// What is right in a scene, over every listener.
 struct Row {
     scene: &'static str,
-    moments: &'static [Moment],
+    moment: Moment,
     right: Played,
 }
 
 impl Row {
+    /// Whether it is back at what it was once the agent has looked, and asks as that.
+    fn is_back(&self) -> bool {
+        self.scene.ends_with("-and-back")
+    }
+
     /// Whether another than the one who was asked about can ask while the answer is held.
     fn is_another(&self) -> bool {
-        self.right.again.1 == 1 && !self.scene.ends_with("-and-back")
+        self.right.again.1 == 1 && self.moment != Moment::Known && !self.is_back()
     }
 }
 
 fn expected() -> Vec<Row> {
-    const BOTH: &[Moment] = &[Moment::Before, Moment::After];
-    let row = |scene, made: &Made, again: (&str, usize)| {
-        let moments = if scene == "setuid-and-back" || scene == "setgid-and-back" { &BOTH[..1] } else { BOTH };
-        let again = (answered(&id(again.0)), again.1);
-        Row { scene, moments, right: Played { made: made.clone(), again } }
-    };
     let first = &answered(&id("first"));
     let (gone, changed) = (&refused("caller_gone"), &refused("identity_changed"));
-    vec![
-        // Known from now on, so the agent is not asked again.
-        row("still", first, ("first", 0)),
-        row("forked", first, ("first", 0)),
+    // What is made of the request, and of the next one: whose it is, and whether the agent is asked about him.
+    let scenes = [
+        ("still", first, "first", 0),
+        ("forked", first, "first", 0),
         // Nobody is there to see an answer.
-        row("vanished", &Made::Silence, ("first", 1)),
-        row("exited", gone, ("first", 1)),
-        row("zombie", gone, ("first", 1)),
-        row("reused", gone, ("bob", 1)),
-        row("executed", changed, ("second", 1)),
-        row("setuid", changed, ("root", 1)),
-        row("setgid", changed, ("group", 1)),
-        row("moved", changed, ("first", 1)),
-        row("setuid-and-back", changed, ("first", 1)),
-        row("setgid-and-back", changed, ("first", 1)),
-    ]
+        ("vanished", &Made::Silence, "first", 1),
+        ("exited", gone, "first", 1),
+        ("zombie", gone, "first", 1),
+        ("reused", gone, "bob", 1),
+        ("executed", changed, "second", 1),
+        ("setuid", changed, "root", 1),
+        ("setgid", changed, "group", 1),
+        ("moved", changed, "first", 1),
+        ("setuid-and-back", changed, "first", 1),
+        ("setgid-and-back", changed, "first", 1),
+    ];
+    let rows = [Moment::Before, Moment::After, Moment::Known].into_iter().flat_map(|moment| {
+        scenes.iter().map(move |(scene, made, next, questions)| {
+            let known = moment == Moment::Known;
+            // Back again it is known still.
+            let questions = if known && scene.ends_with("-and-back") { 0 } else { *questions };
+            let made = if known { first.clone() } else { (*made).clone() };
+            Row { scene, moment, right: Played { made, again: (answered(&id(next)), questions) } }
+        })
+    });
+    rows.collect()
 }
 
 /// What the audit has of refusals of Alice's processes, by their reasons.
@@ -205,19 +225,17 @@ fn an_answer_counts_only_for_the_process_that_asked() {
     }
     let stage = Stage::set();
     let (mut wrong, mut expected_refusals) = (Vec::new(), BTreeMap::new());
-    for moment in [Moment::Before, Moment::After] {
-        for listener in LISTENERS {
-            for row in expected().iter().filter(|row| row.moments.contains(&moment)) {
-                let Some(played) = stage.play(row, (listener, moment), false, || {}) else {
-                    eprintln!("{} over {listener} could not be played", row.scene);
-                    continue;
-                };
-                if played != row.right {
-                    wrong.push(format!("{} over {listener}, {moment:?}: {played:?}", row.scene));
-                }
-                if let Made::Refused(reason) = &row.right.made {
-                    *expected_refusals.entry(reason.clone()).or_default() += 1;
-                }
+    for listener in LISTENERS {
+        for row in expected() {
+            let Some(played) = stage.play(&row, listener, false, || {}) else {
+                eprintln!("{} over {listener} could not be played", row.scene);
+                continue;
+            };
+            if played != row.right {
+                wrong.push(format!("{} over {listener}, {:?}: {played:?}", row.scene, row.moment));
+            }
+            if let Made::Refused(reason) = row.right.made {
+                *expected_refusals.entry(reason).or_default() += 1;
             }
         }
     }
@@ -243,14 +261,12 @@ fn many_scenes_in_random_order() {
     let (stage, rows) = (Stage::set(), expected());
     let mut count = Count::default();
     while count.played < tries {
-        let row = &rows[random.usize(..rows.len())];
-        let at @ (listener, moment) =
-            (LISTENERS[random.usize(..LISTENERS.len())], row.moments[random.usize(..row.moments.len())]);
+        let (row, listener) = (&rows[random.usize(..rows.len())], LISTENERS[random.usize(..LISTENERS.len())]);
         let early = row.is_another() && random.bool();
-        let what = format!("{} over {listener}, {moment:?}{}", row.scene, if early { ", early" } else { "" });
+        let what = format!("{} over {listener}, {:?}{}", row.scene, row.moment, if early { ", early" } else { "" });
         let honest =
             [(); 2].map(|()| (["alice", "bob"][random.usize(..2)], LISTENERS[random.usize(..LISTENERS.len())]));
-        let played = stage.play(row, at, early, || count.honest(&stage, honest[0], &what));
+        let played = stage.play(row, listener, early, || count.honest(&stage, honest[0], &what));
         count.scene(&what, played, row);
         count.honest(&stage, honest[1], &what);
         if count.played % 1000 == 0 {
