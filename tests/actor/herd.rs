@@ -45,20 +45,24 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
     }
     fcntl(&said, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
     let mut seen = Seen::default();
-    let (began, mut cued) = (Instant::now(), 0);
+    let (began, mut cued, mut busy) = (Instant::now(), 0, None);
     while cued < count {
         let due = usize::try_from(began.elapsed().as_micros() * rate / 1_000_000).unwrap().min(count);
         (&cues).write_all(&vec![0; due - cued]).unwrap();
         cued = due;
         seen.read(&mut said);
+        if busy.is_none() && cued >= count / 4 {
+            busy = Some((Instant::now(), seen.count("200")));
+        }
         thread::sleep(Duration::from_millis(1));
     }
-    let (took, in_time) = (began.elapsed(), seen.count("200"));
+    // Without the first quarter, in which the first have not been answered yet.
+    let per_second = busy.map(|(since, before)| f64::from(seen.count("200") - before) / since.elapsed().as_secs_f64());
     while seen.all() < count {
         seen.read(&mut said);
         thread::sleep(Duration::from_millis(1));
     }
-    seen.show(json!({ "asked": count, "seconds": took.as_secs_f64(), "in_time": in_time }))
+    seen.show(json!({ "asked": count, "answered_per_second": per_second }))
 }
 
 /// So many processes of a user, which do nothing until this one ends; prints their numbers.
@@ -136,8 +140,8 @@ impl Seen {
         self.took.values().map(Vec::len).sum()
     }
 
-    fn count(&self, kind: &str) -> usize {
-        self.took.get(kind).map_or(0, Vec::len)
+    fn count(&self, kind: &str) -> u32 {
+        u32::try_from(self.took.get(kind).map_or(0, Vec::len)).unwrap()
     }
 
     /// Adds what was seen.

@@ -4,6 +4,7 @@ mod asked;
 mod kept;
 mod misconfigured;
 mod programs;
+mod rates;
 mod remembering;
 mod several;
 mod spire;

@@ -67,14 +67,20 @@ impl Daemon {
         Self::start_behind(&[], folder, listen, configuration)
     }
 
-    /// The same with another build of the program.
-    pub(crate) fn start_program(program: &Path, folder: &Path, listen: &str, configuration: &str) -> Self {
-        Self::begin(&[], program, folder, listen, configuration).listening()
-    }
-
     /// The same behind another command, such as one that makes it another user's.
     pub(crate) fn start_behind(words: &[&str], folder: &Path, listen: &str, configuration: &str) -> Self {
-        Self::begin(words, Path::new(PROGRAM), folder, listen, configuration).listening()
+        Self::start_program(words, Path::new(PROGRAM), folder, listen, configuration)
+    }
+
+    /// The same with another build of the program.
+    pub(crate) fn start_program(
+        words: &[&str],
+        program: &Path,
+        folder: &Path,
+        listen: &str,
+        configuration: &str,
+    ) -> Self {
+        Self::begin(words, program, folder, listen, configuration).listening()
     }
 
     fn listening(self) -> Self {

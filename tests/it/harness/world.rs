@@ -49,6 +49,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) without_hashes: bool,
     /// Another build of awsvid.
     pub(crate) program: Option<&'a Path>,
+    /// What the commands of awsvid and of the agent are put behind.
+    pub(crate) behind: &'static [&'static str],
 }
 
 /// Where awsvid has its identities from.
@@ -109,6 +111,7 @@ impl World {
         let spire_setting = SpireSetting {
             x509_svid_ttl: setting.x509_svid_ttl,
             without_hashes: setting.without_hashes,
+            agent_behind: setting.behind.to_vec(),
             ..setting.source.of_spire()
         };
         let spire = Spire::start_with(folder, spire_setting)?;
@@ -153,7 +156,7 @@ impl World {
             minio.role_arn(),
             setting.role,
         );
-        let daemon = Daemon::start_program(program, folder, "", &configuration).ready();
+        let daemon = Daemon::start_program(setting.behind, program, folder, "", &configuration).ready();
         let name = folder.file_name().and_then(|name| name.to_str()).expect("a name in UTF-8");
         let workloads = Cgroup::new(&format!("workloads-{name}.service"));
         Some(Self { spire, minio, daemon, aws, entries, workloads })

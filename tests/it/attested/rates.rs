@@ -1,0 +1,315 @@
+//! More new processes than the agent can attest: it is kept busy all the same, and who is too much is told so at once.
+//!
+//! The agent has one processor, and everything else the others, whoever asks it: else this would compare how many processors
+//! are left for it. `tests/run` looks at the answers to a crowd; `tests/run slow` measures, with the daemon as it is released.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use awsvid::endpoint::Endpoint;
+use awsvid::svid::agent::Agent;
+use awsvid::svid::broker_api::BrokerApi;
+use awsvid::svid::delegated::Delegated;
+use awsvid::svid::own::OwnIdentity;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::{Pid, gettid};
+use serde_json::Value;
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use crate::harness::actor::program;
+use crate::harness::counterparts::folder;
+use crate::harness::counterparts::minio::AUDIENCE;
+use crate::harness::counterparts::process::{Owned, await_some, behind, run, spawn};
+use crate::harness::daemon::released;
+use crate::harness::world::{AWSVID, Setting, Source, World, id};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Where rates are measured, other tests are behind the agent and awsvid.
+const BEFORE: [&str; 3] = ["nice", "-n", "-10"];
+const USERS: [(u32, &str); 2] = [(51_001, "one"), (51_002, "two")];
+/// Questions at one time, where the agent is asked without awsvid.
+const IN_FLIGHT: usize = 16;
+/// How often both are measured, one after the other: what else the machine does comes and goes ...
+const ROUNDS: u32 = 5;
+/// ... and for how long each time, of which the first quarter is left out.
+const ROUND: Duration = Duration::from_secs(4);
+
+/// Processors: for the agent, and for all others.
+struct Processors {
+    agent: CpuSet,
+    others: CpuSet,
+    /// The same as taskset(1) takes it.
+    others_list: String,
+}
+
+impl Processors {
+    fn of_this_machine() -> Self {
+        let all = sched_getaffinity(Pid::this()).unwrap();
+        let numbers: Vec<usize> = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap()).collect();
+        let set = |numbers: &[usize]| {
+            let mut set = CpuSet::new();
+            numbers.iter().for_each(|cpu| set.set(*cpu).unwrap());
+            set
+        };
+        let (agent, others) = match numbers.split_last() {
+            Some((last, others)) if !others.is_empty() => (std::slice::from_ref(last), others),
+            _ => (&numbers[..], &numbers[..]),
+        };
+        let list = others.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        Self { agent: set(agent), others: set(others), others_list: list }
+    }
+
+    /// Words behind which a command of root's runs in the cgroup of workloads, on the others' processors, behind awsvid: as if
+    /// it was on another machine's.
+    fn behind<'a>(&'a self, world: &'a World) -> Vec<&'a str> {
+        [&world.cgroup().enter()[..], &["nice", "-n", "10", "taskset", "--cpu-list", &self.others_list]].concat()
+    }
+}
+
+/// Keeps all threads of a process on these processors.
+fn keep_on(process: Pid, processors: &CpuSet) {
+    for task in fs::read_dir(format!("/proc/{process}/task")).unwrap() {
+        let thread = task.unwrap().file_name().into_string().unwrap().parse().unwrap();
+        // One that has ended meanwhile needs none.
+        let _ = sched_setaffinity(Pid::from_raw(thread), processors);
+    }
+}
+
+/// Processes that are there to be asked about.
+struct Idle {
+    _owned: Owned,
+    pids: Vec<u32>,
+}
+
+impl Idle {
+    fn start(world: &World, processors: &Processors, uid: u32, count: usize) -> Self {
+        let mut command = behind(&processors.behind(world), &program());
+        command.env_clear().env("PATH", "/usr/bin:/bin").args(["idle", &uid.to_string(), &count.to_string()]);
+        command.stdout(Stdio::piped());
+        let mut owned = spawn(command).unwrap();
+        let lines = BufReader::new(owned.stdout().unwrap()).lines();
+        let pids: Vec<u32> = lines.map_while(|line| line.unwrap().parse().ok()).collect();
+        assert_eq!(pids.len(), count);
+        Self { _owned: owned, pids }
+    }
+}
+
+/// The agent, asked without awsvid.
+struct Direct {
+    runtime: Runtime,
+    agent: Arc<dyn Agent>,
+}
+
+impl Direct {
+    fn new(source: Source, world: &World, processors: &Processors) -> Self {
+        let others = processors.others;
+        let place = move || {
+            sched_setaffinity(Pid::from_raw(0), &others).unwrap();
+            let mut renice = Command::new("renice");
+            renice.args([&BEFORE[1..], &["-p", &gettid().to_string()]].concat());
+            run(renice, b"", PATIENCE).success("renice");
+        };
+        let runtime =
+            Builder::new_multi_thread().worker_threads(2).on_thread_start(place).enable_all().build().unwrap();
+        // This test's own process is one that may ask for others.
+        let own = fs::read_link("/proc/self/exe").unwrap();
+        world.spire.register(AWSVID, &["unix:uid:0", &format!("unix:path:{}", own.display())]);
+        let agent: Arc<dyn Agent> = match source {
+            Source::Broker => {
+                let _within = runtime.enter();
+                let own = OwnIdentity::at(Endpoint::Unix(world.spire.agent_socket()));
+                Arc::new(BrokerApi::new(&world.spire.broker_socket(), own, None, PATIENCE))
+            }
+            _ => Arc::new(Delegated::new(&world.spire.admin_socket(), PATIENCE)),
+        };
+        Self { runtime, agent }
+    }
+
+    /// How many processes that are new to it the agent attests in a second, once it is busy.
+    fn rate(&self, world: &World, processors: &Processors) -> f64 {
+        let most = 2500 * usize::try_from(ROUND.as_secs()).unwrap();
+        let idle = Idle::start(world, processors, USERS[0].0, most);
+        let pids = Arc::new(idle.pids.clone());
+        let [next, answered] = [(); 2].map(|()| Arc::new(AtomicUsize::new(0)));
+        let ask = || {
+            let (agent, pids, next, answered) = (self.agent.clone(), pids.clone(), next.clone(), answered.clone());
+            async move {
+                while let Some(pid) = pids.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    assert_eq!(agent.svids(*pid, AUDIENCE).await.unwrap().len(), 1);
+                    answered.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        };
+        self.runtime.block_on(async {
+            let mut asking: JoinSet<()> = (0..IN_FLIGHT).map(|_| ask()).collect();
+            sleep(ROUND / 4).await;
+            let (began, before) = (Instant::now(), answered.load(Ordering::Relaxed));
+            sleep(ROUND * 3 / 4).await;
+            let (took, more) = (began.elapsed(), answered.load(Ordering::Relaxed) - before);
+            asking.abort_all();
+            while let Some(ended) = asking.join_next().await {
+                let error = ended.expect_err("there were processes to ask about until the end");
+                assert!(error.is_cancelled(), "{error}");
+            }
+            f64::from(u32::try_from(more).unwrap()) / took.as_secs_f64()
+        })
+    }
+}
+
+/// What new processes get that come at this rate, by `tests/actor/herd.rs`.
+fn herd(world: &World, processors: &Processors, rate: f64, length: Duration) -> Value {
+    let users = USERS.map(|(uid, _)| uid.to_string()).join(",");
+    let mut command = behind(&processors.behind(world), &program());
+    command.env_clear().env("PATH", "/usr/bin:/bin").args(["herd", &users, &format!("{rate:.0}")]);
+    command.args([&length.as_secs().to_string(), "unix", world.daemon.unix().to_str().unwrap()]);
+    serde_json::from_str(&run(command, b"", PATIENCE).success("the herd")).unwrap()
+}
+
+/// Nobody gets anything but his own credentials, or is told to come back.
+fn assert_right(world: &World, herd: &Value) {
+    let answers = herd["answers"].as_object().unwrap();
+    assert!(answers.values().all(|of_kind| of_kind["longest"].as_f64().unwrap() < 6.0), "{herd}");
+    let kinds: BTreeSet<&str> = answers.keys().map(String::as_str).collect();
+    assert!(kinds.contains("200") && kinds.is_subset(&["200", "503+retry-after"].into()), "{herd}");
+    for (uid, name) in USERS {
+        let key = &world.daemon.status(&id(name))["access_key_id"];
+        assert_eq!(herd["keys"][format!("{uid} 200")], Value::from([key.clone()]), "{herd}");
+        let refused = &herd["keys"][format!("{uid} 503+retry-after")];
+        let known = |code: &Value| ["source_busy", "source_unavailable"].iter().any(|known| code == known);
+        assert!(refused.as_array().is_none_or(|codes| codes.iter().all(known)), "{herd}");
+    }
+}
+
+/// Resident memory of the daemon in KiB, and its descriptors.
+fn holds(world: &World) -> (u64, usize) {
+    let pid = world.daemon.pid();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    (line.trim().trim_end_matches(" kB").parse().unwrap(), descriptors)
+}
+
+/// Starts everything, with all identities warm, and the agent on a processor of its own.
+fn start(folder: &Path, processors: &Processors, setting: &Setting<'_>) -> Option<World> {
+    let world = World::start(folder, &USERS, setting)?;
+    keep_on(world.spire.agent_pid(), &processors.agent);
+    keep_on(world.daemon.pid(), &processors.others);
+    for (uid, _) in USERS {
+        assert!(world.curl(uid).0.starts_with("HTTP/1.1 200"));
+    }
+    Some(world)
+}
+
+/// Once the processes of a herd are gone, nothing is left of them.
+fn assert_nothing_left(world: &World, before: (u64, usize)) {
+    let (kib, _) = holds(world);
+    assert!(kib < before.0 + 64 * 1024, "{} KiB of memory, and {kib} after the herd", before.0);
+    // Of 128 processes the daemon has some open for the next request.
+    let left = await_some("the descriptors of those that are gone are closed", PATIENCE, || {
+        Some(holds(world)).filter(|(_, descriptors)| *descriptors < before.1 + 3 * 128 + 50)
+    });
+    eprintln!("KiB and descriptors: {before:?} before, {kib} KiB at the end, {left:?} later");
+}
+
+fn a_crowd_is_answered_or_told_to_come_back(source: Source) {
+    let (folder, processors) = (folder(), Processors::of_this_machine());
+    let setting = Setting { source, ..Setting::default() };
+    let Some(world) = start(folder.path(), &processors, &setting) else { return };
+    let before = holds(&world);
+    // This agent attests some tens in a second: at each question it reads the whole of a large awsvid. They are fewer than
+    // the connections of each user, so that nobody can be reset.
+    let herd = herd(&world, &processors, 400.0, Duration::from_secs(2));
+    eprintln!("{}", herd["answers"]);
+    assert_right(&world, &herd);
+    assert!(!herd["answers"]["503+retry-after"].is_null(), "a crowd that is none: {herd}");
+    assert_nothing_left(&world, before);
+}
+
+/// In the measured agent's own rate: how many are attested through awsvid where half as many more come.
+fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
+    let (folder, processors) = (folder(), Processors::of_this_machine());
+    let program = folder.path().join("awsvid");
+    fs::copy(released(), &program).unwrap();
+    if !without_hashes {
+        // Where the agent reads the program of whoever asks, it is no longer than this test's own; zeros at the end of a program
+        // are nothing.
+        let own = fs::metadata("/proc/self/exe").unwrap().len();
+        assert!(fs::metadata(&program).unwrap().len() <= own);
+        File::options().write(true).open(&program).unwrap().set_len(own).unwrap();
+    }
+    let setting = Setting { source, without_hashes, program: Some(&program), behind: &BEFORE, ..Setting::default() };
+    let world = start(folder.path(), &processors, &setting)?;
+    let direct = Direct::new(source, &world, &processors);
+    let before = holds(&world);
+    let (mut alone, mut through) = (0.0, 0.0);
+    for _ in 0..ROUNDS {
+        let rate = direct.rate(&world, &processors);
+        let herd = herd(&world, &processors, rate * 1.5, ROUND);
+        assert_right(&world, &herd);
+        let completed = herd["answered_per_second"].as_f64().unwrap();
+        eprintln!("{rate:.0}/s alone, {completed:.0}/s through awsvid: {}", herd["answers"]);
+        (alone, through) = (alone + rate, through + completed);
+    }
+    let share = through / alone;
+    eprintln!("without hashes: {without_hashes}, share {share:.2}");
+    assert_nothing_left(&world, before);
+    Some(share)
+}
+
+fn is_slow() -> bool {
+    std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow")
+}
+
+#[test]
+fn by_delegated_identity_a_crowd_is_answered_or_told_to_come_back() {
+    a_crowd_is_answered_or_told_to_come_back(Source::Delegated);
+}
+
+#[test]
+fn by_delegated_identity_an_agent_as_it_is_by_default_is_kept_busy() {
+    if is_slow()
+        && let Some(share) = share_through_awsvid(Source::Delegated, false)
+    {
+        assert!(share >= 0.9, "{share}");
+    }
+}
+
+#[test]
+fn by_delegated_identity_an_agent_that_is_as_fast_as_can_be_is_kept_busy() {
+    if is_slow()
+        && let Some(share) = share_through_awsvid(Source::Delegated, true)
+    {
+        assert!(share >= 0.6, "{share}");
+    }
+}
+
+#[test]
+fn by_the_broker_api_a_crowd_is_answered_or_told_to_come_back() {
+    a_crowd_is_answered_or_told_to_come_back(Source::Broker);
+}
+
+#[test]
+fn by_the_broker_api_an_agent_as_it_is_by_default_is_kept_busy() {
+    if is_slow()
+        && let Some(share) = share_through_awsvid(Source::Broker, false)
+    {
+        assert!(share >= 0.9, "{share}");
+    }
+}
+
+#[test]
+fn by_the_broker_api_an_agent_that_is_as_fast_as_can_be_is_kept_busy() {
+    if is_slow()
+        && let Some(share) = share_through_awsvid(Source::Broker, true)
+    {
+        assert!(share >= 0.6, "{share}");
+    }
+}
