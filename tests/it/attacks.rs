@@ -47,17 +47,9 @@ impl Stage {
         Self { daemon, _upstream: upstream, cgroup, _folder: folder }
     }
 
-    fn address(&self, listener: &str) -> String {
-        match listener {
-            "unix" => self.daemon.unix().display().to_string(),
-            "tcp" => self.daemon.tcp().to_string(),
-            _ => self.daemon.tcp6().to_string(),
-        }
-    }
-
     /// Plays a scene.
     fn play(&self, scene: &str, listener: &str) -> Made {
-        let play = || play(scene, listener, &self.address(listener), self.daemon.pid(), self.cgroup.path());
+        let play = || play(scene, listener, &self.daemon.listener(listener), self.daemon.pid(), self.cgroup.path());
         if !scene.ends_with("closed") || scene == "half-closed" {
             return Made::of(&play(), scene, &self.daemon);
         }
@@ -233,7 +225,7 @@ fn an_executable_is_its_file_and_not_its_path() {
             ("forged-path-in-user-namespace", refused("no_identity")),
             ("replaced", refused("identity_changed")),
         ] {
-            let address = stage.address(listener);
+            let address = stage.daemon.listener(listener);
             let answer =
                 actor::play_program(scene, listener, &address, stage.daemon.pid(), stage.cgroup.path(), &program);
             let made = Made::of(&answer, scene, &stage.daemon);

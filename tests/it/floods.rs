@@ -45,22 +45,14 @@ impl Stage {
         Self { daemon, _upstream: upstream, alice, bob, _folder: folder }
     }
 
-    fn address(&self, listener: &str) -> String {
-        match listener {
-            "unix" => self.daemon.unix().display().to_string(),
-            "tcp" => self.daemon.tcp().to_string(),
-            _ => self.daemon.tcp6().to_string(),
-        }
-    }
-
     fn alice(&self, act: &str, listener: &str, numbers: &[usize]) -> Acting {
         let numbers = [&[usize::try_from(ALICE).unwrap()], numbers].concat();
-        Acting::start(act, listener, &self.address(listener), &numbers, self.alice.path()).begun()
+        Acting::start(act, listener, &self.daemon.listener(listener), &numbers, self.alice.path()).begun()
     }
 
     /// So many requests of Bob's, of which each has to be answered.
     fn bob_is_answered(&self, listener: &str, count: usize) {
-        let answers = ask(listener, &self.address(listener), BOB, count, self.bob.path());
+        let answers = ask(listener, &self.daemon.listener(listener), BOB, count, self.bob.path());
         assert_eq!(answers, counts(&[("Success", count)]), "over {listener}");
     }
 
@@ -89,7 +81,7 @@ fn idle_connections_of_one_leave_room_for_others() {
         let held = stage.alice("hold", listener, &[2000]);
         stage.bob_is_answered(listener, 50);
         // Her own requests are refused meanwhile.
-        let more = ask(listener, &stage.address(listener), ALICE, 5, stage.alice.path());
+        let more = ask(listener, &stage.daemon.listener(listener), ALICE, 5, stage.alice.path());
         assert_eq!(more, counts(&[("nothing", 5)]), "over {listener}");
         await_some("what is too much is counted", PATIENCE, || (stage.metric(DROPPED) >= before + 1605).then_some(()));
         let ended = held.enough();
@@ -97,7 +89,7 @@ fn idle_connections_of_one_leave_room_for_others() {
         assert_eq!(ended.get(how), Some(&1600), "over {listener}: {ended:?}");
         // Her places are free again, once the daemon has seen that they are given up.
         await_some("she is answered again", PATIENCE, || {
-            let answers = ask(listener, &stage.address(listener), ALICE, 1, stage.alice.path());
+            let answers = ask(listener, &stage.daemon.listener(listener), ALICE, 1, stage.alice.path());
             (answers == counts(&[("Success", 1)])).then_some(())
         });
     }
@@ -135,7 +127,7 @@ fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
         let refused = storm.enough();
         assert_eq!(refused.keys().collect::<Vec<_>>(), ["too_many_descriptors"], "{refused:?}");
         // As does Alice herself, without so many.
-        let answers = ask(listener, &stage.address(listener), ALICE, 5, stage.alice.path());
+        let answers = ask(listener, &stage.daemon.listener(listener), ALICE, 5, stage.alice.path());
         assert_eq!(answers, counts(&[("Success", 5)]));
     }
 }
@@ -173,7 +165,7 @@ fn a_daemon_out_of_descriptors_recovers() {
         held.enough();
         // By itself, before there is more.
         await_some("Bob is answered", PATIENCE, || {
-            let answers = ask(listener, &stage.address(listener), BOB, 1, stage.bob.path());
+            let answers = ask(listener, &stage.daemon.listener(listener), BOB, 1, stage.bob.path());
             (answers == counts(&[("Success", 1)])).then_some(())
         });
         limit(None);
@@ -200,7 +192,7 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
         return;
     }
     let mut stage = Stage::set("", "");
-    let address = stage.address("tcp");
+    let address = stage.daemon.listener("tcp");
     let one = |outcome: &str, count| BTreeMap::from([(outcome.to_owned(), count)]);
     let started = Instant::now();
     let numbers = [usize::try_from(MALLORY).unwrap(), 3000];

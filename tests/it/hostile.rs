@@ -69,12 +69,8 @@ impl Stage {
     }
 
     fn addresses(&self) -> [Address; 3] {
-        let addresses = [
-            ("tcp", self.daemon.tcp().to_string()),
-            ("tcp6", self.daemon.tcp6().to_string()),
-            ("unix", self.daemon.unix().display().to_string()),
-        ];
-        addresses.map(|(listener, address)| {
+        ["tcp", "tcp6", "unix"].map(|listener| {
+            let address = self.daemon.listener(listener);
             let connector = Connector::start(ALICE, listener, &address, self.cgroup.path());
             Address { listener, connector }
         })

@@ -155,18 +155,15 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
 /// Starts one that asks, in its user's cgroup, over one of the listeners.
 fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Asker {
     let (uid, user) = USERS[number % USERS.len()];
-    let addresses = [
-        ("unix", world.daemon.unix().display().to_string()),
-        ("tcp", world.daemon.tcp().to_string()),
-        ("tcp6", world.daemon.tcp6().to_string()),
-    ];
+    let listeners = ["unix", "tcp", "tcp6"];
     // A search has 20 ms, which is little on a machine that is busy with other tests. The unix socket needs none.
-    let (listener, address) = &addresses[if uid == USERS[0].0 { 0 } else { number / USERS.len() % addresses.len() }];
+    let listener = listeners[if uid == USERS[0].0 { 0 } else { number / USERS.len() % listeners.len() }];
+    let address = world.daemon.listener(listener);
     let cgroup = cgroups[number % USERS.len()].path().display().to_string();
     let enter = "echo 0 >\"$1/cgroup.procs\" && shift && exec \"$@\"";
     let mut command = Command::new("sh");
     command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", enter, "enter", &cgroup]);
-    command.arg(program()).args(["soak", &uid.to_string(), listener, address, &PAUSE_MS.to_string()]);
+    command.arg(program()).args(["soak", &uid.to_string(), listener, &address, &PAUSE_MS.to_string()]);
     let process = Process::start(&format!("asker {number}"), command, &folder.join(format!("asker-{number}.log")));
     Asker { process, user }
 }

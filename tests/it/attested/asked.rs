@@ -76,17 +76,9 @@ impl Stage {
         self.folder.path().join("first")
     }
 
-    fn address(&self, listener: &str) -> String {
-        match listener {
-            "unix" => self.daemon.unix().display().to_string(),
-            "tcp" => self.daemon.tcp().to_string(),
-            _ => self.daemon.tcp6().to_string(),
-        }
-    }
-
     /// An honest caller that nobody holds up.
     fn honest(&self, name: &str, listener: &str) -> Made {
-        let address = self.address(listener);
+        let address = self.daemon.listener(listener);
         let answer = actor::play_by(&self.first(), name, listener, &address, self.daemon.pid(), self.cgroup.path());
         Made::of(&answer, name, &self.daemon)
     }
@@ -95,7 +87,8 @@ impl Stage {
     /// that. `None` if it could not be played: somebody has taken the number that was to be used again.
     fn play(&self, row: &Row, listener: &str, early: bool, meanwhile: impl FnOnce()) -> Option<Played> {
         let Row { scene, moment, .. } = *row;
-        let mut steps = Steps::start(&self.first(), scene, listener, &self.address(listener), self.cgroup.path());
+        let mut steps =
+            Steps::start(&self.first(), scene, listener, &self.daemon.listener(listener), self.cgroup.path());
         let held = self.agent.hold(steps.caller());
         steps.step("ask");
         if !held.await_asked() {

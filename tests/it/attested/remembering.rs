@@ -31,10 +31,7 @@ struct Asking {
 impl Asking {
     /// Starts it as this user, over this listener; returns when it has got credentials.
     fn start(world: &World, folder: &Path, uid: u32, listener: &str) -> Self {
-        let address = match listener {
-            "unix" => world.daemon.unix().display().to_string(),
-            _ => world.daemon.tcp().to_string(),
-        };
+        let address = world.daemon.listener(listener);
         let name = format!("{uid} over {listener}");
         let mut command = behind(&world.cgroup().enter(), &program());
         command.env_clear().env("PATH", "/usr/bin:/bin").args(["soak", &uid.to_string(), listener, &address, "100"]);

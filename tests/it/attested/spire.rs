@@ -65,10 +65,6 @@ fn daemon(folder: &Path, admin_socket: &Path, sts: &OneRoleSts) -> Daemon {
     Daemon::start(folder, "", &configuration).ready()
 }
 
-fn address(daemon: &Daemon, listener: &str) -> String {
-    if listener == "unix" { daemon.unix().display().to_string() } else { daemon.tcp().to_string() }
-}
-
 /// A copy of the actor in the folder, whose path is an entry's.
 fn copy(folder: &Path, name: &str, mode: u32) -> PathBuf {
     let program = folder.join(name);
@@ -125,7 +121,7 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
             (inner.as_path(), None, vec![&own, &other], Some("nested_container")),
         ] {
             let scene = format!("{} then {then:?} over {listener}", start.display());
-            let mut steps = Steps::start(&program, "still", listener, &address(&daemon, listener), start);
+            let mut steps = Steps::start(&program, "still", listener, &daemon.listener(listener), start);
             if let Some(then) = &then {
                 steps.step(&format!("alice move {}", then.display()));
             }
@@ -172,7 +168,7 @@ fn a_setuid_program_is_not_who_has_executed_it() {
     for listener in LISTENERS {
         // The agent's socket is another one, so the next question comes over a new connection.
         let gate = new_gate();
-        let mut steps = Steps::start(&first, "setuid", listener, &address(&daemon, listener), cgroup.path());
+        let mut steps = Steps::start(&first, "setuid", listener, &daemon.listener(listener), cgroup.path());
         steps.step("ask");
         gate.await_came(1);
         assert_eq!(agents.ids(steps.caller()), [id("alice")]);

@@ -225,6 +225,15 @@ impl Daemon {
         all.iter().find(|entry| entry["spiffe_id"] == spiffe_id).cloned().unwrap_or_default()
     }
 
+    /// Where clients of a listener connect, by its name in the actor's scenes: `unix`, `tcp` or `tcp6`.
+    pub(crate) fn listener(&self, name: &str) -> String {
+        match name {
+            "unix" => self.unix().display().to_string(),
+            "tcp" => self.tcp().to_string(),
+            _ => self.tcp6().to_string(),
+        }
+    }
+
     /// The URI for SDKs.
     pub(crate) fn uri(&self) -> String {
         format!("http://{}/v1/credentials", self.tcp())
