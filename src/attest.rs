@@ -29,7 +29,7 @@ mod sys;
 mod tcp;
 mod unix;
 
-use cgroups::CgroupTree;
+use hierarchies::Hierarchies;
 use host::Host;
 
 /// Says what a decision about this caller needs to know of its process, which on TCP has to be searched for; `None` if
@@ -78,10 +78,10 @@ impl Attestor {
         if !process::is_identity_map(&read("self/uid_map")?) {
             return Err(StartError::UserNamespace);
         }
-        let cgroups = CgroupTree::find(&read("self/mountinfo")?).map(Arc::new);
+        let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
         let release = read("sys/kernel/osrelease")?;
-        let host = Arc::new(Host::new(proc_root, cgroups.clone()));
-        let tcp = match (cgroups, inet_diag::SockDiag::open()) {
+        let host = Arc::new(Host::new(proc_root, hierarchies));
+        let tcp = match (host.cgroups.clone(), inet_diag::SockDiag::open()) {
             _ if !tells_cgroups(&release) => {
                 tracing::warn!(
                     "before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket"

@@ -102,6 +102,12 @@ pub struct ContainerName {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Nested;
 
+/// The hierarchies (v1: by their controllers, v2: nothing) and paths of `/proc/<pid>/cgroup`: three fields by `:`, of which
+/// the last may hold more of them.
+pub(crate) fn lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    text.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'))
+}
+
 fn segments(path: &str) -> impl Iterator<Item = &str> {
     path.split('/').filter(|segment| !segment.is_empty())
 }
@@ -314,6 +320,12 @@ mod tests {
             let (found, found_pod) = path(&text).workload();
             assert_eq!((found.as_str(), found_pod), (part, is_pod), "{text}");
         }
+    }
+
+    #[test]
+    fn paths_in_proc_may_hold_colons() {
+        let text = "9:name=systemd:/a\n0::/kubelet:cri:x\n1:cpu\n";
+        assert_eq!(lines(text).collect::<Vec<_>>(), [("name=systemd", "/a"), ("", "/kubelet:cri:x")]);
     }
 
     #[test]

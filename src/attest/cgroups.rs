@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::readlink;
 
+use crate::attest::hierarchies::Hierarchies;
 use crate::attest::sys;
 use crate::caller::Refusal;
 use crate::cgroup::CgroupPath;
@@ -65,17 +66,9 @@ impl CgroupTree {
         self
     }
 
-    /// Finds the mount in the text of `/proc/self/mountinfo`; `None` on a host without cgroup v2.
-    ///
-    /// Only one whose root is the hierarchy's own: paths below another one mean something else.
-    pub(crate) fn find(mountinfo: &str) -> Option<Self> {
-        mountinfo.lines().find_map(|line| {
-            let (mount, filesystem) = line.split_once(" - ")?;
-            let is_cgroup2 = filesystem.split(' ').next() == Some("cgroup2");
-            let mut fields = mount.split(' ').skip(3);
-            let (root, point) = (fields.next()?, fields.next()?);
-            (is_cgroup2 && root == "/").then(|| Self::at(PathBuf::from(point)).with_handles())
-        })
+    /// That of the v2 hierarchy; `None` on a host without one.
+    pub(crate) fn find(hierarchies: &Hierarchies) -> Option<Self> {
+        hierarchies.unified().map(|mount| Self::at(mount.to_owned()).with_handles())
     }
 
     /// The path of the cgroup with this id, in which a process lives: so it is there, and cgroups are never renamed.
@@ -194,17 +187,21 @@ impl CgroupTree {
 mod tests {
     use super::*;
 
+    fn found(mountinfo: &str) -> Option<CgroupTree> {
+        CgroupTree::find(&Hierarchies::find(mountinfo))
+    }
+
     #[test]
     fn the_mount_is_found() {
         let hybrid = "30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
                       31 30 0:27 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw\n\
                       32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
-        assert_eq!(CgroupTree::find(hybrid).unwrap().mount, Path::new("/sys/fs/cgroup/unified"));
+        assert_eq!(found(hybrid).unwrap().mount, Path::new("/sys/fs/cgroup/unified"));
         let pure = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:4 master:2 - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(CgroupTree::find(pure).unwrap().mount, Path::new("/sys/fs/cgroup"));
+        assert_eq!(found(pure).unwrap().mount, Path::new("/sys/fs/cgroup"));
         let part = "35 24 0:30 /kubepods/pod1 /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
-        assert!(CgroupTree::find(part).is_none());
-        assert!(CgroupTree::find("32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n").is_none());
+        assert!(found(part).is_none());
+        assert!(found("32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n").is_none());
     }
 
     #[test]
@@ -229,7 +226,7 @@ mod tests {
 
     #[test]
     fn the_hosts_own_tree_is_asked_by_handle() {
-        let tree = CgroupTree::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+        let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
         let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
         let root = fs::metadata(&tree.mount).unwrap().ino();
         assert_eq!(tree.by_handle(root).unwrap().as_str(), "/");
@@ -272,7 +269,7 @@ mod tests {
 
     #[test]
     fn a_list_that_is_open_says_what_is_so_now() {
-        let tree = CgroupTree::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+        let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
         let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
         let (directory, path) = made(&tree, "list");
         let mut children: Vec<_> = (0..2)

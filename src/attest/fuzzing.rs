@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use crate::attest::cgroups::CgroupTree;
+use crate::attest::hierarchies::Hierarchies;
 use crate::attest::{inet_diag, process};
 use crate::cgroup::CgroupPath;
 
@@ -55,7 +56,7 @@ pub(crate) fn proc(text: &str) -> bool {
     if process::is_identity_map(text) {
         assert!(text.split_ascii_whitespace().eq(["0", "0", "4294967295"]));
     }
-    for (_, path) in process::cgroup_lines(text) {
+    for (_, path) in crate::cgroup::lines(text) {
         assert!(text.contains(path) && !path.contains('\n'));
     }
     start.is_some() || status.is_some() || process::is_identity_map(text)
@@ -63,7 +64,7 @@ pub(crate) fn proc(text: &str) -> bool {
 
 /// `/proc/self/mountinfo`: only a whole tree of the second version is taken.
 pub(crate) fn mountinfo(text: &str) -> bool {
-    let tree = CgroupTree::find(text);
+    let tree = CgroupTree::find(&Hierarchies::find(text));
     if let Some(tree) = &tree {
         assert!(
             text.contains(" - cgroup2 ") || text.ends_with(" - cgroup2") || text.contains(" - cgroup2\n"),

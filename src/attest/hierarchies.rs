@@ -5,9 +5,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::attest::process::cgroup_lines;
 use crate::caller::Refusal;
-use crate::cgroup::{CgroupPath, ContainerName};
+use crate::cgroup::{self, CgroupPath, ContainerName};
 
 /// Where the cgroup hierarchies of this machine are mounted.
 #[derive(Debug, Default)]
@@ -34,7 +33,7 @@ impl Hierarchies {
     /// hierarchies that name one alike.
     pub(crate) fn check(&self, text: &str) -> Result<(), Refusal> {
         let mut seen = ContainerName::default();
-        for (names, path) in cgroup_lines(text) {
+        for (names, path) in cgroup::lines(text) {
             let path = CgroupPath::parse(path).ok_or(Refusal::UnreadableCgroup)?;
             let name = path.container().map_err(|_| Refusal::NestedContainer)?;
             if name != ContainerName::default() {
@@ -49,6 +48,11 @@ impl Hierarchies {
             }
         }
         Ok(())
+    }
+
+    /// Where the v2 hierarchy is mounted, if there is one.
+    pub(crate) fn unified(&self) -> Option<&Path> {
+        self.mount_of("")
     }
 
     fn mount_of(&self, names: &str) -> Option<&Path> {

@@ -50,16 +50,15 @@ pub(crate) enum Shared {
 
 impl Host {
     /// Looks at the daemon's own process below `proc_root`.
-    pub(crate) fn new(proc_root: PathBuf, cgroups: Option<Arc<CgroupTree>>) -> Self {
+    pub(crate) fn new(proc_root: PathBuf, hierarchies: Hierarchies) -> Self {
         let own = |name: &str| std::fs::read_link(proc_root.join("self").join(name)).ok().map(PathBuf::into_os_string);
         let namespaces = NAMESPACES.map(own);
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
-        let mountinfo = std::fs::read_to_string(proc_root.join("self/mountinfo")).unwrap_or_default();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
         Self {
             proc_root,
-            cgroups,
-            hierarchies: Hierarchies::find(&mountinfo),
+            cgroups: CgroupTree::find(&hierarchies).map(Arc::new),
+            hierarchies,
             namespaces,
             processes: KnownProcesses::default(),
             pidfds_have_inodes: kind == Some(PID_FS),

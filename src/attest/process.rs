@@ -15,7 +15,7 @@ use crate::attest::host::{Host, Shared};
 use crate::attest::known::Known;
 use crate::attest::sys;
 use crate::caller::{Executable, Looks, Named, Process, Program, Refusal, Watch};
-use crate::cgroup::CgroupPath;
+use crate::cgroup::{self, CgroupPath};
 
 /// What changes when a process takes on other privileges, or is moved to another cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -241,7 +241,7 @@ fn names_container<'d>(
         return Ok(path.names_container());
     }
     let text = read(directory()?, "cgroup")?;
-    Ok(cgroup_lines(&text).any(|(_, path)| CgroupPath::parse(path).is_none_or(|path| path.names_container())))
+    Ok(cgroup::lines(&text).any(|(_, path)| CgroupPath::parse(path).is_none_or(|path| path.names_container())))
 }
 
 /// Whether it lives in another user or pid namespace than the daemon.
@@ -331,12 +331,6 @@ impl Status {
             namespaces: numbers("NSpid")?.len(),
         })
     }
-}
-
-/// The hierarchies (v1: by their controllers, v2: nothing) and paths of `/proc/<pid>/cgroup`: three fields by `:`, of which
-/// the last may hold more of them.
-pub(crate) fn cgroup_lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    text.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'))
 }
 
 /// Whether a `uid_map` maps every id to itself, as in the initial user namespace.

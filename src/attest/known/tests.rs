@@ -3,10 +3,11 @@ use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
 
 use super::*;
+use crate::attest::hierarchies::Hierarchies;
 use crate::attest::host::Host;
 
 fn host() -> Host {
-    Host::new(PathBuf::from("/proc"), None)
+    Host::new(PathBuf::from("/proc"), Hierarchies::default())
 }
 
 /// A process of the test's own that waits until it is told to end.

@@ -3,9 +3,10 @@ use std::path::{Path, PathBuf};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::*;
+use crate::attest::hierarchies::Hierarchies;
 
 fn host() -> Arc<Host> {
-    Arc::new(Host::new(PathBuf::from("/proc"), None))
+    Arc::new(Host::new(PathBuf::from("/proc"), Hierarchies::default()))
 }
 
 #[test]
@@ -41,12 +42,6 @@ fn only_the_initial_user_namespace_maps_every_id_to_itself() {
     {
         assert!(!is_identity_map(map), "{map:?}");
     }
-}
-
-#[test]
-fn cgroup_paths_may_hold_colons() {
-    let text = "9:name=systemd:/a\n0::/kubelet:cri:x\n1:cpu\n";
-    assert_eq!(cgroup_lines(text).collect::<Vec<_>>(), [("name=systemd", "/a"), ("", "/kubelet:cri:x")]);
 }
 
 /// A process of the test's own that waits until it is told to end.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::*;
+use crate::attest::hierarchies::Hierarchies;
 use crate::attest::inet_diag::SockDiag;
 
 /// Everything that may be looked at.
@@ -22,8 +23,10 @@ fn connection() -> (TcpListener, TcpStream, Socket) {
 
 /// The machine, with its real cgroup v2 tree.
 fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
-    let tree = Arc::new(CgroupTree::find(&fs::read_to_string("/proc/self/mountinfo").unwrap()).expect("cgroup v2"));
-    (Arc::new(Host::new(PathBuf::from("/proc"), Some(tree.clone()))), tree)
+    let hierarchies = Hierarchies::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies));
+    let tree = host.cgroups.clone().expect("cgroup v2");
+    (host, tree)
 }
 
 /// A tree whose root says that these are its processes.

@@ -4,9 +4,10 @@ use std::process::{Child, Command, Stdio};
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 
 use super::*;
+use crate::attest::hierarchies::Hierarchies;
 
 fn host() -> Arc<Host> {
-    Arc::new(Host::new(PathBuf::from("/proc"), None))
+    Arc::new(Host::new(PathBuf::from("/proc"), Hierarchies::default()))
 }
 
 /// What a kernel before 6.5 would have recorded of this process or a child of it.
