@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     println!("cargo:rerun-if-changed=proto/build.rs");
     let descriptors = protox::compile(definitions, ["proto"])?;
-    let mut code = tonic_prost_build::configure().build_client(true).build_server(true);
+    let mut code = tonic_prost_build::configure().build_client(true).build_server(true).generate_default_stubs(true);
     for message in secret {
         code = code.skip_debug([message]);
     }

@@ -6,7 +6,6 @@ use std::fs::{DirBuilder, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,8 +13,9 @@ use nix::unistd::{Uid, geteuid};
 use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::task::JoinSet;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
-use tokio_stream::{Stream, StreamExt};
+use tonic::codegen::BoxStream;
 use tonic::transport::Server;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
@@ -129,13 +129,12 @@ impl Api {
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for Api {
-    type FetchX509SVIDStream = tokio_stream::Pending<Result<X509svidResponse, Status>>;
-
-    async fn fetch_x509svid(&self, _: Request<X509svidRequest>) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
+    async fn fetch_x509svid(
+        &self,
+        _: Request<X509svidRequest>,
+    ) -> Result<Response<BoxStream<X509svidResponse>>, Status> {
         Err(Status::unimplemented("awsvid dev has no X.509-SVIDs to give"))
     }
-
-    type FetchJWTBundlesStream = Pin<Box<dyn Stream<Item = Result<JwtBundlesResponse, Status>> + Send>>;
 
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
         let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
@@ -160,7 +159,7 @@ impl SpiffeWorkloadApi for Api {
     async fn fetch_jwt_bundles(
         &self,
         _: Request<JwtBundlesRequest>,
-    ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
+    ) -> Result<Response<BoxStream<JwtBundlesResponse>>, Status> {
         let trust_domain = format!("spiffe://{}", self.registrations.trust_domain);
         let bundles = [(trust_domain, self.registrations.key.jwks().into_bytes())].into();
         // The key never changes, so one message is all there is; the stream stays open, as the standard asks.

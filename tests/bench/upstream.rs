@@ -21,9 +21,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::UnixListenerStream;
 
 use awsvid::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
-use awsvid::svid::proto::workload::{
-    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, X509svidRequest, X509svidResponse,
-};
+use awsvid::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
 use crate::{Failed, machine};
 
@@ -117,17 +115,6 @@ struct Agent(Desk);
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for Agent {
-    type FetchX509SVIDStream = tokio_stream::Pending<Result<X509svidResponse, tonic::Status>>;
-
-    async fn fetch_x509svid(
-        &self,
-        _: tonic::Request<X509svidRequest>,
-    ) -> Result<tonic::Response<Self::FetchX509SVIDStream>, tonic::Status> {
-        Err(tonic::Status::unimplemented("nobody asks"))
-    }
-
-    type FetchJWTBundlesStream = tokio_stream::Pending<Result<JwtBundlesResponse, tonic::Status>>;
-
     async fn fetch_jwtsvid(
         &self,
         request: tonic::Request<JwtsvidRequest>,
@@ -137,13 +124,6 @@ impl SpiffeWorkloadApi for Agent {
         let svid = token(&spiffe_id, audience.first().map_or("", String::as_str));
         let svids = vec![Jwtsvid { spiffe_id, svid, hint: String::new() }];
         Ok(tonic::Response::new(JwtsvidResponse { svids }))
-    }
-
-    async fn fetch_jwt_bundles(
-        &self,
-        _: tonic::Request<JwtBundlesRequest>,
-    ) -> Result<tonic::Response<Self::FetchJWTBundlesStream>, tonic::Status> {
-        Err(tonic::Status::unimplemented("nobody asks"))
     }
 }
 

@@ -9,14 +9,13 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_stream::wrappers::{UnboundedReceiverStream, UnixListenerStream};
+use tonic::codegen::BoxStream;
 use tonic::metadata::MetadataMap;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use crate::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
-use crate::svid::proto::workload::{
-    JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, X509svid, X509svidRequest, X509svidResponse,
-};
+use crate::svid::proto::workload::{X509svid, X509svidRequest, X509svidResponse};
 
 /// A CA, which signs whatever it is asked to.
 pub(in crate::svid) struct Authority {
@@ -146,28 +145,13 @@ struct Service(mpsc::UnboundedSender<Opening>);
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for Service {
-    type FetchX509SVIDStream = UnboundedReceiverStream<Result<X509svidResponse, Status>>;
-
     async fn fetch_x509svid(
         &self,
         request: Request<X509svidRequest>,
-    ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
+    ) -> Result<Response<BoxStream<X509svidResponse>>, Status> {
         let (reply, answer) = oneshot::channel();
         self.0.send(Opening { metadata: request.metadata().clone(), reply }).unwrap();
         let messages = answer.await.unwrap_or_else(|_| Err(Status::internal("the test left it")))?;
-        Ok(Response::new(UnboundedReceiverStream::new(messages)))
-    }
-
-    async fn fetch_jwtsvid(&self, _: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
-        Err(Status::unimplemented("nobody asks"))
-    }
-
-    type FetchJWTBundlesStream = tokio_stream::Pending<Result<JwtBundlesResponse, Status>>;
-
-    async fn fetch_jwt_bundles(
-        &self,
-        _: Request<JwtBundlesRequest>,
-    ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
-        Err(Status::unimplemented("nobody asks"))
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(messages))))
     }
 }

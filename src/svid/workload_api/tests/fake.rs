@@ -13,9 +13,7 @@ use tonic::transport::server::Router;
 use tonic::{Request, Response, Status};
 
 use crate::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
-use crate::svid::proto::workload::{
-    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, X509svidRequest, X509svidResponse,
-};
+use crate::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
 /// What to say to the request with this number (from 0); `None`: nothing, ever.
 pub(super) type Script = dyn Fn(usize) -> Option<Result<JwtsvidResponse, Status>> + Send + Sync;
@@ -57,21 +55,6 @@ impl SpiffeWorkloadApi for Service {
             Some(answer) => answer.map(Response::new),
             None => pending().await,
         }
-    }
-
-    type FetchX509SVIDStream = tokio_stream::Pending<Result<X509svidResponse, Status>>;
-
-    async fn fetch_x509svid(&self, _: Request<X509svidRequest>) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
-        Err(Status::unimplemented("nobody asks"))
-    }
-
-    type FetchJWTBundlesStream = tokio_stream::Pending<Result<JwtBundlesResponse, Status>>;
-
-    async fn fetch_jwt_bundles(
-        &self,
-        _: Request<JwtBundlesRequest>,
-    ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
-        Err(Status::unimplemented("nobody asks"))
     }
 }
 
