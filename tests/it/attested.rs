@@ -1,7 +1,6 @@
 //! SPIRE attests the callers itself: the Delegated Identity API and the SPIFFE Broker API, with the real agent.
 
 mod asked;
-mod kept;
 mod misconfigured;
 mod programs;
 mod rates;

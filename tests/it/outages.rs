@@ -23,7 +23,7 @@ const USERS: [(u32, &str); 3] = [(1001, "reader"), (WARM, "warm"), (1002, "other
 const COLD: [u32; 2] = [1001, 1002];
 
 /// Has `act` done to the world while the warm one asks without a break, and that is answered with the same key throughout.
-pub(crate) fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
+fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
     let socket = world.daemon.unix();
     let ask = || ask(UnixStream::connect(&socket).unwrap());
     let key = ask().1["AccessKeyId"].clone();

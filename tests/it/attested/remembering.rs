@@ -1,6 +1,7 @@
 //! What SPIRE said of a process is remembered: through an outage of the agent, but not past the end of an entry, and it costs
 //! the agent one question for each process.
 
+use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -41,11 +42,15 @@ impl Asking {
         asking
     }
 
+    /// How many keys it has seen.
+    fn keys(&self) -> usize {
+        self.process.log().lines().filter(|line| line.contains("\"key\"")).count()
+    }
+
     /// Waits until it has seen so many keys.
     fn await_keys(&self, count: usize) {
-        self.process.await_some(&format!("{count} keys of {}", self.name), Duration::from_secs(300), || {
-            (self.process.log().lines().filter(|line| line.contains("\"key\"")).count() >= count).then_some(())
-        });
+        let what = format!("{count} keys of {}", self.name);
+        self.process.await_some(&what, Duration::from_secs(300), || (self.keys() >= count).then_some(()));
     }
 
     /// How many answers it has got, all of which were credentials.
@@ -113,6 +118,8 @@ fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
         });
         assert_eq!(ask_by(&quiet).1["AccessKeyId"], renewed);
         asking.iter().for_each(|asking| asking.await_keys(2));
+    } else {
+        assert!(asking.iter().all(|asking| asking.keys() == 1), "the same credentials throughout");
     }
     let answers = asking.map(Asking::answers);
     eprintln!("away for {away:?}: {answers:?} answers, all of them credentials");
@@ -148,6 +155,8 @@ fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
     // The other one has not asked since, and never hears of credentials again.
     thread::sleep(Duration::from_secs(60).saturating_sub(began.elapsed()));
     assert_eq!(ask_by(&quiet).1["code"], "no_identity");
+    let (head, _) = world.curl(READER);
+    assert!(head.starts_with("HTTP/1.1 200"), "a neighbour notices nothing: {head}");
     // It is registered again, and may have to be asked for once more.
     world.register(&id("other"), &[&format!("unix:uid:{OTHER}")], &[]);
     await_some("it is answered again", PATIENCE, || (ask_by(&busy).0 == 200).then_some(()));
@@ -158,25 +167,36 @@ fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
     let setting = Setting { source, ..Setting::default() };
     let Some(world) = World::start(folder.path(), &USERS, &setting) else { return };
     let trace = world.minio.trace();
+    let calls =
+        || ["source", "sts"].map(|to| world.daemon.metric(&format!("awsvid_{to}_calls_total{{result=\"ok\"}}")));
     // Each command is a new process.
-    for _ in 0..5 {
+    for count in 1..=5 {
         assert_eq!(world.copy(READER).success("aws s3 cp"), "hello from the shop\n");
+        assert_eq!(calls(), [count, 1], "by awsvid's own count");
     }
     let issued = world.daemon.status(&id("reader"));
     let key = issued["access_key_id"].as_str().unwrap();
-    let mut attested = world.spire.attested(&format!("uid:{READER}"));
-    attested.sort_unstable();
-    attested.dedup();
-    assert_eq!((attested.len(), trace.count(minio::ASSUME_ROLE, key)), (5, 1));
-    assert_eq!(world.spire.attested(&format!("uid:{READER}")).len(), 5, "one question for each");
+    // By the agent's own log. As a broker it does not say which process it has attested.
+    let attested = || world.spire.attested(&format!("uid:{READER}"));
+    let asked = || match source {
+        Source::Broker => world.spire.jwt_svids_fetched(&id("reader")),
+        Source::Delegated | Source::Rules => attested().len(),
+    };
+    assert_eq!((asked(), trace.count(minio::ASSUME_ROLE, key)), (5, 1), "one question for each");
+    if source == Source::Delegated {
+        assert_eq!(attested().into_iter().collect::<BTreeSet<_>>().len(), 5);
+    }
 
     let known = connector(&world, READER);
     let own = world.spire.attested("uid:0").len();
     for _ in 0..50 {
         assert_eq!(ask_by(&known).1["AccessKeyId"], key);
     }
-    let asked = world.spire.attested(&format!("uid:{READER}")).iter().filter(|pid| **pid == known.id()).count();
-    assert_eq!((asked, trace.count(minio::ASSUME_ROLE, key)), (1, 1));
+    assert_eq!(calls(), [6, 1]);
+    assert_eq!((asked(), trace.count(minio::ASSUME_ROLE, key)), (6, 1));
+    if source == Source::Delegated {
+        assert_eq!(attested().iter().filter(|pid| **pid == known.id()).count(), 1);
+    }
     // The agent attests whoever asks for others, too: here for that one question, and where awsvid asks about itself.
     let own = world.spire.attested("uid:0").len() - own;
     assert!(own <= 3, "{own} questions of awsvid's");
@@ -196,4 +216,19 @@ fn by_delegated_identity_a_deleted_entry_takes_effect_within_the_minute() {
 #[test]
 fn by_delegated_identity_a_process_that_is_known_costs_the_agent_nothing() {
     a_process_that_is_known_costs_the_agent_nothing(Source::Delegated);
+}
+
+#[test]
+fn by_the_broker_api_an_agent_that_is_away_cuts_off_nobody_who_is_known() {
+    an_agent_that_is_away_cuts_off_nobody_who_is_known(Source::Broker);
+}
+
+#[test]
+fn by_the_broker_api_a_deleted_entry_takes_effect_within_the_minute() {
+    a_deleted_entry_takes_effect_within_the_minute(Source::Broker);
+}
+
+#[test]
+fn by_the_broker_api_a_process_that_is_known_costs_the_agent_nothing() {
+    a_process_that_is_known_costs_the_agent_nothing(Source::Broker);
 }

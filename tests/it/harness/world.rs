@@ -128,14 +128,7 @@ impl World {
         for (uid, name) in users {
             // The daemon runs as root; by rules all identities are its own at SPIRE, and it gives them to callers.
             let owner = if setting.source == Source::Rules { 0 } else { *uid };
-            let mut selectors = vec![format!("unix:uid:{owner}")];
-            // Root's, where SPIRE attests it, is this test: awsvid is root's as well.
-            if setting.source != Source::Rules && *uid == 0 {
-                let test = std::env::current_exe().expect("this test's own program");
-                selectors.push(format!("unix:path:{}", test.display()));
-            }
-            let selectors: Vec<&str> = selectors.iter().map(String::as_str).collect();
-            entries.insert(id(name), spire.register(&id(name), &selectors));
+            entries.insert(id(name), spire.register(&id(name), &[&format!("unix:uid:{owner}")]));
         }
         let rules: String = users
             .iter()
@@ -193,12 +186,6 @@ impl World {
         let answer = run(command, b"", PATIENCE).success("curl");
         let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
         (head.to_owned(), body.to_owned())
-    }
-
-    /// Deletes a user's registration entry; the agent has forgotten it.
-    pub(crate) fn withdraw(&mut self, name: &str) {
-        let entry = self.entries.remove(&id(name)).expect("it is registered");
-        self.spire.delete_entry(&entry);
     }
 
     /// The cgroup of workloads that a test starts itself.
