@@ -92,11 +92,6 @@ impl Attesting {
         tokio::spawn(ask_again(Arc::downgrade(&shared)));
         Self(shared)
     }
-
-    /// How many processes are remembered.
-    pub fn remembered(&self) -> usize {
-        self.0.memory().len()
-    }
 }
 
 #[async_trait]

@@ -247,6 +247,7 @@ impl Memory {
     }
 
     /// How many are remembered.
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.known.len()
     }

@@ -157,7 +157,7 @@ async fn a_new_process_costs_one_call_and_a_known_one_none() {
     let other = source.token(&caller(1), &shop_id(), "minio").await.unwrap();
     assert_eq!((other.audience(), agent.calls()), ("minio", 3));
     assert_eq!(ids(source.identify(&caller(2)).await), [SHOP]);
-    assert_eq!((agent.calls(), source.remembered()), (4, 2));
+    assert_eq!((agent.calls(), source.0.memory().len()), (4, 2));
     let metrics = source.0.metrics.encode();
     assert!(metrics.contains("awsvid_source_calls_total{result=\"ok\"} 4\n"), "{metrics}");
 }
@@ -199,7 +199,7 @@ async fn an_agent_is_not_asked_about_what_it_could_misread() {
         assert_eq!(source.identify(&caller).await, Err(refusal.clone().into()));
         assert_eq!(source.token(&caller, &shop_id(), AUDIENCE).await.unwrap_err(), refusal.into());
     }
-    assert_eq!((agent.calls(), source.remembered()), (0, 0));
+    assert_eq!((agent.calls(), source.0.memory().len()), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -212,7 +212,7 @@ async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
         assert_eq!(source.identify(&changed()).await, Err(expected.clone().into()));
         assert_eq!(source.token(&changed(), &shop_id(), AUDIENCE).await.unwrap_err(), expected.into());
     }
-    assert_eq!((agent.calls(), source.remembered()), (4, 0));
+    assert_eq!((agent.calls(), source.0.memory().len()), (4, 0));
     assert_eq!(ids(source.identify(&caller(1)).await), [SHOP], "nothing of it is remembered");
     assert_eq!(agent.calls(), 5);
 }
@@ -278,9 +278,9 @@ async fn a_process_that_is_gone_is_forgotten() {
     let source = source(&agent);
     // Looked at before and after the first call, and then no more.
     source.identify(&caller_with(1001, 1, Some(2), Some(Refusal::Gone))).await.unwrap();
-    assert_eq!(source.remembered(), 1);
+    assert_eq!(source.0.memory().len(), 1);
     sleep(Duration::from_secs(32)).await;
-    assert_eq!((source.remembered(), agent.calls()), (0, 1));
+    assert_eq!((source.0.memory().len(), agent.calls()), (0, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -329,7 +329,7 @@ async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_the
         }
     }
     assert_eq!(busy, 50 - QUESTIONS_EACH);
-    assert_eq!(source.remembered(), QUESTIONS_EACH + 1, "those that were not asked about are not remembered");
+    assert_eq!(source.0.memory().len(), QUESTIONS_EACH + 1, "those that were not asked about are not remembered");
 }
 
 #[tokio::test(start_paused = true)]
