@@ -14,7 +14,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::caller::{Caller, Looks, Refusal};
+use crate::caller::{Caller, Listener, Looks, Refusal};
 
 mod cgroups;
 #[cfg(any(test, fuzzing))]
@@ -28,6 +28,8 @@ mod search;
 mod sys;
 mod tcp;
 mod unix;
+
+pub use inet_diag::SockDiag;
 
 use hierarchies::Hierarchies;
 use host::Host;
@@ -46,6 +48,18 @@ pub struct Attestor {
 impl fmt::Debug for Attestor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Attestor").field("tcp", &self.tcp).finish_non_exhaustive()
+    }
+}
+
+/// Attests the peers of listeners in one pod's network namespace.
+pub struct PodAttestor {
+    needs: Needs,
+    tcp: tcp::TcpAttestor,
+}
+
+impl fmt::Debug for PodAttestor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PodAttestor").field("tcp", &self.tcp).finish_non_exhaustive()
     }
 }
 
@@ -81,14 +95,14 @@ impl Attestor {
         let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
         let release = read("sys/kernel/osrelease")?;
         let host = Arc::new(Host::new(proc_root, hierarchies));
-        let tcp = match (host.cgroups.clone(), inet_diag::SockDiag::open()) {
+        let tcp = match (host.cgroups.clone(), SockDiag::open_for_all_processors()) {
             _ if !tells_cgroups(&release) => {
                 tracing::warn!(
                     "before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket"
                 );
                 None
             }
-            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(host.clone(), diag, cgroups)),
+            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(host.clone(), diag, cgroups, Listener::Tcp)),
             (None, _) => {
                 tracing::warn!(
                     "no cgroup v2 tree is mounted: callers over TCP are refused; mount cgroup2, or use the unix socket"
@@ -119,6 +133,31 @@ impl Attestor {
     ) -> Result<Caller, Refusal> {
         let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
         tcp.attest(client, server, admit, |caller| (self.needs)(caller)).await
+    }
+
+    /// For a pod's network namespace, in which `diag` was opened; `None` where callers over TCP are not told apart.
+    pub fn in_pod(&self, diag: SockDiag) -> Option<PodAttestor> {
+        let cgroups = self.tcp.as_ref().and(self.host.cgroups.clone())?;
+        let tcp = tcp::TcpAttestor::new(self.host.clone(), diag, cgroups, Listener::Pod);
+        Some(PodAttestor { needs: self.needs.clone(), tcp })
+    }
+}
+
+impl PodAttestor {
+    /// As [`Attestor::tcp`].
+    pub async fn tcp(
+        &self,
+        client: SocketAddr,
+        server: SocketAddr,
+        admit: impl FnOnce(&Caller) -> bool,
+    ) -> Result<Caller, Refusal> {
+        self.tcp.attest(client, server, admit, |caller| (self.needs)(caller)).await
+    }
+
+    /// Lets the network namespace go, which would otherwise live as long as anybody remembers one of its callers. They are
+    /// gone from then on.
+    pub fn close(&self) {
+        self.tcp.close();
     }
 }
 

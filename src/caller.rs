@@ -15,6 +15,8 @@ pub enum Listener {
     Unix,
     /// A loopback TCP address in the host's network namespace.
     Tcp,
+    /// The same in a pod's.
+    Pod,
 }
 
 impl Listener {
@@ -23,6 +25,7 @@ impl Listener {
         match self {
             Self::Unix => "unix",
             Self::Tcp => "tcp",
+            Self::Pod => "pod",
         }
     }
 }

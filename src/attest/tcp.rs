@@ -17,6 +17,7 @@ pub(crate) struct TcpAttestor {
     host: Arc<Host>,
     diag: Arc<SockDiag>,
     cgroups: Arc<CgroupTree>,
+    listener: Listener,
     searches: Searches,
 }
 
@@ -60,8 +61,13 @@ impl Evidence for Seen {
 }
 
 impl TcpAttestor {
-    pub(crate) fn new(host: Arc<Host>, diag: SockDiag, cgroups: Arc<CgroupTree>) -> Self {
-        Self { host, diag: Arc::new(diag), cgroups, searches: Searches::default() }
+    pub(crate) fn new(host: Arc<Host>, diag: SockDiag, cgroups: Arc<CgroupTree>, listener: Listener) -> Self {
+        Self { host, diag: Arc::new(diag), cgroups, listener, searches: Searches::default() }
+    }
+
+    /// Lets the network namespace go. Callers that were attested here are gone from then on.
+    pub(crate) fn close(&self) {
+        self.diag.close();
     }
 
     /// Attests the peer `client` of a connection to `server`; looks for its process only if `needs` says so.
@@ -78,7 +84,7 @@ impl TcpAttestor {
         let cgroup = self.cgroups.path_of(id)?;
         let seen = Seen { diag: self.diag.clone(), client, server, socket, holder: None };
         let caller = Caller {
-            listener: Listener::Tcp,
+            listener: self.listener,
             uid: socket.uid,
             cgroup: Some(cgroup.clone()),
             process: None,
