@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType};
+use nix::sys::stat::stat;
 use nix::sys::time::TimeVal;
 
 use crate::caller::Refusal;
@@ -30,6 +31,8 @@ const NO_COOKIE: u64 = u64::MAX;
 const LIVE_STATES: [u8; 3] = [1, 4, 5];
 /// Loopback, in every network namespace.
 const LOOPBACK: &str = "lo";
+/// The network namespace of the thread that looks.
+const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 /// The client's socket of one connection, as the kernel describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,22 +47,36 @@ pub(crate) struct Socket {
     pub(crate) cgroup_id: Option<u64>,
 }
 
-/// A `sock_diag` socket, which stays in the network namespace in which it was made.
+/// A `sock_diag` socket, which stays in the network namespace in which it was made, and keeps that alive.
 #[derive(Debug)]
-pub(crate) struct SockDiag {
-    /// As many as there are processors, so that callers hardly ever wait for each other.
+pub struct SockDiag {
     netlinks: Vec<Mutex<OwnedFd>>,
     loopback: u32,
+    namespace: u64,
     sequence: AtomicU32,
 }
 
 impl SockDiag {
-    /// Opens one in the current network namespace.
-    pub(crate) fn open() -> io::Result<Self> {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let netlinks = (0..processors).map(|_| netlink().map(Mutex::new)).collect::<io::Result<_>>()?;
+    /// Opens one in the network namespace that the current thread is in.
+    pub fn open() -> io::Result<Self> {
+        Self::with(1)
+    }
+
+    /// As many as there are processors, so that callers hardly ever wait for each other.
+    pub(crate) fn for_many() -> io::Result<Self> {
+        Self::with(std::thread::available_parallelism().map_or(1, usize::from))
+    }
+
+    fn with(sockets: usize) -> io::Result<Self> {
+        let netlinks = (0..sockets).map(|_| netlink().map(Mutex::new)).collect::<io::Result<_>>()?;
         let loopback = nix::net::if_::if_nametoindex(LOOPBACK)?;
-        Ok(Self { netlinks, loopback, sequence: AtomicU32::new(1) })
+        let namespace = stat(OWN_NAMESPACE)?.st_ino;
+        Ok(Self { netlinks, loopback, namespace, sequence: AtomicU32::new(1) })
+    }
+
+    /// The network namespace, by its inode.
+    pub fn namespace(&self) -> u64 {
+        self.namespace
     }
 
     /// The socket at `client`'s end of its connection to `server`.
