@@ -10,12 +10,12 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::caller::{Evidence, Listener, Looks, Process, Refusal};
+use crate::clock::HOLD;
 use crate::credentials::Credentials;
 use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
 use crate::role::{Identity, Role, Roles, StsTarget, Wanted};
 use crate::sts::{Again, AssumeRole, StsError};
 use crate::svid::{Basis, IdentitySource, JwtSvid, SourceError};
-use flight::HOLD;
 
 mod bounds;
 mod callers;
