@@ -91,7 +91,7 @@ impl Attestor {
         if let Some(pods) = &host.pods {
             tracing::debug!(cgroups = ?pods.roots_found(), "pods are found by the kubelet's cgroup root");
         }
-        let tcp = match (host.cgroups.clone(), SockDiag::for_many()) {
+        let tcp = match (host.cgroups.clone(), SockDiag::open_for_all_processors()) {
             _ if !tells_cgroups(&release) => {
                 tracing::warn!(
                     "before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket"

@@ -49,6 +49,12 @@ impl PodAttestor {
         self.tcp.attest((client, server), admit, belongs, |caller| (self.needs)(caller)).await
     }
 
+    /// Lets the network namespace go, which would otherwise live as long as anybody remembers one of its callers. They are
+    /// gone from then on.
+    pub fn close(&self) {
+        self.tcp.close();
+    }
+
     fn belongs(&self, caller: &Caller) -> Result<(), Refusal> {
         let stranger = || {
             let (cgroup, pod) = (caller.cgroup.clone(), caller.pod.clone());

@@ -47,28 +47,29 @@ pub(crate) struct Socket {
     pub(crate) cgroup_id: Option<u64>,
 }
 
-/// A `sock_diag` socket, which stays in the network namespace in which it was made, and keeps that alive.
+/// A `sock_diag` socket, which stays in the network namespace in which it was made.
 #[derive(Debug)]
 pub struct SockDiag {
-    netlinks: Vec<Mutex<OwnedFd>>,
+    /// `None` once it is closed.
+    netlinks: Vec<Mutex<Option<OwnedFd>>>,
     loopback: u32,
     namespace: u64,
     sequence: AtomicU32,
 }
 
 impl SockDiag {
-    /// Opens one in the network namespace that the current thread is in.
+    /// Opens one in the current network namespace. It keeps that alive until it is closed.
     pub fn open() -> io::Result<Self> {
-        Self::with(1)
+        Self::of(1)
     }
 
-    /// As many as there are processors, so that callers hardly ever wait for each other.
-    pub(crate) fn for_many() -> io::Result<Self> {
-        Self::with(std::thread::available_parallelism().map_or(1, usize::from))
+    /// The same for as many callers as there are processors, who then hardly ever wait for each other.
+    pub(crate) fn open_for_all_processors() -> io::Result<Self> {
+        Self::of(std::thread::available_parallelism().map_or(1, usize::from))
     }
 
-    fn with(sockets: usize) -> io::Result<Self> {
-        let netlinks = (0..sockets).map(|_| netlink().map(Mutex::new)).collect::<io::Result<_>>()?;
+    fn of(netlinks: usize) -> io::Result<Self> {
+        let netlinks = (0..netlinks).map(|_| Ok(Mutex::new(Some(netlink()?)))).collect::<io::Result<_>>()?;
         let loopback = nix::net::if_::if_nametoindex(LOOPBACK)?;
         let namespace = stat(OWN_NAMESPACE)?.st_ino;
         Ok(Self { netlinks, loopback, namespace, sequence: AtomicU32::new(1) })
@@ -77,6 +78,13 @@ impl SockDiag {
     /// The network namespace, by its inode.
     pub fn namespace(&self) -> u64 {
         self.namespace
+    }
+
+    /// Lets the network namespace go, whoever still holds this: nobody is found by it from here on.
+    pub(crate) fn close(&self) {
+        for netlink in &self.netlinks {
+            drop(netlink.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
     }
 
     /// The socket at `client`'s end of its connection to `server`.
@@ -94,25 +102,28 @@ impl SockDiag {
             tracing::error!(%error, "sock_diag did not answer; TCP callers are refused until it does");
             Refusal::Kernel
         })?;
+        let length = length.ok_or(Refusal::Gone)?;
         parse(&buffer[..length], client, server)
     }
 
     /// One that nobody uses now, else the next one whose turn it is.
-    fn netlink(&self, sequence: u32) -> MutexGuard<'_, OwnedFd> {
+    fn netlink(&self, sequence: u32) -> MutexGuard<'_, Option<OwnedFd>> {
         let free = self.netlinks.iter().find_map(|netlink| netlink.try_lock().ok());
         free.unwrap_or_else(|| {
             self.netlinks[sequence as usize % self.netlinks.len()].lock().unwrap_or_else(PoisonError::into_inner)
         })
     }
 
-    fn exchange(&self, request: &[u8], sequence: u32, buffer: &mut [u8]) -> io::Result<usize> {
+    /// The length of the answer; `None` if this is closed.
+    fn exchange(&self, request: &[u8], sequence: u32, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         let netlink = self.netlink(sequence);
+        let Some(netlink) = &*netlink else { return Ok(None) };
         retry(|| socket::send(netlink.as_raw_fd(), request, MsgFlags::empty()))?;
         loop {
             let length = retry(|| socket::recv(netlink.as_raw_fd(), buffer, MsgFlags::empty()))?;
             // An answer that came after its question had timed out is not ours.
             if read_u32(buffer, 8) == Some(sequence) {
-                return Ok(length);
+                return Ok(Some(length));
             }
         }
     }

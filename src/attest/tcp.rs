@@ -78,6 +78,11 @@ impl TcpAttestor {
         Self { namespace, ..Self::new(host, diag, cgroups) }
     }
 
+    /// Lets the network namespace go. Callers that were attested here are gone from then on.
+    pub(crate) fn close(&self) {
+        self.diag.close();
+    }
+
     /// Attests the peer `client` of a connection to `server`, if it belongs there; looks for its process only if `needs` says so.
     pub(crate) async fn attest(
         &self,
