@@ -22,6 +22,7 @@ use crate::attest::{Attestor, StartError};
 use crate::audit::Audit;
 use crate::broker::{Broker, Policy};
 use crate::cache::{self, CredentialCache};
+use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, AuditFile, Config, IdentityConfig};
 use crate::http::{Authorization, Front};
@@ -160,7 +161,10 @@ impl App {
             Arc::new(move |caller: &_| broker.needs(caller))
         };
         let front = Arc::new(Front {
-            attestor: Attestor::new(needs)?,
+            attestor: Attestor::new(
+                needs,
+                config.listen.pods_cgroup.clone().map_or_else(PodRoots::usual, PodRoots::at),
+            )?,
             broker: broker.clone(),
             audit: open_audit(&config, clock.clone(), metrics.clone())?,
             metrics: metrics.clone(),

@@ -14,21 +14,25 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::caller::{Caller, Listener, Looks, Refusal};
+use crate::caller::{Caller, Looks, Refusal};
+use crate::cgroup::PodRoots;
 
 mod cgroups;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod hierarchies;
 mod host;
+mod in_pod;
 mod inet_diag;
 mod known;
+mod pods;
 mod process;
 mod search;
 mod sys;
 mod tcp;
 mod unix;
 
+pub use in_pod::PodAttestor;
 pub use inet_diag::SockDiag;
 
 use hierarchies::Hierarchies;
@@ -48,18 +52,6 @@ pub struct Attestor {
 impl fmt::Debug for Attestor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Attestor").field("tcp", &self.tcp).finish_non_exhaustive()
-    }
-}
-
-/// Attests the peers of listeners in one pod's network namespace.
-pub struct PodAttestor {
-    needs: Needs,
-    tcp: tcp::TcpAttestor,
-}
-
-impl fmt::Debug for PodAttestor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PodAttestor").field("tcp", &self.tcp).finish_non_exhaustive()
     }
 }
 
@@ -83,7 +75,8 @@ pub enum StartError {
 
 impl Attestor {
     /// Looks at the machine. TCP callers are refused, and the reason is logged once, where the kernel lacks what they need.
-    pub fn new(needs: Needs) -> Result<Self, StartError> {
+    /// Pods are those below `roots`.
+    pub fn new(needs: Needs, roots: PodRoots) -> Result<Self, StartError> {
         let proc_root = PathBuf::from("/proc");
         let read = |name: &str| {
             let path = proc_root.join(name);
@@ -94,7 +87,10 @@ impl Attestor {
         }
         let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
         let release = read("sys/kernel/osrelease")?;
-        let host = Arc::new(Host::new(proc_root, hierarchies));
+        let host = Arc::new(Host::new(proc_root, hierarchies, roots));
+        if let Some(pods) = &host.pods {
+            tracing::debug!(cgroups = ?pods.roots_found(), "pods are found by the kubelet's cgroup root");
+        }
         let tcp = match (host.cgroups.clone(), SockDiag::open_for_all_processors()) {
             _ if !tells_cgroups(&release) => {
                 tracing::warn!(
@@ -102,7 +98,7 @@ impl Attestor {
                 );
                 None
             }
-            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(host.clone(), diag, cgroups, Listener::Tcp)),
+            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(host.clone(), diag, cgroups)),
             (None, _) => {
                 tracing::warn!(
                     "no cgroup v2 tree is mounted: callers over TCP are refused; mount cgroup2, or use the unix socket"
@@ -132,32 +128,15 @@ impl Attestor {
         admit: impl FnOnce(&Caller) -> bool,
     ) -> Result<Caller, Refusal> {
         let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
-        tcp.attest(client, server, admit, |caller| (self.needs)(caller)).await
+        tcp.attest((client, server), admit, |_| Ok(()), |caller| (self.needs)(caller)).await
     }
 
-    /// For a pod's network namespace, in which `diag` was opened; `None` where callers over TCP are not told apart.
+    /// Attests the peers of listeners in a pod's network namespace, in which `diag` was made; `None` where the kernel lacks what
+    /// that needs.
     pub fn in_pod(&self, diag: SockDiag) -> Option<PodAttestor> {
-        let cgroups = self.tcp.as_ref().and(self.host.cgroups.clone())?;
-        let tcp = tcp::TcpAttestor::new(self.host.clone(), diag, cgroups, Listener::Pod);
-        Some(PodAttestor { needs: self.needs.clone(), tcp })
-    }
-}
-
-impl PodAttestor {
-    /// As [`Attestor::tcp`].
-    pub async fn tcp(
-        &self,
-        client: SocketAddr,
-        server: SocketAddr,
-        admit: impl FnOnce(&Caller) -> bool,
-    ) -> Result<Caller, Refusal> {
-        self.tcp.attest(client, server, admit, |caller| (self.needs)(caller)).await
-    }
-
-    /// Lets the network namespace go, which would otherwise live as long as anybody remembers one of its callers. They are
-    /// gone from then on.
-    pub fn close(&self) {
-        self.tcp.close();
+        self.tcp.as_ref()?;
+        let cgroups = self.host.cgroups.clone()?;
+        Some(PodAttestor::new(tcp::TcpAttestor::in_pod(self.host.clone(), diag, cgroups), self.needs.clone()))
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType};
+use nix::sys::stat::stat;
 use nix::sys::time::TimeVal;
 
 use crate::caller::Refusal;
@@ -30,6 +31,8 @@ const NO_COOKIE: u64 = u64::MAX;
 const LIVE_STATES: [u8; 3] = [1, 4, 5];
 /// Loopback, in every network namespace.
 const LOOPBACK: &str = "lo";
+/// The network namespace of the thread that looks.
+const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 /// The client's socket of one connection, as the kernel describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +53,7 @@ pub struct SockDiag {
     /// `None` once it is closed.
     netlinks: Vec<Mutex<Option<OwnedFd>>>,
     loopback: u32,
+    namespace: u64,
     sequence: AtomicU32,
 }
 
@@ -67,7 +71,13 @@ impl SockDiag {
     fn of(netlinks: usize) -> io::Result<Self> {
         let netlinks = (0..netlinks).map(|_| Ok(Mutex::new(Some(netlink()?)))).collect::<io::Result<_>>()?;
         let loopback = nix::net::if_::if_nametoindex(LOOPBACK)?;
-        Ok(Self { netlinks, loopback, sequence: AtomicU32::new(1) })
+        let namespace = stat(OWN_NAMESPACE)?.st_ino;
+        Ok(Self { netlinks, loopback, namespace, sequence: AtomicU32::new(1) })
+    }
+
+    /// The network namespace, by its inode.
+    pub fn namespace(&self) -> u64 {
+        self.namespace
     }
 
     /// Lets the network namespace go, whoever still holds this: nobody is found by it from here on.

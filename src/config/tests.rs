@@ -37,6 +37,7 @@ admin = "10.0.0.7:9100"
 status = "/srv/status"
 authorization = "token"
 token_file = "/srv/token"
+pods_cgroup = "/kubelet/kubepods/"
 max_connections = 1_000
 max_connections_per_workload = 0x10
 [identity]
@@ -132,6 +133,7 @@ fn what_is_not_said_has_the_documented_default() {
         status: Some(PathBuf::from("/run/awsvid/status.sock")),
         authorization: Authorization::Present,
         token_file: PathBuf::from("/run/awsvid/token"),
+        pods_cgroup: None,
         max_connections: 4096,
         max_connections_per_workload: 512,
     };
@@ -159,6 +161,7 @@ fn every_key_of_the_sections_is_read() {
     assert_eq!((tcp, admin), (vec!["127.0.0.1:80".parse().unwrap()], Some("10.0.0.7:9100".parse().unwrap())));
     assert_eq!((pods, pods_dir, handover), (true, "/var/run/netns".into(), Some("/srv/handover".into())));
     assert_eq!(authorization, Authorization::Token);
+    assert_eq!(config.listen.pods_cgroup.unwrap().as_str(), "/kubelet/kubepods");
     assert_eq!((config.listen.max_connections, config.listen.max_connections_per_workload), (1000, 16));
     assert_eq!(
         (config.identity.socket.to_string(), config.identity.audience),
@@ -296,7 +299,8 @@ fn listeners_in_pods_are_enough_and_pass_to_the_next_daemon() {
 fn a_reload_is_told_which_keys_of_listen_differ() {
     let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.listen);
     assert!(default.changed(&default).is_empty());
-    let keys = "unix tcp pods pods_dir handover admin status authorization token_file max_connections max_connections_per_workload";
+    let keys = "unix tcp pods pods_dir handover admin status authorization token_file pods_cgroup max_connections \
+                max_connections_per_workload";
     assert_eq!(default.changed(&other).join(" "), keys);
     assert_eq!(default.changed(&Listen { admin: None, ..default.clone() }), ["admin"]);
 }

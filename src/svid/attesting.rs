@@ -18,18 +18,16 @@ use super::agent::{Agent, Svid};
 use super::memory::{Found, LOOKS, Memory, Said, Subject, is_known};
 use super::{Basis, IdentitySource, JwtSvid, SourceError};
 use crate::caller::{Caller, Looks, Owner};
-use crate::clock::Clock;
+use crate::clock::{Clock, HOLD};
 use crate::identity::SpiffeId;
 use crate::metrics::{Call, Metrics};
 use crate::role::Identity;
 use crate::rule::OVERFLOW_ID;
 use crate::turns::Turns;
 
-/// How long a request waits for the agent, which Kubernetes may keep waiting for half a minute. Its question goes on, and
-/// the next try finds the answer.
-const HOLD: Duration = Duration::from_millis(4500);
-/// How long one waits for its turn to be asked for: SDKs give up after a second.
-const TURN: Duration = Duration::from_millis(800);
+/// How long one waits for its turn to be asked for: SDKs give up after a second, and on a machine as busy as that the answer
+/// needs a part of it.
+const TURN: Duration = Duration::from_millis(600);
 /// Questions under way about processes that are new ...
 const QUESTIONS: usize = 32;
 /// ... and of those about processes of one workload.
@@ -144,6 +142,7 @@ impl IdentitySource for Attesting {
     }
 }
 
+/// Kubernetes may keep the agent waiting for half a minute. The question goes on, and the next try finds the answer.
 async fn wait(mut asked: watch::Receiver<Option<Said>>) -> Said {
     let too_long = || SourceError::Unavailable("the SPIFFE agent has not answered yet; ask again".to_owned());
     let said = timeout(HOLD, asked.wait_for(Option::is_some)).await.map_err(|_| too_long())?;

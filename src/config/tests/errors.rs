@@ -217,6 +217,9 @@ fn listeners() {
             "[listen]\npods = true\nunix = \"/run/awsvid/handover.sock\"",
             (12, "listen.unix", "is also what `listen.handover` names"),
         ),
+        ("", "[listen]\npods_cgroup = \"/\"", (11, "listen.pods_cgroup", "no path of a cgroup below the root")),
+        ("", "[listen]\npods_cgroup = \"kubepods\"", (11, "listen.pods_cgroup", "no path of a cgroup below the root")),
+        ("", "[listen]\npods_cgroup = \"/sys/fs/cgroup/kubepods\"", (11, "listen.pods_cgroup", "not of its directory")),
         ("", "[listen]\nunix = \"/run/awsvid/status.sock\"", (11, "listen.unix", "is also what `listen.status` names")),
         (
             "",

@@ -123,7 +123,15 @@ fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<Refu
     let program = Some(Program { exe: Some(exe) });
     let process = Process { pid, gid: uid, groups: Some(Vec::new()), contained: false, program, started: Some(1) };
     let evidence = Box::new(Looked { pid, looks: Arc::default(), changes_at, refusal });
-    Arc::new(Caller { listener: Listener::Unix, uid, cgroup: None, process: Some(process), evidence })
+    Arc::new(Caller {
+        listener: Listener::Unix,
+        uid,
+        cgroup: None,
+        pod: None,
+        namespace: None,
+        process: Some(process),
+        evidence,
+    })
 }
 
 fn caller(pid: u32) -> Arc<Caller> {

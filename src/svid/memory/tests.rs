@@ -33,7 +33,15 @@ fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
     };
     let lives = Arc::new(AtomicBool::new(true));
     let evidence = Box::new(Living(lives.clone()));
-    let caller = Caller { listener: Listener::Unix, uid, cgroup: None, process: Some(process), evidence };
+    let caller = Caller {
+        listener: Listener::Unix,
+        uid,
+        cgroup: None,
+        pod: None,
+        namespace: None,
+        process: Some(process),
+        evidence,
+    };
     (Arc::new(caller), lives)
 }
 
