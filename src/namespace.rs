@@ -95,7 +95,7 @@ impl Namespace {
     /// nothing else ever runs in it.
     pub fn within<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
         let inside = || {
-            let home = Home(File::open(OWN)?);
+            let own = File::open(OWN)?;
             match setns(&self.file, CloneFlags::CLONE_NEWNET) {
                 Ok(()) => {}
                 Err(error @ (Errno::EPERM | Errno::EACCES)) => return Err(NamespaceError::Denied(error.into())),
@@ -103,9 +103,8 @@ impl Namespace {
                 Err(Errno::EINVAL) => return Err(NamespaceError::NotMounted),
                 Err(error) => return Err(io::Error::from(error).into()),
             }
-            let made = make();
-            drop(home);
-            Ok(made)
+            let _home = Home(own);
+            Ok(make())
         };
         thread::scope(|scope| {
             let thread = thread::Builder::new().name("namespace".to_owned()).spawn_scoped(scope, inside)?;

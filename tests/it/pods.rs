@@ -2,16 +2,15 @@
 
 use std::fs;
 use std::io::{ErrorKind, Read};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::harness::cgroup::Cgroup;
-use crate::harness::counterparts::process::{await_some, run};
+use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
-use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::daemon::Daemon;
 use crate::harness::namespaces::{Node, Peer, ip};
 use crate::harness::upstream::Upstream;
 
@@ -19,6 +18,8 @@ use crate::harness::upstream::Upstream;
 const PATIENCE: Duration = Duration::from_secs(30);
 const V4: &str = "127.0.0.1:974";
 const V6: &str = "[::1]:974";
+
+const RULE: &str = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
 
 /// A daemon that serves every pod, by a rule that names all of their cgroups.
 struct Stage {
@@ -55,10 +56,9 @@ impl Stage {
 }
 
 fn daemon(node: &Node, upstream: &Upstream, folder: &Path) -> Daemon {
-    let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
     let words = node.enter();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    Daemon::start_behind(&words, folder, &node.listen(), &(upstream.configuration() + rule)).ready()
+    Daemon::start_behind(&words, folder, &node.listen(), &(upstream.configuration() + RULE)).ready()
 }
 
 fn await_namespaces(daemon: &Daemon, count: u64) {
@@ -104,4 +104,190 @@ fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
     stage.await_namespaces(1);
     stage.node.remove("early");
     stage.await_namespaces(0);
+}
+
+#[test]
+fn what_is_open_in_a_namespace_is_cut_when_its_file_goes() {
+    let Some(stage) = Stage::set(|_| {}) else { return };
+    stage.node.add("a");
+    stage.await_namespaces(1);
+    let mut open = TcpStream::from(stage.node.connect("a", V4.parse().unwrap()).unwrap());
+    open.set_read_timeout(Some(PATIENCE)).unwrap();
+    // Only unmounted, which for inotify is no event.
+    stage.node.unmount("a");
+    let cut = Instant::now();
+    match open.read(&mut [0]) {
+        Ok(count) => assert_eq!(count, 0),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+    }
+    // Before the daemon would have given up waiting for a request.
+    assert!(cut.elapsed() < Duration::from_secs(4), "{:?}", cut.elapsed());
+    stage.await_namespaces(0);
+}
+
+#[test]
+fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
+    let Some(stage) = Stage::set(|node| node.add_own("host")) else { return };
+    let peer = Peer::new(3);
+    stage.node.add_own("host-too");
+    stage.node.add_with("a", |_| peer.make());
+    stage.node.add_again("a", "b");
+    // Whatever comes after them has been seen after them.
+    stage.node.add("last");
+    stage.await_namespaces(2);
+    let log = stage.daemon.log();
+    assert!(!log.contains("is taken"), "{log}");
+    // The one by whose file it was entered may be either.
+    for name in ["a", "b"] {
+        assert!(listens(&stage.node, name, V4), "{name}");
+    }
+    stage.node.remove("a");
+    stage.node.remove("last");
+    stage.await_namespaces(1);
+    // A listener that is killed is bound again by the file that is left.
+    kill(&stage.node, "b");
+    await_some("the listener is back", PATIENCE, || listens(&stage.node, "b", V4).then_some(()));
+    assert!(peer.is_there());
+    stage.node.remove("b");
+    await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+}
+
+/// What a pod with CAP_NET_ADMIN can do.
+fn kill(node: &Node, name: &str) {
+    let killed = node.inside(name, || Command::new("ss").args(["-K", "-lnt", "sport = :974"]).output().unwrap());
+    let said = String::from_utf8_lossy(&killed.stdout).into_owned();
+    assert!(said.contains(":974"), "{said}");
+}
+
+#[test]
+fn a_listener_that_its_pod_kills_comes_back() {
+    let Some(stage) = Stage::set(|node| node.add("a")) else { return };
+    let cgroup = Cgroup::of_pod(10);
+    kill(&stage.node, "a");
+    for address in [V4, V6] {
+        await_some("the listener is back", PATIENCE, || listens(&stage.node, "a", address).then_some(()));
+        assert!(stage.serves("a", &cgroup, address), "{address}");
+    }
+    let log = stage.daemon.log();
+    assert_eq!(log.matches("the listener was killed").count(), 2, "{log}");
+}
+
+#[test]
+fn a_port_that_is_taken_is_waited_for() {
+    let Some(stage) = Stage::set(|_| {}) else { return };
+    let mut taken: Option<TcpListener> = None;
+    stage.node.add_with("taken", |_| taken = Some(TcpListener::bind(V4).unwrap()));
+    stage.node.add("other");
+    stage.await_namespaces(2);
+    let (cgroup, other) = (Cgroup::of_pod(11), Cgroup::of_pod(12));
+    assert!(stage.serves("other", &other, V4) && stage.serves("taken", &cgroup, V6));
+    stage.daemon.await_line(&["port 974 is taken", "/netns/taken"]);
+    drop(taken);
+    stage.daemon.await_line(&["/netns/taken", "is free now"]);
+    assert!(stage.serves("taken", &cgroup, V4));
+    assert_eq!(stage.daemon.log().matches("port 974 is taken").count(), 1, "it is said once, whatever is tried");
+    assert_eq!(stage.daemon.metric("awsvid_pod_namespaces_failed_total{reason=\"port_taken\"}"), 1);
+}
+
+#[test]
+fn pods_may_have_one_family_alone() {
+    let Some(stage) = Stage::set(|_| {}) else { return };
+    stage.node.add_with("v4", |_| fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap());
+    stage.node.add("v6");
+    stage.node.inside("v6", || ip(&["address", "delete", "127.0.0.1/8", "dev", "lo"]));
+    stage.await_namespaces(2);
+    let (v4, v6) = (Cgroup::of_pod(13), Cgroup::of_pod(14));
+    assert!(stage.serves("v4", &v4, V4) && stage.serves("v6", &v6, V6));
+    let log = stage.daemon.log();
+    assert!(!log.contains("974"), "{log}");
+}
+
+#[test]
+fn the_directory_may_come_later_and_be_another_one() {
+    let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else { return };
+    stage.daemon.await_line(&["pods_dir", "is not there"]);
+    fs::create_dir(stage.node.directory()).unwrap();
+    stage.node.add("a");
+    stage.await_namespaces(1);
+    let aside = stage.folder.path().join("aside");
+    fs::rename(stage.node.directory(), &aside).unwrap();
+    stage.await_namespaces(0);
+    fs::create_dir(stage.node.directory()).unwrap();
+    stage.node.add("b");
+    stage.await_namespaces(1);
+    assert!(listens(&stage.node, "b", V4));
+    // Over the directory another one is mounted, as `ip netns add` does.
+    stage.node.within(|| {
+        let directory = Some(stage.node.directory());
+        nix::mount::mount(directory, stage.node.directory(), None::<&str>, nix::mount::MsFlags::MS_BIND, None::<&str>)
+            .unwrap();
+    });
+    stage.node.add("c");
+    await_some("the new one is listened in", PATIENCE, || listens(&stage.node, "c", V4).then_some(()));
+}
+
+#[test]
+fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
+    let Some(stage) = Stage::set(|_| {}) else { return };
+    // What a daemon sees whose mounts are not the host's: files without namespaces.
+    for name in ["x", "y"] {
+        fs::File::create_new(stage.node.path(name)).unwrap();
+    }
+    stage.daemon.await_line(&["mountPropagation: HostToContainer"]);
+    await_some("both are counted", PATIENCE, || {
+        let counted = stage.daemon.metric("awsvid_pod_namespaces_failed_total{reason=\"not_mounted\"}");
+        (counted == 2).then_some(())
+    });
+    assert_eq!(stage.daemon.log().matches("mountPropagation").count(), 1, "for all of them together");
+
+    let folder = folder();
+    let words = ["setpriv", "--bounding-set", "-sys_admin"];
+    let configuration = stage.upstream.configuration() + RULE;
+    let (status, log) = Daemon::refused_with(&words, folder.path(), &stage.node.listen(), &configuration);
+    assert_eq!(status, Some(78), "{log}");
+    assert!(log.contains("add SYS_ADMIN to the container's securityContext.capabilities.add"), "{log}");
+}
+
+/// From the start of the process, and from the mount, until each of so many namespaces is listened in.
+#[test]
+fn many_namespaces_are_listened_in_within_a_second() {
+    let slow = std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow");
+    let count = if slow { 250 } else { 20 };
+    let names = (0..count).map(|i| format!("cni-{i}")).collect::<Vec<_>>();
+    let mut peers = Vec::new();
+    let Some(stage) = Stage::set(|node| {
+        for (i, name) in names.iter().enumerate() {
+            let peer = (i % 10 == 0).then(|| Peer::new(100 + i));
+            node.add_with(name, |_| peer.iter().for_each(Peer::make));
+            peers.extend(peer);
+        }
+    }) else {
+        return;
+    };
+    assert_eq!(stage.daemon.metric("awsvid_pod_namespaces"), count);
+    let took = stage.daemon.listening_in_pods_after();
+    eprintln!("{count} namespaces: all listened in {took:?} after the start of the process");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    let mut longest = Duration::ZERO;
+    for i in 0..10 {
+        let name = format!("new-{i}");
+        let listening = stage.node.add_and(&name, || {
+            let mounted = Instant::now();
+            while TcpStream::connect(V4).is_err() {
+                assert!(mounted.elapsed() < PATIENCE);
+            }
+            mounted.elapsed()
+        });
+        longest = longest.max(listening);
+    }
+    eprintln!("one more: listened in at most {longest:?} after the mount");
+    let last = names.last().unwrap();
+    assert!(stage.serves(last, &Cgroup::of_pod(15), V4));
+    let before = stage.daemon.descriptors();
+    names.iter().for_each(|name| stage.node.remove(name));
+    stage.await_namespaces(10);
+    let gone = await_some("all are freed", PATIENCE, || {
+        peers.iter().all(|peer| !peer.is_there()).then(|| stage.daemon.descriptors())
+    });
+    assert!(gone + 3 * names.len() <= before + 8, "{before} descriptors, then {gone}");
 }
