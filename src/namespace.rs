@@ -57,6 +57,20 @@ impl NamespaceId {
         Ok((found.device == own.device).then_some(found))
     }
 
+    /// Of [`Self::to_bytes`].
+    pub const LENGTH: usize = 16;
+
+    /// For another process on this machine.
+    pub fn to_bytes(self) -> [u8; Self::LENGTH] {
+        ((u128::from(self.device) << 64) | u128::from(self.inode)).to_ne_bytes()
+    }
+
+    /// From another process on this machine.
+    pub fn from_bytes(bytes: [u8; Self::LENGTH]) -> Self {
+        let [device, inode] = [64, 0].map(|shift| u128::from_ne_bytes(bytes) >> shift & u128::from(u64::MAX));
+        Self { device: u64::try_from(device).unwrap_or(0), inode: u64::try_from(inode).unwrap_or(0) }
+    }
+
     fn of(found: &Metadata) -> Self {
         Self { device: found.dev(), inode: found.ino() }
     }
