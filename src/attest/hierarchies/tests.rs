@@ -6,6 +6,10 @@ const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde
 const OTHER: &str = "1123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
 
+fn made(names: Vec<String>, mount: PathBuf) -> Hierarchy {
+    Hierarchy { names, mount, base: String::new(), above: 0, own: None }
+}
+
 /// Two hierarchies, v2 and v1's memory, with these directories in both.
 fn machine(directories: &[&str]) -> (tempfile::TempDir, Hierarchies) {
     let folder = tempfile::tempdir().unwrap();
@@ -14,10 +18,7 @@ fn machine(directories: &[&str]) -> (tempfile::TempDir, Hierarchies) {
         fs::create_dir_all(v2.join(directory)).unwrap();
         fs::create_dir_all(memory.join(directory)).unwrap();
     }
-    let hierarchies = Hierarchies(vec![
-        Hierarchy { names: Vec::new(), mount: v2 },
-        Hierarchy { names: vec!["rw".to_owned(), "memory".to_owned()], mount: memory },
-    ]);
+    let hierarchies = Hierarchies(vec![made(Vec::new(), v2), made(vec!["rw".to_owned(), "memory".to_owned()], memory)]);
     (folder, hierarchies)
 }
 
@@ -29,7 +30,7 @@ fn hierarchies_are_found_where_they_are_mounted() {
                      41 31 0:38 /sub /elsewhere rw,relatime - cgroup2 cgroup2 rw\n\
                      42 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
     let found = Hierarchies::find(mountinfo);
-    let mount = |names| found.mount_of(names).map(|mount| mount.to_str().unwrap().to_owned());
+    let mount = |names| found.of(names).map(|found| found.mount.to_str().unwrap().to_owned());
     assert_eq!(mount("cpu,cpuacct").as_deref(), Some("/sys/fs/cgroup/cpu,cpuacct"));
     assert_eq!(mount("name=systemd").as_deref(), Some("/sys/fs/cgroup/systemd"));
     assert_eq!(mount("").as_deref(), Some("/sys/fs/cgroup/unified"));
