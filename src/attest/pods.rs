@@ -39,9 +39,13 @@ impl Pods {
     /// none. Every directory down to the pod's own has to be root's, else somebody else could have named it; with the pod's,
     /// root has named the container's too.
     pub(crate) fn of(&self, uid: u32, cgroup: &CgroupPath, namespace: Option<u64>) -> Result<Option<Housed>, Refusal> {
-        let place = self.tree.roots().find(cgroup).map_err(|Misplaced| {
-            let cgroup = Some(cgroup.clone());
-            Refusal::MisplacedPod(Box::new(Stranger { uid, cgroup, pod: None, namespace }))
+        let place = self.tree.roots().find(cgroup).map_err(|Misplaced| match self.tree.roots_alone(cgroup) {
+            Err(Refusal::DelegatedCgroup) => Refusal::DelegatedCgroup,
+            // Root's doing: a kubelet with a place of its own, or a container that is root's own.
+            _ => {
+                let cgroup = Some(cgroup.clone());
+                Refusal::MisplacedPod(Box::new(Stranger { uid, cgroup, pod: None, namespace }))
+            }
         })?;
         let Some(PodPlace { pod, directory, container }) = place else { return Ok(None) };
         let part = |end: usize| CgroupPath::parse(&cgroup.as_str()[..end]);
@@ -68,3 +72,6 @@ fn age(directory: &fs::Metadata) -> Duration {
     let made = UNIX_EPOCH + Duration::from_secs(directory.ctime().try_into().unwrap_or_default());
     SystemTime::now().duration_since(made).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests;
