@@ -1,14 +1,32 @@
-//! A way from the machine's network namespace, which is connected to nothing, to one address outside.
+//! A way from one network namespace, which may be connected to nothing, to an address in another.
 
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::path::Path;
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket;
+use nix::unistd::Pid;
+
+/// A network namespace.
+pub(crate) enum Network {
+    /// That of the tests.
+    Own,
+    /// That of a process.
+    Of(Pid),
+}
+
+impl Network {
+    /// Makes the calling thread, which must be one that ends after it, part of it.
+    fn enter(&self) {
+        if let Self::Of(pid) = self {
+            let file = File::open(format!("/proc/{pid}/ns/net")).expect("a network namespace");
+            setns(file, CloneFlags::CLONE_NEWNET).expect("enter a network namespace");
+        }
+    }
+}
 
 /// Passes connections on until it is dropped.
 pub(crate) struct Forward {
@@ -16,27 +34,28 @@ pub(crate) struct Forward {
 }
 
 impl Forward {
-    pub(super) fn start(namespace: &Path, to: SocketAddr) -> Self {
-        let namespace = File::open(namespace).expect("the machine's network namespace");
-        // A thread of its own: it ends in the namespace that it has entered. The listener stays usable outside.
+    /// From an address in one network, where port 0 is one that the kernel picks, to one in another.
+    pub(crate) fn start(from: Network, address: SocketAddr, to: Network, target: SocketAddr) -> Self {
+        // The listener stays usable outside of where it was made.
         let bind = move || {
-            setns(namespace, CloneFlags::CLONE_NEWNET).expect("enter the machine's network namespace");
-            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port in the machine")
+            from.enter();
+            TcpListener::bind(address).expect("a free port")
         };
         let listener = thread::spawn(bind).join().expect("the listener's thread");
         let accepting = listener.try_clone().expect("a second handle");
         thread::spawn(move || {
+            to.enter();
             for inside in accepting.incoming().map_while(Result::ok) {
-                if let Ok(outside) = TcpStream::connect(to) {
-                    pass(&inside, &outside).expect("second handles");
-                    pass(&outside, &inside).expect("second handles");
+                if let Ok(outside) = TcpStream::connect(target) {
+                    // Whoever has closed is not passed on.
+                    let _ = pass(&inside, &outside).and_then(|()| pass(&outside, &inside));
                 }
             }
         });
         Self { listener }
     }
 
-    /// Where it listens inside.
+    /// Where it listens.
     pub(crate) fn address(&self) -> SocketAddr {
         self.listener.local_addr().expect("its own address")
     }
