@@ -22,6 +22,7 @@ use crate::attest::{Attestor, StartError};
 use crate::audit::Audit;
 use crate::broker::{Broker, Policy};
 use crate::cache::{self, CredentialCache};
+use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, AuditFile, Config, IdentityConfig};
 use crate::http::{Authorization, Front};
@@ -156,7 +157,10 @@ impl App {
             Arc::new(move |caller: &_| broker.needs(caller))
         };
         let front = Arc::new(Front {
-            attestor: Attestor::new(needs)?,
+            attestor: Attestor::new(
+                needs,
+                config.listen.pods_cgroup.clone().map_or_else(PodRoots::usual, PodRoots::at),
+            )?,
             broker: broker.clone(),
             audit: open_audit(&config, clock.clone(), metrics.clone())?,
             metrics: metrics.clone(),
@@ -303,9 +307,13 @@ async fn identity_source(
             return Ok(Arc::new(source));
         }
         config::Source::SpireDelegated { socket } => Arc::new(Delegated::new(socket, svid::DEADLINE)),
-        config::Source::SpiffeBroker { socket, server } => {
+        config::Source::SpiffeBroker { socket, server, reference } => {
             let own = OwnIdentity::at(identity.socket.clone());
-            Arc::new(BrokerApi::new(socket, own, server.clone(), svid::DEADLINE))
+            let broker = BrokerApi::new(socket, own, server.clone(), svid::DEADLINE);
+            match reference {
+                config::Reference::Auto => Arc::new(broker.naming_pods()),
+                config::Reference::Process => Arc::new(broker),
+            }
         }
     };
     // What it has not said by then is found out while callers are served.

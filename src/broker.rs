@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use thiserror::Error;
+use tokio::time::{Instant, timeout_at};
 
 use crate::audit::{Freshness, Record};
 use crate::cache::{CacheError, CredentialCache, Issued, Limits};
 use crate::caller::{Caller, Looks, Refusal};
+use crate::clock::HOLD;
 use crate::identity::SpiffeId;
 use crate::issue::Issuer;
 use crate::role::{Denied, Grant, Roles, Wanted};
@@ -65,10 +67,12 @@ impl Broker {
         wanted: &Wanted,
         record: &mut Record,
     ) -> Result<(Arc<Issued>, Freshness), BrokerError> {
+        // For all that it waits for together: whoever it is has given up by then.
+        let until = Instant::now() + HOLD;
         loop {
             let begun = self.reloads.load(Ordering::SeqCst);
             let policy = self.policy.load_full();
-            let answer = self.decide(&policy, caller, wanted, record).await;
+            let answer = self.decide(&policy, (caller, wanted), until, record).await;
             let under_way = !begun.is_multiple_of(2);
             if !under_way && self.reloads.load(Ordering::SeqCst) == begun {
                 return answer;
@@ -82,8 +86,8 @@ impl Broker {
     async fn decide(
         &self,
         policy: &Policy,
-        caller: &Arc<Caller>,
-        wanted: &Wanted,
+        (caller, wanted): (&Arc<Caller>, &Wanted),
+        until: Instant,
         record: &mut Record,
     ) -> Result<(Arc<Issued>, Freshness), BrokerError> {
         let identities = policy.source.identify(caller).await?;
@@ -92,7 +96,7 @@ impl Broker {
         }
         let grant = policy.roles.choose(&identities, wanted)?;
         record.granted(&grant);
-        let issued = self.cache.get(&grant, caller).await?;
+        let issued = timeout_at(until, self.cache.get(&grant, caller)).await.unwrap_or(Err(CacheError::Pending))?;
         caller.still_same()?;
         Ok(issued)
     }
@@ -132,3 +136,6 @@ impl Policy {
         self.source.basis(id) == other.source.basis(id)
     }
 }
+
+#[cfg(test)]
+mod tests;

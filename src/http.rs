@@ -193,6 +193,9 @@ impl Front {
         caller: Result<Arc<Caller>, Refusal>,
     ) -> Answer {
         let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
+        if let Err(refusal) = &caller {
+            record.refused(refusal);
+        }
         let id = record.request_id();
         match self.decide(request, listener, caller, &mut record).await {
             Ok((issued, freshness)) => {

@@ -11,7 +11,7 @@ use prometheus_client::registry::{Registry, Unit};
 /// Labels of `awsvid_requests`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Request {
-    /// `unix` or `tcp`.
+    /// `unix`, `tcp` or `pod`.
     pub listener: &'static str,
     /// `issued`, `refused`, `failed` or `aborted`.
     pub outcome: &'static str,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::readlink;
 
-use crate::attest::hierarchies::Hierarchies;
+use crate::attest::hierarchies::{Hierarchies, roots_alone};
 use crate::attest::sys;
 use crate::caller::Refusal;
 use crate::cgroup::CgroupPath;
@@ -64,6 +64,11 @@ impl CgroupTree {
         let root = fs::metadata(&self.mount).map(|root| root.ino());
         self.handles = root.is_ok_and(|id| self.by_handle(id).is_ok_and(|path| path.is_root()));
         self
+    }
+
+    /// Where the hierarchy's root is.
+    pub(crate) fn mount(&self) -> &Path {
+        &self.mount
     }
 
     /// That of the v2 hierarchy; `None` on a host without one.
@@ -178,7 +183,12 @@ impl CgroupTree {
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn directory(&self, path: &CgroupPath) -> PathBuf {
+    /// Whether nobody but root can make or name a directory down to the one that `segments` lead to from the root.
+    pub(crate) fn roots_alone<'s>(&self, segments: impl Iterator<Item = &'s str>) -> Result<(), Refusal> {
+        roots_alone(&self.mount, segments)
+    }
+
+    pub(crate) fn directory(&self, path: &CgroupPath) -> PathBuf {
         self.mount.join(Path::new(path.as_str().trim_start_matches('/')))
     }
 }

@@ -44,7 +44,7 @@ impl Hierarchies {
             }
             if !path.is_root() {
                 let mount = self.mount_of(names).ok_or(Refusal::UnreadableCgroup)?;
-                roots_alone(mount, &path)?;
+                roots_alone(mount, path.segments())?;
             }
         }
         Ok(())
@@ -80,10 +80,10 @@ fn hierarchy(line: &str) -> Option<Hierarchy> {
     (root == "/").then(|| Hierarchy { names, mount: PathBuf::from(point) })
 }
 
-/// Whether nobody but root can make or name a directory from the mount down to the cgroup.
-fn roots_alone(mount: &Path, path: &CgroupPath) -> Result<(), Refusal> {
+/// Whether nobody but root can make or name a directory from the mount down to the one that `segments` lead to.
+pub(crate) fn roots_alone<'s>(mount: &Path, segments: impl Iterator<Item = &'s str>) -> Result<(), Refusal> {
     let mut directory = mount.to_owned();
-    for segment in path.segments() {
+    for segment in segments {
         directory.push(segment);
         let found = fs::symlink_metadata(&directory).map_err(|_| Refusal::UnreadableCgroup)?;
         let others_write = found.mode() & 0o022 != 0;

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
@@ -12,13 +11,11 @@ use super::news::News;
 use super::rules::{self, Class, Trouble};
 use super::{CacheError, Shared};
 use crate::caller::Caller;
+use crate::clock::HOLD;
 use crate::credentials::Credentials;
 use crate::issue::IssueError;
 use crate::metrics::Call;
 use crate::turns::Turn;
-
-/// How long a request is held while its credentials are issued. The most patient SDKs give up after 5 s.
-pub(super) const HOLD: Duration = Duration::from_millis(4500);
 
 pub(super) type Landed = Result<Arc<Issued>, CacheError>;
 

@@ -4,10 +4,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use super::reader::{Place, Table, absolute};
+use crate::cgroup::CgroupPath;
 
 /// `sun_path` has 108 bytes, the last of which is NUL.
 const UNIX_PATH_MAX: usize = 107;
 const MAX_CONNECTIONS: usize = 1_000_000;
+const CGROUP_FIX: &str = "write the cgroup that holds those of all pods, as in \"/kubepods.slice\"";
 /// Ports below this one need a privilege, so that no other user can take them (attack 9).
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
@@ -26,6 +28,8 @@ pub struct Listen {
     pub authorization: Authorization,
     /// Where the token is written that callers may (or with [`Authorization::Token`] must) send.
     pub token_file: PathBuf,
+    /// The kubelet's cgroup root, below which its pods are; `None`: one of the usual places.
+    pub pods_cgroup: Option<CgroupPath>,
     /// Connections at one time, of all callers.
     pub max_connections: usize,
     /// Connections at one time, of one workload.
@@ -52,6 +56,7 @@ impl Default for Listen {
             status: Some(PathBuf::from("/run/awsvid/status.sock")),
             authorization: Authorization::Present,
             token_file: PathBuf::from("/run/awsvid/token"),
+            pods_cgroup: None,
             max_connections: 4096,
             max_connections_per_workload: 512,
         }
@@ -61,8 +66,17 @@ impl Default for Listen {
 impl Listen {
     /// The keys in which `other` differs.
     pub fn changed(&self, other: &Self) -> Vec<&'static str> {
-        let Self { unix, tcp, admin, status, authorization, token_file, max_connections, max_connections_per_workload } =
-            self;
+        let Self {
+            unix,
+            tcp,
+            admin,
+            status,
+            authorization,
+            token_file,
+            pods_cgroup,
+            max_connections,
+            max_connections_per_workload,
+        } = self;
         let changed = [
             ("unix", *unix != other.unix),
             ("tcp", *tcp != other.tcp),
@@ -70,6 +84,7 @@ impl Listen {
             ("status", *status != other.status),
             ("authorization", *authorization != other.authorization),
             ("token_file", *token_file != other.token_file),
+            ("pods_cgroup", *pods_cgroup != other.pods_cgroup),
             ("max_connections", *max_connections != other.max_connections),
             ("max_connections_per_workload", *max_connections_per_workload != other.max_connections_per_workload),
         ];
@@ -97,6 +112,7 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
         status: socket(table, "status", default.status),
         authorization: table.word("authorization", &words).unwrap_or(default.authorization),
         token_file: table.path("token_file").unwrap_or(default.token_file),
+        pods_cgroup: table.parse("pods_cgroup", CGROUP_FIX, cgroup),
         max_connections: table.number("max_connections", 1..=MAX_CONNECTIONS).unwrap_or(default.max_connections),
         max_connections_per_workload: table
             .number("max_connections_per_workload", 1..=MAX_CONNECTIONS)
@@ -113,6 +129,15 @@ fn socket(table: &Table<'_>, key: &'static str, default: Option<PathBuf>) -> Opt
         _ => absolute(text).map(Some),
     };
     table.parse(key, "write the whole path of a socket, or \"\" to switch it off", parse).unwrap_or(default)
+}
+
+/// The path of a cgroup, as `/proc/<pid>/cgroup` shows it to the host.
+fn cgroup(text: &str) -> Result<CgroupPath, &'static str> {
+    if text.starts_with("/sys/") {
+        return Err("it is the path of a cgroup, not of its directory");
+    }
+    let path = CgroupPath::parse(text.trim_end_matches('/')).filter(|path| !path.is_root());
+    path.ok_or("it is no path of a cgroup below the root")
 }
 
 fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {

@@ -35,6 +35,7 @@ admin = "10.0.0.7:9100"
 status = "/srv/status"
 authorization = "token"
 token_file = "/srv/token"
+pods_cgroup = "/kubelet/kubepods/"
 max_connections = 1_000
 max_connections_per_workload = 0x10
 [identity]
@@ -127,6 +128,7 @@ fn what_is_not_said_has_the_documented_default() {
         status: Some(PathBuf::from("/run/awsvid/status.sock")),
         authorization: Authorization::Present,
         token_file: PathBuf::from("/run/awsvid/token"),
+        pods_cgroup: None,
         max_connections: 4096,
         max_connections_per_workload: 512,
     };
@@ -153,6 +155,7 @@ fn every_key_of_the_sections_is_read() {
     assert_eq!((unix, status, token_file), (None, Some("/srv/status".into()), "/srv/token".into()));
     assert_eq!((tcp, admin), (vec!["127.0.0.1:80".parse().unwrap()], Some("10.0.0.7:9100".parse().unwrap())));
     assert_eq!(authorization, Authorization::Token);
+    assert_eq!(config.listen.pods_cgroup.unwrap().as_str(), "/kubelet/kubepods");
     assert_eq!((config.listen.max_connections, config.listen.max_connections_per_workload), (1000, 16));
     assert_eq!(
         (config.identity.socket.to_string(), config.identity.audience),
@@ -281,7 +284,8 @@ fn a_file_is_loaded_from_its_path() {
 fn a_reload_is_told_which_keys_of_listen_differ() {
     let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.listen);
     assert!(default.changed(&default).is_empty());
-    let keys = "unix tcp admin status authorization token_file max_connections max_connections_per_workload";
+    let keys =
+        "unix tcp admin status authorization token_file pods_cgroup max_connections max_connections_per_workload";
     assert_eq!(default.changed(&other).join(" "), keys);
     assert_eq!(default.changed(&Listen { admin: None, ..default.clone() }), ["admin"]);
 }

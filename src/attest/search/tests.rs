@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::*;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::inet_diag::SockDiag;
+use crate::cgroup::PodRoots;
 
 /// Everything that may be looked at.
 const ALL: Looks = Looks { groups: true, program: true, started: false };
@@ -24,7 +25,7 @@ fn connection() -> (TcpListener, TcpStream, Socket) {
 /// The machine, with its real cgroup v2 tree.
 fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
     let hierarchies = Hierarchies::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies));
+    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies, PodRoots::usual()));
     let tree = host.cgroups.clone().expect("cgroup v2");
     (host, tree)
 }

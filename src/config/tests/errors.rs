@@ -207,6 +207,9 @@ fn listeners() {
         ("", &long, (11, "listen.unix", "at most 107 bytes")),
         ("", "[listen]\nstatus = \"status.sock\"", (11, "listen.status", "it is relative")),
         ("", "[listen]\ntoken_file = \"\"", (11, "listen.token_file", "it is empty")),
+        ("", "[listen]\npods_cgroup = \"/\"", (11, "listen.pods_cgroup", "no path of a cgroup below the root")),
+        ("", "[listen]\npods_cgroup = \"kubepods\"", (11, "listen.pods_cgroup", "no path of a cgroup below the root")),
+        ("", "[listen]\npods_cgroup = \"/sys/fs/cgroup/kubepods\"", (11, "listen.pods_cgroup", "not of its directory")),
         ("", "[listen]\nunix = \"/run/awsvid/status.sock\"", (11, "listen.unix", "is also what `listen.status` names")),
         (
             "",

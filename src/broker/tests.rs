@@ -1,0 +1,86 @@
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use tokio::time::sleep;
+
+use super::*;
+use crate::audit::Audit;
+use crate::caller::Listener;
+use crate::clock::Clock;
+use crate::config::AuditFile;
+use crate::credentials::Credentials;
+use crate::identity::{ArnTemplate, SpiffeIdPattern};
+use crate::metrics::Metrics;
+use crate::role::{Identity, Role, StsTarget};
+use crate::sts::{AssumeRole, StsError};
+use crate::svid::JwtSvid;
+
+const ID: &str = "spiffe://example.org/shop";
+
+/// Says who everybody is after this time, and gives no token before somebody stops waiting.
+#[derive(Debug)]
+struct Slow(Duration);
+
+#[async_trait]
+impl IdentitySource for Slow {
+    async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
+        sleep(self.0).await;
+        Ok(vec![Identity { spiffe_id: SpiffeId::parse(ID).unwrap(), hint: None }])
+    }
+
+    async fn token(&self, _: &Arc<Caller>, _: &SpiffeId, _: &str) -> Result<JwtSvid, SourceError> {
+        std::future::pending().await
+    }
+
+    fn needs(&self, _: &Caller) -> Option<Looks> {
+        None
+    }
+
+    fn basis(&self, _: &SpiffeId) -> Basis {
+        Basis::Rules(Vec::new())
+    }
+
+    async fn ready(&self, _: &str) -> Result<(), SourceError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl AssumeRole for Slow {
+    async fn assume(&self, _: &Grant, _: &JwtSvid) -> Result<Credentials, StsError> {
+        std::future::pending().await
+    }
+}
+
+fn role() -> Arc<Role> {
+    Arc::new(Role {
+        name: "shop".to_owned(),
+        spiffe_id: SpiffeIdPattern::parse(ID).unwrap(),
+        role_arn: ArnTemplate::parse("arn:aws:iam::123456789012:role/shop").unwrap(),
+        audience: "sts.amazonaws.com".to_owned(),
+        duration: Duration::from_secs(3600),
+        session_name: None,
+        sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
+        policy: None,
+        policy_arns: Vec::new(),
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_source_and_a_slow_exchange_hold_a_request_no_longer_than_one_of_them() {
+    let slow = Arc::new(Slow(Duration::from_secs(3)));
+    let (clock, metrics) = (Clock::starting_at(SystemTime::UNIX_EPOCH), Metrics::default());
+    let issuer = Issuer::new(slow.clone(), slow.clone(), clock.clone(), metrics.clone());
+    let limits = Limits { max_entries: 10, revocation_grace: Duration::from_secs(300) };
+    let cache = CredentialCache::new(issuer, clock.clone(), metrics.clone(), limits);
+    let policy = Policy { source: slow, roles: Roles { defined: vec![role()], requested: None } };
+    let broker = Broker::new(policy, cache);
+    let audit = Audit::open(&AuditFile::Path(Path::new("/dev/null").to_owned()), false, clock, metrics).unwrap();
+    let caller = Arc::new(Caller::nobody());
+    let mut record = audit.begin(Listener::Unix, Some(caller.clone()));
+    let begun = Instant::now();
+    let answer = broker.serve(&caller, &Wanted::First, &mut record).await;
+    assert!(matches!(answer, Err(BrokerError::Cache(CacheError::Pending))), "{answer:?}");
+    assert_eq!(begun.elapsed(), HOLD);
+}
