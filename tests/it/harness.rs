@@ -12,6 +12,7 @@ pub(crate) mod forward;
 pub(crate) mod gate;
 pub(crate) mod kubernetes;
 pub(crate) mod made;
+pub(crate) mod namespaces;
 pub(crate) mod sts;
 pub(crate) mod systemd;
 pub(crate) mod upstream;
