@@ -15,5 +15,6 @@ pub(crate) mod made;
 pub(crate) mod namespaces;
 pub(crate) mod sts;
 pub(crate) mod systemd;
+pub(crate) mod tls;
 pub(crate) mod upstream;
 pub(crate) mod world;

@@ -26,6 +26,15 @@ impl Network {
             setns(file, CloneFlags::CLONE_NEWNET).expect("enter a network namespace");
         }
     }
+
+    /// A listener there, which stays usable outside.
+    pub(crate) fn bind(self, address: SocketAddr) -> TcpListener {
+        let bind = move || {
+            self.enter();
+            TcpListener::bind(address).expect("a free port")
+        };
+        thread::spawn(bind).join().expect("the listener's thread")
+    }
 }
 
 /// Passes connections on until it is dropped.
@@ -36,12 +45,7 @@ pub(crate) struct Forward {
 impl Forward {
     /// From an address in one network, where port 0 is one that the kernel picks, to one in another.
     pub(crate) fn start(from: Network, address: SocketAddr, to: Network, target: SocketAddr) -> Self {
-        // The listener stays usable outside of where it was made.
-        let bind = move || {
-            from.enter();
-            TcpListener::bind(address).expect("a free port")
-        };
-        let listener = thread::spawn(bind).join().expect("the listener's thread");
+        let listener = from.bind(address);
         let accepting = listener.try_clone().expect("a second handle");
         thread::spawn(move || {
             to.enter();

@@ -8,8 +8,10 @@ mod certificates;
 mod configuration;
 mod hierarchies;
 mod images;
+mod pods;
 
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,9 +22,11 @@ use serde_json::Value;
 
 use super::counterparts::process::{Output, Process, run};
 use super::counterparts::{root, skip, tool};
-pub(crate) use configuration::{Families, NAME};
+use super::forward::{Forward, Network};
+use super::tls::TlsFront;
+pub(crate) use configuration::{ADDRESS, Families, NAME};
 use hierarchies::Hierarchies;
-pub(crate) use images::Image;
+pub(crate) use images::{Image, root_of};
 
 /// How long anything may take that takes seconds on a machine that is not busy.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -160,6 +164,11 @@ impl Node {
         self.processes[number].await_some(what, PATIENCE, ready)
     }
 
+    /// Where the programs of the counterparts are.
+    pub(crate) fn bin(&self) -> &Path {
+        &self.bin
+    }
+
     /// A command that runs on the node as root, outside of every pod.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let init = self.init.to_string();
@@ -172,6 +181,29 @@ impl Node {
     /// Runs such a command to its end.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         run(self.command(arguments), b"", PATIENCE)
+    }
+
+    /// Offers, at this port of the node, what listens on a loopback address of this computer. Pods reach it there too.
+    pub(crate) fn offer(&self, port: u16, to: SocketAddr) -> Forward {
+        let address = SocketAddr::new(ADDRESS.parse().expect("an address"), port);
+        Forward::start(Network::Of(self.init), address, Network::Own, to)
+    }
+
+    /// The same with TLS.
+    pub(crate) fn offer_with_tls(&self, port: u16, to: SocketAddr) -> TlsFront {
+        let address = SocketAddr::new(ADDRESS.parse().expect("an address"), port);
+        TlsFront::start(Network::Of(self.init), address, to)
+    }
+
+    /// A kubeconfig of the cluster's administrator for programs that run beside the node, and what must live as long as those.
+    pub(crate) fn kubeconfig_outside(&self) -> (PathBuf, Forward) {
+        let (own, api) = ((Ipv4Addr::LOCALHOST, 0).into(), (Ipv4Addr::LOCALHOST, 443).into());
+        let forward = Forward::start(Network::Own, own, Network::Of(self.init), api);
+        let certificates = self.folder.join("node/files/etc/kubernetes");
+        let text = configuration::kubeconfig(&certificates, "admin", &forward.address().to_string());
+        let file = self.folder.join("outside.conf");
+        fs::write(&file, text).expect("a file");
+        (file, forward)
     }
 
     /// A path of the node as this process sees it.

@@ -46,7 +46,8 @@ pub(super) fn write(files: &Path, bin: &Path) {
     authority.issue("scheduler", "system:kube-scheduler", None, &[]);
     key_pair(&kubernetes, "service-accounts");
     for name in ["kubelet", "admin", "controller-manager", "scheduler"] {
-        fs::write(kubernetes.join(format!("{name}.conf")), kubeconfig(&kubernetes, name)).expect("a file");
+        let text = kubeconfig(&kubernetes, name, &format!("{SERVICE}:443"));
+        fs::write(kubernetes.join(format!("{name}.conf")), text).expect("a file");
     }
     fs::write(kubernetes.join("kubelet.yaml"), KUBELET.replace("CONTAINERD", CONTAINERD)).expect("a file");
     let containerd = CONTAINERD_CONFIGURATION.replace("BIN", &bin.display().to_string()).replace("PAUSE", PAUSE);
@@ -79,11 +80,12 @@ pub(super) fn write_network(root: &Path, families: Families) {
         .expect("a file");
 }
 
-fn kubeconfig(directory: &Path, name: &str) -> String {
+/// How a client whose certificate is in `directory` finds the API server.
+pub(super) fn kubeconfig(directory: &Path, name: &str, server: &str) -> String {
     let data = |file: String| STANDARD.encode(fs::read(directory.join(file)).expect("a file"));
     format!(
         r#"{{ "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{{ "name": "c", "cluster": {{ "server": "https://{SERVICE}:443", "certificate-authority-data": "{}" }} }}],
+            "clusters": [{{ "name": "c", "cluster": {{ "server": "https://{server}", "certificate-authority-data": "{}" }} }}],
             "users": [{{ "name": "u", "user": {{ "client-certificate-data": "{}", "client-key-data": "{}" }} }}],
             "contexts": [{{ "name": "c", "context": {{ "cluster": "c", "user": "u" }} }}] }}"#,
         data("ca.crt".to_owned()),
