@@ -11,6 +11,7 @@ mod e2e;
 mod floods;
 mod harness;
 mod hostile;
+mod kubernetes;
 mod layout;
 mod listeners;
 mod outages;
