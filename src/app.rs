@@ -29,6 +29,7 @@ use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
 use crate::listen::{self, Bound, Inherited, Limits, ListenError, Shares};
 use crate::metrics::Metrics;
+use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
 use crate::sts::{InvalidSetting, Network, Settings, Sts};
 use crate::svid::agent::Agent;
@@ -68,6 +69,9 @@ pub enum AppError {
         /// Why.
         source: io::Error,
     },
+    /// Pods can't be listened in.
+    #[error(transparent)]
+    Pods(#[from] PodsError),
     /// The identity source is of no use as it is set up.
     #[error("[identity] {0}")]
     Source(SourceError),
@@ -93,6 +97,8 @@ pub struct App {
     metrics: Metrics,
     readiness: Arc<Readiness>,
     probing: Option<AbortHandle>,
+    /// Where pods are served.
+    gate: Option<Gate>,
     workloads: Serving,
     operators: Serving,
 }
@@ -181,11 +187,13 @@ impl App {
             metrics,
             readiness,
             probing: None,
+            gate: None,
             workloads: Serving::default(),
             operators: Serving::default(),
         };
-        app.serve_workloads(&mut inherited, &front, &limits).await?;
-        app.serve_operators(&mut inherited, &admin).await?;
+        app.serve_workloads(&mut inherited, &front, &limits)?;
+        app.serve_pods(front, limits).await?;
+        app.serve_operators(&mut inherited, &admin)?;
         inherited.all_taken()?;
         app.probe(parts.probes);
         Ok(app)
@@ -219,11 +227,16 @@ impl App {
         }
         if !self.readiness.is_ready() {
             let (stop, readiness) = (self.workloads.stop.subscribe(), self.readiness.clone());
-            self.probing = Some(self.workloads.loops.spawn(probes.until_ready(self.tcp.clone(), readiness, stop)));
+            self.probing = Some(self.workloads.loops.spawn(probes.until_ready(
+                self.tcp.clone(),
+                self.gate.clone(),
+                readiness,
+                stop,
+            )));
         }
     }
 
-    async fn serve_workloads(
+    fn serve_workloads(
         &mut self,
         inherited: &mut Inherited,
         front: &Arc<Front>,
@@ -234,7 +247,7 @@ impl App {
             bound.push(Bound::unix(path, 0o666, inherited)?);
         }
         for address in &listen.tcp {
-            match Bound::tcp(*address, inherited).await {
+            match Bound::tcp(*address, inherited) {
                 Ok(listener) => bound.push(listener),
                 Err(error) if address.is_ipv6() && error.is_unavailable_family() => {
                     tracing::warn!(%address, "this machine has no IPv6; clients use 127.0.0.1");
@@ -248,19 +261,32 @@ impl App {
             }
             tracing::info!(address = listener.name(), "serving workloads");
             let front = front.clone();
-            let connection = move |stream, arrival| front.clone().connection(stream, arrival);
+            let connection = move |stream, arrival| front.clone().connection(stream, arrival, None);
             let stop = self.workloads.stop.subscribe();
             self.workloads.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
         }
         Ok(())
     }
 
+    /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
+    async fn serve_pods(&mut self, front: Arc<Front>, limits: Limits) -> Result<(), AppError> {
+        if self.listen.pods {
+            let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
+            let stop = self.workloads.stop.subscribe();
+            let (pods, gate) = Pods::start((directory, handover), front, limits, self.metrics.clone(), stop).await?;
+            self.gate = Some(gate);
+            tracing::info!(directory = %directory.display(), "serving workloads in pods");
+            self.workloads.loops.spawn(pods.run());
+        }
+        Ok(())
+    }
+
     /// With a bound of its own: workloads that use up theirs don't hide the daemon's state.
-    async fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
+    fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
         let limits = Limits::new(64, self.metrics.clone());
         let mut bound = Vec::new();
         if let Some(address) = self.listen.admin {
-            bound.push((Address::Admin, Bound::tcp(address, inherited).await?));
+            bound.push((Address::Admin, Bound::tcp(address, inherited)?));
         }
         if let Some(path) = &self.listen.status {
             bound.push((Address::Status, Bound::unix(path, 0o600, inherited)?));

@@ -20,8 +20,8 @@
 //! | remember | [`cache`] | credentials by SPIFFE ID and role, refreshed ahead |
 //! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], in [`turns`] that are fair between workloads |
 //!
-//! Around it: [`admin`] health and metrics, [`readiness`], [`hardening`], [`app`] which wires all of it, and [`serve`] which
-//! runs that. [`dev`] is what the command of that name puts around the daemon; nothing but main.rs imports it.
+//! Around it: [`pods`] listens in each pod's network [`namespace`]; [`admin`] health and metrics, [`readiness`],
+//! [`hardening`], [`app`] which wires all of it, and [`serve`] which runs that. [`dev`] is what the command of that name puts around the daemon; nothing but main.rs imports it.
 
 pub mod identity;
 
@@ -49,6 +49,8 @@ pub mod audit;
 
 pub mod hardening;
 
+pub mod namespace;
+
 pub mod listen;
 
 pub mod attest;
@@ -66,6 +68,8 @@ pub mod cache;
 pub mod broker;
 
 pub mod http;
+
+pub mod pods;
 
 pub mod admin;
 

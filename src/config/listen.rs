@@ -13,6 +13,9 @@ const CGROUP_FIX: &str = "write the cgroup that holds those of all pods, as in \
 /// Ports below this one need a privilege, so that no other user can take them (attack 9).
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
+/// Beside the other sockets, where every daemon of the node finds it.
+const HANDOVER: &str = "/run/awsvid/handover.sock";
+
 /// `[listen]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listen {
@@ -20,6 +23,12 @@ pub struct Listen {
     pub unix: Option<PathBuf>,
     /// Loopback addresses. Port 0 lets the kernel pick one.
     pub tcp: Vec<SocketAddr>,
+    /// Whether to listen inside pods' network namespaces.
+    pub pods: bool,
+    /// Where container runtimes mount those.
+    pub pods_dir: PathBuf,
+    /// The unix socket over which pods' listeners pass to the next daemon; `None` (an empty string) switches that off.
+    pub handover: Option<PathBuf>,
     /// Health and metrics; may be an address of the node. `None` (an empty string) switches it off.
     pub admin: Option<SocketAddr>,
     /// The unix socket of `/status`; `None` (an empty string) switches it off.
@@ -52,6 +61,9 @@ impl Default for Listen {
         Self {
             unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
             tcp: vec![(Ipv4Addr::LOCALHOST, 974).into(), (Ipv6Addr::LOCALHOST, 974).into()],
+            pods: false,
+            pods_dir: PathBuf::from("/run/netns"),
+            handover: None,
             admin: Some((Ipv4Addr::LOCALHOST, 975).into()),
             status: Some(PathBuf::from("/run/awsvid/status.sock")),
             authorization: Authorization::Present,
@@ -69,6 +81,9 @@ impl Listen {
         let Self {
             unix,
             tcp,
+            pods,
+            pods_dir,
+            handover,
             admin,
             status,
             authorization,
@@ -80,6 +95,9 @@ impl Listen {
         let changed = [
             ("unix", *unix != other.unix),
             ("tcp", *tcp != other.tcp),
+            ("pods", *pods != other.pods),
+            ("pods_dir", *pods_dir != other.pods_dir),
+            ("handover", *handover != other.handover),
             ("admin", *admin != other.admin),
             ("status", *status != other.status),
             ("authorization", *authorization != other.authorization),
@@ -95,11 +113,20 @@ impl Listen {
 /// Reads `[listen]`.
 pub(super) fn read(table: &Table<'_>) -> Listen {
     let default = Listen::default();
-    ["pods", "pods_dir", "node"].into_iter().for_each(|key| table.not_yet(key));
+    table.not_yet("node");
+    let pods = table.flag("pods").unwrap_or(default.pods);
+    let handover = pods.then(|| PathBuf::from(HANDOVER));
     let words = [("present", Authorization::Present), ("token", Authorization::Token), ("off", Authorization::Off)];
     let listen = Listen {
         unix: socket(table, "unix", default.unix),
         tcp: tcp(table).unwrap_or(default.tcp),
+        pods,
+        pods_dir: table
+            .parse("pods_dir", "write the whole path of a directory, from the first `/`", |text| {
+                absolute(text.trim_end_matches('/'))
+            })
+            .unwrap_or(default.pods_dir),
+        handover: socket(table, "handover", handover),
         admin: table
             .parse(
                 "admin",
@@ -166,8 +193,8 @@ fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
 }
 
 fn check(table: &Table<'_>, listen: &Listen) {
-    if listen.unix.is_none() && listen.tcp.is_empty() {
-        table.error("tcp", "neither a unix socket nor a TCP address is left to ask", "set `unix` or `tcp`");
+    if listen.unix.is_none() && listen.tcp.is_empty() && !listen.pods {
+        table.error("tcp", "neither a unix socket nor a TCP address is left to ask", "set `unix`, `tcp` or `pods`");
     }
     if let Some(admin) = listen.admin.filter(|_| !table.is_wrong("admin"))
         && let Some(tcp) = listen.tcp.iter().find(|tcp| overlap(**tcp, admin))
@@ -185,7 +212,7 @@ fn check(table: &Table<'_>, listen: &Listen) {
         );
         table.report.error(&at, what, "lower `max_connections_per_workload`");
     }
-    if listen.authorization == Authorization::Off && !listen.tcp.is_empty() {
+    if listen.authorization == Authorization::Off && (!listen.tcp.is_empty() || listen.pods) {
         let what = "whoever makes a workload fetch a URL can read its credentials";
         table.warn("authorization", what, "use \"present\"");
     }

@@ -29,7 +29,9 @@ const EVERY_KEY: &str = r#"allow_requested_roles = ["arn:aws:iam::123456789012:r
 [listen]
 unix = ""
 tcp = ["127.0.0.1:80"]
-pods = false
+pods = true
+pods_dir = "/var/run/netns/"
+handover = "/srv/handover"
 node = []
 admin = "10.0.0.7:9100"
 status = "/srv/status"
@@ -124,6 +126,9 @@ fn what_is_not_said_has_the_documented_default() {
     let listen = Listen {
         unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
         tcp: vec![address("127.0.0.1:974"), address("[::1]:974")],
+        pods: false,
+        pods_dir: PathBuf::from("/run/netns"),
+        handover: None,
         admin: Some(address("127.0.0.1:975")),
         status: Some(PathBuf::from("/run/awsvid/status.sock")),
         authorization: Authorization::Present,
@@ -151,9 +156,10 @@ fn what_is_not_said_has_the_documented_default() {
 #[test]
 fn every_key_of_the_sections_is_read() {
     let config = loaded(EVERY_KEY).config;
-    let Listen { unix, tcp, admin, status, authorization, token_file, .. } = config.listen;
+    let Listen { unix, tcp, pods, pods_dir, handover, admin, status, authorization, token_file, .. } = config.listen;
     assert_eq!((unix, status, token_file), (None, Some("/srv/status".into()), "/srv/token".into()));
     assert_eq!((tcp, admin), (vec!["127.0.0.1:80".parse().unwrap()], Some("10.0.0.7:9100".parse().unwrap())));
+    assert_eq!((pods, pods_dir, handover), (true, "/var/run/netns".into(), Some("/srv/handover".into())));
     assert_eq!(authorization, Authorization::Token);
     assert_eq!(config.listen.pods_cgroup.unwrap().as_str(), "/kubelet/kubepods");
     assert_eq!((config.listen.max_connections, config.listen.max_connections_per_workload), (1000, 16));
@@ -281,11 +287,20 @@ fn a_file_is_loaded_from_its_path() {
 }
 
 #[test]
+fn listeners_in_pods_are_enough_and_pass_to_the_next_daemon() {
+    let listen =
+        |keys: &str| loaded(&format!("{LEAST}[listen]\nunix = \"\"\ntcp = []\npods = true\n{keys}")).config.listen;
+    let default = listen("");
+    assert_eq!((default.pods_dir, default.handover), ("/run/netns".into(), Some("/run/awsvid/handover.sock".into())));
+    assert_eq!(listen("handover = \"\"").handover, None);
+}
+
+#[test]
 fn a_reload_is_told_which_keys_of_listen_differ() {
     let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.listen);
     assert!(default.changed(&default).is_empty());
-    let keys =
-        "unix tcp admin status authorization token_file pods_cgroup max_connections max_connections_per_workload";
+    let keys = "unix tcp pods pods_dir handover admin status authorization token_file pods_cgroup max_connections \
+                max_connections_per_workload";
     assert_eq!(default.changed(&other).join(" "), keys);
     assert_eq!(default.changed(&Listen { admin: None, ..default.clone() }), ["admin"]);
 }

@@ -10,6 +10,7 @@ pub(crate) mod daemon;
 pub(crate) mod engine;
 pub(crate) mod gate;
 pub(crate) mod made;
+pub(crate) mod namespaces;
 pub(crate) mod sts;
 pub(crate) mod systemd;
 pub(crate) mod upstream;

@@ -14,6 +14,7 @@ mod hostile;
 mod layout;
 mod listeners;
 mod outages;
+mod pods;
 mod recognition;
 mod reload;
 mod soak;
