@@ -14,6 +14,7 @@ mod hostile;
 mod layout;
 mod listeners;
 mod outages;
+mod pod_callers;
 mod pods;
 mod recognition;
 mod reload;
