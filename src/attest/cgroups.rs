@@ -13,7 +13,7 @@ use nix::fcntl::readlink;
 
 use crate::attest::hierarchies::{Hierarchies, roots_alone};
 use crate::attest::sys;
-use crate::attest::walks::{Ground, Walks};
+use crate::attest::walks::{Ground, Listings, Walks};
 use crate::caller::Refusal;
 use crate::cgroup::{CgroupPath, PodRoots};
 
@@ -41,6 +41,8 @@ pub(crate) struct CgroupTree {
     paths: Mutex<HashMap<u64, Known>>,
     /// Of all of it, and of the kubelet's part.
     walks: [Arc<Walks>; 2],
+    /// What was seen in them.
+    listings: [Mutex<Listings>; 2],
     /// Open `cgroup.procs` of cgroups that were searched: that of a removed one can't be read any more.
     lists: Mutex<HashMap<CgroupPath, Arc<Mutex<File>>>>,
 }
@@ -70,8 +72,16 @@ impl Known {
 impl CgroupTree {
     /// Takes the directory on which the hierarchy's root is mounted.
     pub(crate) fn at(mount: PathBuf, roots: PodRoots) -> Self {
-        let (paths, walks, lists) = (Mutex::default(), <[Arc<Walks>; 2]>::default(), Mutex::default());
-        Self { mount, base: String::new(), roots, handles: false, paths, walks, lists }
+        Self {
+            mount,
+            base: String::new(),
+            roots,
+            handles: false,
+            paths: Mutex::default(),
+            walks: Default::default(),
+            listings: Default::default(),
+            lists: Mutex::default(),
+        }
     }
 
     /// Finds directories by their ids, where CAP_DAC_READ_SEARCH is held, as it shows by the root's.
@@ -118,7 +128,7 @@ impl CgroupTree {
             return found;
         }
         let tree = self.clone();
-        self.walks[usize::from(part == Part::Pods)].after(move || tree.walk(part)).await;
+        self.walks[part as usize].after(move || tree.walk(part)).await;
         self.paths().get(&id).map(|known| known.path.clone()).ok_or(Refusal::UnreadableCgroup)
     }
 
@@ -173,7 +183,8 @@ impl CgroupTree {
             Part::Pods => self.roots.iter().filter(|root| self.directory(root).is_dir()).cloned().collect(),
         };
         let ground = Ground { mount: &self.mount, base: &self.base, roots: &self.roots };
-        match ground.walk(&starts) {
+        let mut listings = self.listings[part as usize].lock().unwrap_or_else(PoisonError::into_inner);
+        match ground.walk(&starts, &mut listings) {
             Ok(found) => {
                 let mut paths = self.paths();
                 paths.retain(|_, known| !starts.iter().any(|start| known.path.is_at_or_below(start)));
@@ -257,136 +268,4 @@ impl CgroupTree {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn found(mountinfo: &str) -> Option<CgroupTree> {
-        CgroupTree::find(&Hierarchies::find(mountinfo), PodRoots::usual())
-    }
-
-    #[test]
-    fn the_mount_is_found() {
-        let hybrid = "30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
-                      31 30 0:27 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw\n\
-                      32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
-        assert_eq!(found(hybrid).unwrap().mount, Path::new("/sys/fs/cgroup/unified"));
-        let pure = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:4 master:2 - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(found(pure).unwrap().mount, Path::new("/sys/fs/cgroup"));
-        let part =
-            "35 24 0:30 /kubepods/pod72f7f152-440c-66ac-9084-e0fc1d8a910c/x /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
-        assert!(found(part).is_none());
-        assert!(found("32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n").is_none());
-    }
-
-    #[test]
-    fn ids_become_paths_and_are_forgotten_with_their_directory() {
-        let root = tempfile::tempdir().unwrap();
-        let unit = root.path().join("system.slice/billing.service");
-        fs::create_dir_all(&unit).unwrap();
-        let id = fs::metadata(&unit).unwrap().ino();
-        let tree = CgroupTree::at(root.path().to_owned(), PodRoots::usual());
-        assert_eq!(tree.path_of_now(id).unwrap().as_str(), "/system.slice/billing.service");
-        assert_eq!(tree.path_of_now(fs::metadata(root.path()).unwrap().ino()).unwrap().as_str(), "/");
-        assert_eq!(tree.path_of_now(1 << 60), Err(Refusal::UnreadableCgroup));
-        // As if it had been seen longer ago than that.
-        let later = || tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= SEEN);
-        later();
-        fs::rename(&unit, root.path().join("system.slice/other.service")).unwrap();
-        assert_eq!(tree.path_of_now(id).unwrap().as_str(), "/system.slice/other.service");
-        fs::remove_dir(root.path().join("system.slice/other.service")).unwrap();
-        later();
-        assert_eq!(tree.path_of_now(id), Err(Refusal::UnreadableCgroup));
-    }
-
-    #[test]
-    fn the_hosts_own_tree_is_asked_by_handle() {
-        let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-        let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
-        let root = fs::metadata(&tree.mount).unwrap().ino();
-        assert_eq!(tree.by_handle(root).unwrap().as_str(), "/");
-        let own =
-            tree.directory(&CgroupPath::parse("/").unwrap()).join(format!("awsvid-unit-test-{}", std::process::id()));
-        fs::create_dir(&own).unwrap();
-        let id = fs::metadata(&own).unwrap().ino();
-        let path = tree.by_handle(id).unwrap();
-        assert_eq!(tree.path_of_now(id), Ok(path.clone()));
-        fs::remove_dir(&own).unwrap();
-        tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= SEEN);
-        assert_eq!(path.as_str(), format!("/{}", own.file_name().unwrap().display()));
-        assert_eq!(tree.by_handle(id), Err(Errno::ESTALE));
-        assert_eq!(tree.path_of_now(id), Err(Refusal::UnreadableCgroup));
-    }
-
-    #[test]
-    fn a_cgroup_that_cannot_be_listed_is_refused() {
-        let root = tempfile::tempdir().unwrap();
-        let tree = CgroupTree::at(root.path().to_owned(), PodRoots::usual());
-        let path = CgroupPath::parse("/gone").unwrap();
-        assert_eq!(tree.processes(&path, 7), Err(Refusal::UnreadableCgroup));
-        fs::write(root.path().join("cgroup.procs"), "12\n345\n").unwrap();
-        let path = CgroupPath::parse("/").unwrap();
-        assert_eq!(tree.processes(&path, 7), Ok(vec![12, 345]));
-        assert_eq!(tree.processes(&path, 6), Err(Refusal::TooManyDescriptors));
-    }
-
-    /// A cgroup of the real tree, with its path in it, where that can be made.
-    fn made(tree: &CgroupTree, name: &str) -> (PathBuf, CgroupPath) {
-        let path = CgroupPath::parse(&format!("/awsvid-unit-test-{}-{name}", std::process::id())).unwrap();
-        let directory = tree.directory(&path);
-        fs::create_dir(&directory).unwrap();
-        (directory, path)
-    }
-
-    fn move_to(directory: &Path, pid: u32) {
-        fs::write(directory.join("cgroup.procs"), pid.to_string()).unwrap();
-    }
-
-    #[test]
-    fn a_list_that_is_open_says_what_is_so_now() {
-        let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-        let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
-        let (directory, path) = made(&tree, "list");
-        let mut children: Vec<_> = (0..2)
-            .map(|_| std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap())
-            .collect();
-        let pids: Vec<_> = children.iter().map(std::process::Child::id).collect();
-        assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
-        let inode = |list: &File| list.metadata().unwrap().ino();
-        let kept = || inode(&tree.lists()[&path].lock().unwrap());
-        let first = kept();
-        for count in 1..=2 {
-            move_to(&directory, pids[count - 1]);
-            assert_eq!(tree.processes(&path, 100), Ok(pids[..count].to_vec()));
-        }
-        // Also while another one reads the list.
-        let busy = tree.lists()[&path].clone();
-        let busy = busy.lock().unwrap();
-        assert_eq!(tree.processes(&path, 100), Ok(pids.clone()));
-        drop(busy);
-        children.iter_mut().for_each(|child| {
-            child.kill().unwrap();
-            child.wait().unwrap();
-        });
-        assert_eq!((tree.processes(&path, 100), kept()), (Ok(Vec::new()), first));
-        fs::remove_dir(&directory).unwrap();
-        assert_eq!(tree.processes(&path, 100), Err(Refusal::UnreadableCgroup));
-        // Another one in its place is read, and not the one that is gone.
-        fs::create_dir(&directory).unwrap();
-        assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
-        assert_ne!(kept(), first);
-        fs::remove_dir(&directory).unwrap();
-    }
-
-    #[test]
-    fn so_many_lists_are_open_and_no_more() {
-        let root = tempfile::tempdir().unwrap();
-        let tree = CgroupTree::at(root.path().to_owned(), PodRoots::usual());
-        for number in 0..200 {
-            fs::create_dir(root.path().join(number.to_string())).unwrap();
-            fs::write(root.path().join(format!("{number}/cgroup.procs")), format!("{number}\n")).unwrap();
-            let path = CgroupPath::parse(&format!("/{number}")).unwrap();
-            assert_eq!(tree.processes(&path, 10), Ok(vec![number]));
-            assert!(tree.lists().contains_key(&path) && tree.lists().len() <= LISTS);
-        }
-    }
-}
+mod tests;
