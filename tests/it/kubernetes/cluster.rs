@@ -120,9 +120,9 @@ impl Cluster {
         self.node.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": items }));
     }
 
-    /// Installs the manifests in this directory, with MinIO in the place of AWS.
-    pub(super) fn install(&self, manifests: &str, overlay: &str) {
-        let text = fs::read_to_string(self::manifests().join(overlay).join("awsvid.toml")).unwrap();
+    /// Installs the manifests of this directory, with MinIO in the place of AWS.
+    pub(super) fn install(&self, source: &str) {
+        let text = fs::read_to_string(manifests().join(source).join("awsvid.toml")).unwrap();
         let (start, _) = text.split_once("[sts]").expect("the example's [sts]");
         let text = format!(
             "{start}audience = {:?}\n[sts]\nendpoint = {:?}\nca_file = \"/etc/awsvid/ca.crt\"\n[log]\nlevel = \"awsvid=debug,info\"\n\
@@ -131,16 +131,16 @@ impl Cluster {
             self.sts.url(),
             self.minio.role_arn(),
         );
-        let directory = self.folder.join(format!("overlay-{overlay}"));
+        let directory = self.folder.join(source);
         fs::create_dir_all(&directory).unwrap();
         fs::write(directory.join("awsvid.toml"), text).unwrap();
         fs::write(directory.join("ca.crt"), self.sts.certificate()).unwrap();
         // Kustomize takes no absolute path.
         let up = "../".repeat(directory.components().count() - 1);
-        let base = self::manifests().join(manifests);
-        let base = format!("{up}{}", base.strip_prefix("/").unwrap().display());
+        let base = format!("{up}{}", manifests().strip_prefix("/").unwrap().display());
         let kustomization = json!({
-            "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [base],
+            "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+            "resources": [format!("{base}/{source}")], "components": [format!("{base}/components/environment")],
             "configMapGenerator": [
                 { "name": "awsvid", "namespace": "awsvid", "behavior": "merge", "files": ["awsvid.toml", "ca.crt"] }
             ],
