@@ -29,7 +29,7 @@ use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
 use crate::listen::{self, Bound, Inherited, Limits, ListenError, Shares};
 use crate::metrics::Metrics;
-use crate::pods::{Pods, PodsError};
+use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
 use crate::sts::{InvalidSetting, Network, Settings, Sts};
 use crate::svid::agent::Agent;
@@ -97,6 +97,8 @@ pub struct App {
     metrics: Metrics,
     readiness: Arc<Readiness>,
     probing: Option<AbortHandle>,
+    /// Where pods are served.
+    gate: Option<Gate>,
     workloads: Serving,
     operators: Serving,
 }
@@ -185,6 +187,7 @@ impl App {
             metrics,
             readiness,
             probing: None,
+            gate: None,
             workloads: Serving::default(),
             operators: Serving::default(),
         };
@@ -224,7 +227,12 @@ impl App {
         }
         if !self.readiness.is_ready() {
             let (stop, readiness) = (self.workloads.stop.subscribe(), self.readiness.clone());
-            self.probing = Some(self.workloads.loops.spawn(probes.until_ready(self.tcp.clone(), readiness, stop)));
+            self.probing = Some(self.workloads.loops.spawn(probes.until_ready(
+                self.tcp.clone(),
+                self.gate.clone(),
+                readiness,
+                stop,
+            )));
         }
     }
 
@@ -260,12 +268,13 @@ impl App {
         Ok(())
     }
 
-    /// When it returns, those that there are now are listened in.
+    /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
     async fn serve_pods(&mut self, front: Arc<Front>, limits: Limits) -> Result<(), AppError> {
         if self.listen.pods {
-            let (directory, stop) = (&self.listen.pods_dir, self.workloads.stop.subscribe());
-            let mut pods = Pods::new(directory, front, limits, self.metrics.clone(), stop)?;
-            pods.look().await;
+            let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
+            let stop = self.workloads.stop.subscribe();
+            let (pods, gate) = Pods::start((directory, handover), front, limits, self.metrics.clone(), stop).await?;
+            self.gate = Some(gate);
             tracing::info!(directory = %directory.display(), "serving workloads in pods");
             self.workloads.loops.spawn(pods.run());
         }

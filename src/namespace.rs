@@ -57,6 +57,20 @@ impl NamespaceId {
         Ok((found.device == own.device).then_some(found))
     }
 
+    /// Of [`Self::to_bytes`].
+    pub const LENGTH: usize = 16;
+
+    /// For another process on this machine.
+    pub fn to_bytes(self) -> [u8; Self::LENGTH] {
+        ((u128::from(self.device) << 64) | u128::from(self.inode)).to_ne_bytes()
+    }
+
+    /// From another process on this machine.
+    pub fn from_bytes(bytes: [u8; Self::LENGTH]) -> Self {
+        let [device, inode] = [64, 0].map(|shift| u128::from_ne_bytes(bytes) >> shift & u128::from(u64::MAX));
+        Self { device: u64::try_from(device).unwrap_or(0), inode: u64::try_from(inode).unwrap_or(0) }
+    }
+
     fn of(found: &Metadata) -> Self {
         Self { device: found.dev(), inode: found.ino() }
     }
@@ -95,7 +109,7 @@ impl Namespace {
     /// nothing else ever runs in it.
     pub fn within<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
         let inside = || {
-            let home = Home(File::open(OWN)?);
+            let own = File::open(OWN)?;
             match setns(&self.file, CloneFlags::CLONE_NEWNET) {
                 Ok(()) => {}
                 Err(error @ (Errno::EPERM | Errno::EACCES)) => return Err(NamespaceError::Denied(error.into())),
@@ -103,9 +117,8 @@ impl Namespace {
                 Err(Errno::EINVAL) => return Err(NamespaceError::NotMounted),
                 Err(error) => return Err(io::Error::from(error).into()),
             }
-            let made = make();
-            drop(home);
-            Ok(made)
+            let _home = Home(own);
+            Ok(make())
         };
         thread::scope(|scope| {
             let thread = thread::Builder::new().name("namespace".to_owned()).spawn_scoped(scope, inside)?;

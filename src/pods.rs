@@ -7,12 +7,13 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
@@ -22,11 +23,15 @@ use crate::listen::{Limits, NamespacePlace};
 use crate::metrics::{Metrics, Reason};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
 
+mod handover;
+mod life;
 mod pod;
 mod sys;
 mod watching;
 
-use pod::{Made, Pod, Service, Unbound};
+use handover::{Handover, Key};
+use life::Stage;
+use pod::{ADDRESSES, Given, Made, Pod, Service, Unbound};
 use watching::{Change, Watch};
 
 /// A file on which nothing is mounted for so long is not one whose pod is just being made: that takes milliseconds.
@@ -72,6 +77,33 @@ pub struct Pods {
     /// Namespaces that could not be had, to be tried again.
     failed: HashSet<NamespaceId>,
     told: Told,
+    /// Where the next daemon gets the listeners from.
+    handover: Option<PathBuf>,
+    successors: Option<Handover>,
+    stage: Stage,
+    /// The connection on which this daemon took over: as long as it is open, the daemon before knows that this one lives.
+    before: Option<UnixStream>,
+    /// Whether this daemon could serve pods' workloads.
+    able: watch::Receiver<bool>,
+    /// Whether the namespaces that were there at the start have been tried.
+    tried: watch::Sender<bool>,
+}
+
+/// How readiness and pods wait for each other.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    able: watch::Sender<bool>,
+    tried: watch::Receiver<bool>,
+}
+
+impl Gate {
+    /// Says that everything else has answered, so that listeners can pass from the daemon before; returns when pods are
+    /// listened in.
+    pub async fn pass(&mut self) {
+        self.able.send_replace(true);
+        // An error says that the daemon ends.
+        let _ = self.tried.wait_for(|tried| *tried).await;
+    }
 }
 
 /// What is said once, though it may be so in every pod.
@@ -80,22 +112,25 @@ struct Told {
     no_directory: bool,
     not_mounted: bool,
     denied: bool,
+    no_handover: bool,
 }
 
 impl Pods {
-    /// Looks whether namespaces can be entered, and begins to watch the directory.
-    pub fn new(
-        directory: &Path,
+    /// Looks whether namespaces can be entered, and begins to watch the directory. When it returns, what is there is
+    /// listened in, unless another daemon does that and hands it over once the gate is passed.
+    pub async fn start(
+        (directory, handover): (&Path, Option<&Path>),
         front: Arc<Front>,
         limits: Limits,
         metrics: Metrics,
         stop: watch::Receiver<bool>,
-    ) -> Result<Self, PodsError> {
+    ) -> Result<(Self, Gate), PodsError> {
         let failed = |source| PodsError::Watch { path: directory.to_owned(), source };
         // Into its own, which asks for the same privilege as into another.
         let own = Namespace::own().and_then(|own| own.within(|| ()).map(|()| own.id())).map_err(PodsError::Denied)?;
         let service = Service { front, limits, stop, tasks: TaskTracker::new() };
-        Ok(Self {
+        let ((able, is_able), (tried, is_tried)) = (watch::channel(false), watch::channel(false));
+        let mut pods = Self {
             directory: directory.to_owned(),
             watch: Watch::new(directory).map_err(failed)?,
             service,
@@ -105,11 +140,24 @@ impl Pods {
             waiting: HashMap::new(),
             failed: HashSet::new(),
             told: Told::default(),
-        })
+            handover: handover.map(Path::to_owned),
+            successors: None,
+            stage: Stage::Serving,
+            before: None,
+            able: is_able,
+            tried,
+        };
+        pods.begin().await;
+        Ok((pods, Gate { able, tried: is_tried }))
     }
 
     /// Listens in the namespaces that there are, and in no other.
-    pub async fn look(&mut self) {
+    async fn look(&mut self) {
+        self.look_with(HashMap::new()).await;
+    }
+
+    /// The same, by listeners that the daemon before has given.
+    async fn look_with(&mut self, mut given: HashMap<Key, OwnedFd>) {
         if let Err(error) = self.watch.renew() {
             tracing::error!(%error, directory = %self.directory.display(), "the directory of network namespaces cannot be watched");
         }
@@ -130,8 +178,12 @@ impl Pods {
         });
         self.failed.retain(|id| found.contains_key(id));
         let new = found.into_iter().filter(|(id, _)| !self.pods.contains_key(id));
-        self.enter(new.map(|(id, path)| Arc::new(NamespacePlace::new(id, path))).collect()).await;
+        let mut given =
+            |id| ADDRESSES.into_iter().filter_map(|address| Some((address, given.remove(&(id, address))?))).collect();
+        let new = new.map(|(id, path)| (Arc::new(NamespacePlace::new(id, path)), given(id)));
+        self.enter(new.collect()).await;
         self.bind_missing().await;
+        self.tried.send_replace(true);
         self.metrics.pod_namespaces.set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
     }
 
@@ -176,12 +228,12 @@ impl Pods {
     }
 
     /// Makes what is needed in each of these namespaces, and serves there.
-    async fn enter(&mut self, places: Vec<Arc<NamespacePlace>>) {
+    async fn enter(&mut self, places: Vec<(Arc<NamespacePlace>, Given)>) {
         if places.is_empty() {
             return;
         }
         let making = tokio::task::spawn_blocking(move || {
-            places.into_iter().map(|place| (Made::inside(&place), place)).collect::<Vec<_>>()
+            places.into_iter().map(|(place, given)| (Made::inside(&place, given), place)).collect::<Vec<_>>()
         });
         for (made, place) in making.await.unwrap_or_default() {
             let id = place.id();
@@ -269,37 +321,11 @@ impl Pods {
         }
     }
 
-    /// Follows what happens until the daemon is told to end, then waits for the connections that are open.
-    pub async fn run(mut self) {
-        let mut stop = self.service.stop.clone();
-        let mut stopping = pin!(async { drop(stop.wait_for(|stop| *stop).await) });
-        loop {
-            tokio::select! {
-                biased;
-                () = &mut stopping => break,
-                () = self.change() => self.look().await,
-            }
-        }
-        self.service.tasks.close();
-        // Loops and connections end by themselves, or with their pod.
-        let ended = self.service.tasks.clone();
-        let mut ended = pin!(ended.wait());
-        loop {
-            tokio::select! {
-                biased;
-                () = &mut ended => break,
-                () = self.change() => {
-                    let found = self.found();
-                    self.pods.retain(|id, _| found.contains_key(id));
-                }
-            }
-        }
-    }
-
     /// Waits until there is something to look at.
     async fn change(&self) {
         let waiting = self.waiting.values().any(Option::is_some);
-        let again = match (waiting, self.pods.values().any(|pod| !pod.missing.is_empty()) || !self.failed.is_empty()) {
+        let failed = self.pods.values().any(|pod| !pod.missing.is_empty()) || !self.failed.is_empty();
+        let again = match (waiting, failed || (self.handover.is_some() && self.successors.is_none())) {
             (true, _) => Some(Instant::now() + LOOK_AGAIN),
             (false, true) => Some(Instant::now() + BIND_AGAIN),
             (false, false) => None,

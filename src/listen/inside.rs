@@ -66,6 +66,11 @@ impl Inside {
         Ok(Self { place, address, listener })
     }
 
+    /// With a listener that is there already.
+    pub fn with(place: Arc<NamespacePlace>, address: SocketAddr, listener: OwnedFd) -> Self {
+        Self { place, address, listener: Mutex::new(Arc::new(listener)) }
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address

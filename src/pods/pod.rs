@@ -1,7 +1,9 @@
 //! One pod's network namespace: what was made inside, and how all of it ends.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -14,6 +16,7 @@ use crate::attest::{PodAttestor, SockDiag};
 use crate::http::Front;
 use crate::listen::{self, Bound, Inside, Limits, ListenError, NamespacePlace};
 use crate::namespace::{NamespaceError, NamespaceId};
+use crate::pods::handover::{self, Key};
 
 /// Where every SDK is told to ask, in every pod.
 pub(super) const ADDRESSES: [SocketAddr; 2] = [
@@ -42,6 +45,8 @@ pub(super) struct Pod {
     listeners: Vec<Arc<Inside>>,
     /// Addresses that could not be had yet.
     pub(super) missing: Vec<SocketAddr>,
+    /// Accept loops.
+    accepting: CancellationToken,
     /// The namespace is: nothing that was made there stays open.
     gone: CancellationToken,
 }
@@ -55,17 +60,29 @@ pub(super) struct Made {
 /// An address, and how binding it went.
 pub(super) type Bind = (SocketAddr, io::Result<Inside>);
 
+/// Listeners of one namespace that another daemon says it had.
+pub(super) type Given = Vec<(SocketAddr, OwnedFd)>;
+
 /// Listens on these addresses, in the namespace of this place.
 pub(super) fn bind(place: &Arc<NamespacePlace>, addresses: &[SocketAddr]) -> Result<Vec<Bind>, NamespaceError> {
     place.within(|| addresses.iter().map(|address| (*address, Inside::bind(place.clone(), *address))).collect())
 }
 
 impl Made {
-    /// Makes everything that a pod needs. It keeps the namespace alive until it is dropped.
-    pub(super) fn inside(place: &Arc<NamespacePlace>) -> Result<Self, NamespaceError> {
+    /// Makes everything that a pod needs, but for the listeners that another daemon has given. It keeps the namespace alive
+    /// until it is dropped.
+    pub(super) fn inside(place: &Arc<NamespacePlace>, given: Given) -> Result<Self, NamespaceError> {
+        let mut given: HashMap<_, _> = given.into_iter().collect();
+        let mut listener = |address: SocketAddr| match given
+            .remove(&address)
+            .filter(|given| handover::is_listener(given, address).unwrap_or(false))
+        {
+            Some(listener) => Ok(Inside::with(place.clone(), address, listener)),
+            None => Inside::bind(place.clone(), address),
+        };
         place.within(|| Self {
             diag: SockDiag::open(),
-            listeners: ADDRESSES.iter().map(|address| (*address, Inside::bind(place.clone(), *address))).collect(),
+            listeners: ADDRESSES.iter().map(|address| (*address, listener(*address))).collect(),
         })
     }
 }
@@ -90,7 +107,8 @@ impl Pod {
     ) -> io::Result<Option<(Self, Vec<Unbound>)>> {
         let Some(attestor) = service.front.attestor.in_pod(made.diag?) else { return Ok(None) };
         let (attestor, gone) = (Arc::new(attestor), CancellationToken::new());
-        let mut pod = Self { place, attestor, listeners: Vec::new(), missing: Vec::new(), gone };
+        let accepting = gone.child_token();
+        let mut pod = Self { place, attestor, listeners: Vec::new(), missing: Vec::new(), accepting, gone };
         let unbound = pod.add(made.listeners, service);
         Ok(Some((pod, unbound)))
     }
@@ -135,9 +153,40 @@ impl Pod {
             })
         };
         let accepting = listen::serve(bound, service.limits.clone(), service.stop.clone(), connection);
-        service.tasks.spawn(self.gone.clone().run_until_cancelled_owned(accepting));
+        service.tasks.spawn(self.accepting.clone().run_until_cancelled_owned(accepting));
         self.listeners.push(inside);
         Ok(())
+    }
+
+    /// All that accepts there.
+    pub(super) fn listening(&self) -> impl Iterator<Item = (Key, Arc<OwnedFd>)> {
+        self.listeners.iter().map(|inside| ((self.id(), inside.address()), inside.listener()))
+    }
+
+    /// Stops accepting, and keeps those listeners that are among `kept`, which are another daemon's, too. Connections go on.
+    pub(super) fn pause(&mut self, kept: &[(Key, Arc<OwnedFd>)]) {
+        self.accepting.cancel();
+        let is_kept = |inside: &Arc<Inside>| kept.iter().any(|(_, listener)| Arc::ptr_eq(listener, &inside.listener()));
+        let (listeners, dropped) = self.listeners.drain(..).partition::<Vec<_>, _>(is_kept);
+        self.missing.extend(dropped.into_iter().map(|inside| inside.address()));
+        self.listeners = listeners;
+    }
+
+    /// Accepts again after a pause; what could not be kept is missing.
+    pub(super) fn resume(&mut self, service: &Service) {
+        self.accepting = self.gone.child_token();
+        for inside in std::mem::take(&mut self.listeners) {
+            let address = inside.address();
+            if let Err(error) = self.listen(inside, service) {
+                tracing::warn!(%error, namespace = %self.path().display(), "a listener cannot be served again yet");
+                self.missing.push(address);
+            }
+        }
+    }
+
+    /// Leaves listeners to whoever has them, too. Connections go on.
+    pub(super) fn release(&mut self) {
+        self.listeners.clear();
     }
 
     /// Which namespace it is.

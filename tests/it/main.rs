@@ -15,6 +15,7 @@ mod kubernetes;
 mod layout;
 mod listeners;
 mod outages;
+mod pod_callers;
 mod pods;
 mod recognition;
 mod reload;

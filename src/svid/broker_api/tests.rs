@@ -196,7 +196,7 @@ async fn it_is_ready_when_the_agent_lets_it_ask() {
             async move { answer }
         });
         let said = client.ready(AUDIENCE).await;
-        assert_eq!(said.as_ref().map(|()| ()).map_err(SourceError::reason), ready, "{row}: {said:?}");
+        assert_eq!(said.as_ref().copied().map_err(SourceError::reason), ready, "{row}: {said:?}");
         std::fs::remove_file(&node.broker).unwrap();
     }
 }

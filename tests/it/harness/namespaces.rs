@@ -82,6 +82,15 @@ impl Node {
 
     /// The same; `set_up` runs in the namespace before it is mounted.
     pub(crate) fn add_with(&self, name: &str, set_up: impl FnOnce(&Path) + Send) {
+        self.make(name, set_up, || {});
+    }
+
+    /// The same; `act` runs in it as soon as it is mounted.
+    pub(crate) fn add_and<T: Send>(&self, name: &str, act: impl FnOnce() -> T + Send) -> T {
+        self.make(name, |_| {}, act)
+    }
+
+    fn make<T: Send>(&self, name: &str, set_up: impl FnOnce(&Path) + Send, act: impl FnOnce() -> T + Send) -> T {
         let path = self.path(name);
         self.within(move || {
             unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
@@ -90,7 +99,8 @@ impl Node {
             // First the file, then the mount, as runtimes do it.
             fs::File::create_new(&path).expect("the file");
             bind(Path::new("/proc/thread-self/ns/net"), &path);
-        });
+            act()
+        })
     }
 
     /// The namespace of this file on another one, too.
