@@ -139,3 +139,6 @@ impl Drop for Home {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -281,6 +281,12 @@ impl Pods {
                 if pod.missing.len() < before {
                     tracing::info!("{}: the port is free now, and listened on", pod.path().display());
                 }
+                if let Some(owner) = pod.name_of_missing() {
+                    tracing::warn!(
+                        "{}, where port 974 is taken, is the network of the pod {owner}",
+                        pod.path().display()
+                    );
+                }
             }
         }
     }

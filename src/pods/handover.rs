@@ -155,3 +155,6 @@ pub(super) fn is_listener(descriptor: &OwnedFd, address: SocketAddr) -> io::Resu
         && getsockopt(descriptor, sockopt::SockType)? == SockType::Stream
         && bound == SockaddrStorage::from(address))
 }
+
+#[cfg(test)]
+mod tests;

@@ -45,6 +45,8 @@ pub(super) struct Pod {
     listeners: Vec<Arc<Inside>>,
     /// Addresses that could not be had yet.
     pub(super) missing: Vec<SocketAddr>,
+    /// Whether it was told whose pod it is where that happens.
+    named: bool,
     /// Accept loops.
     accepting: CancellationToken,
     /// The namespace is: nothing that was made there stays open.
@@ -108,7 +110,8 @@ impl Pod {
         let Some(attestor) = service.front.attestor.in_pod(made.diag?) else { return Ok(None) };
         let (attestor, gone) = (Arc::new(attestor), CancellationToken::new());
         let accepting = gone.child_token();
-        let mut pod = Self { place, attestor, listeners: Vec::new(), missing: Vec::new(), accepting, gone };
+        let mut pod =
+            Self { place, attestor, listeners: Vec::new(), missing: Vec::new(), named: false, accepting, gone };
         let unbound = pod.add(made.listeners, service);
         Ok(Some((pod, unbound)))
     }
@@ -187,6 +190,16 @@ impl Pod {
     /// Leaves listeners to whoever has them, too. Connections go on.
     pub(super) fn release(&mut self) {
         self.listeners.clear();
+    }
+
+    /// Whose pod it is, if an address is missing there, once that is known; only once.
+    pub(super) fn name_of_missing(&mut self) -> Option<String> {
+        if self.missing.is_empty() || self.named {
+            return None;
+        }
+        let owner = self.attestor.owner()?.to_string();
+        self.named = true;
+        Some(owner)
     }
 
     /// Which namespace it is.
