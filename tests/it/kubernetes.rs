@@ -1,14 +1,16 @@
 //! awsvid as a DaemonSet on a real Kubernetes node.
 
 mod cluster;
+mod deployments;
 mod policy;
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use crate::harness::counterparts::folder;
-use cluster::{Cluster, OTHER, READER, container, copy, manifests};
+use cluster::{Cluster, OTHER, READER, container, copy, manifests, overlay};
 
 /// One node for all scenes, which takes longer to start than most of them take.
 #[test]
@@ -28,7 +30,10 @@ fn pods_have_their_own_credentials() {
         the_first_act_is_answered(&cluster, source);
         done("first acts");
     }
-    every_manifest_is_accepted(&cluster);
+    deployments::a_deployment_reads_its_object(&cluster);
+    deployments::a_deployment_reads_its_object_by_the_component(&cluster, directory.path());
+    done("deployments");
+    every_manifest_is_accepted(&cluster, directory.path());
     done("every manifest");
 }
 
@@ -65,10 +70,28 @@ fn the_first_act_is_answered(cluster: &Cluster, source: &str) {
 }
 
 /// All that can be applied is, on trial, as it stands.
-fn every_manifest_is_accepted(cluster: &Cluster) {
-    for directory in ["", "spiffe-broker", "spire-delegated"] {
-        let directory = manifests().join(directory);
+fn every_manifest_is_accepted(cluster: &Cluster, folder: &Path) {
+    // Of the Prometheus Operator, as far as the API server looks at it.
+    let (kind, plural) = ("PodMonitor", "podmonitors");
+    let schema = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
+    cluster.node.apply(&json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": { "name": format!("{plural}.monitoring.coreos.com") },
+        "spec": {
+            "group": "monitoring.coreos.com", "scope": "Namespaced", "names": { "kind": kind, "plural": plural },
+            "versions": [{ "name": "v1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
+        },
+    }));
+    let established = ["wait", "--for=condition=Established", "crd/podmonitors.monitoring.coreos.com"];
+    cluster.node.kubectl(&established).success("the PodMonitor's definition");
+    let accepted = |directory: &Path| {
         let arguments = ["apply", "--dry-run=server", "--kustomize", directory.to_str().unwrap()];
-        cluster.node.kubectl(&arguments).success("kubectl apply --dry-run=server");
+        cluster.node.kubectl(&arguments).success(&format!("kubectl apply -k {}", directory.display()));
+    };
+    for directory in ["", "spiffe-broker", "spire-delegated"] {
+        accepted(&manifests().join(directory));
+    }
+    for component in ["environment", "environment-patch", "pod-monitor"] {
+        accepted(&overlay(folder, component, &[], &[component]));
     }
 }
