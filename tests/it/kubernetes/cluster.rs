@@ -53,6 +53,28 @@ pub(super) fn manifests() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes")
 }
 
+/// A directory in `folder` for `kubectl apply -k`, as somebody would have who installs these: a configuration of his own, if
+/// there are resources.
+pub(super) fn overlay(folder: &Path, name: &str, resources: &[&str], components: &[&str]) -> PathBuf {
+    let directory = folder.join("overlays").join(name);
+    fs::create_dir_all(&directory).unwrap();
+    // Kustomize takes no absolute path.
+    let up = "../".repeat(directory.components().count() - 1);
+    let base = format!("{up}{}", manifests().strip_prefix("/").unwrap().display());
+    let mut kustomization = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+        "resources": resources.iter().map(|name| format!("{base}/{name}")).collect::<Vec<_>>(),
+        "components": components.iter().map(|name| format!("{base}/components/{name}")).collect::<Vec<_>>(),
+    });
+    if !resources.is_empty() {
+        kustomization["configMapGenerator"] = json!([
+            { "name": "awsvid", "namespace": "awsvid", "behavior": "merge", "files": ["awsvid.toml", "ca.crt"] }
+        ]);
+    }
+    fs::write(directory.join("kustomization.yaml"), kustomization.to_string()).unwrap();
+    directory
+}
+
 impl Cluster {
     /// Starts all but awsvid and the agent.
     pub(super) fn start(folder: &Path) -> Option<Self> {
@@ -120,9 +142,9 @@ impl Cluster {
         self.node.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": items }));
     }
 
-    /// Installs the manifests in this directory, with MinIO in the place of AWS.
-    pub(super) fn install(&self, manifests: &str, overlay: &str) {
-        let text = fs::read_to_string(self::manifests().join(overlay).join("awsvid.toml")).unwrap();
+    /// Installs the manifests of this directory, with MinIO in the place of AWS.
+    pub(super) fn install(&self, source: &str) {
+        let text = fs::read_to_string(manifests().join(source).join("awsvid.toml")).unwrap();
         let (start, _) = text.split_once("[sts]").expect("the example's [sts]");
         let text = format!(
             "{start}audience = {:?}\n[sts]\nendpoint = {:?}\nca_file = \"/etc/awsvid/ca.crt\"\n[log]\nlevel = \"awsvid=debug,info\"\n\
@@ -131,21 +153,9 @@ impl Cluster {
             self.sts.url(),
             self.minio.role_arn(),
         );
-        let directory = self.folder.join(format!("overlay-{overlay}"));
-        fs::create_dir_all(&directory).unwrap();
+        let directory = overlay(&self.folder, source, &[source], &["environment"]);
         fs::write(directory.join("awsvid.toml"), text).unwrap();
         fs::write(directory.join("ca.crt"), self.sts.certificate()).unwrap();
-        // Kustomize takes no absolute path.
-        let up = "../".repeat(directory.components().count() - 1);
-        let base = self::manifests().join(manifests);
-        let base = format!("{up}{}", base.strip_prefix("/").unwrap().display());
-        let kustomization = json!({
-            "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [base],
-            "configMapGenerator": [
-                { "name": "awsvid", "namespace": "awsvid", "behavior": "merge", "files": ["awsvid.toml", "ca.crt"] }
-            ],
-        });
-        fs::write(directory.join("kustomization.yaml"), kustomization.to_string()).unwrap();
         self.node.kubectl(&["apply", "--kustomize", directory.to_str().unwrap()]).success("kubectl apply -k");
         self.node.rolled_out("spire", "daemonset/spire-agent");
         self.node.rolled_out("awsvid", "daemonset/awsvid");
