@@ -8,6 +8,7 @@ mod contract;
 mod dev;
 mod drain;
 mod e2e;
+mod exec;
 mod floods;
 mod harness;
 mod hostile;
