@@ -2,7 +2,10 @@
 //!
 //! None of them needs the daemon's privileges, and none prints a secret but `credential-process`, whose output is one.
 
+mod client;
+pub mod credential_process;
 pub mod exec;
+mod server;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

@@ -5,6 +5,7 @@ mod agents;
 mod attacks;
 mod attested;
 mod contract;
+mod credential_process;
 mod dev;
 mod drain;
 mod e2e;
