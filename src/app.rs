@@ -332,9 +332,13 @@ async fn identity_source(
             return Ok(Arc::new(source));
         }
         config::Source::SpireDelegated { socket } => Arc::new(Delegated::new(socket, svid::DEADLINE)),
-        config::Source::SpiffeBroker { socket, server } => {
+        config::Source::SpiffeBroker { socket, server, reference } => {
             let own = OwnIdentity::at(identity.socket.clone());
-            Arc::new(BrokerApi::new(socket, own, server.clone(), svid::DEADLINE))
+            let broker = BrokerApi::new(socket, own, server.clone(), svid::DEADLINE);
+            match reference {
+                config::Reference::Auto => Arc::new(broker.naming_pods()),
+                config::Reference::Process => Arc::new(broker),
+            }
         }
     };
     // What it has not said by then is found out while callers are served.

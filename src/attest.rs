@@ -31,6 +31,7 @@ mod search;
 mod sys;
 mod tcp;
 mod unix;
+mod walks;
 
 pub use in_pod::PodAttestor;
 pub use inet_diag::SockDiag;

@@ -47,6 +47,12 @@ impl CgroupPath {
         &*self.text == "/"
     }
 
+    /// Whether it is this part of the tree, or lies in it.
+    pub fn is_at_or_below(&self, part: &Self) -> bool {
+        let below = self.text.strip_prefix(&*part.text);
+        part.is_root() || below.is_some_and(|below| below.is_empty() || below.starts_with('/'))
+    }
+
     /// The names of its directories, from the root down.
     pub fn segments(&self) -> impl Iterator<Item = &str> {
         segments(&self.text)

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use toml::de::DeTable;
 
-pub use identity::{IdentityConfig, Source};
+pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{Authorization, Listen};
 pub use output::{AuditConfig, AuditFile, Log, LogFormat};
 pub use problem::{ConfigErrors, Problem};

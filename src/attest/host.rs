@@ -59,10 +59,10 @@ impl Host {
         let namespaces = NAMESPACES.map(own);
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
-        let cgroups = CgroupTree::find(&hierarchies).map(Arc::new);
+        let cgroups = CgroupTree::find(&hierarchies, roots).map(Arc::new);
         Self {
             proc_root,
-            pods: cgroups.clone().map(|tree| Pods::new(roots, tree)),
+            pods: cgroups.clone().map(Pods::new),
             cgroups,
             hierarchies,
             namespaces,

@@ -4,12 +4,12 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use crate::attest::cgroups::CgroupTree;
+use crate::attest::cgroups::{CgroupTree, Part};
 use crate::attest::host::Host;
 use crate::attest::inet_diag::{SockDiag, Socket};
 use crate::attest::pods::Housed;
 use crate::attest::search::{self, Budget, Holder};
-use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Refusal, Watch};
+use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Refusal, Stranger, Watch};
 use crate::cgroup::CgroupPath;
 
 /// Attests peers of TCP listeners in one network namespace.
@@ -92,9 +92,7 @@ impl TcpAttestor {
         needs: impl Fn(&Caller) -> Option<Looks>,
     ) -> Result<Caller, Refusal> {
         let socket = self.diag.client_socket(client, server)?;
-        let id =
-            socket.cgroup_id.ok_or(Refusal::Unsupported("TCP callers need Linux 5.15 or newer, built with cgroups"))?;
-        let cgroup = self.cgroups.path_of(id)?;
+        let cgroup = self.cgroup(&socket).await?;
         let pod = self.host.pod(socket.uid, Some(&cgroup), self.namespace)?;
         let seen = Seen { diag: self.diag.clone(), client, server, socket, pod: pod.clone(), holder: None };
         let caller = Caller {
@@ -118,6 +116,27 @@ impl TcpAttestor {
         // is released.
         let seen = Seen { diag: self.diag.clone(), client, server, socket, pod, holder: Some(holder) };
         Ok(Caller { process, evidence: Box::new(seen), ..caller })
+    }
+
+    /// The path of the socket's cgroup.
+    async fn cgroup(&self, socket: &Socket) -> Result<CgroupPath, Refusal> {
+        let Some(namespace) = self.namespace else {
+            let id = socket.cgroup_id;
+            let id = id.ok_or(Refusal::Unsupported("TCP callers need Linux 5.15 or newer, built with cgroups"))?;
+            return self.cgroups.path_of(id, Part::All).await;
+        };
+        let elsewhere = || {
+            Refusal::NotAPod(Box::new(Stranger {
+                uid: socket.uid,
+                cgroup: None,
+                pod: None,
+                namespace: Some(namespace),
+            }))
+        };
+        match self.cgroups.path_of(socket.cgroup_id.ok_or_else(elsewhere)?, Part::Pods).await {
+            Err(Refusal::UnreadableCgroup) if !self.cgroups.tells_removed() => Err(elsewhere()),
+            path => path,
+        }
     }
 
     /// At once where that is soon done. Else off the I/O threads and one at a time for this user and cgroup: a search is a
