@@ -6,6 +6,7 @@ mod client;
 pub mod credential_process;
 pub mod exec;
 mod server;
+pub mod status;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

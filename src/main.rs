@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use awsvid::commands::credential_process::CredentialProcess;
 use awsvid::commands::exec::Exec;
+use awsvid::commands::status::Status;
 use awsvid::{dev, serve};
 use clap::{Parser, Subcommand};
 
@@ -20,12 +21,12 @@ struct Arguments {
 enum Command {
     /// Runs the daemon.
     Serve {
-        /// The configuration file.
         #[arg(long, env = "AWSVID_CONFIG", default_value = "/etc/awsvid/awsvid.toml")]
         config: PathBuf,
     },
     Exec(Exec),
     CredentialProcess(CredentialProcess),
+    Status(Status),
     /// Tries the whole path on this machine: no AWS account and no SPIRE needed.
     Dev {
         /// A command to run with the credentials endpoint in its environment; without one, `dev` prints the variables.
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         Command::Serve { config } => serve::serve(&config),
         Command::Exec(exec) => exec.run(),
         Command::CredentialProcess(process) => process.run(),
+        Command::Status(status) => status.run(),
         Command::Dev { command } => dev::run(&command),
     }
 }

@@ -19,4 +19,5 @@ mod outages;
 mod recognition;
 mod reload;
 mod soak;
+mod status;
 mod systemd;
