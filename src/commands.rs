@@ -3,6 +3,7 @@
 //! None of them needs the daemon's privileges, and none prints a secret but `credential-process`, whose output is one.
 
 mod client;
+pub mod configuration;
 pub mod credential_process;
 pub mod exec;
 mod server;

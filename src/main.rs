@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use awsvid::commands::configuration::Configuration;
 use awsvid::commands::credential_process::CredentialProcess;
 use awsvid::commands::exec::Exec;
 use awsvid::commands::status::Status;
@@ -21,12 +22,14 @@ struct Arguments {
 enum Command {
     /// Runs the daemon.
     Serve {
+        /// The configuration file.
         #[arg(long, env = "AWSVID_CONFIG", default_value = "/etc/awsvid/awsvid.toml")]
         config: PathBuf,
     },
     Exec(Exec),
     CredentialProcess(CredentialProcess),
     Status(Status),
+    Config(Configuration),
     /// Tries the whole path on this machine: no AWS account and no SPIRE needed.
     Dev {
         /// A command to run with the credentials endpoint in its environment; without one, `dev` prints the variables.
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Command::Exec(exec) => exec.run(),
         Command::CredentialProcess(process) => process.run(),
         Command::Status(status) => status.run(),
+        Command::Config(configuration) => configuration.run(),
         Command::Dev { command } => dev::run(&command),
     }
 }

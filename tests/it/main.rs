@@ -4,6 +4,7 @@
 mod agents;
 mod attacks;
 mod attested;
+mod config;
 mod contract;
 mod credential_process;
 mod dev;
