@@ -30,7 +30,7 @@ pub struct Configuration {
     #[arg(long, required_unless_present = "check")]
     explain: bool,
     /// Reports every mistake in this file, each with its line and what to do, and warnings.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["explain", "config"])]
+    #[arg(long, value_name = "FILE", conflicts_with = "explain")]
     check: Option<PathBuf>,
 }
 

@@ -24,7 +24,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// No SDK takes more from the daemon.
 const ANSWER_MAX: usize = 64 * 1024;
 
-/// Prints credentials for `credential_process` in ~/.aws/config.
+/// Prints credentials for `credential_process` in ~/.aws/config
 ///
 /// In ~/.aws/config:
 ///

@@ -43,6 +43,10 @@ fn check_reports_all_mistakes_and_warnings() {
     assert_eq!((wrong.status.code(), wrong.stdout.as_str()), (Some(78), ""));
     assert!(wrong.stderr.contains("a.toml:2: ") && wrong.stderr.contains("a.toml:5: "), "{wrong:?}");
     assert_eq!(config(&["--check", "/nonexistent.toml"]).status.code(), Some(78));
+    let mut elsewhere = Command::new(PROGRAM);
+    elsewhere.env_clear().env("AWSVID_CONFIG", "/nonexistent.toml").args(["config", "--check", name]);
+    let elsewhere = run(elsewhere, b"", Duration::from_secs(20));
+    assert!(elsewhere.stderr.contains("a.toml:2: "), "the file that is named counts: {elsewhere:?}");
     assert_eq!(config(&[]).status.code(), Some(2), "one of the two has to be said");
 }
 

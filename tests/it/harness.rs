@@ -12,5 +12,6 @@ pub(crate) mod gate;
 pub(crate) mod made;
 pub(crate) mod sts;
 pub(crate) mod systemd;
+pub(crate) mod terminal;
 pub(crate) mod upstream;
 pub(crate) mod world;

@@ -13,6 +13,7 @@ mod e2e;
 mod exec;
 mod floods;
 mod harness;
+mod help;
 mod hostile;
 mod layout;
 mod listeners;

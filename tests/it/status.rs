@@ -1,12 +1,9 @@
 //! `awsvid status`, with the real daemon.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use nix::pty::openpty;
 use nix::sys::signal::Signal;
 use nix::unistd::getuid;
 use serde_json::Value;
@@ -14,9 +11,10 @@ use serde_json::Value;
 use crate::harness::cgroup::own_rule;
 use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
-use crate::harness::counterparts::process::{Output, Process, await_some, run, spawn};
+use crate::harness::counterparts::process::{Output, Process, await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::gate::Gate;
+use crate::harness::terminal::on_a_terminal;
 use crate::harness::upstream::Upstream;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -100,18 +98,6 @@ fn a_source_that_is_away_is_seen() {
         failing["credentials"][0]["last_error"].is_string()
             || failing["credentials"] == Value::from(Vec::<Value>::new())
     );
-}
-
-/// What it prints where its standard output is a terminal.
-fn on_a_terminal(mut command: Command) -> String {
-    let pty = openpty(None, None).unwrap();
-    command.stdout(pty.slave);
-    let mut process = spawn(command).unwrap();
-    assert!(process.wait(PATIENCE).expect("it ends").success());
-    let mut shown = Vec::new();
-    // The terminal hangs up (EIO) once nobody has its other end.
-    let _ = File::from(pty.master).read_to_end(&mut shown);
-    String::from_utf8(shown).unwrap()
 }
 
 #[test]
