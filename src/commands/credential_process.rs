@@ -44,7 +44,7 @@ pub struct CredentialProcess {
     /// awsvid's unix socket, instead of what the configuration says.
     #[arg(long, value_name = "FILE")]
     socket: Option<PathBuf>,
-    /// One of several roles, by the name of its [[role]].
+    /// One of several roles, by the name of its `[[role]]`.
     #[arg(long, value_name = "NAME")]
     role: Option<String>,
     /// Also trusts a daemon that runs as this very user, such as `awsvid dev`.

@@ -41,7 +41,7 @@ pub struct Exec {
     /// Where awsvid is, instead of what the configuration says: `http://127.0.0.1:974`, with or without a path.
     #[arg(long, value_name = "URL")]
     url: Option<String>,
-    /// One of several roles, by the name of its [[role]].
+    /// One of several roles, by the name of its `[[role]]`.
     #[arg(long, value_name = "NAME")]
     role: Option<String>,
     /// The daemon's token file, instead of what the configuration says.

@@ -13,7 +13,6 @@ use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Output, Process, await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::gate::Gate;
 use crate::harness::terminal::on_a_terminal;
 use crate::harness::upstream::Upstream;
 
@@ -23,21 +22,19 @@ const ME: &str = "spiffe://example.org/user/me";
 /// A daemon that has credentials for the user of this test.
 struct Stage {
     daemon: Daemon,
-    gate: Gate,
     _upstream: Upstream,
 }
 
 fn stage(folder: &Path) -> Stage {
     let uid = getuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
-    let path = folder.join("gate.sock");
-    let gate = Gate::start(&path, &upstream.socket());
-    gate.set_open(true);
+    let path = folder.join("agent.sock");
+    std::os::unix::fs::symlink(upstream.socket(), &path).unwrap();
     let rule = format!("\n[[workload]]\nspiffe_id = \"{ME}\"\nuid = {uid}\n{}", own_rule());
     let daemon = Daemon::start(folder, "", &(upstream.configuration_at(&path) + &rule)).ready();
     let (status, _) = ask(std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(status, 200);
-    Stage { daemon, gate, _upstream: upstream }
+    Stage { daemon, _upstream: upstream }
 }
 
 fn command(folder: &Path, arguments: &[&str]) -> Command {
@@ -84,8 +81,8 @@ fn elsewhere_than_on_a_terminal_it_is_json() {
 fn a_source_that_is_away_is_seen() {
     let folder = folder();
     let stage = stage(folder.path());
-    stage.gate.set_open(false);
-    // A role's ARN of its own is not cached, so it makes the daemon ask.
+    std::fs::remove_file(folder.path().join("agent.sock")).unwrap();
+    // What is cached is dropped, so that the daemon has to ask.
     let configuration = stage.daemon.text().replace("name = \"dev\"", "name = \"other\"");
     assert!(stage.daemon.reload_text(&configuration));
     let _ = ask(std::os::unix::net::UnixStream::connect(stage.daemon.unix()).unwrap());

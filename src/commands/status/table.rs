@@ -12,7 +12,7 @@ pub(super) struct Style {
 }
 
 impl Style {
-    /// Colours only on a terminal, and only if nobody has said otherwise (https://no-color.org).
+    /// Colours only on a terminal, and only if nobody has said otherwise (<https://no-color.org>).
     pub(super) fn new(terminal: bool, env: impl Fn(&str) -> Option<String>) -> Self {
         let unwanted = env("NO_COLOR").is_some_and(|value| !value.is_empty());
         Self { colours: terminal && !unwanted && env("TERM").as_deref() != Some("dumb") }
