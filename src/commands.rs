@@ -3,9 +3,11 @@
 //! None of them needs the daemon's privileges, and none prints a secret but `credential-process`, whose output is one.
 
 mod client;
+pub mod configuration;
 pub mod credential_process;
 pub mod exec;
 mod server;
+pub mod status;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

@@ -5,6 +5,7 @@
 
 mod aws;
 mod checks;
+mod explain;
 mod identity;
 mod listen;
 mod output;

@@ -15,6 +15,7 @@ pub(crate) mod made;
 pub(crate) mod namespaces;
 pub(crate) mod sts;
 pub(crate) mod systemd;
+pub(crate) mod terminal;
 pub(crate) mod tls;
 pub(crate) mod upstream;
 pub(crate) mod world;
