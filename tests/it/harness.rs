@@ -9,6 +9,7 @@ pub(crate) mod counterparts;
 pub(crate) mod daemon;
 pub(crate) mod engine;
 pub(crate) mod gate;
+pub(crate) mod kubelet;
 pub(crate) mod made;
 pub(crate) mod namespaces;
 pub(crate) mod sts;
