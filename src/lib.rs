@@ -21,7 +21,9 @@
 //! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], in [`turns`] that are fair between workloads |
 //!
 //! Around it: [`pods`] listens in each pod's network [`namespace`]; [`admin`] health and metrics, [`readiness`],
-//! [`hardening`], [`app`] which wires all of it, and [`serve`] which runs that. [`dev`] is what the command of that name puts around the daemon; nothing but main.rs imports it.
+//! [`hardening`], [`app`] which wires all of it, and [`serve`] which runs that. Beside the daemon: [`commands`] for whoever
+//! uses or operates it, the [`environment`] that they start others in, and [`dev`], what the command of that name puts around
+//! the daemon. Nothing but main.rs imports commands and `dev`.
 
 pub mod identity;
 
@@ -78,6 +80,10 @@ pub mod readiness;
 pub mod app;
 
 pub mod serve;
+
+pub mod environment;
+
+pub mod commands;
 
 pub mod dev;
 

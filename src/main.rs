@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use awsvid::commands::credential_process::CredentialProcess;
+use awsvid::commands::exec::Exec;
 use awsvid::{dev, serve};
 use clap::{Parser, Subcommand};
 
@@ -22,6 +24,8 @@ enum Command {
         #[arg(long, env = "AWSVID_CONFIG", default_value = "/etc/awsvid/awsvid.toml")]
         config: PathBuf,
     },
+    Exec(Exec),
+    CredentialProcess(CredentialProcess),
     /// Tries the whole path on this machine: no AWS account and no SPIRE needed.
     Dev {
         /// A command to run with the credentials endpoint in its environment; without one, `dev` prints the variables.
@@ -33,6 +37,8 @@ enum Command {
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Serve { config } => serve::serve(&config),
+        Command::Exec(exec) => exec.run(),
+        Command::CredentialProcess(process) => process.run(),
         Command::Dev { command } => dev::run(&command),
     }
 }

@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 
 use crate::harness::actor::Acting;
 use crate::harness::cgroup::Cgroup;
+use crate::harness::client::ask;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
@@ -312,6 +313,12 @@ fn many_namespaces_are_listened_in_within_a_second() {
         longest = longest.max(listening);
     }
     eprintln!("one more: listened in at most {longest:?} after the mount");
+    // Each loop accepts, however many others wait: the test's own process is no pod's, and is told so.
+    for (name, address) in names.iter().flat_map(|name| [(name, V4), (name, V6)]) {
+        let mut stream = TcpStream::from(stage.site.node.connect(name, address.parse().unwrap()).unwrap());
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(ask(&mut stream).0, 403, "{name}, {address}");
+    }
     let last = names.last().unwrap();
     assert!(stage.site.serves(last, &Cgroup::of_pod(15), V4));
     let before = stage.daemon.descriptors();
@@ -385,6 +392,7 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     for name in ["a", "b"] {
         await_some("it is listened there", PATIENCE, || listens(&stage.site.node, name, V4).then_some(()));
     }
+    assert!(stage.site.serves("a", &cgroup, V4) && stage.site.serves("b", &Cgroup::of_pod(52), V6));
     // Which can hand over again.
     let next = stage.site.next(second.path());
     next.await_line(&["the listeners in pods are handed over"]);
@@ -393,6 +401,29 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     // A namespace that goes while one has handed it over and the other has it, is freed all the same.
     stage.site.node.remove("b");
     await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+}
+
+/// Both are restarted before the next one could serve. Whoever asks meanwhile is answered, if only that it has to wait.
+#[test]
+fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
+    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
+    let cgroup = Cgroup::of_pod(53);
+    let folder = folder();
+    let Stage { daemon: mut old, site } = stage;
+    let words = site.node.enter();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let configuration = site.upstream.configuration_at(Path::new("/nonexistent/agent.sock")) + RULE;
+    let listen = handing_over(site.folder.path(), &site.node);
+    let next = Daemon::start_behind(&words, folder.path(), &listen, &configuration);
+    next.await_line(&["another daemon serves pods"]);
+    assert!(site.serves("a", &cgroup, V4), "the one before still does");
+    let asker = asking(&site.node, "a", &cgroup, V4);
+    old.process().signal(Signal::SIGTERM);
+    next.await_line(&["the listeners in pods are handed over"]);
+    assert!(old.process().owned().wait(PATIENCE).expect("it ends").success());
+    // That a connection was refused, or reset, would be a panic of the asker's.
+    let counts = asker.enough();
+    assert!(!counts.contains_key("nothing"), "{counts:?}");
 }
 
 #[test]
