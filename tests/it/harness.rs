@@ -10,6 +10,7 @@ pub(crate) mod daemon;
 pub(crate) mod engine;
 pub(crate) mod forward;
 pub(crate) mod gate;
+pub(crate) mod kubelet;
 pub(crate) mod kubernetes;
 pub(crate) mod made;
 pub(crate) mod namespaces;

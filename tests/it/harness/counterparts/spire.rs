@@ -77,6 +77,9 @@ impl Broker {
     /// The reference to a process by its pid.
     pub(crate) const BY_PID: &str = "type.googleapis.com/spiffe.broker.WorkloadPIDReference";
 
+    /// The reference to a Kubernetes object.
+    pub(crate) const BY_OBJECT: &str = "type.googleapis.com/spiffe.broker.KubernetesObjectReference";
+
     /// One that may refer to processes.
     pub(crate) fn by_pid(id: &str) -> Broker {
         Broker { id: id.to_owned(), reference_types: vec![Self::BY_PID] }
