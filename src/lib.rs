@@ -21,7 +21,7 @@
 //! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], in [`turns`] that are fair between workloads |
 //!
 //! Around it: [`admin`] health and metrics, [`readiness`], [`hardening`], [`app`] which wires all of it, and [`serve`] which
-//! runs that. [`dev`] is what the command of that name puts around the daemon; nothing but main.rs imports it.
+//! runs that. [`commands`] are the operator's other commands, [`dev`] is what the command of that name puts around the daemon; nothing but main.rs imports it.
 
 pub mod identity;
 
@@ -74,6 +74,8 @@ pub mod readiness;
 pub mod app;
 
 pub mod serve;
+
+pub mod commands;
 
 pub mod dev;
 
