@@ -21,7 +21,8 @@
 //! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], in [`turns`] that are fair between workloads |
 //!
 //! Around it: [`admin`] health and metrics, [`readiness`], [`hardening`], [`app`] which wires all of it, and [`serve`] which
-//! runs that. [`commands`] are the operator's other commands, [`dev`] is what the command of that name puts around the daemon; nothing but main.rs imports it.
+//! runs that. [`commands`] are the operator's other commands, and [`dev`] is what the command of that name puts around the
+//! daemon; nothing but main.rs imports them.
 
 pub mod identity;
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use awsvid::commands::trust_policy;
+use awsvid::commands::{check, trust_policy};
 use awsvid::{dev, serve};
 use clap::{Parser, Subcommand};
 
@@ -23,6 +23,8 @@ enum Command {
         #[arg(long, env = "AWSVID_CONFIG", default_value = "/etc/awsvid/awsvid.toml")]
         config: PathBuf,
     },
+    /// Walks the whole path, from the kernel to STS, and says what is wrong where, and what mends it.
+    Check(check::Options),
     /// Writes what IAM needs to trust this node's roles: the OIDC provider and each role's trust policy.
     TrustPolicy(trust_policy::Options),
     /// Tries the whole path on this machine: no AWS account and no SPIRE needed.
@@ -36,6 +38,7 @@ enum Command {
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Serve { config } => serve::serve(&config),
+        Command::Check(options) => check::run(&options),
         Command::TrustPolicy(options) => trust_policy::run(&options),
         Command::Dev { command } => dev::run(&command),
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
-use hyper::header::{DATE, HOST, LOCATION};
+use hyper::header::{AUTHORIZATION, DATE, HOST, LOCATION};
 use hyper::{Request, Uri};
 use hyper_util::rt::TokioIo;
 use rustls::client::WebPkiServerVerifier;
@@ -72,13 +72,18 @@ pub(super) struct Web<'a> {
 impl Web<'_> {
     /// The answer, whatever its status; else why there is none, in words for an operator.
     pub(super) async fn get(&self, url: &str) -> Result<Answer, String> {
-        match timeout(self.deadline, self.exchange(url)).await {
+        self.get_with(url, None).await
+    }
+
+    /// The same with an `Authorization`, which goes over plain HTTP to loopback only.
+    pub(super) async fn get_with(&self, url: &str, authorization: Option<&str>) -> Result<Answer, String> {
+        match timeout(self.deadline, self.exchange(url, authorization)).await {
             Ok(answer) => answer,
             Err(_) => Err(format!("no answer within {:?}", self.deadline)),
         }
     }
 
-    async fn exchange(&self, url: &str) -> Result<Answer, String> {
+    async fn exchange(&self, url: &str, authorization: Option<&str>) -> Result<Answer, String> {
         let begun = Instant::now();
         let uri: Uri = url.parse().map_err(|_| "it is no URL".to_owned())?;
         let authority = uri.authority().ok_or("it has no host")?.clone();
@@ -89,10 +94,12 @@ impl Web<'_> {
         };
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
         let stream = self.connect(&host, authority.port_u16().unwrap_or(if secure { 443 } else { 80 })).await?;
-        let request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()))
-            .header(HOST, authority.as_str())
-            .body(Empty::<Bytes>::new())
-            .map_err(|error| error.to_string())?;
+        let mut request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()));
+        if let Some(text) = authorization.filter(|_| stream.peer_addr().is_ok_and(|peer| peer.ip().is_loopback())) {
+            request = request.header(AUTHORIZATION, text);
+        }
+        let request =
+            request.header(HOST, authority.as_str()).body(Empty::<Bytes>::new()).map_err(|error| error.to_string())?;
         if !secure {
             return answer(stream, request, begun).await;
         }

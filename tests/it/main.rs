@@ -4,6 +4,7 @@
 mod agents;
 mod attacks;
 mod attested;
+mod check;
 mod contract;
 mod dev;
 mod drain;
@@ -18,3 +19,4 @@ mod recognition;
 mod reload;
 mod soak;
 mod systemd;
+mod trust_policy;
