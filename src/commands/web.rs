@@ -224,3 +224,6 @@ impl ServerCertVerifier for Recording {
         self.verifier.supported_verify_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests;

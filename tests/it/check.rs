@@ -2,8 +2,6 @@
 //! counterpart set up wrong wherever one can be had.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -16,6 +14,7 @@ use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
+use crate::harness::answering;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::{Output, behind, run, spawn};
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
@@ -151,36 +150,15 @@ fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
     assert_failed(&found, "keys", "http://127.0.0.1:1/keys: no connection", "publish it");
 }
 
-/// Serves these documents by path, until the test process ends.
-fn serve(documents: Vec<(String, String)>, head: &'static str) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let own = url.clone();
-    std::thread::spawn(move || {
-        for mut stream in listener.incoming().map_while(Result::ok) {
-            let mut request = [0; 4096];
-            let length = stream.read(&mut request).unwrap_or_default();
-            let request = String::from_utf8_lossy(&request[..length]).into_owned();
-            let path = request.split(' ').nth(1).unwrap_or_default();
-            let body = documents.iter().find(|(known, _)| known == path).map(|(_, body)| body.replace("{own}", &own));
-            let status = if body.is_some() { "200 OK" } else { "404 Not Found" };
-            let body = body.unwrap_or_default();
-            let answer = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n{head}\r\n{body}", body.len());
-            let _ = stream.write_all(answer.as_bytes());
-        }
-    });
-    url
-}
-
 #[test]
 fn a_copy_of_the_keys_from_before_the_last_rotation() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else { return };
     let address = spire.issuer_url().strip_prefix("http://").unwrap().parse().unwrap();
     let (_, keys) = http_get(address, "/keys").unwrap();
-    let discovery = json!({ "issuer": spire.issuer_url(), "jwks_uri": "{own}/keys" }).to_string();
-    let discovery = ("/.well-known/openid-configuration".to_owned(), discovery);
-    let copy = serve(vec![discovery, ("/keys".to_owned(), keys)], "");
+    let keys = answering::start(move |_, _| answering::http("200 OK", "", &keys));
+    let discovery = json!({ "issuer": spire.issuer_url(), "jwks_uri": format!("{keys}/keys") }).to_string();
+    let copy = answering::start(move |_, _| answering::http("200 OK", "", &discovery));
     let text = configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop");
     let (_, report) = check_with(&[], folder.path(), &text, &["--url", &copy]);
     assert!(report.to_string().contains("signature is right"), "{report:#}");
@@ -288,7 +266,7 @@ fn what_aws_refuses() {
 fn a_clock_that_is_off() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let sts = serve(Vec::new(), "Date: Tue, 01 Jan 2019 00:00:00 GMT\r\n");
+    let sts = answering::start(|_, _| answering::http("404 Not Found", "Date: Tue, 01 Jan 2019 00:00:00 GMT\r\n", ""));
     let text = configuration(&upstream.socket(), &sts, "arn:minio:iam:::role/r", "shop");
     let text = text.replace("/w/", "/user/");
     let found = check(folder.path(), &text);
@@ -318,5 +296,34 @@ fn where_spire_attests_a_workload_is_named() {
         assert_eq!(output.status.code(), Some(0), "{report:#}");
         assert!(report.to_string().contains("assumed by spiffe://example.org/w/reader"), "{report:#}");
         drop(world);
+    }
+}
+
+/// What only AWS itself says, in its words.
+#[test]
+fn what_aws_says_that_nobody_else_does() {
+    let folder = folder();
+    let upstream = Upstream::start(&[(0, "reader")]);
+    let table = [
+        (
+            "InvalidIdentityToken",
+            "Couldn't retrieve verification key from your identity provider",
+            "--resolve or --url",
+        ),
+        ("InvalidIdentityToken", "Invalid timestamp in token claims", "upgrade SPIRE to 1.9.5"),
+        ("RegionDisabledException", "STS is not activated in this region", "activate STS in us-east-1"),
+        ("ExpiredTokenException", "Token expired", "timedatectl"),
+        ("ValidationError", "The requested DurationSeconds exceeds the MaxSessionDuration", "for 3600 s"),
+        ("InvalidIdentityToken", "Something new", "compare the IAM provider's URL"),
+    ];
+    for (code, message, fix) in table {
+        let sts = answering::start(move |_, _| {
+            let error = format!(
+                "<ErrorResponse><Error><Code>{code}</Code><Message>{message}</Message></Error></ErrorResponse>"
+            );
+            answering::http("400 Bad Request", "Content-Type: text/xml\r\n", &error)
+        });
+        let text = configuration(&upstream.socket(), &sts, "arn:aws:iam::123456789012:role/app", "shop");
+        assert_failed(&check(folder.path(), &text.replace("/w/", "/user/")), "sts", message, fix);
     }
 }

@@ -2,15 +2,14 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::harness::answering;
 use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root, tool};
@@ -23,42 +22,6 @@ fn trust_policy(config: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
     command.env_clear().args(["trust-policy", "--config"]).arg(config).args(arguments);
     run(command, b"", PATIENCE)
-}
-
-/// Answers every call with an empty result, and keeps what was sent.
-struct Iam {
-    url: String,
-    requests: Receiver<String>,
-}
-
-impl Iam {
-    fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let (sender, requests) = channel();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                let mut reader = BufReader::new(stream);
-                let (mut length, mut line) = (0, String::new());
-                while reader.read_line(&mut line).is_ok_and(|read| read > 2) {
-                    if let Some(text) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                        length = text.trim().parse().unwrap();
-                    }
-                    line.clear();
-                }
-                let mut body = vec![0; length];
-                reader.read_exact(&mut body).unwrap();
-                let body = String::from_utf8(body).unwrap();
-                let action = &form(&body)["Action"];
-                let xml = format!("<{action}Response><{action}Result></{action}Result></{action}Response>");
-                // The test may have ended.
-                let _ = sender.send(body.clone());
-                let head = "HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nConnection: close\r\nContent-Length:";
-                let _ = write!(reader.get_mut(), "{head} {}\r\n\r\n{xml}", xml.len());
-            }
-        });
-        Self { url, requests }
-    }
 }
 
 fn form(body: &str) -> HashMap<String, String> {
@@ -95,8 +58,15 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
         assert!(script.contains(&words), "{words}: {script}");
     }
     // The real CLI checks what it is given, and sends it: here to somebody who takes everything.
-    let iam = Iam::start();
-    let stub = format!("aws() {{ '{}' --endpoint-url {} \"$@\"; }}\n", aws.display(), iam.url);
+    let (sender, requests) = channel();
+    let iam = answering::start(move |_, body| {
+        // The test may have ended.
+        let _ = sender.send(body.to_owned());
+        let action = &form(body)["Action"];
+        let xml = format!("<{action}Response><{action}Result></{action}Result></{action}Response>");
+        answering::http("200 OK", "Content-Type: text/xml\r\n", &xml)
+    });
+    let stub = format!("aws() {{ '{}' --endpoint-url {} \"$@\"; }}\n", aws.display(), iam);
     let mut shell = Command::new("sh");
     shell.env("HOME", folder.path()).env("AWS_DEFAULT_REGION", "us-east-1");
     shell.env("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE").env("AWS_SECRET_ACCESS_KEY", "example");
@@ -109,7 +79,7 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
         PATIENCE,
     )
     .success("the script");
-    let sent: Vec<HashMap<String, String>> = iam.requests.try_iter().map(|body| form(&body)).collect();
+    let sent: Vec<HashMap<String, String>> = requests.try_iter().map(|body| form(&body)).collect();
     let [provider, role] = &sent[..] else { panic!("two calls: {sent:?}") };
     assert_eq!((&provider["Action"][..], &provider["Url"]), ("CreateOpenIDConnectProvider", &issuer));
     assert_eq!(provider["ClientIDList.member.1"], "sts.amazonaws.com");
