@@ -1,6 +1,53 @@
-//! The operator's commands. Nothing but main.rs imports them.
+//! The commands beside the daemon, for whoever uses or operates it.
+//!
+//! None but `check` and `trust-policy` needs the daemon's privileges, and none prints a secret but `credential-process`, whose output is one.
 
 pub mod check;
+mod client;
+pub mod credential_process;
+pub mod exec;
 mod live;
+mod server;
 pub mod trust_policy;
 mod web;
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use crate::config::{Config, ConfigErrors, Listen};
+
+/// Where the configuration is if nobody says otherwise.
+pub const CONFIG_FILE: &str = "/etc/awsvid/awsvid.toml";
+
+/// The option that names the configuration file.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct ConfigFile {
+    /// The daemon's configuration file [default: /etc/awsvid/awsvid.toml].
+    #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+impl ConfigFile {
+    /// The file.
+    pub fn path(&self) -> &Path {
+        self.config.as_deref().unwrap_or(Path::new(CONFIG_FILE))
+    }
+
+    /// Where the daemon listens, and its region. Where nobody has named a file and there is none, it is where a daemon listens
+    /// by default: in a container there is no configuration, but perhaps a socket.
+    fn beside(&self) -> Result<Beside, ConfigErrors> {
+        let is_absent = |path| std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+        if self.config.is_none() && is_absent(CONFIG_FILE) {
+            return Ok(Beside { listen: Listen::default(), region: None });
+        }
+        // The environment of the daemon is not this one.
+        let config = Config::load(self.path(), |_| None)?.config;
+        Ok(Beside { listen: config.listen, region: config.sts.region })
+    }
+}
+
+/// What a command needs to know of the daemon beside it.
+struct Beside {
+    listen: Listen,
+    region: Option<String>,
+}

@@ -19,10 +19,11 @@ use thiserror::Error;
 
 use crate::clock::Clock;
 use crate::config::{DEV_ACCOUNT, DEV_TRUST_DOMAIN};
+use crate::environment::Environment;
 use crate::identity::{RoleArn, SpiffeIdPattern};
 
 pub mod command;
-pub mod environment;
+mod environment;
 pub mod keys;
 mod loopback;
 pub mod oidc;
@@ -31,7 +32,7 @@ pub mod sts;
 pub mod users;
 pub mod workload_api;
 
-use environment::{Endpoints, Environment};
+use environment::Endpoints;
 use keys::SigningKey;
 use oidc::Issuer;
 pub use run::run;
@@ -177,7 +178,7 @@ impl Dev {
         inherited: impl Fn(&str) -> Option<String>,
     ) -> io::Result<Environment> {
         let token_file = &self.path("token");
-        Environment::new(&Endpoints { credentials, token_file, sts: self.sts.url(), region: REGION }, inherited)
+        environment::environment(&Endpoints { credentials, token_file, sts: self.sts.url(), region: REGION }, inherited)
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use awsvid::commands::credential_process::CredentialProcess;
+use awsvid::commands::exec::Exec;
 use awsvid::commands::{check, trust_policy};
 use awsvid::{dev, serve};
 use clap::{Parser, Subcommand};
@@ -27,6 +29,8 @@ enum Command {
     Check(check::Options),
     /// Writes what IAM needs to trust this node's roles: the OIDC provider and each role's trust policy.
     TrustPolicy(trust_policy::Options),
+    Exec(Exec),
+    CredentialProcess(CredentialProcess),
     /// Tries the whole path on this machine: no AWS account and no SPIRE needed.
     Dev {
         /// A command to run with the credentials endpoint in its environment; without one, `dev` prints the variables.
@@ -40,6 +44,8 @@ fn main() -> ExitCode {
         Command::Serve { config } => serve::serve(&config),
         Command::Check(options) => check::run(&options),
         Command::TrustPolicy(options) => trust_policy::run(&options),
+        Command::Exec(exec) => exec.run(),
+        Command::CredentialProcess(process) => process.run(),
         Command::Dev { command } => dev::run(&command),
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +11,11 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::time::timeout;
+use zeroize::Zeroizing;
 
 use crate::admin::Readiness;
-use crate::config::Config;
+use crate::config::{self, Config};
+use crate::pods::Gate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;
@@ -22,13 +24,11 @@ use crate::svid::IdentitySource;
 const AGAIN: Duration = Duration::from_secs(1);
 /// For one answer of a listener.
 const ANSWER: Duration = Duration::from_secs(5);
-/// A path that does not exist: whoever asks for it is attested, and then gets 404 whatever the rules say.
-const PROBE: &[u8] = b"GET /probe HTTP/1.1\r\nHost: localhost\r\nAuthorization: probe\r\n\r\n";
-
 /// What has to answer.
 #[derive(Debug)]
 pub struct Probes {
     unix: Option<PathBuf>,
+    token_file: PathBuf,
     source: Arc<dyn IdentitySource>,
     audience: String,
     sts: Arc<Sts>,
@@ -42,13 +42,15 @@ impl Probes {
         targets.sort_by(|a, b| (&a.endpoint, &a.region).cmp(&(&b.endpoint, &b.region)));
         targets.dedup();
         let audience = config.roles.defined.first().map_or(&config.identity.audience, |role| &role.audience).clone();
-        Self { unix: config.listen.unix.clone(), source, audience, sts, targets }
+        let config::Listen { unix, token_file, .. } = config.listen.clone();
+        Self { unix, token_file, source, audience, sts, targets }
     }
 
     /// Asks until all have answered, or the daemon ends.
     pub async fn until_ready(
         mut self,
         tcp: Vec<SocketAddr>,
+        mut pods: Option<Gate>,
         readiness: Arc<Readiness>,
         mut stop: watch::Receiver<bool>,
     ) {
@@ -61,6 +63,9 @@ impl Probes {
                 _ = stop.wait_for(|stop| *stop) => return,
             };
             let Some(missing) = missing else {
+                if let Some(pods) = &mut pods {
+                    pods.pass().await;
+                }
                 readiness.reached();
                 tracing::info!("ready");
                 return;
@@ -79,7 +84,7 @@ impl Probes {
     /// What has not answered yet. Each listener is asked until it has answered once: its requests are audited like others.
     async fn missing(&self, unanswered: &mut Vec<Listening>) -> Option<String> {
         while let Some(listener) = unanswered.last() {
-            if !listener.answers().await {
+            if !listener.answers(&self.token_file).await {
                 return Some(format!("the listener {listener} does not answer the daemon itself"));
             }
             unanswered.pop();
@@ -114,11 +119,14 @@ impl fmt::Display for Listening {
 
 impl Listening {
     /// Whether it attests this process, or nobody can reach it: systemd binds an address of a family that is switched off.
-    async fn answers(&self) -> bool {
+    async fn answers(&self, token_file: &Path) -> bool {
+        // Where any value will do, the token does as well.
+        let token = Zeroizing::new(std::fs::read_to_string(token_file).unwrap_or_default());
+        let probe = probe(&token);
         let asked = timeout(ANSWER, async {
             match self {
-                Self::Unix(path) => asks(UnixStream::connect(path).await?).await,
-                Self::Tcp(address) => asks(TcpStream::connect(address).await?).await,
+                Self::Unix(path) => asks(UnixStream::connect(path).await?, &probe).await,
+                Self::Tcp(address) => asks(TcpStream::connect(address).await?, &probe).await,
             }
         });
         match asked.await {
@@ -135,9 +143,14 @@ impl Listening {
     }
 }
 
+/// For a path that does not exist: whoever asks for it is attested, and then gets 404 whatever the rules say.
+fn probe(token: &str) -> Zeroizing<String> {
+    Zeroizing::new(format!("GET /probe HTTP/1.1\r\nHost: localhost\r\nAuthorization: {token}\r\n\r\n"))
+}
+
 /// Whether the other end attests this process and finds nothing at the path: 403 would be a refusal to attest it.
-async fn asks<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) -> io::Result<bool> {
-    stream.write_all(PROBE).await?;
+async fn asks<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, probe: &str) -> io::Result<bool> {
+    stream.write_all(probe.as_bytes()).await?;
     let mut head = [0; 12];
     stream.read_exact(&mut head).await?;
     Ok(&head == b"HTTP/1.1 404")

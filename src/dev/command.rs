@@ -11,16 +11,12 @@ use nix::unistd::{Pid, getpgrp, tcgetpgrp};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::environment::Environment;
-
-/// The shell's exit statuses for a command that can't be run.
-const NOT_FOUND: u8 = 127;
-const NOT_EXECUTABLE: u8 = 126;
+use crate::environment::Environment;
 
 /// Runs `command` to its end and gives its exit status, `128 + n` if signal `n` ended it.
 ///
 /// SIGTERM, SIGHUP, SIGINT and SIGQUIT end the command, not `dev`, which ends after it. An error means that the command
-/// could not be started; [`exit_code`] is the status for that.
+/// could not be started; [`crate::environment::exit_code`] is the status for that.
 pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<u8> {
     let (program, arguments) = command.split_first().ok_or_else(|| io::Error::other("there is no command"))?;
     // Before the command is there, so that a signal never finds `dev` unprepared.
@@ -30,7 +26,7 @@ pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<
     let mut quit = signal(SignalKind::quit())?;
     let mut child = Command::new(program);
     child.args(arguments).kill_on_drop(true);
-    environment.apply(&mut child);
+    environment.apply(child.as_std_mut());
     let mut child = child.spawn()?;
     loop {
         let received = tokio::select! {
@@ -44,14 +40,6 @@ pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<
         if matches!(received, Signal::SIGTERM | Signal::SIGHUP) || !in_foreground() {
             forward(&child, received);
         }
-    }
-}
-
-/// What a shell's exit status would be for a command that could not be started.
-pub fn exit_code(error: &io::Error) -> u8 {
-    match error.kind() {
-        io::ErrorKind::NotFound => NOT_FOUND,
-        _ => NOT_EXECUTABLE,
     }
 }
 
@@ -82,7 +70,5 @@ mod tests {
         for (raw, expected) in [(0, 0), (7 << 8, 7), (255 << 8, 255), (15, 143), (9, 137)] {
             assert_eq!(code(ExitStatus::from_raw(raw)), expected, "{raw:#x}");
         }
-        assert_eq!(exit_code(&io::ErrorKind::NotFound.into()), 127);
-        assert_eq!(exit_code(&io::ErrorKind::PermissionDenied.into()), 126);
     }
 }

@@ -6,10 +6,10 @@ use std::process::ExitCode;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::environment::Environment;
 use super::{Dev, command};
 use crate::app::{App, AppError};
 use crate::config::{Accounts, Config};
+use crate::environment::{self, Environment};
 use crate::listen::{Inherited, ListenError};
 use crate::telemetry;
 
@@ -72,7 +72,7 @@ async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
     command::run(command, environment).await.unwrap_or_else(|error| {
         let name = command.first().map(|name| name.to_string_lossy()).unwrap_or_default();
         eprintln!("awsvid dev: {name}: {error}");
-        command::exit_code(&error)
+        environment::exit_code(&error)
     })
 }
 

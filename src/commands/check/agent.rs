@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use super::report::Report;
 use crate::commands::live::{self, Live};
-use crate::config::{Config, Source};
+use crate::config::{Config, Reference, Source};
 use crate::endpoint::Endpoint;
 use crate::identity::{SessionName, SpiffeId};
 use crate::role::Role;
@@ -46,7 +46,7 @@ pub(super) async fn connect(config: &Config, pid: Option<u32>, report: &mut Repo
     let (agent, socket): (Box<dyn Agent>, &Path) = match &config.identity.source {
         Source::WorkloadApi => return Some(Asked::WorkloadApi),
         Source::SpireDelegated { socket } => (Box::new(Delegated::new(socket, TOKEN)), socket),
-        Source::SpiffeBroker { socket, server } => {
+        Source::SpiffeBroker { socket, server, .. } => {
             let own = OwnIdentity::at(config.identity.socket.clone());
             (Box::new(BrokerApi::new(socket, own, server.clone(), TOKEN)), socket)
         }
@@ -56,10 +56,21 @@ pub(super) async fn connect(config: &Config, pid: Option<u32>, report: &mut Repo
         Ok(Ok(())) => {
             report.pass(SOCKET, format!("{} answers, and numbers processes as this machine does", socket.display()))
         }
+        // The daemon goes on with such an agent, for pods alone. From here there is no pod to name, and a process of that number
+        // would be another's.
+        Ok(Err(error)) if names_pods(config) && matches!(error, SourceError::Misconfigured(_)) => {
+            report.unchecked(SOCKET, format!("without a process to name no token can be had here: {error}"));
+            return None;
+        }
         Ok(Err(error)) => return refused(SOCKET, &error, report),
         Err(_) => return silent(SOCKET, report),
     }
     Some(Asked::Agent(agent, pid.unwrap_or_else(std::process::id)))
+}
+
+/// Whether callers in pods are named to the agent by their pod.
+fn names_pods(config: &Config) -> bool {
+    matches!(config.identity.source, Source::SpiffeBroker { reference: Reference::Auto, .. }) && config.listen.pods
 }
 
 async fn opens(endpoint: &Endpoint, key: &str, may_be_absent: bool, report: &mut Report) -> bool {

@@ -33,6 +33,11 @@ impl Upstream {
         rest.split_once('"').expect("a string").0.into()
     }
 
+    /// The URL of the STS.
+    pub(crate) fn sts(&self) -> &str {
+        self.dev.sts().url()
+    }
+
     /// The same as `configuration`, with another path for that socket.
     pub(crate) fn configuration_at(&self, path: &Path) -> String {
         self.configuration().replace(&self.socket().display().to_string(), &path.display().to_string())

@@ -1,0 +1,125 @@
+//! One question to the daemon, over one of its unix sockets.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use zeroize::Zeroizing;
+
+/// A whole answer.
+pub(super) struct Answer {
+    pub(super) status: u16,
+    /// How long the daemon would like a client to wait.
+    pub(super) retry_after: Option<Duration>,
+    /// It may hold credentials.
+    pub(super) body: Zeroizing<Vec<u8>>,
+}
+
+/// Asks for `path`, and reads an answer of at most `most` bytes, until `deadline`.
+pub(super) fn get(mut stream: UnixStream, path: &str, most: usize, deadline: Instant) -> io::Result<Answer> {
+    stream.set_write_timeout(Some(left(deadline)?))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    // Made once in this size: a buffer that grows leaves copies of what is in it behind.
+    let mut answer = Zeroizing::new(vec![0; most.min(64 * 1024)]);
+    let mut length = 0;
+    loop {
+        if length == answer.len() {
+            if length >= most {
+                return Err(garbled("it does not end"));
+            }
+            let mut larger = Zeroizing::new(vec![0; (length * 2).min(most)]);
+            larger[..length].copy_from_slice(&answer);
+            answer = larger;
+        }
+        stream.set_read_timeout(Some(left(deadline)?))?;
+        match stream.read(&mut answer[length..]) {
+            Ok(0) => break,
+            Ok(read) => length += read,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(ErrorKind::TimedOut.into()),
+            Err(error) => return Err(error),
+        }
+    }
+    parse(&answer[..length])
+}
+
+fn left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left) }
+}
+
+fn parse(answer: &[u8]) -> io::Result<Answer> {
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n").ok_or_else(|| garbled("it has no head"))?;
+    let head = std::str::from_utf8(&answer[..end]).map_err(|_| garbled("its head is no text"))?;
+    let mut lines = head.split("\r\n");
+    let status = lines.next().and_then(|line| line.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok());
+    let status = status.ok_or_else(|| garbled("it is not HTTP"))?;
+    let (mut length, mut retry_after) = (None, None);
+    for (name, value) in lines.filter_map(|line| line.split_once(':')) {
+        match name.to_ascii_lowercase().as_str() {
+            "content-length" => length = value.trim().parse::<usize>().ok(),
+            "retry-after" => retry_after = value.trim().parse().ok().map(Duration::from_secs),
+            _ => {}
+        }
+    }
+    let body = &answer[end + 4..];
+    if length != Some(body.len()) {
+        return Err(garbled("it was cut off"));
+    }
+    Ok(Answer { status, retry_after, body: Zeroizing::new(body.to_vec()) })
+}
+
+fn garbled(what: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, format!("the answer can't be used: {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    fn answered(text: String, most: usize) -> io::Result<Answer> {
+        let (client, mut server) = UnixStream::pair().unwrap();
+        let serving = thread::spawn(move || {
+            let mut request = [0; 1024];
+            let read = server.read(&mut request).unwrap();
+            // The client may have had enough.
+            let _ = server.write_all(text.as_bytes());
+            String::from_utf8(request[..read].to_vec()).unwrap()
+        });
+        let answer = get(client, "/a", most, Instant::now() + Duration::from_secs(20));
+        assert!(serving.join().unwrap().starts_with("GET /a HTTP/1.1\r\nHost: localhost\r\n"));
+        answer
+    }
+
+    #[test]
+    fn an_answer_is_taken_whole_or_not_at_all() {
+        let answer = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\ncontent-length: 4\r\n\r\nbody".to_owned();
+        let good = answered(answer.clone(), 1000).unwrap();
+        assert_eq!((good.status, good.retry_after, &good.body[..]), (503, Some(Duration::from_secs(2)), &b"body"[..]));
+        for (text, most) in [
+            (answer.replace("length: 4", "length: 5"), 1000),
+            (answer.replace("content-length: 4\r\n", ""), 1000),
+            (answer.replace("\r\n\r\n", "\r\n"), 1000),
+            (answer.replace("HTTP/1.1 503", "SSH-2.0"), 1000),
+            (String::new(), 1000),
+            (answer, 20),
+        ] {
+            assert_eq!(answered(text.clone(), most).err().unwrap().kind(), ErrorKind::InvalidData, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_answer_is_read_to_its_end() {
+        let body = "x".repeat(300_000);
+        let text = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        assert_eq!(&answered(text, 1_000_000).unwrap().body[..], body.as_bytes());
+    }
+
+    #[test]
+    fn a_server_that_says_nothing_is_not_waited_for() {
+        let (client, _server) = UnixStream::pair().unwrap();
+        let error = get(client, "/a", 1000, Instant::now() + Duration::from_millis(20)).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+    }
+}

@@ -1,0 +1,193 @@
+//! What a command is started with, so that an SDK or the AWS CLI in it finds awsvid, and finds nothing else first.
+
+pub mod profiles;
+
+use std::fmt;
+use std::io;
+use std::process::Command;
+
+/// What comes before the container endpoint in the default chain of at least one SDK, or is sent to it instead of what
+/// awsvid wants.
+pub const PREEMPTING: [&str; 21] = [
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_SECURITY_TOKEN",
+    "AWS_CREDENTIAL_EXPIRATION",
+    "AWS_ACCOUNT_ID",
+    // Other names of the same, in Java and Go of the first version and in Ruby.
+    "AWS_ACCESS_KEY",
+    "AWS_SECRET_KEY",
+    "AMAZON_ACCESS_KEY_ID",
+    "AMAZON_SECRET_ACCESS_KEY",
+    "AMAZON_SESSION_TOKEN",
+    // Files that Python looks into after those of the profiles.
+    "AWS_CREDENTIAL_FILE",
+    "BOTO_CONFIG",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_ROLE_ARN",
+    "AWS_ROLE_SESSION_NAME",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+];
+/// Where a proxy is set, the endpoint has to be named as an exception: a proxy's loopback is not this machine's.
+const PROXIES: [&str; 6] = ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"];
+
+/// The shell's exit statuses for a command that can't be run.
+const NOT_FOUND: u8 = 127;
+const NOT_EXECUTABLE: u8 = 126;
+
+/// What to set and what to remove.
+#[derive(Debug, Clone)]
+pub struct Environment {
+    set: Vec<(&'static str, String)>,
+    removed: Vec<&'static str>,
+}
+
+impl Environment {
+    /// For the endpoint `uri` on `host`; `inherited` gives the variables of this process.
+    pub fn new(uri: String, host: &str, inherited: impl Fn(&str) -> Option<String>) -> Self {
+        let mut set = vec![
+            ("AWS_CONTAINER_CREDENTIALS_FULL_URI", uri),
+            // Else an SDK that gets no credentials here would look for those of an EC2 instance.
+            ("AWS_EC2_METADATA_DISABLED", "true".to_owned()),
+        ];
+        if PROXIES.iter().any(|name| inherited(name).is_some()) {
+            let exceptions = inherited("no_proxy").or_else(|| inherited("NO_PROXY")).filter(|list| !list.is_empty());
+            let exceptions = exceptions.map_or(host.to_owned(), |list| format!("{list},{host}"));
+            set.extend([("NO_PROXY", exceptions.clone()), ("no_proxy", exceptions)]);
+        }
+        Self { set, removed: PREEMPTING.to_vec() }
+    }
+
+    /// Also sets this variable.
+    pub fn set(&mut self, name: &'static str, value: impl Into<String>) {
+        self.removed.retain(|removed| *removed != name);
+        self.set.push((name, value.into()));
+    }
+
+    /// Also removes this variable.
+    pub fn remove(&mut self, name: &'static str) {
+        self.removed.push(name);
+    }
+
+    /// What is set, in this order; the last of a name counts.
+    pub fn variables(&self) -> &[(&'static str, String)] {
+        &self.set
+    }
+
+    /// What is removed.
+    pub fn removed(&self) -> &[&'static str] {
+        &self.removed
+    }
+
+    /// Gives a command this environment, on top of what it inherits.
+    pub fn apply(&self, command: &mut Command) {
+        self.removed.iter().for_each(|name| {
+            command.env_remove(name);
+        });
+        command.envs(self.set.iter().map(|(name, value)| (name, value)));
+    }
+}
+
+/// As lines for a POSIX shell.
+impl fmt::Display for Environment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "unset {}", self.removed.join(" "))?;
+        self.set.iter().try_for_each(|(name, value)| writeln!(f, "export {name}={}", quoted(value)))
+    }
+}
+
+/// A word of a POSIX shell.
+fn quoted(value: &str) -> String {
+    let plain = |c: u8| c.is_ascii_alphanumeric() || b"/:._-,".contains(&c);
+    if !value.is_empty() && value.bytes().all(plain) {
+        return value.to_owned();
+    }
+    format!("'{}'", value.replace('\'', r"'\''"))
+}
+
+/// What a shell's exit status would be for a command that could not be started.
+pub fn exit_code(error: &io::Error) -> u8 {
+    match error.kind() {
+        io::ErrorKind::NotFound => NOT_FOUND,
+        _ => NOT_EXECUTABLE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    fn environment(inherited: &[(&str, &str)]) -> Environment {
+        let inherited: BTreeMap<&str, &str> = inherited.iter().copied().collect();
+        let inherited = |name: &str| inherited.get(name).map(|&value| value.to_owned());
+        Environment::new("http://127.0.0.1:974/v1/credentials".to_owned(), "127.0.0.1", inherited)
+    }
+
+    /// What a shell has in its environment after it has run the lines.
+    fn in_a_shell(lines: &str, before: &[(&str, &str)]) -> BTreeMap<String, String> {
+        let mut shell = Command::new("sh");
+        shell.arg("-uec").arg(format!("{lines}\nenv -0")).env_clear().env("PATH", std::env::var_os("PATH").unwrap());
+        shell.envs(before.iter().copied());
+        variables(shell)
+    }
+
+    fn variables(mut command: Command) -> BTreeMap<String, String> {
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        let pairs = text.split('\0').filter_map(|variable| variable.split_once('='));
+        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    }
+
+    #[test]
+    fn a_shell_and_a_command_get_the_same_and_lose_the_same() {
+        let before: Vec<(&str, &str)> = PREEMPTING.iter().map(|name| (*name, "x")).chain([("HOME", "/h")]).collect();
+        let mut environment = environment(&before);
+        environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "/a/it's a token");
+
+        let shell = in_a_shell(&environment.to_string(), &before);
+        let mut command = Command::new("env");
+        command.arg("-0").env_clear().envs(before.iter().copied());
+        environment.apply(&mut command);
+        let mut command = variables(command);
+        // Of the shell's own making.
+        command.extend(
+            ["PATH", "PWD", "SHLVL", "_", "OLDPWD"]
+                .iter()
+                .filter_map(|name| shell.get(*name).map(|value| ((*name).to_owned(), value.clone()))),
+        );
+        assert_eq!(shell, command);
+
+        let set = |name: &str| environment.variables().iter().any(|(set, _)| *set == name);
+        assert!(PREEMPTING.iter().all(|name| set(name) == shell.contains_key(*name)), "{shell:?}");
+        assert_eq!(shell["AWS_CONTAINER_CREDENTIALS_FULL_URI"], "http://127.0.0.1:974/v1/credentials");
+        assert_eq!(shell["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"], "/a/it's a token");
+        assert_eq!(shell["HOME"], "/h");
+        assert!(!shell.contains_key("NO_PROXY"));
+    }
+
+    #[test]
+    fn behind_a_proxy_the_endpoint_becomes_an_exception() {
+        let table = [
+            (vec![("HTTPS_PROXY", "http://proxy:3128")], "127.0.0.1"),
+            (vec![("http_proxy", "http://proxy:3128"), ("NO_PROXY", "a,b")], "a,b,127.0.0.1"),
+            (vec![("ALL_PROXY", "http://proxy:3128"), ("NO_PROXY", "a"), ("no_proxy", "b")], "b,127.0.0.1"),
+        ];
+        for (inherited, expected) in table {
+            let set: BTreeMap<_, _> = environment(&inherited).set.into_iter().collect();
+            assert_eq!((set["NO_PROXY"].as_str(), set["no_proxy"].as_str()), (expected, expected));
+        }
+    }
+
+    #[test]
+    fn the_status_is_what_a_shell_would_give() {
+        assert_eq!(exit_code(&io::ErrorKind::NotFound.into()), 127);
+        assert_eq!(exit_code(&io::ErrorKind::PermissionDenied.into()), 126);
+    }
+}

@@ -1,0 +1,122 @@
+//! `awsvid credential-process`, with the real daemon and the real AWS CLI.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use nix::unistd::getuid;
+use serde_json::Value;
+
+use crate::harness::cgroup::own_rule;
+use crate::harness::counterparts::process::{Output, Process, run};
+use crate::harness::counterparts::workload::Workload;
+use crate::harness::counterparts::{folder, root, tool};
+use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::upstream::Upstream;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn ask(arguments: &[&str]) -> Output {
+    let mut command = Command::new(PROGRAM);
+    command.env_clear().args(["credential-process", "--same-user"]).args(arguments);
+    run(command, b"", PATIENCE)
+}
+
+/// A daemon that serves the user of this test.
+fn daemon(folder: &Path) -> (Daemon, Upstream) {
+    let uid = getuid().as_raw();
+    let upstream = Upstream::start(&[(uid, "me")]);
+    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
+    (Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(), upstream)
+}
+
+#[test]
+fn the_cli_takes_what_it_prints() {
+    let folder = folder();
+    let (daemon, upstream) = daemon(folder.path());
+    let socket = daemon.unix().display().to_string();
+    let printed = ask(&["--socket", &socket, "--role", "dev"]);
+    assert_eq!(printed.stderr, "");
+    let printed: Value = serde_json::from_str(&printed.success("credential-process")).unwrap();
+    let keys: Vec<&str> = printed.as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(keys, ["AccessKeyId", "Expiration", "SecretAccessKey", "SessionToken", "Version"]);
+    let status = daemon.status("spiffe://example.org/user/me");
+    assert_eq!((&printed["Version"], &printed["AccessKeyId"]), (&Value::from(1), &status["access_key_id"]));
+    assert_eq!(printed["Expiration"], status["expiration"]);
+
+    let Some(aws) = tool("aws") else { return };
+    fs::create_dir(folder.path().join(".aws")).unwrap();
+    let profile = format!(
+        "[default]\ncredential_process = {PROGRAM} credential-process --same-user --config {}\n",
+        folder.path().join("awsvid.toml").display()
+    );
+    fs::write(folder.path().join(".aws/config"), profile).unwrap();
+    let mut command = Command::new(aws);
+    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", folder.path());
+    command.env("AWS_DEFAULT_REGION", "us-east-1").args(["--endpoint-url", upstream.sts(), "--output", "text"]);
+    command.args(["sts", "get-caller-identity", "--query", "Arn"]);
+    let arn = run(command, b"", PATIENCE).success("aws sts get-caller-identity");
+    assert_eq!(arn.trim(), "arn:aws:sts::123456789012:assumed-role/dev/example.org=user=me");
+}
+
+#[test]
+fn a_refusal_says_what_to_do_and_prints_nothing_else() {
+    let folder = folder();
+    let (mut daemon, _upstream) = daemon(folder.path());
+    let socket = daemon.unix().display().to_string();
+    let refused = ask(&["--socket", &socket, "--role", "other"]);
+    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""));
+    assert!(refused.stderr.starts_with("awsvid credential-process: "), "{refused:?}");
+    assert!(refused.stderr.to_lowercase().contains("role"), "{refused:?}");
+    if root() {
+        // Where this was built may be a place that others can't enter.
+        let program = folder.path().join("awsvid");
+        fs::copy(PROGRAM, &program).unwrap();
+        let nobody = Workload::new(1777).run(&program, &["credential-process", "--socket", &socket]);
+        assert_eq!((nobody.status.code(), nobody.stdout.as_str()), (Some(1), ""));
+        assert!(nobody.stderr.contains("uid 1777") && nobody.stderr.contains("`exe` never match"), "{nobody:?}");
+    }
+    daemon.process().signal(Signal::SIGTERM);
+    daemon.process().owned().wait(PATIENCE).expect("it ends");
+    let gone = ask(&["--socket", &socket]);
+    assert_eq!((gone.status.code(), gone.stdout.as_str()), (Some(1), ""));
+    assert!(gone.stderr.contains("systemctl"), "{gone:?}");
+}
+
+/// Attack 12: a server of another user in the socket's place would give out credentials of his account.
+#[test]
+fn a_socket_of_somebody_else_is_not_asked() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let theirs = folder.path().join("theirs");
+    fs::create_dir(&theirs).unwrap();
+    chown(&theirs, Some(1777), Some(1777)).unwrap();
+    let socket = theirs.join("awsvid.sock");
+    let server = "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.bind(sys.argv[1])\ns.listen()\n\
+        print('listening', flush=True)\nwhile True:\n    print('asked', s.accept()[0].recv(9), flush=True)\n";
+    let mut command = Workload::new(1777).command("/usr/bin/python3");
+    command.args(["-c", server, socket.to_str().unwrap()]).current_dir("/");
+    let process = Process::start("a false server", command, &folder.path().join("log"));
+    process.await_some("it listens", PATIENCE, || process.log().contains("listening").then_some(()));
+    let refused = |path: &Path, why: &str| {
+        let output = ask(&["--socket", path.to_str().unwrap()]);
+        assert_eq!((output.status.code(), output.stdout.as_str()), (Some(1), ""));
+        assert!(output.stderr.contains(why) && output.stderr.contains("not trusted"), "{why}: {output:?}");
+    };
+    refused(&socket, "the directory belongs to uid 1777");
+    // As if root had been made to move it, step by step.
+    let directory = folder.path().join("roots");
+    fs::create_dir(&directory).unwrap();
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
+    let moved = directory.join("awsvid.sock");
+    fs::rename(&socket, &moved).unwrap();
+    refused(&moved, "the socket belongs to uid 1777");
+    chown(&moved, Some(0), Some(0)).unwrap();
+    refused(&moved, "whoever listens there is uid 1777");
+    assert!(!process.log().contains("asked"), "{}", process.log());
+}
