@@ -8,6 +8,7 @@ use awsvid::commands::configuration::Configuration;
 use awsvid::commands::credential_process::CredentialProcess;
 use awsvid::commands::exec::Exec;
 use awsvid::commands::status::Status;
+use awsvid::commands::{check, trust_policy};
 use awsvid::{dev, serve};
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -51,6 +52,10 @@ to do; 1 for anything else that keeps it from starting. Try a configuration firs
     },
     Config(Configuration),
     Status(Status),
+    /// Walks the whole path, from the kernel to STS, and says what is wrong where, and what mends it.
+    Check(check::Options),
+    /// Writes what IAM needs to trust this node's roles: the OIDC provider and each role's trust policy.
+    TrustPolicy(trust_policy::Options),
     Exec(Exec),
     CredentialProcess(CredentialProcess),
     /// Tries the whole path on this machine: no AWS account and no SPIRE needed.
@@ -92,6 +97,8 @@ fn main() -> ExitCode {
         Command::Serve { config } => serve::serve(&config),
         Command::Config(configuration) => configuration.run(),
         Command::Status(status) => status.run(),
+        Command::Check(options) => check::run(&options),
+        Command::TrustPolicy(options) => trust_policy::run(&options),
         Command::Exec(exec) => exec.run(),
         Command::CredentialProcess(process) => process.run(),
         Command::Dev { command } => dev::run(&command),

@@ -30,6 +30,7 @@ pub mod workload_api;
 
 pub use attesting::Attesting;
 pub use delegated::Delegated;
+pub(crate) use dial::unreachable as agent_unreachable;
 pub use jwt::{BadToken, JwtSvid};
 pub use workload_api::WorkloadApi;
 

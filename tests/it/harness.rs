@@ -3,6 +3,7 @@
 
 pub(crate) mod actor;
 pub(crate) mod agent;
+pub(crate) mod answering;
 pub(crate) mod cgroup;
 pub(crate) mod client;
 pub(crate) mod counterparts;

@@ -4,6 +4,7 @@
 mod agents;
 mod attacks;
 mod attested;
+mod check;
 mod config;
 mod contract;
 mod credential_process;
@@ -26,3 +27,4 @@ mod reload;
 mod soak;
 mod status;
 mod systemd;
+mod trust_policy;
