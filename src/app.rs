@@ -1,39 +1,40 @@
 //! Wires the daemon from its configuration. The only file that knows every module.
 
-use std::fs::{OpenOptions, Permissions};
-use std::io::{self, Write};
+use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
-use zeroize::Zeroizing;
 
 use crate::admin::{Address, Admin, Readiness};
 use crate::attest::{Attestor, StartError};
 use crate::audit::Audit;
 use crate::broker::{Broker, Policy};
 use crate::cache::{self, CredentialCache};
+use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, AuditFile, Config, IdentityConfig};
 use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
 use crate::listen::{self, Bound, Inherited, Limits, ListenError, Shares};
 use crate::metrics::Metrics;
+use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
 use crate::sts::{InvalidSetting, Network, Settings, Sts};
 use crate::svid::agent::Agent;
 use crate::svid::broker_api::BrokerApi;
 use crate::svid::own::OwnIdentity;
 use crate::svid::{self, Attesting, Delegated, IdentitySource, SourceError, WorkloadApi};
+
+mod token;
+
+use token::token;
 
 /// How long operators' connections may take to end, once those of workloads have.
 const OPERATORS: Duration = Duration::from_secs(1);
@@ -67,6 +68,9 @@ pub enum AppError {
         /// Why.
         source: io::Error,
     },
+    /// Pods can't be listened in.
+    #[error(transparent)]
+    Pods(#[from] PodsError),
     /// The identity source is of no use as it is set up.
     #[error("[identity] {0}")]
     Source(SourceError),
@@ -92,6 +96,8 @@ pub struct App {
     metrics: Metrics,
     readiness: Arc<Readiness>,
     probing: Option<AbortHandle>,
+    /// Where pods are served.
+    gate: Option<Gate>,
     workloads: Serving,
     operators: Serving,
 }
@@ -156,7 +162,10 @@ impl App {
             Arc::new(move |caller: &_| broker.needs(caller))
         };
         let front = Arc::new(Front {
-            attestor: Attestor::new(needs)?,
+            attestor: Attestor::new(
+                needs,
+                config.listen.pods_cgroup.clone().map_or_else(PodRoots::usual, PodRoots::at),
+            )?,
             broker: broker.clone(),
             audit: open_audit(&config, clock.clone(), metrics.clone())?,
             metrics: metrics.clone(),
@@ -177,11 +186,13 @@ impl App {
             metrics,
             readiness,
             probing: None,
+            gate: None,
             workloads: Serving::default(),
             operators: Serving::default(),
         };
-        app.serve_workloads(&mut inherited, &front, &limits).await?;
-        app.serve_operators(&mut inherited, &admin).await?;
+        app.serve_workloads(&mut inherited, &front, &limits)?;
+        app.serve_pods(front, limits).await?;
+        app.serve_operators(&mut inherited, &admin)?;
         inherited.all_taken()?;
         app.probe(parts.probes);
         Ok(app)
@@ -215,11 +226,16 @@ impl App {
         }
         if !self.readiness.is_ready() {
             let (stop, readiness) = (self.workloads.stop.subscribe(), self.readiness.clone());
-            self.probing = Some(self.workloads.loops.spawn(probes.until_ready(self.tcp.clone(), readiness, stop)));
+            self.probing = Some(self.workloads.loops.spawn(probes.until_ready(
+                self.tcp.clone(),
+                self.gate.clone(),
+                readiness,
+                stop,
+            )));
         }
     }
 
-    async fn serve_workloads(
+    fn serve_workloads(
         &mut self,
         inherited: &mut Inherited,
         front: &Arc<Front>,
@@ -230,7 +246,7 @@ impl App {
             bound.push(Bound::unix(path, 0o666, inherited)?);
         }
         for address in &listen.tcp {
-            match Bound::tcp(*address, inherited).await {
+            match Bound::tcp(*address, inherited) {
                 Ok(listener) => bound.push(listener),
                 Err(error) if address.is_ipv6() && error.is_unavailable_family() => {
                     tracing::warn!(%address, "this machine has no IPv6; clients use 127.0.0.1");
@@ -244,19 +260,32 @@ impl App {
             }
             tracing::info!(address = listener.name(), "serving workloads");
             let front = front.clone();
-            let connection = move |stream, arrival| front.clone().connection(stream, arrival);
+            let connection = move |stream, arrival| front.clone().connection(stream, arrival, None);
             let stop = self.workloads.stop.subscribe();
             self.workloads.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
         }
         Ok(())
     }
 
+    /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
+    async fn serve_pods(&mut self, front: Arc<Front>, limits: Limits) -> Result<(), AppError> {
+        if self.listen.pods {
+            let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
+            let stop = self.workloads.stop.subscribe();
+            let (pods, gate) = Pods::start((directory, handover), front, limits, self.metrics.clone(), stop).await?;
+            self.gate = Some(gate);
+            tracing::info!(directory = %directory.display(), "serving workloads in pods");
+            self.workloads.loops.spawn(pods.run());
+        }
+        Ok(())
+    }
+
     /// With a bound of its own: workloads that use up theirs don't hide the daemon's state.
-    async fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
+    fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
         let limits = Limits::new(64, self.metrics.clone());
         let mut bound = Vec::new();
         if let Some(address) = self.listen.admin {
-            bound.push((Address::Admin, Bound::tcp(address, inherited).await?));
+            bound.push((Address::Admin, Bound::tcp(address, inherited)?));
         }
         if let Some(path) = &self.listen.status {
             bound.push((Address::Status, Bound::unix(path, 0o600, inherited)?));
@@ -303,9 +332,13 @@ async fn identity_source(
             return Ok(Arc::new(source));
         }
         config::Source::SpireDelegated { socket } => Arc::new(Delegated::new(socket, svid::DEADLINE)),
-        config::Source::SpiffeBroker { socket, server } => {
+        config::Source::SpiffeBroker { socket, server, reference } => {
             let own = OwnIdentity::at(identity.socket.clone());
-            Arc::new(BrokerApi::new(socket, own, server.clone(), svid::DEADLINE))
+            let broker = BrokerApi::new(socket, own, server.clone(), svid::DEADLINE);
+            match reference {
+                config::Reference::Auto => Arc::new(broker.naming_pods()),
+                config::Reference::Process => Arc::new(broker),
+            }
         }
     };
     // What it has not said by then is found out while callers are served.
@@ -355,32 +388,4 @@ fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
         config::Authorization::Token => Authorization::Token(token),
         config::Authorization::Off => Authorization::Off,
     })
-}
-
-/// The node's token: that of an earlier start, so that workloads that have read it keep working, or a new one.
-///
-/// 32 random bytes in base64url, without a newline, since some SDKs send the file's bytes as they are.
-fn token(path: &Path) -> io::Result<Zeroizing<String>> {
-    let valid = |text: &String| text.len() == 43 && URL_SAFE_NO_PAD.decode(text).is_ok();
-    if let Some(text) = std::fs::read_to_string(path).ok().filter(|text| valid(text)) {
-        return Ok(Zeroizing::new(text));
-    }
-    let mut bytes = Zeroizing::new([0_u8; 32]);
-    aws_lc_rs::rand::fill(&mut *bytes).map_err(|_| io::Error::other("the system gives no random numbers"))?;
-    let text = Zeroizing::new(URL_SAFE_NO_PAD.encode(*bytes));
-    if let Some(directory) = path.parent() {
-        std::fs::create_dir_all(directory)?;
-    }
-    let new = path.with_extension("new");
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o644)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(&new)?;
-    file.set_permissions(Permissions::from_mode(0o644))?;
-    file.write_all(text.as_bytes())?;
-    std::fs::rename(&new, path)?;
-    Ok(text)
 }

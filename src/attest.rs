@@ -15,19 +15,26 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 
 use crate::caller::{Caller, Looks, Refusal};
+use crate::cgroup::PodRoots;
 
 mod cgroups;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod hierarchies;
 mod host;
+mod in_pod;
 mod inet_diag;
 mod known;
+mod pods;
 mod process;
 mod search;
 mod sys;
 mod tcp;
 mod unix;
+mod walks;
+
+pub use in_pod::PodAttestor;
+pub use inet_diag::SockDiag;
 
 use hierarchies::Hierarchies;
 use host::Host;
@@ -69,7 +76,8 @@ pub enum StartError {
 
 impl Attestor {
     /// Looks at the machine. TCP callers are refused, and the reason is logged once, where the kernel lacks what they need.
-    pub fn new(needs: Needs) -> Result<Self, StartError> {
+    /// Pods are those below `roots`.
+    pub fn new(needs: Needs, roots: PodRoots) -> Result<Self, StartError> {
         let proc_root = PathBuf::from("/proc");
         let read = |name: &str| {
             let path = proc_root.join(name);
@@ -80,8 +88,11 @@ impl Attestor {
         }
         let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
         let release = read("sys/kernel/osrelease")?;
-        let host = Arc::new(Host::new(proc_root, hierarchies));
-        let tcp = match (host.cgroups.clone(), inet_diag::SockDiag::open()) {
+        let host = Arc::new(Host::new(proc_root, hierarchies, roots));
+        if let Some(pods) = &host.pods {
+            tracing::debug!(cgroups = ?pods.roots_found(), "pods are found by the kubelet's cgroup root");
+        }
+        let tcp = match (host.cgroups.clone(), SockDiag::open_for_all_processors()) {
             _ if !tells_cgroups(&release) => {
                 tracing::warn!(
                     "before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket"
@@ -118,7 +129,15 @@ impl Attestor {
         admit: impl FnOnce(&Caller) -> bool,
     ) -> Result<Caller, Refusal> {
         let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
-        tcp.attest(client, server, admit, |caller| (self.needs)(caller)).await
+        tcp.attest((client, server), admit, |_| Ok(()), |caller| (self.needs)(caller)).await
+    }
+
+    /// Attests the peers of listeners in a pod's network namespace, in which `diag` was made; `None` where the kernel lacks what
+    /// that needs.
+    pub fn in_pod(&self, diag: SockDiag) -> Option<PodAttestor> {
+        self.tcp.as_ref()?;
+        let cgroups = self.host.cgroups.clone()?;
+        Some(PodAttestor::new(tcp::TcpAttestor::in_pod(self.host.clone(), diag, cgroups), self.needs.clone()))
     }
 }
 

@@ -14,7 +14,8 @@ use serde::{Serialize, Serializer};
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
-use crate::caller::{Caller, Listener, Owner};
+use crate::caller::{Caller, Listener, Owner, Refusal, Stranger};
+use crate::cgroup::{CgroupPath, Pod};
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::metrics::{Metrics, Request};
@@ -102,6 +103,7 @@ pub struct Record {
     request_id: RequestId,
     listener: Listener,
     caller: Option<Arc<Caller>>,
+    stranger: Option<Stranger>,
     grant: Option<Grant>,
     finished: bool,
 }
@@ -122,6 +124,12 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     systemd_unit: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pod_uid: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    container_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    network_namespace: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pid: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     gid: Option<u32>,
@@ -140,6 +148,15 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     cache: Option<Freshness>,
     milliseconds: f64,
+}
+
+/// What the socket or the connector told.
+#[derive(Clone, Copy)]
+struct Seen<'a> {
+    uid: u32,
+    cgroup: Option<&'a CgroupPath>,
+    pod: Option<&'a Pod>,
+    namespace: Option<u64>,
 }
 
 /// Rendered in place, without a string of its own.
@@ -177,6 +194,7 @@ impl Audit {
             request_id: RequestId { boot: self.boot, number },
             listener,
             caller,
+            stranger: None,
             grant: None,
             finished: false,
         }
@@ -220,6 +238,11 @@ impl Record {
         self.request_id
     }
 
+    /// Notes what was seen of the caller, who was not attested.
+    pub fn refused(&mut self, refusal: &Refusal) {
+        self.stranger = refusal.stranger().cloned();
+    }
+
     /// Notes what the request was found to be for.
     pub fn granted(&mut self, grant: &Grant) {
         self.grant = Some(grant.clone());
@@ -243,7 +266,11 @@ impl Record {
 
     /// A record of a request that was given nothing: of very many of them, one stands for the rest.
     fn write_few(&self, outcome: &'static str, reason: &'static str, elapsed: f64) -> bool {
-        let owner = self.caller.as_deref().map_or_else(Owner::unknown, Owner::of);
+        let owner = match (self.caller.as_deref(), &self.stranger) {
+            (Some(caller), _) => Owner::of(caller),
+            (None, Some(stranger)) => stranger.owner(),
+            (None, None) => Owner::unknown(),
+        };
         let key = Key { owner: Some(owner), listener: self.listener, reason };
         let line = |of_one| self.line(outcome, reason, None, of_one, elapsed);
         let turn = self.audit.floods.take(key, Instant::now(), line);
@@ -251,6 +278,17 @@ impl Record {
             self.audit.sweep();
         }
         self.audit.write(turn.lines)
+    }
+
+    /// What is known of the caller, attested or refused.
+    fn seen(&self) -> Option<Seen<'_>> {
+        match (self.caller.as_deref(), &self.stranger) {
+            (Some(Caller { uid, cgroup, pod, namespace, .. }), _)
+            | (None, Some(Stranger { uid, cgroup, pod, namespace })) => {
+                Some(Seen { uid: *uid, cgroup: cgroup.as_ref(), pod: pod.as_ref(), namespace: *namespace })
+            }
+            (None, None) => None,
+        }
     }
 
     /// The seconds since the head arrived, noted in the metrics with the outcome.
@@ -273,7 +311,8 @@ impl Record {
     ) -> Vec<u8> {
         let grant = self.grant.as_ref().filter(|_| of_one);
         let caller = self.caller.as_deref().filter(|_| of_one);
-        let cgroup = caller.and_then(|caller| caller.cgroup.as_ref());
+        let seen = self.seen().filter(|_| of_one);
+        let (cgroup, pod) = (seen.and_then(|seen| seen.cgroup), seen.and_then(|seen| seen.pod));
         let process = caller.and_then(|caller| caller.process.as_ref());
         let line = Line {
             time: Text(humantime::format_rfc3339_millis(printable(self.audit.clock.now()))),
@@ -282,9 +321,12 @@ impl Record {
             outcome,
             reason,
             listener: self.listener.name(),
-            uid: caller.map(|caller| caller.uid),
+            uid: seen.map(|seen| seen.uid),
             cgroup: cgroup.map(|cgroup| cgroup.as_str()),
             systemd_unit: cgroup.and_then(|cgroup| cgroup.systemd_unit()),
+            pod_uid: pod.map(|pod| pod.uid.as_str()),
+            container_id: pod.and_then(|pod| pod.container.as_deref()),
+            network_namespace: seen.and_then(|seen| seen.namespace),
             pid: process.map(|process| process.pid),
             gid: process.map(|process| process.gid),
             exe: process.and_then(|process| process.program.as_ref()?.exe.as_ref()?.path.to_str()),

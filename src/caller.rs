@@ -3,10 +3,11 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::cgroup::{CgroupPath, Workload};
+use crate::cgroup::{CgroupPath, Pod, PodUid, Workload};
 
 /// Over which kind of listener a caller came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -15,6 +16,8 @@ pub enum Listener {
     Unix,
     /// A loopback TCP address in the host's network namespace.
     Tcp,
+    /// A loopback TCP address in a pod's network namespace.
+    Pod,
 }
 
 impl Listener {
@@ -23,6 +26,7 @@ impl Listener {
         match self {
             Self::Unix => "unix",
             Self::Tcp => "tcp",
+            Self::Pod => "pod",
         }
     }
 }
@@ -39,6 +43,10 @@ pub struct Caller {
     pub uid: u32,
     /// The cgroup v2 path, as seen from the host's root of that hierarchy; `None` where the kernel doesn't tell.
     pub cgroup: Option<CgroupPath>,
+    /// The pod that the cgroup is in.
+    pub pod: Option<Pod>,
+    /// The network namespace of the listener, by its inode, if that is a pod's.
+    pub namespace: Option<u64>,
     /// What was read of the process itself.
     pub process: Option<Process>,
     /// Proof that the caller is still the one that these facts were read of.
@@ -51,6 +59,7 @@ pub struct Caller {
 pub struct Owner {
     uid: Option<u32>,
     place: Option<Workload>,
+    pod: Option<PodUid>,
 }
 
 /// What is known of the calling process.
@@ -126,6 +135,11 @@ pub trait Evidence: fmt::Debug + Send + Sync {
     fn is_there(&self) -> bool {
         self.process().is_ok()
     }
+
+    /// The pod, for an agent that is told its UID: it is there still, and has not been for long if so it says.
+    fn pod(&self) -> Result<Ages, Refusal> {
+        Err(Refusal::Gone)
+    }
 }
 
 /// Notices whether a process executes a program.
@@ -153,6 +167,16 @@ pub struct Named {
     pub cgroups: String,
 }
 
+/// How long a pod and the caller's container have been there, as their directories tell: at least so long. The kernel may
+/// have forgotten when it made one, and then takes it for younger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ages {
+    /// The pod.
+    pub pod: Duration,
+    /// The container; the pod if that is not known.
+    pub container: Duration,
+}
+
 #[derive(Debug)]
 struct Nobody;
 
@@ -166,7 +190,15 @@ impl Caller {
     /// Stands in for a caller where the daemon asks by itself and the answer depends on none. It has the user id that
     /// nobody can have, and is not there when it is looked at.
     pub fn nobody() -> Self {
-        Self { listener: Listener::Unix, uid: u32::MAX, cgroup: None, process: None, evidence: Box::new(Nobody) }
+        Self {
+            listener: Listener::Unix,
+            uid: u32::MAX,
+            cgroup: None,
+            pod: None,
+            namespace: None,
+            process: None,
+            evidence: Box::new(Nobody),
+        }
     }
 
     /// Whether the caller is still what it was when it was attested: same process, same ids, same socket.
@@ -176,6 +208,9 @@ impl Caller {
 
     /// Whether it lives in a container, as far as it is known: `None` if neither cgroup nor process tell.
     pub fn in_container(&self) -> Option<bool> {
+        if self.pod.is_some() {
+            return Some(true);
+        }
         let by_process = self.process.as_ref().map(|process| process.contained);
         // In the root cgroup of a host that also has cgroup v1 a container may sit without a name of its own, so the
         // root says nothing by itself.
@@ -191,19 +226,26 @@ impl Caller {
 impl Owner {
     /// Of a caller that was attested, as far as its socket tells.
     pub fn of(caller: &Caller) -> Self {
-        let Some(cgroup) = &caller.cgroup else { return Self::user(caller.uid) };
+        Self::at(caller.uid, caller.cgroup.as_ref(), caller.pod.as_ref())
+    }
+
+    fn at(uid: u32, cgroup: Option<&CgroupPath>, pod: Option<&Pod>) -> Self {
+        if let Some(pod) = pod {
+            return Self { uid: None, place: None, pod: Some(pod.uid.clone()) };
+        }
+        let Some(cgroup) = cgroup else { return Self::user(uid) };
         let (place, is_pod) = cgroup.workload();
-        Self { uid: (!is_pod).then_some(caller.uid), place: Some(place) }
+        Self { uid: (!is_pod).then_some(uid), place: Some(place), pod: None }
     }
 
     /// Of a user's processes, where nothing else is known.
     pub fn user(uid: u32) -> Self {
-        Self { uid: Some(uid), place: None }
+        Self { uid: Some(uid), place: None, pod: None }
     }
 
     /// Of all those who could not be attested: together they get as much as one workload.
     pub fn unknown() -> Self {
-        Self { uid: None, place: None }
+        Self { uid: None, place: None, pod: None }
     }
 }
 
@@ -246,6 +288,21 @@ pub enum Refusal {
     /// Its cgroup names a container in a place where no container runtime does, or several.
     #[error("the caller's cgroups name a container inside another, or in a place that is no container runtime's")]
     NestedContainer,
+    /// Its cgroup names a pod where this node's kubelet puts none.
+    #[error(
+        "the caller's cgroup names a pod in a place that is not the kubelet's; if it is, write the kubelet's cgroup root as \
+         `pods_cgroup` in [listen]"
+    )]
+    MisplacedPod(Box<Stranger>),
+    /// It came over a pod's listener, and is in no pod.
+    #[error(
+        "the caller uses a pod's network, but its cgroup is not that of a pod: use the unix socket, or the host's own \
+         network"
+    )]
+    NotAPod(Box<Stranger>),
+    /// It came over the listener of another pod.
+    #[error("the caller uses the network of another pod than its own")]
+    OtherPod(Box<Stranger>),
     /// The daemon may not see what the process runs, so it would not notice that it runs something else meanwhile.
     #[error(
         "the daemon cannot see what the calling process runs; give it CAP_SYS_PTRACE, CAP_PERFMON and the system call \
@@ -260,7 +317,35 @@ pub enum Refusal {
     Kernel,
 }
 
+/// What was seen of somebody who was refused for the place where he is, for the audit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stranger {
+    /// The user id.
+    pub uid: u32,
+    /// See [`Caller::cgroup`].
+    pub cgroup: Option<CgroupPath>,
+    /// See [`Caller::pod`].
+    pub pod: Option<Pod>,
+    /// See [`Caller::namespace`].
+    pub namespace: Option<u64>,
+}
+
+impl Stranger {
+    /// Whose share it takes.
+    pub fn owner(&self) -> Owner {
+        Owner::at(self.uid, self.cgroup.as_ref(), self.pod.as_ref())
+    }
+}
+
 impl Refusal {
+    /// Who was refused, where that was seen.
+    pub fn stranger(&self) -> Option<&Stranger> {
+        match self {
+            Self::MisplacedPod(stranger) | Self::NotAPod(stranger) | Self::OtherPod(stranger) => Some(stranger),
+            _ => None,
+        }
+    }
+
     /// The label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {
@@ -275,6 +360,9 @@ impl Refusal {
             Self::UnreadableCgroup => "unreadable_cgroup",
             Self::DelegatedCgroup => "delegated_cgroup",
             Self::NestedContainer => "nested_container",
+            Self::MisplacedPod(_) => "misplaced_pod",
+            Self::NotAPod(_) => "not_a_pod",
+            Self::OtherPod(_) => "other_pod",
             Self::UnseenProgram => "unseen_program",
             Self::Unsupported(_) => "unsupported_kernel",
             Self::Kernel => "kernel_error",

@@ -4,6 +4,10 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
+mod pod;
+
+pub use pod::{Misplaced, Pod, PodPlace, PodRoots, PodUid};
+
 /// A path in the cgroup v2 hierarchy as the host's root sees it, for example `/system.slice/billing.service`.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct CgroupPath {
@@ -41,6 +45,12 @@ impl CgroupPath {
     /// Whether it is the root of the hierarchy.
     pub fn is_root(&self) -> bool {
         &*self.text == "/"
+    }
+
+    /// Whether it is this part of the tree, or lies in it.
+    pub fn is_at_or_below(&self, part: &Self) -> bool {
+        let below = self.text.strip_prefix(&*part.text);
+        part.is_root() || below.is_some_and(|below| below.is_empty() || below.starts_with('/'))
     }
 
     /// The names of its directories, from the root down.
@@ -148,9 +158,10 @@ fn container_id(segment: &str) -> Option<String> {
     words.find(|word| word.len() == 64 && word.bytes().all(|c| c.is_ascii_hexdigit())).map(str::to_ascii_lowercase)
 }
 
-/// `pod` and a UID, with dashes, underscores or (static pods) nothing between its groups.
+/// `pod` as a word, and a UID, with dashes, underscores or (static pods) nothing between its groups.
 fn pod_uid(segment: &str) -> Option<String> {
-    segment.match_indices("pod").find_map(|(at, _)| {
+    let begins = |at: &usize| !segment[..*at].ends_with(|c: char| c.is_ascii_alphanumeric());
+    segment.match_indices("pod").map(|(at, _)| at).filter(begins).find_map(|at| {
         let digits = segment[at + 3..].chars().filter(|c| !matches!(c, '-' | '_'));
         let uid: String = digits.take_while(char::is_ascii_hexdigit).take(32).collect();
         (uid.len() == 32).then(|| uid.to_ascii_lowercase())

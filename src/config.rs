@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use toml::de::DeTable;
 
-pub use identity::{IdentityConfig, Source};
+pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{Authorization, Listen};
 pub use output::{AuditConfig, AuditFile, Log, LogFormat};
 pub use problem::{ConfigErrors, Problem};
@@ -164,12 +164,14 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accoun
         Source::SpiffeBroker { socket, .. } => Some(("broker_socket", socket.as_path())),
     };
     let (agent_key, agent) = agent.map_or(("admin_socket", None), |(key, path)| (key, Some(path)));
-    let named: [checks::Named<'_>; 7] = [
+    let named: [checks::Named<'_>; 9] = [
         (&identity_table, agent_key, agent),
         (&identity_table, "socket", source),
         (&sts_table, "ca_file", sts.ca_file.as_deref()),
         (&listen_table, "unix", listen.unix.as_deref()),
         (&listen_table, "status", listen.status.as_deref()),
+        (&listen_table, "handover", listen.handover.as_deref()),
+        (&listen_table, "pods_dir", Some(&listen.pods_dir)),
         (&listen_table, "token_file", Some(&listen.token_file)),
         (&audit_table, "file", audit_path),
     ];

@@ -20,7 +20,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
-use crate::attest::Attestor;
+use crate::attest::{Attestor, PodAttestor};
 use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
@@ -95,15 +95,21 @@ impl Dropped {
 }
 
 impl Front {
-    /// Serves one connection to its end. The caller is attested before a byte is read.
-    pub async fn connection(self: Arc<Self>, stream: Stream, arrival: Arrival) {
-        let served = timeout(CONNECTION_LIFE, self.attest_and_serve(stream, arrival)).await;
+    /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace. The caller is attested
+    /// before a byte is read.
+    pub async fn connection(self: Arc<Self>, stream: Stream, arrival: Arrival, pod: Option<Arc<PodAttestor>>) {
+        let served = timeout(CONNECTION_LIFE, self.attest_and_serve(stream, arrival, pod.as_deref())).await;
         if let Err(dropped) = served.unwrap_or(Err(Dropped::TooSlow)) {
             self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
         }
     }
 
-    async fn attest_and_serve(&self, stream: Stream, arrival: Arrival) -> Result<(), Dropped> {
+    async fn attest_and_serve(
+        &self,
+        stream: Stream,
+        arrival: Arrival,
+        pod: Option<&PodAttestor>,
+    ) -> Result<(), Dropped> {
         let (mut arrival, mut places) = (Some(arrival), Err(Dropped::TooMany));
         // Before a byte is read, and over TCP before a process is searched for.
         let mut admit = |owner| {
@@ -116,7 +122,10 @@ impl Front {
             Stream::Unix(stream) => (Listener::Unix, self.attestor.unix(stream.as_fd())),
             Stream::Tcp { client, server, .. } => {
                 let admit = |caller: &Caller| admit(Owner::of(caller));
-                (Listener::Tcp, self.attestor.tcp(*client, *server, admit).await)
+                match pod {
+                    None => (Listener::Tcp, self.attestor.tcp(*client, *server, admit).await),
+                    Some(pod) => (Listener::Pod, pod.tcp(*client, *server, admit).await),
+                }
             }
         };
         // Those who are not attested are read and answered, too, so they have a share as well.
@@ -193,6 +202,9 @@ impl Front {
         caller: Result<Arc<Caller>, Refusal>,
     ) -> Answer {
         let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
+        if let Err(refusal) = &caller {
+            record.refused(refusal);
+        }
         let id = record.request_id();
         match self.decide(request, listener, caller, &mut record).await {
             Ok((issued, freshness)) => {

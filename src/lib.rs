@@ -21,9 +21,10 @@
 //! | remember | [`cache`] | credentials by SPIFFE ID and role, refreshed ahead |
 //! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], in [`turns`] that are fair between workloads |
 //!
-//! Around it: [`admin`] health and metrics, [`readiness`], [`hardening`], [`app`] which wires all of it, and [`serve`] which
-//! runs that. Beside the daemon: [`commands`] for whoever uses or operates it, the [`environment`] that they start others in,
-//! and [`dev`], what the command of that name puts around the daemon. Nothing but main.rs imports commands and `dev`.
+//! Around it: [`pods`] listens in each pod's network [`namespace`]; [`admin`] health and metrics, [`readiness`],
+//! [`hardening`], [`app`] which wires all of it, and [`serve`] which runs that. Beside the daemon: [`commands`] for whoever
+//! uses or operates it, the [`environment`] that they start others in, and [`dev`], what the command of that name puts around
+//! the daemon. Nothing but main.rs imports commands and `dev`.
 
 pub mod identity;
 
@@ -53,6 +54,8 @@ pub mod audit;
 
 pub mod hardening;
 
+pub mod namespace;
+
 pub mod listen;
 
 pub mod attest;
@@ -70,6 +73,8 @@ pub mod cache;
 pub mod broker;
 
 pub mod http;
+
+pub mod pods;
 
 pub mod admin;
 

@@ -1,33 +1,31 @@
 //! Listeners: bound by the daemon or handed over by systemd, and accept loops that nothing ends but the daemon's own end.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt::Linger};
 use thiserror::Error;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-use tokio::net::TcpSocket;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::metrics::Metrics;
 
+mod bound;
 mod inherited;
+mod inside;
 mod share;
 mod socket;
 mod socket_file;
 mod sys;
 
+pub use bound::{Bound, Origin, Stream};
 pub use inherited::Inherited;
+pub use inside::{Inside, NamespacePlace};
 pub use share::{Place, Shares};
 pub use socket::Socket;
 pub use socket_file::SocketFile;
@@ -42,9 +40,6 @@ const ARRIVING: usize = 64;
 const REBIND: Duration = Duration::from_secs(1);
 /// The whole of any connection: the head, a held request (4.5 s), the answer.
 pub const CONNECTION_LIFE: Duration = Duration::from_secs(15);
-/// How many may wait to be accepted, as in awsvid.socket. The kernel drops who comes when the queue is full, and TCP
-/// clients try again only a second later.
-const BACKLOG: u32 = 4096;
 /// Once the daemon was told to end. Every connection ends by itself before that, so this cuts none that keeps to its time.
 const DRAIN: Duration = Duration::from_secs(16);
 
@@ -84,47 +79,17 @@ pub enum ListenError {
         "systemd handed over the socket {0}, which is not in [listen]: make the .socket unit and the configuration agree"
     )]
     NotConfigured(String),
-}
-
-/// A listener.
-#[derive(Debug)]
-pub enum Bound {
-    /// On a unix socket; its file is removed with it unless systemd owns both.
-    Unix {
-        /// Accepts.
-        listener: AsyncFd<OwnedFd>,
-        /// Where clients find it.
-        path: PathBuf,
-        /// Its mode, for when it has to be bound again.
-        mode: u32,
-        /// Removes the file at the end. `None`: systemd holds the socket.
-        file: Option<SocketFile>,
+    /// In a pod's network namespace.
+    #[error("{name}: {source}")]
+    Pod {
+        /// Which.
+        name: String,
+        /// Why.
+        source: io::Error,
     },
-    /// On a loopback address.
-    Tcp {
-        /// Accepts.
-        listener: AsyncFd<OwnedFd>,
-        /// Its address, with the port that the kernel chose if the configuration says 0.
-        address: SocketAddr,
-        /// Whether systemd holds the socket too.
-        inherited: bool,
-    },
-}
-
-/// A connection, and for TCP the address that it was accepted on.
-#[derive(Debug)]
-pub enum Stream {
-    /// Over the unix socket.
-    Unix(Socket),
-    /// Over TCP.
-    Tcp {
-        /// The connection.
-        stream: Socket,
-        /// The client's address.
-        client: SocketAddr,
-        /// The daemon's.
-        server: SocketAddr,
-    },
+    /// The daemon ends.
+    #[error("{0}")]
+    Interrupted(String),
 }
 
 impl ListenError {
@@ -133,113 +98,6 @@ impl ListenError {
         let Self::Tcp { source, .. } = self else { return false };
         let errno = source.raw_os_error().map(Errno::from_raw);
         matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
-    }
-}
-
-impl Bound {
-    /// Listens on a TCP address, or takes the one that systemd holds.
-    ///
-    /// Never with SO_REUSEPORT: whoever shares the port would get half of the connections (attack 9).
-    pub async fn tcp(address: SocketAddr, inherited: &mut Inherited) -> Result<Self, ListenError> {
-        let failed = |source| ListenError::Tcp { address, source };
-        let (listener, inherited) = match inherited.take_tcp(address) {
-            Some(listener) => (listener, true),
-            None => (bind(address).map_err(failed)?, false),
-        };
-        let address = listener.local_addr().map_err(failed)?;
-        Ok(Self::Tcp { listener: sys::watch_listener(listener.into()).map_err(failed)?, address, inherited })
-    }
-
-    /// Listens on a unix socket with this mode, or takes the one that systemd holds.
-    pub fn unix(path: &Path, mode: u32, inherited: &mut Inherited) -> Result<Self, ListenError> {
-        let failed = |source| ListenError::Unix { path: path.to_owned(), source };
-        if let Some(listener) = inherited.take_unix(path) {
-            let listener = sys::watch_listener(listener.into()).map_err(failed)?;
-            return Ok(Self::Unix { listener, path: path.to_owned(), mode, file: None });
-        }
-        let (listener, file) = SocketFile::bind(path, mode)?;
-        let listener = sys::watch_listener(listener.into()).map_err(failed)?;
-        Ok(Self::Unix { listener, path: path.to_owned(), mode, file: Some(file) })
-    }
-
-    /// For the log.
-    pub fn name(&self) -> String {
-        match self {
-            Self::Unix { path, .. } => path.display().to_string(),
-            Self::Tcp { address, .. } => address.to_string(),
-        }
-    }
-
-    async fn accept(&self) -> io::Result<Stream> {
-        match self {
-            Self::Unix { listener, .. } => {
-                let accepted = listener.async_io(Interest::READABLE, |listener| sys::accept_unix(listener.as_fd()));
-                Ok(Stream::Unix(Socket::new(accepted.await?)))
-            }
-            Self::Tcp { listener, address, .. } => {
-                let accepted = listener.async_io(Interest::READABLE, |listener| sys::accept_tcp(listener.as_fd()));
-                let (stream, client) = accepted.await?;
-                // Without it only more packets are sent.
-                let _ = sys::cork(&stream);
-                Ok(Stream::Tcp { stream: Socket::new(stream), client, server: *address })
-            }
-        }
-    }
-
-    /// Ends listening, and gives those who have connected already: closing alone resets them, and some have sent their
-    /// request.
-    ///
-    /// Where systemd holds the socket nobody is lost: they wait in its queue for the daemon's next start.
-    fn close(self) -> io::Result<Vec<Stream>> {
-        let mut waiting = Vec::new();
-        match self {
-            Self::Unix { file: None, .. } | Self::Tcp { inherited: true, .. } => {}
-            Self::Unix { listener, file, .. } => {
-                drop(file);
-                let listener = UnixListener::from(listener.into_inner());
-                // Whoever comes from here on is refused, so that the queue has an end.
-                shutdown(listener.as_raw_fd(), Shutdown::Both)?;
-                while let Ok((stream, _)) = listener.accept() {
-                    let stream = stream.set_nonblocking(true).map(|()| Socket::new(stream));
-                    waiting.extend(stream.map(Stream::Unix));
-                }
-            }
-            Self::Tcp { listener, address, .. } => {
-                let listener = TcpListener::from(listener.into_inner());
-                // TCP has no way to end the queue alone. Who comes between the last of these and the close is reset.
-                for (stream, client) in std::iter::from_fn(|| listener.accept().ok()).take(BACKLOG as usize) {
-                    let stream = stream.set_nonblocking(true).map(|()| Socket::new(stream));
-                    waiting.extend(stream.map(|stream| Stream::Tcp { stream, client, server: address }));
-                }
-            }
-        }
-        Ok(waiting)
-    }
-
-    /// A listener in the place of one that somebody has killed, as `ss -K` can (attack 9).
-    async fn again(&self) -> Result<Self, ListenError> {
-        match self {
-            Self::Tcp { address, .. } => Self::tcp(*address, &mut Inherited::default()).await,
-            Self::Unix { path, mode, .. } => Self::unix(path, *mode, &mut Inherited::default()),
-        }
-    }
-}
-
-fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // What is left of the connections of an earlier start keeps nobody from listening.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)?.into_std()
-}
-
-impl Stream {
-    /// Ends the connection at once: a reset leaves no port waiting, as a close would (attack 20).
-    pub fn reset(self) {
-        if let Self::Tcp { stream, .. } = &self {
-            // If that fails it is closed the ordinary way.
-            let _ = setsockopt(stream, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
-        }
     }
 }
 
@@ -314,10 +172,7 @@ where
         let accepted = tokio::select! {
             biased;
             _ = &mut stopped => break,
-            accepted = async {
-                let arrival = limits.arrival().await;
-                bound.accept().await.map(|stream| (stream, arrival))
-            } => accepted,
+            accepted = accept(&bound, &limits) => accepted,
         };
         match accepted {
             Ok(accepted) => limits.serve(accepted, &connections, &connection),
@@ -336,6 +191,17 @@ where
     connections.close();
     if timeout(DRAIN, connections.wait()).await.is_err() {
         tracing::warn!(open = connections.len(), "connections did not end in time and are cut");
+    }
+}
+
+/// The next connection. Nothing is taken of what all loops share before there is one: there may be hundreds of loops.
+async fn accept(bound: &Bound, limits: &Limits) -> io::Result<(Stream, Arrival)> {
+    loop {
+        let mut arrived = bound.arrival().await?;
+        let arrival = limits.arrival().await;
+        if let Some(accepted) = bound.accept(&mut arrived) {
+            return accepted.map(|stream| (stream, arrival));
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::health::Health;
 /// Labels of `awsvid_requests`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Request {
-    /// `unix` or `tcp`.
+    /// `unix`, `tcp` or `pod`.
     pub listener: &'static str,
     /// `issued`, `refused`, `failed` or `aborted`.
     pub outcome: &'static str,
@@ -103,6 +103,10 @@ pub struct Metrics {
     pub cache_removed: Family<Reason, Counter>,
     /// Audit records that could not be written.
     pub audit_lost: Counter,
+    /// Pods' network namespaces that are listened in.
+    pub pod_namespaces: Gauge,
+    /// Those that could not be listened in, or not on every address.
+    pub pod_namespaces_failed: Family<Reason, Counter>,
     /// 1 once `/readyz` has been 200.
     pub ready: Gauge,
     /// From the request's head to the answer.
@@ -138,6 +142,12 @@ impl Metrics {
         registry.register("cache_entries", "Sets of credentials in the cache, by state", self.cache_entries.clone());
         registry.register("cache_removed", "Credentials taken out of the cache", self.cache_removed.clone());
         registry.register("audit_lost", "Audit records that could not be written", self.audit_lost.clone());
+        registry.register("pod_namespaces", "Network namespaces of pods listened in", self.pod_namespaces.clone());
+        registry.register(
+            "pod_namespaces_failed",
+            "Network namespaces of pods that could not be listened in",
+            self.pod_namespaces_failed.clone(),
+        );
         registry.register("ready", "1 once the daemon has been ready", self.ready.clone());
         let latency = self.latency.0.clone();
         registry.register_with_unit("request_duration", "From head to answer", Unit::Seconds, latency);

@@ -15,6 +15,7 @@ use zeroize::Zeroizing;
 
 use crate::admin::Readiness;
 use crate::config::{self, Config};
+use crate::pods::Gate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;
@@ -49,6 +50,7 @@ impl Probes {
     pub async fn until_ready(
         mut self,
         tcp: Vec<SocketAddr>,
+        mut pods: Option<Gate>,
         readiness: Arc<Readiness>,
         mut stop: watch::Receiver<bool>,
     ) {
@@ -61,6 +63,9 @@ impl Probes {
                 _ = stop.wait_for(|stop| *stop) => return,
             };
             let Some(missing) = missing else {
+                if let Some(pods) = &mut pods {
+                    pods.pass().await;
+                }
                 readiness.reached();
                 tracing::info!("ready");
                 return;

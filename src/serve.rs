@@ -10,6 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::app::{App, AppError};
 use crate::config::{self, Config, Problem};
 use crate::listen::Inherited;
+use crate::pods::PodsError;
 use crate::telemetry::Log;
 use crate::{hardening, telemetry};
 
@@ -38,12 +39,15 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     warn(path, &warnings);
-    hardening::before_threads(config.identity.source != config::Source::WorkloadApi);
+    hardening::before_threads(hardening::Does {
+        watches_programs: config.identity.source != config::Source::WorkloadApi,
+        enters_namespaces: config.listen.pods,
+    });
     start(path, config, &log).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         // Nothing that trying again would mend.
         match error.downcast_ref() {
-            Some(AppError::Source(_)) => ExitCode::from(EX_CONFIG),
+            Some(AppError::Source(_) | AppError::Pods(PodsError::Denied(_))) => ExitCode::from(EX_CONFIG),
             _ => ExitCode::FAILURE,
         }
     })

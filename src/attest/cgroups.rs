@@ -2,9 +2,8 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,10 +11,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::readlink;
 
-use crate::attest::hierarchies::Hierarchies;
+use crate::attest::hierarchies::{Hierarchies, roots_alone};
 use crate::attest::sys;
+use crate::attest::walks::{Ground, Listings, Walks};
 use crate::caller::Refusal;
-use crate::cgroup::CgroupPath;
+use crate::cgroup::{CgroupPath, PodRoots};
 
 /// Paths that are remembered before those of removed cgroups are looked for and forgotten.
 const REMEMBERED: usize = 10_000;
@@ -33,11 +33,27 @@ const SEEN: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct CgroupTree {
     mount: PathBuf,
+    /// The path of the mounted directory, if that is not the root: nothing beside it is seen.
+    base: String,
+    roots: PodRoots,
     /// Whether the kernel opens a directory by its id for this process: else an unknown id takes a walk.
     handles: bool,
     paths: Mutex<HashMap<u64, Known>>,
+    /// Of all of it, and of the kubelet's part.
+    walks: [Arc<Walks>; 2],
+    /// What was seen in them.
+    listings: [Mutex<Listings>; 2],
     /// Open `cgroup.procs` of cgroups that were searched: that of a removed one can't be read any more.
     lists: Mutex<HashMap<CgroupPath, Arc<Mutex<File>>>>,
+}
+
+/// In which part of the tree a cgroup may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Anywhere.
+    All,
+    /// Below the kubelet's cgroup roots.
+    Pods,
 }
 
 /// A cgroup's path, and when its directory was last seen there.
@@ -55,56 +71,131 @@ impl Known {
 
 impl CgroupTree {
     /// Takes the directory on which the hierarchy's root is mounted.
-    pub(crate) fn at(mount: PathBuf) -> Self {
-        Self { mount, handles: false, paths: Mutex::default(), lists: Mutex::default() }
+    pub(crate) fn at(mount: PathBuf, roots: PodRoots) -> Self {
+        Self {
+            mount,
+            base: String::new(),
+            roots,
+            handles: false,
+            paths: Mutex::default(),
+            walks: Default::default(),
+            listings: Default::default(),
+            lists: Mutex::default(),
+        }
     }
 
     /// Finds directories by their ids, where CAP_DAC_READ_SEARCH is held, as it shows by the root's.
     fn with_handles(mut self) -> Self {
         let root = fs::metadata(&self.mount).map(|root| root.ino());
-        self.handles = root.is_ok_and(|id| self.by_handle(id).is_ok_and(|path| path.is_root()));
+        self.handles = root.is_ok_and(|id| self.by_handle(id).is_ok());
         self
     }
 
+    /// The kubelet's cgroup roots.
+    pub(crate) fn roots(&self) -> &PodRoots {
+        &self.roots
+    }
+
     /// That of the v2 hierarchy; `None` on a host without one.
-    pub(crate) fn find(hierarchies: &Hierarchies) -> Option<Self> {
-        hierarchies.unified().map(|mount| Self::at(mount.to_owned()).with_handles())
+    pub(crate) fn find(hierarchies: &Hierarchies, roots: PodRoots) -> Option<Self> {
+        let (mount, base) = hierarchies.unified()?;
+        let tree = Self { base: base.to_owned(), ..Self::at(mount.to_owned(), roots) };
+        Some(tree.with_handles())
     }
 
-    /// The path of the cgroup with this id, in which a process lives: so it is there, and cgroups are never renamed.
-    pub(crate) fn path_of_living(&self, id: u64) -> Result<CgroupPath, Refusal> {
-        let known = self.paths.lock().unwrap_or_else(PoisonError::into_inner).get(&id).map(|known| known.path.clone());
-        known.map_or_else(|| self.path_of(id), Ok)
+    /// The path of the cgroup with this id, in which a process lives: so it is there, and cgroups are never renamed. `shown` is
+    /// what the process itself shows of its cgroup; it saves a walk, and is believed only if the directory there has the id.
+    pub(crate) fn path_of_living(
+        &self,
+        id: u64,
+        shown: impl FnOnce() -> Result<Option<CgroupPath>, Refusal>,
+    ) -> Result<CgroupPath, Refusal> {
+        if let Some(known) = self.paths().get(&id) {
+            return Ok(known.path.clone());
+        }
+        if let Some(found) = self.at_hand(id) {
+            return found;
+        }
+        let path = shown()?.filter(|path| self.is_at(path, id)).ok_or(Refusal::UnreadableCgroup)?;
+        self.remember(id, &path);
+        Ok(path)
     }
 
-    /// The path of the cgroup with this id. A removed one, or one outside the tree, is a refusal.
-    pub(crate) fn path_of(&self, id: u64) -> Result<CgroupPath, Refusal> {
-        let mut paths = self.paths.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The path of the cgroup with this id, which is looked for in this part of the tree if it is not known. A removed one, or
+    /// one outside, is a refusal.
+    pub(crate) async fn path_of(self: &Arc<Self>, id: u64, part: Part) -> Result<CgroupPath, Refusal> {
+        if let Some(found) = self.at_hand(id) {
+            return found;
+        }
+        let tree = self.clone();
+        self.walks[part as usize].after(move || tree.walk(part)).await;
+        self.paths().get(&id).map(|known| known.path.clone()).ok_or(Refusal::UnreadableCgroup)
+    }
+
+    /// Without others who ask.
+    #[cfg(test)]
+    pub(crate) fn path_of_now(&self, id: u64) -> Result<CgroupPath, Refusal> {
+        self.at_hand(id).unwrap_or_else(|| {
+            self.walk(Part::All);
+            self.paths().get(&id).map(|known| known.path.clone()).ok_or(Refusal::UnreadableCgroup)
+        })
+    }
+
+    /// Whether it says of a cgroup that was removed that it is not there; else that may also be one that was not looked for.
+    pub(crate) fn tells_removed(&self) -> bool {
+        self.handles
+    }
+
+    /// What is known, or can be asked for, without a walk; `None` if nothing is.
+    fn at_hand(&self, id: u64) -> Option<Result<CgroupPath, Refusal>> {
+        let mut paths = self.paths();
         if let Some(known) = paths.get_mut(&id) {
             if known.seen.elapsed() < SEEN {
-                return Ok(known.path.clone());
+                return Some(Ok(known.path.clone()));
             }
             if self.is_at(&known.path, id) {
                 known.seen = Instant::now();
-                return Ok(known.path.clone());
+                return Some(Ok(known.path.clone()));
             }
+            // Its directory is gone, and will never be there again.
+            paths.remove(&id);
         }
-        if self.handles {
+        drop(paths);
+        self.handles.then(|| {
             let path = self.by_handle(id).map_err(|_| Refusal::UnreadableCgroup)?;
-            if paths.len() >= REMEMBERED {
-                paths.retain(|id, known| self.is_at(&known.path, *id));
-            }
-            paths.insert(id, Known::now(path.clone()));
-            return Ok(path);
+            self.remember(id, &path);
+            Ok(path)
+        })
+    }
+
+    fn remember(&self, id: u64, path: &CgroupPath) {
+        let mut paths = self.paths();
+        if paths.len() >= REMEMBERED && self.handles {
+            paths.retain(|id, known| self.is_at(&known.path, *id));
         }
-        // Walked anew as a whole, so that removed directories are forgotten too. The lock is held meanwhile: a caller
-        // with another unknown id finds it in this walk instead of starting a second one.
-        let walked = self.walk().map_err(|error| {
-            tracing::warn!(%error, mount = %self.mount.display(), "the cgroup tree cannot be read");
-            Refusal::UnreadableCgroup
-        })?;
-        *paths = walked;
-        paths.get(&id).map(|known| known.path.clone()).ok_or(Refusal::UnreadableCgroup)
+        paths.insert(id, Known::now(path.clone()));
+    }
+
+    /// Notes all that is there, and forgets the rest. Nobody who is known waits meanwhile.
+    fn walk(&self, part: Part) {
+        let starts: Vec<_> = match part {
+            Part::All => CgroupPath::parse(if self.base.is_empty() { "/" } else { &self.base }).into_iter().collect(),
+            Part::Pods => self.roots.iter().filter(|root| self.directory(root).is_dir()).cloned().collect(),
+        };
+        let ground = Ground { mount: &self.mount, base: &self.base, roots: &self.roots };
+        let mut listings = self.listings[part as usize].lock().unwrap_or_else(PoisonError::into_inner);
+        match ground.walk(&starts, &mut listings) {
+            Ok(found) => {
+                let mut paths = self.paths();
+                paths.retain(|_, known| !starts.iter().any(|start| known.path.is_at_or_below(start)));
+                paths.extend(found.into_iter().map(|(id, path)| (id, Known::now(path))));
+            }
+            Err(error) => tracing::warn!(%error, mount = %self.mount.display(), "the cgroup tree cannot be read"),
+        }
+    }
+
+    fn paths(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_at(&self, path: &CgroupPath, id: u64) -> bool {
@@ -119,26 +210,11 @@ impl CgroupTree {
             sys::open_kernfs(mount.as_fd(), id).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
         let shown = readlink(format!("/proc/self/fd/{}", found.as_raw_fd()).as_str())?;
         let path = Path::new(&shown).strip_prefix(&self.mount).ok().and_then(Path::to_str);
-        let path = path.and_then(|path| CgroupPath::parse(&format!("/{path}")));
+        let path = path.and_then(|path| match (&*self.base, path) {
+            (base, "") if !base.is_empty() => CgroupPath::parse(base),
+            (base, path) => CgroupPath::parse(&format!("{base}/{path}")),
+        });
         path.filter(|path| self.is_at(path, id)).ok_or(Errno::ESTALE)
-    }
-
-    fn walk(&self) -> io::Result<HashMap<u64, Known>> {
-        let mut found = HashMap::new();
-        let mut open = vec![(fs::metadata(&self.mount)?.ino(), "/".to_owned())];
-        while let Some((id, path)) = open.pop() {
-            let Some(cgroup) = CgroupPath::parse(&path) else { continue };
-            // One that was removed since its parent was listed is no error.
-            let Ok(entries) = fs::read_dir(self.directory(&cgroup)) else { continue };
-            for entry in entries.filter_map(Result::ok) {
-                let name = entry.file_name().into_string();
-                if let (true, Ok(name)) = (entry.file_type().is_ok_and(|kind| kind.is_dir()), name) {
-                    open.push((entry.ino(), format!("{}/{name}", path.trim_end_matches('/'))));
-                }
-            }
-            found.insert(id, Known::now(cgroup));
-        }
-        Ok(found)
     }
 
     /// The pids in this cgroup itself; a refusal if their list has more than `bytes`. One that can't be listed (removed, or
@@ -178,141 +254,18 @@ impl CgroupTree {
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn directory(&self, path: &CgroupPath) -> PathBuf {
-        self.mount.join(Path::new(path.as_str().trim_start_matches('/')))
+    /// Whether nobody but root can make or name a directory from the root down to this one.
+    pub(crate) fn roots_alone(&self, path: &CgroupPath) -> Result<(), Refusal> {
+        let below = path.as_str().strip_prefix(&self.base).ok_or(Refusal::UnreadableCgroup)?;
+        roots_alone(&self.mount, below.split('/').filter(|segment| !segment.is_empty()))
+    }
+
+    /// Its directory. There is none for one that lies beside the part that is mounted.
+    pub(crate) fn directory(&self, path: &CgroupPath) -> PathBuf {
+        let below = path.as_str().strip_prefix(&self.base).unwrap_or("\0");
+        self.mount.join(below.trim_start_matches('/'))
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn found(mountinfo: &str) -> Option<CgroupTree> {
-        CgroupTree::find(&Hierarchies::find(mountinfo))
-    }
-
-    #[test]
-    fn the_mount_is_found() {
-        let hybrid = "30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
-                      31 30 0:27 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw\n\
-                      32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
-        assert_eq!(found(hybrid).unwrap().mount, Path::new("/sys/fs/cgroup/unified"));
-        let pure = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:4 master:2 - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(found(pure).unwrap().mount, Path::new("/sys/fs/cgroup"));
-        let part = "35 24 0:30 /kubepods/pod1 /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
-        assert!(found(part).is_none());
-        assert!(found("32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n").is_none());
-    }
-
-    #[test]
-    fn ids_become_paths_and_are_forgotten_with_their_directory() {
-        let root = tempfile::tempdir().unwrap();
-        let unit = root.path().join("system.slice/billing.service");
-        fs::create_dir_all(&unit).unwrap();
-        let id = fs::metadata(&unit).unwrap().ino();
-        let tree = CgroupTree::at(root.path().to_owned());
-        assert_eq!(tree.path_of(id).unwrap().as_str(), "/system.slice/billing.service");
-        assert_eq!(tree.path_of(fs::metadata(root.path()).unwrap().ino()).unwrap().as_str(), "/");
-        assert_eq!(tree.path_of(1 << 60), Err(Refusal::UnreadableCgroup));
-        // As if it had been seen longer ago than that.
-        let later = || tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= SEEN);
-        later();
-        fs::rename(&unit, root.path().join("system.slice/other.service")).unwrap();
-        assert_eq!(tree.path_of(id).unwrap().as_str(), "/system.slice/other.service");
-        fs::remove_dir(root.path().join("system.slice/other.service")).unwrap();
-        later();
-        assert_eq!(tree.path_of(id), Err(Refusal::UnreadableCgroup));
-    }
-
-    #[test]
-    fn the_hosts_own_tree_is_asked_by_handle() {
-        let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-        let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
-        let root = fs::metadata(&tree.mount).unwrap().ino();
-        assert_eq!(tree.by_handle(root).unwrap().as_str(), "/");
-        let own =
-            tree.directory(&CgroupPath::parse("/").unwrap()).join(format!("awsvid-unit-test-{}", std::process::id()));
-        fs::create_dir(&own).unwrap();
-        let id = fs::metadata(&own).unwrap().ino();
-        let path = tree.by_handle(id).unwrap();
-        assert_eq!(tree.path_of(id), Ok(path.clone()));
-        fs::remove_dir(&own).unwrap();
-        tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= SEEN);
-        assert_eq!(path.as_str(), format!("/{}", own.file_name().unwrap().display()));
-        assert_eq!(tree.by_handle(id), Err(Errno::ESTALE));
-        assert_eq!(tree.path_of(id), Err(Refusal::UnreadableCgroup));
-    }
-
-    #[test]
-    fn a_cgroup_that_cannot_be_listed_is_refused() {
-        let root = tempfile::tempdir().unwrap();
-        let tree = CgroupTree::at(root.path().to_owned());
-        let path = CgroupPath::parse("/gone").unwrap();
-        assert_eq!(tree.processes(&path, 7), Err(Refusal::UnreadableCgroup));
-        fs::write(root.path().join("cgroup.procs"), "12\n345\n").unwrap();
-        let path = CgroupPath::parse("/").unwrap();
-        assert_eq!(tree.processes(&path, 7), Ok(vec![12, 345]));
-        assert_eq!(tree.processes(&path, 6), Err(Refusal::TooManyDescriptors));
-    }
-
-    /// A cgroup of the real tree, with its path in it, where that can be made.
-    fn made(tree: &CgroupTree, name: &str) -> (PathBuf, CgroupPath) {
-        let path = CgroupPath::parse(&format!("/awsvid-unit-test-{}-{name}", std::process::id())).unwrap();
-        let directory = tree.directory(&path);
-        fs::create_dir(&directory).unwrap();
-        (directory, path)
-    }
-
-    fn move_to(directory: &Path, pid: u32) {
-        fs::write(directory.join("cgroup.procs"), pid.to_string()).unwrap();
-    }
-
-    #[test]
-    fn a_list_that_is_open_says_what_is_so_now() {
-        let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-        let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
-        let (directory, path) = made(&tree, "list");
-        let mut children: Vec<_> = (0..2)
-            .map(|_| std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap())
-            .collect();
-        let pids: Vec<_> = children.iter().map(std::process::Child::id).collect();
-        assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
-        let inode = |list: &File| list.metadata().unwrap().ino();
-        let kept = || inode(&tree.lists()[&path].lock().unwrap());
-        let first = kept();
-        for count in 1..=2 {
-            move_to(&directory, pids[count - 1]);
-            assert_eq!(tree.processes(&path, 100), Ok(pids[..count].to_vec()));
-        }
-        // Also while another one reads the list.
-        let busy = tree.lists()[&path].clone();
-        let busy = busy.lock().unwrap();
-        assert_eq!(tree.processes(&path, 100), Ok(pids.clone()));
-        drop(busy);
-        children.iter_mut().for_each(|child| {
-            child.kill().unwrap();
-            child.wait().unwrap();
-        });
-        assert_eq!((tree.processes(&path, 100), kept()), (Ok(Vec::new()), first));
-        fs::remove_dir(&directory).unwrap();
-        assert_eq!(tree.processes(&path, 100), Err(Refusal::UnreadableCgroup));
-        // Another one in its place is read, and not the one that is gone.
-        fs::create_dir(&directory).unwrap();
-        assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
-        assert_ne!(kept(), first);
-        fs::remove_dir(&directory).unwrap();
-    }
-
-    #[test]
-    fn so_many_lists_are_open_and_no_more() {
-        let root = tempfile::tempdir().unwrap();
-        let tree = CgroupTree::at(root.path().to_owned());
-        for number in 0..200 {
-            fs::create_dir(root.path().join(number.to_string())).unwrap();
-            fs::write(root.path().join(format!("{number}/cgroup.procs")), format!("{number}\n")).unwrap();
-            let path = CgroupPath::parse(&format!("/{number}")).unwrap();
-            assert_eq!(tree.processes(&path, 10), Ok(vec![number]));
-            assert!(tree.lists().contains_key(&path) && tree.lists().len() <= LISTS);
-        }
-    }
-}
+mod tests;

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use crate::attest::cgroups::CgroupTree;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::{inet_diag, process};
-use crate::cgroup::CgroupPath;
+use crate::cgroup::{CgroupPath, PodRoots};
 
 /// The connection that is asked about, as in the seeds.
 const CLIENT: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 40000);
@@ -64,7 +64,7 @@ pub(crate) fn proc(text: &str) -> bool {
 
 /// `/proc/self/mountinfo`: only a whole tree of the second version is taken.
 pub(crate) fn mountinfo(text: &str) -> bool {
-    let tree = CgroupTree::find(&Hierarchies::find(text));
+    let tree = CgroupTree::find(&Hierarchies::find(text), PodRoots::usual());
     if let Some(tree) = &tree {
         assert!(
             text.contains(" - cgroup2 ") || text.ends_with(" - cgroup2") || text.contains(" - cgroup2\n"),

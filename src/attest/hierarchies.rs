@@ -12,18 +12,40 @@ use crate::cgroup::{self, CgroupPath, ContainerName};
 #[derive(Debug, Default)]
 pub(crate) struct Hierarchies(Vec<Hierarchy>);
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Hierarchy {
     /// The controllers of a v1 hierarchy, or `name=systemd`; none for v2's.
     names: Vec<String>,
     mount: PathBuf,
+    /// The path of the directory that is mounted; empty if that is the root.
+    base: String,
+    /// How far it lies above the root of this process's own cgroup namespace, by which the kernel tells paths ...
+    above: usize,
+    /// ... and the path of that, where it is known.
+    own: Option<String>,
 }
 
 impl Hierarchies {
-    /// Takes them from the text of `/proc/self/mountinfo`. Only mounts of a hierarchy's own root: paths below another one
-    /// mean something else.
+    /// Takes them from the text of `/proc/self/mountinfo`: of each hierarchy the mount that shows most of it. In a container
+    /// several may be there, its own part, and the host's tree at a place that its manifest chose.
     pub(crate) fn find(mountinfo: &str) -> Self {
-        Self(mountinfo.lines().filter_map(hierarchy).collect())
+        let mut found: Vec<Hierarchy> = Vec::new();
+        for (next, is_own_root) in mountinfo.lines().filter_map(hierarchy) {
+            let Some(best) = found.iter_mut().find(|known| known.names == next.names) else {
+                found.push(next);
+                continue;
+            };
+            // The way from the root of the namespace to the mount that was found first, or the other way around.
+            let own_root = if is_own_root { next.mount.clone() } else { best.mount.clone() };
+            if next.above > best.above || (next.above == best.above && next.base.len() < best.base.len()) {
+                *best = next;
+            }
+            if best.above > 0 && best.own.is_none() {
+                best.own = own_path(&best.mount, &own_root, best.above);
+            }
+        }
+        // A part without its place among the rest is of no use but for the kubelet's own.
+        Self(found)
     }
 
     /// Refuses what an agent could be misled by: `text` is that of `/proc/<pid>/cgroup`.
@@ -34,7 +56,7 @@ impl Hierarchies {
     pub(crate) fn check(&self, text: &str) -> Result<(), Refusal> {
         let mut seen = ContainerName::default();
         for (names, path) in cgroup::lines(text) {
-            let path = CgroupPath::parse(path).ok_or(Refusal::UnreadableCgroup)?;
+            let path = self.path(names, path).ok_or(Refusal::UnreadableCgroup)?;
             let name = path.container().map_err(|_| Refusal::NestedContainer)?;
             if name != ContainerName::default() {
                 if seen != ContainerName::default() && seen != name {
@@ -43,30 +65,49 @@ impl Hierarchies {
                 seen = name;
             }
             if !path.is_root() {
-                let mount = self.mount_of(names).ok_or(Refusal::UnreadableCgroup)?;
-                roots_alone(mount, &path)?;
+                let hierarchy = self.of(names).ok_or(Refusal::UnreadableCgroup)?;
+                let below = path.as_str().strip_prefix(&hierarchy.base).ok_or(Refusal::UnreadableCgroup)?;
+                roots_alone(&hierarchy.mount, below.split('/').filter(|segment| !segment.is_empty()))?;
             }
         }
         Ok(())
     }
 
-    /// Where the v2 hierarchy is mounted, if there is one.
-    pub(crate) fn unified(&self) -> Option<&Path> {
-        self.mount_of("")
+    /// Where the v2 hierarchy is mounted, if there is one, and which directory of it.
+    pub(crate) fn unified(&self) -> Option<(&Path, &str)> {
+        self.of("").map(|hierarchy| (hierarchy.mount.as_path(), hierarchy.base.as_str()))
     }
 
-    fn mount_of(&self, names: &str) -> Option<&Path> {
+    /// The path of a cgroup that the kernel calls `told` in `/proc/<pid>/cgroup`, as it is below what is mounted. That is relative
+    /// to this process's own cgroup namespace, where it has one: `/../x` lies beside it.
+    pub(crate) fn path(&self, names: &str, told: &str) -> Option<CgroupPath> {
+        let Some(Hierarchy { above: above @ 1.., own, .. }) = self.of(names) else { return CgroupPath::parse(told) };
+        let mut rest = told;
+        let mut up = 0;
+        while let Some(below) = rest.strip_prefix("/..").filter(|below| below.is_empty() || below.starts_with('/')) {
+            (rest, up) = (below, up + 1);
+        }
+        let kept = above.checked_sub(up)?;
+        let own = match kept {
+            0 => String::new(),
+            _ => own.as_ref()?.split('/').skip(1).take(kept).map(|segment| format!("/{segment}")).collect(),
+        };
+        let path = format!("{own}{}", rest.trim_end_matches('/'));
+        CgroupPath::parse(if path.is_empty() { "/" } else { &path })
+    }
+
+    fn of(&self, names: &str) -> Option<&Hierarchy> {
         let names: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
         let is = |hierarchy: &&Hierarchy| {
             hierarchy.names.is_empty() == names.is_empty()
                 && names.iter().all(|name| hierarchy.names.iter().any(|known| known == name))
         };
-        self.0.iter().find(is).map(|hierarchy| hierarchy.mount.as_path())
+        self.0.iter().find(is)
     }
 }
 
-/// One line of mountinfo: proc_pid_mountinfo(5).
-fn hierarchy(line: &str) -> Option<Hierarchy> {
+/// One line of mountinfo (proc_pid_mountinfo(5)), and whether it mounts the root of this process's cgroup namespace.
+fn hierarchy(line: &str) -> Option<(Hierarchy, bool)> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut fields = mount.split(' ').skip(3);
     let (root, point) = (fields.next()?, fields.next()?);
@@ -77,13 +118,48 @@ fn hierarchy(line: &str) -> Option<Hierarchy> {
         "cgroup" => options.split(',').map(str::to_owned).collect(),
         _ => return None,
     };
-    (root == "/").then(|| Hierarchy { names, mount: PathBuf::from(point) })
+    let ups = root.split('/').skip(1).take_while(|segment| *segment == "..").count();
+    let base = if root == "/" || ups > 0 { String::new() } else { root.to_owned() };
+    // Beside the namespace, or in a part of a v1 hierarchy: paths there mean something else.
+    let is_aside = ups > 0 && root.len() != 3 * ups;
+    if is_aside
+        || (!base.is_empty() && (kind == "cgroup" || CgroupPath::parse(&base).is_none_or(|base| is_in_pod(&base))))
+    {
+        return None;
+    }
+    Some((Hierarchy { names, mount: PathBuf::from(point), base, above: ups, own: None }, root == "/"))
 }
 
-/// Whether nobody but root can make or name a directory from the mount down to the cgroup.
-fn roots_alone(mount: &Path, path: &CgroupPath) -> Result<(), Refusal> {
+/// Whether a mounted directory is that of a pod or of something smaller, as a container has its own mounted.
+fn is_in_pod(base: &CgroupPath) -> bool {
+    base.container().ok() != Some(ContainerName::default())
+}
+
+/// The path from `mount` down to the directory that is mounted at `own_root`, which lies so many levels below it.
+fn own_path(mount: &Path, own_root: &Path, levels: usize) -> Option<String> {
+    let wanted = fs::metadata(own_root).ok()?.ino();
+    let mut level = vec![(mount.to_owned(), String::new())];
+    for _ in 0..levels {
+        let mut next = Vec::new();
+        for (directory, path) in level {
+            for entry in fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok) {
+                if let (true, Ok(name)) =
+                    (entry.file_type().is_ok_and(|kind| kind.is_dir()), entry.file_name().into_string())
+                {
+                    next.push((entry.path(), format!("{path}/{name}")));
+                }
+            }
+        }
+        level = next;
+    }
+    let is_it = |(directory, _): &&(PathBuf, String)| fs::metadata(directory).is_ok_and(|found| found.ino() == wanted);
+    level.iter().find(is_it).map(|(_, path)| path.clone())
+}
+
+/// Whether nobody but root can make or name a directory from the mount down to the one that `segments` lead to.
+pub(crate) fn roots_alone<'s>(mount: &Path, segments: impl Iterator<Item = &'s str>) -> Result<(), Refusal> {
     let mut directory = mount.to_owned();
-    for segment in path.segments() {
+    for segment in segments {
         directory.push(segment);
         let found = fs::symlink_metadata(&directory).map_err(|_| Refusal::UnreadableCgroup)?;
         let others_write = found.mode() & 0o022 != 0;

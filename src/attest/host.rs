@@ -13,8 +13,10 @@ use nix::sys::statfs::{FsType, fstatfs};
 use crate::attest::cgroups::CgroupTree;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::known::{Known, KnownProcesses};
+use crate::attest::pods::{Housed, Pods};
 use crate::attest::sys;
 use crate::caller::Refusal;
+use crate::cgroup::{CgroupPath, PodRoots};
 
 /// The machine, as the daemon sees it.
 #[derive(Debug)]
@@ -23,6 +25,8 @@ pub(crate) struct Host {
     pub(crate) proc_root: PathBuf,
     /// The cgroup v2 hierarchy, if there is one.
     pub(crate) cgroups: Option<Arc<CgroupTree>>,
+    /// The pods in that hierarchy.
+    pub(crate) pods: Option<Pods>,
     /// All cgroup hierarchies, v1's too.
     pub(crate) hierarchies: Hierarchies,
     /// The daemon's own user and pid namespaces: `user:[4026531837]`.
@@ -50,14 +54,16 @@ pub(crate) enum Shared {
 
 impl Host {
     /// Looks at the daemon's own process below `proc_root`.
-    pub(crate) fn new(proc_root: PathBuf, hierarchies: Hierarchies) -> Self {
+    pub(crate) fn new(proc_root: PathBuf, hierarchies: Hierarchies, roots: PodRoots) -> Self {
         let own = |name: &str| std::fs::read_link(proc_root.join("self").join(name)).ok().map(PathBuf::into_os_string);
         let namespaces = NAMESPACES.map(own);
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
+        let cgroups = CgroupTree::find(&hierarchies, roots).map(Arc::new);
         Self {
             proc_root,
-            cgroups: CgroupTree::find(&hierarchies).map(Arc::new),
+            pods: cgroups.clone().map(Pods::new),
+            cgroups,
             hierarchies,
             namespaces,
             processes: KnownProcesses::default(),
@@ -78,6 +84,19 @@ impl Host {
         let known = Arc::new(Known::new(pid, pidfd, inode));
         self.processes.keep(known.clone());
         Ok(known)
+    }
+
+    /// The pod of a user's process or socket in this cgroup.
+    pub(crate) fn pod(
+        &self,
+        uid: u32,
+        cgroup: Option<&CgroupPath>,
+        namespace: Option<u64>,
+    ) -> Result<Option<Housed>, Refusal> {
+        match (&self.pods, cgroup) {
+            (Some(pods), Some(cgroup)) => pods.of(uid, cgroup, namespace),
+            _ => Ok(None),
+        }
     }
 
     /// Whether the process whose `/proc/<pid>` is `directory` lives in the daemon's user and pid namespace, in this order.

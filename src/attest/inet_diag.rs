@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType};
+use nix::sys::stat::stat;
 use nix::sys::time::TimeVal;
 
 use crate::caller::Refusal;
@@ -30,6 +31,8 @@ const NO_COOKIE: u64 = u64::MAX;
 const LIVE_STATES: [u8; 3] = [1, 4, 5];
 /// Loopback, in every network namespace.
 const LOOPBACK: &str = "lo";
+/// The network namespace of the thread that looks.
+const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 /// The client's socket of one connection, as the kernel describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,20 +49,42 @@ pub(crate) struct Socket {
 
 /// A `sock_diag` socket, which stays in the network namespace in which it was made.
 #[derive(Debug)]
-pub(crate) struct SockDiag {
-    /// As many as there are processors, so that callers hardly ever wait for each other.
-    netlinks: Vec<Mutex<OwnedFd>>,
+pub struct SockDiag {
+    /// `None` once it is closed.
+    netlinks: Vec<Mutex<Option<OwnedFd>>>,
     loopback: u32,
+    namespace: u64,
     sequence: AtomicU32,
 }
 
 impl SockDiag {
-    /// Opens one in the current network namespace.
-    pub(crate) fn open() -> io::Result<Self> {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let netlinks = (0..processors).map(|_| netlink().map(Mutex::new)).collect::<io::Result<_>>()?;
+    /// Opens one in the current network namespace. It keeps that alive until it is closed.
+    pub fn open() -> io::Result<Self> {
+        Self::of(1)
+    }
+
+    /// The same for as many callers as there are processors, who then hardly ever wait for each other.
+    pub(crate) fn open_for_all_processors() -> io::Result<Self> {
+        Self::of(std::thread::available_parallelism().map_or(1, usize::from))
+    }
+
+    fn of(netlinks: usize) -> io::Result<Self> {
+        let netlinks = (0..netlinks).map(|_| Ok(Mutex::new(Some(netlink()?)))).collect::<io::Result<_>>()?;
         let loopback = nix::net::if_::if_nametoindex(LOOPBACK)?;
-        Ok(Self { netlinks, loopback, sequence: AtomicU32::new(1) })
+        let namespace = stat(OWN_NAMESPACE)?.st_ino;
+        Ok(Self { netlinks, loopback, namespace, sequence: AtomicU32::new(1) })
+    }
+
+    /// The network namespace, by its inode.
+    pub fn namespace(&self) -> u64 {
+        self.namespace
+    }
+
+    /// Lets the network namespace go, whoever still holds this: nobody is found by it from here on.
+    pub(crate) fn close(&self) {
+        for netlink in &self.netlinks {
+            drop(netlink.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
     }
 
     /// The socket at `client`'s end of its connection to `server`.
@@ -77,25 +102,28 @@ impl SockDiag {
             tracing::error!(%error, "sock_diag did not answer; TCP callers are refused until it does");
             Refusal::Kernel
         })?;
+        let length = length.ok_or(Refusal::Gone)?;
         parse(&buffer[..length], client, server)
     }
 
     /// One that nobody uses now, else the next one whose turn it is.
-    fn netlink(&self, sequence: u32) -> MutexGuard<'_, OwnedFd> {
+    fn netlink(&self, sequence: u32) -> MutexGuard<'_, Option<OwnedFd>> {
         let free = self.netlinks.iter().find_map(|netlink| netlink.try_lock().ok());
         free.unwrap_or_else(|| {
             self.netlinks[sequence as usize % self.netlinks.len()].lock().unwrap_or_else(PoisonError::into_inner)
         })
     }
 
-    fn exchange(&self, request: &[u8], sequence: u32, buffer: &mut [u8]) -> io::Result<usize> {
+    /// The length of the answer; `None` if this is closed.
+    fn exchange(&self, request: &[u8], sequence: u32, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         let netlink = self.netlink(sequence);
+        let Some(netlink) = &*netlink else { return Ok(None) };
         retry(|| socket::send(netlink.as_raw_fd(), request, MsgFlags::empty()))?;
         loop {
             let length = retry(|| socket::recv(netlink.as_raw_fd(), buffer, MsgFlags::empty()))?;
             // An answer that came after its question had timed out is not ours.
             if read_u32(buffer, 8) == Some(sequence) {
-                return Ok(length);
+                return Ok(Some(length));
             }
         }
     }

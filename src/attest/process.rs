@@ -32,7 +32,7 @@ pub(crate) struct Credentials {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Membership {
     Id(u64),
-    Path(Option<CgroupPath>),
+    Shown(Option<String>),
 }
 
 /// A process that was looked at, and can be looked at again without mistaking another one for it.
@@ -59,11 +59,15 @@ impl HeldProcess {
         let directory = || known.directory(&host.proc_root);
         let credentials = Credentials::read(known.pidfd(), directory)?;
         let cgroup = match (&credentials.cgroup, &host.cgroups) {
-            (Membership::Path(path), _) => path.clone(),
-            (Membership::Id(id), Some(tree)) => Some(tree.path_of_living(*id)?),
+            (Membership::Shown(shown), _) => shown.as_ref().and_then(|shown| host.hierarchies.path("", shown)),
+            (Membership::Id(id), Some(tree)) => {
+                let shown =
+                    || Ok(v2(&read(directory()?, "cgroup")?).and_then(|shown| host.hierarchies.path("", shown)));
+                Some(tree.path_of_living(*id, shown)?)
+            }
             (Membership::Id(_), None) => None,
         };
-        let contained = names_container(cgroup.as_ref(), directory)?
+        let contained = names_container(host, cgroup.as_ref(), directory)?
             || known.is_elsewhere(|| in_other_namespaces(host, directory()?))?;
         Ok(Self {
             host: host.clone(),
@@ -226,14 +230,19 @@ impl Credentials {
     fn of_proc(directory: &OwnedFd) -> Result<Self, Refusal> {
         let Status { uids, gids, .. } = Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?;
         let cgroups = read(directory, "cgroup")?;
-        let path = cgroups.lines().find_map(|line| line.strip_prefix("0::")).and_then(CgroupPath::parse);
-        Ok(Self { uids, gids, cgroup: Membership::Path(path) })
+        Ok(Self { uids, gids, cgroup: Membership::Shown(v2(&cgroups).map(str::to_owned)) })
     }
+}
+
+/// The line of the v2 hierarchy.
+fn v2(cgroups: &str) -> Option<&str> {
+    cgroups.lines().find_map(|line| line.strip_prefix("0::"))
 }
 
 /// Whether any of its cgroups names a container. On a host that has cgroup v1 too, a container may sit in the root of the v2
 /// hierarchy, and only v1 names it.
 fn names_container<'d>(
+    host: &Host,
     cgroup: Option<&CgroupPath>,
     directory: impl FnOnce() -> Result<&'d OwnedFd, Refusal>,
 ) -> Result<bool, Refusal> {
@@ -241,7 +250,8 @@ fn names_container<'d>(
         return Ok(path.names_container());
     }
     let text = read(directory()?, "cgroup")?;
-    Ok(cgroup::lines(&text).any(|(_, path)| CgroupPath::parse(path).is_none_or(|path| path.names_container())))
+    let mut paths = cgroup::lines(&text).map(|(names, path)| host.hierarchies.path(names, path));
+    Ok(paths.any(|path| path.is_none_or(|path| path.names_container())))
 }
 
 /// Whether it lives in another user or pid namespace than the daemon.

@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use crate::attest::cgroups::CgroupTree;
+use crate::attest::cgroups::{CgroupTree, Part};
 use crate::attest::host::Host;
 use crate::attest::inet_diag::{SockDiag, Socket};
+use crate::attest::pods::Housed;
 use crate::attest::search::{self, Budget, Holder};
-use crate::caller::{Caller, Evidence, Listener, Looks, Named, Refusal, Watch};
+use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Refusal, Stranger, Watch};
 use crate::cgroup::CgroupPath;
 
 /// Attests peers of TCP listeners in one network namespace.
@@ -18,6 +19,8 @@ pub(crate) struct TcpAttestor {
     diag: Arc<SockDiag>,
     cgroups: Arc<CgroupTree>,
     searches: Searches,
+    /// By its inode, if it is a pod's.
+    namespace: Option<u64>,
 }
 
 /// One search at a time for each user and cgroup, so that nobody's searches pile up behind another's.
@@ -33,6 +36,7 @@ struct Seen {
     client: SocketAddr,
     server: SocketAddr,
     socket: Socket,
+    pod: Option<Housed>,
     holder: Option<Holder>,
 }
 
@@ -57,30 +61,46 @@ impl Evidence for Seen {
     fn is_there(&self) -> bool {
         self.holder.as_ref().is_some_and(|holder| holder.process.is_there())
     }
+
+    fn pod(&self) -> Result<Ages, Refusal> {
+        self.pod.as_ref().ok_or(Refusal::Kernel)?.is_there()
+    }
 }
 
 impl TcpAttestor {
     pub(crate) fn new(host: Arc<Host>, diag: SockDiag, cgroups: Arc<CgroupTree>) -> Self {
-        Self { host, diag: Arc::new(diag), cgroups, searches: Searches::default() }
+        Self { host, diag: Arc::new(diag), cgroups, searches: Searches::default(), namespace: None }
     }
 
-    /// Attests the peer `client` of a connection to `server`; looks for its process only if `needs` says so.
+    /// In the network namespace of a pod, in which `diag` was made.
+    pub(crate) fn in_pod(host: Arc<Host>, diag: SockDiag, cgroups: Arc<CgroupTree>) -> Self {
+        let namespace = Some(diag.namespace());
+        Self { namespace, ..Self::new(host, diag, cgroups) }
+    }
+
+    /// Lets the network namespace go. Callers that were attested here are gone from then on.
+    pub(crate) fn close(&self) {
+        self.diag.close();
+    }
+
+    /// Attests the peer `client` of a connection to `server`, if it belongs there; looks for its process only if `needs` says so.
     pub(crate) async fn attest(
         &self,
-        client: SocketAddr,
-        server: SocketAddr,
+        (client, server): (SocketAddr, SocketAddr),
         admit: impl FnOnce(&Caller) -> bool,
+        belongs: impl FnOnce(&Caller) -> Result<(), Refusal>,
         needs: impl Fn(&Caller) -> Option<Looks>,
     ) -> Result<Caller, Refusal> {
         let socket = self.diag.client_socket(client, server)?;
-        let id =
-            socket.cgroup_id.ok_or(Refusal::Unsupported("TCP callers need Linux 5.15 or newer, built with cgroups"))?;
-        let cgroup = self.cgroups.path_of(id)?;
-        let seen = Seen { diag: self.diag.clone(), client, server, socket, holder: None };
+        let cgroup = self.cgroup(&socket).await?;
+        let pod = self.host.pod(socket.uid, Some(&cgroup), self.namespace)?;
+        let seen = Seen { diag: self.diag.clone(), client, server, socket, pod: pod.clone(), holder: None };
         let caller = Caller {
-            listener: Listener::Tcp,
+            listener: if self.namespace.is_some() { Listener::Pod } else { Listener::Tcp },
             uid: socket.uid,
             cgroup: Some(cgroup.clone()),
+            pod: pod.as_ref().map(|housed| housed.pod.clone()),
+            namespace: self.namespace,
             process: None,
             evidence: Box::new(seen),
         };
@@ -88,13 +108,35 @@ impl TcpAttestor {
         if !admit(&caller) {
             return Err(Refusal::TooManyConnections);
         }
+        belongs(&caller)?;
         let Some(looks) = needs(&caller) else { return Ok(caller) };
         let holder = self.search(socket, cgroup, looks).await?;
         let process = Some(holder.process.describe());
         // That the socket is still what it was before the search is seen when the caller is looked at again, before anything
         // is released.
-        let seen = Seen { diag: self.diag.clone(), client, server, socket, holder: Some(holder) };
+        let seen = Seen { diag: self.diag.clone(), client, server, socket, pod, holder: Some(holder) };
         Ok(Caller { process, evidence: Box::new(seen), ..caller })
+    }
+
+    /// The path of the socket's cgroup.
+    async fn cgroup(&self, socket: &Socket) -> Result<CgroupPath, Refusal> {
+        let Some(namespace) = self.namespace else {
+            let id = socket.cgroup_id;
+            let id = id.ok_or(Refusal::Unsupported("TCP callers need Linux 5.15 or newer, built with cgroups"))?;
+            return self.cgroups.path_of(id, Part::All).await;
+        };
+        let elsewhere = || {
+            Refusal::NotAPod(Box::new(Stranger {
+                uid: socket.uid,
+                cgroup: None,
+                pod: None,
+                namespace: Some(namespace),
+            }))
+        };
+        match self.cgroups.path_of(socket.cgroup_id.ok_or_else(elsewhere)?, Part::Pods).await {
+            Err(Refusal::UnreadableCgroup) if !self.cgroups.tells_removed() => Err(elsewhere()),
+            path => path,
+        }
     }
 
     /// At once where that is soon done. Else off the I/O threads and one at a time for this user and cgroup: a search is a

@@ -8,12 +8,13 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::attest::host::Host;
+use crate::attest::pods::Housed;
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
-use crate::caller::{Caller, Evidence, Listener, Looks, Named, Refusal, Watch};
+use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Refusal, Watch};
 
 #[derive(Debug)]
-struct Connector(HeldProcess);
+struct Connector(HeldProcess, Option<Housed>);
 
 impl Evidence for Connector {
     fn still_same(&self) -> Result<(), Refusal> {
@@ -30,6 +31,10 @@ impl Evidence for Connector {
 
     fn is_there(&self) -> bool {
         self.0.is_there()
+    }
+
+    fn pod(&self) -> Result<Ages, Refusal> {
+        self.1.as_ref().ok_or(Refusal::Kernel)?.is_there()
     }
 }
 
@@ -94,10 +99,13 @@ pub(crate) fn attest(
     if credentials.uids != [uid; 4] || credentials.gids != [gid; 4] {
         return Err(Refusal::Changed);
     }
+    let pod = host.pod(uid, process.cgroup(), None)?;
     let mut caller = Caller {
         listener: Listener::Unix,
         uid,
         cgroup: process.cgroup().cloned(),
+        pod: pod.as_ref().map(|housed| housed.pod.clone()),
+        namespace: None,
         process: Some(process.describe()),
         evidence: Box::new(NotYet),
     };
@@ -112,7 +120,7 @@ pub(crate) fn attest(
             process
         }
     };
-    caller.evidence = Box::new(Connector(process));
+    caller.evidence = Box::new(Connector(process, pod));
     Ok(caller)
 }
 

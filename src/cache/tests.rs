@@ -162,7 +162,15 @@ impl Evidence for Always {
 fn caller_of(uid: u32) -> Arc<Caller> {
     let process = Process { pid: uid, gid: 1, groups: None, contained: false, program: None, started: None };
     let process = Some(process);
-    Arc::new(Caller { listener: Listener::Tcp, uid, cgroup: None, process, evidence: Box::new(Always) })
+    Arc::new(Caller {
+        listener: Listener::Tcp,
+        uid,
+        cgroup: None,
+        pod: None,
+        namespace: None,
+        process,
+        evidence: Box::new(Always),
+    })
 }
 
 fn caller() -> Arc<Caller> {

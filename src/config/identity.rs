@@ -41,7 +41,18 @@ pub enum Source {
         socket: PathBuf,
         /// The agent's own SPIFFE ID; by default that of any SPIRE agent in the daemon's own trust domain.
         server: Option<SpiffeIdPattern>,
+        /// How it is told of workloads.
+        reference: Reference,
     },
+}
+
+/// How an agent is told of a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reference {
+    /// By its pod if it is in one, else by its process.
+    Auto,
+    /// By its process.
+    Process,
 }
 
 impl Default for IdentityConfig {
@@ -121,18 +132,11 @@ fn source(table: &Table<'_>, name: &str, env: &dyn Fn(&str) -> Option<String>) -
             let socket = needed("broker_socket", fix, BROKER_VARIABLE);
             let pattern = "write an ID as in \"spiffe://example.org/spire/agent/**\"";
             let server = table.parse("broker_server", pattern, SpiffeIdPattern::parse);
-            table.parse("reference", "write \"auto\" or \"process\"", reference);
-            Some(Source::SpiffeBroker { socket: socket?, server })
+            let words = [("auto", Reference::Auto), ("process", Reference::Process)];
+            let reference = table.word("reference", &words).unwrap_or(Reference::Auto);
+            Some(Source::SpiffeBroker { socket: socket?, server, reference })
         }
         _ => Some(Source::WorkloadApi),
-    }
-}
-
-/// How a workload is named to the agent. On a host both are the same: by its process.
-fn reference(text: &str) -> Result<(), &'static str> {
-    match text {
-        "auto" | "process" => Ok(()),
-        _ => Err("workloads are named to the agent otherwise"),
     }
 }
 

@@ -4,12 +4,17 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use super::reader::{Place, Table, absolute};
+use crate::cgroup::CgroupPath;
 
 /// `sun_path` has 108 bytes, the last of which is NUL.
 const UNIX_PATH_MAX: usize = 107;
 const MAX_CONNECTIONS: usize = 1_000_000;
+const CGROUP_FIX: &str = "write the cgroup that holds those of all pods, as in \"/kubepods.slice\"";
 /// Ports below this one need a privilege, so that no other user can take them (attack 9).
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
+
+/// Beside the other sockets, where every daemon of the node finds it.
+const HANDOVER: &str = "/run/awsvid/handover.sock";
 
 /// `[listen]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +23,13 @@ pub struct Listen {
     pub unix: Option<PathBuf>,
     /// Loopback addresses. Port 0 lets the kernel pick one.
     pub tcp: Vec<SocketAddr>,
+    /// Whether to listen inside pods' network namespaces.
+    pub pods: bool,
+    /// Where container runtimes mount those.
+    pub pods_dir: PathBuf,
+    /// The unix socket over which pods' listeners pass to the next daemon; `None` if there are none, or (an empty string) if
+    /// they are not to.
+    pub handover: Option<PathBuf>,
     /// Health and metrics; may be an address of the node. `None` (an empty string) switches it off.
     pub admin: Option<SocketAddr>,
     /// The unix socket of `/status`; `None` (an empty string) switches it off.
@@ -26,6 +38,8 @@ pub struct Listen {
     pub authorization: Authorization,
     /// Where the token is written that callers may (or with [`Authorization::Token`] must) send.
     pub token_file: PathBuf,
+    /// The kubelet's cgroup root, below which its pods are; `None`: one of the usual places.
+    pub pods_cgroup: Option<CgroupPath>,
     /// Connections at one time, of all callers.
     pub max_connections: usize,
     /// Connections at one time, of one workload.
@@ -48,10 +62,14 @@ impl Default for Listen {
         Self {
             unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
             tcp: vec![(Ipv4Addr::LOCALHOST, 974).into(), (Ipv6Addr::LOCALHOST, 974).into()],
+            pods: false,
+            pods_dir: PathBuf::from("/run/netns"),
+            handover: None,
             admin: Some((Ipv4Addr::LOCALHOST, 975).into()),
             status: Some(PathBuf::from("/run/awsvid/status.sock")),
             authorization: Authorization::Present,
             token_file: PathBuf::from("/run/awsvid/token"),
+            pods_cgroup: None,
             max_connections: 4096,
             max_connections_per_workload: 512,
         }
@@ -61,15 +79,31 @@ impl Default for Listen {
 impl Listen {
     /// The keys in which `other` differs.
     pub fn changed(&self, other: &Self) -> Vec<&'static str> {
-        let Self { unix, tcp, admin, status, authorization, token_file, max_connections, max_connections_per_workload } =
-            self;
+        let Self {
+            unix,
+            tcp,
+            pods,
+            pods_dir,
+            handover,
+            admin,
+            status,
+            authorization,
+            token_file,
+            pods_cgroup,
+            max_connections,
+            max_connections_per_workload,
+        } = self;
         let changed = [
             ("unix", *unix != other.unix),
             ("tcp", *tcp != other.tcp),
+            ("pods", *pods != other.pods),
+            ("pods_dir", *pods_dir != other.pods_dir),
+            ("handover", *handover != other.handover),
             ("admin", *admin != other.admin),
             ("status", *status != other.status),
             ("authorization", *authorization != other.authorization),
             ("token_file", *token_file != other.token_file),
+            ("pods_cgroup", *pods_cgroup != other.pods_cgroup),
             ("max_connections", *max_connections != other.max_connections),
             ("max_connections_per_workload", *max_connections_per_workload != other.max_connections_per_workload),
         ];
@@ -80,11 +114,20 @@ impl Listen {
 /// Reads `[listen]`.
 pub(super) fn read(table: &Table<'_>) -> Listen {
     let default = Listen::default();
-    ["pods", "pods_dir", "node"].into_iter().for_each(|key| table.not_yet(key));
+    table.not_yet("node");
+    let pods = table.flag("pods").unwrap_or(default.pods);
+    let handover = Some(PathBuf::from(HANDOVER));
     let words = [("present", Authorization::Present), ("token", Authorization::Token), ("off", Authorization::Off)];
     let listen = Listen {
         unix: socket(table, "unix", default.unix),
         tcp: tcp(table).unwrap_or(default.tcp),
+        pods,
+        pods_dir: table
+            .parse("pods_dir", "write the whole path of a directory, from the first `/`", |text| {
+                absolute(text.trim_end_matches('/'))
+            })
+            .unwrap_or(default.pods_dir),
+        handover: socket(table, "handover", handover).filter(|_| pods),
         admin: table
             .parse(
                 "admin",
@@ -97,6 +140,7 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
         status: socket(table, "status", default.status),
         authorization: table.word("authorization", &words).unwrap_or(default.authorization),
         token_file: table.path("token_file").unwrap_or(default.token_file),
+        pods_cgroup: table.parse("pods_cgroup", CGROUP_FIX, cgroup),
         max_connections: table.number("max_connections", 1..=MAX_CONNECTIONS).unwrap_or(default.max_connections),
         max_connections_per_workload: table
             .number("max_connections_per_workload", 1..=MAX_CONNECTIONS)
@@ -113,6 +157,15 @@ fn socket(table: &Table<'_>, key: &'static str, default: Option<PathBuf>) -> Opt
         _ => absolute(text).map(Some),
     };
     table.parse(key, "write the whole path of a socket, or \"\" to switch it off", parse).unwrap_or(default)
+}
+
+/// The path of a cgroup, as `/proc/<pid>/cgroup` shows it to the host.
+fn cgroup(text: &str) -> Result<CgroupPath, &'static str> {
+    if text.starts_with("/sys/") {
+        return Err("it is the path of a cgroup, not of its directory");
+    }
+    let path = CgroupPath::parse(text.trim_end_matches('/')).filter(|path| !path.is_root());
+    path.ok_or("it is no path of a cgroup below the root")
 }
 
 fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
@@ -141,8 +194,8 @@ fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
 }
 
 fn check(table: &Table<'_>, listen: &Listen) {
-    if listen.unix.is_none() && listen.tcp.is_empty() {
-        table.error("tcp", "neither a unix socket nor a TCP address is left to ask", "set `unix` or `tcp`");
+    if listen.unix.is_none() && listen.tcp.is_empty() && !listen.pods {
+        table.error("tcp", "neither a unix socket nor a TCP address is left to ask", "set `unix`, `tcp` or `pods`");
     }
     if let Some(admin) = listen.admin.filter(|_| !table.is_wrong("admin"))
         && let Some(tcp) = listen.tcp.iter().find(|tcp| overlap(**tcp, admin))
@@ -160,7 +213,7 @@ fn check(table: &Table<'_>, listen: &Listen) {
         );
         table.report.error(&at, what, "lower `max_connections_per_workload`");
     }
-    if listen.authorization == Authorization::Off && !listen.tcp.is_empty() {
+    if listen.authorization == Authorization::Off && (!listen.tcp.is_empty() || listen.pods) {
         let what = "whoever makes a workload fetch a URL can read its credentials";
         table.warn("authorization", what, "use \"present\"");
     }

@@ -29,12 +29,15 @@ const EVERY_KEY: &str = r#"allow_requested_roles = ["arn:aws:iam::123456789012:r
 [listen]
 unix = ""
 tcp = ["127.0.0.1:80"]
-pods = false
+pods = true
+pods_dir = "/var/run/netns/"
+handover = "/srv/handover"
 node = []
 admin = "10.0.0.7:9100"
 status = "/srv/status"
 authorization = "token"
 token_file = "/srv/token"
+pods_cgroup = "/kubelet/kubepods/"
 max_connections = 1_000
 max_connections_per_workload = 0x10
 [identity]
@@ -123,10 +126,14 @@ fn what_is_not_said_has_the_documented_default() {
     let listen = Listen {
         unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
         tcp: vec![address("127.0.0.1:974"), address("[::1]:974")],
+        pods: false,
+        pods_dir: PathBuf::from("/run/netns"),
+        handover: None,
         admin: Some(address("127.0.0.1:975")),
         status: Some(PathBuf::from("/run/awsvid/status.sock")),
         authorization: Authorization::Present,
         token_file: PathBuf::from("/run/awsvid/token"),
+        pods_cgroup: None,
         max_connections: 4096,
         max_connections_per_workload: 512,
     };
@@ -149,10 +156,12 @@ fn what_is_not_said_has_the_documented_default() {
 #[test]
 fn every_key_of_the_sections_is_read() {
     let config = loaded(EVERY_KEY).config;
-    let Listen { unix, tcp, admin, status, authorization, token_file, .. } = config.listen;
+    let Listen { unix, tcp, pods, pods_dir, handover, admin, status, authorization, token_file, .. } = config.listen;
     assert_eq!((unix, status, token_file), (None, Some("/srv/status".into()), "/srv/token".into()));
     assert_eq!((tcp, admin), (vec!["127.0.0.1:80".parse().unwrap()], Some("10.0.0.7:9100".parse().unwrap())));
+    assert_eq!((pods, pods_dir, handover), (true, "/var/run/netns".into(), Some("/srv/handover".into())));
     assert_eq!(authorization, Authorization::Token);
+    assert_eq!(config.listen.pods_cgroup.unwrap().as_str(), "/kubelet/kubepods");
     assert_eq!((config.listen.max_connections, config.listen.max_connections_per_workload), (1000, 16));
     assert_eq!(
         (config.identity.socket.to_string(), config.identity.audience),
@@ -212,8 +221,9 @@ fn the_example_shows_all_defaults_as_they_are() {
     let written: Vec<_> = EXAMPLE.lines().map(|line| if is_default(&line) { &line[1..] } else { line }).collect();
     let [plain, written] = [loaded(EXAMPLE), loaded(&written.join("\n"))];
     assert_eq!(format!("{plain:?}"), format!("{written:?}"));
-    // One for each field of the sections (those of [sts] without the three that have no default), and three of the rest.
-    assert_eq!(shown, 8 + 3 + 2 + 2 + 2 + 2 + 3);
+    // One for each field of the sections (without the one of [listen] and the three of [sts] that have no default), and three
+    // of the rest.
+    assert_eq!(shown, 11 + 3 + 2 + 2 + 2 + 2 + 3);
 }
 
 #[test]
@@ -278,10 +288,20 @@ fn a_file_is_loaded_from_its_path() {
 }
 
 #[test]
+fn listeners_in_pods_are_enough_and_pass_to_the_next_daemon() {
+    let listen =
+        |keys: &str| loaded(&format!("{LEAST}[listen]\nunix = \"\"\ntcp = []\npods = true\n{keys}")).config.listen;
+    let default = listen("");
+    assert_eq!((default.pods_dir, default.handover), ("/run/netns".into(), Some("/run/awsvid/handover.sock".into())));
+    assert_eq!(listen("handover = \"\"").handover, None);
+}
+
+#[test]
 fn a_reload_is_told_which_keys_of_listen_differ() {
     let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.listen);
     assert!(default.changed(&default).is_empty());
-    let keys = "unix tcp admin status authorization token_file max_connections max_connections_per_workload";
+    let keys = "unix tcp pods pods_dir handover admin status authorization token_file pods_cgroup max_connections \
+                max_connections_per_workload";
     assert_eq!(default.changed(&other).join(" "), keys);
     assert_eq!(default.changed(&Listen { admin: None, ..default.clone() }), ["admin"]);
 }

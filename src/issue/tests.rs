@@ -89,7 +89,15 @@ impl Evidence for Unchanged {
 }
 
 fn caller() -> Arc<Caller> {
-    Arc::new(Caller { listener: Listener::Unix, uid: 1001, cgroup: None, process: None, evidence: Box::new(Unchanged) })
+    Arc::new(Caller {
+        listener: Listener::Unix,
+        uid: 1001,
+        cgroup: None,
+        pod: None,
+        namespace: None,
+        process: None,
+        evidence: Box::new(Unchanged),
+    })
 }
 
 fn target() -> StsTarget {

@@ -66,7 +66,15 @@ mod tests {
 
     fn caller(uid: u32, cgroup: &str) -> Caller {
         let cgroup = CgroupPath::parse(cgroup);
-        Caller { listener: Listener::Tcp, uid, cgroup, process: None, evidence: Box::new(Always) }
+        Caller {
+            listener: Listener::Tcp,
+            uid,
+            cgroup,
+            pod: None,
+            namespace: None,
+            process: None,
+            evidence: Box::new(Always),
+        }
     }
 
     fn enter(shares: &Shares, uid: u32, cgroup: &str) -> Option<Place> {

@@ -6,7 +6,7 @@ use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-use nix::sys::socket::{SockaddrLike, SockaddrStorage};
+use nix::sys::socket::{SockaddrLike, SockaddrStorage, getsockname};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, ReadBuf};
 
@@ -41,11 +41,21 @@ pub(super) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Socke
     let accepted = owned(unsafe { libc::accept4(listener.as_raw_fd(), address, &raw mut length, ACCEPTED) })?;
     // SAFETY: the kernel has put an address of `length` bytes here.
     let client = unsafe { SockaddrStorage::from_raw(address, Some(length)) };
-    let v4 = || client?.as_sockaddr_in().map(|v4| SocketAddr::from(SocketAddrV4::from(*v4)));
-    let v6 = || client?.as_sockaddr_in6().map(|v6| SocketAddr::from(SocketAddrV6::from(*v6)));
     // As of a connection that is broken.
-    let client = v4().or_else(v6).ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO))?;
+    let client = client.and_then(|client| ip(&client)).ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO))?;
     Ok((accepted, client))
+}
+
+/// The address that a TCP socket is bound to.
+pub(super) fn local_address(socket: impl AsFd) -> io::Result<SocketAddr> {
+    let address: SockaddrStorage = getsockname(socket.as_fd().as_raw_fd())?;
+    ip(&address).ok_or_else(|| io::Error::from_raw_os_error(libc::EAFNOSUPPORT))
+}
+
+fn ip(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = || address.as_sockaddr_in().map(|v4| SocketAddr::from(SocketAddrV4::from(*v4)));
+    let v6 = || address.as_sockaddr_in6().map(|v6| SocketAddr::from(SocketAddrV6::from(*v6)));
+    v4().or_else(v6)
 }
 
 fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
@@ -70,8 +80,8 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::R
 }
 
 /// A listener that does not block, and wakes whoever waits for a connection.
-pub(super) fn watch_listener(listener: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: it owns the descriptor, and gives no other than that.
+pub(super) fn watch_listener(listener: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: it keeps the descriptor open, and gives no other than that.
     Ok(unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }?)
 }
 

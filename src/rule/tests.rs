@@ -16,7 +16,15 @@ impl Evidence for Unchanged {
 /// A caller of whom only the socket is known.
 fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
     let cgroup = cgroup.map(|path| CgroupPath::parse(path).unwrap());
-    Caller { listener: Listener::Tcp, uid, cgroup, process: None, evidence: Box::new(Unchanged) }
+    Caller {
+        listener: Listener::Tcp,
+        uid,
+        cgroup,
+        pod: None,
+        namespace: None,
+        process: None,
+        evidence: Box::new(Unchanged),
+    }
 }
 
 fn process() -> Process {

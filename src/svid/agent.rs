@@ -1,4 +1,5 @@
-//! What sources B and D have in common: an agent that attests workloads itself, by the number of their process.
+//! What sources B and D have in common: an agent that attests workloads itself, by the number of their process or the UID of
+//! their pod.
 
 use std::fmt;
 
@@ -6,6 +7,7 @@ use async_trait::async_trait;
 use zeroize::Zeroizing;
 
 use super::SourceError;
+use crate::cgroup::PodUid;
 use crate::endpoint::Endpoint;
 
 /// An agent that attests workloads itself. It is asked about a process by its number, and looks at whatever has that
@@ -15,11 +17,43 @@ pub trait Agent: Send + Sync + fmt::Debug {
     /// The SVIDs of the process `pid`, for `audience` alone. [`SourceError::Denied`] if the agent has none for it.
     async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError>;
 
+    /// Whether it is told of callers in pods by their pod, for which no process has to be known.
+    fn names_pods(&self) -> bool {
+        false
+    }
+
+    /// The SVIDs of a pod, likewise.
+    async fn svids_of_pod(&self, _pod: &PodUid, _audience: &str) -> Result<Vec<Svid>, SourceError> {
+        Err(SourceError::Misconfigured("this agent is not told of pods".to_owned()))
+    }
+
+    /// The daemon's own identities, as they are now.
+    async fn own(&self, audience: &str) -> Result<Vec<String>, SourceError> {
+        own_by_process(self.svids(std::process::id(), audience).await)
+    }
+
+    /// Whether it answers, and lets the daemon ask.
+    async fn ready(&self, audience: &str) -> Result<(), SourceError> {
+        self.own(audience).await.map(drop)
+    }
+
     /// Where it listens.
     fn endpoint(&self) -> &Endpoint;
 
     /// Makes a connection, if there is none, and so finds out whether it is of any use: `Misconfigured` if not.
     async fn connect(&self) -> Result<(), SourceError>;
+}
+
+/// The daemon's own identities, by what the agent says of its process.
+pub(super) fn own_by_process(said: Result<Vec<Svid>, SourceError>) -> Result<Vec<String>, SourceError> {
+    match said {
+        Ok(svids) => Ok(svids.into_iter().map(|svid| svid.spiffe_id).collect()),
+        Err(SourceError::Denied(said)) => Err(SourceError::Unavailable(format!(
+            "the SPIFFE agent has no identity for awsvid itself: register one for its process, by its user and executable \
+             ({said})"
+        ))),
+        Err(error) => Err(error),
+    }
 }
 
 /// One of a workload's JWT-SVIDs as the agent gave it: unchecked.

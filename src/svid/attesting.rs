@@ -1,6 +1,7 @@
-//! Sources B and D: an agent attests the caller's process itself, by its number, and says which identities it has.
+//! Sources B and D: an agent attests the caller's process itself, by its number, or its pod, by its UID, and says which
+//! identities it has.
 //!
-//! The agent looks at whatever has that number at some moment of the call. So the process is held by its pidfd, and looked
+//! By a process's number the agent looks at whatever has that number at some moment of the call. So the process is held by its pidfd, and looked
 //! at before and after: what is said counts only if it was the same process in every respect, both times (attack 3), and
 //! one whose cgroups the agent cannot misread (attack 2). It is then remembered for that process.
 
@@ -18,6 +19,7 @@ use super::agent::{Agent, Svid};
 use super::memory::{Found, LOOKS, Memory, Said, Subject, is_known};
 use super::{Basis, IdentitySource, JwtSvid, SourceError};
 use crate::caller::{Caller, Looks, Owner};
+use crate::cgroup::PodUid;
 use crate::clock::{Clock, HOLD};
 use crate::identity::SpiffeId;
 use crate::metrics::{Call, Metrics};
@@ -42,6 +44,13 @@ const KEPT: Duration = Duration::from_secs(10);
 const KEPT_MOST: usize = 256;
 /// How long it is believed which identities the daemon itself has ...
 const OWN: Duration = Duration::from_secs(60);
+/// A pod or container that has been there for less than this may not be known yet to the kubelet's list, to the agent's cache of
+/// that, or to the agent as one that an entry is for ...
+const YOUNG: Duration = Duration::from_secs(10);
+/// ... so it is asked about again after this time, twice as long before each one after that, for as long as somebody waits.
+const SOON: Duration = Duration::from_millis(100);
+/// How long the same refusal is not told of again in the log.
+const TOLD: Duration = Duration::from_secs(60);
 /// ... and that the agent knows the daemon, when it says that it does not know a workload.
 const OWN_AT_DENIAL: Duration = Duration::from_secs(1);
 
@@ -59,7 +68,12 @@ struct Shared {
     turns: Turns<Owner>,
     /// The daemon's own identities, which no workload is given, and when they were asked for.
     own: tokio::sync::Mutex<Option<(Instant, BTreeSet<SpiffeId>)>>,
+    /// The refusal that the log had last.
+    told: Mutex<Option<(String, Instant)>>,
 }
+
+/// What an agent has answered.
+type Answer = Result<Vec<Svid>, SourceError>;
 
 struct Kept {
     subject: Subject,
@@ -86,6 +100,7 @@ impl Attesting {
             tokens: Mutex::default(),
             turns: Turns::new(QUESTIONS, QUESTIONS_EACH),
             own: tokio::sync::Mutex::default(),
+            told: Mutex::default(),
         });
         tokio::spawn(ask_again(Arc::downgrade(&shared)));
         Self(shared)
@@ -95,11 +110,11 @@ impl Attesting {
 #[async_trait]
 impl IdentitySource for Attesting {
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
-        // The kernel's stand-in for ids without a mapping is nobody in particular (attack 14).
-        if caller.uid == OVERFLOW_ID {
+        let subject = self.0.subject(caller)?;
+        // The kernel's stand-in for ids without a mapping is nobody in particular (attack 14). In a pod it doesn't matter who.
+        if caller.uid == OVERFLOW_ID && !matches!(subject, Subject::Pod(_)) {
             return Ok(Vec::new());
         }
-        let subject = Subject::of(caller)?;
         let found = self.0.memory().find(&subject, caller)?;
         let asked = match found {
             Found::Known(identities) => return Ok(identities.to_vec()),
@@ -114,7 +129,7 @@ impl IdentitySource for Attesting {
     }
 
     async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
-        let subject = Subject::of(caller)?;
+        let subject = self.0.subject(caller)?;
         if audience == self.0.audience
             && let Some(token) = self.0.take(&subject, id)
         {
@@ -124,13 +139,14 @@ impl IdentitySource for Attesting {
         let is_own = self.0.own(OWN).await?.contains(id);
         let svid = svids.into_iter().find(|svid| svid.spiffe_id == id.as_str() && !is_own);
         let Some(svid) = svid else {
-            return Err(SourceError::Denied(format!("the SPIFFE agent does not give {id} to this process any more")));
+            return Err(SourceError::Denied(format!("the SPIFFE agent does not give {id} to this workload any more")));
         };
         Ok(JwtSvid::check(svid.token, id, audience, self.0.clock.now())?)
     }
 
     fn needs(&self, caller: &Caller) -> Option<Looks> {
-        (!is_known(caller)).then_some(LOOKS)
+        let by_pod = caller.pod.is_some() && self.0.agent.names_pods();
+        (!by_pod && !is_known(caller)).then_some(LOOKS)
     }
 
     fn basis(&self, _: &SpiffeId) -> Basis {
@@ -138,7 +154,7 @@ impl IdentitySource for Attesting {
     }
 
     async fn ready(&self, _: &str) -> Result<(), SourceError> {
-        self.0.own(Duration::ZERO).await.map(drop)
+        self.0.agent.ready(&self.0.audience).await
     }
 }
 
@@ -151,11 +167,31 @@ async fn wait(mut asked: watch::Receiver<Option<Said>>) -> Said {
 }
 
 impl Shared {
-    /// Asks about a process that nothing is known of, when its turn comes.
+    fn subject(&self, caller: &Caller) -> Result<Subject, SourceError> {
+        Subject::of(caller, self.agent.names_pods())
+    }
+
+    /// Asks about somebody of whom nothing is known, when the turn comes.
     async fn ask_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
-        let said = match self.turns.take_within(TURN, &Owner::of(&caller)).await {
-            Some(_turn) => self.clone().identities(&caller, Some(&subject)).await,
-            None => Err(SourceError::Busy),
+        let (until, mut pause) = (Instant::now() + HOLD, SOON);
+        let said = loop {
+            let said = match self.turns.take_within(TURN, &Owner::of(&caller)).await {
+                Some(_turn) => self.clone().identities(&caller, Some(&subject)).await,
+                None => Err(SourceError::Busy),
+            };
+            let is_denied = said.as_ref().is_ok_and(|identities| identities.is_empty());
+            if !is_denied || !is_young(&subject, &caller) {
+                break said;
+            }
+            if Instant::now() + pause >= until {
+                break Err(SourceError::Unavailable(
+                    "the SPIFFE agent does not know this new pod yet, or has no registration entry for it; ask again"
+                        .to_owned(),
+                ));
+            }
+            // Without a turn: whoever is known gets one meanwhile.
+            sleep(pause).await;
+            pause *= 2;
         };
         self.memory().note(&subject, said);
     }
@@ -166,7 +202,10 @@ impl Shared {
         let asking = tokio::spawn(async move {
             match shared.ask(&caller, &shared.audience).await {
                 Ok(svids) => shared.believed(svids, keep.as_ref()).await,
-                Err(SourceError::Denied(_)) => Ok(Arc::from([])),
+                Err(SourceError::Denied(said)) => {
+                    shared.tell(said);
+                    Ok(Arc::from([]))
+                }
                 Err(error) => Err(error),
             }
         });
@@ -199,8 +238,21 @@ impl Shared {
         Ok(identities.into())
     }
 
-    /// Asks the agent about the caller's process, and drops the answer unless it is the same process as before.
+    /// Asks the agent about the caller.
     async fn ask(&self, caller: &Arc<Caller>, audience: &str) -> Result<Vec<Svid>, SourceError> {
+        let result = match self.subject(caller)? {
+            Subject::Process { .. } => self.ask_by_process(caller, audience).await?,
+            Subject::Pod(pod) => self.ask_by_pod(caller, &pod, audience).await?,
+        };
+        if matches!(result, Err(SourceError::Denied(_))) {
+            // An agent that does not know the daemon itself, as one that has just started, denies everybody.
+            self.own(OWN_AT_DENIAL).await?;
+        }
+        result
+    }
+
+    /// What the agent says of the caller's process; dropped unless it is the same process as before.
+    async fn ask_by_process(&self, caller: &Caller, audience: &str) -> Result<Answer, SourceError> {
         let watch = caller.evidence.watch()?;
         let before = caller.evidence.process()?;
         let result = self.agent.svids(before.pid, audience).await;
@@ -210,11 +262,26 @@ impl Shared {
         if caller.evidence.process()? != before || !watch.is_unbroken() {
             return Err(crate::caller::Refusal::Changed.into());
         }
-        if matches!(result, Err(SourceError::Denied(_))) {
-            // An agent that does not know the daemon itself, as one that has just started, denies everybody.
-            self.own(OWN_AT_DENIAL).await?;
+        Ok(result)
+    }
+
+    /// What the agent says of the caller's pod. A UID is that of one pod for ever, so all there is to see to is that nothing is
+    /// had for one that is gone.
+    async fn ask_by_pod(&self, caller: &Caller, pod: &PodUid, audience: &str) -> Result<Answer, SourceError> {
+        caller.evidence.pod()?;
+        let result = self.agent.svids_of_pod(pod, audience).await;
+        self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
+        caller.evidence.pod()?;
+        Ok(result)
+    }
+
+    /// Tells operators why somebody has no identity: whoever asks is not told what the agent says.
+    fn tell(&self, said: String) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.as_ref().is_none_or(|(before, at)| *before != said || at.elapsed() >= TOLD) {
+            tracing::warn!("a workload has no identity: {said}");
+            *told = Some((said, Instant::now()));
         }
-        result
     }
 
     /// The daemon's own identities, asked for if what is known is older than `age`.
@@ -225,21 +292,15 @@ impl Shared {
         {
             return Ok(ids.clone());
         }
-        let svids = match self.agent.svids(std::process::id(), &self.audience).await {
-            Ok(svids) => svids,
-            Err(SourceError::Denied(said)) => {
-                return Err(SourceError::Unavailable(format!(
-                    "the SPIFFE agent has no identity for awsvid itself: register one for its process, by its user and \
-                     executable ({said})"
-                )));
-            }
+        let ids = match self.agent.own(&self.audience).await {
+            Ok(ids) => ids,
             // They hardly ever change, so what was said before holds; but that the agent knows the daemon now is not known.
             Err(error) => match &*own {
                 Some((_, ids)) if age == OWN => return Ok(ids.clone()),
                 _ => return Err(error),
             },
         };
-        let ids: BTreeSet<SpiffeId> = svids.iter().filter_map(|svid| SpiffeId::parse(&svid.spiffe_id).ok()).collect();
+        let ids: BTreeSet<SpiffeId> = ids.iter().filter_map(|id| SpiffeId::parse(id).ok()).collect();
         *own = Some((Instant::now(), ids.clone()));
         Ok(ids)
     }
@@ -266,6 +327,14 @@ impl Shared {
     fn tokens(&self) -> MutexGuard<'_, VecDeque<Kept>> {
         self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the agent may not know the caller's pod, or container, for no other reason than that it is new.
+fn is_young(subject: &Subject, caller: &Caller) -> bool {
+    caller.evidence.pod().is_ok_and(|ages| match subject {
+        Subject::Process { .. } => ages.container < YOUNG,
+        Subject::Pod(_) => ages.pod < YOUNG,
+    })
 }
 
 /// Asks again about those that are known, some at a time: an agent that hangs keeps only this waiting.

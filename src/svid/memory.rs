@@ -1,4 +1,4 @@
-//! What an agent has said of processes, so that a process that is known costs no call.
+//! What an agent has said of processes and pods, so that one that is known costs no call.
 //!
 //! Only what is remembered, and for how long; who asks is [`super::attesting`].
 
@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::SourceError;
 use crate::caller::{Caller, Looks, Owner, Process, Refusal};
-use crate::cgroup::CgroupPath;
+use crate::cgroup::{CgroupPath, PodUid};
 use crate::role::Identity;
 
 /// What was said so long ago is asked again.
@@ -34,20 +34,32 @@ const WAITING: usize = 256;
 /// Between two looks for processes that are gone.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// One process, with everything of it that may decide what it is: whoever changes any of it is another subject.
+/// Whom an agent was asked about.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct Subject {
-    uid: u32,
-    cgroup: Option<CgroupPath>,
-    process: Process,
+pub(super) enum Subject {
+    /// One process, with everything of it that may decide what it is: whoever changes any of it is another subject.
+    Process {
+        /// The user id.
+        uid: u32,
+        /// Its cgroup.
+        cgroup: Option<CgroupPath>,
+        /// All that was looked at.
+        process: Process,
+    },
+    /// A pod, whichever of its processes asks.
+    Pod(PodUid),
 }
 
 /// What an agent has to be told apart by.
 pub(super) const LOOKS: Looks = Looks { groups: true, program: true, started: true };
 
 impl Subject {
-    /// Of a caller whose process was looked at.
-    pub(super) fn of(caller: &Caller) -> Result<Self, SourceError> {
+    /// Of a caller; of its pod if it is in one and `pods` says that the agent is told of those, else of its process, which was
+    /// looked at then.
+    pub(super) fn of(caller: &Caller, pods: bool) -> Result<Self, SourceError> {
+        if let Some(pod) = caller.pod.as_ref().filter(|_| pods) {
+            return Ok(Self::Pod(pod.uid.clone()));
+        }
         if !is_known(caller) {
             return Err(SourceError::Reloaded);
         }
@@ -55,7 +67,15 @@ impl Subject {
         let exe = process.program.as_mut().and_then(|program| program.exe.as_mut()).ok_or(Refusal::UnseenProgram)?;
         // The file is what counts. Its path is what the process shows, and reads otherwise once an upgrade has replaced it.
         (exe.changed, exe.path) = ((0, 0), Path::new("").into());
-        Ok(Self { uid: caller.uid, cgroup: caller.cgroup.clone(), process })
+        Ok(Self::Process { uid: caller.uid, cgroup: caller.cgroup.clone(), process })
+    }
+
+    /// Whether it is there still, as `caller` shows, who is it or in it.
+    fn is_there(&self, caller: &Caller) -> bool {
+        match self {
+            Self::Process { .. } => caller.evidence.is_there(),
+            Self::Pod(_) => caller.evidence.pod().is_ok(),
+        }
     }
 }
 
@@ -82,7 +102,7 @@ pub(super) enum Found {
 
 #[derive(Debug)]
 struct Known {
-    /// With proof of which process it is.
+    /// With proof of which process or pod it is.
     caller: Arc<Caller>,
     owner: Owner,
     /// `None` before the first answer.
@@ -282,8 +302,8 @@ impl Memory {
 
     fn forget_gone(&mut self) {
         let counts = &mut self.counts;
-        self.known.retain(|_, known| {
-            let keep = known.asking.is_some() || known.caller.evidence.is_there();
+        self.known.retain(|subject, known| {
+            let keep = known.asking.is_some() || subject.is_there(&known.caller);
             if !keep {
                 take_one(counts, &known.owner);
             }

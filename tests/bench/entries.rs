@@ -68,7 +68,15 @@ fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
 /// As one over TCP whose rule needs no process.
 fn caller(number: usize) -> Caller {
     let cgroup = CgroupPath::parse(&format!("/system.slice/system-workload.slice/workload@{number}.service"));
-    Caller { listener: Listener::Tcp, uid: 1000, cgroup, process: None, evidence: Box::new(Seen([0; 128])) }
+    Caller {
+        listener: Listener::Tcp,
+        uid: 1000,
+        cgroup,
+        pod: None,
+        namespace: None,
+        process: None,
+        evidence: Box::new(Seen([0; 128])),
+    }
 }
 
 /// Of about the size of what attestation keeps.

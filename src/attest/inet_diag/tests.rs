@@ -155,3 +155,15 @@ fn real_connections_are_found_over_both_families_and_lost_when_closed() {
         assert_eq!(diag.client_socket(peer, local), Err(Refusal::Gone));
     }
 }
+
+#[test]
+fn one_that_is_closed_keeps_nothing_and_finds_nobody() {
+    let diag = SockDiag::open().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (client, server) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
+    assert!(diag.client_socket(client, server).is_ok());
+    diag.close();
+    assert_eq!(diag.client_socket(client, server), Err(Refusal::Gone));
+    assert!(diag.netlinks.iter().all(|netlink| netlink.lock().unwrap().is_none()));
+}

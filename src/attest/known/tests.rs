@@ -5,9 +5,10 @@ use std::process::{Child, Command, Stdio};
 use super::*;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::host::Host;
+use crate::cgroup::PodRoots;
 
 fn host() -> Host {
-    Host::new(PathBuf::from("/proc"), Hierarchies::default())
+    Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual())
 }
 
 /// A process of the test's own that waits until it is told to end.

@@ -4,9 +4,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::*;
 use crate::attest::hierarchies::Hierarchies;
+use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {
-    Arc::new(Host::new(PathBuf::from("/proc"), Hierarchies::default()))
+    Arc::new(Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual()))
 }
 
 #[test]

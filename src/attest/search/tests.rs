@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::*;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::inet_diag::SockDiag;
+use crate::cgroup::PodRoots;
 
 /// Everything that may be looked at.
 const ALL: Looks = Looks { groups: true, program: true, started: false };
@@ -24,7 +25,7 @@ fn connection() -> (TcpListener, TcpStream, Socket) {
 /// The machine, with its real cgroup v2 tree.
 fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
     let hierarchies = Hierarchies::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies));
+    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies, PodRoots::usual()));
     let tree = host.cgroups.clone().expect("cgroup v2");
     (host, tree)
 }
@@ -34,7 +35,7 @@ fn listing(processes: &str) -> (tempfile::TempDir, CgroupTree) {
     let root = tempfile::tempdir().unwrap();
     fs::create_dir(root.path().join("unit")).unwrap();
     fs::write(root.path().join("unit/cgroup.procs"), processes).unwrap();
-    let tree = CgroupTree::at(root.path().to_owned());
+    let tree = CgroupTree::at(root.path().to_owned(), PodRoots::usual());
     (root, tree)
 }
 
@@ -46,7 +47,7 @@ fn unit() -> CgroupPath {
 fn the_holder_is_found_with_its_descriptor() {
     let (_listener, client, socket) = connection();
     let (host, tree) = machine();
-    let cgroup = tree.path_of(socket.cgroup_id.unwrap()).unwrap();
+    let cgroup = tree.path_of_now(socket.cgroup_id.unwrap()).unwrap();
     let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
     assert_eq!(found.process.describe().pid, std::process::id());
     assert_eq!(found.descriptor, client.as_raw_fd().cast_unsigned());
@@ -107,7 +108,7 @@ fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
     let known = host.process(std::process::id(), pidfd).unwrap();
     // Where the other one had its connections, too.
     (0..8).for_each(|number| known.held(number, socket.inode));
-    let cgroup = tree.path_of(socket.cgroup_id.unwrap()).unwrap();
+    let cgroup = tree.path_of_now(socket.cgroup_id.unwrap()).unwrap();
     let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
     assert_eq!(found.process.still_same(), Ok(()));
     assert!(!Arc::ptr_eq(&known, &host.processes.of(std::process::id()).unwrap()));

@@ -5,9 +5,10 @@ use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 
 use super::*;
 use crate::attest::hierarchies::Hierarchies;
+use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {
-    Arc::new(Host::new(PathBuf::from("/proc"), Hierarchies::default()))
+    Arc::new(Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual()))
 }
 
 /// What a kernel before 6.5 would have recorded of this process or a child of it.

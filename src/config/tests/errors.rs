@@ -190,9 +190,11 @@ fn one_mistake_is_one_error() {
 #[test]
 fn what_is_planned_is_said_to_be_so() {
     each(&[
-        ("", "[listen]\npods = true", (11, "listen.pods", "this version of awsvid does not have it yet; remove it")),
-        ("", "[listen]\npods_dir = \"/run/netns\"", (11, "listen.pods_dir", "does not have it yet")),
-        ("", "[listen]\nnode = [\"169.254.170.23:80\"]", (11, "listen.node", "does not have it yet")),
+        (
+            "",
+            "[listen]\nnode = [\"169.254.170.23:80\"]",
+            (11, "listen.node", "this version of awsvid does not have it yet; remove it"),
+        ),
         ("", "chain = [\"arn:aws:iam::123456789012:role/x\"]", (10, "role.chain", "does not have it yet")),
     ]);
 }
@@ -207,6 +209,17 @@ fn listeners() {
         ("", &long, (11, "listen.unix", "at most 107 bytes")),
         ("", "[listen]\nstatus = \"status.sock\"", (11, "listen.status", "it is relative")),
         ("", "[listen]\ntoken_file = \"\"", (11, "listen.token_file", "it is empty")),
+        ("", "[listen]\npods_dir = \"netns\"", (11, "listen.pods_dir", "it is relative")),
+        ("", "[listen]\npods_dir = \"/\"", (11, "listen.pods_dir", "it is empty")),
+        ("", "[listen]\npods = \"yes\"", (11, "listen.pods", "true or false")),
+        (
+            "",
+            "[listen]\npods = true\nunix = \"/run/awsvid/handover.sock\"",
+            (12, "listen.unix", "is also what `listen.handover` names"),
+        ),
+        ("", "[listen]\npods_cgroup = \"/\"", (11, "listen.pods_cgroup", "no path of a cgroup below the root")),
+        ("", "[listen]\npods_cgroup = \"kubepods\"", (11, "listen.pods_cgroup", "no path of a cgroup below the root")),
+        ("", "[listen]\npods_cgroup = \"/sys/fs/cgroup/kubepods\"", (11, "listen.pods_cgroup", "not of its directory")),
         ("", "[listen]\nunix = \"/run/awsvid/status.sock\"", (11, "listen.unix", "is also what `listen.status` names")),
         (
             "",

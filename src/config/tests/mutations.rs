@@ -101,7 +101,7 @@ fn no_damage_makes_the_reader_panic() {
 /// What the rest of the program relies on, in whatever was taken.
 fn holds(config: &Config, text: &str) {
     assert!(config.listen.tcp.iter().all(|address| address.ip().is_loopback()), "{text}");
-    assert!(config.listen.unix.is_some() || !config.listen.tcp.is_empty(), "{text}");
+    assert!(config.listen.unix.is_some() || !config.listen.tcp.is_empty() || config.listen.pods, "{text}");
     assert!(!config.workloads.is_empty(), "{text}");
     for rule in &config.workloads {
         assert!([rule.uid, rule.gid, rule.supplementary_group].iter().all(|id| *id != Some(65534)), "{text}");

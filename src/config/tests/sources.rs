@@ -31,7 +31,10 @@ fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
     assert_eq!(delegated.warnings, [], "no rule gives the role, and none has to");
     let broker = loaded(&format!("{ATTESTED}{BROKER}broker_socket = \"unix:/run/spire/broker.sock\"\n"));
     let socket = PathBuf::from("/run/spire/broker.sock");
-    assert_eq!(broker.config.identity.source, Source::SpiffeBroker { socket: socket.clone(), server: None });
+    assert_eq!(
+        broker.config.identity.source,
+        Source::SpiffeBroker { socket: socket.clone(), server: None, reference: Reference::Auto }
+    );
 
     let all = format!(
         "{ATTESTED}{BROKER}broker_server = \"spiffe://example.org/agent\"\nreference = \"process\"\naudience = \"minio\"\n"
@@ -39,7 +42,7 @@ fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
     let env = |name: &str| (name == "SPIFFE_BROKER_SOCKET").then(|| "unix:///run/spire/broker.sock".to_owned());
     let identity = Config::parse(&all, &env, accounts()).unwrap().config.identity;
     let server = SpiffeIdPattern::parse("spiffe://example.org/agent").unwrap();
-    assert_eq!(identity.source, Source::SpiffeBroker { socket, server: Some(server) });
+    assert_eq!(identity.source, Source::SpiffeBroker { socket, server: Some(server), reference: Reference::Process });
     assert_eq!(identity.audience, "minio");
 }
 
@@ -65,7 +68,7 @@ fn what_a_source_lacks_or_does_not_have_is_an_error() {
         "\"spire-delegated\" has it",
     );
     refused(&format!("{broker}broker_server = \"agent\"\n"), 10, "identity.broker_server", "begins with spiffe://");
-    refused(&format!("{broker}reference = \"pod\"\n"), 10, "identity.reference", "named to the agent otherwise");
+    refused(&format!("{broker}reference = \"pod\"\n"), 10, "identity.reference", "write \"auto\" or \"process\"");
     refused(&format!("{admin}socket = \"unix:///run/spire/admin.sock\"\n"), 10, "identity.socket", "is also what");
     let workload = "[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\nuid = 1001\n";
     refused(&format!("{admin}{workload}"), 10, "workload", "rules are never looked at");

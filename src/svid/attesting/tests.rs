@@ -1,3 +1,5 @@
+mod pods;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
@@ -60,12 +62,7 @@ impl Agent for Script {
             self.gate.acquire().await.unwrap().forget();
         }
         let ids = (self.says.lock().unwrap())(pid)?;
-        let svid = |id: &&str| {
-            let claims = format!(r#"{{"sub":"{id}","aud":["{audience}"],"iat":{NOW},"exp":{}}}"#, NOW + 300);
-            let token = raw_token(r#"{"alg":"ES256","typ":"JWT"}"#, &claims);
-            Svid { spiffe_id: (*id).to_owned(), token: Zeroizing::new(token), hint: None }
-        };
-        Ok(ids.iter().map(svid).collect())
+        Ok(ids.iter().map(|id| svid_of(id, audience)).collect())
     }
 
     fn endpoint(&self) -> &Endpoint {
@@ -75,6 +72,12 @@ impl Agent for Script {
     async fn connect(&self) -> Result<(), SourceError> {
         Ok(())
     }
+}
+
+fn svid_of(id: &str, audience: &str) -> Svid {
+    let claims = format!(r#"{{"sub":"{id}","aud":["{audience}"],"iat":{NOW},"exp":{}}}"#, NOW + 300);
+    let token = raw_token(r#"{"alg":"ES256","typ":"JWT"}"#, &claims);
+    Svid { spiffe_id: id.to_owned(), token: Zeroizing::new(token), hint: None }
 }
 
 const AWSVID: &str = "spiffe://example.org/awsvid";
@@ -123,7 +126,15 @@ fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<Refu
     let program = Some(Program { exe: Some(exe) });
     let process = Process { pid, gid: uid, groups: Some(Vec::new()), contained: false, program, started: Some(1) };
     let evidence = Box::new(Looked { pid, looks: Arc::default(), changes_at, refusal });
-    Arc::new(Caller { listener: Listener::Unix, uid, cgroup: None, process: Some(process), evidence })
+    Arc::new(Caller {
+        listener: Listener::Unix,
+        uid,
+        cgroup: None,
+        pod: None,
+        namespace: None,
+        process: Some(process),
+        evidence,
+    })
 }
 
 fn caller(pid: u32) -> Arc<Caller> {

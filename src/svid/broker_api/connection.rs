@@ -4,6 +4,7 @@ use std::future::ready;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -35,6 +36,10 @@ pub(super) struct Broker {
     pub(super) socket: PathBuf,
     pub(super) own: Arc<OwnIdentity>,
     pub(super) server: Option<SpiffeIdPattern>,
+    /// Whether the agent is told of pods too, so that it may number processes otherwise.
+    pub(super) names_pods: bool,
+    /// Whether the agent at the other end of the latest connection numbers processes as awsvid does.
+    pub(super) names_processes: Arc<AtomicBool>,
 }
 
 #[async_trait]
@@ -42,7 +47,9 @@ impl Dial for Broker {
     async fn dial(&self) -> Result<Channel, SourceError> {
         let stream = UnixStream::connect(&self.socket).await;
         let stream = stream.map_err(|error| SourceError::Unavailable(no_broker(&self.endpoint(), &error)))?;
-        if !names_the_same_processes(&stream) {
+        let names_processes = names_the_same_processes(&stream);
+        self.names_processes.store(names_processes, Ordering::Relaxed);
+        if !names_processes && !self.names_pods {
             return Err(SourceError::Misconfigured(other_pids(&self.endpoint())));
         }
         let own = self.own()?;

@@ -18,6 +18,12 @@ const ID: &str = "spiffe://example.org/awsvid";
 const AGENT: &str = "spiffe://example.org/spire/agent/join_token/7";
 const AUDIENCE: &str = "sts.amazonaws.com";
 
+const UID: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
+
+fn pod() -> PodUid {
+    PodUid::parse(UID).unwrap()
+}
+
 /// One node: its Workload API, which has given awsvid an SVID, and its broker socket's place.
 struct Node {
     dir: TempDir,
@@ -125,6 +131,116 @@ async fn names_the_process_and_takes_every_svid_of_the_answer() {
     assert_eq!(client.svids(u32::MAX, AUDIENCE).await.unwrap_err(), SourceError::Caller(Refusal::Gone));
     client.svids(1, AUDIENCE).await.unwrap();
     assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 0]);
+}
+
+#[tokio::test]
+async fn names_the_pod() {
+    let mut node = Node::new().await;
+    let agent = node.serve_always(good());
+    let client = node.client().naming_pods();
+    assert_eq!(client.svids_of_pod(&pod(), AUDIENCE).await.unwrap().len(), 2);
+    let asked = agent.asked()[0].request.clone();
+    let reference = asked.reference.unwrap().reference.unwrap();
+    assert_eq!(reference.type_url, "type.googleapis.com/spiffe.broker.KubernetesObjectReference");
+    let object = KubernetesObjectReference::decode(&reference.value[..]).unwrap();
+    let pods = KubernetesObjectType { plural: "pods".to_owned(), group: "core".to_owned() };
+    assert_eq!((object.r#type, object.key, object.uid.as_str()), (Some(pods), None, UID));
+    assert_eq!(asked.audience, [AUDIENCE]);
+    // The agent of this test numbers processes as the client does.
+    client.svids(4711, AUDIENCE).await.unwrap();
+    assert_eq!(agent.asked().len(), 2);
+}
+
+#[tokio::test]
+async fn the_daemons_own_identities_are_those_of_its_certificates() {
+    let authority = Authority::new();
+    let mut message = authority.message(ID);
+    message.svids.extend(authority.message("spiffe://example.org/daemon-too").svids);
+    let mut node = Node::with(authority, message).await;
+    let agent = node.serve_always(good());
+    let client = node.client().naming_pods();
+    assert_eq!(client.own(AUDIENCE).await.unwrap(), [ID, "spiffe://example.org/daemon-too"]);
+    assert_eq!(agent.asked().len(), 0);
+    // While nothing keeps them up to date, it is not known that the agent knows the daemon.
+    drop(node.stream);
+    drop(node.workload_api);
+    while client.own.trouble().is_none() {
+        tokio::task::yield_now().await;
+    }
+    let error = client.own(AUDIENCE).await.unwrap_err();
+    assert!(matches!(error, SourceError::Unavailable(_)), "{error:?}");
+}
+
+/// By a process where that may be named, else by a pod that is none.
+#[tokio::test]
+async fn it_is_ready_when_the_agent_lets_it_ask() {
+    let not_allowed = |kind: &str| {
+        let text = format!("broker \"{ID}\" is not allowed to use reference type \"{kind}\"");
+        Some(Err::<FetchJwtsvidResponse, _>(Status::permission_denied(text)))
+    };
+    let no_pod = Some(Err(Status::not_found("pod with UID x not found on agent node")));
+    let no_entry = Some(Err(Status::permission_denied("no identity issued")));
+    let table = [
+        (Some(good()), not_allowed("pods"), Ok(())),
+        (no_entry, not_allowed("pods"), Ok(())),
+        (not_allowed("processes"), no_pod, Ok(())),
+        (not_allowed("processes"), not_allowed("pods"), Err("source_misconfigured")),
+        (Some(Err(Status::unavailable("away"))), None, Err("source_unavailable")),
+    ];
+    let mut node = Node::new().await;
+    let client = node.client().naming_pods();
+    for (row, (process, pods, ready)) in table.into_iter().enumerate() {
+        let _agent = node.serve(move |asked| {
+            let reference = asked.request.reference.unwrap().reference.unwrap();
+            let answer = if reference.type_url == PID_REFERENCE { process.clone() } else { pods.clone() };
+            async move { answer }
+        });
+        let said = client.ready(AUDIENCE).await;
+        assert_eq!(said.as_ref().copied().map_err(SourceError::reason), ready, "{row}: {said:?}");
+        std::fs::remove_file(&node.broker).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn each_refusal_of_a_pod_says_what_to_do() {
+    let k8s = "workload attestor \"k8s\" failed: rpc error: code = Internal desc = broker configuration missing";
+    let table = [
+        (Code::NotFound, "pod with UID x not found on agent node", "source_denied", "does not find the pod 72f7f152-"),
+        (Code::PermissionDenied, "no identity issued", "source_denied", "no registration entry of the SPIFFE agent"),
+        (
+            Code::PermissionDenied,
+            "broker \"spiffe://example.org/awsvid\" is not allowed to use reference type \"type.googleapis.com/x\"",
+            "source_misconfigured",
+            "does not let awsvid name pods: add { type_url = \"type.googleapis.com/spiffe.broker.KubernetesObjectReference\" }",
+        ),
+        (
+            Code::PermissionDenied,
+            "Kubernetes authorizer does not allow the broker to use impersonate-via-spire for the referenced object",
+            "source_denied",
+            "does not let awsvid ask for the pod 72f7f152-440c-66ac-9084-e0fc1d8a910c: give the user that is named like \
+             awsvid's SPIFFE ID the verb impersonate-via-spire on pods",
+        ),
+        (Code::Internal, k8s, "source_misconfigured", "WorkloadAttestor \"k8s\" needs a block"),
+        (
+            Code::Unimplemented,
+            "no workload attestor handled reference",
+            "source_misconfigured",
+            "no plugin that attests pods, as WorkloadAttestor \"k8s\"",
+        ),
+        (Code::FailedPrecondition, "kubelet client is disabled", "source_misconfigured", "ask the kubelet"),
+        (Code::Unavailable, "unable to reach the kubelet", "source_unavailable", "gave no answer"),
+    ];
+    let mut node = Node::new().await;
+    let client = node.client().naming_pods();
+    for (code, said, reason, text) in table {
+        let agent = node.serve_always(Err(Status::new(code, format!("{said}\n"))));
+        let error = client.svids_of_pod(&pod(), AUDIENCE).await.unwrap_err();
+        assert_eq!(error.reason(), reason, "{code:?} {said}: {error}");
+        assert!(error.to_string().contains(text) && error.to_string().contains(said), "{code:?}: {error}");
+        assert!(!error.to_string().contains('\n'), "{error}");
+        assert_eq!(agent.asked().len(), 1, "{code:?} is for others to try again");
+        std::fs::remove_file(&node.broker).unwrap();
+    }
 }
 
 #[tokio::test]

@@ -33,7 +33,15 @@ fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
     };
     let lives = Arc::new(AtomicBool::new(true));
     let evidence = Box::new(Living(lives.clone()));
-    let caller = Caller { listener: Listener::Unix, uid, cgroup: None, process: Some(process), evidence };
+    let caller = Caller {
+        listener: Listener::Unix,
+        uid,
+        cgroup: None,
+        pod: None,
+        namespace: None,
+        process: Some(process),
+        evidence,
+    };
     (Arc::new(caller), lives)
 }
 
@@ -49,14 +57,14 @@ fn unavailable() -> Said {
 /// What a request by `caller` finds: its identities, or `None` if they have to be asked for.
 #[track_caller]
 fn found(memory: &mut Memory, caller: &Arc<Caller>) -> Option<Arc<[Identity]>> {
-    match memory.find(&Subject::of(caller).unwrap(), caller).unwrap() {
+    match memory.find(&Subject::of(caller, true).unwrap(), caller).unwrap() {
         Found::Known(identities) => Some(identities),
         Found::Asked(_) | Found::Unknown(_) => None,
     }
 }
 
 fn note(memory: &mut Memory, caller: &Arc<Caller>, said: Said) {
-    memory.note(&Subject::of(caller).unwrap(), said);
+    memory.note(&Subject::of(caller, true).unwrap(), said);
 }
 
 fn due(memory: &mut Memory) -> usize {
@@ -66,7 +74,7 @@ fn due(memory: &mut Memory) -> usize {
 #[tokio::test(start_paused = true)]
 async fn one_question_for_all_who_ask_and_none_afterwards() {
     let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
-    let subject = Subject::of(&caller).unwrap();
+    let subject = Subject::of(&caller, true).unwrap();
     assert!(matches!(memory.find(&subject, &caller), Ok(Found::Unknown(_))));
     let Ok(Found::Asked(mut asked)) = memory.find(&subject, &caller) else { panic!("it is being asked for") };
     note(&mut memory, &caller, Ok(ids(&["shop"])));
@@ -78,12 +86,12 @@ async fn one_question_for_all_who_ask_and_none_afterwards() {
 #[tokio::test(start_paused = true)]
 async fn whoever_changes_anything_is_another() {
     let (caller, _) = process(1, 1);
-    let base = Subject::of(&caller).unwrap();
+    let base = Subject::of(&caller, true).unwrap();
     let change = |change: &dyn Fn(&mut Caller)| {
         let (other, _) = process(1, 1);
         let mut other = Arc::into_inner(other).unwrap();
         change(&mut other);
-        Subject::of(&other).unwrap()
+        Subject::of(&other, true).unwrap()
     };
     let exe = |inode| Program {
         exe: Some(Executable { device: 1, inode, changed: (1, 2), path: PathBuf::from("/bin/shop").into() }),
@@ -108,7 +116,7 @@ fn a_process_that_was_not_looked_at_is_nobody() {
     let unseen = |change: &dyn Fn(&mut Process)| {
         let mut other = Arc::into_inner(process(1, 1).0).unwrap();
         change(other.process.as_mut().unwrap());
-        Subject::of(&other).unwrap_err()
+        Subject::of(&other, true).unwrap_err()
     };
     assert_eq!(unseen(&|process| process.groups = None), SourceError::Reloaded);
     assert_eq!(unseen(&|process| process.started = None), SourceError::Reloaded);
@@ -209,7 +217,7 @@ async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
         note(&mut memory, caller, Ok(ids(&["modest"])));
     }
     let many: Vec<_> = (0..u32::try_from(EACH).unwrap() + 100).map(|pid| process(1, 100 + pid)).collect();
-    let known = |memory: &Memory, caller: &Arc<Caller>| memory.known.contains_key(&Subject::of(caller).unwrap());
+    let known = |memory: &Memory, caller: &Arc<Caller>| memory.known.contains_key(&Subject::of(caller, true).unwrap());
     many[3].1.store(false, Ordering::SeqCst);
     for (caller, _) in &many[..EACH] {
         found(&mut memory, caller);
@@ -257,7 +265,7 @@ async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
     }
     let is_busy = |memory: &mut Memory| {
         let (next, _) = process(1, 9000);
-        memory.find(&Subject::of(&next).unwrap(), &next).unwrap_err() == SourceError::Busy
+        memory.find(&Subject::of(&next, true).unwrap(), &next).unwrap_err() == SourceError::Busy
     };
     assert!(is_busy(&mut memory));
     assert!(known.iter().all(|caller| found(&mut memory, caller).is_some()), "those that are known are answered");

@@ -19,6 +19,8 @@ use crate::svid::proto::workload::{X509svid, X509svidResponse};
 pub struct OwnSvid {
     /// Who the daemon is.
     pub spiffe_id: SpiffeId,
+    /// All identities that it has, as they were given.
+    pub all: Vec<String>,
     /// The certificates, the leaf first, and the leaf's key.
     pub certified: Arc<CertifiedKey>,
     /// The trust domain's CAs.
@@ -42,6 +44,7 @@ impl OwnSvid {
         // Of all of them, before anything else: those that are not used must not stay in memory either.
         let take = |svid: &mut X509svid| Zeroizing::new(std::mem::take(&mut svid.x509_svid_key));
         let keys: Vec<_> = message.svids.iter_mut().map(take).collect();
+        let all = message.svids.iter().map(|svid| svid.spiffe_id.clone()).collect();
         let (Some(svid), Some(key)) = (message.svids.into_iter().next(), keys.first()) else {
             return Err("there is none in it".to_owned());
         };
@@ -64,7 +67,7 @@ impl OwnSvid {
         if roots.is_empty() {
             return Err("its bundle is empty".to_owned());
         }
-        Ok(Self { spiffe_id, certified: Arc::new(certified), roots: Arc::new(roots), version })
+        Ok(Self { spiffe_id, all, certified: Arc::new(certified), roots: Arc::new(roots), version })
     }
 
     /// Whether it is over, so that nobody accepts it any more.

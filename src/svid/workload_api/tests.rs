@@ -388,7 +388,15 @@ impl Evidence for Unchanged {
 
 fn caller(uid: u32, process: Option<Process>) -> Arc<Caller> {
     let cgroup = CgroupPath::parse("/system.slice/billing.service");
-    Arc::new(Caller { listener: Listener::Tcp, uid, cgroup, process, evidence: Box::new(Unchanged) })
+    Arc::new(Caller {
+        listener: Listener::Tcp,
+        uid,
+        cgroup,
+        pod: None,
+        namespace: None,
+        process,
+        evidence: Box::new(Unchanged),
+    })
 }
 
 #[tokio::test]

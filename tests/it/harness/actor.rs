@@ -12,7 +12,7 @@ use std::time::Duration;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 
-use super::counterparts::process::{Owned, run, spawn};
+use super::counterparts::process::{Owned, behind, run, spawn};
 
 /// Where cargo puts it: beside the folder of the test programs. Cargo builds examples only when all of a project's tests
 /// are run, so for a run of some of them this does it.
@@ -129,7 +129,18 @@ impl Acting {
     pub(crate) fn start(act: &str, listener: &str, address: &str, numbers: &[usize], cgroup: &Path) -> Self {
         let numbers: Vec<String> = numbers.iter().map(usize::to_string).collect();
         let actor = format!("{} in-numbers {act} {listener} {address} {}", program().display(), numbers.join(" "));
-        let mut command = in_cgroup(cgroup, &actor);
+        Self::of(in_cgroup(cgroup, &actor))
+    }
+
+    /// One of root's that asks over and over, behind these words.
+    pub(crate) fn start_behind(words: &[&str], listener: &str, address: &str) -> Self {
+        let mut command = behind(words, &program());
+        command.env_clear().env("PATH", "/usr/bin:/bin");
+        command.args(["in-numbers", "storm", listener, address, "0", "1", "0"]);
+        Self::of(command)
+    }
+
+    fn of(mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
         let says = BufReader::new(owned.stdout().expect("a pipe"));

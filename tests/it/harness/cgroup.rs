@@ -17,10 +17,16 @@ pub(crate) struct Cgroup(PathBuf);
 impl Cgroup {
     /// Makes it, in a slice of this test program's.
     pub(crate) fn new(name: &str) -> Self {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let cgroup2 = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("a cgroup v2 tree is mounted");
-        let mount = cgroup2.split(' ').nth(4).unwrap();
-        let path = Path::new(mount).join(format!("awsvid-test-{}.slice", std::process::id())).join(name);
+        let path = root().join(format!("awsvid-test-{}.slice", std::process::id())).join(name);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// That of a container in a pod of its own, as kubelet and a runtime make it.
+    pub(crate) fn of_pod(number: u16) -> Self {
+        let uid = format!("pod{:08x}-0000-4000-8000-{number:012x}", std::process::id());
+        let container = format!("{:032x}{number:032x}", std::process::id());
+        let path = root().join("kubepods/besteffort").join(uid).join(container);
         fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -41,6 +47,13 @@ impl Cgroup {
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
+}
+
+/// Where the cgroup v2 tree is mounted.
+fn root() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let cgroup2 = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("a cgroup v2 tree is mounted");
+    cgroup2.split(' ').nth(4).unwrap().into()
 }
 
 /// Removes a cgroup and those that were made below it, as far as they have no processes.

@@ -90,7 +90,17 @@ impl Daemon {
 
     /// The same where it is to end by itself before it listens: its exit status and all that it has logged.
     pub(crate) fn refused(words: &[&str], folder: &Path, configuration: &str) -> (Option<i32>, String) {
-        let mut daemon = Self::begin(words, Path::new(PROGRAM), folder, "", configuration);
+        Self::refused_with(words, folder, "", configuration)
+    }
+
+    /// The same with this in `[listen]`.
+    pub(crate) fn refused_with(
+        words: &[&str],
+        folder: &Path,
+        listen: &str,
+        configuration: &str,
+    ) -> (Option<i32>, String) {
+        let mut daemon = Self::begin(words, Path::new(PROGRAM), folder, listen, configuration);
         let status = daemon.process.owned().wait(PATIENCE).expect("it ends by itself");
         (status.code(), daemon.log())
     }
@@ -164,6 +174,25 @@ impl Daemon {
     /// Its process id.
     pub(crate) fn pid(&self) -> Pid {
         self.process.id()
+    }
+
+    /// How many descriptors it has open.
+    pub(crate) fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("its descriptors").count()
+    }
+
+    /// How long after the start of its process all pods were listened in that were there then.
+    pub(crate) fn listening_in_pods_after(&self) -> Duration {
+        let line = self.log_lines().find(|line| line["message"] == "serving workloads in pods").expect("the line");
+        let at = humantime::parse_rfc3339(line["timestamp"].as_str().expect("a time")).expect("a time");
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("its times");
+        let (_, fields) = stat.rsplit_once(')').expect("a name");
+        let ticks: u64 = fields.split(' ').nth(20).expect("the start").parse().expect("a number");
+        let since_boot = Duration::from_millis(ticks * 10);
+        let uptime = std::fs::read_to_string("/proc/uptime").expect("the uptime");
+        let uptime: f64 = uptime.split(' ').next().expect("seconds").parse().expect("a number");
+        let boot = std::time::SystemTime::now() - Duration::from_secs_f64(uptime);
+        at.duration_since(boot + since_boot).unwrap_or_default()
     }
 
     /// The process.

@@ -4,10 +4,9 @@
 //! The programs are this computer's (`/usr`, with changes that nobody else sees); the configuration is not: no unit, user or
 //! mount of this computer is in it. All of it ends with the value, or with the test process however that ends.
 
-mod forward;
-
 use std::fs;
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,10 +14,9 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-pub(crate) use forward::Forward;
-
 use super::counterparts::process::{Output, Process, await_some, run};
 use super::counterparts::{root, skip};
+use super::forward::{Forward, Network};
 
 /// Pid 1's program.
 const SYSTEMD: &str = "/usr/lib/systemd/systemd";
@@ -152,7 +150,7 @@ impl SystemdMachine {
 
     /// Offers, on a loopback port of the machine, what listens on a loopback address of this computer.
     pub(crate) fn forward(&self, to: std::net::SocketAddr) -> Forward {
-        Forward::start(&PathBuf::from(format!("/proc/{}/ns/net", self.init)), to)
+        Forward::start(Network::Of(self.init), (Ipv4Addr::LOCALHOST, 0).into(), Network::Own, to)
     }
 }
 

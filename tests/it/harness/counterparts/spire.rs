@@ -1,7 +1,7 @@
 //! SPIRE on one host: server, agent and OIDC discovery provider.
 
 use std::fs;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -51,6 +51,17 @@ pub(crate) struct SpireSetting {
     pub(crate) without_hashes: bool,
     /// Another `WorkloadAttestor` beside `unix`, as the agent's configuration has it.
     pub(crate) attestor: String,
+    /// An agent elsewhere, in place of one beside the server.
+    pub(crate) elsewhere: Option<Elsewhere>,
+}
+
+/// An agent that somebody else starts.
+#[derive(Clone)]
+pub(crate) struct Elsewhere {
+    /// The SPIFFE ID that it will have.
+    pub(crate) id: String,
+    /// The server's `NodeAttestor` for it, as its configuration has it.
+    pub(crate) node_attestor: String,
 }
 
 /// Somebody who may use the Broker API.
@@ -104,6 +115,11 @@ impl Spire {
         spire.start_server();
         let bundle = spire.server_command(&["bundle", "show"]).success("the server's bundle");
         fs::write(spire.folder.join("bundle.pem"), bundle).expect("the bundle's file");
+        if let Some(elsewhere) = &spire.setting.elsewhere {
+            spire.agent_id = elsewhere.id.clone();
+            spire.start_oidc();
+            return Some(spire);
+        }
         let answer = spire.server_json(&["token", "generate"]);
         let token = answer["value"].as_str().unwrap_or_else(|| panic!("no join token in {answer}"));
         spire.agent_id = format!("spiffe://{}/spire/agent/join_token/{token}", spire.trust_domain());
@@ -121,6 +137,16 @@ impl Spire {
     /// The agent's own SPIFFE ID.
     pub(crate) fn agent_id(&self) -> &str {
         &self.agent_id
+    }
+
+    /// Where the server listens for agents.
+    pub(crate) fn server_address(&self) -> SocketAddr {
+        self.server_port.address()
+    }
+
+    /// The server's certificates, by which agents know it.
+    pub(crate) fn bundle(&self) -> String {
+        read(&self.folder.join("bundle.pem"))
     }
 
     /// The socket of the SPIFFE Workload API; any user may connect.
@@ -335,8 +361,10 @@ plugins {{
     }}
     KeyManager "disk" {{ plugin_data {{ keys_path = "{folder}/server/keys.json" }} }}
     NodeAttestor "join_token" {{ plugin_data {{ }} }}
+    {node_attestor}
 }}
 "#,
+            node_attestor = self.setting.elsewhere.as_ref().map_or("", |elsewhere| &elsewhere.node_attestor),
             trust_domain = self.trust_domain(),
             folder = self.folder.display(),
             port = self.server_port.address().port(),

@@ -1,0 +1,92 @@
+use std::os::unix::fs::{PermissionsExt, chown};
+
+use super::*;
+
+const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
+
+/// A tree with these directories, which are root's where root runs the test.
+fn pods(directories: &[&str]) -> (tempfile::TempDir, Pods) {
+    let folder = tempfile::tempdir().unwrap();
+    for directory in directories {
+        fs::create_dir_all(folder.path().join(directory)).unwrap();
+    }
+    let tree = CgroupTree::at(folder.path().to_owned(), crate::cgroup::PodRoots::usual());
+    (folder, Pods::new(Arc::new(tree)))
+}
+
+fn path(text: &str) -> CgroupPath {
+    CgroupPath::parse(text).unwrap()
+}
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+#[test]
+fn a_pod_is_there_as_long_as_its_directory() {
+    if !is_root() {
+        return;
+    }
+    let pod = format!("kubepods/burstable/pod{U}");
+    let (folder, pods) = pods(&[&format!("{pod}/{C}/init"), "system.slice/a.service"]);
+    assert_eq!(pods.roots_found(), [&path("/kubepods")]);
+    assert!(pods.of(7, &path("/system.slice/a.service"), None).unwrap().is_none());
+    let housed = pods.of(7, &path(&format!("/{pod}/{C}/init")), None).unwrap().unwrap();
+    assert_eq!((housed.pod.uid.as_str(), housed.pod.container.as_deref()), (U, Some(C)));
+    let ages = housed.is_there().unwrap();
+    assert!(ages.pod < Duration::from_secs(60) && ages.container < Duration::from_secs(60), "{ages:?}");
+    fs::remove_dir_all(folder.path().join(&pod).join(C)).unwrap();
+    assert!(housed.is_there().is_ok(), "the pod outlives its containers");
+    // Another one in its place is another one.
+    let directory = folder.path().join(&pod);
+    let _kept = fs::File::open(&directory).unwrap();
+    fs::remove_dir(&directory).unwrap();
+    assert_eq!(housed.is_there(), Err(Refusal::Gone));
+    fs::create_dir(&directory).unwrap();
+    assert_eq!(housed.is_there(), Err(Refusal::Gone));
+    assert!(matches!(pods.of(7, &path(&format!("/{pod}/{C}")), None), Ok(Some(_))));
+    fs::remove_dir(&directory).unwrap();
+    let gone = pods.of(7, &path(&format!("/{pod}/{C}")), None);
+    assert!(matches!(gone, Err(Refusal::UnreadableCgroup)), "{gone:?}");
+}
+
+#[test]
+fn every_directory_down_to_the_pods_is_roots() {
+    if !is_root() {
+        return;
+    }
+    let pod = format!("kubepods/burstable/pod{U}");
+    let container = path(&format!("/{pod}/{C}"));
+    for part in ["kubepods", "kubepods/burstable", &pod] {
+        for change in [
+            |part: &std::path::Path| chown(part, Some(1002), None),
+            |part: &std::path::Path| fs::set_permissions(part, fs::Permissions::from_mode(0o777)),
+        ] {
+            let (folder, pods) = pods(&[&format!("{pod}/{C}")]);
+            assert!(pods.of(7, &container, None).unwrap().is_some());
+            change(&folder.path().join(part)).unwrap();
+            let refused = pods.of(7, &container, None);
+            assert!(matches!(refused, Err(Refusal::DelegatedCgroup)), "{part}: {refused:?}");
+        }
+    }
+    // What a container does with its own, whose name was given to it, is its own business.
+    let (folder, pods) = pods(&[&format!("{pod}/{C}/x")]);
+    chown(folder.path().join(&pod).join(C), Some(1002), None).unwrap();
+    assert_eq!(pods.of(7, &path(&format!("/{pod}/{C}/x")), None).unwrap().unwrap().pod.container.as_deref(), Some(C));
+}
+
+#[test]
+fn a_pods_name_in_another_place_is_refused_with_what_was_seen() {
+    if !is_root() {
+        return;
+    }
+    let (user, other) = (format!("user.slice/kubepods/pod{U}"), format!("other/kubepods/pod{U}"));
+    let (folder, pods) = pods(&[&user, &other]);
+    chown(folder.path().join("user.slice"), Some(1002), None).unwrap();
+    let refused = pods.of(7, &path(&format!("/{user}")), None);
+    assert!(matches!(refused, Err(Refusal::DelegatedCgroup)), "{refused:?}");
+    let refused = pods.of(7, &path(&format!("/{other}")), Some(5)).unwrap_err();
+    let stranger = Stranger { uid: 7, cgroup: Some(path(&format!("/{other}"))), pod: None, namespace: Some(5) };
+    assert_eq!((refused.reason(), refused.stranger()), ("misplaced_pod", Some(&stranger)));
+}

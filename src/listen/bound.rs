@@ -1,0 +1,200 @@
+//! A listener: how it is had, what it accepts, how it ends.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, Shutdown, SockFlag, SockType, SockaddrStorage, setsockopt, shutdown, sockopt,
+};
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+
+use crate::listen::inherited::Inherited;
+use crate::listen::inside::Inside;
+use crate::listen::socket::Socket;
+use crate::listen::socket_file::SocketFile;
+use crate::listen::{ListenError, sys};
+
+/// How many may wait to be accepted, as in awsvid.socket. The kernel drops who comes when the queue is full, and TCP
+/// clients try again only a second later.
+pub(super) const BACKLOG: i32 = 4096;
+
+/// A listener.
+#[derive(Debug)]
+pub enum Bound {
+    /// On a unix socket; its file is removed with it unless systemd owns both.
+    Unix {
+        /// Accepts.
+        listener: AsyncFd<Arc<OwnedFd>>,
+        /// Where clients find it.
+        path: PathBuf,
+        /// Its mode, for when it has to be bound again.
+        mode: u32,
+        /// Removes the file at the end. `None`: systemd holds the socket.
+        file: Option<SocketFile>,
+    },
+    /// On a loopback address.
+    Tcp {
+        /// Accepts.
+        listener: AsyncFd<Arc<OwnedFd>>,
+        /// Its address, with the port that the kernel chose if the configuration says 0.
+        address: SocketAddr,
+        /// Who else has it.
+        origin: Origin,
+    },
+}
+
+/// Where a TCP listener comes from.
+#[derive(Debug)]
+pub enum Origin {
+    /// The daemon has bound it, in its own network namespace.
+    Own,
+    /// systemd holds it, too.
+    Inherited,
+    /// It is in a pod's network namespace.
+    Pod(Arc<Inside>),
+}
+
+/// A connection, and for TCP the address that it was accepted on.
+#[derive(Debug)]
+pub enum Stream {
+    /// Over the unix socket.
+    Unix(Socket),
+    /// Over TCP.
+    Tcp {
+        /// The connection.
+        stream: Socket,
+        /// The client's address.
+        client: SocketAddr,
+        /// The daemon's.
+        server: SocketAddr,
+    },
+}
+
+impl Bound {
+    /// Listens on a TCP address, or takes the one that systemd holds.
+    ///
+    /// Never with SO_REUSEPORT: whoever shares the port would get half of the connections (attack 9).
+    pub fn tcp(address: SocketAddr, inherited: &mut Inherited) -> Result<Self, ListenError> {
+        let failed = |source| ListenError::Tcp { address, source };
+        let (listener, origin) = match inherited.take_tcp(address) {
+            Some(listener) => (listener.into(), Origin::Inherited),
+            None => (bind(address, Freely::No).map_err(failed)?, Origin::Own),
+        };
+        let address = sys::local_address(&listener).map_err(failed)?;
+        Ok(Self::Tcp { listener: sys::watch_listener(Arc::new(listener)).map_err(failed)?, address, origin })
+    }
+
+    /// Listens on a unix socket with this mode, or takes the one that systemd holds.
+    pub fn unix(path: &Path, mode: u32, inherited: &mut Inherited) -> Result<Self, ListenError> {
+        let failed = |source| ListenError::Unix { path: path.to_owned(), source };
+        let (listener, file) = match inherited.take_unix(path) {
+            Some(listener) => (listener, None),
+            None => SocketFile::bind(path, mode).map(|(listener, file)| (listener, Some(file)))?,
+        };
+        let listener = sys::watch_listener(Arc::new(listener.into())).map_err(failed)?;
+        Ok(Self::Unix { listener, path: path.to_owned(), mode, file })
+    }
+
+    /// The listener that was made inside a pod's network namespace.
+    pub fn pod(inside: Arc<Inside>) -> Result<Self, ListenError> {
+        let listener = sys::watch_listener(inside.listener()).map_err(|source| inside.failed(source))?;
+        Ok(Self::Tcp { listener, address: inside.address(), origin: Origin::Pod(inside) })
+    }
+
+    /// For the log.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Unix { path, .. } => path.display().to_string(),
+            Self::Tcp { origin: Origin::Pod(inside), .. } => inside.to_string(),
+            Self::Tcp { address, .. } => address.to_string(),
+        }
+    }
+
+    /// Waits until somebody has connected.
+    pub(super) async fn arrival(&self) -> io::Result<AsyncFdReadyGuard<'_, Arc<OwnedFd>>> {
+        let (Self::Unix { listener, .. } | Self::Tcp { listener, .. }) = self;
+        listener.readable().await
+    }
+
+    /// Takes the one who has connected; `None` if somebody else was quicker.
+    pub(super) fn accept(&self, arrived: &mut AsyncFdReadyGuard<'_, Arc<OwnedFd>>) -> Option<io::Result<Stream>> {
+        arrived.try_io(|listener| self.take(listener.as_fd())).ok()
+    }
+
+    fn take(&self, listener: impl AsFd) -> io::Result<Stream> {
+        match self {
+            Self::Unix { .. } => Ok(Stream::Unix(Socket::new(sys::accept_unix(listener.as_fd())?))),
+            Self::Tcp { address, .. } => {
+                let (stream, client) = sys::accept_tcp(listener.as_fd())?;
+                // Without it only more packets are sent.
+                let _ = sys::cork(&stream);
+                Ok(Stream::Tcp { stream: Socket::new(stream), client, server: *address })
+            }
+        }
+    }
+
+    /// Ends listening, and gives those who have connected already: closing alone resets them, and some have sent their
+    /// request.
+    ///
+    /// Where systemd holds the socket nobody is lost: they wait in its queue for the daemon's next start.
+    pub(super) fn close(self) -> io::Result<Vec<Stream>> {
+        let (Self::Unix { listener, .. } | Self::Tcp { listener, .. }) = &self;
+        match &self {
+            Self::Unix { file: None, .. } | Self::Tcp { origin: Origin::Inherited, .. } => return Ok(Vec::new()),
+            // Whoever comes from here on is refused, so that the queue has an end.
+            Self::Unix { .. } => shutdown(listener.as_raw_fd(), Shutdown::Both)?,
+            // TCP has no way to end the queue alone. Who comes between the last of these and the close is reset.
+            Self::Tcp { .. } => {}
+        }
+        let waiting = std::iter::from_fn(|| self.take(listener.get_ref()).ok());
+        Ok(waiting.take(BACKLOG.unsigned_abs() as usize).collect())
+    }
+
+    /// A listener in the place of one that somebody has killed, as `ss -K` can (attack 9).
+    pub(super) async fn again(&self) -> Result<Self, ListenError> {
+        match self {
+            Self::Tcp { origin: Origin::Pod(inside), .. } => {
+                let inside = inside.clone();
+                let bound = tokio::task::spawn_blocking(move || inside.again().map(|()| inside));
+                Self::pod(bound.await.map_err(|error| ListenError::Interrupted(error.to_string()))??)
+            }
+            Self::Tcp { address, .. } => Self::tcp(*address, &mut Inherited::default()),
+            Self::Unix { path, mode, .. } => Self::unix(path, *mode, &mut Inherited::default()),
+        }
+    }
+}
+
+/// Whether an address may be bound that the machine does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Freely {
+    Yes,
+    No,
+}
+
+/// Listens in the calling thread's network namespace.
+pub(super) fn bind(address: SocketAddr, freely: Freely) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener = socket::socket(family, SockType::Stream, flags, None)?;
+    // What is left of the connections of an earlier start keeps nobody from listening.
+    setsockopt(&listener, sockopt::ReuseAddr, &true)?;
+    if freely == Freely::Yes {
+        setsockopt(&listener, sockopt::IpFreebind, &true)?;
+    }
+    socket::bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
+    socket::listen(&listener, Backlog::new(BACKLOG)?)?;
+    Ok(listener)
+}
+
+impl Stream {
+    /// Ends the connection at once: a reset leaves no port waiting, as a close would (attack 20).
+    pub fn reset(self) {
+        if let Self::Tcp { stream, .. } = &self {
+            // If that fails it is closed the ordinary way.
+            let _ = setsockopt(stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! A listener inside a pod's network namespace.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::listen::ListenError;
+use crate::listen::bound::{Freely, bind};
+use crate::namespace::{Namespace, NamespaceError, NamespaceId};
+
+/// A pod's network namespace, and where it is found. Nothing of it is kept open.
+#[derive(Debug)]
+pub struct NamespacePlace {
+    id: NamespaceId,
+    /// One of its files; another one if that is removed.
+    path: Mutex<PathBuf>,
+}
+
+/// A listener there. The one that accepts is replaced if it is killed.
+#[derive(Debug)]
+pub struct Inside {
+    place: Arc<NamespacePlace>,
+    address: SocketAddr,
+    listener: Mutex<Arc<OwnedFd>>,
+}
+
+impl NamespacePlace {
+    /// Of this namespace.
+    pub fn new(id: NamespaceId, path: PathBuf) -> Self {
+        Self { id, path: Mutex::new(path) }
+    }
+
+    /// Which one it is.
+    pub fn id(&self) -> NamespaceId {
+        self.id
+    }
+
+    /// One of its files.
+    pub fn path(&self) -> PathBuf {
+        lock(&self.path).clone()
+    }
+
+    /// Where it is found from now on.
+    pub fn move_to(&self, path: &Path) {
+        path.clone_into(&mut lock(&self.path));
+    }
+
+    /// Makes sockets there, if its file is still the same namespace's.
+    pub fn within<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
+        let namespace = Namespace::open(&self.path())?;
+        if namespace.id() != self.id {
+            return Err(NamespaceError::NotMounted);
+        }
+        namespace.within(make)
+    }
+}
+
+impl Inside {
+    /// Listens; to be called within the namespace. The address may be one that it does not have yet: a loopback device has
+    /// none before the pod's network is set up.
+    pub fn bind(place: Arc<NamespacePlace>, address: SocketAddr) -> io::Result<Self> {
+        let listener = Mutex::new(Arc::new(bind(address, Freely::Yes)?));
+        Ok(Self { place, address, listener })
+    }
+
+    /// With a listener that is there already.
+    pub fn with(place: Arc<NamespacePlace>, address: SocketAddr, listener: OwnedFd) -> Self {
+        Self { place, address, listener: Mutex::new(Arc::new(listener)) }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What accepts there.
+    pub fn listener(&self) -> Arc<OwnedFd> {
+        lock(&self.listener).clone()
+    }
+
+    /// Binds it again, in the place of one that was killed.
+    pub(super) fn again(&self) -> Result<(), ListenError> {
+        let bound = self.place.within(|| bind(self.address, Freely::Yes)).map_err(|error| match error {
+            NamespaceError::Io(error) => self.failed(error),
+            other => self.failed(io::Error::other(other)),
+        })?;
+        *lock(&self.listener) = Arc::new(bound.map_err(|source| self.failed(source))?);
+        Ok(())
+    }
+
+    pub(super) fn failed(&self, source: io::Error) -> ListenError {
+        ListenError::Pod { name: self.to_string(), source }
+    }
+}
+
+impl fmt::Display for Inside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in {}", self.address, self.place.path().display())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

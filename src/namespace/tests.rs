@@ -1,0 +1,68 @@
+use std::collections::HashSet;
+use std::os::unix::fs::symlink;
+
+use nix::sched::unshare;
+use nix::unistd::geteuid;
+
+use super::*;
+
+/// A namespace that lives as long as this: a thread that sits in it. `None` for who is not root.
+fn another() -> Option<(Namespace, std::sync::mpsc::Sender<()>)> {
+    if !geteuid().is_root() {
+        return None;
+    }
+    let (give, given) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        give.send(Namespace::own().unwrap()).unwrap();
+        let _ = ended.recv();
+    });
+    Some((given.recv().unwrap(), end))
+}
+
+#[test]
+fn what_is_made_inside_is_there_and_nothing_else_is() {
+    let Some((namespace, _end)) = another() else { return };
+    let own = NamespaceId::own().unwrap();
+    assert_ne!(namespace.id(), own);
+    let seen = (0..8).map(|_| namespace.within(|| NamespaceId::own().unwrap()).unwrap()).collect::<HashSet<_>>();
+    assert_eq!(seen, HashSet::from([namespace.id()]));
+    assert_eq!(NamespaceId::own().unwrap(), own);
+    let port = namespace.within(|| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+    let address = port.local_addr().unwrap();
+    assert!(std::net::TcpStream::connect(address).is_err(), "it is not in this namespace");
+}
+
+#[test]
+fn a_panic_inside_is_the_callers() {
+    let Some((namespace, _end)) = another() else { return };
+    let caught = std::panic::catch_unwind(|| namespace.within(|| panic!("inside")));
+    assert_eq!(caught.unwrap_err().downcast_ref(), Some(&"inside"));
+    assert_eq!(namespace.within(|| ()).unwrap(), ());
+}
+
+#[test]
+fn what_is_no_namespace_is_not_entered() {
+    let folder = tempfile::tempdir().unwrap();
+    let own = NamespaceId::own().unwrap();
+    let file = folder.path().join("file");
+    File::create(&file).unwrap();
+    let link = folder.path().join("link");
+    symlink("/proc/self/ns/net", &link).unwrap();
+    for path in [&file, &link] {
+        assert_eq!(NamespaceId::at(path, own).unwrap(), None, "{}", path.display());
+        assert!(matches!(Namespace::open(path), Err(NamespaceError::NotMounted)), "{}", path.display());
+    }
+    assert!(NamespaceId::at(&folder.path().join("none"), own).is_err());
+    if geteuid().is_root() {
+        let mounts = Namespace::of(File::open("/proc/self/ns/mnt").unwrap()).unwrap();
+        assert!(matches!(mounts.within(|| ()), Err(NamespaceError::NotMounted)), "one of another kind");
+    }
+}
+
+#[test]
+fn another_process_reads_the_same_id() {
+    let id = NamespaceId { device: 4, inode: u64::MAX - 1 };
+    assert_eq!(NamespaceId::from_bytes(id.to_bytes()), id);
+}

@@ -1,0 +1,172 @@
+//! Pods' listeners pass from one daemon to the next over a unix socket, so that an update refuses no connection.
+//!
+//! The next daemon connects at its start, and once it could serve it asks for the listeners (`G`), or is given them when the
+//! daemon before is told to end. Each comes with its descriptor; then an end (`E`). It says when it serves (`S`); the one
+//! before stops accepting, lets this socket's path go, and says so (`D`). It keeps the listeners until it ends: if the next
+//! one is gone before that, it goes on serving. Whoever holds these listeners answers for awsvid in every pod (attack 10):
+//! the socket is root's alone, both look who the other is, and nothing that is received is used unseen.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::socket::{SockType, SockaddrStorage, getsockname, getsockopt, sockopt};
+use nix::unistd::geteuid;
+use tokio::io::Interest;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::timeout;
+
+use crate::cgroup;
+use crate::listen::{ListenError, SocketFile};
+use crate::namespace::NamespaceId;
+use crate::pods::pod::ADDRESSES;
+use crate::pods::sys;
+
+pub(super) const GIVE: u8 = b'G';
+pub(super) const SERVING: u8 = b'S';
+pub(super) const DONE: u8 = b'D';
+const LISTENER: u8 = b'L';
+const END: u8 = b'E';
+/// One of the above, the namespace, and which of the addresses.
+const RECORD: usize = 1 + NamespaceId::LENGTH + 1;
+/// For what takes milliseconds.
+pub(super) const DEADLINE: Duration = Duration::from_secs(5);
+
+/// A listener, by its namespace and address.
+pub(super) type Key = (NamespaceId, SocketAddr);
+
+/// Where the next daemon connects.
+#[derive(Debug)]
+pub(super) struct Handover {
+    listener: UnixListener,
+    _file: SocketFile,
+}
+
+impl Handover {
+    /// To be called within the runtime.
+    pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
+        let (listener, file) = SocketFile::bind(path, 0o600)?;
+        let failed = |source| ListenError::Unix { path: path.to_owned(), source };
+        Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, _file: file })
+    }
+
+    /// The next daemon, as soon as one connects.
+    pub(super) async fn accept(&self) -> io::Result<UnixStream> {
+        let (stream, _) = self.listener.accept().await?;
+        check_peer(&stream)?;
+        Ok(stream)
+    }
+}
+
+/// The daemon before, if there is one.
+pub(super) async fn connect(path: &Path) -> io::Result<UnixStream> {
+    let stream = timeout(DEADLINE, UnixStream::connect(path)).await.map_err(io::Error::other)??;
+    check_peer(&stream)?;
+    Ok(stream)
+}
+
+/// Only a daemon of the same user, and where its process can be seen, of the same place among cgroups.
+fn check_peer(stream: &UnixStream) -> io::Result<()> {
+    let denied = |what: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+    let peer = getsockopt(stream, sockopt::PeerCredentials)?;
+    if peer.uid() != geteuid().as_raw() {
+        return denied(format!("the other end is user {}", peer.uid()));
+    }
+    // 0: it lives in another pid namespace, as daemons in pods mostly do of each other.
+    if peer.pid() > 0 {
+        let place = |process: &str| {
+            let text = std::fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
+            let (_, path) = cgroup::lines(&text).find(|(controllers, _)| controllers.is_empty())?;
+            Some(two_above(path))
+        };
+        if place(&peer.pid().to_string()) != place("self") {
+            return denied(format!("the other end, process {}, is in a cgroup of another kind", peer.pid()));
+        }
+    }
+    Ok(())
+}
+
+/// Without the parts that two pods, or two units, of one kind differ in: a pod and its container, or a service. In a cgroup
+/// namespace the own path is `/`, and another's begins with as many `..` as it is away.
+fn two_above(path: &str) -> Vec<String> {
+    let mut parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+    for _ in 0..2 {
+        match parts.last() {
+            Some(&"..") | None => parts.push(".."),
+            Some(_) => drop(parts.pop()),
+        }
+    }
+    parts.into_iter().map(str::to_owned).collect()
+}
+
+/// Says one word.
+pub(super) async fn say(stream: &UnixStream, word: u8) -> io::Result<()> {
+    stream.async_io(Interest::WRITABLE, || sys::send(stream.as_fd(), &[word], None)).await
+}
+
+/// Hears one word; `None` at the end.
+pub(super) async fn hear(stream: &UnixStream) -> io::Result<Option<u8>> {
+    let mut word = [0];
+    loop {
+        stream.readable().await?;
+        match stream.try_read(&mut word) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            length => return Ok((length? > 0).then_some(word[0])),
+        }
+    }
+}
+
+/// Gives all of these.
+pub(super) async fn give(stream: &UnixStream, listeners: &[(Key, Arc<OwnedFd>)]) -> io::Result<()> {
+    for ((id, address), listener) in listeners {
+        let which = ADDRESSES.iter().position(|known| known == address).and_then(|which| u8::try_from(which).ok());
+        let which = which.ok_or_else(|| io::Error::other("no address of a pod"))?;
+        let record = record(LISTENER, *id, which);
+        stream.async_io(Interest::WRITABLE, || sys::send(stream.as_fd(), &record, Some(listener.as_fd()))).await?;
+    }
+    let end = record(END, NamespaceId::from_bytes([0; NamespaceId::LENGTH]), 0);
+    stream.async_io(Interest::WRITABLE, || sys::send(stream.as_fd(), &end, None)).await
+}
+
+fn record(kind: u8, id: NamespaceId, which: u8) -> Vec<u8> {
+    [&[kind][..], &id.to_bytes(), &[which]].concat()
+}
+
+/// Takes what is given. None of it is known to be what it is said to be: see [`is_listener`].
+pub(super) async fn take(stream: &UnixStream) -> io::Result<HashMap<Key, OwnedFd>> {
+    let mut taken = HashMap::new();
+    loop {
+        let mut record = [0; RECORD];
+        let receive = || sys::receive(stream.as_fd(), &mut record);
+        let (length, descriptor) = stream.async_io(Interest::READABLE, receive).await?;
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let [kind, id @ .., which] = record;
+        match (kind, descriptor, ADDRESSES.get(usize::from(which))) {
+            (END, None, _) if length == RECORD => return Ok(taken),
+            (LISTENER, Some(listener), Some(address)) if length == RECORD => {
+                taken.insert((NamespaceId::from_bytes(id), *address), listener);
+            }
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
+
+/// Whether this is a TCP listener on that address, in the network namespace that the calling thread is in: its cookie is
+/// that of a socket which is made here. (`SIOCGSKNS`, which leads to the namespace itself, asks for `CAP_NET_ADMIN`.)
+pub(super) fn is_listener(descriptor: &OwnedFd, address: SocketAddr) -> io::Result<bool> {
+    let here = sys::network_cookie(std::net::UdpSocket::bind(("127.0.0.1", 0))?.as_fd())?;
+    let bound: SockaddrStorage = getsockname(descriptor.as_raw_fd())?;
+    Ok(sys::network_cookie(descriptor.as_fd())? == here
+        && getsockopt(descriptor, sockopt::AcceptConn)?
+        && getsockopt(descriptor, sockopt::SockType)? == SockType::Stream
+        && bound == SockaddrStorage::from(address))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,110 @@
+use std::fs::Permissions;
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+
+fn id(number: u8) -> NamespaceId {
+    NamespaceId::from_bytes([number; NamespaceId::LENGTH])
+}
+
+fn listener() -> (Arc<OwnedFd>, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    (Arc::new(listener.into()), address)
+}
+
+#[tokio::test]
+async fn listeners_come_with_their_namespace_and_address() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let given: Vec<_> =
+        (0..250).flat_map(|number| ADDRESSES.map(|address| ((id(number), address), listener().0))).collect();
+    let (gave, taken) = tokio::join!(give(&ours, &given), take(&theirs));
+    gave.unwrap();
+    let taken = taken.unwrap();
+    assert_eq!(taken.len(), 500);
+    for (key, listener) in &given {
+        let here: SockaddrStorage = getsockname(listener.as_raw_fd()).unwrap();
+        assert_eq!(getsockname::<SockaddrStorage>(taken[key].as_raw_fd()).unwrap(), here, "{key:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_record_ends_the_taking() {
+    let end = record(END, id(0), 0);
+    let with_one = record(LISTENER, id(1), 0);
+    let (descriptor, _) = listener();
+    let cases: [(&[u8], bool, io::ErrorKind); 6] = [
+        (&[], false, io::ErrorKind::UnexpectedEof),
+        (&with_one, false, io::ErrorKind::InvalidData),
+        (&end, true, io::ErrorKind::InvalidData),
+        (&with_one[..9], true, io::ErrorKind::InvalidData),
+        (&record(LISTENER, id(1), 2), true, io::ErrorKind::InvalidData),
+        (&record(b'X', id(1), 0), false, io::ErrorKind::InvalidData),
+    ];
+    for (bytes, has_descriptor, kind) in cases {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        if !bytes.is_empty() {
+            sys::send(ours.as_fd(), bytes, has_descriptor.then(|| descriptor.as_fd())).unwrap();
+        }
+        drop(ours);
+        assert_eq!(take(&theirs).await.unwrap_err().kind(), kind, "{bytes:?}");
+    }
+}
+
+#[test]
+fn only_a_listener_on_the_address_in_this_namespace_is_one() {
+    let (good, address) = listener();
+    let is = |descriptor: OwnedFd, address| is_listener(&descriptor, address).unwrap_or(false);
+    let another = |descriptor: &Arc<OwnedFd>| descriptor.try_clone().unwrap();
+    assert!(is(another(&good), address));
+    assert!(!is(another(&good), ADDRESSES[0]), "another address");
+    let connected = TcpStream::connect(address).unwrap();
+    let local = connected.local_addr().unwrap();
+    assert!(!is(connected.into(), local), "it does not accept");
+    let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let local = datagrams.local_addr().unwrap();
+    assert!(!is(datagrams.into(), local), "no stream");
+    assert!(!is(std::fs::File::open("/dev/null").unwrap().into(), address), "no socket");
+    if geteuid().is_root() {
+        let elsewhere = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            TcpListener::bind(address).unwrap()
+        });
+        assert!(!is(elsewhere.join().unwrap().into(), address), "in another network namespace");
+    }
+}
+
+#[test]
+fn two_pods_of_one_kind_are_in_the_same_place() {
+    let table = [
+        ("/kubepods/besteffort/poda/x", "/kubepods/besteffort/podb/y", true),
+        ("/kubepods/besteffort/poda/x", "/kubepods/burstable/podb/y", false),
+        ("/kubepods/besteffort/poda/x", "/user.slice/user-1000.slice/x", false),
+        ("/kubepods.slice/kubepods-poda.slice/cri-x.scope", "/kubepods.slice/kubepods-podb.slice/cri-y.scope", true),
+        ("/system.slice/awsvid.service", "/system.slice/awsvid-next.service", true),
+        // As they look from within the first one's cgroup namespace.
+        ("/", "/../../podb/y", true),
+        ("/", "/../../../burstable/podb/y", false),
+        ("/", "/../../../../system.slice/x.service", false),
+    ];
+    for (own, other, same) in table {
+        assert_eq!(two_above(own) == two_above(other), same, "{own} {other}");
+    }
+}
+
+#[tokio::test]
+async fn the_socket_is_its_owners_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let path = folder.path().join("handover.sock");
+    let handover = Handover::bind(&path).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let (next, before) = tokio::join!(handover.accept(), connect(&path));
+    say(&before.unwrap(), GIVE).await.unwrap();
+    let next = next.unwrap();
+    assert_eq!((hear(&next).await.unwrap(), hear(&next).await.unwrap()), (Some(GIVE), None));
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    drop(handover);
+    assert!(matches!(Handover::bind(&path), Err(ListenError::UnsafeDirectory { .. })));
+}

@@ -1,0 +1,222 @@
+//! One pod's network namespace: what was made inside, and how all of it ends.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::attest::{PodAttestor, SockDiag};
+use crate::http::Front;
+use crate::listen::{self, Bound, Inside, Limits, ListenError, NamespacePlace};
+use crate::namespace::{NamespaceError, NamespaceId};
+use crate::pods::handover::{self, Key};
+
+/// Where every SDK is told to ask, in every pod.
+pub(super) const ADDRESSES: [SocketAddr; 2] = [
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), PORT),
+    SocketAddr::new(std::net::IpAddr::V6(Ipv6Addr::LOCALHOST), PORT),
+];
+/// Below 1024, so that a pod's unprivileged users can't have it where the kernel's default holds.
+const PORT: u16 = 974;
+
+/// What serves every pod.
+#[derive(Debug)]
+pub(super) struct Service {
+    pub(super) front: Arc<Front>,
+    pub(super) limits: Limits,
+    /// Ends all accept loops.
+    pub(super) stop: watch::Receiver<bool>,
+    /// All loops and connections.
+    pub(super) tasks: TaskTracker,
+}
+
+/// A namespace that is listened in.
+#[derive(Debug)]
+pub(super) struct Pod {
+    pub(super) place: Arc<NamespacePlace>,
+    attestor: Arc<PodAttestor>,
+    listeners: Vec<Arc<Inside>>,
+    /// Addresses that could not be had yet.
+    pub(super) missing: Vec<SocketAddr>,
+    /// Whether it was told whose pod it is where that happens.
+    named: bool,
+    /// Accept loops.
+    accepting: CancellationToken,
+    /// The namespace is: nothing that was made there stays open.
+    gone: CancellationToken,
+}
+
+/// What could be made inside.
+pub(super) struct Made {
+    diag: io::Result<SockDiag>,
+    listeners: Vec<Bind>,
+}
+
+/// An address, and how binding it went.
+pub(super) type Bind = (SocketAddr, io::Result<Inside>);
+
+/// Listeners of one namespace that another daemon says it had.
+pub(super) type Given = Vec<(SocketAddr, OwnedFd)>;
+
+/// Listens on these addresses, in the namespace of this place.
+pub(super) fn bind(place: &Arc<NamespacePlace>, addresses: &[SocketAddr]) -> Result<Vec<Bind>, NamespaceError> {
+    place.within(|| addresses.iter().map(|address| (*address, Inside::bind(place.clone(), *address))).collect())
+}
+
+impl Made {
+    /// Makes everything that a pod needs, but for the listeners that another daemon has given. It keeps the namespace alive
+    /// until it is dropped.
+    pub(super) fn inside(place: &Arc<NamespacePlace>, given: Given) -> Result<Self, NamespaceError> {
+        let mut given: HashMap<_, _> = given.into_iter().collect();
+        let mut listener = |address: SocketAddr| match given
+            .remove(&address)
+            .filter(|given| handover::is_listener(given, address).unwrap_or(false))
+        {
+            Some(listener) => Ok(Inside::with(place.clone(), address, listener)),
+            None => Inside::bind(place.clone(), address),
+        };
+        place.within(|| Self {
+            diag: SockDiag::open(),
+            listeners: ADDRESSES.iter().map(|address| (*address, listener(*address))).collect(),
+        })
+    }
+}
+
+/// Why an address of a pod can't be had.
+#[derive(Debug)]
+pub(super) enum Unbound {
+    /// A process of the pod has it.
+    Taken,
+    /// `CAP_NET_BIND_SERVICE` is missing.
+    Denied,
+    /// Something else.
+    Failed(io::Error),
+}
+
+impl Pod {
+    /// Serves what was made in this place. `None` where the kernel doesn't tell TCP callers apart.
+    pub(super) fn serve(
+        place: Arc<NamespacePlace>,
+        made: Made,
+        service: &Service,
+    ) -> io::Result<Option<(Self, Vec<Unbound>)>> {
+        let Some(attestor) = service.front.attestor.in_pod(made.diag?) else { return Ok(None) };
+        let (attestor, gone) = (Arc::new(attestor), CancellationToken::new());
+        let accepting = gone.child_token();
+        let mut pod =
+            Self { place, attestor, listeners: Vec::new(), missing: Vec::new(), named: false, accepting, gone };
+        let unbound = pod.add(made.listeners, service);
+        Ok(Some((pod, unbound)))
+    }
+
+    /// Serves on these, too; says which could not be had, and remembers those for another try.
+    pub(super) fn add(&mut self, listeners: Vec<Bind>, service: &Service) -> Vec<Unbound> {
+        let mut unbound = Vec::new();
+        for (address, bound) in listeners {
+            self.missing.retain(|missing| *missing != address);
+            let served = match bound {
+                Ok(inside) => self.listen(Arc::new(inside), service),
+                Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+                    // The machine has no IPv6.
+                    continue;
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = served {
+                self.missing.push(address);
+                unbound.push(match error.raw_os_error().map(Errno::from_raw) {
+                    Some(Errno::EADDRINUSE) => Unbound::Taken,
+                    Some(Errno::EACCES) => Unbound::Denied,
+                    _ => Unbound::Failed(error),
+                });
+            }
+        }
+        unbound
+    }
+
+    fn listen(&mut self, inside: Arc<Inside>, service: &Service) -> io::Result<()> {
+        let bound = Bound::pod(inside.clone()).map_err(|error| match error {
+            ListenError::Pod { source, .. } => source,
+            other => io::Error::other(other),
+        })?;
+        let (front, attestor, tasks) = (service.front.clone(), self.attestor.clone(), service.tasks.clone());
+        let gone = self.gone.clone();
+        let connection = move |stream, arrival| {
+            let served = front.clone().connection(stream, arrival, Some(attestor.clone()));
+            let gone = gone.clone();
+            tasks.track_future(async move {
+                gone.run_until_cancelled_owned(served).await;
+            })
+        };
+        let accepting = listen::serve(bound, service.limits.clone(), service.stop.clone(), connection);
+        service.tasks.spawn(self.accepting.clone().run_until_cancelled_owned(accepting));
+        self.listeners.push(inside);
+        Ok(())
+    }
+
+    /// All that accepts there.
+    pub(super) fn listening(&self) -> impl Iterator<Item = (Key, Arc<OwnedFd>)> {
+        self.listeners.iter().map(|inside| ((self.id(), inside.address()), inside.listener()))
+    }
+
+    /// Stops accepting, and keeps those listeners that are among `kept`, which are another daemon's, too. Connections go on.
+    pub(super) fn pause(&mut self, kept: &[(Key, Arc<OwnedFd>)]) {
+        self.accepting.cancel();
+        let is_kept = |inside: &Arc<Inside>| kept.iter().any(|(_, listener)| Arc::ptr_eq(listener, &inside.listener()));
+        let (listeners, dropped) = self.listeners.drain(..).partition::<Vec<_>, _>(is_kept);
+        self.missing.extend(dropped.into_iter().map(|inside| inside.address()));
+        self.listeners = listeners;
+    }
+
+    /// Accepts again after a pause; what could not be kept is missing.
+    pub(super) fn resume(&mut self, service: &Service) {
+        self.accepting = self.gone.child_token();
+        for inside in std::mem::take(&mut self.listeners) {
+            let address = inside.address();
+            if let Err(error) = self.listen(inside, service) {
+                tracing::warn!(%error, namespace = %self.path().display(), "a listener cannot be served again yet");
+                self.missing.push(address);
+            }
+        }
+    }
+
+    /// Leaves listeners to whoever has them, too. Connections go on.
+    pub(super) fn release(&mut self) {
+        self.listeners.clear();
+    }
+
+    /// Whose pod it is, if an address is missing there, once that is known; only once.
+    pub(super) fn name_of_missing(&mut self) -> Option<String> {
+        if self.missing.is_empty() || self.named {
+            return None;
+        }
+        let owner = self.attestor.owner()?.to_string();
+        self.named = true;
+        Some(owner)
+    }
+
+    /// Which namespace it is.
+    pub(super) fn id(&self) -> NamespaceId {
+        self.place.id()
+    }
+
+    /// For the log.
+    pub(super) fn path(&self) -> PathBuf {
+        self.place.path()
+    }
+}
+
+impl Drop for Pod {
+    /// Closes everything that was made inside: each of these would keep the network of a dead pod.
+    fn drop(&mut self) {
+        self.gone.cancel();
+        self.attestor.close();
+    }
+}

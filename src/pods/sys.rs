@@ -1,0 +1,56 @@
+//! What has no safe wrapper here.
+#![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Linux 5.14.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// A descriptor that wakes whoever waits for this.
+pub(super) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: it owns the descriptor, and gives no other than that.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
+
+/// Sends these few bytes, with a descriptor if there is one.
+pub(super) fn send(stream: BorrowedFd<'_>, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let descriptors = descriptor.map(|fd| [fd.as_raw_fd()]);
+    let rights = descriptors.as_ref().map(|fds| ControlMessage::ScmRights(fds));
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    let sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(bytes)], rights.as_slice(), flags, None)?;
+    // A unix stream takes so few at once, or none.
+    if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Receives as many bytes as there is room for, and the descriptor that comes with them.
+pub(super) fn receive(stream: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    let mut space = nix::cmsg_space!(RawFd);
+    let mut slices = [IoSliceMut::new(room)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+    let message = recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
+    let mut received = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            // SAFETY: the kernel has just made these descriptors for this process, and nobody else knows them.
+            received.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok((message.bytes, received.pop()))
+}
+
+/// `SO_NETNS_COOKIE` of `socket(7)`: the number of a socket's network namespace, which no other has until the next boot.
+pub(super) fn network_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie: u64 = 0;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
+    // SAFETY: `cookie` is a place of `length` bytes for the kernel to write to.
+    let status = unsafe {
+        let place = (&raw mut cookie).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, place, &raw mut length)
+    };
+    if status < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}

@@ -1,0 +1,265 @@
+//! A real Kubernetes node, alone in its cluster, in namespaces of its own on this computer's kernel: etcd, API server, controller
+//! manager, scheduler, kubelet, containerd, runc, CNI. It is ready after some fifteen seconds.
+//!
+//! Its files, network, processes and cgroups are its own, so that several may run at a time, and all ends with the value, or
+//! with the test process however that ends.
+
+mod certificates;
+mod configuration;
+mod hierarchies;
+mod images;
+mod pods;
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::counterparts::process::{Output, Process, run};
+use super::counterparts::{root, skip, tool};
+use super::forward::{Forward, Network};
+use super::tls::TlsFront;
+pub(crate) use configuration::{ADDRESS, Families, NAME};
+use hierarchies::Hierarchies;
+pub(crate) use images::{Image, root_of};
+
+/// How long anything may take that takes seconds on a machine that is not busy.
+const PATIENCE: Duration = Duration::from_secs(120);
+const NAMESPACES: [&str; 7] = ["--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork"];
+const PROGRAMS: [&str; 13] = [
+    "kubectl",
+    "ctr",
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "containerd",
+    "containerd-shim-runc-v2",
+    "runc",
+    "ptp",
+    "host-local",
+    "pod-files",
+];
+/// The image that most pods run.
+pub(crate) const BUSYBOX: &str = "docker.io/library/busybox:test";
+
+/// A running node.
+pub(crate) struct Node {
+    init: Pid,
+    folder: PathBuf,
+    /// Where the programs are.
+    bin: PathBuf,
+    // Dropped in this order: nobody's log fills with complaints about those gone before, and a cgroup can be removed when
+    // nobody is in it.
+    processes: Vec<Process>,
+    _machine: Process,
+    _hierarchies: Hierarchies,
+}
+
+impl Node {
+    /// Starts one with its files below `folder`. `None` after a printed skip if a program is missing or this computer does not
+    /// let the test make namespaces; in CI that is a panic.
+    pub(crate) fn start(folder: &Path) -> Option<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        if !root() {
+            return None;
+        }
+        for program in PROGRAMS {
+            tool(program)?;
+        }
+        let bin = tool("kubelet")?.parent().expect("a directory").to_owned();
+        let probe = run(outside("unshare", NAMESPACES.iter().copied().chain(["true"])), b"", PATIENCE);
+        if !probe.status.success() {
+            skip(&format!("no namespaces can be made here: {}", probe.stderr));
+            return None;
+        }
+        let hierarchies = match Hierarchies::create(NEXT.fetch_add(1, Ordering::Relaxed)) {
+            Ok(hierarchies) => hierarchies,
+            Err(error) => {
+                skip(&format!("no cgroups can be made here: {error}"));
+                return None;
+            }
+        };
+        let folder = folder.join("kubernetes");
+        let mut node = Self::boot(folder, bin, hierarchies);
+        node.start_programs();
+        Some(node)
+    }
+
+    /// Makes the namespaces, with nothing in them yet.
+    fn boot(folder: PathBuf, bin: PathBuf, hierarchies: Hierarchies) -> Self {
+        let home = folder.join("node");
+        fs::create_dir_all(home.join("files")).expect("a directory for the node");
+        configuration::write(&home.join("files"), &bin);
+        fs::write(home.join("cgroups"), hierarchies.mounts()).expect("a file");
+        // The programs are links to folders beside theirs.
+        let cache = bin.parent().expect("a directory").display().to_string();
+        fs::write(home.join("mounts"), format!("{cache} {cache}\n")).expect("a file");
+        // The shell puts itself into the cgroups before it makes a cgroup namespace, whose roots those then are. Nobody is left
+        // behind to end the node: pid 1 is killed with `unshare`, and the rest with pid 1.
+        let enter = r#"while [ "$1" != -- ]; do echo $$ >"$1"; shift; done; shift; exec unshare --kill-child "$@""#;
+        let mut command = outside("sh", ["-ec", enter, "enter"]);
+        command.args(hierarchies.procs()).arg("--").args(NAMESPACES);
+        command.args(["sh", "-c", include_str!("kubernetes/boot.sh"), "boot"]).arg(&home);
+        command.args([configuration::ADDRESS, configuration::ADDRESS6, configuration::SERVICE]);
+        let machine = Process::start("the node", command, &folder.join("node.log"));
+        let init = machine.await_some("the node's pid 1", PATIENCE, || {
+            fs::read_to_string(home.join("init.pid")).ok()?.trim().parse().ok()
+        });
+        let node = Self {
+            init: Pid::from_raw(init),
+            folder,
+            bin,
+            processes: Vec::new(),
+            _machine: machine,
+            _hierarchies: hierarchies,
+        };
+        node._machine.await_some("the node has booted", PATIENCE, || node.path("/run/booted").exists().then_some(()));
+        node
+    }
+
+    fn start_programs(&mut self) {
+        self.start_program("containerd", &[]);
+        self.start_program("etcd", &configuration::etcd());
+        self.start_program("kube-apiserver", &configuration::apiserver());
+        let busybox = self.bin.join("pod-files/busybox");
+        self.await_program("containerd", "containerd", || {
+            self.command(&["ctr", "version"]).output().ok()?.status.success().then_some(())
+        });
+        self.import(&Image { name: BUSYBOX, layers: &[&busybox], entrypoint: &[] });
+        let pause = ["/bin/busybox", "sleep", "2147483647"];
+        self.import(&Image { name: configuration::PAUSE, layers: &[&busybox], entrypoint: &pause });
+        self.await_program("kube-apiserver", "the API server is ready", || {
+            self.kubectl(&["get", "--raw", "/readyz"]).status.success().then_some(())
+        });
+        self.start_program("kube-controller-manager", &configuration::controller_manager());
+        self.start_program("kube-scheduler", &configuration::scheduler());
+        self.start_program("kubelet", &configuration::kubelet());
+        self.await_program("kubelet", "the node is ready", || {
+            let node = self.kubectl(&["get", "node", NAME, "--output", "json"]);
+            let node: Value = serde_json::from_str(&node.stdout).ok()?;
+            let conditions = node["status"]["conditions"].as_array()?;
+            conditions.iter().any(|one| one["type"] == "Ready" && one["status"] == "True").then_some(())
+        });
+        self.await_program("kube-controller-manager", "a service account", || {
+            self.kubectl(&["get", "serviceaccount", "default"]).status.success().then_some(())
+        });
+    }
+
+    fn start_program(&mut self, name: &str, arguments: &[String]) {
+        let program = self.bin.join(name);
+        let mut command = self.command(&[program.to_str().expect("a path in UTF-8")]);
+        command.args(arguments);
+        self.processes.push(Process::start(name, command, &self.folder.join(format!("{name}.log"))));
+    }
+
+    fn await_program<T>(&self, name: &str, what: &str, ready: impl FnMut() -> Option<T>) -> T {
+        let number = PROGRAMS_STARTED.iter().position(|program| *program == name).expect("a program of the node");
+        self.processes[number].await_some(what, PATIENCE, ready)
+    }
+
+    /// Where the programs of the counterparts are.
+    pub(crate) fn bin(&self) -> &Path {
+        &self.bin
+    }
+
+    /// A command that runs on the node as root, outside of every pod.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let init = self.init.to_string();
+        let namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"];
+        let mut command = outside("nsenter", ["--target", &init].into_iter().chain(namespaces));
+        command.env("PATH", format!("{}:/usr/sbin:/usr/bin", self.bin.display())).args(arguments);
+        command
+    }
+
+    /// Runs such a command to its end.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        run(self.command(arguments), b"", PATIENCE)
+    }
+
+    /// Offers, at this port of the node, what listens on a loopback address of this computer. Pods reach it there too.
+    pub(crate) fn offer(&self, port: u16, to: SocketAddr) -> Forward {
+        let address = SocketAddr::new(ADDRESS.parse().expect("an address"), port);
+        Forward::start(Network::Of(self.init), address, Network::Own, to)
+    }
+
+    /// The same with TLS.
+    pub(crate) fn offer_with_tls(&self, port: u16, to: SocketAddr) -> TlsFront {
+        let address = SocketAddr::new(ADDRESS.parse().expect("an address"), port);
+        TlsFront::start(Network::Of(self.init), address, to)
+    }
+
+    /// A kubeconfig of the cluster's administrator for programs that run beside the node, and what must live as long as those.
+    pub(crate) fn kubeconfig_outside(&self) -> (PathBuf, Forward) {
+        let (own, api) = ((Ipv4Addr::LOCALHOST, 0).into(), (Ipv4Addr::LOCALHOST, 443).into());
+        let forward = Forward::start(Network::Own, own, Network::Of(self.init), api);
+        let certificates = self.folder.join("node/files/etc/kubernetes");
+        let text = configuration::kubeconfig(&certificates, "admin", &forward.address().to_string());
+        let file = self.folder.join("outside.conf");
+        fs::write(&file, text).expect("a file");
+        (file, forward)
+    }
+
+    /// A path of the node as this process sees it.
+    pub(crate) fn path(&self, inside: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{inside}", self.init))
+    }
+
+    /// Runs kubectl as the cluster's administrator. It sees the files of this computer.
+    pub(crate) fn kubectl(&self, arguments: &[&str]) -> Output {
+        self.kubectl_with(arguments, "")
+    }
+
+    /// The same with standard input.
+    pub(crate) fn kubectl_with(&self, arguments: &[&str], input: &str) -> Output {
+        let init = self.init.to_string();
+        let mut command = outside("nsenter", ["--target", &init, "--net", "--"]);
+        command.arg(self.bin.join("kubectl")).args(arguments);
+        command.env("KUBECONFIG", self.folder.join("node/files").join(configuration::ADMIN)).env("HOME", &self.folder);
+        run(command, input.as_bytes(), PATIENCE)
+    }
+
+    /// What `kubectl get` has, as JSON. Panics if it is not there.
+    pub(crate) fn get(&self, arguments: &[&str]) -> Value {
+        let got = self.kubectl(&[&["get", "--output", "json"], arguments].concat());
+        serde_json::from_str(&got.success(&format!("kubectl get {}", arguments.join(" ")))).expect("JSON")
+    }
+
+    /// Applies a manifest.
+    pub(crate) fn apply(&self, manifest: &Value) {
+        self.kubectl_with(&["apply", "--filename", "-"], &manifest.to_string()).success("kubectl apply");
+    }
+
+    /// Makes an image known to the container runtime.
+    pub(crate) fn import(&self, image: &Image<'_>) {
+        let directory = tempfile::tempdir_in(&self.folder).expect("a directory for an image");
+        let archive = fs::File::open(image.archive(directory.path())).expect("the image's archive");
+        let arguments = ["ctr", "--namespace", "k8s.io", "images", "import", "--local", "-"];
+        let mut command = self.command(&arguments);
+        let output = command.stdin(archive).output().expect("ctr");
+        assert!(output.status.success(), "import of {}: {output:?}", image.name);
+    }
+
+    /// The address families of pods from now on.
+    pub(crate) fn use_families(&self, families: Families) {
+        configuration::write_network(&self.path("/"), families);
+    }
+}
+
+/// In the order in which they are started.
+const PROGRAMS_STARTED: [&str; 6] =
+    ["containerd", "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet"];
+
+/// A command on this computer with nothing in its environment.
+fn outside<'a>(program: &str, arguments: impl IntoIterator<Item = &'a str>) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    command.env("LC_ALL", "C.UTF-8").args(arguments);
+    command
+}

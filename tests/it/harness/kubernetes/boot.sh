@@ -1,0 +1,81 @@
+# Pid 1 of the namespaces of its own that a Node lives in: makes its file system and its network, then only reaps.
+#
+#   $1  a directory for it: `files` in it is copied to the node's root, `cgroups` has what to mount below /sys/fs/cgroup (file
+#       system, options, directory), each line of `mounts` is a directory outside and where it is mounted inside, `init.pid`
+#       gets this process's id
+#   $2  the node's IPv4 address, $3 its IPv6 address, $4 the address of the API server's service
+#
+# All is there when /run/booted is.
+#
+# Nothing of it is visible outside of its namespaces, and all of it is gone when this process is.
+set -eu
+
+# /proc is still the outer one, so this is the id outside.
+read -r pid rest </proc/self/stat
+echo "$pid" >"$1/init.pid"
+
+root=$1/root
+mkdir "$root"
+mount -t tmpfs -o mode=0755 node "$root"
+cd "$root"
+mkdir -m 0755 dev etc home overlay overlay/upper overlay/work proc root run sys tmp usr var var/log var/lib
+ln -s usr/bin usr/sbin usr/lib usr/lib64 .
+ln -s /run var/run
+
+# The programs of this computer, under a layer that takes what is written; of its configuration only what those need.
+mount -t overlay node -o "lowerdir=/usr,upperdir=$root/overlay/upper,workdir=$root/overlay/work" usr
+for name in alternatives ld.so.cache ld.so.conf ld.so.conf.d ssl/certs; do
+    [ ! -e "/etc/$name" ] || cp -a --parents "/etc/$name" .
+done
+cp -a "$1/files/." .
+
+mount -t proc -o nosuid,nodev,noexec proc proc
+mount -t tmpfs -o mode=0755,nosuid,nodev run run
+# The kubelet insists on some values of the whole computer. It finds them in files that it may have.
+mkdir run/sysctl
+for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
+    kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
+    file=run/sysctl/${setting%=*}
+    mkdir -p "${file%/*}"
+    echo "${setting#*=}" >"$file"
+    mount --bind "$file" "proc/sys/${setting%=*}"
+done
+mount -t sysfs -o nosuid,nodev,noexec sysfs sys
+# Each hierarchy begins at this process's own cgroup, which is the root of its cgroup namespace.
+while read -r type options directory; do
+    mkdir -p "sys/fs/cgroup/$directory"
+    mount -t "$type" -o "$options" "$type" "sys/fs/cgroup/$directory"
+done <"$1/cgroups"
+mount -t tmpfs -o mode=0755,nosuid dev dev
+mkdir dev/pts dev/shm
+for name in null zero full random urandom tty kmsg; do
+    : >"dev/$name"
+    mount --bind "/dev/$name" "dev/$name"
+done
+mount -t devpts -o newinstance,ptmxmode=0666,nosuid,noexec devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+mount -t tmpfs -o mode=1777,nosuid,nodev shm dev/shm
+while read -r outside inside; do
+    mkdir -p ".$inside"
+    mount --bind "$outside" ".$inside"
+done <"$1/mounts"
+
+echo node >/proc/sys/kernel/hostname
+ip link set lo up
+# The node's addresses, and that of the API server's service: with it on the node, pods need no kube-proxy to get there.
+ip addr add "$2/32" dev lo
+ip addr add "$3/128" dev lo nodad
+ip addr add "$4/32" dev lo
+for name in ipv4/ip_forward ipv6/conf/all/forwarding; do
+    echo 1 >"/proc/sys/net/$name"
+done
+
+mkdir outside
+pivot_root . outside
+mount --make-rprivate /outside
+umount -l /outside
+rmdir /outside
+# As on every node: containers with mountPropagation need it.
+mount --make-rshared /
+: >/run/booted
+exec env -i PATH=/usr/sbin:/usr/bin bash -c 'trap : CHLD; while :; do sleep 86400 & wait $!; done'

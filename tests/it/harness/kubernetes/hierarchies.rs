@@ -1,0 +1,147 @@
+//! A cgroup of a node's own in every cgroup hierarchy of this computer, be they v1, v2 or both.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::super::counterparts::process::await_some;
+
+/// The processes were killed, but may be ending still.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Where they are mounted.
+const DIRECTORY: &str = "/sys/fs/cgroup";
+/// Begins the names; the test process's id and the node's number follow.
+const PREFIX: &str = "awsvid-test-node-";
+
+/// The same cgroup in all hierarchies. They are removed with all below them, when nobody is in them any more.
+pub(super) struct Hierarchies {
+    cgroups: Vec<PathBuf>,
+    mounts: String,
+}
+
+impl Hierarchies {
+    /// Makes them.
+    pub(super) fn create(number: u32) -> io::Result<Self> {
+        let all = Mount::all();
+        // Several are mounted side by side in a directory of their own.
+        let beside = all.iter().all(|mount| mount.point != Path::new(DIRECTORY));
+        let mounts = if beside { "tmpfs mode=0755,nosuid,nodev .\n" } else { "" };
+        let mut made = Self { cgroups: Vec::new(), mounts: mounts.to_owned() };
+        for mount in all {
+            let parent = mount.own_cgroup();
+            remove_abandoned(&parent);
+            let cgroup = parent.join(format!("{PREFIX}{}-{number}", std::process::id()));
+            fs::create_dir(&cgroup)?;
+            made.cgroups.push(cgroup.clone());
+            made.mounts.push_str(&mount.line());
+            // A new cgroup of v1's cpuset takes no process before it is told what those may use.
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                if mount.kind == "cgroup" && cgroup.join(file).exists() {
+                    fs::write(cgroup.join(file), fs::read(parent.join(file))?)?;
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    /// The file that a process writes to in order to move there, of each.
+    pub(super) fn procs(&self) -> impl Iterator<Item = PathBuf> {
+        self.cgroups.iter().map(|cgroup| cgroup.join("cgroup.procs"))
+    }
+
+    /// What `boot.sh` mounts, so that these are the roots.
+    pub(super) fn mounts(&self) -> &str {
+        &self.mounts
+    }
+}
+
+impl Drop for Hierarchies {
+    fn drop(&mut self) {
+        for cgroup in &self.cgroups {
+            let removed = std::panic::catch_unwind(|| {
+                await_some("the node's cgroup is empty", PATIENCE, || remove_tree(cgroup).ok());
+            });
+            if removed.is_err() {
+                eprintln!("{} is left behind", cgroup.display());
+            }
+        }
+    }
+}
+
+/// A cgroup file system that is mounted on this computer.
+struct Mount {
+    point: PathBuf,
+    /// Below which directory of the hierarchy it begins.
+    root: String,
+    kind: String,
+    options: String,
+}
+
+impl Mount {
+    fn all() -> Vec<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("/proc");
+        let parse = |line: &str| {
+            let (mount, source) = line.split_once(" - ")?;
+            let (mount, source): (Vec<_>, Vec<_>) = (mount.split(' ').collect(), source.split(' ').collect());
+            let options = source.get(2)?.split(',').filter(|option| *option != "rw").collect::<Vec<_>>().join(",");
+            source[0].starts_with("cgroup").then(|| Self {
+                point: mount[4].into(),
+                root: mount[3].to_owned(),
+                kind: source[0].to_owned(),
+                options,
+            })
+        };
+        let mut found: Vec<Self> = mounts.lines().filter_map(parse).collect();
+        // A hierarchy that is mounted twice is one.
+        found.dedup_by(|a, b| (&a.kind, &a.options) == (&b.kind, &b.options));
+        found
+    }
+
+    /// v1: the one that this process is in, with the limits that it has. v2: the root, which alone may have both processes
+    /// and cgroups with controllers.
+    fn own_cgroup(&self) -> PathBuf {
+        let own = fs::read_to_string("/proc/self/cgroup").expect("/proc");
+        let path = own.lines().find_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (fields.next()?, fields.next()?);
+            let same = |option: &str| controllers.split(',').any(|controller| controller == option);
+            (self.kind == "cgroup" && self.options.split(',').any(same)).then(|| path.to_owned())
+        });
+        let path = path.unwrap_or_else(|| self.root.clone());
+        let below = path.strip_prefix(self.root.trim_end_matches('/')).unwrap_or_default();
+        self.point.join(below.trim_start_matches('/'))
+    }
+
+    fn line(&self) -> String {
+        let directory = self.point.strip_prefix(DIRECTORY).unwrap_or(Path::new("")).display().to_string();
+        let options = match &*self.options {
+            "" => "rw".to_owned(),
+            options => options.replace("name=", "none,name="),
+        };
+        format!("{} {options} {}\n", self.kind, if directory.is_empty() { "." } else { &directory })
+    }
+}
+
+/// Removes what test processes left that were killed. Their nodes were killed with them.
+fn remove_abandoned(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().filter_map(Result::ok) {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-'));
+        if owner.is_some_and(|(pid, _)| !Path::new("/proc").join(pid).exists()) {
+            // One that is not empty after all is left alone.
+            let _ = remove_tree(&entry.path());
+        }
+    }
+}
+
+/// Removes a cgroup and those below it, none of which has a process.
+fn remove_tree(cgroup: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(cgroup)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    fs::remove_dir(cgroup)
+}

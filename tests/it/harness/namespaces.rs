@@ -1,0 +1,202 @@
+//! Network namespaces, mounted on files as a container runtime does it, in a mount namespace that ends with the test.
+
+use std::fs;
+use std::io::{self, Read};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+
+use super::actor;
+use super::cgroup::Cgroup;
+use super::counterparts::process::{Owned, behind, run, spawn};
+
+/// A node's mounts, and the directory of its pods' network namespaces.
+pub(crate) struct Node {
+    anchor: Owned,
+    directory: PathBuf,
+}
+
+/// Says what mounts and network a process has that is started behind them.
+const NSENTER: &str = "nsenter";
+
+impl Node {
+    /// With its directory below `folder`.
+    pub(crate) fn start(folder: &Path) -> Self {
+        let mut command = behind(&["unshare", "--mount", "--propagation", "private"], Path::new("sh"));
+        command.args(["-c", "echo; exec sleep infinity"]).stdout(Stdio::piped());
+        let mut anchor = spawn(command).expect("unshare");
+        // It is in its own mount namespace once it has said something.
+        anchor.stdout().expect("a pipe").read_exact(&mut [0]).expect("the anchor's word");
+        let directory = folder.join("netns");
+        fs::create_dir(&directory).expect("the directory");
+        Self { anchor, directory }
+    }
+
+    /// Where the files are.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// What `[listen]` says of it.
+    pub(crate) fn listen(&self) -> String {
+        format!("pods = true\npods_dir = {:?}\nhandover = \"\"\n", self.directory)
+    }
+
+    /// The file of this name.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    fn mounts(&self) -> String {
+        format!("--mount=/proc/{}/ns/mnt", self.anchor.id())
+    }
+
+    /// Words behind which a command sees the node's mounts.
+    pub(crate) fn enter(&self) -> Vec<String> {
+        vec![NSENTER.to_owned(), self.mounts(), "--".to_owned()]
+    }
+
+    /// Runs on a thread with the node's mounts.
+    pub(crate) fn within<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
+        let mounts = fs::File::open(format!("/proc/{}/ns/mnt", self.anchor.id())).expect("the node's mounts");
+        thread::scope(|scope| {
+            let inside = || {
+                unshare(CloneFlags::CLONE_FS).expect("a working directory of the thread's own");
+                setns(mounts.as_fd(), CloneFlags::CLONE_NEWNS).expect("into the node's mounts");
+                act()
+            };
+            scope.spawn(inside).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// A new network namespace on the file of this name, with a loopback device as a CNI plugin leaves it.
+    pub(crate) fn add(&self, name: &str) {
+        self.add_with(name, |_| {});
+    }
+
+    /// The same; `set_up` runs in the namespace before it is mounted.
+    pub(crate) fn add_with(&self, name: &str, set_up: impl FnOnce(&Path) + Send) {
+        self.make(name, set_up, || {});
+    }
+
+    /// The same; `act` runs in it as soon as it is mounted.
+    pub(crate) fn add_and<T: Send>(&self, name: &str, act: impl FnOnce() -> T + Send) -> T {
+        self.make(name, |_| {}, act)
+    }
+
+    fn make<T: Send>(&self, name: &str, set_up: impl FnOnce(&Path) + Send, act: impl FnOnce() -> T + Send) -> T {
+        let path = self.path(name);
+        self.within(move || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
+            set_up(&path);
+            ip(&["link", "set", "lo", "up"]);
+            // First the file, then the mount, as runtimes do it.
+            fs::File::create_new(&path).expect("the file");
+            bind(Path::new("/proc/thread-self/ns/net"), &path);
+            act()
+        })
+    }
+
+    /// The namespace of this file on another one, too.
+    pub(crate) fn add_again(&self, name: &str, again: &str) {
+        let (from, to) = (self.path(name), self.path(again));
+        self.within(move || {
+            fs::File::create_new(&to).expect("the file");
+            bind(&from, &to);
+        });
+    }
+
+    /// The test's own network namespace on a file of this name.
+    pub(crate) fn add_own(&self, name: &str) {
+        let path = self.path(name);
+        self.within(move || {
+            fs::File::create_new(&path).expect("the file");
+            bind(Path::new("/proc/self/ns/net"), &path);
+        });
+    }
+
+    /// As a runtime does it once the pod's processes are dead.
+    pub(crate) fn remove(&self, name: &str) {
+        let path = self.path(name);
+        self.within(move || {
+            umount2(&path, MntFlags::MNT_DETACH).expect("umount");
+            fs::remove_file(&path).expect("remove the file");
+        });
+    }
+
+    /// Only unmounts it.
+    pub(crate) fn unmount(&self, name: &str) {
+        let path = self.path(name);
+        self.within(move || umount2(&path, MntFlags::MNT_DETACH).expect("umount"));
+    }
+
+    /// Runs on a thread in this namespace; nothing of it is open afterwards but what `act` gives back.
+    pub(crate) fn inside<T: Send>(&self, name: &str, act: impl FnOnce() -> T + Send) -> T {
+        let path = self.path(name);
+        self.within(move || {
+            let namespace = fs::File::open(path).expect("the namespace");
+            setns(namespace, CloneFlags::CLONE_NEWNET).expect("into the network namespace");
+            act()
+        })
+    }
+
+    /// Words behind which a command runs in this namespace and in this cgroup.
+    pub(crate) fn enter_pod(&self, name: &str, cgroup: &Cgroup) -> Vec<String> {
+        let mut words = self.enter();
+        let network = format!("--net={}", self.path(name).display());
+        words.extend(cgroup.enter().map(str::to_owned));
+        words.extend([NSENTER.to_owned(), network, "--".to_owned()]);
+        words
+    }
+
+    /// What a process of this pod is answered there, as its first act.
+    pub(crate) fn ask(&self, name: &str, cgroup: &Cgroup, address: SocketAddr) -> String {
+        let words = self.enter_pod(name, cgroup);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let mut command = behind(&words, &actor::program());
+        command.env_clear().env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin").args(["ask", "tcp", &address.to_string()]);
+        run(command, b"", Duration::from_secs(60)).stdout
+    }
+
+    /// A connection from inside; the descriptor keeps the namespace.
+    pub(crate) fn connect(&self, name: &str, address: SocketAddr) -> io::Result<OwnedFd> {
+        self.inside(name, || std::net::TcpStream::connect(address).map(OwnedFd::from))
+    }
+}
+
+/// A device of the host's that ends with this namespace: the other end of a pair. To be made by `set_up`.
+pub(crate) struct Peer(String);
+
+impl Peer {
+    /// A name for it.
+    pub(crate) fn new(number: usize) -> Self {
+        Self(format!("awv{}x{number}", std::process::id()))
+    }
+
+    /// Makes the pair, in the calling thread's network namespace; the other end goes to the test's own.
+    pub(crate) fn make(&self) {
+        let own = std::process::id().to_string();
+        ip(&["link", "add", "eth0", "type", "veth", "peer", "name", &self.0, "netns", &own]);
+    }
+
+    /// Whether it is there.
+    pub(crate) fn is_there(&self) -> bool {
+        Path::new("/sys/class/net").join(&self.0).exists()
+    }
+}
+
+/// Runs `ip` in the calling thread's network namespace.
+pub(crate) fn ip(words: &[&str]) {
+    let output = Command::new("ip").args(words).output().expect("ip");
+    assert!(output.status.success(), "ip {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn bind(from: &Path, to: &Path) {
+    mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>).expect("bind mount");
+}

@@ -1,0 +1,62 @@
+//! TLS in front of a counterpart that has none, at an address of any network namespace.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use rcgen::{CertificateParams, KeyPair};
+use rustls::ServerConfig;
+use rustls::pki_types::PrivateKeyDer;
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
+use tokio_rustls::TlsAcceptor;
+
+use super::forward::Network;
+
+/// It ends when this is dropped.
+pub(crate) struct TlsFront {
+    certificate: String,
+    address: SocketAddr,
+    _runtime: Runtime,
+}
+
+impl TlsFront {
+    /// Listens in `network` at `address`, with a certificate of its own, for what is at `target` in the test's network.
+    pub(crate) fn start(network: Network, address: SocketAddr, target: SocketAddr) -> Self {
+        let listener = network.bind(address);
+        let address = listener.local_addr().expect("its own address");
+        listener.set_nonblocking(true).expect("a listener that does not block");
+        let key = KeyPair::generate().expect("a key");
+        let params = CertificateParams::new(vec![address.ip().to_string()]).expect("an address");
+        let certificate = params.self_signed(&key).expect("a certificate");
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).expect("a key");
+        let config = config.expect("TLS").with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key);
+        let acceptor = TlsAcceptor::from(Arc::new(config.expect("a key that fits")));
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        runtime.spawn(async move {
+            let listener = TcpListener::from_std(listener).expect("a listener");
+            while let Ok((client, _)) = listener.accept().await {
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move {
+                    let mut client = acceptor.accept(client).await?;
+                    let mut server = TcpStream::connect(target).await?;
+                    copy_bidirectional(&mut client, &mut server).await
+                });
+            }
+        });
+        Self { certificate: certificate.pem(), address, _runtime: runtime }
+    }
+
+    /// By which clients know it.
+    pub(crate) fn certificate(&self) -> &str {
+        &self.certificate
+    }
+
+    /// Its URL.
+    pub(crate) fn url(&self) -> String {
+        format!("https://{}", self.address)
+    }
+}

@@ -1,0 +1,97 @@
+//! awsvid as a DaemonSet on a real Kubernetes node.
+
+mod cluster;
+mod deployments;
+mod policy;
+
+use std::path::Path;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use crate::harness::counterparts::folder;
+use cluster::{Cluster, OTHER, READER, container, copy, manifests, overlay};
+
+/// One node for all scenes, which takes longer to start than most of them take.
+#[test]
+fn pods_have_their_own_credentials() {
+    let directory = folder();
+    let start = Instant::now();
+    let done = |what: &str| eprintln!("{what} after {:.1} s", start.elapsed().as_secs_f32());
+    let Some(cluster) = Cluster::start(directory.path()) else { return };
+    done("all but awsvid is there");
+    policy::the_environment_is_set_where_it_is_missing(&cluster);
+    done("the policy");
+    for source in ["spiffe-broker", "spire-delegated"] {
+        cluster.install(source);
+        done(source);
+        each_reads_its_own(&cluster, source);
+        done("each reads its own");
+        the_first_act_is_answered(&cluster, source);
+        done("first acts");
+    }
+    deployments::a_deployment_reads_its_object(&cluster);
+    deployments::a_deployment_reads_its_object_by_the_component(&cluster, directory.path());
+    done("deployments");
+    every_manifest_is_accepted(&cluster, directory.path());
+    done("every manifest");
+}
+
+/// Two pods, of two namespaces and service accounts, whose containers differ in nothing that awsvid is told.
+fn each_reads_its_own(cluster: &Cluster, source: &str) {
+    let name = format!("reads-{source}");
+    for (own, others) in [(READER, OTHER), (OTHER, READER)] {
+        cluster.node.apply(&cluster.pod(own, &name, &format!("{}; ! {}", copy(own), copy(others))));
+    }
+    for own in [READER, OTHER] {
+        let ended = cluster.node.ended(own.namespace, &name);
+        assert!(ended.succeeded && ended.log.contains(&format!("hello from the {}\n", own.namespace)), "{ended:?}");
+        assert!(ended.log.contains("403"), "{ended:?}");
+        let pod = cluster.node.get(&["pod", "--namespace", own.namespace, &name]);
+        let record = cluster.audited("the pod's record", |record| record["pod_uid"] == pod["metadata"]["uid"]);
+        assert_eq!((&record["spiffe_id"], &record["outcome"]), (&own.id().into(), &"issued".into()), "{record}");
+    }
+}
+
+/// A pod whose every container asks before it does anything else, one of them while the kubelet still waits for its hook.
+fn the_first_act_is_answered(cluster: &Cluster, source: &str) {
+    let name = format!("asks-{source}");
+    let ask = "busybox wget -q -O /dev/null --header 'Authorization: any' \"$AWS_CONTAINER_CREDENTIALS_FULL_URI\" && echo answered";
+    let mut pod = cluster.pod(READER, &name, ask);
+    let mut hooked = container("hooked", ask);
+    hooked["lifecycle"] = json!({ "postStart": { "exec": { "command": ["/bin/busybox", "sleep", "3"] } } });
+    pod["spec"]["initContainers"] = json!([container("first", ask)]);
+    pod["spec"]["containers"].as_array_mut().unwrap().push(hooked);
+    let ended = cluster.node.run_pod(&pod);
+    assert!(ended.succeeded && ended.log.matches("answered").count() == 3, "{ended:?}");
+    let uid = cluster.node.get(&["pod", "--namespace", READER.namespace, &name])["metadata"]["uid"].clone();
+    let records: Vec<Value> = cluster.audit().into_iter().filter(|record| record["pod_uid"] == uid).collect();
+    assert!(records.len() == 3 && records.iter().all(|record| record["outcome"] == "issued"), "{records:?}");
+}
+
+/// All that can be applied is, on trial, as it stands.
+fn every_manifest_is_accepted(cluster: &Cluster, folder: &Path) {
+    // Of the Prometheus Operator, as far as the API server looks at it.
+    let (kind, plural) = ("PodMonitor", "podmonitors");
+    let schema = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
+    cluster.node.apply(&json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": { "name": format!("{plural}.monitoring.coreos.com") },
+        "spec": {
+            "group": "monitoring.coreos.com", "scope": "Namespaced", "names": { "kind": kind, "plural": plural },
+            "versions": [{ "name": "v1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
+        },
+    }));
+    let established = ["wait", "--for=condition=Established", "crd/podmonitors.monitoring.coreos.com"];
+    cluster.node.kubectl(&established).success("the PodMonitor's definition");
+    let accepted = |directory: &Path| {
+        let arguments = ["apply", "--dry-run=server", "--kustomize", directory.to_str().unwrap()];
+        cluster.node.kubectl(&arguments).success(&format!("kubectl apply -k {}", directory.display()));
+    };
+    for directory in ["", "spiffe-broker", "spire-delegated"] {
+        accepted(&manifests().join(directory));
+    }
+    for component in ["environment", "environment-patch", "pod-monitor"] {
+        accepted(&overlay(folder, component, &[], &[component]));
+    }
+}

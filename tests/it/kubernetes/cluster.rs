@@ -1,0 +1,202 @@
+//! A node with all that awsvid needs, and awsvid as the manifests install it.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::harness::counterparts::minio::{self, Minio};
+use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::spire::{Elsewhere, Spire, SpireSetting};
+use crate::harness::daemon::PROGRAM;
+use crate::harness::forward::Forward;
+use crate::harness::kubernetes::{ADDRESS, Image, NAME, Node, root_of};
+use crate::harness::tls::TlsFront;
+
+/// Of pods that use the AWS CLI.
+pub(super) const AWS: &str = "docker.io/library/aws:test";
+const AWSVID: &str = "spiffe://example.org/ns/awsvid/sa/awsvid";
+/// Where MinIO and the SPIRE server are on the node.
+const MINIO_PORT: u16 = 9000;
+const STS_PORT: u16 = 9443;
+const SPIRE_PORT: u16 = 8081;
+
+/// The node, SPIRE's server, MinIO with a bucket for each of two service accounts, and awsvid.
+pub(super) struct Cluster {
+    pub(super) node: Node,
+    pub(super) spire: Spire,
+    pub(super) minio: Minio,
+    folder: PathBuf,
+    sts: TlsFront,
+    _forwards: [Forward; 3],
+}
+
+/// A service account whose pods may read the object `test.txt` in the bucket of its namespace's name.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Account {
+    pub(super) namespace: &'static str,
+    pub(super) name: &'static str,
+}
+
+pub(super) const READER: Account = Account { namespace: "shop", name: "reader" };
+pub(super) const OTHER: Account = Account { namespace: "office", name: "other" };
+
+impl Account {
+    pub(super) fn id(self) -> String {
+        format!("spiffe://example.org/ns/{}/sa/{}", self.namespace, self.name)
+    }
+}
+
+/// The manifests, as they stand.
+pub(super) fn manifests() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes")
+}
+
+/// A directory in `folder` for `kubectl apply -k`, as somebody would have who installs these: a configuration of his own, if
+/// there are resources.
+pub(super) fn overlay(folder: &Path, name: &str, resources: &[&str], components: &[&str]) -> PathBuf {
+    let directory = folder.join("overlays").join(name);
+    fs::create_dir_all(&directory).unwrap();
+    // Kustomize takes no absolute path.
+    let up = "../".repeat(directory.components().count() - 1);
+    let base = format!("{up}{}", manifests().strip_prefix("/").unwrap().display());
+    let mut kustomization = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+        "resources": resources.iter().map(|name| format!("{base}/{name}")).collect::<Vec<_>>(),
+        "components": components.iter().map(|name| format!("{base}/components/{name}")).collect::<Vec<_>>(),
+    });
+    if !resources.is_empty() {
+        kustomization["configMapGenerator"] = json!([
+            { "name": "awsvid", "namespace": "awsvid", "behavior": "merge", "files": ["awsvid.toml", "ca.crt"] }
+        ]);
+    }
+    fs::write(directory.join("kustomization.yaml"), kustomization.to_string()).unwrap();
+    directory
+}
+
+impl Cluster {
+    /// Starts all but awsvid and the agent.
+    pub(super) fn start(folder: &Path) -> Option<Self> {
+        let node = Node::start(folder)?;
+        let uid = node.get(&["node", NAME])["metadata"]["uid"].as_str().expect("a UID").to_owned();
+        let (kubeconfig, api) = node.kubeconfig_outside();
+        let setting = SpireSetting {
+            elsewhere: Some(Elsewhere {
+                id: format!("spiffe://example.org/spire/agent/k8s_psat/example/{uid}"),
+                node_attestor: format!(
+                    "NodeAttestor \"k8s_psat\" {{ plugin_data {{ clusters = {{ \"example\" = {{ \
+                     service_account_allow_list = [\"spire:spire-agent\"], kube_config_file = {kubeconfig:?} }} }} }} }}"
+                ),
+            }),
+            ..SpireSetting::default()
+        };
+        let spire = Spire::start_with(folder, setting)?;
+        let mut policy = minio::readable_by(&READER.id(), READER.namespace);
+        let more = minio::readable_by(&OTHER.id(), OTHER.namespace);
+        policy["Statement"].as_array_mut().unwrap().push(more["Statement"][0].clone());
+        let minio = Minio::start(folder, &spire.issuer_url(), &policy)?;
+        let minio_address: SocketAddr = minio.endpoint().trim_start_matches("http://").parse().unwrap();
+        let forwards = [api, node.offer(SPIRE_PORT, spire.server_address()), node.offer(MINIO_PORT, minio_address)];
+        let sts = node.offer_with_tls(STS_PORT, minio_address);
+        let cluster = Self { node, spire, minio, folder: folder.to_owned(), sts, _forwards: forwards };
+        cluster.import();
+        cluster.prepare();
+        Some(cluster)
+    }
+
+    fn import(&self) {
+        let directory = |name: &str| self.folder.join("images").join(name);
+        let program = |name: &str, image: &str, program: &Path, path: &str| {
+            let root = root_of(&directory(name), program, path);
+            self.node.import(&Image { name: image, layers: &[&root], entrypoint: &[path] });
+        };
+        program("awsvid", "docker.io/library/awsvid:0.1.0", Path::new(PROGRAM), "/usr/bin/awsvid");
+        let agent = self.node.bin().join("spire-agent");
+        program("agent", "ghcr.io/spiffe/spire-agent:1.15.3", &agent, "/opt/spire/bin/spire-agent");
+        let files = self.node.bin().join("pod-files");
+        let (busybox, aws) = (files.join("busybox"), files.join("awscli"));
+        self.node.import(&Image { name: AWS, layers: &[&busybox, &aws], entrypoint: &["/usr/bin/aws"] });
+    }
+
+    /// What is there before awsvid: the server's bundle, workloads' namespaces, their entries and objects.
+    fn prepare(&self) {
+        self.spire.register(AWSVID, &["k8s:ns:awsvid", "k8s:sa:awsvid"]);
+        let (name, bundle) = ("spire-bundle", self.spire.bundle());
+        let mut items = vec![
+            json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "spire" } }),
+            json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "spire" },
+                "data": { "bundle.crt": bundle } }),
+        ];
+        for account @ Account { namespace, name } in [READER, OTHER] {
+            let labels = json!({ "awsvid.io/environment": "true" });
+            items.push(json!({ "apiVersion": "v1", "kind": "Namespace",
+                "metadata": { "name": namespace, "labels": labels } }));
+            items.push(json!({ "apiVersion": "v1", "kind": "ServiceAccount",
+                "metadata": { "name": name, "namespace": namespace } }));
+            let selectors = [format!("k8s:ns:{namespace}"), format!("k8s:sa:{name}")];
+            self.spire.register(&account.id(), &selectors.each_ref().map(String::as_str));
+            self.minio.make_bucket(namespace);
+            self.minio.put(namespace, "test.txt", format!("hello from the {namespace}\n").as_bytes());
+        }
+        self.node.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": items }));
+    }
+
+    /// Installs the manifests of this directory, with MinIO in the place of AWS.
+    pub(super) fn install(&self, source: &str) {
+        let text = fs::read_to_string(manifests().join(source).join("awsvid.toml")).unwrap();
+        let (start, _) = text.split_once("[sts]").expect("the example's [sts]");
+        let text = format!(
+            "{start}audience = {:?}\n[sts]\nendpoint = {:?}\nca_file = \"/etc/awsvid/ca.crt\"\n[log]\nlevel = \"awsvid=debug,info\"\n\
+             [[role]]\nname = \"all\"\nspiffe_id = \"spiffe://example.org/ns/*/sa/*\"\nrole_arn = {:?}\n",
+            minio::AUDIENCE,
+            self.sts.url(),
+            self.minio.role_arn(),
+        );
+        let directory = overlay(&self.folder, source, &[source], &["environment"]);
+        fs::write(directory.join("awsvid.toml"), text).unwrap();
+        fs::write(directory.join("ca.crt"), self.sts.certificate()).unwrap();
+        self.node.kubectl(&["apply", "--kustomize", directory.to_str().unwrap()]).success("kubectl apply -k");
+        self.node.rolled_out("spire", "daemonset/spire-agent");
+        self.node.rolled_out("awsvid", "daemonset/awsvid");
+    }
+
+    /// A pod of an account that runs a shell's script with the AWS CLI at hand, and nothing that names credentials.
+    pub(super) fn pod(&self, account: Account, name: &str, script: &str) -> Value {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": { "name": name, "namespace": account.namespace },
+            "spec": {
+                "serviceAccountName": account.name, "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
+                "containers": [container("main", script)],
+            },
+        })
+    }
+
+    /// awsvid's audit records so far.
+    pub(super) fn audit(&self) -> Vec<Value> {
+        let log = self.node.pod_log("awsvid", "awsvid");
+        let records = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        records.filter(|record| record["target"] == "audit").collect()
+    }
+
+    /// Waits until a record of the audit is so.
+    pub(super) fn audited(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let patience = std::time::Duration::from_secs(30);
+        await_some(what, patience, || self.audit().into_iter().find(|record| wanted(record)))
+    }
+}
+
+/// A container that runs a script with the AWS CLI at hand.
+pub(super) fn container(name: &str, script: &str) -> Value {
+    json!({
+        "name": name, "image": AWS, "command": ["/bin/busybox", "sh", "-ec", script],
+        "env": [{ "name": "AWS_REGION", "value": "us-east-1" }],
+    })
+}
+
+/// The command that prints an account's object.
+pub(super) fn copy(account: Account) -> String {
+    let Account { namespace, .. } = account;
+    format!("aws --endpoint-url http://{ADDRESS}:{MINIO_PORT} s3 cp s3://{namespace}/test.txt -")
+}

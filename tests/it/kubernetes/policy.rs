@@ -1,0 +1,105 @@
+//! What the environment's policy makes of pods.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::cluster::{Cluster, READER, manifests};
+use crate::harness::counterparts::process::await_some;
+
+const URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
+const TOKEN: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN";
+const FILE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
+const METADATA: &str = "AWS_EC2_METADATA_DISABLED";
+
+/// What the API server would store in the place of this pod.
+fn admitted(cluster: &Cluster, pod: &Value) -> Value {
+    let arguments = ["create", "--dry-run=server", "--output", "json", "--filename", "-"];
+    let made = cluster.node.kubectl_with(&arguments, &pod.to_string()).success("a pod on trial");
+    serde_json::from_str(&made).unwrap()
+}
+
+fn pod(namespace: &str, spec: Value) -> Value {
+    json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "trial", "namespace": namespace }, "spec": spec })
+}
+
+fn value<'a>(container: &'a Value, name: &str) -> Option<&'a str> {
+    let all = container["env"].as_array()?;
+    let found: Vec<_> = all.iter().filter(|one| one["name"] == name).collect();
+    assert!(found.len() < 2, "{name} twice: {container}");
+    found.first().map(|one| one["value"].as_str().unwrap_or("from elsewhere"))
+}
+
+fn values(container: &Value) -> [Option<&str>; 4] {
+    [URI, TOKEN, FILE, METADATA].map(|name| value(container, name))
+}
+
+const ALL: [Option<&str>; 4] =
+    [Some("http://127.0.0.1:974/v1/credentials"), Some("shop"), Some("/run/secrets/awsvid/token"), Some("true")];
+
+pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
+    cluster
+        .node
+        .kubectl(&["apply", "--filename", manifests().join("components/environment/policy.yaml").to_str().unwrap()])
+        .success("the policy");
+    let plain = || json!({ "name": "plain", "image": "i" });
+    let simple = pod(READER.namespace, json!({ "containers": [plain()] }));
+    let first = await_some("the policy is active", Duration::from_secs(30), || {
+        let found = admitted(cluster, &simple);
+        value(&found["spec"]["containers"][0], URI).is_some().then_some(found)
+    });
+    assert_eq!(values(&first["spec"]["containers"][0]), ALL);
+
+    // Containers of every kind, each with what it has not.
+    let own = json!([
+        { "name": URI, "value": "http://127.0.0.1:974/v1/credentials/other" },
+        { "name": TOKEN, "valueFrom": { "fieldRef": { "fieldPath": "metadata.name" } } },
+        { "name": "SOMETHING", "value": "else" },
+    ]);
+    let everything = pod(
+        READER.namespace,
+        json!({
+            "automountServiceAccountToken": false,
+            "initContainers": [plain(), { "name": "sidecar", "image": "i", "restartPolicy": "Always" }],
+            "containers": [
+                { "name": "own", "image": "i", "env": own, "volumeMounts": [{ "name": "scratch", "mountPath": "/scratch" }] },
+                { "name": "imds", "image": "i", "env": [{ "name": METADATA, "value": "false" }] },
+            ],
+            "volumes": [{ "name": "scratch", "emptyDir": {} }],
+        }),
+    );
+    let found = admitted(cluster, &everything);
+    let spec = &found["spec"];
+    for container in spec["initContainers"].as_array().unwrap() {
+        assert_eq!(values(container), ALL, "{container}");
+    }
+    let [own, imds] = &spec["containers"].as_array().unwrap()[..] else { panic!("two containers: {found}") };
+    // SDKs disagree on which of two tokens counts, so one of the pod's own keeps ours away.
+    let kept = [Some("http://127.0.0.1:974/v1/credentials/other"), Some("from elsewhere"), None, Some("true")];
+    assert_eq!(values(own), kept);
+    assert_eq!(value(own, "SOMETHING"), Some("else"));
+    assert_eq!(values(imds), [ALL[0], ALL[1], ALL[2], Some("false")]);
+    let names: Vec<_> = spec["volumes"].as_array().unwrap().iter().map(|volume| &volume["name"]).collect();
+    assert_eq!(names, ["scratch", "awsvid"]);
+    // The file has what the variable has.
+    assert_eq!(spec["volumes"][1]["downwardAPI"]["items"][0]["fieldRef"]["fieldPath"], "metadata.namespace");
+
+    // Not where nobody asked for it.
+    let mut out = simple.clone();
+    out["metadata"]["annotations"] = json!({ "awsvid.io/environment": "false" });
+    let host = pod(READER.namespace, json!({ "hostNetwork": true, "containers": [plain()] }));
+    let elsewhere = pod("default", json!({ "containers": [plain()] }));
+    for pod in [out, host, elsewhere] {
+        let found = admitted(cluster, &pod);
+        assert_eq!(values(&found["spec"]["containers"][0]), [None; 4], "{found}");
+        assert!(!found["spec"]["volumes"].to_string().contains("\"awsvid\""), "{found}");
+    }
+
+    // Up to as many as anybody has.
+    let environment: Vec<_> = (0..60).map(|i| json!({ "name": format!("V{i}"), "value": "v" })).collect();
+    let many: Vec<_> = (0..100).map(|i| json!({ "name": format!("c{i}"), "image": "i", "env": environment })).collect();
+    let found = admitted(cluster, &pod(READER.namespace, json!({ "containers": many })));
+    for container in found["spec"]["containers"].as_array().unwrap() {
+        assert_eq!((values(container), container["env"].as_array().unwrap().len()), (ALL, 64));
+    }
+}

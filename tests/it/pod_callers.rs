@@ -1,0 +1,173 @@
+//! Whose pod a caller is, over every listener, on real network namespaces and a real cgroup tree: attacks 2, 5 and the facts
+//! behind them. Also as in a DaemonSet, whose daemon may not open cgroups by their ids, and lives in a cgroup namespace.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::chown;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::harness::actor;
+use crate::harness::cgroup::Cgroup;
+use crate::harness::counterparts::process::{await_some, behind, run};
+use crate::harness::counterparts::{folder, root};
+use crate::harness::daemon::Daemon;
+use crate::harness::namespaces::Node;
+use crate::harness::upstream::Upstream;
+
+const V4: &str = "127.0.0.1:974";
+const PATIENCE: Duration = Duration::from_secs(60);
+const RULE: &str = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
+/// As a container without that capability has it.
+const NO_HANDLES: [&str; 3] = ["setpriv", "--bounding-set=-dac_read_search", "--inh-caps=-dac_read_search"];
+/// Into a cgroup namespace of its own, whose root is the cgroup `$0`, with a mount of that on the directory `$1`.
+const IN_A_CONTAINER: &str = r#"echo 0 >"$0/cgroup.procs" && own="$1" && shift && exec unshare --cgroup -- \
+    sh -c 'mount -t cgroup2 -o ro cgroup2 "$0" && exec "$@"' "$own" "$@""#;
+
+/// What the daemon is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    OnTheHost,
+    WithoutHandles,
+    InAContainer,
+}
+
+/// A daemon and two pods, `a` and `b`, each with a container and a network.
+struct Stage {
+    daemon: Daemon,
+    node: Node,
+    pods: [Cgroup; 2],
+    kind: Kind,
+    _upstream: Upstream,
+    _own: Cgroup,
+    _folder: tempfile::TempDir,
+}
+
+impl Stage {
+    fn set(kind: Kind, first_pod: u16) -> Self {
+        let folder = folder();
+        let node = Node::start(folder.path());
+        let own = Cgroup::of_pod(first_pod + 2);
+        let mount = folder.path().join("own-cgroup");
+        fs::create_dir(&mount).unwrap();
+        let mut words = node.enter();
+        if kind != Kind::OnTheHost {
+            words.extend(NO_HANDLES.map(str::to_owned));
+        }
+        if kind == Kind::InAContainer {
+            let (own, mount) = (own.path().to_str().unwrap(), mount.to_str().unwrap());
+            words.extend(["sh", "-c", IN_A_CONTAINER, own, mount].map(str::to_owned));
+        }
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let upstream = Upstream::start(&[(0, "pod")]);
+        let configuration = upstream.configuration() + RULE;
+        let daemon = Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
+        for name in ["a", "b"] {
+            node.add(name);
+        }
+        await_some("both are listened in", PATIENCE, || (daemon.metric("awsvid_pod_namespaces") == 2).then_some(()));
+        let pods = [Cgroup::of_pod(first_pod), Cgroup::of_pod(first_pod + 1)];
+        Self { daemon, node, pods, kind, _upstream: upstream, _own: own, _folder: folder }
+    }
+
+    /// What the audit has of a process of this cgroup that asks in this network.
+    fn ask(&self, name: &str, cgroup: &Cgroup) -> Value {
+        let before = self.daemon.audit().len();
+        let answer = self.node.ask(name, cgroup, V4.parse::<SocketAddr>().unwrap());
+        self.record(before, &answer)
+    }
+
+    /// The same over the unix socket.
+    fn ask_by_file(&self, cgroup: &Cgroup) -> Value {
+        let before = self.daemon.audit().len();
+        let mut command = behind(&cgroup.enter(), &actor::program());
+        command.args(["ask", "unix", self.daemon.unix().to_str().unwrap()]);
+        let answer = run(command, b"", PATIENCE).stdout;
+        self.record(before, &answer)
+    }
+
+    fn record(&self, before: usize, answer: &str) -> Value {
+        let [record] = &self.daemon.audit_after(before)[..] else { panic!("not one record of {answer}") };
+        let status = if record["outcome"] == "issued" { "HTTP/1.1 200" } else { "HTTP/1.1 403" };
+        assert!(answer.starts_with(status), "{answer} for {record}");
+        record.clone()
+    }
+
+    #[track_caller]
+    fn is(&self, record: &Value, reason: &str, pod: Option<&Cgroup>) {
+        let found = (record["reason"].as_str().unwrap(), record["pod_uid"].as_str(), record["container_id"].as_str());
+        let pod = pod.map(|pod| pod.path());
+        let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+        let uid = pod.map(|pod| name(pod.parent().unwrap()).replacen("pod", "", 1));
+        let container = pod.map(name);
+        assert_eq!(found, (reason, uid.as_deref(), container.as_deref()), "{:?}: {record}", self.kind);
+    }
+}
+
+fn check(kind: Kind, first_pod: u16) {
+    if !root() {
+        return;
+    }
+    let stage = Stage::set(kind, first_pod);
+    let [a, b] = &stage.pods;
+    // Somebody of the host is there before the pod itself, and is not taken for it.
+    let host = Cgroup::new(&format!("host-{first_pod}"));
+    stage.is(&stage.ask("a", &host), "not_a_pod", None);
+    let own = stage.ask("a", a);
+    stage.is(&own, "ok", Some(a));
+    assert_eq!(own["listener"], "pod");
+    assert!(own["network_namespace"].is_u64() && own.get("pid").is_none(), "{own}");
+    stage.is(&stage.ask("b", b), "ok", Some(b));
+
+    let stranger = stage.ask("a", b);
+    stage.is(&stranger, "other_pod", Some(b));
+    assert_eq!((&stranger["network_namespace"], &stranger["uid"]), (&own["network_namespace"], &Value::from(0)));
+    let intruder = stage.ask("a", &host);
+    stage.is(&intruder, "not_a_pod", None);
+    assert_eq!(intruder["network_namespace"], own["network_namespace"]);
+    stage.is(&stage.ask("a", a), "ok", Some(a));
+
+    // What it names below its own container is nothing to go by: not even another pod's name.
+    let [pod, container] =
+        [b.path().parent().unwrap(), b.path()].map(|path| path.file_name().unwrap().to_str().unwrap());
+    let named = |outer: &Cgroup| {
+        let place = format!("kubepods/besteffort/{pod}");
+        fs::create_dir_all(outer.path().join(&place)).unwrap();
+        outer.below(&format!("{place}/{container}"))
+    };
+    let nested = named(a);
+    stage.is(&stage.ask("a", &nested), "ok", Some(a));
+    stage.is(&stage.ask("b", &nested), "other_pod", Some(a));
+
+    // Nor what somebody has named elsewhere.
+    let elsewhere = Cgroup::new(&format!("elsewhere-{first_pod}"));
+    let misplaced = named(&elsewhere);
+    let refused = stage.ask_by_file(&misplaced);
+    stage.is(&refused, "misplaced_pod", None);
+    assert!(refused["cgroup"].as_str().unwrap().ends_with(&format!("{pod}/{container}")), "{refused}");
+    chown(elsewhere.path(), Some(61001), None).unwrap();
+    stage.is(&stage.ask_by_file(&misplaced), "delegated_cgroup", None);
+    stage.is(&stage.ask("b", &misplaced), "delegated_cgroup", None);
+
+    // Over the unix socket a pod is known by its process.
+    let by_file = stage.ask_by_file(b);
+    stage.is(&by_file, "ok", Some(b));
+    assert!(by_file["pid"].is_u64() && by_file.get("network_namespace").is_none(), "{by_file}");
+}
+
+#[test]
+fn each_pod_is_itself_and_nobody_else_is() {
+    check(Kind::OnTheHost, 200);
+}
+
+#[test]
+fn the_same_where_cgroups_are_not_opened_by_their_ids() {
+    check(Kind::WithoutHandles, 210);
+}
+
+#[test]
+fn the_same_in_a_container() {
+    check(Kind::InAContainer, 220);
+}

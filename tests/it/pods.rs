@@ -1,0 +1,437 @@
+//! Listeners inside pods' network namespaces: they come and go with the files on which a runtime mounts those.
+
+use std::fs;
+use std::io::{ErrorKind, Read};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::harness::actor::Acting;
+use crate::harness::cgroup::Cgroup;
+use crate::harness::client::ask;
+use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::{folder, root};
+use crate::harness::daemon::Daemon;
+use crate::harness::namespaces::{Node, Peer, ip};
+use crate::harness::upstream::Upstream;
+
+/// For what takes milliseconds, on a machine that is busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(30);
+const V4: &str = "127.0.0.1:974";
+const V6: &str = "[::1]:974";
+
+const RULE: &str = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
+
+/// A daemon that serves every pod, by a rule that names all of their cgroups.
+struct Stage {
+    daemon: Daemon,
+    site: Site,
+}
+
+/// What daemons of one node have in common.
+struct Site {
+    node: Node,
+    upstream: Upstream,
+    folder: tempfile::TempDir,
+}
+
+impl Stage {
+    /// `None` for who is not root. `before` is there when the daemon starts.
+    fn set(before: impl FnOnce(&Node)) -> Option<Self> {
+        Self::set_with(before, |_, node| node.listen())
+    }
+
+    /// The same, with what `listen` makes of the folder and the node.
+    fn set_with(before: impl FnOnce(&Node), listen: impl FnOnce(&Path, &Node) -> String) -> Option<Self> {
+        if !root() {
+            return None;
+        }
+        let folder = folder();
+        let node = Node::start(folder.path());
+        before(&node);
+        let upstream = Upstream::start(&[(0, "pod")]);
+        let site = Site { node, upstream, folder };
+        let daemon = site.start(site.folder.path(), &listen(site.folder.path(), &site.node));
+        Some(Self { daemon, site })
+    }
+
+    /// Waits until so many namespaces are listened in.
+    fn await_namespaces(&self, count: u64) {
+        await_namespaces(&self.daemon, count);
+    }
+}
+
+impl Site {
+    /// A daemon with its files in `folder`.
+    fn start(&self, folder: &Path, listen: &str) -> Daemon {
+        let words = self.node.enter();
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        Daemon::start_behind(&words, folder, listen, &(self.upstream.configuration() + RULE)).ready()
+    }
+
+    /// One that takes over from another.
+    fn next(&self, folder: &Path) -> Daemon {
+        self.start(folder, &handing_over(self.folder.path(), &self.node))
+    }
+
+    /// Whether a process of a pod is answered here, as its first act.
+    fn serves(&self, name: &str, cgroup: &Cgroup, address: &str) -> bool {
+        let answer = self.node.ask(name, cgroup, address.parse().unwrap());
+        answer.starts_with("HTTP/1.1 200") && answer.contains("AccessKeyId")
+    }
+}
+
+fn await_namespaces(daemon: &Daemon, count: u64) {
+    await_some(&format!("{count} namespaces are listened in"), PATIENCE, || {
+        (daemon.metric("awsvid_pod_namespaces") == count).then_some(())
+    });
+}
+
+/// Whether anybody listens there.
+fn listens(node: &Node, name: &str, address: &str) -> bool {
+    node.connect(name, address.parse().unwrap()).is_ok()
+}
+
+#[test]
+fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
+    let Some(stage) = Stage::set(|node| node.add("early")) else { return };
+    let peers = [Peer::new(1), Peer::new(2)];
+    assert_eq!(
+        stage.daemon.metric("awsvid_pod_namespaces"),
+        1,
+        "those that are there at the start come before it is ready"
+    );
+    for (i, peer) in peers.iter().enumerate() {
+        stage.site.node.add_with(&format!("cni-{i}"), |_| peer.make());
+    }
+    stage.await_namespaces(3);
+    for (i, name) in ["early", "cni-0", "cni-1"].into_iter().enumerate() {
+        let cgroup = Cgroup::of_pod(u16::try_from(i).unwrap());
+        for address in [V4, V6] {
+            assert!(stage.site.serves(name, &cgroup, address), "{name}, {address}");
+        }
+    }
+    let asked = stage.daemon.audit();
+    let by_pods = asked.iter().filter(|record| record["listener"] == "pod").collect::<Vec<_>>();
+    assert_eq!(by_pods.len(), 6, "{asked:?}");
+    assert!(by_pods.iter().all(|record| record["spiffe_id"] == "spiffe://example.org/user/pod"), "{by_pods:?}");
+    // A caller who was answered is remembered, for the next refresh. The namespace is not.
+    for (i, peer) in peers.iter().enumerate() {
+        assert!(peer.is_there());
+        stage.site.node.remove(&format!("cni-{i}"));
+        await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+    }
+    stage.await_namespaces(1);
+    stage.site.node.remove("early");
+    stage.await_namespaces(0);
+}
+
+#[test]
+fn what_is_open_in_a_namespace_is_cut_when_its_file_goes() {
+    let Some(stage) = Stage::set(|_| {}) else { return };
+    stage.site.node.add("a");
+    stage.await_namespaces(1);
+    let mut open = TcpStream::from(stage.site.node.connect("a", V4.parse().unwrap()).unwrap());
+    open.set_read_timeout(Some(PATIENCE)).unwrap();
+    // Only unmounted, which for inotify is no event.
+    stage.site.node.unmount("a");
+    let cut = Instant::now();
+    match open.read(&mut [0]) {
+        Ok(count) => assert_eq!(count, 0),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+    }
+    // Before the daemon would have given up waiting for a request.
+    assert!(cut.elapsed() < Duration::from_secs(4), "{:?}", cut.elapsed());
+    stage.await_namespaces(0);
+}
+
+#[test]
+fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
+    let Some(stage) = Stage::set(|node| node.add_own("host")) else { return };
+    let peer = Peer::new(3);
+    stage.site.node.add_own("host-too");
+    stage.site.node.add_with("a", |_| peer.make());
+    stage.site.node.add_again("a", "b");
+    // Whatever comes after them has been seen after them.
+    stage.site.node.add("last");
+    stage.await_namespaces(2);
+    let log = stage.daemon.log();
+    assert!(!log.contains("is taken"), "{log}");
+    // The one by whose file it was entered may be either.
+    for name in ["a", "b"] {
+        assert!(listens(&stage.site.node, name, V4), "{name}");
+    }
+    stage.site.node.remove("a");
+    stage.site.node.remove("last");
+    stage.await_namespaces(1);
+    // A listener that is killed is bound again by the file that is left.
+    kill(&stage.site.node, "b");
+    await_some("the listener is back", PATIENCE, || listens(&stage.site.node, "b", V4).then_some(()));
+    assert!(peer.is_there());
+    stage.site.node.remove("b");
+    await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+}
+
+/// What a pod with CAP_NET_ADMIN can do.
+fn kill(node: &Node, name: &str) {
+    let killed = node.inside(name, || Command::new("ss").args(["-K", "-lnt", "sport = :974"]).output().unwrap());
+    let said = String::from_utf8_lossy(&killed.stdout).into_owned();
+    assert!(said.contains(":974"), "{said}");
+}
+
+#[test]
+fn a_listener_that_its_pod_kills_comes_back() {
+    let Some(stage) = Stage::set(|node| node.add("a")) else { return };
+    let cgroup = Cgroup::of_pod(10);
+    kill(&stage.site.node, "a");
+    for address in [V4, V6] {
+        await_some("the listener is back", PATIENCE, || listens(&stage.site.node, "a", address).then_some(()));
+        assert!(stage.site.serves("a", &cgroup, address), "{address}");
+    }
+    let log = stage.daemon.log();
+    assert_eq!(log.matches("the listener was killed").count(), 2, "{log}");
+}
+
+#[test]
+fn a_port_that_is_taken_is_waited_for() {
+    let Some(stage) = Stage::set(|_| {}) else { return };
+    let mut taken: Option<TcpListener> = None;
+    stage.site.node.add_with("taken", |_| taken = Some(TcpListener::bind(V4).unwrap()));
+    stage.site.node.add("other");
+    stage.await_namespaces(2);
+    let (cgroup, other) = (Cgroup::of_pod(11), Cgroup::of_pod(12));
+    assert!(stage.site.serves("other", &other, V4) && stage.site.serves("taken", &cgroup, V6));
+    let pod = cgroup.path().parent().unwrap().file_name().unwrap().to_str().unwrap().trim_start_matches("pod");
+    stage.daemon.await_line(&["/netns/taken", "is the network of the pod", pod]);
+    stage.daemon.await_line(&["port 974 is taken", "/netns/taken"]);
+    drop(taken);
+    stage.daemon.await_line(&["/netns/taken", "is free now"]);
+    assert!(stage.site.serves("taken", &cgroup, V4));
+    assert_eq!(stage.daemon.log().matches("port 974 is taken in").count(), 1, "it is said once, whatever is tried");
+    assert_eq!(stage.daemon.metric("awsvid_pod_namespaces_failed_total{reason=\"port_taken\"}"), 1);
+}
+
+#[test]
+fn pods_may_have_one_family_alone() {
+    let Some(stage) = Stage::set(|_| {}) else { return };
+    stage.site.node.add_with("v4", |_| fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap());
+    stage.site.node.add("v6");
+    stage.site.node.inside("v6", || ip(&["address", "delete", "127.0.0.1/8", "dev", "lo"]));
+    stage.await_namespaces(2);
+    let (v4, v6) = (Cgroup::of_pod(13), Cgroup::of_pod(14));
+    assert!(stage.site.serves("v4", &v4, V4) && stage.site.serves("v6", &v6, V6));
+    let log = stage.daemon.log();
+    assert!(!log.contains("974"), "{log}");
+}
+
+#[test]
+fn the_directory_may_come_later_and_be_another_one() {
+    let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else { return };
+    stage.daemon.await_line(&["pods_dir", "is not there"]);
+    fs::create_dir(stage.site.node.directory()).unwrap();
+    stage.site.node.add("a");
+    stage.await_namespaces(1);
+    let aside = stage.site.folder.path().join("aside");
+    fs::rename(stage.site.node.directory(), &aside).unwrap();
+    stage.await_namespaces(0);
+    fs::create_dir(stage.site.node.directory()).unwrap();
+    stage.site.node.add("b");
+    stage.await_namespaces(1);
+    assert!(listens(&stage.site.node, "b", V4));
+    // Over the directory another one is mounted, as `ip netns add` does.
+    stage.site.node.within(|| {
+        let directory = Some(stage.site.node.directory());
+        nix::mount::mount(
+            directory,
+            stage.site.node.directory(),
+            None::<&str>,
+            nix::mount::MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .unwrap();
+    });
+    stage.site.node.add("c");
+    await_some("the new one is listened in", PATIENCE, || listens(&stage.site.node, "c", V4).then_some(()));
+}
+
+#[test]
+fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
+    let Some(stage) = Stage::set(|_| {}) else { return };
+    // What a daemon sees whose mounts are not the host's: files without namespaces.
+    for name in ["x", "y"] {
+        fs::File::create_new(stage.site.node.path(name)).unwrap();
+    }
+    stage.daemon.await_line(&["mountPropagation: HostToContainer"]);
+    await_some("both are counted", PATIENCE, || {
+        let counted = stage.daemon.metric("awsvid_pod_namespaces_failed_total{reason=\"not_mounted\"}");
+        (counted == 2).then_some(())
+    });
+    assert_eq!(stage.daemon.log().matches("mountPropagation").count(), 1, "for all of them together");
+
+    let folder = folder();
+    let words = ["setpriv", "--bounding-set", "-sys_admin"];
+    let configuration = stage.site.upstream.configuration() + RULE;
+    let (status, log) = Daemon::refused_with(&words, folder.path(), &stage.site.node.listen(), &configuration);
+    assert_eq!(status, Some(78), "{log}");
+    assert!(log.contains("add SYS_ADMIN to the container's securityContext.capabilities.add"), "{log}");
+}
+
+/// From the start of the process, and from the mount, until each of so many namespaces is listened in.
+#[test]
+fn many_namespaces_are_listened_in_within_a_second() {
+    let slow = std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow");
+    // More than may be arriving at one time: a loop that waits takes no place.
+    let count = if slow { 250 } else { 40 };
+    let names = (0..count).map(|i| format!("cni-{i}")).collect::<Vec<_>>();
+    let mut peers = Vec::new();
+    let Some(stage) = Stage::set(|node| {
+        for (i, name) in names.iter().enumerate() {
+            let peer = (i % 10 == 0).then(|| Peer::new(100 + i));
+            node.add_with(name, |_| peer.iter().for_each(Peer::make));
+            peers.extend(peer);
+        }
+    }) else {
+        return;
+    };
+    assert_eq!(stage.daemon.metric("awsvid_pod_namespaces"), count);
+    let took = stage.daemon.listening_in_pods_after();
+    eprintln!("{count} namespaces: all listened in {took:?} after the start of the process");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    let mut longest = Duration::ZERO;
+    for i in 0..10 {
+        let name = format!("new-{i}");
+        let listening = stage.site.node.add_and(&name, || {
+            let mounted = Instant::now();
+            while TcpStream::connect(V4).is_err() {
+                assert!(mounted.elapsed() < PATIENCE);
+            }
+            mounted.elapsed()
+        });
+        longest = longest.max(listening);
+    }
+    eprintln!("one more: listened in at most {longest:?} after the mount");
+    // Each loop accepts, however many others wait: the test's own process is no pod's, and is told so.
+    for (name, address) in names.iter().flat_map(|name| [(name, V4), (name, V6)]) {
+        let mut stream = TcpStream::from(stage.site.node.connect(name, address.parse().unwrap()).unwrap());
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(ask(&mut stream).0, 403, "{name}, {address}");
+    }
+    let last = names.last().unwrap();
+    assert!(stage.site.serves(last, &Cgroup::of_pod(15), V4));
+    let before = stage.daemon.descriptors();
+    names.iter().for_each(|name| stage.site.node.remove(name));
+    stage.await_namespaces(10);
+    let gone = await_some("all are freed", PATIENCE, || {
+        peers.iter().all(|peer| !peer.is_there()).then(|| stage.daemon.descriptors())
+    });
+    assert!(gone + 3 * names.len() <= before + 8, "{before} descriptors, then {gone}");
+}
+
+fn handing_over(folder: &Path, node: &Node) -> String {
+    format!("pods = true\npods_dir = {:?}\nhandover = {:?}\n", node.directory(), folder.join("handover.sock"))
+}
+
+/// Asks from a pod, over and over, each time on a new connection, until it is told that it is enough.
+fn asking(node: &Node, name: &str, cgroup: &Cgroup, address: &str) -> Acting {
+    let words = node.enter_pod(name, cgroup);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    Acting::start_behind(&words, "tcp", address).begun()
+}
+
+#[test]
+fn an_update_refuses_no_connection() {
+    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
+    let Stage { daemon: mut old, site } = stage;
+    let cgroups = [Cgroup::of_pod(20), Cgroup::of_pod(20)];
+    let askers = [asking(&site.node, "a", &cgroups[0], V4), asking(&site.node, "a", &cgroups[1], V6)];
+    let peer = Peer::new(20);
+    let mut folders = vec![folder()];
+    for update in 0..10 {
+        let mut new = site.next(folders.last().unwrap().path());
+        new.await_line(&["the listeners in pods are handed over"]);
+        old.await_line(&["the next daemon serves pods now"]);
+        // Between the two, pods come and go as ever.
+        let name = format!("b{update}");
+        site.node.add_with(&name, |_| peer.make());
+        await_namespaces(&new, 2);
+        assert!(site.serves(&name, &Cgroup::of_pod(30 + update), V4), "{update}");
+        site.node.remove(&name);
+        await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+        std::mem::swap(&mut old, &mut new);
+        new.process().signal(Signal::SIGTERM);
+        let ended = new.process().owned().wait(PATIENCE).expect("it ends");
+        assert!(ended.success(), "{ended}");
+        folders.push(folder());
+    }
+    for (asker, address) in askers.into_iter().zip([V4, V6]) {
+        let counts = asker.enough();
+        eprintln!("ten updates: {counts:?} over {address}");
+        assert!(counts.len() == 1 && counts["Success"] > 20, "{counts:?}");
+    }
+    assert!(!old.log().contains("is taken"), "{}", old.log());
+}
+
+#[test]
+fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
+    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
+    let cgroup = Cgroup::of_pod(50);
+    let (first, second) = (folder(), folder());
+    let asker = asking(&stage.site.node, "a", &cgroup, V4);
+    let next = stage.site.next(first.path());
+    stage.daemon.await_line(&["the next daemon serves pods now"]);
+    let peer = Peer::new(21);
+    stage.site.node.add_with("b", |_| peer.make());
+    await_namespaces(&next, 2);
+    // SIGKILL.
+    drop(next);
+    stage.daemon.await_line(&["the next daemon is gone"]);
+    stage.await_namespaces(2);
+    for name in ["a", "b"] {
+        await_some("it is listened there", PATIENCE, || listens(&stage.site.node, name, V4).then_some(()));
+    }
+    assert!(stage.site.serves("a", &cgroup, V4) && stage.site.serves("b", &Cgroup::of_pod(52), V6));
+    // Which can hand over again.
+    let next = stage.site.next(second.path());
+    next.await_line(&["the listeners in pods are handed over"]);
+    let counts = asker.enough();
+    assert!(counts.len() == 1 && counts["Success"] > 2, "{counts:?}");
+    // A namespace that goes while one has handed it over and the other has it, is freed all the same.
+    stage.site.node.remove("b");
+    await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+}
+
+/// Both are restarted before the next one could serve. Whoever asks meanwhile is answered, if only that it has to wait.
+#[test]
+fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
+    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
+    let cgroup = Cgroup::of_pod(53);
+    let folder = folder();
+    let Stage { daemon: mut old, site } = stage;
+    let words = site.node.enter();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let configuration = site.upstream.configuration_at(Path::new("/nonexistent/agent.sock")) + RULE;
+    let listen = handing_over(site.folder.path(), &site.node);
+    let next = Daemon::start_behind(&words, folder.path(), &listen, &configuration);
+    next.await_line(&["another daemon serves pods"]);
+    assert!(site.serves("a", &cgroup, V4), "the one before still does");
+    let asker = asking(&site.node, "a", &cgroup, V4);
+    old.process().signal(Signal::SIGTERM);
+    next.await_line(&["the listeners in pods are handed over"]);
+    assert!(old.process().owned().wait(PATIENCE).expect("it ends").success());
+    // That a connection was refused, or reset, would be a panic of the asker's.
+    let counts = asker.enough();
+    assert!(!counts.contains_key("nothing"), "{counts:?}");
+}
+
+#[test]
+fn a_daemon_that_was_killed_is_followed_by_one_that_binds_anew() {
+    let Some(mut stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
+    stage.daemon.process().owned().end();
+    let folder = folder();
+    let next = stage.site.next(folder.path());
+    assert_eq!(next.metric("awsvid_pod_namespaces"), 1);
+    assert!(stage.site.serves("a", &Cgroup::of_pod(51), V4));
+}
