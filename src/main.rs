@@ -10,6 +10,7 @@ use awsvid::commands::exec::Exec;
 use awsvid::commands::status::Status;
 use awsvid::commands::{check, trust_policy};
 use awsvid::{dev, serve};
+use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
@@ -130,19 +131,14 @@ fn completions(shell: Shell) -> ExitCode {
 /// Of the definitions above, so that it can't say anything else than `--help`.
 fn man(name: Option<&str>) -> ExitCode {
     let mut command = Arguments::command();
-    // Gives subcommands their whole names.
+    // Gives subcommands their whole names, as in awsvid-exec(1).
     command.build();
     let command = match name {
         None => command,
-        Some(name) => {
-            let Some(found) = command.find_subcommand(name) else {
-                let error =
-                    command.error(clap::error::ErrorKind::InvalidValue, format!("there is no command {name:?}"));
-                error.exit();
-            };
-            let dashed = format!("awsvid-{name}");
-            found.clone().display_name(dashed)
-        }
+        Some(name) => match command.find_subcommand(name) {
+            Some(found) => found.clone(),
+            None => command.error(ErrorKind::InvalidValue, format!("there is no command {name:?}")).exit(),
+        },
     };
     let mut page = Vec::new();
     match clap_mangen::Man::new(command).source(concat!("awsvid ", env!("CARGO_PKG_VERSION"))).render(&mut page) {

@@ -102,7 +102,14 @@ impl Page<'_> {
         self.key(TABLE, "tcp", tcp.iter().map(ToString::to_string).collect::<Vec<_>>());
         self.key(TABLE, "pods", *pods);
         self.key(TABLE, "pods_dir", shown(pods_dir));
-        self.key(TABLE, "handover", handover.as_deref().map_or(String::new(), shown));
+        match pods_cgroup {
+            Some(path) => self.key(TABLE, "pods_cgroup", path.as_str()),
+            None => self.unset("pods_cgroup", "not set: one of the usual places"),
+        }
+        match pods {
+            true => self.key(TABLE, "handover", handover.as_deref().map_or(String::new(), shown)),
+            false => self.unset("handover", "not used without `pods`"),
+        }
         self.key(TABLE, "admin", admin.map_or(String::new(), |admin| admin.to_string()));
         self.key(TABLE, "status", status.as_deref().map_or(String::new(), shown));
         let word = match authorization {
@@ -112,10 +119,6 @@ impl Page<'_> {
         };
         self.key(TABLE, "authorization", word);
         self.key(TABLE, "token_file", shown(token_file));
-        match pods_cgroup {
-            Some(root) => self.key(TABLE, "pods_cgroup", root.as_str()),
-            None => self.unset("pods_cgroup", "not set: one of the usual places, such as /kubepods.slice"),
-        }
         self.key(TABLE, "max_connections", number(*max_connections));
         self.key(TABLE, "max_connections_per_workload", number(*max_connections_per_workload));
     }
@@ -134,15 +137,15 @@ impl Page<'_> {
             Source::SpiffeBroker { socket, server, reference } => {
                 self.key(TABLE, "source", "spiffe-broker");
                 self.key_or_variable(TABLE, "broker_socket", unix(socket), "SPIFFE_BROKER_SOCKET");
+                let reference = match reference {
+                    Reference::Auto => "auto",
+                    Reference::Process => "process",
+                };
+                self.key(TABLE, "reference", reference);
                 match server {
                     Some(server) => self.key(TABLE, "broker_server", server.as_str()),
                     None => self.unset("broker_server", "default: spiffe://<awsvid's trust domain>/spire/agent/**"),
                 }
-                let word = match reference {
-                    Reference::Auto => "auto",
-                    Reference::Process => "process",
-                };
-                self.key(TABLE, "reference", word);
             }
         }
         self.key_or_variable(TABLE, "socket", socket.to_string(), "SPIFFE_ENDPOINT_SOCKET");
@@ -282,111 +285,4 @@ fn duration(duration: Duration) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::Accounts;
-
-    fn parsed(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Config {
-        let accounts = Accounts { user: &|_| Ok(Some(1001)), group: &|_| Ok(Some(1002)) };
-        Config::parse(text, env, accounts).unwrap_or_else(|problems| panic!("{text}\n{problems:?}")).config
-    }
-
-    const SMALL: &str = "\
-[sts]
-region = \"eu-central-1\"
-[[workload]]
-user = \"billing\"
-spiffe_id = \"spiffe://example.org/billing\"
-[[role]]
-name = \"billing\"
-spiffe_id = \"spiffe://example.org/billing\"
-role_arn = \"arn:aws:iam::123456789012:role/billing\"
-";
-
-    const LARGE: &str = "\
-allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]
-[listen]
-unix = \"\"
-tcp = [\"127.0.0.1:80\"]
-admin = \"\"
-status = \"/run/other/status.sock\"
-authorization = \"token\"
-token_file = \"/run/other/token\"
-max_connections = 100
-max_connections_per_workload = 10
-[identity]
-source = \"spiffe-broker\"
-broker_socket = \"unix:///run/b.sock\"
-broker_server = \"spiffe://example.org/agent\"
-socket = \"unix:///run/a.sock\"
-audience = \"other\"
-[sts]
-region = \"eu-central-1\"
-timeout = \"1s 500ms\"
-max_concurrent = 3
-[cache]
-max_entries = 7
-revocation_grace = \"0s\"
-[audit]
-file = \"/var/log/audit.log\"
-required = true
-[log]
-level = \"debug\"
-format = \"json\"
-[[role]]
-name = \"a\"
-spiffe_id = \"spiffe://example.org/*\"
-role_arn = \"arn:aws:iam::123456789012:role/{path[0]}\"
-duration = \"1h 30m\"
-session_name = \"fixed\"
-region = \"us-east-1\"
-policy = '''{\"Version\": \"2012-10-17\",
- \"Statement\": []}'''
-policy_arns = [\"arn:aws:iam::aws:policy/ReadOnlyAccess\"]
-[[role]]
-name = \"b\"
-spiffe_id = \"spiffe://example.org/b\"
-role_arn = \"arn:minio:iam:::role/b\"
-sts_endpoint = \"https://minio.internal:9000\"
-audience = \"minio\"
-";
-
-    #[test]
-    fn what_it_prints_is_read_again_to_the_same() {
-        for text in [SMALL, LARGE] {
-            let config = parsed(text, &|_| None);
-            let explained = config.explain(text, &|_| None);
-            let again = parsed(&explained, &|_| None);
-            assert_eq!(format!("{again:?}"), format!("{config:?}"), "{explained}");
-        }
-    }
-
-    #[test]
-    fn each_value_says_where_it_is_from() {
-        let env = |name: &str| match name {
-            "AWSVID_LOG" => Some("debug".to_owned()),
-            "SPIFFE_ENDPOINT_SOCKET" => Some("unix:///run/other.sock".to_owned()),
-            _ => None,
-        };
-        let explained = parsed(SMALL, &env).explain(SMALL, &env);
-        let origin = |line: &str| {
-            let found = explained.lines().find(|found| found.starts_with(line)).unwrap_or_else(|| panic!("{line}"));
-            found.split_once(" # ").map(|(_, origin)| origin.to_owned())
-        };
-        let table = [
-            ("region = \"eu-central-1\"", None),
-            ("unix = \"/run/awsvid/awsvid.sock\"", Some("default")),
-            ("tcp = [\"127.0.0.1:974\", \"[::1]:974\"]", Some("default")),
-            ("socket = \"unix:///run/other.sock\"", Some("from SPIFFE_ENDPOINT_SOCKET")),
-            ("level = \"debug\"", Some("from AWSVID_LOG")),
-            ("uid = 1001", Some("user = \"billing\"")),
-            ("audience = \"sts.amazonaws.com\"", Some("default")),
-            ("# session_name", Some("default: from the SPIFFE ID")),
-            ("duration = \"1h\"", Some("default")),
-        ];
-        for (line, expected) in table {
-            assert_eq!(origin(line).as_deref(), expected, "{line}");
-        }
-        assert!(explained.contains("# from [identity] audience") && explained.contains("# from [sts] region"));
-    }
-}
+mod tests;
