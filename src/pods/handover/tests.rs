@@ -78,7 +78,7 @@ fn only_a_listener_on_the_address_in_this_namespace_is_one() {
 #[tokio::test]
 async fn the_socket_is_its_owners_alone() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o700)).unwrap();
     let path = folder.path().join("handover.sock");
     let handover = Handover::bind(&path).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
@@ -86,7 +86,7 @@ async fn the_socket_is_its_owners_alone() {
     say(&before.unwrap(), GIVE).await.unwrap();
     let next = next.unwrap();
     assert_eq!((hear(&next).await.unwrap(), hear(&next).await.unwrap()), (Some(GIVE), None));
-    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     drop(handover);
     assert!(matches!(Handover::bind(&path), Err(ListenError::UnsafeDirectory { .. })));
 }
