@@ -13,8 +13,8 @@ const CGROUP_FIX: &str = "write the cgroup that holds those of all pods, as in \
 /// Ports below this one need a privilege, so that no other user can take them (attack 9).
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
-/// Beside the other sockets, where every daemon of the node finds it.
-const HANDOVER: &str = "/run/awsvid/handover.sock";
+/// Where every daemon of the node finds it. Not beside the other sockets, whose directory is mounted in containers (attack 10).
+const HANDOVER: &str = "/run/awsvid-handover/awsvid.sock";
 
 /// `[listen]`.
 #[derive(Debug, Clone, PartialEq, Eq)]

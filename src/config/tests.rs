@@ -292,7 +292,10 @@ fn listeners_in_pods_are_enough_and_pass_to_the_next_daemon() {
     let listen =
         |keys: &str| loaded(&format!("{LEAST}[listen]\nunix = \"\"\ntcp = []\npods = true\n{keys}")).config.listen;
     let default = listen("");
-    assert_eq!((default.pods_dir, default.handover), ("/run/netns".into(), Some("/run/awsvid/handover.sock".into())));
+    assert_eq!(
+        (default.pods_dir, default.handover),
+        ("/run/netns".into(), Some("/run/awsvid-handover/awsvid.sock".into()))
+    );
     assert_eq!(listen("handover = \"\"").handover, None);
 }
 

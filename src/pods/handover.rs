@@ -49,7 +49,7 @@ pub(super) struct Handover {
 impl Handover {
     /// To be called within the runtime.
     pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
-        let (listener, file) = SocketFile::bind(path, 0o600)?;
+        let (listener, file) = SocketFile::bind_closed(path)?;
         let failed = |source| ListenError::Unix { path: path.to_owned(), source };
         Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, _file: file })
     }

@@ -1,5 +1,6 @@
 //! awsvid as a DaemonSet on a real Kubernetes node.
 
+mod attacks;
 mod cluster;
 mod deployments;
 mod policy;
@@ -29,6 +30,8 @@ fn pods_have_their_own_credentials() {
         done("each reads its own");
         the_first_act_is_answered(&cluster, source);
         done("first acts");
+        attacks::no_pod_is_taken_for_another(&cluster, source);
+        done("attacks");
     }
     deployments::a_deployment_reads_its_object(&cluster);
     deployments::a_deployment_reads_its_object_by_the_component(&cluster, directory.path());

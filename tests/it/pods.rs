@@ -331,7 +331,7 @@ fn many_namespaces_are_listened_in_within_a_second() {
 }
 
 fn handing_over(folder: &Path, node: &Node) -> String {
-    format!("pods = true\npods_dir = {:?}\nhandover = {:?}\n", node.directory(), folder.join("handover.sock"))
+    format!("pods = true\npods_dir = {:?}\nhandover = {:?}\n", node.directory(), folder.join("handover/awsvid.sock"))
 }
 
 /// Asks from a pod, over and over, each time on a new connection, until it is told that it is enough.

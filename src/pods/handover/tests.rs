@@ -96,7 +96,7 @@ fn two_pods_of_one_kind_are_in_the_same_place() {
 #[tokio::test]
 async fn the_socket_is_its_owners_alone() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o700)).unwrap();
     let path = folder.path().join("handover.sock");
     let handover = Handover::bind(&path).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
@@ -104,7 +104,7 @@ async fn the_socket_is_its_owners_alone() {
     say(&before.unwrap(), GIVE).await.unwrap();
     let next = next.unwrap();
     assert_eq!((hear(&next).await.unwrap(), hear(&next).await.unwrap()), (Some(GIVE), None));
-    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     drop(handover);
     assert!(matches!(Handover::bind(&path), Err(ListenError::UnsafeDirectory { .. })));
 }
