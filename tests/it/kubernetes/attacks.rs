@@ -158,10 +158,8 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
 
 /// A network namespace of one's own has no listener; a socket that was made before is still the pod's.
 fn sockets_stay_in_their_network(site: &Site<'_>) {
-    site.tried("new-network").is(
-        &["new network: ECONNREFUSED", "connected before: 200", "made before: 200"],
-        &["ok", "ok"],
-    );
+    site.tried("new-network")
+        .is(&["new network: ECONNREFUSED", "connected before: 200", "made before: 200"], &["ok", "ok"]);
 }
 
 fn addresses_say_nothing(site: &Site<'_>) {

@@ -67,6 +67,7 @@ pub(super) fn overlay(folder: &Path, name: &str, resources: &[&str], components:
         "components": components.iter().map(|name| format!("{base}/components/{name}")).collect::<Vec<_>>(),
     });
     if !resources.is_empty() {
+        kustomization["images"] = json!([{ "name": "kubectl", "newTag": "test" }]);
         kustomization["configMapGenerator"] = json!([
             { "name": "awsvid", "namespace": "awsvid", "behavior": "merge", "files": ["awsvid.toml", "ca.crt"] }
         ]);
@@ -144,6 +145,11 @@ impl Cluster {
 
     /// Installs the manifests of this directory, with MinIO in the place of AWS.
     pub(super) fn install(&self, source: &str) {
+        self.install_with(source, &["environment"]);
+    }
+
+    /// The same with these components.
+    pub(super) fn install_with(&self, source: &str, components: &[&str]) {
         let text = fs::read_to_string(manifests().join(source).join("awsvid.toml")).unwrap();
         let (start, _) = text.split_once("[sts]").expect("the example's [sts]");
         let text = format!(
@@ -153,7 +159,7 @@ impl Cluster {
             self.sts.url(),
             self.minio.role_arn(),
         );
-        let directory = overlay(&self.folder, source, &[source], &["environment"]);
+        let directory = overlay(&self.folder, source, &[source], components);
         fs::write(directory.join("awsvid.toml"), text).unwrap();
         fs::write(directory.join("ca.crt"), self.sts.certificate()).unwrap();
         self.node.kubectl(&["apply", "--kustomize", directory.to_str().unwrap()]).success("kubectl apply -k");
