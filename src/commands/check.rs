@@ -72,12 +72,12 @@ async fn walk(options: &Options, report: &mut Report) {
         Ok(resolve) => resolve,
         Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
     };
-    let web = Web { resolve: &resolve, deadline: DEADLINE };
     machine::check(&config, report);
-    let sts = match sts(&config) {
-        Ok(sts) => sts,
+    let (network, sts) = match sts(&config) {
+        Ok(both) => both,
         Err(error) => return report.failed("sts", error, "correct [sts], or the environment variable"),
     };
+    let web = Web { resolve: &resolve, network: Some(&network), deadline: DEADLINE };
     let Some(asked) = agent::connect(&config, options.pid, report).await else {
         return report
             .unchecked("identity", "without the agent there are no tokens, and nothing after them to look at");
@@ -119,14 +119,14 @@ fn configuration(options: &Options, report: &mut Report) -> Option<Config> {
     }
 }
 
-/// As the daemon has it.
-fn sts(config: &Config) -> Result<Sts, String> {
+/// As the daemon has it, and the way there, which the other steps take too.
+fn sts(config: &Config) -> Result<(Network, Sts), String> {
     let network = Network::from_env(|name| std::env::var(name).ok()).map_err(|error| error.to_string())?;
     let settings = Settings {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,
         ca_file: config.sts.ca_file.clone(),
-        network,
+        network: network.clone(),
     };
-    Sts::new(settings, Clock::system()).map_err(|error| error.to_string())
+    Ok((network, Sts::new(settings, Clock::system()).map_err(|error| error.to_string())?))
 }

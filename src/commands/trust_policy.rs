@@ -18,6 +18,7 @@ use super::live::{self, Live};
 use super::web::Web;
 use crate::config::Config;
 use crate::identity::SpiffeId;
+use crate::sts::Network;
 use plan::{Account, Issuer, Plan};
 
 /// For a token, and for each document of the issuer.
@@ -161,7 +162,9 @@ async fn thumbprint(issuer: &Issuer) -> (Option<String>, Option<String>) {
     if !issuer.url().starts_with("https://") {
         return (None, None);
     }
-    let web = Web { resolve: &[], deadline: DEADLINE };
+    // What is wrong with a variable keeps nothing but the chain from being seen.
+    let network = Network::from_env(|name| std::env::var(name).ok()).unwrap_or_default();
+    let web = Web { resolve: &[], network: Some(&network), deadline: DEADLINE };
     let chain = async {
         let document = web.get(&live::discovery_url(issuer.url())).await?;
         let discovery: Value =

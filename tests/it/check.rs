@@ -1,6 +1,8 @@
 //! `awsvid check` as an operator runs it: on a path where all is well, and on each that is wrong in one place, with the real
 //! counterpart set up wrong wherever one can be had.
 
+mod tokens;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
