@@ -192,7 +192,8 @@ async fn ask(uri: &str, authorization: &str, report: &mut Report) {
             report.failed(
                 ENDPOINT,
                 format!("{uri}: {error}"),
-                "systemctl status awsvid; is the port the one in `[listen] tcp`?",
+                "systemctl status awsvid; is the port the one in `[listen] tcp`? A pod of gVisor or Kata has a loopback of its own, \
+                 which awsvid is not in",
             );
             return;
         }
