@@ -26,11 +26,21 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// As `serve` has it.
 const EX_CONFIG: u8 = 78;
 
-/// What is to be written.
+/// Writes what IAM needs to trust this node's roles: the OIDC provider and each role's trust policy.
+///
+/// The roles are the configuration's; the issuer is that of a live token, for which this has to run as the daemon runs, as
+/// root, or is said with --issuer. Nothing in AWS is changed or asked. Where a policy would let in more than the daemon does,
+/// there is a warning on standard error, with an example.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  sudo awsvid trust-policy > iam.sh                       commands of the AWS CLI, to read and then to run
+  sudo awsvid trust-policy --format terraform > awsvid.tf
+  awsvid trust-policy --issuer https://oidc.example.org --format cloudformation > awsvid.json
+
+Exit status: 0; 78 if the configuration has errors; 1 if there is no issuer, no role at AWS, or roles of several accounts.")]
 pub struct Options {
-    /// The configuration file.
-    #[arg(long, env = "AWSVID_CONFIG", default_value = "/etc/awsvid/awsvid.toml")]
+    /// The daemon's configuration file.
+    #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
     config: PathBuf,
     /// In which language.
     #[arg(long, value_enum, default_value = "aws-cli")]
