@@ -34,7 +34,13 @@ fn each_command_has_a_line_a_help_and_a_manual_page() {
     let names: Vec<&str> = begin.filter_map(|line| line.split_whitespace().next()).collect();
     assert_eq!(names, [&COMMANDS[..], &["help"]].concat(), "{all}");
     assert!(page.contains(".TH awsvid 1"), "{page}");
+    let readme = include_str!("../../README.md");
     for command in COMMANDS {
+        let words = format!("awsvid {command}");
+        assert!(
+            readme.match_indices(&words).any(|(at, _)| readme[at + words.len()..].starts_with([' ', '`', '\n'])),
+            "{words} in README.md"
+        );
         let line = all.lines().find(|line| line.trim_start().split(' ').next() == Some(command));
         assert!(line.is_some_and(|line| line.trim().len() > command.len() + 20), "{command}: {all}");
         assert!(page.contains(&format!("awsvid\\-{}(1)", command.replace('-', "\\-"))), "{command}: {page}");
