@@ -3,6 +3,7 @@
 mod attacks;
 mod cluster;
 mod deployments;
+mod life;
 mod policy;
 
 use std::path::Path;
@@ -23,6 +24,8 @@ fn pods_have_their_own_credentials() {
     done("all but awsvid is there");
     policy::the_environment_is_set_where_it_is_missing(&cluster);
     done("the policy");
+    life::pods_wait_until_awsvid_is_ready(&cluster, directory.path());
+    done("the start-up taint");
     for source in ["spiffe-broker", "spire-delegated"] {
         cluster.install(source);
         done(source);
@@ -32,6 +35,9 @@ fn pods_have_their_own_credentials() {
         done("first acts");
         attacks::no_pod_is_taken_for_another(&cluster, source);
         done("attacks");
+        if source == "spiffe-broker" {
+            lives(&cluster, &done);
+        }
     }
     deployments::a_deployment_reads_its_object(&cluster);
     deployments::a_deployment_reads_its_object_by_the_component(&cluster, directory.path());
@@ -42,6 +48,21 @@ fn pods_have_their_own_credentials() {
         attacks::on_the_node_everybody_is_himself(&cluster, source);
         done("on the node");
     }
+}
+
+/// What happens to a node in its life.
+fn lives(cluster: &Cluster, done: &impl Fn(&str)) {
+    life::pods_have_the_families_that_they_have(cluster);
+    done("families");
+    life::an_update_refuses_nobody(cluster);
+    life::the_one_after_a_killed_one_listens_again(cluster);
+    done("updates");
+    life::pods_come_and_go(cluster);
+    done("pods that come and go");
+    life::many_pods_are_listened_in_soon(cluster);
+    done("many pods");
+    life::warm_pods_notice_nothing(cluster);
+    done("outages");
 }
 
 /// Two pods, of two namespaces and service accounts, whose containers differ in nothing that awsvid is told.
@@ -98,7 +119,7 @@ fn every_manifest_is_accepted(cluster: &Cluster, folder: &Path) {
     for directory in ["", "spiffe-broker", "spire-delegated"] {
         accepted(&manifests().join(directory));
     }
-    for component in ["environment", "environment-patch", "pod-monitor"] {
+    for component in ["environment", "environment-patch", "pod-monitor", "startup-taint"] {
         accepted(&overlay(folder, component, &[], &[component]));
     }
 }

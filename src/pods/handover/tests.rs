@@ -75,6 +75,24 @@ fn only_a_listener_on_the_address_in_this_namespace_is_one() {
     }
 }
 
+#[test]
+fn two_pods_of_one_kind_are_in_the_same_place() {
+    let table = [
+        ("/kubepods/besteffort/poda/x", "/kubepods/besteffort/podb/y", true),
+        ("/kubepods/besteffort/poda/x", "/kubepods/burstable/podb/y", false),
+        ("/kubepods/besteffort/poda/x", "/user.slice/user-1000.slice/x", false),
+        ("/kubepods.slice/kubepods-poda.slice/cri-x.scope", "/kubepods.slice/kubepods-podb.slice/cri-y.scope", true),
+        ("/system.slice/awsvid.service", "/system.slice/awsvid-next.service", true),
+        // As they look from within the first one's cgroup namespace.
+        ("/", "/../../podb/y", true),
+        ("/", "/../../../burstable/podb/y", false),
+        ("/", "/../../../../system.slice/x.service", false),
+    ];
+    for (own, other, same) in table {
+        assert_eq!(two_above(own) == two_above(other), same, "{own} {other}");
+    }
+}
+
 #[tokio::test]
 async fn the_socket_is_its_owners_alone() {
     let folder = tempfile::tempdir().unwrap();

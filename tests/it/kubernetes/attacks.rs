@@ -1,10 +1,14 @@
 //! Attacks 2, 5, 9, 10 and 12 on a real node: what a pod's process can try in order to get another pod's credentials, or to keep
 //! it from its own. What runs in the pods is `attacker.py`.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::cluster::{AWS, Account, Cluster, OTHER, READER};
+use crate::harness::counterparts::process::await_some;
 
+const PATIENCE: Duration = Duration::from_secs(30);
 const ATTACKER: &str = include_str!("attacker.py");
 /// Where the victim and those who would trick it meet: a directory of the node that both mount.
 const MEETING: &str = "/run/awsvid-test-meeting";
@@ -57,13 +61,13 @@ impl<'a> Site<'a> {
     pub(super) fn set(cluster: &'a Cluster, source: &'a str, name: &str) -> Self {
         cluster.node.run(&["rm", "-rf", MEETING]).success("rm");
         cluster.node.apply(&pod(OTHER, name, "victim", &With { mounts: &[(MEETING, "/shared")], ..With::default() }));
-        let uid = || cluster.node.get(&["pod", "--namespace", OTHER.namespace, name])["metadata"]["uid"].clone();
-        let uid = uid();
-        let own = cluster.audited("the victim has its own credentials", |record| record["pod_uid"] == uid);
-        assert_eq!((&own["outcome"], &own["spiffe_id"]), (&"issued".into(), &OTHER.id().into()), "{own}");
-        namespace.clone_from(&own["network_namespace"]);
+        let ready = ["wait", "--for=condition=Ready", "pod", name, "--namespace", OTHER.namespace, "--timeout=110s"];
+        cluster.node.kubectl(&ready).success("the victim");
         let victim = cluster.node.get(&["pod", "--namespace", OTHER.namespace, name]);
-        assert!(victim["status"]["podIP"].is_string(), "{victim}");
+        let uid = &victim["metadata"]["uid"];
+        let own = cluster.audited("the victim has its own credentials", |record| record["pod_uid"] == *uid);
+        assert_eq!((&own["outcome"], &own["spiffe_id"]), (&"issued".into(), &OTHER.id().into()), "{own}");
+        let namespace = own["network_namespace"].clone();
         Self { cluster, source, victim, namespace }
     }
 
@@ -294,9 +298,8 @@ impl Site<'_> {
         let user = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups"];
         let busybox = self.cluster.node.bin().join("pod-files/busybox/bin/busybox");
         let ask = [busybox.to_str().unwrap(), "wget", "-q", "-O", "/dev/null", "--header", "Authorization: any", URI];
-        let asked = self.cluster.node.run(&[&["sh", "-ec", IN_A_UNIT], behind, &user, &ask].concat());
-        let [record] = &of_it()[before..] else { panic!("not one record of {uid}: {asked:?}") };
-        record.clone()
+        self.cluster.node.run(&[&["sh", "-ec", IN_A_UNIT], behind, &user, &ask].concat());
+        await_some("its record", PATIENCE, || of_it().get(before).cloned())
     }
 
     fn end(&self) {

@@ -67,6 +67,7 @@ pub(super) fn overlay(folder: &Path, name: &str, resources: &[&str], components:
         "components": components.iter().map(|name| format!("{base}/components/{name}")).collect::<Vec<_>>(),
     });
     if !resources.is_empty() {
+        kustomization["images"] = json!([{ "name": "kubectl", "newTag": "test" }]);
         kustomization["configMapGenerator"] = json!([
             { "name": "awsvid", "namespace": "awsvid", "behavior": "merge", "files": ["awsvid.toml", "ca.crt"] }
         ]);
@@ -144,7 +145,12 @@ impl Cluster {
 
     /// Installs the manifests of this directory, with MinIO in the place of AWS.
     pub(super) fn install(&self, source: &str) {
-        self.apply(&self.overlay(source, &["environment"], |text| text));
+        self.install_with(source, &["environment"]);
+    }
+
+    /// The same with these components.
+    pub(super) fn install_with(&self, source: &str, components: &[&str]) {
+        self.apply(&self.overlay(source, components, |text| text));
     }
 
     /// The same with awsvid for what uses the node's network, as the README says.

@@ -76,7 +76,7 @@ impl Drop for Node {
         let events = self.kubectl(&["get", "events", "--all-namespaces"]);
         let warnings = events.stdout.lines().filter(|line| line.contains("Warning")).collect::<Vec<_>>();
         eprintln!("--- warnings\n{}", warnings.join("\n"));
-        for (namespace, name) in [("awsvid", "awsvid"), ("spire", "spire-agent")] {
+        for (namespace, name) in [("awsvid", "awsvid"), ("awsvid", "startup-taint"), ("spire", "spire-agent")] {
             let log = self.pod_log(namespace, name);
             let lines: Vec<_> = log.lines().collect();
             eprintln!("--- {name}\n{}", lines[lines.len().saturating_sub(30)..].join("\n"));

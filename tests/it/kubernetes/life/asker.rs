@@ -1,0 +1,83 @@
+//! A pod that asks.
+
+use serde_json::{Value, json};
+
+use super::PATIENCE;
+use crate::harness::counterparts::process::await_some;
+
+use crate::harness::kubernetes::BUSYBOX;
+use crate::kubernetes::cluster::{Account, Cluster, READER};
+
+/// A shell function that asks at an address of the pod's own, on a new connection.
+const ASK: &str =
+    "ask() { busybox wget -q -O /dev/null --header 'Authorization: any' \"http://$1:974/v1/credentials\" 2>&1; }";
+
+/// A pod that runs a script, which can `ask` an address; light, so that many can run.
+pub(super) fn pod(account: Account, name: &str, script: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": { "name": name, "namespace": account.namespace, "labels": {} },
+        "spec": {
+            "serviceAccountName": account.name, "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
+            "automountServiceAccountToken": false,
+            "containers": [{
+                "name": "main", "image": BUSYBOX, "command": ["/bin/busybox", "sh", "-ec", format!("{ASK}\n{script}")],
+            }],
+        },
+    })
+}
+
+/// One that asks over and over until it is told that it is enough.
+pub(super) struct Asker<'a> {
+    cluster: &'a Cluster,
+    name: &'static str,
+}
+
+impl<'a> Asker<'a> {
+    /// Starts one, which has been answered when this returns.
+    pub(super) fn start(cluster: &'a Cluster, name: &'static str) -> Self {
+        let script = "while [ ! -e /enough ]; do
+                if why=$(ask 127.0.0.1); then echo answered; else echo \"failed: $why\"; fi
+                read now rest </proc/uptime; echo \"at $now\"
+                busybox usleep 20000
+            done";
+        cluster.node.apply(&pod(READER, name, script));
+        let asker = Self { cluster, name };
+        asker.goes_on();
+        asker
+    }
+
+    fn log(&self) -> String {
+        self.cluster.node.pod_log(READER.namespace, self.name)
+    }
+
+    fn answered(&self) -> usize {
+        self.log().lines().filter(|line| *line == "answered").count()
+    }
+
+    /// Waits until it has been answered some times more.
+    pub(super) fn goes_on(&self) {
+        let before = self.answered();
+        await_some(&format!("{} is answered", self.name), PATIENCE, || (self.answered() >= before + 20).then_some(()));
+    }
+
+    /// Lets it end: how often it was answered, each failure, and the longest time from one answer to the next in seconds.
+    pub(super) fn enough(self) -> (usize, Vec<String>, f64) {
+        let words = ["exec", "--namespace", READER.namespace, self.name, "--", "/bin/busybox", "touch", "/enough"];
+        self.cluster.node.kubectl(&words).success("it is enough");
+        let log = self.cluster.node.ended(READER.namespace, self.name).log;
+        let (mut failed, mut times, mut good) = (Vec::new(), Vec::new(), false);
+        for line in log.lines() {
+            match line.strip_prefix("at ") {
+                Some(at) if good => times.push(at.parse::<f64>().expect("seconds")),
+                Some(_) => {}
+                None => good = line == "answered",
+            }
+            if line.starts_with("failed") {
+                failed.push(line.to_owned());
+            }
+        }
+        let longest = times.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f64::max);
+        (times.len(), failed, longest)
+    }
+}

@@ -1,0 +1,166 @@
+//! Pods by the dozen.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::{Value, json};
+
+use super::{PATIENCE, asker, process, signal, slow, status, ticks, updates};
+use crate::harness::counterparts::process::await_some;
+use crate::kubernetes::cluster::{Cluster, READER};
+
+/// What a pod that is gone must not leave on the node.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Counts {
+    files: usize,
+    namespaces: usize,
+    descriptors: usize,
+}
+
+impl Counts {
+    fn of(cluster: &Cluster) -> Self {
+        let awsvid = process(&cluster.node, "awsvid");
+        let count = |directory: &str| fs::read_dir(cluster.node.path(directory)).into_iter().flatten().count();
+        let namespaces = cluster.node.run(&["lsns", "--type", "net", "--noheadings", "--output", "NS"]);
+        Self {
+            files: count("/run/netns"),
+            namespaces: namespaces.success("lsns").lines().collect::<BTreeSet<_>>().len(),
+            descriptors: count(&format!("/proc/{awsvid}/fd")),
+        }
+    }
+
+    /// Once two looks in a row find the same.
+    fn settled(cluster: &Cluster) -> Self {
+        let mut before = Self::of(cluster);
+        await_some("nothing comes or goes", PATIENCE, || {
+            std::thread::sleep(Duration::from_millis(500));
+            let now = Self::of(cluster);
+            (std::mem::replace(&mut before, now) == before).then_some(())
+        });
+        before
+    }
+}
+
+/// Creates pods that ask as their first act and stay; when it returns each has been answered. Their UIDs.
+fn create(cluster: &Cluster, burst: usize, count: usize) -> BTreeSet<String> {
+    let prefix = format!("burst-{burst}-");
+    let pods: Vec<Value> = (0..count)
+        .map(|i| {
+            let script = "ask 127.0.0.1; echo answered; exec busybox sleep 36000";
+            let mut pod = asker::pod(READER, &format!("{prefix}{i}"), script);
+            pod["metadata"]["labels"] = json!({ "burst": burst.to_string() });
+            pod
+        })
+        .collect();
+    cluster.node.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": pods }));
+    await_some("all are answered", 4 * PATIENCE, || {
+        std::thread::sleep(Duration::from_millis(200));
+        let log = cluster.node.pod_log(READER.namespace, &prefix);
+        let answered = log.lines().filter(|line| *line == "answered").count();
+        assert_eq!(answered, log.lines().count(), "{log}");
+        (answered == count).then_some(())
+    });
+    let pods = cluster.node.get(&["pods", "--namespace", READER.namespace, "--selector", &format!("burst={burst}")]);
+    let uids = pods["items"].as_array().expect("pods").iter();
+    uids.map(|pod| pod["metadata"]["uid"].as_str().expect("a UID").to_owned()).collect()
+}
+
+/// Deletes them; how long that took.
+fn delete(cluster: &Cluster, burst: usize) -> Duration {
+    let start = Instant::now();
+    let selector = format!("burst={burst}");
+    let words = ["delete", "pods", "--namespace", READER.namespace, "--selector", &selector];
+    cluster.node.kubectl(&words).success("pods are deleted");
+    start.elapsed()
+}
+
+pub(in crate::kubernetes) fn pods_come_and_go(cluster: &Cluster) {
+    let (bursts, size) = if slow() { (20, 25) } else { (2, 10) };
+    let before = Counts::settled(cluster);
+    let (mut uids, mut longest) = (BTreeSet::new(), Duration::ZERO);
+    let start = Instant::now();
+    for burst in 0..bursts {
+        uids.extend(create(cluster, burst, size));
+        longest = longest.max(delete(cluster, burst));
+    }
+    let took = start.elapsed();
+    let mut after = None;
+    await_some("as much is left as there was before", PATIENCE, || {
+        let now = Counts::of(cluster);
+        let good = now <= before;
+        after = Some(now);
+        good.then_some(())
+    });
+    eprintln!("{} pods in {took:.1?}, {size} deleted in at most {longest:.1?}: {before:?}, then {after:?}", uids.len());
+    assert_eq!(uids.len(), bursts * size);
+    let issued = cluster.audit().into_iter().filter(|record| record["outcome"] == "issued");
+    let issued: BTreeSet<String> = issued.filter_map(|record| Some(record["pod_uid"].as_str()?.to_owned())).collect();
+    assert!(uids.is_subset(&issued), "{:?}", uids.difference(&issued));
+    let events = cluster.node.kubectl(&["get", "events", "--namespace", READER.namespace]).success("events");
+    assert!(!events.contains("FailedKillPod"), "{events}");
+}
+
+/// The time from each pod's network namespace to its listener, by the name of the namespace's file.
+fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
+    let log = cluster.node.pod_log("awsvid", "awsvid");
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let times = lines.filter(|line| line["message"] == "listening in a pod's network namespace").filter_map(|line| {
+        let path = line["namespace"].as_str()?;
+        let file = fs::metadata(cluster.node.path(path)).ok()?;
+        let made =
+            SystemTime::UNIX_EPOCH + Duration::new(file.ctime().try_into().ok()?, file.ctime_nsec().try_into().ok()?);
+        let at = humantime::parse_rfc3339(line["timestamp"].as_str()?).ok()?;
+        Some((path.to_owned(), at.duration_since(made).unwrap_or_default()))
+    });
+    times.collect()
+}
+
+/// Measured: what one more pod, and the daemon, take with few pods and with many.
+pub(in crate::kubernetes) fn many_pods_are_listened_in_soon(cluster: &Cluster) {
+    if !slow() {
+        return;
+    }
+    let count = 250;
+    let awsvid = process(&cluster.node, "awsvid");
+    let used = || ticks(&cluster.node, awsvid, 14) + ticks(&cluster.node, awsvid, 15);
+    let mut all = BTreeSet::new();
+    let known = |all: &mut BTreeSet<String>| {
+        let new: Vec<_> = listening(cluster).into_iter().filter(|(path, _)| all.insert(path.clone())).collect();
+        let mut times: Vec<_> = new.into_iter().map(|(_, time)| time).collect();
+        times.sort();
+        times
+    };
+    known(&mut all);
+    create(cluster, 1000, 1);
+    eprintln!("one pod: from namespace to listening {:?}", known(&mut all));
+    let (before, start, memory) = (used(), Instant::now(), status(&cluster.node, awsvid, "VmRSS"));
+    create(cluster, 1001, count - 1);
+    let (cpu, took) = ((used() - before) * 10, start.elapsed());
+    let times = known(&mut all);
+    let (resident, peak) = (status(&cluster.node, awsvid, "VmRSS"), status(&cluster.node, awsvid, "VmHWM"));
+    eprintln!(
+        "{count} pods in {took:.1?}: from namespace to listening {:?} in the middle, {:?} at most",
+        times[times.len() / 2],
+        times.last()
+    );
+    eprintln!("awsvid: {memory} KiB, then {resident} KiB, at most {peak} KiB; {cpu} ms of CPU");
+    create(cluster, 1002, 1);
+    eprintln!("one more pod: from namespace to listening {:?}", known(&mut all));
+    let idle = (used(), Instant::now());
+    std::thread::sleep(Duration::from_secs(20));
+    eprintln!("awsvid when nothing comes: {} ms of CPU in {:.1?}", (used() - idle.0) * 10, idle.1.elapsed());
+    signal(&cluster.node, "KILL", awsvid);
+    let next = await_some("another process", PATIENCE, || {
+        let found = process(&cluster.node, "awsvid");
+        (found != awsvid).then_some(found)
+    });
+    let listening = updates::listening_after(cluster, next);
+    eprintln!("after a kill with {} pods: listening {listening:?} after the start of the next process", count + 1);
+    assert!(listening < Duration::from_secs(1), "{listening:?}");
+    cluster.node.rolled_out("awsvid", "daemonset/awsvid");
+    for burst in 1000..1003 {
+        delete(cluster, burst);
+    }
+}

@@ -1,0 +1,47 @@
+//! What awsvid does while somebody else is away.
+
+use serde_json::json;
+
+use super::asker::{self, Asker};
+use super::{PATIENCE, process, processes, signal};
+use crate::harness::counterparts::process::await_some;
+use crate::kubernetes::cluster::{Cluster, READER};
+
+pub(in crate::kubernetes) fn warm_pods_notice_nothing(cluster: &Cluster) {
+    let node = &cluster.node;
+    let warm = Asker::start(cluster, "warm");
+    // Stopped, they take connections and answer nothing: worse than not to be there.
+    for program in ["kubelet", "kube-apiserver"] {
+        let stopped = process(node, program);
+        signal(node, "STOP", stopped);
+        warm.goes_on();
+        signal(node, "CONT", stopped);
+    }
+    let place_agent = |selector| {
+        let patch = json!({ "spec": { "template": { "spec": { "nodeSelector": { "away": selector } } } } }).to_string();
+        let words = ["patch", "daemonset", "spire-agent", "--namespace", "spire", "--patch", &patch];
+        await_some("the API server is back", PATIENCE, || node.kubectl(&words).status.success().then_some(()));
+    };
+    place_agent(json!("true"));
+    await_some("the agent is away", PATIENCE, || processes(node, "spire-agent").is_empty().then_some(()));
+    warm.goes_on();
+    // Its standard input stays open until it is answered, else the client would be taken for gone.
+    let raw = "printf 'GET /v1/credentials HTTP/1.1\\r\\nHost: localhost\\r\\nAuthorization: any\\r\\nConnection: close\\r\\n\\r\\n'";
+    let script = format!(
+        "{{ {raw}; busybox sleep 20; }} | busybox nc 127.0.0.1 974; until ask 127.0.0.1; do busybox sleep 1; done"
+    );
+    node.apply(&asker::pod(READER, "new", &format!("{script}; echo answered")));
+    let log = await_some("the new pod is told why", PATIENCE, || {
+        let log = node.pod_log(READER.namespace, "new");
+        log.contains("\n\n").then_some(log)
+    });
+    eprintln!("without an agent: {log}");
+    assert!(log.starts_with("HTTP/1.1 503"), "{log}");
+    place_agent(json!(null));
+    node.rolled_out("spire", "daemonset/spire-agent");
+    let ended = node.ended(READER.namespace, "new");
+    assert!(ended.succeeded && ended.log.ends_with("answered\n"), "{ended:?}");
+    let (answered, failed, longest) = warm.enough();
+    eprintln!("outages: a warm pod was answered {answered} times, at most {longest:.2} s apart");
+    assert!(failed.is_empty(), "{failed:?}");
+}

@@ -1,0 +1,60 @@
+//! From one pod of the DaemonSet to the next.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use super::asker::Asker;
+use super::{PATIENCE, process, signal, slow, ticks};
+use crate::harness::counterparts::process::await_some;
+use crate::kubernetes::cluster::Cluster;
+
+pub(in crate::kubernetes) fn an_update_refuses_nobody(cluster: &Cluster) {
+    let asker = Asker::start(cluster, "during-updates");
+    let (updates, start) = (if slow() { 10 } else { 2 }, Instant::now());
+    for _ in 0..updates {
+        let before = process(&cluster.node, "awsvid");
+        let restart = ["rollout", "restart", "--namespace", "awsvid", "daemonset/awsvid"];
+        cluster.node.kubectl(&restart).success("a rolling update");
+        cluster.node.rolled_out("awsvid", "daemonset/awsvid");
+        assert_ne!(process(&cluster.node, "awsvid"), before);
+    }
+    let took = start.elapsed() / updates;
+    let (answered, failed, longest) = asker.enough();
+    eprintln!(
+        "{updates} updates of {took:.1?}: answered {answered} times, at most {longest:.2} s apart, failed: {failed:?}"
+    );
+    assert!(failed.is_empty() && answered > 100, "{failed:?}");
+}
+
+pub(in crate::kubernetes) fn the_one_after_a_killed_one_listens_again(cluster: &Cluster) {
+    let asker = Asker::start(cluster, "during-a-kill");
+    let before = process(&cluster.node, "awsvid");
+    signal(&cluster.node, "KILL", before);
+    let after = await_some("another process", PATIENCE, || {
+        let found = process(&cluster.node, "awsvid");
+        (found != before).then_some(found)
+    });
+    let listening = listening_after(cluster, after);
+    cluster.node.rolled_out("awsvid", "daemonset/awsvid");
+    asker.goes_on();
+    let (_, failed, longest) = asker.enough();
+    eprintln!(
+        "after a kill: listening {listening:?} after the start of the next process, answers {longest:.2} s apart"
+    );
+    assert!(!failed.is_empty(), "nobody was killed");
+    assert!(listening < Duration::from_secs(1), "{listening:?}");
+}
+
+/// From a process's start until it has listened in all pods.
+pub(super) fn listening_after(cluster: &Cluster, process: u32) -> Duration {
+    let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
+    let uptime: f64 = uptime.split(' ').next().unwrap().parse().unwrap();
+    let boot = SystemTime::now() - Duration::from_secs_f64(uptime);
+    let started = boot + Duration::from_millis(ticks(&cluster.node, process, 22) * 10);
+    await_some("it listens in pods", PATIENCE, || {
+        let log = cluster.node.pod_log("awsvid", "awsvid");
+        let lines = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let listening = lines.filter(|line| line["message"] == "serving workloads in pods");
+        let times = listening.filter_map(|line| humantime::parse_rfc3339(line["timestamp"].as_str()?).ok());
+        times.filter_map(|at| at.duration_since(started).ok()).next()
+    })
+}
