@@ -20,6 +20,7 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::cache::{CredentialCache, Entry};
+use crate::health::Report;
 use crate::listen::{Arrival, CONNECTION_LIFE, Stream};
 use crate::metrics::{Metrics, Reason};
 
@@ -81,6 +82,9 @@ pub struct Admin {
 struct Status {
     version: &'static str,
     ready: bool,
+    connections: i64,
+    source: Option<Report>,
+    sts: Vec<Report>,
     credentials: Vec<Entry>,
 }
 
@@ -122,9 +126,13 @@ impl Admin {
     }
 
     fn status(&self) -> Response<Full<Bytes>> {
+        let (source, sts) = self.metrics.health.reports();
         let status = Status {
             version: env!("CARGO_PKG_VERSION"),
             ready: self.readiness.is_ready(),
+            connections: self.metrics.connections.get(),
+            source,
+            sts,
             credentials: self.cache.entries(),
         };
         // Strings and booleans: writing them to memory cannot fail.

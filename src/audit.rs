@@ -238,9 +238,10 @@ impl Record {
         self.request_id
     }
 
-    /// Notes what was seen of the caller, who was not attested.
-    pub fn refused(&mut self, refusal: &Refusal) {
-        self.stranger = refusal.stranger().cloned();
+    /// Notes what was seen of the caller, who was not attested: of his place, or, as `seen`, of his socket before his process
+    /// was looked for.
+    pub fn refused(&mut self, refusal: &Refusal, seen: Option<&Stranger>) {
+        self.stranger = refusal.stranger().or(seen).cloned();
     }
 
     /// Notes what the request was found to be for.

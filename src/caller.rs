@@ -331,6 +331,12 @@ pub struct Stranger {
 }
 
 impl Stranger {
+    /// What is seen of a caller before its process is looked for.
+    pub fn of(caller: &Caller) -> Self {
+        let Caller { uid, cgroup, pod, namespace, .. } = caller;
+        Self { uid: *uid, cgroup: cgroup.clone(), pod: pod.clone(), namespace: *namespace }
+    }
+
     /// Whose share it takes.
     pub fn owner(&self) -> Owner {
         Owner::at(self.uid, self.cgroup.as_ref(), self.pod.as_ref())

@@ -1,11 +1,17 @@
 //! The commands beside the daemon, for whoever uses or operates it.
 //!
-//! None of them needs the daemon's privileges, and none prints a secret but `credential-process`, whose output is one.
+//! None but `check` and `trust-policy` needs the daemon's privileges, and none prints a secret but `credential-process`, whose output is one.
 
+pub mod check;
 mod client;
+pub mod configuration;
 pub mod credential_process;
 pub mod exec;
+mod live;
 mod server;
+pub mod status;
+pub mod trust_policy;
+mod web;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

@@ -5,6 +5,7 @@
 
 mod aws;
 mod checks;
+mod explain;
 mod identity;
 mod listen;
 mod output;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use toml::de::DeTable;
 
+pub(crate) use aws::is_aws as is_aws_sts;
 pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{Authorization, Listen};
 pub use output::{AuditConfig, AuditFile, Log, LogFormat};

@@ -24,7 +24,7 @@ use crate::attest::{Attestor, PodAttestor};
 use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
-use crate::caller::{Caller, Listener, Owner, Refusal};
+use crate::caller::{Caller, Listener, Owner, Refusal, Stranger};
 use crate::listen::{Arrival, CONNECTION_LIFE, Place, Shares, Socket, Stream};
 use crate::metrics::{Metrics, Reason};
 
@@ -94,6 +94,9 @@ impl Dropped {
     }
 }
 
+/// Why somebody was not attested, and what his socket had told by then.
+type Unknown = (Refusal, Option<Stranger>);
+
 impl Front {
     /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace. The caller is attested
     /// before a byte is read.
@@ -111,6 +114,7 @@ impl Front {
         pod: Option<&PodAttestor>,
     ) -> Result<(), Dropped> {
         let (mut arrival, mut places) = (Some(arrival), Err(Dropped::TooMany));
+        let mut seen = None;
         // Before a byte is read, and over TCP before a process is searched for.
         let mut admit = |owner| {
             if let Some(arrival) = arrival.take() {
@@ -121,7 +125,10 @@ impl Front {
         let (listener, caller) = match &stream {
             Stream::Unix(stream) => (Listener::Unix, self.attestor.unix(stream.as_fd())),
             Stream::Tcp { client, server, .. } => {
-                let admit = |caller: &Caller| admit(Owner::of(caller));
+                let admit = |caller: &Caller| {
+                    seen = Some(Stranger::of(caller));
+                    admit(Owner::of(caller))
+                };
                 match pod {
                     None => (Listener::Tcp, self.attestor.tcp(*client, *server, admit).await),
                     Some(pod) => (Listener::Pod, pod.tcp(*client, *server, admit).await),
@@ -130,6 +137,7 @@ impl Front {
         };
         // Those who are not attested are read and answered, too, so they have a share as well.
         admit(caller.as_ref().map_or_else(|_| Owner::unknown(), Owner::of));
+        let caller = caller.map_err(|refusal| (refusal, seen));
         let _places = match places {
             Ok(places) => places,
             Err(dropped) => {
@@ -152,7 +160,7 @@ impl Front {
         &self,
         stream: Socket,
         listener: Listener,
-        caller: Result<Caller, Refusal>,
+        caller: Result<Caller, Unknown>,
     ) -> Result<(), Dropped> {
         let caller = caller.map(Arc::new);
         let (stage, more_comes) = (Stage::default(), AtomicBool::new(false));
@@ -199,12 +207,13 @@ impl Front {
         &self,
         request: &Request<Incoming>,
         listener: Listener,
-        caller: Result<Arc<Caller>, Refusal>,
+        caller: Result<Arc<Caller>, Unknown>,
     ) -> Answer {
         let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
-        if let Err(refusal) = &caller {
-            record.refused(refusal);
+        if let Err((refusal, seen)) = &caller {
+            record.refused(refusal, seen.as_ref());
         }
+        let caller = caller.map_err(|(refusal, _)| refusal);
         let id = record.request_id();
         match self.decide(request, listener, caller, &mut record).await {
             Ok((issued, freshness)) => {

@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep};
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::credentials::Credentials;
+use crate::health::LastError;
 use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
 use crate::sts::{Again, AssumeRole, StsError};
@@ -155,6 +156,7 @@ impl Issuer {
         loop {
             let result = self.sts.assume(grant, token).await;
             self.metrics.sts_calls.get_or_create(&Call::of(&result, |error| error.reason)).inc();
+            self.metrics.health.sts(grant.role.sts.to_string(), last_error(&result), self.clock.now());
             match result {
                 Err(error) if error.again == Again::Later => {
                     if !patience.pause().await || token.expires() <= self.clock.now() {
@@ -165,6 +167,11 @@ impl Issuer {
             }
         }
     }
+}
+
+fn last_error<T>(result: &Result<T, StsError>) -> Option<LastError> {
+    let error = result.as_ref().err()?;
+    Some(LastError { text: error.message.clone(), reason: error.reason, outage: error.again == Again::Later })
 }
 
 fn noting(error: StsError, note: &str) -> StsError {

@@ -61,10 +61,12 @@ pub enum ListenError {
         path: PathBuf,
     },
     /// The directory is not safe to put the socket in.
-    #[error("{}: the directory can be changed by others, who could put a socket of their own there; make it owned by root with mode 0755", path.display())]
+    #[error("{}: the directory is open to others, who could put a socket of their own there or use one that is not for them; make it owned by root with mode {mode:04o}", path.display())]
     UnsafeDirectory {
         /// Which.
         path: PathBuf,
+        /// What it may be like.
+        mode: u32,
     },
     /// The socket can't be made.
     #[error("{}: {source}", path.display())]

@@ -1,44 +1,156 @@
 //! The `awsvid` command.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use awsvid::commands::configuration::Configuration;
 use awsvid::commands::credential_process::CredentialProcess;
 use awsvid::commands::exec::Exec;
+use awsvid::commands::status::Status;
+use awsvid::commands::{check, trust_policy};
 use awsvid::{dev, serve};
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 
 /// Gives each workload on this machine its own AWS credentials, by its SPIFFE identity.
+///
+/// awsvid is one daemon per node. AWS SDKs and the AWS CLI ask it over the container credential endpoint, which they all
+/// know; it learns from the kernel who is asking, gets that workload's JWT-SVID from SPIRE (or another SPIFFE provider), and
+/// exchanges it at AWS STS.
+///
+/// New here: `awsvid dev` tries all of it on this machine, with no AWS account and no SPIRE.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(version, long_version = long_version(), after_help = AFTER)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
 
+const AFTER: &str = "\
+For whom:
+  to try it           dev
+  on a node           serve, config, status
+  in a workload       exec, credential-process
+
+The daemon's configuration is /etc/awsvid/awsvid.toml; AWSVID_CONFIG or --config names another.
+Colours are for terminals only, and not where NO_COLOR is set.";
+
 #[derive(Subcommand)]
 enum Command {
     /// Runs the daemon.
+    ///
+    /// It runs until SIGTERM or SIGINT and then ends without cutting a request off; SIGHUP reads the configuration again. It
+    /// needs root, or the capabilities of deploy/systemd/awsvid.service.
+    #[command(after_help = "\
+Exit status: 0 after a signal; 78 if the configuration has errors, each of which is on standard error with its line and what
+to do; 1 for anything else that keeps it from starting. Try a configuration first: awsvid config --check FILE")]
     Serve {
         /// The configuration file.
-        #[arg(long, env = "AWSVID_CONFIG", default_value = "/etc/awsvid/awsvid.toml")]
+        #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
         config: PathBuf,
     },
+    Config(Configuration),
+    Status(Status),
+    /// Walks the whole path, from the kernel to STS, and says what is wrong where, and what mends it.
+    Check(check::Options),
+    /// Writes what IAM needs to trust this node's roles: the OIDC provider and each role's trust policy.
+    TrustPolicy(trust_policy::Options),
     Exec(Exec),
     CredentialProcess(CredentialProcess),
     /// Tries the whole path on this machine: no AWS account and no SPIRE needed.
+    ///
+    /// Starts the daemon between a small SPIFFE provider and an STS of its own, all on loopback. They really sign and verify,
+    /// but no AWS account knows them.
+    #[command(after_help = "\
+Examples:
+  awsvid dev                                      prints the variables for another terminal
+  awsvid dev -- aws sts get-caller-identity       runs one command with them")]
     Dev {
         /// A command to run with the credentials endpoint in its environment; without one, `dev` prints the variables.
-        #[arg(last = true)]
+        #[arg(last = true, value_name = "CMD")]
         command: Vec<std::ffi::OsString>,
+    },
+    /// Prints a script that completes awsvid's commands and options in a shell.
+    #[command(after_help = "\
+Examples:
+  awsvid completions bash | sudo tee /usr/share/bash-completion/completions/awsvid >/dev/null
+  awsvid completions zsh | sudo tee /usr/share/zsh/site-functions/_awsvid >/dev/null
+  awsvid completions fish > ~/.config/fish/completions/awsvid.fish")]
+    Completions {
+        /// Which shell.
+        shell: Shell,
+    },
+    /// Prints a manual page: of awsvid, or of one of its commands.
+    #[command(after_help = "\
+Examples:
+  awsvid man | man -l -
+  awsvid man exec > awsvid-exec.1")]
+    Man {
+        /// Which command.
+        command: Option<String>,
     },
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Serve { config } => serve::serve(&config),
+        Command::Config(configuration) => configuration.run(),
+        Command::Status(status) => status.run(),
+        Command::Check(options) => check::run(&options),
+        Command::TrustPolicy(options) => trust_policy::run(&options),
         Command::Exec(exec) => exec.run(),
         Command::CredentialProcess(process) => process.run(),
         Command::Dev { command } => dev::run(&command),
+        Command::Completions { shell } => completions(shell),
+        Command::Man { command } => man(command.as_deref()),
+    }
+}
+
+/// The facts of this build. The revision is whatever the builder says: read from the working copy here, it would make the same
+/// source build to different programs, and be wrong for one with changes.
+fn long_version() -> String {
+    let libc = if cfg!(target_env = "musl") { "musl" } else { "gnu" };
+    let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+    format!(
+        "{}\nrevision: {}\ntarget:   {}-{}-{libc}\nprofile:  {profile}\nfeatures: workload-api spire-delegated spiffe-broker",
+        env!("CARGO_PKG_VERSION"),
+        option_env!("AWSVID_REVISION").unwrap_or("not recorded (set AWSVID_REVISION when building)"),
+        std::env::consts::ARCH,
+        std::env::consts::OS,
+    )
+}
+
+fn completions(shell: Shell) -> ExitCode {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "awsvid", &mut script);
+    print(&script)
+}
+
+/// Of the definitions above, so that it can't say anything else than `--help`.
+fn man(name: Option<&str>) -> ExitCode {
+    let mut command = Arguments::command();
+    // Gives subcommands their whole names, as in awsvid-exec(1).
+    command.build();
+    let command = match name {
+        None => command,
+        Some(name) => match command.find_subcommand(name) {
+            Some(found) => found.clone(),
+            None => command.error(ErrorKind::InvalidValue, format!("there is no command {name:?}")).exit(),
+        },
+    };
+    let mut page = Vec::new();
+    match clap_mangen::Man::new(command).source(concat!("awsvid ", env!("CARGO_PKG_VERSION"))).render(&mut page) {
+        Ok(()) => print(&page),
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// Whoever has stopped reading has had enough.
+fn print(text: &[u8]) -> ExitCode {
+    match io::stdout().write_all(text) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => ExitCode::FAILURE,
+        _ => ExitCode::SUCCESS,
     }
 }

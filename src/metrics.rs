@@ -8,6 +8,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::health::Health;
+
 /// Labels of `awsvid_requests`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Request {
@@ -109,6 +111,8 @@ pub struct Metrics {
     pub ready: Gauge,
     /// From the request's head to the answer.
     pub latency: Latency,
+    /// What the last answers of source and STS were; for `/status` alone, since it is no number.
+    pub health: Health,
 }
 
 /// A histogram of seconds, 10 microseconds to 10 seconds.

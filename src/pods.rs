@@ -339,7 +339,7 @@ impl Pods {
         tokio::select! {
             biased;
             changed = self.watch.changed() => match changed {
-                Ok(Change::Mounts) if self.waiting.is_empty() => drop(timeout(NO_HURRY, self.watch.files()).await),
+                Ok(Change::Mounts) if !waiting => drop(timeout(NO_HURRY, self.watch.files()).await),
                 Ok(_) => {}
                 Err(error) => {
                     tracing::error!(%error, "network namespaces cannot be watched");

@@ -1,5 +1,6 @@
 //! The `[[role]]` definitions, and the choice of one: pure, deny by default.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,16 @@ pub struct StsTarget {
     pub region: String,
     /// Instead of AWS's endpoint of that region.
     pub endpoint: Option<String>,
+}
+
+/// The endpoint's URL, or AWS's region.
+impl fmt::Display for StsTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.endpoint {
+            Some(endpoint) => f.write_str(endpoint),
+            None => write!(f, "AWS in {}", self.region),
+        }
+    }
 }
 
 /// An identity that the source gave a caller.

@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::caller::{Caller, Looks, Refusal};
 use crate::endpoint::Endpoint;
+use crate::health::LastError;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
 use crate::rule::Rule;
@@ -29,6 +30,7 @@ pub mod workload_api;
 
 pub use attesting::Attesting;
 pub use delegated::Delegated;
+pub(crate) use dial::unreachable as agent_unreachable;
 pub use jwt::{BadToken, JwtSvid};
 pub use workload_api::WorkloadApi;
 
@@ -102,6 +104,13 @@ pub enum SourceError {
 }
 
 impl SourceError {
+    /// For [`crate::health`]. What is about one caller is nothing of the source's.
+    fn of_source<T>(result: &Result<T, Self>) -> Option<LastError> {
+        let error = result.as_ref().err()?;
+        let outage = matches!(error, Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy);
+        Some(LastError { text: error.to_string(), reason: error.reason(), outage })
+    }
+
     /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.
     pub fn is_transient(&self) -> bool {
         match self {

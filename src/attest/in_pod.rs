@@ -56,10 +56,7 @@ impl PodAttestor {
     }
 
     fn belongs(&self, caller: &Caller) -> Result<(), Refusal> {
-        let stranger = || {
-            let (cgroup, pod) = (caller.cgroup.clone(), caller.pod.clone());
-            Box::new(Stranger { uid: caller.uid, cgroup, pod, namespace: caller.namespace })
-        };
+        let stranger = || Box::new(Stranger::of(caller));
         let Some(pod) = &caller.pod else { return Err(Refusal::NotAPod(stranger())) };
         let owner = self.owner.get_or_init(|| pod.uid.clone());
         if *owner == pod.uid {

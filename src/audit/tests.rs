@@ -111,9 +111,10 @@ async fn what_is_required_and_cannot_be_written_says_so() {
         assert_eq!(issues(&audit), !required);
         assert_eq!(audit.metrics.audit_lost.get(), 1);
 
-        // A character device is written to by a thread: once that has failed, nothing more is handed out.
+        // A character device is written to by a thread: once that has failed, which it may have done before the first of
+        // these returns, nothing more is handed out.
         let audit = open(required);
-        assert!(issues(&audit));
+        issues(&audit);
         while audit.metrics.audit_lost.get() == 0 {
             std::thread::yield_now();
         }

@@ -18,7 +18,8 @@ pub(super) struct Answer {
 /// Asks for `path`, and reads an answer of at most `most` bytes, until `deadline`.
 pub(super) fn get(mut stream: UnixStream, path: &str, most: usize, deadline: Instant) -> io::Result<Answer> {
     stream.set_write_timeout(Some(left(deadline)?))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     // Made once in this size: a buffer that grows leaves copies of what is in it behind.
     let mut answer = Zeroizing::new(vec![0; most.min(64 * 1024)]);
     let mut length = 0;

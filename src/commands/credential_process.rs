@@ -24,7 +24,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// No SDK takes more from the daemon.
 const ANSWER_MAX: usize = 64 * 1024;
 
-/// Prints credentials for `credential_process` in ~/.aws/config.
+/// Prints credentials for `credential_process` in ~/.aws/config
 ///
 /// In ~/.aws/config:
 ///
@@ -44,7 +44,7 @@ pub struct CredentialProcess {
     /// awsvid's unix socket, instead of what the configuration says.
     #[arg(long, value_name = "FILE")]
     socket: Option<PathBuf>,
-    /// One of several roles, by the name of its [[role]].
+    /// One of several roles, by the name of its `[[role]]`.
     #[arg(long, value_name = "NAME")]
     role: Option<String>,
     /// Also trusts a daemon that runs as this very user, such as `awsvid dev`.

@@ -32,7 +32,7 @@ const CONTAINER_HOSTS: [&str; 3] = ["169.254.170.2", "169.254.170.23", "fd00:ec2
 #[command(after_help = "Examples:
   awsvid exec -- aws sts get-caller-identity
   awsvid exec --role backup -- restic backup /srv
-  awsvid exec --url http://127.0.0.1:974 -- env | grep AWS_      (in a container without the configuration)
+  awsvid exec --url http://127.0.0.1:974 -- ./server        in a container, without a configuration
 
 Exit status: that of the command; 127 if there is none of that name, 126 if it can't be run, 125 if awsvid itself fails.")]
 pub struct Exec {
@@ -41,7 +41,7 @@ pub struct Exec {
     /// Where awsvid is, instead of what the configuration says: `http://127.0.0.1:974`, with or without a path.
     #[arg(long, value_name = "URL")]
     url: Option<String>,
-    /// One of several roles, by the name of its [[role]].
+    /// One of several roles, by the name of its `[[role]]`.
     #[arg(long, value_name = "NAME")]
     role: Option<String>,
     /// The daemon's token file, instead of what the configuration says.

@@ -56,7 +56,7 @@ pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
 }
 
 /// Whether this STS is AWS's: no endpoint of its own, or a URL of AWS's STS itself.
-pub(super) fn is_aws(endpoint: Option<&str>) -> bool {
+pub(crate) fn is_aws(endpoint: Option<&str>) -> bool {
     endpoint.is_none_or(|url| url.strip_prefix("https://").is_some_and(is_aws_sts_host))
 }
 

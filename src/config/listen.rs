@@ -13,8 +13,8 @@ const CGROUP_FIX: &str = "write the cgroup that holds those of all pods, as in \
 /// Ports below this one need a privilege, so that no other user can take them (attack 9).
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
-/// Beside the other sockets, where every daemon of the node finds it.
-const HANDOVER: &str = "/run/awsvid/handover.sock";
+/// Where every daemon of the node finds it. Not beside the other sockets, whose directory is mounted in containers (attack 10).
+const HANDOVER: &str = "/run/awsvid-handover/awsvid.sock";
 
 /// `[listen]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +27,8 @@ pub struct Listen {
     pub pods: bool,
     /// Where container runtimes mount those.
     pub pods_dir: PathBuf,
-    /// The unix socket over which pods' listeners pass to the next daemon; `None` (an empty string) switches that off.
+    /// The unix socket over which pods' listeners pass to the next daemon; `None` if there are none, or (an empty string) if
+    /// they are not to.
     pub handover: Option<PathBuf>,
     /// Health and metrics; may be an address of the node. `None` (an empty string) switches it off.
     pub admin: Option<SocketAddr>,
@@ -115,7 +116,7 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
     let default = Listen::default();
     table.not_yet("node");
     let pods = table.flag("pods").unwrap_or(default.pods);
-    let handover = pods.then(|| PathBuf::from(HANDOVER));
+    let handover = Some(PathBuf::from(HANDOVER));
     let words = [("present", Authorization::Present), ("token", Authorization::Token), ("off", Authorization::Off)];
     let listen = Listen {
         unix: socket(table, "unix", default.unix),
@@ -126,7 +127,7 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
                 absolute(text.trim_end_matches('/'))
             })
             .unwrap_or(default.pods_dir),
-        handover: socket(table, "handover", handover),
+        handover: socket(table, "handover", handover).filter(|_| pods),
         admin: table
             .parse(
                 "admin",

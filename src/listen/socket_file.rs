@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
@@ -16,18 +18,36 @@ use crate::listen::ListenError;
 pub struct SocketFile {
     path: PathBuf,
     inode: u64,
-    /// Held for the daemon's life, so that two starts at the same time can't both find the file stale.
-    _lock: Flock<File>,
+    /// Held for the daemon's life, so that two starts at the same time can't both find the file stale. `None` if somebody has
+    /// it who does not listen.
+    _lock: Option<Flock<File>>,
 }
+
+/// Of a directory in which clients find their sockets.
+const OPEN: u32 = 0o755;
+/// Of one that is the daemon's alone.
+const CLOSED: u32 = 0o700;
+/// Between taking the lock and listening a daemon needs far less.
+const PATIENCE: Duration = Duration::from_millis(200);
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 impl SocketFile {
     /// Listens on `path` with `mode`: replaces the file of a daemon that is gone, refuses to replace a living one's.
     pub fn bind(path: &Path, mode: u32) -> Result<(UnixListener, Self), ListenError> {
+        Self::bind_in(OPEN, path, mode)
+    }
+
+    /// The same for a socket that is for the daemon's own kind, in a directory that is, too.
+    pub fn bind_closed(path: &Path) -> Result<(UnixListener, Self), ListenError> {
+        Self::bind_in(CLOSED, path, 0o600)
+    }
+
+    fn bind_in(directory_mode: u32, path: &Path, mode: u32) -> Result<(UnixListener, Self), ListenError> {
         let failed = |source: io::Error| ListenError::Unix { path: path.to_owned(), source };
         let in_use = || ListenError::InUse { path: path.to_owned() };
         let directory = path.parent().unwrap_or(Path::new("/"));
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(failed)?;
-        check_directory(directory)?;
+        fs::DirBuilder::new().recursive(true).mode(directory_mode).create(directory).map_err(failed)?;
+        check_directory(directory, directory_mode)?;
         let lock = OpenOptions::new()
             .write(true)
             .create(true)
@@ -35,7 +55,7 @@ impl SocketFile {
             .custom_flags(libc::O_NOFOLLOW)
             .open(beside(path, ".lock"))
             .map_err(failed)?;
-        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| in_use())?;
+        let lock = take_lock(lock, path)?;
         // A daemon whose socket systemd holds has no lock file.
         if UnixStream::connect(path).is_ok() {
             return Err(in_use());
@@ -65,15 +85,35 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// Takes the lock, unless a daemon has it. A container in which the directory is mounted, even read-only, can take it as
+/// well: that must not keep the daemon from starting, so whoever has it counts only if he listens.
+fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenError> {
+    let begun = Instant::now();
+    loop {
+        match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err(_) if UnixStream::connect(path).is_ok() => {
+                return Err(ListenError::InUse { path: path.to_owned() });
+            }
+            Err(_) if begun.elapsed() >= PATIENCE => {
+                tracing::warn!("{}: somebody holds the lock beside it who does not listen there", path.display());
+                return Ok(None);
+            }
+            Err((file, _)) => lock = file,
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+}
+
 /// Whoever may rename files in the directory could put a fake server in the socket's place (attack 12).
-fn check_directory(directory: &Path) -> Result<(), ListenError> {
+fn check_directory(directory: &Path, mode: u32) -> Result<(), ListenError> {
     let failed = |source: io::Error| ListenError::Unix { path: directory.to_owned(), source };
     let found = fs::metadata(directory).map_err(failed)?;
     let owned = found.uid() == 0 || found.uid() == geteuid().as_raw();
-    if owned && found.mode() & 0o022 == 0 {
+    if owned && found.mode() & 0o777 & !mode == 0 {
         Ok(())
     } else {
-        Err(ListenError::UnsafeDirectory { path: directory.to_owned() })
+        Err(ListenError::UnsafeDirectory { path: directory.to_owned(), mode })
     }
 }
 
@@ -123,6 +163,31 @@ mod tests {
             SocketFile::bind(&directory.path().join("b.sock"), 0o666),
             Err(ListenError::UnsafeDirectory { .. })
         ));
+    }
+
+    #[test]
+    fn a_lock_that_somebody_took_who_does_not_listen_stops_nobody() {
+        let directory = safe_directory();
+        let path = directory.path().join("a.sock");
+        drop(SocketFile::bind(&path, 0o666).unwrap());
+        // Read-only: as in a container that only connects.
+        let file = File::open(beside(&path, ".lock")).unwrap();
+        let _taken = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
+        let (_listener, _file) = SocketFile::bind(&path, 0o666).unwrap();
+        assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::InUse { .. })));
+    }
+
+    #[test]
+    fn a_closed_directory_is_made_and_no_other_is_taken_for_one() {
+        let directory = safe_directory();
+        let closed = directory.path().join("closed");
+        let (_listener, _file) = SocketFile::bind_closed(&closed.join("a.sock")).unwrap();
+        assert_eq!(fs::metadata(&closed).unwrap().mode() & 0o777, 0o700);
+        for mode in [0o755, 0o710, 0o701] {
+            fs::set_permissions(&closed, Permissions::from_mode(mode)).unwrap();
+            let refused = SocketFile::bind_closed(&closed.join("b.sock"));
+            assert!(matches!(refused, Err(ListenError::UnsafeDirectory { mode: 0o700, .. })), "{mode:o}");
+        }
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub(super) struct Handover {
 impl Handover {
     /// To be called within the runtime.
     pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
-        let (listener, file) = SocketFile::bind(path, 0o600)?;
+        let (listener, file) = SocketFile::bind_closed(path)?;
         let failed = |source| ListenError::Unix { path: path.to_owned(), source };
         Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, _file: file })
     }
@@ -81,14 +81,26 @@ fn check_peer(stream: &UnixStream) -> io::Result<()> {
         let place = |process: &str| {
             let text = std::fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
             let (_, path) = cgroup::lines(&text).find(|(controllers, _)| controllers.is_empty())?;
-            // The parts that two pods, or two units, of one kind differ in: a pod and its container, or a service.
-            Some(Path::new(path).ancestors().nth(2).unwrap_or(Path::new("/")).to_owned())
+            Some(two_above(path))
         };
         if place(&peer.pid().to_string()) != place("self") {
             return denied(format!("the other end, process {}, is in a cgroup of another kind", peer.pid()));
         }
     }
     Ok(())
+}
+
+/// Without the parts that two pods, or two units, of one kind differ in: a pod and its container, or a service. In a cgroup
+/// namespace the own path is `/`, and another's begins with as many `..` as it is away.
+fn two_above(path: &str) -> Vec<String> {
+    let mut parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+    for _ in 0..2 {
+        match parts.last() {
+            Some(&"..") | None => parts.push(".."),
+            Some(_) => drop(parts.pop()),
+        }
+    }
+    parts.into_iter().map(str::to_owned).collect()
 }
 
 /// Says one word.

@@ -104,7 +104,7 @@ impl Pods {
                 Event::TakeOver
             }
             Stage::After(after) => tokio::select! {
-                _ = handover::hear(after) => Event::Resume,
+                () = end_of(after) => Event::Resume,
                 () = self.change() => Event::Look,
             },
             Stage::Serving => tokio::select! {
@@ -171,6 +171,7 @@ impl Pods {
         let given = self.give(&next).await?;
         self.successors = None;
         self.pods.values_mut().for_each(|pod| pod.pause(&given));
+        self.metrics.pod_namespaces.set(0);
         tracing::info!(listeners = given.len(), "the next daemon serves pods now");
         // If it can't be told it is gone, which is seen next.
         let _ = timeout(DEADLINE, handover::say(&next, DONE)).await;
@@ -241,6 +242,11 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Opt
             None
         }
     }
+}
+
+/// Waits until whoever is at the other end is gone.
+async fn end_of(stream: &UnixStream) {
+    while let Ok(Some(_)) = handover::hear(stream).await {}
 }
 
 /// Waits until the next daemon asks, or is gone.

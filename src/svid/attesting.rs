@@ -257,6 +257,8 @@ impl Shared {
         let before = caller.evidence.process()?;
         let result = self.agent.svids(before.pid, audience).await;
         self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
+        let agent = self.agent.endpoint().to_string();
+        self.metrics.health.source(agent, SourceError::of_source(&result), self.clock.now());
         if caller.evidence.process()? != before || !watch.is_unbroken() {
             return Err(crate::caller::Refusal::Changed.into());
         }

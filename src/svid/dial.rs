@@ -37,7 +37,7 @@ where
 }
 
 /// What went wrong between the daemon and the agent's socket, which `key` of `[identity]` names, and what to do about it.
-pub(super) fn unreachable(endpoint: &Endpoint, key: &str, error: &io::Error) -> String {
+pub(crate) fn unreachable(endpoint: &Endpoint, key: &str, error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => {
             format!("there is no socket at {endpoint}: start the SPIFFE agent, or correct `{key}` in [identity]")

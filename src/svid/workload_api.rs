@@ -54,6 +54,7 @@ impl WorkloadApi {
     pub async fn fetch(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         let result = self.fetch_checked(id, audience).await;
         self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
+        self.metrics.health.source(self.endpoint.to_string(), SourceError::of_source(&result), self.clock.now());
         result
     }
 

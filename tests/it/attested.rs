@@ -2,6 +2,7 @@
 
 mod asked;
 mod misconfigured;
+mod pods;
 mod programs;
 mod rates;
 mod remembering;

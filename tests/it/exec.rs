@@ -107,7 +107,7 @@ fn it_is_the_command_from_then_on() {
     assert_eq!(output(exec(&[&URL[..], &["/dev/null"]].concat())).status.code(), Some(126));
 
     let folder = folder();
-    let script = "echo \"pid=$$\"; trap 'exit 3' TERM; while :; do sleep 0.01; done";
+    let script = "trap 'exit 3' TERM; echo \"pid=$$\"; while :; do sleep 0.01; done";
     let command = exec(&[&URL[..], &["sh", "-c", script]].concat());
     let mut process = Process::start("awsvid exec", command, &folder.path().join("log"));
     let pid = format!("pid={}\n", process.id());

@@ -3,6 +3,7 @@
 
 pub(crate) mod actor;
 pub(crate) mod agent;
+pub(crate) mod answering;
 pub(crate) mod cgroup;
 pub(crate) mod client;
 pub(crate) mod counterparts;
@@ -10,11 +11,13 @@ pub(crate) mod daemon;
 pub(crate) mod engine;
 pub(crate) mod forward;
 pub(crate) mod gate;
+pub(crate) mod kubelet;
 pub(crate) mod kubernetes;
 pub(crate) mod made;
 pub(crate) mod namespaces;
 pub(crate) mod sts;
 pub(crate) mod systemd;
+pub(crate) mod terminal;
 pub(crate) mod tls;
 pub(crate) mod upstream;
 pub(crate) mod world;

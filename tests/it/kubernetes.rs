@@ -1,5 +1,6 @@
 //! awsvid as a DaemonSet on a real Kubernetes node.
 
+mod attacks;
 mod cluster;
 mod deployments;
 mod life;
@@ -32,6 +33,8 @@ fn pods_have_their_own_credentials() {
         done("each reads its own");
         the_first_act_is_answered(&cluster, source);
         done("first acts");
+        attacks::no_pod_is_taken_for_another(&cluster, source);
+        done("attacks");
         if source == "spiffe-broker" {
             lives(&cluster, &done);
         }

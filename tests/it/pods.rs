@@ -331,7 +331,7 @@ fn many_namespaces_are_listened_in_within_a_second() {
 }
 
 fn handing_over(folder: &Path, node: &Node) -> String {
-    format!("pods = true\npods_dir = {:?}\nhandover = {:?}\n", node.directory(), folder.join("handover.sock"))
+    format!("pods = true\npods_dir = {:?}\nhandover = {:?}\n", node.directory(), folder.join("handover/awsvid.sock"))
 }
 
 /// Asks from a pod, over and over, each time on a new connection, until it is told that it is enough.
@@ -379,13 +379,12 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
     let cgroup = Cgroup::of_pod(50);
     let (first, second) = (folder(), folder());
-    let asker = asking(&stage.site.node, "a", &cgroup, V4);
     let next = stage.site.next(first.path());
     stage.daemon.await_line(&["the next daemon serves pods now"]);
     let peer = Peer::new(21);
     stage.site.node.add_with("b", |_| peer.make());
     await_namespaces(&next, 2);
-    // SIGKILL.
+    // SIGKILL, which cuts what it has accepted, and nothing else.
     drop(next);
     stage.daemon.await_line(&["the next daemon is gone"]);
     stage.await_namespaces(2);
@@ -394,6 +393,7 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     }
     assert!(stage.site.serves("a", &cgroup, V4) && stage.site.serves("b", &Cgroup::of_pod(52), V6));
     // Which can hand over again.
+    let asker = asking(&stage.site.node, "a", &cgroup, V4);
     let next = stage.site.next(second.path());
     next.await_line(&["the listeners in pods are handed over"]);
     let counts = asker.enough();

@@ -214,7 +214,7 @@ fn listeners() {
         ("", "[listen]\npods = \"yes\"", (11, "listen.pods", "true or false")),
         (
             "",
-            "[listen]\npods = true\nunix = \"/run/awsvid/handover.sock\"",
+            "[listen]\npods = true\nunix = \"/run/awsvid-handover/awsvid.sock\"",
             (12, "listen.unix", "is also what `listen.handover` names"),
         ),
         ("", "[listen]\npods_cgroup = \"/\"", (11, "listen.pods_cgroup", "no path of a cgroup below the root")),

@@ -75,10 +75,28 @@ fn only_a_listener_on_the_address_in_this_namespace_is_one() {
     }
 }
 
+#[test]
+fn two_pods_of_one_kind_are_in_the_same_place() {
+    let table = [
+        ("/kubepods/besteffort/poda/x", "/kubepods/besteffort/podb/y", true),
+        ("/kubepods/besteffort/poda/x", "/kubepods/burstable/podb/y", false),
+        ("/kubepods/besteffort/poda/x", "/user.slice/user-1000.slice/x", false),
+        ("/kubepods.slice/kubepods-poda.slice/cri-x.scope", "/kubepods.slice/kubepods-podb.slice/cri-y.scope", true),
+        ("/system.slice/awsvid.service", "/system.slice/awsvid-next.service", true),
+        // As they look from within the first one's cgroup namespace.
+        ("/", "/../../podb/y", true),
+        ("/", "/../../../burstable/podb/y", false),
+        ("/", "/../../../../system.slice/x.service", false),
+    ];
+    for (own, other, same) in table {
+        assert_eq!(two_above(own) == two_above(other), same, "{own} {other}");
+    }
+}
+
 #[tokio::test]
 async fn the_socket_is_its_owners_alone() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o700)).unwrap();
     let path = folder.path().join("handover.sock");
     let handover = Handover::bind(&path).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
@@ -86,7 +104,7 @@ async fn the_socket_is_its_owners_alone() {
     say(&before.unwrap(), GIVE).await.unwrap();
     let next = next.unwrap();
     assert_eq!((hear(&next).await.unwrap(), hear(&next).await.unwrap()), (Some(GIVE), None));
-    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     drop(handover);
     assert!(matches!(Handover::bind(&path), Err(ListenError::UnsafeDirectory { .. })));
 }

@@ -49,6 +49,11 @@ pub(crate) struct SpireSetting {
     /// Whether the agent leaves out `unix:sha256`, for which it reads the whole executable of whoever calls, and of whoever
     /// it is asked about, at each call.
     pub(crate) without_hashes: bool,
+    /// `jwt_issuer`, made of the right one; nothing for none at all.
+    pub(crate) jwt_issuer: Option<fn(&str) -> String>,
+    /// `domains` of the OIDC discovery provider, and its other settings.
+    pub(crate) domains: Option<&'static str>,
+    pub(crate) oidc: &'static str,
     /// Another `WorkloadAttestor` beside `unix`, as the agent's configuration has it.
     pub(crate) attestor: String,
     /// An agent elsewhere, in place of one beside the server.
@@ -76,6 +81,9 @@ pub(crate) struct Broker {
 impl Broker {
     /// The reference to a process by its pid.
     pub(crate) const BY_PID: &str = "type.googleapis.com/spiffe.broker.WorkloadPIDReference";
+
+    /// The reference to a Kubernetes object.
+    pub(crate) const BY_OBJECT: &str = "type.googleapis.com/spiffe.broker.KubernetesObjectReference";
 
     /// One that may refer to processes.
     pub(crate) fn by_pid(id: &str) -> Broker {
@@ -324,7 +332,9 @@ impl Spire {
         let oidc = Process::start("oidc-discovery-provider", command, &self.folder.join("oidc.log"));
         oidc.await_some("the OIDC discovery provider has keys", PATIENCE, || {
             let (status, keys) = http_get(self.oidc_port.address(), "/keys")?;
-            (status == 200 && keys.contains("\"kid\"")).then_some(())
+            // One that is set up wrong may never say so.
+            let is_right = self.setting.domains.is_none();
+            (!is_right || status == 200 && keys.contains("\"kid\"")).then_some(())
         });
         self.oidc = Some(oidc);
     }
@@ -348,7 +358,7 @@ server {{
     bind_port = {port}
     ca_key_type = "ec-p256"
     jwt_key_type = "ec-p256"
-    jwt_issuer = "{issuer}"
+    {issuer}
     default_jwt_svid_ttl = "5m"
     {x509_svid_ttl}
     log_level = "debug"
@@ -368,7 +378,7 @@ plugins {{
             trust_domain = self.trust_domain(),
             folder = self.folder.display(),
             port = self.server_port.address().port(),
-            issuer = self.issuer_url(),
+            issuer = self.jwt_issuer(),
             x509_svid_ttl =
                 self.setting.x509_svid_ttl.map_or(String::new(), |ttl| format!("default_x509_svid_ttl = \"{ttl}\"")),
         )
@@ -425,10 +435,17 @@ plugins {{
         format!("broker {{ socket_path = \"{}\", brokers = [{brokers}] }}", self.broker_socket().display())
     }
 
+    fn jwt_issuer(&self) -> String {
+        let right = self.issuer_url();
+        let issuer = self.setting.jwt_issuer.map_or(right.clone(), |wrong| wrong(&right));
+        if issuer.is_empty() { String::new() } else { format!("jwt_issuer = \"{issuer}\"") }
+    }
+
     fn oidc_config(&self) -> String {
         format!(
             r#"
-domains = ["127.0.0.1"]
+domains = ["{domains}"]
+{more}
 insecure_addr = "{address}"
 allow_insecure_scheme = true
 set_key_use = true
@@ -436,6 +453,8 @@ log_level = "debug"
 server_api {{ address = "unix://{folder}/server/api.sock" }}
 "#,
             address = self.oidc_port.address(),
+            domains = self.setting.domains.unwrap_or("127.0.0.1"),
+            more = self.setting.oidc,
             folder = self.folder.display(),
         )
     }

@@ -1,0 +1,165 @@
+//! The agent's socket, what it calls this process, and a token from it.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+use super::report::Report;
+use crate::commands::live::{self, Live};
+use crate::config::{Config, Reference, Source};
+use crate::endpoint::Endpoint;
+use crate::identity::{SessionName, SpiffeId};
+use crate::role::Role;
+use crate::svid::agent::Agent;
+use crate::svid::broker_api::BrokerApi;
+use crate::svid::own::OwnIdentity;
+use crate::svid::{Delegated, JwtSvid, SourceError, agent_unreachable};
+
+const SOCKET: &str = "agent";
+const IDENTITY: &str = "identity";
+/// For a token: agents ask their server for the first one.
+const TOKEN: Duration = Duration::from_secs(10);
+const CONNECT: Duration = Duration::from_secs(2);
+
+/// Who is asked for tokens, and about whom.
+pub(super) enum Asked {
+    /// The Workload API, for each identity of the rules.
+    WorkloadApi,
+    /// An agent, about a process.
+    Agent(Box<dyn Agent>, u32),
+}
+
+/// Whether there is anybody to ask. `pid`: of a workload, where the agent attests.
+pub(super) async fn connect(config: &Config, pid: Option<u32>, report: &mut Report) -> Option<Asked> {
+    if !opens(
+        &config.identity.socket,
+        "socket",
+        matches!(config.identity.source, Source::SpireDelegated { .. }),
+        report,
+    )
+    .await
+    {
+        return None;
+    }
+    let (agent, socket): (Box<dyn Agent>, &Path) = match &config.identity.source {
+        Source::WorkloadApi => return Some(Asked::WorkloadApi),
+        Source::SpireDelegated { socket } => (Box::new(Delegated::new(socket, TOKEN)), socket),
+        Source::SpiffeBroker { socket, server, .. } => {
+            let own = OwnIdentity::at(config.identity.socket.clone());
+            (Box::new(BrokerApi::new(socket, own, server.clone(), TOKEN)), socket)
+        }
+    };
+    report.waiting("the agent, which attests this process");
+    match timeout(TOKEN, agent.connect()).await {
+        Ok(Ok(())) => {
+            report.pass(SOCKET, format!("{} answers, and numbers processes as this machine does", socket.display()))
+        }
+        // The daemon goes on with such an agent, for pods alone. From here there is no pod to name, and a process of that number
+        // would be another's.
+        Ok(Err(error)) if names_pods(config) && matches!(error, SourceError::Misconfigured(_)) => {
+            report.unchecked(SOCKET, format!("without a process to name no token can be had here: {error}"));
+            return None;
+        }
+        Ok(Err(error)) => return refused(SOCKET, &error, report),
+        Err(_) => return silent(SOCKET, report),
+    }
+    Some(Asked::Agent(agent, pid.unwrap_or_else(std::process::id)))
+}
+
+/// Whether callers in pods are named to the agent by their pod.
+fn names_pods(config: &Config) -> bool {
+    matches!(config.identity.source, Source::SpiffeBroker { reference: Reference::Auto, .. }) && config.listen.pods
+}
+
+async fn opens(endpoint: &Endpoint, key: &str, may_be_absent: bool, report: &mut Report) -> bool {
+    if may_be_absent {
+        return true;
+    }
+    let connecting = async {
+        match endpoint {
+            Endpoint::Unix(path) => UnixStream::connect(path).await.map(drop),
+            Endpoint::Tcp(address) => TcpStream::connect(address).await.map(drop),
+        }
+    };
+    match timeout(CONNECT, connecting).await {
+        Ok(Ok(())) => report.pass(SOCKET, format!("{endpoint} can be opened")),
+        Ok(Err(error)) => {
+            let text = agent_unreachable(endpoint, key, &error);
+            let (saw, fix) = text.split_once(": ").unwrap_or((&text, "look at the agent's log"));
+            report.failed(SOCKET, saw, fix);
+            return false;
+        }
+        Err(_) => {
+            report.failed(SOCKET, format!("{endpoint} takes no connection"), "the agent hangs: restart it");
+            return false;
+        }
+    }
+    true
+}
+
+fn refused<T>(step: &'static str, error: &SourceError, report: &mut Report) -> Option<T> {
+    let fix = match error {
+        SourceError::Denied(_) => {
+            "spire-server entry show, then entry create -spiffeID ID -selector unix:uid:0 (deploy/README.md has the whole command)"
+        }
+        SourceError::Unavailable(_) => "look at the agent's log, and at its connection to its server",
+        SourceError::BadToken(_) => "mend it at the SPIFFE provider: STS would refuse the token",
+        _ => "correct [identity], or the agent's configuration (deploy/README.md, \"What it needs from SPIRE\")",
+    };
+    report.failed(step, error.to_string(), fix);
+    None
+}
+
+fn silent<T>(step: &'static str, report: &mut Report) -> Option<T> {
+    report.failed(step, format!("the agent did not answer within {TOKEN:?}"), "look at the agent's log");
+    None
+}
+
+/// A token that this role would be assumed with. `None`: it has been said why there is none.
+pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &mut Report) -> Option<Live> {
+    report.waiting(&format!("a token for the role {:?}", role.name));
+    let fetched = match asked {
+        Asked::WorkloadApi => {
+            let Some(id) = live::example(config, role) else {
+                report.note(
+                    IDENTITY,
+                    format!("role {:?}: no [[workload]] of this node has an identity that it is for", role.name),
+                    "add a [[workload]], or leave the role out on this node",
+                );
+                return None;
+            };
+            Live::fetch(config, &id, &role.audience, TOKEN).await
+        }
+        Asked::Agent(agent, pid) => about(agent.as_ref(), *pid, role).await.map(Live::of),
+    };
+    let live = match fetched {
+        Ok(live) => live,
+        Err(error) => return refused(IDENTITY, &error, report),
+    };
+    let left = live.svid.expires().duration_since(SystemTime::now()).unwrap_or_default();
+    report.pass(
+        IDENTITY,
+        format!(
+            "{} for role {:?}: audience {:?}, {}, {} s left, session {}",
+            live.svid.spiffe_id(),
+            role.name,
+            role.audience,
+            live.svid.algorithm(),
+            left.as_secs(),
+            role.session_name.clone().unwrap_or_else(|| SessionName::of(live.svid.spiffe_id())).as_str(),
+        ),
+    );
+    Some(live)
+}
+
+/// Of several identities the one that the role is for.
+async fn about(agent: &dyn Agent, pid: u32, role: &Role) -> Result<JwtSvid, SourceError> {
+    let svids = agent.svids(pid, &role.audience).await?;
+    let fits = |id: &str| SpiffeId::parse(id).is_ok_and(|id| role.spiffe_id.matches(&id));
+    let svid = svids.iter().find(|svid| fits(&svid.spiffe_id)).or(svids.first());
+    let svid = svid.ok_or_else(|| SourceError::Denied(format!("the agent has no identity for process {pid}")))?;
+    let id = SpiffeId::parse(&svid.spiffe_id).map_err(|error| SourceError::Misconfigured(error.to_string()))?;
+    Ok(JwtSvid::check(svid.token.clone(), &id, &role.audience, SystemTime::now())?)
+}

@@ -1,0 +1,295 @@
+//! The issuer as STS sees it: the discovery document, the keys, their TLS chains, and the token against them.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use jsonwebtoken::jwk::Jwk;
+use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use serde_json::Value;
+
+use super::report::Report;
+use crate::commands::live::{self, Live};
+use crate::commands::web::{Answer, Web};
+
+const TOKEN: &str = "token";
+const DISCOVERY: &str = "discovery";
+const KEYS: &str = "keys";
+/// AWS gives up on an issuer that needs longer for both documents.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// IAM reads so many of each kind.
+const KEYS_MAX: usize = 100;
+/// Nobody has seen AWS take a longer one.
+const SUBJECT_MAX: usize = 255;
+
+/// Walks from the token's `iss` to the key that it is signed with. `base`: where the documents are instead, as seen from
+/// outside; `aws`: whether STS is AWS's.
+pub(super) async fn check(live: &Live, base: Option<&str>, aws: bool, web: &Web<'_>, report: &mut Report) {
+    let Some(issuer) = live.issuer() else {
+        report.failed(
+            TOKEN,
+            "the token has no `iss`, so STS cannot know whose it is",
+            "set jwt_issuer = \"https://...\" in the SPIRE server's configuration, to the URL of the OIDC discovery provider \
+             without a slash at its end, and restart it",
+        );
+        report.unchecked(DISCOVERY, "without an issuer there is nothing to look at");
+        return;
+    };
+    token(live, issuer, aws, report);
+    let Some((discovery, took)) = document(&live::discovery_url(base.unwrap_or(issuer)), DISCOVERY, web, report).await
+    else {
+        report.unchecked(KEYS, "the discovery document says where the keys are");
+        return;
+    };
+    is_this_issuers(&discovery, issuer, report);
+    let Some(url) = keys_url(&discovery, issuer, aws, report) else { return };
+    let Some((keys, took_too)) = document(&url, KEYS, web, report).await else { return };
+    match took + took_too {
+        took if took > PATIENCE => report.failed(
+            KEYS,
+            format!("the issuer needs {took:.1?} for both documents, and AWS waits about {PATIENCE:?}"),
+            "put it nearer, or in front of it a cache that keeps no longer than the keys' rotation allows",
+        ),
+        _ => {}
+    }
+    contents(&keys, report);
+    signature(live, &keys, &url, report);
+}
+
+fn token(live: &Live, issuer: &str, aws: bool, report: &mut Report) {
+    report.pass(TOKEN, format!("issued by {issuer}"));
+    if issuer.ends_with('/') {
+        report.note(
+            TOKEN,
+            format!("the issuer {issuer} ends with a slash: IAM's provider, the discovery document and the token then differ \
+                 easily by one byte"),
+            "remove the slash from jwt_issuer in the SPIRE server's configuration",
+        );
+    }
+    let algorithm = live.svid.algorithm();
+    if aws && algorithm.starts_with("PS") {
+        report.failed(TOKEN, format!("it is signed with {algorithm}, which AWS does not take"), "use RS256 or ES256");
+    }
+    if aws && !issuer.starts_with("https://") {
+        report.failed(
+            TOKEN,
+            format!("the issuer {issuer} is not https, and IAM takes no other"),
+            "set jwt_issuer to an https URL",
+        );
+    }
+    let length = live.svid.spiffe_id().as_str().len();
+    if length > SUBJECT_MAX {
+        report.note(
+            TOKEN,
+            format!("its `sub` has {length} characters, more than {SUBJECT_MAX}"),
+            "choose a shorter SPIFFE ID",
+        );
+    }
+}
+
+/// A JSON object, and how long it took.
+async fn document(url: &str, step: &'static str, web: &Web<'_>, report: &mut Report) -> Option<(Value, Duration)> {
+    report.waiting(url);
+    let answer = match web.get(url).await {
+        Ok(answer) => answer,
+        Err(error) => {
+            report.failed(
+                step,
+                format!("{url}: {error}"),
+                "STS fetches this over the internet: publish it there; from elsewhere look with --resolve or --url",
+            );
+            return None;
+        }
+    };
+    if let Some((saw, fix)) = status(&answer) {
+        report.failed(step, format!("{url} answers {}: {saw}", answer.status), fix);
+        return None;
+    }
+    if let Some(distrust) = answer.chain.as_ref().and_then(|chain| chain.distrust.as_ref().map(|text| (text, chain))) {
+        report.note(
+            step,
+            format!("{url}: this machine does not trust its TLS chain ({}), and AWS may not either", distrust.0),
+            format!(
+                "give IAM's provider the thumbprint {} (awsvid trust-policy does), or use a public CA",
+                distrust.1.thumbprint
+            ),
+        );
+    }
+    match serde_json::from_slice::<Value>(&answer.body) {
+        Ok(value) if value.is_object() => {
+            report.pass(step, format!("{url} answers in {:.0?}", answer.took));
+            Some((value, answer.took))
+        }
+        _ => {
+            report.failed(
+                step,
+                format!("{url} is no JSON object: {} bytes of something else", answer.body.len()),
+                "is it the discovery provider that answers there, or a login page, a proxy, a default backend?",
+            );
+            None
+        }
+    }
+}
+
+/// What another status than 200 means at SPIRE's OIDC discovery provider.
+fn status(answer: &Answer) -> Option<(String, &'static str)> {
+    Some(match answer.status {
+        200 => return None,
+        300..=399 => (
+            format!("it sends clients on to {}", answer.location.as_deref().unwrap_or("nowhere")),
+            "serve the document at the issuer's own URL: STS compares what it finds there with `iss`",
+        ),
+        400 => (
+            "the discovery provider does not know this host name".to_owned(),
+            "add the issuer's host to `domains` in the OIDC discovery provider's configuration, and let the load balancer \
+             pass the Host header on as it is",
+        ),
+        404 => (
+            "there is no such document".to_owned(),
+            "is the issuer's path right, and `server_path_prefix` of the OIDC discovery provider?",
+        ),
+        500 => (
+            "the discovery provider has not got the keys yet".to_owned(),
+            "give it access to the SPIRE server's socket (server_api), or to an agent's (workload_api); its log says more",
+        ),
+        501 => (
+            "the discovery provider has no JWT keys".to_owned(),
+            "let the SPIRE server of this trust domain have JWT keys: look at spire-server jwt, and at ca_key_type, jwt_key_type",
+        ),
+        401 | 403 => (
+            "whoever is in front of it wants to know who asks".to_owned(),
+            "let everybody read it: STS shows no credentials. A firewall for web applications, or a bucket's policy?",
+        ),
+        _ => ("it fails".to_owned(), "look at the discovery provider's log, and at what stands in front of it"),
+    })
+}
+
+fn is_this_issuers(discovery: &Value, issuer: &str, report: &mut Report) {
+    let fix = "make jwt_issuer of the SPIRE server and of the OIDC discovery provider (or its `domains` and the Host header \
+               that reaches it) the same, byte by byte; and the URL of IAM's provider";
+    match discovery["issuer"].as_str() {
+        Some(found) if found == issuer => report.pass(DISCOVERY, "its issuer is the token's, byte by byte"),
+        Some(found) => report.failed(
+            DISCOVERY,
+            format!("its issuer is {found:?}, the token's is {issuer:?}: {}", difference(found, issuer)),
+            fix,
+        ),
+        None => report.failed(DISCOVERY, "it has no `issuer`", fix),
+    }
+}
+
+/// In what two URLs differ.
+fn difference(one: &str, other: &str) -> String {
+    let scheme = |url: &str| url.split_once("://").map_or("", |(scheme, _)| scheme).to_owned();
+    let host = |url: &str| url.split('/').nth(2).unwrap_or_default().to_owned();
+    if one.trim_end_matches('/') == other.trim_end_matches('/') {
+        return "they differ by a slash at the end".to_owned();
+    }
+    if one.eq_ignore_ascii_case(other) {
+        return "they differ in capital letters".to_owned();
+    }
+    if scheme(one) != scheme(other) {
+        return "they differ in the scheme".to_owned();
+    }
+    if host(one) != host(other) {
+        let bare = |url: &str| host(url).split(':').next().unwrap_or_default().to_owned();
+        let what = if bare(one) == bare(other) { "port" } else { "host" };
+        return format!("they differ in the {what}");
+    }
+    let common = one.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
+    format!("they differ from byte {common} on")
+}
+
+fn keys_url(discovery: &Value, issuer: &str, aws: bool, report: &mut Report) -> Option<String> {
+    const FIX: &str = "set `jwks_uri` (or `server_path_prefix`) in the OIDC discovery provider's configuration, and let a proxy \
+                       that ends TLS say X-Forwarded-Proto: https";
+    let Some(url) = discovery["jwks_uri"].as_str() else {
+        report.failed(DISCOVERY, "it has no `jwks_uri`, so nobody finds the keys", FIX);
+        return None;
+    };
+    if (aws || issuer.starts_with("https://")) && !url.starts_with("https://") {
+        report.failed(DISCOVERY, format!("its `jwks_uri` is {url:?}: STS fetches keys over https only"), FIX);
+    }
+    Some(url.to_owned())
+}
+
+fn contents(keys: &Value, report: &mut Report) {
+    let Some(keys) = keys["keys"].as_array() else {
+        report.failed(KEYS, "the document has no list `keys`", "is `jwks_uri` the URL of a JWK set?");
+        return;
+    };
+    let mut seen = BTreeSet::new();
+    for (i, key) in keys.iter().enumerate() {
+        let needed: &[&str] = match key["kty"].as_str() {
+            Some("RSA") => &["kid", "n", "e"],
+            Some("EC") => &["kid", "crv", "x", "y"],
+            _ => &["kid", "kty"],
+        };
+        let missing: Vec<&&str> = needed.iter().filter(|name| !key[**name].is_string()).collect();
+        let id = key["kid"].as_str().unwrap_or_default();
+        if !missing.is_empty() {
+            report.failed(KEYS, format!("key {i} ({id:?}) lacks {missing:?}"), "correct the published JWK set");
+        }
+        if !id.is_empty() && !seen.insert(id) {
+            report.failed(KEYS, format!("two keys have the id {id:?}"), "correct the published JWK set");
+        }
+        if key["use"] == "enc" {
+            report.failed(KEYS, format!("key {id:?} is for encryption (`use`)"), "publish signing keys only");
+        }
+    }
+    for kind in ["RSA", "EC"] {
+        let count = keys.iter().filter(|key| key["kty"] == kind).count();
+        if count > KEYS_MAX {
+            report.failed(KEYS, format!("{count} {kind} keys, and IAM reads {KEYS_MAX}"), "withdraw old keys");
+        }
+    }
+}
+
+fn signature(live: &Live, keys: &Value, url: &str, report: &mut Report) {
+    let Some(id) = live.key_id() else {
+        report.failed(
+            KEYS,
+            "the token's header names no key (`kid`)",
+            "STS finds the key by it: mend it at the SPIFFE provider",
+        );
+        return;
+    };
+    let list = keys["keys"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let Some(key) = list.iter().find(|key| key["kid"] == id) else {
+        let known: Vec<&str> = list.iter().filter_map(|key| key["kid"].as_str()).collect();
+        report.failed(
+            KEYS,
+            format!("the token is signed with the key {id:?}, and {url} has {known:?}: a copy from before the last rotation?"),
+            "publish the keys anew. SPIRE's provider looks every 10 s (poll_interval); a bucket or a CDN holds what it was given",
+        );
+        return;
+    };
+    let verified = verifies(live.svid.secret(), live.svid.algorithm(), key);
+    match verified {
+        Some(true) => report.pass(KEYS, format!("the token's signature is right by key {id:?}")),
+        Some(false) => report.failed(
+            KEYS,
+            format!("the key {id:?} that is published is not the one that signed the token"),
+            "publish the keys of the server that issues the tokens: two servers, or an old copy?",
+        ),
+        None => report.note(
+            KEYS,
+            format!("the signature by key {id:?} ({}) is not verified here", live.svid.algorithm()),
+            "STS does; ES512 is a curve that few can read",
+        ),
+    }
+}
+
+/// `None`: this program cannot tell.
+fn verifies(token: &str, algorithm: &str, key: &Value) -> Option<bool> {
+    let algorithm: Algorithm = algorithm.parse().ok()?;
+    let key: Jwk = serde_json::from_value(key.clone()).ok()?;
+    let key = DecodingKey::from_jwk(&key).ok()?;
+    let mut validation = Validation::new(algorithm);
+    validation.required_spec_claims.clear();
+    validation.validate_exp = false;
+    validation.validate_aud = false;
+    Some(jsonwebtoken::decode::<Value>(token, &key, &validation).is_ok())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,262 @@
+//! The environment of a workload: what an SDK finds before the container endpoint, what is in the way to it, and what comes
+//! back from it. To be run as the workload: same user, same environment.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hyper::Uri;
+use serde_json::Value;
+
+use super::report::Report;
+use crate::commands::web::Web;
+
+const CHAIN: &str = "chain";
+const ENDPOINT: &str = "endpoint";
+const PROXY: &str = "proxy";
+const TOKEN: &str = "token";
+const FULL: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
+const TOKEN_VARIABLE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN";
+const TOKEN_FILE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
+/// The daemon holds a cold request for 4.5 s.
+const DEADLINE: Duration = Duration::from_secs(6);
+
+/// What comes first in the default chains, and in which.
+const BEFORE: [(&str, &str); 9] = [
+    ("AWS_ACCESS_KEY_ID", "every SDK takes keys from the environment first"),
+    ("AWS_ACCESS_KEY", "older SDKs for Java and Go take keys under this name"),
+    ("AWS_SECRET_ACCESS_KEY", "every SDK takes keys from the environment first, and some fail with one half of a pair"),
+    ("AWS_SESSION_TOKEN", "some SDKs add it to whatever keys they find"),
+    ("AWS_WEB_IDENTITY_TOKEN_FILE", "every SDK exchanges that file's token itself, before it looks here"),
+    ("AWS_PROFILE", "every SDK takes that profile first, and fails if there is none of the name"),
+    ("AWS_DEFAULT_PROFILE", "the AWS CLI and Python take that profile first"),
+    ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "all SDKs but JavaScript's v3 and Go's v2 prefer it to the full URI"),
+    ("BOTO_CONFIG", "Python takes keys from that file before it looks here"),
+];
+
+/// What in a profile gives credentials.
+const GIVES: [&str; 7] = [
+    "aws_access_key_id",
+    "credential_process",
+    "credential_source",
+    "login_session",
+    "role_arn",
+    "sso_session",
+    "sso_start_url",
+];
+
+pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Report) {
+    let env = |name: &str| env(name).filter(|value| !value.is_empty());
+    before(&env, report);
+    let Some(uri) = env(FULL) else {
+        report.failed(
+            ENDPOINT,
+            format!("{FULL} is not set, so no SDK looks for awsvid"),
+            format!("export {FULL}=http://127.0.0.1:974/v1/credentials"),
+        );
+        return;
+    };
+    let Some(host) = address(&uri, report) else { return };
+    proxy(&env, &host, report);
+    let Some(authorization) = authorization(&env, report) else { return };
+    if env("AWS_EC2_METADATA_DISABLED").is_none_or(|value| !value.eq_ignore_ascii_case("true")) {
+        report.note(
+            CHAIN,
+            "an SDK that gets no credentials here goes on to look for those of an EC2 instance",
+            "export AWS_EC2_METADATA_DISABLED=true",
+        );
+    }
+    ask(&uri, &authorization, report).await;
+}
+
+fn before(env: &impl Fn(&str) -> Option<String>, report: &mut Report) {
+    let mut clear = true;
+    for (name, why) in BEFORE {
+        if env(name).is_some() {
+            clear = false;
+            report.failed(
+                CHAIN,
+                format!("{name} is set: {why}"),
+                format!("unset {name}, or run the workload by awsvid exec"),
+            );
+        }
+    }
+    let home = env("HOME").map(PathBuf::from);
+    let file = |variable: &str, name: &str| {
+        env(variable).map(PathBuf::from).or_else(|| Some(home.as_ref()?.join(".aws").join(name)))
+    };
+    for path in
+        [file("AWS_SHARED_CREDENTIALS_FILE", "credentials"), file("AWS_CONFIG_FILE", "config")].into_iter().flatten()
+    {
+        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        if let Some(key) = default_profile_gives(&text) {
+            clear = false;
+            report.failed(
+                CHAIN,
+                format!(
+                    "{}: the profile [default] has {key}, which every SDK takes before it looks here",
+                    path.display()
+                ),
+                "remove it from that file, or point AWS_SHARED_CREDENTIALS_FILE and AWS_CONFIG_FILE at /dev/null",
+            );
+        }
+    }
+    if clear {
+        report.pass(CHAIN, "nothing in the environment or in profiles comes before the container endpoint");
+    }
+}
+
+/// Which key of the default profile makes an SDK look there.
+fn default_profile_gives(text: &str) -> Option<&'static str> {
+    let mut in_default = false;
+    for line in text.lines() {
+        let trimmed = line.trim();
+        if let Some(name) = trimmed.strip_prefix('[').and_then(|rest| rest.split(']').next()) {
+            in_default =
+                matches!(name.split_ascii_whitespace().collect::<Vec<_>>()[..], ["default"] | ["profile", "default"]);
+        } else if in_default && !line.starts_with([' ', '\t', '#', ';']) {
+            let key = trimmed.split('=').next().unwrap_or_default().trim();
+            if let Some(known) = GIVES.iter().find(|known| known.eq_ignore_ascii_case(key)) {
+                return Some(known);
+            }
+        }
+    }
+    None
+}
+
+/// The host, if the URI is one that every SDK takes.
+fn address(uri: &str, report: &mut Report) -> Option<String> {
+    const FIX: &str = "write it as http://127.0.0.1:974/v1/credentials";
+    let parsed = uri.parse().ok().filter(|parsed: &Uri| parsed.scheme().is_some());
+    let host = parsed.as_ref().and_then(Uri::host).map(|host| host.trim_matches(['[', ']']).to_owned());
+    let (Some(parsed), Some(host)) = (parsed, host) else {
+        report.failed(ENDPOINT, format!("{FULL} is {uri:?}, which is no URL"), FIX);
+        return None;
+    };
+    let address: Result<IpAddr, _> = host.parse();
+    let table = [
+        (
+            !matches!(parsed.scheme_str(), Some("http")),
+            "is not http: awsvid speaks no TLS, on loopback there is no need",
+        ),
+        (matches!(parsed.path(), "" | "/"), "has no path, and the SDK for Java then asks for nothing"),
+        (parsed.query().is_some(), "has a query, which some SDKs drop"),
+        (address.is_err() && host != "localhost", "is a name, and SDKs take loopback addresses only"),
+        (
+            address.is_ok_and(|ip| !ip.is_loopback()),
+            "is not on loopback, and most SDKs refuse that but for two fixed addresses",
+        ),
+    ];
+    for (_, what) in table.iter().filter(|(wrong, _)| *wrong) {
+        report.failed(ENDPOINT, format!("{FULL}={uri} {what}"), FIX);
+    }
+    if table.iter().any(|(wrong, _)| *wrong) {
+        return None;
+    }
+    if host != "127.0.0.1" {
+        report.note(
+            ENDPOINT,
+            format!("{FULL} has the host {host}: some SDKs take 127.0.0.1 only, or look the name up"),
+            FIX,
+        );
+    }
+    Some(host)
+}
+
+fn proxy(env: &impl Fn(&str) -> Option<String>, host: &str, report: &mut Report) {
+    let set = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"].into_iter().find(|name| env(name).is_some());
+    let Some(set) = set else { return };
+    // Some read only the one, some only the other.
+    let lists = [env("no_proxy"), env("NO_PROXY")];
+    let covers = |list: &String| list.split(',').any(|entry| matches!(entry.trim(), "*") || entry.trim() == host);
+    match lists.iter().all(|list| list.as_ref().is_some_and(covers)) {
+        true => report.pass(PROXY, format!("{set} is set, and {host} is an exception")),
+        false => report.failed(
+            PROXY,
+            format!("{set} is set, and requests for {host} may go to the proxy, whose loopback is another machine's"),
+            format!("export NO_PROXY={host} no_proxy={host} (added to what they hold)"),
+        ),
+    }
+}
+
+/// What would be sent. `None`: nothing could be, or nothing good.
+fn authorization(env: &impl Fn(&str) -> Option<String>, report: &mut Report) -> Option<String> {
+    if let Some(path) = env(TOKEN_FILE) {
+        return match std::fs::read_to_string(&path) {
+            Ok(text) if text.trim().is_empty() => {
+                report.failed(
+                    TOKEN,
+                    format!("{path}, named by {TOKEN_FILE}, is empty"),
+                    "point it at awsvid's `token_file`",
+                );
+                None
+            }
+            Ok(text) => {
+                if text.contains(['\n', '\r']) {
+                    let saw = format!("{path} has a line break in it: some SDKs refuse it, others send it");
+                    report.failed(
+                        TOKEN,
+                        saw,
+                        "write it without one (printf, not echo), or point to awsvid's `token_file`",
+                    );
+                    return None;
+                }
+                report.pass(TOKEN, format!("{path} can be read"));
+                Some(text)
+            }
+            Err(error) => {
+                report.failed(TOKEN, format!("{path}, named by {TOKEN_FILE}: {error}"), fix_for(&path));
+                None
+            }
+        };
+    }
+    let token = env(TOKEN_VARIABLE);
+    match &token {
+        Some(_) => report.pass(TOKEN, format!("{TOKEN_VARIABLE} is set")),
+        None => report.failed(
+            TOKEN,
+            format!("neither {TOKEN_FILE} nor {TOKEN_VARIABLE} is set, and over TCP awsvid wants a header from who can set one"),
+            format!("export {TOKEN_FILE}=/run/awsvid/token"),
+        ),
+    }
+    token
+}
+
+fn fix_for(path: &str) -> String {
+    match Path::new(path).exists() {
+        true => "let this user read it: awsvid writes it with mode 0644".to_owned(),
+        false => "is awsvid running, and is its directory mounted here?".to_owned(),
+    }
+}
+
+async fn ask(uri: &str, authorization: &str, report: &mut Report) {
+    report.waiting(uri);
+    let web = Web { resolve: &[], deadline: DEADLINE };
+    let answer = match web.get_with(uri, Some(authorization)).await {
+        Ok(answer) => answer,
+        Err(error) => {
+            report.failed(
+                ENDPOINT,
+                format!("{uri}: {error}"),
+                "systemctl status awsvid; is the port the one in `[listen] tcp`?",
+            );
+            return;
+        }
+    };
+    // Credentials are in it: only what is no secret is ever shown.
+    let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+    let text = |name: &str| body[name].as_str().unwrap_or_default();
+    match answer.status {
+        200 => {
+            report.pass(ENDPOINT, format!("{uri} gives this process {} until {}", text("RoleArn"), text("Expiration")))
+        }
+        status => report.failed(
+            ENDPOINT,
+            format!("{uri} answers {status} {}: {}", text("code"), text("message")),
+            "the table of reasons in deploy/README.md says what to do; on the node, awsvid check",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,108 @@
+//! `awsvid status`: what the daemon holds and how its neighbours answer, over the status socket.
+
+mod table;
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use clap::Args;
+use nix::unistd::geteuid;
+use serde_json::Value;
+
+use super::{ConfigFile, client, server};
+
+/// For one answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Ten thousand entries are some ten megabytes.
+const ANSWER_MAX: usize = 256 * 1024 * 1024;
+/// Clears a terminal and goes to its first line.
+const CLEAR: &str = "\x1b[2J\x1b[H";
+
+/// Shows what awsvid holds: credentials with their roles, expiry, next refresh, callers and last errors.
+///
+/// On a terminal it is a table, elsewhere JSON; the fields are in deploy/README.md. Nothing in it is secret. The socket is
+/// root's, so this needs sudo.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit status: 0 if awsvid answered, 1 if not.")]
+pub struct Status {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// awsvid's status socket, instead of what the configuration says.
+    #[arg(long, value_name = "FILE")]
+    socket: Option<PathBuf>,
+    /// JSON, on a terminal too.
+    #[arg(long)]
+    json: bool,
+    /// Shows it again every two seconds, or as often as is said, until it is interrupted. As JSON it is one line each time.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    watch: Option<u64>,
+}
+
+impl Status {
+    /// Shows it.
+    #[expect(clippy::print_stderr, reason = "where a person looks for what went wrong")]
+    pub fn run(&self) -> ExitCode {
+        let terminal = io::stdout().is_terminal();
+        let style = table::Style::new(terminal, |name| std::env::var(name).ok());
+        let json = self.json || !terminal;
+        loop {
+            let shown = self.ask().and_then(|status| self.show(&status, json, style));
+            match (shown, self.watch) {
+                (Ok(Shown::Yes), None) | (Ok(Shown::NobodyLooks), _) => return ExitCode::SUCCESS,
+                (Err(error), None) => {
+                    eprintln!("awsvid status: {error}");
+                    return ExitCode::FAILURE;
+                }
+                // It may be back the next time.
+                (Err(error), Some(_)) => eprintln!("awsvid status: {error}"),
+                (Ok(Shown::Yes), Some(_)) => {}
+            }
+            thread::sleep(Duration::from_secs(self.watch.unwrap_or_default()));
+        }
+    }
+
+    fn ask(&self) -> Result<Value, String> {
+        let socket = match &self.socket {
+            Some(socket) => socket.clone(),
+            None => self
+                .config
+                .beside()
+                .map_err(|errors| format!("{errors}\nor name the socket with --socket"))?
+                .listen
+                .status
+                .ok_or("the configuration has no status socket; set `status` in [listen]")?,
+        };
+        let failed = |error: &io::Error| format!("{}: {}", socket.display(), server::explained(error));
+        let stream = server::connect(&socket, &[0, geteuid().as_raw()])?;
+        let answer = client::get(stream, "/status", ANSWER_MAX, Instant::now() + PATIENCE);
+        let answer = answer.map_err(|error| failed(&error))?;
+        let status = serde_json::from_slice(&answer.body).ok().filter(|_| answer.status == 200);
+        status.ok_or_else(|| not_awsvids(&socket, answer.status))
+    }
+
+    fn show(&self, status: &Value, json: bool, style: table::Style) -> Result<Shown, String> {
+        let text = match (json, self.watch) {
+            (true, None) => serde_json::to_string_pretty(status).map_err(|error| error.to_string())? + "\n",
+            (true, Some(_)) => format!("{status}\n"),
+            (false, None) => table::render(status, SystemTime::now(), style),
+            (false, Some(_)) => format!("{CLEAR}{}", table::render(status, SystemTime::now(), style)),
+        };
+        match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+            Ok(()) => Ok(Shown::Yes),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Shown::NobodyLooks),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}
+
+enum Shown {
+    Yes,
+    NobodyLooks,
+}
+
+fn not_awsvids(socket: &Path, status: u16) -> String {
+    format!("{}: status {status} and no answer of awsvid's; is it the socket of [listen] `status`?", socket.display())
+}

@@ -1,0 +1,223 @@
+//! The answer of `/status` as a table for people.
+
+use std::fmt::Write;
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+/// Whether there are colours.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Style {
+    colours: bool,
+}
+
+impl Style {
+    /// Colours only on a terminal, and only if nobody has said otherwise (<https://no-color.org>).
+    pub(super) fn new(terminal: bool, env: impl Fn(&str) -> Option<String>) -> Self {
+        let unwanted = env("NO_COLOR").is_some_and(|value| !value.is_empty());
+        Self { colours: terminal && !unwanted && env("TERM").as_deref() != Some("dumb") }
+    }
+
+    fn paint(self, code: &str, text: &str) -> String {
+        if self.colours && !text.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+const BOLD: &str = "1";
+const RED: &str = "31";
+const GREEN: &str = "32";
+const YELLOW: &str = "33";
+
+const HEADER: [&str; 7] = ["SPIFFE ID", "ROLE", "SESSION", "EXPIRES", "NEXT TRY", "CALLERS", "STATE"];
+
+/// All of it, with times from `now`.
+pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
+    let mut text = String::new();
+    let ready = if status["ready"] == true { style.paint(GREEN, "ready") } else { style.paint(RED, "not ready") };
+    let connections = status["connections"].as_u64().map_or(String::new(), |open| format!(", {open} connections open"));
+    // Writing to a string cannot fail.
+    let _ = writeln!(text, "awsvid {}, {ready}{connections}", plain(&status["version"]));
+    neighbour(&mut text, "identities", &status["source"], now, style);
+    for endpoint in status["sts"].as_array().into_iter().flatten() {
+        neighbour(&mut text, "STS", endpoint, now, style);
+    }
+    let entries = status["credentials"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if entries.is_empty() {
+        text.push_str("\nNo credentials are cached: nobody has asked for any yet.\n");
+        return text;
+    }
+    text.push('\n');
+    let rows: Vec<_> = entries.iter().map(|entry| row(entry, now)).collect();
+    let widths: Vec<usize> = (0..HEADER.len())
+        .map(|column| {
+            rows.iter().map(|row| row[column].chars().count()).chain([HEADER[column].len()]).max().unwrap_or(0)
+        })
+        .collect();
+    let line = |cells: &[String]| {
+        let cells = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    let _ = writeln!(text, "{}", style.paint(BOLD, &line(&HEADER.map(str::to_owned))));
+    for (entry, row) in entries.iter().zip(&rows) {
+        let colour = if !entry["refused_since"].is_null() { RED } else { YELLOW };
+        let line = line(row);
+        let line = if entry["last_error"].is_null() { line } else { style.paint(colour, &line) };
+        let _ = writeln!(text, "{line}");
+        if !entry["last_error"].is_null() {
+            let at = ago(&entry["last_error_at"], now);
+            let _ =
+                writeln!(text, "    {at}: {} ({})", plain(&entry["last_error"]), plain(&entry["last_error_reason"]));
+        }
+    }
+    text
+}
+
+/// How a source or an STS has answered.
+fn neighbour(text: &mut String, what: &str, health: &Value, now: SystemTime, style: Style) {
+    if health.is_null() {
+        return;
+    }
+    let state = match health["state"].as_str() {
+        Some("ok") => style.paint(GREEN, "ok"),
+        Some("failing") => style.paint(RED, "failing"),
+        _ => "not asked yet".to_owned(),
+    };
+    let _ = write!(text, "{what} from {}: {state}", plain(&health["name"]));
+    if !health["last_success_at"].is_null() {
+        let _ = write!(text, ", last success {}", ago(&health["last_success_at"], now));
+    }
+    if !health["last_error"].is_null() {
+        let at = ago(&health["last_error_at"], now);
+        let _ = write!(text, "\n    {at}: {} ({})", plain(&health["last_error"]), plain(&health["last_error_reason"]));
+    }
+    text.push('\n');
+}
+
+fn row(entry: &Value, now: SystemTime) -> [String; 7] {
+    let callers = match (entry["callers"].as_u64(), entry["latest_uid"].as_u64(), entry["latest_pid"].as_u64()) {
+        (None | Some(0), ..) => "-".to_owned(),
+        (Some(count), Some(uid), Some(pid)) => format!("{count} (uid {uid}, pid {pid})"),
+        (Some(count), Some(uid), None) => format!("{count} (uid {uid})"),
+        (Some(count), ..) => count.to_string(),
+    };
+    let state = match (&entry["refused_since"], &entry["last_error"], &entry["access_key_id"]) {
+        (since, ..) if !since.is_null() => format!("refused {}", ago(since, now)),
+        (_, error, key) if !error.is_null() && key.is_null() => "failed".to_owned(),
+        (_, error, _) if !error.is_null() => "refresh fails".to_owned(),
+        (_, _, key) if key.is_null() => "being issued".to_owned(),
+        _ => "ok".to_owned(),
+    };
+    [
+        plain(&entry["spiffe_id"]),
+        plain(&entry["role"]),
+        plain(&entry["session_name"]),
+        until(&entry["expiration"], now),
+        until(&entry["next_try"], now),
+        callers,
+        state,
+    ]
+}
+
+/// A text without what would move a terminal's cursor.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.replace(char::is_control, " "),
+        Value::Null => "-".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+fn time(value: &Value) -> Option<SystemTime> {
+    humantime::parse_rfc3339(value.as_str()?).ok()
+}
+
+fn until(value: &Value, now: SystemTime) -> String {
+    match time(value).map(|at| at.duration_since(now)) {
+        None => "-".to_owned(),
+        Some(Ok(left)) => format!("in {}", rounded(left)),
+        Some(Err(_)) => "now".to_owned(),
+    }
+}
+
+fn ago(value: &Value, now: SystemTime) -> String {
+    match time(value) {
+        None => "-".to_owned(),
+        Some(at) => format!("{} ago", rounded(now.duration_since(at).unwrap_or_default())),
+    }
+}
+
+/// With two units at most: "59m 7s", "11h 3m".
+fn rounded(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    match (hours, minutes) {
+        (0, 0) => format!("{rest}s"),
+        (0, _) => format!("{minutes}m {rest}s"),
+        _ => format!("{hours}h {minutes}m"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn now() -> SystemTime {
+        humantime::parse_rfc3339("2026-01-02T03:00:00Z").unwrap()
+    }
+
+    fn status() -> Value {
+        let entry = |name: &str| {
+            json!({
+                "spiffe_id": format!("spiffe://example.org/{name}"), "role": name, "session_name": name,
+                "access_key_id": "ASIA1", "expiration": "2026-01-02T03:59:07Z", "next_try": "2026-01-02T03:29:00Z",
+                "last_error": null, "last_error_at": null, "refused_since": null, "callers": 0,
+            })
+        };
+        let mut failing = entry("reports");
+        failing["last_error"] = json!("STS is away\u{1b}[2J");
+        failing["last_error_reason"] = json!("sts_unavailable");
+        failing["last_error_at"] = json!("2026-01-02T02:59:50Z");
+        failing["callers"] = json!(1);
+        failing["latest_uid"] = json!(1001);
+        failing["latest_pid"] = json!(77);
+        json!({
+            "version": "1.2.3", "ready": true, "connections": 4,
+            "source": {"name": "workload-api", "state": "ok", "last_success_at": "2026-01-02T02:58:00Z"},
+            "sts": [{"name": "eu-central-1", "state": "failing", "last_error": "no answer",
+                     "last_error_reason": "sts_unavailable", "last_error_at": "2026-01-02T02:59:50Z"}],
+            "credentials": [entry("billing"), failing],
+        })
+    }
+
+    #[test]
+    fn what_an_operator_looks_for_is_there() {
+        let text = render(&status(), now(), Style { colours: false });
+        let expected = "\
+awsvid 1.2.3, ready, 4 connections open
+identities from workload-api: ok, last success 2m 0s ago
+STS from eu-central-1: failing
+    10s ago: no answer (sts_unavailable)
+
+SPIFFE ID                     ROLE     SESSION  EXPIRES    NEXT TRY   CALLERS               STATE
+spiffe://example.org/billing  billing  billing  in 59m 7s  in 29m 0s  -                     ok
+spiffe://example.org/reports  reports  reports  in 59m 7s  in 29m 0s  1 (uid 1001, pid 77)  refresh fails
+    10s ago: STS is away [2J (sts_unavailable)
+";
+        assert_eq!(text, expected);
+        assert!(render(&json!({"ready": false}), now(), Style { colours: false }).contains("not ready"));
+    }
+
+    #[test]
+    fn colours_are_for_terminals_and_who_wants_them() {
+        let colours = |terminal, variable: (&str, &str)| {
+            let style = Style::new(terminal, |name| (name == variable.0).then(|| variable.1.to_owned()));
+            render(&status(), now(), style).contains('\x1b')
+        };
+        assert!(colours(true, ("TERM", "xterm")));
+        assert!(colours(true, ("NO_COLOR", "")));
+        assert!(!colours(true, ("NO_COLOR", "1")));
+        assert!(!colours(true, ("TERM", "dumb")));
+        assert!(!colours(false, ("TERM", "xterm")));
+    }
+}

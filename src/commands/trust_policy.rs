@@ -1,0 +1,183 @@
+//! `awsvid trust-policy`: what IAM has to hold so that this node's workloads may assume their roles. The configuration says
+//! who may have which role, and a live token whose word that is.
+
+mod aws_cli;
+mod cloudformation;
+mod plan;
+mod terraform;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde_json::Value;
+
+use super::live::{self, Live};
+use super::web::Web;
+use crate::config::Config;
+use crate::identity::SpiffeId;
+use plan::{Account, Issuer, Plan};
+
+/// For a token, and for each document of the issuer.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// As `serve` has it.
+const EX_CONFIG: u8 = 78;
+
+/// What is to be written.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// The configuration file.
+    #[arg(long, env = "AWSVID_CONFIG", default_value = "/etc/awsvid/awsvid.toml")]
+    config: PathBuf,
+    /// In which language.
+    #[arg(long, value_enum, default_value = "aws-cli")]
+    format: Format,
+    /// The issuer of the tokens (SPIRE's `jwt_issuer`); without it a live token is asked for and says it.
+    #[arg(long, value_name = "URL")]
+    issuer: Option<String>,
+    /// Only this account's roles. Terraform and CloudFormation make the resources of one account at a time.
+    #[arg(long, value_name = "NUMBER")]
+    account: Option<String>,
+    /// A SPIFFE ID for roles whose ARN depends on it (`{path[N]}`). Those of workload rules are known.
+    #[arg(long, value_name = "ID", value_parser = SpiffeId::parse)]
+    spiffe_id: Vec<SpiffeId>,
+}
+
+/// The languages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// A shell script with commands of the AWS CLI and their JSON documents.
+    AwsCli,
+    /// Resources of Terraform's AWS provider.
+    Terraform,
+    /// A CloudFormation template in JSON.
+    Cloudformation,
+}
+
+/// Writes it to standard output, and what is to be thought about to standard error.
+#[expect(clippy::print_stderr, reason = "a command that a person runs")]
+pub fn run(options: &Options) -> ExitCode {
+    let config = match Config::load(&options.config, |name| std::env::var(name).ok()) {
+        Ok(loaded) => loaded.config,
+        Err(errors) => {
+            eprintln!("{errors}");
+            return ExitCode::from(EX_CONFIG);
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("awsvid: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let planned = runtime.block_on(plan(options, &config));
+    runtime.shutdown_background();
+    let rendered = planned.and_then(|plan| {
+        plan.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        render(&plan, options.format)
+    });
+    let written = rendered.and_then(|text| io::stdout().write_all(text.as_bytes()).map_err(|error| error.to_string()));
+    match written {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("awsvid: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn render(plan: &Plan, format: Format) -> Result<String, String> {
+    if format == Format::AwsCli {
+        return Ok(aws_cli::render(plan));
+    }
+    let accounts: Vec<(&String, &Account)> = plan.accounts.iter().collect();
+    let [(_, account)] = accounts[..] else {
+        let numbers: Vec<&str> = accounts.iter().map(|(number, _)| number.as_str()).collect();
+        return Err(format!("the roles are in several accounts: choose one with --account ({})", numbers.join(", ")));
+    };
+    Ok(match format {
+        Format::AwsCli => aws_cli::render(plan),
+        Format::Terraform => terraform::render(plan, account),
+        Format::Cloudformation => cloudformation::render(plan, account),
+    })
+}
+
+async fn plan(options: &Options, config: &Config) -> Result<Plan, String> {
+    let live = live_issuer(config).await;
+    let mut warnings = Vec::new();
+    let issuer = match (&options.issuer, live) {
+        (None, live) => {
+            live.map_err(|error| format!("{error}\nawsvid: without a token, name the issuer with --issuer"))?
+        }
+        (Some(given), Ok(live)) if *given != live => {
+            warnings.push(format!(
+                "--issuer is {given}, but this node's tokens are issued by {live}: STS will refuse them"
+            ));
+            given.clone()
+        }
+        (Some(given), _) => given.clone(),
+    };
+    let issuer = Issuer::parse(&issuer)?;
+    let (thumbprint, doubts) = thumbprint(&issuer).await;
+    let ids: Vec<SpiffeId> =
+        config.workloads.iter().map(|rule| &rule.spiffe_id).chain(&options.spiffe_id).cloned().collect();
+    let mut plan = Plan::new(&config.roles, &ids, issuer, thumbprint);
+    plan.warnings.extend(doubts);
+    plan.warnings.extend(warnings);
+    if let Some(wanted) = &options.account {
+        plan.accounts.retain(|number, _| number == wanted);
+    }
+    if plan.accounts.is_empty() {
+        let why = plan.warnings.join("\n");
+        return Err(format!(
+            "no role is at AWS{}\n{why}",
+            options.account.as_ref().map_or("", |_| ", in that account")
+        ));
+    }
+    Ok(plan)
+}
+
+/// Who issues this node's tokens.
+async fn live_issuer(config: &Config) -> Result<String, String> {
+    let roles = &config.roles.defined;
+    let example = roles.iter().find_map(|role| Some((live::example(config, role)?, role.audience.clone())));
+    let (id, audience) = match example {
+        Some(example) => example,
+        None if live::by_rules(config) => return Err("no rule gives anybody an identity that a role is for".to_owned()),
+        None => {
+            let audience = roles.first().map_or(&config.identity.audience, |role| &role.audience).clone();
+            (live::own(config, DEADLINE).await.map_err(|error| error.to_string())?, audience)
+        }
+    };
+    let live = Live::fetch(config, &id, &audience, DEADLINE).await.map_err(|error| error.to_string())?;
+    live.issuer().map(str::to_owned).ok_or_else(|| live::NO_ISSUER.to_owned())
+}
+
+/// AWS trusts what browsers trust, and needs a thumbprint where the keys are served with another chain.
+async fn thumbprint(issuer: &Issuer) -> (Option<String>, Option<String>) {
+    if !issuer.url().starts_with("https://") {
+        return (None, None);
+    }
+    let web = Web { resolve: &[], deadline: DEADLINE };
+    let chain = async {
+        let document = web.get(&live::discovery_url(issuer.url())).await?;
+        let discovery: Value =
+            serde_json::from_slice(&document.body).map_err(|_| "its discovery document is no JSON")?;
+        let keys = discovery["jwks_uri"].as_str().ok_or("its discovery document has no `jwks_uri`")?;
+        Ok::<_, String>(web.get(keys).await?.chain)
+    };
+    match chain.await {
+        Ok(Some(chain)) if chain.distrust.is_some() => (Some(chain.thumbprint), None),
+        Ok(_) => (None, None),
+        Err(error) => {
+            let what = format!("issuer {}: {error}; so whether IAM needs a thumbprint is not known", issuer.url());
+            (None, Some(what))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,269 @@
+//! What IAM has to hold, in each account: pure, from the configuration and the issuer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::config::is_aws_sts;
+use crate::identity::{RoleArn, SpiffeId, SpiffeIdPattern};
+use crate::role::{Role, Roles};
+
+/// IAM: the sessions of a role last at most an hour unless it says otherwise.
+const SESSION_DEFAULT: Duration = Duration::from_secs(3600);
+/// IAM's quota for a trust policy, without white space, unless a higher one was asked for.
+const POLICY_MAX: usize = 2048;
+/// IAM: of an OIDC provider.
+const URL_MAX: usize = 255;
+const AUDIENCES_MAX: usize = 100;
+
+/// The issuer of the tokens: what IAM is given as a URL, byte by byte.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Issuer(String);
+
+impl Issuer {
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+        let rest = rest.ok_or_else(|| format!("the issuer {text:?} is no URL: it has to begin with https://"))?;
+        let plain = |c: u8| c.is_ascii_alphanumeric() || b"-._~:/%[]".contains(&c);
+        if rest.is_empty() || text.len() > URL_MAX || !rest.bytes().all(plain) {
+            return Err(format!("the issuer {text:?} is none that IAM takes: a host and a path, {URL_MAX} characters"));
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    pub(super) fn url(&self) -> &str {
+        &self.0
+    }
+
+    /// What condition keys and the provider's ARN begin with: the URL without its scheme.
+    pub(super) fn key(&self) -> &str {
+        self.0.split_once("://").map_or("", |(_, rest)| rest)
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let (host, url) = (self.key().split('/').next().unwrap_or_default(), &self.0);
+        let table = [
+            (!url.starts_with("https://"), "IAM takes issuers over https only"),
+            (
+                url.ends_with('/'),
+                "it ends with a slash, which IAM and SPIRE do not treat alike: remove it from `jwt_issuer`",
+            ),
+            (host.contains(':'), "IAM's documentation says that an issuer has no port: serve it at 443"),
+            (
+                host.bytes().any(|c| c.is_ascii_uppercase()),
+                "its host has capital letters, and IAM compares byte by byte",
+            ),
+        ];
+        table.iter().filter(|(wrong, _)| *wrong).map(|(_, what)| format!("issuer {url}: {what}")).collect()
+    }
+}
+
+/// Everything, by account.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) issuer: Issuer,
+    /// Only where AWS needs one.
+    pub(super) thumbprint: Option<String>,
+    pub(super) accounts: BTreeMap<String, Account>,
+    pub(super) warnings: Vec<String>,
+}
+
+/// One AWS account.
+#[derive(Debug, Default)]
+pub(super) struct Account {
+    pub(super) partition: String,
+    pub(super) audiences: BTreeSet<String>,
+    pub(super) roles: BTreeMap<String, TrustedRole>,
+}
+
+/// A role, and who may assume it.
+#[derive(Debug)]
+pub(super) struct TrustedRole {
+    pub(super) name: String,
+    /// `/`, or `/team/`.
+    pub(super) path: String,
+    pub(super) max_session: Duration,
+    pub(super) statements: Vec<Statement>,
+}
+
+/// Whose tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Statement {
+    pub(super) audience: String,
+    pub(super) subject: SpiffeIdPattern,
+}
+
+/// A condition operator with its keys and values.
+pub(super) type Condition = Vec<(&'static str, Vec<(String, String)>)>;
+
+impl Statement {
+    /// Who else than the rule's own IDs would get in is kept out where IAM's language can say it: `*` there stands for any
+    /// characters, `/` too, so IDs with more segments are refused by a second pattern.
+    pub(super) fn condition(&self, issuer: &Issuer) -> Condition {
+        let (aud, sub) = (format!("{}:aud", issuer.key()), format!("{}:sub", issuer.key()));
+        let audience = (aud, self.audience.clone());
+        if self.subject.exact().is_some() {
+            return vec![("StringEquals", vec![audience, (sub, self.subject.as_str().to_owned())])];
+        }
+        let text = self.subject.as_str();
+        let mut condition = vec![("StringEquals", vec![audience])];
+        match text.strip_suffix("**") {
+            Some(before) => condition.push(("StringLike", vec![(sub, format!("{before}*"))])),
+            None => {
+                let deeper = format!(
+                    "spiffe://{}{}",
+                    self.subject.trust_domain(),
+                    "/*".repeat(self.subject.least_segments() + 1)
+                );
+                condition.push(("StringLike", vec![(sub.clone(), text.to_owned())]));
+                condition.push(("StringNotLike", vec![(sub, deeper)]));
+            }
+        }
+        condition
+    }
+
+    /// What the policy lets in and the rule does not.
+    fn excess(&self) -> Option<String> {
+        let text = self.subject.as_str();
+        let before = text.strip_suffix("/**")?;
+        before.contains('*').then(|| {
+            format!(
+                "{text}: in IAM's `StringLike` each `*` also matches `/`, so the policy lets in more than awsvid does, for \
+                 instance {}; where that matters, write the role for fewer wildcards",
+                before.replacen('*', "any/thing", 1) + "/x"
+            )
+        })
+    }
+}
+
+impl TrustedRole {
+    /// The trust policy, with the provider by its ARN, or whatever names it.
+    pub(super) fn policy(&self, issuer: &Issuer, provider: &Value) -> Value {
+        let statements: Vec<Value> = self
+            .statements
+            .iter()
+            .map(|statement| {
+                let condition: serde_json::Map<String, Value> = statement
+                    .condition(issuer)
+                    .into_iter()
+                    .map(|(operator, keys)| {
+                        let keys = keys.into_iter().map(|(key, value)| (key, Value::from(value)));
+                        (operator.to_owned(), Value::Object(keys.collect()))
+                    })
+                    .collect();
+                json!({
+                    "Effect": "Allow",
+                    "Principal": { "Federated": provider },
+                    "Action": "sts:AssumeRoleWithWebIdentity",
+                    "Condition": condition,
+                })
+            })
+            .collect();
+        json!({ "Version": "2012-10-17", "Statement": statements })
+    }
+}
+
+impl Account {
+    /// The ARN that IAM gives the provider in the account `number`.
+    pub(super) fn provider_arn(&self, number: &str, issuer: &Issuer) -> String {
+        format!("arn:{}:iam::{number}:oidc-provider/{}", self.partition, issuer.key())
+    }
+}
+
+impl Plan {
+    /// `ids`: those that are known, for ARNs with `{path[N]}`.
+    pub(super) fn new(roles: &Roles, ids: &[SpiffeId], issuer: Issuer, thumbprint: Option<String>) -> Self {
+        let warnings = issuer.warnings();
+        let mut plan = Self { issuer, thumbprint, accounts: BTreeMap::new(), warnings };
+        roles.defined.iter().for_each(|role| plan.add(role, ids));
+        if roles.requested.is_some() {
+            plan.warnings.push(
+                "allow_requested_roles: workloads name these roles themselves, so each needs a trust policy like the ones \
+                 here, with the SPIFFE IDs of those who are to have it"
+                    .to_owned(),
+            );
+        }
+        plan.check_limits();
+        plan
+    }
+
+    fn add(&mut self, role: &Role, ids: &[SpiffeId]) {
+        let name = &role.name;
+        if let Some(endpoint) = role.sts.endpoint.as_deref().filter(|url| !is_aws_sts(Some(url))) {
+            self.warnings
+                .push(format!("role {name:?} is left out: {endpoint} is not AWS, and has policies of its own"));
+            return;
+        }
+        let subjects: Vec<SpiffeIdPattern> = match role.role_arn.highest_segment() {
+            None => vec![role.spiffe_id.clone()],
+            // Each ID has an ARN of its own.
+            Some(_) => {
+                let exact = role.spiffe_id.exact();
+                let known = ids.iter().chain(&exact).filter(|id| role.spiffe_id.matches(id));
+                let known: BTreeSet<&SpiffeId> = known.collect();
+                known.into_iter().filter_map(|id| SpiffeIdPattern::parse(id.as_str()).ok()).collect()
+            }
+        };
+        if subjects.is_empty() {
+            self.warnings.push(format!(
+                "role {name:?} is left out: which ARN {} stands for depends on the SPIFFE ID, and none that it is for is \
+                 known; name them with --spiffe-id",
+                role.role_arn.as_str()
+            ));
+        }
+        for subject in subjects {
+            // A pattern's ARN has no `{path[N]}`: any ID will do.
+            let id = subject.exact().or_else(|| SpiffeId::parse("spiffe://any/any").ok());
+            let Some(arn) = id.and_then(|id| role.role_arn.render(&id)) else { continue };
+            let statement = Statement { audience: role.audience.clone(), subject };
+            self.warnings.extend(statement.excess().map(|text| format!("role {name:?}: {text}")));
+            self.trust(&arn, role.duration, statement);
+        }
+    }
+
+    fn trust(&mut self, arn: &RoleArn, duration: Duration, statement: Statement) {
+        let parts: Vec<&str> = arn.as_str().splitn(6, ':').collect();
+        let (Some(partition), Some(number), Some(resource)) = (parts.get(1), arn.account(), parts.get(5)) else {
+            return;
+        };
+        if !arn.is_aws() {
+            self.warnings.push(format!("{arn} is left out: it is no role at AWS"));
+            return;
+        }
+        let full = resource.strip_prefix("role").unwrap_or(resource);
+        let (path, name) = full.rsplit_once('/').unwrap_or(("", full));
+        let account = self.accounts.entry(number.to_owned()).or_default();
+        account.partition = (*partition).to_owned();
+        account.audiences.insert(statement.audience.clone());
+        let role = account.roles.entry(arn.as_str().to_owned()).or_insert_with(|| TrustedRole {
+            name: name.to_owned(),
+            path: format!("{path}/"),
+            max_session: SESSION_DEFAULT,
+            statements: Vec::new(),
+        });
+        role.max_session = role.max_session.max(duration);
+        if !role.statements.contains(&statement) {
+            role.statements.push(statement);
+        }
+    }
+
+    fn check_limits(&mut self) {
+        for (number, account) in &self.accounts {
+            if account.audiences.len() > AUDIENCES_MAX {
+                self.warnings
+                    .push(format!("account {number}: an IAM provider takes at most {AUDIENCES_MAX} audiences"));
+            }
+            let provider = Value::from(account.provider_arn(number, &self.issuer));
+            for (arn, role) in &account.roles {
+                let length = role.policy(&self.issuer, &provider).to_string().len();
+                if length > POLICY_MAX {
+                    self.warnings.push(format!(
+                        "{arn}: its trust policy has {length} characters, and IAM takes {POLICY_MAX} unless the quota was \
+                         raised (to 4096 at most)"
+                    ));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! GET as STS makes it to an issuer: over TLS, without following anything, with a deadline. A chain that is not trusted is no
+//! error here but a finding: nothing secret is sent, and what lies behind it can be looked at too.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper::header::{AUTHORIZATION, DATE, HOST, LOCATION};
+use hyper::{Request, Uri};
+use hyper_util::rt::TokioIo;
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::aws_lc_rs::default_provider;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+/// Documents of an issuer are a few kilobytes.
+const BODY_MAX: usize = 1024 * 1024;
+
+/// What was answered.
+pub(super) struct Answer {
+    pub(super) status: u16,
+    pub(super) location: Option<String>,
+    pub(super) date: Option<String>,
+    pub(super) body: Bytes,
+    pub(super) took: Duration,
+    /// Over https.
+    pub(super) chain: Option<Chain>,
+}
+
+/// The certificates that a server showed.
+pub(super) struct Chain {
+    /// Why this machine would not trust it.
+    pub(super) distrust: Option<String>,
+    /// What IAM calls the thumbprint: the SHA-1 of the last certificate that the server sends, in hex.
+    pub(super) thumbprint: String,
+}
+
+/// An address to connect to instead of what the name resolves to, as curl's `--resolve`: `host:port:address`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Resolve {
+    host: String,
+    port: u16,
+    address: std::net::IpAddr,
+}
+
+impl std::str::FromStr for Resolve {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const FORM: &str = "write HOST:PORT:ADDRESS, as in oidc.example.org:443:192.0.2.1";
+        let (host, rest) = text.split_once(':').ok_or(FORM)?;
+        let (port, address) = rest.split_once(':').ok_or(FORM)?;
+        let address = address.trim_start_matches('[').trim_end_matches(']').parse().map_err(|_| FORM)?;
+        Ok(Self { host: host.to_ascii_lowercase(), port: port.parse().map_err(|_| FORM)?, address })
+    }
+}
+
+/// How to get somewhere.
+pub(super) struct Web<'a> {
+    pub(super) resolve: &'a [Resolve],
+    pub(super) deadline: Duration,
+}
+
+impl Web<'_> {
+    /// The answer, whatever its status; else why there is none, in words for an operator.
+    pub(super) async fn get(&self, url: &str) -> Result<Answer, String> {
+        self.get_with(url, None).await
+    }
+
+    /// The same with an `Authorization`, which goes over plain HTTP to loopback only.
+    pub(super) async fn get_with(&self, url: &str, authorization: Option<&str>) -> Result<Answer, String> {
+        match timeout(self.deadline, self.exchange(url, authorization)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(format!("no answer within {:?}", self.deadline)),
+        }
+    }
+
+    async fn exchange(&self, url: &str, authorization: Option<&str>) -> Result<Answer, String> {
+        let begun = Instant::now();
+        let uri: Uri = url.parse().map_err(|_| "it is no URL".to_owned())?;
+        let authority = uri.authority().ok_or("it has no host")?.clone();
+        let secure = match uri.scheme_str() {
+            Some("https") => true,
+            Some("http") => false,
+            _ => return Err("it begins neither with https:// nor with http://".to_owned()),
+        };
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+        let stream = self.connect(&host, authority.port_u16().unwrap_or(if secure { 443 } else { 80 })).await?;
+        let mut request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()));
+        if let Some(text) = authorization.filter(|_| stream.peer_addr().is_ok_and(|peer| peer.ip().is_loopback())) {
+            request = request.header(AUTHORIZATION, text);
+        }
+        let request =
+            request.header(HOST, authority.as_str()).body(Empty::<Bytes>::new()).map_err(|error| error.to_string())?;
+        if !secure {
+            return answer(stream, request, begun).await;
+        }
+        let seen = Arc::new(Seen::default());
+        let connector = TlsConnector::from(Arc::new(tls(&seen)?));
+        let name = ServerName::try_from(host.clone()).map_err(|_| format!("{host} is no name of a server"))?;
+        let stream = connector.connect(name, stream).await.map_err(|error| format!("TLS: {error}"))?;
+        let mut answer = answer(stream, request, begun).await?;
+        answer.chain = seen.chain.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(answer)
+    }
+
+    async fn connect(&self, host: &str, port: u16) -> Result<TcpStream, String> {
+        let forced = self.resolve.iter().find(|forced| forced.host.eq_ignore_ascii_case(host) && forced.port == port);
+        let addresses: Vec<SocketAddr> = match forced {
+            Some(forced) => vec![SocketAddr::new(forced.address, port)],
+            None => {
+                let found = tokio::net::lookup_host((host, port)).await;
+                found.map_err(|error| format!("the name {host} does not resolve: {error}"))?.collect()
+            }
+        };
+        TcpStream::connect(&addresses[..]).await.map_err(|error| format!("no connection to {host}:{port}: {error}"))
+    }
+}
+
+async fn answer<S>(stream: S, request: Request<Empty<Bytes>>, begun: Instant) -> Result<Answer, String>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| format!("no HTTP: {error}"))?;
+    let exchange = async {
+        let response = sender.send_request(request).await.map_err(|error| format!("no HTTP answer: {error}"))?;
+        let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let (status, location, date) = (response.status().as_u16(), text(LOCATION), text(DATE));
+        let body = Limited::new(response.into_body(), BODY_MAX).collect().await;
+        let body = body.map_err(|error| format!("the answer broke off, or is over a megabyte: {error}"))?.to_bytes();
+        Ok(Answer { status, location, date, body, took: begun.elapsed(), chain: None })
+    };
+    // The connection makes progress only while it is polled; the exchange decides when it is over.
+    tokio::pin!(connection);
+    tokio::pin!(exchange);
+    tokio::select! {
+        answer = &mut exchange => answer,
+        _ = &mut connection => exchange.await,
+    }
+}
+
+fn tls(seen: &Arc<Seen>) -> Result<ClientConfig, String> {
+    let provider = Arc::new(default_provider());
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .build()
+        .map_err(|_| "this machine trusts no certificates at all: install its package of CA certificates".to_owned())?;
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Recording { verifier, seen: seen.clone() }))
+        .with_no_client_auth();
+    Ok(config)
+}
+
+#[derive(Default)]
+struct Seen {
+    chain: Mutex<Option<Chain>>,
+}
+
+impl std::fmt::Debug for Seen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Seen").finish_non_exhaustive()
+    }
+}
+
+/// Goes on with every server, and keeps what would have been said of its chain. For reading public documents only.
+#[derive(Debug)]
+struct Recording {
+    verifier: Arc<WebPkiServerVerifier>,
+    seen: Arc<Seen>,
+}
+
+impl ServerCertVerifier for Recording {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verified = self.verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
+        let last = digest(&SHA1_FOR_LEGACY_USE_ONLY, intermediates.last().unwrap_or(end_entity));
+        let chain = Chain {
+            distrust: verified.err().map(|error| error.to_string()),
+            thumbprint: last.as_ref().iter().map(|byte| format!("{byte:02x}")).collect(),
+        };
+        *self.seen.chain.lock().unwrap_or_else(PoisonError::into_inner) = Some(chain);
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,288 @@
+//! A configuration in full, as `awsvid config --explain` shows it: a file that says the same, with each value's origin.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use toml::Value;
+
+use super::identity::{IdentityConfig, Reference, Source};
+use super::output::{AuditConfig, AuditFile, Log, LogFormat};
+use super::sts::Sts;
+use super::{CacheConfig, Config, listen};
+use crate::role::{Role, StsTarget};
+use crate::rule::Rule;
+
+const DEFAULT: &str = "default";
+
+/// The page that is being written, and the file that it explains.
+struct Page<'a> {
+    text: String,
+    file: toml::Table,
+    env: &'a dyn Fn(&str) -> Option<String>,
+}
+
+impl Config {
+    /// This configuration, which `text` was read to with `env`: it can be read again, to the same.
+    pub fn explain(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
+        let mut page = Page { text: String::new(), file: text.parse().unwrap_or_default(), env };
+        // All fields by name: a new one is not forgotten here.
+        let Self { listen, identity, sts, cache, audit, log, workloads, roles } = self;
+        let requested = roles.requested.iter().flat_map(|requested| &requested.allowed);
+        let requested: Vec<&str> = requested.map(glob::Pattern::as_str).collect();
+        let origin = if page.file.contains_key("allow_requested_roles") { "" } else { DEFAULT };
+        page.line("allow_requested_roles", requested, origin);
+        page.listen(listen);
+        page.identity(identity);
+        page.sts(sts);
+        page.cache(cache);
+        page.output(audit, log);
+        workloads.iter().enumerate().for_each(|(i, rule)| page.workload(i, rule));
+        roles.defined.iter().enumerate().for_each(|(i, role)| page.role(i, role));
+        page.text
+    }
+}
+
+impl Page<'_> {
+    fn line(&mut self, key: &str, value: impl Into<Value>, origin: &str) {
+        let line = format!("{key} = {}", value.into());
+        // Writing to a string cannot fail.
+        let _ = match origin {
+            "" => writeln!(self.text, "{line}"),
+            _ => writeln!(self.text, "{line:<56} # {origin}"),
+        };
+    }
+
+    /// What is not set, and what that means.
+    fn unset(&mut self, key: &str, meaning: &str) {
+        let line = format!("# {key}");
+        let _ = writeln!(self.text, "{line:<56} # {meaning}");
+    }
+
+    fn table(&mut self, header: &str) {
+        let _ = writeln!(self.text, "\n{header}");
+    }
+
+    fn has(&self, table: &str, key: &str) -> bool {
+        self.file.get(table).and_then(|table| table.get(key)).is_some()
+    }
+
+    /// A key of one of the tables: as the file has it, or by default.
+    fn key(&mut self, table: &str, key: &str, value: impl Into<Value>) {
+        let origin = if self.has(table, key) { "" } else { DEFAULT };
+        self.line(key, value, origin);
+    }
+
+    /// The same where a variable stands in for the file.
+    fn key_or_variable(&mut self, table: &str, key: &str, value: impl Into<Value>, variable: &str) {
+        let is_set = (self.env)(variable).is_some_and(|value| !value.is_empty());
+        match is_set && !self.has(table, key) {
+            true => self.line(key, value, &format!("from {variable}")),
+            false => self.key(table, key, value),
+        }
+    }
+
+    fn listen(&mut self, listen: &listen::Listen) {
+        const TABLE: &str = "listen";
+        let listen::Listen {
+            unix,
+            tcp,
+            pods,
+            pods_dir,
+            handover,
+            admin,
+            status,
+            authorization,
+            token_file,
+            pods_cgroup,
+            max_connections,
+            max_connections_per_workload,
+        } = listen;
+        self.table("[listen]");
+        self.key(TABLE, "unix", unix.as_deref().map_or(String::new(), shown));
+        self.key(TABLE, "tcp", tcp.iter().map(ToString::to_string).collect::<Vec<_>>());
+        self.key(TABLE, "pods", *pods);
+        self.key(TABLE, "pods_dir", shown(pods_dir));
+        match pods_cgroup {
+            Some(path) => self.key(TABLE, "pods_cgroup", path.as_str()),
+            None => self.unset("pods_cgroup", "not set: one of the usual places"),
+        }
+        match pods {
+            true => self.key(TABLE, "handover", handover.as_deref().map_or(String::new(), shown)),
+            false => self.unset("handover", "not used without `pods`"),
+        }
+        self.key(TABLE, "admin", admin.map_or(String::new(), |admin| admin.to_string()));
+        self.key(TABLE, "status", status.as_deref().map_or(String::new(), shown));
+        let word = match authorization {
+            listen::Authorization::Present => "present",
+            listen::Authorization::Token => "token",
+            listen::Authorization::Off => "off",
+        };
+        self.key(TABLE, "authorization", word);
+        self.key(TABLE, "token_file", shown(token_file));
+        self.key(TABLE, "max_connections", number(*max_connections));
+        self.key(TABLE, "max_connections_per_workload", number(*max_connections_per_workload));
+    }
+
+    fn identity(&mut self, identity: &IdentityConfig) {
+        const TABLE: &str = "identity";
+        let IdentityConfig { source, socket, audience } = identity;
+        self.table("[identity]");
+        let unix = |path: &std::path::Path| format!("unix://{}", path.display());
+        match source {
+            Source::WorkloadApi => self.key(TABLE, "source", "workload-api"),
+            Source::SpireDelegated { socket } => {
+                self.key(TABLE, "source", "spire-delegated");
+                self.key(TABLE, "admin_socket", unix(socket));
+            }
+            Source::SpiffeBroker { socket, server, reference } => {
+                self.key(TABLE, "source", "spiffe-broker");
+                self.key_or_variable(TABLE, "broker_socket", unix(socket), "SPIFFE_BROKER_SOCKET");
+                let reference = match reference {
+                    Reference::Auto => "auto",
+                    Reference::Process => "process",
+                };
+                self.key(TABLE, "reference", reference);
+                match server {
+                    Some(server) => self.key(TABLE, "broker_server", server.as_str()),
+                    None => self.unset("broker_server", "default: spiffe://<awsvid's trust domain>/spire/agent/**"),
+                }
+            }
+        }
+        self.key_or_variable(TABLE, "socket", socket.to_string(), "SPIFFE_ENDPOINT_SOCKET");
+        self.key(TABLE, "audience", audience.as_str());
+    }
+
+    fn sts(&mut self, sts: &Sts) {
+        const TABLE: &str = "sts";
+        let Sts { region, endpoint, ca_file, timeout, max_concurrent } = sts;
+        self.table("[sts]");
+        match region {
+            Some(region) => self.key(TABLE, "region", region.as_str()),
+            None => self.unset("region", "not set: each role has its own, or an endpoint"),
+        }
+        match endpoint {
+            Some(endpoint) => self.key(TABLE, "endpoint", endpoint.as_str()),
+            None => self.unset("endpoint", "not set: AWS's in the region"),
+        }
+        match ca_file {
+            Some(path) => self.key(TABLE, "ca_file", shown(path)),
+            None => self.unset("ca_file", "not set: the system's certificates"),
+        }
+        self.key(TABLE, "timeout", duration(*timeout));
+        self.key(TABLE, "max_concurrent", number(*max_concurrent));
+    }
+
+    fn cache(&mut self, cache: &CacheConfig) {
+        let CacheConfig { max_entries, revocation_grace } = cache;
+        self.table("[cache]");
+        self.key("cache", "max_entries", number(*max_entries));
+        self.key("cache", "revocation_grace", duration(*revocation_grace));
+    }
+
+    fn output(&mut self, audit: &AuditConfig, log: &Log) {
+        let AuditConfig { file, required } = audit;
+        self.table("[audit]");
+        let file = match file {
+            AuditFile::Stdout => "-".to_owned(),
+            AuditFile::Path(path) => shown(path),
+        };
+        self.key("audit", "file", file);
+        self.key("audit", "required", *required);
+        let Log { level, format } = log;
+        self.table("[log]");
+        // The variable counts before the file.
+        match (self.env)("AWSVID_LOG").filter(|level| !level.is_empty()) {
+            Some(_) => self.line("level", level.as_str(), "from AWSVID_LOG"),
+            None => self.key("log", "level", level.as_str()),
+        }
+        let format = match format {
+            LogFormat::Auto => "auto",
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        };
+        self.key("log", "format", format);
+    }
+
+    fn workload(&mut self, index: usize, rule: &Rule) {
+        let Rule { spiffe_id, uid, gid, supplementary_group, exe, systemd_unit, cgroup } = rule;
+        let entry = self.entry("workload", index);
+        // A number that was found by a name.
+        let named = |name: &str| match entry.get(name).and_then(Value::as_str) {
+            Some(text) => format!("{name} = {text:?}"),
+            None => String::new(),
+        };
+        self.table("[[workload]]");
+        self.line("spiffe_id", spiffe_id.as_str(), "");
+        let numbers = [
+            ("uid", uid, "user"),
+            ("gid", gid, "group"),
+            ("supplementary_group", supplementary_group, "supplementary_group"),
+        ];
+        for (key, id, name) in numbers {
+            if let Some(id) = id {
+                self.line(key, i64::from(*id), &named(name));
+            }
+        }
+        if let Some(exe) = exe {
+            self.line("exe", shown(exe.path()), "");
+        }
+        if let Some(unit) = systemd_unit {
+            self.line("systemd_unit", unit.as_str(), "");
+        }
+        if let Some(cgroup) = cgroup {
+            self.line("cgroup", cgroup.as_str(), "");
+        }
+    }
+
+    fn role(&mut self, index: usize, role: &Role) {
+        let Role { name, spiffe_id, role_arn, audience, duration: lasts, session_name, sts, policy, policy_arns } =
+            role;
+        let StsTarget { region, endpoint } = sts;
+        let entry = self.entry("role", index);
+        let origin = |key: &str, otherwise: &'static str| if entry.contains_key(key) { "" } else { otherwise };
+        let regions = if self.has("sts", "region") { "from [sts] region" } else { DEFAULT };
+        self.table("[[role]]");
+        self.line("name", name.as_str(), "");
+        self.line("spiffe_id", spiffe_id.as_str(), "");
+        self.line("role_arn", role_arn.as_str(), "");
+        self.line("audience", audience.as_str(), origin("audience", "from [identity] audience"));
+        self.line("duration", duration(*lasts), origin("duration", DEFAULT));
+        match session_name {
+            Some(name) => self.line("session_name", name.as_str(), ""),
+            None => self.unset("session_name", "default: from the SPIFFE ID"),
+        }
+        self.line("region", region.as_str(), origin("region", regions));
+        if let Some(endpoint) = endpoint {
+            self.line("sts_endpoint", endpoint.as_str(), origin("sts_endpoint", "from [sts] endpoint"));
+        }
+        if let Some(policy) = policy {
+            self.line("policy", policy.as_str(), "");
+        }
+        if !policy_arns.is_empty() {
+            self.line("policy_arns", policy_arns.clone(), "");
+        }
+        let shared = entry.get("allow_shared_audience").and_then(Value::as_bool).unwrap_or_default();
+        self.line("allow_shared_audience", shared, origin("allow_shared_audience", DEFAULT));
+    }
+
+    /// One of the tables of this name, as the file has it.
+    fn entry(&self, name: &str, index: usize) -> toml::Table {
+        let entry = self.file.get(name).and_then(|list| list.get(index)).and_then(Value::as_table);
+        entry.cloned().unwrap_or_default()
+    }
+}
+
+fn shown(path: &std::path::Path) -> String {
+    path.display().to_string()
+}
+
+fn number(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn duration(duration: Duration) -> String {
+    humantime::format_duration(duration).to_string()
+}
+
+#[cfg(test)]
+mod tests;

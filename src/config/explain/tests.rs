@@ -1,0 +1,111 @@
+use super::*;
+use crate::config::Accounts;
+
+fn parsed(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Config {
+    let accounts = Accounts { user: &|_| Ok(Some(1001)), group: &|_| Ok(Some(1002)) };
+    Config::parse(text, env, accounts).unwrap_or_else(|problems| panic!("{text}\n{problems:?}")).config
+}
+
+const SMALL: &str = "\
+[sts]
+region = \"eu-central-1\"
+[[workload]]
+user = \"billing\"
+spiffe_id = \"spiffe://example.org/billing\"
+[[role]]
+name = \"billing\"
+spiffe_id = \"spiffe://example.org/billing\"
+role_arn = \"arn:aws:iam::123456789012:role/billing\"
+";
+
+const LARGE: &str = "\
+allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]
+[listen]
+unix = \"\"
+tcp = [\"127.0.0.1:80\"]
+pods = true
+pods_dir = \"/run/other\"
+pods_cgroup = \"/kubepods\"
+handover = \"\"
+admin = \"\"
+status = \"/run/other/status.sock\"
+authorization = \"token\"
+token_file = \"/run/other/token\"
+max_connections = 100
+max_connections_per_workload = 10
+[identity]
+source = \"spiffe-broker\"
+reference = \"process\"
+broker_socket = \"unix:///run/b.sock\"
+broker_server = \"spiffe://example.org/agent\"
+socket = \"unix:///run/a.sock\"
+audience = \"other\"
+[sts]
+region = \"eu-central-1\"
+timeout = \"1s 500ms\"
+max_concurrent = 3
+[cache]
+max_entries = 7
+revocation_grace = \"0s\"
+[audit]
+file = \"/var/log/audit.log\"
+required = true
+[log]
+level = \"debug\"
+format = \"json\"
+[[role]]
+name = \"a\"
+spiffe_id = \"spiffe://example.org/*\"
+role_arn = \"arn:aws:iam::123456789012:role/{path[0]}\"
+duration = \"1h 30m\"
+session_name = \"fixed\"
+region = \"us-east-1\"
+policy = '''{\"Version\": \"2012-10-17\",
+ \"Statement\": []}'''
+policy_arns = [\"arn:aws:iam::aws:policy/ReadOnlyAccess\"]
+[[role]]
+name = \"b\"
+spiffe_id = \"spiffe://example.org/b\"
+role_arn = \"arn:minio:iam:::role/b\"
+sts_endpoint = \"https://minio.internal:9000\"
+audience = \"minio\"
+";
+
+#[test]
+fn what_it_prints_is_read_again_to_the_same() {
+    for text in [SMALL, LARGE] {
+        let config = parsed(text, &|_| None);
+        let explained = config.explain(text, &|_| None);
+        let again = parsed(&explained, &|_| None);
+        assert_eq!(format!("{again:?}"), format!("{config:?}"), "{explained}");
+    }
+}
+
+#[test]
+fn each_value_says_where_it_is_from() {
+    let env = |name: &str| match name {
+        "AWSVID_LOG" => Some("debug".to_owned()),
+        "SPIFFE_ENDPOINT_SOCKET" => Some("unix:///run/other.sock".to_owned()),
+        _ => None,
+    };
+    let explained = parsed(SMALL, &env).explain(SMALL, &env);
+    let origin = |line: &str| {
+        let found = explained.lines().find(|found| found.starts_with(line)).unwrap_or_else(|| panic!("{line}"));
+        found.split_once(" # ").map(|(_, origin)| origin.to_owned())
+    };
+    let table = [
+        ("region = \"eu-central-1\"", None),
+        ("unix = \"/run/awsvid/awsvid.sock\"", Some("default")),
+        ("tcp = [\"127.0.0.1:974\", \"[::1]:974\"]", Some("default")),
+        ("socket = \"unix:///run/other.sock\"", Some("from SPIFFE_ENDPOINT_SOCKET")),
+        ("level = \"debug\"", Some("from AWSVID_LOG")),
+        ("uid = 1001", Some("user = \"billing\"")),
+        ("audience = \"sts.amazonaws.com\"", Some("default")),
+        ("# session_name", Some("default: from the SPIFFE ID")),
+        ("duration = \"1h\"", Some("default")),
+    ];
+    for (line, expected) in table {
+        assert_eq!(origin(line).as_deref(), expected, "{line}");
+    }
+    assert!(explained.contains("# from [identity] audience") && explained.contains("# from [sts] region"));
+}

@@ -1,0 +1,156 @@
+//! How the identity source and each STS have answered, for `/status`: what metrics can't say, which is the words of the last
+//! error. It never has a secret, since errors have none.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use serde::Serialize;
+
+/// The last answers. Cheap to clone: all clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct Health(Arc<Mutex<Known>>);
+
+#[derive(Debug, Default)]
+struct Known {
+    source: Option<(String, Answers)>,
+    sts: BTreeMap<String, Answers>,
+}
+
+#[derive(Debug, Default)]
+struct Answers {
+    success: Option<SystemTime>,
+    error: Option<(SystemTime, LastError)>,
+}
+
+/// Why something was not given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastError {
+    /// In words.
+    pub text: String,
+    /// Its label in metrics.
+    pub reason: &'static str,
+    /// Whether it hits everybody: an outage, and not the refusal of one workload.
+    pub outage: bool,
+}
+
+/// How one of them has answered, for people. Times are in UTC.
+#[derive(Debug, Serialize, PartialEq, Eq)]
+pub struct Report {
+    /// The source's name, or the STS endpoint: its URL, or AWS's region.
+    pub name: String,
+    /// `ok`, or `failing` where nobody gets anything.
+    pub state: &'static str,
+    /// When it last gave what it was asked for.
+    pub last_success_at: Option<String>,
+    /// What it failed with, or refused, if it has given nothing since.
+    pub last_error: Option<String>,
+    /// Its label in metrics.
+    pub last_error_reason: Option<&'static str>,
+    /// When that was.
+    pub last_error_at: Option<String>,
+}
+
+impl Health {
+    /// The source called `name` was asked; `error` if it gave nothing.
+    pub fn source(&self, name: String, error: Option<LastError>, at: SystemTime) {
+        let mut known = self.known();
+        // After a reload it may be another one.
+        let answers = known.source.take().filter(|(before, _)| *before == name).map(|(_, answers)| answers);
+        let mut answers = answers.unwrap_or_default();
+        answers.note(error, at);
+        known.source = Some((name, answers));
+    }
+
+    /// The STS called `name` was asked; `error` if it gave nothing.
+    pub fn sts(&self, name: String, error: Option<LastError>, at: SystemTime) {
+        self.known().sts.entry(name).or_default().note(error, at);
+    }
+
+    /// The source, if it was asked, and each STS that was.
+    pub fn reports(&self) -> (Option<Report>, Vec<Report>) {
+        let known = self.known();
+        let source = known.source.as_ref().map(|(name, answers)| answers.report(name));
+        (source, known.sts.iter().map(|(name, answers)| answers.report(name)).collect())
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Answers {
+    fn note(&mut self, error: Option<LastError>, at: SystemTime) {
+        match error {
+            None => *self = Self { success: Some(at), error: None },
+            // The refusal of one workload does not hide that nobody gets anything.
+            Some(error) if !error.outage && self.is_failing() => {}
+            Some(error) => self.error = Some((at, error)),
+        }
+    }
+
+    fn is_failing(&self) -> bool {
+        self.error.as_ref().is_some_and(|(_, error)| error.outage)
+    }
+
+    fn report(&self, name: &str) -> Report {
+        let date = |time: SystemTime| humantime::format_rfc3339_seconds(time).to_string();
+        let error = self.error.as_ref();
+        Report {
+            name: name.to_owned(),
+            state: if self.is_failing() { "failing" } else { "ok" },
+            last_success_at: self.success.map(date),
+            last_error: error.map(|(_, error)| error.text.clone()),
+            last_error_reason: error.map(|(_, error)| error.reason),
+            last_error_at: error.map(|(at, _)| date(*at)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, UNIX_EPOCH};
+
+    fn error(text: &str, outage: bool) -> Option<LastError> {
+        Some(LastError { text: text.to_owned(), reason: "r", outage })
+    }
+
+    fn at(second: u64) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(second)
+    }
+
+    fn seen(health: &Health) -> (&'static str, Option<String>) {
+        let report = health.reports().0.unwrap();
+        (report.state, report.last_error)
+    }
+
+    #[test]
+    fn an_outage_is_told_from_a_refusal_and_ends_with_a_success() {
+        let health = Health::default();
+        assert_eq!(health.reports(), (None, Vec::new()));
+        let note = |error, second| health.source("a".to_owned(), error, at(second));
+        note(None, 1);
+        assert_eq!(seen(&health), ("ok", None));
+        note(error("denied", false), 2);
+        assert_eq!(seen(&health), ("ok", Some("denied".to_owned())));
+        note(error("away", true), 3);
+        note(error("denied", false), 4);
+        assert_eq!(seen(&health), ("failing", Some("away".to_owned())));
+        assert_eq!(health.reports().0.unwrap().last_success_at.unwrap(), "1970-01-01T00:00:01Z");
+        note(None, 5);
+        assert_eq!(seen(&health), ("ok", None));
+    }
+
+    #[test]
+    fn each_sts_has_its_own_and_another_source_starts_anew() {
+        let health = Health::default();
+        health.sts("b".to_owned(), error("away", true), at(1));
+        health.sts("a".to_owned(), None, at(1));
+        let states: Vec<_> = health.reports().1.into_iter().map(|report| (report.name, report.state)).collect();
+        assert_eq!(states, [("a".to_owned(), "ok"), ("b".to_owned(), "failing")]);
+        health.source("a".to_owned(), error("away", true), at(1));
+        health.source("b".to_owned(), error("denied", false), at(2));
+        assert_eq!(seen(&health), ("ok", Some("denied".to_owned())));
+    }
+}

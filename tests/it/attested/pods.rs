@@ -1,0 +1,108 @@
+//! Pods, named to the real SPIRE agent by their UIDs. awsvid lives in a pid namespace of its own, and may neither look into
+//! other processes nor open cgroups by their ids, as in a DaemonSet without any of that.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::harness::cgroup::Cgroup;
+use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};
+use crate::harness::counterparts::{folder, root};
+use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::kubelet::FakeKubelet;
+use crate::harness::namespaces::Node;
+use crate::harness::sts::{AUDIENCE, OneRoleSts};
+use crate::harness::world::{AWSVID, awsvid_selectors, id};
+
+const V4: &str = "127.0.0.1:974";
+const PATIENCE: Duration = Duration::from_secs(60);
+const LEAST: [&str; 8] = [
+    "setpriv",
+    "--bounding-set=-dac_read_search,-sys_ptrace,-perfmon",
+    "--inh-caps=-dac_read_search,-sys_ptrace,-perfmon",
+    "unshare",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+];
+
+fn uid(pod: &Cgroup) -> String {
+    pod.path().parent().unwrap().file_name().unwrap().to_str().unwrap().replacen("pod", "", 1)
+}
+
+#[test]
+fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
+    if !root() {
+        return;
+    }
+    let (folder, kubelet) = (folder(), FakeKubelet::start());
+    let brokers = vec![Broker { id: AWSVID.to_owned(), reference_types: vec![Broker::BY_OBJECT] }];
+    let setting = SpireSetting { brokers, attestor: kubelet.attestor(AWSVID), ..SpireSetting::default() };
+    let Some(spire) = Spire::start_with(folder.path(), setting) else { return };
+    spire.register(AWSVID, &awsvid_selectors(std::path::Path::new(PROGRAM)).each_ref().map(String::as_str));
+    for account in ["billing", "orders", "late"] {
+        spire.register(&id(account), &["k8s:ns:shop", &format!("k8s:sa:{account}")]);
+    }
+    let sts = OneRoleSts::start(&spire.issuer_url());
+    let node = Node::start(folder.path());
+    let pods = [240, 241, 242].map(Cgroup::of_pod);
+    for (pod, name) in pods.iter().zip(["billing", "orders", "late"]) {
+        node.add(name);
+        if name != "late" {
+            kubelet.has(&uid(pod), name);
+        }
+    }
+    // The daemon's own pod, which is given nothing.
+    let own = Cgroup::of_pod(243);
+    kubelet.has(&uid(&own), "awsvid");
+    let mut words = node.enter();
+    words.extend(own.enter().map(str::to_owned));
+    words.extend(LEAST.map(str::to_owned));
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let configuration = format!(
+        "[identity]\nsource = \"spiffe-broker\"\nsocket = \"unix://{}\"\nbroker_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"\n{}",
+        spire.agent_socket().display(),
+        spire.broker_socket().display(),
+        sts.configuration()
+    );
+    let daemon = Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
+    await_some("all are listened in", PATIENCE, || (daemon.metric("awsvid_pod_namespaces") == 3).then_some(()));
+
+    let ask = |name: &str, cgroup: &Cgroup| {
+        let before = daemon.audit().len();
+        let answer = node.ask(name, cgroup, V4.parse::<SocketAddr>().unwrap());
+        assert!(answer.starts_with("HTTP/1.1 "), "{answer}");
+        daemon.audit_after(before).pop().unwrap()
+    };
+    let is_own = |record: &Value, pod: &Cgroup, name: &str| {
+        assert_eq!((&record["reason"], &record["spiffe_id"]), (&Value::from("ok"), &Value::from(id(name))), "{record}");
+        assert_eq!((&record["pod_uid"], record.get("pid")), (&Value::from(uid(pod)), None), "{record}");
+    };
+    for (pod, name) in pods[..2].iter().zip(["billing", "orders"]) {
+        is_own(&ask(name, pod), pod, name);
+    }
+    assert_eq!(ask("billing", &pods[1])["reason"], "other_pod");
+
+    // The kubelet does not know it yet when it asks, and is asked by the agent at most twice a second.
+    let late = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| ask("late", &pods[2]));
+        await_some("the agent has said that it does not know it", PATIENCE, || {
+            spire.agent_log().contains(&format!("pod with UID {} not found", uid(&pods[2]))).then_some(())
+        });
+        kubelet.has(&uid(&pods[2]), "late");
+        asking.join().unwrap()
+    });
+    is_own(&late, &pods[2], "late");
+
+    // Whoever is known notices nothing of a pod that has no entry any more until it has been said twice.
+    kubelet.has_none();
+    let gone = Instant::now();
+    is_own(&ask("orders", &pods[1]), &pods[1], "orders");
+    await_some("its credentials end", Duration::from_secs(90), || {
+        (ask("orders", &pods[1])["outcome"] == "refused").then_some(())
+    });
+    assert!(gone.elapsed() < Duration::from_secs(60), "{:?}", gone.elapsed());
+}

@@ -1,0 +1,329 @@
+//! `awsvid check` as an operator runs it: on a path where all is well, and on each that is wrong in one place, with the real
+//! counterpart set up wrong wherever one can be had.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use awsvid::clock::Clock;
+use awsvid::dev::sts::{Account, Provider, Sts, TrustedRole};
+use awsvid::identity::{RoleArn, SpiffeIdPattern};
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use crate::harness::answering;
+use crate::harness::counterparts::minio::{self, Minio};
+use crate::harness::counterparts::process::{Output, behind, run, spawn};
+use crate::harness::counterparts::spire::{Spire, SpireSetting};
+use crate::harness::counterparts::workload::Workload;
+use crate::harness::counterparts::{folder, http_get, root};
+use crate::harness::daemon::PROGRAM;
+use crate::harness::upstream::Upstream;
+use crate::harness::world::{Setting, Source, World, id};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+const NOBODY: &str = "http://127.0.0.1:1";
+
+/// A configuration whose STS is at `sts`, with one workload of this name.
+fn configuration(socket: &Path, sts: &str, arn: &str, audience: &str) -> String {
+    format!(
+        "[identity]\nsocket = \"unix://{}\"\naudience = \"{audience}\"\n[sts]\nregion = \"us-east-1\"\nendpoint = \"{sts}\"\ntimeout = \"5s\"\n\
+         [[workload]]\nspiffe_id = \"{}\"\nuid = 1001\n\
+         [[role]]\nname = \"shop\"\nspiffe_id = \"{}\"\nrole_arn = \"{arn}\"\n",
+        socket.display(),
+        id("reader"),
+        id("*"),
+    )
+}
+
+fn check_with(words: &[&str], folder: &Path, configuration: &str, arguments: &[&str]) -> (Output, Value) {
+    let path = folder.join("check.toml");
+    fs::write(&path, configuration).unwrap();
+    let mut command = behind(words, Path::new(PROGRAM));
+    command.env_clear().env("PATH", "/usr/bin:/bin").args(["check", "--json", "--config"]).arg(path).args(arguments);
+    let output = run(command, b"", PATIENCE);
+    let report = serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    // Whatever went wrong, no token is shown.
+    assert!(!output.stdout.contains("eyJ") && !output.stderr.contains("eyJ"), "{output:?}");
+    (output, report)
+}
+
+fn check(folder: &Path, configuration: &str) -> (Output, Value) {
+    check_with(&[], folder, configuration, &[])
+}
+
+/// Asserts that this step failed in these words, with a fix in those, and that the exit status says so.
+fn assert_failed((output, report): &(Output, Value), step: &str, saw: &str, fix: &str) {
+    assert_eq!(output.status.code(), Some(1), "{report:#}");
+    let found = report["findings"].as_array().unwrap().iter().any(|finding| {
+        let has = |name: &str, words: &str| finding[name].as_str().is_some_and(|text| text.contains(words));
+        finding["step"] == step && finding["verdict"] == "failed" && has("saw", saw) && has("fix", fix)
+    });
+    assert!(found, "no failed {step} with {saw:?} and {fix:?} in {report:#}");
+}
+
+fn spire(folder: &Path, setting: SpireSetting) -> Option<Spire> {
+    if !root() {
+        return None;
+    }
+    let spire = Spire::start_with(folder, setting)?;
+    spire.register(&id("reader"), &["unix:uid:0"]);
+    Some(spire)
+}
+
+#[test]
+fn all_is_well_beside_the_running_daemon() {
+    let folder = folder();
+    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else { return };
+    let text =
+        configuration(&world.spire.agent_socket(), &world.minio.endpoint(), &world.minio.role_arn(), minio::AUDIENCE);
+    let (output, report) = check(folder.path(), &text);
+    assert_eq!((output.status.code(), &report["result"]), (Some(0), &json!("pass")), "{report:#}");
+    let said = report.to_string();
+    for words in
+        ["byte by byte", "signature is right", "assumed by spiffe://example.org/w/reader", "clock and STS's agree"]
+    {
+        assert!(said.contains(words), "{words}: {report:#}");
+    }
+    // For people the same, line by line.
+    let mut command = Command::new(PROGRAM);
+    command.args(["check", "--config"]).arg(folder.path().join("check.toml"));
+    let text = run(command, b"", PATIENCE).success("awsvid check");
+    assert!(text.contains("  ok   sts") && text.ends_with("pass\n"), "{text}");
+    // The daemon goes on.
+    assert!(world.curl(1001).1.contains("AccessKeyId"));
+
+    // The workload itself, by the same daemon.
+    let uri = world.daemon.uri();
+    let arguments = ["check", "--workload"];
+    let workload = || {
+        Workload::new(1001)
+            .env("AWS_CONTAINER_CREDENTIALS_FULL_URI", &uri)
+            .env("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any")
+    };
+    let output = workload().run(PROGRAM, &arguments);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(output.stdout.contains("gives this process arn:minio:iam"), "{output:?}");
+    let output = workload().env("AWS_PROFILE", "other").env("http_proxy", NOBODY).run(PROGRAM, &arguments);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    for words in ["AWS_PROFILE is set", "http_proxy is set"] {
+        assert!(output.stdout.contains(words), "{words}: {output:?}");
+    }
+}
+
+#[test]
+fn spire_without_an_issuer() {
+    let folder = folder();
+    let setting = SpireSetting { jwt_issuer: Some(|_| String::new()), ..SpireSetting::default() };
+    let Some(spire) = spire(folder.path(), setting) else { return };
+    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    assert_failed(&found, "token", "no `iss`", "jwt_issuer");
+}
+
+#[test]
+fn spire_with_a_slash_at_the_end_of_its_issuer() {
+    let folder = folder();
+    let setting = SpireSetting { jwt_issuer: Some(|right| format!("{right}/")), ..SpireSetting::default() };
+    let Some(spire) = spire(folder.path(), setting) else { return };
+    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    assert_failed(&found, "discovery", "a slash at the end", "byte by byte");
+}
+
+#[test]
+fn a_discovery_provider_that_does_not_know_its_domain() {
+    let folder = folder();
+    let setting = SpireSetting { domains: Some("oidc.example.org"), ..SpireSetting::default() };
+    let Some(spire) = spire(folder.path(), setting) else { return };
+    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    assert_failed(&found, "discovery", "answers 400", "`domains`");
+}
+
+#[test]
+fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
+    let folder = folder();
+    let setting = SpireSetting { oidc: "jwks_uri = \"http://127.0.0.1:1/keys\"", ..SpireSetting::default() };
+    let Some(spire) = spire(folder.path(), setting) else { return };
+    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    assert_failed(&found, "keys", "http://127.0.0.1:1/keys: no connection", "publish it");
+}
+
+#[test]
+fn a_copy_of_the_keys_from_before_the_last_rotation() {
+    let folder = folder();
+    let Some(spire) = spire(folder.path(), SpireSetting::default()) else { return };
+    let address = spire.issuer_url().strip_prefix("http://").unwrap().parse().unwrap();
+    let (_, keys) = http_get(address, "/keys").unwrap();
+    let keys = answering::start(move |_, _| answering::http("200 OK", "", &keys));
+    let discovery = json!({ "issuer": spire.issuer_url(), "jwks_uri": format!("{keys}/keys") }).to_string();
+    let copy = answering::start(move |_, _| answering::http("200 OK", "", &discovery));
+    let text = configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop");
+    let (_, report) = check_with(&[], folder.path(), &text, &["--url", &copy]);
+    assert!(report.to_string().contains("signature is right"), "{report:#}");
+
+    let prepared = spire.server_command(&["localauthority", "jwt", "prepare", "-output", "json"]).success("prepare");
+    let prepared: Value = serde_json::from_str(&prepared).unwrap();
+    let authority = prepared["prepared_authority"]["authority_id"].as_str().unwrap();
+    spire.server_command(&["localauthority", "jwt", "activate", "-authorityID", authority]).success("activate");
+    // Another audience: the agent has a token for the first one.
+    let text = configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop2");
+    let found = check_with(&[], folder.path(), &text, &["--url", &copy]);
+    assert_failed(&found, "keys", "a copy from before the last rotation", "publish the keys anew");
+}
+
+#[test]
+fn what_minio_refuses() {
+    let folder = folder();
+    let Some(spire) = spire(folder.path(), SpireSetting::default()) else { return };
+    let policy = minio::readable_by(&id("reader"), "shop");
+    let Some(minio) = Minio::start(folder.path(), &spire.issuer_url(), &policy) else { return };
+    let with = |arn: &str, audience: &str| {
+        check(folder.path(), &configuration(&spire.agent_socket(), &minio.endpoint(), arn, audience))
+    };
+    assert_failed(&with(&minio.role_arn(), "other"), "sts", "refused", "audience");
+    assert_failed(&with("arn:minio:iam:::role/none", minio::AUDIENCE), "sts", "refused", "the ARN that it prints");
+}
+
+#[test]
+fn an_agent_that_cannot_be_asked() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let socket = folder.path().join("agent.sock");
+    let text = configuration(&socket, NOBODY, "arn:minio:iam:::role/r", "shop");
+    assert_failed(&check(folder.path(), &text), "agent", "there is no socket", "start the SPIFFE agent");
+    drop(UnixListener::bind(&socket).unwrap());
+    assert_failed(&check(folder.path(), &text), "agent", "nobody listens", "start the SPIFFE agent");
+    fs::remove_file(&socket).unwrap();
+    let _listener = UnixListener::bind(&socket).unwrap();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o700)).unwrap();
+    let user = ["setpriv", "--reuid", "51001", "--regid", "51001", "--clear-groups"];
+    let found = check_with(&user, folder.path(), &text, &[]);
+    assert_failed(&found, "agent", "may not open", "write access");
+    assert_failed(&found, "machine", "runs as uid 51001", "sudo awsvid check");
+}
+
+#[test]
+fn an_agent_that_does_not_know_awsvid() {
+    let folder = folder();
+    if !root() {
+        return;
+    }
+    let Some(spire) = Spire::start(folder.path()) else { return };
+    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    assert_failed(&found, "identity", "does not give", "entry create");
+}
+
+/// An account as AWS has it, which trusts the tokens of one issuer with one audience for one subject.
+fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str) -> Account {
+    Account {
+        region: "us-east-1".to_owned(),
+        providers: vec![Provider { issuer: issuer.to_owned(), client_ids: vec![provider_audience.to_owned()] }],
+        roles: vec![TrustedRole {
+            arn: RoleArn::parse("arn:aws:iam::123456789012:role/app").unwrap(),
+            issuer: issuer.to_owned(),
+            audience: audience.to_owned(),
+            subjects: vec![SpiffeIdPattern::parse(subject).unwrap()],
+            max_duration: Duration::from_secs(3600),
+        }],
+    }
+}
+
+/// In AWS's words, by the verifying STS of `awsvid dev`.
+#[test]
+fn what_aws_refuses() {
+    let folder = folder();
+    let Some(spire) = spire(folder.path(), SpireSetting::default()) else { return };
+    let issuer = spire.issuer_url();
+    let runtime = Runtime::new().unwrap();
+    let reader = id("reader");
+    let slash = format!("{issuer}/");
+    let table = [
+        (
+            account(&slash, "shop", "shop", &reader),
+            "No OpenIDConnect provider found",
+            &format!("just this URL: {issuer} ")[..],
+        ),
+        (account(&issuer, "shop", "sts.amazonaws.com", &reader), "Incorrect token audience", "\"shop\": add it"),
+        (account(&issuer, "shop", "shop", &id("other")), "AccessDenied", "(without https://)"),
+        (account(&issuer, "other", "shop", &reader), "AccessDenied", ":aud\" with \"shop\""),
+    ];
+    for (account, saw, fix) in table {
+        let sts = runtime.block_on(Sts::start(account, Clock::system())).unwrap();
+        let text = configuration(&spire.agent_socket(), sts.url(), "arn:aws:iam::123456789012:role/app", "shop");
+        assert_failed(&check(folder.path(), &text), "sts", saw, fix);
+    }
+    let sts = runtime.block_on(Sts::start(account(&issuer, "shop", "shop", &reader), Clock::system())).unwrap();
+    let text = configuration(&spire.agent_socket(), sts.url(), "arn:aws:iam::123456789012:role/app", "shop");
+    assert_eq!(check(folder.path(), &text).1["result"], "pass");
+}
+
+/// A clock cannot be set in a test: STS's is off instead.
+#[test]
+fn a_clock_that_is_off() {
+    let folder = folder();
+    let upstream = Upstream::start(&[(0, "reader")]);
+    let sts = answering::start(|_, _| answering::http("404 Not Found", "Date: Tue, 01 Jan 2019 00:00:00 GMT\r\n", ""));
+    let text = configuration(&upstream.socket(), &sts, "arn:minio:iam:::role/r", "shop");
+    let text = text.replace("/w/", "/user/");
+    let found = check(folder.path(), &text);
+    assert_failed(&found, "clock", "ahead of STS's", "timedatectl");
+}
+
+#[test]
+fn where_spire_attests_a_workload_is_named() {
+    let folder = folder();
+    for source in [Source::Delegated, Source::Broker] {
+        let folder = folder.path().join(format!("{source:?}"));
+        fs::create_dir(&folder).unwrap();
+        let setting = Setting { source, ..Setting::default() };
+        let Some(world) = World::start(&folder, &[(1001, "reader")], &setting) else { return };
+        let text = fs::read_to_string(folder.join("awsvid.toml")).unwrap();
+        let (output, report) = check_with(&[], &folder, &text, &[]);
+        assert_eq!(output.status.code(), Some(0), "{report:#}");
+        let said = report.to_string();
+        for words in ["spiffe://example.org/awsvid for role", "signature is right", "awsvid check --pid PID"] {
+            assert!(said.contains(words), "{words}: {report:#}");
+        }
+        let workload = Workload::new(1001);
+        let mut command = workload.command("/bin/sleep");
+        command.arg("1000");
+        let sleeper = spawn(command).unwrap();
+        let (output, report) = check_with(&[], &folder, &text, &["--pid", &sleeper.id().to_string()]);
+        assert_eq!(output.status.code(), Some(0), "{report:#}");
+        assert!(report.to_string().contains("assumed by spiffe://example.org/w/reader"), "{report:#}");
+        drop(world);
+    }
+}
+
+/// What only AWS itself says, in its words.
+#[test]
+fn what_aws_says_that_nobody_else_does() {
+    let folder = folder();
+    let upstream = Upstream::start(&[(0, "reader")]);
+    let table = [
+        (
+            "InvalidIdentityToken",
+            "Couldn't retrieve verification key from your identity provider",
+            "--resolve or --url",
+        ),
+        ("InvalidIdentityToken", "Invalid timestamp in token claims", "upgrade SPIRE to 1.9.5"),
+        ("RegionDisabledException", "STS is not activated in this region", "activate STS in us-east-1"),
+        ("ExpiredTokenException", "Token expired", "timedatectl"),
+        ("ValidationError", "The requested DurationSeconds exceeds the MaxSessionDuration", "for 3600 s"),
+        ("InvalidIdentityToken", "Something new", "compare the IAM provider's URL"),
+    ];
+    for (code, message, fix) in table {
+        let sts = answering::start(move |_, _| {
+            let error = format!(
+                "<ErrorResponse><Error><Code>{code}</Code><Message>{message}</Message></Error></ErrorResponse>"
+            );
+            answering::http("400 Bad Request", "Content-Type: text/xml\r\n", &error)
+        });
+        let text = configuration(&upstream.socket(), &sts, "arn:aws:iam::123456789012:role/app", "shop");
+        assert_failed(&check(folder.path(), &text.replace("/w/", "/user/")), "sts", message, fix);
+    }
+}

@@ -1,0 +1,98 @@
+//! `awsvid trust-policy` beside the real SPIRE: its issuer is that of the live token, and the AWS CLI takes its commands.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::harness::answering;
+use crate::harness::counterparts::process::{Output, run};
+use crate::harness::counterparts::spire::Spire;
+use crate::harness::counterparts::{folder, root, tool};
+use crate::harness::daemon::PROGRAM;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const READER: &str = "spiffe://example.org/w/reader";
+
+fn trust_policy(config: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(PROGRAM);
+    command.env_clear().args(["trust-policy", "--config"]).arg(config).args(arguments);
+    run(command, b"", PATIENCE)
+}
+
+fn form(body: &str) -> HashMap<String, String> {
+    form_urlencoded::parse(body.as_bytes()).into_owned().collect()
+}
+
+#[test]
+fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
+    let folder = folder();
+    let Some(aws) = tool("aws").filter(|_| root()) else { return };
+    let Some(spire) = Spire::start(folder.path()) else { return };
+    let config = folder.path().join("awsvid.toml");
+    let text = format!(
+        "[identity]\nsocket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n\
+         [[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n\
+         [[role]]\nname = \"app\"\nspiffe_id = \"{READER}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n",
+        spire.agent_socket().display()
+    );
+    fs::write(&config, text).unwrap();
+    let unknown = trust_policy(&config, &[]);
+    assert_eq!(unknown.status.code(), Some(1), "{unknown:?}");
+    assert!(unknown.stdout.is_empty() && unknown.stderr.contains("--issuer"), "{unknown:?}");
+
+    spire.register(READER, &["unix:uid:0"]);
+    let script = trust_policy(&config, &[]).success("awsvid trust-policy");
+    let issuer = spire.issuer_url();
+    let key = issuer.strip_prefix("http://").unwrap();
+    for words in [
+        format!("\"Url\": \"{issuer}\""),
+        format!("\"{key}:sub\": \"{READER}\""),
+        format!("\"{key}:aud\": \"sts.amazonaws.com\""),
+        format!("arn:aws:iam::123456789012:oidc-provider/{key}"),
+    ] {
+        assert!(script.contains(&words), "{words}: {script}");
+    }
+    // The real CLI checks what it is given, and sends it: here to somebody who takes everything.
+    let (sender, requests) = channel();
+    let iam = answering::start(move |_, body| {
+        // The test may have ended.
+        let _ = sender.send(body.to_owned());
+        let action = &form(body)["Action"];
+        let xml = format!("<{action}Response><{action}Result></{action}Result></{action}Response>");
+        answering::http("200 OK", "Content-Type: text/xml\r\n", &xml)
+    });
+    let stub = format!("aws() {{ '{}' --endpoint-url {} \"$@\"; }}\n", aws.display(), iam);
+    let mut shell = Command::new("sh");
+    shell.env("HOME", folder.path()).env("AWS_DEFAULT_REGION", "us-east-1");
+    shell.env("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE").env("AWS_SECRET_ACCESS_KEY", "example");
+    run(
+        {
+            shell.arg("-euc").arg(format!("{stub}{script}"));
+            shell
+        },
+        b"",
+        PATIENCE,
+    )
+    .success("the script");
+    let sent: Vec<HashMap<String, String>> = requests.try_iter().map(|body| form(&body)).collect();
+    let [provider, role] = &sent[..] else { panic!("two calls: {sent:?}") };
+    assert_eq!((&provider["Action"][..], &provider["Url"]), ("CreateOpenIDConnectProvider", &issuer));
+    assert_eq!(provider["ClientIDList.member.1"], "sts.amazonaws.com");
+    assert_eq!((&role["Action"][..], &role["RoleName"][..]), ("CreateRole", "app"));
+    let policy: Value = serde_json::from_str(&role["AssumeRolePolicyDocument"]).unwrap();
+    let condition = json!({ "StringEquals": {
+        format!("{key}:aud"): "sts.amazonaws.com", format!("{key}:sub"): READER,
+    } });
+    assert_eq!(policy["Statement"][0]["Condition"], condition);
+
+    let other = trust_policy(&config, &["--issuer", "https://oidc.example.org", "--format", "terraform"]);
+    assert!(
+        other.stderr.contains("STS will refuse them") && other.stdout.contains("oidc.example.org:sub"),
+        "{other:?}"
+    );
+}
