@@ -249,14 +249,18 @@ impl Pods {
                     self.tell_of_unbound(&pod, unbound);
                     self.pods.insert(id, pod);
                 }
-                Ok(None) => self.count_failed(id, "unsupported_kernel"),
+                Ok(None) => {
+                    if self.failed.insert(id) {
+                        self.count_failed("unsupported_kernel");
+                    }
+                }
                 // It went while it was entered; if not, there will be an event.
                 Err(NamespaceError::NotMounted) => {}
                 Err(error) => {
                     if self.failed.insert(id) {
                         let path = place.path();
                         tracing::warn!(%error, "a pod's network namespace cannot be listened in: {}", path.display());
-                        self.count_failed(id, "error");
+                        self.count_failed("error");
                     }
                 }
             }
@@ -292,7 +296,7 @@ impl Pods {
         }
     }
 
-    fn count_failed(&self, _: NamespaceId, reason: &'static str) {
+    fn count_failed(&self, reason: &'static str) {
         self.metrics.pod_namespaces_failed.get_or_create(&Reason { reason }).inc();
     }
 
@@ -308,7 +312,7 @@ impl Pods {
             if i > 0 {
                 continue;
             }
-            self.count_failed(pod.id(), reason);
+            self.count_failed(reason);
             match unbound {
                 Unbound::Taken => tracing::warn!(
                     "port 974 is taken in the network namespace {}: the workloads of that pod are not served there until \
