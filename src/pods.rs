@@ -34,8 +34,9 @@ use life::Stage;
 use pod::{ADDRESSES, Given, Made, Pod, Service, Unbound};
 use watching::{Change, Watch};
 
-/// A file on which nothing is mounted for so long is not one whose pod is just being made: that takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// A file on which nothing is mounted for so long is not one whose pod is just being made: that takes milliseconds, and some
+/// seconds where hundreds are being made on a machine that can't keep up.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Between looks at a file that may still be waited for, if no event says that something is mounted on it.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Between tries to bind an address that is taken.

@@ -40,7 +40,7 @@ pub struct Options {
     /// Only this account's roles. Terraform and CloudFormation make the resources of one account at a time.
     #[arg(long, value_name = "NUMBER")]
     account: Option<String>,
-    /// A SPIFFE ID for roles whose ARN depends on it (`{path[N]}`). Those in [[workload]] rules are known.
+    /// A SPIFFE ID for roles whose ARN depends on it (`{path[N]}`). Those of workload rules are known.
     #[arg(long, value_name = "ID", value_parser = SpiffeId::parse)]
     spiffe_id: Vec<SpiffeId>,
 }
