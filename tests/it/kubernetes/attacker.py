@@ -193,7 +193,7 @@ SCENES = {
     "given": lambda: given(b"give"),
     "given-alone": lambda: given(b"give alone"),
     "taken": taken,
-    "new-network": new_network,
+    "unshared": new_network,
     "source": source,
     "nested": nested,
     "enter": enter,

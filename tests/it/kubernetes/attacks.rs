@@ -151,7 +151,7 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     let container = victim["status"]["containerStatuses"][0]["containerID"].as_str().unwrap();
     let container = container.strip_prefix("containerd://").unwrap();
     let privileged = With { privileged: true, ..With::default() };
-    site.start("new-network", &privileged);
+    site.start("unshared", &privileged);
     site.start("source", &With { arguments: &["$(POD_IP)", address], ..With::default() });
     let mounts = &[("/sys/fs/cgroup", "/cgroup")];
     site.start("nested", &With { arguments: &["$(POD_UID)", uid, container], mounts, ..privileged });
@@ -176,7 +176,7 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
 
 /// A network namespace of one's own has no listener; a socket that was made before is still the pod's.
 fn sockets_stay_in_their_network(site: &Site<'_>) {
-    site.tried("new-network")
+    site.tried("unshared")
         .is(&["new network: ECONNREFUSED", "connected before: 200", "made before: 200"], &["ok", "ok"]);
 }
 
@@ -243,16 +243,16 @@ fn who_made_the_socket_is_answered(site: &Site<'_>) {
     assert_ne!(taken.records[0]["network_namespace"], site.namespace);
     // The victim has made these and given them away itself. Each record is the victim's.
     site.tried("given").is(&["given: 200"], &[]);
+    // By its process it is nobody's any more, which is seen at once or at the end.
     let by_socket = site.source == "spiffe-broker";
-    // By its process it is nobody's any more.
-    let (printed, reason) = if by_socket { ("given: 200", "ok") } else { ("given: 403", "no_holder") };
+    let (printed, reasons): (_, &[&str]) =
+        if by_socket { ("given: 200", &["ok"]) } else { ("given: 403", &["no_holder", "caller_gone"]) };
     site.tried("given-alone").is(&[printed], &[]);
     let records = site.victims_records();
-    let mut found: Vec<_> = records.iter().map(|record| record["reason"].as_str().unwrap()).collect();
-    found.sort_unstable();
-    let mut reasons = ["ok", "ok", reason];
-    reasons.sort_unstable();
-    assert_eq!(found, reasons, "{records:#?}");
+    let found: Vec<_> = records.iter().map(|record| record["reason"].as_str().unwrap()).collect();
+    let fits = |found: &[&str]| found[..2] == ["ok"; 2] && reasons.contains(&found[2]);
+    let [own, one, other] = found[..] else { panic!("{records:#?}") };
+    assert!(fits(&[own, one, other]) || fits(&[own, other, one]), "{records:#?}");
     assert!(records.iter().all(|record| record["network_namespace"] == site.namespace), "{records:#?}");
 }
 
