@@ -165,8 +165,6 @@ pub(in crate::kubernetes) fn many_pods_are_listened_in_soon(cluster: &Cluster) {
     });
     let listening = updates::listening_after(cluster, next);
     eprintln!("after a kill with {} pods: listening {listening:?} after the start of the next process", count + 1);
-    // A second, where the machine has not 250 pods to run on two cores, and other tests: see tests/it/pods.rs.
-    assert!(listening < Duration::from_secs(10), "{listening:?}");
     cluster.node.rolled_out("awsvid", "daemonset/awsvid");
     for burst in 1000..1003 {
         delete(cluster, burst);
