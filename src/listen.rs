@@ -22,10 +22,11 @@ mod share;
 mod socket;
 mod socket_file;
 mod sys;
+mod tcp;
 
 pub use bound::{Bound, Origin, Stream};
 pub use inherited::Inherited;
-pub use inside::{Inside, NamespacePlace};
+pub use inside::{Inside, NamespacePlace, POD_ADDRESSES};
 pub use share::{Place, Shares};
 pub use socket::Socket;
 pub use socket_file::SocketFile;

@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::http::Front;
-use crate::listen::{Limits, NamespacePlace};
+use crate::listen::{Limits, NamespacePlace, POD_ADDRESSES};
 use crate::metrics::{Metrics, Reason};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
 
@@ -31,7 +31,7 @@ mod watching;
 
 use handover::{Handover, Key};
 use life::Stage;
-use pod::{ADDRESSES, Given, Made, Pod, Service, Unbound};
+use pod::{Given, Made, Pod, Service, Unbound};
 use watching::{Change, Watch};
 
 /// A file on which nothing is mounted for so long is not one whose pod is just being made: that takes milliseconds, and some
@@ -179,8 +179,9 @@ impl Pods {
         });
         self.failed.retain(|id| found.contains_key(id));
         let new = found.into_iter().filter(|(id, _)| !self.pods.contains_key(id));
-        let mut given =
-            |id| ADDRESSES.into_iter().filter_map(|address| Some((address, given.remove(&(id, address))?))).collect();
+        let mut given = |id| {
+            POD_ADDRESSES.into_iter().filter_map(|address| Some((address, given.remove(&(id, address))?))).collect()
+        };
         let new = new.map(|(id, path)| (Arc::new(NamespacePlace::new(id, path)), given(id)));
         self.enter(new.collect()).await;
         self.bind_missing().await;
