@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::TaskTracker;
 
 use crate::metrics::Metrics;
@@ -22,10 +22,11 @@ mod share;
 mod socket;
 mod socket_file;
 mod sys;
+mod tcp;
 
 pub use bound::{Bound, Origin, Stream};
 pub use inherited::Inherited;
-pub use inside::{Inside, NamespacePlace};
+pub use inside::{Inside, NamespacePlace, POD_ADDRESSES};
 pub use share::{Place, Shares};
 pub use socket::Socket;
 pub use socket_file::SocketFile;
@@ -167,7 +168,7 @@ where
     C: Future<Output = ()> + Send + 'static,
 {
     // It wakes nobody when a connection ends, as a JoinSet would this loop.
-    let (connections, mut told) = (TaskTracker::new(), None);
+    let (connections, mut troubles) = (TaskTracker::new(), Troubles::default());
     let mut stopping = stop.clone();
     let mut stopped = pin!(stopping.wait_for(|stop| *stop));
     loop {
@@ -178,7 +179,7 @@ where
         };
         match accepted {
             Ok(accepted) => limits.serve(accepted, &connections, &connection),
-            Err(error) => recover(&mut bound, &error, &mut stop, &mut told).await,
+            Err(error) => recover(&mut bound, &error, &mut stop, &mut troubles).await,
         }
     }
     let name = bound.name();
@@ -207,9 +208,17 @@ async fn accept(bound: &Bound, limits: &Limits) -> io::Result<(Stream, Arrival)>
     }
 }
 
+/// What a loop has been through.
+#[derive(Debug, Default)]
+struct Troubles {
+    /// When the log last said that the machine is short of something.
+    told: Option<Instant>,
+    /// When the listener was last bound again.
+    bound: Option<Instant>,
+}
+
 /// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
-/// `told` is when the log last said that the machine is short of something.
-async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>, told: &mut Option<Instant>) {
+async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>, troubles: &mut Troubles) {
     let pause = match error.raw_os_error().map(Errno::from_raw) {
         // Nothing is wrong with the listener: accept(2) also tells of what happened to a connection that waited there.
         Some(
@@ -227,6 +236,12 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
         ) => return,
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
             tracing::error!(%error, listener = bound.name(), "the listener was killed; binding it again");
+            // Somebody may kill it again and again.
+            let soonest = troubles.bound.map_or_else(Instant::now, |bound| bound + REBIND);
+            if timeout_at(soonest, stop.wait_for(|stop| *stop)).await.is_ok() {
+                return;
+            }
+            troubles.bound = Some(Instant::now());
             match bound.again().await {
                 Ok(new) => {
                     *bound = new;
@@ -238,9 +253,9 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
         }
         // Out of descriptors or memory, or something that nobody has seen yet: never a loop without a pause.
         _ => {
-            if told.is_none_or(|told| told.elapsed() >= TELL_AGAIN) {
+            if troubles.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN) {
                 tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
-                *told = Some(Instant::now());
+                troubles.told = Some(Instant::now());
             }
             PAUSE
         }

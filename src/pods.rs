@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::http::Front;
-use crate::listen::{Limits, NamespacePlace};
+use crate::listen::{Limits, NamespacePlace, POD_ADDRESSES};
 use crate::metrics::{Metrics, Reason};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
 
@@ -31,11 +31,12 @@ mod watching;
 
 use handover::{Handover, Key};
 use life::Stage;
-use pod::{ADDRESSES, Given, Made, Pod, Service, Unbound};
+use pod::{Given, Made, Pod, Service, Unbound};
 use watching::{Change, Watch};
 
-/// A file on which nothing is mounted for so long is not one whose pod is just being made: that takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// A file on which nothing is mounted for so long is not one whose pod is just being made: that takes milliseconds, and some
+/// seconds where hundreds are being made on a machine that can't keep up.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Between looks at a file that may still be waited for, if no event says that something is mounted on it.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Between tries to bind an address that is taken.
@@ -178,8 +179,9 @@ impl Pods {
         });
         self.failed.retain(|id| found.contains_key(id));
         let new = found.into_iter().filter(|(id, _)| !self.pods.contains_key(id));
-        let mut given =
-            |id| ADDRESSES.into_iter().filter_map(|address| Some((address, given.remove(&(id, address))?))).collect();
+        let mut given = |id| {
+            POD_ADDRESSES.into_iter().filter_map(|address| Some((address, given.remove(&(id, address))?))).collect()
+        };
         let new = new.map(|(id, path)| (Arc::new(NamespacePlace::new(id, path)), given(id)));
         self.enter(new.collect()).await;
         self.bind_missing().await;
@@ -248,14 +250,18 @@ impl Pods {
                     self.tell_of_unbound(&pod, unbound);
                     self.pods.insert(id, pod);
                 }
-                Ok(None) => self.count_failed(id, "unsupported_kernel"),
+                Ok(None) => {
+                    if self.failed.insert(id) {
+                        self.count_failed("unsupported_kernel");
+                    }
+                }
                 // It went while it was entered; if not, there will be an event.
                 Err(NamespaceError::NotMounted) => {}
                 Err(error) => {
                     if self.failed.insert(id) {
                         let path = place.path();
                         tracing::warn!(%error, "a pod's network namespace cannot be listened in: {}", path.display());
-                        self.count_failed(id, "error");
+                        self.count_failed("error");
                     }
                 }
             }
@@ -291,7 +297,7 @@ impl Pods {
         }
     }
 
-    fn count_failed(&self, _: NamespaceId, reason: &'static str) {
+    fn count_failed(&self, reason: &'static str) {
         self.metrics.pod_namespaces_failed.get_or_create(&Reason { reason }).inc();
     }
 
@@ -307,7 +313,7 @@ impl Pods {
             if i > 0 {
                 continue;
             }
-            self.count_failed(pod.id(), reason);
+            self.count_failed(reason);
             match unbound {
                 Unbound::Taken => tracing::warn!(
                     "port 974 is taken in the network namespace {}: the workloads of that pod are not served there until \

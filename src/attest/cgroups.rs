@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,9 @@ pub(crate) struct CgroupTree {
     roots: PodRoots,
     /// Whether the kernel opens a directory by its id for this process: else an unknown id takes a walk.
     handles: bool,
+    /// With so many paths those of removed directories are looked for. It doubles what is left then: looking for them takes a
+    /// system call for each.
+    sweep_at: AtomicUsize,
     paths: Mutex<HashMap<u64, Known>>,
     /// Of all of it, and of the kubelet's part.
     walks: [Arc<Walks>; 2],
@@ -77,6 +81,7 @@ impl CgroupTree {
             base: String::new(),
             roots,
             handles: false,
+            sweep_at: AtomicUsize::new(REMEMBERED),
             paths: Mutex::default(),
             walks: Default::default(),
             listings: Default::default(),
@@ -170,8 +175,9 @@ impl CgroupTree {
 
     fn remember(&self, id: u64, path: &CgroupPath) {
         let mut paths = self.paths();
-        if paths.len() >= REMEMBERED && self.handles {
+        if paths.len() >= self.sweep_at.load(Ordering::Relaxed) {
             paths.retain(|id, known| self.is_at(&known.path, *id));
+            self.sweep_at.store(REMEMBERED.max(2 * paths.len()), Ordering::Relaxed);
         }
         paths.insert(id, Known::now(path.clone()));
     }

@@ -9,7 +9,7 @@ use crate::attest::host::Host;
 use crate::attest::inet_diag::{SockDiag, Socket};
 use crate::attest::pods::Housed;
 use crate::attest::search::{self, Budget, Holder};
-use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Refusal, Stranger, Watch};
+use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Owner, Refusal, Stranger, Watch};
 use crate::cgroup::CgroupPath;
 
 /// Attests peers of TCP listeners in one network namespace.
@@ -23,11 +23,9 @@ pub(crate) struct TcpAttestor {
     namespace: Option<u64>,
 }
 
-/// One search at a time for each user and cgroup, so that nobody's searches pile up behind another's.
+/// One search at a time for each workload, so that nobody's searches pile up behind another's.
 #[derive(Debug, Default)]
-struct Searches(Mutex<HashMap<Searched, Arc<tokio::sync::Mutex<()>>>>);
-
-type Searched = (u32, CgroupPath);
+struct Searches(Mutex<HashMap<Owner, Arc<tokio::sync::Mutex<()>>>>);
 
 /// What was seen of the connection, to be compared before anything is released.
 #[derive(Debug)]
@@ -110,7 +108,7 @@ impl TcpAttestor {
         }
         belongs(&caller)?;
         let Some(looks) = needs(&caller) else { return Ok(caller) };
-        let holder = self.search(socket, cgroup, looks).await?;
+        let holder = self.search(socket, cgroup, (Owner::of(&caller), looks)).await?;
         let process = Some(holder.process.describe());
         // That the socket is still what it was before the search is seen when the caller is looked at again, before anything
         // is released.
@@ -139,14 +137,19 @@ impl TcpAttestor {
         }
     }
 
-    /// At once where that is soon done. Else off the I/O threads and one at a time for this user and cgroup: a search is a
-    /// loop as long as the caller makes it.
-    async fn search(&self, socket: Socket, cgroup: CgroupPath, looks: Looks) -> Result<Holder, Refusal> {
+    /// At once where that is soon done. Else off the I/O threads and one at a time for this workload: a search is a loop as
+    /// long as the caller makes it.
+    async fn search(
+        &self,
+        socket: Socket,
+        cgroup: CgroupPath,
+        (owner, looks): (Owner, Looks),
+    ) -> Result<Holder, Refusal> {
         match search::holder(&self.host, &self.cgroups, &socket, &cgroup, (looks, Budget::SHORT)) {
             Err(Refusal::TooManyDescriptors) => {}
             done => return done,
         }
-        let turn = self.searches.turn((socket.uid, cgroup.clone()));
+        let turn = self.searches.turn(owner);
         let _turn = turn.lock().await;
         let (host, cgroups) = (self.host.clone(), self.cgroups.clone());
         tokio::task::spawn_blocking(move || search::holder(&host, &cgroups, &socket, &cgroup, (looks, Budget::LONG)))
@@ -156,10 +159,10 @@ impl TcpAttestor {
 }
 
 impl Searches {
-    fn turn(&self, searched: Searched) -> Arc<tokio::sync::Mutex<()>> {
+    fn turn(&self, owner: Owner) -> Arc<tokio::sync::Mutex<()>> {
         let mut turns = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Those that nobody waits for or runs are held by this map alone.
         turns.retain(|_, turn| Arc::strong_count(turn) > 1);
-        turns.entry(searched).or_default().clone()
+        turns.entry(owner).or_default().clone()
     }
 }

@@ -6,20 +6,15 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::sys::socket::{
-    self, AddressFamily, Backlog, Shutdown, SockFlag, SockType, SockaddrStorage, setsockopt, shutdown, sockopt,
-};
+use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::listen::inherited::Inherited;
 use crate::listen::inside::Inside;
 use crate::listen::socket::Socket;
 use crate::listen::socket_file::SocketFile;
+use crate::listen::tcp::{BACKLOG, Freely, bind};
 use crate::listen::{ListenError, sys};
-
-/// How many may wait to be accepted, as in awsvid.socket. The kernel drops who comes when the queue is full, and TCP
-/// clients try again only a second later.
-pub(super) const BACKLOG: i32 = 4096;
 
 /// A listener.
 #[derive(Debug)]
@@ -165,28 +160,6 @@ impl Bound {
             Self::Unix { path, mode, .. } => Self::unix(path, *mode, &mut Inherited::default()),
         }
     }
-}
-
-/// Whether an address may be bound that the machine does not have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Freely {
-    Yes,
-    No,
-}
-
-/// Listens in the calling thread's network namespace.
-pub(super) fn bind(address: SocketAddr, freely: Freely) -> io::Result<OwnedFd> {
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let listener = socket::socket(family, SockType::Stream, flags, None)?;
-    // What is left of the connections of an earlier start keeps nobody from listening.
-    setsockopt(&listener, sockopt::ReuseAddr, &true)?;
-    if freely == Freely::Yes {
-        setsockopt(&listener, sockopt::IpFreebind, &true)?;
-    }
-    socket::bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
-    socket::listen(&listener, Backlog::new(BACKLOG)?)?;
-    Ok(listener)
 }
 
 impl Stream {

@@ -2,14 +2,20 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::listen::ListenError;
-use crate::listen::bound::{Freely, bind};
+use crate::listen::tcp::{Freely, bind};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
+
+/// Where every SDK is told to ask, in every pod.
+pub const POD_ADDRESSES: [SocketAddr; 2] =
+    [SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT), SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), PORT)];
+/// Below 1024, so that a pod's unprivileged users can't have it where the kernel's default holds.
+const PORT: u16 = 974;
 
 /// A pod's network namespace, and where it is found. Nothing of it is kept open.
 #[derive(Debug)]

@@ -21,9 +21,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
 use crate::cgroup;
-use crate::listen::{ListenError, SocketFile};
+use crate::listen::{ListenError, POD_ADDRESSES, SocketFile};
 use crate::namespace::NamespaceId;
-use crate::pods::pod::ADDRESSES;
 use crate::pods::sys;
 
 pub(super) const GIVE: u8 = b'G';
@@ -123,7 +122,7 @@ pub(super) async fn hear(stream: &UnixStream) -> io::Result<Option<u8>> {
 /// Gives all of these.
 pub(super) async fn give(stream: &UnixStream, listeners: &[(Key, Arc<OwnedFd>)]) -> io::Result<()> {
     for ((id, address), listener) in listeners {
-        let which = ADDRESSES.iter().position(|known| known == address).and_then(|which| u8::try_from(which).ok());
+        let which = POD_ADDRESSES.iter().position(|known| known == address).and_then(|which| u8::try_from(which).ok());
         let which = which.ok_or_else(|| io::Error::other("no address of a pod"))?;
         let record = record(LISTENER, *id, which);
         stream.async_io(Interest::WRITABLE, || sys::send(stream.as_fd(), &record, Some(listener.as_fd()))).await?;
@@ -147,7 +146,7 @@ pub(super) async fn take(stream: &UnixStream) -> io::Result<HashMap<Key, OwnedFd
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let [kind, id @ .., which] = record;
-        match (kind, descriptor, ADDRESSES.get(usize::from(which))) {
+        match (kind, descriptor, POD_ADDRESSES.get(usize::from(which))) {
             (END, None, _) if length == RECORD => return Ok(taken),
             (LISTENER, Some(listener), Some(address)) if length == RECORD => {
                 taken.insert((NamespaceId::from_bytes(id), *address), listener);

@@ -214,7 +214,12 @@ impl Pods {
         (self.successors, self.handover) = (None, None);
         if let (Some(next), Stage::Serving) = (next, &self.stage) {
             // It serves from here on whether it is ready or not.
-            let _ = self.give(&next).await;
+            if self.give(&next).await.is_none() {
+                // Then the daemon before this one, if it is there still, serves again.
+                self.before = None;
+            }
+        } else {
+            self.before = None;
         }
         self.stage = Stage::Serving;
         self.pods.values_mut().for_each(Pod::release);

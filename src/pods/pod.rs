@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,17 +14,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::attest::{PodAttestor, SockDiag};
 use crate::http::Front;
-use crate::listen::{self, Bound, Inside, Limits, ListenError, NamespacePlace};
+use crate::listen::{self, Bound, Inside, Limits, ListenError, NamespacePlace, POD_ADDRESSES};
 use crate::namespace::{NamespaceError, NamespaceId};
 use crate::pods::handover::{self, Key};
-
-/// Where every SDK is told to ask, in every pod.
-pub(super) const ADDRESSES: [SocketAddr; 2] = [
-    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), PORT),
-    SocketAddr::new(std::net::IpAddr::V6(Ipv6Addr::LOCALHOST), PORT),
-];
-/// Below 1024, so that a pod's unprivileged users can't have it where the kernel's default holds.
-const PORT: u16 = 974;
 
 /// What serves every pod.
 #[derive(Debug)]
@@ -84,7 +76,7 @@ impl Made {
         };
         place.within(|| Self {
             diag: SockDiag::open(),
-            listeners: ADDRESSES.iter().map(|address| (*address, listener(*address))).collect(),
+            listeners: POD_ADDRESSES.iter().map(|address| (*address, listener(*address))).collect(),
         })
     }
 }

@@ -51,6 +51,8 @@ const YOUNG: Duration = Duration::from_secs(10);
 const SOON: Duration = Duration::from_millis(100);
 /// How long the same refusal is not told of again in the log.
 const TOLD: Duration = Duration::from_secs(60);
+/// ... or for so long, once the agent did not say ...
+const OWN_AGAIN: Duration = Duration::from_secs(5);
 /// ... and that the agent knows the daemon, when it says that it does not know a workload.
 const OWN_AT_DENIAL: Duration = Duration::from_secs(1);
 
@@ -67,7 +69,9 @@ struct Shared {
     tokens: Mutex<VecDeque<Kept>>,
     turns: Turns<Owner>,
     /// The daemon's own identities, which no workload is given, and when they were asked for.
-    own: tokio::sync::Mutex<Option<(Instant, BTreeSet<SpiffeId>)>>,
+    own: Mutex<Option<(Instant, BTreeSet<SpiffeId>)>>,
+    /// Held by whoever asks for them. Those for whom they are fresh enough wait for nobody.
+    asking_own: tokio::sync::Mutex<()>,
     /// The refusal that the log had last.
     told: Mutex<Option<(String, Instant)>>,
 }
@@ -99,7 +103,8 @@ impl Attesting {
             memory: Mutex::new(Memory::new(most)),
             tokens: Mutex::default(),
             turns: Turns::new(QUESTIONS, QUESTIONS_EACH),
-            own: tokio::sync::Mutex::default(),
+            own: Mutex::default(),
+            asking_own: tokio::sync::Mutex::default(),
             told: Mutex::default(),
         });
         tokio::spawn(ask_again(Arc::downgrade(&shared)));
@@ -256,9 +261,7 @@ impl Shared {
         let watch = caller.evidence.watch()?;
         let before = caller.evidence.process()?;
         let result = self.agent.svids(before.pid, audience).await;
-        self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
-        let agent = self.agent.endpoint().to_string();
-        self.metrics.health.source(agent, SourceError::of_source(&result), self.clock.now());
+        self.count(&result);
         if caller.evidence.process()? != before || !watch.is_unbroken() {
             return Err(crate::caller::Refusal::Changed.into());
         }
@@ -270,9 +273,15 @@ impl Shared {
     async fn ask_by_pod(&self, caller: &Caller, pod: &PodUid, audience: &str) -> Result<Answer, SourceError> {
         caller.evidence.pod()?;
         let result = self.agent.svids_of_pod(pod, audience).await;
-        self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
+        self.count(&result);
         caller.evidence.pod()?;
         Ok(result)
+    }
+
+    fn count(&self, result: &Answer) {
+        self.metrics.source_calls.get_or_create(&Call::of(result, SourceError::reason)).inc();
+        let agent = self.agent.endpoint().to_string();
+        self.metrics.health.source(agent, SourceError::of_source(result), self.clock.now());
     }
 
     /// Tells operators why somebody has no identity: whoever asks is not told what the agent says.
@@ -286,23 +295,33 @@ impl Shared {
 
     /// The daemon's own identities, asked for if what is known is older than `age`.
     async fn own(&self, age: Duration) -> Result<BTreeSet<SpiffeId>, SourceError> {
-        let mut own = self.own.lock().await;
-        if let Some((at, ids)) = &*own
-            && at.elapsed() < age
-        {
-            return Ok(ids.clone());
+        if let Some(ids) = self.known_own(age) {
+            return Ok(ids);
+        }
+        let _asking = self.asking_own.lock().await;
+        if let Some(ids) = self.known_own(age) {
+            return Ok(ids);
         }
         let ids = match self.agent.own(&self.audience).await {
             Ok(ids) => ids,
             // They hardly ever change, so what was said before holds; but that the agent knows the daemon now is not known.
-            Err(error) => match &*own {
-                Some((_, ids)) if age == OWN => return Ok(ids.clone()),
-                _ => return Err(error),
-            },
+            Err(error) if age == OWN => {
+                let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+                let (at, ids) = own.as_mut().ok_or(error)?;
+                // Those who wait behind this one don't each try as well.
+                *at = Instant::now().checked_sub(OWN - OWN_AGAIN).unwrap_or(*at);
+                return Ok(ids.clone());
+            }
+            Err(error) => return Err(error),
         };
         let ids: BTreeSet<SpiffeId> = ids.iter().filter_map(|id| SpiffeId::parse(id).ok()).collect();
-        *own = Some((Instant::now(), ids.clone()));
+        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), ids.clone()));
         Ok(ids)
+    }
+
+    fn known_own(&self, age: Duration) -> Option<BTreeSet<SpiffeId>> {
+        let own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        own.as_ref().filter(|(at, _)| at.elapsed() < age).map(|(_, ids)| ids.clone())
     }
 
     fn keep(&self, subject: &Subject, token: JwtSvid) {

@@ -44,6 +44,10 @@ fn pods_have_their_own_credentials() {
     done("deployments");
     every_manifest_is_accepted(&cluster, directory.path());
     done("every manifest");
+    for source in ["spire-delegated", "spiffe-broker"] {
+        attacks::on_the_node_everybody_is_himself(&cluster, source);
+        done("on the node");
+    }
 }
 
 /// What happens to a node in its life.

@@ -18,7 +18,7 @@ fn listener() -> (Arc<OwnedFd>, SocketAddr) {
 async fn listeners_come_with_their_namespace_and_address() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let given: Vec<_> =
-        (0..250).flat_map(|number| ADDRESSES.map(|address| ((id(number), address), listener().0))).collect();
+        (0..250).flat_map(|number| POD_ADDRESSES.map(|address| ((id(number), address), listener().0))).collect();
     let (gave, taken) = tokio::join!(give(&ours, &given), take(&theirs));
     gave.unwrap();
     let taken = taken.unwrap();
@@ -58,7 +58,7 @@ fn only_a_listener_on_the_address_in_this_namespace_is_one() {
     let is = |descriptor: OwnedFd, address| is_listener(&descriptor, address).unwrap_or(false);
     let another = |descriptor: &Arc<OwnedFd>| descriptor.try_clone().unwrap();
     assert!(is(another(&good), address));
-    assert!(!is(another(&good), ADDRESSES[0]), "another address");
+    assert!(!is(another(&good), POD_ADDRESSES[0]), "another address");
     let connected = TcpStream::connect(address).unwrap();
     let local = connected.local_addr().unwrap();
     assert!(!is(connected.into(), local), "it does not accept");

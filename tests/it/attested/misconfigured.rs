@@ -3,7 +3,9 @@
 
 use std::fs;
 use std::os::unix::fs::chown;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use api::delegated_identity_server::{DelegatedIdentity, DelegatedIdentityServer};
 use awsvid::svid::proto::spire::api::agent::delegatedidentity::v1 as api;
@@ -12,6 +14,7 @@ use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
+use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -144,6 +147,9 @@ fn the_agent_lives_in_another_pid_namespace() {
 
     // One that comes only later is found out as well, and nobody is named to it.
     spire.stop_agent();
+    let patience = Duration::from_secs(30);
+    // What was killed is the process that has made the namespace; the agent in there ends by that.
+    await_some("the agent has ended", patience, || UnixStream::connect(spire.admin_socket()).err());
     let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
     spire.start_agent();
     complaint(&daemon, &["in another pid namespace than awsvid", "hostPID: true"]);

@@ -116,7 +116,6 @@ def source(own, other):
 
 def nested(own, other, container):
     """In a cgroup below its own with the whole name of another pod's container."""
-    moved = []
     for place in [place for place, _, _ in os.walk("/cgroup") if os.path.basename(os.path.dirname(place)) == f"pod{own}"]:
         if str(os.getpid()) not in processes(place):
             continue
@@ -125,11 +124,12 @@ def nested(own, other, container):
         try:
             with open(os.path.join(forged, "cgroup.procs"), "w") as file:
                 file.write("0")
-            moved.append(place.split("/")[2])
         except OSError:
             # In the old hierarchies a new cgroup may not be ready to take anybody.
             pass
-    print("moved:", *sorted(moved), flush=True)
+    with open("/proc/self/cgroup") as file:
+        [path] = [line.strip() for line in file if line.startswith("0::")]
+    print("moved:", path.endswith(f"pod{other}/{container}"), flush=True)
     attempt("nested", lambda: answer(tcp()))
 
 
@@ -193,7 +193,7 @@ SCENES = {
     "given": lambda: given(b"give"),
     "given-alone": lambda: given(b"give alone"),
     "taken": taken,
-    "new-network": new_network,
+    "unshared": new_network,
     "source": source,
     "nested": nested,
     "enter": enter,

@@ -1,15 +1,31 @@
 //! Attacks 2, 5, 9, 10 and 12 on a real node: what a pod's process can try in order to get another pod's credentials, or to keep
 //! it from its own. What runs in the pods is `attacker.py`.
 
-use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::cluster::{AWS, Account, Cluster, OTHER, READER};
+use crate::harness::counterparts::process::await_some;
 
+const PATIENCE: Duration = Duration::from_secs(30);
 const ATTACKER: &str = include_str!("attacker.py");
 /// Where the victim and those who would trick it meet: a directory of the node that both mount.
 const MEETING: &str = "/run/awsvid-test-meeting";
+const URI: &str = "http://127.0.0.1:974/v1/credentials";
+/// A user of the node, and who he is where SPIRE looks at processes that are in no pod.
+const PLAIN: u32 = 61234;
+const PLAIN_ID: &str = "spiffe://example.org/ns/node/sa/plain";
+/// Runs the words after it in a systemd unit, as cgroups tell.
+const IN_A_UNIT: &str = r#"cd /sys/fs/cgroup
+unit=system.slice/plain.service
+if [ ! -e cgroup.controllers ]; then
+    for tree in *; do echo $$ >"$tree/cgroup.procs"; done
+    cd unified
+fi
+mkdir -p "$unit"
+echo $$ >"$unit/cgroup.procs"
+exec "$0" "$@""#;
 
 /// The pod whose credentials the others are after, and awsvid's source.
 pub(super) struct Site<'a> {
@@ -45,14 +61,13 @@ impl<'a> Site<'a> {
     pub(super) fn set(cluster: &'a Cluster, source: &'a str, name: &str) -> Self {
         cluster.node.run(&["rm", "-rf", MEETING]).success("rm");
         cluster.node.apply(&pod(OTHER, name, "victim", &With { mounts: &[(MEETING, "/shared")], ..With::default() }));
-        let mut namespace = Value::Null;
-        let uid = || cluster.node.get(&["pod", "--namespace", OTHER.namespace, name])["metadata"]["uid"].clone();
-        let uid = uid();
-        let own = cluster.audited("the victim has its own credentials", |record| record["pod_uid"] == uid);
-        assert_eq!((&own["outcome"], &own["spiffe_id"]), (&"issued".into(), &OTHER.id().into()), "{own}");
-        namespace.clone_from(&own["network_namespace"]);
+        let ready = ["wait", "--for=condition=Ready", "pod", name, "--namespace", OTHER.namespace, "--timeout=110s"];
+        cluster.node.kubectl(&ready).success("the victim");
         let victim = cluster.node.get(&["pod", "--namespace", OTHER.namespace, name]);
-        assert!(victim["status"]["podIP"].is_string(), "{victim}");
+        let uid = &victim["metadata"]["uid"];
+        let own = cluster.audited("the victim has its own credentials", |record| record["pod_uid"] == *uid);
+        assert_eq!((&own["outcome"], &own["spiffe_id"]), (&"issued".into(), &OTHER.id().into()), "{own}");
+        let namespace = own["network_namespace"].clone();
         Self { cluster, source, victim, namespace }
     }
 
@@ -76,8 +91,10 @@ impl<'a> Site<'a> {
         Tried { pod, log: ended.log, records }
     }
 
-    fn victims_records(&self) -> usize {
-        self.cluster.audit().iter().filter(|record| record["pod_uid"] == self.victim["metadata"]["uid"]).count()
+    /// The audit of the victim's sockets.
+    fn victims_records(&self) -> Vec<Value> {
+        let records = self.cluster.audit().into_iter();
+        records.filter(|record| record["pod_uid"] == self.victim["metadata"]["uid"]).collect()
     }
 }
 
@@ -134,11 +151,12 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     let container = victim["status"]["containerStatuses"][0]["containerID"].as_str().unwrap();
     let container = container.strip_prefix("containerd://").unwrap();
     let privileged = With { privileged: true, ..With::default() };
-    site.start("new-network", &privileged);
+    site.start("unshared", &privileged);
     site.start("source", &With { arguments: &["$(POD_IP)", address], ..With::default() });
     let mounts = &[("/sys/fs/cgroup", "/cgroup")];
     site.start("nested", &With { arguments: &["$(POD_UID)", uid, container], mounts, ..privileged });
     site.start("enter", &With { arguments: &[address], mounts: &[("/run/netns", "/netns")], ..privileged });
+    site.start("ask", &With { host_network: true, ..With::default() });
     site.start("destroy", &With { capabilities: &["NET_ADMIN"], ..With::default() });
     for scene in ["given", "given-alone", "taken"] {
         site.start(scene, &With { mounts: &[(MEETING, "/shared")], ..With::default() });
@@ -150,15 +168,15 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     another_pods_network_is_no_ones_but_its_own(&site);
     a_killed_listener_comes_back(&site);
     who_made_the_socket_is_answered(&site);
-    cluster.node.run(&["rm", "-rf", MEETING]).success("rm");
-    let name = victim["metadata"]["name"].as_str().unwrap();
-    let arguments = ["delete", "pod", "--namespace", OTHER.namespace, name, "--wait=false"];
-    cluster.node.kubectl(&arguments).success("kubectl delete");
+    who_is_in_no_pod_has_nothing_there(&site, address);
+    // Attack 5: there is nobody to ask unless that is wished for.
+    site.tried("ask").is(&["ask: ECONNREFUSED"], &[]);
+    site.end();
 }
 
 /// A network namespace of one's own has no listener; a socket that was made before is still the pod's.
 fn sockets_stay_in_their_network(site: &Site<'_>) {
-    site.tried("new-network")
+    site.tried("unshared")
         .is(&["new network: ECONNREFUSED", "connected before: 200", "made before: 200"], &["ok", "ok"]);
 }
 
@@ -183,7 +201,15 @@ fn addresses_say_nothing(site: &Site<'_>) {
 /// Attack 2. An agent that is told the process would read the victim's name.
 fn names_below_ones_own_cgroup_say_nothing(site: &Site<'_>) {
     let tried = site.tried("nested");
-    eprintln!("{}", tried.log);
+    let (printed, reason) = match site.source {
+        "spiffe-broker" => ("nested: 200", "ok"),
+        _ => ("nested: 403", "nested_container"),
+    };
+    tried.is(&["moved: True", printed], &[reason]);
+    let container = tried.pod["status"]["containerStatuses"][0]["containerID"].as_str().unwrap();
+    let record = &tried.records[0];
+    assert!(container.ends_with(record["container_id"].as_str().unwrap()), "{tried:?}");
+    assert!(record["cgroup"].as_str().unwrap().contains(site.victim["metadata"]["uid"].as_str().unwrap()), "{record}");
 }
 
 fn another_pods_network_is_no_ones_but_its_own(site: &Site<'_>) {
@@ -194,6 +220,16 @@ fn another_pods_network_is_no_ones_but_its_own(site: &Site<'_>) {
     assert_ne!(own["network_namespace"], site.namespace);
 }
 
+/// A process of the node that enters it.
+fn who_is_in_no_pod_has_nothing_there(site: &Site<'_>, address: &str) {
+    let find =
+        r#"for file in /run/netns/*; do nsenter --net="$file" ip -o address | grep -qF " $0/" && echo "$file"; done"#;
+    let found = site.cluster.node.run(&["sh", "-c", find, address]).stdout;
+    let record = site.plain(PLAIN, &["nsenter", &format!("--net={}", found.trim())]);
+    assert_eq!((&record["reason"], &record["network_namespace"]), (&"not_a_pod".into(), &site.namespace), "{record}");
+    assert!(record.get("pod_uid").is_none(), "{record}");
+}
+
 /// Attack 9.
 fn a_killed_listener_comes_back(site: &Site<'_>) {
     site.tried("destroy").is(&["before: 200", "destroyed: 0", "destroyed: 0", "after: 200"], &["ok", "ok"]);
@@ -201,10 +237,75 @@ fn a_killed_listener_comes_back(site: &Site<'_>) {
 
 /// Over a volume that both pods mount.
 fn who_made_the_socket_is_answered(site: &Site<'_>) {
-    eprintln!("{}", site.tried("taken").log);
-    eprintln!("{}", site.tried("given").log);
-    eprintln!("{} {}", site.tried("given-alone").log, site.victims_records());
+    // Its maker has passed it on and asks through the other, who has connected it: in the maker's network.
+    let taken = site.tried("taken");
+    taken.is(&["taken: 200"], &["ok"]);
+    assert_ne!(taken.records[0]["network_namespace"], site.namespace);
+    // The victim has made these and given them away itself. Each record is the victim's.
+    site.tried("given").is(&["given: 200"], &[]);
+    // By its process it is nobody's any more, which is seen at once or at the end.
+    let by_socket = site.source == "spiffe-broker";
+    let (printed, reasons): (_, &[&str]) =
+        if by_socket { ("given: 200", &["ok"]) } else { ("given: 403", &["no_holder", "caller_gone"]) };
+    site.tried("given-alone").is(&[printed], &[]);
+    let records = site.victims_records();
+    let found: Vec<_> = records.iter().map(|record| record["reason"].as_str().unwrap()).collect();
+    let fits = |found: &[&str]| found[..2] == ["ok"; 2] && reasons.contains(&found[2]);
+    let [own, one, other] = found[..] else { panic!("{records:#?}") };
+    assert!(fits(&[own, one, other]) || fits(&[own, other, one]), "{records:#?}");
+    assert!(records.iter().all(|record| record["network_namespace"] == site.namespace), "{records:#?}");
 }
 
-#[allow(unused)]
-fn unused(_: &Path) {}
+/// Where awsvid listens on the node itself: pods with its network, and pods and processes with the unix socket.
+pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) {
+    cluster.spire.register(PLAIN_ID, &[&format!("unix:uid:{PLAIN}")]);
+    cluster.install_for_host(source);
+    let site = Site::set(cluster, source, &format!("host-victim-{source}"));
+    let by_process = source == "spire-delegated";
+    site.start("ask", &With { host_network: true, ..With::default() });
+    site.start("mounted", &With { mounts: &[("/run/awsvid", "/run/awsvid")], ..With::default() });
+    let tried = site.tried("ask");
+    tried.is(&["ask: 200"], &["ok"]);
+    assert_eq!(tried.records[0]["listener"], "tcp");
+
+    // Attacks 10 and 12.
+    let (answer, reasons): (_, &[&str]) = if by_process { ("ask: 200", &["ok"]) } else { ("ask: 403", &[]) };
+    let files = "files: awsvid.sock awsvid.sock.lock";
+    site.tried("mounted").is(&[files, "remove: EROFS", "replace: EROFS", "mount again: EPERM", answer], reasons);
+
+    // What no pod has to do with.
+    for (uid, id) in [(PLAIN, Some(PLAIN_ID)), (PLAIN + 1, None)] {
+        let record = site.plain(uid, &[]);
+        let id = id.filter(|_| by_process);
+        let reason = match id {
+            Some(_) => "ok",
+            None if by_process => "no_identity",
+            None => "invisible_process",
+        };
+        assert_eq!((record["reason"].as_str(), record["spiffe_id"].as_str()), (Some(reason), id), "{record}");
+        assert!(record.get("pod_uid").is_none() && record["systemd_unit"] == "plain.service", "{record}");
+    }
+    site.end();
+}
+
+impl Site<'_> {
+    /// What the audit has of a process of the node, in no pod, that asks on the loopback address: of the node, or of the network
+    /// that `behind` enters.
+    fn plain(&self, uid: u32, behind: &[&str]) -> Value {
+        let of_it = || self.cluster.audit().into_iter().filter(|record| record["uid"] == uid).collect::<Vec<_>>();
+        let before = of_it().len();
+        let id = uid.to_string();
+        let user = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups"];
+        let busybox = self.cluster.node.bin().join("pod-files/busybox/bin/busybox");
+        let ask = [busybox.to_str().unwrap(), "wget", "-q", "-O", "/dev/null", "--header", "Authorization: any", URI];
+        self.cluster.node.run(&[&["sh", "-ec", IN_A_UNIT], behind, &user, &ask].concat());
+        await_some("its record", PATIENCE, || of_it().get(before).cloned())
+    }
+
+    fn end(&self) {
+        self.cluster.node.run(&["rm", "-rf", MEETING]).success("rm");
+        let name = self.victim["metadata"]["name"].as_str().unwrap();
+        let arguments = ["delete", "pod", "--namespace", OTHER.namespace, name, "--wait=false"];
+        self.cluster.node.kubectl(&arguments).success("kubectl delete");
+    }
+}

@@ -150,8 +150,35 @@ impl Cluster {
 
     /// The same with these components.
     pub(super) fn install_with(&self, source: &str, components: &[&str]) {
+        self.apply(&self.overlay(source, components, |text| text));
+    }
+
+    /// The same with awsvid for what uses the node's network, as the README says.
+    pub(super) fn install_for_host(&self, source: &str) {
+        let listen = |text: String| {
+            let text = text.replace("tcp = []", "tcp = [\"127.0.0.1:974\", \"[::1]:974\"]");
+            text.replace("unix = \"\"", "unix = \"/run/awsvid-socket/awsvid.sock\"")
+        };
+        let directory = self.overlay(source, &["environment", "host"], listen);
+        if source == "spire-delegated" {
+            let agent = fs::read_to_string(manifests().join(source).join("agent.conf")).unwrap();
+            let unix = "plugins {\n  WorkloadAttestor \"unix\" {\n    plugin_data {}\n  }";
+            fs::write(directory.join("agent.conf"), agent.replacen("plugins {", unix, 1)).unwrap();
+            let file = directory.join("kustomization.yaml");
+            let mut kustomization: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+            kustomization["configMapGenerator"].as_array_mut().unwrap().push(
+                json!({ "name": "spire-agent", "namespace": "spire", "behavior": "merge", "files": ["agent.conf"] }),
+            );
+            fs::write(file, kustomization.to_string()).unwrap();
+        }
+        self.apply(&directory);
+    }
+
+    /// Another `[listen]` is made of the manifests' one.
+    fn overlay(&self, source: &str, components: &[&str], listen: impl Fn(String) -> String) -> PathBuf {
         let text = fs::read_to_string(manifests().join(source).join("awsvid.toml")).unwrap();
         let (start, _) = text.split_once("[sts]").expect("the example's [sts]");
+        let start = listen(start.to_owned());
         let text = format!(
             "{start}audience = {:?}\n[sts]\nendpoint = {:?}\nca_file = \"/etc/awsvid/ca.crt\"\n[log]\nlevel = \"awsvid=debug,info\"\n\
              [[role]]\nname = \"all\"\nspiffe_id = \"spiffe://example.org/ns/*/sa/*\"\nrole_arn = {:?}\n",
@@ -159,9 +186,14 @@ impl Cluster {
             self.sts.url(),
             self.minio.role_arn(),
         );
-        let directory = overlay(&self.folder, source, &[source], components);
+        let directory =
+            overlay(&self.folder, &[source, components.join("-").as_str()].join("-"), &[source], components);
         fs::write(directory.join("awsvid.toml"), text).unwrap();
         fs::write(directory.join("ca.crt"), self.sts.certificate()).unwrap();
+        directory
+    }
+
+    fn apply(&self, directory: &Path) {
         self.node.kubectl(&["apply", "--kustomize", directory.to_str().unwrap()]).success("kubectl apply -k");
         self.node.rolled_out("spire", "daemonset/spire-agent");
         self.node.rolled_out("awsvid", "daemonset/awsvid");

@@ -45,7 +45,8 @@ impl Node {
                 files.extend(runs.filter_map(Result::ok).map(|run| run.path()));
             }
         }
-        files.sort_by_key(|file| fs::metadata(file).and_then(|found| found.modified()).ok());
+        // What is written to meanwhile keeps its place.
+        files.sort_by_cached_key(|file| fs::metadata(file).and_then(|found| found.modified()).ok());
         let texts: Vec<String> = files
             .iter()
             .map(|file| String::from_utf8_lossy(&fs::read(file).unwrap_or_default()).into_owned())

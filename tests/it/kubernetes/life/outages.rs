@@ -28,18 +28,17 @@ pub(in crate::kubernetes) fn warm_pods_notice_nothing(cluster: &Cluster) {
     // Its standard input stays open until it is answered, else the client would be taken for gone.
     let raw = "printf 'GET /v1/credentials HTTP/1.1\\r\\nHost: localhost\\r\\nAuthorization: any\\r\\nConnection: close\\r\\n\\r\\n'";
     let script = format!(
-        "{{ {raw}; busybox sleep 20; }} | busybox nc 127.0.0.1 974; until ask 127.0.0.1; do busybox sleep 1; done"
+        "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo told; until ask 127.0.0.1; do busybox sleep 1; done"
     );
-    node.apply(&asker::pod(READER, "new", &format!("{script}; echo answered")));
+    node.apply(&asker::pod(READER, "without-agent", &format!("{script}; echo answered")));
     let log = await_some("the new pod is told why", PATIENCE, || {
-        let log = node.pod_log(READER.namespace, "new");
-        log.contains("\n\n").then_some(log)
+        let log = node.pod_log(READER.namespace, "without-agent");
+        log.contains("\ntold\n").then_some(log)
     });
-    eprintln!("without an agent: {log}");
-    assert!(log.starts_with("HTTP/1.1 503"), "{log}");
+    assert!(log.starts_with("HTTP/1.1 503") && log.contains("start the SPIFFE agent"), "{log}");
     place_agent(json!(null));
     node.rolled_out("spire", "daemonset/spire-agent");
-    let ended = node.ended(READER.namespace, "new");
+    let ended = node.ended(READER.namespace, "without-agent");
     assert!(ended.succeeded && ended.log.ends_with("answered\n"), "{ended:?}");
     let (answered, failed, longest) = warm.enough();
     eprintln!("outages: a warm pod was answered {answered} times, at most {longest:.2} s apart");

@@ -41,7 +41,6 @@ pub(in crate::kubernetes) fn the_one_after_a_killed_one_listens_again(cluster: &
         "after a kill: listening {listening:?} after the start of the next process, answers {longest:.2} s apart"
     );
     assert!(!failed.is_empty(), "nobody was killed");
-    assert!(listening < Duration::from_secs(1), "{listening:?}");
 }
 
 /// From a process's start until it has listened in all pods.
