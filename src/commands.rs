@@ -43,8 +43,8 @@ impl ConfigFile {
             return Ok(Beside { listen: Listen::default(), region: None });
         }
         // The environment of the daemon is not this one.
-        let config = Config::load(self.path(), |_| None)?.config;
-        Ok(Beside { listen: config.listen, region: config.sts.region })
+        let (listen, region) = Config::load_for_callers(self.path())?;
+        Ok(Beside { listen, region })
     }
 }
 

@@ -96,6 +96,21 @@ impl Config {
         Ok(loaded)
     }
 
+    /// Of the file only what somebody needs who asks the daemon: `[listen]`, and the region if it is right. Whoever asks is no
+    /// operator, may know fewer users than the daemon and can't mend the rest; but of `[listen]` each error counts, since a
+    /// default in place of what was meant would be another daemon's address.
+    pub fn load_for_callers(path: &Path) -> Result<(Listen, Option<String>), ConfigErrors> {
+        let failed = |problems| ConfigErrors { path: path.to_owned(), problems };
+        let text = read_file(path).map_err(|problem| failed(vec![problem]))?;
+        let entries = DeTable::parse(&text).map_err(|error| failed(vec![syntax_error(&text, &error)]))?.into_inner();
+        let rest = Report::new(&text);
+        let region = sts::read(&rest.root(&entries).table("sts")).region;
+        let report = Report::new(&text);
+        let listen = listen::read(&report.root(&entries).table("listen"));
+        report.finish_table("listen", &entries).map_err(failed)?;
+        Ok((listen, region))
+    }
+
     /// Reads a configuration from its text; on failure gives at least one problem, in the order of their lines. Names that
     /// only `awsvid dev` has are refused: its identities and its role are for trying things out.
     pub fn parse(

@@ -6,32 +6,49 @@ use std::fmt;
 use std::io;
 use std::process::Command;
 
+use Preempts::{Alone, IsSent, WithOthers};
+
+/// How a variable keeps an SDK from asking awsvid, or from asking as awsvid wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preempts {
+    /// It is enough by itself: who takes it, and how.
+    Alone(&'static str),
+    /// Only with others of these; a sign that somebody meant other credentials.
+    WithOthers,
+    /// It is sent to awsvid, whatever is in it.
+    IsSent,
+}
+
+const KEYS: &str = "every SDK takes keys from the environment first, and some fail with one half of a pair";
+const OLD_NAME: &str = "older SDKs for Java, Go and Ruby take keys under this name";
+
 /// What comes before the container endpoint in the default chain of at least one SDK, or is sent to it instead of what
 /// awsvid wants.
-pub const PREEMPTING: [&str; 21] = [
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_SECURITY_TOKEN",
-    "AWS_CREDENTIAL_EXPIRATION",
-    "AWS_ACCOUNT_ID",
-    // Other names of the same, in Java and Go of the first version and in Ruby.
-    "AWS_ACCESS_KEY",
-    "AWS_SECRET_KEY",
-    "AMAZON_ACCESS_KEY_ID",
-    "AMAZON_SECRET_ACCESS_KEY",
-    "AMAZON_SESSION_TOKEN",
-    // Files that Python looks into after those of the profiles.
-    "AWS_CREDENTIAL_FILE",
-    "BOTO_CONFIG",
-    "AWS_PROFILE",
-    "AWS_DEFAULT_PROFILE",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_ROLE_ARN",
-    "AWS_ROLE_SESSION_NAME",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
-    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+pub const PREEMPTING: [(&str, Preempts); 21] = [
+    ("AWS_ACCESS_KEY_ID", Alone(KEYS)),
+    ("AWS_SECRET_ACCESS_KEY", Alone(KEYS)),
+    ("AWS_SESSION_TOKEN", Alone("some SDKs add it to whatever keys they find")),
+    ("AWS_SECURITY_TOKEN", Alone("older SDKs add it to whatever keys they find")),
+    ("AWS_CREDENTIAL_EXPIRATION", WithOthers),
+    ("AWS_ACCOUNT_ID", WithOthers),
+    ("AWS_ACCESS_KEY", Alone(OLD_NAME)),
+    ("AWS_SECRET_KEY", Alone(OLD_NAME)),
+    ("AMAZON_ACCESS_KEY_ID", Alone(OLD_NAME)),
+    ("AMAZON_SECRET_ACCESS_KEY", Alone(OLD_NAME)),
+    ("AMAZON_SESSION_TOKEN", Alone(OLD_NAME)),
+    ("AWS_CREDENTIAL_FILE", Alone("Python takes keys from that file before it looks here")),
+    ("BOTO_CONFIG", Alone("Python takes keys from that file before it looks here")),
+    ("AWS_PROFILE", Alone("every SDK takes that profile first, and fails if there is none of the name")),
+    ("AWS_DEFAULT_PROFILE", Alone("the AWS CLI and Python take that profile first")),
+    ("AWS_WEB_IDENTITY_TOKEN_FILE", Alone("every SDK exchanges that file's token itself, before it looks here")),
+    ("AWS_ROLE_ARN", WithOthers),
+    ("AWS_ROLE_SESSION_NAME", WithOthers),
+    (
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        Alone("all SDKs but JavaScript's v3 and Go's v2 prefer it to the full URI"),
+    ),
+    ("AWS_CONTAINER_AUTHORIZATION_TOKEN", IsSent),
+    ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", IsSent),
 ];
 /// Where a proxy is set, the endpoint has to be named as an exception: a proxy's loopback is not this machine's.
 const PROXIES: [&str; 6] = ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"];
@@ -60,7 +77,7 @@ impl Environment {
             let exceptions = exceptions.map_or(host.to_owned(), |list| format!("{list},{host}"));
             set.extend([("NO_PROXY", exceptions.clone()), ("no_proxy", exceptions)]);
         }
-        Self { set, removed: PREEMPTING.to_vec() }
+        Self { set, removed: PREEMPTING.map(|(name, _)| name).to_vec() }
     }
 
     /// Also sets this variable.
@@ -147,7 +164,8 @@ mod tests {
 
     #[test]
     fn a_shell_and_a_command_get_the_same_and_lose_the_same() {
-        let before: Vec<(&str, &str)> = PREEMPTING.iter().map(|name| (*name, "x")).chain([("HOME", "/h")]).collect();
+        let before: Vec<(&str, &str)> =
+            PREEMPTING.iter().map(|(name, _)| (*name, "x")).chain([("HOME", "/h")]).collect();
         let mut environment = environment(&before);
         environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "/a/it's a token");
 
@@ -165,7 +183,7 @@ mod tests {
         assert_eq!(shell, command);
 
         let set = |name: &str| environment.variables().iter().any(|(set, _)| *set == name);
-        assert!(PREEMPTING.iter().all(|name| set(name) == shell.contains_key(*name)), "{shell:?}");
+        assert!(PREEMPTING.iter().all(|(name, _)| set(name) == shell.contains_key(*name)), "{shell:?}");
         assert_eq!(shell["AWS_CONTAINER_CREDENTIALS_FULL_URI"], "http://127.0.0.1:974/v1/credentials");
         assert_eq!(shell["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"], "/a/it's a token");
         assert_eq!(shell["HOME"], "/h");

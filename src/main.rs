@@ -31,7 +31,8 @@ struct Arguments {
 const AFTER: &str = "\
 For whom:
   to try it           dev
-  on a node           serve, config, status
+  on a node           serve, config, status, check
+  for its account     trust-policy
   in a workload       exec, credential-process
 
 The daemon's configuration is /etc/awsvid/awsvid.toml; AWSVID_CONFIG or --config names another.
@@ -53,9 +54,7 @@ to do; 1 for anything else that keeps it from starting. Try a configuration firs
     },
     Config(Configuration),
     Status(Status),
-    /// Walks the whole path, from the kernel to STS, and says what is wrong where, and what mends it.
     Check(check::Options),
-    /// Writes what IAM needs to trust this node's roles: the OIDC provider and each role's trust policy.
     TrustPolicy(trust_policy::Options),
     Exec(Exec),
     CredentialProcess(CredentialProcess),

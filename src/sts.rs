@@ -28,7 +28,7 @@ use crate::turns::Turns;
 mod client;
 mod error;
 
-pub use client::{InvalidSetting, Network};
+pub use client::{Hop, InvalidSetting, Network};
 pub use error::{Again, StsError};
 
 use client::Connections;

@@ -16,20 +16,36 @@ use std::time::Duration;
 use clap::Args;
 
 use super::web::{Resolve, Web};
+use crate::cgroup::PodUid;
 use crate::clock::Clock;
 use crate::config::{Config, is_aws_sts};
 use crate::role::StsTarget;
 use crate::sts::{Network, Settings, Sts};
+use agent::Whom;
 use report::Report;
 
 /// For each document. STS itself waits no longer.
 const DEADLINE: Duration = Duration::from_secs(8);
 
-/// What is to be looked at, and from where.
+/// Walks the whole path, from the kernel to STS, and says what is wrong where, and what mends it.
+///
+/// It takes the steps that the daemon takes for a workload's first request: kernel and privileges, the agent, a token for each
+/// role, the issuer's documents and keys, the exchange at STS. Run it as the daemon runs, as root; it changes nothing, is safe
+/// beside the daemon, and shows no secret. A role that it assumes is in CloudTrail like any other.
+///
+/// With --workload it looks at the environment of one workload instead: for variables, profiles and proxies that come before
+/// awsvid, and then asks it.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  sudo awsvid check
+  sudo awsvid check --pid $(systemctl show -p MainPID --value billing)      where SPIRE attests callers
+  sudo awsvid check --resolve oidc.example.org:443:203.0.113.7              the issuer as from outside
+  sudo -u billing awsvid check --workload                                   with that user's environment
+
+Exit status: 0 if all is well; 1 if a step failed, each with what mends it; 2 if none did, but not all could be looked at.")]
 pub struct Options {
-    /// The configuration file.
-    #[arg(long, env = "AWSVID_CONFIG", default_value = "/etc/awsvid/awsvid.toml")]
+    /// The daemon's configuration file.
+    #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
     config: PathBuf,
     /// One JSON document in place of lines.
     #[arg(long)]
@@ -40,12 +56,29 @@ pub struct Options {
     /// A running workload, where the agent attests callers; without one, the tokens are those of awsvid itself.
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
+    /// The same for a pod, where the agent is told of pods (spiffe-broker): its `metadata.uid`.
+    #[arg(long, value_name = "UID", conflicts_with = "pid", value_parser = pod)]
+    pod: Option<PodUid>,
     /// Connects to this address for the issuer's documents, to see them as from outside (as curl's --resolve).
     #[arg(long, value_name = "HOST:PORT:ADDRESS")]
     resolve: Vec<String>,
     /// Looks for the issuer's documents below this URL instead.
     #[arg(long, value_name = "URL")]
     url: Option<String>,
+}
+
+fn pod(text: &str) -> Result<PodUid, &'static str> {
+    PodUid::parse(text).ok_or("this is no UID of a pod: kubectl get pod NAME -o jsonpath={.metadata.uid}")
+}
+
+impl Options {
+    fn whom(&self) -> Whom {
+        match (&self.pod, self.pid) {
+            (Some(uid), _) => Whom::Pod(uid.clone()),
+            (None, Some(pid)) => Whom::Process(pid),
+            (None, None) => Whom::Itself,
+        }
+    }
 }
 
 /// Walks; the exit status is 0 if all is well, 1 if a step failed, 2 if none did but some could not be looked at.
@@ -72,13 +105,13 @@ async fn walk(options: &Options, report: &mut Report) {
         Ok(resolve) => resolve,
         Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
     };
-    let web = Web { resolve: &resolve, deadline: DEADLINE };
     machine::check(&config, report);
-    let sts = match sts(&config) {
-        Ok(sts) => sts,
+    let (network, sts) = match sts(&config) {
+        Ok(both) => both,
         Err(error) => return report.failed("sts", error, "correct [sts], or the environment variable"),
     };
-    let Some(asked) = agent::connect(&config, options.pid, report).await else {
+    let web = Web { resolve: &resolve, network: Some(&network), deadline: DEADLINE };
+    let Some(asked) = agent::connect(&config, options.whom(), report).await else {
         return report
             .unchecked("identity", "without the agent there are no tokens, and nothing after them to look at");
     };
@@ -119,14 +152,14 @@ fn configuration(options: &Options, report: &mut Report) -> Option<Config> {
     }
 }
 
-/// As the daemon has it.
-fn sts(config: &Config) -> Result<Sts, String> {
+/// As the daemon has it, and the way there, which the other steps take too.
+fn sts(config: &Config) -> Result<(Network, Sts), String> {
     let network = Network::from_env(|name| std::env::var(name).ok()).map_err(|error| error.to_string())?;
     let settings = Settings {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,
         ca_file: config.sts.ca_file.clone(),
-        network,
+        network: network.clone(),
     };
-    Sts::new(settings, Clock::system()).map_err(|error| error.to_string())
+    Ok((network, Sts::new(settings, Clock::system()).map_err(|error| error.to_string())?))
 }

@@ -105,6 +105,7 @@ impl Exec {
         let mut notes = Vec::new();
         let there: Vec<&str> = PREEMPTING
             .into_iter()
+            .map(|(name, _)| name)
             .filter(|name| environment.removed().contains(name) && inherited(name).is_some())
             .collect();
         if !there.is_empty() {

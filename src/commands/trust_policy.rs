@@ -18,6 +18,7 @@ use super::live::{self, Live};
 use super::web::Web;
 use crate::config::Config;
 use crate::identity::SpiffeId;
+use crate::sts::Network;
 use plan::{Account, Issuer, Plan};
 
 /// For a token, and for each document of the issuer.
@@ -25,11 +26,21 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// As `serve` has it.
 const EX_CONFIG: u8 = 78;
 
-/// What is to be written.
+/// Writes what IAM needs to trust this node's roles: the OIDC provider and each role's trust policy.
+///
+/// The roles are the configuration's; the issuer is that of a live token, for which this has to run as the daemon runs, as
+/// root, or is said with --issuer. Nothing in AWS is changed or asked. Where a policy would let in more than the daemon does,
+/// there is a warning on standard error, with an example.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  sudo awsvid trust-policy > iam.sh                       commands of the AWS CLI, to read and then to run
+  sudo awsvid trust-policy --format terraform > awsvid.tf
+  awsvid trust-policy --issuer https://oidc.example.org --format cloudformation > awsvid.json
+
+Exit status: 0; 78 if the configuration has errors; 1 if there is no issuer, no role at AWS, or roles of several accounts.")]
 pub struct Options {
-    /// The configuration file.
-    #[arg(long, env = "AWSVID_CONFIG", default_value = "/etc/awsvid/awsvid.toml")]
+    /// The daemon's configuration file.
+    #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
     config: PathBuf,
     /// In which language.
     #[arg(long, value_enum, default_value = "aws-cli")]
@@ -161,7 +172,9 @@ async fn thumbprint(issuer: &Issuer) -> (Option<String>, Option<String>) {
     if !issuer.url().starts_with("https://") {
         return (None, None);
     }
-    let web = Web { resolve: &[], deadline: DEADLINE };
+    // What is wrong with a variable keeps nothing but the chain from being seen.
+    let network = Network::from_env(|name| std::env::var(name).ok()).unwrap_or_default();
+    let web = Web { resolve: &[], network: Some(&network), deadline: DEADLINE };
     let chain = async {
         let document = web.get(&live::discovery_url(issuer.url())).await?;
         let discovery: Value =

@@ -1,6 +1,8 @@
 //! GET as STS makes it to an issuer: over TLS, without following anything, with a deadline. A chain that is not trusted is no
 //! error here but a finding: nothing secret is sent, and what lies behind it can be looked at too.
 
+mod tunnel;
+
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,7 +10,7 @@ use std::time::{Duration, Instant};
 use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
-use hyper::header::{AUTHORIZATION, DATE, HOST, LOCATION};
+use hyper::header::{AUTHORIZATION, DATE, HOST, LOCATION, PROXY_AUTHORIZATION};
 use hyper::{Request, Uri};
 use hyper_util::rt::TokioIo;
 use rustls::client::WebPkiServerVerifier;
@@ -20,6 +22,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+
+use crate::sts::{Hop, Network};
 
 /// Documents of an issuer are a few kilobytes.
 const BODY_MAX: usize = 1024 * 1024;
@@ -66,6 +70,8 @@ impl std::str::FromStr for Resolve {
 /// How to get somewhere.
 pub(super) struct Web<'a> {
     pub(super) resolve: &'a [Resolve],
+    /// With its proxies; `None`: always directly.
+    pub(super) network: Option<&'a Network>,
     pub(super) deadline: Duration,
 }
 
@@ -93,9 +99,23 @@ impl Web<'_> {
             _ => return Err("it begins neither with https:// nor with http://".to_owned()),
         };
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let stream = self.connect(&host, authority.port_u16().unwrap_or(if secure { 443 } else { 80 })).await?;
+        let port = authority.port_u16().unwrap_or(if secure { 443 } else { 80 });
+        // Who names an address wants to see what is there.
+        let hop = self.network.filter(|_| self.forced(&host, port).is_none()).and_then(|network| network.hop(&uri));
         let mut request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()));
-        if let Some(text) = authorization.filter(|_| stream.peer_addr().is_ok_and(|peer| peer.ip().is_loopback())) {
+        let stream = match &hop {
+            Some(hop) if secure => self.tunnel(hop, &host, port).await?,
+            Some(hop) => {
+                request = Request::get(uri.clone());
+                if let Some(value) = &hop.authorization {
+                    request = request.header(PROXY_AUTHORIZATION, value);
+                }
+                self.to_proxy(hop).await?
+            }
+            None => self.connect(&host, port).await?,
+        };
+        let is_near = hop.is_none() && stream.peer_addr().is_ok_and(|peer| peer.ip().is_loopback());
+        if let Some(text) = authorization.filter(|_| is_near) {
             request = request.header(AUTHORIZATION, text);
         }
         let request =
@@ -112,9 +132,27 @@ impl Web<'_> {
         Ok(answer)
     }
 
+    async fn to_proxy(&self, hop: &Hop) -> Result<TcpStream, String> {
+        if hop.secure {
+            let what = "is to be asked over TLS, which awsvid check does not do: try it with curl";
+            return Err(format!("the proxy {}:{} {what}", hop.host, hop.port));
+        }
+        self.connect(&hop.host, hop.port).await.map_err(|error| format!("through the proxy: {error}"))
+    }
+
+    async fn tunnel(&self, hop: &Hop, host: &str, port: u16) -> Result<TcpStream, String> {
+        let mut stream = self.to_proxy(hop).await?;
+        let opened = tunnel::open(&mut stream, host, port, hop.authorization.as_ref()).await;
+        opened.map_err(|error| format!("the proxy {}:{}: {error}", hop.host, hop.port))?;
+        Ok(stream)
+    }
+
+    fn forced(&self, host: &str, port: u16) -> Option<&Resolve> {
+        self.resolve.iter().find(|forced| forced.host.eq_ignore_ascii_case(host) && forced.port == port)
+    }
+
     async fn connect(&self, host: &str, port: u16) -> Result<TcpStream, String> {
-        let forced = self.resolve.iter().find(|forced| forced.host.eq_ignore_ascii_case(host) && forced.port == port);
-        let addresses: Vec<SocketAddr> = match forced {
+        let addresses: Vec<SocketAddr> = match self.forced(host, port) {
             Some(forced) => vec![SocketAddr::new(forced.address, port)],
             None => {
                 let found = tokio::net::lookup_host((host, port)).await;

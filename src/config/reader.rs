@@ -56,6 +56,18 @@ impl<'t> Report<'t> {
     /// The warnings if there was no error, else the errors, either by line; to be called when all keys have been asked for.
     pub(super) fn finish(self, entries: &DeTable<'_>) -> Result<Vec<Problem>, Vec<Problem>> {
         self.unknown_keys("", entries);
+        self.sorted()
+    }
+
+    /// The same where only this table was read.
+    pub(super) fn finish_table(self, table: &str, entries: &DeTable<'_>) -> Result<Vec<Problem>, Vec<Problem>> {
+        if let Some(inner) = entries.get(table).and_then(|value| value.get_ref().as_table()) {
+            self.unknown_keys(table, inner);
+        }
+        self.sorted()
+    }
+
+    fn sorted(self) -> Result<Vec<Problem>, Vec<Problem>> {
         let by_line = |problem: &Problem| problem.line.unwrap_or(usize::MAX);
         let mut errors = self.errors.into_inner();
         let mut warnings = self.warnings.into_inner();

@@ -22,6 +22,8 @@ use aws_smithy_runtime_api::client::http::{HttpConnectorSettings, SharedHttpConn
 use aws_smithy_types::body::SdkBody;
 use http_body_util::Limited;
 use hyper::Uri;
+use hyper::header::HeaderValue;
+use hyper_util::client::proxy::matcher::Matcher;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -76,17 +78,47 @@ impl Network {
         })
     }
 
-    /// The proxy on the way to `endpoint`, if there is one.
-    fn proxy(&self, endpoint: &Uri) -> ProxyConfig {
+    /// The proxy on the way to `to`, for who goes there without the SDK.
+    pub fn hop(&self, to: &Uri) -> Option<Hop> {
+        let matcher = Matcher::builder().all(self.url(to)?).no(self.no_proxy.as_deref().unwrap_or_default()).build();
+        let found = matcher.intercept(to)?;
+        let uri = found.uri();
+        Some(Hop {
+            secure: uri.scheme_str() == Some("https"),
+            host: uri.host()?.trim_matches(['[', ']']).to_owned(),
+            port: uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 }),
+            authorization: found.basic_auth().cloned(),
+        })
+    }
+
+    /// Of the proxy that would be on the way to `endpoint` if it were no exception.
+    fn url(&self, endpoint: &Uri) -> Option<&str> {
         let proxy = if endpoint.scheme_str() == Some("http") { &self.http_proxy } else { &self.https_proxy };
         // A proxy's loopback is not this node's.
-        let proxy = proxy.as_ref().filter(|_| !is_loopback(endpoint.host().unwrap_or_default()));
+        proxy.as_deref().filter(|_| !is_loopback(endpoint.host().unwrap_or_default()))
+    }
+
+    /// The proxy on the way to `endpoint`, if there is one.
+    fn proxy(&self, endpoint: &Uri) -> ProxyConfig {
         // The URL was parsed before, so there is no error to lose.
-        match proxy.and_then(|url| ProxyConfig::all(url.as_str()).ok()) {
+        match self.url(endpoint).and_then(|url| ProxyConfig::all(url).ok()) {
             Some(proxy) => proxy.no_proxy(self.no_proxy.as_deref().unwrap_or_default()),
             None => ProxyConfig::disabled(),
         }
     }
+}
+
+/// A proxy to go through.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hop {
+    /// Whether it wants TLS itself.
+    pub secure: bool,
+    /// Its name or address.
+    pub host: String,
+    /// Its port.
+    pub port: u16,
+    /// What it wants in `Proxy-Authorization`; marked as sensitive, so that no debug output shows it.
+    pub authorization: Option<HeaderValue>,
 }
 
 /// A proxy's URL may hold a password.

@@ -1,6 +1,8 @@
 //! `awsvid check` as an operator runs it: on a path where all is well, and on each that is wrong in one place, with the real
 //! counterpart set up wrong wherever one can be had.
 
+mod tokens;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -91,7 +93,9 @@ fn all_is_well_beside_the_running_daemon() {
     // For people the same, line by line.
     let mut command = Command::new(PROGRAM);
     command.args(["check", "--config"]).arg(folder.path().join("check.toml"));
-    let text = run(command, b"", PATIENCE).success("awsvid check");
+    let output = run(command, b"", PATIENCE);
+    assert!(output.stderr.contains("  ...  STS, for role \"shop\""), "what is waited for is said: {output:?}");
+    let text = output.success("awsvid check");
     assert!(text.contains("  ok   sts") && text.ends_with("pass\n"), "{text}");
     // The daemon goes on.
     assert!(world.curl(1001).1.contains("AccessKeyId"));

@@ -47,6 +47,18 @@ fn the_cli_takes_what_it_prints() {
     assert_eq!((&printed["Version"], &printed["AccessKeyId"]), (&Value::from(1), &status["access_key_id"]));
     assert_eq!(printed["Expiration"], status["expiration"]);
 
+    // The socket is the configuration's, whatever else is wrong with that; unless it is `[listen]` itself.
+    let path = folder.path().join("other.toml");
+    let asked = |text: &str| {
+        fs::write(&path, text).unwrap();
+        ask(&["--config", path.to_str().unwrap()])
+    };
+    let text = format!("[listen]\nunix = \"{socket}\"\n[[role]]\nuser = \"nobody-of-that-name\"\n[[workload]]\n");
+    assert_eq!(asked(&text).status.code(), Some(0));
+    let refused = asked(&text.replace("unix", "unx"));
+    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""));
+    assert!(refused.stderr.contains("other.toml:2:"), "{refused:?}");
+
     let Some(aws) = tool("aws") else { return };
     fs::create_dir(folder.path().join(".aws")).unwrap();
     let profile = format!(

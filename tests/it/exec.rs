@@ -86,6 +86,14 @@ fn the_configuration_says_where_the_daemon_is() {
     ] {
         assert!(environment.lines().any(|found| found == line), "{line} in:\n{environment}");
     }
+    // What is wrong elsewhere is for the operator, not for whoever runs a command.
+    let wrong = configuration.replace("uid = 54321", "user = \"nobody-of-that-name\"").replace("role_arn", "arn");
+    fs::write(config, wrong.replace("eu-central-1", "nowhere!")).unwrap();
+    let environment = output(exec(&["--config", config, "--", "env"])).success("env");
+    assert!(
+        environment.contains("FULL_URI=http://127.0.0.1:975/") && !environment.contains("nowhere"),
+        "{environment}"
+    );
     fs::write(config, "[listen]\ntpc = []\n").unwrap();
     let refused = output(exec(&["--config", config, "--", "env"]));
     assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(125), ""));

@@ -19,5 +19,6 @@ pub(crate) mod sts;
 pub(crate) mod systemd;
 pub(crate) mod terminal;
 pub(crate) mod tls;
+pub(crate) mod tokens;
 pub(crate) mod upstream;
 pub(crate) mod world;

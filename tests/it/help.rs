@@ -7,7 +7,10 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::terminal::on_a_terminal;
 
-const COMMANDS: [&str; 8] = ["serve", "config", "status", "exec", "credential-process", "dev", "completions", "man"];
+const COMMANDS: [&str; 10] =
+    ["serve", "config", "status", "check", "trust-policy", "exec", "credential-process", "dev", "completions", "man"];
+/// Those that scripts run, and have to know how they end.
+const IN_SCRIPTS: [&str; 6] = ["serve", "config", "status", "check", "trust-policy", "exec"];
 
 fn awsvid(arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
@@ -25,8 +28,19 @@ fn shell(program: &str, arguments: &[&str], input: &str) -> Output {
 fn each_command_has_a_line_a_help_and_a_manual_page() {
     let all = awsvid(&["--help"]).success("--help");
     let page = awsvid(&["man"]).success("man");
+    let listed = all.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    // The rest of a long one stands further in.
+    let begin = listed.filter(|line| !line.starts_with("   "));
+    let names: Vec<&str> = begin.filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(names, [&COMMANDS[..], &["help"]].concat(), "{all}");
     assert!(page.contains(".TH awsvid 1"), "{page}");
+    let readme = include_str!("../../README.md");
     for command in COMMANDS {
+        let words = format!("awsvid {command}");
+        assert!(
+            readme.match_indices(&words).any(|(at, _)| readme[at + words.len()..].starts_with([' ', '`', '\n'])),
+            "{words} in README.md"
+        );
         let line = all.lines().find(|line| line.trim_start().split(' ').next() == Some(command));
         assert!(line.is_some_and(|line| line.trim().len() > command.len() + 20), "{command}: {all}");
         assert!(page.contains(&format!("awsvid\\-{}(1)", command.replace('-', "\\-"))), "{command}: {page}");
@@ -34,6 +48,11 @@ fn each_command_has_a_line_a_help_and_a_manual_page() {
         assert!(help.contains("Usage: awsvid ") && !help.contains('\x1b'), "{help}");
         let page = awsvid(&["man", command]).success(command);
         assert!(page.contains(&format!(".TH awsvid-{command} 1")), "{page}");
+    }
+    for command in IN_SCRIPTS {
+        let help = awsvid(&[command, "--help"]).success(command);
+        assert!(help.contains("Exit status: "), "{help}");
+        assert!(matches!(command, "serve" | "status") || help.contains("Examples:\n  "), "{help}");
     }
     assert_eq!(awsvid(&["man", "nonsense"]).status.code(), Some(2));
     let help = awsvid(&["credential-process", "--help"]).success("--help");

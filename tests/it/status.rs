@@ -13,7 +13,7 @@ use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Output, Process, await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::terminal::on_a_terminal;
+use crate::harness::terminal::{on_a_terminal, on_a_terminal_until};
 use crate::harness::upstream::Upstream;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -111,4 +111,17 @@ fn on_a_terminal_it_is_a_table() {
     let shown = on_a_terminal(plain);
     assert!(shown.contains("EXPIRES") && !shown.contains('\x1b'), "{shown:?}");
     assert!(on_a_terminal(command(folder.path(), &["--json"])).contains("\"credentials\""));
+
+    // Again and again in the same place; without colours too, since the screen is no colour.
+    for variables in [&[("TERM", "xterm")][..], &[("NO_COLOR", "1")]] {
+        let mut watching = command(folder.path(), &["--watch", "1"]);
+        watching.envs(variables.iter().copied());
+        let shown = on_a_terminal_until(watching, |shown| shown.matches("EXPIRES").count() > 1);
+        let screens: Vec<&str> = shown.split("\x1b[2J\x1b[H").collect();
+        let [before, first, second, ..] = screens[..] else { panic!("two screens: {shown:?}") };
+        let tables = [before, first, second].map(|screen| screen.matches("EXPIRES").count());
+        assert_eq!(tables, [0, 1, 1], "{shown:?}");
+        let rest = screens.concat();
+        assert_eq!(rest.contains('\x1b'), variables[0].0 == "TERM", "{shown:?}");
+    }
 }

@@ -96,3 +96,39 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
         "{other:?}"
     );
 }
+
+/// CloudFormation's own schemas of these resources, and its rules for what refers to what.
+#[test]
+fn cloudformation_takes_the_template() {
+    let Some(lint) = tool("cfn-lint") else { return };
+    let folder = folder();
+    let config = folder.path().join("awsvid.toml");
+    let role = |name: &str, id: &str| {
+        format!(
+            "[[role]]\nname = \"{name}\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/team/{name}\"\n"
+        )
+    };
+    let text = "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n".to_owned()
+        + &format!("[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n")
+        + &role("app-1", READER)
+        + &role("app_1", "spiffe://example.org/w/*")
+        + &role("all", "spiffe://example.org/**");
+    fs::write(&config, text).unwrap();
+    let arguments = ["--issuer", "https://oidc.example.org/a", "--format", "cloudformation"];
+    let template = trust_policy(&config, &arguments).success("awsvid trust-policy");
+    let path = folder.path().join("template.json");
+    let linted = |template: &str| {
+        fs::write(&path, template).unwrap();
+        let mut command = Command::new(&lint);
+        command.env("HOME", folder.path()).args(["--regions", "eu-central-1", "--"]).arg(&path);
+        run(command, b"", PATIENCE)
+    };
+    linted(&template).success("cfn-lint");
+    // It looks at it.
+    for (right, wrong) in
+        [("ClientIdList", "ClientIDList"), ("\"Ref\": \"Oidc", "\"Ref\": \"Other"), ("3600", "\"soon\"")]
+    {
+        assert!(template.contains(right), "{right}: {template}");
+        assert!(!linted(&template.replace(right, wrong)).status.success(), "{wrong}");
+    }
+}

@@ -7,6 +7,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use super::report::Report;
+use crate::cgroup::PodUid;
 use crate::commands::live::{self, Live};
 use crate::config::{Config, Reference, Source};
 use crate::endpoint::Endpoint;
@@ -27,12 +28,21 @@ const CONNECT: Duration = Duration::from_secs(2);
 pub(super) enum Asked {
     /// The Workload API, for each identity of the rules.
     WorkloadApi,
-    /// An agent, about a process.
-    Agent(Box<dyn Agent>, u32),
+    /// An agent, about somebody.
+    Agent(Box<dyn Agent>, Whom),
 }
 
-/// Whether there is anybody to ask. `pid`: of a workload, where the agent attests.
-pub(super) async fn connect(config: &Config, pid: Option<u32>, report: &mut Report) -> Option<Asked> {
+/// About whom an agent is asked.
+#[derive(Debug, Clone)]
+pub(super) enum Whom {
+    /// This process, which stands for awsvid.
+    Itself,
+    Process(u32),
+    Pod(PodUid),
+}
+
+/// Whether there is anybody to ask. `whom`: of the workloads, where the agent attests.
+pub(super) async fn connect(config: &Config, whom: Whom, report: &mut Report) -> Option<Asked> {
     if !opens(
         &config.identity.socket,
         "socket",
@@ -46,31 +56,25 @@ pub(super) async fn connect(config: &Config, pid: Option<u32>, report: &mut Repo
     let (agent, socket): (Box<dyn Agent>, &Path) = match &config.identity.source {
         Source::WorkloadApi => return Some(Asked::WorkloadApi),
         Source::SpireDelegated { socket } => (Box::new(Delegated::new(socket, TOKEN)), socket),
-        Source::SpiffeBroker { socket, server, .. } => {
+        Source::SpiffeBroker { socket, server, reference } => {
             let own = OwnIdentity::at(config.identity.socket.clone());
-            (Box::new(BrokerApi::new(socket, own, server.clone(), TOKEN)), socket)
+            let broker = BrokerApi::new(socket, own, server.clone(), TOKEN);
+            match reference {
+                Reference::Auto => (Box::new(broker.naming_pods()), socket),
+                Reference::Process => (Box::new(broker), socket),
+            }
         }
     };
     report.waiting("the agent, which attests this process");
     match timeout(TOKEN, agent.connect()).await {
+        Ok(Ok(())) if agent.names_pods() => report.pass(SOCKET, format!("{} answers", socket.display())),
         Ok(Ok(())) => {
             report.pass(SOCKET, format!("{} answers, and numbers processes as this machine does", socket.display()))
-        }
-        // The daemon goes on with such an agent, for pods alone. From here there is no pod to name, and a process of that number
-        // would be another's.
-        Ok(Err(error)) if names_pods(config) && matches!(error, SourceError::Misconfigured(_)) => {
-            report.unchecked(SOCKET, format!("without a process to name no token can be had here: {error}"));
-            return None;
         }
         Ok(Err(error)) => return refused(SOCKET, &error, report),
         Err(_) => return silent(SOCKET, report),
     }
-    Some(Asked::Agent(agent, pid.unwrap_or_else(std::process::id)))
-}
-
-/// Whether callers in pods are named to the agent by their pod.
-fn names_pods(config: &Config) -> bool {
-    matches!(config.identity.source, Source::SpiffeBroker { reference: Reference::Auto, .. }) && config.listen.pods
+    Some(Asked::Agent(agent, whom))
 }
 
 async fn opens(endpoint: &Endpoint, key: &str, may_be_absent: bool, report: &mut Report) -> bool {
@@ -132,10 +136,17 @@ pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &
             };
             Live::fetch(config, &id, &role.audience, TOKEN).await
         }
-        Asked::Agent(agent, pid) => about(agent.as_ref(), *pid, role).await.map(Live::of),
+        Asked::Agent(agent, whom) => about(agent.as_ref(), whom, role).await.map(Live::of),
     };
     let live = match fetched {
         Ok(live) => live,
+        // The daemon goes on with such an agent, for pods alone, and has no process to name from here.
+        Err(error @ SourceError::Misconfigured(_)) if matches!(asked, Asked::Agent(agent, Whom::Itself) if agent.names_pods()) =>
+        {
+            let how = "awsvid check --pod UID has a pod's token";
+            report.unchecked(IDENTITY, format!("role {:?}: {how}; this process cannot be named: {error}", role.name));
+            return None;
+        }
         Err(error) => return refused(IDENTITY, &error, report),
     };
     let left = live.svid.expires().duration_since(SystemTime::now()).unwrap_or_default();
@@ -155,11 +166,15 @@ pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &
 }
 
 /// Of several identities the one that the role is for.
-async fn about(agent: &dyn Agent, pid: u32, role: &Role) -> Result<JwtSvid, SourceError> {
-    let svids = agent.svids(pid, &role.audience).await?;
+async fn about(agent: &dyn Agent, whom: &Whom, role: &Role) -> Result<JwtSvid, SourceError> {
+    let svids = match whom {
+        Whom::Itself => agent.svids(std::process::id(), &role.audience).await?,
+        Whom::Process(pid) => agent.svids(*pid, &role.audience).await?,
+        Whom::Pod(uid) => agent.svids_of_pod(uid, &role.audience).await?,
+    };
     let fits = |id: &str| SpiffeId::parse(id).is_ok_and(|id| role.spiffe_id.matches(&id));
     let svid = svids.iter().find(|svid| fits(&svid.spiffe_id)).or(svids.first());
-    let svid = svid.ok_or_else(|| SourceError::Denied(format!("the agent has no identity for process {pid}")))?;
+    let svid = svid.ok_or_else(|| SourceError::Denied("the agent has no identity for it".to_owned()))?;
     let id = SpiffeId::parse(&svid.spiffe_id).map_err(|error| SourceError::Misconfigured(error.to_string()))?;
     Ok(JwtSvid::check(svid.token.clone(), &id, &role.audience, SystemTime::now())?)
 }

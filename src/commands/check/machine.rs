@@ -1,5 +1,7 @@
 //! The kernel, and what this process may do and see.
 
+use std::path::Path;
+
 use caps::{CapSet, Capability};
 
 use super::report::Report;
@@ -11,6 +13,9 @@ pub(super) fn check(config: &Config, report: &mut Report) {
     kernel(report);
     privileges(config, report);
     namespaces(report);
+    if config.listen.pods {
+        own_kernels(Path::new("/proc"), report);
+    }
 }
 
 fn kernel(report: &mut Report) {
@@ -87,5 +92,61 @@ fn namespaces(report: &mut Report) {
             "this is not the host's pid namespace: callers outside of this one cannot be told",
             "in Kubernetes set hostPID: true; in a container use --pid=host",
         ),
+    }
+}
+
+/// Who starts pods that have a kernel of their own, as containerd and CRI-O call the program.
+const OWN_KERNELS: [(&str, &str); 2] = [("containerd-shim-runsc-v1", "gVisor"), ("containerd-shim-kata-v2", "Kata")];
+
+/// Pods in whose loopback awsvid cannot listen: it is not one of this kernel's.
+fn own_kernels(proc: &Path, report: &mut Report) {
+    let programs: Vec<Vec<u8>> = std::fs::read_dir(proc)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
+        .map(|line| line.split(|byte| *byte == 0).next().unwrap_or_default().to_owned())
+        .collect();
+    for (program, name) in OWN_KERNELS {
+        let is = |path: &Vec<u8>| path.rsplit(|byte| *byte == b'/').next() == Some(program.as_bytes());
+        if programs.iter().any(is) {
+            report.note(
+                STEP,
+                format!("pods of {name} run here: they have a loopback of their own, and awsvid is not in it"),
+                "give pods that need credentials another runtimeClassName, whose pods share this kernel",
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::Verdict;
+    use super::*;
+
+    #[test]
+    fn pods_with_a_kernel_of_their_own_are_seen_by_who_starts_them() {
+        let table: [(&[u8], Option<&str>); 5] = [
+            (b"/opt/bin/containerd-shim-kata-v2\0-namespace\0k8s.io\0", Some("Kata")),
+            (b"containerd-shim-runsc-v1\0", Some("gVisor")),
+            (b"/usr/bin/containerd-shim-runc-v2\0-id\0containerd-shim-kata-v2\0", None),
+            (b"grep\0containerd-shim-runsc-v1\0", None),
+            (b"", None),
+        ];
+        for (line, name) in table {
+            let proc = tempfile::tempdir().unwrap();
+            std::fs::create_dir(proc.path().join("7")).unwrap();
+            std::fs::write(proc.path().join("7/cmdline"), line).unwrap();
+            let mut report = Report::new(true);
+            own_kernels(proc.path(), &mut report);
+            let found: Vec<_> = report.findings().iter().map(|finding| (finding.verdict, &finding.saw)).collect();
+            match name {
+                None => assert!(found.is_empty(), "{found:?}"),
+                Some(name) => {
+                    let right = matches!(found[..], [(Verdict::Note, saw)] if saw.contains(name));
+                    assert!(right, "{name}: {found:?}");
+                }
+            }
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! back from it. To be run as the workload: same user, same environment.
 
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use hyper::Uri;
@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::report::Report;
 use crate::commands::web::Web;
+use crate::environment::{PREEMPTING, Preempts, profiles};
 
 const CHAIN: &str = "chain";
 const ENDPOINT: &str = "endpoint";
@@ -20,30 +21,6 @@ const TOKEN_VARIABLE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN";
 const TOKEN_FILE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
 /// The daemon holds a cold request for 4.5 s.
 const DEADLINE: Duration = Duration::from_secs(6);
-
-/// What comes first in the default chains, and in which.
-const BEFORE: [(&str, &str); 9] = [
-    ("AWS_ACCESS_KEY_ID", "every SDK takes keys from the environment first"),
-    ("AWS_ACCESS_KEY", "older SDKs for Java and Go take keys under this name"),
-    ("AWS_SECRET_ACCESS_KEY", "every SDK takes keys from the environment first, and some fail with one half of a pair"),
-    ("AWS_SESSION_TOKEN", "some SDKs add it to whatever keys they find"),
-    ("AWS_WEB_IDENTITY_TOKEN_FILE", "every SDK exchanges that file's token itself, before it looks here"),
-    ("AWS_PROFILE", "every SDK takes that profile first, and fails if there is none of the name"),
-    ("AWS_DEFAULT_PROFILE", "the AWS CLI and Python take that profile first"),
-    ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "all SDKs but JavaScript's v3 and Go's v2 prefer it to the full URI"),
-    ("BOTO_CONFIG", "Python takes keys from that file before it looks here"),
-];
-
-/// What in a profile gives credentials.
-const GIVES: [&str; 7] = [
-    "aws_access_key_id",
-    "credential_process",
-    "credential_source",
-    "login_session",
-    "role_arn",
-    "sso_session",
-    "sso_start_url",
-];
 
 pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Report) {
     let env = |name: &str| env(name).filter(|value| !value.is_empty());
@@ -71,57 +48,34 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Rep
 
 fn before(env: &impl Fn(&str) -> Option<String>, report: &mut Report) {
     let mut clear = true;
-    for (name, why) in BEFORE {
-        if env(name).is_some() {
-            clear = false;
-            report.failed(
-                CHAIN,
-                format!("{name} is set: {why}"),
-                format!("unset {name}, or run the workload by awsvid exec"),
-            );
+    for (name, preempts) in PREEMPTING.into_iter().filter(|(name, _)| env(name).is_some()) {
+        let fix = format!("unset {name}, or run the workload by awsvid exec");
+        match preempts {
+            Preempts::Alone(why) => {
+                clear = false;
+                report.failed(CHAIN, format!("{name} is set: {why}"), fix);
+            }
+            Preempts::WithOthers => report.note(CHAIN, format!("{name} is set, which is for other credentials"), fix),
+            // Looked at below.
+            Preempts::IsSent => {}
         }
     }
-    let home = env("HOME").map(PathBuf::from);
-    let file = |variable: &str, name: &str| {
-        env(variable).map(PathBuf::from).or_else(|| Some(home.as_ref()?.join(".aws").join(name)))
-    };
-    for path in
-        [file("AWS_SHARED_CREDENTIALS_FILE", "credentials"), file("AWS_CONFIG_FILE", "config")].into_iter().flatten()
-    {
-        let Ok(text) = std::fs::read_to_string(&path) else { continue };
-        if let Some(key) = default_profile_gives(&text) {
+    for (variable, below_home) in profiles::FILES {
+        let Some(path) = profiles::path(variable, below_home, env) else { continue };
+        let keys = profiles::read(&path).credentials;
+        if !keys.is_empty() {
             clear = false;
+            let (path, keys) = (path.display(), keys.join(", "));
             report.failed(
                 CHAIN,
-                format!(
-                    "{}: the profile [default] has {key}, which every SDK takes before it looks here",
-                    path.display()
-                ),
-                "remove it from that file, or point AWS_SHARED_CREDENTIALS_FILE and AWS_CONFIG_FILE at /dev/null",
+                format!("{path}: the profile [default] has {keys}, which every SDK takes before it looks here"),
+                "remove it from that file, or run the workload by awsvid exec, which hides the file",
             );
         }
     }
     if clear {
         report.pass(CHAIN, "nothing in the environment or in profiles comes before the container endpoint");
     }
-}
-
-/// Which key of the default profile makes an SDK look there.
-fn default_profile_gives(text: &str) -> Option<&'static str> {
-    let mut in_default = false;
-    for line in text.lines() {
-        let trimmed = line.trim();
-        if let Some(name) = trimmed.strip_prefix('[').and_then(|rest| rest.split(']').next()) {
-            in_default =
-                matches!(name.split_ascii_whitespace().collect::<Vec<_>>()[..], ["default"] | ["profile", "default"]);
-        } else if in_default && !line.starts_with([' ', '\t', '#', ';']) {
-            let key = trimmed.split('=').next().unwrap_or_default().trim();
-            if let Some(known) = GIVES.iter().find(|known| known.eq_ignore_ascii_case(key)) {
-                return Some(known);
-            }
-        }
-    }
-    None
 }
 
 /// The host, if the URI is one that every SDK takes.
@@ -231,14 +185,15 @@ fn fix_for(path: &str) -> String {
 
 async fn ask(uri: &str, authorization: &str, report: &mut Report) {
     report.waiting(uri);
-    let web = Web { resolve: &[], deadline: DEADLINE };
+    let web = Web { resolve: &[], network: None, deadline: DEADLINE };
     let answer = match web.get_with(uri, Some(authorization)).await {
         Ok(answer) => answer,
         Err(error) => {
             report.failed(
                 ENDPOINT,
                 format!("{uri}: {error}"),
-                "systemctl status awsvid; is the port the one in `[listen] tcp`?",
+                "systemctl status awsvid; is the port the one in `[listen] tcp`? A pod of gVisor or Kata has a loopback of its own, \
+                 which awsvid is not in",
             );
             return;
         }

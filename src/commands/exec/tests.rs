@@ -108,7 +108,7 @@ fn the_token_is_given_both_ways_or_any_will_do() {
 
 #[test]
 fn what_comes_first_in_sdks_is_removed_and_named_without_its_value() {
-    let inherited: Vec<(&str, &str)> = PREEMPTING.iter().map(|name| (*name, "s3cret")).collect();
+    let inherited: Vec<(&str, &str)> = PREEMPTING.iter().map(|(name, _)| (*name, "s3cret")).collect();
     let (set, notes) = prepared(&URL[..2], &inherited);
     let [note] = &notes[..] else { panic!("{notes:?}") };
     for name in ["AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "_RELATIVE_URI"] {

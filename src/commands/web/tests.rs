@@ -3,6 +3,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
@@ -40,7 +41,7 @@ async fn private() -> (u16, String) {
 async fn a_chain_that_is_not_trusted_is_told_with_its_thumbprint() {
     let (port, thumbprint) = private().await;
     let resolve = [format!("oidc.example.org:{port}:127.0.0.1").parse().unwrap()];
-    let web = Web { resolve: &resolve, deadline: Duration::from_secs(5) };
+    let web = Web { resolve: &resolve, network: None, deadline: Duration::from_secs(5) };
     let answer = web.get(&format!("https://oidc.example.org:{port}/keys")).await.unwrap();
     assert_eq!((answer.status, &answer.body[..]), (200, &b"{}"[..]));
     let chain = answer.chain.unwrap();
@@ -51,7 +52,7 @@ async fn a_chain_that_is_not_trusted_is_told_with_its_thumbprint() {
 #[tokio::test]
 async fn no_answer_is_waited_for_longer_than_the_deadline() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let web = Web { resolve: &[], deadline: Duration::from_millis(50) };
+    let web = Web { resolve: &[], network: None, deadline: Duration::from_millis(50) };
     let error = web.get(&format!("http://{}/", listener.local_addr().unwrap())).await.err().unwrap();
     assert!(error.contains("no answer within 50ms"), "{error}");
 }
@@ -63,4 +64,81 @@ fn what_resolves_where() {
     for text in ["", "a", "a:443", "a:x:192.0.2.1", "a:443:b"] {
         assert!(parse(text).is_err(), "{text}");
     }
+}
+
+/// A proxy that answers so, and after a success leads to `port` whatever it is asked for; what it was asked comes out.
+async fn proxy(answer: &'static str, port: u16) -> (String, mpsc::UnboundedReceiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (sender, heads) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut head = vec![0; 4096];
+            let length = stream.read(&mut head).await.unwrap();
+            sender.send(String::from_utf8_lossy(&head[..length]).into_owned()).unwrap();
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            if answer.contains(" 200 Connection") {
+                let mut target = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut target).await;
+            }
+        }
+    });
+    (address, heads)
+}
+
+fn network(variables: &[(&str, &str)]) -> Network {
+    Network::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| (*v).to_owned())).unwrap()
+}
+
+#[tokio::test]
+async fn it_goes_through_the_proxy_that_sts_is_reached_through() {
+    const DEADLINE: Duration = Duration::from_secs(5);
+    let (port, _) = private().await;
+    let url = format!("https://oidc.example.org:{port}/keys");
+    let (address, mut heads) = proxy("HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n", port).await;
+    let proxied = format!("http://user:s3cret@{address}");
+    let through = network(&[("HTTPS_PROXY", &proxied)]);
+    let web = Web { resolve: &[], network: Some(&through), deadline: DEADLINE };
+    let answer = web.get(&url).await.unwrap();
+    assert_eq!((answer.status, &answer.body[..]), (200, &b"{}"[..]));
+    let head = heads.recv().await.unwrap();
+    assert!(head.starts_with(&format!("CONNECT oidc.example.org:{port} HTTP/1.1\r\n")), "{head}");
+    // base64 of user:s3cret
+    assert!(head.contains("Proxy-Authorization: Basic dXNlcjpzM2NyZXQ=\r\n"), "{head}");
+
+    // Where an address is named, or the host is an exception, it is the way of the others.
+    let resolve = [format!("oidc.example.org:{port}:127.0.0.1").parse().unwrap()];
+    Web { resolve: &resolve, network: Some(&through), deadline: DEADLINE }.get(&url).await.unwrap();
+    let except = network(&[("HTTPS_PROXY", &proxied), ("NO_PROXY", "oidc.example.invalid")]);
+    let web = Web { resolve: &[], network: Some(&except), deadline: DEADLINE };
+    let error = web.get("https://oidc.example.invalid/").await.err().unwrap();
+    assert!(error.contains("does not resolve"), "{error}");
+    assert!(heads.try_recv().is_err(), "nobody else asked it");
+}
+
+#[tokio::test]
+async fn what_a_proxy_says_against_it_is_told_without_its_password() {
+    let (address, mut heads) = proxy("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", 1).await;
+    let through = network(&[("ALL_PROXY", &format!("http://user:s3cret@{address}"))]);
+    let web = Web { resolve: &[], network: Some(&through), deadline: Duration::from_secs(5) };
+    let error = web.get("https://oidc.example.org/").await.err().unwrap();
+    assert!(error.contains("the proxy 127.0.0.1") && error.contains("407") && !error.contains("s3cret"), "{error}");
+    assert!(heads.recv().await.unwrap().starts_with("CONNECT oidc.example.org:443 "));
+
+    // Without TLS the proxy asks itself, and gets nothing that is meant for loopback.
+    let answer = web.get_with("http://oidc.example.org/a?b", Some("t0ken")).await.unwrap();
+    assert_eq!(answer.status, 407);
+    let head = heads.recv().await.unwrap();
+    assert!(head.starts_with("GET http://oidc.example.org/a?b HTTP/1.1\r\n") && !head.contains("t0ken"), "{head}");
+
+    // Nor do its words reach the terminal as they are.
+    let (address, _heads) = proxy("HTTP/1.1 403 \x1b[2J\r\n\r\n", 1).await;
+    let through = network(&[("HTTPS_PROXY", &address)]);
+    let web = Web { resolve: &[], network: Some(&through), deadline: Duration::from_secs(5) };
+    let error = web.get("https://oidc.example.org/").await.err().unwrap();
+    assert!(error.contains("403") && !error.contains('\x1b'), "{error:?}");
+
+    let secure = network(&[("HTTPS_PROXY", "https://proxy.example.org")]);
+    let web = Web { resolve: &[], network: Some(&secure), deadline: Duration::from_secs(5) };
+    assert!(web.get("https://oidc.example.org/").await.err().unwrap().contains("over TLS"));
 }

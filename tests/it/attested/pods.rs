@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::harness::cgroup::Cgroup;
-use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -96,6 +96,22 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
         asking.join().unwrap()
     });
     is_own(&late, &pods[2], "late");
+
+    // The same by hand, from the daemon's place. Without a pod there is nobody to name.
+    let check = |arguments: &[&str], status: i32| {
+        let mut command = behind(&words, std::path::Path::new(PROGRAM));
+        command.args(["check", "--json", "--config"]).arg(folder.path().join("awsvid.toml")).args(arguments);
+        let output = run(command, b"", PATIENCE);
+        let findings = serde_json::from_str::<Value>(&output.stdout).unwrap()["findings"].clone();
+        let ours = findings.as_array().unwrap().iter().filter(|finding| finding["step"] != "machine");
+        let ours: Vec<String> = ours.map(Value::to_string).collect();
+        (ours.join("\n"), output.status.code() == Some(status))
+    };
+    // It has fewer privileges than awsvid on a plain node needs, which is a failure of its own.
+    let (said, failed) = check(&["--pod", &uid(&pods[0])], 1);
+    assert!(failed && said.contains(&format!("assumed by {}", id("billing"))), "{said}");
+    let (said, failed) = check(&[], 1);
+    assert!(failed && said.contains("awsvid check --pod UID") && !said.contains("\"failed\""), "{said}");
 
     // Whoever is known notices nothing of a pod that has no entry any more until it has been said twice.
     kubelet.has_none();

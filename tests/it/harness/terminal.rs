@@ -3,20 +3,47 @@
 use std::fs::File;
 use std::io::Read;
 use std::process::Command;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use nix::pty::openpty;
 
-use super::counterparts::process::spawn;
+use super::counterparts::process::{Owned, spawn};
+
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a short program prints where its standard output is a terminal.
 pub(crate) fn on_a_terminal(mut command: Command) -> String {
     let pty = openpty(None, None).expect("a pseudo-terminal");
     command.stdout(pty.slave);
     let mut process = spawn(command).expect("start it");
-    assert!(process.wait(Duration::from_secs(60)).expect("it ends").success());
+    assert!(process.wait(PATIENCE).expect("it ends").success());
     let mut shown = Vec::new();
     // The terminal hangs up (EIO) once nobody has its other end.
     let _ = File::from(pty.master).read_to_end(&mut shown);
     String::from_utf8(shown).expect("UTF-8")
+}
+
+/// What a program that goes on has printed on its terminal by the time that this is `enough`; then it is ended.
+pub(crate) fn on_a_terminal_until(mut command: Command, enough: impl Fn(&str) -> bool) -> String {
+    let pty = openpty(None, None).expect("a pseudo-terminal");
+    command.stdout(pty.slave);
+    let process: Owned = spawn(command).expect("start it");
+    let (sender, printed) = channel();
+    let mut terminal = File::from(pty.master);
+    std::thread::spawn(move || {
+        let mut part = [0; 4096];
+        // Until the program has ended (EIO), or nobody reads on.
+        while let Ok(length) = terminal.read(&mut part) {
+            if sender.send(part[..length].to_vec()).is_err() {
+                break;
+            }
+        }
+    });
+    let mut shown = Vec::new();
+    while !enough(&String::from_utf8_lossy(&shown)) {
+        shown.extend(printed.recv_timeout(PATIENCE).expect("it goes on printing"));
+    }
+    drop(process);
+    String::from_utf8_lossy(&shown).into_owned()
 }

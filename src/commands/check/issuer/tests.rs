@@ -49,7 +49,7 @@ async fn found(key: &SigningKey, discovery: &str, keys: &str) -> Vec<Finding> {
     let url =
         serve(vec![("/.well-known/openid-configuration", discovery.to_owned()), ("/keys", keys.to_owned())]).await;
     let mut report = Report::new(true);
-    let web = Web { resolve: &[], deadline: Duration::from_secs(5) };
+    let web = Web { resolve: &[], network: None, deadline: Duration::from_secs(5) };
     check(&live(key, &url), None, false, &web, &mut report).await;
     report.findings().to_vec()
 }
@@ -137,7 +137,7 @@ async fn what_aws_wants_besides() {
     let key = SigningKey::generate().unwrap();
     let url = serve(vec![("/.well-known/openid-configuration", right()), ("/keys", http("200 OK", &key.jwks()))]).await;
     let mut report = Report::new(true);
-    let web = Web { resolve: &[], deadline: Duration::from_secs(5) };
+    let web = Web { resolve: &[], network: None, deadline: Duration::from_secs(5) };
     check(&live(&key, &url), None, true, &web, &mut report).await;
     assert_failed(report.findings(), "token", "is not https", "https URL");
     assert_failed(report.findings(), "discovery", "over https only", "X-Forwarded-Proto");
@@ -157,7 +157,7 @@ async fn it_looks_where_it_is_told_to() {
     let document = answers(&issuer).replace("PORT", &port.to_string());
     let other = serve(vec![("/.well-known/openid-configuration", document)]).await;
     let resolve = [format!("oidc.invalid:{port}:127.0.0.1").parse().unwrap()];
-    let web = Web { resolve: &resolve, deadline: Duration::from_secs(5) };
+    let web = Web { resolve: &resolve, network: None, deadline: Duration::from_secs(5) };
     let mut report = Report::new(true);
     check(&live(&key, &issuer), Some(&other), false, &web, &mut report).await;
     assert!(report.findings().iter().all(|finding| finding.verdict == Verdict::Pass), "{:?}", report.findings());

@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use super::super::report::Verdict;
+use super::super::report::{Finding, Verdict};
 use super::*;
 
 /// What fails for a workload with these variables besides those of a right one. Nobody listens at the endpoint.
@@ -17,7 +17,10 @@ async fn failures(variables: &[(&str, &str)]) -> Vec<String> {
 #[tokio::test]
 async fn each_trap_is_found_alone() {
     assert_eq!(failures(&[]).await, [""; 0]);
-    for (name, _) in BEFORE {
+    for (name, preempts) in PREEMPTING {
+        if !matches!(preempts, Preempts::Alone(_)) {
+            continue;
+        }
         let found = failures(&[(name, "s3cret")]).await;
         assert!(matches!(&found[..], [one] if one.starts_with(name) && !one.contains("s3cret")), "{found:?}");
         assert_eq!(failures(&[(name, "")]).await, [""; 0], "an empty one is none");
@@ -43,6 +46,22 @@ async fn each_trap_is_found_alone() {
     assert_eq!(failures(&excepted[..2]).await.len(), 1, "some read only no_proxy");
 }
 
+/// Of what is another's only together with something else, it is said that it is there.
+#[tokio::test]
+async fn what_is_no_trap_alone_is_a_note() {
+    for (name, preempts) in PREEMPTING {
+        if preempts == Preempts::WithOthers {
+            assert_eq!(failures(&[(name, "s3cret")]).await, [""; 0]);
+            let mut report = Report::new(true);
+            check(&|asked| (asked == name).then(|| "s3cret".to_owned()), &mut report).await;
+            let is = |finding: &Finding| {
+                finding.verdict == Verdict::Note && finding.saw.starts_with(name) && !finding.saw.contains("s3cret")
+            };
+            assert!(report.findings().iter().any(is), "{name}: {:?}", report.findings());
+        }
+    }
+}
+
 #[tokio::test]
 async fn profiles_and_token_files() {
     let folder = tempfile::tempdir().unwrap();
@@ -50,7 +69,7 @@ async fn profiles_and_token_files() {
     let table = [
         ("[default]\naws_access_key_id = AKIA\n", true),
         ("[profile default]\ncredential_process = x\n", true),
-        ("[ default ]\n  s3 =\n    role_arn = x\n", false),
+        ("[ default ]\ns3 =\n    role_arn = x\n", false),
         ("[default]\nregion = x\n", false),
         ("[other]\naws_access_key_id = AKIA\n", false),
         ("[default]\nregion = x\n[other]\nrole_arn = x\n", false),

@@ -1,0 +1,108 @@
+//! Tokens that no SPIRE of today issues, and networks that no test machine has.
+
+use std::sync::mpsc::channel;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::*;
+use crate::harness::tokens::Tokens;
+
+const HEADER: &str = r#"{"alg":"ES256","kid":"k1"}"#;
+const CLAIMS: &str = r#"{"iss":"http://127.0.0.1:1","sub":"{sub}","aud":"shop","iat":{now},"exp":{end}}"#;
+
+/// For STS of one's own.
+fn text(tokens: &Tokens) -> String {
+    configuration(tokens.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
+}
+
+fn noted(report: &Value, step: &str, saw: &str) -> bool {
+    report["findings"].as_array().unwrap().iter().any(|finding| {
+        let said = finding["saw"].as_str().is_some_and(|text| text.contains(saw));
+        finding["step"] == step && finding["verdict"] == "note" && said && finding["fix"].is_string()
+    })
+}
+
+/// Those that awsvid itself takes to nobody.
+#[test]
+fn tokens_that_sts_would_refuse() {
+    let folder = folder();
+    let right = check(folder.path(), &text(&Tokens::start(folder.path(), HEADER, CLAIMS))).1;
+    assert!(!right.to_string().contains("mend it at the SPIFFE provider: STS would refuse the token"), "{right:#}");
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let table = [
+        (CLAIMS.replace(r#""shop""#, r#"["shop","sts.amazonaws.com"]"#), "not exactly `shop`"),
+        (CLAIMS.replace("{now}", "{now}.0"), "`iat` is not written as a whole number"),
+        (CLAIMS.replace("{end}", "1.9e9"), "`exp` is not written as a whole number"),
+        (
+            CLAIMS.replace("{now}", &(now + 4000).to_string()).replace("{end}", &(now + 9000).to_string()),
+            "in the future",
+        ),
+        (CLAIMS.replace("{end}", &(now - 10).to_string()).replace("{now}", &(now - 99).to_string()), "has expired"),
+    ];
+    for (claims, saw) in table {
+        let tokens = Tokens::start(folder.path(), HEADER, &claims);
+        assert_failed(&check(folder.path(), &text(&tokens)), "identity", saw, "mend it at the SPIFFE provider");
+    }
+    let tokens = Tokens::start(folder.path(), r#"{"alg":"EdDSA","kid":"k1"}"#, CLAIMS);
+    assert_failed(&check(folder.path(), &text(&tokens)), "identity", "its signature's algorithm", "mend it");
+}
+
+#[test]
+fn a_subject_that_may_be_too_long() {
+    let folder = folder();
+    let tokens = Tokens::start(folder.path(), HEADER, CLAIMS);
+    let with = |length: usize| {
+        let id = id("");
+        let id = format!("{id}{}", "a".repeat(length - id.len()));
+        check(folder.path(), &text(&tokens).replace(&super::id("reader"), &id)).1
+    };
+    let long = with(256);
+    assert!(noted(&long, "token", "256 characters"), "{long:#}");
+    assert!(!with(255).to_string().contains("255 characters"));
+}
+
+/// AWS's STS and an issuer on the internet, where only a proxy leads to them: here it leads nowhere.
+#[test]
+fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
+    let folder = folder();
+    let claims = CLAIMS.replace("http://127.0.0.1:1", "https://oidc.example.org");
+    let tokens = Tokens::start(folder.path(), r#"{"alg":"PS256","kid":"k1"}"#, &claims);
+    let (sender, asked) = channel();
+    let proxy = answering::start(move |first, _| {
+        // The test may have ended.
+        let _ = sender.send(first.to_owned());
+        answering::http("403 Forbidden", "", "")
+    });
+    let text = configuration(tokens.socket(), NOBODY, "arn:aws:iam::123456789012:role/app", "shop");
+    let text = text.replace(&format!("endpoint = \"{NOBODY}\"\n"), "");
+    let found = check_with(&["env", &format!("HTTPS_PROXY={proxy}")], folder.path(), &text, &[]);
+    // No more can be seen of an account; of the token this much.
+    assert_failed(&found, "token", "PS256, which AWS does not take", "RS256");
+    let refused = "does not let through to oidc.example.org:443: HTTP/1.1 403";
+    assert_failed(&found, "discovery", refused, "--resolve or --url");
+    assert!(noted(&found.1, "clock", "does not let through to sts.us-east-1.amazonaws.com:443"), "{:#}", found.1);
+    assert_failed(&found, "sts", "", "HTTPS_PROXY");
+    let asked: Vec<String> = asked.try_iter().collect();
+    for host in ["sts.us-east-1.amazonaws.com", "oidc.example.org"] {
+        assert!(asked.iter().any(|line| line.starts_with(&format!("CONNECT {host}:443 "))), "{host}: {asked:?}");
+    }
+    let excepted = [&format!("HTTPS_PROXY={proxy}")[..], "NO_PROXY=oidc.example.org,.amazonaws.com"];
+    let (_, report) = check_with(&["env", excepted[0], excepted[1]], folder.path(), &text, &["--url", NOBODY]);
+    assert!(!report.to_string().contains("the proxy 127"), "{report:#}");
+}
+
+/// Of AWS's five seconds each document takes more than half.
+#[test]
+fn an_issuer_that_is_too_slow() {
+    let folder = folder();
+    let late = |body: String| {
+        answering::start(move |_, _| {
+            std::thread::sleep(Duration::from_millis(2600));
+            answering::http("200 OK", "", &body)
+        })
+    };
+    let keys = late(r#"{"keys":[]}"#.to_owned());
+    let issuer = late(json!({ "issuer": NOBODY, "jwks_uri": keys }).to_string());
+    let tokens = Tokens::start(folder.path(), HEADER, CLAIMS);
+    let found = check_with(&[], folder.path(), &text(&tokens), &["--url", &issuer]);
+    assert_failed(&found, "keys", "for both documents, and AWS waits about 5s", "a cache");
+}
