@@ -9,6 +9,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::Daemon;
+use crate::harness::is_slow;
 use crate::harness::made::{Made, answered, refused};
 use crate::harness::upstream::Upstream;
 
@@ -267,7 +268,7 @@ fn many_scenes_in_random_order() {
     if !root() {
         return;
     }
-    let tries = if std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow") { 10_000 } else { 150 };
+    let tries = if is_slow() { 10_000 } else { 150 };
     let seed =
         std::env::var("AWSVID_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
     eprintln!("AWSVID_SEED={seed}");

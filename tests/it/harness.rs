@@ -22,3 +22,8 @@ pub(crate) mod tls;
 pub(crate) mod tokens;
 pub(crate) mod upstream;
 pub(crate) mod world;
+
+/// Whether campaigns run in their whole length: `tests/run slow`.
+pub(crate) fn is_slow() -> bool {
+    std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow")
+}

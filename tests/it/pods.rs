@@ -15,6 +15,7 @@ use crate::harness::client::ask;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
+use crate::harness::is_slow;
 use crate::harness::namespaces::{Node, Peer, ip};
 use crate::harness::upstream::Upstream;
 
@@ -282,7 +283,7 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
 /// From the start of the process, and from the mount, until each of so many namespaces is listened in.
 #[test]
 fn many_namespaces_are_listened_in_soon() {
-    let slow = std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow");
+    let slow = is_slow();
     // More than may be arriving at one time: a loop that waits takes no place.
     let count = if slow { 250 } else { 40 };
     let names = (0..count).map(|i| format!("cni-{i}")).collect::<Vec<_>>();

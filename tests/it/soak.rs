@@ -19,6 +19,7 @@ use crate::harness::actor::program;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Process, await_some};
+use crate::harness::is_slow;
 use crate::harness::world::{Setting, World, id};
 
 const USERS: [(u32, &str); 4] = [(61011, "one"), (61012, "two"), (61013, "three"), (61014, "four")];
@@ -46,7 +47,7 @@ struct Form {
 impl Form {
     fn wanted() -> Self {
         let seconds = Duration::from_secs;
-        if std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow") {
+        if is_slow() {
             // The issue's own figures.
             Self {
                 length: seconds(1800),

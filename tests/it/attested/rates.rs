@@ -29,6 +29,7 @@ use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::AUDIENCE;
 use crate::harness::counterparts::process::{Owned, await_some, behind, run, spawn};
 use crate::harness::daemon::released;
+use crate::harness::is_slow;
 use crate::harness::world::{AWSVID, Setting, Source, World, id};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -262,10 +263,6 @@ fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
     eprintln!("without hashes: {without_hashes}, share {share:.2}");
     assert_nothing_left(&world, before);
     Some(share)
-}
-
-fn is_slow() -> bool {
-    std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow")
 }
 
 #[test]

@@ -14,6 +14,7 @@ use crate::harness::actor::{Connector, program};
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::{Process, await_some, behind};
 use crate::harness::counterparts::{folder, minio};
+use crate::harness::is_slow;
 use crate::harness::world::{Setting, Source, World, id};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -84,7 +85,7 @@ fn assert_told_to_come_back(world: &World, uid: u32) {
 }
 
 fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
-    let slow = std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow");
+    let slow = is_slow();
     // Everybody is asked about again every 30 s. In ten minutes a session of a quarter of an hour is due for a new one, too.
     let away = Duration::from_secs(if slow { 600 } else { 38 });
     let folder = folder();

@@ -1,7 +1,16 @@
 //! cgroups of the tests' own.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::counterparts::process::await_some;
+
+/// How long processes that were killed may take to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Begins the names of those in which a whole system lives; the test process's id and a name follow.
+const PREFIX: &str = "awsvid-test-";
 
 /// A rule's key for callers of the test's own process, by which the socket alone decides: over TCP, and in the root cgroup,
 /// the daemon would otherwise search all processes of the machine for the socket, as far as its budget goes.
@@ -72,4 +81,57 @@ impl Drop for Cgroup {
         remove(&self.0);
         let _ = fs::remove_dir(self.0.parent().unwrap());
     }
+}
+
+/// A cgroup in which a whole system makes its own, removed with all below it once nobody is in it any more.
+pub(crate) struct CgroupTree(PathBuf);
+
+impl CgroupTree {
+    /// Makes it below `parent`. `name` is another one for each of this test process's.
+    pub(crate) fn create(parent: &Path, name: &str) -> io::Result<Self> {
+        remove_abandoned(parent);
+        let path = parent.join(format!("{PREFIX}{}-{name}", std::process::id()));
+        fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    /// Its directory.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for CgroupTree {
+    fn drop(&mut self) {
+        // The processes were killed, but may be ending still.
+        let removed = std::panic::catch_unwind(|| {
+            await_some("the cgroup is empty", PATIENCE, || remove_tree(&self.0).ok());
+        });
+        if removed.is_err() {
+            eprintln!("{} is left behind", self.0.display());
+        }
+    }
+}
+
+/// Removes what test processes left that were killed. Their systems were killed with them.
+fn remove_abandoned(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().filter_map(Result::ok) {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')?.0.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            // Another test may be doing the same; one that is not empty after all is left alone.
+            let _ = remove_tree(&entry.path());
+        }
+    }
+}
+
+/// Removes a cgroup and those below it, none of which has a process.
+fn remove_tree(cgroup: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(cgroup)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    fs::remove_dir(cgroup)
 }

@@ -5,7 +5,6 @@
 //! mount of this computer is in it. All of it ends with the value, or with the test process however that ends.
 
 use std::fs;
-use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,6 +13,7 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
+use super::cgroup::CgroupTree;
 use super::counterparts::process::{Output, Process, await_some, run};
 use super::counterparts::{root, skip};
 use super::forward::{Forward, Network};
@@ -25,8 +25,6 @@ const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sb
 /// How long anything may take that takes less than a second on a machine that is not busy.
 const PATIENCE: Duration = Duration::from_secs(60);
 const NAMESPACES: [&str; 7] = ["--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork"];
-/// Begins the names of our cgroups; the test process's id and a number follow.
-const CGROUP_PREFIX: &str = "awsvid-test-";
 
 /// What is put into the machine before it boots.
 #[derive(Clone, Copy)]
@@ -44,7 +42,7 @@ pub(crate) struct SystemdMachine {
     init: Pid,
     // Dropped in this order: a cgroup can be removed when nobody is in it.
     _process: Process,
-    _cgroup: Cgroup,
+    _cgroup: CgroupTree,
 }
 
 impl SystemdMachine {
@@ -64,7 +62,9 @@ impl SystemdMachine {
             skip("no cgroup v2 tree is mounted");
             return None;
         };
-        let cgroup = match Cgroup::create(&tree) {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("machine-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let cgroup = match CgroupTree::create(&tree, &name) {
             Ok(cgroup) => cgroup,
             Err(error) => {
                 skip(&format!("no cgroup can be made in {}: {error}", tree.display()));
@@ -82,7 +82,11 @@ impl SystemdMachine {
         // left behind to end the machine: pid 1 is killed with `unshare`, and the rest with pid 1.
         let enter = r#"echo $$ >"$1/cgroup.procs" && shift && exec unshare --kill-child "$@""#;
         let mut command = outside("sh", ["-c", enter, "enter"]);
-        command.arg(&cgroup.0).args(NAMESPACES).args(["sh", "-c", include_str!("systemd/boot.sh"), "boot"]).arg(&home);
+        command
+            .arg(cgroup.path())
+            .args(NAMESPACES)
+            .args(["sh", "-c", include_str!("systemd/boot.sh"), "boot"])
+            .arg(&home);
         let process = Process::start("the machine", command, &directory.join("machine.log"));
         let init = process.await_some("the machine's pid 1", PATIENCE, || {
             fs::read_to_string(home.join("init.pid")).ok()?.trim().parse().ok()
@@ -191,53 +195,4 @@ fn cgroup_tree() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").expect("/proc");
     let line = mounts.lines().find(|line| line.contains(" - cgroup2 "))?;
     line.split(' ').nth(4).map(PathBuf::from)
-}
-
-/// A cgroup that is removed with all below it.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn create(tree: &Path) -> io::Result<Self> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        remove_abandoned(tree);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = tree.join(format!("{CGROUP_PREFIX}{}-{number}", std::process::id()));
-        fs::create_dir(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // The processes were killed, but may be ending still.
-        let removed = std::panic::catch_unwind(|| {
-            await_some("the machine's cgroup is empty", PATIENCE, || remove_tree(&self.0).ok());
-        });
-        if removed.is_err() {
-            eprintln!("{} is left behind", self.0.display());
-        }
-    }
-}
-
-/// Removes what test processes left that were killed. Their machines were killed with them.
-fn remove_abandoned(tree: &Path) {
-    for entry in fs::read_dir(tree).into_iter().flatten().filter_map(Result::ok) {
-        let name = entry.file_name().into_string().unwrap_or_default();
-        let owner = name.strip_prefix(CGROUP_PREFIX).and_then(|rest| rest.split_once('-'));
-        if owner.is_some_and(|(pid, _)| !Path::new("/proc").join(pid).exists()) {
-            // Another test may be doing the same; one that is not empty after all is left alone.
-            let _ = remove_tree(&entry.path());
-        }
-    }
-}
-
-/// Removes a cgroup and those below it, none of which has a process.
-fn remove_tree(cgroup: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(cgroup)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_tree(&entry.path())?;
-        }
-    }
-    fs::remove_dir(cgroup)
 }

@@ -22,10 +22,6 @@ pub(super) use updates::{an_update_refuses_nobody, the_one_after_a_killed_one_li
 /// For what takes seconds, on a machine that is busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-fn slow() -> bool {
-    std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow")
-}
-
 /// The ids, as the node has them, of the processes that run a program.
 fn processes(node: &Node, program: &str) -> Vec<u32> {
     let found = node.run(&["pgrep", "--exact", program]);

@@ -3,20 +3,15 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use super::super::counterparts::process::await_some;
+use super::super::cgroup::CgroupTree;
 
-/// The processes were killed, but may be ending still.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// Where they are mounted.
 const DIRECTORY: &str = "/sys/fs/cgroup";
-/// Begins the names; the test process's id and the node's number follow.
-const PREFIX: &str = "awsvid-test-node-";
 
-/// The same cgroup in all hierarchies. They are removed with all below them, when nobody is in them any more.
+/// The same cgroup in all hierarchies.
 pub(super) struct Hierarchies {
-    cgroups: Vec<PathBuf>,
+    cgroups: Vec<CgroupTree>,
     mounts: String,
 }
 
@@ -30,10 +25,8 @@ impl Hierarchies {
         let mut made = Self { cgroups: Vec::new(), mounts: mounts.to_owned() };
         for mount in all {
             let parent = mount.own_cgroup();
-            remove_abandoned(&parent);
-            let cgroup = parent.join(format!("{PREFIX}{}-{number}", std::process::id()));
-            fs::create_dir(&cgroup)?;
-            made.cgroups.push(cgroup.clone());
+            made.cgroups.push(CgroupTree::create(&parent, &format!("node-{number}"))?);
+            let cgroup = made.cgroups.last().expect("the new one").path();
             made.mounts.push_str(&mount.line());
             // A new cgroup of v1's cpuset takes no process before it is told what those may use.
             for file in ["cpuset.cpus", "cpuset.mems"] {
@@ -47,25 +40,12 @@ impl Hierarchies {
 
     /// The file that a process writes to in order to move there, of each.
     pub(super) fn procs(&self) -> impl Iterator<Item = PathBuf> {
-        self.cgroups.iter().map(|cgroup| cgroup.join("cgroup.procs"))
+        self.cgroups.iter().map(|cgroup| cgroup.path().join("cgroup.procs"))
     }
 
     /// What `boot.sh` mounts, so that these are the roots.
     pub(super) fn mounts(&self) -> &str {
         &self.mounts
-    }
-}
-
-impl Drop for Hierarchies {
-    fn drop(&mut self) {
-        for cgroup in &self.cgroups {
-            let removed = std::panic::catch_unwind(|| {
-                await_some("the node's cgroup is empty", PATIENCE, || remove_tree(cgroup).ok());
-            });
-            if removed.is_err() {
-                eprintln!("{} is left behind", cgroup.display());
-            }
-        }
     }
 }
 
@@ -121,27 +101,4 @@ impl Mount {
         };
         format!("{} {options} {}\n", self.kind, if directory.is_empty() { "." } else { &directory })
     }
-}
-
-/// Removes what test processes left that were killed. Their nodes were killed with them.
-fn remove_abandoned(parent: &Path) {
-    for entry in fs::read_dir(parent).into_iter().flatten().filter_map(Result::ok) {
-        let name = entry.file_name().into_string().unwrap_or_default();
-        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-'));
-        if owner.is_some_and(|(pid, _)| !Path::new("/proc").join(pid).exists()) {
-            // One that is not empty after all is left alone.
-            let _ = remove_tree(&entry.path());
-        }
-    }
-}
-
-/// Removes a cgroup and those below it, none of which has a process.
-fn remove_tree(cgroup: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(cgroup)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_tree(&entry.path())?;
-        }
-    }
-    fs::remove_dir(cgroup)
 }

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
-use super::{PATIENCE, asker, process, signal, slow, status, ticks, updates};
+use super::{PATIENCE, asker, process, signal, status, ticks, updates};
 use crate::harness::counterparts::process::await_some;
+use crate::harness::is_slow;
 use crate::kubernetes::cluster::{Cluster, READER};
 
 /// What a pod that is gone must not leave on the node.
@@ -84,7 +85,7 @@ fn delete(cluster: &Cluster, burst: usize) -> Duration {
 }
 
 pub(in crate::kubernetes) fn pods_come_and_go(cluster: &Cluster) {
-    let (bursts, size) = if slow() { (20, 25) } else { (2, 10) };
+    let (bursts, size) = if is_slow() { (20, 25) } else { (2, 10) };
     let before = Counts::settled(cluster);
     let (mut uids, mut longest) = (BTreeSet::new(), Duration::ZERO);
     let start = Instant::now();
@@ -126,7 +127,7 @@ fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
 
 /// Measured: what one more pod, and the daemon, take with few pods and with many.
 pub(in crate::kubernetes) fn many_pods_are_listened_in_soon(cluster: &Cluster) {
-    if !slow() {
+    if !is_slow() {
         return;
     }
     let count = 250;

@@ -3,13 +3,14 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use super::asker::Asker;
-use super::{PATIENCE, process, signal, slow, ticks};
+use super::{PATIENCE, process, signal, ticks};
 use crate::harness::counterparts::process::await_some;
+use crate::harness::is_slow;
 use crate::kubernetes::cluster::Cluster;
 
 pub(in crate::kubernetes) fn an_update_refuses_nobody(cluster: &Cluster) {
     let asker = Asker::start(cluster, "during-updates");
-    let (updates, start) = (if slow() { 10 } else { 2 }, Instant::now());
+    let (updates, start) = (if is_slow() { 10 } else { 2 }, Instant::now());
     for _ in 0..updates {
         let before = process(&cluster.node, "awsvid");
         let restart = ["rollout", "restart", "--namespace", "awsvid", "daemonset/awsvid"];
