@@ -77,6 +77,8 @@ pub struct Pods {
     waiting: HashMap<PathBuf, Option<Instant>>,
     /// Namespaces that could not be had, to be tried again.
     failed: HashSet<NamespaceId>,
+    /// Those that this kernel lets nobody serve.
+    unserved: HashSet<NamespaceId>,
     told: Told,
     /// Where the next daemon gets the listeners from.
     handover: Option<PathBuf>,
@@ -140,6 +142,7 @@ impl Pods {
             pods: HashMap::new(),
             waiting: HashMap::new(),
             failed: HashSet::new(),
+            unserved: HashSet::new(),
             told: Told::default(),
             handover: handover.map(Path::to_owned),
             successors: None,
@@ -178,7 +181,8 @@ impl Pods {
             there.is_some()
         });
         self.failed.retain(|id| found.contains_key(id));
-        let new = found.into_iter().filter(|(id, _)| !self.pods.contains_key(id));
+        self.unserved.retain(|id| found.contains_key(id));
+        let new = found.into_iter().filter(|(id, _)| !self.pods.contains_key(id) && !self.unserved.contains(id));
         let mut given = |id| {
             POD_ADDRESSES.into_iter().filter_map(|address| Some((address, given.remove(&(id, address))?))).collect()
         };
@@ -251,9 +255,8 @@ impl Pods {
                     self.pods.insert(id, pod);
                 }
                 Ok(None) => {
-                    if self.failed.insert(id) {
-                        self.count_failed("unsupported_kernel");
-                    }
+                    self.unserved.insert(id);
+                    self.count_failed("unsupported_kernel");
                 }
                 // It went while it was entered; if not, there will be an event.
                 Err(NamespaceError::NotMounted) => {}
