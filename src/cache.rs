@@ -7,8 +7,10 @@
 //! |---|---|
 //! | `entry` | one place: what is handed out, and what is known of it |
 //! | `places` | all of them, by SPIFFE ID; the bounds |
-//! | `flight` | issuing for a place, and whose caller it is done with |
-//! | `rules` | what a failure means, and what is to be done with a place, and when |
+//! | `issued`, `trouble` | how long credentials are handed out; what a failure means for them |
+//! | `flight` | what requests wait for meanwhile |
+//! | `issuing` | issuing for a place, and whose caller it is done with |
+//! | `rules` | what is to be done with a place, and when |
 //! | `rounds` | the one task that does it in time |
 //! | `news` | what the log says of it |
 
@@ -29,19 +31,23 @@ use crate::turns::Turns;
 
 mod entry;
 mod flight;
+mod issued;
+mod issuing;
 mod news;
 mod places;
 mod rounds;
 mod rules;
+mod trouble;
 
-pub use entry::{Body, Entry, Issued};
+pub use entry::Entry;
+pub use issued::{Body, Issued};
 
 use entry::{Slot, State};
 use flight::Waiter;
+use issued::LAST_GOOD;
 use news::Log;
 use places::Places;
 use rounds::Schedule;
-use rules::LAST_GOOD;
 
 /// How many refreshes are under way at most, so that an outage that ends, or a source that hangs, does not hold up those
 /// who wait for their first credentials ...
@@ -227,7 +233,7 @@ impl Shared {
             return Ok(Some(flight.join(caller)));
         }
         if let Some(trouble) = &state.trouble
-            && trouble.at.elapsed() < rules::remembered(&trouble.error)
+            && trouble.at.elapsed() < trouble::remembered(&trouble.error)
         {
             return Err(trouble.error.clone().into());
         }

@@ -1,6 +1,5 @@
 //! One place in the cache: what is handed out of it, and what is known about it.
 
-use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -8,64 +7,14 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwapOption;
 use serde::Serialize;
 use tokio::time::Instant;
-use zeroize::Zeroizing;
 
 use super::flight::Flight;
-use super::rules::{self, Trouble};
+use super::issued::Issued;
+use super::trouble::Trouble;
 use crate::caller::Caller;
 use crate::clock::Clock;
-use crate::credentials::Credentials;
 use crate::metrics::EntryState;
 use crate::role::Grant;
-
-/// Credentials as they are handed out: the secrets are in the body alone.
-#[derive(Debug)]
-pub struct Issued {
-    /// Not secret.
-    pub access_key_id: Arc<str>,
-    /// When AWS stops to accept them.
-    pub expiration: SystemTime,
-    /// The body for SDKs, rendered once.
-    pub body: Body,
-    /// The same by the monotonic clock.
-    expires: Instant,
-    /// How long they last when they are issued.
-    pub(super) lifetime: Duration,
-    /// With this much left they are due for a refresh.
-    pub(super) refresh_left: Duration,
-}
-
-/// A rendered answer. Zeroized when the last holder drops it, and not printed.
-#[derive(Clone)]
-pub struct Body(pub Arc<Zeroizing<Vec<u8>>>);
-
-impl fmt::Debug for Body {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Body({} bytes)", self.0.len())
-    }
-}
-
-impl Issued {
-    /// Of credentials that were issued now. No session lasts longer than was asked for, whatever this node's clock says:
-    /// with a clock that is behind, `Expiration` alone looks further away than it is.
-    pub(super) fn new(grant: &Grant, credentials: &Credentials, clock: &Clock) -> Self {
-        let lifetime = clock.until(credentials.expiration).min(grant.role.duration);
-        Self {
-            access_key_id: credentials.access_key_id.as_str().into(),
-            expiration: credentials.expiration,
-            body: Body(Arc::new(credentials.body(&grant.role_arn))),
-            expires: Instant::now() + lifetime,
-            lifetime,
-            refresh_left: rules::refresh_left(lifetime),
-        }
-    }
-
-    /// How long they last still: by the monotonic clock or by the wall clock, whichever says less. A suspended machine's
-    /// monotonic clock stands still; a wall clock that is set back says too much.
-    pub(super) fn left(&self, clock: &Clock) -> Duration {
-        self.expires.saturating_duration_since(Instant::now()).min(clock.until(self.expiration))
-    }
-}
 
 /// The place of one grant.
 pub(super) struct Slot {

@@ -13,7 +13,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::entry::{Slot, State};
 use super::news::News;
-use super::rules::{Class, Next};
+use super::rules::Next;
+use super::trouble::Class;
 use super::{Setup, Shared};
 use crate::clock::Clock;
 

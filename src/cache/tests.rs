@@ -357,7 +357,7 @@ async fn a_failure_is_remembered_for_a_moment_only() {
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
     assert_eq!(world.fetched(), asked);
     world.fail(None);
-    advance(rules::remembered(&denied().into())).await;
+    advance(trouble::remembered(&denied().into())).await;
     assert_eq!(key(&cache).await.unwrap().1, Freshness::Miss);
 }
 
@@ -367,7 +367,7 @@ async fn a_panic_in_a_flight_leaves_its_place_usable() {
     world.panics.store(true, Ordering::SeqCst);
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
     world.panics.store(false, Ordering::SeqCst);
-    advance(rules::remembered(&IssueError::broken())).await;
+    advance(trouble::remembered(&IssueError::broken())).await;
     assert_eq!(key(&cache).await.unwrap().1, Freshness::Miss);
 }
 
@@ -465,16 +465,16 @@ async fn a_request_past_the_refresh_point_gets_the_old_ones_and_starts_one_refre
 fn refreshes_are_spread_and_leave_sdks_what_they_want() {
     for minutes in [20, 25, 30, 45, 60, 12 * 60] {
         let lifetime = MINUTE * minutes;
-        let points: Vec<_> = (0..1000).map(|_| rules::refresh_left(lifetime)).collect();
+        let points: Vec<_> = (0..1000).map(|_| issued::refresh_left(lifetime)).collect();
         let (first, last) = (points.iter().max().unwrap(), points.iter().min().unwrap());
         assert!(*last > MINUTE * 15 && *first < lifetime, "{minutes}: {last:?} {first:?}");
         assert!(*first - *last > SECOND * 30, "{minutes}: {last:?} {first:?}");
     }
-    let hour: Vec<_> = (0..1000).map(|_| rules::refresh_left(HOUR).as_secs_f64() / 3600.0).collect();
+    let hour: Vec<_> = (0..1000).map(|_| issued::refresh_left(HOUR).as_secs_f64() / 3600.0).collect();
     assert!(hour.iter().all(|left| (0.45..=0.55).contains(left)));
     let mean = hour.iter().sum::<f64>() / 1000.0;
     assert!((0.48..0.52).contains(&mean), "{mean}");
-    assert!(rules::refresh_left(MINUTE * 15) < MINUTE * 9, "not all the time");
+    assert!(issued::refresh_left(MINUTE * 15) < MINUTE * 9, "not all the time");
 }
 
 #[tokio::test(start_paused = true)]

@@ -230,7 +230,7 @@ fn how_long_each_failure_is_remembered() {
         (IssueError::TooShort, 1),
     ];
     for (error, seconds) in table {
-        assert_eq!(rules::remembered(&error), SECOND * seconds, "{error:?}");
+        assert_eq!(trouble::remembered(&error), SECOND * seconds, "{error:?}");
     }
 }
 
