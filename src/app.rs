@@ -270,6 +270,14 @@ impl App {
     /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
     async fn serve_pods(&mut self, front: Arc<Front>, limits: Limits) -> Result<(), AppError> {
         if self.listen.pods {
+            let cgroups = front.attestor.pod_roots();
+            tracing::debug!(?cgroups, "pods are found by the kubelet's cgroup root");
+            if cgroups.is_empty() {
+                tracing::warn!(
+                    "[listen] pods: no kubelet's cgroup is seen, and so no pod known; in Kubernetes mount the host's \
+                     /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `pods_cgroup`"
+                );
+            }
             let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
             let stop = self.workloads.stop.subscribe();
             let (pods, gate) = Pods::start((directory, handover), front, limits, self.metrics.clone(), stop).await?;

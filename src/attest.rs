@@ -15,7 +15,7 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 
 use crate::caller::{Caller, Looks, Refusal};
-use crate::cgroup::PodRoots;
+use crate::cgroup::{CgroupPath, PodRoots};
 
 mod cgroups;
 #[cfg(any(test, fuzzing))]
@@ -89,9 +89,6 @@ impl Attestor {
         let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
         let release = read("sys/kernel/osrelease")?;
         let host = Arc::new(Host::new(proc_root, hierarchies, roots));
-        if let Some(pods) = &host.pods {
-            tracing::debug!(cgroups = ?pods.roots_found(), "pods are found by the kubelet's cgroup root");
-        }
         let tcp = match (host.cgroups.clone(), SockDiag::open_for_all_processors()) {
             _ if !tells_cgroups(&release) => {
                 tracing::warn!(
@@ -112,6 +109,11 @@ impl Attestor {
             }
         };
         Ok(Self { host, needs, tcp })
+    }
+
+    /// The cgroups below which a kubelet puts its pods, as far as they can be seen from here. Without one no pod is known.
+    pub fn pod_roots(&self) -> Vec<&CgroupPath> {
+        self.host.pods.as_ref().map(|pods| pods.roots_found()).unwrap_or_default()
     }
 
     /// Attests the peer of a unix stream.

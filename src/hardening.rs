@@ -4,17 +4,49 @@ use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl::{set_dumpable, set_no_new_privs};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// What attestation and listeners need: other users' `/proc/<pid>/fd`, `exe` and `cgroup`, and ports below 1024.
-const KEPT: [Capability; 3] =
-    [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH, Capability::CAP_NET_BIND_SERVICE];
-
 /// What the daemon does that not every configuration asks for.
 #[derive(Debug, Clone, Copy)]
 pub struct Does {
-    /// Notices that a process executes a program while an agent looks at it.
-    pub watches_programs: bool,
+    /// Names callers to an agent by their process, and so notices that one executes a program while the agent looks at it.
+    pub names_processes: bool,
+    /// Names pods to an agent, and a caller outside of pods by its process.
+    pub names_pods: bool,
     /// Enters pods' network namespaces.
     pub enters_namespaces: bool,
+}
+
+/// Why a capability is asked for.
+struct Use {
+    capability: Capability,
+    /// It is kept where it is granted.
+    used: bool,
+    /// Without it, something that the configuration asks for fails.
+    needed: bool,
+    /// What fails.
+    fails: &'static str,
+}
+
+impl Does {
+    fn uses(self) -> [Use; 5] {
+        let Self { names_processes, names_pods, enters_namespaces } = self;
+        let looks = "which process holds a caller's socket cannot be seen";
+        let of = |capability, used, needed, fails| Use { capability, used, needed, fails };
+        [
+            // Other users' /proc/<pid>/fd, `exe` and `cgroup`. Rules by user or cgroup do without.
+            of(Capability::CAP_SYS_PTRACE, true, names_processes, looks),
+            of(Capability::CAP_DAC_READ_SEARCH, true, names_processes, looks),
+            of(
+                Capability::CAP_PERFMON,
+                names_processes || names_pods,
+                names_processes,
+                "a caller's process that executes another program meanwhile is not noticed",
+            ),
+            // Ports below 1024. Whoever may not bind them is told so there.
+            of(Capability::CAP_NET_BIND_SERVICE, true, enters_namespaces, "nobody can listen on port 974 in pods"),
+            // Without it the daemon does not start, and says why.
+            of(Capability::CAP_SYS_ADMIN, enters_namespaces, false, ""),
+        ]
+    }
 }
 
 /// Call it before any thread is started: capabilities are a thread's own. What can't be had is logged and goes without.
@@ -34,13 +66,23 @@ pub fn before_threads(does: Does) {
     log("raising the number of descriptors", raised.is_err());
 }
 
+/// Gives up all but what is used. What is needed and was not granted is told here, once, and not only to the callers whom
+/// it concerns.
 fn drop_capabilities(does: Does) -> Result<(), caps::errors::CapsError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
-    let watching = does.watches_programs.then_some(Capability::CAP_PERFMON);
-    let entering = does.enters_namespaces.then_some(Capability::CAP_SYS_ADMIN);
-    let needed = KEPT.into_iter().chain(watching).chain(entering);
-    let keep: CapsHashSet = needed.filter(|capability| permitted.contains(capability)).collect();
+    let uses = does.uses();
+    for lacking in uses.iter().filter(|used| used.needed && !permitted.contains(&used.capability)) {
+        let name = lacking.capability.to_string();
+        let short = name.trim_start_matches("CAP_");
+        tracing::warn!(
+            "{name} is missing: {}; in Kubernetes add {short} to the container's securityContext.capabilities.add, under \
+             systemd {name} to CapabilityBoundingSet=",
+            lacking.fails
+        );
+    }
+    let kept = uses.into_iter().filter(|used| used.used && permitted.contains(&used.capability));
+    let kept: CapsHashSet = kept.map(|used| used.capability).collect();
     caps::clear(None, CapSet::Inheritable)?;
-    caps::set(None, CapSet::Effective, &keep)?;
-    caps::set(None, CapSet::Permitted, &keep)
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)
 }

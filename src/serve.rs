@@ -40,7 +40,8 @@ pub fn serve(path: &Path) -> ExitCode {
     };
     warn(path, &warnings);
     hardening::before_threads(hardening::Does {
-        watches_programs: config.identity.source != config::Source::WorkloadApi,
+        names_processes: config.identity.source.names_processes(),
+        names_pods: matches!(config.identity.source, config::Source::SpiffeBroker { .. }),
         enters_namespaces: config.listen.pods,
     });
     start(path, config, &log).unwrap_or_else(|error| {

@@ -40,7 +40,10 @@ where
 pub(crate) fn unreachable(endpoint: &Endpoint, key: &str, error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => {
-            format!("there is no socket at {endpoint}: start the SPIFFE agent, or correct `{key}` in [identity]")
+            format!(
+                "there is no socket at {endpoint}: start the SPIFFE agent, or correct `{key}` in [identity]; in Kubernetes the \
+                 agent's directory has to be there by a hostPath volume and a volumeMount"
+            )
         }
         io::ErrorKind::PermissionDenied => format!(
             "awsvid may not open {endpoint}: give uid {} write access to the socket and search access to its \

@@ -1,6 +1,7 @@
 //! SPIRE attests the callers itself: the Delegated Identity API and the SPIFFE Broker API, with the real agent.
 
 mod asked;
+mod examples;
 mod misconfigured;
 mod pods;
 mod programs;

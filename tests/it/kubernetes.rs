@@ -35,6 +35,8 @@ fn pods_have_their_own_credentials() {
         done("first acts");
         attacks::no_pod_is_taken_for_another(&cluster, source);
         done("attacks");
+        life::what_is_missing_is_named(&cluster, source);
+        done("what is missing");
         if source == "spiffe-broker" {
             lives(&cluster, &done);
         }

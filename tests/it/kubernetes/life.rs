@@ -3,6 +3,7 @@
 mod asker;
 mod bursts;
 mod families;
+mod missing;
 mod outages;
 mod startup;
 mod updates;
@@ -15,6 +16,7 @@ use crate::harness::kubernetes::Node;
 
 pub(super) use bursts::{many_pods_are_listened_in_soon, pods_come_and_go};
 pub(super) use families::pods_have_the_families_that_they_have;
+pub(super) use missing::what_is_missing_is_named;
 pub(super) use outages::warm_pods_notice_nothing;
 pub(super) use startup::pods_wait_until_awsvid_is_ready;
 pub(super) use updates::{an_update_refuses_nobody, the_one_after_a_killed_one_listens_again};

@@ -1,0 +1,96 @@
+//! A DaemonSet without something that awsvid needs says which field of the manifest is to be mended.
+
+use serde_json::{Value, json};
+
+use super::PATIENCE;
+use crate::harness::counterparts::process::await_some;
+use crate::kubernetes::cluster::Cluster;
+
+/// What is taken from the container, and the lines that follow.
+struct Missing<'a> {
+    capabilities: &'a [&'a str],
+    mounts: &'a [&'a str],
+    lines: &'a [&'a str],
+}
+
+const OF_PODS: [Missing<'_>; 2] = [
+    Missing {
+        capabilities: &["SYS_ADMIN"],
+        mounts: &[],
+        lines: &["add SYS_ADMIN to the container's securityContext.capabilities.add"],
+    },
+    Missing {
+        capabilities: &["NET_BIND_SERVICE"],
+        mounts: &["/run/netns", "/host/cgroup", "/run/spire/broker"],
+        lines: &[
+            "CAP_NET_BIND_SERVICE is missing: nobody can listen on port 974 in pods; in Kubernetes add NET_BIND_SERVICE to",
+            "/run/netns is not there; it is waited for. In Kubernetes mount the host's directory by a hostPath volume",
+            "mount the host's /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup",
+            "in Kubernetes the agent's directory has to be there by a hostPath volume and a volumeMount",
+        ],
+    },
+];
+
+const OF_PROCESSES: Missing<'_> = Missing {
+    capabilities: &["SYS_PTRACE", "DAC_READ_SEARCH", "PERFMON"],
+    mounts: &[],
+    lines: &[
+        "in Kubernetes add SYS_PTRACE to the container's securityContext.capabilities.add",
+        "in Kubernetes add DAC_READ_SEARCH to the container's securityContext.capabilities.add",
+        "in Kubernetes add PERFMON to the container's securityContext.capabilities.add",
+    ],
+};
+
+pub(in crate::kubernetes) fn what_is_missing_is_named(cluster: &Cluster, source: &str) {
+    let before = template(cluster);
+    match source {
+        "spiffe-broker" => OF_PODS.iter().for_each(|missing| names(cluster, &before, missing)),
+        _ => {
+            names(cluster, &before, &OF_PROCESSES);
+            let mut own_pids = before.clone();
+            own_pids["spec"]["hostPID"] = json!(false);
+            says(cluster, &own_pids, &["hostPID: true"]);
+        }
+    }
+    replace(cluster, &before);
+    cluster.node.rolled_out("awsvid", "daemonset/awsvid");
+}
+
+fn names(cluster: &Cluster, before: &Value, missing: &Missing<'_>) {
+    let mut template = before.clone();
+    let container = &mut template["spec"]["containers"][0];
+    let take = |list: &mut Value, is: &dyn Fn(&Value) -> bool, count: usize| {
+        let list = list.as_array_mut().expect("a list");
+        let all = list.len();
+        list.retain(|one| !is(one));
+        assert_eq!(list.len() + count, all, "the manifest has each of them");
+    };
+    let is_one = |names: &[&str], value: &Value| value.as_str().is_some_and(|value| names.contains(&value));
+    let granted = &mut container["securityContext"]["capabilities"]["add"];
+    take(granted, &|one| is_one(missing.capabilities, one), missing.capabilities.len());
+    let mounts = &mut container["volumeMounts"];
+    take(mounts, &|one| is_one(missing.mounts, &one["mountPath"]), missing.mounts.len());
+    says(cluster, &template, missing.lines);
+}
+
+/// Waits until a daemon that is started so has written these lines, which none wrote before.
+fn says(cluster: &Cluster, template: &Value, lines: &[&str]) {
+    let log = || cluster.node.pod_log("awsvid", "awsvid");
+    let before = log();
+    assert!(!lines.iter().any(|line| before.contains(line)), "{before}");
+    replace(cluster, template);
+    await_some(&format!("{lines:?}"), PATIENCE, || {
+        let log = log();
+        lines.iter().all(|line| log.contains(line)).then_some(())
+    });
+}
+
+fn template(cluster: &Cluster) -> Value {
+    cluster.node.get(&["daemonset", "--namespace", "awsvid", "awsvid"])["spec"]["template"].clone()
+}
+
+fn replace(cluster: &Cluster, template: &Value) {
+    let patch = json!([{ "op": "replace", "path": "/spec/template", "value": template }]).to_string();
+    let words = ["patch", "daemonset", "awsvid", "--namespace", "awsvid", "--type", "json", "--patch", &patch];
+    cluster.node.kubectl(&words).success("another template");
+}
