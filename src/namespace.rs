@@ -16,6 +16,12 @@ use thiserror::Error;
 /// The calling thread's own.
 const OWN: &str = "/proc/thread-self/ns/net";
 
+/// The machine's first network namespace, by the inode that it has since Linux 6.17 (`NET_NS_INIT_INO` of linux/nsfs.h) ...
+const FIRST_INODE: u64 = 0xEFFF_FFF9;
+/// ... and by its cookie, as long as network namespaces are counted alone: from 1 on. Since Linux 6.18 namespaces of all kinds
+/// are counted together, and this is one of the first of another kind.
+const FIRST_COOKIE: u64 = 1;
+
 /// Which namespace it is, whatever its files are called. Another one may have the same number once this one is freed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct NamespaceId {
@@ -39,6 +45,9 @@ pub enum NamespaceError {
     /// `setns(2)` asks for `CAP_SYS_ADMIN`.
     #[error("the daemon may not enter network namespaces: {0}")]
     Denied(io::Error),
+    /// It is the one in which the machine has started, which is no pod's.
+    #[error("it is the machine's own network")]
+    Machines,
     /// Anything else.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -55,6 +64,12 @@ impl NamespaceId {
     pub fn at(path: &Path, own: Self) -> io::Result<Option<Self>> {
         let found = Self::of(&std::fs::symlink_metadata(path)?);
         Ok((found.device == own.device).then_some(found))
+    }
+
+    /// Whether it is the one in which the machine has started: that of the node and of all pods with `hostNetwork`, who may
+    /// read each other's answers on its loopback device (attack 5). `cookie` is its `SO_NETNS_COOKIE`.
+    pub fn is_machines(self, cookie: u64) -> bool {
+        self.inode == FIRST_INODE || cookie == FIRST_COOKIE
     }
 
     /// Of [`Self::to_bytes`].

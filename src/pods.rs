@@ -77,7 +77,7 @@ pub struct Pods {
     waiting: HashMap<PathBuf, Option<Instant>>,
     /// Namespaces that could not be had, to be tried again.
     failed: HashSet<NamespaceId>,
-    /// Those that this kernel lets nobody serve.
+    /// Those that are not to be served, or that this kernel lets nobody serve.
     unserved: HashSet<NamespaceId>,
     told: Told,
     /// Where the next daemon gets the listeners from.
@@ -257,6 +257,10 @@ impl Pods {
                 Ok(None) => {
                     self.unserved.insert(id);
                     self.count_failed("unsupported_kernel");
+                }
+                Err(error @ NamespaceError::Machines) => {
+                    self.unserved.insert(id);
+                    tracing::warn!("{}: {error}; nobody is served there as in a pod", place.path().display());
                 }
                 // It went while it was entered; if not, there will be an event.
                 Err(NamespaceError::NotMounted) => {}

@@ -66,3 +66,18 @@ fn another_process_reads_the_same_id() {
     let id = NamespaceId { device: 4, inode: u64::MAX - 1 };
     assert_eq!(NamespaceId::from_bytes(id.to_bytes()), id);
 }
+
+#[test]
+fn the_machines_own_is_known_by_its_inode_or_its_cookie() {
+    let id = |inode| NamespaceId { device: 4, inode };
+    let table = [
+        ("5.15 to 6.17", 0xF000_0008, 1, true),
+        ("6.18", 0xEFFF_FFF9, 3, true),
+        ("6.19", 0xEFFF_FFF9, 7, true),
+        ("a pod", 0xF000_00A2, 2, false),
+        ("a pod", 0xF000_00A2, 4102, false),
+    ];
+    for (kernel, inode, cookie, is) in table {
+        assert_eq!(id(inode).is_machines(cookie), is, "{kernel}");
+    }
+}

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, getsockname, getsockopt, socket, sockopt};
+use nix::sys::socket::{SockType, SockaddrStorage, getsockname, getsockopt, sockopt};
 use nix::unistd::geteuid;
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
@@ -159,10 +159,8 @@ pub(super) async fn take(stream: &UnixStream) -> io::Result<HashMap<Key, OwnedFd
 /// Whether this is a TCP listener on that address, in the network namespace that the calling thread is in: its cookie is
 /// that of a socket which is made here. (`SIOCGSKNS`, which leads to the namespace itself, asks for `CAP_NET_ADMIN`.)
 pub(super) fn is_listener(descriptor: &OwnedFd, address: SocketAddr) -> io::Result<bool> {
-    let made = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    let here = sys::network_cookie(made.as_fd())?;
     let bound: SockaddrStorage = getsockname(descriptor.as_raw_fd())?;
-    Ok(sys::network_cookie(descriptor.as_fd())? == here
+    Ok(sys::network_cookie(descriptor.as_fd())? == sys::cookie_here()?
         && getsockopt(descriptor, sockopt::AcceptConn)?
         && getsockopt(descriptor, sockopt::SockType)? == SockType::Stream
         && bound == SockaddrStorage::from(address))

@@ -17,6 +17,7 @@ use crate::http::Front;
 use crate::listen::{self, Bound, Inside, Limits, ListenError, NamespacePlace, POD_ADDRESSES};
 use crate::namespace::{NamespaceError, NamespaceId};
 use crate::pods::handover::{self, Key};
+use crate::pods::sys;
 
 /// What serves every pod.
 #[derive(Debug)]
@@ -74,10 +75,13 @@ impl Made {
             Some(listener) => Ok(Inside::with(place.clone(), address, listener)),
             None => Inside::bind(place.clone(), address),
         };
-        place.within(|| Self {
-            diag: SockDiag::open(),
-            listeners: POD_ADDRESSES.iter().map(|address| (*address, listener(*address))).collect(),
-        })
+        place.within(|| {
+            if place.id().is_machines(sys::cookie_here()?) {
+                return Err(NamespaceError::Machines);
+            }
+            let listeners = POD_ADDRESSES.iter().map(|address| (*address, listener(*address))).collect();
+            Ok(Self { diag: SockDiag::open(), listeners })
+        })?
     }
 }
 

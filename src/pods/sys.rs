@@ -2,9 +2,10 @@
 #![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType};
+use nix::sys::socket::{recvmsg, sendmsg, socket};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -41,6 +42,12 @@ pub(super) fn receive(stream: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<(us
         }
     }
     Ok((message.bytes, received.pop()))
+}
+
+/// That of the calling thread's network namespace.
+pub(super) fn cookie_here() -> io::Result<u64> {
+    let made = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    network_cookie(made.as_fd())
 }
 
 /// `SO_NETNS_COOKIE` of `socket(7)`: the number of a socket's network namespace, which no other has until the next boot.

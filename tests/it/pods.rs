@@ -13,7 +13,7 @@ use crate::harness::actor::Acting;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::{folder, root};
+use crate::harness::counterparts::{folder, root, skip};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
 use crate::harness::namespaces::{Node, Peer, ip};
@@ -175,6 +175,43 @@ fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
     stage.site.node.remove("b");
     await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
 }
+/// In a DaemonSet the daemon has a network of its own. That of the node is for all who are on it (attack 5), whoever has
+/// mounted it among those of pods.
+#[test]
+fn the_network_of_the_machine_is_no_pods() {
+    if !root() || !is_in_the_machines_network() {
+        return;
+    }
+    let folder = folder();
+    let node = Node::start(folder.path());
+    node.add_own("node");
+    ["daemon", "a"].into_iter().for_each(|name| node.add(name));
+    let network = format!("--net={}", node.path("daemon").display());
+    let mut words = node.enter();
+    words.extend(["nsenter", &network, "--"].map(str::to_owned));
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let upstream = Upstream::start(&[(0, "pod")]);
+    let daemon = Daemon::start_behind(&words, folder.path(), &node.listen(), &(upstream.configuration() + RULE));
+    daemon.await_line(&["/netns/node", "is the machine's own network"]);
+    daemon.await_line(&["serving workloads in pods"]);
+    assert!(listens(&node, "a", V4));
+    let log = daemon.log();
+    assert_eq!(log.matches("listening in a pod's network namespace").count(), 1, "{log}");
+    // Once, whatever comes after it.
+    node.add("b");
+    await_some("the next one is listened in", PATIENCE, || listens(&node, "b", V4).then_some(()));
+    assert_eq!(daemon.log().matches("is the machine's own network").count(), 1);
+}
+
+/// By a setting that no other network has, whatever the kernel.
+fn is_in_the_machines_network() -> bool {
+    let is = Path::new("/proc/sys/net/core/netdev_max_backlog").exists();
+    if !is {
+        skip("the tests are not in the network namespace in which the machine has started");
+    }
+    is
+}
+
 
 /// What a pod with CAP_NET_ADMIN can do.
 fn kill(node: &Node, name: &str) {
