@@ -15,9 +15,9 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::cgroup::{CgroupPath, PodRoots};
 
-/// Directories below one workload's own that are looked into: whatever it makes there costs its neighbours no more time than
-/// that, and only its own processes are not found.
-const BELOW: usize = 256;
+/// Directories below one workload's own that are taken notice of: whatever it makes there, beside each other or below, costs its
+/// neighbours no more time than that, and only its own processes are not found.
+const BELOW: usize = 512;
 /// Walks take so much of one processor's time at most, whoever asks for them: after each there is a pause of so many times its
 /// length. Anybody can have ids that are not in the tree, by a cgroup that he removes (attack 21).
 const PAUSES: u32 = 9;
@@ -42,7 +42,14 @@ pub(crate) struct Listing {
     children: Vec<(u64, CgroupPath)>,
 }
 
-/// One that is to be looked into: who it is, and how much may be looked at below, if that is one workload's.
+impl Listing {
+    /// Whether these are all that there were. A file system that does not count tells nothing by it.
+    fn is_whole(&self) -> bool {
+        u64::try_from(self.children.len()).is_ok_and(|children| self.links == children + 2)
+    }
+}
+
+/// One that is to be looked into: who it is, and how many directories may be found below, if that is one workload's.
 struct Open {
     id: u64,
     links: u64,
@@ -61,24 +68,25 @@ impl Ground<'_> {
             open.push(Open { id: start.ino(), links: start.nlink(), path: path.clone(), left: None });
         }
         while let Some(Open { id, links, path, left }) = open.pop() {
-            if let Some(left) = &left {
-                let Some(less) = left.get().checked_sub(1) else { continue };
-                left.set(less);
+            let left = left.as_ref();
+            if left.is_some_and(|left| left.get() == 0) {
+                continue;
             }
-            // A file system that does not count tells nothing by it.
-            let before = listings.remove(&id).filter(|before| links >= 2 && before.links == links);
+            let is_same = |before: &Listing| before.links == links && before.is_whole();
+            let before = listings.remove(&id).filter(is_same);
             let same = before.and_then(|before| Some((self.all_there(&before.children)?, before)));
+            let same = same.filter(|(_, before)| may_have(before.children.len(), left));
             let (counts, listing) = match same {
                 Some(same) => same,
                 None => {
-                    let listing = Listing { links, children: self.list(&path) };
+                    let listing = Listing { links, children: self.list(&path, left) };
                     (listing.children.iter().map(|(id, path)| self.links(*id, path)).collect(), listing)
                 }
             };
             for ((id, path), links) in listing.children.iter().zip(counts) {
                 // One that was removed meanwhile is no error.
                 let Some(links) = links else { continue };
-                let left = left.clone().or_else(|| self.begins_workload(path).then(|| Rc::new(Cell::new(BELOW))));
+                let left = left.cloned().or_else(|| self.begins_workload(path).then(|| Rc::new(Cell::new(BELOW))));
                 found.insert(*id, path.clone());
                 open.push(Open { id: *id, links, path: path.clone(), left });
             }
@@ -88,16 +96,18 @@ impl Ground<'_> {
         Ok(found)
     }
 
-    /// Reads a directory, which costs ten times as much as to see that it is there.
-    fn list(self, path: &CgroupPath) -> Vec<(u64, CgroupPath)> {
+    /// Reads a directory, which costs ten times as much as to see that it is there, as far as there may be directories in it.
+    /// How many files there are is the kernel's doing.
+    fn list(self, path: &CgroupPath, left: Option<&Rc<Cell<usize>>>) -> Vec<(u64, CgroupPath)> {
         let above = path.as_str().trim_end_matches('/');
+        let is_directory = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
         let child = |entry: fs::DirEntry| {
-            let name = entry.file_name();
-            let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            let path = CgroupPath::parse(&format!("{above}/{}", name.to_str().filter(|_| is_directory)?))?;
+            let path = CgroupPath::parse(&format!("{above}/{}", entry.file_name().to_str()?))?;
             Some((entry.ino(), path))
         };
-        fs::read_dir(self.directory(path)).into_iter().flatten().filter_map(Result::ok).filter_map(child).collect()
+        let entries = fs::read_dir(self.directory(path)).into_iter().flatten().filter_map(Result::ok);
+        // Also one counts whose name is no part of a path.
+        entries.filter(is_directory).take_while(|_| may_have(1, left)).filter_map(child).collect()
     }
 
     /// How many links each of these has, if all are what they were.
@@ -126,6 +136,14 @@ impl Ground<'_> {
         let below = path.as_str().strip_prefix(self.base).unwrap_or(path.as_str());
         self.mount.join(below.trim_start_matches('/'))
     }
+}
+
+/// Takes so many directories from what is left of those that a workload may have, if there are so many.
+fn may_have(directories: usize, left: Option<&Rc<Cell<usize>>>) -> bool {
+    let Some(left) = left else { return true };
+    let less = left.get().checked_sub(directories);
+    left.set(less.unwrap_or(left.get()));
+    less.is_some()
 }
 
 /// When one part of the tree was walked, and may be again.
@@ -178,6 +196,7 @@ mod tests {
 
     const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
     const V: &str = "82f7f152-440c-66ac-9084-e0fc1d8a910c";
+    const W: &str = "92f7f152-440c-66ac-9084-e0fc1d8a910c";
 
     /// How many directories are found at or below each.
     fn walked(directories: &[String], below: &[&str]) -> Vec<usize> {
@@ -199,7 +218,10 @@ mod tests {
         let mut directories: Vec<_> = (0..400).map(|number| format!("{pod}/hostile/{number}/{number}")).collect();
         directories.extend((0..400).map(|number| format!("user.slice/user-7.slice/user@7.service/{number}/x")));
         directories.extend((0..300).map(|number| format!("system.slice/{number}.service/x")));
-        directories.extend((0..300).map(|number| format!("kubepods/pod{V}/{number}")));
+        // Beside each other, also by names that are none of a cgroup that is there.
+        directories.extend((0..900).map(|number| format!("kubepods/pod{V}/{number}")));
+        directories.extend((0..900).map(|number| format!("kubepods/pod{W}/{number} (deleted)")));
+        directories.extend((0..300).map(|number| format!("kubepods/pod{W}/x/{number}")));
         directories.push(format!("{pod}/honest"));
         let parts = [
             &format!("/{pod}"),
@@ -207,12 +229,14 @@ mod tests {
             "/system.slice",
             &format!("/kubepods/pod{V}"),
             &format!("/{pod}/honest"),
+            &format!("/kubepods/pod{W}"),
         ];
-        let [hostile, user, system, wide, honest] = walked(&directories, &parts)[..] else { unreachable!() };
-        // Those whose names were read with those of others are found as well.
-        assert!((400..403 + BELOW).contains(&hostile), "{hostile}");
-        assert!((400..403 + BELOW).contains(&user), "{user}");
-        assert_eq!((system, wide, honest), (601, 301, 1));
+        let [hostile, user, system, wide, honest, nameless] = walked(&directories, &parts)[..] else { unreachable!() };
+        // The directories above a user's own are the system's.
+        assert_eq!((hostile, user, wide), (1 + BELOW, 3 + BELOW, 1 + BELOW));
+        assert_eq!((system, honest), (601, 1));
+        // Those without a path were read first, or with it.
+        assert!(nameless <= 2, "{nameless}");
     }
 
     #[test]
