@@ -35,7 +35,7 @@ pub use socket_file::SocketFile;
 const PAUSE: Duration = Duration::from_millis(50);
 /// How often the log says so, if it goes on.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
-/// So many connections may have been accepted and not yet attested.
+/// So many connections of one listener may have been accepted and not yet attested.
 const ARRIVING: usize = 64;
 /// How often a listener that was killed is bound again.
 const REBIND: Duration = Duration::from_secs(1);
@@ -109,8 +109,6 @@ impl ListenError {
 pub struct Limits {
     /// Connections at one time, over all listeners, whose workload is known.
     connections: Arc<Semaphore>,
-    /// Those whose workload is not known yet.
-    arriving: Arc<Semaphore>,
     metrics: Metrics,
 }
 
@@ -132,15 +130,16 @@ impl Limits {
     /// At most `connections` at one time.
     pub fn new(connections: usize, metrics: Metrics) -> Self {
         let connections = Arc::new(Semaphore::new(connections));
-        Self { connections, arriving: Arc::new(Semaphore::new(ARRIVING)), metrics }
+        Self { connections, metrics }
     }
 
-    /// Waits until another connection may be accepted. That depends on the daemon's own work alone, never on a client: whose
-    /// a connection is, is known before anything is expected of it. Those of whom it is not known yet take no place among
-    /// all, which whoever connects quickly would have in an instant; this keeps them few.
-    async fn arrival(&self) -> Arrival {
+    /// Waits until another connection of a listener may be accepted, where `arriving` are those whose workload is not known yet.
+    /// That depends on the daemon's own work alone, never on a client: whose a connection is, is known before anything is
+    /// expected of it. Until then it takes no place among all, which whoever connects quickly would have in an instant. Each
+    /// listener has its own few instead, so that a pod whose callers are hard to find keeps no other from being accepted.
+    async fn arrival(&self, arriving: &Arc<Semaphore>) -> Arrival {
         // The semaphore is never closed, so there is always a permit in the end.
-        let arriving = self.arriving.clone().acquire_owned().await.ok();
+        let arriving = arriving.clone().acquire_owned().await.ok();
         Arrival { connections: self.connections.clone(), _arriving: arriving }
     }
 
@@ -169,13 +168,14 @@ where
 {
     // It wakes nobody when a connection ends, as a JoinSet would this loop.
     let (connections, mut troubles) = (TaskTracker::new(), Troubles::default());
+    let arriving = Arc::new(Semaphore::new(ARRIVING));
     let mut stopping = stop.clone();
     let mut stopped = pin!(stopping.wait_for(|stop| *stop));
     loop {
         let accepted = tokio::select! {
             biased;
             _ = &mut stopped => break,
-            accepted = accept(&bound, &limits) => accepted,
+            accepted = accept(&bound, &limits, &arriving) => accepted,
         };
         match accepted {
             Ok(accepted) => limits.serve(accepted, &connections, &connection),
@@ -186,7 +186,7 @@ where
     match bound.close() {
         Ok(waiting) => {
             for stream in waiting {
-                limits.serve((stream, limits.arrival().await), &connections, &connection);
+                limits.serve((stream, limits.arrival(&arriving).await), &connections, &connection);
             }
         }
         Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
@@ -197,11 +197,11 @@ where
     }
 }
 
-/// The next connection. Nothing is taken of what all loops share before there is one: there may be hundreds of loops.
-async fn accept(bound: &Bound, limits: &Limits) -> io::Result<(Stream, Arrival)> {
+/// The next connection.
+async fn accept(bound: &Bound, limits: &Limits, arriving: &Arc<Semaphore>) -> io::Result<(Stream, Arrival)> {
     loop {
         let mut arrived = bound.arrival().await?;
-        let arrival = limits.arrival().await;
+        let arrival = limits.arrival(arriving).await;
         if let Some(accepted) = bound.accept(&mut arrived) {
             return accepted.map(|stream| (stream, arrival));
         }
@@ -263,3 +263,6 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
     // Ends early when the daemon is told to stop.
     let _ = timeout(pause, stop.wait_for(|stop| *stop)).await;
 }
+
+#[cfg(test)]
+mod tests;

@@ -174,6 +174,7 @@ fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
     assert!(peer.is_there());
     stage.site.node.remove("b");
     await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+
 }
 /// In a DaemonSet the daemon has a network of its own. That of the node is for all who are on it (attack 5), whoever has
 /// mounted it among those of pods.
@@ -211,7 +212,6 @@ fn is_in_the_machines_network() -> bool {
     }
     is
 }
-
 
 /// What a pod with CAP_NET_ADMIN can do.
 fn kill(node: &Node, name: &str) {
@@ -321,7 +321,7 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
 #[test]
 fn many_namespaces_are_listened_in_soon() {
     let slow = is_slow();
-    // More than may be arriving at one time: a loop that waits takes no place.
+    // A loop that waits takes nothing that the others need.
     let count = if slow { 250 } else { 40 };
     let names = (0..count).map(|i| format!("cni-{i}")).collect::<Vec<_>>();
     let mut peers = Vec::new();
