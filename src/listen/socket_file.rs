@@ -37,7 +37,8 @@ impl SocketFile {
         Self::bind_in(OPEN, path, mode)
     }
 
-    /// The same for a socket that is for the daemon's own kind, in a directory that is, too.
+    /// The same for a socket that is for the daemon's own kind, in a directory that is, too. Without waiting: nobody but
+    /// another daemon has the lock there.
     pub fn bind_closed(path: &Path) -> Result<(UnixListener, Self), ListenError> {
         Self::bind_in(CLOSED, path, 0o600)
     }
@@ -55,7 +56,10 @@ impl SocketFile {
             .custom_flags(libc::O_NOFOLLOW)
             .open(beside(path, ".lock"))
             .map_err(failed)?;
-        let lock = take_lock(lock, path)?;
+        let lock = match directory_mode {
+            CLOSED => Some(Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| in_use())?),
+            _ => take_lock(lock, path)?,
+        };
         // A daemon whose socket systemd holds has no lock file.
         if UnixStream::connect(path).is_ok() {
             return Err(in_use());
@@ -188,6 +192,17 @@ mod tests {
             let refused = SocketFile::bind_closed(&closed.join("b.sock"));
             assert!(matches!(refused, Err(ListenError::UnsafeDirectory { mode: 0o700, .. })), "{mode:o}");
         }
+    }
+
+    #[test]
+    fn whoever_has_the_lock_in_a_closed_directory_has_the_socket() {
+        let directory = safe_directory();
+        let path = directory.path().join("closed/a.sock");
+        drop(SocketFile::bind_closed(&path).unwrap());
+        let taken = Flock::lock(File::open(beside(&path, ".lock")).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
+        assert!(matches!(SocketFile::bind_closed(&path), Err(ListenError::InUse { .. })));
+        drop(taken);
+        SocketFile::bind_closed(&path).unwrap();
     }
 
     #[test]
