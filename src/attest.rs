@@ -131,7 +131,7 @@ impl Attestor {
         admit: impl FnOnce(&Caller) -> bool,
     ) -> Result<Caller, Refusal> {
         let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
-        tcp.attest((client, server), admit, |_| Ok(()), |caller| (self.needs)(caller)).await
+        tcp.attest((client, server), admit, |_, _| Ok(()), |caller| (self.needs)(caller)).await
     }
 
     /// Attests the peers of listeners in a pod's network namespace, in which `diag` was made; `None` where the kernel lacks what

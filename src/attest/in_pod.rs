@@ -2,40 +2,44 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::attest::Needs;
+use crate::attest::pods::Housed;
 use crate::attest::tcp::TcpAttestor;
 use crate::caller::{Caller, Refusal, Stranger};
 use crate::cgroup::PodUid;
 
 /// Attests the peers of a listener in one pod's network namespace.
 ///
-/// Nothing but a caller's cgroup says whose the namespace is. The first pod that is seen there is taken for its owner; another's
-/// process must have been brought there by somebody who may enter namespaces, and gets nothing.
+/// Nothing but a caller's cgroup says whose the namespace is. The first pod that is seen there is taken for its owner, as long as
+/// that pod lives; another's process must have been brought there by somebody who may enter namespaces, and gets nothing.
 pub struct PodAttestor {
     tcp: TcpAttestor,
     needs: Needs,
-    owner: OnceLock<PodUid>,
+    owner: Mutex<Option<Owner>>,
+}
+
+struct Owner {
+    pod: Housed,
     /// Whether another pod's process was seen there, and told of.
-    intruded: AtomicBool,
+    intruded: bool,
 }
 
 impl fmt::Debug for PodAttestor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PodAttestor").field("tcp", &self.tcp).field("owner", &self.owner).finish_non_exhaustive()
+        f.debug_struct("PodAttestor").field("tcp", &self.tcp).field("owner", &self.owner()).finish_non_exhaustive()
     }
 }
 
 impl PodAttestor {
     pub(crate) fn new(tcp: TcpAttestor, needs: Needs) -> Self {
-        Self { tcp, needs, owner: OnceLock::new(), intruded: AtomicBool::new(false) }
+        Self { tcp, needs, owner: Mutex::default() }
     }
 
     /// The pod whose namespace it is, once one of its processes has asked.
-    pub fn owner(&self) -> Option<&PodUid> {
-        self.owner.get()
+    pub fn owner(&self) -> Option<PodUid> {
+        self.locked().as_ref().map(|owner| owner.pod.pod.uid.clone())
     }
 
     /// As [`super::Attestor::tcp`], of callers in the namespace.
@@ -45,7 +49,7 @@ impl PodAttestor {
         server: SocketAddr,
         admit: impl FnOnce(&Caller) -> bool,
     ) -> Result<Caller, Refusal> {
-        let belongs = |caller: &Caller| self.belongs(caller);
+        let belongs = |caller: &Caller, pod: Option<&Housed>| self.belongs(caller, pod);
         self.tcp.attest((client, server), admit, belongs, |caller| (self.needs)(caller)).await
     }
 
@@ -55,20 +59,30 @@ impl PodAttestor {
         self.tcp.close();
     }
 
-    fn belongs(&self, caller: &Caller) -> Result<(), Refusal> {
+    fn belongs(&self, caller: &Caller, pod: Option<&Housed>) -> Result<(), Refusal> {
         let stranger = || Box::new(Stranger::of(caller));
-        let Some(pod) = &caller.pod else { return Err(Refusal::NotAPod(stranger())) };
-        let owner = self.owner.get_or_init(|| pod.uid.clone());
-        if *owner == pod.uid {
-            return Ok(());
-        }
+        let Some(pod) = pod else { return Err(Refusal::NotAPod(stranger())) };
+        let mut owner = self.locked();
+        let owner = match &mut *owner {
+            Some(owner) if owner.pod.is_same(pod) => return Ok(()),
+            // Its directory was made anew, or it is another pod, and the one before has no process any more.
+            Some(owner) if owner.pod.pod.uid != pod.pod.uid && !owner.pod.is_gone() => owner,
+            owner => {
+                *owner = Some(Owner { pod: pod.clone(), intruded: false });
+                return Ok(());
+            }
+        };
         // The audit has each.
-        if !self.intruded.swap(true, Ordering::Relaxed) {
+        if !std::mem::replace(&mut owner.intruded, true) {
             tracing::warn!(
-                pod = %pod.uid, %owner, namespace = caller.namespace,
+                pod = %pod.pod.uid, owner = %owner.pod.pod.uid, namespace = caller.namespace,
                 "a process of a pod is in the network namespace of another one, and is refused there"
             );
         }
         Err(Refusal::OtherPod(stranger()))
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Option<Owner>> {
+        self.owner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

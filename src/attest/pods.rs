@@ -1,6 +1,7 @@
 //! The pod that a caller's cgroup is in, and whether that is there still.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -59,6 +60,19 @@ impl Pods {
 }
 
 impl Housed {
+    /// Whether the pod is gone for good; not, where that can't be seen.
+    pub(crate) fn is_gone(&self) -> bool {
+        match fs::metadata(&self.directory) {
+            Ok(found) => found.ino() != self.inode,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
+    }
+
+    /// Whether this is the same directory of the same pod.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.inode == other.inode && self.pod.uid == other.pod.uid
+    }
+
     /// Whether the pod is there, and since when.
     pub(crate) fn is_there(&self) -> Result<Ages, Refusal> {
         let found = fs::metadata(&self.directory).ok().filter(|found| found.ino() == self.inode);

@@ -86,7 +86,7 @@ impl TcpAttestor {
         &self,
         (client, server): (SocketAddr, SocketAddr),
         admit: impl FnOnce(&Caller) -> bool,
-        belongs: impl FnOnce(&Caller) -> Result<(), Refusal>,
+        belongs: impl FnOnce(&Caller, Option<&Housed>) -> Result<(), Refusal>,
         needs: impl Fn(&Caller) -> Option<Looks>,
     ) -> Result<Caller, Refusal> {
         let socket = self.diag.client_socket(client, server)?;
@@ -106,7 +106,7 @@ impl TcpAttestor {
         if !admit(&caller) {
             return Err(Refusal::TooManyConnections);
         }
-        belongs(&caller)?;
+        belongs(&caller, pod.as_ref())?;
         let Some(looks) = needs(&caller) else { return Ok(caller) };
         let holder = self.search(socket, cgroup, (Owner::of(&caller), looks)).await?;
         let process = Some(holder.process.describe());

@@ -129,6 +129,17 @@ fn check(kind: Kind, first_pod: u16) {
     assert_eq!(intruder["network_namespace"], own["network_namespace"]);
     stage.is(&stage.ask("a", a), "ok", Some(a));
 
+    // One who was there first keeps the pod from its own network as long as he lives, and no longer.
+    stage.node.add("c");
+    await_some("it is listened in", PATIENCE, || (stage.daemon.metric("awsvid_pod_namespaces") == 3).then_some(()));
+    let first = Cgroup::of_pod(first_pod + 3);
+    stage.is(&stage.ask("c", &first), "ok", Some(&first));
+    stage.is(&stage.ask("c", a), "other_pod", Some(a));
+    drop(first);
+    stage.is(&stage.ask("c", &host), "not_a_pod", None);
+    stage.is(&stage.ask("c", a), "ok", Some(a));
+    stage.is(&stage.ask("c", b), "other_pod", Some(b));
+
     // What it names below its own container is nothing to go by: not even another pod's name.
     let [pod, container] =
         [b.path().parent().unwrap(), b.path()].map(|path| path.file_name().unwrap().to_str().unwrap());
