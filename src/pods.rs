@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
@@ -84,8 +83,9 @@ pub struct Pods {
     handover: Option<PathBuf>,
     successors: Option<Handover>,
     stage: Stage,
-    /// The connection on which this daemon took over: as long as it is open, the daemon before knows that this one lives.
-    before: Option<UnixStream>,
+    /// The connection on which this daemon took over, and those on which daemons before took over that may be there still: as
+    /// long as one is open, the daemon at its other end knows that somebody lives who came after it.
+    before: Vec<OwnedFd>,
     /// Whether this daemon could serve pods' workloads.
     able: watch::Receiver<bool>,
     /// Whether the namespaces that were there at the start have been tried.
@@ -147,7 +147,7 @@ impl Pods {
             handover: handover.map(Path::to_owned),
             successors: None,
             stage: Stage::Serving,
-            before: None,
+            before: Vec::new(),
             able: is_able,
             tried,
         };

@@ -3,13 +3,15 @@
 //! The next daemon connects at its start, and once it could serve it asks for the listeners (`G`), or is given them when the
 //! daemon before is told to end. Each comes with its descriptor; then an end (`E`). It says when it serves (`S`); the one
 //! before stops accepting, lets this socket's path go, and says so (`D`). It keeps the listeners until it ends: if the next
-//! one is gone before that, it goes on serving. Whoever holds these listeners answers for awsvid in every pod (attack 10):
-//! the socket is root's alone, both look who the other is, and nothing that is received is used unseen.
+//! one is gone before that, it goes on serving. With the listeners the next one gets (`B`) the connections on which daemons
+//! before this one wait for that in their turn: each goes on only if all who came after it are gone. Whoever holds these
+//! listeners answers for awsvid in every pod (attack 10): the socket is root's alone, both look who the other is, and nothing
+//! that is received is used unseen.
 
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +31,7 @@ pub(super) const GIVE: u8 = b'G';
 pub(super) const SERVING: u8 = b'S';
 pub(super) const DONE: u8 = b'D';
 const LISTENER: u8 = b'L';
+const BEFORE: u8 = b'B';
 const END: u8 = b'E';
 /// One of the above, the namespace, and which of the addresses.
 const RECORD: usize = 1 + NamespaceId::LENGTH + 1;
@@ -37,6 +40,15 @@ pub(super) const DEADLINE: Duration = Duration::from_secs(5);
 
 /// A listener, by its namespace and address.
 pub(super) type Key = (NamespaceId, SocketAddr);
+
+/// What one daemon gives to the next.
+#[derive(Debug, Default)]
+pub(super) struct Given {
+    /// None of them is known to be what it is said to be: see [`is_listener`].
+    pub(super) listeners: HashMap<Key, OwnedFd>,
+    /// Connections of daemons before the one that gives. Nothing is said on them, they are only kept open.
+    pub(super) before: Vec<OwnedFd>,
+}
 
 /// Where the next daemon connects.
 #[derive(Debug)]
@@ -104,7 +116,7 @@ fn two_above(path: &str) -> Vec<String> {
 
 /// Says one word.
 pub(super) async fn say(stream: &UnixStream, word: u8) -> io::Result<()> {
-    stream.async_io(Interest::WRITABLE, || sys::send(stream.as_fd(), &[word], None)).await
+    send(stream, &[word], None).await
 }
 
 /// Hears one word; `None` at the end.
@@ -120,24 +132,30 @@ pub(super) async fn hear(stream: &UnixStream) -> io::Result<Option<u8>> {
 }
 
 /// Gives all of these.
-pub(super) async fn give(stream: &UnixStream, listeners: &[(Key, Arc<OwnedFd>)]) -> io::Result<()> {
+pub(super) async fn give(stream: &UnixStream, listeners: &[(Key, Arc<OwnedFd>)], before: &[OwnedFd]) -> io::Result<()> {
     for ((id, address), listener) in listeners {
         let which = POD_ADDRESSES.iter().position(|known| known == address).and_then(|which| u8::try_from(which).ok());
         let which = which.ok_or_else(|| io::Error::other("no address of a pod"))?;
-        let record = record(LISTENER, *id, which);
-        stream.async_io(Interest::WRITABLE, || sys::send(stream.as_fd(), &record, Some(listener.as_fd()))).await?;
+        send(stream, &record(LISTENER, *id, which), Some(listener.as_fd())).await?;
     }
-    let end = record(END, NamespaceId::from_bytes([0; NamespaceId::LENGTH]), 0);
-    stream.async_io(Interest::WRITABLE, || sys::send(stream.as_fd(), &end, None)).await
+    let nowhere = NamespaceId::from_bytes([0; NamespaceId::LENGTH]);
+    for connection in before {
+        send(stream, &record(BEFORE, nowhere, 0), Some(connection.as_fd())).await?;
+    }
+    send(stream, &record(END, nowhere, 0), None).await
+}
+
+async fn send(stream: &UnixStream, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    stream.async_io(Interest::WRITABLE, || sys::send(stream.as_fd(), bytes, descriptor)).await
 }
 
 fn record(kind: u8, id: NamespaceId, which: u8) -> Vec<u8> {
     [&[kind][..], &id.to_bytes(), &[which]].concat()
 }
 
-/// Takes what is given. None of it is known to be what it is said to be: see [`is_listener`].
-pub(super) async fn take(stream: &UnixStream) -> io::Result<HashMap<Key, OwnedFd>> {
-    let mut taken = HashMap::new();
+/// Takes what is given.
+pub(super) async fn take(stream: &UnixStream) -> io::Result<Given> {
+    let mut taken = Given::default();
     loop {
         let mut record = [0; RECORD];
         let receive = || sys::receive(stream.as_fd(), &mut record);
@@ -149,8 +167,9 @@ pub(super) async fn take(stream: &UnixStream) -> io::Result<HashMap<Key, OwnedFd
         match (kind, descriptor, POD_ADDRESSES.get(usize::from(which))) {
             (END, None, _) if length == RECORD => return Ok(taken),
             (LISTENER, Some(listener), Some(address)) if length == RECORD => {
-                taken.insert((NamespaceId::from_bytes(id), *address), listener);
+                taken.listeners.insert((NamespaceId::from_bytes(id), *address), listener);
             }
+            (BEFORE, Some(connection), _) if length == RECORD => taken.before.push(connection),
             _ => return Err(io::ErrorKind::InvalidData.into()),
         }
     }

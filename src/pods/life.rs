@@ -1,14 +1,15 @@
 //! From the daemon before to the next one.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
 use std::sync::Arc;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use crate::pods::handover::{self, DEADLINE, DONE, GIVE, Handover, Key, SERVING};
+use crate::pods::handover::{self, DEADLINE, DONE, GIVE, Given, Handover, Key, SERVING};
 use crate::pods::{Pod, Pods};
 
 /// Who serves pods.
@@ -140,15 +141,17 @@ impl Pods {
         });
         let given = taking.await.unwrap_or_else(|late| Err(late.into()));
         match given {
-            Ok(given) => {
-                tracing::info!(listeners = given.len(), "the listeners in pods are handed over");
-                self.look_with(given).await;
+            Ok(Given { listeners, before: earlier }) => {
+                tracing::info!(listeners = listeners.len(), "the listeners in pods are handed over");
+                self.before = earlier;
+                self.look_with(listeners).await;
                 let released = timeout(DEADLINE, async {
                     handover::say(&before, SERVING).await?;
                     handover::hear(&before).await
                 });
                 let _ = released.await;
-                self.before = Some(before);
+                // If it can't be kept it is closed, which says that this one is gone.
+                self.before.extend(before.into_std().map(OwnedFd::from));
             }
             Err(error) => {
                 tracing::warn!(%error, "the daemon before hands nothing over; pods' listeners are bound anew");
@@ -180,10 +183,11 @@ impl Pods {
     }
 
     /// Gives all listeners, and waits until they are served. Both accept meanwhile.
-    async fn give(&self, next: &UnixStream) -> Option<Vec<(Key, Arc<OwnedFd>)>> {
+    async fn give(&mut self, next: &UnixStream) -> Option<Vec<(Key, Arc<OwnedFd>)>> {
         let given: Vec<_> = self.pods.values().flat_map(|pod| pod.listening()).collect();
+        self.before.retain(|before| is_there(before.as_fd()));
         let giving = timeout(DEADLINE, async {
-            handover::give(next, &given).await?;
+            handover::give(next, &given, &self.before).await?;
             while let Some(word) = handover::hear(next).await? {
                 if word == SERVING {
                     return Ok(());
@@ -214,13 +218,10 @@ impl Pods {
         (self.successors, self.handover) = (None, None);
         if let (Some(next), Stage::Serving) = (next, &self.stage) {
             // It serves from here on whether it is ready or not.
-            if self.give(&next).await.is_none() {
-                // Then the daemon before this one, if it is there still, serves again.
-                self.before = None;
-            }
-        } else {
-            self.before = None;
+            let _ = self.give(&next).await;
         }
+        // If there is no next one, the daemon before this one, if it is there still, serves again.
+        self.before.clear();
         self.stage = Stage::Serving;
         self.pods.values_mut().for_each(Pod::release);
         self.service.tasks.close();
@@ -247,6 +248,13 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Opt
             None
         }
     }
+}
+
+/// Whether the daemon before is there, at the other end of this connection.
+fn is_there(before: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::new(before, PollFlags::POLLIN)];
+    let ended = |polled: &PollFd<'_>| polled.revents().is_some_and(|events| events.contains(PollFlags::POLLHUP));
+    poll(&mut polled, PollTimeout::ZERO).is_err() || !ended(&polled[0])
 }
 
 /// Waits until whoever is at the other end is gone.

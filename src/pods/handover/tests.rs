@@ -1,4 +1,5 @@
 use std::fs::Permissions;
+use std::io::Read;
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 
@@ -19,10 +20,18 @@ async fn listeners_come_with_their_namespace_and_address() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let given: Vec<_> =
         (0..250).flat_map(|number| POD_ADDRESSES.map(|address| ((id(number), address), listener().0))).collect();
-    let (gave, taken) = tokio::join!(give(&ours, &given), take(&theirs));
+    let (mut before, kept) = std::os::unix::net::UnixStream::pair().unwrap();
+    let kept = [OwnedFd::from(kept)];
+    let (gave, taken) = tokio::join!(give(&ours, &given, &kept), take(&theirs));
     gave.unwrap();
-    let taken = taken.unwrap();
-    assert_eq!(taken.len(), 500);
+    let Given { listeners: taken, before: kept_there } = taken.unwrap();
+    assert_eq!((taken.len(), kept_there.len()), (500, 1));
+    // It ends with the last who has it.
+    before.set_nonblocking(true).unwrap();
+    drop(kept);
+    assert_eq!(before.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    drop(kept_there);
+    assert_eq!(before.read(&mut [0]).unwrap(), 0);
     for (key, listener) in &given {
         let here: SockaddrStorage = getsockname(listener.as_raw_fd()).unwrap();
         assert_eq!(getsockname::<SockaddrStorage>(taken[key].as_raw_fd()).unwrap(), here, "{key:?}");
@@ -34,10 +43,11 @@ async fn what_is_no_record_ends_the_taking() {
     let end = record(END, id(0), 0);
     let with_one = record(LISTENER, id(1), 0);
     let (descriptor, _) = listener();
-    let cases: [(&[u8], bool, io::ErrorKind); 6] = [
+    let cases: [(&[u8], bool, io::ErrorKind); 7] = [
         (&[], false, io::ErrorKind::UnexpectedEof),
         (&with_one, false, io::ErrorKind::InvalidData),
         (&end, true, io::ErrorKind::InvalidData),
+        (&record(BEFORE, id(0), 0), false, io::ErrorKind::InvalidData),
         (&with_one[..9], true, io::ErrorKind::InvalidData),
         (&record(LISTENER, id(1), 2), true, io::ErrorKind::InvalidData),
         (&record(b'X', id(1), 0), false, io::ErrorKind::InvalidData),
