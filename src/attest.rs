@@ -14,8 +14,9 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::caller::{Caller, Looks, Refusal};
+use crate::caller::{Caller, Looks, Owner, Refusal};
 use crate::cgroup::{CgroupPath, PodRoots};
+use crate::turns::Turns;
 
 mod cgroups;
 #[cfg(any(test, fuzzing))]
@@ -47,6 +48,7 @@ pub type Needs = Arc<dyn Fn(&Caller) -> Option<Looks> + Send + Sync>;
 pub struct Attestor {
     host: Arc<Host>,
     needs: Needs,
+    searches: Turns<Owner>,
     tcp: Option<tcp::TcpAttestor>,
 }
 
@@ -89,6 +91,9 @@ impl Attestor {
         let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
         let release = read("sys/kernel/osrelease")?;
         let host = Arc::new(Host::new(proc_root, hierarchies, roots));
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        // However many ask for them, half of the processors are for what is quickly done.
+        let searches = Turns::new(processors.div_ceil(2), 1);
         let tcp = match (host.cgroups.clone(), SockDiag::open_for_all_processors()) {
             _ if !tells_cgroups(&release) => {
                 tracing::warn!(
@@ -96,7 +101,7 @@ impl Attestor {
                 );
                 None
             }
-            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(host.clone(), diag, cgroups)),
+            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(host.clone(), diag, cgroups, searches.clone())),
             (None, _) => {
                 tracing::warn!(
                     "no cgroup v2 tree is mounted: callers over TCP are refused; mount cgroup2, or use the unix socket"
@@ -108,7 +113,7 @@ impl Attestor {
                 None
             }
         };
-        Ok(Self { host, needs, tcp })
+        Ok(Self { host, needs, searches, tcp })
     }
 
     /// The cgroups below which a kubelet puts its pods, as far as they can be seen from here. Without one no pod is known.
@@ -139,7 +144,8 @@ impl Attestor {
     pub fn in_pod(&self, diag: SockDiag) -> Option<PodAttestor> {
         self.tcp.as_ref()?;
         let cgroups = self.host.cgroups.clone()?;
-        Some(PodAttestor::new(tcp::TcpAttestor::in_pod(self.host.clone(), diag, cgroups), self.needs.clone()))
+        let tcp = tcp::TcpAttestor::in_pod(self.host.clone(), diag, cgroups, self.searches.clone());
+        Some(PodAttestor::new(tcp, self.needs.clone()))
     }
 }
 
@@ -164,7 +170,32 @@ fn tells_cgroups(release: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::net::{TcpListener, TcpStream};
+
+    use tokio::time::Instant;
+
     use super::*;
+    use crate::turns::TURN;
+
+    /// However many workloads an attacker is: what is long waits, and takes no thread meanwhile.
+    #[tokio::test(start_paused = true)]
+    async fn long_searches_are_few_in_all() {
+        let attestor = Attestor::new(Arc::new(|_| Some(Looks::default())), PodRoots::usual()).unwrap();
+        if attestor.tcp.is_none() {
+            return;
+        }
+        let all: Vec<_> = (0..).map_while(|uid| attestor.searches.try_take(&Owner::user(uid))).collect();
+        assert!(!all.is_empty());
+        // More than is looked at on the way.
+        let _descriptors: Vec<_> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = listener.local_addr().unwrap();
+        let client = TcpStream::connect(server).unwrap();
+        let start = Instant::now();
+        let attested = attestor.tcp(client.local_addr().unwrap(), server, |_| true).await;
+        assert_eq!((attested.unwrap_err(), start.elapsed()), (Refusal::TooManyDescriptors, TURN));
+    }
 
     #[test]
     fn kernels_that_tell_cgroups() {

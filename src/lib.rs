@@ -58,9 +58,9 @@ pub mod namespace;
 
 pub mod listen;
 
-pub mod attest;
-
 pub mod turns;
+
+pub mod attest;
 
 pub mod svid;
 

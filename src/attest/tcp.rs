@@ -1,8 +1,7 @@
 //! The caller on loopback TCP: the process that made the socket, by the socket itself and, where needed, by its holder.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use crate::attest::cgroups::{CgroupTree, Part};
 use crate::attest::host::Host;
@@ -11,6 +10,7 @@ use crate::attest::pods::Housed;
 use crate::attest::search::{self, Budget, Holder};
 use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Owner, Refusal, Stranger, Watch};
 use crate::cgroup::CgroupPath;
+use crate::turns::Turns;
 
 /// Attests peers of TCP listeners in one network namespace.
 #[derive(Debug)]
@@ -18,14 +18,11 @@ pub(crate) struct TcpAttestor {
     host: Arc<Host>,
     diag: Arc<SockDiag>,
     cgroups: Arc<CgroupTree>,
-    searches: Searches,
+    /// Long searches: one at a time for each workload, and few in all.
+    searches: Turns<Owner>,
     /// By its inode, if it is a pod's.
     namespace: Option<u64>,
 }
-
-/// One search at a time for each workload, so that nobody's searches pile up behind another's.
-#[derive(Debug, Default)]
-struct Searches(Mutex<HashMap<Owner, Arc<tokio::sync::Mutex<()>>>>);
 
 /// What was seen of the connection, to be compared before anything is released.
 #[derive(Debug)]
@@ -66,14 +63,14 @@ impl Evidence for Seen {
 }
 
 impl TcpAttestor {
-    pub(crate) fn new(host: Arc<Host>, diag: SockDiag, cgroups: Arc<CgroupTree>) -> Self {
-        Self { host, diag: Arc::new(diag), cgroups, searches: Searches::default(), namespace: None }
+    pub(crate) fn new(host: Arc<Host>, diag: SockDiag, cgroups: Arc<CgroupTree>, searches: Turns<Owner>) -> Self {
+        Self { host, diag: Arc::new(diag), cgroups, searches, namespace: None }
     }
 
     /// In the network namespace of a pod, in which `diag` was made.
-    pub(crate) fn in_pod(host: Arc<Host>, diag: SockDiag, cgroups: Arc<CgroupTree>) -> Self {
+    pub(crate) fn in_pod(host: Arc<Host>, diag: SockDiag, cgroups: Arc<CgroupTree>, searches: Turns<Owner>) -> Self {
         let namespace = Some(diag.namespace());
-        Self { namespace, ..Self::new(host, diag, cgroups) }
+        Self { namespace, ..Self::new(host, diag, cgroups, searches) }
     }
 
     /// Lets the network namespace go. Callers that were attested here are gone from then on.
@@ -137,8 +134,8 @@ impl TcpAttestor {
         }
     }
 
-    /// At once where that is soon done. Else off the I/O threads and one at a time for this workload: a search is a loop as
-    /// long as the caller makes it.
+    /// At once where that is soon done. Else off the I/O threads, one at a time for this workload, and few in all, since whoever
+    /// has many users' ids is many workloads: a search is a loop as long as the caller makes it.
     async fn search(
         &self,
         socket: Socket,
@@ -149,20 +146,13 @@ impl TcpAttestor {
             Err(Refusal::TooManyDescriptors) => {}
             done => return done,
         }
-        let turn = self.searches.turn(owner);
-        let _turn = turn.lock().await;
         let (host, cgroups) = (self.host.clone(), self.cgroups.clone());
-        tokio::task::spawn_blocking(move || search::holder(&host, &cgroups, &socket, &cgroup, (looks, Budget::LONG)))
-            .await
-            .unwrap_or(Err(Refusal::Kernel))
-    }
-}
-
-impl Searches {
-    fn turn(&self, owner: Owner) -> Arc<tokio::sync::Mutex<()>> {
-        let mut turns = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        // Those that nobody waits for or runs are held by this map alone.
-        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
-        turns.entry(owner).or_default().clone()
+        let turn = self.searches.take(&owner).await.ok_or(Refusal::TooManyDescriptors)?;
+        let search = move || {
+            // Whatever becomes of whoever asked.
+            let _turn = turn;
+            search::holder(&host, &cgroups, &socket, &cgroup, (looks, Budget::LONG))
+        };
+        tokio::task::spawn_blocking(search).await.unwrap_or(Err(Refusal::Kernel))
     }
 }
