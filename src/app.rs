@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 use tokio::sync::watch;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use crate::admin::{Address, Admin, Readiness};
@@ -95,7 +95,7 @@ pub struct App {
     clock: Clock,
     metrics: Metrics,
     readiness: Arc<Readiness>,
-    probing: Option<AbortHandle>,
+    probing: Option<JoinHandle<()>>,
     /// Where pods are served.
     gate: Option<Gate>,
     workloads: Serving,
@@ -225,13 +225,8 @@ impl App {
             before.abort();
         }
         if !self.readiness.is_ready() {
-            let (stop, readiness) = (self.workloads.stop.subscribe(), self.readiness.clone());
-            self.probing = Some(self.workloads.loops.spawn(probes.until_ready(
-                self.tcp.clone(),
-                self.gate.clone(),
-                readiness,
-                stop,
-            )));
+            let asking = probes.until_ready(self.tcp.clone(), self.gate.clone(), self.readiness.clone());
+            self.probing = Some(tokio::spawn(asking));
         }
     }
 
@@ -315,6 +310,11 @@ impl App {
     /// `/readyz` says that the daemon ends.
     pub async fn drain(mut self) {
         self.readiness.ending();
+        if let Some(probing) = self.probing.take() {
+            probing.abort();
+            // After that it connects nowhere any more, and whatever it had connected to ends with the others.
+            let _ = probing.await;
+        }
         self.workloads.end().await;
         // Whoever reads metrics slowly keeps nobody waiting.
         let _ = timeout(OPERATORS, self.operators.end()).await;

@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
 
 use crate::admin::Readiness;
@@ -46,23 +45,13 @@ impl Probes {
         Self { unix, token_file, source, audience, sts, targets }
     }
 
-    /// Asks until all have answered, or the daemon ends.
-    pub async fn until_ready(
-        mut self,
-        tcp: Vec<SocketAddr>,
-        mut pods: Option<Gate>,
-        readiness: Arc<Readiness>,
-        mut stop: watch::Receiver<bool>,
-    ) {
+    /// Asks until all have answered.
+    pub async fn until_ready(mut self, tcp: Vec<SocketAddr>, mut pods: Option<Gate>, readiness: Arc<Readiness>) {
         let mut told = None;
         let mut unanswered: Vec<Listening> = self.unix.take().map(Listening::Unix).into_iter().collect();
         unanswered.extend(tcp.into_iter().map(Listening::Tcp));
         loop {
-            let missing = tokio::select! {
-                missing = self.missing(&mut unanswered) => missing,
-                _ = stop.wait_for(|stop| *stop) => return,
-            };
-            let Some(missing) = missing else {
+            let Some(missing) = self.missing(&mut unanswered).await else {
                 if let Some(pods) = &mut pods {
                     pods.pass().await;
                 }
@@ -74,10 +63,7 @@ impl Probes {
                 tracing::warn!("not ready: {missing}");
                 told = Some(missing);
             }
-            // Ends early when the daemon is told to stop.
-            if timeout(AGAIN, stop.wait_for(|stop| *stop)).await.is_ok() {
-                return;
-            }
+            sleep(AGAIN).await;
         }
     }
 

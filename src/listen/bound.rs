@@ -134,15 +134,17 @@ impl Bound {
     /// Ends listening, and gives those who have connected already: closing alone resets them, and some have sent their
     /// request.
     ///
-    /// Where systemd holds the socket nobody is lost: they wait in its queue for the daemon's next start.
+    /// Where systemd holds the socket, whoever comes from here on waits in its queue for the daemon's next start. Nobody may be
+    /// left there who came before: it would be started for him as soon as it has ended, though it was told to stop, and he
+    /// may be the daemon itself, which had asked whether it is ready.
     pub(super) fn close(self) -> io::Result<Vec<Stream>> {
         let (Self::Unix { listener, .. } | Self::Tcp { listener, .. }) = &self;
         match &self {
-            Self::Unix { file: None, .. } | Self::Tcp { origin: Origin::Inherited, .. } => return Ok(Vec::new()),
             // Whoever comes from here on is refused, so that the queue has an end.
-            Self::Unix { .. } => shutdown(listener.as_raw_fd(), Shutdown::Both)?,
-            // TCP has no way to end the queue alone. Who comes between the last of these and the close is reset.
-            Self::Tcp { .. } => {}
+            Self::Unix { file: Some(_), .. } => shutdown(listener.as_raw_fd(), Shutdown::Both)?,
+            // TCP has no way to end the queue alone. Who comes between the last of these and the close is reset, if no
+            // other process has the listener.
+            Self::Unix { file: None, .. } | Self::Tcp { .. } => {}
         }
         let waiting = std::iter::from_fn(|| self.take(listener.get_ref()).ok());
         Ok(waiting.take(BACKLOG.unsigned_abs() as usize).collect())

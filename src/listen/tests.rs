@@ -1,4 +1,6 @@
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use tokio::sync::mpsc;
 
@@ -39,4 +41,35 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
     assert_eq!(next.0, hostile.0);
     hostile.1.abort();
     honest.1.abort();
+}
+
+/// systemd would start the daemon again for one who is left there.
+#[tokio::test]
+async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.sock");
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let unix = UnixListener::bind(&path).unwrap();
+    tcp.set_nonblocking(true).unwrap();
+    unix.set_nonblocking(true).unwrap();
+    let address = tcp.local_addr().unwrap();
+    let watched = |listener: OwnedFd| sys::watch_listener(Arc::new(listener)).unwrap();
+    let listener = watched(tcp.try_clone().unwrap().into());
+    let bound = Bound::Tcp { listener, address, origin: Origin::Inherited };
+    let _before = TcpStream::connect(address).unwrap();
+    assert_eq!(bound.close().unwrap().len(), 1);
+    assert_eq!(tcp.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    let bound = Bound::Unix {
+        listener: watched(unix.try_clone().unwrap().into()),
+        path: path.clone(),
+        mode: 0o666,
+        file: None,
+    };
+    let _before = UnixStream::connect(&path).unwrap();
+    assert_eq!(bound.close().unwrap().len(), 1);
+    assert_eq!(unix.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    // Who comes later waits for the next start.
+    let _after = (TcpStream::connect(address).unwrap(), UnixStream::connect(&path).unwrap());
+    tcp.accept().unwrap();
+    unix.accept().unwrap();
 }
