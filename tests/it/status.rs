@@ -197,7 +197,7 @@ fn each_column_says_what_is_so() {
     let (row, shown) = await_some("the refused one in the table", PATIENCE, || {
         refused();
         let shown = table();
-        Some((cells(&shown, &id("writer")).filter(|row| row[6] == "failed")?, shown))
+        Some((cells(&shown, &id("writer")).filter(|row| row[6].starts_with("refused "))?, shown))
     });
     assert_eq!(row[1..4], ["none", "example.org=w=writer", "-"], "{shown}");
     assert!(row[5].starts_with("1 (uid 1002, pid "), "{shown}");

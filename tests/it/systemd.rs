@@ -87,8 +87,12 @@ fn what_the_readme_says_installs_it() {
     let (build, block) = block.trim_start().split_once('\n').expect("several");
     assert_eq!(build, "cargo build --release");
     let (program, deploy) = (Path::new(env!("CARGO_BIN_EXE_awsvid")), shipped(""));
-    let files =
-        [("/source/target/release/awsvid", Content::Copy(program)), ("/source/deploy", Content::Mount(&deploy))];
+    let files = [
+        ("/source/target/release/awsvid", Content::Copy(program)),
+        ("/source/deploy", Content::Mount(&deploy)),
+        // The example is about one of them.
+        ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
+    ];
     let Some(machine) = SystemdMachine::boot(directory.path(), &files) else { return };
     let script = format!("sudo() {{ \"$@\"; }}\ncd /source\n{block}");
     let installed = machine.run(&["sh", "-euc", &script]);

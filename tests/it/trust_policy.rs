@@ -5,9 +5,11 @@ mod reading;
 
 use std::collections::HashMap;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::channel;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use base64::Engine;
@@ -19,6 +21,8 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::PROGRAM;
+use crate::harness::forward::Network;
+use crate::harness::tls::TlsFront;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const READER: &str = "spiffe://example.org/w/reader";
@@ -179,6 +183,46 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
         let found = roles.map(|(role, _)| lets_in(role, &issuer, &audience, other));
         assert_eq!(found, expected, "{other}");
     }
+}
+
+/// AWS trusts what this machine trusts, more or less; the issuer's certificate is its own, and so made known or not.
+#[test]
+fn a_thumbprint_is_given_where_the_chain_is_not_trusted_and_only_there() {
+    let folder = folder();
+    let config = folder.path().join("awsvid.toml");
+    let role = "[[role]]\nname = \"app\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n";
+    let text = format!(
+        "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+         [[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n{}",
+        role.replace("{id}", READER)
+    );
+    fs::write(&config, text).unwrap();
+    let url = Arc::new(OnceLock::new());
+    let own = url.clone();
+    let issuer = answering::start(move |first, _| {
+        let url: &String = own.get().expect("its URL");
+        let document = json!({ "issuer": url, "jwks_uri": format!("{url}/keys"), "keys": [] }).to_string();
+        answering::http(
+            if first.contains(" /keys ") || first.contains("openid") { "200 OK" } else { "404 No" },
+            "",
+            &document,
+        )
+    });
+    let behind = issuer.strip_prefix("http://").unwrap().parse().unwrap();
+    let front = TlsFront::start(Network::Own, (Ipv4Addr::LOCALHOST, 0).into(), behind);
+    url.set(front.url()).unwrap();
+    let certificate = folder.path().join("certificate.pem");
+    fs::write(&certificate, front.certificate()).unwrap();
+    let thumbprints = |trusted: Option<&Path>| {
+        let mut command = Command::new(PROGRAM);
+        command.env_clear().args(["trust-policy", "--issuer", &front.url(), "--config"]).arg(&config);
+        command.envs(trusted.map(|path| ("SSL_CERT_FILE", path)));
+        let output = run(command, b"", PATIENCE);
+        assert!(!output.stderr.contains("is not known"), "{output:?}");
+        reading::by_a_shell(&output.success("awsvid trust-policy")).provider["ThumbprintList"].clone()
+    };
+    assert_eq!(thumbprints(Some(&certificate)), Value::Null);
+    assert_eq!(thumbprints(None), json!([front.thumbprint()]));
 }
 
 /// CloudFormation's own schemas of these resources, and its rules for what refers to what.

@@ -70,7 +70,7 @@ pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &Live, report: &
                     role.name,
                     live.svid.spiffe_id()
                 ),
-                "where the agent attests callers, name a running workload: awsvid check --pid PID, or --pod UID",
+                "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID",
             ),
             Err(error) => refused(&error, None, live, report),
         }

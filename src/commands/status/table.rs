@@ -13,7 +13,11 @@ const HEADER: [&str; 7] = ["SPIFFE ID", "ROLE", "SESSION", "EXPIRES", "NEXT TRY"
 pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
     let mut text = String::new();
     let ready = if status["ready"] == true { style.paint(GREEN, "ready") } else { style.paint(RED, "not ready") };
-    let connections = status["connections"].as_u64().map_or(String::new(), |open| format!(", {open} connections open"));
+    let connections = match status["connections"].as_u64() {
+        None => String::new(),
+        Some(1) => ", 1 connection open".to_owned(),
+        Some(open) => format!(", {open} connections open"),
+    };
     // Writing to a string cannot fail.
     let _ = writeln!(text, "awsvid {}, {ready}{connections}", plain(&status["version"]));
     neighbour(&mut text, "identities", &status["source"], now, style);
