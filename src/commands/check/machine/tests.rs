@@ -59,6 +59,7 @@ impl Proc {
     /// Asserts that it is this one fault.
     fn assert_fault(&self, config: &Config, verdict: Verdict, saw: &str, fix: &str) {
         let faults = self.faults(config);
+        faults.iter().for_each(|(_, saw, fix)| assert_documented(STEP, saw, fix));
         let is_right =
             matches!(&faults[..], [(found, at, mend)] if *found == verdict && at.contains(saw) && mend.contains(fix));
         assert!(is_right, "not just {verdict:?} {saw:?} {fix:?}: {faults:?}");
