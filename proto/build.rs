@@ -1,10 +1,37 @@
-//! Generates the gRPC code from the vendored definitions in this folder.
+//! Generates the gRPC code from the vendored definitions in this folder, and records which revision is built.
 //!
 //! protox compiles them in pure Rust, so that a fresh machine needs no `protoc`.
 
+mod revision;
+
+use std::env;
 use std::error::Error;
+use std::path::Path;
 
 fn main() -> Result<(), Box<dyn Error>> {
+    record_revision();
+    generate()
+}
+
+/// For `awsvid --version`. Whoever builds may say it; else it is that of the working copy, for releases only: all of a
+/// developer's builds would be made anew at each commit.
+fn record_revision() {
+    println!("cargo:rerun-if-env-changed=AWSVID_REVISION");
+    let is_release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
+    if env::var_os("AWSVID_REVISION").is_some() || !is_release {
+        return;
+    }
+    let folder = Path::new(".");
+    if let Some(revision) = revision::revision(folder) {
+        println!("cargo:rustc-env=AWSVID_REVISION={revision}");
+        // With a change in them it is another one. They are what all is built anew for in any case.
+        for path in revision::moves(folder).iter().map(String::as_str).chain(revision::SOURCES) {
+            println!("cargo:rerun-if-changed={path}");
+        }
+    }
+}
+
+fn generate() -> Result<(), Box<dyn Error>> {
     let definitions =
         ["spiffe/workload.proto", "spiffe/broker.proto", "spire/types.proto", "spire/delegatedidentity.proto"];
     // Their derived `Debug` would print keys and tokens; src/svid/proto.rs has another.
@@ -12,7 +39,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     for definition in definitions {
         println!("cargo:rerun-if-changed=proto/{definition}");
     }
-    println!("cargo:rerun-if-changed=proto/build.rs");
+    for script in ["build.rs", "revision.rs"] {
+        println!("cargo:rerun-if-changed=proto/{script}");
+    }
     let descriptors = protox::compile(definitions, ["proto"])?;
     let mut code = tonic_prost_build::configure().build_client(true).build_server(true).generate_default_stubs(true);
     for message in secret {

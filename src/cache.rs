@@ -177,7 +177,7 @@ impl Shared {
     fn find(self: &Arc<Self>, grant: &Grant, caller: &Arc<Caller>) -> Result<Found, CacheError> {
         loop {
             let slot = self.slot(grant)?;
-            slot.used(self.start.elapsed());
+            slot.used(self.start.elapsed(), caller.uid);
             let needs_caller = self.setup.load().issuer.needs_caller();
             if needs_caller {
                 slot.latest.store(Some(caller.clone()));

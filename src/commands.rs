@@ -10,6 +10,7 @@ pub mod exec;
 mod live;
 mod server;
 pub mod status;
+mod style;
 pub mod trust_policy;
 mod web;
 

@@ -1,7 +1,8 @@
 //! The `awsvid` command.
 
+use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use awsvid::commands::configuration::Configuration;
@@ -85,10 +86,14 @@ Examples:
     #[command(after_help = "\
 Examples:
   awsvid man | man -l -
-  awsvid man exec > awsvid-exec.1")]
+  awsvid man exec > awsvid-exec.1
+  sudo awsvid man --directory /usr/share/man/man1       all of them, for man(1)")]
     Man {
         /// Which command.
         command: Option<String>,
+        /// Writes every page into this directory, which is made if need be, in place of printing one.
+        #[arg(long, value_name = "DIR", conflicts_with = "command")]
+        directory: Option<PathBuf>,
     },
 }
 
@@ -103,19 +108,19 @@ fn main() -> ExitCode {
         Command::CredentialProcess(process) => process.run(),
         Command::Dev { command } => dev::run(&command),
         Command::Completions { shell } => completions(shell),
-        Command::Man { command } => man(command.as_deref()),
+        Command::Man { directory: Some(directory), .. } => pages(&directory),
+        Command::Man { command, directory: None } => man(command.as_deref()),
     }
 }
 
-/// The facts of this build. The revision is whatever the builder says: read from the working copy here, it would make the same
-/// source build to different programs, and be wrong for one with changes.
+/// The facts of this build. The revision is proto/build.rs's.
 fn long_version() -> String {
     let libc = if cfg!(target_env = "musl") { "musl" } else { "gnu" };
     let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
     format!(
         "{}\nrevision: {}\ntarget:   {}-{}-{libc}\nprofile:  {profile}\nfeatures: workload-api spire-delegated spiffe-broker",
         env!("CARGO_PKG_VERSION"),
-        option_env!("AWSVID_REVISION").unwrap_or("not recorded (set AWSVID_REVISION when building)"),
+        option_env!("AWSVID_REVISION").unwrap_or("not recorded (a debug build, or one without git)"),
         std::env::consts::ARCH,
         std::env::consts::OS,
     )
@@ -129,21 +134,50 @@ fn completions(shell: Shell) -> ExitCode {
 
 /// Of the definitions above, so that it can't say anything else than `--help`.
 fn man(name: Option<&str>) -> ExitCode {
-    let mut command = Arguments::command();
-    // Gives subcommands their whole names, as in awsvid-exec(1).
-    command.build();
+    let mut all = defined();
     let command = match name {
-        None => command,
-        Some(name) => match command.find_subcommand(name) {
+        None => all,
+        Some(name) => match all.find_subcommand(name) {
             Some(found) => found.clone(),
-            None => command.error(ErrorKind::InvalidValue, format!("there is no command {name:?}")).exit(),
+            None => all.error(ErrorKind::InvalidValue, format!("there is no command {name:?}")).exit(),
         },
     };
-    let mut page = Vec::new();
-    match clap_mangen::Man::new(command).source(concat!("awsvid ", env!("CARGO_PKG_VERSION"))).render(&mut page) {
-        Ok(()) => print(&page),
-        Err(_) => ExitCode::FAILURE,
+    page(command).map_or(ExitCode::FAILURE, |page| print(&page))
+}
+
+/// All manual pages, in files that are called as man(1) looks for them.
+#[expect(clippy::print_stderr, reason = "a command that a person runs")]
+fn pages(directory: &Path) -> ExitCode {
+    let all = defined();
+    let commands = all.get_subcommands().filter(|command| command.get_name() != "help").cloned();
+    let mut commands: Vec<clap::Command> = commands.collect();
+    commands.push(all);
+    let written = fs::create_dir_all(directory).and_then(|()| {
+        commands.into_iter().try_for_each(|command| {
+            let name = command.get_display_name().unwrap_or("awsvid").to_owned();
+            fs::write(directory.join(name + ".1"), page(command)?)
+        })
+    });
+    match written {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("awsvid man: {}: {error}", directory.display());
+            ExitCode::FAILURE
+        }
     }
+}
+
+/// With the whole names of subcommands, as in awsvid-exec(1).
+fn defined() -> clap::Command {
+    let mut command = Arguments::command();
+    command.build();
+    command
+}
+
+fn page(command: clap::Command) -> io::Result<Vec<u8>> {
+    let mut page = Vec::new();
+    clap_mangen::Man::new(command).source(concat!("awsvid ", env!("CARGO_PKG_VERSION"))).render(&mut page)?;
+    Ok(page)
 }
 
 /// Whoever has stopped reading has had enough.

@@ -1,6 +1,6 @@
 //! One place in the cache: what is handed out of it, and what is known about it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -16,6 +16,9 @@ use crate::clock::Clock;
 use crate::metrics::EntryState;
 use crate::role::Grant;
 
+/// `(uid_t) -1`.
+const NO_UID: u32 = u32::MAX;
+
 /// The place of one grant.
 pub(super) struct Slot {
     pub(super) grant: Grant,
@@ -23,6 +26,8 @@ pub(super) struct Slot {
     /// The caller that asked last, where the source needs one and it is not known to be gone.
     pub(super) latest: ArcSwapOption<Caller>,
     last_used: AtomicU64,
+    /// The user of whoever asked last, for `/status`: also where the caller itself is not kept. Nobody has [`NO_UID`].
+    last_uid: AtomicU32,
     state: Mutex<State>,
 }
 
@@ -45,6 +50,7 @@ impl Slot {
             current: ArcSwapOption::empty(),
             latest: ArcSwapOption::empty(),
             last_used: AtomicU64::new(0),
+            last_uid: AtomicU32::new(NO_UID),
             state: Mutex::default(),
         })
     }
@@ -55,8 +61,9 @@ impl Slot {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a request, at this time since the cache's start.
-    pub(super) fn used(&self, at: Duration) {
+    /// Notes a request of this user, at this time since the cache's start.
+    pub(super) fn used(&self, at: Duration, uid: u32) {
+        self.last_uid.store(uid, Ordering::Relaxed);
         self.last_used.store(at.as_millis().try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
@@ -107,7 +114,7 @@ impl Slot {
             last_error_at: trouble.map(|trouble| date(trouble.time)),
             refused_since: trouble.and_then(|trouble| trouble.refused_since).map(|(_, time)| date(time)),
             callers: waiting.max(usize::from(latest.is_some())),
-            latest_uid: latest.as_ref().map(|caller| caller.uid),
+            latest_uid: Some(self.last_uid.load(Ordering::Relaxed)).filter(|uid| *uid != NO_UID),
             latest_pid: latest.as_ref().and_then(|caller| caller.process.as_ref()).map(|process| process.pid),
         }
     }
@@ -141,8 +148,8 @@ pub struct Entry {
     /// How many callers it could be renewed with: those that wait, or the last one that asked. None with a source that
     /// does not look at callers.
     pub callers: usize,
-    /// The last one's user.
+    /// The user of whoever asked last, whatever the source.
     pub latest_uid: Option<u32>,
-    /// The last one's process, if that was looked at.
+    /// The process of the last of the callers, if that was looked at.
     pub latest_pid: Option<u32>,
 }

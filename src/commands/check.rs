@@ -9,7 +9,7 @@ mod report;
 mod workload;
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -105,12 +105,12 @@ async fn walk(options: &Options, report: &mut Report) {
         Ok(resolve) => resolve,
         Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
     };
-    machine::check(&config, report);
+    machine::check(&config, Path::new("/proc"), report);
     let (network, sts) = match sts(&config) {
         Ok(both) => both,
         Err(error) => return report.failed("sts", error, "correct [sts], or the environment variable"),
     };
-    let web = Web { resolve: &resolve, network: Some(&network), deadline: DEADLINE };
+    let web = Web { resolve, network: Some(network), deadline: DEADLINE };
     let Some(asked) = agent::connect(&config, options.whom(), report).await else {
         return report
             .unchecked("identity", "without the agent there are no tokens, and nothing after them to look at");
@@ -146,7 +146,11 @@ fn configuration(options: &Options, report: &mut Report) -> Option<Config> {
             Some(loaded.config)
         }
         Err(errors) => {
-            report.failed(STEP, errors.to_string(), format!("correct {}", options.config.display()));
+            report.failed(
+                STEP,
+                errors.to_string(),
+                format!("correct {0}; awsvid config --check {0} says the same", options.config.display()),
+            );
             None
         }
     }
@@ -163,3 +167,8 @@ fn sts(config: &Config) -> Result<(Network, Sts), String> {
     };
     Ok((network, Sts::new(settings, Clock::system()).map_err(|error| error.to_string())?))
 }
+
+#[cfg(test)]
+mod documented;
+#[cfg(test)]
+mod tests;

@@ -12,6 +12,7 @@ use clap::Args;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
+use super::style::Style;
 use super::{ConfigFile, client, server};
 
 /// For one answer.
@@ -46,7 +47,7 @@ impl Status {
     #[expect(clippy::print_stderr, reason = "where a person looks for what went wrong")]
     pub fn run(&self) -> ExitCode {
         let terminal = io::stdout().is_terminal();
-        let style = table::Style::new(terminal, |name| std::env::var(name).ok());
+        let style = Style::new(terminal, |name| std::env::var(name).ok());
         let json = self.json || !terminal;
         loop {
             let shown = self.ask().and_then(|status| self.show(&status, json, style));
@@ -83,7 +84,7 @@ impl Status {
         status.ok_or_else(|| not_awsvids(&socket, answer.status))
     }
 
-    fn show(&self, status: &Value, json: bool, style: table::Style) -> Result<Shown, String> {
+    fn show(&self, status: &Value, json: bool, style: Style) -> Result<Shown, String> {
         let text = match (json, self.watch) {
             (true, None) => serde_json::to_string_pretty(status).map_err(|error| error.to_string())? + "\n",
             (true, Some(_)) => format!("{status}\n"),

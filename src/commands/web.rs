@@ -68,14 +68,15 @@ impl std::str::FromStr for Resolve {
 }
 
 /// How to get somewhere.
-pub(super) struct Web<'a> {
-    pub(super) resolve: &'a [Resolve],
+#[derive(Clone)]
+pub(super) struct Web {
+    pub(super) resolve: Vec<Resolve>,
     /// With its proxies; `None`: always directly.
-    pub(super) network: Option<&'a Network>,
+    pub(super) network: Option<Network>,
     pub(super) deadline: Duration,
 }
 
-impl Web<'_> {
+impl Web {
     /// The answer, whatever its status; else why there is none, in words for an operator.
     pub(super) async fn get(&self, url: &str) -> Result<Answer, String> {
         self.get_with(url, None).await
@@ -101,7 +102,8 @@ impl Web<'_> {
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
         let port = authority.port_u16().unwrap_or(if secure { 443 } else { 80 });
         // Who names an address wants to see what is there.
-        let hop = self.network.filter(|_| self.forced(&host, port).is_none()).and_then(|network| network.hop(&uri));
+        let hop =
+            self.network.as_ref().filter(|_| self.forced(&host, port).is_none()).and_then(|network| network.hop(&uri));
         let mut request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()));
         let stream = match &hop {
             Some(hop) if secure => self.tunnel(hop, &host, port).await?,

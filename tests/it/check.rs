@@ -1,9 +1,13 @@
 //! `awsvid check` as an operator runs it: on a path where all is well, and on each that is wrong in one place, with the real
 //! counterpart set up wrong wherever one can be had.
 
+#[path = "../../src/commands/check/documented.rs"]
+mod documented;
+mod ends;
 mod tokens;
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -23,6 +27,8 @@ use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::PROGRAM;
+use crate::harness::forward::Network;
+use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
 use crate::harness::world::{Setting, Source, World, id};
 
@@ -47,7 +53,13 @@ fn check_with(words: &[&str], folder: &Path, configuration: &str, arguments: &[&
     let mut command = behind(words, Path::new(PROGRAM));
     command.env_clear().env("PATH", "/usr/bin:/bin").args(["check", "--json", "--config"]).arg(path).args(arguments);
     let output = run(command, b"", PATIENCE);
-    let report = serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    let report: Value = serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    for finding in report["findings"].as_array().unwrap() {
+        let text = |name: &str| finding[name].as_str().unwrap_or_default();
+        if finding["fix"].is_string() {
+            documented::assert_documented(text("step"), text("saw"), text("fix"));
+        }
+    }
     // Whatever went wrong, no token is shown.
     assert!(!output.stdout.contains("eyJ") && !output.stderr.contains("eyJ"), "{output:?}");
     (output, report)
@@ -85,16 +97,31 @@ fn all_is_well_beside_the_running_daemon() {
     let (output, report) = check(folder.path(), &text);
     assert_eq!((output.status.code(), &report["result"]), (Some(0), &json!("pass")), "{report:#}");
     let said = report.to_string();
-    for words in
-        ["byte by byte", "signature is right", "assumed by spiffe://example.org/w/reader", "clock and STS's agree"]
-    {
+    for words in [
+        "byte by byte",
+        "20 requests at once are answered",
+        "signature is right",
+        "assumed by spiffe://example.org/w/reader",
+        "clock and STS's agree",
+    ] {
         assert!(said.contains(words), "{words}: {report:#}");
     }
     // For people the same, line by line.
     let mut command = Command::new(PROGRAM);
     command.args(["check", "--config"]).arg(folder.path().join("check.toml"));
     let output = run(command, b"", PATIENCE);
-    assert!(output.stderr.contains("  ...  STS, for role \"shop\""), "what is waited for is said: {output:?}");
+    let issuer = world.spire.issuer_url();
+    for waited in [
+        format!("STS's clock, at {}", world.minio.endpoint()),
+        "a token for the role \"shop\"".to_owned(),
+        format!("{issuer}/.well-known/openid-configuration"),
+        format!("{issuer}/keys"),
+        format!("{issuer}/keys, 20 times at once"),
+        "STS, for role \"shop\"".to_owned(),
+    ] {
+        let line = format!("  ...  {waited}");
+        assert!(output.stderr.lines().any(|said| said == line), "{line}: {output:?}");
+    }
     let text = output.success("awsvid check");
     assert!(text.contains("  ok   sts") && text.ends_with("pass\n"), "{text}");
     // The daemon goes on.
@@ -152,6 +179,39 @@ fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
     let Some(spire) = spire(folder.path(), setting) else { return };
     let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
     assert_failed(&found, "keys", "http://127.0.0.1:1/keys: no connection", "publish it");
+}
+
+/// It can't say which keys there are, since it does not reach the server.
+#[test]
+fn a_discovery_provider_without_its_server() {
+    let folder = folder();
+    let setting = SpireSetting { oidc_server: Some("/nonexistent/server.sock"), ..SpireSetting::default() };
+    let Some(spire) = spire(folder.path(), setting) else { return };
+    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    assert_failed(&found, "keys", "has not got the keys yet", "server_api");
+}
+
+/// As AWS may see it too: with a certificate that no machine has heard of.
+#[test]
+fn a_discovery_provider_with_a_private_certificate() {
+    let folder = folder();
+    let Some(spire) = spire(folder.path(), SpireSetting::default()) else { return };
+    let issuer = spire.issuer_url().strip_prefix("http://").unwrap().parse().unwrap();
+    let front = TlsFront::start(Network::Own, (Ipv4Addr::LOCALHOST, 0).into(), issuer);
+    let text = configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop");
+    let (output, report) = check_with(&[], folder.path(), &text, &["--url", &front.url()]);
+    let found = report["findings"].as_array().unwrap().iter().find(|finding| {
+        finding["step"] == "discovery" && finding["saw"].as_str().unwrap().contains("does not trust its TLS chain")
+    });
+    let thumbprint = front.thumbprint();
+    assert!(
+        found.is_some_and(|finding| finding["fix"].as_str().unwrap().contains(&thumbprint)),
+        "{thumbprint}: {report:#}"
+    );
+    // What lies behind it is looked at all the same: here that a proxy which ends TLS has to say so.
+    assert!(report.to_string().contains("/.well-known/openid-configuration answers in"), "{report:#}");
+    let found = (output, report);
+    assert_failed(&found, "keys", "no HTTP", "STS fetches this over the internet");
 }
 
 #[test]

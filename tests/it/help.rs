@@ -1,9 +1,15 @@
 //! What `awsvid` says about itself: help, version, completions, manual pages.
 
+#[path = "../../proto/revision.rs"]
+mod revision;
+
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use crate::harness::counterparts::process::{Output, run};
+use crate::harness::counterparts::{folder, skip};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::terminal::on_a_terminal;
 
@@ -80,16 +86,142 @@ fn the_version_has_the_builds_facts() {
     }
 }
 
+/// What is typed, and the last word of it as a shell completes it.
+const TYPED: [(&str, &str); 3] = [
+    ("awsvid cred", "credential-process"),
+    ("awsvid credential-process --sa", "--same-user"),
+    ("awsvid trust-policy --format terr", "terraform"),
+];
+
+/// Whether the shell is here: `tests/counterparts/get shells`.
+fn has(name: &str) -> bool {
+    let there = Path::new("/usr/bin").join(name).exists();
+    if !there {
+        skip(&format!("{name} is missing: run tests/counterparts/get shells"));
+    }
+    there
+}
+
 #[test]
-fn completions_are_scripts_of_their_shells() {
+fn bash_completes() {
     let script = awsvid(&["completions", "bash"]).success("completions bash");
-    let asked = format!(
-        "{script}\nCOMP_WORDS=(awsvid credential-process --sa); COMP_CWORD=2\n\
-         _awsvid awsvid --sa credential-process; echo \"${{COMPREPLY[@]}}\"\n"
-    );
-    assert_eq!(shell("bash", &["-s"], &asked).success("bash").trim(), "--same-user");
-    for shell in ["zsh", "fish"] {
-        assert!(awsvid(&["completions", shell]).success(shell).contains("credential-process"), "{shell}");
+    for (typed, completed) in TYPED {
+        let words: Vec<&str> = typed.split(' ').collect();
+        let [.., before, last] = words[..] else { panic!("{typed}") };
+        let place = words.len() - 1;
+        let asked = format!(
+            "{script}\nCOMP_WORDS=({typed}); COMP_CWORD={place}\n\
+             _awsvid awsvid {last} {before}; echo \"${{COMPREPLY[@]}}\"\n"
+        );
+        assert_eq!(shell("bash", &["-s"], &asked).success("bash").trim(), completed);
     }
     assert_eq!(awsvid(&["completions", "cmd"]).status.code(), Some(2));
+}
+
+/// At its own prompt, which it only has on a terminal: the tab completes the word, and the line is then run.
+#[test]
+fn zsh_completes() {
+    if !has("zsh") {
+        return;
+    }
+    let folder = folder();
+    let script = awsvid(&["completions", "zsh"]).success("completions zsh");
+    fs::write(folder.path().join("_awsvid"), script).unwrap();
+    let begin = "zmodload zsh/zpty\nzpty line zsh -f -i\n\
+        zpty -w line 'PS1=; fpath=($DIR $fpath); autoload -Uz compinit; compinit -u -D; awsvid() { print \"last\": $@[-1]; }; print re\"ady\"'\n\
+        zpty -r line shown $'*ready*'\n";
+    for (typed, completed) in TYPED {
+        let asked =
+            format!("{begin}zpty -n -w line $'{typed}\\t\\n'\nzpty -r line shown $'*last: *\\n'\nprint -r -- $shown\n");
+        let mut command = Command::new("/usr/bin/zsh");
+        command
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .env("TERM", "xterm")
+            .env("DIR", folder.path())
+            .args(["-f", "-s"]);
+        let shown = run(command, asked.as_bytes(), Duration::from_secs(60)).success("zsh");
+        let found = shown.lines().find_map(|line| line.split_once("last: "));
+        assert_eq!(found.map(|(_, word)| word.trim()), Some(completed), "{typed}: {shown:?}");
+    }
+}
+
+#[test]
+fn fish_completes() {
+    if !has("fish") {
+        return;
+    }
+    let folder = folder();
+    let script = awsvid(&["completions", "fish"]).success("completions fish");
+    let completions = folder.path().join(".config/fish/completions");
+    fs::create_dir_all(&completions).unwrap();
+    fs::write(completions.join("awsvid.fish"), script).unwrap();
+    for (typed, completed) in TYPED {
+        let mut command = Command::new("/usr/bin/fish");
+        // It has no use for completions of what is not there.
+        let path = format!("/usr/bin:/bin:{}", Path::new(PROGRAM).parent().unwrap().display());
+        command.env_clear().env("PATH", path).env("HOME", folder.path());
+        command.args(["-c", &format!("complete --do-complete '{typed}'")]);
+        let offered = run(command, b"", Duration::from_secs(60)).success("fish");
+        let words: Vec<&str> = offered.lines().filter_map(|line| line.split('\t').next()).collect();
+        assert_eq!(words, [completed], "{typed}: {offered:?}");
+    }
+}
+
+#[test]
+fn all_manual_pages_go_where_man_looks() {
+    let folder = folder();
+    let directory = folder.path().join("man/man1");
+    let written = awsvid(&["man", "--directory", directory.to_str().unwrap()]);
+    assert_eq!(written.success("man --directory"), "");
+    let files = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut files: Vec<String> = files.collect();
+    files.sort();
+    let mut expected: Vec<String> = COMMANDS.iter().map(|command| format!("awsvid-{command}.1")).collect();
+    expected.push("awsvid.1".to_owned());
+    expected.sort();
+    assert_eq!(files, expected);
+    for command in COMMANDS {
+        let page = fs::read_to_string(directory.join(format!("awsvid-{command}.1"))).unwrap();
+        assert_eq!(page, awsvid(&["man", command]).success("man"), "{command}");
+    }
+    let refused = awsvid(&["man", "--directory", "/dev/null/man1"]);
+    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""));
+    assert!(refused.stderr.contains("/dev/null/man1: "), "{refused:?}");
+}
+
+/// What proto/build.rs records.
+#[test]
+fn the_revision_is_that_of_the_working_copy() {
+    let folder = folder();
+    let git = |arguments: &[&str]| {
+        let mut command = Command::new("git");
+        command.current_dir(folder.path()).env("HOME", folder.path());
+        command.args(["-c", "user.name=a", "-c", "user.email=a@example.org"]).args(arguments);
+        run(command, b"", Duration::from_secs(60)).success("git")
+    };
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    fs::create_dir(folder.path().join("src")).unwrap();
+    write("src/main.rs", "one");
+    write("README.md", "one");
+    assert_eq!(revision::revision(folder.path()), None, "a tarball has none");
+    git(&["init", "--quiet"]);
+    assert_eq!(revision::revision(folder.path()), None, "nothing is committed");
+    git(&["add", "."]);
+    git(&["commit", "--quiet", "--message", "one"]);
+    let first = revision::revision(folder.path()).unwrap();
+    assert!(first.len() == 12 && git(&["rev-parse", "HEAD"]).starts_with(&first), "{first}");
+    write("README.md", "two");
+    assert_eq!(revision::revision(folder.path()), Some(first.clone()), "that is in no program");
+    write("src/main.rs", "two");
+    assert_eq!(revision::revision(folder.path()), Some(format!("{first}+changes")));
+    assert_eq!(revision::revision(&folder.path().join("src")), None, "of another project's repository");
+
+    // What cargo watches changes with each commit.
+    let moves =
+        || revision::moves(folder.path()).iter().map(|path| fs::read(folder.path().join(path)).unwrap()).collect();
+    let before: Vec<Vec<u8>> = moves();
+    git(&["commit", "--quiet", "--all", "--message", "two"]);
+    assert_ne!(before, moves());
+    assert_ne!(revision::revision(folder.path()), Some(first));
 }

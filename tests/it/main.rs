@@ -24,6 +24,7 @@ mod pod_callers;
 mod pods;
 mod recognition;
 mod reload;
+mod secrets;
 mod soak;
 mod status;
 mod systemd;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::getuid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::cgroup::own_rule;
 use crate::harness::client::ask;
@@ -15,6 +15,7 @@ use crate::harness::counterparts::process::{Output, Process, await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::terminal::{on_a_terminal, on_a_terminal_until};
 use crate::harness::upstream::Upstream;
+use crate::harness::world::{Setting, Source, World, id};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const ME: &str = "spiffe://example.org/user/me";
@@ -57,6 +58,8 @@ fn elsewhere_than_on_a_terminal_it_is_json() {
     let entry = &found["credentials"][0];
     assert_eq!((&entry["spiffe_id"], &entry["session_name"]), (&Value::from(ME), &Value::from("example.org=user=me")));
     assert!(entry["expiration"].is_string() && entry["next_try"].is_string() && entry["last_error"].is_null());
+    // By rules nobody is kept for a refresh, but it is known who asked.
+    assert_eq!((&entry["callers"], &entry["latest_uid"]), (&Value::from(0), &Value::from(getuid().as_raw())));
     assert_eq!(found["source"]["state"], "ok", "{found}");
     assert_eq!(found["sts"][0]["state"], "ok", "{found}");
     assert!(found["sts"][0]["last_success_at"].is_string(), "{found}");
@@ -124,4 +127,102 @@ fn on_a_terminal_it_is_a_table() {
         let rest = screens.concat();
         assert_eq!(rest.contains('\x1b'), variables[0].0 == "TERM", "{shown:?}");
     }
+}
+
+/// One line of a table for each row, by the header's columns.
+fn cells(shown: &str, spiffe_id: &str) -> Option<Vec<String>> {
+    const COLUMNS: [&str; 7] = ["SPIFFE ID", "ROLE", "SESSION", "EXPIRES", "NEXT TRY", "CALLERS", "STATE"];
+    let header = shown.lines().find(|line| line.starts_with(COLUMNS[0]))?.trim_end();
+    let starts = COLUMNS.map(|column| header.find(column).unwrap_or_else(|| panic!("{column} in {header}")));
+    let row = shown.lines().find(|line| line.starts_with(&format!("{spiffe_id} ")))?;
+    let ends = starts.iter().skip(1).copied().chain([row.len()]);
+    Some(starts.iter().zip(ends).map(|(start, end)| row[*start..end].trim().to_owned()).collect())
+}
+
+/// All that an operator looks for, of a daemon whose callers SPIRE attests: what is well, and what has failed.
+#[test]
+fn each_column_says_what_is_so() {
+    let folder = folder();
+    let none =
+        format!("[[role]]\nname = \"none\"\nspiffe_id = \"{}\"\nrole_arn = \"arn:minio:iam:::role/none\"\n", id("*"));
+    let setting = Setting { source: Source::Delegated, role: &none, ..Setting::default() };
+    let users = [(1001, "reader"), (1002, "writer"), (1003, "late")];
+    let Some(mut world) = World::start(folder.path(), &users, &setting) else { return };
+    let json = || -> Value { serde_json::from_str(&status(folder.path(), &[]).success("awsvid status")).unwrap() };
+    let entry = |found: &Value, name: &str| {
+        found["credentials"].as_array().unwrap().iter().find(|entry| entry["spiffe_id"] == id(name)).cloned()
+    };
+    let table = || {
+        let mut plain = command(folder.path(), &[]);
+        plain.env("NO_COLOR", "1");
+        on_a_terminal(plain)
+    };
+
+    let given: Value = serde_json::from_str(&world.curl(1001).1).unwrap();
+    let pid = world.daemon.audit().into_iter().rfind(|record| record["uid"] == 1001).unwrap()["pid"].clone();
+    let found = json();
+    let reader = entry(&found, "reader").unwrap();
+    let next = reader["next_try"].as_str().unwrap();
+    assert!(next < given["Expiration"].as_str().unwrap(), "{reader}");
+    let expected = json!({
+        "spiffe_id": id("reader"), "role": "shop", "role_arn": world.minio.role_arn(),
+        "session_name": "example.org=w=reader", "access_key_id": given["AccessKeyId"], "expiration": given["Expiration"],
+        "next_try": next, "last_error": null, "last_error_reason": null, "last_error_at": null, "refused_since": null,
+        "callers": 1, "latest_uid": 1001, "latest_pid": pid,
+    });
+    assert_eq!(reader, expected);
+    let (source, sts) = (&found["source"], &found["sts"][0]);
+    assert_eq!((&source["state"], &sts["state"]), (&json!("ok"), &json!("ok")), "{found}");
+    assert!(source["name"].as_str().unwrap().ends_with("/admin/api.sock"), "{found}");
+    assert_eq!(sts["name"], world.minio.endpoint());
+    let shown = table();
+    let row = cells(&shown, &id("reader")).unwrap_or_else(|| panic!("{shown}"));
+    assert_eq!(row[..3], [&id("reader"), "shop", "example.org=w=reader"], "{shown}");
+    assert!(row[3].starts_with("in 59m ") && row[4].starts_with("in ") && row[4] < row[3], "{shown}");
+    assert_eq!(row[5..], [&format!("1 (uid 1001, pid {pid})"), "ok"], "{shown}");
+
+    // What is refused is remembered for seconds, so it may have to be asked for again.
+    let refused = || {
+        let refused = world.curl_by(Path::new("/usr/bin/curl"), 1002, "unix", "/none").1;
+        serde_json::from_str::<Value>(&refused).unwrap()
+    };
+    let (writer, why) = await_some("the refused one", PATIENCE, || {
+        let why = refused();
+        Some((entry(&json(), "writer").filter(|entry| !entry["last_error"].is_null())?, why))
+    });
+    assert_eq!((&writer["role"], &writer["role_arn"]), (&json!("none"), &json!("arn:minio:iam:::role/none")));
+    assert!(writer["access_key_id"].is_null() && writer["expiration"].is_null(), "{writer}");
+    assert_eq!(writer["last_error_reason"], why["code"], "{writer} {why}");
+    assert!(why["message"].as_str().unwrap().contains(writer["last_error"].as_str().unwrap()), "{writer} {why}");
+    let (row, shown) = await_some("the refused one in the table", PATIENCE, || {
+        refused();
+        let shown = table();
+        Some((cells(&shown, &id("writer")).filter(|row| row[6].starts_with("refused "))?, shown))
+    });
+    assert_eq!(row[1..4], ["none", "example.org=w=writer", "-"], "{shown}");
+    assert!(row[5].starts_with("1 (uid 1002, pid "), "{shown}");
+    assert!(shown.contains(&format!("({})", why["code"].as_str().unwrap())), "{shown}");
+
+    // STS, and then the agent, go away.
+    world.minio.stop();
+    let ask = |uid| drop(world.curl(uid));
+    let failing = await_some("STS fails", PATIENCE, || {
+        ask(1003);
+        Some(json()["sts"][0].clone()).filter(|sts| sts["state"] == "failing")
+    });
+    assert_eq!(failing["last_error_reason"], "sts_unreachable", "{failing}");
+    assert!(failing["last_success_at"].is_string() && failing["last_error_at"].is_string(), "{failing}");
+    world.spire.stop_agent();
+    let failing = await_some("the source fails", PATIENCE, || {
+        drop(world.curl(1004));
+        Some(json()["source"].clone()).filter(|source| source["state"] == "failing")
+    });
+    assert_eq!(failing["last_error_reason"], "source_unavailable", "{failing}");
+    let shown = table();
+    for neighbour in ["identities from ", "STS from "] {
+        let line = shown.lines().find(|line| line.starts_with(neighbour)).unwrap_or_else(|| panic!("{shown}"));
+        assert!(line.contains(": failing, last success ") && line.trim_end().ends_with(" ago"), "{shown}");
+    }
+    // What is cached is served on.
+    assert_eq!(cells(&shown, &id("reader")).unwrap()[6], "ok", "{shown}");
 }

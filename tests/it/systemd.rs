@@ -18,6 +18,13 @@ use crate::harness::systemd::{Content, SystemdMachine};
 const PATIENCE: Duration = Duration::from_secs(60);
 const CONFIGURATION: &str = "/etc/awsvid/awsvid.toml";
 const PROGRAM: &str = "/usr/bin/awsvid";
+/// Where the files of `deploy` go.
+const INSTALLED: [(&str, &str); 4] = [
+    ("/etc/systemd/system/awsvid.service", "systemd/awsvid.service"),
+    ("/etc/systemd/system/awsvid.socket", "systemd/awsvid.socket"),
+    ("/etc/tmpfiles.d/awsvid.conf", "systemd/awsvid.tmpfiles.conf"),
+    (CONFIGURATION, "awsvid.toml"),
+];
 const BILLING: &str = "spiffe://example.org/billing";
 /// Two users without any privilege.
 const USERS: &str = "u billing 1001\nu shop 1002\n";
@@ -34,16 +41,12 @@ fn shipped(name: &str) -> PathBuf {
 
 /// A machine with awsvid installed as the README says, from the shipped files; nothing of it is started yet.
 fn install(directory: &Path, more: &[(&str, Content<'_>)]) -> Option<SystemdMachine> {
-    let [service, socket, tmpfiles, example] =
-        ["systemd/awsvid.service", "systemd/awsvid.socket", "systemd/awsvid.tmpfiles.conf", "awsvid.toml"].map(shipped);
+    let sources = INSTALLED.map(|(_, source)| shipped(source));
     let mut files = vec![
         (PROGRAM, Content::Copy(Path::new(env!("CARGO_BIN_EXE_awsvid")))),
-        ("/etc/systemd/system/awsvid.service", Content::Copy(&service)),
-        ("/etc/systemd/system/awsvid.socket", Content::Copy(&socket)),
-        ("/etc/tmpfiles.d/awsvid.conf", Content::Copy(&tmpfiles)),
-        (CONFIGURATION, Content::Copy(&example)),
         ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
     ];
+    files.extend(INSTALLED.iter().zip(&sources).map(|((path, _), source)| (*path, Content::Copy(source))));
     files.extend(more.iter().map(|(path, content)| (*path, *content)));
     SystemdMachine::boot(directory, &files)
 }
@@ -73,6 +76,37 @@ fn assert_answered(machine: &SystemdMachine, address: &[&str]) {
 
 fn restarts(machine: &SystemdMachine) -> u32 {
     machine.property("awsvid.service", "NRestarts").parse().expect("a number")
+}
+
+/// Step 1 of the README, word by word but for the build: it comes to what `install` above has, which all other tests start.
+#[test]
+fn what_the_readme_says_installs_it() {
+    let directory = folder();
+    let (_, rest) = include_str!("../../README.md").split_once("**Build and install.**").expect("step 1");
+    let block = rest.split("```").nth(1).and_then(|block| block.strip_prefix("sh\n")).expect("its commands");
+    let (build, block) = block.trim_start().split_once('\n').expect("several");
+    assert_eq!(build, "cargo build --release");
+    let (program, deploy) = (Path::new(env!("CARGO_BIN_EXE_awsvid")), shipped(""));
+    let files = [
+        ("/source/target/release/awsvid", Content::Copy(program)),
+        ("/source/deploy", Content::Mount(&deploy)),
+        // The example is about one of them.
+        ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
+    ];
+    let Some(machine) = SystemdMachine::boot(directory.path(), &files) else { return };
+    let script = format!("sudo() {{ \"$@\"; }}\ncd /source\n{block}");
+    let installed = machine.run(&["sh", "-euc", &script]);
+    assert!(installed.status.success() && installed.stderr.is_empty(), "{installed:?}");
+    for (path, source) in INSTALLED {
+        assert!(fs::read(machine.path(path)).unwrap() == fs::read(shipped(source)).unwrap(), "{path}");
+    }
+    start(&machine);
+    assert_answered(&machine, UNIX);
+    let page = fs::read_to_string(machine.path("/usr/share/man/man1/awsvid-check.1")).unwrap();
+    assert!(page.contains(".TH awsvid-check 1"), "{page}");
+    let completed = "source /usr/share/bash-completion/completions/awsvid; complete -p awsvid";
+    let completed = machine.run(&["bash", "-euc", completed]).success("the completions");
+    assert!(completed.contains("_awsvid"), "{completed}");
 }
 
 #[test]

@@ -1,12 +1,19 @@
 //! `awsvid trust-policy` beside the real SPIRE: its issuer is that of the live token, and the AWS CLI takes its commands.
 
+#[path = "../../src/commands/trust_policy/tests/reading.rs"]
+mod reading;
+
 use std::collections::HashMap;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::channel;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Value, json};
 
 use crate::harness::answering;
@@ -14,9 +21,12 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::PROGRAM;
+use crate::harness::forward::Network;
+use crate::harness::tls::TlsFront;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const READER: &str = "spiffe://example.org/w/reader";
+const FORMATS: [&str; 3] = ["aws-cli", "terraform", "cloudformation"];
 
 fn trust_policy(config: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
@@ -95,6 +105,124 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
         other.stderr.contains("STS will refuse them") && other.stdout.contains("oidc.example.org:sub"),
         "{other:?}"
     );
+}
+
+/// The live token of a workload, by what STS would look at in it; and those that differ from it by a little.
+#[test]
+fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
+    let folder = folder();
+    if !root() {
+        return;
+    }
+    let Some(spire) = Spire::start(folder.path()) else { return };
+    spire.register(READER, &["unix:uid:0"]);
+    let config = folder.path().join("awsvid.toml");
+    let roles = [("exact", READER), ("segment", "spiffe://example.org/w/*"), ("rest", "spiffe://example.org/w/**")];
+    let text = roles.map(|(name, id)| {
+        format!(
+            "[[role]]\nname = \"{name}\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/{name}\"\n"
+        )
+    });
+    let head = format!(
+        "[identity]\nsocket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n",
+        spire.agent_socket().display()
+    );
+    fs::write(&config, head + &text.concat()).unwrap();
+    let outputs = FORMATS.map(|format| trust_policy(&config, &["--format", format]).success(format));
+
+    let token = spire.fetch_jwt("sts.amazonaws.com");
+    let claims = URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap();
+    let claims: Value = serde_json::from_slice(&claims).unwrap();
+    let text = |claim: &Value| claim.as_str().unwrap().to_owned();
+    let (issuer, audience, subject) = (text(&claims["iss"]), text(&claims["aud"][0]), text(&claims["sub"]));
+    assert_eq!(subject, READER);
+
+    let provider = format!("arn:aws:iam::123456789012:oidc-provider/{}", issuer.split_once("://").unwrap().1);
+    let read = reading::same(outputs.each_ref().map(String::as_str), &provider);
+    // By which STS finds the provider, and what that lets in by itself.
+    assert_eq!(read.provider, json!({ "Url": issuer, "ClientIDList": [audience], "ThumbprintList": null }));
+    let lets_in = |role: &str, issuer: &str, audience: &str, subject: &str| {
+        reading::allows(&read.roles[role].2, &reading::Token { issuer, audience, subject }, &provider)
+    };
+    for (role, _) in roles {
+        assert!(lets_in(role, &issuer, &audience, &subject), "{role}");
+        for other in ["sts.amazonaws.com.cn", "sts.amazonaws.co", "STS.amazonaws.com", "*", ""] {
+            assert!(!lets_in(role, &issuer, other, &subject), "{role}: audience {other}");
+        }
+        for other in [format!("{issuer}/"), format!("{issuer}0"), issuer.replace("127", "128"), "https://a".to_owned()]
+        {
+            assert!(!lets_in(role, &other, &audience, &subject), "{role}: issuer {other}");
+        }
+        for other in [
+            "spiffe://example.org/w",
+            "spiffe://example.org/w/",
+            "spiffe://example.org/reader",
+            "spiffe://example.org/v/reader",
+            "spiffe://example.org/wx/reader",
+            "spiffe://example.org/x/w/reader",
+            "spiffe://example.com/w/reader",
+            "spiffe://example.orgx/w/reader",
+            "xspiffe://example.org/w/reader",
+            "/w/reader",
+            "",
+        ] {
+            // IAM's `*` is also nothing at all, which no SPIFFE ID has between two slashes or after the last.
+            let is_no_id = other.ends_with("w/") && role != "exact";
+            assert!(is_no_id || !lets_in(role, &issuer, &audience, other), "{role}: subject {other}");
+        }
+    }
+    // Which of the roles are for an identity that begins as the token's does.
+    let table = [
+        ("spiffe://example.org/w/reade", [false, true, true]),
+        ("spiffe://example.org/w/readers", [false, true, true]),
+        ("spiffe://example.org/w/Reader", [false, true, true]),
+        ("spiffe://example.org/w/reader/x", [false, false, true]),
+        ("spiffe://example.org/w/reader/x/y", [false, false, true]),
+    ];
+    for (other, expected) in table {
+        let found = roles.map(|(role, _)| lets_in(role, &issuer, &audience, other));
+        assert_eq!(found, expected, "{other}");
+    }
+}
+
+/// AWS trusts what this machine trusts, more or less; the issuer's certificate is its own, and so made known or not.
+#[test]
+fn a_thumbprint_is_given_where_the_chain_is_not_trusted_and_only_there() {
+    let folder = folder();
+    let config = folder.path().join("awsvid.toml");
+    let role = "[[role]]\nname = \"app\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n";
+    let text = format!(
+        "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+         [[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n{}",
+        role.replace("{id}", READER)
+    );
+    fs::write(&config, text).unwrap();
+    let url = Arc::new(OnceLock::new());
+    let own = url.clone();
+    let issuer = answering::start(move |first, _| {
+        let url: &String = own.get().expect("its URL");
+        let document = json!({ "issuer": url, "jwks_uri": format!("{url}/keys"), "keys": [] }).to_string();
+        answering::http(
+            if first.contains(" /keys ") || first.contains("openid") { "200 OK" } else { "404 No" },
+            "",
+            &document,
+        )
+    });
+    let behind = issuer.strip_prefix("http://").unwrap().parse().unwrap();
+    let front = TlsFront::start(Network::Own, (Ipv4Addr::LOCALHOST, 0).into(), behind);
+    url.set(front.url()).unwrap();
+    let certificate = folder.path().join("certificate.pem");
+    fs::write(&certificate, front.certificate()).unwrap();
+    let thumbprints = |trusted: Option<&Path>| {
+        let mut command = Command::new(PROGRAM);
+        command.env_clear().args(["trust-policy", "--issuer", &front.url(), "--config"]).arg(&config);
+        command.envs(trusted.map(|path| ("SSL_CERT_FILE", path)));
+        let output = run(command, b"", PATIENCE);
+        assert!(!output.stderr.contains("is not known"), "{output:?}");
+        reading::by_a_shell(&output.success("awsvid trust-policy")).provider["ThumbprintList"].clone()
+    };
+    assert_eq!(thumbprints(Some(&certificate)), Value::Null);
+    assert_eq!(thumbprints(None), json!([front.thumbprint()]));
 }
 
 /// CloudFormation's own schemas of these resources, and its rules for what refers to what.

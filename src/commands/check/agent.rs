@@ -68,9 +68,10 @@ pub(super) async fn connect(config: &Config, whom: Whom, report: &mut Report) ->
     report.waiting("the agent, which attests this process");
     match timeout(TOKEN, agent.connect()).await {
         Ok(Ok(())) if agent.names_pods() => report.pass(SOCKET, format!("{} answers", socket.display())),
-        Ok(Ok(())) => {
-            report.pass(SOCKET, format!("{} answers, and numbers processes as this machine does", socket.display()))
-        }
+        Ok(Ok(())) => report.pass(
+            SOCKET,
+            format!("{} can be opened, and the agent numbers processes as this machine does", socket.display()),
+        ),
         Ok(Err(error)) => return refused(SOCKET, &error, report),
         Err(_) => return silent(SOCKET, report),
     }

@@ -15,9 +15,10 @@ const CLOCK: &str = "clock";
 const SKEW_MAX: Duration = Duration::from_secs(60);
 
 /// What STS's clock shows, by the `Date` of whatever it answers.
-pub(super) async fn clock(role: &Role, web: &Web<'_>, report: &mut Report) {
+pub(super) async fn clock(role: &Role, web: &Web, report: &mut Report) {
     let default = format!("https://sts.{}.amazonaws.com/", role.sts.region);
     let url = role.sts.endpoint.as_deref().unwrap_or(&default);
+    report.waiting(&format!("STS's clock, at {url}"));
     let before = SystemTime::now();
     let date = match web.get(url).await {
         Ok(answer) => answer.date,
@@ -69,7 +70,7 @@ pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &Live, report: &
                     role.name,
                     live.svid.spiffe_id()
                 ),
-                "where the agent attests callers, name a running workload: awsvid check --pid PID, or --pod UID",
+                "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID",
             ),
             Err(error) => refused(&error, None, live, report),
         }

@@ -1,11 +1,12 @@
 //! The issuer as STS sees it: the discovery document, the keys, their TLS chains, and the token against them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use jsonwebtoken::jwk::Jwk;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde_json::Value;
+use tokio::task::JoinSet;
 
 use super::report::Report;
 use crate::commands::live::{self, Live};
@@ -16,6 +17,8 @@ const DISCOVERY: &str = "discovery";
 const KEYS: &str = "keys";
 /// AWS gives up on an issuer that needs longer for both documents.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// So often the keys are fetched at one time: no more than many workloads that start together.
+const AT_ONCE: usize = 20;
 /// IAM reads so many of each kind.
 const KEYS_MAX: usize = 100;
 /// Nobody has seen AWS take a longer one.
@@ -23,7 +26,7 @@ const SUBJECT_MAX: usize = 255;
 
 /// Walks from the token's `iss` to the key that it is signed with. `base`: where the documents are instead, as seen from
 /// outside; `aws`: whether STS is AWS's.
-pub(super) async fn check(live: &Live, base: Option<&str>, aws: bool, web: &Web<'_>, report: &mut Report) {
+pub(super) async fn check(live: &Live, base: Option<&str>, aws: bool, web: &Web, report: &mut Report) {
     let Some(issuer) = live.issuer() else {
         report.failed(
             TOKEN,
@@ -49,10 +52,46 @@ pub(super) async fn check(live: &Live, base: Option<&str>, aws: bool, web: &Web<
             format!("the issuer needs {took:.1?} for both documents, and AWS waits about {PATIENCE:?}"),
             "put it nearer, or in front of it a cache that keeps no longer than the keys' rotation allows",
         ),
-        _ => {}
+        _ => at_once(&url, web, report).await,
     }
     contents(&keys, report);
     signature(live, &keys, &url, report);
+}
+
+/// STS fetches the keys for whoever assumes a role, from many places: what limits rates or looks for robots stands in its way
+/// now and then, and never when an operator looks.
+async fn at_once(url: &str, web: &Web, report: &mut Report) {
+    report.waiting(&format!("{url}, {AT_ONCE} times at once"));
+    let web = Web { deadline: web.deadline.min(PATIENCE), ..web.clone() };
+    let mut fetches = JoinSet::new();
+    for _ in 0..AT_ONCE {
+        let (web, url) = (web.clone(), url.to_owned());
+        fetches.spawn(async move { web.get(&url).await });
+    }
+    let mut slowest = Duration::ZERO;
+    let mut failures: BTreeMap<String, usize> = BTreeMap::new();
+    for fetched in fetches.join_all().await {
+        let failure = match fetched {
+            Ok(answer) if answer.status == 200 => {
+                slowest = slowest.max(answer.took);
+                continue;
+            }
+            Ok(answer) => format!("answers {}", answer.status),
+            Err(error) => error,
+        };
+        *failures.entry(failure).or_default() += 1;
+    }
+    if failures.is_empty() {
+        return report.pass(KEYS, format!("{AT_ONCE} requests at once are answered, the slowest in {slowest:.0?}"));
+    }
+    let failed: usize = failures.values().sum();
+    let failures: Vec<String> = failures.iter().map(|(what, count)| format!("{what} ({count} times)")).collect();
+    report.failed(
+        KEYS,
+        format!("of {AT_ONCE} requests at once {failed} fail: {}", failures.join("; ")),
+        "STS asks as often as workloads do: take rate limits and bot protection off the keys and the discovery document, or \
+         let a cache answer in their place",
+    );
 }
 
 fn token(live: &Live, issuer: &str, aws: bool, report: &mut Report) {
@@ -87,7 +126,7 @@ fn token(live: &Live, issuer: &str, aws: bool, report: &mut Report) {
 }
 
 /// A JSON object, and how long it took.
-async fn document(url: &str, step: &'static str, web: &Web<'_>, report: &mut Report) -> Option<(Value, Duration)> {
+async fn document(url: &str, step: &'static str, web: &Web, report: &mut Report) -> Option<(Value, Duration)> {
     report.waiting(url);
     let answer = match web.get(url).await {
         Ok(answer) => answer,

@@ -1,25 +1,35 @@
-//! The kernel, and what this process may do and see.
+//! The kernel, and what this process may do and see: all of it as `/proc` tells it, so that tests can tell it otherwise.
 
+use std::fs;
 use std::path::Path;
 
-use caps::{CapSet, Capability};
+use caps::Capability;
 
 use super::report::Report;
-use crate::config::{Config, Source};
+use crate::config::{Config, Reference, Source};
 
 const STEP: &str = "machine";
+/// Each machine's first cgroup namespace has this number, as linux/nsfs.h has it.
+const INITIAL_CGROUP_NAMESPACE: &str = "cgroup:[4026531835]";
 
-pub(super) fn check(config: &Config, report: &mut Report) {
-    kernel(report);
-    privileges(config, report);
-    namespaces(report);
+/// `proc` is where `/proc` is mounted.
+pub(super) fn check(config: &Config, proc: &Path, report: &mut Report) {
+    kernel(proc, report);
+    cgroups(proc, report);
+    privileges(config, proc, report);
+    namespaces(config, proc, report);
     if config.listen.pods {
-        own_kernels(Path::new("/proc"), report);
+        own_kernels(proc, report);
     }
 }
 
-fn kernel(report: &mut Report) {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+/// What cannot be read says nothing, which no step takes for good.
+fn text(proc: &Path, name: &str) -> String {
+    fs::read_to_string(proc.join(name)).unwrap_or_default()
+}
+
+fn kernel(proc: &Path, report: &mut Report) {
+    let release = text(proc, "sys/kernel/osrelease");
     let release = release.trim();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
@@ -36,33 +46,59 @@ fn kernel(report: &mut Report) {
         ),
         _ => report.pass(STEP, format!("Linux {release}")),
     }
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    match mounts.lines().any(|line| line.contains(" - cgroup2 ")) {
-        true => report.pass(STEP, "cgroup v2 is mounted"),
-        false => report.failed(
+}
+
+fn cgroups(proc: &Path, report: &mut Report) {
+    let mounts = text(proc, "self/mountinfo");
+    // Which directory of the hierarchy each mount shows: in a namespace of one's own the way to its root begins with `/..`.
+    let roots: Vec<&str> =
+        mounts.lines().filter(|line| line.contains(" - cgroup2 ")).filter_map(|line| line.split(' ').nth(3)).collect();
+    let namespace = fs::read_link(proc.join("self/ns/cgroup")).unwrap_or_default();
+    let is_whole = |root: &&str| match namespace.to_str() {
+        Some(INITIAL_CGROUP_NAMESPACE) => *root == "/",
+        _ => root.starts_with("/.."),
+    };
+    if roots.is_empty() {
+        report.failed(
             STEP,
             "cgroup v2 is not mounted, so TCP callers are refused",
             "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified",
-        ),
+        );
+    } else if roots.iter().any(is_whole) {
+        report.pass(STEP, "cgroup v2 is mounted");
+    } else {
+        report.note(
+            STEP,
+            "of the cgroups only a part is seen from here: callers outside of it are refused (unreadable_cgroup)",
+            "mount the host's /sys/fs/cgroup, for reading, beside the container's own; or use --cgroupns=host",
+        );
     }
 }
 
-fn privileges(config: &Config, report: &mut Report) {
-    let uid = nix::unistd::geteuid();
-    if !uid.is_root() {
+fn privileges(config: &Config, proc: &Path, report: &mut Report) {
+    let status = text(proc, "self/status");
+    let fields = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap_or_default().split_ascii_whitespace().collect::<Vec<_>>()
+    };
+    // The real one, then the effective one.
+    let uid = fields("Uid").get(1).copied().unwrap_or("?");
+    if uid != "0" {
         report.failed(
             STEP,
             format!("this runs as uid {uid}, so an agent does not take it for awsvid"),
             "run it as the daemon runs: sudo awsvid check",
         );
     }
-    let mut needed =
-        vec![Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH, Capability::CAP_NET_BIND_SERVICE];
-    if config.identity.source != Source::WorkloadApi {
-        needed.push(Capability::CAP_PERFMON);
+    let mut needed = vec![Capability::CAP_NET_BIND_SERVICE];
+    if looks_at_processes(config) {
+        needed.extend([Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH]);
+        needed.extend((config.identity.source != Source::WorkloadApi).then_some(Capability::CAP_PERFMON));
     }
-    let held = caps::read(None, CapSet::Effective).unwrap_or_default();
-    let missing: Vec<String> = needed.iter().filter(|needed| !held.contains(needed)).map(ToString::to_string).collect();
+    needed.extend(config.listen.pods.then_some(Capability::CAP_SYS_ADMIN));
+    let held = fields("CapEff").first().and_then(|set| u64::from_str_radix(set, 16).ok()).unwrap_or_default();
+    let missing = needed.iter().filter(|needed| held & needed.bitmask() == 0);
+    let missing: Vec<String> = missing.map(ToString::to_string).collect();
     match missing.is_empty() {
         true => report.pass(STEP, format!("uid {uid} with the capabilities that awsvid uses")),
         false => report.failed(
@@ -73,25 +109,33 @@ fn privileges(config: &Config, report: &mut Report) {
     }
 }
 
-fn namespaces(report: &mut Report) {
-    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    match map.split_ascii_whitespace().collect::<Vec<_>>()[..] {
-        ["0", "0", "4294967295"] => {}
-        _ => report.failed(
+/// Not where every caller is in a pod and is named by that: the daemon then asks the kernel about sockets only.
+fn looks_at_processes(config: &Config) -> bool {
+    let by_pods = matches!(config.identity.source, Source::SpiffeBroker { reference: Reference::Auto, .. });
+    !by_pods || config.listen.unix.is_some() || !config.listen.tcp.is_empty()
+}
+
+fn namespaces(config: &Config, proc: &Path, report: &mut Report) {
+    let map = text(proc, "self/uid_map");
+    let is_hosts = map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
+    if !is_hosts {
+        report.failed(
             STEP,
             "this runs in a user namespace, where uids mean something else than on the host",
             "run it, and awsvid, in the host's user namespace",
-        ),
+        );
     }
     // Only the host's pid namespace has the kernel's own processes.
-    let kthreadd = std::fs::read_to_string("/proc/2/comm").unwrap_or_default();
-    match kthreadd.trim() == "kthreadd" {
-        true => report.pass(STEP, "the host's user and pid namespace"),
-        false => report.note(
+    let sees_all = text(proc, "2/comm").trim() == "kthreadd";
+    match (is_hosts, sees_all) {
+        (_, false) if looks_at_processes(config) => report.note(
             STEP,
             "this is not the host's pid namespace: callers outside of this one cannot be told",
             "in Kubernetes set hostPID: true; in a container use --pid=host",
         ),
+        (true, false) => report.pass(STEP, "the host's user namespace; processes need not be seen, callers are pods"),
+        (true, true) => report.pass(STEP, "the host's user and pid namespace"),
+        (false, _) => {}
     }
 }
 
@@ -120,33 +164,4 @@ fn own_kernels(proc: &Path, report: &mut Report) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::report::Verdict;
-    use super::*;
-
-    #[test]
-    fn pods_with_a_kernel_of_their_own_are_seen_by_who_starts_them() {
-        let table: [(&[u8], Option<&str>); 5] = [
-            (b"/opt/bin/containerd-shim-kata-v2\0-namespace\0k8s.io\0", Some("Kata")),
-            (b"containerd-shim-runsc-v1\0", Some("gVisor")),
-            (b"/usr/bin/containerd-shim-runc-v2\0-id\0containerd-shim-kata-v2\0", None),
-            (b"grep\0containerd-shim-runsc-v1\0", None),
-            (b"", None),
-        ];
-        for (line, name) in table {
-            let proc = tempfile::tempdir().unwrap();
-            std::fs::create_dir(proc.path().join("7")).unwrap();
-            std::fs::write(proc.path().join("7/cmdline"), line).unwrap();
-            let mut report = Report::new(true);
-            own_kernels(proc.path(), &mut report);
-            let found: Vec<_> = report.findings().iter().map(|finding| (finding.verdict, &finding.saw)).collect();
-            match name {
-                None => assert!(found.is_empty(), "{found:?}"),
-                Some(name) => {
-                    let right = matches!(found[..], [(Verdict::Note, saw)] if saw.contains(name));
-                    assert!(right, "{name}: {found:?}");
-                }
-            }
-        }
-    }
-}
+mod tests;

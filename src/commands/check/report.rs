@@ -1,9 +1,12 @@
 //! What the walk has seen, said as it is seen.
 
-use std::io::{self, Write};
+use std::cell::Cell;
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use serde::Serialize;
+
+use crate::commands::style::{GREEN, RED, Style, YELLOW};
 
 /// How a step ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -30,11 +33,21 @@ pub(in crate::commands) struct Finding {
 }
 
 /// All of it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(in crate::commands) struct Report {
     json: bool,
+    style: Style,
+    /// Whether what is waited for is a line that the next one takes the place of: on a terminal.
+    transient: bool,
+    /// Whether there is such a line now.
+    waiting: Cell<bool>,
     findings: Vec<Finding>,
 }
+
+/// Goes to the begin of a terminal's line and empties it.
+const ERASE_LINE: &str = "\r\x1b[2K";
+/// Of the text after the dots, on a terminal.
+const WAITING_MAX: usize = 70;
 
 /// Some step has failed.
 const FAILED: u8 = 1;
@@ -44,7 +57,10 @@ const UNCHECKED: u8 = 2;
 impl Report {
     /// With `json` all is written at the end, else each line when it is known.
     pub(in crate::commands) fn new(json: bool) -> Self {
-        Self { json, findings: Vec::new() }
+        let env = |name: &str| std::env::var(name).ok();
+        let style = Style::new(io::stdout().is_terminal(), env);
+        let transient = io::stderr().is_terminal() && env("TERM").as_deref() != Some("dumb");
+        Self { json, style, transient, waiting: Cell::new(false), findings: Vec::new() }
     }
 
     pub(in crate::commands) fn pass(&mut self, step: &'static str, saw: impl Into<String>) {
@@ -66,19 +82,36 @@ impl Report {
     /// Says on standard error what is waited for, where a person looks.
     #[expect(clippy::print_stderr, reason = "a command that a person runs")]
     pub(in crate::commands) fn waiting(&self, what: &str) {
-        if !self.json {
-            eprintln!("  ...  {what}");
+        if self.json {
+            return;
+        }
+        if !self.transient {
+            return eprintln!("  ...  {what}");
+        }
+        self.no_longer_waiting();
+        // A line that is broken in two could not be taken back.
+        let what: String = what.chars().take(WAITING_MAX).collect();
+        eprint!("  ...  {what}");
+        self.waiting.set(true);
+    }
+
+    #[expect(clippy::print_stderr, reason = "a command that a person runs")]
+    fn no_longer_waiting(&self) {
+        if self.waiting.take() {
+            eprint!("{ERASE_LINE}");
         }
     }
 
     fn add(&mut self, finding: Finding) {
         if !self.json {
-            let word = match finding.verdict {
-                Verdict::Pass => "  ok ",
-                Verdict::Note => " note",
-                Verdict::Failed => " FAIL",
-                Verdict::Unchecked => "  ?  ",
+            self.no_longer_waiting();
+            let (word, colour) = match finding.verdict {
+                Verdict::Pass => ("  ok ", GREEN),
+                Verdict::Note => (" note", YELLOW),
+                Verdict::Failed => (" FAIL", RED),
+                Verdict::Unchecked => ("  ?  ", YELLOW),
             };
+            let word = self.style.paint(colour, word);
             let fix = finding.fix.as_ref().map_or(String::new(), |fix| format!("\n         {:<10} -> {fix}", ""));
             // Whoever closes the pipe wants to see no more; the exit status still tells.
             let _ = writeln!(io::stdout(), "{word}  {:<11} {}{fix}", finding.step, finding.saw);
@@ -88,15 +121,17 @@ impl Report {
 
     /// The last words and the exit status.
     pub(in crate::commands) fn end(self) -> ExitCode {
-        let has = |verdict| self.findings.iter().any(|finding| finding.verdict == verdict);
-        let (result, status) = match (has(Verdict::Failed), has(Verdict::Unchecked)) {
-            (true, _) => ("failed", ExitCode::from(FAILED)),
-            (false, true) => ("unchecked", ExitCode::from(UNCHECKED)),
-            (false, false) => ("pass", ExitCode::SUCCESS),
+        let count = |verdict| self.findings.iter().filter(|finding| finding.verdict == verdict).count();
+        let (failed, unchecked) = (count(Verdict::Failed), count(Verdict::Unchecked));
+        let (result, colour, status) = match (failed, unchecked) {
+            (1.., _) => ("failed", RED, ExitCode::from(FAILED)),
+            (0, 1..) => ("unchecked", YELLOW, ExitCode::from(UNCHECKED)),
+            (0, 0) => ("pass", GREEN, ExitCode::SUCCESS),
         };
+        self.no_longer_waiting();
         let _ = match self.json {
             true => writeln!(io::stdout(), "{:#}", serde_json::json!({ "result": result, "findings": self.findings })),
-            false => writeln!(io::stdout(), "{result}"),
+            false => writeln!(io::stdout(), "{}", self.style.paint(colour, &words(failed, unchecked))),
         };
         status
     }
@@ -104,5 +139,16 @@ impl Report {
     #[cfg(test)]
     pub(in crate::commands) fn findings(&self) -> &[Finding] {
         &self.findings
+    }
+}
+
+/// How it ended, for people.
+fn words(failed: usize, unchecked: usize) -> String {
+    let steps = |count: usize| if count == 1 { "1 step".to_owned() } else { format!("{count} steps") };
+    match (failed, unchecked) {
+        (0, 0) => "pass".to_owned(),
+        (0, _) => format!("unchecked: nothing failed, but {} could not be looked at", steps(unchecked)),
+        (_, 0) => format!("failed: {}", steps(failed)),
+        _ => format!("failed: {}; {} could not be looked at", steps(failed), steps(unchecked)),
     }
 }

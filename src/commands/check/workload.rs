@@ -185,7 +185,7 @@ fn fix_for(path: &str) -> String {
 
 async fn ask(uri: &str, authorization: &str, report: &mut Report) {
     report.waiting(uri);
-    let web = Web { resolve: &[], network: None, deadline: DEADLINE };
+    let web = Web { resolve: Vec::new(), network: None, deadline: DEADLINE };
     let answer = match web.get_with(uri, Some(authorization)).await {
         Ok(answer) => answer,
         Err(error) => {

@@ -5,28 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-/// Whether there are colours.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Style {
-    colours: bool,
-}
-
-impl Style {
-    /// Colours only on a terminal, and only if nobody has said otherwise (<https://no-color.org>).
-    pub(super) fn new(terminal: bool, env: impl Fn(&str) -> Option<String>) -> Self {
-        let unwanted = env("NO_COLOR").is_some_and(|value| !value.is_empty());
-        Self { colours: terminal && !unwanted && env("TERM").as_deref() != Some("dumb") }
-    }
-
-    fn paint(self, code: &str, text: &str) -> String {
-        if self.colours && !text.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
-    }
-}
-
-const BOLD: &str = "1";
-const RED: &str = "31";
-const GREEN: &str = "32";
-const YELLOW: &str = "33";
+use crate::commands::style::{BOLD, GREEN, RED, Style, YELLOW};
 
 const HEADER: [&str; 7] = ["SPIFFE ID", "ROLE", "SESSION", "EXPIRES", "NEXT TRY", "CALLERS", "STATE"];
 
@@ -34,7 +13,11 @@ const HEADER: [&str; 7] = ["SPIFFE ID", "ROLE", "SESSION", "EXPIRES", "NEXT TRY"
 pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
     let mut text = String::new();
     let ready = if status["ready"] == true { style.paint(GREEN, "ready") } else { style.paint(RED, "not ready") };
-    let connections = status["connections"].as_u64().map_or(String::new(), |open| format!(", {open} connections open"));
+    let connections = match status["connections"].as_u64() {
+        None => String::new(),
+        Some(1) => ", 1 connection open".to_owned(),
+        Some(open) => format!(", {open} connections open"),
+    };
     // Writing to a string cannot fail.
     let _ = writeln!(text, "awsvid {}, {ready}{connections}", plain(&status["version"]));
     neighbour(&mut text, "identities", &status["source"], now, style);
@@ -94,11 +77,17 @@ fn neighbour(text: &mut String, what: &str, health: &Value, now: SystemTime, sty
 }
 
 fn row(entry: &Value, now: SystemTime) -> [String; 7] {
-    let callers = match (entry["callers"].as_u64(), entry["latest_uid"].as_u64(), entry["latest_pid"].as_u64()) {
-        (None | Some(0), ..) => "-".to_owned(),
-        (Some(count), Some(uid), Some(pid)) => format!("{count} (uid {uid}, pid {pid})"),
-        (Some(count), Some(uid), None) => format!("{count} (uid {uid})"),
-        (Some(count), ..) => count.to_string(),
+    let latest = match (entry["latest_uid"].as_u64(), entry["latest_pid"].as_u64()) {
+        (Some(uid), Some(pid)) => Some(format!("uid {uid}, pid {pid}")),
+        (Some(uid), None) => Some(format!("uid {uid}")),
+        (None, _) => None,
+    };
+    // By rules nobody is kept for a refresh; who asked last is known in any case.
+    let callers = match (entry["callers"].as_u64().filter(|count| *count > 0), latest) {
+        (Some(count), Some(latest)) => format!("{count} ({latest})"),
+        (Some(count), None) => count.to_string(),
+        (None, Some(latest)) => latest,
+        (None, None) => "-".to_owned(),
     };
     let state = match (&entry["refused_since"], &entry["last_error"], &entry["access_key_id"]) {
         (since, ..) if !since.is_null() => format!("refused {}", ago(since, now)),
@@ -181,18 +170,20 @@ mod tests {
         failing["callers"] = json!(1);
         failing["latest_uid"] = json!(1001);
         failing["latest_pid"] = json!(77);
+        let mut by_rules = entry("billing");
+        by_rules["latest_uid"] = json!(1002);
         json!({
             "version": "1.2.3", "ready": true, "connections": 4,
             "source": {"name": "workload-api", "state": "ok", "last_success_at": "2026-01-02T02:58:00Z"},
             "sts": [{"name": "eu-central-1", "state": "failing", "last_error": "no answer",
                      "last_error_reason": "sts_unavailable", "last_error_at": "2026-01-02T02:59:50Z"}],
-            "credentials": [entry("billing"), failing],
+            "credentials": [by_rules, failing, entry("unasked")],
         })
     }
 
     #[test]
     fn what_an_operator_looks_for_is_there() {
-        let text = render(&status(), now(), Style { colours: false });
+        let text = render(&status(), now(), Style::plain());
         let expected = "\
 awsvid 1.2.3, ready, 4 connections open
 identities from workload-api: ok, last success 2m 0s ago
@@ -200,24 +191,12 @@ STS from eu-central-1: failing
     10s ago: no answer (sts_unavailable)
 
 SPIFFE ID                     ROLE     SESSION  EXPIRES    NEXT TRY   CALLERS               STATE
-spiffe://example.org/billing  billing  billing  in 59m 7s  in 29m 0s  -                     ok
+spiffe://example.org/billing  billing  billing  in 59m 7s  in 29m 0s  uid 1002              ok
 spiffe://example.org/reports  reports  reports  in 59m 7s  in 29m 0s  1 (uid 1001, pid 77)  refresh fails
     10s ago: STS is away [2J (sts_unavailable)
+spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -                     ok
 ";
         assert_eq!(text, expected);
-        assert!(render(&json!({"ready": false}), now(), Style { colours: false }).contains("not ready"));
-    }
-
-    #[test]
-    fn colours_are_for_terminals_and_who_wants_them() {
-        let colours = |terminal, variable: (&str, &str)| {
-            let style = Style::new(terminal, |name| (name == variable.0).then(|| variable.1.to_owned()));
-            render(&status(), now(), style).contains('\x1b')
-        };
-        assert!(colours(true, ("TERM", "xterm")));
-        assert!(colours(true, ("NO_COLOR", "")));
-        assert!(!colours(true, ("NO_COLOR", "1")));
-        assert!(!colours(true, ("TERM", "dumb")));
-        assert!(!colours(false, ("TERM", "xterm")));
+        assert!(render(&json!({"ready": false}), now(), Style::plain()).contains("not ready"));
     }
 }

@@ -1,9 +1,8 @@
 //! Each output is read by a real reader of its language, and what it then says is asked for tokens and their neighbours.
 
-use std::collections::BTreeMap;
-use std::process::Command;
+mod reading;
 
-use hcl::eval::{Context, FuncArgs, FuncDef, ParamType};
+use reading::{Read, Token, by_a_shell};
 use serde_json::{Value, json};
 
 use super::plan::{Issuer, Plan};
@@ -30,137 +29,15 @@ fn role(name: &str, id: &str, arn: &str) -> String {
     format!("[[role]]\nname = \"{name}\"\nspiffe_id = \"{id}\"\nrole_arn = \"{arn}\"\n")
 }
 
-/// Whether a trust policy lets a token in: IAM's condition language, as far as it is used.
+/// Whether a role's trust policy lets a token of the plan's issuer in.
 fn allows(policy: &Value, audience: &str, subject: &str) -> bool {
-    let claims = BTreeMap::from([("oidc.example.org/tenant:aud", audience), ("oidc.example.org/tenant:sub", subject)]);
-    policy["Statement"].as_array().unwrap().iter().any(|statement| {
-        assert_eq!(statement["Effect"], "Allow");
-        assert_eq!(statement["Action"], "sts:AssumeRoleWithWebIdentity");
-        assert_eq!(statement["Principal"], json!({ "Federated": PROVIDER }));
-        statement["Condition"].as_object().unwrap().iter().all(|(operator, keys)| {
-            keys.as_object().unwrap().iter().all(|(key, wanted)| {
-                let (claim, wanted) = (claims.get(key.as_str()), wanted.as_str().unwrap());
-                match operator.as_str() {
-                    "StringEquals" => claim.is_some_and(|claim| *claim == wanted),
-                    "StringLike" => claim.is_some_and(|claim| like(wanted.as_bytes(), claim.as_bytes())),
-                    // As IAM has it: true also if there is no such claim.
-                    "StringNotLike" => claim.is_none_or(|claim| !like(wanted.as_bytes(), claim.as_bytes())),
-                    other => panic!("{other}"),
-                }
-            })
-        })
-    })
-}
-
-/// `*` is any number of any characters, `?` any one.
-fn like(pattern: &[u8], text: &[u8]) -> bool {
-    match pattern.split_first() {
-        None => text.is_empty(),
-        Some((b'*', rest)) => (0..=text.len()).any(|skipped| like(rest, &text[skipped..])),
-        Some((b'?', rest)) => text.split_first().is_some_and(|(_, text)| like(rest, text)),
-        Some((byte, rest)) => text.split_first().is_some_and(|(first, text)| first == byte && like(rest, text)),
-    }
-}
-
-/// What an output comes to: the provider, and each role by its name.
-#[derive(Debug, PartialEq)]
-struct Read {
-    provider: Value,
-    roles: BTreeMap<String, (String, u64, Value)>,
-}
-
-/// By a shell, with a program `aws` that says what it was given.
-fn by_a_shell(script: &str) -> Read {
-    let stub = "aws() { for word; do printf '%s\\0' \"$word\"; done; printf 'END\\0'; }\n";
-    let output = Command::new("sh").arg("-euc").arg(format!("{stub}{script}")).output().unwrap();
-    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}\n{script}");
-    let text = String::from_utf8(output.stdout).unwrap();
-    let words: Vec<&str> = text.split_terminator('\0').collect();
-    let mut read = Read { provider: Value::Null, roles: BTreeMap::new() };
-    for command in words.split(|word| *word == "END").filter(|command| !command.is_empty()) {
-        let option = |name: &str| {
-            let at = command.iter().position(|word| *word == name).unwrap_or_else(|| panic!("{name} in {command:?}"));
-            command[at + 1]
-        };
-        match command[..2] {
-            ["iam", "create-open-id-connect-provider"] => {
-                read.provider = serde_json::from_str(option("--cli-input-json")).unwrap();
-            }
-            ["iam", "create-role"] => {
-                let policy = serde_json::from_str(option("--assume-role-policy-document")).unwrap();
-                let session = option("--max-session-duration").parse().unwrap();
-                let role = (option("--path").to_owned(), session, policy);
-                assert!(read.roles.insert(option("--role-name").to_owned(), role).is_none());
-            }
-            _ => panic!("{command:?}"),
-        }
-    }
-    read
-}
-
-/// By an evaluator of HCL, with the function that Terraform adds.
-fn by_hcl(text: &str) -> Read {
-    fn jsonencode(arguments: FuncArgs) -> Result<hcl::Value, String> {
-        Ok(hcl::Value::from(serde_json::to_string(&arguments[0]).map_err(|error| error.to_string())?))
-    }
-    let mut context = Context::new();
-    context.declare_func("jsonencode", FuncDef::builder().param(ParamType::Any).build(jsonencode));
-    context.declare_var("aws_iam_openid_connect_provider", hcl::value!({ awsvid = { arn = PROVIDER } }));
-    let document: Value = hcl::eval::from_str(text, &context).unwrap_or_else(|error| panic!("{error}\n{text}"));
-    let resources = document["resource"].as_object().unwrap();
-    let provider = &resources["aws_iam_openid_connect_provider"]["awsvid"];
-    let roles = resources["aws_iam_role"].as_object().unwrap().values().map(|role| {
-        let policy = serde_json::from_str(role["assume_role_policy"].as_str().unwrap()).unwrap();
-        let text = |name: &str| role[name].as_str().unwrap().to_owned();
-        (text("name"), (text("path"), role["max_session_duration"].as_u64().unwrap(), policy))
-    });
-    let list = |name: &str| provider[name].clone();
-    Read {
-        provider: json!({
-            "Url": provider["url"], "ClientIDList": list("client_id_list"), "ThumbprintList": list("thumbprint_list"),
-        }),
-        roles: roles.collect(),
-    }
-}
-
-/// As CloudFormation resolves it.
-fn by_cloudformation(text: &str) -> Read {
-    let resolved = text.replace("\n", "").replace("  ", "");
-    let template: Value = serde_json::from_str(&resolved).unwrap();
-    assert_eq!(template["AWSTemplateFormatVersion"], "2010-09-09");
-    let mut read = Read { provider: Value::Null, roles: BTreeMap::new() };
-    for (id, resource) in template["Resources"].as_object().unwrap() {
-        assert!(id.bytes().all(|c| c.is_ascii_alphanumeric()), "{id}");
-        let properties = &resource["Properties"];
-        match resource["Type"].as_str().unwrap() {
-            "AWS::IAM::OIDCProvider" => {
-                assert_eq!(id, "OidcProvider");
-                read.provider = json!({
-                    "Url": properties["Url"], "ClientIDList": properties["ClientIdList"],
-                    "ThumbprintList": properties["ThumbprintList"],
-                });
-            }
-            "AWS::IAM::Role" => {
-                let mut policy = properties["AssumeRolePolicyDocument"].clone();
-                for statement in policy["Statement"].as_array_mut().unwrap() {
-                    assert_eq!(statement["Principal"], json!({ "Federated": { "Ref": "OidcProvider" } }));
-                    statement["Principal"]["Federated"] = Value::from(PROVIDER);
-                }
-                let text = |name: &str| properties[name].as_str().unwrap().to_owned();
-                let role = (text("Path"), properties["MaxSessionDuration"].as_u64().unwrap(), policy);
-                assert!(read.roles.insert(text("RoleName"), role).is_none());
-            }
-            other => panic!("{other}"),
-        }
-    }
-    read
+    reading::allows(policy, &Token { issuer: ISSUER, audience, subject }, PROVIDER)
 }
 
 fn read_all(plan: &Plan) -> Read {
-    let read = by_a_shell(&render(plan, Format::AwsCli).unwrap());
-    assert_eq!(by_hcl(&render(plan, Format::Terraform).unwrap()), read);
-    assert_eq!(by_cloudformation(&render(plan, Format::Cloudformation).unwrap()), read);
-    read
+    let outputs =
+        [Format::AwsCli, Format::Terraform, Format::Cloudformation].map(|format| render(plan, format).unwrap());
+    reading::same(outputs.each_ref().map(String::as_str), PROVIDER)
 }
 
 #[test]

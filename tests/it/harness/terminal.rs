@@ -24,10 +24,10 @@ pub(crate) fn on_a_terminal(mut command: Command) -> String {
     String::from_utf8(shown).expect("UTF-8")
 }
 
-/// What a program that goes on has printed on its terminal by the time that this is `enough`; then it is ended.
+/// What a program has printed on its terminal, errors too, by the time that this is `enough`; then it is ended.
 pub(crate) fn on_a_terminal_until(mut command: Command, enough: impl Fn(&str) -> bool) -> String {
     let pty = openpty(None, None).expect("a pseudo-terminal");
-    command.stdout(pty.slave);
+    command.stderr(pty.slave.try_clone().expect("a second handle")).stdout(pty.slave);
     let process: Owned = spawn(command).expect("start it");
     let (sender, printed) = channel();
     let mut terminal = File::from(pty.master);

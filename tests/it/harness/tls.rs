@@ -1,7 +1,9 @@
 //! TLS in front of a counterpart that has none, at an address of any network namespace.
 
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rcgen::{CertificateParams, KeyPair};
 use rustls::ServerConfig;
@@ -11,7 +13,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio_rustls::TlsAcceptor;
 
+use super::counterparts::process::run;
 use super::forward::Network;
+
+/// For what takes milliseconds.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// It ends when this is dropped.
 pub(crate) struct TlsFront {
@@ -53,6 +59,14 @@ impl TlsFront {
     /// By which clients know it.
     pub(crate) fn certificate(&self) -> &str {
         &self.certificate
+    }
+
+    /// What IAM calls the certificate's thumbprint, as OpenSSL has it.
+    pub(crate) fn thumbprint(&self) -> String {
+        let mut command = Command::new("openssl");
+        command.args(["x509", "-noout", "-fingerprint", "-sha1"]);
+        let said = run(command, self.certificate.as_bytes(), PATIENCE).success("openssl x509");
+        said.trim().rsplit('=').next().expect("a fingerprint").replace(':', "").to_lowercase()
     }
 
     /// Its URL.

@@ -6,6 +6,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
+use super::super::documented::assert_documented;
 use super::super::report::{Finding, Verdict};
 use super::*;
 use crate::dev::keys::SigningKey;
@@ -14,19 +15,27 @@ use crate::svid::JwtSvid;
 
 /// Serves answers by path, whole as they go over the wire; `{own}` in them is its URL.
 async fn serve(answers: Vec<(&'static str, String)>) -> String {
+    serve_by(move |path, own| {
+        let answer = answers.iter().find(|(known, _)| *known == path).map(|(_, answer)| answer.replace("{own}", own));
+        answer.unwrap_or_else(|| http("404 Not Found", ""))
+    })
+    .await
+}
+
+/// The same by what `answer` makes of the path and of the server's URL. Nothing at all hangs.
+async fn serve_by(mut answer: impl FnMut(&str, &str) -> String + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let own = url.clone();
     tokio::spawn(async move {
+        let mut hanging = Vec::new();
         while let Ok((mut stream, _)) = listener.accept().await {
             let mut request = [0; 4096];
             let length = stream.read(&mut request).await.unwrap_or_default();
             let request = String::from_utf8_lossy(&request[..length]).into_owned();
-            let path = request.split(' ').nth(1).unwrap_or_default();
-            let answer =
-                answers.iter().find(|(known, _)| *known == path).map(|(_, answer)| answer.replace("{own}", &own));
-            let answer = answer.unwrap_or_else(|| http("404 Not Found", ""));
+            let answer = answer(request.split(' ').nth(1).unwrap_or_default(), &own);
             let _ = stream.write_all(answer.as_bytes()).await;
+            hanging.extend(answer.is_empty().then_some(stream));
         }
     });
     url
@@ -49,7 +58,7 @@ async fn found(key: &SigningKey, discovery: &str, keys: &str) -> Vec<Finding> {
     let url =
         serve(vec![("/.well-known/openid-configuration", discovery.to_owned()), ("/keys", keys.to_owned())]).await;
     let mut report = Report::new(true);
-    let web = Web { resolve: &[], network: None, deadline: Duration::from_secs(5) };
+    let web = Web { resolve: Vec::new(), network: None, deadline: Duration::from_secs(5) };
     check(&live(key, &url), None, false, &web, &mut report).await;
     report.findings().to_vec()
 }
@@ -64,6 +73,15 @@ fn assert_failed(findings: &[Finding], step: &str, saw: &str, fix: &str) {
         finding.step == step && finding.verdict == Verdict::Failed && finding.saw.contains(saw) && fix
     };
     assert!(findings.iter().any(is), "no failed {step} with {saw:?}, {fix:?} in {findings:?}");
+    assert_all_documented(findings);
+}
+
+fn assert_all_documented(findings: &[Finding]) {
+    for finding in findings {
+        if let Some(fix) = &finding.fix {
+            assert_documented(finding.step, &finding.saw, fix);
+        }
+    }
 }
 
 #[tokio::test]
@@ -132,12 +150,43 @@ async fn key_sets_that_sts_cannot_use() {
     }
 }
 
+/// Once alone all is well, which is when an operator looks.
+#[tokio::test]
+async fn keys_that_are_not_for_many_at_once() {
+    let key = SigningKey::generate().unwrap();
+    let jwks = key.jwks();
+    let after_five = |refusal: String| {
+        let jwks = jwks.clone();
+        let mut fetched = 0;
+        move |path: &str, own: &str| {
+            if path != "/keys" {
+                return right().replace("{own}", own);
+            }
+            fetched += 1;
+            if fetched > 5 { refusal.clone() } else { http("200 OK", &jwks) }
+        }
+    };
+    let table = [
+        (http("429 Too Many Requests", ""), "of 20 requests at once 16 fail: answers 429 (16 times)"),
+        (String::new(), "of 20 requests at once 16 fail: no answer within 1s (16 times)"),
+    ];
+    for (refusal, saw) in table {
+        let url = serve_by(after_five(refusal)).await;
+        let mut report = Report::new(true);
+        let web = Web { resolve: Vec::new(), network: None, deadline: Duration::from_secs(1) };
+        check(&live(&key, &url), None, false, &web, &mut report).await;
+        assert_failed(report.findings(), "keys", saw, "rate limits");
+        let others = report.findings().iter().filter(|finding| finding.verdict != Verdict::Pass).count();
+        assert_eq!(others, 1, "{:?}", report.findings());
+    }
+}
+
 #[tokio::test]
 async fn what_aws_wants_besides() {
     let key = SigningKey::generate().unwrap();
     let url = serve(vec![("/.well-known/openid-configuration", right()), ("/keys", http("200 OK", &key.jwks()))]).await;
     let mut report = Report::new(true);
-    let web = Web { resolve: &[], network: None, deadline: Duration::from_secs(5) };
+    let web = Web { resolve: Vec::new(), network: None, deadline: Duration::from_secs(5) };
     check(&live(&key, &url), None, true, &web, &mut report).await;
     assert_failed(report.findings(), "token", "is not https", "https URL");
     assert_failed(report.findings(), "discovery", "over https only", "X-Forwarded-Proto");
@@ -156,8 +205,8 @@ async fn it_looks_where_it_is_told_to() {
     let issuer = format!("http://oidc.invalid:{port}");
     let document = answers(&issuer).replace("PORT", &port.to_string());
     let other = serve(vec![("/.well-known/openid-configuration", document)]).await;
-    let resolve = [format!("oidc.invalid:{port}:127.0.0.1").parse().unwrap()];
-    let web = Web { resolve: &resolve, network: None, deadline: Duration::from_secs(5) };
+    let resolve = vec![format!("oidc.invalid:{port}:127.0.0.1").parse().unwrap()];
+    let web = Web { resolve, network: None, deadline: Duration::from_secs(5) };
     let mut report = Report::new(true);
     check(&live(&key, &issuer), Some(&other), false, &web, &mut report).await;
     assert!(report.findings().iter().all(|finding| finding.verdict == Verdict::Pass), "{:?}", report.findings());

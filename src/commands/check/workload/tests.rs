@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 
+use super::super::documented::assert_documented;
 use super::super::report::{Finding, Verdict};
 use super::*;
 
@@ -10,6 +11,11 @@ async fn failures(variables: &[(&str, &str)]) -> Vec<String> {
     all.extend(variables.iter().copied());
     let mut report = Report::new(true);
     check(&|name| all.get(name).map(|&value| value.to_owned()), &mut report).await;
+    for finding in report.findings() {
+        if let Some(fix) = &finding.fix {
+            assert_documented(finding.step, &finding.saw, fix);
+        }
+    }
     let failed = report.findings().iter().filter(|finding| finding.verdict == Verdict::Failed);
     failed.map(|finding| finding.saw.clone()).filter(|saw| !saw.contains("no connection to 127.0.0.1:1")).collect()
 }

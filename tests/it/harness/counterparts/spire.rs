@@ -54,6 +54,8 @@ pub(crate) struct SpireSetting {
     /// `domains` of the OIDC discovery provider, and its other settings.
     pub(crate) domains: Option<&'static str>,
     pub(crate) oidc: &'static str,
+    /// Where that provider looks for the server, if not where it is.
+    pub(crate) oidc_server: Option<&'static str>,
     /// Another `WorkloadAttestor` beside `unix`, as the agent's configuration has it.
     pub(crate) attestor: String,
     /// An agent elsewhere, in place of one beside the server.
@@ -211,6 +213,16 @@ impl Spire {
         }
     }
 
+    /// A JWT-SVID of whoever runs the test, for this audience, from the agent's Workload API.
+    pub(crate) fn fetch_jwt(&self, audience: &str) -> String {
+        let mut command = Command::new(&self.programs[1]);
+        command.args(["api", "fetch", "jwt", "-output", "json", "-audience", audience, "-socketPath"]);
+        command.arg(self.agent_socket());
+        let answer = run(command, b"", PATIENCE).success("fetch a JWT-SVID");
+        let answer: Value = serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{error} in {answer}"));
+        answer[0]["svids"][0]["svid"].as_str().expect("a token").to_owned()
+    }
+
     /// The JWT-SVIDs with this `sub` that the server has signed, by its own log. The agent caches them, so this may be
     /// less than `jwt_svids_fetched`.
     pub(crate) fn jwt_svids_signed(&self, spiffe_id: &str) -> usize {
@@ -333,7 +345,7 @@ impl Spire {
         oidc.await_some("the OIDC discovery provider has keys", PATIENCE, || {
             let (status, keys) = http_get(self.oidc_port.address(), "/keys")?;
             // One that is set up wrong may never say so.
-            let is_right = self.setting.domains.is_none();
+            let is_right = self.setting.domains.is_none() && self.setting.oidc_server.is_none();
             (!is_right || status == 200 && keys.contains("\"kid\"")).then_some(())
         });
         self.oidc = Some(oidc);
@@ -450,12 +462,12 @@ insecure_addr = "{address}"
 allow_insecure_scheme = true
 set_key_use = true
 log_level = "debug"
-server_api {{ address = "unix://{folder}/server/api.sock" }}
+server_api {{ address = "unix://{server}" }}
 "#,
+            server = self.setting.oidc_server.map_or(self.server_socket(), PathBuf::from).display(),
             address = self.oidc_port.address(),
             domains = self.setting.domains.unwrap_or("127.0.0.1"),
             more = self.setting.oidc,
-            folder = self.folder.display(),
         )
     }
 }

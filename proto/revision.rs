@@ -1,0 +1,37 @@
+//! Which revision of the source is built, as git knows it.
+
+use std::path::Path;
+use std::process::Command;
+
+/// What the program is made of.
+pub(crate) const SOURCES: [&str; 4] = ["src", "proto", "Cargo.toml", "Cargo.lock"];
+
+/// The commit of the working copy whose root is `folder`, with `+changes` if the sources are not as it has them. `None` where
+/// there is no such thing: in a tarball, also in one that was unpacked within another repository, and without git.
+pub(crate) fn revision(folder: &Path) -> Option<String> {
+    // Empty at the root of a working copy, and only there.
+    if !git(folder, &["rev-parse", "--show-prefix"])?.is_empty() {
+        return None;
+    }
+    let commit = git(folder, &["rev-parse", "--short=12", "HEAD"])?;
+    let mut status = vec!["status", "--porcelain", "--untracked-files=no", "--"];
+    status.extend(SOURCES);
+    let is_changed = !git(folder, &status)?.is_empty();
+    Some(if is_changed { commit + "+changes" } else { commit })
+}
+
+/// The files, relative to `folder`, of which one changes when another commit is checked out or made.
+pub(crate) fn moves(folder: &Path) -> Vec<String> {
+    let paths = ["HEAD", "logs/HEAD"].map(|name| git(folder, &["rev-parse", "--git-path", name]));
+    paths.into_iter().flatten().filter(|path| folder.join(path).exists()).collect()
+}
+
+fn git(folder: &Path, arguments: &[&str]) -> Option<String> {
+    let mut command = Command::new("git");
+    // A hook's variables would lead to the repository that it runs for; and a look takes no lock.
+    for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX"] {
+        command.env_remove(variable);
+    }
+    let output = command.env("GIT_OPTIONAL_LOCKS", "0").current_dir(folder).args(arguments).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

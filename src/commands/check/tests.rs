@@ -1,0 +1,49 @@
+//! What deploy/README.md says of this command.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::documented;
+
+/// The texts of these files and of all below these folders, in one, as the compiler has their strings.
+fn sources(places: &[&str]) -> String {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut left: Vec<PathBuf> = places.iter().map(|place| source.join(place)).collect();
+    let mut all = String::new();
+    while let Some(path) = left.pop() {
+        if path.is_dir() {
+            left.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        } else if !path.ends_with("tests.rs") && !path.to_str().unwrap().contains("/tests/") {
+            let text = fs::read_to_string(&path).unwrap();
+            // A string goes on at the first character of its next line.
+            let mut parts = text.split("\\\n");
+            all.push_str(parts.next().unwrap());
+            parts.for_each(|part| all.push_str(part.trim_start()));
+        }
+    }
+    all
+}
+
+#[test]
+fn the_table_of_the_readme_has_words_that_check_says_and_steps_that_it_has() {
+    let steps = sources(&["commands/check", "commands/check.rs"]);
+    let words = sources(&[
+        "commands/check",
+        "commands/check.rs",
+        "commands/web.rs",
+        "commands/web",
+        "environment.rs",
+        "svid",
+        "svid.rs",
+    ]);
+    let rows = documented::rows();
+    assert!(rows.len() > 20, "{rows:?}");
+    for row in rows {
+        for step in &row.steps {
+            assert!(steps.contains(&format!(": &str = \"{step}\";")), "no step {step}: {row:?}");
+        }
+        for said in &row.words {
+            assert!(words.contains(said), "nobody says {said:?}: {row:?}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Real readers of the three languages, and an evaluator of IAM's conditions: for the tests beside this, and for those with a
+//! real SPIRE, which take this file as it is.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use hcl::eval::{Context, FuncArgs, FuncDef, ParamType};
+use serde_json::{Value, json};
+
+/// What STS looks at in a token.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Token<'a> {
+    pub(crate) issuer: &'a str,
+    pub(crate) audience: &'a str,
+    pub(crate) subject: &'a str,
+}
+
+/// Whether a trust policy lets a token in: IAM's condition language, as far as it is used. STS has the token's provider, whose
+/// ARN is `provider`, by its issuer; each claim has a name that begins with that.
+pub(crate) fn allows(policy: &Value, token: &Token<'_>, provider: &str) -> bool {
+    let issuer = token.issuer.split_once("://").expect("a URL").1;
+    let claims = BTreeMap::from([(format!("{issuer}:aud"), token.audience), (format!("{issuer}:sub"), token.subject)]);
+    policy["Statement"].as_array().unwrap().iter().any(|statement| {
+        assert_eq!(statement["Effect"], "Allow");
+        assert_eq!(statement["Action"], "sts:AssumeRoleWithWebIdentity");
+        assert_eq!(statement["Principal"], json!({ "Federated": provider }));
+        provider.ends_with(&format!(":oidc-provider/{issuer}"))
+            && statement["Condition"].as_object().unwrap().iter().all(|(operator, keys)| {
+                keys.as_object().unwrap().iter().all(|(key, wanted)| {
+                    let (claim, wanted) = (claims.get(key), wanted.as_str().unwrap());
+                    match operator.as_str() {
+                        "StringEquals" => claim.is_some_and(|claim| *claim == wanted),
+                        "StringLike" => claim.is_some_and(|claim| like(wanted.as_bytes(), claim.as_bytes())),
+                        // As IAM has it: true also if there is no such claim.
+                        "StringNotLike" => claim.is_none_or(|claim| !like(wanted.as_bytes(), claim.as_bytes())),
+                        other => panic!("{other}"),
+                    }
+                })
+            })
+    })
+}
+
+/// `*` is any number of any characters, `?` any one.
+fn like(pattern: &[u8], text: &[u8]) -> bool {
+    match pattern.split_first() {
+        None => text.is_empty(),
+        Some((b'*', rest)) => (0..=text.len()).any(|skipped| like(rest, &text[skipped..])),
+        Some((b'?', rest)) => text.split_first().is_some_and(|(_, text)| like(rest, text)),
+        Some((byte, rest)) => text.split_first().is_some_and(|(first, text)| first == byte && like(rest, text)),
+    }
+}
+
+/// What an output comes to: the provider, and each role by its name.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Read {
+    pub(crate) provider: Value,
+    pub(crate) roles: BTreeMap<String, (String, u64, Value)>,
+}
+
+/// The provider by these names of its three properties. The last may be missing.
+fn provider_of(given: &Value, [url, audiences, thumbprints]: [&str; 3]) -> Value {
+    json!({ "Url": given[url], "ClientIDList": given[audiences], "ThumbprintList": given[thumbprints] })
+}
+
+/// By a shell, with a program `aws` that says what it was given.
+pub(crate) fn by_a_shell(script: &str) -> Read {
+    let stub = "aws() { for word; do printf '%s\\0' \"$word\"; done; printf 'END\\0'; }\n";
+    let output = Command::new("sh").arg("-euc").arg(format!("{stub}{script}")).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}\n{script}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let words: Vec<&str> = text.split_terminator('\0').collect();
+    let mut read = Read { provider: Value::Null, roles: BTreeMap::new() };
+    for command in words.split(|word| *word == "END").filter(|command| !command.is_empty()) {
+        let option = |name: &str| {
+            let at = command.iter().position(|word| *word == name).unwrap_or_else(|| panic!("{name} in {command:?}"));
+            command[at + 1]
+        };
+        match command[..2] {
+            ["iam", "create-open-id-connect-provider"] => {
+                let given: Value = serde_json::from_str(option("--cli-input-json")).unwrap();
+                read.provider = provider_of(&given, ["Url", "ClientIDList", "ThumbprintList"]);
+            }
+            ["iam", "create-role"] => {
+                let policy = serde_json::from_str(option("--assume-role-policy-document")).unwrap();
+                let session = option("--max-session-duration").parse().unwrap();
+                let role = (option("--path").to_owned(), session, policy);
+                assert!(read.roles.insert(option("--role-name").to_owned(), role).is_none());
+            }
+            _ => panic!("{command:?}"),
+        }
+    }
+    read
+}
+
+/// By an evaluator of HCL, with the function that Terraform adds.
+fn by_hcl(text: &str, provider: &str) -> Read {
+    fn jsonencode(arguments: FuncArgs) -> Result<hcl::Value, String> {
+        Ok(hcl::Value::from(serde_json::to_string(&arguments[0]).map_err(|error| error.to_string())?))
+    }
+    let mut context = Context::new();
+    context.declare_func("jsonencode", FuncDef::builder().param(ParamType::Any).build(jsonencode));
+    context.declare_var("aws_iam_openid_connect_provider", hcl::value!({ awsvid = { arn = provider } }));
+    let document: Value = hcl::eval::from_str(text, &context).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    let resources = document["resource"].as_object().unwrap();
+    let made = &resources["aws_iam_openid_connect_provider"]["awsvid"];
+    let roles = resources["aws_iam_role"].as_object().unwrap().values().map(|role| {
+        let policy = serde_json::from_str(role["assume_role_policy"].as_str().unwrap()).unwrap();
+        let text = |name: &str| role[name].as_str().unwrap().to_owned();
+        (text("name"), (text("path"), role["max_session_duration"].as_u64().unwrap(), policy))
+    });
+    Read { provider: provider_of(made, ["url", "client_id_list", "thumbprint_list"]), roles: roles.collect() }
+}
+
+/// As CloudFormation resolves it.
+fn by_cloudformation(text: &str, provider: &str) -> Read {
+    let resolved = text.replace("\n", "").replace("  ", "");
+    let template: Value = serde_json::from_str(&resolved).unwrap();
+    assert_eq!(template["AWSTemplateFormatVersion"], "2010-09-09");
+    let mut read = Read { provider: Value::Null, roles: BTreeMap::new() };
+    for (id, resource) in template["Resources"].as_object().unwrap() {
+        assert!(id.bytes().all(|c| c.is_ascii_alphanumeric()), "{id}");
+        let properties = &resource["Properties"];
+        match resource["Type"].as_str().unwrap() {
+            "AWS::IAM::OIDCProvider" => {
+                assert_eq!(id, "OidcProvider");
+                read.provider = provider_of(properties, ["Url", "ClientIdList", "ThumbprintList"]);
+            }
+            "AWS::IAM::Role" => {
+                let mut policy = properties["AssumeRolePolicyDocument"].clone();
+                for statement in policy["Statement"].as_array_mut().unwrap() {
+                    assert_eq!(statement["Principal"], json!({ "Federated": { "Ref": "OidcProvider" } }));
+                    statement["Principal"]["Federated"] = Value::from(provider);
+                }
+                let text = |name: &str| properties[name].as_str().unwrap().to_owned();
+                let role = (text("Path"), properties["MaxSessionDuration"].as_u64().unwrap(), policy);
+                assert!(read.roles.insert(text("RoleName"), role).is_none());
+            }
+            other => panic!("{other}"),
+        }
+    }
+    read
+}
+
+/// What all of them say, in the order of `awsvid trust-policy --format`: the same, or it is a panic. `provider` is the ARN that
+/// the provider will have.
+pub(crate) fn same([aws_cli, terraform, cloudformation]: [&str; 3], provider: &str) -> Read {
+    let read = by_a_shell(aws_cli);
+    assert_eq!(by_hcl(terraform, provider), read);
+    assert_eq!(by_cloudformation(cloudformation, provider), read);
+    read
+}
