@@ -151,6 +151,8 @@ impl Pods {
             able: is_able,
             tried,
         };
+        // Also where the first look has to wait for the daemon before.
+        pods.tell_of_no_directory();
         pods.begin().await;
         Ok((pods, Gate { able, tried: is_tried }))
     }
@@ -165,12 +167,7 @@ impl Pods {
         if let Err(error) = self.watch.renew() {
             tracing::error!(%error, directory = %self.directory.display(), "the directory of network namespaces cannot be watched");
         }
-        if !self.watch.has_directory() && !std::mem::replace(&mut self.told.no_directory, true) {
-            tracing::warn!(
-                "[listen] pods_dir: {} is not there; it is waited for. In Kubernetes mount the host's directory by a hostPath volume",
-                self.directory.display()
-            );
-        }
+        self.tell_of_no_directory();
         let found = self.found();
         self.pods.retain(|id, pod| {
             let there = found.get(id);
@@ -213,6 +210,15 @@ impl Pods {
         self.waiting = waiting;
         self.tell_of_waiting();
         found
+    }
+
+    fn tell_of_no_directory(&mut self) {
+        if !self.watch.has_directory() && !std::mem::replace(&mut self.told.no_directory, true) {
+            tracing::warn!(
+                "[listen] pods_dir: {} is not there; it is waited for. In Kubernetes mount the host's directory by a hostPath volume",
+                self.directory.display()
+            );
+        }
     }
 
     fn tell_of_waiting(&mut self) {
