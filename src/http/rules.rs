@@ -130,15 +130,14 @@ fn host_is_loopback(headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
     let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
     let Ok(host) = host.to_str() else { return false };
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit()) && !host.ends_with(']') => {
-            name
-        }
-        _ => host,
+    let is_loopback = |name: &str| {
+        let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+        let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
+        bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(loopback)
     };
-    let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-    let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
-    bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(loopback)
+    let is_port = |port: &str| !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit());
+    // AWS's SDKs in C write `::1` without brackets, which is no host with a port.
+    is_loopback(host) || host.rsplit_once(':').is_some_and(|(name, port)| is_port(port) && is_loopback(name))
 }
 
 fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {

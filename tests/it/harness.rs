@@ -8,6 +8,7 @@ pub(crate) mod cgroup;
 pub(crate) mod client;
 pub(crate) mod counterparts;
 pub(crate) mod daemon;
+pub(crate) mod delay;
 pub(crate) mod engine;
 pub(crate) mod forward;
 pub(crate) mod gate;

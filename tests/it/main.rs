@@ -5,6 +5,7 @@ mod agents;
 mod attacks;
 mod attested;
 mod check;
+mod clients;
 mod config;
 mod contract;
 mod credential_process;

@@ -71,6 +71,16 @@ impl Minio {
         self.client(&["pipe", &format!("m/{bucket}/{key}")], content);
     }
 
+    /// Writes objects, by key and content, all at one time.
+    pub(crate) fn put_all(&self, bucket: &str, objects: &[(String, String)]) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        for (key, content) in objects {
+            fs::write(folder.path().join(key), content).expect("an object's file");
+        }
+        let from = format!("{}/", folder.path().display());
+        self.client(&["cp", "--recursive", &from, &format!("m/{bucket}/")], b"");
+    }
+
     /// What MinIO has printed so far.
     pub(crate) fn log(&self) -> String {
         read(&self.folder.join("server.log"))

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::process::{Process, behind, run};
 use super::{Port, http_get, read, tool};
@@ -198,6 +198,23 @@ impl Spire {
             self.await_entry(entry);
         }
         entry.to_owned()
+    }
+
+    /// Makes a registration entry with these selectors for each of these IDs, and returns once the agent serves them.
+    pub(crate) fn register_all(&self, spiffe_ids: &[String], selectors: &[&str]) {
+        let selectors: Vec<Value> = selectors
+            .iter()
+            .map(|selector| selector.split_once(':').expect("a selector has a type"))
+            .map(|(kind, value)| json!({ "type": kind, "value": value }))
+            .collect();
+        let entry = |id: &String| json!({ "parent_id": self.agent_id, "spiffe_id": id, "selectors": selectors });
+        let entries: Vec<Value> = spiffe_ids.iter().map(entry).collect();
+        let file = self.write("entries.json", &json!({ "entries": entries }).to_string());
+        let answer = self.server_json(&["entry", "create", "-data", file.to_str().expect("a path in UTF-8")]);
+        let results = answer["results"].as_array().unwrap_or_else(|| panic!("no entries: {answer}"));
+        for result in results {
+            self.await_entry(result["entry"]["id"].as_str().unwrap_or_else(|| panic!("no entry: {result}")));
+        }
     }
 
     /// Waits until the agent that runs now has got an entry from the server.

@@ -1,0 +1,10 @@
+// Reads an object with the AWS SDK for JavaScript v3 and its default credential chain.
+import { GetObjectCommand, S3Client } from "@aws-sdk/client-s3";
+import { bucket, endpoint, key, run } from "./reads.js";
+
+const client = new S3Client({ endpoint, forcePathStyle: true });
+
+await run(async () => {
+  const object = await client.send(new GetObjectCommand({ Bucket: bucket, Key: key }));
+  return object.Body.transformToString();
+});

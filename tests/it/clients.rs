@@ -1,0 +1,70 @@
+//! Every AWS SDK and client, real and unmodified, gets its credentials from the real daemon, SPIRE and MinIO.
+//!
+//! Each runs as a user of its own behind `awsvid exec`. What they do is in a table in README.md, which these tests keep true;
+//! with `AWSVID_WRITE_TABLE=1` they write it. `tests/run` tries one read and one refusal each, `tests/run slow` all columns.
+
+mod catalogue;
+mod ending;
+mod hour;
+mod matrix;
+mod reading;
+mod stage;
+mod table;
+
+use serde_json::Value;
+
+use crate::harness::counterparts::folder;
+use reading::{Reading, for_each, read};
+use stage::{Member, Setting, Stage};
+use table::{Cell, Column, Table};
+
+/// As many as the machine has processors, for most of what they do is to start.
+const AT_ONCE: usize = 2;
+
+#[test]
+fn each_reads_its_own_object_and_not_anothers() {
+    table::settle_rows();
+    let folder = folder();
+    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else { return };
+    let serving = stage.daemon("short", &Setting::default());
+    let others: Vec<String> =
+        stage.members().into_iter().map(Member::key).cycle().skip(1).take(stage.members().len()).collect();
+    let failed: Vec<String> = for_each(&stage.members(), AT_ONCE, |number, member| {
+        let own = read(&stage, member, &serving, &Reading::once(member, &serving));
+        if !own.are(&member.content()) {
+            return Some(format!("{} does not read its own object: {own:?}", member.client.name));
+        }
+        let other = Reading { key: others[number].clone(), ..Reading::once(member, &serving) };
+        let other = read(&stage, member, &serving, &other);
+        let refused = other.each.iter().all(|read| read.as_ref().is_err_and(|message| is_denied(message)));
+        (!refused).then(|| format!("{} is not refused another's object: {other:?}", member.client.name))
+    })
+    .into_iter()
+    .flatten()
+    .collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+    for member in stage.members() {
+        // On a busy machine a client may have hung up before it asked once more.
+        let mut requests = serving.requests(member.uid);
+        requests.retain(|record| record["outcome"] != "aborted");
+        let is_right = |record: &Value| record["outcome"] == "issued" && record["spiffe_id"] == member.spiffe_id();
+        assert!(!requests.is_empty() && requests.iter().all(is_right), "{}: {requests:?}", member.client.name);
+    }
+    table::settle(&stage.members().into_iter().flat_map(facts).collect::<Vec<_>>());
+}
+
+/// What is known of a client without running it.
+fn facts(member: &Member) -> [Cell; 2] {
+    let client = &member.client;
+    [
+        Cell::new(client.name, Column::Version, format!("{} {}", client.registry, member.version)),
+        Cell::new(client.name, Column::Note, client.note),
+    ]
+}
+
+/// Whether S3 has said that these credentials may not, as each client puts it.
+fn is_denied(message: &str) -> bool {
+    ["AccessDenied", "Access Denied", "ACCESS_DENIED", "403", "Forbidden", "Insufficient permissions"]
+        .iter()
+        .any(|word| message.contains(word))
+}

@@ -1,0 +1,106 @@
+//! The clients: what they are called, which version it is, how they are started.
+
+mod command_lines;
+mod python;
+mod sdks;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::harness::counterparts::process::run;
+use crate::harness::counterparts::{skip, tool};
+
+/// A client as its users have it.
+pub(crate) struct Client {
+    /// As the table calls it.
+    pub(crate) name: &'static str,
+    /// Where it was installed from, by its name.
+    pub(crate) registry: &'static str,
+    pub(crate) version: Version,
+    pub(crate) start: Start,
+    /// Added to the environment: what its users set for an S3 other than AWS's. `{endpoint}` is filled in.
+    pub(crate) environment: &'static [(&'static str, &'static str)],
+    /// What a user should know that the table's other columns don't say, in few words.
+    pub(crate) note: &'static str,
+}
+
+/// Where its version is known from, so that it is written in one place.
+pub(crate) enum Version {
+    /// The first one that follows these words in this file of the repository.
+    Locked { file: &'static str, after: &'static str },
+    /// The first one that its program prints with these arguments. It is not pinned: the system's.
+    Printed(&'static [&'static str]),
+}
+
+/// How reads are done. The first word is a program that `tests/counterparts/get` provides; a word that begins with `tests/`
+/// is a file of the repository, which the client gets a copy of.
+pub(crate) enum Start {
+    /// One process does all of them with one client of its SDK. `ENDPOINT BUCKET KEY TIMES PAUSE` are added (PAUSE in
+    /// seconds). For each read it prints one line, `read <content>` or `failed <message>`; it ends with 0 if the last read
+    /// succeeded, else with 1.
+    Program(&'static [&'static str]),
+    /// Each read is a run of a command, which prints the content and ends with 0, or says why not. `{endpoint}`, `{bucket}` and `{key}` are filled in.
+    Command(&'static [&'static str]),
+}
+
+/// A note: then S3's refusal is all that one sees.
+const UNSIGNED: &str = "without credentials it sends its request unsigned";
+
+/// All of them, in the order of the table.
+pub(crate) fn all() -> Vec<Client> {
+    [command_lines::clients(), python::clients(), sdks::clients()].into_iter().flatten().collect()
+}
+
+impl Client {
+    /// Its name in SPIFFE IDs, object keys and names of files.
+    pub(crate) fn slug(&self) -> String {
+        let words = self.name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+        words.collect::<Vec<_>>().join("-").to_lowercase()
+    }
+
+    /// Its program. `None` after a printed skip if it is not there.
+    pub(crate) fn program(&self) -> Option<PathBuf> {
+        // Not the link: Python knows its libraries by the path that it was started with.
+        std::fs::read_link(tool(self.words()[0])?).ok()
+    }
+
+    /// The program's name, and what follows it.
+    pub(crate) fn words(&self) -> &'static [&'static str] {
+        match self.start {
+            Start::Program(words) | Start::Command(words) => words,
+        }
+    }
+
+    /// Its version. `None` after a printed skip for a system's client in another version than the one that is expected.
+    pub(crate) fn version(&self, program: &Path, expected: Option<&str>) -> Option<String> {
+        let arguments = match self.version {
+            Version::Locked { file, after } => return Some(locked(file, after)),
+            Version::Printed(arguments) => arguments,
+        };
+        let mut command = std::process::Command::new(program);
+        command.env_clear().env("PATH", "/usr/bin:/bin").args(arguments);
+        let output = run(command, b"", Duration::from_secs(60));
+        let version = first_version(&(output.stdout + &output.stderr));
+        match expected.filter(|expected| *expected != version) {
+            Some(expected) => skip(&format!("{} is {version} here, and {expected} in README.md", self.name)),
+            None => return Some(version),
+        }
+        None
+    }
+}
+
+/// The version in a file that pins it.
+fn locked(file: &str, after: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{file}: {error}"));
+    let (_, rest) = text.split_once(after).unwrap_or_else(|| panic!("{file} has no {after:?}"));
+    first_version(rest)
+}
+
+/// The first word that begins with a digit, as far as it looks like a version.
+fn first_version(text: &str) -> String {
+    let version = text.split(|c: char| !(c.is_ascii_alphanumeric() || ".-+".contains(c)));
+    let version =
+        version.map(|word| word.trim_start_matches('v')).find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    version.unwrap_or_else(|| panic!("no version in {text:?}")).to_owned()
+}

@@ -1,0 +1,61 @@
+//! A session of which less and less is left, with an STS that does not renew it. Only in `tests/run slow`, which has the time.
+
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use super::AT_ONCE;
+use super::catalogue::Start;
+use super::reading::{Reading, for_each, read};
+use super::stage::{Setting, Stage};
+use super::table::{self, Cell, Column, Table};
+use crate::harness::counterparts::folder;
+use crate::harness::delay::Delay;
+use crate::harness::is_slow;
+
+/// What is left of the session, in minutes, when the clients read. The first is when it is new.
+const LEFT: [u64; 4] = [25, 14, 9, 4];
+const READS: u32 = 3;
+
+#[test]
+fn who_asks_at_each_call_when_a_session_is_about_to_end() {
+    if !is_slow() {
+        return;
+    }
+    let folder = folder();
+    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else { return };
+    let (way, address) = Delay::tcp(stage.sts(), Duration::ZERO);
+    let role = format!("duration = \"{}m\"", LEFT[0]);
+    let setting = Setting { role: &role, sts: Some(format!("http://{address}")), ..Setting::default() };
+    let serving = stage.daemon("ending", &setting);
+    let asked = |left: u64| {
+        for_each(&stage.members(), AT_ONCE, |_, member| {
+            let before = serving.asked(member.uid);
+            let reading = Reading { times: READS, pause: Duration::from_secs(2), ..Reading::once(member, &serving) };
+            let reads = read(&stage, member, &serving, &reading);
+            let requests = serving.asked(member.uid) - before;
+            eprintln!("{}, {left} min left: {requests} requests for {READS} reads", member.client.name);
+            assert!(reads.are(&member.content()), "{} with {left} min left: {reads:?}", member.client.name);
+            requests
+        })
+    };
+    let began = SystemTime::now();
+    let mut all = vec![asked(LEFT[0])];
+    // Nothing is renewed from here on.
+    drop(way);
+    for left in &LEFT[1..] {
+        // The clients' starts take their time; a minute is left for them in each direction.
+        let at = began + Duration::from_secs((LEFT[0] - left) * 60);
+        thread::sleep(at.duration_since(SystemTime::now()).unwrap_or_default());
+        all.push(asked(*left));
+    }
+    let cells = stage.members().into_iter().enumerate().map(|(number, member)| {
+        let each = LEFT.iter().zip(&all).find(|(_, requests)| requests[number] >= u64::from(READS));
+        let text = match (&member.client.start, each) {
+            (Start::Command(_), _) => "each run".to_owned(),
+            (Start::Program(_), Some((left, _))) => format!("at {left} min"),
+            (Start::Program(_), None) => "never".to_owned(),
+        };
+        Cell::new(member.client.name, Column::EachCall, text)
+    });
+    table::settle(&cells.collect::<Vec<_>>());
+}

@@ -1,0 +1,154 @@
+//! Running a client, and what it says.
+
+use std::ffi::OsString;
+use std::os::unix::fs::chown;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::catalogue::Start;
+use super::stage::{BUCKET, Member, Serving, Stage};
+use crate::harness::counterparts::process::{Output, behind, run};
+
+/// For what a client does once, with all its tries, on a machine that is busy with others.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+
+/// How a client is to read.
+#[derive(Clone)]
+pub(crate) struct Reading<'a> {
+    pub(crate) uid: u32,
+    pub(crate) key: String,
+    pub(crate) times: u32,
+    pub(crate) pause: Duration,
+    /// For `awsvid exec --url` ...
+    pub(crate) url: String,
+    /// ... and its `--role`.
+    pub(crate) role: Option<&'a str>,
+    /// Whether the client has the token's file alone, of the two that `awsvid exec` sets.
+    pub(crate) file_alone: bool,
+}
+
+impl Reading<'_> {
+    /// One read of the client's own object.
+    pub(crate) fn once(member: &Member, serving: &Serving) -> Self {
+        let url = format!("http://{}", serving.daemon.tcp());
+        Self { uid: member.uid, key: member.key(), times: 1, pause: Duration::ZERO, url, role: None, file_alone: false }
+    }
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(crate) struct Reads {
+    /// The content, or what the client says about why there is none.
+    pub(crate) each: Vec<Result<String, String>>,
+    /// With the start of the program.
+    pub(crate) took: Duration,
+    /// All that a person would have seen.
+    pub(crate) printed: String,
+}
+
+impl Reads {
+    /// Whether each read came to this content.
+    pub(crate) fn are(&self, content: &str) -> bool {
+        !self.each.is_empty() && self.each.iter().all(|read| read.as_deref() == Ok(content))
+    }
+}
+
+/// Has a client read.
+pub(crate) fn read(stage: &Stage, member: &Member, serving: &Serving, reading: &Reading<'_>) -> Reads {
+    let home = tempfile::Builder::new().prefix("awsvid-home-").tempdir().expect("a temporary folder");
+    chown(home.path(), Some(reading.uid), Some(reading.uid)).expect("chown, as root");
+    let began = Instant::now();
+    let command = || command(stage, member, serving, reading, home.path());
+    let within = PATIENCE + reading.pause * reading.times;
+    let (each, printed) = match member.client.start {
+        Start::Program(_) => {
+            let output = run(command(), b"", within);
+            (lines(&output, &member.slug), output.stdout + &output.stderr)
+        }
+        Start::Command(_) => {
+            let outputs: Vec<Output> = (0..reading.times)
+                .map(|number| {
+                    thread::sleep(if number == 0 { Duration::ZERO } else { reading.pause });
+                    run(command(), b"", within)
+                })
+                .collect();
+            let printed = outputs.iter().map(|output| output.stdout.clone() + &output.stderr).collect();
+            (outputs.into_iter().map(content).collect(), printed)
+        }
+    };
+    Reads { each, took: began.elapsed(), printed }
+}
+
+/// What a program's lines say.
+fn lines(output: &Output, slug: &str) -> Vec<Result<String, String>> {
+    let line = |line: &str| match line.split_once(' ') {
+        Some(("read", content)) => Ok(content.to_owned()),
+        Some(("failed", message)) => Err(message.to_owned()),
+        _ => panic!("{slug} prints {line:?}: {output:?}"),
+    };
+    let mut reads: Vec<_> = output.stdout.lines().map(line).collect();
+    if reads.is_empty() || output.status.code().is_none() {
+        reads.push(Err(format!("{}: {}", output.status, output.stderr)));
+    }
+    assert_eq!(output.status.success(), reads.last().is_some_and(Result::is_ok), "{slug}: {output:?}");
+    reads
+}
+
+fn content(output: Output) -> Result<String, String> {
+    if output.status.success() { Ok(output.stdout.trim().to_owned()) } else { Err(output.stdout + &output.stderr) }
+}
+
+/// The client behind `awsvid exec`, as its user, in its cgroup, with nothing else in its environment.
+fn command(stage: &Stage, member: &Member, serving: &Serving, reading: &Reading<'_>, home: &Path) -> Command {
+    let uid = reading.uid.to_string();
+    // A test program that is killed takes along who still reads.
+    let user = ["setpriv", "--pdeathsig", "keep", "--reuid", &uid, "--regid", &uid, "--clear-groups"];
+    let mut command = behind(&[&member.cgroup.enter()[..], &user].concat(), &stage.awsvid());
+    let endpoint = stage.minio.endpoint();
+    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", home).env("AWS_REGION", "us-east-1");
+    command.envs(member.client.environment.iter().map(|(name, value)| (name, value.replace("{endpoint}", &endpoint))));
+    command.current_dir(home);
+    command.args(["exec", "--url", &reading.url, "--token-file"]).arg(serving.token_file());
+    command.args(reading.role.iter().flat_map(|role| ["--role", role])).arg("--");
+    if reading.file_alone {
+        command.args(["env", "-u", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]);
+    }
+    command.arg(&member.program);
+    command.args(member.client.words()[1..].iter().map(|word| filled(stage, word, reading)));
+    if matches!(member.client.start, Start::Program(_)) {
+        let (times, pause) = (reading.times.to_string(), reading.pause.as_secs().to_string());
+        command.args([&endpoint, BUCKET, &reading.key, &times, &pause]);
+    }
+    command
+}
+
+/// A word of the catalogue.
+fn filled(stage: &Stage, word: &str, reading: &Reading<'_>) -> OsString {
+    if word.starts_with("tests/") {
+        return stage.file(word).into();
+    }
+    let word = word.replace("{endpoint}", &stage.minio.endpoint());
+    word.replace("{bucket}", BUCKET).replace("{key}", &reading.key).into()
+}
+
+/// Does something for each client, by its place among them, for some of them at one time.
+pub(crate) fn for_each<T: Send>(
+    members: &[&Member],
+    at_once: usize,
+    act: impl Fn(usize, &Member) -> T + Sync,
+) -> Vec<T> {
+    let next = AtomicUsize::new(0);
+    let work = || -> Vec<(usize, T)> {
+        let numbers = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
+        numbers.map_while(|number| Some((number, act(number, members.get(number)?)))).collect()
+    };
+    let mut done: Vec<(usize, T)> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..at_once).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("a client's thread")).collect()
+    });
+    done.sort_by_key(|(number, _)| *number);
+    done.into_iter().map(|(_, result)| result).collect()
+}
