@@ -269,7 +269,7 @@ impl App {
             tracing::debug!(?cgroups, "pods are found by the kubelet's cgroup root");
             if cgroups.is_empty() {
                 tracing::warn!(
-                    "[listen] pods: no kubelet's cgroup is seen, and so no pod known; in Kubernetes mount the host's \
+                    "[listen] pods: no kubelet's cgroup is seen, and as long as there is none no pod is known; in Kubernetes mount the host's \
                      /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `pods_cgroup`"
                 );
             }

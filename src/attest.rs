@@ -176,7 +176,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::turns::TURN;
+    use crate::clock::HOLD;
 
     /// However many workloads an attacker is: what is long waits, and takes no thread meanwhile.
     #[tokio::test(start_paused = true)]
@@ -194,7 +194,7 @@ mod tests {
         let client = TcpStream::connect(server).unwrap();
         let start = Instant::now();
         let attested = attestor.tcp(client.local_addr().unwrap(), server, |_| true).await;
-        assert_eq!((attested.unwrap_err(), start.elapsed()), (Refusal::TooManyDescriptors, TURN));
+        assert_eq!((attested.unwrap_err(), start.elapsed()), (Refusal::Busy, HOLD));
     }
 
     #[test]

@@ -249,7 +249,8 @@ impl Owner {
     }
 }
 
-/// Why a caller was not attested. Each is a refusal (403), counted and audited by [`Refusal::reason`].
+/// Why a caller was not attested. Each but [`Refusal::Busy`] is a refusal (403); all are counted and audited by
+/// [`Refusal::reason`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Refusal {
     /// The socket or process is gone, closing, or never was that of this connection.
@@ -279,6 +280,9 @@ pub enum Refusal {
     /// The cgroup is removed, can't be listed, or is not below the tree that the daemon sees.
     #[error("the caller's cgroup cannot be read")]
     UnreadableCgroup,
+    /// Searches for others have taken all the time that there is. The only one of these that may pass by itself.
+    #[error("more callers have to be searched for on this node than there is time for; ask again in a moment")]
+    Busy,
     /// Somebody else than root can name cgroups beside the caller's own, so an agent may take it for a container's process.
     #[error(
         "the caller's cgroup is in the hands of a user, who could give it a container's name; run it in a cgroup of \
@@ -364,6 +368,7 @@ impl Refusal {
             Self::TooManyDescriptors => "too_many_descriptors",
             Self::Changed => "identity_changed",
             Self::UnreadableCgroup => "unreadable_cgroup",
+            Self::Busy => "search_busy",
             Self::DelegatedCgroup => "delegated_cgroup",
             Self::NestedContainer => "nested_container",
             Self::MisplacedPod(_) => "misplaced_pod",

@@ -4,53 +4,95 @@ use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl::{set_dumpable, set_no_new_privs};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::config::{Config, Reference, Source};
+
+/// Kept wherever they are granted: what listeners and rules need that a reload may bring.
+const KEPT: [Capability; 3] =
+    [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH, Capability::CAP_NET_BIND_SERVICE];
+
 /// What the daemon does that not every configuration asks for.
 #[derive(Debug, Clone, Copy)]
 pub struct Does {
+    /// Looks for the process that holds a caller's socket, and at what other users' processes run.
+    looks_at_processes: bool,
+    /// Meets callers outside of pods.
+    listens_on_host: bool,
     /// Names callers to an agent by their process, and so notices that one executes a program while the agent looks at it.
-    pub names_processes: bool,
-    /// Names pods to an agent, and a caller outside of pods by its process.
-    pub names_pods: bool,
+    names_processes: bool,
     /// Enters pods' network namespaces.
-    pub enters_namespaces: bool,
+    enters_namespaces: bool,
+    /// Listens on ports below 1024.
+    listens_low: bool,
 }
 
-/// Why a capability is asked for.
-struct Use {
-    capability: Capability,
-    /// It is kept where it is granted.
-    used: bool,
-    /// Without it, something that the configuration asks for fails.
-    needed: bool,
-    /// What fails.
-    fails: &'static str,
-}
+/// A capability that something needs, and what fails without it.
+pub type Need = (Capability, &'static str);
 
 impl Does {
-    fn uses(self) -> [Use; 5] {
-        let Self { names_processes, names_pods, enters_namespaces } = self;
-        let looks = "which process holds a caller's socket cannot be seen";
-        let of = |capability, used, needed, fails| Use { capability, used, needed, fails };
+    /// What this configuration asks for.
+    pub fn of(config: &Config) -> Self {
+        let Config { listen, identity, workloads, .. } = config;
+        let listens_on_host = listen.unix.is_some() || !listen.tcp.is_empty();
+        let names_processes = match identity.source {
+            Source::WorkloadApi => false,
+            // Callers in pods are named by their pod.
+            Source::SpiffeBroker { reference: Reference::Auto, .. } => listens_on_host,
+            Source::SpireDelegated { .. } | Source::SpiffeBroker { reference: Reference::Process, .. } => true,
+        };
+        // On the unix socket the kernel tells the groups.
+        let groups_count = listen.pods || !listen.tcp.is_empty();
+        let rules_look = workloads.iter().any(|rule| {
+            rule.exe.is_some() || (groups_count && (rule.gid.is_some() || rule.supplementary_group.is_some()))
+        });
+        Self {
+            looks_at_processes: names_processes || rules_look,
+            listens_on_host,
+            names_processes,
+            enters_namespaces: listen.pods,
+            listens_low: listen.pods || listen.tcp.iter().any(|address| (1..1024).contains(&address.port())),
+        }
+    }
+
+    /// Whether callers can be processes that have to be seen: all but those in pods that are named by their pod.
+    pub fn sees_processes(self) -> bool {
+        self.listens_on_host || self.names_processes
+    }
+
+    /// The capabilities without which some of that fails.
+    pub fn needs(self) -> impl Iterator<Item = Need> {
+        let looks = "callers' processes cannot be looked for and looked at";
         [
-            // Other users' /proc/<pid>/fd, `exe` and `cgroup`. Rules by user or cgroup do without.
-            of(Capability::CAP_SYS_PTRACE, true, names_processes, looks),
-            of(Capability::CAP_DAC_READ_SEARCH, true, names_processes, looks),
-            of(
+            (self.looks_at_processes, Capability::CAP_SYS_PTRACE, looks),
+            (self.looks_at_processes, Capability::CAP_DAC_READ_SEARCH, looks),
+            (
+                self.names_processes,
                 Capability::CAP_PERFMON,
-                names_processes || names_pods,
-                names_processes,
-                "a caller's process that executes another program meanwhile is not noticed",
+                "a caller that executes another program meanwhile cannot be noticed, so callers' processes are not named",
             ),
-            // Ports below 1024. Whoever may not bind them is told so there.
-            of(Capability::CAP_NET_BIND_SERVICE, true, enters_namespaces, "nobody can listen on port 974 in pods"),
-            // Without it the daemon does not start, and says why.
-            of(Capability::CAP_SYS_ADMIN, enters_namespaces, false, ""),
+            (self.listens_low, Capability::CAP_NET_BIND_SERVICE, "ports below 1024 may be closed to it, as 974 in pods"),
+            (self.enters_namespaces, Capability::CAP_SYS_ADMIN, "pods' network namespaces cannot be entered"),
         ]
+        .into_iter()
+        .filter_map(|(needed, capability, fails)| needed.then_some((capability, fails)))
+    }
+}
+
+/// Says what is needed and is not there, once, and not only to the callers whom it concerns.
+pub fn tell_of_missing(does: Does) {
+    let permitted = caps::read(None, CapSet::Permitted).unwrap_or_default();
+    for (capability, fails) in does.needs().filter(|(capability, _)| !permitted.contains(capability)) {
+        let name = capability.to_string();
+        let short = name.trim_start_matches("CAP_");
+        tracing::warn!(
+            "{name} is missing: {fails}; in Kubernetes add {short} to the container's securityContext.capabilities.add, under \
+             systemd {name} to CapabilityBoundingSet=; if a reload has made it needed, restart awsvid"
+        );
     }
 }
 
 /// Call it before any thread is started: capabilities are a thread's own. What can't be had is logged and goes without.
 pub fn before_threads(does: Does) {
+    tell_of_missing(does);
     let log = |what: &str, failed: bool| {
         if failed {
             tracing::warn!("{what} failed; the daemon runs with less protection");
@@ -66,22 +108,15 @@ pub fn before_threads(does: Does) {
     log("raising the number of descriptors", raised.is_err());
 }
 
-/// Gives up all but what is used. What is needed and was not granted is told here, once, and not only to the callers whom
-/// it concerns.
+/// Gives up what is not used. CAP_PERFMON and CAP_SYS_ADMIN, which are worth the most to whoever would take the daemon over, are
+/// kept only where the configuration at the start needs them.
 fn drop_capabilities(does: Does) -> Result<(), caps::errors::CapsError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
-    let uses = does.uses();
-    for lacking in uses.iter().filter(|used| used.needed && !permitted.contains(&used.capability)) {
-        let name = lacking.capability.to_string();
-        let short = name.trim_start_matches("CAP_");
-        tracing::warn!(
-            "{name} is missing: {}; in Kubernetes add {short} to the container's securityContext.capabilities.add, under \
-             systemd {name} to CapabilityBoundingSet=",
-            lacking.fails
-        );
-    }
-    let kept = uses.into_iter().filter(|used| used.used && permitted.contains(&used.capability));
-    let kept: CapsHashSet = kept.map(|used| used.capability).collect();
+    let kept: CapsHashSet = KEPT
+        .into_iter()
+        .chain(does.needs().map(|(capability, _)| capability))
+        .filter(|one| permitted.contains(one))
+        .collect();
     caps::clear(None, CapSet::Inheritable)?;
     caps::set(None, CapSet::Effective, &kept)?;
     caps::set(None, CapSet::Permitted, &kept)

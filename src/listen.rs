@@ -183,16 +183,20 @@ where
         }
     }
     let name = bound.name();
-    match bound.close() {
-        Ok(waiting) => {
-            for stream in waiting {
-                limits.serve((stream, limits.arrival(&arriving).await), &connections, &connection);
+    let closed = bound.close();
+    let drain = async {
+        match closed {
+            Ok(waiting) => {
+                for stream in waiting {
+                    limits.serve((stream, limits.arrival(&arriving).await), &connections, &connection);
+                }
             }
+            Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
         }
-        Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
-    }
-    connections.close();
-    if timeout(DRAIN, connections.wait()).await.is_err() {
+        connections.close();
+        connections.wait().await;
+    };
+    if timeout(DRAIN, drain).await.is_err() {
         tracing::warn!(open = connections.len(), "connections did not end in time and are cut");
     }
 }
@@ -219,21 +223,10 @@ struct Troubles {
 
 /// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
 async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>, troubles: &mut Troubles) {
+    if bound::is_of_one(error) {
+        return;
+    }
     let pause = match error.raw_os_error().map(Errno::from_raw) {
-        // Nothing is wrong with the listener: accept(2) also tells of what happened to a connection that waited there.
-        Some(
-            Errno::ECONNABORTED
-            | Errno::EINTR
-            | Errno::EPERM
-            | Errno::EPROTO
-            | Errno::ENETDOWN
-            | Errno::ENETUNREACH
-            | Errno::EHOSTDOWN
-            | Errno::EHOSTUNREACH
-            | Errno::ENONET
-            | Errno::ENOPROTOOPT
-            | Errno::EOPNOTSUPP,
-        ) => return,
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
             tracing::error!(%error, listener = bound.name(), "the listener was killed; binding it again");
             // Somebody may kill it again and again.

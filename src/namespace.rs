@@ -67,9 +67,10 @@ impl NamespaceId {
     }
 
     /// Whether it is the one in which the machine has started: that of the node and of all pods with `hostNetwork`, who may
-    /// read each other's answers on its loopback device (attack 5). `cookie` is its `SO_NETNS_COOKIE`.
-    pub fn is_machines(self, cookie: u64) -> bool {
-        self.inode == FIRST_INODE || cookie == FIRST_COOKIE
+    /// read each other's answers on its loopback device (attack 5). `cookie` is its `SO_NETNS_COOKIE`, which kernels before
+    /// 5.14 do not have.
+    pub fn is_machines(self, cookie: Option<u64>) -> bool {
+        self.inode == FIRST_INODE || cookie == Some(FIRST_COOKIE)
     }
 
     /// Of [`Self::to_bytes`].

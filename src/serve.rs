@@ -9,10 +9,11 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::{App, AppError};
 use crate::config::{self, Config, Problem};
+use crate::hardening::{self, Does};
 use crate::listen::Inherited;
 use crate::pods::PodsError;
+use crate::telemetry;
 use crate::telemetry::Log;
-use crate::{hardening, telemetry};
 
 /// sysexits.h: something was found in an unconfigured or misconfigured state. systemd does not restart on it.
 const EX_CONFIG: u8 = 78;
@@ -39,11 +40,7 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     warn(path, &warnings);
-    hardening::before_threads(hardening::Does {
-        names_processes: config.identity.source.names_processes(),
-        names_pods: matches!(config.identity.source, config::Source::SpiffeBroker { .. }),
-        enters_namespaces: config.listen.pods,
-    });
+    hardening::before_threads(Does::of(&config));
     start(path, config, &log).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         // Nothing that trying again would mend.
@@ -105,11 +102,12 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
     };
     let used = match loading.await {
         Ok(Ok(loaded)) => {
-            let wanted = loaded.config.log.clone();
+            let (wanted, does) = (loaded.config.log.clone(), Does::of(&loaded.config));
             app.reload(loaded.config).await.map_err(|error| error.to_string()).inspect(|()| {
                 // It was read as a part of the configuration, so there is no error to lose.
                 let _ = log.change(&wanted.level, wanted.format);
                 warn(path, &loaded.warnings);
+                hardening::tell_of_missing(does);
             })
         }
         Ok(Err(errors)) => Err(errors.to_string()),

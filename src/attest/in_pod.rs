@@ -17,10 +17,10 @@ use crate::cgroup::PodUid;
 pub struct PodAttestor {
     tcp: TcpAttestor,
     needs: Needs,
-    owner: Mutex<Option<Owner>>,
+    owner: Mutex<Option<Tenant>>,
 }
 
-struct Owner {
+struct Tenant {
     pod: Housed,
     /// Whether another pod's process was seen there, and told of.
     intruded: bool,
@@ -68,7 +68,14 @@ impl PodAttestor {
             // Its directory was made anew, or it is another pod, and the one before has no process any more.
             Some(owner) if owner.pod.pod.uid != pod.pod.uid && !owner.pod.is_gone() => owner,
             owner => {
-                *owner = Some(Owner { pod: pod.clone(), intruded: false });
+                if let Some(before) = owner.as_ref().filter(|before| before.pod.pod.uid != pod.pod.uid) {
+                    // Whoever may enter namespaces could have waited for that.
+                    tracing::info!(
+                        pod = %pod.pod.uid, before = %before.pod.pod.uid, namespace = caller.namespace,
+                        "a network namespace whose pod is gone has another pod now"
+                    );
+                }
+                *owner = Some(Tenant { pod: pod.clone(), intruded: false });
                 return Ok(());
             }
         };
@@ -82,7 +89,7 @@ impl PodAttestor {
         Err(Refusal::OtherPod(stranger()))
     }
 
-    fn locked(&self) -> MutexGuard<'_, Option<Owner>> {
+    fn locked(&self) -> MutexGuard<'_, Option<Tenant>> {
         self.owner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
-use nix::sys::stat::{Mode, fstatat};
+use nix::sys::stat::Mode;
 
 use crate::attest::host::{Host, Shared};
 use crate::attest::known::Known;
@@ -107,10 +107,10 @@ impl HeldProcess {
         let directory = self.directory()?;
         let path = || fcntl::readlinkat(directory, "exe").unwrap_or_default().into();
         Ok(executable_file(directory)?.map(|file| Executable {
-            device: file.st_dev,
-            inode: file.st_ino,
-            changed: (file.st_ctime, file.st_ctime_nsec),
-            path: self.known.path_of((file.st_dev, file.st_ino), path),
+            device: file.device,
+            inode: file.inode,
+            changed: file.changed,
+            path: self.known.path_of((file.device, file.inode), path),
         }))
     }
 
@@ -281,14 +281,14 @@ fn key(exe: &Executable) -> (u64, u64) {
     (exe.device, exe.inode)
 }
 
-fn file(stat: Option<libc::stat>) -> Option<(u64, u64)> {
-    stat.map(|stat| (stat.st_dev, stat.st_ino))
+fn file(facts: Option<sys::FileFacts>) -> Option<(u64, u64)> {
+    facts.map(|facts| (facts.device, facts.inode))
 }
 
 /// Without `CAP_SYS_PTRACE` another user's executable can't be seen; then no rule by `exe` matches.
-fn executable_file(directory: &OwnedFd) -> Result<Option<libc::stat>, Refusal> {
-    match fstatat(directory, "exe", fcntl::AtFlags::empty()) {
-        Ok(stat) => Ok(Some(stat)),
+fn executable_file(directory: &OwnedFd) -> Result<Option<sys::FileFacts>, Refusal> {
+    match sys::file_facts(directory.as_fd(), c"exe") {
+        Ok(facts) => Ok(Some(facts)),
         Err(Errno::EACCES | Errno::EPERM | Errno::ENOENT) => Ok(None),
         Err(_) => Err(Refusal::Gone),
     }

@@ -3,6 +3,7 @@
 
 use std::ffi::{CStr, c_void};
 use std::io;
+use std::mem::MaybeUninit;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
@@ -62,6 +63,34 @@ pub(crate) fn read_link<'r>(directory: BorrowedFd<'_>, name: &CStr, room: &'r mu
         unsafe { libc::readlinkat(directory.as_raw_fd(), name.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
     let length = usize::try_from(length).map_err(|_| Errno::last())?;
     Ok(&room[..length])
+}
+
+/// A file, as far as its file system tells without asking anybody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FileFacts {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    /// Seconds and nanoseconds.
+    pub(crate) changed: (i64, i64),
+}
+
+/// `statx(2)` by what the kernel has at hand: a program may lie on a network's or a user's file system whose server does not
+/// answer, and asking it would hang the daemon.
+pub(crate) fn file_facts(directory: BorrowedFd<'_>, name: &CStr) -> nix::Result<FileFacts> {
+    let mut found = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
+    let wanted = libc::STATX_INO | libc::STATX_CTIME;
+    // SAFETY: `name` ends with a zero, and `found` has room for what the kernel writes.
+    let status = unsafe { libc::statx(directory.as_raw_fd(), name.as_ptr(), flags, wanted, found.as_mut_ptr()) };
+    Errno::result(status)?;
+    // SAFETY: all of its bytes are zero or written by the kernel, and any bytes are a valid value.
+    let found = unsafe { found.assume_init() };
+    let (seconds, nanoseconds) = (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec);
+    Ok(FileFacts {
+        device: libc::makedev(found.stx_dev_major, found.stx_dev_minor),
+        inode: found.stx_ino,
+        changed: (seconds, nanoseconds.into()),
+    })
 }
 
 /// `SO_PEERPIDFD`: a descriptor for the process that connected. `None` on kernels before 6.5.

@@ -10,6 +10,7 @@ use crate::attest::pods::Housed;
 use crate::attest::search::{self, Budget, Holder};
 use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Owner, Refusal, Stranger, Watch};
 use crate::cgroup::CgroupPath;
+use crate::clock::HOLD;
 use crate::turns::Turns;
 
 /// Attests peers of TCP listeners in one network namespace.
@@ -105,7 +106,7 @@ impl TcpAttestor {
         }
         belongs(&caller, pod.as_ref())?;
         let Some(looks) = needs(&caller) else { return Ok(caller) };
-        let holder = self.search(socket, cgroup, (Owner::of(&caller), looks)).await?;
+        let holder = self.search((client, server), socket, cgroup, (Owner::of(&caller), looks)).await?;
         let process = Some(holder.process.describe());
         // That the socket is still what it was before the search is seen when the caller is looked at again, before anything
         // is released.
@@ -138,6 +139,7 @@ impl TcpAttestor {
     /// has many users' ids is many workloads: a search is a loop as long as the caller makes it.
     async fn search(
         &self,
+        (client, server): (SocketAddr, SocketAddr),
         socket: Socket,
         cgroup: CgroupPath,
         (owner, looks): (Owner, Looks),
@@ -147,7 +149,12 @@ impl TcpAttestor {
             done => return done,
         }
         let (host, cgroups) = (self.host.clone(), self.cgroups.clone());
-        let turn = self.searches.take(&owner).await.ok_or(Refusal::TooManyDescriptors)?;
+        // As long as a request is held: who waits longer would be cut off without a word.
+        let turn = self.searches.take_within(HOLD, &owner).await.ok_or(Refusal::Busy)?;
+        // Many have hung up meanwhile. A search for each of them would keep those waiting who have come again.
+        if self.diag.client_socket(client, server)? != socket {
+            return Err(Refusal::Gone);
+        }
         let search = move || {
             // Whatever becomes of whoever asked.
             let _turn = turn;

@@ -46,16 +46,6 @@ pub enum Source {
     },
 }
 
-impl Source {
-    /// Whether callers are named to it by their process wherever they are.
-    pub fn names_processes(&self) -> bool {
-        match self {
-            Self::WorkloadApi { .. } | Self::SpiffeBroker { reference: Reference::Auto, .. } => false,
-            Self::SpireDelegated { .. } | Self::SpiffeBroker { reference: Reference::Process, .. } => true,
-        }
-    }
-}
-
 /// How an agent is told of a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reference {

@@ -111,9 +111,9 @@ impl Refused {
     fn is_transient(&self) -> bool {
         match self {
             Self::Issue(error) => error.is_transient(),
+            Self::Caller(refusal) => *refusal == Refusal::Busy,
             Self::Pending | Self::Full | Self::TooManyRoles | Self::NotAudited => true,
-            Self::Caller(_)
-            | Self::Host
+            Self::Host
             | Self::Browser
             | Self::Proxied
             | Self::Malformed

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
@@ -66,6 +67,26 @@ pub enum Stream {
         /// The daemon's.
         server: SocketAddr,
     },
+}
+
+/// Whether nothing is wrong with the listener: accept(2) also tells of what happened to a connection that waited there.
+pub(super) fn is_of_one(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(
+            Errno::ECONNABORTED
+                | Errno::EINTR
+                | Errno::EPERM
+                | Errno::EPROTO
+                | Errno::ENETDOWN
+                | Errno::ENETUNREACH
+                | Errno::EHOSTDOWN
+                | Errno::EHOSTUNREACH
+                | Errno::ENONET
+                | Errno::ENOPROTOOPT
+                | Errno::EOPNOTSUPP
+        )
+    )
 }
 
 impl Bound {
@@ -146,8 +167,9 @@ impl Bound {
             // other process has the listener.
             Self::Unix { file: None, .. } | Self::Tcp { .. } => {}
         }
-        let waiting = std::iter::from_fn(|| self.take(listener.get_ref()).ok());
-        Ok(waiting.take(BACKLOG.unsigned_abs() as usize).collect())
+        let waiting = (0..BACKLOG).map(|_| self.take(listener.get_ref()));
+        let waiting = waiting.take_while(|taken| taken.as_ref().err().is_none_or(is_of_one));
+        Ok(waiting.filter_map(Result::ok).collect())
     }
 
     /// A listener in the place of one that somebody has killed, as `ss -K` can (attack 9).

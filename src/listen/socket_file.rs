@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 
@@ -57,7 +58,10 @@ impl SocketFile {
             .open(beside(path, ".lock"))
             .map_err(failed)?;
         let lock = match directory_mode {
-            CLOSED => Some(Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| in_use())?),
+            CLOSED => Some(Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+                Errno::EWOULDBLOCK => in_use(),
+                error => failed(error.into()),
+            })?),
             _ => take_lock(lock, path)?,
         };
         // A daemon whose socket systemd holds has no lock file.

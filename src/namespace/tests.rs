@@ -78,6 +78,6 @@ fn the_machines_own_is_known_by_its_inode_or_its_cookie() {
         ("a pod", 0xF000_00A2, 4102, false),
     ];
     for (kernel, inode, cookie, is) in table {
-        assert_eq!(id(inode).is_machines(cookie), is, "{kernel}");
+        assert_eq!(id(inode).is_machines(Some(cookie)), is, "{kernel}");
     }
 }

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::pods::handover::{self, DEADLINE, DONE, GIVE, Given, Handover, Key, SERVING};
-use crate::pods::{Pod, Pods};
+use crate::pods::{LOOK_AGAIN, Pod, Pods};
 
 /// Who serves pods.
 #[derive(Debug)]
@@ -110,7 +110,7 @@ impl Pods {
             },
             Stage::Serving => tokio::select! {
                 biased;
-                Some(stream) = accept(self.successors.as_ref(), next) => Event::Next(stream),
+                stream = accept(self.successors.as_ref(), next) => Event::Next(stream),
                 () = word(next) => Event::Asked,
                 () = self.change() => Event::Look,
             },
@@ -239,13 +239,16 @@ impl Pods {
 }
 
 /// The next daemon to connect. Only one at a time is waited for.
-async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Option<UnixStream> {
+async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> UnixStream {
     let (Some(successors), None) = (successors, next) else { return std::future::pending().await };
-    match successors.accept().await {
-        Ok(stream) => Some(stream),
-        Err(error) => {
-            tracing::warn!(%error, "[listen] handover: whoever asked there for pods' listeners does not get them");
-            None
+    loop {
+        match successors.accept().await {
+            Ok(stream) => return stream,
+            Err(error) => {
+                tracing::warn!(%error, "[listen] handover: whoever asked there for pods' listeners does not get them");
+                // A lack of descriptors does not pass at once.
+                sleep(LOOK_AGAIN).await;
+            }
         }
     }
 }

@@ -3,10 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use caps::Capability;
-
 use super::report::Report;
-use crate::config::{Config, Reference, Source};
+use crate::config::Config;
+use crate::hardening::Does;
 
 const STEP: &str = "machine";
 /// Each machine's first cgroup namespace has this number, as linux/nsfs.h has it.
@@ -90,15 +89,9 @@ fn privileges(config: &Config, proc: &Path, report: &mut Report) {
             "run it as the daemon runs: sudo awsvid check",
         );
     }
-    let mut needed = vec![Capability::CAP_NET_BIND_SERVICE];
-    if looks_at_processes(config) {
-        needed.extend([Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH]);
-        needed.extend((config.identity.source != Source::WorkloadApi).then_some(Capability::CAP_PERFMON));
-    }
-    needed.extend(config.listen.pods.then_some(Capability::CAP_SYS_ADMIN));
     let held = fields("CapEff").first().and_then(|set| u64::from_str_radix(set, 16).ok()).unwrap_or_default();
-    let missing = needed.iter().filter(|needed| held & needed.bitmask() == 0);
-    let missing: Vec<String> = missing.map(ToString::to_string).collect();
+    let missing = Does::of(config).needs().filter(|(needed, _)| held & needed.bitmask() == 0);
+    let missing: Vec<String> = missing.map(|(needed, fails)| format!("{needed} ({fails})")).collect();
     match missing.is_empty() {
         true => report.pass(STEP, format!("uid {uid} with the capabilities that awsvid uses")),
         false => report.failed(
@@ -107,12 +100,6 @@ fn privileges(config: &Config, proc: &Path, report: &mut Report) {
             "run it as root; in a unit or pod, grant these capabilities (deploy/README.md, \"What it needs\")",
         ),
     }
-}
-
-/// Not where every caller is in a pod and is named by that: the daemon then asks the kernel about sockets only.
-fn looks_at_processes(config: &Config) -> bool {
-    let by_pods = matches!(config.identity.source, Source::SpiffeBroker { reference: Reference::Auto, .. });
-    !by_pods || config.listen.unix.is_some() || !config.listen.tcp.is_empty()
 }
 
 fn namespaces(config: &Config, proc: &Path, report: &mut Report) {
@@ -128,7 +115,7 @@ fn namespaces(config: &Config, proc: &Path, report: &mut Report) {
     // Only the host's pid namespace has the kernel's own processes.
     let sees_all = text(proc, "2/comm").trim() == "kthreadd";
     match (is_hosts, sees_all) {
-        (_, false) if looks_at_processes(config) => report.note(
+        (_, false) if Does::of(config).sees_processes() => report.note(
             STEP,
             "this is not the host's pid namespace: callers outside of this one cannot be told",
             "in Kubernetes set hostPID: true; in a container use --pid=host",

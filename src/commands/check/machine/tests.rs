@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::symlink;
 
+use caps::Capability;
 use tempfile::TempDir;
 
 use super::super::documented::assert_documented;
@@ -67,7 +68,7 @@ impl Proc {
 }
 
 fn config(listen: &str, identity: &str) -> Config {
-    let rule = "[[workload]]\nspiffe_id = \"spiffe://t/a\"\nuid = 1\n";
+    let rule = "[[workload]]\nspiffe_id = \"spiffe://t/a\"\nuid = 1\ngid = 1\n";
     let rules = if identity.is_empty() { rule } else { "" };
     let text = format!(
         "[listen]\n{listen}\n[identity]\nsocket = \"unix:///a\"\n{identity}\n[sts]\nregion = \"eu-central-1\"\n{rules}\
@@ -153,9 +154,11 @@ fn privileges_by_what_the_configuration_needs() {
     let (ptrace, search) = (Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH);
     let (bind, admin) = (Capability::CAP_NET_BIND_SERVICE, Capability::CAP_SYS_ADMIN);
     let pods = "pods = true\ntcp = []\nunix = \"\"";
-    let table: [(Config, &[Capability], &str); 6] = [
+    let table: [(Config, &[Capability], &str); 7] = [
         (config("", ""), &[ptrace, search, bind], ""),
-        (config("", ""), &[bind], "without CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH"),
+        (config("", ""), &[bind], "without CAP_SYS_PTRACE (callers' processes"),
+        // The kernel tells a group there.
+        (config("tcp = []", ""), &[], ""),
         (config("", BROKER), &[ptrace, search, bind], "without CAP_PERFMON"),
         (config("pods = true", ""), &[ptrace, search, bind], "without CAP_SYS_ADMIN"),
         // As the DaemonSet has it.
