@@ -130,8 +130,9 @@ fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> 
 /// Most of the time they wait for their next try.
 const WAITING_AT_ONCE: usize = 6;
 
-/// More tries than this are not counted.
-const MANY: u64 = 13;
+/// From so many tries on their number is no part of what is compared: who has tries within tries, or an end in time, does not
+/// come to the same number each time.
+const MANY: u64 = 7;
 
 /// Users without an identity: a 403.
 fn refused(stage: &Stage) -> Vec<Cell> {
@@ -172,7 +173,6 @@ fn told(stage: &Stage, member: &Member, serving: &Serving, reading: &Reading<'_>
         _ if took >= PATIENCE => format!("does not give up ({tries} tries, {seconds} s)"),
         1 => format!("{why}, 1 try ({seconds} s)"),
         2..MANY => format!("{why}, {tries} tries ({seconds} s)"),
-        // By a schedule with random pauses and an end in time.
         _ => format!("{why}, many tries ({tries}, {seconds} s)"),
     }
 }
