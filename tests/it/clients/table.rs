@@ -122,12 +122,14 @@ pub(crate) fn settle(seen: &[Cell]) {
     );
 }
 
-/// The rows are those of the catalogue.
+/// The header is right, and the rows are those of the catalogue.
 pub(crate) fn settle_rows() {
     let clients: Vec<&str> = catalogue::all().iter().map(|client| client.name).collect();
     if is_written() {
         return;
     }
+    let text = fs::read_to_string(readme()).expect("README.md");
+    assert!(split(&text).1.starts_with(HEADER), "README.md's table of clients has another header");
     let rows: Vec<String> = Table::committed().rows.into_iter().map(|[client, ..]| client).collect();
     assert_eq!(rows, clients, "README.md's table of clients has other rows (AWSVID_WRITE_TABLE=1 writes them)");
 }
