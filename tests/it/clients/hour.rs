@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::catalogue::Start;
 use super::reading::{Reading, for_each, read};
-use super::stage::{Member, Serving, Setting, Stage};
+use super::stage::{Setting, Stage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
 use crate::harness::is_slow;
@@ -36,7 +36,7 @@ fn nobody_notices_that_sessions_end() {
         let reading = Reading { times, pause, ..Reading::once(member, &serving) };
         let reads = read(&stage, member, &serving, &reading);
         let failed = reads.each.iter().filter(|read| read.as_deref() != Ok(&member.content())).count();
-        let requests = u64::try_from(issued(&serving, member).len()).unwrap();
+        let requests = u64::try_from(serving.issued(member).len()).unwrap();
         eprintln!("{}: {} reads, {failed} failed, {requests} requests", member.client.name, reads.each.len());
         if failed > 0 {
             eprintln!("{}: {}", member.client.name, reads.printed);
@@ -44,8 +44,7 @@ fn nobody_notices_that_sessions_end() {
         (failed, requests)
     });
     // Whatever has less asks at each call, if it is one of those that ask early.
-    let least =
-        stage.members().into_iter().flat_map(|member| issued(&serving, member)).map(|record| left(&record)).min();
+    let least = stage.members().into_iter().flat_map(|member| serving.issued(member)).map(|record| left(&record)).min();
     let least = least.expect("somebody asked");
     eprintln!("the least that was left of what was handed out: {} min", least.as_secs() / 60);
     assert!(least > EARLIEST, "{least:?}");
@@ -60,15 +59,6 @@ fn nobody_notices_that_sessions_end() {
         Cell::new(member.client.name, Column::Asks, text)
     });
     table::settle(&cells.collect::<Vec<_>>());
-}
-
-/// The audit records of what a client was given, by its SPIFFE ID. On a busy machine it may have hung up before, and asked
-/// once more.
-fn issued(serving: &Serving, member: &Member) -> Vec<Value> {
-    let mut records = serving.requests(member.uid);
-    records.retain(|record| record["outcome"] == "issued");
-    assert!(records.iter().all(|record| record["spiffe_id"] == member.spiffe_id()), "{records:?}");
-    records
 }
 
 /// What was left of the credentials of an audit record.

@@ -199,6 +199,14 @@ impl Serving {
         records
     }
 
+    /// The audit records of what a client was given. On a busy machine it may have hung up before, and asked once more.
+    pub(crate) fn issued(&self, member: &Member) -> Vec<Value> {
+        let mut records = self.requests(member.uid);
+        records.retain(|record| record["outcome"] == "issued");
+        assert!(records.iter().all(|record| record["spiffe_id"] == member.spiffe_id()), "{records:?}");
+        records
+    }
+
     /// How often a user has asked.
     pub(crate) fn asked(&self, uid: u32) -> u64 {
         self.requests(uid).iter().map(|record| record["repeated"].as_u64().unwrap_or(1)).sum()
