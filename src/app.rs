@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
+use crate::accounts::{Accounts, LiveRules, Nss};
 use crate::admin::{Address, Admin, Readiness};
 use crate::attest::{Attestor, StartError};
 use crate::audit::Audit;
@@ -90,6 +91,7 @@ pub struct App {
     listen: config::Listen,
     /// The source in use, and what it was made by.
     source: (IdentityConfig, Arc<dyn IdentitySource>),
+    accounts: Accounts,
     broker: Arc<Broker>,
     audit: Arc<Audit>,
     clock: Clock,
@@ -116,12 +118,14 @@ impl Parts {
     async fn new(
         config: &Config,
         source: Option<Arc<dyn IdentitySource>>,
-        clock: &Clock,
-        metrics: &Metrics,
+        accounts: &Accounts,
+        (clock, metrics): (&Clock, &Metrics),
     ) -> Result<Self, AppError> {
+        // Before the rules are in effect, so that nearly always each name in them has its number by then.
+        accounts.follow(config.accounts(), FIRST_LOOK).await;
         let source = match source {
             Some(source) => source,
-            None => identity_source(config, clock, metrics).await?,
+            None => identity_source(config, accounts, clock, metrics).await?,
         };
         let sts = Arc::new(sts(config, clock.clone())?);
         Ok(Self {
@@ -153,7 +157,8 @@ impl App {
     /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
     pub async fn start(config: Config, mut inherited: Inherited) -> Result<Self, AppError> {
         let (metrics, clock) = (Metrics::default(), Clock::system());
-        let parts = Parts::new(&config, None, &clock, &metrics).await?;
+        let accounts = Accounts::new(Nss);
+        let parts = Parts::new(&config, None, &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
@@ -180,6 +185,7 @@ impl App {
             admin: None,
             listen: config.listen,
             source,
+            accounts,
             broker,
             audit: front.audit.clone(),
             clock,
@@ -207,7 +213,7 @@ impl App {
         let (identity, source) = &self.source;
         let kept =
             (*identity == config.identity && identity.source != config::Source::WorkloadApi).then(|| source.clone());
-        let parts = Parts::new(&config, kept, &self.clock, &self.metrics).await?;
+        let parts = Parts::new(&config, kept, &self.accounts, (&self.clock, &self.metrics)).await?;
         let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
@@ -329,13 +335,15 @@ fn limits(cache: &config::CacheConfig) -> cache::Limits {
 /// answer yet is not.
 async fn identity_source(
     config: &Config,
+    accounts: &Accounts,
     clock: &Clock,
     metrics: &Metrics,
 ) -> Result<Arc<dyn IdentitySource>, AppError> {
     let identity = &config.identity;
     let agent: Arc<dyn Agent> = match &identity.source {
         config::Source::WorkloadApi => {
-            let rules = config.workloads.as_slice();
+            let rules: Vec<_> = config.workloads.iter().map(|workload| workload.rule.clone()).collect();
+            let rules = LiveRules::new(rules, accounts);
             let source = WorkloadApi::new(identity.socket.clone(), rules, clock.clone(), metrics.clone());
             return Ok(Arc::new(source));
         }

@@ -15,6 +15,7 @@ mod role;
 mod sts;
 mod workload;
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
@@ -27,11 +28,11 @@ pub use listen::{Authorization, Listen};
 pub use output::{AuditConfig, AuditFile, Log, LogFormat};
 pub use problem::{ConfigErrors, Problem};
 pub use sts::Sts;
-pub use workload::{Accounts, Lookup};
+pub use workload::{Key, Workload};
 
 use crate::endpoint::Endpoint;
 use crate::role::Roles;
-use crate::rule::Rule;
+use crate::rule::AccountName;
 use reader::{Report, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
@@ -55,7 +56,7 @@ pub struct Config {
     /// `[log]`.
     pub log: Log,
     /// `[[workload]]`, in their order.
-    pub workloads: Vec<Rule>,
+    pub workloads: Vec<Workload>,
     /// `[[role]]` and `allow_requested_roles`.
     pub roles: Roles,
 }
@@ -85,15 +86,24 @@ pub struct Loaded {
 }
 
 impl Config {
-    /// Reads the file and looks up the users and groups that it names; `env` gives environment variables.
+    /// Reads the file; `env` gives environment variables. Users and groups are not looked up.
     ///
     /// A syntax error is reported alone. Everything else is reported together.
     pub fn load(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
         let failed = |problems| ConfigErrors { path: path.to_owned(), problems };
         let text = read_file(path).map_err(|problem| failed(vec![problem]))?;
-        let mut loaded = Self::parse(&text, &env, Accounts::system()).map_err(failed)?;
+        let mut loaded = Self::parse(&text, &env).map_err(failed)?;
         loaded.warnings.extend(writable_by_all(path));
         Ok(loaded)
+    }
+
+    /// The users and groups that rules name, each with its lines.
+    pub fn accounts(&self) -> BTreeMap<AccountName, Vec<usize>> {
+        let mut lines: BTreeMap<AccountName, Vec<usize>> = BTreeMap::new();
+        for (name, (_, line)) in self.workloads.iter().flat_map(|workload| &workload.accounts) {
+            lines.entry(name.clone()).or_default().extend(*line);
+        }
+        lines
     }
 
     /// Of the file only what somebody needs who asks the daemon: `[listen]`, and the region if it is right. Whoever asks is no
@@ -113,21 +123,13 @@ impl Config {
 
     /// Reads a configuration from its text; on failure gives at least one problem, in the order of their lines. Names that
     /// only `awsvid dev` has are refused: its identities and its role are for trying things out.
-    pub fn parse(
-        text: &str,
-        env: &dyn Fn(&str) -> Option<String>,
-        accounts: Accounts<'_>,
-    ) -> Result<Loaded, Vec<Problem>> {
-        parse(text, env, accounts, Names::OfServe)
+    pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
+        parse(text, env, Names::OfServe)
     }
 
     /// Reads `awsvid dev`'s own configuration.
-    pub fn parse_for_dev(
-        text: &str,
-        env: &dyn Fn(&str) -> Option<String>,
-        accounts: Accounts<'_>,
-    ) -> Result<Loaded, Vec<Problem>> {
-        parse(text, env, accounts, Names::OfDev)
+    pub fn parse_for_dev(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
+        parse(text, env, Names::OfDev)
     }
 }
 
@@ -138,21 +140,16 @@ enum Names {
     OfDev,
 }
 
-fn parse(
-    text: &str,
-    env: &dyn Fn(&str) -> Option<String>,
-    accounts: Accounts<'_>,
-    names: Names,
-) -> Result<Loaded, Vec<Problem>> {
+fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>, names: Names) -> Result<Loaded, Vec<Problem>> {
     let entries = DeTable::parse(text).map_err(|error| vec![syntax_error(text, &error)])?.into_inner();
     let report = Report::new(text);
-    let config = read(&report.root(&entries), env, accounts, names);
+    let config = read(&report.root(&entries), env, names);
     let warnings = report.finish(&entries)?;
     Ok(Loaded { config, warnings })
 }
 
 /// Reads all tables. What has an error is replaced by its default or left out, so that the rest can be checked.
-fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accounts<'_>, names: Names) -> Config {
+fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: Names) -> Config {
     let [listen_table, identity_table, sts_table, cache_table, audit_table, log_table] =
         ["listen", "identity", "sts", "cache", "audit", "log"].map(|name| root.table(name));
     let listen = listen::read(&listen_table);
@@ -162,7 +159,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accoun
 
     let defaults =
         role::Defaults { identity: &identity, identity_table: &identity_table, sts: &sts, sts_table: &sts_table };
-    let workloads = workload::read(root, accounts);
+    let workloads = workload::read(root);
     let requested = role::read_requested(root, &defaults);
     let roles = role::read(root, &defaults);
 
@@ -196,7 +193,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accoun
     }
     if let (Some(false), Some(first)) = (by_rules, workloads.first()) {
         let what = "the agent says itself which workload has which identity, so rules are never looked at";
-        root.report.error(&first.at, what, "remove every [[workload]], or set source = \"workload-api\"");
+        root.report.error(&first.at(), what, "remove every [[workload]], or set source = \"workload-api\"");
     }
     if root.lacks("role") && root.lacks("allow_requested_roles") {
         root.error("role", "nobody has a role, so every request would be refused", "add a [[role]]");
@@ -218,7 +215,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, accounts: Accoun
     Config {
         cache: read_cache(&cache_table),
         log: output::read_log(&log_table, env),
-        workloads: workloads.into_iter().map(|workload| workload.rule).collect(),
+        workloads,
         roles: Roles { defined: roles.into_iter().map(|defined| defined.role).collect(), requested },
         listen,
         identity,

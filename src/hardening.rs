@@ -41,9 +41,9 @@ impl Does {
         };
         // On the unix socket the kernel tells the groups.
         let groups_count = listen.pods || !listen.tcp.is_empty();
-        let rules_look = workloads.iter().any(|rule| {
-            rule.exe.is_some() || (groups_count && (rule.gid.is_some() || rule.supplementary_group.is_some()))
-        });
+        let rules_look = workloads
+            .iter()
+            .any(|workload| workload.rule.rule.exe.is_some() || (groups_count && workload.rule.has_group()));
         Self {
             looks_at_processes: names_processes || rules_look,
             listens_on_host,

@@ -8,7 +8,7 @@
 //! SPIFFE ID a caller has, [`role`] which role that may have, [`credentials`] what is handed out, [`clock`] what time it is.
 //!
 //! What every part needs: [`config`], [`telemetry`] the log, [`metrics`], [`health`] of the neighbours, [`audit`] one
-//! record per request.
+//! record per request, [`accounts`] the numbers of users and groups.
 //!
 //! A request, in its order:
 //!
@@ -51,6 +51,8 @@ pub mod health;
 pub mod metrics;
 
 pub mod audit;
+
+pub mod accounts;
 
 pub mod hardening;
 

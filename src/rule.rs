@@ -9,6 +9,10 @@ use std::time::{Duration, Instant};
 use crate::caller::{Caller, Executable, Looks};
 use crate::identity::SpiffeId;
 
+mod named;
+
+pub use named::{AccountName, Known, Missing, NamedRule, Resolved};
+
 /// The kernel's stand-in for an id that has no mapping in the reader's user namespace. It is nobody in particular, so it
 /// matches no rule (attack 14).
 pub const OVERFLOW_ID: u32 = 65534;

@@ -15,7 +15,7 @@ use crate::endpoint::Endpoint;
 use crate::health::LastError;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
-use crate::rule::Rule;
+use crate::rule::NamedRule;
 
 pub mod agent;
 pub mod attesting;
@@ -68,7 +68,7 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Basis {
     /// These rules of the configuration; without any, nobody has the identity.
-    Rules(Vec<Rule>),
+    Rules(Vec<NamedRule>),
     /// What is registered at this agent.
     Agent(Endpoint),
 }
@@ -98,6 +98,11 @@ pub enum SourceError {
     /// connection will do.
     #[error("the configuration was reloaded after this connection was made")]
     Reloaded,
+    /// The decision depends on a user or group whose number is not known.
+    #[error(
+        "the name service of this node does not tell the number of a user or group that a [[workload]] rule names; ask again"
+    )]
+    UnknownAccount,
     /// The source gave a token that must not be used.
     #[error("the identity source gave a token that cannot be used: {0}")]
     BadToken(#[from] BadToken),
@@ -114,7 +119,7 @@ impl SourceError {
     /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable(_) | Self::Caller(_) | Self::Busy | Self::Reloaded => true,
+            Self::Unavailable(_) | Self::Caller(_) | Self::Busy | Self::Reloaded | Self::UnknownAccount => true,
             // Agents answer from their cache while their server is down, until the second that the token expires.
             Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
             Self::Denied(_) | Self::Misconfigured(_) => false,
@@ -130,6 +135,7 @@ impl SourceError {
             Self::Caller(refusal) => refusal.reason(),
             Self::Busy => "source_busy",
             Self::Reloaded => "reloaded",
+            Self::UnknownAccount => "unknown_account",
             Self::BadToken(_) => "bad_token",
         }
     }

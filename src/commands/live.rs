@@ -57,7 +57,7 @@ impl Live {
 
 /// Whose token stands for all of a role's, on this node; `None` if no rule gives anybody an identity that it is for.
 pub(super) fn example(config: &Config, role: &Role) -> Option<SpiffeId> {
-    config.workloads.iter().map(|rule| &rule.spiffe_id).find(|id| role.spiffe_id.matches(id)).cloned()
+    config.workloads.iter().map(|workload| workload.rule.spiffe_id()).find(|id| role.spiffe_id.matches(id)).cloned()
 }
 
 /// awsvid's own identity: where the agent attests callers, tokens of others are given for living processes only.

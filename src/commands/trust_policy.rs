@@ -134,7 +134,7 @@ async fn plan(options: &Options, config: &Config) -> Result<Plan, String> {
     let issuer = Issuer::parse(&issuer)?;
     let (thumbprint, doubts) = thumbprint(&issuer).await;
     let ids: Vec<SpiffeId> =
-        config.workloads.iter().map(|rule| &rule.spiffe_id).chain(&options.spiffe_id).cloned().collect();
+        config.workloads.iter().map(|workload| workload.rule.spiffe_id()).chain(&options.spiffe_id).cloned().collect();
     let mut plan = Plan::new(&config.roles, &ids, issuer, thumbprint);
     plan.warnings.extend(doubts);
     plan.warnings.extend(warnings);

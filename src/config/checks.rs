@@ -8,18 +8,19 @@ use super::role::Defined;
 use super::workload::{Workload, literal};
 use super::{DEV_ACCOUNT, DEV_TRUST_DOMAIN, aws};
 use crate::role::RequestedRoles;
-use crate::rule::{CGROUP_GLOB, Rule};
+use crate::rule::{CGROUP_GLOB, NamedRule, Rule};
 
 /// Checks the rules against one another.
 pub(super) fn rules(report: &Report<'_>, workloads: &[Workload]) {
     for (i, later) in workloads.iter().enumerate() {
         if let Some(earlier) = workloads[..i].iter().find(|earlier| covers(&earlier.rule, &later.rule)) {
-            let what = format!("this rule can never match: {} matches all of its callers first", the_one(&earlier.at));
-            report.error(&later.at, what, "move it up, or remove one of the two");
+            let what =
+                format!("this rule can never match: {} matches all of its callers first", the_one(&earlier.at()));
+            report.error(&later.at(), what, "move it up, or remove one of the two");
         } else if let Some(other) = workloads[..i].iter().find(|other| differ_by_exe(&other.rule, &later.rule)) {
-            let what = format!("only `exe` tells its callers from those of {}", the_one(&other.at));
+            let what = format!("only `exe` tells its callers from those of {}", the_one(&other.at()));
             let fix = "give each program its own user: programs of one user can take each other's place";
-            report.warn(&later.at, what, fix);
+            report.warn(&later.at(), what, fix);
         }
     }
 }
@@ -29,17 +30,22 @@ fn the_one(at: &Place) -> String {
 }
 
 /// Whether every caller that `later` matches is matched by `earlier`.
-fn covers(earlier: &Rule, later: &Rule) -> bool {
+fn covers(earlier: &NamedRule, later: &NamedRule) -> bool {
     fn implied<T: PartialEq>(earlier: &Option<T>, later: &Option<T>) -> bool {
         earlier.is_none() || earlier == later
     }
+    let names = implied(&earlier.user, &later.user)
+        && implied(&earlier.group, &later.group)
+        && implied(&earlier.supplementary_group, &later.supplementary_group);
+    let (earlier, later) = (&earlier.rule, &later.rule);
     let cgroup = match (&earlier.cgroup, &later.cgroup) {
         (None, None) => true,
         // Without `cgroup` a rule is for callers outside containers only; the later one may be about those inside.
         (None, Some(_)) | (Some(_), None) => false,
         (Some(a), Some(b)) => a == b || literal(b).is_some_and(|path| a.matches_with(path, CGROUP_GLOB)),
     };
-    cgroup
+    names
+        && cgroup
         && implied(&earlier.uid, &later.uid)
         && implied(&earlier.gid, &later.gid)
         && implied(&earlier.supplementary_group, &later.supplementary_group)
@@ -48,9 +54,10 @@ fn covers(earlier: &Rule, later: &Rule) -> bool {
 }
 
 /// Whether two identities are kept apart by the executable alone (attack 7).
-fn differ_by_exe(a: &Rule, b: &Rule) -> bool {
-    let with_its_exe = Rule { spiffe_id: a.spiffe_id.clone(), exe: a.exe.clone(), ..b.clone() };
-    a.spiffe_id != b.spiffe_id && a.exe.is_some() && b.exe.is_some() && *a == with_its_exe
+fn differ_by_exe(a: &NamedRule, b: &NamedRule) -> bool {
+    let exe = Rule { spiffe_id: a.spiffe_id().clone(), exe: a.rule.exe.clone(), ..b.rule.clone() };
+    let with_its_exe = NamedRule { rule: exe, ..b.clone() };
+    a.spiffe_id() != b.spiffe_id() && a.rule.exe.is_some() && b.rule.exe.is_some() && *a == with_its_exe
 }
 
 /// Checks the roles against one another, and where their tokens go.
@@ -93,8 +100,8 @@ pub(super) fn names_of_dev(report: &Report<'_>, workloads: &[Workload], roles: &
     const FIX: &str = "use the names of your own SPIFFE provider and AWS account";
     let what =
         || format!("{DEV_TRUST_DOMAIN} is the trust domain of `awsvid dev`, which is no provider for production");
-    for workload in workloads.iter().filter(|workload| workload.rule.spiffe_id.trust_domain() == DEV_TRUST_DOMAIN) {
-        report.error(&workload.at, what(), FIX);
+    for workload in workloads.iter().filter(|workload| workload.spiffe_id().trust_domain() == DEV_TRUST_DOMAIN) {
+        report.error(&workload.at(), what(), FIX);
     }
     for defined in roles {
         if defined.role.spiffe_id.trust_domain() == DEV_TRUST_DOMAIN {
@@ -110,14 +117,14 @@ pub(super) fn names_of_dev(report: &Report<'_>, workloads: &[Workload], roles: &
 /// Warns of identities and roles that nothing leads to.
 pub(super) fn coverage(report: &Report<'_>, workloads: &[Workload], roles: &[Defined], any_role: bool) {
     for workload in workloads.iter().filter(|_| !any_role) {
-        let id = &workload.rule.spiffe_id;
+        let id = workload.spiffe_id();
         if !roles.iter().any(|defined| defined.role.spiffe_id.matches(id)) {
-            report.warn(&workload.at, format!("no role is for {id}"), "add a [[role]] with this `spiffe_id`");
+            report.warn(&workload.at(), format!("no role is for {id}"), "add a [[role]] with this `spiffe_id`");
         }
     }
     for defined in roles {
         let pattern = &defined.role.spiffe_id;
-        if !workloads.iter().any(|workload| pattern.matches(&workload.rule.spiffe_id)) {
+        if !workloads.iter().any(|workload| pattern.matches(workload.spiffe_id())) {
             let what = format!("no workload on this node is {}", pattern.as_str());
             report.warn(&defined.name_at, what, "add a [[workload]] with such a `spiffe_id`, or remove the role");
         }

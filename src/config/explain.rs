@@ -10,7 +10,7 @@ use super::output::{AuditConfig, AuditFile, Log, LogFormat};
 use super::sts::Sts;
 use super::{CacheConfig, Config, listen};
 use crate::role::{Role, StsTarget};
-use crate::rule::Rule;
+use crate::rule::{NamedRule, Rule};
 
 const DEFAULT: &str = "default";
 
@@ -36,7 +36,7 @@ impl Config {
         page.sts(sts);
         page.cache(cache);
         page.output(audit, log);
-        workloads.iter().enumerate().for_each(|(i, rule)| page.workload(i, rule));
+        workloads.iter().for_each(|workload| page.workload(&workload.rule));
         roles.defined.iter().enumerate().for_each(|(i, role)| page.role(i, role));
         page.text
     }
@@ -203,24 +203,19 @@ impl Page<'_> {
         self.key("log", "format", format);
     }
 
-    fn workload(&mut self, index: usize, rule: &Rule) {
+    fn workload(&mut self, named: &NamedRule) {
+        let NamedRule { rule, user, group, supplementary_group: supplementary } = named;
         let Rule { spiffe_id, uid, gid, supplementary_group, exe, systemd_unit, cgroup } = rule;
-        let entry = self.entry("workload", index);
-        // A number that was found by a name.
-        let named = |name: &str| match entry.get(name).and_then(Value::as_str) {
-            Some(text) => format!("{name} = {text:?}"),
-            None => String::new(),
-        };
         self.table("[[workload]]");
         self.line("spiffe_id", spiffe_id.as_str(), "");
-        let numbers = [
-            ("uid", uid, "user"),
-            ("gid", gid, "group"),
-            ("supplementary_group", supplementary_group, "supplementary_group"),
-        ];
-        for (key, id, name) in numbers {
+        for (key, id) in [("uid", uid), ("gid", gid), ("supplementary_group", supplementary_group)] {
             if let Some(id) = id {
-                self.line(key, i64::from(*id), &named(name));
+                self.line(key, i64::from(*id), "");
+            }
+        }
+        for (key, name) in [("user", user), ("group", group), ("supplementary_group", supplementary)] {
+            if let Some(name) = name {
+                self.line(key, name.as_str(), "");
             }
         }
         if let Some(exe) = exe {

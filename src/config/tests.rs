@@ -2,7 +2,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::*;
-use crate::rule::ProgramFile;
+use crate::rule::{NamedRule, ProgramFile};
 
 mod errors;
 mod mutations;
@@ -91,21 +91,8 @@ fn no_env(_: &str) -> Option<String> {
     None
 }
 
-/// A node with the user and group `billing`, and with `nobody`.
-fn accounts() -> Accounts<'static> {
-    fn find(name: &str) -> nix::Result<Option<u32>> {
-        match name {
-            "billing" => Ok(Some(1001)),
-            "nobody" => Ok(Some(65534)),
-            "unreachable" => Err(nix::errno::Errno::EIO),
-            _ => Ok(None),
-        }
-    }
-    Accounts { user: &find, group: &find }
-}
-
 fn parse(text: &str) -> Result<Loaded, Vec<Problem>> {
-    Config::parse(text, &no_env, accounts())
+    Config::parse(text, &no_env)
 }
 
 fn loaded(text: &str) -> Loaded {
@@ -180,13 +167,21 @@ fn every_key_of_the_sections_is_read() {
 fn every_key_of_rules_and_roles_is_read() {
     let config = loaded(EVERY_KEY).config;
     let [first, second] = &config.workloads[..] else { panic!("{:?}", config.workloads) };
-    assert_eq!((first.uid, first.gid, first.supplementary_group), (Some(1001), Some(0), Some(1001)));
+    let [user, group] = [AccountName::User("billing".to_owned()), AccountName::Group("billing".to_owned())];
+    let lines = |workload: &Workload| workload.accounts.iter().map(|(_, (_, line))| line.unwrap()).collect::<Vec<_>>();
+    let names = |rule: &NamedRule| (rule.user.clone(), rule.group.clone(), rule.supplementary_group.clone());
+    assert_eq!(names(&first.rule), (Some(user.clone()), None, Some(group.clone())));
+    assert_eq!(names(&second.rule), (None, Some(group.clone()), None));
+    assert_eq!((lines(first), lines(second)), (vec![37, 39], vec![46]));
+    assert_eq!(config.accounts(), [(user, vec![37]), (group, vec![39, 46])].into());
+    let (first, second) = (&first.rule.rule, &second.rule.rule);
+    assert_eq!((first.uid, first.gid, first.supplementary_group), (None, Some(0), None));
     assert_eq!(
         (&first.exe, first.systemd_unit.as_deref()),
         (&Some(ProgramFile::new("/usr/bin/billing".into())), Some("billing.service"))
     );
     assert_eq!(first.cgroup.as_ref().map(glob::Pattern::as_str), Some("/system.slice/billing.service"));
-    assert_eq!((second.uid, second.gid, second.supplementary_group), (Some(7), Some(1001), Some(8)));
+    assert_eq!((second.uid, second.gid, second.supplementary_group), (Some(7), None, Some(8)));
     assert_eq!(second.spiffe_id.as_str(), "spiffe://example.org/shop/other");
 
     let role = &config.roles.defined[0];
@@ -233,22 +228,22 @@ fn the_environment_gives_the_socket_and_overrides_the_level() {
         "AWSVID_LOG" => Some("debug".to_owned()),
         _ => None,
     };
-    let config = Config::parse(LEAST, &env, accounts()).unwrap().config;
+    let config = Config::parse(LEAST, &env).unwrap().config;
     assert_eq!((config.identity.socket.to_string().as_str(), config.log.level.as_str()), ("unix:///env.sock", "debug"));
 
     let text = format!("{LEAST}[identity]\nsocket = \"unix:///file.sock\"\n[log]\nlevel = \"warn\"\n");
-    let config = Config::parse(&text, &env, accounts()).unwrap().config;
+    let config = Config::parse(&text, &env).unwrap().config;
     assert_eq!(
         (config.identity.socket.to_string().as_str(), config.log.level.as_str()),
         ("unix:///file.sock", "debug")
     );
 
     let empty = |_: &str| Some(String::new());
-    let config = Config::parse(LEAST, &empty, accounts()).unwrap().config;
+    let config = Config::parse(LEAST, &empty).unwrap().config;
     assert_eq!((config.identity.socket, config.log.level.as_str()), (IdentityConfig::default().socket, "info"));
 
     let wrong = |_: &str| Some("/no/uri=".to_owned());
-    let problems = Config::parse(LEAST, &wrong, accounts()).unwrap_err();
+    let problems = Config::parse(LEAST, &wrong).unwrap_err();
     let keys: Vec<_> = problems.iter().map(|problem| (problem.line, problem.key.as_str())).collect();
     assert_eq!(keys, [(None, "SPIFFE_ENDPOINT_SOCKET"), (None, "AWSVID_LOG")]);
 }
@@ -276,12 +271,11 @@ fn a_file_is_loaded_from_its_path() {
     let errors = Config::load(&path, no_env).unwrap_err();
     assert_eq!(errors.to_string(), format!("{}:2: this is not UTF-8; save the file as UTF-8", path.display()));
 
-    // The user `root` is one that every node has.
-    std::fs::write(&path, with("uid = 1001", "user = \"root\"")).unwrap();
+    std::fs::write(&path, LEAST).unwrap();
     let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
     std::fs::set_permissions(&path, mode(0o644)).unwrap();
     let Loaded { config, warnings } = Config::load(&path, no_env).unwrap();
-    assert_eq!((config.workloads[0].uid, warnings.len()), (Some(0), 0));
+    assert_eq!((config.workloads.len(), warnings.len()), (1, 0));
     std::fs::set_permissions(&path, mode(0o646)).unwrap();
     let [warning] = &Config::load(&path, no_env).unwrap().warnings[..] else { panic!("one warning") };
     assert!(warning.to_string().contains("every user of this node can write"), "{warning}");

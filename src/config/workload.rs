@@ -7,7 +7,7 @@ use toml::de::DeValue;
 use super::reader::{Place, Table, absolute};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
-use crate::rule::{OVERFLOW_ID, ProgramFile, Rule};
+use crate::rule::{AccountName, NamedRule, OVERFLOW_ID, ProgramFile, Rule};
 
 /// Names of programs that run other programs' text: whoever may start one is what the rule says.
 const INTERPRETERS: [&str; 27] = [
@@ -16,91 +16,100 @@ const INTERPRETERS: [&str; 27] = [
 ];
 /// What a caller is told by.
 const KEYS: [&str; 8] = ["uid", "user", "gid", "group", "supplementary_group", "exe", "systemd_unit", "cgroup"];
-const UID_FIX: &str = "write the name of a user of this node, or its number as `uid`";
-const GID_FIX: &str = "write the name of a group of this node, or its number";
+const UID_FIX: &str = "write the name of a user, or its number as `uid`";
+const GID_FIX: &str = "write the name of a group, or its number";
 
-/// Finds the number of a user or group by its name; `None` if there is none of that name.
-pub type Lookup<'a> = &'a dyn Fn(&str) -> nix::Result<Option<u32>>;
-
-/// Where the numbers of users and groups come from.
-#[derive(Clone, Copy)]
-pub struct Accounts<'a> {
-    /// A user's uid.
-    pub user: Lookup<'a>,
-    /// A group's gid.
-    pub group: Lookup<'a>,
+/// A rule, and where it stands.
+#[derive(Debug, Clone)]
+pub struct Workload {
+    /// What it says.
+    pub rule: NamedRule,
+    /// The line of its table.
+    pub line: Option<usize>,
+    /// The users and groups that it names, each with its key and line.
+    pub accounts: Vec<(AccountName, Key)>,
 }
 
-impl Accounts<'_> {
-    /// Those of this node (NSS: /etc/passwd, and whatever /etc/nsswitch.conf adds).
-    pub fn system() -> Self {
-        Self {
-            user: &|name| Ok(nix::unistd::User::from_name(name)?.map(|user| user.uid.as_raw())),
-            group: &|name| Ok(nix::unistd::Group::from_name(name)?.map(|group| group.gid.as_raw())),
-        }
+/// A key, and its line.
+pub type Key = (String, Option<usize>);
+
+impl Workload {
+    pub(super) fn at(&self) -> Place {
+        Place { line: self.line, key: "workload".to_owned() }
+    }
+
+    pub(super) fn spiffe_id(&self) -> &SpiffeId {
+        self.rule.spiffe_id()
     }
 }
 
-/// A rule, and where it stands.
-pub(super) struct Workload {
-    pub(super) rule: Rule,
-    pub(super) at: Place,
-}
-
 /// Reads all `[[workload]]`; one with an error is left out.
-pub(super) fn read(root: &Table<'_>, accounts: Accounts<'_>) -> Vec<Workload> {
-    root.tables("workload").iter().filter_map(|table| rule(table, accounts)).collect()
+pub(super) fn read(root: &Table<'_>) -> Vec<Workload> {
+    root.tables("workload").iter().filter_map(rule).collect()
 }
 
-fn rule(table: &Table<'_>, accounts: Accounts<'_>) -> Option<Workload> {
+fn rule(table: &Table<'_>) -> Option<Workload> {
     table.require("spiffe_id", "add the SPIFFE ID that these callers have");
     let spiffe_id = table.parse("spiffe_id", "write an ID as in \"spiffe://example.org/billing\"", SpiffeId::parse);
+    let (uid, user) = account(table, "uid", "user", UID_FIX);
+    let (gid, group) = account(table, "gid", "group", GID_FIX);
+    let (supplementary_gid, supplementary_group) = supplementary_group(table);
     let rule = Rule {
         // Only to go on and find the other errors: without a valid ID the rule is dropped below.
         spiffe_id: spiffe_id.clone().or_else(|| SpiffeId::parse("spiffe://invalid/invalid").ok())?,
-        uid: account(table, "uid", "user", UID_FIX, accounts.user),
-        gid: account(table, "gid", "group", GID_FIX, accounts.group),
-        supplementary_group: supplementary_group(table, accounts.group),
+        uid,
+        gid,
+        supplementary_group: supplementary_gid,
         exe: table.parse("exe", "write the whole path of the program's file", absolute).map(ProgramFile::new),
         systemd_unit: table.parse("systemd_unit", "write a unit's name as in \"billing.service\"", systemd_unit),
         cgroup: table.parse("cgroup", "write a path as in \"/system.slice/billing.service\"", cgroup),
     };
     check_keys(table, &rule);
+    let names = [
+        ("user", user.map(AccountName::User)),
+        ("group", group.map(AccountName::Group)),
+        ("supplementary_group", supplementary_group.map(AccountName::Group)),
+    ];
+    let place = |key: &str| {
+        let Place { line, key } = table.place(key);
+        (key, line)
+    };
+    let accounts = names.iter().filter_map(|(key, name)| Some((name.clone()?, place(key)))).collect();
+    let [(_, user), (_, group), (_, supplementary_group)] = names;
     // A rule without the key that is wrong would match others than its writer meant.
-    let sound = !KEYS.iter().any(|key| table.is_wrong(key));
-    spiffe_id.filter(|_| sound).map(|_| Workload { rule, at: table.at() })
+    let sound = spiffe_id.is_some() && !KEYS.iter().any(|key| table.is_wrong(key));
+    let rule = NamedRule { rule, user, group, supplementary_group };
+    sound.then(|| Workload { rule, line: table.at().line, accounts })
 }
 
-/// The id under either of two keys.
-fn account(table: &Table<'_>, number: &'static str, name: &'static str, fix: &str, lookup: Lookup<'_>) -> Option<u32> {
+/// An id under one key, or a name under another.
+fn account(table: &Table<'_>, number: &'static str, name: &'static str, fix: &str) -> (Option<u32>, Option<String>) {
     if table.has(number) && table.has(name) {
         table.error(name, format!("`{name}` and `{number}` say the same thing"), "keep one of them");
     }
-    let by_name = table.parse(name, fix, |text| find(text, lookup));
     let by_number = table.number(number, 0..=u32::MAX - 1);
-    let key = if by_name.is_some() { name } else { number };
-    by_name.or(by_number).filter(|id| exists(table, key, *id))
+    (by_number.filter(|id| exists(table, number, *id)), table.parse(name, fix, account_name))
 }
 
-fn supplementary_group(table: &Table<'_>, lookup: Lookup<'_>) -> Option<u32> {
+fn supplementary_group(table: &Table<'_>) -> (Option<u32>, Option<String>) {
     const KEY: &str = "supplementary_group";
-    let id = match table.value(KEY)? {
-        DeValue::Integer(_) => table.number(KEY, 0..=u32::MAX - 1),
-        _ => table.parse(KEY, GID_FIX, |text| find(text, lookup)),
-    };
-    id.filter(|id| exists(table, KEY, *id))
+    match table.value(KEY) {
+        None => (None, None),
+        Some(DeValue::Integer(_)) => (table.number(KEY, 0..=u32::MAX - 1).filter(|id| exists(table, KEY, *id)), None),
+        Some(_) => (None, table.parse(KEY, GID_FIX, account_name)),
+    }
 }
 
-fn find(name: &str, lookup: Lookup<'_>) -> Result<u32, String> {
-    // What the C library would read as the end of the name.
-    if name.is_empty() || name.contains('\0') {
-        return Err("it is no name".to_owned());
+/// Only the text: whether there is such a user or group depends on the node, and on the time.
+fn account_name(name: &str) -> Result<String, &'static str> {
+    // A NUL is what the C library would read as the end of the name, a colon separates the fields of /etc/passwd.
+    if name.is_empty() || name.contains(|c: char| c.is_control() || c == ':') {
+        return Err("it is no name");
     }
-    match lookup(name) {
-        Ok(Some(id)) => Ok(id),
-        Ok(None) => Err("there is none of that name on this node".to_owned()),
-        Err(error) => Err(format!("looking it up failed: {}", error.desc())),
+    if name.bytes().all(|c| c.is_ascii_digit()) {
+        return Err("it is a number");
     }
+    Ok(name.to_owned())
 }
 
 fn exists(table: &Table<'_>, key: &str, id: u32) -> bool {

@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Dev, command};
 use crate::app::{App, AppError};
-use crate::config::{Accounts, Config};
+use crate::config::Config;
 use crate::environment::{self, Environment};
 use crate::listen::{Inherited, ListenError};
 use crate::telemetry;
@@ -56,7 +56,7 @@ async fn start(dev: &Dev, quiet: bool) -> Result<App, Box<dyn Error>> {
 }
 
 async fn start_on(dev: &Dev, port: u16, quiet: bool) -> Result<Result<App, AppError>, Box<dyn Error>> {
-    let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable, Accounts::system());
+    let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable);
     // With `dev`'s own text this can only be about the variables of the environment.
     let loaded = loaded.map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     telemetry::init(&loaded.config.log.level, loaded.config.log.format)?;

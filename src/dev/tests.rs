@@ -3,7 +3,7 @@ use super::*;
 use aws_credential_types::Credentials as SigningCredentials;
 use aws_sdk_sts::config::{BehaviorVersion, Config as SdkConfig, Region};
 
-use crate::config::{Accounts, AuditFile, Config, Loaded};
+use crate::config::{AuditFile, Config, Loaded};
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
 use crate::role::{Identity, Wanted};
@@ -15,7 +15,7 @@ async fn dev(names: &[(u32, &str)]) -> Dev {
 }
 
 fn parsed(dev: &Dev, quiet: bool) -> Loaded {
-    Config::parse_for_dev(&dev.configuration(0, quiet), &|_| None, Accounts::system()).unwrap()
+    Config::parse_for_dev(&dev.configuration(0, quiet), &|_| None).unwrap()
 }
 
 #[tokio::test]
@@ -23,13 +23,13 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
     let dev = dev(&[(1000, "alice"), (1001, "bob")]).await;
     let config = parsed(&dev, false).config;
     let alice = SpiffeId::parse("spiffe://dev.local/user/alice").unwrap();
-    assert_eq!(config.workloads.iter().find(|rule| rule.uid == Some(1000)).unwrap().spiffe_id, alice);
+    assert_eq!(*config.workloads.iter().find(|one| one.rule.rule.uid == Some(1000)).unwrap().rule.spiffe_id(), alice);
     let identities = [Identity { spiffe_id: alice.clone(), hint: None }];
     let grant = config.roles.choose(&identities, &Wanted::Named("dev".to_owned())).unwrap();
 
     let source = crate::svid::WorkloadApi::new(
         config.identity.socket.clone(),
-        config.workloads.clone(),
+        config.workloads.iter().map(|workload| workload.rule.rule.clone()),
         Clock::system(),
         crate::metrics::Metrics::default(),
     );

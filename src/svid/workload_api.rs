@@ -17,13 +17,13 @@ use super::dial::{is_broken, open, unreachable};
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
 use super::{Basis, DEADLINE, IdentitySource, JwtSvid, SourceError, one_line};
+use crate::accounts::{LiveRules, Undecided};
 use crate::caller::{Caller, Looks};
 use crate::clock::Clock;
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
 use crate::metrics::{Call, Metrics};
 use crate::role::Identity;
-use crate::rule::{Decision, Rule, decide, needs};
 
 /// An answer holds one token of at most 20 kB; some providers add the daemon's other identities.
 const ANSWER_MAX: usize = 1024 * 1024;
@@ -32,7 +32,7 @@ const ANSWER_MAX: usize = 1024 * 1024;
 #[derive(Debug)]
 pub struct WorkloadApi {
     endpoint: Endpoint,
-    rules: Arc<[Rule]>,
+    rules: LiveRules,
     clock: Clock,
     metrics: Metrics,
     deadline: Duration,
@@ -41,7 +41,7 @@ pub struct WorkloadApi {
 impl WorkloadApi {
     /// Connects only when a token is asked for, and anew each time: tokens are needed a few times an hour, and so an
     /// agent that was restarted, or replaced at the same path while the old one lives on, is never missed.
-    pub fn new(endpoint: Endpoint, rules: impl Into<Arc<[Rule]>>, clock: Clock, metrics: Metrics) -> Self {
+    pub fn new(endpoint: Endpoint, rules: impl Into<LiveRules>, clock: Clock, metrics: Metrics) -> Self {
         Self { endpoint, rules: rules.into(), clock, metrics, deadline: DEADLINE }
     }
 
@@ -139,11 +139,11 @@ impl WorkloadApi {
 #[async_trait]
 impl IdentitySource for WorkloadApi {
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
-        match decide(&self.rules, caller) {
-            Decision::Matched(rule) => Ok(vec![Identity { spiffe_id: rule.spiffe_id.clone(), hint: None }]),
-            Decision::NoMatch => Ok(Vec::new()),
+        match self.rules.identify(caller).await {
+            Ok(id) => Ok(id.map(|spiffe_id| Identity { spiffe_id, hint: None }).into_iter().collect()),
             // Whoever attested the caller has looked at the process where a rule needed it then.
-            Decision::NeedsProcess => Err(SourceError::Reloaded),
+            Err(Undecided::NeedsProcess) => Err(SourceError::Reloaded),
+            Err(Undecided::UnknownAccount(_)) => Err(SourceError::UnknownAccount),
         }
     }
 
@@ -152,17 +152,17 @@ impl IdentitySource for WorkloadApi {
     }
 
     fn needs(&self, caller: &Caller) -> Option<Looks> {
-        needs(&self.rules, caller)
+        self.rules.needs(caller)
     }
 
     fn basis(&self, id: &SpiffeId) -> Basis {
-        Basis::Rules(self.rules.iter().filter(|rule| rule.spiffe_id == *id).cloned().collect())
+        Basis::Rules(self.rules.of(id))
     }
 
     /// By a token for the identity of the first rule.
     async fn ready(&self, audience: &str) -> Result<(), SourceError> {
         let Some(first) = self.rules.first() else { return Ok(()) };
-        self.fetch(&first.spiffe_id, audience).await.map(drop)
+        self.fetch(first, audience).await.map(drop)
     }
 
     /// The agent knows only the daemon.

@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 
 use super::plan::{Issuer, Plan};
 use super::*;
-use crate::config::Accounts;
 
 const ISSUER: &str = "https://oidc.example.org/tenant";
 const PROVIDER: &str = "arn:aws:iam::123456789012:oidc-provider/oidc.example.org/tenant";
@@ -16,8 +15,7 @@ const HEAD: &str = "[identity]\naudience = \"sts.amazonaws.com\"\n[sts]\nregion 
                     [[workload]]\nspiffe_id = \"spiffe://example.org/any\"\nuid = 1\n";
 
 fn roles(text: &str) -> crate::role::Roles {
-    let known = Accounts { user: &|_| Ok(None), group: &|_| Ok(None) };
-    let parsed = Config::parse(&format!("{HEAD}{text}"), &|_| None, known);
+    let parsed = Config::parse(&format!("{HEAD}{text}"), &|_| None);
     parsed.unwrap_or_else(|problems| panic!("{problems:?}")).config.roles
 }
 

@@ -1,6 +1,7 @@
 //! Random damage to the example: the reader reports it or takes it, and never panics.
 
 use super::*;
+use crate::rule::Rule;
 
 /// Pieces that mean something somewhere.
 const PIECES: [&str; 24] = [
@@ -103,10 +104,11 @@ fn holds(config: &Config, text: &str) {
     assert!(config.listen.tcp.iter().all(|address| address.ip().is_loopback()), "{text}");
     assert!(config.listen.unix.is_some() || !config.listen.tcp.is_empty() || config.listen.pods, "{text}");
     assert!(!config.workloads.is_empty(), "{text}");
-    for rule in &config.workloads {
+    for workload in &config.workloads {
+        let (named, rule) = (&workload.rule, &workload.rule.rule);
         assert!([rule.uid, rule.gid, rule.supplementary_group].iter().all(|id| *id != Some(65534)), "{text}");
-        let Rule { uid, gid, supplementary_group, systemd_unit, cgroup, .. } = rule;
-        let ids = uid.is_some() || gid.is_some() || supplementary_group.is_some();
+        let Rule { uid, systemd_unit, cgroup, .. } = rule;
+        let ids = uid.is_some() || named.user.is_some() || named.has_group();
         assert!(ids || systemd_unit.is_some() || cgroup.is_some() || text.contains("allow_exe_only"), "{text}");
     }
     for role in &config.roles.defined {

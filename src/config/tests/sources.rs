@@ -40,7 +40,7 @@ fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
         "{ATTESTED}{BROKER}broker_server = \"spiffe://example.org/agent\"\nreference = \"process\"\naudience = \"minio\"\n"
     );
     let env = |name: &str| (name == "SPIFFE_BROKER_SOCKET").then(|| "unix:///run/spire/broker.sock".to_owned());
-    let identity = Config::parse(&all, &env, accounts()).unwrap().config.identity;
+    let identity = Config::parse(&all, &env).unwrap().config.identity;
     let server = SpiffeIdPattern::parse("spiffe://example.org/agent").unwrap();
     assert_eq!(identity.source, Source::SpiffeBroker { socket, server: Some(server), reference: Reference::Process });
     assert_eq!(identity.audience, "minio");

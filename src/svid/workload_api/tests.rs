@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::*;
 use crate::caller::{Evidence, Listener, Process, Refusal};
 use crate::cgroup::CgroupPath;
+use crate::rule::Rule;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::{AUDIENCE, Log, billing, now, raw_token, token_for};
 use fake::{Fake, Script, socket, svids};

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use super::super::documented::assert_documented;
 use super::super::report::Verdict;
 use super::*;
-use crate::config::{Accounts, Config};
+use crate::config::Config;
 
 const CGROUP2: &str = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
 /// The first 41 bits, which are all capabilities of today.
@@ -74,8 +74,7 @@ fn config(listen: &str, identity: &str) -> Config {
         "[listen]\n{listen}\n[identity]\nsocket = \"unix:///a\"\n{identity}\n[sts]\nregion = \"eu-central-1\"\n{rules}\
          [[role]]\nname = \"a\"\nspiffe_id = \"spiffe://t/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n"
     );
-    let known = Accounts { user: &|_| Ok(None), group: &|_| Ok(None) };
-    Config::parse(&text, &|_| None, known).unwrap_or_else(|problems| panic!("{problems:?}")).config
+    Config::parse(&text, &|_| None).unwrap_or_else(|problems| panic!("{problems:?}")).config
 }
 
 const BROKER: &str = "source = \"spiffe-broker\"\nbroker_socket = \"unix:///b\"";

@@ -1,0 +1,94 @@
+//! The accounts in the local files, which are read without any name service.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::rule::AccountName;
+
+const PASSWD: &str = "/etc/passwd";
+const GROUP: &str = "/etc/group";
+/// The numbers that systemd gives to units with `DynamicUser=`, and no directory server to its users.
+const DYNAMIC: std::ops::RangeInclusive<u32> = 61_184..=65_519;
+
+/// The users of `/etc/passwd` and the groups of `/etc/group` (`passwd(5)`, `group(5)`).
+#[derive(Debug, Default)]
+pub struct LocalAccounts {
+    users: Names,
+    groups: Names,
+    versions: Option<[Version; 2]>,
+}
+
+#[derive(Debug, Default)]
+struct Names {
+    names: HashSet<String>,
+    by_id: HashMap<u32, Vec<String>>,
+}
+
+/// What changes with a file's content.
+type Version = (u64, u64, u64, (i64, i64));
+
+impl LocalAccounts {
+    /// Reads the files if they are others than those of `known`. Blocks.
+    pub fn read(known: &Arc<Self>) -> Arc<Self> {
+        let version = |path: &str| fs::metadata(path).map(|found| version(&found)).unwrap_or_default();
+        let versions = [PASSWD, GROUP].map(version);
+        if known.versions == Some(versions) {
+            return known.clone();
+        }
+        let read = |path: &str| Names::parse(&fs::read(Path::new(path)).unwrap_or_default());
+        Arc::new(Self { users: read(PASSWD), groups: read(GROUP), versions: Some(versions) })
+    }
+
+    /// Those of these texts.
+    #[cfg(test)]
+    pub(super) fn of(passwd: &str, group: &str) -> Arc<Self> {
+        let [users, groups] = [passwd, group].map(|text| Names::parse(text.as_bytes()));
+        Arc::new(Self { users, groups, versions: None })
+    }
+
+    /// Whether the files have this name.
+    pub fn has(&self, name: &AccountName) -> bool {
+        self.of_kind(name).names.contains(name.as_str())
+    }
+
+    /// Whether a local user or group has this number, and none of them is called `name`.
+    pub fn is_other(&self, name: &AccountName, id: u32) -> bool {
+        let names = self.of_kind(name).by_id.get(&id);
+        let is_dynamic = matches!(name, AccountName::User(_)) && DYNAMIC.contains(&id);
+        names.map_or(is_dynamic, |names| !names.iter().any(|one| one == name.as_str()))
+    }
+
+    fn of_kind(&self, name: &AccountName) -> &Names {
+        match name {
+            AccountName::User(_) => &self.users,
+            AccountName::Group(_) => &self.groups,
+        }
+    }
+}
+
+impl Names {
+    /// In both files the name is the first field of a line, and the number the third.
+    fn parse(text: &[u8]) -> Self {
+        let mut all = Self::default();
+        for line in text.split(|byte| *byte == b'\n').filter_map(|line| std::str::from_utf8(line).ok()) {
+            let mut fields = line.split(':');
+            let (Some(name), Some(id)) = (fields.next(), fields.nth(1).and_then(|id| id.parse().ok())) else {
+                continue;
+            };
+            // "+" and "-" include or exclude what a directory server has.
+            if name.is_empty() || name.starts_with(['+', '-', '#']) {
+                continue;
+            }
+            all.names.insert(name.to_owned());
+            all.by_id.entry(id).or_default().push(name.to_owned());
+        }
+        all
+    }
+}
+
+fn version(file: &Metadata) -> Version {
+    (file.dev(), file.ino(), file.len(), (file.mtime(), file.mtime_nsec()))
+}

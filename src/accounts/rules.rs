@@ -1,0 +1,138 @@
+//! Rules, decided by the numbers that are known at the moment.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+
+use super::{Accounts, Numbers};
+use crate::caller::{Caller, Looks};
+use crate::identity::SpiffeId;
+use crate::rule::{AccountName, Decision, Known, NamedRule, Resolved, Rule};
+
+/// The `[[workload]]` rules of one configuration.
+#[derive(Debug)]
+pub struct LiveRules {
+    rules: Arc<[NamedRule]>,
+    accounts: Option<Accounts>,
+    current: ArcSwap<Current>,
+}
+
+#[derive(Debug)]
+struct Current {
+    numbers: Arc<Numbers>,
+    resolved: Resolved,
+}
+
+/// Why the rules do not say what a caller is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Undecided {
+    /// It depends on the process, which was not looked at.
+    NeedsProcess,
+    /// It depends on a user or group whose number is not known, since the name service does not answer. A later rule that
+    /// matches may not be the caller's.
+    UnknownAccount(AccountName),
+}
+
+impl LiveRules {
+    /// With the numbers that `accounts` gives; it has to follow the names of these rules.
+    pub fn new(rules: impl Into<Arc<[NamedRule]>>, accounts: &Accounts) -> Self {
+        let rules: Arc<[NamedRule]> = rules.into();
+        let has_names = rules.iter().any(|rule| rule.names().next().is_some());
+        let numbers = accounts.numbers();
+        let current = ArcSwap::from_pointee(Current::new(&rules, numbers));
+        Self { rules, accounts: has_names.then(|| accounts.clone()), current }
+    }
+
+    /// The SPIFFE ID of a caller; `None` if no rule matches. Waits for the name service, for a bounded time, where the answer
+    /// depends on a name that it has not answered, or only recently denied.
+    pub async fn identify(&self, caller: &Caller) -> Result<Option<SpiffeId>, Undecided> {
+        let mut was_looked_up = false;
+        loop {
+            let names = match self.decide(caller) {
+                Outcome::Decided(decided) => return decided,
+                Outcome::Unanswered(names) if was_looked_up => {
+                    return names.into_iter().next().map_or(Ok(None), |name| Err(Undecided::UnknownAccount(name)));
+                }
+                Outcome::NoMatchYet(_) if was_looked_up => return Ok(None),
+                Outcome::Unanswered(names) | Outcome::NoMatchYet(names) => names,
+            };
+            let Some(accounts) = &self.accounts else { return Ok(None) };
+            accounts.look(&names).await;
+            was_looked_up = true;
+        }
+    }
+
+    fn decide(&self, caller: &Caller) -> Outcome {
+        let current = self.current();
+        let decision = current.resolved.decide(caller);
+        let missing = current.resolved.missing(caller, &decision, |name, id| current.numbers.is_other(name, id));
+        if !missing.unanswered.is_empty() {
+            return Outcome::Unanswered(missing.unanswered);
+        }
+        match decision {
+            Decision::NeedsProcess => Outcome::Decided(Err(Undecided::NeedsProcess)),
+            Decision::NoMatch if missing.absent.is_empty() => Outcome::Decided(Ok(None)),
+            Decision::NoMatch => Outcome::NoMatchYet(missing.absent),
+            Decision::Matched(rule) => {
+                // A user that was made a moment ago is known to the next request.
+                if let Some(accounts) = self.accounts.as_ref().filter(|_| !missing.absent.is_empty()) {
+                    accounts.want(&missing.absent);
+                }
+                Outcome::Decided(Ok(Some(rule.spiffe_id.clone())))
+            }
+        }
+    }
+
+    /// What has to be looked at of the caller's process; `None` if what is known decides.
+    pub fn needs(&self, caller: &Caller) -> Option<Looks> {
+        self.current().resolved.needs(caller)
+    }
+
+    /// The rules for this SPIFFE ID, as they are written.
+    pub fn of(&self, id: &SpiffeId) -> Vec<NamedRule> {
+        self.rules.iter().filter(|rule| rule.spiffe_id() == id).cloned().collect()
+    }
+
+    /// The SPIFFE ID of the first rule.
+    pub fn first(&self) -> Option<&SpiffeId> {
+        self.rules.first().map(NamedRule::spiffe_id)
+    }
+
+    fn current(&self) -> Arc<Current> {
+        let current = self.current.load_full();
+        let Some(accounts) = &self.accounts else { return current };
+        let numbers = accounts.numbers();
+        if Arc::ptr_eq(&current.numbers, &numbers) {
+            return current;
+        }
+        let newer = Arc::new(Current::new(&self.rules, numbers));
+        self.current.store(newer.clone());
+        newer
+    }
+}
+
+/// What the rules say of a caller with the numbers of one moment.
+enum Outcome {
+    Decided(Result<Option<SpiffeId>, Undecided>),
+    /// It depends on these names.
+    Unanswered(Vec<AccountName>),
+    /// No rule matches, unless one of these names has come to exist.
+    NoMatchYet(Vec<AccountName>),
+}
+
+impl Current {
+    fn new(rules: &[NamedRule], numbers: Arc<Numbers>) -> Self {
+        let resolved = Resolved::new(rules, |name| numbers.get(name));
+        Self { numbers, resolved }
+    }
+}
+
+/// Rules without names.
+impl<T: IntoIterator<Item = Rule>> From<T> for LiveRules {
+    fn from(rules: T) -> Self {
+        let rules: Arc<[NamedRule]> = rules.into_iter().map(NamedRule::from).collect();
+        let numbers = Arc::<Numbers>::default();
+        let resolved = Resolved::new(&rules, |_| Known::Unanswered);
+        Self { rules, accounts: None, current: ArcSwap::from_pointee(Current { numbers, resolved }) }
+    }
+}

@@ -1,0 +1,178 @@
+use super::*;
+use crate::caller::{Evidence, Listener, Process, Refusal};
+use crate::cgroup::CgroupPath;
+
+#[derive(Debug)]
+struct Unchanged;
+
+impl Evidence for Unchanged {
+    fn still_same(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+}
+
+fn caller(uid: u32, groups: Option<(u32, &[u32])>) -> Caller {
+    let process = groups.map(|(gid, groups)| Process {
+        pid: 4711,
+        gid,
+        groups: Some(groups.to_vec()),
+        contained: false,
+        program: None,
+        started: None,
+    });
+    Caller {
+        listener: Listener::Unix,
+        uid,
+        cgroup: CgroupPath::parse("/system.slice/app.service"),
+        pod: None,
+        namespace: None,
+        process,
+        evidence: Box::new(Unchanged),
+    }
+}
+
+fn user(name: &str) -> AccountName {
+    AccountName::User(name.to_owned())
+}
+
+fn group(name: &str) -> AccountName {
+    AccountName::Group(name.to_owned())
+}
+
+fn named(path: &str) -> NamedRule {
+    let rule = Rule {
+        spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
+        uid: None,
+        gid: None,
+        supplementary_group: None,
+        exe: None,
+        systemd_unit: None,
+        cgroup: None,
+    };
+    rule.into()
+}
+
+fn of_user(name: &str) -> NamedRule {
+    NamedRule { user: Some(user(name)), ..named(name) }
+}
+
+fn of_unit(path: &str, unit: &str) -> NamedRule {
+    let named = named(path);
+    NamedRule { rule: Rule { systemd_unit: Some(unit.to_owned()), ..named.rule.clone() }, ..named }
+}
+
+/// alice is 1001 and ops 2001; ghost does not exist; of everybody else nothing is known.
+fn known(name: &AccountName) -> Known {
+    match (name, name.as_str()) {
+        (AccountName::User(_), "alice") => Known::Number(1001),
+        (AccountName::Group(_), "ops") => Known::Number(2001),
+        (_, "ghost") => Known::Absent,
+        _ => Known::Unanswered,
+    }
+}
+
+/// The path of the rule that matches, and the names that could change that.
+#[track_caller]
+fn decided(rules: &[NamedRule], caller: &Caller) -> (Option<String>, Missing) {
+    let resolved = Resolved::new(rules, known);
+    let decision = resolved.decide(caller);
+    let missing = resolved.missing(caller, &decision, |name, id| (id == 0) != (name.as_str() == "root"));
+    let path = match decision {
+        Decision::Matched(rule) => Some(rule.spiffe_id.segments().collect::<Vec<_>>().join("/")),
+        Decision::NoMatch => None,
+        Decision::NeedsProcess => Some("needs the process".to_owned()),
+    };
+    (path, missing)
+}
+
+fn matched(path: &str) -> Option<String> {
+    Some(path.to_owned())
+}
+
+fn unanswered(names: &[AccountName]) -> Missing {
+    Missing { absent: Vec::new(), unanswered: names.to_vec() }
+}
+
+fn absent(names: &[AccountName]) -> Missing {
+    Missing { absent: names.to_vec(), unanswered: Vec::new() }
+}
+
+#[test]
+fn a_name_with_a_number_is_that_number() {
+    let in_ops = NamedRule { group: Some(group("ops")), ..named("by-group") };
+    let also_ops = NamedRule { supplementary_group: Some(group("ops")), ..named("by-groups") };
+    let rules = [of_user("alice"), in_ops, also_ops];
+    let table = [
+        (caller(1001, None), matched("alice")),
+        (caller(7, Some((2001, &[]))), matched("by-group")),
+        (caller(7, Some((7, &[2001]))), matched("by-groups")),
+        (caller(7, Some((7, &[7]))), None),
+        (caller(7, None), matched("needs the process")),
+    ];
+    for (caller, expected) in table {
+        assert_eq!(decided(&rules, &caller), (expected, Missing::default()), "{caller:?}");
+    }
+}
+
+#[test]
+fn a_name_without_a_number_matches_nobody() {
+    for name in ["ghost", "stranger"] {
+        let rules = [
+            of_user(name),
+            NamedRule { group: Some(group(name)), ..named("by-group") },
+            NamedRule { supplementary_group: Some(group(name)), ..named("by-groups") },
+        ];
+        for uid in [1, 1001, OVERFLOW_ID] {
+            for gid in [1, OVERFLOW_ID] {
+                assert_eq!(decided(&rules, &caller(uid, Some((gid, &[1, gid])))).0, None, "{name} {uid} {gid}");
+            }
+        }
+        // The process is looked at for a group as it would be for a known one, and never for a user.
+        let resolved = Resolved::new(&rules, known);
+        assert_eq!(resolved.decide(&caller(1001, None)), Decision::NeedsProcess);
+        assert_eq!(Resolved::new(&rules[..1], known).decide(&caller(1001, None)), Decision::NoMatch);
+    }
+}
+
+#[test]
+fn names_without_an_answer_matter_to_whom_they_could_be() {
+    let rules = [of_user("stranger"), of_unit("app", "app.service"), of_user("late")];
+    // Whoever is in the unit could be the first rule's user, but not root; the last rule comes after the one that matches.
+    assert_eq!(decided(&rules, &caller(1001, None)), (matched("app"), unanswered(&[user("stranger")])));
+    assert_eq!(decided(&rules, &caller(0, None)), (matched("app"), Missing::default()));
+    let rules = [of_user("stranger"), of_user("late")];
+    assert_eq!(decided(&rules, &caller(1001, None)), (None, unanswered(&[user("stranger"), user("late")])));
+    // A rule that excludes the caller in another way does not depend on its name.
+    let elsewhere = NamedRule { user: Some(user("stranger")), ..of_unit("other", "other.service") };
+    assert_eq!(decided(&[elsewhere], &caller(1001, None)), (None, Missing::default()));
+    let here = NamedRule { user: Some(user("stranger")), ..of_unit("other", "app.service") };
+    assert_eq!(decided(&[here], &caller(1001, None)), (None, unanswered(&[user("stranger")])));
+    // The overflow id is nobody in particular, and so no user whose number is still to come.
+    assert_eq!(decided(&rules, &caller(OVERFLOW_ID, None)), (None, Missing::default()));
+}
+
+#[test]
+fn groups_without_an_answer_matter_unless_all_groups_have_other_names() {
+    let primary = [NamedRule { group: Some(group("strangers")), ..named("by-group") }, of_unit("app", "app.service")];
+    let other = [
+        NamedRule { supplementary_group: Some(group("strangers")), ..named("by-groups") },
+        of_unit("app", "app.service"),
+    ];
+    let missing = || (matched("app"), unanswered(&[group("strangers")]));
+    assert_eq!(decided(&primary, &caller(0, Some((5, &[0])))), missing());
+    assert_eq!(decided(&primary, &caller(0, Some((0, &[5])))), (matched("app"), Missing::default()));
+    assert_eq!(decided(&other, &caller(0, Some((5, &[0])))), (matched("app"), Missing::default()));
+    assert_eq!(decided(&other, &caller(0, Some((0, &[0, 5])))), missing());
+    // Nothing was read of the process, so nothing is excluded.
+    let (decision, names) = decided(&primary, &caller(0, None));
+    assert_eq!((decision, names), (matched("needs the process"), unanswered(&[group("strangers")])));
+}
+
+#[test]
+fn a_name_that_does_not_exist_is_told_from_one_without_an_answer() {
+    let rules = [of_user("ghost"), of_unit("app", "app.service")];
+    assert_eq!(decided(&rules, &caller(1001, None)), (matched("app"), absent(&[user("ghost")])));
+    // With a group that does not exist, nobody can match, whoever the user is.
+    let both = NamedRule { user: Some(user("stranger")), group: Some(group("ghost")), ..named("both") };
+    assert_eq!(decided(&[both], &caller(1001, Some((5, &[])))), (None, absent(&[group("ghost")])));
+}
