@@ -120,16 +120,14 @@ impl Accounts {
         Self(Arc::new(Shared { service: Arc::new(service), state: Mutex::default(), numbers, wake: Notify::new() }))
     }
 
-    /// Goes on with the names of another configuration, each with the lines that it stands in, and waits for an answer about
-    /// each new one, for at most `patience`. What is known already stays. To be called within a tokio runtime.
+    /// Goes on with the names of another configuration, each with the lines that it stands in. Has all of them looked up and
+    /// waits for that, for at most `patience`; until then what is known already stays. To be called within a tokio runtime.
     pub async fn follow(&self, names: BTreeMap<AccountName, Vec<usize>>, patience: Duration) {
         let wanted: Vec<AccountName> = names.keys().cloned().collect();
         if self.0.set(names) {
             tokio::spawn(run(self.0.clone()));
         }
-        self.0.wake.notify_one();
-        let answered = |state: &State| wanted.iter().all(|name| state.has_answer(name, None));
-        if !self.0.wait(patience, answered).await {
+        if !self.look(&wanted, patience).await {
             self.0.log_silence();
         }
     }
@@ -154,11 +152,12 @@ impl Accounts {
         self.0.wake.notify_one();
     }
 
-    /// Has these names looked up, unless that was done a moment ago, and waits for it, for at most [`LOOKUP_WAIT`].
-    async fn look(&self, names: &[AccountName]) {
+    /// Has these names looked up, unless that was done a moment ago, and waits for it; `false` if that takes longer than
+    /// `patience`.
+    async fn look(&self, names: &[AccountName], patience: Duration) -> bool {
         let since = Instant::now().checked_sub(PAUSE);
         self.want(names);
-        self.0.wait(LOOKUP_WAIT, |state| names.iter().all(|name| state.has_answer(name, since))).await;
+        self.0.wait(patience, |state| names.iter().all(|name| state.has_answer(name, since))).await
     }
 }
 
@@ -184,9 +183,15 @@ impl Shared {
 
     /// Waits until `is_met`, which every answer may change; `false` after `patience`.
     async fn wait(&self, patience: Duration, is_met: impl Fn(&State) -> bool) -> bool {
-        let mut numbers = self.numbers.subscribe();
-        // The sender is `self`'s, so the only error is that of the time.
-        timeout(patience, numbers.wait_for(|_| is_met(&self.state()))).await.is_ok()
+        let mut answers = self.numbers.subscribe();
+        let met = async {
+            // Not inside of the channel's own lock: whoever sends holds that of the state.
+            while !is_met(&self.state()) {
+                // The sender is `self`'s, so there is no error.
+                let _ = answers.changed().await;
+            }
+        };
+        timeout(patience, met).await.is_ok()
     }
 
     /// Wakes those who wait for an answer, with the numbers as they are now.
@@ -306,7 +311,7 @@ impl Entry {
                 tracing::warn!(%account, ?lines, before, number, "the name has another number");
             }
             (Known::Number(_), Known::Number(_)) => {
-                if error != self.error
+                if error.is_none()
                     && let Some(cause) = cause
                 {
                     tracing::warn!(%account, ?lines, cause, "the name cannot be looked up: its last number stays in use");
@@ -323,7 +328,7 @@ impl Entry {
                     %account, ?lines, successor, "the name does not exist any more: the workload rule is inactive"
                 );
             }
-            (before, now) if is_first || before != now || error != self.error => match cause {
+            (before, now) if is_first || before != now => match cause {
                 Some(cause) => tracing::warn!(
                     %account, ?lines, cause, "the name cannot be looked up: the workload rule is inactive until it can"
                 ),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
-use super::{Accounts, Numbers};
+use super::{Accounts, LOOKUP_WAIT, Numbers};
 use crate::caller::{Caller, Looks};
 use crate::identity::SpiffeId;
 use crate::rule::{AccountName, Decision, Known, NamedRule, Resolved, Rule};
@@ -57,7 +57,7 @@ impl LiveRules {
                 Outcome::Unanswered(names) | Outcome::NoMatchYet(names) => names,
             };
             let Some(accounts) = &self.accounts else { return Ok(None) };
-            accounts.look(&names).await;
+            accounts.look(&names, LOOKUP_WAIT).await;
             was_looked_up = true;
         }
     }

@@ -109,7 +109,7 @@ async fn one_that_stays_away_is_looked_up_less_and_less() {
     assert!(begun.elapsed() >= Duration::from_secs(3600));
     // Requests cause further ones, at most one a second.
     for _ in 0..100 {
-        accounts.look(&[user("late")]).await;
+        accounts.look(&[user("late")], LOOKUP_WAIT).await;
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let more = service.count("late") - hour;

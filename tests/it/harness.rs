@@ -9,6 +9,7 @@ pub(crate) mod client;
 pub(crate) mod counterparts;
 pub(crate) mod daemon;
 pub(crate) mod delay;
+pub(crate) mod directory;
 pub(crate) mod engine;
 pub(crate) mod forward;
 pub(crate) mod gate;

@@ -1,0 +1,165 @@
+//! Users and groups by name: those that come later, those that never come, and a directory that does not answer.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::harness::cgroup::Cgroup;
+use crate::harness::counterparts::process::{await_some, run};
+use crate::harness::counterparts::{folder, root};
+use crate::harness::daemon::Daemon;
+use crate::harness::directory::{Account, Directory};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
+
+/// A daemon without an agent: the audit says which identity a caller has.
+fn start(folder: &Path, directory: &Directory, rules: &str) -> Daemon {
+    let rest = "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+        [[role]]\nname = \"all\"\nspiffe_id = \"spiffe://example.org/**\"\nrole_arn = \"arn:aws:iam::123456789012:role/all\"\n";
+    Daemon::start_behind(&directory.words(), folder, "", &format!("{rest}{rules}"))
+}
+
+fn rule(path: &str, keys: &str) -> String {
+    format!("[[workload]]\nspiffe_id = \"spiffe://example.org/{path}\"\n{keys}\n")
+}
+
+/// The path of the SPIFFE ID that this user and group have over the listener, or why they have none.
+fn identity(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cgroup) -> String {
+    let unix = daemon.unix();
+    let target = match listener {
+        "unix" => format!("--unix-socket {} http://localhost/v1/credentials", unix.display()),
+        "tcp" => daemon.uri(),
+        _ => format!("http://{}/v1/credentials", daemon.tcp6()),
+    };
+    let script = format!(
+        "echo 0 > {}/cgroup.procs && exec setpriv --reuid {uid} --regid {gid} --clear-groups curl -sS -g -H 'Authorization: x' {target}",
+        cgroup.path().display()
+    );
+    let before = daemon.audit().len();
+    let mut command = Command::new("sh");
+    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
+    run(command, b"", PATIENCE).success(&script);
+    let record = daemon.audit_after(before).into_iter().find(|record| record["uid"] == uid).expect("its record");
+    let id = record["spiffe_id"].as_str().and_then(|id| id.strip_prefix("spiffe://example.org/"));
+    id.or(record["reason"].as_str()).expect("an identity or a reason").to_owned()
+}
+
+#[test]
+fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let Some(directory) = Directory::start(folder.path()) else { return };
+    directory.add_local("alice:x:51001:51001::/:/bin/sh");
+    let good: String = (1..48).map(|i| rule(&format!("u{i}"), &format!("uid = {}", 52_000 + i))).collect();
+    let rules = [
+        rule("ghost", "user = \"ghost\""),
+        rule("ghosts", "group = \"ghosts\""),
+        rule("alice", "user = \"alice\""),
+        good,
+    ];
+    let daemon = start(folder.path(), &directory, &rules.concat());
+    let cgroup = Cgroup::new("accounts-fifty.service");
+    for listener in LISTENERS {
+        for (uid, expected) in [(51_001, "alice"), (52_001, "u1"), (52_047, "u47"), (52_050, "no_identity")] {
+            assert_eq!(identity(&daemon, listener, (uid, 7), &cgroup), expected, "{listener}");
+        }
+    }
+    let log = daemon.log();
+    let line = 1 + daemon.text().lines().position(|line| line.contains("\"ghost\"")).unwrap();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("is not known on this node")).collect();
+    assert_eq!(lines.len(), 2, "not each once:\n{log}");
+    let has = |words: &[&str]| lines.iter().any(|found| words.iter().all(|word| found.contains(word)));
+    assert!(has(&["user \\\"ghost\\\"", &format!("\"lines\":\"[{line}]\"")]), "{lines:?}");
+    assert!(has(&["group \\\"ghosts\\\"", &format!("\"lines\":\"[{}]\"", line + 3)]), "{lines:?}");
+}
+
+#[test]
+fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let Some(directory) = Directory::start(folder.path()) else { return };
+    let rules = [rule("local", "user = \"local\""), rule("late", "user = \"late\""), rule("crew", "group = \"crew\"")];
+    let daemon = start(folder.path(), &directory, &rules.concat());
+    let cgroup = Cgroup::new("accounts-late.service");
+    let callers = [("local", (51_001, 7)), ("late", (51_002, 7)), ("crew", (51_003, 51_009))];
+    for (listener, (_, ids)) in LISTENERS.into_iter().zip(callers) {
+        assert_eq!(identity(&daemon, listener, ids, &cgroup), "no_identity");
+    }
+    // As useradd does, and as a directory does that comes up after the daemon.
+    directory.add_local("local:x:51001:51001::/:/bin/sh");
+    directory.set("late", Account::Is(51_002));
+    directory.set("crew", Account::Is(51_009));
+    for listener in LISTENERS {
+        for (name, ids) in callers {
+            // The lookup of the request before may be less than a second old.
+            await_some(name, PATIENCE, || (identity(&daemon, listener, ids, &cgroup) == name).then_some(()));
+        }
+    }
+    // Another number takes effect with a reload, if not before.
+    directory.set("late", Account::Is(51_012));
+    assert!(daemon.reload_text(&daemon.text()));
+    await_some("the new number", PATIENCE, || {
+        let ids = [51_002, 51_012].map(|uid| identity(&daemon, "tcp", (uid, 7), &cgroup));
+        (ids == ["no_identity", "late"]).then_some(())
+    });
+    // It is gone from the directory, and still who it was: some say that of everybody while they restart.
+    directory.set("late", Account::Fails);
+    assert!(daemon.reload_text(&daemon.text()));
+    assert_eq!(identity(&daemon, "unix", (51_012, 7), &cgroup), "late");
+}
+
+#[test]
+fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let Some(directory) = Directory::start(folder.path()) else { return };
+    directory.add_local("alice:x:51001:51001::/:/bin/sh");
+    for name in ["restricted", "fellows"] {
+        directory.set(name, Account::Hangs);
+    }
+    let unit = "systemd_unit = \"accounts-silent.service\"";
+    let rules = [
+        rule("alice", "user = \"alice\""),
+        rule("restricted", &format!("user = \"restricted\"\n{unit}")),
+        rule("fellow", &format!("group = \"fellows\"\n{unit}")),
+        rule("everybody", unit),
+    ];
+    let mut daemon = start(folder.path(), &directory, &rules.concat());
+    let cgroup = Cgroup::new("accounts-silent.service");
+    for listener in LISTENERS {
+        // Local users are served, by their own rule and by the later one.
+        assert_eq!(identity(&daemon, listener, (51_001, 0), &cgroup), "alice");
+        assert_eq!(identity(&daemon, listener, (0, 0), &cgroup), "everybody");
+        // Whoever could be the restricted user, or a fellow, is not everybody.
+        assert_eq!(identity(&daemon, listener, (51_002, 0), &cgroup), "unknown_account", "{listener}");
+        assert_eq!(identity(&daemon, listener, (0, 51_009), &cgroup), "unknown_account", "{listener}");
+    }
+    let log = daemon.log();
+    assert_eq!(log.matches("the name service does not answer").count(), 2, "{log}");
+    directory.set("restricted", Account::Is(51_002));
+    await_some("an answer", PATIENCE, || {
+        (identity(&daemon, "tcp", (51_002, 0), &cgroup) == "restricted").then_some(())
+    });
+    assert_eq!(identity(&daemon, "tcp", (51_003, 0), &cgroup), "everybody");
+    assert_eq!(identity(&daemon, "tcp", (0, 51_009), &cgroup), "unknown_account");
+    // One that fails is no better than one that is silent.
+    directory.set("fellows", Account::Fails);
+    assert!(daemon.reload_text(&daemon.text()));
+    assert_eq!(identity(&daemon, "unix", (0, 51_009), &cgroup), "unknown_account");
+    directory.set("fellows", Account::Is(51_009));
+    await_some("an answer", PATIENCE, || (identity(&daemon, "unix", (0, 51_009), &cgroup) == "fellow").then_some(()));
+    // A lookup that does not end keeps the daemon from nothing.
+    directory.set("restricted", Account::Hangs);
+    assert!(daemon.reload_text(&daemon.text()));
+    daemon.process().signal(Signal::SIGTERM);
+    assert_eq!(daemon.process().owned().wait(PATIENCE).expect("it ends").code(), Some(0));
+}
