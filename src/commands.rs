@@ -8,6 +8,7 @@ pub mod configuration;
 pub mod credential_process;
 pub mod exec;
 mod live;
+mod node;
 mod server;
 pub mod status;
 mod style;

@@ -6,6 +6,7 @@
 mod aws;
 mod checks;
 mod explain;
+mod exposure;
 mod identity;
 mod listen;
 mod output;
@@ -16,7 +17,8 @@ mod sts;
 mod workload;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
 
@@ -32,7 +34,7 @@ pub use workload::{Key, Workload};
 
 use crate::endpoint::Endpoint;
 use crate::role::Roles;
-use crate::rule::AccountName;
+use crate::rule::{AccountName, Known};
 use reader::{Report, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
@@ -85,16 +87,69 @@ pub struct Loaded {
     pub warnings: Vec<Problem>,
 }
 
+/// What becomes of a configuration file that a user other than root, or than the process itself, could change (T38).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exposure {
+    /// It is an error.
+    Refused,
+    /// It is a warning.
+    Warned,
+    /// It is not looked at.
+    Ignored,
+}
+
+impl Exposure {
+    /// As `serve` judges it for root. Anybody else looks at a file that may not be in its place yet.
+    pub fn of_command() -> Self {
+        if nix::unistd::geteuid().is_root() { Self::Refused } else { Self::Warned }
+    }
+}
+
 impl Config {
     /// Reads the file; `env` gives environment variables. Users and groups are not looked up.
     ///
     /// A syntax error is reported alone. Everything else is reported together.
-    pub fn load(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
+    pub fn load(path: &Path, exposure: Exposure, env: impl Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
         let failed = |problems| ConfigErrors { path: path.to_owned(), problems };
-        let text = read_file(path).map_err(|problem| failed(vec![problem]))?;
-        let mut loaded = Self::parse(&text, &env).map_err(failed)?;
-        loaded.warnings.extend(writable_by_all(path));
-        Ok(loaded)
+        let (bytes, file) = read_file(path).map_err(|problem| failed(vec![problem]))?;
+        let exposed = match exposure {
+            Exposure::Ignored => Vec::new(),
+            Exposure::Refused | Exposure::Warned => exposure::problems(path, &file),
+        };
+        let loaded = Self::parse_bytes(bytes, &env);
+        match (loaded, exposure) {
+            (Ok(mut loaded), Exposure::Warned) => {
+                loaded.warnings.extend(exposed);
+                Ok(loaded)
+            }
+            (Ok(loaded), _) if exposed.is_empty() => Ok(loaded),
+            (Ok(_), _) => Err(failed(exposed)),
+            (Err(mut problems), _) => {
+                problems.extend(exposed);
+                Err(failed(problems))
+            }
+        }
+    }
+
+    /// Reads a configuration from the content of a file, as [`Config::parse`] does from its text.
+    pub fn parse_bytes(bytes: Vec<u8>, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
+        Self::parse(&utf8(bytes).map_err(|problem| vec![problem])?, env)
+    }
+
+    /// What is wrong where a file, or standard input, can't be read.
+    pub fn unreadable(error: &io::Error) -> Problem {
+        Problem {
+            line: None,
+            key: String::new(),
+            what: format!("the file can't be read: {error}"),
+            fix: "name a file with --config or AWSVID_CONFIG".to_owned(),
+        }
+    }
+
+    /// The rules that match nobody because of an earlier one, with the numbers that users and groups have on one node. What
+    /// shows without the numbers is an error of the text.
+    pub fn shadowed(&self, number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
+        checks::shadowed(&self.workloads, number)
     }
 
     /// The users and groups that rules name, each with its lines.
@@ -111,7 +166,8 @@ impl Config {
     /// default in place of what was meant would be another daemon's address.
     pub fn load_for_callers(path: &Path) -> Result<(Listen, Option<String>), ConfigErrors> {
         let failed = |problems| ConfigErrors { path: path.to_owned(), problems };
-        let text = read_file(path).map_err(|problem| failed(vec![problem]))?;
+        let (bytes, _) = read_file(path).map_err(|problem| failed(vec![problem]))?;
+        let text = utf8(bytes).map_err(|problem| failed(vec![problem]))?;
         let entries = DeTable::parse(&text).map_err(|error| failed(vec![syntax_error(&text, &error)]))?.into_inner();
         let rest = Report::new(&text);
         let region = sts::read(&rest.root(&entries).table("sts")).region;
@@ -247,26 +303,26 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
     }
 }
 
-fn read_file(path: &Path) -> Result<String, Problem> {
-    let problem = |line, what, fix: &str| Problem { line, key: String::new(), what, fix: fix.to_owned() };
-    let bytes = std::fs::read(path).map_err(|error| {
-        problem(None, format!("the file can't be read: {error}"), "name a file with --config or AWSVID_CONFIG")
-    })?;
-    String::from_utf8(bytes).map_err(|error| {
-        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        let line = valid.iter().filter(|byte| **byte == b'\n').count() + 1;
-        problem(Some(line), "this is not UTF-8".to_owned(), "save the file as UTF-8")
-    })
+/// The content of the file, and what was opened.
+fn read_file(path: &Path) -> Result<(Vec<u8>, Metadata), Problem> {
+    let read = || {
+        let mut file = File::open(path)?;
+        let (mut bytes, found) = (Vec::new(), file.metadata()?);
+        file.read_to_end(&mut bytes)?;
+        Ok((bytes, found))
+    };
+    read().map_err(|error: io::Error| Config::unreadable(&error))
 }
 
-/// Whoever can write the file decides who gets which credentials.
-fn writable_by_all(path: &Path) -> Option<Problem> {
-    let mode = std::fs::metadata(path).ok()?.mode();
-    (mode & 0o002 != 0).then(|| Problem {
-        line: None,
-        key: String::new(),
-        what: "every user of this node can write the configuration".to_owned(),
-        fix: format!("chmod o-w {}", path.display()),
+fn utf8(bytes: Vec<u8>) -> Result<String, Problem> {
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        Problem {
+            line: Some(valid.iter().filter(|byte| **byte == b'\n').count() + 1),
+            key: String::new(),
+            what: "this is not UTF-8".to_owned(),
+            fix: "save the file as UTF-8".to_owned(),
+        }
     })
 }
 

@@ -8,7 +8,7 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::{App, AppError};
-use crate::config::{self, Config, Problem};
+use crate::config::{self, Config, Exposure, Problem};
 use crate::hardening::{self, Does};
 use crate::listen::Inherited;
 use crate::pods::PodsError;
@@ -24,7 +24,7 @@ const KILLED: u8 = 128;
 /// thread is started. The exit statuses are in deploy/README.md.
 #[expect(clippy::print_stderr, reason = "before the log is there, standard error is where a person looks")]
 pub fn serve(path: &Path) -> ExitCode {
-    let loaded = match Config::load(path, |name| std::env::var(name).ok()) {
+    let loaded = match Config::load(path, Exposure::Refused, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded,
         Err(errors) => {
             eprintln!("{errors}\nawsvid: the configuration has errors and nothing was started");
@@ -98,7 +98,7 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
     notify(&[Some(NotifyState::Reloading), begun].into_iter().flatten().collect::<Vec<_>>());
     let loading = {
         let path = path.to_owned();
-        tokio::task::spawn_blocking(move || Config::load(&path, |name| std::env::var(name).ok()))
+        tokio::task::spawn_blocking(move || Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok()))
     };
     let used = match loading.await {
         Ok(Ok(loaded)) => {

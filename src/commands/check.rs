@@ -15,10 +15,12 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::node;
 use super::web::{Resolve, Web};
+use crate::accounts::Nss;
 use crate::cgroup::PodUid;
 use crate::clock::Clock;
-use crate::config::{Config, is_aws_sts};
+use crate::config::{Config, Exposure, is_aws_sts};
 use crate::role::StsTarget;
 use crate::sts::{Network, Settings, Sts};
 use agent::Whom;
@@ -137,10 +139,10 @@ async fn walk(options: &Options, report: &mut Report) {
 
 fn configuration(options: &Options, report: &mut Report) -> Option<Config> {
     const STEP: &str = "config";
-    match Config::load(&options.config, |name| std::env::var(name).ok()) {
+    match Config::load(&options.config, Exposure::of_command(), |name| std::env::var(name).ok()) {
         Ok(loaded) => {
             report.pass(STEP, format!("{} has no errors", options.config.display()));
-            for warning in &loaded.warnings {
+            for warning in loaded.warnings.iter().chain(&node::warnings(&loaded.config, &Nss)) {
                 report.note(STEP, warning.to_string(), "it is allowed, and not wise");
             }
             Some(loaded.config)

@@ -1,26 +1,35 @@
 //! `awsvid config`: what a configuration comes to, and what is wrong with one, without a daemon.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 
-use super::ConfigFile;
-use crate::config::{Config, Loaded};
+use super::{ConfigFile, node};
+use crate::accounts::Nss;
+use crate::config::{Config, ConfigErrors, Exposure, Loaded};
 
 /// sysexits.h, as `awsvid serve` ends with it: something was found in a misconfigured state.
 const EX_CONFIG: u8 = 78;
+/// Names standard input in place of a file.
+const STDIN: &str = "-";
 
 /// Checks or explains a configuration file.
 ///
-/// Nothing is started and nobody is asked but this machine's user database.
+/// Nothing is started and no agent is called. With --check it also looks at this machine: its users and groups, the files that
+/// are named, and who could change the configuration. --offline leaves that out, for another machine than the one that the
+/// file is for.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   awsvid config --check awsvid.toml && sudo install -m 0644 awsvid.toml /etc/awsvid/
+  awsvid config --check --offline - <awsvid.toml              in CI, before it is anywhere
+  /usr/bin/awsvid.previous config --check --offline - </etc/awsvid/awsvid.toml
+                                                              before that version is installed again
   awsvid config --explain | grep -v '# default'
 
-Exit status: 0, or 78 if the file has mistakes. Each is one line on standard error: file:line: key: what; what to do.")]
+Exit status: 0, or 78 if the file has mistakes. Each is one line on standard error: file:line: key: what; what to do. Warnings
+are lines of the same form, with \"warning:\" before the key, and do not change the status.")]
 #[group(skip)]
 pub struct Configuration {
     #[command(flatten)]
@@ -29,9 +38,12 @@ pub struct Configuration {
     /// from. Variables are those of this command: the daemon may have others.
     #[arg(long, required_unless_present = "check")]
     explain: bool,
-    /// Reports every mistake in this file, each with its line and what to do, and warnings.
+    /// Reports every mistake in this file, each with its line and what to do, and warnings. `-` is standard input.
     #[arg(long, value_name = "FILE", conflicts_with = "explain")]
     check: Option<PathBuf>,
+    /// Checks the text alone, and nothing of this machine.
+    #[arg(long, requires = "check", conflicts_with = "explain")]
+    offline: bool,
 }
 
 impl Configuration {
@@ -39,25 +51,47 @@ impl Configuration {
     pub fn run(&self) -> ExitCode {
         let env = |name: &str| std::env::var(name).ok();
         match &self.check {
-            Some(path) => {
-                load(path, env).map_or_else(|status| status, |_| said(&format!("{}: no mistakes\n", path.display())))
-            }
+            Some(path) => check(path, self.offline, env).unwrap_or_else(|status| status),
             None => explain(self.config.path(), env).unwrap_or_else(|status| status),
         }
     }
 }
 
+fn check(path: &Path, offline: bool, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, ExitCode> {
+    let loaded = match (path.as_os_str() == STDIN, offline) {
+        (true, _) => read_stdin(path, &env),
+        (false, true) => Config::load(path, Exposure::Ignored, env),
+        (false, false) => Config::load(path, Exposure::of_command(), env),
+    };
+    let loaded = loaded.map(|mut loaded| {
+        if !offline {
+            loaded.warnings.extend(node::warnings(&loaded.config, &Nss));
+            loaded.warnings.sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
+        }
+        loaded
+    });
+    report(path, loaded)?;
+    Ok(print(&format!("{}: no mistakes\n", path.display())))
+}
+
+fn read_stdin(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
+    let mut bytes = Vec::new();
+    let read = io::stdin().read_to_end(&mut bytes).map_err(|error| vec![Config::unreadable(&error)]);
+    let loaded = read.and_then(|_| Config::parse_bytes(bytes, env));
+    loaded.map_err(|problems| ConfigErrors { path: path.to_owned(), problems })
+}
+
 fn explain(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, ExitCode> {
-    let Loaded { config, .. } = load(path, &env)?;
+    let Loaded { config, .. } = report(path, Config::load(path, Exposure::Warned, &env))?;
     // Read once more for which keys are in it. If it has changed in this moment, only the origins are those of the new one.
     let text = std::fs::read_to_string(path).unwrap_or_default();
-    Ok(said(&format!("# {}, and what it leaves out\n{}", path.display(), config.explain(&text, &env))))
+    Ok(print(&format!("# {}, and what it leaves out\n{}", path.display(), config.explain(&text, &env))))
 }
 
 /// The configuration; what is wrong or unwise about it is on standard error.
 #[expect(clippy::print_stderr, reason = "this is what the command is for")]
-fn load(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<Loaded, ExitCode> {
-    match Config::load(path, env) {
+fn report(path: &Path, loaded: Result<Loaded, ConfigErrors>) -> Result<Loaded, ExitCode> {
+    match loaded {
         Ok(loaded) => {
             for warning in &loaded.warnings {
                 let line = warning.line.map_or(String::new(), |line| format!("{line}:"));
@@ -72,8 +106,8 @@ fn load(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<Loaded, Exi
     }
 }
 
-/// Prints it; whoever has stopped reading has had enough.
-fn said(text: &str) -> ExitCode {
+/// A reader that has stopped reading has had enough.
+fn print(text: &str) -> ExitCode {
     match io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,

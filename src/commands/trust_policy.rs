@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::live::{self, Live};
 use super::web::Web;
-use crate::config::Config;
+use crate::config::{Config, Exposure};
 use crate::identity::SpiffeId;
 use crate::sts::Network;
 use plan::{Account, Issuer, Plan};
@@ -70,7 +70,7 @@ enum Format {
 /// Writes it to standard output, and what is to be thought about to standard error.
 #[expect(clippy::print_stderr, reason = "a command that a person runs")]
 pub fn run(options: &Options) -> ExitCode {
-    let config = match Config::load(&options.config, |name| std::env::var(name).ok()) {
+    let config = match Config::load(&options.config, Exposure::Ignored, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded.config,
         Err(errors) => {
             eprintln!("{errors}");

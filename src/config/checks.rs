@@ -3,12 +3,15 @@
 
 use std::path::Path;
 
+use super::problem::Problem;
 use super::reader::{Place, Report, Table};
 use super::role::Defined;
 use super::workload::{Workload, literal};
 use super::{DEV_ACCOUNT, DEV_TRUST_DOMAIN, aws};
 use crate::role::RequestedRoles;
-use crate::rule::{CGROUP_GLOB, NamedRule, Rule};
+use crate::rule::{AccountName, CGROUP_GLOB, Known, NamedRule, Rule};
+
+const HIDDEN_FIX: &str = "move it up, or remove one of the two";
 
 /// Checks the rules against one another.
 pub(super) fn rules(report: &Report<'_>, workloads: &[Workload]) {
@@ -16,13 +19,31 @@ pub(super) fn rules(report: &Report<'_>, workloads: &[Workload]) {
         if let Some(earlier) = workloads[..i].iter().find(|earlier| covers(&earlier.rule, &later.rule)) {
             let what =
                 format!("this rule can never match: {} matches all of its callers first", the_one(&earlier.at()));
-            report.error(&later.at(), what, "move it up, or remove one of the two");
+            report.error(&later.at(), what, HIDDEN_FIX);
         } else if let Some(other) = workloads[..i].iter().find(|other| differ_by_exe(&other.rule, &later.rule)) {
             let what = format!("only `exe` tells its callers from those of {}", the_one(&other.at()));
             let fix = "give each program its own user: programs of one user can take each other's place";
             report.warn(&later.at(), what, fix);
         }
     }
+}
+
+/// The same by the numbers that users and groups have.
+pub(super) fn shadowed(workloads: &[Workload], number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
+    let resolved: Vec<Option<NamedRule>> =
+        workloads.iter().map(|workload| workload.rule.resolve(&number).map(NamedRule::from)).collect();
+    let mut warnings = Vec::new();
+    for (i, later) in resolved.iter().enumerate().filter_map(|(i, rule)| Some((i, rule.as_ref()?))) {
+        let hides = |earlier: &Option<NamedRule>| earlier.as_ref().is_some_and(|earlier| covers(earlier, later));
+        let Some(earlier) = resolved[..i].iter().position(hides) else { continue };
+        let what = format!(
+            "this rule can never match on this node: {} matches all of its callers first",
+            the_one(&workloads[earlier].at())
+        );
+        let Place { line, key } = workloads[i].at();
+        warnings.push(Problem { line, key, what, fix: HIDDEN_FIX.to_owned() });
+    }
+    warnings
 }
 
 fn the_one(at: &Place) -> String {
@@ -42,7 +63,7 @@ fn covers(earlier: &NamedRule, later: &NamedRule) -> bool {
         (None, None) => true,
         // Without `cgroup` a rule is for callers outside containers only; the later one may be about those inside.
         (None, Some(_)) | (Some(_), None) => false,
-        (Some(a), Some(b)) => a == b || literal(b).is_some_and(|path| a.matches_with(path, CGROUP_GLOB)),
+        (Some(a), Some(b)) => glob_covers(a, b),
     };
     names
         && cgroup
@@ -51,6 +72,15 @@ fn covers(earlier: &NamedRule, later: &NamedRule) -> bool {
         && implied(&earlier.supplementary_group, &later.supplementary_group)
         && implied(&earlier.exe, &later.exe)
         && implied(&earlier.systemd_unit, &later.systemd_unit)
+}
+
+/// Whether each path that `b` matches is matched by `a`, as far as that shows without comparing two patterns in general.
+fn glob_covers(a: &glob::Pattern, b: &glob::Pattern) -> bool {
+    let below =
+        a.as_str().strip_suffix("**").filter(|prefix| prefix.ends_with('/') && !prefix.contains(['*', '?', '[']));
+    a == b
+        || literal(b).is_some_and(|path| a.matches_with(path, CGROUP_GLOB))
+        || below.is_some_and(|prefix| b.as_str().starts_with(prefix))
 }
 
 /// Whether two identities are kept apart by the executable alone (attack 7).

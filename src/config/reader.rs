@@ -82,7 +82,12 @@ impl<'t> Report<'t> {
             let path = join(table, name);
             if !self.asked.borrow().iter().any(|(of, asked)| of == table && *asked == name) {
                 let at = Place { line: Some(self.line(key.span())), key: path };
-                self.error(&at, "there is no such key", self.meant(table, name));
+                // With the version: the file may be a newer one's.
+                self.error(
+                    &at,
+                    concat!("awsvid ", env!("CARGO_PKG_VERSION"), " has no such key"),
+                    self.meant(table, name),
+                );
                 continue;
             }
             // What is no table of ours has been reported as a wrong type, and its keys mean nothing.

@@ -262,23 +262,42 @@ fn an_endpoint_of_another_kind_needs_no_region() {
 fn a_file_is_loaded_from_its_path() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("awsvid.toml");
-    let missing = Config::load(&path, no_env).unwrap_err().to_string();
+    let load = |exposure| Config::load(&path, exposure, no_env);
+    let missing = load(Exposure::Refused).unwrap_err().to_string();
     let expected =
         format!("{}: the file can't be read: No such file or directory (os error 2); name a", path.display());
     assert!(missing.starts_with(&expected), "{missing}");
 
     std::fs::write(&path, b"[listen]\n\xff\n").unwrap();
-    let errors = Config::load(&path, no_env).unwrap_err();
+    let errors = load(Exposure::Refused).unwrap_err();
     assert_eq!(errors.to_string(), format!("{}:2: this is not UTF-8; save the file as UTF-8", path.display()));
 
     std::fs::write(&path, LEAST).unwrap();
     let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
     std::fs::set_permissions(&path, mode(0o644)).unwrap();
-    let Loaded { config, warnings } = Config::load(&path, no_env).unwrap();
+    let Loaded { config, warnings } = load(Exposure::Refused).unwrap();
     assert_eq!((config.workloads.len(), warnings.len()), (1, 0));
-    std::fs::set_permissions(&path, mode(0o646)).unwrap();
-    let [warning] = &Config::load(&path, no_env).unwrap().warnings[..] else { panic!("one warning") };
-    assert!(warning.to_string().contains("every user of this node can write"), "{warning}");
+}
+
+#[test]
+fn a_file_that_others_can_change_is_refused_or_warned_of() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("awsvid.toml");
+    std::fs::write(&path, LEAST).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o646)).unwrap();
+    let load = |exposure| Config::load(&path, exposure, no_env);
+    let words = "every user of this node can write the configuration; chmod o-w ";
+    let refused = load(Exposure::Refused).unwrap_err().to_string();
+    assert!(refused.starts_with(&format!("{}: {words}", path.display())), "{refused}");
+    let [warning] = &load(Exposure::Warned).unwrap().warnings[..] else { panic!("one warning") };
+    assert!(warning.to_string().starts_with(words), "{warning}");
+    assert_eq!(load(Exposure::Ignored).unwrap().warnings, []);
+    // With all that is wrong in it.
+    std::fs::write(&path, with("uid = 1001", "")).unwrap();
+    for exposure in [Exposure::Refused, Exposure::Warned] {
+        let errors = load(exposure).unwrap_err().problems;
+        assert!(errors.len() == 2 && errors[1].to_string().starts_with(words), "{errors:?}");
+    }
 }
 
 #[test]

@@ -64,7 +64,7 @@ fn rule(table: &Table<'_>) -> Option<Workload> {
         systemd_unit: table.parse("systemd_unit", "write a unit's name as in \"billing.service\"", systemd_unit),
         cgroup: table.parse("cgroup", "write a path as in \"/system.slice/billing.service\"", cgroup),
     };
-    check_keys(table, &rule);
+    check_keys(table, &rule, user.as_deref());
     let names = [
         ("user", user.map(AccountName::User)),
         ("group", group.map(AccountName::Group)),
@@ -145,7 +145,7 @@ fn cgroup(text: &str) -> Result<glob::Pattern, String> {
 }
 
 /// What only the keys together tell.
-fn check_keys(table: &Table<'_>, rule: &Rule) {
+fn check_keys(table: &Table<'_>, rule: &Rule, user: Option<&str>) {
     let allow_exe_only = table.flag("allow_exe_only").unwrap_or(false);
     let others = KEYS.iter().any(|key| *key != "exe" && table.has(key));
     let at = table.at();
@@ -165,6 +165,11 @@ fn check_keys(table: &Table<'_>, rule: &Rule) {
         let what =
             format!("{} runs whatever its caller gives it, so this does not tell programs apart", path.display());
         table.warn("exe", what, "use `user` or `systemd_unit`");
+    }
+    let is_roots = rule.uid == Some(0) || user.is_some_and(|user| user == "root");
+    if is_roots && rule.systemd_unit.is_none() && rule.cgroup.is_none() && rule.exe.is_none() {
+        let what = "every process of root matches, and so every service that does not run as a user of its own";
+        table.report.warn(&at, what, "add `systemd_unit`");
     }
     if let (Some(unit), Some(cgroup)) = (&rule.systemd_unit, rule.cgroup.as_ref().and_then(literal))
         && CgroupPath::parse(cgroup).as_ref().and_then(CgroupPath::systemd_unit) != Some(unit)

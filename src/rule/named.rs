@@ -113,6 +113,12 @@ impl NamedRule {
         by_number || self.group.is_some() || self.supplementary_group.is_some()
     }
 
+    /// The rule with all numbers; `None` where one is not known.
+    pub fn resolve(&self, number: impl Fn(&AccountName) -> Known) -> Option<Rule> {
+        let is_known = |name: &AccountName| matches!(number(name), Known::Number(_));
+        self.names().all(is_known).then(|| self.with_numbers(&number))
+    }
+
     fn with_numbers(&self, number: impl Fn(&AccountName) -> Known) -> Rule {
         let id = |name: &Option<AccountName>| {
             name.as_ref().map(|name| match number(name) {

@@ -41,6 +41,16 @@ fn of_one_key() {
         warned(&format!("{LEAST}{quiet}\n"), &[]);
     }
     warned(&with("uid = 1001", "uid = 1001\nexe = \"/opt/pythonesque\""), &[]);
+    for (root, warns) in [
+        ("uid = 0", true),
+        ("user = \"root\"\ngid = 7", true),
+        ("uid = 0\nsystemd_unit = \"billing.service\"", false),
+        ("uid = 0\ncgroup = \"/system.slice/*\"", false),
+        ("uid = 0\nexe = \"/usr/bin/billing\"", false),
+    ] {
+        let expected = [(3, "workload", "every process of root matches")];
+        warned(&with("uid = 1001", root), if warns { &expected } else { &[] });
+    }
 }
 
 #[test]

@@ -1,0 +1,100 @@
+//! What a configuration names that this node does not have, or has in a way that its writer can't have meant.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use crate::accounts::NameService;
+use crate::config::{AuditFile, Config, Problem};
+use crate::rule::{AccountName, Known, OVERFLOW_ID, ProgramFile};
+
+const OTHERS_WRITE: u32 = 0o022;
+
+/// Warnings about this node. Nothing of it keeps the daemon from starting: what is missing may come. Blocks while the name
+/// service does not answer.
+pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Problem> {
+    let mut numbers = BTreeMap::new();
+    let mut warnings = accounts(config, service, &mut numbers);
+    warnings.extend(config.shadowed(|name| numbers.get(name).copied().unwrap_or(Known::Unanswered)));
+    warnings.extend(programs(config));
+    warnings.extend(files(config));
+    warnings
+}
+
+fn accounts(config: &Config, service: &dyn NameService, numbers: &mut BTreeMap<AccountName, Known>) -> Vec<Problem> {
+    let mut warnings = Vec::new();
+    for (name, (key, line)) in config.workloads.iter().flat_map(|workload| &workload.accounts) {
+        let warning = |what: String, fix: &str| Problem { line: *line, key: key.clone(), what, fix: fix.to_owned() };
+        let known = match service.number(name) {
+            Ok(Some(number)) => Known::Number(number),
+            Ok(None) => Known::Absent,
+            Err(error) => {
+                let what = format!("looking up the {name} failed: {}", error.desc());
+                warnings.push(warning(what, "look at /etc/nsswitch.conf and at the services that it names"));
+                Known::Unanswered
+            }
+        };
+        match known {
+            Known::Number(OVERFLOW_ID) => warnings.push(warning(
+                format!("the {name} has the number {OVERFLOW_ID}, which the kernel shows for an id that it can't map"),
+                "give the workload a user or group of its own: no caller matches this one",
+            )),
+            Known::Absent => warnings.push(warning(
+                format!("there is no {name} on this node, so the rule matches nobody until there is"),
+                "correct the name if it is wrong",
+            )),
+            Known::Number(_) | Known::Unanswered => {}
+        }
+        numbers.insert(name.clone(), known);
+    }
+    warnings
+}
+
+fn programs(config: &Config) -> impl Iterator<Item = Problem> {
+    config.workloads.iter().filter_map(|workload| {
+        let path = workload.rule.rule.exe.as_ref().map(ProgramFile::path)?;
+        let (what, fix) = program(path)?;
+        Some(Problem { line: workload.line, key: "workload.exe".to_owned(), what, fix: fix.to_owned() })
+    })
+}
+
+fn program(path: &Path) -> Option<(String, &'static str)> {
+    let shown = path.display();
+    match fs::metadata(path) {
+        Err(error) => Some((
+            format!("{shown} can't be looked at, so the rule matches nobody until it can: {error}"),
+            "correct the path if it is wrong",
+        )),
+        Ok(found) if !found.is_file() => {
+            Some((format!("{shown} is not a file, so the rule matches nobody"), "name the program's file"))
+        }
+        Ok(found) if found.uid() != 0 || found.mode() & OTHERS_WRITE != 0 => Some((
+            format!("{shown} can be changed by other users than root, so it proves nothing about its caller"),
+            "make it root's with mode 0755, or rely on `user` or `systemd_unit`",
+        )),
+        Ok(_) => None,
+    }
+}
+
+fn files(config: &Config) -> Vec<Problem> {
+    let warning =
+        |key: &str, what: String, fix: &str| Problem { line: None, key: key.to_owned(), what, fix: fix.to_owned() };
+    let mut warnings = Vec::new();
+    if let Some(path) = &config.sts.ca_file
+        && let Err(error) = File::open(path)
+    {
+        let what = format!("{} can't be read: {error}", path.display());
+        warnings.push(warning("sts.ca_file", what, "put the certificates there before the first request to this STS"));
+    }
+    if let AuditFile::Path(path) = &config.audit.file
+        && let Some(directory) = path.parent().filter(|directory| !directory.is_dir())
+    {
+        let what = format!("there is no directory {}", directory.display());
+        warnings.push(warning("audit.file", what, "make it, or mount it: until then audit records are lost"));
+    }
+    warnings
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,141 @@
+//! Who could change the configuration file: that user decides which workload gets which credentials (T38).
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
+
+use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::unistd::{getegid, geteuid};
+
+use super::problem::Problem;
+
+/// As the kernel counts them (`path_resolution(7)`).
+const MAX_LINKS: usize = 40;
+const STICKY: u32 = 0o1000;
+const GROUP_WRITES: u32 = 0o020;
+const OTHERS_WRITE: u32 = 0o002;
+
+/// Who may own the file and the directories that lead to it, and be the group that can write them: root, and the process itself.
+struct Trusted {
+    uids: [u32; 2],
+    gids: [u32; 2],
+}
+
+/// The ways in which another user could change the file at `path`, or put another one in its place; `file` is what was opened
+/// there. Symbolic links are followed as the kernel follows them, so each directory on the way counts.
+pub(super) fn problems(path: &Path, file: &Metadata) -> Vec<Problem> {
+    let trusted = Trusted { uids: [0, geteuid().as_raw()], gids: [0, getegid().as_raw()] };
+    let mut problems = Vec::new();
+    trusted.check_file(path, file, &mut problems);
+    if let Err(error) = trusted.check_way(path, &mut problems) {
+        let what = format!("the directories that lead to the configuration cannot be checked: {error}");
+        problems.push(problem(what, "make them readable for awsvid, or move the file".to_owned()));
+    }
+    problems
+}
+
+impl Trusted {
+    fn check_file(&self, path: &Path, file: &Metadata, problems: &mut Vec<Problem>) {
+        let shown = path.display();
+        if !self.uids.contains(&file.uid()) {
+            let what = format!("uid {} owns the configuration and could change it", file.uid());
+            problems.push(problem(what, format!("chown root:root {shown}")));
+        }
+        if file.mode() & GROUP_WRITES != 0 && !self.gids.contains(&file.gid()) {
+            problems
+                .push(problem(format!("gid {} can write the configuration", file.gid()), format!("chmod g-w {shown}")));
+        }
+        if file.mode() & OTHERS_WRITE != 0 {
+            let what = "every user of this node can write the configuration".to_owned();
+            problems.push(problem(what, format!("chmod o-w {shown}")));
+        }
+    }
+
+    fn check_way(&self, path: &Path, problems: &mut Vec<Problem>) -> io::Result<()> {
+        let mut at = PathBuf::from("/");
+        let mut rest = parts(&std::path::absolute(path)?);
+        let mut links = 0;
+        while let Some(name) = rest.pop_front() {
+            if name == ".." {
+                at.pop();
+                continue;
+            }
+            let entry = at.join(&name);
+            let found = fs::symlink_metadata(&entry)?;
+            self.check_directory(&at, &found, problems)?;
+            if found.is_symlink() {
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(io::Error::from_raw_os_error(libc::ELOOP));
+                }
+                let target = fs::read_link(&entry)?;
+                if target.is_absolute() {
+                    at = PathBuf::from("/");
+                }
+                for part in parts(&target).into_iter().rev() {
+                    rest.push_front(part);
+                }
+            } else if found.is_dir() {
+                at = entry;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether nobody else can replace `entry` in this directory.
+    fn check_directory(&self, directory: &Path, entry: &Metadata, problems: &mut Vec<Problem>) -> io::Result<()> {
+        let found = fs::symlink_metadata(directory)?;
+        let shown = directory.display();
+        let mut report = |what: String, fix: String| {
+            let problem = problem(what, fix);
+            if !problems.contains(&problem) {
+                problems.push(problem);
+            }
+        };
+        if !self.uids.contains(&found.uid()) {
+            let what = format!("uid {} owns {shown} and could put another configuration there", found.uid());
+            report(what, format!("chown root:root {shown}, or move the file"));
+        }
+        let mode = found.mode();
+        let group_writes = mode & GROUP_WRITES != 0 && !self.gids.contains(&found.gid());
+        let others_write = mode & OTHERS_WRITE != 0;
+        // A volume of Kubernetes has mode 0777 and is mounted read-only.
+        if !(group_writes || others_write) || is_read_only(directory) {
+            return Ok(());
+        }
+        // In a sticky directory an entry is its owner's alone. That of a file or directory is checked as such.
+        if mode & STICKY == 0 {
+            let who = if others_write { "every user of this node".to_owned() } else { format!("gid {}", found.gid()) };
+            let what = format!("{who} can write to {shown} and put another configuration there");
+            report(what, format!("chmod go-w {shown}, or move the file"));
+        } else if entry.is_symlink() && !self.uids.contains(&entry.uid()) {
+            let what = format!("uid {} owns a symbolic link in {shown} and could lead it elsewhere", entry.uid());
+            report(what, "name the file itself".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// The parts of a path; a leading `/` is none.
+fn parts(path: &Path) -> VecDeque<OsString> {
+    let part = |component: Component<'_>| match component {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some(OsString::from("..")),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    };
+    path.components().filter_map(part).collect()
+}
+
+fn is_read_only(path: &Path) -> bool {
+    statvfs(path).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY))
+}
+
+fn problem(what: String, fix: String) -> Problem {
+    Problem { line: None, key: String::new(), what, fix }
+}
+
+#[cfg(test)]
+mod tests;
