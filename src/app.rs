@@ -20,10 +20,10 @@ use crate::broker::{Broker, Policy};
 use crate::cache::{self, CredentialCache};
 use crate::cgroup::PodRoots;
 use crate::clock::Clock;
-use crate::config::{self, AuditFile, Config, IdentityConfig};
+use crate::config::{self, Config, IdentityConfig};
 use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
-use crate::listen::{self, Bound, Inherited, Limits, ListenError, Shares};
+use crate::listen::{Inherited, Limits, ListenError, Shares};
 use crate::metrics::Metrics;
 use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
@@ -33,9 +33,13 @@ use crate::svid::broker_api::BrokerApi;
 use crate::svid::own::OwnIdentity;
 use crate::svid::{self, Attesting, Delegated, IdentitySource, SourceError, WorkloadApi};
 
+mod audit_file;
+mod listeners;
 mod token;
 
-use token::token;
+use audit_file::{audit_error, open_audit};
+use listeners::{Group, ListenAddress, bind_all, refuse_rest, tcp_address};
+use token::{NodeToken, write_later};
 
 /// How long operators' connections may take to end, once those of workloads have.
 const OPERATORS: Duration = Duration::from_secs(1);
@@ -117,7 +121,7 @@ impl Parts {
     /// With `source` if there is one that this configuration may go on with.
     async fn new(
         config: &Config,
-        source: Option<Arc<dyn IdentitySource>>,
+        (source, is_reload): (Option<Arc<dyn IdentitySource>>, bool),
         accounts: &Accounts,
         (clock, metrics): (&Clock, &Metrics),
     ) -> Result<Self, AppError> {
@@ -125,7 +129,7 @@ impl Parts {
         accounts.follow(config.accounts(), FIRST_LOOK).await;
         let source = match source {
             Some(source) => source,
-            None => identity_source(config, accounts, clock, metrics).await?,
+            None => identity_source(config, accounts, is_reload, (clock, metrics)).await?,
         };
         let sts = Arc::new(sts(config, clock.clone())?);
         Ok(Self {
@@ -158,7 +162,7 @@ impl App {
     pub async fn start(config: Config, mut inherited: Inherited) -> Result<Self, AppError> {
         let (metrics, clock) = (Metrics::default(), Clock::system());
         let accounts = Accounts::new(Nss);
-        let parts = Parts::new(&config, None, &accounts, (&clock, &metrics)).await?;
+        let parts = Parts::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
@@ -172,7 +176,7 @@ impl App {
                 config.listen.pods_cgroup.clone().map_or_else(PodRoots::usual, PodRoots::at),
             )?,
             broker: broker.clone(),
-            audit: open_audit(&config, clock.clone(), metrics.clone())?,
+            audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
             shares: Shares::new(config.listen.max_connections_per_workload),
@@ -197,9 +201,9 @@ impl App {
             operators: Serving::default(),
         };
         app.serve_workloads(&mut inherited, &front, &limits)?;
-        app.serve_pods(front, limits).await?;
-        app.serve_operators(&mut inherited, &admin)?;
-        inherited.all_taken()?;
+        app.serve_pods(front, limits.clone()).await?;
+        app.serve_operators(&mut inherited, &admin);
+        refuse_rest(&mut inherited, &mut app.workloads, &limits);
         app.probe(parts.probes);
         Ok(app)
     }
@@ -213,7 +217,7 @@ impl App {
         let (identity, source) = &self.source;
         let kept =
             (*identity == config.identity && identity.source != config::Source::WorkloadApi).then(|| source.clone());
-        let parts = Parts::new(&config, kept, &self.accounts, (&self.clock, &self.metrics)).await?;
+        let parts = Parts::new(&config, (kept, true), &self.accounts, (&self.clock, &self.metrics)).await?;
         let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
@@ -236,34 +240,25 @@ impl App {
         }
     }
 
+    /// An error if no address at all could be bound: then another daemon serves, or nobody can.
     fn serve_workloads(
         &mut self,
         inherited: &mut Inherited,
         front: &Arc<Front>,
         limits: &Limits,
     ) -> Result<(), AppError> {
-        let (mut bound, listen) = (Vec::new(), self.listen.clone());
-        if let Some(path) = &listen.unix {
-            bound.push(Bound::unix(path, 0o666, inherited)?);
+        let unix = self.listen.unix.iter().map(|path| ListenAddress::Unix(path.clone(), 0o666));
+        let wanted = unix.chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp)).collect();
+        let mut attempts = bind_all(wanted, inherited);
+        if !self.listen.pods && attempts.iter().all(|(_, bound)| bound.is_err()) {
+            let error = attempts.drain(..).find_map(|(_, bound)| bound.err());
+            return error.map_or(Ok(()), |error| Err(error.into()));
         }
-        for address in &listen.tcp {
-            match Bound::tcp(*address, inherited) {
-                Ok(listener) => bound.push(listener),
-                Err(error) if address.is_ipv6() && error.is_unavailable_family() => {
-                    tracing::warn!(%address, "this machine has no IPv6; clients use 127.0.0.1");
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        for listener in bound {
-            if let Bound::Tcp { address, .. } = &listener {
-                self.tcp.push(*address);
-            }
-            tracing::info!(address = listener.name(), "serving workloads");
+        self.tcp = attempts.iter().filter_map(tcp_address).collect();
+        let mut group = Group { serving: &mut self.workloads, limits: limits.clone(), event: "serving workloads" };
+        for attempt in attempts {
             let front = front.clone();
-            let connection = move |stream, arrival| front.clone().connection(stream, arrival, None);
-            let stop = self.workloads.stop.subscribe();
-            self.workloads.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
+            group.serve(attempt, move |stream, arrival| front.clone().connection(stream, arrival, None));
         }
         Ok(())
     }
@@ -290,26 +285,18 @@ impl App {
     }
 
     /// With a bound of its own: workloads that use up theirs don't hide the daemon's state.
-    fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
+    fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) {
         let limits = Limits::new(64, self.metrics.clone());
-        let mut bound = Vec::new();
-        if let Some(address) = self.listen.admin {
-            bound.push((Address::Admin, Bound::tcp(address, inherited)?));
-        }
-        if let Some(path) = &self.listen.status {
-            bound.push((Address::Status, Bound::unix(path, 0o600, inherited)?));
-        }
-        for (kind, listener) in bound {
-            if let Bound::Tcp { address, .. } = &listener {
-                self.admin = Some(*address);
+        let address = self.listen.admin.map(|admin| (Address::Admin, ListenAddress::Tcp(admin)));
+        let status = self.listen.status.clone().map(|path| (Address::Status, ListenAddress::Unix(path, 0o600)));
+        for (kind, wanted) in address.into_iter().chain(status) {
+            let mut group = Group { serving: &mut self.operators, limits: limits.clone(), event: "serving operators" };
+            for attempt in bind_all(vec![wanted], inherited) {
+                self.admin = self.admin.or(tcp_address(&attempt));
+                let admin = admin.clone();
+                group.serve(attempt, move |stream, arrival| admin.clone().connection(kind, stream, arrival));
             }
-            tracing::info!(address = listener.name(), "serving operators");
-            let admin = admin.clone();
-            let connection = move |stream, arrival| admin.clone().connection(kind, stream, arrival);
-            let stop = self.operators.stop.subscribe();
-            self.operators.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
         }
-        Ok(())
     }
 
     /// Takes no more connections, and returns when those that are open have ended. Operators are answered until then:
@@ -331,13 +318,13 @@ fn limits(cache: &config::CacheConfig) -> cache::Limits {
     cache::Limits { max_entries: cache.max_entries, revocation_grace: cache.revocation_grace }
 }
 
-/// The source that the configuration names. One that is set up so that it could only err is refused here; one that does not
-/// answer yet is not.
+/// The source that the configuration names. One that is set up so that it could only err keeps a reload from taking effect; one
+/// that does not answer yet does not.
 async fn identity_source(
     config: &Config,
     accounts: &Accounts,
-    clock: &Clock,
-    metrics: &Metrics,
+    is_reload: bool,
+    (clock, metrics): (&Clock, &Metrics),
 ) -> Result<Arc<dyn IdentitySource>, AppError> {
     let identity = &config.identity;
     let agent: Arc<dyn Agent> = match &identity.source {
@@ -359,7 +346,11 @@ async fn identity_source(
     };
     // What it has not said by then is found out while callers are served.
     if let Ok(Err(error @ SourceError::Misconfigured(_))) = timeout(FIRST_LOOK, agent.connect()).await {
-        return Err(AppError::Source(error));
+        if is_reload {
+            return Err(AppError::Source(error));
+        }
+        // Another agent may listen there in a moment. Until then each question is refused in the same way.
+        tracing::error!(%error, "the identity source is of no use as it is set up: callers are refused");
     }
     let most = remembered_processes();
     Ok(Arc::new(Attesting::new(agent, identity.audience.clone(), most, clock.clone(), metrics.clone())))
@@ -382,26 +373,18 @@ fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
     Sts::new(settings, clock)
 }
 
-fn open_audit(config: &Config, clock: Clock, metrics: Metrics) -> Result<Arc<Audit>, AppError> {
-    Audit::open(&config.audit.file, config.audit.required, clock, metrics)
-        .map_err(|source| audit_error(&config.audit.file, source))
-}
-
-fn audit_error(file: &AuditFile, source: io::Error) -> AppError {
-    let path = match file {
-        AuditFile::Path(path) => path.clone(),
-        AuditFile::Stdout => PathBuf::from("standard output"),
-    };
-    AppError::Audit { path, source }
-}
-
-/// The token file is always there: one SDK uses the endpoint only if it is given a token by file.
+/// The token file is there as soon as it can be written: one SDK uses the endpoint only if it is given a token by file.
 fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
-    let token =
-        token(&listen.token_file).map_err(|source| AppError::Token { path: listen.token_file.clone(), source })?;
+    let path = &listen.token_file;
+    let node = NodeToken::load(path).map_err(|source| AppError::Token { path: path.clone(), source })?;
+    if let Some(error) = node.unwritten {
+        let path = path.display();
+        tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: it is retried every few seconds");
+        tokio::spawn(write_later(listen.token_file.clone(), node.token.clone()));
+    }
     Ok(match listen.authorization {
         config::Authorization::Present => Authorization::Present,
-        config::Authorization::Token => Authorization::Token(token),
+        config::Authorization::Token => Authorization::Token(node.token),
         config::Authorization::Off => Authorization::Off,
     })
 }

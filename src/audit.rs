@@ -165,16 +165,29 @@ struct Text<T>(T);
 impl Audit {
     /// Opens the destination. With `required`, credentials whose record can't be written are not handed out.
     pub fn open(to: &AuditFile, required: bool, clock: Clock, metrics: Metrics) -> io::Result<Arc<Self>> {
-        let sink = ArcSwap::from_pointee(Sink::open(to, &metrics)?);
-        Ok(Arc::new(Self {
-            sink,
+        Ok(Self::with(Sink::open(to, &metrics)?, required, clock, metrics))
+    }
+
+    /// The same for a destination that can't be opened yet: every record is lost until [`Audit::reopen`] opens it.
+    pub fn unopened(required: bool, clock: Clock, metrics: Metrics) -> Arc<Self> {
+        Self::with(Sink::Unopened, required, clock, metrics)
+    }
+
+    fn with(sink: Sink, required: bool, clock: Clock, metrics: Metrics) -> Arc<Self> {
+        Arc::new(Self {
+            sink: ArcSwap::from_pointee(sink),
             required: AtomicBool::new(required),
             clock,
             metrics,
             boot: fastrand::u32(..),
             next: AtomicU64::new(0),
             floods: Floods::default(),
-        }))
+        })
+    }
+
+    /// Whether it has no destination yet.
+    pub fn is_unopened(&self) -> bool {
+        matches!(**self.sink.load(), Sink::Unopened)
     }
 
     /// Opens the destination anew: its name may have been given to another file since, as rotation does. Until the new

@@ -77,11 +77,12 @@ pub enum ListenError {
         /// Why.
         source: io::Error,
     },
-    /// systemd handed over a socket that the configuration does not name.
-    #[error(
-        "systemd handed over the socket {0}, which is not in [listen]: make the .socket unit and the configuration agree"
-    )]
-    NotConfigured(String),
+    /// A socket that systemd handed over.
+    #[error("a socket that systemd handed over: {source}")]
+    Inherited {
+        /// Why.
+        source: io::Error,
+    },
     /// In a pod's network namespace.
     #[error("{name}: {source}")]
     Pod {

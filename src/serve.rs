@@ -8,6 +8,7 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::{App, AppError};
+use crate::attest::StartError;
 use crate::config::{self, Config, Exposure, Problem};
 use crate::hardening::{self, Does};
 use crate::listen::Inherited;
@@ -43,9 +44,11 @@ pub fn serve(path: &Path) -> ExitCode {
     hardening::before_threads(Does::of(&config));
     start(path, config, &log).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
-        // Nothing that trying again would mend.
+        // What another start would not change: a variable of the environment, or what the unit or the container lacks.
         match error.downcast_ref() {
-            Some(AppError::Source(_) | AppError::Pods(PodsError::Denied(_))) => ExitCode::from(EX_CONFIG),
+            Some(
+                AppError::Sts(_) | AppError::Attest(StartError::UserNamespace) | AppError::Pods(PodsError::Denied(_)),
+            ) => ExitCode::from(EX_CONFIG),
             _ => ExitCode::FAILURE,
         }
     })

@@ -23,6 +23,8 @@ pub(super) enum Sink {
     File(File),
     /// Anything whose reader may stall: a thread writes, so that requests never wait for that reader.
     Queue(Queue),
+    /// None yet: it could not be opened.
+    Unopened,
 }
 
 /// To the thread that writes.
@@ -57,6 +59,10 @@ impl Sink {
     /// Writes one line, or queues it; says why, and counts it, if neither can be done. Never waits for a reader.
     pub(super) fn write(&self, line: Vec<u8>, metrics: &Metrics) -> bool {
         match self {
+            Self::Unopened => {
+                metrics.audit_lost.inc();
+                false
+            }
             Self::File(file) => {
                 let mut file = file;
                 file.write_all(&line).inspect_err(|error| lost(error, metrics)).is_ok()

@@ -2,15 +2,16 @@
 
 use std::error::Error;
 use std::ffi::OsString;
+use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitCode;
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Dev, command};
-use crate::app::{App, AppError};
+use crate::app::App;
 use crate::config::Config;
 use crate::environment::{self, Environment};
-use crate::listen::{Inherited, ListenError};
+use crate::listen::Inherited;
 use crate::telemetry;
 
 /// The daemon's usual port.
@@ -49,18 +50,13 @@ async fn play(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
 /// Starts the daemon on its usual port, or where that can't be had (without root, or when another process has it) on one
 /// that the kernel picks.
 async fn start(dev: &Dev, quiet: bool) -> Result<App, Box<dyn Error>> {
-    match start_on(dev, PORT, quiet).await? {
-        Err(AppError::Listen(ListenError::Tcp { .. })) => Ok(start_on(dev, 0, quiet).await??),
-        started => Ok(started?),
-    }
-}
-
-async fn start_on(dev: &Dev, port: u16, quiet: bool) -> Result<Result<App, AppError>, Box<dyn Error>> {
+    let is_free = TcpListener::bind((Ipv4Addr::LOCALHOST, PORT)).is_ok();
+    let port = if is_free { PORT } else { 0 };
     let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable);
     // With `dev`'s own text this can only be about the variables of the environment.
     let loaded = loaded.map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     telemetry::init(&loaded.config.log.level, loaded.config.log.format)?;
-    Ok(App::start(loaded.config, Inherited::default()).await)
+    Ok(App::start(loaded.config, Inherited::default()).await?)
 }
 
 fn variable(name: &str) -> Option<String> {

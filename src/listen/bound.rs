@@ -1,8 +1,9 @@
 //! A listener: how it is had, what it accepts, how it ends.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -112,6 +113,23 @@ impl Bound {
         };
         let listener = sys::watch_listener(Arc::new(listener.into())).map_err(failed)?;
         Ok(Self::Unix { listener, path: path.to_owned(), mode, file })
+    }
+
+    /// A TCP listener that systemd holds, whatever its address is.
+    pub(super) fn inherited_tcp(listener: TcpListener) -> Result<Self, ListenError> {
+        let address = listener.local_addr();
+        let failed = |source| ListenError::Inherited { source };
+        let address = address.map_err(failed)?;
+        let listener = sys::watch_listener(Arc::new(listener.into())).map_err(failed)?;
+        Ok(Self::Tcp { listener, address, origin: Origin::Inherited })
+    }
+
+    /// A unix listener that systemd holds, whatever its path is.
+    pub(super) fn inherited_unix(listener: UnixListener) -> Result<Self, ListenError> {
+        let failed = |source| ListenError::Inherited { source };
+        let path = listener.local_addr().map_err(failed)?.as_pathname().map(Path::to_owned).unwrap_or_default();
+        let listener = sys::watch_listener(Arc::new(listener.into())).map_err(failed)?;
+        Ok(Self::Unix { listener, path, mode: 0, file: None })
     }
 
     /// The listener that was made inside a pod's network namespace.

@@ -4,7 +4,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use crate::listen::ListenError;
+use crate::listen::{Bound, ListenError};
 
 /// Listeners that were handed over and are not yet taken.
 #[derive(Debug, Default)]
@@ -46,13 +46,9 @@ impl Inherited {
         Some(self.unix.swap_remove(index))
     }
 
-    /// An error if any was not taken: a socket that nobody serves would leave its callers waiting.
-    pub fn all_taken(&self) -> Result<(), ListenError> {
-        let unix = self
-            .unix
-            .iter()
-            .filter_map(|listener| Some(listener.local_addr().ok()?.as_pathname()?.display().to_string()));
-        let tcp = self.tcp.iter().filter_map(|listener| Some(listener.local_addr().ok()?.to_string()));
-        unix.chain(tcp).next().map_or(Ok(()), |name| Err(ListenError::NotConfigured(name)))
+    /// Those that were not taken.
+    pub fn rest(&mut self) -> Vec<Result<Bound, ListenError>> {
+        let unix = std::mem::take(&mut self.unix).into_iter().map(Bound::inherited_unix);
+        unix.chain(std::mem::take(&mut self.tcp).into_iter().map(Bound::inherited_tcp)).collect()
     }
 }

@@ -195,7 +195,7 @@ fn in_a_user_namespace_of_its_own_it_does_not_start() {
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", env!("CARGO_BIN_EXE_awsvid"), "serve", "--config"]).arg(&path);
     let output = run(command, b"", Duration::from_secs(20));
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(output.status.code(), Some(78), "{output:?}");
     assert!(output.stderr.contains("in a user namespace that does not map every user id to itself"), "{output:?}");
     assert!(!socket.exists());
 }

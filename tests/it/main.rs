@@ -14,6 +14,7 @@ mod dev;
 mod drain;
 mod e2e;
 mod exec;
+mod exit_status;
 mod exposure;
 mod floods;
 mod harness;

@@ -1,8 +1,8 @@
-//! Each way in which awsvid and the agent do not fit together gives one line that names the fix, and ends awsvid where only a
-//! change of awsvid's own setup would help.
+//! Each way in which awsvid and the agent do not fit together gives one line that names the fix, refuses callers, and ends
+//! awsvid not at all: the agent may be set up otherwise in a moment.
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{chown, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
+use crate::harness::client::ask;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, http_get, root};
@@ -24,7 +25,6 @@ use crate::harness::world::{AWSVID, Source, awsvid_selectors};
 const USER: u32 = 51_001;
 /// Puts a program into a pid namespace of its own, with the `/proc` of that.
 const OWN_PIDS: [&str; 5] = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
-const EX_CONFIG: Option<i32> = Some(78);
 
 /// `socket` as the admin socket. STS is not there: whoever waits for that has done with the source.
 fn by_delegated_identity(socket: &Path) -> String {
@@ -52,6 +52,12 @@ fn complaint(daemon: &Daemon, words: &[&str]) -> String {
     let line = daemon.await_line(&[&["not ready: the identity source: "], words].concat());
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     line
+}
+
+/// Whoever asks is refused, and the agent is asked about nobody.
+fn assert_refused(daemon: &Daemon) {
+    let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
+    assert_eq!((status, body["code"].as_str()), (403, Some("source_misconfigured")), "{body}");
 }
 
 /// Whatever it was, it is over: the source answers, and the daemon has said what it had to say only once.
@@ -118,9 +124,20 @@ fn the_socket_is_another_one() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else { return };
     register(&spire);
-    let (status, log) = Daemon::refused(&[], folder.path(), &by_delegated_identity(&spire.agent_socket()));
-    assert_eq!(status, EX_CONFIG, "{log}");
-    assert!(log.contains("is not the admin socket of a SPIRE agent: set `admin_socket`"), "{log}");
+    // A link, which is led to the right one later.
+    let socket = folder.path().join("admin.sock");
+    symlink(spire.agent_socket(), &socket).unwrap();
+    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&socket));
+    let words = "is not the admin socket of a SPIRE agent: set `admin_socket`";
+    assert!(daemon.log().contains("callers are refused") && daemon.log().contains(words), "{}", daemon.log());
+    let line = complaint(&daemon, &[words]);
+    assert_refused(&daemon);
+    // A change of the configuration is not taken while it is so.
+    symlink(spire.agent_socket(), folder.path().join("other.sock")).unwrap();
+    assert!(!daemon.reload_text(&daemon.text().replace("admin.sock", "other.sock")));
+    fs::remove_file(&socket).unwrap();
+    symlink(spire.admin_socket(), &socket).unwrap();
+    assert_mended(&daemon, &line);
 }
 
 #[test]
@@ -128,9 +145,12 @@ fn awsvid_lives_in_another_pid_namespace() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else { return };
     register(&spire);
-    let (status, log) = Daemon::refused(&OWN_PIDS, folder.path(), &by_delegated_identity(&spire.admin_socket()));
-    assert_eq!(status, EX_CONFIG, "{log}");
+    let daemon = Daemon::start_behind(&OWN_PIDS, folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
+    // It recognizes not even itself over TCP, and so does not come to ask the source whether it is ready.
+    let log = daemon.log();
     assert!(log.contains("in another pid namespace than awsvid") && log.contains("hostPID: true"), "{log}");
+    assert!(log.contains("callers are refused"), "{log}");
+    assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
 }
 
 #[test]
@@ -141,16 +161,19 @@ fn the_agent_lives_in_another_pid_namespace() {
     let folder = folder();
     let setting = SpireSetting { agent_behind: OWN_PIDS.to_vec(), ..Source::Delegated.of_spire() };
     let Some(mut spire) = Spire::start_with(folder.path(), setting) else { return };
-    let (status, log) = Daemon::refused(&[], folder.path(), &by_delegated_identity(&spire.admin_socket()));
-    assert_eq!(status, EX_CONFIG, "{log}");
-    assert!(log.contains("in another pid namespace than awsvid") && log.contains("hostPID: true"), "{log}");
+    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
+    complaint(&daemon, &["in another pid namespace than awsvid", "hostPID: true"]);
+    assert_refused(&daemon);
+    drop(daemon);
 
     // One that comes only later is found out as well, and nobody is named to it.
     spire.stop_agent();
     let patience = Duration::from_secs(30);
     // What was killed is the process that has made the namespace; the agent in there ends by that.
     await_some("the agent has ended", patience, || UnixStream::connect(spire.admin_socket()).err());
-    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
+    let own = folder.path().join("own");
+    fs::create_dir(&own).unwrap();
+    let daemon = Daemon::start(&own, "", &by_delegated_identity(&spire.admin_socket()));
     spire.start_agent();
     complaint(&daemon, &["in another pid namespace than awsvid", "hostPID: true"]);
     assert!(!spire.agent_log().contains("PID attested"), "the agent was asked about somebody");

@@ -35,8 +35,8 @@ pub(crate) fn released() -> PathBuf {
     path.expect("cargo names what it has built")
 }
 
-/// The configuration with `[listen]`, `[audit]` and `[log]`.
-fn text(folder: &Path, listen: &str, configuration: &str) -> String {
+/// A configuration as [`Daemon::start`] writes it, with `[listen]`, `[audit]` and `[log]`.
+pub(crate) fn text(folder: &Path, listen: &str, configuration: &str) -> String {
     let path = |name: &str| folder.join(name).display().to_string();
     format!(
         "{configuration}\n\
@@ -83,6 +83,12 @@ impl Daemon {
         Self::begin(words, program, folder, listen, configuration).listening()
     }
 
+    /// Starts it with this whole configuration.
+    pub(crate) fn start_text(folder: &Path, text: &str) -> Self {
+        std::fs::write(folder.join("awsvid.toml"), text).expect("write the configuration");
+        Self::spawn(&[], Path::new(PROGRAM), folder).listening()
+    }
+
     fn listening(self) -> Self {
         self.process.await_some("the daemon's listeners", PATIENCE, || self.address("serving operators", "127.0.0.1:"));
         self
@@ -106,8 +112,14 @@ impl Daemon {
     }
 
     fn begin(words: &[&str], program: &Path, folder: &Path, listen: &str, configuration: &str) -> Self {
+        std::fs::write(folder.join("awsvid.toml"), text(folder, listen, configuration))
+            .expect("write the configuration");
+        Self::spawn(words, program, folder)
+    }
+
+    /// With the configuration that is in the folder.
+    fn spawn(words: &[&str], program: &Path, folder: &Path) -> Self {
         let config = folder.join("awsvid.toml");
-        std::fs::write(&config, text(folder, listen, configuration)).expect("write the configuration");
         let cgroup = nix::unistd::geteuid().is_root().then(|| {
             let name = folder.file_name().and_then(|name| name.to_str()).expect("a name in UTF-8");
             Cgroup::new(&format!("daemon-{name}.service"))

@@ -1,0 +1,147 @@
+//! The addresses of `[listen]`: bound now, or as soon as that is possible, and what is done with a socket of systemd's that the
+//! configuration does not name.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use super::Serving;
+use crate::listen::{self, Arrival, Bound, Inherited, Limits, ListenError, Stream};
+
+/// How often an address is tried again that could not be bound.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// An address of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ListenAddress {
+    /// A loopback address.
+    Tcp(SocketAddr),
+    /// The path of a unix socket, and its mode.
+    Unix(PathBuf, u32),
+}
+
+impl ListenAddress {
+    fn bind(&self, inherited: &mut Inherited) -> Result<Bound, ListenError> {
+        match self {
+            Self::Tcp(address) => Bound::tcp(*address, inherited),
+            Self::Unix(path, mode) => Bound::unix(path, *mode, inherited),
+        }
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path, _) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// Listeners of one kind, and what they serve connections with.
+pub(super) struct Group<'a> {
+    /// Where they run.
+    pub(super) serving: &'a mut Serving,
+    /// What is bounded for all of them together.
+    pub(super) limits: Limits,
+    /// What the log says of one that is bound.
+    pub(super) event: &'static str,
+}
+
+/// An address, and what came of binding it.
+pub(super) type Attempt = (ListenAddress, Result<Bound, ListenError>);
+
+/// Binds each address. One of IPv6 is left out, with a warning, where the machine has none.
+pub(super) fn bind_all(wanted: Vec<ListenAddress>, inherited: &mut Inherited) -> Vec<Attempt> {
+    let mut attempts = Vec::new();
+    for address in wanted {
+        match (address.bind(inherited), &address) {
+            (Err(error), ListenAddress::Tcp(tcp)) if tcp.is_ipv6() && error.is_unavailable_family() => {
+                tracing::warn!(%address, "this machine has no IPv6; clients use 127.0.0.1");
+            }
+            (bound, _) => attempts.push((address, bound)),
+        }
+    }
+    attempts
+}
+
+/// The TCP address, with the port that the kernel chose; `None` of a unix socket, and of a port that is not chosen yet.
+pub(super) fn tcp_address((wanted, bound): &Attempt) -> Option<SocketAddr> {
+    match (bound, wanted) {
+        (Ok(Bound::Tcp { address, .. }), _) => Some(*address),
+        (Err(_), ListenAddress::Tcp(address)) if address.port() != 0 => Some(*address),
+        _ => None,
+    }
+}
+
+impl Group<'_> {
+    /// Serves what is bound. What is not is bound as soon as that is possible.
+    pub(super) fn serve<F, C>(&mut self, (address, bound): Attempt, connection: F)
+    where
+        F: Fn(Stream, Arrival) -> C + Send + Sync + 'static,
+        C: Future<Output = ()> + Send + 'static,
+    {
+        let (limits, stop, event) = (self.limits.clone(), self.serving.stop.subscribe(), self.event);
+        match bound {
+            Ok(bound) => {
+                tracing::info!(address = bound.name(), "{event}");
+                self.serving.loops.spawn(listen::serve(bound, limits, stop, connection));
+            }
+            Err(error) => {
+                tracing::warn!(%address, %error, "an address of [listen] is not served yet: binding it is retried every second");
+                self.serving.loops.spawn(async move {
+                    if let Some(bound) = bind_later(address, error.to_string(), stop.clone()).await {
+                        tracing::info!(address = bound.name(), "{event}");
+                        listen::serve(bound, limits, stop, connection).await;
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// Tries until the address is bound, or the daemon ends. The log has each reason once.
+async fn bind_later(address: ListenAddress, mut logged: String, mut stop: watch::Receiver<bool>) -> Option<Bound> {
+    loop {
+        if timeout(RETRY, stop.wait_for(|stop| *stop)).await.is_ok() {
+            return None;
+        }
+        let wanted = address.clone();
+        // What it does with files may block.
+        let error = match spawn_blocking(move || wanted.bind(&mut Inherited::default())).await {
+            Ok(Ok(bound)) => return Some(bound),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        if error != logged {
+            tracing::warn!(%address, error, "an address of [listen] is not served yet");
+            logged = error;
+        }
+    }
+}
+
+/// Resets the callers of sockets that systemd holds and the configuration does not name. In its queue they would wait for ever.
+pub(super) fn refuse_rest(inherited: &mut Inherited, serving: &mut Serving, limits: &Limits) {
+    for bound in inherited.rest() {
+        let bound = match bound {
+            Ok(bound) => bound,
+            Err(error) => {
+                tracing::warn!(%error, "a socket of the .socket unit cannot be used");
+                continue;
+            }
+        };
+        tracing::warn!(
+            address = bound.name(),
+            "systemd holds a socket that [listen] does not name: its callers are refused; make the .socket unit and the \
+             configuration agree"
+        );
+        let stop = serving.stop.subscribe();
+        let reset = |stream: Stream, _| async move { stream.reset() };
+        serving.loops.spawn(listen::serve(bound, limits.clone(), stop, reset));
+    }
+}
