@@ -1,6 +1,9 @@
 //! What the daemon takes away from itself before it has threads: its memory is not to be read, its privileges are few.
 
+mod sys;
+
 use caps::{CapSet, Capability, CapsHashSet};
+use nix::errno::Errno;
 use nix::sys::prctl::{set_dumpable, set_no_new_privs};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -90,9 +93,54 @@ pub fn tell_of_missing(does: Does) {
     }
 }
 
+/// A system call that a capability is for, what is forbidden without it, and how to see whether it is.
+struct Use {
+    capability: Capability,
+    call: &'static str,
+    fails: &'static str,
+    unit: &'static str,
+    attempt: fn() -> Errno,
+}
+
+impl Does {
+    fn uses(self) -> impl Iterator<Item = Use> {
+        let cgroups = Use {
+            capability: Capability::CAP_DAC_READ_SEARCH,
+            call: "open_by_handle_at",
+            fails: "cgroups cannot be opened by their id, so callers beyond the first 512 cgroups of a unit are refused",
+            unit: "add it to SystemCallFilter=",
+            attempt: sys::open_by_handle_at,
+        };
+        let namespaces = Use {
+            capability: Capability::CAP_SYS_ADMIN,
+            call: "setns",
+            fails: "pods' network namespaces cannot be entered",
+            unit: "set RestrictNamespaces=net, and allow it in SystemCallFilter=",
+            attempt: sys::setns_net,
+        };
+        [(true, cgroups), (self.enters_namespaces, namespaces)]
+            .into_iter()
+            .filter_map(|(used, one)| used.then_some(one))
+    }
+}
+
+/// Says which capability is held in vain: a seccomp filter forbids the system call that it is for.
+fn tell_of_forbidden(does: Does) {
+    let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
+    for Use { capability, call, fails, unit, attempt } in does.uses() {
+        if effective.contains(&capability) && attempt() == Errno::EPERM {
+            tracing::warn!(
+                "{capability} is held and {call} is forbidden all the same: {fails}; under systemd {unit}, in a container allow \
+                 {call} in its seccomp profile"
+            );
+        }
+    }
+}
+
 /// Call it before any thread is started: capabilities are a thread's own. What can't be had is logged and goes without.
 pub fn before_threads(does: Does) {
     tell_of_missing(does);
+    tell_of_forbidden(does);
     let log = |what: &str, failed: bool| {
         if failed {
             tracing::warn!("{what} failed; the daemon runs with less protection");

@@ -21,7 +21,7 @@ pub struct SocketFile {
     inode: u64,
     /// Held for the daemon's life, so that two starts at the same time can't both find the file stale. `None` if somebody has
     /// it who does not listen.
-    _lock: Option<Flock<File>>,
+    lock: Option<Flock<File>>,
 }
 
 /// Of a directory in which clients find their sockets.
@@ -50,19 +50,22 @@ impl SocketFile {
         let directory = path.parent().unwrap_or(Path::new("/"));
         fs::DirBuilder::new().recursive(true).mode(directory_mode).create(directory).map_err(failed)?;
         check_directory(directory, directory_mode)?;
-        let lock = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(beside(path, ".lock"))
-            .map_err(failed)?;
-        let lock = match directory_mode {
-            CLOSED => Some(Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
-                Errno::EWOULDBLOCK => in_use(),
-                error => failed(error.into()),
-            })?),
-            _ => take_lock(lock, path)?,
+        let name = beside(path, ".lock");
+        let lock = loop {
+            let lock = open_lock(&name).map_err(failed)?;
+            let lock = match directory_mode {
+                CLOSED => {
+                    Some(Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+                        Errno::EWOULDBLOCK => in_use(),
+                        error => failed(error.into()),
+                    })?)
+                }
+                _ => take_lock(lock, path)?,
+            };
+            // The previous holder removes the file at its end, perhaps after this one has opened it.
+            if lock.as_ref().is_none_or(|lock| is_at(lock, &name)) {
+                break lock;
+            }
         };
         // A daemon whose socket systemd holds has no lock file.
         if UnixStream::connect(path).is_ok() {
@@ -83,8 +86,19 @@ impl SocketFile {
         let inode = fs::symlink_metadata(&new).map_err(failed)?.ino();
         fs::rename(&new, path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok((listener, Self { path: path.to_owned(), inode, _lock: lock }))
+        Ok((listener, Self { path: path.to_owned(), inode, lock }))
     }
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)
+}
+
+/// Whether the file at `path` is this one.
+fn is_at(file: &File, path: &Path) -> bool {
+    let inode = |found: io::Result<fs::Metadata>| found.ok().map(|found| (found.dev(), found.ino()));
+    let opened = inode(file.metadata());
+    opened.is_some() && opened == inode(fs::symlink_metadata(path))
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -130,6 +144,11 @@ impl Drop for SocketFile {
         // Only if it is still this socket's.
         if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
             let _ = fs::remove_file(&self.path);
+        }
+        // While it is locked: whoever opens it later makes a new one.
+        let lock = beside(&self.path, ".lock");
+        if self.lock.as_ref().is_some_and(|held| is_at(held, &lock)) {
+            let _ = fs::remove_file(lock);
         }
     }
 }
@@ -179,6 +198,7 @@ mod tests {
         let path = directory.path().join("a.sock");
         drop(SocketFile::bind(&path, 0o666).unwrap());
         // Read-only: as in a container that only connects.
+        File::create(beside(&path, ".lock")).unwrap();
         let file = File::open(beside(&path, ".lock")).unwrap();
         let _taken = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
         let (_listener, _file) = SocketFile::bind(&path, 0o666).unwrap();
@@ -203,10 +223,34 @@ mod tests {
         let directory = safe_directory();
         let path = directory.path().join("closed/a.sock");
         drop(SocketFile::bind_closed(&path).unwrap());
+        File::create(beside(&path, ".lock")).unwrap();
         let taken = Flock::lock(File::open(beside(&path, ".lock")).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
         assert!(matches!(SocketFile::bind_closed(&path), Err(ListenError::InUse { .. })));
         drop(taken);
         SocketFile::bind_closed(&path).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_left_behind_and_many_take_turns() {
+        let directory = safe_directory();
+        let path = directory.path().join("a.sock");
+        let bound = std::sync::atomic::AtomicUsize::new(0);
+        // Each that has it is alone, though the lock's file goes with each of them.
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        if let Ok(held) = SocketFile::bind(&path, 0o666) {
+                            assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::InUse { .. })));
+                            bound.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                            drop(held);
+                        }
+                    }
+                });
+            }
+        });
+        assert!(bound.into_inner() >= 1);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
     #[test]
