@@ -31,5 +31,6 @@ mod reload;
 mod secrets;
 mod soak;
 mod status;
+mod syscalls;
 mod systemd;
 mod trust_policy;

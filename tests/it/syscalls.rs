@@ -1,0 +1,223 @@
+//! What the daemon calls, and what the shipped unit lets it call: traced over all of its features.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::harness::agent::{Entry, FakeAgent};
+use crate::harness::cgroup::Cgroup;
+use crate::harness::counterparts::process::{await_some, run};
+use crate::harness::counterparts::{folder, http_get, root, skip};
+use crate::harness::daemon::Daemon;
+use crate::harness::namespaces::Node;
+use crate::harness::upstream::Upstream;
+use crate::harness::world::id;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const ALICE: u32 = 61_001;
+
+/// Programs of this computer that the test needs; false after a printed skip without them.
+fn tools() -> bool {
+    let is_missing = |name: &&str| run_quietly(Command::new(name).arg("--version")).is_none();
+    let missing: Vec<&str> = ["strace", "systemd-analyze"].into_iter().filter(is_missing).collect();
+    if !missing.is_empty() {
+        skip(&format!("missing: {missing:?}"));
+    }
+    missing.is_empty()
+}
+
+fn run_quietly(command: &mut Command) -> Option<String> {
+    let output = command.output().ok().filter(|output| output.status.success())?;
+    String::from_utf8(output.stdout).ok()
+}
+
+/// A daemon whose system calls are traced, with those of its threads.
+struct Traced {
+    daemon: Daemon,
+    trace: PathBuf,
+}
+
+impl Traced {
+    fn start(words: &[&str], folder: &Path, listen: &str, configuration: &str) -> Self {
+        let trace = folder.join("trace");
+        let strace = ["strace", "-D", "-f", "-q", "-e", "signal=none", "-o", trace.to_str().expect("a path in UTF-8")];
+        let daemon = Daemon::start_behind(&[words, &strace].concat(), folder, listen, configuration).ready();
+        Self { daemon, trace }
+    }
+
+    /// The names of what was called, once the daemon has ended as it should.
+    fn end(mut self) -> BTreeSet<String> {
+        self.daemon.process().signal(Signal::SIGTERM);
+        assert_eq!(self.daemon.process().owned().wait(PATIENCE).expect("it ends").code(), Some(0));
+        let pid = self.daemon.pid().to_string();
+        // The tracer writes the end of its process last.
+        let text = await_some("the end of the trace", PATIENCE, || {
+            let text = fs::read_to_string(&self.trace).ok()?;
+            text.lines()
+                .last()
+                .is_some_and(|line| line.starts_with(&pid) && line.contains("+++ exited"))
+                .then_some(text)
+        });
+        let call = |line: &str| {
+            let (_, call) = line.trim_start().split_once(' ')?;
+            let (name, _) = call.trim_start().split_once('(')?;
+            name.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_').then(|| name.to_owned())
+        };
+        text.lines().filter_map(call).collect()
+    }
+}
+
+fn curl(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cgroup) -> String {
+    let unix = daemon.unix();
+    let target = match listener {
+        "unix" => format!("--unix-socket {} http://localhost/v1/credentials", unix.display()),
+        "tcp" => daemon.uri(),
+        _ => format!("http://{}/v1/credentials", daemon.tcp6()),
+    };
+    let script = format!(
+        "echo 0 > {}/cgroup.procs && exec setpriv --reuid {uid} --regid {gid} --clear-groups curl -sS -g -H 'Authorization: x' {target}",
+        cgroup.path().display()
+    );
+    let mut command = Command::new("sh");
+    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
+    run(command, b"", PATIENCE).success(&script)
+}
+
+const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
+
+/// Rules by user (with the name service), unit, group and executable; reload, metrics, status, audit.
+fn by_rules() -> BTreeSet<String> {
+    let (folder, upstream) = (folder(), Upstream::start(&[(ALICE, "me")]));
+    let rule = |keys: &str| format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\n{keys}\n");
+    let curl_file = fs::canonicalize("/usr/bin/curl").unwrap();
+    let rules = [
+        rule("user = \"of-another-node\""),
+        rule("systemd_unit = \"syscalls-unit.service\""),
+        rule(&format!("uid = {ALICE}\nexe = {curl_file:?}")),
+        rule("gid = 61009"),
+    ];
+    let configuration = upstream.configuration() + &rules.concat();
+    let traced = Traced::start(&[], folder.path(), "authorization = \"token\"", &configuration);
+    let (unit, other) = (Cgroup::new("syscalls-unit.service"), Cgroup::new("syscalls-other.service"));
+    for _ in 0..2 {
+        // Nothing of the answers is looked at: other tests have that.
+        for listener in LISTENERS {
+            curl(&traced.daemon, listener, (7, 7), &unit);
+            curl(&traced.daemon, listener, (ALICE, 7), &other);
+            curl(&traced.daemon, listener, (61_002, 61_009), &other);
+            curl(&traced.daemon, listener, (61_003, 7), &other);
+        }
+        http_get(traced.daemon.admin(), "/metrics").expect("metrics");
+        traced.daemon.status("spiffe://example.org/user/me");
+        assert!(traced.daemon.reload("authorization = \"token\"", &(configuration.clone() + &rule("uid = 61004"))));
+        drop(UnixStream::connect(traced.daemon.unix()));
+    }
+    traced.end()
+}
+
+/// An agent that attests the caller's process, with what notices that it executes another program.
+fn by_agent() -> BTreeSet<String> {
+    let folder = folder();
+    let agent = FakeAgent::start(folder.path(), vec![Entry::new(&id("alice"), &[&format!("unix:uid:{ALICE}")])]);
+    let traced = Traced::start(&[], folder.path(), "", &agent.configuration());
+    let cgroup = Cgroup::new("syscalls-agent.service");
+    for listener in LISTENERS {
+        let answer = curl(&traced.daemon, listener, (ALICE, 7), &cgroup);
+        assert!(answer.contains("AccessKeyId"), "{listener}: {answer}");
+    }
+    traced.end()
+}
+
+/// Listeners in pods, which pass to the next daemon.
+fn in_pods() -> BTreeSet<String> {
+    let (folder, upstream) = (folder(), Upstream::start(&[(0, "pod")]));
+    let node = Node::start(folder.path());
+    node.add("cni-1");
+    let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
+    let words = node.enter();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let handover = folder.path().join("handover/awsvid.sock");
+    let listen = node.listen().replace("handover = \"\"", &format!("handover = {handover:?}"));
+    let start = |name: &str| {
+        let own = folder.path().join(name);
+        fs::create_dir(&own).unwrap();
+        Traced::start(&words, &own, &listen, &(upstream.configuration() + rule))
+    };
+    let first = start("first");
+    let pod = Cgroup::of_pod(77);
+    let answer = node.ask("cni-1", &pod, "127.0.0.1:974".parse().unwrap());
+    assert!(answer.contains("AccessKeyId"), "{answer}");
+    let second = start("second");
+    node.add("cni-2");
+    await_some("the second daemon listens", PATIENCE, || {
+        (second.daemon.metric("awsvid_pod_namespaces") == 2).then_some(())
+    });
+    let calls = first.end();
+    node.remove("cni-1");
+    calls.into_iter().chain(second.end()).collect()
+}
+
+/// All groups of systemd's, with what is in them.
+fn groups() -> BTreeMap<String, Vec<String>> {
+    let mut command = Command::new("systemd-analyze");
+    let text =
+        run_quietly(command.arg("syscall-filter").env("SYSTEMD_COLORS", "0")).expect("systemd-analyze syscall-filter");
+    let mut groups: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut current = String::new();
+    for line in text.lines().filter(|line| !line.trim_start().starts_with('#')) {
+        match line.trim() {
+            "" => current.clear(),
+            name if !line.starts_with(' ') => name.clone_into(&mut current),
+            name => groups.entry(current.clone()).or_default().push(name.to_owned()),
+        }
+    }
+    groups
+}
+
+fn expand(name: &str, groups: &BTreeMap<String, Vec<String>>, into: &mut BTreeSet<String>) {
+    match groups.get(name) {
+        Some(members) => members.iter().for_each(|member| expand(member, groups, into)),
+        None => drop(into.insert(name.to_owned())),
+    }
+}
+
+/// What the unit allows, by systemd.exec(5): the first line makes it a list of what is allowed.
+fn allowed(unit: &str) -> BTreeSet<String> {
+    let groups = groups();
+    let mut allowed = BTreeSet::new();
+    expand("@default", &groups, &mut allowed);
+    for line in unit.lines().filter_map(|line| line.strip_prefix("SystemCallFilter=")) {
+        let mut named = BTreeSet::new();
+        let names = line.trim_start_matches('~');
+        names.split_whitespace().for_each(|name| expand(name, &groups, &mut named));
+        match line.starts_with('~') {
+            true => allowed.retain(|name| !named.contains(name)),
+            false => allowed.extend(named),
+        }
+    }
+    allowed
+}
+
+#[test]
+fn the_unit_allows_all_that_the_daemon_calls() {
+    if !root() || !tools() {
+        return;
+    }
+    let unit = include_str!("../../deploy/systemd/awsvid.service");
+    let allowed = allowed(unit);
+    assert!(allowed.len() > 100 && allowed.contains("accept4") && !allowed.contains("mount"), "{allowed:?}");
+    let [rules, agent, pods] = [by_rules(), by_agent(), in_pods()];
+    let called: BTreeSet<&str> = rules.iter().chain(&agent).chain(&pods).map(String::as_str).collect();
+    assert!(called.len() > 60 && called.contains("accept4") && called.contains("setns"), "{called:?}");
+    let blocked: Vec<&&str> = called.iter().filter(|name| !allowed.contains(**name)).collect();
+    assert!(blocked.is_empty(), "the unit's SystemCallFilter= lacks {blocked:?}");
+    // What is privileged is allowed for a use that there is.
+    for (name, calls) in [("capset", &rules), ("open_by_handle_at", &rules)] {
+        assert!(allowed.contains(name) && calls.contains(name), "{name}");
+    }
+}
