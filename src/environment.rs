@@ -86,6 +86,11 @@ impl Environment {
         self.set.push((name, value.into()));
     }
 
+    /// Leaves this variable as it is.
+    pub fn keep(&mut self, name: &'static str) {
+        self.removed.retain(|removed| *removed != name);
+    }
+
     /// Also removes this variable.
     pub fn remove(&mut self, name: &'static str) {
         self.removed.push(name);

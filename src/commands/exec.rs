@@ -12,7 +12,9 @@ use hyper::Uri;
 
 use super::{Beside, ConfigFile};
 use crate::config::{Authorization, Listen};
-use crate::environment::{self, Environment, PREEMPTING, profiles};
+use crate::environment::{self, Environment, PREEMPTING};
+
+mod profile;
 
 /// As env(1) and timeout(1) end where it is them that failed, and not the command.
 const OWN_FAILURE: u8 = 125;
@@ -27,7 +29,9 @@ const CONTAINER_HOSTS: [&str; 3] = ["169.254.170.2", "169.254.170.23", "fd00:ec2
 /// credentials first (and says which), and becomes the command: same process, same terminal, its exit status. Credentials
 /// are fetched by the command itself, and renewed by it for as long as it runs.
 ///
-/// A `[default]` profile that has credentials comes first as well; its file is hidden from the command.
+/// Profiles come first as well. One that leads to awsvid is kept, as one with `credential_source = EcsContainer` or with
+/// `credential_process = awsvid credential-process`. In the place of one that leads to other credentials the command gets
+/// another profile with all that the first one has besides.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   awsvid exec -- aws sts get-caller-identity
@@ -107,14 +111,16 @@ impl Exec {
             .into_iter()
             .map(|(name, _)| name)
             .filter(|name| environment.removed().contains(name) && inherited(name).is_some())
+            // These may lead to awsvid.
+            .filter(|name| !profile::VARIABLES.contains(name))
             .collect();
         if !there.is_empty() {
             let why = "SDKs take credentials from there before they ask awsvid";
             notes.push(format!("removed from the command's environment: {} ({why})", there.join(", ")));
         }
-        let profiles_region = hide_profiles(&mut environment, &mut notes, &inherited);
-        let is_set = inherited("AWS_REGION").or_else(|| inherited("AWS_DEFAULT_REGION")).is_some();
-        let region = profiles_region.unwrap_or(beside.region).filter(|_| !is_set);
+        let judged = profile::judge(&mut environment, &mut notes, &inherited);
+        let is_set = inherited("AWS_REGION").or_else(|| inherited("AWS_DEFAULT_REGION")).is_some() || judged.has_region;
+        let region = judged.hidden_region.or(beside.region).filter(|_| !is_set);
         if let Some(region) = region {
             environment.set("AWS_REGION", region.as_str());
             environment.set("AWS_DEFAULT_REGION", region);
@@ -141,31 +147,6 @@ impl Exec {
         }
         Ok(())
     }
-}
-
-/// Hides the files whose `[default]` profile has credentials. The region that its profiles say, if they do: `Some(None)` where
-/// the command still sees it.
-fn hide_profiles(
-    environment: &mut Environment,
-    notes: &mut Vec<String>,
-    inherited: impl Fn(&str) -> Option<String>,
-) -> Option<Option<String>> {
-    let mut region = None;
-    for (variable, below_home) in profiles::FILES {
-        let Some(path) = profiles::path(variable, below_home, &inherited) else { continue };
-        let profile = profiles::read(&path);
-        let hidden = !profile.credentials.is_empty();
-        if profile.region.is_some() {
-            region = Some(profile.region.filter(|_| hidden));
-        }
-        if hidden {
-            environment.set(variable, "/dev/null");
-            let keys = profile.credentials.join(", ");
-            let why = "which SDKs take before they ask awsvid";
-            notes.push(format!("{} hidden from the command: its [default] profile has {keys}, {why}", path.display()));
-        }
-    }
-    region
 }
 
 /// The daemon's URL.

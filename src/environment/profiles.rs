@@ -1,11 +1,19 @@
-//! The `[default]` profile in the files of SDKs and the AWS CLI: credentials in it come before the container endpoint.
+//! The profiles in the files of SDKs and the AWS CLI, and which credentials they lead to. Those of a profile come before the
+//! container endpoint, and may come from there.
+//!
+//! Format: the AWS SDKs' "shared config and credentials files". What an SDK does with a profile that has keys of several kinds
+//! differs, so such a profile leads to awsvid only if each of its kinds does.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The variables that name the files, and where these are below HOME without them.
-pub const FILES: [(&str, &str); 2] =
-    [("AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials"), ("AWS_CONFIG_FILE", ".aws/config")];
+const FILES: [(&str, &str, Kind); 2] = [
+    ("AWS_CONFIG_FILE", ".aws/config", Kind::Config),
+    ("AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials", Kind::Credentials),
+];
+/// The profile that is used if none is named.
+pub const DEFAULT: &str = "default";
 
 /// Keys of a profile with which at least one SDK gets credentials.
 const CREDENTIALS: [&str; 10] = [
@@ -20,18 +28,164 @@ const CREDENTIALS: [&str; 10] = [
     "sso_start_url",
     "login_session",
 ];
+/// Keys that say more about those credentials, and nothing else.
+const DETAILS: [&str; 12] = [
+    "aws_session_token",
+    "aws_security_token",
+    "aws_account_id",
+    "aws_credential_scope",
+    "role_session_name",
+    "external_id",
+    "mfa_serial",
+    "duration_seconds",
+    "sso_region",
+    "sso_account_id",
+    "sso_role_name",
+    "sso_registration_scopes",
+];
 
-/// What one file says in its `[default]` profile.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct DefaultProfile {
-    /// The keys in it that give credentials; never their values.
-    pub credentials: Vec<&'static str>,
-    /// Its region.
-    pub region: Option<String>,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Config,
+    Credentials,
 }
 
-/// The path of one of [`FILES`], by the variables of this process.
-pub fn path(variable: &str, below_home: &str, inherited: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
+/// Both files, as far as this process can read them. What it can't read, its SDKs can't read either.
+#[derive(Debug, Default)]
+pub struct Profiles {
+    config: Option<PathBuf>,
+    config_text: String,
+    sections: Vec<Section>,
+}
+
+/// A part of a file that belongs to one profile.
+#[derive(Debug)]
+struct Section {
+    file: PathBuf,
+    profile: String,
+    entries: Vec<Entry>,
+}
+
+/// A key, and the whole text that it stands in: a nested value goes on in indented lines.
+#[derive(Debug)]
+struct Entry {
+    key: String,
+    value: String,
+    text: String,
+}
+
+/// Where the credentials of a profile come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lead {
+    /// There is no such profile.
+    Missing,
+    /// Nowhere: an SDK goes on to the container endpoint.
+    Nowhere,
+    /// From awsvid.
+    Awsvid,
+    /// From elsewhere, at least for some SDKs: by these keys of these files.
+    Elsewhere(Vec<(PathBuf, &'static str)>),
+}
+
+impl Profiles {
+    /// Reads the files that the variables of this process name.
+    pub fn read(inherited: impl Fn(&str) -> Option<String>) -> Self {
+        let mut profiles = Self::default();
+        for (variable, below_home, kind) in FILES {
+            let Some(path) = path(variable, below_home, &inherited) else { continue };
+            let text = fs::read(&path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+            profiles.add(kind, path, text);
+        }
+        profiles
+    }
+
+    fn add(&mut self, kind: Kind, path: PathBuf, text: String) {
+        self.sections.extend(sections(kind, &path, &text));
+        if kind == Kind::Config {
+            (self.config, self.config_text) = (Some(path), text);
+        }
+    }
+
+    /// Where the credentials of the profile `name` come from.
+    pub fn lead(&self, name: &str) -> Lead {
+        let mut visited = Vec::new();
+        self.follow(name, &mut visited)
+    }
+
+    fn follow<'a>(&'a self, name: &'a str, visited: &mut Vec<&'a str>) -> Lead {
+        if !self.sections.iter().any(|section| section.profile == name) {
+            return Lead::Missing;
+        }
+        visited.push(name);
+        let found: Vec<(&Section, &'static str)> =
+            self.entries(name).filter_map(|(section, entry)| Some((section, credential_key(&entry.key)?))).collect();
+        if found.is_empty() {
+            return Lead::Nowhere;
+        }
+        let get =
+            |key: &str| self.entries(name).find(|(_, entry)| entry.key == key).map(|(_, entry)| entry.value.as_str());
+        let is_awsvids = |key: &'static str| match (key, get(key)) {
+            ("credential_process", Some(command)) => is_awsvid(command),
+            // A role that is assumed with credentials from the container endpoint.
+            ("credential_source", Some(source)) => source == "EcsContainer" && get("role_arn").is_some(),
+            ("source_profile", Some(source)) => {
+                get("role_arn").is_some() && !visited.contains(&source) && self.follow(source, visited) == Lead::Awsvid
+            }
+            ("role_arn", Some(_)) => get("credential_source").is_some() || get("source_profile").is_some(),
+            _ => false,
+        };
+        let mut is_awsvids = is_awsvids;
+        match found.iter().all(|(_, key)| is_awsvids(key)) {
+            true => Lead::Awsvid,
+            false => Lead::Elsewhere(found.iter().map(|(section, key)| (section.file.clone(), *key)).collect()),
+        }
+    }
+
+    /// The region that the profile `name` says.
+    pub fn region(&self, name: &str) -> Option<&str> {
+        let region = self.entries(name).find(|(_, entry)| entry.key == "region" && !entry.value.is_empty());
+        region.map(|(_, entry)| entry.value.as_str())
+    }
+
+    /// The path of the config file, which need not exist.
+    pub fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
+    /// The text of the config file with another profile in it: it is called `new`, and has all of the profile `name` but what
+    /// leads to credentials.
+    pub fn config_with(&self, new: &str, name: &str) -> String {
+        let mut text = String::new();
+        let mut is_new = false;
+        // A section of that name from an earlier time would be there twice.
+        for line in self.config_text.lines() {
+            if line.starts_with('[') {
+                is_new = profile_name(Kind::Config, line).as_deref() == Some(new);
+            }
+            if !is_new {
+                text.extend([line, "\n"]);
+            }
+        }
+        text.push_str(&format!("[profile {new}]\n"));
+        let mut keys = Vec::new();
+        for (_, entry) in self.entries(name) {
+            let is_credentials = credential_key(&entry.key).is_some() || DETAILS.contains(&entry.key.as_str());
+            if !is_credentials && !keys.contains(&&entry.key) {
+                text.push_str(&entry.text);
+                keys.push(&entry.key);
+            }
+        }
+        text
+    }
+
+    fn entries(&self, name: &str) -> impl Iterator<Item = (&Section, &Entry)> {
+        let of_profile = self.sections.iter().filter(move |section| section.profile == name);
+        of_profile.flat_map(|section| section.entries.iter().map(move |entry| (section, entry)))
+    }
+}
+
+/// The path of a file, by the variables of this process.
+fn path(variable: &str, below_home: &str, inherited: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
     let home = inherited("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
     match inherited(variable).filter(|path| !path.is_empty()) {
         Some(path) => match path.strip_prefix("~/") {
@@ -42,63 +196,54 @@ pub fn path(variable: &str, below_home: &str, inherited: impl Fn(&str) -> Option
     }
 }
 
-/// Reads a file's `[default]` profile. A file that this process can't read, its SDKs can't read either.
-pub fn read(path: &Path) -> DefaultProfile {
-    fs::read_to_string(path).map(|text| parse(&text)).unwrap_or_default()
-}
-
-fn parse(text: &str) -> DefaultProfile {
-    let mut profile = DefaultProfile::default();
-    let mut inside = false;
-    // A line that is indented belongs to the key before it.
-    for line in text.lines().filter(|line| !line.starts_with([' ', '\t', '#', ';'])) {
-        if let Some(header) = line.strip_prefix('[') {
-            let name = header.split(']').next().unwrap_or_default();
-            let words: Vec<&str> = name.split_whitespace().map(|word| word.trim_matches(['"', '\''])).collect();
-            inside = matches!(words[..], ["default"] | ["profile", "default"]);
-        } else if let Some((key, value)) = line.split_once('=').filter(|_| inside) {
-            let (key, value) = (key.trim(), value.trim());
-            if let Some(known) = CREDENTIALS.iter().find(|known| known.eq_ignore_ascii_case(key)) {
-                profile.credentials.push(known);
-            } else if key.eq_ignore_ascii_case("region") && !value.is_empty() {
-                profile.region = Some(value.to_owned());
+fn sections(kind: Kind, file: &Path, text: &str) -> Vec<Section> {
+    let mut sections: Vec<Section> = Vec::new();
+    let mut is_profile = false;
+    for line in text.lines().filter(|line| !line.starts_with(['#', ';'])) {
+        if line.starts_with('[') {
+            let profile = profile_name(kind, line);
+            is_profile = profile.is_some();
+            sections.extend(profile.map(|profile| Section { file: file.to_owned(), profile, entries: Vec::new() }));
+            continue;
+        }
+        let Some(section) = sections.last_mut().filter(|_| is_profile) else { continue };
+        // A line that is indented belongs to the key before it.
+        if line.starts_with([' ', '\t']) {
+            if let Some(entry) = section.entries.last_mut() {
+                entry.text.extend([line, "\n"]);
             }
+        } else if let Some((key, value)) = line.split_once('=') {
+            let (key, value) = (key.trim().to_ascii_lowercase(), value.trim().to_owned());
+            section.entries.push(Entry { key, value, text: format!("{line}\n") });
         }
     }
-    profile
+    sections
+}
+
+/// The profile that a section is of. SDKs differ in whether `profile` may stand there in the credentials file, and in whether
+/// it may be missing in the config file: each reading counts.
+fn profile_name(kind: Kind, header: &str) -> Option<String> {
+    let name = header.strip_prefix('[')?.split(']').next()?.trim();
+    let (first, rest) = name.split_once([' ', '\t']).map_or((name, ""), |(first, rest)| (first, rest.trim()));
+    let bare = |name: &str| name.trim_matches(['"', '\'']).to_owned();
+    match (first, rest) {
+        ("", _) => None,
+        ("profile", rest) if !rest.is_empty() => Some(bare(rest)),
+        ("sso-session" | "services", rest) if kind == Kind::Config && !rest.is_empty() => None,
+        _ => Some(bare(name)),
+    }
+}
+
+fn credential_key(key: &str) -> Option<&'static str> {
+    CREDENTIALS.into_iter().find(|known| *known == key)
+}
+
+/// Whether a command line is `awsvid credential-process`.
+fn is_awsvid(command: &str) -> bool {
+    let mut words = command.split_whitespace().map(|word| word.trim_matches(['"', '\'']));
+    let program = words.next().map(Path::new).and_then(Path::file_name);
+    program.is_some_and(|name| name == "awsvid") && words.next() == Some("credential-process")
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_default_profile_counts_and_only_what_gives_credentials() {
-        let table: [(&str, &[&str], Option<&str>); 7] = [
-            ("[default]\naws_access_key_id = A\naws_secret_access_key=S\n", &CREDENTIALS[..2], None),
-            ("[ default ]\nregion = eu-west-1\noutput = json\n", &[], Some("eu-west-1")),
-            ("[profile default]\ncredential_process = /bin/x\nregion=a\n", &["credential_process"], Some("a")),
-            ("[other]\naws_access_key_id = A\n[profile dev]\nregion = a\n", &[], None),
-            ("[default]\n# role_arn = x\n; role_arn = x\ns3 =\n  role_arn = x\n", &[], None),
-            ("[default]\n[other]\nrole_arn = x\n[default]\nSSO_Session = y\n", &["sso_session"], None),
-            ("role_arn = x\n[sso-session default]\nsso_start_url = x\n", &[], None),
-        ];
-        for (text, credentials, region) in table {
-            let found = parse(text);
-            assert_eq!((&found.credentials[..], found.region.as_deref()), (credentials, region), "{text}");
-        }
-    }
-
-    #[test]
-    fn the_files_are_where_sdks_look() {
-        let with = |variables: &'static [(&str, &str)]| {
-            path(FILES[1].0, FILES[1].1, |name| {
-                variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
-            })
-        };
-        assert_eq!(with(&[("HOME", "/h")]), Some("/h/.aws/config".into()));
-        assert_eq!(with(&[("HOME", "/h"), ("AWS_CONFIG_FILE", "~/c")]), Some("/h/c".into()));
-        assert_eq!(with(&[("AWS_CONFIG_FILE", "/c")]), Some("/c".into()));
-        assert_eq!(with(&[]), None);
-    }
-}
+mod tests;

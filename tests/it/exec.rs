@@ -14,6 +14,8 @@ use crate::harness::counterparts::{folder, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
+mod profiles;
+
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// `awsvid exec` with nothing else in its environment.

@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use super::report::Report;
 use crate::commands::web::Web;
-use crate::environment::{PREEMPTING, Preempts, profiles};
+use crate::environment::profiles::{DEFAULT, Lead, Profiles};
+use crate::environment::{PREEMPTING, Preempts};
 
 const CHAIN: &str = "chain";
 const ENDPOINT: &str = "endpoint";
@@ -19,6 +20,8 @@ const TOKEN: &str = "token";
 const FULL: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
 const TOKEN_VARIABLE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN";
 const TOKEN_FILE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
+/// Which profile SDKs take by themselves.
+const PROFILES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
 /// The daemon holds a cold request for 4.5 s.
 const DEADLINE: Duration = Duration::from_secs(6);
 
@@ -48,7 +51,8 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Rep
 
 fn before(env: &impl Fn(&str) -> Option<String>, report: &mut Report) {
     let mut clear = true;
-    for (name, preempts) in PREEMPTING.into_iter().filter(|(name, _)| env(name).is_some()) {
+    let is_set = |name: &str| env(name).is_some() && !PROFILES.contains(&name);
+    for (name, preempts) in PREEMPTING.into_iter().filter(|(name, _)| is_set(name)) {
         let fix = format!("unset {name}, or run the workload by awsvid exec");
         match preempts {
             Preempts::Alone(why) => {
@@ -60,22 +64,42 @@ fn before(env: &impl Fn(&str) -> Option<String>, report: &mut Report) {
             Preempts::IsSent => {}
         }
     }
-    for (variable, below_home) in profiles::FILES {
-        let Some(path) = profiles::path(variable, below_home, env) else { continue };
-        let keys = profiles::read(&path).credentials;
-        if !keys.is_empty() {
-            clear = false;
-            let (path, keys) = (path.display(), keys.join(", "));
-            report.failed(
-                CHAIN,
-                format!("{path}: the profile [default] has {keys}, which every SDK takes before it looks here"),
-                "remove it from that file, or run the workload by awsvid exec, which hides the file",
-            );
-        }
-    }
+    clear &= profiles_are_clear(env, report);
     if clear {
         report.pass(CHAIN, "nothing in the environment or in profiles comes before the container endpoint");
     }
+}
+
+/// Whether each profile that an SDK takes by itself leads here, or to no credentials.
+fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut Report) -> bool {
+    let profiles = Profiles::read(env);
+    let named = PROFILES.into_iter().filter_map(|variable| Some((Some(variable), env(variable)?)));
+    let default = env(PROFILES[0]).is_none().then(|| (None, DEFAULT.to_owned()));
+    let mut clear = true;
+    for (variable, name) in named.chain(default) {
+        match (profiles.lead(&name), variable) {
+            (Lead::Nowhere, _) | (Lead::Missing, None) => {}
+            (Lead::Awsvid, _) => report.pass(CHAIN, "the profile that SDKs take leads to awsvid"),
+            (Lead::Missing, Some(variable)) => {
+                clear = false;
+                let saw = format!("{variable} is set, and there is no profile of its name: SDKs fail");
+                report.failed(CHAIN, saw, format!("unset {variable}, or run the workload by awsvid exec"));
+            }
+            (Lead::Elsewhere(keys), variable) => {
+                clear = false;
+                let keys: Vec<_> = keys.iter().map(|(path, key)| format!("{key} in {}", path.display())).collect();
+                let which =
+                    variable.map_or("the profile [default]".to_owned(), |name| format!("the profile of {name}"));
+                let saw = format!("{which} has {}, which every SDK takes before it looks here", keys.join(", "));
+                report.failed(
+                    CHAIN,
+                    saw,
+                    "remove that, or run the workload by awsvid exec, which puts another profile in its place",
+                );
+            }
+        }
+    }
+    clear
 }
 
 /// The host, if the URI is one that every SDK takes.

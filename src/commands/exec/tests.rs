@@ -110,8 +110,10 @@ fn the_token_is_given_both_ways_or_any_will_do() {
 fn what_comes_first_in_sdks_is_removed_and_named_without_its_value() {
     let inherited: Vec<(&str, &str)> = PREEMPTING.iter().map(|(name, _)| (*name, "s3cret")).collect();
     let (set, notes) = prepared(&URL[..2], &inherited);
-    let [note] = &notes[..] else { panic!("{notes:?}") };
-    for name in ["AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "_RELATIVE_URI"] {
+    let [note, profile, default_profile] = &notes[..] else { panic!("{notes:?}") };
+    assert!(profile.contains("AWS_PROFILE") && default_profile.contains("AWS_DEFAULT_PROFILE"), "{notes:?}");
+    assert!(!notes.concat().contains("s3cret"));
+    for name in ["AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "_RELATIVE_URI"] {
         assert!(note.contains(name), "{name}: {note}");
     }
     assert!(!note.contains("s3cret"));
@@ -119,26 +121,110 @@ fn what_comes_first_in_sdks_is_removed_and_named_without_its_value() {
     assert!(prepared(&URL[..2], &[("AWS_RETRY_MODE", "standard")]).1.is_empty());
 }
 
-#[test]
-fn a_default_profile_with_credentials_is_hidden_and_its_region_kept() {
-    let home = tempfile::tempdir().unwrap();
-    let write = |name: &str, text: &str| {
-        fs::create_dir_all(home.path().join(".aws")).unwrap();
-        fs::write(home.path().join(".aws").join(name), text).unwrap();
-    };
-    let inherited = [("HOME", home.path().to_str().unwrap())];
-    write("credentials", "[default]\naws_access_key_id = AKIAEXAMPLE\n");
-    write("config", "[default]\nregion = eu-west-1\n");
-    let (set, notes) = prepared(&URL[..2], &inherited);
-    assert_eq!(set["AWS_SHARED_CREDENTIALS_FILE"], "/dev/null");
-    assert!(!set.contains_key("AWS_CONFIG_FILE") && !set.contains_key("AWS_REGION"), "{set:?}");
-    assert!(notes[0].contains("aws_access_key_id") && !notes[0].contains("AKIAEXAMPLE"), "{notes:?}");
+/// A home with these files below `.aws`, and what a command gets there with these variables.
+struct Home(tempfile::TempDir);
 
-    write("credentials", "[other]\naws_access_key_id = AKIAEXAMPLE\n");
-    write("config", "[default]\nregion = eu-west-1\ncredential_process = /bin/false\n");
-    let (set, _) = prepared(&URL[..2], &inherited);
-    assert!(!set.contains_key("AWS_SHARED_CREDENTIALS_FILE"));
-    assert_eq!((set["AWS_CONFIG_FILE"].as_str(), set["AWS_REGION"].as_str()), ("/dev/null", "eu-west-1"));
-    let (set, _) = prepared(&URL[..2], &[inherited[0], ("AWS_REGION", "us-west-2")]);
-    assert!(!set.contains_key("AWS_REGION"), "the user's own counts");
+impl Home {
+    fn with(config: &str, credentials: &str) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        fs::create_dir(home.path().join(".aws")).unwrap();
+        fs::write(home.path().join(".aws/config"), config).unwrap();
+        fs::write(home.path().join(".aws/credentials"), credentials).unwrap();
+        Self(home)
+    }
+
+    fn prepared(&self, more: &[(&str, &str)]) -> (Prepared, BTreeMap<&'static str, String>) {
+        let home = self.0.path().to_str().unwrap();
+        let inherited: BTreeMap<&str, &str> = [("HOME", home)].into_iter().chain(more.iter().copied()).collect();
+        let prepared = exec(&URL[..2]).prepare(|name| inherited.get(name).map(|&value| value.to_owned())).unwrap();
+        let set = prepared.environment.variables().iter().cloned().collect();
+        (prepared, set)
+    }
+}
+
+const KEYS: &str = "aws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = s3cret\n";
+const CONTAINER: &str = "role_arn = arn:aws:iam::123456789012:role/x\ncredential_source = EcsContainer\n";
+
+#[test]
+fn a_profile_that_leads_elsewhere_is_replaced_with_all_but_its_credentials() {
+    let config = "[default]\nregion = eu-west-1\nca_bundle = /ca.pem\n[profile other]\nregion = x\n";
+    for (config, credentials) in [
+        (config.to_owned(), format!("[default]\n{KEYS}")),
+        (config.replace("[default]\n", "[default]\ncredential_process = /bin/false\n"), String::new()),
+        (config.replace("[default]\n", "[default]\nsso_session = x\n"), String::new()),
+    ] {
+        let home = Home::with(&config, &credentials);
+        let (prepared, set) = home.prepared(&[("AWS_DEFAULT_PROFILE", "other")]);
+        assert_eq!(set["AWS_PROFILE"], "awsvid-exec");
+        let text = fs::read_to_string(&set["AWS_CONFIG_FILE"]).unwrap();
+        assert!(text.starts_with(&config), "nothing is hidden: {text}");
+        assert!(text.ends_with("[profile awsvid-exec]\nregion = eu-west-1\nca_bundle = /ca.pem\n"), "{text}");
+        assert!(!set.contains_key("AWS_SHARED_CREDENTIALS_FILE") && !set.contains_key("AWS_REGION"), "{set:?}");
+        assert!(prepared.environment.removed().contains(&"AWS_DEFAULT_PROFILE"));
+        let [note] = &prepared.notes[..] else { panic!("{:?}", prepared.notes) };
+        assert!(
+            note.contains("in the place of [default]") && !note.contains("AKIA") && !note.contains("s3cret"),
+            "{note}"
+        );
+        // The next command finds it, and one inside of the command keeps it.
+        assert_eq!(home.prepared(&[]).1["AWS_CONFIG_FILE"], set["AWS_CONFIG_FILE"]);
+        let inner = [("AWS_PROFILE", "awsvid-exec"), ("AWS_CONFIG_FILE", &*set["AWS_CONFIG_FILE"])];
+        let (inner, again) = home.prepared(&inner);
+        assert!(inner.notes.is_empty() && !again.contains_key("AWS_CONFIG_FILE"), "{:?}", inner.notes);
+    }
+}
+
+#[test]
+fn profiles_that_lead_to_awsvid_or_nowhere_are_kept() {
+    let process = "credential_process = /usr/bin/awsvid credential-process\n";
+    for lead in [CONTAINER, process, "region = eu-west-1\n"] {
+        let home = Home::with(&format!("[default]\n{lead}[profile a]\n{lead}"), "");
+        for variables in [&[][..], &[("AWS_PROFILE", "a")], &[("AWS_DEFAULT_PROFILE", "a")]] {
+            let (prepared, set) = home.prepared(variables);
+            assert!(prepared.notes.is_empty(), "{lead}: {:?}", prepared.notes);
+            assert!(!set.contains_key("AWS_CONFIG_FILE") && !set.contains_key("AWS_PROFILE"), "{set:?}");
+            assert!(variables.iter().all(|(name, _)| !prepared.environment.removed().contains(name)), "{variables:?}");
+        }
+    }
+}
+
+#[test]
+fn the_profile_of_a_variable_counts_and_default_does_not_then() {
+    let home = Home::with(
+        &format!("[profile a]\n{CONTAINER}[profile b]\nregion = x\nsso_session = x\n"),
+        &format!("[default]\n{KEYS}"),
+    );
+    let (prepared, set) = home.prepared(&[("AWS_PROFILE", "a")]);
+    assert!(prepared.notes.is_empty() && !set.contains_key("AWS_CONFIG_FILE"), "{:?}", prepared.notes);
+    let (prepared, set) = home.prepared(&[("AWS_PROFILE", "b")]);
+    let text = fs::read_to_string(&set["AWS_CONFIG_FILE"]).unwrap();
+    assert!(text.ends_with("[profile awsvid-exec]\nregion = x\n"), "{text}");
+    assert!(prepared.notes[0].contains("in the place of [b]"), "{:?}", prepared.notes);
+    // One that does not exist would make each SDK fail.
+    let (prepared, set) = home.prepared(&[("AWS_PROFILE", "ghost")]);
+    assert!(prepared.notes[0].contains("AWS_PROFILE (there is no profile of its name)"), "{:?}", prepared.notes);
+    // Then they would take [default], which leads elsewhere.
+    assert!(prepared.notes[1].contains("in the place of [default]"), "{:?}", prepared.notes);
+    assert_eq!(set["AWS_PROFILE"], "awsvid-exec");
+}
+
+#[test]
+fn where_nothing_can_be_written_the_files_are_hidden() {
+    let home = Home::with("[default]\nregion = eu-west-1\n", &format!("[default]\n{KEYS}"));
+    // A file in the place of each directory.
+    let file = home.0.path().join("file");
+    fs::write(&file, "").unwrap();
+    let mut environment = Environment::new(String::new(), "", |_| None);
+    let (mut notes, file) = (Vec::new(), file.to_str().unwrap().to_owned());
+    let below = home.0.path().to_str().unwrap().to_owned();
+    let inherited = |name: &str| match name {
+        "HOME" => Some(below.clone()),
+        "XDG_RUNTIME_DIR" | "XDG_CACHE_HOME" => Some(file.clone()),
+        _ => None,
+    };
+    let judged = profile::judge_in(&mut environment, &mut notes, &inherited, Path::new(&file));
+    let set: BTreeMap<_, _> = environment.variables().iter().cloned().collect();
+    assert_eq!(set["AWS_SHARED_CREDENTIALS_FILE"], "/dev/null");
+    assert_eq!((set["AWS_CONFIG_FILE"].as_str(), judged.hidden_region.as_deref()), ("/dev/null", Some("eu-west-1")));
+    assert!(notes[0].contains("hidden from the command"), "{notes:?}");
 }

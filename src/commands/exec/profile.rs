@@ -1,0 +1,156 @@
+//! Profiles that lead to other credentials than awsvid's: the command gets another one in their place, and the files stay in
+//! sight with all else that they hold.
+//!
+//! That other profile has everything of the one in whose place it is, but what leads to credentials. It stands in a copy of the
+//! config file: nothing of the credentials file, which holds secrets, is copied.
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::geteuid;
+use sha2::{Digest, Sha256};
+
+use crate::environment::Environment;
+use crate::environment::profiles::{DEFAULT, Lead, Profiles};
+
+/// What the other profile is called.
+const PROFILE: &str = "awsvid-exec";
+/// Which profile is used where nothing in the command says it. Python and the AWS CLI take the second one first.
+pub(super) const VARIABLES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
+const FILES: [&str; 2] = ["AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"];
+
+/// What became of the profiles.
+pub(super) struct Judged {
+    /// Whether the command sees a profile that says its region.
+    pub(super) has_region: bool,
+    /// The region of a profile that the command does not see.
+    pub(super) hidden_region: Option<String>,
+}
+
+/// Keeps each profile that leads to awsvid, or to no credentials, and gives the command another one in the place of one that
+/// leads elsewhere.
+pub(super) fn judge(
+    environment: &mut Environment,
+    notes: &mut Vec<String>,
+    inherited: &impl Fn(&str) -> Option<String>,
+) -> Judged {
+    judge_in(environment, notes, inherited, &std::env::temp_dir())
+}
+
+/// The same with this as the system's directory for temporary files.
+pub(super) fn judge_in(
+    environment: &mut Environment,
+    notes: &mut Vec<String>,
+    inherited: &impl Fn(&str) -> Option<String>,
+    temporary: &Path,
+) -> Judged {
+    let profiles = Profiles::read(inherited);
+    let named = VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
+    let mut used: Vec<&str> = Vec::new();
+    for (variable, name) in VARIABLES.into_iter().zip(named.iter().map(Option::as_deref)) {
+        let Some(name) = name else { continue };
+        if profiles.lead(name) == Lead::Missing {
+            notes.push(format!("removed from the command's environment: {variable} (there is no profile of its name)"));
+        } else {
+            environment.keep(variable);
+            used.push(name);
+        }
+    }
+    // Without AWS_PROFILE most SDKs take this one.
+    if named[0].is_none() || environment.removed().contains(&VARIABLES[0]) {
+        used.push(DEFAULT);
+    }
+    let elsewhere = used.iter().find_map(|name| match profiles.lead(name) {
+        Lead::Elsewhere(keys) => Some((*name, keys)),
+        Lead::Missing | Lead::Nowhere | Lead::Awsvid => None,
+    });
+    let region = |name: &str| profiles.region(name).map(str::to_owned);
+    let Some((name, keys)) = elsewhere else {
+        return Judged { has_region: used.iter().any(|name| region(name).is_some()), hidden_region: None };
+    };
+    let keys: Vec<_> = keys.iter().map(|(file, key)| format!("{key} in {}", file.display())).collect();
+    let keys = keys.join(", ");
+    // Python would take it before the other one.
+    VARIABLES.iter().for_each(|variable| environment.remove(variable));
+    let why = "which would come before awsvid";
+    match write(&profiles, name, &directories(inherited, temporary)) {
+        Ok(copy) => {
+            notes.push(format!(
+                "the command has the profile [{PROFILE}] in the place of [{name}], which has {keys}, {why}; all else of it is in {}",
+                copy.display()
+            ));
+            environment.set("AWS_CONFIG_FILE", copy.display().to_string());
+            environment.set("AWS_PROFILE", PROFILE);
+            Judged { has_region: region(name).is_some(), hidden_region: None }
+        }
+        Err(error) => {
+            notes.push(format!(
+                "the files of profiles are hidden from the command: [{name}] has {keys}, {why}, and no other profile can be \
+                 written: {error}"
+            ));
+            FILES.iter().for_each(|variable| environment.set(variable, "/dev/null"));
+            Judged { has_region: false, hidden_region: region(name) }
+        }
+    }
+}
+
+/// Writes the copy of the config file. Each config file and profile has one copy, which the next command finds.
+fn write(profiles: &Profiles, name: &str, directories: &[(PathBuf, String)]) -> io::Result<PathBuf> {
+    let directory = private_directory(directories)?;
+    let config = profiles.config().unwrap_or(Path::new(""));
+    let hash = Sha256::digest(format!("{}\0{name}", config.display()));
+    let hash: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let path = directory.join(format!("exec-{hash}.config"));
+    let text = profiles.config_with(PROFILE, name);
+    if fs::read_to_string(&path).is_ok_and(|found| found == text) {
+        return Ok(path);
+    }
+    // Of its own process, so that two commands that start together don't write into one.
+    let new = directory.join(format!(".exec-{hash}.{}", std::process::id()));
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(text.as_bytes())?;
+    fs::rename(&new, &path)?;
+    Ok(path)
+}
+
+/// Where a directory for it may be made, and its name there; the best first.
+fn directories(inherited: &impl Fn(&str) -> Option<String>, temporary: &Path) -> Vec<(PathBuf, String)> {
+    let variable = |name: &str| inherited(name).filter(|value| value.starts_with('/')).map(PathBuf::from);
+    let runtime = variable("XDG_RUNTIME_DIR").map(|base| (base, "awsvid".to_owned()));
+    let cache = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
+    let cache = cache.map(|base| (base, "awsvid".to_owned()));
+    let temporary = (temporary.to_owned(), format!("awsvid-{}", geteuid()));
+    runtime.into_iter().chain(cache).chain([temporary]).collect()
+}
+
+/// The first that is this user's alone: a config file can name a program that the SDK runs.
+fn private_directory(directories: &[(PathBuf, String)]) -> io::Result<PathBuf> {
+    let own = geteuid().as_raw();
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    for (base, name) in directories {
+        match private(base, name, own) {
+            Ok(directory) => return Ok(directory),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn private(base: &Path, name: &str, own: u32) -> io::Result<PathBuf> {
+    let others = || io::Error::other("other users could change it");
+    DirBuilder::new().recursive(true).mode(0o700).create(base)?;
+    let found = fs::metadata(base)?;
+    let is_sticky = found.mode() & 0o1000 != 0;
+    if ![0, own].contains(&found.uid()) || (found.mode() & 0o022 != 0 && !is_sticky) {
+        return Err(others());
+    }
+    let directory = base.join(name);
+    match DirBuilder::new().mode(0o700).create(&directory) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(&directory)?;
+    if found.is_dir() && found.uid() == own && found.mode() & 0o077 == 0 { Ok(directory) } else { Err(others()) }
+}
