@@ -23,8 +23,8 @@ const STDIN: &str = "-";
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   awsvid config --check awsvid.toml && sudo install -m 0644 awsvid.toml /etc/awsvid/
-  awsvid config --check --offline - <awsvid.toml              in CI, before it is anywhere
-  /usr/bin/awsvid.previous config --check --offline - </etc/awsvid/awsvid.toml
+  awsvid config --offline --check - <awsvid.toml              in CI, before it is anywhere
+  /usr/bin/awsvid.previous config --offline --check - </etc/awsvid/awsvid.toml
                                                               before that version is installed again
   awsvid config --explain | grep -v '# default'
 

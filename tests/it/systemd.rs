@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -371,6 +371,61 @@ fn a_reload_reads_the_configuration_again() {
     let found = ["Result", "ExecMainStatus"].map(|name| machine.property("awsvid.service", name));
     assert_eq!(found, ["success", "0"]);
     assert_ne!(process, "0");
+}
+
+/// The commands in the first block of a document after these words.
+fn commands(document: &str, after: &str) -> String {
+    let (_, rest) = document.split_once(after).unwrap_or_else(|| panic!("{after} is in the document"));
+    let block = rest.split("```").nth(1).and_then(|block| block.strip_prefix("sh\n")).expect("its commands");
+    block.lines().map(|line| line.trim_start().to_owned() + "\n").collect()
+}
+
+/// The rollback as deploy/README.md has it, word by word, from a version that has a key more: this one's program with another
+/// name for a key is that version.
+#[test]
+fn the_documented_rollback_leaves_nobody_without_a_daemon() {
+    const DOCUMENT: &str = include_str!("../../deploy/README.md");
+    let directory = folder();
+    let newer = directory.path().join("awsvid.newer");
+    let mut program = fs::read(env!("CARGO_BIN_EXE_awsvid")).unwrap();
+    let (known, future) = (b"revocation_grace", b"revocation_pause");
+    let places: Vec<usize> = (0..program.len() - known.len()).filter(|i| program[*i..].starts_with(known)).collect();
+    places.iter().for_each(|i| program[*i..i + future.len()].copy_from_slice(future));
+    fs::write(&newer, program).unwrap();
+    fs::set_permissions(&newer, fs::Permissions::from_mode(0o755)).unwrap();
+    let previous = with_rules("", &rule("user = \"billing\""));
+    let text = format!("{previous}[cache]\nrevocation_pause = \"1m\"\n");
+    let more = [
+        ("/usr/bin/awsvid.previous", Content::Copy(Path::new(env!("CARGO_BIN_EXE_awsvid")))),
+        ("/etc/awsvid/awsvid.toml.previous", Content::Text(&previous)),
+        (PROGRAM, Content::Copy(&newer)),
+        (CONFIGURATION, Content::Text(&text)),
+    ];
+    let Some(machine) = install(directory.path(), &more) else { return };
+    start(&machine);
+    assert_known(ask(&machine, "billing.service", "billing", TCP));
+    // What CI says before such a file is anywhere.
+    let check = commands(DOCUMENT, "with the\n  version that runs and with the one that you would go back to")
+        .replace("awsvid.toml", CONFIGURATION);
+    let checked = machine.run(&["sh", "-euc", &check]);
+    let words = format!("cache.revocation_pause: awsvid {} has no such key", env!("CARGO_PKG_VERSION"));
+    assert!(checked.status.code() == Some(78) && checked.stderr.contains(&words), "{checked:?}");
+
+    let machine = &machine;
+    thread::scope(|scope| {
+        let asker = scope.spawn(|| {
+            for _ in 0..10 {
+                assert_known(ask(machine, "asker.service", "billing", UNIX));
+            }
+        });
+        machine.run(&["sh", "-euc", &commands(DOCUMENT, "**Rollback:**")]).success("the documented rollback");
+        asker.join().unwrap();
+    });
+    assert_known(ask(machine, "billing.service", "billing", TCP));
+    let found = ["ActiveState", "NRestarts"].map(|name| machine.property("awsvid.service", name));
+    assert_eq!(found, ["active", "0"]);
+    let version = |path: &str| fs::read(machine.path(path)).unwrap();
+    assert!(version(PROGRAM) == version("/usr/bin/awsvid.previous"), "it is the previous program");
 }
 
 /// A configuration for rules, without an agent.

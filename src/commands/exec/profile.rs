@@ -126,7 +126,7 @@ fn directories(inherited: &impl Fn(&str) -> Option<String>, temporary: &Path) ->
 }
 
 /// The first that is this user's alone: a config file can name a program that the SDK runs.
-fn private_directory(directories: &[(PathBuf, String)]) -> io::Result<PathBuf> {
+pub(super) fn private_directory(directories: &[(PathBuf, String)]) -> io::Result<PathBuf> {
     let own = geteuid().as_raw();
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for (base, name) in directories {

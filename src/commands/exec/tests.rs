@@ -228,3 +228,33 @@ fn where_nothing_can_be_written_the_files_are_hidden() {
     assert_eq!((set["AWS_CONFIG_FILE"].as_str(), judged.hidden_region.as_deref()), ("/dev/null", Some("eu-west-1")));
     assert!(notes[0].contains("hidden from the command"), "{notes:?}");
 }
+
+/// A config file can name a program that the SDK runs: nobody else may have made the directory that it is written to.
+#[test]
+fn the_copy_is_written_only_where_nobody_else_can_change_it() {
+    use std::os::unix::fs::{PermissionsExt, chown, symlink};
+
+    let base = tempfile::tempdir().unwrap();
+    let mode = |path: &Path, mode: u32| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    let private = |name: &str| profile::private_directory(&[(base.path().to_owned(), name.to_owned())]);
+    mode(base.path(), 0o1777);
+    let made = private("made").unwrap();
+    assert_eq!(fs::metadata(&made).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(private("made").unwrap(), made);
+    for open in [0o777, 0o750, 0o701] {
+        fs::create_dir(base.path().join(open.to_string())).unwrap();
+        mode(&base.path().join(open.to_string()), open);
+        assert!(private(&open.to_string()).is_err(), "{open:o}");
+    }
+    symlink(&made, base.path().join("link")).unwrap();
+    assert!(private("link").is_err());
+    if nix::unistd::geteuid().is_root() {
+        fs::create_dir(base.path().join("other")).unwrap();
+        mode(&base.path().join("other"), 0o700);
+        chown(base.path().join("other"), Some(51_001), None).unwrap();
+        assert!(private("other").is_err());
+    }
+    // Where others may rename it.
+    mode(base.path(), 0o777);
+    assert!(private("made").is_err());
+}
