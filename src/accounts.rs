@@ -317,11 +317,10 @@ impl Entry {
                     tracing::warn!(%account, ?lines, cause, "the name cannot be looked up: its last number stays in use");
                 }
             }
-            (_, Known::Number(number)) => {
-                if !is_first {
-                    tracing::info!(%account, ?lines, number, "the name is known: the workload rule is active");
-                }
+            (_, Known::Number(number)) if !is_first => {
+                tracing::info!(%account, ?lines, number, "the name is known: the workload rule is active");
             }
+            (_, Known::Number(_)) => {}
             (Known::Number(_), _) => {
                 let successor = finding.successor.as_deref();
                 tracing::warn!(

@@ -76,6 +76,9 @@ fn answer(stream: TcpStream, noted: &Mutex<Vec<(String, String, String)>>) {
     }
 }
 
+/// A config file, a credentials file, and variables.
+type Setup<'a> = (String, &'a str, &'a [(&'a str, &'a str)]);
+
 /// The clients, each as a command that asks the STS who it is.
 fn clients(sts: &str) -> Option<Vec<(&'static str, Vec<String>)>> {
     // Not the link: Python knows its libraries by the path that it was started with.
@@ -141,7 +144,7 @@ fn a_profile_that_leads_elsewhere_is_replaced_and_the_rest_of_it_counts() {
     let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else { return };
     let process =
         r#"credential_process = /bin/echo '{"Version": 1, "AccessKeyId": "AKIAPROCESS", "SecretAccessKey": "s"}'"#;
-    let setups: [(String, &str, &[(&str, &str)]); 4] = [
+    let setups: [Setup<'_>; 4] = [
         ("[default]\nregion = eu-central-1\n".to_owned(), KEYS, &[]),
         (format!("[default]\n{process}\nregion = eu-central-1\n"), "", &[]),
         ("[default]\nregion = eu-central-1\nsso_session = s\nsso_account_id = 1\nsso_role_name = r\n[sso-session s]\nsso_start_url = https://x\nsso_region = us-east-1\n".to_owned(), "", &[]),
