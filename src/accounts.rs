@@ -15,6 +15,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::metrics::Metrics;
 use crate::rule::{AccountName, Known, OVERFLOW_ID};
 
 mod local;
@@ -48,6 +49,7 @@ struct Shared {
     state: Mutex<State>,
     numbers: watch::Sender<Arc<Numbers>>,
     wake: Notify,
+    metrics: Metrics,
 }
 
 #[derive(Default)]
@@ -115,9 +117,10 @@ impl Numbers {
 
 impl Accounts {
     /// Knows no names yet.
-    pub fn new(service: impl NameService + 'static) -> Self {
+    pub fn new(service: impl NameService + 'static, metrics: Metrics) -> Self {
         let (numbers, _) = watch::channel(Arc::default());
-        Self(Arc::new(Shared { service: Arc::new(service), state: Mutex::default(), numbers, wake: Notify::new() }))
+        let (service, state) = (Arc::new(service), Mutex::default());
+        Self(Arc::new(Shared { service, state, numbers, wake: Notify::new(), metrics }))
     }
 
     /// Goes on with the names of another configuration, each with the lines that it stands in. Has all of them looked up and
@@ -196,7 +199,9 @@ impl Shared {
 
     /// Wakes those who wait for an answer, with the numbers as they are now.
     fn publish(&self, state: &State, local: Option<Arc<LocalAccounts>>) {
-        let known = state.names.iter().map(|(name, entry)| (name.clone(), entry.known)).collect();
+        let known: BTreeMap<_, _> = state.names.iter().map(|(name, entry)| (name.clone(), entry.known)).collect();
+        let unknown = known.values().filter(|known| !matches!(known, Known::Number(_))).count();
+        self.metrics.unknown_accounts.set(i64::try_from(unknown).unwrap_or(i64::MAX));
         self.numbers.send_modify(|numbers| {
             let local = local.unwrap_or_else(|| numbers.local.clone());
             if numbers.known != known || !Arc::ptr_eq(&numbers.local, &local) {

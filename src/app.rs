@@ -161,7 +161,7 @@ impl App {
     /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
     pub async fn start(config: Config, mut inherited: Inherited) -> Result<Self, AppError> {
         let (metrics, clock) = (Metrics::default(), Clock::system());
-        let accounts = Accounts::new(Nss);
+        let accounts = Accounts::new(Nss, metrics.clone());
         let parts = Parts::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);

@@ -107,6 +107,8 @@ pub struct Metrics {
     pub pod_namespaces: Gauge,
     /// Those that could not be listened in, or not on every address.
     pub pod_namespaces_failed: Family<Reason, Counter>,
+    /// Users and groups that rules name and whose number is not known.
+    pub unknown_accounts: Gauge,
     /// 1 once `/readyz` has been 200.
     pub ready: Gauge,
     /// From the request's head to the answer.
@@ -147,6 +149,11 @@ impl Metrics {
             "pod_namespaces_failed",
             "Network namespaces of pods that could not be listened in",
             self.pod_namespaces_failed.clone(),
+        );
+        registry.register(
+            "unknown_accounts",
+            "Users and groups of rules whose number is not known",
+            self.unknown_accounts.clone(),
         );
         registry.register("ready", "1 once the daemon has been ready", self.ready.clone());
         let latency = self.latency.0.clone();

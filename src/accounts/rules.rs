@@ -93,9 +93,15 @@ impl LiveRules {
         self.rules.iter().filter(|rule| rule.spiffe_id() == id).cloned().collect()
     }
 
-    /// The SPIFFE ID of the first rule.
-    pub fn first(&self) -> Option<&SpiffeId> {
-        self.rules.first().map(NamedRule::spiffe_id)
+    /// The SPIFFE IDs of all rules, each once, in the order of the rules.
+    pub fn ids(&self) -> Vec<&SpiffeId> {
+        let mut ids: Vec<&SpiffeId> = Vec::new();
+        for id in self.rules.iter().map(NamedRule::spiffe_id) {
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
+        ids
     }
 
     fn current(&self) -> Arc<Current> {

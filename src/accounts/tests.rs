@@ -67,7 +67,7 @@ fn names(names: &[&str]) -> BTreeMap<AccountName, Vec<usize>> {
 const PATIENCE: Duration = Duration::from_secs(3);
 
 async fn following(service: &Arc<Service>, wanted: &[&str]) -> Accounts {
-    let accounts = Accounts::new(service.clone());
+    let accounts = Accounts::new(service.clone(), Metrics::default());
     accounts.follow(names(wanted), PATIENCE).await;
     accounts
 }
@@ -88,10 +88,12 @@ async fn a_user_that_comes_later_is_found_in_the_background() {
     let accounts = following(&service, &["alice", "away", "late"]).await;
     assert_eq!(known(&accounts, "alice"), Known::Number(1001));
     assert_eq!((known(&accounts, "away"), known(&accounts, "late")), (Known::Unanswered, Known::Absent));
+    assert_eq!(accounts.0.metrics.unknown_accounts.get(), 2);
     service.set("late", Ok(Some(1002)));
     service.set("away", Ok(Some(1003)));
     await_known(&accounts, "late", Known::Number(1002)).await;
     await_known(&accounts, "away", Known::Number(1003)).await;
+    assert_eq!(accounts.0.metrics.unknown_accounts.get(), 0);
     // A number that stays is looked up about once in a minute.
     let before = service.count("alice");
     tokio::time::sleep(10 * RECHECK).await;
@@ -156,7 +158,7 @@ async fn a_lookup_that_hangs_delays_no_other() {
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     service.hang(&many);
     *service.local.lock().unwrap() = LocalAccounts::of("alice:x:1001:1001::/:/bin/sh\n", "");
-    let accounts = Accounts::new(service.clone());
+    let accounts = Accounts::new(service.clone(), Metrics::default());
     let all = [&many[..], &["alice"]].concat();
     // More names hang than are looked up at one time; that of the local files is answered all the same.
     accounts.follow(names(&all), Duration::from_millis(100)).await;

@@ -28,6 +28,9 @@ use crate::role::Identity;
 /// An answer holds one token of at most 20 kB; some providers add the daemon's other identities.
 const ANSWER_MAX: usize = 1024 * 1024;
 
+/// So many identities are tried until one is given, before the daemon is ready.
+const READY_IDS: usize = 8;
+
 /// A SPIFFE Workload API and the rules that map callers to its identities.
 #[derive(Debug)]
 pub struct WorkloadApi {
@@ -159,10 +162,16 @@ impl IdentitySource for WorkloadApi {
         Basis::Rules(self.rules.of(id))
     }
 
-    /// By a token for the identity of the first rule.
+    /// By a token for the identity of a rule. That of the first one may be registered on other nodes alone.
     async fn ready(&self, audience: &str) -> Result<(), SourceError> {
-        let Some(first) = self.rules.first() else { return Ok(()) };
-        self.fetch(first, audience).await.map(drop)
+        let mut denied = Ok(());
+        for id in self.rules.ids().into_iter().take(READY_IDS) {
+            match self.fetch(id, audience).await {
+                Err(error @ SourceError::Denied(_)) => denied = denied.and(Err(error)),
+                other => return other.map(drop),
+            }
+        }
+        denied
     }
 
     /// The agent knows only the daemon.

@@ -69,6 +69,7 @@ fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
             assert_eq!(identity(&daemon, listener, (uid, 7), &cgroup), expected, "{listener}");
         }
     }
+    assert_eq!(daemon.metric("awsvid_unknown_accounts"), 2);
     let log = daemon.log();
     let line = 1 + daemon.text().lines().position(|line| line.contains("\"ghost\"")).unwrap();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("is not known on this node")).collect();

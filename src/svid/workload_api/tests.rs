@@ -428,6 +428,54 @@ async fn the_rules_say_who_a_caller_is() {
 }
 
 #[tokio::test]
+async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
+    let rule = |path: &str, uid| Rule {
+        spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
+        uid: Some(uid),
+        gid: None,
+        supplementary_group: None,
+        exe: None,
+        systemd_unit: None,
+        cgroup: None,
+    };
+    let denied = || Err(Status::permission_denied("no identity issued"));
+    let table: [(fn(usize) -> bool, usize, bool); 4] = [
+        (|number| number == 0, 1, true),
+        (|number| number == 2, 3, true),
+        (|_| false, READY_IDS, false),
+        (|_| true, 1, true),
+    ];
+    for (is_given, expected, ready) in table {
+        let dir = tempdir().unwrap();
+        let path = socket(&dir);
+        let script = move |number: usize| {
+            let id = SpiffeId::parse(&format!("spiffe://example.org/w{number}")).unwrap();
+            Some(if is_given(number) { Ok(svids([(id.as_str(), token_for(&id, 300, 1))])) } else { denied() })
+        };
+        let fake = fake::at(&path, Arc::new(script));
+        // Each identity twice: it is asked for once.
+        let rules: Vec<Rule> = (0..20).map(|number| rule(&format!("w{}", number / 2), number)).collect();
+        let endpoint = Endpoint::parse(&format!("unix://{}", path.display())).unwrap();
+        let api = WorkloadApi::new(endpoint, rules, Clock::starting_at(now()), Metrics::default());
+        let result = api.ready(AUDIENCE).await;
+        assert_eq!((result.is_ok(), fake.seen.count()), (ready, expected), "{result:?}");
+        assert!(
+            ready || matches!(&result, Err(SourceError::Denied(text)) if text.contains("example.org/w0")),
+            "{result:?}"
+        );
+    }
+    // What keeps everybody from tokens is no matter of one identity.
+    let dir = tempdir().unwrap();
+    let path = socket(&dir);
+    let fake = fake::at(&path, always(|| Err(Status::unavailable("x"))));
+    let endpoint = Endpoint::parse(&format!("unix://{}", path.display())).unwrap();
+    let rules = vec![rule("w0", 1), rule("w1", 2)];
+    let api = WorkloadApi::new(endpoint, rules, Clock::starting_at(now()), Metrics::default());
+    assert!(matches!(api.ready(AUDIENCE).await, Err(SourceError::Unavailable(_))));
+    assert_eq!(fake.seen.count(), 1);
+}
+
+#[tokio::test]
 async fn no_log_level_shows_a_token() {
     let log = Log::start();
     let (result, _) = fetch_of(Ok(good())).await;
