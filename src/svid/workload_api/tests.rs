@@ -439,7 +439,8 @@ async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
         cgroup: None,
     };
     let denied = || Err(Status::permission_denied("no identity issued"));
-    let table: [(fn(usize) -> bool, usize, bool); 4] = [
+    type Given = fn(usize) -> bool;
+    let table: [(Given, usize, bool); 4] = [
         (|number| number == 0, 1, true),
         (|number| number == 2, 3, true),
         (|_| false, READY_IDS, false),
