@@ -1,6 +1,6 @@
 //! The numbers of the users and groups that rules name, as the name service (NSS, `nsswitch.conf(5)`) gives them.
 //!
-//! A lookup blocks for as long as a directory server does not answer, and what it says changes while the daemon runs: users that
+//! A lookup blocks for as long as a directory server does not answer, and its answers change while the daemon runs: users that
 //! come after the daemon (SSSD or LDAP at boot), or that get another number. So lookups run in the background, on threads for
 //! blocking work, and are repeated. Requests only read what was answered last; one that depends on a name without an answer
 //! waits for a bounded time.
@@ -130,7 +130,7 @@ impl Accounts {
         if self.0.set(names) {
             tokio::spawn(run(self.0.clone()));
         }
-        if !self.look(&wanted, patience).await {
+        if !self.await_lookup(&wanted, patience).await {
             self.0.log_silence();
         }
     }
@@ -157,7 +157,7 @@ impl Accounts {
 
     /// Has these names looked up, unless that was done a moment ago, and waits for it; `false` if that takes longer than
     /// `patience`.
-    async fn look(&self, names: &[AccountName], patience: Duration) -> bool {
+    async fn await_lookup(&self, names: &[AccountName], patience: Duration) -> bool {
         let since = Instant::now().checked_sub(PAUSE);
         self.want(names);
         self.0.wait(patience, |state| names.iter().all(|name| state.has_answer(name, since))).await
@@ -188,7 +188,7 @@ impl Shared {
     async fn wait(&self, patience: Duration, is_met: impl Fn(&State) -> bool) -> bool {
         let mut answers = self.numbers.subscribe();
         let met = async {
-            // Not inside of the channel's own lock: whoever sends holds that of the state.
+            // Not under the channel's own lock: the sender holds that of the state.
             while !is_met(&self.state()) {
                 // The sender is `self`'s, so there is no error.
                 let _ = answers.changed().await;
@@ -197,7 +197,7 @@ impl Shared {
         timeout(patience, met).await.is_ok()
     }
 
-    /// Wakes those who wait for an answer, with the numbers as they are now.
+    /// Publishes the numbers as they are now, which wakes each task that waits for an answer.
     fn publish(&self, state: &State, local: Option<Arc<LocalAccounts>>) {
         let known: BTreeMap<_, _> = state.names.iter().map(|(name, entry)| (name.clone(), entry.known)).collect();
         let unknown = known.values().filter(|known| !matches!(known, Known::Number(_))).count();

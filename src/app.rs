@@ -240,7 +240,7 @@ impl App {
         }
     }
 
-    /// An error if no address at all could be bound: then another daemon serves, or nobody can.
+    /// Fails if no address at all could be bound: then another daemon has them, or none can be served.
     fn serve_workloads(
         &mut self,
         inherited: &mut Inherited,

@@ -94,12 +94,12 @@ pub enum Exposure {
     Refused,
     /// It is a warning.
     Warned,
-    /// It is not looked at.
+    /// It is not checked.
     Ignored,
 }
 
 impl Exposure {
-    /// As `serve` judges it for root. Anybody else looks at a file that may not be in its place yet.
+    /// For root the verdict of `serve`. Another user may check a file before it is installed.
     pub fn of_command() -> Self {
         if nix::unistd::geteuid().is_root() { Self::Refused } else { Self::Warned }
     }
@@ -146,7 +146,7 @@ impl Config {
         }
     }
 
-    /// The rules that match nobody because of an earlier one, with the numbers that users and groups have on one node. What
+    /// The rules that match no caller because of an earlier one, with the numbers that users and groups have on one node. What
     /// shows without the numbers is an error of the text.
     pub fn shadowed(&self, number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
         checks::shadowed(&self.workloads, number)

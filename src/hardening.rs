@@ -124,8 +124,8 @@ impl Does {
     }
 }
 
-/// Says which capability is held in vain: a seccomp filter forbids the system call that it is for.
-fn tell_of_forbidden(does: Does) {
+/// Logs each capability that is held in vain: a seccomp filter forbids the system call that it is for.
+fn log_forbidden_calls(does: Does) {
     let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
     for Use { capability, call, fails, unit, attempt } in does.uses() {
         if effective.contains(&capability) && attempt() == Errno::EPERM {
@@ -140,7 +140,7 @@ fn tell_of_forbidden(does: Does) {
 /// Call it before any thread is started: capabilities are a thread's own. What can't be had is logged and goes without.
 pub fn before_threads(does: Does) {
     tell_of_missing(does);
-    tell_of_forbidden(does);
+    log_forbidden_calls(does);
     let log = |what: &str, failed: bool| {
         if failed {
             tracing::warn!("{what} failed; the daemon runs with less protection");

@@ -100,7 +100,7 @@ pub enum SourceError {
     Reloaded,
     /// The decision depends on a user or group whose number is not known.
     #[error(
-        "the name service of this node does not tell the number of a user or group that a [[workload]] rule names; ask again"
+        "the name service of this node has not given the number of a user or group that a [[workload]] rule names; retry"
     )]
     UnknownAccount,
     /// The source gave a token that must not be used.

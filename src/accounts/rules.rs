@@ -23,10 +23,10 @@ struct Current {
     resolved: Resolved,
 }
 
-/// Why the rules do not say what a caller is.
+/// Why the rules do not identify a caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Undecided {
-    /// It depends on the process, which was not looked at.
+    /// The decision depends on the process, which was not read.
     NeedsProcess,
     /// It depends on a user or group whose number is not known, since the name service does not answer. A later rule that
     /// matches may not be the caller's.
@@ -57,7 +57,7 @@ impl LiveRules {
                 Outcome::Unanswered(names) | Outcome::NoMatchYet(names) => names,
             };
             let Some(accounts) = &self.accounts else { return Ok(None) };
-            accounts.look(&names, LOOKUP_WAIT).await;
+            accounts.await_lookup(&names, LOOKUP_WAIT).await;
             was_looked_up = true;
         }
     }
@@ -83,7 +83,7 @@ impl LiveRules {
         }
     }
 
-    /// What has to be looked at of the caller's process; `None` if what is known decides.
+    /// What has to be read of the caller's process; `None` if what is known decides.
     pub fn needs(&self, caller: &Caller) -> Option<Looks> {
         self.current().resolved.needs(caller)
     }
@@ -117,7 +117,7 @@ impl LiveRules {
     }
 }
 
-/// What the rules say of a caller with the numbers of one moment.
+/// The decision about a caller with the numbers of one moment.
 enum Outcome {
     Decided(Result<Option<SpiffeId>, Undecided>),
     /// It depends on these names.

@@ -111,7 +111,7 @@ async fn one_that_stays_away_is_looked_up_less_and_less() {
     assert!(begun.elapsed() >= Duration::from_secs(3600));
     // Requests cause further ones, at most one a second.
     for _ in 0..100 {
-        accounts.look(&[user("late")], LOOKUP_WAIT).await;
+        accounts.await_lookup(&[user("late")], LOOKUP_WAIT).await;
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let more = service.count("late") - hour;
@@ -124,7 +124,7 @@ async fn another_number_takes_effect_and_so_does_a_successor() {
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Ok(Some(2001)));
     await_known(&accounts, "alice", Known::Number(2001)).await;
-    // She is gone, and somebody else has her number.
+    // The user is deleted, and another one gets its number.
     service.set("alice", Ok(None));
     service.set("bob", Ok(Some(2001)));
     let begun = Instant::now();
@@ -215,7 +215,7 @@ fn rule(path: &str, name: Option<&str>) -> NamedRule {
     NamedRule { user: name.map(user), ..rule.into() }
 }
 
-/// Rules for two users and for everybody else in the unit.
+/// Rules for two users and for all others in the unit.
 async fn rules(service: &Arc<Service>) -> LiveRules {
     let accounts = following(service, &["alice", "away"]).await;
     LiveRules::new(vec![rule("alice", Some("alice")), rule("away", Some("away")), rule("app", None)], &accounts)
@@ -227,7 +227,7 @@ async fn identity(rules: &LiveRules, uid: u32) -> Result<String, Undecided> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_could_be_a_user_of_an_earlier_rule_is_not_taken_for_another() {
+async fn a_caller_that_could_be_an_earlier_rules_user_is_not_taken_for_another() {
     let service = Service::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
     *service.local.lock().unwrap() = LocalAccounts::of("root:x:0:0::/:/bin/sh\n", "");
     let rules = rules(&service).await;

@@ -18,7 +18,7 @@ use crate::metrics::Metrics;
 const RETRY: Duration = Duration::from_secs(5);
 
 /// A file that can't be opened yet, as on a file system that is mounted later, is opened as soon as it can be. Until then
-/// records are lost, and with `required` nothing is handed out.
+/// records are lost, and with `required` no credentials are issued.
 pub(super) fn open_audit(config: &AuditConfig, clock: Clock, metrics: Metrics) -> Arc<Audit> {
     let error = match Audit::open(&config.file, config.required, clock.clone(), metrics.clone()) {
         Ok(audit) => return audit,

@@ -49,7 +49,7 @@ pub(super) struct Group<'a> {
     pub(super) serving: &'a mut Serving,
     /// What is bounded for all of them together.
     pub(super) limits: Limits,
-    /// What the log says of one that is bound.
+    /// The event that the log has for one that is bound.
     pub(super) event: &'static str,
 }
 

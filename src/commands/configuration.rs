@@ -12,13 +12,13 @@ use crate::config::{Config, ConfigErrors, Exposure, Loaded};
 
 /// sysexits.h, as `awsvid serve` ends with it: something was found in a misconfigured state.
 const EX_CONFIG: u8 = 78;
-/// Names standard input in place of a file.
+/// Names standard input instead of a file.
 const STDIN: &str = "-";
 
 /// Checks or explains a configuration file.
 ///
-/// Nothing is started and no agent is called. With --check it also looks at this machine: its users and groups, the files that
-/// are named, and who could change the configuration. --offline leaves that out, for another machine than the one that the
+/// Nothing is started and no agent is called. With --check it also examines this machine: its users and groups, the files that
+/// are named, and the owner and mode of the configuration. --offline leaves that out, for another machine than the one that the
 /// file is for.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -106,7 +106,7 @@ fn report(path: &Path, loaded: Result<Loaded, ConfigErrors>) -> Result<Loaded, E
     }
 }
 
-/// A reader that has stopped reading has had enough.
+/// A reader that stops early is not an error.
 fn print(text: &str) -> ExitCode {
     match io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,

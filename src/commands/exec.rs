@@ -30,8 +30,8 @@ const CONTAINER_HOSTS: [&str; 3] = ["169.254.170.2", "169.254.170.23", "fd00:ec2
 /// are fetched by the command itself, and renewed by it for as long as it runs.
 ///
 /// Profiles come first as well. One that leads to awsvid is kept, as one with `credential_source = EcsContainer` or with
-/// `credential_process = awsvid credential-process`. In the place of one that leads to other credentials the command gets
-/// another profile with all that the first one has besides.
+/// `credential_process = awsvid credential-process`. Instead of one that leads to other credentials the command gets
+/// another profile with all other settings of that one.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   awsvid exec -- aws sts get-caller-identity

@@ -31,7 +31,7 @@ fn accounts(config: &Config, service: &dyn NameService, numbers: &mut BTreeMap<A
             Ok(None) => Known::Absent,
             Err(error) => {
                 let what = format!("looking up the {name} failed: {}", error.desc());
-                warnings.push(warning(what, "look at /etc/nsswitch.conf and at the services that it names"));
+                warnings.push(warning(what, "check /etc/nsswitch.conf and the services that it names"));
                 Known::Unanswered
             }
         };
@@ -41,7 +41,7 @@ fn accounts(config: &Config, service: &dyn NameService, numbers: &mut BTreeMap<A
                 "give the workload a user or group of its own: no caller matches this one",
             )),
             Known::Absent => warnings.push(warning(
-                format!("there is no {name} on this node, so the rule matches nobody until there is"),
+                format!("there is no {name} on this node, so the rule matches no caller until there is"),
                 "correct the name if it is wrong",
             )),
             Known::Number(_) | Known::Unanswered => {}
@@ -63,11 +63,11 @@ fn program(path: &Path) -> Option<(String, &'static str)> {
     let shown = path.display();
     match fs::metadata(path) {
         Err(error) => Some((
-            format!("{shown} can't be looked at, so the rule matches nobody until it can: {error}"),
+            format!("{shown} can't be read, so the rule matches no caller until it can: {error}"),
             "correct the path if it is wrong",
         )),
         Ok(found) if !found.is_file() => {
-            Some((format!("{shown} is not a file, so the rule matches nobody"), "name the program's file"))
+            Some((format!("{shown} is not a file, so the rule matches no caller"), "name the program's file"))
         }
         Ok(found) if found.uid() != 0 || found.mode() & OTHERS_WRITE != 0 => Some((
             format!("{shown} can be changed by other users than root, so it proves nothing about its caller"),

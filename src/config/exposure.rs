@@ -1,4 +1,4 @@
-//! Who could change the configuration file: that user decides which workload gets which credentials (T38).
+//! Finds users that could change the configuration file, and with it which workload gets which credentials (T38).
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -18,7 +18,8 @@ const STICKY: u32 = 0o1000;
 const GROUP_WRITES: u32 = 0o020;
 const OTHERS_WRITE: u32 = 0o002;
 
-/// Who may own the file and the directories that lead to it, and be the group that can write them: root, and the process itself.
+/// The owners, and the groups with write permission, that the file and the directories on the way may have: root's and those of
+/// the process itself.
 struct Trusted {
     uids: [u32; 2],
     gids: [u32; 2],
@@ -85,7 +86,7 @@ impl Trusted {
         Ok(())
     }
 
-    /// Whether nobody else can replace `entry` in this directory.
+    /// Reports each way in which another user can replace `entry` in this directory.
     fn check_directory(&self, directory: &Path, entry: &Metadata, problems: &mut Vec<Problem>) -> io::Result<()> {
         let found = fs::symlink_metadata(directory)?;
         let shown = directory.display();

@@ -22,7 +22,7 @@ const GID_FIX: &str = "write the name of a group, or its number";
 /// A rule, and where it stands.
 #[derive(Debug, Clone)]
 pub struct Workload {
-    /// What it says.
+    /// The rule.
     pub rule: NamedRule,
     /// The line of its table.
     pub line: Option<usize>,
@@ -104,7 +104,7 @@ fn supplementary_group(table: &Table<'_>) -> (Option<u32>, Option<String>) {
 fn account_name(name: &str) -> Result<String, &'static str> {
     // A NUL is what the C library would read as the end of the name, a colon separates the fields of /etc/passwd.
     if name.is_empty() || name.contains(|c: char| c.is_control() || c == ':') {
-        return Err("it is no name");
+        return Err("it is not a name");
     }
     if name.bytes().all(|c| c.is_ascii_digit()) {
         return Err("it is a number");

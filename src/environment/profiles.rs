@@ -28,7 +28,7 @@ const CREDENTIALS: [&str; 10] = [
     "sso_start_url",
     "login_session",
 ];
-/// Keys that say more about those credentials, and nothing else.
+/// Keys that belong to those credentials, and to nothing else.
 const DETAILS: [&str; 12] = [
     "aws_session_token",
     "aws_security_token",
@@ -77,7 +77,7 @@ struct Entry {
 /// Where the credentials of a profile come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lead {
-    /// There is no such profile.
+    /// No profile has this name.
     Missing,
     /// Nowhere: an SDK goes on to the container endpoint.
     Nowhere,
@@ -141,7 +141,7 @@ impl Profiles {
         }
     }
 
-    /// The region that the profile `name` says.
+    /// The region of the profile `name`.
     pub fn region(&self, name: &str) -> Option<&str> {
         let region = self.entries(name).find(|(_, entry)| entry.key == "region" && !entry.value.is_empty());
         region.map(|(_, entry)| entry.value.as_str())

@@ -6,14 +6,14 @@ use std::fs::File;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 
-/// What `open_by_handle_at(2)` says to a handle that is not there: EFAULT, or EPERM where it is forbidden.
+/// The error of `open_by_handle_at(2)` for a handle that does not exist: EFAULT, or EPERM where the call is forbidden.
 pub(super) fn open_by_handle_at() -> Errno {
     // SAFETY: the kernel reads the handle through a pointer that it checks, and writes nothing.
     let result = unsafe { libc::syscall(libc::SYS_open_by_handle_at, libc::AT_FDCWD, std::ptr::null::<u8>(), 0) };
     Errno::result(result).err().unwrap_or(Errno::from_raw(0))
 }
 
-/// What `setns(2)` says to the network namespace that the thread is in already.
+/// The error of `setns(2)` for the network namespace that the thread is in already.
 pub(super) fn setns_net() -> Errno {
     let entered = File::open("/proc/thread-self/ns/net").map(|own| setns(own, CloneFlags::CLONE_NEWNET));
     entered.ok().and_then(Result::err).unwrap_or(Errno::from_raw(0))

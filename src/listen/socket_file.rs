@@ -145,7 +145,7 @@ impl Drop for SocketFile {
         if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
             let _ = fs::remove_file(&self.path);
         }
-        // While it is locked: whoever opens it later makes a new one.
+        // While it is locked: the next daemon makes a new one.
         let lock = beside(&self.path, ".lock");
         if self.lock.as_ref().is_some_and(|held| is_at(held, &lock)) {
             let _ = fs::remove_file(lock);

@@ -42,8 +42,8 @@ pub struct NamedRule {
 /// Rules with the numbers that were known at one time.
 #[derive(Debug, Default)]
 pub struct Resolved {
-    /// In the order of the configuration. A rule with an unknown name has [`OVERFLOW_ID`] in its place, which matches no caller,
-    /// and still causes the process to be looked at where the known number would.
+    /// In the order of the configuration. A rule with an unknown name has [`OVERFLOW_ID`] instead, which matches no caller,
+    /// and still causes the process to be read where the known number would.
     rules: Vec<Rule>,
     incomplete: Vec<Incomplete>,
 }
@@ -66,7 +66,7 @@ type Unknown = Option<(AccountName, Known)>;
 /// The names on which the decision about one caller depends.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Missing {
-    /// The name service says that there are no such users and groups.
+    /// The name service has answered that there are no such users and groups.
     pub absent: Vec<AccountName>,
     /// The name service has not answered.
     pub unanswered: Vec<AccountName>,
@@ -106,7 +106,7 @@ impl NamedRule {
         [&self.user, &self.group, &self.supplementary_group].into_iter().flatten()
     }
 
-    /// Whether it looks at a group of the caller.
+    /// Whether it depends on a group of the caller.
     pub fn has_group(&self) -> bool {
         let Rule { gid, supplementary_group, .. } = &self.rule;
         let by_number = gid.is_some() || supplementary_group.is_some();
@@ -165,13 +165,13 @@ impl Resolved {
         decide(&self.rules, caller)
     }
 
-    /// What has to be looked at of the caller's process; `None` if what is known decides.
+    /// What has to be read of the caller's process; `None` if what is known decides.
     pub fn needs(&self, caller: &Caller) -> Option<Looks> {
         needs(&self.rules, caller)
     }
 
     /// The names that could change `decision`: those of rules before the one that matched, which match this caller in
-    /// everything else. `is_other` says that a user or group with this number has another name than this one.
+    /// everything else. `is_other` is true where a user or group with this number has another name than this one.
     pub fn missing(
         &self,
         caller: &Caller,

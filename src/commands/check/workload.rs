@@ -90,11 +90,11 @@ fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut Report
                 let keys: Vec<_> = keys.iter().map(|(path, key)| format!("{key} in {}", path.display())).collect();
                 let which =
                     variable.map_or("the profile [default]".to_owned(), |name| format!("the profile of {name}"));
-                let saw = format!("{which} has {}, which every SDK takes before it looks here", keys.join(", "));
+                let saw = format!("{which} has {}, which every SDK takes before awsvid's", keys.join(", "));
                 report.failed(
                     CHAIN,
                     saw,
-                    "remove that, or run the workload by awsvid exec, which puts another profile in its place",
+                    "remove that, or run the workload by awsvid exec, which gives the command another profile",
                 );
             }
         }

@@ -1,7 +1,7 @@
-//! Profiles that lead to other credentials than awsvid's: the command gets another one in their place, and the files stay in
-//! sight with all else that they hold.
+//! Profiles that lead to other credentials than awsvid's: the command gets another one instead, and the files stay
+//! visible with all else that they hold.
 //!
-//! That other profile has everything of the one in whose place it is, but what leads to credentials. It stands in a copy of the
+//! The other profile has all settings of the replaced one but those that lead to credentials. It is written to a copy of the
 //! config file: nothing of the credentials file, which holds secrets, is copied.
 
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -17,20 +17,20 @@ use crate::environment::profiles::{DEFAULT, Lead, Profiles};
 
 /// What the other profile is called.
 const PROFILE: &str = "awsvid-exec";
-/// Which profile is used where nothing in the command says it. Python and the AWS CLI take the second one first.
+/// Name the profile that SDKs use. Python and the AWS CLI read the second one first.
 pub(super) const VARIABLES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
 const FILES: [&str; 2] = ["AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"];
 
 /// What became of the profiles.
 pub(super) struct Judged {
-    /// Whether the command sees a profile that says its region.
+    /// Whether the command sees a profile with a region.
     pub(super) has_region: bool,
     /// The region of a profile that the command does not see.
     pub(super) hidden_region: Option<String>,
 }
 
-/// Keeps each profile that leads to awsvid, or to no credentials, and gives the command another one in the place of one that
-/// leads elsewhere.
+/// Keeps each profile that leads to awsvid, or to no credentials, and replaces one that leads elsewhere by
+/// another profile.
 pub(super) fn judge(
     environment: &mut Environment,
     notes: &mut Vec<String>,
@@ -52,7 +52,7 @@ pub(super) fn judge_in(
     for (variable, name) in VARIABLES.into_iter().zip(named.iter().map(Option::as_deref)) {
         let Some(name) = name else { continue };
         if profiles.lead(name) == Lead::Missing {
-            notes.push(format!("removed from the command's environment: {variable} (there is no profile of its name)"));
+            notes.push(format!("removed from the command's environment: {variable} (no profile has this name)"));
         } else {
             environment.keep(variable);
             used.push(name);
@@ -78,7 +78,7 @@ pub(super) fn judge_in(
     match write(&profiles, name, &directories(inherited, temporary)) {
         Ok(copy) => {
             notes.push(format!(
-                "the command has the profile [{PROFILE}] in the place of [{name}], which has {keys}, {why}; all else of it is in {}",
+                "the command has the profile [{PROFILE}] instead of [{name}], which has {keys}, {why}; all other settings are in {}",
                 copy.display()
             ));
             environment.set("AWS_CONFIG_FILE", copy.display().to_string());

@@ -162,10 +162,7 @@ fn a_profile_that_leads_elsewhere_is_replaced_with_all_but_its_credentials() {
         assert!(!set.contains_key("AWS_SHARED_CREDENTIALS_FILE") && !set.contains_key("AWS_REGION"), "{set:?}");
         assert!(prepared.environment.removed().contains(&"AWS_DEFAULT_PROFILE"));
         let [note] = &prepared.notes[..] else { panic!("{:?}", prepared.notes) };
-        assert!(
-            note.contains("in the place of [default]") && !note.contains("AKIA") && !note.contains("s3cret"),
-            "{note}"
-        );
+        assert!(note.contains("instead of [default]") && !note.contains("AKIA") && !note.contains("s3cret"), "{note}");
         // The next command finds it, and one inside of the command keeps it.
         assert_eq!(home.prepared(&[]).1["AWS_CONFIG_FILE"], set["AWS_CONFIG_FILE"]);
         let inner = [("AWS_PROFILE", "awsvid-exec"), ("AWS_CONFIG_FILE", &*set["AWS_CONFIG_FILE"])];
@@ -199,19 +196,19 @@ fn the_profile_of_a_variable_counts_and_default_does_not_then() {
     let (prepared, set) = home.prepared(&[("AWS_PROFILE", "b")]);
     let text = fs::read_to_string(&set["AWS_CONFIG_FILE"]).unwrap();
     assert!(text.ends_with("[profile awsvid-exec]\nregion = x\n"), "{text}");
-    assert!(prepared.notes[0].contains("in the place of [b]"), "{:?}", prepared.notes);
+    assert!(prepared.notes[0].contains("instead of [b]"), "{:?}", prepared.notes);
     // One that does not exist would make each SDK fail.
     let (prepared, set) = home.prepared(&[("AWS_PROFILE", "ghost")]);
-    assert!(prepared.notes[0].contains("AWS_PROFILE (there is no profile of its name)"), "{:?}", prepared.notes);
+    assert!(prepared.notes[0].contains("AWS_PROFILE (no profile has this name)"), "{:?}", prepared.notes);
     // Then they would take [default], which leads elsewhere.
-    assert!(prepared.notes[1].contains("in the place of [default]"), "{:?}", prepared.notes);
+    assert!(prepared.notes[1].contains("instead of [default]"), "{:?}", prepared.notes);
     assert_eq!(set["AWS_PROFILE"], "awsvid-exec");
 }
 
 #[test]
 fn where_nothing_can_be_written_the_files_are_hidden() {
     let home = Home::with("[default]\nregion = eu-west-1\n", &format!("[default]\n{KEYS}"));
-    // A file in the place of each directory.
+    // A file instead of each directory.
     let file = home.0.path().join("file");
     fs::write(&file, "").unwrap();
     let mut environment = Environment::new(String::new(), "", |_| None);
@@ -229,7 +226,7 @@ fn where_nothing_can_be_written_the_files_are_hidden() {
     assert!(notes[0].contains("hidden from the command"), "{notes:?}");
 }
 
-/// A config file can name a program that the SDK runs: nobody else may have made the directory that it is written to.
+/// A config file can name a program that the SDK runs: no other user may have made the directory that it is written to.
 #[test]
 fn the_copy_is_written_only_where_nobody_else_can_change_it() {
     use std::os::unix::fs::{PermissionsExt, chown, symlink};

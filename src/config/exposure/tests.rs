@@ -26,7 +26,7 @@ fn a_file_of_ones_own_is_safe_also_below_the_sticky_tmp() {
     assert_eq!(found(&path), [] as [&str; 0]);
     set_mode(&path, 0o400);
     assert_eq!(found(&path), [] as [&str; 0]);
-    // Relative, as somebody names it on a command line.
+    // Relative, as on a command line.
     assert_eq!(parts(Path::new("./a/../b")), ["a", "..", "b"]);
 }
 
@@ -65,7 +65,7 @@ fn a_symbolic_link_counts_with_its_folder_and_with_what_it_leads_to() {
         assert!(found.len() == 1 && found[0].starts_with(&expected), "{found:?}");
         set_mode(exposed, 0o755);
     }
-    // A circle cannot be opened; whoever has opened it before it became one is told so.
+    // A circle cannot be opened; here the file was opened before there was one.
     let opened = fs::metadata(&path).unwrap();
     fs::remove_file(other.path().join("..data")).unwrap();
     symlink("..data", other.path().join("..data")).unwrap();

@@ -54,7 +54,7 @@ duration = "1"
             (6, "sts.regoin", "did you mean `region`?"),
             (7, "sts.timeout", "this is an integer, where a duration is wanted; write a number and a unit"),
             (9, "workload.spiffe_id", "begins with spiffe://"),
-            (10, "workload.user", "\"bil:ing\": it is no name; write the name of a user"),
+            (10, "workload.user", "\"bil:ing\": it is not a name; write the name of a user"),
             (14, "role.role_arn", "arn:aws:iam::<12 digits>:role/<name>"),
             (15, "role.duration", "time unit needed"),
         ],
@@ -172,7 +172,7 @@ fn one_mistake_is_one_error() {
     refused(&audience, &[(16, "identity.audience", "1 to 255 bytes")]);
     let later = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\nuid = 1001";
     let ghost = with("uid = 1001", &format!("user = \"\"{later}"));
-    refused(&ghost, &[(5, "workload.user", "it is no name")]);
+    refused(&ghost, &[(5, "workload.user", "it is not a name")]);
     let partly = with("uid = 1001", &format!("uid = 1001\nsystemd_unit = \"x\"{later}\nsystemd_unit = \"y.service\""));
     refused(&partly, &[(6, "workload.systemd_unit", "did you mean x.service?")]);
     refused(
@@ -362,8 +362,8 @@ fn workload_ids_and_keys() {
         ("uid = 1001", "uid = 65534", (5, "workload.uid", "no caller matches it")),
         ("uid = 1001", "gid = 65534", (5, "workload.gid", "no caller matches it")),
         ("uid = 1001", "supplementary_group = 65534", (5, "workload.supplementary_group", "no caller matches it")),
-        ("uid = 1001", "user = \"\"", (5, "workload.user", "it is no name")),
-        ("uid = 1001", "user = \"billing\\u0000x\"", (5, "workload.user", "it is no name")),
+        ("uid = 1001", "user = \"\"", (5, "workload.user", "it is not a name")),
+        ("uid = 1001", "user = \"billing\\u0000x\"", (5, "workload.user", "it is not a name")),
         ("uid = 1001", "user = \"1001\"", (5, "workload.user", "or its number as `uid`")),
         ("uid = 1001", "supplementary_group = \"8\"", (5, "workload.supplementary_group", "it is a number")),
         ("uid = 1001", "exe = \"/opt/billing\"", (5, "workload.exe", "set `allow_exe_only = true`")),
