@@ -22,7 +22,7 @@ use tokio::time::timeout;
 use crate::cache::{CredentialCache, Entry};
 use crate::health::Report;
 use crate::listen::{Arrival, CONNECTION_LIFE, Stream};
-use crate::metrics::{Metrics, Reason};
+use crate::metrics::Metrics;
 
 const HEAD: Duration = Duration::from_secs(5);
 
@@ -91,18 +91,14 @@ struct Status {
 impl Admin {
     /// Serves one connection to its end.
     pub async fn connection(self: Arc<Self>, address: Address, stream: Stream, arrival: Arrival) {
-        let Some(_place) = arrival.admit() else {
-            self.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many" }).inc();
-            return stream.reset();
-        };
+        let _arrival = arrival;
         let service = service_fn(|request: Request<Incoming>| {
             let answer = self.answer(address, request.method(), request.uri().path());
             async move { Ok::<_, Infallible>(answer) }
         });
         let mut builder = http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD).keep_alive(false);
-        let (Stream::Unix(stream) | Stream::Tcp { stream, .. }) = stream;
-        let served = builder.serve_connection(TokioIo::new(stream), service);
+        let served = builder.serve_connection(TokioIo::new(stream.into_socket()), service);
         // An operator's client that is slow or gone is nobody's concern.
         let _ = timeout(CONNECTION_LIFE, served).await;
     }

@@ -13,7 +13,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use crate::admin::{Address, Admin, Readiness};
-use crate::attest::{Attestor, StartError};
+use crate::attest::{Attestor, ExecMonitor, StartError};
 use crate::audit::Audit;
 use crate::broker::{Broker, Policy};
 use crate::cache::{self, CredentialCache};
@@ -22,7 +22,8 @@ use crate::clock::Clock;
 use crate::config::{self, AuditFile, Config, IdentityConfig};
 use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
-use crate::listen::{self, Bound, Inherited, Limits, ListenError, Shares};
+use crate::limits::FairSemaphore;
+use crate::listen::{self, Bound, Inherited, Limits, ListenError};
 use crate::metrics::Metrics;
 use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
@@ -150,31 +151,35 @@ impl Serving {
 }
 
 impl App {
-    /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
-    pub async fn start(config: Config, mut inherited: Inherited) -> Result<Self, AppError> {
+    /// Starts everything. When it returns each address is bound; it serves until [`App::drain`]. Without an `exec_monitor` no
+    /// process can be named to an agent.
+    pub async fn start(
+        config: Config,
+        mut inherited: Inherited,
+        exec_monitor: Option<ExecMonitor>,
+    ) -> Result<Self, AppError> {
         let (metrics, clock) = (Metrics::default(), Clock::system());
         let parts = Parts::new(&config, None, &clock, &metrics).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
-        let needs = {
-            let broker = broker.clone();
-            Arc::new(move |caller: &_| broker.needs(caller))
-        };
         let front = Arc::new(Front {
             attestor: Attestor::new(
-                needs,
                 config.listen.pods_cgroup.clone().map_or_else(PodRoots::usual, PodRoots::at),
+                exec_monitor,
             )?,
             broker: broker.clone(),
             audit: open_audit(&config, clock.clone(), metrics.clone())?,
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
-            shares: Shares::new(config.listen.max_connections_per_workload),
+            connections: FairSemaphore::new(
+                config.listen.max_connections,
+                config.listen.max_connections_per_workload,
+            ),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin { metrics: metrics.clone(), readiness: readiness.clone(), cache });
-        let limits = Limits::new(config.listen.max_connections, metrics.clone());
+        let limits = Limits::new(metrics.clone());
         let mut app = Self {
             tcp: Vec::new(),
             admin: None,
@@ -285,7 +290,7 @@ impl App {
 
     /// With a bound of its own: workloads that use up theirs don't hide the daemon's state.
     fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
-        let limits = Limits::new(64, self.metrics.clone());
+        let limits = Limits::new(self.metrics.clone());
         let mut bound = Vec::new();
         if let Some(address) = self.listen.admin {
             bound.push((Address::Admin, Bound::tcp(address, inherited)?));

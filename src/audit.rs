@@ -14,7 +14,7 @@ use serde::{Serialize, Serializer};
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
-use crate::caller::{Caller, Listener, Owner, Refusal, Stranger};
+use crate::caller::{Caller, Listener, Owner, Stranger};
 use crate::cgroup::{CgroupPath, Pod};
 use crate::clock::Clock;
 use crate::config::AuditFile;
@@ -238,10 +238,9 @@ impl Record {
         self.request_id
     }
 
-    /// Notes what was seen of the caller, who was not attested: of his place, or, as `seen`, of his socket before his process
-    /// was looked for.
-    pub fn refused(&mut self, refusal: &Refusal, seen: Option<&Stranger>) {
-        self.stranger = refusal.stranger().or(seen).cloned();
+    /// Notes what the socket of a caller that was not attested has told.
+    pub fn unattested(&mut self, peer: Option<Stranger>) {
+        self.stranger = peer;
     }
 
     /// Notes what the request was found to be for.

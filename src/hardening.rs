@@ -42,7 +42,9 @@ impl Does {
         // On the unix socket the kernel tells the groups.
         let groups_count = listen.pods || !listen.tcp.is_empty();
         let rules_look = workloads.iter().any(|rule| {
-            rule.exe.is_some() || (groups_count && (rule.gid.is_some() || rule.supplementary_group.is_some()))
+            rule.exe.is_some()
+                || (groups_count && (rule.gid.is_some() || rule.supplementary_group.is_some()))
+                || (!listen.tcp.is_empty() && !rule.socket_decides())
         });
         Self {
             looks_at_processes: names_processes || rules_look,
@@ -51,6 +53,11 @@ impl Does {
             enters_namespaces: listen.pods,
             listens_low: listen.pods || listen.tcp.iter().any(|address| (1..1024).contains(&address.port())),
         }
+    }
+
+    /// Whether callers are named to an agent by their process.
+    pub fn names_processes(self) -> bool {
+        self.names_processes
     }
 
     /// Whether callers can be processes that have to be seen: all but those in pods that are named by their pod.

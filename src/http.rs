@@ -3,7 +3,6 @@
 //! hyper parses. Everything that is refused here has its own reason, which is counted, and audited if a head arrived.
 
 use std::convert::Infallible;
-use std::os::fd::AsFd;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,15 +16,15 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
-use crate::attest::{Attestor, PodAttestor};
+use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
 use crate::caller::{Caller, Listener, Owner, Refusal, Stranger};
-use crate::listen::{Arrival, CONNECTION_LIFE, Place, Shares, Socket, Stream};
+use crate::limits::{Exhausted, FairPermit, FairSemaphore};
+use crate::listen::{Arrival, CONNECTION_LIFE, Socket, Stream};
 use crate::metrics::{Metrics, Reason};
 
 mod answer;
@@ -58,8 +57,8 @@ pub struct Front {
     pub metrics: Metrics,
     /// What TCP callers have to show.
     pub authorization: Authorization,
-    /// How many connections each workload may have.
-    pub shares: Shares,
+    /// How many connections there may be, and each workload may have.
+    pub connections: FairSemaphore<Owner>,
 }
 
 type Answer = Response<Full<Bytes>>;
@@ -69,8 +68,10 @@ type Answer = Response<Full<Bytes>>;
 enum Dropped {
     /// Its workload has too many.
     OverShare,
-    /// All together have too many.
+    /// All together have too many, and no other workload has more than its own.
     TooMany,
+    /// All together have too many, and its workload had the most.
+    Evicted,
     /// The head did not come in time.
     SlowHead,
     /// What came is no head of HTTP/1, or too long a one.
@@ -86,73 +87,83 @@ impl Dropped {
         match self {
             Self::OverShare => "too_many_of_one",
             Self::TooMany => "too_many",
+            Self::Evicted => "evicted",
             Self::SlowHead => "slow_head",
             Self::BadRequest => "bad_request",
             Self::Closed => "closed",
             Self::TooSlow => "too_slow",
         }
     }
+
+    /// Whether the client is told by a reset, which leaves no port waiting.
+    fn resets(self) -> bool {
+        matches!(self, Self::OverShare | Self::TooMany | Self::Evicted)
+    }
 }
 
-/// Why somebody was not attested, and what his socket had told by then.
-type Unknown = (Refusal, Option<Stranger>);
+impl From<Exhausted> for Dropped {
+    fn from(exhausted: Exhausted) -> Self {
+        match exhausted {
+            Exhausted::Key => Self::OverShare,
+            Exhausted::Total => Self::TooMany,
+        }
+    }
+}
 
 impl Front {
-    /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace. The caller is attested
-    /// before a byte is read.
+    /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace.
     pub async fn connection(self: Arc<Self>, stream: Stream, arrival: Arrival, pod: Option<Arc<PodAttestor>>) {
-        let served = timeout(CONNECTION_LIFE, self.attest_and_serve(stream, arrival, pod.as_deref())).await;
-        if let Err(dropped) = served.unwrap_or(Err(Dropped::TooSlow)) {
+        let descriptor = stream.socket().descriptor().clone();
+        let served = timeout(CONNECTION_LIFE, self.serve(stream, arrival, pod.as_deref()));
+        if let Err(dropped) = served.await.unwrap_or(Err(Dropped::TooSlow)) {
+            if dropped.resets() {
+                Socket::reset_on_close(&descriptor);
+            }
             self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
         }
     }
 
-    async fn attest_and_serve(
-        &self,
-        stream: Stream,
-        arrival: Arrival,
-        pod: Option<&PodAttestor>,
-    ) -> Result<(), Dropped> {
-        let (mut arrival, mut places) = (Some(arrival), Err(Dropped::TooMany));
-        let mut seen = None;
-        // Before a byte is read, and over TCP before a process is searched for.
-        let mut admit = |owner| {
-            if let Some(arrival) = arrival.take() {
-                places = self.admit(owner, arrival);
-            }
-            places.is_ok()
+    /// The peer by its socket, a permit for its workload, the caller by its process where the policy needs that, and then the
+    /// request: nothing is read before it is known who has sent it.
+    async fn serve(&self, stream: Stream, arrival: Arrival, pod: Option<&PodAttestor>) -> Result<(), Dropped> {
+        let listener = match (&stream, pod) {
+            (Stream::Unix(_), _) => Listener::Unix,
+            (Stream::Tcp { .. }, None) => Listener::Tcp,
+            (Stream::Tcp { .. }, Some(_)) => Listener::Pod,
         };
-        let (listener, caller) = match &stream {
-            Stream::Unix(stream) => (Listener::Unix, self.attestor.unix(stream.as_fd())),
-            Stream::Tcp { client, server, .. } => {
-                let admit = |caller: &Caller| {
-                    seen = Some(Stranger::of(caller));
-                    admit(Owner::of(caller))
-                };
-                match pod {
-                    None => (Listener::Tcp, self.attestor.tcp(*client, *server, admit).await),
-                    Some(pod) => (Listener::Pod, pod.tcp(*client, *server, admit).await),
-                }
-            }
-        };
+        let peer = self.peer(&stream, arrival, pod).await;
         // Those who are not attested are read and answered, too, so they have a share as well.
-        admit(caller.as_ref().map_or_else(|_| Owner::unknown(), Owner::of));
-        let caller = caller.map_err(|refusal| (refusal, seen));
-        let _places = match places {
-            Ok(places) => places,
-            Err(dropped) => {
-                stream.reset();
-                return Err(dropped);
-            }
+        let owner = peer.as_ref().map_or_else(Unattested::owner, Owner::of);
+        let permit = self.connections.try_acquire_evicting(&owner).map_err(Dropped::from)?;
+        let served = async {
+            let caller = match peer {
+                Ok(caller) => self.caller(caller).await,
+                Err(unattested) => Err(unattested),
+            };
+            self.request(stream.into_socket(), listener, caller, &permit).await
         };
-        let (Stream::Unix(stream) | Stream::Tcp { stream, .. }) = stream;
-        self.request(stream, listener, caller).await
+        tokio::select! {
+            biased;
+            served = served => served,
+            () = permit.evicted() => Err(Dropped::Evicted),
+        }
     }
 
-    /// A place among the connections of one workload, and one among all.
-    fn admit(&self, owner: Owner, arrival: Arrival) -> Result<(Place, OwnedSemaphorePermit), Dropped> {
-        let place = self.shares.enter(owner).ok_or(Dropped::OverShare)?;
-        Ok((place, arrival.admit().ok_or(Dropped::TooMany)?))
+    /// What the socket alone tells.
+    async fn peer(&self, stream: &Stream, arrival: Arrival, pod: Option<&PodAttestor>) -> Result<Caller, Unattested> {
+        let on_wait = || drop(arrival);
+        match (stream, pod) {
+            (Stream::Unix(stream), _) => self.attestor.unix(stream),
+            (Stream::Tcp { client, server, .. }, None) => self.attestor.tcp(*client, *server, on_wait).await,
+            (Stream::Tcp { client, server, .. }, Some(pod)) => pod.tcp(*client, *server, on_wait).await,
+        }
+    }
+
+    /// With what the decision needs to know of its process.
+    async fn caller(&self, caller: Caller) -> Result<Caller, Unattested> {
+        let Some(looks) = self.broker.needs(&caller) else { return Ok(caller) };
+        let peer = Stranger::of(&caller);
+        caller.with_process(looks).await.map_err(|refusal| Unattested { refusal, peer: Some(peer) })
     }
 
     /// Reads one request and answers it. A refused caller is still read and answered, so that its SDK shows why.
@@ -160,12 +171,14 @@ impl Front {
         &self,
         stream: Socket,
         listener: Listener,
-        caller: Result<Caller, Unknown>,
+        caller: Result<Caller, Unattested>,
+        permit: &FairPermit<Owner>,
     ) -> Result<(), Dropped> {
         let caller = caller.map(Arc::new);
         let (stage, more_comes) = (Stage::default(), AtomicBool::new(false));
         let service = service_fn(|request: Request<Incoming>| {
             stage.answering();
+            permit.set_in_use();
             more_comes.store(rules::has_body(&request), Ordering::Relaxed);
             let (caller, stage) = (caller.clone(), &stage);
             async move {
@@ -207,13 +220,13 @@ impl Front {
         &self,
         request: &Request<Incoming>,
         listener: Listener,
-        caller: Result<Arc<Caller>, Unknown>,
+        caller: Result<Arc<Caller>, Unattested>,
     ) -> Answer {
         let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
-        if let Err((refusal, seen)) = &caller {
-            record.refused(refusal, seen.as_ref());
-        }
-        let caller = caller.map_err(|(refusal, _)| refusal);
+        let caller = caller.map_err(|Unattested { refusal, peer }| {
+            record.unattested(peer);
+            refusal
+        });
         let id = record.request_id();
         match self.decide(request, listener, caller, &mut record).await {
             Ok((issued, freshness)) => {

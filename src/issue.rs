@@ -10,11 +10,12 @@ use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::credentials::Credentials;
 use crate::health::LastError;
+use crate::identity::SpiffeId;
 use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
 use crate::sts::{Again, AssumeRole, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError};
-use crate::turns::{Allowance, Turns};
+use crate::limits::{FairSemaphore, KeyedRateLimiter};
 
 /// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
 /// the cache to try again, at its pace.
@@ -43,8 +44,8 @@ pub struct Issuer {
     sts: Arc<dyn AssumeRole>,
     clock: Clock,
     metrics: Metrics,
-    turns: Turns,
-    allowance: Arc<Allowance>,
+    turns: FairSemaphore<SpiffeId>,
+    allowance: Arc<KeyedRateLimiter>,
 }
 
 /// Why no credentials were issued.
@@ -97,8 +98,8 @@ impl IssueError {
 impl Issuer {
     /// Puts source and STS together.
     pub fn new(source: Arc<dyn IdentitySource>, sts: Arc<dyn AssumeRole>, clock: Clock, metrics: Metrics) -> Self {
-        let turns = Turns::new(SOURCE_CALLS, SOURCE_CALLS_EACH);
-        let allowance = Arc::new(Allowance::new(BURST, EVERY));
+        let turns = FairSemaphore::new(SOURCE_CALLS, SOURCE_CALLS_EACH);
+        let allowance = Arc::new(KeyedRateLimiter::new(BURST, EVERY));
         Self { source, sts, clock, metrics, turns, allowance }
     }
 
@@ -135,7 +136,7 @@ impl Issuer {
     async fn token(&self, caller: &Arc<Caller>, grant: &Grant, patience: &mut Patience) -> Result<JwtSvid, IssueError> {
         let audience = &grant.role.audience;
         loop {
-            let turn = self.turns.take(&grant.spiffe_id).await.ok_or(IssueError::TooOften)?;
+            let turn = self.turns.acquire(&grant.spiffe_id).await.ok_or(IssueError::TooOften)?;
             let result = self.source.token(caller, &grant.spiffe_id, audience).await;
             drop(turn);
             match result {

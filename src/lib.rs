@@ -19,7 +19,7 @@
 //! | ask | [`http`] | method, path, header rules; opens the audit record |
 //! | decide | [`broker`] | identify, choose, cached or issued, still the same caller: **the request path** |
 //! | remember | [`cache`] | credentials by SPIFFE ID and role, refreshed ahead |
-//! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], in [`turns`] that are fair between workloads |
+//! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
 //!
 //! Around it: [`pods`] listens in each pod's network [`namespace`]; [`admin`] health and metrics, [`readiness`],
 //! [`hardening`], [`app`] which wires all of it, and [`serve`] which runs that. Beside the daemon: [`commands`] for whoever
@@ -42,6 +42,8 @@ pub mod credentials;
 
 pub mod clock;
 
+pub mod limits;
+
 pub mod config;
 
 pub mod telemetry;
@@ -57,8 +59,6 @@ pub mod hardening;
 pub mod namespace;
 
 pub mod listen;
-
-pub mod turns;
 
 pub mod attest;
 

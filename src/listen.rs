@@ -18,7 +18,6 @@ use crate::metrics::Metrics;
 mod bound;
 mod inherited;
 mod inside;
-mod share;
 mod socket;
 mod socket_file;
 mod sys;
@@ -27,7 +26,6 @@ mod tcp;
 pub use bound::{Bound, Origin, Stream};
 pub use inherited::Inherited;
 pub use inside::{Inside, NamespacePlace, POD_ADDRESSES};
-pub use share::{Place, Shares};
 pub use socket::Socket;
 pub use socket_file::SocketFile;
 
@@ -107,40 +105,29 @@ impl ListenError {
 /// What all accept loops share.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections at one time, over all listeners, whose workload is known.
-    connections: Arc<Semaphore>,
     metrics: Metrics,
 }
 
-/// A connection that was accepted, and is not yet counted among all, since it may be one too many of its workload.
+/// A connection whose workload is not known yet: one of the few that its listener may have. It ends as soon as the workload is
+/// known, or nothing but the workload's own share is waited for.
 #[derive(Debug)]
 pub struct Arrival {
-    connections: Arc<Semaphore>,
-    _arriving: Option<OwnedSemaphorePermit>,
-}
-
-impl Arrival {
-    /// Its place among all connections; `None` if there is none left.
-    pub fn admit(self) -> Option<OwnedSemaphorePermit> {
-        self.connections.try_acquire_owned().ok()
-    }
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Limits {
-    /// At most `connections` at one time.
-    pub fn new(connections: usize, metrics: Metrics) -> Self {
-        let connections = Arc::new(Semaphore::new(connections));
-        Self { connections, metrics }
+    /// Connections are counted in `metrics`.
+    pub fn new(metrics: Metrics) -> Self {
+        Self { metrics }
     }
 
     /// Waits until another connection of a listener may be accepted, where `arriving` are those whose workload is not known yet.
     /// That depends on the daemon's own work alone, never on a client: whose a connection is, is known before anything is
-    /// expected of it. Until then it takes no place among all, which whoever connects quickly would have in an instant. Each
-    /// listener has its own few instead, so that a pod whose callers are hard to find keeps no other from being accepted.
+    /// expected of it. Until then it counts among no others. Each listener has its own few, so that a pod whose callers are hard
+    /// to find keeps no other from being accepted.
     async fn arrival(&self, arriving: &Arc<Semaphore>) -> Arrival {
         // The semaphore is never closed, so there is always a permit in the end.
-        let arriving = arriving.clone().acquire_owned().await.ok();
-        Arrival { connections: self.connections.clone(), _arriving: arriving }
+        Arrival { _permit: arriving.clone().acquire_owned().await.ok() }
     }
 
     fn serve<F, C>(&self, (stream, arrival): (Stream, Arrival), connections: &TaskTracker, connection: F)

@@ -8,6 +8,7 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::{App, AppError};
+use crate::attest::ExecMonitor;
 use crate::config::{self, Config, Problem};
 use crate::hardening::{self, Does};
 use crate::listen::Inherited;
@@ -40,8 +41,11 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     warn(path, &warnings);
-    hardening::before_threads(Does::of(&config));
-    start(path, config, &log).unwrap_or_else(|error| {
+    let does = Does::of(&config);
+    // It takes capabilities that are given up right after.
+    let exec_monitor = does.names_processes().then(exec_monitor).flatten();
+    hardening::before_threads(does);
+    start(path, config, &log, exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         // Nothing that trying again would mend.
         match error.downcast_ref() {
@@ -51,10 +55,27 @@ pub fn serve(path: &Path) -> ExitCode {
     })
 }
 
-fn start(path: &Path, config: Config, log: &Log) -> Result<ExitCode, Box<dyn std::error::Error>> {
+/// What notices that a caller's process executes a program; without it the log says why, and nobody is named to an agent.
+fn exec_monitor() -> Option<ExecMonitor> {
+    ExecMonitor::start()
+        .inspect_err(|error| {
+            tracing::error!(
+                "executions of programs cannot be counted, so callers' processes are not named to the agent \
+                 (unseen_program): {error}"
+            );
+        })
+        .ok()
+}
+
+fn start(
+    path: &Path,
+    config: Config,
+    log: &Log,
+    exec_monitor: Option<ExecMonitor>,
+) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let inherited = Inherited::from_environment();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(run(path, config, inherited, log));
+    let ended = runtime.block_on(run(path, (config, exec_monitor), inherited, log));
     // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.
     runtime.shutdown_background();
     ended
@@ -62,13 +83,13 @@ fn start(path: &Path, config: Config, log: &Log) -> Result<ExitCode, Box<dyn std
 
 async fn run(
     path: &Path,
-    config: Config,
+    (config, exec_monitor): (Config, Option<ExecMonitor>),
     inherited: Inherited,
     log: &Log,
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut signals = Signals::catch()?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let mut app = App::start(config, inherited).await?;
+    let mut app = App::start(config, inherited, exec_monitor).await?;
     notify(&[NotifyState::Ready]);
     loop {
         tokio::select! {

@@ -21,9 +21,10 @@ use zeroize::Zeroizing;
 
 use crate::clock::Clock;
 use crate::credentials::Credentials;
+use crate::identity::SpiffeId;
+use crate::limits::FairSemaphore;
 use crate::role::{Grant, StsTarget};
 use crate::svid::JwtSvid;
-use crate::turns::Turns;
 
 mod client;
 mod error;
@@ -67,7 +68,7 @@ pub struct Sts {
     connections: Connections,
     /// One client, and with it one pool of connections, for each place.
     clients: Mutex<HashMap<StsTarget, Client>>,
-    turns: Turns,
+    turns: FairSemaphore<SpiffeId>,
     timeout: Duration,
     clock: Clock,
 }
@@ -78,7 +79,7 @@ impl Sts {
         Ok(Self {
             connections: Connections::new(settings.network, settings.ca_file.as_deref(), settings.timeout)?,
             clients: Mutex::default(),
-            turns: Turns::new(settings.max_concurrent, (settings.max_concurrent / 4).max(2)),
+            turns: FairSemaphore::new(settings.max_concurrent, (settings.max_concurrent / 4).max(2)),
             timeout: settings.timeout,
             clock,
         })
@@ -147,7 +148,7 @@ impl AssumeRole for Sts {
     async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
         let target = &grant.role.sts;
         let failed = |failure: &Failure| StsError::new(failure, target, Some((grant, token)));
-        let Some(_turn) = self.turns.take(&grant.spiffe_id).await else { return Err(failed(&Failure::Busy)) };
+        let Some(_turn) = self.turns.acquire(&grant.spiffe_id).await else { return Err(failed(&Failure::Busy)) };
         let answer = self.call(target, |call| filled(call, grant, token)).await;
         answer.and_then(|answer| self.credentials(answer)).map_err(|failure| failed(&failure))
     }

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use crate::attest::cgroups::CgroupTree;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::{inet_diag, process};
-use crate::cgroup::{CgroupPath, PodRoots};
+use crate::cgroup::{CgroupPath, PodRoots, WorkloadKind};
 
 /// The connection that is asked about, as in the seeds.
 const CLIENT: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 40000);
@@ -79,12 +79,12 @@ pub(crate) fn cgroup(text: &str) -> bool {
     let Some(path) = CgroupPath::parse(text) else { return false };
     assert_eq!(path.as_str(), text);
     assert!(text.starts_with('/') && !text.split('/').any(|segment| segment == ".."));
-    let (part, is_pod) = path.workload();
+    let (part, kind) = path.workload();
     assert!(
         text.starts_with(part.as_str()) && matches!(text.as_bytes().get(part.as_str().len()), None | Some(b'/')),
         "{part:?} of {text}"
     );
-    assert!(!is_pod || path.names_container());
+    assert!(kind != WorkloadKind::Pod || path.names_container());
     if let Some(unit) = path.systemd_unit() {
         assert!(text.split('/').any(|segment| segment == unit));
     }

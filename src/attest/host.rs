@@ -11,8 +11,10 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::attest::cgroups::CgroupTree;
+use crate::attest::exec_monitor::ExecMonitor;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::known::{Known, KnownProcesses};
+use crate::attest::offload::Offload;
 use crate::attest::pods::{Housed, Pods};
 use crate::attest::sys;
 use crate::caller::Refusal;
@@ -33,6 +35,10 @@ pub(crate) struct Host {
     namespaces: [Option<OsString>; 2],
     /// Those that were looked at before.
     pub(crate) processes: KnownProcesses,
+    /// Counts what processes execute, where the daemon was given what that takes.
+    pub(crate) exec_monitor: Option<Arc<ExecMonitor>>,
+    /// Where looks run that may have to wait.
+    pub(crate) offload: Offload,
     /// From Linux 6.9 on a pidfd has an inode that no other process ever has.
     pidfds_have_inodes: bool,
 }
@@ -54,7 +60,12 @@ pub(crate) enum Shared {
 
 impl Host {
     /// Looks at the daemon's own process below `proc_root`.
-    pub(crate) fn new(proc_root: PathBuf, hierarchies: Hierarchies, roots: PodRoots) -> Self {
+    pub(crate) fn new(
+        proc_root: PathBuf,
+        hierarchies: Hierarchies,
+        roots: PodRoots,
+        exec_monitor: Option<Arc<ExecMonitor>>,
+    ) -> Self {
         let own = |name: &str| std::fs::read_link(proc_root.join("self").join(name)).ok().map(PathBuf::into_os_string);
         let namespaces = NAMESPACES.map(own);
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
@@ -67,6 +78,8 @@ impl Host {
             hierarchies,
             namespaces,
             processes: KnownProcesses::default(),
+            exec_monitor,
+            offload: Offload::default(),
             pidfds_have_inodes: kind == Some(PID_FS),
         }
     }
@@ -86,15 +99,10 @@ impl Host {
         Ok(known)
     }
 
-    /// The pod of a user's process or socket in this cgroup.
-    pub(crate) fn pod(
-        &self,
-        uid: u32,
-        cgroup: Option<&CgroupPath>,
-        namespace: Option<u64>,
-    ) -> Result<Option<Housed>, Refusal> {
+    /// The pod that a process or socket in this cgroup is in.
+    pub(crate) fn pod(&self, cgroup: Option<&CgroupPath>) -> Result<Option<Housed>, Refusal> {
         match (&self.pods, cgroup) {
-            (Some(pods), Some(cgroup)) => pods.of(uid, cgroup, namespace),
+            (Some(pods), Some(cgroup)) => pods.of(cgroup),
             _ => Ok(None),
         }
     }

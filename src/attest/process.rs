@@ -11,10 +11,11 @@ use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::sys::stat::Mode;
 
+use crate::attest::exec_monitor::ExecWatch;
 use crate::attest::host::{Host, Shared};
-use crate::attest::known::Known;
+use crate::attest::known::{Known, SeenExecutable};
 use crate::attest::sys;
-use crate::caller::{Executable, Looks, Named, Process, Program, Refusal, Watch};
+use crate::caller::{Executable, Looks, Named, Owner, Process, Program, Refusal};
 use crate::cgroup::{self, CgroupPath};
 
 /// What changes when a process takes on other privileges, or is moved to another cgroup.
@@ -35,11 +36,20 @@ pub(crate) enum Membership {
     Shown(Option<String>),
 }
 
+/// Whether a look may wait for what the looked-at process controls, such as the server of a file system that its program is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MayWait {
+    /// On a thread that serves connections: the look gives [`Refusal::WouldBlock`] in place of waiting.
+    No,
+    /// In [`crate::attest::offload`].
+    Yes,
+}
+
 /// A process that was looked at, and can be looked at again without mistaking another one for it.
 ///
 /// The pidfd and the directory are both tied to one process, so its start time needs no second look: reads fail once it is
 /// gone, even if its number is in use again.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct HeldProcess {
     host: Arc<Host>,
     known: Arc<Known>,
@@ -48,9 +58,16 @@ pub(crate) struct HeldProcess {
     contained: bool,
     /// Supplementary, ascending, where they were looked at.
     groups: Option<Vec<u32>>,
-    program: Option<Program>,
+    program: Option<SeenProgram>,
     /// In clock ticks since boot, where it was looked at.
     started: Option<u64>,
+}
+
+/// What a process runs, and how many executions had been counted for it by then, where they are.
+#[derive(Debug, Clone)]
+struct SeenProgram {
+    program: Program,
+    executions: Option<u64>,
 }
 
 impl HeldProcess {
@@ -82,51 +99,110 @@ impl HeldProcess {
     }
 
     /// Looks at these as well.
-    pub(crate) fn with(mut self, looks: Looks) -> Result<Self, Refusal> {
+    pub(crate) fn with(&self, looks: Looks, may_wait: MayWait) -> Result<Self, Refusal> {
+        let mut next = self.clone();
         if looks.groups {
-            self.groups = Some(read_groups(self.directory()?)?);
+            next.groups = Some(read_groups(self.directory()?)?);
         }
         if looks.program {
-            self.program = Some(Program { exe: self.executable()? });
+            next.program = Some(self.seen_program(may_wait)?);
         }
         // A zombie has no executable any more, but still has groups.
-        if looks.groups || self.program.as_ref().is_some_and(|program| program.exe.is_none()) {
+        if looks.groups || next.program.as_ref().is_some_and(|seen| seen.program.exe.is_none()) {
             self.known.alive()?;
         }
         if looks.started {
-            self.started = Some(self.start_time()?);
+            next.started = Some(self.start_time()?);
         }
-        Ok(self)
+        Ok(next)
+    }
+
+    /// The same, elsewhere if it has to wait.
+    pub(crate) async fn with_facts(&self, owner: &Owner, looks: Looks) -> Result<Self, Refusal> {
+        match self.with(looks, MayWait::No) {
+            Err(Refusal::WouldBlock) => {
+                let process = self.clone();
+                self.host.offload.run(owner, move || process.with(looks, MayWait::Yes)).await
+            }
+            done => done,
+        }
     }
 
     fn directory(&self) -> Result<&OwnedFd, Refusal> {
         self.known.directory(&self.host.proc_root)
     }
 
-    fn executable(&self) -> Result<Option<Executable>, Refusal> {
+    /// What the executions of the process are counted by, where they are.
+    fn executions(&self) -> Result<Option<u64>, Refusal> {
+        let Some(monitor) = &self.host.exec_monitor else { return Ok(None) };
+        let key = monitor.key(self.known.pid(), || self.workload_id())?;
+        Ok(Some(monitor.count(key)))
+    }
+
+    /// The id of the cgroup that is its workload's.
+    fn workload_id(&self) -> Result<u64, Refusal> {
+        let (Some(cgroup), Some(tree)) = (&self.cgroup, &self.host.cgroups) else { return Err(Refusal::UnseenProgram) };
+        let (workload, _) = cgroup.workload();
+        let path = CgroupPath::parse(workload.as_str()).ok_or(Refusal::UnreadableCgroup)?;
+        tree.id(&path)
+    }
+
+    /// What it runs. The kernel may have to ask a file server for that (NFS, 9p), so it is asked once for each execution.
+    fn seen_program(&self, may_wait: MayWait) -> Result<SeenProgram, Refusal> {
+        let executions = self.executions()?;
+        if let Some(exe) = executions.and_then(|executions| self.known.executable(executions)) {
+            return Ok(SeenProgram { program: Program { exe }, executions });
+        }
+        if may_wait == MayWait::No {
+            return Err(Refusal::WouldBlock);
+        }
         let directory = self.directory()?;
-        let path = || fcntl::readlinkat(directory, "exe").unwrap_or_default().into();
-        Ok(executable_file(directory)?.map(|file| Executable {
+        let exe = executable_file(directory)?.map(|file| Executable {
             device: file.device,
             inode: file.inode,
             changed: file.changed,
-            path: self.known.path_of((file.device, file.inode), path),
-        }))
+            path: fcntl::readlinkat(directory, "exe").map(std::path::PathBuf::from).unwrap_or_default().into(),
+        });
+        // What was seen is of this execution only if there was none meanwhile.
+        if let Some(executions) = executions.filter(|before| self.executions().ok().flatten() == Some(*before)) {
+            self.known.keep_executable(SeenExecutable { executions, exe: exe.clone() });
+        }
+        Ok(SeenProgram { program: Program { exe }, executions })
+    }
+
+    /// Whether it runs what it ran. Without an execution since then it does: nothing has to be asked.
+    fn runs_the_same(&self, may_wait: MayWait) -> Result<bool, Refusal> {
+        let Some(SeenProgram { program, executions }) = &self.program else { return Ok(true) };
+        if executions.is_some() && self.executions()? == *executions {
+            return Ok(true);
+        }
+        match may_wait {
+            MayWait::No => Err(Refusal::WouldBlock),
+            MayWait::Yes => Ok(file(executable_file(self.directory()?)?) == program.exe.as_ref().map(key)),
+        }
     }
 
     /// Whether it is alive and everything that was looked at is as it was.
-    pub(crate) fn still_same(&self) -> Result<(), Refusal> {
+    pub(crate) fn still_same(&self, may_wait: MayWait) -> Result<(), Refusal> {
         let credentials = Credentials::read(self.known.pidfd(), || self.directory())? == self.credentials;
         let groups = match &self.groups {
             Some(groups) => read_groups(self.directory()?)? == *groups,
             None => true,
         };
-        let program = match &self.program {
-            Some(program) => file(executable_file(self.directory()?)?) == program.exe.as_ref().map(key),
-            None => true,
-        };
+        let program = self.runs_the_same(may_wait)?;
         self.known.alive()?;
         if credentials && groups && program { Ok(()) } else { Err(Refusal::Changed) }
+    }
+
+    /// The same, elsewhere if it has to wait.
+    pub(crate) async fn verify(&self, owner: &Owner) -> Result<(), Refusal> {
+        match self.still_same(MayWait::No) {
+            Err(Refusal::WouldBlock) => {
+                let process = self.clone();
+                self.host.offload.run(owner, move || process.still_same(MayWait::Yes)).await
+            }
+            done => done,
+        }
     }
 
     /// Whether it runs still.
@@ -135,30 +211,25 @@ impl HeldProcess {
     }
 
     /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
-    pub(crate) fn named(&self) -> Result<Named, Refusal> {
-        self.still_same()?;
+    pub(crate) async fn named(&self, owner: &Owner) -> Result<Named, Refusal> {
+        self.verify(owner).await?;
         let cgroups = read(self.directory()?, "cgroup")?;
         self.host.hierarchies.check(&cgroups)?;
         Ok(Named { pid: self.known.pid(), cgroups })
     }
 
     /// Notices from now on whether it executes a program.
-    pub(crate) fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
-        let watch = sys::ExecWatch::on(self.known.pid()).map_err(|error| match error {
-            Errno::ESRCH => Refusal::Gone,
-            error => {
-                tracing::warn!(%error, "a caller's process cannot be watched for the programs that it executes");
-                Refusal::UnseenProgram
-            }
-        })?;
+    pub(crate) fn watch(&self) -> Result<ExecWatch, Refusal> {
+        let monitor = self.host.exec_monitor.as_ref().ok_or(Refusal::UnseenProgram)?;
+        let watch = monitor.watch(monitor.key(self.known.pid(), || self.workload_id())?);
         // Alive after that, so that the number cannot have been another process's at that time.
         self.known.alive()?;
-        Ok(Box::new(watch))
+        Ok(watch)
     }
 
     /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
     pub(crate) fn agrees_with(&self, other: &Self) -> bool {
-        let exe = |held: &Self| held.program.as_ref().and_then(|program| program.exe.as_ref()).map(key);
+        let exe = |held: &Self| held.program.as_ref().and_then(|seen| seen.program.exe.as_ref()).map(key);
         self.credentials == other.credentials
             && self.contained == other.contained
             && self.groups == other.groups
@@ -202,15 +273,9 @@ impl HeldProcess {
             gid: self.credentials.gids[1],
             groups: self.groups.clone(),
             contained: self.contained,
-            program: self.program.clone(),
+            program: self.program.as_ref().map(|seen| seen.program.clone()),
             started: self.started,
         }
-    }
-}
-
-impl Watch for sys::ExecWatch {
-    fn is_unbroken(&self) -> bool {
-        self.is_unbroken()
     }
 }
 

@@ -152,8 +152,9 @@ fn refused() -> StsError {
 #[derive(Debug)]
 struct Always;
 
+#[async_trait::async_trait]
 impl Evidence for Always {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 }

@@ -60,7 +60,7 @@ async fn start_on(dev: &Dev, port: u16, quiet: bool) -> Result<Result<App, AppEr
     // With `dev`'s own text this can only be about the variables of the environment.
     let loaded = loaded.map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     telemetry::init(&loaded.config.log.level, loaded.config.log.format)?;
-    Ok(App::start(loaded.config, Inherited::default()).await)
+    Ok(App::start(loaded.config, Inherited::default(), None).await)
 }
 
 fn variable(name: &str) -> Option<String> {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::listen::inherited::Inherited;
@@ -187,11 +187,15 @@ impl Bound {
 }
 
 impl Stream {
-    /// Ends the connection at once: a reset leaves no port waiting, as a close would (attack 20).
-    pub fn reset(self) {
-        if let Self::Tcp { stream, .. } = &self {
-            // If that fails it is closed the ordinary way.
-            let _ = setsockopt(stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
-        }
+    /// The connection itself.
+    pub fn socket(&self) -> &Socket {
+        let (Self::Unix(stream) | Self::Tcp { stream, .. }) = self;
+        stream
+    }
+
+    /// The connection alone.
+    pub fn into_socket(self) -> Socket {
+        let (Self::Unix(stream) | Self::Tcp { stream, .. }) = self;
+        stream
     }
 }

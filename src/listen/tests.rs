@@ -15,7 +15,7 @@ fn bound() -> (Bound, SocketAddr) {
 
 #[tokio::test]
 async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting() {
-    let (limits, stop) = (Limits::new(4096, Metrics::default()), watch::channel(false));
+    let (limits, stop) = (Limits::new(Metrics::default()), watch::channel(false));
     let (arrived, mut arrivals) = mpsc::unbounded_channel();
     let serving = || {
         let ((bound, address), arrived) = (bound(), arrived.clone());

@@ -353,12 +353,12 @@ async fn no_more_calls_are_under_way_than_allowed() {
 #[tokio::test(start_paused = true)]
 async fn a_call_that_never_gets_its_turn_ends() {
     let sts = sts(Settings { max_concurrent: 1, ..settings() });
-    let _other = sts.turns.take(&SpiffeId::parse("spiffe://example.org/other").unwrap()).await.unwrap();
+    let _other = sts.turns.acquire(&SpiffeId::parse("spiffe://example.org/other").unwrap()).await.unwrap();
     let start = tokio::time::Instant::now();
     let target = endpoint("http://127.0.0.1:9".to_owned());
     let error = sts.assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
     assert_eq!((error.again, error.reason), (Again::Later, "sts_busy"), "{error}");
-    assert_eq!(start.elapsed(), crate::turns::TURN);
+    assert_eq!(start.elapsed(), crate::limits::ACQUIRE_TIMEOUT);
 }
 
 #[tokio::test(start_paused = true)]
@@ -366,7 +366,7 @@ async fn one_workload_has_a_quarter_of_the_turns() {
     let sts = sts(settings());
     let mut held = Vec::new();
     for _ in 0..4 {
-        held.push(sts.turns.take(&billing()).await.unwrap());
+        held.push(sts.turns.acquire(&billing()).await.unwrap());
     }
     let mine = grant(&endpoint("http://127.0.0.1:9".to_owned()));
     let other = Grant { spiffe_id: SpiffeId::parse("spiffe://example.org/other").unwrap(), ..mine.clone() };

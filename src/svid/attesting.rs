@@ -25,7 +25,7 @@ use crate::identity::SpiffeId;
 use crate::metrics::{Call, Metrics};
 use crate::role::Identity;
 use crate::rule::OVERFLOW_ID;
-use crate::turns::Turns;
+use crate::limits::FairSemaphore;
 
 /// How long one waits for its turn to be asked for: SDKs give up after a second, and on a machine as busy as that the answer
 /// needs a part of it.
@@ -67,7 +67,7 @@ struct Shared {
     metrics: Metrics,
     memory: Mutex<Memory>,
     tokens: Mutex<VecDeque<Kept>>,
-    turns: Turns<Owner>,
+    turns: FairSemaphore<Owner>,
     /// The daemon's own identities, which no workload is given, and when they were asked for.
     own: Mutex<Option<(Instant, BTreeSet<SpiffeId>)>>,
     /// Held by whoever asks for them. Those for whom they are fresh enough wait for nobody.
@@ -102,7 +102,7 @@ impl Attesting {
             metrics,
             memory: Mutex::new(Memory::new(most)),
             tokens: Mutex::default(),
-            turns: Turns::new(QUESTIONS, QUESTIONS_EACH),
+            turns: FairSemaphore::new(QUESTIONS, QUESTIONS_EACH),
             own: Mutex::default(),
             asking_own: tokio::sync::Mutex::default(),
             told: Mutex::default(),
@@ -180,7 +180,7 @@ impl Shared {
     async fn ask_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
         let (until, mut pause) = (Instant::now() + HOLD, SOON);
         let said = loop {
-            let said = match self.turns.take_within(TURN, &Owner::of(&caller)).await {
+            let said = match self.turns.acquire_within(TURN, &Owner::of(&caller)).await {
                 Some(_turn) => self.clone().identities(&caller, Some(&subject)).await,
                 None => Err(SourceError::Busy),
             };
@@ -259,10 +259,10 @@ impl Shared {
     /// What the agent says of the caller's process; dropped unless it is the same process as before.
     async fn ask_by_process(&self, caller: &Caller, audience: &str) -> Result<Answer, SourceError> {
         let watch = caller.evidence.watch()?;
-        let before = caller.evidence.process()?;
+        let before = caller.evidence.process().await?;
         let result = self.agent.svids(before.pid, audience).await;
         self.count(&result);
-        if caller.evidence.process()? != before || !watch.is_unbroken() {
+        if caller.evidence.process().await? != before || !watch.is_unbroken() {
             return Err(crate::caller::Refusal::Changed.into());
         }
         Ok(result)

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::net::{TcpStream, UnixStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -17,8 +17,8 @@ use super::dial::{is_broken, open, unreachable};
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
 use super::{Basis, DEADLINE, IdentitySource, JwtSvid, SourceError, one_line};
-use crate::caller::{Caller, Looks};
-use crate::clock::Clock;
+use crate::caller::{Caller, Looks, Refusal};
+use crate::clock::{Clock, HOLD};
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
 use crate::metrics::{Call, Metrics};
@@ -139,11 +139,19 @@ impl WorkloadApi {
 #[async_trait]
 impl IdentitySource for WorkloadApi {
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
-        match decide(&self.rules, caller) {
-            Decision::Matched(rule) => Ok(vec![Identity { spiffe_id: rule.spiffe_id.clone(), hint: None }]),
-            Decision::NoMatch => Ok(Vec::new()),
-            // Whoever attested the caller has looked at the process where a rule needed it then.
-            Decision::NeedsProcess => Err(SourceError::Reloaded),
+        let asked = Instant::now();
+        loop {
+            let file = match decide(&self.rules, caller, asked) {
+                Decision::Matched(rule) => {
+                    return Ok(vec![Identity { spiffe_id: rule.spiffe_id.clone(), hint: None }]);
+                }
+                Decision::NoMatch => return Ok(Vec::new()),
+                // The caller was attested by other rules, which did not need its process.
+                Decision::NeedsProcess => return Err(SourceError::Reloaded),
+                Decision::NeedsFile(file) => file,
+            };
+            // One that does not answer keeps only those waiting whom its rule may concern.
+            timeout(HOLD, file.look()).await.map_err(|_| Refusal::Unresponsive)?;
         }
     }
 

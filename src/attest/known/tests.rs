@@ -1,4 +1,5 @@
 use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
 
@@ -8,7 +9,7 @@ use crate::attest::host::Host;
 use crate::cgroup::PodRoots;
 
 fn host() -> Host {
-    Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual())
+    Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual(), None)
 }
 
 /// A process of the test's own that waits until it is told to end.
@@ -128,12 +129,18 @@ fn a_look_that_is_one_too_many_ends_the_search() {
 }
 
 #[test]
-fn a_path_is_read_once_for_each_file() {
+fn executable_is_kept_for_one_execution() {
     let known = own();
-    let path = |file, path: &str| known.path_of(file, || PathBuf::from(path));
-    assert_eq!(&*path((1, 2), "/a"), Path::new("/a"));
-    assert_eq!(&*path((1, 2), "/b"), Path::new("/a"));
-    assert_eq!(&*path((1, 3), "/b"), Path::new("/b"));
+    let exe = |inode| {
+        let path = PathBuf::from("/a").into();
+        Some(Executable { device: 1, inode, changed: (0, 0), path })
+    };
+    assert_eq!(known.executable(7), None);
+    known.keep_executable(SeenExecutable { executions: 7, exe: exe(1) });
+    assert_eq!(known.executable(7), Some(exe(1)));
+    assert_eq!(known.executable(8), None);
+    known.keep_executable(SeenExecutable { executions: 8, exe: None });
+    assert_eq!((known.executable(7), known.executable(8)), (None, Some(None)));
 }
 
 #[test]

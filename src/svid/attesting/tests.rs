@@ -105,12 +105,13 @@ struct Looked {
     refusal: Option<Refusal>,
 }
 
+#[async_trait::async_trait]
 impl Evidence for Looked {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 
-    fn process(&self) -> Result<Named, Refusal> {
+    async fn process(&self) -> Result<Named, Refusal> {
         let look = self.looks.fetch_add(1, Ordering::SeqCst);
         match (&self.refusal, self.changes_at) {
             (Some(refusal), None) => Err(refusal.clone()),

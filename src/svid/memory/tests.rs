@@ -10,8 +10,9 @@ use crate::identity::SpiffeId;
 #[derive(Debug)]
 struct Living(Arc<AtomicBool>);
 
+#[async_trait::async_trait]
 impl Evidence for Living {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 

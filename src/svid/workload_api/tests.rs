@@ -380,8 +380,9 @@ async fn tcp_endpoints_are_asked_too() {
 #[derive(Debug)]
 struct Unchanged;
 
+#[async_trait::async_trait]
 impl Evidence for Unchanged {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 }
@@ -418,7 +419,7 @@ async fn the_rules_say_who_a_caller_is() {
     };
     let process = |gid| Process { pid: 1, gid, groups: None, contained: false, program: None, started: None };
 
-    assert_eq!(api.identify(&caller(1001, None)).await, Ok(identity("billing")));
+    assert_eq!(api.identify(&caller(1001, Some(process(7)))).await, Ok(identity("billing")));
     assert_eq!(api.identify(&caller(1003, None)).await, Ok(vec![]));
     assert_eq!(api.identify(&caller(1002, Some(process(7)))).await, Ok(identity("by-group")));
     assert_eq!(api.identify(&caller(1002, Some(process(8)))).await, Ok(identity("shop")));
