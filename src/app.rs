@@ -172,10 +172,7 @@ impl App {
             audit: open_audit(&config, clock.clone(), metrics.clone())?,
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
-            connections: FairSemaphore::new(
-                config.listen.max_connections,
-                config.listen.max_connections_per_workload,
-            ),
+            connections: FairSemaphore::new(config.listen.max_connections, config.listen.max_connections_per_workload),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin { metrics: metrics.clone(), readiness: readiness.clone(), cache });

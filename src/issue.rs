@@ -11,11 +11,11 @@ use crate::clock::Clock;
 use crate::credentials::Credentials;
 use crate::health::LastError;
 use crate::identity::SpiffeId;
+use crate::limits::{FairSemaphore, KeyedRateLimiter};
 use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
 use crate::sts::{Again, AssumeRole, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError};
-use crate::limits::{FairSemaphore, KeyedRateLimiter};
 
 /// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
 /// the cache to try again, at its pace.

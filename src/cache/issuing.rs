@@ -103,7 +103,13 @@ impl Shared {
     }
 }
 
-async fn fly(shared: Arc<Shared>, slot: Arc<Slot>, flight: Arc<Flight>, mut caller: Arc<Caller>, turn: Option<FairPermit<SpiffeId>>) {
+async fn fly(
+    shared: Arc<Shared>,
+    slot: Arc<Slot>,
+    flight: Arc<Flight>,
+    mut caller: Arc<Caller>,
+    turn: Option<FairPermit<SpiffeId>>,
+) {
     let landed = loop {
         let issuer = shared.setup.load().issuer.clone();
         let flying = {

@@ -22,10 +22,10 @@ use crate::caller::{Caller, Looks, Owner};
 use crate::cgroup::PodUid;
 use crate::clock::{Clock, HOLD};
 use crate::identity::SpiffeId;
+use crate::limits::FairSemaphore;
 use crate::metrics::{Call, Metrics};
 use crate::role::Identity;
 use crate::rule::OVERFLOW_ID;
-use crate::limits::FairSemaphore;
 
 /// How long one waits for its turn to be asked for: SDKs give up after a second, and on a machine as busy as that the answer
 /// needs a part of it.

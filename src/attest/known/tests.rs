@@ -1,6 +1,6 @@
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use super::*;
