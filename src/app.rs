@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
@@ -96,11 +97,23 @@ pub struct App {
     clock: Clock,
     metrics: Metrics,
     readiness: Arc<Readiness>,
+    counts_executions: bool,
     probing: Option<JoinHandle<()>>,
     /// Where pods are served.
     gate: Option<Gate>,
     workloads: Serving,
     operators: Serving,
+}
+
+/// What the daemon has before it starts anything.
+#[derive(Debug)]
+pub struct Startup {
+    /// The sockets that systemd holds.
+    pub inherited: Inherited,
+    /// What notices executions; without it no process is named to an agent.
+    pub exec_monitor: Option<ExecMonitor>,
+    /// Where connections go on whose callers' processes are looked at: see [`crate::attest::looking_threads`].
+    pub looking: Handle,
 }
 
 /// What a configuration comes to, apart from `[listen]`, `[audit]` and `[log]`.
@@ -151,14 +164,11 @@ impl Serving {
 }
 
 impl App {
-    /// Starts everything. When it returns each address is bound; it serves until [`App::drain`]. Without an `exec_monitor` no
-    /// process can be named to an agent.
-    pub async fn start(
-        config: Config,
-        mut inherited: Inherited,
-        exec_monitor: Option<ExecMonitor>,
-    ) -> Result<Self, AppError> {
+    /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
+    pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
+        let Startup { mut inherited, exec_monitor, looking } = startup;
         let (metrics, clock) = (Metrics::default(), Clock::system());
+        let counts_executions = exec_monitor.is_some();
         let parts = Parts::new(&config, None, &clock, &metrics).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
@@ -172,12 +182,14 @@ impl App {
             audit: open_audit(&config, clock.clone(), metrics.clone())?,
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
+            looking,
             connections: FairSemaphore::new(config.listen.max_connections, config.listen.max_connections_per_workload),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin { metrics: metrics.clone(), readiness: readiness.clone(), cache });
         let limits = Limits::new(metrics.clone());
         let mut app = Self {
+            counts_executions,
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
@@ -219,6 +231,11 @@ impl App {
             tracing::warn!("[listen] {changed}: what the file says now takes effect when awsvid is started again");
         }
         Ok(())
+    }
+
+    /// Whether it is noticed that a caller's process executes a program, without which none is named to an agent.
+    pub fn counts_executions(&self) -> bool {
+        self.counts_executions
     }
 
     /// Asks until everything that is needed has answered; once it has, it is not asked again.

@@ -27,7 +27,7 @@ mod host;
 mod in_pod;
 mod inet_diag;
 mod known;
-mod offload;
+mod lookups;
 mod pods;
 mod process;
 mod search;
@@ -39,6 +39,7 @@ mod walks;
 pub use exec_monitor::{ExecMonitor, ExecMonitorError};
 pub use in_pod::PodAttestor;
 pub use inet_diag::SockDiag;
+pub use lookups::{Looking, looking_threads};
 
 use hierarchies::Hierarchies;
 use host::Host;

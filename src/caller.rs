@@ -89,7 +89,8 @@ pub struct Process {
     pub contained: bool,
     /// What it runs; `None` where no decision needs it.
     pub program: Option<Program>,
-    /// When it started, in clock ticks since boot; `None` where no decision needs it.
+    /// What no other process that had or will have its number has: the inode of its pidfd from Linux 6.9 on, else when it
+    /// started, in clock ticks since boot. `None` where no decision needs it.
     pub started: Option<u64>,
 }
 
@@ -129,8 +130,8 @@ pub struct Executable {
 
 /// Shows whether a connection's caller is unchanged since it was attested.
 ///
-/// What may have to wait for something that the caller controls runs elsewhere than on the threads that serve connections, and
-/// is given up after a time (T25).
+/// To look at a process may mean to wait for something that the caller controls (T25). So a connection goes on elsewhere
+/// ([`Caller::may_wait`]) before the first such look, and all others are made on threads of their own.
 #[async_trait]
 pub trait Evidence: fmt::Debug + Send + Sync {
     /// Looks again; to be called right before anything is released.
@@ -229,6 +230,11 @@ impl Caller {
     /// Whether the caller is still what it was when it was attested: same process, same ids, same socket.
     pub async fn still_same(&self) -> Result<(), Refusal> {
         self.evidence.still_same().await
+    }
+
+    /// Whether to look at this of its process may mean to wait for what the caller controls, also when it is looked at again.
+    pub fn may_wait(&self, looks: Looks) -> bool {
+        self.process.is_none() || looks.program || looks.started
     }
 
     /// With what `looks` names of its process, which is searched for if it is not known.
@@ -358,9 +364,6 @@ pub enum Refusal {
          answer"
     )]
     Unresponsive,
-    /// The look has to be made where it may wait. Never leaves the module that looks.
-    #[error("the look at the calling process would have to wait")]
-    WouldBlock,
     /// The kernel lacks what this listener needs for this caller.
     #[error("this kernel cannot tell who is calling: {0}")]
     Unsupported(&'static str),
@@ -416,7 +419,6 @@ impl Refusal {
             Self::ManagerSocket => "manager_socket",
             Self::UnseenProgram => "unseen_program",
             Self::Unresponsive => "process_unresponsive",
-            Self::WouldBlock => "kernel_error",
             Self::Unsupported(_) => "unsupported_kernel",
             Self::Kernel => "kernel_error",
         }

@@ -39,13 +39,9 @@ impl Does {
             Source::SpiffeBroker { reference: Reference::Auto, .. } => listens_on_host,
             Source::SpireDelegated { .. } | Source::SpiffeBroker { reference: Reference::Process, .. } => true,
         };
-        // On the unix socket the kernel tells the groups.
-        let groups_count = listen.pods || !listen.tcp.is_empty();
-        let rules_look = workloads.iter().any(|rule| {
-            rule.exe.is_some()
-                || (groups_count && (rule.gid.is_some() || rule.supplementary_group.is_some()))
-                || (!listen.tcp.is_empty() && !rule.socket_decides())
-        });
+        // On the unix socket the kernel names the process, and tells its groups.
+        let searches = listen.pods || !listen.tcp.is_empty();
+        let rules_look = workloads.iter().any(|rule| rule.exe.is_some() || (searches && !rule.socket_decides()));
         Self {
             looks_at_processes: names_processes || rules_look,
             listens_on_host,
@@ -72,11 +68,10 @@ impl Does {
             (self.looks_at_processes, Capability::CAP_SYS_PTRACE, looks),
             (self.looks_at_processes, Capability::CAP_DAC_READ_SEARCH, looks),
             (
-                self.names_processes,
-                Capability::CAP_PERFMON,
-                "a caller that executes another program meanwhile cannot be noticed, so callers' processes are not named",
+                self.listens_low,
+                Capability::CAP_NET_BIND_SERVICE,
+                "ports below 1024 may be closed to it, as 974 in pods",
             ),
-            (self.listens_low, Capability::CAP_NET_BIND_SERVICE, "ports below 1024 may be closed to it, as 974 in pods"),
             (self.enters_namespaces, Capability::CAP_SYS_ADMIN, "pods' network namespaces cannot be entered"),
         ]
         .into_iter()
@@ -115,8 +110,8 @@ pub fn before_threads(does: Does) {
     log("raising the number of descriptors", raised.is_err());
 }
 
-/// Gives up what is not used. CAP_PERFMON and CAP_SYS_ADMIN, which are worth the most to whoever would take the daemon over, are
-/// kept only where the configuration at the start needs them.
+/// Gives up what is not used. CAP_SYS_ADMIN, which is worth the most to whoever would take the daemon over, is kept only where
+/// the configuration at the start needs it; CAP_BPF and CAP_PERFMON have been of use by now.
 fn drop_capabilities(does: Does) -> Result<(), caps::errors::CapsError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
     let kept: CapsHashSet = KEPT

@@ -16,13 +16,14 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::runtime::Handle;
 use tokio::time::timeout;
 
-use crate::attest::{Attestor, PodAttestor, Unattested};
+use crate::attest::{Attestor, Looking, PodAttestor, Unattested};
 use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
-use crate::caller::{Caller, Listener, Owner, Refusal, Stranger};
+use crate::caller::{Caller, Listener, Looks, Owner, Refusal, Stranger};
 use crate::limits::{Exhausted, FairPermit, FairSemaphore};
 use crate::listen::{Arrival, CONNECTION_LIFE, Socket, Stream};
 use crate::metrics::{Metrics, Reason};
@@ -57,6 +58,8 @@ pub struct Front {
     pub metrics: Metrics,
     /// What TCP callers have to show.
     pub authorization: Authorization,
+    /// Where connections go on whose callers' processes are looked at.
+    pub looking: Handle,
     /// How many connections there may be, and each workload may have.
     pub connections: FairSemaphore<Owner>,
 }
@@ -125,7 +128,12 @@ impl Front {
 
     /// The peer by its socket, a permit for its workload, the caller by its process where the policy needs that, and then the
     /// request: nothing is read before it is known who has sent it.
-    async fn serve(&self, stream: Stream, arrival: Arrival, pod: Option<&PodAttestor>) -> Result<(), Dropped> {
+    async fn serve(
+        self: &Arc<Self>,
+        stream: Stream,
+        arrival: Arrival,
+        pod: Option<&PodAttestor>,
+    ) -> Result<(), Dropped> {
         let listener = match (&stream, pod) {
             (Stream::Unix(_), _) => Listener::Unix,
             (Stream::Tcp { .. }, None) => Listener::Tcp,
@@ -135,12 +143,34 @@ impl Front {
         // Those who are not attested are read and answered, too, so they have a share as well.
         let owner = peer.as_ref().map_or_else(Unattested::owner, Owner::of);
         let permit = self.connections.try_acquire_evicting(&owner).map_err(Dropped::from)?;
+        let looks = peer.as_ref().ok().and_then(|caller| self.broker.needs(caller));
+        let may_wait = matches!((&peer, looks), (Ok(caller), Some(looks)) if caller.may_wait(looks));
+        let served = self.clone().attested(stream.into_socket(), listener, (peer, looks), permit);
+        if !may_wait {
+            return served.await;
+        }
+        // A panic is in the log.
+        self.looking.spawn(Looking::new(served)).await.unwrap_or(Err(Dropped::Closed))
+    }
+
+    /// The rest of a connection, until it ends or has to give way.
+    async fn attested(
+        self: Arc<Self>,
+        stream: Socket,
+        listener: Listener,
+        (peer, looks): (Result<Caller, Unattested>, Option<Looks>),
+        permit: FairPermit<Owner>,
+    ) -> Result<(), Dropped> {
         let served = async {
-            let caller = match peer {
-                Ok(caller) => self.caller(caller).await,
-                Err(unattested) => Err(unattested),
+            let caller = match (peer, looks) {
+                (Ok(caller), Some(looks)) => {
+                    let seen = Stranger::of(&caller);
+                    let caller = caller.with_process(looks).await;
+                    caller.map_err(|refusal| Unattested { refusal, peer: Some(seen) })
+                }
+                (peer, _) => peer,
             };
-            self.request(stream.into_socket(), listener, caller, &permit).await
+            self.request(stream, listener, caller, &permit).await
         };
         tokio::select! {
             biased;
@@ -157,13 +187,6 @@ impl Front {
             (Stream::Tcp { client, server, .. }, None) => self.attestor.tcp(*client, *server, on_wait).await,
             (Stream::Tcp { client, server, .. }, Some(pod)) => pod.tcp(*client, *server, on_wait).await,
         }
-    }
-
-    /// With what the decision needs to know of its process.
-    async fn caller(&self, caller: Caller) -> Result<Caller, Unattested> {
-        let Some(looks) = self.broker.needs(&caller) else { return Ok(caller) };
-        let peer = Stranger::of(&caller);
-        caller.with_process(looks).await.map_err(|refusal| Unattested { refusal, peer: Some(peer) })
     }
 
     /// Reads one request and answers it. A refused caller is still read and answered, so that its SDK shows why.

@@ -122,7 +122,7 @@ impl Rule {
         if self.cgroup.is_none() && caller.in_container().ok_or(Unknown::Process)? {
             return Ok(false);
         }
-        if caller.listener == Listener::Tcp && caller.process.is_none() && (caller.uid == 0 || !self.socket_decides()) {
+        if caller.listener == Listener::Tcp && caller.process.is_none() && (caller.uid == 0 || !self.names_place()) {
             return Err(Unknown::Process);
         }
         if self.gid.is_none() && self.supplementary_group.is_none() && self.exe.is_none() {
@@ -144,9 +144,15 @@ impl Rule {
         file.is(exe, asked).ok_or(Unknown::File(file))
     }
 
-    /// Whether a socket on the host's TCP listeners can be enough, if it is not root's: the rule names the place of its maker.
+    /// Whether a caller on the host's TCP listeners can match it by its socket alone.
     pub fn socket_decides(&self) -> bool {
-        (self.cgroup.is_some() || self.systemd_unit.is_some()) && self.uid != Some(0)
+        let needs_facts = self.gid.is_some() || self.supplementary_group.is_some() || self.exe.is_some();
+        self.names_place() && self.uid != Some(0) && !needs_facts
+    }
+
+    /// Whether it says where its callers' sockets are made.
+    fn names_place(&self) -> bool {
+        self.cgroup.is_some() || self.systemd_unit.is_some()
     }
 
     fn cgroup_matches(&self, caller: &Caller) -> bool {

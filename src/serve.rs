@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::app::{App, AppError};
-use crate::attest::ExecMonitor;
+use crate::app::{App, AppError, Startup};
+use crate::attest::{self, ExecMonitor};
 use crate::config::{self, Config, Problem};
 use crate::hardening::{self, Does};
 use crate::listen::Inherited;
@@ -20,6 +20,9 @@ use crate::telemetry::Log;
 const EX_CONFIG: u8 = 78;
 /// With a signal's number added: ended by that signal while requests were open. As shells say it of a killed process.
 const KILLED: u8 = 128;
+
+const NOT_COUNTED: &str =
+    "executions of programs cannot be counted, so callers' processes are not named to the agent (unseen_program)";
 
 /// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT; SIGHUP reads it again. To be called before any
 /// thread is started. The exit statuses are in deploy/README.md.
@@ -55,16 +58,9 @@ pub fn serve(path: &Path) -> ExitCode {
     })
 }
 
-/// What notices that a caller's process executes a program; without it the log says why, and nobody is named to an agent.
+/// What notices that a caller's process executes a program. Without it nobody is named to an agent, and the log says why.
 fn exec_monitor() -> Option<ExecMonitor> {
-    ExecMonitor::start()
-        .inspect_err(|error| {
-            tracing::error!(
-                "executions of programs cannot be counted, so callers' processes are not named to the agent \
-                 (unseen_program): {error}"
-            );
-        })
-        .ok()
+    ExecMonitor::start().inspect_err(|error| tracing::error!("{NOT_COUNTED}: {error}")).ok()
 }
 
 fn start(
@@ -75,21 +71,19 @@ fn start(
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let inherited = Inherited::from_environment();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(run(path, (config, exec_monitor), inherited, log));
+    let looking = attest::looking_threads()?;
+    let startup = Startup { inherited, exec_monitor, looking: looking.handle().clone() };
+    let ended = runtime.block_on(run(path, config, startup, log));
+    looking.shutdown_background();
     // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.
     runtime.shutdown_background();
     ended
 }
 
-async fn run(
-    path: &Path,
-    (config, exec_monitor): (Config, Option<ExecMonitor>),
-    inherited: Inherited,
-    log: &Log,
-) -> Result<ExitCode, Box<dyn std::error::Error>> {
+async fn run(path: &Path, config: Config, startup: Startup, log: &Log) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut signals = Signals::catch()?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let mut app = App::start(config, inherited, exec_monitor).await?;
+    let mut app = App::start(config, startup).await?;
     notify(&[NotifyState::Ready]);
     loop {
         tokio::select! {
@@ -129,6 +123,11 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
                 let _ = log.change(&wanted.level, wanted.format);
                 warn(path, &loaded.warnings);
                 hardening::tell_of_missing(does);
+                if does.names_processes() && !app.counts_executions() {
+                    tracing::error!(
+                        "{NOT_COUNTED}: that takes privileges which are given up at the start; restart awsvid"
+                    );
+                }
             })
         }
         Ok(Err(errors)) => Err(errors.to_string()),

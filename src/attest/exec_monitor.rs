@@ -123,12 +123,6 @@ impl ExecMonitor {
         }
     }
 
-    /// How often there was an execution by this key. Other keys may have a part in the number, so only that it is unchanged
-    /// says something.
-    pub(crate) fn count(&self, key: u64) -> u64 {
-        self.counters.get(self.index(key))
-    }
-
     /// Begins to watch.
     pub(crate) fn watch(self: &Arc<Self>, key: u64) -> ExecWatch {
         let index = self.index(key);

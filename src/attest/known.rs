@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::fcntl::{self, OFlag};
@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 
 use crate::attest::sys;
-use crate::caller::{Executable, Refusal};
+use crate::caller::Refusal;
 
 /// How many are kept, before all are let go: each has three descriptors of the daemon's.
 const KEPT: usize = 128;
@@ -33,17 +33,16 @@ pub(crate) struct Known {
     /// `/proc/<pid>/fd`, likewise.
     descriptors: OnceLock<OwnedFd>,
     elsewhere: OnceLock<bool>,
-    /// What it ran when it was looked at last.
-    executable: Mutex<Option<SeenExecutable>>,
+    /// What it ran last.
+    program: Mutex<Option<Shown>>,
     numbers: Mutex<[Option<Number>; NUMBERS]>,
 }
 
-/// What a process runs, since it has executed so many programs.
+/// A file by device and inode, and the path that it was shown with.
 #[derive(Debug)]
-pub(crate) struct SeenExecutable {
-    pub(crate) executions: u64,
-    /// `None` where it may not be seen.
-    pub(crate) exe: Option<Executable>,
+struct Shown {
+    file: (u64, u64),
+    path: Arc<Path>,
 }
 
 /// Under which number a process held a connection, and the inode of the socket that was seen there last.
@@ -64,7 +63,7 @@ impl Known {
             directory: OnceLock::new(),
             descriptors: OnceLock::new(),
             elsewhere: OnceLock::new(),
-            executable: Mutex::default(),
+            program: Mutex::default(),
             numbers: Mutex::default(),
         }
     }
@@ -130,16 +129,13 @@ impl Known {
         }
     }
 
-    /// What it runs, if it has been looked at since it executed that. The file is its own as long as it runs it: no other is
-    /// given the same inode.
-    pub(crate) fn executable(&self, executions: u64) -> Option<Option<Executable>> {
-        let seen = locked(&self.executable);
-        seen.as_ref().filter(|seen| seen.executions == executions).map(|seen| seen.exe.clone())
-    }
-
-    /// Keeps what was seen.
-    pub(crate) fn keep_executable(&self, seen: SeenExecutable) {
-        *locked(&self.executable) = Some(seen);
+    /// The path of `file`, by device and inode, which it runs, as `look` shows it: for people, so it is asked once for each.
+    pub(crate) fn path_of(&self, file: (u64, u64), look: impl FnOnce() -> PathBuf) -> Arc<Path> {
+        let mut program = locked(&self.program);
+        match &*program {
+            Some(Shown { file: known, path }) if *known == file => path.clone(),
+            _ => program.insert(Shown { file, path: look().into() }).path.clone(),
+        }
     }
 
     /// The number of the descriptor that is the socket with this inode, among those under which the process held its last

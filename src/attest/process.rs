@@ -12,8 +12,8 @@ use nix::fcntl::{self, OFlag};
 use nix::sys::stat::Mode;
 
 use crate::attest::exec_monitor::ExecWatch;
-use crate::attest::host::{Host, Shared};
-use crate::attest::known::{Known, SeenExecutable};
+use crate::attest::host::Host;
+use crate::attest::known::Known;
 use crate::attest::sys;
 use crate::caller::{Executable, Looks, Named, Owner, Process, Program, Refusal};
 use crate::cgroup::{self, CgroupPath};
@@ -36,15 +36,6 @@ pub(crate) enum Membership {
     Shown(Option<String>),
 }
 
-/// Whether a look may wait for what the looked-at process controls, such as the server of a file system that its program is on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum MayWait {
-    /// On a thread that serves connections: the look gives [`Refusal::WouldBlock`] in place of waiting.
-    No,
-    /// In [`crate::attest::offload`].
-    Yes,
-}
-
 /// A process that was looked at, and can be looked at again without mistaking another one for it.
 ///
 /// The pidfd and the directory are both tied to one process, so its start time needs no second look: reads fail once it is
@@ -58,16 +49,9 @@ pub(crate) struct HeldProcess {
     contained: bool,
     /// Supplementary, ascending, where they were looked at.
     groups: Option<Vec<u32>>,
-    program: Option<SeenProgram>,
-    /// In clock ticks since boot, where it was looked at.
+    program: Option<Program>,
+    /// See [`Process::started`], where it was looked at.
     started: Option<u64>,
-}
-
-/// What a process runs, and how many executions had been counted for it by then, where they are.
-#[derive(Debug, Clone)]
-struct SeenProgram {
-    program: Program,
-    executions: Option<u64>,
 }
 
 impl HeldProcess {
@@ -85,7 +69,7 @@ impl HeldProcess {
             (Membership::Id(_), None) => None,
         };
         let contained = names_container(host, cgroup.as_ref(), directory)?
-            || known.is_elsewhere(|| in_other_namespaces(host, directory()?))?;
+            || known.is_elsewhere(|| in_other_namespaces(directory()?))?;
         Ok(Self {
             host: host.clone(),
             known,
@@ -98,111 +82,77 @@ impl HeldProcess {
         })
     }
 
-    /// Looks at these as well.
-    pub(crate) fn with(&self, looks: Looks, may_wait: MayWait) -> Result<Self, Refusal> {
+    /// Looks at these as well. May have to wait: see [`crate::attest::lookups`].
+    pub(crate) fn with(&self, looks: Looks) -> Result<Self, Refusal> {
         let mut next = self.clone();
         if looks.groups {
             next.groups = Some(read_groups(self.directory()?)?);
         }
         if looks.program {
-            next.program = Some(self.seen_program(may_wait)?);
+            next.program = Some(Program { exe: self.executable()? });
         }
         // A zombie has no executable any more, but still has groups.
-        if looks.groups || next.program.as_ref().is_some_and(|seen| seen.program.exe.is_none()) {
+        if looks.groups || next.program.as_ref().is_some_and(|program| program.exe.is_none()) {
             self.known.alive()?;
         }
         if looks.started {
-            next.started = Some(self.start_time()?);
+            next.started = Some(self.instance()?);
         }
         Ok(next)
     }
 
-    /// The same, elsewhere if it has to wait.
+    /// The same, where it may wait.
     pub(crate) async fn with_facts(&self, owner: &Owner, looks: Looks) -> Result<Self, Refusal> {
-        match self.with(looks, MayWait::No) {
-            Err(Refusal::WouldBlock) => {
-                let process = self.clone();
-                self.host.offload.run(owner, move || process.with(looks, MayWait::Yes)).await
-            }
-            done => done,
+        if !looks.program && !looks.started {
+            return self.with(looks);
         }
+        let process = self.clone();
+        self.host.lookups.run(owner, move || process.with(looks)).await
     }
 
     fn directory(&self) -> Result<&OwnedFd, Refusal> {
         self.known.directory(&self.host.proc_root)
     }
 
-    /// What the executions of the process are counted by, where they are.
-    fn executions(&self) -> Result<Option<u64>, Refusal> {
-        let Some(monitor) = &self.host.exec_monitor else { return Ok(None) };
-        let key = monitor.key(self.known.pid(), || self.workload_id())?;
-        Ok(Some(monitor.count(key)))
-    }
-
-    /// The id of the cgroup that is its workload's.
-    fn workload_id(&self) -> Result<u64, Refusal> {
-        let (Some(cgroup), Some(tree)) = (&self.cgroup, &self.host.cgroups) else { return Err(Refusal::UnseenProgram) };
-        let (workload, _) = cgroup.workload();
-        let path = CgroupPath::parse(workload.as_str()).ok_or(Refusal::UnreadableCgroup)?;
-        tree.id(&path)
-    }
-
-    /// What it runs. The kernel may have to ask a file server for that (NFS, 9p), so it is asked once for each execution.
-    fn seen_program(&self, may_wait: MayWait) -> Result<SeenProgram, Refusal> {
-        let executions = self.executions()?;
-        if let Some(exe) = executions.and_then(|executions| self.known.executable(executions)) {
-            return Ok(SeenProgram { program: Program { exe }, executions });
-        }
-        if may_wait == MayWait::No {
-            return Err(Refusal::WouldBlock);
-        }
+    fn executable(&self) -> Result<Option<Executable>, Refusal> {
         let directory = self.directory()?;
-        let exe = executable_file(directory)?.map(|file| Executable {
+        let path = || fcntl::readlinkat(directory, "exe").unwrap_or_default().into();
+        Ok(executable_file(directory)?.map(|file| Executable {
             device: file.device,
             inode: file.inode,
             changed: file.changed,
-            path: fcntl::readlinkat(directory, "exe").map(std::path::PathBuf::from).unwrap_or_default().into(),
-        });
-        // What was seen is of this execution only if there was none meanwhile.
-        if let Some(executions) = executions.filter(|before| self.executions().ok().flatten() == Some(*before)) {
-            self.known.keep_executable(SeenExecutable { executions, exe: exe.clone() });
-        }
-        Ok(SeenProgram { program: Program { exe }, executions })
+            path: self.known.path_of((file.device, file.inode), path),
+        }))
     }
 
-    /// Whether it runs what it ran. Without an execution since then it does: nothing has to be asked.
-    fn runs_the_same(&self, may_wait: MayWait) -> Result<bool, Refusal> {
-        let Some(SeenProgram { program, executions }) = &self.program else { return Ok(true) };
-        if executions.is_some() && self.executions()? == *executions {
-            return Ok(true);
-        }
-        match may_wait {
-            MayWait::No => Err(Refusal::WouldBlock),
-            MayWait::Yes => Ok(file(executable_file(self.directory()?)?) == program.exe.as_ref().map(key)),
-        }
-    }
-
-    /// Whether it is alive and everything that was looked at is as it was.
-    pub(crate) fn still_same(&self, may_wait: MayWait) -> Result<(), Refusal> {
+    /// Whether it is alive and everything that was looked at is as it was. May have to wait if its executable was.
+    pub(crate) fn still_same(&self) -> Result<(), Refusal> {
         let credentials = Credentials::read(self.known.pidfd(), || self.directory())? == self.credentials;
         let groups = match &self.groups {
             Some(groups) => read_groups(self.directory()?)? == *groups,
             None => true,
         };
-        let program = self.runs_the_same(may_wait)?;
+        let program = match &self.program {
+            Some(program) => file(executable_file(self.directory()?)?) == program.exe.as_ref().map(key),
+            None => true,
+        };
         self.known.alive()?;
         if credentials && groups && program { Ok(()) } else { Err(Refusal::Changed) }
     }
 
-    /// The same, elsewhere if it has to wait.
+    /// The same, where it may wait.
     pub(crate) async fn verify(&self, owner: &Owner) -> Result<(), Refusal> {
-        match self.still_same(MayWait::No) {
-            Err(Refusal::WouldBlock) => {
-                let process = self.clone();
-                self.host.offload.run(owner, move || process.still_same(MayWait::Yes)).await
-            }
-            done => done,
+        if self.program.is_none() {
+            return self.still_same();
         }
+        let process = self.clone();
+        self.host.lookups.run(owner, move || process.still_same()).await
+    }
+
+    /// The same, on a thread of its own.
+    async fn verify_apart(&self, owner: &Owner) -> Result<(), Refusal> {
+        let process = self.clone();
+        self.host.lookups.run_apart(owner, move || process.still_same()).await
     }
 
     /// Whether it runs still.
@@ -212,7 +162,7 @@ impl HeldProcess {
 
     /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
     pub(crate) async fn named(&self, owner: &Owner) -> Result<Named, Refusal> {
-        self.verify(owner).await?;
+        self.verify_apart(owner).await?;
         let cgroups = read(self.directory()?, "cgroup")?;
         self.host.hierarchies.check(&cgroups)?;
         Ok(Named { pid: self.known.pid(), cgroups })
@@ -227,9 +177,17 @@ impl HeldProcess {
         Ok(watch)
     }
 
+    /// The id of the cgroup that is its workload's.
+    fn workload_id(&self) -> Result<u64, Refusal> {
+        let (Some(cgroup), Some(tree)) = (&self.cgroup, &self.host.cgroups) else { return Err(Refusal::UnseenProgram) };
+        let (workload, _) = cgroup.workload();
+        let path = CgroupPath::parse(workload.as_str()).ok_or(Refusal::UnreadableCgroup)?;
+        tree.id(&path)
+    }
+
     /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
     pub(crate) fn agrees_with(&self, other: &Self) -> bool {
-        let exe = |held: &Self| held.program.as_ref().and_then(|seen| seen.program.exe.as_ref()).map(key);
+        let exe = |held: &Self| held.program.as_ref().and_then(|program| program.exe.as_ref()).map(key);
         self.credentials == other.credentials
             && self.contained == other.contained
             && self.groups == other.groups
@@ -251,9 +209,14 @@ impl HeldProcess {
         self.contained
     }
 
-    /// In clock ticks since boot.
+    /// In clock ticks since boot. May have to wait.
     pub(crate) fn start_time(&self) -> Result<u64, Refusal> {
         start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel)
+    }
+
+    /// See [`Process::started`].
+    fn instance(&self) -> Result<u64, Refusal> {
+        self.known.inode().map_or_else(|| self.start_time(), Ok)
     }
 
     /// Whether descriptor `number` of the process is the socket with this inode.
@@ -273,7 +236,7 @@ impl HeldProcess {
             gid: self.credentials.gids[1],
             groups: self.groups.clone(),
             contained: self.contained,
-            program: self.program.as_ref().map(|seen| seen.program.clone()),
+            program: self.program.clone(),
             started: self.started,
         }
     }
@@ -319,13 +282,13 @@ fn names_container<'d>(
     Ok(paths.any(|path| path.is_none_or(|path| path.names_container())))
 }
 
-/// Whether it lives in another user or pid namespace than the daemon.
-fn in_other_namespaces(host: &Host, directory: &OwnedFd) -> Result<bool, Refusal> {
-    let [user, pid] = host.shares(directory).map_err(|_| Refusal::Gone)?;
-    let other_user = || Ok(!is_identity_map(&read(directory, "uid_map")?));
-    let other_pid = || Ok(Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.namespaces > 1);
+/// Whether it lives in another user or pid namespace than the daemon. By what it takes no lock of the process to read, as the
+/// links to its namespaces do.
+fn in_other_namespaces(directory: &OwnedFd) -> Result<bool, Refusal> {
     // A user namespace that maps every id to itself is as good as the host's (systemd's PrivateUsers=identity).
-    Ok((user != Shared::Yes && other_user()?) || pid == Shared::No || (pid == Shared::Unseen && other_pid()?))
+    let other_user = !is_identity_map(&read(directory, "uid_map")?);
+    let namespaces = Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.namespaces;
+    Ok(other_user || namespaces > 1)
 }
 
 /// Whether the process with this number lives in this process's pid namespace. Where its link may not be read, by how many

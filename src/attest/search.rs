@@ -14,9 +14,9 @@ use crate::attest::cgroups::CgroupTree;
 use crate::attest::host::Host;
 use crate::attest::inet_diag::Socket;
 use crate::attest::known::{self, Known};
-use crate::attest::process::{Credentials, HeldProcess};
+use crate::attest::process::HeldProcess;
 use crate::attest::sys;
-use crate::caller::{Looks, Owner, Refusal};
+use crate::caller::{Looks, Refusal};
 use crate::cgroup::CgroupPath;
 
 /// How much one search may look at. The loop is as long as the caller makes it (attack 21).
@@ -47,19 +47,20 @@ pub(crate) struct Holder {
     pub(crate) descriptor: u32,
 }
 
-/// The processes that hold `socket`, where `cgroup` is the socket's own: of its user, and in its cgroup.
+/// The process that holds `socket`, where `cgroup` is the socket's own.
 ///
-/// In the root cgroup only the processes of the socket's user are looked at, since all others are no neighbours. This proves
-/// no exclusive ownership: a descriptor may wait in a queue or an io_uring (attack 7).
-pub(crate) fn holders(
+/// Several may (a forked worker pool does): they have to agree in everything that a rule or SPIRE can see, and the oldest is
+/// named. In the root cgroup only the processes of the socket's user are looked at, since all others are no neighbours.
+/// This proves no exclusive ownership: a descriptor may wait in a queue or an io_uring (attack 7).
+pub(crate) fn holder(
     host: &Arc<Host>,
     cgroups: &CgroupTree,
     socket: &Socket,
     cgroup: &CgroupPath,
-    budget: Budget,
-) -> Result<Vec<Holder>, Refusal> {
+    (looks, budget): (Looks, Budget),
+) -> Result<Holder, Refusal> {
     let mut spent = Spent::begin(budget);
-    let mut found = Vec::new();
+    let mut found: Option<Holder> = None;
     for pid in cgroups.processes(cgroup, budget.list)? {
         // 0 is a process outside the daemon's pid namespace.
         if pid == 0 {
@@ -70,46 +71,10 @@ pub(crate) fn holders(
         if cgroup.is_root() && !stat(&directory).is_ok_and(|process| process.st_uid == socket.uid) {
             continue;
         }
-        let Some(next) = holding(host, pid, &directory, socket, &mut spent)? else { continue };
-        match is_makers(&next.process, socket, cgroup) {
-            Ok(()) => found.push(next),
-            Err(refusal) if next.process.holds(next.descriptor, socket.inode) => return Err(refusal),
-            // It has let go of the socket since it was found there.
-            Err(_) => {}
+        let Some(next) = holding(host, pid, &directory, (socket, looks), &mut spent)? else { continue };
+        if next.process.credentials().uids != [socket.uid; 4] || next.process.cgroup() != Some(cgroup) {
+            return Err(Refusal::Ambiguous);
         }
-    }
-    if found.is_empty() { Err(Refusal::NoHolder) } else { Ok(found) }
-}
-
-/// Whether a process that holds the socket is one of the user and the cgroup that made it.
-fn is_makers(process: &HeldProcess, socket: &Socket, cgroup: &CgroupPath) -> Result<(), Refusal> {
-    let Credentials { uids, gids, .. } = process.credentials();
-    if *uids != [socket.uid; 4] || process.cgroup() != Some(cgroup) {
-        return Err(Refusal::Ambiguous);
-    }
-    if *gids == [gids[0]; 4] { Ok(()) } else { Err(Refusal::Changed) }
-}
-
-/// Of those that hold the socket the oldest, with what `looks` names, if they agree.
-///
-/// Several may hold it (a forked worker pool does): they have to agree in everything that a rule or SPIRE can see.
-pub(crate) async fn agree(
-    holders: Vec<Holder>,
-    socket: &Socket,
-    (owner, looks): (&Owner, Looks),
-) -> Result<Holder, Refusal> {
-    let mut found: Option<Holder> = None;
-    for Holder { process, descriptor } in holders {
-        let process = match process.with_facts(owner, looks).await {
-            Ok(process) => process,
-            Err(Refusal::Gone) => continue,
-            Err(refusal) => return Err(refusal),
-        };
-        // Once more after the look at the process: it may have let go of the socket meanwhile.
-        if !process.holds(descriptor, socket.inode) {
-            continue;
-        }
-        let next = Holder { process, descriptor };
         found = Some(match found {
             Some(first) if !first.process.agrees_with(&next.process) => return Err(Refusal::Ambiguous),
             Some(first) if first.process.start_time()? <= next.process.start_time()? => first,
@@ -124,7 +89,7 @@ fn holding(
     host: &Arc<Host>,
     pid: u32,
     directory: &Path,
-    socket: &Socket,
+    (socket, looks): (&Socket, Looks),
     spent: &mut Spent,
 ) -> Result<Option<Holder>, Refusal> {
     let known = host.processes.of(pid);
@@ -145,11 +110,19 @@ fn holding(
         }
     };
     known.held(descriptor, socket.inode);
-    match HeldProcess::look(host, known) {
-        Ok(process) => Ok(Some(Holder { process, descriptor })),
-        Err(Refusal::Gone) => Ok(None),
-        Err(refusal) => Err(refusal),
+    let process = match HeldProcess::look(host, known).and_then(|process| process.with(looks)) {
+        Ok(process) => process,
+        Err(Refusal::Gone) => return Ok(None),
+        Err(refusal) => return Err(refusal),
+    };
+    if !process.holds(descriptor, socket.inode) {
+        return Ok(None);
     }
+    let gids = process.credentials().gids;
+    if gids != [gids[0]; 4] {
+        return Err(Refusal::Changed);
+    }
+    Ok(Some(Holder { process, descriptor }))
 }
 
 fn opened(host: &Host, pid: u32) -> Result<Arc<Known>, Refusal> {

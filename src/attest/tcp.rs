@@ -1,9 +1,12 @@
 //! The peer on loopback TCP: the process that made the socket, by the socket itself and, where needed, by its holder.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::time::timeout;
 
 use crate::attest::Unattested;
 use crate::attest::cgroups::{CgroupTree, Part, WalkKey};
@@ -15,6 +18,9 @@ use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Owner, Proce
 use crate::cgroup::CgroupPath;
 use crate::clock::HOLD;
 use crate::limits::FairSemaphore;
+
+/// A long search takes 20 ms of a processor; one that lasts longer than this counts no more among all.
+const SEARCH_SHARE: Duration = Duration::from_millis(500);
 
 /// Attests peers of TCP listeners in one network namespace. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -47,7 +53,7 @@ pub(crate) struct SocketProof {
 struct HolderProof {
     socket: SocketProof,
     owner: Owner,
-    holder: Holder,
+    holder: Arc<Holder>,
 }
 
 impl TcpAttestor {
@@ -152,12 +158,12 @@ impl SocketProof {
         if now == self.socket { Ok(()) } else { Err(Refusal::Changed) }
     }
 
-    /// The processes that hold the socket: at once where that is soon done. Else off the threads that serve connections, one
-    /// search at a time for this workload, and few in all, since whoever has many users' ids is many workloads: a search is a
-    /// loop as long as the caller makes it.
-    async fn holders(&self, owner: &Owner) -> Result<Vec<Holder>, Refusal> {
+    /// The process that holds the socket: at once where that is soon done. Else in a search of its own, one at a time for this
+    /// workload, and few in all, since whoever has many users' ids is many workloads: a search is a loop as long as the caller
+    /// makes it.
+    async fn holder(&self, owner: &Owner, looks: Looks) -> Result<Holder, Refusal> {
         let parts = &self.attestor.0;
-        match search::holders(&parts.host, &parts.cgroups, &self.socket, &self.cgroup, Budget::SHORT) {
+        match parts.host.lookups.run(owner, self.search(looks, Budget::SHORT)).await {
             Err(Refusal::TooManyDescriptors) => {}
             done => return done,
         }
@@ -165,14 +171,21 @@ impl SocketProof {
         let permit = parts.searches.acquire_within(HOLD, owner).await.ok_or(Refusal::Busy)?;
         // Many have hung up meanwhile. A search for each of them would keep those waiting who have come again.
         self.is_unchanged().map_err(|_| Refusal::Gone)?;
+        let mut searching = pin!(parts.host.lookups.run_apart(owner, self.search(looks, Budget::LONG)));
+        if let Ok(done) = timeout(SEARCH_SHARE, &mut searching).await {
+            return done;
+        }
+        // It waits for something, and takes no processor's time from others.
+        permit.detach();
+        searching.await
+    }
+
+    fn search(&self, looks: Looks, budget: Budget) -> impl FnOnce() -> Result<Holder, Refusal> + Send + 'static {
         let Self { attestor, socket, cgroup, .. } = self.clone();
-        let search = move || {
-            // Whatever becomes of the connection.
-            let _permit = permit;
+        move || {
             let parts = &attestor.0;
-            search::holders(&parts.host, &parts.cgroups, &socket, &cgroup, Budget::LONG)
-        };
-        tokio::task::spawn_blocking(search).await.unwrap_or(Err(Refusal::Kernel))
+            search::holder(&parts.host, &parts.cgroups, &socket, &cgroup, (looks, budget))
+        }
     }
 }
 
@@ -186,12 +199,11 @@ impl Evidence for SocketProof {
         if self.cgroup.is_service_managers() {
             return Err(Refusal::ManagerSocket);
         }
-        let holders = self.holders(owner).await?;
-        let holder = search::agree(holders, &self.socket, (owner, looks)).await?;
+        let holder = self.holder(owner, looks).await?;
         // That the socket is still what it was before the search is seen when the caller is looked at again, before anything
         // is released.
         let process = holder.process.describe();
-        Ok((process, Box::new(HolderProof { socket: self.clone(), owner: owner.clone(), holder })))
+        Ok((process, Box::new(HolderProof { socket: self.clone(), owner: owner.clone(), holder: Arc::new(holder) })))
     }
 
     fn pod(&self) -> Result<Ages, Refusal> {
@@ -203,9 +215,12 @@ impl Evidence for SocketProof {
 impl Evidence for HolderProof {
     async fn still_same(&self) -> Result<(), Refusal> {
         self.socket.is_unchanged()?;
-        let Holder { process, descriptor } = &self.holder;
-        process.verify(&self.owner).await?;
-        if process.holds(*descriptor, self.socket.socket.inode) { Ok(()) } else { Err(Refusal::Gone) }
+        let (holder, inode) = (self.holder.clone(), self.socket.socket.inode);
+        let look = move || {
+            holder.process.still_same()?;
+            if holder.process.holds(holder.descriptor, inode) { Ok(()) } else { Err(Refusal::Gone) }
+        };
+        self.socket.attestor.0.host.lookups.run(&self.owner, look).await
     }
 
     async fn process(&self) -> Result<Named, Refusal> {

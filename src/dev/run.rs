@@ -4,10 +4,12 @@ use std::error::Error;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
+use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Dev, command};
-use crate::app::{App, AppError};
+use crate::app::{App, AppError, Startup};
+use crate::attest;
 use crate::config::{Accounts, Config};
 use crate::environment::{self, Environment};
 use crate::listen::{Inherited, ListenError};
@@ -21,18 +23,23 @@ const PORT: u16 = 974;
 /// The process gives up no privileges, as `serve` does: a command run by root could otherwise not become another user.
 #[expect(clippy::print_stderr, reason = "this is a person's terminal")]
 pub fn run(command: &[OsString]) -> ExitCode {
-    let ran = tokio::runtime::Runtime::new().map_err(Into::into).and_then(|runtime| runtime.block_on(play(command)));
-    ran.unwrap_or_else(|error| {
+    let ran = || {
+        let (runtime, looking) = (Runtime::new()?, attest::looking_threads()?);
+        let status = runtime.block_on(play(command, looking.handle()));
+        looking.shutdown_background();
+        status
+    };
+    ran().unwrap_or_else(|error: Box<dyn Error>| {
         eprintln!("awsvid dev: {error}");
         ExitCode::FAILURE
     })
 }
 
-async fn play(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
+async fn play(command: &[OsString], looking: &Handle) -> Result<ExitCode, Box<dyn Error>> {
     let dev = Dev::start().await?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
-    let app = start(&dev, !command.is_empty()).await?;
+    let app = start(&dev, !command.is_empty(), looking).await?;
     let address = *app.tcp.first().ok_or("the daemon has no TCP address")?;
     let environment = dev.environment(address, variable)?;
     let status = if command.is_empty() {
@@ -48,19 +55,25 @@ async fn play(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
 
 /// Starts the daemon on its usual port, or where that can't be had (without root, or when another process has it) on one
 /// that the kernel picks.
-async fn start(dev: &Dev, quiet: bool) -> Result<App, Box<dyn Error>> {
-    match start_on(dev, PORT, quiet).await? {
-        Err(AppError::Listen(ListenError::Tcp { .. })) => Ok(start_on(dev, 0, quiet).await??),
+async fn start(dev: &Dev, quiet: bool, looking: &Handle) -> Result<App, Box<dyn Error>> {
+    match start_on(dev, PORT, quiet, looking).await? {
+        Err(AppError::Listen(ListenError::Tcp { .. })) => Ok(start_on(dev, 0, quiet, looking).await??),
         started => Ok(started?),
     }
 }
 
-async fn start_on(dev: &Dev, port: u16, quiet: bool) -> Result<Result<App, AppError>, Box<dyn Error>> {
+async fn start_on(
+    dev: &Dev,
+    port: u16,
+    quiet: bool,
+    looking: &Handle,
+) -> Result<Result<App, AppError>, Box<dyn Error>> {
     let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable, Accounts::system());
     // With `dev`'s own text this can only be about the variables of the environment.
     let loaded = loaded.map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     telemetry::init(&loaded.config.log.level, loaded.config.log.format)?;
-    Ok(App::start(loaded.config, Inherited::default(), None).await)
+    let startup = Startup { inherited: Inherited::default(), exec_monitor: None, looking: looking.clone() };
+    Ok(App::start(loaded.config, startup).await)
 }
 
 fn variable(name: &str) -> Option<String> {

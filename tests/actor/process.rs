@@ -135,6 +135,18 @@ pub(crate) fn reuse(pid: Pid, uid: u32, act: impl FnOnce()) -> Option<Pid> {
     }
 }
 
+/// A process that shares this one's memory, and does `act`: system calls alone, since what else it did would be done to this
+/// process, too.
+pub(crate) fn share_memory(act: extern "C" fn(*mut libc::c_void) -> libc::c_int, argument: *mut libc::c_void) -> Pid {
+    // Never freed: it is in use as long as the process lives.
+    let stack = Box::leak(vec![0_u128; 4096].into_boxed_slice());
+    let flags = libc::CLONE_VM | libc::SIGCHLD;
+    // SAFETY: the stack is that of the new process alone, which makes nothing but system calls.
+    let pid = unsafe { libc::clone(act, stack.as_mut_ptr_range().end.cast(), flags, argument) };
+    assert!(pid > 0, "{}", std::io::Error::last_os_error());
+    Pid::from_raw(pid)
+}
+
 /// Does nothing until it is killed.
 pub(crate) fn stay() -> ! {
     loop {

@@ -4,6 +4,7 @@
 mod agents;
 mod attacks;
 mod attested;
+mod blocked;
 mod check;
 mod clients;
 mod config;

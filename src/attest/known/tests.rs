@@ -1,6 +1,5 @@
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use super::*;
@@ -129,18 +128,12 @@ fn a_look_that_is_one_too_many_ends_the_search() {
 }
 
 #[test]
-fn executable_is_kept_for_one_execution() {
+fn a_path_is_read_once_for_each_file() {
     let known = own();
-    let exe = |inode| {
-        let path = PathBuf::from("/a").into();
-        Some(Executable { device: 1, inode, changed: (0, 0), path })
-    };
-    assert_eq!(known.executable(7), None);
-    known.keep_executable(SeenExecutable { executions: 7, exe: exe(1) });
-    assert_eq!(known.executable(7), Some(exe(1)));
-    assert_eq!(known.executable(8), None);
-    known.keep_executable(SeenExecutable { executions: 8, exe: None });
-    assert_eq!((known.executable(7), known.executable(8)), (None, Some(None)));
+    let path = |file, path: &str| known.path_of(file, || PathBuf::from(path));
+    assert_eq!(&*path((1, 2), "/a"), Path::new("/a"));
+    assert_eq!(&*path((1, 2), "/b"), Path::new("/a"));
+    assert_eq!(&*path((1, 3), "/b"), Path::new("/b"));
 }
 
 #[test]

@@ -56,16 +56,16 @@ fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
     let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
     let host = host();
     let held = HeldProcess::look(&host, host.process(child.id(), pidfd).unwrap()).unwrap();
-    assert_eq!(held.still_same(MayWait::No), Ok(()));
+    assert_eq!(held.still_same(), Ok(()));
     assert_eq!(held.describe().pid, child.id());
     child.kill().unwrap();
     // Dead, and not reaped before `wait` below: /proc/<pid> is still there.
     let mut fds = [PollFd::new(held.known.pidfd().as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1);
     assert!(Path::new("/proc").join(child.id().to_string()).join("stat").exists());
-    assert_eq!(held.still_same(MayWait::No), Err(Refusal::Gone));
+    assert_eq!(held.still_same(), Err(Refusal::Gone));
     child.wait().unwrap();
-    assert_eq!(held.still_same(MayWait::No), Err(Refusal::Gone));
+    assert_eq!(held.still_same(), Err(Refusal::Gone));
 }
 
 #[test]

@@ -11,18 +11,6 @@ use crate::cgroup::PodRoots;
 
 /// Everything that may be looked at.
 const ALL: Looks = Looks { groups: true, program: true, started: false };
-
-/// The holder that all agree on.
-async fn holder(
-    host: &Arc<Host>,
-    tree: &CgroupTree,
-    socket: &Socket,
-    cgroup: &CgroupPath,
-    budget: Budget,
-) -> Result<Holder, Refusal> {
-    agree(holders(host, tree, socket, cgroup, budget)?, socket, (&Owner::user(0), ALL)).await
-}
-
 const PLENTY: Budget = Budget { list: 64 * 1024, descriptors: 65_536, time: Duration::from_secs(60) };
 
 /// A connection of this process, and what the kernel says of its client's socket.
@@ -55,35 +43,35 @@ fn unit() -> CgroupPath {
     CgroupPath::parse("/unit").unwrap()
 }
 
-#[tokio::test]
-async fn the_holder_is_found_with_its_descriptor() {
+#[test]
+fn the_holder_is_found_with_its_descriptor() {
     let (_listener, client, socket) = connection();
     let (host, tree) = machine();
     let cgroup = tree.path_of_now(socket.cgroup_id.unwrap()).unwrap();
-    let found = holder(&host, &tree, &socket, &cgroup, PLENTY).await.unwrap();
+    let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
     assert_eq!(found.process.describe().pid, std::process::id());
     assert_eq!(found.descriptor, client.as_raw_fd().cast_unsigned());
 }
 
 /// As when it is moved between the list and the look at it.
-#[tokio::test]
-async fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
+#[test]
+fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, elsewhere) = listing(&format!("{}\n", std::process::id()));
-    assert_eq!(holder(&host, &elsewhere, &socket, &unit(), PLENTY).await.unwrap_err(), Refusal::Ambiguous);
+    assert_eq!(holder(&host, &elsewhere, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::Ambiguous);
 }
 
-#[tokio::test]
-async fn a_process_of_a_pid_namespace_that_is_not_seen_ends_the_search() {
+#[test]
+fn a_process_of_a_pid_namespace_that_is_not_seen_ends_the_search() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("0\n{}\n", std::process::id()));
-    assert_eq!(holder(&host, &tree, &socket, &unit(), PLENTY).await.unwrap_err(), Refusal::InvisibleProcess);
+    assert_eq!(holder(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::InvisibleProcess);
 }
 
-#[tokio::test]
-async fn a_search_over_its_budget_finds_nobody() {
+#[test]
+fn a_search_over_its_budget_finds_nobody() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
@@ -95,23 +83,23 @@ async fn a_search_over_its_budget_finds_nobody() {
         Budget { descriptors: 3, ..PLENTY },
         Budget { time: Duration::ZERO, ..PLENTY },
     ] {
-        let found = holder(&host, &tree, &socket, &unit(), budget).await;
+        let found = holder(&host, &tree, &socket, &unit(), (ALL, budget));
         assert_eq!(found.unwrap_err(), Refusal::TooManyDescriptors, "{budget:?}");
     }
 }
 
-#[tokio::test]
-async fn a_process_that_does_not_hold_the_socket_is_passed_over() {
+#[test]
+fn a_process_that_does_not_hold_the_socket_is_passed_over() {
     let (_listener, client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
     drop(client);
-    assert_eq!(holder(&host, &tree, &socket, &unit(), PLENTY).await.unwrap_err(), Refusal::NoHolder);
+    assert_eq!(holder(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::NoHolder);
 }
 
 /// As when another process had this number when it was looked at last.
-#[tokio::test]
-async fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
+#[test]
+fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
     let (_listener, _client, socket) = connection();
     let (host, tree) = machine();
     let mut gone = std::process::Command::new("true").spawn().unwrap();
@@ -121,7 +109,7 @@ async fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
     // Where the other one had its connections, too.
     (0..8).for_each(|number| known.held(number, socket.inode));
     let cgroup = tree.path_of_now(socket.cgroup_id.unwrap()).unwrap();
-    let found = holder(&host, &tree, &socket, &cgroup, PLENTY).await.unwrap();
-    assert_eq!(found.process.verify(&Owner::user(0)).await, Ok(()));
+    let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
+    assert_eq!(found.process.still_same(), Ok(()));
     assert!(!Arc::ptr_eq(&known, &host.processes.of(std::process::id()).unwrap()));
 }

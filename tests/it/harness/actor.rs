@@ -132,6 +132,15 @@ impl Acting {
         Self::of(in_cgroup(cgroup, &actor))
     }
 
+    /// So many processes of Alice's in each of these cgroups that ask the process `daemon`, and keep those waiting who look at
+    /// them.
+    pub(crate) fn block(count: usize, listener: &str, address: &str, daemon: Pid, cgroups: &[&Path]) -> Self {
+        let mut command = Command::new(program());
+        command.env_clear().env("PATH", "/usr/bin:/bin").env("DAEMON", daemon.to_string());
+        command.args(["blocked", &count.to_string(), listener, address]).args(cgroups);
+        Self::of(command)
+    }
+
     /// One of root's that asks over and over, behind these words.
     pub(crate) fn start_behind(words: &[&str], listener: &str, address: &str) -> Self {
         let mut command = behind(words, &program());
