@@ -47,11 +47,11 @@ pub(crate) fn settings() -> Settings {
 }
 
 fn sts(settings: Settings) -> Sts {
-    Sts::new(settings, Clock::starting_at(now())).unwrap()
+    Sts::new(settings, Clock::starting_at(now()))
 }
 
 fn network(variables: &[(&str, String)]) -> Network {
-    Network::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| v.clone())).unwrap()
+    Network::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| v.clone()))
 }
 
 const NAMESPACE: &str = r#" xmlns="https://sts.amazonaws.com/doc/2011-06-15/""#;
@@ -146,10 +146,14 @@ async fn answers_of_several_makes_are_read() {
         Reply::Body(200, "application/xml", minio),
         Reply::Body(200, "text/plain", bare),
         with("2026-01-01T01:00:00.000Z"),
+        with("2026-01-01T01:00:00.000000000Z"),
         with("2026-01-01T02:00:00+01:00"),
+        with("2025-12-31T20:30:00.000-04:30"),
+        with("2026-01-01T01:00:00+00:00"),
+        with("2026-01-01t01:00:00z"),
     ];
-    for reply in replies {
-        let credentials = assume_of(reply).await.0.unwrap();
+    for (row, reply) in replies.into_iter().enumerate() {
+        let credentials = assume_of(reply).await.0.unwrap_or_else(|error| panic!("row {row}: {error}"));
         assert_eq!(credentials.access_key_id, "ASIAEXAMPLE");
         assert_eq!(credentials.secret_access_key.as_str(), "secret+/key");
         assert_eq!(credentials.session_token.as_str(), "session//token==");
@@ -187,7 +191,10 @@ async fn an_answer_that_cannot_be_used_is_an_error() {
     for (row, reply) in replies.into_iter().enumerate() {
         let error = assume_of(reply).await.0.expect_err(&format!("row {row}"));
         assert_eq!((error.again, error.reason), (Again::Later, "sts_bad_answer"), "row {row}: {error}");
-        assert!(!error.message.contains("secret+/key") && !error.message.contains("log in"), "row {row}: {error}");
+        assert!(
+            !error.to_string().contains("secret+/key") && !error.to_string().contains("log in"),
+            "row {row}: {error}"
+        );
     }
 }
 
@@ -224,7 +231,7 @@ async fn refusals_on_the_wire_have_their_meaning() {
         let (result, server) = assume_of(refusal(status, code, message)).await;
         let error = result.unwrap_err();
         assert_eq!((error.again, error.reason, error.code.as_str()), (again, reason, code), "{error}");
-        assert!(error.message.contains(message) && error.message.contains(ARN), "{error}");
+        assert!(error.to_string().contains(message) && error.to_string().contains(ARN), "{error}");
         assert_eq!(server.received().len(), 1, "{code}: the SDK must not try again by itself");
     }
 }
@@ -233,22 +240,56 @@ async fn refusals_on_the_wire_have_their_meaning() {
 async fn answers_from_something_else_are_judged_by_their_status() {
     use Again::{Later, Never};
     let html = || "<html><head><title>503</title></head><body><p>Secret page<br></body></html>".to_owned();
-    let s3 =
-        "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>".to_owned();
     let table = [
         (503, html(), Later, "sts_unavailable"),
         (502, String::new(), Later, "sts_unavailable"),
         (504, "upstream request timeout".to_owned(), Later, "sts_unavailable"),
         (429, html(), Later, "sts_throttled"),
         (403, html(), Never, "sts_refused"),
-        (403, s3, Never, "sts_refused"),
+        (403, String::new(), Never, "sts_refused"),
         (404, "404 page not found".to_owned(), Never, "sts_refused"),
+        (405, html(), Never, "sts_misconfigured"),
         (400, "<ErrorResponse><Error><Code></Code></Error></ErrorResponse>".to_owned(), Never, "sts_refused"),
+        (403, r#"{"message":"Secret page"}"#.to_owned(), Never, "sts_refused"),
     ];
     for (status, body, again, reason) in table {
         let error = assume_of(Reply::Body(status, "text/html", body)).await.0.unwrap_err();
         assert_eq!((error.again, error.reason, error.code.as_str()), (again, reason, ""), "{error}");
-        assert!(error.message.contains(&format!("HTTP {status}")) && !error.message.contains("Secret page"), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(&format!("HTTP {status}")) && !text.contains("Secret page"), "{error}");
+    }
+}
+
+/// The same code means the same, in every shape and with every status.
+#[tokio::test]
+async fn code_in_another_shape_has_its_meaning() {
+    let table: [(u16, &str, &str); 8] = [
+        (
+            403,
+            "application/xml",
+            "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>{}</Message></Error>",
+        ),
+        (403, "text/plain", "<Error><Code>AccessDenied</Code><Message>{}</Message><RequestId>r</RequestId></Error>"),
+        (
+            400,
+            "text/xml",
+            "<ErrorResponse><Error><Code>AccessDenied</Code><Message>{}</Message></Error></ErrorResponse>",
+        ),
+        (403, "application/json", r#"{"Error":{"Code":"AccessDenied","Message":"{}"}}"#),
+        (403, "application/x-amz-json-1.1", r#"{"__type":"AccessDeniedException","message":"{}"}"#),
+        (403, "application/json", r#"{"code":"AccessDenied","message":"{}"}"#),
+        // Some say no with a success.
+        (200, "application/xml", "<Error><Code>AccessDenied</Code><Message>{}</Message></Error>"),
+        (200, "application/json", r#"{"Error":{"Code":"AccessDenied","Message":"{}"}}"#),
+    ];
+    for (status, kind, body) in table {
+        for message in ["", "Not authorized"] {
+            let (result, _server) = assume_of(Reply::Body(status, kind, body.replace("{}", message))).await;
+            let error = result.unwrap_err();
+            assert_eq!((error.again, error.reason), (Again::Never, "sts_access_denied"), "{body}: {error}");
+            assert!(error.what.contains(message) && error.what.contains("AccessDenied"), "{body}: {error}");
+            assert!(error.fix.as_ref().is_some_and(|fix| fix.contains("the trust policy of")), "{body}: {error}");
+        }
     }
 }
 
@@ -268,7 +309,7 @@ async fn no_whole_answer_is_an_outage() {
         let sts = sts(Settings { timeout: Duration::from_millis(200), ..settings() });
         let error = sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1)).await.unwrap_err();
         assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
-        assert!(error.message.contains("within 200ms"), "{error}");
+        assert!(error.to_string().contains("within 200ms"), "{error}");
     }
     let endless = Reply::Body(200, "text/xml", "x".repeat(1024 * 1024));
     for reply in [Reply::Breaks, endless] {
@@ -281,7 +322,7 @@ async fn no_whole_answer_is_an_outage() {
     let target = endpoint(format!("http://{}", taken.local_addr().unwrap()));
     let error = sts(settings()).assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
     assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
-    assert!(error.message.contains("Connection refused"), "{error}");
+    assert!(error.to_string().contains("Connection refused"), "{error}");
 }
 
 #[tokio::test]
@@ -297,7 +338,7 @@ async fn what_cannot_be_sent_is_a_misconfiguration() {
     for target in targets {
         let error = sts(settings()).assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
         assert_eq!((error.again, error.reason), (Again::Never, "sts_misconfigured"), "{target:?}: {error}");
-        assert!(!error.message.contains("Request"), "{error}");
+        assert!(!error.to_string().contains("Request"), "{error}");
     }
 }
 
@@ -423,16 +464,60 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
     for ca_file in [None, Some(other)] {
         let error = sts(Settings { ca_file, ..settings() }).assume(&grant(&target), &token).await.unwrap_err();
         assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
-        assert!(error.message.contains("certificate"), "{error}");
+        assert!(error.to_string().contains("certificate"), "{error}");
     }
     // For another name than the certificate's.
     let named = endpoint(format!("https://localhost:{}", server.address.port()));
     let error = trusting.assume(&grant(&named), &token).await.unwrap_err();
-    assert!(error.message.contains("certificate"), "{error}");
+    assert!(error.to_string().contains("certificate"), "{error}");
     assert_eq!(server.received().len(), 1, "no token went to a server that is not trusted");
 
-    let missing = Settings { ca_file: Some(dir.path().join("absent.pem")), ..settings() };
-    assert!(Sts::new(missing, Clock::system()).is_err());
+    // A file that is not there yet stops nothing but the calls that need it, which come right with it.
+    let late = dir.path().join("late.pem");
+    let waiting = sts(Settings { ca_file: Some(late.clone()), ..settings() });
+    waiting.prepare(&[&target]).await.unwrap();
+    let error = waiting.assume(&grant(&target), &token).await.unwrap_err();
+    assert_eq!((error.again, error.reason), (Again::Later, "sts_no_ca"), "{error}");
+    assert!(error.what.contains(&target.endpoint.clone().unwrap()) && error.what.contains("late.pem"), "{error}");
+    std::fs::rename(&file, &late).unwrap();
+    while let Err(error) = waiting.assume(&grant(&target), &token).await {
+        assert_eq!(error.reason, "sts_no_ca", "{error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // One that is there and has no certificate is a mistake; only who needs it finds it.
+    std::fs::write(&late, "").unwrap();
+    let wrong = sts(Settings { ca_file: Some(late), ..settings() });
+    wrong.prepare(&[&plain(&server)]).await.unwrap();
+    assert!(wrong.prepare(&[&target]).await.unwrap_err().0.contains("no certificate in it"));
+}
+
+#[tokio::test]
+async fn variable_that_a_target_uses_is_looked_at_first() {
+    let aws = StsTarget { region: "eu-central-1".to_owned(), endpoint: None };
+    let near = endpoint("http://127.0.0.1:9".to_owned());
+    let with = |variables: &[(&str, String)]| sts(Settings { network: network(variables), ..settings() });
+    for (name, value) in [("ALL_PROXY", "socks://x:1"), ("AWS_USE_FIPS_ENDPOINT", "maybe")] {
+        let sts = with(&[(name, value.to_owned())]);
+        sts.prepare(&[&near]).await.unwrap();
+        let error = sts.prepare(&[&near, &aws]).await.unwrap_err().0;
+        assert!(error.contains(name), "{error}");
+        let error = sts.assume(&grant(&aws), &svid_for(&billing(), 300, 1)).await.unwrap_err();
+        assert_eq!((error.again, error.reason), (Again::Never, "sts_misconfigured"), "{error}");
+        assert!(error.what.contains(name), "{error}");
+    }
+}
+
+/// Its name may resolve later; the error says whose it is.
+#[tokio::test]
+async fn proxy_that_does_not_resolve_is_an_outage() {
+    let sts =
+        sts(Settings { network: network(&[("HTTPS_PROXY", "http://proxy.invalid:3128".to_owned())]), ..settings() });
+    let aws = StsTarget { region: "eu-central-1".to_owned(), endpoint: None };
+    sts.prepare(&[&aws]).await.unwrap();
+    let error = sts.assume(&grant(&aws), &svid_for(&billing(), 300, 1)).await.unwrap_err();
+    assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+    let words = "STS at https://sts.eu-central-1.amazonaws.com did not answer through the proxy proxy.invalid:3128 (HTTPS_PROXY)";
+    assert!(error.what.contains(words), "{error}");
 }
 
 #[tokio::test]
@@ -461,8 +546,8 @@ async fn aws_is_reached_through_the_proxy_and_not_trusted_by_a_private_ca() {
         let sts = sts(Settings { ca_file: Some(file.clone()), network: network(&variables), ..settings() });
         let target = StsTarget { region: region.to_owned(), endpoint: None };
         let error = sts.assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-        assert!(error.message.contains("certificate"), "{error}");
-        assert!(!error.message.contains("pass"), "{error}");
+        assert!(error.to_string().contains("certificate"), "{error}");
+        assert!(!error.to_string().contains("pass"), "{error}");
         let heads = proxy.heads();
         assert_eq!(heads.len(), number + 1);
         assert!(heads[number].starts_with(&format!("CONNECT {host}:443 ")), "{heads:?}");
