@@ -175,7 +175,7 @@ impl SpiffeIdPattern {
         self.segments.iter().all(|part| matches!(part, Part::Exact(_))).then(|| SpiffeId(Arc::from(self.text.as_str())))
     }
 
-    /// Whether every ID that `other` covers is covered by this pattern.
+    /// Returns whether this pattern covers every ID that `other` covers.
     pub fn covers(&self, other: &Self) -> bool {
         let (mut own, mut others) = (self.segments.iter(), other.segments.iter());
         loop {
@@ -188,13 +188,13 @@ impl SpiffeIdPattern {
         }
     }
 
-    /// Whether the pattern covers every workload of its trust domain with so many segments: it names none of them.
+    /// Returns whether the pattern has no fixed segment, as in `spiffe://example.org/**`.
     pub fn is_all_wildcards(&self) -> bool {
         !self.segments.iter().any(|part| matches!(part, Part::Exact(_)))
     }
 
-    /// Whether a `*` is left open although a later segment decides, as in `ns/*/sa/billing`: anyone who can create the
-    /// wildcard's part can then claim the later one (attack 13). A segment decides if it is a fixed last one, or a wildcard
+    /// Returns whether a `*` is left open although a later segment decides, as in `ns/*/sa/billing`. A workload that can create the
+    /// wildcard's part could then claim the later one (attack 13). A segment decides if it is a fixed last one, or a wildcard
     /// that the role's name depends on; `used` has the indices of those. A `*` among them is not open.
     pub fn has_open_wildcard(&self, used: &[usize]) -> bool {
         let last = self.segments.len() - 1;

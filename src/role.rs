@@ -137,7 +137,7 @@ pub struct RequestedRoles {
 const REQUESTED_DURATION: Duration = Duration::from_secs(3600);
 
 impl Roles {
-    /// Every STS that a role is assumed at, once.
+    /// Returns every STS that a role is assumed at, once each.
     pub fn sts_targets(&self) -> Vec<&StsTarget> {
         let mut targets: Vec<&StsTarget> = Vec::new();
         let requested = self.requested.iter().map(|requested| &requested.sts);

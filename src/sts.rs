@@ -79,7 +79,7 @@ pub struct Sts {
 }
 
 impl Sts {
-    /// Reads and connects to nothing yet.
+    /// Does no I/O yet.
     pub fn new(settings: Settings, clock: Clock) -> Self {
         Self {
             connections: Connections::new(settings.network, settings.ca_file.as_deref(), settings.timeout),
@@ -90,11 +90,11 @@ impl Sts {
         }
     }
 
-    /// Looks for what calls to these targets need on this side: the variables that name a proxy or a kind of AWS endpoint, and the
-    /// CA certificates. What is not there yet is no error: it is in the log, and looked for again by itself.
+    /// Checks the environment variables that calls to these targets use, and loads their CA certificates. Fails for a variable that
+    /// cannot be used, and for a `ca_file` without certificates. Missing certificates are logged, and loaded when they are there.
     pub async fn prepare(&self, targets: &[&StsTarget]) -> Result<(), InvalidSetting> {
         for target in targets {
-            // A file system that does not answer is not waited for: the calls find out.
+            // A file system that hangs must not hold up the start.
             if let Ok(result) = timeout(self.timeout, self.connections.prepare(target)).await {
                 result?;
             }
@@ -102,7 +102,7 @@ impl Sts {
         Ok(())
     }
 
-    /// The URL that calls for `target` go to.
+    /// Returns the URL that calls for `target` go to.
     pub async fn url(&self, target: &StsTarget) -> Result<String, InvalidSetting> {
         self.connections.network.sts_url(target).await
     }
@@ -141,7 +141,7 @@ impl Sts {
         let url = self.url(target).await.map_err(|InvalidSetting(text)| Failure::Unsendable(text))?;
         let client = self.connections.client(target, &url).await?;
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        // Another call may have been quicker: one pool of connections is enough.
+        // Keep the client of a concurrent call, and with it one pool of connections.
         Ok(clients.entry(target.clone()).or_insert(client).clone())
     }
 

@@ -53,12 +53,12 @@ pub struct Options {
     /// the resources of one account at a time.
     #[arg(long, value_name = "NUMBER")]
     account: Option<String>,
-    /// The accounts have an OIDC provider for this issuer already, so none is made. Without this the AWS CLI's commands look for it
-    /// first; Terraform and CloudFormation can't, and fail where there is one.
+    /// Uses the OIDC provider that the accounts have for this issuer already. Without this option the AWS CLI's commands create one if
+    /// there is none; Terraform and CloudFormation create one, and fail if there is one.
     #[arg(long)]
     existing_provider: bool,
-    /// Writes the thumbprint of the issuer's certificate although this machine does not trust that: compare it with your own CA's
-    /// first, since AWS then trusts whoever has that certificate.
+    /// Writes the thumbprint of the issuer's certificate although this machine does not trust that certificate. Compare it with your
+    /// own CA's first: AWS will trust every server that has such a certificate.
     #[arg(long, conflicts_with = "existing_provider")]
     accept_untrusted_issuer: bool,
     /// A SPIFFE ID for roles whose ARN depends on it (`{path[N]}`). Those of workload rules are known.
@@ -183,8 +183,8 @@ async fn live_issuer(config: &Config) -> Result<String, String> {
     live.issuer().map(str::to_owned).ok_or_else(|| live::NO_ISSUER.to_owned())
 }
 
-/// AWS trusts what browsers trust, and needs a thumbprint where the keys are served with another chain. Of a chain that this machine
-/// does not trust nobody has proved whose it is, so its thumbprint is given only if that is `accepted` (attack 35).
+/// Returns the thumbprint that IAM needs, and a warning. AWS trusts public CAs, and needs a thumbprint for other chains. A chain that
+/// this machine does not trust may be an attacker's, so its thumbprint is returned only if that is `accepted` (attack 35).
 async fn thumbprint(issuer: &Issuer, accepted: bool) -> (Option<String>, Option<String>) {
     if !issuer.url().starts_with("https://") {
         return (None, None);
@@ -203,14 +203,14 @@ async fn thumbprint(issuer: &Issuer, accepted: bool) -> (Option<String>, Option<
         Ok(Some(Chain { distrust: Some(distrust), thumbprint })) => {
             let what = format!(
                 "issuer {url}: this machine does not trust the certificate that its keys are served with ({distrust}). AWS trusts \
-                 whoever has a certificate of this thumbprint: compare {thumbprint} with your own CA's (openssl x509 -noout -fingerprint \
+                 every server with a certificate of this thumbprint: compare {thumbprint} with your own CA's (openssl x509 -noout -fingerprint \
                  -sha1)"
             );
             match accepted {
                 true => (Some(thumbprint), Some(what)),
                 false => (
                     None,
-                    Some(format!("{what}, and run this again with --accept-untrusted-issuer; here it is left out")),
+                    Some(format!("{what}, and run this again with --accept-untrusted-issuer; it is left out here")),
                 ),
             }
         }

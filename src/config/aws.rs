@@ -7,13 +7,13 @@ use hyper::Uri;
 /// A partition of AWS, by the names of its regions and hosts, as the SDK's own table has them (a test compares the two).
 struct Partition {
     name: &'static str,
-    /// What its regions begin with, before `-<word>-<number>`; of `aws` two letters, each a continent.
+    /// The prefix of its regions, before `-<word>-<number>`; empty for `aws`, whose regions begin with two letters.
     regions: &'static str,
-    /// Its host names end so, and its dual-stack ones so.
+    /// The suffix of its host names, and of its dual-stack host names.
     suffixes: [&'static str; 2],
 }
 
-/// The one that has all regions which are of none of the others.
+/// The partition of all other regions.
 const COMMERCIAL: Partition = Partition { name: "aws", regions: "", suffixes: ["amazonaws.com", "api.aws"] };
 const PARTITIONS: [Partition; 7] = [
     Partition { name: "aws-cn", regions: "cn", suffixes: ["amazonaws.com.cn", "api.amazonwebservices.com.cn"] },
@@ -26,7 +26,7 @@ const PARTITIONS: [Partition; 7] = [
 ];
 
 impl Partition {
-    /// The partition of a region that AWS could have: those of `aws` are like `eu-central-1`, others like `us-gov-west-1`.
+    /// Returns the partition of a region; `None` if AWS has no regions of such a form.
     fn of_region(region: &str) -> Option<&'static Self> {
         let (rest, number) = region.rsplit_once('-')?;
         let (prefix, word) = rest.rsplit_once('-')?;
@@ -78,11 +78,11 @@ pub(crate) fn is_aws(endpoint: Option<&str>) -> bool {
     endpoint.is_none_or(|url| url.strip_prefix("https://").is_some_and(is_aws_sts_host))
 }
 
-/// Whether this is the name of AWS's STS, in any region or partition, FIPS or a VPC endpoint. **The** list: every other host is
-/// not AWS's.
+/// Returns whether this is the host name of AWS's STS, in any region or partition, FIPS or a VPC endpoint. Every other host is not
+/// AWS's.
 ///
-/// The suffix alone would not do, nor `sts.` in front of it: customers have names of their own below it, such as that of a bucket
-/// `sts` (`sts.s3.amazonaws.com`, `sts.s3-eu-west-1.amazonaws.com`).
+/// Neither the suffix nor `sts.` before it is enough: customers have names below AWS's suffixes, such as that of a bucket `sts`
+/// (`sts.s3.amazonaws.com`, `sts.s3-eu-west-1.amazonaws.com`; attack 38).
 pub(super) fn is_aws_sts_host(host: &str) -> bool {
     let is_sts = |label: &str| matches!(label, "sts" | "sts-fips");
     std::iter::once(&COMMERCIAL).chain(&PARTITIONS).any(|partition| {
@@ -114,7 +114,7 @@ pub(super) fn is_aws_region(region: &str) -> bool {
     parts.len() >= 3 && number
 }
 
-/// The partition that a region is in. A region that nobody knows yet is taken for one of `aws`, as the SDK does.
+/// Returns the partition of a region. An unknown region counts as one of `aws`, as in the SDK.
 pub(super) fn partition(region: &str) -> &'static str {
     Partition::of_region(region).unwrap_or(&COMMERCIAL).name
 }
@@ -194,7 +194,7 @@ mod tests {
             "vpce-0a1b-xyz.sts.us-east-1.vpce.amazonaws.com",
             "vpce-0a1b-xyz-us-east-1a.sts-fips.us-east-1.vpce.amazonaws.com",
             "vpce-0a1b.sts.cn-north-1.vpce.amazonaws.com.cn",
-            // Of regions and numbers that there are not yet.
+            // A region that may exist one day.
             "sts.nz-north-12.amazonaws.com",
         ];
         for host in aws {
@@ -213,7 +213,7 @@ mod tests {
             "sts.us-east-1.amazonaws.com:8443",
             "sts.us-east-1.amazonaws.com.",
             "sts.us-east-1.amazonaws.com/x",
-            // Attack 38: the names of buckets, load balancers and other things that a customer has.
+            // Attack 38: names of buckets, load balancers and other resources of customers.
             "sts.s3.amazonaws.com",
             "sts.s3-us-west-2.amazonaws.com",
             "sts.s3-fips.amazonaws.com",

@@ -61,17 +61,17 @@ pub(super) fn roles(report: &Report<'_>, roles: &[Defined], requested: Option<&R
             report.error(&later.name_at, what, "give each role its own name");
         } else if let Some(earlier) = roles[..i].iter().find(|earlier| hides(earlier, later)) {
             let what = format!(
-                "/v1/credentials gives its workloads {} instead, which is for all of them: this one is given by its name alone",
+                "/v1/credentials gives its workloads {} instead, which covers all of them; this one is given by its name alone",
                 the_one(&earlier.name_at)
             );
-            report.warn(&later.name_at, what, "move it up, if workloads don't name it");
+            report.warn(&later.name_at, what, "move it up, unless workloads request it by name");
         }
     }
     audiences(report, roles, requested);
 }
 
-/// Whether `later` is narrower than `earlier`, so that the first role of its workloads is another one. Of two roles for the same
-/// workloads one is meant to be named.
+/// Returns whether `later` is narrower than `earlier`, so that its workloads never get it by default. Two roles for the same IDs are
+/// intended: one of them is requested by its name.
 fn hides(earlier: &Defined, later: &Defined) -> bool {
     let (wide, narrow) = (&earlier.role.spiffe_id, &later.role.spiffe_id);
     wide.covers(narrow) && !narrow.covers(wide)
@@ -113,7 +113,7 @@ pub(super) fn names_of_dev(report: &Report<'_>, workloads: &[Workload], roles: &
         if defined.role.spiffe_id.trust_domain() == DEV_TRUST_DOMAIN {
             report.error(&defined.name_at, what(), FIX);
         }
-        // Other makers' STS do have an account of this number.
+        // An STS that is not AWS's may have an account of this number.
         let is_aws = aws::is_aws(defined.role.sts.endpoint.as_deref());
         if is_aws && defined.role.role_arn.as_str().split(':').nth(4) == Some(DEV_ACCOUNT) {
             let what = format!("no AWS account has the number {DEV_ACCOUNT}: it is that of `awsvid dev`");

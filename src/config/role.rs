@@ -99,11 +99,11 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<Defined> {
     })
 }
 
-/// Whose names of roles and policies a role has.
+/// The rules for the names of a role and its policies.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Names {
     Aws,
-    /// Another STS's, which alone knows what they look like; or it is not known whose.
+    /// None: the names are another STS's, or the endpoint has an error.
     Opaque,
 }
 

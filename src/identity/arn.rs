@@ -1,4 +1,4 @@
-//! Names of roles: at AWS an ARN, elsewhere whatever that STS calls it.
+//! Names of roles: ARNs at AWS, any text at another STS.
 
 use std::fmt;
 use std::sync::Arc;
@@ -44,8 +44,8 @@ impl RoleArn {
         Ok(Self(Arc::from(text)))
     }
 
-    /// Takes the name of a role at an STS that is not AWS's as it stands: only that STS knows what its names look like.
-    /// It has 1 to 2048 printable ASCII characters and no space, so that logs and audit records show it as it is.
+    /// Takes the name of a role at an STS that is not AWS's as it stands. It has 1 to 2048 printable ASCII characters and no space,
+    /// so that logs and audit records show it unchanged.
     pub fn opaque(text: &str) -> Result<Self, InvalidName> {
         if text.is_empty() || text.len() > *LENGTH.end() {
             return invalid(format!(
@@ -135,8 +135,8 @@ impl Names {
 impl ArnTemplate {
     /// Parses a template for roles at AWS; one without `{path[N]}` has to be a role's ARN as it stands.
     ///
-    /// No two SPIFFE IDs that differ in these segments give one ARN: between two placeholders there has to be a character that
-    /// no segment can have (attack 36).
+    /// SPIFFE IDs that differ in these segments never give the same ARN: two placeholders need a character between them that no
+    /// segment can have (attack 36).
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         let template = Self::read(text, Names::Aws)?;
         match &template.shape {
@@ -147,7 +147,7 @@ impl ArnTemplate {
         }
     }
 
-    /// The same for roles at an STS that is not AWS's, whose names are taken as they stand.
+    /// Parses a template for roles at an STS that is not AWS's, whose names are taken as they stand.
     pub fn opaque(text: &str) -> Result<Self, InvalidName> {
         Self::read(text, Names::Opaque)
     }
@@ -155,7 +155,7 @@ impl ArnTemplate {
     fn read(text: &str, names: Names) -> Result<Self, InvalidName> {
         let pieces = pieces(text)?;
         check_separators(&pieces)?;
-        // Whatever a segment holds, the shape must be right.
+        // The shape must be right for every segment.
         let arn = names.parse(&fill(&pieces, |_| Some("x")).unwrap_or_default())?;
         let shape = if pieces.len() == 1 { Shape::Fixed(arn) } else { Shape::Pieces(pieces, names) };
         Ok(Self { text: text.to_owned(), shape })
@@ -174,7 +174,7 @@ impl ArnTemplate {
         }
     }
 
-    /// The segments that are referred to, by their index from 0, in the order in which they stand in the name.
+    /// Returns the segments that the name refers to, by their index from 0, in the name's order.
     pub fn segments(&self) -> Vec<usize> {
         let Shape::Pieces(pieces, _) = &self.shape else { return Vec::new() };
         let index = |piece: &Piece| match piece {
@@ -195,7 +195,7 @@ impl ArnTemplate {
     }
 }
 
-/// `None` where `segment` has none of an index.
+/// Returns `None` if `segment` has none of an index.
 fn fill<'a>(pieces: &'a [Piece], segment: impl Fn(usize) -> Option<&'a str>) -> Option<String> {
     let text = |piece: &'a Piece| match piece {
         Piece::Text(text) => Some(text.as_str()),

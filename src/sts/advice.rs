@@ -1,5 +1,4 @@
-//! What an operator can do about a failed call: in the daemon's log and for `awsvid check`, by the words that AWS, MinIO and
-//! others use.
+//! The advice on a failed call, for the daemon's log and for `awsvid check` alike.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -9,13 +8,13 @@ use super::error::Destination;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
 
-/// `said`: the words of STS itself, its code first; `call`: what was asked for, and with which token.
-pub(super) fn of(reason: &str, said: &str, at: &Destination, call: Option<(&Grant, &JwtSvid)>) -> Option<String> {
-    let by_call = call.and_then(|(grant, token)| Call { grant, token, at, said }.advice(reason));
+/// Returns what an operator can do. `answer` has the code and the message of STS; `call` is the exchange that failed.
+pub(super) fn of(reason: &str, answer: &str, at: &Destination, call: Option<(&Grant, &JwtSvid)>) -> Option<String> {
+    let by_call = call.and_then(|(grant, token)| Call { grant, token, at, answer }.advice(reason));
     by_call.or_else(|| general(reason).map(str::to_owned))
 }
 
-/// Where nothing is known of the call, or it does not matter.
+/// The advice that does not depend on the exchange.
 fn general(reason: &str) -> Option<&'static str> {
     Some(match reason {
         "sts_unreachable" => {
@@ -38,7 +37,7 @@ struct Call<'a> {
     grant: &'a Grant,
     token: &'a JwtSvid,
     at: &'a Destination,
-    said: &'a str,
+    answer: &'a str,
 }
 
 impl Call<'_> {
@@ -60,10 +59,10 @@ impl Call<'_> {
         }
     }
 
-    /// By the words that stand in the answer.
+    /// The advice on a message that AWS, MinIO or another STS is known to send.
     fn by_words(&self, issuer: &str) -> Option<String> {
-        let said = self.said.to_ascii_lowercase();
-        let has = |words: &[&str]| words.iter().any(|word| said.contains(word));
+        let answer = self.answer.to_ascii_lowercase();
+        let has = |words: &[&str]| words.iter().any(|word| answer.contains(word));
         if has(&["no openidconnect provider"]) {
             return Some(format!(
                 "in account {} make the IAM OIDC provider with just this URL: {issuer} (awsvid trust-policy prints the command); \
@@ -86,7 +85,7 @@ impl Call<'_> {
 
     fn by_reason(&self, reason: &str, issuer: &str) -> Option<String> {
         let (role, arn, audience) = (&self.grant.role, &self.grant.role_arn, self.token.audience());
-        // An STS that has AWS's names of roles mostly has its policies, too.
+        // An STS with AWS's names of roles mostly has AWS's policies as well.
         if !self.at.is_aws && !arn.is_aws() {
             return Some(format!(
                 "that STS has to trust the issuer {issuer}, the audience {audience:?} and the role {arn}: at MinIO look at \
@@ -117,7 +116,7 @@ impl Call<'_> {
     }
 }
 
-/// The token's `iss`. It is as the agent wrote it.
+/// Returns the token's `iss`, or `(none)`.
 fn issuer(token: &JwtSvid) -> String {
     let payload = token.secret().split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
     let claims: Value = payload.and_then(|payload| serde_json::from_slice(&payload).ok()).unwrap_or_default();

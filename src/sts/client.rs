@@ -53,13 +53,19 @@ impl Connections {
         }
     }
 
-    /// Looks for everything that calls for `target` need on this side. What is not there yet is no error.
+    /// Checks the variables that calls for `target` use, and loads its CA certificates. Missing certificates are not an error. The
+    /// system's are loaded in the background, so that a start does not wait for them.
     pub(super) async fn prepare(&self, target: &StsTarget) -> Result<(), InvalidSetting> {
         let url = self.network.sts_url(target).await?;
         if let Ok(uri) = url.parse() {
             self.network.hop(&uri)?;
         }
-        match self.trust(target, &url).await {
+        let Some(roots) = self.roots(target, &url).cloned() else { return Ok(()) };
+        if Arc::ptr_eq(&roots, &self.system) {
+            tokio::spawn(async move { roots.store().await.map(drop) });
+            return Ok(());
+        }
+        match roots.store().await {
             Err(NoRoots::Invalid(text)) => Err(InvalidSetting(text)),
             Err(NoRoots::Missing(_)) | Ok(_) => Ok(()),
         }
@@ -72,11 +78,14 @@ impl Connections {
         let uri = uri.filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
         let uri = uri.ok_or(Failure::Unsendable("`endpoint` is no URL that begins with https://".to_owned()))?;
         let proxy = self.network.proxy(&uri).map_err(|InvalidSetting(text)| Failure::Unsendable(text))?;
-        let trust = self.trust(target, url).await.map_err(|problem| Failure::Untrusted(problem.text().to_owned()))?;
+        let trust = match self.roots(target, url) {
+            Some(roots) => roots.store().await.map_err(|problem| Failure::Untrusted(problem.text().to_owned()))?,
+            None => TrustStore::empty(),
+        };
         let config = aws_sdk_sts::Config::builder()
             .behavior_version(BehaviorVersion::latest())
             .region(Region::new(target.region.clone()))
-            // One function says which host that is.
+            // One function decides on the host, for the daemon and for `awsvid check`.
             .endpoint_url(url)
             .http_client(self.http_client(proxy, trust)?)
             // `issue` knows when to try again, and the whole call has one deadline.
@@ -88,12 +97,13 @@ impl Connections {
         Ok(Client::from_conf(config))
     }
 
-    /// What the server at `url` is verified by. Whoever holds the key of a private CA could otherwise pass for AWS.
-    async fn trust(&self, target: &StsTarget, url: &str) -> Result<TrustStore, NoRoots> {
+    /// The certificates that the server at `url` is verified by; `None` without TLS. AWS's STS is never verified by `ca_file`: the
+    /// holder of that private key could pass for AWS.
+    fn roots(&self, target: &StsTarget, url: &str) -> Option<&Arc<Roots>> {
         match &self.ca_file {
-            _ if url.starts_with("http://") => Ok(TrustStore::empty()),
-            Some(file) if !is_aws_sts(target.endpoint.as_deref()) => file.store().await,
-            _ => self.system.store().await,
+            _ if url.starts_with("http://") => None,
+            Some(file) if !is_aws_sts(target.endpoint.as_deref()) => Some(file),
+            _ => Some(&self.system),
         }
     }
 

@@ -33,10 +33,10 @@ pub struct StsError {
     pub reason: &'static str,
     /// What STS itself calls it, as on the wire; empty if STS has not answered, or in no words that can be read.
     pub code: String,
-    /// What happened, in one line. Like the advice it may be shown to the workload: it has the workload's own role and SPIFFE ID,
-    /// the host that was called and what that answered, and never the token.
+    /// What happened, in one line. The workload may see it, and the advice: they have its own role and SPIFFE ID, the host that was
+    /// called and its answer, and never the token.
     pub what: String,
-    /// What an operator can do about it, where that is known.
+    /// What an operator can do about it, if that is known.
     pub fix: Option<String>,
 }
 
@@ -139,7 +139,7 @@ fn by_code(code: &str, status: u16, message: &str) -> (Again, &'static str) {
         | "InvalidRequest"
         | "MissingParameter"
         | "NoSuchEntity" => (Again::Never, "sts_bad_request"),
-        // What answers is an S3, say, or wants a signature: this call has none.
+        // From an S3, or a service that wants a signature; this call has none.
         "AuthorizationHeaderMalformed"
         | "InvalidAccessKeyId"
         | "InvalidAction"
@@ -180,7 +180,7 @@ fn by_status(status: u16) -> (Again, &'static str) {
 }
 
 impl StsError {
-    /// `at`: which STS that is; `call`: what was asked for, and with which token.
+    /// `at`: the STS; `call`: the exchange that failed.
     pub(super) fn new(failure: &Failure, at: &Destination, call: Option<(&Grant, &JwtSvid)>) -> Self {
         let (again, reason) = failure.judge();
         let sts = &at.name;
@@ -201,16 +201,16 @@ impl StsError {
             Failure::Untrusted(text) => format!("{sts} cannot be verified: {}", clean(text)),
             Failure::Busy => format!("too many calls are waiting for {sts}"),
         };
-        let (code, said) = match failure {
+        let (code, words) = match failure {
             Failure::Refused { code, message, .. } => (clean(code.as_deref().unwrap_or_default()), clean(message)),
             _ => Default::default(),
         };
-        let fix = advice::of(reason, &format!("{code} {said}"), at, call);
+        let fix = advice::of(reason, &format!("{code} {words}"), at, call);
         Self { again, reason, code, what, fix }
     }
 }
 
-/// Where a call goes, for errors.
+/// The STS that a call goes to, for error messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Destination {
     /// `STS at https://...`.

@@ -1,4 +1,4 @@
-//! The way to an STS, as the environment variables say that all SDKs share: which host is called, and through which proxy.
+//! The host that an exchange goes to, and the proxy on the way, by the environment variables that all SDKs share.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -19,7 +19,7 @@ const HTTP_PROXY: [&str; 4] = ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_pro
 const FIPS: &str = "AWS_USE_FIPS_ENDPOINT";
 const DUAL_STACK: &str = "AWS_USE_DUALSTACK_ENDPOINT";
 
-/// What a user name or a password in a URL cannot have as it is: RFC 3986, section 3.2.1. `%` is looked at apart.
+/// What a user name or a password in a URL cannot have as it is: RFC 3986, section 3.2.1. `%` is handled by [`escaped`].
 const USERINFO: &AsciiSet = &CONTROLS
     .add(b' ')
     .add(b'"')
@@ -44,7 +44,7 @@ const USERINFO: &AsciiSet = &CONTROLS
 #[error("{0}")]
 pub struct InvalidSetting(pub String);
 
-/// How the network is to be used. A variable is looked at when it is used: one that nothing uses is no error.
+/// The settings of the network. A variable is parsed when it is used: one that nothing uses is not an error.
 #[derive(Clone, Default)]
 pub struct Network {
     https_proxy: Option<Variable>,
@@ -62,11 +62,11 @@ struct Variable {
 }
 
 impl Network {
-    /// Takes `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY`, `AWS_USE_FIPS_ENDPOINT` and `AWS_USE_DUALSTACK_ENDPOINT`.
+    /// Reads `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY`, `AWS_USE_FIPS_ENDPOINT` and `AWS_USE_DUALSTACK_ENDPOINT`.
     /// `lookup` gives a variable's value.
     ///
-    /// Those of proxies may have small letters. As in Go's HTTP client, capital letters count first (curl has it the other way
-    /// round), an empty value is none, and `HTTPS_PROXY` comes before `ALL_PROXY`.
+    /// The variables of proxies may have lower-case names. As in Go's HTTP client, upper-case names come first (in curl, last), and
+    /// an empty value counts as unset. `HTTPS_PROXY` and `HTTP_PROXY` come before `ALL_PROXY`.
     pub fn from_env(lookup: impl Fn(&str) -> Option<String>) -> Self {
         let first = |names: &[&'static str]| {
             names.iter().find_map(|name| {
@@ -83,9 +83,10 @@ impl Network {
         }
     }
 
-    /// The URL that calls for `target` go to: **the** answer, for the daemon, its errors and `awsvid check`.
+    /// Returns the URL that calls for `target` go to, for the daemon, its errors and `awsvid check` alike.
     ///
-    /// It is the endpoint, where there is one, and else AWS's for the region, by the SDK's own table of partitions.
+    /// It is the target's endpoint if there is one. Otherwise it is AWS's endpoint of the region, by the SDK's table of partitions.
+    /// Fails for a region that cannot be part of a host name, and for a variable that is neither true nor false.
     pub async fn sts_url(&self, target: &StsTarget) -> Result<String, InvalidSetting> {
         if let Some(endpoint) = &target.endpoint {
             return Ok(endpoint.clone());
@@ -110,21 +111,21 @@ impl Network {
         })
     }
 
-    /// The proxy on the way to `to`, if there is one.
+    /// Returns the proxy on the way to `to`, if there is one. Fails if its variable does not name an HTTP proxy.
     pub fn hop(&self, to: &Uri) -> Result<Option<Hop>, InvalidSetting> {
         let Some((variable, url)) = self.proxy_url(to)? else { return Ok(None) };
-        // Whether it counts has been decided.
+        // NO_PROXY has been applied already.
         let matcher = Matcher::builder().all(url).build();
         Ok(matcher.intercept(to).and_then(|found| Hop::of(variable, found.uri(), found.basic_auth())))
     }
 
-    /// The same for the SDK.
+    /// Returns the same in the form that the SDK takes.
     pub(super) fn proxy(&self, to: &Uri) -> Result<ProxyConfig, InvalidSetting> {
         let Some((variable, url)) = self.proxy_url(to)? else { return Ok(ProxyConfig::disabled()) };
         ProxyConfig::all(url).map_err(|_| not_a_proxy(variable))
     }
 
-    /// The variable and its URL, with everything in it escaped that has to be.
+    /// Returns the name of the variable, and its URL in the form of [`proxy_url`].
     fn proxy_url(&self, to: &Uri) -> Result<Option<(&'static str, String)>, InvalidSetting> {
         let is_http = to.scheme_str() == Some("http");
         let variable = if is_http { &self.http_proxy } else { &self.https_proxy };
@@ -169,7 +170,7 @@ impl Hop {
     }
 }
 
-/// The proxy's address and variable, without what it is told.
+/// The proxy's address and variable, without its password.
 impl fmt::Display for Hop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the proxy {}:{} ({})", self.host, self.port, self.variable)
@@ -189,7 +190,7 @@ impl fmt::Debug for Network {
     }
 }
 
-/// Never quotes the value.
+/// The value may hold a password, so it is not quoted.
 fn not_a_proxy(variable: &str) -> InvalidSetting {
     InvalidSetting(format!(
         "the environment variable {variable} is not the URL of an HTTP proxy, the only kind that can be used; write it as in \
@@ -197,19 +198,20 @@ fn not_a_proxy(variable: &str) -> InvalidSetting {
     ))
 }
 
-/// The URL of a proxy in the form that all readers take alike; like curl, without a scheme it is HTTP.
+/// Parses the URL of a proxy and returns it with an escaped user name and password, so that every parser reads it alike. Without a
+/// scheme it is HTTP, as in curl.
 fn proxy_url(value: &str) -> Option<String> {
     let (scheme, rest) = value.split_once("://").unwrap_or(("http", value));
     let scheme = scheme.to_ascii_lowercase();
     if !matches!(scheme.as_str(), "http" | "https") {
         return None;
     }
-    // A password may have an `@` that nobody has escaped, and a `/`: what is behind the last one is the host.
+    // A password may have an unescaped `@` or `/`. The host follows the last `@`.
     let (userinfo, rest) = rest.rsplit_once('@').map_or((None, rest), |(userinfo, rest)| (Some(userinfo), rest));
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
     let host = authority.parse::<Uri>().ok()?;
     let host = host.host().filter(|host| !host.is_empty())?;
-    // What is behind the host is a port, or nothing.
+    // Only a port may follow the host.
     match authority.strip_prefix(host)? {
         "" => {}
         port => port.strip_prefix(':')?.parse::<u16>().ok().filter(|port| *port > 0).map(drop)?,
@@ -221,7 +223,7 @@ fn proxy_url(value: &str) -> Option<String> {
     Some(format!("{scheme}://{}{authority}", userinfo.unwrap_or_default()))
 }
 
-/// What is escaped already stays as it is.
+/// Escapes a user name or a password; valid escapes stay as they are.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     let mut parts = text.split('%');

@@ -1,15 +1,14 @@
-//! `NO_PROXY`, as Go's HTTP client and curl read it: where one of the two goes directly, so does this.
+//! `NO_PROXY`, as Go's HTTP client and curl read it. Where they differ, a host is exempt if one of the two exempts it.
 //!
-//! hyper-util's matcher, which follows curl, knows names, parents of names, addresses and networks. What it does not know, and Go
-//! does: `*.example.org`, ports, addresses in brackets; what curl does: blanks between entries, a dot at the end; and what both do:
-//! `*` is for addresses, too.
+//! hyper-util's matcher follows curl: it matches names, parents of names, addresses and networks. This module adds what the matcher
+//! lacks: `*.example.org`, ports and brackets (from Go), blanks between entries and trailing dots (from curl), `*` for addresses.
 
 use std::net::IpAddr;
 
 use hyper::Uri;
 use hyper_util::client::proxy::matcher::Matcher;
 
-/// Whether the list names this host and port.
+/// Returns whether the list exempts this host and port.
 pub(super) fn names(list: &str, host: &str, port: u16) -> bool {
     let host = host.trim_matches(['[', ']']).trim_end_matches('.').to_ascii_lowercase();
     if list.split(is_separator).any(|entry| entry == "*") {
@@ -21,7 +20,7 @@ pub(super) fn names(list: &str, host: &str, port: u16) -> bool {
         Ok(address) => address.to_string(),
         Err(_) => host,
     };
-    // The proxy only stands for any.
+    // The matcher needs a proxy to decide on.
     let matcher = Matcher::builder().all("http://proxy").no(entries.join(",")).build();
     format!("http://{authority}/").parse::<Uri>().is_ok_and(|uri| matcher.intercept(&uri).is_none())
 }
@@ -30,13 +29,13 @@ fn is_separator(c: char) -> bool {
     c == ',' || c.is_whitespace()
 }
 
-/// An entry in the matcher's form; `None` where it is not about this host and port.
+/// Converts an entry to the matcher's form; `None` if it cannot match this host and port.
 fn entry_for(entry: &str, host: &str, port: u16) -> Option<String> {
     let (name, own_port) = split_port(entry);
     if own_port.is_some_and(|own| own != port) {
         return None;
     }
-    // `*.example.org` is for what is below example.org; with a mere dot before it the matcher, as curl, takes that as well.
+    // `*.example.org` does not match example.org itself, but the matcher takes `.example.org` for both.
     let (below, name) = name.strip_prefix("*.").map_or((false, name), |parent| (true, parent));
     let name = name.trim_end_matches('.').to_ascii_lowercase();
     match below {
@@ -46,7 +45,7 @@ fn entry_for(entry: &str, host: &str, port: u16) -> Option<String> {
     }
 }
 
-/// `name`, `name:port`, `10.0.0.0/8`, `::1`, `[::1]` or `[::1]:port`, without the brackets.
+/// Splits `name`, `name:port`, `10.0.0.0/8`, `::1`, `[::1]` or `[::1]:port`, and removes the brackets.
 fn split_port(entry: &str) -> (&str, Option<u16>) {
     if let Some((address, rest)) = entry.strip_prefix('[').and_then(|entry| entry.split_once(']')) {
         return match rest.strip_prefix(':').map(str::parse) {
@@ -65,14 +64,14 @@ fn split_port(entry: &str) -> (&str, Option<u16>) {
 mod tests {
     use super::*;
 
-    /// What Go's golang.org/x/net/http/httpproxy 0.50.0 and curl 7.88.1 do with each row was tried out.
+    /// The last column is what golang.org/x/net/http/httpproxy 0.50.0 and curl 7.88.1 did.
     #[test]
     fn entry_is_read_as_go_and_curl_read_it() {
         const BOTH: [bool; 2] = [true; 2];
         const NEITHER: [bool; 2] = [false; 2];
         const GO: [bool; 2] = [true, false];
         const CURL: [bool; 2] = [false, true];
-        // (NO_PROXY, host and port, who of the two goes directly)
+        // (NO_PROXY, host and port, which of Go and curl exempts them)
         let table = [
             ("corp.internal", "corp.internal:443", BOTH),
             ("corp.internal", "sts.corp.internal:443", BOTH),
@@ -120,11 +119,11 @@ mod tests {
             ("amazonaws.com", "sts.eu-central-1.amazonaws.com:443", BOTH),
             ("", "sts.corp.internal:443", NEITHER),
         ];
-        for (list, to, who) in table {
+        for (list, to, exempt_by) in table {
             let (host, port) = to.rsplit_once(':').unwrap();
-            assert_eq!(names(list, host, port.parse().unwrap()), who.contains(&true), "{list:?} and {to}");
+            assert_eq!(names(list, host, port.parse().unwrap()), exempt_by.contains(&true), "{list:?} and {to}");
         }
-        // Neither of the two takes this, and nothing else can be meant by it.
+        // Go and curl ignore this entry, but it can mean only one thing.
         assert!(names("[2001:db8::1]", "[2001:db8::1]", 443));
     }
 }

@@ -1,7 +1,7 @@
-//! The code and the words of a refusal, in whichever shape they come.
+//! The code and the message of a refusal, in every shape that is used.
 //!
-//! AWS's STS answers `<ErrorResponse><Error><Code>`. Others leave out the outer element (as S3 has it: Ceph, RustFS), the
-//! namespace or the message, or answer in JSON; what stands in front of an STS answers in HTML or not at all.
+//! AWS's STS answers `<ErrorResponse><Error><Code>`. Ceph and RustFS leave out the outer element, as S3 does. Others leave out the
+//! namespace or the message, or answer in JSON. A load balancer in front of an STS answers in HTML, or with a status alone.
 
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_xml::decode::{Document, try_data};
@@ -11,10 +11,10 @@ use serde_json::Value;
 const CODE_HEADER: &str = "x-amzn-errortype";
 /// No code is longer.
 const CODE_MAX: usize = 128;
-/// JSON is looked at no deeper.
+/// The depth to which JSON is searched.
 const DEPTH_MAX: usize = 4;
 
-/// What was said against a request.
+/// The reason for a refusal.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Refusal {
     /// As on the wire.
@@ -22,7 +22,7 @@ pub(super) struct Refusal {
     pub(super) message: String,
 }
 
-/// `None`: nothing in the answer is a refusal's.
+/// Returns `None` if the answer has neither a code nor a message.
 pub(super) fn read(response: &HttpResponse) -> Option<Refusal> {
     let body = response.body().bytes().unwrap_or_default();
     let text = String::from_utf8_lossy(body);
@@ -38,7 +38,7 @@ pub(super) fn read(response: &HttpResponse) -> Option<Refusal> {
     (refusal != Refusal::default()).then_some(refusal)
 }
 
-/// The first `Code` and `Message` wherever they stand, in any namespace. An XML error ends it: HTML has neither.
+/// Finds the first `Code` and `Message`, at any depth and in any namespace, up to the first XML error.
 fn of_xml(text: &str) -> Refusal {
     let mut document = Document::new(text);
     let mut refusal = Refusal::default();
@@ -54,7 +54,7 @@ fn of_xml(text: &str) -> Refusal {
             refusal.message = data;
         }
     }
-    // A message alone may be anybody's.
+    // A message without a code is not a refusal's.
     if refusal.code.is_some() { refusal } else { Refusal::default() }
 }
 
@@ -70,7 +70,7 @@ fn of_json(value: &Value, depth: usize) -> Refusal {
     Refusal { code: Some(code), message: MESSAGES.iter().find_map(text).unwrap_or_default().to_owned() }
 }
 
-/// A code is one word: `com.amazonaws.sts#ExpiredToken:http://...` is `ExpiredToken`. Other words are none.
+/// Returns the code in `com.amazonaws.sts#ExpiredToken:http://internal/`, which is one word; `None` for other texts.
 fn code(text: &str) -> Option<String> {
     let word = text.trim().split(':').next().unwrap_or_default();
     let word = word.rsplit('#').next().unwrap_or_default();

@@ -1,7 +1,7 @@
 //! The certificates that an STS is verified by: the system's, or those of a file.
 //!
-//! Neither has to be there when the daemon starts: a mount comes late, or an image has no certificates and is given them. What is
-//! missing is looked for again, at a call and in the background, and the calls that need it fail until then.
+//! Neither has to be there when the daemon starts: a mount comes late, or certificates are installed later. Missing ones are loaded
+//! again at a call and in the background. The calls that need them fail until then.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -18,11 +18,11 @@ use tokio::sync::Mutex;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep};
 
-/// The least time between two looks at what was missing.
-const LOOK_PAUSE: Duration = Duration::from_secs(1);
-/// Between two looks in the background.
+/// The least time between two attempts to load missing certificates.
+const RELOAD_PAUSE: Duration = Duration::from_secs(1);
+/// The time between two attempts in the background.
 const BACKGROUND_PAUSE: Duration = Duration::from_secs(5);
-/// Where `rustls-native-certs` looks first; it has some more.
+/// The first of the paths that `rustls-native-certs` reads.
 const SYSTEM_PLACES: &str = "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt, /etc/ssl/cert.pem, /etc/ssl/certs and other usual places";
 const SYSTEM_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
 
@@ -56,8 +56,8 @@ struct State {
     /// In PEM, every one of them usable: the SDK panics at one that is not.
     pem: Option<Arc<[u8]>>,
     problem: Option<(NoRoots, Instant)>,
-    /// A look that is under way. Whoever waited for it may have given up: a file system may answer late, or never.
-    look: Option<JoinHandle<Result<Vec<u8>, NoRoots>>>,
+    /// The read that is under way. It outlives the call that started it: a file system may answer late, or never.
+    read: Option<JoinHandle<Result<Vec<u8>, NoRoots>>>,
     is_watched: bool,
 }
 
@@ -72,31 +72,32 @@ impl Roots {
         Arc::new(Self { file: None, state: Mutex::default() })
     }
 
-    /// The certificates, which are read at the first call that finds them and kept from then on. What was missing a moment ago is
-    /// not looked for again. Where they are missing it is said in the log, once, and looked at in the background.
+    /// Returns the certificates, which are loaded once and then kept. If they are missing, the error is logged once, and a task in
+    /// the background goes on loading them. Within [`RELOAD_PAUSE`] of a failure the same error is returned without I/O. Waits for
+    /// the file system; dropping the future is safe.
     pub(super) async fn store(self: &Arc<Self>) -> Result<TrustStore, NoRoots> {
         let mut state = self.state.lock().await;
         if state.pem.is_none() {
-            if let Some((problem, _)) = state.problem.as_ref().filter(|(_, at)| at.elapsed() < LOOK_PAUSE) {
+            if let Some((problem, _)) = state.problem.as_ref().filter(|(_, at)| at.elapsed() < RELOAD_PAUSE) {
                 return Err(problem.clone());
             }
-            let found = self.look(&mut state).await;
+            let found = self.load(&mut state).await;
             self.note(&mut state, found)?;
         }
         let pem = state.pem.as_deref().unwrap_or_default();
         Ok(TrustStore::empty().with_pem_certificate(pem))
     }
 
-    async fn look(&self, state: &mut State) -> Result<Vec<u8>, NoRoots> {
+    async fn load(&self, state: &mut State) -> Result<Vec<u8>, NoRoots> {
         let file = self.file.clone();
-        let look = state.look.get_or_insert_with(|| {
+        let read = state.read.get_or_insert_with(|| {
             spawn_blocking(move || match file {
                 Some(path) => read_file(&path),
                 None => read_system(),
             })
         });
-        let found = look.await;
-        state.look = None;
+        let found = read.await;
+        state.read = None;
         found.unwrap_or_else(|error| Err(NoRoots::Missing(error.to_string())))
     }
 
@@ -104,7 +105,7 @@ impl Roots {
         match found {
             Ok(pem) => {
                 if state.problem.take().is_some() {
-                    tracing::info!(file = ?self.file, "[sts] the CA certificates are there now");
+                    tracing::info!(file = ?self.file, "[sts] CA certificates were loaded");
                 }
                 state.pem = Some(pem.into());
                 Ok(())
@@ -114,7 +115,7 @@ impl Roots {
                 if is_new {
                     tracing::warn!(
                         error = problem.text(),
-                        "[sts] no CA certificates: STS cannot be called until they are there"
+                        "[sts] CA certificates are missing: calls to STS fail until they are there"
                     );
                 }
                 state.problem = Some((problem.clone(), Instant::now()));
@@ -127,7 +128,7 @@ impl Roots {
     }
 }
 
-/// Looks until they are there, or nobody needs them any more.
+/// Loads them until they are there, or no STS client needs them any more.
 async fn watch(roots: Weak<Roots>) {
     loop {
         sleep(BACKGROUND_PAUSE).await;
@@ -168,7 +169,7 @@ fn read_system() -> Result<Vec<u8>, NoRoots> {
     let variables: Vec<String> = variables.collect();
     let places = if variables.is_empty() { SYSTEM_PLACES.to_owned() } else { variables.join(", ") };
     Err(NoRoots::Missing(format!(
-        "this system trusts no CA certificates: none were found in {places}; install its package of them (ca-certificates), or set \
+        "this system trusts no CA certificates: there are none in {places}; install its package of them (ca-certificates), or set \
          SSL_CERT_FILE"
     )))
 }

@@ -28,5 +28,6 @@ mod reload;
 mod secrets;
 mod soak;
 mod status;
+mod sts_network;
 mod systemd;
 mod trust_policy;

@@ -94,9 +94,9 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     )
     .success("the script");
     let sent: Vec<HashMap<String, String>> = requests.try_iter().map(|body| form(&body)).collect();
-    let [look, provider, audience, role] = &sent[..] else { panic!("four calls: {sent:?}") };
+    let [found, provider, audience, role] = &sent[..] else { panic!("four calls: {sent:?}") };
     let arn = format!("arn:aws:iam::123456789012:oidc-provider/{key}");
-    assert_eq!((&look["Action"][..], &look["OpenIDConnectProviderArn"]), ("GetOpenIDConnectProvider", &arn));
+    assert_eq!((&found["Action"][..], &found["OpenIDConnectProviderArn"]), ("GetOpenIDConnectProvider", &arn));
     assert_eq!(
         (&audience["Action"][..], &audience["OpenIDConnectProviderArn"]),
         ("AddClientIDToOpenIDConnectProvider", &arn)
@@ -197,7 +197,7 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
 }
 
 /// AWS trusts what this machine trusts, more or less; the issuer's certificate is its own, and so made known or not.
-/// Of a chain that it does not trust the thumbprint is written only if that was asked for (attack 35).
+/// The thumbprint of an untrusted chain is written only with the option for it (attack 35).
 #[test]
 fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
     let folder = folder();

@@ -93,7 +93,7 @@ pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &Live, report: &
     }
 }
 
-/// The daemon's log has the same words.
+/// The daemon's log has the same text.
 fn refused(error: &StsError, report: &mut Report) {
     let fix = error.fix.clone().unwrap_or_else(|| "look at [sts] and at the way there".to_owned());
     report.failed(STEP, error.what.clone(), fix);

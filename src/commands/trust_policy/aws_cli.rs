@@ -27,11 +27,11 @@ pub(super) fn render(plan: &Plan) -> String {
     text
 }
 
-/// A provider that is there is left as it is; to add an audience that it has is no error for IAM.
+/// An existing provider is kept. Adding an audience that it has already is not an error in IAM.
 fn provider(plan: &Plan, name: &AccountName, account: &Account) -> String {
     let arn = word(&plan.provider_arn(name));
     let mut text = match &plan.provider {
-        Provider::Existing => "# The OIDC provider is there: only its audiences are seen to.\n".to_owned(),
+        Provider::Existing => "# The OIDC provider exists; only its audiences are added.\n".to_owned(),
         Provider::New { thumbprint } => {
             let mut document = json!({ "Url": plan.issuer.url(), "ClientIDList": account.audiences });
             if let Some(thumbprint) = thumbprint {

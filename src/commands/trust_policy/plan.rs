@@ -72,13 +72,13 @@ pub(super) struct Plan {
 /// The OIDC provider in IAM, of which an account has at most one for an issuer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Provider {
-    /// Somebody has made it: it is not touched but for its audiences.
+    /// It is there already; only audiences are added to it.
     Existing,
-    /// To be made, with this thumbprint where one is wanted.
+    /// It is created, with this thumbprint if IAM needs one.
     New { thumbprint: Option<String> },
 }
 
-/// Which account. A number may be there in several partitions: they know nothing of one another.
+/// An account's name: several partitions may have the same number.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct AccountName {
     pub(super) partition: String,
@@ -86,7 +86,7 @@ pub(super) struct AccountName {
 }
 
 impl AccountName {
-    /// Whether `--account` means it: `123456789012`, or `aws-cn:123456789012`.
+    /// Returns whether `--account` names it, as `123456789012` or `aws-cn:123456789012`.
     pub(super) fn is(&self, wanted: &str) -> bool {
         match wanted.split_once(':') {
             Some((partition, number)) => partition == self.partition && number == self.number,
@@ -278,7 +278,7 @@ impl Plan {
         }
     }
 
-    /// One role for several IDs is meant, where `role_arn` has no placeholder.
+    /// Warns of a role that several IDs share by a placeholder. Without one the sharing is intended.
     fn check_meeting(&mut self) {
         for (arn, role) in self.accounts.values().flat_map(|account| &account.roles) {
             let subjects: BTreeSet<&str> = role.statements.iter().map(|statement| statement.subject.as_str()).collect();
@@ -293,7 +293,7 @@ impl Plan {
         }
     }
 
-    /// IAM takes a name once in an account, whatever the path and the capital letters are.
+    /// Warns of roles that IAM cannot create both: names differ neither by path nor by case.
     fn check_names(&mut self) {
         for (account, content) in &self.accounts {
             let mut names: BTreeMap<String, Vec<&str>> = BTreeMap::new();

@@ -20,7 +20,7 @@ pub(super) fn render(plan: &Plan, name: &AccountName, account: &Account) -> Stri
     text
 }
 
-/// Terraform cannot make what may be there: `apply` fails then.
+/// `apply` fails for a resource that exists already.
 fn provider(plan: &Plan, name: &AccountName, account: &Account) -> String {
     let audiences: Vec<String> = account.audiences.iter().map(|audience| string(audience)).collect();
     let (url, audiences) = (string(plan.issuer.url()), audiences.join(", "));

@@ -205,9 +205,8 @@ fn existing_provider_is_used_and_not_made() {
     assert!(allows(policy, "shop", "spiffe://t/a"));
 }
 
-/// Which of both it is, only the account knows.
 #[test]
-fn commands_make_the_provider_only_where_there_is_none() {
+fn commands_create_the_provider_only_if_there_is_none() {
     let plan = plan(&role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a"));
     let script = render(&plan, Format::AwsCli).unwrap();
     for (there, made) in [(0, false), (254, true)] {
@@ -218,7 +217,7 @@ fn commands_make_the_provider_only_where_there_is_none() {
         assert_eq!(called.contains("create-open-id-connect-provider"), made, "{called}");
         assert!(called.ends_with("add-client-id-to-open-id-connect-provider\ncreate-role\n"), "{called}");
     }
-    // The others can't look: they say so.
+    // The other formats cannot check, and their output has the option's name.
     for format in [Format::Terraform, Format::Cloudformation] {
         let output = render(&plan, format).unwrap();
         assert!(output.contains("has th") && output.contains("--existing-provider"), "{output}");

@@ -51,7 +51,7 @@ fn name_at_another_sts_is_taken_as_it_stands() {
         "urn:sgws:identity::87066461224079950546:group/x",
         // scality/vault: as AWS, with a path that is longer than a name may be.
         "arn:aws:iam::545393165945:role/scality-internal/storage-manager-role",
-        // rustfs/rustfs, rustfs/src/admin/handlers/sts.rs: the parameter is not looked at.
+        // rustfs/rustfs, rustfs/src/admin/handlers/sts.rs: the parameter is ignored.
         "x",
         "consoleAdmin",
     ];
@@ -186,7 +186,7 @@ fn two_placeholders_need_a_character_that_no_segment_has_between_them() {
         let third = format!("{AWS}{{path[1]}}={{path[2]}}{between}{{path[3]}}");
         assert!(ArnTemplate::parse(&third).is_err(), "{third}");
     }
-    // Whatever the segments are, what they give tells them apart.
+    // Different segments give different ARNs.
     let parts = ["a", "b", "a-b", "b-a", "a-", "-b", "a.b", "_"];
     for between in ["=", "+", ",", "@", "/", "-=-", "a=b"] {
         let template = template(&format!("{AWS}x{{path[0]}}{between}{{path[1]}}a"));

@@ -7,7 +7,7 @@ use crate::svid::jwt::tests::{billing, now, raw_token};
 
 const ISSUER: &str = "https://oidc.example.org";
 
-fn advice(reason: &str, said: &str, is_aws: bool, arn: &str, algorithm: &str) -> String {
+fn advice(reason: &str, answer: &str, is_aws: bool, arn: &str, algorithm: &str) -> String {
     let at = Destination { name: "STS at https://sts".to_owned(), is_aws, proxy: None };
     let claims = format!(r#"{{"iss":"{ISSUER}","sub":"{}","aud":"shop","exp":1867225600}}"#, billing());
     let token = raw_token(&format!(r#"{{"alg":"{algorithm}"}}"#), &claims);
@@ -16,14 +16,14 @@ fn advice(reason: &str, said: &str, is_aws: bool, arn: &str, algorithm: &str) ->
     let grant = super::super::tests::grant(&target);
     let role = Role { name: "shop".to_owned(), ..(*grant.role).clone() };
     let grant = Grant { role: Arc::new(role), role_arn: RoleArn::opaque(arn).unwrap(), ..grant };
-    of(reason, said, &at, Some((&grant, &token))).unwrap_or_default()
+    of(reason, answer, &at, Some((&grant, &token))).unwrap_or_default()
 }
 
 #[test]
 fn advice_names_what_has_to_be_changed() {
     const AWS: &str = "arn:aws:iam::123456789012:role/shop";
     const MINIO: &str = "arn:minio:iam:::role/x";
-    // (reason, STS's words, at AWS, the role, what the advice says)
+    // (reason, STS's answer, at AWS, the role, words of the advice)
     let table: [(&str, &str, bool, &str, &[&str]); 20] = [
         (
             "sts_access_denied",
@@ -86,13 +86,13 @@ fn advice_names_what_has_to_be_changed() {
         ("sts_refused", "", true, AWS, &["what answers there"]),
         ("sts_unreachable", "", true, AWS, &["DNS, the firewall, HTTPS_PROXY and NO_PROXY"]),
         ("sts_throttled", "Throttling", true, AWS, &[]),
-        ("sts_unavailable", "the audience is away", true, AWS, &[]),
+        ("sts_unavailable", "the audience is unavailable", true, AWS, &[]),
     ];
-    for (reason, said, is_aws, arn, words) in table {
-        let advice = advice(reason, said, is_aws, arn, "ES256");
-        assert_eq!(advice.is_empty(), words.is_empty(), "{reason} {said}: {advice}");
+    for (reason, answer, is_aws, arn, words) in table {
+        let advice = advice(reason, answer, is_aws, arn, "ES256");
+        assert_eq!(advice.is_empty(), words.is_empty(), "{reason} {answer}: {advice}");
         for word in words {
-            assert!(advice.contains(word), "{reason} {said} {arn}: {advice}");
+            assert!(advice.contains(word), "{reason} {answer} {arn}: {advice}");
         }
         assert!(is_aws || !advice.contains("awsvid trust-policy writes"), "{advice}");
     }

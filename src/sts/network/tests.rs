@@ -1,11 +1,13 @@
 use super::*;
 
-fn network(variables: &[(&str, &str)]) -> Network {
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+fn network(variables: Variables<'_>) -> Network {
     Network::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned()))
 }
 
 /// The proxy on the way there, as `host:port`, or the error.
-fn hop(variables: &[(&str, &str)], to: &str) -> Result<Option<String>, String> {
+fn hop(variables: Variables<'_>, to: &str) -> Result<Option<String>, String> {
     let found = network(variables).hop(&to.parse().unwrap());
     found.map(|hop| hop.map(|hop| format!("{}:{}", hop.host, hop.port))).map_err(|error| error.0)
 }
@@ -13,7 +15,7 @@ fn hop(variables: &[(&str, &str)], to: &str) -> Result<Option<String>, String> {
 #[test]
 fn first_variable_that_is_set_names_the_proxy() {
     const STS: &str = "https://sts.eu-central-1.amazonaws.com";
-    let table: [(&[(&str, &str)], &str, Option<&str>); 16] = [
+    let table: [(Variables<'_>, &str, Option<&str>); 16] = [
         (&[], STS, None),
         (&[("HTTPS_PROXY", "http://a:1")], STS, Some("a:1")),
         (&[("HTTPS_PROXY", "http://a:1"), ("https_proxy", "http://b:1")], STS, Some("a:1")),
@@ -117,7 +119,7 @@ fn password_is_taken_up_to_the_last_at_sign() {
 #[tokio::test]
 async fn one_function_says_which_host_is_called() {
     let (fips, dual_stack) = ((FIPS, "True"), (DUAL_STACK, "true"));
-    let table: [(&str, &[(&str, &str)], &str); 14] = [
+    let table: [(&str, Variables<'_>, &str); 14] = [
         ("eu-central-1", &[], "https://sts.eu-central-1.amazonaws.com"),
         ("us-east-1", &[fips], "https://sts-fips.us-east-1.amazonaws.com"),
         ("us-east-1", &[dual_stack], "https://sts.us-east-1.api.aws"),

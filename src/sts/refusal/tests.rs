@@ -61,7 +61,7 @@ fn answer_of_anything_else_has_no_code() {
         "<html><head><title>403 Forbidden</title></head><body><h1>403 Forbidden</h1><hr><center>nginx</center></body></html>",
         "<!DOCTYPE HTML PUBLIC \"-//IETF//DTD HTML 2.0//EN\"><html><p>no</p><code>AccessDenied</code></html>",
         "<html><body><p>Secret page<br></body></html>",
-        "<Error><Code>Access denied by the proxy, ask Bob</Code></Error>",
+        "<Error><Code>Access denied by the proxy, call Bob</Code></Error>",
         "<Error><Code></Code><Message>No</Message></Error>",
         "<Error><Message>No</Message></Error>",
         "<AssumeRoleWithWebIdentityResponse><Credentials/></AssumeRoleWithWebIdentityResponse>",
@@ -76,7 +76,7 @@ fn answer_of_anything_else_has_no_code() {
     ];
     for body in table {
         let found = of(body);
-        // The word before a colon is a code's form: nobody has such a code, and the status decides.
+        // One word before a colon has the form of a code. No table has that code, so the status decides.
         assert!(found.is_none() || body.contains("no route"), "{body}: {found:?}");
     }
     let mut response = response("");

@@ -36,7 +36,7 @@ fn file_is_read_before_the_sdk_sees_it() {
             (result, _) => panic!("{name}: {:?}", result.map(|_| ())),
         }
     }
-    // Neither a file that is not there nor a folder in its place is a mistake in the configuration.
+    // A missing file, or a directory in its place, is not a mistake in the configuration.
     for path in [folder.path().join("absent.pem"), folder.path().to_owned()] {
         assert!(matches!(read_file(&path), Err(NoRoots::Missing(_))), "{path:?}");
     }
@@ -52,33 +52,37 @@ fn system_certificates_become_pem_that_is_read_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn file_that_comes_late_is_found_by_itself() {
+async fn late_file_is_loaded_in_the_background() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ca.pem");
     let roots = Roots::of_file(&path);
     assert!(matches!(roots.store().await, Err(NoRoots::Missing(_))));
     fs::write(&path, certificate().0).unwrap();
-    // A moment later nothing is looked at, however often it is asked for.
+    // Within the pause nothing is read.
     assert!(matches!(roots.store().await, Err(NoRoots::Missing(_))));
-    // In the background it is, without a call.
-    while roots.state.lock().await.pem.is_none() {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    // The background task reads it without a call.
+    let found = async {
+        while roots.state.lock().await.pem.is_none() {
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    // The clock moves only by sleeps like this one.
+    tokio::time::timeout(2 * BACKGROUND_PAUSE, found).await.expect("it was found");
     fs::remove_file(&path).unwrap();
     roots.store().await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
-async fn call_after_the_pause_looks_again() {
+async fn call_after_the_pause_reads_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ca.pem");
     let roots = Roots::of_file(&path);
     assert!(roots.store().await.is_err());
-    // What is there now is no certificate: that is said, and looked at again, too.
+    // A file without certificates is another error, and is read again as well.
     fs::write(&path, "").unwrap();
-    tokio::time::advance(LOOK_PAUSE).await;
+    tokio::time::advance(RELOAD_PAUSE).await;
     assert!(matches!(roots.store().await, Err(NoRoots::Invalid(_))));
     fs::write(&path, certificate().0).unwrap();
-    tokio::time::advance(LOOK_PAUSE).await;
+    tokio::time::advance(RELOAD_PAUSE).await;
     roots.store().await.unwrap();
 }
