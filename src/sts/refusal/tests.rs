@@ -83,3 +83,28 @@ fn answer_of_anything_else_has_no_code() {
     response.headers_mut().insert(CODE_HEADER, "AccessDeniedException:http://internal/");
     assert_eq!(read(&response).and_then(|refusal| refusal.code).as_deref(), Some("AccessDeniedException"));
 }
+
+/// An answer is whatever the other end sends.
+#[test]
+fn mutated_answer_is_read_without_a_panic() {
+    let seeds = [
+        "<ErrorResponse xmlns=\"x\"><Error><Code>AccessDenied</Code><Message>A &lt;b&gt;</Message></Error></ErrorResponse>",
+        "<?xml version=\"1.0\"?><!DOCTYPE a [<!ENTITY b \"c\">]><Error><Code><![CDATA[x]]></Code><Message/></Error>",
+        r#"{"Error":{"Code":"AccessDenied","Message":["x",{"code":"y"}]},"error":"z"}"#,
+    ];
+    let mut random = fastrand::Rng::with_seed(15);
+    for number in 0..20_000 {
+        let mut body = seeds[number % seeds.len()].as_bytes().to_vec();
+        for _ in 0..random.usize(1..6) {
+            let at = random.usize(..body.len());
+            match random.u8(..4) {
+                0 => body[at] = random.u8(..),
+                1 => drop(body.remove(at)),
+                2 => body.insert(at, *random.choice(b"<>/&;\"{}[]:,!?-").unwrap()),
+                _ => body.truncate(at.max(16)),
+            }
+        }
+        let code = read(&HttpResponse::new(StatusCode::try_from(400).unwrap(), SdkBody::from(body)));
+        assert!(code.and_then(|refusal| refusal.code).is_none_or(|code| code.len() <= CODE_MAX));
+    }
+}
