@@ -47,7 +47,7 @@ struct Body<'a> {
 
 impl Credentials {
     /// The JSON body for SDKs: `Expiration` in UTC with `Z` and whole seconds, `AccountId` only
-    /// for the ARN of a role at AWS: elsewhere an account is no number of AWS's.
+    /// for the ARN of a role at AWS: accounts of another STS do not mean anything to an SDK.
     pub fn body(&self, role: &RoleArn) -> Zeroizing<Vec<u8>> {
         let body = Body {
             code: "Success",
