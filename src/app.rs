@@ -137,7 +137,7 @@ impl Parts {
             Some(source) => source,
             None => identity_source(config, clock, metrics).await?,
         };
-        let sts = Arc::new(sts(config, clock.clone())?);
+        let sts = Arc::new(sts(config, clock.clone()).await?);
         Ok(Self {
             identity: config.identity.clone(),
             issuer: Issuer::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
@@ -383,14 +383,16 @@ fn remembered_processes() -> usize {
     usize::try_from((descriptors / 8).min(MOST)).unwrap_or(1024)
 }
 
-fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
+async fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
     let settings = Settings {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,
         ca_file: config.sts.ca_file.clone(),
-        network: Network::from_env(|name| std::env::var(name).ok())?,
+        network: Network::from_env(|name| std::env::var(name).ok()),
     };
-    Sts::new(settings, clock)
+    let sts = Sts::new(settings, clock);
+    sts.prepare(&config.roles.sts_targets()).await?;
+    Ok(sts)
 }
 
 fn open_audit(config: &Config, clock: Clock, metrics: Metrics) -> Result<Arc<Audit>, AppError> {

@@ -172,11 +172,11 @@ impl Issuer {
 
 fn last_error<T>(result: &Result<T, StsError>) -> Option<LastError> {
     let error = result.as_ref().err()?;
-    Some(LastError { text: error.message.clone(), reason: error.reason, outage: error.again == Again::Later })
+    Some(LastError { text: error.to_string(), reason: error.reason, outage: error.again == Again::Later })
 }
 
 fn noting(error: StsError, note: &str) -> StsError {
-    StsError { message: format!("{}; {note}", error.message), ..error }
+    StsError { what: format!("{}; {note}", error.what), ..error }
 }
 
 /// How many more tries one issue has, and until when.

@@ -137,6 +137,18 @@ pub struct RequestedRoles {
 const REQUESTED_DURATION: Duration = Duration::from_secs(3600);
 
 impl Roles {
+    /// Returns every STS that a role is assumed at, once each.
+    pub fn sts_targets(&self) -> Vec<&StsTarget> {
+        let mut targets: Vec<&StsTarget> = Vec::new();
+        let requested = self.requested.iter().map(|requested| &requested.sts);
+        for target in self.defined.iter().map(|role| &role.sts).chain(requested) {
+            if !targets.contains(&target) {
+                targets.push(target);
+            }
+        }
+        targets
+    }
+
     /// Chooses the role for a caller with these identities: the first that fits, or the one that was asked for.
     pub fn choose(&self, identities: &[Identity], wanted: &Wanted) -> Result<Grant, Denied> {
         match wanted {

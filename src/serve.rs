@@ -52,7 +52,9 @@ pub fn serve(path: &Path) -> ExitCode {
         tracing::error!(%error, "awsvid did not start");
         // Nothing that trying again would mend.
         match error.downcast_ref() {
-            Some(AppError::Source(_) | AppError::Pods(PodsError::Denied(_))) => ExitCode::from(EX_CONFIG),
+            Some(AppError::Source(_) | AppError::Sts(_) | AppError::Pods(PodsError::Denied(_))) => {
+                ExitCode::from(EX_CONFIG)
+            }
             _ => ExitCode::FAILURE,
         }
     })

@@ -145,8 +145,8 @@ fn denied() -> SourceError {
 }
 
 fn refused() -> StsError {
-    let message = "STS refuses".to_owned();
-    StsError { again: Again::Never, reason: "sts_access_denied", code: "AccessDenied".to_owned(), message }
+    let what = "STS refuses".to_owned();
+    StsError { again: Again::Never, reason: "sts_access_denied", code: "AccessDenied".to_owned(), what, fix: None }
 }
 
 #[derive(Debug)]

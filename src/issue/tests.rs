@@ -128,8 +128,8 @@ fn credentials() -> Result<Credentials, StsError> {
 }
 
 fn refused(again: Again) -> Result<Credentials, StsError> {
-    let message = "STS refused".to_owned();
-    Err(StsError { again, reason: "sts_refused", code: "Code".to_owned(), message })
+    let what = "STS refused".to_owned();
+    Err(StsError { again, reason: "sts_refused", code: "Code".to_owned(), what, fix: None })
 }
 
 /// What was asked for, with how many calls each, and how long it took.
@@ -277,7 +277,7 @@ async fn with_the_real_client_an_expired_token_is_replaced() {
     });
     let server = server.await;
     let clock = Clock::starting_at(now());
-    let sts = Arc::new(Sts::new(settings(), clock.clone()).unwrap());
+    let sts = Arc::new(Sts::new(settings(), clock.clone()));
     let issuer = Issuer::new(Scripted::new([token(1), token(2)]), sts, clock, Metrics::default());
     let issued = issuer.issue(&caller(), &grant(&plain(&server))).await.unwrap();
     assert_eq!(issued.access_key_id, "ASIAEXAMPLE");

@@ -29,5 +29,6 @@ mod reload;
 mod secrets;
 mod soak;
 mod status;
+mod sts_network;
 mod systemd;
 mod trust_policy;
