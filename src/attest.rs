@@ -15,7 +15,6 @@ use tokio::net::UnixStream;
 
 use crate::caller::{Caller, Owner, Refusal, Stranger};
 use crate::cgroup::{CgroupPath, PodRoots};
-use crate::limits::FairSemaphore;
 use crate::listen::Socket;
 
 mod cgroups;
@@ -26,6 +25,7 @@ mod hierarchies;
 mod host;
 mod in_pod;
 mod inet_diag;
+mod kernel;
 mod known;
 mod lookups;
 mod pods;
@@ -33,23 +33,25 @@ mod process;
 mod search;
 mod sys;
 mod tcp;
+mod tcp_support;
 mod unix;
 mod walks;
 
 pub use exec_monitor::{ExecMonitor, ExecMonitorError};
 pub use in_pod::PodAttestor;
 pub use inet_diag::SockDiag;
+pub use kernel::{TcpUnsupported, UnixSupport, try_tcp, unix_support};
 pub use lookups::{Looking, looking_threads};
 
 use hierarchies::Hierarchies;
 use host::Host;
-use tcp::TcpAttestor;
+use tcp_support::TcpSupport;
 
 /// Attests the peers of all listeners in the daemon's own network namespace.
 #[derive(Debug)]
 pub struct Attestor {
     host: Arc<Host>,
-    tcp: Option<TcpAttestor>,
+    tcp: TcpSupport,
 }
 
 /// Why a peer was not attested, and what its socket had told by then.
@@ -109,31 +111,18 @@ impl Attestor {
             return Err(StartError::UserNamespace);
         }
         let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
-        let release = read("sys/kernel/osrelease")?;
         let host = Arc::new(Host::new(proc_root, hierarchies, roots, exec_monitor.map(Arc::new)));
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        // However many ask for them, half of the processors are for what is quickly done.
-        let searches = FairSemaphore::new(processors.div_ceil(2), 1);
-        let tcp = match (host.cgroups.clone(), SockDiag::open_for_all_processors()) {
-            _ if !tells_cgroups(&release) => {
-                tracing::warn!(
-                    "before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket"
-                );
-                None
-            }
-            (Some(cgroups), Ok(diag)) => Some(TcpAttestor::new(host.clone(), diag, cgroups, searches)),
-            (None, _) => {
-                tracing::warn!(
-                    "no cgroup v2 tree is mounted: callers over TCP are refused; mount cgroup2, or use the unix socket"
-                );
-                None
-            }
-            (_, Err(error)) => {
-                tracing::warn!(%error, "sock_diag is not available (CONFIG_INET_DIAG): callers over TCP are refused");
-                None
-            }
-        };
-        Ok(Self { host, tcp })
+        match kernel::unix_support() {
+            UnixSupport::Process => {}
+            UnixSupport::Number => tracing::warn!(
+                "this kernel does not tell the process of a unix socket's peer (SO_PEERPIDFD, Linux 6.5): callers in \
+                 containers are refused there"
+            ),
+            UnixSupport::Nothing => tracing::error!(
+                "this kernel has no pidfd_open(2) (Linux 5.3): all callers on the unix socket are refused"
+            ),
+        }
+        Ok(Self { tcp: TcpSupport::new(host.clone()), host })
     }
 
     /// The cgroups below which a kubelet puts its pods, as far as they can be seen from here. Without one no pod is known.
@@ -155,14 +144,18 @@ impl Attestor {
         server: SocketAddr,
         on_wait: impl FnOnce(),
     ) -> Result<Caller, Unattested> {
-        let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
-        Ok(tcp.look((client, server), on_wait).await?.into_caller())
+        Ok(self.tcp.look((client, server), on_wait).await?.into_caller())
+    }
+
+    /// Whether callers over TCP can be told apart, as far as it was tried last.
+    pub fn supports_tcp(&self) -> bool {
+        self.tcp.attestor().is_some()
     }
 
     /// Attests the peers of listeners in a pod's network namespace, in which `diag` was made; `None` where the kernel lacks what
     /// that needs.
     pub fn in_pod(&self, diag: SockDiag) -> Option<PodAttestor> {
-        Some(PodAttestor::new(self.tcp.as_ref()?.in_pod(diag)))
+        Some(PodAttestor::new(self.tcp.attestor()?.in_pod(diag)))
     }
 }
 
@@ -174,15 +167,6 @@ impl Attestor {
 pub fn names_the_same_processes(stream: &UnixStream) -> bool {
     let Ok(peer) = getsockopt(stream, PeerCredentials) else { return false };
     peer.pid() > 0 && process::shares_pid_namespace(Path::new("/proc"), peer.pid())
-}
-
-/// Whether `INET_DIAG_CGROUP_ID` is to be trusted: before Linux 5.15, `net_cls` and `net_prio` made every id the root's.
-fn tells_cgroups(release: &str) -> bool {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(major), Some(minor)) => (major, minor) >= (5, 15),
-        _ => false,
-    }
 }
 
 #[cfg(test)]
@@ -200,7 +184,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn long_searches_are_few_in_all() {
         let attestor = Attestor::new(PodRoots::usual(), None).unwrap();
-        let Some(tcp) = &attestor.tcp else { return };
+        let Some(tcp) = attestor.tcp.attestor() else { return };
         let all: Vec<_> = (0..).map_while(|uid| tcp.searches().try_acquire(&Owner::user(uid)).ok()).collect();
         assert!(!all.is_empty());
         // More than is looked at on the way.
@@ -212,14 +196,5 @@ mod tests {
         let start = Instant::now();
         let attested = peer.with_process(Looks::default()).await;
         assert_eq!((attested.unwrap_err(), start.elapsed()), (Refusal::Busy, HOLD));
-    }
-
-    #[test]
-    fn kernels_that_tell_cgroups() {
-        for (release, tells) in
-            [("5.14.21-el9", false), ("5.15.0", true), ("6.1.0-9-amd64", true), ("4.19", false), ("nonsense", false)]
-        {
-            assert_eq!(tells_cgroups(release), tells, "{release}");
-        }
     }
 }

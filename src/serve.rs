@@ -62,7 +62,7 @@ pub fn serve(path: &Path) -> ExitCode {
 
 /// What notices that a caller's process executes a program. Without it nobody is named to an agent, and the log says why.
 fn exec_monitor() -> Option<ExecMonitor> {
-    ExecMonitor::start().inspect_err(|error| tracing::error!("{NOT_COUNTED}: {error}")).ok()
+    ExecMonitor::start().inspect_err(|error| tracing::error!("{NOT_COUNTED}: {error}; {}", error.fix())).ok()
 }
 
 fn start(

@@ -15,6 +15,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -59,10 +60,7 @@ pub struct ExecMonitor {
 #[derive(Debug, Error)]
 pub enum ExecMonitorError {
     /// The privileges are missing, or the system call is filtered.
-    #[error(
-        "bpf(2), {step}: {source}; give awsvid CAP_BPF and CAP_PERFMON (under systemd: CapabilityBoundingSet=, \
-         SystemCallFilter=bpf and LimitMEMLOCK=8M; in Kubernetes: capabilities.add BPF and PERFMON, or SYS_ADMIN)"
-    )]
+    #[error("bpf(2), {step}: {source}")]
     Denied {
         /// What was tried.
         step: &'static str,
@@ -70,13 +68,26 @@ pub enum ExecMonitorError {
         source: io::Error,
     },
     /// The kernel has no eBPF, or no tracepoints for it.
-    #[error("bpf(2), {step}: {source}; this kernel lacks CONFIG_BPF_SYSCALL or CONFIG_BPF_EVENTS")]
+    #[error("bpf(2), {step}: {source}")]
     Unsupported {
         /// What was tried.
         step: &'static str,
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+impl ExecMonitorError {
+    /// What to do about it.
+    pub fn fix(&self) -> &'static str {
+        match self {
+            Self::Denied { .. } => {
+                "give awsvid CAP_BPF and CAP_PERFMON: under systemd by CapabilityBoundingSet=, with bpf in SystemCallFilter= and \
+                 LimitMEMLOCK=8M; in Kubernetes add BPF and PERFMON to the container's securityContext.capabilities.add"
+            }
+            Self::Unsupported { .. } => "use a kernel with CONFIG_BPF_SYSCALL and CONFIG_BPF_EVENTS",
+        }
+    }
 }
 
 /// The number of a process when its watch began.
@@ -112,6 +123,14 @@ impl ExecMonitor {
         let attached = bpf::attach_raw_tracepoint(c"sched_process_exec", &program).map_err(failed("the tracepoint"))?;
         let counters = Counters::map(&map, COUNTERS).map_err(failed("the table's memory"))?;
         Ok(Self { counters, multipliers, count_by, _attached: attached })
+    }
+
+    /// Whether an execution is counted: that of this command, or another one at the same time.
+    pub fn counts(&self, command: &mut Command) -> io::Result<bool> {
+        let sum = || (0..COUNTERS).fold(0_u64, |sum, index| sum.wrapping_add(self.counters.get(index)));
+        let before = sum();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        Ok(sum() != before)
     }
 
     /// What the executions of a process are counted by: its number, or else the id of the cgroup that is its workload's,

@@ -12,6 +12,7 @@ use crate::attest::Unattested;
 use crate::attest::cgroups::{CgroupTree, Part, WalkKey};
 use crate::attest::host::Host;
 use crate::attest::inet_diag::{SockDiag, Socket};
+use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
 use crate::attest::pods::Housed;
 use crate::attest::search::{self, Budget, Holder};
 use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Owner, Process, Refusal, Stranger, Watch};
@@ -65,6 +66,11 @@ impl TcpAttestor {
         searches: FairSemaphore<Owner>,
     ) -> Self {
         Self(Arc::new(Parts { host, diag, cgroups, searches, namespace: None }))
+    }
+
+    /// Whether the kernel still tells what this rests on.
+    pub(crate) fn works(&self) -> Result<(), TcpUnsupported> {
+        try_tcp_of(&self.0.host, &self.0.diag)
     }
 
     /// The same for the network namespace of a pod, in which `diag` was made.
@@ -127,6 +133,11 @@ impl TcpAttestor {
 }
 
 impl SocketProof {
+    /// Whether the socket is in no cgroup below the root.
+    pub(crate) fn is_in_root_cgroup(&self) -> bool {
+        self.cgroup.is_root()
+    }
+
     /// Where it is, if it is a pod's.
     pub(crate) fn pod(&self) -> Option<&Housed> {
         self.pod.as_ref()

@@ -105,7 +105,8 @@ async fn walk(options: &Options, report: &mut Report) {
         Ok(resolve) => resolve,
         Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
     };
-    machine::check(&config, Path::new("/proc"), report);
+    let proc = Path::new("/proc");
+    machine::check(&config, proc, &machine::Kernel::tried(&config, proc), report);
     let (network, sts) = sts(&config);
     if let Err(error) = sts.prepare(&config.roles.sts_targets()).await {
         return report.failed("sts", error.to_string(), "correct [sts], or the environment variable");

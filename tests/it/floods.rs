@@ -79,10 +79,10 @@ fn idle_connections_of_one_leave_room_for_others() {
     for listener in LISTENERS {
         let before = stage.metric(DROPPED);
         let held = stage.alice("hold", listener, &[2000]);
-        stage.bob_is_answered(listener, 50);
-        // Her own requests are refused meanwhile.
+        // Her own requests are refused meanwhile: first, since a connection that sends nothing ends after 5 s.
         let more = ask(listener, &stage.daemon.listener(listener), ALICE, 5, stage.alice.path());
         assert_eq!(more, counts(&[("nothing", 5)]), "over {listener}");
+        stage.bob_is_answered(listener, 50);
         await_some("what is too much is counted", PATIENCE, || (stage.metric(DROPPED) >= before + 1605).then_some(()));
         let ended = held.enough();
         let how = if listener == "unix" { "closed" } else { "reset" };
@@ -94,6 +94,60 @@ fn idle_connections_of_one_leave_room_for_others() {
         });
     }
     assert_eq!(stage.metric("awsvid_connections_dropped_total{reason=\"too_many\"}"), 0, "there was always room");
+}
+
+/// Attack 29: sessions, and ids that a person may use beside its own, are no workloads of their own.
+#[test]
+fn person_with_many_sessions_and_ids_has_one_share() {
+    if !root() {
+        return;
+    }
+    let stage = Stage::set("max_connections = 200\nmax_connections_per_workload = 40", "");
+    for listener in LISTENERS {
+        let address = stage.daemon.listener(listener);
+        let sessions: Vec<_> = (0..9).map(|number| Cgroup::of_session(MALLORY, number)).collect();
+        let hold = |(number, session): (usize, &Cgroup)| {
+            // Root in a container of its own has the person's id outside, and its users have subordinate ones.
+            let uid = if number == 0 { usize::try_from(MALLORY).unwrap() } else { 165_536 + number };
+            Acting::start("hold", listener, &address, &[uid, 30], session.path()).begun()
+        };
+        let held: Vec<_> = sessions.iter().enumerate().map(hold).collect();
+        stage.bob_is_answered(listener, 50);
+        let mut open = 0;
+        for one in held {
+            open += one.enough().get("open").copied().unwrap_or_default();
+        }
+        assert!(open <= 40, "{open} over {listener}");
+    }
+    for reason in ["too_many", "evicted"] {
+        let dropped = stage.metric(&format!("awsvid_connections_dropped_total{{reason=\"{reason}\"}}"));
+        assert_eq!(dropped, 0, "{reason}: there was always room");
+    }
+}
+
+/// Attack 29: where there is no connection left for anybody, whoever has the most gives way.
+#[test]
+fn workload_with_the_most_connections_gives_way() {
+    if !root() {
+        return;
+    }
+    let stage = Stage::set("max_connections = 100\nmax_connections_per_workload = 40", "");
+    for listener in LISTENERS {
+        let address = stage.daemon.listener(listener);
+        let name = stage.bob.path().file_name().unwrap().to_str().unwrap().to_owned();
+        let units: Vec<_> = (0..6).map(|number| Cgroup::new(&format!("greedy-{number}-{name}"))).collect();
+        let numbers = [usize::try_from(MALLORY).unwrap(), 40];
+        let held: Vec<_> =
+            units.iter().map(|unit| Acting::start("hold", listener, &address, &numbers, unit.path()).begun()).collect();
+        stage.bob_is_answered(listener, 50);
+        stage.bob_is_answered("unix", 50);
+        let mut open = 0;
+        for one in held {
+            open += one.enough().get("open").copied().unwrap_or_default();
+        }
+        assert!(open <= 100, "{open} over {listener}");
+    }
+    assert!(stage.metric("awsvid_connections_dropped_total{reason=\"evicted\"}") > 0);
 }
 
 /// Attack 20: who asks and doesn't read the answer has had his turn all the same.

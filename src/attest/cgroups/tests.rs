@@ -220,3 +220,24 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
         "{longest_known:?} {longest_new:?}"
     );
 }
+
+/// Attack 33: those who wait for a walk in vain keep others neither from being accepted nor from being looked for.
+#[tokio::test]
+async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("new")).unwrap();
+    let tree = Arc::new(CgroupTree::at(folder.path().to_owned(), PodRoots::usual()));
+    let id = id_of(&folder.path().join("new"));
+    let hostile = WalkKey { namespace: None, uid: Some(7) };
+    let held: Vec<_> = (0..MAX_WAITING_PER_KEY).map(|_| tree.waiting.try_acquire(&hostile).unwrap()).collect();
+    let refused = tree.path_of(id, (Part::All, hostile), || panic!("it does not wait")).await;
+    assert_eq!(refused, Err(Refusal::Busy));
+    for (namespace, uid) in [(None, Some(8)), (Some(1), None)] {
+        let mut waits = false;
+        let found = tree.path_of(id, (Part::All, WalkKey { namespace, uid }), || waits = true).await;
+        assert_eq!(found.unwrap().as_str(), "/new");
+        // The first of them had to wait for a walk, and for the next it is known.
+        assert_eq!(waits, namespace.is_none());
+    }
+    drop(held);
+}
