@@ -85,7 +85,9 @@ fn kernel(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
         Some(Ok(())) => report.pass(STEP, "executions of programs are counted"),
         Some(Err(error)) => {
             let (saw, fix) = error.split_once("; ").unwrap_or((error, "see the log"));
-            let saw = format!("executions of programs cannot be counted, so callers' processes are not named to the agent: {saw}");
+            let saw = format!(
+                "executions of programs cannot be counted, so callers' processes are not named to the agent: {saw}"
+            );
             report.failed(STEP, saw, fix);
         }
     }

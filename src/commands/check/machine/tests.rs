@@ -125,7 +125,9 @@ fn kernels_that_lack_something() {
         faults.iter().for_each(|(_, saw, fix)| assert_documented(STEP, saw, fix));
         let is_right = match (&faults[..], expected) {
             ([], None) => true,
-            ([(verdict, saw, fix)], Some((right, at, mend))) => *verdict == right && saw.contains(at) && fix.contains(mend),
+            ([(verdict, saw, fix)], Some((right, at, mend))) => {
+                *verdict == right && saw.contains(at) && fix.contains(mend)
+            }
             _ => false,
         };
         assert!(is_right, "{kernel:?} {listen}: {faults:?}");
