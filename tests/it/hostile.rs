@@ -382,7 +382,13 @@ fn what_is_understood_and_refused() {
         plain("GET /v1/credentials/%zz HTTP/1.1", PATH),
         plain("GET /v1%2fcredentials HTTP/1.1", PATH),
         plain("GET /v1\\credentials HTTP/1.1", PATH),
+        plain("GET /v1/credentials? HTTP/1.1", Right::Credentials),
+        plain("GET /v1/credentials/dev? HTTP/1.1", Right::Credentials),
+        plain("GET /v1/credentials#dev HTTP/1.1", Right::Credentials),
         plain("GET /v1/credentials?role=dev HTTP/1.1", PATH),
+        plain("GET /v1/credentials?? HTTP/1.1", PATH),
+        plain("GET /v1/credentials%3f HTTP/1.1", PATH),
+        plain("GET http://127.0.0.1/v1/credentials? HTTP/1.1", PROXIED),
         plain("GET /V1/credentials HTTP/1.1", PATH),
         plain("GET /v1/credentials/%64ev HTTP/1.1", Right::Credentials),
         // HTTP/1.0.
