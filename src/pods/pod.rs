@@ -72,7 +72,7 @@ impl Made {
             .remove(&address)
             .filter(|given| handover::is_listener(given, address).unwrap_or(false))
         {
-            Some(listener) => Ok(Inside::with(place.clone(), address, listener)),
+            Some(listener) => Inside::with(place.clone(), address, listener),
             None => Inside::bind(place.clone(), address),
         };
         place.within(|| {

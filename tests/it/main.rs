@@ -4,6 +4,8 @@
 mod agents;
 mod attacks;
 mod attested;
+mod browsers;
+mod buffers;
 mod check;
 mod clients;
 mod config;
