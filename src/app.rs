@@ -173,7 +173,7 @@ impl App {
             shares: Shares::new(config.listen.max_connections_per_workload),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
-        let admin = Arc::new(Admin { metrics: metrics.clone(), readiness: readiness.clone(), cache });
+        let admin = Arc::new(Admin::new(metrics.clone(), readiness.clone(), cache));
         let limits = Limits::new(config.listen.max_connections, metrics.clone());
         let mut app = Self {
             tcp: Vec::new(),
@@ -283,9 +283,9 @@ impl App {
         Ok(())
     }
 
-    /// With a bound of its own: workloads that use up theirs don't hide the daemon's state.
+    /// With bounds of their own, which are `Admin`'s: workloads that use up theirs don't hide the daemon's state.
     fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
-        let limits = Limits::new(64, self.metrics.clone());
+        let limits = Limits::new(0, self.metrics.clone());
         let mut bound = Vec::new();
         if let Some(address) = self.listen.admin {
             bound.push((Address::Admin, Bound::tcp(address, inherited)?));

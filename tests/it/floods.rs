@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::harness::actor::{Acting, Counts, ask};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::{folder, http_get, root};
+use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
@@ -57,7 +57,7 @@ impl Stage {
     }
 
     fn metric(&self, name: &str) -> u64 {
-        let (_, metrics) = http_get(self.daemon.admin(), "/metrics").unwrap();
+        let metrics = self.daemon.metrics();
         metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok()).unwrap_or(0)
     }
 }

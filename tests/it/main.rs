@@ -22,6 +22,7 @@ mod hostile;
 mod kubernetes;
 mod layout;
 mod listeners;
+mod operators;
 mod outages;
 mod pod_callers;
 mod pods;
