@@ -150,9 +150,10 @@ impl Serving {
 }
 
 impl App {
-    /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
-    pub async fn start(config: Config, mut inherited: Inherited) -> Result<Self, AppError> {
-        let (metrics, clock) = (Metrics::default(), Clock::system());
+    /// Starts everything. When it returns each address is bound; it serves until [`App::drain`]. `metrics` are those that the log
+    /// counts in, too.
+    pub async fn start(config: Config, mut inherited: Inherited, metrics: Metrics) -> Result<Self, AppError> {
+        let clock = Clock::system();
         let parts = Parts::new(&config, None, &clock, &metrics).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);

@@ -121,7 +121,8 @@ impl Told {
 
 /// What others say may have line breaks in it.
 fn one_line(text: &str) -> String {
-    text.split(char::is_control).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
+    let words = text.split(|c: char| c.is_control() || c.is_whitespace()).filter(|word| !word.is_empty());
+    words.collect::<Vec<_>>().join(" ")
 }
 
 /// One of the daemon's own listeners.
@@ -187,7 +188,7 @@ mod tests {
     async fn a_reason_is_told_when_it_comes_and_never_once_a_second() {
         let mut told = Told::default();
         let mut lines = Vec::new();
-        let mut seconds = async |reasons: &[&str], count: usize| {
+        let mut seconds = async |reasons: &[&'static str], count: usize| {
             for reason in reasons.iter().cycle().take(count) {
                 lines.extend(told.is_news(reason).then_some(*reason));
                 sleep(AGAIN).await;
@@ -207,6 +208,6 @@ mod tests {
 
     #[test]
     fn whatever_others_say_is_one_line() {
-        assert_eq!(one_line("STS:\n  \u{1b}[31mno\r\n\tmore\n"), "STS:   [31mno more");
+        assert_eq!(one_line("STS:\n  \u{1b}[31mno\r\n\tmore\n"), "STS: [31mno more");
     }
 }

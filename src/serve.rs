@@ -11,6 +11,7 @@ use crate::app::{App, AppError};
 use crate::config::{self, Config, Problem};
 use crate::hardening::{self, Does};
 use crate::listen::Inherited;
+use crate::metrics::Metrics;
 use crate::pods::PodsError;
 use crate::telemetry;
 use crate::telemetry::Log;
@@ -32,7 +33,8 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     let config::Loaded { config, warnings } = loaded;
-    let log = match telemetry::init(&config.log.level, config.log.format) {
+    let metrics = Metrics::default();
+    let log = match telemetry::init(&config.log.level, config.log.format, metrics.log_lost.clone()) {
         Ok(log) => log,
         Err(error) => {
             eprintln!("{}: [log] level: {error}", path.display());
@@ -41,20 +43,28 @@ pub fn serve(path: &Path) -> ExitCode {
     };
     warn(path, &warnings);
     hardening::before_threads(Does::of(&config));
-    start(path, config, &log).unwrap_or_else(|error| {
+    if let Err(error) = log.start() {
+        eprintln!("awsvid: the log cannot be written: {error}");
+        return ExitCode::FAILURE;
+    }
+    // What a panic says by itself waits for whoever reads standard error.
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+    let status = start(path, config, &log, metrics).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         // Nothing that trying again would mend.
         match error.downcast_ref() {
             Some(AppError::Source(_) | AppError::Pods(PodsError::Denied(_))) => ExitCode::from(EX_CONFIG),
             _ => ExitCode::FAILURE,
         }
-    })
+    });
+    log.flush();
+    status
 }
 
-fn start(path: &Path, config: Config, log: &Log) -> Result<ExitCode, Box<dyn std::error::Error>> {
+fn start(path: &Path, config: Config, log: &Log, metrics: Metrics) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let inherited = Inherited::from_environment();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(run(path, config, inherited, log));
+    let ended = runtime.block_on(run(path, config, inherited, log, metrics));
     // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.
     runtime.shutdown_background();
     ended
@@ -65,10 +75,11 @@ async fn run(
     config: Config,
     inherited: Inherited,
     log: &Log,
+    metrics: Metrics,
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut signals = Signals::catch()?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let mut app = App::start(config, inherited).await?;
+    let mut app = App::start(config, inherited, metrics).await?;
     notify(&[NotifyState::Ready]);
     loop {
         tokio::select! {

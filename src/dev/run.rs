@@ -11,7 +11,8 @@ use crate::app::{App, AppError};
 use crate::config::{Accounts, Config};
 use crate::environment::{self, Environment};
 use crate::listen::{Inherited, ListenError};
-use crate::telemetry;
+use crate::metrics::Metrics;
+use crate::telemetry::{self, Log};
 
 /// The daemon's usual port.
 const PORT: u16 = 974;
@@ -32,7 +33,8 @@ async fn play(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
     let dev = Dev::start().await?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
-    let app = start(&dev, !command.is_empty()).await?;
+    let metrics = Metrics::default();
+    let (log, app) = start(&dev, !command.is_empty(), &metrics).await?;
     let address = *app.tcp.first().ok_or("the daemon has no TCP address")?;
     let environment = dev.environment(address, variable)?;
     let status = if command.is_empty() {
@@ -43,24 +45,36 @@ async fn play(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
         ExitCode::from(run_command(command, &environment).await)
     };
     app.drain().await;
+    log.flush();
     Ok(status)
 }
 
 /// Starts the daemon on its usual port, or where that can't be had (without root, or when another process has it) on one
 /// that the kernel picks.
-async fn start(dev: &Dev, quiet: bool) -> Result<App, Box<dyn Error>> {
-    match start_on(dev, PORT, quiet).await? {
-        Err(AppError::Listen(ListenError::Tcp { .. })) => Ok(start_on(dev, 0, quiet).await??),
-        started => Ok(started?),
+async fn start(dev: &Dev, quiet: bool, metrics: &Metrics) -> Result<(Log, App), Box<dyn Error>> {
+    let config = configuration(dev, PORT, quiet)?;
+    let log = telemetry::init(&config.log.level, config.log.format, metrics.log_lost.clone())?;
+    log.start()?;
+    let started = match App::start(config, Inherited::default(), metrics.clone()).await {
+        Err(AppError::Listen(ListenError::Tcp { .. })) => {
+            App::start(configuration(dev, 0, quiet)?, Inherited::default(), metrics.clone()).await
+        }
+        started => started,
+    };
+    match started {
+        Ok(app) => Ok((log, app)),
+        Err(error) => {
+            log.flush();
+            Err(error.into())
+        }
     }
 }
 
-async fn start_on(dev: &Dev, port: u16, quiet: bool) -> Result<Result<App, AppError>, Box<dyn Error>> {
+fn configuration(dev: &Dev, port: u16, quiet: bool) -> Result<Config, Box<dyn Error>> {
     let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable, Accounts::system());
     // With `dev`'s own text this can only be about the variables of the environment.
     let loaded = loaded.map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
-    telemetry::init(&loaded.config.log.level, loaded.config.log.format)?;
-    Ok(App::start(loaded.config, Inherited::default()).await)
+    Ok(loaded.config)
 }
 
 fn variable(name: &str) -> Option<String> {

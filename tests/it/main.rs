@@ -27,6 +27,7 @@ mod outages;
 mod pod_callers;
 mod pods;
 mod recognition;
+mod records;
 mod reload;
 mod secrets;
 mod soak;
