@@ -1,8 +1,8 @@
 //! For operators: health and metrics over TCP, and on a unix socket of its own (mode 0600) the same and what is cached.
 //!
 //! The TCP address may be reached from the network, so it tells nothing of single workloads (attack 19), and whoever reaches
-//! it keeps nobody else from being answered (attack 26): see [`permits`]. The unix socket is root's, has its own bound, and is
-//! where a node's own probes ask.
+//! it keeps nobody else from being answered (attack 26): where there are too many connections, an older one gives way to a new
+//! one. The unix socket is root's, has its own bound, and is where a node's own probes ask.
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -250,6 +250,7 @@ impl App {
                 Err(error) => return Err(error.into()),
             }
         }
+        listen::warn_of_unguarded(&listen.tcp);
         for listener in bound {
             if let Bound::Tcp { address, .. } = &listener {
                 self.tcp.push(*address);

@@ -117,7 +117,8 @@ impl Audit {
     pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
         // Standard output is what it was. One that stalls would keep another thread with each reload.
         if *to != AuditFile::Stdout || self.sink.load().to != AuditFile::Stdout {
-            self.sink.store(Arc::new(Sink::open(to, self.clock.clone(), &self.metrics)?));
+            let new = Arc::new(Sink::open(to, self.clock.clone(), &self.metrics)?);
+            new.succeed(&self.sink.swap(new.clone()), &self.clock);
         }
         self.required.store(required, Ordering::Relaxed);
         Ok(())

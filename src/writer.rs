@@ -203,6 +203,11 @@ impl Writer {
         queue.behind = queue.size > 0;
     }
 
+    /// For how many events lines were lost of which nobody was told; from now on somebody is.
+    pub fn take_lost(&self) -> u64 {
+        std::mem::take(&mut self.0.queue().lost)
+    }
+
     /// Waits until everything that was taken is written or lost, for at most so long.
     pub fn flush(&self, patience: Duration) {
         let deadline = Instant::now() + patience;

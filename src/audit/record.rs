@@ -13,7 +13,7 @@ use crate::metrics::Request;
 use crate::role::Grant;
 use crate::writer::{self, Priority};
 
-/// The record of one request. Dropped without [`Record::finish`], it says `aborted`.
+/// The record of one request. Dropped without [`Record::finish`], it says `aborted`. However it ends, it is counted once.
 #[derive(Debug)]
 pub struct Record {
     audit: Arc<Audit>,
@@ -23,7 +23,8 @@ pub struct Record {
     caller: Option<Arc<Caller>>,
     stranger: Option<Stranger>,
     grant: Option<Grant>,
-    finished: bool,
+    /// How it ended: outcome, reason, and how many seconds after the head; for the metrics.
+    ended: Option<(&'static str, &'static str, f64)>,
 }
 
 /// What the socket or the connector told.
@@ -52,7 +53,7 @@ impl Record {
         caller: Option<Arc<Caller>>,
     ) -> Self {
         let started = Instant::now();
-        Self { audit, started, request_id, listener, caller, stranger: None, grant: None, finished: false }
+        Self { audit, started, request_id, listener, caller, stranger: None, grant: None, ended: None }
     }
 
     /// Names the request in answers and logs.
@@ -82,8 +83,9 @@ impl Record {
     /// `required` it is then `false`. One that stands for several is written later, but never the first of its kind, and not
     /// while the destination fails where it is required.
     pub async fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<Issued<'_>>) -> bool {
-        self.finished = true;
         let end = self.end(outcome.name(), reason, issued);
+        // The client may go away while the record is written.
+        self.ended = Some((end.outcome, end.reason, end.seconds));
         let written = match issued.map(|issued| issued.freshness) {
             // Very few of these come, since each costs an exchange.
             Some(Freshness::Miss) => self.write_alone(end, Priority::High).await,
@@ -96,10 +98,8 @@ impl Record {
             None => self.write_few(end, |audit| &audit.refusals).await,
         };
         let released = issued.is_none() || written || !self.audit.is_required();
-        if released {
-            self.count(end);
-        } else {
-            self.count(End { outcome: "failed", reason: "not_audited", ..end });
+        if !released {
+            self.ended = Some(("failed", "not_audited", end.seconds));
         }
         released
     }
@@ -149,14 +149,6 @@ impl Record {
         }
     }
 
-    /// Notes in the metrics how it ended, and how long it took.
-    fn count(&self, end: End<'_>) {
-        let metrics = &self.audit.metrics;
-        let request = Request { listener: self.listener.name(), outcome: end.outcome, reason: end.reason };
-        metrics.requests.get_or_create(&request).inc();
-        metrics.latency.0.observe(end.seconds);
-    }
-
     /// Renders the record; without what names the caller, if it stands for several callers.
     fn line(&self, end: End<'_>, of_one: bool) -> Vec<u8> {
         let grant = self.grant.as_ref().filter(|_| of_one);
@@ -194,14 +186,16 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        if self.finished {
-            return;
-        }
-        let end = self.end("aborted", "aborted", None);
-        self.count(end);
-        if self.count_in(end, |audit| &audit.refusals) {
-            let (bytes, owner) = (self.line(end, true), Some(self.owner()));
-            self.audit.put([writer::Line { bytes, stands_for: 1, owner, priority: Priority::Ordinary }]);
-        }
+        let (outcome, reason, seconds) = self.ended.unwrap_or_else(|| {
+            let end = self.end("aborted", "aborted", None);
+            if self.count_in(end, |audit| &audit.refusals) {
+                let (bytes, owner) = (self.line(end, true), Some(self.owner()));
+                self.audit.put([writer::Line { bytes, stands_for: 1, owner, priority: Priority::Ordinary }]);
+            }
+            (end.outcome, end.reason, end.seconds)
+        });
+        let metrics = &self.audit.metrics;
+        metrics.requests.get_or_create(&Request { listener: self.listener.name(), outcome, reason }).inc();
+        metrics.latency.0.observe(seconds);
     }
 }

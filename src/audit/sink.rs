@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::metrics::Metrics;
 use crate::telemetry::Quota;
-use crate::writer::{Line, Loss, Losses, Writer};
+use crate::writer::{Line, Loss, Losses, Priority, Writer};
 
 /// How long an answer waits for its record: where one is required, and where the answer goes out all the same. A write takes
 /// microseconds, unless the destination stalls.
@@ -75,6 +75,15 @@ impl Sink {
         self.writer.is_failing() || self.writer.is_behind()
     }
 
+    /// Takes over what the destination before has lost and could not say.
+    pub(super) fn succeed(&self, before: &Self, clock: &Clock) {
+        let requests = before.writer.take_lost();
+        if requests > 0 {
+            let (bytes, priority) = (gap(clock, requests), Priority::High);
+            self.put(Line { bytes, stands_for: requests, owner: None, priority });
+        }
+    }
+
     /// At the daemon's end, which would otherwise take along what is still queued. A reader that stalls is not waited for.
     pub(super) fn flush(&self) {
         self.writer.flush(LAST_WORDS);
@@ -99,7 +108,11 @@ impl Losses for LostRecords {
     /// So the sum over all records stays the number of requests.
     fn over(&self, requests: u64) -> Vec<u8> {
         tracing::warn!(requests, "audit records can be written again; those of so many requests were lost");
-        let time = moment(self.clock.now());
-        render(&Gap { time, target: "audit", outcome: "lost", reason: "not_written", repeated: requests })
+        gap(&self.clock, requests)
     }
+}
+
+fn gap(clock: &Clock, requests: u64) -> Vec<u8> {
+    let time = moment(clock.now());
+    render(&Gap { time, target: "audit", outcome: "lost", reason: "not_written", repeated: requests })
 }

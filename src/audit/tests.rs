@@ -173,6 +173,47 @@ async fn what_is_required_is_tried_each_time_while_it_fails() {
     }
 }
 
+/// The repair of a full disk may be another file.
+#[tokio::test]
+async fn what_was_lost_is_said_in_the_next_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("audit.log");
+    let audit = open_at(&AuditFile::Path("/dev/full".into()), false);
+    for _ in 0..3 {
+        issue(&audit, Freshness::Miss).await;
+    }
+    audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
+    issue(&audit, Freshness::Miss).await;
+    let found = lines(&path);
+    assert_eq!((&found[0]["outcome"], &found[0]["repeated"]), (&"lost".into(), &3.into()));
+    assert_eq!(counted(&found, |_| true), (4, 2));
+}
+
+/// Whoever goes away while its record is written is counted all the same, once.
+#[tokio::test]
+async fn a_client_that_goes_away_meanwhile_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let _reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let audit = open_at(&AuditFile::Path(path), true);
+    // Until the pipe is full.
+    while issue(&audit, Freshness::Miss).await {}
+    let count = |text: &str| {
+        let line = audit.metrics.encode().lines().find(|line| line.contains(text)).map(str::to_owned);
+        line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
+    };
+    let before = count("outcome=\"issued\"");
+    let mut waiting = Box::pin(issue(&audit, Freshness::Miss));
+    assert!(futures_are_pending(&mut waiting));
+    drop(waiting);
+    assert_eq!((count("outcome=\"issued\""), count("outcome=\"aborted\"")), (before + 1, 0));
+}
+
+fn futures_are_pending(future: &mut std::pin::Pin<Box<impl Future>>) -> bool {
+    future.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop())).is_pending()
+}
+
 /// Nobody reads: where a record is required none is handed out without one, else none is held up for long.
 #[tokio::test]
 async fn a_reader_that_has_stopped_stops_nothing() {
