@@ -1,8 +1,8 @@
 //! For operators: health and metrics over TCP, and on a unix socket of its own (mode 0600) the same and what is cached.
 //!
-//! The TCP address may be reached from the network, so it tells nothing of single workloads (attack 19), and whoever reaches
-//! it keeps nobody else from being answered (attack 26): where there are too many connections, an older one gives way to a new
-//! one. The unix socket is root's, has its own bound, and is where a node's own probes ask.
+//! The TCP address may be open to the network, so it shows nothing of single workloads (attack 19). One client cannot keep
+//! another from its answer (attack 26): where there are too many connections, the oldest makes room for a new one. The unix
+//! socket is root's, has its own bound, and serves the node's own probes.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -33,12 +33,11 @@ use permits::Permits;
 
 /// For the whole head. A probe sends it with its connection.
 const HEAD: Duration = Duration::from_secs(1);
-/// For the whole connection: what `/metrics` and `/status` say may be some megabytes, and the way may be long.
+/// For the whole connection. `/status` may have some megabytes, and the network may be slow.
 const CONNECTION: Duration = Duration::from_secs(5);
-/// How often the metrics are rendered for whoever asks over the network. Prometheus asks every few seconds.
+/// How often the metrics are rendered for clients of the TCP address. Prometheus scrapes every few seconds.
 const RENDER_EVERY: Duration = Duration::from_secs(1);
-/// At the TCP address, in all and from one source address. Those that are accepted together, before the first of them is read,
-/// are fewer.
+/// At the TCP address, in all and from one source address. More than the daemon accepts before it reads the first of them.
 const CONNECTIONS: usize = 512;
 const CONNECTIONS_OF_ONE: usize = 160;
 /// On the unix socket.
@@ -112,7 +111,7 @@ pub struct Admin {
     cache: CredentialCache,
     remote: Permits,
     local: Permits,
-    /// The metrics as they were rendered last. Whoever asks while that is done waits for it.
+    /// The metrics as they were rendered last. Scrapes that come during a rendering wait for it.
     rendered: tokio::sync::Mutex<Option<(Instant, Bytes)>>,
 }
 
@@ -158,7 +157,7 @@ impl Admin {
         let (Stream::Unix(socket) | Stream::Tcp { stream: socket, .. }) = &mut stream;
         let served = timeout(CONNECTION, builder.serve_connection(TokioIo::new(socket), service));
         let evicted = tokio::select! {
-            // An operator's client that is slow or gone is nobody's concern.
+            // A client that is slow or gone needs no further care.
             _ = served => false,
             () = permit.evicted() => true,
         };
@@ -182,7 +181,7 @@ impl Admin {
         }
     }
 
-    /// What is missing may name a workload's SPIFFE ID: only who reaches the unix socket is told.
+    /// The reason may contain a workload's SPIFFE ID, so only the unix socket shows it.
     fn ready(&self, address: Address) -> Response<Full<Bytes>> {
         match (self.readiness.why_not(), address) {
             (None, _) => text(StatusCode::OK, "ready\n"),
@@ -199,7 +198,7 @@ impl Admin {
         self.metrics.encode().into()
     }
 
-    /// The metrics, at most so old: rendering looks at each entry of the cache.
+    /// The metrics, rendered at most once in [`RENDER_EVERY`]: rendering walks over each entry of the cache.
     async fn rendered(&self) -> Bytes {
         let mut rendered = self.rendered.lock().await;
         if let Some((at, text)) = &*rendered

@@ -107,13 +107,13 @@ impl Audit {
             boot: fastrand::u32(..),
             next: AtomicU64::new(0),
             refusals: Floods::new(Beyond::Counted),
-            // Who has been given which key is recorded, whatever happens.
+            // Each caller's first hit of a key has a record in every case.
             hits: Floods::new(Beyond::Written),
         }))
     }
 
     /// Opens the destination anew: its name may have been given to another file since, as rotation does. Until the new
-    /// one is open, and if it can't be, records go to the old one, whose thread writes what it was given by then.
+    /// one is open, and if it can't be, records go to the old one. Its thread writes what it has by then, and ends.
     pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
         // Standard output is what it was. One that stalls would keep another thread with each reload.
         if *to != AuditFile::Stdout || self.sink.load().to != AuditFile::Stdout {

@@ -7,8 +7,8 @@
 //! Values, without I/O: [`identity`] names, [`cgroup`] what a cgroup path says, [`caller`] who is asking, [`rule`] which
 //! SPIFFE ID a caller has, [`role`] which role that may have, [`credentials`] what is handed out, [`clock`] what time it is.
 //!
-//! What every part needs: [`config`], [`writer`] of lines that waits for nobody, [`telemetry`] the log, [`metrics`], [`health`] of the neighbours, [`audit`] one
-//! record per request.
+//! What every part needs: [`config`], [`writer`] of lines, which never blocks its callers, [`telemetry`] the log, [`metrics`],
+//! [`health`] of the neighbours, [`audit`] one record per request.
 //!
 //! A request, in its order:
 //!

@@ -113,7 +113,7 @@ impl Gate {
     }
 }
 
-/// What is said once, though it may be so in every pod, or seldom.
+/// What the log has once, though it may be so in every pod, or seldom.
 #[derive(Debug)]
 struct Told {
     no_directory: bool,
@@ -125,7 +125,7 @@ struct Told {
 }
 
 impl Told {
-    /// Whether the log may say so now, and how often it did not since the last time.
+    /// Whether the log may have a line about it now, and how many it did not have since the last.
     fn is_unwatched(&self) -> Option<u64> {
         self.unwatched.lock().unwrap_or_else(PoisonError::into_inner).take()
     }

@@ -24,9 +24,9 @@ use crate::telemetry::Quota;
 const AGAIN: Duration = Duration::from_secs(1);
 /// For one answer of a listener.
 const ANSWER: Duration = Duration::from_secs(5);
-/// So many reasons may come one after another and have a line of the log each ...
+/// So many reasons may follow each other and have a line of the log each.
 const LINES: u32 = 5;
-/// ... and after that.
+/// After that.
 const LINE_EVERY: Duration = Duration::from_secs(30);
 
 /// What has to answer.
@@ -94,8 +94,8 @@ impl Probes {
     }
 }
 
-/// What the log says while something is missing: each reason when it comes, and nothing while it stays. Where reasons
-/// alternate, or one has a number in it that is another one each time, that would be a line for each round of questions.
+/// Which reasons the log has: each when it comes, and no line while it stays. Reasons that alternate, or that contain another
+/// number each time, would be a line in each round, so their lines are bounded.
 #[derive(Debug)]
 struct Told {
     last: String,
@@ -119,7 +119,7 @@ impl Told {
     }
 }
 
-/// What others say may have line breaks in it.
+/// Joins the lines of a reason: errors of the agent and of STS may contain line breaks.
 fn one_line(text: &str) -> String {
     let words = text.split(|c: char| c.is_control() || c.is_whitespace()).filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(" ")

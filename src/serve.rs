@@ -47,7 +47,7 @@ pub fn serve(path: &Path) -> ExitCode {
         eprintln!("awsvid: the log cannot be written: {error}");
         return ExitCode::FAILURE;
     }
-    // What a panic says by itself waits for whoever reads standard error.
+    // The default hook writes to standard error directly, and would wait for its reader.
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     let status = start(path, config, &log, metrics).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");

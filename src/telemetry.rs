@@ -153,7 +153,7 @@ impl Losses for LostLines {
     }
 
     fn over(&self, lines: u64) -> Vec<u8> {
-        tracing::warn!(lines, "lines of the log were lost: whoever reads it was too slow, or had stopped");
+        tracing::warn!(lines, "lines of the log were lost: its reader was too slow, or had stopped");
         Vec::new()
     }
 }

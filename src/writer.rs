@@ -1,8 +1,8 @@
-//! Lines for a file, a pipe or a socket, written by a thread of its own: whoever has a line never waits for a disk or for a
-//! reader that has stopped.
+//! Lines for a file, a pipe or a socket, written by a thread of its own: the thread that has a line never waits for a disk or
+//! for a reader that has stopped.
 //!
-//! What waits to be written is bounded, in all and for each workload, so that one that causes very many lines loses its own
-//! first (attack 30). What is lost is counted, and said as soon as something can be written again.
+//! The queue is bounded, in all and for each workload, so that a workload that causes very many lines loses its own first (attack
+//! 30). Lost lines are counted, and noted as soon as a line can be written again.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -20,7 +20,7 @@ use crate::caller::Owner;
 
 /// Bytes that may wait to be written.
 const ROOM: usize = 8 * 1024 * 1024;
-/// What a line takes beside its own bytes.
+/// What a line takes in addition to its bytes.
 const OVERHEAD: usize = 128;
 
 /// How much of the room lines of one kind may take, in all and of one workload.
@@ -55,7 +55,7 @@ pub struct Line {
     pub bytes: Vec<u8>,
     /// How many events it stands for, should it be lost.
     pub stands_for: u64,
-    /// Whose share of the room it takes; `None` for lines of the daemon's own.
+    /// The workload whose share of the room it takes; `None` for lines of the daemon's own.
     pub owner: Option<Owner>,
     /// How important it is.
     pub priority: Priority,
@@ -73,18 +73,18 @@ pub enum Loss {
 impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoRoom => f.write_str("whoever reads it is too slow, or has stopped"),
+            Self::NoRoom => f.write_str("the destination is too slow, or has stopped"),
             Self::Failed(error) => error.fmt(f),
         }
     }
 }
 
-/// What becomes of losses. No lock of the writer's is held when it is called.
+/// Accounts for losses. No lock of the writer's is held when it is called.
 pub trait Losses: fmt::Debug + Send + Sync {
     /// One line was lost.
     fn lost(&self, loss: &Loss);
 
-    /// Lines can be written again, after those that stand for so many events were lost. What it returns is written next.
+    /// Lines can be written again, after those that stand for so many events were lost. The result is written next.
     fn over(&self, events: u64) -> Vec<u8>;
 }
 
@@ -114,7 +114,7 @@ struct Queue {
     failing: bool,
     /// A line was waited for in vain, and the queue was not empty since.
     behind: bool,
-    /// Events whose lines were lost, as long as nobody was told.
+    /// Events whose lines were lost, as long as the stream has no note of it.
     lost: u64,
     /// No more lines come.
     closed: bool,
@@ -169,7 +169,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Takes a line, if there is room; tells whether it was written, once that is known. Never waits.
+    /// Takes a line, if there is room; the receiver gets whether it was written. Never waits.
     pub fn push(&self, line: Line) -> Option<oneshot::Receiver<bool>> {
         let (written, is_written) = oneshot::channel();
         let mut queue = self.0.queue();
@@ -192,18 +192,18 @@ impl Writer {
         self.0.queue().failing
     }
 
-    /// Whether lines wait longer than somebody was ready to wait, up to now.
+    /// Whether a caller of [`Self::fall_behind`] has given up waiting, and the queue was never empty since.
     pub fn is_behind(&self) -> bool {
         self.0.queue().behind
     }
 
-    /// Notes that somebody gave up waiting for a line of his.
+    /// Notes that a line was waited for in vain.
     pub fn fall_behind(&self) {
         let mut queue = self.0.queue();
         queue.behind = queue.size > 0;
     }
 
-    /// For how many events lines were lost of which nobody was told; from now on somebody is.
+    /// Takes the number of events whose lines were lost and not noted, so that the caller notes them.
     pub fn take_lost(&self) -> u64 {
         std::mem::take(&mut self.0.queue().lost)
     }
@@ -250,7 +250,7 @@ impl Shared {
                     }
                 }
             };
-            // Whoever waited for it may be gone.
+            // The receiver may be gone.
             let _ = written.send(done.is_ok());
             if let Err(error) = done {
                 self.losses.lost(&Loss::Failed(error));
@@ -313,7 +313,7 @@ impl Destination {
             match (&self.0).write(bytes) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Somebody else who has the same open file has made it so.
+                // Another process that shares the open file has set O_NONBLOCK.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     let mut polled = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
                     match poll(&mut polled, PollTimeout::NONE) {

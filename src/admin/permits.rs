@@ -1,8 +1,8 @@
-//! Connections at an address of operators: bounded in all and for each source address. A new connection is always taken;
-//! where a bound is reached, an older one gives way.
+//! Connections at an address of operators: bounded in all and for each source address. A new connection always gets a permit;
+//! at a bound, an older one is evicted for it.
 //!
-//! A probe sends its request with its connection and is answered at once, so it is never the oldest. What waits there is a
-//! client that does not send a request, or does not read its answer.
+//! A probe sends its request with its connection and gets its answer at once, so it is never the oldest. The oldest is a client
+//! that sends no request, or does not read its answer.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -81,7 +81,7 @@ impl Open {
 }
 
 impl Permit {
-    /// Waits until another connection needs this one's place.
+    /// Waits until the permit is needed for another connection.
     pub(super) async fn evicted(&self) {
         self.evicted.cancelled().await;
     }

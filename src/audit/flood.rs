@@ -1,5 +1,5 @@
-//! Requests of one kind that come in masses become one record with a count, so that nobody can drown the records of others
-//! (attacks 23 and 30).
+//! Requests of one kind that come in masses become one record with a count, so that one workload cannot drown the records of
+//! others (attacks 23 and 30).
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ const SINGLY: u64 = 10;
 const STRETCH: Duration = Duration::from_secs(1);
 /// How often stretches that are over are looked for, while there are any.
 pub(super) const SWEEP: Duration = Duration::from_millis(500);
-/// Callers and kinds that are told apart at one time.
+/// Callers and kinds that have a count of their own at one time.
 const KEYS: usize = 1024;
 
 /// What is counted together.
@@ -27,7 +27,7 @@ pub(super) struct Key {
     pub(super) owner: Option<Owner>,
     pub(super) listener: Listener,
     pub(super) reason: &'static str,
-    /// The access key id of what was handed out, and whether it was due for a refresh.
+    /// The access key id of the credentials, and whether they were due for a refresh.
     pub(super) issued: Option<(String, Freshness)>,
 }
 

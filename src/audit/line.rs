@@ -1,4 +1,4 @@
-//! What a record looks like: its fields are a contract (deploy/README.md).
+//! The text of a record. Its fields are a contract (deploy/README.md).
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -54,7 +54,7 @@ pub(super) struct Line<'a> {
     pub(super) milliseconds: f64,
 }
 
-/// The line in the place of records that were lost.
+/// The line that stands for records that were lost.
 #[derive(Serialize)]
 pub(super) struct Gap {
     pub(super) time: Text<humantime::Rfc3339Timestamp>,

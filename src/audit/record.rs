@@ -13,7 +13,7 @@ use crate::metrics::Request;
 use crate::role::Grant;
 use crate::writer::{self, Priority};
 
-/// The record of one request. Dropped without [`Record::finish`], it says `aborted`. However it ends, it is counted once.
+/// The record of one request. Dropped without [`Record::finish`], it is `aborted`. However it ends, the metrics count it once.
 #[derive(Debug)]
 pub struct Record {
     audit: Arc<Audit>,
@@ -77,14 +77,14 @@ impl Record {
         self.grant = None;
     }
 
-    /// Writes the record. `false`: it could not be written, and the configuration says that then nothing is to be handed out.
+    /// Writes the record. `false`: it could not be written, and the configuration requires it, so no credentials may be released.
     ///
     /// A record that stands for this request alone is written when this returns, unless the destination stalls; with
     /// `required` it is then `false`. One that stands for several is written later, but never the first of its kind, and not
     /// while the destination fails where it is required.
     pub async fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<Issued<'_>>) -> bool {
         let end = self.end(outcome.name(), reason, issued);
-        // The client may go away while the record is written.
+        // hyper drops this future if the client disconnects while the record is written.
         self.ended = Some((end.outcome, end.reason, end.seconds));
         let written = match issued.map(|issued| issued.freshness) {
             // Very few of these come, since each costs an exchange.

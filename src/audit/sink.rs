@@ -1,4 +1,4 @@
-//! Where audit records go, and what becomes of those that can't be written.
+//! The destination of audit records, and the account of those that could not be written.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -22,7 +22,7 @@ const REQUIRED: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_millis(100);
 /// How long the end of the daemon waits for a destination that stalls.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// How often the log says that records are lost.
+/// How often the log has a line about lost records.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 
 /// An open destination.
@@ -75,7 +75,7 @@ impl Sink {
         self.writer.is_failing() || self.writer.is_behind()
     }
 
-    /// Takes over what the destination before has lost and could not say.
+    /// Notes what the previous destination has lost and could not note itself.
     pub(super) fn succeed(&self, before: &Self, clock: &Clock) {
         let requests = before.writer.take_lost();
         if requests > 0 {

@@ -114,7 +114,7 @@ async fn of_a_flood_none_is_uncounted_and_few_are_written() {
     check(&lines(&path), 1030, started);
 }
 
-/// Whoever is given a key for the first time is in the audit, whatever others do.
+/// The first release of a key to a caller is in the audit, whatever others do.
 #[tokio::test]
 async fn the_first_hit_of_each_key_is_written_at_once() {
     let folder = tempfile::tempdir().unwrap();
@@ -148,14 +148,14 @@ async fn what_is_required_and_cannot_be_written_says_so() {
             assert_eq!(issue(&audit, freshness).await, !required);
             assert_eq!(audit.metrics.audit_lost.get(), u64::try_from(count).unwrap() + 1);
         }
-        // What is not handed out is not counted as such.
+        // Credentials that were not released do not count as issued.
         let text = audit.metrics.encode();
         let issued = text.contains("outcome=\"issued\"");
         assert_eq!((issued, text.contains("not_audited")), (!required, required), "{text}");
     }
 }
 
-/// Hits that would only be counted are not handed out while the destination fails.
+/// Hits that would only be counted are not released while the destination fails.
 #[tokio::test]
 async fn what_is_required_is_tried_each_time_while_it_fails() {
     let folder = tempfile::tempdir().unwrap();
@@ -189,7 +189,7 @@ async fn what_was_lost_is_said_in_the_next_file() {
     assert_eq!(counted(&found, |_| true), (4, 2));
 }
 
-/// Whoever goes away while its record is written is counted all the same, once.
+/// A client that disconnects while its record is written counts once.
 #[tokio::test]
 async fn a_client_that_goes_away_meanwhile_is_counted() {
     let folder = tempfile::tempdir().unwrap();
@@ -214,13 +214,13 @@ fn futures_are_pending(future: &mut std::pin::Pin<Box<impl Future>>) -> bool {
     future.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop())).is_pending()
 }
 
-/// Nobody reads: where a record is required none is handed out without one, else none is held up for long.
+/// A pipe without a reader: credentials that require a record are not released, others are not held up for long.
 #[tokio::test]
 async fn a_reader_that_has_stopped_stops_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    // Opened for both, so that there is a reader, who reads nothing.
+    // Open for both directions: there is a reader, and it reads nothing.
     let reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let audit = open_at(&AuditFile::Path(path.clone()), false);
     for _ in 0..20_000 {
@@ -230,7 +230,7 @@ async fn a_reader_that_has_stopped_stops_nothing() {
     let lost = audit.metrics.audit_lost.get();
     let strict = open_at(&AuditFile::Path(path), true);
     assert!(!issue(&strict, Freshness::Miss).await);
-    // Somebody reads again, to the end: the sum is the number of requests.
+    // The reader reads again, to the end: the sum is the number of requests.
     let reading = std::thread::spawn(move || {
         use std::io::BufRead;
         let mut sum = 0;

@@ -10,14 +10,14 @@ use nix::unistd::geteuid;
 
 use super::{ConfigFile, client, server};
 
-/// For one answer. Whoever runs probes has a limit of his own.
+/// For one answer. The kubelet has a limit of its own.
 const PATIENCE: Duration = Duration::from_secs(10);
 const ANSWER_MAX: usize = 64 * 1024;
 
-/// Asks the daemon beside it whether it lives, or is ready: for probes that run a command.
+/// Reports whether the daemon of this machine or container lives, or is ready: for probes that run a command.
 ///
-/// It asks over the status socket, which is root's. So whoever floods the operators' TCP address keeps no probe from being
-/// answered. Prints one line, which says what is missing.
+/// The request goes over the status socket, which is root's. A flood of the operators' TCP address therefore keeps no probe from
+/// its answer. Prints one line, with the reason if the daemon is not ready.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -26,11 +26,11 @@ Examples:
 
 Exit status: 0 if it is so, 1 if not.")]
 pub struct Probe {
-    /// What is asked.
+    /// Which of the two.
     what: What,
     #[command(flatten)]
     config: ConfigFile,
-    /// awsvid's status socket, instead of what the configuration says.
+    /// awsvid's status socket, instead of the configuration's.
     #[arg(long, value_name = "FILE")]
     socket: Option<PathBuf>,
 }

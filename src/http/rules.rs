@@ -81,15 +81,15 @@ pub(super) fn has_body<B: Body>(request: &Request<B>) -> bool {
 const PATH: &str = "/v1/credentials";
 /// Headers that only a page in a browser makes a client send (Fetch, section 3.2; RFC 9110, section 10.1.3).
 const PAGE: [&str; 3] = ["origin", "referer", "sec-fetch-user"];
-/// Headers of Fetch Metadata, with the values that also come from clients that show no page: undici's `fetch` sends the
-/// mode alone, Electron's `net` all three. A browser that loads something for a page sends another site than `none`; one that
-/// shows what a person has typed sends another mode and destination than these.
+/// Headers of Fetch Metadata, with the values that clients without a page send, too: undici's `fetch` sends the mode alone,
+/// Electron's `net` all three. A request for a page has another site than `none`; a typed address has another mode and
+/// destination than these.
 const METADATA: [(&str, &[&str]); 3] = [
     ("sec-fetch-site", &["none"]),
     ("sec-fetch-mode", &["cors", "no-cors", "same-origin"]),
     ("sec-fetch-dest", &["empty"]),
 ];
-/// Set by proxies, on the way to this listener: then the attested process is not the one that wants the credentials.
+/// Set by proxies, on the way to this listener: the attested process is then the proxy, not the client.
 /// `Via` counts by itself, since a forward proxy may set nothing else (tinyproxy 1.11 does so).
 const PROXY: [&str; 3] = ["forwarded", "via", "x-real-ip"];
 const PROXY_PREFIX: &str = "x-forwarded-";

@@ -85,7 +85,7 @@ fn buffers(accepted: &Stream) -> (usize, usize) {
     (receive, send)
 }
 
-/// Attack 32: whoever made the listener.
+/// Attack 32: with each origin of a listener.
 #[tokio::test]
 async fn every_tcp_listener_has_small_buffers() {
     let elsewhere = || {

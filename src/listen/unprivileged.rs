@@ -1,5 +1,5 @@
-//! Ports that any user may bind: whoever takes the endpoint's while awsvid is away hands out credentials of an account of its
-//! own (attack 9).
+//! Ports that any user may bind. A process that takes the endpoint's port while awsvid does not have it can answer with
+//! credentials of another account (attack 9).
 
 use std::fs;
 use std::net::SocketAddr;
@@ -16,8 +16,8 @@ pub fn first_unprivileged_port() -> u16 {
     value.map_or(DEFAULT, |value| u16::try_from(value).unwrap_or(u16::MAX))
 }
 
-/// Those of the ports that are only guarded where the kernel has its default. Ports from there on are the configuration's
-/// business, which warns of them wherever it is read.
+/// The ports that any user may bind by this setting, and not by the kernel's default. The configuration's reader warns of ports
+/// above the default.
 pub fn unguarded(addresses: &[SocketAddr], first_unprivileged: u16) -> Vec<u16> {
     let mut ports: Vec<u16> = addresses.iter().map(SocketAddr::port).collect();
     ports.retain(|port| (first_unprivileged..DEFAULT).contains(port));
@@ -26,14 +26,14 @@ pub fn unguarded(addresses: &[SocketAddr], first_unprivileged: u16) -> Vec<u16> 
     ports
 }
 
-/// Says so of the machine's own.
+/// Warns of them in the daemon's own network namespace.
 pub fn warn_of_unguarded(addresses: &[SocketAddr]) {
     let first = first_unprivileged_port();
     let ports = unguarded(addresses, first);
     if !ports.is_empty() {
         tracing::warn!(
             ?ports,
-            "any user of this machine can take a port of awsvid's while nobody has it, and hand out credentials of its own account: \
+            "any user of this machine can bind a port of awsvid's while it is free, and answer with credentials of another account: \
              net.ipv4.ip_unprivileged_port_start is {first}; set it to 1024 by sysctl"
         );
     }

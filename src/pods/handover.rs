@@ -55,7 +55,7 @@ pub(super) struct Given {
 #[derive(Debug)]
 pub(super) struct Handover {
     listener: UnixListener,
-    /// Lines of the log about those who get nothing.
+    /// Bounds the log's lines about connections that are not the next daemon's.
     refusals: Mutex<Quota>,
     _file: SocketFile,
 }
@@ -69,7 +69,7 @@ impl Handover {
         Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, refusals, _file: file })
     }
 
-    /// Whether the log may say that somebody got nothing, and how often it did not since the last time.
+    /// Whether the log may have a line about one, and how many it did not have since the last.
     pub(super) fn refusal(&self) -> Option<u64> {
         self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take()
     }

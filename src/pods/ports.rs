@@ -1,4 +1,4 @@
-//! Whether a pod's own users can take the endpoint's port in its network namespace.
+//! Whether a pod's unprivileged users can bind the endpoint's port in its network namespace.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ use crate::pods::Pods;
 const SETTLED: Duration = Duration::from_secs(5);
 
 impl Pods {
-    /// Whether there is a namespace whose setting was not looked at yet. Once one was found, no other is.
+    /// Whether there is a namespace whose setting was not read yet. After the first that is too low no other is read.
     pub(super) fn has_unseen_ports(&self) -> bool {
         !self.told.unguarded && self.pods.values().any(|pod| !pod.ports_seen)
     }
 
-    /// Looks at the settings that are settled now.
+    /// Reads the settings that are settled now.
     pub(super) async fn look_at_ports(&mut self) {
         if self.told.unguarded {
             return;
@@ -42,7 +42,7 @@ impl Pods {
         if let Some((path, first)) = looking.await.unwrap_or_default() {
             self.told.unguarded = true;
             tracing::warn!(
-                "any user of a pod can take port 974 in the pod's network while awsvid is away, and answer its other containers: \
+                "any user of a pod can take port 974 in the pod's network while it is free, and answer the pod's other containers: \
                  net.ipv4.ip_unprivileged_port_start is {first} in {}, and perhaps in others; set `enable_unprivileged_ports = false` in \
                  containerd's configuration, or that sysctl to 1024 in the pods' securityContext",
                 path.display()

@@ -9,7 +9,7 @@ use nix::unistd::pipe;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Counts losses, and says in the stream how many events they were.
+/// Counts losses, and notes in the stream how many events they were.
 #[derive(Debug, Clone, Default)]
 struct Counted(Arc<AtomicU64>);
 
@@ -73,7 +73,7 @@ fn a_stalled_destination_blocks_nobody_and_who_fills_it_is_shed_first() {
     writer.fall_behind();
     assert!(writer.is_behind());
 
-    // Somebody reads.
+    // The reader reads.
     let reading = std::thread::spawn(move || BufReader::new(File::from(from)).lines().map(Result::unwrap).collect());
     writer.flush(PATIENCE);
     assert!(!writer.is_behind());
@@ -95,7 +95,7 @@ fn who_asks_is_told_whether_it_was_written() {
     let (writer, losses) = writer(to);
     assert!(writer.push(line(1, 1, Priority::High)).unwrap().blocking_recv().unwrap());
     drop(from);
-    // Nobody will ever read that.
+    // There is no reader any more.
     assert!(!writer.push(line(2, 1, Priority::High)).unwrap().blocking_recv().unwrap());
     assert!(writer.is_failing());
     writer.flush(PATIENCE);

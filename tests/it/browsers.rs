@@ -1,4 +1,4 @@
-//! Pages in a real browser that want the credentials of whoever looks at them (attack 4). What each request looks like is in
+//! Pages in a real browser that try to fetch the credentials of the browser's user (attack 4). The requests are captured in
 //! src/http/rules/tests/heads.txt.
 
 use std::io::{BufRead, BufReader, Write};
@@ -15,7 +15,7 @@ use crate::harness::counterparts::{folder, skip};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
-/// Each way in which a page makes a browser ask. `TO` is where the daemon listens, `REBOUND` the same by a name of the page's.
+/// Each way in which a page makes a browser send a request. `TO` is the endpoint, `REBOUND` the same by a name of the page's.
 const PAGE: &str = r#"<!doctype html><title>page</title>
 <link rel=stylesheet href="TO"><img src="TO"><script src="TO"></script><script type=module src="TO"></script>
 <iframe src="TO"></iframe><object data="TO"></object>
@@ -31,7 +31,7 @@ try { new WebSocket("TO".replace("http", "ws")); } catch (error) {}
 form.submit(); link.click();
 </script>"#;
 
-/// Serves the page to everybody, and ends with the test process. Every path that was asked for is a line of the file.
+/// Serves the page for every path, and ends with the test process. The first line of each request is added to the file.
 fn serve(page: String, asked: &Path) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -46,7 +46,7 @@ fn serve(page: String, asked: &Path) -> SocketAddr {
                 "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
                 page.len()
             );
-            // A browser that goes away loses its page.
+            // A browser that disconnects loses its page.
             let _ = stream.write_all((head + &page).as_bytes());
         }
     });
@@ -57,7 +57,7 @@ fn serve(page: String, asked: &Path) -> SocketAddr {
 fn no_page_in_a_browser_gets_credentials() {
     let chromium = Path::new("/usr/bin/chromium");
     if !chromium.exists() {
-        return skip("there is no Chromium: apt-get install chromium");
+        return skip("chromium is missing: run tests/counterparts/get browser");
     }
     let folder = folder();
     let uid = nix::unistd::geteuid().as_raw();
@@ -76,7 +76,7 @@ fn no_page_in_a_browser_gets_credentials() {
         let mut browser = Command::new(chromium);
         browser.args(["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]);
         browser.arg("--host-resolver-rules=MAP *.test 127.0.0.1");
-        // What a browser itself does against such pages is not relied on.
+        // The browser's own protection against such pages is switched off.
         browser.arg("--disable-features=LocalNetworkAccessChecks,BlockInsecurePrivateNetworkRequests");
         browser.arg(format!("--user-data-dir={}", folder.path().join(host).display()));
         browser.arg(format!("http://{host}:{}/", address.port()));

@@ -215,8 +215,7 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     assert_eq!(audited(&stage.daemon.audit(), MALLORY).1, one("refused", 3050));
 }
 
-/// Attack 30: nor does who is answered very often, be it from the cache, or gone before the answer. Each key that is handed out
-/// for the first time is a record of its own.
+/// Attack 30: nor does a caller that is answered very often. Its first hit of a key has a record of its own.
 #[test]
 fn a_flood_of_hits_is_few_records_with_the_right_counts() {
     if !root() {

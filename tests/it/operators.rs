@@ -63,7 +63,7 @@ fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
             let _end = EndLater(&ended);
             scope.spawn(flood);
             scope.spawn(flood);
-            // More than the daemon takes from anybody.
+            // More than the daemon takes from one address.
             while made.load(Ordering::Relaxed) < 1000 {
                 std::thread::yield_now();
             }
@@ -102,7 +102,7 @@ fn metrics_are_rendered_once_a_second() {
         let (status, text) = http_get(daemon.admin(), "/metrics").unwrap();
         assert_eq!(status, 200);
         texts.insert(text);
-        // Who has the status socket sees each request at once.
+        // The status socket shows each request at once.
         let after = daemon.metrics();
         assert_ne!(before.0, after);
         before.0 = after;
@@ -147,7 +147,7 @@ fn a_probe_says_why() {
     assert!(!output.status.success() && output.stdout.trim_end() == line, "{output:?}, not {line}");
     let output = probe(folder.path(), "live");
     assert!(output.status.success() && output.stdout == "ok\n", "{output:?}");
-    // Over the network nobody learns of it.
+    // Not over the network.
     assert_eq!(http_get(daemon.admin(), "/readyz"), Some((503, "not ready\n".to_owned())));
     std::os::unix::fs::symlink(upstream.socket(), &agent).unwrap();
     let daemon = daemon.ready();

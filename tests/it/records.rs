@@ -1,4 +1,4 @@
-//! The audit and the log where nobody reads them, or the disk is full (attack 30).
+//! The audit and the log where their readers have stopped, or the disk is full (attack 30).
 
 use std::fs;
 use std::io::{Read, Write};
@@ -38,7 +38,7 @@ fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
     (from.into(), to)
 }
 
-/// Standard error and standard output that nobody reads: the log and the audit.
+/// Standard error and standard output without a reader: the log and the audit.
 #[test]
 fn readers_that_have_stopped_stop_nothing() {
     let upstream = upstream();

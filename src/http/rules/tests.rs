@@ -100,7 +100,7 @@ fn deputies_are_refused() {
     for name in ["Forwarded", "Via", "X-Real-IP", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Anything"] {
         assert_eq!(over_tcp("/v1/credentials", &[(name, "x")]), Err("proxied"), "{name}");
     }
-    // One that says so among others that do not.
+    // One value of a page among others.
     let mut several = request(&[("Sec-Fetch-Site", "none")]);
     several.append("sec-fetch-site", HeaderValue::from_static("cross-site"));
     assert_eq!(judge("/v1/credentials", &several, Listener::Tcp, &Authorization::Present), Err("browser"));
@@ -138,7 +138,7 @@ fn heads() -> Vec<Head> {
     heads
 }
 
-/// What programs really send: whatever fetches by itself is answered, whatever a page makes a browser fetch is refused.
+/// Captured requests: those of programs are answered, those that a page makes a browser send are refused.
 #[test]
 fn clients_are_answered_and_pages_are_not() {
     let judge = |head: &Head, headers: &HeaderMap, authorization: &Authorization| {
