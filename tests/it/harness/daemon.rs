@@ -261,6 +261,14 @@ impl Daemon {
         value.map_or(0, |value| value.parse().expect("a number"))
     }
 
+    /// How many requests were answered with credentials. The audit has one record for several that come quickly.
+    pub(crate) fn issued(&self) -> u64 {
+        let metrics = self.metrics();
+        let counts =
+            metrics.lines().filter(|line| line.starts_with("awsvid_requests_total{") && line.contains("=\"issued\""));
+        counts.map(|line| line.rsplit(' ').next().and_then(|count| count.parse::<u64>().ok()).expect("a number")).sum()
+    }
+
     /// The credentials that `/status` has for this SPIFFE ID and the first role.
     pub(crate) fn status(&self, spiffe_id: &str) -> Value {
         let (status, body) = self.ask_locally("/status");
