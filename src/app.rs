@@ -112,6 +112,8 @@ pub struct Startup {
     pub inherited: Inherited,
     /// What notices executions; without it no process is named to an agent.
     pub exec_monitor: Option<ExecMonitor>,
+    /// What everything counts in, the log too.
+    pub metrics: Metrics,
     /// Where connections go on whose callers' processes are looked at: see [`crate::attest::looking_threads`].
     pub looking: Handle,
 }
@@ -166,8 +168,8 @@ impl Serving {
 impl App {
     /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
     pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
-        let Startup { mut inherited, exec_monitor, looking } = startup;
-        let (metrics, clock) = (Metrics::default(), Clock::system());
+        let Startup { mut inherited, exec_monitor, looking, metrics } = startup;
+        let clock = Clock::system();
         let counts_executions = exec_monitor.is_some();
         let parts = Parts::new(&config, None, &clock, &metrics).await?;
         let source = (parts.identity, parts.policy.source.clone());
@@ -186,7 +188,7 @@ impl App {
             connections: FairSemaphore::new(config.listen.max_connections, config.listen.max_connections_per_workload),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
-        let admin = Arc::new(Admin { metrics: metrics.clone(), readiness: readiness.clone(), cache });
+        let admin = Arc::new(Admin::new(metrics.clone(), readiness.clone(), cache));
         let limits = Limits::new(metrics.clone());
         let mut app = Self {
             counts_executions,
@@ -268,6 +270,7 @@ impl App {
                 Err(error) => return Err(error.into()),
             }
         }
+        listen::warn_of_unguarded(&listen.tcp);
         for listener in bound {
             if let Bound::Tcp { address, .. } = &listener {
                 self.tcp.push(*address);
@@ -302,7 +305,7 @@ impl App {
         Ok(())
     }
 
-    /// With a bound of its own: workloads that use up theirs don't hide the daemon's state.
+    /// With bounds of their own, which are `Admin`'s: workloads that use up theirs don't hide the daemon's state.
     fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
         let limits = Limits::new(self.metrics.clone());
         let mut bound = Vec::new();

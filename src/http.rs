@@ -255,13 +255,13 @@ impl Front {
             Ok((issued, freshness)) => {
                 let said =
                     audit::Issued { access_key_id: &issued.access_key_id, expiration: issued.expiration, freshness };
-                match record.finish(Outcome::Issued, "ok", Some(said)) {
+                match record.finish(Outcome::Issued, "ok", Some(said)).await {
                     true => respond(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
                     false => refuse(&Refused::NotAudited, id),
                 }
             }
             Err(refused) => {
-                record.finish(refused.outcome(), refused.reason(), None);
+                record.finish(refused.outcome(), refused.reason(), None).await;
                 refuse(&refused, id)
             }
         }

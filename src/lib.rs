@@ -7,8 +7,8 @@
 //! Values, without I/O: [`identity`] names, [`cgroup`] what a cgroup path says, [`caller`] who is asking, [`rule`] which
 //! SPIFFE ID a caller has, [`role`] which role that may have, [`credentials`] what is handed out, [`clock`] what time it is.
 //!
-//! What every part needs: [`config`], [`telemetry`] the log, [`metrics`], [`health`] of the neighbours, [`audit`] one
-//! record per request.
+//! What every part needs: [`config`], [`writer`] of lines, which never blocks its callers, [`telemetry`] the log, [`metrics`],
+//! [`health`] of the neighbours, [`audit`] one record per request.
 //!
 //! A request, in its order:
 //!
@@ -45,6 +45,8 @@ pub mod clock;
 pub mod limits;
 
 pub mod config;
+
+pub mod writer;
 
 pub mod telemetry;
 

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::hash::Hash;
+use std::net::IpAddr;
 
 use crate::caller::{Owner, Scope};
 use crate::identity::SpiffeId;
@@ -38,8 +39,8 @@ impl FairKey for Owner {
     }
 }
 
-/// A user id, where nothing else is known of a peer yet.
-impl FairKey for u32 {
+/// Where a connection comes from, if it comes over a network.
+impl FairKey for IpAddr {
     type Group = Self;
 
     fn group(&self) -> Self {

@@ -14,6 +14,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::TaskTracker;
 
 use crate::metrics::Metrics;
+use crate::telemetry::Quota;
 
 mod bound;
 mod inherited;
@@ -22,12 +23,14 @@ mod socket;
 mod socket_file;
 mod sys;
 mod tcp;
+mod unprivileged;
 
 pub use bound::{Bound, Origin, Stream};
 pub use inherited::Inherited;
 pub use inside::{Inside, NamespacePlace, POD_ADDRESSES};
 pub use socket::Socket;
 pub use socket_file::SocketFile;
+pub use unprivileged::{first_unprivileged_port, unguarded, warn_of_unguarded};
 
 /// How long an accept loop pauses when the process or the system is out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -199,13 +202,22 @@ async fn accept(bound: &Bound, limits: &Limits, arriving: &Arc<Semaphore>) -> io
     }
 }
 
-/// What a loop has been through.
-#[derive(Debug, Default)]
+/// What a loop has been through. A pod can kill its own listener over and over, and take the port; none of that is a line of the
+/// log each time.
+#[derive(Debug)]
 struct Troubles {
-    /// When the log last said that the machine is short of something.
-    told: Option<Instant>,
+    short: Quota,
+    killed: Quota,
+    unbound: Quota,
     /// When the listener was last bound again.
     bound: Option<Instant>,
+}
+
+impl Default for Troubles {
+    fn default() -> Self {
+        let [short, killed, unbound] = [(); 3].map(|()| Quota::new(1, TELL_AGAIN));
+        Self { short, killed, unbound, bound: None }
+    }
 }
 
 /// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
@@ -215,7 +227,9 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
     }
     let pause = match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
-            tracing::error!(%error, listener = bound.name(), "the listener was killed; binding it again");
+            if let Some(missed) = troubles.killed.take() {
+                tracing::error!(%error, listener = bound.name(), missed, "the listener was killed; binding it again");
+            }
             // Somebody may kill it again and again.
             let soonest = troubles.bound.map_or_else(Instant::now, |bound| bound + REBIND);
             if timeout_at(soonest, stop.wait_for(|stop| *stop)).await.is_ok() {
@@ -227,15 +241,18 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
                     *bound = new;
                     return;
                 }
-                Err(error) => tracing::error!(%error, "the listener cannot be bound again yet"),
+                Err(error) => {
+                    if let Some(missed) = troubles.unbound.take() {
+                        tracing::error!(%error, missed, "the listener cannot be bound again yet");
+                    }
+                }
             }
             REBIND
         }
         // Out of descriptors or memory, or something that nobody has seen yet: never a loop without a pause.
         _ => {
-            if troubles.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN) {
-                tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
-                troubles.told = Some(Instant::now());
+            if let Some(missed) = troubles.short.take() {
+                tracing::warn!(%error, listener = bound.name(), missed, "no connection can be taken for the moment");
             }
             PAUSE
         }

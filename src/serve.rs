@@ -12,6 +12,7 @@ use crate::attest::{self, ExecMonitor};
 use crate::config::{self, Config, Problem};
 use crate::hardening::{self, Does};
 use crate::listen::Inherited;
+use crate::metrics::Metrics;
 use crate::pods::PodsError;
 use crate::telemetry;
 use crate::telemetry::Log;
@@ -36,7 +37,8 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     let config::Loaded { config, warnings } = loaded;
-    let log = match telemetry::init(&config.log.level, config.log.format) {
+    let metrics = Metrics::default();
+    let log = match telemetry::init(&config.log.level, config.log.format, metrics.log_lost.clone()) {
         Ok(log) => log,
         Err(error) => {
             eprintln!("{}: [log] level: {error}", path.display());
@@ -48,7 +50,13 @@ pub fn serve(path: &Path) -> ExitCode {
     // It takes capabilities that are given up right after.
     let exec_monitor = does.names_processes().then(exec_monitor).flatten();
     hardening::before_threads(does);
-    start(path, config, &log, exec_monitor).unwrap_or_else(|error| {
+    if let Err(error) = log.start() {
+        eprintln!("awsvid: the log cannot be written: {error}");
+        return ExitCode::FAILURE;
+    }
+    // The default hook writes to standard error directly, and would wait for its reader.
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+    let status = start(path, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         // Nothing that trying again would mend.
         match error.downcast_ref() {
@@ -57,7 +65,9 @@ pub fn serve(path: &Path) -> ExitCode {
             }
             _ => ExitCode::FAILURE,
         }
-    })
+    });
+    log.flush();
+    status
 }
 
 /// What notices that a caller's process executes a program. Without it nobody is named to an agent, and the log says why.
@@ -68,13 +78,13 @@ fn exec_monitor() -> Option<ExecMonitor> {
 fn start(
     path: &Path,
     config: Config,
-    log: &Log,
+    (log, metrics): (&Log, Metrics),
     exec_monitor: Option<ExecMonitor>,
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let inherited = Inherited::from_environment();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let looking = attest::looking_threads()?;
-    let startup = Startup { inherited, exec_monitor, looking: looking.handle().clone() };
+    let startup = Startup { inherited, exec_monitor, metrics, looking: looking.handle().clone() };
     let ended = runtime.block_on(run(path, config, startup, log));
     looking.shutdown_background();
     // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.

@@ -13,7 +13,8 @@ use crate::attest;
 use crate::config::{Accounts, Config};
 use crate::environment::{self, Environment};
 use crate::listen::{Inherited, ListenError};
-use crate::telemetry;
+use crate::metrics::Metrics;
+use crate::telemetry::{self, Log};
 
 /// The daemon's usual port.
 const PORT: u16 = 974;
@@ -39,7 +40,14 @@ async fn play(command: &[OsString], looking: &Handle) -> Result<ExitCode, Box<dy
     let dev = Dev::start().await?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
-    let app = start(&dev, !command.is_empty(), looking).await?;
+    let metrics = Metrics::default();
+    let startup = || Startup {
+        inherited: Inherited::default(),
+        exec_monitor: None,
+        metrics: metrics.clone(),
+        looking: looking.clone(),
+    };
+    let (log, app) = start(&dev, !command.is_empty(), startup).await?;
     let address = *app.tcp.first().ok_or("the daemon has no TCP address")?;
     let environment = dev.environment(address, variable)?;
     let status = if command.is_empty() {
@@ -50,30 +58,35 @@ async fn play(command: &[OsString], looking: &Handle) -> Result<ExitCode, Box<dy
         ExitCode::from(run_command(command, &environment).await)
     };
     app.drain().await;
+    log.flush();
     Ok(status)
 }
 
 /// Starts the daemon on its usual port, or where that can't be had (without root, or when another process has it) on one
 /// that the kernel picks.
-async fn start(dev: &Dev, quiet: bool, looking: &Handle) -> Result<App, Box<dyn Error>> {
-    match start_on(dev, PORT, quiet, looking).await? {
-        Err(AppError::Listen(ListenError::Tcp { .. })) => Ok(start_on(dev, 0, quiet, looking).await??),
-        started => Ok(started?),
+async fn start(dev: &Dev, quiet: bool, startup: impl Fn() -> Startup) -> Result<(Log, App), Box<dyn Error>> {
+    let config = configuration(dev, PORT, quiet)?;
+    let first = startup();
+    let log = telemetry::init(&config.log.level, config.log.format, first.metrics.log_lost.clone())?;
+    log.start()?;
+    let started = match App::start(config, first).await {
+        Err(AppError::Listen(ListenError::Tcp { .. })) => App::start(configuration(dev, 0, quiet)?, startup()).await,
+        started => started,
+    };
+    match started {
+        Ok(app) => Ok((log, app)),
+        Err(error) => {
+            log.flush();
+            Err(error.into())
+        }
     }
 }
 
-async fn start_on(
-    dev: &Dev,
-    port: u16,
-    quiet: bool,
-    looking: &Handle,
-) -> Result<Result<App, AppError>, Box<dyn Error>> {
+fn configuration(dev: &Dev, port: u16, quiet: bool) -> Result<Config, Box<dyn Error>> {
     let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable, Accounts::system());
     // With `dev`'s own text this can only be about the variables of the environment.
     let loaded = loaded.map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
-    telemetry::init(&loaded.config.log.level, loaded.config.log.format)?;
-    let startup = Startup { inherited: Inherited::default(), exec_monitor: None, looking: looking.clone() };
-    Ok(App::start(loaded.config, startup).await)
+    Ok(loaded.config)
 }
 
 fn variable(name: &str) -> Option<String> {

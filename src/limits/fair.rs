@@ -136,6 +136,17 @@ impl<K: FairKey> FairSemaphore<K> {
         Ok(self.0.grant(&mut state, key, None))
     }
 
+    /// A permit in any case, which may have to give way ([`FairPermit::evicted`]). Where this key has as many as it may, its
+    /// oldest gives way; where all are out, one as in [`FairSemaphore::try_acquire_evicting`], else its own oldest.
+    pub fn admit(&self, key: &K) -> FairPermit<K> {
+        let mut state = self.0.state();
+        let is_key_full = self.0.check_key(&state, key).is_err();
+        if is_key_full || (state.held >= self.0.total && !state.evict_for(key)) {
+            state.evict_oldest(key);
+        }
+        self.0.grant(&mut state, key, Some(Arc::new(Notify::new())))
+    }
+
     /// A permit that may have to give way ([`FairPermit::evicted`]). Where all are out, a permit is taken from the group
     /// that has the most of them, and in it from the key that has: the oldest that is idle, else the newest.
     pub fn try_acquire_evicting(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
@@ -260,7 +271,17 @@ impl<K: FairKey> State<K> {
         let Some((most, _)) = most else { return false };
         let of_most = || self.evictable.iter().filter(|(_, one)| one.key == *most);
         let victim = of_most().find(|(_, one)| one.idle).or_else(|| of_most().next_back());
-        let Some(id) = victim.map(|(id, _)| *id) else { return false };
+        victim.map(|(id, _)| *id).is_some_and(|id| self.evict(id))
+    }
+
+    fn evict_oldest(&mut self, key: &K) {
+        let oldest = self.evictable.iter().find(|(_, one)| one.key == *key).map(|(id, _)| *id);
+        if let Some(id) = oldest {
+            self.evict(id);
+        }
+    }
+
+    fn evict(&mut self, id: u64) -> bool {
         let Some(victim) = self.evictable.remove(&id) else { return false };
         decrement(&mut self.keys, &victim.key);
         self.release(id, &victim.key);

@@ -14,7 +14,7 @@ use crate::listen::inherited::Inherited;
 use crate::listen::inside::Inside;
 use crate::listen::socket::Socket;
 use crate::listen::socket_file::SocketFile;
-use crate::listen::tcp::{BACKLOG, Freely, bind};
+use crate::listen::tcp::{BACKLOG, Freely, bind, bound_buffers};
 use crate::listen::{ListenError, sys};
 
 /// A listener.
@@ -96,7 +96,10 @@ impl Bound {
     pub fn tcp(address: SocketAddr, inherited: &mut Inherited) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Tcp { address, source };
         let (listener, origin) = match inherited.take_tcp(address) {
-            Some(listener) => (listener.into(), Origin::Inherited),
+            Some(listener) => {
+                bound_buffers(&listener).map_err(failed)?;
+                (listener.into(), Origin::Inherited)
+            }
             None => (bind(address, Freely::No).map_err(failed)?, Origin::Own),
         };
         let address = sys::local_address(&listener).map_err(failed)?;

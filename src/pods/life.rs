@@ -245,7 +245,9 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Uni
         match successors.accept().await {
             Ok(stream) => return stream,
             Err(error) => {
-                tracing::warn!(%error, "[listen] handover: whoever asked there for pods' listeners does not get them");
+                if let Some(missed) = successors.refusal() {
+                    tracing::warn!(%error, missed, "[listen] handover: whoever asked there for pods' listeners does not get them");
+                }
                 // A lack of descriptors does not pass at once.
                 sleep(LOOK_AGAIN).await;
             }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -40,6 +41,10 @@ pub(super) struct Pod {
     pub(super) missing: Vec<SocketAddr>,
     /// Whether it was told whose pod it is where that happens.
     named: bool,
+    /// Since when it is listened in.
+    pub(super) since: Instant,
+    /// Whether it was looked at which ports its users may bind.
+    pub(super) ports_seen: bool,
     /// Accept loops.
     accepting: CancellationToken,
     /// The namespace is: nothing that was made there stays open.
@@ -72,7 +77,7 @@ impl Made {
             .remove(&address)
             .filter(|given| handover::is_listener(given, address).unwrap_or(false))
         {
-            Some(listener) => Ok(Inside::with(place.clone(), address, listener)),
+            Some(listener) => Inside::with(place.clone(), address, listener),
             None => Inside::bind(place.clone(), address),
         };
         place.within(|| {
@@ -111,8 +116,17 @@ impl Pod {
         let Some(attestor) = service.front.attestor.in_pod(made.diag?) else { return Ok(None) };
         let (attestor, gone) = (Arc::new(attestor), CancellationToken::new());
         let accepting = gone.child_token();
-        let mut pod =
-            Self { place, attestor, listeners: Vec::new(), missing: Vec::new(), named: false, accepting, gone };
+        let mut pod = Self {
+            place,
+            attestor,
+            listeners: Vec::new(),
+            missing: Vec::new(),
+            named: false,
+            since: Instant::now(),
+            ports_seen: false,
+            accepting,
+            gone,
+        };
         let unbound = pod.add(made.listeners, service);
         Ok(Some((pod, unbound)))
     }

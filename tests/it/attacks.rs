@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::harness::actor::{self, play};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::{folder, http_get, root};
+use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
 use crate::harness::made::{Made, answered, refused};
@@ -86,7 +86,7 @@ impl Stage {
 
     /// What is counted of requests, and of connections that ended without one: the labels with the number.
     fn requests(&self) -> BTreeSet<String> {
-        let (_, metrics) = http_get(self.daemon.admin(), "/metrics").expect("metrics");
+        let metrics = self.daemon.metrics();
         let counts = ["awsvid_requests_total{", "awsvid_connections_dropped_total{"];
         let counted = metrics.lines().filter(|line| counts.iter().any(|count| line.starts_with(count)));
         counted.map(str::to_owned).collect()
@@ -206,7 +206,7 @@ fn check(rules: Rules) {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     // Attack 19: of all that, no workload shows in what operators see.
-    let (_, metrics) = http_get(stage.daemon.admin(), "/metrics").unwrap();
+    let metrics = stage.daemon.metrics();
     assert!(!["alice", "61001", "arn:"].iter().any(|word| metrics.contains(word)), "{metrics}");
 }
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::harness::actor::{Acting, Counts, ask};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::{folder, http_get, root};
+use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
@@ -57,7 +57,7 @@ impl Stage {
     }
 
     fn metric(&self, name: &str) -> u64 {
-        let (_, metrics) = http_get(self.daemon.admin(), "/metrics").unwrap();
+        let metrics = self.daemon.metrics();
         metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok()).unwrap_or(0)
     }
 }
@@ -260,11 +260,42 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     let seconds = usize::try_from(started.elapsed().as_secs()).unwrap() + 1;
     let (records, _) = audited(&stage.daemon.audit(), MALLORY);
     assert!(records <= 11 * seconds, "{records} records in {seconds} s");
-    assert_eq!(audited(&stage.daemon.audit(), BOB), (100, one("issued", 100)));
+    assert_eq!(audited(&stage.daemon.audit(), BOB).1, one("issued", 100));
 
     // And what was only counted is written when the daemon ends.
     assert_eq!(ask("tcp", &address, MALLORY, 50, stage.alice.path()), counts(&[("no_identity", 50)]));
     stage.daemon.process().signal(Signal::SIGTERM);
     assert!(stage.daemon.process().owned().wait(PATIENCE).expect("it ends").success());
     assert_eq!(audited(&stage.daemon.audit(), MALLORY).1, one("refused", 3050));
+}
+
+/// Attack 30: nor does a caller that is answered very often. Its first hit of a key has a record of its own.
+#[test]
+fn a_flood_of_hits_is_few_records_with_the_right_counts() {
+    if !root() {
+        return;
+    }
+    let stage = Stage::set("", "");
+    for (round, listener) in LISTENERS.into_iter().enumerate() {
+        let started = Instant::now();
+        let before = stage.daemon.audit().len();
+        let (address, alice) = (stage.daemon.listener(listener), usize::try_from(ALICE).unwrap());
+        let flood = Acting::start("ask", listener, &address, &[alice, 10_000], stage.alice.path());
+        stage.bob_is_answered(listener, 1);
+        assert_eq!(flood.enough(), counts(&[("Success", 10_000)]), "over {listener}");
+        let alice = || {
+            let records: Vec<Value> = stage.daemon.audit().split_off(before);
+            (audited(&records, ALICE), audited(&records, BOB), records)
+        };
+        let ((records, _), bob, all) = await_some("all hits are accounted for", PATIENCE, || {
+            let found = alice();
+            (found.0.1 == BTreeMap::from([("issued".to_owned(), 10_000)])).then_some(found)
+        });
+        let seconds = usize::try_from(started.elapsed().as_secs()).unwrap() + 1;
+        assert!(records <= 11 * seconds + 1, "{records} records in {seconds} s over {listener}");
+        assert_eq!(bob, (1, BTreeMap::from([("issued".to_owned(), 1)])), "Bob's is not lost among hers");
+        let first = all.iter().find(|record| record["uid"] == ALICE).unwrap();
+        assert_eq!(first["cache"], if round == 0 { "miss" } else { "hit" });
+        assert!(first["repeated"].is_null() && first["access_key_id"].is_string(), "{first}");
+    }
 }

@@ -131,20 +131,48 @@ async fn eviction_takes_the_oldest_idle_permit_of_whoever_has_the_most() {
     let greedy: Vec<_> = (0..4).map(|uid| limit.try_acquire_evicting(&Key("greedy", uid % 2)).unwrap()).collect();
     greedy[0].set_in_use();
     assert_eq!(limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(), Exhausted::Total);
-    let evicted = |permit: &FairPermit<Key>| {
-        let waiting = std::pin::pin!(permit.evicted());
-        matches!(futures_poll(waiting), std::task::Poll::Ready(()))
-    };
     let modest = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
     // Of the two keys of that group either has two; one of them has an idle permit that is the oldest.
-    assert_eq!(greedy.iter().filter(|permit| evicted(permit)).count(), 1);
-    assert!(!evicted(&greedy[0]) && !evicted(&modest));
+    assert_eq!(greedy.iter().filter(|permit| is_evicted(permit)).count(), 1);
+    assert!(!is_evicted(&greedy[0]) && !is_evicted(&modest));
     let second = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
     // Two against two: nobody has more than the other any longer.
     assert_eq!(limit.try_acquire_evicting(&Key("modest", 1)).unwrap_err(), Exhausted::Total);
     assert_eq!(limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(), Exhausted::Total);
     let third = limit.try_acquire_evicting(&Key("third", 1)).unwrap();
     drop((greedy, modest, second, third));
+    assert!(is_empty(&limit));
+}
+
+fn is_evicted<K: FairKey>(permit: &FairPermit<K>) -> bool {
+    matches!(futures_poll(std::pin::pin!(permit.evicted())), std::task::Poll::Ready(()))
+}
+
+#[tokio::test]
+async fn admission_takes_the_oldest_of_the_same_key_at_its_limit() {
+    let limit = FairSemaphore::new(10, 3);
+    let other = limit.admit(&id("other"));
+    let flood: Vec<_> = (0..100).map(|_| limit.admit(&id("flood"))).collect();
+    let evicted: Vec<bool> = flood.iter().map(is_evicted).collect();
+    assert!(evicted[..97].iter().all(|evicted| *evicted) && evicted[97..].iter().all(|evicted| !evicted));
+    assert!(!is_evicted(&other));
+    drop((flood, other));
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test]
+async fn admission_takes_the_oldest_of_whoever_has_the_most() {
+    let limit = FairSemaphore::new(6, 3);
+    let one = limit.admit(&id("one"));
+    let most: Vec<_> = (0..3).map(|_| limit.admit(&id("most"))).collect();
+    let two = [limit.admit(&id("two")), limit.admit(&id("two"))];
+    let next = limit.admit(&id("next"));
+    assert!(is_evicted(&most[0]) && ![&one, &two[0], &two[1], &next, &most[1]].into_iter().any(is_evicted));
+    // All have one or two now, and it is one of those that have two.
+    let last = limit.admit(&id("last"));
+    let evicted = [&most[1], &two[0]].into_iter().filter(|permit| is_evicted(permit)).count();
+    assert_eq!((evicted, is_evicted(&one), is_evicted(&next), is_evicted(&last)), (1, false, false, false));
+    drop((one, most, two, next, last));
     assert!(is_empty(&limit));
 }
 
