@@ -62,7 +62,9 @@ impl Stage {
         }
         let folder = folder();
         let upstream = Upstream::start(&[(ALICE, "alice")]);
-        let rule = format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n");
+        // Her process makes the connections and gives them to the test, so it is the place that decides.
+        let place = "cgroup = \"/awsvid-test-*.slice/**\"";
+        let rule = format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{place}\n");
         let daemon = Daemon::start(folder.path(), "", &format!("{}\n{rule}", upstream.configuration())).ready();
         let cgroup = Cgroup::new(&format!("alice-{}.service", folder.path().file_name().unwrap().display()));
         Some(Self { daemon, _upstream: upstream, cgroup, _folder: folder })
