@@ -60,7 +60,10 @@ pub enum IssueError {
     #[error("this workload asks for new credentials too often; ask again in some seconds, and for fewer roles")]
     TooOften,
     /// The credentials end so soon that they are of no use.
-    #[error("STS gave credentials that end within a minute: compare this node's clock")]
+    #[error(
+        "STS gave credentials that end within a minute: compare this node's clock, and give JWT-SVIDs a longer life if this STS \
+         ends credentials with the token that they were given for"
+    )]
     TooShort,
 }
 
@@ -125,9 +128,7 @@ impl Issuer {
             return Err(noting(refused, "the identity source gave the same token again").into());
         }
         match self.assume(grant, &fresh, &mut patience).await {
-            Err(error) if error.again == Again::NewToken => {
-                Err(noting(error, "a new token was refused as well").into())
-            }
+            Err(error) if error.again == Again::NewToken => Err(self.refused_twice(error, &fresh).into()),
             result => Ok(result?),
         }
     }
@@ -149,6 +150,16 @@ impl Issuer {
                 }
                 result => return Ok(result?),
             }
+        }
+    }
+
+    /// What it means that STS refuses a new token as well. One that has expired meanwhile, in a queue or between retries, says
+    /// nothing of the role: credentials from before stay good.
+    fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
+        match (token.check_life(self.clock.now()), token.short_life()) {
+            (Err(expired), _) => StsError { again: Again::Later, ..noting(error, &format!("the token: {expired}")) },
+            (Ok(()), Some(life)) => noting(error, &format!("a new token was refused as well; {life}")),
+            (Ok(()), None) => noting(error, "a new token was refused as well"),
         }
     }
 
