@@ -10,11 +10,12 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::caller::{Caller, Looks, Owner, Refusal};
+use crate::caller::{Caller, Groups, Looks, Owner, Refusal};
 use crate::cgroup::{CgroupPath, PodRoots};
 use crate::turns::Turns;
 
@@ -29,6 +30,7 @@ mod known;
 mod pods;
 mod process;
 mod search;
+mod status;
 mod sys;
 mod tcp;
 mod unix;
@@ -123,7 +125,12 @@ impl Attestor {
 
     /// Attests the peer of a unix stream.
     pub fn unix(&self, stream: BorrowedFd<'_>) -> Result<Caller, Refusal> {
-        let groups = || sys::peer_groups(stream).map_err(|_| Refusal::Kernel);
+        let groups = || {
+            sys::peer_groups(stream, Groups::MAX).map_err(|error| match error {
+                Errno::ERANGE => Refusal::TooManyGroups,
+                _ => Refusal::Kernel,
+            })
+        };
         unix::attest(&self.host, unix::Peer::of(stream)?, groups, |caller| (self.needs)(caller))
     }
 

@@ -9,6 +9,10 @@ use thiserror::Error;
 
 use crate::cgroup::{CgroupPath, Pod, PodUid, Workload};
 
+mod groups;
+
+pub use groups::{GroupDetail, Groups};
+
 /// Over which kind of listener a caller came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Listener {
@@ -69,8 +73,8 @@ pub struct Process {
     pub pid: u32,
     /// The group id.
     pub gid: u32,
-    /// Supplementary groups, in ascending order; `None` where no decision needs them.
-    pub groups: Option<Vec<u32>>,
+    /// Supplementary groups; `None` where no decision needs them.
+    pub groups: Option<Groups>,
     /// Whether it lives in another pid or user namespace than the daemon, or in a cgroup (v1 too) that names a container.
     pub contained: bool,
     /// What it runs; `None` where no decision needs it.
@@ -83,7 +87,7 @@ pub struct Process {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Looks {
     /// [`Process::groups`].
-    pub groups: bool,
+    pub groups: GroupDetail,
     /// [`Process::program`].
     pub program: bool,
     /// [`Process::started`].
@@ -307,6 +311,12 @@ pub enum Refusal {
     /// It came over the listener of another pod.
     #[error("the caller uses the network of another pod than its own")]
     OtherPod(Box<Stranger>),
+    /// It has more supplementary groups than are looked at, where they count.
+    #[error(
+        "the calling process has more than {} supplementary groups, and the decision depends on them; run it with fewer",
+        Groups::MAX
+    )]
+    TooManyGroups,
     /// The daemon may not see what the process runs, so it would not notice that it runs something else meanwhile.
     #[error(
         "the daemon cannot see what the calling process runs; give it CAP_SYS_PTRACE, CAP_PERFMON and the system call \
@@ -374,6 +384,7 @@ impl Refusal {
             Self::MisplacedPod(_) => "misplaced_pod",
             Self::NotAPod(_) => "not_a_pod",
             Self::OtherPod(_) => "other_pod",
+            Self::TooManyGroups => "too_many_groups",
             Self::UnseenProgram => "unseen_program",
             Self::Unsupported(_) => "unsupported_kernel",
             Self::Kernel => "kernel_error",

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::caller::{Caller, Executable, Looks};
+use crate::caller::{Caller, Executable, GroupDetail, Looks};
 use crate::identity::SpiffeId;
 
 /// The kernel's stand-in for an id that has no mapping in the reader's user namespace. It is nobody in particular, so it
@@ -82,7 +82,10 @@ pub fn decide<'a>(rules: &'a [Rule], caller: &Caller) -> Decision<'a> {
 /// these rules, so that it does not depend on the caller what is compared when several processes hold one socket.
 pub fn needs(rules: &[Rule], caller: &Caller) -> Option<Looks> {
     (decide(rules, caller) == Decision::NeedsProcess).then(|| Looks {
-        groups: rules.iter().any(|rule| rule.supplementary_group.is_some()),
+        groups: match rules.iter().any(|rule| rule.supplementary_group.is_some()) {
+            true => GroupDetail::List,
+            false => GroupDetail::None,
+        },
         program: rules.iter().any(|rule| rule.exe.is_some()),
         started: false,
     })
@@ -107,7 +110,7 @@ impl Rule {
             self.gid.is_none_or(|gid| gid == process.gid && gid != OVERFLOW_ID)
                 && match (self.supplementary_group, &process.groups) {
                     (None, _) => true,
-                    (Some(group), Some(groups)) => group != OVERFLOW_ID && groups.contains(&group),
+                    (Some(group), Some(groups)) => groups.contains(group)? && group != OVERFLOW_ID,
                     (Some(_), None) => return None,
                 }
                 && match (&self.exe, &process.program) {

@@ -13,8 +13,9 @@ use nix::sys::stat::Mode;
 
 use crate::attest::host::{Host, Shared};
 use crate::attest::known::Known;
+use crate::attest::status::{self, StatusError};
 use crate::attest::sys;
-use crate::caller::{Executable, Looks, Named, Process, Program, Refusal, Watch};
+use crate::caller::{Executable, GroupDetail, Groups, Looks, Named, Process, Program, Refusal, Watch};
 use crate::cgroup::{self, CgroupPath};
 
 /// What changes when a process takes on other privileges, or is moved to another cgroup.
@@ -46,8 +47,8 @@ pub(crate) struct HeldProcess {
     credentials: Credentials,
     cgroup: Option<CgroupPath>,
     contained: bool,
-    /// Supplementary, ascending, where they were looked at.
-    groups: Option<Vec<u32>>,
+    /// Supplementary, where they were looked at.
+    groups: Option<Groups>,
     program: Option<Program>,
     /// In clock ticks since boot, where it was looked at.
     started: Option<u64>,
@@ -83,14 +84,14 @@ impl HeldProcess {
 
     /// Looks at these as well.
     pub(crate) fn with(mut self, looks: Looks) -> Result<Self, Refusal> {
-        if looks.groups {
-            self.groups = Some(read_groups(self.directory()?)?);
+        if looks.groups != GroupDetail::None {
+            self.groups = Some(read_groups(self.directory()?, looks.groups)?);
         }
         if looks.program {
             self.program = Some(Program { exe: self.executable()? });
         }
         // A zombie has no executable any more, but still has groups.
-        if looks.groups || self.program.as_ref().is_some_and(|program| program.exe.is_none()) {
+        if self.groups.is_some() || self.program.as_ref().is_some_and(|program| program.exe.is_none()) {
             self.known.alive()?;
         }
         if looks.started {
@@ -118,7 +119,7 @@ impl HeldProcess {
     pub(crate) fn still_same(&self) -> Result<(), Refusal> {
         let credentials = Credentials::read(self.known.pidfd(), || self.directory())? == self.credentials;
         let groups = match &self.groups {
-            Some(groups) => read_groups(self.directory()?)? == *groups,
+            Some(groups) => read_groups(self.directory()?, GroupDetail::Digest)? == *groups,
             None => true,
         };
         let program = match &self.program {
@@ -190,9 +191,9 @@ impl HeldProcess {
         self.known.socket(&self.host.proc_root, number) == Some(inode)
     }
 
-    /// Supplementary, ascending, where they were looked at.
-    pub(crate) fn groups(&self) -> Option<&[u32]> {
-        self.groups.as_deref()
+    /// Supplementary, where they were looked at.
+    pub(crate) fn groups(&self) -> Option<&Groups> {
+        self.groups.as_ref()
     }
 
     /// As a plain value.
@@ -228,7 +229,9 @@ impl Credentials {
 
     /// As every kernel tells it.
     fn of_proc(directory: &OwnedFd) -> Result<Self, Refusal> {
-        let Status { uids, gids, .. } = Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?;
+        let [uids, gids] = status_numbers(directory, [("Uid", 4), ("Gid", 4)])?;
+        let four = |ids: Vec<u32>| ids.try_into().map_err(|_| Refusal::Kernel);
+        let (uids, gids) = (four(uids)?, four(gids)?);
         let cgroups = read(directory, "cgroup")?;
         Ok(Self { uids, gids, cgroup: Membership::Shown(v2(&cgroups).map(str::to_owned)) })
     }
@@ -258,7 +261,7 @@ fn names_container<'d>(
 fn in_other_namespaces(host: &Host, directory: &OwnedFd) -> Result<bool, Refusal> {
     let [user, pid] = host.shares(directory).map_err(|_| Refusal::Gone)?;
     let other_user = || Ok(!is_identity_map(&read(directory, "uid_map")?));
-    let other_pid = || Ok(Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.namespaces > 1);
+    let other_pid = || Ok(status_numbers(directory, [NAMESPACE_PIDS])?[0].len() > 1);
     // A user namespace that maps every id to itself is as good as the host's (systemd's PrivateUsers=identity).
     Ok((user != Shared::Yes && other_user()?) || pid == Shared::No || (pid == Shared::Unseen && other_pid()?))
 }
@@ -270,8 +273,8 @@ pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
     let namespace = |of: &Path| fcntl::readlink(&of.join("ns/pid"));
     match (namespace(&directory), namespace(&proc_root.join("self"))) {
         (Ok(other), Ok(own)) => other == own,
-        (Err(Errno::EACCES | Errno::EPERM), _) => std::fs::read_to_string(directory.join("status"))
-            .is_ok_and(|text| Status::parse(&text).is_some_and(|status| status.namespaces == 1)),
+        (Err(Errno::EACCES | Errno::EPERM), _) => std::fs::File::open(directory.join("status"))
+            .is_ok_and(|file| status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)),
         _ => false,
     }
 }
@@ -294,53 +297,46 @@ fn executable_file(directory: &OwnedFd) -> Result<Option<sys::FileFacts>, Refusa
     }
 }
 
-fn read_groups(directory: &OwnedFd) -> Result<Vec<u32>, Refusal> {
-    Ok(Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.groups)
+/// The process's number in each pid namespace that it is in, from that of the `/proc` mount on (the kernel nests 32).
+const NAMESPACE_PIDS: (&str, usize) = ("NSpid", 33);
+
+fn read_groups(directory: &OwnedFd, detail: GroupDetail) -> Result<Groups, Refusal> {
+    let [groups] = status_numbers(directory, [("Groups", Groups::MAX)])?;
+    Groups::new(groups, detail)
 }
 
-fn read(directory: &OwnedFd, name: &str) -> Result<String, Refusal> {
+fn status_numbers<const N: usize>(directory: &OwnedFd, lines: [(&str, usize); N]) -> Result<[Vec<u32>; N], Refusal> {
+    status::numbers(open(directory, "status")?, lines).map_err(|error| match error {
+        StatusError::Io(error) => unread("status", error),
+        StatusError::Malformed => Refusal::Kernel,
+        // Of the ids there are always four, so these are the groups.
+        StatusError::TooMany => Refusal::TooManyGroups,
+    })
+}
+
+fn read(directory: &OwnedFd, name: &'static str) -> Result<String, Refusal> {
+    sys::read_whole(&open(directory, name)?, usize::MAX).map_err(|error| unread(name, error))
+}
+
+fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, Refusal> {
     let file = fcntl::openat(directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
-    file.and_then(|file| sys::read_whole(&file, usize::MAX)).map_err(|error| match error {
+    file.map_err(|error| unread(name, error))
+}
+
+fn unread(name: &'static str, error: Errno) -> Refusal {
+    match error {
         Errno::ESRCH | Errno::ENOENT => Refusal::Gone,
         error => {
             tracing::warn!(%error, file = name, "a caller's /proc entry cannot be read");
             Refusal::Kernel
         }
-    })
+    }
 }
 
 /// Field 22 of `stat`. Counted from the *last* `)`, since field 2 is a name that the process chooses.
 pub(crate) fn start_time(stat: &str) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_ascii_whitespace().nth(19)?.parse().ok()
-}
-
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Status {
-    pub(crate) uids: [u32; 4],
-    pub(crate) gids: [u32; 4],
-    pub(crate) groups: Vec<u32>,
-    /// Of how many nested pid namespaces, from that of the `/proc` mount, the process is a member.
-    pub(crate) namespaces: usize,
-}
-
-impl Status {
-    /// Reads the lines that matter; `None` if one is missing. `Name:` comes first and holds what the process chose, but
-    /// its newlines are escaped by the kernel.
-    pub(crate) fn parse(text: &str) -> Option<Self> {
-        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        let numbers =
-            |name: &str| field(name)?.split_ascii_whitespace().map(|n| n.parse().ok()).collect::<Option<Vec<u32>>>();
-        let mut groups = numbers("Groups")?;
-        groups.sort_unstable();
-        groups.dedup();
-        Some(Self {
-            uids: numbers("Uid")?.try_into().ok()?,
-            gids: numbers("Gid")?.try_into().ok()?,
-            groups,
-            namespaces: numbers("NSpid")?.len(),
-        })
-    }
 }
 
 /// Whether a `uid_map` maps every id to itself, as in the initial user namespace.

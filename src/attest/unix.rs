@@ -11,7 +11,7 @@ use crate::attest::host::Host;
 use crate::attest::pods::Housed;
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
-use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Refusal, Watch};
+use crate::caller::{Ages, Caller, Evidence, GroupDetail, Groups, Listener, Looks, Named, Refusal, Watch};
 
 #[derive(Debug)]
 struct Connector(HeldProcess, Option<Housed>);
@@ -112,8 +112,13 @@ pub(crate) fn attest(
     let process = match needs(&caller) {
         None => process,
         Some(looks) => {
+            // First those of connect(2): there the kernel tells too many of them without listing them.
+            let connected = match looks.groups {
+                GroupDetail::None => None,
+                detail => Some(Groups::new(groups()?, detail)?),
+            };
             let process = process.with(looks)?;
-            if looks.groups && process.groups() != Some(&groups()?[..]) {
+            if process.groups() != connected.as_ref() {
                 return Err(Refusal::Changed);
             }
             caller.process = Some(process.describe());

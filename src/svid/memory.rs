@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::SourceError;
-use crate::caller::{Caller, Looks, Owner, Process, Refusal};
+use crate::caller::{Caller, GroupDetail, Looks, Owner, Process, Refusal};
 use crate::cgroup::{CgroupPath, PodUid};
 use crate::role::Identity;
 
@@ -51,7 +51,7 @@ pub(super) enum Subject {
 }
 
 /// What an agent has to be told apart by.
-pub(super) const LOOKS: Looks = Looks { groups: true, program: true, started: true };
+pub(super) const LOOKS: Looks = Looks { groups: GroupDetail::Digest, program: true, started: true };
 
 impl Subject {
     /// Of a caller; of its pod if it is in one and `pods` says that the agent is told of those, else of its process, which was

@@ -18,10 +18,7 @@ fn peer(pid: u32, accepted: u64) -> Peer {
 
 /// This process's supplementary groups, which its children have too.
 fn groups() -> Result<Vec<u32>, Refusal> {
-    let mut groups: Vec<u32> = getgroups().unwrap().into_iter().map(Gid::as_raw).collect();
-    groups.sort_unstable();
-    groups.dedup();
-    Ok(groups)
+    Ok(getgroups().unwrap().into_iter().map(Gid::as_raw).collect())
 }
 
 fn nothing_more(_: &Caller) -> Option<Looks> {
@@ -93,9 +90,9 @@ fn groups_and_program_are_looked_at_only_where_they_decide() {
     let attest_with = |looks| attest(&host(), peer(child.id(), u64::MAX), groups, |_| looks).unwrap().process.unwrap();
     let least = attest_with(None);
     assert_eq!((least.groups, least.program), (None, None));
-    let all = attest_with(Some(Looks { groups: true, program: true, started: false }));
+    let all = attest_with(Some(Looks { groups: GroupDetail::List, program: true, started: false }));
     let program = all.program.unwrap();
-    assert_eq!(all.groups.unwrap(), groups().unwrap());
+    assert_eq!(all.groups.unwrap(), Groups::new(groups().unwrap(), GroupDetail::Digest).unwrap());
     assert!(program.exe.unwrap().path.is_absolute());
     end(child);
 }
@@ -104,7 +101,7 @@ fn groups_and_program_are_looked_at_only_where_they_decide() {
 fn other_groups_than_the_connectors_are_a_refusal() {
     let child = waiting("cat", &[]);
     let others = || Ok(vec![4_000_000_000]);
-    let looks = |_: &Caller| Some(Looks { groups: true, program: false, started: false });
+    let looks = |_: &Caller| Some(Looks { groups: GroupDetail::Digest, program: false, started: false });
     assert_eq!(attest(&host(), peer(child.id(), u64::MAX), others, looks).unwrap_err(), Refusal::Changed);
     end(child);
 }

@@ -7,7 +7,7 @@ use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Executable, Listener, Named, Process, Program, Refusal};
+use crate::caller::{Evidence, Executable, Groups, GroupDetail, Listener, Named, Process, Program, Refusal};
 use crate::endpoint::Endpoint;
 use crate::svid::jwt::tests::{NOW, now, raw_token};
 
@@ -124,7 +124,7 @@ impl Evidence for Looked {
 fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<Refusal>) -> Arc<Caller> {
     let exe = Executable { device: 1, inode: 7, changed: (0, 0), path: PathBuf::from("/bin/shop").into() };
     let program = Some(Program { exe: Some(exe) });
-    let process = Process { pid, gid: uid, groups: Some(Vec::new()), contained: false, program, started: Some(1) };
+    let process = Process { pid, gid: uid, groups: Some(Groups::new(Vec::new(), GroupDetail::Digest).unwrap()), contained: false, program, started: Some(1) };
     let evidence = Box::new(Looked { pid, looks: Arc::default(), changes_at, refusal });
     Arc::new(Caller {
         listener: Listener::Unix,

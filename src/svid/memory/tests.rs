@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::time::advance;
 
 use super::*;
-use crate::caller::{Evidence, Executable, Listener, Program};
+use crate::caller::{Evidence, Executable, Groups, GroupDetail, Listener, Program};
 use crate::identity::SpiffeId;
 
 #[derive(Debug)]
@@ -26,7 +26,7 @@ fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
     let process = Process {
         pid,
         gid: uid,
-        groups: Some(Vec::new()),
+        groups: Some(Groups::new(Vec::new(), GroupDetail::Digest).unwrap()),
         contained: false,
         program: Some(Program { exe: Some(exe) }),
         started: Some(u64::from(pid)),
@@ -107,7 +107,7 @@ async fn whoever_changes_anything_is_another() {
     assert_ne!(change(&|other| other.process.as_mut().unwrap().pid = 2), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().gid = 2), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().started = Some(9)), base);
-    assert_ne!(change(&|other| other.process.as_mut().unwrap().groups = Some(vec![5])), base);
+    assert_ne!(change(&|other| other.process.as_mut().unwrap().groups = Some(Groups::new(vec![5], GroupDetail::Digest).unwrap())), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().program = Some(exe(8))), base);
 }
 
