@@ -23,6 +23,7 @@ pub mod broker_api;
 pub mod delegated;
 mod dial;
 pub mod jwt;
+mod log_limit;
 mod memory;
 pub mod own;
 pub mod proto;

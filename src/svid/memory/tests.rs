@@ -3,9 +3,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::time::advance;
 
+use super::known::{DENIALS_APART, NO_IDENTITY, TRY_AGAIN};
 use super::*;
-use crate::caller::{Evidence, Executable, Groups, GroupDetail, Listener, Program};
+use crate::caller::{Evidence, Executable, GroupDetail, Groups, Listener, Process, Program, Refusal};
+use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
+use crate::role::Identity;
+
+mod revalidation;
 
 #[derive(Debug)]
 struct Living(Arc<AtomicBool>);
@@ -20,13 +25,17 @@ impl Evidence for Living {
     }
 }
 
+fn groups(groups: &[u32]) -> Groups {
+    Groups::new(groups.to_vec(), GroupDetail::Digest).unwrap()
+}
+
 /// A process of this user, and whether it lives.
 fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
     let exe = Executable { device: 1, inode: 7, changed: (1, 2), path: PathBuf::from("/bin/shop").into() };
     let process = Process {
         pid,
         gid: uid,
-        groups: Some(Groups::new(Vec::new(), GroupDetail::Digest).unwrap()),
+        groups: Some(groups(&[])),
         contained: false,
         program: Some(Program { exe: Some(exe) }),
         started: Some(u64::from(pid)),
@@ -64,11 +73,17 @@ fn found(memory: &mut Memory, caller: &Arc<Caller>) -> Option<Arc<[Identity]>> {
 }
 
 fn note(memory: &mut Memory, caller: &Arc<Caller>, said: Said) {
-    memory.note(&Subject::of(caller, true).unwrap(), said);
+    memory.note(&Subject::of(caller, true).unwrap(), said, Duration::ZERO);
+}
+
+/// The user ids of those about whom a question is under way from now on.
+fn round(memory: &mut Memory, quick: usize, slow: usize) -> Vec<u32> {
+    let round = memory.round(Room { quick, slow });
+    round.questions.into_iter().map(|question| question.caller.uid).collect()
 }
 
 fn due(memory: &mut Memory) -> usize {
-    memory.due(100).len()
+    round(memory, 100, 100).len()
 }
 
 #[tokio::test(start_paused = true)]
@@ -107,7 +122,7 @@ async fn whoever_changes_anything_is_another() {
     assert_ne!(change(&|other| other.process.as_mut().unwrap().pid = 2), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().gid = 2), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().started = Some(9)), base);
-    assert_ne!(change(&|other| other.process.as_mut().unwrap().groups = Some(Groups::new(vec![5], GroupDetail::Digest).unwrap())), base);
+    assert_ne!(change(&|other| other.process.as_mut().unwrap().groups = Some(groups(&[5]))), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().program = Some(exe(8))), base);
 }
 
@@ -280,7 +295,7 @@ async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
     }
     // A question that nobody waits for takes none.
     advance(ASK_AGAIN).await;
-    assert_eq!(memory.due(EACH).len(), known.len() + 1);
+    assert_eq!(due(&mut memory), 1);
     known.iter().for_each(|caller| note(&mut memory, caller, Ok(ids(&["shop"]))));
     assert!(is_busy(&mut memory));
     assert_eq!(memory.waiting.get(&Owner::user(1)), Some(&WAITING));
