@@ -13,7 +13,7 @@ use crate::health::LastError;
 use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
 use crate::sts::{Again, AssumeRole, StsError};
-use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError};
+use crate::svid::{BadToken, IdentitySource, JwtSvid, LENGTHEN, SourceError};
 use crate::turns::{Allowance, Turns};
 
 /// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
@@ -158,7 +158,14 @@ impl Issuer {
     fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
         match (token.check_life(self.clock.now()), token.short_life()) {
             (Err(expired), _) => StsError { again: Again::Later, ..noting(error, &format!("the token: {expired}")) },
-            (Ok(()), Some(life)) => noting(error, &format!("a new token was refused as well; {life}")),
+            (Ok(()), Some(life)) => noting(
+                error,
+                &format!(
+                    "a new token was refused as well; it is good for only {} s: {LENGTHEN}, and compare this node's clock with \
+                     STS's",
+                    life.as_secs()
+                ),
+            ),
             (Ok(()), None) => noting(error, "a new token was refused as well"),
         }
     }

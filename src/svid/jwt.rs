@@ -22,7 +22,8 @@ const LENGTH_MAX: usize = 20_000;
 const LEFT_MIN: Duration = Duration::from_secs(30);
 /// Whoever gives tokens so short a life is told so when they turn out to be too short.
 const SHORT_LIFE: Duration = Duration::from_secs(90);
-const LENGTHEN: &str = "give it a longer life (in SPIRE the entry's `-jwtSVIDTTL`, or the server's `default_jwt_svid_ttl`, which is \
+/// Where the life of tokens is set.
+pub const LENGTHEN: &str = "give it a longer life (in SPIRE the entry's `-jwtSVIDTTL`, or the server's `default_jwt_svid_ttl`, which is \
      5 minutes unless it is set)";
 /// How far another clock may be ahead of this one.
 const SKEW_MAX: Duration = Duration::from_secs(300);
@@ -170,14 +171,9 @@ impl JwtSvid {
         self.life.expires
     }
 
-    /// That it was good for only a short time from the start, and what to change; `None` if it was not.
-    pub fn short_life(&self) -> Option<String> {
-        self.life.short().map(|whole| {
-            format!(
-                "the token is good for only {} s: {LENGTHEN}, and compare this node's clock with STS's",
-                whole.as_secs()
-            )
-        })
+    /// For how long it was good from the start, if that is short; [`LENGTHEN`] says what to do about it.
+    pub fn short_life(&self) -> Option<Duration> {
+        self.life.short()
     }
 
     /// Whether the two are one and the same token, as from a source that answers from its cache.

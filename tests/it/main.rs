@@ -14,6 +14,7 @@ mod drain;
 mod e2e;
 mod exec;
 mod floods;
+mod groups;
 mod harness;
 mod help;
 mod hostile;
