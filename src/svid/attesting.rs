@@ -13,6 +13,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::agent::{Agent, Svid};
 use super::log_limit::{LogLimiter, LogPermit};
@@ -208,7 +209,7 @@ impl Shared {
     /// What the agent says of this process now: nothing is an answer. Its tokens are kept where an exchange may follow.
     async fn identities(self: Arc<Self>, caller: &Arc<Caller>, keep: Option<&Subject>) -> Said {
         let (shared, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
-        let asking = tokio::spawn(async move {
+        let asking = AbortOnDropHandle::new(tokio::spawn(async move {
             match shared.ask(&caller, &shared.audience).await {
                 Ok(svids) => shared.believed(svids, keep.as_ref()).await,
                 Err(SourceError::Denied(said)) => {
@@ -217,7 +218,7 @@ impl Shared {
                 }
                 Err(error) => Err(error),
             }
-        });
+        }));
         // A panic in a library below ends that question, not the place in the memory.
         asking.await.unwrap_or_else(|_| {
             Err(SourceError::Unavailable("an error inside awsvid ended the question; its log has it".to_owned()))

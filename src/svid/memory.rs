@@ -29,6 +29,10 @@ const EACH: usize = 1024;
 /// back: with more in front of them they would wait in vain, and as many connections as they may have would soon be open, of
 /// which those beyond are reset without a word.
 const WAITING: usize = 256;
+/// After a question that was not answered in time no process of the same workload is asked about again for so long, twice as
+/// long after each one that follows: an agent does not stop hashing a program because nobody waits any more.
+const PAUSE: Duration = Duration::from_secs(30);
+const PAUSE_MAX: Duration = Duration::from_secs(300);
 /// Between two looks for processes that are gone.
 const SWEEP: Duration = Duration::from_secs(1);
 
@@ -83,6 +87,26 @@ impl Clocks {
     }
 }
 
+/// Until when nobody of a workload is asked about again.
+#[derive(Debug)]
+struct Pause {
+    until: Instant,
+    length: Duration,
+}
+
+impl Default for Pause {
+    fn default() -> Self {
+        Self { until: Instant::now(), length: PAUSE / 2 }
+    }
+}
+
+impl Pause {
+    fn lengthen(&mut self, now: Instant) {
+        self.length = (self.length * 2).min(PAUSE_MAX);
+        self.until = now + self.length;
+    }
+}
+
 /// All processes that an agent has said something of.
 #[derive(Debug)]
 pub(super) struct Memory {
@@ -94,7 +118,9 @@ pub(super) struct Memory {
     /// For how many of them a question is under way because of a request.
     waiting: HashMap<Owner, usize>,
     /// Whose processes are being asked about again.
-    asking_again: HashSet<(Owner, Lane)>,
+    asking_again: HashSet<Owner>,
+    /// Workloads whose last question was not answered in time: the agent may still be at work on it.
+    paused: HashMap<Owner, Pause>,
     clocks: Clocks,
     /// When those that are gone were last looked for.
     swept: Option<Instant>,
@@ -110,6 +136,7 @@ impl Memory {
             counts: HashMap::new(),
             waiting: HashMap::new(),
             asking_again: HashSet::new(),
+            paused: HashMap::new(),
             clocks: Clocks::default(),
             swept: None,
         }
@@ -156,9 +183,12 @@ impl Memory {
         if std::mem::take(&mut known.is_waited_for) {
             give_back(&mut self.waiting, &known.owner, 1);
         } else {
-            self.asking_again.remove(&(known.owner.clone(), known.lane));
+            self.asking_again.remove(&known.owner);
             if said.is_ok() {
                 clock.advance(known.answered);
+                self.paused.remove(&known.owner);
+            } else if took >= QUICK {
+                self.paused.entry(known.owner.clone()).or_default().lengthen(now);
             }
         }
         if said.is_ok() {
@@ -208,7 +238,8 @@ impl Memory {
         due.sort_unstable_by_key(|(due, ..)| *due);
         for (_, subject, known) in due {
             let free = if known.lane == Lane::Quick { &mut room.quick } else { &mut room.slow };
-            if *free > 0 && self.asking_again.insert((known.owner.clone(), known.lane)) {
+            let is_paused = self.paused.get(&known.owner).is_some_and(|pause| pause.until > now);
+            if *free > 0 && !is_paused && self.asking_again.insert(known.owner.clone()) {
                 *free -= 1;
                 known.asking = Some(watch::Sender::new(None));
                 let (subject, caller, lane) = (subject.clone(), known.caller.clone(), known.lane);
@@ -276,6 +307,9 @@ impl Memory {
     fn forgotten(&mut self, known: &Known) {
         self.taken -= known.places;
         give_back(&mut self.counts, &known.owner, known.places);
+        if !self.counts.contains_key(&known.owner) {
+            self.paused.remove(&known.owner);
+        }
     }
 }
 

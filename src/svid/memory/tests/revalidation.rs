@@ -56,12 +56,42 @@ async fn slow_subjects_take_no_quick_place_until_they_are_quick_again() {
     assert_eq!(round(&mut memory, 100, 0), [77]);
     assert_eq!(round(&mut memory, 0, 3).len(), 3);
     note(&mut memory, &modest, shop());
-    // A process has one slow question and one quick one of its workload beside it.
-    let quick = learn(&mut memory, 1, 2);
     slow.iter().for_each(|caller| note(&mut memory, caller, shop()));
     advance(ASK_AGAIN).await;
-    assert_eq!(round(&mut memory, 100, 0).len(), 11, "all are quick again, and of one workload there are two");
-    assert_eq!(found(&mut memory, &quick), Some(ids(&["shop"])));
+    assert_eq!(round(&mut memory, 100, 0).len(), 11, "all are quick again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_workload_is_asked_about_less_often_the_more_of_it_is_slow() {
+    let mut memory = Memory::new(1000);
+    let slow: Vec<_> = (0..200).map(|pid| learn(&mut memory, 1, pid)).collect();
+    let modest = learn(&mut memory, 2, 1000);
+    let (start, mut pauses, mut last) = (Instant::now(), Vec::new(), Instant::now());
+    while start.elapsed() < Duration::from_secs(1200) {
+        for question in memory.round(Room { quick: 8, slow: 4 }).questions {
+            if question.caller.uid == 2 {
+                note(&mut memory, &modest, shop());
+            } else {
+                pauses.push(last.elapsed().as_secs());
+                last = Instant::now();
+                memory.note(&question.subject, unavailable(), QUICK);
+            }
+        }
+        advance(Duration::from_secs(1)).await;
+    }
+    assert_eq!(pauses, [30, 30, 60, 120, 240]);
+    assert_eq!((memory.len(), memory.paused.len()), (1, 0), "they are believed no longer, and leave nothing");
+    // An answer ends that, however long it takes.
+    slow.iter().for_each(|caller| assert_eq!(found(&mut memory, caller), None));
+    slow.iter().for_each(|caller| note(&mut memory, caller, shop()));
+    for said in [unavailable(), shop(), shop()] {
+        advance(ASK_AGAIN).await;
+        let questions = memory.round(Room { quick: 8, slow: 4 }).questions;
+        let asked = questions.iter().find(|question| question.caller.uid == 1).expect("it is not paused");
+        memory.note(&asked.subject, said, QUICK);
+        note(&mut memory, &modest, shop());
+    }
+    assert!(memory.paused.is_empty());
 }
 
 /// Asks about all that are due for so long; only of those that are not `slow` there is an answer.
