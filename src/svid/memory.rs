@@ -33,6 +33,8 @@ const WAITING: usize = 256;
 /// long after each one that follows: an agent does not stop hashing a program because nobody waits any more.
 const PAUSE: Duration = Duration::from_secs(30);
 const PAUSE_MAX: Duration = Duration::from_secs(300);
+/// An agent that has answered about nobody for so long was unavailable.
+const OUTAGE: Duration = Duration::from_secs(60);
 /// Between two looks for processes that are gone.
 const SWEEP: Duration = Duration::from_secs(1);
 
@@ -121,6 +123,8 @@ pub(super) struct Memory {
     asking_again: HashSet<Owner>,
     /// Workloads whose last question was not answered in time: the agent may still be at work on it.
     paused: HashMap<Owner, Pause>,
+    /// When the agent last answered about anybody.
+    answered: Instant,
     clocks: Clocks,
     /// When those that are gone were last looked for.
     swept: Option<Instant>,
@@ -137,6 +141,7 @@ impl Memory {
             waiting: HashMap::new(),
             asking_again: HashSet::new(),
             paused: HashMap::new(),
+            answered: Instant::now(),
             clocks: Clocks::default(),
             swept: None,
         }
@@ -180,27 +185,31 @@ impl Memory {
         let known = entry.get_mut();
         let now = Instant::now();
         let clock = self.clocks.of_mut(subject);
+        let is_answer = said.is_ok();
         if std::mem::take(&mut known.is_waited_for) {
             give_back(&mut self.waiting, &known.owner, 1);
         } else {
             self.asking_again.remove(&known.owner);
-            if said.is_ok() {
+            if is_answer {
                 clock.advance(known.answered);
                 self.paused.remove(&known.owner);
             } else if took >= QUICK {
                 self.paused.entry(known.owner.clone()).or_default().lengthen(now);
             }
         }
-        if said.is_ok() {
+        known.at = now;
+        if is_answer {
             known.answered = now;
         }
-        known.at = now;
         known.lane = if took < QUICK { Lane::Quick } else { Lane::Slow };
         let told = known.asking.take();
         let (said, keep) = known.take(said, *clock);
         if !keep {
             let known = entry.remove();
             self.forgotten(&known);
+        }
+        if is_answer {
+            self.agent_answered(now);
         }
         if let Some(told) = told {
             told.send_replace(Some(said));
@@ -211,6 +220,15 @@ impl Memory {
     /// a node where all others are attested slowly nothing else moves the clock.
     pub(super) fn own_confirmed(&mut self, before: Instant) {
         self.clocks.processes.advance(before);
+        self.agent_answered(Instant::now());
+    }
+
+    /// After an outage nobody is asked about late because he was not answered during it.
+    fn agent_answered(&mut self, now: Instant) {
+        if now.duration_since(self.answered) >= OUTAGE {
+            self.paused.clear();
+        }
+        self.answered = now;
     }
 
     /// Who is to be asked about again now: of each workload one at a time, and first those that have waited longest.

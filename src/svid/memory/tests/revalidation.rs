@@ -94,6 +94,29 @@ async fn a_workload_is_asked_about_less_often_the_more_of_it_is_slow() {
     assert!(memory.paused.is_empty());
 }
 
+#[tokio::test(start_paused = true)]
+async fn after_an_outage_nobody_is_paused() {
+    for is_own in [false, true] {
+        let mut memory = Memory::new(1000);
+        let all: Vec<_> = (0..10).map(|uid| learn(&mut memory, uid, 1)).collect();
+        // An agent that hangs.
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(1800) {
+            for question in memory.round(Room { quick: 100, slow: 100 }).questions {
+                memory.note(&question.subject, unavailable(), QUICK);
+            }
+            advance(Duration::from_secs(1)).await;
+        }
+        assert_eq!((memory.paused.len(), round(&mut memory, 100, 100)), (10, vec![]));
+        match is_own {
+            true => memory.own_confirmed(start),
+            false => drop(learn(&mut memory, 99, 1)),
+        }
+        assert_eq!(round(&mut memory, 100, 100).len(), 10);
+        all.iter().for_each(|caller| note(&mut memory, caller, shop()));
+    }
+}
+
 /// Asks about all that are due for so long; only of those that are not `slow` there is an answer.
 async fn revalidate(memory: &mut Memory, time: Duration, all: &[Arc<Caller>], slow: impl Fn(u32) -> bool) {
     let until = Instant::now() + time;
