@@ -311,7 +311,7 @@ pub enum Refusal {
     /// It came over the listener of another pod.
     #[error("the caller uses the network of another pod than its own")]
     OtherPod(Box<Stranger>),
-    /// It has more supplementary groups than are looked at, where they count.
+    /// It has more than [`Groups::MAX`] supplementary groups, and the decision depends on them.
     #[error(
         "the calling process has more than {} supplementary groups, and the decision depends on them; run it with fewer",
         Groups::MAX

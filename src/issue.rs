@@ -13,7 +13,7 @@ use crate::health::LastError;
 use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
 use crate::sts::{Again, AssumeRole, StsError};
-use crate::svid::{BadToken, IdentitySource, JwtSvid, LENGTHEN, SourceError};
+use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
 use crate::turns::{Allowance, Turns};
 
 /// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
@@ -153,15 +153,15 @@ impl Issuer {
         }
     }
 
-    /// What it means that STS refuses a new token as well. One that has expired meanwhile, in a queue or between retries, says
-    /// nothing of the role: credentials from before stay good.
+    /// Judges STS's refusal of a second token. If the token expired in a queue or between retries, the refusal is an outage:
+    /// it says nothing about the role, and cached credentials stay valid.
     fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
         match (token.check_life(self.clock.now()), token.short_life()) {
             (Err(expired), _) => StsError { again: Again::Later, ..noting(error, &format!("the token: {expired}")) },
             (Ok(()), Some(life)) => noting(
                 error,
                 &format!(
-                    "a new token was refused as well; it is good for only {} s: {LENGTHEN}, and compare this node's clock with \
+                    "a new token was refused as well; it is good for only {} s: {TTL_FIX}, and compare this node's clock with \
                      STS's",
                     life.as_secs()
                 ),

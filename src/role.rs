@@ -192,8 +192,8 @@ impl Roles {
 
 /// The grant of this role to the one identity that it is for; `None` if it is for none of them.
 ///
-/// Of several, the one that has the role's name as a hint; never one by its position in the list. An identity that comes several
-/// times has each of its hints: whichever comes first says nothing.
+/// Of several, the one that has the role's name as a hint; never one by its position in the list. For the same reason all
+/// hints count of an identity that is in the list several times.
 fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, Denied> {
     let fitting = || identities.iter().filter(|identity| role.spiffe_id.matches(&identity.spiffe_id));
     let hinted = fitting().filter(|identity| identity.hint.as_ref() == Some(&role.name));
@@ -210,7 +210,7 @@ fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, Den
     }))
 }
 
-/// The one SPIFFE ID that all of them have.
+/// Returns the identity if all of them have the same SPIFFE ID.
 fn only<'a>(mut identities: impl Iterator<Item = &'a Identity>) -> Option<&'a Identity> {
     identities.next().filter(|only| identities.all(|other| other.spiffe_id == only.spiffe_id))
 }

@@ -32,7 +32,7 @@ pub mod workload_api;
 pub use attesting::Attesting;
 pub use delegated::Delegated;
 pub(crate) use dial::unreachable as agent_unreachable;
-pub use jwt::{BadToken, JwtSvid, LENGTHEN};
+pub use jwt::{BadToken, JwtSvid, TTL_FIX};
 pub use workload_api::WorkloadApi;
 
 /// SPIRE's agent itself waits up to 30 s for its server, and then still answers with a token from its cache; in Kubernetes it

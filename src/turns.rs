@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::identity::SpiffeId;
 
-/// How long a call may wait for its turn. A token that expires meanwhile is replaced (`issue`).
+/// How long a call may wait for its turn. A token that expires meanwhile is replaced by `issue`.
 pub const TURN: Duration = Duration::from_secs(20);
 
 /// Allows so many at one time in all, and of those so many to each owner: a SPIFFE ID, or a workload before its SPIFFE ID

@@ -309,7 +309,7 @@ fn status_numbers<const N: usize>(directory: &OwnedFd, lines: [(&str, usize); N]
     status::numbers(open(directory, "status")?, lines).map_err(|error| match error {
         StatusError::Io(error) => unread("status", error),
         StatusError::Malformed => Refusal::Kernel,
-        // Of the ids there are always four, so these are the groups.
+        // A process always has four ids of each kind, so only its groups can be too many.
         StatusError::TooMany => Refusal::TooManyGroups,
     })
 }

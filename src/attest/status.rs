@@ -1,7 +1,7 @@
-//! `/proc/<pid>/status`, read as far as it is needed: `proc_pid_status(5)`.
+//! Reads single lines of `/proc/<pid>/status`: `proc_pid_status(5)`.
 //!
-//! Its `Groups` line is as long as the process makes it, up to 65,536 numbers (720 KB): what is not asked for is passed over
-//! and never held (attack 27).
+//! The process decides how long its `Groups` line is: up to 65,536 numbers, 720 KB. Lines that are not wanted are skipped in
+//! chunks and never held (attack 27).
 
 use std::os::fd::AsFd;
 
@@ -10,7 +10,7 @@ use nix::sys::uio::pread;
 
 /// More than the status of most processes.
 const CHUNK: usize = 4096;
-/// The longest name of a line that can be asked for.
+/// The longest name of a line that can be read.
 const NAME_MAX: usize = 8;
 
 /// Why there are no numbers.
@@ -20,12 +20,12 @@ pub(crate) enum StatusError {
     Io(Errno),
     /// A line is missing, or has something else in it than numbers.
     Malformed,
-    /// A line has more numbers than were asked for.
+    /// A line has more numbers than the caller allows.
     TooMany,
 }
 
-/// Reads the numbers in these lines, given by name with the most numbers that each may have, and nothing after the last of
-/// them. `Name` comes first in the file and holds what the process chose, but the kernel escapes its newlines.
+/// Reads the numbers in these lines, each given by its name and the most numbers that it may have. Reads nothing after the last
+/// of them. The process chooses the content of `Name`, the first line; the kernel escapes newlines in it.
 pub(crate) fn numbers<const N: usize>(
     file: impl AsFd,
     lines: [(&str, usize); N],
@@ -41,7 +41,7 @@ pub(crate) fn numbers<const N: usize>(
     }
 }
 
-/// The same of a text.
+/// Does the same with a text that comes in chunks of this size.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn numbers_of<const N: usize>(
     text: &[u8],
@@ -62,7 +62,7 @@ pub(crate) fn numbers_of<const N: usize>(
 enum At {
     /// In the name of a line.
     Name,
-    /// In a line that was asked for, and perhaps in a number.
+    /// In a wanted line, and perhaps in a number.
     Numbers(usize, Option<u32>),
     /// In another line.
     Other,
@@ -80,7 +80,7 @@ impl<'l, const N: usize> Scan<'l, N> {
         Self { lines, found: [const { None }; N], at: At::Name, name: Vec::with_capacity(NAME_MAX) }
     }
 
-    /// Whether all lines are there.
+    /// Reads a chunk. Returns whether all lines are complete.
     fn feed(&mut self, mut bytes: &[u8]) -> Result<bool, StatusError> {
         while let Some((&byte, rest)) = bytes.split_first() {
             bytes = rest;
@@ -141,7 +141,7 @@ impl<'l, const N: usize> Scan<'l, N> {
     }
 
     fn finish(self) -> Result<[Vec<u32>; N], StatusError> {
-        // The last line of a file has an end like all others.
+        // Without its newline the last number may be incomplete.
         if matches!(self.at, At::Numbers(..)) || self.found.iter().any(Option::is_none) {
             return Err(StatusError::Malformed);
         }

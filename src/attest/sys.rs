@@ -185,8 +185,8 @@ pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd>
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `SO_PEERGROUPS`: the connector's supplementary groups as they were when it connected. ERANGE if there are more than `most`,
-/// which the kernel finds out without looking at them.
+/// Reads `SO_PEERGROUPS`: the connector's supplementary groups at connect(2). ERANGE if there are more than `most`, without a
+/// copy of them.
 pub(crate) fn peer_groups(socket: BorrowedFd<'_>, most: usize) -> nix::Result<Vec<u32>> {
     let mut groups: Vec<libc::gid_t> = vec![0; most];
     let mut length = libc::socklen_t::try_from(size_of_val(&groups[..])).map_err(|_| Errno::EINVAL)?;

@@ -112,7 +112,7 @@ pub(crate) fn attest(
     let process = match needs(&caller) {
         None => process,
         Some(looks) => {
-            // First those of connect(2): there the kernel tells too many of them without listing them.
+            // First the groups of connect(2): for too many of them the kernel returns an error without copying them.
             let connected = match looks.groups {
                 GroupDetail::None => None,
                 detail => Some(Groups::new(groups()?, detail)?),

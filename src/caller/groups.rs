@@ -1,4 +1,4 @@
-//! Supplementary groups of a process: which they are, or only whether they are still the same.
+//! Supplementary groups of a process, or a digest of them.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -8,22 +8,22 @@ use sha2::{Digest, Sha256};
 
 use super::Refusal;
 
-/// How much has to be known of a process's supplementary groups.
+/// What a decision needs of a process's supplementary groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum GroupDetail {
-    /// Nothing: no decision depends on them, and they are not read.
+    /// Nothing: they are not read.
     #[default]
     None,
-    /// Whether they are the same as before: an agent that attests the process sees them.
+    /// Whether they have changed, for an agent that attests the process and sees them.
     Digest,
-    /// Which they are: a rule names one of them.
+    /// The list, for a rule that names a group.
     List,
 }
 
 /// The supplementary groups of a process, at most [`Groups::MAX`].
 ///
-/// Any local user can have 65,536 of them (a user namespace with subordinate ids), and a caller that is remembered keeps them:
-/// so what is kept has a bound, and is 32 bytes where no rule names a group (attack 27).
+/// Any local user can have 65,536 groups, by a user namespace with subordinate ids. The bound, and the digest where no rule
+/// names a group, keep callers with many groups from filling the daemon's memory (attack 27).
 #[derive(Clone)]
 pub struct Groups {
     /// SHA-256 of the ascending list: two values are equal if the lists are.
@@ -32,10 +32,10 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// A caller with more is refused where its groups count. Kerberos tickets of Active Directory end at 1,015 groups.
+    /// Where groups count, a caller with more is rejected. Active Directory allows a user 1,015 groups.
     pub const MAX: usize = 1024;
 
-    /// Takes the groups in any order. More than [`Self::MAX`] are [`Refusal::TooManyGroups`].
+    /// Takes the groups in any order. Fails with [`Refusal::TooManyGroups`] if there are more than [`Self::MAX`].
     pub fn new(mut groups: Vec<u32>, detail: GroupDetail) -> Result<Self, Refusal> {
         if groups.len() > Self::MAX {
             return Err(Refusal::TooManyGroups);
@@ -48,7 +48,7 @@ impl Groups {
         Ok(Self { digest: hash.finalize().into(), list })
     }
 
-    /// Whether `group` is one of them; `None` where that is not known.
+    /// Returns whether `group` is among them; `None` if only the digest is known.
     pub fn contains(&self, group: u32) -> Option<bool> {
         self.list.as_ref().map(|list| list.binary_search(&group).is_ok())
     }

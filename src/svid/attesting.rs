@@ -76,9 +76,9 @@ struct Shared {
 #[derive(Debug)]
 struct Own {
     ids: BTreeSet<SpiffeId>,
-    /// When the agent last said so.
+    /// When the agent last confirmed them.
     confirmed: Instant,
-    /// From when on they are as old as they are taken to be: later than that where the agent did not answer since.
+    /// From when on their age counts. Set later than `confirmed` to delay the next query after one that failed.
     fresh_from: Instant,
 }
 
@@ -225,8 +225,8 @@ impl Shared {
         })
     }
 
-    /// The identities of an answer, without the daemon's own: those that a token proves. An identity that comes several times
-    /// (of several entries, or from an agent that puts two others' answers together) has each of its hints.
+    /// Returns the identities that an answer proves by a token, without the daemon's own. An identity with several entries, or
+    /// from an agent that merges the answers of two others, keeps all of its hints.
     async fn believed(&self, svids: Vec<Svid>, keep: Option<&Subject>) -> Said {
         let own = self.own(OWN).await?;
         let (mut identities, mut unproven) = (Vec::new(), None);
@@ -246,7 +246,7 @@ impl Shared {
                 }
                 continue;
             }
-            // What was issued for this identity before is handed out without another look at a token.
+            // Cached credentials of this identity are released without another check of a token.
             if let Err(bad) = JwtSvid::check_subject(&svid.token, &spiffe_id) {
                 if let Some(LogPermit { missed }) = self.log.admit(&format!("not its own {spiffe_id} {bad}")) {
                     tracing::warn!(%spiffe_id, missed, "the SPIFFE agent gave an identity without a token of its own; it is left out: {bad}");
@@ -311,7 +311,7 @@ impl Shared {
         self.metrics.health.source(agent, SourceError::of_source(result), self.clock.now());
     }
 
-    /// Logs why a workload has no identity: whoever asks is not told what the agent says.
+    /// Logs the agent's reason for a denial, which the caller does not learn.
     fn log_denial(&self, said: &str) {
         if let Some(LogPermit { missed }) = self.log.admit(said) {
             tracing::warn!(missed, "a workload has no identity: {said}");
@@ -351,7 +351,7 @@ impl Shared {
         own.as_ref().filter(|own| own.fresh_from.elapsed() < age).map(|own| own.ids.clone())
     }
 
-    /// When the agent last said who the daemon itself is.
+    /// Returns when the agent last confirmed the daemon's own identities.
     fn own_confirmed(&self) -> Option<Instant> {
         self.own.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|own| own.confirmed)
     }
@@ -368,7 +368,7 @@ impl Shared {
         let mut tokens = self.tokens();
         let wanted = |kept: &Kept| kept.subject == *subject && kept.token.spiffe_id() == id;
         let kept = tokens.iter().position(wanted).and_then(|index| tokens.remove(index))?;
-        // A token of few seconds may be over, or about to be.
+        // A token with a short life may have expired meanwhile.
         (kept.at.elapsed() < KEPT && kept.token.check_life(self.clock.now()).is_ok()).then_some(kept.token)
     }
 

@@ -17,13 +17,13 @@ use crate::identity::SpiffeId;
 
 /// STS: `WebIdentityToken` has at most 20000 characters.
 const LENGTH_MAX: usize = 20_000;
-/// A token with less life left than this may expire on its way: STS calls queue, and clocks differ. Of one that was short-lived
-/// from the start a third is enough: SPIRE's agent replaces its tokens at about half of their life.
-const LEFT_MIN: Duration = Duration::from_secs(30);
-/// Whoever gives tokens so short a life is told so when they turn out to be too short.
+/// Minimum remaining life of a token, so that it does not expire while it waits for STS. Of a token with a short life a third
+/// is enough: SPIRE's agent renews its tokens at about half of their life.
+const MIN_REMAINING_LIFE: Duration = Duration::from_secs(30);
+/// Up to this whole life an error about it names the setting that lengthens it.
 const SHORT_LIFE: Duration = Duration::from_secs(90);
-/// Where the life of tokens is set.
-pub const LENGTHEN: &str = "give it a longer life (in SPIRE the entry's `-jwtSVIDTTL`, or the server's `default_jwt_svid_ttl`, which is \
+/// How to lengthen the life of tokens.
+pub const TTL_FIX: &str = "give it a longer life (in SPIRE the entry's `-jwtSVIDTTL`, or the server's `default_jwt_svid_ttl`, which is \
      5 minutes unless it is set)";
 /// How far another clock may be ahead of this one.
 const SKEW_MAX: Duration = Duration::from_secs(300);
@@ -42,10 +42,10 @@ pub struct JwtSvid {
     life: Life,
 }
 
-/// From when to when a token is good.
+/// The validity period of a token.
 #[derive(Debug, Clone, Copy)]
 struct Life {
-    /// `iat`, without which its whole life is not known.
+    /// `iat`. Without it the whole life is unknown.
     issued: Option<SystemTime>,
     expires: SystemTime,
 }
@@ -113,9 +113,9 @@ impl JwtSvid {
         Ok(Self { token, spiffe_id: expected.clone(), audience: audience.to_owned(), algorithm, life })
     }
 
-    /// Takes the one of `tokens` that passes [`Self::check`] and expires last; `None` if there is no token. All of them were
-    /// given for `expected`: an agent that puts others' answers together gives an identity several times, and may give a token
-    /// under another's name. If none passes, the error is that of the first.
+    /// Returns the one of `tokens` that passes [`Self::check`] and expires last; `None` without a token. If none passes, the
+    /// error is that of the first. All of them came with the label `expected`. An agent that merges the answers of two others
+    /// returns an identity several times, and may label a token wrongly.
     pub fn check_any(
         tokens: impl IntoIterator<Item = impl Into<Zeroizing<String>>>,
         expected: &SpiffeId,
@@ -134,14 +134,14 @@ impl JwtSvid {
         best.transpose()
     }
 
-    /// Checks only whose `token` is.
+    /// Checks only the `sub` of `token`.
     pub fn check_subject(token: &str, expected: &SpiffeId) -> Result<(), BadToken> {
         let (_, claims) = decode(token)?;
         let claims: Claims<'_> = serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
         expect_subject(&claims.sub, expected)
     }
 
-    /// Checks again that enough of its life is left, as after a wait.
+    /// Checks that enough of its life remains, for use after a wait.
     pub fn check_life(&self, now: SystemTime) -> Result<(), BadToken> {
         self.life.check(now)
     }
@@ -171,7 +171,7 @@ impl JwtSvid {
         self.life.expires
     }
 
-    /// For how long it was good from the start, if that is short; [`LENGTHEN`] says what to do about it.
+    /// Returns its whole life if that is short. [`TTL_FIX`] is the advice for it.
     pub fn short_life(&self) -> Option<Duration> {
         self.life.short()
     }
@@ -250,7 +250,7 @@ fn expect_audience(aud: &Audience, wanted: &str) -> Result<(), BadToken> {
     wrong(format!("its audience is not exactly `{wanted}`"))
 }
 
-/// From when to when the token is good.
+/// Reads the validity period.
 fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<Life, BadToken> {
     let expires = timestamp("exp", claims.exp)?;
     let from = |name: &str, raw: Option<&RawValue>| {
@@ -270,19 +270,19 @@ fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<Life, BadToken> {
 }
 
 impl Life {
-    /// All of it, where that is known.
+    /// Returns its length, if known.
     fn whole(self) -> Option<Duration> {
         self.expires.duration_since(self.issued?).ok()
     }
 
-    /// The same, if it is short.
+    /// Returns its length, if short.
     fn short(self) -> Option<Duration> {
         self.whole().filter(|whole| *whole <= SHORT_LIFE)
     }
 
     fn check(self, now: SystemTime) -> Result<(), BadToken> {
         let left = self.expires.duration_since(now).unwrap_or_default();
-        let least = self.whole().map_or(LEFT_MIN, |whole| LEFT_MIN.min(whole / 3));
+        let least = self.whole().map_or(MIN_REMAINING_LIFE, |whole| MIN_REMAINING_LIFE.min(whole / 3));
         if left >= least && !left.is_zero() {
             return Ok(());
         }
@@ -292,7 +292,7 @@ impl Life {
         };
         Err(BadToken::Expiring(match self.short() {
             Some(whole) => format!(
-                "{state}, and was good for only {} s: {LENGTHEN}, and compare this node's clock with the server's",
+                "{state}, and was good for only {} s: {TTL_FIX}, and compare this node's clock with the server's",
                 whole.as_secs()
             ),
             None => format!("{state}: look at the agent's connection to its server, and at this node's clock"),

@@ -1,4 +1,4 @@
-//! Keeps a text that comes again and again from filling the log.
+//! Limits how often the same text is logged.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -6,31 +6,31 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long the same text is not logged again.
+/// Minimum interval between two log lines with the same text.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// How many texts are remembered. More than this within [`LOG_INTERVAL`] are not logged.
+/// Distinct texts within [`LOG_INTERVAL`]. Further ones are not logged.
 const MAX_TEXTS: usize = 64;
 
-/// The texts that the log has had lately. Others choose some of them (a pod's UID is in one): so the table has a bound.
+/// The texts that were logged within [`LOG_INTERVAL`]. Workloads influence some of them (a pod's UID), so the table is bounded.
 #[derive(Debug, Default)]
 pub(super) struct LogLimiter(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
     logged: HashMap<String, Instant>,
-    /// Texts since the last line that were left out because there were too many.
+    /// Texts that exceeded [`MAX_TEXTS`] since the last line.
     missed: u64,
 }
 
-/// That a line may be logged, with how many others were left out before it, if any.
+/// Permission to log one line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct LogPermit {
-    /// For the line's field of that name.
+    /// How many texts were left out before this line, if any; for the line's field of that name.
     pub(super) missed: Option<u64>,
 }
 
 impl LogLimiter {
-    /// Decides whether `text` goes to the log now.
+    /// Returns a permit if `text` may be logged now.
     pub(super) fn admit(&self, text: &str) -> Option<LogPermit> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();

@@ -17,56 +17,55 @@ mod agent_clock;
 mod known;
 mod subject;
 
-pub(super) use known::{Found, Lane, QUICK, Said};
+pub(super) use known::{Found, Lane, QUICK_TIMEOUT, Said};
 pub(super) use subject::{LOOKS, Subject, is_known};
 
 use agent_clock::AgentClock;
 use known::{ASK_AGAIN, Known};
 
-/// Places of one workload: what it makes up fills its own places only (attack 22).
+/// Slots of one workload: what it makes up fills its own slots only (attack 22).
 const EACH: usize = 1024;
 /// Processes of one workload that are asked about because of a request, or wait for that. The next are told at once to come
 /// back: with more in front of them they would wait in vain, and as many connections as they may have would soon be open, of
 /// which those beyond are reset without a word.
 const WAITING: usize = 256;
-/// After a question that was not answered in time no process of the same workload is asked about again for so long, twice as
-/// long after each one that follows: an agent does not stop hashing a program because nobody waits any more.
-const PAUSE: Duration = Duration::from_secs(30);
-const PAUSE_MAX: Duration = Duration::from_secs(300);
-/// An agent that has answered about nobody for so long was unavailable.
-const OUTAGE: Duration = Duration::from_secs(60);
+/// How long a workload is not revalidated after a query about it was not answered in time; doubled after each further one. An
+/// agent goes on hashing a program after its client has given up.
+const REVALIDATION_PAUSE: Duration = Duration::from_secs(30);
+const MAX_REVALIDATION_PAUSE: Duration = Duration::from_secs(300);
+/// An agent was unavailable if it answered no query for this long.
+const OUTAGE_AFTER: Duration = Duration::from_secs(60);
 /// Between two looks for processes that are gone.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// How many more questions about known subjects may be under way.
+/// How many more queries about known subjects may be in flight.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Room {
+pub(super) struct Capacity {
     /// In [`Lane::Quick`].
     pub(super) quick: usize,
     /// In [`Lane::Slow`].
     pub(super) slow: usize,
 }
 
-/// A question about a known subject, which is under way once it is here.
+/// A query about a known subject. [`Memory`] counts it as in flight until its result is noted.
 #[derive(Debug)]
-pub(super) struct Question {
+pub(super) struct Query {
     pub(super) subject: Subject,
     pub(super) caller: Arc<Caller>,
     pub(super) lane: Lane,
 }
 
-/// What is to be done about those that are known.
+/// What is due at one moment.
 #[derive(Debug, Default)]
-pub(super) struct Round {
-    pub(super) questions: Vec<Question>,
-    /// Those that are believed no longer, and forgotten: see [`MAX_UNCONFIRMED`].
-    pub(super) unbelieved: Vec<Arc<Caller>>,
-    /// Whether a process is known that should have been confirmed long ago.
+pub(super) struct Revalidation {
+    pub(super) queries: Vec<Query>,
+    /// Callers whose identities have expired: the agent has not confirmed them for 10 minutes.
+    pub(super) expired: Vec<Arc<Caller>>,
+    /// Whether the confirmation of a process is late.
     pub(super) is_overdue: bool,
 }
 
-/// One clock for processes and one for pods: what keeps the agent from attesting the ones, such as a kubelet that does not
-/// answer, may leave the others alone.
+/// One clock for processes and one for pods. A kubelet that does not answer keeps the agent from attesting pods alone.
 #[derive(Debug, Default)]
 struct Clocks {
     processes: AgentClock,
@@ -89,7 +88,7 @@ impl Clocks {
     }
 }
 
-/// Until when nobody of a workload is asked about again.
+/// Until when a workload is not revalidated.
 #[derive(Debug)]
 struct Pause {
     until: Instant,
@@ -98,13 +97,13 @@ struct Pause {
 
 impl Default for Pause {
     fn default() -> Self {
-        Self { until: Instant::now(), length: PAUSE / 2 }
+        Self { until: Instant::now(), length: REVALIDATION_PAUSE / 2 }
     }
 }
 
 impl Pause {
     fn lengthen(&mut self, now: Instant) {
-        self.length = (self.length * 2).min(PAUSE_MAX);
+        self.length = (self.length * 2).min(MAX_REVALIDATION_PAUSE);
         self.until = now + self.length;
     }
 }
@@ -114,16 +113,16 @@ impl Pause {
 pub(super) struct Memory {
     most: usize,
     known: HashMap<Subject, Known>,
-    /// Places, of all and of each owner.
-    taken: usize,
+    /// Slots of all subjects, and of each owner's.
+    slots_taken: usize,
     counts: HashMap<Owner, usize>,
     /// For how many of them a question is under way because of a request.
     waiting: HashMap<Owner, usize>,
-    /// Whose processes are being asked about again.
-    asking_again: HashSet<Owner>,
-    /// Workloads whose last question was not answered in time: the agent may still be at work on it.
+    /// Owners with a revalidation in flight.
+    revalidating: HashSet<Owner>,
+    /// Owners whose last query was not answered in time. The agent may still be busy with it.
     paused: HashMap<Owner, Pause>,
-    /// When the agent last answered about anybody.
+    /// When the agent last answered a query.
     answered: Instant,
     clocks: Clocks,
     /// When those that are gone were last looked for.
@@ -131,15 +130,15 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Room for `most` processes; for fewer where they have long names.
+    /// Has slots for `most` processes, or for fewer with long names.
     pub(super) fn new(most: usize) -> Self {
         Self {
             most,
             known: HashMap::new(),
-            taken: 0,
+            slots_taken: 0,
             counts: HashMap::new(),
             waiting: HashMap::new(),
-            asking_again: HashSet::new(),
+            revalidating: HashSet::new(),
             paused: HashMap::new(),
             answered: Instant::now(),
             clocks: Clocks::default(),
@@ -171,15 +170,15 @@ impl Memory {
     /// A place for one that was not known.
     fn add(&mut self, subject: &Subject, caller: &Arc<Caller>, owner: &Owner) -> Result<&mut Known, SourceError> {
         let known = Known::new(caller, owner);
-        if !self.has_room(owner, known.places) {
+        if !self.has_room(owner, known.slots) {
             return Err(SourceError::Busy);
         }
-        *self.counts.entry(owner.clone()).or_default() += known.places;
-        self.taken += known.places;
+        *self.counts.entry(owner.clone()).or_default() += known.slots;
+        self.slots_taken += known.slots;
         Ok(self.known.entry(subject.clone()).insert_entry(known).into_mut())
     }
 
-    /// Notes what was said of `subject` after `took`, and tells it to all who wait.
+    /// Records the result of a query that took this long, and passes it to the requests that wait.
     pub(super) fn note(&mut self, subject: &Subject, said: Said, took: Duration) {
         let Entry::Occupied(mut entry) = self.known.entry(subject.clone()) else { return };
         let known = entry.get_mut();
@@ -189,11 +188,11 @@ impl Memory {
         if std::mem::take(&mut known.is_waited_for) {
             give_back(&mut self.waiting, &known.owner, 1);
         } else {
-            self.asking_again.remove(&known.owner);
+            self.revalidating.remove(&known.owner);
             if is_answer {
                 clock.advance(known.answered);
                 self.paused.remove(&known.owner);
-            } else if took >= QUICK {
+            } else if took >= QUICK_TIMEOUT {
                 self.paused.entry(known.owner.clone()).or_default().lengthen(now);
             }
         }
@@ -201,7 +200,7 @@ impl Memory {
         if is_answer {
             known.answered = now;
         }
-        known.lane = if took < QUICK { Lane::Quick } else { Lane::Slow };
+        known.lane = if took < QUICK_TIMEOUT { Lane::Quick } else { Lane::Slow };
         let told = known.asking.take();
         let (said, keep) = known.take(said, *clock);
         if !keep {
@@ -216,26 +215,26 @@ impl Memory {
         }
     }
 
-    /// The agent has confirmed who the daemon itself is, as it last did at `before`, while nobody waited to be asked about. On
-    /// a node where all others are attested slowly nothing else moves the clock.
+    /// Records that the agent confirmed the daemon's own identity, as it did before at `before`. Only to be called while no
+    /// subject waits for a slot. Where all callers of a node are attested slowly, nothing else advances the clock.
     pub(super) fn own_confirmed(&mut self, before: Instant) {
         self.clocks.processes.advance(before);
         self.agent_answered(Instant::now());
     }
 
-    /// After an outage nobody is asked about late because he was not answered during it.
+    /// Ends all pauses after an outage, during which every query failed.
     fn agent_answered(&mut self, now: Instant) {
-        if now.duration_since(self.answered) >= OUTAGE {
+        if now.duration_since(self.answered) >= OUTAGE_AFTER {
             self.paused.clear();
         }
         self.answered = now;
     }
 
-    /// Who is to be asked about again now: of each workload one at a time, and first those that have waited longest.
-    /// Processes without an identity are forgotten instead.
-    pub(super) fn round(&mut self, mut room: Room) -> Round {
+    /// Takes the subjects that are due for revalidation: the most overdue first, one of each owner. Removes subjects that have
+    /// no identity, or whose identity has expired.
+    pub(super) fn take_due(&mut self, mut room: Capacity) -> Revalidation {
         let now = Instant::now();
-        let (mut round, mut due, mut forgotten) = (Round::default(), Vec::new(), Vec::new());
+        let (mut round, mut due, mut forgotten) = (Revalidation::default(), Vec::new(), Vec::new());
         for (subject, known) in &mut self.known {
             let has_identity = known.has_identity();
             let is_process = matches!(subject, Subject::Process { .. });
@@ -243,8 +242,8 @@ impl Memory {
             if known.asking.is_some() {
                 continue;
             }
-            if has_identity && !known.is_believed(*self.clocks.of(subject)) {
-                round.unbelieved.push(known.caller.clone());
+            if has_identity && !known.is_valid(*self.clocks.of(subject)) {
+                round.expired.push(known.caller.clone());
                 forgotten.push(subject.clone());
             } else if known.due() > now {
             } else if has_identity {
@@ -257,11 +256,11 @@ impl Memory {
         for (_, subject, known) in due {
             let free = if known.lane == Lane::Quick { &mut room.quick } else { &mut room.slow };
             let is_paused = self.paused.get(&known.owner).is_some_and(|pause| pause.until > now);
-            if *free > 0 && !is_paused && self.asking_again.insert(known.owner.clone()) {
+            if *free > 0 && !is_paused && self.revalidating.insert(known.owner.clone()) {
                 *free -= 1;
                 known.asking = Some(watch::Sender::new(None));
                 let (subject, caller, lane) = (subject.clone(), known.caller.clone(), known.lane);
-                round.questions.push(Question { subject, caller, lane });
+                round.queries.push(Query { subject, caller, lane });
             }
         }
         for subject in forgotten {
@@ -280,8 +279,8 @@ impl Memory {
 
     /// Makes room if there is none: first by those that are gone, then by the oldest of the same owner, or of the owner that
     /// has the most where all together are too many.
-    fn has_room(&mut self, owner: &Owner, places: usize) -> bool {
-        let fits = |memory: &Self| memory.own_fits(owner, places) && memory.taken + places <= memory.most;
+    fn has_room(&mut self, owner: &Owner, slots: usize) -> bool {
+        let fits = |memory: &Self| memory.own_fits(owner, slots) && memory.slots_taken + slots <= memory.most;
         if fits(self) {
             return true;
         }
@@ -291,7 +290,7 @@ impl Memory {
         }
         while !fits(self) {
             let greediest = || self.counts.iter().max_by_key(|(_, count)| **count).map(|(owner, _)| owner.clone());
-            let victim = if self.own_fits(owner, places) { greediest() } else { Some(owner.clone()) };
+            let victim = if self.own_fits(owner, slots) { greediest() } else { Some(owner.clone()) };
             if !victim.is_some_and(|victim| self.forget_oldest(&victim)) {
                 return false;
             }
@@ -299,11 +298,11 @@ impl Memory {
         true
     }
 
-    fn own_fits(&self, owner: &Owner, places: usize) -> bool {
-        self.counts.get(owner).copied().unwrap_or_default() + places <= EACH
+    fn own_fits(&self, owner: &Owner, slots: usize) -> bool {
+        self.counts.get(owner).copied().unwrap_or_default() + slots <= EACH
     }
 
-    /// Whether there was one, about which nobody is being asked.
+    /// Removes the owner's oldest subject without a query in flight. `false` if it has none.
     fn forget_oldest(&mut self, owner: &Owner) -> bool {
         let its = self.known.iter().filter(|(_, known)| known.owner == *owner && known.asking.is_none());
         let Some(oldest) = its.min_by_key(|(_, known)| known.at).map(|(subject, _)| subject.clone()) else {
@@ -321,10 +320,10 @@ impl Memory {
         gone.iter().for_each(|(_, known)| self.forgotten(known));
     }
 
-    /// One that is in the table no more gives its places back.
+    /// Gives back the slots of a subject that was removed.
     fn forgotten(&mut self, known: &Known) {
-        self.taken -= known.places;
-        give_back(&mut self.counts, &known.owner, known.places);
+        self.slots_taken -= known.slots;
+        give_back(&mut self.counts, &known.owner, known.slots);
         if !self.counts.contains_key(&known.owner) {
             self.paused.remove(&known.owner);
         }

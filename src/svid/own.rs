@@ -179,7 +179,7 @@ impl State {
                 let now = self.now.borrow();
                 let Some(svid) = &now.svid else { return };
                 let is_known = before.svid.is_some_and(|before| before.spiffe_id == svid.spiffe_id);
-                // An agent that ends each stream soon gives one, and takes it back, all the time.
+                // An agent that ends each stream at once would fill the log.
                 let is_news = !is_known || before.trouble.is_some();
                 match is_news.then(|| self.log.admit(svid.spiffe_id.as_str())).flatten() {
                     None => tracing::debug!(version = svid.version, "awsvid's own X.509-SVID is renewed"),

@@ -63,8 +63,8 @@ impl WorkloadApi {
             let text = format!("the SPIFFE agent at {} did not answer within {:?}", self.endpoint, self.deadline);
             return Err(SourceError::Unavailable(text));
         };
-        // SPIRE filters by the ID; a provider that doesn't also sends others, which are not for this caller. It comes several
-        // times where several registrations are for it.
+        // SPIRE filters by the ID. Other providers may also return other IDs, which are not for this caller. An ID with several
+        // entries comes several times.
         let svids = answer?.svids.into_iter().filter(|svid| svid.spiffe_id == id.as_str() && !svid.svid.is_empty());
         let token = JwtSvid::check_any(svids.map(|svid| svid.svid), id, audience, self.clock.now())?;
         token.ok_or_else(|| {

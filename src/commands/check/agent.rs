@@ -16,7 +16,7 @@ use crate::role::Role;
 use crate::svid::agent::Agent;
 use crate::svid::broker_api::BrokerApi;
 use crate::svid::own::OwnIdentity;
-use crate::svid::{Delegated, JwtSvid, LENGTHEN, SourceError, agent_unreachable};
+use crate::svid::{Delegated, JwtSvid, SourceError, TTL_FIX, agent_unreachable};
 
 const SOCKET: &str = "agent";
 const IDENTITY: &str = "identity";
@@ -165,7 +165,7 @@ pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &
     );
     if let Some(life) = live.svid.short_life() {
         let saw = format!("tokens for role {:?} are good for only {} s from the start", role.name, life.as_secs());
-        report.note(IDENTITY, saw, LENGTHEN);
+        report.note(IDENTITY, saw, TTL_FIX);
     }
     Some(live)
 }

@@ -1,8 +1,8 @@
-//! Asks the agent again, in the background, about those that are known.
+//! Revalidates the identities of known subjects in the background.
 //!
-//! The agent attests a process, and how long that takes is in the process's hands: a program file of 200 GB is hashed for
-//! minutes. So there is an order (whoever has waited longest), one question at a time for each workload, a short end to it, and
-//! room apart for those that were slow the last time: nobody hides another's deleted entry (attack 28).
+//! A workload decides how long the agent needs to attest its processes: a program file of 200 GB is hashed for minutes. The
+//! order, the limit per workload, the timeout and the separate limit for slow subjects keep it from delaying the revalidation of
+//! others, and so from hiding a deleted entry of theirs (attack 28).
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -14,16 +14,16 @@ use super::Shared;
 use crate::caller::Caller;
 use crate::svid::SourceError;
 use crate::svid::log_limit::LogPermit;
-use crate::svid::memory::{Lane, QUICK, Question, Room};
+use crate::svid::memory::{Capacity, Lane, QUICK_TIMEOUT, Query};
 
-/// Questions under way about subjects that were quickly answered the last time ...
-const MAX_QUICK: usize = 8;
-/// ... and about those that were not.
-const MAX_SLOW: usize = 4;
-/// Between two looks at who is to be asked about again.
-pub(super) const ROUND: Duration = Duration::from_secs(1);
-/// How old the daemon's own identity may be where it stands for all that the agent answers.
-const OWN_AGE: Duration = Duration::from_secs(30);
+/// Queries in flight about subjects whose last answer was quick.
+const MAX_QUICK_QUERIES: usize = 8;
+/// Queries in flight about all other subjects.
+const MAX_SLOW_QUERIES: usize = 4;
+/// Interval between two searches for subjects that are due.
+pub(super) const REVALIDATE_TICK: Duration = Duration::from_secs(1);
+/// Interval between two queries about the daemon itself, which show whether the agent answers at all.
+const OWN_ID_MAX_AGE: Duration = Duration::from_secs(30);
 
 /// Runs until the source is dropped.
 pub(super) async fn run(shared: Weak<Shared>) {
@@ -32,16 +32,16 @@ pub(super) async fn run(shared: Weak<Shared>) {
         let Some(shared) = shared.upgrade() else { return };
         while quick.try_join_next().is_some() {}
         while slow.try_join_next().is_some() {}
-        let room = Room { quick: MAX_QUICK - quick.len(), slow: MAX_SLOW - slow.len() };
-        let round = shared.memory().round(room);
-        shared.log_unbelieved(&round.unbelieved);
-        for question in round.questions {
+        let room = Capacity { quick: MAX_QUICK_QUERIES - quick.len(), slow: MAX_SLOW_QUERIES - slow.len() };
+        let round = shared.memory().take_due(room);
+        shared.log_expired(&round.expired);
+        for question in round.queries {
             let lane = if question.lane == Lane::Quick { &mut quick } else { &mut slow };
-            lane.spawn(shared.clone().ask_again(question));
+            lane.spawn(shared.clone().revalidate(question));
         }
-        // Only while nobody waits for room: in a queue the daemon's own answer would say nothing of the others'.
-        let is_idle = quick.len() < MAX_QUICK;
-        if round.is_overdue && is_idle && own_asked.is_none_or(|at: Instant| at.elapsed() >= OWN_AGE) {
+        // Not while subjects wait for a slot: the daemon's own answer would advance the clock past them.
+        let is_idle = quick.len() < MAX_QUICK_QUERIES;
+        if round.is_overdue && is_idle && own_asked.is_none_or(|at: Instant| at.elapsed() >= OWN_ID_MAX_AGE) {
             own_asked = Some(Instant::now());
             quick.spawn(shared.clone().confirm_own());
         }
@@ -49,32 +49,32 @@ pub(super) async fn run(shared: Weak<Shared>) {
         tokio::select! {
             Some(_) = quick.join_next() => {}
             Some(_) = slow.join_next() => {}
-            () = sleep(ROUND) => {}
+            () = sleep(REVALIDATE_TICK) => {}
         }
     }
 }
 
 impl Shared {
-    async fn ask_again(self: Arc<Self>, Question { subject, caller, lane }: Question) {
+    async fn revalidate(self: Arc<Self>, Query { subject, caller, lane }: Query) {
         let asked = Instant::now();
         let asking = self.clone().identities(&caller, None);
         let said = match lane {
-            Lane::Quick => timeout(QUICK, asking).await.unwrap_or_else(|_| {
-                Err(SourceError::Unavailable(format!("the SPIFFE agent did not answer within {QUICK:?}")))
+            Lane::Quick => timeout(QUICK_TIMEOUT, asking).await.unwrap_or_else(|_| {
+                Err(SourceError::Unavailable(format!("the SPIFFE agent did not answer within {QUICK_TIMEOUT:?}")))
             }),
             Lane::Slow => asking.await,
         };
         self.memory().note(&subject, said, asked.elapsed());
     }
 
-    /// Has the agent confirm who the daemon itself is. On a node where all others are slow it shows that the agent answers.
+    /// Queries the daemon's own identity, to advance the clock on a node where all callers are attested slowly.
     async fn confirm_own(self: Arc<Self>) {
-        // Of an agent that is told of pods it is known without a question about a process.
+        // There the identity comes from the Workload API's stream, and says nothing about the Broker API.
         if self.agent.names_pods() {
             return;
         }
         let before = self.own_confirmed();
-        let _ = timeout(QUICK, self.own(OWN_AGE)).await;
+        let _ = timeout(QUICK_TIMEOUT, self.own(OWN_ID_MAX_AGE)).await;
         if let (Some(before), Some(now)) = (before, self.own_confirmed())
             && now > before
         {
@@ -82,9 +82,9 @@ impl Shared {
         }
     }
 
-    fn log_unbelieved(&self, callers: &[Arc<Caller>]) {
+    fn log_expired(&self, callers: &[Arc<Caller>]) {
         for caller in callers {
-            let text = format!("unbelieved {}", caller.uid);
+            let text = format!("expired {}", caller.uid);
             if let Some(LogPermit { missed }) = self.log.admit(&text) {
                 let (uid, pid) = (caller.uid, caller.process.as_ref().map(|process| process.pid));
                 tracing::warn!(

@@ -478,6 +478,6 @@ async fn refusals_that_alternate_are_each_in_the_log_once() {
 async fn it_ends_with_its_owner() {
     let agent = Script::says(shop);
     drop(source(&agent));
-    sleep(revalidation::ROUND * 2).await;
+    sleep(revalidation::REVALIDATE_TICK * 2).await;
     assert_eq!(Arc::strong_count(&agent), 1);
 }

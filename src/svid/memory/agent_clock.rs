@@ -1,38 +1,37 @@
-//! How old a confirmation is, in time during which the agent went on to confirm others.
+//! Measures the age of a confirmation in time during which the agent confirmed other subjects.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A step of the clock that is longer than this is an outage, before which all ages end.
-const STEP_MAX: Duration = Duration::from_secs(120);
+/// A longer step of the clock is an outage. Ages start again after it.
+const MAX_STEP: Duration = Duration::from_secs(120);
 
 /// A clock that follows the agent's progress.
 ///
-/// Subjects are asked about again in the order of their last confirmation. So when the agent confirms one that it confirmed at
-/// time t before, all others that were confirmed before t have had their turn, and the clock moves to t. It stands still while
-/// the agent answers nobody, and where there is more to ask than the agent can answer it is late by a whole round: no outage and
-/// no queue makes anybody old.
+/// Subjects are revalidated in the order of their last confirmation. When the agent confirms a subject that it confirmed before
+/// at time t, the queries about all subjects with older confirmations have been sent. So the clock advances to t. It stands
+/// still while the agent answers no query, and lags by the length of the queue. Neither an outage nor a queue ages a subject.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct AgentClock {
     now: Option<Instant>,
-    /// From when on the agent has answered without an outage.
+    /// When the last outage ended.
     since: Option<Instant>,
 }
 
 impl AgentClock {
-    /// The agent has answered about a subject, of which its answer before was of this time.
+    /// Advances to the time of the answer before the one that has just come, for the same subject.
     pub(super) fn advance(&mut self, answered_before: Instant) {
         let step = self.now.map(|now| answered_before.checked_duration_since(now));
         match step {
             Some(None) => return,
-            Some(Some(step)) if step <= STEP_MAX => {}
+            Some(Some(step)) if step <= MAX_STEP => {}
             _ => self.since = Some(answered_before),
         }
         self.now = Some(answered_before);
     }
 
-    /// How old a confirmation of this time is.
+    /// Returns the age of a confirmation.
     pub(super) fn age(&self, confirmed: Instant) -> Duration {
         let (Some(now), Some(since)) = (self.now, self.since) else { return Duration::ZERO };
         now.saturating_duration_since(confirmed.max(since))
@@ -48,7 +47,7 @@ mod tests {
         let (mut clock, start) = (AgentClock::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         assert_eq!(clock.age(start), Duration::ZERO);
-        // The first answer tells only where it begins; answers out of order move nothing back.
+        // The first answer only sets the clock. Answers out of order do not set it back.
         for (answered_before, age) in [(5, 0), (0, 0), (35, 30), (30, 30), (65, 60), (65, 60), (185, 180)] {
             clock.advance(at(answered_before));
             assert_eq!(clock.age(at(0)), Duration::from_secs(age), "{answered_before}");

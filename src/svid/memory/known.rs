@@ -20,25 +20,25 @@ pub(super) const DENIALS_APART: Duration = Duration::from_secs(10);
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// How long a process that has no identity is told so without asking: somebody may be registering it right now.
 pub(super) const NO_IDENTITY: Duration = Duration::from_secs(2);
-/// A process takes one place, and another one for each so many bytes of what it has chosen itself.
-pub(super) const PLACE_BYTES: usize = 2048;
-/// A question that takes longer is a slow one: the next about this subject has its place among the slow ones (attack 28).
-pub(in crate::svid) const QUICK: Duration = Duration::from_secs(5);
-/// What the agent has not confirmed for so long, while it confirmed others, is believed no longer: else whoever has the
-/// agent attest its processes slowly would keep what a deleted entry gave it. Longer than a kubelet, a container runtime or
-/// an agent takes to start again, and shorter than any session: credentials that were handed out before outlast it anyway.
+/// A subject takes one slot, and one more for each so many bytes of names that the workload chose.
+pub(super) const BYTES_PER_SLOT: usize = 2048;
+/// A query that takes longer is slow: the next one about this subject runs in [`Lane::Slow`] (attack 28).
+pub(in crate::svid) const QUICK_TIMEOUT: Duration = Duration::from_secs(5);
+/// An identity expires if the agent has not confirmed it for this long while it confirmed others. Else a workload that is
+/// attested slowly would keep the identity of a deleted entry. This is longer than a restart of the kubelet, the container
+/// runtime or the agent, and shorter than the shortest session: credentials issued before outlast it in any case.
 pub(super) const MAX_UNCONFIRMED: Duration = Duration::from_secs(600);
 
 /// What is told to all who wait for one question.
 pub(in crate::svid) type Said = Result<Arc<[Identity]>, SourceError>;
 pub(super) type Told = watch::Sender<Option<Said>>;
 
-/// Among which questions one about a known subject has its place: a slow one keeps no quick one waiting.
+/// Which limit a query about a known subject counts against, so that slow queries do not delay quick ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(in crate::svid) enum Lane {
-    /// Ended after [`QUICK`].
+    /// Ends after [`QUICK_TIMEOUT`].
     Quick,
-    /// As long as the agent takes.
+    /// Lasts as long as a query to the agent may last.
     Slow,
 }
 
@@ -70,10 +70,10 @@ pub(super) struct Known {
     pub(super) denied: Option<Instant>,
     /// Who waits for the question that is under way, if one is.
     pub(super) asking: Option<Told>,
-    /// Whether that was asked because of a request: then it counts in [`Memory::waiting`].
+    /// Whether that was asked because of a request. Such a question counts against the limit of those that wait.
     pub(super) is_waited_for: bool,
     pub(super) lane: Lane,
-    pub(super) places: usize,
+    pub(super) slots: usize,
 }
 
 impl Known {
@@ -90,7 +90,7 @@ impl Known {
             asking: None,
             is_waited_for: false,
             lane: Lane::Quick,
-            places: places(caller),
+            slots: slots(caller),
         }
     }
 
@@ -98,7 +98,7 @@ impl Known {
     pub(super) fn found(&self, clock: AgentClock) -> Option<Found> {
         let is_good = |ids: &&Arc<[Identity]>| match ids.is_empty() {
             true => self.due() > Instant::now(),
-            false => self.is_believed(clock),
+            false => self.is_valid(clock),
         };
         match (self.identities.as_ref().filter(is_good), &self.asking) {
             (Some(identities), _) => Some(Found::Known(identities.clone())),
@@ -111,7 +111,7 @@ impl Known {
         self.identities.as_ref().is_some_and(|identities| !identities.is_empty())
     }
 
-    pub(super) fn is_believed(&self, clock: AgentClock) -> bool {
+    pub(super) fn is_valid(&self, clock: AgentClock) -> bool {
         self.has_identity() && clock.age(self.confirmed) < MAX_UNCONFIRMED
     }
 
@@ -125,10 +125,10 @@ impl Known {
         }
     }
 
-    /// Takes an answer, or that there is none. What those who wait are told, and whether it is to be kept.
+    /// Applies the result of a query. Returns the result for the requests that wait, and whether to keep the subject.
     pub(super) fn take(&mut self, said: Said, clock: AgentClock) -> (Said, bool) {
         let now = Instant::now();
-        let before = self.identities.clone().filter(|_| self.is_believed(clock));
+        let before = self.identities.clone().filter(|_| self.is_valid(clock));
         match (said, before) {
             (Ok(identities), _) if !identities.is_empty() => {
                 self.denied = None;
@@ -152,10 +152,10 @@ impl Known {
     }
 }
 
-/// By the texts that are kept of a caller: its cgroup's path three times, and its program's.
-fn places(caller: &Caller) -> usize {
+/// Counts the names that are kept of a caller: its cgroup's path three times, and its program's path.
+fn slots(caller: &Caller) -> usize {
     let cgroup = caller.cgroup.as_ref().map_or(0, |cgroup| cgroup.as_str().len());
     let program = caller.process.as_ref().and_then(|process| process.program.as_ref()?.exe.as_ref());
     let program = program.map_or(0, |exe| exe.path.as_os_str().len());
-    1 + (3 * cgroup + program) / PLACE_BYTES
+    1 + (3 * cgroup + program) / BYTES_PER_SLOT
 }

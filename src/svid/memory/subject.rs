@@ -1,4 +1,4 @@
-//! Whom an agent is asked about, and what is said of it remembered for.
+//! The process or pod that an agent's answer is about.
 
 use std::path::Path;
 

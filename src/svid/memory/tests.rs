@@ -76,10 +76,10 @@ fn note(memory: &mut Memory, caller: &Arc<Caller>, said: Said) {
     memory.note(&Subject::of(caller, true).unwrap(), said, Duration::ZERO);
 }
 
-/// The user ids of those about whom a question is under way from now on.
+/// Starts the queries that are due; returns the user ids of their callers.
 fn round(memory: &mut Memory, quick: usize, slow: usize) -> Vec<u32> {
-    let round = memory.round(Room { quick, slow });
-    round.questions.into_iter().map(|question| question.caller.uid).collect()
+    let round = memory.take_due(Capacity { quick, slow });
+    round.queries.into_iter().map(|question| question.caller.uid).collect()
 }
 
 fn due(memory: &mut Memory) -> usize {

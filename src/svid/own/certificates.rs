@@ -39,9 +39,9 @@ impl fmt::Debug for OwnSvid {
 }
 
 impl OwnSvid {
-    /// The default identity of a message, which is the first; else what is wrong with it. It may come several times (of several
-    /// registrations, or from an agent that puts others' answers together, which may put a wrong name to one): the first that
-    /// can be used is taken.
+    /// Reads the default identity of a message, which is the first. The error says what is wrong with it. An identity may come
+    /// several times: with several entries, or from an agent that merges the answers of two others and may label one wrongly.
+    /// Then the first usable SVID counts.
     pub(super) fn read(mut message: X509svidResponse, version: u64) -> Result<Self, String> {
         // Of all of them, before anything else: those that are not used must not stay in memory either.
         let take = |svid: &mut X509svid| Zeroizing::new(std::mem::take(&mut svid.x509_svid_key));
@@ -68,7 +68,7 @@ impl OwnSvid {
     }
 }
 
-/// The certificates and the key of an SVID of this identity, and its trust domain's CAs.
+/// Reads the certificates and the key of an SVID of this identity, and the CAs of its trust domain.
 fn read_one(svid: &X509svid, key: &[u8], spiffe_id: &SpiffeId) -> Result<(CertifiedKey, RootCertStore), String> {
     let chain = split(&svid.x509_svid).ok_or("its certificates are not DER")?;
     let leaf = chain.first().ok_or("it has no certificate")?;

@@ -1,4 +1,4 @@
-//! Processes that the agent attests slowly, as an attacker's who runs a program of 200 GB (attack 28).
+//! Processes that the agent attests slowly, such as an attacker's with a program of 200 GB (attack 28).
 
 use super::*;
 
@@ -52,7 +52,7 @@ async fn slow_processes_of_many_workloads_hide_nobodys_deleted_entry() {
     let slow: Vec<_> = (1..=40).map(|pid| (1000 + pid, pid)).collect();
     let (agent, source) = hide_behind(&slow).await;
     let lasted = lasts(&agent, &source).await;
-    // The first time, each of them takes a place from the others for some seconds.
+    // Until each is known as slow, it takes a quick query's slot for five seconds.
     assert!(lasted < MINUTE + Duration::from_secs(30), "{lasted:?}");
     sleep(MINUTE).await;
     assert_eq!(ids(source.identify(&of(VICTIM + 1, VICTIM + 1)).await), [SHOP]);

@@ -1,6 +1,6 @@
-//! Who is asked about again, when, and what becomes of those about whom there is no answer.
+//! The order of revalidation, and what becomes of subjects without an answer.
 
-use super::known::{MAX_UNCONFIRMED, PLACE_BYTES};
+use super::known::{BYTES_PER_SLOT, MAX_UNCONFIRMED};
 use super::*;
 
 /// What the agent says of one of these.
@@ -16,7 +16,7 @@ fn learn(memory: &mut Memory, uid: u32, pid: u32) -> Arc<Caller> {
 }
 
 fn note_slow(memory: &mut Memory, caller: &Arc<Caller>, said: Said) {
-    memory.note(&Subject::of(caller, true).unwrap(), said, QUICK);
+    memory.note(&Subject::of(caller, true).unwrap(), said, QUICK_TIMEOUT);
 }
 
 #[tokio::test(start_paused = true)]
@@ -39,7 +39,7 @@ async fn round_takes_the_most_overdue_first_and_one_of_each_workload() {
     note(&mut memory, &greedy[0], shop());
     assert_eq!(round(&mut memory, 9, 9), [1, 2], "its next one, after one of its has ended");
     assert_eq!(round(&mut memory, 9, 9), [0; 0], "nobody else's is due");
-    assert!(memory.round(Room { quick: 9, slow: 9 }).questions.is_empty());
+    assert!(memory.take_due(Capacity { quick: 9, slow: 9 }).queries.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -68,13 +68,13 @@ async fn a_workload_is_asked_about_less_often_the_more_of_it_is_slow() {
     let modest = learn(&mut memory, 2, 1000);
     let (start, mut pauses, mut last) = (Instant::now(), Vec::new(), Instant::now());
     while start.elapsed() < Duration::from_secs(1200) {
-        for question in memory.round(Room { quick: 8, slow: 4 }).questions {
+        for question in memory.take_due(Capacity { quick: 8, slow: 4 }).queries {
             if question.caller.uid == 2 {
                 note(&mut memory, &modest, shop());
             } else {
                 pauses.push(last.elapsed().as_secs());
                 last = Instant::now();
-                memory.note(&question.subject, unavailable(), QUICK);
+                memory.note(&question.subject, unavailable(), QUICK_TIMEOUT);
             }
         }
         advance(Duration::from_secs(1)).await;
@@ -86,9 +86,9 @@ async fn a_workload_is_asked_about_less_often_the_more_of_it_is_slow() {
     slow.iter().for_each(|caller| note(&mut memory, caller, shop()));
     for said in [unavailable(), shop(), shop()] {
         advance(ASK_AGAIN).await;
-        let questions = memory.round(Room { quick: 8, slow: 4 }).questions;
+        let questions = memory.take_due(Capacity { quick: 8, slow: 4 }).queries;
         let asked = questions.iter().find(|question| question.caller.uid == 1).expect("it is not paused");
-        memory.note(&asked.subject, said, QUICK);
+        memory.note(&asked.subject, said, QUICK_TIMEOUT);
         note(&mut memory, &modest, shop());
     }
     assert!(memory.paused.is_empty());
@@ -102,8 +102,8 @@ async fn after_an_outage_nobody_is_paused() {
         // An agent that hangs.
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(1800) {
-            for question in memory.round(Room { quick: 100, slow: 100 }).questions {
-                memory.note(&question.subject, unavailable(), QUICK);
+            for question in memory.take_due(Capacity { quick: 100, slow: 100 }).queries {
+                memory.note(&question.subject, unavailable(), QUICK_TIMEOUT);
             }
             advance(Duration::from_secs(1)).await;
         }
@@ -121,8 +121,8 @@ async fn after_an_outage_nobody_is_paused() {
 async fn revalidate(memory: &mut Memory, time: Duration, all: &[Arc<Caller>], slow: impl Fn(u32) -> bool) {
     let until = Instant::now() + time;
     while Instant::now() < until {
-        let round = memory.round(Room { quick: 1000, slow: 1000 });
-        for question in round.questions {
+        let round = memory.take_due(Capacity { quick: 1000, slow: 1000 });
+        for question in round.queries {
             assert!(all.iter().any(|caller| Arc::ptr_eq(caller, &question.caller)));
             let said = if slow(question.caller.uid) { unavailable() } else { shop() };
             memory.note(&question.subject, said, Duration::ZERO);
@@ -174,9 +174,9 @@ async fn an_outage_or_a_long_queue_ages_nobody() {
     // It is back, and answers one question in five seconds: a round takes longer than anybody may be unconfirmed.
     assert!(Duration::from_secs(5) * 200 > MAX_UNCONFIRMED);
     for _ in 0..2000 {
-        let round = memory.round(Room { quick: 1, slow: 0 });
+        let round = memory.take_due(Capacity { quick: 1, slow: 0 });
         advance(Duration::from_secs(5)).await;
-        for question in round.questions {
+        for question in round.queries {
             memory.note(&question.subject, shop(), Duration::ZERO);
         }
         assert!(all_are_known(&mut memory));
@@ -188,9 +188,9 @@ async fn the_daemons_own_answer_counts_where_there_is_no_other() {
     let mut memory = Memory::new(1000);
     let alone = learn(&mut memory, 1, 1);
     let (learnt, mut answered) = (Instant::now(), Instant::now());
-    let nobody = Room { quick: 0, slow: 0 };
-    while memory.round(nobody).unbelieved.is_empty() {
-        assert_eq!(memory.round(nobody).is_overdue, learnt.elapsed() > ASK_AGAIN * 2);
+    let nobody = Capacity { quick: 0, slow: 0 };
+    while memory.take_due(nobody).expired.is_empty() {
+        assert_eq!(memory.take_due(nobody).is_overdue, learnt.elapsed() > ASK_AGAIN * 2);
         assert!(found(&mut memory, &alone).is_some());
         advance(ASK_AGAIN).await;
         memory.own_confirmed(answered);
@@ -214,13 +214,13 @@ async fn long_texts_take_more_places() {
         note(memory, caller, shop());
     };
     for pid in 0..u32::try_from(EACH).unwrap() {
-        learn(&mut memory, &of_length(pid, PLACE_BYTES));
+        learn(&mut memory, &of_length(pid, BYTES_PER_SLOT));
         advance(Duration::from_millis(1)).await;
     }
-    assert_eq!((memory.len(), memory.taken), (EACH / 4, EACH), "its path is kept three times");
+    assert_eq!((memory.len(), memory.slots_taken), (EACH / 4, EACH), "its path is kept three times");
     for pid in 0..u32::try_from(EACH).unwrap() {
         learn(&mut memory, &of_length(10_000 + pid, 1));
     }
-    assert_eq!((memory.len(), memory.taken), (EACH, EACH));
+    assert_eq!((memory.len(), memory.slots_taken), (EACH, EACH));
     assert_eq!(memory.counts.values().sum::<usize>(), EACH);
 }
