@@ -31,6 +31,7 @@ mod lookups;
 mod pods;
 mod process;
 mod search;
+mod status;
 mod sys;
 mod tcp;
 mod tcp_support;

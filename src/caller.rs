@@ -10,6 +10,10 @@ use thiserror::Error;
 
 use crate::cgroup::{CgroupPath, Pod, PodUid, Workload, WorkloadKind};
 
+mod groups;
+
+pub use groups::{GroupDetail, Groups};
+
 /// Over which kind of listener a caller came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Listener {
@@ -83,8 +87,8 @@ pub struct Process {
     pub pid: u32,
     /// The group id.
     pub gid: u32,
-    /// Supplementary groups, in ascending order; `None` where no decision needs them.
-    pub groups: Option<Vec<u32>>,
+    /// Supplementary groups; `None` where no decision needs them.
+    pub groups: Option<Groups>,
     /// Whether it lives in another pid or user namespace than the daemon, or in a cgroup (v1 too) that names a container.
     pub contained: bool,
     /// What it runs; `None` where no decision needs it.
@@ -98,11 +102,19 @@ pub struct Process {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Looks {
     /// [`Process::groups`].
-    pub groups: bool,
+    pub groups: GroupDetail,
     /// [`Process::program`].
     pub program: bool,
     /// [`Process::started`].
     pub started: bool,
+}
+
+impl Looks {
+    /// Whether to look at this may mean to wait for what the process controls, or takes as long as it likes: its lock, its
+    /// program's file system, the number of its groups.
+    pub fn may_wait(self) -> bool {
+        self.groups != GroupDetail::None || self.program || self.started
+    }
 }
 
 /// What a process runs.
@@ -234,7 +246,7 @@ impl Caller {
 
     /// Whether to look at this of its process may mean to wait for what the caller controls, also when it is looked at again.
     pub fn may_wait(&self, looks: Looks) -> bool {
-        self.process.is_none() || looks.program || looks.started
+        self.process.is_none() || looks.may_wait()
     }
 
     /// With what `looks` names of its process, which is searched for if it is not known.
@@ -346,6 +358,12 @@ pub enum Refusal {
     /// It came over the listener of another pod.
     #[error("the caller uses the network of another pod than its own")]
     OtherPod,
+    /// It has more than [`Groups::MAX`] supplementary groups, and the decision depends on them.
+    #[error(
+        "the calling process has more than {} supplementary groups, and the decision depends on them; run it with fewer",
+        Groups::MAX
+    )]
+    TooManyGroups,
     /// The socket was made by the service manager, which gives sockets to services of other users.
     #[error(
         "the calling socket was made by the service manager (init.scope, or a .socket unit), so it does not tell which \
@@ -416,6 +434,7 @@ impl Refusal {
             Self::MisplacedPod => "misplaced_pod",
             Self::NotAPod => "not_a_pod",
             Self::OtherPod => "other_pod",
+            Self::TooManyGroups => "too_many_groups",
             Self::ManagerSocket => "manager_socket",
             Self::UnseenProgram => "unseen_program",
             Self::Unresponsive => "process_unresponsive",

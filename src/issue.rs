@@ -15,7 +15,7 @@ use crate::limits::{FairSemaphore, KeyedRateLimiter};
 use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
 use crate::sts::{Again, AssumeRole, StsError};
-use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError};
+use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
 
 /// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
 /// the cache to try again, at its pace.
@@ -61,7 +61,10 @@ pub enum IssueError {
     #[error("this workload asks for new credentials too often; ask again in some seconds, and for fewer roles")]
     TooOften,
     /// The credentials end so soon that they are of no use.
-    #[error("STS gave credentials that end within a minute: compare this node's clock")]
+    #[error(
+        "STS gave credentials that end within a minute: compare this node's clock, and give JWT-SVIDs a longer life if this STS \
+         ends credentials with the token that they were given for"
+    )]
     TooShort,
 }
 
@@ -126,9 +129,7 @@ impl Issuer {
             return Err(noting(refused, "the identity source gave the same token again").into());
         }
         match self.assume(grant, &fresh, &mut patience).await {
-            Err(error) if error.again == Again::NewToken => {
-                Err(noting(error, "a new token was refused as well").into())
-            }
+            Err(error) if error.again == Again::NewToken => Err(self.refused_twice(error, &fresh).into()),
             result => Ok(result?),
         }
     }
@@ -150,6 +151,23 @@ impl Issuer {
                 }
                 result => return Ok(result?),
             }
+        }
+    }
+
+    /// Judges STS's refusal of a second token. If the token expired in a queue or between retries, the refusal is an outage:
+    /// it says nothing about the role, and cached credentials stay valid.
+    fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
+        match (token.check_life(self.clock.now()), token.short_life()) {
+            (Err(expired), _) => StsError { again: Again::Later, ..noting(error, &format!("the token: {expired}")) },
+            (Ok(()), Some(life)) => noting(
+                error,
+                &format!(
+                    "a new token was refused as well; it is good for only {} s: {TTL_FIX}, and compare this node's clock with \
+                     STS's",
+                    life.as_secs()
+                ),
+            ),
+            (Ok(()), None) => noting(error, "a new token was refused as well"),
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
-use crate::caller::{Caller, Executable, Listener, Looks};
+use crate::caller::{Caller, Executable, GroupDetail, Listener, Looks};
 use crate::identity::SpiffeId;
 
 /// The kernel's stand-in for an id that has no mapping in the reader's user namespace. It is nobody in particular, so it
@@ -101,7 +101,10 @@ pub fn decide<'a>(rules: &'a [Rule], caller: &Caller, asked: Instant) -> Decisio
 /// these rules, so that it does not depend on the caller what is compared when several processes hold one socket.
 pub fn needs(rules: &[Rule], caller: &Caller) -> Option<Looks> {
     (decide(rules, caller, Instant::now()) == Decision::NeedsProcess).then(|| Looks {
-        groups: rules.iter().any(|rule| rule.supplementary_group.is_some()),
+        groups: match rules.iter().any(|rule| rule.supplementary_group.is_some()) {
+            true => GroupDetail::List,
+            false => GroupDetail::None,
+        },
         program: rules.iter().any(|rule| rule.exe.is_some()),
         started: false,
     })
@@ -133,8 +136,9 @@ impl Rule {
             return Ok(false);
         }
         if let Some(group) = self.supplementary_group {
-            let groups = process.groups.as_ref().ok_or(Unknown::Process)?;
-            if group == OVERFLOW_ID || !groups.contains(&group) {
+            let is_member =
+                process.groups.as_ref().and_then(|groups| groups.contains(group)).ok_or(Unknown::Process)?;
+            if group == OVERFLOW_ID || !is_member {
                 return Ok(false);
             }
         }

@@ -1,6 +1,6 @@
 //! Where the facts of this machine are found.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -36,6 +36,8 @@ pub(crate) struct Host {
     pub(crate) lookups: Lookups,
     /// From Linux 6.9 on a pidfd has an inode that no other process ever has.
     pidfds_have_inodes: bool,
+    /// From Linux 6.13 on it tells the ids of its process; else its `status` does, which is as long as it has groups.
+    pub(crate) pidfds_tell_ids: bool,
 }
 
 /// `PID_FS_MAGIC` of linux/magic.h.
@@ -50,6 +52,7 @@ impl Host {
         exec_monitor: Option<Arc<ExecMonitor>>,
     ) -> Self {
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
+        let tells_ids = own_pidfd.as_ref().and_then(|pidfd| sys::pidfd_info(pidfd.as_fd()).ok().flatten()).is_some();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
         let cgroups = CgroupTree::find(&hierarchies, roots).map(Arc::new);
         Self {
@@ -60,6 +63,7 @@ impl Host {
             processes: KnownProcesses::default(),
             exec_monitor,
             lookups: Lookups::default(),
+            pidfds_tell_ids: tells_ids,
             pidfds_have_inodes: kind == Some(PID_FS),
         }
     }

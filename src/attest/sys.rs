@@ -10,8 +10,6 @@ use nix::errno::Errno;
 
 /// Linux 6.5.
 const SO_PEERPIDFD: libc::c_int = 77;
-/// The kernel's own bound (`NGROUPS_MAX`).
-const GROUPS_MAX: usize = 65536;
 
 /// `pidfd_open(2)`: a descriptor for the process that has this number now.
 pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
@@ -182,32 +180,22 @@ pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd>
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `SO_PEERGROUPS`: the connector's supplementary groups as they were when it connected, ascending.
-pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
-    let mut room = 64;
-    loop {
-        let mut groups: Vec<libc::gid_t> = vec![0; room];
-        let bytes = room * size_of::<libc::gid_t>();
-        let mut length = libc::socklen_t::try_from(bytes).map_err(io::Error::other)?;
-        // SAFETY: `groups` has room for `length` bytes, and the kernel writes at most that many.
-        let status = unsafe {
-            libc::getsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_PEERGROUPS,
-                groups.as_mut_ptr().cast(),
-                &raw mut length,
-            )
-        };
-        if status == 0 {
-            groups.truncate(length as usize / size_of::<libc::gid_t>());
-            groups.sort_unstable();
-            groups.dedup();
-            return Ok(groups);
-        }
-        match Errno::last() {
-            Errno::ERANGE if room < GROUPS_MAX => room = GROUPS_MAX,
-            errno => return Err(errno.into()),
-        }
-    }
+/// Reads `SO_PEERGROUPS`: the connector's supplementary groups at connect(2). ERANGE if there are more than `most`, without a
+/// copy of them.
+pub(crate) fn peer_groups(socket: BorrowedFd<'_>, most: usize) -> nix::Result<Vec<u32>> {
+    let mut groups: Vec<libc::gid_t> = vec![0; most];
+    let mut length = libc::socklen_t::try_from(size_of_val(&groups[..])).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `groups` has room for `length` bytes, and the kernel writes at most that many.
+    let status = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERGROUPS,
+            groups.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    Errno::result(status)?;
+    groups.truncate(length as usize / size_of::<libc::gid_t>());
+    Ok(groups)
 }

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
 use async_trait::async_trait;
+use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
@@ -13,7 +14,9 @@ use crate::attest::host::Host;
 use crate::attest::pods::Housed;
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
-use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Owner, Process, Refusal, Stranger, Watch};
+use crate::caller::{
+    Ages, Caller, Evidence, GroupDetail, Groups, Listener, Looks, Named, Owner, Process, Refusal, Stranger, Watch,
+};
 
 /// The connector, as it was looked at.
 #[derive(Debug)]
@@ -32,13 +35,17 @@ impl Evidence for ConnectorProof {
     }
 
     async fn with_process(&self, owner: &Owner, looks: Looks) -> Result<(Process, Box<dyn Evidence>), Refusal> {
-        let process = self.process.with_facts(owner, looks).await?;
-        if looks.groups {
-            let stream = self.stream.upgrade().ok_or(Refusal::Gone)?;
-            let groups = sys::peer_groups(stream.as_fd()).map_err(|_| Refusal::Kernel)?;
-            if process.groups() != Some(&groups[..]) {
-                return Err(Refusal::Changed);
+        // First the groups of connect(2): for too many of them the kernel returns an error without copying them.
+        let connected = match looks.groups {
+            GroupDetail::None => None,
+            detail => {
+                let stream = self.stream.upgrade().ok_or(Refusal::Gone)?;
+                Some(Groups::new(peer_groups(stream.as_fd())?, detail)?)
             }
+        };
+        let process = self.process.with_facts(owner, looks).await?;
+        if process.groups() != connected.as_ref() {
+            return Err(Refusal::Changed);
         }
         let described = process.describe();
         let proof = Self { process, owner: owner.clone(), pod: self.pod.clone(), stream: Weak::new() };
@@ -103,6 +110,10 @@ impl Peer {
 pub(crate) fn attest(host: &Arc<Host>, peer: Peer, stream: &Arc<OwnedFd>) -> Result<Caller, Unattested> {
     let Peer { pid, uid, gid, pinned } = peer;
     let mut seen = Stranger { uid, cgroup: None, pod: None, namespace: None };
+    if !host.pidfds_tell_ids {
+        // Its `status` would have to be read right here, and that takes milliseconds for 65,536 groups (T27).
+        peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &seen))?;
+    }
     let process = match pinned {
         Pinned::ByKernel(pidfd) => host.process(pid, pidfd).and_then(|known| HeldProcess::look(host, known)),
         Pinned::SinceAccept(accepted) => unpinned(host, pid, accepted),
@@ -141,6 +152,14 @@ fn unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<HeldProcess, Re
         return Err(Refusal::Unsupported("callers in containers need Linux 6.5 or newer on the unix socket"));
     }
     Ok(process)
+}
+
+/// `SO_PEERGROUPS`.
+fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, Refusal> {
+    sys::peer_groups(stream, Groups::MAX).map_err(|error| match error {
+        Errno::ERANGE => Refusal::TooManyGroups,
+        _ => Refusal::Kernel,
+    })
 }
 
 fn ticks_since_boot() -> Result<u64, Refusal> {

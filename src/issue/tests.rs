@@ -255,6 +255,25 @@ async fn a_token_that_expires_between_two_tries_is_not_sent_again() {
     assert_eq!(sts.calls().len(), 1);
 }
 
+/// Tokens of few seconds queue for STS, and are refused as expired: that says nothing of the role.
+#[tokio::test(start_paused = true)]
+async fn tokens_that_expire_on_their_way_are_an_outage() {
+    let brief = |serial| svid_for(&billing(), 9, serial);
+    let sts = Scripted::slow(Duration::from_secs(10), [refused(Again::NewToken)]);
+    let (result, tokens, calls, _) = run(Scripted::new([Ok(brief(1)), Ok(brief(2))]), sts).await;
+    let error = result.unwrap_err();
+    assert_eq!((tokens, calls), (2, 2));
+    assert!(error.is_transient() && error.to_string().contains("was good for only 9 s"), "{error}");
+    // One that STS takes for expired while it is not: its clock, or its own idea of how long a token has to be good.
+    let (result, ..) =
+        run(Scripted::new([Ok(brief(1)), Ok(brief(2))]), Scripted::new([refused(Again::NewToken)])).await;
+    let error = result.unwrap_err();
+    assert!(!error.is_transient(), "{error}");
+    for part in ["a new token was refused as well", "good for only 9 s", "`default_jwt_svid_ttl`", "clock"] {
+        assert!(error.to_string().contains(part), "{part:?}: {error}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_token_of_another_never_reaches_sts() {
     let other = SpiffeId::parse("spiffe://example.org/other").unwrap();

@@ -77,7 +77,7 @@ fn of_several_identities_never_one_by_its_position() {
         role("exact", "shop/a", "exact"),
     ]);
     let named = |name: &str| Wanted::Named(name.to_owned());
-    let table: [(&[&str], Wanted, &str); 14] = [
+    let table: [(&[&str], Wanted, &str); 20] = [
         (&["shop/a", "shop/b"], Wanted::First, "several_identities"),
         (&["shop/b", "shop/a"], Wanted::First, "several_identities"),
         (&["shop/a", "shop/b"], named("billing"), "several_identities"),
@@ -93,6 +93,13 @@ fn of_several_identities_never_one_by_its_position() {
         (&["shop/a billing", "shop/b reader"], named("billing"), "billing as shop/a"),
         (&["shop/a billing", "shop/b billing"], Wanted::First, "several_identities"),
         (&["shop/a reader", "shop/b other"], Wanted::First, "several_identities"),
+        // One that comes several times, of several registrations, is still one, and has each of its hints.
+        (&["shop/a", "shop/a"], Wanted::First, "billing as shop/a"),
+        (&["shop/a x", "shop/a y", "read/b"], Wanted::First, "billing as shop/a"),
+        (&["shop/a x", "shop/b", "shop/a billing"], Wanted::First, "billing as shop/a"),
+        (&["shop/a billing", "shop/b", "shop/a x"], Wanted::First, "billing as shop/a"),
+        (&["shop/a billing", "shop/a billing", "shop/b"], Wanted::First, "billing as shop/a"),
+        (&["shop/a billing", "shop/b billing", "shop/a"], Wanted::First, "several_identities"),
         // A hint gives nobody a role that is not for him.
         (&["other/a billing"], Wanted::First, "no_role"),
     ];

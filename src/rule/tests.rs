@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::caller::{Evidence, Listener, Process, Program, Refusal};
+use crate::caller::{Evidence, Groups, Listener, Process, Program, Refusal};
 use crate::cgroup::CgroupPath;
 
 #[derive(Debug)]
@@ -28,8 +28,12 @@ fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
     }
 }
 
+fn groups(groups: &[u32]) -> Option<Groups> {
+    Some(Groups::new(groups.to_vec(), GroupDetail::List).unwrap())
+}
+
 fn process() -> Process {
-    Process { pid: 4711, gid: 100, groups: Some(vec![27, 1002]), contained: false, program: None, started: None }
+    Process { pid: 4711, gid: 100, groups: groups(&[27, 1002]), contained: false, program: None, started: None }
 }
 
 fn running_program(exe: Option<Executable>) -> Process {
@@ -157,6 +161,11 @@ fn groups_need_the_process() {
         decides(&rule, &by_socket(7, HOST), "needs the process");
         decides(&rule, &with_process(by_socket(7, HOST), process()), expected);
         decides(&rule, &by_socket(7, CONTAINER), "no match");
+        // Of groups that were looked at for an agent it is not known which they are.
+        let digest = Groups::new(vec![27, 1002], GroupDetail::Digest).unwrap();
+        let unlisted = Process { groups: Some(digest), ..process() };
+        let expected = if rule.supplementary_group.is_some() { "needs the process" } else { expected };
+        decides(&rule, &with_process(by_socket(7, HOST), unlisted), expected);
         // What the socket rules out costs no search.
         decides(&Rule { uid: Some(8), ..rule }, &by_socket(7, HOST), "no match");
     }
@@ -170,7 +179,7 @@ fn the_overflow_id_is_nobody() {
         decides(&rule, &by_socket(OVERFLOW_ID, HOST), "no match");
         decides(&rule, &with_process(by_socket(OVERFLOW_ID, HOST), process()), "no match");
     }
-    let unmapped = Process { gid: OVERFLOW_ID, groups: Some(vec![OVERFLOW_ID]), ..process() };
+    let unmapped = Process { gid: OVERFLOW_ID, groups: groups(&[OVERFLOW_ID]), ..process() };
     for rule in [Rule { gid: Some(OVERFLOW_ID), ..rule() }, Rule { supplementary_group: Some(OVERFLOW_ID), ..rule() }] {
         decides(&rule, &with_process(by_socket(7, HOST), unmapped.clone()), "no match");
     }

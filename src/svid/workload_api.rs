@@ -63,14 +63,15 @@ impl WorkloadApi {
             let text = format!("the SPIFFE agent at {} did not answer within {:?}", self.endpoint, self.deadline);
             return Err(SourceError::Unavailable(text));
         };
-        // SPIRE filters by the ID; a provider that doesn't also sends others, which are not for this caller.
-        let svids = answer?.svids.into_iter().filter(|svid| svid.spiffe_id == id.as_str());
-        let Some(svid) = svids.into_iter().find(|svid| !svid.svid.is_empty()) else {
+        // SPIRE filters by the ID. Other providers may also return other IDs, which are not for this caller. An ID with several
+        // entries comes several times.
+        let svids = answer?.svids.into_iter().filter(|svid| svid.spiffe_id == id.as_str() && !svid.svid.is_empty());
+        let token = JwtSvid::check_any(svids.map(|svid| svid.svid), id, audience, self.clock.now())?;
+        token.ok_or_else(|| {
             let text =
                 format!("the SPIFFE agent answered without a token for {id}: register that ID for awsvid itself");
-            return Err(SourceError::Denied(text));
-        };
-        Ok(JwtSvid::check(svid.svid, id, audience, self.clock.now())?)
+            SourceError::Denied(text)
+        })
     }
 
     async fn ask(&self, id: &SpiffeId, audience: &str) -> Result<JwtsvidResponse, SourceError> {

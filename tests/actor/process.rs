@@ -23,6 +23,16 @@ pub(crate) fn become_of(uid: u32, gid: u32) {
     set_pdeathsig(Signal::SIGKILL).unwrap();
 }
 
+/// Becomes this user with so many supplementary groups, from 100,000 on.
+pub(crate) fn become_with_groups(uid: u32, count: usize) {
+    let groups: Vec<Gid> = (100_000..).take(count).map(Gid::from_raw).collect();
+    setgroups(&groups).unwrap();
+    setresgid(Gid::from_raw(uid), Gid::from_raw(uid), Gid::from_raw(uid)).unwrap();
+    setresuid(Uid::from_raw(uid), Uid::from_raw(uid), Uid::from_raw(uid)).unwrap();
+    // As above.
+    set_pdeathsig(Signal::SIGKILL).unwrap();
+}
+
 /// A child, which ends when it is told to or its parent ends.
 pub(crate) struct Child {
     pub(crate) pid: Pid,

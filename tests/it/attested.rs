@@ -2,12 +2,16 @@
 
 mod asked;
 mod examples;
+mod groups;
+mod labels;
+mod lives;
 mod misconfigured;
 mod pods;
 mod programs;
 mod rates;
 mod remembering;
 mod several;
+mod slow_attestation;
 mod spire;
 
 use serde_json::Value;

@@ -17,6 +17,7 @@ mod drain;
 mod e2e;
 mod exec;
 mod floods;
+mod groups;
 mod harness;
 mod help;
 mod hostile;

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use super::*;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::inet_diag::SockDiag;
+use crate::caller::GroupDetail;
 use crate::cgroup::PodRoots;
 
 /// Everything that may be looked at.
-const ALL: Looks = Looks { groups: true, program: true, started: false };
+const ALL: Looks = Looks { groups: GroupDetail::List, program: true, started: false };
 const PLENTY: Budget = Budget { list: 64 * 1024, descriptors: 65_536, time: Duration::from_secs(60) };
 
 /// A connection of this process, and what the kernel says of its client's socket.

@@ -19,10 +19,7 @@ fn peer(pid: u32, accepted: u64) -> Peer {
 
 /// This process's supplementary groups, which its children have too.
 fn groups() -> Vec<u32> {
-    let mut groups: Vec<u32> = getgroups().unwrap().into_iter().map(Gid::as_raw).collect();
-    groups.sort_unstable();
-    groups.dedup();
-    groups
+    getgroups().unwrap().into_iter().map(Gid::as_raw).collect()
 }
 
 /// One end of a connection to this process.
@@ -99,9 +96,9 @@ async fn groups_and_program_are_looked_at_only_where_they_decide() {
     let least = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
     let process = least.process.as_ref().unwrap();
     assert_eq!((&process.groups, &process.program), (&None, &None));
-    let all = least.with_process(Looks { groups: true, program: true, started: false }).await.unwrap();
+    let all = least.with_process(Looks { groups: GroupDetail::List, program: true, started: false }).await.unwrap();
     let process = all.process.as_ref().unwrap();
-    assert_eq!(process.groups.as_ref(), Some(&groups()));
+    assert_eq!(process.groups, Some(Groups::new(groups(), GroupDetail::Digest).unwrap()));
     assert!(process.program.as_ref().unwrap().exe.as_ref().unwrap().path.is_absolute());
     assert_eq!(all.still_same().await, Ok(()));
     end(child);
@@ -115,7 +112,7 @@ async fn other_groups_than_the_connectors_are_a_refusal() {
     let (child, stream) = (waiting("setpriv", &["--groups", "4000000000", "sh", "-c", "echo; exec cat"]), stream());
     let mut child = child;
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
-    let looks = Looks { groups: true, program: false, started: false };
+    let looks = Looks { groups: GroupDetail::Digest, program: false, started: false };
     let caller = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
     assert_eq!(caller.with_process(looks).await.unwrap_err(), Refusal::Changed);
     end(child);

@@ -78,8 +78,13 @@ pub(crate) struct Connector {
 impl Connector {
     /// Connects to this listener as this user and from this cgroup.
     pub(crate) fn start(uid: u32, listener: &str, address: &str, cgroup: &Path) -> Self {
+        Self::start_by(&program(), uid, listener, address, cgroup)
+    }
+
+    /// The same by a copy of the program.
+    pub(crate) fn start_by(program: &Path, uid: u32, listener: &str, address: &str, cgroup: &Path) -> Self {
         let (socket, theirs) = UnixStream::pair().expect("a pair of sockets");
-        let actor = format!("{} connect {uid} {listener} {address}", program().display());
+        let actor = format!("{} connect {uid} {listener} {address}", program.display());
         let mut command = in_cgroup(cgroup, &actor);
         command.stdin(OwnedFd::from(theirs));
         Self { owned: spawn(command).expect("the actor"), socket }
