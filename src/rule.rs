@@ -97,15 +97,17 @@ pub fn decide<'a>(rules: &'a [Rule], caller: &Caller, asked: Instant) -> Decisio
     Decision::NoMatch
 }
 
-/// What has to be looked at of the caller's process; `None` if what is known decides. It is the same for all callers of
-/// these rules, so that it does not depend on the caller what is compared when several processes hold one socket.
+/// What has to be looked at of the caller's process; `None` if what is known decides. It is what the rules need that are for a
+/// socket of this user in this cgroup, and so the same for all processes that may hold it.
 pub fn needs(rules: &[Rule], caller: &Caller) -> Option<Looks> {
-    (decide(rules, caller, Instant::now()) == Decision::NeedsProcess).then(|| Looks {
-        groups: match rules.iter().any(|rule| rule.supplementary_group.is_some()) {
-            true => GroupDetail::List,
-            false => GroupDetail::None,
-        },
-        program: rules.iter().any(|rule| rule.exe.is_some()),
+    if decide(rules, caller, Instant::now()) != Decision::NeedsProcess {
+        return None;
+    }
+    let of_socket = |rule: &&Rule| rule.is_for_socket_of(caller);
+    let names_group = rules.iter().filter(of_socket).any(|rule| rule.supplementary_group.is_some());
+    Some(Looks {
+        groups: if names_group { GroupDetail::List } else { GroupDetail::None },
+        program: rules.iter().filter(of_socket).any(|rule| rule.exe.is_some()),
         started: false,
     })
 }
@@ -118,7 +120,7 @@ impl Rule {
     /// that is not root: else a process that is there has to hold the socket, and to agree. A program that was given a socket
     /// which root has made is not root (T24), and a container without a name of its own is not its user on the host (T31).
     fn matches(&self, caller: &Caller, asked: Instant) -> Result<bool, Unknown<'_>> {
-        if caller.uid == OVERFLOW_ID || self.uid.is_some_and(|uid| uid != caller.uid) || !self.cgroup_matches(caller) {
+        if !self.is_for_socket_of(caller) {
             return Ok(false);
         }
         // A uid or a unit's name means the host's. Only a rule that names the container's own cgroup lets it in (attack 6).
@@ -157,6 +159,11 @@ impl Rule {
     /// Whether it says where its callers' sockets are made.
     fn names_place(&self) -> bool {
         self.cgroup.is_some() || self.systemd_unit.is_some()
+    }
+
+    /// Whether it is for the user and the place of this caller's socket.
+    fn is_for_socket_of(&self, caller: &Caller) -> bool {
+        caller.uid != OVERFLOW_ID && self.uid.is_none_or(|uid| uid == caller.uid) && self.cgroup_matches(caller)
     }
 
     fn cgroup_matches(&self, caller: &Caller) -> bool {

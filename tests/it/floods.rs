@@ -87,7 +87,9 @@ fn idle_connections_of_one_leave_room_for_others() {
         let ended = held.enough();
         let how = if listener == "unix" { "closed" } else { "reset" };
         assert_eq!(ended.get(how), Some(&1600), "over {listener}: {ended:?}");
-        // Her places are free again, once the daemon has seen that they are given up.
+        // Her places are free again, once the daemon has seen that they are given up: first it has to look for her process,
+        // which has so many descriptors that it looks for one connection at a time. The one that is left asks for the metrics.
+        await_some("her connections are over", PATIENCE, || (stage.metric("awsvid_connections") == 1).then_some(()));
         await_some("she is answered again", PATIENCE, || {
             let answers = ask(listener, &stage.daemon.listener(listener), ALICE, 1, stage.alice.path());
             (answers == counts(&[("Success", 1)])).then_some(())
