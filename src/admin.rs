@@ -145,7 +145,7 @@ impl Admin {
     /// is a client that sends no request, or does not read its answer (T26).
     pub async fn connection(self: Arc<Self>, address: Address, stream: Stream, arrival: Arrival) {
         // Those of workloads are none of these.
-        drop(arrival);
+        let Arrival { permit: _, open: _open } = arrival;
         let permit = match (address, &stream) {
             // On a listener for both families IPv4 comes as `::ffff:a.b.c.d`.
             (Address::Admin, Stream::Tcp { client, .. }) => self.remote.admit(&client.ip().to_canonical()),

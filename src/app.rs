@@ -8,13 +8,12 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use crate::admin::{Address, Admin, Readiness};
-use crate::attest::{Attestor, ExecMonitor, StartError};
+use crate::attest::{Attestor, ExecMonitor, LookupThreads, StartError};
 use crate::audit::Audit;
 use crate::broker::{Broker, Policy};
 use crate::cache::{self, CredentialCache};
@@ -24,7 +23,7 @@ use crate::config::{self, AuditFile, Config, IdentityConfig};
 use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
 use crate::limits::FairSemaphore;
-use crate::listen::{self, Bound, Inherited, Limits, ListenError};
+use crate::listen::{self, Arrival, Bound, Connections, Inherited, ListenError, Stream};
 use crate::metrics::Metrics;
 use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
@@ -114,8 +113,6 @@ pub struct Startup {
     pub exec_monitor: Option<ExecMonitor>,
     /// What everything counts in, the log too.
     pub metrics: Metrics,
-    /// Where connections go on whose callers' processes are looked at: see [`crate::attest::looking_threads`].
-    pub looking: Handle,
 }
 
 /// What a configuration comes to, apart from `[listen]`, `[audit]` and `[log]`.
@@ -150,25 +147,39 @@ impl Parts {
     }
 }
 
-/// Accept loops, and how they are told to end.
-#[derive(Debug, Default)]
+/// Accept loops, how they are told to end, and what they have accepted.
+#[derive(Debug)]
 struct Serving {
     stop: watch::Sender<bool>,
     loops: JoinSet<()>,
+    connections: Connections,
 }
 
 impl Serving {
+    fn new(metrics: &Metrics) -> Self {
+        Self { stop: watch::Sender::default(), loops: JoinSet::new(), connections: Connections::new(metrics) }
+    }
+
+    fn serve<F, C>(&mut self, listener: Bound, connection: F)
+    where
+        F: Fn(Stream, Arrival) -> C + Send + 'static,
+        C: Future<Output = ()> + Send + 'static,
+    {
+        self.loops.spawn(listen::serve(listener, self.connections.clone(), self.stop.subscribe(), connection));
+    }
+
     /// Takes no more connections, and waits for those that are open.
     async fn end(&mut self) {
         self.stop.send_replace(true);
         while self.loops.join_next().await.is_some() {}
+        self.connections.ended().await;
     }
 }
 
 impl App {
     /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
     pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
-        let Startup { mut inherited, exec_monitor, looking, metrics } = startup;
+        let Startup { mut inherited, exec_monitor, metrics } = startup;
         let clock = Clock::system();
         let counts_executions = exec_monitor.is_some();
         let parts = Parts::new(&config, None, &clock, &metrics).await?;
@@ -184,12 +195,11 @@ impl App {
             audit: open_audit(&config, clock.clone(), metrics.clone())?,
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
-            looking,
+            lookups: LookupThreads::default(),
             connections: FairSemaphore::new(config.listen.max_connections, config.listen.max_connections_per_workload),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin::new(metrics.clone(), readiness.clone(), cache));
-        let limits = Limits::new(metrics.clone());
         let mut app = Self {
             counts_executions,
             tcp: Vec::new(),
@@ -199,15 +209,15 @@ impl App {
             broker,
             audit: front.audit.clone(),
             clock,
-            metrics,
             readiness,
             probing: None,
             gate: None,
-            workloads: Serving::default(),
-            operators: Serving::default(),
+            workloads: Serving::new(&metrics),
+            operators: Serving::new(&metrics),
+            metrics,
         };
-        app.serve_workloads(&mut inherited, &front, &limits)?;
-        app.serve_pods(front, limits).await?;
+        app.serve_workloads(&mut inherited, &front)?;
+        app.serve_pods(front).await?;
         app.serve_operators(&mut inherited, &admin)?;
         inherited.all_taken()?;
         app.probe(parts.probes);
@@ -251,12 +261,7 @@ impl App {
         }
     }
 
-    fn serve_workloads(
-        &mut self,
-        inherited: &mut Inherited,
-        front: &Arc<Front>,
-        limits: &Limits,
-    ) -> Result<(), AppError> {
+    fn serve_workloads(&mut self, inherited: &mut Inherited, front: &Arc<Front>) -> Result<(), AppError> {
         let (mut bound, listen) = (Vec::new(), self.listen.clone());
         if let Some(path) = &listen.unix {
             bound.push(Bound::unix(path, 0o666, inherited)?);
@@ -278,14 +283,13 @@ impl App {
             tracing::info!(address = listener.name(), "serving workloads");
             let front = front.clone();
             let connection = move |stream, arrival| front.clone().connection(stream, arrival, None);
-            let stop = self.workloads.stop.subscribe();
-            self.workloads.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
+            self.workloads.serve(listener, connection);
         }
         Ok(())
     }
 
     /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
-    async fn serve_pods(&mut self, front: Arc<Front>, limits: Limits) -> Result<(), AppError> {
+    async fn serve_pods(&mut self, front: Arc<Front>) -> Result<(), AppError> {
         if self.listen.pods {
             let cgroups = front.attestor.pod_roots();
             tracing::debug!(?cgroups, "pods are found by the kubelet's cgroup root");
@@ -296,8 +300,9 @@ impl App {
                 );
             }
             let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
-            let stop = self.workloads.stop.subscribe();
-            let (pods, gate) = Pods::start((directory, handover), front, limits, self.metrics.clone(), stop).await?;
+            let (stop, connections) = (self.workloads.stop.subscribe(), self.workloads.connections.clone());
+            let (pods, gate) =
+                Pods::start((directory, handover), front, connections, self.metrics.clone(), stop).await?;
             self.gate = Some(gate);
             tracing::info!(directory = %directory.display(), "serving workloads in pods");
             self.workloads.loops.spawn(pods.run());
@@ -307,7 +312,6 @@ impl App {
 
     /// With bounds of their own, which are `Admin`'s: workloads that use up theirs don't hide the daemon's state.
     fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) -> Result<(), AppError> {
-        let limits = Limits::new(self.metrics.clone());
         let mut bound = Vec::new();
         if let Some(address) = self.listen.admin {
             bound.push((Address::Admin, Bound::tcp(address, inherited)?));
@@ -322,8 +326,7 @@ impl App {
             tracing::info!(address = listener.name(), "serving operators");
             let admin = admin.clone();
             let connection = move |stream, arrival| admin.clone().connection(kind, stream, arrival);
-            let stop = self.operators.stop.subscribe();
-            self.operators.loops.spawn(listen::serve(listener, limits.clone(), stop, connection));
+            self.operators.serve(listener, connection);
         }
         Ok(())
     }

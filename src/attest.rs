@@ -42,7 +42,7 @@ pub use exec_monitor::{ExecMonitor, ExecMonitorError};
 pub use in_pod::PodAttestor;
 pub use inet_diag::SockDiag;
 pub use kernel::{TcpUnsupported, UnixSupport, try_tcp, unix_support};
-pub use lookups::{Looking, looking_threads};
+pub use lookups::LookupThreads;
 
 use hierarchies::Hierarchies;
 use host::Host;

@@ -16,27 +16,27 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::runtime::Handle;
-use tokio::time::timeout;
 
-use crate::attest::{Attestor, Looking, PodAttestor, Unattested};
+use crate::attest::{Attestor, LookupThreads, PodAttestor, Unattested};
 use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
 use crate::caller::{Caller, Listener, Looks, Owner, Refusal, Stranger};
-use crate::limits::{Exhausted, FairPermit, FairSemaphore};
-use crate::listen::{Arrival, CONNECTION_LIFE, Socket, Stream};
-use crate::metrics::{Metrics, Reason};
+use crate::limits::{FairPermit, FairSemaphore};
+use crate::listen::{Arrival, ArrivalPermit, Socket, Stream};
+use crate::metrics::Metrics;
 
 mod answer;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod life;
 mod rules;
 mod wire;
 
 pub use rules::{Asked, Authorization};
 
 use answer::Refused;
+use life::{ConnectionLife, Dropped};
 use wire::{Stage, Wire};
 
 /// A head that is not complete after this is given up.
@@ -59,108 +59,68 @@ pub struct Front {
     /// What TCP callers have to show.
     pub authorization: Authorization,
     /// Where connections go on whose callers' processes are looked at.
-    pub looking: Handle,
+    pub lookups: LookupThreads,
     /// How many connections there may be, and each workload may have.
     pub connections: FairSemaphore<Owner>,
 }
 
 type Answer = Response<Full<Bytes>>;
 
-/// Why a connection ended without a request.
-#[derive(Debug, Clone, Copy)]
-enum Dropped {
-    /// Its workload has too many.
-    OverShare,
-    /// All together have too many, and no other workload has more than its own.
-    TooMany,
-    /// All together have too many, and its workload had the most.
-    Evicted,
-    /// The head did not come in time.
-    SlowHead,
-    /// What came is no head of HTTP/1, or too long a one.
-    BadRequest,
-    /// The client went away.
-    Closed,
-    /// The whole connection took too long.
-    TooSlow,
+/// A connection that has a place among those of its workload.
+struct Admitted {
+    peer: Result<Caller, Unattested>,
+    /// What is to be seen of the caller's process; `None` if no rule depends on it.
+    looks: Option<Looks>,
+    permit: FairPermit<Owner>,
 }
 
-impl Dropped {
-    fn reason(self) -> &'static str {
-        match self {
-            Self::OverShare => "too_many_of_one",
-            Self::TooMany => "too_many",
-            Self::Evicted => "evicted",
-            Self::SlowHead => "slow_head",
-            Self::BadRequest => "bad_request",
-            Self::Closed => "closed",
-            Self::TooSlow => "too_slow",
-        }
-    }
-
-    /// Whether the client is told by a reset, which leaves no port waiting.
-    fn resets(self) -> bool {
-        matches!(self, Self::OverShare | Self::TooMany | Self::Evicted)
-    }
-}
-
-impl From<Exhausted> for Dropped {
-    fn from(exhausted: Exhausted) -> Self {
-        match exhausted {
-            Exhausted::Key => Self::OverShare,
-            Exhausted::Total => Self::TooMany,
-        }
+impl Admitted {
+    fn may_wait(&self) -> bool {
+        matches!((&self.peer, self.looks), (Ok(caller), Some(looks)) if caller.may_wait(looks))
     }
 }
 
 impl Front {
     /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace.
     pub async fn connection(self: Arc<Self>, stream: Stream, arrival: Arrival, pod: Option<Arc<PodAttestor>>) {
-        let descriptor = stream.socket().descriptor().clone();
-        let served = timeout(CONNECTION_LIFE, self.serve(stream, arrival, pod.as_deref()));
-        if let Err(dropped) = served.await.unwrap_or(Err(Dropped::TooSlow)) {
-            if dropped.resets() {
-                Socket::reset_on_close(&descriptor);
-            }
-            self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
-        }
-    }
-
-    /// The peer by its socket, a permit for its workload, the caller by its process where the policy needs that, and then the
-    /// request: nothing is read before it is known who has sent it.
-    async fn serve(
-        self: &Arc<Self>,
-        stream: Stream,
-        arrival: Arrival,
-        pod: Option<&PodAttestor>,
-    ) -> Result<(), Dropped> {
-        let listener = match (&stream, pod) {
+        let listener = match (&stream, &pod) {
             (Stream::Unix(_), _) => Listener::Unix,
             (Stream::Tcp { .. }, None) => Listener::Tcp,
             (Stream::Tcp { .. }, Some(_)) => Listener::Pod,
         };
-        let peer = self.peer(&stream, arrival, pod).await;
-        // Those who are not attested are read and answered, too, so they have a share as well.
-        let owner = peer.as_ref().map_or_else(Unattested::owner, Owner::of);
-        let permit = self.connections.try_acquire_evicting(&owner).map_err(Dropped::from)?;
-        let looks = peer.as_ref().ok().and_then(|caller| self.broker.needs(caller));
-        let may_wait = matches!((&peer, looks), (Ok(caller), Some(looks)) if caller.may_wait(looks));
-        let served = self.clone().attested(stream.into_socket(), listener, (peer, looks), permit);
-        if !may_wait {
-            return served.await;
+        let Arrival { permit: arriving, open } = arrival;
+        let life = ConnectionLife::new(stream.socket().descriptor().clone(), pod.clone(), self.metrics.clone(), open);
+        let Some(admitted) = life.run(self.admit(&stream, arriving, pod.as_deref())).await else { return };
+        let (owner, may_wait) = (admitted.permit.key().clone(), admitted.may_wait());
+        let lookups = self.lookups.clone();
+        let served = async move {
+            life.run(self.attested(stream.into_socket(), listener, admitted)).await;
+        };
+        match may_wait {
+            true => lookups.spawn(owner, served),
+            false => served.await,
         }
-        // A panic is in the log.
-        self.looking.spawn(Looking::new(served)).await.unwrap_or(Err(Dropped::Closed))
     }
 
-    /// The rest of a connection, until it ends or has to give way.
-    async fn attested(
-        self: Arc<Self>,
-        stream: Socket,
-        listener: Listener,
-        (peer, looks): (Result<Caller, Unattested>, Option<Looks>),
-        permit: FairPermit<Owner>,
-    ) -> Result<(), Dropped> {
+    /// The peer by its socket, and a permit for its workload: nothing is read before it is known who has sent it.
+    async fn admit(
+        &self,
+        stream: &Stream,
+        arriving: ArrivalPermit,
+        pod: Option<&PodAttestor>,
+    ) -> Result<Admitted, Dropped> {
+        let peer = self.peer(stream, arriving, pod).await;
+        // Those who are not attested are read and answered, too, so they have a share as well.
+        let owner = peer.as_ref().map_or_else(Unattested::owner, Owner::of);
+        let permit = self.connections.try_acquire_evicting(&owner)?;
+        let looks = peer.as_ref().ok().and_then(|caller| self.broker.needs(caller));
+        Ok(Admitted { peer, looks, permit })
+    }
+
+    /// The caller by its process where the policy needs that, and then the request, until the connection ends or has to give
+    /// way.
+    async fn attested(&self, stream: Socket, listener: Listener, admitted: Admitted) -> Result<(), Dropped> {
+        let Admitted { peer, looks, permit } = admitted;
         let served = async {
             let caller = match (peer, looks) {
                 (Ok(caller), Some(looks)) => {
@@ -180,8 +140,13 @@ impl Front {
     }
 
     /// What the socket alone tells.
-    async fn peer(&self, stream: &Stream, arrival: Arrival, pod: Option<&PodAttestor>) -> Result<Caller, Unattested> {
-        let on_wait = || drop(arrival);
+    async fn peer(
+        &self,
+        stream: &Stream,
+        arriving: ArrivalPermit,
+        pod: Option<&PodAttestor>,
+    ) -> Result<Caller, Unattested> {
+        let on_wait = || drop(arriving);
         match (stream, pod) {
             (Stream::Unix(stream), _) => self.attestor.unix(stream),
             (Stream::Tcp { client, server, .. }, None) => self.attestor.tcp(*client, *server, on_wait).await,

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use prometheus_client::metrics::gauge::Gauge;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::metrics::Metrics;
 use crate::telemetry::Quota;
@@ -105,23 +107,46 @@ impl ListenError {
     }
 }
 
-/// What all accept loops share.
+/// The open connections of some listeners.
 #[derive(Debug, Clone)]
-pub struct Limits {
-    metrics: Metrics,
+pub struct Connections {
+    gauge: Gauge,
+    // It wakes nobody when one of many ends, as a JoinSet would.
+    open: TaskTracker,
 }
 
-/// A connection whose workload is not known yet: one of the few that its listener may have. It ends as soon as the workload is
-/// known, or nothing but the workload's own share is waited for.
+/// A connection whose workload is not known yet.
 #[derive(Debug)]
 pub struct Arrival {
+    /// To be dropped as soon as the workload is known, or nothing but the workload's own share is waited for.
+    pub permit: ArrivalPermit,
+    /// To be dropped when the connection has ended.
+    pub open: Open,
+}
+
+/// One of the few connections of its listener whose workloads are not known yet.
+#[derive(Debug)]
+pub struct ArrivalPermit {
     _permit: Option<OwnedSemaphorePermit>,
 }
 
-impl Limits {
-    /// Connections are counted in `metrics`.
-    pub fn new(metrics: Metrics) -> Self {
-        Self { metrics }
+/// Says that a connection is open.
+#[derive(Debug)]
+pub struct Open {
+    gauge: Gauge,
+    _token: TaskTrackerToken,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.gauge.dec();
+    }
+}
+
+impl Connections {
+    /// None yet. They are counted in `metrics`.
+    pub fn new(metrics: &Metrics) -> Self {
+        Self { gauge: metrics.connections.clone(), open: TaskTracker::new() }
     }
 
     /// Waits until another connection of a listener may be accepted, where `arriving` are those whose workload is not known yet.
@@ -130,72 +155,57 @@ impl Limits {
     /// to find keeps no other from being accepted.
     async fn arrival(&self, arriving: &Arc<Semaphore>) -> Arrival {
         // The semaphore is never closed, so there is always a permit in the end.
-        Arrival { _permit: arriving.clone().acquire_owned().await.ok() }
+        let permit = ArrivalPermit { _permit: arriving.clone().acquire_owned().await.ok() };
+        self.gauge.inc();
+        Arrival { permit, open: Open { gauge: self.gauge.clone(), _token: self.open.token() } }
     }
 
-    fn serve<F, C>(&self, (stream, arrival): (Stream, Arrival), connections: &TaskTracker, connection: F)
-    where
-        F: Fn(Stream, Arrival) -> C,
-        C: Future<Output = ()> + Send + 'static,
-    {
-        // By its address: a future that another one awaits would be in it twice, and be copied with it.
-        let served = Box::pin(connection(stream, arrival));
-        let open = self.metrics.connections.clone();
-        connections.spawn(async move {
-            open.inc();
-            served.await;
-            open.dec();
-        });
+    /// Waits until they have ended. To be called when nothing is accepted any more.
+    pub async fn ended(&self) {
+        self.open.close();
+        if timeout(DRAIN, self.open.wait()).await.is_err() {
+            tracing::warn!(open = self.open.len(), "connections did not end in time and are cut");
+        }
     }
 }
 
-/// Accepts until `stop` says so, then closes the listener and lets the connections end. Accepting never waits for a
-/// client.
-pub async fn serve<F, C>(mut bound: Bound, limits: Limits, mut stop: watch::Receiver<bool>, connection: F)
+/// Accepts until `stop` says so, then closes the listener. Accepting never waits for a client.
+pub async fn serve<F, C>(mut bound: Bound, connections: Connections, mut stop: watch::Receiver<bool>, connection: F)
 where
     F: Fn(Stream, Arrival) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    // It wakes nobody when a connection ends, as a JoinSet would this loop.
-    let (connections, mut troubles) = (TaskTracker::new(), Troubles::default());
-    let arriving = Arc::new(Semaphore::new(ARRIVING));
+    let (arriving, mut troubles) = (Arc::new(Semaphore::new(ARRIVING)), Troubles::default());
     let mut stopping = stop.clone();
     let mut stopped = pin!(stopping.wait_for(|stop| *stop));
     loop {
         let accepted = tokio::select! {
             biased;
             _ = &mut stopped => break,
-            accepted = accept(&bound, &limits, &arriving) => accepted,
+            accepted = accept(&bound, &connections, &arriving) => accepted,
         };
         match accepted {
-            Ok(accepted) => limits.serve(accepted, &connections, &connection),
+            Ok((stream, arrival)) => drop(tokio::spawn(connection(stream, arrival))),
             Err(error) => recover(&mut bound, &error, &mut stop, &mut troubles).await,
         }
     }
     let name = bound.name();
-    let closed = bound.close();
-    let drain = async {
-        match closed {
-            Ok(waiting) => {
-                for stream in waiting {
-                    limits.serve((stream, limits.arrival(&arriving).await), &connections, &connection);
-                }
+    match bound.close() {
+        Ok(waiting) => {
+            for stream in waiting {
+                let arrival = connections.arrival(&arriving).await;
+                tokio::spawn(connection(stream, arrival));
             }
-            Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
         }
-        connections.close();
-        connections.wait().await;
-    };
-    if timeout(DRAIN, drain).await.is_err() {
-        tracing::warn!(open = connections.len(), "connections did not end in time and are cut");
+        Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
     }
 }
 
 /// The next connection.
-async fn accept(bound: &Bound, limits: &Limits, arriving: &Arc<Semaphore>) -> io::Result<(Stream, Arrival)> {
+async fn accept(bound: &Bound, connections: &Connections, arriving: &Arc<Semaphore>) -> io::Result<(Stream, Arrival)> {
     loop {
         let mut arrived = bound.arrival().await?;
-        let arrival = limits.arrival(arriving).await;
+        let arrival = connections.arrival(arriving).await;
         if let Some(accepted) = bound.accept(&mut arrived) {
             return accepted.map(|stream| (stream, arrival));
         }

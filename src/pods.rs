@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::http::Front;
-use crate::listen::{Limits, NamespacePlace, POD_ADDRESSES};
+use crate::listen::{Connections, NamespacePlace, POD_ADDRESSES};
 use crate::metrics::{Metrics, Reason};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
 use crate::telemetry::Quota;
@@ -137,14 +137,14 @@ impl Pods {
     pub async fn start(
         (directory, handover): (&Path, Option<&Path>),
         front: Arc<Front>,
-        limits: Limits,
+        connections: Connections,
         metrics: Metrics,
         stop: watch::Receiver<bool>,
     ) -> Result<(Self, Gate), PodsError> {
         let failed = |source| PodsError::Watch { path: directory.to_owned(), source };
         // Into its own, which asks for the same privilege as into another.
         let own = Namespace::own().and_then(|own| own.within(|| ()).map(|()| own.id())).map_err(PodsError::Denied)?;
-        let service = Service { front, limits, stop, tasks: TaskTracker::new() };
+        let service = Service { front, connections, stop, loops: TaskTracker::new() };
         let ((able, is_able), (tried, is_tried)) = (watch::channel(false), watch::channel(false));
         let mut pods = Self {
             directory: directory.to_owned(),

@@ -8,7 +8,7 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::{App, AppError, Startup};
-use crate::attest::{self, ExecMonitor};
+use crate::attest::ExecMonitor;
 use crate::config::{self, Config, Problem};
 use crate::hardening::{self, Does};
 use crate::listen::Inherited;
@@ -83,10 +83,8 @@ fn start(
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let inherited = Inherited::from_environment();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let looking = attest::looking_threads()?;
-    let startup = Startup { inherited, exec_monitor, metrics, looking: looking.handle().clone() };
+    let startup = Startup { inherited, exec_monitor, metrics };
     let ended = runtime.block_on(run(path, config, startup, log));
-    looking.shutdown_background();
     // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.
     runtime.shutdown_background();
     ended

@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use tokio_util::sync::CancellationToken;
+
 use crate::attest::Unattested;
 use crate::attest::pods::Housed;
 use crate::attest::tcp::{SocketProof, TcpAttestor};
@@ -17,6 +19,7 @@ use crate::cgroup::PodUid;
 pub struct PodAttestor {
     tcp: TcpAttestor,
     owner: Mutex<Option<Tenant>>,
+    closed: CancellationToken,
 }
 
 struct Tenant {
@@ -33,7 +36,7 @@ impl fmt::Debug for PodAttestor {
 
 impl PodAttestor {
     pub(crate) fn new(tcp: TcpAttestor) -> Self {
-        Self { tcp, owner: Mutex::default() }
+        Self { tcp, owner: Mutex::default(), closed: CancellationToken::new() }
     }
 
     /// The pod whose namespace it is, once one of its processes has asked.
@@ -57,6 +60,12 @@ impl PodAttestor {
     /// gone from then on.
     pub fn close(&self) {
         self.tcp.close();
+        self.closed.cancel();
+    }
+
+    /// Waits until the network namespace is let go. No connection in it may stay open, since each would keep it.
+    pub async fn closed(&self) {
+        self.closed.cancelled().await;
     }
 
     fn belongs(&self, proof: &SocketProof) -> Result<(), Refusal> {

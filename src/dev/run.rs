@@ -4,12 +4,11 @@ use std::error::Error;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use tokio::runtime::{Handle, Runtime};
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Dev, command};
 use crate::app::{App, AppError, Startup};
-use crate::attest;
 use crate::config::{Accounts, Config};
 use crate::environment::{self, Environment};
 use crate::listen::{Inherited, ListenError};
@@ -24,29 +23,19 @@ const PORT: u16 = 974;
 /// The process gives up no privileges, as `serve` does: a command run by root could otherwise not become another user.
 #[expect(clippy::print_stderr, reason = "this is a person's terminal")]
 pub fn run(command: &[OsString]) -> ExitCode {
-    let ran = || {
-        let (runtime, looking) = (Runtime::new()?, attest::looking_threads()?);
-        let status = runtime.block_on(play(command, looking.handle()));
-        looking.shutdown_background();
-        status
-    };
+    let ran = || Runtime::new()?.block_on(play(command));
     ran().unwrap_or_else(|error: Box<dyn Error>| {
         eprintln!("awsvid dev: {error}");
         ExitCode::FAILURE
     })
 }
 
-async fn play(command: &[OsString], looking: &Handle) -> Result<ExitCode, Box<dyn Error>> {
+async fn play(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
     let dev = Dev::start().await?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
     let metrics = Metrics::default();
-    let startup = || Startup {
-        inherited: Inherited::default(),
-        exec_monitor: None,
-        metrics: metrics.clone(),
-        looking: looking.clone(),
-    };
+    let startup = || Startup { inherited: Inherited::default(), exec_monitor: None, metrics: metrics.clone() };
     let (log, app) = start(&dev, !command.is_empty(), startup).await?;
     let address = *app.tcp.first().ok_or("the daemon has no TCP address")?;
     let environment = dev.environment(address, variable)?;

@@ -291,6 +291,11 @@ impl<K: FairKey> State<K> {
 }
 
 impl<K: FairKey> FairPermit<K> {
+    /// Whose it is.
+    pub fn key(&self) -> &K {
+        &self.key
+    }
+
     /// Resolves when this permit has to give way to another key's. It counts no more by then.
     pub async fn evicted(&self) {
         match &self.eviction {

@@ -19,7 +19,7 @@ fn bound() -> (Bound, SocketAddr) {
 
 #[tokio::test]
 async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting() {
-    let (limits, stop) = (Limits::new(Metrics::default()), watch::channel(false));
+    let (connections, stop) = (Connections::new(&Metrics::default()), watch::channel(false));
     let (arrived, mut arrivals) = mpsc::unbounded_channel();
     let serving = || {
         let ((bound, address), arrived) = (bound(), arrived.clone());
@@ -28,15 +28,15 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
             // Whose it is, is never known.
             async move { drop(arrived.send((address, stream, arrival))) }
         };
-        (address, tokio::spawn(serve(bound, limits.clone(), stop.1.clone(), connection)))
+        (address, tokio::spawn(serve(bound, connections.clone(), stop.1.clone(), connection)))
     };
     let (hostile, honest) = (serving(), serving());
-    let _connections: Vec<_> = (0..=ARRIVING).map(|_| TcpStream::connect(hostile.0).unwrap()).collect();
+    let _clients: Vec<_> = (0..=ARRIVING).map(|_| TcpStream::connect(hostile.0).unwrap()).collect();
     let mut held = Vec::new();
     for _ in 0..ARRIVING {
         held.push(arrivals.recv().await.unwrap());
     }
-    let _connection = TcpStream::connect(honest.0).unwrap();
+    let _client = TcpStream::connect(honest.0).unwrap();
     let next = timeout(CONNECTION_LIFE, arrivals.recv()).await.expect("the other listener accepts").unwrap();
     assert_eq!(next.0, honest.0, "and the first has as many as it may");
     // Each that is known makes room for another one.

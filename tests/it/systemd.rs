@@ -234,7 +234,7 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
     let service = "[Service]\nUser=shop\nExecStart=/usr/bin/actor activated tcp 127.0.0.1:974\n\
                    StandardOutput=file:/run/web.out\n";
     let more = [
-        ("/usr/bin/actor", Content::Copy(&*actor)),
+        ("/usr/bin/actor", Content::Copy(&actor)),
         ("/etc/systemd/system/web.socket", Content::Text(socket)),
         ("/etc/systemd/system/web.service", Content::Text(service)),
     ];
