@@ -1,10 +1,14 @@
-//! For operators: health and metrics over TCP, and on its own unix socket (mode 0600) what is cached.
+//! For operators: health and metrics over TCP, and on a unix socket of its own (mode 0600) the same and what is cached.
 //!
-//! The TCP address may be reached from the network, so it tells nothing of single workloads (attack 19).
+//! The TCP address may be open to the network, so it shows nothing of single workloads (attack 19). One client cannot keep
+//! another from its answer (attack 26): where there are too many connections, the oldest makes room for a new one. The unix
+//! socket is root's, has its own bound, and serves the node's own probes.
 
 use std::convert::Infallible;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,14 +21,25 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::metrics::gauge::Gauge;
 use serde::Serialize;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::cache::{CredentialCache, Entry};
 use crate::health::Report;
-use crate::listen::{Arrival, CONNECTION_LIFE, Stream};
+use crate::limits::FairSemaphore;
+use crate::listen::{Arrival, Socket, Stream};
 use crate::metrics::{Metrics, Reason};
 
-const HEAD: Duration = Duration::from_secs(5);
+/// For the whole head. A probe sends it with its connection.
+const HEAD: Duration = Duration::from_secs(1);
+/// For the whole connection. `/status` may have some megabytes, and the network may be slow.
+const CONNECTION: Duration = Duration::from_secs(5);
+/// How often the metrics are rendered for clients of the TCP address. Prometheus scrapes every few seconds.
+const RENDER_EVERY: Duration = Duration::from_secs(1);
+/// At the TCP address, in all and from one source address. More than the daemon accepts before it reads the first of them.
+const CONNECTIONS: usize = 512;
+const CONNECTIONS_OF_ONE: usize = 160;
+/// On the unix socket.
+const LOCAL_CONNECTIONS: usize = 160;
 
 /// Whether the daemon can do its work. Once it could, it stays ready through outages of others, since it can then still
 /// serve what is cached; those show in the metrics.
@@ -32,6 +47,8 @@ const HEAD: Duration = Duration::from_secs(5);
 pub struct Readiness {
     ready: AtomicBool,
     ending: AtomicBool,
+    /// What is missing, for people.
+    missing: Mutex<Option<String>>,
     gauge: Gauge,
 }
 
@@ -39,6 +56,11 @@ impl Readiness {
     /// Not ready yet. `gauge` shows it in the metrics.
     pub fn new(gauge: Gauge) -> Self {
         Self { gauge, ..Self::default() }
+    }
+
+    /// Notes what keeps the daemon from being ready.
+    pub fn missing(&self, what: &str) {
+        *self.missing.lock().unwrap_or_else(PoisonError::into_inner) = Some(what.to_owned());
     }
 
     /// Everything that is needed has answered once.
@@ -56,6 +78,18 @@ impl Readiness {
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Acquire) && !self.ending.load(Ordering::Acquire)
     }
+
+    /// Why it is not ready; `None` if it is.
+    fn why_not(&self) -> Option<String> {
+        if self.is_ready() {
+            return None;
+        }
+        if self.ending.load(Ordering::Acquire) {
+            return Some("awsvid is ending".to_owned());
+        }
+        let missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(missing.clone().unwrap_or_else(|| "awsvid has just started".to_owned()))
+    }
 }
 
 /// Which of the two addresses a connection came to.
@@ -63,25 +97,29 @@ impl Readiness {
 pub enum Address {
     /// `/healthz`, `/readyz`, `/metrics`.
     Admin,
-    /// `/status`.
+    /// These, the metrics as of this moment, and `/status`.
     Status,
 }
 
 /// Answers operators.
 #[derive(Debug)]
 pub struct Admin {
-    /// Counts.
-    pub metrics: Metrics,
-    /// For `/readyz`.
-    pub readiness: Arc<Readiness>,
-    /// For `/status`.
-    pub cache: CredentialCache,
+    metrics: Metrics,
+    readiness: Arc<Readiness>,
+    cache: CredentialCache,
+    /// By source address; at the unix socket all are one source.
+    remote: FairSemaphore<IpAddr>,
+    local: FairSemaphore<IpAddr>,
+    /// The metrics as they were rendered last. Scrapes that come during a rendering wait for it.
+    rendered: tokio::sync::Mutex<Option<(Instant, Bytes)>>,
 }
 
 #[derive(Serialize)]
 struct Status {
     version: &'static str,
     ready: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_ready: Option<String>,
     connections: i64,
     source: Option<Report>,
     sts: Vec<Report>,
@@ -89,40 +127,90 @@ struct Status {
 }
 
 impl Admin {
-    /// Serves one connection to its end.
+    /// Answers for these.
+    pub fn new(metrics: Metrics, readiness: Arc<Readiness>, cache: CredentialCache) -> Self {
+        Self {
+            metrics,
+            readiness,
+            cache,
+            remote: FairSemaphore::new(CONNECTIONS, CONNECTIONS_OF_ONE),
+            local: FairSemaphore::new(LOCAL_CONNECTIONS, LOCAL_CONNECTIONS),
+            rendered: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Serves one connection to its end, or until a newer one needs its permit.
+    ///
+    /// A probe sends its request with its connection and gets its answer at once, so it is never the one that gives way: that
+    /// is a client that sends no request, or does not read its answer (T26).
     pub async fn connection(self: Arc<Self>, address: Address, stream: Stream, arrival: Arrival) {
-        let Some(_place) = arrival.admit() else {
-            self.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many" }).inc();
-            return stream.reset();
+        // Those of workloads are none of these.
+        let Arrival { permit: _, open: _open } = arrival;
+        let permit = match (address, &stream) {
+            // On a listener for both families IPv4 comes as `::ffff:a.b.c.d`.
+            (Address::Admin, Stream::Tcp { client, .. }) => self.remote.admit(&client.ip().to_canonical()),
+            _ => self.local.admit(&IpAddr::from(Ipv4Addr::LOCALHOST)),
         };
         let service = service_fn(|request: Request<Incoming>| {
-            let answer = self.answer(address, request.method(), request.uri().path());
-            async move { Ok::<_, Infallible>(answer) }
+            let admin = &self;
+            async move { Ok::<_, Infallible>(admin.answer(address, request.method(), request.uri().path()).await) }
         });
         let mut builder = http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD).keep_alive(false);
-        let (Stream::Unix(stream) | Stream::Tcp { stream, .. }) = stream;
-        let served = builder.serve_connection(TokioIo::new(stream), service);
-        // An operator's client that is slow or gone is nobody's concern.
-        let _ = timeout(CONNECTION_LIFE, served).await;
+        let descriptor = stream.socket().descriptor().clone();
+        let served = timeout(CONNECTION, builder.serve_connection(TokioIo::new(stream.into_socket()), service));
+        tokio::select! {
+            // A client that is slow or gone needs no further care.
+            _ = served => {}
+            () = permit.evicted() => {
+                self.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many_operators" }).inc();
+                Socket::reset_on_close(&descriptor);
+            }
+        }
     }
 
-    fn answer(&self, address: Address, method: &Method, path: &str) -> Response<Full<Bytes>> {
+    async fn answer(&self, address: Address, method: &Method, path: &str) -> Response<Full<Bytes>> {
         if method != Method::GET {
             return text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
         }
         match (address, path) {
-            (Address::Admin, "/healthz") => text(StatusCode::OK, "ok\n"),
-            (Address::Admin, "/readyz") if self.readiness.is_ready() => text(StatusCode::OK, "ready\n"),
-            (Address::Admin, "/readyz") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
-            (Address::Admin, "/metrics") => {
-                self.cache.count();
-                let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-                reply(StatusCode::OK, kind, self.metrics.encode().into())
-            }
+            (_, "/healthz") => text(StatusCode::OK, "ok\n"),
+            (_, "/readyz") => self.ready(address),
+            (Address::Admin, "/metrics") => metrics(self.rendered().await),
+            (Address::Status, "/metrics") => metrics(self.render()),
             (Address::Status, "/status") => self.status(),
             _ => text(StatusCode::NOT_FOUND, "not found\n"),
         }
+    }
+
+    /// The reason may contain a workload's SPIFFE ID, so only the unix socket shows it.
+    fn ready(&self, address: Address) -> Response<Full<Bytes>> {
+        match (self.readiness.why_not(), address) {
+            (None, _) => text(StatusCode::OK, "ready\n"),
+            (Some(_), Address::Admin) => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
+            (Some(why), Address::Status) => {
+                let why = format!("not ready: {why}\n");
+                reply(StatusCode::SERVICE_UNAVAILABLE, PLAIN, why.into())
+            }
+        }
+    }
+
+    fn render(&self) -> Bytes {
+        self.cache.count();
+        self.metrics.encode().into()
+    }
+
+    /// The metrics, rendered at most once in [`RENDER_EVERY`]: rendering walks over each entry of the cache.
+    async fn rendered(&self) -> Bytes {
+        let mut rendered = self.rendered.lock().await;
+        if let Some((at, text)) = &*rendered
+            && at.elapsed() < RENDER_EVERY
+        {
+            return text.clone();
+        }
+        let text = self.render();
+        *rendered = Some((Instant::now(), text.clone()));
+        text
     }
 
     fn status(&self) -> Response<Full<Bytes>> {
@@ -130,6 +218,7 @@ impl Admin {
         let status = Status {
             version: env!("CARGO_PKG_VERSION"),
             ready: self.readiness.is_ready(),
+            not_ready: self.readiness.why_not(),
             connections: self.metrics.connections.get(),
             source,
             sts,
@@ -141,8 +230,14 @@ impl Admin {
     }
 }
 
+const PLAIN: &str = "text/plain; charset=utf-8";
+
 fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
-    reply(status, "text/plain; charset=utf-8", Bytes::from_static(body.as_bytes()))
+    reply(status, PLAIN, Bytes::from_static(body.as_bytes()))
+}
+
+fn metrics(text: Bytes) -> Response<Full<Bytes>> {
+    reply(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", text)
 }
 
 fn reply(status: StatusCode, kind: &'static str, body: Bytes) -> Response<Full<Bytes>> {

@@ -8,13 +8,12 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
-use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::accounts::{Accounts, LiveRules, Nss};
 use crate::admin::{Address, Admin, Readiness};
-use crate::attest::{Attestor, StartError};
+use crate::attest::{Attestor, ExecMonitor, LookupThreads, StartError};
 use crate::audit::Audit;
 use crate::broker::{Broker, Policy};
 use crate::cache::{self, CredentialCache};
@@ -23,7 +22,8 @@ use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
-use crate::listen::{Inherited, Limits, ListenError, Shares};
+use crate::limits::FairSemaphore;
+use crate::listen::{self, Inherited, ListenError};
 use crate::metrics::Metrics;
 use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
@@ -38,7 +38,7 @@ mod listeners;
 mod token;
 
 use audit_file::{audit_error, open_audit};
-use listeners::{Group, ListenAddress, bind_all, refuse_rest, tcp_address};
+use listeners::{ListenAddress, Serving, bind_all, tcp_address};
 use token::{NodeToken, write_later};
 
 /// How long operators' connections may take to end, once those of workloads have.
@@ -101,11 +101,23 @@ pub struct App {
     clock: Clock,
     metrics: Metrics,
     readiness: Arc<Readiness>,
+    counts_executions: bool,
     probing: Option<JoinHandle<()>>,
     /// Where pods are served.
     gate: Option<Gate>,
     workloads: Serving,
     operators: Serving,
+}
+
+/// What the daemon has before it starts anything.
+#[derive(Debug)]
+pub struct Startup {
+    /// The sockets that systemd holds.
+    pub inherited: Inherited,
+    /// What notices executions; without it no process is named to an agent.
+    pub exec_monitor: Option<ExecMonitor>,
+    /// What everything counts in, the log too.
+    pub metrics: Metrics,
 }
 
 /// What a configuration comes to, apart from `[listen]`, `[audit]` and `[log]`.
@@ -131,7 +143,7 @@ impl Parts {
             Some(source) => source,
             None => identity_source(config, accounts, is_reload, (clock, metrics)).await?,
         };
-        let sts = Arc::new(sts(config, clock.clone())?);
+        let sts = Arc::new(sts(config, clock.clone()).await?);
         Ok(Self {
             identity: config.identity.clone(),
             issuer: Issuer::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
@@ -142,49 +154,33 @@ impl Parts {
     }
 }
 
-/// Accept loops, and how they are told to end.
-#[derive(Debug, Default)]
-struct Serving {
-    stop: watch::Sender<bool>,
-    loops: JoinSet<()>,
-}
-
-impl Serving {
-    /// Takes no more connections, and waits for those that are open.
-    async fn end(&mut self) {
-        self.stop.send_replace(true);
-        while self.loops.join_next().await.is_some() {}
-    }
-}
-
 impl App {
     /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
-    pub async fn start(config: Config, mut inherited: Inherited) -> Result<Self, AppError> {
-        let (metrics, clock) = (Metrics::default(), Clock::system());
+    pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
+        let Startup { mut inherited, exec_monitor, metrics } = startup;
+        let clock = Clock::system();
+        let counts_executions = exec_monitor.is_some();
         let accounts = Accounts::new(Nss, metrics.clone());
         let parts = Parts::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
-        let needs = {
-            let broker = broker.clone();
-            Arc::new(move |caller: &_| broker.needs(caller))
-        };
         let front = Arc::new(Front {
             attestor: Attestor::new(
-                needs,
                 config.listen.pods_cgroup.clone().map_or_else(PodRoots::usual, PodRoots::at),
+                exec_monitor,
             )?,
             broker: broker.clone(),
             audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
-            shares: Shares::new(config.listen.max_connections_per_workload),
+            lookups: LookupThreads::default(),
+            connections: FairSemaphore::new(config.listen.max_connections, config.listen.max_connections_per_workload),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
-        let admin = Arc::new(Admin { metrics: metrics.clone(), readiness: readiness.clone(), cache });
-        let limits = Limits::new(config.listen.max_connections, metrics.clone());
+        let admin = Arc::new(Admin::new(metrics.clone(), readiness.clone(), cache));
         let mut app = Self {
+            counts_executions,
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
@@ -193,17 +189,17 @@ impl App {
             broker,
             audit: front.audit.clone(),
             clock,
-            metrics,
             readiness,
             probing: None,
             gate: None,
-            workloads: Serving::default(),
-            operators: Serving::default(),
+            workloads: Serving::new(&metrics),
+            operators: Serving::new(&metrics),
+            metrics,
         };
-        app.serve_workloads(&mut inherited, &front, &limits)?;
-        app.serve_pods(front, limits.clone()).await?;
+        app.serve_workloads(&mut inherited, &front)?;
+        app.serve_pods(front).await?;
         app.serve_operators(&mut inherited, &admin);
-        refuse_rest(&mut inherited, &mut app.workloads, &limits);
+        app.workloads.refuse_rest(&mut inherited);
         app.probe(parts.probes);
         Ok(app)
     }
@@ -229,6 +225,11 @@ impl App {
         Ok(())
     }
 
+    /// Whether it is noticed that a caller's process executes a program, without which none is named to an agent.
+    pub fn counts_executions(&self) -> bool {
+        self.counts_executions
+    }
+
     /// Asks until everything that is needed has answered; once it has, it is not asked again.
     fn probe(&mut self, probes: Probes) {
         if let Some(before) = self.probing.take() {
@@ -241,12 +242,7 @@ impl App {
     }
 
     /// Fails if no address at all could be bound: then another daemon has them, or none can be served.
-    fn serve_workloads(
-        &mut self,
-        inherited: &mut Inherited,
-        front: &Arc<Front>,
-        limits: &Limits,
-    ) -> Result<(), AppError> {
+    fn serve_workloads(&mut self, inherited: &mut Inherited, front: &Arc<Front>) -> Result<(), AppError> {
         let unix = self.listen.unix.iter().map(|path| ListenAddress::Unix(path.clone(), 0o666));
         let wanted = unix.chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp)).collect();
         let mut attempts = bind_all(wanted, inherited);
@@ -255,16 +251,17 @@ impl App {
             return error.map_or(Ok(()), |error| Err(error.into()));
         }
         self.tcp = attempts.iter().filter_map(tcp_address).collect();
-        let mut group = Group { serving: &mut self.workloads, limits: limits.clone(), event: "serving workloads" };
+        listen::warn_of_unguarded(&self.tcp);
         for attempt in attempts {
             let front = front.clone();
-            group.serve(attempt, move |stream, arrival| front.clone().connection(stream, arrival, None));
+            let connection = move |stream, arrival| front.clone().connection(stream, arrival, None);
+            self.workloads.serve(attempt, "serving workloads", connection);
         }
         Ok(())
     }
 
     /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
-    async fn serve_pods(&mut self, front: Arc<Front>, limits: Limits) -> Result<(), AppError> {
+    async fn serve_pods(&mut self, front: Arc<Front>) -> Result<(), AppError> {
         if self.listen.pods {
             let cgroups = front.attestor.pod_roots();
             tracing::debug!(?cgroups, "pods are found by the kubelet's cgroup root");
@@ -275,8 +272,9 @@ impl App {
                 );
             }
             let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
-            let stop = self.workloads.stop.subscribe();
-            let (pods, gate) = Pods::start((directory, handover), front, limits, self.metrics.clone(), stop).await?;
+            let (stop, connections) = (self.workloads.stop.subscribe(), self.workloads.connections.clone());
+            let (pods, gate) =
+                Pods::start((directory, handover), front, connections, self.metrics.clone(), stop).await?;
             self.gate = Some(gate);
             tracing::info!(directory = %directory.display(), "serving workloads in pods");
             self.workloads.loops.spawn(pods.run());
@@ -284,17 +282,16 @@ impl App {
         Ok(())
     }
 
-    /// With a bound of its own: workloads that use up theirs don't hide the daemon's state.
+    /// With bounds of their own, which are `Admin`'s: workloads that use up theirs don't hide the daemon's state.
     fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) {
-        let limits = Limits::new(64, self.metrics.clone());
         let address = self.listen.admin.map(|admin| (Address::Admin, ListenAddress::Tcp(admin)));
         let status = self.listen.status.clone().map(|path| (Address::Status, ListenAddress::Unix(path, 0o600)));
         for (kind, wanted) in address.into_iter().chain(status) {
-            let mut group = Group { serving: &mut self.operators, limits: limits.clone(), event: "serving operators" };
             for attempt in bind_all(vec![wanted], inherited) {
                 self.admin = self.admin.or(tcp_address(&attempt));
                 let admin = admin.clone();
-                group.serve(attempt, move |stream, arrival| admin.clone().connection(kind, stream, arrival));
+                let connection = move |stream, arrival| admin.clone().connection(kind, stream, arrival);
+                self.operators.serve(attempt, "serving operators", connection);
             }
         }
     }
@@ -363,14 +360,16 @@ fn remembered_processes() -> usize {
     usize::try_from((descriptors / 8).min(MOST)).unwrap_or(1024)
 }
 
-fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
+async fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
     let settings = Settings {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,
         ca_file: config.sts.ca_file.clone(),
-        network: Network::from_env(|name| std::env::var(name).ok())?,
+        network: Network::from_env(|name| std::env::var(name).ok()),
     };
-    Sts::new(settings, clock)
+    let sts = Sts::new(settings, clock);
+    sts.prepare(&config.roles.sts_targets()).await?;
+    Ok(sts)
 }
 
 /// The token file is there as soon as it can be written: one SDK uses the endpoint only if it is given a token by file.

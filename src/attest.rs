@@ -3,10 +3,9 @@
 //! On a unix socket that is the process that connected, on TCP the process that made the socket: never whoever happens to
 //! write on the descriptor now. A doubt is a [`Refusal`], never a guess.
 
-use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,47 +13,71 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::caller::{Caller, Looks, Owner, Refusal};
+use crate::caller::{Caller, Owner, Refusal, Stranger};
 use crate::cgroup::{CgroupPath, PodRoots};
-use crate::turns::Turns;
+use crate::listen::Socket;
 
 mod cgroups;
+mod exec_monitor;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod hierarchies;
 mod host;
 mod in_pod;
 mod inet_diag;
+mod kernel;
 mod known;
+mod lookups;
 mod pods;
 mod process;
 mod search;
+mod status;
 mod sys;
 mod tcp;
+mod tcp_support;
 mod unix;
 mod walks;
 
+pub use exec_monitor::{ExecMonitor, ExecMonitorError};
 pub use in_pod::PodAttestor;
 pub use inet_diag::SockDiag;
+pub use kernel::{TcpUnsupported, UnixSupport, try_tcp, unix_support};
+pub use lookups::LookupThreads;
 
 use hierarchies::Hierarchies;
 use host::Host;
-
-/// Says what a decision about this caller needs to know of its process, which on TCP has to be searched for; `None` if
-/// nothing more.
-pub type Needs = Arc<dyn Fn(&Caller) -> Option<Looks> + Send + Sync>;
+use tcp_support::TcpSupport;
 
 /// Attests the peers of all listeners in the daemon's own network namespace.
+#[derive(Debug)]
 pub struct Attestor {
     host: Arc<Host>,
-    needs: Needs,
-    searches: Turns<Owner>,
-    tcp: Option<tcp::TcpAttestor>,
+    tcp: TcpSupport,
 }
 
-impl fmt::Debug for Attestor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Attestor").field("tcp", &self.tcp).finish_non_exhaustive()
+/// Why a peer was not attested, and what its socket had told by then.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unattested {
+    /// Why.
+    pub refusal: Refusal,
+    /// As far as it was told.
+    pub peer: Option<Stranger>,
+}
+
+impl Unattested {
+    fn of(refusal: Refusal, peer: &Stranger) -> Self {
+        Self { refusal, peer: Some(peer.clone()) }
+    }
+
+    /// The key of the peer's limits.
+    pub fn owner(&self) -> Owner {
+        self.peer.as_ref().map_or_else(Owner::unknown, Stranger::owner)
+    }
+}
+
+impl From<Refusal> for Unattested {
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal, peer: None }
     }
 }
 
@@ -78,8 +101,8 @@ pub enum StartError {
 
 impl Attestor {
     /// Looks at the machine. TCP callers are refused, and the reason is logged once, where the kernel lacks what they need.
-    /// Pods are those below `roots`.
-    pub fn new(needs: Needs, roots: PodRoots) -> Result<Self, StartError> {
+    /// Pods are those below `roots`. Without an `exec_monitor` no process can be named to an agent.
+    pub fn new(roots: PodRoots, exec_monitor: Option<ExecMonitor>) -> Result<Self, StartError> {
         let proc_root = PathBuf::from("/proc");
         let read = |name: &str| {
             let path = proc_root.join(name);
@@ -89,31 +112,18 @@ impl Attestor {
             return Err(StartError::UserNamespace);
         }
         let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
-        let release = read("sys/kernel/osrelease")?;
-        let host = Arc::new(Host::new(proc_root, hierarchies, roots));
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        // However many ask for them, half of the processors are for what is quickly done.
-        let searches = Turns::new(processors.div_ceil(2), 1);
-        let tcp = match (host.cgroups.clone(), SockDiag::open_for_all_processors()) {
-            _ if !tells_cgroups(&release) => {
-                tracing::warn!(
-                    "before Linux 5.15 the kernel does not reliably tell a socket's cgroup: callers over TCP are refused; use the unix socket"
-                );
-                None
-            }
-            (Some(cgroups), Ok(diag)) => Some(tcp::TcpAttestor::new(host.clone(), diag, cgroups, searches.clone())),
-            (None, _) => {
-                tracing::warn!(
-                    "no cgroup v2 tree is mounted: callers over TCP are refused; mount cgroup2, or use the unix socket"
-                );
-                None
-            }
-            (_, Err(error)) => {
-                tracing::warn!(%error, "sock_diag is not available (CONFIG_INET_DIAG): callers over TCP are refused");
-                None
-            }
-        };
-        Ok(Self { host, needs, searches, tcp })
+        let host = Arc::new(Host::new(proc_root, hierarchies, roots, exec_monitor.map(Arc::new)));
+        match kernel::unix_support() {
+            UnixSupport::Process => {}
+            UnixSupport::Number => tracing::warn!(
+                "this kernel does not tell the process of a unix socket's peer (SO_PEERPIDFD, Linux 6.5): callers in \
+                 containers are refused there"
+            ),
+            UnixSupport::Nothing => tracing::error!(
+                "this kernel has no pidfd_open(2) (Linux 5.3): all callers on the unix socket are refused"
+            ),
+        }
+        Ok(Self { tcp: TcpSupport::new(host.clone()), host })
     }
 
     /// The cgroups below which a kubelet puts its pods, as far as they can be seen from here. Without one no pod is known.
@@ -121,31 +131,32 @@ impl Attestor {
         self.host.pods.as_ref().map(|pods| pods.roots_found()).unwrap_or_default()
     }
 
-    /// Attests the peer of a unix stream.
-    pub fn unix(&self, stream: BorrowedFd<'_>) -> Result<Caller, Refusal> {
-        let groups = || sys::peer_groups(stream).map_err(|_| Refusal::Kernel);
-        unix::attest(&self.host, unix::Peer::of(stream)?, groups, |caller| (self.needs)(caller))
+    /// The peer of a unix stream, by what the kernel recorded of it when it connected.
+    pub fn unix(&self, stream: &Socket) -> Result<Caller, Unattested> {
+        let stream = stream.descriptor();
+        unix::attest(&self.host, unix::Peer::of(stream.as_fd())?, stream)
     }
 
-    /// Attests the peer `client` of a TCP connection that was accepted on `server`. `admit` is shown what the socket alone
-    /// tells, before any process is searched for; if it says no, that is [`Refusal::TooManyConnections`].
+    /// The peer `client` of a TCP connection that was accepted on `server`, as far as its socket tells who it is. `on_wait` is
+    /// called before that takes time.
     pub async fn tcp(
         &self,
         client: SocketAddr,
         server: SocketAddr,
-        admit: impl FnOnce(&Caller) -> bool,
-    ) -> Result<Caller, Refusal> {
-        let tcp = self.tcp.as_ref().ok_or(Refusal::Unsupported("TCP callers need a cgroup v2 tree and sock_diag"))?;
-        tcp.attest((client, server), admit, |_, _| Ok(()), |caller| (self.needs)(caller)).await
+        on_wait: impl FnOnce(),
+    ) -> Result<Caller, Unattested> {
+        Ok(self.tcp.look((client, server), on_wait).await?.into_caller())
+    }
+
+    /// Whether callers over TCP can be told apart, as far as it was tried last.
+    pub fn supports_tcp(&self) -> bool {
+        self.tcp.attestor().is_some()
     }
 
     /// Attests the peers of listeners in a pod's network namespace, in which `diag` was made; `None` where the kernel lacks what
     /// that needs.
     pub fn in_pod(&self, diag: SockDiag) -> Option<PodAttestor> {
-        self.tcp.as_ref()?;
-        let cgroups = self.host.cgroups.clone()?;
-        let tcp = tcp::TcpAttestor::in_pod(self.host.clone(), diag, cgroups, self.searches.clone());
-        Some(PodAttestor::new(tcp, self.needs.clone()))
+        Some(PodAttestor::new(self.tcp.attestor()?.in_pod(diag)))
     }
 }
 
@@ -159,15 +170,6 @@ pub fn names_the_same_processes(stream: &UnixStream) -> bool {
     peer.pid() > 0 && process::shares_pid_namespace(Path::new("/proc"), peer.pid())
 }
 
-/// Whether `INET_DIAG_CGROUP_ID` is to be trusted: before Linux 5.15, `net_cls` and `net_prio` made every id the root's.
-fn tells_cgroups(release: &str) -> bool {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(major), Some(minor)) => (major, minor) >= (5, 15),
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
@@ -176,33 +178,24 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
+    use crate::caller::Looks;
     use crate::clock::HOLD;
 
     /// However many workloads an attacker is: what is long waits, and takes no thread meanwhile.
     #[tokio::test(start_paused = true)]
     async fn long_searches_are_few_in_all() {
-        let attestor = Attestor::new(Arc::new(|_| Some(Looks::default())), PodRoots::usual()).unwrap();
-        if attestor.tcp.is_none() {
-            return;
-        }
-        let all: Vec<_> = (0..).map_while(|uid| attestor.searches.try_take(&Owner::user(uid))).collect();
+        let attestor = Attestor::new(PodRoots::usual(), None).unwrap();
+        let Some(tcp) = attestor.tcp.attestor() else { return };
+        let all: Vec<_> = (0..).map_while(|uid| tcp.searches().try_acquire(&Owner::user(uid)).ok()).collect();
         assert!(!all.is_empty());
         // More than is looked at on the way.
         let _descriptors: Vec<_> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = listener.local_addr().unwrap();
         let client = TcpStream::connect(server).unwrap();
+        let peer = attestor.tcp(client.local_addr().unwrap(), server, || ()).await.unwrap();
         let start = Instant::now();
-        let attested = attestor.tcp(client.local_addr().unwrap(), server, |_| true).await;
+        let attested = peer.with_process(Looks::default()).await;
         assert_eq!((attested.unwrap_err(), start.elapsed()), (Refusal::Busy, HOLD));
-    }
-
-    #[test]
-    fn kernels_that_tell_cgroups() {
-        for (release, tells) in
-            [("5.14.21-el9", false), ("5.15.0", true), ("6.1.0-9-amd64", true), ("4.19", false), ("nonsense", false)]
-        {
-            assert_eq!(tells_cgroups(release), tells, "{release}");
-        }
     }
 }

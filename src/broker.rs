@@ -97,7 +97,7 @@ impl Broker {
         let grant = policy.roles.choose(&identities, wanted)?;
         record.granted(&grant);
         let issued = timeout_at(until, self.cache.get(&grant, caller)).await.unwrap_or(Err(CacheError::Pending))?;
-        caller.still_same()?;
+        caller.still_same().await?;
         Ok(issued)
     }
 

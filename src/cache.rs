@@ -24,10 +24,11 @@ use tokio::time::Instant;
 use crate::audit::Freshness;
 use crate::caller::Caller;
 use crate::clock::Clock;
+use crate::identity::SpiffeId;
 use crate::issue::{IssueError, Issuer};
+use crate::limits::FairSemaphore;
 use crate::metrics::{EntryState, Metrics, Reason};
 use crate::role::Grant;
-use crate::turns::Turns;
 
 mod entry;
 mod flight;
@@ -65,7 +66,7 @@ struct Shared {
     metrics: Metrics,
     places: Places,
     schedule: Arc<Schedule>,
-    refreshes: Turns,
+    refreshes: FairSemaphore<SpiffeId>,
     log: Log,
     /// What refreshes are asked for with, where the source does not look at callers.
     nobody: Arc<Caller>,
@@ -122,7 +123,7 @@ impl CredentialCache {
             metrics,
             places: Places::default(),
             schedule: schedule.clone(),
-            refreshes: Turns::new(REFRESHES, REFRESHES_EACH),
+            refreshes: FairSemaphore::new(REFRESHES, REFRESHES_EACH),
             log: Log::default(),
             nobody: Arc::new(Caller::nobody()),
             start: Instant::now(),

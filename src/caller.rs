@@ -5,9 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use thiserror::Error;
 
-use crate::cgroup::{CgroupPath, Pod, PodUid, Workload};
+use crate::cgroup::{CgroupPath, Pod, PodUid, Workload, WorkloadKind};
+
+mod groups;
+
+pub use groups::{GroupDetail, Groups};
 
 /// Over which kind of listener a caller came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -53,13 +58,26 @@ pub struct Caller {
     pub evidence: Box<dyn Evidence>,
 }
 
-/// Whose share of the daemon a caller takes, where something is bounded per workload: a pod's, whoever its users are, else
-/// a user's within an outermost systemd unit (attack 20).
+/// The key of everything that is limited per workload. It is the pod; else the container, whoever its users are; else the
+/// person, whose sessions, user units and rootless containers all lie below one `user-N.slice`; else a user within an
+/// outermost systemd unit (T20, T29).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Owner {
+    scope: Scope,
+    /// `None` where a scope is one workload's, whichever users it has.
     uid: Option<u32>,
-    place: Option<Workload>,
-    pod: Option<PodUid>,
+}
+
+/// What the workloads have in common that one person may multiply: the users of one unit. Where a limit of all is reached,
+/// the scope that has the most gives way.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// A pod.
+    Pod(PodUid),
+    /// A container, a `user-N.slice`, or an outermost unit.
+    Cgroup(Workload),
+    /// The whole machine: no cgroup is known.
+    Machine,
 }
 
 /// What is known of the calling process.
@@ -69,13 +87,14 @@ pub struct Process {
     pub pid: u32,
     /// The group id.
     pub gid: u32,
-    /// Supplementary groups, in ascending order; `None` where no decision needs them.
-    pub groups: Option<Vec<u32>>,
+    /// Supplementary groups; `None` where no decision needs them.
+    pub groups: Option<Groups>,
     /// Whether it lives in another pid or user namespace than the daemon, or in a cgroup (v1 too) that names a container.
     pub contained: bool,
     /// What it runs; `None` where no decision needs it.
     pub program: Option<Program>,
-    /// When it started, in clock ticks since boot; `None` where no decision needs it.
+    /// What no other process that had or will have its number has: the inode of its pidfd from Linux 6.9 on, else when it
+    /// started, in clock ticks since boot. `None` where no decision needs it.
     pub started: Option<u64>,
 }
 
@@ -83,11 +102,28 @@ pub struct Process {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Looks {
     /// [`Process::groups`].
-    pub groups: bool,
+    pub groups: GroupDetail,
     /// [`Process::program`].
     pub program: bool,
     /// [`Process::started`].
     pub started: bool,
+}
+
+impl Looks {
+    /// Whether to look at this may mean to wait for what the process controls, or takes as long as it likes: its lock, its
+    /// program's file system, the number of its groups.
+    pub fn may_wait(self) -> bool {
+        self.groups != GroupDetail::None || self.program || self.started
+    }
+
+    /// This and the other one.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            groups: self.groups.max(other.groups),
+            program: self.program || other.program,
+            started: self.started || other.started,
+        }
+    }
 }
 
 /// What a process runs.
@@ -114,14 +150,24 @@ pub struct Executable {
 }
 
 /// Shows whether a connection's caller is unchanged since it was attested.
+///
+/// To look at a process may mean to wait for something that the caller controls (T25). So a connection goes on elsewhere
+/// ([`Caller::may_wait`]) before the first such look, and all others are made on threads of their own.
+#[async_trait]
 pub trait Evidence: fmt::Debug + Send + Sync {
     /// Looks again; to be called right before anything is released.
-    fn still_same(&self) -> Result<(), Refusal>;
+    async fn still_same(&self) -> Result<(), Refusal>;
+
+    /// Finds the process behind the socket, if that is not known yet, and reads of it what `looks` names. The evidence that
+    /// it gives proves that too.
+    async fn with_process(&self, _: &Owner, _: Looks) -> Result<(Process, Box<dyn Evidence>), Refusal> {
+        Err(Refusal::Kernel)
+    }
 
     /// The process, for an agent that attests it by its number: still the same one in every respect that was looked at,
     /// whatever has become of its connection, and with cgroups in which an agent cannot mistake it for another
     /// workload's. To be called before and after the agent is asked; the two have to be equal (attacks 2 and 3).
-    fn process(&self) -> Result<Named, Refusal> {
+    async fn process(&self) -> Result<Named, Refusal> {
         Err(Refusal::Kernel)
     }
 
@@ -133,7 +179,7 @@ pub trait Evidence: fmt::Debug + Send + Sync {
 
     /// Whether the process runs still, whatever it has become.
     fn is_there(&self) -> bool {
-        self.process().is_ok()
+        false
     }
 
     /// The pod, for an agent that is told its UID: it is there still, and has not been for long if so it says.
@@ -180,8 +226,9 @@ pub struct Ages {
 #[derive(Debug)]
 struct Nobody;
 
+#[async_trait]
 impl Evidence for Nobody {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Err(Refusal::Gone)
     }
 }
@@ -202,8 +249,19 @@ impl Caller {
     }
 
     /// Whether the caller is still what it was when it was attested: same process, same ids, same socket.
-    pub fn still_same(&self) -> Result<(), Refusal> {
-        self.evidence.still_same()
+    pub async fn still_same(&self) -> Result<(), Refusal> {
+        self.evidence.still_same().await
+    }
+
+    /// Whether to look at this of its process may mean to wait for what the caller controls, also when it is looked at again.
+    pub fn may_wait(&self, looks: Looks) -> bool {
+        self.process.is_none() || looks.may_wait()
+    }
+
+    /// With what `looks` names of its process, which is searched for if it is not known.
+    pub async fn with_process(self, looks: Looks) -> Result<Self, Refusal> {
+        let (process, evidence) = self.evidence.with_process(&Owner::of(&self), looks).await?;
+        Ok(Self { process: Some(process), evidence, ..self })
     }
 
     /// Whether it lives in a container, as far as it is known: `None` if neither cgroup nor process tell.
@@ -231,21 +289,26 @@ impl Owner {
 
     fn at(uid: u32, cgroup: Option<&CgroupPath>, pod: Option<&Pod>) -> Self {
         if let Some(pod) = pod {
-            return Self { uid: None, place: None, pod: Some(pod.uid.clone()) };
+            return Self { scope: Scope::Pod(pod.uid.clone()), uid: None };
         }
         let Some(cgroup) = cgroup else { return Self::user(uid) };
-        let (place, is_pod) = cgroup.workload();
-        Self { uid: (!is_pod).then_some(uid), place: Some(place), pod: None }
+        let (workload, kind) = cgroup.workload();
+        Self { scope: Scope::Cgroup(workload), uid: (kind == WorkloadKind::Unit).then_some(uid) }
     }
 
     /// Of a user's processes, where nothing else is known.
     pub fn user(uid: u32) -> Self {
-        Self { uid: Some(uid), place: None, pod: None }
+        Self { scope: Scope::Machine, uid: Some(uid) }
     }
 
-    /// Of all those who could not be attested: together they get as much as one workload.
+    /// Of those of whom not even the user is known: together they get as much as one workload.
     pub fn unknown() -> Self {
-        Self { uid: None, place: None, pod: None }
+        Self { scope: Scope::Machine, uid: None }
+    }
+
+    /// See [`Scope`].
+    pub fn scope(&self) -> &Scope {
+        &self.scope
     }
 }
 
@@ -268,9 +331,6 @@ pub enum Refusal {
     /// No process of the socket's cgroup and user shows the socket among its descriptors.
     #[error("no process of the caller's cgroup and user holds the calling socket")]
     NoHolder,
-    /// Its workload has as many connections as it may; this one is reset without an answer.
-    #[error("the workload has too many connections")]
-    TooManyConnections,
     /// The search for the socket's process went over its budget.
     #[error("the processes beside the caller have too many open descriptors to find the caller among them")]
     TooManyDescriptors,
@@ -297,22 +357,40 @@ pub enum Refusal {
         "the caller's cgroup names a pod in a place that is not the kubelet's; if it is, write the kubelet's cgroup root as \
          `pods_cgroup` in [listen]"
     )]
-    MisplacedPod(Box<Stranger>),
+    MisplacedPod,
     /// It came over a pod's listener, and is in no pod.
     #[error(
         "the caller uses a pod's network, but its cgroup is not that of a pod: use the unix socket, or the host's own \
          network"
     )]
-    NotAPod(Box<Stranger>),
+    NotAPod,
     /// It came over the listener of another pod.
     #[error("the caller uses the network of another pod than its own")]
-    OtherPod(Box<Stranger>),
-    /// The daemon may not see what the process runs, so it would not notice that it runs something else meanwhile.
+    OtherPod,
+    /// It has more than [`Groups::MAX`] supplementary groups, and the decision depends on them.
     #[error(
-        "the daemon cannot see what the calling process runs; give it CAP_SYS_PTRACE, CAP_PERFMON and the system call \
-         perf_event_open"
+        "the calling process has more than {} supplementary groups, and the decision depends on them; run it with fewer",
+        Groups::MAX
+    )]
+    TooManyGroups,
+    /// The socket was made by the service manager, which gives sockets to services of other users.
+    #[error(
+        "the calling socket was made by the service manager (init.scope, or a .socket unit), so it does not tell which \
+         service is calling; open a new socket for this request"
+    )]
+    ManagerSocket,
+    /// The daemon may not see what the process runs, or would not notice that it runs something else meanwhile.
+    #[error(
+        "the daemon cannot see what the calling process executes; its log says at the start which privilege is missing \
+         (CAP_SYS_PTRACE, CAP_BPF, CAP_PERFMON, the system call bpf)"
     )]
     UnseenProgram,
+    /// Looking at the process did not come to an end in time. Passes if that was a file system that hangs for a moment.
+    #[error(
+        "the kernel did not say in time what the calling process executes; a file system that the program is on does not \
+         answer"
+    )]
+    Unresponsive,
     /// The kernel lacks what this listener needs for this caller.
     #[error("this kernel cannot tell who is calling: {0}")]
     Unsupported(&'static str),
@@ -321,7 +399,7 @@ pub enum Refusal {
     Kernel,
 }
 
-/// What was seen of somebody who was refused for the place where he is, for the audit.
+/// What its socket tells of a peer, whether it is attested or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stranger {
     /// The user id.
@@ -335,27 +413,19 @@ pub struct Stranger {
 }
 
 impl Stranger {
-    /// What is seen of a caller before its process is looked for.
+    /// What the socket told of a caller.
     pub fn of(caller: &Caller) -> Self {
         let Caller { uid, cgroup, pod, namespace, .. } = caller;
         Self { uid: *uid, cgroup: cgroup.clone(), pod: pod.clone(), namespace: *namespace }
     }
 
-    /// Whose share it takes.
+    /// See [`Owner`].
     pub fn owner(&self) -> Owner {
         Owner::at(self.uid, self.cgroup.as_ref(), self.pod.as_ref())
     }
 }
 
 impl Refusal {
-    /// Who was refused, where that was seen.
-    pub fn stranger(&self) -> Option<&Stranger> {
-        match self {
-            Self::MisplacedPod(stranger) | Self::NotAPod(stranger) | Self::OtherPod(stranger) => Some(stranger),
-            _ => None,
-        }
-    }
-
     /// The label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {
@@ -364,17 +434,19 @@ impl Refusal {
             Self::InvisibleProcess => "invisible_process",
             Self::Ambiguous => "ambiguous_caller",
             Self::NoHolder => "no_holder",
-            Self::TooManyConnections => "too_many_of_one",
             Self::TooManyDescriptors => "too_many_descriptors",
             Self::Changed => "identity_changed",
             Self::UnreadableCgroup => "unreadable_cgroup",
             Self::Busy => "search_busy",
             Self::DelegatedCgroup => "delegated_cgroup",
             Self::NestedContainer => "nested_container",
-            Self::MisplacedPod(_) => "misplaced_pod",
-            Self::NotAPod(_) => "not_a_pod",
-            Self::OtherPod(_) => "other_pod",
+            Self::MisplacedPod => "misplaced_pod",
+            Self::NotAPod => "not_a_pod",
+            Self::OtherPod => "other_pod",
+            Self::TooManyGroups => "too_many_groups",
+            Self::ManagerSocket => "manager_socket",
             Self::UnseenProgram => "unseen_program",
+            Self::Unresponsive => "process_unresponsive",
             Self::Unsupported(_) => "unsupported_kernel",
             Self::Kernel => "kernel_error",
         }

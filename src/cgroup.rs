@@ -13,8 +13,8 @@ pub use pod::{Misplaced, Pod, PodPlace, PodRoots, PodUid};
 pub struct CgroupPath {
     text: Arc<str>,
     names_container: bool,
-    /// How much of the text is one workload's, and whether that is a pod.
-    workload: (usize, bool),
+    /// How much of the text is one workload's, and what that is.
+    workload: (usize, WorkloadKind),
 }
 
 /// The part of a path that is one workload's: the same for all paths that begin with it. Made without a copy of the text.
@@ -22,6 +22,20 @@ pub struct CgroupPath {
 pub struct Workload {
     path: Arc<str>,
     end: usize,
+}
+
+/// What the part of a path is that is one workload's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WorkloadKind {
+    /// A pod's directory.
+    Pod,
+    /// A container's, as its name tells.
+    Container,
+    /// A person's `user-N.slice`, with all sessions, user units and rootless containers.
+    Person,
+    /// An outermost systemd unit, or any other directory that is neither a slice nor a runtime's: its users are workloads
+    /// of their own.
+    Unit,
 }
 
 impl CgroupPath {
@@ -67,13 +81,19 @@ impl CgroupPath {
         [".service", ".scope"].iter().any(|suffix| first.ends_with(suffix)).then_some(first)
     }
 
-    /// The part of the path that is one workload's, and whether that is a pod: down to the pod's own directory or the
-    /// outermost unit, whichever comes first, else to the first directory that is neither a slice nor a runtime's.
+    /// Whether sockets that were made here are the service manager's own, who makes them for services of other users:
+    /// systemd's pid 1 is in `init.scope`, and a `.socket` unit's directory is for nothing else (T24).
+    pub fn is_service_managers(&self) -> bool {
+        self.segments().any(|segment| segment == "init.scope" || segment.ends_with(".socket"))
+    }
+
+    /// The part of the path that is one workload's, and what that is: down to the pod's own directory, the person's slice or
+    /// the outermost unit, whichever comes first, else to the first directory that is neither a slice nor a runtime's.
     ///
     /// For counting what a workload uses up. What lies below may be named by the workload, so it is never looked at.
-    pub fn workload(&self) -> (Workload, bool) {
-        let (end, is_pod) = self.workload;
-        (Workload { path: self.text.clone(), end }, is_pod)
+    pub fn workload(&self) -> (Workload, WorkloadKind) {
+        let (end, kind) = self.workload;
+        (Workload { path: self.text.clone(), end }, kind)
     }
 
     /// The pod and the container whose names the path has, in one spelling each; `Err` if it has several of a kind, or a
@@ -134,22 +154,36 @@ fn names_container(path: &str) -> bool {
 }
 
 /// See [`CgroupPath::workload`].
-fn workload(path: &str) -> (usize, bool) {
+fn workload(path: &str) -> (usize, WorkloadKind) {
+    let kind = |end: usize| match names_container(&path[..end]) {
+        true => WorkloadKind::Container,
+        false => WorkloadKind::Unit,
+    };
     let mut end = 0;
     for segment in path.split('/').skip(1) {
+        let is_below_users = &path[..end] == "/user.slice";
         end += 1 + segment.len();
         if pod_uid(segment).is_some() {
-            return (end, true);
+            return (end, WorkloadKind::Pod);
+        }
+        if is_below_users && is_user_slice(segment) {
+            return (end, WorkloadKind::Person);
         }
         let is_above = segment.is_empty()
             || segment.ends_with(".slice")
             || segment.contains("kubepods")
             || matches!(segment, "kubelet" | "burstable" | "besteffort" | "guaranteed" | "docker");
         if !is_above {
-            return (end, false);
+            return (end, kind(end));
         }
     }
-    (path.len(), false)
+    (path.len(), kind(path.len()))
+}
+
+/// `user-1000.slice`, as systemd's login manager names what is a person's.
+fn is_user_slice(segment: &str) -> bool {
+    let uid = segment.strip_prefix("user-").and_then(|rest| rest.strip_suffix(".slice"));
+    uid.is_some_and(|uid| !uid.is_empty() && uid.bytes().all(|c| c.is_ascii_digit()))
 }
 
 /// A container id: 64 hex digits, neither more nor fewer.
@@ -311,25 +345,59 @@ mod tests {
         let pod = format!("/kubepods/burstable/pod{U}");
         let slice = format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{u_}.slice");
         let table = [
-            (format!("{pod}/{C}"), pod.as_str(), true),
-            (format!("{pod}/{C}/named/by/its/owner"), &pod, true),
-            (format!("{slice}/cri-containerd-{C}.scope"), &slice, true),
-            ("/system.slice/a.service/below".to_owned(), "/system.slice/a.service", false),
-            ("/user.slice/user-7.slice/session-3.scope".to_owned(), "/user.slice/user-7.slice/session-3.scope", false),
-            // Whoever names pods below his own unit gets no second share.
+            (format!("{pod}/{C}"), pod.as_str(), WorkloadKind::Pod),
+            (format!("{pod}/{C}/named/by/its/owner"), &pod, WorkloadKind::Pod),
+            (format!("{slice}/cri-containerd-{C}.scope"), &slice, WorkloadKind::Pod),
+            ("/system.slice/a.service/below".to_owned(), "/system.slice/a.service", WorkloadKind::Unit),
+            // A person has one share, however many sessions, user units and containers of its own it starts.
+            ("/user.slice/user-7.slice/session-3.scope".to_owned(), "/user.slice/user-7.slice", WorkloadKind::Person),
+            (
+                format!("/user.slice/user-7.slice/user@7.service/user.slice/libpod-{C}.scope/container"),
+                "/user.slice/user-7.slice",
+                WorkloadKind::Person,
+            ),
+            // Naming pods below its own unit gives nobody a second share.
             (
                 format!("/user.slice/user-7.slice/user@7.service/pod{U}"),
-                "/user.slice/user-7.slice/user@7.service",
-                false,
+                "/user.slice/user-7.slice",
+                WorkloadKind::Person,
             ),
-            (format!("/own/pod{U}"), "/own", false),
-            (format!("/docker/{C}/x"), &format!("/docker/{C}"), false),
-            ("/own.slice".to_owned(), "/own.slice", false),
-            ("/".to_owned(), "/", false),
+            ("/system.slice/user-7.slice/x".to_owned(), "/system.slice/user-7.slice/x", WorkloadKind::Unit),
+            ("/user.slice/user-x.slice/x".to_owned(), "/user.slice/user-x.slice/x", WorkloadKind::Unit),
+            (format!("/own/pod{U}"), "/own", WorkloadKind::Unit),
+            (format!("/docker/{C}/x"), &format!("/docker/{C}"), WorkloadKind::Container),
+            (
+                format!("/system.slice/docker-{C}.scope/init.scope"),
+                &format!("/system.slice/docker-{C}.scope"),
+                WorkloadKind::Container,
+            ),
+            (
+                "/machine.slice/machine-web.scope/payload".to_owned(),
+                "/machine.slice/machine-web.scope",
+                WorkloadKind::Container,
+            ),
+            ("/own.slice".to_owned(), "/own.slice", WorkloadKind::Unit),
+            ("/".to_owned(), "/", WorkloadKind::Unit),
         ];
-        for (text, part, is_pod) in table {
-            let (found, found_pod) = path(&text).workload();
-            assert_eq!((found.as_str(), found_pod), (part, is_pod), "{text}");
+        for (text, part, kind) in table {
+            let (found, found_kind) = path(&text).workload();
+            assert_eq!((found.as_str(), found_kind), (part, kind), "{text}");
+        }
+    }
+
+    #[test]
+    fn service_manager_has_cgroups_of_its_own() {
+        for (text, is) in [
+            ("/init.scope", true),
+            ("/system.slice/web.socket", true),
+            ("/user.slice/user-7.slice/user@7.service/init.scope", true),
+            ("/user.slice/user-7.slice/user@7.service/app.slice/web.socket", true),
+            ("/system.slice/web.service", false),
+            ("/system.slice/socket.service", false),
+            ("/init", false),
+            ("/", false),
+        ] {
+            assert_eq!(path(text).is_service_managers(), is, "{text}");
         }
     }
 

@@ -9,6 +9,7 @@ pub mod credential_process;
 pub mod exec;
 mod live;
 mod node;
+pub mod probe;
 mod server;
 pub mod status;
 mod style;
@@ -47,6 +48,16 @@ impl ConfigFile {
         // The environment of the daemon is not this one.
         let (listen, region) = Config::load_for_callers(self.path())?;
         Ok(Beside { listen, region })
+    }
+
+    /// The daemon's status socket: this one, or that of the configuration.
+    fn status_socket(&self, named: Option<&Path>) -> Result<PathBuf, String> {
+        if let Some(named) = named {
+            return Ok(named.to_owned());
+        }
+        let beside = self.beside().map_err(|errors| format!("{errors}\nor name the socket with --socket"))?;
+        let missing = "the configuration has no status socket; set `status` in [listen]";
+        beside.listen.status.ok_or_else(|| missing.to_owned())
     }
 }
 

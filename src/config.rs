@@ -260,7 +260,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: Names) ->
     checks::paths(root.report, &named);
     checks::rules(root.report, &workloads);
     checks::roles(root.report, &roles, requested.as_ref());
-    if sts.ca_file.is_some() && roles.iter().all(|defined| defined.role.sts.endpoint.is_none()) {
+    if sts.ca_file.is_some() && roles.iter().all(|defined| aws::is_aws(defined.role.sts.endpoint.as_deref())) {
         let what = "no role uses an STS endpoint of its own, and AWS's are trusted by the system's certificates alone";
         sts_table.error("ca_file", what, "remove it, or set `endpoint`");
     }

@@ -46,7 +46,8 @@ struct Body<'a> {
 }
 
 impl Credentials {
-    /// The JSON body for SDKs: `Expiration` in UTC with `Z` and whole seconds, `AccountId` only where the ARN has one.
+    /// The JSON body for SDKs: `Expiration` in UTC with `Z` and whole seconds, `AccountId` only
+    /// for the ARN of a role at AWS: accounts of another STS do not mean anything to an SDK.
     pub fn body(&self, role: &RoleArn) -> Zeroizing<Vec<u8>> {
         let body = Body {
             code: "Success",
@@ -108,10 +109,12 @@ mod tests {
     }
 
     #[test]
-    fn an_arn_without_account_gives_no_account_id() {
-        let role = RoleArn::parse("arn:minio:iam:::role/abcdef").unwrap();
-        let body: serde_json::Value = serde_json::from_slice(&example().body(&role)).unwrap();
-        assert!(body.get("AccountId").is_none());
+    fn body_has_no_account_id_for_a_role_that_is_not_at_aws() {
+        for name in ["arn:minio:iam:::role/abcdef", "urn:ecs:iam::ns1:role/x", "arn:aws:iam::tenant:role/x", "x"] {
+            let role = RoleArn::opaque(name).unwrap();
+            let body: serde_json::Value = serde_json::from_slice(&example().body(&role)).unwrap();
+            assert!(body.get("AccountId").is_none() && body["RoleArn"] == name, "{body}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use nix::sys::prctl::{set_dumpable, set_no_new_privs};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::{Config, Reference, Source};
+use crate::rule::NamedRule;
 
 /// Kept wherever they are granted: what listeners and rules need that a reload may bring.
 const KEPT: [Capability; 3] =
@@ -42,11 +43,10 @@ impl Does {
             Source::SpiffeBroker { reference: Reference::Auto, .. } => listens_on_host,
             Source::SpireDelegated { .. } | Source::SpiffeBroker { reference: Reference::Process, .. } => true,
         };
-        // On the unix socket the kernel tells the groups.
-        let groups_count = listen.pods || !listen.tcp.is_empty();
-        let rules_look = workloads
-            .iter()
-            .any(|workload| workload.rule.rule.exe.is_some() || (groups_count && workload.rule.has_group()));
+        // On the unix socket the kernel names the process, and tells its groups.
+        let searches = listen.pods || !listen.tcp.is_empty();
+        let needs_process = |rule: &NamedRule| rule.rule.exe.is_some() || (searches && !rule.socket_decides());
+        let rules_look = workloads.iter().any(|workload| needs_process(&workload.rule));
         Self {
             looks_at_processes: names_processes || rules_look,
             listens_on_host,
@@ -54,6 +54,11 @@ impl Does {
             enters_namespaces: listen.pods,
             listens_low: listen.pods || listen.tcp.iter().any(|address| (1..1024).contains(&address.port())),
         }
+    }
+
+    /// Whether callers are named to an agent by their process.
+    pub fn names_processes(self) -> bool {
+        self.names_processes
     }
 
     /// Whether callers can be processes that have to be seen: all but those in pods that are named by their pod.
@@ -68,11 +73,10 @@ impl Does {
             (self.looks_at_processes, Capability::CAP_SYS_PTRACE, looks),
             (self.looks_at_processes, Capability::CAP_DAC_READ_SEARCH, looks),
             (
-                self.names_processes,
-                Capability::CAP_PERFMON,
-                "a caller that executes another program meanwhile cannot be noticed, so callers' processes are not named",
+                self.listens_low,
+                Capability::CAP_NET_BIND_SERVICE,
+                "ports below 1024 may be closed to it, as 974 in pods",
             ),
-            (self.listens_low, Capability::CAP_NET_BIND_SERVICE, "ports below 1024 may be closed to it, as 974 in pods"),
             (self.enters_namespaces, Capability::CAP_SYS_ADMIN, "pods' network namespaces cannot be entered"),
         ]
         .into_iter()
@@ -156,8 +160,8 @@ pub fn before_threads(does: Does) {
     log("raising the number of descriptors", raised.is_err());
 }
 
-/// Gives up what is not used. CAP_PERFMON and CAP_SYS_ADMIN, which are worth the most to whoever would take the daemon over, are
-/// kept only where the configuration at the start needs them.
+/// Gives up what is not used. CAP_SYS_ADMIN, which is worth the most to whoever would take the daemon over, is kept only where
+/// the configuration at the start needs it; CAP_BPF and CAP_PERFMON have been of use by now.
 fn drop_capabilities(does: Does) -> Result<(), caps::errors::CapsError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
     let kept: CapsHashSet = KEPT

@@ -3,7 +3,6 @@
 //! hyper parses. Everything that is refused here has its own reason, which is counted, and audited if a head arrived.
 
 use std::convert::Infallible;
-use std::os::fd::AsFd;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,26 +16,27 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::timeout;
 
-use crate::attest::{Attestor, PodAttestor};
+use crate::attest::{Attestor, LookupThreads, PodAttestor, Unattested};
 use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
-use crate::caller::{Caller, Listener, Owner, Refusal, Stranger};
-use crate::listen::{Arrival, CONNECTION_LIFE, Place, Shares, Socket, Stream};
-use crate::metrics::{Metrics, Reason};
+use crate::caller::{Caller, Listener, Looks, Owner, Refusal, Stranger};
+use crate::limits::{FairPermit, FairSemaphore};
+use crate::listen::{Arrival, ArrivalPermit, Socket, Stream};
+use crate::metrics::Metrics;
 
 mod answer;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod life;
 mod rules;
 mod wire;
 
 pub use rules::{Asked, Authorization};
 
 use answer::Refused;
+use life::{ConnectionLife, Dropped};
 use wire::{Stage, Wire};
 
 /// A head that is not complete after this is given up.
@@ -58,101 +58,100 @@ pub struct Front {
     pub metrics: Metrics,
     /// What TCP callers have to show.
     pub authorization: Authorization,
-    /// How many connections each workload may have.
-    pub shares: Shares,
+    /// Where connections go on whose callers' processes are looked at.
+    pub lookups: LookupThreads,
+    /// How many connections there may be, and each workload may have.
+    pub connections: FairSemaphore<Owner>,
 }
 
 type Answer = Response<Full<Bytes>>;
 
-/// Why a connection ended without a request.
-#[derive(Debug, Clone, Copy)]
-enum Dropped {
-    /// Its workload has too many.
-    OverShare,
-    /// All together have too many.
-    TooMany,
-    /// The head did not come in time.
-    SlowHead,
-    /// What came is no head of HTTP/1, or too long a one.
-    BadRequest,
-    /// The client went away.
-    Closed,
-    /// The whole connection took too long.
-    TooSlow,
+/// A connection that has a place among those of its workload.
+struct Admitted {
+    peer: Result<Caller, Unattested>,
+    /// What is to be seen of the caller's process; `None` if no rule depends on it.
+    looks: Option<Looks>,
+    permit: FairPermit<Owner>,
 }
 
-impl Dropped {
-    fn reason(self) -> &'static str {
-        match self {
-            Self::OverShare => "too_many_of_one",
-            Self::TooMany => "too_many",
-            Self::SlowHead => "slow_head",
-            Self::BadRequest => "bad_request",
-            Self::Closed => "closed",
-            Self::TooSlow => "too_slow",
-        }
+impl Admitted {
+    fn may_wait(&self) -> bool {
+        matches!((&self.peer, self.looks), (Ok(caller), Some(looks)) if caller.may_wait(looks))
     }
 }
-
-/// Why somebody was not attested, and what his socket had told by then.
-type Unknown = (Refusal, Option<Stranger>);
 
 impl Front {
-    /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace. The caller is attested
-    /// before a byte is read.
+    /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace.
     pub async fn connection(self: Arc<Self>, stream: Stream, arrival: Arrival, pod: Option<Arc<PodAttestor>>) {
-        let served = timeout(CONNECTION_LIFE, self.attest_and_serve(stream, arrival, pod.as_deref())).await;
-        if let Err(dropped) = served.unwrap_or(Err(Dropped::TooSlow)) {
-            self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
+        let listener = match (&stream, &pod) {
+            (Stream::Unix(_), _) => Listener::Unix,
+            (Stream::Tcp { .. }, None) => Listener::Tcp,
+            (Stream::Tcp { .. }, Some(_)) => Listener::Pod,
+        };
+        let Arrival { permit: arriving, open } = arrival;
+        let life = ConnectionLife::new(stream.socket().descriptor().clone(), pod.clone(), self.metrics.clone(), open);
+        let Some(admitted) = life.run(self.admit(&stream, arriving, pod.as_deref())).await else { return };
+        let (owner, may_wait) = (admitted.permit.key().clone(), admitted.may_wait());
+        let lookups = self.lookups.clone();
+        let served = async move {
+            life.run(self.attested(stream.into_socket(), listener, admitted)).await;
+        };
+        match may_wait {
+            true => lookups.spawn(owner, served),
+            false => served.await,
         }
     }
 
-    async fn attest_and_serve(
+    /// The peer by its socket, and a permit for its workload: nothing is read before it is known who has sent it.
+    async fn admit(
         &self,
-        stream: Stream,
-        arrival: Arrival,
+        stream: &Stream,
+        arriving: ArrivalPermit,
         pod: Option<&PodAttestor>,
-    ) -> Result<(), Dropped> {
-        let (mut arrival, mut places) = (Some(arrival), Err(Dropped::TooMany));
-        let mut seen = None;
-        // Before a byte is read, and over TCP before a process is searched for.
-        let mut admit = |owner| {
-            if let Some(arrival) = arrival.take() {
-                places = self.admit(owner, arrival);
-            }
-            places.is_ok()
-        };
-        let (listener, caller) = match &stream {
-            Stream::Unix(stream) => (Listener::Unix, self.attestor.unix(stream.as_fd())),
-            Stream::Tcp { client, server, .. } => {
-                let admit = |caller: &Caller| {
-                    seen = Some(Stranger::of(caller));
-                    admit(Owner::of(caller))
-                };
-                match pod {
-                    None => (Listener::Tcp, self.attestor.tcp(*client, *server, admit).await),
-                    Some(pod) => (Listener::Pod, pod.tcp(*client, *server, admit).await),
-                }
-            }
-        };
+    ) -> Result<Admitted, Dropped> {
+        let peer = self.peer(stream, arriving, pod).await;
         // Those who are not attested are read and answered, too, so they have a share as well.
-        admit(caller.as_ref().map_or_else(|_| Owner::unknown(), Owner::of));
-        let caller = caller.map_err(|refusal| (refusal, seen));
-        let _places = match places {
-            Ok(places) => places,
-            Err(dropped) => {
-                stream.reset();
-                return Err(dropped);
-            }
-        };
-        let (Stream::Unix(stream) | Stream::Tcp { stream, .. }) = stream;
-        self.request(stream, listener, caller).await
+        let owner = peer.as_ref().map_or_else(Unattested::owner, Owner::of);
+        let permit = self.connections.try_acquire_evicting(&owner)?;
+        let looks = peer.as_ref().ok().and_then(|caller| self.broker.needs(caller));
+        Ok(Admitted { peer, looks, permit })
     }
 
-    /// A place among the connections of one workload, and one among all.
-    fn admit(&self, owner: Owner, arrival: Arrival) -> Result<(Place, OwnedSemaphorePermit), Dropped> {
-        let place = self.shares.enter(owner).ok_or(Dropped::OverShare)?;
-        Ok((place, arrival.admit().ok_or(Dropped::TooMany)?))
+    /// The caller by its process where the policy needs that, and then the request, until the connection ends or has to give
+    /// way.
+    async fn attested(&self, stream: Socket, listener: Listener, admitted: Admitted) -> Result<(), Dropped> {
+        let Admitted { peer, looks, permit } = admitted;
+        let served = async {
+            let caller = match (peer, looks) {
+                (Ok(caller), Some(looks)) => {
+                    let seen = Stranger::of(&caller);
+                    let caller = caller.with_process(looks).await;
+                    caller.map_err(|refusal| Unattested { refusal, peer: Some(seen) })
+                }
+                (peer, _) => peer,
+            };
+            self.request(stream, listener, caller, &permit).await
+        };
+        tokio::select! {
+            biased;
+            served = served => served,
+            () = permit.evicted() => Err(Dropped::Evicted),
+        }
+    }
+
+    /// What the socket alone tells.
+    async fn peer(
+        &self,
+        stream: &Stream,
+        arriving: ArrivalPermit,
+        pod: Option<&PodAttestor>,
+    ) -> Result<Caller, Unattested> {
+        let on_wait = || drop(arriving);
+        match (stream, pod) {
+            (Stream::Unix(stream), _) => self.attestor.unix(stream),
+            (Stream::Tcp { client, server, .. }, None) => self.attestor.tcp(*client, *server, on_wait).await,
+            (Stream::Tcp { client, server, .. }, Some(pod)) => pod.tcp(*client, *server, on_wait).await,
+        }
     }
 
     /// Reads one request and answers it. A refused caller is still read and answered, so that its SDK shows why.
@@ -160,12 +159,14 @@ impl Front {
         &self,
         stream: Socket,
         listener: Listener,
-        caller: Result<Caller, Unknown>,
+        caller: Result<Caller, Unattested>,
+        permit: &FairPermit<Owner>,
     ) -> Result<(), Dropped> {
         let caller = caller.map(Arc::new);
         let (stage, more_comes) = (Stage::default(), AtomicBool::new(false));
         let service = service_fn(|request: Request<Incoming>| {
             stage.answering();
+            permit.set_in_use();
             more_comes.store(rules::has_body(&request), Ordering::Relaxed);
             let (caller, stage) = (caller.clone(), &stage);
             async move {
@@ -207,25 +208,25 @@ impl Front {
         &self,
         request: &Request<Incoming>,
         listener: Listener,
-        caller: Result<Arc<Caller>, Unknown>,
+        caller: Result<Arc<Caller>, Unattested>,
     ) -> Answer {
         let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
-        if let Err((refusal, seen)) = &caller {
-            record.refused(refusal, seen.as_ref());
-        }
-        let caller = caller.map_err(|(refusal, _)| refusal);
+        let caller = caller.map_err(|Unattested { refusal, peer }| {
+            record.unattested(peer);
+            refusal
+        });
         let id = record.request_id();
         match self.decide(request, listener, caller, &mut record).await {
             Ok((issued, freshness)) => {
                 let said =
                     audit::Issued { access_key_id: &issued.access_key_id, expiration: issued.expiration, freshness };
-                match record.finish(Outcome::Issued, "ok", Some(said)) {
+                match record.finish(Outcome::Issued, "ok", Some(said)).await {
                     true => respond(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
                     false => refuse(&Refused::NotAudited, id),
                 }
             }
             Err(refused) => {
-                record.finish(refused.outcome(), refused.reason(), None);
+                record.finish(refused.outcome(), refused.reason(), None).await;
                 refuse(&refused, id)
             }
         }

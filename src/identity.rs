@@ -8,14 +8,14 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
+mod arn;
+
+pub use arn::{ArnTemplate, RoleArn};
+
 /// The longest SPIFFE ID that the standard asks implementations to support, in bytes.
 const SPIFFE_ID_MAX: usize = 2048;
 /// The longest trust domain name, in bytes.
 const TRUST_DOMAIN_MAX: usize = 255;
-/// STS: `RoleArn` has 20 to 2048 characters.
-const ROLE_ARN_LENGTH: std::ops::RangeInclusive<usize> = 20..=2048;
-/// IAM: the longest name of a role, without its path.
-const ROLE_NAME_MAX: usize = 64;
 /// STS: `RoleSessionName` has 2 to 64 characters of `[\w+=,.@-]`.
 const SESSION_NAME_LENGTH: std::ops::RangeInclusive<usize> = 2..=64;
 /// How much of a long SPIFFE ID stays readable in its session name, before `=` and 16 hex digits.
@@ -85,8 +85,12 @@ fn is_trust_domain(name: &str) -> bool {
 }
 
 fn is_path_segment(segment: &str) -> bool {
-    let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_');
-    !matches!(segment, "" | "." | "..") && segment.bytes().all(allowed)
+    !matches!(segment, "" | "." | "..") && segment.bytes().all(is_segment_character)
+}
+
+/// `[A-Za-z0-9._-]`, which is all that a path segment can have: SPIFFE-ID.md, section 2.2.
+fn is_segment_character(c: u8) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_')
 }
 
 impl fmt::Display for SpiffeId {
@@ -171,10 +175,37 @@ impl SpiffeIdPattern {
         self.segments.iter().all(|part| matches!(part, Part::Exact(_))).then(|| SpiffeId(Arc::from(self.text.as_str())))
     }
 
-    /// Whether a wildcard stands before a fixed last segment, as in `ns/*/sa/billing`: whoever can create the
-    /// wildcard's part can then claim the last one (attack 13).
-    pub fn wildcard_before_fixed_end(&self) -> bool {
-        matches!(self.segments.last(), Some(Part::Exact(_))) && self.segments.contains(&Part::One)
+    /// Returns whether this pattern covers every ID that `other` covers.
+    pub fn covers(&self, other: &Self) -> bool {
+        let (mut own, mut others) = (self.segments.iter(), other.segments.iter());
+        loop {
+            match (own.next(), others.next()) {
+                (Some(Part::Rest), Some(_)) | (None, None) => return self.domain == other.domain,
+                (Some(Part::One), Some(Part::One | Part::Exact(_))) => {}
+                (Some(Part::Exact(one)), Some(Part::Exact(other))) if one == other => {}
+                _ => return false,
+            }
+        }
+    }
+
+    /// Returns whether the pattern has no fixed segment, as in `spiffe://example.org/**`.
+    pub fn is_all_wildcards(&self) -> bool {
+        !self.segments.iter().any(|part| matches!(part, Part::Exact(_)))
+    }
+
+    /// Returns whether a `*` is left open although a later segment decides, as in `ns/*/sa/billing`. A workload that can create the
+    /// wildcard's part could then claim the later one (attack 13). A segment decides if it is a fixed last one, or a wildcard
+    /// that the role's name depends on; `used` has the indices of those. A `*` among them is not open.
+    pub fn has_open_wildcard(&self, used: &[usize]) -> bool {
+        let last = self.segments.len() - 1;
+        let decides = |(index, part): (usize, &Part)| match part {
+            Part::Exact(_) => index == last,
+            Part::One => used.contains(&index),
+            Part::Rest => used.iter().any(|used| *used >= index),
+        };
+        let is_open = |(index, part): (usize, &Part)| *part == Part::One && !used.contains(&index);
+        let open = self.segments.iter().enumerate().position(is_open);
+        open.is_some_and(|open| self.segments.iter().enumerate().skip(open + 1).any(decides))
     }
 
     /// How many segments every ID that matches has at least.
@@ -185,154 +216,6 @@ impl SpiffeIdPattern {
     /// The trust domain.
     pub fn trust_domain(&self) -> &str {
         &self.domain
-    }
-
-    /// As it was written.
-    pub fn as_str(&self) -> &str {
-        &self.text
-    }
-}
-
-/// The ARN of a role to assume. Any partition and service: S3-compatible systems have ARNs of their own.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct RoleArn(Arc<str>);
-
-impl RoleArn {
-    /// Parses `arn:<partition>:<service>:<region>:<account>:role/<name>`.
-    pub fn parse(text: &str) -> Result<Self, InvalidName> {
-        if !ROLE_ARN_LENGTH.contains(&text.len()) {
-            return invalid(format!("a role ARN has 20 to 2048 characters, this one {}", text.len()));
-        }
-        if !text.bytes().all(|c| c.is_ascii_graphic()) {
-            return invalid("a role ARN has no spaces and no characters outside ASCII");
-        }
-        let parts: Vec<&str> = text.splitn(6, ':').collect();
-        let [arn, partition, service, region, account, resource] = parts[..] else {
-            return invalid("a role ARN has six parts, as in arn:aws:iam::123456789012:role/billing");
-        };
-        let name = resource.strip_prefix("role/").unwrap_or_default();
-        if arn != "arn" || partition.is_empty() || service.is_empty() || name.is_empty() {
-            return invalid("it is not of the form arn:aws:iam::123456789012:role/billing");
-        }
-        if partition.starts_with("aws") {
-            let is_account = account.len() == 12 && account.bytes().all(|c| c.is_ascii_digit());
-            if service != "iam" || !region.is_empty() || !is_account {
-                return invalid("an AWS role's ARN is arn:aws:iam::<12 digits>:role/<name>");
-            }
-            if !is_aws_role_name(name.rsplit('/').next().unwrap_or_default()) {
-                return invalid("an AWS role's name has 1 to 64 of the characters A-Z a-z 0-9 _ + = , . @ -");
-            }
-        }
-        Ok(Self(Arc::from(text)))
-    }
-
-    /// The whole ARN.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// The account's number, where the ARN has one.
-    pub fn account(&self) -> Option<&str> {
-        self.0.split(':').nth(4).filter(|account| !account.is_empty())
-    }
-
-    /// Whether it is a role at AWS, in any of its partitions.
-    pub fn is_aws(&self) -> bool {
-        self.0.split(':').nth(1).is_some_and(|partition| partition.starts_with("aws"))
-    }
-}
-
-fn is_aws_role_name(name: &str) -> bool {
-    (1..=ROLE_NAME_MAX).contains(&name.len()) && name.bytes().all(is_iam_character)
-}
-
-/// `[\w+=,.@-]`, which IAM takes in names of roles and sessions.
-fn is_iam_character(c: u8) -> bool {
-    c.is_ascii_alphanumeric() || matches!(c, b'_' | b'+' | b'=' | b',' | b'.' | b'@' | b'-')
-}
-
-impl fmt::Display for RoleArn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// A role ARN in which `{path[N]}` stands for the Nth segment (from 0) of the caller's SPIFFE ID.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct ArnTemplate {
-    text: String,
-    /// None where `whole` is there.
-    pieces: Vec<Piece>,
-    /// The ARN itself, where it is the same for all.
-    whole: Option<RoleArn>,
-}
-
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-enum Piece {
-    Text(String),
-    Segment(usize),
-}
-
-impl ArnTemplate {
-    /// Parses a template; one without `{path[N]}` has to be a role ARN as it stands.
-    pub fn parse(text: &str) -> Result<Self, InvalidName> {
-        let mut pieces = Vec::new();
-        let mut rest = text;
-        while let Some((before, after)) = rest.split_once('{') {
-            let Some((name, behind)) = after.split_once('}') else {
-                return invalid("a `{` is not closed");
-            };
-            let digits = name.strip_prefix("path[").and_then(|rest| rest.strip_suffix(']'));
-            // `parse` would also take a sign.
-            let digits = digits.filter(|digits| digits.bytes().all(|c| c.is_ascii_digit()));
-            let Some(index) = digits.and_then(|digits| digits.parse().ok()) else {
-                return invalid(format!(
-                    "`{{{name}}}` is not known; {{path[0]}} stands for the first segment of the SPIFFE ID's path"
-                ));
-            };
-            pieces.extend([Piece::Text(before.to_owned()), Piece::Segment(index)]);
-            rest = behind;
-        }
-        pieces.push(Piece::Text(rest.to_owned()));
-        let template = Self { text: text.to_owned(), pieces, whole: None };
-        // Whatever a segment holds, the shape must be an ARN's.
-        let arn = RoleArn::parse(&template.fill(|_| Some("x")).unwrap_or_default())?;
-        Ok(if template.highest_segment().is_some() { template } else { Self::fixed(&arn) })
-    }
-
-    /// This ARN for every ID: whatever is in it stands for itself, braces too.
-    pub fn fixed(arn: &RoleArn) -> Self {
-        Self { text: arn.as_str().to_owned(), pieces: Vec::new(), whole: Some(arn.clone()) }
-    }
-
-    /// The ARN for this ID; `None` where a segment is missing or the result is too long.
-    pub fn render(&self, id: &SpiffeId) -> Option<RoleArn> {
-        if let Some(arn) = &self.whole {
-            return Some(arn.clone());
-        }
-        let arn = self.fill(|index| id.segments().nth(index))?;
-        RoleArn::parse(&arn).ok()
-    }
-
-    fn fill<'a>(&'a self, segment: impl Fn(usize) -> Option<&'a str>) -> Option<String> {
-        self.pieces
-            .iter()
-            .map(|piece| match piece {
-                Piece::Text(text) => Some(text.as_str()),
-                Piece::Segment(index) => segment(*index),
-            })
-            .collect()
-    }
-
-    /// The highest segment that is referred to, if any is.
-    pub fn highest_segment(&self) -> Option<usize> {
-        self.pieces
-            .iter()
-            .filter_map(|piece| match piece {
-                Piece::Segment(index) => Some(*index),
-                Piece::Text(_) => None,
-            })
-            .max()
     }
 
     /// As it was written.
@@ -375,6 +258,11 @@ impl SessionName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+/// `[\w+=,.@-]`, which IAM takes in names of roles and sessions.
+fn is_iam_character(c: u8) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, b'_' | b'+' | b'=' | b',' | b'.' | b'@' | b'-')
 }
 
 /// Whether a name has the form that [`SessionName::of`] gives long ones.

@@ -10,11 +10,12 @@ use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::credentials::Credentials;
 use crate::health::LastError;
+use crate::identity::SpiffeId;
+use crate::limits::{FairSemaphore, KeyedRateLimiter};
 use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
 use crate::sts::{Again, AssumeRole, StsError};
-use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError};
-use crate::turns::{Allowance, Turns};
+use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
 
 /// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
 /// the cache to try again, at its pace.
@@ -43,8 +44,8 @@ pub struct Issuer {
     sts: Arc<dyn AssumeRole>,
     clock: Clock,
     metrics: Metrics,
-    turns: Turns,
-    allowance: Arc<Allowance>,
+    turns: FairSemaphore<SpiffeId>,
+    allowance: Arc<KeyedRateLimiter>,
 }
 
 /// Why no credentials were issued.
@@ -60,7 +61,10 @@ pub enum IssueError {
     #[error("this workload asks for new credentials too often; ask again in some seconds, and for fewer roles")]
     TooOften,
     /// The credentials end so soon that they are of no use.
-    #[error("STS gave credentials that end within a minute: compare this node's clock")]
+    #[error(
+        "STS gave credentials that end within a minute: compare this node's clock, and give JWT-SVIDs a longer life if this STS \
+         ends credentials with the token that they were given for"
+    )]
     TooShort,
 }
 
@@ -97,8 +101,8 @@ impl IssueError {
 impl Issuer {
     /// Puts source and STS together.
     pub fn new(source: Arc<dyn IdentitySource>, sts: Arc<dyn AssumeRole>, clock: Clock, metrics: Metrics) -> Self {
-        let turns = Turns::new(SOURCE_CALLS, SOURCE_CALLS_EACH);
-        let allowance = Arc::new(Allowance::new(BURST, EVERY));
+        let turns = FairSemaphore::new(SOURCE_CALLS, SOURCE_CALLS_EACH);
+        let allowance = Arc::new(KeyedRateLimiter::new(BURST, EVERY));
         Self { source, sts, clock, metrics, turns, allowance }
     }
 
@@ -125,9 +129,7 @@ impl Issuer {
             return Err(noting(refused, "the identity source gave the same token again").into());
         }
         match self.assume(grant, &fresh, &mut patience).await {
-            Err(error) if error.again == Again::NewToken => {
-                Err(noting(error, "a new token was refused as well").into())
-            }
+            Err(error) if error.again == Again::NewToken => Err(self.refused_twice(error, &fresh).into()),
             result => Ok(result?),
         }
     }
@@ -135,7 +137,7 @@ impl Issuer {
     async fn token(&self, caller: &Arc<Caller>, grant: &Grant, patience: &mut Patience) -> Result<JwtSvid, IssueError> {
         let audience = &grant.role.audience;
         loop {
-            let turn = self.turns.take(&grant.spiffe_id).await.ok_or(IssueError::TooOften)?;
+            let turn = self.turns.acquire(&grant.spiffe_id).await.ok_or(IssueError::TooOften)?;
             let result = self.source.token(caller, &grant.spiffe_id, audience).await;
             drop(turn);
             match result {
@@ -149,6 +151,23 @@ impl Issuer {
                 }
                 result => return Ok(result?),
             }
+        }
+    }
+
+    /// Judges STS's refusal of a second token. If the token expired in a queue or between retries, the refusal is an outage:
+    /// it says nothing about the role, and cached credentials stay valid.
+    fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
+        match (token.check_life(self.clock.now()), token.short_life()) {
+            (Err(expired), _) => StsError { again: Again::Later, ..noting(error, &format!("the token: {expired}")) },
+            (Ok(()), Some(life)) => noting(
+                error,
+                &format!(
+                    "a new token was refused as well; it is good for only {} s: {TTL_FIX}, and compare this node's clock with \
+                     STS's",
+                    life.as_secs()
+                ),
+            ),
+            (Ok(()), None) => noting(error, "a new token was refused as well"),
         }
     }
 
@@ -171,11 +190,11 @@ impl Issuer {
 
 fn last_error<T>(result: &Result<T, StsError>) -> Option<LastError> {
     let error = result.as_ref().err()?;
-    Some(LastError { text: error.message.clone(), reason: error.reason, outage: error.again == Again::Later })
+    Some(LastError { text: error.to_string(), reason: error.reason, outage: error.again == Again::Later })
 }
 
 fn noting(error: StsError, note: &str) -> StsError {
-    StsError { message: format!("{}; {note}", error.message), ..error }
+    StsError { what: format!("{}; {note}", error.what), ..error }
 }
 
 /// How many more tries one issue has, and until when.

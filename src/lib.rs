@@ -7,8 +7,8 @@
 //! Values, without I/O: [`identity`] names, [`cgroup`] what a cgroup path says, [`caller`] who is asking, [`rule`] which
 //! SPIFFE ID a caller has, [`role`] which role that may have, [`credentials`] what is handed out, [`clock`] what time it is.
 //!
-//! What every part needs: [`config`], [`telemetry`] the log, [`metrics`], [`health`] of the neighbours, [`audit`] one
-//! record per request, [`accounts`] the numbers of users and groups.
+//! What every part needs: [`config`], [`writer`] of lines, which never blocks its callers, [`telemetry`] the log, [`metrics`],
+//! [`health`] of the neighbours, [`audit`] one record per request, [`accounts`] the numbers of users and groups.
 //!
 //! A request, in its order:
 //!
@@ -19,7 +19,7 @@
 //! | ask | [`http`] | method, path, header rules; opens the audit record |
 //! | decide | [`broker`] | identify, choose, cached or issued, still the same caller: **the request path** |
 //! | remember | [`cache`] | credentials by SPIFFE ID and role, refreshed ahead |
-//! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], in [`turns`] that are fair between workloads |
+//! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
 //!
 //! Around it: [`pods`] listens in each pod's network [`namespace`]; [`admin`] health and metrics, [`readiness`],
 //! [`hardening`], [`app`] which wires all of it, and [`serve`] which runs that. Beside the daemon: [`commands`] for whoever
@@ -42,7 +42,11 @@ pub mod credentials;
 
 pub mod clock;
 
+pub mod limits;
+
 pub mod config;
+
+pub mod writer;
 
 pub mod telemetry;
 
@@ -59,8 +63,6 @@ pub mod hardening;
 pub mod namespace;
 
 pub mod listen;
-
-pub mod turns;
 
 pub mod attest;
 

@@ -8,28 +8,31 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use prometheus_client::metrics::gauge::Gauge;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::metrics::Metrics;
+use crate::telemetry::Quota;
 
 mod bound;
 mod inherited;
 mod inside;
-mod share;
 mod socket;
 mod socket_file;
 mod sys;
 mod tcp;
+mod unprivileged;
 
 pub use bound::{Bound, Origin, Stream};
 pub use inherited::Inherited;
 pub use inside::{Inside, NamespacePlace, POD_ADDRESSES};
-pub use share::{Place, Shares};
 pub use socket::Socket;
 pub use socket_file::SocketFile;
+pub use unprivileged::{first_unprivileged_port, unguarded, warn_of_unguarded};
 
 /// How long an accept loop pauses when the process or the system is out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -105,121 +108,127 @@ impl ListenError {
     }
 }
 
-/// What all accept loops share.
+/// The open connections of some listeners.
 #[derive(Debug, Clone)]
-pub struct Limits {
-    /// Connections at one time, over all listeners, whose workload is known.
-    connections: Arc<Semaphore>,
-    metrics: Metrics,
+pub struct Connections {
+    gauge: Gauge,
+    // It wakes nobody when one of many ends, as a JoinSet would.
+    open: TaskTracker,
 }
 
-/// A connection that was accepted, and is not yet counted among all, since it may be one too many of its workload.
+/// A connection whose workload is not known yet.
 #[derive(Debug)]
 pub struct Arrival {
-    connections: Arc<Semaphore>,
-    _arriving: Option<OwnedSemaphorePermit>,
+    /// To be dropped as soon as the workload is known, or nothing but the workload's own share is waited for.
+    pub permit: ArrivalPermit,
+    /// To be dropped when the connection has ended.
+    pub open: Open,
 }
 
-impl Arrival {
-    /// Its place among all connections; `None` if there is none left.
-    pub fn admit(self) -> Option<OwnedSemaphorePermit> {
-        self.connections.try_acquire_owned().ok()
+/// One of the few connections of its listener whose workloads are not known yet.
+#[derive(Debug)]
+pub struct ArrivalPermit {
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+/// Says that a connection is open.
+#[derive(Debug)]
+pub struct Open {
+    gauge: Gauge,
+    _token: TaskTrackerToken,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.gauge.dec();
     }
 }
 
-impl Limits {
-    /// At most `connections` at one time.
-    pub fn new(connections: usize, metrics: Metrics) -> Self {
-        let connections = Arc::new(Semaphore::new(connections));
-        Self { connections, metrics }
+impl Connections {
+    /// None yet. They are counted in `metrics`.
+    pub fn new(metrics: &Metrics) -> Self {
+        Self { gauge: metrics.connections.clone(), open: TaskTracker::new() }
     }
 
     /// Waits until another connection of a listener may be accepted, where `arriving` are those whose workload is not known yet.
     /// That depends on the daemon's own work alone, never on a client: whose a connection is, is known before anything is
-    /// expected of it. Until then it takes no place among all, which whoever connects quickly would have in an instant. Each
-    /// listener has its own few instead, so that a pod whose callers are hard to find keeps no other from being accepted.
+    /// expected of it. Until then it counts among no others. Each listener has its own few, so that a pod whose callers are hard
+    /// to find keeps no other from being accepted.
     async fn arrival(&self, arriving: &Arc<Semaphore>) -> Arrival {
         // The semaphore is never closed, so there is always a permit in the end.
-        let arriving = arriving.clone().acquire_owned().await.ok();
-        Arrival { connections: self.connections.clone(), _arriving: arriving }
+        let permit = ArrivalPermit { _permit: arriving.clone().acquire_owned().await.ok() };
+        self.gauge.inc();
+        Arrival { permit, open: Open { gauge: self.gauge.clone(), _token: self.open.token() } }
     }
 
-    fn serve<F, C>(&self, (stream, arrival): (Stream, Arrival), connections: &TaskTracker, connection: F)
-    where
-        F: Fn(Stream, Arrival) -> C,
-        C: Future<Output = ()> + Send + 'static,
-    {
-        // By its address: a future that another one awaits would be in it twice, and be copied with it.
-        let served = Box::pin(connection(stream, arrival));
-        let open = self.metrics.connections.clone();
-        connections.spawn(async move {
-            open.inc();
-            served.await;
-            open.dec();
-        });
+    /// Waits until they have ended. To be called when nothing is accepted any more.
+    pub async fn ended(&self) {
+        self.open.close();
+        if timeout(DRAIN, self.open.wait()).await.is_err() {
+            tracing::warn!(open = self.open.len(), "connections did not end in time and are cut");
+        }
     }
 }
 
-/// Accepts until `stop` says so, then closes the listener and lets the connections end. Accepting never waits for a
-/// client.
-pub async fn serve<F, C>(mut bound: Bound, limits: Limits, mut stop: watch::Receiver<bool>, connection: F)
+/// Accepts until `stop` says so, then closes the listener. Accepting never waits for a client.
+pub async fn serve<F, C>(mut bound: Bound, connections: Connections, mut stop: watch::Receiver<bool>, connection: F)
 where
     F: Fn(Stream, Arrival) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    // It wakes nobody when a connection ends, as a JoinSet would this loop.
-    let (connections, mut troubles) = (TaskTracker::new(), Troubles::default());
-    let arriving = Arc::new(Semaphore::new(ARRIVING));
+    let (arriving, mut troubles) = (Arc::new(Semaphore::new(ARRIVING)), Troubles::default());
     let mut stopping = stop.clone();
     let mut stopped = pin!(stopping.wait_for(|stop| *stop));
     loop {
         let accepted = tokio::select! {
             biased;
             _ = &mut stopped => break,
-            accepted = accept(&bound, &limits, &arriving) => accepted,
+            accepted = accept(&bound, &connections, &arriving) => accepted,
         };
         match accepted {
-            Ok(accepted) => limits.serve(accepted, &connections, &connection),
+            Ok((stream, arrival)) => drop(tokio::spawn(connection(stream, arrival))),
             Err(error) => recover(&mut bound, &error, &mut stop, &mut troubles).await,
         }
     }
     let name = bound.name();
-    let closed = bound.close();
-    let drain = async {
-        match closed {
-            Ok(waiting) => {
-                for stream in waiting {
-                    limits.serve((stream, limits.arrival(&arriving).await), &connections, &connection);
-                }
+    match bound.close() {
+        Ok(waiting) => {
+            for stream in waiting {
+                let arrival = connections.arrival(&arriving).await;
+                tokio::spawn(connection(stream, arrival));
             }
-            Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
         }
-        connections.close();
-        connections.wait().await;
-    };
-    if timeout(DRAIN, drain).await.is_err() {
-        tracing::warn!(open = connections.len(), "connections did not end in time and are cut");
+        Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
     }
 }
 
 /// The next connection.
-async fn accept(bound: &Bound, limits: &Limits, arriving: &Arc<Semaphore>) -> io::Result<(Stream, Arrival)> {
+async fn accept(bound: &Bound, connections: &Connections, arriving: &Arc<Semaphore>) -> io::Result<(Stream, Arrival)> {
     loop {
         let mut arrived = bound.arrival().await?;
-        let arrival = limits.arrival(arriving).await;
+        let arrival = connections.arrival(arriving).await;
         if let Some(accepted) = bound.accept(&mut arrived) {
             return accepted.map(|stream| (stream, arrival));
         }
     }
 }
 
-/// What a loop has been through.
-#[derive(Debug, Default)]
+/// What a loop has been through. A pod can kill its own listener over and over, and take the port; none of that is a line of the
+/// log each time.
+#[derive(Debug)]
 struct Troubles {
-    /// When the log last said that the machine is short of something.
-    told: Option<Instant>,
+    short: Quota,
+    killed: Quota,
+    unbound: Quota,
     /// When the listener was last bound again.
     bound: Option<Instant>,
+}
+
+impl Default for Troubles {
+    fn default() -> Self {
+        let [short, killed, unbound] = [(); 3].map(|()| Quota::new(1, TELL_AGAIN));
+        Self { short, killed, unbound, bound: None }
+    }
 }
 
 /// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
@@ -229,7 +238,9 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
     }
     let pause = match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
-            tracing::error!(%error, listener = bound.name(), "the listener was killed; binding it again");
+            if let Some(missed) = troubles.killed.take() {
+                tracing::error!(%error, listener = bound.name(), missed, "the listener was killed; binding it again");
+            }
             // Somebody may kill it again and again.
             let soonest = troubles.bound.map_or_else(Instant::now, |bound| bound + REBIND);
             if timeout_at(soonest, stop.wait_for(|stop| *stop)).await.is_ok() {
@@ -241,15 +252,18 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
                     *bound = new;
                     return;
                 }
-                Err(error) => tracing::error!(%error, "the listener cannot be bound again yet"),
+                Err(error) => {
+                    if let Some(missed) = troubles.unbound.take() {
+                        tracing::error!(%error, missed, "the listener cannot be bound again yet");
+                    }
+                }
             }
             REBIND
         }
         // Out of descriptors or memory, or something that nobody has seen yet: never a loop without a pause.
         _ => {
-            if troubles.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN) {
-                tracing::warn!(%error, listener = bound.name(), "no connection can be taken for the moment");
-                troubles.told = Some(Instant::now());
+            if let Some(missed) = troubles.short.take() {
+                tracing::warn!(%error, listener = bound.name(), missed, "no connection can be taken for the moment");
             }
             PAUSE
         }

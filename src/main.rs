@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use awsvid::commands::configuration::Configuration;
 use awsvid::commands::credential_process::CredentialProcess;
 use awsvid::commands::exec::Exec;
+use awsvid::commands::probe::Probe;
 use awsvid::commands::status::Status;
 use awsvid::commands::{check, trust_policy};
 use awsvid::{dev, serve};
@@ -32,7 +33,7 @@ struct Arguments {
 const AFTER: &str = "\
 For whom:
   to try it           dev
-  on a node           serve, config, status, check
+  on a node           serve, config, status, probe, check
   for its account     trust-policy
   in a workload       exec, credential-process
 
@@ -55,6 +56,7 @@ to do; 1 for anything else that keeps it from starting. Try a configuration firs
     },
     Config(Configuration),
     Status(Status),
+    Probe(Probe),
     Check(check::Options),
     TrustPolicy(trust_policy::Options),
     Exec(Exec),
@@ -102,6 +104,7 @@ fn main() -> ExitCode {
         Command::Serve { config } => serve::serve(&config),
         Command::Config(configuration) => configuration.run(),
         Command::Status(status) => status.run(),
+        Command::Probe(probe) => probe.run(),
         Command::Check(options) => check::run(&options),
         Command::TrustPolicy(options) => trust_policy::run(&options),
         Command::Exec(exec) => exec.run(),

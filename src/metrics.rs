@@ -103,6 +103,8 @@ pub struct Metrics {
     pub cache_removed: Family<Reason, Counter>,
     /// Audit records that could not be written.
     pub audit_lost: Counter,
+    /// Lines of the log that could not be written.
+    pub log_lost: Counter,
     /// Pods' network namespaces that are listened in.
     pub pod_namespaces: Gauge,
     /// Those that could not be listened in, or not on every address.
@@ -144,6 +146,7 @@ impl Metrics {
         registry.register("cache_entries", "Sets of credentials in the cache, by state", self.cache_entries.clone());
         registry.register("cache_removed", "Credentials taken out of the cache", self.cache_removed.clone());
         registry.register("audit_lost", "Audit records that could not be written", self.audit_lost.clone());
+        registry.register("log_lost", "Lines of the log that could not be written", self.log_lost.clone());
         registry.register("pod_namespaces", "Network namespaces of pods listened in", self.pod_namespaces.clone());
         registry.register(
             "pod_namespaces_failed",

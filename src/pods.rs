@@ -9,7 +9,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -18,13 +18,15 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::http::Front;
-use crate::listen::{Limits, NamespacePlace, POD_ADDRESSES};
+use crate::listen::{Connections, NamespacePlace, POD_ADDRESSES};
 use crate::metrics::{Metrics, Reason};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
+use crate::telemetry::Quota;
 
 mod handover;
 mod life;
 mod pod;
+mod ports;
 mod sys;
 mod watching;
 
@@ -40,6 +42,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Between tries to bind an address that is taken.
 const BIND_AGAIN: Duration = Duration::from_secs(1);
+/// Between lines of the log about what does not pass.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// Where no pod is being made, a mount somewhere on the host is no reason to hurry.
 const NO_HURRY: Duration = Duration::from_millis(100);
 
@@ -109,13 +113,22 @@ impl Gate {
     }
 }
 
-/// What is said once, though it may be so in every pod.
-#[derive(Debug, Default)]
+/// What the log has once, though it may be so in every pod, or seldom.
+#[derive(Debug)]
 struct Told {
     no_directory: bool,
     not_mounted: bool,
     denied: bool,
     no_handover: bool,
+    unguarded: bool,
+    unwatched: Mutex<Quota>,
+}
+
+impl Told {
+    /// Whether the log may have a line about it now, and how many it did not have since the last.
+    fn is_unwatched(&self) -> Option<u64> {
+        self.unwatched.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 impl Pods {
@@ -124,14 +137,14 @@ impl Pods {
     pub async fn start(
         (directory, handover): (&Path, Option<&Path>),
         front: Arc<Front>,
-        limits: Limits,
+        connections: Connections,
         metrics: Metrics,
         stop: watch::Receiver<bool>,
     ) -> Result<(Self, Gate), PodsError> {
         let failed = |source| PodsError::Watch { path: directory.to_owned(), source };
         // Into its own, which asks for the same privilege as into another.
         let own = Namespace::own().and_then(|own| own.within(|| ()).map(|()| own.id())).map_err(PodsError::Denied)?;
-        let service = Service { front, limits, stop, tasks: TaskTracker::new() };
+        let service = Service { front, connections, stop, loops: TaskTracker::new() };
         let ((able, is_able), (tried, is_tried)) = (watch::channel(false), watch::channel(false));
         let mut pods = Self {
             directory: directory.to_owned(),
@@ -143,7 +156,14 @@ impl Pods {
             waiting: HashMap::new(),
             failed: HashSet::new(),
             unserved: HashSet::new(),
-            told: Told::default(),
+            told: Told {
+                no_directory: false,
+                not_mounted: false,
+                denied: false,
+                no_handover: false,
+                unguarded: false,
+                unwatched: Mutex::new(Quota::new(1, TELL_AGAIN)),
+            },
             handover: handover.map(Path::to_owned),
             successors: None,
             stage: Stage::Serving,
@@ -164,8 +184,11 @@ impl Pods {
 
     /// The same, by listeners that the daemon before has given.
     async fn look_with(&mut self, mut given: HashMap<Key, OwnedFd>) {
-        if let Err(error) = self.watch.renew() {
-            tracing::error!(%error, directory = %self.directory.display(), "the directory of network namespaces cannot be watched");
+        if let Err(error) = self.watch.renew()
+            && let Some(missed) = self.told.is_unwatched()
+        {
+            let directory = self.directory.display();
+            tracing::error!(%error, %directory, missed, "the directory of network namespaces cannot be watched");
         }
         self.tell_of_no_directory();
         let found = self.found();
@@ -186,6 +209,7 @@ impl Pods {
         let new = new.map(|(id, path)| (Arc::new(NamespacePlace::new(id, path)), given(id)));
         self.enter(new.collect()).await;
         self.bind_missing().await;
+        self.look_at_ports().await;
         self.tried.send_replace(true);
         self.metrics.pod_namespaces.set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
     }
@@ -353,7 +377,7 @@ impl Pods {
         let again = match (waiting, failed || (self.handover.is_some() && self.successors.is_none())) {
             (true, _) => Some(Instant::now() + LOOK_AGAIN),
             (false, true) => Some(Instant::now() + BIND_AGAIN),
-            (false, false) => None,
+            (false, false) => self.next_look_at_ports(),
         };
         tokio::select! {
             biased;
@@ -361,7 +385,9 @@ impl Pods {
                 Ok(Change::Mounts) if !waiting => drop(timeout(NO_HURRY, self.watch.files()).await),
                 Ok(_) => {}
                 Err(error) => {
-                    tracing::error!(%error, "network namespaces cannot be watched");
+                    if let Some(missed) = self.told.is_unwatched() {
+                        tracing::error!(%error, missed, "network namespaces cannot be watched");
+                    }
                     tokio::time::sleep(BIND_AGAIN).await;
                 }
             },

@@ -18,11 +18,17 @@ use crate::pods::Gate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;
+use crate::telemetry::Quota;
 
 /// Between rounds of questions.
 const AGAIN: Duration = Duration::from_secs(1);
 /// For one answer of a listener.
 const ANSWER: Duration = Duration::from_secs(5);
+/// So many reasons may follow each other and have a line of the log each.
+const LINES: u32 = 5;
+/// After that.
+const LINE_EVERY: Duration = Duration::from_secs(30);
+
 /// What has to answer.
 #[derive(Debug)]
 pub struct Probes {
@@ -47,7 +53,7 @@ impl Probes {
 
     /// Asks until all have answered.
     pub async fn until_ready(mut self, tcp: Vec<SocketAddr>, mut pods: Option<Gate>, readiness: Arc<Readiness>) {
-        let mut told = None;
+        let mut told = Told::default();
         let mut unanswered: Vec<Listening> = self.unix.take().map(Listening::Unix).into_iter().collect();
         unanswered.extend(tcp.into_iter().map(Listening::Tcp));
         loop {
@@ -59,9 +65,10 @@ impl Probes {
                 tracing::info!("ready");
                 return;
             };
-            if told.as_ref() != Some(&missing) {
+            let missing = one_line(&missing);
+            readiness.missing(&missing);
+            if told.is_news(&missing) {
                 tracing::warn!("not ready: {missing}");
-                told = Some(missing);
             }
             sleep(AGAIN).await;
         }
@@ -85,6 +92,37 @@ impl Probes {
         }
         None
     }
+}
+
+/// Which reasons the log has: each when it comes, and no line while it stays. Reasons that alternate, or that contain another
+/// number each time, would be a line in each round, so their lines are bounded.
+#[derive(Debug)]
+struct Told {
+    last: String,
+    lines: Quota,
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        Self { last: String::new(), lines: Quota::new(LINES, LINE_EVERY) }
+    }
+}
+
+impl Told {
+    /// Whether the log gets a line for this. A reason that stays has one as soon as there may be one again.
+    fn is_news(&mut self, missing: &str) -> bool {
+        let is_news = self.last != missing && self.lines.take().is_some();
+        if is_news {
+            missing.clone_into(&mut self.last);
+        }
+        is_news
+    }
+}
+
+/// Joins the lines of a reason: errors of the agent and of STS may contain line breaks.
+fn one_line(text: &str) -> String {
+    let words = text.split(|c: char| c.is_control() || c.is_whitespace()).filter(|word| !word.is_empty());
+    words.collect::<Vec<_>>().join(" ")
 }
 
 /// One of the daemon's own listeners.
@@ -140,4 +178,36 @@ async fn asks<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, probe: &str) -> 
     let mut head = [0; 12];
     stream.read_exact(&mut head).await?;
     Ok(&head == b"HTTP/1.1 404")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reason_is_told_when_it_comes_and_never_once_a_second() {
+        let mut told = Told::default();
+        let mut lines = Vec::new();
+        let mut seconds = async |reasons: &[&'static str], count: usize| {
+            for reason in reasons.iter().cycle().take(count) {
+                lines.extend(told.is_news(reason).then_some(*reason));
+                sleep(AGAIN).await;
+            }
+        };
+        // One that stays, and another one after it.
+        seconds(&["the listener"], 100).await;
+        seconds(&["the source"], 100).await;
+        // Two that alternate, for ten minutes.
+        seconds(&["STS", "the source"], 600).await;
+        // The one that stays in the end.
+        seconds(&["STS: last"], 100).await;
+        assert_eq!(lines[..3], ["the listener", "the source", "STS"]);
+        assert!(lines.len() <= 2 + 5 + 600 / 30 + 1, "{} lines: {lines:?}", lines.len());
+        assert_eq!(lines.last(), Some(&"STS: last"), "{lines:?}");
+    }
+
+    #[test]
+    fn whatever_others_say_is_one_line() {
+        assert_eq!(one_line("STS:\n  \u{1b}[31mno\r\n\tmore\n"), "STS: [31mno more");
+    }
 }

@@ -137,6 +137,18 @@ pub struct RequestedRoles {
 const REQUESTED_DURATION: Duration = Duration::from_secs(3600);
 
 impl Roles {
+    /// Returns every STS that a role is assumed at, once each.
+    pub fn sts_targets(&self) -> Vec<&StsTarget> {
+        let mut targets: Vec<&StsTarget> = Vec::new();
+        let requested = self.requested.iter().map(|requested| &requested.sts);
+        for target in self.defined.iter().map(|role| &role.sts).chain(requested) {
+            if !targets.contains(&target) {
+                targets.push(target);
+            }
+        }
+        targets
+    }
+
     /// Chooses the role for a caller with these identities: the first that fits, or the one that was asked for.
     pub fn choose(&self, identities: &[Identity], wanted: &Wanted) -> Result<Grant, Denied> {
         match wanted {
@@ -170,11 +182,10 @@ impl Roles {
             arn.is_aws() && requested.allowed.iter().any(|pattern| pattern.matches_with(arn.as_str(), options))
         });
         let settings = settings.ok_or(Denied::ArnNotAllowed)?;
-        let identity = match identities {
-            [only] => only,
-            [] => return Err(Denied::NoRole),
-            _ => return Err(Denied::SeveralIdentities),
-        };
+        if identities.is_empty() {
+            return Err(Denied::NoRole);
+        }
+        let identity = only(identities.iter()).ok_or(Denied::SeveralIdentities)?;
         let role = Role {
             name: arn.as_str().to_owned(),
             spiffe_id: SpiffeIdPattern::parse(identity.spiffe_id.as_str()).map_err(|_| Denied::ArnNotAllowed)?,
@@ -193,7 +204,8 @@ impl Roles {
 
 /// The grant of this role to the one identity that it is for; `None` if it is for none of them.
 ///
-/// Of several, the one whose hint is the role's name; never one by its position in the list.
+/// Of several, the one that has the role's name as a hint; never one by its position in the list. For the same reason all
+/// hints count of an identity that is in the list several times.
 fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, Denied> {
     let fitting = || identities.iter().filter(|identity| role.spiffe_id.matches(&identity.spiffe_id));
     let hinted = fitting().filter(|identity| identity.hint.as_ref() == Some(&role.name));
@@ -210,9 +222,9 @@ fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, Den
     }))
 }
 
-/// The one item, if there is just one.
-fn only<T>(mut items: impl Iterator<Item = T>) -> Option<T> {
-    items.next().filter(|_| items.next().is_none())
+/// Returns the identity if all of them have the same SPIFFE ID.
+fn only<'a>(mut identities: impl Iterator<Item = &'a Identity>) -> Option<&'a Identity> {
+    identities.next().filter(|only| identities.all(|other| other.spiffe_id == only.spiffe_id))
 }
 
 #[cfg(test)]

@@ -4,9 +4,11 @@ use std::hash::{Hash, Hasher};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::caller::{Caller, Executable, Looks};
+use tokio::time::Instant;
+
+use crate::caller::{Caller, Executable, GroupDetail, Listener, Looks};
 use crate::identity::SpiffeId;
 
 mod named;
@@ -45,19 +47,26 @@ pub struct Rule {
 pub struct ProgramFile {
     path: PathBuf,
     seen: Arc<Mutex<Option<Seen>>>,
+    /// Held by whoever looks: of a file server that does not answer, one look waits.
+    looking: Arc<tokio::sync::Mutex<()>>,
 }
 
-/// What was at a path, and when.
-#[derive(Debug)]
+/// What was at a path, if anything, and when that was looked at.
+#[derive(Debug, Clone, Copy)]
 struct Seen {
-    file: (u64, u64, (i64, i64)),
+    file: Option<(u64, u64, (i64, i64))>,
     at: Instant,
+    /// The same by the clock that file systems tell the time by.
+    wall: SystemTime,
 }
 
 /// A file that was at its path so long ago, and has not been changed since, is taken to be still there: one that was removed
 /// from there, renamed or replaced has been changed by that. What this does not see is another directory in the place of one
 /// that leads to it.
 const SEEN: Duration = Duration::from_millis(100);
+
+/// File systems tell the time of a change by whole ticks, and some by whole seconds.
+const CLOCK_TICK: Duration = Duration::from_secs(2);
 
 /// What the rules say of a caller.
 #[derive(Debug, PartialEq, Eq)]
@@ -68,58 +77,97 @@ pub enum Decision<'a> {
     NoMatch,
     /// It depends on the process, which has not been looked at, or on what it runs, which was not.
     NeedsProcess,
+    /// It depends on what this file is now.
+    NeedsFile(&'a ProgramFile),
 }
 
-/// Finds the first rule that matches; stops with `NeedsProcess` at the first that can't be decided from what is known.
-pub fn decide<'a>(rules: &'a [Rule], caller: &Caller) -> Decision<'a> {
+/// Why it is not known whether a rule matches.
+enum Unknown<'a> {
+    Process,
+    File(&'a ProgramFile),
+}
+
+/// Finds the first rule that matches; stops at the first that can't be decided from what is known. Files of rules have been
+/// looked at since `asked`, or it is said which has to be.
+pub fn decide<'a>(rules: &'a [Rule], caller: &Caller, asked: Instant) -> Decision<'a> {
     for rule in rules {
-        match rule.matches(caller) {
-            Some(true) => return Decision::Matched(rule),
-            Some(false) => {}
-            None => return Decision::NeedsProcess,
+        match rule.matches(caller, asked) {
+            Ok(true) => return Decision::Matched(rule),
+            Ok(false) => {}
+            Err(Unknown::Process) => return Decision::NeedsProcess,
+            Err(Unknown::File(file)) => return Decision::NeedsFile(file),
         }
     }
     Decision::NoMatch
 }
 
-/// What has to be looked at of the caller's process; `None` if what is known decides. It is the same for all callers of
-/// these rules, so that it does not depend on the caller what is compared when several processes hold one socket.
+/// What has to be looked at of the caller's process; `None` if what is known decides. It is what the rules need that are for a
+/// socket of this user in this cgroup, and so the same for all processes that may hold it.
 pub fn needs(rules: &[Rule], caller: &Caller) -> Option<Looks> {
-    (decide(rules, caller) == Decision::NeedsProcess).then(|| Looks {
-        groups: rules.iter().any(|rule| rule.supplementary_group.is_some()),
-        program: rules.iter().any(|rule| rule.exe.is_some()),
+    if decide(rules, caller, Instant::now()) != Decision::NeedsProcess {
+        return None;
+    }
+    let of_socket = |rule: &&Rule| rule.is_for_socket_of(caller);
+    let names_group = rules.iter().filter(of_socket).any(|rule| rule.supplementary_group.is_some());
+    Some(Looks {
+        groups: if names_group { GroupDetail::List } else { GroupDetail::None },
+        program: rules.iter().filter(of_socket).any(|rule| rule.exe.is_some()),
         started: false,
     })
 }
 
 impl Rule {
-    /// `None`: not without the process. Keys that the socket alone decides come first, so that a rule for somebody else
-    /// never causes a search.
-    fn matches(&self, caller: &Caller) -> Option<bool> {
-        if caller.uid == OVERFLOW_ID || self.uid.is_some_and(|uid| uid != caller.uid) || !self.cgroup_matches(caller) {
-            return Some(false);
+    /// Keys that the socket alone decides come first, so that a rule for somebody else never causes a search, and the file
+    /// comes last.
+    ///
+    /// On the host's TCP listeners the socket alone decides only where the rule names the place of the socket's maker, and
+    /// that is not root: else a process that is there has to hold the socket, and to agree. A program that was given a socket
+    /// which root has made is not root (T24), and a container without a name of its own is not its user on the host (T31).
+    fn matches(&self, caller: &Caller, asked: Instant) -> Result<bool, Unknown<'_>> {
+        if !self.is_for_socket_of(caller) {
+            return Ok(false);
         }
         // A uid or a unit's name means the host's. Only a rule that names the container's own cgroup lets it in (attack 6).
-        if self.cgroup.is_none() && caller.in_container()? {
-            return Some(false);
+        if self.cgroup.is_none() && caller.in_container().ok_or(Unknown::Process)? {
+            return Ok(false);
+        }
+        if caller.listener == Listener::Tcp && caller.process.is_none() && (caller.uid == 0 || !self.names_place()) {
+            return Err(Unknown::Process);
         }
         if self.gid.is_none() && self.supplementary_group.is_none() && self.exe.is_none() {
-            return Some(true);
+            return Ok(true);
         }
-        let process = caller.process.as_ref()?;
-        Some(
-            self.gid.is_none_or(|gid| gid == process.gid && gid != OVERFLOW_ID)
-                && match (self.supplementary_group, &process.groups) {
-                    (None, _) => true,
-                    (Some(group), Some(groups)) => group != OVERFLOW_ID && groups.contains(&group),
-                    (Some(_), None) => return None,
-                }
-                && match (&self.exe, &process.program) {
-                    (None, _) => true,
-                    (Some(file), Some(program)) => program.exe.as_ref().is_some_and(|exe| file.is(exe)),
-                    (Some(_), None) => return None,
-                },
-        )
+        let process = caller.process.as_ref().ok_or(Unknown::Process)?;
+        if self.gid.is_some_and(|gid| gid != process.gid || gid == OVERFLOW_ID) {
+            return Ok(false);
+        }
+        if let Some(group) = self.supplementary_group {
+            let is_member =
+                process.groups.as_ref().and_then(|groups| groups.contains(group)).ok_or(Unknown::Process)?;
+            if group == OVERFLOW_ID || !is_member {
+                return Ok(false);
+            }
+        }
+        let Some(file) = &self.exe else { return Ok(true) };
+        let program = process.program.as_ref().ok_or(Unknown::Process)?;
+        let Some(exe) = &program.exe else { return Ok(false) };
+        file.is(exe, asked).ok_or(Unknown::File(file))
+    }
+
+    /// Whether a caller on the host's TCP listeners can match it by its socket alone.
+    pub fn socket_decides(&self) -> bool {
+        let needs_facts = self.gid.is_some() || self.supplementary_group.is_some() || self.exe.is_some();
+        self.names_place() && self.uid != Some(0) && !needs_facts
+    }
+
+    /// Whether it says where its callers' sockets are made.
+    fn names_place(&self) -> bool {
+        self.cgroup.is_some() || self.systemd_unit.is_some()
+    }
+
+    /// Whether it is for the user and the place of this caller's socket.
+    fn is_for_socket_of(&self, caller: &Caller) -> bool {
+        caller.uid != OVERFLOW_ID && self.uid.is_none_or(|uid| uid == caller.uid) && self.cgroup_matches(caller)
     }
 
     fn cgroup_matches(&self, caller: &Caller) -> bool {
@@ -137,7 +185,7 @@ impl Rule {
 impl ProgramFile {
     /// The one at this path, whichever that is at the time.
     pub fn new(path: PathBuf) -> Self {
-        Self { path, seen: Arc::default() }
+        Self { path, seen: Arc::default(), looking: Arc::default() }
     }
 
     /// As it is written in the configuration.
@@ -145,18 +193,46 @@ impl ProgramFile {
         &self.path
     }
 
-    /// Whether this is what somebody runs. An upgrade replaces the file by another inode, so it is looked at again and again.
-    fn is(&self, exe: &Executable) -> bool {
-        let seen = || self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let running = (exe.device, exe.inode, exe.changed);
-        if seen().as_ref().is_some_and(|seen| seen.file == running && seen.at.elapsed() < SEEN) {
-            return true;
+    /// Looks at what is at the path now. An upgrade replaces the file by another inode, so it is looked at again and again; the
+    /// file system that it is on may not answer, so that is waited for elsewhere.
+    pub async fn look(&self) {
+        let begun = Instant::now();
+        let looking = self.looking.clone().lock_owned().await;
+        if self.seen().is_some_and(|seen| seen.at >= begun) {
+            return;
         }
-        let at = Instant::now();
-        let found = std::fs::metadata(&self.path).ok();
-        let file = found.map(|file| (file.dev(), file.ino(), (file.ctime(), file.ctime_nsec())));
-        *seen() = file.map(|file| Seen { file, at });
-        file.is_some_and(|(device, inode, _)| (device, inode) == (exe.device, exe.inode))
+        let (path, seen) = (self.path.clone(), self.seen.clone());
+        let look = move || {
+            let _looking = looking;
+            let (at, wall) = (Instant::now(), SystemTime::now());
+            let found = std::fs::metadata(&path).ok();
+            let file = found.map(|file| (file.dev(), file.ino(), (file.ctime(), file.ctime_nsec())));
+            *seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Seen { file, at, wall });
+        };
+        let _ = tokio::task::spawn_blocking(look).await;
+    }
+
+    /// Whether this is what somebody runs; `None` if the file has to be looked at first.
+    fn is(&self, exe: &Executable, asked: Instant) -> Option<bool> {
+        let Seen { file, at, wall } = self.seen()?;
+        if at >= asked {
+            return Some(file.is_some_and(|(device, inode, _)| (device, inode) == (exe.device, exe.inode)));
+        }
+        if at.elapsed() >= SEEN {
+            return None;
+        }
+        if file == Some((exe.device, exe.inode, exe.changed)) {
+            return Some(true);
+        }
+        // Another file was there, and this one was not given that name since then: it would have been changed by that.
+        let changed = UNIX_EPOCH.checked_add(Duration::from_secs(u64::try_from(exe.changed.0).ok()?));
+        let is_other = file.is_none_or(|(device, inode, _)| (device, inode) != (exe.device, exe.inode));
+        let is_old = changed.is_some_and(|changed| changed + CLOCK_TICK < wall);
+        (is_other && is_old).then_some(false)
+    }
+
+    fn seen(&self) -> Option<Seen> {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -7,11 +7,12 @@ use std::process::ExitCode;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::app::{App, AppError};
-use crate::attest::StartError;
+use crate::app::{App, AppError, Startup};
+use crate::attest::{ExecMonitor, StartError};
 use crate::config::{self, Config, Exposure, Problem};
 use crate::hardening::{self, Does};
 use crate::listen::Inherited;
+use crate::metrics::Metrics;
 use crate::pods::PodsError;
 use crate::telemetry;
 use crate::telemetry::Log;
@@ -20,6 +21,9 @@ use crate::telemetry::Log;
 const EX_CONFIG: u8 = 78;
 /// With a signal's number added: ended by that signal while requests were open. As shells say it of a killed process.
 const KILLED: u8 = 128;
+
+const NOT_COUNTED: &str =
+    "executions of programs cannot be counted, so callers' processes are not named to the agent (unseen_program)";
 
 /// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT; SIGHUP reads it again. To be called before any
 /// thread is started. The exit statuses are in deploy/README.md.
@@ -33,7 +37,8 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     let config::Loaded { config, warnings } = loaded;
-    let log = match telemetry::init(&config.log.level, config.log.format) {
+    let metrics = Metrics::default();
+    let log = match telemetry::init(&config.log.level, config.log.format, metrics.log_lost.clone()) {
         Ok(log) => log,
         Err(error) => {
             eprintln!("{}: [log] level: {error}", path.display());
@@ -41,8 +46,17 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     warn(path, &warnings);
-    hardening::before_threads(Does::of(&config));
-    start(path, config, &log).unwrap_or_else(|error| {
+    let does = Does::of(&config);
+    // It takes capabilities that are given up right after.
+    let exec_monitor = does.names_processes().then(exec_monitor).flatten();
+    hardening::before_threads(does);
+    if let Err(error) = log.start() {
+        eprintln!("awsvid: the log cannot be written: {error}");
+        return ExitCode::FAILURE;
+    }
+    // The default hook writes to standard error directly, and would wait for its reader.
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+    let status = start(path, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         // What another start would not change: a variable of the environment, or what the unit or the container lacks.
         match error.downcast_ref() {
@@ -51,27 +65,35 @@ pub fn serve(path: &Path) -> ExitCode {
             ) => ExitCode::from(EX_CONFIG),
             _ => ExitCode::FAILURE,
         }
-    })
+    });
+    log.flush();
+    status
 }
 
-fn start(path: &Path, config: Config, log: &Log) -> Result<ExitCode, Box<dyn std::error::Error>> {
+/// What notices that a caller's process executes a program. Without it nobody is named to an agent, and the log says why.
+fn exec_monitor() -> Option<ExecMonitor> {
+    ExecMonitor::start().inspect_err(|error| tracing::error!("{NOT_COUNTED}: {error}; {}", error.fix())).ok()
+}
+
+fn start(
+    path: &Path,
+    config: Config,
+    (log, metrics): (&Log, Metrics),
+    exec_monitor: Option<ExecMonitor>,
+) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let inherited = Inherited::from_environment();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(run(path, config, inherited, log));
+    let startup = Startup { inherited, exec_monitor, metrics };
+    let ended = runtime.block_on(run(path, config, startup, log));
     // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.
     runtime.shutdown_background();
     ended
 }
 
-async fn run(
-    path: &Path,
-    config: Config,
-    inherited: Inherited,
-    log: &Log,
-) -> Result<ExitCode, Box<dyn std::error::Error>> {
+async fn run(path: &Path, config: Config, startup: Startup, log: &Log) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut signals = Signals::catch()?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let mut app = App::start(config, inherited).await?;
+    let mut app = App::start(config, startup).await?;
     notify(&[NotifyState::Ready]);
     loop {
         tokio::select! {
@@ -111,6 +133,11 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
                 let _ = log.change(&wanted.level, wanted.format);
                 warn(path, &loaded.warnings);
                 hardening::tell_of_missing(does);
+                if does.names_processes() && !app.counts_executions() {
+                    tracing::error!(
+                        "{NOT_COUNTED}: that takes privileges which are given up at the start; restart awsvid"
+                    );
+                }
             })
         }
         Ok(Err(errors)) => Err(errors.to_string()),

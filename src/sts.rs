@@ -20,19 +20,26 @@ use tracing::subscriber::NoSubscriber;
 use zeroize::Zeroizing;
 
 use crate::clock::Clock;
+use crate::config::is_aws_sts;
 use crate::credentials::Credentials;
+use crate::identity::SpiffeId;
+use crate::limits::FairSemaphore;
 use crate::role::{Grant, StsTarget};
 use crate::svid::JwtSvid;
-use crate::turns::Turns;
 
+mod advice;
 mod client;
 mod error;
+mod network;
+mod no_proxy;
+mod refusal;
+mod trust;
 
-pub use client::{Hop, InvalidSetting, Network};
 pub use error::{Again, StsError};
+pub use network::{Hop, InvalidSetting, Network};
 
 use client::Connections;
-use error::Failure;
+use error::{Destination, Failure};
 
 /// No session is asked to last longer than 12 hours, so an `Expiration` further away than that and a wide margin for
 /// clocks is nonsense.
@@ -55,8 +62,8 @@ pub struct Settings {
     pub timeout: Duration,
     /// How many calls are under way at most, a quarter of them for one SPIFFE ID; others wait for their turn.
     pub max_concurrent: usize,
-    /// A file of PEM certificates: the only ones that an `endpoint` of one's own is trusted by. AWS's endpoints are
-    /// trusted by the system's certificates, always.
+    /// A file of PEM certificates: the only ones that an `endpoint` which is not AWS's is trusted by. AWS's STS is trusted by the
+    /// system's certificates, always.
     pub ca_file: Option<PathBuf>,
     /// Proxies and kinds of AWS endpoints.
     pub network: Network,
@@ -67,21 +74,38 @@ pub struct Sts {
     connections: Connections,
     /// One client, and with it one pool of connections, for each place.
     clients: Mutex<HashMap<StsTarget, Client>>,
-    turns: Turns,
+    turns: FairSemaphore<SpiffeId>,
     timeout: Duration,
     clock: Clock,
 }
 
 impl Sts {
-    /// Reads the CA file; connects to nothing yet.
-    pub fn new(settings: Settings, clock: Clock) -> Result<Self, InvalidSetting> {
-        Ok(Self {
-            connections: Connections::new(settings.network, settings.ca_file.as_deref(), settings.timeout)?,
+    /// Does no I/O yet.
+    pub fn new(settings: Settings, clock: Clock) -> Self {
+        Self {
+            connections: Connections::new(settings.network, settings.ca_file.as_deref(), settings.timeout),
             clients: Mutex::default(),
-            turns: Turns::new(settings.max_concurrent, (settings.max_concurrent / 4).max(2)),
+            turns: FairSemaphore::new(settings.max_concurrent, (settings.max_concurrent / 4).max(2)),
             timeout: settings.timeout,
             clock,
-        })
+        }
+    }
+
+    /// Checks the environment variables that calls to these targets use, and loads their CA certificates. Fails for a variable that
+    /// cannot be used, and for a `ca_file` without certificates. Missing certificates are logged, and loaded when they are there.
+    pub async fn prepare(&self, targets: &[&StsTarget]) -> Result<(), InvalidSetting> {
+        for target in targets {
+            // A file system that hangs must not hold up the start.
+            if let Ok(result) = timeout(self.timeout, self.connections.prepare(target)).await {
+                result?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the URL that calls for `target` go to.
+    pub async fn url(&self, target: &StsTarget) -> Result<String, InvalidSetting> {
+        self.connections.network.sts_url(target).await
     }
 
     /// Whether STS answers at all, whatever it says: it is shown something that is no token. For `/readyz`.
@@ -91,7 +115,7 @@ impl Sts {
         };
         match self.call(target, nothing).await {
             Ok(_) | Err(Failure::Refused { .. } | Failure::Garbled(_)) => Ok(()),
-            Err(failure) => Err(StsError::new(&failure, target, None)),
+            Err(failure) => Err(StsError::new(&failure, &self.destination(target).await, None)),
         }
     }
 
@@ -101,22 +125,35 @@ impl Sts {
         target: &StsTarget,
         fill: impl FnOnce(AssumeRoleWithWebIdentityFluentBuilder) -> AssumeRoleWithWebIdentityFluentBuilder,
     ) -> Result<AssumeRoleWithWebIdentityOutput, Failure> {
-        let call = fill(self.client(target)?.assume_role_with_web_identity()).send();
-        // At its trace level the SDK logs requests and refusals whole, and with them the token.
-        match timeout(self.timeout, call.with_subscriber(NoSubscriber::new())).await {
-            Ok(result) => result.map_err(|error| Failure::of(&error)),
-            Err(_) => Err(Failure::NoAnswer(format!("no answer within {:?}", self.timeout))),
-        }
+        let call = async {
+            let call = fill(self.client(target).await?.assume_role_with_web_identity()).send();
+            // At its trace level the SDK logs requests and refusals whole, and with them the token.
+            call.with_subscriber(NoSubscriber::new()).await.map_err(|error| Failure::of(&error))
+        };
+        let failure = || Failure::NoAnswer(format!("no answer within {:?}", self.timeout));
+        timeout(self.timeout, call).await.unwrap_or_else(|_| Err(failure()))
     }
 
-    fn client(&self, target: &StsTarget) -> Result<Client, Failure> {
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(client) = clients.get(target) {
-            return Ok(client.clone());
+    async fn client(&self, target: &StsTarget) -> Result<Client, Failure> {
+        let known = self.clients.lock().unwrap_or_else(PoisonError::into_inner).get(target).cloned();
+        if let Some(client) = known {
+            return Ok(client);
         }
-        let client = self.connections.client(target)?;
-        clients.insert(target.clone(), client.clone());
-        Ok(client)
+        let url = self.url(target).await.map_err(|InvalidSetting(text)| Failure::Unsendable(text))?;
+        let client = self.connections.client(target, &url).await?;
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        // Keep the client of a concurrent call, and with it one pool of connections.
+        Ok(clients.entry(target.clone()).or_insert(client).clone())
+    }
+
+    async fn destination(&self, target: &StsTarget) -> Destination {
+        let url = self.url(target).await.ok();
+        let hop = url.as_deref().and_then(|url| url.parse().ok()).map(|uri| self.connections.network.hop(&uri));
+        Destination {
+            name: format!("STS at {}", url.unwrap_or_else(|| target.to_string())),
+            is_aws: is_aws_sts(target.endpoint.as_deref()),
+            proxy: hop.and_then(Result::ok).flatten().map(|hop| hop.to_string()),
+        }
     }
 
     fn credentials(&self, answer: AssumeRoleWithWebIdentityOutput) -> Result<Credentials, Failure> {
@@ -146,10 +183,17 @@ impl Sts {
 impl AssumeRole for Sts {
     async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
         let target = &grant.role.sts;
-        let failed = |failure: &Failure| StsError::new(failure, target, Some((grant, token)));
-        let Some(_turn) = self.turns.take(&grant.spiffe_id).await else { return Err(failed(&Failure::Busy)) };
-        let answer = self.call(target, |call| filled(call, grant, token)).await;
-        answer.and_then(|answer| self.credentials(answer)).map_err(|failure| failed(&failure))
+        let result = match self.turns.acquire(&grant.spiffe_id).await {
+            None => Err(Failure::Busy),
+            Some(_turn) => {
+                let answer = self.call(target, |call| filled(call, grant, token)).await;
+                answer.and_then(|answer| self.credentials(answer))
+            }
+        };
+        match result {
+            Ok(credentials) => Ok(credentials),
+            Err(failure) => Err(StsError::new(&failure, &self.destination(target).await, Some((grant, token)))),
+        }
     }
 }
 

@@ -23,6 +23,7 @@ pub mod broker_api;
 pub mod delegated;
 mod dial;
 pub mod jwt;
+mod log_limit;
 mod memory;
 pub mod own;
 pub mod proto;
@@ -31,7 +32,7 @@ pub mod workload_api;
 pub use attesting::Attesting;
 pub use delegated::Delegated;
 pub(crate) use dial::unreachable as agent_unreachable;
-pub use jwt::{BadToken, JwtSvid};
+pub use jwt::{BadToken, JwtSvid, TTL_FIX};
 pub use workload_api::WorkloadApi;
 
 /// SPIRE's agent itself waits up to 30 s for its server, and then still answers with a token from its cache; in Kubernetes it

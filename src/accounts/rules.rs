@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use tokio::time::{Instant, timeout};
 
 use super::{Accounts, LOOKUP_WAIT, Numbers};
 use crate::caller::{Caller, Looks};
+use crate::clock::HOLD;
 use crate::identity::SpiffeId;
-use crate::rule::{AccountName, Decision, Known, NamedRule, Resolved, Rule};
+use crate::rule::{AccountName, Decision, Known, NamedRule, ProgramFile, Resolved, Rule};
 
 /// The `[[workload]]` rules of one configuration.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ pub enum Undecided {
     /// It depends on a user or group whose number is not known, since the name service does not answer. A later rule that
     /// matches may not be the caller's.
     UnknownAccount(AccountName),
+    /// It depends on a program's file, whose file system does not answer.
+    Unresponsive,
 }
 
 impl LiveRules {
@@ -43,13 +47,19 @@ impl LiveRules {
         Self { rules, accounts: has_names.then(|| accounts.clone()), current }
     }
 
-    /// The SPIFFE ID of a caller; `None` if no rule matches. Waits for the name service, for a bounded time, where the answer
-    /// depends on a name that it has not answered, or only recently denied.
+    /// The SPIFFE ID of a caller; `None` if no rule matches. Waits, for a bounded time, for the name service where the answer
+    /// depends on a name that it has not answered, or only recently denied, and for the file systems of programs.
     pub async fn identify(&self, caller: &Caller) -> Result<Option<SpiffeId>, Undecided> {
+        let asked = Instant::now();
         let mut was_looked_up = false;
         loop {
-            let names = match self.decide(caller) {
+            let names = match self.decide(caller, asked) {
                 Outcome::Decided(decided) => return decided,
+                Outcome::NeedsFile(file) => {
+                    // One that does not answer keeps only those waiting whom its rule may concern.
+                    timeout(HOLD, file.look()).await.map_err(|_| Undecided::Unresponsive)?;
+                    continue;
+                }
                 Outcome::Unanswered(names) if was_looked_up => {
                     return names.into_iter().next().map_or(Ok(None), |name| Err(Undecided::UnknownAccount(name)));
                 }
@@ -62,15 +72,20 @@ impl LiveRules {
         }
     }
 
-    fn decide(&self, caller: &Caller) -> Outcome {
+    fn decide(&self, caller: &Caller, asked: Instant) -> Outcome {
         let current = self.current();
-        let decision = current.resolved.decide(caller);
-        let missing = current.resolved.missing(caller, &decision, |name, id| current.numbers.is_other(name, id));
+        let decision = current.resolved.decide(caller, asked);
+        let is_other = |name: &AccountName, id| current.numbers.is_other(name, id);
+        let missing = match current.resolved.missing(caller, &decision, is_other, asked) {
+            Ok(missing) => missing,
+            Err(file) => return Outcome::NeedsFile(file.clone()),
+        };
         if !missing.unanswered.is_empty() {
             return Outcome::Unanswered(missing.unanswered);
         }
         match decision {
             Decision::NeedsProcess => Outcome::Decided(Err(Undecided::NeedsProcess)),
+            Decision::NeedsFile(file) => Outcome::NeedsFile(file.clone()),
             Decision::NoMatch if missing.absent.is_empty() => Outcome::Decided(Ok(None)),
             Decision::NoMatch => Outcome::NoMatchYet(missing.absent),
             Decision::Matched(rule) => {
@@ -85,7 +100,8 @@ impl LiveRules {
 
     /// What has to be read of the caller's process; `None` if what is known decides.
     pub fn needs(&self, caller: &Caller) -> Option<Looks> {
-        self.current().resolved.needs(caller)
+        let current = self.current();
+        current.resolved.needs(caller, |name, id| current.numbers.is_other(name, id))
     }
 
     /// The rules for this SPIFFE ID, as they are written.
@@ -120,6 +136,8 @@ impl LiveRules {
 /// The decision about a caller with the numbers of one moment.
 enum Outcome {
     Decided(Result<Option<SpiffeId>, Undecided>),
+    /// It depends on what this file is now.
+    NeedsFile(ProgramFile),
     /// It depends on these names.
     Unanswered(Vec<AccountName>),
     /// No rule matches, unless one of these names has come to exist.

@@ -184,8 +184,9 @@ async fn another_configuration_keeps_what_is_known() {
 #[derive(Debug)]
 struct Unchanged;
 
+#[async_trait::async_trait]
 impl Evidence for Unchanged {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 }

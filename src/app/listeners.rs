@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::timeout;
 
-use super::Serving;
-use crate::listen::{self, Arrival, Bound, Inherited, Limits, ListenError, Stream};
+use crate::listen::{self, Arrival, Bound, Connections, Inherited, ListenError, Socket, Stream};
+use crate::metrics::Metrics;
 
 /// How often an address is tried again that could not be bound.
 const RETRY: Duration = Duration::from_secs(1);
@@ -43,14 +43,15 @@ impl fmt::Display for ListenAddress {
     }
 }
 
-/// Listeners of one kind, and what they serve connections with.
-pub(super) struct Group<'a> {
-    /// Where they run.
-    pub(super) serving: &'a mut Serving,
-    /// What is bounded for all of them together.
-    pub(super) limits: Limits,
-    /// The event that the log has for one that is bound.
-    pub(super) event: &'static str,
+/// Accept loops, how they are told to end, and what they have accepted.
+#[derive(Debug)]
+pub(super) struct Serving {
+    /// Set to true once they are to end.
+    pub(super) stop: watch::Sender<bool>,
+    /// The loops.
+    pub(super) loops: JoinSet<()>,
+    /// The connections.
+    pub(super) connections: Connections,
 }
 
 /// An address, and what came of binding it.
@@ -79,29 +80,62 @@ pub(super) fn tcp_address((wanted, bound): &Attempt) -> Option<SocketAddr> {
     }
 }
 
-impl Group<'_> {
-    /// Serves what is bound. What is not is bound as soon as that is possible.
-    pub(super) fn serve<F, C>(&mut self, (address, bound): Attempt, connection: F)
+impl Serving {
+    /// Nothing yet.
+    pub(super) fn new(metrics: &Metrics) -> Self {
+        Self { stop: watch::Sender::default(), loops: JoinSet::new(), connections: Connections::new(metrics) }
+    }
+
+    /// Serves what is bound, and writes `event` to the log. What is not is bound as soon as that is possible.
+    pub(super) fn serve<F, C>(&mut self, (address, bound): Attempt, event: &'static str, connection: F)
     where
         F: Fn(Stream, Arrival) -> C + Send + Sync + 'static,
         C: Future<Output = ()> + Send + 'static,
     {
-        let (limits, stop, event) = (self.limits.clone(), self.serving.stop.subscribe(), self.event);
+        let (connections, stop) = (self.connections.clone(), self.stop.subscribe());
         match bound {
             Ok(bound) => {
                 tracing::info!(address = bound.name(), "{event}");
-                self.serving.loops.spawn(listen::serve(bound, limits, stop, connection));
+                self.loops.spawn(listen::serve(bound, connections, stop, connection));
             }
             Err(error) => {
                 tracing::warn!(%address, %error, "an address of [listen] is not served yet: binding it is retried every second");
-                self.serving.loops.spawn(async move {
+                self.loops.spawn(async move {
                     if let Some(bound) = bind_later(address, error.to_string(), stop.clone()).await {
                         tracing::info!(address = bound.name(), "{event}");
-                        listen::serve(bound, limits, stop, connection).await;
+                        listen::serve(bound, connections, stop, connection).await;
                     }
                 });
             }
         }
+    }
+
+    /// Resets the callers of sockets that systemd holds and the configuration does not name. In its queue they would wait for
+    /// ever.
+    pub(super) fn refuse_rest(&mut self, inherited: &mut Inherited) {
+        for bound in inherited.rest() {
+            let bound = match bound {
+                Ok(bound) => bound,
+                Err(error) => {
+                    tracing::warn!(%error, "a socket of the .socket unit cannot be used");
+                    continue;
+                }
+            };
+            tracing::warn!(
+                address = bound.name(),
+                "systemd holds a socket that [listen] does not name: its callers are refused; make the .socket unit and \
+                 the configuration agree"
+            );
+            let reset = |stream: Stream, _| async move { Socket::reset_on_close(stream.socket().descriptor()) };
+            self.loops.spawn(listen::serve(bound, self.connections.clone(), self.stop.subscribe(), reset));
+        }
+    }
+
+    /// Takes no more connections, and waits for those that are open.
+    pub(super) async fn end(&mut self) {
+        self.stop.send_replace(true);
+        while self.loops.join_next().await.is_some() {}
+        self.connections.ended().await;
     }
 }
 
@@ -122,26 +156,5 @@ async fn bind_later(address: ListenAddress, mut logged: String, mut stop: watch:
             tracing::warn!(%address, error, "an address of [listen] is not served yet");
             logged = error;
         }
-    }
-}
-
-/// Resets the callers of sockets that systemd holds and the configuration does not name. In its queue they would wait for ever.
-pub(super) fn refuse_rest(inherited: &mut Inherited, serving: &mut Serving, limits: &Limits) {
-    for bound in inherited.rest() {
-        let bound = match bound {
-            Ok(bound) => bound,
-            Err(error) => {
-                tracing::warn!(%error, "a socket of the .socket unit cannot be used");
-                continue;
-            }
-        };
-        tracing::warn!(
-            address = bound.name(),
-            "systemd holds a socket that [listen] does not name: its callers are refused; make the .socket unit and the \
-             configuration agree"
-        );
-        let stop = serving.stop.subscribe();
-        let reset = |stream: Stream, _| async move { stream.reset() };
-        serving.loops.spawn(listen::serve(bound, limits.clone(), stop, reset));
     }
 }

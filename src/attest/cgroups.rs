@@ -17,6 +17,7 @@ use crate::attest::sys;
 use crate::attest::walks::{Ground, Listings, Walks};
 use crate::caller::Refusal;
 use crate::cgroup::{CgroupPath, PodRoots};
+use crate::limits::{FairKey, FairSemaphore};
 
 /// Paths that are remembered before those of removed cgroups are looked for and forgotten.
 const REMEMBERED: usize = 10_000;
@@ -45,10 +46,33 @@ pub(crate) struct CgroupTree {
     paths: Mutex<HashMap<u64, Known>>,
     /// Of all of it, and of the kubelet's part.
     walks: [Arc<Walks>; 2],
+    /// Those who wait for one.
+    waiting: FairSemaphore<WalkKey>,
     /// What was seen in them.
     listings: [Mutex<Listings>; 2],
     /// Open `cgroup.procs` of cgroups that were searched: that of a removed one can't be read any more.
     lists: Mutex<HashMap<CgroupPath, Arc<Mutex<File>>>>,
+}
+
+/// Peers that wait for a walk ...
+const MAX_WAITING: usize = 512;
+/// ... and of those of one user, or in one pod's network. Removed cgroups are in no walk, and anybody can have those.
+const MAX_WAITING_PER_KEY: usize = 16;
+
+/// Whose peer waits for a walk, as far as it is known before that.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct WalkKey {
+    /// That of a pod, where all users are the pod's.
+    pub(crate) namespace: Option<u64>,
+    pub(crate) uid: Option<u32>,
+}
+
+impl FairKey for WalkKey {
+    type Group = Self;
+
+    fn group(&self) -> Self {
+        self.clone()
+    }
 }
 
 /// In which part of the tree a cgroup may be.
@@ -84,6 +108,7 @@ impl CgroupTree {
             sweep_at: AtomicUsize::new(REMEMBERED),
             paths: Mutex::default(),
             walks: Default::default(),
+            waiting: FairSemaphore::new(MAX_WAITING, MAX_WAITING_PER_KEY),
             listings: Default::default(),
             lists: Mutex::default(),
         }
@@ -127,11 +152,18 @@ impl CgroupTree {
     }
 
     /// The path of the cgroup with this id, which is looked for in this part of the tree if it is not known. A removed one, or
-    /// one outside, is a refusal.
-    pub(crate) async fn path_of(self: &Arc<Self>, id: u64, part: Part) -> Result<CgroupPath, Refusal> {
+    /// one outside, is a refusal. `on_wait` is called before that takes time.
+    pub(crate) async fn path_of(
+        self: &Arc<Self>,
+        id: u64,
+        (part, key): (Part, WalkKey),
+        on_wait: impl FnOnce(),
+    ) -> Result<CgroupPath, Refusal> {
         if let Some(found) = self.at_hand(id) {
             return found;
         }
+        let _waiting = self.waiting.try_acquire(&key).map_err(|_| Refusal::Busy)?;
+        on_wait();
         let tree = self.clone();
         self.walks[part as usize].after(move || tree.walk(part)).await;
         self.paths().get(&id).map(|known| known.path.clone()).ok_or(Refusal::UnreadableCgroup)
@@ -264,6 +296,11 @@ impl CgroupTree {
     pub(crate) fn roots_alone(&self, path: &CgroupPath) -> Result<(), Refusal> {
         let below = path.as_str().strip_prefix(&self.base).ok_or(Refusal::UnreadableCgroup)?;
         roots_alone(&self.mount, below.split('/').filter(|segment| !segment.is_empty()))
+    }
+
+    /// The id of the cgroup at this path.
+    pub(crate) fn id(&self, path: &CgroupPath) -> Result<u64, Refusal> {
+        fs::metadata(self.directory(path)).map(|found| found.ino()).map_err(|_| Refusal::UnreadableCgroup)
     }
 
     /// Its directory. There is none for one that lies beside the part that is mounted.

@@ -4,8 +4,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use crate::attest::cgroups::CgroupTree;
 use crate::attest::hierarchies::Hierarchies;
-use crate::attest::{inet_diag, process};
-use crate::cgroup::{CgroupPath, PodRoots};
+use crate::attest::{inet_diag, process, status};
+use crate::caller::Groups;
+use crate::cgroup::{CgroupPath, PodRoots, WorkloadKind};
 
 /// The connection that is asked about, as in the seeds.
 const CLIENT: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 40000);
@@ -36,22 +37,23 @@ pub(crate) fn sock_diag(reply: &[u8]) -> bool {
 
 /// `/proc/<pid>/stat`, `status`, `uid_map` and `cgroup`.
 pub(crate) fn proc(text: &str) -> bool {
-    let (start, status) = (process::start_time(text), process::Status::parse(text));
+    let start = process::start_time(text);
     if let Some(start) = start {
         // Whatever a process calls itself.
         assert_eq!(process::start_time(&format!("7 (a) R 1 (b) {text}")), Some(start));
     }
-    if let Some(status) = &status {
-        assert!(status.groups.is_sorted_by(|a, b| a < b));
-        let numbers = |numbers: &[u32]| numbers.iter().map(u32::to_string).collect::<Vec<_>>().join("\t");
-        let again = format!(
-            "Name:\tUid: 0\nUid:\t{}\nGid:\t{}\nGroups:\t{} \nNSpid:\t{}\n",
-            numbers(&status.uids),
-            numbers(&status.gids),
-            numbers(&status.groups),
-            numbers(&vec![1; status.namespaces]),
-        );
-        assert_eq!(process::Status::parse(&again).as_ref(), Some(status));
+    let lines = [("Uid", 4), ("Gid", 4), ("Groups", Groups::MAX), ("NSpid", 33)];
+    let found = status::numbers_of(text.as_bytes(), lines, 4096);
+    // However the file comes.
+    assert_eq!(found, status::numbers_of(text.as_bytes(), lines, 1));
+    if let Ok(found) = &found {
+        assert!(found.iter().zip(lines).all(|(numbers, (_, most))| numbers.len() <= most));
+        let line = |(numbers, (name, _)): (&Vec<u32>, (&str, usize))| {
+            format!("{name}:\t{} \n", numbers.iter().map(u32::to_string).collect::<Vec<_>>().join("\t"))
+        };
+        let again: String = found.iter().zip(lines).map(line).collect();
+        let again = format!("Name:\tUid: 0\n{again}");
+        assert_eq!(status::numbers_of(again.as_bytes(), lines, 4096).as_ref(), Ok(found));
     }
     if process::is_identity_map(text) {
         assert!(text.split_ascii_whitespace().eq(["0", "0", "4294967295"]));
@@ -59,7 +61,7 @@ pub(crate) fn proc(text: &str) -> bool {
     for (_, path) in crate::cgroup::lines(text) {
         assert!(text.contains(path) && !path.contains('\n'));
     }
-    start.is_some() || status.is_some() || process::is_identity_map(text)
+    start.is_some() || found.is_ok() || process::is_identity_map(text)
 }
 
 /// `/proc/self/mountinfo`: only a whole tree of the second version is taken.
@@ -79,12 +81,12 @@ pub(crate) fn cgroup(text: &str) -> bool {
     let Some(path) = CgroupPath::parse(text) else { return false };
     assert_eq!(path.as_str(), text);
     assert!(text.starts_with('/') && !text.split('/').any(|segment| segment == ".."));
-    let (part, is_pod) = path.workload();
+    let (part, kind) = path.workload();
     assert!(
         text.starts_with(part.as_str()) && matches!(text.as_bytes().get(part.as_str().len()), None | Some(b'/')),
         "{part:?} of {text}"
     );
-    assert!(!is_pod || path.names_container());
+    assert!(kind != WorkloadKind::Pod || path.names_container());
     if let Some(unit) = path.systemd_unit() {
         assert!(text.split('/').any(|segment| segment == unit));
     }

@@ -78,6 +78,11 @@ impl Hierarchies {
         self.of("").map(|hierarchy| (hierarchy.mount.as_path(), hierarchy.base.as_str()))
     }
 
+    /// Whether this v1 controller is mounted.
+    pub(crate) fn has(&self, controller: &str) -> bool {
+        self.0.iter().any(|hierarchy| hierarchy.names.iter().any(|name| name == controller))
+    }
+
     /// The path of a cgroup that the kernel calls `told` in `/proc/<pid>/cgroup`, as it is below what is mounted. That is relative
     /// to this process's own cgroup namespace, where it has one: `/../x` lies beside it.
     pub(crate) fn path(&self, names: &str, told: &str) -> Option<CgroupPath> {

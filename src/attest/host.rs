@@ -1,18 +1,17 @@
 //! Where the facts of this machine are found.
 
-use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::fcntl;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::attest::cgroups::CgroupTree;
+use crate::attest::exec_monitor::ExecMonitor;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::known::{Known, KnownProcesses};
+use crate::attest::lookups::Lookups;
 use crate::attest::pods::{Housed, Pods};
 use crate::attest::sys;
 use crate::caller::Refusal;
@@ -29,35 +28,31 @@ pub(crate) struct Host {
     pub(crate) pods: Option<Pods>,
     /// All cgroup hierarchies, v1's too.
     pub(crate) hierarchies: Hierarchies,
-    /// The daemon's own user and pid namespaces: `user:[4026531837]`.
-    namespaces: [Option<OsString>; 2],
     /// Those that were looked at before.
     pub(crate) processes: KnownProcesses,
+    /// Counts what processes execute, where the daemon was given what that takes.
+    pub(crate) exec_monitor: Option<Arc<ExecMonitor>>,
+    /// Where looks run that may have to wait.
+    pub(crate) lookups: Lookups,
     /// From Linux 6.9 on a pidfd has an inode that no other process ever has.
     pidfds_have_inodes: bool,
+    /// From Linux 6.13 on it tells the ids of its process; else its `status` does, which is as long as it has groups.
+    pub(crate) pidfds_tell_ids: bool,
 }
 
 /// `PID_FS_MAGIC` of linux/magic.h.
 const PID_FS: FsType = FsType(0x5049_4446);
 
-/// Links below `/proc/<pid>`.
-const NAMESPACES: [&str; 2] = ["ns/user", "ns/pid"];
-
-/// Whether a process shares a namespace with the daemon.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Shared {
-    Yes,
-    No,
-    /// The daemon may not see it: `CAP_SYS_PTRACE` is missing, and the process is another user's.
-    Unseen,
-}
-
 impl Host {
     /// Looks at the daemon's own process below `proc_root`.
-    pub(crate) fn new(proc_root: PathBuf, hierarchies: Hierarchies, roots: PodRoots) -> Self {
-        let own = |name: &str| std::fs::read_link(proc_root.join("self").join(name)).ok().map(PathBuf::into_os_string);
-        let namespaces = NAMESPACES.map(own);
+    pub(crate) fn new(
+        proc_root: PathBuf,
+        hierarchies: Hierarchies,
+        roots: PodRoots,
+        exec_monitor: Option<Arc<ExecMonitor>>,
+    ) -> Self {
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
+        let tells_ids = own_pidfd.as_ref().and_then(|pidfd| sys::pidfd_info(pidfd.as_fd()).ok().flatten()).is_some();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
         let cgroups = CgroupTree::find(&hierarchies, roots).map(Arc::new);
         Self {
@@ -65,8 +60,10 @@ impl Host {
             pods: cgroups.clone().map(Pods::new),
             cgroups,
             hierarchies,
-            namespaces,
             processes: KnownProcesses::default(),
+            exec_monitor,
+            lookups: Lookups::default(),
+            pidfds_tell_ids: tells_ids,
             pidfds_have_inodes: kind == Some(PID_FS),
         }
     }
@@ -86,30 +83,11 @@ impl Host {
         Ok(known)
     }
 
-    /// The pod of a user's process or socket in this cgroup.
-    pub(crate) fn pod(
-        &self,
-        uid: u32,
-        cgroup: Option<&CgroupPath>,
-        namespace: Option<u64>,
-    ) -> Result<Option<Housed>, Refusal> {
+    /// The pod that a process or socket in this cgroup is in.
+    pub(crate) fn pod(&self, cgroup: Option<&CgroupPath>) -> Result<Option<Housed>, Refusal> {
         match (&self.pods, cgroup) {
-            (Some(pods), Some(cgroup)) => pods.of(uid, cgroup, namespace),
+            (Some(pods), Some(cgroup)) => pods.of(cgroup),
             _ => Ok(None),
         }
-    }
-
-    /// Whether the process whose `/proc/<pid>` is `directory` lives in the daemon's user and pid namespace, in this order.
-    pub(crate) fn shares(&self, directory: impl AsFd) -> nix::Result<[Shared; 2]> {
-        let mut shared = [Shared::Unseen; 2];
-        for ((name, own), shared) in NAMESPACES.into_iter().zip(&self.namespaces).zip(&mut shared) {
-            *shared = match (fcntl::readlinkat(&directory, name), own) {
-                (Ok(link), Some(own)) if link == *own => Shared::Yes,
-                (Ok(_), Some(_)) => Shared::No,
-                (Ok(_), None) | (Err(Errno::EACCES | Errno::EPERM), _) => Shared::Unseen,
-                (Err(error), _) => return Err(error),
-            };
-        }
-        Ok(shared)
     }
 }

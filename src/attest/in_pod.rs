@@ -4,10 +4,12 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::attest::Needs;
+use tokio_util::sync::CancellationToken;
+
+use crate::attest::Unattested;
 use crate::attest::pods::Housed;
-use crate::attest::tcp::TcpAttestor;
-use crate::caller::{Caller, Refusal, Stranger};
+use crate::attest::tcp::{SocketProof, TcpAttestor};
+use crate::caller::{Caller, Refusal};
 use crate::cgroup::PodUid;
 
 /// Attests the peers of a listener in one pod's network namespace.
@@ -16,8 +18,8 @@ use crate::cgroup::PodUid;
 /// that pod lives; another's process must have been brought there by somebody who may enter namespaces, and gets nothing.
 pub struct PodAttestor {
     tcp: TcpAttestor,
-    needs: Needs,
     owner: Mutex<Option<Tenant>>,
+    closed: CancellationToken,
 }
 
 struct Tenant {
@@ -33,8 +35,8 @@ impl fmt::Debug for PodAttestor {
 }
 
 impl PodAttestor {
-    pub(crate) fn new(tcp: TcpAttestor, needs: Needs) -> Self {
-        Self { tcp, needs, owner: Mutex::default() }
+    pub(crate) fn new(tcp: TcpAttestor) -> Self {
+        Self { tcp, owner: Mutex::default(), closed: CancellationToken::new() }
     }
 
     /// The pod whose namespace it is, once one of its processes has asked.
@@ -42,26 +44,33 @@ impl PodAttestor {
         self.locked().as_ref().map(|owner| owner.pod.pod.uid.clone())
     }
 
-    /// As [`super::Attestor::tcp`], of callers in the namespace.
+    /// As [`super::Attestor::tcp`], of peers in the namespace.
     pub async fn tcp(
         &self,
         client: SocketAddr,
         server: SocketAddr,
-        admit: impl FnOnce(&Caller) -> bool,
-    ) -> Result<Caller, Refusal> {
-        let belongs = |caller: &Caller, pod: Option<&Housed>| self.belongs(caller, pod);
-        self.tcp.attest((client, server), admit, belongs, |caller| (self.needs)(caller)).await
+        on_wait: impl FnOnce(),
+    ) -> Result<Caller, Unattested> {
+        let proof = self.tcp.look((client, server), on_wait).await?;
+        self.belongs(&proof).map_err(|refusal| Unattested::of(refusal, &proof.peer()))?;
+        Ok(proof.into_caller())
     }
 
     /// Lets the network namespace go, which would otherwise live as long as anybody remembers one of its callers. They are
     /// gone from then on.
     pub fn close(&self) {
         self.tcp.close();
+        self.closed.cancel();
     }
 
-    fn belongs(&self, caller: &Caller, pod: Option<&Housed>) -> Result<(), Refusal> {
-        let stranger = || Box::new(Stranger::of(caller));
-        let Some(pod) = pod else { return Err(Refusal::NotAPod(stranger())) };
+    /// Waits until the network namespace is let go. No connection in it may stay open, since each would keep it.
+    pub async fn closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    fn belongs(&self, proof: &SocketProof) -> Result<(), Refusal> {
+        let pod = proof.pod().ok_or(Refusal::NotAPod)?;
+        let namespace = self.tcp.namespace();
         let mut owner = self.locked();
         let owner = match &mut *owner {
             Some(owner) if owner.pod.is_same(pod) => return Ok(()),
@@ -71,7 +80,7 @@ impl PodAttestor {
                 if let Some(before) = owner.as_ref().filter(|before| before.pod.pod.uid != pod.pod.uid) {
                     // Whoever may enter namespaces could have waited for that.
                     tracing::info!(
-                        pod = %pod.pod.uid, before = %before.pod.pod.uid, namespace = caller.namespace,
+                        pod = %pod.pod.uid, before = %before.pod.pod.uid, namespace,
                         "a network namespace whose pod is gone has another pod now"
                     );
                 }
@@ -82,11 +91,11 @@ impl PodAttestor {
         // The audit has each.
         if !std::mem::replace(&mut owner.intruded, true) {
             tracing::warn!(
-                pod = %pod.pod.uid, owner = %owner.pod.pod.uid, namespace = caller.namespace,
+                pod = %pod.pod.uid, owner = %owner.pod.pod.uid, namespace,
                 "a process of a pod is in the network namespace of another one, and is refused there"
             );
         }
-        Err(Refusal::OtherPod(stranger()))
+        Err(Refusal::OtherPod)
     }
 
     fn locked(&self) -> MutexGuard<'_, Option<Tenant>> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::attest::cgroups::CgroupTree;
-use crate::caller::{Ages, Refusal, Stranger};
+use crate::caller::{Ages, Refusal};
 use crate::cgroup::{CgroupPath, Misplaced, Pod, PodPlace};
 
 /// Finds the pods of cgroups.
@@ -36,17 +36,13 @@ impl Pods {
         self.tree.roots().iter().filter(|root| self.tree.directory(root).is_dir()).collect()
     }
 
-    /// The pod of a user's process or socket in this cgroup, seen in a pod's network `namespace` or elsewhere; `None` if it is in
-    /// none. Every directory down to the pod's own has to be root's, else somebody else could have named it; with the pod's,
+    /// The pod of a process or socket in this cgroup; `None` if it is in none. Every directory down to the pod's own has to be root's, else somebody else could have named it; with the pod's,
     /// root has named the container's too.
-    pub(crate) fn of(&self, uid: u32, cgroup: &CgroupPath, namespace: Option<u64>) -> Result<Option<Housed>, Refusal> {
+    pub(crate) fn of(&self, cgroup: &CgroupPath) -> Result<Option<Housed>, Refusal> {
         let place = self.tree.roots().find(cgroup).map_err(|Misplaced| match self.tree.roots_alone(cgroup) {
             Err(Refusal::DelegatedCgroup) => Refusal::DelegatedCgroup,
             // Root's doing: a kubelet with a place of its own, or a container that is root's own.
-            _ => {
-                let cgroup = Some(cgroup.clone());
-                Refusal::MisplacedPod(Box::new(Stranger { uid, cgroup, pod: None, namespace }))
-            }
+            _ => Refusal::MisplacedPod,
         })?;
         let Some(PodPlace { pod, directory, container }) = place else { return Ok(None) };
         let part = |end: usize| CgroupPath::parse(&cgroup.as_str()[..end]);

@@ -3,7 +3,7 @@
 //! Interfaces: `PIDFD_GET_INFO` of `ioctl_pidfd(2)` where the kernel has it, else `proc_pid_status(5)` and
 //! `proc_pid_cgroup(5)`; `proc_pid_stat(5)`, `pidfd_open(2)`.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,10 +11,12 @@ use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::sys::stat::Mode;
 
-use crate::attest::host::{Host, Shared};
+use crate::attest::exec_monitor::ExecWatch;
+use crate::attest::host::Host;
 use crate::attest::known::Known;
+use crate::attest::status::{self, StatusError};
 use crate::attest::sys;
-use crate::caller::{Executable, Looks, Named, Process, Program, Refusal, Watch};
+use crate::caller::{Executable, GroupDetail, Groups, Looks, Named, Owner, Process, Program, Refusal};
 use crate::cgroup::{self, CgroupPath};
 
 /// What changes when a process takes on other privileges, or is moved to another cgroup.
@@ -39,17 +41,17 @@ pub(crate) enum Membership {
 ///
 /// The pidfd and the directory are both tied to one process, so its start time needs no second look: reads fail once it is
 /// gone, even if its number is in use again.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct HeldProcess {
     host: Arc<Host>,
     known: Arc<Known>,
     credentials: Credentials,
     cgroup: Option<CgroupPath>,
     contained: bool,
-    /// Supplementary, ascending, where they were looked at.
-    groups: Option<Vec<u32>>,
+    /// Supplementary, where they were looked at.
+    groups: Option<Groups>,
     program: Option<Program>,
-    /// In clock ticks since boot, where it was looked at.
+    /// See [`Process::started`], where it was looked at.
     started: Option<u64>,
 }
 
@@ -68,7 +70,7 @@ impl HeldProcess {
             (Membership::Id(_), None) => None,
         };
         let contained = names_container(host, cgroup.as_ref(), directory)?
-            || known.is_elsewhere(|| in_other_namespaces(host, directory()?))?;
+            || known.is_elsewhere(|| in_other_namespaces(host, &known))?;
         Ok(Self {
             host: host.clone(),
             known,
@@ -81,22 +83,32 @@ impl HeldProcess {
         })
     }
 
-    /// Looks at these as well.
-    pub(crate) fn with(mut self, looks: Looks) -> Result<Self, Refusal> {
-        if looks.groups {
-            self.groups = Some(read_groups(self.directory()?)?);
+    /// Looks at these as well. May have to wait: see [`crate::attest::lookups`].
+    pub(crate) fn with(&self, looks: Looks) -> Result<Self, Refusal> {
+        let mut next = self.clone();
+        if looks.groups != GroupDetail::None {
+            next.groups = Some(read_groups(self.directory()?, looks.groups)?);
         }
         if looks.program {
-            self.program = Some(Program { exe: self.executable()? });
+            next.program = Some(Program { exe: self.executable()? });
         }
         // A zombie has no executable any more, but still has groups.
-        if looks.groups || self.program.as_ref().is_some_and(|program| program.exe.is_none()) {
+        if next.groups.is_some() || next.program.as_ref().is_some_and(|program| program.exe.is_none()) {
             self.known.alive()?;
         }
         if looks.started {
-            self.started = Some(self.start_time()?);
+            next.started = Some(self.instance()?);
         }
-        Ok(self)
+        Ok(next)
+    }
+
+    /// The same, where it may wait.
+    pub(crate) async fn with_facts(&self, owner: &Owner, looks: Looks) -> Result<Self, Refusal> {
+        if !looks.may_wait() {
+            return self.with(looks);
+        }
+        let process = self.clone();
+        self.host.lookups.run(owner, move || process.with(looks)).await
     }
 
     fn directory(&self) -> Result<&OwnedFd, Refusal> {
@@ -114,11 +126,11 @@ impl HeldProcess {
         }))
     }
 
-    /// Whether it is alive and everything that was looked at is as it was.
+    /// Whether it is alive and everything that was looked at is as it was. May have to wait if its executable was.
     pub(crate) fn still_same(&self) -> Result<(), Refusal> {
         let credentials = Credentials::read(self.known.pidfd(), || self.directory())? == self.credentials;
         let groups = match &self.groups {
-            Some(groups) => read_groups(self.directory()?)? == *groups,
+            Some(groups) => read_groups(self.directory()?, GroupDetail::Digest)? == *groups,
             None => true,
         };
         let program = match &self.program {
@@ -129,31 +141,49 @@ impl HeldProcess {
         if credentials && groups && program { Ok(()) } else { Err(Refusal::Changed) }
     }
 
+    /// The same, where it may wait.
+    pub(crate) async fn verify(&self, owner: &Owner) -> Result<(), Refusal> {
+        if self.program.is_none() && self.groups.is_none() {
+            return self.still_same();
+        }
+        let process = self.clone();
+        self.host.lookups.run(owner, move || process.still_same()).await
+    }
+
+    /// The same, on a thread of its own.
+    async fn verify_apart(&self, owner: &Owner) -> Result<(), Refusal> {
+        let process = self.clone();
+        self.host.lookups.run_apart(owner, move || process.still_same()).await
+    }
+
     /// Whether it runs still.
     pub(crate) fn is_there(&self) -> bool {
         self.known.alive().is_ok()
     }
 
     /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
-    pub(crate) fn named(&self) -> Result<Named, Refusal> {
-        self.still_same()?;
+    pub(crate) async fn named(&self, owner: &Owner) -> Result<Named, Refusal> {
+        self.verify_apart(owner).await?;
         let cgroups = read(self.directory()?, "cgroup")?;
         self.host.hierarchies.check(&cgroups)?;
         Ok(Named { pid: self.known.pid(), cgroups })
     }
 
     /// Notices from now on whether it executes a program.
-    pub(crate) fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
-        let watch = sys::ExecWatch::on(self.known.pid()).map_err(|error| match error {
-            Errno::ESRCH => Refusal::Gone,
-            error => {
-                tracing::warn!(%error, "a caller's process cannot be watched for the programs that it executes");
-                Refusal::UnseenProgram
-            }
-        })?;
+    pub(crate) fn watch(&self) -> Result<ExecWatch, Refusal> {
+        let monitor = self.host.exec_monitor.as_ref().ok_or(Refusal::UnseenProgram)?;
+        let watch = monitor.watch(monitor.key(self.known.pid(), || self.workload_id())?);
         // Alive after that, so that the number cannot have been another process's at that time.
         self.known.alive()?;
-        Ok(Box::new(watch))
+        Ok(watch)
+    }
+
+    /// The id of the cgroup that is its workload's.
+    fn workload_id(&self) -> Result<u64, Refusal> {
+        let (Some(cgroup), Some(tree)) = (&self.cgroup, &self.host.cgroups) else { return Err(Refusal::UnseenProgram) };
+        let (workload, _) = cgroup.workload();
+        let path = CgroupPath::parse(workload.as_str()).ok_or(Refusal::UnreadableCgroup)?;
+        tree.id(&path)
     }
 
     /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
@@ -180,9 +210,14 @@ impl HeldProcess {
         self.contained
     }
 
-    /// In clock ticks since boot.
+    /// In clock ticks since boot. May have to wait.
     pub(crate) fn start_time(&self) -> Result<u64, Refusal> {
         start_time(&read(self.directory()?, "stat")?).ok_or(Refusal::Kernel)
+    }
+
+    /// See [`Process::started`].
+    fn instance(&self) -> Result<u64, Refusal> {
+        self.known.inode().map_or_else(|| self.start_time(), Ok)
     }
 
     /// Whether descriptor `number` of the process is the socket with this inode.
@@ -190,9 +225,9 @@ impl HeldProcess {
         self.known.socket(&self.host.proc_root, number) == Some(inode)
     }
 
-    /// Supplementary, ascending, where they were looked at.
-    pub(crate) fn groups(&self) -> Option<&[u32]> {
-        self.groups.as_deref()
+    /// Supplementary, where they were looked at.
+    pub(crate) fn groups(&self) -> Option<&Groups> {
+        self.groups.as_ref()
     }
 
     /// As a plain value.
@@ -205,12 +240,6 @@ impl HeldProcess {
             program: self.program.clone(),
             started: self.started,
         }
-    }
-}
-
-impl Watch for sys::ExecWatch {
-    fn is_unbroken(&self) -> bool {
-        self.is_unbroken()
     }
 }
 
@@ -228,7 +257,9 @@ impl Credentials {
 
     /// As every kernel tells it.
     fn of_proc(directory: &OwnedFd) -> Result<Self, Refusal> {
-        let Status { uids, gids, .. } = Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?;
+        let [uids, gids] = status_numbers(directory, [("Uid", 4), ("Gid", 4)])?;
+        let four = |ids: Vec<u32>| ids.try_into().map_err(|_| Refusal::Kernel);
+        let (uids, gids) = (four(uids)?, four(gids)?);
         let cgroups = read(directory, "cgroup")?;
         Ok(Self { uids, gids, cgroup: Membership::Shown(v2(&cgroups).map(str::to_owned)) })
     }
@@ -254,13 +285,26 @@ fn names_container<'d>(
     Ok(paths.any(|path| path.is_none_or(|path| path.names_container())))
 }
 
-/// Whether it lives in another user or pid namespace than the daemon.
-fn in_other_namespaces(host: &Host, directory: &OwnedFd) -> Result<bool, Refusal> {
-    let [user, pid] = host.shares(directory).map_err(|_| Refusal::Gone)?;
-    let other_user = || Ok(!is_identity_map(&read(directory, "uid_map")?));
-    let other_pid = || Ok(Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.namespaces > 1);
+/// Whether it lives in another user or pid namespace than the daemon. Not by the links to its namespaces, for which the kernel
+/// takes a lock of the process, nor by its `status`, which is as long as the process has groups.
+fn in_other_namespaces(host: &Host, known: &Known) -> Result<bool, Refusal> {
     // A user namespace that maps every id to itself is as good as the host's (systemd's PrivateUsers=identity).
-    Ok((user != Shared::Yes && other_user()?) || pid == Shared::No || (pid == Shared::Unseen && other_pid()?))
+    let other_user = !is_identity_map(&read(known.directory(&host.proc_root)?, "uid_map")?);
+    // What this process's own pidfd says of the other one: pidfd_open(2), "NSpid" from Linux 5.5 on.
+    let own = host.proc_root.join("self/fdinfo").join(known.pidfd().as_raw_fd().to_string());
+    let info = std::fs::File::open(own).map_err(|_| Refusal::Kernel)?;
+    let pids = match status::numbers(info, [NAMESPACE_PIDS]) {
+        Ok([pids]) => pids,
+        Err(_) => {
+            let [pids] = status_numbers(known.directory(&host.proc_root)?, [NAMESPACE_PIDS])?;
+            pids
+        }
+    };
+    match pids[..] {
+        // It is gone, or cannot be seen from here.
+        [] | [0, ..] => Err(Refusal::Gone),
+        _ => Ok(other_user || pids.len() > 1),
+    }
 }
 
 /// Whether the process with this number lives in this process's pid namespace. Where its link may not be read, by how many
@@ -270,8 +314,8 @@ pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
     let namespace = |of: &Path| fcntl::readlink(&of.join("ns/pid"));
     match (namespace(&directory), namespace(&proc_root.join("self"))) {
         (Ok(other), Ok(own)) => other == own,
-        (Err(Errno::EACCES | Errno::EPERM), _) => std::fs::read_to_string(directory.join("status"))
-            .is_ok_and(|text| Status::parse(&text).is_some_and(|status| status.namespaces == 1)),
+        (Err(Errno::EACCES | Errno::EPERM), _) => std::fs::File::open(directory.join("status"))
+            .is_ok_and(|file| status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)),
         _ => false,
     }
 }
@@ -294,53 +338,46 @@ fn executable_file(directory: &OwnedFd) -> Result<Option<sys::FileFacts>, Refusa
     }
 }
 
-fn read_groups(directory: &OwnedFd) -> Result<Vec<u32>, Refusal> {
-    Ok(Status::parse(&read(directory, "status")?).ok_or(Refusal::Kernel)?.groups)
+/// The process's number in each pid namespace that it is in, from that of the `/proc` mount on (the kernel nests 32).
+const NAMESPACE_PIDS: (&str, usize) = ("NSpid", 33);
+
+fn read_groups(directory: &OwnedFd, detail: GroupDetail) -> Result<Groups, Refusal> {
+    let [groups] = status_numbers(directory, [("Groups", Groups::MAX)])?;
+    Groups::new(groups, detail)
 }
 
-fn read(directory: &OwnedFd, name: &str) -> Result<String, Refusal> {
+fn status_numbers<const N: usize>(directory: &OwnedFd, lines: [(&str, usize); N]) -> Result<[Vec<u32>; N], Refusal> {
+    status::numbers(open(directory, "status")?, lines).map_err(|error| match error {
+        StatusError::Io(error) => unread("status", error),
+        StatusError::Malformed => Refusal::Kernel,
+        // A process always has four ids of each kind, so only its groups can be too many.
+        StatusError::TooMany => Refusal::TooManyGroups,
+    })
+}
+
+fn read(directory: &OwnedFd, name: &'static str) -> Result<String, Refusal> {
+    sys::read_whole(&open(directory, name)?, usize::MAX).map_err(|error| unread(name, error))
+}
+
+fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, Refusal> {
     let file = fcntl::openat(directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
-    file.and_then(|file| sys::read_whole(&file, usize::MAX)).map_err(|error| match error {
+    file.map_err(|error| unread(name, error))
+}
+
+fn unread(name: &'static str, error: Errno) -> Refusal {
+    match error {
         Errno::ESRCH | Errno::ENOENT => Refusal::Gone,
         error => {
             tracing::warn!(%error, file = name, "a caller's /proc entry cannot be read");
             Refusal::Kernel
         }
-    })
+    }
 }
 
 /// Field 22 of `stat`. Counted from the *last* `)`, since field 2 is a name that the process chooses.
 pub(crate) fn start_time(stat: &str) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_ascii_whitespace().nth(19)?.parse().ok()
-}
-
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Status {
-    pub(crate) uids: [u32; 4],
-    pub(crate) gids: [u32; 4],
-    pub(crate) groups: Vec<u32>,
-    /// Of how many nested pid namespaces, from that of the `/proc` mount, the process is a member.
-    pub(crate) namespaces: usize,
-}
-
-impl Status {
-    /// Reads the lines that matter; `None` if one is missing. `Name:` comes first and holds what the process chose, but
-    /// its newlines are escaped by the kernel.
-    pub(crate) fn parse(text: &str) -> Option<Self> {
-        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        let numbers =
-            |name: &str| field(name)?.split_ascii_whitespace().map(|n| n.parse().ok()).collect::<Option<Vec<u32>>>();
-        let mut groups = numbers("Groups")?;
-        groups.sort_unstable();
-        groups.dedup();
-        Some(Self {
-            uids: numbers("Uid")?.try_into().ok()?,
-            gids: numbers("Gid")?.try_into().ok()?,
-            groups,
-            namespaces: numbers("NSpid")?.len(),
-        })
-    }
 }
 
 /// Whether a `uid_map` maps every id to itself, as in the initial user namespace.

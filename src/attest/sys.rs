@@ -1,22 +1,15 @@
 //! The few system calls and socket options that no safe wrapper has.
 #![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
 
-use std::ffi::{CStr, c_void};
+use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
-use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr::NonNull;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use nix::unistd::{SysconfVar, sysconf};
 
 /// Linux 6.5.
 const SO_PEERPIDFD: libc::c_int = 77;
-/// The kernel's own bound (`NGROUPS_MAX`).
-const GROUPS_MAX: usize = 65536;
 
 /// `pidfd_open(2)`: a descriptor for the process that has this number now.
 pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
@@ -187,107 +180,22 @@ pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd>
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `SO_PEERGROUPS`: the connector's supplementary groups as they were when it connected, ascending.
-pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
-    let mut room = 64;
-    loop {
-        let mut groups: Vec<libc::gid_t> = vec![0; room];
-        let bytes = room * size_of::<libc::gid_t>();
-        let mut length = libc::socklen_t::try_from(bytes).map_err(io::Error::other)?;
-        // SAFETY: `groups` has room for `length` bytes, and the kernel writes at most that many.
-        let status = unsafe {
-            libc::getsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_PEERGROUPS,
-                groups.as_mut_ptr().cast(),
-                &raw mut length,
-            )
-        };
-        if status == 0 {
-            groups.truncate(length as usize / size_of::<libc::gid_t>());
-            groups.sort_unstable();
-            groups.dedup();
-            return Ok(groups);
-        }
-        match Errno::last() {
-            Errno::ERANGE if room < GROUPS_MAX => room = GROUPS_MAX,
-            errno => return Err(errno.into()),
-        }
-    }
+/// Reads `SO_PEERGROUPS`: the connector's supplementary groups at connect(2). ERANGE if there are more than `most`, without a
+/// copy of them.
+pub(crate) fn peer_groups(socket: BorrowedFd<'_>, most: usize) -> nix::Result<Vec<u32>> {
+    let mut groups: Vec<libc::gid_t> = vec![0; most];
+    let mut length = libc::socklen_t::try_from(size_of_val(&groups[..])).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `groups` has room for `length` bytes, and the kernel writes at most that many.
+    let status = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERGROUPS,
+            groups.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    Errno::result(status)?;
+    groups.truncate(length as usize / size_of::<libc::gid_t>());
+    Ok(groups)
 }
-
-/// `struct perf_event_attr` of linux/perf_event.h in its first version, 64 bytes.
-#[repr(C)]
-#[derive(Default)]
-struct PerfEventAttr {
-    kind: u32,
-    size: u32,
-    config: u64,
-    sample_period: u64,
-    sample_type: u64,
-    read_format: u64,
-    flags: u64,
-    wakeup: u32,
-    breakpoint: u32,
-    config1: u64,
-}
-
-/// Notices that a process executes a program, or ends: an event that counts nothing, which the kernel takes from it then.
-#[derive(Debug)]
-pub(crate) struct ExecWatch {
-    event: OwnedFd,
-    /// The event's page, which nobody reads: without one `poll(2)` says nothing of an event.
-    page: NonNull<c_void>,
-    length: NonZeroUsize,
-}
-
-impl ExecWatch {
-    /// `perf_event_open(2)`, `remove_on_exec` (Linux 5.13), on the process that has this number now. Another user's takes
-    /// CAP_SYS_PTRACE, and CAP_PERFMON where `kernel.perf_event_paranoid` is above 2.
-    pub(crate) fn on(pid: u32) -> nix::Result<Self> {
-        const SOFTWARE: u32 = 1;
-        const COUNTS_NOTHING: u64 = 9;
-        const DISABLED: u64 = 1;
-        const EXCLUDE_KERNEL: u64 = 1 << 5;
-        const EXCLUDE_HYPERVISOR: u64 = 1 << 6;
-        const REMOVE_ON_EXEC: u64 = 1 << 36;
-        const CLOSE_ON_EXEC: libc::c_ulong = 1 << 3;
-        let attr = PerfEventAttr {
-            kind: SOFTWARE,
-            size: 64,
-            config: COUNTS_NOTHING,
-            flags: DISABLED | EXCLUDE_KERNEL | EXCLUDE_HYPERVISOR | REMOVE_ON_EXEC,
-            ..PerfEventAttr::default()
-        };
-        let (any_cpu, no_group) = (-1, -1);
-        // SAFETY: the kernel reads `attr`, whose size is in it; the result is checked below.
-        let fd =
-            unsafe { libc::syscall(libc::SYS_perf_event_open, &raw const attr, pid, any_cpu, no_group, CLOSE_ON_EXEC) };
-        let fd = RawFd::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
-        // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
-        let event = unsafe { OwnedFd::from_raw_fd(fd) };
-        let length = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|size| NonZeroUsize::new(usize::try_from(size).ok()?));
-        let length = length.ok_or(Errno::EINVAL)?;
-        // SAFETY: a new mapping at an address of the kernel's choice, which `drop` ends.
-        let page = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, &event, 0)? };
-        Ok(Self { event, page, length })
-    }
-
-    /// Whether it has done neither. `false` in doubt.
-    pub(crate) fn is_unbroken(&self) -> bool {
-        poll(&mut [PollFd::new(self.event.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO) == Ok(0)
-    }
-}
-
-impl Drop for ExecWatch {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nothing points into it.
-        let _ = unsafe { munmap(self.page, self.length.get()) };
-    }
-}
-
-// SAFETY: the page is never read or written, and a mapping may be ended by any thread.
-unsafe impl Send for ExecWatch {}
-// SAFETY: as above; `is_unbroken` only polls the descriptor.
-unsafe impl Sync for ExecWatch {}

@@ -1,50 +1,71 @@
 //! The caller on the unix socket: the process that connected, whoever holds the descriptor now.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Weak};
 
+use async_trait::async_trait;
+use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
 
+use crate::attest::Unattested;
 use crate::attest::host::Host;
 use crate::attest::pods::Housed;
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
-use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Refusal, Watch};
+use crate::caller::{
+    Ages, Caller, Evidence, GroupDetail, Groups, Listener, Looks, Named, Owner, Process, Refusal, Stranger, Watch,
+};
 
+/// The connector, as it was looked at.
 #[derive(Debug)]
-struct Connector(HeldProcess, Option<Housed>);
+struct ConnectorProof {
+    process: HeldProcess,
+    owner: Owner,
+    pod: Option<Housed>,
+    /// The connection, as long as it is served: whoever remembers a caller does not keep it open.
+    stream: Weak<OwnedFd>,
+}
 
-impl Evidence for Connector {
-    fn still_same(&self) -> Result<(), Refusal> {
-        self.0.still_same()
+#[async_trait]
+impl Evidence for ConnectorProof {
+    async fn still_same(&self) -> Result<(), Refusal> {
+        self.process.verify(&self.owner).await
     }
 
-    fn process(&self) -> Result<Named, Refusal> {
-        self.0.named()
+    async fn with_process(&self, owner: &Owner, looks: Looks) -> Result<(Process, Box<dyn Evidence>), Refusal> {
+        // First the groups of connect(2): for too many of them the kernel returns an error without copying them.
+        let connected = match looks.groups {
+            GroupDetail::None => None,
+            detail => {
+                let stream = self.stream.upgrade().ok_or(Refusal::Gone)?;
+                Some(Groups::new(peer_groups(stream.as_fd())?, detail)?)
+            }
+        };
+        let process = self.process.with_facts(owner, looks).await?;
+        if process.groups() != connected.as_ref() {
+            return Err(Refusal::Changed);
+        }
+        let described = process.describe();
+        let proof = Self { process, owner: owner.clone(), pod: self.pod.clone(), stream: Weak::new() };
+        Ok((described, Box::new(proof)))
+    }
+
+    async fn process(&self) -> Result<Named, Refusal> {
+        self.process.named(&self.owner).await
     }
 
     fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
-        self.0.watch()
+        Ok(Box::new(self.process.watch()?))
     }
 
     fn is_there(&self) -> bool {
-        self.0.is_there()
+        self.process.is_there()
     }
 
     fn pod(&self) -> Result<Ages, Refusal> {
-        self.1.as_ref().ok_or(Refusal::Kernel)?.is_there()
-    }
-}
-
-/// Stands in while the decision is still open what has to be looked at: nothing is released on it.
-#[derive(Debug)]
-struct NotYet;
-
-impl Evidence for NotYet {
-    fn still_same(&self) -> Result<(), Refusal> {
-        Err(Refusal::Gone)
+        self.pod.as_ref().ok_or(Refusal::Kernel)?.is_there()
     }
 }
 
@@ -68,10 +89,13 @@ enum Pinned {
 
 impl Peer {
     /// Reads `SO_PEERCRED` and `SO_PEERPIDFD`.
-    pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Refusal> {
+    pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Unattested> {
         let peer = getsockopt(&stream, PeerCredentials).map_err(|_| Refusal::Kernel)?;
-        let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0).ok_or(Refusal::InvisibleProcess)?;
-        let pinned = match sys::peer_pidfd(stream).map_err(|_| Refusal::Gone)? {
+        let seen = Stranger { uid: peer.uid(), cgroup: None, pod: None, namespace: None };
+        let refused = |refusal| Unattested::of(refusal, &seen);
+        let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
+        let pid = pid.ok_or_else(|| refused(Refusal::InvisibleProcess))?;
+        let pinned = match sys::peer_pidfd(stream).map_err(|_| refused(Refusal::Gone))? {
             Some(pidfd) => Pinned::ByKernel(pidfd),
             None => Pinned::SinceAccept(ticks_since_boot()?),
         };
@@ -79,49 +103,40 @@ impl Peer {
     }
 }
 
-/// Attests the connector `peer`; looks at more than its ids and cgroup only as far as `needs` says so. `groups` reads
-/// `SO_PEERGROUPS`.
+/// Attests the connector `peer` of `stream`, by its ids and its cgroup.
 ///
 /// The process must still be there, and still be exactly that in each of its ids: one that has executed a setuid program
 /// meanwhile, or has dropped a privilege, is refused (attack 3).
-pub(crate) fn attest(
-    host: &Arc<Host>,
-    peer: Peer,
-    groups: impl Fn() -> Result<Vec<u32>, Refusal>,
-    needs: impl Fn(&Caller) -> Option<Looks>,
-) -> Result<Caller, Refusal> {
+pub(crate) fn attest(host: &Arc<Host>, peer: Peer, stream: &Arc<OwnedFd>) -> Result<Caller, Unattested> {
     let Peer { pid, uid, gid, pinned } = peer;
+    let mut seen = Stranger { uid, cgroup: None, pod: None, namespace: None };
+    if !host.pidfds_tell_ids {
+        // Its `status` would have to be read right here, and that takes milliseconds for 65,536 groups (T27).
+        peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &seen))?;
+    }
     let process = match pinned {
-        Pinned::ByKernel(pidfd) => HeldProcess::look(host, host.process(pid, pidfd)?)?,
-        Pinned::SinceAccept(accepted) => unpinned(host, pid, accepted)?,
+        Pinned::ByKernel(pidfd) => host.process(pid, pidfd).and_then(|known| HeldProcess::look(host, known)),
+        Pinned::SinceAccept(accepted) => unpinned(host, pid, accepted),
     };
+    let process = process.map_err(|refusal| Unattested::of(refusal, &seen))?;
     let credentials = process.credentials();
     if credentials.uids != [uid; 4] || credentials.gids != [gid; 4] {
-        return Err(Refusal::Changed);
+        return Err(Unattested::of(Refusal::Changed, &seen));
     }
-    let pod = host.pod(uid, process.cgroup(), None)?;
-    let mut caller = Caller {
+    seen.cgroup = process.cgroup().cloned();
+    let pod = host.pod(process.cgroup()).map_err(|refusal| Unattested::of(refusal, &seen))?;
+    seen.pod = pod.as_ref().map(|housed| housed.pod.clone());
+    let owner = seen.owner();
+    let described = process.describe();
+    Ok(Caller {
         listener: Listener::Unix,
         uid,
-        cgroup: process.cgroup().cloned(),
-        pod: pod.as_ref().map(|housed| housed.pod.clone()),
+        cgroup: seen.cgroup,
+        pod: seen.pod,
         namespace: None,
-        process: Some(process.describe()),
-        evidence: Box::new(NotYet),
-    };
-    let process = match needs(&caller) {
-        None => process,
-        Some(looks) => {
-            let process = process.with(looks)?;
-            if looks.groups && process.groups() != Some(&groups()?[..]) {
-                return Err(Refusal::Changed);
-            }
-            caller.process = Some(process.describe());
-            process
-        }
-    };
-    caller.evidence = Box::new(Connector(process, pod));
-    Ok(caller)
+        process: Some(described),
+        evidence: Box::new(ConnectorProof { process, owner, pod, stream: Arc::downgrade(stream) }),
+    })
 }
 
 /// The process that has the number now, on a kernel that does not say whether it is the connector. One that started after
@@ -137,6 +152,14 @@ fn unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<HeldProcess, Re
         return Err(Refusal::Unsupported("callers in containers need Linux 6.5 or newer on the unix socket"));
     }
     Ok(process)
+}
+
+/// `SO_PEERGROUPS`.
+fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, Refusal> {
+    sys::peer_groups(stream, Groups::MAX).map_err(|error| match error {
+        Errno::ERANGE => Refusal::TooManyGroups,
+        _ => Refusal::Kernel,
+    })
 }
 
 fn ticks_since_boot() -> Result<u64, Refusal> {

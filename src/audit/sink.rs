@@ -1,122 +1,140 @@
-//! Where audit records go.
+//! The destination of audit records, and the account of those that could not be written.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::time::timeout;
+
+use crate::audit::line::{Gap, moment, render};
+use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::metrics::Metrics;
+use crate::telemetry::Quota;
+use crate::writer::{Line, Loss, Losses, Priority, Writer};
 
-/// Records that wait for a reader that is slower than requests come.
-const QUEUE: usize = 8192;
-/// How long the end of the daemon waits for such a reader.
+/// How long an answer waits for its record: where one is required, and where the answer goes out all the same. A write takes
+/// microseconds, unless the destination stalls.
+const REQUIRED: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_millis(100);
+/// How long the end of the daemon waits for a destination that stalls.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How often the log has a line about lost records.
+const SAY_EVERY: Duration = Duration::from_secs(10);
 
-/// An open destination.
+/// A destination.
 #[derive(Debug)]
-pub(super) enum Sink {
-    /// A regular file: an append takes microseconds and blocks on no reader.
-    File(File),
-    /// Anything whose reader may stall: a thread writes, so that requests never wait for that reader.
-    Queue(Queue),
-    /// None yet: it could not be opened.
-    Unopened,
-}
-
-/// To the thread that writes.
-#[derive(Debug)]
-pub(super) struct Queue {
-    messages: SyncSender<Message>,
-    /// Whether the last line could not be written. Then the next ones are taken for lost as well until one is written, so
-    /// that where a record is required only what was under way at that moment is handed out without one.
-    failing: Arc<AtomicBool>,
-}
-
-/// What that thread is told.
-#[derive(Debug)]
-pub(super) enum Message {
-    /// Write this.
-    Line(Vec<u8>),
-    /// Say when everything before this is written.
-    Flush(SyncSender<()>),
+pub(super) struct Sink {
+    /// What it is, once it is open.
+    to: Mutex<Option<AuditFile>>,
+    writer: Writer,
 }
 
 impl Sink {
-    pub(super) fn open(to: &AuditFile, metrics: &Metrics) -> io::Result<Self> {
-        let file = match to {
-            AuditFile::Stdout => File::from(own_stdout()?),
-            AuditFile::Path(path) => OpenOptions::new().append(true).create(true).mode(0o600).open(path)?,
-        };
-        let kind = file.metadata()?.file_type();
-        let may_stall = kind.is_fifo() || kind.is_socket() || kind.is_char_device();
-        Ok(if may_stall { Self::Queue(queue(file, metrics.clone())?) } else { Self::File(file) })
+    /// One that is still to be opened. What is written meanwhile waits.
+    pub(super) fn unopened(clock: Clock, metrics: &Metrics) -> Self {
+        let said = Mutex::new(Quota::new(1, SAY_EVERY));
+        let lost = LostRecords { clock, metrics: metrics.clone(), said };
+        Self { to: Mutex::default(), writer: Writer::new(Box::new(lost)) }
     }
 
-    /// Writes one line, or queues it; says why, and counts it, if neither can be done. Never waits for a reader.
-    pub(super) fn write(&self, line: Vec<u8>, metrics: &Metrics) -> bool {
-        match self {
-            Self::Unopened => {
-                metrics.audit_lost.inc();
-                false
+    /// Opens it, unless somebody else has meanwhile.
+    pub(super) fn open(&self, to: &AuditFile) -> io::Result<()> {
+        let file = match to {
+            AuditFile::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
+            AuditFile::Path(path) => OpenOptions::new().append(true).create(true).mode(0o600).open(path)?,
+        };
+        self.open_as(to, file)
+    }
+
+    pub(super) fn open_as(&self, to: &AuditFile, file: File) -> io::Result<()> {
+        let mut opened = self.to();
+        if opened.is_none() {
+            self.writer.start("audit", file)?;
+            *opened = Some(to.clone());
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_unopened(&self) -> bool {
+        self.to().is_none()
+    }
+
+    pub(super) fn is_stdout(&self) -> bool {
+        *self.to() == Some(AuditFile::Stdout)
+    }
+
+    fn to(&self) -> MutexGuard<'_, Option<AuditFile>> {
+        self.to.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands a line over. What is lost of such lines is counted, and noted in the stream.
+    pub(super) fn put(&self, line: Line) {
+        drop(self.writer.push(line));
+    }
+
+    /// Writes a line, and waits until it is written. `false`: it was not, or, with `required`, not in time. Without that it is
+    /// waited for but shortly, and not at all while the destination stalls or is not there.
+    pub(super) async fn write(&self, line: Line, required: bool) -> bool {
+        let Some(written) = self.writer.push(line) else { return false };
+        if !required && (self.writer.is_behind() || self.is_unopened()) {
+            return true;
+        }
+        match timeout(if required { REQUIRED } else { PATIENCE }, written).await {
+            Ok(written) => written.unwrap_or(false),
+            Err(_) => {
+                self.writer.fall_behind();
+                !required
             }
-            Self::File(file) => {
-                let mut file = file;
-                file.write_all(&line).inspect_err(|error| lost(error, metrics)).is_ok()
-            }
-            Self::Queue(queue) => match queue.messages.try_send(Message::Line(line)) {
-                Ok(()) => !queue.failing.load(Ordering::Relaxed),
-                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                    tracing::error!("an audit record was lost: whoever reads the audit stream is too slow or gone");
-                    metrics.audit_lost.inc();
-                    false
-                }
-            },
+        }
+    }
+
+    /// Whether lines can't be written at this moment.
+    pub(super) fn is_failing(&self) -> bool {
+        self.writer.is_failing() || self.writer.is_behind() || self.is_unopened()
+    }
+
+    /// Notes what the previous destination has lost and could not note itself.
+    pub(super) fn succeed(&self, before: &Self, clock: &Clock) {
+        let requests = before.writer.take_lost();
+        if requests > 0 {
+            let (bytes, priority) = (gap(clock, requests), Priority::High);
+            self.put(Line { bytes, stands_for: requests, owner: None, priority });
         }
     }
 
     /// At the daemon's end, which would otherwise take along what is still queued. A reader that stalls is not waited for.
     pub(super) fn flush(&self) {
-        let Self::Queue(queue) = self else { return };
-        let (done, is_done) = sync_channel(1);
-        if queue.messages.try_send(Message::Flush(done)).is_ok() {
-            let _ = is_done.recv_timeout(LAST_WORDS);
-        }
+        self.writer.flush(LAST_WORDS);
     }
 }
 
-fn lost(error: &io::Error, metrics: &Metrics) {
-    tracing::error!(%error, "an audit record cannot be written");
-    metrics.audit_lost.inc();
+#[derive(Debug)]
+struct LostRecords {
+    clock: Clock,
+    metrics: Metrics,
+    said: Mutex<Quota>,
 }
 
-fn own_stdout() -> io::Result<std::os::fd::OwnedFd> {
-    use std::os::fd::AsFd;
-    io::stdout().as_fd().try_clone_to_owned()
-}
-
-fn queue(mut file: File, metrics: Metrics) -> io::Result<Queue> {
-    let (sender, messages) = sync_channel(QUEUE);
-    let failing = Arc::new(AtomicBool::new(false));
-    let queue = Queue { messages: sender, failing: failing.clone() };
-    std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
-        for message in messages {
-            let line = match message {
-                Message::Line(line) => line,
-                Message::Flush(done) => {
-                    let _ = done.send(());
-                    continue;
-                }
-            };
-            let written = file.write_all(&line);
-            failing.store(written.is_err(), Ordering::Relaxed);
-            if let Err(error) = written {
-                lost(&error, &metrics);
-            }
+impl Losses for LostRecords {
+    fn lost(&self, loss: &Loss) {
+        self.metrics.audit_lost.inc();
+        if let Some(before) = self.said.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            tracing::error!(before, "an audit record cannot be written: {loss}");
         }
-    })?;
-    Ok(queue)
+    }
+
+    /// So the sum over all records stays the number of requests.
+    fn over(&self, requests: u64) -> Vec<u8> {
+        tracing::warn!(requests, "audit records can be written again; those of so many requests were lost");
+        gap(&self.clock, requests)
+    }
+}
+
+fn gap(clock: &Clock, requests: u64) -> Vec<u8> {
+    let time = moment(clock.now());
+    render(&Gap { time, target: "audit", outcome: "lost", reason: "not_written", repeated: requests })
 }

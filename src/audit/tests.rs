@@ -1,5 +1,8 @@
 use super::*;
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
+
+use crate::audit::line::{LAST_TIME, printable};
 
 fn open(path: &Path) -> Arc<Audit> {
     Audit::open(&AuditFile::Path(path.to_owned()), false, Clock::system(), Metrics::default()).unwrap()
@@ -15,17 +18,17 @@ async fn after_a_rotation_records_go_to_the_new_file() {
     let folder = tempfile::tempdir().unwrap();
     let (path, moved) = (folder.path().join("audit.log"), folder.path().join("audit.log.1"));
     let audit = open(&path);
-    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "host", None);
+    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "host", None).await;
     std::fs::rename(&path, &moved).unwrap();
-    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "path", None);
+    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "path", None).await;
     audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
-    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "method", None);
+    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "method", None).await;
     let reasons = |path| lines(path).iter().map(|line| line["reason"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
     assert_eq!(reasons(&moved), ["host", "path"]);
     assert_eq!(reasons(&path), ["method"]);
     // One that can't be opened leaves everything as it was.
     assert!(audit.reopen(&AuditFile::Path(folder.path().join("none/audit.log")), false).is_err());
-    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "browser", None);
+    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "browser", None).await;
     assert_eq!(reasons(&path), ["method", "browser"]);
 }
 
@@ -46,80 +49,206 @@ async fn what_is_queued_is_written_at_the_end() {
     assert_eq!(reader.join().unwrap().lines().count(), 3);
 }
 
-/// Refusals, issues and cancellations of one caller, `count` of each.
+fn issued(freshness: Freshness) -> Issued<'static> {
+    Issued { access_key_id: "ASIAX", expiration: UNIX_EPOCH, freshness }
+}
+
+async fn issue(audit: &Arc<Audit>, freshness: Freshness) -> bool {
+    audit.begin(Listener::Tcp, None).finish(Outcome::Issued, "ok", Some(issued(freshness))).await
+}
+
+/// Refusals, hits, issues and cancellations of one caller, `count` of each.
 async fn flood(audit: &Arc<Audit>, count: usize) {
     for _ in 0..count {
-        audit.begin(Listener::Tcp, None).finish(Outcome::Refused, "host", None);
-        let issued = Issued { access_key_id: "ASIAX", expiration: UNIX_EPOCH, freshness: Freshness::Hit };
-        audit.begin(Listener::Tcp, None).finish(Outcome::Issued, "ok", Some(issued));
+        audit.begin(Listener::Tcp, None).finish(Outcome::Refused, "host", None).await;
+        issue(audit, Freshness::Hit).await;
+        issue(audit, Freshness::Miss).await;
         drop(audit.begin(Listener::Tcp, None));
     }
 }
 
-/// How many requests the records with this outcome stand for, and how many records those are.
-fn counted(lines: &[serde_json::Value], outcome: &str) -> (u64, usize) {
-    let these: Vec<_> = lines.iter().filter(|line| line["outcome"] == outcome).collect();
-    (these.iter().map(|line| line["repeated"].as_u64().unwrap_or(1)).sum(), these.len())
+/// How many requests the records stand for of which this is true, and how many records those are.
+fn counted(lines: &[serde_json::Value], is_one: impl Fn(&serde_json::Value) -> bool) -> (usize, usize) {
+    let these: Vec<_> = lines.iter().filter(|line| is_one(line)).collect();
+    let sum: u64 = these.iter().map(|line| line["repeated"].as_u64().unwrap_or(1)).sum();
+    (sum.try_into().unwrap(), these.len())
 }
 
-#[tokio::test(start_paused = true)]
-async fn of_a_flood_of_refusals_none_is_uncounted_and_few_are_written() {
+/// Each of those, of `count` requests that took so long.
+fn check(lines: &[serde_json::Value], count: usize, started: Instant) {
+    let seconds = usize::try_from(started.elapsed().as_secs()).unwrap();
+    let kinds = [("outcome", "refused"), ("cache", "hit"), ("outcome", "aborted")];
+    for (field, kind) in kinds {
+        let (requests, records) = counted(lines, |line| line[field] == kind);
+        assert_eq!(requests, count, "{kind}");
+        assert!(records <= 11 * (seconds + 2), "{records} records of {kind} in {seconds} s");
+    }
+    assert_eq!(counted(lines, |line| line["cache"] == "miss"), (count, count));
+}
+
+#[tokio::test]
+async fn of_a_flood_none_is_uncounted_and_few_are_written() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.log");
-    let audit = open(&path);
-    flood(&audit, 500).await;
+    let (audit, started) = (open(&path), Instant::now());
+    flood(&audit, 1000).await;
     // Nobody asks any more: what was counted comes by itself.
-    sleep(Duration::from_millis(1600)).await;
-    let written = lines(&path);
-    assert_eq!(counted(&written, "refused"), (500, 11));
-    assert_eq!(counted(&written, "issued"), (500, 500));
-    assert_eq!(counted(&written, "aborted"), (500, 500));
-    let summary = written.iter().find(|line| line["repeated"] == 490).unwrap();
-    assert_eq!((&summary["reason"], &summary["listener"]), (&"host".into(), &"tcp".into()));
+    let all = loop {
+        let lines = lines(&path);
+        if ["refused", "aborted", "issued"]
+            .iter()
+            .map(|kind| counted(&lines, |line| line["outcome"] == *kind).0)
+            .sum::<usize>()
+            == 4000
+        {
+            break lines;
+        }
+        sleep(Duration::from_millis(10)).await;
+    };
+    check(&all, 1000, started);
+    let summary = all.iter().find(|line| line["repeated"].is_u64() && line["outcome"] == "issued").unwrap();
+    assert_eq!((&summary["access_key_id"], &summary["cache"]), (&"ASIAX".into(), &"hit".into()));
     // At the daemon's end, too.
     flood(&audit, 30).await;
     drop(audit);
-    assert_eq!(counted(&lines(&path), "refused"), (530, 22));
+    check(&lines(&path), 1030, started);
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_flood_that_lasts_is_one_record_a_second() {
+/// The first release of a key to a caller is in the audit, whatever others do.
+#[tokio::test]
+async fn the_first_hit_of_each_key_is_written_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.log");
     let audit = open(&path);
-    for _ in 0..300 {
-        flood(&audit, 5).await;
-        sleep(Duration::from_millis(10)).await;
+    for number in 0..3000 {
+        let access_key_id = format!("ASIA{number}");
+        let issued = Issued { access_key_id: &access_key_id, ..issued(Freshness::Hit) };
+        let record = audit.begin(Listener::Tcp, None);
+        let id = record.request_id().to_string();
+        assert!(record.finish(Outcome::Issued, "ok", Some(issued)).await);
+        // Some of them, since reading all of it each time takes long.
+        if number % 500 == 0 {
+            let last = lines(&path).pop().unwrap();
+            assert_eq!((&last["access_key_id"], &last["request_id"]), (&access_key_id.into(), &id.into()));
+        }
     }
-    drop(audit);
-    let (requests, records) = counted(&lines(&path), "refused");
-    assert_eq!(requests, 1500);
-    assert!(records <= 4 * 11, "{records} records in three seconds");
+    assert_eq!(lines(&path).len(), 3000);
+}
+
+fn open_at(to: &AuditFile, required: bool) -> Arc<Audit> {
+    Audit::open(to, required, Clock::system(), Metrics::default()).unwrap()
 }
 
 #[tokio::test]
 async fn what_is_required_and_cannot_be_written_says_so() {
     let full = AuditFile::Path("/dev/full".into());
-    let open = |required| Audit::open(&full, required, Clock::system(), Metrics::default()).unwrap();
-    let issued = || Issued { access_key_id: "ASIAX", expiration: UNIX_EPOCH, freshness: Freshness::Hit };
-    let issues = |audit: &Arc<Audit>| audit.begin(Listener::Unix, None).finish(Outcome::Issued, "ok", Some(issued()));
     for required in [true, false] {
-        let audit = open(required);
-        // As a regular file on a full disk.
-        let file = std::fs::OpenOptions::new().append(true).open("/dev/full").unwrap();
-        audit.sink.store(Arc::new(Sink::File(file)));
-        assert_eq!(issues(&audit), !required);
-        assert_eq!(audit.metrics.audit_lost.get(), 1);
-
-        // A character device is written to by a thread: once that has failed, which it may have done before the first of
-        // these returns, nothing more is handed out.
-        let audit = open(required);
-        issues(&audit);
-        while audit.metrics.audit_lost.get() == 0 {
-            std::thread::yield_now();
+        let audit = open_at(&full, required);
+        for (count, freshness) in [Freshness::Miss, Freshness::Hit, Freshness::Stale].into_iter().enumerate() {
+            assert_eq!(issue(&audit, freshness).await, !required);
+            assert_eq!(audit.metrics.audit_lost.get(), u64::try_from(count).unwrap() + 1);
         }
-        assert_eq!(issues(&audit), !required);
+        // Credentials that were not released do not count as issued.
+        let text = audit.metrics.encode();
+        let issued = text.contains("outcome=\"issued\"");
+        assert_eq!((issued, text.contains("not_audited")), (!required, required), "{text}");
     }
+}
+
+/// Hits that would only be counted are not released while the destination fails.
+#[tokio::test]
+async fn what_is_required_is_tried_each_time_while_it_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("audit.log");
+    let audit = open_at(&AuditFile::Path(path), true);
+    for _ in 0..100 {
+        assert!(issue(&audit, Freshness::Hit).await);
+    }
+    let full = AuditFile::Path("/dev/full".into());
+    audit.reopen(&full, true).unwrap();
+    // The one that finds it out.
+    assert!(!issue(&audit, Freshness::Miss).await);
+    for _ in 0..100 {
+        assert!(!issue(&audit, Freshness::Hit).await);
+    }
+}
+
+/// The repair of a full disk may be another file.
+#[tokio::test]
+async fn what_was_lost_is_said_in_the_next_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("audit.log");
+    let audit = open_at(&AuditFile::Path("/dev/full".into()), false);
+    for _ in 0..3 {
+        issue(&audit, Freshness::Miss).await;
+    }
+    audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
+    issue(&audit, Freshness::Miss).await;
+    let found = lines(&path);
+    assert_eq!((&found[0]["outcome"], &found[0]["repeated"]), (&"lost".into(), &3.into()));
+    assert_eq!(counted(&found, |_| true), (4, 2));
+}
+
+/// A client that disconnects while its record is written counts once.
+#[tokio::test]
+async fn a_client_that_goes_away_meanwhile_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let _reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let audit = open_at(&AuditFile::Path(path), true);
+    // Until the pipe is full.
+    while issue(&audit, Freshness::Miss).await {}
+    let count = |text: &str| {
+        let line = audit.metrics.encode().lines().find(|line| line.contains(text)).map(str::to_owned);
+        line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
+    };
+    let before = count("outcome=\"issued\"");
+    let mut waiting = Box::pin(issue(&audit, Freshness::Miss));
+    assert!(futures_are_pending(&mut waiting));
+    drop(waiting);
+    assert_eq!((count("outcome=\"issued\""), count("outcome=\"aborted\"")), (before + 1, 0));
+}
+
+fn futures_are_pending(future: &mut std::pin::Pin<Box<impl Future>>) -> bool {
+    future.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop())).is_pending()
+}
+
+/// A pipe without a reader: credentials that require a record are not released, others are not held up for long.
+#[tokio::test]
+async fn a_reader_that_has_stopped_stops_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Open for both directions: there is a reader, and it reads nothing.
+    let reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let audit = open_at(&AuditFile::Path(path.clone()), false);
+    for _ in 0..20_000 {
+        assert!(issue(&audit, Freshness::Miss).await);
+    }
+    assert!(audit.metrics.audit_lost.get() > 0);
+    let lost = audit.metrics.audit_lost.get();
+    let strict = open_at(&AuditFile::Path(path), true);
+    assert!(!issue(&strict, Freshness::Miss).await);
+    // The reader reads again, to the end: the sum is the number of requests.
+    let reading = std::thread::spawn(move || {
+        use std::io::BufRead;
+        let mut sum = 0;
+        for line in std::io::BufReader::new(reader).lines() {
+            let line: serde_json::Value = serde_json::from_str(&line.unwrap()).unwrap();
+            sum += line["repeated"].as_u64().unwrap_or(1);
+            if line["outcome"] == "lost" {
+                // The very last may be one of them.
+                assert!(line["repeated"].as_u64().unwrap().wrapping_sub(lost) <= 1, "{line}, not {lost}");
+            }
+            if sum == 20_002 {
+                return sum;
+            }
+        }
+        sum
+    });
+    assert!(issue(&audit, Freshness::Miss).await);
+    assert_eq!(tokio::task::spawn_blocking(|| reading.join().unwrap()).await.unwrap(), 20_002);
 }
 
 #[test]

@@ -12,9 +12,10 @@ use super::trouble::{Class, Trouble};
 use super::{CacheError, Shared};
 use crate::caller::Caller;
 use crate::credentials::Credentials;
+use crate::identity::SpiffeId;
 use crate::issue::IssueError;
+use crate::limits::FairPermit;
 use crate::metrics::Call;
-use crate::turns::Turn;
 
 /// What becomes of a flight.
 enum Landing {
@@ -31,7 +32,7 @@ impl Shared {
         slot: &Arc<Slot>,
         caller: Arc<Caller>,
         state: &mut State,
-        turn: Option<Turn>,
+        turn: Option<FairPermit<SpiffeId>>,
     ) -> Arc<Flight> {
         let flight = Flight::new();
         state.flight = Some(flight.clone());
@@ -102,7 +103,13 @@ impl Shared {
     }
 }
 
-async fn fly(shared: Arc<Shared>, slot: Arc<Slot>, flight: Arc<Flight>, mut caller: Arc<Caller>, turn: Option<Turn>) {
+async fn fly(
+    shared: Arc<Shared>,
+    slot: Arc<Slot>,
+    flight: Arc<Flight>,
+    mut caller: Arc<Caller>,
+    turn: Option<FairPermit<SpiffeId>>,
+) {
     let landed = loop {
         let issuer = shared.setup.load().issuer.clone();
         let flying = {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::entry::Slot;
 use crate::issue::IssueError;
-use crate::turns::Bucket;
+use crate::limits::TokenBucket;
 
 /// So many lines at once ...
 const BURST: u32 = 20;
@@ -15,7 +15,7 @@ const EVERY: Duration = Duration::from_secs(10);
 
 /// How many lines may be written still, and how many were left out.
 #[derive(Debug, Default)]
-pub(super) struct Log(Mutex<(Bucket, u64)>);
+pub(super) struct Log(Mutex<(TokenBucket, u64)>);
 
 impl Log {
     /// Whether one may be written now; if so, how many were left out since the last.

@@ -173,7 +173,7 @@ impl Shared {
         let caller = if setup.issuer.needs_caller() { slot.latest.load_full() } else { Some(self.nobody.clone()) };
         // Without one, the next request brings it.
         let caller = caller?;
-        let Some(turn) = self.refreshes.try_take(&slot.grant.spiffe_id) else {
+        let Ok(turn) = self.refreshes.try_acquire(&slot.grant.spiffe_id) else {
             return Some(Instant::now() + NO_TURN.mul_f64(0.5 + fastrand::f64()));
         };
         self.launch(slot, caller, state, Some(turn));

@@ -145,15 +145,16 @@ fn denied() -> SourceError {
 }
 
 fn refused() -> StsError {
-    let message = "STS refuses".to_owned();
-    StsError { again: Again::Never, reason: "sts_access_denied", code: "AccessDenied".to_owned(), message }
+    let what = "STS refuses".to_owned();
+    StsError { again: Again::Never, reason: "sts_access_denied", code: "AccessDenied".to_owned(), what, fix: None }
 }
 
 #[derive(Debug)]
 struct Always;
 
+#[async_trait::async_trait]
 impl Evidence for Always {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 }

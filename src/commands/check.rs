@@ -107,11 +107,12 @@ async fn walk(options: &Options, report: &mut Report) {
         Ok(resolve) => resolve,
         Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
     };
-    machine::check(&config, Path::new("/proc"), report);
-    let (network, sts) = match sts(&config) {
-        Ok(both) => both,
-        Err(error) => return report.failed("sts", error, "correct [sts], or the environment variable"),
-    };
+    let proc = Path::new("/proc");
+    machine::check(&config, proc, &machine::Kernel::tried(&config, proc), report);
+    let (network, sts) = sts(&config);
+    if let Err(error) = sts.prepare(&config.roles.sts_targets()).await {
+        return report.failed("sts", error.to_string(), "correct [sts], or the environment variable");
+    }
     let web = Web { resolve, network: Some(network), deadline: DEADLINE };
     let Some(asked) = agent::connect(&config, options.whom(), report).await else {
         return report
@@ -121,7 +122,7 @@ async fn walk(options: &Options, report: &mut Report) {
     for role in &config.roles.defined {
         if !clocks.contains(&role.sts) {
             clocks.push(role.sts.clone());
-            exchange::clock(role, &web, report).await;
+            exchange::clock(&sts, role, &web, report).await;
         }
         let Some(live) = agent::token(&config, &asked, role, report).await else { continue };
         // Whatever the audience, the issuer and its keys are the same.
@@ -159,15 +160,15 @@ fn configuration(options: &Options, report: &mut Report) -> Option<Config> {
 }
 
 /// As the daemon has it, and the way there, which the other steps take too.
-fn sts(config: &Config) -> Result<(Network, Sts), String> {
-    let network = Network::from_env(|name| std::env::var(name).ok()).map_err(|error| error.to_string())?;
+fn sts(config: &Config) -> (Network, Sts) {
+    let network = Network::from_env(|name| std::env::var(name).ok());
     let settings = Settings {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,
         ca_file: config.sts.ca_file.clone(),
         network: network.clone(),
     };
-    Ok((network, Sts::new(settings, Clock::system()).map_err(|error| error.to_string())?))
+    (network, Sts::new(settings, Clock::system()))
 }
 
 #[cfg(test)]

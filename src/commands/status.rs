@@ -66,16 +66,7 @@ impl Status {
     }
 
     fn ask(&self) -> Result<Value, String> {
-        let socket = match &self.socket {
-            Some(socket) => socket.clone(),
-            None => self
-                .config
-                .beside()
-                .map_err(|errors| format!("{errors}\nor name the socket with --socket"))?
-                .listen
-                .status
-                .ok_or("the configuration has no status socket; set `status` in [listen]")?,
-        };
+        let socket = self.config.status_socket(self.socket.as_deref())?;
         let failed = |error: &io::Error| format!("{}: {}", socket.display(), server::explained(error));
         let stream = server::connect(&socket, &[0, geteuid().as_raw()])?;
         let answer = client::get(stream, "/status", ANSWER_MAX, Instant::now() + PATIENCE);

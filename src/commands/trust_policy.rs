@@ -15,11 +15,11 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use super::live::{self, Live};
-use super::web::Web;
+use super::web::{Chain, Web};
 use crate::config::{Config, Exposure};
 use crate::identity::SpiffeId;
 use crate::sts::Network;
-use plan::{Account, Issuer, Plan};
+use plan::{Account, AccountName, Issuer, Plan, Provider};
 
 /// For a token, and for each document of the issuer.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -36,6 +36,7 @@ const EX_CONFIG: u8 = 78;
   sudo awsvid trust-policy > iam.sh                       commands of the AWS CLI, to read and then to run
   sudo awsvid trust-policy --format terraform > awsvid.tf
   awsvid trust-policy --issuer https://oidc.example.org --format cloudformation > awsvid.json
+  sudo awsvid trust-policy --account aws-cn:123456789012 --existing-provider
 
 Exit status: 0; 78 if the configuration has errors; 1 if there is no issuer, no role at AWS, or roles of several accounts.")]
 pub struct Options {
@@ -48,9 +49,18 @@ pub struct Options {
     /// The issuer of the tokens (SPIRE's `jwt_issuer`); without it a live token is asked for and says it.
     #[arg(long, value_name = "URL")]
     issuer: Option<String>,
-    /// Only this account's roles. Terraform and CloudFormation make the resources of one account at a time.
+    /// Only this account's roles, as 123456789012, or with its partition as aws-cn:123456789012. Terraform and CloudFormation make
+    /// the resources of one account at a time.
     #[arg(long, value_name = "NUMBER")]
     account: Option<String>,
+    /// Uses the OIDC provider that the accounts have for this issuer already. Without this option the AWS CLI's commands create one if
+    /// there is none; Terraform and CloudFormation create one, and fail if there is one.
+    #[arg(long)]
+    existing_provider: bool,
+    /// Writes the thumbprint of the issuer's certificate although this machine does not trust that certificate. Compare it with your
+    /// own CA's first: AWS will trust every server that has such a certificate.
+    #[arg(long, conflicts_with = "existing_provider")]
+    accept_untrusted_issuer: bool,
     /// A SPIFFE ID for roles whose ARN depends on it (`{path[N]}`). Those of workload rules are known.
     #[arg(long, value_name = "ID", value_parser = SpiffeId::parse)]
     spiffe_id: Vec<SpiffeId>,
@@ -104,15 +114,15 @@ fn render(plan: &Plan, format: Format) -> Result<String, String> {
     if format == Format::AwsCli {
         return Ok(aws_cli::render(plan));
     }
-    let accounts: Vec<(&String, &Account)> = plan.accounts.iter().collect();
-    let [(_, account)] = accounts[..] else {
-        let numbers: Vec<&str> = accounts.iter().map(|(number, _)| number.as_str()).collect();
-        return Err(format!("the roles are in several accounts: choose one with --account ({})", numbers.join(", ")));
+    let accounts: Vec<(&AccountName, &Account)> = plan.accounts.iter().collect();
+    let [(name, account)] = accounts[..] else {
+        let names: Vec<String> = accounts.iter().map(|(name, _)| name.to_string()).collect();
+        return Err(format!("the roles are in several accounts: choose one with --account ({})", names.join(", ")));
     };
     Ok(match format {
         Format::AwsCli => aws_cli::render(plan),
-        Format::Terraform => terraform::render(plan, account),
-        Format::Cloudformation => cloudformation::render(plan, account),
+        Format::Terraform => terraform::render(plan, name, account),
+        Format::Cloudformation => cloudformation::render(plan, name, account),
     })
 }
 
@@ -132,14 +142,20 @@ async fn plan(options: &Options, config: &Config) -> Result<Plan, String> {
         (Some(given), _) => given.clone(),
     };
     let issuer = Issuer::parse(&issuer)?;
-    let (thumbprint, doubts) = thumbprint(&issuer).await;
+    let (provider, doubts) = match options.existing_provider {
+        true => (Provider::Existing, None),
+        false => {
+            let (thumbprint, doubts) = thumbprint(&issuer, options.accept_untrusted_issuer).await;
+            (Provider::New { thumbprint }, doubts)
+        }
+    };
     let ids: Vec<SpiffeId> =
         config.workloads.iter().map(|workload| workload.rule.spiffe_id()).chain(&options.spiffe_id).cloned().collect();
-    let mut plan = Plan::new(&config.roles, &ids, issuer, thumbprint);
+    let mut plan = Plan::new(&config.roles, &ids, issuer, provider);
     plan.warnings.extend(doubts);
     plan.warnings.extend(warnings);
     if let Some(wanted) = &options.account {
-        plan.accounts.retain(|number, _| number == wanted);
+        plan.accounts.retain(|name, _| name.is(wanted));
     }
     if plan.accounts.is_empty() {
         let why = plan.warnings.join("\n");
@@ -167,13 +183,13 @@ async fn live_issuer(config: &Config) -> Result<String, String> {
     live.issuer().map(str::to_owned).ok_or_else(|| live::NO_ISSUER.to_owned())
 }
 
-/// AWS trusts what browsers trust, and needs a thumbprint where the keys are served with another chain.
-async fn thumbprint(issuer: &Issuer) -> (Option<String>, Option<String>) {
+/// Returns the thumbprint that IAM needs, and a warning. AWS trusts public CAs, and needs a thumbprint for other chains. A chain that
+/// this machine does not trust may be an attacker's, so its thumbprint is returned only if that is `accepted` (attack 35).
+async fn thumbprint(issuer: &Issuer, accepted: bool) -> (Option<String>, Option<String>) {
     if !issuer.url().starts_with("https://") {
         return (None, None);
     }
-    // What is wrong with a variable keeps nothing but the chain from being seen.
-    let network = Network::from_env(|name| std::env::var(name).ok()).unwrap_or_default();
+    let network = Network::from_env(|name| std::env::var(name).ok());
     let web = Web { resolve: Vec::new(), network: Some(network), deadline: DEADLINE };
     let chain = async {
         let document = web.get(&live::discovery_url(issuer.url())).await?;
@@ -182,13 +198,24 @@ async fn thumbprint(issuer: &Issuer) -> (Option<String>, Option<String>) {
         let keys = discovery["jwks_uri"].as_str().ok_or("its discovery document has no `jwks_uri`")?;
         Ok::<_, String>(web.get(keys).await?.chain)
     };
+    let url = issuer.url();
     match chain.await {
-        Ok(Some(chain)) if chain.distrust.is_some() => (Some(chain.thumbprint), None),
-        Ok(_) => (None, None),
-        Err(error) => {
-            let what = format!("issuer {}: {error}; so whether IAM needs a thumbprint is not known", issuer.url());
-            (None, Some(what))
+        Ok(Some(Chain { distrust: Some(distrust), thumbprint })) => {
+            let what = format!(
+                "issuer {url}: this machine does not trust the certificate that its keys are served with ({distrust}). AWS trusts \
+                 every server with a certificate of this thumbprint: compare {thumbprint} with your own CA's (openssl x509 -noout -fingerprint \
+                 -sha1)"
+            );
+            match accepted {
+                true => (Some(thumbprint), Some(what)),
+                false => (
+                    None,
+                    Some(format!("{what}, and run this again with --accept-untrusted-issuer; it is left out here")),
+                ),
+            }
         }
+        Ok(_) => (None, None),
+        Err(error) => (None, Some(format!("issuer {url}: {error}; so whether IAM needs a thumbprint is not known"))),
     }
 }
 

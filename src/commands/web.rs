@@ -102,8 +102,10 @@ impl Web {
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
         let port = authority.port_u16().unwrap_or(if secure { 443 } else { 80 });
         // Who names an address wants to see what is there.
-        let hop =
-            self.network.as_ref().filter(|_| self.forced(&host, port).is_none()).and_then(|network| network.hop(&uri));
+        let hop = match self.network.as_ref().filter(|_| self.forced(&host, port).is_none()) {
+            Some(network) => network.hop(&uri).map_err(|error| error.to_string())?,
+            None => None,
+        };
         let mut request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()));
         let stream = match &hop {
             Some(hop) if secure => self.tunnel(hop, &host, port).await?,
@@ -137,15 +139,15 @@ impl Web {
     async fn to_proxy(&self, hop: &Hop) -> Result<TcpStream, String> {
         if hop.secure {
             let what = "is to be asked over TLS, which awsvid check does not do: try it with curl";
-            return Err(format!("the proxy {}:{} {what}", hop.host, hop.port));
+            return Err(format!("{hop} {what}"));
         }
-        self.connect(&hop.host, hop.port).await.map_err(|error| format!("through the proxy: {error}"))
+        self.connect(&hop.host, hop.port).await.map_err(|error| format!("through {hop}: {error}"))
     }
 
     async fn tunnel(&self, hop: &Hop, host: &str, port: u16) -> Result<TcpStream, String> {
         let mut stream = self.to_proxy(hop).await?;
         let opened = tunnel::open(&mut stream, host, port, hop.authorization.as_ref()).await;
-        opened.map_err(|error| format!("the proxy {}:{}: {error}", hop.host, hop.port))?;
+        opened.map_err(|error| format!("{hop}: {error}"))?;
         Ok(stream)
     }
 

@@ -4,23 +4,41 @@ use std::net::IpAddr;
 
 use hyper::Uri;
 
-/// The suffixes of AWS's own host names, in all partitions, also dual-stack.
-const AWS_SUFFIXES: [&str; 14] = [
-    "amazonaws.com",
-    "api.aws",
-    "amazonaws.com.cn",
-    "api.amazonwebservices.com.cn",
-    "amazonaws.eu",
-    "api.amazonwebservices.eu",
-    "c2s.ic.gov",
-    "api.aws.ic.gov",
-    "sc2s.sgov.gov",
-    "api.aws.scloud",
-    "cloud.adc-e.uk",
-    "api.cloud-aws.adc-e.uk",
-    "csp.hci.ic.gov",
-    "api.aws.hci.ic.gov",
+/// A partition of AWS, by the names of its regions and hosts, as the SDK's own table has them (a test compares the two).
+struct Partition {
+    name: &'static str,
+    /// The prefix of its regions, before `-<word>-<number>`; empty for `aws`, whose regions begin with two letters.
+    regions: &'static str,
+    /// The suffix of its host names, and of its dual-stack host names.
+    suffixes: [&'static str; 2],
+}
+
+/// The partition of all other regions.
+const COMMERCIAL: Partition = Partition { name: "aws", regions: "", suffixes: ["amazonaws.com", "api.aws"] };
+const PARTITIONS: [Partition; 7] = [
+    Partition { name: "aws-cn", regions: "cn", suffixes: ["amazonaws.com.cn", "api.amazonwebservices.com.cn"] },
+    Partition { name: "aws-us-gov", regions: "us-gov", suffixes: ["amazonaws.com", "api.aws"] },
+    Partition { name: "aws-eusc", regions: "eusc-de", suffixes: ["amazonaws.eu", "api.amazonwebservices.eu"] },
+    Partition { name: "aws-iso", regions: "us-iso", suffixes: ["c2s.ic.gov", "api.aws.ic.gov"] },
+    Partition { name: "aws-iso-b", regions: "us-isob", suffixes: ["sc2s.sgov.gov", "api.aws.scloud"] },
+    Partition { name: "aws-iso-e", regions: "eu-isoe", suffixes: ["cloud.adc-e.uk", "api.cloud-aws.adc-e.uk"] },
+    Partition { name: "aws-iso-f", regions: "us-isof", suffixes: ["csp.hci.ic.gov", "api.aws.hci.ic.gov"] },
 ];
+
+impl Partition {
+    /// Returns the partition of a region; `None` if AWS has no regions of such a form.
+    fn of_region(region: &str) -> Option<&'static Self> {
+        let (rest, number) = region.rsplit_once('-')?;
+        let (prefix, word) = rest.rsplit_once('-')?;
+        let is_region = !number.is_empty()
+            && number.bytes().all(|c| c.is_ascii_digit())
+            && !word.is_empty()
+            && word.bytes().all(|c| c.is_ascii_lowercase());
+        let is_continent = prefix.len() == 2 && prefix.bytes().all(|c| c.is_ascii_lowercase());
+        let own = PARTITIONS.iter().find(|partition| partition.regions == prefix);
+        own.or(is_continent.then_some(&COMMERCIAL)).filter(|_| is_region)
+    }
+}
 
 /// Checks the URL of an STS endpoint and gives it in one form, so that two ways to write one endpoint are not two endpoints.
 ///
@@ -60,16 +78,25 @@ pub(crate) fn is_aws(endpoint: Option<&str>) -> bool {
     endpoint.is_none_or(|url| url.strip_prefix("https://").is_some_and(is_aws_sts_host))
 }
 
-/// Whether this is the name of AWS's STS, in any region or partition, FIPS or a VPC endpoint.
+/// Returns whether this is the host name of AWS's STS, in any region or partition, FIPS or a VPC endpoint. Every other host is not
+/// AWS's.
 ///
-/// The suffix alone would not do: customers have names of their own below it.
+/// Neither the suffix nor `sts.` before it is enough: customers have names below AWS's suffixes, such as that of a bucket `sts`
+/// (`sts.s3.amazonaws.com`, `sts.s3-eu-west-1.amazonaws.com`; attack 38).
 pub(super) fn is_aws_sts_host(host: &str) -> bool {
-    let rest = AWS_SUFFIXES.iter().find_map(|suffix| host.strip_suffix(suffix)?.strip_suffix('.'));
-    match rest.map(|rest| rest.split('.').collect::<Vec<_>>()).as_deref() {
-        Some(["sts" | "sts-fips"] | ["sts" | "sts-fips", _]) => true,
-        Some([name, "sts" | "sts-fips", _, "vpce"]) => name.starts_with("vpce-"),
-        _ => false,
-    }
+    let is_sts = |label: &str| matches!(label, "sts" | "sts-fips");
+    std::iter::once(&COMMERCIAL).chain(&PARTITIONS).any(|partition| {
+        let is_region = |label: &str| Partition::of_region(label).is_some_and(|of| of.name == partition.name);
+        partition.suffixes.iter().any(|suffix| {
+            let rest = host.strip_suffix(suffix).and_then(|rest| rest.strip_suffix('.'));
+            match rest.map(|rest| rest.split('.').collect::<Vec<_>>()).as_deref() {
+                Some([label]) => is_sts(label),
+                Some([label, region]) => is_sts(label) && is_region(region),
+                Some([name, label, region, "vpce"]) => name.starts_with("vpce-") && is_sts(label) && is_region(region),
+                _ => false,
+            }
+        })
+    })
 }
 
 /// Checks the name of a region. It becomes part of a host name, so nothing else may be in it.
@@ -87,18 +114,9 @@ pub(super) fn is_aws_region(region: &str) -> bool {
     parts.len() >= 3 && number
 }
 
-/// The partition that a region of AWS is in.
+/// Returns the partition of a region. An unknown region counts as one of `aws`, as in the SDK.
 pub(super) fn partition(region: &str) -> &'static str {
-    const OTHERS: [(&str, &str); 7] = [
-        ("cn-", "aws-cn"),
-        ("us-gov-", "aws-us-gov"),
-        ("eusc-", "aws-eusc"),
-        ("us-iso-", "aws-iso"),
-        ("us-isob-", "aws-iso-b"),
-        ("eu-isoe-", "aws-iso-e"),
-        ("us-isof-", "aws-iso-f"),
-    ];
-    OTHERS.iter().find(|(prefix, _)| region.starts_with(prefix)).map_or("aws", |(_, partition)| partition)
+    Partition::of_region(region).unwrap_or(&COMMERCIAL).name
 }
 
 #[cfg(test)]
@@ -170,7 +188,14 @@ mod tests {
             "sts.us-east-1.api.aws",
             "sts.eusc-de-east-1.amazonaws.eu",
             "sts.us-iso-east-1.c2s.ic.gov",
+            "sts.us-isob-east-1.sc2s.sgov.gov",
+            "sts.us-gov-west-1.amazonaws.com",
+            "sts.amazonaws.com.cn",
             "vpce-0a1b-xyz.sts.us-east-1.vpce.amazonaws.com",
+            "vpce-0a1b-xyz-us-east-1a.sts-fips.us-east-1.vpce.amazonaws.com",
+            "vpce-0a1b.sts.cn-north-1.vpce.amazonaws.com.cn",
+            // A region that may exist one day.
+            "sts.nz-north-12.amazonaws.com",
         ];
         for host in aws {
             assert!(is_aws_sts_host(host), "{host}");
@@ -186,6 +211,28 @@ mod tests {
             "sts.example-amazonaws.com",
             "sts.amazonaws.com.example.org",
             "sts.us-east-1.amazonaws.com:8443",
+            "sts.us-east-1.amazonaws.com.",
+            "sts.us-east-1.amazonaws.com/x",
+            // Attack 38: names of buckets, load balancers and other resources of customers.
+            "sts.s3.amazonaws.com",
+            "sts.s3-us-west-2.amazonaws.com",
+            "sts.s3-fips.amazonaws.com",
+            "sts.s3-website-us-east-1.amazonaws.com",
+            "sts.s3.us-east-1.amazonaws.com",
+            "sts.s3.cn-north-1.amazonaws.com.cn",
+            "sts-fips.s3.amazonaws.com",
+            "sts.elb.amazonaws.com",
+            "sts.us-east-1.elb.amazonaws.com",
+            "sts.elb-us-east-1.amazonaws.com",
+            "sts.cloudfront.net",
+            "sts.eu-1.amazonaws.com",
+            "sts.us-east-1.on.aws",
+            "vpce-0a1b.sts.s3.vpce.amazonaws.com",
+            "vpce-0a1b.vpce-svc-0c2d.us-east-1.vpce.amazonaws.com",
+            // A region under another partition's suffix.
+            "sts.us-east-1.amazonaws.eu",
+            "sts.cn-north-1.amazonaws.com",
+            "sts.us-gov-west-1.amazonaws.com.cn",
         ];
         for host in others {
             assert!(!is_aws_sts_host(host), "{host}");
@@ -213,6 +260,32 @@ mod tests {
         }
         for name in ["x", "frankfurt", "eu-central", "eu-central-1a", "aws-global", "1"] {
             assert!(region(name).is_ok() && !is_aws_region(name), "{name}");
+        }
+    }
+    /// The SDK says where AWS's STS of a region is.
+    #[tokio::test]
+    async fn hosts_of_the_sdk_are_of_their_partition() {
+        use aws_sdk_sts::config::endpoint::{DefaultResolver, Params, ResolveEndpoint};
+        let table = [
+            ("us-east-1", "aws"),
+            ("il-central-1", "aws"),
+            ("mx-central-1", "aws"),
+            ("cn-northwest-1", "aws-cn"),
+            ("us-gov-east-1", "aws-us-gov"),
+            ("eusc-de-east-1", "aws-eusc"),
+            ("us-iso-west-1", "aws-iso"),
+            ("us-isob-east-1", "aws-iso-b"),
+            ("eu-isoe-west-1", "aws-iso-e"),
+            ("us-isof-south-1", "aws-iso-f"),
+        ];
+        let resolver = DefaultResolver::new();
+        for (region, of) in table {
+            assert_eq!(partition(region), of);
+            for (fips, dual_stack) in [(false, false), (true, false), (false, true), (true, true)] {
+                let params = Params::builder().region(region).use_fips(fips).use_dual_stack(dual_stack);
+                let endpoint = resolver.resolve_endpoint(&params.build().unwrap()).await.unwrap();
+                assert!(is_aws(Some(endpoint.url())), "{}", endpoint.url());
+            }
         }
     }
 }

@@ -96,9 +96,22 @@ pub(super) fn roles(report: &Report<'_>, roles: &[Defined], requested: Option<&R
         if let Some(earlier) = roles[..i].iter().find(|earlier| earlier.role.name == later.role.name) {
             let what = format!("{} has this name, too", the_one(&earlier.name_at));
             report.error(&later.name_at, what, "give each role its own name");
+        } else if let Some(earlier) = roles[..i].iter().find(|earlier| hides(earlier, later)) {
+            let what = format!(
+                "/v1/credentials gives its workloads {} instead, which covers all of them; this one is given by its name alone",
+                the_one(&earlier.name_at)
+            );
+            report.warn(&later.name_at, what, "move it up, unless workloads request it by name");
         }
     }
     audiences(report, roles, requested);
+}
+
+/// Returns whether `later` is narrower than `earlier`, so that its workloads never get it by default. Two roles for the same IDs are
+/// intended: one of them is requested by its name.
+fn hides(earlier: &Defined, later: &Defined) -> bool {
+    let (wide, narrow) = (&earlier.role.spiffe_id, &later.role.spiffe_id);
+    wide.covers(narrow) && !narrow.covers(wide)
 }
 
 /// A token can be used wherever its audience is accepted, so an audience belongs to one endpoint (attack 8).
@@ -137,7 +150,9 @@ pub(super) fn names_of_dev(report: &Report<'_>, workloads: &[Workload], roles: &
         if defined.role.spiffe_id.trust_domain() == DEV_TRUST_DOMAIN {
             report.error(&defined.name_at, what(), FIX);
         }
-        if defined.role.role_arn.as_str().split(':').nth(4) == Some(DEV_ACCOUNT) {
+        // An STS that is not AWS's may have an account of this number.
+        let is_aws = aws::is_aws(defined.role.sts.endpoint.as_deref());
+        if is_aws && defined.role.role_arn.as_str().split(':').nth(4) == Some(DEV_ACCOUNT) {
             let what = format!("no AWS account has the number {DEV_ACCOUNT}: it is that of `awsvid dev`");
             report.error(&defined.name_at, what, FIX);
         }
@@ -154,9 +169,15 @@ pub(super) fn coverage(report: &Report<'_>, workloads: &[Workload], roles: &[Def
     }
     for defined in roles {
         let pattern = &defined.role.spiffe_id;
-        if !workloads.iter().any(|workload| pattern.matches(workload.spiffe_id())) {
+        let ids = workloads.iter().map(Workload::spiffe_id);
+        let mut ids = ids.filter(|id| pattern.matches(id)).peekable();
+        if ids.peek().is_none() {
             let what = format!("no workload on this node is {}", pattern.as_str());
             report.warn(&defined.name_at, what, "add a [[workload]] with such a `spiffe_id`, or remove the role");
+        }
+        if let Some(id) = ids.find(|id| defined.role.role_arn.render(id).is_none()) {
+            let what = format!("{id} can't have it: with its path `role_arn` is longer than a role's name may be");
+            report.warn(&defined.name_at, what, "add a [[role]] for this ID alone, with a shorter `role_arn`");
         }
     }
 }

@@ -62,14 +62,15 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<Defined> {
         "write an ID as in \"spiffe://example.org/billing\", or with * for a segment, ** for the rest",
         SpiffeIdPattern::parse,
     );
-    let role_arn = table.parse("role_arn", "write the role's ARN as IAM shows it", ArnTemplate::parse);
     let own_audience = table.parse("audience", "write what STS expects as the audience of a token", audience);
     let duration = table.duration("duration", DURATION);
     let session_name = table.parse("session_name", "leave it out to get one from the SPIFFE ID", SessionName::parse);
     let region = table.parse("region", REGION_FIX, aws::region);
     let endpoint = table.parse("sts_endpoint", ENDPOINT_FIX, aws::sts_endpoint);
     let policy = table.parse("policy", "write a session policy as one JSON object in '''quotes'''", policy);
-    let policy_arns = policy_arns(table);
+    let names = Names::of(table, endpoint.as_deref(), defaults);
+    let role_arn = role_arn(table, names);
+    let policy_arns = policy_arns(table, names);
     let allow_shared_audience = table.flag("allow_shared_audience").unwrap_or(false);
     let duration = whole_seconds(table, duration);
 
@@ -96,6 +97,33 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<Defined> {
         name_at: table.place("name"),
         audience_at: table.place("audience"),
     })
+}
+
+/// The rules for the names of a role and its policies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Names {
+    Aws,
+    /// None: the names are another STS's, or the endpoint has an error.
+    Opaque,
+}
+
+impl Names {
+    /// `own`: the role's own endpoint.
+    fn of(table: &Table<'_>, own: Option<&str>, defaults: &Defaults<'_>) -> Self {
+        let own_is_wrong = table.is_wrong("sts_endpoint");
+        let default_is_wrong = own.is_none() && defaults.sts_table.is_wrong("endpoint");
+        let endpoint = own.or(defaults.sts.endpoint.as_deref());
+        if own_is_wrong || default_is_wrong || !aws::is_aws(endpoint) { Self::Opaque } else { Self::Aws }
+    }
+}
+
+fn role_arn(table: &Table<'_>, names: Names) -> Option<ArnTemplate> {
+    const AT_AWS: &str = "write the role's ARN as IAM shows it; for a role of another system set `sts_endpoint` here, or \
+                          `endpoint` in [sts]";
+    match names {
+        Names::Aws => table.parse("role_arn", AT_AWS, ArnTemplate::parse),
+        Names::Opaque => table.parse("role_arn", "write the role's name as its STS has it", ArnTemplate::opaque),
+    }
 }
 
 /// The region and endpoint that count for a role with these of its own; `None` if that is not known.
@@ -133,21 +161,25 @@ fn policy(text: &str) -> Result<String, String> {
     }
 }
 
-fn policy_arns(table: &Table<'_>) -> Vec<String> {
+fn policy_arns(table: &Table<'_>, names: Names) -> Vec<String> {
     const KEY: &str = "policy_arns";
     const FIX: &str = "write the ARNs of managed policies, as in \"arn:aws:iam::aws:policy/ReadOnlyAccess\"";
+    let is_arn = |text: &str| {
+        let parts: Vec<&str> = text.splitn(6, ':').collect();
+        matches!(parts[..], ["arn", _, _, _, _, resource] if resource.strip_prefix("policy/").is_some_and(|name| !name.is_empty()))
+            && (20..=2048).contains(&text.len())
+            && text.bytes().all(|c| c.is_ascii_graphic())
+    };
+    let is_good = |text: &str| match names {
+        Names::Aws => is_arn(text),
+        Names::Opaque => RoleArn::opaque(text).is_ok(),
+    };
     let listed = table.strings(KEY).unwrap_or_default();
     if listed.len() > POLICY_ARNS_MAX {
         table.error(KEY, format!("STS takes at most {POLICY_ARNS_MAX}, these are {}", listed.len()), "remove some");
     }
-    for (at, text) in &listed {
-        let parts: Vec<&str> = text.splitn(6, ':').collect();
-        let good = matches!(parts[..], ["arn", _, _, _, _, resource] if resource.strip_prefix("policy/").is_some_and(|name| !name.is_empty()))
-            && (20..=2048).contains(&text.len())
-            && text.bytes().all(|c| c.is_ascii_graphic());
-        if !good {
-            table.report.error(at, format!("{text:?} is no policy's ARN"), FIX);
-        }
+    for (at, text) in listed.iter().filter(|(_, text)| !is_good(text)) {
+        table.report.error(at, format!("{text:?} is no policy's ARN"), FIX);
     }
     listed.into_iter().map(|(_, text)| text.to_owned()).collect()
 }
@@ -170,24 +202,24 @@ fn check(table: &Table<'_>, role: &Role) {
         let what = format!("{{path[{index}]}} is not in every SPIFFE ID that `spiffe_id` covers");
         table.error("role_arn", what, format!("use {{path[0]}} to {{path[{}]}}", least - 1));
     }
-    if role.spiffe_id.wildcard_before_fixed_end() && role.role_arn.highest_segment().is_none() {
+    if role.spiffe_id.has_open_wildcard(&role.role_arn.segments()) {
         let what = "whoever can create what `*` stands for can have this role";
-        table.warn("spiffe_id", what, "write the whole ID, or use {path[N]} in `role_arn`");
+        table.warn("spiffe_id", what, "write the whole ID, or use {path[N]} for each `*` in `role_arn`");
+    }
+    if role.spiffe_id.is_all_wildcards() && role.role_arn.highest_segment().is_none() {
+        let what = format!("every workload of {} can have this role", role.spiffe_id.trust_domain());
+        table.warn("spiffe_id", what, "name the workloads, or use {path[N]} in `role_arn`");
     }
     if role.session_name.is_some() && role.spiffe_id.exact().is_none() {
         let what = "all workloads of this role look the same in CloudTrail";
         table.warn("session_name", what, "leave it out to get one from the SPIFFE ID");
     }
     let StsTarget { region, endpoint } = &role.sts;
-    let is_aws = aws::is_aws(endpoint.as_deref());
     if endpoint.is_none() && table.has("region") && !aws::is_aws_region(region) {
         table.error("region", "AWS has no region of such a name", REGION_FIX);
     }
     let partition = role.role_arn.as_str().split(':').nth(1).unwrap_or_default();
-    if is_aws && !partition.starts_with("aws") {
-        let what = format!("AWS has no roles in a partition `{partition}`");
-        table.error("role_arn", what, "set `sts_endpoint` here or `endpoint` in [sts] to the system that has it");
-    } else if is_aws && endpoint.is_none() && partition != aws::partition(region) {
+    if endpoint.is_none() && partition != aws::partition(region) {
         let what = format!("a role in `{partition}` can't be assumed in {region}");
         table.warn("role_arn", what, "set `region` to one of that partition");
     }
@@ -230,10 +262,6 @@ fn requested_pattern(text: &str) -> Result<glob::Pattern, String> {
     };
     let digits = if account.contains(['*', '?', '[']) { "123456789012" } else { account };
     let name = resource.replace("**", "x").replace(['*', '?', '[', ']', '!'], "x");
-    let example = RoleArn::parse(&[arn, partition, service, region, digits, &name].join(":"));
-    match example {
-        Ok(example) if example.is_aws() => Ok(pattern),
-        Ok(_) => Err("only roles at AWS can be asked for".to_owned()),
-        Err(error) => Err(error.to_string()),
-    }
+    RoleArn::parse(&[arn, partition, service, region, digits, &name].join(":")).map_err(|error| error.to_string())?;
+    Ok(pattern)
 }

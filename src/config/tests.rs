@@ -6,6 +6,7 @@ use crate::rule::{NamedRule, ProgramFile};
 
 mod errors;
 mod mutations;
+mod names;
 mod sources;
 mod warnings;
 

@@ -5,14 +5,16 @@ use std::ffi::OsString;
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitCode;
 
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Dev, command};
-use crate::app::App;
+use crate::app::{App, Startup};
 use crate::config::Config;
 use crate::environment::{self, Environment};
 use crate::listen::Inherited;
-use crate::telemetry;
+use crate::metrics::Metrics;
+use crate::telemetry::{self, Log};
 
 /// The daemon's usual port.
 const PORT: u16 = 974;
@@ -22,8 +24,8 @@ const PORT: u16 = 974;
 /// The process gives up no privileges, as `serve` does: a command run by root could otherwise not become another user.
 #[expect(clippy::print_stderr, reason = "this is a person's terminal")]
 pub fn run(command: &[OsString]) -> ExitCode {
-    let ran = tokio::runtime::Runtime::new().map_err(Into::into).and_then(|runtime| runtime.block_on(play(command)));
-    ran.unwrap_or_else(|error| {
+    let ran = || Runtime::new()?.block_on(play(command));
+    ran().unwrap_or_else(|error: Box<dyn Error>| {
         eprintln!("awsvid dev: {error}");
         ExitCode::FAILURE
     })
@@ -33,7 +35,7 @@ async fn play(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
     let dev = Dev::start().await?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
-    let app = start(&dev, !command.is_empty()).await?;
+    let (log, app) = start(&dev, !command.is_empty()).await?;
     let address = *app.tcp.first().ok_or("the daemon has no TCP address")?;
     let environment = dev.environment(address, variable)?;
     let status = if command.is_empty() {
@@ -44,19 +46,28 @@ async fn play(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
         ExitCode::from(run_command(command, &environment).await)
     };
     app.drain().await;
+    log.flush();
     Ok(status)
 }
 
 /// Starts the daemon on its usual port, or where that can't be had (without root, or when another process has it) on one
 /// that the kernel picks.
-async fn start(dev: &Dev, quiet: bool) -> Result<App, Box<dyn Error>> {
+async fn start(dev: &Dev, quiet: bool) -> Result<(Log, App), Box<dyn Error>> {
     let is_free = TcpListener::bind((Ipv4Addr::LOCALHOST, PORT)).is_ok();
     let port = if is_free { PORT } else { 0 };
     let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable);
     // With `dev`'s own text this can only be about the variables of the environment.
     let loaded = loaded.map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
-    telemetry::init(&loaded.config.log.level, loaded.config.log.format)?;
-    Ok(App::start(loaded.config, Inherited::default()).await?)
+    let (config, metrics) = (loaded.config, Metrics::default());
+    let log = telemetry::init(&config.log.level, config.log.format, metrics.log_lost.clone())?;
+    log.start()?;
+    match App::start(config, Startup { inherited: Inherited::default(), exec_monitor: None, metrics }).await {
+        Ok(app) => Ok((log, app)),
+        Err(error) => {
+            log.flush();
+            Err(error.into())
+        }
+    }
 }
 
 fn variable(name: &str) -> Option<String> {

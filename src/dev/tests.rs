@@ -40,7 +40,7 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
         ca_file: None,
         network: crate::sts::Network::default(),
     };
-    let sts = crate::sts::Sts::new(settings, Clock::system()).unwrap();
+    let sts = crate::sts::Sts::new(settings, Clock::system());
     let issued = crate::sts::AssumeRole::assume(&sts, &grant, &token).await.unwrap();
     assert_eq!(dev.sts().issued(), 1);
 

@@ -31,12 +31,15 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
     assert!(tcp.is_none() || tcp == unix, "the unix socket asks for less, never for something else");
     let Some(wanted) = unix else { return false };
     assert_eq!(method, Method::GET);
-    assert!(!asked.names_server && uri.path().starts_with("/v1/credentials") && uri.query().is_none());
+    let no_query = uri.query().is_none_or(str::is_empty);
+    assert!(!asked.names_server && uri.path().starts_with("/v1/credentials") && no_query);
     assert_eq!(headers.get_all(HOST).iter().count(), 1);
-    for name in headers.keys().map(HeaderName::as_str) {
-        let is_deputys = name.starts_with("x-forwarded-") || name.starts_with("sec-fetch-") || name == "via";
-        // Only those of `Sec-Fetch-*` that browsers send.
-        assert!(!is_deputys || (name.starts_with("sec-fetch-") && !headers.contains_key("sec-fetch-mode")), "{name}");
+    for (name, value) in &headers {
+        let name = name.as_str();
+        assert!(!name.starts_with("x-forwarded-") && !matches!(name, "via" | "origin" | "referer"), "{name}");
+        // What a page makes a browser send.
+        let site = value.as_bytes().ends_with(b"-site") || value.as_bytes() == b"same-origin";
+        assert!(!(name == "sec-fetch-site" && site), "{value:?}");
     }
     match wanted {
         Wanted::First => assert!(matches!(uri.path(), "/v1/credentials" | "/v1/credentials/")),

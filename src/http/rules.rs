@@ -9,7 +9,7 @@
 use std::net::IpAddr;
 
 use hyper::body::Body;
-use hyper::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, TRANSFER_ENCODING};
+use hyper::header::{AUTHORIZATION, HOST, HeaderMap, HeaderValue, TRANSFER_ENCODING};
 use hyper::{Method, Request};
 use percent_encoding::percent_decode_str;
 use subtle::ConstantTimeEq;
@@ -79,9 +79,18 @@ pub(super) fn has_body<B: Body>(request: &Request<B>) -> bool {
 }
 
 const PATH: &str = "/v1/credentials";
-/// Set by browsers, never by an SDK.
-const BROWSER: [&str; 5] = ["origin", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"];
-/// Set by proxies: whoever is attested here is then not whoever asks.
+/// Headers that only a page in a browser makes a client send (Fetch, section 3.2; RFC 9110, section 10.1.3).
+const PAGE: [&str; 3] = ["origin", "referer", "sec-fetch-user"];
+/// Headers of Fetch Metadata, with the values that clients without a page send, too: undici's `fetch` sends the mode alone,
+/// Electron's `net` all three. A request for a page has another site than `none`; a typed address has another mode and
+/// destination than these.
+const METADATA: [(&str, &[&str]); 3] = [
+    ("sec-fetch-site", &["none"]),
+    ("sec-fetch-mode", &["cors", "no-cors", "same-origin"]),
+    ("sec-fetch-dest", &["empty"]),
+];
+/// Set by proxies, on the way to this listener: the attested process is then the proxy, not the client.
+/// `Via` counts by itself, since a forward proxy may set nothing else (tinyproxy 1.11 does so).
 const PROXY: [&str; 3] = ["forwarded", "via", "x-real-ip"];
 const PROXY_PREFIX: &str = "x-forwarded-";
 /// As the configuration has it.
@@ -93,9 +102,9 @@ pub(super) fn read(asked: &Asked<'_>, listener: Listener, authorization: &Author
         return Err(Refused::Host);
     }
     let (mut browser, mut proxy) = (false, false);
-    for name in asked.headers.keys().map(HeaderName::as_str) {
-        browser |= BROWSER.contains(&name);
-        proxy |= PROXY.contains(&name) || name.starts_with(PROXY_PREFIX);
+    for (name, value) in asked.headers {
+        browser |= is_of_a_page(name.as_str(), value);
+        proxy |= PROXY.contains(&name.as_str()) || name.as_str().starts_with(PROXY_PREFIX);
     }
     if browser {
         return Err(Refused::Browser);
@@ -140,6 +149,12 @@ fn host_is_loopback(headers: &HeaderMap) -> bool {
     is_loopback(host) || host.rsplit_once(':').is_some_and(|(name, port)| is_port(port) && is_loopback(name))
 }
 
+/// Whether only a browser sends this header with this value.
+fn is_of_a_page(name: &str, value: &HeaderValue) -> bool {
+    let others = METADATA.iter().find(|(metadata, _)| *metadata == name);
+    PAGE.contains(&name) || others.is_some_and(|(_, others)| !others.iter().any(|other| value == other))
+}
+
 fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let (given, only_one) = (values.next(), values.next().is_none());
@@ -156,7 +171,8 @@ fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
 /// `/v1/credentials`, `/v1/credentials/<name>` or `/v1/credentials/<ARN>`, decoded once. A trailing `/` is as without it.
 fn wanted(path: &str, query: Option<&str>) -> Result<Wanted, Refused> {
     let rest = path.strip_prefix(PATH).ok_or(Refused::Path)?;
-    if query.is_some() {
+    // An empty one asks for nothing: some clients write the `?` wherever they have no parameter to write.
+    if query.is_some_and(|query| !query.is_empty()) {
         return Err(Refused::Path);
     }
     let name = match rest {

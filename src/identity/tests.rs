@@ -8,10 +8,6 @@ fn pattern(text: &str) -> SpiffeIdPattern {
     SpiffeIdPattern::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"))
 }
 
-fn template(text: &str) -> ArnTemplate {
-    ArnTemplate::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"))
-}
-
 #[test]
 fn spiffe_ids_are_taken_apart() {
     let table: [(&str, &str, &[&str]); 4] = [
@@ -98,22 +94,65 @@ fn patterns_cover() {
 
 #[test]
 fn what_is_told_of_a_pattern() {
-    // (pattern, exact, wildcard before a fixed end, least segments)
+    // (pattern, exact, all wildcards, least segments)
     let table = [
         ("spiffe://td/ns/shop/sa/billing", true, false, 4),
-        ("spiffe://td/ns/*/sa/billing", false, true, 4),
-        ("spiffe://td/*/billing", false, true, 2),
-        ("spiffe://td/ns/*/sa/*", false, false, 4),
+        ("spiffe://td/ns/*/sa/billing", false, false, 4),
         ("spiffe://td/ns/*/**", false, false, 3),
-        ("spiffe://td/ns/**", false, false, 2),
-        ("spiffe://td/*", false, false, 1),
+        ("spiffe://td/*", false, true, 1),
+        ("spiffe://td/**", false, true, 1),
+        ("spiffe://td/*/*/**", false, true, 3),
     ];
-    for (text, exact, before_end, least) in table {
+    for (text, exact, all, least) in table {
         let pattern = pattern(text);
         assert_eq!(pattern.exact(), exact.then(|| id(text)), "{text}");
-        assert_eq!((pattern.wildcard_before_fixed_end(), pattern.least_segments()), (before_end, least), "{text}");
+        assert_eq!((pattern.is_all_wildcards(), pattern.least_segments()), (all, least), "{text}");
         assert_eq!((pattern.trust_domain(), pattern.as_str()), ("td", text));
     }
+}
+
+#[test]
+fn open_wildcard_is_one_before_a_segment_that_decides() {
+    let table: [(&str, &[usize], bool); 16] = [
+        ("ns/shop/sa/billing", &[], false),
+        ("ns/*/sa/billing", &[], true),
+        ("ns/*/sa/billing", &[1], false),
+        // That segment is always the same.
+        ("ns/*/sa/billing", &[3], true),
+        ("*/billing", &[], true),
+        ("ns/*/sa/*", &[], false),
+        ("ns/*/sa/*", &[1], false),
+        ("ns/*/sa/*", &[3], true),
+        ("ns/*/sa/*", &[1, 3], false),
+        ("*/*/x", &[0], true),
+        ("*/*/x", &[0, 1], false),
+        ("ns/*/**", &[], false),
+        ("ns/*/**", &[2], true),
+        ("ns/*/**", &[1, 7], false),
+        ("ns/**", &[3], false),
+        ("*", &[0], false),
+    ];
+    for (path, used, open) in table {
+        assert_eq!(pattern(&format!("spiffe://td/{path}")).has_open_wildcard(used), open, "{path} with {used:?}");
+    }
+}
+
+/// By all IDs of up to four segments.
+#[test]
+fn pattern_covers_another_if_it_matches_all_of_its_ids() {
+    let mut ids = Vec::new();
+    let mut paths = vec![String::new()];
+    for _ in 0..4 {
+        paths = paths.iter().flat_map(|path| ["a", "b"].map(|segment| format!("{path}/{segment}"))).collect();
+        ids.extend(paths.iter().map(|path| id(&format!("spiffe://t{path}"))));
+    }
+    let paths = ["a", "b", "*", "**", "a/b", "a/*", "*/b", "*/*", "a/**", "*/**", "*/a/**", "a/b/**", "a/*/b", "*/*/*"];
+    let patterns = paths.map(|path| pattern(&format!("spiffe://t/{path}")));
+    for (one, other) in patterns.iter().flat_map(|one| patterns.iter().map(move |other| (one, other))) {
+        let covers = ids.iter().filter(|id| other.matches(id)).all(|id| one.matches(id));
+        assert_eq!(one.covers(other), covers, "{} and {}", one.as_str(), other.as_str());
+    }
+    assert!(!pattern("spiffe://t/**").covers(&pattern("spiffe://u/a")));
 }
 
 #[test]
@@ -138,128 +177,6 @@ fn what_is_no_pattern() {
     }
     let too_long = format!("spiffe://td/{}", "x".repeat(2048));
     assert!(SpiffeIdPattern::parse(&too_long).unwrap_err().to_string().contains("at most 2048 bytes"));
-}
-
-#[test]
-fn role_arns_of_any_partition() {
-    // (ARN, account, whether it is at AWS)
-    let table = [
-        ("arn:aws:iam::123456789012:role/billing", Some("123456789012"), true),
-        ("arn:aws:iam::123456789012:role/team/shop/billing_1+2=3,4.5@6-7", Some("123456789012"), true),
-        ("arn:aws-cn:iam::123456789012:role/x", Some("123456789012"), true),
-        ("arn:aws-us-gov:iam::123456789012:role/x", Some("123456789012"), true),
-        ("arn:aws-iso-b:iam::000000000000:role/x", Some("000000000000"), true),
-        ("arn:minio:iam:::role/x", None, false),
-        ("arn:minio:iam:::role/idp-vault:x", None, false),
-        ("arn:ceph:sts:eu:tenant:role/x", Some("tenant"), false),
-    ];
-    for (text, account, is_aws) in table {
-        let arn = RoleArn::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"));
-        assert_eq!((arn.as_str(), arn.account(), arn.is_aws()), (text, account, is_aws));
-        assert_eq!(arn.to_string(), text);
-    }
-    let role = |length: usize| RoleArn::parse(&format!("arn:aws:iam::123456789012:role/{}", "x".repeat(length)));
-    assert!(role(64).is_ok() && role(65).is_err());
-    let minio = |length: usize| RoleArn::parse(&format!("arn:minio:iam:::role/{}", "x".repeat(length - 21)));
-    assert!(minio(2048).is_ok() && minio(2049).is_err());
-}
-
-#[test]
-fn what_is_no_role_arn() {
-    let table = [
-        ("", "20 to 2048 characters, this one 0"),
-        ("arn:x:y:::role/z", "20 to 2048 characters"),
-        ("billing-role-in-production", "six parts"),
-        ("arn:aws:iam::123456789012", "six parts"),
-        ("nra:aws:iam::123456789012:role/billing", "not of the form"),
-        ("arn::iam::123456789012:role/billing", "not of the form"),
-        ("arn:aws:iam::123456789012:user/billing", "not of the form"),
-        ("arn:aws:iam::123456789012:role/", "not of the form"),
-        ("arn:aws:iam::123456789012:role", "not of the form"),
-        ("arn:aws:iam::123456789012:roles/billing", "not of the form"),
-        ("arn:minio::::role/billing1", "not of the form"),
-        ("arn:aws:sts::123456789012:assumed-role/a/b", "not of the form"),
-        ("arn:aws:s3::123456789012:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam:eu-west-1:123456789012:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam::12345678901:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam::1234567890123:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam::12345678901x:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam:::role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws-cn:iam::aws:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam::123456789012:role/bill ing", "no spaces"),
-        ("arn:aws:iam::123456789012:role/billing\n", "no spaces"),
-        ("arn:aws:iam::123456789012:role/bílling", "outside ASCII"),
-        ("arn:aws:iam::123456789012:role/shop/", "an AWS role's name"),
-        ("arn:aws:iam::123456789012:role/a:b", "an AWS role's name"),
-        ("arn:aws:iam::123456789012:role/app-*", "an AWS role's name"),
-        ("arn:aws:iam::123456789012:role/app-{path[0]}", "an AWS role's name"),
-    ];
-    for (text, words) in table {
-        let error = RoleArn::parse(text).expect_err(text).to_string();
-        assert!(error.contains(words), "{text}: {error}");
-    }
-}
-
-#[test]
-fn templates_are_filled_from_the_path() {
-    let billing = id("spiffe://td/ns/shop/sa/billing");
-    // (the role in the template, what it becomes, the highest segment)
-    let table = [
-        ("billing", Some("billing"), None),
-        ("{path[3]}", Some("billing"), Some(3)),
-        ("{path[1]}-{path[3]}", Some("shop-billing"), Some(3)),
-        ("{path[3]}{path[1]}", Some("billingshop"), Some(3)),
-        ("team/{path[1]}/{path[1]}", Some("team/shop/shop"), Some(1)),
-        ("app-{path[0]}-x", Some("app-ns-x"), Some(0)),
-        ("{path[4]}", None, Some(4)),
-        ("{path[18446744073709551615]}", None, Some(usize::MAX)),
-    ];
-    for (role, becomes, highest) in table {
-        let text = format!("arn:aws:iam::123456789012:role/{role}");
-        let template = template(&text);
-        let arn = becomes.map(|name| format!("arn:aws:iam::123456789012:role/{name}"));
-        assert_eq!(template.render(&billing).map(|arn| arn.to_string()), arn, "{role}");
-        assert_eq!((template.highest_segment(), template.as_str()), (highest, text.as_str()));
-    }
-    let minio = template("arn:minio:iam:::role/{path[1]}").render(&billing);
-    assert_eq!(minio.unwrap().as_str(), "arn:minio:iam:::role/shop");
-    // IAM has no role of so long a name.
-    let long = id(&format!("spiffe://td/{}", "x".repeat(65)));
-    assert_eq!(template("arn:aws:iam::123456789012:role/{path[0]}").render(&long), None);
-}
-
-#[test]
-fn what_is_no_template() {
-    let table = [
-        ("{path[0]}", "20 to 2048 characters"),
-        ("arn:aws:iam::123456789012:role/{path[0]", "`{` is not closed"),
-        ("arn:aws:iam::123456789012:role/{", "`{` is not closed"),
-        ("arn:aws:iam::123456789012:role/{}", "`{}` is not known"),
-        ("arn:aws:iam::123456789012:role/{name}", "`{name}` is not known"),
-        ("arn:aws:iam::123456789012:role/{path}", "`{path}` is not known"),
-        ("arn:aws:iam::123456789012:role/{path[]}", "is not known"),
-        ("arn:aws:iam::123456789012:role/{path[-1]}", "is not known"),
-        ("arn:aws:iam::123456789012:role/{path[+1]}", "is not known"),
-        ("arn:aws:iam::123456789012:role/{path[1] }", "is not known"),
-        ("arn:aws:iam::123456789012:role/{path[99999999999999999999]}", "is not known"),
-        ("arn:aws:iam::123456789012:role/{{path[0]}}", "`{{path[0]}` is not known"),
-        ("arn:aws:iam::123456789012:role/x}", "an AWS role's name"),
-        // The account decides whose role it is: nothing in a SPIFFE ID may.
-        ("arn:aws:iam::{path[0]}:role/billing", "<12 digits>"),
-        ("arn:aws:iam::123456789012:{path[0]}/billing", "not of the form"),
-    ];
-    for (text, words) in table {
-        let error = ArnTemplate::parse(text).expect_err(text).to_string();
-        assert!(error.contains(words), "{text}: {error}");
-    }
-}
-
-#[test]
-fn a_fixed_template_is_the_arn_itself() {
-    let arn = RoleArn::parse("arn:aws:iam::123456789012:role/{path[0]}/x").unwrap();
-    let fixed = ArnTemplate::fixed(&arn);
-    assert_eq!((fixed.render(&id("spiffe://td/admin")), fixed.highest_segment()), (Some(arn.clone()), None));
-    assert_eq!(fixed.as_str(), arn.as_str());
 }
 
 #[test]

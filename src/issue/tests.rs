@@ -82,8 +82,9 @@ impl AssumeRole for Answers {
 #[derive(Debug)]
 struct Unchanged;
 
+#[async_trait::async_trait]
 impl Evidence for Unchanged {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 }
@@ -127,8 +128,8 @@ fn credentials() -> Result<Credentials, StsError> {
 }
 
 fn refused(again: Again) -> Result<Credentials, StsError> {
-    let message = "STS refused".to_owned();
-    Err(StsError { again, reason: "sts_refused", code: "Code".to_owned(), message })
+    let what = "STS refused".to_owned();
+    Err(StsError { again, reason: "sts_refused", code: "Code".to_owned(), what, fix: None })
 }
 
 /// What was asked for, with how many calls each, and how long it took.
@@ -254,6 +255,25 @@ async fn a_token_that_expires_between_two_tries_is_not_sent_again() {
     assert_eq!(sts.calls().len(), 1);
 }
 
+/// Tokens of few seconds queue for STS, and are refused as expired: that says nothing of the role.
+#[tokio::test(start_paused = true)]
+async fn tokens_that_expire_on_their_way_are_an_outage() {
+    let brief = |serial| svid_for(&billing(), 9, serial);
+    let sts = Scripted::slow(Duration::from_secs(10), [refused(Again::NewToken)]);
+    let (result, tokens, calls, _) = run(Scripted::new([Ok(brief(1)), Ok(brief(2))]), sts).await;
+    let error = result.unwrap_err();
+    assert_eq!((tokens, calls), (2, 2));
+    assert!(error.is_transient() && error.to_string().contains("was good for only 9 s"), "{error}");
+    // One that STS takes for expired while it is not: its clock, or its own idea of how long a token has to be good.
+    let (result, ..) =
+        run(Scripted::new([Ok(brief(1)), Ok(brief(2))]), Scripted::new([refused(Again::NewToken)])).await;
+    let error = result.unwrap_err();
+    assert!(!error.is_transient(), "{error}");
+    for part in ["a new token was refused as well", "good for only 9 s", "`default_jwt_svid_ttl`", "clock"] {
+        assert!(error.to_string().contains(part), "{part:?}: {error}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_token_of_another_never_reaches_sts() {
     let other = SpiffeId::parse("spiffe://example.org/other").unwrap();
@@ -276,7 +296,7 @@ async fn with_the_real_client_an_expired_token_is_replaced() {
     });
     let server = server.await;
     let clock = Clock::starting_at(now());
-    let sts = Arc::new(Sts::new(settings(), clock.clone()).unwrap());
+    let sts = Arc::new(Sts::new(settings(), clock.clone()));
     let issuer = Issuer::new(Scripted::new([token(1), token(2)]), sts, clock, Metrics::default());
     let issued = issuer.issue(&caller(), &grant(&plain(&server))).await.unwrap();
     assert_eq!(issued.access_key_id, "ASIAEXAMPLE");

@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::listen::inherited::Inherited;
 use crate::listen::inside::Inside;
 use crate::listen::socket::Socket;
 use crate::listen::socket_file::SocketFile;
-use crate::listen::tcp::{BACKLOG, Freely, bind};
+use crate::listen::tcp::{BACKLOG, Freely, bind, bound_buffers};
 use crate::listen::{ListenError, sys};
 
 /// A listener.
@@ -97,7 +97,10 @@ impl Bound {
     pub fn tcp(address: SocketAddr, inherited: &mut Inherited) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Tcp { address, source };
         let (listener, origin) = match inherited.take_tcp(address) {
-            Some(listener) => (listener.into(), Origin::Inherited),
+            Some(listener) => {
+                bound_buffers(&listener).map_err(failed)?;
+                (listener.into(), Origin::Inherited)
+            }
             None => (bind(address, Freely::No).map_err(failed)?, Origin::Own),
         };
         let address = sys::local_address(&listener).map_err(failed)?;
@@ -205,11 +208,15 @@ impl Bound {
 }
 
 impl Stream {
-    /// Ends the connection at once: a reset leaves no port waiting, as a close would (attack 20).
-    pub fn reset(self) {
-        if let Self::Tcp { stream, .. } = &self {
-            // If that fails it is closed the ordinary way.
-            let _ = setsockopt(stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
-        }
+    /// The connection itself.
+    pub fn socket(&self) -> &Socket {
+        let (Self::Unix(stream) | Self::Tcp { stream, .. }) = self;
+        stream
+    }
+
+    /// The connection alone.
+    pub fn into_socket(self) -> Socket {
+        let (Self::Unix(stream) | Self::Tcp { stream, .. }) = self;
+        stream
     }
 }

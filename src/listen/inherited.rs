@@ -34,6 +34,11 @@ impl Inherited {
         inherited
     }
 
+    #[cfg(test)]
+    pub(super) fn of(tcp: TcpListener) -> Self {
+        Self { unix: Vec::new(), tcp: vec![tcp] }
+    }
+
     pub(super) fn take_tcp(&mut self, address: SocketAddr) -> Option<TcpListener> {
         let index = self.tcp.iter().position(|listener| listener.local_addr().is_ok_and(|found| found == address))?;
         Some(self.tcp.swap_remove(index))

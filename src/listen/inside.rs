@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::listen::ListenError;
-use crate::listen::tcp::{Freely, bind};
+use crate::listen::tcp::{Freely, bind, bound_buffers};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
 
 /// Where every SDK is told to ask, in every pod.
@@ -72,9 +72,10 @@ impl Inside {
         Ok(Self { place, address, listener })
     }
 
-    /// With a listener that is there already.
-    pub fn with(place: Arc<NamespacePlace>, address: SocketAddr, listener: OwnedFd) -> Self {
-        Self { place, address, listener: Mutex::new(Arc::new(listener)) }
+    /// With a listener that another daemon has made, with whatever buffers.
+    pub fn with(place: Arc<NamespacePlace>, address: SocketAddr, listener: OwnedFd) -> io::Result<Self> {
+        bound_buffers(&listener)?;
+        Ok(Self { place, address, listener: Mutex::new(Arc::new(listener)) })
     }
 
     /// Where it listens.

@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use nix::sys::socket::{self, Shutdown};
+use nix::sys::socket::{self, Shutdown, setsockopt, sockopt};
 use nix::sys::uio::writev;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -34,6 +34,17 @@ impl Socket {
     /// Takes one that does not block.
     pub(super) fn new(fd: impl Into<OwnedFd>) -> Self {
         Self { fd: Arc::new(fd.into()), watched: None }
+    }
+
+    /// The connection, which is closed with the last who has this.
+    pub fn descriptor(&self) -> &Arc<OwnedFd> {
+        &self.fd
+    }
+
+    /// Has the connection end with a reset when it is closed: that leaves no port waiting, as an orderly end would (T20).
+    pub fn reset_on_close(descriptor: &OwnedFd) {
+        // If that fails, and on a unix socket, it is closed the ordinary way.
+        let _ = setsockopt(descriptor, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
     }
 
     /// Makes `call` until it does not have to wait.

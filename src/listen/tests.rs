@@ -1,10 +1,14 @@
+use std::io::IoSlice;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, getsockopt, setsockopt, sockopt};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::namespace::Namespace;
 
 /// A listener on a port that is free, and where it is.
 fn bound() -> (Bound, SocketAddr) {
@@ -15,7 +19,7 @@ fn bound() -> (Bound, SocketAddr) {
 
 #[tokio::test]
 async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting() {
-    let (limits, stop) = (Limits::new(4096, Metrics::default()), watch::channel(false));
+    let (connections, stop) = (Connections::new(&Metrics::default()), watch::channel(false));
     let (arrived, mut arrivals) = mpsc::unbounded_channel();
     let serving = || {
         let ((bound, address), arrived) = (bound(), arrived.clone());
@@ -24,15 +28,15 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
             // Whose it is, is never known.
             async move { drop(arrived.send((address, stream, arrival))) }
         };
-        (address, tokio::spawn(serve(bound, limits.clone(), stop.1.clone(), connection)))
+        (address, tokio::spawn(serve(bound, connections.clone(), stop.1.clone(), connection)))
     };
     let (hostile, honest) = (serving(), serving());
-    let _connections: Vec<_> = (0..=ARRIVING).map(|_| TcpStream::connect(hostile.0).unwrap()).collect();
+    let _clients: Vec<_> = (0..=ARRIVING).map(|_| TcpStream::connect(hostile.0).unwrap()).collect();
     let mut held = Vec::new();
     for _ in 0..ARRIVING {
         held.push(arrivals.recv().await.unwrap());
     }
-    let _connection = TcpStream::connect(honest.0).unwrap();
+    let _client = TcpStream::connect(honest.0).unwrap();
     let next = timeout(CONNECTION_LIFE, arrivals.recv()).await.expect("the other listener accepts").unwrap();
     assert_eq!(next.0, honest.0, "and the first has as many as it may");
     // Each that is known makes room for another one.
@@ -72,4 +76,80 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     let _after = (TcpStream::connect(address).unwrap(), UnixStream::connect(&path).unwrap());
     tcp.accept().unwrap();
     unix.accept().unwrap();
+}
+
+/// The buffers of an accepted connection, as the kernel counts them: twice what was set.
+fn buffers(accepted: &Stream) -> (usize, usize) {
+    let (Stream::Unix(socket) | Stream::Tcp { stream: socket, .. }) = accepted;
+    let [receive, send] = [getsockopt(socket, sockopt::RcvBuf).unwrap(), getsockopt(socket, sockopt::SndBuf).unwrap()];
+    (receive, send)
+}
+
+/// Attack 32: with each origin of a listener.
+#[tokio::test]
+async fn every_tcp_listener_has_small_buffers() {
+    let elsewhere = || {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        listener
+    };
+    let place = || Arc::new(NamespacePlace::new(Namespace::own().unwrap().id(), "/proc/self/ns/net".into()));
+    let inherited = elsewhere();
+    let address = inherited.local_addr().unwrap();
+    let by_systemd = Bound::tcp(address, &mut Inherited::of(inherited)).unwrap();
+    let given = elsewhere();
+    let address = given.local_addr().unwrap();
+    let given = Inside::with(place(), address, given.into()).unwrap();
+    let handed_over = Bound::pod(Arc::new(given)).unwrap();
+    let inside = Inside::bind(place(), (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let port = sys::local_address(inside.listener()).unwrap();
+    let in_a_pod = Bound::pod(Arc::new(inside)).unwrap();
+    let mut again = None;
+    for (name, bound) in [("own", bound().0), ("systemd", by_systemd), ("handed over", handed_over), ("pod", in_a_pod)]
+    {
+        let Bound::Tcp { address, .. } = bound else { unreachable!() };
+        let address = if name == "pod" { port } else { address };
+        let _client = TcpStream::connect(address).unwrap();
+        let mut arrived = bound.arrival().await.unwrap();
+        let accepted = bound.accept(&mut arrived).unwrap().unwrap();
+        assert_eq!(buffers(&accepted), (2 * 8 * 1024, 2 * 16 * 1024), "{name}");
+        drop(arrived);
+        again.get_or_insert(bound);
+    }
+    // And one in the place of a listener that was killed.
+    let Some(Bound::Tcp { address, listener, origin }) = again else { unreachable!() };
+    drop(listener);
+    let killed = Bound::Tcp { listener: sys::watch_listener(Arc::new(elsewhere().into())).unwrap(), address, origin };
+    let bound = killed.again().await.unwrap();
+    let _client = TcpStream::connect(address).unwrap();
+    let mut arrived = bound.arrival().await.unwrap();
+    assert_eq!(buffers(&bound.accept(&mut arrived).unwrap().unwrap()), (2 * 8 * 1024, 2 * 16 * 1024));
+}
+
+/// The largest answer is one write, and is whole for a client that reads it slowly into a small buffer.
+#[tokio::test]
+async fn a_whole_answer_is_one_write() {
+    let (bound, address) = bound();
+    let mut client = socket::socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None)
+        .map(|client| {
+            setsockopt(&client, sockopt::RcvBuf, &1024).unwrap();
+            socket::connect(client.as_raw_fd(), &SockaddrStorage::from(address)).unwrap();
+            TcpStream::from(client)
+        })
+        .unwrap();
+    let mut arrived = bound.arrival().await.unwrap();
+    let Stream::Tcp { mut stream, .. } = bound.accept(&mut arrived).unwrap().unwrap() else { unreachable!() };
+    let (head, body) = (vec![b'h'; 200], vec![b'b'; 10_000]);
+    let written = stream.write_vectored(&[IoSlice::new(&head), IoSlice::new(&body)]).await.unwrap();
+    assert_eq!(written, head.len() + body.len());
+    stream.shutdown().await.unwrap();
+    drop(stream);
+    let (mut all, mut some) = (0, [0; 100]);
+    loop {
+        match io::Read::read(&mut client, &mut some).unwrap() {
+            0 => break,
+            length => all += length,
+        }
+    }
+    assert_eq!(all, written);
 }

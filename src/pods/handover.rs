@@ -13,7 +13,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::sys::socket::{SockType, SockaddrStorage, getsockname, getsockopt, sockopt};
@@ -25,7 +25,8 @@ use tokio::time::timeout;
 use crate::cgroup;
 use crate::listen::{ListenError, POD_ADDRESSES, SocketFile};
 use crate::namespace::NamespaceId;
-use crate::pods::sys;
+use crate::pods::{TELL_AGAIN, sys};
+use crate::telemetry::Quota;
 
 pub(super) const GIVE: u8 = b'G';
 pub(super) const SERVING: u8 = b'S';
@@ -54,6 +55,8 @@ pub(super) struct Given {
 #[derive(Debug)]
 pub(super) struct Handover {
     listener: UnixListener,
+    /// Bounds the log's lines about connections that are not the next daemon's.
+    refusals: Mutex<Quota>,
     _file: SocketFile,
 }
 
@@ -62,7 +65,13 @@ impl Handover {
     pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
         let (listener, file) = SocketFile::bind_closed(path)?;
         let failed = |source| ListenError::Unix { path: path.to_owned(), source };
-        Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, _file: file })
+        let refusals = Mutex::new(Quota::new(3, TELL_AGAIN));
+        Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, refusals, _file: file })
+    }
+
+    /// Whether the log may have a line about one, and how many it did not have since the last.
+    pub(super) fn refusal(&self) -> Option<u64> {
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The next daemon, as soon as one connects.

@@ -224,10 +224,13 @@ impl Pods {
         self.before.clear();
         self.stage = Stage::Serving;
         self.pods.values_mut().for_each(Pod::release);
-        self.service.tasks.close();
+        self.service.loops.close();
+        let (loops, connections) = (self.service.loops.clone(), self.service.connections.clone());
         // Loops and connections end by themselves, or with their pod.
-        let ended = self.service.tasks.clone();
-        let mut ended = pin!(ended.wait());
+        let mut ended = pin!(async {
+            loops.wait().await;
+            connections.ended().await;
+        });
         loop {
             tokio::select! {
                 biased;
@@ -245,7 +248,9 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Uni
         match successors.accept().await {
             Ok(stream) => return stream,
             Err(error) => {
-                tracing::warn!(%error, "[listen] handover: whoever asked there for pods' listeners does not get them");
+                if let Some(missed) = successors.refusal() {
+                    tracing::warn!(%error, missed, "[listen] handover: whoever asked there for pods' listeners does not get them");
+                }
                 // A lack of descriptors does not pass at once.
                 sleep(LOOK_AGAIN).await;
             }

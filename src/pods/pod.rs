@@ -9,12 +9,13 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::attest::{PodAttestor, SockDiag};
 use crate::http::Front;
-use crate::listen::{self, Bound, Inside, Limits, ListenError, NamespacePlace, POD_ADDRESSES};
+use crate::listen::{self, Bound, Connections, Inside, ListenError, NamespacePlace, POD_ADDRESSES};
 use crate::namespace::{NamespaceError, NamespaceId};
 use crate::pods::handover::{self, Key};
 use crate::pods::sys;
@@ -23,11 +24,10 @@ use crate::pods::sys;
 #[derive(Debug)]
 pub(super) struct Service {
     pub(super) front: Arc<Front>,
-    pub(super) limits: Limits,
+    pub(super) connections: Connections,
     /// Ends all accept loops.
     pub(super) stop: watch::Receiver<bool>,
-    /// All loops and connections.
-    pub(super) tasks: TaskTracker,
+    pub(super) loops: TaskTracker,
 }
 
 /// A namespace that is listened in.
@@ -40,10 +40,12 @@ pub(super) struct Pod {
     pub(super) missing: Vec<SocketAddr>,
     /// Whether it was told whose pod it is where that happens.
     named: bool,
+    /// Since when it is listened in.
+    pub(super) since: Instant,
+    /// Whether it was looked at which ports its users may bind.
+    pub(super) ports_seen: bool,
     /// Accept loops.
     accepting: CancellationToken,
-    /// The namespace is: nothing that was made there stays open.
-    gone: CancellationToken,
 }
 
 /// What could be made inside.
@@ -72,7 +74,7 @@ impl Made {
             .remove(&address)
             .filter(|given| handover::is_listener(given, address).unwrap_or(false))
         {
-            Some(listener) => Ok(Inside::with(place.clone(), address, listener)),
+            Some(listener) => Inside::with(place.clone(), address, listener),
             None => Inside::bind(place.clone(), address),
         };
         place.within(|| {
@@ -109,10 +111,16 @@ impl Pod {
         service: &Service,
     ) -> io::Result<Option<(Self, Vec<Unbound>)>> {
         let Some(attestor) = service.front.attestor.in_pod(made.diag?) else { return Ok(None) };
-        let (attestor, gone) = (Arc::new(attestor), CancellationToken::new());
-        let accepting = gone.child_token();
-        let mut pod =
-            Self { place, attestor, listeners: Vec::new(), missing: Vec::new(), named: false, accepting, gone };
+        let mut pod = Self {
+            place,
+            attestor: Arc::new(attestor),
+            listeners: Vec::new(),
+            missing: Vec::new(),
+            named: false,
+            since: Instant::now(),
+            ports_seen: false,
+            accepting: CancellationToken::new(),
+        };
         let unbound = pod.add(made.listeners, service);
         Ok(Some((pod, unbound)))
     }
@@ -147,17 +155,10 @@ impl Pod {
             ListenError::Pod { source, .. } => source,
             other => io::Error::other(other),
         })?;
-        let (front, attestor, tasks) = (service.front.clone(), self.attestor.clone(), service.tasks.clone());
-        let gone = self.gone.clone();
-        let connection = move |stream, arrival| {
-            let served = front.clone().connection(stream, arrival, Some(attestor.clone()));
-            let gone = gone.clone();
-            tasks.track_future(async move {
-                gone.run_until_cancelled_owned(served).await;
-            })
-        };
-        let accepting = listen::serve(bound, service.limits.clone(), service.stop.clone(), connection);
-        service.tasks.spawn(self.accepting.clone().run_until_cancelled_owned(accepting));
+        let (front, attestor) = (service.front.clone(), self.attestor.clone());
+        let connection = move |stream, arrival| front.clone().connection(stream, arrival, Some(attestor.clone()));
+        let accepting = listen::serve(bound, service.connections.clone(), service.stop.clone(), connection);
+        service.loops.spawn(self.accepting.clone().run_until_cancelled_owned(accepting));
         self.listeners.push(inside);
         Ok(())
     }
@@ -178,7 +179,7 @@ impl Pod {
 
     /// Accepts again after a pause; what could not be kept is missing.
     pub(super) fn resume(&mut self, service: &Service) {
-        self.accepting = self.gone.child_token();
+        self.accepting = CancellationToken::new();
         for inside in std::mem::take(&mut self.listeners) {
             let address = inside.address();
             if let Err(error) = self.listen(inside, service) {
@@ -217,7 +218,7 @@ impl Pod {
 impl Drop for Pod {
     /// Closes everything that was made inside: each of these would keep the network of a dead pod.
     fn drop(&mut self) {
-        self.gone.cancel();
+        self.accepting.cancel();
         self.attestor.close();
     }
 }

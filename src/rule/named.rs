@@ -2,9 +2,11 @@
 
 use std::fmt;
 
+use tokio::time::Instant;
+
 use crate::caller::{Caller, Looks};
 use crate::identity::SpiffeId;
-use crate::rule::{Decision, OVERFLOW_ID, Rule, decide, needs};
+use crate::rule::{Decision, OVERFLOW_ID, ProgramFile, Rule, decide, needs};
 
 /// A user or a group, by its name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -106,11 +108,11 @@ impl NamedRule {
         [&self.user, &self.group, &self.supplementary_group].into_iter().flatten()
     }
 
-    /// Whether it depends on a group of the caller.
-    pub fn has_group(&self) -> bool {
-        let Rule { gid, supplementary_group, .. } = &self.rule;
-        let by_number = gid.is_some() || supplementary_group.is_some();
-        by_number || self.group.is_some() || self.supplementary_group.is_some()
+    /// Whether a caller on the host's TCP listeners can match it by its socket alone.
+    pub fn socket_decides(&self) -> bool {
+        let is_root = self.user.as_ref().is_some_and(|user| user.as_str() == "root");
+        let has_group = self.group.is_some() || self.supplementary_group.is_some();
+        !is_root && !has_group && self.rule.socket_decides()
     }
 
     /// The rule with all numbers; `None` where one is not known.
@@ -160,42 +162,66 @@ impl Resolved {
         Self { incomplete, rules: rules.iter().map(|named| named.with_numbers(&number)).collect() }
     }
 
-    /// The first rule that matches.
-    pub fn decide(&self, caller: &Caller) -> Decision<'_> {
-        decide(&self.rules, caller)
+    /// The first rule that matches; see [`decide`].
+    pub fn decide(&self, caller: &Caller, asked: Instant) -> Decision<'_> {
+        decide(&self.rules, caller, asked)
     }
 
-    /// What has to be read of the caller's process; `None` if what is known decides.
-    pub fn needs(&self, caller: &Caller) -> Option<Looks> {
-        needs(&self.rules, caller)
+    /// What has to be looked at of the caller's process; `None` if what is known decides. For a user whose name may be one that
+    /// is not known yet, that is also what the rule with that name needs: its number may come before the decision.
+    pub fn needs(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> Option<Looks> {
+        let needed = needs(&self.rules, caller);
+        let may_be = |incomplete: &&Incomplete| incomplete.user.is_some() && incomplete.can_be_of(caller, &is_other);
+        let by_later = self.incomplete.iter().filter(may_be);
+        let by_later = by_later.filter_map(|rule| needs(std::slice::from_ref(&rule.without), caller));
+        by_later.fold(needed, |all, more| Some(all.map_or(more, |all| all.and(more))))
     }
 
     /// The names that could change `decision`: those of rules before the one that matched, which match this caller in
-    /// everything else. `is_other` is true where a user or group with this number has another name than this one.
+    /// everything else. `is_other` is true where a user or group with this number has another name than this one. An error if
+    /// that depends on what a file is now.
     pub fn missing(
         &self,
         caller: &Caller,
         decision: &Decision<'_>,
         is_other: impl Fn(&AccountName, u32) -> bool,
-    ) -> Missing {
+        asked: Instant,
+    ) -> Result<Missing, &ProgramFile> {
         let end = match decision {
             Decision::Matched(rule) => self.rules.iter().position(|one| std::ptr::eq(one, *rule)),
-            Decision::NoMatch | Decision::NeedsProcess => None,
+            Decision::NoMatch | Decision::NeedsProcess | Decision::NeedsFile(_) => None,
         };
         let before = |incomplete: &&Incomplete| end.is_none_or(|end| incomplete.index < end);
         let mut missing = Missing::default();
         for incomplete in self.incomplete.iter().filter(before) {
-            if incomplete.could_match(caller, &is_other) {
+            if incomplete.could_match(caller, &is_other, asked)? {
                 incomplete.add_to(&mut missing);
             }
         }
-        missing
+        Ok(missing)
     }
 }
 
 impl Incomplete {
     /// Whether the rule would match with some number for each unknown name. What was not read of the process excludes nothing.
-    fn could_match(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> bool {
+    fn could_match(
+        &self,
+        caller: &Caller,
+        is_other: impl Fn(&AccountName, u32) -> bool,
+        asked: Instant,
+    ) -> Result<bool, &ProgramFile> {
+        if !self.can_be_of(caller, is_other) {
+            return Ok(false);
+        }
+        match self.without.matches(caller, asked) {
+            Ok(matches) => Ok(matches),
+            Err(super::Unknown::Process) => Ok(true),
+            Err(super::Unknown::File(file)) => Err(file),
+        }
+    }
+
+    /// Whether the caller may be the user, and in the groups, whose names are not known.
+    fn can_be_of(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> bool {
         let process = caller.process.as_ref();
         let can_be = |unknown: &Unknown, ids: Option<&[u32]>| match (unknown, ids) {
             (Some((name, _)), Some(ids)) => ids.iter().any(|id| *id != OVERFLOW_ID && !is_other(name, *id)),
@@ -203,8 +229,7 @@ impl Incomplete {
         };
         can_be(&self.user, Some(&[caller.uid]))
             && can_be(&self.group, process.map(|process| std::slice::from_ref(&process.gid)))
-            && can_be(&self.supplementary_group, process.and_then(|process| process.groups.as_deref()))
-            && self.without.matches(caller) != Some(false)
+            && can_be(&self.supplementary_group, process.and_then(|process| process.groups.as_ref()?.list()))
     }
 
     /// A rule with a name that does not exist matches no caller, whatever its other names are.

@@ -1,14 +1,15 @@
 use std::path::Path;
 
 use super::*;
-use crate::caller::{Evidence, Listener, Process, Program, Refusal};
+use crate::caller::{Evidence, Groups, Listener, Process, Program, Refusal};
 use crate::cgroup::CgroupPath;
 
 #[derive(Debug)]
 struct Unchanged;
 
+#[async_trait::async_trait]
 impl Evidence for Unchanged {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 }
@@ -27,8 +28,12 @@ fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
     }
 }
 
+fn groups(groups: &[u32]) -> Option<Groups> {
+    Some(Groups::new(groups.to_vec(), GroupDetail::List).unwrap())
+}
+
 fn process() -> Process {
-    Process { pid: 4711, gid: 100, groups: Some(vec![27, 1002]), contained: false, program: None, started: None }
+    Process { pid: 4711, gid: 100, groups: groups(&[27, 1002]), contained: false, program: None, started: None }
 }
 
 fn running_program(exe: Option<Executable>) -> Process {
@@ -55,13 +60,26 @@ fn glob(text: &str) -> Option<glob::Pattern> {
     Some(glob::Pattern::new(text).unwrap())
 }
 
+/// With the files of rules looked at where they are needed.
+fn decided<'a>(rules: &'a [Rule], caller: &Caller) -> Decision<'a> {
+    let asked = Instant::now();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    loop {
+        match decide(rules, caller, asked) {
+            Decision::NeedsFile(file) => runtime.block_on(file.look()),
+            decision => return decision,
+        }
+    }
+}
+
 #[track_caller]
 fn decides(rule: &Rule, caller: &Caller, expected: &str) {
-    let decision = match decide(std::slice::from_ref(rule), caller) {
+    let decision = match decided(std::slice::from_ref(rule), caller) {
         Decision::Matched(matched) if std::ptr::eq(matched, rule) => "matched",
         Decision::Matched(_) => "another rule",
         Decision::NoMatch => "no match",
         Decision::NeedsProcess => "needs the process",
+        Decision::NeedsFile(_) => "needs the file",
     };
     assert_eq!(decision, expected, "{rule:?}\n{caller:?}");
 }
@@ -71,14 +89,19 @@ const CONTAINER: Option<&str> =
     Some("/system.slice/docker-0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.scope");
 
 #[test]
-fn the_socket_alone_decides_uid_unit_and_cgroup() {
+fn socket_alone_decides_where_the_rule_names_a_place() {
     let unit = |name: &str| Rule { systemd_unit: Some(name.to_owned()), ..rule() };
     let uid = Rule { uid: Some(1001), ..rule() };
     let cgroup = |pattern: &str| Rule { cgroup: glob(pattern), ..rule() };
     let table = [
-        (uid.clone(), 1001, HOST, "matched"),
+        // A container without a cgroup of its own has a uid of the host's, too (T31).
+        (uid.clone(), 1001, HOST, "needs the process"),
         (uid.clone(), 1002, HOST, "no match"),
         (uid.clone(), 0, HOST, "no match"),
+        // Root's sockets are in others' hands, too, as those of a web server's workers are (T24).
+        (unit("billing.service"), 0, HOST, "needs the process"),
+        (cgroup("/system.slice/*"), 0, HOST, "needs the process"),
+        (cgroup("/system.slice/*"), 0, None, "no match"),
         (uid.clone(), 1001, CONTAINER, "no match"),
         (unit("billing.service"), 5, HOST, "matched"),
         (unit("billing.service"), 5, Some("/system.slice/billing.service/worker"), "matched"),
@@ -138,6 +161,11 @@ fn groups_need_the_process() {
         decides(&rule, &by_socket(7, HOST), "needs the process");
         decides(&rule, &with_process(by_socket(7, HOST), process()), expected);
         decides(&rule, &by_socket(7, CONTAINER), "no match");
+        // Of groups that were looked at for an agent it is not known which they are.
+        let digest = Groups::new(vec![27, 1002], GroupDetail::Digest).unwrap();
+        let unlisted = Process { groups: Some(digest), ..process() };
+        let expected = if rule.supplementary_group.is_some() { "needs the process" } else { expected };
+        decides(&rule, &with_process(by_socket(7, HOST), unlisted), expected);
         // What the socket rules out costs no search.
         decides(&Rule { uid: Some(8), ..rule }, &by_socket(7, HOST), "no match");
     }
@@ -151,7 +179,7 @@ fn the_overflow_id_is_nobody() {
         decides(&rule, &by_socket(OVERFLOW_ID, HOST), "no match");
         decides(&rule, &with_process(by_socket(OVERFLOW_ID, HOST), process()), "no match");
     }
-    let unmapped = Process { gid: OVERFLOW_ID, groups: Some(vec![OVERFLOW_ID]), ..process() };
+    let unmapped = Process { gid: OVERFLOW_ID, groups: groups(&[OVERFLOW_ID]), ..process() };
     for rule in [Rule { gid: Some(OVERFLOW_ID), ..rule() }, Rule { supplementary_group: Some(OVERFLOW_ID), ..rule() }] {
         decides(&rule, &with_process(by_socket(7, HOST), unmapped.clone()), "no match");
     }
@@ -239,11 +267,14 @@ fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
     std::fs::write(old.join("program"), "v1").unwrap();
     let running = std::fs::File::open(old.join("program")).unwrap();
     let file = ProgramFile::new(old.join("program"));
-    let runs = || file.is(&executable(&running.metadata().unwrap(), Path::new("")));
-    assert!(runs());
+    let runs = || file.is(&executable(&running.metadata().unwrap(), Path::new("")), Instant::now());
+    assert_eq!(runs(), None);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(file.look());
+    assert_eq!(runs(), Some(true));
     std::fs::rename(&old, &new).unwrap();
     file.seen.lock().unwrap().as_mut().unwrap().at -= SEEN;
-    assert!(!runs());
+    assert_eq!(runs(), None);
 }
 
 #[test]
@@ -258,15 +289,17 @@ fn the_first_rule_that_matches_wins() {
         named("by-uid", Rule { uid: Some(2), ..rule() }),
         named("second", Rule { uid: Some(1), ..rule() }),
     ];
-    let chosen = |caller: &Caller| match decide(&rules, caller) {
+    let chosen = |caller: &Caller| match decided(&rules, caller) {
         Decision::Matched(rule) => rule.spiffe_id.to_string().replace("spiffe://example.org/", ""),
         other => format!("{other:?}"),
     };
-    assert_eq!(chosen(&by_socket(1, HOST)), "other");
+    assert_eq!(chosen(&with_process(by_socket(1, HOST), process())), "other");
     assert_eq!(chosen(&by_socket(3, HOST)), "NoMatch");
+    // The first rule names no place, so a process that is there has to agree.
+    assert_eq!(chosen(&by_socket(1, HOST)), "NeedsProcess");
     // The second rule comes first, so the third must not be taken before the second is decided.
     assert_eq!(chosen(&by_socket(2, HOST)), "NeedsProcess");
     assert_eq!(chosen(&with_process(by_socket(2, HOST), process())), "by-group");
     assert_eq!(chosen(&with_process(by_socket(2, HOST), Process { gid: 5, ..process() })), "by-uid");
-    assert_eq!(decide(&[], &by_socket(1, HOST)), Decision::NoMatch);
+    assert_eq!(decided(&[], &by_socket(1, HOST)), Decision::NoMatch);
 }

@@ -1,13 +1,16 @@
 //! What a failed call means: the table of STS's errors, in one function.
 
 use std::error::Error;
+use std::fmt;
 
-use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_sts::error::SdkError;
 use aws_sdk_sts::operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityError;
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use thiserror::Error;
 
-use crate::role::{Grant, StsTarget};
+use super::advice;
+use super::refusal;
+use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
 
 /// What to do after a failure.
@@ -23,7 +26,6 @@ pub enum Again {
 
 /// Why STS gave no credentials.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("{message}")]
 pub struct StsError {
     /// What to do about it.
     pub again: Again,
@@ -31,9 +33,21 @@ pub struct StsError {
     pub reason: &'static str,
     /// What STS itself calls it, as on the wire; empty if STS has not answered, or in no words that can be read.
     pub code: String,
-    /// For people, in one line. It may be shown to the workload: it has the workload's own role and SPIFFE ID, what STS
-    /// said and what to do, and never the token.
-    pub message: String,
+    /// What happened, in one line. The workload may see it, and the advice: they have its own role and SPIFFE ID, the host that was
+    /// called and its answer, and never the token.
+    pub what: String,
+    /// What an operator can do about it, if that is known.
+    pub fix: Option<String>,
+}
+
+impl fmt::Display for StsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)?;
+        match &self.fix {
+            Some(fix) => write!(f, "; {fix}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Everything that can go wrong with a call.
@@ -47,6 +61,8 @@ pub(super) enum Failure {
     NoAnswer(String),
     /// There is no request to send: the endpoint or the region is none.
     Unsendable(String),
+    /// There are no certificates to verify the server by.
+    Untrusted(String),
     /// Too many other calls were waiting.
     Busy,
 }
@@ -57,14 +73,16 @@ impl Failure {
     /// What the SDK's error says. Its `Debug` is never used: that of a dispatch failure may hold the request.
     pub(super) fn of(error: &CallError) -> Self {
         match error {
-            SdkError::ServiceError(refusal) if refusal.raw().status().is_success() => {
-                Self::Garbled("it could not be read".to_owned())
+            SdkError::ServiceError(refused) => {
+                let status = refused.raw().status();
+                match refusal::read(refused.raw()) {
+                    None if status.is_success() => Self::Garbled("it could not be read".to_owned()),
+                    refusal => {
+                        let refusal::Refusal { code, message } = refusal.unwrap_or_default();
+                        Self::Refused { code, status: status.as_u16(), message }
+                    }
+                }
             }
-            SdkError::ServiceError(refusal) => Self::Refused {
-                code: refusal.err().code().map(one_line).filter(|code| !code.is_empty()),
-                status: refusal.raw().status().as_u16(),
-                message: refusal.err().message().unwrap_or_default().to_owned(),
-            },
             SdkError::DispatchFailure(failure) => match failure.as_connector_error() {
                 Some(error) if error.is_user() => Self::Unsendable(causes(error)),
                 Some(error) => Self::NoAnswer(causes(error)),
@@ -90,6 +108,7 @@ impl Failure {
             Self::Garbled(_) => (Again::Later, "sts_bad_answer"),
             Self::NoAnswer(_) => (Again::Later, "sts_unreachable"),
             Self::Unsendable(_) => (Again::Never, "sts_misconfigured"),
+            Self::Untrusted(_) => (Again::Later, "sts_no_ca"),
             Self::Busy => (Again::Later, "sts_busy"),
         }
     }
@@ -106,15 +125,29 @@ fn by_code(code: &str, status: u16, message: &str) -> (Again, &'static str) {
         }
         "IDPCommunicationError" => (Again::Later, "sts_issuer_unreachable"),
         // Perhaps signed with a key that has been withdrawn since; the agent drops such tokens.
-        "InvalidIdentityToken" | "IDPRejectedClaim" => (Again::NewToken, "sts_invalid_token"),
+        "InvalidIdentityToken" | "IDPRejectedClaim" | "InvalidToken" | "InvalidClientTokenId" => {
+            (Again::NewToken, "sts_invalid_token")
+        }
         "AccessDenied" => (Again::Never, "sts_access_denied"),
         "RegionDisabled" => (Again::Never, "sts_region_disabled"),
         "MalformedPolicyDocument" | "PackedPolicyTooLarge" => (Again::Never, "sts_bad_policy"),
         "ValidationError"
         | "Validation"
+        | "InvalidArgument"
         | "InvalidParameterValue"
         | "InvalidParameterCombination"
-        | "MissingParameter" => (Again::Never, "sts_bad_request"),
+        | "InvalidRequest"
+        | "MissingParameter"
+        | "NoSuchEntity" => (Again::Never, "sts_bad_request"),
+        // From an S3, or a service that wants a signature; this call has none.
+        "AuthorizationHeaderMalformed"
+        | "InvalidAccessKeyId"
+        | "InvalidAction"
+        | "MethodNotAllowed"
+        | "MissingAuthenticationToken"
+        | "NotImplemented"
+        | "SignatureDoesNotMatch"
+        | "UnknownOperation" => (Again::Never, "sts_misconfigured"),
         "BandwidthLimitExceeded"
         | "EC2Throttled"
         | "LimitExceeded"
@@ -123,6 +156,8 @@ fn by_code(code: &str, status: u16, message: &str) -> (Again, &'static str) {
         | "RequestLimitExceeded"
         | "RequestThrottled"
         | "SlowDown"
+        | "SlowDownRead"
+        | "SlowDownWrite"
         | "Throttled"
         | "Throttling"
         | "TooManyRequests"
@@ -138,74 +173,52 @@ fn by_code(code: &str, status: u16, message: &str) -> (Again, &'static str) {
 fn by_status(status: u16) -> (Again, &'static str) {
     match status {
         429 => (Again::Later, "sts_throttled"),
+        405 | 501 => (Again::Never, "sts_misconfigured"),
         408 | 500..=599 => (Again::Later, "sts_unavailable"),
         _ => (Again::Never, "sts_refused"),
     }
 }
 
 impl StsError {
-    /// `call`: what was asked for, and with which token.
-    pub(super) fn new(failure: &Failure, target: &StsTarget, call: Option<(&Grant, &JwtSvid)>) -> Self {
+    /// `at`: the STS; `call`: the exchange that failed.
+    pub(super) fn new(failure: &Failure, at: &Destination, call: Option<(&Grant, &JwtSvid)>) -> Self {
         let (again, reason) = failure.judge();
-        let sts = match &target.endpoint {
-            Some(endpoint) => format!("STS at {endpoint}"),
-            None => format!("STS in {}", target.region),
-        };
+        let sts = &at.name;
         let clean = |text: &str| one_line(&without_token(text, call.map(|(_, token)| token)));
-        let mut message = match failure {
+        let what = match failure {
             Failure::Refused { code, status, message } => {
-                let code =
-                    code.clone().unwrap_or_else(|| format!("HTTP {status}, in words that are not those of an STS"));
+                let code = code.clone().unwrap_or_else(|| format!("HTTP {status}, without a code of an STS"));
                 let what = call.map(|(grant, _)| format!(" {} to {}", grant.role_arn, grant.spiffe_id));
                 let said = [clean(&code), clean(message)].into_iter().filter(|text| !text.is_empty());
                 format!("{sts} refused{}: {}", what.unwrap_or_default(), said.collect::<Vec<_>>().join(": "))
             }
             Failure::Garbled(text) => format!("{sts} gave an answer that cannot be used: {}", clean(text)),
-            Failure::NoAnswer(text) => format!("{sts} did not answer: {}", clean(text)),
+            Failure::NoAnswer(text) => match &at.proxy {
+                Some(proxy) => format!("{sts} did not answer through {proxy}: {}", clean(text)),
+                None => format!("{sts} did not answer: {}", clean(text)),
+            },
             Failure::Unsendable(text) => format!("{sts} cannot be called: {}", clean(text)),
-            Failure::Busy => format!("too many calls are waiting for {sts}: raise `max_concurrent` in [sts]"),
+            Failure::Untrusted(text) => format!("{sts} cannot be verified: {}", clean(text)),
+            Failure::Busy => format!("too many calls are waiting for {sts}"),
         };
-        for advice in [advice(reason), algorithm_advice(reason, call.map(|(_, token)| token))].into_iter().flatten() {
-            message.push_str("; ");
-            message.push_str(advice);
-        }
-        let code = match failure {
-            Failure::Refused { code: Some(code), .. } => clean(code),
-            _ => String::new(),
+        let (code, words) = match failure {
+            Failure::Refused { code, message, .. } => (clean(code.as_deref().unwrap_or_default()), clean(message)),
+            _ => Default::default(),
         };
-        Self { again, reason, code, message }
+        let fix = advice::of(reason, &format!("{code} {words}"), at, call);
+        Self { again, reason, code, what, fix }
     }
 }
 
-/// What an operator can do.
-fn advice(reason: &str) -> Option<&'static str> {
-    Some(match reason {
-        "sts_access_denied" => {
-            "the role's trust policy decides: it must allow sts:AssumeRoleWithWebIdentity to the OIDC provider, with \
-             this SPIFFE ID as its `sub` and the audience as its `aud`"
-        }
-        "sts_invalid_token" => {
-            "the account needs an IAM OIDC provider whose URL is exactly the token's issuer and which lists \
-             its audience"
-        }
-        "sts_expired_token" => "compare the clocks of this node and of the SPIFFE server",
-        "sts_issuer_unreachable" => {
-            "STS must be able to fetch the issuer's discovery document and keys over the internet, within seconds"
-        }
-        "sts_region_disabled" => "activate STS in that region in the account's IAM console, or set another `region`",
-        "sts_bad_policy" => "correct `policy` or `policy_arns` of this role",
-        "sts_bad_request" => {
-            "look at `role_arn`, `audience`, `session_name` and `duration` (is it above the role's maximum?)"
-        }
-        "sts_unreachable" => "look at this node's way to it: DNS, firewall, HTTPS_PROXY, and the CA certificates",
-        _ => return None,
-    })
-}
-
-fn algorithm_advice(reason: &str, token: Option<&JwtSvid>) -> Option<&'static str> {
-    let unknown_to_aws = token.is_some_and(|token| token.algorithm().starts_with("PS"));
-    (reason == "sts_invalid_token" && unknown_to_aws)
-        .then_some("AWS takes no signatures of the PS family: use RS256 or ES256")
+/// The STS that a call goes to, for error messages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Destination {
+    /// `STS at https://...`.
+    pub(super) name: String,
+    /// Whether AWS runs it.
+    pub(super) is_aws: bool,
+    /// The proxy on the way.
+    pub(super) proxy: Option<String>,
 }
 
 /// What the causes of an error say, each once. Some of the SDK's print the request even where they are displayed, so

@@ -7,25 +7,28 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::agent::{Agent, Svid};
+use super::log_limit::{LogLimiter, LogPermit};
 use super::memory::{Found, LOOKS, Memory, Said, Subject, is_known};
 use super::{Basis, IdentitySource, JwtSvid, SourceError};
 use crate::caller::{Caller, Looks, Owner};
 use crate::cgroup::PodUid;
 use crate::clock::{Clock, HOLD};
 use crate::identity::SpiffeId;
+use crate::limits::FairSemaphore;
 use crate::metrics::{Call, Metrics};
 use crate::role::Identity;
 use crate::rule::OVERFLOW_ID;
-use crate::turns::Turns;
+
+mod revalidation;
 
 /// How long one waits for its turn to be asked for: SDKs give up after a second, and on a machine as busy as that the answer
 /// needs a part of it.
@@ -34,23 +37,17 @@ const TURN: Duration = Duration::from_millis(600);
 const QUESTIONS: usize = 32;
 /// ... and of those about processes of one workload.
 const QUESTIONS_EACH: usize = 8;
-/// Questions under way about processes that are known.
-const AGAIN: usize = 4;
-/// Between two looks at who is to be asked about again.
-const ROUND: Duration = Duration::from_secs(1);
 /// Tokens that came with an answer are kept so long for the exchange that follows it ...
 const KEPT: Duration = Duration::from_secs(10);
 /// ... and so many of them.
 const KEPT_MOST: usize = 256;
-/// How long it is believed which identities the daemon itself has ...
-const OWN: Duration = Duration::from_secs(60);
 /// A pod or container that has been there for less than this may not be known yet to the kubelet's list, to the agent's cache of
 /// that, or to the agent as one that an entry is for ...
 const YOUNG: Duration = Duration::from_secs(10);
 /// ... so it is asked about again after this time, twice as long before each one after that, for as long as somebody waits.
 const SOON: Duration = Duration::from_millis(100);
-/// How long the same refusal is not told of again in the log.
-const TOLD: Duration = Duration::from_secs(60);
+/// How long it is believed which identities the daemon itself has ...
+const OWN: Duration = Duration::from_secs(60);
 /// ... or for so long, once the agent did not say ...
 const OWN_AGAIN: Duration = Duration::from_secs(5);
 /// ... and that the agent knows the daemon, when it says that it does not know a workload.
@@ -67,13 +64,22 @@ struct Shared {
     metrics: Metrics,
     memory: Mutex<Memory>,
     tokens: Mutex<VecDeque<Kept>>,
-    turns: Turns<Owner>,
-    /// The daemon's own identities, which no workload is given, and when they were asked for.
-    own: Mutex<Option<(Instant, BTreeSet<SpiffeId>)>>,
+    turns: FairSemaphore<Owner>,
+    /// The daemon's own identities, which no workload is given.
+    own: Mutex<Option<Own>>,
     /// Held by whoever asks for them. Those for whom they are fresh enough wait for nobody.
     asking_own: tokio::sync::Mutex<()>,
-    /// The refusal that the log had last.
-    told: Mutex<Option<(String, Instant)>>,
+    log: LogLimiter,
+}
+
+/// The daemon's own identities.
+#[derive(Debug)]
+struct Own {
+    ids: BTreeSet<SpiffeId>,
+    /// When the agent last confirmed them.
+    confirmed: Instant,
+    /// From when on their age counts. Set later than `confirmed` to delay the next query after one that failed.
+    fresh_from: Instant,
 }
 
 /// What an agent has answered.
@@ -102,12 +108,12 @@ impl Attesting {
             metrics,
             memory: Mutex::new(Memory::new(most)),
             tokens: Mutex::default(),
-            turns: Turns::new(QUESTIONS, QUESTIONS_EACH),
+            turns: FairSemaphore::new(QUESTIONS, QUESTIONS_EACH),
             own: Mutex::default(),
             asking_own: tokio::sync::Mutex::default(),
-            told: Mutex::default(),
+            log: LogLimiter::default(),
         });
-        tokio::spawn(ask_again(Arc::downgrade(&shared)));
+        tokio::spawn(revalidation::run(Arc::downgrade(&shared)));
         Self(shared)
     }
 }
@@ -142,11 +148,10 @@ impl IdentitySource for Attesting {
         }
         let svids = self.0.ask(caller, audience).await?;
         let is_own = self.0.own(OWN).await?.contains(id);
-        let svid = svids.into_iter().find(|svid| svid.spiffe_id == id.as_str() && !is_own);
-        let Some(svid) = svid else {
-            return Err(SourceError::Denied(format!("the SPIFFE agent does not give {id} to this workload any more")));
-        };
-        Ok(JwtSvid::check(svid.token, id, audience, self.0.clock.now())?)
+        let tokens = svids.into_iter().filter(|svid| svid.spiffe_id == id.as_str() && !is_own).map(|svid| svid.token);
+        JwtSvid::check_any(tokens, id, audience, self.0.clock.now())?.ok_or_else(|| {
+            SourceError::Denied(format!("the SPIFFE agent does not give {id} to this workload any more"))
+        })
     }
 
     fn needs(&self, caller: &Caller) -> Option<Looks> {
@@ -179,58 +184,74 @@ impl Shared {
     /// Asks about somebody of whom nothing is known, when the turn comes.
     async fn ask_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
         let (until, mut pause) = (Instant::now() + HOLD, SOON);
-        let said = loop {
-            let said = match self.turns.take_within(TURN, &Owner::of(&caller)).await {
+        let (said, took) = loop {
+            let begun = Instant::now();
+            let said = match self.turns.acquire_within(TURN, &Owner::of(&caller)).await {
                 Some(_turn) => self.clone().identities(&caller, Some(&subject)).await,
                 None => Err(SourceError::Busy),
             };
             let is_denied = said.as_ref().is_ok_and(|identities| identities.is_empty());
             if !is_denied || !is_young(&subject, &caller) {
-                break said;
+                break (said, begun.elapsed());
             }
             if Instant::now() + pause >= until {
-                break Err(SourceError::Unavailable(
-                    "the SPIFFE agent does not know this new pod yet, or has no registration entry for it; ask again"
-                        .to_owned(),
-                ));
+                let text =
+                    "the SPIFFE agent does not know this new pod yet, or has no registration entry for it; ask again";
+                break (Err(SourceError::Unavailable(text.to_owned())), begun.elapsed());
             }
             // Without a turn: whoever is known gets one meanwhile.
             sleep(pause).await;
             pause *= 2;
         };
-        self.memory().note(&subject, said);
+        self.memory().note(&subject, said, took);
     }
 
     /// What the agent says of this process now: nothing is an answer. Its tokens are kept where an exchange may follow.
     async fn identities(self: Arc<Self>, caller: &Arc<Caller>, keep: Option<&Subject>) -> Said {
         let (shared, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
-        let asking = tokio::spawn(async move {
+        let asking = AbortOnDropHandle::new(tokio::spawn(async move {
             match shared.ask(&caller, &shared.audience).await {
                 Ok(svids) => shared.believed(svids, keep.as_ref()).await,
                 Err(SourceError::Denied(said)) => {
-                    shared.tell(said);
+                    shared.log_denial(&said);
                     Ok(Arc::from([]))
                 }
                 Err(error) => Err(error),
             }
-        });
+        }));
         // A panic in a library below ends that question, not the place in the memory.
         asking.await.unwrap_or_else(|_| {
             Err(SourceError::Unavailable("an error inside awsvid ended the question; its log has it".to_owned()))
         })
     }
 
-    /// The identities of an answer, without the daemon's own.
+    /// Returns the identities that an answer proves by a token, without the daemon's own. An identity with several entries, or
+    /// from an agent that merges the answers of two others, keeps all of its hints.
     async fn believed(&self, svids: Vec<Svid>, keep: Option<&Subject>) -> Said {
         let own = self.own(OWN).await?;
-        let mut identities = Vec::new();
+        let (mut identities, mut unproven) = (Vec::new(), None);
         for svid in svids {
             let Ok(spiffe_id) = SpiffeId::parse(&svid.spiffe_id) else {
-                tracing::warn!("the SPIFFE agent gave a process an identity that is no SPIFFE ID; it is left out");
+                if let Some(LogPermit { missed }) = self.log.admit("no SPIFFE ID") {
+                    tracing::warn!(
+                        missed,
+                        "the SPIFFE agent gave a process an identity that is no SPIFFE ID; it is left out"
+                    );
+                }
                 continue;
             };
             if own.contains(&spiffe_id) {
-                tracing::info!(%spiffe_id, "a process has awsvid's own identity, which is given to nobody");
+                if let Some(LogPermit { missed }) = self.log.admit(&format!("own {spiffe_id}")) {
+                    tracing::info!(%spiffe_id, missed, "a process has awsvid's own identity, which is given to nobody");
+                }
+                continue;
+            }
+            // Cached credentials of this identity are released without another check of a token.
+            if let Err(bad) = JwtSvid::check_subject(&svid.token, &spiffe_id) {
+                if let Some(LogPermit { missed }) = self.log.admit(&format!("not its own {spiffe_id} {bad}")) {
+                    tracing::warn!(%spiffe_id, missed, "the SPIFFE agent gave an identity without a token of its own; it is left out: {bad}");
+                }
+                unproven = Some(bad);
                 continue;
             }
             if let Some(subject) = keep
@@ -238,9 +259,15 @@ impl Shared {
             {
                 self.keep(subject, token);
             }
-            identities.push(Identity { spiffe_id, hint: svid.hint });
+            let identity = Identity { spiffe_id, hint: svid.hint };
+            if !identities.contains(&identity) {
+                identities.push(identity);
+            }
         }
-        Ok(identities.into())
+        match unproven {
+            Some(bad) if identities.is_empty() => Err(bad.into()),
+            _ => Ok(identities.into()),
+        }
     }
 
     /// Asks the agent about the caller.
@@ -259,10 +286,10 @@ impl Shared {
     /// What the agent says of the caller's process; dropped unless it is the same process as before.
     async fn ask_by_process(&self, caller: &Caller, audience: &str) -> Result<Answer, SourceError> {
         let watch = caller.evidence.watch()?;
-        let before = caller.evidence.process()?;
+        let before = caller.evidence.process().await?;
         let result = self.agent.svids(before.pid, audience).await;
         self.count(&result);
-        if caller.evidence.process()? != before || !watch.is_unbroken() {
+        if caller.evidence.process().await? != before || !watch.is_unbroken() {
             return Err(crate::caller::Refusal::Changed.into());
         }
         Ok(result)
@@ -284,12 +311,10 @@ impl Shared {
         self.metrics.health.source(agent, SourceError::of_source(result), self.clock.now());
     }
 
-    /// Tells operators why somebody has no identity: whoever asks is not told what the agent says.
-    fn tell(&self, said: String) {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.as_ref().is_none_or(|(before, at)| *before != said || at.elapsed() >= TOLD) {
-            tracing::warn!("a workload has no identity: {said}");
-            *told = Some((said, Instant::now()));
+    /// Logs the agent's reason for a denial, which the caller does not learn.
+    fn log_denial(&self, said: &str) {
+        if let Some(LogPermit { missed }) = self.log.admit(said) {
+            tracing::warn!(missed, "a workload has no identity: {said}");
         }
     }
 
@@ -307,21 +332,28 @@ impl Shared {
             // They hardly ever change, so what was said before holds; but that the agent knows the daemon now is not known.
             Err(error) if age == OWN => {
                 let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-                let (at, ids) = own.as_mut().ok_or(error)?;
+                let own = own.as_mut().ok_or(error)?;
                 // Those who wait behind this one don't each try as well.
-                *at = Instant::now().checked_sub(OWN - OWN_AGAIN).unwrap_or(*at);
-                return Ok(ids.clone());
+                own.fresh_from = Instant::now().checked_sub(OWN - OWN_AGAIN).unwrap_or(own.fresh_from);
+                return Ok(own.ids.clone());
             }
             Err(error) => return Err(error),
         };
         let ids: BTreeSet<SpiffeId> = ids.iter().filter_map(|id| SpiffeId::parse(id).ok()).collect();
-        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), ids.clone()));
+        let (confirmed, fresh_from) = (Instant::now(), Instant::now());
+        *self.own.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Own { ids: ids.clone(), confirmed, fresh_from });
         Ok(ids)
     }
 
     fn known_own(&self, age: Duration) -> Option<BTreeSet<SpiffeId>> {
         let own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-        own.as_ref().filter(|(at, _)| at.elapsed() < age).map(|(_, ids)| ids.clone())
+        own.as_ref().filter(|own| own.fresh_from.elapsed() < age).map(|own| own.ids.clone())
+    }
+
+    /// Returns when the agent last confirmed the daemon's own identities.
+    fn own_confirmed(&self) -> Option<Instant> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|own| own.confirmed)
     }
 
     fn keep(&self, subject: &Subject, token: JwtSvid) {
@@ -336,7 +368,8 @@ impl Shared {
         let mut tokens = self.tokens();
         let wanted = |kept: &Kept| kept.subject == *subject && kept.token.spiffe_id() == id;
         let kept = tokens.iter().position(wanted).and_then(|index| tokens.remove(index))?;
-        (kept.at.elapsed() < KEPT).then_some(kept.token)
+        // A token with a short life may have expired meanwhile.
+        (kept.at.elapsed() < KEPT && kept.token.check_life(self.clock.now()).is_ok()).then_some(kept.token)
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
@@ -354,31 +387,6 @@ fn is_young(subject: &Subject, caller: &Caller) -> bool {
         Subject::Process { .. } => ages.container < YOUNG,
         Subject::Pod(_) => ages.pod < YOUNG,
     })
-}
-
-/// Asks again about those that are known, some at a time: an agent that hangs keeps only this waiting.
-async fn ask_again(shared: Weak<Shared>) {
-    let mut asking = JoinSet::new();
-    loop {
-        sleep(ROUND).await;
-        let Some(shared) = shared.upgrade() else { return };
-        while asking.try_join_next().is_some() {}
-        loop {
-            let due = shared.memory().due(AGAIN.saturating_sub(asking.len()));
-            if due.is_empty() {
-                break;
-            }
-            for (subject, caller) in due {
-                let shared = shared.clone();
-                asking.spawn(async move {
-                    let said = shared.clone().identities(&caller, None).await;
-                    shared.memory().note(&subject, said);
-                });
-            }
-            // The next one begins when one of these has ended.
-            asking.join_next().await;
-        }
-    }
 }
 
 #[cfg(test)]

@@ -17,8 +17,14 @@ use crate::identity::SpiffeId;
 
 /// STS: `WebIdentityToken` has at most 20000 characters.
 const LENGTH_MAX: usize = 20_000;
-/// A token with less life than this may expire on its way: STS calls queue, and clocks differ.
-const LIFE_MIN: Duration = Duration::from_secs(30);
+/// Minimum remaining life of a token, so that it does not expire while it waits for STS. Of a token with a short life a third
+/// is enough: SPIRE's agent renews its tokens at about half of their life.
+const MIN_REMAINING_LIFE: Duration = Duration::from_secs(30);
+/// Up to this whole life an error about it names the setting that lengthens it.
+const SHORT_LIFE: Duration = Duration::from_secs(90);
+/// How to lengthen the life of tokens.
+pub const TTL_FIX: &str = "give it a longer life (in SPIRE the entry's `-jwtSVIDTTL`, or the server's `default_jwt_svid_ttl`, which is \
+     5 minutes unless it is set)";
 /// How far another clock may be ahead of this one.
 const SKEW_MAX: Duration = Duration::from_secs(300);
 /// The last second of the year 9999. Anything later is in milliseconds, or nonsense.
@@ -33,6 +39,14 @@ pub struct JwtSvid {
     spiffe_id: SpiffeId,
     audience: String,
     algorithm: &'static str,
+    life: Life,
+}
+
+/// The validity period of a token.
+#[derive(Debug, Clone, Copy)]
+struct Life {
+    /// `iat`. Without it the whole life is unknown.
+    issued: Option<SystemTime>,
     expires: SystemTime,
 }
 
@@ -75,7 +89,7 @@ enum Audience {
 }
 
 impl JwtSvid {
-    /// Takes `token` if it is a JWT-SVID of `expected` for `audience` alone, with 30 s of life at `now`.
+    /// Takes `token` if it is a JWT-SVID of `expected` for `audience` alone, with 30 s or a third of its life left at `now`.
     ///
     /// `expected` includes the trust domain. Timestamps are judged on their JSON text: STS refuses `1.7e9` and `1.0`,
     /// which a parser would take for integers. `iat` and `nbf` may be absent, and at most 5 minutes ahead of `now`.
@@ -92,10 +106,44 @@ impl JwtSvid {
         let (header, claims) = decode(&token)?;
         let algorithm = check_header(&header)?;
         let claims: Claims<'_> = serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
-        check_subject(&claims.sub, expected)?;
-        check_audience(&claims.aud, audience)?;
-        let expires = check_times(&claims, now)?;
-        Ok(Self { token, spiffe_id: expected.clone(), audience: audience.to_owned(), algorithm, expires })
+        expect_subject(&claims.sub, expected)?;
+        expect_audience(&claims.aud, audience)?;
+        let life = check_times(&claims, now)?;
+        life.check(now)?;
+        Ok(Self { token, spiffe_id: expected.clone(), audience: audience.to_owned(), algorithm, life })
+    }
+
+    /// Returns the one of `tokens` that passes [`Self::check`] and expires last; `None` without a token. If none passes, the
+    /// error is that of the first. All of them came with the label `expected`. An agent that merges the answers of two others
+    /// returns an identity several times, and may label a token wrongly.
+    pub fn check_any(
+        tokens: impl IntoIterator<Item = impl Into<Zeroizing<String>>>,
+        expected: &SpiffeId,
+        audience: &str,
+        now: SystemTime,
+    ) -> Result<Option<Self>, BadToken> {
+        let mut best: Option<Result<Self, BadToken>> = None;
+        for token in tokens {
+            best = match (best, Self::check(token, expected, audience, now)) {
+                (None, checked) => Some(checked),
+                (Some(Ok(best)), Ok(other)) if best.expires() < other.expires() => Some(Ok(other)),
+                (Some(Err(_)), Ok(other)) => Some(Ok(other)),
+                (best, _) => best,
+            };
+        }
+        best.transpose()
+    }
+
+    /// Checks only the `sub` of `token`.
+    pub fn check_subject(token: &str, expected: &SpiffeId) -> Result<(), BadToken> {
+        let (_, claims) = decode(token)?;
+        let claims: Claims<'_> = serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
+        expect_subject(&claims.sub, expected)
+    }
+
+    /// Checks that enough of its life remains, for use after a wait.
+    pub fn check_life(&self, now: SystemTime) -> Result<(), BadToken> {
+        self.life.check(now)
     }
 
     /// The token itself, for STS and nobody else.
@@ -120,7 +168,12 @@ impl JwtSvid {
 
     /// When it expires.
     pub fn expires(&self) -> SystemTime {
-        self.expires
+        self.life.expires
+    }
+
+    /// Returns its whole life if that is short. [`TTL_FIX`] is the advice for it.
+    pub fn short_life(&self) -> Option<Duration> {
+        self.life.short()
     }
 
     /// Whether the two are one and the same token, as from a source that answers from its cache.
@@ -177,7 +230,7 @@ fn check_header(header: &Header) -> Result<&'static str, BadToken> {
     }
 }
 
-fn check_subject(sub: &str, expected: &SpiffeId) -> Result<(), BadToken> {
+fn expect_subject(sub: &str, expected: &SpiffeId) -> Result<(), BadToken> {
     if sub == expected.as_str() {
         return Ok(());
     }
@@ -185,7 +238,7 @@ fn check_subject(sub: &str, expected: &SpiffeId) -> Result<(), BadToken> {
     wrong(format!("its subject is not {expected}"))
 }
 
-fn check_audience(aud: &Audience, wanted: &str) -> Result<(), BadToken> {
+fn expect_audience(aud: &Audience, wanted: &str) -> Result<(), BadToken> {
     let right = match aud {
         Audience::One(one) => one == wanted,
         Audience::Several(several) => matches!(&several[..], [one] if one == wanted),
@@ -197,11 +250,11 @@ fn check_audience(aud: &Audience, wanted: &str) -> Result<(), BadToken> {
     wrong(format!("its audience is not exactly `{wanted}`"))
 }
 
-/// When the token expires.
-fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<SystemTime, BadToken> {
+/// Reads the validity period.
+fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<Life, BadToken> {
     let expires = timestamp("exp", claims.exp)?;
-    for (name, raw) in [("iat", claims.iat), ("nbf", claims.nbf)] {
-        let Some(raw) = raw else { continue };
+    let from = |name: &str, raw: Option<&RawValue>| {
+        let Some(raw) = raw else { return Ok(None) };
         let from = timestamp(name, raw)?;
         if from >= expires {
             return wrong(format!("its `{name}` is not before its `exp`"));
@@ -209,15 +262,42 @@ fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<SystemTime, BadTo
         if from > now + SKEW_MAX {
             return wrong(format!("its `{name}` is more than 5 minutes in the future: compare this node's clock"));
         }
+        Ok(Some(from))
+    };
+    let issued = from("iat", claims.iat)?;
+    from("nbf", claims.nbf)?;
+    Ok(Life { issued, expires })
+}
+
+impl Life {
+    /// Returns its length, if known.
+    fn whole(self) -> Option<Duration> {
+        self.expires.duration_since(self.issued?).ok()
     }
-    let life = expires.duration_since(now).unwrap_or_default();
-    if life < LIFE_MIN {
-        return Err(BadToken::Expiring(match life.as_secs() {
-            0 => "it has expired: look at the agent's connection to its server, and at this node's clock".to_owned(),
-            left => format!("it expires in {left} s: look at the agent's connection to its server"),
-        }));
+
+    /// Returns its length, if short.
+    fn short(self) -> Option<Duration> {
+        self.whole().filter(|whole| *whole <= SHORT_LIFE)
     }
-    Ok(expires)
+
+    fn check(self, now: SystemTime) -> Result<(), BadToken> {
+        let left = self.expires.duration_since(now).unwrap_or_default();
+        let least = self.whole().map_or(MIN_REMAINING_LIFE, |whole| MIN_REMAINING_LIFE.min(whole / 3));
+        if left >= least && !left.is_zero() {
+            return Ok(());
+        }
+        let state = match left.as_secs() {
+            0 => "it has expired".to_owned(),
+            left => format!("it expires in {left} s"),
+        };
+        Err(BadToken::Expiring(match self.short() {
+            Some(whole) => format!(
+                "{state}, and was good for only {} s: {TTL_FIX}, and compare this node's clock with the server's",
+                whole.as_secs()
+            ),
+            None => format!("{state}: look at the agent's connection to its server, and at this node's clock"),
+        }))
+    }
 }
 
 /// A claim in whole seconds since 1970, written as such.

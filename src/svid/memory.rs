@@ -2,9 +2,8 @@
 //!
 //! Only what is remembered, and for how long; who asks is [`super::attesting`].
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::path::Path;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,130 +11,100 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::SourceError;
-use crate::caller::{Caller, Looks, Owner, Process, Refusal};
-use crate::cgroup::{CgroupPath, PodUid};
-use crate::role::Identity;
+use crate::caller::{Caller, Owner};
 
-/// What was said so long ago is asked again.
-pub(super) const ASK_AGAIN: Duration = Duration::from_secs(30);
-/// Two definite answers this far apart, without another in between, are the agent's last word: one alone may be an attestor
-/// that failed for a moment, which looks just the same.
-pub(super) const DENIALS_APART: Duration = Duration::from_secs(10);
-/// After a question without an answer, where one is due.
-const TRY_AGAIN: Duration = Duration::from_secs(5);
-/// How long a process that has no identity is told so without asking: somebody may be registering it right now.
-const NO_IDENTITY: Duration = Duration::from_secs(2);
-/// Processes of one workload that are remembered: what it makes up fills its own places only (attack 22).
+mod agent_clock;
+mod known;
+mod subject;
+
+pub(super) use known::{Found, Lane, QUICK_TIMEOUT, Said};
+pub(super) use subject::{LOOKS, Subject, is_known};
+
+use agent_clock::AgentClock;
+use known::{ASK_AGAIN, Known};
+
+/// Slots of one workload: what it makes up fills its own slots only (attack 22).
 const EACH: usize = 1024;
 /// Processes of one workload that are asked about because of a request, or wait for that. The next are told at once to come
 /// back: with more in front of them they would wait in vain, and as many connections as they may have would soon be open, of
 /// which those beyond are reset without a word.
 const WAITING: usize = 256;
+/// How long a workload is not revalidated after a query about it was not answered in time; doubled after each further one. An
+/// agent goes on hashing a program after its client has given up.
+const REVALIDATION_PAUSE: Duration = Duration::from_secs(30);
+const MAX_REVALIDATION_PAUSE: Duration = Duration::from_secs(300);
+/// An agent was unavailable if it answered no query for this long.
+const OUTAGE_AFTER: Duration = Duration::from_secs(60);
 /// Between two looks for processes that are gone.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// Whom an agent was asked about.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) enum Subject {
-    /// One process, with everything of it that may decide what it is: whoever changes any of it is another subject.
-    Process {
-        /// The user id.
-        uid: u32,
-        /// Its cgroup.
-        cgroup: Option<CgroupPath>,
-        /// All that was looked at.
-        process: Process,
-    },
-    /// A pod, whichever of its processes asks.
-    Pod(PodUid),
+/// How many more queries about known subjects may be in flight.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Capacity {
+    /// In [`Lane::Quick`].
+    pub(super) quick: usize,
+    /// In [`Lane::Slow`].
+    pub(super) slow: usize,
 }
 
-/// What an agent has to be told apart by.
-pub(super) const LOOKS: Looks = Looks { groups: true, program: true, started: true };
-
-impl Subject {
-    /// Of a caller; of its pod if it is in one and `pods` says that the agent is told of those, else of its process, which was
-    /// looked at then.
-    pub(super) fn of(caller: &Caller, pods: bool) -> Result<Self, SourceError> {
-        if let Some(pod) = caller.pod.as_ref().filter(|_| pods) {
-            return Ok(Self::Pod(pod.uid.clone()));
-        }
-        if !is_known(caller) {
-            return Err(SourceError::Reloaded);
-        }
-        let mut process = caller.process.clone().ok_or(SourceError::Reloaded)?;
-        let exe = process.program.as_mut().and_then(|program| program.exe.as_mut()).ok_or(Refusal::UnseenProgram)?;
-        // The file is what counts. Its path is what the process shows, and reads otherwise once an upgrade has replaced it.
-        (exe.changed, exe.path) = ((0, 0), Path::new("").into());
-        Ok(Self::Process { uid: caller.uid, cgroup: caller.cgroup.clone(), process })
-    }
-
-    /// Whether it is there still, as `caller` shows, who is it or in it.
-    fn is_there(&self, caller: &Caller) -> bool {
-        match self {
-            Self::Process { .. } => caller.evidence.is_there(),
-            Self::Pod(_) => caller.evidence.pod().is_ok(),
-        }
-    }
-}
-
-/// Whether everything is known of the caller's process that a subject is made of.
-pub(super) fn is_known(caller: &Caller) -> bool {
-    let known = |process: &Process| process.groups.is_some() && process.program.is_some() && process.started.is_some();
-    caller.process.as_ref().is_some_and(known)
-}
-
-/// What is told to all who wait for one question.
-pub(super) type Said = Result<Arc<[Identity]>, SourceError>;
-type Told = watch::Sender<Option<Said>>;
-
-/// What there is for a request.
+/// A query about a known subject. [`Memory`] counts it as in flight until its result is noted.
 #[derive(Debug)]
-pub(super) enum Found {
-    /// It is known.
-    Known(Arc<[Identity]>),
-    /// It is being asked for.
-    Asked(watch::Receiver<Option<Said>>),
-    /// It has to be asked for, by whoever finds this.
-    Unknown(watch::Receiver<Option<Said>>),
+pub(super) struct Query {
+    pub(super) subject: Subject,
+    pub(super) caller: Arc<Caller>,
+    pub(super) lane: Lane,
 }
 
-#[derive(Debug)]
-struct Known {
-    /// With proof of which process or pod it is.
-    caller: Arc<Caller>,
-    owner: Owner,
-    /// `None` before the first answer.
-    identities: Option<Arc<[Identity]>>,
-    /// When the last answer or the last try came.
-    at: Instant,
-    /// Since when it is denied.
-    denied: Option<Instant>,
-    /// Who waits for the question that is under way, if one is.
-    asking: Option<Told>,
-    /// Whether that was asked because of a request: then it counts in [`Memory::waiting`].
-    is_waited_for: bool,
+/// What is due at one moment.
+#[derive(Debug, Default)]
+pub(super) struct Revalidation {
+    pub(super) queries: Vec<Query>,
+    /// Callers whose identities have expired: the agent has not confirmed them for 10 minutes.
+    pub(super) expired: Vec<Arc<Caller>>,
+    /// Whether the confirmation of a process is late.
+    pub(super) is_overdue: bool,
 }
 
-impl Known {
-    /// What there is for a request; `None` if it has to be asked for.
-    fn found(&self) -> Option<Found> {
-        let identities = self.identities.as_ref().filter(|ids| !ids.is_empty() || self.due() > Instant::now());
-        match (identities, &self.asking) {
-            (Some(identities), _) => Some(Found::Known(identities.clone())),
-            (None, Some(told)) => Some(Found::Asked(told.subscribe())),
-            (None, None) => None,
+/// One clock for processes and one for pods. A kubelet that does not answer keeps the agent from attesting pods alone.
+#[derive(Debug, Default)]
+struct Clocks {
+    processes: AgentClock,
+    pods: AgentClock,
+}
+
+impl Clocks {
+    fn of(&self, subject: &Subject) -> &AgentClock {
+        match subject {
+            Subject::Process { .. } => &self.processes,
+            Subject::Pod(_) => &self.pods,
         }
     }
 
-    /// When it is to be asked about again.
-    fn due(&self) -> Instant {
-        match (self.denied, &self.identities) {
-            // The second question, which decides.
-            (Some(since), _) => (since + DENIALS_APART).max(self.at + TRY_AGAIN),
-            (None, Some(identities)) if identities.is_empty() => self.at + NO_IDENTITY,
-            (None, _) => self.at + ASK_AGAIN,
+    fn of_mut(&mut self, subject: &Subject) -> &mut AgentClock {
+        match subject {
+            Subject::Process { .. } => &mut self.processes,
+            Subject::Pod(_) => &mut self.pods,
         }
+    }
+}
+
+/// Until when a workload is not revalidated.
+#[derive(Debug)]
+struct Pause {
+    until: Instant,
+    length: Duration,
+}
+
+impl Default for Pause {
+    fn default() -> Self {
+        Self { until: Instant::now(), length: REVALIDATION_PAUSE / 2 }
+    }
+}
+
+impl Pause {
+    fn lengthen(&mut self, now: Instant) {
+        self.length = (self.length * 2).min(MAX_REVALIDATION_PAUSE);
+        self.until = now + self.length;
     }
 }
 
@@ -144,22 +113,43 @@ impl Known {
 pub(super) struct Memory {
     most: usize,
     known: HashMap<Subject, Known>,
+    /// Slots of all subjects, and of each owner's.
+    slots_taken: usize,
     counts: HashMap<Owner, usize>,
     /// For how many of them a question is under way because of a request.
     waiting: HashMap<Owner, usize>,
+    /// Owners with a revalidation in flight.
+    revalidating: HashSet<Owner>,
+    /// Owners whose last query was not answered in time. The agent may still be busy with it.
+    paused: HashMap<Owner, Pause>,
+    /// When the agent last answered a query.
+    answered: Instant,
+    clocks: Clocks,
     /// When those that are gone were last looked for.
     swept: Option<Instant>,
 }
 
 impl Memory {
-    /// Room for `most` processes.
+    /// Has slots for `most` processes, or for fewer with long names.
     pub(super) fn new(most: usize) -> Self {
-        Self { most, known: HashMap::new(), counts: HashMap::new(), waiting: HashMap::new(), swept: None }
+        Self {
+            most,
+            known: HashMap::new(),
+            slots_taken: 0,
+            counts: HashMap::new(),
+            waiting: HashMap::new(),
+            revalidating: HashSet::new(),
+            paused: HashMap::new(),
+            answered: Instant::now(),
+            clocks: Clocks::default(),
+            swept: None,
+        }
     }
 
     /// What is known of `subject`. If nothing is, and nobody has asked yet, the caller has to.
     pub(super) fn find(&mut self, subject: &Subject, caller: &Arc<Caller>) -> Result<Found, SourceError> {
-        if let Some(found) = self.known.get(subject).and_then(Known::found) {
+        let clock = *self.clocks.of(subject);
+        if let Some(found) = self.known.get(subject).and_then(|known| known.found(clock)) {
             return Ok(found);
         }
         let owner = Owner::of(caller);
@@ -179,91 +169,106 @@ impl Memory {
 
     /// A place for one that was not known.
     fn add(&mut self, subject: &Subject, caller: &Arc<Caller>, owner: &Owner) -> Result<&mut Known, SourceError> {
-        if !self.has_room(owner) {
+        let known = Known::new(caller, owner);
+        if !self.has_room(owner, known.slots) {
             return Err(SourceError::Busy);
         }
-        *self.counts.entry(owner.clone()).or_default() += 1;
-        let (caller, owner) = (caller.clone(), owner.clone());
-        let known = Known {
-            caller,
-            owner,
-            identities: None,
-            at: Instant::now(),
-            denied: None,
-            asking: None,
-            is_waited_for: false,
-        };
+        *self.counts.entry(owner.clone()).or_default() += known.slots;
+        self.slots_taken += known.slots;
         Ok(self.known.entry(subject.clone()).insert_entry(known).into_mut())
     }
 
-    /// Notes what was said of `subject`, and tells it to all who wait.
-    pub(super) fn note(&mut self, subject: &Subject, said: Said) {
+    /// Records the result of a query that took this long, and passes it to the requests that wait.
+    pub(super) fn note(&mut self, subject: &Subject, said: Said, took: Duration) {
         let Entry::Occupied(mut entry) = self.known.entry(subject.clone()) else { return };
         let known = entry.get_mut();
         let now = Instant::now();
-        known.at = now;
-        let told = known.asking.take();
+        let clock = self.clocks.of_mut(subject);
+        let is_answer = said.is_ok();
         if std::mem::take(&mut known.is_waited_for) {
-            take_one(&mut self.waiting, &known.owner);
-        }
-        let (said, keep) = match said {
-            Ok(identities) if !identities.is_empty() => {
-                known.denied = None;
-                known.identities = Some(identities.clone());
-                (Ok(identities), true)
+            give_back(&mut self.waiting, &known.owner, 1);
+        } else {
+            self.revalidating.remove(&known.owner);
+            if is_answer {
+                clock.advance(known.answered);
+                self.paused.remove(&known.owner);
+            } else if took >= QUICK_TIMEOUT {
+                self.paused.entry(known.owner.clone()).or_default().lengthen(now);
             }
-            Ok(none) => match &known.identities {
-                // Once is not enough to take something away.
-                Some(before)
-                    if !before.is_empty() && now.duration_since(*known.denied.get_or_insert(now)) < DENIALS_APART =>
-                {
-                    (Ok(before.clone()), true)
-                }
-                _ => {
-                    known.denied = None;
-                    known.identities = Some(none.clone());
-                    (Ok(none), true)
-                }
-            },
-            // It is not the process any more that it was.
-            Err(error @ SourceError::Caller(_)) => (Err(error), false),
-            Err(error) => match &known.identities {
-                Some(before) if !before.is_empty() => (Ok(before.clone()), true),
-                _ => (Err(error), false),
-            },
-        };
+        }
+        known.at = now;
+        if is_answer {
+            known.answered = now;
+        }
+        known.lane = if took < QUICK_TIMEOUT { Lane::Quick } else { Lane::Slow };
+        let told = known.asking.take();
+        let (said, keep) = known.take(said, *clock);
         if !keep {
             let known = entry.remove();
-            self.one_less(&known.owner);
+            self.forgotten(&known);
+        }
+        if is_answer {
+            self.agent_answered(now);
         }
         if let Some(told) = told {
             told.send_replace(Some(said));
         }
     }
 
-    /// Those that are to be asked about again, at most `most`, of which questions are under way from now on. Processes
-    /// without an identity are forgotten instead.
-    pub(super) fn due(&mut self, most: usize) -> Vec<(Subject, Arc<Caller>)> {
+    /// Records that the agent confirmed the daemon's own identity, as it did before at `before`. Only to be called while no
+    /// subject waits for a slot. Where all callers of a node are attested slowly, nothing else advances the clock.
+    pub(super) fn own_confirmed(&mut self, before: Instant) {
+        self.clocks.processes.advance(before);
+        self.agent_answered(Instant::now());
+    }
+
+    /// Ends all pauses after an outage, during which every query failed.
+    fn agent_answered(&mut self, now: Instant) {
+        if now.duration_since(self.answered) >= OUTAGE_AFTER {
+            self.paused.clear();
+        }
+        self.answered = now;
+    }
+
+    /// Takes the subjects that are due for revalidation: the most overdue first, one of each owner. Removes subjects that have
+    /// no identity, or whose identity has expired.
+    pub(super) fn take_due(&mut self, mut room: Capacity) -> Revalidation {
         let now = Instant::now();
-        let mut due = Vec::new();
-        let mut forgotten = Vec::new();
+        let (mut round, mut due, mut forgotten) = (Revalidation::default(), Vec::new(), Vec::new());
         for (subject, known) in &mut self.known {
-            if known.asking.is_some() || known.due() > now {
+            let has_identity = known.has_identity();
+            let is_process = matches!(subject, Subject::Process { .. });
+            round.is_overdue |= is_process && has_identity && known.answered + 2 * ASK_AGAIN < now;
+            if known.asking.is_some() {
                 continue;
             }
-            if known.identities.as_ref().is_none_or(|identities| identities.is_empty()) {
+            if has_identity && !known.is_valid(*self.clocks.of(subject)) {
+                round.expired.push(known.caller.clone());
                 forgotten.push(subject.clone());
-            } else if due.len() < most {
+            } else if known.due() > now {
+            } else if has_identity {
+                due.push((known.due(), subject, known));
+            } else {
+                forgotten.push(subject.clone());
+            }
+        }
+        due.sort_unstable_by_key(|(due, ..)| *due);
+        for (_, subject, known) in due {
+            let free = if known.lane == Lane::Quick { &mut room.quick } else { &mut room.slow };
+            let is_paused = self.paused.get(&known.owner).is_some_and(|pause| pause.until > now);
+            if *free > 0 && !is_paused && self.revalidating.insert(known.owner.clone()) {
+                *free -= 1;
                 known.asking = Some(watch::Sender::new(None));
-                due.push((subject.clone(), known.caller.clone()));
+                let (subject, caller, lane) = (subject.clone(), known.caller.clone(), known.lane);
+                round.queries.push(Query { subject, caller, lane });
             }
         }
         for subject in forgotten {
             if let Some(known) = self.known.remove(&subject) {
-                self.one_less(&known.owner);
+                self.forgotten(&known);
             }
         }
-        due
+        round
     }
 
     /// How many are remembered.
@@ -274,51 +279,60 @@ impl Memory {
 
     /// Makes room if there is none: first by those that are gone, then by the oldest of the same owner, or of the owner that
     /// has the most where all together are too many.
-    fn has_room(&mut self, owner: &Owner) -> bool {
-        let own = |memory: &Self| memory.counts.get(owner).copied().unwrap_or_default();
-        if self.known.len() < self.most && own(self) < EACH {
+    fn has_room(&mut self, owner: &Owner, slots: usize) -> bool {
+        let fits = |memory: &Self| memory.own_fits(owner, slots) && memory.slots_taken + slots <= memory.most;
+        if fits(self) {
             return true;
         }
         if self.swept.is_none_or(|swept| swept.elapsed() >= SWEEP) {
             self.swept = Some(Instant::now());
             self.forget_gone();
         }
-        let victim = if own(self) >= EACH {
-            owner.clone()
-        } else if self.known.len() >= self.most {
-            let Some((most, _)) = self.counts.iter().max_by_key(|(_, count)| **count) else { return false };
-            most.clone()
-        } else {
-            return true;
-        };
-        let its = self.known.iter().filter(|(_, known)| known.owner == victim && known.asking.is_none());
+        while !fits(self) {
+            let greediest = || self.counts.iter().max_by_key(|(_, count)| **count).map(|(owner, _)| owner.clone());
+            let victim = if self.own_fits(owner, slots) { greediest() } else { Some(owner.clone()) };
+            if !victim.is_some_and(|victim| self.forget_oldest(&victim)) {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn own_fits(&self, owner: &Owner, slots: usize) -> bool {
+        self.counts.get(owner).copied().unwrap_or_default() + slots <= EACH
+    }
+
+    /// Removes the owner's oldest subject without a query in flight. `false` if it has none.
+    fn forget_oldest(&mut self, owner: &Owner) -> bool {
+        let its = self.known.iter().filter(|(_, known)| known.owner == *owner && known.asking.is_none());
         let Some(oldest) = its.min_by_key(|(_, known)| known.at).map(|(subject, _)| subject.clone()) else {
             return false;
         };
-        self.known.remove(&oldest);
-        self.one_less(&victim);
+        if let Some(known) = self.known.remove(&oldest) {
+            self.forgotten(&known);
+        }
         true
     }
 
     fn forget_gone(&mut self) {
-        let counts = &mut self.counts;
-        self.known.retain(|subject, known| {
-            let keep = known.asking.is_some() || subject.is_there(&known.caller);
-            if !keep {
-                take_one(counts, &known.owner);
-            }
-            keep
-        });
+        let is_gone = |subject: &Subject, known: &Known| known.asking.is_none() && !subject.is_there(&known.caller);
+        let gone: Vec<_> = self.known.extract_if(|subject, known| is_gone(subject, known)).collect();
+        gone.iter().for_each(|(_, known)| self.forgotten(known));
     }
 
-    fn one_less(&mut self, owner: &Owner) {
-        take_one(&mut self.counts, owner);
+    /// Gives back the slots of a subject that was removed.
+    fn forgotten(&mut self, known: &Known) {
+        self.slots_taken -= known.slots;
+        give_back(&mut self.counts, &known.owner, known.slots);
+        if !self.counts.contains_key(&known.owner) {
+            self.paused.remove(&known.owner);
+        }
     }
 }
 
-fn take_one(counts: &mut HashMap<Owner, usize>, owner: &Owner) {
+fn give_back(counts: &mut HashMap<Owner, usize>, owner: &Owner, number: usize) {
     if let Entry::Occupied(mut count) = counts.entry(owner.clone()) {
-        *count.get_mut() -= 1;
+        *count.get_mut() -= number;
         if *count.get() == 0 {
             count.remove();
         }

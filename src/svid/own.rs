@@ -15,6 +15,7 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Request, Status, Streaming};
 
 use super::dial::{file_at, is_broken, open, unreachable};
+use super::log_limit::{LogLimiter, LogPermit};
 use super::proto::workload::X509svidRequest;
 use super::proto::workload::X509svidResponse;
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
@@ -88,7 +89,7 @@ impl OwnIdentity {
 
 /// Opens one stream after another, for ever.
 async fn keep(endpoint: Endpoint, now: watch::Sender<Now>) {
-    let mut state = State { endpoint, now, version: 0 };
+    let mut state = State { endpoint, now, version: 0, log: LogLimiter::default() };
     let mut tries = 0;
     loop {
         let (begun, before) = (Instant::now(), state.version);
@@ -114,6 +115,7 @@ struct State {
     endpoint: Endpoint,
     now: watch::Sender<Now>,
     version: u64,
+    log: LogLimiter,
 }
 
 impl State {
@@ -177,9 +179,11 @@ impl State {
                 let now = self.now.borrow();
                 let Some(svid) = &now.svid else { return };
                 let is_known = before.svid.is_some_and(|before| before.spiffe_id == svid.spiffe_id);
-                match is_known && before.trouble.is_none() {
-                    true => tracing::debug!(version = svid.version, "awsvid's own X.509-SVID is renewed"),
-                    false => tracing::info!(spiffe_id = %svid.spiffe_id, "awsvid has its own X.509-SVID"),
+                // An agent that ends each stream at once would fill the log.
+                let is_news = !is_known || before.trouble.is_some();
+                match is_news.then(|| self.log.admit(svid.spiffe_id.as_str())).flatten() {
+                    None => tracing::debug!(version = svid.version, "awsvid's own X.509-SVID is renewed"),
+                    Some(_) => tracing::info!(spiffe_id = %svid.spiffe_id, "awsvid has its own X.509-SVID"),
                 }
             }
             Err(text) => self.lost(SourceError::Unavailable(format!(
@@ -199,8 +203,8 @@ impl State {
             }
             now.trouble = Some(trouble.clone());
         });
-        if is_news {
-            tracing::warn!("awsvid's own X.509-SVID is not kept up to date: {trouble}");
+        if is_news && let Some(LogPermit { missed }) = self.log.admit(&trouble.to_string()) {
+            tracing::warn!(missed, "awsvid's own X.509-SVID is not kept up to date: {trouble}");
         }
     }
 

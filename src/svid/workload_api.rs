@@ -18,7 +18,7 @@ use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
 use super::{Basis, DEADLINE, IdentitySource, JwtSvid, SourceError, one_line};
 use crate::accounts::{LiveRules, Undecided};
-use crate::caller::{Caller, Looks};
+use crate::caller::{Caller, Looks, Refusal};
 use crate::clock::Clock;
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
@@ -66,14 +66,15 @@ impl WorkloadApi {
             let text = format!("the SPIFFE agent at {} did not answer within {:?}", self.endpoint, self.deadline);
             return Err(SourceError::Unavailable(text));
         };
-        // SPIRE filters by the ID; a provider that doesn't also sends others, which are not for this caller.
-        let svids = answer?.svids.into_iter().filter(|svid| svid.spiffe_id == id.as_str());
-        let Some(svid) = svids.into_iter().find(|svid| !svid.svid.is_empty()) else {
+        // SPIRE filters by the ID. Other providers may also return other IDs, which are not for this caller. An ID with several
+        // entries comes several times.
+        let svids = answer?.svids.into_iter().filter(|svid| svid.spiffe_id == id.as_str() && !svid.svid.is_empty());
+        let token = JwtSvid::check_any(svids.map(|svid| svid.svid), id, audience, self.clock.now())?;
+        token.ok_or_else(|| {
             let text =
                 format!("the SPIFFE agent answered without a token for {id}: register that ID for awsvid itself");
-            return Err(SourceError::Denied(text));
-        };
-        Ok(JwtSvid::check(svid.svid, id, audience, self.clock.now())?)
+            SourceError::Denied(text)
+        })
     }
 
     async fn ask(&self, id: &SpiffeId, audience: &str) -> Result<JwtsvidResponse, SourceError> {
@@ -144,9 +145,10 @@ impl IdentitySource for WorkloadApi {
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         match self.rules.identify(caller).await {
             Ok(id) => Ok(id.map(|spiffe_id| Identity { spiffe_id, hint: None }).into_iter().collect()),
-            // Whoever attested the caller has looked at the process where a rule needed it then.
+            // The caller was attested by other rules, which did not need its process.
             Err(Undecided::NeedsProcess) => Err(SourceError::Reloaded),
             Err(Undecided::UnknownAccount(_)) => Err(SourceError::UnknownAccount),
+            Err(Undecided::Unresponsive) => Err(Refusal::Unresponsive.into()),
         }
     }
 

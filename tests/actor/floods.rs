@@ -12,13 +12,16 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{MsgFlags, recv};
 
-use crate::process::become_user;
+use crate::process::{become_user, become_with_groups, child};
 use crate::wire::{self, Address};
 
 /// Answers by their code (`Success`, or an error's); `nothing` for connections that ended without one.
 type Counts = BTreeMap<String, usize>;
 
 pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
+    if let ("grouped", [uid, groups, processes]) = (what, numbers) {
+        return show(&grouped(to, u32::try_from(*uid).unwrap(), *groups, *processes));
+    }
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
     become_user(u32::try_from(numbers[0]).unwrap());
@@ -48,6 +51,20 @@ fn asked(to: &Address, count: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..count {
         *counts.entry(code(&wire::ask(&to.connect()))).or_default() += 1;
+    }
+    counts
+}
+
+/// Requests of so many processes of a user, each with so many supplementary groups (attack 27).
+fn grouped(to: &Address, uid: u32, groups: usize, processes: usize) -> Counts {
+    let mut counts = Counts::new();
+    for _ in 0..processes {
+        let mut asking = child(|_| {
+            become_with_groups(uid, groups);
+            wire::ask(&to.connect())
+        });
+        *counts.entry(code(&asking.said())).or_default() += 1;
+        asking.reap();
     }
     counts
 }

@@ -14,8 +14,11 @@
 )]
 
 mod asked;
+mod blocked;
 mod daemon;
 mod floods;
+mod fuse;
+mod handed_on;
 mod herd;
 mod moves;
 mod process;
@@ -46,6 +49,12 @@ fn main() {
         ["ask", listener, address] => {
             let to = wire::Address::parse(listener, address);
             print!("{}", wire::ask(&to.connect()));
+        }
+        ["blocked", count, listener, address, ref cgroups @ ..] => {
+            blocked::callers(count.parse().unwrap(), cgroups, &wire::Address::parse(listener, address));
+        }
+        ["activated", listener, address] => {
+            print!("{}", handed_on::used_again_by_service(&wire::Address::parse(listener, address)));
         }
         ["herd", users, rate, seconds, listener, address] => {
             println!("{}", herd::ask(users, rate, seconds, &wire::Address::parse(listener, address)));

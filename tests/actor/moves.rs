@@ -19,7 +19,12 @@ pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
     pub(crate) fn new(parent: &Path, name: &str) -> Self {
-        let path = parent.join(format!("{name}-{}", std::process::id()));
+        Self::named(parent, &format!("{name}-{}", std::process::id()))
+    }
+
+    /// With just this name.
+    pub(crate) fn named(parent: &Path, name: &str) -> Self {
+        let path = parent.join(name);
         fs::create_dir(&path).unwrap();
         Self(path)
     }

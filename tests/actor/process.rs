@@ -23,6 +23,16 @@ pub(crate) fn become_of(uid: u32, gid: u32) {
     set_pdeathsig(Signal::SIGKILL).unwrap();
 }
 
+/// Becomes this user with so many supplementary groups, from 100,000 on.
+pub(crate) fn become_with_groups(uid: u32, count: usize) {
+    let groups: Vec<Gid> = (100_000..).take(count).map(Gid::from_raw).collect();
+    setgroups(&groups).unwrap();
+    setresgid(Gid::from_raw(uid), Gid::from_raw(uid), Gid::from_raw(uid)).unwrap();
+    setresuid(Uid::from_raw(uid), Uid::from_raw(uid), Uid::from_raw(uid)).unwrap();
+    // As above.
+    set_pdeathsig(Signal::SIGKILL).unwrap();
+}
+
 /// A child, which ends when it is told to or its parent ends.
 pub(crate) struct Child {
     pub(crate) pid: Pid,
@@ -133,6 +143,18 @@ pub(crate) fn reuse(pid: Pid, uid: u32, act: impl FnOnce()) -> Option<Pid> {
         }
         _ => None,
     }
+}
+
+/// A process that shares this one's memory, and does `act`: system calls alone, since what else it did would be done to this
+/// process, too.
+pub(crate) fn share_memory(act: extern "C" fn(*mut libc::c_void) -> libc::c_int, argument: *mut libc::c_void) -> Pid {
+    // Never freed: it is in use as long as the process lives.
+    let stack = Box::leak(vec![0_u128; 4096].into_boxed_slice());
+    let flags = libc::CLONE_VM | libc::SIGCHLD;
+    // SAFETY: the stack is that of the new process alone, which makes nothing but system calls.
+    let pid = unsafe { libc::clone(act, stack.as_mut_ptr_range().end.cast(), flags, argument) };
+    assert!(pid > 0, "{}", std::io::Error::last_os_error());
+    Pid::from_raw(pid)
 }
 
 /// Does nothing until it is killed.

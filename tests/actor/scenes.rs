@@ -18,6 +18,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{execv, setgroups, setresgid, setresuid};
 
 use crate::daemon::{self, Held};
+use crate::handed_on::{self, Given as Socket};
 use crate::process::{Child, become_of, become_user, child, reuse, stay};
 use crate::wire::{self, Address};
 use crate::{ALICE, BOB, moves};
@@ -51,6 +52,10 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "moved" => moves::moved(to, late, false),
         "removed-cgroup" => moves::moved(to, late, true),
         "threaded" => moves::threaded(to),
+        "listener-used-again" => handed_on::used_again(to, Socket::Listener),
+        "shared-listener-used-again" => handed_on::used_again(to, Socket::SharedListener),
+        "accepted-used-again" => handed_on::used_again(to, Socket::Accepted),
+        "made-for-activation" => handed_on::made_for_activation(to),
         "personality" => moves::personality(to),
         "fixed-file" => moves::fixed_file(to),
         other => panic!("no scene {other}"),

@@ -83,8 +83,9 @@ fn caller(number: usize) -> Caller {
 #[derive(Debug)]
 struct Seen(#[expect(dead_code, reason = "only its size matters")] [u8; 128]);
 
+#[async_trait::async_trait]
 impl Evidence for Seen {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 }

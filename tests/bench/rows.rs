@@ -23,20 +23,19 @@ pub(crate) struct Row {
 pub(crate) const ROWS: [Row; 14] = [
     Row {
         name: "tcp-socket",
-        meaning: "CPU time of the daemon per request over TCP, rules by uid: the socket alone says who it is. Like the rows \
+        meaning: "CPU time of the daemon per request over TCP, rules by uid and unit: the socket alone says who it is. Like the rows \
                   below, in multiples of `direct` on the same transport",
         run: |bench| ratio::own_cgroup(bench, &ratio::TCP_SOCKET),
     },
     Row {
-        name: "tcp-socket-root",
-        meaning: "the same with the load in the root cgroup, which does not tell whether it is a container's, so that the \
-                  process has to be found",
-        run: ratio::root_cgroup,
+        name: "tcp-pid",
+        meaning: "over TCP, rules by uid: a process that holds the socket has to be found among those of its cgroup",
+        run: |bench| ratio::own_cgroup(bench, &ratio::TCP_PID),
     },
     Row {
-        name: "tcp-pid",
-        meaning: "over TCP, rules by uid and gid: the process has to be found among those of its cgroup",
-        run: |bench| ratio::own_cgroup(bench, &ratio::TCP_PID),
+        name: "tcp-pid-root",
+        meaning: "the same with the load in the root cgroup, where all of its user's processes are looked at",
+        run: ratio::root_cgroup,
     },
     Row {
         name: "unix-uid",

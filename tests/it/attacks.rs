@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::harness::actor::{self, play};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::{folder, http_get, root};
+use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
 use crate::harness::made::{Made, answered, refused};
@@ -20,9 +20,15 @@ const ROOT: &str = "spiffe://example.org/user/root";
 /// Which facts the rules need, so over TCP whether a process is searched for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rules {
+    /// The user and the cgroup, which are the socket's own.
+    Place,
+    /// The user, and so a process that holds the socket.
     User,
+    /// The user and the group, and so a process too.
     UserAndGroup,
 }
+
+const ALL_RULES: [Rules; 3] = [Rules::Place, Rules::User, Rules::UserAndGroup];
 
 struct Stage {
     daemon: Daemon,
@@ -33,8 +39,12 @@ struct Stage {
 
 impl Stage {
     fn set(rules: Rules) -> Self {
-        let gid = |uid: u32| if rules == Rules::User { String::new() } else { format!("gid = {uid}") };
-        Self::with(folder(), gid)
+        let key = |uid: u32| match rules {
+            Rules::Place => "cgroup = \"/awsvid-test-*.slice/**\"".to_owned(),
+            Rules::User => String::new(),
+            Rules::UserAndGroup => format!("gid = {uid}"),
+        };
+        Self::with(folder(), key)
     }
 
     /// With a rule for each user, who has this key beside `uid`. Root has one too: many attacks make somebody pass for root.
@@ -76,7 +86,7 @@ impl Stage {
 
     /// What is counted of requests, and of connections that ended without one: the labels with the number.
     fn requests(&self) -> BTreeSet<String> {
-        let (_, metrics) = http_get(self.daemon.admin(), "/metrics").expect("metrics");
+        let metrics = self.daemon.metrics();
         let counts = ["awsvid_requests_total{", "awsvid_connections_dropped_total{"];
         let counted = metrics.lines().filter(|line| counts.iter().any(|count| line.starts_with(count)));
         counted.map(str::to_owned).collect()
@@ -86,8 +96,8 @@ impl Stage {
 /// What is right in a scene. There is one right outcome: where it depends on how far the daemon is, the scene sees to that.
 struct Row {
     scene: &'static str,
-    /// On the unix socket, for either kind of rules.
-    unix: [Made; 2],
+    /// On the unix socket, for each kind of rules.
+    unix: [Made; 3],
     /// On TCP where the socket alone decides.
     socket: Made,
     /// On TCP where the process is needed.
@@ -100,15 +110,15 @@ const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 fn expected() -> Vec<Row> {
     let row = |scene, unix: &Made, socket: &Made, process: &Made| Row {
         scene,
-        unix: [unix.clone(), unix.clone()],
+        unix: [unix.clone(), unix.clone(), unix.clone()],
         socket: socket.clone(),
         process: process.clone(),
     };
     let (alice, bob, root) = (&answered(ALICE), &answered(BOB), &answered(ROOT));
     let (gone, changed, ambiguous) =
         (&refused("caller_gone"), &refused("identity_changed"), &refused("ambiguous_caller"));
-    let (nobody, no_holder, unreadable) =
-        (&refused("no_identity"), &refused("no_holder"), &refused("unreadable_cgroup"));
+    let (nobody, no_holder, unreadable, activated) =
+        (&refused("no_identity"), &refused("no_holder"), &refused("unreadable_cgroup"), &refused("manager_socket"));
     vec![
         row("alice", alice, alice, alice),
         row("bob", bob, bob, bob),
@@ -119,7 +129,7 @@ fn expected() -> Vec<Row> {
         row("made-for", bob, alice, ambiguous),
         row("shared", alice, alice, ambiguous),
         // On TCP the heir is Alice's process, and holds the socket that she made.
-        Row { unix: [alice.clone(), nobody.clone()], ..row("other-group", alice, alice, ambiguous) },
+        Row { unix: [alice.clone(), alice.clone(), nobody.clone()], ..row("other-group", alice, alice, ambiguous) },
         row("mixed-group", changed, alice, changed),
         row("exited", gone, alice, alice),
         row("exited-late", gone, alice, gone),
@@ -138,11 +148,17 @@ fn expected() -> Vec<Row> {
         row("closed", gone, gone, gone),
         row("shut-and-closed", gone, gone, gone),
         row("decoy", alice, alice, alice),
-        // Where the process is seen, it is seen to live in other namespaces than the daemon.
-        row("user-namespace", nobody, alice, nobody),
-        row("pid-namespace", nobody, alice, nobody),
-        row("dropped", changed, root, ambiguous),
-        row("dropped-late", changed, root, changed),
+        // The process lives in other namespaces than the daemon, as in a container that has no cgroup of its own. A rule that
+        // names the cgroup means whoever is there.
+        Row { unix: [alice.clone(), nobody.clone(), nobody.clone()], ..row("user-namespace", nobody, alice, nobody) },
+        Row { unix: [alice.clone(), nobody.clone(), nobody.clone()], ..row("pid-namespace", nobody, alice, nobody) },
+        // Of root's sockets none decides alone.
+        row("dropped", changed, ambiguous, ambiguous),
+        row("dropped-late", changed, changed, changed),
+        row("listener-used-again", bob, ambiguous, ambiguous),
+        row("shared-listener-used-again", bob, ambiguous, ambiguous),
+        row("accepted-used-again", bob, ambiguous, ambiguous),
+        row("made-for-activation", alice, activated, activated),
         // By the socket alone it is hers who was given it. It takes root's capability to give it.
         row("chowned", root, alice, ambiguous),
         row("chowned-late", root, changed, changed),
@@ -160,11 +176,10 @@ fn expected() -> Vec<Row> {
 fn right<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Made> {
     match (listener, rules) {
         // Nobody listens on the port of a client without one.
-        ("unix", _) if row.scene == "decoy" => None,
-        ("unix", Rules::User) => Some(&row.unix[0]),
-        ("unix", Rules::UserAndGroup) => Some(&row.unix[1]),
-        (_, Rules::User) => Some(&row.socket),
-        (_, Rules::UserAndGroup) => Some(&row.process),
+        ("unix", _) if row.scene == "decoy" || row.scene.ends_with("used-again") => None,
+        ("unix", rules) => Some(&row.unix[rules as usize]),
+        (_, Rules::Place) => Some(&row.socket),
+        (_, Rules::User | Rules::UserAndGroup) => Some(&row.process),
     }
 }
 
@@ -191,8 +206,13 @@ fn check(rules: Rules) {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     // Attack 19: of all that, no workload shows in what operators see.
-    let (_, metrics) = http_get(stage.daemon.admin(), "/metrics").unwrap();
+    let metrics = stage.daemon.metrics();
     assert!(!["alice", "61001", "arn:"].iter().any(|word| metrics.contains(word)), "{metrics}");
+}
+
+#[test]
+fn scenes_where_the_place_decides() {
+    check(Rules::Place);
 }
 
 #[test]
@@ -201,7 +221,7 @@ fn scenes_where_the_user_decides() {
 }
 
 #[test]
-fn scenes_where_the_process_is_needed() {
+fn scenes_where_the_user_and_the_group_decide() {
     check(Rules::UserAndGroup);
 }
 
@@ -273,7 +293,7 @@ fn many_scenes_in_random_order() {
         std::env::var("AWSVID_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
     eprintln!("AWSVID_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
-    let stages = [(Rules::User, Stage::set(Rules::User)), (Rules::UserAndGroup, Stage::set(Rules::UserAndGroup))];
+    let stages = ALL_RULES.map(|rules| (rules, Stage::set(rules)));
     let rows = expected();
     let (mut wrong, mut otherwise, mut played, mut honest, mut unanswered) = (Vec::new(), 0, 0, 0, 0);
     let tell = |played, wrong, otherwise, unanswered, honest| {

@@ -13,10 +13,21 @@ use crate::harness::counterparts::{folder, skip};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::terminal::on_a_terminal;
 
-const COMMANDS: [&str; 10] =
-    ["serve", "config", "status", "check", "trust-policy", "exec", "credential-process", "dev", "completions", "man"];
+const COMMANDS: [&str; 11] = [
+    "serve",
+    "config",
+    "status",
+    "probe",
+    "check",
+    "trust-policy",
+    "exec",
+    "credential-process",
+    "dev",
+    "completions",
+    "man",
+];
 /// Those that scripts run, and have to know how they end.
-const IN_SCRIPTS: [&str; 6] = ["serve", "config", "status", "check", "trust-policy", "exec"];
+const IN_SCRIPTS: [&str; 7] = ["serve", "config", "status", "probe", "check", "trust-policy", "exec"];
 
 fn awsvid(arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);

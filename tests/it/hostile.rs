@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::harness::actor::Connector;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::{folder, http_get, root};
+use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
@@ -62,7 +62,9 @@ impl Stage {
         }
         let folder = folder();
         let upstream = Upstream::start(&[(ALICE, "alice")]);
-        let rule = format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n");
+        // Her process makes the connections and gives them to the test, so it is the place that decides.
+        let place = "cgroup = \"/awsvid-test-*.slice/**\"";
+        let rule = format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{place}\n");
         let daemon = Daemon::start(folder.path(), "", &format!("{}\n{rule}", upstream.configuration())).ready();
         let cgroup = Cgroup::new(&format!("alice-{}.service", folder.path().file_name().unwrap().display()));
         Some(Self { daemon, _upstream: upstream, cgroup, _folder: folder })
@@ -78,7 +80,7 @@ impl Stage {
 
     /// The sum of a counter over all series that have these labels.
     fn counter(&self, name: &str, labels: &str) -> u64 {
-        let (_, metrics) = http_get(self.daemon.admin(), "/metrics").unwrap();
+        let metrics = self.daemon.metrics();
         let these = metrics.lines().filter(|line| line.starts_with(name) && line.contains(labels));
         these.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
@@ -382,7 +384,13 @@ fn what_is_understood_and_refused() {
         plain("GET /v1/credentials/%zz HTTP/1.1", PATH),
         plain("GET /v1%2fcredentials HTTP/1.1", PATH),
         plain("GET /v1\\credentials HTTP/1.1", PATH),
+        plain("GET /v1/credentials? HTTP/1.1", Right::Credentials),
+        plain("GET /v1/credentials/dev? HTTP/1.1", Right::Credentials),
+        plain("GET /v1/credentials#dev HTTP/1.1", Right::Credentials),
         plain("GET /v1/credentials?role=dev HTTP/1.1", PATH),
+        plain("GET /v1/credentials?? HTTP/1.1", PATH),
+        plain("GET /v1/credentials%3f HTTP/1.1", PATH),
+        plain("GET http://127.0.0.1/v1/credentials? HTTP/1.1", PROXIED),
         plain("GET /V1/credentials HTTP/1.1", PATH),
         plain("GET /v1/credentials/%64ev HTTP/1.1", Right::Credentials),
         // HTTP/1.0.

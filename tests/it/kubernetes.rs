@@ -121,7 +121,7 @@ fn every_manifest_is_accepted(cluster: &Cluster, folder: &Path) {
     for directory in ["", "spiffe-broker", "spire-delegated"] {
         accepted(&manifests().join(directory));
     }
-    for component in ["environment", "environment-patch", "pod-monitor", "startup-taint"] {
+    for component in ["environment", "environment-patch", "network-policy", "pod-monitor", "startup-taint"] {
         accepted(&overlay(folder, component, &[], &[component]));
     }
 }

@@ -10,9 +10,9 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, setsockopt, socket, sockopt,
 };
 
-use crate::harness::counterparts::process::{await_some, run};
+use crate::harness::counterparts::process::{Process, await_some, run};
 use crate::harness::counterparts::{folder, http_get, root};
-use crate::harness::daemon::Daemon;
+use crate::harness::daemon::{Daemon, PROGRAM};
 
 const CONFIGURATION: &str = r#"
 [identity]
@@ -65,4 +65,31 @@ fn nobody_shares_the_port() {
     let shared = bind(fd.as_raw_fd(), &SockaddrIn::from(address)).and_then(|()| listen(&fd, Backlog::new(1).unwrap()));
     let error = std::io::Error::from(shared.expect_err("the port is the daemon's alone"));
     assert_eq!(error.kind(), ErrorKind::AddrInUse);
+}
+
+/// Whether any user can take a port follows the kernel's value in the daemon's network namespace.
+#[test]
+fn a_port_that_any_user_can_take_is_warned_of() {
+    if !root() {
+        return;
+    }
+    for (first, is_warned) in [(1024, false), (975, false), (974, true), (0, true)] {
+        let folder = folder();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let [unix, status, token] = ["awsvid.sock", "status.sock", "token"].map(path);
+        let listen = format!("[listen]\nunix = {unix:?}\nstatus = {status:?}\ntoken_file = {token:?}\n");
+        std::fs::write(path("awsvid.toml"), format!("{CONFIGURATION}{listen}")).unwrap();
+        let script = format!(
+            "ip link set lo up && echo {first} >/proc/sys/net/ipv4/ip_unprivileged_port_start && exec \"$0\" serve --config \"$1\""
+        );
+        let mut command = Command::new("unshare");
+        command.args(["--net", "sh", "-c", &script, PROGRAM]).arg(path("awsvid.toml"));
+        let daemon = Process::start("awsvid", command, &folder.path().join("log"));
+        daemon.await_some("it listens", Duration::from_secs(30), || {
+            daemon.log().contains("serving operators").then_some(())
+        });
+        let log = daemon.log();
+        assert_eq!(log.contains("ip_unprivileged_port_start is"), is_warned, "{log}");
+        assert_eq!(log.contains("[974]"), is_warned, "{log}");
+    }
 }

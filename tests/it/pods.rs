@@ -316,6 +316,21 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
     assert!(log.contains("add SYS_ADMIN to the container's securityContext.capabilities.add"), "{log}");
 }
 
+/// containerd sets it with the pod's first container, when the namespace has long been mounted.
+#[test]
+fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
+    let Some(stage) = Stage::set(|node| node.add("guarded")) else { return };
+    for name in ["open", "open-too"] {
+        stage.site.node.add(name);
+        stage.site.node.inside(name, || fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "974").unwrap());
+    }
+    let line = stage.daemon.await_line(&["any user of a pod can take port 974", "enable_unprivileged_ports = false"]);
+    assert!(line.contains("ip_unprivileged_port_start is 974 in ") && line.contains("/open"), "{line}");
+    stage.site.node.add("last");
+    stage.await_namespaces(4);
+    assert_eq!(stage.daemon.log().matches("any user of a pod can take port 974").count(), 1);
+}
+
 /// From the start of the process, and from the mount, until each of so many namespaces is listened in.
 #[test]
 fn many_namespaces_are_listened_in_soon() {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::sys::statvfs::{FsFlags, statvfs};
 use serde_json::Value;
 
+use crate::harness::actor;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::await_some;
@@ -231,6 +232,40 @@ role_arn = "{}"
     // Every listener, SPIRE and STS have answered.
     let ready = ["curl", "--silent", "--fail", "http://127.0.0.1:975/readyz"];
     await_some("ready", PATIENCE, || machine.run_as("probe.service", "shop", &ready).status.success().then_some(()));
+}
+
+/// Attack 24: systemd makes the listener of a service as root, and holds it still when the service has it.
+#[test]
+fn activated_service_is_not_root_on_the_socket_it_was_given() {
+    let directory = folder();
+    let actor = actor::program();
+    let socket = "[Socket]\nListenStream=127.0.0.1:8081\n";
+    let service = "[Service]\nUser=shop\nExecStart=/usr/bin/actor activated tcp 127.0.0.1:974\n\
+                   StandardOutput=file:/run/web.out\n";
+    let more = [
+        ("/usr/bin/actor", Content::Copy(&actor)),
+        ("/etc/systemd/system/web.socket", Content::Text(socket)),
+        ("/etc/systemd/system/web.service", Content::Text(service)),
+    ];
+    let Some(machine) = install(directory.path(), &more) else { return };
+    // Root has an identity, which is not handed out in this test: its agent is away.
+    let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/root\"\nuser = \"root\"\n\
+                [[role]]\nname = \"root\"\nspiffe_id = \"spiffe://example.org/root\"\n\
+                role_arn = \"arn:aws:iam::123456789012:role/root\"\n";
+    let configuration = fs::read_to_string(machine.path(CONFIGURATION)).unwrap();
+    fs::write(machine.path(CONFIGURATION), configuration + rule).unwrap();
+    start(&machine);
+    let (status, body) = ask(&machine, "admin.service", "root", TCP);
+    assert_eq!((status, &body["code"]), (503, &Value::from("source_unavailable")), "{body}");
+
+    machine.run(&["systemctl", "start", "web.socket"]).success("start the socket");
+    // Whoever connects has the service started. It asks, and never answers the connection.
+    machine.run(&["curl", "--silent", "--max-time", "1", "http://127.0.0.1:8081/"]);
+    let answer = await_some("the service is answered", PATIENCE, || {
+        let text = fs::read_to_string(machine.path("/run/web.out")).ok()?;
+        text.contains("\"code\"").then_some(text)
+    });
+    assert!(answer.contains("\"code\":\"manager_socket\""), "{answer}");
 }
 
 #[test]

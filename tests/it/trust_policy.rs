@@ -67,12 +67,16 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     ] {
         assert!(script.contains(&words), "{words}: {script}");
     }
-    // The real CLI checks what it is given, and sends it: here to somebody who takes everything.
+    // The real CLI checks what it is given, and sends it: here to an account that has no provider, and takes everything.
     let (sender, requests) = channel();
     let iam = answering::start(move |_, body| {
         // The test may have ended.
         let _ = sender.send(body.to_owned());
         let action = &form(body)["Action"];
+        if action == "GetOpenIDConnectProvider" {
+            let xml = "<ErrorResponse><Error><Code>NoSuchEntity</Code><Message>None</Message></Error></ErrorResponse>";
+            return answering::http("404 Not Found", "Content-Type: text/xml\r\n", xml);
+        }
         let xml = format!("<{action}Response><{action}Result></{action}Result></{action}Response>");
         answering::http("200 OK", "Content-Type: text/xml\r\n", &xml)
     });
@@ -90,7 +94,14 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     )
     .success("the script");
     let sent: Vec<HashMap<String, String>> = requests.try_iter().map(|body| form(&body)).collect();
-    let [provider, role] = &sent[..] else { panic!("two calls: {sent:?}") };
+    let [found, provider, audience, role] = &sent[..] else { panic!("four calls: {sent:?}") };
+    let arn = format!("arn:aws:iam::123456789012:oidc-provider/{key}");
+    assert_eq!((&found["Action"][..], &found["OpenIDConnectProviderArn"]), ("GetOpenIDConnectProvider", &arn));
+    assert_eq!(
+        (&audience["Action"][..], &audience["OpenIDConnectProviderArn"]),
+        ("AddClientIDToOpenIDConnectProvider", &arn)
+    );
+    assert_eq!(audience["ClientID"], "sts.amazonaws.com");
     assert_eq!((&provider["Action"][..], &provider["Url"]), ("CreateOpenIDConnectProvider", &issuer));
     assert_eq!(provider["ClientIDList.member.1"], "sts.amazonaws.com");
     assert_eq!((&role["Action"][..], &role["RoleName"][..]), ("CreateRole", "app"));
@@ -186,8 +197,9 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
 }
 
 /// AWS trusts what this machine trusts, more or less; the issuer's certificate is its own, and so made known or not.
+/// The thumbprint of an untrusted chain is written only with the option for it (attack 35).
 #[test]
-fn a_thumbprint_is_given_where_the_chain_is_not_trusted_and_only_there() {
+fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
     let folder = folder();
     let config = folder.path().join("awsvid.toml");
     let role = "[[role]]\nname = \"app\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n";
@@ -213,16 +225,34 @@ fn a_thumbprint_is_given_where_the_chain_is_not_trusted_and_only_there() {
     url.set(front.url()).unwrap();
     let certificate = folder.path().join("certificate.pem");
     fs::write(&certificate, front.certificate()).unwrap();
-    let thumbprints = |trusted: Option<&Path>| {
+    let written = |trusted: Option<&Path>, options: &[&str]| {
         let mut command = Command::new(PROGRAM);
-        command.env_clear().args(["trust-policy", "--issuer", &front.url(), "--config"]).arg(&config);
+        command.env_clear().args(["trust-policy", "--issuer", &front.url(), "--config"]).arg(&config).args(options);
         command.envs(trusted.map(|path| ("SSL_CERT_FILE", path)));
         let output = run(command, b"", PATIENCE);
-        assert!(!output.stderr.contains("is not known"), "{output:?}");
-        reading::by_a_shell(&output.success("awsvid trust-policy")).provider["ThumbprintList"].clone()
+        let warnings = output.stderr.clone();
+        assert!(!warnings.contains("is not known"), "{output:?}");
+        let script = output.success("awsvid trust-policy");
+        (reading::by_a_shell(&script).provider["ThumbprintList"].clone(), warnings)
     };
-    assert_eq!(thumbprints(Some(&certificate)), Value::Null);
-    assert_eq!(thumbprints(None), json!([front.thumbprint()]));
+    let accept = "--accept-untrusted-issuer";
+    let thumbprint = front.thumbprint();
+    for options in [&[][..], &[accept]] {
+        let (thumbprints, warnings) = written(Some(&certificate), options);
+        assert_eq!((thumbprints, warnings.contains("does not trust")), (Value::Null, false), "{warnings}");
+    }
+    let (thumbprints, warnings) = written(None, &[]);
+    assert_eq!(thumbprints, Value::Null);
+    assert!(
+        warnings.contains("this machine does not trust the certificate") && warnings.contains(accept),
+        "{warnings}"
+    );
+    let (thumbprints, warnings) = written(None, &[accept]);
+    assert_eq!(thumbprints, json!([thumbprint]));
+    assert!(
+        warnings.contains("this machine does not trust the certificate") && warnings.contains(&thumbprint),
+        "{warnings}"
+    );
 }
 
 /// CloudFormation's own schemas of these resources, and its rules for what refers to what.

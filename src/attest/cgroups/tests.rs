@@ -159,6 +159,12 @@ fn id_of(directory: &Path) -> u64 {
     fs::metadata(directory).unwrap().ino()
 }
 
+/// As for a peer in this pod's network.
+async fn path_of(tree: &Arc<CgroupTree>, namespace: u64, id: u64) -> Result<CgroupPath, Refusal> {
+    let key = WalkKey { namespace: Some(namespace), uid: None };
+    tree.path_of(id, (Part::Pods, key), || ()).await
+}
+
 /// A node of 250 pods with two containers each; one of them asks without end with ids that are nowhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waiting() {
@@ -172,7 +178,7 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
     let tree = Arc::new(CgroupTree::at(part.0.clone(), PodRoots::usual()));
     let begun = Instant::now();
     let known = id_of(&part.0.join(container(7, 0)));
-    tree.path_of(known, Part::Pods).await.unwrap();
+    path_of(&tree, 0, known).await.unwrap();
     let first = begun.elapsed();
 
     let end = Instant::now() + Duration::from_secs(1);
@@ -182,7 +188,7 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
             let mut asked = 0;
             while Instant::now() < end {
                 let id = (1 << 60) + (one << 32) + asked;
-                assert_eq!(tree.path_of(id, Part::Pods).await, Err(Refusal::UnreadableCgroup));
+                assert_eq!(path_of(&tree, one, id).await, Err(Refusal::UnreadableCgroup));
                 asked += 1;
             }
             asked
@@ -192,13 +198,13 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
     let (mut longest_known, mut longest_new, mut news) = (Duration::ZERO, Duration::ZERO, 0);
     while Instant::now() < end {
         let begun = Instant::now();
-        tree.path_of(known, Part::Pods).await.unwrap();
+        path_of(&tree, 0, known).await.unwrap();
         longest_known = longest_known.max(begun.elapsed());
         news += 1;
         let directory = part.0.join(format!("kubepods/burstable/{:064x}", news));
         fs::create_dir(&directory).unwrap();
         let begun = Instant::now();
-        tree.path_of(id_of(&directory), Part::Pods).await.unwrap();
+        path_of(&tree, 0, id_of(&directory)).await.unwrap();
         longest_new = longest_new.max(begun.elapsed());
     }
     let mut asked = 0;
@@ -213,4 +219,25 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
         longest_known < Duration::from_millis(100) && longest_new < PAUSE_MOST * 3,
         "{longest_known:?} {longest_new:?}"
     );
+}
+
+/// Attack 33: those who wait for a walk in vain keep others neither from being accepted nor from being looked for.
+#[tokio::test]
+async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("new")).unwrap();
+    let tree = Arc::new(CgroupTree::at(folder.path().to_owned(), PodRoots::usual()));
+    let id = id_of(&folder.path().join("new"));
+    let hostile = WalkKey { namespace: None, uid: Some(7) };
+    let held: Vec<_> = (0..MAX_WAITING_PER_KEY).map(|_| tree.waiting.try_acquire(&hostile).unwrap()).collect();
+    let refused = tree.path_of(id, (Part::All, hostile), || panic!("it does not wait")).await;
+    assert_eq!(refused, Err(Refusal::Busy));
+    for (namespace, uid) in [(None, Some(8)), (Some(1), None)] {
+        let mut waits = false;
+        let found = tree.path_of(id, (Part::All, WalkKey { namespace, uid }), || waits = true).await;
+        assert_eq!(found.unwrap().as_str(), "/new");
+        // The first of them had to wait for a walk, and for the next it is known.
+        assert_eq!(waits, namespace.is_none());
+    }
+    drop(held);
 }

@@ -8,7 +8,7 @@ use crate::attest::host::Host;
 use crate::cgroup::PodRoots;
 
 fn host() -> Host {
-    Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual())
+    Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual(), None)
 }
 
 /// A process of the test's own that waits until it is told to end.

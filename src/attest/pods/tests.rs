@@ -31,8 +31,8 @@ fn a_pod_is_there_as_long_as_its_directory() {
     let pod = format!("kubepods/burstable/pod{U}");
     let (folder, pods) = pods(&[&format!("{pod}/{C}/init"), "system.slice/a.service"]);
     assert_eq!(pods.roots_found(), [&path("/kubepods")]);
-    assert!(pods.of(7, &path("/system.slice/a.service"), None).unwrap().is_none());
-    let housed = pods.of(7, &path(&format!("/{pod}/{C}/init")), None).unwrap().unwrap();
+    assert!(pods.of(&path("/system.slice/a.service")).unwrap().is_none());
+    let housed = pods.of(&path(&format!("/{pod}/{C}/init"))).unwrap().unwrap();
     assert_eq!((housed.pod.uid.as_str(), housed.pod.container.as_deref()), (U, Some(C)));
     let ages = housed.is_there().unwrap();
     assert!(ages.pod < Duration::from_secs(60) && ages.container < Duration::from_secs(60), "{ages:?}");
@@ -45,9 +45,9 @@ fn a_pod_is_there_as_long_as_its_directory() {
     assert_eq!(housed.is_there(), Err(Refusal::Gone));
     fs::create_dir(&directory).unwrap();
     assert_eq!(housed.is_there(), Err(Refusal::Gone));
-    assert!(matches!(pods.of(7, &path(&format!("/{pod}/{C}")), None), Ok(Some(_))));
+    assert!(matches!(pods.of(&path(&format!("/{pod}/{C}"))), Ok(Some(_))));
     fs::remove_dir(&directory).unwrap();
-    let gone = pods.of(7, &path(&format!("/{pod}/{C}")), None);
+    let gone = pods.of(&path(&format!("/{pod}/{C}")));
     assert!(matches!(gone, Err(Refusal::UnreadableCgroup)), "{gone:?}");
 }
 
@@ -64,16 +64,16 @@ fn every_directory_down_to_the_pods_is_roots() {
             |part: &std::path::Path| fs::set_permissions(part, fs::Permissions::from_mode(0o777)),
         ] {
             let (folder, pods) = pods(&[&format!("{pod}/{C}")]);
-            assert!(pods.of(7, &container, None).unwrap().is_some());
+            assert!(pods.of(&container).unwrap().is_some());
             change(&folder.path().join(part)).unwrap();
-            let refused = pods.of(7, &container, None);
+            let refused = pods.of(&container);
             assert!(matches!(refused, Err(Refusal::DelegatedCgroup)), "{part}: {refused:?}");
         }
     }
     // What a container does with its own, whose name was given to it, is its own business.
     let (folder, pods) = pods(&[&format!("{pod}/{C}/x")]);
     chown(folder.path().join(&pod).join(C), Some(1002), None).unwrap();
-    assert_eq!(pods.of(7, &path(&format!("/{pod}/{C}/x")), None).unwrap().unwrap().pod.container.as_deref(), Some(C));
+    assert_eq!(pods.of(&path(&format!("/{pod}/{C}/x"))).unwrap().unwrap().pod.container.as_deref(), Some(C));
 }
 
 #[test]
@@ -84,9 +84,8 @@ fn a_pods_name_in_another_place_is_refused_with_what_was_seen() {
     let (user, other) = (format!("user.slice/kubepods/pod{U}"), format!("other/kubepods/pod{U}"));
     let (folder, pods) = pods(&[&user, &other]);
     chown(folder.path().join("user.slice"), Some(1002), None).unwrap();
-    let refused = pods.of(7, &path(&format!("/{user}")), None);
+    let refused = pods.of(&path(&format!("/{user}")));
     assert!(matches!(refused, Err(Refusal::DelegatedCgroup)), "{refused:?}");
-    let refused = pods.of(7, &path(&format!("/{other}")), Some(5)).unwrap_err();
-    let stranger = Stranger { uid: 7, cgroup: Some(path(&format!("/{other}"))), pod: None, namespace: Some(5) };
-    assert_eq!((refused.reason(), refused.stranger()), ("misplaced_pod", Some(&stranger)));
+    let refused = pods.of(&path(&format!("/{other}"))).unwrap_err();
+    assert_eq!(refused, Refusal::MisplacedPod);
 }

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use super::*;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::inet_diag::SockDiag;
+use crate::caller::GroupDetail;
 use crate::cgroup::PodRoots;
 
 /// Everything that may be looked at.
-const ALL: Looks = Looks { groups: true, program: true, started: false };
+const ALL: Looks = Looks { groups: GroupDetail::List, program: true, started: false };
 const PLENTY: Budget = Budget { list: 64 * 1024, descriptors: 65_536, time: Duration::from_secs(60) };
 
 /// A connection of this process, and what the kernel says of its client's socket.
@@ -25,7 +26,7 @@ fn connection() -> (TcpListener, TcpStream, Socket) {
 /// The machine, with its real cgroup v2 tree.
 fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
     let hierarchies = Hierarchies::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies, PodRoots::usual()));
+    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies, PodRoots::usual(), None));
     let tree = host.cgroups.clone().expect("cgroup v2");
     (host, tree)
 }

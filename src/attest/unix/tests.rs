@@ -1,3 +1,4 @@
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
@@ -8,7 +9,7 @@ use crate::attest::hierarchies::Hierarchies;
 use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {
-    Arc::new(Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual()))
+    Arc::new(Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual(), None))
 }
 
 /// What a kernel before 6.5 would have recorded of this process or a child of it.
@@ -17,15 +18,17 @@ fn peer(pid: u32, accepted: u64) -> Peer {
 }
 
 /// This process's supplementary groups, which its children have too.
-fn groups() -> Result<Vec<u32>, Refusal> {
-    let mut groups: Vec<u32> = getgroups().unwrap().into_iter().map(Gid::as_raw).collect();
-    groups.sort_unstable();
-    groups.dedup();
-    Ok(groups)
+fn groups() -> Vec<u32> {
+    getgroups().unwrap().into_iter().map(Gid::as_raw).collect()
 }
 
-fn nothing_more(_: &Caller) -> Option<Looks> {
-    None
+/// One end of a connection to this process.
+fn stream() -> Arc<OwnedFd> {
+    Arc::new(UnixStream::pair().unwrap().0.into())
+}
+
+fn attested(peer: Peer) -> Result<Caller, Refusal> {
+    attest(&host(), peer, &stream()).map_err(|unattested| unattested.refusal)
 }
 
 /// A process that waits until it is killed.
@@ -44,22 +47,22 @@ fn start_time(child: &Child) -> u64 {
     HeldProcess::look(&host, host.process(child.id(), pidfd).unwrap()).unwrap().start_time().unwrap()
 }
 
-#[test]
-fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
+#[tokio::test]
+async fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
     let child = waiting("cat", &[]);
     let accepted = start_time(&child);
-    let caller = attest(&host(), peer(child.id(), accepted), groups, nothing_more).unwrap();
+    let caller = attested(peer(child.id(), accepted)).unwrap();
     assert_eq!(caller.process.as_ref().unwrap().pid, child.id());
-    assert_eq!(caller.still_same(), Ok(()));
+    assert_eq!(caller.still_same().await, Ok(()));
     end(child);
-    assert_eq!(caller.still_same(), Err(Refusal::Gone));
+    assert_eq!(caller.still_same().await, Err(Refusal::Gone));
 }
 
 #[test]
 fn without_one_a_process_that_started_after_the_connection_is_another() {
     let child = waiting("cat", &[]);
     let accepted = start_time(&child) - 1;
-    assert_eq!(attest(&host(), peer(child.id(), accepted), groups, nothing_more).unwrap_err(), Refusal::Gone);
+    assert_eq!(attested(peer(child.id(), accepted)).unwrap_err(), Refusal::Gone);
     end(child);
 }
 
@@ -72,7 +75,7 @@ fn without_one_nobody_in_a_container_is_served() {
     // In a user namespace of its own, with this user mapped to itself: all that tells is the namespace.
     let mut child = waiting("unshare", &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"]);
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
-    let refusal = attest(&host(), peer(child.id(), u64::MAX), groups, nothing_more).unwrap_err();
+    let refusal = attested(peer(child.id(), u64::MAX)).unwrap_err();
     assert!(matches!(refusal, Refusal::Unsupported(_)), "{refusal:?}");
     end(child);
 }
@@ -81,30 +84,36 @@ fn without_one_nobody_in_a_container_is_served() {
 fn other_ids_than_the_connectors_are_a_refusal() {
     let child = waiting("cat", &[]);
     let other = Peer { uid: geteuid().as_raw() + 1, ..peer(child.id(), u64::MAX) };
-    assert_eq!(attest(&host(), other, groups, nothing_more).unwrap_err(), Refusal::Changed);
+    assert_eq!(attested(other).unwrap_err(), Refusal::Changed);
     let other = Peer { gid: getegid().as_raw() + 1, ..peer(child.id(), u64::MAX) };
-    assert_eq!(attest(&host(), other, groups, nothing_more).unwrap_err(), Refusal::Changed);
+    assert_eq!(attested(other).unwrap_err(), Refusal::Changed);
     end(child);
 }
 
-#[test]
-fn groups_and_program_are_looked_at_only_where_they_decide() {
-    let child = waiting("cat", &[]);
-    let attest_with = |looks| attest(&host(), peer(child.id(), u64::MAX), groups, |_| looks).unwrap().process.unwrap();
-    let least = attest_with(None);
-    assert_eq!((least.groups, least.program), (None, None));
-    let all = attest_with(Some(Looks { groups: true, program: true, started: false }));
-    let program = all.program.unwrap();
-    assert_eq!(all.groups.unwrap(), groups().unwrap());
-    assert!(program.exe.unwrap().path.is_absolute());
+#[tokio::test]
+async fn groups_and_program_are_looked_at_only_where_they_decide() {
+    let (child, stream) = (waiting("cat", &[]), stream());
+    let least = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
+    let process = least.process.as_ref().unwrap();
+    assert_eq!((&process.groups, &process.program), (&None, &None));
+    let all = least.with_process(Looks { groups: GroupDetail::List, program: true, started: false }).await.unwrap();
+    let process = all.process.as_ref().unwrap();
+    assert_eq!(process.groups, Some(Groups::new(groups(), GroupDetail::Digest).unwrap()));
+    assert!(process.program.as_ref().unwrap().exe.as_ref().unwrap().path.is_absolute());
+    assert_eq!(all.still_same().await, Ok(()));
     end(child);
 }
 
-#[test]
-fn other_groups_than_the_connectors_are_a_refusal() {
-    let child = waiting("cat", &[]);
-    let others = || Ok(vec![4_000_000_000]);
-    let looks = |_: &Caller| Some(Looks { groups: true, program: false, started: false });
-    assert_eq!(attest(&host(), peer(child.id(), u64::MAX), others, looks).unwrap_err(), Refusal::Changed);
+#[tokio::test]
+async fn other_groups_than_the_connectors_are_a_refusal() {
+    if !Uid::effective().is_root() {
+        return;
+    }
+    let (child, stream) = (waiting("setpriv", &["--groups", "4000000000", "sh", "-c", "echo; exec cat"]), stream());
+    let mut child = child;
+    std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
+    let looks = Looks { groups: GroupDetail::Digest, program: false, started: false };
+    let caller = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
+    assert_eq!(caller.with_process(looks).await.unwrap_err(), Refusal::Changed);
     end(child);
 }

@@ -16,7 +16,7 @@ use crate::role::Role;
 use crate::svid::agent::Agent;
 use crate::svid::broker_api::BrokerApi;
 use crate::svid::own::OwnIdentity;
-use crate::svid::{Delegated, JwtSvid, SourceError, agent_unreachable};
+use crate::svid::{Delegated, JwtSvid, SourceError, TTL_FIX, agent_unreachable};
 
 const SOCKET: &str = "agent";
 const IDENTITY: &str = "identity";
@@ -163,6 +163,10 @@ pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &
             role.session_name.clone().unwrap_or_else(|| SessionName::of(live.svid.spiffe_id())).as_str(),
         ),
     );
+    if let Some(life) = live.svid.short_life() {
+        let saw = format!("tokens for role {:?} are good for only {} s from the start", role.name, life.as_secs());
+        report.note(IDENTITY, saw, TTL_FIX);
+    }
     Some(live)
 }
 
@@ -174,8 +178,9 @@ async fn about(agent: &dyn Agent, whom: &Whom, role: &Role) -> Result<JwtSvid, S
         Whom::Pod(uid) => agent.svids_of_pod(uid, &role.audience).await?,
     };
     let fits = |id: &str| SpiffeId::parse(id).is_ok_and(|id| role.spiffe_id.matches(&id));
-    let svid = svids.iter().find(|svid| fits(&svid.spiffe_id)).or(svids.first());
-    let svid = svid.ok_or_else(|| SourceError::Denied("the agent has no identity for it".to_owned()))?;
+    let nothing = || SourceError::Denied("the agent has no identity for it".to_owned());
+    let svid = svids.iter().find(|svid| fits(&svid.spiffe_id)).or(svids.first()).ok_or_else(nothing)?;
     let id = SpiffeId::parse(&svid.spiffe_id).map_err(|error| SourceError::Misconfigured(error.to_string()))?;
-    Ok(JwtSvid::check(svid.token.clone(), &id, &role.audience, SystemTime::now())?)
+    let tokens = svids.iter().filter(|svid| svid.spiffe_id == id.as_str()).map(|svid| svid.token.clone());
+    JwtSvid::check_any(tokens, &id, &role.audience, SystemTime::now())?.ok_or_else(nothing)
 }

@@ -148,7 +148,8 @@ async fn document(url: &str, step: &'static str, web: &Web, report: &mut Report)
             step,
             format!("{url}: this machine does not trust its TLS chain ({}), and AWS may not either", distrust.0),
             format!(
-                "give IAM's provider the thumbprint {} (awsvid trust-policy does), or use a public CA",
+                "use a public CA; or compare the thumbprint {} with your own CA's, and then give it to IAM's provider (awsvid trust-policy \
+                 --accept-untrusted-issuer)",
                 distrust.1.thumbprint
             ),
         );

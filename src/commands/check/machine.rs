@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use super::report::Report;
+use crate::attest::{self, ExecMonitor, TcpUnsupported, UnixSupport};
 use crate::config::Config;
 use crate::hardening::Does;
 
@@ -11,9 +13,36 @@ const STEP: &str = "machine";
 /// Each machine's first cgroup namespace has this number, as linux/nsfs.h has it.
 const INITIAL_CGROUP_NAMESPACE: &str = "cgroup:[4026531835]";
 
+/// What this kernel does when it is tried.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    unix: UnixSupport,
+    tcp: Result<(), TcpUnsupported>,
+    /// `None` where nobody is named to an agent.
+    executions: Option<Result<(), String>>,
+}
+
+impl Kernel {
+    /// Tries it, as the daemon does.
+    pub(super) fn tried(config: &Config, proc: &Path) -> Self {
+        let executions = Does::of(config).names_processes().then(count_an_execution);
+        Self { unix: attest::unix_support(), tcp: attest::try_tcp(proc), executions }
+    }
+}
+
+fn count_an_execution() -> Result<(), String> {
+    let monitor = ExecMonitor::start().map_err(|error| format!("{error}; {}", error.fix()))?;
+    let counted = std::env::current_exe().and_then(|own| monitor.counts(Command::new(own).arg("--version")));
+    match counted {
+        Ok(true) => Ok(()),
+        Ok(false) => Err("the kernel does not count them; report its version".to_owned()),
+        Err(error) => Err(format!("this program cannot be started: {error}; mount its file system without noexec")),
+    }
+}
+
 /// `proc` is where `/proc` is mounted.
-pub(super) fn check(config: &Config, proc: &Path, report: &mut Report) {
-    kernel(proc, report);
+pub(super) fn check(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
+    kernel(config, proc, tried, report);
     cgroups(proc, report);
     privileges(config, proc, report);
     namespaces(config, proc, report);
@@ -27,23 +56,40 @@ fn text(proc: &Path, name: &str) -> String {
     fs::read_to_string(proc.join(name)).unwrap_or_default()
 }
 
-fn kernel(proc: &Path, report: &mut Report) {
+fn kernel(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
     let release = text(proc, "sys/kernel/osrelease");
     let release = release.trim();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
-    let version = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
-    match version {
-        (0..=4, _) | (5, 0..=14) => report.failed(
+    let over_tcp = config.listen.pods || !config.listen.tcp.is_empty();
+    match &tried.tcp {
+        Err(missing) if over_tcp => {
+            report.failed(STEP, format!("Linux {release}: callers over TCP are refused: {missing}"), missing.fix());
+        }
+        _ => report.pass(STEP, format!("Linux {release}")),
+    }
+    match tried.unix {
+        _ if config.listen.unix.is_none() => {}
+        UnixSupport::Process => {}
+        UnixSupport::Number => report.note(
             STEP,
-            format!("Linux {release}: before 5.15 the kernel does not tell which cgroup a TCP caller is in"),
-            "use the unix socket only ([listen] tcp = []), or a newer kernel",
-        ),
-        (5, _) | (6, 0..=4) => report.note(
-            STEP,
-            format!("Linux {release}: before 6.5 callers in containers are refused on the unix socket"),
+            "callers in containers are refused on the unix socket: this kernel does not tell their process (Linux 6.5)",
             "use TCP for them, or a newer kernel",
         ),
-        _ => report.pass(STEP, format!("Linux {release}")),
+        UnixSupport::Nothing => report.failed(
+            STEP,
+            "all callers are refused on the unix socket: this kernel has no pidfd_open(2) (Linux 5.3)",
+            "use a newer kernel",
+        ),
+    }
+    match &tried.executions {
+        None => {}
+        Some(Ok(())) => report.pass(STEP, "executions of programs are counted"),
+        Some(Err(error)) => {
+            let (saw, fix) = error.split_once("; ").unwrap_or((error, "see the log"));
+            let saw = format!(
+                "executions of programs cannot be counted, so callers' processes are not named to the agent: {saw}"
+            );
+            report.failed(STEP, saw, fix);
+        }
     }
 }
 
@@ -58,9 +104,9 @@ fn cgroups(proc: &Path, report: &mut Report) {
         _ => root.starts_with("/.."),
     };
     if roots.is_empty() {
-        report.failed(
+        report.note(
             STEP,
-            "cgroup v2 is not mounted, so TCP callers are refused",
+            "cgroup v2 is not mounted, so rules by systemd_unit and cgroup match nobody",
             "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified",
         );
     } else if roots.iter().any(is_whole) {

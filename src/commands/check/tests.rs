@@ -33,6 +33,8 @@ fn the_table_of_the_readme_has_words_that_check_says_and_steps_that_it_has() {
         "commands/web.rs",
         "commands/web",
         "environment.rs",
+        "sts",
+        "sts.rs",
         "svid",
         "svid.rs",
     ]);

@@ -4,15 +4,18 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use super::plan::{Account, Plan, TrustedRole};
+use super::plan::{Account, AccountName, Plan, Provider, TrustedRole};
 
 /// All accounts, each under a heading: the commands of one are for credentials of that account.
 pub(super) fn render(plan: &Plan) -> String {
     let mut text = String::new();
-    for (number, account) in &plan.accounts {
+    for (name, account) in &plan.accounts {
+        let AccountName { partition, number } = name;
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "# Account {number}: the OIDC provider, once.\n{}", provider(plan, account));
-        let arn = Value::from(account.provider_arn(number, &plan.issuer));
+        let _ =
+            writeln!(text, "# Account {number}, partition {partition}: run this with credentials of that account.\n");
+        text.push_str(&provider(plan, name, account));
+        let arn = Value::from(plan.provider_arn(name));
         for (role_arn, role) in &account.roles {
             let policy = role.policy(&plan.issuer, &arn);
             let _ = writeln!(text, "\n# {role_arn}\n{}", create(role, &policy));
@@ -24,12 +27,32 @@ pub(super) fn render(plan: &Plan) -> String {
     text
 }
 
-fn provider(plan: &Plan, account: &Account) -> String {
-    let mut document = json!({ "Url": plan.issuer.url(), "ClientIDList": account.audiences });
-    if let Some(thumbprint) = &plan.thumbprint {
-        document["ThumbprintList"] = json!([thumbprint]);
+/// An existing provider is kept. Adding an audience that it has already is not an error in IAM.
+fn provider(plan: &Plan, name: &AccountName, account: &Account) -> String {
+    let arn = word(&plan.provider_arn(name));
+    let mut text = match &plan.provider {
+        Provider::Existing => "# The OIDC provider exists; only its audiences are added.\n".to_owned(),
+        Provider::New { thumbprint } => {
+            let mut document = json!({ "Url": plan.issuer.url(), "ClientIDList": account.audiences });
+            if let Some(thumbprint) = thumbprint {
+                document["ThumbprintList"] = json!([thumbprint]);
+            }
+            format!(
+                "# The OIDC provider, if the account has none for this issuer yet.\n\
+                 aws iam get-open-id-connect-provider --open-id-connect-provider-arn {arn} >/dev/null 2>&1 ||\n  \
+                 aws iam create-open-id-connect-provider --cli-input-json {}\n",
+                quoted(&document)
+            )
+        }
+    };
+    for audience in &account.audiences {
+        let audience = word(audience);
+        let _ = writeln!(
+            text,
+            "aws iam add-client-id-to-open-id-connect-provider --open-id-connect-provider-arn {arn} --client-id {audience}"
+        );
     }
-    format!("aws iam create-open-id-connect-provider --cli-input-json {}", quoted(&document))
+    text
 }
 
 fn create(role: &TrustedRole, policy: &Value) -> String {

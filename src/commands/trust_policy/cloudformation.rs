@@ -4,39 +4,58 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use super::plan::{Account, Plan, TrustedRole};
+use super::plan::{Account, AccountName, Plan, Provider, TrustedRole};
 
+/// Of the provider's resource.
 const PROVIDER: &str = "OidcProvider";
 
-pub(super) fn render(plan: &Plan, account: &Account) -> String {
+pub(super) fn render(plan: &Plan, name: &AccountName, account: &Account) -> String {
     let mut resources = Map::new();
-    let mut provider = json!({ "Url": plan.issuer.url(), "ClientIdList": account.audiences });
-    if let Some(thumbprint) = &plan.thumbprint {
-        provider["ThumbprintList"] = json!([thumbprint]);
-    }
-    resources.insert(PROVIDER.to_owned(), json!({ "Type": "AWS::IAM::OIDCProvider", "Properties": provider }));
+    let (provider, what) = match &plan.provider {
+        Provider::Existing => {
+            let what = "The account's OIDC provider for it has to list the audiences that are in the metadata.";
+            (Value::from(plan.provider_arn(name)), what)
+        }
+        Provider::New { thumbprint } => {
+            resources.insert(PROVIDER.to_owned(), oidc_provider(plan, account, thumbprint.as_deref()));
+            let what = "Makes the OIDC provider for it: if the account has that already, use awsvid trust-policy --existing-provider.";
+            // Of this resource a Ref is the ARN.
+            (json!({ "Ref": PROVIDER }), what)
+        }
+    };
     let mut taken = BTreeSet::from([PROVIDER.to_owned()]);
     for role in account.roles.values() {
-        resources.insert(logical_id(&role.name, &mut taken), resource(plan, role));
+        resources.insert(logical_id(&role.name, &mut taken), resource(plan, role, &provider));
     }
-    let description = format!("Lets awsvid's workloads assume their roles: tokens of {}", plan.issuer.url());
+    let AccountName { partition, number } = name;
+    let url = plan.issuer.url();
     let template = json!({
         "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": description,
+        "Description": format!(
+            "For account {number}, partition {partition}: lets awsvid's workloads assume their roles, by tokens of {url}. {what}"
+        ),
+        "Metadata": { "awsvid": { "account": number, "partition": partition, "audiences": account.audiences } },
         "Resources": resources,
     });
     format!("{template:#}\n")
 }
 
-fn resource(plan: &Plan, role: &TrustedRole) -> Value {
+fn oidc_provider(plan: &Plan, account: &Account, thumbprint: Option<&str>) -> Value {
+    let mut properties = json!({ "Url": plan.issuer.url(), "ClientIdList": account.audiences });
+    if let Some(thumbprint) = thumbprint {
+        properties["ThumbprintList"] = json!([thumbprint]);
+    }
+    json!({ "Type": "AWS::IAM::OIDCProvider", "Properties": properties })
+}
+
+fn resource(plan: &Plan, role: &TrustedRole, provider: &Value) -> Value {
     json!({
         "Type": "AWS::IAM::Role",
         "Properties": {
             "RoleName": role.name,
             "Path": role.path,
             "MaxSessionDuration": role.max_session.as_secs(),
-            // Of this resource a Ref is the ARN.
-            "AssumeRolePolicyDocument": role.policy(&plan.issuer, &json!({ "Ref": PROVIDER })),
+            "AssumeRolePolicyDocument": role.policy(&plan.issuer, provider),
         },
     })
 }

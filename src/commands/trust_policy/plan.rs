@@ -1,6 +1,7 @@
 //! What IAM has to hold, in each account: pure, from the configuration and the issuer.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -63,16 +64,46 @@ impl Issuer {
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) issuer: Issuer,
-    /// Only where AWS needs one.
-    pub(super) thumbprint: Option<String>,
-    pub(super) accounts: BTreeMap<String, Account>,
+    pub(super) provider: Provider,
+    pub(super) accounts: BTreeMap<AccountName, Account>,
     pub(super) warnings: Vec<String>,
+}
+
+/// The OIDC provider in IAM, of which an account has at most one for an issuer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Provider {
+    /// It is there already; only audiences are added to it.
+    Existing,
+    /// It is created, with this thumbprint if IAM needs one.
+    New { thumbprint: Option<String> },
+}
+
+/// An account's name: several partitions may have the same number.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct AccountName {
+    pub(super) partition: String,
+    pub(super) number: String,
+}
+
+impl AccountName {
+    /// Returns whether `--account` names it, as `123456789012` or `aws-cn:123456789012`.
+    pub(super) fn is(&self, wanted: &str) -> bool {
+        match wanted.split_once(':') {
+            Some((partition, number)) => partition == self.partition && number == self.number,
+            None => wanted == self.number,
+        }
+    }
+}
+
+impl fmt::Display for AccountName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.partition, self.number)
+    }
 }
 
 /// One AWS account.
 #[derive(Debug, Default)]
 pub(super) struct Account {
-    pub(super) partition: String,
     pub(super) audiences: BTreeSet<String>,
     pub(super) roles: BTreeMap<String, TrustedRole>,
 }
@@ -92,6 +123,8 @@ pub(super) struct TrustedRole {
 pub(super) struct Statement {
     pub(super) audience: String,
     pub(super) subject: SpiffeIdPattern,
+    /// Whether the role's ARN was made from the subject.
+    pub(super) is_rendered: bool,
 }
 
 /// A condition operator with its keys and values.
@@ -164,18 +197,11 @@ impl TrustedRole {
     }
 }
 
-impl Account {
-    /// The ARN that IAM gives the provider in the account `number`.
-    pub(super) fn provider_arn(&self, number: &str, issuer: &Issuer) -> String {
-        format!("arn:{}:iam::{number}:oidc-provider/{}", self.partition, issuer.key())
-    }
-}
-
 impl Plan {
     /// `ids`: those that are known, for ARNs with `{path[N]}`.
-    pub(super) fn new(roles: &Roles, ids: &[SpiffeId], issuer: Issuer, thumbprint: Option<String>) -> Self {
+    pub(super) fn new(roles: &Roles, ids: &[SpiffeId], issuer: Issuer, provider: Provider) -> Self {
         let warnings = issuer.warnings();
-        let mut plan = Self { issuer, thumbprint, accounts: BTreeMap::new(), warnings };
+        let mut plan = Self { issuer, provider, accounts: BTreeMap::new(), warnings };
         roles.defined.iter().for_each(|role| plan.add(role, ids));
         if roles.requested.is_some() {
             plan.warnings.push(
@@ -184,8 +210,15 @@ impl Plan {
                     .to_owned(),
             );
         }
+        plan.check_meeting();
+        plan.check_names();
         plan.check_limits();
         plan
+    }
+
+    /// The ARN that IAM gives the provider in this account.
+    pub(super) fn provider_arn(&self, account: &AccountName) -> String {
+        format!("arn:{}:iam::{}:oidc-provider/{}", account.partition, account.number, self.issuer.key())
     }
 
     fn add(&mut self, role: &Role, ids: &[SpiffeId]) {
@@ -216,25 +249,22 @@ impl Plan {
             // A pattern's ARN has no `{path[N]}`: any ID will do.
             let id = subject.exact().or_else(|| SpiffeId::parse("spiffe://any/any").ok());
             let Some(arn) = id.and_then(|id| role.role_arn.render(&id)) else { continue };
-            let statement = Statement { audience: role.audience.clone(), subject };
+            let is_rendered = role.role_arn.highest_segment().is_some();
+            let statement = Statement { audience: role.audience.clone(), subject, is_rendered };
             self.warnings.extend(statement.excess().map(|text| format!("role {name:?}: {text}")));
             self.trust(&arn, role.duration, statement);
         }
     }
 
     fn trust(&mut self, arn: &RoleArn, duration: Duration, statement: Statement) {
-        let parts: Vec<&str> = arn.as_str().splitn(6, ':').collect();
-        let (Some(partition), Some(number), Some(resource)) = (parts.get(1), arn.account(), parts.get(5)) else {
-            return;
-        };
-        if !arn.is_aws() {
+        let (Some(partition), Some(number)) = (arn.partition(), arn.account()) else {
             self.warnings.push(format!("{arn} is left out: it is no role at AWS"));
             return;
-        }
-        let full = resource.strip_prefix("role").unwrap_or(resource);
+        };
+        let full = arn.as_str().split_once(":role").map_or("", |(_, resource)| resource);
         let (path, name) = full.rsplit_once('/').unwrap_or(("", full));
-        let account = self.accounts.entry(number.to_owned()).or_default();
-        account.partition = (*partition).to_owned();
+        let account = AccountName { partition: partition.to_owned(), number: number.to_owned() };
+        let account = self.accounts.entry(account).or_default();
         account.audiences.insert(statement.audience.clone());
         let role = account.roles.entry(arn.as_str().to_owned()).or_insert_with(|| TrustedRole {
             name: name.to_owned(),
@@ -248,13 +278,43 @@ impl Plan {
         }
     }
 
-    fn check_limits(&mut self) {
-        for (number, account) in &self.accounts {
-            if account.audiences.len() > AUDIENCES_MAX {
-                self.warnings
-                    .push(format!("account {number}: an IAM provider takes at most {AUDIENCES_MAX} audiences"));
+    /// Warns of a role that several IDs share by a placeholder. Without one the sharing is intended.
+    fn check_meeting(&mut self) {
+        for (arn, role) in self.accounts.values().flat_map(|account| &account.roles) {
+            let subjects: BTreeSet<&str> = role.statements.iter().map(|statement| statement.subject.as_str()).collect();
+            if subjects.len() > 1 && role.statements.iter().any(|statement| statement.is_rendered) {
+                let subjects: Vec<&str> = subjects.into_iter().collect();
+                self.warnings.push(format!(
+                    "{arn}: `role_arn` gives this one role to {}; where they are to be kept apart, write into it every {{path[N]}} \
+                     in which they differ",
+                    subjects.join(" and ")
+                ));
             }
-            let provider = Value::from(account.provider_arn(number, &self.issuer));
+        }
+    }
+
+    /// Warns of roles that IAM cannot create both: names differ neither by path nor by case.
+    fn check_names(&mut self) {
+        for (account, content) in &self.accounts {
+            let mut names: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+            for (arn, role) in &content.roles {
+                names.entry(role.name.to_ascii_lowercase()).or_default().push(arn);
+            }
+            for arns in names.values().filter(|arns| arns.len() > 1) {
+                self.warnings.push(format!(
+                    "account {account}: IAM makes only one of {}: it tells names apart neither by path nor by capital letters",
+                    arns.join(" and ")
+                ));
+            }
+        }
+    }
+
+    fn check_limits(&mut self) {
+        for (name, account) in &self.accounts {
+            if account.audiences.len() > AUDIENCES_MAX {
+                self.warnings.push(format!("account {name}: an IAM provider takes at most {AUDIENCES_MAX} audiences"));
+            }
+            let provider = Value::from(self.provider_arn(name));
             for (arn, role) in &account.roles {
                 let length = role.policy(&self.issuer, &provider).to_string().len();
                 if length > POLICY_MAX {

@@ -3,27 +3,41 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use super::plan::{Account, Plan, Statement, TrustedRole};
+use super::plan::{Account, AccountName, Plan, Provider, Statement, TrustedRole};
 
-/// Of the provider's resource.
+/// Of the provider, as a resource or as a data source.
 const PROVIDER: &str = "aws_iam_openid_connect_provider.awsvid";
 
-pub(super) fn render(plan: &Plan, account: &Account) -> String {
-    let audiences: Vec<String> = account.audiences.iter().map(|audience| string(audience)).collect();
-    let mut text = String::from("resource \"aws_iam_openid_connect_provider\" \"awsvid\" {\n");
-    // Writing to a string cannot fail.
-    let _ = writeln!(text, "  url            = {}", string(plan.issuer.url()));
-    let _ = writeln!(text, "  client_id_list = [{}]", audiences.join(", "));
-    if let Some(thumbprint) = &plan.thumbprint {
-        let _ = writeln!(text, "  thumbprint_list = [{}]", string(thumbprint));
-    }
-    text.push_str("}\n");
+pub(super) fn render(plan: &Plan, name: &AccountName, account: &Account) -> String {
+    let AccountName { partition, number } = name;
+    let mut text = format!("# Account {number}, partition {partition}.\n\n{}", provider(plan, name, account));
     let mut taken = BTreeSet::new();
     for role in account.roles.values() {
         let label = label(&role.name, &mut taken);
+        // Writing to a string cannot fail.
         let _ = write!(text, "\nresource \"aws_iam_role\" {} {{\n{}}}\n", string(&label), body(plan, role));
     }
     text
+}
+
+/// `apply` fails for a resource that exists already.
+fn provider(plan: &Plan, name: &AccountName, account: &Account) -> String {
+    let audiences: Vec<String> = account.audiences.iter().map(|audience| string(audience)).collect();
+    let (url, audiences) = (string(plan.issuer.url()), audiences.join(", "));
+    let Provider::New { thumbprint } = &plan.provider else {
+        return format!(
+            "# The account's provider, which has to list the audiences {audiences}.\n\
+             data \"aws_iam_openid_connect_provider\" \"awsvid\" {{\n  url = {url}\n}}\n"
+        );
+    };
+    let thumbprints = thumbprint.as_ref().map(|thumbprint| format!("  thumbprint_list = [{}]\n", string(thumbprint)));
+    format!(
+        "# If the account has this provider already: awsvid trust-policy --existing-provider, or\n\
+         # terraform import {PROVIDER} {}\n\
+         resource \"aws_iam_openid_connect_provider\" \"awsvid\" {{\n  url            = {url}\n  client_id_list = [{audiences}]\n{}}}\n",
+        plan.provider_arn(name),
+        thumbprints.unwrap_or_default()
+    )
 }
 
 fn body(plan: &Plan, role: &TrustedRole) -> String {
@@ -46,8 +60,9 @@ fn statement(plan: &Plan, statement: &Statement) -> String {
         }
         condition.push_str("          }\n");
     }
+    let data = if plan.provider == Provider::Existing { "data." } else { "" };
     format!(
-        "      {{\n        Effect    = \"Allow\"\n        Principal = {{ Federated = {PROVIDER}.arn }}\n        \
+        "      {{\n        Effect    = \"Allow\"\n        Principal = {{ Federated = {data}{PROVIDER}.arn }}\n        \
          Action    = \"sts:AssumeRoleWithWebIdentity\"\n        Condition = {{\n{condition}        }}\n      }},\n"
     )
 }

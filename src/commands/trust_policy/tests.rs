@@ -5,7 +5,7 @@ mod reading;
 use reading::{Read, Token, by_a_shell};
 use serde_json::{Value, json};
 
-use super::plan::{Issuer, Plan};
+use super::plan::{Issuer, Plan, Provider};
 use super::*;
 
 const ISSUER: &str = "https://oidc.example.org/tenant";
@@ -20,7 +20,8 @@ fn roles(text: &str) -> crate::role::Roles {
 }
 
 fn plan(text: &str) -> Plan {
-    Plan::new(&roles(text), &[], Issuer::parse(ISSUER).unwrap(), Some(THUMBPRINT.to_owned()))
+    let provider = Provider::New { thumbprint: Some(THUMBPRINT.to_owned()) };
+    Plan::new(&roles(text), &[], Issuer::parse(ISSUER).unwrap(), provider)
 }
 
 fn role(name: &str, id: &str, arn: &str) -> String {
@@ -120,12 +121,14 @@ fn an_arn_from_the_id_is_one_role_for_each_id_that_is_known() {
     let roles = roles(&role("r", "spiffe://t/app/*", "arn:aws:iam::123456789012:role/app-{path[1]}"));
     let ids = ["spiffe://t/app/a", "spiffe://t/app/b", "spiffe://t/other/c"].map(|id| SpiffeId::parse(id).unwrap());
     let issuer = || Issuer::parse(ISSUER).unwrap();
-    let read = by_a_shell(&render(&Plan::new(&roles, &ids, issuer(), None), Format::AwsCli).unwrap());
+    let read = by_a_shell(
+        &render(&Plan::new(&roles, &ids, issuer(), Provider::New { thumbprint: None }), Format::AwsCli).unwrap(),
+    );
     assert_eq!(read.roles.keys().collect::<Vec<_>>(), ["app-a", "app-b"]);
     assert!(allows(&read.roles["app-a"].2, "sts.amazonaws.com", "spiffe://t/app/a"));
     assert!(!allows(&read.roles["app-a"].2, "sts.amazonaws.com", "spiffe://t/app/b"));
     assert!(read.provider["ThumbprintList"].is_null());
-    let none = Plan::new(&roles, &[], issuer(), None);
+    let none = Plan::new(&roles, &[], issuer(), Provider::Existing);
     assert!(none.accounts.is_empty() && none.warnings[0].contains("--spiffe-id"), "{:?}", none.warnings);
 }
 
@@ -141,8 +144,119 @@ fn accounts_and_partitions_are_kept_apart_and_others_are_left_out() {
     let script = render(&plan, Format::AwsCli).unwrap();
     assert!(script.contains("arn:aws-cn:iam::210987654321:oidc-provider/oidc.example.org/tenant"), "{script}");
     assert!(!script.contains("minio"), "{script}");
+    let headings: Vec<&str> = script.lines().filter(|line| line.starts_with("# Account ")).collect();
+    assert_eq!(headings.len(), 2, "{script}");
+    assert!(headings[0].starts_with("# Account 123456789012, partition aws:"), "{headings:?}");
+    assert!(headings[1].starts_with("# Account 210987654321, partition aws-cn:"), "{headings:?}");
     let error = render(&plan, Format::Terraform).unwrap_err();
-    assert!(error.contains("--account (123456789012, 210987654321)"), "{error}");
+    assert!(error.contains("--account (aws:123456789012, aws-cn:210987654321)"), "{error}");
+}
+
+/// Partitions number their accounts each for itself.
+#[test]
+fn account_number_in_two_partitions_is_two_accounts() {
+    let plan = plan(
+        &(role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a")
+            + &role("b", "spiffe://t/b", "arn:aws-cn:iam::123456789012:role/b")),
+    );
+    let names: Vec<String> = plan.accounts.keys().map(ToString::to_string).collect();
+    assert_eq!(names, ["aws:123456789012", "aws-cn:123456789012"]);
+    let chosen = |wanted: &str| plan.accounts.keys().filter(|name| name.is(wanted)).count();
+    let table = [
+        ("123456789012", 2),
+        ("aws:123456789012", 1),
+        ("aws-cn:123456789012", 1),
+        ("aws-iso:123456789012", 0),
+        ("1", 0),
+    ];
+    for (wanted, count) in table {
+        assert_eq!(chosen(wanted), count, "{wanted}");
+    }
+    for account in plan.accounts.values() {
+        assert_eq!(account.roles.len(), 1);
+    }
+}
+
+#[test]
+fn existing_provider_is_used_and_not_made() {
+    let text = role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a") + "audience = \"shop\"\n";
+    let plan = Plan::new(&roles(&text), &[], Issuer::parse(ISSUER).unwrap(), Provider::Existing);
+    let [script, terraform, template] =
+        [Format::AwsCli, Format::Terraform, Format::Cloudformation].map(|format| render(&plan, format).unwrap());
+    // The audience may be missing there.
+    let audience = format!(
+        "aws iam add-client-id-to-open-id-connect-provider --open-id-connect-provider-arn '{PROVIDER}' --client-id 'shop'"
+    );
+    assert!(script.contains(&audience), "{script}");
+    for output in [&script, &terraform, &template] {
+        assert!(output.contains("shop") && output.contains("123456789012"), "{output}");
+    }
+    assert!(!script.contains("create-open-id") && !script.contains("get-open-id"), "{script}");
+    assert!(terraform.contains("data \"aws_iam_openid_connect_provider\" \"awsvid\""), "{terraform}");
+    assert!(terraform.contains("Federated = data.aws_iam_openid_connect_provider.awsvid.arn"), "{terraform}");
+    assert!(!terraform.contains("resource \"aws_iam_openid_connect_provider\""), "{terraform}");
+    let template: Value = serde_json::from_str(&template).unwrap();
+    let resources = template["Resources"].as_object().unwrap();
+    assert_eq!(resources.len(), 1, "{template}");
+    let policy = &resources.values().next().unwrap()["Properties"]["AssumeRolePolicyDocument"];
+    assert_eq!(policy["Statement"][0]["Principal"], json!({ "Federated": PROVIDER }));
+    assert!(allows(policy, "shop", "spiffe://t/a"));
+}
+
+#[test]
+fn commands_create_the_provider_only_if_there_is_none() {
+    let plan = plan(&role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a"));
+    let script = render(&plan, Format::AwsCli).unwrap();
+    for (there, made) in [(0, false), (254, true)] {
+        let stub = format!("aws() {{ echo \"$2\"; [ \"$2\" != get-open-id-connect-provider ] || return {there}; }}\n");
+        let output = std::process::Command::new("sh").arg("-euc").arg(format!("{stub}{script}")).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let called = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(called.contains("create-open-id-connect-provider"), made, "{called}");
+        assert!(called.ends_with("add-client-id-to-open-id-connect-provider\ncreate-role\n"), "{called}");
+    }
+    // The other formats cannot check, and their output has the option's name.
+    for format in [Format::Terraform, Format::Cloudformation] {
+        let output = render(&plan, format).unwrap();
+        assert!(output.contains("has th") && output.contains("--existing-provider"), "{output}");
+    }
+}
+
+/// Attack 36.
+#[test]
+fn ids_that_meet_in_one_role_are_a_warning() {
+    let ids =
+        ["spiffe://t/ns/a/sa/x", "spiffe://t/ns/b/sa/x", "spiffe://t/ns/a/sa/y"].map(|id| SpiffeId::parse(id).unwrap());
+    let warnings =
+        |text: &str| Plan::new(&roles(text), &ids, Issuer::parse(ISSUER).unwrap(), Provider::Existing).warnings;
+    let pattern = "spiffe://t/ns/*/sa/*";
+    let meeting = warnings(&role("r", pattern, "arn:aws:iam::123456789012:role/{path[3]}"));
+    let [warning] = &meeting[..] else { panic!("{meeting:?}") };
+    let words = "role/x: `role_arn` gives this one role to spiffe://t/ns/a/sa/x and spiffe://t/ns/b/sa/x";
+    assert!(warning.contains(words), "{warning}");
+    assert_eq!(warnings(&role("r", pattern, "arn:aws:iam::123456789012:role/{path[1]}={path[3]}")), [""; 0]);
+    // A fixed role beside one that is made from an ID.
+    let beside = role("r", pattern, "arn:aws:iam::123456789012:role/{path[1]}={path[3]}")
+        + &role("f", "spiffe://t/other", "arn:aws:iam::123456789012:role/a=x");
+    assert!(warnings(&beside)[0].contains("gives this one role to spiffe://t/ns/a/sa/x and spiffe://t/other"));
+    // Two that are written for one role are meant so.
+    let meant = role("r", "spiffe://t/one", "arn:aws:iam::123456789012:role/f")
+        + &role("f", "spiffe://t/other", "arn:aws:iam::123456789012:role/f");
+    assert_eq!(warnings(&meant), [""; 0]);
+}
+
+#[test]
+fn roles_whose_names_iam_does_not_tell_apart_are_a_warning() {
+    let both = |one: &str, other: &str| {
+        let text = role("r", "spiffe://t/one", &format!("arn:aws:iam::123456789012:role/{one}"))
+            + &role("f", "spiffe://t/other", &format!("arn:aws:iam::123456789012:role/{other}"));
+        plan(&text).warnings
+    };
+    for (one, other) in [("shop", "Shop"), ("a/billing", "b/billing"), ("billing", "b/BILLING")] {
+        let warnings = both(one, other);
+        assert!(warnings.len() == 1 && warnings[0].contains("IAM makes only one of"), "{warnings:?}");
+    }
+    assert_eq!(both("a/shop", "a/billing"), [""; 0]);
 }
 
 #[test]
@@ -153,7 +267,7 @@ fn issuers() {
         ("https://oidc.example.org:8443", "no port"),
         ("https://OIDC.example.org", "capital letters"),
     ] {
-        let plan = Plan::new(&crate::role::Roles::default(), &[], Issuer::parse(text).unwrap(), None);
+        let plan = Plan::new(&crate::role::Roles::default(), &[], Issuer::parse(text).unwrap(), Provider::Existing);
         assert!(plan.warnings.iter().any(|warning| warning.contains(words)), "{text}: {:?}", plan.warnings);
     }
     for text in ["oidc.example.org", "https://", "https://a b", "https://a/?x", "https://a/\"", "https://a/${b}"] {

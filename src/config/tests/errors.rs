@@ -7,7 +7,7 @@ use super::*;
 type Expected<'a> = (usize, &'a str, &'a str);
 
 #[track_caller]
-fn refused(text: &str, expected: &[Expected<'_>]) {
+pub(super) fn refused(text: &str, expected: &[Expected<'_>]) {
     let problems = parse(text).expect_err(text);
     let fits = |problem: &Problem, (line, key, words): &Expected<'_>| {
         problem.line.unwrap_or(0) == *line && problem.key == *key && problem.to_string().contains(words)
@@ -324,6 +324,11 @@ fn sts_cache_audit_log() {
         ),
         (
             "region = \"eu-central-1\"",
+            "endpoint = \"https://sts.eu-central-1.amazonaws.com\"\nca_file = \"/etc/ca.pem\"",
+            (3, "sts.ca_file", "AWS's are trusted by the system's certificates alone"),
+        ),
+        (
+            "region = \"eu-central-1\"",
             "region = \"eu-central-1\"\ntimeout = \"0s\"",
             (3, "sts.timeout", "out of range"),
         ),
@@ -519,7 +524,7 @@ fn requested_roles() {
         (r#"["arn:aws:iam::12:role/x"]"#, "<12 digits>"),
         (r#"["arn:aws:iam::123456789012:role/"]"#, "not of the form"),
         (r#"["arn:aws:iam::123456789012:user/*"]"#, "not of the form"),
-        (r#"["arn:minio:iam:::role/*"]"#, "only roles at AWS"),
+        (r#"["arn:minio:iam:::role/*"]"#, "AWS has no roles in a partition `minio`"),
         (r#"["arn:aws:iam::123456789012:role/[x"]"#, "invalid range pattern"),
     ];
     for (list, words) in table {

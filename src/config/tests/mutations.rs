@@ -107,8 +107,9 @@ fn holds(config: &Config, text: &str) {
     for workload in &config.workloads {
         let (named, rule) = (&workload.rule, &workload.rule.rule);
         assert!([rule.uid, rule.gid, rule.supplementary_group].iter().all(|id| *id != Some(65534)), "{text}");
-        let Rule { uid, systemd_unit, cgroup, .. } = rule;
-        let ids = uid.is_some() || named.user.is_some() || named.has_group();
+        let Rule { uid, gid, supplementary_group, systemd_unit, cgroup, .. } = rule;
+        let by_number = [uid, gid, supplementary_group].iter().any(|id| id.is_some());
+        let ids = by_number || named.names().next().is_some();
         assert!(ids || systemd_unit.is_some() || cgroup.is_some() || text.contains("allow_exe_only"), "{text}");
     }
     for role in &config.roles.defined {

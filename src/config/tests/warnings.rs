@@ -65,11 +65,63 @@ fn of_wildcards() {
     let claim = (15, "role.spiffe_id", "whoever can create what `*` stands for");
     warned(&role("spiffe://example.org/ns/*/sa/x", "x", ""), &[claim]);
     warned(&role("spiffe://example.org/ns/*/sa/x", "{path[1]}", ""), &[]);
+    // What is named depends on a later part alone: a namespace of one's own is enough.
+    warned(&role("spiffe://example.org/ns/*/sa/*", "{path[3]}", ""), &[claim]);
+    warned(&role("spiffe://example.org/ns/*/sa/*", "{path[1]}", ""), &[]);
+    warned(&role("spiffe://example.org/ns/*/sa/*", "{path[1]}={path[3]}", ""), &[]);
     warned(&role("spiffe://example.org/ns/shop/sa/*", "x", ""), &[]);
     warned(&role("spiffe://example.org/ns/**", "x", ""), &[]);
     let alike = (17, "role.session_name", "look the same in CloudTrail");
     warned(&role("spiffe://example.org/ns/**", "x", "session_name = \"shop\""), &[alike]);
     warned(&role("spiffe://example.org/ns/shop/sa/x", "x", "session_name = \"shop\""), &[]);
+}
+
+#[test]
+fn of_a_role_for_a_whole_trust_domain() {
+    let role = |id: &str, arn: &str| {
+        with("spiffe_id = \"spiffe://example.org/billing\"\nrole_arn", &format!("spiffe_id = \"{id}\"\nrole_arn"))
+            .replace("role/billing", arn)
+    };
+    let all =
+        (8, "role.spiffe_id", "every workload of example.org can have this role; name the workloads, or use {path[N]}");
+    for id in ["spiffe://example.org/**", "spiffe://example.org/*"] {
+        warned(&role(id, "role/x"), &[all]);
+        warned(&role(id, "role/{path[0]}"), &[]);
+    }
+    warned(&role("spiffe://example.org/billing", "role/x"), &[]);
+}
+
+#[test]
+fn of_a_role_that_an_earlier_one_hides() {
+    let two = |first: &str, second: &str| {
+        let text = with("uid = 1001", "uid = 1001\n[[workload]]\nspiffe_id = \"spiffe://example.org/a/b\"\nuid = 7");
+        let text = text.replace(
+            "spiffe_id = \"spiffe://example.org/billing\"\nrole_arn",
+            &format!("spiffe_id = \"{first}\"\nrole_arn"),
+        );
+        format!(
+            "{text}[[role]]\nname = \"second\"\nspiffe_id = \"{second}\"\nrole_arn = \"arn:aws:iam::123456789012:role/x\"\n"
+        )
+    };
+    let hidden = (14, "role.name", "/v1/credentials gives its workloads the one in line 10 instead");
+    let other = (3, "workload", "no role is for spiffe://example.org/billing");
+    warned(&two("spiffe://example.org/a/*", "spiffe://example.org/a/b"), &[other, hidden]);
+    warned(&two("spiffe://example.org/a/**", "spiffe://example.org/a/*"), &[other, hidden]);
+    // The narrow one first; one of two for the same workloads, which is named.
+    warned(&two("spiffe://example.org/a/b", "spiffe://example.org/a/**"), &[other]);
+    warned(&two("spiffe://example.org/a/b", "spiffe://example.org/a/b"), &[other]);
+}
+
+#[test]
+fn of_an_id_that_makes_a_name_too_long() {
+    let long = "x".repeat(65);
+    let text = with(
+        "spiffe_id = \"spiffe://example.org/billing\"\nuid",
+        &format!("spiffe_id = \"spiffe://example.org/{long}\"\nuid"),
+    );
+    let text = text.replace("spiffe_id = \"spiffe://example.org/billing\"", "spiffe_id = \"spiffe://example.org/*\"");
+    let words = format!("spiffe://example.org/{long} can't have it");
+    warned(&text.replace("role/billing", "role/{path[0]}"), &[(7, "role.name", &words)]);
 }
 
 #[test]
@@ -91,7 +143,9 @@ fn of_programs_of_one_user() {
         let text = format!(
             "{first}\nexe = \"/a\"\n[[workload]]\nspiffe_id = \"spiffe://example.org/other\"\n{second}\nexe = \"/b\""
         );
-        with("uid = 1001", &text).replace("/billing\"\nrole_arn", "/*\"\nrole_arn")
+        with("uid = 1001", &text)
+            .replace("/billing\"\nrole_arn", "/*\"\nrole_arn")
+            .replace("role/billing", "role/{path[0]}")
     };
     warned(
         &two("uid = 1", "uid = 1"),

@@ -81,12 +81,91 @@ fn other_hosts_are_refused() {
 
 #[test]
 fn deputies_are_refused() {
-    for name in ["Origin", "Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest", "Sec-Fetch-User"] {
-        assert_eq!(over_tcp("/v1/credentials", &[(name, "x")]), Err("browser"), "{name}");
+    for (name, value) in [
+        ("Origin", "http://127.0.0.1:974"),
+        ("Origin", "null"),
+        ("Referer", "http://127.0.0.1:974/"),
+        ("Sec-Fetch-Site", "cross-site"),
+        ("Sec-Fetch-Site", "same-site"),
+        ("Sec-Fetch-Site", "same-origin"),
+        ("Sec-Fetch-Site", "none, none"),
+        ("Sec-Fetch-Mode", "navigate"),
+        ("Sec-Fetch-Mode", "websocket"),
+        ("Sec-Fetch-Dest", "document"),
+        ("Sec-Fetch-Dest", "script"),
+        ("Sec-Fetch-User", "?1"),
+    ] {
+        assert_eq!(over_tcp("/v1/credentials", &[(name, value)]), Err("browser"), "{name}: {value}");
     }
     for name in ["Forwarded", "Via", "X-Real-IP", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Anything"] {
         assert_eq!(over_tcp("/v1/credentials", &[(name, "x")]), Err("proxied"), "{name}");
     }
+    // One value of a page among others.
+    let mut several = request(&[("Sec-Fetch-Site", "none")]);
+    several.append("sec-fetch-site", HeaderValue::from_static("cross-site"));
+    assert_eq!(judge("/v1/credentials", &several, Listener::Tcp, &Authorization::Present), Err("browser"));
+}
+
+/// A head of heads.txt.
+struct Head {
+    name: &'static str,
+    outcome: &'static str,
+    method: Method,
+    path: &'static str,
+    headers: HeaderMap,
+}
+
+fn heads() -> Vec<Head> {
+    let mut heads: Vec<Head> = Vec::new();
+    for line in include_str!("tests/heads.txt").lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        if let Some((name, outcome)) = line.strip_prefix("= ").and_then(|line| line.split_once(" = ")) {
+            heads.push(Head { name, outcome, method: Method::GET, path: "", headers: HeaderMap::new() });
+            continue;
+        }
+        let head = heads.last_mut().unwrap();
+        match line.split_once(": ") {
+            Some((name, value)) => {
+                let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
+                head.headers.append(name, HeaderValue::from_static(value));
+            }
+            None => {
+                let mut words = line.split(' ');
+                head.method = words.next().unwrap().parse().unwrap();
+                head.path = words.next().unwrap();
+            }
+        }
+    }
+    heads
+}
+
+/// Captured requests: those of programs are answered, those that a page makes a browser send are refused.
+#[test]
+fn clients_are_answered_and_pages_are_not() {
+    let judge = |head: &Head, headers: &HeaderMap, authorization: &Authorization| {
+        let (path, query) = head.path.split_once('?').map_or((head.path, None), |(path, query)| (path, Some(query)));
+        let asked = Asked { method: &head.method, names_server: false, path, query, headers, has_body: false };
+        match read(&asked, Listener::Tcp, authorization) {
+            Ok(Wanted::First) => "first",
+            Ok(_) => "other",
+            Err(refused) => refused.reason(),
+        }
+    };
+    let (mut answered, mut refused) = (0, 0);
+    for head in heads() {
+        if head.outcome == "first" {
+            assert_eq!(judge(&head, &head.headers, &Authorization::Present), "first", "{}", head.name);
+            answered += 1;
+            continue;
+        }
+        // The endpoint may ask for no Authorization, and a page can leave out the Referer.
+        let mut bare = head.headers.clone();
+        bare.remove("referer");
+        for headers in [&head.headers, &bare] {
+            assert_eq!(judge(&head, headers, &Authorization::Off), head.outcome, "{}", head.name);
+        }
+        refused += 1;
+    }
+    assert!(answered >= 26 && refused >= 30, "{answered} and {refused}");
 }
 
 #[test]
@@ -104,7 +183,17 @@ fn only_get_is_answered() {
 fn a_target_is_a_path_and_a_request_has_no_body() {
     let cases = [
         ("/v1/credentials", 0, Ok(Wanted::First)),
+        ("/v1/credentials?", 0, Ok(Wanted::First)),
+        // No target has a fragment (RFC 9112, section 3.2). The reader of targets leaves out what a client sends.
+        ("/v1/credentials#", 0, Ok(Wanted::First)),
+        ("/v1/credentials#role", 0, Ok(Wanted::First)),
+        ("/v1/credentials?#role", 0, Ok(Wanted::First)),
+        ("/v1/credentials#?role=x", 0, Ok(Wanted::First)),
+        ("/v1/credentials/#/../billing", 0, Ok(Wanted::First)),
+        ("/v1/credentials??", 0, Err("path")),
+        ("/v1/credentials?#", 0, Ok(Wanted::First)),
         ("http://127.0.0.1/v1/credentials", 0, Err("proxied")),
+        ("http://127.0.0.1/v1/credentials?", 0, Err("proxied")),
         ("127.0.0.1:974", 0, Err("proxied")),
         ("*", 0, Err("path")),
         ("/v1/credentials", 1, Err("body")),
@@ -184,7 +273,21 @@ fn paths() {
         ("/v1/credentials/%ff", Err("path")),
         ("/v1/credentialsx", Err("path")),
         ("/v1/credentials?role=x", Err("path")),
-        ("/v1/credentials?", Err("path")),
+        ("/v1/credentials?", Ok(Wanted::First)),
+        ("/v1/credentials/?", Ok(Wanted::First)),
+        ("/v1/credentials/billing?", named("billing")),
+        ("/v1/credentials/billing?role=x", Err("path")),
+        ("/v1/credentials??", Err("path")),
+        ("/v1/credentials?&", Err("path")),
+        ("/v1/credentials?=", Err("path")),
+        ("/v1/credentials?%20", Err("path")),
+        ("/v1/credentials%3F", Err("path")),
+        ("/v1/credentials%23", Err("path")),
+        ("/v1/credentials/billing%3F", Err("path")),
+        ("/v1/credentials/billing/", Err("path")),
+        ("/v1/credentials//billing", Err("path")),
+        ("/v1/credentials/%2Fbilling", Err("path")),
+        ("/v1/credentials;a=b", Err("path")),
         ("/v2/credentials", Err("path")),
         ("/", Err("path")),
         ("/latest/meta-data/", Err("path")),

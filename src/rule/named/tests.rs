@@ -1,12 +1,13 @@
 use super::*;
-use crate::caller::{Evidence, Listener, Process, Refusal};
+use crate::caller::{Evidence, GroupDetail, Groups, Listener, Process, Refusal};
 use crate::cgroup::CgroupPath;
 
 #[derive(Debug)]
 struct Unchanged;
 
+#[async_trait::async_trait]
 impl Evidence for Unchanged {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 }
@@ -15,7 +16,7 @@ fn caller(uid: u32, groups: Option<(u32, &[u32])>) -> Caller {
     let process = groups.map(|(gid, groups)| Process {
         pid: 4711,
         gid,
-        groups: Some(groups.to_vec()),
+        groups: Some(Groups::new(groups.to_vec(), GroupDetail::List).unwrap()),
         contained: false,
         program: None,
         started: None,
@@ -71,16 +72,23 @@ fn known(name: &AccountName) -> Known {
     }
 }
 
+/// Of users and groups, only root's names are known.
+fn is_other(name: &AccountName, id: u32) -> bool {
+    (id == 0) != (name.as_str() == "root")
+}
+
 /// The path of the rule that matches, and the names that could change that.
 #[track_caller]
 fn decided(rules: &[NamedRule], caller: &Caller) -> (Option<String>, Missing) {
     let resolved = Resolved::new(rules, known);
-    let decision = resolved.decide(caller);
-    let missing = resolved.missing(caller, &decision, |name, id| (id == 0) != (name.as_str() == "root"));
+    let asked = Instant::now();
+    let decision = resolved.decide(caller, asked);
+    let missing = resolved.missing(caller, &decision, is_other, asked).unwrap();
     let path = match decision {
         Decision::Matched(rule) => Some(rule.spiffe_id.segments().collect::<Vec<_>>().join("/")),
         Decision::NoMatch => None,
         Decision::NeedsProcess => Some("needs the process".to_owned()),
+        Decision::NeedsFile(_) => Some("needs a file".to_owned()),
     };
     (path, missing)
 }
@@ -129,8 +137,9 @@ fn a_name_without_a_number_matches_nobody() {
         }
         // The process is looked at for a group as it would be for a known one, and never for a user.
         let resolved = Resolved::new(&rules, known);
-        assert_eq!(resolved.decide(&caller(1001, None)), Decision::NeedsProcess);
-        assert_eq!(Resolved::new(&rules[..1], known).decide(&caller(1001, None)), Decision::NoMatch);
+        assert_eq!(resolved.decide(&caller(1001, None), Instant::now()), Decision::NeedsProcess);
+        let by_user = Resolved::new(&rules[..1], known);
+        assert_eq!(by_user.decide(&caller(1001, None), Instant::now()), Decision::NoMatch);
     }
 }
 
@@ -175,4 +184,30 @@ fn a_name_that_does_not_exist_is_told_from_one_without_an_answer() {
     // With a group that does not exist, nobody can match, whoever the user is.
     let both = NamedRule { user: Some(user("stranger")), group: Some(group("ghost")), ..named("both") };
     assert_eq!(decided(&[both], &caller(1001, Some((5, &[])))), (None, absent(&[group("ghost")])));
+}
+
+#[test]
+fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
+    let over_tcp = |uid| Caller { listener: Listener::Tcp, ..caller(uid, None) };
+    let with_program = |rule: NamedRule| NamedRule {
+        rule: Rule { exe: Some(ProgramFile::new("/usr/bin/app".into())), ..rule.rule.clone() },
+        ..rule
+    };
+    let by_unit = |name: &str| NamedRule { user: Some(user(name)), ..of_unit("app", "app.service") };
+    let program = Looks { program: true, ..Looks::default() };
+    for name in ["ghost", "stranger"] {
+        let needs = |rule: NamedRule, caller: &Caller| Resolved::new(&[rule], known).needs(caller, is_other);
+        assert_eq!(needs(of_user(name), &over_tcp(1001)), Some(Looks::default()));
+        assert_eq!(needs(with_program(of_user(name)), &over_tcp(1001)), Some(program));
+        assert_eq!(needs(with_program(by_unit(name)), &caller(1001, None)), Some(program));
+        // Root has another name, the unit decides alone, and over the unix socket the kernel names the process.
+        assert_eq!(needs(of_user(name), &over_tcp(0)), None);
+        assert_eq!(needs(by_unit(name), &over_tcp(1001)), None);
+        assert_eq!(needs(of_user(name), &caller(1001, None)), None);
+    }
+    // What other rules need is looked at, too.
+    let rules =
+        [with_program(of_user("stranger")), NamedRule { supplementary_group: Some(group("ops")), ..named("ops") }];
+    let both = Looks { groups: GroupDetail::List, ..program };
+    assert_eq!(Resolved::new(&rules, known).needs(&over_tcp(1001), is_other), Some(both));
 }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::svid::jwt::tests::{billing, now, raw_token, svid_for};
+use crate::svid::jwt::tests::{billing, svid_for};
 
 fn refused(code: Option<&str>, status: u16, message: &str) -> Failure {
     Failure::Refused { code: code.map(str::to_owned), status, message: message.to_owned() }
@@ -44,15 +44,26 @@ fn each_code_has_its_meaning() {
         (Some("InternalFailure"), 500, "", Later, "sts_unavailable"),
         (Some("ServiceUnavailable"), 503, "", Later, "sts_unavailable"),
         (Some("UpstreamError"), 500, "", Later, "sts_unavailable"),
+        // Ceph, RustFS, and S3s that are no STS.
+        (Some("NoSuchEntity"), 404, "", Never, "sts_bad_request"),
+        (Some("InvalidArgument"), 400, "no policies are available for this OIDC token", Never, "sts_bad_request"),
+        (Some("InvalidRequest"), 400, "", Never, "sts_bad_request"),
+        (Some("InvalidToken"), 400, "", NewToken, "sts_invalid_token"),
+        (Some("MethodNotAllowed"), 405, "", Never, "sts_misconfigured"),
+        (Some("NotImplemented"), 501, "", Never, "sts_misconfigured"),
+        (Some("MissingAuthenticationTokenException"), 403, "", Never, "sts_misconfigured"),
+        (Some("SlowDownWrite"), 503, "", Later, "sts_throttled"),
         (Some("NeverHeardOf"), 400, "", Never, "sts_refused"),
         (Some("NeverHeardOf"), 429, "", Later, "sts_throttled"),
         (Some("NeverHeardOf"), 502, "", Later, "sts_unavailable"),
         (None, 301, "", Never, "sts_refused"),
         (None, 403, "", Never, "sts_refused"),
         (None, 404, "", Never, "sts_refused"),
+        (None, 405, "", Never, "sts_misconfigured"),
         (None, 408, "", Later, "sts_unavailable"),
         (None, 429, "", Later, "sts_throttled"),
         (None, 500, "", Later, "sts_unavailable"),
+        (None, 501, "", Never, "sts_misconfigured"),
         (None, 502, "", Later, "sts_unavailable"),
         (None, 503, "", Later, "sts_unavailable"),
         (None, 504, "", Later, "sts_unavailable"),
@@ -64,6 +75,7 @@ fn each_code_has_its_meaning() {
         (Failure::Garbled(String::new()), Later, "sts_bad_answer"),
         (Failure::NoAnswer(String::new()), Later, "sts_unreachable"),
         (Failure::Unsendable(String::new()), Never, "sts_misconfigured"),
+        (Failure::Untrusted(String::new()), Later, "sts_no_ca"),
         (Failure::Busy, Later, "sts_busy"),
     ];
     for (failure, again, reason) in others {
@@ -106,17 +118,27 @@ fn words_of_the_token_are_taken_out() {
 }
 
 #[test]
-fn a_signature_that_aws_does_not_know_is_named() {
-    let target = StsTarget { region: "eu-central-1".to_owned(), endpoint: None };
-    let claims = format!(r#"{{"sub":"{}","aud":"sts.amazonaws.com","exp":1867225600}}"#, billing());
-    let grant = super::super::tests::grant(&target);
-    for (algorithm, named) in [("PS256", true), ("RS256", false)] {
-        let token = raw_token(&format!(r#"{{"alg":"{algorithm}"}}"#), &claims);
-        let svid = JwtSvid::check(token, &billing(), "sts.amazonaws.com", now()).unwrap();
-        let failure = refused(Some("InvalidIdentityToken"), 400, "");
-        let error = StsError::new(&failure, &target, Some((&grant, &svid)));
-        assert_eq!(error.message.contains("PS family"), named, "{error}");
+fn error_names_the_host_and_the_proxy() {
+    let at = |proxy: Option<&str>| Destination {
+        name: "STS at https://sts-fips.us-east-1.amazonaws.com".to_owned(),
+        is_aws: true,
+        proxy: proxy.map(str::to_owned),
+    };
+    let failures = [
+        refused(Some("AccessDenied"), 403, ""),
+        Failure::Garbled("x".to_owned()),
+        Failure::NoAnswer("x".to_owned()),
+        Failure::Unsendable("x".to_owned()),
+        Failure::Untrusted("x".to_owned()),
+        Failure::Busy,
+    ];
+    for failure in failures {
+        let error = StsError::new(&failure, &at(None), None).to_string();
+        assert!(error.contains("STS at https://sts-fips.us-east-1.amazonaws.com"), "{error}");
     }
+    let through = at(Some("the proxy proxy.example.org:3128 (HTTPS_PROXY)"));
+    let error = StsError::new(&Failure::NoAnswer("refused".to_owned()), &through, None).to_string();
+    assert!(error.contains("through the proxy proxy.example.org:3128 (HTTPS_PROXY): refused"), "{error}");
 }
 
 #[derive(Debug, Error)]

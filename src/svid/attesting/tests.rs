@@ -1,5 +1,7 @@
 mod pods;
+mod slow;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
@@ -7,9 +9,10 @@ use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Executable, Listener, Named, Process, Program, Refusal};
+use crate::caller::{Evidence, Executable, GroupDetail, Groups, Listener, Named, Process, Program, Refusal};
 use crate::endpoint::Endpoint;
-use crate::svid::jwt::tests::{NOW, now, raw_token};
+use crate::svid::DEADLINE;
+use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
 
 const AUDIENCE: &str = "sts.amazonaws.com";
 const MOST: usize = 100;
@@ -21,7 +24,13 @@ struct Script {
     says: Mutex<Box<dyn Answers>>,
     /// One for each call that may be answered.
     gate: Semaphore,
+    /// About these it does not answer.
+    hangs: Mutex<HashSet<u32>>,
+    /// What it says instead, if there is something here.
+    merged: Mutex<Vec<Svid>>,
     calls: AtomicUsize,
+    /// One for each call that is under way.
+    active: Arc<()>,
     endpoint: Endpoint,
 }
 
@@ -39,13 +48,21 @@ impl Script {
         Arc::new(Self {
             says: Mutex::new(Box::new(says)),
             gate: Semaphore::new(Semaphore::MAX_PERMITS),
+            hangs: Mutex::default(),
+            merged: Mutex::default(),
             calls: AtomicUsize::new(0),
+            active: Arc::default(),
             endpoint: Endpoint::Unix(PathBuf::from("/agent")),
         })
     }
 
     fn now_says(&self, says: impl Answers + 'static) {
         *self.says.lock().unwrap() = Box::new(says);
+    }
+
+    /// How many calls are under way.
+    fn active(&self) -> usize {
+        Arc::strong_count(&self.active) - 1
     }
 
     /// How often it was asked about others than the daemon.
@@ -57,9 +74,23 @@ impl Script {
 #[async_trait]
 impl Agent for Script {
     async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
+        let _active = self.active.clone();
         if pid != std::process::id() {
             self.calls.fetch_add(1, Ordering::SeqCst);
             self.gate.acquire().await.unwrap().forget();
+        }
+        if self.hangs.lock().unwrap().contains(&pid) {
+            sleep(DEADLINE).await;
+            return Err(SourceError::Unavailable("no answer within the deadline".to_owned()));
+        }
+        let merged = self.merged.lock().unwrap();
+        if !merged.is_empty() {
+            let copy = |svid: &Svid| Svid {
+                spiffe_id: svid.spiffe_id.clone(),
+                token: svid.token.clone(),
+                hint: svid.hint.clone(),
+            };
+            return Ok(merged.iter().map(copy).collect());
         }
         let ids = (self.says.lock().unwrap())(pid)?;
         Ok(ids.iter().map(|id| svid_of(id, audience)).collect())
@@ -105,12 +136,13 @@ struct Looked {
     refusal: Option<Refusal>,
 }
 
+#[async_trait::async_trait]
 impl Evidence for Looked {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 
-    fn process(&self) -> Result<Named, Refusal> {
+    async fn process(&self) -> Result<Named, Refusal> {
         let look = self.looks.fetch_add(1, Ordering::SeqCst);
         match (&self.refusal, self.changes_at) {
             (Some(refusal), None) => Err(refusal.clone()),
@@ -124,7 +156,8 @@ impl Evidence for Looked {
 fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<Refusal>) -> Arc<Caller> {
     let exe = Executable { device: 1, inode: 7, changed: (0, 0), path: PathBuf::from("/bin/shop").into() };
     let program = Some(Program { exe: Some(exe) });
-    let process = Process { pid, gid: uid, groups: Some(Vec::new()), contained: false, program, started: Some(1) };
+    let groups = Some(Groups::new(Vec::new(), GroupDetail::Digest).unwrap());
+    let process = Process { pid, gid: uid, groups, contained: false, program, started: Some(1) };
     let evidence = Box::new(Looked { pid, looks: Arc::default(), changes_at, refusal });
     Arc::new(Caller {
         listener: Listener::Unix,
@@ -350,20 +383,102 @@ async fn nobody_in_particular_has_no_identity() {
     assert_eq!(agent.calls(), 0);
 }
 
+/// What is believed of an answer.
+async fn believed(source: &Attesting, svids: Vec<Svid>) -> Result<Vec<Identity>, SourceError> {
+    source.0.believed(svids, Some(&Subject::of(&caller(1), false).unwrap())).await.map(|ids| ids.to_vec())
+}
+
+/// A token of `whose` under the name `id`.
+fn labelled(id: &str, whose: &str) -> Svid {
+    Svid { spiffe_id: id.to_owned(), ..svid_of(whose, AUDIENCE) }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_identity_that_is_no_spiffe_id_is_left_out() {
     let agent = Script::says(shop);
     let source = source(&agent);
-    let shared = source.0.clone();
-    let svid = |id: &str| Svid { spiffe_id: id.to_owned(), token: Zeroizing::new(String::new()), hint: None };
-    let believed = shared.believed(vec![svid("spiffe://"), svid("https://example.org/x"), svid(SHOP)], None).await;
-    assert_eq!(ids(believed.map(|ids| ids.to_vec())), [SHOP]);
+    let odd = ["spiffe://", "https://example.org/x", ""].map(|id| labelled(id, SHOP));
+    assert_eq!(ids(believed(&source, odd.into_iter().chain([svid_of(SHOP, AUDIENCE)]).collect()).await), [SHOP]);
+}
+
+const OTHER: &str = "spiffe://example.org/other";
+
+#[tokio::test(start_paused = true)]
+async fn an_identity_counts_only_with_a_token_of_its_own() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    let refused = believed(&source, vec![labelled(SHOP, OTHER)]).await.unwrap_err();
+    assert!(matches!(refused, SourceError::BadToken(_)), "{refused:?}");
+    assert!(!refused.to_string().contains("other"), "whose it is, is nobody's business: {refused}");
+    let no_token = Svid { spiffe_id: SHOP.to_owned(), token: Zeroizing::new(String::new()), hint: None };
+    assert!(matches!(believed(&source, vec![no_token]).await, Err(SourceError::BadToken(_))));
+    // What else is in the answer still counts, whichever comes first.
+    for svids in [[labelled(SHOP, OTHER), svid_of(OTHER, AUDIENCE)], [svid_of(OTHER, AUDIENCE), labelled(SHOP, OTHER)]]
+    {
+        assert_eq!(ids(believed(&source, svids.into()).await), [OTHER]);
+    }
+    // One that cannot be exchanged proves no less whose it is.
+    assert_eq!(ids(believed(&source, vec![svid_of(SHOP, "another audience")]).await), [SHOP]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_identity_that_comes_several_times_has_each_of_its_hints() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    let hinted = |hint: &str| Svid { hint: Some(hint.to_owned()), ..svid_of(SHOP, AUDIENCE) };
+    let svids = vec![hinted("a"), hinted("b"), hinted("a"), labelled(SHOP, OTHER)];
+    let identities = believed(&source, svids).await.unwrap();
+    let hints: Vec<_> = identities.iter().map(|identity| identity.hint.as_deref()).collect();
+    assert_eq!(hints, [Some("a"), Some("b")]);
+    assert!(identities.iter().all(|identity| identity.spiffe_id == shop_id()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_is_found_among_others_under_its_name() {
+    let agent = Script::says(|_| Ok(vec![SHOP]));
+    *agent.merged.lock().unwrap() = vec![labelled(SHOP, OTHER), svid_of(SHOP, AUDIENCE), svid_of(SHOP, AUDIENCE)];
+    let own = BTreeSet::from([SpiffeId::parse(AWSVID).unwrap()]);
+    let source = source(&agent);
+    let (confirmed, fresh_from) = (Instant::now(), Instant::now());
+    *source.0.own.lock().unwrap() = Some(Own { ids: own, confirmed, fresh_from });
+    assert_eq!(source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap().spiffe_id(), &shop_id());
+    agent.merged.lock().unwrap().truncate(1);
+    let refused = source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap_err();
+    assert!(matches!(refused, SourceError::BadToken(_)), "{refused:?}");
+    let other = SpiffeId::parse(OTHER).unwrap();
+    let denied = source.token(&caller(1), &other, AUDIENCE).await.unwrap_err();
+    assert!(matches!(denied, SourceError::Denied(_)), "a token under another name is nobody's: {denied:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kept_token_of_few_seconds_is_not_used_when_it_is_about_to_expire() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    let short = |serial| JwtSvid::check(token_for(&shop_id(), 9, serial), &shop_id(), AUDIENCE, now()).unwrap();
+    let subject = Subject::of(&caller(1), false).unwrap();
+    source.0.keep(&subject, short(1));
+    assert!(source.0.take(&subject, &shop_id()).is_some());
+    source.0.keep(&subject, short(2));
+    tokio::time::advance(Duration::from_secs(7)).await;
+    assert!(source.0.take(&subject, &shop_id()).is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn refusals_that_alternate_are_each_in_the_log_once() {
+    let log = crate::svid::jwt::tests::Log::start();
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    for _ in 0..100 {
+        source.0.log_denial("no entry matches pod a");
+        source.0.log_denial("no entry matches pod b");
+    }
+    assert_eq!(log.text().lines().filter(|line| line.contains("no identity")).count(), 2, "{}", log.text());
 }
 
 #[tokio::test(start_paused = true)]
 async fn it_ends_with_its_owner() {
     let agent = Script::says(shop);
     drop(source(&agent));
-    sleep(ROUND * 2).await;
+    sleep(revalidation::REVALIDATE_TICK * 2).await;
     assert_eq!(Arc::strong_count(&agent), 1);
 }

@@ -207,22 +207,64 @@ fn bad_claims_are_refused() {
     }
 }
 
+/// A token that was issued so long ago (or does not say when), for so many seconds in all.
+fn aged(id: &SpiffeId, age: Option<u64>, life: u64) -> Result<JwtSvid, BadToken> {
+    let (iat, exp) = match age {
+        Some(age) => (format!(r#""iat":{},"#, NOW - age), NOW - age + life),
+        None => (String::new(), NOW + life),
+    };
+    let claims = format!(r#"{{"sub":"{id}","aud":["{AUDIENCE}"],{iat}"exp":{exp}}}"#);
+    JwtSvid::check(raw_token(HEADER, &claims), id, AUDIENCE, now())
+}
+
 #[test]
-fn a_token_needs_thirty_seconds_of_life() {
+fn a_token_needs_thirty_seconds_or_a_third_of_its_life() {
     let id = billing();
-    let check = |life| JwtSvid::check(token_for(&id, life, 0), &id, AUDIENCE, now());
-    check(30).unwrap();
-    for (life, text) in [(29, "in 29 s"), (5, "in 5 s"), (0, "not before")] {
-        let error = check(life).unwrap_err();
-        assert!(error.to_string().contains(text), "{life}: {error}");
+    for (life, least) in [(300, 30), (90, 30), (60, 20), (30, 10), (9, 3), (3, 1)] {
+        aged(&id, Some(life - least), life).unwrap();
+        let error = aged(&id, Some(life - least + 1), life).unwrap_err();
+        assert!(matches!(error, BadToken::Expiring(_)), "{error}: a new one may follow");
     }
-    let claims = r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":1767225000}"#;
-    let error = JwtSvid::check(raw_token(HEADER, claims), &id, AUDIENCE, now()).unwrap_err();
-    assert!(matches!(&error, BadToken::Expiring(text) if text.contains("has expired")), "{error}");
-    assert!(
-        matches!(check(29), Err(BadToken::Expiring(_))),
-        "one that is about to expire may be followed by a new one"
-    );
+    // Of one that does not say when it was issued it is not known for how long it was to be good.
+    aged(&id, None, 30).unwrap();
+    aged(&id, None, 29).unwrap_err();
+}
+
+#[test]
+fn a_token_that_is_too_short_says_how_short_and_what_to_change() {
+    let id = billing();
+    let text = |age, life| aged(&id, Some(age), life).unwrap_err().to_string();
+    for (age, life, state, whole) in [
+        (25, 30, "it expires in 5 s", "only 30 s"),
+        (30, 30, "it has expired", "only 30 s"),
+        (90, 30, "it has expired", "only 30 s"),
+        (2, 2, "it has expired", "only 2 s"),
+    ] {
+        let text = text(age, life);
+        for part in [state, whole, "`default_jwt_svid_ttl`", "-jwtSVIDTTL", "clock"] {
+            assert!(text.contains(part), "{part:?} is missing: {text}");
+        }
+    }
+    for text in [text(290, 300), text(600, 300), aged(&id, None, 10).unwrap_err().to_string()] {
+        assert!(text.contains("the agent's connection to its server") && !text.contains("ttl"), "{text}");
+    }
+}
+
+#[test]
+fn of_several_tokens_the_longest_that_is_its_own_is_taken() {
+    let (id, other) = (billing(), SpiffeId::parse("spiffe://example.org/other").unwrap());
+    let any = |tokens: &[String]| JwtSvid::check_any(tokens.to_vec(), &id, AUDIENCE, now());
+    let [foreign, short, long] = [token_for(&other, 300, 0), token_for(&id, 100, 1), token_for(&id, 200, 2)];
+    assert!(any(&[]).unwrap().is_none());
+    for order in [[&foreign, &short, &long], [&long, &foreign, &short], [&short, &long, &foreign]] {
+        assert_eq!(any(&order.map(String::clone)).unwrap().unwrap().secret(), long);
+    }
+    let error = any(&[foreign.clone(), token_for(&id, 0, 3)]).unwrap_err();
+    assert!(error.to_string().contains("its subject is not"), "{error}: that of the first");
+    assert_eq!(JwtSvid::check_subject(&long, &id), Ok(()));
+    for wrong in [&*foreign, "", "a.b.c", &long[1..]] {
+        assert!(matches!(JwtSvid::check_subject(wrong, &id), Err(BadToken::Wrong(_))), "{wrong}");
+    }
 }
 
 #[test]

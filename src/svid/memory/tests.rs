@@ -3,15 +3,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::time::advance;
 
+use super::known::{DENIALS_APART, NO_IDENTITY, TRY_AGAIN};
 use super::*;
-use crate::caller::{Evidence, Executable, Listener, Program};
+use crate::caller::{Evidence, Executable, GroupDetail, Groups, Listener, Process, Program, Refusal};
+use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
+use crate::role::Identity;
+
+mod revalidation;
 
 #[derive(Debug)]
 struct Living(Arc<AtomicBool>);
 
+#[async_trait::async_trait]
 impl Evidence for Living {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 
@@ -20,13 +26,17 @@ impl Evidence for Living {
     }
 }
 
+fn groups(groups: &[u32]) -> Groups {
+    Groups::new(groups.to_vec(), GroupDetail::Digest).unwrap()
+}
+
 /// A process of this user, and whether it lives.
 fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
     let exe = Executable { device: 1, inode: 7, changed: (1, 2), path: PathBuf::from("/bin/shop").into() };
     let process = Process {
         pid,
         gid: uid,
-        groups: Some(Vec::new()),
+        groups: Some(groups(&[])),
         contained: false,
         program: Some(Program { exe: Some(exe) }),
         started: Some(u64::from(pid)),
@@ -64,11 +74,17 @@ fn found(memory: &mut Memory, caller: &Arc<Caller>) -> Option<Arc<[Identity]>> {
 }
 
 fn note(memory: &mut Memory, caller: &Arc<Caller>, said: Said) {
-    memory.note(&Subject::of(caller, true).unwrap(), said);
+    memory.note(&Subject::of(caller, true).unwrap(), said, Duration::ZERO);
+}
+
+/// Starts the queries that are due; returns the user ids of their callers.
+fn round(memory: &mut Memory, quick: usize, slow: usize) -> Vec<u32> {
+    let round = memory.take_due(Capacity { quick, slow });
+    round.queries.into_iter().map(|question| question.caller.uid).collect()
 }
 
 fn due(memory: &mut Memory) -> usize {
-    memory.due(100).len()
+    round(memory, 100, 100).len()
 }
 
 #[tokio::test(start_paused = true)]
@@ -107,7 +123,7 @@ async fn whoever_changes_anything_is_another() {
     assert_ne!(change(&|other| other.process.as_mut().unwrap().pid = 2), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().gid = 2), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().started = Some(9)), base);
-    assert_ne!(change(&|other| other.process.as_mut().unwrap().groups = Some(vec![5])), base);
+    assert_ne!(change(&|other| other.process.as_mut().unwrap().groups = Some(groups(&[5]))), base);
     assert_ne!(change(&|other| other.process.as_mut().unwrap().program = Some(exe(8))), base);
 }
 
@@ -280,7 +296,7 @@ async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
     }
     // A question that nobody waits for takes none.
     advance(ASK_AGAIN).await;
-    assert_eq!(memory.due(EACH).len(), known.len() + 1);
+    assert_eq!(due(&mut memory), 1);
     known.iter().for_each(|caller| note(&mut memory, caller, Ok(ids(&["shop"]))));
     assert!(is_busy(&mut memory));
     assert_eq!(memory.waiting.get(&Owner::user(1)), Some(&WAITING));

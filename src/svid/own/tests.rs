@@ -75,6 +75,30 @@ async fn the_first_identity_of_the_latest_message_is_the_one() {
     assert!(own.trouble().is_none());
 }
 
+/// As of several registrations, or from an agent that puts two others' answers together.
+#[tokio::test]
+async fn an_identity_that_comes_several_times_is_taken_from_one_that_is_its_own() {
+    let (place, authority) = (place(), Authority::new());
+    let (_agent, stream, own) = given(&place, &authority).await;
+    let (good, other) = (authority.svid(ID), authority.svid("spiffe://example.org/other"));
+    let foreign = X509svid { spiffe_id: ID.to_owned(), ..other.clone() };
+    let no_key = X509svid { x509_svid_key: Vec::new(), ..good.clone() };
+    for (number, svids) in [
+        (2, vec![good.clone(), good.clone()]),
+        (3, vec![foreign.clone(), other.clone(), good.clone()]),
+        (4, vec![no_key.clone(), foreign.clone(), good.clone(), no_key]),
+    ] {
+        stream.send(X509svidResponse { svids });
+        let svid = version(&own, number).await;
+        assert_eq!((svid.spiffe_id.as_str(), &*svid.certified.cert[0]), (ID, &good.x509_svid[..]));
+    }
+    // Where none is its own, that is said of the first.
+    stream.send(X509svidResponse { svids: vec![foreign.clone(), foreign, other] });
+    let now = until(&own, |now| now.trouble.is_some()).await;
+    assert!(now.trouble.unwrap().to_string().contains("is that of spiffe://example.org/other, not of"));
+    assert_eq!(now.svid.unwrap().version, 4);
+}
+
 #[tokio::test]
 async fn a_message_that_cannot_be_used_keeps_the_one_before() {
     let (place, authority) = (place(), Authority::new());

@@ -16,7 +16,7 @@ use crate::caller::{Evidence, Listener, Process, Refusal};
 use crate::cgroup::CgroupPath;
 use crate::rule::Rule;
 use crate::svid::BadToken;
-use crate::svid::jwt::tests::{AUDIENCE, Log, billing, now, raw_token, token_for};
+use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, raw_token, token_for};
 use fake::{Fake, Script, socket, svids};
 
 const ID: &str = "spiffe://example.org/billing";
@@ -65,6 +65,9 @@ async fn takes_only_the_id_that_was_asked_for() {
         vec![ours(), other()],
         vec![(ID, String::new()), ours()],
         vec![ours(), ours()],
+        // Another's token under this name, as of an agent that puts others' answers together.
+        vec![(ID, other().1), ours()],
+        vec![ours(), (ID, other().1)],
     ] {
         let (result, _) = fetch_of(Ok(svids(answer.clone()))).await;
         assert_eq!(result.unwrap().secret(), ours().1, "{answer:?}");
@@ -91,11 +94,14 @@ async fn a_token_that_fails_the_check_is_not_given_out() {
         r#"{"alg":"ES256"}"#,
         &format!(r#"{{"sub":"{ID}","aud":"{AUDIENCE}","iat":1.7e9,"exp":1867225600}}"#),
     );
+    let (iat, exp) = (NOW - 295, NOW + 5);
+    let claims = format!(r#"{{"sub":"{ID}","aud":"{AUDIENCE}","iat":{iat},"exp":{exp}}}"#);
+    let expiring = raw_token(r#"{"alg":"ES256"}"#, &claims);
     let table = [
         (token_for(&other, 300, 1), "subject", false),
         (float, "iat", false),
         ("x".repeat(20_001), "20001", false),
-        (token_for(&billing(), 5, 1), "expires in ", true),
+        (expiring, "expires in ", true),
     ];
     for (token, reason, transient) in table {
         let (result, _) = fetch_of(Ok(svids([(ID, token)]))).await;
@@ -381,8 +387,9 @@ async fn tcp_endpoints_are_asked_too() {
 #[derive(Debug)]
 struct Unchanged;
 
+#[async_trait::async_trait]
 impl Evidence for Unchanged {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 }
@@ -419,7 +426,7 @@ async fn the_rules_say_who_a_caller_is() {
     };
     let process = |gid| Process { pid: 1, gid, groups: None, contained: false, program: None, started: None };
 
-    assert_eq!(api.identify(&caller(1001, None)).await, Ok(identity("billing")));
+    assert_eq!(api.identify(&caller(1001, Some(process(7)))).await, Ok(identity("billing")));
     assert_eq!(api.identify(&caller(1003, None)).await, Ok(vec![]));
     assert_eq!(api.identify(&caller(1002, Some(process(7)))).await, Ok(identity("by-group")));
     assert_eq!(api.identify(&caller(1002, Some(process(8)))).await, Ok(identity("shop")));

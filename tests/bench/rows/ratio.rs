@@ -28,15 +28,16 @@ pub(crate) struct Shape {
 
 #[derive(Debug, Clone, Copy)]
 enum Keys {
+    /// The user and the unit.
+    Unit,
     Uid,
-    Gid,
     Executable,
 }
 
 pub(crate) const TCP_SOCKET: Shape =
-    Shape { name: "tcp-socket", transport: Transport::Tcp, keys: Keys::Uid, at_most: 1.4, aim: 1.25 };
+    Shape { name: "tcp-socket", transport: Transport::Tcp, keys: Keys::Unit, at_most: 1.4, aim: 1.25 };
 pub(crate) const TCP_PID: Shape =
-    Shape { name: "tcp-pid", transport: Transport::Tcp, keys: Keys::Gid, at_most: 3.0, aim: 2.0 };
+    Shape { name: "tcp-pid", transport: Transport::Tcp, keys: Keys::Uid, at_most: 3.0, aim: 1.8 };
 pub(crate) const UNIX_UID: Shape =
     Shape { name: "unix-uid", transport: Transport::Unix, keys: Keys::Uid, at_most: 1.5, aim: 1.3 };
 pub(crate) const UNIX_FACTS: Shape =
@@ -51,8 +52,8 @@ impl Shape {
     /// The configuration's rule and role.
     pub(crate) fn rules(&self) -> Result<String, Failed> {
         let more = match self.keys {
+            Keys::Unit => "systemd_unit = \"load.service\"\n".to_owned(),
             Keys::Uid => String::new(),
-            Keys::Gid => format!("gid = {USER}\n"),
             // The load is this program.
             Keys::Executable => format!("gid = {USER}\nexe = {:?}\n", std::env::current_exe()?.display().to_string()),
         };
@@ -179,7 +180,7 @@ pub(crate) fn own_cgroup(bench: &Bench, shape: &Shape) -> Result<Vec<Line>, Fail
 
 /// With the load in the root cgroup, where nothing of its own tells a process from others.
 pub(crate) fn root_cgroup(bench: &Bench) -> Result<Vec<Line>, Failed> {
-    against_direct(bench, &TCP_SOCKET, "tcp-socket-root", bench.cgroups.root(), DESCRIPTORS, "no bound".to_owned())
+    against_direct(bench, &TCP_PID, "tcp-pid-root", bench.cgroups.root(), DESCRIPTORS, "no bound".to_owned())
 }
 
 /// The curve over the caller's descriptors.

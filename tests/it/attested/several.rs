@@ -79,6 +79,42 @@ fn an_admin_entry_is_used_only_if_a_role_names_it(source: Source) {
     assert_eq!(by_role(&world, ADMIN, "/all"), if leaks { "several_identities".to_owned() } else { id("plain") });
 }
 
+/// Of several registrations for one SPIFFE ID the agent gives one token each, with the hint of that.
+fn an_identity_of_several_registrations_is_one(source: Source) {
+    let folder = folder();
+    let setting = Setting { source, ..Setting::default() };
+    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else { return };
+    // By rules all are awsvid's own.
+    let (uid, owner) = if source == Source::Rules { (51_002, 0) } else { (TWO, TWO) };
+    let name = if source == Source::Rules { "reader" } else { "twice" };
+    let [user, group] = ["uid", "gid"].map(|kind| format!("unix:{kind}:{owner}"));
+    world.register(&id(name), &[&user, &group], &["-hint", "unused"]);
+    world.spire.register_with(&id(name), &[&group], &["-hint", "by-hint"]);
+    add_roles(&world, &[("exact", &id(name)), ("by-hint", &id("*"))]);
+    assert_eq!(by_role(&world, uid, "/exact"), id(name));
+    assert_eq!(by_role(&world, uid, "/shop"), id(name), "the only one");
+    if source != Source::Rules {
+        world.register(&id("other"), &[&user], &["-hint", "other"]);
+        assert_eq!(by_role(&world, uid, "/shop"), "several_identities");
+        assert_eq!(by_role(&world, uid, "/by-hint"), id(name), "by the hint of either");
+    }
+}
+
+#[test]
+fn by_rules_an_identity_of_several_registrations_is_one() {
+    an_identity_of_several_registrations_is_one(Source::Rules);
+}
+
+#[test]
+fn by_delegated_identity_an_identity_of_several_registrations_is_one() {
+    an_identity_of_several_registrations_is_one(Source::Delegated);
+}
+
+#[test]
+fn by_the_broker_api_an_identity_of_several_registrations_is_one() {
+    an_identity_of_several_registrations_is_one(Source::Broker);
+}
+
 #[test]
 fn by_delegated_identity_one_is_chosen_by_role_or_hint_and_never_by_its_place() {
     one_is_chosen_by_role_or_hint_and_never_by_its_place(Source::Delegated);

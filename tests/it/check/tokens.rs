@@ -47,6 +47,21 @@ fn tokens_that_sts_would_refuse() {
 }
 
 #[test]
+fn tokens_that_are_good_for_a_short_time() {
+    let folder = folder();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let lasting = |from: u64, to: u64| {
+        let claims = CLAIMS.replace("{now}", &from.to_string()).replace("{end}", &to.to_string());
+        check(folder.path(), &text(&Tokens::start(folder.path(), HEADER, &claims)))
+    };
+    // They are used as long as they are good.
+    let short = lasting(now, now + 60).1;
+    assert!(noted(&short, "identity", "are good for only 60 s from the start"), "{short:#}");
+    assert!(!lasting(now, now + 300).1.to_string().contains("good for only"));
+    assert_failed(&lasting(now - 85, now + 5), "identity", "and was good for only 90 s", "mend it");
+}
+
+#[test]
 fn a_subject_that_may_be_too_long() {
     let folder = folder();
     let tokens = Tokens::start(folder.path(), HEADER, CLAIMS);

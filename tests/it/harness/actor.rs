@@ -78,8 +78,13 @@ pub(crate) struct Connector {
 impl Connector {
     /// Connects to this listener as this user and from this cgroup.
     pub(crate) fn start(uid: u32, listener: &str, address: &str, cgroup: &Path) -> Self {
+        Self::start_by(&program(), uid, listener, address, cgroup)
+    }
+
+    /// The same by a copy of the program.
+    pub(crate) fn start_by(program: &Path, uid: u32, listener: &str, address: &str, cgroup: &Path) -> Self {
         let (socket, theirs) = UnixStream::pair().expect("a pair of sockets");
-        let actor = format!("{} connect {uid} {listener} {address}", program().display());
+        let actor = format!("{} connect {uid} {listener} {address}", program.display());
         let mut command = in_cgroup(cgroup, &actor);
         command.stdin(OwnedFd::from(theirs));
         Self { owned: spawn(command).expect("the actor"), socket }
@@ -130,6 +135,15 @@ impl Acting {
         let numbers: Vec<String> = numbers.iter().map(usize::to_string).collect();
         let actor = format!("{} in-numbers {act} {listener} {address} {}", program().display(), numbers.join(" "));
         Self::of(in_cgroup(cgroup, &actor))
+    }
+
+    /// So many processes of Alice's in each of these cgroups that ask the process `daemon`, and keep those waiting who look at
+    /// them.
+    pub(crate) fn block(count: usize, listener: &str, address: &str, daemon: Pid, cgroups: &[&Path]) -> Self {
+        let mut command = Command::new(program());
+        command.env_clear().env("PATH", "/usr/bin:/bin").env("DAEMON", daemon.to_string());
+        command.args(["blocked", &count.to_string(), listener, address]).args(cgroups);
+        Self::of(command)
     }
 
     /// One of root's that asks over and over, behind these words.

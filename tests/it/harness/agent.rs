@@ -33,13 +33,21 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A registration entry: who has all of these selectors has this SPIFFE ID.
 pub(crate) struct Entry {
     id: String,
+    /// Whose token is given with it.
+    sub: String,
     selectors: Vec<String>,
 }
 
 impl Entry {
     /// Selectors are `unix:uid:N`, `unix:gid:N` and `unix:path:/P`.
     pub(crate) fn new(id: &str, selectors: &[&str]) -> Self {
-        Self { id: id.to_owned(), selectors: selectors.iter().map(|text| (*text).to_owned()).collect() }
+        Self::labelled(id, id, selectors)
+    }
+
+    /// The same with another's token, as of an agent that puts others' answers together and mixes them up.
+    pub(crate) fn labelled(id: &str, sub: &str, selectors: &[&str]) -> Self {
+        let selectors = selectors.iter().map(|text| (*text).to_owned()).collect();
+        Self { id: id.to_owned(), sub: sub.to_owned(), selectors }
     }
 }
 
@@ -191,7 +199,7 @@ impl DelegatedIdentity for Desk {
         reached(Stage::Seen, Stage::Answered).await;
         let seen = seen.map_err(|_| Status::unavailable("workload attestation failed"))?;
         let has_all = |entry: &&Entry| entry.selectors.iter().all(|selector| seen.contains(selector));
-        let svids: Vec<_> = self.entries.iter().filter(has_all).map(|entry| self.svid(&entry.id, &audience)).collect();
+        let svids: Vec<_> = self.entries.iter().filter(has_all).map(|entry| self.svid(entry, &audience)).collect();
         if svids.is_empty() {
             return Err(Status::permission_denied("no identity issued"));
         }
@@ -200,10 +208,11 @@ impl DelegatedIdentity for Desk {
 }
 
 impl Desk {
-    fn svid(&self, id: &str, audience: &[String]) -> Jwtsvid {
+    fn svid(&self, entry: &Entry, audience: &[String]) -> Jwtsvid {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-        let claims = json!({ "iss": self.issuer, "sub": id, "aud": audience, "iat": now, "exp": now + 300 });
-        let path = id.strip_prefix("spiffe://").and_then(|rest| rest.strip_prefix(TRUST_DOMAIN)).expect("an own ID");
+        let claims = json!({ "iss": self.issuer, "sub": entry.sub, "aud": audience, "iat": now, "exp": now + 300 });
+        let path =
+            entry.id.strip_prefix("spiffe://").and_then(|rest| rest.strip_prefix(TRUST_DOMAIN)).expect("an own ID");
         Jwtsvid {
             token: self.key.sign(&claims).expect("a signature"),
             id: Some(Spiffeid { trust_domain: TRUST_DOMAIN.to_owned(), path: path.to_owned() }),

@@ -31,6 +31,14 @@ impl Cgroup {
         Self(path)
     }
 
+    /// One of a person's sessions, as the login manager makes it.
+    pub(crate) fn of_session(uid: u32, number: usize) -> Self {
+        let session = format!("session-{}-{number}.scope", std::process::id());
+        let path = root().join("user.slice").join(format!("user-{uid}.slice")).join(session);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
     /// That of a container in a pod of its own, as kubelet and a runtime make it.
     pub(crate) fn of_pod(number: u16) -> Self {
         let uid = format!("pod{:08x}-0000-4000-8000-{number:012x}", std::process::id());

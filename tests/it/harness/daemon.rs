@@ -1,7 +1,7 @@
 //! `awsvid serve` as a process of its own.
 
 use std::collections::HashMap;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,6 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::cgroup::Cgroup;
-use super::client::answer;
 use super::counterparts::http_get;
 use super::counterparts::process::{Process, behind, run};
 
@@ -188,6 +187,13 @@ impl Daemon {
         self.process.id()
     }
 
+    /// How much memory it has of its own, in KiB.
+    pub(crate) fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("its status");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("its memory");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
     /// How many descriptors it has open.
     pub(crate) fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("its descriptors").count()
@@ -249,19 +255,44 @@ impl Daemon {
         self.folder.join("awsvid.sock")
     }
 
+    /// The metrics as of this moment: only the status socket has them, over TCP they may be a second old.
+    pub(crate) fn metrics(&self) -> String {
+        let (status, text) = self.ask_locally("/metrics");
+        assert_eq!(status, 200, "{text}");
+        text
+    }
+
+    /// The status and body of an answer over the status socket.
+    pub(crate) fn ask_locally(&self, path: &str) -> (u16, String) {
+        let mut stream = UnixStream::connect(self.folder.join("status.sock")).expect("the status socket");
+        // Without chunks.
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").expect("send a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+        (head[9..12].parse().expect("a status"), body.to_owned())
+    }
+
     /// A counter of `/metrics`, by its name with labels; 0 if it is not there.
     pub(crate) fn metric(&self, name: &str) -> u64 {
-        let (_, text) = http_get(self.admin(), "/metrics").expect("/metrics");
+        let text = self.metrics();
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         value.map_or(0, |value| value.parse().expect("a number"))
     }
 
+    /// How many requests were answered with credentials. The audit has one record for several that come quickly.
+    pub(crate) fn issued(&self) -> u64 {
+        let metrics = self.metrics();
+        let counts =
+            metrics.lines().filter(|line| line.starts_with("awsvid_requests_total{") && line.contains("=\"issued\""));
+        counts.map(|line| line.rsplit(' ').next().and_then(|count| count.parse::<u64>().ok()).expect("a number")).sum()
+    }
+
     /// The credentials that `/status` has for this SPIFFE ID and the first role.
     pub(crate) fn status(&self, spiffe_id: &str) -> Value {
-        let mut stream = UnixStream::connect(self.folder.join("status.sock")).expect("the status socket");
-        stream.write_all(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("send a request");
-        let (status, body) = answer(&mut stream);
+        let (status, body) = self.ask_locally("/status");
         assert_eq!(status, 200, "{body}");
+        let body: Value = serde_json::from_str(&body).expect("JSON");
         let all = body["credentials"].as_array().expect("a list");
         all.iter().find(|entry| entry["spiffe_id"] == spiffe_id).cloned().unwrap_or_default()
     }

@@ -64,7 +64,9 @@ fn provider_of(given: &Value, [url, audiences, thumbprints]: [&str; 3]) -> Value
 
 /// By a shell, with a program `aws` that says what it was given.
 pub(crate) fn by_a_shell(script: &str) -> Read {
-    let stub = "aws() { for word; do printf '%s\\0' \"$word\"; done; printf 'END\\0'; }\n";
+    // An account that has nothing yet.
+    let stub = "aws() {\n[ \"$2\" != get-open-id-connect-provider ] || return 254\n\
+                for word; do printf '%s\\0' \"$word\"; done; printf 'END\\0'; }\n";
     let output = Command::new("sh").arg("-euc").arg(format!("{stub}{script}")).output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}\n{script}");
     let text = String::from_utf8(output.stdout).unwrap();
@@ -85,6 +87,11 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
                 let session = option("--max-session-duration").parse().unwrap();
                 let role = (option("--path").to_owned(), session, policy);
                 assert!(read.roles.insert(option("--role-name").to_owned(), role).is_none());
+            }
+            // Behind the provider, each of its own audiences.
+            ["iam", "add-client-id-to-open-id-connect-provider"] => {
+                let audiences = read.provider["ClientIDList"].as_array().unwrap();
+                assert!(audiences.iter().any(|audience| *audience == option("--client-id")), "{command:?}");
             }
             _ => panic!("{command:?}"),
         }

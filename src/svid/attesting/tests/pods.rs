@@ -78,12 +78,13 @@ struct Housed {
     pid: u32,
 }
 
+#[async_trait::async_trait]
 impl Evidence for Housed {
-    fn still_same(&self) -> Result<(), Refusal> {
+    async fn still_same(&self) -> Result<(), Refusal> {
         Ok(())
     }
 
-    fn process(&self) -> Result<Named, Refusal> {
+    async fn process(&self) -> Result<Named, Refusal> {
         Ok(Named { pid: self.pid, cgroups: "0::/\n".to_owned() })
     }
 

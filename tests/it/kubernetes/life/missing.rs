@@ -32,12 +32,11 @@ const OF_PODS: [Missing<'_>; 2] = [
 ];
 
 const OF_PROCESSES: Missing<'_> = Missing {
-    capabilities: &["SYS_PTRACE", "DAC_READ_SEARCH", "PERFMON"],
+    capabilities: &["SYS_PTRACE", "DAC_READ_SEARCH"],
     mounts: &[],
     lines: &[
         "in Kubernetes add SYS_PTRACE to the container's securityContext.capabilities.add",
         "in Kubernetes add DAC_READ_SEARCH to the container's securityContext.capabilities.add",
-        "in Kubernetes add PERFMON to the container's securityContext.capabilities.add",
     ],
 };
 

@@ -1,0 +1,86 @@
+use std::convert::Infallible;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, Stdio};
+
+use nix::unistd::geteuid;
+
+use super::*;
+use crate::attest::hierarchies::Hierarchies;
+
+/// A monitor where this process may have one.
+fn monitor(count_by: CountBy) -> Option<Arc<ExecMonitor>> {
+    match ExecMonitor::counting_by(count_by) {
+        Ok(monitor) => Some(Arc::new(monitor)),
+        Err(error) => {
+            assert!(!geteuid().is_root(), "{error}");
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}
+
+/// A shell that executes a program when it reads a line, and says so before and after.
+fn shell() -> (Child, impl FnMut(&str)) {
+    let mut child = Command::new("sh")
+        .args(["-c", "echo ready; read line; exec sh -c 'echo executed; read line'"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut input, mut output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+    // `spawn` returns before its own execution of the shell is counted.
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), "ready");
+    let step = move |expected: &str| {
+        writeln!(input).unwrap();
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        assert_eq!(line.trim(), expected);
+    };
+    (child, step)
+}
+
+#[test]
+fn monitor_sees_an_execution_of_the_watched_process_alone() {
+    let Some(monitor) = monitor(CountBy::Pid) else { return };
+    let ((mut one, mut execute), (mut other, _waiting)) = (shell(), shell());
+    let key = |pid| monitor.key(pid, || Err(())).unwrap();
+    let [watch, of_other] = [one.id(), other.id()].map(|pid| monitor.watch(key(pid)));
+    assert!(watch.is_unbroken() && of_other.is_unbroken());
+    execute("executed");
+    assert!(!watch.is_unbroken());
+    // Unless the two have one number by chance, which shows in the table.
+    assert!(of_other.is_unbroken() || watch.index == of_other.index);
+    assert!(monitor.watch(key(one.id())).is_unbroken(), "a watch begins anew");
+    for child in [&mut one, &mut other] {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+#[test]
+fn monitor_counts_by_every_cgroup_above_where_pids_mean_nothing() {
+    let Some(monitor) = monitor(CountBy::Cgroup) else { return };
+    let hierarchies = Hierarchies::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+    let Some((mount, _)) = hierarchies.unified() else { return };
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
+    let id = |path: &Path| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
+    let (root, own) = (id(mount), id(&mount.join(own)));
+    let key = |id: u64| monitor.key(0, || Ok::<_, Infallible>(id)).unwrap();
+    let (of_root, of_own) = (monitor.watch(key(root)), monitor.watch(key(own)));
+    let (mut child, mut execute) = shell();
+    execute("executed");
+    assert!(!of_root.is_unbroken() && !of_own.is_unbroken());
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn keys_are_spread_over_the_whole_table() {
+    let Some(monitor) = monitor(CountBy::Pid) else { return };
+    let indexes: std::collections::HashSet<u32> = (1..=4096).map(|pid| monitor.index(pid)).collect();
+    assert!(indexes.iter().all(|index| *index < COUNTERS));
+    assert!(indexes.len() > 3500, "{}", indexes.len());
+}

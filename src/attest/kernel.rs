@@ -1,0 +1,167 @@
+//! What this kernel tells of peers, found out by trying it: versions say little, since distributions change their kernels
+//! (RHEL 9's 5.14 tells a socket's cgroup, and so does 5.10 since 2024).
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use thiserror::Error;
+
+use crate::attest::cgroups::CgroupTree;
+use crate::attest::hierarchies::Hierarchies;
+use crate::attest::host::Host;
+use crate::attest::inet_diag::{SockDiag, Socket};
+use crate::attest::sys;
+use crate::caller::Refusal;
+
+/// Why callers over TCP cannot be told apart here.
+#[derive(Debug, Error)]
+pub enum TcpUnsupported {
+    /// There are no cgroups to tell.
+    #[error("no cgroup v2 tree is mounted")]
+    NoCgroups,
+    /// Nobody answers questions about sockets.
+    #[error("sock_diag does not answer for TCP ({0})")]
+    NoSockDiag(String),
+    /// The answer has no cgroup.
+    #[error("the kernel does not tell the cgroup of a socket")]
+    NoCgroupId,
+    /// The answer has another cgroup than this process's own, or may have.
+    #[error("the kernel tells a wrong cgroup of a socket")]
+    WrongCgroupId,
+    /// There is no loopback device to try it on.
+    #[error("a connection over loopback cannot be tried: {0}")]
+    NoLoopback(io::Error),
+}
+
+impl TcpUnsupported {
+    /// What to do about it.
+    pub fn fix(&self) -> &'static str {
+        match self {
+            Self::NoCgroups => {
+                "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified, and restart \
+                 awsvid; or use the unix socket only ([listen] tcp = [])"
+            }
+            Self::NoSockDiag(_) => {
+                "load the kernel modules inet_diag and tcp_diag (CONFIG_INET_DIAG); or use the unix socket only ([listen] tcp = [])"
+            }
+            Self::NoCgroupId => {
+                "use a kernel from Linux 5.8 on with CONFIG_SOCK_CGROUP_DATA; or the unix socket only ([listen] tcp = [])"
+            }
+            Self::WrongCgroupId => {
+                "unmount the cgroup v1 controllers net_cls and net_prio, or use Linux 5.15; or the unix socket only \
+                 ([listen] tcp = [])"
+            }
+            Self::NoLoopback(_) => "bring the device lo up (ip link set lo up)",
+        }
+    }
+}
+
+/// What the kernel tells of the peers of a unix socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnixSupport {
+    /// The process, by a descriptor that the kernel has kept since it connected (`SO_PEERPIDFD`, Linux 6.5).
+    Process,
+    /// Its number alone: callers in containers, who can have numbers used again, are refused.
+    Number,
+    /// Nothing that a process could be held by (pidfd_open(2), Linux 5.3): all callers are refused.
+    Nothing,
+}
+
+/// Tries what is told of a unix socket's peer, on a pair of this process's own.
+pub fn unix_support() -> UnixSupport {
+    let peer = UnixStream::pair().and_then(|(one, _other)| sys::peer_pidfd(one.as_fd()));
+    match peer {
+        Ok(Some(_)) => UnixSupport::Process,
+        _ if sys::pidfd_open(std::process::id()).is_ok() => UnixSupport::Number,
+        _ => UnixSupport::Nothing,
+    }
+}
+
+/// Tries whether callers over TCP can be told apart, as the daemon would be told. `proc_root` is where `/proc` is mounted.
+pub fn try_tcp(proc_root: &Path) -> Result<(), TcpUnsupported> {
+    let text = |name: &str| fs::read_to_string(proc_root.join(name)).unwrap_or_default();
+    let hierarchies = Hierarchies::find(&text("self/mountinfo"));
+    let cgroups = CgroupTree::find(&hierarchies, crate::cgroup::PodRoots::usual()).ok_or(TcpUnsupported::NoCgroups)?;
+    let diag = SockDiag::open().map_err(no_sock_diag)?;
+    tcp_works(&hierarchies, &cgroups, &diag, proc_root)
+}
+
+/// The same with what the daemon has for it.
+pub(super) fn try_tcp_of(host: &Host, diag: &SockDiag) -> Result<(), TcpUnsupported> {
+    let cgroups = host.cgroups.as_ref().ok_or(TcpUnsupported::NoCgroups)?;
+    tcp_works(&host.hierarchies, cgroups, diag, &host.proc_root)
+}
+
+pub(super) fn no_sock_diag(error: io::Error) -> TcpUnsupported {
+    TcpUnsupported::NoSockDiag(error.to_string())
+}
+
+fn tcp_works(
+    hierarchies: &Hierarchies,
+    cgroups: &CgroupTree,
+    diag: &SockDiag,
+    proc_root: &Path,
+) -> Result<(), TcpUnsupported> {
+    let socket = own_socket(diag)?;
+    let text = |name: &str| fs::read_to_string(proc_root.join(name)).unwrap_or_default();
+    let membership = text("self/cgroup");
+    let own = membership.lines().find_map(|line| line.strip_prefix("0::"));
+    let own = own.and_then(|shown| hierarchies.path("", shown)).and_then(|path| cgroups.id(&path).ok());
+    judge(socket.cgroup_id, own, &Circumstances::read(hierarchies, cgroups, &text("sys/kernel/osrelease")))
+}
+
+/// What decides where this process's own cgroup proves nothing.
+#[derive(Debug, Clone, Copy)]
+struct Circumstances {
+    /// The id that a socket has whose cgroup the kernel does not know.
+    root: Option<u64>,
+    /// Whether a controller is mounted that makes older kernels not know it.
+    hides_cgroups: bool,
+    /// Linux 5.15 or newer, which know it all the same.
+    is_new: bool,
+}
+
+impl Circumstances {
+    fn read(hierarchies: &Hierarchies, cgroups: &CgroupTree, release: &str) -> Self {
+        let root = crate::cgroup::CgroupPath::parse("/").and_then(|root| cgroups.id(&root).ok());
+        let hides_cgroups = ["net_cls", "net_prio"].iter().any(|name| hierarchies.has(name));
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
+        let version = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+        Self { root, hides_cgroups, is_new: version >= (5, 15) }
+    }
+}
+
+/// What the cgroup says that the kernel has `told` of a socket of this process, whose own cgroup is `own`.
+fn judge(told: Option<u64>, own: Option<u64>, about: &Circumstances) -> Result<(), TcpUnsupported> {
+    let told = told.ok_or(TcpUnsupported::NoCgroupId)?;
+    match own {
+        Some(own) if own != told => Err(TcpUnsupported::WrongCgroupId),
+        Some(own) if Some(own) != about.root => Ok(()),
+        // In the root cgroup, or somewhere that is not seen from here, both kinds of kernels tell the same.
+        _ if about.is_new || !about.hides_cgroups => Ok(()),
+        _ => Err(TcpUnsupported::WrongCgroupId),
+    }
+}
+
+/// What sock_diag says of the client's end of a connection of this process to itself.
+fn own_socket(diag: &SockDiag) -> Result<Socket, TcpUnsupported> {
+    let addresses: [SocketAddr; 2] = [(Ipv4Addr::LOCALHOST, 0).into(), (Ipv6Addr::LOCALHOST, 0).into()];
+    let connection = TcpListener::bind(&addresses[..]).and_then(|listener| {
+        let server = listener.local_addr()?;
+        Ok((TcpStream::connect(server)?, server, listener))
+    });
+    let (client, server, _listener) = connection.map_err(TcpUnsupported::NoLoopback)?;
+    let client = client.local_addr().map_err(TcpUnsupported::NoLoopback).map(|address| (client, address))?;
+    // It is there: who does not find it does not look for TCP's sockets.
+    diag.client_socket(client.1, server).map_err(|refusal| match refusal {
+        Refusal::Gone => no_sock_diag(io::Error::from_raw_os_error(libc::ENOENT)),
+        refusal => TcpUnsupported::NoSockDiag(refusal.to_string()),
+    })
+}
+
+#[cfg(test)]
+mod tests;

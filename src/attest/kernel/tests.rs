@@ -1,0 +1,64 @@
+use super::*;
+
+fn judged(told: Option<u64>, own: Option<u64>, hides_cgroups: bool, is_new: bool) -> &'static str {
+    match judge(told, own, &Circumstances { root: Some(1), hides_cgroups, is_new }) {
+        Ok(()) => "works",
+        Err(TcpUnsupported::NoCgroupId) => "none",
+        Err(TcpUnsupported::WrongCgroupId) => "wrong",
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[test]
+fn kernel_is_judged_by_what_it_tells_and_by_its_version_only_in_doubt() {
+    let table = [
+        // Its own cgroup: RHEL 9's 5.14, and 5.10 of the stable series from 2024 on.
+        (Some(77), Some(77), false, false, "works"),
+        (Some(77), Some(77), true, false, "works"),
+        (Some(77), Some(77), true, true, "works"),
+        // The root's in place of its own: a 5.10 with net_prio.
+        (Some(1), Some(77), true, false, "wrong"),
+        (Some(1), Some(77), false, false, "wrong"),
+        (Some(78), Some(77), false, true, "wrong"),
+        // Before 5.8.
+        (None, Some(77), false, false, "none"),
+        (None, None, false, true, "none"),
+        // In the root cgroup both tell the same.
+        (Some(1), Some(1), false, false, "works"),
+        (Some(1), Some(1), true, true, "works"),
+        (Some(1), Some(1), true, false, "wrong"),
+        // Its own is not seen from here.
+        (Some(77), None, false, false, "works"),
+        (Some(1), None, true, false, "wrong"),
+    ];
+    for (told, own, hides_cgroups, is_new, expected) in table {
+        assert_eq!(judged(told, own, hides_cgroups, is_new), expected, "{told:?} {own:?} {hides_cgroups} {is_new}");
+    }
+}
+
+#[test]
+fn circumstances_are_read_from_mounts_and_release() {
+    let mounts = "30 23 0:26 / /cgroup/unified rw - cgroup2 cgroup2 rw\n\
+                  31 23 0:27 / /cgroup/net rw - cgroup cgroup rw,net_cls,net_prio\n";
+    let hierarchies = Hierarchies::find(mounts);
+    let folder = tempfile::tempdir().unwrap();
+    let cgroups = CgroupTree::at(folder.path().to_owned(), crate::cgroup::PodRoots::usual());
+    for (release, is_new) in
+        [("5.14.0-503.el9", false), ("5.15.0", true), ("6.1.0-9-amd64", true), ("4.18.0-553.el8", false), ("x", false)]
+    {
+        let read = Circumstances::read(&hierarchies, &cgroups, release);
+        assert_eq!((read.is_new, read.hides_cgroups), (is_new, true), "{release}");
+    }
+    let none = Hierarchies::find("30 23 0:26 / /cgroup rw - cgroup2 cgroup2 rw\n");
+    assert!(!Circumstances::read(&none, &cgroups, "6.1").hides_cgroups);
+}
+
+/// On whatever machine the tests run: it says yes exactly where a connection of this process is told with its cgroup.
+#[test]
+fn this_machine_is_tried() {
+    let tried = try_tcp(Path::new("/proc"));
+    let told = SockDiag::open().ok().and_then(|diag| own_socket(&diag).ok()).and_then(|socket| socket.cgroup_id);
+    assert_eq!(tried.is_ok(), told.is_some(), "{tried:?} {told:?}");
+    let connected = sys::peer_pidfd(UnixStream::pair().unwrap().0.as_fd());
+    assert_eq!(unix_support() == UnixSupport::Process, connected.is_ok_and(|pidfd| pidfd.is_some()));
+}

@@ -1,0 +1,193 @@
+//! Reads single lines of `/proc/<pid>/status`: `proc_pid_status(5)`.
+//!
+//! The process decides how long its `Groups` line is: up to 65,536 numbers, 720 KB. Lines that are not wanted are skipped in
+//! chunks and never held (attack 27).
+
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::sys::uio::pread;
+
+/// More than the status of most processes.
+const CHUNK: usize = 4096;
+/// The longest name of a line that can be read.
+const NAME_MAX: usize = 8;
+
+/// Why there are no numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StatusError {
+    /// Reading failed.
+    Io(Errno),
+    /// A line is missing, or has something else in it than numbers.
+    Malformed,
+    /// A line has more numbers than the caller allows.
+    TooMany,
+}
+
+/// Reads the numbers in these lines, each given by its name and the most numbers that it may have. Reads nothing after the last
+/// of them. The process chooses the content of `Name`, the first line; the kernel escapes newlines in it.
+pub(crate) fn numbers<const N: usize>(
+    file: impl AsFd,
+    lines: [(&str, usize); N],
+) -> Result<[Vec<u32>; N], StatusError> {
+    let mut scan = Scan::new(lines);
+    let (mut chunk, mut offset) = ([0; CHUNK], 0);
+    loop {
+        let length = pread(&file, &mut chunk, offset).map_err(StatusError::Io)?;
+        if length == 0 || scan.feed(&chunk[..length])? {
+            return scan.finish();
+        }
+        offset += i64::try_from(length).map_err(|_| StatusError::Malformed)?;
+    }
+}
+
+/// Does the same with a text that comes in chunks of this size.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn numbers_of<const N: usize>(
+    text: &[u8],
+    lines: [(&str, usize); N],
+    chunk: usize,
+) -> Result<[Vec<u32>; N], StatusError> {
+    let mut scan = Scan::new(lines);
+    for chunk in text.chunks(chunk) {
+        if scan.feed(chunk)? {
+            break;
+        }
+    }
+    scan.finish()
+}
+
+/// Where a scan stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    /// In the name of a line.
+    Name,
+    /// In a wanted line, and perhaps in a number.
+    Numbers(usize, Option<u32>),
+    /// In another line.
+    Other,
+}
+
+struct Scan<'l, const N: usize> {
+    lines: [(&'l str, usize); N],
+    found: [Option<Vec<u32>>; N],
+    at: At,
+    name: Vec<u8>,
+}
+
+impl<'l, const N: usize> Scan<'l, N> {
+    fn new(lines: [(&'l str, usize); N]) -> Self {
+        Self { lines, found: [const { None }; N], at: At::Name, name: Vec::with_capacity(NAME_MAX) }
+    }
+
+    /// Reads a chunk. Returns whether all lines are complete.
+    fn feed(&mut self, mut bytes: &[u8]) -> Result<bool, StatusError> {
+        while let Some((&byte, rest)) = bytes.split_first() {
+            bytes = rest;
+            match self.at {
+                At::Other => {
+                    let end = std::iter::once(&byte).chain(rest).position(|byte| *byte == b'\n');
+                    let Some(end) = end else { return Ok(false) };
+                    (self.at, bytes) = (At::Name, &rest[end..]);
+                }
+                At::Name => self.at = self.name(byte),
+                At::Numbers(line, number) => {
+                    self.at = self.number(line, number, byte)?;
+                    if self.at == At::Name && self.found.iter().all(Option::is_some) {
+                        return Ok(true);
+                    }
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn name(&mut self, byte: u8) -> At {
+        match byte {
+            b'\n' => self.name.clear(),
+            b':' => {
+                let line = self.lines.iter().position(|(name, _)| name.as_bytes() == self.name);
+                let line = line.filter(|line| self.found[*line].is_none());
+                self.name.clear();
+                return line.map_or(At::Other, |line| {
+                    self.found[line] = Some(Vec::new());
+                    At::Numbers(line, None)
+                });
+            }
+            _ if self.name.len() < NAME_MAX => self.name.push(byte),
+            _ => {
+                self.name.clear();
+                return At::Other;
+            }
+        }
+        At::Name
+    }
+
+    fn number(&mut self, line: usize, number: Option<u32>, byte: u8) -> Result<At, StatusError> {
+        if byte.is_ascii_digit() {
+            let number = number.unwrap_or(0).checked_mul(10).and_then(|n| n.checked_add(u32::from(byte - b'0')));
+            return Ok(At::Numbers(line, Some(number.ok_or(StatusError::Malformed)?)));
+        }
+        if !matches!(byte, b' ' | b'\t' | b'\n') {
+            return Err(StatusError::Malformed);
+        }
+        if let (Some(number), Some(found)) = (number, &mut self.found[line]) {
+            if found.len() == self.lines[line].1 {
+                return Err(StatusError::TooMany);
+            }
+            found.push(number);
+        }
+        Ok(if byte == b'\n' { At::Name } else { At::Numbers(line, None) })
+    }
+
+    fn finish(self) -> Result<[Vec<u32>; N], StatusError> {
+        // Without its newline the last number may be incomplete.
+        if matches!(self.at, At::Numbers(..)) || self.found.iter().any(Option::is_none) {
+            return Err(StatusError::Malformed);
+        }
+        Ok(self.found.map(Option::unwrap_or_default))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "Name:\tUid:\\t0\nUmask:\t0022\nUid:\t1001\t1002\t1003\t1004\nGid:\t7\t8\t9\t10\n\
+                        Groups:\t44 4 44 \nNSpid:\t12\t1\nVmSize:\t 1 kB\n";
+
+    #[test]
+    fn lines_are_found_however_the_file_is_cut_and_wherever_they_stand() {
+        for chunk in [1, 2, 3, 7, 4096] {
+            let [uids, gids] = numbers_of(TEXT.as_bytes(), [("Uid", 4), ("Gid", 4)], chunk).unwrap();
+            assert_eq!((uids, gids), (vec![1001, 1002, 1003, 1004], vec![7, 8, 9, 10]));
+            let [pids, groups] = numbers_of(TEXT.as_bytes(), [("NSpid", 32), ("Groups", 3)], chunk).unwrap();
+            assert_eq!((pids, groups), (vec![12, 1], vec![44, 4, 44]));
+            assert_eq!(numbers_of(TEXT.as_bytes(), [("Groups", 2)], chunk), Err(StatusError::TooMany));
+            assert_eq!(numbers_of(TEXT.as_bytes(), [("Umask", 1)], chunk), Ok([vec![22]]));
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_no_number_is_an_error() {
+        for (text, line) in [
+            (TEXT, "PPid"),
+            (TEXT, "VmSize"),
+            ("Uid:\t1\t-1\n", "Uid"),
+            ("Uid:\t4294967296\n", "Uid"),
+            ("Uid:\t1", "Uid"),
+            ("", "Uid"),
+            ("Uid\n", "Uid"),
+        ] {
+            assert_eq!(numbers_of(text.as_bytes(), [(line, 4)], 4096), Err(StatusError::Malformed), "{text:?} {line}");
+        }
+        assert_eq!(numbers_of(b"Uid:\t4294967295\n", [("Uid", 1)], 3), Ok([vec![u32::MAX]]));
+        assert_eq!(numbers_of(b"Groups:\t\n", [("Groups", 1)], 3), Ok([vec![]]));
+    }
+
+    #[test]
+    fn nothing_is_read_after_what_was_asked_for() {
+        let text = format!("{TEXT}Uid:\tnonsense\n");
+        assert_eq!(numbers_of(text.as_bytes(), [("Uid", 4)], 4096), Ok([vec![1001, 1002, 1003, 1004]]));
+    }
+}

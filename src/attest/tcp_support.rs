@@ -1,0 +1,100 @@
+//! Whether callers over TCP can be told apart, looked at again when that may have changed: a kernel module is loaded or
+//! unloaded, a cgroup v1 controller is mounted. Nobody has to start the daemon again for that.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use tokio::time::Instant;
+
+use crate::attest::Unattested;
+use crate::attest::host::Host;
+use crate::attest::inet_diag::SockDiag;
+use crate::attest::kernel::{TcpUnsupported, no_sock_diag, try_tcp_of};
+use crate::attest::tcp::{SocketProof, TcpAttestor};
+use crate::caller::Refusal;
+use crate::limits::FairSemaphore;
+
+/// Between two tries, however often somebody asks.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// What attests callers over TCP in the daemon's own network namespace, while the kernel tells what that takes.
+#[derive(Debug)]
+pub(crate) struct TcpSupport {
+    host: Arc<Host>,
+    attestor: ArcSwapOption<TcpAttestor>,
+    tried: Mutex<Instant>,
+}
+
+impl TcpSupport {
+    /// Tries it, and says in the log what is missing.
+    pub(crate) fn new(host: Arc<Host>) -> Self {
+        let attestor = attestor(&host);
+        if let Err(error) = &attestor {
+            tracing::warn!("callers over TCP are refused (unsupported_kernel): {error}; {}", error.fix());
+        }
+        let attestor = ArcSwapOption::new(attestor.ok().map(Arc::new));
+        Self { host, attestor, tried: Mutex::new(Instant::now()) }
+    }
+
+    pub(crate) fn attestor(&self) -> Option<TcpAttestor> {
+        self.attestor.load().as_deref().cloned()
+    }
+
+    /// See [`TcpAttestor::look`].
+    pub(crate) async fn look(
+        &self,
+        addresses: (SocketAddr, SocketAddr),
+        on_wait: impl FnOnce(),
+    ) -> Result<SocketProof, Unattested> {
+        if self.attestor.load().is_none() {
+            self.try_again();
+        }
+        let Some(attestor) = self.attestor() else {
+            return Err(Refusal::Unsupported("over TCP; awsvid's log says at the start what is missing").into());
+        };
+        let found = attestor.look(addresses, on_wait).await;
+        // A socket that is not there, or has lost its cgroup: as it is for everybody, once the kernel tells no more.
+        let is_odd = match &found {
+            Err(unattested) => unattested.refusal == Refusal::Gone,
+            Ok(proof) => proof.is_in_root_cgroup(),
+        };
+        if is_odd {
+            self.try_again();
+        }
+        found
+    }
+
+    fn try_again(&self) {
+        let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
+        if tried.elapsed() < RETRY {
+            return;
+        }
+        *tried = Instant::now();
+        let before = self.attestor.load();
+        let result = match before.as_deref() {
+            Some(attestor) => attestor.works(),
+            None => attestor(&self.host).map(|attestor| self.attestor.store(Some(Arc::new(attestor)))),
+        };
+        match (result, before.is_some()) {
+            (Ok(()), false) => tracing::info!("callers over TCP are attested from now on"),
+            (Err(error), true) => {
+                let fix = error.fix();
+                tracing::warn!("callers over TCP are refused from now on (unsupported_kernel): {error}; {fix}");
+                self.attestor.store(None);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn attestor(host: &Arc<Host>) -> Result<TcpAttestor, TcpUnsupported> {
+    let cgroups = host.cgroups.clone().ok_or(TcpUnsupported::NoCgroups)?;
+    let diag = SockDiag::open_for_all_processors().map_err(no_sock_diag)?;
+    try_tcp_of(host, &diag)?;
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    // However many ask for them, half of the processors are for what is quickly done.
+    let searches = FairSemaphore::new(processors.div_ceil(2), 1);
+    Ok(TcpAttestor::new(host.clone(), diag, cgroups, searches))
+}

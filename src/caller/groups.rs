@@ -1,0 +1,111 @@
+//! Supplementary groups of a process, or a digest of them.
+
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+
+use super::Refusal;
+
+/// What a decision needs of a process's supplementary groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum GroupDetail {
+    /// Nothing: they are not read.
+    #[default]
+    None,
+    /// Whether they have changed, for an agent that attests the process and sees them.
+    Digest,
+    /// The list, for a rule that names a group.
+    List,
+}
+
+/// The supplementary groups of a process, at most [`Groups::MAX`].
+///
+/// Any local user can have 65,536 groups, by a user namespace with subordinate ids. The bound, and the digest where no rule
+/// names a group, keep callers with many groups from filling the daemon's memory (attack 27).
+#[derive(Clone)]
+pub struct Groups {
+    /// SHA-256 of the ascending list: two values are equal if the lists are.
+    digest: [u8; 32],
+    list: Option<Arc<[u32]>>,
+}
+
+impl Groups {
+    /// Where groups count, a caller with more is rejected. Active Directory allows a user 1,015 groups.
+    pub const MAX: usize = 1024;
+
+    /// Takes the groups in any order. Fails with [`Refusal::TooManyGroups`] if there are more than [`Self::MAX`].
+    pub fn new(mut groups: Vec<u32>, detail: GroupDetail) -> Result<Self, Refusal> {
+        if groups.len() > Self::MAX {
+            return Err(Refusal::TooManyGroups);
+        }
+        groups.sort_unstable();
+        groups.dedup();
+        let mut hash = Sha256::new();
+        groups.iter().for_each(|group| hash.update(group.to_le_bytes()));
+        let list = (detail == GroupDetail::List).then(|| groups.into());
+        Ok(Self { digest: hash.finalize().into(), list })
+    }
+
+    /// Returns them in ascending order; `None` if only the digest is known.
+    pub fn list(&self) -> Option<&[u32]> {
+        self.list.as_deref()
+    }
+
+    /// Returns whether `group` is among them; `None` if only the digest is known.
+    pub fn contains(&self, group: u32) -> Option<bool> {
+        self.list().map(|list| list.binary_search(&group).is_ok())
+    }
+}
+
+impl PartialEq for Groups {
+    fn eq(&self, other: &Self) -> bool {
+        self.digest == other.digest
+    }
+}
+
+impl Eq for Groups {}
+
+impl Hash for Groups {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.digest.hash(state);
+    }
+}
+
+impl fmt::Debug for Groups {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.list {
+            Some(list) => f.debug_tuple("Groups").field(list).finish(),
+            None => write!(f, "Groups({:02x?})", &self.digest[..4]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_equal_if_the_lists_are_whatever_is_kept_of_them() {
+        let groups = |list: &[u32], detail| Groups::new(list.to_vec(), detail).unwrap();
+        let listed = groups(&[44, 4, 44], GroupDetail::List);
+        assert_eq!(listed, groups(&[4, 44], GroupDetail::Digest));
+        for other in [&[4][..], &[44], &[4, 44, 45], &[], &[4, 45]] {
+            assert_ne!(listed, groups(other, GroupDetail::Digest), "{other:?}");
+        }
+        assert_eq!((listed.contains(4), listed.contains(5)), (Some(true), Some(false)));
+        assert_eq!(groups(&[4, 44], GroupDetail::Digest).contains(4), None);
+    }
+
+    #[test]
+    fn groups_have_a_bound() {
+        let most = u32::try_from(Groups::MAX).unwrap();
+        for detail in [GroupDetail::Digest, GroupDetail::List] {
+            Groups::new((0..most).collect(), detail).unwrap();
+            assert_eq!(Groups::new((0..=most).collect(), detail).unwrap_err(), Refusal::TooManyGroups);
+        }
+        // What is kept of the most that there can be where no rule names a group.
+        assert!(Groups::new((0..most).collect(), GroupDetail::Digest).unwrap().list.is_none());
+    }
+}

@@ -1,0 +1,100 @@
+//! How long a connection may last, and what is noted of its end.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use tokio::time::{Instant, timeout_at};
+
+use crate::attest::PodAttestor;
+use crate::limits::Exhausted;
+use crate::listen::{CONNECTION_LIFE, Open, Socket};
+use crate::metrics::{Metrics, Reason};
+
+/// Why a connection ended without a request.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Dropped {
+    /// Its workload has too many.
+    OverShare,
+    /// All together have too many, and no other workload has more than its own.
+    TooMany,
+    /// All together have too many, and its workload had the most.
+    Evicted,
+    /// The head did not come in time.
+    SlowHead,
+    /// What came is no head of HTTP/1, or too long a one.
+    BadRequest,
+    /// The client went away.
+    Closed,
+    /// The whole connection took too long.
+    TooSlow,
+}
+
+impl Dropped {
+    fn reason(self) -> &'static str {
+        match self {
+            Self::OverShare => "too_many_of_one",
+            Self::TooMany => "too_many",
+            Self::Evicted => "evicted",
+            Self::SlowHead => "slow_head",
+            Self::BadRequest => "bad_request",
+            Self::Closed => "closed",
+            Self::TooSlow => "too_slow",
+        }
+    }
+
+    /// Whether the client is told by a reset, which leaves no port waiting.
+    fn resets(self) -> bool {
+        matches!(self, Self::OverShare | Self::TooMany | Self::Evicted)
+    }
+}
+
+impl From<Exhausted> for Dropped {
+    fn from(exhausted: Exhausted) -> Self {
+        match exhausted {
+            Exhausted::Key => Self::OverShare,
+            Exhausted::Total => Self::TooMany,
+        }
+    }
+}
+
+/// The bounds of one connection, from its beginning to its end. They go with it from thread to thread.
+pub(super) struct ConnectionLife {
+    deadline: Instant,
+    descriptor: Arc<OwnedFd>,
+    /// In whose network namespace it is, if not in the host's.
+    pod: Option<Arc<PodAttestor>>,
+    metrics: Metrics,
+    _open: Open,
+}
+
+impl ConnectionLife {
+    /// Begins now.
+    pub(super) fn new(descriptor: Arc<OwnedFd>, pod: Option<Arc<PodAttestor>>, metrics: Metrics, open: Open) -> Self {
+        Self { deadline: Instant::now() + CONNECTION_LIFE, descriptor, pod, metrics, _open: open }
+    }
+
+    /// Runs a part of the connection. `None` if the connection ends with it; why, has been counted.
+    pub(super) async fn run<T>(&self, part: impl Future<Output = Result<T, Dropped>>) -> Option<T> {
+        let ended = tokio::select! {
+            biased;
+            ended = timeout_at(self.deadline, part) => ended.unwrap_or(Err(Dropped::TooSlow)),
+            () = self.pod_closed() => return None,
+        };
+        let dropped = match ended {
+            Ok(done) => return Some(done),
+            Err(dropped) => dropped,
+        };
+        if dropped.resets() {
+            Socket::reset_on_close(&self.descriptor);
+        }
+        self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
+        None
+    }
+
+    async fn pod_closed(&self) {
+        match &self.pod {
+            Some(pod) => pod.closed().await,
+            None => std::future::pending().await,
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! Names of roles: ARNs at AWS, any text at another STS.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::{InvalidName, SpiffeId, invalid, is_iam_character, is_segment_character};
+
+/// STS: `RoleArn` has 20 to 2048 characters.
+const LENGTH: std::ops::RangeInclusive<usize> = 20..=2048;
+/// IAM: the longest name of a role, without its path.
+const ROLE_NAME_MAX: usize = 64;
+
+/// The name of a role to assume, as the parameter `RoleArn` has it.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct RoleArn(Arc<str>);
+
+impl RoleArn {
+    /// Parses the ARN of a role at AWS, `arn:<partition>:iam::<12 digits>:role/<name>`, in any of its partitions.
+    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+        if !LENGTH.contains(&text.len()) {
+            return invalid(format!("a role ARN has 20 to 2048 characters, this one {}", text.len()));
+        }
+        if !is_printable(text) {
+            return invalid("a role ARN has no spaces and no characters outside ASCII");
+        }
+        let parts: Vec<&str> = text.splitn(6, ':').collect();
+        let [arn, partition, service, region, account, resource] = parts[..] else {
+            return invalid("a role ARN has six parts, as in arn:aws:iam::123456789012:role/billing");
+        };
+        let name = resource.strip_prefix("role/").unwrap_or_default();
+        if arn != "arn" || partition.is_empty() || service.is_empty() || name.is_empty() {
+            return invalid("it is not of the form arn:aws:iam::123456789012:role/billing");
+        }
+        if !partition.starts_with("aws") {
+            return invalid(format!("AWS has no roles in a partition `{partition}`"));
+        }
+        let is_account = account.len() == 12 && account.bytes().all(|c| c.is_ascii_digit());
+        if service != "iam" || !region.is_empty() || !is_account {
+            return invalid("an AWS role's ARN is arn:aws:iam::<12 digits>:role/<name>");
+        }
+        if !is_aws_role_name(name.rsplit('/').next().unwrap_or_default()) {
+            return invalid("an AWS role's name has 1 to 64 of the characters A-Z a-z 0-9 _ + = , . @ -");
+        }
+        Ok(Self(Arc::from(text)))
+    }
+
+    /// Takes the name of a role at an STS that is not AWS's as it stands. It has 1 to 2048 printable ASCII characters and no space,
+    /// so that logs and audit records show it unchanged.
+    pub fn opaque(text: &str) -> Result<Self, InvalidName> {
+        if text.is_empty() || text.len() > *LENGTH.end() {
+            return invalid(format!(
+                "the name of a role has 1 to {} characters, this one {}",
+                LENGTH.end(),
+                text.len()
+            ));
+        }
+        if !is_printable(text) {
+            return invalid("the name of a role has no spaces and no characters outside ASCII");
+        }
+        Ok(Self(Arc::from(text)))
+    }
+
+    /// The whole name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The number of the AWS account; `None` if this is not the ARN of a role at AWS.
+    pub fn account(&self) -> Option<&str> {
+        self.is_aws().then(|| self.0.split(':').nth(4)).flatten()
+    }
+
+    /// The AWS partition; `None` if this is not the ARN of a role at AWS.
+    pub fn partition(&self) -> Option<&str> {
+        self.is_aws().then(|| self.0.split(':').nth(1)).flatten()
+    }
+
+    /// Whether this is the ARN of a role at AWS, in any of its partitions. The STS that has it may be another one.
+    pub fn is_aws(&self) -> bool {
+        Self::parse(&self.0).is_ok()
+    }
+}
+
+fn is_printable(text: &str) -> bool {
+    text.bytes().all(|c| c.is_ascii_graphic())
+}
+
+fn is_aws_role_name(name: &str) -> bool {
+    (1..=ROLE_NAME_MAX).contains(&name.len()) && name.bytes().all(is_iam_character)
+}
+
+impl fmt::Display for RoleArn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The name of a role in which `{path[N]}` stands for the Nth segment (from 0) of the caller's SPIFFE ID.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct ArnTemplate {
+    text: String,
+    shape: Shape,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum Shape {
+    /// The same name for every ID.
+    Fixed(RoleArn),
+    /// Texts and segments alternate; the first and the last piece are texts.
+    Pieces(Vec<Piece>, Names),
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum Piece {
+    Text(String),
+    Segment(usize),
+}
+
+/// Which names a template may give.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Names {
+    Aws,
+    Opaque,
+}
+
+impl Names {
+    fn parse(self, text: &str) -> Result<RoleArn, InvalidName> {
+        match self {
+            Self::Aws => RoleArn::parse(text),
+            Self::Opaque => RoleArn::opaque(text),
+        }
+    }
+}
+
+impl ArnTemplate {
+    /// Parses a template for roles at AWS; one without `{path[N]}` has to be a role's ARN as it stands.
+    ///
+    /// SPIFFE IDs that differ in these segments never give the same ARN: two placeholders need a character between them that no
+    /// segment can have (attack 36).
+    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+        let template = Self::read(text, Names::Aws)?;
+        match &template.shape {
+            Shape::Pieces(pieces, _) if !matches!(&pieces[0], Piece::Text(before) if before.contains(":role/")) => {
+                invalid("a {path[N]} can only stand behind `role/`")
+            }
+            _ => Ok(template),
+        }
+    }
+
+    /// Parses a template for roles at an STS that is not AWS's, whose names are taken as they stand.
+    pub fn opaque(text: &str) -> Result<Self, InvalidName> {
+        Self::read(text, Names::Opaque)
+    }
+
+    fn read(text: &str, names: Names) -> Result<Self, InvalidName> {
+        let pieces = pieces(text)?;
+        check_separators(&pieces)?;
+        // The shape must be right for every segment.
+        let arn = names.parse(&fill(&pieces, |_| Some("x")).unwrap_or_default())?;
+        let shape = if pieces.len() == 1 { Shape::Fixed(arn) } else { Shape::Pieces(pieces, names) };
+        Ok(Self { text: text.to_owned(), shape })
+    }
+
+    /// This name for every ID: whatever is in it stands for itself, braces too.
+    pub fn fixed(arn: &RoleArn) -> Self {
+        Self { text: arn.as_str().to_owned(), shape: Shape::Fixed(arn.clone()) }
+    }
+
+    /// The name for this ID; `None` where a segment is missing or the result is too long.
+    pub fn render(&self, id: &SpiffeId) -> Option<RoleArn> {
+        match &self.shape {
+            Shape::Fixed(arn) => Some(arn.clone()),
+            Shape::Pieces(pieces, names) => names.parse(&fill(pieces, |index| id.segments().nth(index))?).ok(),
+        }
+    }
+
+    /// Returns the segments that the name refers to, by their index from 0, in the name's order.
+    pub fn segments(&self) -> Vec<usize> {
+        let Shape::Pieces(pieces, _) = &self.shape else { return Vec::new() };
+        let index = |piece: &Piece| match piece {
+            Piece::Segment(index) => Some(*index),
+            Piece::Text(_) => None,
+        };
+        pieces.iter().filter_map(index).collect()
+    }
+
+    /// The highest segment that is referred to, if any is.
+    pub fn highest_segment(&self) -> Option<usize> {
+        self.segments().into_iter().max()
+    }
+
+    /// As it was written.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+}
+
+/// Returns `None` if `segment` has none of an index.
+fn fill<'a>(pieces: &'a [Piece], segment: impl Fn(usize) -> Option<&'a str>) -> Option<String> {
+    let text = |piece: &'a Piece| match piece {
+        Piece::Text(text) => Some(text.as_str()),
+        Piece::Segment(index) => segment(*index),
+    };
+    pieces.iter().map(text).collect()
+}
+
+fn pieces(text: &str) -> Result<Vec<Piece>, InvalidName> {
+    let mut pieces = Vec::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('{') {
+        let Some((name, behind)) = after.split_once('}') else {
+            return invalid("a `{` is not closed");
+        };
+        let digits = name.strip_prefix("path[").and_then(|rest| rest.strip_suffix(']'));
+        // `parse` would also take a sign.
+        let digits = digits.filter(|digits| digits.bytes().all(|c| c.is_ascii_digit()));
+        let Some(index) = digits.and_then(|digits| digits.parse().ok()) else {
+            return invalid(format!(
+                "`{{{name}}}` is not known; {{path[0]}} stands for the first segment of the SPIFFE ID's path"
+            ));
+        };
+        pieces.extend([Piece::Text(before.to_owned()), Piece::Segment(index)]);
+        rest = behind;
+    }
+    pieces.push(Piece::Text(rest.to_owned()));
+    Ok(pieces)
+}
+
+/// `{path[1]}-{path[3]}` gives one name for `shop-prod/billing` and `shop/prod-billing` (attack 36).
+fn check_separators(pieces: &[Piece]) -> Result<(), InvalidName> {
+    for between in pieces.windows(3) {
+        let [Piece::Segment(one), Piece::Text(text), Piece::Segment(other)] = between else { continue };
+        if text.bytes().all(is_segment_character) {
+            return invalid(format!(
+                "two SPIFFE IDs could give one role, since a path segment can hold everything that stands between \
+                 {{path[{one}]}} and {{path[{other}]}}; put a `=`, `+`, `,`, `@` or `/` between them"
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,359 @@
+//! One limit for all, with a share for each key, and fair where the limit of all is reached.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, oneshot};
+use tokio::time::timeout;
+
+use super::FairKey;
+
+/// The longest wait of [`FairSemaphore::acquire`]. A token has at least 30 s of life when its exchange begins to wait.
+pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Gives out `total` permits, at most `per_key` of them to one key. Cheap to clone.
+///
+/// A permit that is given back goes to a waiter whose group holds the fewest, the longest waiting of these. Where more
+/// wait than may, the newest waiter of the group with the most waiters gives way.
+#[derive(Debug)]
+pub struct FairSemaphore<K: FairKey>(Arc<Inner<K>>);
+
+/// Why there is no permit now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exhausted {
+    /// This key has as many as it may.
+    Key,
+    /// All permits are out, and no other key has more of them.
+    Total,
+}
+
+/// A permit, given back when it is dropped.
+#[derive(Debug)]
+pub struct FairPermit<K: FairKey> {
+    limit: Arc<Inner<K>>,
+    key: K,
+    id: u64,
+    /// Whether it has been taken out of the number of all permits already.
+    released: AtomicBool,
+    eviction: Option<Arc<Notify>>,
+}
+
+#[derive(Debug)]
+struct Inner<K: FairKey> {
+    total: usize,
+    per_key: usize,
+    max_waiting: usize,
+    state: Mutex<State<K>>,
+}
+
+#[derive(Debug)]
+struct State<K: FairKey> {
+    next_id: u64,
+    /// Permits that count towards the number of all.
+    held: usize,
+    keys: HashMap<K, usize>,
+    groups: HashMap<K::Group, usize>,
+    /// By age.
+    waiting: BTreeMap<u64, Waiter<K>>,
+    waiting_of: HashMap<K::Group, usize>,
+    /// Permits that give way where others have none, by age.
+    evictable: BTreeMap<u64, Evictable<K>>,
+}
+
+#[derive(Debug)]
+struct Waiter<K: FairKey> {
+    key: K,
+    granted: oneshot::Sender<FairPermit<K>>,
+}
+
+#[derive(Debug)]
+struct Evictable<K: FairKey> {
+    key: K,
+    idle: bool,
+    notify: Arc<Notify>,
+}
+
+/// Takes a waiter out of the queue that stops waiting.
+struct WaitGuard<'l, K: FairKey> {
+    limit: &'l Inner<K>,
+    id: u64,
+}
+
+impl<K: FairKey> Clone for FairSemaphore<K> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<K: FairKey> FairSemaphore<K> {
+    /// `total` permits, `per_key` for one key; neither is less than one. Any number may wait.
+    pub fn new(total: usize, per_key: usize) -> Self {
+        Self::with_waiting(total, per_key, usize::MAX)
+    }
+
+    /// The same, where at most `max_waiting` wait for a permit.
+    pub fn with_waiting(total: usize, per_key: usize, max_waiting: usize) -> Self {
+        let state = State {
+            next_id: 0,
+            held: 0,
+            keys: HashMap::new(),
+            groups: HashMap::new(),
+            waiting: BTreeMap::new(),
+            waiting_of: HashMap::new(),
+            evictable: BTreeMap::new(),
+        };
+        let (total, per_key) = (total.max(1), per_key.max(1));
+        Self(Arc::new(Inner { total, per_key, max_waiting, state: Mutex::new(state) }))
+    }
+
+    /// Waits for a permit, at most for [`ACQUIRE_TIMEOUT`].
+    pub async fn acquire(&self, key: &K) -> Option<FairPermit<K>> {
+        self.acquire_within(ACQUIRE_TIMEOUT, key).await
+    }
+
+    /// Waits for a permit, at most for `patience`; `None` also where too many wait, and this key's group has the most of
+    /// them.
+    pub async fn acquire_within(&self, patience: Duration, key: &K) -> Option<FairPermit<K>> {
+        let (granted, guard) = match self.0.acquire_or_wait(key) {
+            Ok(permit) => return Some(permit),
+            Err(None) => return None,
+            Err(Some((granted, id))) => (granted, WaitGuard { limit: &self.0, id }),
+        };
+        let permit = timeout(patience, granted).await;
+        drop(guard);
+        permit.ok()?.ok()
+    }
+
+    /// A permit, if there is one now.
+    pub fn try_acquire(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
+        let mut state = self.0.state();
+        self.0.check_key(&state, key)?;
+        if state.held >= self.0.total {
+            return Err(Exhausted::Total);
+        }
+        Ok(self.0.grant(&mut state, key, None))
+    }
+
+    /// A permit in any case, which may have to give way ([`FairPermit::evicted`]). Where this key has as many as it may, its
+    /// oldest gives way; where all are out, one as in [`FairSemaphore::try_acquire_evicting`], else its own oldest.
+    pub fn admit(&self, key: &K) -> FairPermit<K> {
+        let mut state = self.0.state();
+        let is_key_full = self.0.check_key(&state, key).is_err();
+        if is_key_full || (state.held >= self.0.total && !state.evict_for(key)) {
+            state.evict_oldest(key);
+        }
+        self.0.grant(&mut state, key, Some(Arc::new(Notify::new())))
+    }
+
+    /// A permit that may have to give way ([`FairPermit::evicted`]). Where all are out, a permit is taken from the group
+    /// that has the most of them, and in it from the key that has: the oldest that is idle, else the newest.
+    pub fn try_acquire_evicting(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
+        let mut state = self.0.state();
+        self.0.check_key(&state, key)?;
+        if state.held >= self.0.total && !state.evict_for(key) {
+            return Err(Exhausted::Total);
+        }
+        Ok(self.0.grant(&mut state, key, Some(Arc::new(Notify::new()))))
+    }
+}
+
+impl<K: FairKey> Inner<K> {
+    fn state(&self) -> MutexGuard<'_, State<K>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_key(&self, state: &State<K>, key: &K) -> Result<(), Exhausted> {
+        if count(&state.keys, key) < self.per_key { Ok(()) } else { Err(Exhausted::Key) }
+    }
+
+    fn grant(self: &Arc<Self>, state: &mut State<K>, key: &K, eviction: Option<Arc<Notify>>) -> FairPermit<K> {
+        let id = state.next_id();
+        state.held += 1;
+        *state.keys.entry(key.clone()).or_default() += 1;
+        *state.groups.entry(key.group()).or_default() += 1;
+        if let Some(notify) = eviction.clone() {
+            state.evictable.insert(id, Evictable { key: key.clone(), idle: true, notify });
+        }
+        FairPermit { limit: self.clone(), key: key.clone(), id, released: AtomicBool::new(false), eviction }
+    }
+
+    /// A permit, or a place in the queue; `None` if there is no room in it for this key.
+    #[expect(clippy::type_complexity, reason = "used once, right above")]
+    fn acquire_or_wait(
+        self: &Arc<Self>,
+        key: &K,
+    ) -> Result<FairPermit<K>, Option<(oneshot::Receiver<FairPermit<K>>, u64)>> {
+        let mut state = self.state();
+        let is_free = state.held < self.total && self.check_key(&state, key).is_ok();
+        if is_free {
+            return Ok(self.grant(&mut state, key, None));
+        }
+        if state.waiting.len() >= self.max_waiting && !state.drop_waiter_for(&key.group()) {
+            return Err(None);
+        }
+        let (granted, receiver) = oneshot::channel();
+        let id = state.next_id();
+        *state.waiting_of.entry(key.group()).or_default() += 1;
+        state.waiting.insert(id, Waiter { key: key.clone(), granted });
+        Err(Some((receiver, id)))
+    }
+
+    /// Gives free permits to waiters.
+    fn hand_on(self: &Arc<Self>, mut state: MutexGuard<'_, State<K>>) {
+        let mut unclaimed = Vec::new();
+        while state.held < self.total {
+            let Some(waiter) = state.next_waiter(self.per_key) else { break };
+            let permit = self.grant(&mut state, &waiter.key, None);
+            // One that has stopped waiting: its permit is given back below, outside the lock that this takes.
+            unclaimed.extend(waiter.granted.send(permit).err());
+        }
+        drop(state);
+        drop(unclaimed);
+    }
+}
+
+impl<K: FairKey> State<K> {
+    fn next_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn release(&mut self, id: u64, key: &K) {
+        self.held -= 1;
+        decrement(&mut self.groups, &key.group());
+        self.evictable.remove(&id);
+    }
+
+    /// Of those who may have a permit now, the one whose group holds the fewest, the longest waiting of these.
+    fn next_waiter(&mut self, per_key: usize) -> Option<Waiter<K>> {
+        let mut best: Option<(usize, u64)> = None;
+        for (id, waiter) in &self.waiting {
+            if count(&self.keys, &waiter.key) >= per_key {
+                continue;
+            }
+            let held = count(&self.groups, &waiter.key.group());
+            if best.is_none_or(|(fewest, _)| held < fewest) {
+                best = Some((held, *id));
+            }
+            if held == 0 {
+                break;
+            }
+        }
+        best.and_then(|(_, id)| self.remove_waiter(id))
+    }
+
+    fn remove_waiter(&mut self, id: u64) -> Option<Waiter<K>> {
+        let waiter = self.waiting.remove(&id)?;
+        decrement(&mut self.waiting_of, &waiter.key.group());
+        Some(waiter)
+    }
+
+    /// Makes room in the queue for one of `group`: the newest of the group that has the most there stops waiting. `false` if
+    /// that is this group.
+    fn drop_waiter_for(&mut self, group: &K::Group) -> bool {
+        let own = count(&self.waiting_of, group);
+        let most = self.waiting_of.iter().max_by_key(|(_, waiting)| **waiting);
+        let Some((most, _)) = most.filter(|(_, waiting)| **waiting > own) else { return false };
+        let newest = self.waiting.iter().rev().find(|(_, waiter)| waiter.key.group() == *most).map(|(id, _)| *id);
+        newest.and_then(|id| self.remove_waiter(id)).is_some()
+    }
+
+    /// Takes a permit from the group that has the most of them, and in it from the key that has, if `key` has fewer.
+    fn evict_for(&mut self, key: &K) -> bool {
+        let (own_group, own) = (key.group(), count(&self.keys, key));
+        let Some((group, most)) = self.groups.iter().max_by_key(|(_, held)| **held) else { return false };
+        let is_own = count(&self.groups, &own_group) >= *most;
+        let group = if is_own { &own_group } else { group };
+        let of_group = self.keys.iter().filter(|(key, _)| key.group() == *group);
+        let most = of_group.max_by_key(|(_, held)| **held).filter(|(_, held)| !is_own || **held > own);
+        let Some((most, _)) = most else { return false };
+        let of_most = || self.evictable.iter().filter(|(_, one)| one.key == *most);
+        let victim = of_most().find(|(_, one)| one.idle).or_else(|| of_most().next_back());
+        victim.map(|(id, _)| *id).is_some_and(|id| self.evict(id))
+    }
+
+    fn evict_oldest(&mut self, key: &K) {
+        let oldest = self.evictable.iter().find(|(_, one)| one.key == *key).map(|(id, _)| *id);
+        if let Some(id) = oldest {
+            self.evict(id);
+        }
+    }
+
+    fn evict(&mut self, id: u64) -> bool {
+        let Some(victim) = self.evictable.remove(&id) else { return false };
+        decrement(&mut self.keys, &victim.key);
+        self.release(id, &victim.key);
+        victim.notify.notify_one();
+        true
+    }
+}
+
+impl<K: FairKey> FairPermit<K> {
+    /// Whose it is.
+    pub fn key(&self) -> &K {
+        &self.key
+    }
+
+    /// Resolves when this permit has to give way to another key's. It counts no more by then.
+    pub async fn evicted(&self) {
+        match &self.eviction {
+            Some(notify) => notify.notified().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Of permits of one key, those that are in use give way last.
+    pub fn set_in_use(&self) {
+        if let Some(one) = self.limit.state().evictable.get_mut(&self.id) {
+            one.idle = false;
+        }
+    }
+
+    /// Gives the permit back to all others, for work that does not come to an end. It still counts for its key.
+    pub fn detach(&self) {
+        let mut state = self.limit.state();
+        if !self.released.swap(true, Ordering::Relaxed) {
+            state.release(self.id, &self.key);
+            self.limit.hand_on(state);
+        }
+    }
+}
+
+impl<K: FairKey> Drop for FairPermit<K> {
+    fn drop(&mut self) {
+        let mut state = self.limit.state();
+        // An evicted one counts no more.
+        let evicted = self.eviction.is_some() && !state.evictable.contains_key(&self.id);
+        if !evicted {
+            decrement(&mut state.keys, &self.key);
+            if !self.released.load(Ordering::Relaxed) {
+                state.release(self.id, &self.key);
+            }
+        }
+        self.limit.hand_on(state);
+    }
+}
+
+impl<K: FairKey> Drop for WaitGuard<'_, K> {
+    fn drop(&mut self) {
+        self.limit.state().remove_waiter(self.id);
+    }
+}
+
+fn count<T: std::hash::Hash + Eq>(counts: &HashMap<T, usize>, of: &T) -> usize {
+    counts.get(of).copied().unwrap_or_default()
+}
+
+fn decrement<T: std::hash::Hash + Eq>(counts: &mut HashMap<T, usize>, of: &T) {
+    if let Some(count) = counts.get_mut(of) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(of);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

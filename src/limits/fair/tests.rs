@@ -1,0 +1,209 @@
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::*;
+use crate::identity::SpiffeId;
+
+fn id(name: &str) -> SpiffeId {
+    SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap()
+}
+
+/// A key of a person who may have several.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key(&'static str, u32);
+
+impl FairKey for Key {
+    type Group = &'static str;
+
+    fn group(&self) -> &'static str {
+        self.0
+    }
+}
+
+fn is_empty<K: FairKey>(limit: &FairSemaphore<K>) -> bool {
+    let state = limit.0.state();
+    state.keys.is_empty()
+        && state.groups.is_empty()
+        && state.waiting.is_empty()
+        && state.waiting_of.is_empty()
+        && state.evictable.is_empty()
+        && state.held == 0
+}
+
+#[tokio::test(start_paused = true)]
+async fn semaphore_leaves_each_key_its_share() {
+    let limit = FairSemaphore::new(4, 3);
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        held.push(limit.acquire(&id("greedy")).await.unwrap());
+    }
+    assert_eq!(limit.try_acquire(&id("greedy")).unwrap_err(), Exhausted::Key);
+    let waiting: Vec<_> = (0..100)
+        .map(|_| {
+            let limit = limit.clone();
+            tokio::spawn(async move { limit.acquire(&id("greedy")).await.is_some() })
+        })
+        .collect();
+    tokio::task::yield_now().await;
+    // No time passes: the hundred that wait are in nobody's way.
+    let start = Instant::now();
+    for name in ["a", "b", "c"] {
+        drop(limit.acquire(&id(name)).await.unwrap());
+    }
+    assert_eq!(start.elapsed(), Duration::ZERO);
+    for waiting in waiting {
+        assert!(!waiting.await.unwrap(), "its own permits were all out");
+    }
+    assert_eq!(start.elapsed(), ACQUIRE_TIMEOUT);
+    drop(held);
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn released_permit_goes_to_the_group_that_holds_the_fewest() {
+    let limit = FairSemaphore::new(2, 1);
+    let held = [limit.acquire(&Key("many", 1)).await.unwrap(), limit.acquire(&Key("many", 2)).await.unwrap()];
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let mut tasks = Vec::new();
+    for key in [Key("many", 3), Key("many", 4), Key("many", 5), Key("one", 1), Key("many", 6)] {
+        let (limit, order) = (limit.clone(), order.clone());
+        tasks.push(tokio::spawn(async move {
+            let permit = limit.acquire(&key).await.unwrap();
+            order.lock().unwrap().push(key);
+            tokio::task::yield_now().await;
+            drop(permit);
+        }));
+        tokio::task::yield_now().await;
+    }
+    let [first, second] = held;
+    drop(first);
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    drop(second);
+    for task in tasks {
+        task.await.unwrap();
+    }
+    // However many keys one person has, and however long they have waited.
+    assert_eq!(order.lock().unwrap()[0], Key("one", 1));
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiter_that_gives_up_leaves_nothing_behind() {
+    let limit = FairSemaphore::new(1, 1);
+    let held = limit.acquire(&id("a")).await.unwrap();
+    assert!(limit.acquire(&id("a")).await.is_none());
+    assert!(limit.acquire(&id("b")).await.is_none());
+    drop(held);
+    assert!(limit.try_acquire(&id("b")).is_ok());
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn full_queue_drops_a_waiter_of_the_group_that_has_the_most() {
+    let limit = FairSemaphore::with_waiting(1, 1, 4);
+    let held = limit.acquire(&Key("holder", 0)).await.unwrap();
+    let wait = |key: Key| {
+        let limit = limit.clone();
+        tokio::spawn(async move { limit.acquire(&key).await.is_some() })
+    };
+    let greedy: Vec<_> = (0..4).map(|uid| wait(Key("greedy", uid))).collect();
+    tokio::task::yield_now().await;
+    // The greedy group has the most, so it finds no room ...
+    assert!(limit.acquire(&Key("greedy", 9)).await.is_none());
+    // ... and its newest gives way to others.
+    let modest = [wait(Key("a", 1)), wait(Key("b", 1))];
+    tokio::task::yield_now().await;
+    drop(held);
+    let mut answers = Vec::new();
+    for task in greedy.into_iter().chain(modest) {
+        answers.push(task.await.unwrap());
+    }
+    assert_eq!(answers, [true, true, false, false, true, true]);
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn eviction_takes_the_oldest_idle_permit_of_whoever_has_the_most() {
+    let limit = FairSemaphore::new(4, 4);
+    let greedy: Vec<_> = (0..4).map(|uid| limit.try_acquire_evicting(&Key("greedy", uid % 2)).unwrap()).collect();
+    greedy[0].set_in_use();
+    assert_eq!(limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(), Exhausted::Total);
+    let modest = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
+    // Of the two keys of that group either has two; one of them has an idle permit that is the oldest.
+    assert_eq!(greedy.iter().filter(|permit| is_evicted(permit)).count(), 1);
+    assert!(!is_evicted(&greedy[0]) && !is_evicted(&modest));
+    let second = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
+    // Two against two: nobody has more than the other any longer.
+    assert_eq!(limit.try_acquire_evicting(&Key("modest", 1)).unwrap_err(), Exhausted::Total);
+    assert_eq!(limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(), Exhausted::Total);
+    let third = limit.try_acquire_evicting(&Key("third", 1)).unwrap();
+    drop((greedy, modest, second, third));
+    assert!(is_empty(&limit));
+}
+
+fn is_evicted<K: FairKey>(permit: &FairPermit<K>) -> bool {
+    matches!(futures_poll(std::pin::pin!(permit.evicted())), std::task::Poll::Ready(()))
+}
+
+#[tokio::test]
+async fn admission_takes_the_oldest_of_the_same_key_at_its_limit() {
+    let limit = FairSemaphore::new(10, 3);
+    let other = limit.admit(&id("other"));
+    let flood: Vec<_> = (0..100).map(|_| limit.admit(&id("flood"))).collect();
+    let evicted: Vec<bool> = flood.iter().map(is_evicted).collect();
+    assert!(evicted[..97].iter().all(|evicted| *evicted) && evicted[97..].iter().all(|evicted| !evicted));
+    assert!(!is_evicted(&other));
+    drop((flood, other));
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test]
+async fn admission_takes_the_oldest_of_whoever_has_the_most() {
+    let limit = FairSemaphore::new(6, 3);
+    let one = limit.admit(&id("one"));
+    let most: Vec<_> = (0..3).map(|_| limit.admit(&id("most"))).collect();
+    let two = [limit.admit(&id("two")), limit.admit(&id("two"))];
+    let next = limit.admit(&id("next"));
+    assert!(is_evicted(&most[0]) && ![&one, &two[0], &two[1], &next, &most[1]].into_iter().any(is_evicted));
+    // All have one or two now, and it is one of those that have two.
+    let last = limit.admit(&id("last"));
+    let evicted = [&most[1], &two[0]].into_iter().filter(|permit| is_evicted(permit)).count();
+    assert_eq!((evicted, is_evicted(&one), is_evicted(&next), is_evicted(&last)), (1, false, false, false));
+    drop((one, most, two, next, last));
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn permit_in_use_gives_way_where_none_is_idle() {
+    let limit = FairSemaphore::new(2, 2);
+    let held = [1, 2].map(|_| {
+        let permit = limit.try_acquire_evicting(&id("greedy")).unwrap();
+        permit.set_in_use();
+        permit
+    });
+    let modest = limit.try_acquire_evicting(&id("modest")).unwrap();
+    held[1].evicted().await;
+    drop((held, modest));
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn detached_permit_counts_for_its_key_alone() {
+    let limit = FairSemaphore::new(1, 1);
+    let stuck = limit.acquire(&id("stuck")).await.unwrap();
+    assert!(limit.try_acquire(&id("other")).is_err());
+    stuck.detach();
+    stuck.detach();
+    let other = limit.try_acquire(&id("other")).unwrap();
+    assert_eq!(limit.try_acquire(&id("stuck")).unwrap_err(), Exhausted::Key);
+    assert_eq!(limit.try_acquire(&id("third")).unwrap_err(), Exhausted::Total);
+    drop((stuck, other));
+    assert!(is_empty(&limit));
+}
+
+fn futures_poll<F: Future<Output = ()>>(future: std::pin::Pin<&mut F>) -> std::task::Poll<()> {
+    future.poll(&mut std::task::Context::from_waker(std::task::Waker::noop()))
+}

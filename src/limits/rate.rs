@@ -1,0 +1,97 @@
+//! Rates: a burst, and after that so many in a time.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::identity::SpiffeId;
+
+/// A bucket that fills again with time.
+///
+/// It remembers only the moment at which it will be full again.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TokenBucket(Option<Instant>);
+
+impl TokenBucket {
+    /// Takes one of `burst`, of which one comes back each `every`; `false` if there is none.
+    pub fn take(&mut self, burst: u32, every: Duration) -> bool {
+        let now = Instant::now();
+        let full_again = self.0.map_or(now, |at| at.max(now)) + every;
+        let room = full_again.duration_since(now) <= every * burst;
+        if room {
+            self.0 = Some(full_again);
+        }
+        room
+    }
+
+    fn is_full(&self) -> bool {
+        self.0.is_none_or(|at| at <= Instant::now())
+    }
+}
+
+/// A [`TokenBucket`] for each SPIFFE ID.
+#[derive(Debug)]
+pub struct KeyedRateLimiter {
+    burst: u32,
+    every: Duration,
+    buckets: Mutex<HashMap<SpiffeId, TokenBucket>>,
+}
+
+/// Below this many there is nothing to tidy up.
+const MAX_BUCKETS: usize = 1024;
+
+impl KeyedRateLimiter {
+    /// `burst` at once, and after that one each `every`.
+    pub fn new(burst: u32, every: Duration) -> Self {
+        Self { burst, every, buckets: Mutex::default() }
+    }
+
+    /// Takes one; `false` if `owner` has used up its own.
+    pub fn take(&self, owner: &SpiffeId) -> bool {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        // A full bucket is as good as none. The table grows by its own size between two looks at all of it.
+        if buckets.len() >= MAX_BUCKETS && buckets.len() == buckets.capacity() {
+            buckets.retain(|_, bucket| !bucket.is_full());
+        }
+        buckets.entry(owner.clone()).or_default().take(self.burst, self.every)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    fn id(name: &str) -> SpiffeId {
+        SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn limiter_refills_with_time_and_for_each_key() {
+        let limiter = KeyedRateLimiter::new(3, Duration::from_secs(10));
+        let taken = (0..5).filter(|_| limiter.take(&id("a"))).count();
+        assert_eq!(taken, 3);
+        assert!(limiter.take(&id("b")));
+        advance(Duration::from_secs(9)).await;
+        assert!(!limiter.take(&id("a")));
+        advance(Duration::from_secs(1)).await;
+        assert!(limiter.take(&id("a")));
+        assert!(!limiter.take(&id("a")));
+        advance(Duration::from_secs(1000)).await;
+        assert_eq!((0..5).filter(|_| limiter.take(&id("a"))).count(), 3, "never more than the burst");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn limiter_forgets_full_buckets() {
+        let limiter = KeyedRateLimiter::new(1, Duration::from_secs(1));
+        for number in 0..100_000 {
+            limiter.take(&id(&number.to_string()));
+            advance(Duration::from_millis(1)).await;
+        }
+        let size = limiter.buckets.lock().unwrap().capacity();
+        assert!(size < 10_000, "{size} for 1,000 that are not full");
+    }
+}

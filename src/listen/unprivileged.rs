@@ -1,0 +1,62 @@
+//! Ports that any user may bind. A process that takes the endpoint's port while awsvid does not have it can answer with
+//! credentials of another account (attack 9).
+
+use std::fs;
+use std::net::SocketAddr;
+
+/// Where the kernel has no other value: `PROT_SOCK` of ip(7).
+const DEFAULT: u16 = 1024;
+/// Of the calling thread's network namespace; for IPv6, too.
+const SETTING: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
+
+/// The first port that a process without `CAP_NET_BIND_SERVICE` may bind in the calling thread's network namespace.
+pub fn first_unprivileged_port() -> u16 {
+    let value = fs::read_to_string(SETTING).ok().and_then(|text| text.trim().parse::<u32>().ok());
+    // 65536 leaves none.
+    value.map_or(DEFAULT, |value| u16::try_from(value).unwrap_or(u16::MAX))
+}
+
+/// The ports that any user may bind by this setting, and not by the kernel's default. The configuration's reader warns of ports
+/// above the default.
+pub fn unguarded(addresses: &[SocketAddr], first_unprivileged: u16) -> Vec<u16> {
+    let mut ports: Vec<u16> = addresses.iter().map(SocketAddr::port).collect();
+    ports.retain(|port| (first_unprivileged..DEFAULT).contains(port));
+    ports.sort_unstable();
+    ports.dedup();
+    ports
+}
+
+/// Warns of them in the daemon's own network namespace.
+pub fn warn_of_unguarded(addresses: &[SocketAddr]) {
+    let first = first_unprivileged_port();
+    let ports = unguarded(addresses, first);
+    if !ports.is_empty() {
+        tracing::warn!(
+            ?ports,
+            "any user of this machine can bind a port of awsvid's while it is free, and answer with credentials of another account: \
+             net.ipv4.ip_unprivileged_port_start is {first}; set it to 1024 by sysctl"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_value_decides_below_its_default() {
+        let addresses: Vec<SocketAddr> =
+            ["127.0.0.1:974", "[::1]:974", "127.0.0.1:80", "127.0.0.1:8080"].map(|text| text.parse().unwrap()).into();
+        for (first, expected) in [
+            (1024, &[][..]),
+            (975, &[]),
+            (974, &[974]),
+            (81, &[974]),
+            (80, &[80, 974]),
+            (0, &[80, 974]),
+            (u16::MAX, &[]),
+        ] {
+            assert_eq!(unguarded(&addresses, first), expected, "{first}");
+        }
+    }
+}

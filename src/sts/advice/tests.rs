@@ -1,0 +1,113 @@
+use std::sync::Arc;
+
+use super::*;
+use crate::identity::RoleArn;
+use crate::role::{Role, StsTarget};
+use crate::svid::jwt::tests::{billing, now, raw_token};
+
+const ISSUER: &str = "https://oidc.example.org";
+
+fn advice(reason: &str, answer: &str, is_aws: bool, arn: &str, algorithm: &str) -> String {
+    let at = Destination { name: "STS at https://sts".to_owned(), is_aws, proxy: None };
+    let claims = format!(r#"{{"iss":"{ISSUER}","sub":"{}","aud":"shop","exp":1867225600}}"#, billing());
+    let token = raw_token(&format!(r#"{{"alg":"{algorithm}"}}"#), &claims);
+    let token = JwtSvid::check(token, &billing(), "shop", now()).unwrap();
+    let target = StsTarget { region: "eu-central-1".to_owned(), endpoint: None };
+    let grant = super::super::tests::grant(&target);
+    let role = Role { name: "shop".to_owned(), ..(*grant.role).clone() };
+    let grant = Grant { role: Arc::new(role), role_arn: RoleArn::opaque(arn).unwrap(), ..grant };
+    of(reason, answer, &at, Some((&grant, &token))).unwrap_or_default()
+}
+
+#[test]
+fn advice_names_what_has_to_be_changed() {
+    const AWS: &str = "arn:aws:iam::123456789012:role/shop";
+    const MINIO: &str = "arn:minio:iam:::role/x";
+    // (reason, STS's answer, at AWS, the role, words of the advice)
+    let table: [(&str, &str, bool, &str, &[&str]); 20] = [
+        (
+            "sts_access_denied",
+            "AccessDenied Not authorized to perform sts:AssumeRoleWithWebIdentity",
+            true,
+            AWS,
+            &["oidc.example.org:aud\" with \"shop\"", "(without https://); awsvid trust-policy writes it"],
+        ),
+        ("sts_access_denied", "AccessDenied", false, AWS, &["the trust policy of arn:aws", "(without https://)"]),
+        (
+            "sts_access_denied",
+            "AccessDenied",
+            false,
+            "urn:ecs:iam::ns:role/x",
+            &["the role urn:ecs:iam::ns:role/x", ISSUER],
+        ),
+        (
+            "sts_access_denied",
+            "AccessDenied token verification failed: bad audience",
+            false,
+            "x",
+            &["audience is \"shop\""],
+        ),
+        (
+            "sts_invalid_token",
+            "InvalidIdentityToken No OpenIDConnect provider found in your account for x",
+            true,
+            AWS,
+            &["in account 123456789012", "just this URL: https://oidc.example.org "],
+        ),
+        (
+            "sts_invalid_token",
+            "InvalidIdentityToken Incorrect token audience",
+            true,
+            AWS,
+            &["add-client-id-to-open-id"],
+        ),
+        ("sts_invalid_token", "InvalidIdentityToken Invalid timestamp in token claims", true, AWS, &["SPIRE to 1.9.5"]),
+        (
+            "sts_invalid_token",
+            "InvalidIdentityToken Something new",
+            true,
+            AWS,
+            &["compare the IAM provider's URL with"],
+        ),
+        ("sts_invalid_token", "InvalidToken", false, MINIO, &["MINIO_IDENTITY_OPENID_CONFIG_URL"]),
+        ("sts_issuer_unreachable", "", true, AWS, &["STS cannot read the keys of https://oidc.example.org"]),
+        ("sts_issuer_unreachable", "", false, MINIO, &["STS cannot read the keys of"]),
+        ("sts_region_disabled", "", true, AWS, &["activate STS in eu-central-1"]),
+        (
+            "sts_bad_request",
+            "ValidationError too long",
+            true,
+            AWS,
+            &["of role \"shop\"", "example.org=billing, for 3600 s"],
+        ),
+        ("sts_bad_request", "InvalidParameterValue", false, MINIO, &["the ARN that it prints at its start"]),
+        ("sts_expired_token", "ExpiredToken", true, AWS, &["timedatectl"]),
+        ("sts_misconfigured", "NotImplemented", false, MINIO, &["an STS that takes AssumeRoleWithWebIdentity"]),
+        ("sts_refused", "", true, AWS, &["what answers there"]),
+        ("sts_unreachable", "", true, AWS, &["DNS, the firewall, HTTPS_PROXY and NO_PROXY"]),
+        ("sts_throttled", "Throttling", true, AWS, &[]),
+        ("sts_unavailable", "the audience is unavailable", true, AWS, &[]),
+    ];
+    for (reason, answer, is_aws, arn, words) in table {
+        let advice = advice(reason, answer, is_aws, arn, "ES256");
+        assert_eq!(advice.is_empty(), words.is_empty(), "{reason} {answer}: {advice}");
+        for word in words {
+            assert!(advice.contains(word), "{reason} {answer} {arn}: {advice}");
+        }
+        assert!(is_aws || !advice.contains("awsvid trust-policy writes"), "{advice}");
+    }
+}
+
+#[test]
+fn signature_that_aws_does_not_know_is_named() {
+    const ARN: &str = "arn:aws:iam::123456789012:role/shop";
+    for (algorithm, reason, is_aws, named) in [
+        ("PS256", "sts_invalid_token", true, true),
+        ("PS256", "sts_invalid_token", false, false),
+        ("PS256", "sts_access_denied", true, false),
+        ("RS256", "sts_invalid_token", true, false),
+    ] {
+        let advice = advice(reason, "InvalidIdentityToken", is_aws, ARN, algorithm);
+        assert_eq!(advice.contains("PS family"), named, "{algorithm} {reason}: {advice}");
+    }
+}

@@ -1,0 +1,83 @@
+//! The code and the message of a refusal, in every shape that is used.
+//!
+//! AWS's STS answers `<ErrorResponse><Error><Code>`. Ceph and RustFS leave out the outer element, as S3 does. Others leave out the
+//! namespace or the message, or answer in JSON. A load balancer in front of an STS answers in HTML, or with a status alone.
+
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+use aws_smithy_xml::decode::{Document, try_data};
+use serde_json::Value;
+
+/// AWS's services that speak JSON have the code in this header, and so do gateways in front of others.
+const CODE_HEADER: &str = "x-amzn-errortype";
+/// No code is longer.
+const CODE_MAX: usize = 128;
+/// The depth to which JSON is searched.
+const DEPTH_MAX: usize = 4;
+
+/// The reason for a refusal.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Refusal {
+    /// As on the wire.
+    pub(super) code: Option<String>,
+    pub(super) message: String,
+}
+
+/// Returns `None` if the answer has neither a code nor a message.
+pub(super) fn read(response: &HttpResponse) -> Option<Refusal> {
+    let body = response.body().bytes().unwrap_or_default();
+    let text = String::from_utf8_lossy(body);
+    let text = text.trim_start_matches('\u{feff}').trim();
+    let mut refusal = match text.bytes().next() {
+        Some(b'<') => of_xml(text),
+        Some(b'{') => serde_json::from_str(text).map(|value| of_json(&value, 0)).unwrap_or_default(),
+        _ => Refusal::default(),
+    };
+    if refusal.code.is_none() {
+        refusal.code = response.headers().get(CODE_HEADER).and_then(code);
+    }
+    (refusal != Refusal::default()).then_some(refusal)
+}
+
+/// Finds the first `Code` and `Message`, at any depth and in any namespace, up to the first XML error.
+fn of_xml(text: &str) -> Refusal {
+    let mut document = Document::new(text);
+    let mut refusal = Refusal::default();
+    while let Some(element) = document.next_start_element() {
+        let (is_code, is_message) = (element.local() == "Code", element.local() == "Message");
+        if !is_code && !is_message {
+            continue;
+        }
+        let data = try_data(&mut document.scoped_to(element)).map(|data| data.trim().to_owned()).unwrap_or_default();
+        if is_code && refusal.code.is_none() {
+            refusal.code = code(&data);
+        } else if is_message && refusal.message.is_empty() {
+            refusal.message = data;
+        }
+    }
+    // A message without a code is not a refusal's.
+    if refusal.code.is_some() { refusal } else { Refusal::default() }
+}
+
+/// `{"Error": {"Code", "Message"}}`, `{"__type", "message"}`, `{"code", "message"}` and OAuth's `{"error", "error_description"}`.
+fn of_json(value: &Value, depth: usize) -> Refusal {
+    const CODES: [&str; 5] = ["Code", "code", "__type", "errorCode", "error"];
+    const MESSAGES: [&str; 5] = ["Message", "message", "errorMessage", "error_description", "detail"];
+    let Some(fields) = value.as_object().filter(|_| depth < DEPTH_MAX) else { return Refusal::default() };
+    let text = |name: &&str| fields.get(*name).and_then(Value::as_str);
+    let own = CODES.iter().filter_map(text).find_map(code);
+    let inner = || fields.values().map(|value| of_json(value, depth + 1)).find(|inner| inner.code.is_some());
+    let Some(code) = own else { return inner().unwrap_or_default() };
+    Refusal { code: Some(code), message: MESSAGES.iter().find_map(text).unwrap_or_default().to_owned() }
+}
+
+/// Returns the code in `com.amazonaws.sts#ExpiredToken:http://internal/`, which is one word; `None` for other texts.
+fn code(text: &str) -> Option<String> {
+    let word = text.trim().split(':').next().unwrap_or_default();
+    let word = word.rsplit('#').next().unwrap_or_default();
+    let is_word = (1..=CODE_MAX).contains(&word.len())
+        && word.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-'));
+    is_word.then(|| word.to_owned())
+}
+
+#[cfg(test)]
+mod tests;

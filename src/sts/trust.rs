@@ -1,0 +1,190 @@
+//! The certificates that an STS is verified by: the system's, or those of a file.
+//!
+//! Neither has to be there when the daemon starts: a mount comes late, or certificates are installed later. Missing ones are loaded
+//! again at a call and in the background. The calls that need them fail until then.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use aws_smithy_http_client::tls::TrustStore;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use tokio::sync::Mutex;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, sleep};
+
+/// The least time between two attempts to load missing certificates.
+const RELOAD_PAUSE: Duration = Duration::from_secs(1);
+/// The time between two attempts in the background.
+const BACKGROUND_PAUSE: Duration = Duration::from_secs(5);
+/// The first of the paths that `rustls-native-certs` reads.
+const SYSTEM_PLACES: &str = "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt, /etc/ssl/cert.pem, /etc/ssl/certs and other usual places";
+const SYSTEM_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
+
+/// Why there are no certificates. The text is for the operator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum NoRoots {
+    /// They are not there yet, or can't be read yet.
+    Missing(String),
+    /// What is there is not a file of certificates.
+    Invalid(String),
+}
+
+impl NoRoots {
+    pub(super) fn text(&self) -> &str {
+        match self {
+            Self::Missing(text) | Self::Invalid(text) => text,
+        }
+    }
+}
+
+/// One set of certificates.
+#[derive(Debug)]
+pub(super) struct Roots {
+    /// `None`: the system's.
+    file: Option<PathBuf>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// In PEM, every one of them usable: the SDK panics at one that is not.
+    pem: Option<Arc<[u8]>>,
+    problem: Option<(NoRoots, Instant)>,
+    /// The read that is under way. It outlives the call that started it: a file system may answer late, or never.
+    read: Option<JoinHandle<Result<Vec<u8>, NoRoots>>>,
+    is_watched: bool,
+}
+
+impl Roots {
+    /// The certificates in a file.
+    pub(super) fn of_file(path: &Path) -> Arc<Self> {
+        Arc::new(Self { file: Some(path.to_owned()), state: Mutex::default() })
+    }
+
+    /// Those that this system trusts.
+    pub(super) fn of_system() -> Arc<Self> {
+        Arc::new(Self { file: None, state: Mutex::default() })
+    }
+
+    /// Returns the certificates, which are loaded once and then kept. If they are missing, the error is logged once, and a task in
+    /// the background goes on loading them. Within [`RELOAD_PAUSE`] of a failure the same error is returned without I/O. Waits for
+    /// the file system; dropping the future is safe.
+    pub(super) async fn store(self: &Arc<Self>) -> Result<TrustStore, NoRoots> {
+        let mut state = self.state.lock().await;
+        if state.pem.is_none() {
+            if let Some((problem, _)) = state.problem.as_ref().filter(|(_, at)| at.elapsed() < RELOAD_PAUSE) {
+                return Err(problem.clone());
+            }
+            let found = self.load(&mut state).await;
+            self.note(&mut state, found)?;
+        }
+        let pem = state.pem.as_deref().unwrap_or_default();
+        Ok(TrustStore::empty().with_pem_certificate(pem))
+    }
+
+    async fn load(&self, state: &mut State) -> Result<Vec<u8>, NoRoots> {
+        let file = self.file.clone();
+        let read = state.read.get_or_insert_with(|| {
+            spawn_blocking(move || match file {
+                Some(path) => read_file(&path),
+                None => read_system(),
+            })
+        });
+        let found = read.await;
+        state.read = None;
+        found.unwrap_or_else(|error| Err(NoRoots::Missing(error.to_string())))
+    }
+
+    fn note(self: &Arc<Self>, state: &mut State, found: Result<Vec<u8>, NoRoots>) -> Result<(), NoRoots> {
+        match found {
+            Ok(pem) => {
+                if state.problem.take().is_some() {
+                    tracing::info!(file = ?self.file, "[sts] CA certificates were loaded");
+                }
+                state.pem = Some(pem.into());
+                Ok(())
+            }
+            Err(problem) => {
+                let is_new = state.problem.as_ref().is_none_or(|(before, _)| *before != problem);
+                if is_new {
+                    tracing::warn!(
+                        error = problem.text(),
+                        "[sts] CA certificates are missing: calls to STS fail until they are there"
+                    );
+                }
+                state.problem = Some((problem.clone(), Instant::now()));
+                if !std::mem::replace(&mut state.is_watched, true) {
+                    tokio::spawn(watch(Arc::downgrade(self)));
+                }
+                Err(problem)
+            }
+        }
+    }
+}
+
+/// Loads them until they are there, or no STS client needs them any more.
+async fn watch(roots: Weak<Roots>) {
+    loop {
+        sleep(BACKGROUND_PAUSE).await;
+        match roots.upgrade() {
+            Some(roots) if roots.store().await.is_err() => {}
+            _ => return,
+        }
+    }
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
+    let at = |text: &str| format!("`ca_file` {}: {text}", path.display());
+    let pem = std::fs::read(path).map_err(|error| NoRoots::Missing(at(&error.to_string())))?;
+    let invalid = |text: &str| NoRoots::Invalid(at(text));
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let certificates = certificates.map_err(|_| invalid("it is no valid PEM file"))?;
+    if certificates.is_empty() {
+        return Err(invalid("there is no certificate in it (`-----BEGIN CERTIFICATE-----`)"));
+    }
+    let mut store = RootCertStore::empty();
+    for certificate in certificates {
+        store.add(certificate).map_err(|_| invalid("one of its certificates cannot be read"))?;
+    }
+    Ok(pem)
+}
+
+fn read_system() -> Result<Vec<u8>, NoRoots> {
+    let loaded = rustls_native_certs::load_native_certs();
+    let mut store = RootCertStore::empty();
+    let usable: Vec<_> = loaded.certs.into_iter().filter(|found| store.add(found.clone()).is_ok()).collect();
+    if !usable.is_empty() {
+        return Ok(usable.iter().map(|certificate| to_pem(certificate)).collect::<String>().into_bytes());
+    }
+    let variables = SYSTEM_VARIABLES.iter().filter_map(|name| {
+        let value = std::env::var_os(name)?;
+        Some(format!("{} ({name})", value.display()))
+    });
+    let variables: Vec<String> = variables.collect();
+    let places = if variables.is_empty() { SYSTEM_PLACES.to_owned() } else { variables.join(", ") };
+    Err(NoRoots::Missing(format!(
+        "this system trusts no CA certificates: there are none in {places}; install its package of them (ca-certificates), or set \
+         SSL_CERT_FILE"
+    )))
+}
+
+/// RFC 7468, section 3.
+fn to_pem(certificate: &CertificateDer<'_>) -> String {
+    let text = STANDARD.encode(certificate);
+    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
+    for line in text.as_bytes().chunks(64) {
+        // Base64 is ASCII, and writing to a string cannot fail.
+        let _ = writeln!(pem, "{}", String::from_utf8_lossy(line));
+    }
+    pem.push_str("-----END CERTIFICATE-----\n");
+    pem
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,88 @@
+use std::fs;
+
+use super::*;
+
+fn certificate() -> (String, String) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    (rcgen::CertificateParams::new(vec![]).unwrap().self_signed(&key).unwrap().pem(), key.serialize_pem())
+}
+
+#[test]
+fn file_is_read_before_the_sdk_sees_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (certificate, key) = certificate();
+    let broken: Vec<_> = certificate.lines().map(|line| if line.starts_with("MI") { "AAAA" } else { line }).collect();
+    let table = [
+        ("good.pem", certificate.clone(), None),
+        ("two.pem", format!("# ours\n{certificate}{certificate}"), None),
+        ("key.pem", key, Some("no certificate")),
+        ("empty.pem", String::new(), Some("no certificate")),
+        ("cut.pem", certificate[..certificate.len() / 2].to_owned(), Some("no valid PEM")),
+        ("broken.pem", broken.join("\n"), Some("cannot be read")),
+        (
+            "half.pem",
+            format!("{certificate}-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"),
+            Some("no valid PEM"),
+        ),
+    ];
+    for (name, content, reason) in table {
+        let path = folder.path().join(name);
+        fs::write(&path, content).unwrap();
+        match (read_file(&path), reason) {
+            (Ok(_), None) => {}
+            (Err(NoRoots::Invalid(error)), Some(reason)) => {
+                assert!(error.contains(reason) && error.contains(name), "{name}: {error}");
+            }
+            (result, _) => panic!("{name}: {:?}", result.map(|_| ())),
+        }
+    }
+    // A missing file, or a directory in its place, is not a mistake in the configuration.
+    for path in [folder.path().join("absent.pem"), folder.path().to_owned()] {
+        assert!(matches!(read_file(&path), Err(NoRoots::Missing(_))), "{path:?}");
+    }
+}
+
+#[test]
+fn system_certificates_become_pem_that_is_read_again() {
+    let (certificate, _) = certificate();
+    let der = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
+    let pem = to_pem(&der);
+    assert_eq!(CertificateDer::from_pem_slice(pem.as_bytes()).unwrap(), der);
+    assert!(pem.lines().all(|line| line.len() <= 64), "{pem}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn late_file_is_loaded_in_the_background() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ca.pem");
+    let roots = Roots::of_file(&path);
+    assert!(matches!(roots.store().await, Err(NoRoots::Missing(_))));
+    fs::write(&path, certificate().0).unwrap();
+    // Within the pause nothing is read.
+    assert!(matches!(roots.store().await, Err(NoRoots::Missing(_))));
+    // The background task reads it without a call.
+    let found = async {
+        while roots.state.lock().await.pem.is_none() {
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    // The clock moves only by sleeps like this one.
+    tokio::time::timeout(2 * BACKGROUND_PAUSE, found).await.expect("it was found");
+    fs::remove_file(&path).unwrap();
+    roots.store().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn call_after_the_pause_reads_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ca.pem");
+    let roots = Roots::of_file(&path);
+    assert!(roots.store().await.is_err());
+    // A file without certificates is another error, and is read again as well.
+    fs::write(&path, "").unwrap();
+    tokio::time::advance(RELOAD_PAUSE).await;
+    assert!(matches!(roots.store().await, Err(NoRoots::Invalid(_))));
+    fs::write(&path, certificate().0).unwrap();
+    tokio::time::advance(RELOAD_PAUSE).await;
+    roots.store().await.unwrap();
+}

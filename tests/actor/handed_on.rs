@@ -1,0 +1,84 @@
+//! Scenes about sockets that a process of one user has made, and one of another user asks on (attack 24).
+
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use nix::unistd::{Pid, getpid};
+
+use crate::moves::{Cgroup, own_cgroup};
+use crate::process::{become_user, child};
+use crate::wire::{self, Address};
+use crate::{ALICE, BOB};
+
+/// Which socket of root's Bob is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Given {
+    /// A listener that root has no more, as a service manager's is in a service that it gave it to.
+    Listener,
+    /// A listener that root's process has, too, as a web server's master has those of its workers.
+    SharedListener,
+    /// A connection that root's process has accepted, as inetd does.
+    Accepted,
+}
+
+/// Root makes a socket and gives it to Bob, who disconnects it, connects it to the daemon, and asks.
+pub(crate) fn used_again(to: &Address, given: Given) -> String {
+    let listener = TcpListener::bind(to.another(0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let (socket, kept): (OwnedFd, Option<OwnedFd>) = match given {
+        Given::Listener => (listener.into(), None),
+        Given::SharedListener => (listener.try_clone().unwrap().into(), Some(listener.into())),
+        Given::Accepted => {
+            let client = TcpStream::connect(address).unwrap();
+            (listener.accept().unwrap().0.into(), Some(client.into()))
+        }
+    };
+    let (over, from) = UnixStream::pair().unwrap();
+    wire::pass(&over, &socket);
+    drop(socket);
+    let mut bob = child(|_| {
+        become_user(BOB);
+        let socket = wire::receive(&from);
+        disconnect(&socket);
+        to.connect_from(&socket);
+        wire::ask(&socket)
+    });
+    let said = bob.said();
+    bob.reap();
+    drop(kept);
+    said
+}
+
+/// The same as a service that systemd has started with a listener, as its only one.
+pub(crate) fn used_again_by_service(to: &Address) -> String {
+    let pid: i32 = std::env::var("LISTEN_PID").unwrap().parse().unwrap();
+    assert_eq!((Pid::from_raw(pid), std::env::var("LISTEN_FDS").as_deref()), (getpid(), Ok("1")));
+    // SAFETY: the descriptor is this process's, as systemd says, and nothing else uses it.
+    let socket = unsafe { OwnedFd::from_raw_fd(3) };
+    disconnect(&socket);
+    to.connect_from(&socket);
+    wire::ask(&socket)
+}
+
+/// Alice makes a socket in a cgroup that is named as one of systemd's socket units, and asks on it.
+pub(crate) fn made_for_activation(to: &Address) -> String {
+    let unit = Cgroup::named(&own_cgroup(), &format!("{}.socket", getpid()));
+    let mut alice = child(|_| {
+        unit.write("cgroup.procs", "0");
+        become_user(ALICE);
+        wire::ask(&to.connect())
+    });
+    let said = alice.said();
+    alice.reap();
+    said
+}
+
+/// Makes a listener, or a connected socket, one that can be connected (connect(2), `AF_UNSPEC`).
+fn disconnect(socket: &OwnedFd) {
+    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC.try_into().unwrap(), sa_data: [0; 14] };
+    let length = libc::socklen_t::try_from(size_of_val(&nowhere)).unwrap();
+    // SAFETY: `nowhere` is an address of `length` bytes, which the kernel only reads.
+    let status = unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, length) };
+    assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
+}

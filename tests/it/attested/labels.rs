@@ -1,0 +1,50 @@
+//! An agent that gives one identity several times, or a token under another's name, as one that puts the answers of two others
+//! together does: a token's own `sub` counts.
+
+use crate::harness::actor::play;
+use crate::harness::agent::{Entry, FakeAgent};
+use crate::harness::cgroup::Cgroup;
+use crate::harness::counterparts::{folder, root};
+use crate::harness::daemon::Daemon;
+use crate::harness::made::{Made, answered, refused};
+use crate::harness::world::id;
+
+const ALICE: &str = "unix:uid:61001";
+const BOB: &str = "unix:uid:61002";
+
+/// What comes of a request of each over every listener.
+fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
+    let folder = folder();
+    let agent = FakeAgent::start(folder.path(), entries);
+    let daemon = Daemon::start(folder.path(), "", &agent.configuration()).ready();
+    let cgroup = Cgroup::new(&format!("labels-{}", folder.path().file_name().unwrap().display()));
+    let ask = |scene, listener| {
+        Made::of(&play(scene, listener, &daemon.listener(listener), daemon.pid(), cgroup.path()), scene, &daemon)
+    };
+    ["unix", "tcp", "tcp6"].map(|listener| ["alice", "bob"].map(|scene| ask(scene, listener))).to_vec()
+}
+
+/// Alice's credentials are in the cache, and are handed out without a look at a token.
+#[test]
+fn nobody_is_who_is_named_beside_the_token_of_another() {
+    if !root() {
+        return;
+    }
+    let entries = vec![Entry::new(&id("alice"), &[ALICE]), Entry::labelled(&id("alice"), &id("bob"), &[BOB])];
+    assert_eq!(made(entries), vec![[answered(&id("alice")), refused("bad_token")]; 3]);
+}
+
+#[test]
+fn an_identity_that_comes_several_times_is_one() {
+    if !root() {
+        return;
+    }
+    let entries = vec![
+        Entry::labelled(&id("alice"), &id("bob"), &[ALICE]),
+        Entry::new(&id("alice"), &[ALICE]),
+        Entry::new(&id("alice"), &[ALICE]),
+        Entry::new(&id("bob"), &[BOB]),
+        Entry::labelled(&id("alice"), &id("bob"), &[BOB]),
+    ];
+    assert_eq!(made(entries), vec![[answered(&id("alice")), answered(&id("bob"))]; 3]);
+}

@@ -1,0 +1,57 @@
+//! JWT-SVIDs that are good for seconds only, from the real SPIRE: they are used as long as STS takes them.
+
+use std::time::Duration;
+
+use crate::harness::counterparts::folder;
+use crate::harness::counterparts::process::await_some;
+use crate::harness::world::{Setting, Source, World, id};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const READER: u32 = 51_001;
+/// SPIRE's default is five minutes.
+const LIVES: [&str; 2] = ["30", "20"];
+
+fn tokens_of_few_seconds_are_exchanged(source: Source) {
+    let folder = folder();
+    // Of MinIO's sessions none is shorter than a quarter of an hour, so each life takes a role of its own.
+    let setting = Setting { source, ..Setting::default() };
+    let Some(mut world) = World::start(folder.path(), &[(READER, "reader")], &setting) else { return };
+    let role = world.minio.role_arn();
+    for life in LIVES {
+        world.unregister(&id("reader"));
+        let owner = if source == Source::Rules { 0 } else { READER };
+        world.register(&id("reader"), &[&format!("unix:uid:{owner}")], &["-jwtSVIDTTL", life]);
+        // It would go on to give the token that it has.
+        world.spire.stop_agent();
+        world.start_agent();
+        let name = format!("life-{life}");
+        let text = format!(
+            "{}\n[[role]]\nname = {name:?}\nspiffe_id = \"{}\"\nrole_arn = \"{role}\"\n",
+            world.daemon.text(),
+            id("*")
+        );
+        assert!(world.daemon.reload_text(&text));
+        for listener in ["unix", "tcp"] {
+            let ask = || world.curl_by("/usr/bin/curl".as_ref(), READER, listener, &format!("/{name}"));
+            // An agent that has just started gives awsvid's own identity a moment later.
+            await_some(&format!("credentials over {listener} for {life} s"), PATIENCE, || {
+                ask().0.starts_with("HTTP/1.1 200").then_some(())
+            });
+        }
+    }
+}
+
+#[test]
+fn by_rules_tokens_of_few_seconds_are_exchanged() {
+    tokens_of_few_seconds_are_exchanged(Source::Rules);
+}
+
+#[test]
+fn by_delegated_identity_tokens_of_few_seconds_are_exchanged() {
+    tokens_of_few_seconds_are_exchanged(Source::Delegated);
+}
+
+#[test]
+fn by_the_broker_api_tokens_of_few_seconds_are_exchanged() {
+    tokens_of_few_seconds_are_exchanged(Source::Broker);
+}

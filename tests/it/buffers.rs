@@ -1,0 +1,79 @@
+//! What the kernel keeps for connections, which counts as the daemon's memory (attack 32).
+
+use std::io::{ErrorKind, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::harness::cgroup::own_rule;
+use crate::harness::counterparts::folder;
+use crate::harness::counterparts::process::run;
+use crate::harness::daemon::Daemon;
+use crate::harness::gate::Gate;
+use crate::harness::upstream::Upstream;
+
+const CONNECTIONS: usize = 500;
+/// With each of them no head, or no more than one: well above what SDKs send.
+const SUM: usize = CONNECTIONS * 20 * 1024;
+
+/// How many bytes the kernel holds for the sockets of this listener's connections, by the daemon's side, and for how many.
+fn held(listener: SocketAddr) -> (usize, usize) {
+    let mut ss = Command::new("ss");
+    ss.args(["-tmnH", "state", "established", &format!("sport = :{}", listener.port())]);
+    let text = run(ss, b"", Duration::from_secs(60)).success("ss");
+    let queues = text.split("skmem:(r").skip(1).filter_map(|rest| rest.split(',').next()?.parse::<usize>().ok());
+    queues.filter(|queue| *queue > 0).fold((0, 0), |(sum, count), queue| (sum + queue, count + 1))
+}
+
+/// Requests that wait for their exchange, and go on sending for as long as they wait.
+#[test]
+fn what_waiting_callers_send_stays_small() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    let folder = folder();
+    let uid = nix::unistd::geteuid().as_raw();
+    let upstream = Upstream::start(&[(uid, "me")]);
+    // The SPIFFE provider takes every question, and answers none.
+    let agent = folder.path().join("agent.sock");
+    let _gate = Gate::start(&agent, &upstream.socket());
+    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
+    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration_at(&agent) + &rule));
+    for listener in [daemon.tcp(), daemon.tcp6()] {
+        let ended = AtomicBool::new(false);
+        let (most, of) = std::thread::scope(|scope| {
+            let watching = scope.spawn(|| {
+                let mut most = (0, 0);
+                while !ended.load(Ordering::Relaxed) {
+                    most = most.max(held(listener));
+                }
+                most
+            });
+            let mut clients: Vec<TcpStream> = (0..CONNECTIONS)
+                .map(|_| {
+                    let mut client = TcpStream::connect(listener).unwrap();
+                    client
+                        .write_all(b"GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: x\r\n\r\n")
+                        .unwrap();
+                    client.set_nonblocking(true).unwrap();
+                    client
+                })
+                .collect();
+            let more = [0; 64 * 1024];
+            // Until the daemon has answered each.
+            while !clients.is_empty() {
+                clients.retain_mut(|client| match client.write(&more) {
+                    Ok(_) => true,
+                    Err(error) => error.kind() == ErrorKind::WouldBlock,
+                });
+            }
+            ended.store(true, Ordering::Relaxed);
+            watching.join().unwrap()
+        });
+        eprintln!("over {listener}: {most} bytes for {of} connections");
+        assert!(of > CONNECTIONS / 2, "{of} connections had something in their queue");
+        assert!(most <= SUM, "{most} bytes for {of} connections");
+    }
+}

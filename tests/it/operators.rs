@@ -1,0 +1,160 @@
+//! Operators are answered whatever others do at their address (attack 26).
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
+
+use crate::harness::cgroup::own_rule;
+use crate::harness::counterparts::process::{Output, run};
+use crate::harness::counterparts::{folder, http_get};
+use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::upstream::Upstream;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Of the flood. Probes come from 127.0.0.1.
+const SOURCE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+const PROBES: usize = 120;
+
+fn connect_from_source(to: SocketAddr) -> nix::Result<TcpStream> {
+    let stream = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(stream.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from((SOURCE, 0))))?;
+    connect(stream.as_raw_fd(), &SockaddrStorage::from(to))?;
+    Ok(TcpStream::from(stream))
+}
+
+fn stage(folder: &Path) -> (Daemon, Upstream) {
+    let uid = nix::unistd::geteuid().as_raw();
+    let upstream = Upstream::start(&[(uid, "me")]);
+    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
+    (Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(), upstream)
+}
+
+/// What a flood sends with each connection. It keeps its last connections open, and reads no answer.
+#[test]
+fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
+    let folder = folder();
+    let (daemon, _upstream) = stage(folder.path());
+    let admin = daemon.admin();
+    for sent in
+        ["", "GET /metrics HTT", "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"]
+    {
+        let (ended, made) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let flood = || {
+            let mut open = std::collections::VecDeque::new();
+            while !ended.load(Ordering::Relaxed) {
+                // There may be no port left for a moment.
+                let Ok(mut stream) = connect_from_source(admin) else { continue };
+                let _ = stream.write_all(sent.as_bytes());
+                open.push_back(stream);
+                if open.len() > 300 {
+                    open.pop_front();
+                }
+                made.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        std::thread::scope(|scope| {
+            let _end = EndLater(&ended);
+            scope.spawn(flood);
+            scope.spawn(flood);
+            // More than the daemon takes from one address.
+            while made.load(Ordering::Relaxed) < 1000 {
+                std::thread::yield_now();
+            }
+            for _ in 0..PROBES {
+                assert_eq!(http_get(admin, "/healthz"), Some((200, "ok\n".to_owned())), "beside {sent:?}");
+                assert_eq!(http_get(admin, "/readyz"), Some((200, "ready\n".to_owned())), "beside {sent:?}");
+                assert_eq!(daemon.ask_locally("/readyz"), (200, "ready\n".to_owned()));
+            }
+            assert_eq!(http_get(admin, "/metrics").map(|(status, _)| status), Some(200));
+            assert_eq!(daemon.ask_locally("/status").0, 200);
+            assert!(probe(folder.path(), "live").status.success() && probe(folder.path(), "ready").status.success());
+        });
+        eprintln!("beside {sent:?}: {} connections of the flood", made.into_inner());
+    }
+    assert!(daemon.metric("awsvid_connections_dropped_total{reason=\"too_many_operators\"}") > 0);
+}
+
+struct EndLater<'a>(&'a AtomicBool);
+
+impl Drop for EndLater<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// However often they are asked for. In between something happens that they show.
+#[test]
+fn metrics_are_rendered_once_a_second() {
+    let folder = folder();
+    let (daemon, _upstream) = stage(folder.path());
+    let started = Instant::now();
+    let mut texts = BTreeSet::new();
+    let mut before = (daemon.metrics(), String::new());
+    for _ in 0..500 {
+        http_get(daemon.tcp(), "/v1/credentials").unwrap();
+        let (status, text) = http_get(daemon.admin(), "/metrics").unwrap();
+        assert_eq!(status, 200);
+        texts.insert(text);
+        // The status socket shows each request at once.
+        let after = daemon.metrics();
+        assert_ne!(before.0, after);
+        before.0 = after;
+    }
+    let seconds = usize::try_from(started.elapsed().as_secs()).unwrap();
+    assert!(texts.len() <= seconds + 2, "{} texts in {seconds} s", texts.len());
+}
+
+/// Long before one at a listener of workloads is given up.
+#[test]
+fn a_head_has_to_come_soon() {
+    let folder = folder();
+    let (daemon, _upstream) = stage(folder.path());
+    let waits = |to: SocketAddr| {
+        let mut stream = TcpStream::connect(to).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n").unwrap();
+        stream
+    };
+    let (mut workload, mut operator) = (waits(daemon.tcp()), waits(daemon.admin()));
+    assert_eq!(operator.read(&mut [0]).unwrap_or(0), 0);
+    workload.set_nonblocking(true).unwrap();
+    assert_eq!(workload.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+}
+
+fn probe(folder: &Path, what: &str) -> Output {
+    let mut command = Command::new(PROGRAM);
+    command.env_clear().args(["probe", what, "--config"]).arg(folder.join("awsvid.toml"));
+    run(command, b"", PATIENCE)
+}
+
+#[test]
+fn a_probe_says_why() {
+    let folder = folder();
+    let uid = nix::unistd::geteuid().as_raw();
+    let upstream = Upstream::start(&[(uid, "me")]);
+    let agent = folder.path().join("agent.sock");
+    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
+    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration_at(&agent) + &rule));
+    let line = daemon.await_line(&["not ready: the identity source"]);
+    let output = probe(folder.path(), "ready");
+    assert!(!output.status.success() && output.stdout.trim_end() == line, "{output:?}, not {line}");
+    let output = probe(folder.path(), "live");
+    assert!(output.status.success() && output.stdout == "ok\n", "{output:?}");
+    // Not over the network.
+    assert_eq!(http_get(daemon.admin(), "/readyz"), Some((503, "not ready\n".to_owned())));
+    std::os::unix::fs::symlink(upstream.socket(), &agent).unwrap();
+    let daemon = daemon.ready();
+    let output = probe(folder.path(), "ready");
+    assert!(output.status.success() && output.stdout == "ready\n", "{output:?}");
+    drop(daemon);
+    let output = probe(folder.path(), "live");
+    assert!(!output.status.success() && output.stdout.contains("systemctl"), "{output:?}");
+    assert_eq!(output.stdout.lines().count(), 1, "{output:?}");
+}

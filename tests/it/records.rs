@@ -1,0 +1,175 @@
+//! The audit and the log where their readers have stopped, or the disk is full (attack 30).
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
+
+use crate::harness::cgroup::own_rule;
+use crate::harness::client::ask;
+use crate::harness::counterparts::process::{await_some, spawn};
+use crate::harness::counterparts::{folder, root};
+use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::upstream::Upstream;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn rule() -> String {
+    let uid = nix::unistd::geteuid().as_raw();
+    format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule())
+}
+
+fn upstream() -> Upstream {
+    Upstream::start(&[(nix::unistd::geteuid().as_raw(), "me")])
+}
+
+/// A pipe that is full from the beginning: its reader, and an end for a program to write to.
+fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
+    let (from, to) = nix::unistd::pipe().unwrap();
+    fcntl(&to, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    while nix::unistd::write(&to, &[b'\n'; 4096]).is_ok() {}
+    fcntl(&to, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    (from.into(), to)
+}
+
+/// Standard error and standard output without a reader: the log and the audit.
+#[test]
+fn readers_that_have_stopped_stop_nothing() {
+    let upstream = upstream();
+    for reads_again in [false, true] {
+        let folder = folder();
+        let path = |name: &str| folder.path().join(name);
+        let (socket, config) = (path("awsvid.sock"), path("awsvid.toml"));
+        let text = format!(
+            "{}\n{}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\nstatus = {:?}\ntoken_file = {:?}\n[log]\nformat = \"json\"\n",
+            upstream.configuration(),
+            rule(),
+            path("status.sock"),
+            path("token"),
+        );
+        fs::write(&config, text).unwrap();
+        let ((mut log, stderr), (mut audit, stdout)) = (full_pipe(), full_pipe());
+        let mut command = Command::new(PROGRAM);
+        command.env_clear().args(["serve", "--config"]).arg(&config).stdin(Stdio::null());
+        let mut daemon = spawn({
+            command.stdout(stdout).stderr(stderr);
+            command
+        })
+        .unwrap();
+        for _ in 0..500 {
+            let stream = await_some("it listens", PATIENCE, || UnixStream::connect(&socket).ok());
+            assert_eq!(ask(stream).0, 200);
+        }
+        let ready = || {
+            let mut stream = UnixStream::connect(path("status.sock")).unwrap();
+            stream.write_all(b"GET /readyz HTTP/1.0\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            answer.contains("\r\n\r\nready\n").then_some(())
+        };
+        await_some("it is ready", PATIENCE, ready);
+        let reading = reads_again.then(|| {
+            [&mut log, &mut audit].map(|pipe| {
+                let mut pipe = pipe.try_clone().unwrap();
+                std::thread::spawn(move || {
+                    let mut text = String::new();
+                    pipe.read_to_string(&mut text).unwrap();
+                    text.lines()
+                        .filter(|line| !line.is_empty())
+                        .map(|line| serde_json::from_str(line).unwrap())
+                        .collect()
+                })
+            })
+        });
+        kill(daemon.id(), Signal::SIGTERM).unwrap();
+        let status = daemon.wait(PATIENCE).expect("it ends, whether anybody reads or not");
+        assert!(status.success(), "{status}");
+        let Some(reading) = reading else { continue };
+        let [log, audit]: [Vec<Value>; 2] = reading.map(|thread| thread.join().unwrap());
+        for message in ["serving workloads", "ready", "ending"] {
+            let has = |line: &Value| line["message"].as_str().is_some_and(|text| text.starts_with(message));
+            assert!(log.iter().any(has), "{message} in {log:?}");
+        }
+        let issued = audit.iter().filter(|record| record["outcome"] == "issued");
+        assert_eq!(issued.map(|record| record["repeated"].as_u64().unwrap_or(1)).sum::<u64>(), 500);
+    }
+}
+
+/// How many requests these records stand for. One line may be broken.
+fn sum(text: &str) -> u64 {
+    let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+    let records: Vec<Value> = lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    assert!(lines.len() - records.len() <= 1, "{text}");
+    records.iter().map(|record| record["repeated"].as_u64().unwrap_or(1)).sum()
+}
+
+#[test]
+fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let small = folder.path().join("small");
+    fs::create_dir(&small).unwrap();
+    let upstream = upstream();
+    let script = format!("mount -t tmpfs -o size=128k awsvid {} && exec \"$@\"", small.display());
+    let words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", &script, "sh"];
+    let configuration = upstream.configuration() + &rule();
+    let mut daemon = Daemon::start_behind(&words, folder.path(), "", &configuration).ready();
+    let inside = |path: &Path| PathBuf::from(format!("/proc/{}/root{}", daemon.pid(), path.display()));
+    let (file, filler) = (small.join("audit.log"), small.join("filler"));
+    let audit = daemon.text();
+    let (before, after) = audit.split_once("[audit]\n").unwrap();
+    let rest = after.split_once('\n').unwrap().1;
+    assert!(daemon.reload_text(&format!("{before}[audit]\nrequired = true\nfile = {file:?}\n{rest}")));
+    let listeners = ["unix", "tcp", "tcp6"];
+    let answer = |listener: &str| match listener {
+        "unix" => ask(UnixStream::connect(daemon.unix()).unwrap()),
+        _ => ask(std::net::TcpStream::connect(daemon.listener(listener)).unwrap()),
+    };
+    for listener in listeners {
+        assert_eq!(answer(listener).0, 200);
+    }
+    // Some are written still, and some hits only counted.
+    let mut all = fs::File::create(inside(&filler)).unwrap();
+    while all.write_all(&[b'x'; 4096]).is_ok() {}
+    for listener in listeners {
+        await_some("nothing is handed out", PATIENCE, || {
+            let (status, body) = answer(listener);
+            assert!(status == 200 || body["code"] == "not_audited", "{body}");
+            (status == 503).then_some(())
+        });
+        for _ in 0..20 {
+            let (status, body) = answer(listener);
+            assert_eq!((status, &body["code"]), (503, &"not_audited".into()), "over {listener}");
+        }
+    }
+    daemon.await_line(&["an audit record cannot be written", "No space left"]);
+    fs::remove_file(inside(&filler)).unwrap();
+    drop(all);
+    for listener in listeners {
+        assert_eq!(answer(listener).0, 200, "over {listener}");
+    }
+    daemon.await_line(&["audit records can be written again"]);
+    // With what was lost the records stand for all requests.
+    let requests: u64 = daemon
+        .metrics()
+        .lines()
+        .filter(|line| line.starts_with("awsvid_requests_total{"))
+        .map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
+        .sum();
+    assert!(daemon.metric("awsvid_requests_total{listener=\"unix\",outcome=\"failed\",reason=\"not_audited\"}") >= 21);
+    let file = fs::File::open(inside(&file)).unwrap();
+    daemon.process().signal(Signal::SIGTERM);
+    assert!(daemon.process().owned().wait(PATIENCE).expect("it ends").success());
+    let [first, second] = [fs::read_to_string(folder.path().join("audit.log")), std::io::read_to_string(file)];
+    let (first, second) = (first.unwrap(), second.unwrap());
+    assert_eq!(sum(&first) + sum(&second), requests, "{first}\n{second}");
+    assert_eq!(second.matches("\"outcome\":\"lost\"").count(), 1, "{second}");
+}
