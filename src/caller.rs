@@ -312,8 +312,8 @@ impl Owner {
     }
 }
 
-/// Why a caller was not attested. Each but [`Refusal::Busy`] is a refusal (403); all are counted and audited by
-/// [`Refusal::reason`].
+/// Why a caller was not attested. Each is a refusal (403), or a failure (503) if [`Refusal::is_transient`]; all are counted and
+/// audited by [`Refusal::reason`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Refusal {
     /// The socket or process is gone, closing, or never was that of this connection.
@@ -340,7 +340,7 @@ pub enum Refusal {
     /// The cgroup is removed, can't be listed, or is not below the tree that the daemon sees.
     #[error("the caller's cgroup cannot be read")]
     UnreadableCgroup,
-    /// Searches for others have taken all the time that there is. The only one of these that may pass by itself.
+    /// Searches for others have taken all the time that there is.
     #[error("more callers have to be searched for on this node than there is time for; ask again in a moment")]
     Busy,
     /// Somebody else than root can name cgroups beside the caller's own, so an agent may take it for a container's process.
@@ -385,6 +385,13 @@ pub enum Refusal {
          (CAP_SYS_PTRACE, CAP_BPF, CAP_PERFMON, the system call bpf)"
     )]
     UnseenProgram,
+    /// Each time that the agent looked at the process, a program was executed: by it, or where processes can't be told apart
+    /// ([`Watch`]) by another one of its workload. Passes with that.
+    #[error(
+        "the calling process, or another one of its workload, executed programs each time that the SPIFFE agent looked at \
+         it; ask again in a moment"
+    )]
+    Executing,
     /// Looking at the process did not come to an end in time. Passes if that was a file system that hangs for a moment.
     #[error(
         "the kernel did not say in time what the calling process executes; a file system that the program is on does not \
@@ -426,6 +433,11 @@ impl Stranger {
 }
 
 impl Refusal {
+    /// Whether it may pass by itself, so that the caller is to try again.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Busy | Self::Executing | Self::Unresponsive)
+    }
+
     /// The label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {
@@ -446,6 +458,7 @@ impl Refusal {
             Self::TooManyGroups => "too_many_groups",
             Self::ManagerSocket => "manager_socket",
             Self::UnseenProgram => "unseen_program",
+            Self::Executing => "process_executing",
             Self::Unresponsive => "process_unresponsive",
             Self::Unsupported(_) => "unsupported_kernel",
             Self::Kernel => "kernel_error",

@@ -28,7 +28,7 @@ mod bpf;
 use bpf::{Counters, Instruction, Program};
 
 /// Numbers in the table. Which of them is a process's is a secret of the daemon's, so that nobody can choose to share the
-/// number of another; who does so by chance (1 of 65,536 executions meanwhile) is asked about once more.
+/// number of another; a process that does so by chance (1 of 65,536 executions meanwhile) is attested again.
 const COUNTERS: u32 = 1 << INDEX_BITS;
 const INDEX_BITS: i32 = 16;
 /// The kernel's first pid namespace has this number, as linux/nsfs.h has it (`PID_NS_INIT_INO`).

@@ -111,7 +111,7 @@ impl Refused {
     fn is_transient(&self) -> bool {
         match self {
             Self::Issue(error) => error.is_transient(),
-            Self::Caller(refusal) => *refusal == Refusal::Busy,
+            Self::Caller(refusal) => refusal.is_transient(),
             Self::Pending | Self::Full | Self::TooManyRoles | Self::NotAudited => true,
             Self::Host
             | Self::Browser

@@ -19,7 +19,7 @@ use super::agent::{Agent, Svid};
 use super::log_limit::{LogLimiter, LogPermit};
 use super::memory::{Found, LOOKS, Memory, Said, Subject, is_known};
 use super::{Basis, IdentitySource, JwtSvid, SourceError};
-use crate::caller::{Caller, Looks, Owner};
+use crate::caller::{Caller, Looks, Owner, Refusal};
 use crate::cgroup::PodUid;
 use crate::clock::{Clock, HOLD};
 use crate::identity::SpiffeId;
@@ -46,6 +46,9 @@ const KEPT_MOST: usize = 256;
 const YOUNG: Duration = Duration::from_secs(10);
 /// ... so it is asked about again after this time, twice as long before each one after that, for as long as somebody waits.
 const SOON: Duration = Duration::from_millis(100);
+/// How long to wait each time that an execution was counted while the agent looked at a process, before it is asked again.
+const EXECUTED: [Duration; 4] =
+    [Duration::from_millis(20), Duration::from_millis(40), Duration::from_millis(80), Duration::ZERO];
 /// How long it is believed which identities the daemon itself has ...
 const OWN: Duration = Duration::from_secs(60);
 /// ... or for so long, once the agent did not say ...
@@ -283,16 +286,23 @@ impl Shared {
         result
     }
 
-    /// What the agent says of the caller's process; dropped unless it is the same process as before.
+    /// What the agent says of the caller's process; dropped unless it is the same process as before. An execution that was
+    /// counted meanwhile, though the process is what it was, may have been another's, so the agent is asked again.
     async fn ask_by_process(&self, caller: &Caller, audience: &str) -> Result<Answer, SourceError> {
-        let watch = caller.evidence.watch()?;
-        let before = caller.evidence.process().await?;
-        let result = self.agent.svids(before.pid, audience).await;
-        self.count(&result);
-        if caller.evidence.process().await? != before || !watch.is_unbroken() {
-            return Err(crate::caller::Refusal::Changed.into());
+        for pause in EXECUTED {
+            let watch = caller.evidence.watch()?;
+            let before = caller.evidence.process().await?;
+            let result = self.agent.svids(before.pid, audience).await;
+            self.count(&result);
+            if caller.evidence.process().await? != before {
+                return Err(Refusal::Changed.into());
+            }
+            if watch.is_unbroken() {
+                return Ok(result);
+            }
+            sleep(pause).await;
         }
-        Ok(result)
+        Err(Refusal::Executing.into())
     }
 
     /// What the agent says of the caller's pod. A UID is that of one pod for ever, so all there is to see to is that nothing is

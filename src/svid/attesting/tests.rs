@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Executable, GroupDetail, Groups, Listener, Named, Process, Program, Refusal};
+use crate::caller::{Evidence, Executable, GroupDetail, Groups, Listener, Named, Process, Program, Refusal, Watch};
 use crate::endpoint::Endpoint;
 use crate::svid::DEADLINE;
 use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
@@ -134,6 +134,19 @@ struct Looked {
     looks: Arc<AtomicU32>,
     changes_at: Option<u32>,
     refusal: Option<Refusal>,
+    /// During so many more watches a program is executed.
+    executions: AtomicU32,
+}
+
+#[derive(Debug)]
+struct Watched {
+    is_unbroken: bool,
+}
+
+impl Watch for Watched {
+    fn is_unbroken(&self) -> bool {
+        self.is_unbroken
+    }
 }
 
 #[async_trait::async_trait]
@@ -151,14 +164,30 @@ impl Evidence for Looked {
             _ => Ok(Named { pid: self.pid, cgroups: "0::/\n".to_owned() }),
         }
     }
+
+    fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
+        let left = self.executions.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        Ok(Box::new(Watched { is_unbroken: left.is_err() }))
+    }
 }
 
 fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<Refusal>) -> Arc<Caller> {
+    let executions = AtomicU32::new(0);
+    caller_by(uid, Looked { pid, looks: Arc::default(), changes_at, refusal, executions })
+}
+
+/// A caller that, or whose neighbours, execute programs while the agent looks at it for so many times.
+fn executing_caller(pid: u32, times: u32) -> Arc<Caller> {
+    let executions = AtomicU32::new(times);
+    caller_by(1001, Looked { pid, looks: Arc::default(), changes_at: None, refusal: None, executions })
+}
+
+fn caller_by(uid: u32, evidence: Looked) -> Arc<Caller> {
+    let pid = evidence.pid;
     let exe = Executable { device: 1, inode: 7, changed: (0, 0), path: PathBuf::from("/bin/shop").into() };
     let program = Some(Program { exe: Some(exe) });
     let groups = Some(Groups::new(Vec::new(), GroupDetail::Digest).unwrap());
     let process = Process { pid, gid: uid, groups, contained: false, program, started: Some(1) };
-    let evidence = Box::new(Looked { pid, looks: Arc::default(), changes_at, refusal });
     Arc::new(Caller {
         listener: Listener::Unix,
         uid,
@@ -166,7 +195,7 @@ fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<Refu
         pod: None,
         namespace: None,
         process: Some(process),
-        evidence,
+        evidence: Box::new(evidence),
     })
 }
 
@@ -259,6 +288,20 @@ async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
     assert_eq!((agent.calls(), source.0.memory().len()), (4, 0));
     assert_eq!(ids(source.identify(&caller(1)).await), [SHOP], "nothing of it is remembered");
     assert_eq!(agent.calls(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn process_is_attested_again_if_a_program_was_executed_meanwhile() {
+    let agent = Script::says(shop);
+    let source = source(&agent);
+    let tries = u32::try_from(EXECUTED.len()).unwrap();
+    assert_eq!(ids(source.identify(&executing_caller(1, tries - 1)).await), [SHOP]);
+    assert_eq!(agent.calls(), tries as usize);
+    let refused = source.identify(&executing_caller(2, tries)).await.unwrap_err();
+    assert_eq!(refused, Refusal::Executing.into());
+    assert!(Refusal::Executing.is_transient());
+    assert_eq!(agent.calls(), 2 * tries as usize);
+    assert_eq!(ids(source.identify(&caller(2)).await), [SHOP], "the refusal is not remembered");
 }
 
 #[tokio::test(start_paused = true)]
