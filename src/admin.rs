@@ -144,8 +144,9 @@ impl Admin {
     /// A probe sends its request with its connection and gets its answer at once, so it is never the one that gives way: that
     /// is a client that sends no request, or does not read its answer (T26).
     pub async fn connection(self: Arc<Self>, address: Address, stream: Stream, arrival: Arrival) {
-        // Those of workloads are none of these.
-        let Arrival { permit: _, open: _open } = arrival;
+        let Arrival { permit: arriving, open: _open } = arrival;
+        // Its client is counted by its address from here on.
+        drop(arriving);
         let permit = match (address, &stream) {
             // On a listener for both families IPv4 comes as `::ffff:a.b.c.d`.
             (Address::Admin, Stream::Tcp { client, .. }) => self.remote.admit(&client.ip().to_canonical()),
