@@ -19,6 +19,11 @@ const KEPT: &str = "example.org/kept=:PreferNoSchedule";
 /// Asserts that startup-taint's service account changes no field of a node but the one taint.
 pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
     let node = &cluster.node;
+    let checked = await_some("the policy's types are checked", PATIENCE, || {
+        let policy = node.get(&["validatingadmissionpolicy", "awsvid-startup-taint"]);
+        policy["status"]["observedGeneration"].is_u64().then(|| policy["status"]["typeChecking"].clone())
+    });
+    assert_eq!(checked["expressionWarnings"], Value::Null);
     node.kubectl(&["taint", "node", NAME, KEPT]).success("a taint");
     node.kubectl(&["taint", "node", NAME, "awsvid.io/not-ready=:PreferNoSchedule"]).success("awsvid's taint");
     let before = kept(&node.get(&["node", NAME]));
@@ -87,7 +92,7 @@ fn kept(node: &Value) -> Value {
     json!([node["spec"], metadata, node["status"]["capacity"]])
 }
 
-/// Carries attack 34 out: the agent's token at the kubelet, which with the component for older clusters is enough.
+/// Carries out attack 34: the agent's token at the kubelet is refused, and the right of the component for older clusters is enough.
 pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
     let node = &cluster.node;
     node.apply(&cluster.pod(READER, "entered", "exec busybox sleep 3600"));
