@@ -5,6 +5,7 @@ mod cluster;
 mod deployments;
 mod life;
 mod policy;
+mod rights;
 
 use std::path::Path;
 use std::time::Instant;
@@ -26,6 +27,9 @@ fn pods_have_their_own_credentials() {
     done("the policy");
     life::pods_wait_until_awsvid_is_ready(&cluster, directory.path());
     done("the start-up taint");
+    rights::startup_taint_removes_the_taint_alone(&cluster);
+    rights::the_agent_runs_nothing_in_pods(&cluster, directory.path());
+    done("rights");
     for source in ["spiffe-broker", "spire-delegated"] {
         cluster.install(source);
         done(source);
@@ -121,7 +125,9 @@ fn every_manifest_is_accepted(cluster: &Cluster, folder: &Path) {
     for directory in ["", "spiffe-broker", "spire-delegated"] {
         accepted(&manifests().join(directory));
     }
-    for component in ["environment", "environment-patch", "network-policy", "pod-monitor", "startup-taint"] {
+    for component in
+        ["environment", "environment-patch", "network-policy", "nodes-proxy", "pod-monitor", "startup-taint"]
+    {
         accepted(&overlay(folder, component, &[], &[component]));
     }
 }

@@ -27,6 +27,7 @@ mod hostile;
 mod kubernetes;
 mod layout;
 mod listeners;
+mod manifests;
 mod operators;
 mod outages;
 mod pod_callers;

@@ -68,7 +68,6 @@ pub(super) fn overlay(folder: &Path, name: &str, resources: &[&str], components:
         "components": components.iter().map(|name| format!("{base}/components/{name}")).collect::<Vec<_>>(),
     });
     if !resources.is_empty() {
-        kustomization["images"] = json!([{ "name": "kubectl", "newTag": "test" }]);
         kustomization["configMapGenerator"] = json!([
             { "name": "awsvid", "namespace": "awsvid", "behavior": "merge", "files": ["awsvid.toml", "ca.crt"] }
         ]);
@@ -115,7 +114,7 @@ impl Cluster {
         };
         // What is measured is what is released.
         let awsvid = if is_slow() { released() } else { PathBuf::from(PROGRAM) };
-        program("awsvid", "docker.io/library/awsvid:0.1.0", &awsvid, "/usr/bin/awsvid");
+        program("awsvid", "ghcr.io/awsvid/awsvid:0.1.0", &awsvid, "/usr/bin/awsvid");
         let agent = self.node.bin().join("spire-agent");
         program("agent", "ghcr.io/spiffe/spire-agent:1.15.3", &agent, "/opt/spire/bin/spire-agent");
         let files = self.node.bin().join("pod-files");
