@@ -385,10 +385,11 @@ pub enum Refusal {
          (CAP_SYS_PTRACE, CAP_BPF, CAP_PERFMON, the system call bpf)"
     )]
     UnseenProgram,
-    /// Looking at the process did not come to an end in time. Passes if that was a file system that hangs for a moment.
+    /// What the process executes, or what a rule's `exe` names, cannot be looked at, or not in time. Passes if that was a file
+    /// system that hangs for a moment.
     #[error(
-        "the kernel did not say in time what the calling process executes; a file system that the program is on does not \
-         answer"
+        "the daemon cannot see whether the calling process executes the program that a rule names: the process, or the file \
+         system of a program, does not answer"
     )]
     Unresponsive,
     /// The kernel lacks what this listener needs for this caller.
