@@ -5,6 +5,9 @@ use std::io::Read;
 use std::path::Path;
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+
 use crate::harness::actor::{self, Acting, Connector};
 use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
@@ -114,7 +117,9 @@ impl HangingRule {
     /// What comes of a request.
     fn made(&self, mut asked: File) -> Made {
         let mut answer = String::new();
-        asked.read_to_string(&mut answer).unwrap();
+        let patience = TimeVal::seconds(PATIENCE.as_secs().cast_signed());
+        setsockopt(&asked, sockopt::ReceiveTimeout, &patience).unwrap();
+        asked.read_to_string(&mut answer).expect("an answer");
         Made::of(&answer, "a request", &self.daemon)
     }
 

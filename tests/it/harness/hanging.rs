@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use super::actor;
 use super::counterparts::process::{Owned, spawn};
@@ -11,7 +12,8 @@ use super::counterparts::process::{Owned, spawn};
 /// error: so this is to be dropped before what may wait, which cannot end before.
 pub(crate) struct HangingFiles {
     owned: Owned,
-    hears: ChildStdin,
+    /// `None` once it is told to end.
+    hears: Option<ChildStdin>,
     says: BufReader<ChildStdout>,
     program: PathBuf,
 }
@@ -23,7 +25,7 @@ impl HangingFiles {
         command.env_clear().env("PATH", "/usr/bin:/bin").arg("hanging-files");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
-        let hears = owned.stdin().expect("a pipe");
+        let hears = owned.stdin();
         let says = BufReader::new(owned.stdout().expect("a pipe"));
         let mut files = Self { owned, hears, says, program: PathBuf::new() };
         files.program = files.line().into();
@@ -51,7 +53,7 @@ impl HangingFiles {
     }
 
     fn step(&mut self, word: &str) {
-        writeln!(self.hears, "{word}").expect("the actor lives");
+        writeln!(self.hears.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
         assert_eq!(self.line(), "done");
     }
 
@@ -59,5 +61,13 @@ impl HangingFiles {
         let mut line = String::new();
         self.says.read_line(&mut line).expect("the actor's word");
         line.trim_end().to_owned()
+    }
+}
+
+impl Drop for HangingFiles {
+    fn drop(&mut self) {
+        drop(self.hears.take());
+        // It unmounts it and removes the directory; if it does not, it is killed, and the mount ends with its server.
+        self.owned.wait(Duration::from_secs(10));
     }
 }
