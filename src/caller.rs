@@ -392,10 +392,11 @@ pub enum Refusal {
          it; ask again in a moment"
     )]
     Executing,
-    /// Looking at the process did not come to an end in time. Passes if that was a file system that hangs for a moment.
+    /// What the process executes, or what a rule's `exe` names, cannot be looked at, or not in time. Passes if that was a file
+    /// system that hangs for a moment.
     #[error(
-        "the kernel did not say in time what the calling process executes; a file system that the program is on does not \
-         answer"
+        "the daemon cannot see whether the calling process executes the program that a rule names: the process, or the file \
+         system of a program, does not answer"
     )]
     Unresponsive,
     /// The kernel lacks what this listener needs for this caller.

@@ -1,6 +1,7 @@
 //! The `[[workload]]` rules: which SPIFFE ID a caller on this node has, where the node's configuration says so.
 
 use std::hash::{Hash, Hasher};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -51,13 +52,44 @@ pub struct ProgramFile {
     looking: Arc<tokio::sync::Mutex<()>>,
 }
 
-/// What was at a path, if anything, and when that was looked at.
+/// What was at a path, and when that was looked at.
 #[derive(Debug, Clone, Copy)]
 struct Seen {
-    file: Option<(u64, u64, (i64, i64))>,
+    file: Found,
     at: Instant,
     /// The same by the clock that file systems tell the time by.
     wall: SystemTime,
+}
+
+/// What was at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// A file with this device and inode, changed last at this time.
+    File { device: u64, inode: u64, changed: (i64, i64) },
+    /// Nothing.
+    Nothing,
+    /// That cannot be looked at: a file server is away, or a directory is closed to the daemon.
+    Unreadable,
+}
+
+impl Found {
+    fn of(looked: &io::Result<std::fs::Metadata>) -> Self {
+        match looked {
+            Ok(file) => {
+                let changed = (file.ctime(), file.ctime_nsec());
+                Self::File { device: file.dev(), inode: file.ino(), changed }
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Self::Nothing
+            }
+            Err(_) => Self::Unreadable,
+        }
+    }
+
+    /// Whether it is this file, whenever that was changed.
+    fn is(self, exe: &Executable) -> bool {
+        matches!(self, Self::File { device, inode, .. } if (device, inode) == (exe.device, exe.inode))
+    }
 }
 
 /// A file that was at its path so long ago, and has not been changed since, is taken to be still there: one that was removed
@@ -193,40 +225,53 @@ impl ProgramFile {
         &self.path
     }
 
-    /// Looks at what is at the path now. An upgrade replaces the file by another inode, so it is looked at again and again; the
-    /// file system that it is on may not answer, so that is waited for elsewhere.
-    pub async fn look(&self) {
+    /// Looks at what is at the path now, and returns whether that can be seen. An upgrade replaces the file by another inode,
+    /// so it is looked at again and again; the file system that it is on may not answer, so that is waited for elsewhere.
+    pub async fn look(&self) -> bool {
         let begun = Instant::now();
         let looking = self.looking.clone().lock_owned().await;
-        if self.seen().is_some_and(|seen| seen.at >= begun) {
-            return;
+        let is_readable = |seen: Seen| seen.file != Found::Unreadable;
+        if let Some(seen) = self.seen().filter(|seen| seen.at >= begun) {
+            return is_readable(seen);
         }
         let (path, seen) = (self.path.clone(), self.seen.clone());
         let look = move || {
             let _looking = looking;
             let (at, wall) = (Instant::now(), SystemTime::now());
-            let found = std::fs::metadata(&path).ok();
-            let file = found.map(|file| (file.dev(), file.ino(), (file.ctime(), file.ctime_nsec())));
-            *seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Seen { file, at, wall });
+            let looked = std::fs::metadata(&path);
+            let file = Found::of(&looked);
+            let before = seen.lock().unwrap_or_else(PoisonError::into_inner).replace(Seen { file, at, wall });
+            let is_news = before.is_none_or(is_readable);
+            if let Some(error) = looked.err().filter(|_| is_news && file == Found::Unreadable) {
+                tracing::warn!(
+                    %error,
+                    exe = %path.display(),
+                    "a rule's program cannot be looked at; callers that the rule may be for are refused until it can"
+                );
+            }
         };
         let _ = tokio::task::spawn_blocking(look).await;
+        self.seen().is_some_and(is_readable)
     }
 
     /// Whether this is what somebody runs; `None` if the file has to be looked at first.
     fn is(&self, exe: &Executable, asked: Instant) -> Option<bool> {
         let Seen { file, at, wall } = self.seen()?;
+        if file == Found::Unreadable {
+            return None;
+        }
         if at >= asked {
-            return Some(file.is_some_and(|(device, inode, _)| (device, inode) == (exe.device, exe.inode)));
+            return Some(file.is(exe));
         }
         if at.elapsed() >= SEEN {
             return None;
         }
-        if file == Some((exe.device, exe.inode, exe.changed)) {
+        if file == (Found::File { device: exe.device, inode: exe.inode, changed: exe.changed }) {
             return Some(true);
         }
         // Another file was there, and this one was not given that name since then: it would have been changed by that.
         let changed = UNIX_EPOCH.checked_add(Duration::from_secs(u64::try_from(exe.changed.0).ok()?));
-        let is_other = file.is_none_or(|(device, inode, _)| (device, inode) != (exe.device, exe.inode));
+        let is_other = !file.is(exe);
         let is_old = changed.is_some_and(|changed| changed + CLOCK_TICK < wall);
         (is_other && is_old).then_some(false)
     }

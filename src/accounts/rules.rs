@@ -33,7 +33,7 @@ pub enum Undecided {
     /// It depends on a user or group whose number is not known, since the name service does not answer. A later rule that
     /// matches may not be the caller's.
     UnknownAccount(AccountName),
-    /// It depends on a program's file, whose file system does not answer.
+    /// It depends on a program's file, whose file system does not answer, or only with an error.
     Unresponsive,
 }
 
@@ -57,7 +57,9 @@ impl LiveRules {
                 Outcome::Decided(decided) => return decided,
                 Outcome::NeedsFile(file) => {
                     // One that does not answer keeps only those waiting whom its rule may concern.
-                    timeout(HOLD, file.look()).await.map_err(|_| Undecided::Unresponsive)?;
+                    if !timeout(HOLD, file.look()).await.unwrap_or(false) {
+                        return Err(Undecided::Unresponsive);
+                    }
                     continue;
                 }
                 Outcome::Unanswered(names) if was_looked_up => {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -62,9 +63,15 @@ fn programs(config: &Config) -> impl Iterator<Item = Problem> {
 fn program(path: &Path) -> Option<(String, &'static str)> {
     let shown = path.display();
     match fs::metadata(path) {
-        Err(error) => Some((
-            format!("{shown} can't be read, so the rule matches no caller until it can: {error}"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Some((
+            format!("{shown} is not there, so the rule matches no caller until it is"),
             "correct the path if it is wrong",
+        )),
+        Err(error) => Some((
+            format!(
+                "{shown} cannot be looked at, so callers that the rule may be for are refused until it can: {error}"
+            ),
+            "name a file that root can see, on a file system that answers",
         )),
         Ok(found) if !found.is_file() => {
             Some((format!("{shown} is not a file, so the rule matches no caller"), "name the program's file"))

@@ -66,7 +66,7 @@ fn decided<'a>(rules: &'a [Rule], caller: &Caller) -> Decision<'a> {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     loop {
         match decide(rules, caller, asked) {
-            Decision::NeedsFile(file) => runtime.block_on(file.look()),
+            Decision::NeedsFile(file) => assert!(runtime.block_on(file.look())),
             decision => return decision,
         }
     }
@@ -270,11 +270,29 @@ fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
     let runs = || file.is(&executable(&running.metadata().unwrap(), Path::new("")), Instant::now());
     assert_eq!(runs(), None);
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    runtime.block_on(file.look());
+    assert!(runtime.block_on(file.look()));
     assert_eq!(runs(), Some(true));
     std::fs::rename(&old, &new).unwrap();
     file.seen.lock().unwrap().as_mut().unwrap().at -= SEEN;
     assert_eq!(runs(), None);
+}
+
+/// A later rule would be another one's, if that is what runs.
+#[test]
+fn a_file_that_cannot_be_looked_at_is_not_another_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("program");
+    std::os::unix::fs::symlink(&path, &path).unwrap();
+    let file = ProgramFile::new(path.clone());
+    let found = std::fs::metadata(directory.path()).unwrap();
+    let asked = Instant::now();
+    let runs = || file.is(&executable(&found, Path::new("")), asked);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    assert!(!runtime.block_on(file.look()));
+    assert_eq!(runs(), None);
+    std::fs::remove_file(&path).unwrap();
+    assert!(runtime.block_on(file.look()));
+    assert_eq!(runs(), Some(false));
 }
 
 #[test]

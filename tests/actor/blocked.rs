@@ -3,17 +3,19 @@
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::IntoRawFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, execv};
+use nix::unistd::{Pid, dup2_stdout, execv, getpid};
 
-use crate::ALICE;
-use crate::daemon;
+use crate::daemon::{self, Connection};
 use crate::fuse::{HangingFiles, Hangs, is_stuck};
+use crate::moves::{Cgroup, own_cgroup};
 use crate::process::{Child, become_user, child, share_memory};
 use crate::wire::{self, Address};
+use crate::{ALICE, BOB};
 
 /// So many processes of Alice's in each of these cgroups have each sent a request, and then execute a program. That takes, and keeps, the lock of the
 /// process under which its memory is changed (`exec_update_lock`), and waits for the lock of its memory, which a helper
@@ -30,7 +32,18 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
     files.await_asked();
     let held = daemon::hold();
     let each = cgroups.iter().flat_map(|cgroup| (0..count).map(move |_| cgroup));
-    let callers: Vec<(Child, Pid)> = each.map(|cgroup| caller(&files, cgroup, to)).collect();
+    let callers = each.map(|cgroup| {
+        caller(&files, || {
+            std::fs::write(format!("{cgroup}/cgroup.procs"), "0").unwrap();
+            become_user(ALICE);
+            let fd = to.connect();
+            wire::send(&fd);
+            // Until it executes that.
+            let _ = fd.into_raw_fd();
+            vec![c"/bin/true".to_owned()]
+        })
+    });
+    let callers: Vec<(Child, Pid)> = callers.collect();
     drop(held);
     println!("begun");
     std::io::stdout().flush().unwrap();
@@ -48,21 +61,63 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
     }
 }
 
-/// One of them, and its helper.
-fn caller(files: &HangingFiles, cgroup: &str, to: &Address) -> (Child, Pid) {
+/// A caller of Alice's does the same, and goes on when the daemon is kept waiting for it, or has attested it. Bob asks before
+/// that: what comes of it, unless it is an answer, counts in the place of what Alice gets.
+pub(crate) fn stuck(to: &Address) -> String {
+    let files = HangingFiles::mount_privately(Hangs::Read);
+    let mut reader = child(|_| {
+        let _ = File::open(files.file()).unwrap().read(&mut [0]);
+        String::new()
+    });
+    files.await_asked();
+    let (over, from) = UnixStream::pair().unwrap();
+    let (mut hears, says) = UnixStream::pair().unwrap();
+    let held = daemon::hold();
+    let (caller, _) = caller(&files, || {
+        become_user(ALICE);
+        let fd = to.connect();
+        wire::send_part(&fd);
+        wire::pass(&over, &fd);
+        dup2_stdout(&says).unwrap();
+        let program = std::env::current_exe().unwrap();
+        let words = [program.to_str().unwrap(), "conclude", &wire::inheritable(fd).to_string()];
+        words.map(|word| CString::new(word).unwrap()).to_vec()
+    });
+    drop(says);
+    let connection = Connection::of(to, &wire::receive(&from));
+    drop(held);
+    while !daemon::has_stuck_thread() && !daemon::is_read(&connection) {
+        thread::yield_now();
+    }
+    // Where a process is searched for, it is among all of its cgroup.
+    let elsewhere = Cgroup::named(&own_cgroup(), &format!("bob-{}", getpid()));
+    let mut bob = child(|_| {
+        elsewhere.write("cgroup.procs", "0");
+        become_user(BOB);
+        wire::ask(&to.connect())
+    });
+    let bobs = bob.said();
+    bob.reap();
+    drop(files);
+    let mut alices = String::new();
+    hears.read_to_string(&mut alices).unwrap();
+    caller.reap();
+    reader.cue();
+    reader.reap();
+    if bobs.contains("AccessKeyId") { alices } else { bobs }
+}
+
+/// One of them, and its helper. What it executes is what `begin` gives: the program and its words.
+fn caller(files: &HangingFiles, begin: impl FnOnce() -> Vec<CString>) -> (Child, Pid) {
     let path = CString::new(files.file().to_str().unwrap()).unwrap();
     let (tell, told) = UnixStream::pair().unwrap();
     let mut caller = child(|cue| {
-        std::fs::write(format!("{cgroup}/cgroup.procs"), "0").unwrap();
-        become_user(ALICE);
-        let fd = to.connect();
-        wire::send(&fd);
-        let program = [c"true"];
+        let program = begin();
         let helper = share_memory(map, path.as_ptr().cast_mut().cast());
         // From here on nothing may take memory: that would wait for the helper, too.
         let _ = nix::unistd::write(&tell, &helper.as_raw().to_ne_bytes());
         cue.wait();
-        let _ = execv(c"/bin/true", &program);
+        let _ = execv(&program[0], &program);
         String::new()
     });
     let mut helper = [0; 4];

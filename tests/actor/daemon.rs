@@ -21,21 +21,25 @@ pub(crate) struct Held(Pid);
 
 /// Holds the daemon. Takes root.
 pub(crate) fn hold() -> Held {
-    let pid: i32 = std::env::var(DAEMON).expect("the daemon's pid").parse().unwrap();
+    let pid = pid();
     let held = Held(Pid::from_raw(pid));
     kill(held.0, Signal::SIGSTOP).unwrap();
     // A thread that runs elsewhere stops a little later.
-    while !threads_are_stopped(pid) {
+    while !states(pid).all(|state| state == 'T') {
         thread::yield_now();
     }
     held
 }
 
-fn threads_are_stopped(pid: i32) -> bool {
-    fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(|task| {
-        // One that has ended meanwhile does nothing any more.
-        let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
-        stat.rsplit_once(')').is_none_or(|(_, fields)| fields.starts_with(" T"))
+fn pid() -> i32 {
+    std::env::var(DAEMON).expect("the daemon's pid").parse().unwrap()
+}
+
+/// The states of a process's threads (proc_pid_stat(5)), but of those that have ended meanwhile.
+fn states(pid: i32) -> impl Iterator<Item = char> {
+    fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(|task| {
+        let stat = fs::read_to_string(task.unwrap().path().join("stat")).ok()?;
+        stat.rsplit_once(')')?.1.trim_start().chars().next()
     })
 }
 
@@ -47,25 +51,51 @@ impl Drop for Held {
 
 /// Until the daemon has read all that was sent on `fd`. It attests whom it accepts before it reads a byte.
 pub(crate) fn await_read(to: &Address, fd: &OwnedFd) {
-    match to {
-        Address::Unix(_) => while unread(fd) {},
-        Address::Tcp(server) => {
-            let client = Address::local(fd);
-            // Both ends have to be seen: what is not acknowledged yet may not have arrived.
-            while queues(client, *server).is_none_or(|(unsent, _)| unsent > 0)
-                || queues(*server, client).is_none_or(|(_, unread)| unread > 0)
-            {
-                thread::yield_now();
-            }
+    let connection = Connection::of(to, fd);
+    while !is_read(&connection) {
+        thread::yield_now();
+    }
+}
+
+/// What tells whether the daemon has read from a connection.
+pub(crate) enum Connection {
+    /// A descriptor of it.
+    Unix(OwnedFd),
+    /// The client's address and the daemon's: whoever has a descriptor may be taken for the caller.
+    Tcp(SocketAddr, SocketAddr),
+}
+
+impl Connection {
+    /// The one that `fd` is the client's end of.
+    pub(crate) fn of(to: &Address, fd: &OwnedFd) -> Self {
+        match to {
+            Address::Unix(_) => Self::Unix(fd.try_clone().unwrap()),
+            Address::Tcp(server) => Self::Tcp(Address::local(fd), *server),
         }
     }
+}
+
+/// Whether the daemon has read all that was sent.
+pub(crate) fn is_read(connection: &Connection) -> bool {
+    match connection {
+        Connection::Unix(fd) => !unread(fd),
+        // Both ends have to be seen: what is not acknowledged yet may not have arrived.
+        Connection::Tcp(client, server) => {
+            queues(*client, *server).is_some_and(|(unsent, _)| unsent == 0)
+                && queues(*server, *client).is_some_and(|(_, unread)| unread == 0)
+        }
+    }
+}
+
+/// Whether something keeps one of the daemon's threads waiting, as a lock does.
+pub(crate) fn has_stuck_thread() -> bool {
+    states(pid()).any(|state| state == 'D')
 }
 
 fn unread(fd: &OwnedFd) -> bool {
     let mut bytes = 0;
     // SAFETY: the request writes one integer to where the reference points.
     unsafe { outq(fd.as_raw_fd(), &raw mut bytes) }.unwrap();
-    thread::yield_now();
     bytes > 0
 }
 

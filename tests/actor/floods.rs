@@ -38,8 +38,13 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
 pub(crate) fn connect(uid: u32, to: &Address) {
     become_user(uid);
     let mut asked = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
-    while asked.read(&mut [0]).is_ok_and(|length| length == 1) {
-        wire::pass(&asked, &to.connect());
+    let (mut word, mut kept) = ([0], Vec::new());
+    while asked.read(&mut word).is_ok_and(|length| length == 1) {
+        let fd = to.connect();
+        wire::pass(&asked, &fd);
+        if word == *b"k" {
+            kept.push(fd);
+        }
     }
 }
 

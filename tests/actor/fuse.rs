@@ -2,7 +2,7 @@
 //! linux/fuse.h has its messages.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{BufRead, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -32,15 +32,17 @@ const KEEP_CACHE: u32 = 2;
 /// The file's inode; the directory's is 1.
 const FILE: u64 = 2;
 const FILE_SIZE: u64 = 1 << 20;
-/// For how many seconds the kernel believes what it was told of the file, but not of its name.
+/// For how many seconds the kernel believes what it was told of a file that is not to be looked at again, but not of its name.
 const VALID: u64 = 3600;
+/// The name that has to be looked up for the file system to stop answering. No file has it.
+const CUE: &str = "hang";
 
 /// What is never answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hangs {
     /// What is read of the file.
     Read,
-    /// Where the file is, once it has been opened.
+    /// Where the file is, and what it is, from [`HangingFiles::hang`] on. The file is this program.
     Lookup,
 }
 
@@ -68,7 +70,7 @@ impl HangingFiles {
         mount(Some("hanging"), &directory, Some("fuse"), MsFlags::empty(), Some(&*options)).unwrap();
         let (tell, asked) = UnixStream::pair().unwrap();
         let server = child(|_| {
-            serve(&device, hangs, || (&tell).write_all(b"x").unwrap());
+            Server::new(hangs).serve(&device, || (&tell).write_all(b"x").unwrap());
             String::new()
         });
         Self { directory, server: Some(server), asked }
@@ -76,6 +78,19 @@ impl HangingFiles {
 
     pub(crate) fn file(&self) -> PathBuf {
         self.directory.join("file")
+    }
+
+    /// From here on what [`Hangs::Lookup`] says is not answered.
+    fn hang(&self) {
+        fs::metadata(self.directory.join(CUE)).unwrap_err();
+    }
+
+    /// Ends the server: from here on each request is an error.
+    fn end_server(&mut self) {
+        if let Some(server) = self.server.take() {
+            let _ = kill(server.pid, Signal::SIGKILL);
+            server.reap();
+        }
     }
 
     /// Waits until somebody has asked for something that is not answered.
@@ -88,70 +103,148 @@ impl Drop for HangingFiles {
     fn drop(&mut self) {
         // Whoever waits for an answer gets an error.
         umount2(&self.directory, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH).unwrap();
-        if let Some(server) = self.server.take() {
-            let _ = kill(server.pid, Signal::SIGKILL);
-            server.reap();
-        }
+        self.end_server();
         let _ = fs::remove_dir(&self.directory);
     }
 }
 
-/// Answers all but what `hangs` says; calls `on_hang` for that.
-fn serve(mut device: &File, hangs: Hangs, on_hang: impl Fn()) {
-    let mut opened = 0;
-    let mut request = vec![0; 1 << 20];
-    // Ends with the mount.
-    while let Ok(length) = device.read(&mut request) {
-        let header = &request[..length];
-        let number = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
-        let (opcode, unique) = (number(4), &header[8..16]);
-        let node = u64::from_ne_bytes(header[16..24].try_into().unwrap());
-        let answer: Result<Vec<u8>, i32> = match opcode {
-            INIT => Ok(init()),
-            LOOKUP if !header[40..].starts_with(b"file\0") => Err(-libc::ENOENT),
-            LOOKUP if hangs == Hangs::Read || opened == 0 => Ok(entry()),
-            GETATTR => Ok([&VALID.to_ne_bytes()[..], &[0; 8], &attributes(node)].concat()),
-            OPEN => {
-                opened += 1;
-                // The first who opens it reads through the page cache, and the next ones beside it.
-                Ok(open(if opened == 1 { KEEP_CACHE } else { DIRECT_IO | KEEP_CACHE }))
-            }
-            OPENDIR => Ok(open(0)),
-            STATFS => Ok(vec![0; 80]),
-            RELEASE | RELEASEDIR | FLUSH | ACCESS => Ok(Vec::new()),
-            FORGET | BATCH_FORGET => continue,
-            READ if hangs == Hangs::Lookup => Ok(Vec::new()),
-            LOOKUP | READ => {
-                on_hang();
-                continue;
-            }
-            _ => Err(-libc::ENOSYS),
-        };
-        let (error, body) = answer.map_or_else(|error| (error, Vec::new()), |body| (0, body));
-        let length = u32::try_from(16 + body.len()).unwrap();
-        let message = [&length.to_ne_bytes()[..], &error.to_ne_bytes(), unique, &body].concat();
-        let _ = device.write_all(&message);
+/// Mounts such a file system, prints where its file is, and does what standard input says until that ends. `done` is printed
+/// for each word.
+pub(crate) fn obey() {
+    let mut files = HangingFiles::mount_privately(Hangs::Lookup);
+    println!("{}", files.file().display());
+    for word in std::io::stdin().lock().lines() {
+        match word.unwrap().as_str() {
+            "hang" => files.hang(),
+            "end" => files.end_server(),
+            other => panic!("no word {other}"),
+        }
+        println!("done");
     }
+}
+
+/// What answers the kernel.
+struct Server {
+    hangs: Hangs,
+    content: Vec<u8>,
+    size: u64,
+    opened: usize,
+    has_cue: bool,
+}
+
+impl Server {
+    fn new(hangs: Hangs) -> Self {
+        let content = match hangs {
+            Hangs::Read => Vec::new(),
+            Hangs::Lookup => fs::read("/proc/self/exe").unwrap(),
+        };
+        let size = u64::try_from(content.len()).unwrap().max(FILE_SIZE);
+        Self { hangs, content, size, opened: 0, has_cue: false }
+    }
+
+    /// Answers all but what it is not to answer, and calls `on_hang` for that.
+    fn serve(mut self, mut device: &File, on_hang: impl Fn()) {
+        let mut request = vec![0; 1 << 20];
+        // Ends with the mount.
+        while let Ok(length) = device.read(&mut request) {
+            let header = &request[..length];
+            let unique = &header[8..16];
+            let answer = match self.answer(header) {
+                Answer::Body(body) => Ok(body),
+                Answer::Error(error) => Err(error),
+                Answer::Nothing => continue,
+                Answer::Hang => {
+                    on_hang();
+                    continue;
+                }
+            };
+            let (error, body) = answer.map_or_else(|error| (-error, Vec::new()), |body| (0, body));
+            let length = u32::try_from(16 + body.len()).unwrap();
+            let message = [&length.to_ne_bytes()[..], &error.to_ne_bytes(), unique, &body].concat();
+            let _ = device.write_all(&message);
+        }
+    }
+
+    fn answer(&mut self, request: &[u8]) -> Answer {
+        let number = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
+        let long = |at: usize| u64::from_ne_bytes(request[at..at + 8].try_into().unwrap());
+        let (opcode, node) = (number(4), long(16));
+        let name = |name: &str| request[40..].starts_with(name.as_bytes());
+        let does_hang = match (opcode, self.hangs) {
+            (READ, Hangs::Read) => true,
+            (LOOKUP, Hangs::Lookup) => name("file\0") && self.has_cue,
+            (GETATTR, Hangs::Lookup) => node == FILE && self.has_cue,
+            _ => false,
+        };
+        if does_hang {
+            return Answer::Hang;
+        }
+        let body = match opcode {
+            INIT => init(),
+            LOOKUP if name("file\0") => self.entry(),
+            LOOKUP => {
+                self.has_cue |= name(CUE);
+                return Answer::Error(libc::ENOENT);
+            }
+            GETATTR => [&self.valid().to_ne_bytes()[..], &[0; 8], &self.attributes(node)].concat(),
+            OPEN => {
+                self.opened += 1;
+                // With what is never read, the first who opens it reads through the page cache, and the next ones past it.
+                let through_cache = self.hangs == Hangs::Lookup || self.opened == 1;
+                open(if through_cache { KEEP_CACHE } else { DIRECT_IO | KEEP_CACHE })
+            }
+            READ => {
+                let start = usize::try_from(long(48)).unwrap().min(self.content.len());
+                let end = (start + usize::try_from(number(56)).unwrap()).min(self.content.len());
+                self.content[start..end].to_vec()
+            }
+            OPENDIR => open(0),
+            STATFS => vec![0; 80],
+            RELEASE | RELEASEDIR | FLUSH | ACCESS => Vec::new(),
+            FORGET | BATCH_FORGET => return Answer::Nothing,
+            _ => return Answer::Error(libc::ENOSYS),
+        };
+        Answer::Body(body)
+    }
+
+    /// `struct fuse_entry_out`. The name is to be looked up each time.
+    fn entry(&self) -> Vec<u8> {
+        let words: [u64; 5] = [FILE, 0, 0, self.valid(), 0];
+        words.iter().flat_map(|word| word.to_ne_bytes()).chain(self.attributes(FILE)).collect()
+    }
+
+    /// For how long the kernel may believe what the file is, in seconds.
+    fn valid(&self) -> u64 {
+        if self.hangs == Hangs::Lookup { 0 } else { VALID }
+    }
+
+    /// `struct fuse_attr`.
+    fn attributes(&self, node: u64) -> Vec<u8> {
+        let (mode, links, size) = if node == FILE { (0o100_755, 1, self.size) } else { (0o40_755, 2, 0) };
+        let long: [u64; 6] = [node, size, size / 512, 0, 0, 0];
+        let short: [u32; 10] = [0, 0, 0, mode, links, 0, 0, 0, 4096, 0];
+        long.iter()
+            .flat_map(|word| word.to_ne_bytes())
+            .chain(short.iter().flat_map(|word| word.to_ne_bytes()))
+            .collect()
+    }
+}
+
+/// What becomes of a request.
+enum Answer {
+    Body(Vec<u8>),
+    /// An errno.
+    Error(i32),
+    /// The kernel waits for nothing.
+    Nothing,
+    /// The kernel waits in vain.
+    Hang,
 }
 
 /// `struct fuse_init_out`: version 7.31, and nothing of what may be left out.
 fn init() -> Vec<u8> {
     let words: [u32; 16] = [7, 31, 0, 0, 12 | 12 << 16, 1 << 17, 1, 256, 0, 0, 0, 0, 0, 0, 0, 0];
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
-}
-
-/// `struct fuse_entry_out`. The name is to be looked up each time.
-fn entry() -> Vec<u8> {
-    let words: [u64; 5] = [FILE, 0, 0, VALID, 0];
-    words.iter().flat_map(|word| word.to_ne_bytes()).chain(attributes(FILE)).collect()
-}
-
-/// `struct fuse_attr`.
-fn attributes(node: u64) -> Vec<u8> {
-    let (mode, links, size) = if node == FILE { (0o100_755, 1, FILE_SIZE) } else { (0o40_755, 2, 0) };
-    let long: [u64; 6] = [node, size, size / 512, 0, 0, 0];
-    let short: [u32; 10] = [0, 0, 0, mode, links, 0, 0, 0, 4096, 0];
-    long.iter().flat_map(|word| word.to_ne_bytes()).chain(short.iter().flat_map(|word| word.to_ne_bytes())).collect()
 }
 
 /// `struct fuse_open_out`.

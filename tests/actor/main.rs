@@ -53,6 +53,7 @@ fn main() {
         ["blocked", count, listener, address, ref cgroups @ ..] => {
             blocked::callers(count.parse().unwrap(), cgroups, &wire::Address::parse(listener, address));
         }
+        ["hanging-files"] => fuse::obey(),
         ["activated", listener, address] => {
             print!("{}", handed_on::used_again_by_service(&wire::Address::parse(listener, address)));
         }

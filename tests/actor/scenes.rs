@@ -21,7 +21,7 @@ use crate::daemon::{self, Held};
 use crate::handed_on::{self, Given as Socket};
 use crate::process::{Child, become_of, become_user, child, reuse, stay};
 use crate::wire::{self, Address};
-use crate::{ALICE, BOB, moves};
+use crate::{ALICE, BOB, blocked, moves};
 
 pub(crate) fn play(scene: &str, to: &Address) -> String {
     let late = scene.ends_with("-late");
@@ -56,6 +56,7 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "shared-listener-used-again" => handed_on::used_again(to, Socket::SharedListener),
         "accepted-used-again" => handed_on::used_again(to, Socket::Accepted),
         "made-for-activation" => handed_on::made_for_activation(to),
+        "stuck" => blocked::stuck(to),
         "personality" => moves::personality(to),
         "fixed-file" => moves::fixed_file(to),
         other => panic!("no scene {other}"),

@@ -106,8 +106,13 @@ pub(crate) fn send(fd: &OwnedFd) {
 
 /// The beginning of a request, read by the daemon, so that it has attested whose connection this is.
 pub(crate) fn begin(to: &Address, fd: &OwnedFd) {
-    write(fd, &REQUEST[..PART]);
+    send_part(fd);
     daemon::await_read(to, fd);
+}
+
+/// The same, whoever has read it.
+pub(crate) fn send_part(fd: &OwnedFd) {
+    write(fd, &REQUEST[..PART]);
 }
 
 /// The rest of it.

@@ -147,6 +147,8 @@ fn expected() -> Vec<Row> {
         row("half-closed", alice, alice, alice),
         row("closed", gone, gone, gone),
         row("shut-and-closed", gone, gone, gone),
+        // It lets go of its own lock when the daemon waits for that, and others are answered before.
+        row("stuck", alice, alice, alice),
         row("decoy", alice, alice, alice),
         // The process lives in other namespaces than the daemon, as in a container that has no cgroup of its own. A rule that
         // names the cgroup means whoever is there.

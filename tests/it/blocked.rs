@@ -1,13 +1,22 @@
 //! Callers that keep whoever looks at them waiting, and what comes of the others (attack 25).
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
+use std::time::Duration;
 
-use crate::harness::actor::{self, Acting};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+
+use crate::harness::actor::{self, Acting, Connector};
 use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
+use crate::harness::client;
+use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::made::{Made, answered};
+use crate::harness::hanging::HangingFiles;
+use crate::harness::made::{Made, answered, refused};
 use crate::harness::upstream::Upstream;
 use crate::harness::world::id;
 
@@ -60,4 +69,117 @@ fn callers_that_hold_their_own_locks_stop_nobody_else_where_an_agent_attests() {
     let agent = FakeAgent::start(folder.path(), entries);
     let daemon = Daemon::start(folder.path(), "", &agent.configuration()).ready();
     others_are_answered(&daemon, folder.path(), &id("bob"));
+}
+
+/// A rule names a program on a file system that hangs. Alice has that rule, and another one for whatever else she runs; Bob's
+/// rules name a program that is elsewhere.
+struct HangingRule {
+    /// First, so that it ends first.
+    files: HangingFiles,
+    daemon: Daemon,
+    configuration: String,
+    cgroup: Cgroup,
+    _upstream: Upstream,
+    _folder: tempfile::TempDir,
+}
+
+const PROGRAM: &str = "spiffe://example.org/user/program";
+const ALICE: &str = "spiffe://example.org/user/alice";
+const BOB: &str = "spiffe://example.org/user/bob";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+impl HangingRule {
+    fn start() -> Self {
+        let (folder, files) = (folder(), HangingFiles::mount());
+        let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob"), (61003, "program"), (61004, "another")]);
+        let rule = |id, keys: &str| format!("\n[[workload]]\nspiffe_id = \"{id}\"\n{keys}\n");
+        let rules = [
+            rule(PROGRAM, &format!("uid = 61001\nexe = {:?}", files.program())),
+            rule(ALICE, "uid = 61001"),
+            rule("spiffe://example.org/user/another", "uid = 61002\nexe = \"/bin/true\""),
+            rule(BOB, "uid = 61002"),
+        ];
+        let configuration = format!("{}{}", upstream.configuration(), rules.concat());
+        let enter = files.enter();
+        let enter: Vec<&str> = enter.iter().map(String::as_str).collect();
+        let daemon = Daemon::start_behind(&enter, folder.path(), "", &configuration).ready();
+        let cgroup = Cgroup::new(&format!("callers-{}", folder.path().file_name().unwrap().display()));
+        Self { files, daemon, configuration, cgroup, _upstream: upstream, _folder: folder }
+    }
+
+    /// A caller that runs the file on that file system.
+    fn runs_it(&self, uid: u32, listener: &str) -> Connector {
+        let address = self.daemon.listener(listener);
+        let (words, program) = (self.files.enter(), self.files.program());
+        Connector::start_behind(&words, program, uid, listener, &address, self.cgroup.path())
+    }
+
+    /// What comes of a request.
+    fn made(&self, mut asked: File) -> Made {
+        let mut answer = String::new();
+        let patience = TimeVal::seconds(PATIENCE.as_secs().cast_signed());
+        setsockopt(&asked, sockopt::ReceiveTimeout, &patience).unwrap();
+        asked.read_to_string(&mut answer).expect("an answer");
+        Made::of(&answer, "a request", &self.daemon)
+    }
+
+    fn ask(&self, caller: &Connector) -> Made {
+        self.made(send(caller))
+    }
+}
+
+fn send(caller: &Connector) -> File {
+    client::send(File::from(caller.connect_and_keep()))
+}
+
+/// Nobody knows which of Alice's rules is right as long as the file cannot be looked at. Bob may run what he likes.
+#[test]
+fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
+    if !root() {
+        return;
+    }
+    let mut stage = HangingRule::start();
+    let callers = LISTENERS.map(|listener| {
+        let usual = |uid| Connector::start(uid, listener, &stage.daemon.listener(listener), stage.cgroup.path());
+        let alices = [(stage.runs_it(61001, listener), PROGRAM), (usual(61001), ALICE)];
+        (listener, alices, [stage.runs_it(61002, listener), usual(61002)])
+    });
+    let bob_is_answered = |stage: &HangingRule, when: &str| {
+        for (listener, _, bobs) in &callers {
+            for bob in bobs {
+                assert_eq!(stage.ask(bob), answered(BOB), "over {listener} {when}");
+            }
+        }
+    };
+    let alices = || callers.iter().flat_map(|(_, alices, _)| alices);
+    for (alice, id) in alices() {
+        assert_eq!(stage.ask(alice), answered(id));
+    }
+    bob_is_answered(&stage, "before");
+
+    stage.files.hang();
+    // What was seen of the file counts for a moment.
+    let unresponsive = refused("process_unresponsive");
+    await_some("the file is looked at again", PATIENCE, || {
+        let (alice, id) = &callers[0].1[0];
+        let made = stage.ask(alice);
+        assert!(made == unresponsive || made == answered(id), "{made:?}");
+        (made == unresponsive).then_some(())
+    });
+    assert!(stage.daemon.reload("", &stage.configuration), "rules are read without their files");
+    let waiting: Vec<File> = alices().map(|(alice, _)| send(alice)).collect();
+    bob_is_answered(&stage, "while it hangs");
+    for asked in waiting {
+        assert_eq!(stage.made(asked), unresponsive, "while it hangs");
+    }
+
+    // What runs from there may end with the server, when it needs more of its file.
+    let connected: Vec<File> = alices().map(|(alice, _)| File::from(alice.connect_and_keep())).collect();
+    stage.files.end_server();
+    for asked in connected {
+        assert_eq!(stage.made(client::send(asked)), unresponsive, "without its server");
+    }
+    for (listener, _, [_, bob]) in &callers {
+        assert_eq!(stage.ask(bob), answered(BOB), "over {listener} without its server");
+    }
 }

@@ -13,6 +13,7 @@ pub(crate) mod directory;
 pub(crate) mod engine;
 pub(crate) mod forward;
 pub(crate) mod gate;
+pub(crate) mod hanging;
 pub(crate) mod kubelet;
 pub(crate) mod kubernetes;
 pub(crate) mod made;

@@ -71,7 +71,7 @@ fn rules_that_hide_others_by_their_numbers() {
 #[test]
 fn programs_of_this_node() {
     assert_eq!(warned(&["uid = 7\nexe = \"/usr/bin/env\""], ""), [] as [&str; 0]);
-    warned_once(&["uid = 7\nexe = \"/nonexistent\""], "", &["7: workload.exe", "until it can: No such file"]);
+    warned_once(&["uid = 7\nexe = \"/nonexistent\""], "", &["7: workload.exe", "is not there"]);
     warned_once(&["uid = 7\nexe = \"/usr\""], "", &["is not a file"]);
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o777)).unwrap();

@@ -83,8 +83,20 @@ impl Connector {
 
     /// The same by a copy of the program.
     pub(crate) fn start_by(program: &Path, uid: u32, listener: &str, address: &str, cgroup: &Path) -> Self {
+        Self::start_behind(&[], program, uid, listener, address, cgroup)
+    }
+
+    /// The same behind these words.
+    pub(crate) fn start_behind(
+        words: &[String],
+        program: &Path,
+        uid: u32,
+        listener: &str,
+        address: &str,
+        cgroup: &Path,
+    ) -> Self {
         let (socket, theirs) = UnixStream::pair().expect("a pair of sockets");
-        let actor = format!("{} connect {uid} {listener} {address}", program.display());
+        let actor = format!("{} {} connect {uid} {listener} {address}", words.join(" "), program.display());
         let mut command = in_cgroup(cgroup, &actor);
         command.stdin(OwnedFd::from(theirs));
         Self { owned: spawn(command).expect("the actor"), socket }
@@ -95,10 +107,19 @@ impl Connector {
         self.owned.id()
     }
 
-    /// A new connection.
-    #[allow(unsafe_code, reason = "a received descriptor is a number")]
+    /// A new connection, which only the test has then.
     pub(crate) fn connect(&self) -> OwnedFd {
-        (&self.socket).write_all(b"x").expect("the actor lives");
+        self.connect_by(b"x")
+    }
+
+    /// A new connection, which the user's process keeps, too, until it ends: over TCP it may be looked for.
+    pub(crate) fn connect_and_keep(&self) -> OwnedFd {
+        self.connect_by(b"k")
+    }
+
+    #[allow(unsafe_code, reason = "a received descriptor is a number")]
+    fn connect_by(&self, word: &[u8]) -> OwnedFd {
+        (&self.socket).write_all(word).expect("the actor lives");
         let mut space = nix::cmsg_space!(RawFd);
         let mut byte = [0];
         let mut into = [IoSliceMut::new(&mut byte)];
