@@ -41,3 +41,4 @@ mod sts_network;
 mod syscalls;
 mod systemd;
 mod trust_policy;
+mod unsupported;
