@@ -23,7 +23,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use serde::Serialize;
 use tokio::time::{Instant, timeout};
 
+use crate::attest::Attestor;
 use crate::cache::{CredentialCache, Entry};
+use crate::config::Listen;
 use crate::health::Report;
 use crate::limits::FairSemaphore;
 use crate::listen::{Arrival, Socket, Stream};
@@ -107,6 +109,10 @@ pub struct Admin {
     metrics: Metrics,
     readiness: Arc<Readiness>,
     cache: CredentialCache,
+    attestor: Arc<Attestor>,
+    listen: Listen,
+    /// Whether the configuration's source names processes to an agent.
+    names_processes: AtomicBool,
     /// By source address; at the unix socket all are one source.
     remote: FairSemaphore<IpAddr>,
     local: FairSemaphore<IpAddr>,
@@ -121,15 +127,27 @@ struct Status {
     #[serde(skip_serializing_if = "Option::is_none")]
     not_ready: Option<String>,
     connections: i64,
+    /// Which callers this kernel lets nobody attest.
+    unsupported_kernel: Vec<String>,
+    /// `None` if no process is named to an agent.
+    counts_executions: Option<bool>,
     source: Option<Report>,
     sts: Vec<Report>,
     credentials: Vec<Entry>,
 }
 
 impl Admin {
-    /// Answers for these.
-    pub fn new(metrics: Metrics, readiness: Arc<Readiness>, cache: CredentialCache) -> Self {
+    /// Answers for these. `attestor` attests the callers of `listen`.
+    pub fn new(
+        metrics: Metrics,
+        readiness: Arc<Readiness>,
+        cache: CredentialCache,
+        (attestor, listen): (Arc<Attestor>, Listen),
+    ) -> Self {
         Self {
+            attestor,
+            listen,
+            names_processes: AtomicBool::default(),
             metrics,
             readiness,
             cache,
@@ -137,6 +155,11 @@ impl Admin {
             local: FairSemaphore::new(LOCAL_CONNECTIONS, LOCAL_CONNECTIONS),
             rendered: tokio::sync::Mutex::default(),
         }
+    }
+
+    /// Notes whether the configuration in effect names processes to an agent.
+    pub fn names_processes(&self, names_processes: bool) {
+        self.names_processes.store(names_processes, Ordering::Release);
     }
 
     /// Serves one connection to its end, or until a newer one needs its permit.
@@ -214,6 +237,14 @@ impl Admin {
         text
     }
 
+    fn unsupported_kernel(&self) -> Vec<String> {
+        let uses_tcp = self.listen.pods || !self.listen.tcp.is_empty();
+        let over_tcp = uses_tcp.then(|| self.attestor.missing_for_tcp()).flatten();
+        let over_tcp = over_tcp.map(|missing| format!("callers over TCP are refused: {missing}"));
+        let on_unix = self.listen.unix.as_ref().and_then(|_| self.attestor.missing_for_unix());
+        over_tcp.into_iter().chain(on_unix.map(str::to_owned)).collect()
+    }
+
     fn status(&self) -> Response<Full<Bytes>> {
         let (source, sts) = self.metrics.health.reports();
         let status = Status {
@@ -221,6 +252,8 @@ impl Admin {
             ready: self.readiness.is_ready(),
             not_ready: self.readiness.why_not(),
             connections: self.metrics.connections.get(),
+            unsupported_kernel: self.unsupported_kernel(),
+            counts_executions: self.names_processes.load(Ordering::Acquire).then(|| self.attestor.counts_executions()),
             source,
             sts,
             credentials: self.cache.entries(),

@@ -20,6 +20,7 @@ use crate::cache::{self, CredentialCache};
 use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
+use crate::hardening::Does;
 use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
 use crate::limits::FairSemaphore;
@@ -101,7 +102,8 @@ pub struct App {
     clock: Clock,
     metrics: Metrics,
     readiness: Arc<Readiness>,
-    counts_executions: bool,
+    attestor: Arc<Attestor>,
+    status: Arc<Admin>,
     probing: Option<JoinHandle<()>>,
     /// Where pods are served.
     gate: Option<Gate>,
@@ -159,17 +161,15 @@ impl App {
     pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
         let Startup { mut inherited, exec_monitor, metrics } = startup;
         let clock = Clock::system();
-        let counts_executions = exec_monitor.is_some();
         let accounts = Accounts::new(Nss, metrics.clone());
         let parts = Parts::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
+        let pod_roots = config.listen.pods_cgroup.clone().map_or_else(PodRoots::usual, PodRoots::at);
+        let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
         let front = Arc::new(Front {
-            attestor: Attestor::new(
-                config.listen.pods_cgroup.clone().map_or_else(PodRoots::usual, PodRoots::at),
-                exec_monitor,
-            )?,
+            attestor: attestor.clone(),
             broker: broker.clone(),
             audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
             metrics: metrics.clone(),
@@ -178,9 +178,12 @@ impl App {
             connections: FairSemaphore::new(config.listen.max_connections, config.listen.max_connections_per_workload),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
-        let admin = Arc::new(Admin::new(metrics.clone(), readiness.clone(), cache));
+        let admin =
+            Arc::new(Admin::new(metrics.clone(), readiness.clone(), cache, (attestor.clone(), config.listen.clone())));
+        admin.names_processes(Does::of(&config).names_processes());
         let mut app = Self {
-            counts_executions,
+            attestor,
+            status: admin.clone(),
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
@@ -217,6 +220,7 @@ impl App {
         let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
+        self.status.names_processes(Does::of(&config).names_processes());
         self.broker.reload(parts.policy, parts.issuer, parts.limits);
         self.probe(parts.probes);
         if !changed.is_empty() {
@@ -227,7 +231,12 @@ impl App {
 
     /// Whether it is noticed that a caller's process executes a program, without which none is named to an agent.
     pub fn counts_executions(&self) -> bool {
-        self.counts_executions
+        self.attestor.counts_executions()
+    }
+
+    /// See [`Attestor::missing_for_tcp`].
+    pub fn missing_for_tcp(&self) -> Option<String> {
+        self.attestor.missing_for_tcp()
     }
 
     /// Asks until everything that is needed has answered; once it has, it is not asked again.
@@ -236,7 +245,8 @@ impl App {
             before.abort();
         }
         if !self.readiness.is_ready() {
-            let asking = probes.until_ready(self.tcp.clone(), self.gate.clone(), self.readiness.clone());
+            let (attestor, readiness) = (self.attestor.clone(), self.readiness.clone());
+            let asking = probes.until_ready(self.tcp.clone(), self.gate.clone(), attestor, readiness);
             self.probing = Some(tokio::spawn(asking));
         }
     }

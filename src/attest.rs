@@ -53,6 +53,7 @@ use tcp_support::TcpSupport;
 pub struct Attestor {
     host: Arc<Host>,
     tcp: TcpSupport,
+    unix: UnixSupport,
 }
 
 /// Why a peer was not attested, and what its socket had told by then.
@@ -113,17 +114,11 @@ impl Attestor {
         }
         let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
         let host = Arc::new(Host::new(proc_root, hierarchies, roots, exec_monitor.map(Arc::new)));
-        match kernel::unix_support() {
-            UnixSupport::Process => {}
-            UnixSupport::Number => tracing::warn!(
-                "this kernel does not tell the process of a unix socket's peer (SO_PEERPIDFD, Linux 6.5): callers in \
-                 containers are refused there"
-            ),
-            UnixSupport::Nothing => tracing::error!(
-                "this kernel has no pidfd_open(2) (Linux 5.3): all callers on the unix socket are refused"
-            ),
+        let unix = kernel::unix_support();
+        if let Some(missing) = unix.missing() {
+            tracing::warn!("{missing} (unsupported_kernel)");
         }
-        Ok(Self { tcp: TcpSupport::new(host.clone()), host })
+        Ok(Self { tcp: TcpSupport::new(host.clone()), host, unix })
     }
 
     /// The cgroups below which a kubelet puts its pods, as far as they can be seen from here. Without one no pod is known.
@@ -148,9 +143,19 @@ impl Attestor {
         Ok(self.tcp.look((client, server), on_wait).await?.into_caller())
     }
 
-    /// Whether callers over TCP can be told apart, as far as it was tried last.
-    pub fn supports_tcp(&self) -> bool {
-        self.tcp.attestor().is_some()
+    /// What callers over TCP lack here, and the fix. `None` if they are attested. It changes with the kernel's modules and mounts.
+    pub fn missing_for_tcp(&self) -> Option<String> {
+        self.tcp.missing()
+    }
+
+    /// What callers on the unix socket lack here. `None` if all of them are attested.
+    pub fn missing_for_unix(&self) -> Option<&'static str> {
+        self.unix.missing()
+    }
+
+    /// Whether executions of programs are counted. Without that no process is named to an agent (`unseen_program`).
+    pub fn counts_executions(&self) -> bool {
+        self.host.exec_monitor.is_some()
     }
 
     /// Attests the peers of listeners in a pod's network namespace, in which `diag` was made; `None` where the kernel lacks what

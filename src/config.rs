@@ -25,6 +25,7 @@ use std::time::Duration;
 use toml::de::DeTable;
 
 pub(crate) use aws::is_aws as is_aws_sts;
+pub(crate) use exposure::exposures;
 pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{Authorization, Listen};
 pub use output::{AuditConfig, AuditFile, Log, LogFormat};
@@ -87,7 +88,7 @@ pub struct Loaded {
     pub warnings: Vec<Problem>,
 }
 
-/// What becomes of a configuration file that a user other than root, or than the process itself, could change (T38).
+/// What becomes of a configuration that a user other than root, or than the process itself, could change (T38).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exposure {
     /// It is an error.
@@ -114,7 +115,7 @@ impl Config {
         let (bytes, file) = read_file(path).map_err(|problem| failed(vec![problem]))?;
         let exposed = match exposure {
             Exposure::Ignored => Vec::new(),
-            Exposure::Refused | Exposure::Warned => exposure::problems(path, &file),
+            Exposure::Refused | Exposure::Warned => exposures(path, &file, "configuration"),
         };
         let loaded = Self::parse_bytes(bytes, &env);
         match (loaded, exposure) {

@@ -49,7 +49,7 @@ const HEADERS: usize = 64;
 #[derive(Debug)]
 pub struct Front {
     /// Who asks.
-    pub attestor: Attestor,
+    pub attestor: Arc<Attestor>,
     /// What they get.
     pub broker: Arc<Broker>,
     /// Who got what.

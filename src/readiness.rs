@@ -1,4 +1,7 @@
 //! When the daemon is ready: each listener, the identity source and STS have answered once.
+//!
+//! A listener whose callers this kernel lets nobody attest is left out, with a line in the log: the others serve, and waiting does
+//! not change a kernel. Without any other listener the daemon is not ready.
 
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -13,6 +16,7 @@ use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
 
 use crate::admin::Readiness;
+use crate::attest::Attestor;
 use crate::config::{self, Config};
 use crate::pods::Gate;
 use crate::role::StsTarget;
@@ -24,6 +28,12 @@ use crate::telemetry::Quota;
 const AGAIN: Duration = Duration::from_secs(1);
 /// For one answer of a listener.
 const ANSWER: Duration = Duration::from_secs(5);
+/// The longest answer, in bytes. What awsvid says of a refusal is shorter.
+const ANSWER_MAX: u64 = 4096;
+/// The reason that a refused caller gets where the kernel lacks something.
+const UNSUPPORTED: &str = "unsupported_kernel";
+const NOTHING_SERVED: &str =
+    "this kernel lets nobody attest the callers of any listener in [listen] (unsupported_kernel)";
 /// So many reasons may follow each other and have a line of the log each.
 const LINES: u32 = 5;
 /// After that.
@@ -43,27 +53,47 @@ pub struct Probes {
 impl Probes {
     /// Takes what is to be asked from the configuration.
     pub fn new(config: &Config, source: Arc<dyn IdentitySource>, sts: Arc<Sts>) -> Self {
-        let mut targets: Vec<_> = config.roles.defined.iter().map(|role| role.sts.clone()).collect();
-        targets.sort_by(|a, b| (&a.endpoint, &a.region).cmp(&(&b.endpoint, &b.region)));
-        targets.dedup();
+        // That of `allow_requested_roles` too: STS answers without a role, so none has to be known.
+        let targets = config.roles.sts_targets().into_iter().cloned().collect();
         let audience = config.roles.defined.first().map_or(&config.identity.audience, |role| &role.audience).clone();
         let config::Listen { unix, token_file, .. } = config.listen.clone();
         Self { unix, token_file, source, audience, sts, targets }
     }
 
-    /// Asks until all have answered.
-    pub async fn until_ready(mut self, tcp: Vec<SocketAddr>, mut pods: Option<Gate>, readiness: Arc<Readiness>) {
+    /// Asks until all have answered that can.
+    pub async fn until_ready(
+        mut self,
+        tcp: Vec<SocketAddr>,
+        mut pods: Option<Gate>,
+        attestor: Arc<Attestor>,
+        readiness: Arc<Readiness>,
+    ) {
         let mut told = Told::default();
-        let mut unanswered: Vec<Listening> = self.unix.take().map(Listening::Unix).into_iter().collect();
-        unanswered.extend(tcp.into_iter().map(Listening::Tcp));
+        let mut listeners = Listeners {
+            unanswered: self
+                .unix
+                .take()
+                .map(Listening::Unix)
+                .into_iter()
+                .chain(tcp.into_iter().map(Listening::Tcp))
+                .collect(),
+            ..Listeners::default()
+        };
         loop {
-            let Some(missing) = self.missing(&mut unanswered).await else {
+            let missing_for_pods = pods.as_ref().map(|_| attestor.missing_for_tcp());
+            let Some(missing) = self.missing(&mut listeners, missing_for_pods.as_ref()).await else {
+                listeners.warn_of_unsupported(&attestor);
                 if let Some(pods) = &mut pods {
                     pods.pass().await;
                 }
                 readiness.reached();
                 tracing::info!("ready");
                 return;
+            };
+            // The listener's answer does not have the reason.
+            let missing = match attestor.missing_for_tcp() {
+                Some(reason) if missing == NOTHING_SERVED => format!("{missing}: {reason}"),
+                _ => missing,
             };
             let missing = one_line(&missing);
             readiness.missing(&missing);
@@ -75,12 +105,13 @@ impl Probes {
     }
 
     /// What has not answered yet. Each listener is asked until it has answered once: its requests are audited like others.
-    async fn missing(&self, unanswered: &mut Vec<Listening>) -> Option<String> {
-        while let Some(listener) = unanswered.last() {
-            if !listener.answers(&self.token_file).await {
-                return Some(format!("the listener {listener} does not answer the daemon itself"));
-            }
-            unanswered.pop();
+    /// `pods`: what callers in pods lack, if pods are listened in.
+    async fn missing(&self, listeners: &mut Listeners, pods: Option<&Option<String>>) -> Option<String> {
+        if let Some(listener) = listeners.ask(&self.token_file).await {
+            return Some(format!("the listener {listener} does not answer the daemon itself"));
+        }
+        if listeners.serve_nobody(pods.map(Option::is_none)) {
+            return Some(NOTHING_SERVED.to_owned());
         }
         if let Err(error) = self.source.ready(&self.audience).await {
             return Some(format!("the identity source: {error}"));
@@ -125,6 +156,64 @@ fn one_line(text: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
+/// The daemon's own listeners, by how they have answered it.
+#[derive(Debug, Default)]
+struct Listeners {
+    unanswered: Vec<Listening>,
+    /// They refuse everybody. The kernel may come to support them later, so they are asked again until the daemon is ready.
+    unsupported: Vec<Listening>,
+    serves: bool,
+}
+
+impl Listeners {
+    /// Asks those that have not answered yet; one that still does not.
+    async fn ask(&mut self, token_file: &Path) -> Option<&Listening> {
+        self.unanswered.append(&mut self.unsupported);
+        while let Some(listener) = self.unanswered.pop() {
+            match listener.answer(token_file).await {
+                Some(Answer::Attested) => self.serves = true,
+                Some(Answer::Absent) => {}
+                Some(Answer::Unsupported) => self.unsupported.push(listener),
+                None => {
+                    self.unanswered.push(listener);
+                    return self.unanswered.last();
+                }
+            }
+        }
+        None
+    }
+
+    /// Whether this kernel supports none of them. `pods`: whether it supports listeners in pods, if there are to be some.
+    fn serve_nobody(&self, pods: Option<bool>) -> bool {
+        let is_unsupported = pods == Some(false) || !self.unsupported.is_empty();
+        is_unsupported && !self.serves && pods != Some(true)
+    }
+
+    fn warn_of_unsupported(&self, attestor: &Attestor) {
+        if self.unsupported.is_empty() {
+            return;
+        }
+        let listeners: Vec<_> = self.unsupported.iter().map(ToString::to_string).collect();
+        let missing = attestor.missing_for_tcp();
+        let missing = missing.as_deref().or(attestor.missing_for_unix()).unwrap_or("see the lines above");
+        tracing::warn!(
+            "readiness leaves out {}: this kernel lets nobody attest the callers there (unsupported_kernel): {missing}",
+            listeners.join(", ")
+        );
+    }
+}
+
+/// How a listener has answered the daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// It attests this process.
+    Attested,
+    /// Nobody can reach it: systemd binds an address of a family that is switched off.
+    Absent,
+    /// It refuses this process because of what the kernel lacks.
+    Unsupported,
+}
+
 /// One of the daemon's own listeners.
 #[derive(Debug)]
 enum Listening {
@@ -142,8 +231,8 @@ impl fmt::Display for Listening {
 }
 
 impl Listening {
-    /// Whether it attests this process, or nobody can reach it: systemd binds an address of a family that is switched off.
-    async fn answers(&self, token_file: &Path) -> bool {
+    /// Asks it. `None`: it does not answer, or refuses for another reason.
+    async fn answer(&self, token_file: &Path) -> Option<Answer> {
         // Where any value will do, the token does as well.
         let token = Zeroizing::new(std::fs::read_to_string(token_file).unwrap_or_default());
         let probe = probe(&token);
@@ -154,15 +243,15 @@ impl Listening {
             }
         });
         match asked.await {
-            Ok(Ok(recognized)) => recognized,
+            Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
                 let absent = matches!(error.kind(), ErrorKind::AddrNotAvailable | ErrorKind::NetworkUnreachable);
                 if absent {
                     tracing::warn!(listener = %self, "this machine has no such address; clients use the others");
                 }
-                absent
+                absent.then_some(Answer::Absent)
             }
-            Err(_) => false,
+            Err(_) => None,
         }
     }
 }
@@ -172,17 +261,32 @@ fn probe(token: &str) -> Zeroizing<String> {
     Zeroizing::new(format!("GET /probe HTTP/1.1\r\nHost: localhost\r\nAuthorization: {token}\r\n\r\n"))
 }
 
-/// Whether the other end attests this process and finds nothing at the path: 403 would be a refusal to attest it.
-async fn asks<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, probe: &str) -> io::Result<bool> {
+/// Whether the other end attests this process and finds nothing at the path: 403 is a refusal to attest it.
+async fn asks<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, probe: &str) -> io::Result<Option<Answer>> {
     stream.write_all(probe.as_bytes()).await?;
-    let mut head = [0; 12];
-    stream.read_exact(&mut head).await?;
-    Ok(&head == b"HTTP/1.1 404")
+    let mut answer = Vec::new();
+    stream.take(ANSWER_MAX).read_to_end(&mut answer).await?;
+    Ok(judge(&answer))
+}
+
+fn judge(answer: &[u8]) -> Option<Answer> {
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n")?;
+    let (head, body) = answer.split_at(end + 4);
+    if head.starts_with(b"HTTP/1.1 404 ") {
+        return Some(Answer::Attested);
+    }
+    let body: serde_json::Value = serde_json::from_slice(body).ok()?;
+    let is_unsupported = head.starts_with(b"HTTP/1.1 403 ") && body["code"] == UNSUPPORTED;
+    is_unsupported.then_some(Answer::Unsupported)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Clock;
+    use crate::metrics::Metrics;
+    use crate::sts::{Network, Settings};
+    use crate::svid::WorkloadApi;
 
     #[tokio::test(start_paused = true)]
     async fn a_reason_is_told_when_it_comes_and_never_once_a_second() {
@@ -204,6 +308,69 @@ mod tests {
         assert_eq!(lines[..3], ["the listener", "the source", "STS"]);
         assert!(lines.len() <= 2 + 5 + 600 / 30 + 1, "{} lines: {lines:?}", lines.len());
         assert_eq!(lines.last(), Some(&"STS: last"), "{lines:?}");
+    }
+
+    #[test]
+    fn answer_tells_an_attested_caller_from_an_unsupported_kernel() {
+        let refused = |code: &str| format!("HTTP/1.1 403 Forbidden\r\na: b\r\n\r\n{{\"code\":\"{code}\"}}");
+        let table = [
+            ("HTTP/1.1 404 Not Found\r\n\r\n".to_owned(), Some(Answer::Attested)),
+            (refused(UNSUPPORTED), Some(Answer::Unsupported)),
+            (refused("no_holder"), None),
+            (refused(UNSUPPORTED).replace("403", "503"), None),
+            (refused(UNSUPPORTED).replace("\r\n\r\n", "\r\n"), None),
+            (String::new(), None),
+        ];
+        for (text, expected) in table {
+            assert_eq!(judge(text.as_bytes()), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn kernel_that_supports_no_listener_serves_nobody() {
+        let unix = || Listening::Unix(PathBuf::from("/a"));
+        let with = |unsupported: Vec<Listening>, serves| Listeners { unanswered: Vec::new(), unsupported, serves };
+        let table = [
+            // TCP alone, and TCP beside the unix socket.
+            (with(vec![unix()], false), None, true),
+            (with(vec![unix()], true), None, false),
+            // Pods alone, and pods beside the unix socket.
+            (with(vec![], false), Some(false), true),
+            (with(vec![], true), Some(false), false),
+            (with(vec![], false), Some(true), false),
+            // A unix socket that refuses this process, which is in a container.
+            (with(vec![unix()], false), Some(true), false),
+            // An address of a family that is switched off.
+            (with(vec![], false), None, false),
+        ];
+        for (listeners, pods, expected) in table {
+            assert_eq!(listeners.serve_nobody(pods), expected, "{listeners:?} {pods:?}");
+        }
+    }
+
+    #[test]
+    fn sts_of_requested_roles_is_asked_without_any_role() {
+        let requested = "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n";
+        let rest = "[identity]\nsocket = \"unix:///a\"\naudience = \"a\"\n[sts]\nregion = \"eu-central-1\"\n\
+                    [[workload]]\nspiffe_id = \"spiffe://t/a\"\nuid = 1\n";
+        let role =
+            "[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://t/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n";
+        let other = "region = \"eu-north-1\"\n";
+        for (text, regions) in [
+            (format!("{requested}{rest}"), &["eu-central-1"][..]),
+            (format!("{rest}{role}"), &["eu-central-1"]),
+            (format!("{rest}{role}{other}"), &["eu-north-1"]),
+            (format!("{requested}{rest}{role}{other}"), &["eu-north-1", "eu-central-1"]),
+        ] {
+            let config = Config::parse(&text, &|_| None).unwrap_or_else(|problems| panic!("{problems:?}")).config;
+            let (clock, metrics) = (Clock::system(), Metrics::default());
+            let source = WorkloadApi::new(config.identity.socket.clone(), Vec::new(), clock.clone(), metrics);
+            let network = Network::from_env(|_| None);
+            let settings = Settings { timeout: ANSWER, max_concurrent: 4, ca_file: None, network };
+            let probes = Probes::new(&config, Arc::new(source), Arc::new(Sts::new(settings, clock)));
+            let asked: Vec<_> = probes.targets.iter().map(|target| target.region.as_str()).collect();
+            assert_eq!((asked, probes.audience.as_str()), (regions.to_vec(), "a"), "{text}");
+        }
     }
 
     #[test]

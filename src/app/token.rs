@@ -1,7 +1,7 @@
 //! The token that callers over TCP may send, or must.
 
 use std::fs::{OpenOptions, Permissions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,6 +11,8 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use zeroize::Zeroizing;
+
+use crate::config::exposures;
 
 /// How often a file is tried again that could not be written.
 const RETRY: Duration = Duration::from_secs(5);
@@ -25,12 +27,12 @@ pub(super) struct NodeToken {
 
 impl NodeToken {
     /// That of an earlier start, so that workloads that have read it keep working, or a new one. An error if the system has no
-    /// random numbers.
+    /// random numbers. A token that another user could have written is not kept (T38): that user would know it.
     ///
     /// 32 random bytes in base64url, without a newline, since some SDKs send the file's bytes as they are.
     pub(super) fn load(path: &Path) -> io::Result<Self> {
         let valid = |text: &String| text.len() == 43 && URL_SAFE_NO_PAD.decode(text).is_ok();
-        if let Some(text) = std::fs::read_to_string(path).ok().filter(valid) {
+        if let Some(text) = read(path).ok().filter(valid) {
             return Ok(Self { token: Zeroizing::new(text), unwritten: None });
         }
         let mut bytes = Zeroizing::new([0_u8; 32]);
@@ -39,6 +41,19 @@ impl NodeToken {
         let unwritten = write(path, &token).err();
         Ok(Self { token, unwritten })
     }
+}
+
+/// The content of the file; an error if another user could have written it.
+fn read(path: &Path) -> io::Result<String> {
+    // Another user's FIFO would keep the start waiting.
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if let Some(exposed) = exposures(path, &file.metadata()?, "token file").first() {
+        tracing::warn!("[listen] token_file: {exposed}; a new token takes the place of the one in it");
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// Writes the file as soon as that is possible: its directory may be on a file system that is mounted later.
@@ -68,4 +83,27 @@ fn write(path: &Path, token: &str) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(0o644))?;
     file.write_all(token.as_bytes())?;
     std::fs::rename(&new, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn token_of_an_earlier_start_is_kept_unless_another_user_could_have_written_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let token = || NodeToken::load(&path).unwrap().token.to_string();
+        let first = token();
+        assert_eq!((first.len(), token(), fs::read_to_string(&path).unwrap()), (43, first.clone(), first.clone()));
+        fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+        let second = token();
+        assert_ne!(second, first);
+        assert_eq!(fs::read_to_string(&path).unwrap(), second);
+        // Its mode was mended with it.
+        assert_eq!(token(), second);
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+        assert_ne!(token(), second);
+    }
 }

@@ -71,6 +71,19 @@ pub enum UnixSupport {
     Nothing,
 }
 
+impl UnixSupport {
+    /// The callers that are refused because of it, and what they need. `None`: no callers.
+    pub fn missing(self) -> Option<&'static str> {
+        match self {
+            Self::Process => None,
+            Self::Number => {
+                Some("callers in containers are refused on the unix socket: that needs SO_PEERPIDFD (Linux 6.5)")
+            }
+            Self::Nothing => Some("all callers are refused on the unix socket: that needs pidfd_open(2) (Linux 5.3)"),
+        }
+    }
+}
+
 /// Tries what is told of a unix socket's peer, on a pair of this process's own.
 pub fn unix_support() -> UnixSupport {
     let peer = UnixStream::pair().and_then(|(one, _other)| sys::peer_pidfd(one.as_fd()));

@@ -24,7 +24,20 @@ const RETRY: Duration = Duration::from_secs(2);
 pub(crate) struct TcpSupport {
     host: Arc<Host>,
     attestor: ArcSwapOption<TcpAttestor>,
-    tried: Mutex<Instant>,
+    attempt: Mutex<Attempt>,
+}
+
+#[derive(Debug)]
+struct Attempt {
+    at: Instant,
+    /// What the kernel lacks, and the fix. `None` while there is an attestor.
+    missing: Option<String>,
+}
+
+impl Attempt {
+    fn now(result: Result<(), &TcpUnsupported>) -> Self {
+        Self { at: Instant::now(), missing: result.err().map(|error| format!("{error}; {}", error.fix())) }
+    }
 }
 
 impl TcpSupport {
@@ -34,8 +47,13 @@ impl TcpSupport {
         if let Err(error) = &attestor {
             tracing::warn!("callers over TCP are refused (unsupported_kernel): {error}; {}", error.fix());
         }
-        let attestor = ArcSwapOption::new(attestor.ok().map(Arc::new));
-        Self { host, attestor, tried: Mutex::new(Instant::now()) }
+        let attempt = Mutex::new(Attempt::now(attestor.as_ref().map(drop)));
+        Self { host, attestor: ArcSwapOption::new(attestor.ok().map(Arc::new)), attempt }
+    }
+
+    /// What callers over TCP lack, and the fix, as of the latest attempt. `None` if they are attested.
+    pub(crate) fn missing(&self) -> Option<String> {
+        self.attempt.lock().unwrap_or_else(PoisonError::into_inner).missing.clone()
     }
 
     pub(crate) fn attestor(&self) -> Option<TcpAttestor> {
@@ -67,16 +85,16 @@ impl TcpSupport {
     }
 
     fn try_again(&self) {
-        let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
-        if tried.elapsed() < RETRY {
+        let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
+        if attempt.at.elapsed() < RETRY {
             return;
         }
-        *tried = Instant::now();
         let before = self.attestor.load();
         let result = match before.as_deref() {
             Some(attestor) => attestor.works(),
             None => attestor(&self.host).map(|attestor| self.attestor.store(Some(Arc::new(attestor)))),
         };
+        *attempt = Attempt::now(result.as_ref().copied());
         match (result, before.is_some()) {
             (Ok(()), false) => tracing::info!("callers over TCP are attested from now on"),
             (Err(error), true) => {

@@ -143,7 +143,10 @@ pub(crate) fn attest(host: &Arc<Host>, peer: Peer, stream: &Arc<OwnedFd>) -> Res
 /// the connection was accepted certainly isn't. One that started between connect and accept is not noticed, which is why
 /// callers in containers, who can make pids be used again, are not served there (attack 16).
 fn unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<HeldProcess, Refusal> {
-    let pidfd = sys::pidfd_open(pid).map_err(|_| Refusal::Gone)?;
+    let pidfd = sys::pidfd_open(pid).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOSYS) => Refusal::Unsupported("the unix socket needs Linux 5.3 or newer"),
+        _ => Refusal::Gone,
+    })?;
     let process = HeldProcess::look(host, host.process(pid, pidfd)?)?;
     if process.start_time()? > accepted {
         return Err(Refusal::Gone);

@@ -2,6 +2,7 @@
 //! so it is safe beside the running daemon; a role that it assumes shows up in CloudTrail like any other.
 
 mod agent;
+mod daemon;
 mod exchange;
 mod issuer;
 mod machine;
@@ -109,6 +110,7 @@ async fn walk(options: &Options, report: &mut Report) {
     };
     let proc = Path::new("/proc");
     machine::check(&config, proc, &machine::Kernel::tried(&config, proc), report);
+    daemon::check(&config, report);
     let (network, sts) = sts(&config);
     if let Err(error) = sts.prepare(&config.roles.sts_targets()).await {
         return report.failed("sts", error.to_string(), "correct [sts], or the environment variable");

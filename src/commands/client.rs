@@ -1,6 +1,7 @@
-//! One question to the daemon, over one of its unix sockets.
+//! One question to the daemon, over one of its sockets.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -15,9 +16,29 @@ pub(super) struct Answer {
     pub(super) body: Zeroizing<Vec<u8>>,
 }
 
+/// A connection whose reads and writes can be limited in time.
+pub(super) trait Connection: Read + Write {
+    /// Limits each read and each write from now on.
+    fn limit(&self, time: Duration) -> io::Result<()>;
+}
+
+impl Connection for UnixStream {
+    fn limit(&self, time: Duration) -> io::Result<()> {
+        self.set_write_timeout(Some(time))?;
+        self.set_read_timeout(Some(time))
+    }
+}
+
+impl Connection for TcpStream {
+    fn limit(&self, time: Duration) -> io::Result<()> {
+        self.set_write_timeout(Some(time))?;
+        self.set_read_timeout(Some(time))
+    }
+}
+
 /// Asks for `path`, and reads an answer of at most `most` bytes, until `deadline`.
-pub(super) fn get(mut stream: UnixStream, path: &str, most: usize, deadline: Instant) -> io::Result<Answer> {
-    stream.set_write_timeout(Some(left(deadline)?))?;
+pub(super) fn get(mut stream: impl Connection, path: &str, most: usize, deadline: Instant) -> io::Result<Answer> {
+    stream.limit(left(deadline)?)?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes())?;
     // Made once in this size: a buffer that grows leaves copies of what is in it behind.
@@ -32,7 +53,7 @@ pub(super) fn get(mut stream: UnixStream, path: &str, most: usize, deadline: Ins
             larger[..length].copy_from_slice(&answer);
             answer = larger;
         }
-        stream.set_read_timeout(Some(left(deadline)?))?;
+        stream.limit(left(deadline)?)?;
         match stream.read(&mut answer[length..]) {
             Ok(0) => break,
             Ok(read) => length += read,

@@ -63,15 +63,21 @@ fn check(path: &Path, offline: bool, env: impl Fn(&str) -> Option<String>) -> Re
         (false, true) => Config::load(path, Exposure::Ignored, env),
         (false, false) => Config::load(path, Exposure::of_command(), env),
     };
-    let loaded = loaded.map(|mut loaded| {
-        if !offline {
-            loaded.warnings.extend(node::warnings(&loaded.config, &Nss));
-            loaded.warnings.sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
-        }
-        loaded
-    });
+    let loaded = loaded.and_then(|loaded| if offline { Ok(loaded) } else { with_files_of_node(path, loaded) });
     report(path, loaded)?;
     Ok(print(&format!("{}: no mistakes\n", path.display())))
+}
+
+/// Adds what this node says of it. For root a file that the daemon would not use is an error, as the configuration itself is.
+fn with_files_of_node(path: &Path, mut loaded: Loaded) -> Result<Loaded, ConfigErrors> {
+    let exposed = node::exposed(&loaded.config);
+    if Exposure::of_command() == Exposure::Refused && !exposed.is_empty() {
+        return Err(ConfigErrors { path: path.to_owned(), problems: exposed });
+    }
+    loaded.warnings.extend(exposed);
+    loaded.warnings.extend(node::warnings(&loaded.config, &Nss));
+    loaded.warnings.sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
+    Ok(loaded)
 }
 
 fn read_stdin(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {

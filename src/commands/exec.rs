@@ -14,6 +14,7 @@ use super::{Beside, ConfigFile};
 use crate::config::{Authorization, Listen};
 use crate::environment::{self, Environment, PREEMPTING};
 
+mod over_tcp;
 mod profile;
 
 /// As env(1) and timeout(1) end where it is them that failed, and not the command.
@@ -27,7 +28,8 @@ const CONTAINER_HOSTS: [&str; 3] = ["169.254.170.2", "169.254.170.23", "fd00:ec2
 ///
 /// Sets the variables by which every AWS SDK and the AWS CLI find awsvid, removes those by which they would find other
 /// credentials first (and says which), and becomes the command: same process, same terminal, its exit status. Credentials
-/// are fetched by the command itself, and renewed by it for as long as it runs.
+/// are fetched by the command itself, and renewed by it for as long as it runs. Where awsvid refuses all callers over TCP
+/// (unsupported_kernel) the command is not started.
 ///
 /// Profiles come first as well. One that leads to awsvid is kept, as one with `credential_source = EcsContainer` or with
 /// `credential_process = awsvid credential-process`. Instead of one that leads to other credentials the command gets
@@ -61,6 +63,8 @@ pub struct Exec {
 
 /// The variables, and what a person should know about them.
 struct Prepared {
+    /// Where the command asks for credentials.
+    uri: String,
     environment: Environment,
     notes: Vec<String>,
 }
@@ -69,7 +73,9 @@ impl Exec {
     /// Becomes the command. Returns only if that is not possible.
     #[expect(clippy::print_stderr, reason = "what a person has to know before the command takes over the terminal")]
     pub fn run(&self) -> ExitCode {
-        let prepared = match self.prepare(|name| std::env::var(name).ok()) {
+        let prepared = self.prepare(|name| std::env::var(name).ok());
+        let prepared = prepared.and_then(|prepared| over_tcp::check(&prepared.uri).map(|()| prepared));
+        let prepared = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
                 eprintln!("awsvid exec: {error}");
@@ -104,7 +110,7 @@ impl Exec {
             Some(role) => format!("{}/{}", url.uri, role_in_path(role)?),
             None => url.uri,
         };
-        let mut environment = Environment::new(uri, &url.host, &inherited);
+        let mut environment = Environment::new(uri.clone(), &url.host, &inherited);
         self.give_token(&mut environment, &beside.listen)?;
         let mut notes = Vec::new();
         let there: Vec<&str> = PREEMPTING
@@ -125,7 +131,7 @@ impl Exec {
             environment.set("AWS_REGION", region.as_str());
             environment.set("AWS_DEFAULT_REGION", region);
         }
-        Ok(Prepared { environment, notes })
+        Ok(Prepared { uri, environment, notes })
     }
 
     /// The token both ways with one content: old SDKs know only the variable, one client (object_store) uses the endpoint

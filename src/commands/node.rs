@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::accounts::NameService;
-use crate::config::{AuditFile, Config, Problem};
+use crate::config::{AuditFile, Config, Problem, exposures};
 use crate::rule::{AccountName, Known, OVERFLOW_ID, ProgramFile};
 
 const OTHERS_WRITE: u32 = 0o022;
@@ -21,6 +21,15 @@ pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Proble
     warnings.extend(programs(config));
     warnings.extend(files(config));
     warnings
+}
+
+/// Each way in which another user could change a file that the configuration names and that the daemon trusts (T38). The daemon
+/// does not use such a file.
+pub(super) fn exposed(config: &Config) -> Vec<Problem> {
+    let found = |path: &Path| Some((path.to_owned(), fs::metadata(path).ok()?));
+    let ca_file = config.sts.ca_file.as_deref().and_then(found);
+    let problems = ca_file.map(|(path, file)| exposures(&path, &file, "CA file")).unwrap_or_default();
+    problems.into_iter().map(|problem| Problem { key: "sts.ca_file".to_owned(), ..problem }).collect()
 }
 
 fn accounts(config: &Config, service: &dyn NameService, numbers: &mut BTreeMap<AccountName, Known>) -> Vec<Problem> {
@@ -76,10 +85,16 @@ fn program(path: &Path) -> Option<(String, &'static str)> {
         Ok(found) if !found.is_file() => {
             Some((format!("{shown} is not a file, so the rule matches no caller"), "name the program's file"))
         }
-        Ok(found) if found.uid() != 0 || found.mode() & OTHERS_WRITE != 0 => Some((
-            format!("{shown} can be changed by other users than root, so it proves nothing about its caller"),
-            "make it root's with mode 0755, or rely on `user` or `systemd_unit`",
-        )),
+        Ok(found)
+            if found.uid() != 0
+                || found.mode() & OTHERS_WRITE != 0
+                || !exposures(path, &found, "program").is_empty() =>
+        {
+            Some((
+                format!("{shown} can be changed by other users than root, so it proves nothing about its caller"),
+                "make it and the directories that lead to it root's with mode 0755, or rely on `user` or `systemd_unit`",
+            ))
+        }
         Ok(_) => None,
     }
 }

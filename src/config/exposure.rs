@@ -1,4 +1,4 @@
-//! Finds users that could change the configuration file, and with it which workload gets which credentials (T38).
+//! Finds users that could change a file whose content the daemon trusts, and with it which workload gets which credentials (T38).
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -20,37 +20,39 @@ const OTHERS_WRITE: u32 = 0o002;
 
 /// The owners, and the groups with write permission, that the file and the directories on the way may have: root's and those of
 /// the process itself.
-struct Trusted {
+struct Trusted<'a> {
     uids: [u32; 2],
     gids: [u32; 2],
+    /// What the file is, in the problems' words.
+    noun: &'a str,
 }
 
-/// The ways in which another user could change the file at `path`, or put another one in its place; `file` is what was opened
-/// there. Symbolic links are followed as the kernel follows them, so each directory on the way counts.
-pub(super) fn problems(path: &Path, file: &Metadata) -> Vec<Problem> {
-    let trusted = Trusted { uids: [0, geteuid().as_raw()], gids: [0, getegid().as_raw()] };
+/// Returns the ways in which another user could change the file at `path`, or replace it; `file` is what was opened there, and
+/// `noun` what it is called, for example "configuration". Symbolic links are followed as the kernel follows them, so each
+/// directory on the way counts. Blocks while the file system does not answer.
+pub(crate) fn exposures(path: &Path, file: &Metadata, noun: &str) -> Vec<Problem> {
+    let trusted = Trusted { uids: [0, geteuid().as_raw()], gids: [0, getegid().as_raw()], noun };
     let mut problems = Vec::new();
     trusted.check_file(path, file, &mut problems);
     if let Err(error) = trusted.check_way(path, &mut problems) {
-        let what = format!("the directories that lead to the configuration cannot be checked: {error}");
+        let what = format!("the directories that lead to the {noun} cannot be checked: {error}");
         problems.push(problem(what, "make them readable for awsvid, or move the file".to_owned()));
     }
     problems
 }
 
-impl Trusted {
+impl Trusted<'_> {
     fn check_file(&self, path: &Path, file: &Metadata, problems: &mut Vec<Problem>) {
-        let shown = path.display();
+        let (shown, noun) = (path.display(), self.noun);
         if !self.uids.contains(&file.uid()) {
-            let what = format!("uid {} owns the configuration and could change it", file.uid());
+            let what = format!("uid {} owns the {noun} and could change it", file.uid());
             problems.push(problem(what, format!("chown root:root {shown}")));
         }
         if file.mode() & GROUP_WRITES != 0 && !self.gids.contains(&file.gid()) {
-            problems
-                .push(problem(format!("gid {} can write the configuration", file.gid()), format!("chmod g-w {shown}")));
+            problems.push(problem(format!("gid {} can write the {noun}", file.gid()), format!("chmod g-w {shown}")));
         }
         if file.mode() & OTHERS_WRITE != 0 {
-            let what = "every user of this node can write the configuration".to_owned();
+            let what = format!("every user of this node can write the {noun}");
             problems.push(problem(what, format!("chmod o-w {shown}")));
         }
     }
@@ -89,7 +91,7 @@ impl Trusted {
     /// Reports each way in which another user can replace `entry` in this directory.
     fn check_directory(&self, directory: &Path, entry: &Metadata, problems: &mut Vec<Problem>) -> io::Result<()> {
         let found = fs::symlink_metadata(directory)?;
-        let shown = directory.display();
+        let (shown, noun) = (directory.display(), self.noun);
         let mut report = |what: String, fix: String| {
             let problem = problem(what, fix);
             if !problems.contains(&problem) {
@@ -97,7 +99,7 @@ impl Trusted {
             }
         };
         if !self.uids.contains(&found.uid()) {
-            let what = format!("uid {} owns {shown} and could put another configuration there", found.uid());
+            let what = format!("uid {} owns {shown} and could put another {noun} there", found.uid());
             report(what, format!("chown root:root {shown}, or move the file"));
         }
         let mode = found.mode();
@@ -110,7 +112,7 @@ impl Trusted {
         // In a sticky directory an entry is its owner's alone. That of a file or directory is checked as such.
         if mode & STICKY == 0 {
             let who = if others_write { "every user of this node".to_owned() } else { format!("gid {}", found.gid()) };
-            let what = format!("{who} can write to {shown} and put another configuration there");
+            let what = format!("{who} can write to {shown} and put another {noun} there");
             report(what, format!("chmod go-w {shown}, or move the file"));
         } else if entry.is_symlink() && !self.uids.contains(&entry.uid()) {
             let what = format!("uid {} owns a symbolic link in {shown} and could lead it elsewhere", entry.uid());

@@ -2,8 +2,14 @@
 //!
 //! Neither has to be there when the daemon starts: a mount comes late, or certificates are installed later. Missing ones are loaded
 //! again at a call and in the background. The calls that need them fail until then.
+//!
+//! Whoever writes such a file decides which server the daemon takes for STS. A file that another user could change or replace is
+//! therefore not used (T38), like a configuration of that kind.
 
+use std::ffi::OsString;
 use std::fmt::Write;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -18,6 +24,10 @@ use tokio::sync::Mutex;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep};
 
+use crate::config::exposures;
+
+/// What the errors call the file.
+const NOUN: &str = "CA file";
 /// The least time between two attempts to load missing certificates.
 const RELOAD_PAUSE: Duration = Duration::from_secs(1);
 /// The time between two attempts in the background.
@@ -31,7 +41,7 @@ const SYSTEM_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
 pub(super) enum NoRoots {
     /// They are not there yet, or can't be read yet.
     Missing(String),
-    /// What is there is not a file of certificates.
+    /// What is there is not a file of certificates, or another user could change it.
     Invalid(String),
 }
 
@@ -141,8 +151,11 @@ async fn watch(roots: Weak<Roots>) {
 
 fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
     let at = |text: &str| format!("`ca_file` {}: {text}", path.display());
-    let pem = std::fs::read(path).map_err(|error| NoRoots::Missing(at(&error.to_string())))?;
+    let (pem, exposed) = read_unexposed(path).map_err(|error| NoRoots::Missing(at(&error.to_string())))?;
     let invalid = |text: &str| NoRoots::Invalid(at(text));
+    if let Some(exposed) = exposed {
+        return Err(invalid(&exposed));
+    }
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
     let certificates = certificates.map_err(|_| invalid("it is no valid PEM file"))?;
     if certificates.is_empty() {
@@ -155,7 +168,18 @@ fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
     Ok(pem)
 }
 
+/// The content, and each way in which another user could change it. The file that is checked is the one that is read.
+fn read_unexposed(path: &Path) -> io::Result<(Vec<u8>, Option<String>)> {
+    let mut file = File::open(path)?;
+    let exposed: Vec<_> = exposures(path, &file.metadata()?, NOUN).iter().map(ToString::to_string).collect();
+    let mut content = Vec::new();
+    file.read_to_end(&mut content)?;
+    Ok((content, (!exposed.is_empty()).then(|| exposed.join(", "))))
+}
+
 fn read_system() -> Result<Vec<u8>, NoRoots> {
+    // The usual places are the system's own. A variable can name any other.
+    check_variables(|name| std::env::var_os(name)).map_err(NoRoots::Invalid)?;
     let loaded = rustls_native_certs::load_native_certs();
     let mut store = RootCertStore::empty();
     let usable: Vec<_> = loaded.certs.into_iter().filter(|found| store.add(found.clone()).is_ok()).collect();
@@ -172,6 +196,23 @@ fn read_system() -> Result<Vec<u8>, NoRoots> {
         "this system trusts no CA certificates: there are none in {places}; install its package of them (ca-certificates), or set \
          SSL_CERT_FILE"
     )))
+}
+
+/// Checks each file that `rustls-native-certs` reads because of a variable. One that is not there is not a problem here.
+fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), String> {
+    for name in SYSTEM_VARIABLES {
+        let value = env(name).unwrap_or_default();
+        for path in std::env::split_paths(&value) {
+            let entries = std::fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path());
+            for path in entries.chain([path.clone()]) {
+                let Ok(found) = std::fs::metadata(&path) else { continue };
+                if let Some(exposed) = exposures(&path, &found, NOUN).first() {
+                    return Err(format!("{name} leads to {}: {exposed}", path.display()));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// RFC 7468, section 3.

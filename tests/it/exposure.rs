@@ -1,4 +1,4 @@
-//! A configuration that another user could change is not used (attack 38).
+//! A configuration that another user could change is not used, nor is a file of that kind that it names (attack 38).
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::run;
 use crate::harness::counterparts::{folder, root};
-use crate::harness::daemon::Daemon;
+use crate::harness::daemon::{Daemon, PROGRAM};
 
 const OTHER: u32 = 51_001;
 const EX_CONFIG: Option<i32> = Some(78);
@@ -80,6 +80,77 @@ fn what_another_user_has_written_does_not_take_effect() {
     assert_ne!(ask(unix()).1["code"], "no_identity");
 }
 
+/// A configuration whose STS is trusted by this file.
+fn trusting(ca_file: &Path) -> String {
+    let sts = format!("[sts]\nendpoint = \"https://127.0.0.1:9\"\nca_file = {ca_file:?}\n");
+    let text = configuration(0).replace("[sts]\nregion = \"eu-central-1\"\n", &sts);
+    text.replace("[identity]\n", "[identity]\naudience = \"minio\"\n")
+}
+
+fn certificate() -> String {
+    let key = rcgen::KeyPair::generate().unwrap();
+    rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&key).unwrap().pem()
+}
+
+/// Whoever writes the file decides which server gets the workloads' tokens and which credentials they get.
+#[test]
+fn ca_file_of_another_user_ends_the_start_and_the_reload() {
+    if !root() {
+        return;
+    }
+    let cases: [(&str, Prepare); 5] = [
+        ("uid 51001 owns the CA file", |_, file| chown(file, Some(OTHER), None).unwrap()),
+        ("every user of this node can write the CA file", |_, file| set_mode(file, 0o666)),
+        ("gid 51001 can write the CA file", |_, file| {
+            chown(file, None, Some(OTHER)).unwrap();
+            set_mode(file, 0o664);
+        }),
+        ("uid 51001 owns ", |folder, _| chown(folder, Some(OTHER), None).unwrap()),
+        ("every user of this node can write to ", |folder, _| set_mode(folder, 0o777)),
+    ];
+    for (words, prepare) in cases {
+        let folder = folder();
+        let of_ca = folder.path().join("ca");
+        fs::create_dir(&of_ca).unwrap();
+        let file = of_ca.join("ca.pem");
+        fs::write(&file, certificate()).unwrap();
+        // As it has to be it is used, and a reload with what another user could have written is refused.
+        let daemon = Daemon::start(folder.path(), "", &trusting(&file));
+        prepare(&of_ca, &file);
+        assert!(!daemon.reload_text(&daemon.text()), "{words}: it took effect");
+        assert!(daemon.log().contains(words), "{words}: {}", daemon.log());
+        drop(daemon);
+        let (status, log) = Daemon::refused(&[], folder.path(), &trusting(&file));
+        assert_eq!(status, EX_CONFIG, "{words}: {log}");
+        assert!(log.contains(words) && log.contains("; ch"), "{words}: {log}");
+        // The same before anything is started.
+        let mut check = Command::new(PROGRAM);
+        check.env_clear().args(["config", "--check"]).arg(folder.path().join("awsvid.toml"));
+        let checked = run(check, b"", Duration::from_secs(20));
+        assert_eq!(checked.status.code(), EX_CONFIG, "{checked:?}");
+        assert!(checked.stderr.contains(words), "{checked:?}");
+    }
+}
+
+/// The token that a workload has to show is not one that another user has chosen.
+#[test]
+fn token_of_another_user_is_not_taken() {
+    if !root() {
+        return;
+    }
+    let planted = "A".repeat(43);
+    for owner in [OTHER, 0] {
+        let folder = folder();
+        let file = folder.path().join("token");
+        fs::write(&file, &planted).unwrap();
+        chown(&file, Some(owner), None).unwrap();
+        let daemon = Daemon::start(folder.path(), "authorization = \"token\"", &configuration(0));
+        let is_planted = fs::read_to_string(&file).unwrap() == planted;
+        assert_eq!(is_planted, owner == 0, "uid {owner}: {}", daemon.log());
+        assert_eq!(daemon.log().contains("uid 51001 owns the token file"), owner != 0, "{}", daemon.log());
+    }
+}
+
 #[test]
 fn a_volume_of_kubernetes_is_taken() {
     if !root() {
@@ -93,12 +164,15 @@ fn a_volume_of_kubernetes_is_taken() {
     symlink("..2026_11_29", volume.join("..data")).unwrap();
     symlink("..data/awsvid.toml", volume.join("awsvid.toml")).unwrap();
     symlink("volume/awsvid.toml", folder.path().join("awsvid.toml")).unwrap();
+    fs::write(volume.join("..2026_11_29/ca.pem"), certificate()).unwrap();
+    symlink("..data/ca.pem", volume.join("ca.pem")).unwrap();
+    let configuration = trusting(&volume.join("ca.pem"));
     let mount = "mount --bind \"$0\" \"$0\" && mount -o remount,bind,ro \"$0\" && exec \"$@\"";
     let volume = volume.to_str().unwrap();
     let words = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", mount, volume];
-    Daemon::start_behind(&words, folder.path(), "", &configuration(0));
+    Daemon::start_behind(&words, folder.path(), "", &configuration);
     // The same where it can be written to.
-    let (status, log) = Daemon::refused(&[], folder.path(), &configuration(0));
+    let (status, log) = Daemon::refused(&[], folder.path(), &configuration);
     assert_eq!(status, EX_CONFIG, "{log}");
     assert!(log.contains(&format!("every user of this node can write to {volume}")), "{log}");
 }

@@ -42,3 +42,4 @@ mod sts_network;
 mod syscalls;
 mod systemd;
 mod trust_policy;
+mod unsupported;

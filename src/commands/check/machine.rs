@@ -43,7 +43,7 @@ fn count_an_execution() -> Result<(), String> {
 /// `proc` is where `/proc` is mounted.
 pub(super) fn check(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
     kernel(config, proc, tried, report);
-    cgroups(proc, report);
+    cgroups(config, proc, report);
     privileges(config, proc, report);
     namespaces(config, proc, report);
     if config.listen.pods {
@@ -72,7 +72,10 @@ fn kernel(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
         UnixSupport::Number => report.note(
             STEP,
             "callers in containers are refused on the unix socket: this kernel does not tell their process (Linux 6.5)",
-            "use TCP for them, or a newer kernel",
+            match tried.tcp.is_ok() && over_tcp {
+                true => "use TCP for them, or a newer kernel",
+                false => "use a newer kernel",
+            },
         ),
         UnixSupport::Nothing => report.failed(
             STEP,
@@ -93,7 +96,7 @@ fn kernel(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
     }
 }
 
-fn cgroups(proc: &Path, report: &mut Report) {
+fn cgroups(config: &Config, proc: &Path, report: &mut Report) {
     let mounts = text(proc, "self/mountinfo");
     // Which directory of the hierarchy each mount shows: in a namespace of one's own the way to its root begins with `/..`.
     let roots: Vec<&str> =
@@ -103,7 +106,11 @@ fn cgroups(proc: &Path, report: &mut Report) {
         Some(INITIAL_CGROUP_NAMESPACE) => *root == "/",
         _ => root.starts_with("/.."),
     };
-    if roots.is_empty() {
+    let rules = || config.workloads.iter().map(|workload| &workload.rule.rule);
+    let is_used = rules().next().is_none() || rules().any(|rule| rule.systemd_unit.is_some() || rule.cgroup.is_some());
+    if roots.is_empty() && !is_used {
+        report.pass(STEP, "cgroup v2 is not mounted, and no rule needs it");
+    } else if roots.is_empty() {
         report.note(
             STEP,
             "cgroup v2 is not mounted, so rules by systemd_unit and cgroup match nobody",

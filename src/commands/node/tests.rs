@@ -76,6 +76,16 @@ fn programs_of_this_node() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o777)).unwrap();
     warned_once(&[&format!("uid = 7\nexe = {:?}", file.path())], "", &["changed by other users than root"]);
+    // Whoever writes to the directory can put another program there.
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("program");
+    fs::copy("/usr/bin/env", &program).unwrap();
+    let rule = format!("uid = 7\nexe = {program:?}");
+    if nix::unistd::geteuid().is_root() {
+        assert_eq!(warned(&[&rule], ""), [] as [&str; 0]);
+    }
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    warned_once(&[&rule], "", &["changed by other users than root"]);
 }
 
 #[test]
@@ -89,4 +99,12 @@ fn files_of_this_node() {
     );
     let config = Config::parse(&text, &|_| None).unwrap().config;
     assert!(warnings(&config, &Service)[0].to_string().starts_with("sts.ca_file: /nonexistent can't be read"));
+    assert_eq!(exposed(&config), []);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let config = Config::parse(&text.replace("/nonexistent", file.path().to_str().unwrap()), &|_| None).unwrap().config;
+    assert_eq!(exposed(&config), []);
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o646)).unwrap();
+    let found: Vec<String> = exposed(&config).iter().map(ToString::to_string).collect();
+    let words = "sts.ca_file: every user of this node can write the CA file; chmod o-w ";
+    assert!(found.len() == 1 && found[0].starts_with(words), "{found:?}");
 }

@@ -20,6 +20,20 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
     };
     // Writing to a string cannot fail.
     let _ = writeln!(text, "awsvid {}, {ready}{connections}", plain(&status["version"]));
+    for missing in status["unsupported_kernel"].as_array().into_iter().flatten() {
+        let _ = writeln!(text, "{} {}", style.paint(RED, "unsupported_kernel:"), plain(missing));
+    }
+    match status["counts_executions"].as_bool() {
+        None => {}
+        Some(true) => text.push_str("executions of programs: counted\n"),
+        Some(false) => {
+            let not = style.paint(RED, "not counted");
+            let _ = writeln!(
+                text,
+                "executions of programs: {not}, so callers' processes are not named to the agent (unseen_program)"
+            );
+        }
+    }
     neighbour(&mut text, "identities", &status["source"], now, style);
     for endpoint in status["sts"].as_array().into_iter().flatten() {
         neighbour(&mut text, "STS", endpoint, now, style);
@@ -197,6 +211,13 @@ spiffe://example.org/reports  reports  reports  in 59m 7s  in 29m 0s  1 (uid 100
 spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -                     ok
 ";
         assert_eq!(text, expected);
+        let mut refusing = status();
+        refusing["unsupported_kernel"] = json!(["callers over TCP are refused: no\u{1b}"]);
+        refusing["counts_executions"] = json!(false);
+        let line = "\nunsupported_kernel: callers over TCP are refused: no \nexecutions of programs: not counted, so ";
+        assert!(render(&refusing, now(), Style::plain()).contains(line));
+        refusing["counts_executions"] = json!(true);
+        assert!(render(&refusing, now(), Style::plain()).contains("\nexecutions of programs: counted\n"));
         assert!(render(&json!({"ready": false}), now(), Style::plain()).contains("not ready"));
     }
 }

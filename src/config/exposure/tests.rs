@@ -4,7 +4,7 @@ use super::*;
 
 /// What another user could do, by the words before "; ".
 fn found(path: &Path) -> Vec<String> {
-    problems(path, &fs::metadata(path).unwrap()).into_iter().map(|problem| problem.what).collect()
+    exposures(path, &fs::metadata(path).unwrap(), "configuration").into_iter().map(|problem| problem.what).collect()
 }
 
 fn set_mode(path: &Path, mode: u32) {
@@ -69,7 +69,7 @@ fn a_symbolic_link_counts_with_its_folder_and_with_what_it_leads_to() {
     let opened = fs::metadata(&path).unwrap();
     fs::remove_file(other.path().join("..data")).unwrap();
     symlink("..data", other.path().join("..data")).unwrap();
-    let problems = problems(&path, &opened);
+    let problems = exposures(&path, &opened, "configuration");
     assert!(problems.len() == 1 && problems[0].what.contains("cannot be checked"), "{problems:?}");
 }
 

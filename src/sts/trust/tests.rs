@@ -1,4 +1,5 @@
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use super::*;
 
@@ -40,6 +41,49 @@ fn file_is_read_before_the_sdk_sees_it() {
     for path in [folder.path().join("absent.pem"), folder.path().to_owned()] {
         assert!(matches!(read_file(&path), Err(NoRoots::Missing(_))), "{path:?}");
     }
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+#[test]
+fn file_that_others_can_change_is_not_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ca.pem");
+    fs::write(&path, certificate().0).unwrap();
+    assert!(read_file(&path).is_ok());
+    for (exposed, mode, words) in [
+        (&*path, 0o646, "every user of this node can write the CA file; chmod o-w "),
+        (folder.path(), 0o777, "and put another CA file there; chmod go-w "),
+    ] {
+        set_mode(exposed, mode);
+        let error = read_file(&path).unwrap_err();
+        assert!(matches!(&error, NoRoots::Invalid(text) if text.contains(words)), "{error:?}");
+        set_mode(exposed, 0o755);
+    }
+    assert!(read_file(&path).is_ok());
+}
+
+#[test]
+fn variable_that_leads_to_a_file_of_others_is_not_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.pem");
+    fs::write(&path, certificate().0).unwrap();
+    let found = |name: &str, value: &Path| {
+        check_variables(|asked| (asked == name).then(|| value.as_os_str().to_owned())).map_err(|text| {
+            assert!(text.starts_with(&format!("{name} leads to {}: every user ", path.display())), "{text}");
+        })
+    };
+    let variables = [("SSL_CERT_FILE", &*path), ("SSL_CERT_DIR", folder.path())];
+    for (name, value) in variables {
+        assert_eq!(found(name, value), Ok(()));
+    }
+    set_mode(&path, 0o666);
+    for (name, value) in variables {
+        assert_eq!(found(name, value), Err(()), "{name}");
+    }
+    assert_eq!(found("SSL_CERT_FILE", Path::new("/nonexistent")), Ok(()));
 }
 
 #[test]

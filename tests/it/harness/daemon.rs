@@ -84,8 +84,13 @@ impl Daemon {
 
     /// Starts it with this whole configuration.
     pub(crate) fn start_text(folder: &Path, text: &str) -> Self {
+        Self::start_text_behind(&[], folder, text)
+    }
+
+    /// The same behind another command.
+    pub(crate) fn start_text_behind(words: &[&str], folder: &Path, text: &str) -> Self {
         std::fs::write(folder.join("awsvid.toml"), text).expect("write the configuration");
-        Self::spawn(&[], Path::new(PROGRAM), folder).listening()
+        Self::spawn(words, Path::new(PROGRAM), folder).listening()
     }
 
     fn listening(self) -> Self {

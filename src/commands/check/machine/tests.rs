@@ -111,6 +111,20 @@ fn kernels_that_lack_something() {
         (without_tcp(TcpUnsupported::NoLoopback(error())), "", Some((Failed, "loopback", "ip link set lo up"))),
         // Its own remedy is taken.
         (without_tcp(TcpUnsupported::NoCgroupId), unix, None),
+        (
+            without_tcp(TcpUnsupported::NoCgroupId),
+            "pods = true",
+            Some((Failed, "does not tell the cgroup", "Linux 5.8")),
+        ),
+        // TCP is no way out where it is not there.
+        (Kernel { unix: UnixSupport::Number, ..right() }, unix, Some((Note, "Linux 6.5", "use a newer kernel"))),
+        (
+            Kernel { unix: UnixSupport::Number, ..without_tcp(TcpUnsupported::NoCgroupId) },
+            unix,
+            Some((Note, "Linux 6.5", "use a newer kernel")),
+        ),
+        // Nobody uses the unix socket.
+        (Kernel { unix: UnixSupport::Nothing, ..right() }, "unix = \"\"", None),
         (Kernel { unix: UnixSupport::Number, ..right() }, "", Some((Note, "Linux 6.5", "use TCP for them"))),
         (Kernel { unix: UnixSupport::Nothing, ..right() }, "", Some((Failed, "pidfd_open", "newer kernel"))),
         (
@@ -137,8 +151,14 @@ fn kernels_that_lack_something() {
 fn cgroups_that_are_not_there_or_only_in_part() {
     let with = |mounts: &str| Proc::right().with("self/mountinfo", mounts);
     let v1 = "31 23 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
+    let mut by_unit = config("", "");
+    by_unit.workloads[0].rule.rule.systemd_unit = Some("a.service".to_owned());
     for mounts in [v1, ""] {
-        with(mounts).assert_fault(&config("", ""), Verdict::Note, "cgroup v2 is not mounted", "mount -t cgroup2");
+        for config in [&by_unit, &config("", BROKER)] {
+            with(mounts).assert_fault(config, Verdict::Note, "cgroup v2 is not mounted", "mount -t cgroup2");
+        }
+        // A rule by user alone does not need it.
+        assert_eq!(with(mounts).faults(&config("tcp = []", "")), []);
     }
     assert_eq!(with(&format!("{v1}{CGROUP2}")).faults(&config("", "")), []);
     let (saw, fix) = ("only a part is seen", "--cgroupns=host");

@@ -1,0 +1,74 @@
+//! The running daemon, as far as it differs from what this process can try itself.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::unistd::geteuid;
+use serde_json::Value;
+
+use super::report::Report;
+use crate::commands::{client, server};
+use crate::config::Config;
+
+const STEP: &str = "daemon";
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_ANSWER: usize = 256 * 1024 * 1024;
+
+/// Asks the daemon at the configuration's status socket. Without one there is nothing to report: `check` also runs before the
+/// first start.
+pub(super) fn check(config: &Config, report: &mut Report) {
+    let Some(socket) = config.listen.status.as_deref().filter(|socket| socket.exists()) else { return };
+    match status(socket) {
+        Ok(status) => judge(&status, report),
+        Err(error) => {
+            let (saw, fix) = error.split_once("; ").unwrap_or((&error, "journalctl -u awsvid"));
+            report.note(STEP, format!("the running daemon cannot be asked: {saw}"), fix);
+        }
+    }
+}
+
+fn status(socket: &Path) -> Result<Value, String> {
+    let stream = server::connect(socket, &[0, geteuid().as_raw()])?;
+    let answer = client::get(stream, "/status", MAX_ANSWER, Instant::now() + DAEMON_TIMEOUT);
+    let answer = answer.map_err(|error| format!("{}: {}", socket.display(), server::explained(&error)))?;
+    serde_json::from_slice(&answer.body).map_err(|error| format!("{}: {error}", socket.display()))
+}
+
+/// A daemon of an older version has no such field, and one that names no process has null.
+fn judge(status: &Value, report: &mut Report) {
+    match status["counts_executions"].as_bool() {
+        None => {}
+        Some(true) => report.pass(STEP, "the running daemon counts executions of programs"),
+        Some(false) => report.failed(
+            STEP,
+            "the running daemon does not count executions of programs, so callers' processes are not named to the agent",
+            "restart awsvid; if that does not help, its log says at the start what is missing",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::documented::assert_documented;
+    use super::super::report::Verdict;
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn daemon_that_does_not_count_executions_is_a_failure() {
+        let table = [
+            (json!({ "counts_executions": true }), Some(Verdict::Pass)),
+            (json!({ "counts_executions": false }), Some(Verdict::Failed)),
+            (json!({ "counts_executions": null }), None),
+            (json!({}), None),
+        ];
+        for (status, expected) in table {
+            let mut report = Report::new(true);
+            judge(&status, &mut report);
+            assert_eq!(report.findings().first().map(|finding| finding.verdict), expected, "{status}");
+            if let Some(fix) = report.findings().first().and_then(|finding| finding.fix.as_ref()) {
+                assert_documented(STEP, &report.findings()[0].saw, fix);
+            }
+        }
+    }
+}

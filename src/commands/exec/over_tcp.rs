@@ -1,0 +1,84 @@
+//! Whether the daemon attests callers over TCP at all: the command's SDK can reach it in no other way.
+
+use std::net::{TcpStream, ToSocketAddrs};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use hyper::Uri;
+use serde_json::Value;
+
+use crate::attest;
+use crate::commands::client;
+
+/// How long the daemon may take to answer. A daemon that is slow or not there yet is left to the command.
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(2);
+const MAX_ANSWER: usize = 64 * 1024;
+/// The daemon attests the caller and finds nothing there, so no credentials are issued.
+const PATH: &str = "/probe";
+const UNSUPPORTED: &str = "unsupported_kernel";
+
+/// Fails if the daemon at `uri` refuses every caller over TCP because of what the kernel lacks. It is only asked where this
+/// process misses the same, so usually the command starts without a request. Blocks for up to twice [`DAEMON_TIMEOUT`].
+pub(super) fn check(uri: &str) -> Result<(), String> {
+    let Err(missing) = attest::try_tcp(Path::new("/proc")) else { return Ok(()) };
+    if !is_unsupported(uri).unwrap_or(false) {
+        return Ok(());
+    }
+    Err(format!(
+        "awsvid refuses all callers over TCP ({UNSUPPORTED}): {missing}; set `credential_process = awsvid credential-process` in \
+         a profile of ~/.aws/config, which uses the unix socket; for TCP {}",
+        missing.fix()
+    ))
+}
+
+/// `None`: the daemon does not answer.
+fn is_unsupported(uri: &str) -> Option<bool> {
+    let uri: Uri = uri.parse().ok()?;
+    // Only a proxy of the operator's answers https.
+    let port = uri.port_u16().or_else(|| (uri.scheme_str() == Some("http")).then_some(80))?;
+    let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
+    let address = (host, port).to_socket_addrs().ok()?.next()?;
+    let stream = TcpStream::connect_timeout(&address, DAEMON_TIMEOUT).ok()?;
+    let answer = client::get(stream, PATH, MAX_ANSWER, Instant::now() + DAEMON_TIMEOUT).ok()?;
+    let body: Value = serde_json::from_slice(&answer.body).ok()?;
+    Some(answer.status == 403 && body["code"] == UNSUPPORTED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::thread;
+
+    #[test]
+    fn only_the_daemons_own_word_counts() {
+        let refused = |code: &str| {
+            let body = format!("{{\"code\":\"{code}\"}}");
+            format!("HTTP/1.1 403 Forbidden\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+        };
+        let table = [
+            (refused(UNSUPPORTED), Some(true)),
+            (refused("no_identity"), Some(false)),
+            (refused(UNSUPPORTED).replace("403", "503"), Some(false)),
+            ("SSH-2.0\r\n".to_owned(), None),
+        ];
+        for (answer, expected) in table {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let uri = format!("http://{}/v1/credentials/a", listener.local_addr().unwrap());
+            let serving = thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 1024];
+                let length = stream.read(&mut request).unwrap();
+                stream.write_all(answer.as_bytes()).unwrap();
+                String::from_utf8(request[..length].to_vec()).unwrap()
+            });
+            assert_eq!(is_unsupported(&uri), expected);
+            // Neither a token nor a question for credentials.
+            let request = serving.join().unwrap();
+            assert!(request.starts_with("GET /probe HTTP/1.1\r\n") && !request.contains("uthorization"), "{request}");
+        }
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        assert_eq!(is_unsupported(&format!("http://{closed}/v1/credentials")), None);
+    }
+}
