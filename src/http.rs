@@ -93,11 +93,12 @@ impl Front {
         let Some(admitted) = life.run(self.admit(&stream, arriving, pod.as_deref())).await else { return };
         let (owner, may_wait) = (admitted.permit.key().clone(), admitted.may_wait());
         let lookups = self.lookups.clone();
+        let give_up = life.give_up(|| Refused::Caller(Refusal::Unresponsive).bare_answer());
         let served = async move {
             life.run(self.attested(stream.into_socket(), listener, admitted)).await;
         };
         match may_wait {
-            true => lookups.spawn(owner, served),
+            true => lookups.spawn(owner, served, give_up),
             false => served.await,
         }
     }

@@ -1,8 +1,9 @@
 //! How long a connection may last, and what is noted of its end.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 use tokio::time::{Instant, timeout_at};
 
 use crate::attest::PodAttestor;
@@ -89,6 +90,17 @@ impl ConnectionLife {
         }
         self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
         None
+    }
+
+    /// Ends the connection with `answer` from outside, where its task keeps a thread waiting and will not do it.
+    pub(super) fn give_up(&self, answer: impl FnOnce() -> Vec<u8> + Send + 'static) -> impl FnOnce() + Send + 'static {
+        let (descriptor, dropped) = (self.descriptor.clone(), self.metrics.connections_dropped.clone());
+        move || {
+            // A client that is gone, or does not read, is no further concern.
+            let _ = send(descriptor.as_raw_fd(), &answer(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+            let _ = shutdown(descriptor.as_raw_fd(), Shutdown::Write);
+            dropped.get_or_create(&Reason { reason: "process_unresponsive" }).inc();
+        }
     }
 
     async fn pod_closed(&self) {

@@ -52,9 +52,11 @@ struct Shared {
 }
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+type GiveUp = Box<dyn FnOnce() + Send>;
 
 struct Job {
     task: Task,
+    give_up: GiveUp,
     /// The runtime that it comes from.
     home: Handle,
     queued: Instant,
@@ -65,13 +67,20 @@ struct State {
     /// Workloads that have something to run and may, in the order of their turns.
     ready: VecDeque<Owner>,
     idle: usize,
-    /// Since when each of the others runs something, by its number.
-    busy: HashMap<u64, Instant>,
+    /// The others, by their numbers.
+    busy: HashMap<u64, Busy>,
     next_number: u64,
     /// Whether somebody is going to look for threads that are kept waiting.
     watched: bool,
     /// What the log says of threads that cannot be started.
     unstarted: Quota,
+}
+
+/// A thread that is about to run something, or does.
+struct Busy {
+    since: Instant,
+    /// Of what it runs, until that has returned or was given up.
+    give_up: Option<(Owner, GiveUp)>,
 }
 
 #[derive(Default)]
@@ -101,39 +110,53 @@ impl LookupThreads {
 
     /// Runs `task` for this workload, after what it has there already; fairly between workloads. To be called within a
     /// runtime, on which the task goes on when it has to wait for something, or has waited too long for a thread.
-    pub fn spawn(&self, owner: Owner, task: impl Future<Output = ()> + Send + 'static) {
-        let job = Job { task: Box::pin(task), home: Handle::current(), queued: Instant::now() };
+    ///
+    /// `give_up` is called if the task keeps its thread waiting for as long as a request is held; it must not wait.
+    pub fn spawn(
+        &self,
+        owner: Owner,
+        task: impl Future<Output = ()> + Send + 'static,
+        give_up: impl FnOnce() + Send + 'static,
+    ) {
+        let (task, give_up) = (Box::pin(task), Box::new(give_up));
+        let job = Job { task, give_up, home: Handle::current(), queued: Instant::now() };
         let mut state = self.0.state();
         state.push(owner, job);
-        if state.idle > 0 {
-            drop(state);
-            self.0.work.notify_one();
-            return;
-        }
         if !std::mem::replace(&mut state.watched, true) {
             tokio::spawn(self.clone().watch());
         }
-        if state.busy.len() < self.0.wanted {
+        if state.idle > 0 {
+            drop(state);
+            self.0.work.notify_one();
+        } else if state.busy.len() < self.0.wanted {
             let number = state.new_number();
             drop(state);
             self.start_thread(number);
         }
     }
 
-    /// For as long as something waits to be run: starts threads in the place of those that are kept waiting.
+    /// For as long as something runs or waits to be run: starts threads in the place of those that are kept waiting, and gives
+    /// up what keeps them waiting too long.
     async fn watch(self) {
         loop {
             sleep(STUCK_AFTER).await;
-            let missing = {
+            let (missing, overdue) = {
                 let mut state = self.0.state();
                 state.expire();
-                if state.workloads.values().all(|queue| queue.waiting.is_empty()) {
+                if state.is_quiet() {
                     state.watched = false;
                     return;
                 }
-                state.missing(self.0.wanted)
+                (state.missing(self.0.wanted), state.overdue())
             };
             missing.into_iter().for_each(|number| self.start_thread(number));
+            for (owner, give_up) in overdue {
+                tracing::warn!(
+                    workload = ?owner,
+                    "a look at a caller's process does not come back; that connection is given up"
+                );
+                give_up();
+            }
         }
     }
 
@@ -160,10 +183,14 @@ impl Shared {
         let mut state = self.state();
         loop {
             if let Some((owner, job)) = state.next() {
-                state.busy.insert(number, Instant::now());
+                let Job { task, give_up, home, .. } = job;
+                state.busy.insert(number, Busy { since: Instant::now(), give_up: Some((owner.clone(), give_up)) });
                 drop(state);
-                job.run();
+                run(task, &home);
                 state = self.state();
+                if state.busy.insert(number, Busy::default()).is_some_and(|busy| busy.give_up.is_none()) {
+                    tracing::info!(workload = ?owner, "the look at a caller's process has come back");
+                }
                 state.done(owner);
                 continue;
             }
@@ -175,28 +202,27 @@ impl Shared {
             state.idle += 1;
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
             state.idle -= 1;
-            state.busy.insert(number, Instant::now());
+            state.busy.insert(number, Busy::default());
         }
     }
 }
 
-impl Job {
-    /// As far as it gets, and the rest at home.
-    fn run(mut self) {
-        let home = self.home.clone();
-        let entered = home.enter();
-        let mut context = Context::from_waker(Waker::noop());
-        let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.task.as_mut().poll(&mut context)));
-        drop(entered);
-        // A panic is in the log, and ends this connection alone.
-        if polled.is_ok_and(|polled| polled.is_pending()) {
-            self.go_home();
-        }
+impl Default for Busy {
+    fn default() -> Self {
+        Self { since: Instant::now(), give_up: None }
     }
+}
 
-    fn go_home(self) {
+/// Runs a task as far as it gets, and the rest at home.
+fn run(mut task: Task, home: &Handle) {
+    let entered = home.enter();
+    let mut context = Context::from_waker(Waker::noop());
+    let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| task.as_mut().poll(&mut context)));
+    drop(entered);
+    // A panic is in the log, and ends this connection alone.
+    if polled.is_ok_and(|polled| polled.is_pending()) {
         // There it is polled once more, and notes who is to be woken.
-        self.home.spawn(self.task);
+        home.spawn(task);
     }
 }
 
@@ -218,7 +244,7 @@ impl State {
     /// Of a thread that is about to be started.
     fn new_number(&mut self) -> u64 {
         self.next_number += 1;
-        self.busy.insert(self.next_number, Instant::now());
+        self.busy.insert(self.next_number, Busy::default());
         self.next_number
     }
 
@@ -265,17 +291,29 @@ impl State {
         }
     }
 
+    /// Whether there is nothing to run, and nothing that could be given up.
+    fn is_quiet(&self) -> bool {
+        self.workloads.values().all(|queue| queue.waiting.is_empty())
+            && self.busy.values().all(|busy| busy.give_up.is_none())
+    }
+
+    /// What has kept a thread waiting too long.
+    fn overdue(&mut self) -> Vec<(Owner, GiveUp)> {
+        let overdue = self.busy.values_mut().filter(|busy| busy.since.elapsed() >= HOLD);
+        overdue.filter_map(|busy| busy.give_up.take()).collect()
+    }
+
     /// Threads that run something and are not kept waiting.
     fn moving(&self) -> usize {
-        self.busy.values().filter(|since| since.elapsed() < STUCK_AFTER).count()
+        self.busy.values().filter(|busy| busy.since.elapsed() < STUCK_AFTER).count()
     }
 
     /// What has waited as long as a request is held goes home: there it is refused, if it has to wait again.
     fn expire(&mut self) {
         for queue in self.workloads.values_mut() {
             while queue.waiting.front().is_some_and(|job| job.queued.elapsed() >= HOLD) {
-                if let Some(job) = queue.waiting.pop_front() {
-                    job.go_home();
+                if let Some(Job { task, home, .. }) = queue.waiting.pop_front() {
+                    home.spawn(task);
                 }
             }
         }
@@ -284,108 +322,4 @@ impl State {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::mpsc;
-
-    use tokio::sync::oneshot;
-
-    use super::*;
-
-    /// Runs a task that says on which kind of thread it was, and is answered.
-    async fn where_it_runs(threads: &LookupThreads, uid: u32) -> bool {
-        let (say, said) = oneshot::channel();
-        threads.spawn(Owner::user(uid), async move {
-            let _ = say.send(is_one_of_them());
-        });
-        said.await.unwrap()
-    }
-
-    fn count(threads: &LookupThreads) -> usize {
-        let state = threads.0.state();
-        state.busy.len() + state.idle
-    }
-
-    #[tokio::test]
-    async fn task_runs_there_and_goes_on_at_home() {
-        let threads = LookupThreads::new(1);
-        assert!(where_it_runs(&threads, 1).await && !is_one_of_them());
-        let (go, wait) = oneshot::channel::<()>();
-        let (say, mut said) = tokio::sync::mpsc::unbounded_channel();
-        threads.spawn(Owner::user(1), async move {
-            say.send(is_one_of_them()).unwrap();
-            let _ = wait.await;
-            say.send(is_one_of_them()).unwrap();
-        });
-        assert_eq!(said.recv().await, Some(true));
-        // It waits at home, so the one thread is free.
-        assert!(where_it_runs(&threads, 1).await);
-        go.send(()).unwrap();
-        // What woke it was at home.
-        let second = said.recv().await;
-        assert!(second == Some(false) || said.recv().await == Some(false));
-    }
-
-    #[tokio::test]
-    async fn threads_that_are_kept_waiting_are_replaced() {
-        let threads = LookupThreads::new(2);
-        let mut held = Vec::new();
-        for uid in 0..20 {
-            for _ in 0..MAX_PER_WORKLOAD + 3 {
-                let (release, wait) = mpsc::channel::<()>();
-                held.push(release);
-                threads.spawn(Owner::user(uid), async move {
-                    // One that waits too long for its turn is at home, where it must not keep the test itself waiting.
-                    if is_one_of_them() {
-                        let _ = wait.recv();
-                    }
-                });
-            }
-        }
-        for uid in 100..150 {
-            assert!(where_it_runs(&threads, uid).await);
-        }
-        // Two for each workload that is kept waiting, and at least those two that are not.
-        let all = count(&threads);
-        assert!((20 * MAX_PER_WORKLOAD + 1..=20 * MAX_PER_WORKLOAD + 4).contains(&all), "{all}");
-        drop(held);
-        for uid in 0..20 {
-            assert!(where_it_runs(&threads, uid).await);
-        }
-        // Those that came back are too many.
-        while count(&threads) > 2 {
-            tokio::task::yield_now().await;
-        }
-        assert!(threads.0.state().workloads.is_empty());
-    }
-
-    #[tokio::test]
-    async fn workload_with_many_tasks_leaves_others_their_turns() {
-        let threads = LookupThreads::new(1);
-        let (release, wait) = mpsc::channel::<()>();
-        threads.spawn(Owner::user(9), async move {
-            let _ = wait.recv();
-        });
-        let (order, count) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicUsize::new(0)));
-        for uid in [1, 1, 1, 1, 1, 2] {
-            let (order, count) = (order.clone(), count.clone());
-            threads.spawn(Owner::user(uid), async move {
-                order.lock().unwrap().push(uid);
-                count.fetch_add(1, Ordering::SeqCst);
-            });
-        }
-        release.send(()).unwrap();
-        while count.load(Ordering::SeqCst) < 6 {
-            tokio::task::yield_now().await;
-        }
-        let second = order.lock().unwrap().iter().position(|uid| *uid == 2).unwrap();
-        assert!(second <= 2, "{order:?}");
-    }
-
-    #[tokio::test]
-    async fn task_that_panics_ends_alone() {
-        let threads = LookupThreads::new(1);
-        threads.spawn(Owner::user(1), async { panic!("on purpose") });
-        assert!(where_it_runs(&threads, 1).await);
-    }
-}
+mod tests;

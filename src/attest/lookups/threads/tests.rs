@@ -1,0 +1,128 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+
+use tokio::sync::oneshot;
+
+use super::*;
+
+fn spawn(threads: &LookupThreads, uid: u32, task: impl Future<Output = ()> + Send + 'static) {
+    threads.spawn(Owner::user(uid), task, || {});
+}
+
+/// Runs a task that says on which kind of thread it was, and is answered.
+async fn where_it_runs(threads: &LookupThreads, uid: u32) -> bool {
+    let (say, said) = oneshot::channel();
+    spawn(threads, uid, async move {
+        let _ = say.send(is_one_of_them());
+    });
+    said.await.unwrap()
+}
+
+fn count(threads: &LookupThreads) -> usize {
+    let state = threads.0.state();
+    state.busy.len() + state.idle
+}
+
+#[tokio::test]
+async fn task_runs_there_and_goes_on_at_home() {
+    let threads = LookupThreads::new(1);
+    assert!(where_it_runs(&threads, 1).await && !is_one_of_them());
+    let (go, wait) = oneshot::channel::<()>();
+    let (say, mut said) = tokio::sync::mpsc::unbounded_channel();
+    spawn(&threads, 1, async move {
+        say.send(is_one_of_them()).unwrap();
+        let _ = wait.await;
+        say.send(is_one_of_them()).unwrap();
+    });
+    assert_eq!(said.recv().await, Some(true));
+    // It waits at home, so the one thread is free.
+    assert!(where_it_runs(&threads, 1).await);
+    go.send(()).unwrap();
+    // What woke it was at home.
+    let second = said.recv().await;
+    assert!(second == Some(false) || said.recv().await == Some(false));
+}
+
+#[tokio::test]
+async fn threads_that_are_kept_waiting_are_replaced() {
+    let threads = LookupThreads::new(2);
+    let mut held = Vec::new();
+    for uid in 0..20 {
+        for _ in 0..MAX_PER_WORKLOAD + 3 {
+            let (release, wait) = mpsc::channel::<()>();
+            held.push(release);
+            spawn(&threads, uid, async move {
+                // One that waits too long for its turn is at home, where it must not keep the test itself waiting.
+                if is_one_of_them() {
+                    let _ = wait.recv();
+                }
+            });
+        }
+    }
+    for uid in 100..150 {
+        assert!(where_it_runs(&threads, uid).await);
+    }
+    // Two for each workload that is kept waiting, and at least those two that are not.
+    let all = count(&threads);
+    assert!((20 * MAX_PER_WORKLOAD + 1..=20 * MAX_PER_WORKLOAD + 4).contains(&all), "{all}");
+    drop(held);
+    for uid in 0..20 {
+        assert!(where_it_runs(&threads, uid).await);
+    }
+    // Those that came back are too many.
+    while count(&threads) > 2 {
+        tokio::task::yield_now().await;
+    }
+    assert!(threads.0.state().workloads.is_empty());
+}
+
+#[tokio::test]
+async fn workload_with_many_tasks_leaves_others_their_turns() {
+    let threads = LookupThreads::new(1);
+    let (release, wait) = mpsc::channel::<()>();
+    spawn(&threads, 9, async move {
+        let _ = wait.recv();
+    });
+    let (order, count) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicUsize::new(0)));
+    for uid in [1, 1, 1, 1, 1, 2] {
+        let (order, count) = (order.clone(), count.clone());
+        spawn(&threads, uid, async move {
+            order.lock().unwrap().push(uid);
+            count.fetch_add(1, Ordering::SeqCst);
+        });
+    }
+    release.send(()).unwrap();
+    while count.load(Ordering::SeqCst) < 6 {
+        tokio::task::yield_now().await;
+    }
+    let second = order.lock().unwrap().iter().position(|uid| *uid == 2).unwrap();
+    assert!(second <= 2, "{order:?}");
+}
+
+#[tokio::test]
+async fn task_that_panics_ends_alone() {
+    let threads = LookupThreads::new(1);
+    spawn(&threads, 1, async { panic!("on purpose") });
+    assert!(where_it_runs(&threads, 1).await);
+}
+
+#[tokio::test]
+async fn task_that_keeps_its_thread_waiting_is_given_up_once() {
+    let threads = LookupThreads::new(1);
+    let (release, wait) = mpsc::channel::<()>();
+    let (give_up, mut given_up) = tokio::sync::mpsc::unbounded_channel();
+    let begun = Instant::now();
+    let task = async move {
+        let _ = wait.recv();
+    };
+    threads.spawn(Owner::user(1), task, move || give_up.send(begun.elapsed()).unwrap());
+    // With nothing else to run, and while others are.
+    assert!(given_up.recv().await.unwrap() >= HOLD);
+    assert_eq!(given_up.recv().await, None, "the closure is gone");
+    assert!(where_it_runs(&threads, 2).await);
+    drop(release);
+    assert!(where_it_runs(&threads, 1).await);
+    while threads.0.state().watched {
+        tokio::task::yield_now().await;
+    }
+}
