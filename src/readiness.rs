@@ -80,8 +80,8 @@ impl Probes {
             ..Listeners::default()
         };
         loop {
-            let missing_for_pods = pods.as_ref().map(|_| attestor.missing_for_tcp());
-            let Some(missing) = self.missing(&mut listeners, missing_for_pods.as_ref()).await else {
+            let missing = self.missing(&mut listeners, &attestor, pods.is_some()).await;
+            if missing.is_empty() {
                 listeners.warn_of_unsupported(&attestor);
                 if let Some(pods) = &mut pods {
                     pods.pass().await;
@@ -89,13 +89,8 @@ impl Probes {
                 readiness.reached();
                 tracing::info!("ready");
                 return;
-            };
-            // The listener's answer does not have the reason.
-            let missing = match attestor.missing_for_tcp() {
-                Some(reason) if missing == NOTHING_SERVED => format!("{missing}: {reason}"),
-                _ => missing,
-            };
-            let missing = one_line(&missing);
+            }
+            let missing = one_line(&missing.join("; "));
             readiness.missing(&missing);
             if told.is_news(&missing) {
                 tracing::warn!("not ready: {missing}");
@@ -104,24 +99,28 @@ impl Probes {
         }
     }
 
-    /// What has not answered yet. Each listener is asked until it has answered once: its requests are audited like others.
-    /// `pods`: what callers in pods lack, if pods are listened in.
-    async fn missing(&self, listeners: &mut Listeners, pods: Option<&Option<String>>) -> Option<String> {
+    /// What has not answered yet, all of it. Each listener is asked until it has answered once: its requests are audited like
+    /// others.
+    async fn missing(&self, listeners: &mut Listeners, attestor: &Attestor, has_pods: bool) -> Vec<String> {
+        let mut missing = Vec::new();
         if let Some(listener) = listeners.ask(&self.token_file).await {
-            return Some(format!("the listener {listener} does not answer the daemon itself"));
-        }
-        if listeners.serve_nobody(pods.map(Option::is_none)) {
-            return Some(NOTHING_SERVED.to_owned());
+            missing.push(format!("the listener {listener} does not answer the daemon itself"));
+        } else {
+            let for_tcp = attestor.missing_for_tcp();
+            if listeners.serve_nobody(has_pods.then_some(for_tcp.is_none())) {
+                // The listener's answer does not have the reason.
+                missing.push(format!("{NOTHING_SERVED}: {}", for_tcp.unwrap_or_default()));
+            }
         }
         if let Err(error) = self.source.ready(&self.audience).await {
-            return Some(format!("the identity source: {error}"));
+            missing.push(format!("the identity source: {error}"));
         }
         for target in &self.targets {
             if let Err(error) = self.sts.answers(target).await {
-                return Some(format!("STS: {error}"));
+                missing.push(format!("STS: {error}"));
             }
         }
-        None
+        missing
     }
 }
 

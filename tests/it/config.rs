@@ -92,7 +92,7 @@ fn offline_nothing_of_this_machine_counts() {
     assert_eq!(here.status.code(), Some(0));
     for words in [
         "-:5: warning: workload.user: there is no user \"of-another-node\"",
-        "-:3: warning: workload.exe: /opt/of-another-node can't be read",
+        "-:3: warning: workload.exe: /opt/of-another-node is not there",
         "-: warning: audit.file: there is no directory /of-another-node",
     ] {
         assert!(here.stderr.contains(words), "{words} in {here:?}");
