@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use crate::accounts::{Accounts, LiveRules, Nss};
 use crate::admin::{Address, Admin, Readiness};
-use crate::attest::{Attestor, ExecMonitor, LookupThreads, StartError};
+use crate::attest::{Attestor, ExecMonitor, StartError};
 use crate::audit::Audit;
 use crate::broker::{Broker, Policy};
 use crate::cache::{self, CredentialCache};
@@ -174,7 +174,6 @@ impl App {
             audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
-            lookups: LookupThreads::default(),
             connections: FairSemaphore::new(config.listen.max_connections, config.listen.max_connections_per_workload),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));

@@ -126,6 +126,11 @@ impl Attestor {
         self.host.pods.as_ref().map(|pods| pods.roots_found()).unwrap_or_default()
     }
 
+    /// Where connections go on whose callers' processes are looked at.
+    pub fn lookup_threads(&self) -> &LookupThreads {
+        &self.host.lookups
+    }
+
     /// The peer of a unix stream, by what the kernel recorded of it when it connected.
     pub fn unix(&self, stream: &Socket) -> Result<Caller, Unattested> {
         let stream = stream.descriptor();

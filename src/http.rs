@@ -17,7 +17,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 
-use crate::attest::{Attestor, LookupThreads, PodAttestor, Unattested};
+use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
@@ -58,8 +58,6 @@ pub struct Front {
     pub metrics: Metrics,
     /// What TCP callers have to show.
     pub authorization: Authorization,
-    /// Where connections go on whose callers' processes are looked at.
-    pub lookups: LookupThreads,
     /// How many connections there may be, and each workload may have.
     pub connections: FairSemaphore<Owner>,
 }
@@ -92,7 +90,7 @@ impl Front {
         let life = ConnectionLife::new(stream.socket().descriptor().clone(), pod.clone(), self.metrics.clone(), open);
         let Some(admitted) = life.run(self.admit(&stream, arriving, pod.as_deref())).await else { return };
         let (owner, may_wait) = (admitted.permit.key().clone(), admitted.may_wait());
-        let lookups = self.lookups.clone();
+        let lookups = self.attestor.lookup_threads().clone();
         let give_up = life.give_up(|| Refused::Caller(Refusal::Unresponsive).bare_answer());
         let served = async move {
             life.run(self.attested(stream.into_socket(), listener, admitted)).await;

@@ -11,7 +11,7 @@ use crate::attest::cgroups::CgroupTree;
 use crate::attest::exec_monitor::ExecMonitor;
 use crate::attest::hierarchies::Hierarchies;
 use crate::attest::known::{Known, KnownProcesses};
-use crate::attest::lookups::Lookups;
+use crate::attest::lookups::LookupThreads;
 use crate::attest::pods::{Housed, Pods};
 use crate::attest::sys;
 use crate::caller::Refusal;
@@ -33,7 +33,7 @@ pub(crate) struct Host {
     /// Counts what processes execute, where the daemon was given what that takes.
     pub(crate) exec_monitor: Option<Arc<ExecMonitor>>,
     /// Where looks run that may have to wait.
-    pub(crate) lookups: Lookups,
+    pub(crate) lookups: LookupThreads,
     /// From Linux 6.9 on a pidfd has an inode that no other process ever has.
     pidfds_have_inodes: bool,
     /// From Linux 6.13 on it tells the ids of its process; else its `status` does, which is as long as it has groups.
@@ -62,7 +62,7 @@ impl Host {
             hierarchies,
             processes: KnownProcesses::default(),
             exec_monitor,
-            lookups: Lookups::default(),
+            lookups: LookupThreads::default(),
             pidfds_tell_ids: tells_ids,
             pidfds_have_inodes: kind == Some(PID_FS),
         }

@@ -18,46 +18,21 @@
 //! Not used at all, since each takes the lock of the process: perf_event_open(2), kcmp(2), pidfd_getfd(2), the links in
 //! `/proc/<pid>/ns`, `/proc/<pid>/{mem,maps,auxv,environ,cmdline,wchan}`.
 //!
-//! *Here* is: where a connection goes on, on a thread of [`LookupThreads`]; everything else on a thread of the runtime's, one at
-//! a time for each workload. Connections themselves never wait for a client: sockets do not block, and a whole connection has a
+//! *Here* is on a thread of [`LookupThreads`], two at a time for each workload: where a connection goes on, or a look alone where
+//! the connection has waited for something meanwhile. Connections themselves never wait for a client: sockets do not block, and a whole connection has a
 //! deadline.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use tokio::sync::oneshot;
-use tokio::task::spawn_blocking;
-use tokio::time::timeout;
 
 use crate::caller::{Owner, Refusal};
-use crate::clock::HOLD;
-use crate::limits::FairSemaphore;
 
 mod threads;
 
 pub use threads::LookupThreads;
 
-/// Looks on threads of their own ...
-const MAX_LOOKS: usize = 32;
-/// ... and those that have not come back in time, each of another workload. The runtime has 512 threads for all that blocks,
-/// and names of hosts are looked up on them as well.
-const MAX_STUCK: usize = 256;
-
-/// Runs looks.
-#[derive(Debug)]
-pub(crate) struct Lookups {
-    apart: FairSemaphore<Owner>,
-    stuck: Arc<AtomicUsize>,
-}
-
-impl Default for Lookups {
-    fn default() -> Self {
-        Self { apart: FairSemaphore::new(MAX_LOOKS, 1), stuck: Arc::default() }
-    }
-}
-
-impl Lookups {
-    /// Runs `look` right here on one of [`LookupThreads`], else apart.
+impl LookupThreads {
+    /// Runs `look` right here if this is one of these threads, else on one of them. [`Refusal::Busy`] if none is free for this
+    /// workload as long as a request is held, [`Refusal::Unresponsive`] if the look takes as long as that.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         owner: &Owner,
@@ -66,90 +41,64 @@ impl Lookups {
         if threads::is_one_of_them() { look() } else { self.run_apart(owner, look).await }
     }
 
-    /// Runs `look` on a thread of its own, when this workload has no other there. One that does not come back keeps its
-    /// workload waiting, and nobody else.
+    /// The same, never right here: the caller can do something else meanwhile.
     pub(crate) async fn run_apart<T: Send + 'static>(
         &self,
         owner: &Owner,
         look: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Refusal> {
-        if self.stuck.load(Ordering::Relaxed) >= MAX_STUCK {
-            return Err(Refusal::Unresponsive);
-        }
-        let permit = self.apart.acquire_within(HOLD, owner).await.ok_or(Refusal::Busy)?;
-        let (owner, stuck) = (owner.clone(), self.stuck.clone());
         let (answer, answered) = oneshot::channel();
-        // Whatever becomes of the connection, somebody has to notice that the look does not come back.
-        tokio::spawn(async move {
-            let mut looking = spawn_blocking(look);
-            if let Ok(done) = timeout(HOLD, &mut looking).await {
-                let _ = answer.send(done.unwrap_or(Err(Refusal::Kernel)));
-                return;
-            }
-            let _ = answer.send(Err(Refusal::Unresponsive));
-            permit.detach();
-            stuck.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(
-                workload = ?owner,
-                "a look at a caller's process does not come back; its workload is not answered until it does"
-            );
-            let _ = looking.await;
-            stuck.fetch_sub(1, Ordering::Relaxed);
-            tracing::info!(workload = ?owner, "the look at a caller's process has come back");
-            drop(permit);
-        });
-        answered.await.unwrap_or(Err(Refusal::Kernel))
+        let (give_up, given_up) = oneshot::channel();
+        let look = async {
+            let _ = answer.send(look());
+        };
+        let give_up = || {
+            let _ = give_up.send(());
+        };
+        self.spawn_here(owner.clone(), look, give_up);
+        tokio::select! {
+            biased;
+            result = answered => result.unwrap_or(Err(Refusal::Busy)),
+            Ok(()) = given_up => Err(Refusal::Unresponsive),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
-    use std::time::Duration;
-
-    use tokio::time::{Instant, advance};
 
     use super::*;
 
-    /// Looks apart, and lets the time of a request pass meanwhile.
-    async fn look_in_vain<T: Send + 'static>(
-        lookups: &Arc<Lookups>,
-        owner: Owner,
-        look: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
-    ) -> Result<T, Refusal> {
-        let lookups = lookups.clone();
-        let looking = tokio::spawn(async move { lookups.run(&owner, look).await });
-        // Time does not pass by itself while something blocks.
-        for _ in 0..3 {
-            tokio::task::yield_now().await;
-        }
-        advance(HOLD).await;
-        looking.await.unwrap()
-    }
-
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn look_that_does_not_come_back_stops_its_own_workload_alone() {
-        let lookups = Arc::new(Lookups::default());
-        let mut held = Vec::new();
-        // More than may be under way at a time.
-        for uid in 0..u32::try_from(MAX_LOOKS).unwrap() + 3 {
-            let (release, wait) = mpsc::channel::<()>();
-            held.push(release);
-            let look = move || {
-                let _ = wait.recv();
-                Ok(())
-            };
-            assert_eq!(look_in_vain(&lookups, Owner::user(uid), look).await, Err(Refusal::Unresponsive));
+        let threads = LookupThreads::default();
+        let (mut held, mut stuck) = (Vec::new(), Vec::new());
+        for uid in 0..20 {
+            // As many as there may be of one workload, and some more.
+            for _ in 0..4 {
+                let (release, wait) = mpsc::channel::<()>();
+                held.push(release);
+                let (threads, look) = (threads.clone(), move || {
+                    let _ = wait.recv();
+                    Ok(())
+                });
+                stuck.push(tokio::spawn(async move { threads.run(&Owner::user(uid), look).await }));
+            }
         }
-        assert_eq!(lookups.stuck.load(Ordering::Relaxed), held.len());
-        let start = Instant::now();
-        assert_eq!(lookups.run(&Owner::user(1000), || Ok(7)).await, Ok(7));
-        assert_eq!(start.elapsed(), Duration::ZERO);
-        assert_eq!(look_in_vain(&lookups, Owner::user(1), || Ok(7)).await, Err(Refusal::Busy));
+        assert_eq!(threads.run(&Owner::user(1000), || Ok(7)).await, Ok(7));
+        let mut refused = [0, 0];
+        for stuck in stuck {
+            match stuck.await.unwrap() {
+                Err(Refusal::Unresponsive) => refused[0] += 1,
+                Err(Refusal::Busy) => refused[1] += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(refused, [40, 40]);
+        assert_eq!(threads.run(&Owner::user(1000), || Ok(7)).await, Ok(7));
+        assert_eq!(threads.run(&Owner::user(1), || Ok(7)).await, Err(Refusal::Busy));
         drop(held);
-        while lookups.stuck.load(Ordering::Relaxed) > 0 {
-            tokio::task::yield_now().await;
-        }
-        assert_eq!(lookups.run(&Owner::user(1), || Ok(7)).await, Ok(7));
+        assert_eq!(threads.run(&Owner::user(1), || Ok(7)).await, Ok(7));
     }
 }

@@ -150,12 +150,6 @@ impl HeldProcess {
         self.host.lookups.run(owner, move || process.still_same()).await
     }
 
-    /// The same, on a thread of its own.
-    async fn verify_apart(&self, owner: &Owner) -> Result<(), Refusal> {
-        let process = self.clone();
-        self.host.lookups.run_apart(owner, move || process.still_same()).await
-    }
-
     /// Whether it runs still.
     pub(crate) fn is_there(&self) -> bool {
         self.known.alive().is_ok()
@@ -163,7 +157,8 @@ impl HeldProcess {
 
     /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
     pub(crate) async fn named(&self, owner: &Owner) -> Result<Named, Refusal> {
-        self.verify_apart(owner).await?;
+        let process = self.clone();
+        self.host.lookups.run(owner, move || process.still_same()).await?;
         let cgroups = read(self.directory()?, "cgroup")?;
         self.host.hierarchies.check(&cgroups)?;
         Ok(Named { pid: self.known.pid(), cgroups })

@@ -57,8 +57,8 @@ type GiveUp = Box<dyn FnOnce() + Send>;
 struct Job {
     task: Task,
     give_up: GiveUp,
-    /// The runtime that it comes from.
-    home: Handle,
+    /// The runtime that it comes from; `None` if it is not to go on there.
+    home: Option<Handle>,
     queued: Instant,
 }
 
@@ -118,8 +118,21 @@ impl LookupThreads {
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
-        let (task, give_up) = (Box::pin(task), Box::new(give_up));
-        let job = Job { task, give_up, home: Handle::current(), queued: Instant::now() };
+        self.push(owner, Box::pin(task), Box::new(give_up), Some(Handle::current()));
+    }
+
+    /// The same for a task that never waits for events, and is dropped if it has waited too long for a thread.
+    pub(super) fn spawn_here(
+        &self,
+        owner: Owner,
+        task: impl Future<Output = ()> + Send + 'static,
+        give_up: impl FnOnce() + Send + 'static,
+    ) {
+        self.push(owner, Box::pin(task), Box::new(give_up), None);
+    }
+
+    fn push(&self, owner: Owner, task: Task, give_up: GiveUp, home: Option<Handle>) {
+        let job = Job { task, give_up, home, queued: Instant::now() };
         let mut state = self.0.state();
         state.push(owner, job);
         if !std::mem::replace(&mut state.watched, true) {
@@ -186,7 +199,7 @@ impl Shared {
                 let Job { task, give_up, home, .. } = job;
                 state.busy.insert(number, Busy { since: Instant::now(), give_up: Some((owner.clone(), give_up)) });
                 drop(state);
-                run(task, &home);
+                run(task, home.as_ref());
                 state = self.state();
                 if state.busy.insert(number, Busy::default()).is_some_and(|busy| busy.give_up.is_none()) {
                     tracing::info!(workload = ?owner, "the look at a caller's process has come back");
@@ -214,13 +227,13 @@ impl Default for Busy {
 }
 
 /// Runs a task as far as it gets, and the rest at home.
-fn run(mut task: Task, home: &Handle) {
-    let entered = home.enter();
+fn run(mut task: Task, home: Option<&Handle>) {
+    let entered = home.map(Handle::enter);
     let mut context = Context::from_waker(Waker::noop());
     let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| task.as_mut().poll(&mut context)));
     drop(entered);
     // A panic is in the log, and ends this connection alone.
-    if polled.is_ok_and(|polled| polled.is_pending()) {
+    if let (Ok(true), Some(home)) = (polled.map(|polled| polled.is_pending()), home) {
         // There it is polled once more, and notes who is to be woken.
         home.spawn(task);
     }
@@ -312,7 +325,7 @@ impl State {
     fn expire(&mut self) {
         for queue in self.workloads.values_mut() {
             while queue.waiting.front().is_some_and(|job| job.queued.elapsed() >= HOLD) {
-                if let Some(Job { task, home, .. }) = queue.waiting.pop_front() {
+                if let Some(Job { task, home: Some(home), .. }) = queue.waiting.pop_front() {
                     home.spawn(task);
                 }
             }
