@@ -206,6 +206,8 @@ mod tests {
         let peer = attestor.tcp(client.local_addr().unwrap(), server, || ()).await.unwrap();
         let start = Instant::now();
         let attested = peer.with_process(Looks::default()).await;
-        assert_eq!((attested.unwrap_err(), start.elapsed()), (Refusal::Busy, HOLD));
+        assert_eq!(attested.unwrap_err(), Refusal::Busy);
+        // Time passes by itself while the short search is on its thread, too.
+        assert!(start.elapsed() >= HOLD);
     }
 }

@@ -20,6 +20,8 @@ use crate::caller::Refusal;
 const KEPT: usize = 128;
 /// Of the numbers under which a process held connections: as many as threads may well connect at a time.
 const NUMBERS: usize = 8;
+/// Of the other sockets that a search came across in a process: each is looked for next, if many connect at a time.
+const MAX_SCANNED: usize = 512;
 
 /// One process, by descriptors that are tied to it: they show nothing once it is gone, and never another process, even if
 /// its number is in use again.
@@ -36,6 +38,8 @@ pub(crate) struct Known {
     /// What it ran last.
     program: Mutex<Option<Shown>>,
     numbers: Mutex<[Option<Number>; NUMBERS]>,
+    /// The numbers of its sockets, by their inodes, as a search came across them.
+    scanned: Mutex<HashMap<u32, u32>>,
 }
 
 /// A file by device and inode, and the path that it was shown with.
@@ -65,6 +69,7 @@ impl Known {
             elsewhere: OnceLock::new(),
             program: Mutex::default(),
             numbers: Mutex::default(),
+            scanned: Mutex::default(),
         }
     }
 
@@ -147,6 +152,13 @@ impl Known {
         inode: u32,
         mut look: impl FnMut() -> Result<(), Refusal>,
     ) -> Result<Option<u32>, Refusal> {
+        let scanned = locked(&self.scanned).remove(&inode);
+        if let Some(number) = scanned {
+            look()?;
+            if self.socket(proc_root, number) == Some(inode) {
+                return Ok(Some(number));
+            }
+        }
         let mut numbers = *locked(&self.numbers);
         // One that was come across in the search for another connection, first. Else the one that was found last comes last: it
         // is in use now.
@@ -161,6 +173,11 @@ impl Known {
             }
         }
         Ok(None)
+    }
+
+    /// Notes the sockets that a search came across, by inode and number, in place of those of the search before.
+    pub(crate) fn scanned(&self, sockets: impl Iterator<Item = (u32, u32)>) {
+        *locked(&self.scanned) = sockets.take(MAX_SCANNED).collect();
     }
 
     fn seen(&self, number: u32, inode: u32) {

@@ -119,6 +119,25 @@ fn the_last_numbers_are_tried_and_what_was_come_across_first() {
 }
 
 #[test]
+fn socket_that_a_search_came_across_is_found_at_once() {
+    let (_listener, connections) = connections(100);
+    let known = own();
+    known.scanned(connections.iter().map(|(_, number, inode)| (*inode, *number)));
+    for (_, number, inode) in &connections[1..] {
+        assert_eq!(hinted(&known, *inode), (Some(*number), 1));
+        assert_eq!(hinted(&known, *inode), (None, 0), "once");
+    }
+    // It is looked at, whatever was there before.
+    let (first, number, inode) = connections.into_iter().next().unwrap();
+    drop(first);
+    let _other = std::fs::File::open("/dev/null").unwrap();
+    assert_eq!(hinted(&known, inode), (None, 1), "{number}");
+    // So many are kept and no more.
+    known.scanned((0..10_000).map(|number| (number, number)));
+    assert_eq!(known.scanned.lock().unwrap().len(), MAX_SCANNED);
+}
+
+#[test]
 fn a_look_that_is_one_too_many_ends_the_search() {
     let (_listener, connections) = connections(2);
     let known = own();
