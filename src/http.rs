@@ -87,18 +87,19 @@ impl Front {
             (Stream::Tcp { .. }, Some(_)) => Listener::Pod,
         };
         let Arrival { permit: arriving, open } = arrival;
-        let life = ConnectionLife::new(stream.socket().descriptor().clone(), pod.clone(), self.metrics.clone(), open);
+        let descriptor = stream.socket().descriptor().clone();
+        let life = ConnectionLife::new(descriptor, pod.clone(), &self.metrics, open);
         let Some(admitted) = life.run(self.admit(&stream, arriving, pod.as_deref())).await else { return };
-        let (owner, may_wait) = (admitted.permit.key().clone(), admitted.may_wait());
-        let lookups = self.attestor.lookup_threads().clone();
+        if !admitted.may_wait() {
+            life.run(self.attested(stream.into_socket(), listener, admitted)).await;
+            return;
+        }
+        let (owner, lookups) = (admitted.permit.key().clone(), self.attestor.lookup_threads().clone());
         let give_up = life.give_up(|| Refused::Caller(Refusal::Unresponsive).bare_answer());
         let served = async move {
             life.run(self.attested(stream.into_socket(), listener, admitted)).await;
         };
-        match may_wait {
-            true => lookups.spawn(owner, served, give_up),
-            false => served.await,
-        }
+        lookups.spawn(owner, served, give_up);
     }
 
     /// The peer by its socket, and a permit for its workload: nothing is read before it is known who has sent it.

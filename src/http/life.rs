@@ -4,6 +4,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use tokio::time::{Instant, timeout_at};
 
 use crate::attest::PodAttestor;
@@ -28,6 +30,8 @@ pub(super) enum Dropped {
     Closed,
     /// The whole connection took too long.
     TooSlow,
+    /// A look at the caller's process does not come back.
+    Unresponsive,
 }
 
 impl Dropped {
@@ -40,6 +44,7 @@ impl Dropped {
             Self::BadRequest => "bad_request",
             Self::Closed => "closed",
             Self::TooSlow => "too_slow",
+            Self::Unresponsive => "process_unresponsive",
         }
     }
 
@@ -64,14 +69,16 @@ pub(super) struct ConnectionLife {
     descriptor: Arc<OwnedFd>,
     /// In whose network namespace it is, if not in the host's.
     pod: Option<Arc<PodAttestor>>,
-    metrics: Metrics,
+    /// All that it needs of the metrics: to clone those takes as long as a system call.
+    dropped: Family<Reason, Counter>,
     _open: Open,
 }
 
 impl ConnectionLife {
     /// Begins now.
-    pub(super) fn new(descriptor: Arc<OwnedFd>, pod: Option<Arc<PodAttestor>>, metrics: Metrics, open: Open) -> Self {
-        Self { deadline: Instant::now() + CONNECTION_LIFE, descriptor, pod, metrics, _open: open }
+    pub(super) fn new(descriptor: Arc<OwnedFd>, pod: Option<Arc<PodAttestor>>, metrics: &Metrics, open: Open) -> Self {
+        let dropped = metrics.connections_dropped.clone();
+        Self { deadline: Instant::now() + CONNECTION_LIFE, descriptor, pod, dropped, _open: open }
     }
 
     /// Runs a part of the connection. `None` if the connection ends with it; why, has been counted.
@@ -88,18 +95,18 @@ impl ConnectionLife {
         if dropped.resets() {
             Socket::reset_on_close(&self.descriptor);
         }
-        self.metrics.connections_dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
+        self.dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
         None
     }
 
     /// Ends the connection with `answer` from outside, where its task keeps a thread waiting and will not do it.
     pub(super) fn give_up(&self, answer: impl FnOnce() -> Vec<u8> + Send + 'static) -> impl FnOnce() + Send + 'static {
-        let (descriptor, dropped) = (self.descriptor.clone(), self.metrics.connections_dropped.clone());
+        let (descriptor, dropped) = (self.descriptor.clone(), self.dropped.clone());
         move || {
             // A client that is gone, or does not read, is no further concern.
             let _ = send(descriptor.as_raw_fd(), &answer(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
             let _ = shutdown(descriptor.as_raw_fd(), Shutdown::Write);
-            dropped.get_or_create(&Reason { reason: "process_unresponsive" }).inc();
+            dropped.get_or_create(&Reason { reason: Dropped::Unresponsive.reason() }).inc();
         }
     }
 
