@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
-use tokio::time::Instant;
 use tracing::{Level, Metadata};
 use tracing_subscriber::filter::{ParseError, filter_fn};
 use tracing_subscriber::fmt::MakeWriter;
@@ -17,6 +16,7 @@ use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 use crate::config::LogFormat;
+use crate::limits::TokenBucket;
 use crate::writer::{Line, Loss, Losses, Priority, Writer};
 
 /// How long the end of the process waits for a reader of the log that is slow.
@@ -27,27 +27,23 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub struct Quota {
     burst: u32,
     every: Duration,
-    /// When all of them may be written at once again.
-    full_again: Option<Instant>,
+    bucket: TokenBucket,
     missed: u64,
 }
 
 impl Quota {
     /// `burst` lines at once, of which one comes back each `every`.
     pub fn new(burst: u32, every: Duration) -> Self {
-        Self { burst, every, full_again: None, missed: 0 }
+        Self { burst, every, bucket: TokenBucket::default(), missed: 0 }
     }
 
     /// Whether a line may be written now; if so, how many were left out since the last.
     pub fn take(&mut self) -> Option<u64> {
-        let now = Instant::now();
-        let full_again = self.full_again.map_or(now, |at| at.max(now)) + self.every;
-        if full_again.duration_since(now) > self.every * self.burst {
-            self.missed += 1;
-            return None;
+        if self.bucket.take(self.burst, self.every) {
+            return Some(std::mem::take(&mut self.missed));
         }
-        self.full_again = Some(full_again);
-        Some(std::mem::take(&mut self.missed))
+        self.missed += 1;
+        None
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::entry::Slot;
 use crate::issue::IssueError;
-use crate::limits::TokenBucket;
+use crate::telemetry::Quota;
 
 /// So many lines at once ...
 const BURST: u32 = 20;
@@ -14,19 +14,19 @@ const BURST: u32 = 20;
 const EVERY: Duration = Duration::from_secs(10);
 
 /// How many lines may be written still, and how many were left out.
-#[derive(Debug, Default)]
-pub(super) struct Log(Mutex<(TokenBucket, u64)>);
+#[derive(Debug)]
+pub(super) struct Log(Mutex<Quota>);
+
+impl Default for Log {
+    fn default() -> Self {
+        Self(Mutex::new(Quota::new(BURST, EVERY)))
+    }
+}
 
 impl Log {
     /// Whether one may be written now; if so, how many were left out since the last.
     pub(super) fn allows(&self) -> Option<u64> {
-        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (bucket, missed) = &mut *log;
-        if bucket.take(BURST, EVERY) {
-            return Some(std::mem::take(missed));
-        }
-        *missed += 1;
-        None
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
