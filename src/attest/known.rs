@@ -20,8 +20,8 @@ use crate::caller::Refusal;
 const KEPT: usize = 128;
 /// Of the numbers under which a process held connections: as many as threads may well connect at a time.
 const NUMBERS: usize = 8;
-/// Of the other sockets that a search came across in a process: each is looked for next, if many connect at a time.
-const MAX_SCANNED: usize = 512;
+/// Of the other sockets that were come across in a process: each is looked for next, if many connect at a time.
+const MAX_SOCKETS: usize = 512;
 
 /// One process, by descriptors that are tied to it: they show nothing once it is gone, and never another process, even if
 /// its number is in use again.
@@ -37,9 +37,7 @@ pub(crate) struct Known {
     elsewhere: OnceLock<bool>,
     /// What it ran last.
     program: Mutex<Option<Shown>>,
-    numbers: Mutex<[Option<Number>; NUMBERS]>,
-    /// The numbers of its sockets, by their inodes, as a search came across them.
-    scanned: Mutex<HashMap<u32, u32>>,
+    hints: Mutex<Hints>,
 }
 
 /// A file by device and inode, and the path that it was shown with.
@@ -49,11 +47,13 @@ struct Shown {
     path: Arc<Path>,
 }
 
-/// Under which number a process held a connection, and the inode of the socket that was seen there last.
-#[derive(Debug, Clone, Copy)]
-struct Number {
-    number: u32,
-    inode: u32,
+/// Where a process may have the descriptor of a connection.
+#[derive(Debug, Default)]
+struct Hints {
+    /// Under which numbers it held its last connections; that of the latest comes last.
+    numbers: [Option<u32>; NUMBERS],
+    /// The numbers of sockets that were come across in searches for others, by their inodes.
+    sockets: HashMap<u32, u32>,
 }
 
 impl Known {
@@ -68,8 +68,7 @@ impl Known {
             descriptors: OnceLock::new(),
             elsewhere: OnceLock::new(),
             program: Mutex::default(),
-            numbers: Mutex::default(),
-            scanned: Mutex::default(),
+            hints: Mutex::default(),
         }
     }
 
@@ -143,56 +142,50 @@ impl Known {
         }
     }
 
-    /// The number of the descriptor that is the socket with this inode, among those under which the process held its last
-    /// connections. Whoever connects again and again mostly has one of these again, and to list the descriptors of a process
-    /// costs more than all else. `look` is called before each look.
+    /// The number of the descriptor that is the socket with this inode: one that was come across in a search for another, or one
+    /// of those under which the process held its last connections. Whoever connects again and again mostly has one of these
+    /// again, and to list the descriptors of a process costs more than all else. `look` is called before each look.
     pub(crate) fn hinted(
         &self,
         proc_root: &Path,
         inode: u32,
         mut look: impl FnMut() -> Result<(), Refusal>,
     ) -> Result<Option<u32>, Refusal> {
-        let scanned = locked(&self.scanned).remove(&inode);
-        if let Some(number) = scanned {
-            look()?;
-            if self.socket(proc_root, number) == Some(inode) {
-                return Ok(Some(number));
-            }
-        }
-        let mut numbers = *locked(&self.numbers);
-        // One that was come across in the search for another connection, first. Else the one that was found last comes last: it
-        // is in use now.
-        let seen = numbers.iter().position(|known| known.is_some_and(|known| known.inode == inode));
-        numbers[..=seen.unwrap_or(0)].rotate_right(1);
-        for Number { number, .. } in numbers.into_iter().flatten() {
+        let (known, numbers) = {
+            let mut hints = locked(&self.hints);
+            (hints.sockets.remove(&inode), hints.numbers)
+        };
+        // The one that was found last comes last: it is in use now.
+        for number in known.into_iter().chain(numbers.into_iter().flatten()) {
             look()?;
             match self.socket(proc_root, number) {
                 Some(found) if found == inode => return Ok(Some(number)),
-                Some(other) => self.seen(number, other),
+                Some(other) => self.seen(other, number),
                 None => {}
             }
         }
         Ok(None)
     }
 
-    /// Notes the sockets that a search came across, by inode and number, in place of those of the search before.
-    pub(crate) fn scanned(&self, sockets: impl Iterator<Item = (u32, u32)>) {
-        *locked(&self.scanned) = sockets.take(MAX_SCANNED).collect();
+    fn seen(&self, inode: u32, number: u32) {
+        let sockets = &mut locked(&self.hints).sockets;
+        if sockets.len() >= MAX_SOCKETS {
+            sockets.clear();
+        }
+        sockets.insert(inode, number);
     }
 
-    fn seen(&self, number: u32, inode: u32) {
-        let mut numbers = locked(&self.numbers);
-        if let Some(known) = numbers.iter_mut().flatten().find(|known| known.number == number) {
-            known.inode = inode;
-        }
+    /// Notes the sockets that a search of all descriptors came across, by inode and number, in place of those before.
+    pub(crate) fn scanned(&self, sockets: impl Iterator<Item = (u32, u32)>) {
+        locked(&self.hints).sockets = sockets.take(MAX_SOCKETS).collect();
     }
 
     /// Notes that it holds a connection under this number.
-    pub(crate) fn held(&self, number: u32, inode: u32) {
-        let mut numbers = locked(&self.numbers);
-        let at = numbers.iter().position(|known| known.is_some_and(|known| known.number == number)).unwrap_or(0);
+    pub(crate) fn held(&self, number: u32) {
+        let numbers = &mut locked(&self.hints).numbers;
+        let at = numbers.iter().position(|known| *known == Some(number)).unwrap_or(0);
         numbers[at..].rotate_left(1);
-        numbers[NUMBERS - 1] = Some(Number { number, inode });
+        numbers[NUMBERS - 1] = Some(number);
     }
 }
 

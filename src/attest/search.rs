@@ -113,7 +113,7 @@ fn holding(
             }
         }
     };
-    known.held(descriptor, socket.inode);
+    known.held(descriptor);
     let process = match HeldProcess::look(host, known).and_then(|process| process.with(looks)) {
         Ok(process) => process,
         Err(Refusal::Gone) => return Ok(None),

@@ -105,7 +105,7 @@ fn the_last_numbers_are_tried_and_what_was_come_across_first() {
     let (_listener, connections) = connections(10);
     let known = own();
     assert_eq!(hinted(&known, connections[0].2), (None, 0));
-    connections.iter().for_each(|(_, number, _)| known.held(*number, 0));
+    connections.iter().for_each(|(_, number, _)| known.held(*number));
     // The first two are forgotten by now; all others are seen in the search for one that is not there.
     assert_eq!(hinted(&known, connections[0].2), (None, NUMBERS));
     for (_, number, inode) in &connections[2..] {
@@ -113,8 +113,8 @@ fn the_last_numbers_are_tried_and_what_was_come_across_first() {
     }
     // The oldest is tried first.
     let known = own();
-    connections[..3].iter().for_each(|(_, number, _)| known.held(*number, 0));
-    known.held(connections[0].1, 0);
+    connections[..3].iter().for_each(|(_, number, _)| known.held(*number));
+    known.held(connections[0].1);
     assert_eq!(hinted(&known, connections[2].2), (Some(connections[2].1), 2));
 }
 
@@ -134,14 +134,14 @@ fn socket_that_a_search_came_across_is_found_at_once() {
     assert_eq!(hinted(&known, inode), (None, 1), "{number}");
     // So many are kept and no more.
     known.scanned((0..10_000).map(|number| (number, number)));
-    assert_eq!(known.scanned.lock().unwrap().len(), MAX_SCANNED);
+    assert_eq!(known.hints.lock().unwrap().sockets.len(), MAX_SOCKETS);
 }
 
 #[test]
 fn a_look_that_is_one_too_many_ends_the_search() {
     let (_listener, connections) = connections(2);
     let known = own();
-    connections.iter().for_each(|(_, number, _)| known.held(*number, 0));
+    connections.iter().for_each(|(_, number, _)| known.held(*number));
     let found = known.hinted(Path::new("/proc"), connections[1].2, || Err(Refusal::TooManyDescriptors));
     assert_eq!(found, Err(Refusal::TooManyDescriptors));
 }

@@ -108,7 +108,8 @@ fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
     gone.wait().unwrap();
     let known = host.process(std::process::id(), pidfd).unwrap();
     // Where the other one had its connections, too.
-    (0..8).for_each(|number| known.held(number, socket.inode));
+    (0..8).for_each(|number| known.held(number));
+    known.scanned([(socket.inode, 0)].into_iter());
     let cgroup = tree.path_of_now(socket.cgroup_id.unwrap()).unwrap();
     let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
     assert_eq!(found.process.still_same(), Ok(()));
