@@ -12,7 +12,7 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::client::{self, Answer};
+use super::client::Answer;
 use super::exec::role_in_path;
 use super::{ConfigFile, server};
 
@@ -112,9 +112,7 @@ impl CredentialProcess {
         owners.extend(self.same_user.then(|| geteuid().as_raw()));
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let stream = server::connect(&socket, &owners)?;
-            let answer = client::get(stream, &path, ANSWER_MAX, deadline);
-            let answer = answer.map_err(|error| format!("{}: {}", socket.display(), server::explained(&error)))?;
+            let answer = server::get(&socket, &owners, &path, ANSWER_MAX, deadline)?;
             match answer.status {
                 200 => return output(&answer.body),
                 503 if Instant::now() + pause(&answer) < deadline => thread::sleep(pause(&answer)),

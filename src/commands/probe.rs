@@ -1,6 +1,5 @@
 //! `awsvid probe`: whether the daemon of this container or machine lives, or is ready, over the status socket.
 
-use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -8,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use nix::unistd::geteuid;
 
-use super::{ConfigFile, client, server};
+use super::{ConfigFile, server};
 
 /// For one answer. The kubelet has a limit of its own.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,10 +61,8 @@ impl Probe {
             What::Live => "/healthz",
             What::Ready => "/readyz",
         };
-        let failed = |error: &io::Error| format!("{}: {}", socket.display(), server::explained(error));
-        let stream = server::connect(&socket, &[0, geteuid().as_raw()])?;
-        let answer =
-            client::get(stream, path, ANSWER_MAX, Instant::now() + PATIENCE).map_err(|error| failed(&error))?;
+        let owners = [0, geteuid().as_raw()];
+        let answer = server::get(&socket, &owners, path, ANSWER_MAX, Instant::now() + PATIENCE)?;
         Ok((answer.status, String::from_utf8_lossy(&answer.body).into_owned()))
     }
 }

@@ -5,14 +5,17 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Instant;
 
 use nix::sys::socket::{getsockopt, sockopt};
+
+use super::client::{self, Answer};
 
 /// Connects to the socket at `path` if it belongs to one of `owners`: directory, file, and whoever listens on it.
 ///
 /// The listener's uid is what the kernel recorded when it began to listen, so a file that was swapped in between is of no
 /// use to anybody.
-pub(super) fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
+fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
     let at = path.display();
     let failed = |error: io::Error| format!("{at}: {}", explained(&error));
     let foreign = |what: &str, uid: u32| {
@@ -43,8 +46,14 @@ pub(super) fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String>
     Ok(stream)
 }
 
+/// Asks the daemon whose socket is at `path`, as [`connect`] and [`client::get`] do it.
+pub(super) fn get(path: &Path, owners: &[u32], what: &str, most: usize, deadline: Instant) -> Result<Answer, String> {
+    let stream = connect(path, owners)?;
+    client::get(stream, what, most, deadline).map_err(|error| format!("{}: {}", path.display(), explained(&error)))
+}
+
 /// The error and what to do about it.
-pub(super) fn explained(error: &io::Error) -> String {
+fn explained(error: &io::Error) -> String {
     let fix = match error.kind() {
         ErrorKind::NotFound => {
             "is awsvid installed and running here (systemctl status awsvid)? In a container its socket has to be mounted"

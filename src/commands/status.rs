@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 use serde_json::Value;
 
 use super::style::Style;
-use super::{ConfigFile, client, server};
+use super::{ConfigFile, server};
 
 /// For one answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -67,10 +67,8 @@ impl Status {
 
     fn ask(&self) -> Result<Value, String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
-        let failed = |error: &io::Error| format!("{}: {}", socket.display(), server::explained(error));
-        let stream = server::connect(&socket, &[0, geteuid().as_raw()])?;
-        let answer = client::get(stream, "/status", ANSWER_MAX, Instant::now() + PATIENCE);
-        let answer = answer.map_err(|error| failed(&error))?;
+        let owners = [0, geteuid().as_raw()];
+        let answer = server::get(&socket, &owners, "/status", ANSWER_MAX, Instant::now() + PATIENCE)?;
         let status = serde_json::from_slice(&answer.body).ok().filter(|_| answer.status == 200);
         status.ok_or_else(|| not_awsvids(&socket, answer.status))
     }

@@ -7,7 +7,7 @@ use nix::unistd::geteuid;
 use serde_json::Value;
 
 use super::report::Report;
-use crate::commands::{client, server};
+use crate::commands::server;
 use crate::config::Config;
 
 const STEP: &str = "daemon";
@@ -28,9 +28,8 @@ pub(super) fn check(config: &Config, report: &mut Report) {
 }
 
 fn status(socket: &Path) -> Result<Value, String> {
-    let stream = server::connect(socket, &[0, geteuid().as_raw()])?;
-    let answer = client::get(stream, "/status", MAX_ANSWER, Instant::now() + DAEMON_TIMEOUT);
-    let answer = answer.map_err(|error| format!("{}: {}", socket.display(), server::explained(&error)))?;
+    let owners = [0, geteuid().as_raw()];
+    let answer = server::get(socket, &owners, "/status", MAX_ANSWER, Instant::now() + DAEMON_TIMEOUT)?;
     serde_json::from_slice(&answer.body).map_err(|error| format!("{}: {error}", socket.display()))
 }
 
