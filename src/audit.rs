@@ -97,14 +97,8 @@ pub struct Issued<'a> {
 }
 
 impl Audit {
-    /// Opens the destination. With `required`, credentials whose record can't be written are not handed out.
-    pub fn open(to: &AuditFile, required: bool, clock: Clock, metrics: Metrics) -> io::Result<Arc<Self>> {
-        let audit = Self::unopened(required, clock, metrics);
-        audit.sink.load().open(to)?;
-        Ok(audit)
-    }
-
-    /// The same for a destination that can't be opened yet: records wait for [`Audit::reopen`], as many as there is room for.
+    /// Without a destination yet: records wait for [`Audit::reopen`], as many as there is room for. With `required`, credentials
+    /// whose record can't be written are not handed out.
     pub fn unopened(required: bool, clock: Clock, metrics: Metrics) -> Arc<Self> {
         Arc::new(Self {
             sink: ArcSwap::from_pointee(Sink::unopened(clock.clone(), &metrics)),
@@ -124,7 +118,7 @@ impl Audit {
         self.sink.load().is_unopened()
     }
 
-    /// Opens the destination anew: its name may have been given to another file since, as rotation does. Until the new
+    /// Opens the destination, or opens it anew: its name may have been given to another file since, as rotation does. Until the new
     /// one is open, and if it can't be, records go to the old one. Its thread writes what it has by then, and ends.
     pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
         let before = self.sink.load_full();

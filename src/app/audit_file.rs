@@ -18,15 +18,14 @@ use crate::metrics::Metrics;
 const RETRY: Duration = Duration::from_secs(5);
 
 /// A file that can't be opened yet, as on a file system that is mounted later, is opened as soon as it can be. Until then
-/// records are lost, and with `required` no credentials are issued.
+/// records wait, as many as there is room for, and with `required` no credentials are issued.
 pub(super) fn open_audit(config: &AuditConfig, clock: Clock, metrics: Metrics) -> Arc<Audit> {
-    let error = match Audit::open(&config.file, config.required, clock.clone(), metrics.clone()) {
-        Ok(audit) => return audit,
-        Err(source) => audit_error(&config.file, source),
-    };
-    tracing::error!(%error, "no audit record can be written yet: opening the file is retried every few seconds");
     let audit = Audit::unopened(config.required, clock, metrics);
-    tokio::spawn(open_later(audit.clone(), config.clone()));
+    if let Err(source) = audit.reopen(&config.file, config.required) {
+        let error = audit_error(&config.file, source);
+        tracing::error!(%error, "no audit record can be written yet: opening the file is retried every few seconds");
+        tokio::spawn(open_later(audit.clone(), config.clone()));
+    }
     audit
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use crate::audit::line::{LAST_TIME, printable};
 
 fn open(path: &Path) -> Arc<Audit> {
-    Audit::open(&AuditFile::Path(path.to_owned()), false, Clock::system(), Metrics::default()).unwrap()
+    open_at(&AuditFile::Path(path.to_owned()), false)
 }
 
 fn lines(path: &Path) -> Vec<serde_json::Value> {
@@ -136,7 +136,9 @@ async fn the_first_hit_of_each_key_is_written_at_once() {
 }
 
 fn open_at(to: &AuditFile, required: bool) -> Arc<Audit> {
-    Audit::open(to, required, Clock::system(), Metrics::default()).unwrap()
+    let audit = Audit::unopened(required, Clock::system(), Metrics::default());
+    audit.reopen(to, required).unwrap();
+    audit
 }
 
 #[tokio::test]

@@ -76,7 +76,8 @@ async fn a_slow_source_and_a_slow_exchange_hold_a_request_no_longer_than_one_of_
     let cache = CredentialCache::new(issuer, clock.clone(), metrics.clone(), limits);
     let policy = Policy { source: slow, roles: Roles { defined: vec![role()], requested: None } };
     let broker = Broker::new(policy, cache);
-    let audit = Audit::open(&AuditFile::Path(Path::new("/dev/null").to_owned()), false, clock, metrics).unwrap();
+    let audit = Audit::unopened(false, clock, metrics);
+    audit.reopen(&AuditFile::Path(Path::new("/dev/null").to_owned()), false).unwrap();
     let caller = Arc::new(Caller::nobody());
     let mut record = audit.begin(Listener::Unix, Some(caller.clone()));
     let begun = Instant::now();

@@ -113,7 +113,11 @@ fn files(config: &Config) -> Vec<Problem> {
         && let Some(directory) = path.parent().filter(|directory| !directory.is_dir())
     {
         let what = format!("there is no directory {}", directory.display());
-        warnings.push(warning("audit.file", what, "make it, or mount it: until then audit records are lost"));
+        warnings.push(warning(
+            "audit.file",
+            what,
+            "make it, or mount it: until then audit records wait, and are lost beyond 8 MiB",
+        ));
     }
     warnings
 }
