@@ -38,8 +38,9 @@ mod trust;
 pub use error::{Again, StsError};
 pub use network::{Hop, InvalidSetting, Network};
 
+use advice::Destination;
 use client::Connections;
-use error::{Destination, Failure};
+use error::Failure;
 
 /// No session is asked to last longer than 12 hours, so an `Expiration` further away than that and a wide margin for
 /// clocks is nonsense.

@@ -4,9 +4,19 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::Value;
 
-use super::error::Destination;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
+
+/// The STS that a call goes to, for error messages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Destination {
+    /// `STS at https://...`.
+    pub(super) name: String,
+    /// Whether AWS runs it.
+    pub(super) is_aws: bool,
+    /// The proxy on the way.
+    pub(super) proxy: Option<String>,
+}
 
 /// Returns what an operator can do. `answer` has the code and the message of STS; `call` is the exchange that failed.
 pub(super) fn of(reason: &str, answer: &str, at: &Destination, call: Option<(&Grant, &JwtSvid)>) -> Option<String> {

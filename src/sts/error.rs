@@ -8,7 +8,7 @@ use aws_sdk_sts::operation::assume_role_with_web_identity::AssumeRoleWithWebIden
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use thiserror::Error;
 
-use super::advice;
+use super::advice::{self, Destination};
 use super::refusal;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
@@ -208,17 +208,6 @@ impl StsError {
         let fix = advice::of(reason, &format!("{code} {words}"), at, call);
         Self { again, reason, code, what, fix }
     }
-}
-
-/// The STS that a call goes to, for error messages.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Destination {
-    /// `STS at https://...`.
-    pub(super) name: String,
-    /// Whether AWS runs it.
-    pub(super) is_aws: bool,
-    /// The proxy on the way.
-    pub(super) proxy: Option<String>,
 }
 
 /// What the causes of an error say, each once. Some of the SDK's print the request even where they are displayed, so
