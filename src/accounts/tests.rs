@@ -2,7 +2,8 @@ use std::collections::BTreeSet;
 use std::sync::Condvar;
 
 use super::*;
-use crate::caller::{Caller, Evidence, Listener, Refusal};
+use crate::caller::unchanged::unchanged;
+use crate::caller::{Caller, Listener};
 use crate::identity::SpiffeId;
 use crate::rule::{NamedRule, Rule};
 
@@ -181,26 +182,8 @@ async fn another_configuration_keeps_what_is_known() {
     assert_eq!(known(&accounts, "alice"), Known::Unanswered);
 }
 
-#[derive(Debug)]
-struct Unchanged;
-
-#[async_trait::async_trait]
-impl Evidence for Unchanged {
-    async fn still_same(&self) -> Result<(), Refusal> {
-        Ok(())
-    }
-}
-
 fn caller(uid: u32) -> Caller {
-    Caller {
-        listener: Listener::Unix,
-        uid,
-        cgroup: crate::cgroup::CgroupPath::parse("/system.slice/app.service"),
-        pod: None,
-        namespace: None,
-        process: None,
-        evidence: Box::new(Unchanged),
-    }
+    unchanged(Listener::Unix, uid, Some("/system.slice/app.service"), None)
 }
 
 fn rule(path: &str, name: Option<&str>) -> NamedRule {

@@ -5,7 +5,8 @@ use async_trait::async_trait;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Listener, Looks, Refusal};
+use crate::caller::unchanged::unchanged;
+use crate::caller::{Listener, Looks};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
 use crate::sts::Sts;
@@ -79,26 +80,8 @@ impl AssumeRole for Answers {
     }
 }
 
-#[derive(Debug)]
-struct Unchanged;
-
-#[async_trait::async_trait]
-impl Evidence for Unchanged {
-    async fn still_same(&self) -> Result<(), Refusal> {
-        Ok(())
-    }
-}
-
 fn caller() -> Arc<Caller> {
-    Arc::new(Caller {
-        listener: Listener::Unix,
-        uid: 1001,
-        cgroup: None,
-        pod: None,
-        namespace: None,
-        process: None,
-        evidence: Box::new(Unchanged),
-    })
+    Arc::new(unchanged(Listener::Unix, 1001, None, None))
 }
 
 fn target() -> StsTarget {

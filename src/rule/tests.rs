@@ -1,31 +1,12 @@
 use std::path::Path;
 
 use super::*;
-use crate::caller::{Evidence, Groups, Listener, Process, Program, Refusal};
-use crate::cgroup::CgroupPath;
-
-#[derive(Debug)]
-struct Unchanged;
-
-#[async_trait::async_trait]
-impl Evidence for Unchanged {
-    async fn still_same(&self) -> Result<(), Refusal> {
-        Ok(())
-    }
-}
+use crate::caller::unchanged::unchanged;
+use crate::caller::{Groups, Listener, Process, Program};
 
 /// A caller of whom only the socket is known.
 fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
-    let cgroup = cgroup.map(|path| CgroupPath::parse(path).unwrap());
-    Caller {
-        listener: Listener::Tcp,
-        uid,
-        cgroup,
-        pod: None,
-        namespace: None,
-        process: None,
-        evidence: Box::new(Unchanged),
-    }
+    unchanged(Listener::Tcp, uid, cgroup, None)
 }
 
 fn groups(groups: &[u32]) -> Option<Groups> {

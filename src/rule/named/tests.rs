@@ -1,16 +1,6 @@
 use super::*;
-use crate::caller::{Evidence, GroupDetail, Groups, Listener, Process, Refusal};
-use crate::cgroup::CgroupPath;
-
-#[derive(Debug)]
-struct Unchanged;
-
-#[async_trait::async_trait]
-impl Evidence for Unchanged {
-    async fn still_same(&self) -> Result<(), Refusal> {
-        Ok(())
-    }
-}
+use crate::caller::unchanged::unchanged;
+use crate::caller::{GroupDetail, Groups, Listener, Process};
 
 fn caller(uid: u32, groups: Option<(u32, &[u32])>) -> Caller {
     let process = groups.map(|(gid, groups)| Process {
@@ -21,15 +11,7 @@ fn caller(uid: u32, groups: Option<(u32, &[u32])>) -> Caller {
         program: None,
         started: None,
     });
-    Caller {
-        listener: Listener::Unix,
-        uid,
-        cgroup: CgroupPath::parse("/system.slice/app.service"),
-        pod: None,
-        namespace: None,
-        process,
-        evidence: Box::new(Unchanged),
-    }
+    unchanged(Listener::Unix, uid, Some("/system.slice/app.service"), process)
 }
 
 fn user(name: &str) -> AccountName {

@@ -12,8 +12,8 @@ use tokio::net::UnixListener;
 use tokio::time::Instant;
 
 use super::*;
-use crate::caller::{Evidence, Listener, Process, Refusal};
-use crate::cgroup::CgroupPath;
+use crate::caller::unchanged::unchanged;
+use crate::caller::{Listener, Process};
 use crate::rule::Rule;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, raw_token, token_for};
@@ -384,27 +384,8 @@ async fn tcp_endpoints_are_asked_too() {
     assert!(error.to_string().contains(&format!("nobody listens at tcp://{address}")), "{error}");
 }
 
-#[derive(Debug)]
-struct Unchanged;
-
-#[async_trait::async_trait]
-impl Evidence for Unchanged {
-    async fn still_same(&self) -> Result<(), Refusal> {
-        Ok(())
-    }
-}
-
 fn caller(uid: u32, process: Option<Process>) -> Arc<Caller> {
-    let cgroup = CgroupPath::parse("/system.slice/billing.service");
-    Arc::new(Caller {
-        listener: Listener::Tcp,
-        uid,
-        cgroup,
-        pod: None,
-        namespace: None,
-        process,
-        evidence: Box::new(Unchanged),
-    })
+    Arc::new(unchanged(Listener::Tcp, uid, Some("/system.slice/billing.service"), process))
 }
 
 #[tokio::test]

@@ -1,0 +1,22 @@
+//! For tests: callers that stay what they are.
+
+use async_trait::async_trait;
+
+use super::{Caller, Evidence, Listener, Process, Refusal};
+use crate::cgroup::CgroupPath;
+
+#[derive(Debug)]
+struct Unchanged;
+
+#[async_trait]
+impl Evidence for Unchanged {
+    async fn still_same(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+}
+
+/// A caller outside of pods, in the cgroup at this path if that is given.
+pub(crate) fn unchanged(listener: Listener, uid: u32, cgroup: Option<&str>, process: Option<Process>) -> Caller {
+    let cgroup = cgroup.map(|path| CgroupPath::parse(path).unwrap());
+    Caller { listener, uid, cgroup, pod: None, namespace: None, process, evidence: Box::new(Unchanged) }
+}
