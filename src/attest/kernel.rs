@@ -168,9 +168,9 @@ fn own_socket(diag: &SockDiag) -> Result<Socket, TcpUnsupported> {
         Ok((TcpStream::connect(server)?, server, listener))
     });
     let (client, server, _listener) = connection.map_err(TcpUnsupported::NoLoopback)?;
-    let client = client.local_addr().map_err(TcpUnsupported::NoLoopback).map(|address| (client, address))?;
+    let address = client.local_addr().map_err(TcpUnsupported::NoLoopback)?;
     // It is there: who does not find it does not look for TCP's sockets.
-    diag.client_socket(client.1, server).map_err(|refusal| match refusal {
+    diag.client_socket(address, server).map_err(|refusal| match refusal {
         Refusal::Gone => no_sock_diag(io::Error::from_raw_os_error(libc::ENOENT)),
         refusal => TcpUnsupported::NoSockDiag(refusal.to_string()),
     })

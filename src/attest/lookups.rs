@@ -19,8 +19,8 @@
 //! `/proc/<pid>/ns`, `/proc/<pid>/{mem,maps,auxv,environ,cmdline,wchan}`.
 //!
 //! *Here* is on a thread of [`LookupThreads`], two at a time for each workload: where a connection goes on, or a look alone where
-//! the connection has waited for something meanwhile. Connections themselves never wait for a client: sockets do not block, and a whole connection has a
-//! deadline.
+//! the connection has waited for something meanwhile. Connections themselves never wait for a client: sockets do not block, and a
+//! whole connection has a deadline.
 
 use tokio::sync::oneshot;
 

@@ -36,8 +36,8 @@ impl Pods {
         self.tree.roots().iter().filter(|root| self.tree.directory(root).is_dir()).collect()
     }
 
-    /// The pod of a process or socket in this cgroup; `None` if it is in none. Every directory down to the pod's own has to be root's, else somebody else could have named it; with the pod's,
-    /// root has named the container's too.
+    /// The pod of a process or socket in this cgroup; `None` if it is in none. Every directory down to the pod's own has to be
+    /// root's, else somebody else could have named it; with the pod's, root has named the container's too.
     pub(crate) fn of(&self, cgroup: &CgroupPath) -> Result<Option<Housed>, Refusal> {
         let place = self.tree.roots().find(cgroup).map_err(|Misplaced| match self.tree.roots_alone(cgroup) {
             Err(Refusal::DelegatedCgroup) => Refusal::DelegatedCgroup,
