@@ -1,14 +1,13 @@
 //! Users and groups by name: those that come later, those that never come, and a directory that does not answer.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::harness::cgroup::Cgroup;
-use crate::harness::counterparts::process::{await_some, run};
+use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::directory::{Account, Directory};
@@ -29,20 +28,8 @@ fn rule(path: &str, keys: &str) -> String {
 
 /// The path of the SPIFFE ID that this user and group have over the listener, or why they have none.
 fn identity(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cgroup) -> String {
-    let unix = daemon.unix();
-    let target = match listener {
-        "unix" => format!("--unix-socket {} http://localhost/v1/credentials", unix.display()),
-        "tcp" => daemon.uri(),
-        _ => format!("http://{}/v1/credentials", daemon.tcp6()),
-    };
-    let script = format!(
-        "echo 0 > {}/cgroup.procs && exec setpriv --reuid {uid} --regid {gid} --clear-groups curl -sS -g -H 'Authorization: x' {target}",
-        cgroup.path().display()
-    );
     let before = daemon.audit().len();
-    let mut command = Command::new("sh");
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
-    run(command, b"", PATIENCE).success(&script);
+    daemon.curl(listener, (uid, gid), cgroup);
     // The daemon asks itself, too, as root.
     let is_its = |record: &Value| {
         let path = record["cgroup"].as_str().map(|path| path.trim_start_matches('/'));

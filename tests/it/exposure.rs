@@ -29,29 +29,34 @@ fn set_mode(path: &Path, mode: u32) {
 
 type Prepare = fn(&Path, &Path);
 
+/// Ways to let another user change a file in a folder, and what the daemon says of each; it calls the file `noun`.
+fn cases(noun: &str) -> [(String, Prepare); 5] {
+    let of_file = |text: &str| format!("{text} the {noun}");
+    [
+        (of_file("uid 51001 owns"), |_, file| chown(file, Some(OTHER), None).unwrap()),
+        (of_file("every user of this node can write"), |_, file| set_mode(file, 0o666)),
+        (of_file("gid 51001 can write"), |_, file| {
+            chown(file, None, Some(OTHER)).unwrap();
+            set_mode(file, 0o664);
+        }),
+        ("uid 51001 owns ".to_owned(), |folder, _| chown(folder, Some(OTHER), None).unwrap()),
+        ("every user of this node can write to ".to_owned(), |folder, _| set_mode(folder, 0o777)),
+    ]
+}
+
 #[test]
 fn a_file_or_folder_of_another_user_ends_the_start() {
     if !root() {
         return;
     }
-    let cases: [(&str, Prepare); 5] = [
-        ("uid 51001 owns the configuration", |_, file| chown(file, Some(OTHER), None).unwrap()),
-        ("every user of this node can write the configuration", |_, file| set_mode(file, 0o666)),
-        ("gid 51001 can write the configuration", |_, file| {
-            chown(file, None, Some(OTHER)).unwrap();
-            set_mode(file, 0o664);
-        }),
-        ("uid 51001 owns ", |folder, _| chown(folder, Some(OTHER), None).unwrap()),
-        ("every user of this node can write to ", |folder, _| set_mode(folder, 0o777)),
-    ];
-    for (words, prepare) in cases {
+    for (words, prepare) in cases("configuration") {
         let folder = folder();
         let file = folder.path().join("awsvid.toml");
         fs::write(&file, "").unwrap();
         prepare(folder.path(), &file);
         let (status, log) = Daemon::refused(&[], folder.path(), &configuration(0));
         assert_eq!(status, EX_CONFIG, "{log}");
-        assert!(log.contains(words) && log.contains("; ch"), "{words}: {log}");
+        assert!(log.contains(&words) && log.contains("; ch"), "{words}: {log}");
     }
 }
 
@@ -98,17 +103,7 @@ fn ca_file_of_another_user_ends_the_start_and_the_reload() {
     if !root() {
         return;
     }
-    let cases: [(&str, Prepare); 5] = [
-        ("uid 51001 owns the CA file", |_, file| chown(file, Some(OTHER), None).unwrap()),
-        ("every user of this node can write the CA file", |_, file| set_mode(file, 0o666)),
-        ("gid 51001 can write the CA file", |_, file| {
-            chown(file, None, Some(OTHER)).unwrap();
-            set_mode(file, 0o664);
-        }),
-        ("uid 51001 owns ", |folder, _| chown(folder, Some(OTHER), None).unwrap()),
-        ("every user of this node can write to ", |folder, _| set_mode(folder, 0o777)),
-    ];
-    for (words, prepare) in cases {
+    for (words, prepare) in cases("CA file") {
         let folder = folder();
         let of_ca = folder.path().join("ca");
         fs::create_dir(&of_ca).unwrap();
@@ -118,17 +113,17 @@ fn ca_file_of_another_user_ends_the_start_and_the_reload() {
         let daemon = Daemon::start(folder.path(), "", &trusting(&file));
         prepare(&of_ca, &file);
         assert!(!daemon.reload_text(&daemon.text()), "{words}: it took effect");
-        assert!(daemon.log().contains(words), "{words}: {}", daemon.log());
+        assert!(daemon.log().contains(&words), "{words}: {}", daemon.log());
         drop(daemon);
         let (status, log) = Daemon::refused(&[], folder.path(), &trusting(&file));
         assert_eq!(status, EX_CONFIG, "{words}: {log}");
-        assert!(log.contains(words) && log.contains("; ch"), "{words}: {log}");
+        assert!(log.contains(&words) && log.contains("; ch"), "{words}: {log}");
         // The same before anything is started.
         let mut check = Command::new(PROGRAM);
         check.env_clear().args(["config", "--check"]).arg(folder.path().join("awsvid.toml"));
         let checked = run(check, b"", Duration::from_secs(20));
         assert_eq!(checked.status.code(), EX_CONFIG, "{checked:?}");
-        assert!(checked.stderr.contains(words), "{checked:?}");
+        assert!(checked.stderr.contains(&words), "{checked:?}");
     }
 }
 

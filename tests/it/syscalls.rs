@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 
 use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
-use crate::harness::counterparts::process::{await_some, run};
+use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get, root, skip};
 use crate::harness::daemon::Daemon;
 use crate::harness::namespaces::Node;
@@ -72,22 +72,6 @@ impl Traced {
     }
 }
 
-fn curl(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cgroup) -> String {
-    let unix = daemon.unix();
-    let target = match listener {
-        "unix" => format!("--unix-socket {} http://localhost/v1/credentials", unix.display()),
-        "tcp" => daemon.uri(),
-        _ => format!("http://{}/v1/credentials", daemon.tcp6()),
-    };
-    let script = format!(
-        "echo 0 > {}/cgroup.procs && exec setpriv --reuid {uid} --regid {gid} --clear-groups curl -sS -g -H 'Authorization: x' {target}",
-        cgroup.path().display()
-    );
-    let mut command = Command::new("sh");
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
-    run(command, b"", PATIENCE).success(&script)
-}
-
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
 /// Rules by user (with the name service), unit, group and executable; reload, metrics, status, audit.
@@ -107,10 +91,10 @@ fn by_rules() -> BTreeSet<String> {
     for _ in 0..2 {
         // Nothing of the answers is looked at: other tests have that.
         for listener in LISTENERS {
-            curl(&traced.daemon, listener, (7, 7), &unit);
-            curl(&traced.daemon, listener, (ALICE, 7), &other);
-            curl(&traced.daemon, listener, (61_002, 61_009), &other);
-            curl(&traced.daemon, listener, (61_003, 7), &other);
+            traced.daemon.curl(listener, (7, 7), &unit);
+            traced.daemon.curl(listener, (ALICE, 7), &other);
+            traced.daemon.curl(listener, (61_002, 61_009), &other);
+            traced.daemon.curl(listener, (61_003, 7), &other);
         }
         http_get(traced.daemon.admin(), "/metrics").expect("metrics");
         traced.daemon.status("spiffe://example.org/user/me");
@@ -127,7 +111,7 @@ fn by_agent() -> BTreeSet<String> {
     let traced = Traced::start(&[], folder.path(), "", &agent.configuration());
     let cgroup = Cgroup::new("syscalls-agent.service");
     for listener in LISTENERS {
-        let answer = curl(&traced.daemon, listener, (ALICE, 7), &cgroup);
+        let answer = traced.daemon.curl(listener, (ALICE, 7), &cgroup);
         assert!(answer.contains("AccessKeyId"), "{listener}: {answer}");
     }
     traced.end()

@@ -311,6 +311,22 @@ impl Daemon {
         }
     }
 
+    /// What curl gets over a listener, as this user and group, from this cgroup.
+    pub(crate) fn curl(&self, listener: &str, (uid, gid): (u32, u32), cgroup: &Cgroup) -> String {
+        let target = match listener {
+            "unix" => format!("--unix-socket {} http://localhost/v1/credentials", self.unix().display()),
+            "tcp" => self.uri(),
+            _ => format!("http://{}/v1/credentials", self.tcp6()),
+        };
+        let script = format!(
+            "echo 0 > {}/cgroup.procs && exec setpriv --reuid {uid} --regid {gid} --clear-groups curl -sS -g -H 'Authorization: x' {target}",
+            cgroup.path().display()
+        );
+        let mut command = Command::new("sh");
+        command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
+        run(command, b"", 2 * PATIENCE).success(&script)
+    }
+
     /// The URI for SDKs.
     pub(crate) fn uri(&self) -> String {
         format!("http://{}/v1/credentials", self.tcp())
