@@ -49,6 +49,7 @@ use issued::LAST_GOOD;
 use news::Log;
 use places::Places;
 use rounds::Schedule;
+use rules::Next;
 
 /// How many refreshes are under way at most, so that an outage that ends, or a source that hangs, does not hold up those
 /// who wait for their first credentials ...
@@ -190,8 +191,8 @@ impl Shared {
                 self.refresh_for(&slot, caller);
                 return Ok(Found::Credentials(issued, Freshness::Stale));
             }
-            if let Some(waiter) = self.join_or_start(&slot, caller)? {
-                return Ok(Found::Flight(waiter));
+            if let Some(found) = self.join_or_start(&slot, caller)? {
+                return Ok(found);
             }
             // It has ended in this moment. There is a new place for it, or a reason why not.
             self.places.remove(&slot);
@@ -214,31 +215,34 @@ impl Shared {
         (left > LAST_GOOD).then_some((issued, left))
     }
 
-    /// Starts the refresh that is due, unless one runs or one has failed a moment ago.
+    /// Starts the refresh that is due, unless one runs, or has landed in this moment, or has failed a moment ago.
     fn refresh_for(self: &Arc<Self>, slot: &Arc<Slot>, caller: &Arc<Caller>) {
         let mut state = slot.state();
-        let waits = state.trouble.as_ref().is_some_and(|trouble| trouble.retry_at > Instant::now());
-        if state.flight.is_none() && !state.ended && !waits {
+        if !state.ended && matches!(self.judge(slot, &state, &self.setup.load()), Next::Refresh(_)) {
             self.launch(slot, caller.clone(), &mut state, None);
         }
     }
 
-    /// A wait for the flight under way, or for a new one; or the failure that was seen a moment ago. `None` if this is
-    /// not the place any more.
-    fn join_or_start(self: &Arc<Self>, slot: &Arc<Slot>, caller: &Arc<Caller>) -> Result<Option<Waiter>, CacheError> {
+    /// A wait for the flight under way, or for a new one; or what came of one that has landed in this moment, or a moment
+    /// ago. `None` if this is not the place any more.
+    fn join_or_start(self: &Arc<Self>, slot: &Arc<Slot>, caller: &Arc<Caller>) -> Result<Option<Found>, CacheError> {
         let mut state = slot.state();
         if state.ended {
             return Ok(None);
         }
         if let Some(flight) = &state.flight {
-            return Ok(Some(flight.join(caller)));
+            return Ok(Some(Found::Flight(flight.join(caller))));
+        }
+        // It may have landed since the place was found empty.
+        if let Some((issued, _)) = self.usable(slot) {
+            return Ok(Some(Found::Credentials(issued, Freshness::Hit)));
         }
         if let Some(trouble) = &state.trouble
             && trouble.at.elapsed() < trouble::remembered(&trouble.error)
         {
             return Err(trouble.error.clone().into());
         }
-        Ok(Some(self.launch(slot, caller.clone(), &mut state, None).join(caller)))
+        Ok(Some(Found::Flight(self.launch(slot, caller.clone(), &mut state, None).join(caller))))
     }
 
     /// Takes the credentials out of a place. From now on nothing is handed out of it, and nothing put in.

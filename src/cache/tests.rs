@@ -291,6 +291,21 @@ async fn a_thousand_callers_cause_one_flight() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_caller_that_looked_just_before_a_flight_landed_starts_no_other() {
+    let (world, cache) = world(100);
+    key(&cache).await.unwrap();
+    let slot = cache.0.slot(&grant("a")).unwrap();
+    match cache.0.join_or_start(&slot, &caller()) {
+        Ok(Some(Found::Credentials(issued, Freshness::Hit))) => assert_eq!(issued.access_key_id.to_string(), "KEY1"),
+        Ok(_) => panic!("another flight"),
+        Err(error) => panic!("{error}"),
+    }
+    cache.0.refresh_for(&slot, &caller());
+    settle().await;
+    assert_eq!(world.fetched(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_caller_that_hangs_up_leaves_its_flight_behind() {
     let (world, cache) = world(0);
     let impatient = tokio::spawn({
