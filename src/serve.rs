@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::spawn_blocking;
 
 use crate::app::{App, AppError, Startup};
 use crate::attest::{ExecMonitor, StartError};
@@ -95,6 +96,7 @@ async fn run(path: &Path, config: Config, startup: Startup, log: &Log) -> Result
     let mut hangup = signal(SignalKind::hangup())?;
     let mut app = App::start(config, startup).await?;
     notify(&[NotifyState::Ready]);
+    spawn_blocking(seed_tls);
     loop {
         tokio::select! {
             _ = signals.end() => break,
@@ -117,13 +119,19 @@ async fn run(path: &Path, config: Config, startup: Startup, log: &Log) -> Result
     }
 }
 
+/// Has the TLS library gather its first randomness, which takes 40 ms of a processor, before a handshake waits for it.
+fn seed_tls() {
+    // A handshake would fail with the same error, and say so.
+    let _ = aws_lc_rs::rand::fill(&mut [0]);
+}
+
 /// Reads the configuration again. One that can't be used changes nothing.
 async fn reload(app: &mut App, path: &Path, log: &Log) {
     let begun = NotifyState::monotonic_usec_now().ok();
     notify(&[Some(NotifyState::Reloading), begun].into_iter().flatten().collect::<Vec<_>>());
     let loading = {
         let path = path.to_owned();
-        tokio::task::spawn_blocking(move || Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok()))
+        spawn_blocking(move || Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok()))
     };
     let used = match loading.await {
         Ok(Ok(loaded)) => {

@@ -36,7 +36,8 @@ impl NodeToken {
             return Ok(Self { token: Zeroizing::new(text), unwritten: None });
         }
         let mut bytes = Zeroizing::new([0_u8; 32]);
-        aws_lc_rs::rand::fill(&mut *bytes).map_err(|_| io::Error::other("the system gives no random numbers"))?;
+        // The kernel's own: those of the TLS library take 40 ms at first, while it gathers jitter of the processor.
+        getrandom::fill(&mut *bytes)?;
         let token = Zeroizing::new(URL_SAFE_NO_PAD.encode(*bytes));
         let unwritten = write(path, &token).err();
         Ok(Self { token, unwritten })
