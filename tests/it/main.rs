@@ -32,6 +32,7 @@ mod operators;
 mod outages;
 mod pod_callers;
 mod pods;
+mod prose;
 mod recognition;
 mod records;
 mod reload;
