@@ -28,7 +28,7 @@ use crate::cache::{CredentialCache, Entry};
 use crate::config::Listen;
 use crate::health::Report;
 use crate::limits::FairSemaphore;
-use crate::listen::{Arrival, Socket, Stream};
+use crate::listen::{AcceptedStream, LazySocket, PendingConnection};
 use crate::metrics::{Metrics, Reason};
 
 /// For the whole head. A probe sends it with its connection.
@@ -166,13 +166,13 @@ impl Admin {
     ///
     /// A probe sends its request with its connection and gets its answer at once, so it is never the one that gives way: that
     /// is a client that sends no request, or does not read its answer (T26).
-    pub async fn connection(self: Arc<Self>, address: Address, stream: Stream, arrival: Arrival) {
-        let Arrival { permit: arriving, open: _open } = arrival;
+    pub async fn connection(self: Arc<Self>, address: Address, stream: AcceptedStream, arrival: PendingConnection) {
+        let PendingConnection { permit: arriving, open: _open } = arrival;
         // Its client is counted by its address from here on.
         drop(arriving);
         let permit = match (address, &stream) {
             // On a listener for both families IPv4 comes as `::ffff:a.b.c.d`.
-            (Address::Admin, Stream::Tcp { client, .. }) => self.remote.admit(&client.ip().to_canonical()),
+            (Address::Admin, AcceptedStream::Tcp { client, .. }) => self.remote.admit(&client.ip().to_canonical()),
             _ => self.local.admit(&IpAddr::from(Ipv4Addr::LOCALHOST)),
         };
         let service = service_fn(|request: Request<Incoming>| {
@@ -188,7 +188,7 @@ impl Admin {
             _ = served => {}
             () = permit.evicted() => {
                 self.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many_operators" }).inc();
-                Socket::reset_on_close(&descriptor);
+                LazySocket::reset_on_close(&descriptor);
             }
         }
     }

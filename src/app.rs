@@ -24,7 +24,7 @@ use crate::hardening::Does;
 use crate::http::{Authorization, Front};
 use crate::issue::Issuer;
 use crate::limits::FairSemaphore;
-use crate::listen::{self, Inherited, ListenError};
+use crate::listen::{self, ActivatedSockets, ListenError};
 use crate::metrics::Metrics;
 use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
@@ -115,7 +115,7 @@ pub struct App {
 #[derive(Debug)]
 pub struct Startup {
     /// The sockets that systemd holds.
-    pub inherited: Inherited,
+    pub inherited: ActivatedSockets,
     /// What notices executions; without it no process is named to an agent.
     pub exec_monitor: Option<ExecMonitor>,
     /// What everything counts in, the log too.
@@ -251,7 +251,7 @@ impl App {
     }
 
     /// Fails if no address at all could be bound: then another daemon has them, or none can be served.
-    fn serve_workloads(&mut self, inherited: &mut Inherited, front: &Arc<Front>) -> Result<(), AppError> {
+    fn serve_workloads(&mut self, inherited: &mut ActivatedSockets, front: &Arc<Front>) -> Result<(), AppError> {
         let unix = self.listen.unix.iter().map(|path| ListenAddress::Unix(path.clone(), 0o666));
         let wanted = unix.chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp)).collect();
         let mut attempts = bind_all(wanted, inherited);
@@ -260,7 +260,7 @@ impl App {
             return error.map_or(Ok(()), |error| Err(error.into()));
         }
         self.tcp = attempts.iter().filter_map(tcp_address).collect();
-        listen::warn_of_unguarded(&self.tcp);
+        listen::warn_of_unprivileged_ports(&self.tcp);
         for attempt in attempts {
             let front = front.clone();
             let connection = move |stream, arrival| front.clone().connection(stream, arrival, None);
@@ -292,7 +292,7 @@ impl App {
     }
 
     /// With bounds of their own, which are `Admin`'s: workloads that use up theirs don't hide the daemon's state.
-    fn serve_operators(&mut self, inherited: &mut Inherited, admin: &Arc<Admin>) {
+    fn serve_operators(&mut self, inherited: &mut ActivatedSockets, admin: &Arc<Admin>) {
         let address = self.listen.admin.map(|admin| (Address::Admin, ListenAddress::Tcp(admin)));
         let status = self.listen.status.clone().map(|path| (Address::Status, ListenAddress::Unix(path, 0o600)));
         for (kind, wanted) in address.into_iter().chain(status) {

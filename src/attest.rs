@@ -15,7 +15,7 @@ use tokio::net::UnixStream;
 
 use crate::caller::{Caller, Owner, Refusal, Stranger};
 use crate::cgroup::{CgroupPath, PodRoots};
-use crate::listen::Socket;
+use crate::listen::LazySocket;
 
 mod cgroups;
 mod exec_monitor;
@@ -132,7 +132,7 @@ impl Attestor {
     }
 
     /// The peer of a unix stream, by what the kernel recorded of it when it connected.
-    pub fn unix(&self, stream: &Socket) -> Result<Caller, Unattested> {
+    pub fn unix(&self, stream: &LazySocket) -> Result<Caller, Unattested> {
         let stream = stream.descriptor();
         unix::attest(&self.host, unix::Peer::of(stream.as_fd())?, stream)
     }

@@ -14,7 +14,7 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
-use crate::caller::{Caller, Listener};
+use crate::caller::{Caller, ListenerKind};
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::metrics::Metrics;
@@ -135,7 +135,7 @@ impl Audit {
     }
 
     /// Opens the record of a request. `caller` is `None` where it could not be attested.
-    pub fn begin(self: &Arc<Self>, listener: Listener, caller: Option<Arc<Caller>>) -> Record {
+    pub fn begin(self: &Arc<Self>, listener: ListenerKind, caller: Option<Arc<Caller>>) -> Record {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         Record::new(self.clone(), RequestId { boot: self.boot, number }, listener, caller)
     }

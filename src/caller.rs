@@ -19,7 +19,7 @@ pub use refusal::Refusal;
 
 /// Over which kind of listener a caller came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Listener {
+pub enum ListenerKind {
     /// The unix socket.
     Unix,
     /// A loopback TCP address in the host's network namespace.
@@ -28,7 +28,7 @@ pub enum Listener {
     Pod,
 }
 
-impl Listener {
+impl ListenerKind {
     /// The name in audit records and metrics.
     pub fn name(self) -> &'static str {
         match self {
@@ -46,7 +46,7 @@ impl Listener {
 #[derive(Debug)]
 pub struct Caller {
     /// Which listener.
-    pub listener: Listener,
+    pub listener: ListenerKind,
     /// The user id.
     pub uid: u32,
     /// The cgroup v2 path, as seen from the host's root of that hierarchy; `None` where the kernel doesn't tell.
@@ -241,7 +241,7 @@ impl Caller {
     /// nobody can have, and is not there when it is looked at.
     pub fn nobody() -> Self {
         Self {
-            listener: Listener::Unix,
+            listener: ListenerKind::Unix,
             uid: u32::MAX,
             cgroup: None,
             pod: None,

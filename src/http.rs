@@ -21,9 +21,9 @@ use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
-use crate::caller::{Caller, Listener, Looks, Owner, Refusal, Stranger};
+use crate::caller::{Caller, ListenerKind, Looks, Owner, Refusal, Stranger};
 use crate::limits::{FairPermit, FairSemaphore};
-use crate::listen::{Arrival, ArrivalPermit, Socket, Stream};
+use crate::listen::{AcceptedStream, LazySocket, PendingConnection, PendingPermit};
 use crate::metrics::Metrics;
 
 mod answer;
@@ -80,13 +80,18 @@ impl Admitted {
 
 impl Front {
     /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace.
-    pub async fn connection(self: Arc<Self>, stream: Stream, arrival: Arrival, pod: Option<Arc<PodAttestor>>) {
+    pub async fn connection(
+        self: Arc<Self>,
+        stream: AcceptedStream,
+        arrival: PendingConnection,
+        pod: Option<Arc<PodAttestor>>,
+    ) {
         let listener = match (&stream, &pod) {
-            (Stream::Unix(_), _) => Listener::Unix,
-            (Stream::Tcp { .. }, None) => Listener::Tcp,
-            (Stream::Tcp { .. }, Some(_)) => Listener::Pod,
+            (AcceptedStream::Unix(_), _) => ListenerKind::Unix,
+            (AcceptedStream::Tcp { .. }, None) => ListenerKind::Tcp,
+            (AcceptedStream::Tcp { .. }, Some(_)) => ListenerKind::Pod,
         };
-        let Arrival { permit: arriving, open } = arrival;
+        let PendingConnection { permit: arriving, open } = arrival;
         let descriptor = stream.socket().descriptor().clone();
         let life = ConnectionLife::new(descriptor, pod.clone(), &self.metrics, open);
         let Some(admitted) = life.run(self.admit(&stream, arriving, pod.as_deref())).await else { return };
@@ -105,8 +110,8 @@ impl Front {
     /// The peer by its socket, and a permit for its workload: nothing is read before it is known who has sent it.
     async fn admit(
         &self,
-        stream: &Stream,
-        arriving: ArrivalPermit,
+        stream: &AcceptedStream,
+        arriving: PendingPermit,
         pod: Option<&PodAttestor>,
     ) -> Result<Admitted, Dropped> {
         let peer = self.peer(stream, arriving, pod).await;
@@ -119,7 +124,7 @@ impl Front {
 
     /// The caller by its process where the policy needs that, and then the request, until the connection ends or has to give
     /// way.
-    async fn attested(&self, stream: Socket, listener: Listener, admitted: Admitted) -> Result<(), Dropped> {
+    async fn attested(&self, stream: LazySocket, listener: ListenerKind, admitted: Admitted) -> Result<(), Dropped> {
         let Admitted { peer, looks, permit } = admitted;
         let served = async {
             let caller = match (peer, looks) {
@@ -142,23 +147,23 @@ impl Front {
     /// What the socket alone tells.
     async fn peer(
         &self,
-        stream: &Stream,
-        arriving: ArrivalPermit,
+        stream: &AcceptedStream,
+        arriving: PendingPermit,
         pod: Option<&PodAttestor>,
     ) -> Result<Caller, Unattested> {
         let on_wait = || drop(arriving);
         match (stream, pod) {
-            (Stream::Unix(stream), _) => self.attestor.unix(stream),
-            (Stream::Tcp { client, server, .. }, None) => self.attestor.tcp(*client, *server, on_wait).await,
-            (Stream::Tcp { client, server, .. }, Some(pod)) => pod.tcp(*client, *server, on_wait).await,
+            (AcceptedStream::Unix(stream), _) => self.attestor.unix(stream),
+            (AcceptedStream::Tcp { client, server, .. }, None) => self.attestor.tcp(*client, *server, on_wait).await,
+            (AcceptedStream::Tcp { client, server, .. }, Some(pod)) => pod.tcp(*client, *server, on_wait).await,
         }
     }
 
     /// Reads one request and answers it. A refused caller is still read and answered, so that its SDK shows why.
     async fn request(
         &self,
-        stream: Socket,
-        listener: Listener,
+        stream: LazySocket,
+        listener: ListenerKind,
         caller: Result<Caller, Unattested>,
         permit: &FairPermit<Owner>,
     ) -> Result<(), Dropped> {
@@ -174,7 +179,7 @@ impl Front {
                 Ok::<_, Infallible>(answer)
             }
         });
-        let mut wire = Wire::new(stream, listener != Listener::Unix, &stage);
+        let mut wire = Wire::new(stream, listener != ListenerKind::Unix, &stage);
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD)
@@ -207,7 +212,7 @@ impl Front {
     async fn answer(
         &self,
         request: &Request<Incoming>,
-        listener: Listener,
+        listener: ListenerKind,
         caller: Result<Arc<Caller>, Unattested>,
     ) -> Answer {
         let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
@@ -235,7 +240,7 @@ impl Front {
     async fn decide(
         &self,
         request: &Request<Incoming>,
-        listener: Listener,
+        listener: ListenerKind,
         caller: Result<Arc<Caller>, Refusal>,
         record: &mut Record,
     ) -> Result<(Arc<Issued>, Freshness), Refused> {

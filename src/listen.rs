@@ -27,25 +27,25 @@ mod sys;
 mod tcp;
 mod unprivileged;
 
-pub use bound::{Bound, Origin, Stream};
-pub use inherited::Inherited;
-pub use inside::{Inside, NamespacePlace, POD_ADDRESSES};
-pub use socket::Socket;
+pub use bound::{AcceptedStream, Listener, ListenerSource};
+pub use inherited::ActivatedSockets;
+pub use inside::{NetnsRef, POD_ADDRESSES, PodListener};
+pub use socket::LazySocket;
 pub use socket_file::SocketFile;
-pub use unprivileged::{first_unprivileged_port, unguarded, warn_of_unguarded};
+pub use unprivileged::{first_unprivileged_port, unprivileged_ports, warn_of_unprivileged_ports};
 
 /// How long an accept loop pauses when the process or the system is out of descriptors or memory.
-const PAUSE: Duration = Duration::from_millis(50);
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// How often the log says so, if it goes on.
-const TELL_AGAIN: Duration = Duration::from_secs(10);
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// So many connections of one listener may have been accepted and not yet attested.
-const ARRIVING: usize = 64;
+const MAX_UNATTESTED: usize = 64;
 /// How often a listener that was killed is bound again.
-const REBIND: Duration = Duration::from_secs(1);
+const REBIND_INTERVAL: Duration = Duration::from_secs(1);
 /// The whole of any connection: the head, a held request (4.5 s), the answer.
-pub const CONNECTION_LIFE: Duration = Duration::from_secs(15);
+pub const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
 /// Once the daemon was told to end. Every connection ends by itself before that, so this cuts none that keeps to its time.
-const DRAIN: Duration = Duration::from_secs(16);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(16);
 
 /// Why a listener could not be had.
 #[derive(Debug, Error)]
@@ -110,7 +110,7 @@ impl ListenError {
 
 /// The open connections of some listeners.
 #[derive(Debug, Clone)]
-pub struct Connections {
+pub struct ConnectionTracker {
     gauge: Gauge,
     // It wakes nobody when one of many ends, as a JoinSet would.
     open: TaskTracker,
@@ -118,33 +118,33 @@ pub struct Connections {
 
 /// A connection whose workload is not known yet.
 #[derive(Debug)]
-pub struct Arrival {
+pub struct PendingConnection {
     /// To be dropped as soon as the workload is known, or nothing but the workload's own share is waited for.
-    pub permit: ArrivalPermit,
+    pub permit: PendingPermit,
     /// To be dropped when the connection has ended.
-    pub open: Open,
+    pub open: OpenConnection,
 }
 
 /// One of the few connections of its listener whose workloads are not known yet.
 #[derive(Debug)]
-pub struct ArrivalPermit {
+pub struct PendingPermit {
     _permit: Option<OwnedSemaphorePermit>,
 }
 
 /// Says that a connection is open.
 #[derive(Debug)]
-pub struct Open {
+pub struct OpenConnection {
     gauge: Gauge,
     _token: TaskTrackerToken,
 }
 
-impl Drop for Open {
+impl Drop for OpenConnection {
     fn drop(&mut self) {
         self.gauge.dec();
     }
 }
 
-impl Connections {
+impl ConnectionTracker {
     /// None yet. They are counted in `metrics`.
     pub fn new(metrics: &Metrics) -> Self {
         Self { gauge: metrics.connections.clone(), open: TaskTracker::new() }
@@ -154,29 +154,33 @@ impl Connections {
     /// That depends on the daemon's own work alone, never on a client: whose a connection is, is known before anything is
     /// expected of it. Until then it counts among no others. Each listener has its own few, so that a pod whose callers are hard
     /// to find keeps no other from being accepted.
-    async fn arrival(&self, arriving: &Arc<Semaphore>) -> Arrival {
+    async fn acquire_pending(&self, arriving: &Arc<Semaphore>) -> PendingConnection {
         // The semaphore is never closed, so there is always a permit in the end.
-        let permit = ArrivalPermit { _permit: arriving.clone().acquire_owned().await.ok() };
+        let permit = PendingPermit { _permit: arriving.clone().acquire_owned().await.ok() };
         self.gauge.inc();
-        Arrival { permit, open: Open { gauge: self.gauge.clone(), _token: self.open.token() } }
+        PendingConnection { permit, open: OpenConnection { gauge: self.gauge.clone(), _token: self.open.token() } }
     }
 
     /// Waits until they have ended. To be called when nothing is accepted any more.
-    pub async fn ended(&self) {
+    pub async fn drained(&self) {
         self.open.close();
-        if timeout(DRAIN, self.open.wait()).await.is_err() {
+        if timeout(DRAIN_TIMEOUT, self.open.wait()).await.is_err() {
             tracing::warn!(open = self.open.len(), "connections did not end in time and are cut");
         }
     }
 }
 
 /// Accepts until `stop` says so, then closes the listener. Accepting never waits for a client.
-pub async fn serve<F, C>(mut bound: Bound, connections: Connections, mut stop: watch::Receiver<bool>, connection: F)
-where
-    F: Fn(Stream, Arrival) -> C,
+pub async fn serve<F, C>(
+    mut bound: Listener,
+    connections: ConnectionTracker,
+    mut stop: watch::Receiver<bool>,
+    connection: F,
+) where
+    F: Fn(AcceptedStream, PendingConnection) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    let (arriving, mut troubles) = (Arc::new(Semaphore::new(ARRIVING)), Troubles::default());
+    let (arriving, mut troubles) = (Arc::new(Semaphore::new(MAX_UNATTESTED)), AcceptErrorState::default());
     let mut stopping = stop.clone();
     let mut stopped = pin!(stopping.wait_for(|stop| *stop));
     loop {
@@ -187,14 +191,14 @@ where
         };
         match accepted {
             Ok((stream, arrival)) => drop(tokio::spawn(connection(stream, arrival))),
-            Err(error) => recover(&mut bound, &error, &mut stop, &mut troubles).await,
+            Err(error) => handle_accept_error(&mut bound, &error, &mut stop, &mut troubles).await,
         }
     }
     let name = bound.name();
-    match bound.close() {
+    match bound.close_and_drain_backlog() {
         Ok(waiting) => {
             for stream in waiting {
-                let arrival = connections.arrival(&arriving).await;
+                let arrival = connections.acquire_pending(&arriving).await;
                 tokio::spawn(connection(stream, arrival));
             }
         }
@@ -203,10 +207,14 @@ where
 }
 
 /// The next connection.
-async fn accept(bound: &Bound, connections: &Connections, arriving: &Arc<Semaphore>) -> io::Result<(Stream, Arrival)> {
+async fn accept(
+    bound: &Listener,
+    connections: &ConnectionTracker,
+    arriving: &Arc<Semaphore>,
+) -> io::Result<(AcceptedStream, PendingConnection)> {
     loop {
-        let mut arrived = bound.arrival().await?;
-        let arrival = connections.arrival(arriving).await;
+        let mut arrived = bound.readable().await?;
+        let arrival = connections.acquire_pending(arriving).await;
         if let Some(accepted) = bound.accept(&mut arrived) {
             return accepted.map(|stream| (stream, arrival));
         }
@@ -216,7 +224,7 @@ async fn accept(bound: &Bound, connections: &Connections, arriving: &Arc<Semapho
 /// What a loop has been through. A pod can kill its own listener over and over, and take the port; none of that is a line of the
 /// log each time.
 #[derive(Debug)]
-struct Troubles {
+struct AcceptErrorState {
     short: Quota,
     killed: Quota,
     unbound: Quota,
@@ -224,16 +232,21 @@ struct Troubles {
     bound: Option<Instant>,
 }
 
-impl Default for Troubles {
+impl Default for AcceptErrorState {
     fn default() -> Self {
-        let [short, killed, unbound] = [(); 3].map(|()| Quota::new(1, TELL_AGAIN));
+        let [short, killed, unbound] = [(); 3].map(|()| Quota::new(1, LOG_INTERVAL));
         Self { short, killed, unbound, bound: None }
     }
 }
 
 /// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
-async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receiver<bool>, troubles: &mut Troubles) {
-    if bound::is_of_one(error) {
+async fn handle_accept_error(
+    bound: &mut Listener,
+    error: &io::Error,
+    stop: &mut watch::Receiver<bool>,
+    troubles: &mut AcceptErrorState,
+) {
+    if bound::is_per_connection_error(error) {
         return;
     }
     let pause = match error.raw_os_error().map(Errno::from_raw) {
@@ -242,12 +255,12 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
                 tracing::error!(%error, listener = bound.name(), missed, "the listener was killed; binding it again");
             }
             // Somebody may kill it again and again.
-            let soonest = troubles.bound.map_or_else(Instant::now, |bound| bound + REBIND);
+            let soonest = troubles.bound.map_or_else(Instant::now, |bound| bound + REBIND_INTERVAL);
             if timeout_at(soonest, stop.wait_for(|stop| *stop)).await.is_ok() {
                 return;
             }
             troubles.bound = Some(Instant::now());
-            match bound.again().await {
+            match bound.rebind().await {
                 Ok(new) => {
                     *bound = new;
                     return;
@@ -258,14 +271,14 @@ async fn recover(bound: &mut Bound, error: &io::Error, stop: &mut watch::Receive
                     }
                 }
             }
-            REBIND
+            REBIND_INTERVAL
         }
         // Out of descriptors or memory, or something that nobody has seen yet: never a loop without a pause.
         _ => {
             if let Some(missed) = troubles.short.take() {
                 tracing::warn!(%error, listener = bound.name(), missed, "no connection can be taken for the moment");
             }
-            PAUSE
+            ACCEPT_BACKOFF
         }
     };
     // Ends early when the daemon is told to stop.

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::http::Front;
-use crate::listen::{Connections, NamespacePlace, POD_ADDRESSES};
+use crate::listen::{ConnectionTracker, NetnsRef, POD_ADDRESSES};
 use crate::metrics::{Metrics, Reason};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
 use crate::telemetry::Quota;
@@ -137,7 +137,7 @@ impl Pods {
     pub async fn start(
         (directory, handover): (&Path, Option<&Path>),
         front: Arc<Front>,
-        connections: Connections,
+        connections: ConnectionTracker,
         metrics: Metrics,
         stop: watch::Receiver<bool>,
     ) -> Result<(Self, Gate), PodsError> {
@@ -195,7 +195,7 @@ impl Pods {
         self.pods.retain(|id, pod| {
             let there = found.get(id);
             match there {
-                Some(path) => pod.place.move_to(path),
+                Some(path) => pod.place.update_path(path),
                 None => tracing::debug!(namespace = %pod.path().display(), "the network namespace is gone"),
             }
             there.is_some()
@@ -206,7 +206,7 @@ impl Pods {
         let mut given = |id| {
             POD_ADDRESSES.into_iter().filter_map(|address| Some((address, given.remove(&(id, address))?))).collect()
         };
-        let new = new.map(|(id, path)| (Arc::new(NamespacePlace::new(id, path)), given(id)));
+        let new = new.map(|(id, path)| (Arc::new(NetnsRef::new(id, path)), given(id)));
         self.enter(new.collect()).await;
         self.bind_missing().await;
         self.look_at_ports().await;
@@ -264,7 +264,7 @@ impl Pods {
     }
 
     /// Makes what is needed in each of these namespaces, and serves there.
-    async fn enter(&mut self, places: Vec<(Arc<NamespacePlace>, Given)>) {
+    async fn enter(&mut self, places: Vec<(Arc<NetnsRef>, Given)>) {
         if places.is_empty() {
             return;
         }

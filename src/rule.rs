@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
-use crate::caller::{Caller, Executable, GroupDetail, Listener, Looks};
+use crate::caller::{Caller, Executable, GroupDetail, ListenerKind, Looks};
 use crate::identity::SpiffeId;
 
 mod named;
@@ -163,7 +163,8 @@ impl Rule {
         if self.cgroup.is_none() && caller.in_container().ok_or(Unknown::Process)? {
             return Ok(false);
         }
-        if caller.listener == Listener::Tcp && caller.process.is_none() && (caller.uid == 0 || !self.names_place()) {
+        if caller.listener == ListenerKind::Tcp && caller.process.is_none() && (caller.uid == 0 || !self.names_place())
+        {
             return Err(Unknown::Process);
         }
         if self.gid.is_none() && self.supplementary_group.is_none() && self.exe.is_none() {

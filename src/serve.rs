@@ -12,7 +12,7 @@ use crate::app::{App, AppError, Startup};
 use crate::attest::{ExecMonitor, StartError};
 use crate::config::{self, Config, Exposure, Problem};
 use crate::hardening::{self, Does};
-use crate::listen::Inherited;
+use crate::listen::ActivatedSockets;
 use crate::metrics::Metrics;
 use crate::pods::PodsError;
 use crate::telemetry;
@@ -82,7 +82,7 @@ fn start(
     (log, metrics): (&Log, Metrics),
     exec_monitor: Option<ExecMonitor>,
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let inherited = Inherited::from_environment();
+    let inherited = ActivatedSockets::from_environment();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let startup = Startup { inherited, exec_monitor, metrics };
     let ended = runtime.block_on(run(path, config, startup, log));

@@ -3,7 +3,7 @@ use std::sync::Condvar;
 
 use super::*;
 use crate::caller::unchanged::unchanged;
-use crate::caller::{Caller, Listener};
+use crate::caller::{Caller, ListenerKind};
 use crate::identity::SpiffeId;
 use crate::rule::{NamedRule, Rule};
 
@@ -183,7 +183,7 @@ async fn another_configuration_keeps_what_is_known() {
 }
 
 fn caller(uid: u32) -> Caller {
-    unchanged(Listener::Unix, uid, Some("/system.slice/app.service"), None)
+    unchanged(ListenerKind::Unix, uid, Some("/system.slice/app.service"), None)
 }
 
 fn rule(path: &str, name: Option<&str>) -> NamedRule {

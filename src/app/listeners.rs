@@ -10,7 +10,9 @@ use tokio::sync::watch;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::timeout;
 
-use crate::listen::{self, Arrival, Bound, Connections, Inherited, ListenError, Socket, Stream};
+use crate::listen::{
+    self, AcceptedStream, ActivatedSockets, ConnectionTracker, LazySocket, ListenError, Listener, PendingConnection,
+};
 use crate::metrics::Metrics;
 
 /// How often an address is tried again that could not be bound.
@@ -26,10 +28,10 @@ pub(super) enum ListenAddress {
 }
 
 impl ListenAddress {
-    fn bind(&self, inherited: &mut Inherited) -> Result<Bound, ListenError> {
+    fn bind(&self, inherited: &mut ActivatedSockets) -> Result<Listener, ListenError> {
         match self {
-            Self::Tcp(address) => Bound::tcp(*address, inherited),
-            Self::Unix(path, mode) => Bound::unix(path, *mode, inherited),
+            Self::Tcp(address) => Listener::tcp(*address, inherited),
+            Self::Unix(path, mode) => Listener::unix(path, *mode, inherited),
         }
     }
 }
@@ -51,14 +53,14 @@ pub(super) struct Serving {
     /// The loops.
     pub(super) loops: JoinSet<()>,
     /// The connections.
-    pub(super) connections: Connections,
+    pub(super) connections: ConnectionTracker,
 }
 
 /// An address, and what came of binding it.
-pub(super) type Attempt = (ListenAddress, Result<Bound, ListenError>);
+pub(super) type Attempt = (ListenAddress, Result<Listener, ListenError>);
 
 /// Binds each address. One of IPv6 is left out, with a warning, where the machine has none.
-pub(super) fn bind_all(wanted: Vec<ListenAddress>, inherited: &mut Inherited) -> Vec<Attempt> {
+pub(super) fn bind_all(wanted: Vec<ListenAddress>, inherited: &mut ActivatedSockets) -> Vec<Attempt> {
     let mut attempts = Vec::new();
     for address in wanted {
         match (address.bind(inherited), &address) {
@@ -74,7 +76,7 @@ pub(super) fn bind_all(wanted: Vec<ListenAddress>, inherited: &mut Inherited) ->
 /// The TCP address, with the port that the kernel chose; `None` of a unix socket, and of a port that is not chosen yet.
 pub(super) fn tcp_address((wanted, bound): &Attempt) -> Option<SocketAddr> {
     match (bound, wanted) {
-        (Ok(Bound::Tcp { address, .. }), _) => Some(*address),
+        (Ok(Listener::Tcp { address, .. }), _) => Some(*address),
         (Err(_), ListenAddress::Tcp(address)) if address.port() != 0 => Some(*address),
         _ => None,
     }
@@ -83,13 +85,13 @@ pub(super) fn tcp_address((wanted, bound): &Attempt) -> Option<SocketAddr> {
 impl Serving {
     /// Nothing yet.
     pub(super) fn new(metrics: &Metrics) -> Self {
-        Self { stop: watch::Sender::default(), loops: JoinSet::new(), connections: Connections::new(metrics) }
+        Self { stop: watch::Sender::default(), loops: JoinSet::new(), connections: ConnectionTracker::new(metrics) }
     }
 
     /// Serves what is bound, and writes `event` to the log. What is not is bound as soon as that is possible.
     pub(super) fn serve<F, C>(&mut self, (address, bound): Attempt, event: &'static str, connection: F)
     where
-        F: Fn(Stream, Arrival) -> C + Send + Sync + 'static,
+        F: Fn(AcceptedStream, PendingConnection) -> C + Send + Sync + 'static,
         C: Future<Output = ()> + Send + 'static,
     {
         let (connections, stop) = (self.connections.clone(), self.stop.subscribe());
@@ -112,8 +114,8 @@ impl Serving {
 
     /// Resets the callers of sockets that systemd holds and the configuration does not name. In its queue they would wait for
     /// ever.
-    pub(super) fn refuse_rest(&mut self, inherited: &mut Inherited) {
-        for bound in inherited.rest() {
+    pub(super) fn refuse_rest(&mut self, inherited: &mut ActivatedSockets) {
+        for bound in inherited.take_unclaimed() {
             let bound = match bound {
                 Ok(bound) => bound,
                 Err(error) => {
@@ -126,7 +128,8 @@ impl Serving {
                 "systemd holds a socket that [listen] does not name: its callers are refused; make the .socket unit and \
                  the configuration agree"
             );
-            let reset = |stream: Stream, _| async move { Socket::reset_on_close(stream.socket().descriptor()) };
+            let reset =
+                |stream: AcceptedStream, _| async move { LazySocket::reset_on_close(stream.socket().descriptor()) };
             self.loops.spawn(listen::serve(bound, self.connections.clone(), self.stop.subscribe(), reset));
         }
     }
@@ -135,19 +138,19 @@ impl Serving {
     pub(super) async fn end(&mut self) {
         self.stop.send_replace(true);
         while self.loops.join_next().await.is_some() {}
-        self.connections.ended().await;
+        self.connections.drained().await;
     }
 }
 
 /// Tries until the address is bound, or the daemon ends. The log has each reason once.
-async fn bind_later(address: ListenAddress, mut logged: String, mut stop: watch::Receiver<bool>) -> Option<Bound> {
+async fn bind_later(address: ListenAddress, mut logged: String, mut stop: watch::Receiver<bool>) -> Option<Listener> {
     loop {
         if timeout(RETRY, stop.wait_for(|stop| *stop)).await.is_ok() {
             return None;
         }
         let wanted = address.clone();
         // What it does with files may block.
-        let error = match spawn_blocking(move || wanted.bind(&mut Inherited::default())).await {
+        let error = match spawn_blocking(move || wanted.bind(&mut ActivatedSockets::default())).await {
             Ok(Ok(bound)) => return Some(bound),
             Ok(Err(error)) => error.to_string(),
             Err(error) => error.to_string(),

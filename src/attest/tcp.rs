@@ -15,7 +15,7 @@ use crate::attest::inet_diag::{SockDiag, Socket};
 use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
 use crate::attest::pods::Housed;
 use crate::attest::search::{self, Budget, Holder};
-use crate::caller::{Ages, Caller, Evidence, Listener, Looks, Named, Owner, Process, Refusal, Stranger, Watch};
+use crate::caller::{Ages, Caller, Evidence, ListenerKind, Looks, Named, Owner, Process, Refusal, Stranger, Watch};
 use crate::cgroup::CgroupPath;
 use crate::clock::HOLD;
 use crate::limits::FairSemaphore;
@@ -147,7 +147,7 @@ impl SocketProof {
     pub(crate) fn into_caller(self) -> Caller {
         let namespace = self.attestor.0.namespace;
         Caller {
-            listener: if namespace.is_some() { Listener::Pod } else { Listener::Tcp },
+            listener: if namespace.is_some() { ListenerKind::Pod } else { ListenerKind::Tcp },
             uid: self.socket.uid,
             cgroup: Some(self.cgroup.clone()),
             pod: self.pod.as_ref().map(|housed| housed.pod.clone()),

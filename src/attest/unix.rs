@@ -15,7 +15,7 @@ use crate::attest::pods::Housed;
 use crate::attest::process::HeldProcess;
 use crate::attest::sys;
 use crate::caller::{
-    Ages, Caller, Evidence, GroupDetail, Groups, Listener, Looks, Named, Owner, Process, Refusal, Stranger, Watch,
+    Ages, Caller, Evidence, GroupDetail, Groups, ListenerKind, Looks, Named, Owner, Process, Refusal, Stranger, Watch,
 };
 
 /// The connector, as it was looked at.
@@ -129,7 +129,7 @@ pub(crate) fn attest(host: &Arc<Host>, peer: Peer, stream: &Arc<OwnedFd>) -> Res
     let owner = seen.owner();
     let described = process.describe();
     Ok(Caller {
-        listener: Listener::Unix,
+        listener: ListenerKind::Unix,
         uid,
         cgroup: seen.cgroup,
         pod: seen.pod,

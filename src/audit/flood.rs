@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::audit::Freshness;
-use crate::caller::{Listener, Owner};
+use crate::caller::{ListenerKind, Owner};
 use crate::writer::{Line, Priority};
 
 /// So many requests of one caller that are alike are written one by one,
@@ -25,7 +25,7 @@ const KEYS: usize = 1024;
 pub(super) struct Key {
     /// `None`: of any caller.
     pub(super) owner: Option<Owner>,
-    pub(super) listener: Listener,
+    pub(super) listener: ListenerKind,
     pub(super) reason: &'static str,
     /// The access key id of the credentials, and whether they were due for a refresh.
     pub(super) issued: Option<(String, Freshness)>,
@@ -137,7 +137,7 @@ mod tests {
     use super::*;
 
     fn key(reason: &'static str, number: u32) -> Key {
-        Key { owner: Some(Owner::user(number)), listener: Listener::Tcp, reason, issued: None }
+        Key { owner: Some(Owner::user(number)), listener: ListenerKind::Tcp, reason, issued: None }
     }
 
     fn floods() -> Floods {

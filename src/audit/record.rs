@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use crate::audit::flood::{Floods, Key};
 use crate::audit::line::{Line, Text, moment, render, second};
 use crate::audit::{Audit, Freshness, Issued, Outcome, RequestId};
-use crate::caller::{Caller, Listener, Owner, Stranger};
+use crate::caller::{Caller, ListenerKind, Owner, Stranger};
 use crate::cgroup::{CgroupPath, Pod};
 use crate::metrics::Request;
 use crate::role::Grant;
@@ -19,7 +19,7 @@ pub struct Record {
     audit: Arc<Audit>,
     started: Instant,
     request_id: RequestId,
-    listener: Listener,
+    listener: ListenerKind,
     caller: Option<Arc<Caller>>,
     stranger: Option<Stranger>,
     grant: Option<Grant>,
@@ -49,7 +49,7 @@ impl Record {
     pub(super) fn new(
         audit: Arc<Audit>,
         request_id: RequestId,
-        listener: Listener,
+        listener: ListenerKind,
         caller: Option<Arc<Caller>>,
     ) -> Self {
         let started = Instant::now();

@@ -18,17 +18,17 @@ async fn after_a_rotation_records_go_to_the_new_file() {
     let folder = tempfile::tempdir().unwrap();
     let (path, moved) = (folder.path().join("audit.log"), folder.path().join("audit.log.1"));
     let audit = open(&path);
-    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "host", None).await;
+    audit.begin(ListenerKind::Unix, None).finish(Outcome::Refused, "host", None).await;
     std::fs::rename(&path, &moved).unwrap();
-    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "path", None).await;
+    audit.begin(ListenerKind::Unix, None).finish(Outcome::Refused, "path", None).await;
     audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
-    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "method", None).await;
+    audit.begin(ListenerKind::Unix, None).finish(Outcome::Refused, "method", None).await;
     let reasons = |path| lines(path).iter().map(|line| line["reason"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
     assert_eq!(reasons(&moved), ["host", "path"]);
     assert_eq!(reasons(&path), ["method"]);
     // One that can't be opened leaves everything as it was.
     assert!(audit.reopen(&AuditFile::Path(folder.path().join("none/audit.log")), false).is_err());
-    audit.begin(Listener::Unix, None).finish(Outcome::Refused, "browser", None).await;
+    audit.begin(ListenerKind::Unix, None).finish(Outcome::Refused, "browser", None).await;
     assert_eq!(reasons(&path), ["method", "browser"]);
 }
 
@@ -43,7 +43,7 @@ async fn what_is_queued_is_written_at_the_end() {
     };
     let audit = open(&path);
     for _ in 0..3 {
-        audit.begin(Listener::Tcp, None);
+        audit.begin(ListenerKind::Tcp, None);
     }
     drop(audit);
     assert_eq!(reader.join().unwrap().lines().count(), 3);
@@ -54,16 +54,16 @@ fn issued(freshness: Freshness) -> Issued<'static> {
 }
 
 async fn issue(audit: &Arc<Audit>, freshness: Freshness) -> bool {
-    audit.begin(Listener::Tcp, None).finish(Outcome::Issued, "ok", Some(issued(freshness))).await
+    audit.begin(ListenerKind::Tcp, None).finish(Outcome::Issued, "ok", Some(issued(freshness))).await
 }
 
 /// Refusals, hits, issues and cancellations of one caller, `count` of each.
 async fn flood(audit: &Arc<Audit>, count: usize) {
     for _ in 0..count {
-        audit.begin(Listener::Tcp, None).finish(Outcome::Refused, "host", None).await;
+        audit.begin(ListenerKind::Tcp, None).finish(Outcome::Refused, "host", None).await;
         issue(audit, Freshness::Hit).await;
         issue(audit, Freshness::Miss).await;
-        drop(audit.begin(Listener::Tcp, None));
+        drop(audit.begin(ListenerKind::Tcp, None));
     }
 }
 
@@ -123,7 +123,7 @@ async fn the_first_hit_of_each_key_is_written_at_once() {
     for number in 0..3000 {
         let access_key_id = format!("ASIA{number}");
         let issued = Issued { access_key_id: &access_key_id, ..issued(Freshness::Hit) };
-        let record = audit.begin(Listener::Tcp, None);
+        let record = audit.begin(ListenerKind::Tcp, None);
         let id = record.request_id().to_string();
         assert!(record.finish(Outcome::Issued, "ok", Some(issued)).await);
         // Some of them, since reading all of it each time takes long.

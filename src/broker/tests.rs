@@ -6,7 +6,7 @@ use tokio::time::sleep;
 
 use super::*;
 use crate::audit::Audit;
-use crate::caller::Listener;
+use crate::caller::ListenerKind;
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::credentials::Credentials;
@@ -79,7 +79,7 @@ async fn a_slow_source_and_a_slow_exchange_hold_a_request_no_longer_than_one_of_
     let audit = Audit::unopened(false, clock, metrics);
     audit.reopen(&AuditFile::Path(Path::new("/dev/null").to_owned()), false).unwrap();
     let caller = Arc::new(Caller::nobody());
-    let mut record = audit.begin(Listener::Unix, Some(caller.clone()));
+    let mut record = audit.begin(ListenerKind::Unix, Some(caller.clone()));
     let begun = Instant::now();
     let answer = broker.serve(&caller, &Wanted::First, &mut record).await;
     assert!(matches!(answer, Err(BrokerError::Cache(CacheError::Pending))), "{answer:?}");

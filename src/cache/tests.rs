@@ -9,7 +9,7 @@ use tokio::time::{advance, sleep};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Listener, Looks, Process, Refusal};
+use crate::caller::{Evidence, ListenerKind, Looks, Process, Refusal};
 use crate::clock::HOLD;
 use crate::credentials::Credentials;
 use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
@@ -164,7 +164,7 @@ fn caller_of(uid: u32) -> Arc<Caller> {
     let process = Process { pid: uid, gid: 1, groups: None, contained: false, program: None, started: None };
     let process = Some(process);
     Arc::new(Caller {
-        listener: Listener::Tcp,
+        listener: ListenerKind::Tcp,
         uid,
         cgroup: None,
         pod: None,

@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 
-use super::{Caller, Evidence, Listener, Process, Refusal};
+use super::{Caller, Evidence, ListenerKind, Process, Refusal};
 use crate::cgroup::CgroupPath;
 
 #[derive(Debug)]
@@ -16,7 +16,7 @@ impl Evidence for Unchanged {
 }
 
 /// A caller outside of pods, in the cgroup at this path if that is given.
-pub(crate) fn unchanged(listener: Listener, uid: u32, cgroup: Option<&str>, process: Option<Process>) -> Caller {
+pub(crate) fn unchanged(listener: ListenerKind, uid: u32, cgroup: Option<&str>, process: Option<Process>) -> Caller {
     let cgroup = cgroup.map(|path| CgroupPath::parse(path).unwrap());
     Caller { listener, uid, cgroup, pod: None, namespace: None, process, evidence: Box::new(Unchanged) }
 }

@@ -12,7 +12,7 @@ use super::{Dev, command};
 use crate::app::{App, Startup};
 use crate::config::Config;
 use crate::environment::{self, Environment};
-use crate::listen::Inherited;
+use crate::listen::ActivatedSockets;
 use crate::metrics::Metrics;
 use crate::telemetry::{self, Log};
 
@@ -64,7 +64,7 @@ async fn start(dev: &Dev, quiet: bool) -> Result<(Log, App), Box<dyn Error>> {
     let (config, metrics) = (loaded.config, Metrics::default());
     let log = telemetry::init(&config.log.level, config.log.format, metrics.log_lost.clone())?;
     log.start()?;
-    match App::start(config, Startup { inherited: Inherited::default(), exec_monitor: None, metrics }).await {
+    match App::start(config, Startup { inherited: ActivatedSockets::default(), exec_monitor: None, metrics }).await {
         Ok(app) => Ok((log, app)),
         Err(error) => {
             log.flush();

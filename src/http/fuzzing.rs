@@ -4,7 +4,7 @@ use hyper::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Uri};
 
 use super::rules::{Asked, Authorization, read};
-use crate::caller::Listener;
+use crate::caller::ListenerKind;
 use crate::role::Wanted;
 
 /// `METHOD TARGET` in the first line, headers in the others: whatever is let through is harmless by itself.
@@ -27,7 +27,7 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
         has_body: false,
     };
     let [tcp, unix] =
-        [Listener::Tcp, Listener::Unix].map(|listener| read(&asked, listener, &Authorization::Present).ok());
+        [ListenerKind::Tcp, ListenerKind::Unix].map(|listener| read(&asked, listener, &Authorization::Present).ok());
     assert!(tcp.is_none() || tcp == unix, "the unix socket asks for less, never for something else");
     let Some(wanted) = unix else { return false };
     assert_eq!(method, Method::GET);

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::attest::PodAttestor;
 use crate::limits::Exhausted;
-use crate::listen::{CONNECTION_LIFE, Open, Socket};
+use crate::listen::{CONNECTION_TIMEOUT, LazySocket, OpenConnection};
 use crate::metrics::{Metrics, Reason};
 
 /// Why a connection ended without a request.
@@ -71,14 +71,19 @@ pub(super) struct ConnectionLife {
     pod: Option<Arc<PodAttestor>>,
     /// All that it needs of the metrics: to clone those takes as long as a system call.
     dropped: Family<Reason, Counter>,
-    _open: Open,
+    _open: OpenConnection,
 }
 
 impl ConnectionLife {
     /// Begins now.
-    pub(super) fn new(descriptor: Arc<OwnedFd>, pod: Option<Arc<PodAttestor>>, metrics: &Metrics, open: Open) -> Self {
+    pub(super) fn new(
+        descriptor: Arc<OwnedFd>,
+        pod: Option<Arc<PodAttestor>>,
+        metrics: &Metrics,
+        open: OpenConnection,
+    ) -> Self {
         let dropped = metrics.connections_dropped.clone();
-        Self { deadline: Instant::now() + CONNECTION_LIFE, descriptor, pod, dropped, _open: open }
+        Self { deadline: Instant::now() + CONNECTION_TIMEOUT, descriptor, pod, dropped, _open: open }
     }
 
     /// Runs a part of the connection. `None` if the connection ends with it; why, has been counted.
@@ -93,7 +98,7 @@ impl ConnectionLife {
             Err(dropped) => dropped,
         };
         if dropped.resets() {
-            Socket::reset_on_close(&self.descriptor);
+            LazySocket::reset_on_close(&self.descriptor);
         }
         self.dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
         None

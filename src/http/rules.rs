@@ -14,7 +14,7 @@ use hyper::{Method, Request};
 use percent_encoding::percent_decode_str;
 use subtle::ConstantTimeEq;
 
-use crate::caller::Listener;
+use crate::caller::ListenerKind;
 use crate::http::answer::Refused;
 use crate::identity::RoleArn;
 use crate::role::Wanted;
@@ -97,7 +97,11 @@ const PROXY_PREFIX: &str = "x-forwarded-";
 const ROLE_NAME_MAX: usize = 64;
 
 /// Judges a request; says which role it asks for.
-pub(super) fn read(asked: &Asked<'_>, listener: Listener, authorization: &Authorization) -> Result<Wanted, Refused> {
+pub(super) fn read(
+    asked: &Asked<'_>,
+    listener: ListenerKind,
+    authorization: &Authorization,
+) -> Result<Wanted, Refused> {
     if !host_is_loopback(asked.headers) {
         return Err(Refused::Host);
     }
@@ -124,7 +128,7 @@ pub(super) fn read(asked: &Asked<'_>, listener: Listener, authorization: &Author
     if asked.has_body {
         return Err(Refused::Body);
     }
-    if listener != Listener::Unix && !authorized(asked.headers, authorization) {
+    if listener != ListenerKind::Unix && !authorized(asked.headers, authorization) {
         return Err(match authorization {
             Authorization::Token(_) => Refused::WrongToken,
             Authorization::Present | Authorization::Off => Refused::NoAuthorization,

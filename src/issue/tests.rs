@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::caller::unchanged::unchanged;
-use crate::caller::{Listener, Looks};
+use crate::caller::{ListenerKind, Looks};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
 use crate::sts::Sts;
@@ -81,7 +81,7 @@ impl AssumeRole for Answers {
 }
 
 fn caller() -> Arc<Caller> {
-    Arc::new(unchanged(Listener::Unix, 1001, None, None))
+    Arc::new(unchanged(ListenerKind::Unix, 1001, None, None))
 }
 
 fn target() -> StsTarget {

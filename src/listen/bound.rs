@@ -11,16 +11,16 @@ use nix::errno::Errno;
 use nix::sys::socket::{Shutdown, shutdown};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-use crate::listen::inherited::Inherited;
-use crate::listen::inside::Inside;
-use crate::listen::socket::Socket;
+use crate::listen::inherited::ActivatedSockets;
+use crate::listen::inside::PodListener;
+use crate::listen::socket::LazySocket;
 use crate::listen::socket_file::SocketFile;
-use crate::listen::tcp::{BACKLOG, Freely, bind, bound_buffers};
+use crate::listen::tcp::{BACKLOG, FreeBind, bind, bound_buffers};
 use crate::listen::{ListenError, sys};
 
 /// A listener.
 #[derive(Debug)]
-pub enum Bound {
+pub enum Listener {
     /// On a unix socket; its file is removed with it unless systemd owns both.
     Unix {
         /// Accepts.
@@ -39,30 +39,30 @@ pub enum Bound {
         /// Its address, with the port that the kernel chose if the configuration says 0.
         address: SocketAddr,
         /// Who else has it.
-        origin: Origin,
+        origin: ListenerSource,
     },
 }
 
 /// Where a TCP listener comes from.
 #[derive(Debug)]
-pub enum Origin {
+pub enum ListenerSource {
     /// The daemon has bound it, in its own network namespace.
     Own,
     /// systemd holds it, too.
     Inherited,
     /// It is in a pod's network namespace.
-    Pod(Arc<Inside>),
+    Pod(Arc<PodListener>),
 }
 
 /// A connection, and for TCP the address that it was accepted on.
 #[derive(Debug)]
-pub enum Stream {
+pub enum AcceptedStream {
     /// Over the unix socket.
-    Unix(Socket),
+    Unix(LazySocket),
     /// Over TCP.
     Tcp {
         /// The connection.
-        stream: Socket,
+        stream: LazySocket,
         /// The client's address.
         client: SocketAddr,
         /// The daemon's.
@@ -71,7 +71,7 @@ pub enum Stream {
 }
 
 /// Whether nothing is wrong with the listener: accept(2) also tells of what happened to a connection that waited there.
-pub(super) fn is_of_one(error: &io::Error) -> bool {
+pub(super) fn is_per_connection_error(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error().map(Errno::from_raw),
         Some(
@@ -90,85 +90,88 @@ pub(super) fn is_of_one(error: &io::Error) -> bool {
     )
 }
 
-impl Bound {
+impl Listener {
     /// Listens on a TCP address, or takes the one that systemd holds.
     ///
     /// Never with SO_REUSEPORT: whoever shares the port would get half of the connections (attack 9).
-    pub fn tcp(address: SocketAddr, inherited: &mut Inherited) -> Result<Self, ListenError> {
+    pub fn tcp(address: SocketAddr, inherited: &mut ActivatedSockets) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Tcp { address, source };
         let (listener, origin) = match inherited.take_tcp(address) {
             Some(listener) => {
                 bound_buffers(&listener).map_err(failed)?;
-                (listener.into(), Origin::Inherited)
+                (listener.into(), ListenerSource::Inherited)
             }
-            None => (bind(address, Freely::No).map_err(failed)?, Origin::Own),
+            None => (bind(address, FreeBind::Denied).map_err(failed)?, ListenerSource::Own),
         };
         let address = sys::local_address(&listener).map_err(failed)?;
-        Ok(Self::Tcp { listener: sys::watch_listener(Arc::new(listener)).map_err(failed)?, address, origin })
+        Ok(Self::Tcp { listener: sys::register_listener(Arc::new(listener)).map_err(failed)?, address, origin })
     }
 
     /// Listens on a unix socket with this mode, or takes the one that systemd holds.
-    pub fn unix(path: &Path, mode: u32, inherited: &mut Inherited) -> Result<Self, ListenError> {
+    pub fn unix(path: &Path, mode: u32, inherited: &mut ActivatedSockets) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Unix { path: path.to_owned(), source };
         let (listener, file) = match inherited.take_unix(path) {
             Some(listener) => (listener, None),
             None => SocketFile::bind(path, mode).map(|(listener, file)| (listener, Some(file)))?,
         };
-        let listener = sys::watch_listener(Arc::new(listener.into())).map_err(failed)?;
+        let listener = sys::register_listener(Arc::new(listener.into())).map_err(failed)?;
         Ok(Self::Unix { listener, path: path.to_owned(), mode, file })
     }
 
     /// A TCP listener that systemd holds, whatever its address is.
-    pub(super) fn inherited_tcp(listener: TcpListener) -> Result<Self, ListenError> {
+    pub(super) fn activated_tcp(listener: TcpListener) -> Result<Self, ListenError> {
         let address = listener.local_addr();
         let failed = |source| ListenError::Inherited { source };
         let address = address.map_err(failed)?;
-        let listener = sys::watch_listener(Arc::new(listener.into())).map_err(failed)?;
-        Ok(Self::Tcp { listener, address, origin: Origin::Inherited })
+        let listener = sys::register_listener(Arc::new(listener.into())).map_err(failed)?;
+        Ok(Self::Tcp { listener, address, origin: ListenerSource::Inherited })
     }
 
     /// A unix listener that systemd holds, whatever its path is.
-    pub(super) fn inherited_unix(listener: UnixListener) -> Result<Self, ListenError> {
+    pub(super) fn activated_unix(listener: UnixListener) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Inherited { source };
         let path = listener.local_addr().map_err(failed)?.as_pathname().map(Path::to_owned).unwrap_or_default();
-        let listener = sys::watch_listener(Arc::new(listener.into())).map_err(failed)?;
+        let listener = sys::register_listener(Arc::new(listener.into())).map_err(failed)?;
         Ok(Self::Unix { listener, path, mode: 0, file: None })
     }
 
     /// The listener that was made inside a pod's network namespace.
-    pub fn pod(inside: Arc<Inside>) -> Result<Self, ListenError> {
-        let listener = sys::watch_listener(inside.listener()).map_err(|source| inside.failed(source))?;
-        Ok(Self::Tcp { listener, address: inside.address(), origin: Origin::Pod(inside) })
+    pub fn pod(inside: Arc<PodListener>) -> Result<Self, ListenError> {
+        let listener = sys::register_listener(inside.listener()).map_err(|source| inside.bind_error(source))?;
+        Ok(Self::Tcp { listener, address: inside.address(), origin: ListenerSource::Pod(inside) })
     }
 
     /// For the log.
     pub fn name(&self) -> String {
         match self {
             Self::Unix { path, .. } => path.display().to_string(),
-            Self::Tcp { origin: Origin::Pod(inside), .. } => inside.to_string(),
+            Self::Tcp { origin: ListenerSource::Pod(inside), .. } => inside.to_string(),
             Self::Tcp { address, .. } => address.to_string(),
         }
     }
 
     /// Waits until somebody has connected.
-    pub(super) async fn arrival(&self) -> io::Result<AsyncFdReadyGuard<'_, Arc<OwnedFd>>> {
+    pub(super) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, Arc<OwnedFd>>> {
         let (Self::Unix { listener, .. } | Self::Tcp { listener, .. }) = self;
         listener.readable().await
     }
 
     /// Takes the one who has connected; `None` if somebody else was quicker.
-    pub(super) fn accept(&self, arrived: &mut AsyncFdReadyGuard<'_, Arc<OwnedFd>>) -> Option<io::Result<Stream>> {
-        arrived.try_io(|listener| self.take(listener.as_fd())).ok()
+    pub(super) fn accept(
+        &self,
+        arrived: &mut AsyncFdReadyGuard<'_, Arc<OwnedFd>>,
+    ) -> Option<io::Result<AcceptedStream>> {
+        arrived.try_io(|listener| self.accept_raw(listener.as_fd())).ok()
     }
 
-    fn take(&self, listener: impl AsFd) -> io::Result<Stream> {
+    fn accept_raw(&self, listener: impl AsFd) -> io::Result<AcceptedStream> {
         match self {
-            Self::Unix { .. } => Ok(Stream::Unix(Socket::new(sys::accept_unix(listener.as_fd())?))),
+            Self::Unix { .. } => Ok(AcceptedStream::Unix(LazySocket::new(sys::accept_unix(listener.as_fd())?))),
             Self::Tcp { address, .. } => {
                 let (stream, client) = sys::accept_tcp(listener.as_fd())?;
                 // Without it only more packets are sent.
-                let _ = sys::cork(&stream);
-                Ok(Stream::Tcp { stream: Socket::new(stream), client, server: *address })
+                let _ = sys::set_tcp_cork(&stream);
+                Ok(AcceptedStream::Tcp { stream: LazySocket::new(stream), client, server: *address })
             }
         }
     }
@@ -179,7 +182,7 @@ impl Bound {
     /// Where systemd holds the socket, whoever comes from here on waits in its queue for the daemon's next start. Nobody may be
     /// left there who came before: it would be started for him as soon as it has ended, though it was told to stop, and he
     /// may be the daemon itself, which had asked whether it is ready.
-    pub(super) fn close(self) -> io::Result<Vec<Stream>> {
+    pub(super) fn close_and_drain_backlog(self) -> io::Result<Vec<AcceptedStream>> {
         let (Self::Unix { listener, .. } | Self::Tcp { listener, .. }) = &self;
         match &self {
             // Whoever comes from here on is refused, so that the queue has an end.
@@ -188,34 +191,34 @@ impl Bound {
             // other process has the listener.
             Self::Unix { file: None, .. } | Self::Tcp { .. } => {}
         }
-        let waiting = (0..BACKLOG).map(|_| self.take(listener.get_ref()));
-        let waiting = waiting.take_while(|taken| taken.as_ref().err().is_none_or(is_of_one));
+        let waiting = (0..BACKLOG).map(|_| self.accept_raw(listener.get_ref()));
+        let waiting = waiting.take_while(|taken| taken.as_ref().err().is_none_or(is_per_connection_error));
         Ok(waiting.filter_map(Result::ok).collect())
     }
 
     /// A listener in the place of one that somebody has killed, as `ss -K` can (attack 9).
-    pub(super) async fn again(&self) -> Result<Self, ListenError> {
+    pub(super) async fn rebind(&self) -> Result<Self, ListenError> {
         match self {
-            Self::Tcp { origin: Origin::Pod(inside), .. } => {
+            Self::Tcp { origin: ListenerSource::Pod(inside), .. } => {
                 let inside = inside.clone();
-                let bound = tokio::task::spawn_blocking(move || inside.again().map(|()| inside));
+                let bound = tokio::task::spawn_blocking(move || inside.rebind().map(|()| inside));
                 Self::pod(bound.await.map_err(|error| ListenError::Interrupted(error.to_string()))??)
             }
-            Self::Tcp { address, .. } => Self::tcp(*address, &mut Inherited::default()),
-            Self::Unix { path, mode, .. } => Self::unix(path, *mode, &mut Inherited::default()),
+            Self::Tcp { address, .. } => Self::tcp(*address, &mut ActivatedSockets::default()),
+            Self::Unix { path, mode, .. } => Self::unix(path, *mode, &mut ActivatedSockets::default()),
         }
     }
 }
 
-impl Stream {
+impl AcceptedStream {
     /// The connection itself.
-    pub fn socket(&self) -> &Socket {
+    pub fn socket(&self) -> &LazySocket {
         let (Self::Unix(stream) | Self::Tcp { stream, .. }) = self;
         stream
     }
 
     /// The connection alone.
-    pub fn into_socket(self) -> Socket {
+    pub fn into_socket(self) -> LazySocket {
         let (Self::Unix(stream) | Self::Tcp { stream, .. }) = self;
         stream
     }

@@ -4,16 +4,16 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use crate::listen::{Bound, ListenError};
+use crate::listen::{ListenError, Listener};
 
 /// Listeners that were handed over and are not yet taken.
 #[derive(Debug, Default)]
-pub struct Inherited {
+pub struct ActivatedSockets {
     unix: Vec<UnixListener>,
     tcp: Vec<TcpListener>,
 }
 
-impl Inherited {
+impl ActivatedSockets {
     /// Takes them from the environment; to be called once, before threads are started.
     pub fn from_environment() -> Self {
         let mut handed = listenfd::ListenFd::from_env();
@@ -52,8 +52,8 @@ impl Inherited {
     }
 
     /// Those that were not taken.
-    pub fn rest(&mut self) -> Vec<Result<Bound, ListenError>> {
-        let unix = std::mem::take(&mut self.unix).into_iter().map(Bound::inherited_unix);
-        unix.chain(std::mem::take(&mut self.tcp).into_iter().map(Bound::inherited_tcp)).collect()
+    pub fn take_unclaimed(&mut self) -> Vec<Result<Listener, ListenError>> {
+        let unix = std::mem::take(&mut self.unix).into_iter().map(Listener::activated_unix);
+        unix.chain(std::mem::take(&mut self.tcp).into_iter().map(Listener::activated_tcp)).collect()
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::listen::ListenError;
-use crate::listen::tcp::{Freely, bind, bound_buffers};
+use crate::listen::tcp::{FreeBind, bind, bound_buffers};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
 
 /// Where every SDK is told to ask, in every pod.
@@ -19,7 +19,7 @@ const PORT: u16 = 974;
 
 /// A pod's network namespace, and where it is found. Nothing of it is kept open.
 #[derive(Debug)]
-pub struct NamespacePlace {
+pub struct NetnsRef {
     id: NamespaceId,
     /// One of its files; another one if that is removed.
     path: Mutex<PathBuf>,
@@ -27,13 +27,13 @@ pub struct NamespacePlace {
 
 /// A listener there. The one that accepts is replaced if it is killed.
 #[derive(Debug)]
-pub struct Inside {
-    place: Arc<NamespacePlace>,
+pub struct PodListener {
+    place: Arc<NetnsRef>,
     address: SocketAddr,
     listener: Mutex<Arc<OwnedFd>>,
 }
 
-impl NamespacePlace {
+impl NetnsRef {
     /// Of this namespace.
     pub fn new(id: NamespaceId, path: PathBuf) -> Self {
         Self { id, path: Mutex::new(path) }
@@ -50,12 +50,12 @@ impl NamespacePlace {
     }
 
     /// Where it is found from now on.
-    pub fn move_to(&self, path: &Path) {
+    pub fn update_path(&self, path: &Path) {
         path.clone_into(&mut lock(&self.path));
     }
 
     /// Makes sockets there, if its file is still the same namespace's.
-    pub fn within<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
+    pub fn run_in<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
         let namespace = Namespace::open(&self.path())?;
         if namespace.id() != self.id {
             return Err(NamespaceError::NotMounted);
@@ -64,16 +64,16 @@ impl NamespacePlace {
     }
 }
 
-impl Inside {
+impl PodListener {
     /// Listens; to be called within the namespace. The address may be one that it does not have yet: a loopback device has
     /// none before the pod's network is set up.
-    pub fn bind(place: Arc<NamespacePlace>, address: SocketAddr) -> io::Result<Self> {
-        let listener = Mutex::new(Arc::new(bind(address, Freely::Yes)?));
+    pub fn bind(place: Arc<NetnsRef>, address: SocketAddr) -> io::Result<Self> {
+        let listener = Mutex::new(Arc::new(bind(address, FreeBind::Allowed)?));
         Ok(Self { place, address, listener })
     }
 
     /// With a listener that another daemon has made, with whatever buffers.
-    pub fn with(place: Arc<NamespacePlace>, address: SocketAddr, listener: OwnedFd) -> io::Result<Self> {
+    pub fn with(place: Arc<NetnsRef>, address: SocketAddr, listener: OwnedFd) -> io::Result<Self> {
         bound_buffers(&listener)?;
         Ok(Self { place, address, listener: Mutex::new(Arc::new(listener)) })
     }
@@ -89,21 +89,21 @@ impl Inside {
     }
 
     /// Binds it again, in the place of one that was killed.
-    pub(super) fn again(&self) -> Result<(), ListenError> {
-        let bound = self.place.within(|| bind(self.address, Freely::Yes)).map_err(|error| match error {
-            NamespaceError::Io(error) => self.failed(error),
-            other => self.failed(io::Error::other(other)),
+    pub(super) fn rebind(&self) -> Result<(), ListenError> {
+        let bound = self.place.run_in(|| bind(self.address, FreeBind::Allowed)).map_err(|error| match error {
+            NamespaceError::Io(error) => self.bind_error(error),
+            other => self.bind_error(io::Error::other(other)),
         })?;
-        *lock(&self.listener) = Arc::new(bound.map_err(|source| self.failed(source))?);
+        *lock(&self.listener) = Arc::new(bound.map_err(|source| self.bind_error(source))?);
         Ok(())
     }
 
-    pub(super) fn failed(&self, source: io::Error) -> ListenError {
+    pub(super) fn bind_error(&self, source: io::Error) -> ListenError {
         ListenError::Pod { name: self.to_string(), source }
     }
 }
 
-impl fmt::Display for Inside {
+impl fmt::Display for PodListener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} in {}", self.address, self.place.path().display())
     }

@@ -19,18 +19,18 @@ use crate::listen::sys;
 
 /// A stream socket.
 #[derive(Debug)]
-pub struct Socket {
+pub struct LazySocket {
     fd: Arc<OwnedFd>,
     watched: Option<AsyncFd<Arc<OwnedFd>>>,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Direction {
+enum IoDirection {
     Read,
     Write,
 }
 
-impl Socket {
+impl LazySocket {
     /// Takes one that does not block.
     pub(super) fn new(fd: impl Into<OwnedFd>) -> Self {
         Self { fd: Arc::new(fd.into()), watched: None }
@@ -51,7 +51,7 @@ impl Socket {
     fn poll<T>(
         &mut self,
         cx: &mut Context<'_>,
-        direction: Direction,
+        direction: IoDirection,
         mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
     ) -> Poll<io::Result<T>> {
         let fd = self.fd.as_fd();
@@ -65,15 +65,15 @@ impl Socket {
             Some(watched) => watched,
             None => match call() {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.watched.insert(sys::watch(self.fd.clone())?)
+                    self.watched.insert(sys::register(self.fd.clone())?)
                 }
                 done => return Poll::Ready(done),
             },
         };
         loop {
             let mut is_ready = match direction {
-                Direction::Read => ready!(watched.poll_read_ready(cx))?,
-                Direction::Write => ready!(watched.poll_write_ready(cx))?,
+                IoDirection::Read => ready!(watched.poll_read_ready(cx))?,
+                IoDirection::Write => ready!(watched.poll_write_ready(cx))?,
             };
             if let Ok(done) = is_ready.try_io(|_| call()) {
                 return Poll::Ready(done);
@@ -82,19 +82,19 @@ impl Socket {
     }
 }
 
-impl AsFd for Socket {
+impl AsFd for LazySocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
 
-impl AsyncRead for Socket {
+impl AsyncRead for LazySocket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.poll(cx, Direction::Read, |fd| sys::receive(fd, buffer))
+        self.poll(cx, IoDirection::Read, |fd| sys::recv(fd, buffer))
     }
 }
 
-impl AsyncWrite for Socket {
+impl AsyncWrite for LazySocket {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
     }
@@ -104,7 +104,7 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.poll(cx, Direction::Write, |fd| Ok(writev(fd, slices)?))
+        self.poll(cx, IoDirection::Write, |fd| Ok(writev(fd, slices)?))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -131,10 +131,10 @@ mod tests {
 
     use super::*;
 
-    fn pair() -> (Socket, UnixStream) {
+    fn pair() -> (LazySocket, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        (Socket::new(ours), theirs)
+        (LazySocket::new(ours), theirs)
     }
 
     #[tokio::test]

@@ -25,36 +25,36 @@ pub struct SocketFile {
 }
 
 /// Of a directory in which clients find their sockets.
-const OPEN: u32 = 0o755;
+const MODE_PUBLIC: u32 = 0o755;
 /// Of one that is the daemon's alone.
-const CLOSED: u32 = 0o700;
+const MODE_PRIVATE: u32 = 0o700;
 /// Between taking the lock and listening a daemon needs far less.
-const PATIENCE: Duration = Duration::from_millis(200);
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
+const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
 impl SocketFile {
     /// Listens on `path` with `mode`: replaces the file of a daemon that is gone, refuses to replace a living one's.
     pub fn bind(path: &Path, mode: u32) -> Result<(UnixListener, Self), ListenError> {
-        Self::bind_in(OPEN, path, mode)
+        Self::bind_in_dir(MODE_PUBLIC, path, mode)
     }
 
     /// The same for a socket that is for the daemon's own kind, in a directory that is, too. Without waiting: nobody but
     /// another daemon has the lock there.
-    pub fn bind_closed(path: &Path) -> Result<(UnixListener, Self), ListenError> {
-        Self::bind_in(CLOSED, path, 0o600)
+    pub fn bind_private(path: &Path) -> Result<(UnixListener, Self), ListenError> {
+        Self::bind_in_dir(MODE_PRIVATE, path, 0o600)
     }
 
-    fn bind_in(directory_mode: u32, path: &Path, mode: u32) -> Result<(UnixListener, Self), ListenError> {
+    fn bind_in_dir(directory_mode: u32, path: &Path, mode: u32) -> Result<(UnixListener, Self), ListenError> {
         let failed = |source: io::Error| ListenError::Unix { path: path.to_owned(), source };
         let in_use = || ListenError::InUse { path: path.to_owned() };
         let directory = path.parent().unwrap_or(Path::new("/"));
         fs::DirBuilder::new().recursive(true).mode(directory_mode).create(directory).map_err(failed)?;
         check_directory(directory, directory_mode)?;
-        let name = beside(path, ".lock");
+        let name = with_suffix(path, ".lock");
         let lock = loop {
             let lock = open_lock(&name).map_err(failed)?;
             let lock = match directory_mode {
-                CLOSED => {
+                MODE_PRIVATE => {
                     Some(Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
                         Errno::EWOULDBLOCK => in_use(),
                         error => failed(error.into()),
@@ -76,7 +76,7 @@ impl SocketFile {
             return Err(failed(io::Error::new(io::ErrorKind::AlreadyExists, "it exists and is no socket; remove it")));
         }
         // Made under another name first: clients see it with its final mode, or not at all.
-        let new = beside(path, ".new");
+        let new = with_suffix(path, ".new");
         match fs::remove_file(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
@@ -101,7 +101,7 @@ fn is_at(file: &File, path: &Path) -> bool {
     opened.is_some() && opened == inode(fs::symlink_metadata(path))
 }
 
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
@@ -117,13 +117,13 @@ fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenE
             Err(_) if UnixStream::connect(path).is_ok() => {
                 return Err(ListenError::InUse { path: path.to_owned() });
             }
-            Err(_) if begun.elapsed() >= PATIENCE => {
+            Err(_) if begun.elapsed() >= LOCK_TIMEOUT => {
                 tracing::warn!("{}: somebody holds the lock beside it who does not listen there", path.display());
                 return Ok(None);
             }
             Err((file, _)) => lock = file,
         }
-        thread::sleep(LOOK_AGAIN);
+        thread::sleep(LOCK_POLL);
     }
 }
 
@@ -146,7 +146,7 @@ impl Drop for SocketFile {
             let _ = fs::remove_file(&self.path);
         }
         // While it is locked: the next daemon makes a new one.
-        let lock = beside(&self.path, ".lock");
+        let lock = with_suffix(&self.path, ".lock");
         if self.lock.as_ref().is_some_and(|held| is_at(held, &lock)) {
             let _ = fs::remove_file(lock);
         }
@@ -198,8 +198,8 @@ mod tests {
         let path = directory.path().join("a.sock");
         drop(SocketFile::bind(&path, 0o666).unwrap());
         // Read-only: as in a container that only connects.
-        File::create(beside(&path, ".lock")).unwrap();
-        let file = File::open(beside(&path, ".lock")).unwrap();
+        File::create(with_suffix(&path, ".lock")).unwrap();
+        let file = File::open(with_suffix(&path, ".lock")).unwrap();
         let _taken = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
         let (_listener, _file) = SocketFile::bind(&path, 0o666).unwrap();
         assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::InUse { .. })));
@@ -209,11 +209,11 @@ mod tests {
     fn a_closed_directory_is_made_and_no_other_is_taken_for_one() {
         let directory = safe_directory();
         let closed = directory.path().join("closed");
-        let (_listener, _file) = SocketFile::bind_closed(&closed.join("a.sock")).unwrap();
+        let (_listener, _file) = SocketFile::bind_private(&closed.join("a.sock")).unwrap();
         assert_eq!(fs::metadata(&closed).unwrap().mode() & 0o777, 0o700);
         for mode in [0o755, 0o710, 0o701] {
             fs::set_permissions(&closed, Permissions::from_mode(mode)).unwrap();
-            let refused = SocketFile::bind_closed(&closed.join("b.sock"));
+            let refused = SocketFile::bind_private(&closed.join("b.sock"));
             assert!(matches!(refused, Err(ListenError::UnsafeDirectory { mode: 0o700, .. })), "{mode:o}");
         }
     }
@@ -222,12 +222,13 @@ mod tests {
     fn whoever_has_the_lock_in_a_closed_directory_has_the_socket() {
         let directory = safe_directory();
         let path = directory.path().join("closed/a.sock");
-        drop(SocketFile::bind_closed(&path).unwrap());
-        File::create(beside(&path, ".lock")).unwrap();
-        let taken = Flock::lock(File::open(beside(&path, ".lock")).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
-        assert!(matches!(SocketFile::bind_closed(&path), Err(ListenError::InUse { .. })));
+        drop(SocketFile::bind_private(&path).unwrap());
+        File::create(with_suffix(&path, ".lock")).unwrap();
+        let taken =
+            Flock::lock(File::open(with_suffix(&path, ".lock")).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
+        assert!(matches!(SocketFile::bind_private(&path), Err(ListenError::InUse { .. })));
         drop(taken);
-        SocketFile::bind_closed(&path).unwrap();
+        SocketFile::bind_private(&path).unwrap();
     }
 
     #[test]

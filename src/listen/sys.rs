@@ -12,7 +12,7 @@ use tokio::io::{Interest, ReadBuf};
 
 /// `TCP_CORK` of `tcp(7)`: what is written is sent when the connection is shut down, with that. A client that waits for an
 /// answer is woken once then, not for the answer and again for its end. Each connection is shut down after its one answer.
-pub(super) fn cork(stream: impl AsFd) -> io::Result<()> {
+pub(super) fn set_tcp_cork(stream: impl AsFd) -> io::Result<()> {
     let on: libc::c_int = 1;
     let length = libc::socklen_t::try_from(size_of::<libc::c_int>()).map_err(io::Error::other)?;
     // SAFETY: `on` is a valid place of `length` bytes, which the kernel only reads.
@@ -28,7 +28,7 @@ const ACCEPTED: libc::c_int = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
 /// `accept4(2)` on a unix socket.
 pub(super) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // SAFETY: without a place for an address the kernel writes none.
-    owned(unsafe { libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), ACCEPTED) })
+    owned_fd(unsafe { libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), ACCEPTED) })
 }
 
 /// `accept4(2)` on a TCP socket, with the client's address.
@@ -38,7 +38,7 @@ pub(super) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Socke
     let mut length = libc::socklen_t::try_from(size_of_val(&place)).map_err(io::Error::other)?;
     let address = (&raw mut place).cast::<libc::sockaddr>();
     // SAFETY: `place` has room for `length` bytes, and the kernel writes at most that many.
-    let accepted = owned(unsafe { libc::accept4(listener.as_raw_fd(), address, &raw mut length, ACCEPTED) })?;
+    let accepted = owned_fd(unsafe { libc::accept4(listener.as_raw_fd(), address, &raw mut length, ACCEPTED) })?;
     // SAFETY: the kernel has put an address of `length` bytes here.
     let client = unsafe { SockaddrStorage::from_raw(address, Some(length)) };
     // As of a connection that is broken.
@@ -58,7 +58,7 @@ fn ip(address: &SockaddrStorage) -> Option<SocketAddr> {
     v4().or_else(v6)
 }
 
-fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
+fn owned_fd(fd: libc::c_int) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -67,7 +67,7 @@ fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
 }
 
 /// `recv(2)` into what is free of `buffer`, which need not be filled with zeros before.
-pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
+pub(super) fn recv(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
     // SAFETY: nothing is read from there, and nothing but the kernel's bytes is put there.
     let room = unsafe { buffer.unfilled_mut() };
     // SAFETY: the kernel writes at most `room.len()` bytes into `room`.
@@ -80,13 +80,13 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::R
 }
 
 /// A listener that does not block, and wakes whoever waits for a connection.
-pub(super) fn watch_listener(listener: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+pub(super) fn register_listener(listener: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
     // SAFETY: it keeps the descriptor open, and gives no other than that.
     Ok(unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }?)
 }
 
 /// A socket that does not block, and wakes whoever waits for it.
-pub(super) fn watch(socket: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+pub(super) fn register(socket: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
     // SAFETY: it keeps the descriptor open, and gives no other than that.
     Ok(unsafe { AsyncFd::register(socket) }?)
 }

@@ -11,15 +11,15 @@ use super::*;
 use crate::namespace::Namespace;
 
 /// A listener on a port that is free, and where it is.
-fn bound() -> (Bound, SocketAddr) {
-    let bound = Bound::tcp((Ipv4Addr::LOCALHOST, 0).into(), &mut Inherited::default()).unwrap();
-    let Bound::Tcp { address, .. } = bound else { unreachable!() };
+fn bound() -> (Listener, SocketAddr) {
+    let bound = Listener::tcp((Ipv4Addr::LOCALHOST, 0).into(), &mut ActivatedSockets::default()).unwrap();
+    let Listener::Tcp { address, .. } = bound else { unreachable!() };
     (bound, address)
 }
 
 #[tokio::test]
 async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting() {
-    let (connections, stop) = (Connections::new(&Metrics::default()), watch::channel(false));
+    let (connections, stop) = (ConnectionTracker::new(&Metrics::default()), watch::channel(false));
     let (arrived, mut arrivals) = mpsc::unbounded_channel();
     let serving = || {
         let ((bound, address), arrived) = (bound(), arrived.clone());
@@ -31,17 +31,17 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
         (address, tokio::spawn(serve(bound, connections.clone(), stop.1.clone(), connection)))
     };
     let (hostile, honest) = (serving(), serving());
-    let _clients: Vec<_> = (0..=ARRIVING).map(|_| TcpStream::connect(hostile.0).unwrap()).collect();
+    let _clients: Vec<_> = (0..=MAX_UNATTESTED).map(|_| TcpStream::connect(hostile.0).unwrap()).collect();
     let mut held = Vec::new();
-    for _ in 0..ARRIVING {
+    for _ in 0..MAX_UNATTESTED {
         held.push(arrivals.recv().await.unwrap());
     }
     let _client = TcpStream::connect(honest.0).unwrap();
-    let next = timeout(CONNECTION_LIFE, arrivals.recv()).await.expect("the other listener accepts").unwrap();
+    let next = timeout(CONNECTION_TIMEOUT, arrivals.recv()).await.expect("the other listener accepts").unwrap();
     assert_eq!(next.0, honest.0, "and the first has as many as it may");
     // Each that is known makes room for another one.
     held.pop();
-    let next = timeout(CONNECTION_LIFE, arrivals.recv()).await.expect("the first one accepts again").unwrap();
+    let next = timeout(CONNECTION_TIMEOUT, arrivals.recv()).await.expect("the first one accepts again").unwrap();
     assert_eq!(next.0, hostile.0);
     hostile.1.abort();
     honest.1.abort();
@@ -57,20 +57,20 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     tcp.set_nonblocking(true).unwrap();
     unix.set_nonblocking(true).unwrap();
     let address = tcp.local_addr().unwrap();
-    let watched = |listener: OwnedFd| sys::watch_listener(Arc::new(listener)).unwrap();
+    let watched = |listener: OwnedFd| sys::register_listener(Arc::new(listener)).unwrap();
     let listener = watched(tcp.try_clone().unwrap().into());
-    let bound = Bound::Tcp { listener, address, origin: Origin::Inherited };
+    let bound = Listener::Tcp { listener, address, origin: ListenerSource::Inherited };
     let _before = TcpStream::connect(address).unwrap();
-    assert_eq!(bound.close().unwrap().len(), 1);
+    assert_eq!(bound.close_and_drain_backlog().unwrap().len(), 1);
     assert_eq!(tcp.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    let bound = Bound::Unix {
+    let bound = Listener::Unix {
         listener: watched(unix.try_clone().unwrap().into()),
         path: path.clone(),
         mode: 0o666,
         file: None,
     };
     let _before = UnixStream::connect(&path).unwrap();
-    assert_eq!(bound.close().unwrap().len(), 1);
+    assert_eq!(bound.close_and_drain_backlog().unwrap().len(), 1);
     assert_eq!(unix.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
     // Who comes later waits for the next start.
     let _after = (TcpStream::connect(address).unwrap(), UnixStream::connect(&path).unwrap());
@@ -79,8 +79,8 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
 }
 
 /// The buffers of an accepted connection, as the kernel counts them: twice what was set.
-fn buffers(accepted: &Stream) -> (usize, usize) {
-    let (Stream::Unix(socket) | Stream::Tcp { stream: socket, .. }) = accepted;
+fn buffers(accepted: &AcceptedStream) -> (usize, usize) {
+    let (AcceptedStream::Unix(socket) | AcceptedStream::Tcp { stream: socket, .. }) = accepted;
     let [receive, send] = [getsockopt(socket, sockopt::RcvBuf).unwrap(), getsockopt(socket, sockopt::SndBuf).unwrap()];
     (receive, send)
 }
@@ -93,36 +93,37 @@ async fn every_tcp_listener_has_small_buffers() {
         listener.set_nonblocking(true).unwrap();
         listener
     };
-    let place = || Arc::new(NamespacePlace::new(Namespace::own().unwrap().id(), "/proc/self/ns/net".into()));
+    let place = || Arc::new(NetnsRef::new(Namespace::own().unwrap().id(), "/proc/self/ns/net".into()));
     let inherited = elsewhere();
     let address = inherited.local_addr().unwrap();
-    let by_systemd = Bound::tcp(address, &mut Inherited::of(inherited)).unwrap();
+    let by_systemd = Listener::tcp(address, &mut ActivatedSockets::of(inherited)).unwrap();
     let given = elsewhere();
     let address = given.local_addr().unwrap();
-    let given = Inside::with(place(), address, given.into()).unwrap();
-    let handed_over = Bound::pod(Arc::new(given)).unwrap();
-    let inside = Inside::bind(place(), (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let given = PodListener::with(place(), address, given.into()).unwrap();
+    let handed_over = Listener::pod(Arc::new(given)).unwrap();
+    let inside = PodListener::bind(place(), (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
     let port = sys::local_address(inside.listener()).unwrap();
-    let in_a_pod = Bound::pod(Arc::new(inside)).unwrap();
+    let in_a_pod = Listener::pod(Arc::new(inside)).unwrap();
     let mut again = None;
     for (name, bound) in [("own", bound().0), ("systemd", by_systemd), ("handed over", handed_over), ("pod", in_a_pod)]
     {
-        let Bound::Tcp { address, .. } = bound else { unreachable!() };
+        let Listener::Tcp { address, .. } = bound else { unreachable!() };
         let address = if name == "pod" { port } else { address };
         let _client = TcpStream::connect(address).unwrap();
-        let mut arrived = bound.arrival().await.unwrap();
+        let mut arrived = bound.readable().await.unwrap();
         let accepted = bound.accept(&mut arrived).unwrap().unwrap();
         assert_eq!(buffers(&accepted), (2 * 8 * 1024, 2 * 16 * 1024), "{name}");
         drop(arrived);
         again.get_or_insert(bound);
     }
     // And one in the place of a listener that was killed.
-    let Some(Bound::Tcp { address, listener, origin }) = again else { unreachable!() };
+    let Some(Listener::Tcp { address, listener, origin }) = again else { unreachable!() };
     drop(listener);
-    let killed = Bound::Tcp { listener: sys::watch_listener(Arc::new(elsewhere().into())).unwrap(), address, origin };
-    let bound = killed.again().await.unwrap();
+    let killed =
+        Listener::Tcp { listener: sys::register_listener(Arc::new(elsewhere().into())).unwrap(), address, origin };
+    let bound = killed.rebind().await.unwrap();
     let _client = TcpStream::connect(address).unwrap();
-    let mut arrived = bound.arrival().await.unwrap();
+    let mut arrived = bound.readable().await.unwrap();
     assert_eq!(buffers(&bound.accept(&mut arrived).unwrap().unwrap()), (2 * 8 * 1024, 2 * 16 * 1024));
 }
 
@@ -137,8 +138,8 @@ async fn a_whole_answer_is_one_write() {
             TcpStream::from(client)
         })
         .unwrap();
-    let mut arrived = bound.arrival().await.unwrap();
-    let Stream::Tcp { mut stream, .. } = bound.accept(&mut arrived).unwrap().unwrap() else { unreachable!() };
+    let mut arrived = bound.readable().await.unwrap();
+    let AcceptedStream::Tcp { mut stream, .. } = bound.accept(&mut arrived).unwrap().unwrap() else { unreachable!() };
     let (head, body) = (vec![b'h'; 200], vec![b'b'; 10_000]);
     let written = stream.write_vectored(&[IoSlice::new(&head), IoSlice::new(&body)]).await.unwrap();
     assert_eq!(written, head.len() + body.len());

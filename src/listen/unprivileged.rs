@@ -5,31 +5,31 @@ use std::fs;
 use std::net::SocketAddr;
 
 /// Where the kernel has no other value: `PROT_SOCK` of ip(7).
-const DEFAULT: u16 = 1024;
+const DEFAULT_FIRST_PORT: u16 = 1024;
 /// Of the calling thread's network namespace; for IPv6, too.
-const SETTING: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
+const SYSCTL_PATH: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
 
 /// The first port that a process without `CAP_NET_BIND_SERVICE` may bind in the calling thread's network namespace.
 pub fn first_unprivileged_port() -> u16 {
-    let value = fs::read_to_string(SETTING).ok().and_then(|text| text.trim().parse::<u32>().ok());
+    let value = fs::read_to_string(SYSCTL_PATH).ok().and_then(|text| text.trim().parse::<u32>().ok());
     // 65536 leaves none.
-    value.map_or(DEFAULT, |value| u16::try_from(value).unwrap_or(u16::MAX))
+    value.map_or(DEFAULT_FIRST_PORT, |value| u16::try_from(value).unwrap_or(u16::MAX))
 }
 
 /// The ports that any user may bind by this setting, and not by the kernel's default. The configuration's reader warns of ports
 /// above the default.
-pub fn unguarded(addresses: &[SocketAddr], first_unprivileged: u16) -> Vec<u16> {
+pub fn unprivileged_ports(addresses: &[SocketAddr], first_unprivileged: u16) -> Vec<u16> {
     let mut ports: Vec<u16> = addresses.iter().map(SocketAddr::port).collect();
-    ports.retain(|port| (first_unprivileged..DEFAULT).contains(port));
+    ports.retain(|port| (first_unprivileged..DEFAULT_FIRST_PORT).contains(port));
     ports.sort_unstable();
     ports.dedup();
     ports
 }
 
 /// Warns of them in the daemon's own network namespace.
-pub fn warn_of_unguarded(addresses: &[SocketAddr]) {
+pub fn warn_of_unprivileged_ports(addresses: &[SocketAddr]) {
     let first = first_unprivileged_port();
-    let ports = unguarded(addresses, first);
+    let ports = unprivileged_ports(addresses, first);
     if !ports.is_empty() {
         tracing::warn!(
             ?ports,
@@ -56,7 +56,7 @@ mod tests {
             (0, &[80, 974]),
             (u16::MAX, &[]),
         ] {
-            assert_eq!(unguarded(&addresses, first), expected, "{first}");
+            assert_eq!(unprivileged_ports(&addresses, first), expected, "{first}");
         }
     }
 }

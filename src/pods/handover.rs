@@ -63,7 +63,7 @@ pub(super) struct Handover {
 impl Handover {
     /// To be called within the runtime.
     pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
-        let (listener, file) = SocketFile::bind_closed(path)?;
+        let (listener, file) = SocketFile::bind_private(path)?;
         let failed = |source| ListenError::Unix { path: path.to_owned(), source };
         let refusals = Mutex::new(Quota::new(3, TELL_AGAIN));
         Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, refusals, _file: file })

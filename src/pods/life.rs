@@ -229,7 +229,7 @@ impl Pods {
         // Loops and connections end by themselves, or with their pod.
         let mut ended = pin!(async {
             loops.wait().await;
-            connections.ended().await;
+            connections.drained().await;
         });
         loop {
             tokio::select! {

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::attest::{PodAttestor, SockDiag};
 use crate::http::Front;
-use crate::listen::{self, Bound, Connections, Inside, ListenError, NamespacePlace, POD_ADDRESSES};
+use crate::listen::{self, ConnectionTracker, ListenError, Listener, NetnsRef, POD_ADDRESSES, PodListener};
 use crate::namespace::{NamespaceError, NamespaceId};
 use crate::pods::handover::{self, Key};
 use crate::pods::sys;
@@ -24,7 +24,7 @@ use crate::pods::sys;
 #[derive(Debug)]
 pub(super) struct Service {
     pub(super) front: Arc<Front>,
-    pub(super) connections: Connections,
+    pub(super) connections: ConnectionTracker,
     /// Ends all accept loops.
     pub(super) stop: watch::Receiver<bool>,
     pub(super) loops: TaskTracker,
@@ -33,9 +33,9 @@ pub(super) struct Service {
 /// A namespace that is listened in.
 #[derive(Debug)]
 pub(super) struct Pod {
-    pub(super) place: Arc<NamespacePlace>,
+    pub(super) place: Arc<NetnsRef>,
     attestor: Arc<PodAttestor>,
-    listeners: Vec<Arc<Inside>>,
+    listeners: Vec<Arc<PodListener>>,
     /// Addresses that could not be had yet.
     pub(super) missing: Vec<SocketAddr>,
     /// Whether it was told whose pod it is where that happens.
@@ -55,29 +55,29 @@ pub(super) struct Made {
 }
 
 /// An address, and how binding it went.
-pub(super) type Bind = (SocketAddr, io::Result<Inside>);
+pub(super) type Bind = (SocketAddr, io::Result<PodListener>);
 
 /// Listeners of one namespace that another daemon says it had.
 pub(super) type Given = Vec<(SocketAddr, OwnedFd)>;
 
 /// Listens on these addresses, in the namespace of this place.
-pub(super) fn bind(place: &Arc<NamespacePlace>, addresses: &[SocketAddr]) -> Result<Vec<Bind>, NamespaceError> {
-    place.within(|| addresses.iter().map(|address| (*address, Inside::bind(place.clone(), *address))).collect())
+pub(super) fn bind(place: &Arc<NetnsRef>, addresses: &[SocketAddr]) -> Result<Vec<Bind>, NamespaceError> {
+    place.run_in(|| addresses.iter().map(|address| (*address, PodListener::bind(place.clone(), *address))).collect())
 }
 
 impl Made {
     /// Makes everything that a pod needs, but for the listeners that another daemon has given. It keeps the namespace alive
     /// until it is dropped.
-    pub(super) fn inside(place: &Arc<NamespacePlace>, given: Given) -> Result<Self, NamespaceError> {
+    pub(super) fn inside(place: &Arc<NetnsRef>, given: Given) -> Result<Self, NamespaceError> {
         let mut given: HashMap<_, _> = given.into_iter().collect();
         let mut listener = |address: SocketAddr| match given
             .remove(&address)
             .filter(|given| handover::is_listener(given, address).unwrap_or(false))
         {
-            Some(listener) => Inside::with(place.clone(), address, listener),
-            None => Inside::bind(place.clone(), address),
+            Some(listener) => PodListener::with(place.clone(), address, listener),
+            None => PodListener::bind(place.clone(), address),
         };
-        place.within(|| {
+        place.run_in(|| {
             let cookie = match sys::cookie_here() {
                 // Kernels that have none tell nobody's cgroup either: what is made here is not served.
                 Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
@@ -106,7 +106,7 @@ pub(super) enum Unbound {
 impl Pod {
     /// Serves what was made in this place. `None` where the kernel doesn't tell TCP callers apart.
     pub(super) fn serve(
-        place: Arc<NamespacePlace>,
+        place: Arc<NetnsRef>,
         made: Made,
         service: &Service,
     ) -> io::Result<Option<(Self, Vec<Unbound>)>> {
@@ -150,8 +150,8 @@ impl Pod {
         unbound
     }
 
-    fn listen(&mut self, inside: Arc<Inside>, service: &Service) -> io::Result<()> {
-        let bound = Bound::pod(inside.clone()).map_err(|error| match error {
+    fn listen(&mut self, inside: Arc<PodListener>, service: &Service) -> io::Result<()> {
+        let bound = Listener::pod(inside.clone()).map_err(|error| match error {
             ListenError::Pod { source, .. } => source,
             other => io::Error::other(other),
         })?;
@@ -171,7 +171,8 @@ impl Pod {
     /// Stops accepting, and keeps those listeners that are among `kept`, which are another daemon's, too. Connections go on.
     pub(super) fn pause(&mut self, kept: &[(Key, Arc<OwnedFd>)]) {
         self.accepting.cancel();
-        let is_kept = |inside: &Arc<Inside>| kept.iter().any(|(_, listener)| Arc::ptr_eq(listener, &inside.listener()));
+        let is_kept =
+            |inside: &Arc<PodListener>| kept.iter().any(|(_, listener)| Arc::ptr_eq(listener, &inside.listener()));
         let (listeners, dropped) = self.listeners.drain(..).partition::<Vec<_>, _>(is_kept);
         self.missing.extend(dropped.into_iter().map(|inside| inside.address()));
         self.listeners = listeners;

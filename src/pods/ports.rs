@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::listen::{POD_ADDRESSES, first_unprivileged_port, unguarded};
+use crate::listen::{POD_ADDRESSES, first_unprivileged_port, unprivileged_ports};
 use crate::pods::Pods;
 
 /// So long after a namespace is there its setting is what it stays: a runtime makes it with the kernel's default and sets
@@ -35,8 +35,8 @@ impl Pods {
         let looking = tokio::task::spawn_blocking(move || {
             places.into_iter().find_map(|place| {
                 // It may be gone.
-                let first = place.within(first_unprivileged_port).ok()?;
-                (!unguarded(&POD_ADDRESSES, first).is_empty()).then(|| (place.path(), first))
+                let first = place.run_in(first_unprivileged_port).ok()?;
+                (!unprivileged_ports(&POD_ADDRESSES, first).is_empty()).then(|| (place.path(), first))
             })
         });
         if let Some((path, first)) = looking.await.unwrap_or_default() {

@@ -2,11 +2,11 @@ use std::path::Path;
 
 use super::*;
 use crate::caller::unchanged::unchanged;
-use crate::caller::{Groups, Listener, Process, Program};
+use crate::caller::{Groups, ListenerKind, Process, Program};
 
 /// A caller of whom only the socket is known.
 fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
-    unchanged(Listener::Tcp, uid, cgroup, None)
+    unchanged(ListenerKind::Tcp, uid, cgroup, None)
 }
 
 fn groups(groups: &[u32]) -> Option<Groups> {

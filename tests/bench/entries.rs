@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use awsvid::cache::{CredentialCache, Limits};
-use awsvid::caller::{Caller, Evidence, Listener, Looks, Refusal};
+use awsvid::caller::{Caller, Evidence, ListenerKind, Looks, Refusal};
 use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
 use awsvid::credentials::Credentials;
@@ -69,7 +69,7 @@ fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
 fn caller(number: usize) -> Caller {
     let cgroup = CgroupPath::parse(&format!("/system.slice/system-workload.slice/workload@{number}.service"));
     Caller {
-        listener: Listener::Tcp,
+        listener: ListenerKind::Tcp,
         uid: 1000,
         cgroup,
         pod: None,

@@ -19,7 +19,7 @@ fn request(changes: &[(&str, &str)]) -> HeaderMap {
 fn judge(
     path: &str,
     headers: &HeaderMap,
-    listener: Listener,
+    listener: ListenerKind,
     authorization: &Authorization,
 ) -> Result<Wanted, &'static str> {
     let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
@@ -28,7 +28,7 @@ fn judge(
 }
 
 fn over_tcp(path: &str, changes: &[(&str, &str)]) -> Result<Wanted, &'static str> {
-    judge(path, &request(changes), Listener::Tcp, &Authorization::Present)
+    judge(path, &request(changes), ListenerKind::Tcp, &Authorization::Present)
 }
 
 #[test]
@@ -71,10 +71,10 @@ fn other_hosts_are_refused() {
     }
     let mut twice = request(&[]);
     twice.append(HOST, HeaderValue::from_static("127.0.0.1"));
-    assert_eq!(judge("/v1/credentials", &twice, Listener::Tcp, &Authorization::Present), Err("host"));
+    assert_eq!(judge("/v1/credentials", &twice, ListenerKind::Tcp, &Authorization::Present), Err("host"));
     // On the unix socket too: a deputy may speak over it as well.
     assert_eq!(
-        judge("/v1/credentials", &request(&[("host", "evil.example")]), Listener::Unix, &Authorization::Off),
+        judge("/v1/credentials", &request(&[("host", "evil.example")]), ListenerKind::Unix, &Authorization::Off),
         Err("host")
     );
 }
@@ -103,7 +103,7 @@ fn deputies_are_refused() {
     // One value of a page among others.
     let mut several = request(&[("Sec-Fetch-Site", "none")]);
     several.append("sec-fetch-site", HeaderValue::from_static("cross-site"));
-    assert_eq!(judge("/v1/credentials", &several, Listener::Tcp, &Authorization::Present), Err("browser"));
+    assert_eq!(judge("/v1/credentials", &several, ListenerKind::Tcp, &Authorization::Present), Err("browser"));
 }
 
 /// A head of heads.txt.
@@ -144,7 +144,7 @@ fn clients_are_answered_and_pages_are_not() {
     let judge = |head: &Head, headers: &HeaderMap, authorization: &Authorization| {
         let (path, query) = head.path.split_once('?').map_or((head.path, None), |(path, query)| (path, Some(query)));
         let asked = Asked { method: &head.method, names_server: false, path, query, headers, has_body: false };
-        match read(&asked, Listener::Tcp, authorization) {
+        match read(&asked, ListenerKind::Tcp, authorization) {
             Ok(Wanted::First) => "first",
             Ok(_) => "other",
             Err(refused) => refused.reason(),
@@ -175,7 +175,11 @@ fn only_get_is_answered() {
         let path = "/v1/credentials";
         let asked =
             Asked { method: &method, names_server: false, path, query: None, headers: &headers, has_body: false };
-        assert_eq!(read(&asked, Listener::Tcp, &Authorization::Present).unwrap_err().reason(), "method", "{method}");
+        assert_eq!(
+            read(&asked, ListenerKind::Tcp, &Authorization::Present).unwrap_err().reason(),
+            "method",
+            "{method}"
+        );
     }
 }
 
@@ -203,7 +207,7 @@ fn a_target_is_a_path_and_a_request_has_no_body() {
         let mut request = Request::builder().uri(target).body(body).unwrap();
         *request.headers_mut() = self::request(&[]);
         let judge = |request: &Request<_>| {
-            read(&Asked::of(request), Listener::Tcp, &Authorization::Present).map_err(|refused| refused.reason())
+            read(&Asked::of(request), ListenerKind::Tcp, &Authorization::Present).map_err(|refused| refused.reason())
         };
         assert_eq!(judge(&request), expected, "{target} {length}");
         request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
@@ -229,17 +233,17 @@ fn authorization_is_asked_for_on_tcp() {
     for (authorization, value, expected) in cases {
         let headers = request(&[("authorization", value)]);
         assert_eq!(
-            judge("/v1/credentials", &headers, Listener::Tcp, &authorization),
+            judge("/v1/credentials", &headers, ListenerKind::Tcp, &authorization),
             expected,
             "{authorization:?} {value:?}"
         );
-        assert_eq!(judge("/v1/credentials", &headers, Listener::Unix, &authorization), Ok(Wanted::First));
+        assert_eq!(judge("/v1/credentials", &headers, ListenerKind::Unix, &authorization), Ok(Wanted::First));
     }
     let mut twice = request(&[("authorization", "s3cret")]);
     twice.append(AUTHORIZATION, HeaderValue::from_static("other"));
-    assert_eq!(judge("/v1/credentials", &twice, Listener::Tcp, &token), Err("wrong_token"));
+    assert_eq!(judge("/v1/credentials", &twice, ListenerKind::Tcp, &token), Err("wrong_token"));
     let present = Authorization::Present;
-    assert_eq!(judge("/v1/credentials", &twice, Listener::Tcp, &present), Err("no_authorization"));
+    assert_eq!(judge("/v1/credentials", &twice, ListenerKind::Tcp, &present), Err("no_authorization"));
     assert!(!format!("{token:?}").contains("s3cret"));
 }
 

@@ -1,6 +1,6 @@
 use super::*;
 use crate::caller::unchanged::unchanged;
-use crate::caller::{GroupDetail, Groups, Listener, Process};
+use crate::caller::{GroupDetail, Groups, ListenerKind, Process};
 
 fn caller(uid: u32, groups: Option<(u32, &[u32])>) -> Caller {
     let process = groups.map(|(gid, groups)| Process {
@@ -11,7 +11,7 @@ fn caller(uid: u32, groups: Option<(u32, &[u32])>) -> Caller {
         program: None,
         started: None,
     });
-    unchanged(Listener::Unix, uid, Some("/system.slice/app.service"), process)
+    unchanged(ListenerKind::Unix, uid, Some("/system.slice/app.service"), process)
 }
 
 fn user(name: &str) -> AccountName {
@@ -170,7 +170,7 @@ fn a_name_that_does_not_exist_is_told_from_one_without_an_answer() {
 
 #[test]
 fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
-    let over_tcp = |uid| Caller { listener: Listener::Tcp, ..caller(uid, None) };
+    let over_tcp = |uid| Caller { listener: ListenerKind::Tcp, ..caller(uid, None) };
     let with_program = |rule: NamedRule| NamedRule {
         rule: Rule { exe: Some(ProgramFile::new("/usr/bin/app".into())), ..rule.rule.clone() },
         ..rule

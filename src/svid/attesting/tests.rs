@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Executable, GroupDetail, Groups, Listener, Named, Process, Program, Refusal, Watch};
+use crate::caller::{Evidence, Executable, GroupDetail, Groups, ListenerKind, Named, Process, Program, Refusal, Watch};
 use crate::endpoint::Endpoint;
 use crate::svid::DEADLINE;
 use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
@@ -189,7 +189,7 @@ fn caller_by(uid: u32, evidence: Looked) -> Arc<Caller> {
     let groups = Some(Groups::new(Vec::new(), GroupDetail::Digest).unwrap());
     let process = Process { pid, gid: uid, groups, contained: false, program, started: Some(1) };
     Arc::new(Caller {
-        listener: Listener::Unix,
+        listener: ListenerKind::Unix,
         uid,
         cgroup: None,
         pod: None,

@@ -5,7 +5,7 @@ use tokio::time::advance;
 
 use super::known::{DENIALS_APART, NO_IDENTITY, TRY_AGAIN};
 use super::*;
-use crate::caller::{Evidence, Executable, GroupDetail, Groups, Listener, Process, Program, Refusal};
+use crate::caller::{Evidence, Executable, GroupDetail, Groups, ListenerKind, Process, Program, Refusal};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
@@ -44,7 +44,7 @@ fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
     let lives = Arc::new(AtomicBool::new(true));
     let evidence = Box::new(Living(lives.clone()));
     let caller = Caller {
-        listener: Listener::Unix,
+        listener: ListenerKind::Unix,
         uid,
         cgroup: None,
         pod: None,

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::caller::unchanged::unchanged;
-use crate::caller::{Listener, Process};
+use crate::caller::{ListenerKind, Process};
 use crate::rule::Rule;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, raw_token, token_for};
@@ -385,7 +385,7 @@ async fn tcp_endpoints_are_asked_too() {
 }
 
 fn caller(uid: u32, process: Option<Process>) -> Arc<Caller> {
-    Arc::new(unchanged(Listener::Tcp, uid, Some("/system.slice/billing.service"), process))
+    Arc::new(unchanged(ListenerKind::Tcp, uid, Some("/system.slice/billing.service"), process))
 }
 
 #[tokio::test]

@@ -98,7 +98,7 @@ fn housed(uid: u32, ages: Ages, there_for: u32) -> Arc<Caller> {
     let pod = Pod { uid: PodUid::parse(UID).unwrap(), container: None };
     let evidence = Box::new(Housed { ages, looks: AtomicU32::new(0), there_for, pid: 7 });
     Arc::new(Caller {
-        listener: Listener::Pod,
+        listener: ListenerKind::Pod,
         uid,
         cgroup: None,
         pod: Some(pod),
