@@ -166,7 +166,7 @@ impl App {
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
-        let pod_roots = config.listen.pods_cgroup.clone().map_or_else(PodRoots::usual, PodRoots::at);
+        let pod_roots = config.listen.pods_cgroup.clone().map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
         let front = Arc::new(Front {
             attestor: attestor.clone(),

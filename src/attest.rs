@@ -13,7 +13,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::caller::{Caller, Owner, Refusal, Stranger};
+use crate::caller::{AttestError, Caller, PeerFacts, WorkloadKey};
 use crate::cgroup::{CgroupPath, PodRoots};
 use crate::listen::LazySocket;
 
@@ -44,7 +44,7 @@ pub use inet_diag::SockDiag;
 pub use kernel::{TcpUnsupported, UnixSupport, try_tcp, unix_support};
 pub use lookups::LookupThreads;
 
-use hierarchies::Hierarchies;
+use hierarchies::CgroupMounts;
 use host::Host;
 use tcp_support::TcpSupport;
 
@@ -60,24 +60,24 @@ pub struct Attestor {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unattested {
     /// Why.
-    pub refusal: Refusal,
+    pub refusal: AttestError,
     /// As far as it was told.
-    pub peer: Option<Stranger>,
+    pub peer: Option<PeerFacts>,
 }
 
 impl Unattested {
-    fn of(refusal: Refusal, peer: &Stranger) -> Self {
+    fn of(refusal: AttestError, peer: &PeerFacts) -> Self {
         Self { refusal, peer: Some(peer.clone()) }
     }
 
     /// The key of the peer's limits.
-    pub fn owner(&self) -> Owner {
-        self.peer.as_ref().map_or_else(Owner::unknown, Stranger::owner)
+    pub fn owner(&self) -> WorkloadKey {
+        self.peer.as_ref().map_or_else(WorkloadKey::unknown, PeerFacts::owner)
     }
 }
 
-impl From<Refusal> for Unattested {
-    fn from(refusal: Refusal) -> Self {
+impl From<AttestError> for Unattested {
+    fn from(refusal: AttestError) -> Self {
         Self { refusal, peer: None }
     }
 }
@@ -112,7 +112,7 @@ impl Attestor {
         if !process::is_identity_map(&read("self/uid_map")?) {
             return Err(StartError::UserNamespace);
         }
-        let hierarchies = Hierarchies::find(&read("self/mountinfo")?);
+        let hierarchies = CgroupMounts::find(&read("self/mountinfo")?);
         let host = Arc::new(Host::new(proc_root, hierarchies, roots, exec_monitor.map(Arc::new)));
         let unix = kernel::unix_support();
         if let Some(missing) = unix.missing() {
@@ -123,7 +123,7 @@ impl Attestor {
 
     /// The cgroups below which a kubelet puts its pods, as far as they can be seen from here. Without one no pod is known.
     pub fn pod_roots(&self) -> Vec<&CgroupPath> {
-        self.host.pods.as_ref().map(|pods| pods.roots_found()).unwrap_or_default()
+        self.host.pods.as_ref().map(|pods| pods.discover_roots()).unwrap_or_default()
     }
 
     /// Where connections go on whose callers' processes are looked at.
@@ -145,7 +145,7 @@ impl Attestor {
         server: SocketAddr,
         on_wait: impl FnOnce(),
     ) -> Result<Caller, Unattested> {
-        Ok(self.tcp.look((client, server), on_wait).await?.into_caller())
+        Ok(self.tcp.check((client, server), on_wait).await?.into_caller())
     }
 
     /// What callers over TCP lack here, and the fix. `None` if they are attested. It changes with the kernel's modules and mounts.
@@ -175,7 +175,7 @@ impl Attestor {
 ///
 /// The kernel tells the listener's number as this process would call it: 0 if it can't be seen from here (unix(7),
 /// `SO_PEERCRED`). One in a namespace below is seen, and so looked at.
-pub fn names_the_same_processes(stream: &UnixStream) -> bool {
+pub fn shares_pid_namespace_with_peer(stream: &UnixStream) -> bool {
     let Ok(peer) = getsockopt(stream, PeerCredentials) else { return false };
     peer.pid() > 0 && process::shares_pid_namespace(Path::new("/proc"), peer.pid())
 }
@@ -188,15 +188,15 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::caller::Looks;
+    use crate::caller::ProcessFacts;
     use crate::clock::HOLD;
 
     /// However many workloads an attacker is: what is long waits, and takes no thread meanwhile.
     #[tokio::test(start_paused = true)]
     async fn long_searches_are_few_in_all() {
-        let attestor = Attestor::new(PodRoots::usual(), None).unwrap();
+        let attestor = Attestor::new(PodRoots::defaults(), None).unwrap();
         let Some(tcp) = attestor.tcp.attestor() else { return };
-        let all: Vec<_> = (0..).map_while(|uid| tcp.searches().try_acquire(&Owner::user(uid)).ok()).collect();
+        let all: Vec<_> = (0..).map_while(|uid| tcp.searches().try_acquire(&WorkloadKey::user(uid)).ok()).collect();
         assert!(!all.is_empty());
         // More than is looked at on the way.
         let _descriptors: Vec<_> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
@@ -205,8 +205,8 @@ mod tests {
         let client = TcpStream::connect(server).unwrap();
         let peer = attestor.tcp(client.local_addr().unwrap(), server, || ()).await.unwrap();
         let start = Instant::now();
-        let attested = peer.with_process(Looks::default()).await;
-        assert_eq!(attested.unwrap_err(), Refusal::Busy);
+        let attested = peer.with_process(ProcessFacts::default()).await;
+        assert_eq!(attested.unwrap_err(), AttestError::SearchBusy);
         // Time passes by itself while the short search is on its thread, too.
         assert!(start.elapsed() >= HOLD);
     }

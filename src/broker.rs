@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::audit::{Freshness, Record};
 use crate::cache::{CacheError, CredentialCache, Issued, Limits};
-use crate::caller::{Caller, Looks, Refusal};
+use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::HOLD;
 use crate::identity::SpiffeId;
 use crate::issue::Issuer;
@@ -39,7 +39,7 @@ pub struct Policy {
 pub enum BrokerError {
     /// It was not attested, or is no longer what it was.
     #[error(transparent)]
-    Refused(#[from] Refusal),
+    Refused(#[from] AttestError),
     /// The source has no identity for it.
     #[error("no identity is configured for this workload")]
     NoIdentity,
@@ -102,7 +102,7 @@ impl Broker {
     }
 
     /// What a decision about this caller needs to know of its process; `None` if it needs nothing more.
-    pub fn needs(&self, caller: &Caller) -> Option<Looks> {
+    pub fn needs(&self, caller: &Caller) -> Option<ProcessFacts> {
         self.policy.load().source.needs(caller)
     }
 

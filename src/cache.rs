@@ -126,7 +126,7 @@ impl CredentialCache {
             schedule: schedule.clone(),
             refreshes: FairSemaphore::new(REFRESHES, REFRESHES_EACH),
             log: Log::default(),
-            nobody: Arc::new(Caller::nobody()),
+            nobody: Arc::new(Caller::synthetic()),
             start: Instant::now(),
         });
         tokio::spawn(rounds::make(Arc::downgrade(&shared), schedule, shared.clock.clone()));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use crate::cgroup::{CgroupPath, Pod, PodUid, Workload, WorkloadKind};
+use crate::cgroup::{CgroupPath, Pod, PodUid, WorkloadCgroup, WorkloadKind};
 
 mod groups;
 mod refusal;
@@ -15,7 +15,7 @@ mod refusal;
 pub(crate) mod unchanged;
 
 pub use groups::{GroupDetail, Groups};
-pub use refusal::Refusal;
+pub use refusal::AttestError;
 
 /// Over which kind of listener a caller came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,15 +58,15 @@ pub struct Caller {
     /// What was read of the process itself.
     pub process: Option<Process>,
     /// Proof that the caller is still the one that these facts were read of.
-    pub evidence: Box<dyn Evidence>,
+    pub evidence: Box<dyn PeerProof>,
 }
 
 /// The key of everything that is limited per workload. It is the pod; else the container, whoever its users are; else the
 /// person, whose sessions, user units and rootless containers all lie below one `user-N.slice`; else a user within an
 /// outermost systemd unit (T20, T29).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Owner {
-    scope: Scope,
+pub struct WorkloadKey {
+    scope: WorkloadScope,
     /// `None` where a scope is one workload's, whichever users it has.
     uid: Option<u32>,
 }
@@ -74,11 +74,11 @@ pub struct Owner {
 /// What the workloads have in common that one person may multiply: the users of one unit. Where a limit of all is reached,
 /// the scope that has the most gives way.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Scope {
+pub enum WorkloadScope {
     /// A pod.
     Pod(PodUid),
     /// A container, a `user-N.slice`, or an outermost unit.
-    Cgroup(Workload),
+    Cgroup(WorkloadCgroup),
     /// The whole machine: no cgroup is known.
     Machine,
 }
@@ -93,7 +93,7 @@ pub struct Process {
     /// Supplementary groups; `None` where no decision needs them.
     pub groups: Option<Groups>,
     /// Whether it lives in another pid or user namespace than the daemon, or in a cgroup (v1 too) that names a container.
-    pub contained: bool,
+    pub in_container: bool,
     /// What it runs; `None` where no decision needs it.
     pub program: Option<Program>,
     /// What no other process that had or will have its number has: the inode of its pidfd from Linux 6.9 on, else when it
@@ -103,7 +103,7 @@ pub struct Process {
 
 /// What a decision needs to know of a process beside its ids and its cgroup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Looks {
+pub struct ProcessFacts {
     /// [`Process::groups`].
     pub groups: GroupDetail,
     /// [`Process::program`].
@@ -112,7 +112,7 @@ pub struct Looks {
     pub started: bool,
 }
 
-impl Looks {
+impl ProcessFacts {
     /// Whether to look at this may mean to wait for what the process controls, or takes as long as it likes: its lock, its
     /// program's file system, the number of its groups.
     pub fn may_wait(self) -> bool {
@@ -157,59 +157,63 @@ pub struct Executable {
 /// To look at a process may mean to wait for something that the caller controls (T25). So a connection goes on elsewhere
 /// ([`Caller::may_wait`]) before the first such look, and all others are made on threads of their own.
 #[async_trait]
-pub trait Evidence: fmt::Debug + Send + Sync {
+pub trait PeerProof: fmt::Debug + Send + Sync {
     /// Looks again; to be called right before anything is released.
-    async fn still_same(&self) -> Result<(), Refusal>;
+    async fn verify_unchanged(&self) -> Result<(), AttestError>;
 
     /// Finds the process behind the socket, if that is not known yet, and reads of it what `looks` names. The evidence that
     /// it gives proves that too.
-    async fn with_process(&self, _: &Owner, _: Looks) -> Result<(Process, Box<dyn Evidence>), Refusal> {
-        Err(Refusal::Kernel)
+    async fn with_process(
+        &self,
+        _: &WorkloadKey,
+        _: ProcessFacts,
+    ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
+        Err(AttestError::Kernel)
     }
 
     /// The process, for an agent that attests it by its number: still the same one in every respect that was looked at,
     /// whatever has become of its connection, and with cgroups in which an agent cannot mistake it for another
     /// workload's. To be called before and after the agent is asked; the two have to be equal (attacks 2 and 3).
-    async fn process(&self) -> Result<Named, Refusal> {
-        Err(Refusal::Kernel)
+    async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
+        Err(AttestError::Kernel)
     }
 
     /// To be called before the first of these looks, and asked after the last: between two of them a process may execute a
     /// setuid program, be seen by the agent as that, and be back at what it was.
-    fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
-        Ok(Box::new(Unwatched))
+    fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
+        Ok(Box::new(NoExecWatch))
     }
 
     /// Whether the process runs still, whatever it has become.
-    fn is_there(&self) -> bool {
+    fn is_alive(&self) -> bool {
         false
     }
 
     /// The pod, for an agent that is told its UID: it is there still, and has not been for long if so it says.
-    fn pod(&self) -> Result<Ages, Refusal> {
-        Err(Refusal::Gone)
+    fn verify_pod(&self) -> Result<PodAge, AttestError> {
+        Err(AttestError::CallerGone)
     }
 }
 
 /// Notices whether a process executes a program.
-pub trait Watch: fmt::Debug + Send + Sync {
+pub trait ExecWatch: fmt::Debug + Send + Sync {
     /// Whether it has executed none since, and is there.
-    fn is_unbroken(&self) -> bool;
+    fn no_exec_seen(&self) -> bool;
 }
 
 /// Where no process is named to an agent, none can be mistaken.
 #[derive(Debug)]
-struct Unwatched;
+struct NoExecWatch;
 
-impl Watch for Unwatched {
-    fn is_unbroken(&self) -> bool {
+impl ExecWatch for NoExecWatch {
+    fn no_exec_seen(&self) -> bool {
         true
     }
 }
 
 /// A process as it is named to an agent that attests it itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Named {
+pub struct AgentProcessRef {
     /// Its number in the daemon's pid namespace.
     pub pid: u32,
     /// Its cgroups in all hierarchies, as `/proc/<pid>/cgroup` has them: what the agent reads, too.
@@ -219,7 +223,7 @@ pub struct Named {
 /// How long a pod and the caller's container have been there, as their directories tell: at least so long. The kernel may
 /// have forgotten when it made one, and then takes it for younger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ages {
+pub struct PodAge {
     /// The pod.
     pub pod: Duration,
     /// The container; the pod if that is not known.
@@ -227,19 +231,19 @@ pub struct Ages {
 }
 
 #[derive(Debug)]
-struct Nobody;
+struct NoPeer;
 
 #[async_trait]
-impl Evidence for Nobody {
-    async fn still_same(&self) -> Result<(), Refusal> {
-        Err(Refusal::Gone)
+impl PeerProof for NoPeer {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
+        Err(AttestError::CallerGone)
     }
 }
 
 impl Caller {
     /// Stands in for a caller where the daemon asks by itself and the answer depends on none. It has the user id that
     /// nobody can have, and is not there when it is looked at.
-    pub fn nobody() -> Self {
+    pub fn synthetic() -> Self {
         Self {
             listener: ListenerKind::Unix,
             uid: u32::MAX,
@@ -247,23 +251,23 @@ impl Caller {
             pod: None,
             namespace: None,
             process: None,
-            evidence: Box::new(Nobody),
+            evidence: Box::new(NoPeer),
         }
     }
 
     /// Whether the caller is still what it was when it was attested: same process, same ids, same socket.
-    pub async fn still_same(&self) -> Result<(), Refusal> {
-        self.evidence.still_same().await
+    pub async fn still_same(&self) -> Result<(), AttestError> {
+        self.evidence.verify_unchanged().await
     }
 
     /// Whether to look at this of its process may mean to wait for what the caller controls, also when it is looked at again.
-    pub fn may_wait(&self, looks: Looks) -> bool {
+    pub fn may_wait(&self, looks: ProcessFacts) -> bool {
         self.process.is_none() || looks.may_wait()
     }
 
     /// With what `looks` names of its process, which is searched for if it is not known.
-    pub async fn with_process(self, looks: Looks) -> Result<Self, Refusal> {
-        let (process, evidence) = self.evidence.with_process(&Owner::of(&self), looks).await?;
+    pub async fn with_process(self, looks: ProcessFacts) -> Result<Self, AttestError> {
+        let (process, evidence) = self.evidence.with_process(&WorkloadKey::of(&self), looks).await?;
         Ok(Self { process: Some(process), evidence, ..self })
     }
 
@@ -272,7 +276,7 @@ impl Caller {
         if self.pod.is_some() {
             return Some(true);
         }
-        let by_process = self.process.as_ref().map(|process| process.contained);
+        let by_process = self.process.as_ref().map(|process| process.in_container);
         // In the root cgroup of a host that also has cgroup v1 a container may sit without a name of its own, so the
         // root says nothing by itself.
         let by_cgroup = self.cgroup.as_ref().filter(|path| !path.is_root()).map(CgroupPath::names_container);
@@ -284,7 +288,7 @@ impl Caller {
     }
 }
 
-impl Owner {
+impl WorkloadKey {
     /// Of a caller that was attested, as far as its socket tells.
     pub fn of(caller: &Caller) -> Self {
         Self::at(caller.uid, caller.cgroup.as_ref(), caller.pod.as_ref())
@@ -292,32 +296,32 @@ impl Owner {
 
     fn at(uid: u32, cgroup: Option<&CgroupPath>, pod: Option<&Pod>) -> Self {
         if let Some(pod) = pod {
-            return Self { scope: Scope::Pod(pod.uid.clone()), uid: None };
+            return Self { scope: WorkloadScope::Pod(pod.uid.clone()), uid: None };
         }
         let Some(cgroup) = cgroup else { return Self::user(uid) };
         let (workload, kind) = cgroup.workload();
-        Self { scope: Scope::Cgroup(workload), uid: (kind == WorkloadKind::Unit).then_some(uid) }
+        Self { scope: WorkloadScope::Cgroup(workload), uid: (kind == WorkloadKind::Unit).then_some(uid) }
     }
 
     /// Of a user's processes, where nothing else is known.
     pub fn user(uid: u32) -> Self {
-        Self { scope: Scope::Machine, uid: Some(uid) }
+        Self { scope: WorkloadScope::Machine, uid: Some(uid) }
     }
 
     /// Of those of whom not even the user is known: together they get as much as one workload.
     pub fn unknown() -> Self {
-        Self { scope: Scope::Machine, uid: None }
+        Self { scope: WorkloadScope::Machine, uid: None }
     }
 
     /// See [`Scope`].
-    pub fn scope(&self) -> &Scope {
+    pub fn scope(&self) -> &WorkloadScope {
         &self.scope
     }
 }
 
 /// What its socket tells of a peer, whether it is attested or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stranger {
+pub struct PeerFacts {
     /// The user id.
     pub uid: u32,
     /// See [`Caller::cgroup`].
@@ -328,7 +332,7 @@ pub struct Stranger {
     pub namespace: Option<u64>,
 }
 
-impl Stranger {
+impl PeerFacts {
     /// What the socket told of a caller.
     pub fn of(caller: &Caller) -> Self {
         let Caller { uid, cgroup, pod, namespace, .. } = caller;
@@ -336,7 +340,7 @@ impl Stranger {
     }
 
     /// See [`Owner`].
-    pub fn owner(&self) -> Owner {
-        Owner::at(self.uid, self.cgroup.as_ref(), self.pod.as_ref())
+    pub fn owner(&self) -> WorkloadKey {
+        WorkloadKey::at(self.uid, self.cgroup.as_ref(), self.pod.as_ref())
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 mod pod;
 
-pub use pod::{Misplaced, Pod, PodPlace, PodRoots, PodUid};
+pub use pod::{MisplacedPod, Pod, PodRoots, PodSegment, PodUid};
 
 /// A path in the cgroup v2 hierarchy as the host's root sees it, for example `/system.slice/billing.service`.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -19,7 +19,7 @@ pub struct CgroupPath {
 
 /// The part of a path that is one workload's: the same for all paths that begin with it. Made without a copy of the text.
 #[derive(Clone)]
-pub struct Workload {
+pub struct WorkloadCgroup {
     path: Arc<str>,
     end: usize,
 }
@@ -91,19 +91,19 @@ impl CgroupPath {
     /// the outermost unit, whichever comes first, else to the first directory that is neither a slice nor a runtime's.
     ///
     /// For counting what a workload uses up. What lies below may be named by the workload, so it is never looked at.
-    pub fn workload(&self) -> (Workload, WorkloadKind) {
+    pub fn workload(&self) -> (WorkloadCgroup, WorkloadKind) {
         let (end, kind) = self.workload;
-        (Workload { path: self.text.clone(), end }, kind)
+        (WorkloadCgroup { path: self.text.clone(), end }, kind)
     }
 
     /// The pod and the container whose names the path has, in one spelling each; `Err` if it has several of a kind, or a
     /// pod below a container: a container within another, or the work of somebody who may name cgroups (attack 2).
-    pub fn container(&self) -> Result<ContainerName, Nested> {
+    pub fn container(&self) -> Result<ContainerName, NestedContainer> {
         let mut name = ContainerName::default();
         for segment in self.segments() {
             let (pod, id) = (pod_uid(segment), container_id(segment));
             if (pod.is_some() && (name.pod.is_some() || name.id.is_some())) || (id.is_some() && name.id.is_some()) {
-                return Err(Nested);
+                return Err(NestedContainer);
             }
             name = ContainerName { pod: pod.or(name.pod), id: id.or(name.id) };
         }
@@ -130,7 +130,7 @@ pub struct ContainerName {
 
 /// A path that names more than one container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Nested;
+pub struct NestedContainer;
 
 /// The hierarchies (v1: by their controllers, v2: nothing) and paths of `/proc/<pid>/cgroup`: three fields by `:`, of which
 /// the last may hold more of them.
@@ -202,28 +202,28 @@ fn pod_uid(segment: &str) -> Option<String> {
     })
 }
 
-impl Workload {
+impl WorkloadCgroup {
     /// The path.
     pub fn as_str(&self) -> &str {
         &self.path[..self.end]
     }
 }
 
-impl PartialEq for Workload {
+impl PartialEq for WorkloadCgroup {
     fn eq(&self, other: &Self) -> bool {
         self.as_str() == other.as_str()
     }
 }
 
-impl Eq for Workload {}
+impl Eq for WorkloadCgroup {}
 
-impl Hash for Workload {
+impl Hash for WorkloadCgroup {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.as_str().hash(state);
     }
 }
 
-impl fmt::Debug for Workload {
+impl fmt::Debug for WorkloadCgroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -304,7 +304,7 @@ mod tests {
             format!("/kubepods/pod{U}/pod{U}/{C}"),
         ];
         for text in nested {
-            assert_eq!(path(&text).container(), Err(Nested), "{text}");
+            assert_eq!(path(&text).container(), Err(NestedContainer), "{text}");
         }
     }
 

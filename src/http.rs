@@ -21,7 +21,7 @@ use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, Freshness, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
-use crate::caller::{Caller, ListenerKind, Looks, Owner, Refusal, Stranger};
+use crate::caller::{AttestError, Caller, ListenerKind, PeerFacts, ProcessFacts, WorkloadKey};
 use crate::limits::{FairPermit, FairSemaphore};
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection, PendingPermit};
 use crate::metrics::Metrics;
@@ -59,7 +59,7 @@ pub struct Front {
     /// What TCP callers have to show.
     pub authorization: Authorization,
     /// How many connections there may be, and each workload may have.
-    pub connections: FairSemaphore<Owner>,
+    pub connections: FairSemaphore<WorkloadKey>,
 }
 
 type Answer = Response<Full<Bytes>>;
@@ -68,8 +68,8 @@ type Answer = Response<Full<Bytes>>;
 struct Admitted {
     peer: Result<Caller, Unattested>,
     /// What is to be seen of the caller's process; `None` if no rule depends on it.
-    looks: Option<Looks>,
-    permit: FairPermit<Owner>,
+    looks: Option<ProcessFacts>,
+    permit: FairPermit<WorkloadKey>,
 }
 
 impl Admitted {
@@ -100,7 +100,7 @@ impl Front {
             return;
         }
         let (owner, lookups) = (admitted.permit.key().clone(), self.attestor.lookup_threads().clone());
-        let give_up = life.give_up(|| Refused::Caller(Refusal::Unresponsive).bare_answer());
+        let give_up = life.give_up(|| Refused::Caller(AttestError::ProcessUnresponsive).bare_answer());
         let served = async move {
             life.run(self.attested(stream.into_socket(), listener, admitted)).await;
         };
@@ -116,7 +116,7 @@ impl Front {
     ) -> Result<Admitted, Dropped> {
         let peer = self.peer(stream, arriving, pod).await;
         // Those who are not attested are read and answered, too, so they have a share as well.
-        let owner = peer.as_ref().map_or_else(Unattested::owner, Owner::of);
+        let owner = peer.as_ref().map_or_else(Unattested::owner, WorkloadKey::of);
         let permit = self.connections.try_acquire_evicting(&owner)?;
         let looks = peer.as_ref().ok().and_then(|caller| self.broker.needs(caller));
         Ok(Admitted { peer, looks, permit })
@@ -129,7 +129,7 @@ impl Front {
         let served = async {
             let caller = match (peer, looks) {
                 (Ok(caller), Some(looks)) => {
-                    let seen = Stranger::of(&caller);
+                    let seen = PeerFacts::of(&caller);
                     let caller = caller.with_process(looks).await;
                     caller.map_err(|refusal| Unattested { refusal, peer: Some(seen) })
                 }
@@ -165,7 +165,7 @@ impl Front {
         stream: LazySocket,
         listener: ListenerKind,
         caller: Result<Caller, Unattested>,
-        permit: &FairPermit<Owner>,
+        permit: &FairPermit<WorkloadKey>,
     ) -> Result<(), Dropped> {
         let caller = caller.map(Arc::new);
         let (stage, more_comes) = (Stage::default(), AtomicBool::new(false));
@@ -241,7 +241,7 @@ impl Front {
         &self,
         request: &Request<Incoming>,
         listener: ListenerKind,
-        caller: Result<Arc<Caller>, Refusal>,
+        caller: Result<Arc<Caller>, AttestError>,
         record: &mut Record,
     ) -> Result<(Arc<Issued>, Freshness), Refused> {
         let caller = caller.map_err(Refused::Caller)?;

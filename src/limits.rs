@@ -5,7 +5,7 @@ use std::fmt;
 use std::hash::Hash;
 use std::net::IpAddr;
 
-use crate::caller::{Owner, Scope};
+use crate::caller::{WorkloadKey, WorkloadScope};
 use crate::identity::SpiffeId;
 
 mod fair;
@@ -31,10 +31,10 @@ impl FairKey for SpiffeId {
     }
 }
 
-impl FairKey for Owner {
-    type Group = Scope;
+impl FairKey for WorkloadKey {
+    type Group = WorkloadScope;
 
-    fn group(&self) -> Scope {
+    fn group(&self) -> WorkloadScope {
         self.scope().clone()
     }
 }

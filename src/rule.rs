@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
-use crate::caller::{Caller, Executable, GroupDetail, ListenerKind, Looks};
+use crate::caller::{Caller, Executable, GroupDetail, ListenerKind, ProcessFacts};
 use crate::identity::SpiffeId;
 
 mod named;
@@ -135,13 +135,13 @@ pub fn decide<'a>(rules: &'a [Rule], caller: &Caller, asked: Instant) -> Decisio
 
 /// What has to be looked at of the caller's process; `None` if what is known decides. It is what the rules need that are for a
 /// socket of this user in this cgroup, and so the same for all processes that may hold it.
-pub fn needs(rules: &[Rule], caller: &Caller) -> Option<Looks> {
+pub fn needs(rules: &[Rule], caller: &Caller) -> Option<ProcessFacts> {
     if decide(rules, caller, Instant::now()) != Decision::NeedsProcess {
         return None;
     }
     let of_socket = |rule: &&Rule| rule.is_for_socket_of(caller);
     let names_group = rules.iter().filter(of_socket).any(|rule| rule.supplementary_group.is_some());
-    Some(Looks {
+    Some(ProcessFacts {
         groups: if names_group { GroupDetail::List } else { GroupDetail::None },
         program: rules.iter().filter(of_socket).any(|rule| rule.exe.is_some()),
         started: false,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use thiserror::Error;
 
-use crate::caller::{Caller, Looks, Refusal};
+use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::endpoint::Endpoint;
 use crate::health::LastError;
 use crate::identity::SpiffeId;
@@ -49,7 +49,7 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
     async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError>;
 
     /// What has to be known of this caller's process to identify it; `None` if what is known is enough.
-    fn needs(&self, caller: &Caller) -> Option<Looks>;
+    fn needs(&self, caller: &Caller) -> Option<ProcessFacts>;
 
     /// On what it rests that a caller has the identity `id`. Two sources for which that is equal give it to the same
     /// callers, so what was issued by the one may be handed out by the other.
@@ -91,7 +91,7 @@ pub enum SourceError {
     /// The process that the source was to be asked about is gone, has changed, or must not be named to it. Another caller
     /// of the same identity may still get a token.
     #[error(transparent)]
-    Caller(#[from] Refusal),
+    Caller(#[from] AttestError),
     /// More is asked of the source than it can do. Ask again in a moment.
     #[error("more new processes ask for credentials than the SPIFFE agent can attest; ask again in a moment")]
     Busy,

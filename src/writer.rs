@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::oneshot;
 
-use crate::caller::Owner;
+use crate::caller::WorkloadKey;
 
 /// Bytes that may wait to be written.
 const ROOM: usize = 8 * 1024 * 1024;
@@ -56,7 +56,7 @@ pub struct Line {
     /// How many events it stands for, should it be lost.
     pub stands_for: u64,
     /// The workload whose share of the room it takes; `None` for lines of the daemon's own.
-    pub owner: Option<Owner>,
+    pub owner: Option<WorkloadKey>,
     /// How important it is.
     pub priority: Priority,
 }
@@ -107,7 +107,7 @@ struct Queue {
     lines: VecDeque<(Line, oneshot::Sender<bool>)>,
     /// What they take, in all and by workload.
     size: usize,
-    sizes: HashMap<Owner, usize>,
+    sizes: HashMap<WorkloadKey, usize>,
     /// The thread waits for a line.
     waiting: bool,
     /// The last line could not be written.

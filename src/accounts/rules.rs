@@ -6,7 +6,7 @@ use arc_swap::ArcSwap;
 use tokio::time::{Instant, timeout};
 
 use super::{Accounts, LOOKUP_WAIT, Numbers};
-use crate::caller::{Caller, Looks};
+use crate::caller::{Caller, ProcessFacts};
 use crate::clock::HOLD;
 use crate::identity::SpiffeId;
 use crate::rule::{AccountName, Decision, Known, NamedRule, ProgramFile, Resolved, Rule};
@@ -101,7 +101,7 @@ impl LiveRules {
     }
 
     /// What has to be read of the caller's process; `None` if what is known decides.
-    pub fn needs(&self, caller: &Caller) -> Option<Looks> {
+    pub fn needs(&self, caller: &Caller) -> Option<ProcessFacts> {
         let current = self.current();
         current.resolved.needs(caller, |name, id| current.numbers.is_other(name, id))
     }

@@ -21,11 +21,11 @@ use std::sync::Arc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use thiserror::Error;
 
-use crate::caller::Watch;
+use crate::caller::ExecWatch;
 
 mod bpf;
 
-use bpf::{Counters, Instruction, Program};
+use bpf::{BpfProgram, Counters, Instruction};
 
 /// Numbers in the table. Which of them is a process's is a secret of the daemon's, so that nobody can choose to share the
 /// number of another; a process that does so by chance (1 of 65,536 executions meanwhile) is attested again.
@@ -92,7 +92,7 @@ impl ExecMonitorError {
 
 /// The number of a process when its watch began.
 #[derive(Debug)]
-pub(crate) struct ExecWatch {
+pub(crate) struct ExecCountWatch {
     monitor: Arc<ExecMonitor>,
     index: u32,
     count: u64,
@@ -143,9 +143,9 @@ impl ExecMonitor {
     }
 
     /// Begins to watch.
-    pub(crate) fn watch(self: &Arc<Self>, key: u64) -> ExecWatch {
+    pub(crate) fn watch(self: &Arc<Self>, key: u64) -> ExecCountWatch {
         let index = self.index(key);
-        ExecWatch { monitor: self.clone(), index, count: self.counters.get(index) }
+        ExecCountWatch { monitor: self.clone(), index, count: self.counters.get(index) }
     }
 
     fn index(&self, key: u64) -> u32 {
@@ -155,8 +155,8 @@ impl ExecMonitor {
     }
 }
 
-impl Watch for ExecWatch {
-    fn is_unbroken(&self) -> bool {
+impl ExecWatch for ExecCountWatch {
+    fn no_exec_seen(&self) -> bool {
         self.monitor.counters.get(self.index) == self.count
     }
 }
@@ -169,10 +169,10 @@ fn failed(step: &'static str) -> impl FnOnce(io::Error) -> ExecMonitorError {
 }
 
 /// The program: the key into register 0, then the counting; once for a process, or once for each cgroup above it.
-fn program(count_by: CountBy, multipliers: [u64; 2], map: i32) -> Program {
+fn program(count_by: CountBy, multipliers: [u64; 2], map: i32) -> BpfProgram {
     use Instruction as I;
-    let mut program = Program::default();
-    let count = |program: &mut Program| {
+    let mut program = BpfProgram::default();
+    let count = |program: &mut BpfProgram| {
         // As `ExecMonitor::index` does it.
         program.extend([I::load(1, multipliers[0]), I::multiply(0, 1)]);
         program.extend([I::copy(1, 0), I::shift_right(1, 32), I::exclusive_or(0, 1)]);

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use crate::attest::cgroups::CgroupTree;
-use crate::attest::hierarchies::Hierarchies;
+use crate::attest::hierarchies::CgroupMounts;
 use crate::attest::{inet_diag, process, status};
 use crate::caller::Groups;
 use crate::cgroup::{CgroupPath, PodRoots, WorkloadKind};
@@ -66,7 +66,7 @@ pub(crate) fn proc(text: &str) -> bool {
 
 /// `/proc/self/mountinfo`: only a whole tree of the second version is taken.
 pub(crate) fn mountinfo(text: &str) -> bool {
-    let tree = CgroupTree::find(&Hierarchies::find(text), PodRoots::usual());
+    let tree = CgroupTree::find(&CgroupMounts::find(text), PodRoots::defaults());
     if let Some(tree) = &tree {
         assert!(
             text.contains(" - cgroup2 ") || text.ends_with(" - cgroup2") || text.contains(" - cgroup2\n"),

@@ -5,15 +5,15 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::caller::Refusal;
+use crate::caller::AttestError;
 use crate::cgroup::{self, CgroupPath, ContainerName};
 
 /// Where the cgroup hierarchies of this machine are mounted.
 #[derive(Debug, Default)]
-pub(crate) struct Hierarchies(Vec<Hierarchy>);
+pub(crate) struct CgroupMounts(Vec<CgroupMount>);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Hierarchy {
+struct CgroupMount {
     /// The controllers of a v1 hierarchy, or `name=systemd`; none for v2's.
     names: Vec<String>,
     mount: PathBuf,
@@ -25,11 +25,11 @@ struct Hierarchy {
     own: Option<String>,
 }
 
-impl Hierarchies {
+impl CgroupMounts {
     /// Takes them from the text of `/proc/self/mountinfo`: of each hierarchy the mount that shows most of it. In a container
     /// several may be there, its own part, and the host's tree at a place that its manifest chose.
     pub(crate) fn find(mountinfo: &str) -> Self {
-        let mut found: Vec<Hierarchy> = Vec::new();
+        let mut found: Vec<CgroupMount> = Vec::new();
         for (next, is_own_root) in mountinfo.lines().filter_map(hierarchy) {
             let Some(best) = found.iter_mut().find(|known| known.names == next.names) else {
                 found.push(next);
@@ -53,20 +53,20 @@ impl Hierarchies {
     /// Every directory on the way has to be root's. Where one is another user's, he can make and name directories below it
     /// and move the process there and back, and nothing shows that he did. A container is named once, and by all
     /// hierarchies that name one alike.
-    pub(crate) fn check(&self, text: &str) -> Result<(), Refusal> {
+    pub(crate) fn check(&self, text: &str) -> Result<(), AttestError> {
         let mut seen = ContainerName::default();
         for (names, path) in cgroup::lines(text) {
-            let path = self.path(names, path).ok_or(Refusal::UnreadableCgroup)?;
-            let name = path.container().map_err(|_| Refusal::NestedContainer)?;
+            let path = self.path(names, path).ok_or(AttestError::UnreadableCgroup)?;
+            let name = path.container().map_err(|_| AttestError::NestedContainer)?;
             if name != ContainerName::default() {
                 if seen != ContainerName::default() && seen != name {
-                    return Err(Refusal::NestedContainer);
+                    return Err(AttestError::NestedContainer);
                 }
                 seen = name;
             }
             if !path.is_root() {
-                let hierarchy = self.of(names).ok_or(Refusal::UnreadableCgroup)?;
-                let below = path.as_str().strip_prefix(&hierarchy.base).ok_or(Refusal::UnreadableCgroup)?;
+                let hierarchy = self.of(names).ok_or(AttestError::UnreadableCgroup)?;
+                let below = path.as_str().strip_prefix(&hierarchy.base).ok_or(AttestError::UnreadableCgroup)?;
                 roots_alone(&hierarchy.mount, below.split('/').filter(|segment| !segment.is_empty()))?;
             }
         }
@@ -86,7 +86,7 @@ impl Hierarchies {
     /// The path of a cgroup that the kernel calls `told` in `/proc/<pid>/cgroup`, as it is below what is mounted. That is relative
     /// to this process's own cgroup namespace, where it has one: `/../x` lies beside it.
     pub(crate) fn path(&self, names: &str, told: &str) -> Option<CgroupPath> {
-        let Some(Hierarchy { above: above @ 1.., own, .. }) = self.of(names) else { return CgroupPath::parse(told) };
+        let Some(CgroupMount { above: above @ 1.., own, .. }) = self.of(names) else { return CgroupPath::parse(told) };
         let mut rest = told;
         let mut up = 0;
         while let Some(below) = rest.strip_prefix("/..").filter(|below| below.is_empty() || below.starts_with('/')) {
@@ -101,9 +101,9 @@ impl Hierarchies {
         CgroupPath::parse(if path.is_empty() { "/" } else { &path })
     }
 
-    fn of(&self, names: &str) -> Option<&Hierarchy> {
+    fn of(&self, names: &str) -> Option<&CgroupMount> {
         let names: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
-        let is = |hierarchy: &&Hierarchy| {
+        let is = |hierarchy: &&CgroupMount| {
             hierarchy.names.is_empty() == names.is_empty()
                 && names.iter().all(|name| hierarchy.names.iter().any(|known| known == name))
         };
@@ -112,7 +112,7 @@ impl Hierarchies {
 }
 
 /// One line of mountinfo (proc_pid_mountinfo(5)), and whether it mounts the root of this process's cgroup namespace.
-fn hierarchy(line: &str) -> Option<(Hierarchy, bool)> {
+fn hierarchy(line: &str) -> Option<(CgroupMount, bool)> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut fields = mount.split(' ').skip(3);
     let (root, point) = (fields.next()?, fields.next()?);
@@ -132,7 +132,7 @@ fn hierarchy(line: &str) -> Option<(Hierarchy, bool)> {
     {
         return None;
     }
-    Some((Hierarchy { names, mount: PathBuf::from(point), base, above: ups, own: None }, root == "/"))
+    Some((CgroupMount { names, mount: PathBuf::from(point), base, above: ups, own: None }, root == "/"))
 }
 
 /// Whether a mounted directory is that of a pod or of something smaller, as a container has its own mounted.
@@ -162,14 +162,14 @@ fn own_path(mount: &Path, own_root: &Path, levels: usize) -> Option<String> {
 }
 
 /// Whether nobody but root can make or name a directory from the mount down to the one that `segments` lead to.
-pub(crate) fn roots_alone<'s>(mount: &Path, segments: impl Iterator<Item = &'s str>) -> Result<(), Refusal> {
+pub(crate) fn roots_alone<'s>(mount: &Path, segments: impl Iterator<Item = &'s str>) -> Result<(), AttestError> {
     let mut directory = mount.to_owned();
     for segment in segments {
         directory.push(segment);
-        let found = fs::symlink_metadata(&directory).map_err(|_| Refusal::UnreadableCgroup)?;
+        let found = fs::symlink_metadata(&directory).map_err(|_| AttestError::UnreadableCgroup)?;
         let others_write = found.mode() & 0o022 != 0;
         if found.uid() != 0 || others_write {
-            return Err(Refusal::DelegatedCgroup);
+            return Err(AttestError::DelegatedCgroup);
         }
     }
     Ok(())

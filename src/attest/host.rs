@@ -9,12 +9,12 @@ use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::attest::cgroups::CgroupTree;
 use crate::attest::exec_monitor::ExecMonitor;
-use crate::attest::hierarchies::Hierarchies;
-use crate::attest::known::{Known, KnownProcesses};
+use crate::attest::hierarchies::CgroupMounts;
+use crate::attest::known::{ProcessCache, ProcessHandle};
 use crate::attest::lookups::LookupThreads;
-use crate::attest::pods::{Housed, Pods};
+use crate::attest::pods::{PodLookup, ResolvedPod};
 use crate::attest::sys;
-use crate::caller::Refusal;
+use crate::caller::AttestError;
 use crate::cgroup::{CgroupPath, PodRoots};
 
 /// The machine, as the daemon sees it.
@@ -25,11 +25,11 @@ pub(crate) struct Host {
     /// The cgroup v2 hierarchy, if there is one.
     pub(crate) cgroups: Option<Arc<CgroupTree>>,
     /// The pods in that hierarchy.
-    pub(crate) pods: Option<Pods>,
+    pub(crate) pods: Option<PodLookup>,
     /// All cgroup hierarchies, v1's too.
-    pub(crate) hierarchies: Hierarchies,
+    pub(crate) hierarchies: CgroupMounts,
     /// Those that were looked at before.
-    pub(crate) processes: KnownProcesses,
+    pub(crate) processes: ProcessCache,
     /// Counts what processes execute, where the daemon was given what that takes.
     pub(crate) exec_monitor: Option<Arc<ExecMonitor>>,
     /// Where looks run that may have to wait.
@@ -47,7 +47,7 @@ impl Host {
     /// Looks at the daemon's own process below `proc_root`.
     pub(crate) fn new(
         proc_root: PathBuf,
-        hierarchies: Hierarchies,
+        hierarchies: CgroupMounts,
         roots: PodRoots,
         exec_monitor: Option<Arc<ExecMonitor>>,
     ) -> Self {
@@ -57,10 +57,10 @@ impl Host {
         let cgroups = CgroupTree::find(&hierarchies, roots).map(Arc::new);
         Self {
             proc_root,
-            pods: cgroups.clone().map(Pods::new),
+            pods: cgroups.clone().map(PodLookup::new),
             cgroups,
             hierarchies,
-            processes: KnownProcesses::default(),
+            processes: ProcessCache::default(),
             exec_monitor,
             lookups: LookupThreads::default(),
             pidfds_tell_ids: tells_ids,
@@ -70,21 +70,21 @@ impl Host {
 
     /// The process behind `pidfd`, whose number is or was `pid`: as it is known, if it has been looked at before. Where its
     /// pidfd does not tell that, it is taken for a new one.
-    pub(crate) fn process(&self, pid: u32, pidfd: OwnedFd) -> Result<Arc<Known>, Refusal> {
+    pub(crate) fn process(&self, pid: u32, pidfd: OwnedFd) -> Result<Arc<ProcessHandle>, AttestError> {
         let inode = match self.pidfds_have_inodes {
-            true => Some(fstat(&pidfd).map_err(|_| Refusal::Kernel)?.st_ino),
+            true => Some(fstat(&pidfd).map_err(|_| AttestError::Kernel)?.st_ino),
             false => None,
         };
         if let Some(known) = self.processes.of(pid).filter(|known| inode.is_some() && known.inode() == inode) {
             return Ok(known);
         }
-        let known = Arc::new(Known::new(pid, pidfd, inode));
-        self.processes.keep(known.clone());
+        let known = Arc::new(ProcessHandle::new(pid, pidfd, inode));
+        self.processes.insert(known.clone());
         Ok(known)
     }
 
     /// The pod that a process or socket in this cgroup is in.
-    pub(crate) fn pod(&self, cgroup: Option<&CgroupPath>) -> Result<Option<Housed>, Refusal> {
+    pub(crate) fn pod(&self, cgroup: Option<&CgroupPath>) -> Result<Option<ResolvedPod>, AttestError> {
         match (&self.pods, cgroup) {
             (Some(pods), Some(cgroup)) => pods.of(cgroup),
             _ => Ok(None),

@@ -7,9 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio_util::sync::CancellationToken;
 
 use crate::attest::Unattested;
-use crate::attest::pods::Housed;
+use crate::attest::pods::ResolvedPod;
 use crate::attest::tcp::{SocketProof, TcpAttestor};
-use crate::caller::{Caller, Refusal};
+use crate::caller::{AttestError, Caller};
 use crate::cgroup::PodUid;
 
 /// Attests the peers of a listener in one pod's network namespace.
@@ -18,12 +18,12 @@ use crate::cgroup::PodUid;
 /// that pod lives; another's process must have been brought there by somebody who may enter namespaces, and gets nothing.
 pub struct PodAttestor {
     tcp: TcpAttestor,
-    owner: Mutex<Option<Tenant>>,
+    owner: Mutex<Option<NetnsOwner>>,
     closed: CancellationToken,
 }
 
-struct Tenant {
-    pod: Housed,
+struct NetnsOwner {
+    pod: ResolvedPod,
     /// Whether another pod's process was seen there, and told of.
     intruded: bool,
 }
@@ -41,7 +41,7 @@ impl PodAttestor {
 
     /// The pod whose namespace it is, once one of its processes has asked.
     pub fn owner(&self) -> Option<PodUid> {
-        self.locked().as_ref().map(|owner| owner.pod.pod.uid.clone())
+        self.lock().as_ref().map(|owner| owner.pod.pod.uid.clone())
     }
 
     /// As [`super::Attestor::tcp`], of peers in the namespace.
@@ -68,10 +68,10 @@ impl PodAttestor {
         self.closed.cancelled().await;
     }
 
-    fn belongs(&self, proof: &SocketProof) -> Result<(), Refusal> {
-        let pod = proof.pod().ok_or(Refusal::NotAPod)?;
+    fn belongs(&self, proof: &SocketProof) -> Result<(), AttestError> {
+        let pod = proof.pod().ok_or(AttestError::NotAPod)?;
         let namespace = self.tcp.namespace();
-        let mut owner = self.locked();
+        let mut owner = self.lock();
         let owner = match &mut *owner {
             Some(owner) if owner.pod.is_same(pod) => return Ok(()),
             // Its directory was made anew, or it is another pod, and the one before has no process any more.
@@ -84,7 +84,7 @@ impl PodAttestor {
                         "a network namespace whose pod is gone has another pod now"
                     );
                 }
-                *owner = Some(Tenant { pod: pod.clone(), intruded: false });
+                *owner = Some(NetnsOwner { pod: pod.clone(), intruded: false });
                 return Ok(());
             }
         };
@@ -95,10 +95,10 @@ impl PodAttestor {
                 "a process of a pod is in the network namespace of another one, and is refused there"
             );
         }
-        Err(Refusal::OtherPod)
+        Err(AttestError::OtherPod)
     }
 
-    fn locked(&self) -> MutexGuard<'_, Option<Tenant>> {
+    fn lock(&self) -> MutexGuard<'_, Option<NetnsOwner>> {
         self.owner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -11,16 +11,16 @@ use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, So
 use nix::sys::stat::stat;
 use nix::sys::time::TimeVal;
 
-use crate::caller::Refusal;
+use crate::caller::AttestError;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_HEADER: usize = 16;
 /// The header and `struct inet_diag_req_v2`.
-const REQUEST: u32 = 16 + 56;
+const REQUEST_BYTES: u32 = 16 + 56;
 /// `struct inet_diag_msg`, before its attributes.
-const MESSAGE: usize = 72;
+const MAX_MESSAGE_BYTES: usize = 72;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
@@ -36,7 +36,7 @@ const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 /// The client's socket of one connection, as the kernel describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Socket {
+pub(crate) struct SocketInfo {
     /// Owner: the user who made it.
     pub(crate) uid: u32,
     /// In sockfs; what `/proc/<pid>/fd` shows as `socket:[inode]`.
@@ -64,7 +64,7 @@ impl SockDiag {
     }
 
     /// The same for as many callers as there are processors, who then hardly ever wait for each other.
-    pub(crate) fn open_for_all_processors() -> io::Result<Self> {
+    pub(crate) fn open_per_cpu() -> io::Result<Self> {
         Self::of(std::thread::available_parallelism().map_or(1, usize::from))
     }
 
@@ -91,18 +91,18 @@ impl SockDiag {
     ///
     /// Asked with loopback as the interface: without it the kernel skips a socket that is bound to a device and answers
     /// with a *listener* on the same port, which is somebody else's (attack 1).
-    pub(crate) fn client_socket(&self, client: SocketAddr, server: SocketAddr) -> Result<Socket, Refusal> {
+    pub(crate) fn client_socket(&self, client: SocketAddr, server: SocketAddr) -> Result<SocketInfo, AttestError> {
         if !client.ip().to_canonical().is_loopback() || !server.ip().to_canonical().is_loopback() {
-            return Err(Refusal::NotLoopback);
+            return Err(AttestError::NotLoopback);
         }
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let request = request(client, server, self.loopback, sequence);
         let mut buffer = [0_u8; 1024];
         let length = self.exchange(&request, sequence, &mut buffer).map_err(|error| {
             tracing::error!(%error, "sock_diag did not answer; TCP callers are refused until it does");
-            Refusal::Kernel
+            AttestError::Kernel
         })?;
-        let length = length.ok_or(Refusal::Gone)?;
+        let length = length.ok_or(AttestError::CallerGone)?;
         parse(&buffer[..length], client, server)
     }
 
@@ -148,8 +148,8 @@ fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
 
 /// `struct nlmsghdr`, then `struct inet_diag_req_v2`: family, protocol, ext, pad, states, `struct inet_diag_sockid`.
 fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32) -> Vec<u8> {
-    let mut out = Vec::with_capacity(REQUEST as usize);
-    out.extend(REQUEST.to_ne_bytes());
+    let mut out = Vec::with_capacity(REQUEST_BYTES as usize);
+    out.extend(REQUEST_BYTES.to_ne_bytes());
     out.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
     out.extend(NLM_F_REQUEST.to_ne_bytes());
     out.extend(sequence.to_ne_bytes());
@@ -174,27 +174,30 @@ fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32
 }
 
 /// Believes an answer only if it describes exactly the asked connection's client end, alive.
-pub(crate) fn parse(reply: &[u8], client: SocketAddr, server: SocketAddr) -> Result<Socket, Refusal> {
-    let kind = read_u16(reply, 4).ok_or(Refusal::Kernel)?;
+pub(crate) fn parse(reply: &[u8], client: SocketAddr, server: SocketAddr) -> Result<SocketInfo, AttestError> {
+    let kind = read_u16(reply, 4).ok_or(AttestError::Kernel)?;
     if kind == NLMSG_ERROR {
         let errno = read_u32(reply, NLMSG_HEADER).map(|code| Errno::from_raw(code.cast_signed().wrapping_neg()));
-        return Err(if errno == Some(Errno::ENOENT) { Refusal::Gone } else { Refusal::Kernel });
+        return Err(if errno == Some(Errno::ENOENT) { AttestError::CallerGone } else { AttestError::Kernel });
     }
     let length = read_u32(reply, 0).map_or(0, |length| length as usize);
-    let message = reply.get(NLMSG_HEADER..length).filter(|message| message.len() >= MESSAGE).ok_or(Refusal::Kernel)?;
+    let message = reply
+        .get(NLMSG_HEADER..length)
+        .filter(|message| message.len() >= MAX_MESSAGE_BYTES)
+        .ok_or(AttestError::Kernel)?;
     if kind != SOCK_DIAG_BY_FAMILY {
-        return Err(Refusal::Kernel);
+        return Err(AttestError::Kernel);
     }
     let (family, state) = (message[0], message[1]);
-    let source = endpoint(family, &message[8..24], [message[4], message[5]]).ok_or(Refusal::Kernel)?;
-    let target = endpoint(family, &message[24..40], [message[6], message[7]]).ok_or(Refusal::Kernel)?;
+    let source = endpoint(family, &message[8..24], [message[4], message[5]]).ok_or(AttestError::Kernel)?;
+    let target = endpoint(family, &message[24..40], [message[6], message[7]]).ok_or(AttestError::Kernel)?;
     let inode = read_u32(message, 68).unwrap_or(0);
     // A socket that its process has closed reads as uid 0, inode 0.
     if source != canonical(client) || target != canonical(server) || !LIVE_STATES.contains(&state) || inode == 0 {
-        return Err(Refusal::Gone);
+        return Err(AttestError::CallerGone);
     }
-    let (uid, cookie) = read_u32(message, 64).zip(read_u64(message, 44)).ok_or(Refusal::Kernel)?;
-    Ok(Socket { uid, inode, cookie, cgroup_id: attribute(&message[MESSAGE..], INET_DIAG_CGROUP_ID) })
+    let (uid, cookie) = read_u32(message, 64).zip(read_u64(message, 44)).ok_or(AttestError::Kernel)?;
+    Ok(SocketInfo { uid, inode, cookie, cgroup_id: attribute(&message[MAX_MESSAGE_BYTES..], INET_DIAG_CGROUP_ID) })
 }
 
 fn endpoint(family: u8, address: &[u8], port: [u8; 2]) -> Option<SocketAddr> {

@@ -11,11 +11,11 @@ use std::path::Path;
 use thiserror::Error;
 
 use crate::attest::cgroups::CgroupTree;
-use crate::attest::hierarchies::Hierarchies;
+use crate::attest::hierarchies::CgroupMounts;
 use crate::attest::host::Host;
-use crate::attest::inet_diag::{SockDiag, Socket};
+use crate::attest::inet_diag::{SockDiag, SocketInfo};
 use crate::attest::sys;
-use crate::caller::Refusal;
+use crate::caller::AttestError;
 
 /// Why callers over TCP cannot be told apart here.
 #[derive(Debug, Error)]
@@ -97,8 +97,9 @@ pub fn unix_support() -> UnixSupport {
 /// Tries whether callers over TCP can be told apart, as the daemon would be told. `proc_root` is where `/proc` is mounted.
 pub fn try_tcp(proc_root: &Path) -> Result<(), TcpUnsupported> {
     let text = |name: &str| fs::read_to_string(proc_root.join(name)).unwrap_or_default();
-    let hierarchies = Hierarchies::find(&text("self/mountinfo"));
-    let cgroups = CgroupTree::find(&hierarchies, crate::cgroup::PodRoots::usual()).ok_or(TcpUnsupported::NoCgroups)?;
+    let hierarchies = CgroupMounts::find(&text("self/mountinfo"));
+    let cgroups =
+        CgroupTree::find(&hierarchies, crate::cgroup::PodRoots::defaults()).ok_or(TcpUnsupported::NoCgroups)?;
     let diag = SockDiag::open().map_err(no_sock_diag)?;
     tcp_works(&hierarchies, &cgroups, &diag, proc_root)
 }
@@ -114,7 +115,7 @@ pub(super) fn no_sock_diag(error: io::Error) -> TcpUnsupported {
 }
 
 fn tcp_works(
-    hierarchies: &Hierarchies,
+    hierarchies: &CgroupMounts,
     cgroups: &CgroupTree,
     diag: &SockDiag,
     proc_root: &Path,
@@ -124,12 +125,12 @@ fn tcp_works(
     let membership = text("self/cgroup");
     let own = membership.lines().find_map(|line| line.strip_prefix("0::"));
     let own = own.and_then(|shown| hierarchies.path("", shown)).and_then(|path| cgroups.id(&path).ok());
-    judge(socket.cgroup_id, own, &Circumstances::read(hierarchies, cgroups, &text("sys/kernel/osrelease")))
+    judge(socket.cgroup_id, own, &KernelFacts::read(hierarchies, cgroups, &text("sys/kernel/osrelease")))
 }
 
 /// What decides where this process's own cgroup proves nothing.
 #[derive(Debug, Clone, Copy)]
-struct Circumstances {
+struct KernelFacts {
     /// The id that a socket has whose cgroup the kernel does not know.
     root: Option<u64>,
     /// Whether a controller is mounted that makes older kernels not know it.
@@ -138,8 +139,8 @@ struct Circumstances {
     is_new: bool,
 }
 
-impl Circumstances {
-    fn read(hierarchies: &Hierarchies, cgroups: &CgroupTree, release: &str) -> Self {
+impl KernelFacts {
+    fn read(hierarchies: &CgroupMounts, cgroups: &CgroupTree, release: &str) -> Self {
         let root = crate::cgroup::CgroupPath::parse("/").and_then(|root| cgroups.id(&root).ok());
         let hides_cgroups = ["net_cls", "net_prio"].iter().any(|name| hierarchies.has(name));
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
@@ -149,7 +150,7 @@ impl Circumstances {
 }
 
 /// What the cgroup says that the kernel has `told` of a socket of this process, whose own cgroup is `own`.
-fn judge(told: Option<u64>, own: Option<u64>, about: &Circumstances) -> Result<(), TcpUnsupported> {
+fn judge(told: Option<u64>, own: Option<u64>, about: &KernelFacts) -> Result<(), TcpUnsupported> {
     let told = told.ok_or(TcpUnsupported::NoCgroupId)?;
     match own {
         Some(own) if own != told => Err(TcpUnsupported::WrongCgroupId),
@@ -161,7 +162,7 @@ fn judge(told: Option<u64>, own: Option<u64>, about: &Circumstances) -> Result<(
 }
 
 /// What sock_diag says of the client's end of a connection of this process to itself.
-fn own_socket(diag: &SockDiag) -> Result<Socket, TcpUnsupported> {
+fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
     let addresses: [SocketAddr; 2] = [(Ipv4Addr::LOCALHOST, 0).into(), (Ipv6Addr::LOCALHOST, 0).into()];
     let connection = TcpListener::bind(&addresses[..]).and_then(|listener| {
         let server = listener.local_addr()?;
@@ -171,7 +172,7 @@ fn own_socket(diag: &SockDiag) -> Result<Socket, TcpUnsupported> {
     let address = client.local_addr().map_err(TcpUnsupported::NoLoopback)?;
     // It is there: who does not find it does not look for TCP's sockets.
     diag.client_socket(address, server).map_err(|refusal| match refusal {
-        Refusal::Gone => no_sock_diag(io::Error::from_raw_os_error(libc::ENOENT)),
+        AttestError::CallerGone => no_sock_diag(io::Error::from_raw_os_error(libc::ENOENT)),
         refusal => TcpUnsupported::NoSockDiag(refusal.to_string()),
     })
 }

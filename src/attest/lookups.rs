@@ -24,7 +24,7 @@
 
 use tokio::sync::oneshot;
 
-use crate::caller::{Owner, Refusal};
+use crate::caller::{AttestError, WorkloadKey};
 
 mod threads;
 
@@ -35,18 +35,18 @@ impl LookupThreads {
     /// workload as long as a request is held, [`Refusal::Unresponsive`] if the look takes as long as that.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
-        owner: &Owner,
-        look: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
-    ) -> Result<T, Refusal> {
-        if threads::is_one_of_them() { look() } else { self.run_apart(owner, look).await }
+        owner: &WorkloadKey,
+        look: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
+    ) -> Result<T, AttestError> {
+        if threads::on_lookup_thread() { look() } else { self.run_offloaded(owner, look).await }
     }
 
     /// The same, never right here: the caller can do something else meanwhile.
-    pub(crate) async fn run_apart<T: Send + 'static>(
+    pub(crate) async fn run_offloaded<T: Send + 'static>(
         &self,
-        owner: &Owner,
-        look: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
-    ) -> Result<T, Refusal> {
+        owner: &WorkloadKey,
+        look: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
+    ) -> Result<T, AttestError> {
         let (answer, answered) = oneshot::channel();
         let (give_up, given_up) = oneshot::channel();
         let look = async {
@@ -58,8 +58,8 @@ impl LookupThreads {
         self.spawn_here(owner.clone(), look, give_up);
         tokio::select! {
             biased;
-            result = answered => result.unwrap_or(Err(Refusal::Busy)),
-            Ok(()) = given_up => Err(Refusal::Unresponsive),
+            result = answered => result.unwrap_or(Err(AttestError::SearchBusy)),
+            Ok(()) = given_up => Err(AttestError::ProcessUnresponsive),
         }
     }
 }
@@ -83,22 +83,22 @@ mod tests {
                     let _ = wait.recv();
                     Ok(())
                 });
-                stuck.push(tokio::spawn(async move { threads.run(&Owner::user(uid), look).await }));
+                stuck.push(tokio::spawn(async move { threads.run(&WorkloadKey::user(uid), look).await }));
             }
         }
-        assert_eq!(threads.run(&Owner::user(1000), || Ok(7)).await, Ok(7));
+        assert_eq!(threads.run(&WorkloadKey::user(1000), || Ok(7)).await, Ok(7));
         let mut refused = [0, 0];
         for stuck in stuck {
             match stuck.await.unwrap() {
-                Err(Refusal::Unresponsive) => refused[0] += 1,
-                Err(Refusal::Busy) => refused[1] += 1,
+                Err(AttestError::ProcessUnresponsive) => refused[0] += 1,
+                Err(AttestError::SearchBusy) => refused[1] += 1,
                 other => panic!("{other:?}"),
             }
         }
         assert_eq!(refused, [40, 40]);
-        assert_eq!(threads.run(&Owner::user(1000), || Ok(7)).await, Ok(7));
-        assert_eq!(threads.run(&Owner::user(1), || Ok(7)).await, Err(Refusal::Busy));
+        assert_eq!(threads.run(&WorkloadKey::user(1000), || Ok(7)).await, Ok(7));
+        assert_eq!(threads.run(&WorkloadKey::user(1), || Ok(7)).await, Err(AttestError::SearchBusy));
         drop(held);
-        assert_eq!(threads.run(&Owner::user(1), || Ok(7)).await, Ok(7));
+        assert_eq!(threads.run(&WorkloadKey::user(1), || Ok(7)).await, Ok(7));
     }
 }

@@ -8,54 +8,55 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::attest::cgroups::CgroupTree;
-use crate::caller::{Ages, Refusal};
-use crate::cgroup::{CgroupPath, Misplaced, Pod, PodPlace};
+use crate::caller::{AttestError, PodAge};
+use crate::cgroup::{CgroupPath, MisplacedPod, Pod, PodSegment};
 
 /// Finds the pods of cgroups.
 #[derive(Debug)]
-pub(crate) struct Pods {
+pub(crate) struct PodLookup {
     tree: Arc<CgroupTree>,
 }
 
 /// A pod that was found, by its directory: that goes with the pod, and no other ever has its inode.
 #[derive(Debug, Clone)]
-pub(crate) struct Housed {
+pub(crate) struct ResolvedPod {
     pub(crate) pod: Pod,
     directory: PathBuf,
     inode: u64,
     container: Option<PathBuf>,
 }
 
-impl Pods {
+impl PodLookup {
     pub(crate) fn new(tree: Arc<CgroupTree>) -> Self {
         Self { tree }
     }
 
     /// Which of the kubelet's cgroup roots are there.
-    pub(crate) fn roots_found(&self) -> Vec<&CgroupPath> {
+    pub(crate) fn discover_roots(&self) -> Vec<&CgroupPath> {
         self.tree.roots().iter().filter(|root| self.tree.directory(root).is_dir()).collect()
     }
 
     /// The pod of a process or socket in this cgroup; `None` if it is in none. Every directory down to the pod's own has to be
     /// root's, else somebody else could have named it; with the pod's, root has named the container's too.
-    pub(crate) fn of(&self, cgroup: &CgroupPath) -> Result<Option<Housed>, Refusal> {
-        let place = self.tree.roots().find(cgroup).map_err(|Misplaced| match self.tree.roots_alone(cgroup) {
-            Err(Refusal::DelegatedCgroup) => Refusal::DelegatedCgroup,
-            // Root's doing: a kubelet with a place of its own, or a container that is root's own.
-            _ => Refusal::MisplacedPod,
-        })?;
-        let Some(PodPlace { pod, directory, container }) = place else { return Ok(None) };
+    pub(crate) fn of(&self, cgroup: &CgroupPath) -> Result<Option<ResolvedPod>, AttestError> {
+        let place =
+            self.tree.roots().find(cgroup).map_err(|MisplacedPod| match self.tree.check_root_owned(cgroup) {
+                Err(AttestError::DelegatedCgroup) => AttestError::DelegatedCgroup,
+                // Root's doing: a kubelet with a place of its own, or a container that is root's own.
+                _ => AttestError::MisplacedPod,
+            })?;
+        let Some(PodSegment { pod, directory, container }) = place else { return Ok(None) };
         let part = |end: usize| CgroupPath::parse(&cgroup.as_str()[..end]);
-        let own = part(directory).ok_or(Refusal::UnreadableCgroup)?;
-        self.tree.roots_alone(&own)?;
+        let own = part(directory).ok_or(AttestError::UnreadableCgroup)?;
+        self.tree.check_root_owned(&own)?;
         let directory = self.tree.directory(&own);
-        let inode = fs::metadata(&directory).map_err(|_| Refusal::UnreadableCgroup)?.ino();
+        let inode = fs::metadata(&directory).map_err(|_| AttestError::UnreadableCgroup)?.ino();
         let container = container.and_then(part).map(|container| self.tree.directory(&container));
-        Ok(Some(Housed { pod, directory, inode, container }))
+        Ok(Some(ResolvedPod { pod, directory, inode, container }))
     }
 }
 
-impl Housed {
+impl ResolvedPod {
     /// Whether the pod is gone for good; not, where that can't be seen.
     pub(crate) fn is_gone(&self) -> bool {
         match fs::metadata(&self.directory) {
@@ -70,11 +71,11 @@ impl Housed {
     }
 
     /// Whether the pod is there, and since when.
-    pub(crate) fn is_there(&self) -> Result<Ages, Refusal> {
+    pub(crate) fn is_there(&self) -> Result<PodAge, AttestError> {
         let found = fs::metadata(&self.directory).ok().filter(|found| found.ino() == self.inode);
-        let pod = age(&found.ok_or(Refusal::Gone)?);
+        let pod = age(&found.ok_or(AttestError::CallerGone)?);
         let container = self.container.as_ref().and_then(|container| fs::metadata(container).ok());
-        Ok(Ages { pod, container: container.map_or(pod, |found| age(&found)) })
+        Ok(PodAge { pod, container: container.map_or(pod, |found| age(&found)) })
     }
 }
 

@@ -9,13 +9,16 @@ use async_trait::async_trait;
 use tokio::time::timeout;
 
 use crate::attest::Unattested;
-use crate::attest::cgroups::{CgroupTree, Part, WalkKey};
+use crate::attest::cgroups::{CgroupTree, TreeScope, WalkKey};
 use crate::attest::host::Host;
-use crate::attest::inet_diag::{SockDiag, Socket};
+use crate::attest::inet_diag::{SockDiag, SocketInfo};
 use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
-use crate::attest::pods::Housed;
-use crate::attest::search::{self, Budget, Holder};
-use crate::caller::{Ages, Caller, Evidence, ListenerKind, Looks, Named, Owner, Process, Refusal, Stranger, Watch};
+use crate::attest::pods::ResolvedPod;
+use crate::attest::search::{self, Budget, SocketOwner};
+use crate::caller::{
+    AgentProcessRef, AttestError, Caller, ExecWatch, ListenerKind, PeerFacts, PeerProof, PodAge, Process, ProcessFacts,
+    WorkloadKey,
+};
 use crate::cgroup::CgroupPath;
 use crate::clock::HOLD;
 use crate::limits::FairSemaphore;
@@ -25,15 +28,15 @@ const SEARCH_SHARE: Duration = Duration::from_millis(500);
 
 /// Attests peers of TCP listeners in one network namespace. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(crate) struct TcpAttestor(Arc<Parts>);
+pub(crate) struct TcpAttestor(Arc<SocketQuery>);
 
 #[derive(Debug)]
-struct Parts {
+struct SocketQuery {
     host: Arc<Host>,
     diag: SockDiag,
     cgroups: Arc<CgroupTree>,
     /// Long searches: one at a time for each workload, and few in all.
-    searches: FairSemaphore<Owner>,
+    searches: FairSemaphore<WorkloadKey>,
     /// By its inode, if it is a pod's.
     namespace: Option<u64>,
 }
@@ -44,17 +47,17 @@ pub(crate) struct SocketProof {
     attestor: TcpAttestor,
     client: SocketAddr,
     server: SocketAddr,
-    socket: Socket,
+    socket: SocketInfo,
     cgroup: CgroupPath,
-    pod: Option<Housed>,
+    pod: Option<ResolvedPod>,
 }
 
 /// The same, with a process that holds the socket.
 #[derive(Debug)]
-struct HolderProof {
+struct SocketOwnerProof {
     socket: SocketProof,
-    owner: Owner,
-    holder: Arc<Holder>,
+    owner: WorkloadKey,
+    holder: Arc<SocketOwner>,
 }
 
 impl TcpAttestor {
@@ -63,9 +66,9 @@ impl TcpAttestor {
         host: Arc<Host>,
         diag: SockDiag,
         cgroups: Arc<CgroupTree>,
-        searches: FairSemaphore<Owner>,
+        searches: FairSemaphore<WorkloadKey>,
     ) -> Self {
-        Self(Arc::new(Parts { host, diag, cgroups, searches, namespace: None }))
+        Self(Arc::new(SocketQuery { host, diag, cgroups, searches, namespace: None }))
     }
 
     /// Whether the kernel still tells what this rests on.
@@ -75,14 +78,14 @@ impl TcpAttestor {
 
     /// The same for the network namespace of a pod, in which `diag` was made.
     pub(crate) fn in_pod(&self, diag: SockDiag) -> Self {
-        let Parts { host, cgroups, searches, .. } = &*self.0;
+        let SocketQuery { host, cgroups, searches, .. } = &*self.0;
         let (host, cgroups, searches) = (host.clone(), cgroups.clone(), searches.clone());
-        Self(Arc::new(Parts { namespace: Some(diag.namespace()), host, diag, cgroups, searches }))
+        Self(Arc::new(SocketQuery { namespace: Some(diag.namespace()), host, diag, cgroups, searches }))
     }
 
     /// What limits long searches.
     #[cfg(test)]
-    pub(crate) fn searches(&self) -> &FairSemaphore<Owner> {
+    pub(crate) fn searches(&self) -> &FairSemaphore<WorkloadKey> {
         &self.0.searches
     }
 
@@ -103,30 +106,30 @@ impl TcpAttestor {
         on_wait: impl FnOnce(),
     ) -> Result<SocketProof, Unattested> {
         let socket = self.0.diag.client_socket(client, server)?;
-        let mut peer = Stranger { uid: socket.uid, cgroup: None, pod: None, namespace: self.0.namespace };
+        let mut peer = PeerFacts { uid: socket.uid, cgroup: None, pod: None, namespace: self.0.namespace };
         let cgroup = self.cgroup(&socket, on_wait).await.map_err(|refusal| Unattested::of(refusal, &peer))?;
         peer.cgroup = Some(cgroup.clone());
         // On the host a process of one user gives sockets to those of another; a pod is one workload.
         if self.0.namespace.is_none() && cgroup.is_service_managers() {
-            return Err(Unattested::of(Refusal::ManagerSocket, &peer));
+            return Err(Unattested::of(AttestError::ManagerSocket, &peer));
         }
         let pod = self.0.host.pod(Some(&cgroup)).map_err(|refusal| Unattested::of(refusal, &peer))?;
         Ok(SocketProof { attestor: self.clone(), client, server, socket, cgroup, pod })
     }
 
     /// The path of the socket's cgroup.
-    async fn cgroup(&self, socket: &Socket, on_wait: impl FnOnce()) -> Result<CgroupPath, Refusal> {
-        let Parts { cgroups, namespace, .. } = &*self.0;
+    async fn cgroup(&self, socket: &SocketInfo, on_wait: impl FnOnce()) -> Result<CgroupPath, AttestError> {
+        let SocketQuery { cgroups, namespace, .. } = &*self.0;
         let uid = namespace.is_none().then_some(socket.uid);
         let key = WalkKey { namespace: *namespace, uid };
         if namespace.is_none() {
             let id = socket.cgroup_id;
-            let id = id.ok_or(Refusal::Unsupported("TCP callers need Linux 5.15 or newer, built with cgroups"))?;
-            return cgroups.path_of(id, (Part::All, key), on_wait).await;
+            let id = id.ok_or(AttestError::Unsupported("TCP callers need Linux 5.15 or newer, built with cgroups"))?;
+            return cgroups.path_of(id, (TreeScope::All, key), on_wait).await;
         }
-        let id = socket.cgroup_id.ok_or(Refusal::NotAPod)?;
-        match cgroups.path_of(id, (Part::Pods, key), on_wait).await {
-            Err(Refusal::UnreadableCgroup) if !cgroups.tells_removed() => Err(Refusal::NotAPod),
+        let id = socket.cgroup_id.ok_or(AttestError::NotAPod)?;
+        match cgroups.path_of(id, (TreeScope::Pods, key), on_wait).await {
+            Err(AttestError::UnreadableCgroup) if !cgroups.detects_removed() => Err(AttestError::NotAPod),
             path => path,
         }
     }
@@ -139,7 +142,7 @@ impl SocketProof {
     }
 
     /// Where it is, if it is a pod's.
-    pub(crate) fn pod(&self) -> Option<&Housed> {
+    pub(crate) fn pod(&self) -> Option<&ResolvedPod> {
         self.pod.as_ref()
     }
 
@@ -158,31 +161,31 @@ impl SocketProof {
     }
 
     /// See [`SocketProof::into_caller`], for the audit.
-    pub(crate) fn peer(&self) -> Stranger {
+    pub(crate) fn peer(&self) -> PeerFacts {
         let pod = self.pod.as_ref().map(|housed| housed.pod.clone());
         let namespace = self.attestor.0.namespace;
-        Stranger { uid: self.socket.uid, cgroup: Some(self.cgroup.clone()), pod, namespace }
+        PeerFacts { uid: self.socket.uid, cgroup: Some(self.cgroup.clone()), pod, namespace }
     }
 
-    fn is_unchanged(&self) -> Result<(), Refusal> {
+    fn is_unchanged(&self) -> Result<(), AttestError> {
         let now = self.attestor.0.diag.client_socket(self.client, self.server)?;
-        if now == self.socket { Ok(()) } else { Err(Refusal::Changed) }
+        if now == self.socket { Ok(()) } else { Err(AttestError::IdentityChanged) }
     }
 
     /// The process that holds the socket: at once where that is soon done. Else in a search of its own, one at a time for this
     /// workload, and few in all, since whoever has many users' ids is many workloads: a search is a loop as long as the caller
     /// makes it.
-    async fn holder(&self, owner: &Owner, looks: Looks) -> Result<Holder, Refusal> {
+    async fn find_owner(&self, owner: &WorkloadKey, looks: ProcessFacts) -> Result<SocketOwner, AttestError> {
         let parts = &self.attestor.0;
-        match parts.host.lookups.run(owner, self.search(looks, Budget::SHORT)).await {
-            Err(Refusal::TooManyDescriptors) => {}
+        match parts.host.lookups.run(owner, self.search(looks, Budget::INLINE)).await {
+            Err(AttestError::TooManyDescriptors) => {}
             done => return done,
         }
         // As long as a request is held: who waits longer would be cut off without a word.
-        let permit = parts.searches.acquire_within(HOLD, owner).await.ok_or(Refusal::Busy)?;
+        let permit = parts.searches.acquire_within(HOLD, owner).await.ok_or(AttestError::SearchBusy)?;
         // Many have hung up meanwhile. A search for each of them would keep those waiting who have come again.
-        self.is_unchanged().map_err(|_| Refusal::Gone)?;
-        let mut searching = pin!(parts.host.lookups.run_apart(owner, self.search(looks, Budget::LONG)));
+        self.is_unchanged().map_err(|_| AttestError::CallerGone)?;
+        let mut searching = pin!(parts.host.lookups.run_offloaded(owner, self.search(looks, Budget::OFFLOADED)));
         if let Ok(done) = timeout(SEARCH_SHARE, &mut searching).await {
             return done;
         }
@@ -191,62 +194,73 @@ impl SocketProof {
         searching.await
     }
 
-    fn search(&self, looks: Looks, budget: Budget) -> impl FnOnce() -> Result<Holder, Refusal> + Send + 'static {
+    fn search(
+        &self,
+        looks: ProcessFacts,
+        budget: Budget,
+    ) -> impl FnOnce() -> Result<SocketOwner, AttestError> + Send + 'static {
         let Self { attestor, socket, cgroup, .. } = self.clone();
         move || {
             let parts = &attestor.0;
-            search::holder(&parts.host, &parts.cgroups, &socket, &cgroup, (looks, budget))
+            search::find_socket_owner(&parts.host, &parts.cgroups, &socket, &cgroup, (looks, budget))
         }
     }
 }
 
 #[async_trait]
-impl Evidence for SocketProof {
-    async fn still_same(&self) -> Result<(), Refusal> {
+impl PeerProof for SocketProof {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
         self.is_unchanged()
     }
 
-    async fn with_process(&self, owner: &Owner, looks: Looks) -> Result<(Process, Box<dyn Evidence>), Refusal> {
+    async fn with_process(
+        &self,
+        owner: &WorkloadKey,
+        looks: ProcessFacts,
+    ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
         if self.cgroup.is_service_managers() {
-            return Err(Refusal::ManagerSocket);
+            return Err(AttestError::ManagerSocket);
         }
-        let holder = self.holder(owner, looks).await?;
+        let holder = self.find_owner(owner, looks).await?;
         // That the socket is still what it was before the search is seen when the caller is looked at again, before anything
         // is released.
-        let process = holder.process.describe();
-        Ok((process, Box::new(HolderProof { socket: self.clone(), owner: owner.clone(), holder: Arc::new(holder) })))
+        let process = holder.process.to_process();
+        Ok((
+            process,
+            Box::new(SocketOwnerProof { socket: self.clone(), owner: owner.clone(), holder: Arc::new(holder) }),
+        ))
     }
 
-    fn pod(&self) -> Result<Ages, Refusal> {
-        self.pod.as_ref().ok_or(Refusal::Kernel)?.is_there()
+    fn verify_pod(&self) -> Result<PodAge, AttestError> {
+        self.pod.as_ref().ok_or(AttestError::Kernel)?.is_there()
     }
 }
 
 #[async_trait]
-impl Evidence for HolderProof {
-    async fn still_same(&self) -> Result<(), Refusal> {
+impl PeerProof for SocketOwnerProof {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
         self.socket.is_unchanged()?;
         let (holder, inode) = (self.holder.clone(), self.socket.socket.inode);
         let look = move || {
-            holder.process.still_same()?;
-            if holder.process.holds(holder.descriptor, inode) { Ok(()) } else { Err(Refusal::Gone) }
+            holder.process.verify_unchanged()?;
+            if holder.process.has_fd(holder.descriptor, inode) { Ok(()) } else { Err(AttestError::CallerGone) }
         };
         self.socket.attestor.0.host.lookups.run(&self.owner, look).await
     }
 
-    async fn process(&self) -> Result<Named, Refusal> {
-        self.holder.process.named(&self.owner).await
+    async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
+        self.holder.process.for_agent(&self.owner).await
     }
 
-    fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
-        Ok(Box::new(self.holder.process.watch()?))
+    fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
+        Ok(Box::new(self.holder.process.watch_exec()?))
     }
 
-    fn is_there(&self) -> bool {
-        self.holder.process.is_there()
+    fn is_alive(&self) -> bool {
+        self.holder.process.is_alive()
     }
 
-    fn pod(&self) -> Result<Ages, Refusal> {
-        Evidence::pod(&self.socket)
+    fn verify_pod(&self) -> Result<PodAge, AttestError> {
+        PeerProof::verify_pod(&self.socket)
     }
 }

@@ -13,7 +13,7 @@ use crate::attest::host::Host;
 use crate::attest::inet_diag::SockDiag;
 use crate::attest::kernel::{TcpUnsupported, no_sock_diag, try_tcp_of};
 use crate::attest::tcp::{SocketProof, TcpAttestor};
-use crate::caller::Refusal;
+use crate::caller::AttestError;
 use crate::limits::FairSemaphore;
 
 /// Between two tries, however often somebody asks.
@@ -24,18 +24,18 @@ const RETRY: Duration = Duration::from_secs(2);
 pub(crate) struct TcpSupport {
     host: Arc<Host>,
     attestor: ArcSwapOption<TcpAttestor>,
-    attempt: Mutex<Attempt>,
+    attempt: Mutex<SupportCheck>,
 }
 
 #[derive(Debug)]
-struct Attempt {
+struct SupportCheck {
     at: Instant,
     /// What the kernel lacks, and the fix. `None` while there is an attestor.
     missing: Option<String>,
 }
 
-impl Attempt {
-    fn now(result: Result<(), &TcpUnsupported>) -> Self {
+impl SupportCheck {
+    fn current(result: Result<(), &TcpUnsupported>) -> Self {
         Self { at: Instant::now(), missing: result.err().map(|error| format!("{error}; {}", error.fix())) }
     }
 }
@@ -47,7 +47,7 @@ impl TcpSupport {
         if let Err(error) = &attestor {
             tracing::warn!("callers over TCP are refused (unsupported_kernel): {error}; {}", error.fix());
         }
-        let attempt = Mutex::new(Attempt::now(attestor.as_ref().map(drop)));
+        let attempt = Mutex::new(SupportCheck::current(attestor.as_ref().map(drop)));
         Self { host, attestor: ArcSwapOption::new(attestor.ok().map(Arc::new)), attempt }
     }
 
@@ -61,30 +61,30 @@ impl TcpSupport {
     }
 
     /// See [`TcpAttestor::look`].
-    pub(crate) async fn look(
+    pub(crate) async fn check(
         &self,
         addresses: (SocketAddr, SocketAddr),
         on_wait: impl FnOnce(),
     ) -> Result<SocketProof, Unattested> {
         if self.attestor.load().is_none() {
-            self.try_again();
+            self.retry();
         }
         let Some(attestor) = self.attestor() else {
-            return Err(Refusal::Unsupported("over TCP; awsvid's log says at the start what is missing").into());
+            return Err(AttestError::Unsupported("over TCP; awsvid's log says at the start what is missing").into());
         };
         let found = attestor.look(addresses, on_wait).await;
         // A socket that is not there, or has lost its cgroup: as it is for everybody, once the kernel tells no more.
         let is_odd = match &found {
-            Err(unattested) => unattested.refusal == Refusal::Gone,
+            Err(unattested) => unattested.refusal == AttestError::CallerGone,
             Ok(proof) => proof.is_in_root_cgroup(),
         };
         if is_odd {
-            self.try_again();
+            self.retry();
         }
         found
     }
 
-    fn try_again(&self) {
+    fn retry(&self) {
         let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
         if attempt.at.elapsed() < RETRY {
             return;
@@ -94,7 +94,7 @@ impl TcpSupport {
             Some(attestor) => attestor.works(),
             None => attestor(&self.host).map(|attestor| self.attestor.store(Some(Arc::new(attestor)))),
         };
-        *attempt = Attempt::now(result.as_ref().copied());
+        *attempt = SupportCheck::current(result.as_ref().copied());
         match (result, before.is_some()) {
             (Ok(()), false) => tracing::info!("callers over TCP are attested from now on"),
             (Err(error), true) => {
@@ -109,7 +109,7 @@ impl TcpSupport {
 
 fn attestor(host: &Arc<Host>) -> Result<TcpAttestor, TcpUnsupported> {
     let cgroups = host.cgroups.clone().ok_or(TcpUnsupported::NoCgroups)?;
-    let diag = SockDiag::open_for_all_processors().map_err(no_sock_diag)?;
+    let diag = SockDiag::open_per_cpu().map_err(no_sock_diag)?;
     try_tcp_of(host, &diag)?;
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     // However many ask for them, half of the processors are for what is quickly done.

@@ -11,61 +11,66 @@ use nix::unistd::{SysconfVar, sysconf};
 
 use crate::attest::Unattested;
 use crate::attest::host::Host;
-use crate::attest::pods::Housed;
-use crate::attest::process::HeldProcess;
+use crate::attest::pods::ResolvedPod;
+use crate::attest::process::ProcessSnapshot;
 use crate::attest::sys;
 use crate::caller::{
-    Ages, Caller, Evidence, GroupDetail, Groups, ListenerKind, Looks, Named, Owner, Process, Refusal, Stranger, Watch,
+    AgentProcessRef, AttestError, Caller, ExecWatch, GroupDetail, Groups, ListenerKind, PeerFacts, PeerProof, PodAge,
+    Process, ProcessFacts, WorkloadKey,
 };
 
 /// The connector, as it was looked at.
 #[derive(Debug)]
 struct ConnectorProof {
-    process: HeldProcess,
-    owner: Owner,
-    pod: Option<Housed>,
+    process: ProcessSnapshot,
+    owner: WorkloadKey,
+    pod: Option<ResolvedPod>,
     /// The connection, as long as it is served: whoever remembers a caller does not keep it open.
     stream: Weak<OwnedFd>,
 }
 
 #[async_trait]
-impl Evidence for ConnectorProof {
-    async fn still_same(&self) -> Result<(), Refusal> {
+impl PeerProof for ConnectorProof {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
         self.process.verify(&self.owner).await
     }
 
-    async fn with_process(&self, owner: &Owner, looks: Looks) -> Result<(Process, Box<dyn Evidence>), Refusal> {
+    async fn with_process(
+        &self,
+        owner: &WorkloadKey,
+        looks: ProcessFacts,
+    ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
         // First the groups of connect(2): for too many of them the kernel returns an error without copying them.
         let connected = match looks.groups {
             GroupDetail::None => None,
             detail => {
-                let stream = self.stream.upgrade().ok_or(Refusal::Gone)?;
+                let stream = self.stream.upgrade().ok_or(AttestError::CallerGone)?;
                 Some(Groups::new(peer_groups(stream.as_fd())?, detail)?)
             }
         };
         let process = self.process.with_facts(owner, looks).await?;
         if process.groups() != connected.as_ref() {
-            return Err(Refusal::Changed);
+            return Err(AttestError::IdentityChanged);
         }
-        let described = process.describe();
+        let described = process.to_process();
         let proof = Self { process, owner: owner.clone(), pod: self.pod.clone(), stream: Weak::new() };
         Ok((described, Box::new(proof)))
     }
 
-    async fn process(&self) -> Result<Named, Refusal> {
-        self.process.named(&self.owner).await
+    async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
+        self.process.for_agent(&self.owner).await
     }
 
-    fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
-        Ok(Box::new(self.process.watch()?))
+    fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
+        Ok(Box::new(self.process.watch_exec()?))
     }
 
-    fn is_there(&self) -> bool {
-        self.process.is_there()
+    fn is_alive(&self) -> bool {
+        self.process.is_alive()
     }
 
-    fn pod(&self) -> Result<Ages, Refusal> {
-        self.pod.as_ref().ok_or(Refusal::Kernel)?.is_there()
+    fn verify_pod(&self) -> Result<PodAge, AttestError> {
+        self.pod.as_ref().ok_or(AttestError::Kernel)?.is_there()
     }
 }
 
@@ -75,12 +80,12 @@ pub(crate) struct Peer {
     pid: u32,
     uid: u32,
     gid: u32,
-    pinned: Pinned,
+    pinned: PeerPin,
 }
 
 /// How sure it is that a process with the connector's number is the connector.
 #[derive(Debug)]
-enum Pinned {
+enum PeerPin {
     /// By the kernel, since it connected: `SO_PEERPIDFD`.
     ByKernel(OwnedFd),
     /// Not at all before Linux 6.5. The connection was accepted at this time, in clock ticks since boot.
@@ -90,14 +95,14 @@ enum Pinned {
 impl Peer {
     /// Reads `SO_PEERCRED` and `SO_PEERPIDFD`.
     pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Unattested> {
-        let peer = getsockopt(&stream, PeerCredentials).map_err(|_| Refusal::Kernel)?;
-        let seen = Stranger { uid: peer.uid(), cgroup: None, pod: None, namespace: None };
+        let peer = getsockopt(&stream, PeerCredentials).map_err(|_| AttestError::Kernel)?;
+        let seen = PeerFacts { uid: peer.uid(), cgroup: None, pod: None, namespace: None };
         let refused = |refusal| Unattested::of(refusal, &seen);
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
-        let pid = pid.ok_or_else(|| refused(Refusal::InvisibleProcess))?;
-        let pinned = match sys::peer_pidfd(stream).map_err(|_| refused(Refusal::Gone))? {
-            Some(pidfd) => Pinned::ByKernel(pidfd),
-            None => Pinned::SinceAccept(ticks_since_boot()?),
+        let pid = pid.ok_or_else(|| refused(AttestError::InvisibleProcess))?;
+        let pinned = match sys::peer_pidfd(stream).map_err(|_| refused(AttestError::CallerGone))? {
+            Some(pidfd) => PeerPin::ByKernel(pidfd),
+            None => PeerPin::SinceAccept(ticks_since_boot()?),
         };
         Ok(Self { pid, uid: peer.uid(), gid: peer.gid(), pinned })
     }
@@ -109,25 +114,27 @@ impl Peer {
 /// meanwhile, or has dropped a privilege, is refused (attack 3).
 pub(crate) fn attest(host: &Arc<Host>, peer: Peer, stream: &Arc<OwnedFd>) -> Result<Caller, Unattested> {
     let Peer { pid, uid, gid, pinned } = peer;
-    let mut seen = Stranger { uid, cgroup: None, pod: None, namespace: None };
+    let mut seen = PeerFacts { uid, cgroup: None, pod: None, namespace: None };
     if !host.pidfds_tell_ids {
         // Its `status` would have to be read right here, and that takes milliseconds for 65,536 groups (T27).
         peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &seen))?;
     }
     let process = match pinned {
-        Pinned::ByKernel(pidfd) => host.process(pid, pidfd).and_then(|known| HeldProcess::look(host, known)),
-        Pinned::SinceAccept(accepted) => unpinned(host, pid, accepted),
+        PeerPin::ByKernel(pidfd) => {
+            host.process(pid, pidfd).and_then(|known| ProcessSnapshot::read_snapshot(host, known))
+        }
+        PeerPin::SinceAccept(accepted) => read_unpinned(host, pid, accepted),
     };
     let process = process.map_err(|refusal| Unattested::of(refusal, &seen))?;
-    let credentials = process.credentials();
+    let credentials = process.ids();
     if credentials.uids != [uid; 4] || credentials.gids != [gid; 4] {
-        return Err(Unattested::of(Refusal::Changed, &seen));
+        return Err(Unattested::of(AttestError::IdentityChanged, &seen));
     }
     seen.cgroup = process.cgroup().cloned();
     let pod = host.pod(process.cgroup()).map_err(|refusal| Unattested::of(refusal, &seen))?;
     seen.pod = pod.as_ref().map(|housed| housed.pod.clone());
     let owner = seen.owner();
-    let described = process.describe();
+    let described = process.to_process();
     Ok(Caller {
         listener: ListenerKind::Unix,
         uid,
@@ -142,32 +149,32 @@ pub(crate) fn attest(host: &Arc<Host>, peer: Peer, stream: &Arc<OwnedFd>) -> Res
 /// The process that has the number now, on a kernel that does not say whether it is the connector. One that started after
 /// the connection was accepted certainly isn't. One that started between connect and accept is not noticed, which is why
 /// callers in containers, who can make pids be used again, are not served there (attack 16).
-fn unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<HeldProcess, Refusal> {
+fn read_unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<ProcessSnapshot, AttestError> {
     let pidfd = sys::pidfd_open(pid).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOSYS) => Refusal::Unsupported("the unix socket needs Linux 5.3 or newer"),
-        _ => Refusal::Gone,
+        Some(libc::ENOSYS) => AttestError::Unsupported("the unix socket needs Linux 5.3 or newer"),
+        _ => AttestError::CallerGone,
     })?;
-    let process = HeldProcess::look(host, host.process(pid, pidfd)?)?;
+    let process = ProcessSnapshot::read_snapshot(host, host.process(pid, pidfd)?)?;
     if process.start_time()? > accepted {
-        return Err(Refusal::Gone);
+        return Err(AttestError::CallerGone);
     }
     if process.contained() {
-        return Err(Refusal::Unsupported("callers in containers need Linux 6.5 or newer on the unix socket"));
+        return Err(AttestError::Unsupported("callers in containers need Linux 6.5 or newer on the unix socket"));
     }
     Ok(process)
 }
 
 /// `SO_PEERGROUPS`.
-fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, Refusal> {
+fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, AttestError> {
     sys::peer_groups(stream, Groups::MAX).map_err(|error| match error {
-        Errno::ERANGE => Refusal::TooManyGroups,
-        _ => Refusal::Kernel,
+        Errno::ERANGE => AttestError::TooManyGroups,
+        _ => AttestError::Kernel,
     })
 }
 
-fn ticks_since_boot() -> Result<u64, Refusal> {
-    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|_| Refusal::Kernel)?;
-    let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().ok_or(Refusal::Kernel)?;
+fn ticks_since_boot() -> Result<u64, AttestError> {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|_| AttestError::Kernel)?;
+    let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().ok_or(AttestError::Kernel)?;
     let ticks = now.tv_sec() * per_second + now.tv_nsec() * per_second / 1_000_000_000;
     Ok(ticks.cast_unsigned())
 }

@@ -17,32 +17,32 @@ use crate::cgroup::{CgroupPath, PodRoots};
 
 /// Directories below one workload's own that are taken notice of: whatever it makes there, beside each other or below, costs its
 /// neighbours no more time than that, and only its own processes are not found.
-const BELOW: usize = 512;
+const MAX_DIRS_PER_WORKLOAD: usize = 512;
 /// Walks take so much of one processor's time at most, whoever asks for them: after each there is a pause of so many times its
 /// length. Anybody can have ids that are not in the tree, by a cgroup that he removes (attack 21).
-const PAUSES: u32 = 9;
+const PAUSE_FACTOR: u32 = 9;
 /// The longest pause.
-pub(crate) const PAUSE_MOST: Duration = Duration::from_secs(1);
+pub(crate) const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// The tree below `mount`, which is the directory of `base` in it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Ground<'t> {
+pub(crate) struct CgroupScanner<'t> {
     pub(crate) mount: &'t Path,
     pub(crate) base: &'t str,
     pub(crate) roots: &'t PodRoots,
 }
 
 /// What directories had in them when they were looked into, by their ids: not looked into again as long as it is the same.
-pub(crate) type Listings = HashMap<u64, Listing>;
+pub(crate) type DirSnapshots = HashMap<u64, DirSnapshot>;
 
 /// The children of a directory, and how many of them the kernel counts, with the two names of the directory itself.
 #[derive(Debug, Clone)]
-pub(crate) struct Listing {
+pub(crate) struct DirSnapshot {
     links: u64,
     children: Vec<(u64, CgroupPath)>,
 }
 
-impl Listing {
+impl DirSnapshot {
     /// Whether these are all that there were. A file system that does not count tells nothing by it.
     fn is_whole(&self) -> bool {
         u64::try_from(self.children.len()).is_ok_and(|children| self.links == children + 2)
@@ -50,45 +50,51 @@ impl Listing {
 }
 
 /// One that is to be looked into: who it is, and how many directories may be found below, if that is one workload's.
-struct Open {
+struct PendingDir {
     id: u64,
     links: u64,
     path: CgroupPath,
     left: Option<Rc<Cell<usize>>>,
 }
 
-impl Ground<'_> {
+impl CgroupScanner<'_> {
     /// The ids and paths of all cgroups from `starts` down. `listings` is what was seen before, and then what is seen now.
-    pub(crate) fn walk(self, starts: &[CgroupPath], listings: &mut Listings) -> io::Result<HashMap<u64, CgroupPath>> {
-        let (mut found, mut seen) = (HashMap::new(), Listings::new());
+    pub(crate) fn scan(
+        self,
+        starts: &[CgroupPath],
+        listings: &mut DirSnapshots,
+    ) -> io::Result<HashMap<u64, CgroupPath>> {
+        let (mut found, mut seen) = (HashMap::new(), DirSnapshots::new());
         let mut open = Vec::new();
         for path in starts {
             let start = fs::metadata(self.directory(path))?;
             found.insert(start.ino(), path.clone());
-            open.push(Open { id: start.ino(), links: start.nlink(), path: path.clone(), left: None });
+            open.push(PendingDir { id: start.ino(), links: start.nlink(), path: path.clone(), left: None });
         }
-        while let Some(Open { id, links, path, left }) = open.pop() {
+        while let Some(PendingDir { id, links, path, left }) = open.pop() {
             let left = left.as_ref();
             if left.is_some_and(|left| left.get() == 0) {
                 continue;
             }
-            let is_same = |before: &Listing| before.links == links && before.is_whole();
+            let is_same = |before: &DirSnapshot| before.links == links && before.is_whole();
             let before = listings.remove(&id).filter(is_same);
-            let same = before.and_then(|before| Some((self.all_there(&before.children)?, before)));
-            let same = same.filter(|(_, before)| may_have(before.children.len(), left));
+            let same = before.and_then(|before| Some((self.is_complete(&before.children)?, before)));
+            let same = same.filter(|(_, before)| charge(before.children.len(), left));
             let (counts, listing) = match same {
                 Some(same) => same,
                 None => {
-                    let listing = Listing { links, children: self.list(&path, left) };
+                    let listing = DirSnapshot { links, children: self.list(&path, left) };
                     (listing.children.iter().map(|(id, path)| self.links(*id, path)).collect(), listing)
                 }
             };
             for ((id, path), links) in listing.children.iter().zip(counts) {
                 // One that was removed meanwhile is no error.
                 let Some(links) = links else { continue };
-                let left = left.cloned().or_else(|| self.begins_workload(path).then(|| Rc::new(Cell::new(BELOW))));
+                let left = left
+                    .cloned()
+                    .or_else(|| self.is_workload_root(path).then(|| Rc::new(Cell::new(MAX_DIRS_PER_WORKLOAD))));
                 found.insert(*id, path.clone());
-                open.push(Open { id: *id, links, path: path.clone(), left });
+                open.push(PendingDir { id: *id, links, path: path.clone(), left });
             }
             seen.insert(id, listing);
         }
@@ -107,11 +113,11 @@ impl Ground<'_> {
         };
         let entries = fs::read_dir(self.directory(path)).into_iter().flatten().filter_map(Result::ok);
         // Also one counts whose name is no part of a path.
-        entries.filter(is_directory).take_while(|_| may_have(1, left)).filter_map(child).collect()
+        entries.filter(is_directory).take_while(|_| charge(1, left)).filter_map(child).collect()
     }
 
     /// How many links each of these has, if all are what they were.
-    fn all_there(self, children: &[(u64, CgroupPath)]) -> Option<Vec<Option<u64>>> {
+    fn is_complete(self, children: &[(u64, CgroupPath)]) -> Option<Vec<Option<u64>>> {
         children.iter().map(|(id, path)| self.links(*id, path).map(Some)).collect()
     }
 
@@ -122,7 +128,7 @@ impl Ground<'_> {
     }
 
     /// Whether everything below is one workload's.
-    fn begins_workload(self, path: &CgroupPath) -> bool {
+    fn is_workload_root(self, path: &CgroupPath) -> bool {
         let leads_to_pods = self.roots.iter().any(|root| root.is_at_or_below(path));
         let in_pod = || matches!(self.roots.find(path), Ok(Some(_)));
         let is_workloads = || {
@@ -139,7 +145,7 @@ impl Ground<'_> {
 }
 
 /// Takes so many directories from what is left of those that a workload may have, if there are so many.
-fn may_have(directories: usize, left: Option<&Rc<Cell<usize>>>) -> bool {
+fn charge(directories: usize, left: Option<&Rc<Cell<usize>>>) -> bool {
     let Some(left) = left else { return true };
     let less = left.get().checked_sub(directories);
     left.set(less.unwrap_or(left.get()));
@@ -148,18 +154,18 @@ fn may_have(directories: usize, left: Option<&Rc<Cell<usize>>>) -> bool {
 
 /// When one part of the tree was walked, and may be again.
 #[derive(Debug, Default)]
-pub(crate) struct Walks(tokio::sync::Mutex<Turn>);
+pub(crate) struct ScanThrottle(tokio::sync::Mutex<ScanTimes>);
 
 #[derive(Debug, Default)]
-struct Turn {
+struct ScanTimes {
     begun: Option<Instant>,
     next: Option<Instant>,
 }
 
-impl Walks {
+impl ScanThrottle {
     /// Returns when a walk that began after this call is over. One is for all who had asked for it by then. It goes on whatever
     /// becomes of whoever asked, so that nobody gets around the pause.
-    pub(crate) async fn after(self: &Arc<Self>, walk: impl FnOnce() + Send + 'static) {
+    pub(crate) async fn run_after(self: &Arc<Self>, walk: impl FnOnce() + Send + 'static) {
         let (asked, walks) = (Instant::now(), self.clone());
         let walking = tokio::spawn(async move {
             let mut turn = walks.0.lock().await;
@@ -176,8 +182,8 @@ impl Walks {
                 walk();
                 thread_time().saturating_sub(before)
             });
-            let pause = (spent.await.unwrap_or(PAUSE_MOST) * PAUSES).min(PAUSE_MOST);
-            *turn = Turn { begun: Some(begun), next: Some(Instant::now() + pause) };
+            let pause = (spent.await.unwrap_or(MAX_PAUSE) * PAUSE_FACTOR).min(MAX_PAUSE);
+            *turn = ScanTimes { begun: Some(begun), next: Some(Instant::now() + pause) };
         });
         let _ = walking.await;
     }
@@ -205,8 +211,8 @@ mod tests {
             fs::create_dir_all(tree.path().join(directory)).unwrap();
         }
         let root = [CgroupPath::parse("/").unwrap()];
-        let found = Ground { mount: tree.path(), base: "", roots: &PodRoots::usual() }
-            .walk(&root, &mut Listings::new())
+        let found = CgroupScanner { mount: tree.path(), base: "", roots: &PodRoots::defaults() }
+            .scan(&root, &mut DirSnapshots::new())
             .unwrap();
         let below = below.iter().map(|part| CgroupPath::parse(part).unwrap());
         below.map(|part| found.values().filter(|path| path.is_at_or_below(&part)).count()).collect()
@@ -233,7 +239,10 @@ mod tests {
         ];
         let [hostile, user, system, wide, honest, nameless] = walked(&directories, &parts)[..] else { unreachable!() };
         // The directories above a user's own are the system's.
-        assert_eq!((hostile, user, wide), (1 + BELOW, 2 + BELOW, 1 + BELOW));
+        assert_eq!(
+            (hostile, user, wide),
+            (1 + MAX_DIRS_PER_WORKLOAD, 2 + MAX_DIRS_PER_WORKLOAD, 1 + MAX_DIRS_PER_WORKLOAD)
+        );
         assert_eq!((system, honest), (601, 1));
         // Those without a path were read first, or with it.
         assert!(nameless <= 2, "{nameless}");
@@ -245,10 +254,11 @@ mod tests {
         let make = |directory: &str| fs::create_dir_all(tree.path().join(directory)).unwrap();
         ["a/b/c", "a/d", "e"].into_iter().for_each(make);
         let root = [CgroupPath::parse("/").unwrap()];
-        let mut listings = Listings::new();
+        let mut listings = DirSnapshots::new();
         let mut walk = || {
-            let roots = PodRoots::usual();
-            let found = Ground { mount: tree.path(), base: "", roots: &roots }.walk(&root, &mut listings).unwrap();
+            let roots = PodRoots::defaults();
+            let found =
+                CgroupScanner { mount: tree.path(), base: "", roots: &roots }.scan(&root, &mut listings).unwrap();
             for (id, path) in &found {
                 let directory = fs::metadata(tree.path().join(&path.as_str()[1..])).unwrap();
                 assert_eq!(directory.ino(), *id, "{path}");
@@ -276,7 +286,7 @@ mod tests {
     #[tokio::test]
     async fn a_walk_is_for_all_who_asked_before_it_began_and_then_there_is_a_pause() {
         const WALK: Duration = Duration::from_millis(5);
-        let (walks, walked) = (Arc::<Walks>::default(), Arc::<AtomicUsize>::default());
+        let (walks, walked) = (Arc::<ScanThrottle>::default(), Arc::<AtomicUsize>::default());
         let ask = || {
             let (walks, walked) = (walks.clone(), walked.clone());
             async move {
@@ -285,7 +295,7 @@ mod tests {
                     while thread_time() - begun < WALK {}
                     walked.fetch_add(1, Ordering::SeqCst);
                 };
-                walks.after(walk).await;
+                walks.run_after(walk).await;
             }
         };
         let start = Instant::now();
@@ -305,7 +315,7 @@ mod tests {
         }
         let count = u32::try_from(walked.load(Ordering::SeqCst)).unwrap();
         assert!(
-            count >= 3 && start_again.elapsed() >= WALK * (PAUSES + 1) * (count - 1),
+            count >= 3 && start_again.elapsed() >= WALK * (PAUSE_FACTOR + 1) * (count - 1),
             "{count} {:?}",
             start.elapsed()
         );

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::audit::Freshness;
-use crate::caller::{ListenerKind, Owner};
+use crate::caller::{ListenerKind, WorkloadKey};
 use crate::writer::{Line, Priority};
 
 /// So many requests of one caller that are alike are written one by one,
@@ -24,7 +24,7 @@ const KEYS: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     /// `None`: of any caller.
-    pub(super) owner: Option<Owner>,
+    pub(super) owner: Option<WorkloadKey>,
     pub(super) listener: ListenerKind,
     pub(super) reason: &'static str,
     /// The access key id of the credentials, and whether they were due for a refresh.
@@ -123,7 +123,7 @@ impl Stretch {
     }
 
     /// The held record, as one that stands for several.
-    fn summary(mut self, owner: Option<Owner>) -> Option<Line> {
+    fn summary(mut self, owner: Option<WorkloadKey>) -> Option<Line> {
         let stands_for = self.seen.checked_sub(SINGLY).filter(|more| *more > 0)?;
         // It ends with `}` and a newline, and has fields before that.
         self.held.truncate(self.held.len().saturating_sub(2));
@@ -137,7 +137,7 @@ mod tests {
     use super::*;
 
     fn key(reason: &'static str, number: u32) -> Key {
-        Key { owner: Some(Owner::user(number)), listener: ListenerKind::Tcp, reason, issued: None }
+        Key { owner: Some(WorkloadKey::user(number)), listener: ListenerKind::Tcp, reason, issued: None }
     }
 
     fn floods() -> Floods {

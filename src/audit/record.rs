@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use crate::audit::flood::{Floods, Key};
 use crate::audit::line::{Line, Text, moment, render, second};
 use crate::audit::{Audit, Freshness, Issued, Outcome, RequestId};
-use crate::caller::{Caller, ListenerKind, Owner, Stranger};
+use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
 use crate::cgroup::{CgroupPath, Pod};
 use crate::metrics::Request;
 use crate::role::Grant;
@@ -21,7 +21,7 @@ pub struct Record {
     request_id: RequestId,
     listener: ListenerKind,
     caller: Option<Arc<Caller>>,
-    stranger: Option<Stranger>,
+    stranger: Option<PeerFacts>,
     grant: Option<Grant>,
     /// How it ended: outcome, reason, and how many seconds after the head; for the metrics.
     ended: Option<(&'static str, &'static str, f64)>,
@@ -62,7 +62,7 @@ impl Record {
     }
 
     /// Notes what the socket of a caller that was not attested has told.
-    pub fn unattested(&mut self, peer: Option<Stranger>) {
+    pub fn unattested(&mut self, peer: Option<PeerFacts>) {
         self.stranger = peer;
     }
 
@@ -129,11 +129,11 @@ impl Record {
         turn.singly
     }
 
-    fn owner(&self) -> Owner {
+    fn owner(&self) -> WorkloadKey {
         match (self.caller.as_deref(), &self.stranger) {
-            (Some(caller), _) => Owner::of(caller),
+            (Some(caller), _) => WorkloadKey::of(caller),
             (None, Some(stranger)) => stranger.owner(),
-            (None, None) => Owner::unknown(),
+            (None, None) => WorkloadKey::unknown(),
         }
     }
 
@@ -141,7 +141,7 @@ impl Record {
     fn seen(&self) -> Option<Seen<'_>> {
         match (self.caller.as_deref(), &self.stranger) {
             (Some(Caller { uid, cgroup, pod, namespace, .. }), _)
-            | (None, Some(Stranger { uid, cgroup, pod, namespace })) => {
+            | (None, Some(PeerFacts { uid, cgroup, pod, namespace })) => {
                 Some(Seen { uid: *uid, cgroup: cgroup.as_ref(), pod: pod.as_ref(), namespace: *namespace })
             }
             (None, None) => None,

@@ -33,7 +33,7 @@ impl IdentitySource for Slow {
         std::future::pending().await
     }
 
-    fn needs(&self, _: &Caller) -> Option<Looks> {
+    fn needs(&self, _: &Caller) -> Option<ProcessFacts> {
         None
     }
 
@@ -78,7 +78,7 @@ async fn a_slow_source_and_a_slow_exchange_hold_a_request_no_longer_than_one_of_
     let broker = Broker::new(policy, cache);
     let audit = Audit::unopened(false, clock, metrics);
     audit.reopen(&AuditFile::Path(Path::new("/dev/null").to_owned()), false).unwrap();
-    let caller = Arc::new(Caller::nobody());
+    let caller = Arc::new(Caller::synthetic());
     let mut record = audit.begin(ListenerKind::Unix, Some(caller.clone()));
     let begun = Instant::now();
     let answer = broker.serve(&caller, &Wanted::First, &mut record).await;

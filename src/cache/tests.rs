@@ -9,7 +9,7 @@ use tokio::time::{advance, sleep};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, ListenerKind, Looks, Process, Refusal};
+use crate::caller::{AttestError, ListenerKind, PeerProof, Process, ProcessFacts};
 use crate::clock::HOLD;
 use crate::credentials::Credentials;
 use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
@@ -74,7 +74,7 @@ impl World {
         self.fetched.fetch_add(1, Ordering::SeqCst);
         assert!(!self.panics.load(Ordering::SeqCst), "asked to");
         if self.gone.lock().unwrap().contains(&caller.uid) {
-            return Err(SourceError::Caller(Refusal::Gone));
+            return Err(SourceError::Caller(AttestError::CallerGone));
         }
         if let Some(failure) = self.failure.lock().unwrap().clone() {
             return Err(failure);
@@ -96,7 +96,7 @@ impl IdentitySource for World {
         answer
     }
 
-    fn needs(&self, _: &Caller) -> Option<Looks> {
+    fn needs(&self, _: &Caller) -> Option<ProcessFacts> {
         None
     }
 
@@ -153,15 +153,15 @@ fn refused() -> StsError {
 struct Always;
 
 #[async_trait::async_trait]
-impl Evidence for Always {
-    async fn still_same(&self) -> Result<(), Refusal> {
+impl PeerProof for Always {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 }
 
 /// A caller whose process has the same number as its user.
 fn caller_of(uid: u32) -> Arc<Caller> {
-    let process = Process { pid: uid, gid: 1, groups: None, contained: false, program: None, started: None };
+    let process = Process { pid: uid, gid: 1, groups: None, in_container: false, program: None, started: None };
     let process = Some(process);
     Arc::new(Caller {
         listener: ListenerKind::Tcp,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::Refusal;
+use super::AttestError;
 
 /// What a decision needs of a process's supplementary groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -36,9 +36,9 @@ impl Groups {
     pub const MAX: usize = 1024;
 
     /// Takes the groups in any order. Fails with [`Refusal::TooManyGroups`] if there are more than [`Self::MAX`].
-    pub fn new(mut groups: Vec<u32>, detail: GroupDetail) -> Result<Self, Refusal> {
+    pub fn new(mut groups: Vec<u32>, detail: GroupDetail) -> Result<Self, AttestError> {
         if groups.len() > Self::MAX {
-            return Err(Refusal::TooManyGroups);
+            return Err(AttestError::TooManyGroups);
         }
         groups.sort_unstable();
         groups.dedup();
@@ -103,7 +103,7 @@ mod tests {
         let most = u32::try_from(Groups::MAX).unwrap();
         for detail in [GroupDetail::Digest, GroupDetail::List] {
             Groups::new((0..most).collect(), detail).unwrap();
-            assert_eq!(Groups::new((0..=most).collect(), detail).unwrap_err(), Refusal::TooManyGroups);
+            assert_eq!(Groups::new((0..=most).collect(), detail).unwrap_err(), AttestError::TooManyGroups);
         }
         // What is kept of the most that there can be where no rule names a group.
         assert!(Groups::new((0..most).collect(), GroupDetail::Digest).unwrap().list.is_none());

@@ -7,10 +7,10 @@ use super::Groups;
 /// Why a caller was not attested. Each is a refusal (403), or a failure (503) if [`Refusal::is_transient`]; all are counted and
 /// audited by [`Refusal::reason`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum Refusal {
+pub enum AttestError {
     /// The socket or process is gone, closing, or never was that of this connection.
     #[error("the calling socket or process is gone")]
-    Gone,
+    CallerGone,
     /// The peer's address is not loopback.
     #[error("the caller's address is not loopback")]
     NotLoopback,
@@ -22,19 +22,19 @@ pub enum Refusal {
     Ambiguous,
     /// No process of the socket's cgroup and user shows the socket among its descriptors.
     #[error("no process of the caller's cgroup and user holds the calling socket")]
-    NoHolder,
+    NoSocketOwner,
     /// The search for the socket's process went over its budget.
     #[error("the processes beside the caller have too many open descriptors to find the caller among them")]
     TooManyDescriptors,
     /// The process changed its user, groups, cgroup or executable since it connected.
     #[error("the calling process changed its user, groups, cgroup or executable after it connected")]
-    Changed,
+    IdentityChanged,
     /// The cgroup is removed, can't be listed, or is not below the tree that the daemon sees.
     #[error("the caller's cgroup cannot be read")]
     UnreadableCgroup,
     /// Searches for others have taken all the time that there is.
     #[error("more callers have to be searched for on this node than there is time for; ask again in a moment")]
-    Busy,
+    SearchBusy,
     /// Somebody else than root can name cgroups beside the caller's own, so an agent may take it for a container's process.
     #[error(
         "the caller's cgroup is in the hands of a user, who could give it a container's name; run it in a cgroup of \
@@ -76,21 +76,21 @@ pub enum Refusal {
         "the daemon cannot see what the calling process executes; its log says at the start which privilege is missing \
          (CAP_SYS_PTRACE, CAP_BPF, CAP_PERFMON, the system call bpf)"
     )]
-    UnseenProgram,
+    ExecUnobservable,
     /// Each time that the agent looked at the process, a program was executed: by it, or where processes can't be told apart
     /// ([`super::Watch`]) by another one of its workload. Passes with that.
     #[error(
         "the calling process, or another one of its workload, executed programs each time that the SPIFFE agent looked at \
          it; ask again in a moment"
     )]
-    Executing,
+    ProcessExecuting,
     /// What the process executes, or what a rule's `exe` names, cannot be looked at, or not in time. Passes if that was a file
     /// system that hangs for a moment.
     #[error(
         "the daemon cannot see whether the calling process executes the program that a rule names: the process, or the file \
          system of a program, does not answer"
     )]
-    Unresponsive,
+    ProcessUnresponsive,
     /// The kernel lacks what this listener needs for this caller.
     #[error("this kernel cannot tell who is calling: {0}")]
     Unsupported(&'static str),
@@ -99,24 +99,24 @@ pub enum Refusal {
     Kernel,
 }
 
-impl Refusal {
+impl AttestError {
     /// Whether it may pass by itself, so that the caller is to try again.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Busy | Self::Executing | Self::Unresponsive)
+        matches!(self, Self::SearchBusy | Self::ProcessExecuting | Self::ProcessUnresponsive)
     }
 
     /// The label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Gone => "caller_gone",
+            Self::CallerGone => "caller_gone",
             Self::NotLoopback => "not_loopback",
             Self::InvisibleProcess => "invisible_process",
             Self::Ambiguous => "ambiguous_caller",
-            Self::NoHolder => "no_holder",
+            Self::NoSocketOwner => "no_holder",
             Self::TooManyDescriptors => "too_many_descriptors",
-            Self::Changed => "identity_changed",
+            Self::IdentityChanged => "identity_changed",
             Self::UnreadableCgroup => "unreadable_cgroup",
-            Self::Busy => "search_busy",
+            Self::SearchBusy => "search_busy",
             Self::DelegatedCgroup => "delegated_cgroup",
             Self::NestedContainer => "nested_container",
             Self::MisplacedPod => "misplaced_pod",
@@ -124,9 +124,9 @@ impl Refusal {
             Self::OtherPod => "other_pod",
             Self::TooManyGroups => "too_many_groups",
             Self::ManagerSocket => "manager_socket",
-            Self::UnseenProgram => "unseen_program",
-            Self::Executing => "process_executing",
-            Self::Unresponsive => "process_unresponsive",
+            Self::ExecUnobservable => "unseen_program",
+            Self::ProcessExecuting => "process_executing",
+            Self::ProcessUnresponsive => "process_unresponsive",
             Self::Unsupported(_) => "unsupported_kernel",
             Self::Kernel => "kernel_error",
         }

@@ -2,15 +2,15 @@
 
 use async_trait::async_trait;
 
-use super::{Caller, Evidence, ListenerKind, Process, Refusal};
+use super::{AttestError, Caller, ListenerKind, PeerProof, Process};
 use crate::cgroup::CgroupPath;
 
 #[derive(Debug)]
 struct Unchanged;
 
 #[async_trait]
-impl Evidence for Unchanged {
-    async fn still_same(&self) -> Result<(), Refusal> {
+impl PeerProof for Unchanged {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 }

@@ -10,7 +10,8 @@ use super::{CgroupPath, pod_uid};
 
 /// Where kubelets put their pods, with either cgroup driver, unless they are told otherwise. The second pair is that of kind,
 /// and of others who keep the kubelet's own processes beside its pods.
-const USUAL: [&str; 4] = ["/kubepods", "/kubepods.slice", "/kubelet/kubepods", "/kubelet.slice/kubelet-kubepods.slice"];
+const DEFAULT_ROOTS: [&str; 4] =
+    ["/kubepods", "/kubepods.slice", "/kubelet/kubepods", "/kubelet.slice/kubelet-kubepods.slice"];
 /// How a pod that is no guaranteed one stands below the root.
 const CLASSES: [&str; 2] = ["burstable", "besteffort"];
 /// Hex digits of a container's id.
@@ -34,7 +35,7 @@ pub struct Pod {
 
 /// Where in a path its pod is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodPlace {
+pub struct PodSegment {
     /// Which pod.
     pub pod: Pod,
     /// The pod's own directory: the first so many bytes of the path.
@@ -45,7 +46,7 @@ pub struct PodPlace {
 
 /// The path names a pod where no kubelet of this node puts one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Misplaced;
+pub struct MisplacedPod;
 
 /// The directories below which the kubelet makes those of its pods.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,8 +54,8 @@ pub struct PodRoots(Vec<CgroupPath>);
 
 impl PodRoots {
     /// The usual places. Nobody but root can make them, so it does no harm that most of them are not there.
-    pub fn usual() -> Self {
-        Self(USUAL.iter().filter_map(|root| CgroupPath::parse(root)).collect())
+    pub fn defaults() -> Self {
+        Self(DEFAULT_ROOTS.iter().filter_map(|root| CgroupPath::parse(root)).collect())
     }
 
     /// This one alone, as for a kubelet with a cgroup root of its own.
@@ -68,23 +69,23 @@ impl PodRoots {
     }
 
     /// The pod that `path` is in; `None` if in none.
-    pub fn find(&self, path: &CgroupPath) -> Result<Option<PodPlace>, Misplaced> {
+    pub fn find(&self, path: &CgroupPath) -> Result<Option<PodSegment>, MisplacedPod> {
         for root in &self.0 {
             let below = path.as_str().strip_prefix(root.as_str()).filter(|below| below.starts_with('/'));
             if let Some(below) = below {
-                return find_below(root, path.as_str().len() - below.len(), path);
+                return find_under(root, path.as_str().len() - below.len(), path);
             }
         }
-        unless_named(path).map(|()| None)
+        reject_named(path).map(|()| None)
     }
 }
 
 /// Nothing, if no part of the path looks like a pod's.
-fn unless_named(path: &CgroupPath) -> Result<(), Misplaced> {
-    if path.segments().any(|segment| pod_uid(segment).is_some()) { Err(Misplaced) } else { Ok(()) }
+fn reject_named(path: &CgroupPath) -> Result<(), MisplacedPod> {
+    if path.segments().any(|segment| pod_uid(segment).is_some()) { Err(MisplacedPod) } else { Ok(()) }
 }
 
-fn find_below(root: &CgroupPath, from: usize, path: &CgroupPath) -> Result<Option<PodPlace>, Misplaced> {
+fn find_under(root: &CgroupPath, from: usize, path: &CgroupPath) -> Result<Option<PodSegment>, MisplacedPod> {
     let slice = root.segments().last().and_then(|last| last.strip_suffix(".slice"));
     let mut end = from;
     let mut segments = path.as_str()[from..].split('/').skip(1);
@@ -101,10 +102,10 @@ fn find_below(root: &CgroupPath, from: usize, path: &CgroupPath) -> Result<Optio
     let pod = if class.is_some() { next() } else { Some(first) };
     let Some((segment, directory)) = pod else { return Ok(None) };
     let stem = slice.map(|stem| class.map_or_else(|| stem.to_owned(), |class| format!("{stem}-{class}")));
-    let Some(uid) = PodUid::of_segment(segment, stem.as_deref()) else { return unless_named(path).map(|()| None) };
+    let Some(uid) = PodUid::of_segment(segment, stem.as_deref()) else { return reject_named(path).map(|()| None) };
     let container = next().and_then(|(segment, end)| Some((container_of(segment)?, end)));
     let (container, container_end) = container.unzip();
-    Ok(Some(PodPlace { pod: Pod { uid, container }, directory, container: container_end }))
+    Ok(Some(PodSegment { pod: Pod { uid, container }, directory, container: container_end }))
 }
 
 impl PodUid {

@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::audit::{Outcome, RequestId};
 use crate::broker::BrokerError;
 use crate::cache::CacheError;
-use crate::caller::{Caller, Refusal};
+use crate::caller::{AttestError, Caller};
 use crate::issue::IssueError;
 use crate::role::Denied;
 use crate::svid::SourceError;
@@ -14,7 +14,7 @@ use crate::svid::SourceError;
 #[derive(Debug)]
 pub(crate) enum Refused {
     /// The caller was not attested, or is no longer what it was.
-    Caller(Refusal),
+    Caller(AttestError),
     /// `Host` is missing, twice there, or not loopback.
     Host,
     /// A browser asks.

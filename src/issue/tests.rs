@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::caller::unchanged::unchanged;
-use crate::caller::{ListenerKind, Looks};
+use crate::caller::{ListenerKind, ProcessFacts};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
 use crate::sts::Sts;
@@ -60,7 +60,7 @@ impl IdentitySource for Tokens {
         self.next(format!("{id} {audience}")).await
     }
 
-    fn needs(&self, _: &Caller) -> Option<Looks> {
+    fn needs(&self, _: &Caller) -> Option<ProcessFacts> {
         None
     }
 

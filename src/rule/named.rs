@@ -4,7 +4,7 @@ use std::fmt;
 
 use tokio::time::Instant;
 
-use crate::caller::{Caller, Looks};
+use crate::caller::{Caller, ProcessFacts};
 use crate::identity::SpiffeId;
 use crate::rule::{Decision, OVERFLOW_ID, ProgramFile, Rule, decide, needs};
 
@@ -169,7 +169,7 @@ impl Resolved {
 
     /// What has to be looked at of the caller's process; `None` if what is known decides. For a user whose name may be one that
     /// is not known yet, that is also what the rule with that name needs: its number may come before the decision.
-    pub fn needs(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> Option<Looks> {
+    pub fn needs(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> Option<ProcessFacts> {
         let needed = needs(&self.rules, caller);
         let may_be = |incomplete: &&Incomplete| incomplete.user.is_some() && incomplete.can_be_of(caller, &is_other);
         let by_later = self.incomplete.iter().filter(may_be);

@@ -14,7 +14,7 @@ fn groups(groups: &[u32]) -> Option<Groups> {
 }
 
 fn process() -> Process {
-    Process { pid: 4711, gid: 100, groups: groups(&[27, 1002]), contained: false, program: None, started: None }
+    Process { pid: 4711, gid: 100, groups: groups(&[27, 1002]), in_container: false, program: None, started: None }
 }
 
 fn running_program(exe: Option<Executable>) -> Process {
@@ -118,11 +118,11 @@ fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
         decides(&uid, &by_socket(1001, path), "needs the process");
         decides(&uid, &by_socket(1002, path), "no match");
         decides(&uid, &with_process(by_socket(1001, path), process()), "matched");
-        let contained = Process { contained: true, ..process() };
+        let contained = Process { in_container: true, ..process() };
         decides(&uid, &with_process(by_socket(1001, path), contained), "no match");
     }
     // A process in namespaces of its own is in a container, whatever its cgroup is called.
-    let contained = Process { contained: true, ..process() };
+    let contained = Process { in_container: true, ..process() };
     decides(&uid, &with_process(by_socket(1001, HOST), contained.clone()), "no match");
     let named = Rule { cgroup: glob("/system.slice/*"), ..uid };
     decides(&named, &with_process(by_socket(1001, HOST), contained), "matched");

@@ -19,7 +19,7 @@ use super::agent::{Agent, Svid};
 use super::log_limit::{LogLimiter, LogPermit};
 use super::memory::{Found, LOOKS, Memory, Said, Subject, is_known};
 use super::{Basis, IdentitySource, JwtSvid, SourceError};
-use crate::caller::{Caller, Looks, Owner, Refusal};
+use crate::caller::{AttestError, Caller, ProcessFacts, WorkloadKey};
 use crate::cgroup::PodUid;
 use crate::clock::{Clock, HOLD};
 use crate::identity::SpiffeId;
@@ -67,7 +67,7 @@ struct Shared {
     metrics: Metrics,
     memory: Mutex<Memory>,
     tokens: Mutex<VecDeque<Kept>>,
-    turns: FairSemaphore<Owner>,
+    turns: FairSemaphore<WorkloadKey>,
     /// The daemon's own identities, which no workload is given.
     own: Mutex<Option<Own>>,
     /// Held by whoever asks for them. Those for whom they are fresh enough wait for nobody.
@@ -157,7 +157,7 @@ impl IdentitySource for Attesting {
         })
     }
 
-    fn needs(&self, caller: &Caller) -> Option<Looks> {
+    fn needs(&self, caller: &Caller) -> Option<ProcessFacts> {
         let by_pod = caller.pod.is_some() && self.0.agent.names_pods();
         (!by_pod && !is_known(caller)).then_some(LOOKS)
     }
@@ -189,7 +189,7 @@ impl Shared {
         let (until, mut pause) = (Instant::now() + HOLD, SOON);
         let (said, took) = loop {
             let begun = Instant::now();
-            let said = match self.turns.acquire_within(TURN, &Owner::of(&caller)).await {
+            let said = match self.turns.acquire_within(TURN, &WorkloadKey::of(&caller)).await {
                 Some(_turn) => self.clone().identities(&caller, Some(&subject)).await,
                 None => Err(SourceError::Busy),
             };
@@ -290,28 +290,28 @@ impl Shared {
     /// counted meanwhile, though the process is what it was, may have been another's, so the agent is asked again.
     async fn ask_by_process(&self, caller: &Caller, audience: &str) -> Result<Answer, SourceError> {
         for pause in EXECUTED {
-            let watch = caller.evidence.watch()?;
-            let before = caller.evidence.process().await?;
+            let watch = caller.evidence.watch_exec()?;
+            let before = caller.evidence.for_agent().await?;
             let result = self.agent.svids(before.pid, audience).await;
             self.count(&result);
-            if caller.evidence.process().await? != before {
-                return Err(Refusal::Changed.into());
+            if caller.evidence.for_agent().await? != before {
+                return Err(AttestError::IdentityChanged.into());
             }
-            if watch.is_unbroken() {
+            if watch.no_exec_seen() {
                 return Ok(result);
             }
             sleep(pause).await;
         }
-        Err(Refusal::Executing.into())
+        Err(AttestError::ProcessExecuting.into())
     }
 
     /// What the agent says of the caller's pod. A UID is that of one pod for ever, so all there is to see to is that nothing is
     /// had for one that is gone.
     async fn ask_by_pod(&self, caller: &Caller, pod: &PodUid, audience: &str) -> Result<Answer, SourceError> {
-        caller.evidence.pod()?;
+        caller.evidence.verify_pod()?;
         let result = self.agent.svids_of_pod(pod, audience).await;
         self.count(&result);
-        caller.evidence.pod()?;
+        caller.evidence.verify_pod()?;
         Ok(result)
     }
 
@@ -393,7 +393,7 @@ impl Shared {
 
 /// Whether the agent may not know the caller's pod, or container, for no other reason than that it is new.
 fn is_young(subject: &Subject, caller: &Caller) -> bool {
-    caller.evidence.pod().is_ok_and(|ages| match subject {
+    caller.evidence.verify_pod().is_ok_and(|ages| match subject {
         Subject::Process { .. } => ages.container < YOUNG,
         Subject::Pod(_) => ages.pod < YOUNG,
     })

@@ -28,7 +28,7 @@ use super::proto::broker::{
     WorkloadReference,
 };
 use super::{SourceError, one_line};
-use crate::caller::Refusal;
+use crate::caller::AttestError;
 use crate::cgroup::PodUid;
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeIdPattern;
@@ -257,7 +257,7 @@ fn is_unknown_to_it(status: &Status) -> bool {
 #[async_trait]
 impl Agent for BrokerApi {
     async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
-        let pid = i32::try_from(pid).map_err(|_| Refusal::Gone)?;
+        let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
         if self.names_pods && !self.names_processes().await? {
             return Err(SourceError::Misconfigured(other_pids(&self.endpoint)));
         }

@@ -19,8 +19,8 @@ use super::dial::{Dial, Failed, Kept, is_broken, open, unreachable};
 use super::proto::spire::api::agent::delegatedidentity::v1::FetchJwtsviDsRequest;
 use super::proto::spire::api::agent::delegatedidentity::v1::delegated_identity_client::DelegatedIdentityClient;
 use super::{SourceError, one_line};
-use crate::attest::names_the_same_processes;
-use crate::caller::Refusal;
+use crate::attest::shares_pid_namespace_with_peer;
+use crate::caller::AttestError;
 use crate::endpoint::Endpoint;
 
 /// An answer holds a token for each identity of one workload.
@@ -90,7 +90,7 @@ impl Dial for Admin {
         let endpoint = Endpoint::Unix(self.0.clone());
         let stream = UnixStream::connect(&self.0).await;
         let stream = stream.map_err(|error| SourceError::Unavailable(no_admin(&endpoint, &error)))?;
-        if !names_the_same_processes(&stream) {
+        if !shares_pid_namespace_with_peer(&stream) {
             return Err(SourceError::Misconfigured(other_pids(&endpoint)));
         }
         let channel = open(std::future::ready(Ok(stream))).await;
@@ -121,7 +121,7 @@ pub(super) fn other_pids(endpoint: &Endpoint) -> String {
 #[async_trait]
 impl Agent for Delegated {
     async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
-        let pid = i32::try_from(pid).map_err(|_| Refusal::Gone)?;
+        let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
         let ask = |channel: Channel| {
             let mut client = DelegatedIdentityClient::new(channel).max_decoding_message_size(ANSWER_MAX);
             let audience = vec![audience.to_owned()];

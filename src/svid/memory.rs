@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::SourceError;
-use crate::caller::{Caller, Owner};
+use crate::caller::{Caller, WorkloadKey};
 
 mod agent_clock;
 mod known;
@@ -115,13 +115,13 @@ pub(super) struct Memory {
     known: HashMap<Subject, Known>,
     /// Slots of all subjects, and of each owner's.
     slots_taken: usize,
-    counts: HashMap<Owner, usize>,
+    counts: HashMap<WorkloadKey, usize>,
     /// For how many of them a question is under way because of a request.
-    waiting: HashMap<Owner, usize>,
+    waiting: HashMap<WorkloadKey, usize>,
     /// Owners with a revalidation in flight.
-    revalidating: HashSet<Owner>,
+    revalidating: HashSet<WorkloadKey>,
     /// Owners whose last query was not answered in time. The agent may still be busy with it.
-    paused: HashMap<Owner, Pause>,
+    paused: HashMap<WorkloadKey, Pause>,
     /// When the agent last answered a query.
     answered: Instant,
     clocks: Clocks,
@@ -152,7 +152,7 @@ impl Memory {
         if let Some(found) = self.known.get(subject).and_then(|known| known.found(clock)) {
             return Ok(found);
         }
-        let owner = Owner::of(caller);
+        let owner = WorkloadKey::of(caller);
         if self.waiting.get(&owner).is_some_and(|waiting| *waiting >= WAITING) {
             return Err(SourceError::Busy);
         }
@@ -168,7 +168,7 @@ impl Memory {
     }
 
     /// A place for one that was not known.
-    fn add(&mut self, subject: &Subject, caller: &Arc<Caller>, owner: &Owner) -> Result<&mut Known, SourceError> {
+    fn add(&mut self, subject: &Subject, caller: &Arc<Caller>, owner: &WorkloadKey) -> Result<&mut Known, SourceError> {
         let known = Known::new(caller, owner);
         if !self.has_room(owner, known.slots) {
             return Err(SourceError::Busy);
@@ -279,7 +279,7 @@ impl Memory {
 
     /// Makes room if there is none: first by those that are gone, then by the oldest of the same owner, or of the owner that
     /// has the most where all together are too many.
-    fn has_room(&mut self, owner: &Owner, slots: usize) -> bool {
+    fn has_room(&mut self, owner: &WorkloadKey, slots: usize) -> bool {
         let fits = |memory: &Self| memory.own_fits(owner, slots) && memory.slots_taken + slots <= memory.most;
         if fits(self) {
             return true;
@@ -298,12 +298,12 @@ impl Memory {
         true
     }
 
-    fn own_fits(&self, owner: &Owner, slots: usize) -> bool {
+    fn own_fits(&self, owner: &WorkloadKey, slots: usize) -> bool {
         self.counts.get(owner).copied().unwrap_or_default() + slots <= EACH
     }
 
     /// Removes the owner's oldest subject without a query in flight. `false` if it has none.
-    fn forget_oldest(&mut self, owner: &Owner) -> bool {
+    fn forget_oldest(&mut self, owner: &WorkloadKey) -> bool {
         let its = self.known.iter().filter(|(_, known)| known.owner == *owner && known.asking.is_none());
         let Some(oldest) = its.min_by_key(|(_, known)| known.at).map(|(subject, _)| subject.clone()) else {
             return false;
@@ -330,7 +330,7 @@ impl Memory {
     }
 }
 
-fn give_back(counts: &mut HashMap<Owner, usize>, owner: &Owner, number: usize) {
+fn give_back(counts: &mut HashMap<WorkloadKey, usize>, owner: &WorkloadKey, number: usize) {
     if let Entry::Occupied(mut count) = counts.entry(owner.clone()) {
         *count.get_mut() -= number;
         if *count.get() == 0 {

@@ -18,7 +18,7 @@ use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
 use super::{Basis, DEADLINE, IdentitySource, JwtSvid, SourceError, one_line};
 use crate::accounts::{LiveRules, Undecided};
-use crate::caller::{Caller, Looks, Refusal};
+use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::Clock;
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
@@ -148,7 +148,7 @@ impl IdentitySource for WorkloadApi {
             // The caller was attested by other rules, which did not need its process.
             Err(Undecided::NeedsProcess) => Err(SourceError::Reloaded),
             Err(Undecided::UnknownAccount(_)) => Err(SourceError::UnknownAccount),
-            Err(Undecided::Unresponsive) => Err(Refusal::Unresponsive.into()),
+            Err(Undecided::Unresponsive) => Err(AttestError::ProcessUnresponsive.into()),
         }
     }
 
@@ -156,7 +156,7 @@ impl IdentitySource for WorkloadApi {
         self.fetch(id, audience).await
     }
 
-    fn needs(&self, caller: &Caller) -> Option<Looks> {
+    fn needs(&self, caller: &Caller) -> Option<ProcessFacts> {
         self.rules.needs(caller)
     }
 

@@ -32,7 +32,7 @@ fn writer(to: impl Into<OwnedFd>) -> (Writer, Counted) {
 
 fn line(number: usize, user: u32, priority: Priority) -> Line {
     let bytes = format!("{user} {number:01000}\n").into_bytes();
-    Line { bytes, stands_for: 1, owner: Some(Owner::user(user)), priority }
+    Line { bytes, stands_for: 1, owner: Some(WorkloadKey::user(user)), priority }
 }
 
 /// So many lines of this user, of which as many are taken as there is room for.

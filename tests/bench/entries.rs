@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use awsvid::cache::{CredentialCache, Limits};
-use awsvid::caller::{Caller, Evidence, ListenerKind, Looks, Refusal};
+use awsvid::caller::{AttestError, Caller, ListenerKind, PeerProof, ProcessFacts};
 use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
 use awsvid::credentials::Credentials;
@@ -84,8 +84,8 @@ fn caller(number: usize) -> Caller {
 struct Seen(#[expect(dead_code, reason = "only its size matters")] [u8; 128]);
 
 #[async_trait::async_trait]
-impl Evidence for Seen {
-    async fn still_same(&self) -> Result<(), Refusal> {
+impl PeerProof for Seen {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 }
@@ -104,7 +104,7 @@ impl IdentitySource for Source {
         Ok(JwtSvid::check(token(id.as_str(), audience), id, audience, SystemTime::now())?)
     }
 
-    fn needs(&self, _: &Caller) -> Option<Looks> {
+    fn needs(&self, _: &Caller) -> Option<ProcessFacts> {
         None
     }
 

@@ -1,8 +1,8 @@
 use super::*;
-use crate::attest::walks::PAUSE_MOST;
+use crate::attest::walks::MAX_PAUSE;
 
 fn found(mountinfo: &str) -> Option<CgroupTree> {
-    CgroupTree::find(&Hierarchies::find(mountinfo), PodRoots::usual())
+    CgroupTree::find(&CgroupMounts::find(mountinfo), PodRoots::defaults())
 }
 
 #[test]
@@ -24,18 +24,18 @@ fn ids_become_paths_and_are_forgotten_with_their_directory() {
     let unit = root.path().join("system.slice/billing.service");
     fs::create_dir_all(&unit).unwrap();
     let id = fs::metadata(&unit).unwrap().ino();
-    let tree = CgroupTree::at(root.path().to_owned(), PodRoots::usual());
-    assert_eq!(tree.path_of_now(id).unwrap().as_str(), "/system.slice/billing.service");
-    assert_eq!(tree.path_of_now(fs::metadata(root.path()).unwrap().ino()).unwrap().as_str(), "/");
-    assert_eq!(tree.path_of_now(1 << 60), Err(Refusal::UnreadableCgroup));
+    let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
+    assert_eq!(tree.path_of_blocking(id).unwrap().as_str(), "/system.slice/billing.service");
+    assert_eq!(tree.path_of_blocking(fs::metadata(root.path()).unwrap().ino()).unwrap().as_str(), "/");
+    assert_eq!(tree.path_of_blocking(1 << 60), Err(AttestError::UnreadableCgroup));
     // As if it had been seen longer ago than that.
-    let later = || tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= SEEN);
+    let later = || tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= PATH_RECHECK_AFTER);
     later();
     fs::rename(&unit, root.path().join("system.slice/other.service")).unwrap();
-    assert_eq!(tree.path_of_now(id).unwrap().as_str(), "/system.slice/other.service");
+    assert_eq!(tree.path_of_blocking(id).unwrap().as_str(), "/system.slice/other.service");
     fs::remove_dir(root.path().join("system.slice/other.service")).unwrap();
     later();
-    assert_eq!(tree.path_of_now(id), Err(Refusal::UnreadableCgroup));
+    assert_eq!(tree.path_of_blocking(id), Err(AttestError::UnreadableCgroup));
 }
 
 #[test]
@@ -43,29 +43,29 @@ fn the_hosts_own_tree_is_asked_by_handle() {
     let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
     let root = fs::metadata(&tree.mount).unwrap().ino();
-    assert_eq!(tree.by_handle(root).unwrap().as_str(), "/");
+    assert_eq!(tree.path_by_handle(root).unwrap().as_str(), "/");
     let own = tree.directory(&CgroupPath::parse("/").unwrap()).join(format!("awsvid-unit-test-{}", std::process::id()));
     fs::create_dir(&own).unwrap();
     let id = fs::metadata(&own).unwrap().ino();
-    let path = tree.by_handle(id).unwrap();
-    assert_eq!(tree.path_of_now(id), Ok(path.clone()));
+    let path = tree.path_by_handle(id).unwrap();
+    assert_eq!(tree.path_of_blocking(id), Ok(path.clone()));
     fs::remove_dir(&own).unwrap();
-    tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= SEEN);
+    tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= PATH_RECHECK_AFTER);
     assert_eq!(path.as_str(), format!("/{}", own.file_name().unwrap().display()));
-    assert_eq!(tree.by_handle(id), Err(Errno::ESTALE));
-    assert_eq!(tree.path_of_now(id), Err(Refusal::UnreadableCgroup));
+    assert_eq!(tree.path_by_handle(id), Err(Errno::ESTALE));
+    assert_eq!(tree.path_of_blocking(id), Err(AttestError::UnreadableCgroup));
 }
 
 #[test]
 fn a_cgroup_that_cannot_be_listed_is_refused() {
     let root = tempfile::tempdir().unwrap();
-    let tree = CgroupTree::at(root.path().to_owned(), PodRoots::usual());
+    let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
     let path = CgroupPath::parse("/gone").unwrap();
-    assert_eq!(tree.processes(&path, 7), Err(Refusal::UnreadableCgroup));
+    assert_eq!(tree.processes(&path, 7), Err(AttestError::UnreadableCgroup));
     fs::write(root.path().join("cgroup.procs"), "12\n345\n").unwrap();
     let path = CgroupPath::parse("/").unwrap();
     assert_eq!(tree.processes(&path, 7), Ok(vec![12, 345]));
-    assert_eq!(tree.processes(&path, 6), Err(Refusal::TooManyDescriptors));
+    assert_eq!(tree.processes(&path, 6), Err(AttestError::TooManyDescriptors));
 }
 
 /// A cgroup of the real tree, with its path in it, where that can be made.
@@ -108,7 +108,7 @@ fn a_list_that_is_open_says_what_is_so_now() {
     });
     assert_eq!((tree.processes(&path, 100), kept()), (Ok(Vec::new()), first));
     fs::remove_dir(&directory).unwrap();
-    assert_eq!(tree.processes(&path, 100), Err(Refusal::UnreadableCgroup));
+    assert_eq!(tree.processes(&path, 100), Err(AttestError::UnreadableCgroup));
     // Another one in its place is read, and not the one that is gone.
     fs::create_dir(&directory).unwrap();
     assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
@@ -119,13 +119,13 @@ fn a_list_that_is_open_says_what_is_so_now() {
 #[test]
 fn so_many_lists_are_open_and_no_more() {
     let root = tempfile::tempdir().unwrap();
-    let tree = CgroupTree::at(root.path().to_owned(), PodRoots::usual());
+    let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
     for number in 0..200 {
         fs::create_dir(root.path().join(number.to_string())).unwrap();
         fs::write(root.path().join(format!("{number}/cgroup.procs")), format!("{number}\n")).unwrap();
         let path = CgroupPath::parse(&format!("/{number}")).unwrap();
         assert_eq!(tree.processes(&path, 10), Ok(vec![number]));
-        assert!(tree.lists().contains_key(&path) && tree.lists().len() <= LISTS);
+        assert!(tree.lists().contains_key(&path) && tree.lists().len() <= MAX_OPEN_LISTS);
     }
 }
 
@@ -160,9 +160,9 @@ fn id_of(directory: &Path) -> u64 {
 }
 
 /// As for a peer in this pod's network.
-async fn path_of(tree: &Arc<CgroupTree>, namespace: u64, id: u64) -> Result<CgroupPath, Refusal> {
+async fn path_of(tree: &Arc<CgroupTree>, namespace: u64, id: u64) -> Result<CgroupPath, AttestError> {
     let key = WalkKey { namespace: Some(namespace), uid: None };
-    tree.path_of(id, (Part::Pods, key), || ()).await
+    tree.path_of(id, (TreeScope::Pods, key), || ()).await
 }
 
 /// A node of 250 pods with two containers each; one of them asks without end with ids that are nowhere.
@@ -175,7 +175,7 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
     };
     let containers = (0..250).flat_map(|pod| (0..2).map(move |number| container(pod, number)));
     let part = Made::of(&whole, "node", containers);
-    let tree = Arc::new(CgroupTree::at(part.0.clone(), PodRoots::usual()));
+    let tree = Arc::new(CgroupTree::at(part.0.clone(), PodRoots::defaults()));
     let begun = Instant::now();
     let known = id_of(&part.0.join(container(7, 0)));
     path_of(&tree, 0, known).await.unwrap();
@@ -188,7 +188,7 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
             let mut asked = 0;
             while Instant::now() < end {
                 let id = (1 << 60) + (one << 32) + asked;
-                assert_eq!(path_of(&tree, one, id).await, Err(Refusal::UnreadableCgroup));
+                assert_eq!(path_of(&tree, one, id).await, Err(AttestError::UnreadableCgroup));
                 asked += 1;
             }
             asked
@@ -216,7 +216,7 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
          each of {news} new ones"
     );
     assert!(
-        longest_known < Duration::from_millis(100) && longest_new < PAUSE_MOST * 3,
+        longest_known < Duration::from_millis(100) && longest_new < MAX_PAUSE * 3,
         "{longest_known:?} {longest_new:?}"
     );
 }
@@ -226,15 +226,15 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
 async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("new")).unwrap();
-    let tree = Arc::new(CgroupTree::at(folder.path().to_owned(), PodRoots::usual()));
+    let tree = Arc::new(CgroupTree::at(folder.path().to_owned(), PodRoots::defaults()));
     let id = id_of(&folder.path().join("new"));
     let hostile = WalkKey { namespace: None, uid: Some(7) };
     let held: Vec<_> = (0..MAX_WAITING_PER_KEY).map(|_| tree.waiting.try_acquire(&hostile).unwrap()).collect();
-    let refused = tree.path_of(id, (Part::All, hostile), || panic!("it does not wait")).await;
-    assert_eq!(refused, Err(Refusal::Busy));
+    let refused = tree.path_of(id, (TreeScope::All, hostile), || panic!("it does not wait")).await;
+    assert_eq!(refused, Err(AttestError::SearchBusy));
     for (namespace, uid) in [(None, Some(8)), (Some(1), None)] {
         let mut waits = false;
-        let found = tree.path_of(id, (Part::All, WalkKey { namespace, uid }), || waits = true).await;
+        let found = tree.path_of(id, (TreeScope::All, WalkKey { namespace, uid }), || waits = true).await;
         assert_eq!(found.unwrap().as_str(), "/new");
         // The first of them had to wait for a walk, and for the next it is known.
         assert_eq!(waits, namespace.is_none());

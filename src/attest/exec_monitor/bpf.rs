@@ -105,13 +105,13 @@ impl Instruction {
 
 /// Instructions in their order.
 #[derive(Debug, Default)]
-pub(super) struct Program {
+pub(super) struct BpfProgram {
     words: Vec<u64>,
     /// Jumps whose target is not known yet: where they are, and over which register they decide.
     jumps: Vec<(usize, u8)>,
 }
 
-impl Program {
+impl BpfProgram {
     pub(super) fn extend(&mut self, instructions: impl IntoIterator<Item = Instruction>) {
         for instruction in instructions {
             self.words.extend(&instruction.words[..instruction.length]);
@@ -169,7 +169,7 @@ pub(super) fn create_counters(entries: u32) -> io::Result<OwnedFd> {
 }
 
 /// Has the kernel verify a program for raw tracepoints.
-pub(super) fn load(program: &Program) -> io::Result<OwnedFd> {
+pub(super) fn load(program: &BpfProgram) -> io::Result<OwnedFd> {
     let attributes = ProgLoad {
         kind: PROG_TYPE_RAW_TRACEPOINT,
         count: u32::try_from(program.words.len()).map_err(io::Error::other)?,

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use nix::unistd::geteuid;
 
 use super::*;
-use crate::attest::hierarchies::Hierarchies;
+use crate::attest::hierarchies::CgroupMounts;
 
 /// A monitor where this process may have one.
 fn monitor(count_by: CountBy) -> Option<Arc<ExecMonitor>> {
@@ -47,12 +47,12 @@ fn monitor_sees_an_execution_of_the_watched_process_alone() {
     let ((mut one, mut execute), (mut other, _waiting)) = (shell(), shell());
     let key = |pid| monitor.key(pid, || Err(())).unwrap();
     let [watch, of_other] = [one.id(), other.id()].map(|pid| monitor.watch(key(pid)));
-    assert!(watch.is_unbroken() && of_other.is_unbroken());
+    assert!(watch.no_exec_seen() && of_other.no_exec_seen());
     execute("executed");
-    assert!(!watch.is_unbroken());
+    assert!(!watch.no_exec_seen());
     // Unless the two have one number by chance, which shows in the table.
-    assert!(of_other.is_unbroken() || watch.index == of_other.index);
-    assert!(monitor.watch(key(one.id())).is_unbroken(), "a watch begins anew");
+    assert!(of_other.no_exec_seen() || watch.index == of_other.index);
+    assert!(monitor.watch(key(one.id())).no_exec_seen(), "a watch begins anew");
     for child in [&mut one, &mut other] {
         child.kill().unwrap();
         child.wait().unwrap();
@@ -62,7 +62,7 @@ fn monitor_sees_an_execution_of_the_watched_process_alone() {
 #[test]
 fn monitor_counts_by_every_cgroup_above_where_pids_mean_nothing() {
     let Some(monitor) = monitor(CountBy::Cgroup) else { return };
-    let hierarchies = Hierarchies::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+    let hierarchies = CgroupMounts::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let Some((mount, _)) = hierarchies.unified() else { return };
     let own = fs::read_to_string("/proc/self/cgroup").unwrap();
     let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
@@ -72,7 +72,7 @@ fn monitor_counts_by_every_cgroup_above_where_pids_mean_nothing() {
     let (of_root, of_own) = (monitor.watch(key(root)), monitor.watch(key(own)));
     let (mut child, mut execute) = shell();
     execute("executed");
-    assert!(!of_root.is_unbroken() && !of_own.is_unbroken());
+    assert!(!of_root.no_exec_seen() && !of_own.no_exec_seen());
     child.kill().unwrap();
     child.wait().unwrap();
 }

@@ -6,19 +6,20 @@ const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde
 const OTHER: &str = "1123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
 
-fn made(names: Vec<String>, mount: PathBuf) -> Hierarchy {
-    Hierarchy { names, mount, base: String::new(), above: 0, own: None }
+fn made(names: Vec<String>, mount: PathBuf) -> CgroupMount {
+    CgroupMount { names, mount, base: String::new(), above: 0, own: None }
 }
 
 /// Two hierarchies, v2 and v1's memory, with these directories in both.
-fn machine(directories: &[&str]) -> (tempfile::TempDir, Hierarchies) {
+fn machine(directories: &[&str]) -> (tempfile::TempDir, CgroupMounts) {
     let folder = tempfile::tempdir().unwrap();
     let [v2, memory] = ["v2", "memory"].map(|name| folder.path().join(name));
     for directory in directories {
         fs::create_dir_all(v2.join(directory)).unwrap();
         fs::create_dir_all(memory.join(directory)).unwrap();
     }
-    let hierarchies = Hierarchies(vec![made(Vec::new(), v2), made(vec!["rw".to_owned(), "memory".to_owned()], memory)]);
+    let hierarchies =
+        CgroupMounts(vec![made(Vec::new(), v2), made(vec!["rw".to_owned(), "memory".to_owned()], memory)]);
     (folder, hierarchies)
 }
 
@@ -29,7 +30,7 @@ fn hierarchies_are_found_where_they_are_mounted() {
                      40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,name=systemd\n\
                      41 31 0:38 /sub /elsewhere rw,relatime - cgroup2 cgroup2 rw\n\
                      42 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
-    let found = Hierarchies::find(mountinfo);
+    let found = CgroupMounts::find(mountinfo);
     let mount = |names| found.of(names).map(|found| found.mount.to_str().unwrap().to_owned());
     assert_eq!(mount("cpu,cpuacct").as_deref(), Some("/sys/fs/cgroup/cpu,cpuacct"));
     assert_eq!(mount("name=systemd").as_deref(), Some("/sys/fs/cgroup/systemd"));
@@ -57,7 +58,7 @@ fn a_container_within_another_or_two_of_them_are_refused() {
     let other = format!("docker/{OTHER}");
     let (_folder, machine) = machine(&[&inner, &other]);
     for text in [format!("0::/{inner}\n"), format!("4:memory:/{outer}\n0::/{other}\n")] {
-        assert_eq!(machine.check(&text), Err(Refusal::NestedContainer), "{text}");
+        assert_eq!(machine.check(&text), Err(AttestError::NestedContainer), "{text}");
     }
 }
 
@@ -66,26 +67,26 @@ fn what_a_user_could_have_named_is_refused() {
     let delegated = "user.slice/user@1002.service";
     let (folder, machine) = machine(&[&format!("{delegated}/app")]);
     chown(folder.path().join("v2").join(delegated), Some(1002), None).unwrap();
-    assert_eq!(machine.check(&format!("0::/{delegated}/app\n")), Err(Refusal::DelegatedCgroup));
-    assert_eq!(machine.check(&format!("0::/{delegated}\n")), Err(Refusal::DelegatedCgroup));
+    assert_eq!(machine.check(&format!("0::/{delegated}/app\n")), Err(AttestError::DelegatedCgroup));
+    assert_eq!(machine.check(&format!("0::/{delegated}\n")), Err(AttestError::DelegatedCgroup));
     assert_eq!(machine.check("0::/user.slice\n"), Ok(()));
     // In v1's hierarchy it is root's.
     assert_eq!(machine.check(&format!("4:memory:/{delegated}/app\n")), Ok(()));
     fs::set_permissions(folder.path().join("memory/user.slice"), fs::Permissions::from_mode(0o775)).unwrap();
-    assert_eq!(machine.check(&format!("4:memory:/{delegated}/app\n")), Err(Refusal::DelegatedCgroup));
+    assert_eq!(machine.check(&format!("4:memory:/{delegated}/app\n")), Err(AttestError::DelegatedCgroup));
 }
 
 #[test]
 fn what_cannot_be_looked_at_is_refused() {
     let (_folder, machine) = machine(&["there"]);
     for text in ["0::/gone\n", "0::/../elsewhere\n", "0::/there (deleted)\n", "5:pids:/there\n"] {
-        assert_eq!(machine.check(text), Err(Refusal::UnreadableCgroup), "{text}");
+        assert_eq!(machine.check(text), Err(AttestError::UnreadableCgroup), "{text}");
     }
 }
 
 /// What is seen of the v2 hierarchy: where, which directory of it, and how far above the namespace.
 fn unified(mountinfo: &str) -> Option<(String, String, usize)> {
-    let found = Hierarchies::find(mountinfo);
+    let found = CgroupMounts::find(mountinfo);
     let found = found.of("")?;
     Some((found.mount.to_str().unwrap().to_owned(), found.base.clone(), found.above))
 }
@@ -125,7 +126,7 @@ fn paths_are_read_from_where_the_daemon_stands() {
     let own = "/kubepods/burstable/own/container";
     let seen = |above, own: Option<&str>| {
         let own = own.map(str::to_owned);
-        Hierarchies(vec![Hierarchy { above, own, ..made(Vec::new(), PathBuf::from("/host")) }])
+        CgroupMounts(vec![CgroupMount { above, own, ..made(Vec::new(), PathBuf::from("/host")) }])
     };
     let table = [
         (0, None, "/a/b", Some("/a/b")),
@@ -160,6 +161,6 @@ fn its_own_place_is_found_by_its_inode() {
     assert_eq!(own_path(folder.path(), &own, 3).as_deref(), Some("/a/d/c"));
     assert_eq!(own_path(folder.path(), &own, 2), None);
     let mount = |root: &str, at: &Path| format!("41 31 0:38 {root} {} ro - cgroup2 cgroup2 rw\n", at.display());
-    let found = Hierarchies::find(&(mount("/", &own) + &mount("/../../..", folder.path())));
+    let found = CgroupMounts::find(&(mount("/", &own) + &mount("/../../..", folder.path())));
     assert_eq!(found.path("", "/../x").unwrap().as_str(), "/a/d/x");
 }

@@ -55,7 +55,7 @@ impl Reply {
         message.extend([0; 12]);
         message.extend(self.uid.to_ne_bytes());
         message.extend(self.inode.to_ne_bytes());
-        assert_eq!(message.len(), MESSAGE);
+        assert_eq!(message.len(), MAX_MESSAGE_BYTES);
         message.extend(&self.attributes);
         let mut out = Vec::new();
         out.extend(u32::try_from(NLMSG_HEADER + message.len()).unwrap().to_ne_bytes());
@@ -65,17 +65,17 @@ impl Reply {
         out
     }
 
-    fn parse(&self) -> Result<Socket, Refusal> {
+    fn parse(&self) -> Result<SocketInfo, AttestError> {
         parse(&self.bytes(), CLIENT.parse().unwrap(), SERVER.parse().unwrap())
     }
 }
 
 #[test]
 fn a_reply_is_read() {
-    let expected = Socket { uid: 1001, inode: 99, cookie: 7, cgroup_id: Some(4711) };
+    let expected = SocketInfo { uid: 1001, inode: 99, cookie: 7, cgroup_id: Some(4711) };
     assert_eq!(Reply::good().parse(), Ok(expected));
     let without = Reply { attributes: Vec::new(), ..Reply::good() };
-    assert_eq!(without.parse(), Ok(Socket { cgroup_id: None, ..expected }));
+    assert_eq!(without.parse(), Ok(SocketInfo { cgroup_id: None, ..expected }));
     for state in [4, 5] {
         assert_eq!(Reply { state, ..Reply::good() }.parse(), Ok(expected));
     }
@@ -92,7 +92,7 @@ fn a_reply_is_read() {
 fn a_reply_about_anything_else_is_not_believed() {
     // Every other state, among them LISTEN (10), TIME_WAIT (6), CLOSE_WAIT (8), CLOSE (7).
     for state in [0, 2, 3, 6, 7, 8, 9, 10, 11, 12] {
-        assert_eq!(Reply { state, ..Reply::good() }.parse(), Err(Refusal::Gone), "state {state}");
+        assert_eq!(Reply { state, ..Reply::good() }.parse(), Err(AttestError::CallerGone), "state {state}");
     }
     let other = |client: &str, server: &str| Reply {
         client: client.parse().unwrap(),
@@ -105,16 +105,16 @@ fn a_reply_about_anything_else_is_not_believed() {
         (CLIENT, "127.0.0.1:975"),
         ("0.0.0.0:40000", "0.0.0.0:0"),
     ] {
-        assert_eq!(other(client, server).parse(), Err(Refusal::Gone), "{client} {server}");
+        assert_eq!(other(client, server).parse(), Err(AttestError::CallerGone), "{client} {server}");
     }
     // A client that has closed already reads as root's.
-    assert_eq!(Reply { uid: 0, inode: 0, ..Reply::good() }.parse(), Err(Refusal::Gone));
+    assert_eq!(Reply { uid: 0, inode: 0, ..Reply::good() }.parse(), Err(AttestError::CallerGone));
 }
 
 #[test]
 fn a_broken_reply_is_an_error_at_every_length() {
     let bytes = Reply::good().bytes();
-    for length in 0..NLMSG_HEADER + MESSAGE {
+    for length in 0..NLMSG_HEADER + MAX_MESSAGE_BYTES {
         assert!(parse(&bytes[..length], CLIENT.parse().unwrap(), SERVER.parse().unwrap()).is_err(), "{length} bytes");
     }
 }
@@ -123,8 +123,8 @@ fn a_broken_reply_is_an_error_at_every_length() {
 fn only_loopback_is_asked_about() {
     let diag = SockDiag::open().unwrap();
     let neighbour = "192.0.2.7:22".parse().unwrap();
-    assert_eq!(diag.client_socket(neighbour, SERVER.parse().unwrap()), Err(Refusal::NotLoopback));
-    assert_eq!(diag.client_socket(CLIENT.parse().unwrap(), neighbour), Err(Refusal::NotLoopback));
+    assert_eq!(diag.client_socket(neighbour, SERVER.parse().unwrap()), Err(AttestError::NotLoopback));
+    assert_eq!(diag.client_socket(CLIENT.parse().unwrap(), neighbour), Err(AttestError::NotLoopback));
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn real_connections_are_found_over_both_families_and_lost_when_closed() {
         while diag.client_socket(peer, local) == Ok(found) && std::time::Instant::now() < deadline {
             std::thread::yield_now();
         }
-        assert_eq!(diag.client_socket(peer, local), Err(Refusal::Gone));
+        assert_eq!(diag.client_socket(peer, local), Err(AttestError::CallerGone));
     }
 }
 
@@ -164,6 +164,6 @@ fn one_that_is_closed_keeps_nothing_and_finds_nobody() {
     let (client, server) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
     assert!(diag.client_socket(client, server).is_ok());
     diag.close();
-    assert_eq!(diag.client_socket(client, server), Err(Refusal::Gone));
+    assert_eq!(diag.client_socket(client, server), Err(AttestError::CallerGone));
     assert!(diag.netlinks.iter().all(|netlink| netlink.lock().unwrap().is_none()));
 }

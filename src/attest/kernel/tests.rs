@@ -1,7 +1,7 @@
 use super::*;
 
 fn judged(told: Option<u64>, own: Option<u64>, hides_cgroups: bool, is_new: bool) -> &'static str {
-    match judge(told, own, &Circumstances { root: Some(1), hides_cgroups, is_new }) {
+    match judge(told, own, &KernelFacts { root: Some(1), hides_cgroups, is_new }) {
         Ok(()) => "works",
         Err(TcpUnsupported::NoCgroupId) => "none",
         Err(TcpUnsupported::WrongCgroupId) => "wrong",
@@ -40,17 +40,17 @@ fn kernel_is_judged_by_what_it_tells_and_by_its_version_only_in_doubt() {
 fn circumstances_are_read_from_mounts_and_release() {
     let mounts = "30 23 0:26 / /cgroup/unified rw - cgroup2 cgroup2 rw\n\
                   31 23 0:27 / /cgroup/net rw - cgroup cgroup rw,net_cls,net_prio\n";
-    let hierarchies = Hierarchies::find(mounts);
+    let hierarchies = CgroupMounts::find(mounts);
     let folder = tempfile::tempdir().unwrap();
-    let cgroups = CgroupTree::at(folder.path().to_owned(), crate::cgroup::PodRoots::usual());
+    let cgroups = CgroupTree::at(folder.path().to_owned(), crate::cgroup::PodRoots::defaults());
     for (release, is_new) in
         [("5.14.0-503.el9", false), ("5.15.0", true), ("6.1.0-9-amd64", true), ("4.18.0-553.el8", false), ("x", false)]
     {
-        let read = Circumstances::read(&hierarchies, &cgroups, release);
+        let read = KernelFacts::read(&hierarchies, &cgroups, release);
         assert_eq!((read.is_new, read.hides_cgroups), (is_new, true), "{release}");
     }
-    let none = Hierarchies::find("30 23 0:26 / /cgroup rw - cgroup2 cgroup2 rw\n");
-    assert!(!Circumstances::read(&none, &cgroups, "6.1").hides_cgroups);
+    let none = CgroupMounts::find("30 23 0:26 / /cgroup rw - cgroup2 cgroup2 rw\n");
+    assert!(!KernelFacts::read(&none, &cgroups, "6.1").hides_cgroups);
 }
 
 /// On whatever machine the tests run: it says yes exactly where a connection of this process is told with its cgroup.

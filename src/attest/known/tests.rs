@@ -3,12 +3,12 @@ use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
 
 use super::*;
-use crate::attest::hierarchies::Hierarchies;
+use crate::attest::hierarchies::CgroupMounts;
 use crate::attest::host::Host;
 use crate::cgroup::PodRoots;
 
 fn host() -> Host {
-    Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual(), None)
+    Host::new(PathBuf::from("/proc"), CgroupMounts::default(), PodRoots::defaults(), None)
 }
 
 /// A process of the test's own that waits until it is told to end.
@@ -42,7 +42,7 @@ fn another_one_with_the_same_number_is_another() {
     // As if the number of the new one had been that of the old one.
     let first = host.process(new.id(), pidfd(old.id())).unwrap();
     end(old);
-    assert_eq!(first.alive(), Err(Refusal::Gone));
+    assert_eq!(first.alive(), Err(AttestError::CallerGone));
     let second = host.process(new.id(), pidfd(new.id())).unwrap();
     assert!(!Arc::ptr_eq(&first, &second));
     assert!(Arc::ptr_eq(&second, &host.processes.of(new.id()).unwrap()));
@@ -53,7 +53,7 @@ fn another_one_with_the_same_number_is_another() {
 #[test]
 fn what_was_opened_of_one_that_is_gone_shows_nothing_any_more() {
     let child = sleeper();
-    let known = Known::new(child.id(), pidfd(child.id()), None);
+    let known = ProcessHandle::new(child.id(), pidfd(child.id()), None);
     let proc_root = Path::new("/proc");
     known.descriptors(proc_root).unwrap();
     end(child);
@@ -75,8 +75,8 @@ fn connections(count: usize) -> (TcpListener, Vec<(TcpStream, u32, u32)>) {
     (listener, connections)
 }
 
-fn own() -> Known {
-    Known::new(std::process::id(), pidfd(std::process::id()), None)
+fn own() -> ProcessHandle {
+    ProcessHandle::new(std::process::id(), pidfd(std::process::id()), None)
 }
 
 #[test]
@@ -91,9 +91,9 @@ fn a_descriptor_that_is_a_socket_has_its_inode() {
 }
 
 /// The number that is found for `inode`, and how many were looked at.
-fn hinted(known: &Known, inode: u32) -> (Option<u32>, usize) {
+fn hinted(known: &ProcessHandle, inode: u32) -> (Option<u32>, usize) {
     let mut looks = 0;
-    let found = known.hinted(Path::new("/proc"), inode, || {
+    let found = known.find_by_hint(Path::new("/proc"), inode, || {
         looks += 1;
         Ok(())
     });
@@ -105,16 +105,16 @@ fn the_last_numbers_are_tried_and_what_was_come_across_first() {
     let (_listener, connections) = connections(10);
     let known = own();
     assert_eq!(hinted(&known, connections[0].2), (None, 0));
-    connections.iter().for_each(|(_, number, _)| known.held(*number));
+    connections.iter().for_each(|(_, number, _)| known.record_held(*number));
     // The first two are forgotten by now; all others are seen in the search for one that is not there.
-    assert_eq!(hinted(&known, connections[0].2), (None, NUMBERS));
+    assert_eq!(hinted(&known, connections[0].2), (None, MAX_HINTS));
     for (_, number, inode) in &connections[2..] {
         assert_eq!(hinted(&known, *inode), (Some(*number), 1));
     }
     // The oldest is tried first.
     let known = own();
-    connections[..3].iter().for_each(|(_, number, _)| known.held(*number));
-    known.held(connections[0].1);
+    connections[..3].iter().for_each(|(_, number, _)| known.record_held(*number));
+    known.record_held(connections[0].1);
     assert_eq!(hinted(&known, connections[2].2), (Some(connections[2].1), 2));
 }
 
@@ -141,15 +141,15 @@ fn socket_that_a_search_came_across_is_found_at_once() {
 fn a_look_that_is_one_too_many_ends_the_search() {
     let (_listener, connections) = connections(2);
     let known = own();
-    connections.iter().for_each(|(_, number, _)| known.held(*number));
-    let found = known.hinted(Path::new("/proc"), connections[1].2, || Err(Refusal::TooManyDescriptors));
-    assert_eq!(found, Err(Refusal::TooManyDescriptors));
+    connections.iter().for_each(|(_, number, _)| known.record_held(*number));
+    let found = known.find_by_hint(Path::new("/proc"), connections[1].2, || Err(AttestError::TooManyDescriptors));
+    assert_eq!(found, Err(AttestError::TooManyDescriptors));
 }
 
 #[test]
 fn a_path_is_read_once_for_each_file() {
     let known = own();
-    let path = |file, path: &str| known.path_of(file, || PathBuf::from(path));
+    let path = |file, path: &str| known.exe_path(file, || PathBuf::from(path));
     assert_eq!(&*path((1, 2), "/a"), Path::new("/a"));
     assert_eq!(&*path((1, 2), "/b"), Path::new("/a"));
     assert_eq!(&*path((1, 3), "/b"), Path::new("/b"));
@@ -157,10 +157,10 @@ fn a_path_is_read_once_for_each_file() {
 
 #[test]
 fn so_many_are_kept_and_no_more() {
-    let processes = KnownProcesses::default();
+    let processes = ProcessCache::default();
     for pid in 1..1000 {
-        processes.keep(Arc::new(Known::new(pid, pidfd(std::process::id()), None)));
+        processes.insert(Arc::new(ProcessHandle::new(pid, pidfd(std::process::id()), None)));
         assert!(processes.of(pid).is_some());
-        assert!(processes.0.lock().unwrap().len() <= KEPT);
+        assert!(processes.0.lock().unwrap().len() <= MAX_PROCESSES);
     }
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::time::sleep;
 
-use crate::caller::Owner;
+use crate::caller::WorkloadKey;
 use crate::clock::HOLD;
 use crate::telemetry::Quota;
 
@@ -36,25 +36,25 @@ thread_local! {
 }
 
 /// Whether this is one of [`LookupThreads`].
-pub(super) fn is_one_of_them() -> bool {
+pub(super) fn on_lookup_thread() -> bool {
     MAY_WAIT.get()
 }
 
 /// Runs connections. Cheap to clone; the threads end with the process.
 #[derive(Clone)]
-pub struct LookupThreads(Arc<Shared>);
+pub struct LookupThreads(Arc<ThreadPool>);
 
-struct Shared {
+struct ThreadPool {
     /// As many as are to run while nothing is kept waiting.
     wanted: usize,
-    state: Mutex<State>,
+    state: Mutex<PoolState>,
     work: Condvar,
 }
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 type GiveUp = Box<dyn FnOnce() + Send>;
 
-struct Job {
+struct LookupJob {
     task: Task,
     give_up: GiveUp,
     /// The runtime that it comes from; `None` if it is not to go on there.
@@ -62,13 +62,13 @@ struct Job {
     queued: Instant,
 }
 
-struct State {
-    workloads: HashMap<Owner, Queue>,
+struct PoolState {
+    workloads: HashMap<WorkloadKey, WorkloadQueue>,
     /// Workloads that have something to run and may, in the order of their turns.
-    ready: VecDeque<Owner>,
+    ready: VecDeque<WorkloadKey>,
     idle: usize,
     /// The others, by their numbers.
-    busy: HashMap<u64, Busy>,
+    busy: HashMap<u64, BusyThread>,
     next_number: u64,
     /// Whether somebody is going to look for threads that are kept waiting.
     watched: bool,
@@ -77,15 +77,15 @@ struct State {
 }
 
 /// A thread that is about to run something, or does.
-struct Busy {
+struct BusyThread {
     since: Instant,
     /// Of what it runs, until that has returned or was given up.
-    give_up: Option<(Owner, GiveUp)>,
+    give_up: Option<(WorkloadKey, GiveUp)>,
 }
 
 #[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Job>,
+struct WorkloadQueue {
+    waiting: VecDeque<LookupJob>,
     running: usize,
     is_ready: bool,
 }
@@ -105,7 +105,7 @@ impl Default for LookupThreads {
 
 impl LookupThreads {
     fn new(wanted: usize) -> Self {
-        Self(Arc::new(Shared { wanted, state: Mutex::default(), work: Condvar::new() }))
+        Self(Arc::new(ThreadPool { wanted, state: Mutex::default(), work: Condvar::new() }))
     }
 
     /// Runs `task` for this workload, after what it has there already; fairly between workloads. To be called within a
@@ -114,7 +114,7 @@ impl LookupThreads {
     /// `give_up` is called if the task keeps its thread waiting for as long as a request is held; it must not wait.
     pub fn spawn(
         &self,
-        owner: Owner,
+        owner: WorkloadKey,
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
@@ -124,15 +124,15 @@ impl LookupThreads {
     /// The same for a task that never waits for events, and is dropped if it has waited too long for a thread.
     pub(super) fn spawn_here(
         &self,
-        owner: Owner,
+        owner: WorkloadKey,
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
         self.push(owner, Box::pin(task), Box::new(give_up), None);
     }
 
-    fn push(&self, owner: Owner, task: Task, give_up: GiveUp, home: Option<Handle>) {
-        let job = Job { task, give_up, home, queued: Instant::now() };
+    fn push(&self, owner: WorkloadKey, task: Task, give_up: GiveUp, home: Option<Handle>) {
+        let job = LookupJob { task, give_up, home, queued: Instant::now() };
         let mut state = self.0.state();
         state.push(owner, job);
         if !std::mem::replace(&mut state.watched, true) {
@@ -186,8 +186,8 @@ impl LookupThreads {
     }
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl ThreadPool {
+    fn state(&self) -> MutexGuard<'_, PoolState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -196,31 +196,33 @@ impl Shared {
         let mut state = self.state();
         loop {
             if let Some((owner, job)) = state.next() {
-                let Job { task, give_up, home, .. } = job;
-                state.busy.insert(number, Busy { since: Instant::now(), give_up: Some((owner.clone(), give_up)) });
+                let LookupJob { task, give_up, home, .. } = job;
+                state
+                    .busy
+                    .insert(number, BusyThread { since: Instant::now(), give_up: Some((owner.clone(), give_up)) });
                 drop(state);
                 run(task, home.as_ref());
                 state = self.state();
-                if state.busy.insert(number, Busy::default()).is_some_and(|busy| busy.give_up.is_none()) {
+                if state.busy.insert(number, BusyThread::default()).is_some_and(|busy| busy.give_up.is_none()) {
                     tracing::info!(workload = ?owner, "the look at a caller's process has come back");
                 }
                 state.done(owner);
                 continue;
             }
             state.busy.remove(&number);
-            if state.idle + state.moving() >= self.wanted {
+            if state.idle + state.count_running() >= self.wanted {
                 // It was started in the place of one that has come back.
                 return;
             }
             state.idle += 1;
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
             state.idle -= 1;
-            state.busy.insert(number, Busy::default());
+            state.busy.insert(number, BusyThread::default());
         }
     }
 }
 
-impl Default for Busy {
+impl Default for BusyThread {
     fn default() -> Self {
         Self { since: Instant::now(), give_up: None }
     }
@@ -239,7 +241,7 @@ fn run(mut task: Task, home: Option<&Handle>) {
     }
 }
 
-impl Default for State {
+impl Default for PoolState {
     fn default() -> Self {
         Self {
             workloads: HashMap::new(),
@@ -253,22 +255,22 @@ impl Default for State {
     }
 }
 
-impl State {
+impl PoolState {
     /// Of a thread that is about to be started.
     fn new_number(&mut self) -> u64 {
         self.next_number += 1;
-        self.busy.insert(self.next_number, Busy::default());
+        self.busy.insert(self.next_number, BusyThread::default());
         self.next_number
     }
 
     /// Threads to start, so that `wanted` are not kept waiting.
     fn missing(&mut self, wanted: usize) -> Vec<u64> {
-        let missing = wanted.saturating_sub(self.moving()).min(self.ready.len());
+        let missing = wanted.saturating_sub(self.count_running()).min(self.ready.len());
         let missing = missing.min(MAX_THREADS.saturating_sub(self.busy.len()));
         (0..missing).map(|_| self.new_number()).collect()
     }
 
-    fn push(&mut self, owner: Owner, job: Job) {
+    fn push(&mut self, owner: WorkloadKey, job: LookupJob) {
         let queue = self.workloads.entry(owner.clone()).or_default();
         queue.waiting.push_back(job);
         if queue.running < MAX_PER_WORKLOAD && !std::mem::replace(&mut queue.is_ready, true) {
@@ -276,7 +278,7 @@ impl State {
         }
     }
 
-    fn next(&mut self) -> Option<(Owner, Job)> {
+    fn next(&mut self) -> Option<(WorkloadKey, LookupJob)> {
         loop {
             let owner = self.ready.pop_front()?;
             let Some(queue) = self.workloads.get_mut(&owner) else { continue };
@@ -292,7 +294,7 @@ impl State {
         }
     }
 
-    fn done(&mut self, owner: Owner) {
+    fn done(&mut self, owner: WorkloadKey) {
         let Some(queue) = self.workloads.get_mut(&owner) else { return };
         queue.running -= 1;
         if queue.waiting.is_empty() {
@@ -311,13 +313,13 @@ impl State {
     }
 
     /// What has kept a thread waiting too long.
-    fn overdue(&mut self) -> Vec<(Owner, GiveUp)> {
+    fn overdue(&mut self) -> Vec<(WorkloadKey, GiveUp)> {
         let overdue = self.busy.values_mut().filter(|busy| busy.since.elapsed() >= HOLD);
         overdue.filter_map(|busy| busy.give_up.take()).collect()
     }
 
     /// Threads that run something and are not kept waiting.
-    fn moving(&self) -> usize {
+    fn count_running(&self) -> usize {
         self.busy.values().filter(|busy| busy.since.elapsed() < STUCK_AFTER).count()
     }
 
@@ -325,7 +327,7 @@ impl State {
     fn expire(&mut self) {
         for queue in self.workloads.values_mut() {
             while queue.waiting.front().is_some_and(|job| job.queued.elapsed() >= HOLD) {
-                if let Some(Job { task, home: Some(home), .. }) = queue.waiting.pop_front() {
+                if let Some(LookupJob { task, home: Some(home), .. }) = queue.waiting.pop_front() {
                     home.spawn(task);
                 }
             }

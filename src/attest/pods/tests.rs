@@ -6,13 +6,13 @@ const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde
 const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
 
 /// A tree with these directories, which are root's where root runs the test.
-fn pods(directories: &[&str]) -> (tempfile::TempDir, Pods) {
+fn pods(directories: &[&str]) -> (tempfile::TempDir, PodLookup) {
     let folder = tempfile::tempdir().unwrap();
     for directory in directories {
         fs::create_dir_all(folder.path().join(directory)).unwrap();
     }
-    let tree = CgroupTree::at(folder.path().to_owned(), crate::cgroup::PodRoots::usual());
-    (folder, Pods::new(Arc::new(tree)))
+    let tree = CgroupTree::at(folder.path().to_owned(), crate::cgroup::PodRoots::defaults());
+    (folder, PodLookup::new(Arc::new(tree)))
 }
 
 fn path(text: &str) -> CgroupPath {
@@ -30,7 +30,7 @@ fn a_pod_is_there_as_long_as_its_directory() {
     }
     let pod = format!("kubepods/burstable/pod{U}");
     let (folder, pods) = pods(&[&format!("{pod}/{C}/init"), "system.slice/a.service"]);
-    assert_eq!(pods.roots_found(), [&path("/kubepods")]);
+    assert_eq!(pods.discover_roots(), [&path("/kubepods")]);
     assert!(pods.of(&path("/system.slice/a.service")).unwrap().is_none());
     let housed = pods.of(&path(&format!("/{pod}/{C}/init"))).unwrap().unwrap();
     assert_eq!((housed.pod.uid.as_str(), housed.pod.container.as_deref()), (U, Some(C)));
@@ -42,13 +42,13 @@ fn a_pod_is_there_as_long_as_its_directory() {
     let directory = folder.path().join(&pod);
     let _kept = fs::File::open(&directory).unwrap();
     fs::remove_dir(&directory).unwrap();
-    assert_eq!(housed.is_there(), Err(Refusal::Gone));
+    assert_eq!(housed.is_there(), Err(AttestError::CallerGone));
     fs::create_dir(&directory).unwrap();
-    assert_eq!(housed.is_there(), Err(Refusal::Gone));
+    assert_eq!(housed.is_there(), Err(AttestError::CallerGone));
     assert!(matches!(pods.of(&path(&format!("/{pod}/{C}"))), Ok(Some(_))));
     fs::remove_dir(&directory).unwrap();
     let gone = pods.of(&path(&format!("/{pod}/{C}")));
-    assert!(matches!(gone, Err(Refusal::UnreadableCgroup)), "{gone:?}");
+    assert!(matches!(gone, Err(AttestError::UnreadableCgroup)), "{gone:?}");
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn every_directory_down_to_the_pods_is_roots() {
             assert!(pods.of(&container).unwrap().is_some());
             change(&folder.path().join(part)).unwrap();
             let refused = pods.of(&container);
-            assert!(matches!(refused, Err(Refusal::DelegatedCgroup)), "{part}: {refused:?}");
+            assert!(matches!(refused, Err(AttestError::DelegatedCgroup)), "{part}: {refused:?}");
         }
     }
     // What a container does with its own, whose name was given to it, is its own business.
@@ -85,7 +85,7 @@ fn a_pods_name_in_another_place_is_refused_with_what_was_seen() {
     let (folder, pods) = pods(&[&user, &other]);
     chown(folder.path().join("user.slice"), Some(1002), None).unwrap();
     let refused = pods.of(&path(&format!("/{user}")));
-    assert!(matches!(refused, Err(Refusal::DelegatedCgroup)), "{refused:?}");
+    assert!(matches!(refused, Err(AttestError::DelegatedCgroup)), "{refused:?}");
     let refused = pods.of(&path(&format!("/{other}"))).unwrap_err();
-    assert_eq!(refused, Refusal::MisplacedPod);
+    assert_eq!(refused, AttestError::MisplacedPod);
 }

@@ -3,11 +3,11 @@ use std::path::{Path, PathBuf};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::*;
-use crate::attest::hierarchies::Hierarchies;
+use crate::attest::hierarchies::CgroupMounts;
 use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {
-    Arc::new(Host::new(PathBuf::from("/proc"), Hierarchies::default(), PodRoots::usual(), None))
+    Arc::new(Host::new(PathBuf::from("/proc"), CgroupMounts::default(), PodRoots::defaults(), None))
 }
 
 #[test]
@@ -42,17 +42,17 @@ fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
     let mut child = sleeper();
     let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
     let host = host();
-    let held = HeldProcess::look(&host, host.process(child.id(), pidfd).unwrap()).unwrap();
-    assert_eq!(held.still_same(), Ok(()));
-    assert_eq!(held.describe().pid, child.id());
+    let held = ProcessSnapshot::read_snapshot(&host, host.process(child.id(), pidfd).unwrap()).unwrap();
+    assert_eq!(held.verify_unchanged(), Ok(()));
+    assert_eq!(held.to_process().pid, child.id());
     child.kill().unwrap();
     // Dead, and not reaped before `wait` below: /proc/<pid> is still there.
     let mut fds = [PollFd::new(held.known.pidfd().as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1);
     assert!(Path::new("/proc").join(child.id().to_string()).join("stat").exists());
-    assert_eq!(held.still_same(), Err(Refusal::Gone));
+    assert_eq!(held.verify_unchanged(), Err(AttestError::CallerGone));
     child.wait().unwrap();
-    assert_eq!(held.still_same(), Err(Refusal::Gone));
+    assert_eq!(held.verify_unchanged(), Err(AttestError::CallerGone));
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn a_number_that_belongs_to_another_process_now_is_not_mistaken() {
     // As if the number had been given out again in between.
     let host = host();
     let known = host.process(living.id(), pidfd).unwrap();
-    assert_eq!(HeldProcess::look(&host, known).unwrap_err(), Refusal::Gone);
+    assert_eq!(ProcessSnapshot::read_snapshot(&host, known).unwrap_err(), AttestError::CallerGone);
     living.kill().unwrap();
     living.wait().unwrap();
 }

@@ -5,17 +5,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::*;
-use crate::attest::hierarchies::Hierarchies;
+use crate::attest::hierarchies::CgroupMounts;
 use crate::attest::inet_diag::SockDiag;
 use crate::caller::GroupDetail;
 use crate::cgroup::PodRoots;
 
 /// Everything that may be looked at.
-const ALL: Looks = Looks { groups: GroupDetail::List, program: true, started: false };
+const ALL: ProcessFacts = ProcessFacts { groups: GroupDetail::List, program: true, started: false };
 const PLENTY: Budget = Budget { list: 64 * 1024, descriptors: 65_536, time: Duration::from_secs(60) };
 
 /// A connection of this process, and what the kernel says of its client's socket.
-fn connection() -> (TcpListener, TcpStream, Socket) {
+fn connection() -> (TcpListener, TcpStream, SocketInfo) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let server = listener.local_addr().unwrap();
     let client = TcpStream::connect(server).unwrap();
@@ -25,8 +25,8 @@ fn connection() -> (TcpListener, TcpStream, Socket) {
 
 /// The machine, with its real cgroup v2 tree.
 fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
-    let hierarchies = Hierarchies::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies, PodRoots::usual(), None));
+    let hierarchies = CgroupMounts::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies, PodRoots::defaults(), None));
     let tree = host.cgroups.clone().expect("cgroup v2");
     (host, tree)
 }
@@ -36,7 +36,7 @@ fn listing(processes: &str) -> (tempfile::TempDir, CgroupTree) {
     let root = tempfile::tempdir().unwrap();
     fs::create_dir(root.path().join("unit")).unwrap();
     fs::write(root.path().join("unit/cgroup.procs"), processes).unwrap();
-    let tree = CgroupTree::at(root.path().to_owned(), PodRoots::usual());
+    let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
     (root, tree)
 }
 
@@ -48,9 +48,9 @@ fn unit() -> CgroupPath {
 fn the_holder_is_found_with_its_descriptor() {
     let (_listener, client, socket) = connection();
     let (host, tree) = machine();
-    let cgroup = tree.path_of_now(socket.cgroup_id.unwrap()).unwrap();
-    let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
-    assert_eq!(found.process.describe().pid, std::process::id());
+    let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
+    let found = find_socket_owner(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
+    assert_eq!(found.process.to_process().pid, std::process::id());
     assert_eq!(found.descriptor, client.as_raw_fd().cast_unsigned());
 }
 
@@ -60,7 +60,10 @@ fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, elsewhere) = listing(&format!("{}\n", std::process::id()));
-    assert_eq!(holder(&host, &elsewhere, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::Ambiguous);
+    assert_eq!(
+        find_socket_owner(&host, &elsewhere, &socket, &unit(), (ALL, PLENTY)).unwrap_err(),
+        AttestError::Ambiguous
+    );
 }
 
 #[test]
@@ -68,7 +71,10 @@ fn a_process_of_a_pid_namespace_that_is_not_seen_ends_the_search() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("0\n{}\n", std::process::id()));
-    assert_eq!(holder(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::InvisibleProcess);
+    assert_eq!(
+        find_socket_owner(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(),
+        AttestError::InvisibleProcess
+    );
 }
 
 #[test]
@@ -84,8 +90,8 @@ fn a_search_over_its_budget_finds_nobody() {
         Budget { descriptors: 3, ..PLENTY },
         Budget { time: Duration::ZERO, ..PLENTY },
     ] {
-        let found = holder(&host, &tree, &socket, &unit(), (ALL, budget));
-        assert_eq!(found.unwrap_err(), Refusal::TooManyDescriptors, "{budget:?}");
+        let found = find_socket_owner(&host, &tree, &socket, &unit(), (ALL, budget));
+        assert_eq!(found.unwrap_err(), AttestError::TooManyDescriptors, "{budget:?}");
     }
 }
 
@@ -95,7 +101,10 @@ fn a_process_that_does_not_hold_the_socket_is_passed_over() {
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
     drop(client);
-    assert_eq!(holder(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(), Refusal::NoHolder);
+    assert_eq!(
+        find_socket_owner(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(),
+        AttestError::NoSocketOwner
+    );
 }
 
 /// As when another process had this number when it was looked at last.
@@ -108,10 +117,10 @@ fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
     gone.wait().unwrap();
     let known = host.process(std::process::id(), pidfd).unwrap();
     // Where the other one had its connections, too.
-    (0..8).for_each(|number| known.held(number));
+    (0..8).for_each(|number| known.record_held(number));
     known.scanned([(socket.inode, 0)].into_iter());
-    let cgroup = tree.path_of_now(socket.cgroup_id.unwrap()).unwrap();
-    let found = holder(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
-    assert_eq!(found.process.still_same(), Ok(()));
+    let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
+    let found = find_socket_owner(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
+    assert_eq!(found.process.verify_unchanged(), Ok(()));
     assert!(!Arc::ptr_eq(&known, &host.processes.of(std::process::id()).unwrap()));
 }

@@ -110,5 +110,5 @@ async fn where_the_source_needs_none_no_caller_is_kept() {
     assert_eq!(cache.entries()[0].callers, 0);
     pass(MINUTE * 34).await;
     assert_eq!(asked(&world), [5, u32::MAX]);
-    assert!(Caller::nobody().still_same().await.is_err());
+    assert!(Caller::synthetic().still_same().await.is_err());
 }

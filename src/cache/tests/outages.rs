@@ -219,7 +219,7 @@ fn how_long_each_failure_is_remembered() {
     let table = [
         (IssueError::from(unavailable()), 1),
         (SourceError::BadToken(BadToken::Expiring(String::new())).into(), 1),
-        (SourceError::Caller(Refusal::Gone).into(), 1),
+        (SourceError::Caller(AttestError::CallerGone).into(), 1),
         (denied().into(), 3),
         (SourceError::Misconfigured(String::new()).into(), 5),
         (SourceError::BadToken(BadToken::Wrong(String::new())).into(), 5),

@@ -18,12 +18,12 @@ enum Is {
 fn find(roots: &PodRoots, path: &str) -> Is {
     let parsed = CgroupPath::parse(path).unwrap();
     match roots.find(&parsed) {
-        Ok(Some(PodPlace { pod, directory, container })) => {
+        Ok(Some(PodSegment { pod, directory, container })) => {
             let container = pod.container.map(|id| (id.to_string(), path[..container.unwrap()].to_owned()));
             Is::Pod(pod.uid.to_string(), path[..directory].to_owned(), container)
         }
         Ok(None) => Is::No,
-        Err(Misplaced) => Is::Misplaced,
+        Err(MisplacedPod) => Is::Misplaced,
     }
 }
 
@@ -89,9 +89,9 @@ fn pods_are_found_where_kubelets_put_them() {
         ("/kubepods/pod{U}", "/other/{D}", "{U}", ""),
         ("/kubepods/pod{U}", "/{C}0", "{U}", ""),
     ];
-    check(&PodRoots::usual(), &table);
+    check(&PodRoots::defaults(), &table);
     let upper = format!("/kubepods/pod{U}/{}", C.to_uppercase());
-    assert_eq!(find(&PodRoots::usual(), &upper), Is::Pod(U.to_owned(), upper[..upper.len() - 65].to_owned(), None));
+    assert_eq!(find(&PodRoots::defaults(), &upper), Is::Pod(U.to_owned(), upper[..upper.len() - 65].to_owned(), None));
 }
 
 #[test]
@@ -121,9 +121,9 @@ fn a_pods_name_anywhere_else_is_refused() {
         "/kubepods/pod{U}0/{C}",
     ];
     for template in table {
-        assert_eq!(find(&PodRoots::usual(), &text(template)), Is::Misplaced, "{template}");
+        assert_eq!(find(&PodRoots::defaults(), &text(template)), Is::Misplaced, "{template}");
     }
-    assert_eq!(find(&PodRoots::usual(), &format!("/kubepods/pod{}/{C}", U.to_uppercase())), Is::Misplaced);
+    assert_eq!(find(&PodRoots::defaults(), &format!("/kubepods/pod{}/{C}", U.to_uppercase())), Is::Misplaced);
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn others_are_in_no_pod() {
         "/system.slice/podman-like.service",
     ];
     for template in table {
-        assert_eq!(find(&PodRoots::usual(), &text(template)), Is::No, "{template}");
+        assert_eq!(find(&PodRoots::defaults(), &text(template)), Is::No, "{template}");
     }
 }
 

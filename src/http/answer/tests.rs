@@ -3,10 +3,10 @@ use super::*;
 #[test]
 fn every_refusal_is_json_that_all_sdks_can_read() {
     let cases = [
-        (Refused::Caller(Refusal::Gone), 403, "caller_gone", None),
-        (Refused::Caller(Refusal::Busy), 503, "search_busy", Some(1)),
-        (Refused::Caller(Refusal::Executing), 503, "process_executing", Some(1)),
-        (Refused::Caller(Refusal::Unresponsive), 503, "process_unresponsive", Some(1)),
+        (Refused::Caller(AttestError::CallerGone), 403, "caller_gone", None),
+        (Refused::Caller(AttestError::SearchBusy), 503, "search_busy", Some(1)),
+        (Refused::Caller(AttestError::ProcessExecuting), 503, "process_executing", Some(1)),
+        (Refused::Caller(AttestError::ProcessUnresponsive), 503, "process_unresponsive", Some(1)),
         (Refused::Host, 400, "host", None),
         (Refused::Browser, 403, "browser", None),
         (Refused::Proxied, 403, "proxied", None),

@@ -7,7 +7,7 @@ fn caller(uid: u32, groups: Option<(u32, &[u32])>) -> Caller {
         pid: 4711,
         gid,
         groups: Some(Groups::new(groups.to_vec(), GroupDetail::List).unwrap()),
-        contained: false,
+        in_container: false,
         program: None,
         started: None,
     });
@@ -176,10 +176,10 @@ fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
         ..rule
     };
     let by_unit = |name: &str| NamedRule { user: Some(user(name)), ..of_unit("app", "app.service") };
-    let program = Looks { program: true, ..Looks::default() };
+    let program = ProcessFacts { program: true, ..ProcessFacts::default() };
     for name in ["ghost", "stranger"] {
         let needs = |rule: NamedRule, caller: &Caller| Resolved::new(&[rule], known).needs(caller, is_other);
-        assert_eq!(needs(of_user(name), &over_tcp(1001)), Some(Looks::default()));
+        assert_eq!(needs(of_user(name), &over_tcp(1001)), Some(ProcessFacts::default()));
         assert_eq!(needs(with_program(of_user(name)), &over_tcp(1001)), Some(program));
         assert_eq!(needs(with_program(by_unit(name)), &caller(1001, None)), Some(program));
         // Root has another name, the unit decides alone, and over the unix socket the kernel names the process.
@@ -190,6 +190,6 @@ fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
     // What other rules need is looked at, too.
     let rules =
         [with_program(of_user("stranger")), NamedRule { supplementary_group: Some(group("ops")), ..named("ops") }];
-    let both = Looks { groups: GroupDetail::List, ..program };
+    let both = ProcessFacts { groups: GroupDetail::List, ..program };
     assert_eq!(Resolved::new(&rules, known).needs(&over_tcp(1001), is_other), Some(both));
 }

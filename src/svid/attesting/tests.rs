@@ -9,7 +9,9 @@ use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{Evidence, Executable, GroupDetail, Groups, ListenerKind, Named, Process, Program, Refusal, Watch};
+use crate::caller::{
+    AgentProcessRef, AttestError, ExecWatch, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program,
+};
 use crate::endpoint::Endpoint;
 use crate::svid::DEADLINE;
 use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
@@ -133,7 +135,7 @@ struct Looked {
     pid: u32,
     looks: Arc<AtomicU32>,
     changes_at: Option<u32>,
-    refusal: Option<Refusal>,
+    refusal: Option<AttestError>,
     /// During so many more watches a program is executed.
     executions: AtomicU32,
 }
@@ -143,35 +145,35 @@ struct Watched {
     is_unbroken: bool,
 }
 
-impl Watch for Watched {
-    fn is_unbroken(&self) -> bool {
+impl ExecWatch for Watched {
+    fn no_exec_seen(&self) -> bool {
         self.is_unbroken
     }
 }
 
 #[async_trait::async_trait]
-impl Evidence for Looked {
-    async fn still_same(&self) -> Result<(), Refusal> {
+impl PeerProof for Looked {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 
-    async fn process(&self) -> Result<Named, Refusal> {
+    async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
         let look = self.looks.fetch_add(1, Ordering::SeqCst);
         match (&self.refusal, self.changes_at) {
             (Some(refusal), None) => Err(refusal.clone()),
             (Some(refusal), Some(at)) if look >= at => Err(refusal.clone()),
-            (None, Some(at)) if look >= at => Ok(Named { pid: self.pid, cgroups: "0::/moved\n".to_owned() }),
-            _ => Ok(Named { pid: self.pid, cgroups: "0::/\n".to_owned() }),
+            (None, Some(at)) if look >= at => Ok(AgentProcessRef { pid: self.pid, cgroups: "0::/moved\n".to_owned() }),
+            _ => Ok(AgentProcessRef { pid: self.pid, cgroups: "0::/\n".to_owned() }),
         }
     }
 
-    fn watch(&self) -> Result<Box<dyn Watch>, Refusal> {
+    fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
         let left = self.executions.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
         Ok(Box::new(Watched { is_unbroken: left.is_err() }))
     }
 }
 
-fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<Refusal>) -> Arc<Caller> {
+fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<AttestError>) -> Arc<Caller> {
     let executions = AtomicU32::new(0);
     caller_by(uid, Looked { pid, looks: Arc::default(), changes_at, refusal, executions })
 }
@@ -187,7 +189,7 @@ fn caller_by(uid: u32, evidence: Looked) -> Arc<Caller> {
     let exe = Executable { device: 1, inode: 7, changed: (0, 0), path: PathBuf::from("/bin/shop").into() };
     let program = Some(Program { exe: Some(exe) });
     let groups = Some(Groups::new(Vec::new(), GroupDetail::Digest).unwrap());
-    let process = Process { pid, gid: uid, groups, contained: false, program, started: Some(1) };
+    let process = Process { pid, gid: uid, groups, in_container: false, program, started: Some(1) };
     Arc::new(Caller {
         listener: ListenerKind::Unix,
         uid,
@@ -267,7 +269,7 @@ async fn all_who_ask_at_once_wait_for_one_question() {
 async fn an_agent_is_not_asked_about_what_it_could_misread() {
     let agent = Script::says(shop);
     let source = source(&agent);
-    for refusal in [Refusal::DelegatedCgroup, Refusal::NestedContainer, Refusal::Gone] {
+    for refusal in [AttestError::DelegatedCgroup, AttestError::NestedContainer, AttestError::CallerGone] {
         let caller = caller_with(1001, 1, None, Some(refusal.clone()));
         assert_eq!(source.identify(&caller).await, Err(refusal.clone().into()));
         assert_eq!(source.token(&caller, &shop_id(), AUDIENCE).await.unwrap_err(), refusal.into());
@@ -279,7 +281,9 @@ async fn an_agent_is_not_asked_about_what_it_could_misread() {
 async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
     let agent = Script::says(shop);
     let source = source(&agent);
-    for (refusal, expected) in [(None, Refusal::Changed), (Some(Refusal::Gone), Refusal::Gone)] {
+    for (refusal, expected) in
+        [(None, AttestError::IdentityChanged), (Some(AttestError::CallerGone), AttestError::CallerGone)]
+    {
         // The first look is before the call.
         let changed = || caller_with(1001, 1, Some(1), refusal.clone());
         assert_eq!(source.identify(&changed()).await, Err(expected.clone().into()));
@@ -298,8 +302,8 @@ async fn process_is_attested_again_if_a_program_was_executed_meanwhile() {
     assert_eq!(ids(source.identify(&executing_caller(1, tries - 1)).await), [SHOP]);
     assert_eq!(agent.calls(), tries as usize);
     let refused = source.identify(&executing_caller(2, tries)).await.unwrap_err();
-    assert_eq!(refused, Refusal::Executing.into());
-    assert!(Refusal::Executing.is_transient());
+    assert_eq!(refused, AttestError::ProcessExecuting.into());
+    assert!(AttestError::ProcessExecuting.is_transient());
     assert_eq!(agent.calls(), 2 * tries as usize);
     assert_eq!(ids(source.identify(&caller(2)).await), [SHOP], "the refusal is not remembered");
 }
@@ -364,7 +368,7 @@ async fn a_process_that_is_gone_is_forgotten() {
     let agent = Script::says(shop);
     let source = source(&agent);
     // Looked at before and after the first call, and then no more.
-    source.identify(&caller_with(1001, 1, Some(2), Some(Refusal::Gone))).await.unwrap();
+    source.identify(&caller_with(1001, 1, Some(2), Some(AttestError::CallerGone))).await.unwrap();
     assert_eq!(source.0.memory().len(), 1);
     sleep(Duration::from_secs(32)).await;
     assert_eq!((source.0.memory().len(), agent.calls()), (0, 1));

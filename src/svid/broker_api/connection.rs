@@ -18,7 +18,7 @@ use tokio_rustls::client::TlsStream;
 use tonic::transport::Channel;
 
 use super::server::{NotTheAgent, tls};
-use crate::attest::names_the_same_processes;
+use crate::attest::shares_pid_namespace_with_peer;
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeIdPattern;
 use crate::svid::delegated::other_pids;
@@ -47,7 +47,7 @@ impl Dial for Broker {
     async fn dial(&self) -> Result<Channel, SourceError> {
         let stream = UnixStream::connect(&self.socket).await;
         let stream = stream.map_err(|error| SourceError::Unavailable(no_broker(&self.endpoint(), &error)))?;
-        let names_processes = names_the_same_processes(&stream);
+        let names_processes = shares_pid_namespace_with_peer(&stream);
         self.names_processes.store(names_processes, Ordering::Relaxed);
         if !names_processes && !self.names_pods {
             return Err(SourceError::Misconfigured(other_pids(&self.endpoint())));

@@ -128,7 +128,7 @@ async fn names_the_process_and_takes_every_svid_of_the_answer() {
     assert_eq!(asked.shown, client.own.latest().unwrap().certified.cert[0]);
 
     // A number that no process can have is not sent.
-    assert_eq!(client.svids(u32::MAX, AUDIENCE).await.unwrap_err(), SourceError::Caller(Refusal::Gone));
+    assert_eq!(client.svids(u32::MAX, AUDIENCE).await.unwrap_err(), SourceError::Caller(AttestError::CallerGone));
     client.svids(1, AUDIENCE).await.unwrap();
     assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 0]);
 }

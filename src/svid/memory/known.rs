@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::agent_clock::AgentClock;
-use crate::caller::{Caller, Owner};
+use crate::caller::{Caller, WorkloadKey};
 use crate::role::Identity;
 use crate::svid::SourceError;
 
@@ -57,7 +57,7 @@ pub(in crate::svid) enum Found {
 pub(super) struct Known {
     /// With proof of which process or pod it is.
     pub(super) caller: Arc<Caller>,
-    pub(super) owner: Owner,
+    pub(super) owner: WorkloadKey,
     /// `None` before the first answer.
     pub(super) identities: Option<Arc<[Identity]>>,
     /// When the last answer or the last try came.
@@ -77,7 +77,7 @@ pub(super) struct Known {
 }
 
 impl Known {
-    pub(super) fn new(caller: &Arc<Caller>, owner: &Owner) -> Self {
+    pub(super) fn new(caller: &Arc<Caller>, owner: &WorkloadKey) -> Self {
         let now = Instant::now();
         Self {
             caller: caller.clone(),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::caller::{Caller, GroupDetail, Looks, Process, Refusal};
+use crate::caller::{AttestError, Caller, GroupDetail, Process, ProcessFacts};
 use crate::cgroup::{CgroupPath, PodUid};
 use crate::svid::SourceError;
 
@@ -23,7 +23,8 @@ pub(in crate::svid) enum Subject {
 }
 
 /// What an agent has to be told apart by.
-pub(in crate::svid) const LOOKS: Looks = Looks { groups: GroupDetail::Digest, program: true, started: true };
+pub(in crate::svid) const LOOKS: ProcessFacts =
+    ProcessFacts { groups: GroupDetail::Digest, program: true, started: true };
 
 impl Subject {
     /// Of a caller; of its pod if it is in one and `pods` says that the agent is told of those, else of its process, which was
@@ -36,7 +37,8 @@ impl Subject {
             return Err(SourceError::Reloaded);
         }
         let mut process = caller.process.clone().ok_or(SourceError::Reloaded)?;
-        let exe = process.program.as_mut().and_then(|program| program.exe.as_mut()).ok_or(Refusal::UnseenProgram)?;
+        let exe =
+            process.program.as_mut().and_then(|program| program.exe.as_mut()).ok_or(AttestError::ExecUnobservable)?;
         // The file is what counts. Its path is what the process shows, and reads otherwise once an upgrade has replaced it.
         (exe.changed, exe.path) = ((0, 0), Path::new("").into());
         Ok(Self::Process { uid: caller.uid, cgroup: caller.cgroup.clone(), process })
@@ -45,8 +47,8 @@ impl Subject {
     /// Whether it is there still, as `caller` shows, who is it or in it.
     pub(super) fn is_there(&self, caller: &Caller) -> bool {
         match self {
-            Self::Process { .. } => caller.evidence.is_there(),
-            Self::Pod(_) => caller.evidence.pod().is_ok(),
+            Self::Process { .. } => caller.evidence.is_alive(),
+            Self::Pod(_) => caller.evidence.verify_pod().is_ok(),
         }
     }
 }

@@ -5,7 +5,7 @@ use tokio::time::advance;
 
 use super::known::{DENIALS_APART, NO_IDENTITY, TRY_AGAIN};
 use super::*;
-use crate::caller::{Evidence, Executable, GroupDetail, Groups, ListenerKind, Process, Program, Refusal};
+use crate::caller::{AttestError, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
@@ -16,12 +16,12 @@ mod revalidation;
 struct Living(Arc<AtomicBool>);
 
 #[async_trait::async_trait]
-impl Evidence for Living {
-    async fn still_same(&self) -> Result<(), Refusal> {
+impl PeerProof for Living {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 
-    fn is_there(&self) -> bool {
+    fn is_alive(&self) -> bool {
         self.0.load(Ordering::SeqCst)
     }
 }
@@ -37,7 +37,7 @@ fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
         pid,
         gid: uid,
         groups: Some(groups(&[])),
-        contained: false,
+        in_container: false,
         program: Some(Program { exe: Some(exe) }),
         started: Some(u64::from(pid)),
     };
@@ -138,7 +138,7 @@ fn a_process_that_was_not_looked_at_is_nobody() {
     assert_eq!(unseen(&|process| process.started = None), SourceError::Reloaded);
     assert_eq!(unseen(&|process| process.program = None), SourceError::Reloaded);
     let no_exe = unseen(&|process| process.program = Some(Program { exe: None }));
-    assert_eq!(no_exe, SourceError::Caller(Refusal::UnseenProgram));
+    assert_eq!(no_exe, SourceError::Caller(AttestError::ExecUnobservable));
 }
 
 #[tokio::test(start_paused = true)]
@@ -211,7 +211,7 @@ async fn a_process_that_is_not_what_it_was_is_forgotten_and_a_failure_is_not_rem
     note(&mut memory, &caller, Ok(ids(&["shop"])));
     advance(ASK_AGAIN).await;
     assert_eq!(due(&mut memory), 1);
-    note(&mut memory, &caller, Err(Refusal::Gone.into()));
+    note(&mut memory, &caller, Err(AttestError::CallerGone.into()));
     assert_eq!((memory.len(), memory.counts.len()), (0, 0));
 }
 
@@ -248,7 +248,7 @@ async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
         found(&mut memory, caller);
         note(&mut memory, caller, Ok(ids(&["greedy"])));
     }
-    assert_eq!(memory.counts.get(&Owner::user(1)), Some(&EACH));
+    assert_eq!(memory.counts.get(&WorkloadKey::user(1)), Some(&EACH));
     assert!(!known(&memory, &many[0].0), "its oldest");
     for (caller, _) in &first {
         assert_eq!(found(&mut memory, caller), Some(ids(&["modest"])));
@@ -288,7 +288,7 @@ async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
     assert_eq!(found(&mut memory, &new[0]), None, "those that wait go on waiting");
     assert_eq!(found(&mut memory, &process(2, 1).0), None, "another workload's is asked about");
     // There is a place as soon as one of them is done with, however that ends.
-    let ends = [Ok(ids(&["shop"])), Ok(ids(&[])), unavailable(), Err(Refusal::Gone.into())];
+    let ends = [Ok(ids(&["shop"])), Ok(ids(&[])), unavailable(), Err(AttestError::CallerGone.into())];
     for (said, (caller, other)) in ends.into_iter().zip(new.iter().zip(many(2000..2004))) {
         note(&mut memory, caller, said);
         assert_eq!(found(&mut memory, &other), None);
@@ -299,5 +299,5 @@ async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
     assert_eq!(due(&mut memory), 1);
     known.iter().for_each(|caller| note(&mut memory, caller, Ok(ids(&["shop"]))));
     assert!(is_busy(&mut memory));
-    assert_eq!(memory.waiting.get(&Owner::user(1)), Some(&WAITING));
+    assert_eq!(memory.waiting.get(&WorkloadKey::user(1)), Some(&WAITING));
 }

@@ -405,7 +405,7 @@ async fn the_rules_say_who_a_caller_is() {
     let identity = |path: &str| {
         vec![Identity { spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(), hint: None }]
     };
-    let process = |gid| Process { pid: 1, gid, groups: None, contained: false, program: None, started: None };
+    let process = |gid| Process { pid: 1, gid, groups: None, in_container: false, program: None, started: None };
 
     assert_eq!(api.identify(&caller(1001, Some(process(7)))).await, Ok(identity("billing")));
     assert_eq!(api.identify(&caller(1003, None)).await, Ok(vec![]));

@@ -6,14 +6,14 @@ use tokio::sync::oneshot;
 use super::*;
 
 fn spawn(threads: &LookupThreads, uid: u32, task: impl Future<Output = ()> + Send + 'static) {
-    threads.spawn(Owner::user(uid), task, || {});
+    threads.spawn(WorkloadKey::user(uid), task, || {});
 }
 
 /// Runs a task that says on which kind of thread it was, and is answered.
 async fn where_it_runs(threads: &LookupThreads, uid: u32) -> bool {
     let (say, said) = oneshot::channel();
     spawn(threads, uid, async move {
-        let _ = say.send(is_one_of_them());
+        let _ = say.send(on_lookup_thread());
     });
     said.await.unwrap()
 }
@@ -26,13 +26,13 @@ fn count(threads: &LookupThreads) -> usize {
 #[tokio::test]
 async fn task_runs_there_and_goes_on_at_home() {
     let threads = LookupThreads::new(1);
-    assert!(where_it_runs(&threads, 1).await && !is_one_of_them());
+    assert!(where_it_runs(&threads, 1).await && !on_lookup_thread());
     let (go, wait) = oneshot::channel::<()>();
     let (say, mut said) = tokio::sync::mpsc::unbounded_channel();
     spawn(&threads, 1, async move {
-        say.send(is_one_of_them()).unwrap();
+        say.send(on_lookup_thread()).unwrap();
         let _ = wait.await;
-        say.send(is_one_of_them()).unwrap();
+        say.send(on_lookup_thread()).unwrap();
     });
     assert_eq!(said.recv().await, Some(true));
     // It waits at home, so the one thread is free.
@@ -53,7 +53,7 @@ async fn threads_that_are_kept_waiting_are_replaced() {
             held.push(release);
             spawn(&threads, uid, async move {
                 // One that waits too long for its turn is at home, where it must not keep the test itself waiting.
-                if is_one_of_them() {
+                if on_lookup_thread() {
                     let _ = wait.recv();
                 }
             });
@@ -115,7 +115,7 @@ async fn task_that_keeps_its_thread_waiting_is_given_up_once() {
     let task = async move {
         let _ = wait.recv();
     };
-    threads.spawn(Owner::user(1), task, move || give_up.send(begun.elapsed()).unwrap());
+    threads.spawn(WorkloadKey::user(1), task, move || give_up.send(begun.elapsed()).unwrap());
     // With nothing else to run, and while others are.
     assert!(given_up.recv().await.unwrap() >= HOLD);
     assert_eq!(given_up.recv().await, None, "the closure is gone");

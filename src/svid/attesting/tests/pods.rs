@@ -1,7 +1,7 @@
 //! Callers in pods.
 
 use super::*;
-use crate::caller::Ages;
+use crate::caller::PodAge;
 use crate::cgroup::Pod;
 
 const UID: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
@@ -72,29 +72,29 @@ impl Agent for Pods {
 /// A pod that is there for so many looks.
 #[derive(Debug)]
 struct Housed {
-    ages: Ages,
+    ages: PodAge,
     looks: AtomicU32,
     there_for: u32,
     pid: u32,
 }
 
 #[async_trait::async_trait]
-impl Evidence for Housed {
-    async fn still_same(&self) -> Result<(), Refusal> {
+impl PeerProof for Housed {
+    async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 
-    async fn process(&self) -> Result<Named, Refusal> {
-        Ok(Named { pid: self.pid, cgroups: "0::/\n".to_owned() })
+    async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
+        Ok(AgentProcessRef { pid: self.pid, cgroups: "0::/\n".to_owned() })
     }
 
-    fn pod(&self) -> Result<Ages, Refusal> {
+    fn verify_pod(&self) -> Result<PodAge, AttestError> {
         let look = self.looks.fetch_add(1, Ordering::SeqCst);
-        if look < self.there_for { Ok(self.ages) } else { Err(Refusal::Gone) }
+        if look < self.there_for { Ok(self.ages) } else { Err(AttestError::CallerGone) }
     }
 }
 
-fn housed(uid: u32, ages: Ages, there_for: u32) -> Arc<Caller> {
+fn housed(uid: u32, ages: PodAge, there_for: u32) -> Arc<Caller> {
     let pod = Pod { uid: PodUid::parse(UID).unwrap(), container: None };
     let evidence = Box::new(Housed { ages, looks: AtomicU32::new(0), there_for, pid: 7 });
     Arc::new(Caller {
@@ -108,12 +108,12 @@ fn housed(uid: u32, ages: Ages, there_for: u32) -> Arc<Caller> {
     })
 }
 
-fn since(pod: Duration, container: Duration) -> Ages {
-    Ages { pod, container }
+fn since(pod: Duration, container: Duration) -> PodAge {
+    PodAge { pod, container }
 }
 
 /// One whose process was looked at as well.
-fn with_process(ages: Ages) -> Arc<Caller> {
+fn with_process(ages: PodAge) -> Arc<Caller> {
     let process = Arc::into_inner(caller(7)).unwrap().process;
     Arc::new(Caller { process, ..Arc::into_inner(housed(1001, ages, u32::MAX)).unwrap() })
 }
@@ -134,7 +134,7 @@ async fn all_processes_of_a_pod_are_one_and_none_has_to_be_known() {
     let token = source.token(&housed(5, since(OLD, OLD), u32::MAX), &shop_id(), AUDIENCE).await.unwrap();
     assert_eq!((token.spiffe_id(), agent.asked()), (&shop_id(), vec![format!("pod {UID}")]));
     // Others of the node are named by their process, and so are all where the agent is not told of pods.
-    assert_eq!(source.needs(&Caller::nobody()), Some(LOOKS));
+    assert_eq!(source.needs(&Caller::synthetic()), Some(LOOKS));
     assert_eq!(ids(source.identify(&caller(7)).await), [SHOP]);
     assert_eq!(agent.asked()[1..], ["process 7"]);
     let agent = Pods::with(false, [Ok(vec![SHOP])]);
@@ -151,11 +151,11 @@ async fn nothing_is_had_for_a_pod_that_is_gone() {
     // Before the call, and during it.
     for (looks, calls) in [(0, 0), (1, 1)] {
         let caller = housed(1, since(OLD, OLD), looks);
-        assert_eq!(source.identify(&caller).await, Err(Refusal::Gone.into()));
+        assert_eq!(source.identify(&caller).await, Err(AttestError::CallerGone.into()));
         assert_eq!(agent.asked().len(), calls);
     }
     let caller = housed(1, since(OLD, OLD), 1);
-    assert_eq!(source.token(&caller, &shop_id(), AUDIENCE).await.unwrap_err(), Refusal::Gone.into());
+    assert_eq!(source.token(&caller, &shop_id(), AUDIENCE).await.unwrap_err(), AttestError::CallerGone.into());
     // One that is known is forgotten when it is looked at again.
     source.identify(&housed(1, since(OLD, OLD), 3)).await.unwrap();
     assert_eq!(source.0.memory().len(), 1);
