@@ -21,7 +21,7 @@ use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::hardening::Does;
-use crate::http::{Authorization, Front};
+use crate::http::{Authorization, CredentialEndpoint};
 use crate::issue::Issuer;
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, ListenError};
@@ -168,7 +168,7 @@ impl App {
         let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
         let pod_roots = config.listen.pods_cgroup.clone().map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
-        let front = Arc::new(Front {
+        let front = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
             broker: broker.clone(),
             audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
@@ -251,7 +251,11 @@ impl App {
     }
 
     /// Fails if no address at all could be bound: then another daemon has them, or none can be served.
-    fn serve_workloads(&mut self, inherited: &mut ActivatedSockets, front: &Arc<Front>) -> Result<(), AppError> {
+    fn serve_workloads(
+        &mut self,
+        inherited: &mut ActivatedSockets,
+        front: &Arc<CredentialEndpoint>,
+    ) -> Result<(), AppError> {
         let unix = self.listen.unix.iter().map(|path| ListenAddress::Unix(path.clone(), 0o666));
         let wanted = unix.chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp)).collect();
         let mut attempts = bind_all(wanted, inherited);
@@ -270,7 +274,7 @@ impl App {
     }
 
     /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
-    async fn serve_pods(&mut self, front: Arc<Front>) -> Result<(), AppError> {
+    async fn serve_pods(&mut self, front: Arc<CredentialEndpoint>) -> Result<(), AppError> {
         if self.listen.pods {
             let cgroups = front.attestor.pod_roots();
             tracing::debug!(?cgroups, "pods are found by the kubelet's cgroup root");

@@ -25,7 +25,7 @@ mod line;
 mod record;
 mod sink;
 
-use flood::{Beyond, Floods, SWEEP};
+use flood::{Beyond, RefusalAggregator, SWEEP};
 use sink::Sink;
 
 pub use record::Record;
@@ -40,9 +40,9 @@ pub struct Audit {
     boot: u32,
     next: AtomicU64,
     /// Of requests that were given nothing.
-    refusals: Floods,
+    refusals: RefusalAggregator,
     /// Of those that were answered from the cache.
-    hits: Floods,
+    hits: RefusalAggregator,
 }
 
 /// Names a request in its record, in the answer and in the log.
@@ -55,7 +55,7 @@ pub struct RequestId {
 /// How credentials were come by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Freshness {
+pub enum CacheResult {
     /// From the cache.
     Hit,
     /// Issued for this request, or for one that this request joined.
@@ -87,13 +87,13 @@ impl Outcome {
 
 /// What was handed out.
 #[derive(Debug, Clone, Copy)]
-pub struct Issued<'a> {
+pub struct IssuedFields<'a> {
     /// Of the credentials.
     pub access_key_id: &'a str,
     /// Of the credentials.
     pub expiration: SystemTime,
     /// Cached or new.
-    pub freshness: Freshness,
+    pub freshness: CacheResult,
 }
 
 impl Audit {
@@ -107,9 +107,9 @@ impl Audit {
             metrics,
             boot: fastrand::u32(..),
             next: AtomicU64::new(0),
-            refusals: Floods::new(Beyond::Counted),
+            refusals: RefusalAggregator::new(Beyond::Counted),
             // Each caller's first hit of a key has a record in every case.
-            hits: Floods::new(Beyond::Written),
+            hits: RefusalAggregator::new(Beyond::Written),
         })
     }
 
@@ -153,7 +153,7 @@ impl Audit {
     }
 
     /// Writes, as long as requests of one kind come, the records that stand for several. Ends with the daemon.
-    fn sweep(self: &Arc<Self>, floods: fn(&Self) -> &Floods) {
+    fn sweep(self: &Arc<Self>, floods: fn(&Self) -> &RefusalAggregator) {
         // Without a runtime, as at the very end, `Drop` does it.
         let Ok(runtime) = Handle::try_current() else { return };
         let audit = Arc::downgrade(self);

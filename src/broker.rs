@@ -7,7 +7,7 @@ use arc_swap::ArcSwap;
 use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 
-use crate::audit::{Freshness, Record};
+use crate::audit::{CacheResult, Record};
 use crate::cache::{CacheError, CredentialCache, Issued, Limits};
 use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::HOLD;
@@ -66,7 +66,7 @@ impl Broker {
         caller: &Arc<Caller>,
         wanted: &Wanted,
         record: &mut Record,
-    ) -> Result<(Arc<Issued>, Freshness), BrokerError> {
+    ) -> Result<(Arc<Issued>, CacheResult), BrokerError> {
         // For all that it waits for together: whoever it is has given up by then.
         let until = Instant::now() + HOLD;
         loop {
@@ -89,7 +89,7 @@ impl Broker {
         (caller, wanted): (&Arc<Caller>, &Wanted),
         until: Instant,
         record: &mut Record,
-    ) -> Result<(Arc<Issued>, Freshness), BrokerError> {
+    ) -> Result<(Arc<Issued>, CacheResult), BrokerError> {
         let identities = policy.source.identify(caller).await?;
         if identities.is_empty() {
             return Err(BrokerError::NoIdentity);

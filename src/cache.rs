@@ -21,7 +21,7 @@ use arc_swap::ArcSwap;
 use thiserror::Error;
 use tokio::time::Instant;
 
-use crate::audit::Freshness;
+use crate::audit::CacheResult;
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::identity::SpiffeId;
@@ -110,7 +110,7 @@ pub enum CacheError {
 
 /// What a request finds.
 enum Found {
-    Credentials(Arc<Issued>, Freshness),
+    Credentials(Arc<Issued>, CacheResult),
     Flight(Waiter),
 }
 
@@ -150,10 +150,10 @@ impl CredentialCache {
     }
 
     /// The credentials for `grant`: those that are there, or newly issued with `caller`'s token.
-    pub async fn get(&self, grant: &Grant, caller: &Arc<Caller>) -> Result<(Arc<Issued>, Freshness), CacheError> {
+    pub async fn get(&self, grant: &Grant, caller: &Arc<Caller>) -> Result<(Arc<Issued>, CacheResult), CacheError> {
         match self.0.find(grant, caller)? {
             Found::Credentials(issued, freshness) => Ok((issued, freshness)),
-            Found::Flight(waiter) => Ok((waiter.landing().await?, Freshness::Miss)),
+            Found::Flight(waiter) => Ok((waiter.landing().await?, CacheResult::Miss)),
         }
     }
 
@@ -186,10 +186,10 @@ impl Shared {
             }
             if let Some((issued, left)) = self.usable(&slot) {
                 if left > issued.refresh_left {
-                    return Ok(Found::Credentials(issued, Freshness::Hit));
+                    return Ok(Found::Credentials(issued, CacheResult::Hit));
                 }
                 self.refresh_for(&slot, caller);
-                return Ok(Found::Credentials(issued, Freshness::Stale));
+                return Ok(Found::Credentials(issued, CacheResult::Stale));
             }
             if let Some(found) = self.join_or_start(&slot, caller)? {
                 return Ok(found);
@@ -235,7 +235,7 @@ impl Shared {
         }
         // It may have landed since the place was found empty.
         if let Some((issued, _)) = self.usable(slot) {
-            return Ok(Some(Found::Credentials(issued, Freshness::Hit)));
+            return Ok(Some(Found::Credentials(issued, CacheResult::Hit)));
         }
         if let Some(trouble) = &state.trouble
             && trouble.at.elapsed() < trouble::remembered(&trouble.error)

@@ -18,7 +18,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 
 use crate::attest::{Attestor, PodAttestor, Unattested};
-use crate::audit::{self, Audit, Freshness, Outcome, Record};
+use crate::audit::{self, Audit, CacheResult, Outcome, Record};
 use crate::broker::Broker;
 use crate::cache::{Body, Issued};
 use crate::caller::{AttestError, Caller, ListenerKind, PeerFacts, ProcessFacts, WorkloadKey};
@@ -33,21 +33,21 @@ mod life;
 mod rules;
 mod wire;
 
-pub use rules::{Asked, Authorization};
+pub use rules::{Authorization, RequestHead};
 
-use answer::Refused;
-use life::{ConnectionLife, Dropped};
-use wire::{Stage, Wire};
+use answer::RequestError;
+use life::{ConnectionLife, DropReason};
+use wire::{GuardedStream, ResponseState};
 
 /// A head that is not complete after this is given up.
-const HEAD: Duration = Duration::from_secs(5);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// The largest head. SDKs send well under 2 kB.
-const HEAD_BYTES: usize = 16 * 1024;
-const HEADERS: usize = 64;
+const MAX_HEAD_BYTES: usize = 16 * 1024;
+const MAX_HEADERS: usize = 64;
 
 /// Serves connections of all listeners.
 #[derive(Debug)]
-pub struct Front {
+pub struct CredentialEndpoint {
     /// Who asks.
     pub attestor: Arc<Attestor>,
     /// What they get.
@@ -62,23 +62,23 @@ pub struct Front {
     pub connections: FairSemaphore<WorkloadKey>,
 }
 
-type Answer = Response<Full<Bytes>>;
+type HttpResponse = Response<Full<Bytes>>;
 
 /// A connection that has a place among those of its workload.
-struct Admitted {
+struct AdmittedConnection {
     peer: Result<Caller, Unattested>,
     /// What is to be seen of the caller's process; `None` if no rule depends on it.
     looks: Option<ProcessFacts>,
     permit: FairPermit<WorkloadKey>,
 }
 
-impl Admitted {
+impl AdmittedConnection {
     fn may_wait(&self) -> bool {
         matches!((&self.peer, self.looks), (Ok(caller), Some(looks)) if caller.may_wait(looks))
     }
 }
 
-impl Front {
+impl CredentialEndpoint {
     /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace.
     pub async fn connection(
         self: Arc<Self>,
@@ -100,7 +100,7 @@ impl Front {
             return;
         }
         let (owner, lookups) = (admitted.permit.key().clone(), self.attestor.lookup_threads().clone());
-        let give_up = life.give_up(|| Refused::Caller(AttestError::ProcessUnresponsive).bare_answer());
+        let give_up = life.give_up(|| RequestError::Caller(AttestError::ProcessUnresponsive).raw_response());
         let served = async move {
             life.run(self.attested(stream.into_socket(), listener, admitted)).await;
         };
@@ -113,19 +113,24 @@ impl Front {
         stream: &AcceptedStream,
         arriving: PendingPermit,
         pod: Option<&PodAttestor>,
-    ) -> Result<Admitted, Dropped> {
+    ) -> Result<AdmittedConnection, DropReason> {
         let peer = self.peer(stream, arriving, pod).await;
         // Those who are not attested are read and answered, too, so they have a share as well.
         let owner = peer.as_ref().map_or_else(Unattested::owner, WorkloadKey::of);
         let permit = self.connections.try_acquire_evicting(&owner)?;
         let looks = peer.as_ref().ok().and_then(|caller| self.broker.needs(caller));
-        Ok(Admitted { peer, looks, permit })
+        Ok(AdmittedConnection { peer, looks, permit })
     }
 
     /// The caller by its process where the policy needs that, and then the request, until the connection ends or has to give
     /// way.
-    async fn attested(&self, stream: LazySocket, listener: ListenerKind, admitted: Admitted) -> Result<(), Dropped> {
-        let Admitted { peer, looks, permit } = admitted;
+    async fn attested(
+        &self,
+        stream: LazySocket,
+        listener: ListenerKind,
+        admitted: AdmittedConnection,
+    ) -> Result<(), DropReason> {
+        let AdmittedConnection { peer, looks, permit } = admitted;
         let served = async {
             let caller = match (peer, looks) {
                 (Ok(caller), Some(looks)) => {
@@ -140,7 +145,7 @@ impl Front {
         tokio::select! {
             biased;
             served = served => served,
-            () = permit.evicted() => Err(Dropped::Evicted),
+            () = permit.evicted() => Err(DropReason::Evicted),
         }
     }
 
@@ -166,9 +171,9 @@ impl Front {
         listener: ListenerKind,
         caller: Result<Caller, Unattested>,
         permit: &FairPermit<WorkloadKey>,
-    ) -> Result<(), Dropped> {
+    ) -> Result<(), DropReason> {
         let caller = caller.map(Arc::new);
-        let (stage, more_comes) = (Stage::default(), AtomicBool::new(false));
+        let (stage, more_comes) = (ResponseState::default(), AtomicBool::new(false));
         let service = service_fn(|request: Request<Incoming>| {
             stage.answering();
             permit.set_in_use();
@@ -179,33 +184,33 @@ impl Front {
                 Ok::<_, Infallible>(answer)
             }
         });
-        let mut wire = Wire::new(stream, listener != ListenerKind::Unix, &stage);
+        let mut wire = GuardedStream::new(stream, listener != ListenerKind::Unix, &stage);
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD)
+            .header_read_timeout(HEAD_TIMEOUT)
             .keep_alive(false)
-            .max_buf_size(HEAD_BYTES)
-            .max_header_size(HEAD_BYTES)
-            .max_headers(HEADERS)
+            .max_buf_size(MAX_HEAD_BYTES)
+            .max_header_size(MAX_HEAD_BYTES)
+            .max_headers(MAX_HEADERS)
             .serve_connection(TokioIo::new(&mut wire), service)
             .await;
         let refused = match served {
             Ok(()) if stage.is_answering() => {
                 if more_comes.load(Ordering::Relaxed) {
-                    wire.discard().await;
+                    wire.drain_input().await;
                 }
                 return Ok(());
             }
-            _ if wire.line_feed_alone() => Refused::Malformed,
-            Err(error) if error.is_timeout() => return Err(Dropped::SlowHead),
-            Err(error) if error.is_parse_too_large() => Refused::HeadTooLarge,
-            Err(error) if error.is_parse() => Refused::Malformed,
-            Ok(()) | Err(_) => return Err(Dropped::Closed),
+            _ if wire.saw_bare_lf() => RequestError::Malformed,
+            Err(error) if error.is_timeout() => return Err(DropReason::SlowHead),
+            Err(error) if error.is_parse_too_large() => RequestError::HeadTooLarge,
+            Err(error) if error.is_parse() => RequestError::Malformed,
+            Ok(()) | Err(_) => return Err(DropReason::Closed),
         };
         // A client that is gone by now is no further concern.
-        let _ = wire.say(&refused.bare_answer()).await;
-        wire.discard().await;
-        Err(Dropped::BadRequest)
+        let _ = wire.write_raw(&refused.raw_response()).await;
+        wire.drain_input().await;
+        Err(DropReason::BadRequest)
     }
 
     /// Opens the audit record, decides, closes it. If the client goes away hyper drops this future, and the record says so.
@@ -214,7 +219,7 @@ impl Front {
         request: &Request<Incoming>,
         listener: ListenerKind,
         caller: Result<Arc<Caller>, Unattested>,
-    ) -> Answer {
+    ) -> HttpResponse {
         let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
         let caller = caller.map_err(|Unattested { refusal, peer }| {
             record.unattested(peer);
@@ -223,11 +228,14 @@ impl Front {
         let id = record.request_id();
         match self.decide(request, listener, caller, &mut record).await {
             Ok((issued, freshness)) => {
-                let said =
-                    audit::Issued { access_key_id: &issued.access_key_id, expiration: issued.expiration, freshness };
+                let said = audit::IssuedFields {
+                    access_key_id: &issued.access_key_id,
+                    expiration: issued.expiration,
+                    freshness,
+                };
                 match record.finish(Outcome::Issued, "ok", Some(said)).await {
                     true => respond(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
-                    false => refuse(&Refused::NotAudited, id),
+                    false => refuse(&RequestError::NotAudited, id),
                 }
             }
             Err(refused) => {
@@ -243,12 +251,12 @@ impl Front {
         listener: ListenerKind,
         caller: Result<Arc<Caller>, AttestError>,
         record: &mut Record,
-    ) -> Result<(Arc<Issued>, Freshness), Refused> {
-        let caller = caller.map_err(Refused::Caller)?;
-        let wanted = rules::read(&Asked::of(request), listener, &self.authorization)?;
+    ) -> Result<(Arc<Issued>, CacheResult), RequestError> {
+        let caller = caller.map_err(RequestError::Caller)?;
+        let wanted = rules::validate(&RequestHead::of(request), listener, &self.authorization)?;
         let (issued, freshness) =
-            self.broker.serve(&caller, &wanted, record).await.map_err(|error| Refused::broker(error, &caller))?;
-        if freshness == Freshness::Stale {
+            self.broker.serve(&caller, &wanted, record).await.map_err(|error| RequestError::broker(error, &caller))?;
+        if freshness == CacheResult::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");
         }
         Ok((issued, freshness))
@@ -264,7 +272,7 @@ impl AsRef<[u8]> for SharedBody {
     }
 }
 
-fn refuse(refused: &Refused, id: audit::RequestId) -> Answer {
+fn refuse(refused: &RequestError, id: audit::RequestId) -> HttpResponse {
     let mut response = respond(refused.status(), Bytes::from(refused.body(Some(id))));
     if let Some(seconds) = refused.retry_after() {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
@@ -276,7 +284,7 @@ fn refuse(refused: &Refused, id: audit::RequestId) -> Answer {
 }
 
 /// `Connection: close` on every answer: one connection is one attestation, and one SDK never closes its own.
-fn respond(status: u16, body: Bytes) -> Answer {
+fn respond(status: u16, body: Bytes) -> HttpResponse {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = hyper::StatusCode::from_u16(status).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();

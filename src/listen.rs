@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::metrics::Metrics;
-use crate::telemetry::Quota;
+use crate::telemetry::LogQuota;
 
 mod bound;
 mod inherited;
@@ -225,16 +225,16 @@ async fn accept(
 /// log each time.
 #[derive(Debug)]
 struct AcceptErrorState {
-    short: Quota,
-    killed: Quota,
-    unbound: Quota,
+    short: LogQuota,
+    killed: LogQuota,
+    unbound: LogQuota,
     /// When the listener was last bound again.
     bound: Option<Instant>,
 }
 
 impl Default for AcceptErrorState {
     fn default() -> Self {
-        let [short, killed, unbound] = [(); 3].map(|()| Quota::new(1, LOG_INTERVAL));
+        let [short, killed, unbound] = [(); 3].map(|()| LogQuota::new(1, LOG_INTERVAL));
         Self { short, killed, unbound, bound: None }
     }
 }

@@ -17,11 +17,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 
-use crate::http::Front;
+use crate::http::CredentialEndpoint;
 use crate::listen::{ConnectionTracker, NetnsRef, POD_ADDRESSES};
 use crate::metrics::{Metrics, Reason};
 use crate::namespace::{Namespace, NamespaceError, NamespaceId};
-use crate::telemetry::Quota;
+use crate::telemetry::LogQuota;
 
 mod handover;
 mod life;
@@ -121,7 +121,7 @@ struct Told {
     denied: bool,
     no_handover: bool,
     unguarded: bool,
-    unwatched: Mutex<Quota>,
+    unwatched: Mutex<LogQuota>,
 }
 
 impl Told {
@@ -136,7 +136,7 @@ impl Pods {
     /// listened in, unless another daemon does that and hands it over once the gate is passed.
     pub async fn start(
         (directory, handover): (&Path, Option<&Path>),
-        front: Arc<Front>,
+        front: Arc<CredentialEndpoint>,
         connections: ConnectionTracker,
         metrics: Metrics,
         stop: watch::Receiver<bool>,
@@ -162,7 +162,7 @@ impl Pods {
                 denied: false,
                 no_handover: false,
                 unguarded: false,
-                unwatched: Mutex::new(Quota::new(1, TELL_AGAIN)),
+                unwatched: Mutex::new(LogQuota::new(1, TELL_AGAIN)),
             },
             handover: handover.map(Path::to_owned),
             successors: None,

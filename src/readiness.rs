@@ -22,7 +22,7 @@ use crate::pods::Gate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;
-use crate::telemetry::Quota;
+use crate::telemetry::LogQuota;
 
 /// Between rounds of questions.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -129,12 +129,12 @@ impl Probes {
 #[derive(Debug)]
 struct Told {
     last: String,
-    lines: Quota,
+    lines: LogQuota,
 }
 
 impl Default for Told {
     fn default() -> Self {
-        Self { last: String::new(), lines: Quota::new(LINES, LINE_EVERY) }
+        Self { last: String::new(), lines: LogQuota::new(LINES, LINE_EVERY) }
     }
 }
 

@@ -17,21 +17,21 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 use crate::config::LogFormat;
 use crate::limits::TokenBucket;
-use crate::writer::{Line, Loss, Losses, Priority, Writer};
+use crate::writer::{Line, LineLoss, LossObserver, Priority, Writer};
 
 /// How long the end of the process waits for a reader of the log that is slow.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How many lines of one kind the log gets: some at once, and then one now and then, whatever happens how often.
 #[derive(Debug)]
-pub struct Quota {
+pub struct LogQuota {
     burst: u32,
     every: Duration,
     bucket: TokenBucket,
     missed: u64,
 }
 
-impl Quota {
+impl LogQuota {
     /// `burst` lines at once, of which one comes back each `every`.
     pub fn new(burst: u32, every: Duration) -> Self {
         Self { burst, every, bucket: TokenBucket::default(), missed: 0 }
@@ -52,7 +52,7 @@ type Lines = Box<dyn Layer<Registry> + Send + Sync>;
 /// The process's log, for changing it later.
 pub struct Log {
     handle: reload::Handle<Lines, Registry>,
-    lines: Destination,
+    lines: LogDestination,
 }
 
 impl std::fmt::Debug for Log {
@@ -64,7 +64,7 @@ impl std::fmt::Debug for Log {
 /// Installs the process's log, which is written once it is [started](Log::start). `level` is a level or a filter directive of
 /// `tracing-subscriber`, for instance `info,awsvid::cache=debug`. `lost` counts the lines that could not be written.
 pub fn init(level: &str, format: LogFormat, lost: Counter) -> Result<Log, ParseError> {
-    let destination = Destination(Arc::new(Writer::new(Box::new(LostLines(lost)))));
+    let destination = LogDestination(Arc::new(Writer::new(Box::new(LostLines(lost)))));
     let (lines, handle) = reload::Layer::new(lines(level, format, destination.clone())?);
     // An error means that a log is installed already, as in a test: that one stays.
     let _ = tracing_subscriber::registry().with(lines).try_init();
@@ -87,11 +87,11 @@ impl Log {
 
     /// Waits until all lines so far are written, if the reader is not too slow: to be called before the process ends.
     pub fn flush(&self) {
-        self.lines.0.flush(LAST_WORDS);
+        self.lines.0.flush(FLUSH_TIMEOUT);
     }
 }
 
-fn lines(level: &str, format: LogFormat, destination: Destination) -> Result<Lines, ParseError> {
+fn lines(level: &str, format: LogFormat, destination: LogDestination) -> Result<Lines, ParseError> {
     let filter = EnvFilter::builder().parse(level)?;
     let text = match format {
         LogFormat::Text => true,
@@ -116,17 +116,17 @@ fn is_safe(event: &Metadata<'_>) -> bool {
 
 /// Gives the writer each event as it is formatted, which is one line.
 #[derive(Clone)]
-struct Destination(Arc<Writer>);
+struct LogDestination(Arc<Writer>);
 
-impl<'a> MakeWriter<'a> for Destination {
-    type Writer = &'a Self;
+impl<'a> MakeWriter<'a> for LogDestination {
+    type LogMakeWriter = &'a Self;
 
     fn make_writer(&'a self) -> &'a Self {
         self
     }
 }
 
-impl Write for &Destination {
+impl Write for &LogDestination {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let line = Line { bytes: bytes.to_vec(), stands_for: 1, owner: None, priority: Priority::High };
         // One that is lost is counted.
@@ -142,9 +142,9 @@ impl Write for &Destination {
 #[derive(Debug)]
 struct LostLines(Counter);
 
-impl Losses for LostLines {
+impl LossObserver for LostLines {
     /// Without a line, which would be lost, too.
-    fn lost(&self, _: &Loss) {
+    fn lost(&self, _: &LineLoss) {
         self.0.inc();
     }
 

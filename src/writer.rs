@@ -19,9 +19,9 @@ use tokio::sync::oneshot;
 use crate::caller::WorkloadKey;
 
 /// Bytes that may wait to be written.
-const ROOM: usize = 8 * 1024 * 1024;
+const MAX_QUEUED_BYTES: usize = 8 * 1024 * 1024;
 /// What a line takes in addition to its bytes.
-const OVERHEAD: usize = 128;
+const LINE_OVERHEAD_BYTES: usize = 128;
 
 /// How much of the room lines of one kind may take, in all and of one workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,15 +35,15 @@ pub enum Priority {
 impl Priority {
     fn in_all(self) -> usize {
         match self {
-            Self::Ordinary => ROOM / 4 * 3,
-            Self::High => ROOM,
+            Self::Ordinary => MAX_QUEUED_BYTES / 4 * 3,
+            Self::High => MAX_QUEUED_BYTES,
         }
     }
 
     fn of_one(self) -> usize {
         match self {
-            Self::Ordinary => ROOM / 16,
-            Self::High => ROOM / 4,
+            Self::Ordinary => MAX_QUEUED_BYTES / 16,
+            Self::High => MAX_QUEUED_BYTES / 4,
         }
     }
 }
@@ -63,14 +63,14 @@ pub struct Line {
 
 /// Why a line was lost.
 #[derive(Debug)]
-pub enum Loss {
+pub enum LineLoss {
     /// There is no room: the destination stalls, or lines come faster than it takes them.
     NoRoom,
     /// Writing it failed.
     Failed(io::Error),
 }
 
-impl fmt::Display for Loss {
+impl fmt::Display for LineLoss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoRoom => f.write_str("the destination is too slow, or has stopped"),
@@ -80,9 +80,9 @@ impl fmt::Display for Loss {
 }
 
 /// Accounts for losses. No lock of the writer's is held when it is called.
-pub trait Losses: fmt::Debug + Send + Sync {
+pub trait LossObserver: fmt::Debug + Send + Sync {
     /// One line was lost.
-    fn lost(&self, loss: &Loss);
+    fn lost(&self, loss: &LineLoss);
 
     /// Lines can be written again, after those that stand for so many events were lost. The result is written next.
     fn over(&self, events: u64) -> Vec<u8>;
@@ -90,20 +90,20 @@ pub trait Losses: fmt::Debug + Send + Sync {
 
 /// Takes lines. The thread behind it ends when this is dropped and all of them are written.
 #[derive(Debug)]
-pub struct Writer(Arc<Shared>);
+pub struct Writer(Arc<WriterState>);
 
 #[derive(Debug)]
-struct Shared {
-    queue: Mutex<Queue>,
+struct WriterState {
+    queue: Mutex<LineQueue>,
     /// There is a line, or none will come.
     filled: Condvar,
     /// Nothing waits any more.
     emptied: Condvar,
-    losses: Box<dyn Losses>,
+    losses: Box<dyn LossObserver>,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
+struct LineQueue {
     lines: VecDeque<(Line, oneshot::Sender<bool>)>,
     /// What they take, in all and by workload.
     size: usize,
@@ -122,11 +122,11 @@ struct Queue {
 
 impl Line {
     fn size(&self) -> usize {
-        self.bytes.len() + OVERHEAD
+        self.bytes.len() + LINE_OVERHEAD_BYTES
     }
 }
 
-impl Queue {
+impl LineQueue {
     fn has_room_for(&self, line: &Line) -> bool {
         let of_one = line.owner.as_ref().map_or(0, |owner| self.sizes.get(owner).copied().unwrap_or(0));
         let size = line.size();
@@ -157,15 +157,15 @@ impl Queue {
 
 impl Writer {
     /// Takes lines, and writes them once it is [started](Self::start).
-    pub fn new(losses: Box<dyn Losses>) -> Self {
+    pub fn new(losses: Box<dyn LossObserver>) -> Self {
         let (queue, filled, emptied) = (Mutex::default(), Condvar::new(), Condvar::new());
-        Self(Arc::new(Shared { queue, filled, emptied, losses }))
+        Self(Arc::new(WriterState { queue, filled, emptied, losses }))
     }
 
     /// Starts the thread that writes to `file`; to be called once. `name` is the thread's.
     pub fn start(&self, name: &str, file: File) -> io::Result<()> {
         let writing = self.0.clone();
-        std::thread::Builder::new().name(name.to_owned()).spawn(move || writing.write_all(&Destination(file)))?;
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || writing.write_all(&WriterDestination(file)))?;
         Ok(())
     }
 
@@ -176,7 +176,7 @@ impl Writer {
         if !queue.has_room_for(&line) {
             queue.lost += line.stands_for;
             drop(queue);
-            self.0.losses.lost(&Loss::NoRoom);
+            self.0.losses.lost(&LineLoss::NoRoom);
             return None;
         }
         queue.put(line, written);
@@ -229,13 +229,13 @@ impl Drop for Writer {
     }
 }
 
-impl Shared {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
+impl WriterState {
+    fn queue(&self) -> MutexGuard<'_, LineQueue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The thread's work.
-    fn write_all(&self, destination: &Destination) {
+    fn write_all(&self, destination: &WriterDestination) {
         let mut is_torn = false;
         while let Some((line, written)) = self.next() {
             let done = destination.write(&line.bytes, &mut is_torn);
@@ -253,7 +253,7 @@ impl Shared {
             // The receiver may be gone.
             let _ = written.send(done.is_ok());
             if let Err(error) = done {
-                self.losses.lost(&Loss::Failed(error));
+                self.losses.lost(&LineLoss::Failed(error));
             }
             if lost > 0 && destination.write(&self.losses.over(lost), &mut is_torn).is_err() {
                 self.queue().lost += lost;
@@ -283,9 +283,9 @@ impl Shared {
 }
 
 /// Where lines go.
-struct Destination(File);
+struct WriterDestination(File);
 
-impl Destination {
+impl WriterDestination {
     /// Writes all of these bytes, and waits for a reader if it has to. A line of which only a part could be written is ended
     /// before the next one: a reader sees one that is broken, not two.
     fn write(&self, bytes: &[u8], is_torn: &mut bool) -> io::Result<()> {

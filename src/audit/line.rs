@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Serialize, Serializer};
 
-use crate::audit::{Freshness, RequestId};
+use crate::audit::{CacheResult, RequestId};
 
 /// Most records are shorter, and are rendered without a second allocation.
 const LINE: usize = 768;
@@ -14,10 +14,10 @@ pub(super) const LAST_TIME: Duration = Duration::from_secs(253_402_300_799);
 
 /// The line of a request.
 #[derive(Serialize)]
-pub(super) struct Line<'a> {
-    pub(super) time: Text<humantime::Rfc3339Timestamp>,
+pub(super) struct JsonLine<'a> {
+    pub(super) time: DisplayAsStr<humantime::Rfc3339Timestamp>,
     pub(super) target: &'static str,
-    pub(super) request_id: Text<RequestId>,
+    pub(super) request_id: DisplayAsStr<RequestId>,
     pub(super) outcome: &'static str,
     pub(super) reason: &'static str,
     pub(super) listener: &'static str,
@@ -48,16 +48,16 @@ pub(super) struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) access_key_id: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) expiration: Option<Text<humantime::Rfc3339Timestamp>>,
+    pub(super) expiration: Option<DisplayAsStr<humantime::Rfc3339Timestamp>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) cache: Option<Freshness>,
+    pub(super) cache: Option<CacheResult>,
     pub(super) milliseconds: f64,
 }
 
 /// The line that stands for records that were lost.
 #[derive(Serialize)]
-pub(super) struct Gap {
-    pub(super) time: Text<humantime::Rfc3339Timestamp>,
+pub(super) struct LostRecordsLine {
+    pub(super) time: DisplayAsStr<humantime::Rfc3339Timestamp>,
     pub(super) target: &'static str,
     pub(super) outcome: &'static str,
     pub(super) reason: &'static str,
@@ -65,9 +65,9 @@ pub(super) struct Gap {
 }
 
 /// Rendered in place, without a string of its own.
-pub(super) struct Text<T>(pub(super) T);
+pub(super) struct DisplayAsStr<T>(pub(super) T);
 
-impl<T: fmt::Display> Serialize for Text<T> {
+impl<T: fmt::Display> Serialize for DisplayAsStr<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&self.0)
     }
@@ -83,13 +83,13 @@ pub(super) fn render(line: &impl Serialize) -> Vec<u8> {
 }
 
 /// To the millisecond.
-pub(super) fn moment(time: SystemTime) -> Text<humantime::Rfc3339Timestamp> {
-    Text(humantime::format_rfc3339_millis(printable(time)))
+pub(super) fn moment(time: SystemTime) -> DisplayAsStr<humantime::Rfc3339Timestamp> {
+    DisplayAsStr(humantime::format_rfc3339_millis(printable(time)))
 }
 
 /// To the second.
-pub(super) fn second(time: SystemTime) -> Text<humantime::Rfc3339Timestamp> {
-    Text(humantime::format_rfc3339_seconds(printable(time)))
+pub(super) fn second(time: SystemTime) -> DisplayAsStr<humantime::Rfc3339Timestamp> {
+    DisplayAsStr(humantime::format_rfc3339_seconds(printable(time)))
 }
 
 /// A moment that the format of times can show.

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use crate::audit::flood::{Floods, Key};
-use crate::audit::line::{Line, Text, moment, render, second};
-use crate::audit::{Audit, Freshness, Issued, Outcome, RequestId};
+use crate::audit::flood::{AggregateKey, RefusalAggregator};
+use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
+use crate::audit::{Audit, CacheResult, IssuedFields, Outcome, RequestId};
 use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
 use crate::cgroup::{CgroupPath, Pod};
 use crate::metrics::Request;
@@ -29,7 +29,7 @@ pub struct Record {
 
 /// What the socket or the connector told.
 #[derive(Clone, Copy)]
-struct Seen<'a> {
+struct AuditedPeer<'a> {
     uid: u32,
     cgroup: Option<&'a CgroupPath>,
     pod: Option<&'a Pod>,
@@ -41,7 +41,7 @@ struct Seen<'a> {
 struct End<'a> {
     outcome: &'static str,
     reason: &'static str,
-    issued: Option<Issued<'a>>,
+    issued: Option<IssuedFields<'a>>,
     seconds: f64,
 }
 
@@ -81,19 +81,19 @@ impl Record {
     /// A record that stands for this request alone is written when this returns, unless the destination stalls; with
     /// `required` it is then `false`. One that stands for several is written later, but never the first of its kind, and not
     /// while the destination fails where it is required.
-    pub async fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<Issued<'_>>) -> bool {
+    pub async fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<IssuedFields<'_>>) -> bool {
         let end = self.end(outcome.name(), reason, issued);
         // hyper drops this future if the client disconnects while the record is written.
         self.ended = Some((end.outcome, end.reason, end.seconds));
         let written = match issued.map(|issued| issued.freshness) {
             // Very few of these come, since each costs an exchange.
-            Some(Freshness::Miss) => self.write_alone(end, Priority::High).await,
-            Some(Freshness::Hit | Freshness::Stale)
+            Some(CacheResult::Miss) => self.write_alone(end, Priority::High).await,
+            Some(CacheResult::Hit | CacheResult::Stale)
                 if self.audit.is_required() && self.audit.sink.load().is_failing() =>
             {
                 self.write_alone(end, Priority::Ordinary).await
             }
-            Some(Freshness::Hit | Freshness::Stale) => self.write_few(end, |audit| &audit.hits).await,
+            Some(CacheResult::Hit | CacheResult::Stale) => self.write_few(end, |audit| &audit.hits).await,
             None => self.write_few(end, |audit| &audit.refusals).await,
         };
         let released = issued.is_none() || written || !self.audit.is_required();
@@ -103,7 +103,7 @@ impl Record {
         released
     }
 
-    fn end<'a>(&self, outcome: &'static str, reason: &'static str, issued: Option<Issued<'a>>) -> End<'a> {
+    fn end<'a>(&self, outcome: &'static str, reason: &'static str, issued: Option<IssuedFields<'a>>) -> End<'a> {
         End { outcome, reason, issued, seconds: self.started.elapsed().as_secs_f64() }
     }
 
@@ -113,14 +113,14 @@ impl Record {
     }
 
     /// A record of a request of which there may be very many: of those beyond a number one stands for the rest.
-    async fn write_few(&self, end: End<'_>, floods: fn(&Audit) -> &Floods) -> bool {
+    async fn write_few(&self, end: End<'_>, floods: fn(&Audit) -> &RefusalAggregator) -> bool {
         !self.count_in(end, floods) || self.write_alone(end, Priority::Ordinary).await
     }
 
     /// Whether this request has a record of its own.
-    fn count_in(&self, end: End<'_>, floods: fn(&Audit) -> &Floods) -> bool {
+    fn count_in(&self, end: End<'_>, floods: fn(&Audit) -> &RefusalAggregator) -> bool {
         let issued = end.issued.map(|issued| (issued.access_key_id.to_owned(), issued.freshness));
-        let key = Key { owner: Some(self.owner()), listener: self.listener, reason: end.reason, issued };
+        let key = AggregateKey { owner: Some(self.owner()), listener: self.listener, reason: end.reason, issued };
         let turn = floods(&self.audit).take(key, Instant::now(), |of_one| self.line(end, of_one));
         self.audit.put(turn.before);
         if turn.begin_sweep {
@@ -138,11 +138,11 @@ impl Record {
     }
 
     /// What is known of the caller, attested or refused.
-    fn seen(&self) -> Option<Seen<'_>> {
+    fn seen(&self) -> Option<AuditedPeer<'_>> {
         match (self.caller.as_deref(), &self.stranger) {
             (Some(Caller { uid, cgroup, pod, namespace, .. }), _)
             | (None, Some(PeerFacts { uid, cgroup, pod, namespace })) => {
-                Some(Seen { uid: *uid, cgroup: cgroup.as_ref(), pod: pod.as_ref(), namespace: *namespace })
+                Some(AuditedPeer { uid: *uid, cgroup: cgroup.as_ref(), pod: pod.as_ref(), namespace: *namespace })
             }
             (None, None) => None,
         }
@@ -156,10 +156,10 @@ impl Record {
         let (cgroup, pod) = (seen.and_then(|seen| seen.cgroup), seen.and_then(|seen| seen.pod));
         let process = caller.and_then(|caller| caller.process.as_ref());
         let issued = end.issued;
-        render(&Line {
+        render(&JsonLine {
             time: moment(self.audit.clock.now()),
             target: "audit",
-            request_id: Text(self.request_id),
+            request_id: DisplayAsStr(self.request_id),
             outcome: end.outcome,
             reason: end.reason,
             listener: self.listener.name(),

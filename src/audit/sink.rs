@@ -9,21 +9,21 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use crate::audit::line::{Gap, moment, render};
+use crate::audit::line::{LostRecordsLine, moment, render};
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::metrics::Metrics;
-use crate::telemetry::Quota;
-use crate::writer::{Line, Loss, Losses, Priority, Writer};
+use crate::telemetry::LogQuota;
+use crate::writer::{Line, LineLoss, LossObserver, Priority, Writer};
 
 /// How long an answer waits for its record: where one is required, and where the answer goes out all the same. A write takes
 /// microseconds, unless the destination stalls.
-const REQUIRED: Duration = Duration::from_secs(1);
-const PATIENCE: Duration = Duration::from_millis(100);
+const REQUIRED_TIMEOUT: Duration = Duration::from_secs(1);
+const WRITE_TIMEOUT: Duration = Duration::from_millis(100);
 /// How long the end of the daemon waits for a destination that stalls.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often the log has a line about lost records.
-const SAY_EVERY: Duration = Duration::from_secs(10);
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A destination.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub(super) struct Sink {
 impl Sink {
     /// One that is still to be opened. What is written meanwhile waits.
     pub(super) fn unopened(clock: Clock, metrics: &Metrics) -> Self {
-        let said = Mutex::new(Quota::new(1, SAY_EVERY));
+        let said = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
         let lost = LostRecords { clock, metrics: metrics.clone(), said };
         Self { to: Mutex::default(), writer: Writer::new(Box::new(lost)) }
     }
@@ -83,7 +83,7 @@ impl Sink {
         if !required && (self.writer.is_behind() || self.is_unopened()) {
             return true;
         }
-        match timeout(if required { REQUIRED } else { PATIENCE }, written).await {
+        match timeout(if required { REQUIRED_TIMEOUT } else { WRITE_TIMEOUT }, written).await {
             Ok(written) => written.unwrap_or(false),
             Err(_) => {
                 self.writer.fall_behind();
@@ -108,7 +108,7 @@ impl Sink {
 
     /// At the daemon's end, which would otherwise take along what is still queued. A reader that stalls is not waited for.
     pub(super) fn flush(&self) {
-        self.writer.flush(LAST_WORDS);
+        self.writer.flush(FLUSH_TIMEOUT);
     }
 }
 
@@ -116,11 +116,11 @@ impl Sink {
 struct LostRecords {
     clock: Clock,
     metrics: Metrics,
-    said: Mutex<Quota>,
+    said: Mutex<LogQuota>,
 }
 
-impl Losses for LostRecords {
-    fn lost(&self, loss: &Loss) {
+impl LossObserver for LostRecords {
+    fn lost(&self, loss: &LineLoss) {
         self.metrics.audit_lost.inc();
         if let Some(before) = self.said.lock().unwrap_or_else(PoisonError::into_inner).take() {
             tracing::error!(before, "an audit record cannot be written: {loss}");
@@ -136,5 +136,5 @@ impl Losses for LostRecords {
 
 fn gap(clock: &Clock, requests: u64) -> Vec<u8> {
     let time = moment(clock.now());
-    render(&Gap { time, target: "audit", outcome: "lost", reason: "not_written", repeated: requests })
+    render(&LostRecordsLine { time, target: "audit", outcome: "lost", reason: "not_written", repeated: requests })
 }

@@ -49,11 +49,11 @@ async fn what_is_queued_is_written_at_the_end() {
     assert_eq!(reader.join().unwrap().lines().count(), 3);
 }
 
-fn issued(freshness: Freshness) -> Issued<'static> {
-    Issued { access_key_id: "ASIAX", expiration: UNIX_EPOCH, freshness }
+fn issued(freshness: CacheResult) -> IssuedFields<'static> {
+    IssuedFields { access_key_id: "ASIAX", expiration: UNIX_EPOCH, freshness }
 }
 
-async fn issue(audit: &Arc<Audit>, freshness: Freshness) -> bool {
+async fn issue(audit: &Arc<Audit>, freshness: CacheResult) -> bool {
     audit.begin(ListenerKind::Tcp, None).finish(Outcome::Issued, "ok", Some(issued(freshness))).await
 }
 
@@ -61,8 +61,8 @@ async fn issue(audit: &Arc<Audit>, freshness: Freshness) -> bool {
 async fn flood(audit: &Arc<Audit>, count: usize) {
     for _ in 0..count {
         audit.begin(ListenerKind::Tcp, None).finish(Outcome::Refused, "host", None).await;
-        issue(audit, Freshness::Hit).await;
-        issue(audit, Freshness::Miss).await;
+        issue(audit, CacheResult::Hit).await;
+        issue(audit, CacheResult::Miss).await;
         drop(audit.begin(ListenerKind::Tcp, None));
     }
 }
@@ -122,7 +122,7 @@ async fn the_first_hit_of_each_key_is_written_at_once() {
     let audit = open(&path);
     for number in 0..3000 {
         let access_key_id = format!("ASIA{number}");
-        let issued = Issued { access_key_id: &access_key_id, ..issued(Freshness::Hit) };
+        let issued = IssuedFields { access_key_id: &access_key_id, ..issued(CacheResult::Hit) };
         let record = audit.begin(ListenerKind::Tcp, None);
         let id = record.request_id().to_string();
         assert!(record.finish(Outcome::Issued, "ok", Some(issued)).await);
@@ -146,7 +146,7 @@ async fn what_is_required_and_cannot_be_written_says_so() {
     let full = AuditFile::Path("/dev/full".into());
     for required in [true, false] {
         let audit = open_at(&full, required);
-        for (count, freshness) in [Freshness::Miss, Freshness::Hit, Freshness::Stale].into_iter().enumerate() {
+        for (count, freshness) in [CacheResult::Miss, CacheResult::Hit, CacheResult::Stale].into_iter().enumerate() {
             assert_eq!(issue(&audit, freshness).await, !required);
             assert_eq!(audit.metrics.audit_lost.get(), u64::try_from(count).unwrap() + 1);
         }
@@ -164,14 +164,14 @@ async fn what_is_required_is_tried_each_time_while_it_fails() {
     let path = folder.path().join("audit.log");
     let audit = open_at(&AuditFile::Path(path), true);
     for _ in 0..100 {
-        assert!(issue(&audit, Freshness::Hit).await);
+        assert!(issue(&audit, CacheResult::Hit).await);
     }
     let full = AuditFile::Path("/dev/full".into());
     audit.reopen(&full, true).unwrap();
     // The one that finds it out.
-    assert!(!issue(&audit, Freshness::Miss).await);
+    assert!(!issue(&audit, CacheResult::Miss).await);
     for _ in 0..100 {
-        assert!(!issue(&audit, Freshness::Hit).await);
+        assert!(!issue(&audit, CacheResult::Hit).await);
     }
 }
 
@@ -182,10 +182,10 @@ async fn what_was_lost_is_said_in_the_next_file() {
     let path = folder.path().join("audit.log");
     let audit = open_at(&AuditFile::Path("/dev/full".into()), false);
     for _ in 0..3 {
-        issue(&audit, Freshness::Miss).await;
+        issue(&audit, CacheResult::Miss).await;
     }
     audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
-    issue(&audit, Freshness::Miss).await;
+    issue(&audit, CacheResult::Miss).await;
     let found = lines(&path);
     assert_eq!((&found[0]["outcome"], &found[0]["repeated"]), (&"lost".into(), &3.into()));
     assert_eq!(counted(&found, |_| true), (4, 2));
@@ -200,13 +200,13 @@ async fn a_client_that_goes_away_meanwhile_is_counted() {
     let _reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let audit = open_at(&AuditFile::Path(path), true);
     // Until the pipe is full.
-    while issue(&audit, Freshness::Miss).await {}
+    while issue(&audit, CacheResult::Miss).await {}
     let count = |text: &str| {
         let line = audit.metrics.encode().lines().find(|line| line.contains(text)).map(str::to_owned);
         line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
     };
     let before = count("outcome=\"issued\"");
-    let mut waiting = Box::pin(issue(&audit, Freshness::Miss));
+    let mut waiting = Box::pin(issue(&audit, CacheResult::Miss));
     assert!(futures_are_pending(&mut waiting));
     drop(waiting);
     assert_eq!((count("outcome=\"issued\""), count("outcome=\"aborted\"")), (before + 1, 0));
@@ -226,12 +226,12 @@ async fn a_reader_that_has_stopped_stops_nothing() {
     let reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let audit = open_at(&AuditFile::Path(path.clone()), false);
     for _ in 0..20_000 {
-        assert!(issue(&audit, Freshness::Miss).await);
+        assert!(issue(&audit, CacheResult::Miss).await);
     }
     assert!(audit.metrics.audit_lost.get() > 0);
     let lost = audit.metrics.audit_lost.get();
     let strict = open_at(&AuditFile::Path(path), true);
-    assert!(!issue(&strict, Freshness::Miss).await);
+    assert!(!issue(&strict, CacheResult::Miss).await);
     // The reader reads again, to the end: the sum is the number of requests.
     let reading = std::thread::spawn(move || {
         use std::io::BufRead;
@@ -249,7 +249,7 @@ async fn a_reader_that_has_stopped_stops_nothing() {
         }
         sum
     });
-    assert!(issue(&audit, Freshness::Miss).await);
+    assert!(issue(&audit, CacheResult::Miss).await);
     assert_eq!(tokio::task::spawn_blocking(|| reading.join().unwrap()).await.unwrap(), 20_002);
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::entry::Slot;
 use crate::issue::IssueError;
-use crate::telemetry::Quota;
+use crate::telemetry::LogQuota;
 
 /// So many lines at once ...
 const BURST: u32 = 20;
@@ -15,11 +15,11 @@ const EVERY: Duration = Duration::from_secs(10);
 
 /// How many lines may be written still, and how many were left out.
 #[derive(Debug)]
-pub(super) struct Log(Mutex<Quota>);
+pub(super) struct Log(Mutex<LogQuota>);
 
 impl Default for Log {
     fn default() -> Self {
-        Self(Mutex::new(Quota::new(BURST, EVERY)))
+        Self(Mutex::new(LogQuota::new(BURST, EVERY)))
     }
 }
 

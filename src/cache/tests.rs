@@ -229,12 +229,12 @@ fn world(open: usize) -> (Arc<World>, CredentialCache) {
     world_of(open, LIMITS)
 }
 
-async fn key_for(cache: &CredentialCache, owner: &str, uid: u32) -> Result<(String, Freshness), CacheError> {
+async fn key_for(cache: &CredentialCache, owner: &str, uid: u32) -> Result<(String, CacheResult), CacheError> {
     let (issued, freshness) = cache.get(&grant(owner), &caller_of(uid)).await?;
     Ok((issued.access_key_id.to_string(), freshness))
 }
 
-async fn key(cache: &CredentialCache) -> Result<(String, Freshness), CacheError> {
+async fn key(cache: &CredentialCache) -> Result<(String, CacheResult), CacheError> {
     key_for(cache, "a", 1).await
 }
 
@@ -284,10 +284,10 @@ async fn a_thousand_callers_cause_one_flight() {
     settle().await;
     world.gate.add_permits(10);
     for waiting in waiting {
-        assert_eq!(waiting.await.unwrap(), ("KEY1".to_owned(), Freshness::Miss));
+        assert_eq!(waiting.await.unwrap(), ("KEY1".to_owned(), CacheResult::Miss));
     }
     assert_eq!(world.fetched(), 1);
-    assert_eq!(key(&cache).await.unwrap().1, Freshness::Hit);
+    assert_eq!(key(&cache).await.unwrap().1, CacheResult::Hit);
 }
 
 #[tokio::test(start_paused = true)]
@@ -296,7 +296,7 @@ async fn a_caller_that_looked_just_before_a_flight_landed_starts_no_other() {
     key(&cache).await.unwrap();
     let slot = cache.0.slot(&grant("a")).unwrap();
     match cache.0.join_or_start(&slot, &caller()) {
-        Ok(Some(Found::Credentials(issued, Freshness::Hit))) => assert_eq!(issued.access_key_id.to_string(), "KEY1"),
+        Ok(Some(Found::Credentials(issued, CacheResult::Hit))) => assert_eq!(issued.access_key_id.to_string(), "KEY1"),
         Ok(_) => panic!("another flight"),
         Err(error) => panic!("{error}"),
     }
@@ -317,7 +317,7 @@ async fn a_caller_that_hangs_up_leaves_its_flight_behind() {
     settle().await;
     world.gate.add_permits(10);
     settle().await;
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Hit));
+    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Hit));
 }
 
 #[tokio::test(start_paused = true)]
@@ -328,7 +328,7 @@ async fn a_request_is_held_and_then_told_to_come_again() {
     assert_eq!(before.elapsed(), HOLD);
     world.gate.add_permits(10);
     settle().await;
-    assert_eq!(key(&cache).await.unwrap().1, Freshness::Hit);
+    assert_eq!(key(&cache).await.unwrap().1, CacheResult::Hit);
 }
 
 #[tokio::test(start_paused = true)]
@@ -341,7 +341,7 @@ async fn credentials_are_refreshed_at_about_half_their_life() {
     advance(HOUR.mul_f64(0.12)).await;
     settle().await;
     assert_eq!(world.fetched(), 2);
-    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), Freshness::Hit));
+    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), CacheResult::Hit));
 }
 
 #[tokio::test(start_paused = true)]
@@ -374,7 +374,7 @@ async fn a_failure_is_remembered_for_a_moment_only() {
     assert_eq!(world.fetched(), asked);
     world.fail(None);
     advance(trouble::remembered(&denied().into())).await;
-    assert_eq!(key(&cache).await.unwrap().1, Freshness::Miss);
+    assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
 #[tokio::test(start_paused = true)]
@@ -384,7 +384,7 @@ async fn a_panic_in_a_flight_leaves_its_place_usable() {
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
     world.panics.store(false, Ordering::SeqCst);
     advance(trouble::remembered(&IssueError::broken())).await;
-    assert_eq!(key(&cache).await.unwrap().1, Freshness::Miss);
+    assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
 #[tokio::test(start_paused = true)]
@@ -427,7 +427,7 @@ async fn a_reload_ends_what_it_does_not_keep() {
     assert_eq!(left, ["spiffe://example.org/b"]);
     // One that was decided by the old configuration, and comes after the reload.
     assert!(matches!(cache.get(&grant("a"), &caller()).await, Err(CacheError::Pending)));
-    assert_eq!(cache.get(&grant("b"), &caller()).await.unwrap().1, Freshness::Hit);
+    assert_eq!(cache.get(&grant("b"), &caller()).await.unwrap().1, CacheResult::Hit);
     assert_eq!(world.fetched(), 2);
 }
 
@@ -448,17 +448,17 @@ async fn a_flight_that_lands_after_a_reload_serves_nobody() {
     settle().await;
     assert!(cache.entries().is_empty() && place.current.load().is_none());
     world.gate.add_permits(10);
-    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), Freshness::Miss));
+    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), CacheResult::Miss));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_narrowed_role_is_never_answered_with_the_wide_ones_credentials() {
     let (_world, cache) = world(10_000);
     let narrowed = Role { policy: Some(r#"{"Version":"2012-10-17"}"#.to_owned()), ..role("r") };
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Miss));
+    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Miss));
     let (issued, freshness) = cache.get(&grant_of("a", &Arc::new(narrowed)), &caller()).await.unwrap();
-    assert_eq!((&*issued.access_key_id, freshness), ("KEY2", Freshness::Miss));
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Hit), "the same definition, made anew");
+    assert_eq!((&*issued.access_key_id, freshness), ("KEY2", CacheResult::Miss));
+    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Hit), "the same definition, made anew");
 }
 
 #[tokio::test(start_paused = true)]
@@ -468,13 +468,13 @@ async fn a_request_past_the_refresh_point_gets_the_old_ones_and_starts_one_refre
     // The background sleeps by the monotonic clock, and has not noticed.
     world.clock.step(2000);
     for _ in 0..10 {
-        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Stale));
+        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
         settle().await;
     }
     assert_eq!(world.asked.lock().unwrap().len(), 2, "one more");
     world.gate.add_permits(1);
     settle().await;
-    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), Freshness::Hit));
+    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), CacheResult::Hit));
 }
 
 #[test]

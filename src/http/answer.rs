@@ -12,7 +12,7 @@ use crate::svid::SourceError;
 
 /// Why a request gets no credentials, with what the client may know of it.
 #[derive(Debug)]
-pub(crate) enum Refused {
+pub(crate) enum RequestError {
     /// The caller was not attested, or is no longer what it was.
     Caller(AttestError),
     /// `Host` is missing, twice there, or not loopback.
@@ -64,7 +64,7 @@ struct ErrorBody<'a> {
     message_too: &'a str,
 }
 
-impl Refused {
+impl RequestError {
     pub(super) fn broker(error: BrokerError, caller: &Caller) -> Self {
         match error {
             BrokerError::Refused(refusal) => Self::Caller(refusal),
@@ -192,7 +192,7 @@ impl Refused {
     }
 
     /// The whole answer to a head that hyper did not understand, and so doesn't answer in our words.
-    pub(super) fn bare_answer(&self) -> Vec<u8> {
+    pub(super) fn raw_response(&self) -> Vec<u8> {
         let status = hyper::StatusCode::from_u16(self.status()).unwrap_or(hyper::StatusCode::BAD_REQUEST);
         let body = self.body(None);
         let length = body.len();

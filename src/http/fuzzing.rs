@@ -3,7 +3,7 @@
 use hyper::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Uri};
 
-use super::rules::{Asked, Authorization, read};
+use super::rules::{Authorization, RequestHead, validate};
 use crate::caller::ListenerKind;
 use crate::role::Wanted;
 
@@ -18,7 +18,7 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
             headers.append(name, value);
         }
     }
-    let asked = Asked {
+    let asked = RequestHead {
         method: &method,
         names_server: uri.authority().is_some() || uri.scheme().is_some(),
         path: uri.path(),
@@ -26,8 +26,8 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
         headers: &headers,
         has_body: false,
     };
-    let [tcp, unix] =
-        [ListenerKind::Tcp, ListenerKind::Unix].map(|listener| read(&asked, listener, &Authorization::Present).ok());
+    let [tcp, unix] = [ListenerKind::Tcp, ListenerKind::Unix]
+        .map(|listener| validate(&asked, listener, &Authorization::Present).ok());
     assert!(tcp.is_none() || tcp == unix, "the unix socket asks for less, never for something else");
     let Some(wanted) = unix else { return false };
     assert_eq!(method, Method::GET);

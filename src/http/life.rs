@@ -15,7 +15,7 @@ use crate::metrics::{Metrics, Reason};
 
 /// Why a connection ended without a request.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Dropped {
+pub(super) enum DropReason {
     /// Its workload has too many.
     OverShare,
     /// All together have too many, and no other workload has more than its own.
@@ -34,7 +34,7 @@ pub(super) enum Dropped {
     Unresponsive,
 }
 
-impl Dropped {
+impl DropReason {
     fn reason(self) -> &'static str {
         match self {
             Self::OverShare => "too_many_of_one",
@@ -54,7 +54,7 @@ impl Dropped {
     }
 }
 
-impl From<Exhausted> for Dropped {
+impl From<Exhausted> for DropReason {
     fn from(exhausted: Exhausted) -> Self {
         match exhausted {
             Exhausted::Key => Self::OverShare,
@@ -87,10 +87,10 @@ impl ConnectionLife {
     }
 
     /// Runs a part of the connection. `None` if the connection ends with it; why, has been counted.
-    pub(super) async fn run<T>(&self, part: impl Future<Output = Result<T, Dropped>>) -> Option<T> {
+    pub(super) async fn run<T>(&self, part: impl Future<Output = Result<T, DropReason>>) -> Option<T> {
         let ended = tokio::select! {
             biased;
-            ended = timeout_at(self.deadline, part) => ended.unwrap_or(Err(Dropped::TooSlow)),
+            ended = timeout_at(self.deadline, part) => ended.unwrap_or(Err(DropReason::TooSlow)),
             () = self.pod_closed() => return None,
         };
         let dropped = match ended {
@@ -111,7 +111,7 @@ impl ConnectionLife {
             // A client that is gone, or does not read, is no further concern.
             let _ = send(descriptor.as_raw_fd(), &answer(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
             let _ = shutdown(descriptor.as_raw_fd(), Shutdown::Write);
-            dropped.get_or_create(&Reason { reason: Dropped::Unresponsive.reason() }).inc();
+            dropped.get_or_create(&Reason { reason: DropReason::Unresponsive.reason() }).inc();
         }
     }
 

@@ -15,7 +15,7 @@ use percent_encoding::percent_decode_str;
 use subtle::ConstantTimeEq;
 
 use crate::caller::ListenerKind;
-use crate::http::answer::Refused;
+use crate::http::answer::RequestError;
 use crate::identity::RoleArn;
 use crate::role::Wanted;
 
@@ -43,7 +43,7 @@ impl std::fmt::Debug for Authorization {
 
 /// The parts of a request's head that are judged.
 #[derive(Debug)]
-pub struct Asked<'a> {
+pub struct RequestHead<'a> {
     /// The method.
     pub method: &'a Method,
     /// Whether the target is more than a path: `http://host/path`, as proxies are asked, or `host:port`.
@@ -58,7 +58,7 @@ pub struct Asked<'a> {
     pub has_body: bool,
 }
 
-impl<'a> Asked<'a> {
+impl<'a> RequestHead<'a> {
     /// Takes them from a request.
     pub fn of<B: Body>(request: &'a Request<B>) -> Self {
         let uri = request.uri();
@@ -97,13 +97,13 @@ const PROXY_PREFIX: &str = "x-forwarded-";
 const ROLE_NAME_MAX: usize = 64;
 
 /// Judges a request; says which role it asks for.
-pub(super) fn read(
-    asked: &Asked<'_>,
+pub(super) fn validate(
+    asked: &RequestHead<'_>,
     listener: ListenerKind,
     authorization: &Authorization,
-) -> Result<Wanted, Refused> {
+) -> Result<Wanted, RequestError> {
     if !host_is_loopback(asked.headers) {
-        return Err(Refused::Host);
+        return Err(RequestError::Host);
     }
     let (mut browser, mut proxy) = (false, false);
     for (name, value) in asked.headers {
@@ -111,27 +111,27 @@ pub(super) fn read(
         proxy |= PROXY.contains(&name.as_str()) || name.as_str().starts_with(PROXY_PREFIX);
     }
     if browser {
-        return Err(Refused::Browser);
+        return Err(RequestError::Browser);
     }
     // RFC 9112 would have a server that is no proxy take such a target, too. But no SDK sends one unless it was told that
     // this is a proxy, and then it asks for somebody else's resource.
     if asked.names_server && asked.method != Method::CONNECT {
-        return Err(Refused::Proxied);
+        return Err(RequestError::Proxied);
     }
     if proxy {
-        return Err(Refused::Proxied);
+        return Err(RequestError::Proxied);
     }
     if asked.method != Method::GET {
-        return Err(Refused::Method);
+        return Err(RequestError::Method);
     }
     // No SDK sends one. Whatever is in it, a second request even, is never looked at.
     if asked.has_body {
-        return Err(Refused::Body);
+        return Err(RequestError::Body);
     }
     if listener != ListenerKind::Unix && !authorized(asked.headers, authorization) {
         return Err(match authorization {
-            Authorization::Token(_) => Refused::WrongToken,
-            Authorization::Present | Authorization::Off => Refused::NoAuthorization,
+            Authorization::Token(_) => RequestError::WrongToken,
+            Authorization::Present | Authorization::Off => RequestError::NoAuthorization,
         });
     }
     wanted(asked.path, asked.query)
@@ -173,24 +173,24 @@ fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
 }
 
 /// `/v1/credentials`, `/v1/credentials/<name>` or `/v1/credentials/<ARN>`, decoded once. A trailing `/` is as without it.
-fn wanted(path: &str, query: Option<&str>) -> Result<Wanted, Refused> {
-    let rest = path.strip_prefix(PATH).ok_or(Refused::Path)?;
+fn wanted(path: &str, query: Option<&str>) -> Result<Wanted, RequestError> {
+    let rest = path.strip_prefix(PATH).ok_or(RequestError::Path)?;
     // An empty one asks for nothing: some clients write the `?` wherever they have no parameter to write.
     if query.is_some_and(|query| !query.is_empty()) {
-        return Err(Refused::Path);
+        return Err(RequestError::Path);
     }
     let name = match rest {
         "" | "/" => return Ok(Wanted::First),
-        rest => rest.strip_prefix('/').ok_or(Refused::Path)?,
+        rest => rest.strip_prefix('/').ok_or(RequestError::Path)?,
     };
-    let name = percent_decode_str(name).decode_utf8().map_err(|_| Refused::Path)?;
+    let name = percent_decode_str(name).decode_utf8().map_err(|_| RequestError::Path)?;
     if name.starts_with("arn:") {
-        return RoleArn::parse(&name).map(Wanted::Arn).map_err(|_| Refused::BadArn);
+        return RoleArn::parse(&name).map(Wanted::Arn).map_err(|_| RequestError::BadArn);
     }
     // Nothing else can be a role's name: no `..`, no NUL, no `%` of a path that was encoded twice.
     let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
     if name.len() > ROLE_NAME_MAX || !name.bytes().all(allowed) || matches!(&*name, "." | "..") {
-        return Err(Refused::Path);
+        return Err(RequestError::Path);
     }
     Ok(Wanted::Named(name.into_owned()))
 }

@@ -11,19 +11,19 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::timeout;
 
 /// How much of what nobody wants is read before the connection is closed, and for how long.
-const UNWANTED_BYTES: u64 = 1024 * 1024;
-const UNWANTED_TIME: Duration = Duration::from_secs(1);
+const DRAIN_BYTES: u64 = 1024 * 1024;
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How far a connection has come.
 #[derive(Debug, Default)]
-pub(super) struct Stage {
+pub(super) struct ResponseState {
     /// A request was understood: only what is written from then on is the daemon's answer.
     answering: AtomicBool,
     /// The answer was not there at once, so the client may go away meanwhile.
     waiting: AtomicBool,
 }
 
-impl Stage {
+impl ResponseState {
     pub(super) fn answering(&self) {
         self.answering.store(true, Ordering::Relaxed);
     }
@@ -51,44 +51,44 @@ impl Stage {
 }
 
 /// A client's stream.
-pub(super) struct Wire<'a, S> {
+pub(super) struct GuardedStream<'a, S> {
     stream: S,
     /// Whether the stream is shut down before it is closed. Over TCP the answer is sent with that; on a unix socket closing
     /// says the same, and wakes the client once less.
     shuts_down: bool,
-    stage: &'a Stage,
+    stage: &'a ResponseState,
     last_byte: u8,
     line_feed_alone: bool,
 }
 
-impl<'a, S: AsyncRead + AsyncWrite + Unpin> Wire<'a, S> {
-    pub(super) fn new(stream: S, shuts_down: bool, stage: &'a Stage) -> Self {
+impl<'a, S: AsyncRead + AsyncWrite + Unpin> GuardedStream<'a, S> {
+    pub(super) fn new(stream: S, shuts_down: bool, stage: &'a ResponseState) -> Self {
         Self { stream, shuts_down, stage, last_byte: 0, line_feed_alone: false }
     }
 
     /// Whether the head was given up because of a line feed without a carriage return.
-    pub(super) fn line_feed_alone(&self) -> bool {
+    pub(super) fn saw_bare_lf(&self) -> bool {
         self.line_feed_alone
     }
 
     /// Answers a head that hyper did not understand.
-    pub(super) async fn say(&mut self, answer: &[u8]) -> io::Result<()> {
+    pub(super) async fn write_raw(&mut self, answer: &[u8]) -> io::Result<()> {
         self.stream.write_all(answer).await?;
         self.stream.shutdown().await
     }
 
     /// Reads what the client still sends, within bounds. Closed with unread bytes, the kernel would reset the connection,
     /// and the client might never see the answer.
-    pub(super) async fn discard(&mut self) {
+    pub(super) async fn drain_input(&mut self) {
         let unwanted = async {
             // The client sees the end of the answer, whether it goes on to send or not.
             let _ = self.stream.shutdown().await;
             // Not in the future of each connection, of which hardly one comes here.
             let mut buffer = vec![0; 4096];
-            let mut rest = (&mut self.stream).take(UNWANTED_BYTES);
+            let mut rest = (&mut self.stream).take(DRAIN_BYTES);
             while rest.read(&mut buffer).await.is_ok_and(|length| length > 0) {}
         };
-        let _ = timeout(UNWANTED_TIME, unwanted).await;
+        let _ = timeout(DRAIN_TIMEOUT, unwanted).await;
     }
 
     /// Whether a line feed follows something else than a carriage return. Many parsers take that for the end of a line,
@@ -101,7 +101,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Wire<'a, S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Wire<'_, S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for GuardedStream<'_, S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         // hyper wants to know whether the client is still there, and polls again if the answer has to be waited for. Mostly it
         // has not, and then this would be a system call for nothing.
@@ -118,7 +118,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Wire<'_, S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<'_, S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedStream<'_, S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if self.stage.is_answering() {
             Pin::new(&mut self.stream).poll_write(cx, bytes)

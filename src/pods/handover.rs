@@ -26,7 +26,7 @@ use crate::cgroup;
 use crate::listen::{ListenError, POD_ADDRESSES, SocketFile};
 use crate::namespace::NamespaceId;
 use crate::pods::{TELL_AGAIN, sys};
-use crate::telemetry::Quota;
+use crate::telemetry::LogQuota;
 
 pub(super) const GIVE: u8 = b'G';
 pub(super) const SERVING: u8 = b'S';
@@ -56,7 +56,7 @@ pub(super) struct Given {
 pub(super) struct Handover {
     listener: UnixListener,
     /// Bounds the log's lines about connections that are not the next daemon's.
-    refusals: Mutex<Quota>,
+    refusals: Mutex<LogQuota>,
     _file: SocketFile,
 }
 
@@ -65,7 +65,7 @@ impl Handover {
     pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
         let (listener, file) = SocketFile::bind_private(path)?;
         let failed = |source| ListenError::Unix { path: path.to_owned(), source };
-        let refusals = Mutex::new(Quota::new(3, TELL_AGAIN));
+        let refusals = Mutex::new(LogQuota::new(3, TELL_AGAIN));
         Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, refusals, _file: file })
     }
 

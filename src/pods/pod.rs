@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::attest::{PodAttestor, SockDiag};
-use crate::http::Front;
+use crate::http::CredentialEndpoint;
 use crate::listen::{self, ConnectionTracker, ListenError, Listener, NetnsRef, POD_ADDRESSES, PodListener};
 use crate::namespace::{NamespaceError, NamespaceId};
 use crate::pods::handover::{self, Key};
@@ -23,7 +23,7 @@ use crate::pods::sys;
 /// What serves every pod.
 #[derive(Debug)]
 pub(super) struct Service {
-    pub(super) front: Arc<Front>,
+    pub(super) front: Arc<CredentialEndpoint>,
     pub(super) connections: ConnectionTracker,
     /// Ends all accept loops.
     pub(super) stop: watch::Receiver<bool>,

@@ -13,8 +13,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Default)]
 struct Counted(Arc<AtomicU64>);
 
-impl Losses for Counted {
-    fn lost(&self, _: &Loss) {
+impl LossObserver for Counted {
+    fn lost(&self, _: &LineLoss) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -53,7 +53,7 @@ fn a_stalled_destination_blocks_nobody_and_who_fills_it_is_shed_first() {
     taken[1] = fill(&writer, 1, Priority::Ordinary);
     // One that was refused.
     assert_eq!(losses.0.load(Ordering::Relaxed), 1);
-    let share = u64::try_from(ROOM / 16 / (1003 + OVERHEAD)).unwrap();
+    let share = u64::try_from(MAX_QUEUED_BYTES / 16 / (1003 + LINE_OVERHEAD_BYTES)).unwrap();
     // A pipe takes some.
     assert!((share..share + 100).contains(&taken[1]), "{}, not {share}", taken[1]);
     taken[2] = fill(&writer, 2, Priority::Ordinary);

@@ -19,7 +19,7 @@ use tokio::time::sleep;
 
 use crate::caller::WorkloadKey;
 use crate::clock::HOLD;
-use crate::telemetry::Quota;
+use crate::telemetry::LogQuota;
 
 /// Of one workload at a time. One that is kept waiting leaves the workload another one.
 const MAX_PER_WORKLOAD: usize = 2;
@@ -73,7 +73,7 @@ struct PoolState {
     /// Whether somebody is going to look for threads that are kept waiting.
     watched: bool,
     /// What the log says of threads that cannot be started.
-    unstarted: Quota,
+    unstarted: LogQuota,
 }
 
 /// A thread that is about to run something, or does.
@@ -250,7 +250,7 @@ impl Default for PoolState {
             busy: HashMap::new(),
             next_number: 0,
             watched: false,
-            unstarted: Quota::new(1, TELL_AGAIN),
+            unstarted: LogQuota::new(1, TELL_AGAIN),
         }
     }
 }

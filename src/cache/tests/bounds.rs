@@ -27,12 +27,12 @@ async fn over_its_bound_a_workload_loses_what_it_used_least_recently() {
         advance(SECOND).await;
     }
     // The first is used again, so the second goes.
-    assert_eq!(cache.get(&grant_of("a", &roles[0]), &caller()).await.unwrap().1, Freshness::Hit);
+    assert_eq!(cache.get(&grant_of("a", &roles[0]), &caller()).await.unwrap().1, CacheResult::Hit);
     cache.get(&grant_of("a", &roles[ROLES_EACH]), &caller()).await.unwrap();
     let left = names(&cache, "a");
     assert_eq!(left.len(), ROLES_EACH);
     assert!(left.contains(&"r0".to_owned()) && !left.contains(&"r1".to_owned()), "{left:?}");
-    assert_eq!(key_for(&cache, "other", 1).await.unwrap().1, Freshness::Hit);
+    assert_eq!(key_for(&cache, "other", 1).await.unwrap().1, CacheResult::Hit);
     assert!(world.metrics.encode().contains("awsvid_cache_removed_total{reason=\"evicted\"} 1\n"));
     // What was taken out is not refreshed, either.
     pass(MINUTE * 34).await;
@@ -71,7 +71,7 @@ async fn a_full_cache_makes_room_among_the_askers_own_only() {
     assert_eq!(names(&cache, "a"), ["r1"]);
     assert!(matches!(key_for(&cache, "d", 1).await, Err(CacheError::Full)));
     for name in ["b", "c"] {
-        assert_eq!(key_for(&cache, name, 1).await.unwrap().1, Freshness::Hit);
+        assert_eq!(key_for(&cache, name, 1).await.unwrap().1, CacheResult::Hit);
     }
 }
 
@@ -98,7 +98,7 @@ async fn one_that_makes_up_roles_is_stopped_and_hinders_nobody() {
     assert!(names(&cache, "greedy").contains(&"good".to_owned()), "what has credentials goes last");
     // Others are served, and issued for, at once.
     world.refuse(None);
-    assert_eq!(key_for(&cache, "other", 1).await.unwrap().1, Freshness::Hit);
+    assert_eq!(key_for(&cache, "other", 1).await.unwrap().1, CacheResult::Hit);
     let start = Instant::now();
     key_for(&cache, "new", 1).await.unwrap();
     assert_eq!(start.elapsed(), Duration::from_millis(100));

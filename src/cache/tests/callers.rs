@@ -32,7 +32,7 @@ async fn a_flight_whose_caller_died_goes_on_with_the_latest_that_waits() {
     world.gone.lock().unwrap().extend([1, 3, 4]);
     world.gate.add_permits(10);
     for waiting in waiting {
-        assert_eq!(waiting.await.unwrap().unwrap().1, Freshness::Miss);
+        assert_eq!(waiting.await.unwrap().unwrap().1, CacheResult::Miss);
     }
     assert_eq!(asked(&world), [1, 3, 2]);
 }
@@ -67,10 +67,10 @@ async fn without_a_living_caller_nothing_is_refreshed_until_one_comes() {
     assert_eq!(asked(&world), [1, 1], "it is not tried for ever");
     assert_eq!((cache.entries()[0].callers, cache.entries()[0].latest_uid), (0, Some(1)));
     // Each `aws` command is a new process.
-    assert_eq!(key_for(&cache, "a", 2).await.unwrap(), ("KEY1".to_owned(), Freshness::Stale));
+    assert_eq!(key_for(&cache, "a", 2).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
     settle().await;
     assert_eq!(asked(&world), [1, 1, 2]);
-    assert_eq!(key_for(&cache, "a", 3).await.unwrap(), ("KEY3".to_owned(), Freshness::Hit));
+    assert_eq!(key_for(&cache, "a", 3).await.unwrap(), ("KEY3".to_owned(), CacheResult::Hit));
 }
 
 #[tokio::test(start_paused = true)]
@@ -97,7 +97,7 @@ async fn a_refresh_goes_on_with_one_that_came_while_it_ran() {
     world.gate.add_permits(10);
     settle().await;
     assert_eq!(asked(&world), [1, 1, 2]);
-    assert_eq!(key_for(&cache, "a", 3).await.unwrap().1, Freshness::Hit);
+    assert_eq!(key_for(&cache, "a", 3).await.unwrap().1, CacheResult::Hit);
 }
 
 #[tokio::test(start_paused = true)]

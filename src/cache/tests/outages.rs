@@ -24,7 +24,7 @@ async fn refused_world() -> (Arc<World>, CredentialCache) {
 async fn a_refusal_by_sts_ends_what_is_there_after_the_grace() {
     let (_world, cache) = refused_world().await;
     pass(LIMITS.revocation_grace - SECOND * 3).await;
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Stale));
+    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
     pass(SECOND * 4).await;
     assert_eq!(reason(&cache).await, "sts_access_denied");
 }
@@ -48,7 +48,7 @@ async fn a_success_ends_the_grace() {
     world.refuse(None);
     pass(SECOND * 120).await;
     let (renewed, freshness) = key(&cache).await.unwrap();
-    assert!(renewed != "KEY1" && freshness == Freshness::Hit, "{renewed} {freshness:?}");
+    assert!(renewed != "KEY1" && freshness == CacheResult::Hit, "{renewed} {freshness:?}");
     // The next refusal begins anew.
     world.refuse(refused());
     let before = world.fetched();
@@ -85,13 +85,13 @@ async fn one_denial_by_the_source_changes_nothing() {
     }
     // Others ask meanwhile, but the second question comes later.
     for _ in 0..8 {
-        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Stale));
+        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
         pass(SECOND).await;
     }
     assert_eq!(world.fetched(), 2);
     world.fail(None);
     pass(SECOND * 5).await;
-    assert_eq!(key(&cache).await.unwrap(), ("KEY3".to_owned(), Freshness::Hit));
+    assert_eq!(key(&cache).await.unwrap(), ("KEY3".to_owned(), CacheResult::Hit));
     // A success lies between this denial and the first.
     world.fail(denied());
     while world.fetched() == 3 {
@@ -149,13 +149,13 @@ async fn an_outage_is_tried_again_and_again_but_not_all_the_time() {
     assert!((18..=45).contains(&tries), "{tries}");
     // Requests don't add any.
     for _ in 0..100 {
-        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), Freshness::Stale));
+        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
         settle().await;
     }
     assert!(world.fetched() - 2 <= tries + 1);
     world.fail(None);
     pass(SECOND * 97).await;
-    assert_eq!(key(&cache).await.unwrap().1, Freshness::Hit);
+    assert_eq!(key(&cache).await.unwrap().1, CacheResult::Hit);
 }
 
 /// A line that is first written by another test's thread, which has no log, would be left out of this thread's as well: so
@@ -274,7 +274,7 @@ async fn ten_thousand_identities_come_out_of_an_outage_without_a_stampede() {
     }
     for grant in &grants {
         let (_, freshness) = cache.get(grant, &caller()).await.unwrap();
-        assert_eq!(freshness, Freshness::Hit, "nobody's ended, and all are new");
+        assert_eq!(freshness, CacheResult::Hit, "nobody's ended, and all are new");
     }
     assert_eq!(world.metrics.encode().matches("cache_removed_total{").count(), 0);
 }

@@ -3,28 +3,28 @@ use super::*;
 #[test]
 fn every_refusal_is_json_that_all_sdks_can_read() {
     let cases = [
-        (Refused::Caller(AttestError::CallerGone), 403, "caller_gone", None),
-        (Refused::Caller(AttestError::SearchBusy), 503, "search_busy", Some(1)),
-        (Refused::Caller(AttestError::ProcessExecuting), 503, "process_executing", Some(1)),
-        (Refused::Caller(AttestError::ProcessUnresponsive), 503, "process_unresponsive", Some(1)),
-        (Refused::Host, 400, "host", None),
-        (Refused::Browser, 403, "browser", None),
-        (Refused::Proxied, 403, "proxied", None),
-        (Refused::Malformed, 400, "bad_request", None),
-        (Refused::HeadTooLarge, 431, "head_too_large", None),
-        (Refused::Method, 405, "method", None),
-        (Refused::Body, 400, "body", None),
-        (Refused::Path, 404, "path", None),
-        (Refused::BadArn, 400, "bad_arn", None),
-        (Refused::NoAuthorization, 403, "no_authorization", None),
-        (Refused::WrongToken, 403, "wrong_token", None),
-        (Refused::NoIdentity("uid 7".to_owned()), 403, "no_identity", None),
-        (Refused::Denied(Denied::NoRole), 403, "no_role", None),
-        (Refused::Pending, 503, "pending", Some(1)),
-        (Refused::Full, 503, "cache_full", Some(1)),
-        (Refused::TooManyRoles, 503, "too_many_roles", Some(1)),
-        (Refused::Issue(IssueError::TooOften), 503, "too_many_exchanges", Some(1)),
-        (Refused::NotAudited, 503, "not_audited", Some(1)),
+        (RequestError::Caller(AttestError::CallerGone), 403, "caller_gone", None),
+        (RequestError::Caller(AttestError::SearchBusy), 503, "search_busy", Some(1)),
+        (RequestError::Caller(AttestError::ProcessExecuting), 503, "process_executing", Some(1)),
+        (RequestError::Caller(AttestError::ProcessUnresponsive), 503, "process_unresponsive", Some(1)),
+        (RequestError::Host, 400, "host", None),
+        (RequestError::Browser, 403, "browser", None),
+        (RequestError::Proxied, 403, "proxied", None),
+        (RequestError::Malformed, 400, "bad_request", None),
+        (RequestError::HeadTooLarge, 431, "head_too_large", None),
+        (RequestError::Method, 405, "method", None),
+        (RequestError::Body, 400, "body", None),
+        (RequestError::Path, 404, "path", None),
+        (RequestError::BadArn, 400, "bad_arn", None),
+        (RequestError::NoAuthorization, 403, "no_authorization", None),
+        (RequestError::WrongToken, 403, "wrong_token", None),
+        (RequestError::NoIdentity("uid 7".to_owned()), 403, "no_identity", None),
+        (RequestError::Denied(Denied::NoRole), 403, "no_role", None),
+        (RequestError::Pending, 503, "pending", Some(1)),
+        (RequestError::Full, 503, "cache_full", Some(1)),
+        (RequestError::TooManyRoles, 503, "too_many_roles", Some(1)),
+        (RequestError::Issue(IssueError::TooOften), 503, "too_many_exchanges", Some(1)),
+        (RequestError::NotAudited, 503, "not_audited", Some(1)),
     ];
     for (refused, status, code, retry_after) in cases {
         assert_eq!((refused.status(), refused.retry_after()), (status, retry_after), "{refused:?}");
@@ -40,7 +40,7 @@ fn every_refusal_is_json_that_all_sdks_can_read() {
 
 #[test]
 fn nobody_learns_of_other_workloads() {
-    let refused = Refused::NoIdentity("uid 1003 in shop.service".to_owned());
+    let refused = RequestError::NoIdentity("uid 1003 in shop.service".to_owned());
     let text = String::from_utf8(refused.body(None)).unwrap();
     assert!(text.contains("uid 1003 in shop.service"));
     assert!(!text.contains("spiffe://"));

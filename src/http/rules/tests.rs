@@ -23,8 +23,8 @@ fn judge(
     authorization: &Authorization,
 ) -> Result<Wanted, &'static str> {
     let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
-    let asked = Asked { method: &Method::GET, names_server: false, path, query, headers, has_body: false };
-    read(&asked, listener, authorization).map_err(|refused| refused.reason())
+    let asked = RequestHead { method: &Method::GET, names_server: false, path, query, headers, has_body: false };
+    validate(&asked, listener, authorization).map_err(|refused| refused.reason())
 }
 
 fn over_tcp(path: &str, changes: &[(&str, &str)]) -> Result<Wanted, &'static str> {
@@ -143,8 +143,8 @@ fn heads() -> Vec<Head> {
 fn clients_are_answered_and_pages_are_not() {
     let judge = |head: &Head, headers: &HeaderMap, authorization: &Authorization| {
         let (path, query) = head.path.split_once('?').map_or((head.path, None), |(path, query)| (path, Some(query)));
-        let asked = Asked { method: &head.method, names_server: false, path, query, headers, has_body: false };
-        match read(&asked, ListenerKind::Tcp, authorization) {
+        let asked = RequestHead { method: &head.method, names_server: false, path, query, headers, has_body: false };
+        match validate(&asked, ListenerKind::Tcp, authorization) {
             Ok(Wanted::First) => "first",
             Ok(_) => "other",
             Err(refused) => refused.reason(),
@@ -174,9 +174,9 @@ fn only_get_is_answered() {
     for method in [Method::POST, Method::PUT, Method::HEAD, Method::OPTIONS, Method::CONNECT, Method::DELETE] {
         let path = "/v1/credentials";
         let asked =
-            Asked { method: &method, names_server: false, path, query: None, headers: &headers, has_body: false };
+            RequestHead { method: &method, names_server: false, path, query: None, headers: &headers, has_body: false };
         assert_eq!(
-            read(&asked, ListenerKind::Tcp, &Authorization::Present).unwrap_err().reason(),
+            validate(&asked, ListenerKind::Tcp, &Authorization::Present).unwrap_err().reason(),
             "method",
             "{method}"
         );
@@ -207,7 +207,8 @@ fn a_target_is_a_path_and_a_request_has_no_body() {
         let mut request = Request::builder().uri(target).body(body).unwrap();
         *request.headers_mut() = self::request(&[]);
         let judge = |request: &Request<_>| {
-            read(&Asked::of(request), ListenerKind::Tcp, &Authorization::Present).map_err(|refused| refused.reason())
+            validate(&RequestHead::of(request), ListenerKind::Tcp, &Authorization::Present)
+                .map_err(|refused| refused.reason())
         };
         assert_eq!(judge(&request), expected, "{target} {length}");
         request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));

@@ -17,7 +17,7 @@ const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 /// Serves one connection as the front does, where the answer comes after `answer`.
 async fn serve(stream: DuplexStream, answer: impl AsyncFn()) -> hyper::Result<()> {
-    let (stage, answer) = (Stage::default(), &answer);
+    let (stage, answer) = (ResponseState::default(), &answer);
     let service = service_fn(|_: Request<hyper::body::Incoming>| {
         stage.answering();
         let stage = &stage;
@@ -26,7 +26,7 @@ async fn serve(stream: DuplexStream, answer: impl AsyncFn()) -> hyper::Result<()
             Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(b"answer"))))
         }
     });
-    let mut wire = Wire::new(stream, true, &stage);
+    let mut wire = GuardedStream::new(stream, true, &stage);
     http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(&mut wire), service).await
 }
 
