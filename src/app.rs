@@ -15,20 +15,20 @@ use crate::accounts::{Accounts, LiveRules, Nss};
 use crate::admin::{Address, Admin, Readiness};
 use crate::attest::{Attestor, ExecMonitor, StartError};
 use crate::audit::Audit;
-use crate::broker::{Broker, Policy};
+use crate::broker::{CredentialService, Policy};
 use crate::cache::{self, CredentialCache};
 use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::hardening::Does;
 use crate::http::{Authorization, CredentialEndpoint};
-use crate::issue::Issuer;
+use crate::issue::TokenExchanger;
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, ListenError};
 use crate::metrics::Metrics;
 use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
-use crate::sts::{InvalidSetting, Network, Settings, Sts};
+use crate::sts::{InvalidSetting, NetworkSettings, Settings, Sts};
 use crate::svid::agent::Agent;
 use crate::svid::broker_api::BrokerApi;
 use crate::svid::own::OwnIdentity;
@@ -97,7 +97,7 @@ pub struct App {
     /// The source in use, and what it was made by.
     source: (IdentityConfig, Arc<dyn IdentitySource>),
     accounts: Accounts,
-    broker: Arc<Broker>,
+    broker: Arc<CredentialService>,
     audit: Arc<Audit>,
     clock: Clock,
     metrics: Metrics,
@@ -126,7 +126,7 @@ pub struct Startup {
 struct Parts {
     identity: IdentityConfig,
     policy: Policy,
-    issuer: Issuer,
+    issuer: TokenExchanger,
     limits: cache::Limits,
     probes: Probes,
 }
@@ -148,7 +148,7 @@ impl Parts {
         let sts = Arc::new(sts(config, clock.clone()).await?);
         Ok(Self {
             identity: config.identity.clone(),
-            issuer: Issuer::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
+            issuer: TokenExchanger::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
             limits: limits(&config.cache),
             probes: Probes::new(config, source.clone(), sts),
             policy: Policy { source, roles: config.roles.clone() },
@@ -165,7 +165,7 @@ impl App {
         let parts = Parts::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
-        let broker = Arc::new(Broker::new(parts.policy, cache.clone()));
+        let broker = Arc::new(CredentialService::new(parts.policy, cache.clone()));
         let pod_roots = config.listen.pods_cgroup.clone().map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
         let front = Arc::new(CredentialEndpoint {
@@ -378,7 +378,7 @@ async fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,
         ca_file: config.sts.ca_file.clone(),
-        network: Network::from_env(|name| std::env::var(name).ok()),
+        network: NetworkSettings::from_env(|name| std::env::var(name).ok()),
     };
     let sts = Sts::new(settings, clock);
     sts.prepare(&config.roles.sts_targets()).await?;

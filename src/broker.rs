@@ -12,13 +12,13 @@ use crate::cache::{CacheError, CredentialCache, Issued, Limits};
 use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::HOLD;
 use crate::identity::SpiffeId;
-use crate::issue::Issuer;
-use crate::role::{Denied, Grant, Roles, Wanted};
+use crate::issue::TokenExchanger;
+use crate::role::{Grant, RequestedRole, RoleDenied, Roles};
 use crate::svid::{Basis, IdentitySource, SourceError};
 
 /// The request path.
 #[derive(Debug)]
-pub struct Broker {
+pub struct CredentialService {
     policy: ArcSwap<Policy>,
     /// How often a reload has begun or ended: odd while one is under way.
     reloads: AtomicU64,
@@ -36,7 +36,7 @@ pub struct Policy {
 
 /// Why a caller gets nothing.
 #[derive(Debug, Clone, Error)]
-pub enum BrokerError {
+pub enum ServiceError {
     /// It was not attested, or is no longer what it was.
     #[error(transparent)]
     Refused(#[from] AttestError),
@@ -48,25 +48,25 @@ pub enum BrokerError {
     Source(#[from] SourceError),
     /// No role is for it.
     #[error(transparent)]
-    Denied(#[from] Denied),
+    Denied(#[from] RoleDenied),
     /// There are no credentials to be had.
     #[error(transparent)]
     Cache(#[from] CacheError),
 }
 
-impl Broker {
+impl CredentialService {
     /// Puts the parts together. `cache` was made by the same configuration as `policy`.
     pub fn new(policy: Policy, cache: CredentialCache) -> Self {
         Self { policy: ArcSwap::from_pointee(policy), reloads: AtomicU64::new(0), cache }
     }
 
     /// Answers `caller`, who asks for `wanted`; notes in `record` what it turned out to be for.
-    pub async fn serve(
+    pub async fn credentials_for(
         &self,
         caller: &Arc<Caller>,
-        wanted: &Wanted,
+        wanted: &RequestedRole,
         record: &mut Record,
-    ) -> Result<(Arc<Issued>, CacheResult), BrokerError> {
+    ) -> Result<(Arc<Issued>, CacheResult), ServiceError> {
         // For all that it waits for together: whoever it is has given up by then.
         let until = Instant::now() + HOLD;
         loop {
@@ -78,7 +78,7 @@ impl Broker {
                 return answer;
             }
             // Nothing that was decided by the old configuration, a refusal neither, is released under the new one.
-            record.undecided();
+            record.clear_decision();
             tokio::task::yield_now().await;
         }
     }
@@ -86,15 +86,15 @@ impl Broker {
     async fn decide(
         &self,
         policy: &Policy,
-        (caller, wanted): (&Arc<Caller>, &Wanted),
+        (caller, wanted): (&Arc<Caller>, &RequestedRole),
         until: Instant,
         record: &mut Record,
-    ) -> Result<(Arc<Issued>, CacheResult), BrokerError> {
+    ) -> Result<(Arc<Issued>, CacheResult), ServiceError> {
         let identities = policy.source.identify(caller).await?;
         if identities.is_empty() {
-            return Err(BrokerError::NoIdentity);
+            return Err(ServiceError::NoIdentity);
         }
-        let grant = policy.roles.choose(&identities, wanted)?;
+        let grant = policy.roles.select(&identities, wanted)?;
         record.granted(&grant);
         let issued = timeout_at(until, self.cache.get(&grant, caller)).await.unwrap_or(Err(CacheError::Pending))?;
         caller.still_same().await?;
@@ -108,7 +108,7 @@ impl Broker {
 
     /// Goes on with another configuration, by one caller at a time. Credentials are kept where the rules for their SPIFFE
     /// ID are the same as before, and the new roles give just the same; all others are never handed out again (attack 17).
-    pub fn reload(&self, policy: Policy, issuer: Issuer, limits: Limits) {
+    pub fn reload(&self, policy: Policy, issuer: TokenExchanger, limits: Limits) {
         self.reloads.fetch_add(1, Ordering::SeqCst);
         let (old, new) = (self.policy.load_full(), Arc::new(policy));
         let swept = Arc::new(AtomicBool::new(false));
@@ -129,7 +129,7 @@ impl Broker {
 impl Policy {
     /// Whether a caller could be given just this.
     fn allows(&self, grant: &Grant) -> bool {
-        self.source.basis(&grant.spiffe_id) != Basis::Rules(Vec::new()) && self.roles.could_give(grant)
+        self.source.basis(&grant.spiffe_id) != Basis::Rules(Vec::new()) && self.roles.can_grant(grant)
     }
 
     fn has_same_basis(&self, other: &Self, id: &SpiffeId) -> bool {

@@ -25,7 +25,7 @@ use crate::audit::CacheResult;
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::identity::SpiffeId;
-use crate::issue::{IssueError, Issuer};
+use crate::issue::{ExchangeError, TokenExchanger};
 use crate::limits::FairSemaphore;
 use crate::metrics::{EntryState, Metrics, Reason};
 use crate::role::Grant;
@@ -77,7 +77,7 @@ struct Shared {
 
 /// What a reload replaces.
 struct Setup {
-    issuer: Issuer,
+    issuer: TokenExchanger,
     limits: Limits,
     keep: Box<dyn Fn(&Grant) -> bool + Send + Sync>,
 }
@@ -96,7 +96,7 @@ pub struct Limits {
 pub enum CacheError {
     /// They could not be issued.
     #[error(transparent)]
-    Issue(#[from] IssueError),
+    Issue(#[from] ExchangeError),
     /// They are still being issued, or a reload came between: the next try will find them.
     #[error("the credentials are still being issued")]
     Pending,
@@ -116,7 +116,7 @@ enum Found {
 
 impl CredentialCache {
     /// An empty cache. Its one task runs on the current tokio runtime until the cache is dropped.
-    pub fn new(issuer: Issuer, clock: Clock, metrics: Metrics, limits: Limits) -> Self {
+    pub fn new(issuer: TokenExchanger, clock: Clock, metrics: Metrics, limits: Limits) -> Self {
         let schedule = Arc::new(Schedule::default());
         let shared = Arc::new(Shared {
             setup: ArcSwap::from_pointee(Setup { issuer, limits, keep: Box::new(|_| true) }),
@@ -137,7 +137,12 @@ impl CredentialCache {
     /// this returns nothing of it is handed out any more, and what a flight under way brings for it is thrown away
     /// (attack 17). `keep` is asked again for each new entry, so a request that was decided by the old configuration
     /// and comes late makes none that the new one would not. It must not use the cache.
-    pub fn reconfigure(&self, issuer: Issuer, limits: Limits, keep: impl Fn(&Grant) -> bool + Send + Sync + 'static) {
+    pub fn reconfigure(
+        &self,
+        issuer: TokenExchanger,
+        limits: Limits,
+        keep: impl Fn(&Grant) -> bool + Send + Sync + 'static,
+    ) {
         let setup = Arc::new(Setup { issuer, limits, keep: Box::new(keep) });
         self.0.setup.store(setup.clone());
         self.0.places.retain(|slot| {

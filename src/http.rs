@@ -19,7 +19,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 
 use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, CacheResult, Outcome, Record};
-use crate::broker::Broker;
+use crate::broker::CredentialService;
 use crate::cache::{Body, Issued};
 use crate::caller::{AttestError, Caller, ListenerKind, PeerFacts, ProcessFacts, WorkloadKey};
 use crate::limits::{FairPermit, FairSemaphore};
@@ -51,7 +51,7 @@ pub struct CredentialEndpoint {
     /// Who asks.
     pub attestor: Arc<Attestor>,
     /// What they get.
-    pub broker: Arc<Broker>,
+    pub broker: Arc<CredentialService>,
     /// Who got what.
     pub audit: Arc<Audit>,
     /// Counts.
@@ -254,8 +254,11 @@ impl CredentialEndpoint {
     ) -> Result<(Arc<Issued>, CacheResult), RequestError> {
         let caller = caller.map_err(RequestError::Caller)?;
         let wanted = rules::validate(&RequestHead::of(request), listener, &self.authorization)?;
-        let (issued, freshness) =
-            self.broker.serve(&caller, &wanted, record).await.map_err(|error| RequestError::broker(error, &caller))?;
+        let (issued, freshness) = self
+            .broker
+            .credentials_for(&caller, &wanted, record)
+            .await
+            .map_err(|error| RequestError::broker(error, &caller))?;
         if freshness == CacheResult::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");
         }

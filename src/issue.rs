@@ -14,32 +14,32 @@ use crate::identity::SpiffeId;
 use crate::limits::{FairSemaphore, KeyedRateLimiter};
 use crate::metrics::{Call, Metrics};
 use crate::role::Grant;
-use crate::sts::{Again, AssumeRole, StsError};
+use crate::sts::{AssumeRole, RetryPolicy, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
 
 /// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
 /// the cache to try again, at its pace.
-const WINDOW: Duration = Duration::from_secs(4);
+const RETRY_WINDOW: Duration = Duration::from_secs(4);
 /// The tries of one issue after its first ones, at the source and at STS together.
-const MORE_TRIES: u32 = 3;
+const MAX_RETRIES: u32 = 3;
 /// Before the first of them; doubled before each other one, and jittered, so that a node's flights don't march in step.
-const PAUSE: Duration = Duration::from_millis(250);
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
 /// How many calls to the source are under way at most: an agent answers most of them from its cache, and each has a
 /// connection of its own ...
-const SOURCE_CALLS: usize = 64;
+const MAX_SOURCE_CALLS: usize = 64;
 /// ... and of those for one SPIFFE ID: a source that keeps one workload waiting (SPIRE does for up to 30 s) still has turns
 /// for all others.
-const SOURCE_CALLS_EACH: usize = 4;
+const MAX_SOURCE_CALLS_PER_WORKLOAD: usize = 4;
 /// What one SPIFFE ID may have issued at once: its 16 cached roles, and each of them once more ...
-const BURST: u32 = 32;
+const EXCHANGE_BURST: u32 = 32;
 /// ... and after that. Renewing 16 roles of the shortest session takes one in 28 s, and an outage of hours one in 4 s; so
 /// this is far above what anybody needs, and a thousandth of what STS takes from an account.
-const EVERY: Duration = Duration::from_secs(1);
+const EXCHANGE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Issues credentials. Of what it has issued it remembers nothing but how often.
 #[derive(Debug, Clone)]
-pub struct Issuer {
+pub struct TokenExchanger {
     source: Arc<dyn IdentitySource>,
     sts: Arc<dyn AssumeRole>,
     clock: Clock,
@@ -50,7 +50,7 @@ pub struct Issuer {
 
 /// Why no credentials were issued.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum IssueError {
+pub enum ExchangeError {
     /// The source gave no token that may be used.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -68,9 +68,9 @@ pub enum IssueError {
     TooShort,
 }
 
-impl IssueError {
+impl ExchangeError {
     /// For a flight that ended by a panic, which is in the log.
-    pub fn broken() -> Self {
+    pub fn task_panicked() -> Self {
         Self::Source(SourceError::Unavailable("an error inside awsvid ended the exchange; its log has it".to_owned()))
     }
 
@@ -79,9 +79,9 @@ impl IssueError {
         match self {
             Self::Source(error) => error.is_transient(),
             Self::Sts(error) => match error.again {
-                Again::Later => true,
+                RetryPolicy::Later => true,
                 // The new token has been tried by now.
-                Again::NewToken | Again::Never => false,
+                RetryPolicy::NewToken | RetryPolicy::Never => false,
             },
             Self::TooOften | Self::TooShort => true,
         }
@@ -98,11 +98,11 @@ impl IssueError {
     }
 }
 
-impl Issuer {
+impl TokenExchanger {
     /// Puts source and STS together.
     pub fn new(source: Arc<dyn IdentitySource>, sts: Arc<dyn AssumeRole>, clock: Clock, metrics: Metrics) -> Self {
-        let turns = FairSemaphore::new(SOURCE_CALLS, SOURCE_CALLS_EACH);
-        let allowance = Arc::new(KeyedRateLimiter::new(BURST, EVERY));
+        let turns = FairSemaphore::new(MAX_SOURCE_CALLS, MAX_SOURCE_CALLS_PER_WORKLOAD);
+        let allowance = Arc::new(KeyedRateLimiter::new(EXCHANGE_BURST, EXCHANGE_INTERVAL));
         Self { source, sts, clock, metrics, turns, allowance }
     }
 
@@ -114,30 +114,35 @@ impl Issuer {
     /// Credentials for `grant`, by a token that the source gives `caller`.
     ///
     /// What passes quickly is tried again within seconds; a token that STS refuses is replaced once.
-    pub async fn issue(&self, caller: &Arc<Caller>, grant: &Grant) -> Result<Credentials, IssueError> {
+    pub async fn exchange(&self, caller: &Arc<Caller>, grant: &Grant) -> Result<Credentials, ExchangeError> {
         if !self.allowance.take(&grant.spiffe_id) {
-            return Err(IssueError::TooOften);
+            return Err(ExchangeError::TooOften);
         }
-        let mut patience = Patience::new();
+        let mut patience = RetryBudget::new();
         let token = self.token(caller, grant, &mut patience).await?;
         let refused = match self.assume(grant, &token, &mut patience).await {
-            Err(error) if error.again == Again::NewToken => error,
+            Err(error) if error.again == RetryPolicy::NewToken => error,
             result => return Ok(result?),
         };
         let fresh = self.token(caller, grant, &mut patience).await?;
         if fresh.is_same(&token) {
-            return Err(noting(refused, "the identity source gave the same token again").into());
+            return Err(with_note(refused, "the identity source gave the same token again").into());
         }
         match self.assume(grant, &fresh, &mut patience).await {
-            Err(error) if error.again == Again::NewToken => Err(self.refused_twice(error, &fresh).into()),
+            Err(error) if error.again == RetryPolicy::NewToken => Err(self.refused_twice(error, &fresh).into()),
             result => Ok(result?),
         }
     }
 
-    async fn token(&self, caller: &Arc<Caller>, grant: &Grant, patience: &mut Patience) -> Result<JwtSvid, IssueError> {
+    async fn token(
+        &self,
+        caller: &Arc<Caller>,
+        grant: &Grant,
+        patience: &mut RetryBudget,
+    ) -> Result<JwtSvid, ExchangeError> {
         let audience = &grant.role.audience;
         loop {
-            let turn = self.turns.acquire(&grant.spiffe_id).await.ok_or(IssueError::TooOften)?;
+            let turn = self.turns.acquire(&grant.spiffe_id).await.ok_or(ExchangeError::TooOften)?;
             let result = self.source.token(caller, &grant.spiffe_id, audience).await;
             drop(turn);
             match result {
@@ -158,8 +163,10 @@ impl Issuer {
     /// it says nothing about the role, and cached credentials stay valid.
     fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
         match (token.check_life(self.clock.now()), token.short_life()) {
-            (Err(expired), _) => StsError { again: Again::Later, ..noting(error, &format!("the token: {expired}")) },
-            (Ok(()), Some(life)) => noting(
+            (Err(expired), _) => {
+                StsError { again: RetryPolicy::Later, ..with_note(error, &format!("the token: {expired}")) }
+            }
+            (Ok(()), Some(life)) => with_note(
                 error,
                 &format!(
                     "a new token was refused as well; it is good for only {} s: {TTL_FIX}, and compare this node's clock with \
@@ -167,17 +174,22 @@ impl Issuer {
                     life.as_secs()
                 ),
             ),
-            (Ok(()), None) => noting(error, "a new token was refused as well"),
+            (Ok(()), None) => with_note(error, "a new token was refused as well"),
         }
     }
 
-    async fn assume(&self, grant: &Grant, token: &JwtSvid, patience: &mut Patience) -> Result<Credentials, StsError> {
+    async fn assume(
+        &self,
+        grant: &Grant,
+        token: &JwtSvid,
+        patience: &mut RetryBudget,
+    ) -> Result<Credentials, StsError> {
         loop {
             let result = self.sts.assume(grant, token).await;
             self.metrics.sts_calls.get_or_create(&Call::of(&result, |error| error.reason)).inc();
             self.metrics.health.sts(grant.role.sts.to_string(), last_error(&result), self.clock.now());
             match result {
-                Err(error) if error.again == Again::Later => {
+                Err(error) if error.again == RetryPolicy::Later => {
                     if !patience.pause().await || token.expires() <= self.clock.now() {
                         return Err(error);
                     }
@@ -190,28 +202,28 @@ impl Issuer {
 
 fn last_error<T>(result: &Result<T, StsError>) -> Option<LastError> {
     let error = result.as_ref().err()?;
-    Some(LastError { text: error.to_string(), reason: error.reason, outage: error.again == Again::Later })
+    Some(LastError { text: error.to_string(), reason: error.reason, outage: error.again == RetryPolicy::Later })
 }
 
-fn noting(error: StsError, note: &str) -> StsError {
+fn with_note(error: StsError, note: &str) -> StsError {
     StsError { what: format!("{}; {note}", error.what), ..error }
 }
 
 /// How many more tries one issue has, and until when.
-struct Patience {
+struct RetryBudget {
     start: Instant,
     tries: u32,
 }
 
-impl Patience {
+impl RetryBudget {
     fn new() -> Self {
         Self { start: Instant::now(), tries: 0 }
     }
 
     /// Waits before another try; `false`, at once, if there is to be none.
     async fn pause(&mut self) -> bool {
-        let pause = PAUSE.mul_f64(f64::from(1 << self.tries) * (0.5 + 0.5 * fastrand::f64()));
-        if self.tries == MORE_TRIES || self.start.elapsed() + pause > WINDOW {
+        let pause = RETRY_PAUSE.mul_f64(f64::from(1 << self.tries) * (0.5 + 0.5 * fastrand::f64()));
+        if self.tries == MAX_RETRIES || self.start.elapsed() + pause > RETRY_WINDOW {
             return false;
         }
         self.tries += 1;

@@ -116,7 +116,7 @@ impl Probes {
             missing.push(format!("the identity source: {error}"));
         }
         for target in &self.targets {
-            if let Err(error) = self.sts.answers(target).await {
+            if let Err(error) = self.sts.probe(target).await {
                 missing.push(format!("STS: {error}"));
             }
         }
@@ -284,7 +284,7 @@ mod tests {
     use super::*;
     use crate::clock::Clock;
     use crate::metrics::Metrics;
-    use crate::sts::{Network, Settings};
+    use crate::sts::{NetworkSettings, Settings};
     use crate::svid::WorkloadApi;
 
     #[tokio::test(start_paused = true)]
@@ -364,7 +364,7 @@ mod tests {
             let config = Config::parse(&text, &|_| None).unwrap_or_else(|problems| panic!("{problems:?}")).config;
             let (clock, metrics) = (Clock::system(), Metrics::default());
             let source = WorkloadApi::new(config.identity.socket.clone(), Vec::new(), clock.clone(), metrics);
-            let network = Network::from_env(|_| None);
+            let network = NetworkSettings::from_env(|_| None);
             let settings = Settings { timeout: ANSWER, max_concurrent: 4, ca_file: None, network };
             let probes = Probes::new(&config, Arc::new(source), Arc::new(Sts::new(settings, clock)));
             let asked: Vec<_> = probes.targets.iter().map(|target| target.region.as_str()).collect();

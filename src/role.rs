@@ -62,13 +62,13 @@ pub struct Identity {
 
 /// Which role a request asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Wanted {
+pub enum RequestedRole {
     /// `/v1/credentials`: the first that the caller may have.
-    First,
+    Default,
     /// `/v1/credentials/<name>`.
-    Named(String),
+    ByName(String),
     /// `/v1/credentials/<percent-encoded ARN>`.
-    Arn(RoleArn),
+    ByArn(RoleArn),
 }
 
 /// What is to be issued: everything that distinguishes one set of credentials from another.
@@ -86,7 +86,7 @@ pub struct Grant {
 
 /// Why no role was chosen.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum Denied {
+pub enum RoleDenied {
     /// No role is for this caller.
     #[error("no role is configured for this workload")]
     NoRole,
@@ -101,7 +101,7 @@ pub enum Denied {
     SeveralIdentities,
 }
 
-impl Denied {
+impl RoleDenied {
     /// The label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {
@@ -150,29 +150,29 @@ impl Roles {
     }
 
     /// Chooses the role for a caller with these identities: the first that fits, or the one that was asked for.
-    pub fn choose(&self, identities: &[Identity], wanted: &Wanted) -> Result<Grant, Denied> {
+    pub fn select(&self, identities: &[Identity], wanted: &RequestedRole) -> Result<Grant, RoleDenied> {
         match wanted {
-            Wanted::First => {
+            RequestedRole::Default => {
                 let mut grants = self.defined.iter().filter_map(|role| grant(role, identities).transpose());
-                grants.next().unwrap_or(Err(Denied::NoRole))
+                grants.next().unwrap_or(Err(RoleDenied::NoRole))
             }
-            Wanted::Named(name) => {
-                let role = self.defined.iter().find(|role| role.name == *name).ok_or(Denied::NotThisRole)?;
-                grant(role, identities)?.ok_or(Denied::NotThisRole)
+            RequestedRole::ByName(name) => {
+                let role = self.defined.iter().find(|role| role.name == *name).ok_or(RoleDenied::NotThisRole)?;
+                grant(role, identities)?.ok_or(RoleDenied::NotThisRole)
             }
-            Wanted::Arn(arn) => self.requested(identities, arn),
+            RequestedRole::ByArn(arn) => self.requested(identities, arn),
         }
     }
 
     /// Whether a caller with the grant's identity could be given just this grant.
-    pub fn could_give(&self, grant: &Grant) -> bool {
+    pub fn can_grant(&self, grant: &Grant) -> bool {
         let identity = [Identity { spiffe_id: grant.spiffe_id.clone(), hint: None }];
-        let wanted = [Wanted::Named(grant.role.name.clone()), Wanted::Arn(grant.role_arn.clone())];
-        wanted.iter().any(|wanted| self.choose(&identity, wanted).is_ok_and(|given| given == *grant))
+        let wanted = [RequestedRole::ByName(grant.role.name.clone()), RequestedRole::ByArn(grant.role_arn.clone())];
+        wanted.iter().any(|wanted| self.select(&identity, wanted).is_ok_and(|given| given == *grant))
     }
 
     /// AWS's trust policy is the authority over who may assume this role; the list only bounds what is tried.
-    fn requested(&self, identities: &[Identity], arn: &RoleArn) -> Result<Grant, Denied> {
+    fn requested(&self, identities: &[Identity], arn: &RoleArn) -> Result<Grant, RoleDenied> {
         let options = glob::MatchOptions {
             case_sensitive: true,
             require_literal_separator: true,
@@ -181,14 +181,14 @@ impl Roles {
         let settings = self.requested.as_ref().filter(|requested| {
             arn.is_aws() && requested.allowed.iter().any(|pattern| pattern.matches_with(arn.as_str(), options))
         });
-        let settings = settings.ok_or(Denied::ArnNotAllowed)?;
+        let settings = settings.ok_or(RoleDenied::ArnNotAllowed)?;
         if identities.is_empty() {
-            return Err(Denied::NoRole);
+            return Err(RoleDenied::NoRole);
         }
-        let identity = only(identities.iter()).ok_or(Denied::SeveralIdentities)?;
+        let identity = only(identities.iter()).ok_or(RoleDenied::SeveralIdentities)?;
         let role = Role {
             name: arn.as_str().to_owned(),
-            spiffe_id: SpiffeIdPattern::parse(identity.spiffe_id.as_str()).map_err(|_| Denied::ArnNotAllowed)?,
+            spiffe_id: SpiffeIdPattern::parse(identity.spiffe_id.as_str()).map_err(|_| RoleDenied::ArnNotAllowed)?,
             // The workload wrote this: a `{path[0]}` in it is no template of the operator's.
             role_arn: ArnTemplate::fixed(arn),
             audience: settings.audience.clone(),
@@ -198,7 +198,7 @@ impl Roles {
             policy: None,
             policy_arns: Vec::new(),
         };
-        grant(&Arc::new(role), identities)?.ok_or(Denied::ArnNotAllowed)
+        grant(&Arc::new(role), identities)?.ok_or(RoleDenied::ArnNotAllowed)
     }
 }
 
@@ -206,13 +206,13 @@ impl Roles {
 ///
 /// Of several, the one that has the role's name as a hint; never one by its position in the list. For the same reason all
 /// hints count of an identity that is in the list several times.
-fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, Denied> {
+fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, RoleDenied> {
     let fitting = || identities.iter().filter(|identity| role.spiffe_id.matches(&identity.spiffe_id));
     let hinted = fitting().filter(|identity| identity.hint.as_ref() == Some(&role.name));
     if fitting().next().is_none() {
         return Ok(None);
     }
-    let identity = only(fitting()).or_else(|| only(hinted)).ok_or(Denied::SeveralIdentities)?;
+    let identity = only(fitting()).or_else(|| only(hinted)).ok_or(RoleDenied::SeveralIdentities)?;
     let identity = &identity.spiffe_id;
     Ok(role.role_arn.render(identity).map(|role_arn| Grant {
         spiffe_id: identity.clone(),

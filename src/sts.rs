@@ -35,11 +35,11 @@ mod no_proxy;
 mod refusal;
 mod trust;
 
-pub use error::{Again, StsError};
-pub use network::{Hop, InvalidSetting, Network};
+pub use error::{RetryPolicy, StsError};
+pub use network::{InvalidSetting, NetworkSettings, Proxy};
 
-use advice::Destination;
-use client::Connections;
+use advice::StsDestination;
+use client::HttpConnector;
 use error::Failure;
 
 /// No session is asked to last longer than 12 hours, so an `Expiration` further away than that and a wide margin for
@@ -67,12 +67,12 @@ pub struct Settings {
     /// system's certificates, always.
     pub ca_file: Option<PathBuf>,
     /// Proxies and kinds of AWS endpoints.
-    pub network: Network,
+    pub network: NetworkSettings,
 }
 
 /// STS at AWS, or another server that speaks its protocol.
 pub struct Sts {
-    connections: Connections,
+    connections: HttpConnector,
     /// One client, and with it one pool of connections, for each place.
     clients: Mutex<HashMap<StsTarget, Client>>,
     turns: FairSemaphore<SpiffeId>,
@@ -84,7 +84,7 @@ impl Sts {
     /// Does no I/O yet.
     pub fn new(settings: Settings, clock: Clock) -> Self {
         Self {
-            connections: Connections::new(settings.network, settings.ca_file.as_deref(), settings.timeout),
+            connections: HttpConnector::new(settings.network, settings.ca_file.as_deref(), settings.timeout),
             clients: Mutex::default(),
             turns: FairSemaphore::new(settings.max_concurrent, (settings.max_concurrent / 4).max(2)),
             timeout: settings.timeout,
@@ -110,7 +110,7 @@ impl Sts {
     }
 
     /// Whether STS answers at all, whatever it says: it is shown something that is no token. For `/readyz`.
-    pub async fn answers(&self, target: &StsTarget) -> Result<(), StsError> {
+    pub async fn probe(&self, target: &StsTarget) -> Result<(), StsError> {
         let nothing = |call: AssumeRoleWithWebIdentityFluentBuilder| {
             call.role_arn(NO_ROLE).role_session_name(NO_TOKEN).web_identity_token(NO_TOKEN)
         };
@@ -147,10 +147,10 @@ impl Sts {
         Ok(clients.entry(target.clone()).or_insert(client).clone())
     }
 
-    async fn destination(&self, target: &StsTarget) -> Destination {
+    async fn destination(&self, target: &StsTarget) -> StsDestination {
         let url = self.url(target).await.ok();
         let hop = url.as_deref().and_then(|url| url.parse().ok()).map(|uri| self.connections.network.hop(&uri));
-        Destination {
+        StsDestination {
             name: format!("STS at {}", url.unwrap_or_else(|| target.to_string())),
             is_aws: is_aws_sts(target.endpoint.as_deref()),
             proxy: hop.and_then(Result::ok).flatten().map(|hop| hop.to_string()),
@@ -187,7 +187,7 @@ impl AssumeRole for Sts {
         let result = match self.turns.acquire(&grant.spiffe_id).await {
             None => Err(Failure::Busy),
             Some(_turn) => {
-                let answer = self.call(target, |call| filled(call, grant, token)).await;
+                let answer = self.call(target, |call| build_request(call, grant, token)).await;
                 answer.and_then(|answer| self.credentials(answer))
             }
         };
@@ -199,7 +199,7 @@ impl AssumeRole for Sts {
 }
 
 /// The request's parameters. `ProviderId` stays out: it is for OAuth 2.0, and with it STS takes no OIDC token.
-fn filled(
+fn build_request(
     call: AssumeRoleWithWebIdentityFluentBuilder,
     grant: &Grant,
     token: &JwtSvid,

@@ -72,7 +72,7 @@ impl Record {
     }
 
     /// Takes that back: a reload came between.
-    pub fn undecided(&mut self) {
+    pub fn clear_decision(&mut self) {
         self.grant = None;
     }
 

@@ -71,17 +71,17 @@ fn role() -> Arc<Role> {
 async fn a_slow_source_and_a_slow_exchange_hold_a_request_no_longer_than_one_of_them() {
     let slow = Arc::new(Slow(Duration::from_secs(3)));
     let (clock, metrics) = (Clock::starting_at(SystemTime::UNIX_EPOCH), Metrics::default());
-    let issuer = Issuer::new(slow.clone(), slow.clone(), clock.clone(), metrics.clone());
+    let issuer = TokenExchanger::new(slow.clone(), slow.clone(), clock.clone(), metrics.clone());
     let limits = Limits { max_entries: 10, revocation_grace: Duration::from_secs(300) };
     let cache = CredentialCache::new(issuer, clock.clone(), metrics.clone(), limits);
     let policy = Policy { source: slow, roles: Roles { defined: vec![role()], requested: None } };
-    let broker = Broker::new(policy, cache);
+    let broker = CredentialService::new(policy, cache);
     let audit = Audit::unopened(false, clock, metrics);
     audit.reopen(&AuditFile::Path(Path::new("/dev/null").to_owned()), false).unwrap();
     let caller = Arc::new(Caller::synthetic());
     let mut record = audit.begin(ListenerKind::Unix, Some(caller.clone()));
     let begun = Instant::now();
-    let answer = broker.serve(&caller, &Wanted::First, &mut record).await;
-    assert!(matches!(answer, Err(BrokerError::Cache(CacheError::Pending))), "{answer:?}");
+    let answer = broker.credentials_for(&caller, &RequestedRole::Default, &mut record).await;
+    assert!(matches!(answer, Err(ServiceError::Cache(CacheError::Pending))), "{answer:?}");
     assert_eq!(begun.elapsed(), HOLD);
 }

@@ -13,7 +13,7 @@ use super::{CacheError, Shared};
 use crate::caller::Caller;
 use crate::credentials::Credentials;
 use crate::identity::SpiffeId;
-use crate::issue::IssueError;
+use crate::issue::ExchangeError;
 use crate::limits::FairPermit;
 use crate::metrics::Call;
 
@@ -45,7 +45,7 @@ impl Shared {
         self: &Arc<Self>,
         slot: &Arc<Slot>,
         flight: &Flight,
-        result: Result<Credentials, IssueError>,
+        result: Result<Credentials, ExchangeError>,
         caller: &Arc<Caller>,
     ) -> Landing {
         let mut state = slot.state();
@@ -56,7 +56,7 @@ impl Shared {
         let result = result.and_then(|credentials| {
             let issued = Issued::new(&slot.grant, &credentials, &self.clock);
             // Too short to be handed out, ever: nobody may be told that there are credentials.
-            if issued.left(&self.clock) > LAST_GOOD { Ok(Arc::new(issued)) } else { Err(IssueError::TooShort) }
+            if issued.left(&self.clock) > LAST_GOOD { Ok(Arc::new(issued)) } else { Err(ExchangeError::TooShort) }
         });
         if let Err(error) = &result
             && Class::of(error) == Class::CallerGone
@@ -66,7 +66,7 @@ impl Shared {
                 return Landing::Again(other);
             }
         }
-        self.metrics.issues.get_or_create(&Call::of(&result, IssueError::reason)).inc();
+        self.metrics.issues.get_or_create(&Call::of(&result, ExchangeError::reason)).inc();
         state.flight = None;
         let news = match &result {
             Ok(issued) => {
@@ -83,7 +83,7 @@ impl Shared {
         Landing::Done(result.map_err(CacheError::from))
     }
 
-    fn failed(&self, slot: &Slot, error: &IssueError, state: &mut State) -> Option<News> {
+    fn failed(&self, slot: &Slot, error: &ExchangeError, state: &mut State) -> Option<News> {
         let before = state.trouble.take();
         let is_news = before.as_ref().is_none_or(|before| !before.logged || before.error.reason() != error.reason());
         let mut trouble = Box::new(Trouble::after(before.as_deref(), error, Instant::now(), self.clock.now()));
@@ -114,10 +114,10 @@ async fn fly(
         let issuer = shared.setup.load().issuer.clone();
         let flying = {
             let (slot, caller) = (slot.clone(), caller.clone());
-            tokio::spawn(async move { issuer.issue(&caller, &slot.grant).await })
+            tokio::spawn(async move { issuer.exchange(&caller, &slot.grant).await })
         };
         // A panic in a library below ends that flight, not the place that it was for.
-        let result = flying.await.unwrap_or_else(|_| Err(IssueError::broken()));
+        let result = flying.await.unwrap_or_else(|_| Err(ExchangeError::task_panicked()));
         match shared.landed(&slot, &flight, result, &caller) {
             Landing::Again(other) => caller = other,
             Landing::Done(landed) => break landed,

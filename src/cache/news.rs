@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::entry::Slot;
-use crate::issue::IssueError;
+use crate::issue::ExchangeError;
 use crate::telemetry::LogQuota;
 
 /// So many lines at once ...
@@ -33,13 +33,13 @@ impl Log {
 /// Something to tell operators. To be told with nothing locked: a log may be slow.
 pub(super) enum News {
     /// The first failure, or the first of its kind, and how many lines were left out before it.
-    Failed { error: IssueError, kept: bool, missed: u64 },
+    Failed { error: ExchangeError, kept: bool, missed: u64 },
     /// A success after a failure that the log has.
     Again,
     /// The source has withdrawn the identity.
-    Withdrawn(IssueError),
+    Withdrawn(ExchangeError),
     /// What is there has come to its end, or to that of the grace.
-    Over(IssueError),
+    Over(ExchangeError),
 }
 
 impl News {

@@ -13,8 +13,8 @@ use crate::caller::{AttestError, ListenerKind, PeerProof, Process, ProcessFacts}
 use crate::clock::HOLD;
 use crate::credentials::Credentials;
 use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
-use crate::role::{Identity, Role, Roles, StsTarget, Wanted};
-use crate::sts::{Again, AssumeRole, StsError};
+use crate::role::{Identity, RequestedRole, Role, Roles, StsTarget};
+use crate::sts::{AssumeRole, RetryPolicy, StsError};
 use crate::svid::{Basis, IdentitySource, JwtSvid, SourceError};
 
 mod bounds;
@@ -62,8 +62,8 @@ impl World {
         self.fetched.load(Ordering::SeqCst)
     }
 
-    fn issuer(self: &Arc<Self>) -> Issuer {
-        Issuer::new(self.clone(), self.clone(), self.clock.clone(), self.metrics.clone())
+    fn issuer(self: &Arc<Self>) -> TokenExchanger {
+        TokenExchanger::new(self.clone(), self.clone(), self.clock.clone(), self.metrics.clone())
     }
 
     async fn answer(&self, caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
@@ -146,7 +146,13 @@ fn denied() -> SourceError {
 
 fn refused() -> StsError {
     let what = "STS refuses".to_owned();
-    StsError { again: Again::Never, reason: "sts_access_denied", code: "AccessDenied".to_owned(), what, fix: None }
+    StsError {
+        again: RetryPolicy::Never,
+        reason: "sts_access_denied",
+        code: "AccessDenied".to_owned(),
+        what,
+        fix: None,
+    }
 }
 
 #[derive(Debug)]
@@ -196,7 +202,7 @@ fn role(name: &str) -> Role {
 fn grant_of(owner: &str, role: &Arc<Role>) -> Grant {
     let spiffe_id = SpiffeId::parse(&format!("spiffe://example.org/{owner}")).unwrap();
     let roles = Roles { defined: vec![role.clone()], requested: None };
-    roles.choose(&[Identity { spiffe_id, hint: None }], &Wanted::First).unwrap()
+    roles.select(&[Identity { spiffe_id, hint: None }], &RequestedRole::Default).unwrap()
 }
 
 /// The one role of this owner: each time with a definition made anew.
@@ -383,7 +389,7 @@ async fn a_panic_in_a_flight_leaves_its_place_usable() {
     world.panics.store(true, Ordering::SeqCst);
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
     world.panics.store(false, Ordering::SeqCst);
-    advance(trouble::remembered(&IssueError::broken())).await;
+    advance(trouble::remembered(&ExchangeError::task_panicked())).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use crate::issue::IssueError;
+use crate::issue::ExchangeError;
 use crate::svid::SourceError;
 
 /// Waits between tries to refresh double from this ...
@@ -29,10 +29,10 @@ pub(super) enum Class {
 }
 
 impl Class {
-    pub(super) fn of(error: &IssueError) -> Self {
+    pub(super) fn of(error: &ExchangeError) -> Self {
         match error {
-            IssueError::Source(SourceError::Caller(_)) => Self::CallerGone,
-            IssueError::Source(SourceError::Denied(_)) => Self::Denied,
+            ExchangeError::Source(SourceError::Caller(_)) => Self::CallerGone,
+            ExchangeError::Source(SourceError::Denied(_)) => Self::Denied,
             error if error.is_transient() => Self::Outage,
             _ => Self::Refused,
         }
@@ -41,19 +41,19 @@ impl Class {
 
 /// **The** table of how long a failure is remembered where nothing is cached. SDKs repeat even a refused request three to
 /// six times within seconds; what may pass at any time is remembered no longer than clients are told to wait.
-pub(super) fn remembered(error: &IssueError) -> Duration {
+pub(super) fn remembered(error: &ExchangeError) -> Duration {
     Duration::from_secs(match error {
         error if error.is_transient() => 1,
         // Somebody may be registering it right now.
-        IssueError::Source(SourceError::Denied(_)) => 3,
-        IssueError::Source(_) | IssueError::Sts(_) | IssueError::TooOften | IssueError::TooShort => 5,
+        ExchangeError::Source(SourceError::Denied(_)) => 3,
+        ExchangeError::Source(_) | ExchangeError::Sts(_) | ExchangeError::TooOften | ExchangeError::TooShort => 5,
     })
 }
 
 /// What has failed since the last success.
 #[derive(Debug)]
 pub(super) struct Trouble {
-    pub(super) error: IssueError,
+    pub(super) error: ExchangeError,
     pub(super) at: Instant,
     pub(super) time: SystemTime,
     /// No refresh begins earlier.
@@ -70,7 +70,7 @@ pub(super) struct Trouble {
 
 impl Trouble {
     /// After another failure.
-    pub(super) fn after(before: Option<&Self>, error: &IssueError, at: Instant, time: SystemTime) -> Self {
+    pub(super) fn after(before: Option<&Self>, error: &ExchangeError, at: Instant, time: SystemTime) -> Self {
         let class = Class::of(error);
         let since = before.and_then(|before| before.refused_since);
         let refused_since = if class == Class::Refused { since.or(Some((at, time))) } else { since };

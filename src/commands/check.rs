@@ -23,7 +23,7 @@ use crate::cgroup::PodUid;
 use crate::clock::Clock;
 use crate::config::{Config, Exposure, is_aws_sts};
 use crate::role::StsTarget;
-use crate::sts::{Network, Settings, Sts};
+use crate::sts::{NetworkSettings, Settings, Sts};
 use agent::Whom;
 use report::Report;
 
@@ -162,8 +162,8 @@ fn configuration(options: &Options, report: &mut Report) -> Option<Config> {
 }
 
 /// As the daemon has it, and the way there, which the other steps take too.
-fn sts(config: &Config) -> (Network, Sts) {
-    let network = Network::from_env(|name| std::env::var(name).ok());
+fn sts(config: &Config) -> (NetworkSettings, Sts) {
+    let network = NetworkSettings::from_env(|name| std::env::var(name).ok());
     let settings = Settings {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,

@@ -18,7 +18,7 @@ use super::live::{self, Live};
 use super::web::{Chain, Web};
 use crate::config::{Config, Exposure};
 use crate::identity::SpiffeId;
-use crate::sts::Network;
+use crate::sts::NetworkSettings;
 use plan::{Account, AccountName, Issuer, Plan, Provider};
 
 /// For a token, and for each document of the issuer.
@@ -189,7 +189,7 @@ async fn thumbprint(issuer: &Issuer, accepted: bool) -> (Option<String>, Option<
     if !issuer.url().starts_with("https://") {
         return (None, None);
     }
-    let network = Network::from_env(|name| std::env::var(name).ok());
+    let network = NetworkSettings::from_env(|name| std::env::var(name).ok());
     let web = Web { resolve: Vec::new(), network: Some(network), deadline: DEADLINE };
     let chain = async {
         let document = web.get(&live::discovery_url(issuer.url())).await?;

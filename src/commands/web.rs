@@ -23,7 +23,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use crate::sts::{Hop, Network};
+use crate::sts::{NetworkSettings, Proxy};
 
 /// Documents of an issuer are a few kilobytes.
 const BODY_MAX: usize = 1024 * 1024;
@@ -72,7 +72,7 @@ impl std::str::FromStr for Resolve {
 pub(super) struct Web {
     pub(super) resolve: Vec<Resolve>,
     /// With its proxies; `None`: always directly.
-    pub(super) network: Option<Network>,
+    pub(super) network: Option<NetworkSettings>,
     pub(super) deadline: Duration,
 }
 
@@ -136,7 +136,7 @@ impl Web {
         Ok(answer)
     }
 
-    async fn to_proxy(&self, hop: &Hop) -> Result<TcpStream, String> {
+    async fn to_proxy(&self, hop: &Proxy) -> Result<TcpStream, String> {
         if hop.secure {
             let what = "is to be asked over TLS, which awsvid check does not do: try it with curl";
             return Err(format!("{hop} {what}"));
@@ -144,7 +144,7 @@ impl Web {
         self.connect(&hop.host, hop.port).await.map_err(|error| format!("through {hop}: {error}"))
     }
 
-    async fn tunnel(&self, hop: &Hop, host: &str, port: u16) -> Result<TcpStream, String> {
+    async fn tunnel(&self, hop: &Proxy, host: &str, port: u16) -> Result<TcpStream, String> {
         let mut stream = self.to_proxy(hop).await?;
         let opened = tunnel::open(&mut stream, host, port, hop.authorization.as_ref()).await;
         opened.map_err(|error| format!("{hop}: {error}"))?;

@@ -6,7 +6,7 @@ use aws_sdk_sts::config::{BehaviorVersion, Config as SdkConfig, Region};
 use crate::config::{AuditFile, Config, Loaded};
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
-use crate::role::{Identity, Wanted};
+use crate::role::{Identity, RequestedRole};
 use crate::svid::SourceError;
 
 async fn dev(names: &[(u32, &str)]) -> Dev {
@@ -25,7 +25,7 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
     let alice = SpiffeId::parse("spiffe://dev.local/user/alice").unwrap();
     assert_eq!(*config.workloads.iter().find(|one| one.rule.rule.uid == Some(1000)).unwrap().rule.spiffe_id(), alice);
     let identities = [Identity { spiffe_id: alice.clone(), hint: None }];
-    let grant = config.roles.choose(&identities, &Wanted::Named("dev".to_owned())).unwrap();
+    let grant = config.roles.select(&identities, &RequestedRole::ByName("dev".to_owned())).unwrap();
 
     let source = crate::svid::WorkloadApi::new(
         config.identity.socket.clone(),
@@ -38,7 +38,7 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,
         ca_file: None,
-        network: crate::sts::Network::default(),
+        network: crate::sts::NetworkSettings::default(),
     };
     let sts = crate::sts::Sts::new(settings, Clock::system());
     let issued = crate::sts::AssumeRole::assume(&sts, &grant, &token).await.unwrap();

@@ -3,11 +3,11 @@
 use serde::Serialize;
 
 use crate::audit::{Outcome, RequestId};
-use crate::broker::BrokerError;
+use crate::broker::ServiceError;
 use crate::cache::CacheError;
 use crate::caller::{AttestError, Caller};
-use crate::issue::IssueError;
-use crate::role::Denied;
+use crate::issue::ExchangeError;
+use crate::role::RoleDenied;
 use crate::svid::SourceError;
 
 /// Why a request gets no credentials, with what the client may know of it.
@@ -40,9 +40,9 @@ pub(crate) enum RequestError {
     /// No rule matches; with what the caller is, which it knows itself.
     NoIdentity(String),
     /// No role.
-    Denied(Denied),
+    Denied(RoleDenied),
     /// The source or STS failed or refused.
-    Issue(IssueError),
+    Issue(ExchangeError),
     /// Still under way.
     Pending,
     /// The cache's bound.
@@ -65,21 +65,21 @@ struct ErrorBody<'a> {
 }
 
 impl RequestError {
-    pub(super) fn broker(error: BrokerError, caller: &Caller) -> Self {
+    pub(super) fn broker(error: ServiceError, caller: &Caller) -> Self {
         match error {
-            BrokerError::Refused(refusal) => Self::Caller(refusal),
-            BrokerError::NoIdentity => Self::NoIdentity(describe(caller)),
+            ServiceError::Refused(refusal) => Self::Caller(refusal),
+            ServiceError::NoIdentity => Self::NoIdentity(describe(caller)),
             // The process that the source was asked about is the caller, or one that waits with it.
-            BrokerError::Source(SourceError::Caller(refusal))
-            | BrokerError::Cache(CacheError::Issue(IssueError::Source(SourceError::Caller(refusal)))) => {
+            ServiceError::Source(SourceError::Caller(refusal))
+            | ServiceError::Cache(CacheError::Issue(ExchangeError::Source(SourceError::Caller(refusal)))) => {
                 Self::Caller(refusal)
             }
-            BrokerError::Source(error) => Self::Issue(IssueError::Source(error)),
-            BrokerError::Denied(denied) => Self::Denied(denied),
-            BrokerError::Cache(CacheError::Issue(error)) => Self::Issue(error),
-            BrokerError::Cache(CacheError::Pending) => Self::Pending,
-            BrokerError::Cache(CacheError::Full) => Self::Full,
-            BrokerError::Cache(CacheError::TooManyRoles) => Self::TooManyRoles,
+            ServiceError::Source(error) => Self::Issue(ExchangeError::Source(error)),
+            ServiceError::Denied(denied) => Self::Denied(denied),
+            ServiceError::Cache(CacheError::Issue(error)) => Self::Issue(error),
+            ServiceError::Cache(CacheError::Pending) => Self::Pending,
+            ServiceError::Cache(CacheError::Full) => Self::Full,
+            ServiceError::Cache(CacheError::TooManyRoles) => Self::TooManyRoles,
         }
     }
 

@@ -5,7 +5,7 @@ use hyper::{Method, Uri};
 
 use super::rules::{Authorization, RequestHead, validate};
 use crate::caller::ListenerKind;
-use crate::role::Wanted;
+use crate::role::RequestedRole;
 
 /// `METHOD TARGET` in the first line, headers in the others: whatever is let through is harmless by itself.
 pub(crate) fn request(bytes: &[u8]) -> bool {
@@ -42,12 +42,12 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
         assert!(!(name == "sec-fetch-site" && site), "{value:?}");
     }
     match wanted {
-        Wanted::First => assert!(matches!(uri.path(), "/v1/credentials" | "/v1/credentials/")),
-        Wanted::Named(name) => {
+        RequestedRole::Default => assert!(matches!(uri.path(), "/v1/credentials" | "/v1/credentials/")),
+        RequestedRole::ByName(name) => {
             assert!((1..=64).contains(&name.len()) && !matches!(&*name, "." | ".."), "{name:?}");
             assert!(name.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c)), "{name:?}");
         }
-        Wanted::Arn(arn) => assert!(arn.as_str().bytes().all(|c| c.is_ascii_graphic()), "{arn}"),
+        RequestedRole::ByArn(arn) => assert!(arn.as_str().bytes().all(|c| c.is_ascii_graphic()), "{arn}"),
     }
     true
 }

@@ -17,7 +17,7 @@ use subtle::ConstantTimeEq;
 use crate::caller::ListenerKind;
 use crate::http::answer::RequestError;
 use crate::identity::RoleArn;
-use crate::role::Wanted;
+use crate::role::RequestedRole;
 
 /// `[listen] authorization`: what a TCP caller has to send. It proves that the caller can set headers, which a deputy that
 /// merely fetches URLs for somebody can't (attack 4).
@@ -101,7 +101,7 @@ pub(super) fn validate(
     asked: &RequestHead<'_>,
     listener: ListenerKind,
     authorization: &Authorization,
-) -> Result<Wanted, RequestError> {
+) -> Result<RequestedRole, RequestError> {
     if !host_is_loopback(asked.headers) {
         return Err(RequestError::Host);
     }
@@ -173,26 +173,26 @@ fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
 }
 
 /// `/v1/credentials`, `/v1/credentials/<name>` or `/v1/credentials/<ARN>`, decoded once. A trailing `/` is as without it.
-fn wanted(path: &str, query: Option<&str>) -> Result<Wanted, RequestError> {
+fn wanted(path: &str, query: Option<&str>) -> Result<RequestedRole, RequestError> {
     let rest = path.strip_prefix(PATH).ok_or(RequestError::Path)?;
     // An empty one asks for nothing: some clients write the `?` wherever they have no parameter to write.
     if query.is_some_and(|query| !query.is_empty()) {
         return Err(RequestError::Path);
     }
     let name = match rest {
-        "" | "/" => return Ok(Wanted::First),
+        "" | "/" => return Ok(RequestedRole::Default),
         rest => rest.strip_prefix('/').ok_or(RequestError::Path)?,
     };
     let name = percent_decode_str(name).decode_utf8().map_err(|_| RequestError::Path)?;
     if name.starts_with("arn:") {
-        return RoleArn::parse(&name).map(Wanted::Arn).map_err(|_| RequestError::BadArn);
+        return RoleArn::parse(&name).map(RequestedRole::ByArn).map_err(|_| RequestError::BadArn);
     }
     // Nothing else can be a role's name: no `..`, no NUL, no `%` of a path that was encoded twice.
     let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
     if name.len() > ROLE_NAME_MAX || !name.bytes().all(allowed) || matches!(&*name, "." | "..") {
         return Err(RequestError::Path);
     }
-    Ok(Wanted::Named(name.into_owned()))
+    Ok(RequestedRole::ByName(name.into_owned()))
 }
 
 #[cfg(test)]

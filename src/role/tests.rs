@@ -28,8 +28,8 @@ fn identities(list: &[&str]) -> Vec<Identity> {
 }
 
 /// The chosen role's name and the SPIFFE ID's path, or the reason of the denial.
-fn choice(roles: &Roles, callers: &[&str], wanted: &Wanted) -> String {
-    match roles.choose(&identities(callers), wanted) {
+fn choice(roles: &Roles, callers: &[&str], wanted: &RequestedRole) -> String {
+    match roles.select(&identities(callers), wanted) {
         Ok(grant) => {
             format!("{} as {}", grant.role.name, grant.spiffe_id.as_str().replace("spiffe://example.org/", ""))
         }
@@ -45,13 +45,13 @@ fn the_first_role_or_the_named_one() {
         role("any", "shop/*", "any"),
         role("admin", "admin", "admin"),
     ]);
-    let named = |name: &str| Wanted::Named(name.to_owned());
+    let named = |name: &str| RequestedRole::ByName(name.to_owned());
     let table = [
-        ("shop/reader", Wanted::First, "reader as shop/reader"),
-        ("shop/billing", Wanted::First, "billing as shop/billing"),
-        ("shop/other", Wanted::First, "any as shop/other"),
-        ("shop", Wanted::First, "no_role"),
-        ("shop/billing/x", Wanted::First, "no_role"),
+        ("shop/reader", RequestedRole::Default, "reader as shop/reader"),
+        ("shop/billing", RequestedRole::Default, "billing as shop/billing"),
+        ("shop/other", RequestedRole::Default, "any as shop/other"),
+        ("shop", RequestedRole::Default, "no_role"),
+        ("shop/billing/x", RequestedRole::Default, "no_role"),
         ("shop/billing", named("any"), "any as shop/billing"),
         ("shop/billing", named("billing"), "billing as shop/billing"),
         // Not for this caller, and not there at all: nobody can find out which names exist.
@@ -64,9 +64,9 @@ fn the_first_role_or_the_named_one() {
     for (caller, wanted, expected) in table {
         assert_eq!(choice(&roles, &[caller], &wanted), expected, "{caller} {wanted:?}");
     }
-    assert_eq!(choice(&roles, &[], &Wanted::First), "no_role");
+    assert_eq!(choice(&roles, &[], &RequestedRole::Default), "no_role");
     assert_eq!(choice(&roles, &[], &named("billing")), "not_this_role");
-    assert_eq!(choice(&Roles::default(), &["shop/billing"], &Wanted::First), "no_role");
+    assert_eq!(choice(&Roles::default(), &["shop/billing"], &RequestedRole::Default), "no_role");
 }
 
 #[test]
@@ -76,32 +76,32 @@ fn of_several_identities_never_one_by_its_position() {
         role("reader", "read/*", "reader"),
         role("exact", "shop/a", "exact"),
     ]);
-    let named = |name: &str| Wanted::Named(name.to_owned());
-    let table: [(&[&str], Wanted, &str); 20] = [
-        (&["shop/a", "shop/b"], Wanted::First, "several_identities"),
-        (&["shop/b", "shop/a"], Wanted::First, "several_identities"),
+    let named = |name: &str| RequestedRole::ByName(name.to_owned());
+    let table: [(&[&str], RequestedRole, &str); 20] = [
+        (&["shop/a", "shop/b"], RequestedRole::Default, "several_identities"),
+        (&["shop/b", "shop/a"], RequestedRole::Default, "several_identities"),
         (&["shop/a", "shop/b"], named("billing"), "several_identities"),
         // Only one that the role is for.
-        (&["shop/a", "read/b"], Wanted::First, "billing as shop/a"),
-        (&["read/b", "shop/a"], Wanted::First, "billing as shop/a"),
+        (&["shop/a", "read/b"], RequestedRole::Default, "billing as shop/a"),
+        (&["read/b", "shop/a"], RequestedRole::Default, "billing as shop/a"),
         (&["shop/a", "read/b"], named("reader"), "reader as read/b"),
-        (&["other/a", "other/b", "read/c"], Wanted::First, "reader as read/c"),
-        (&["other/a", "other/b"], Wanted::First, "no_role"),
+        (&["other/a", "other/b", "read/c"], RequestedRole::Default, "reader as read/c"),
+        (&["other/a", "other/b"], RequestedRole::Default, "no_role"),
         (&["shop/a", "shop/b"], named("exact"), "exact as shop/a"),
         // The hint is the role's name.
-        (&["shop/a", "shop/b billing"], Wanted::First, "billing as shop/b"),
+        (&["shop/a", "shop/b billing"], RequestedRole::Default, "billing as shop/b"),
         (&["shop/a billing", "shop/b reader"], named("billing"), "billing as shop/a"),
-        (&["shop/a billing", "shop/b billing"], Wanted::First, "several_identities"),
-        (&["shop/a reader", "shop/b other"], Wanted::First, "several_identities"),
+        (&["shop/a billing", "shop/b billing"], RequestedRole::Default, "several_identities"),
+        (&["shop/a reader", "shop/b other"], RequestedRole::Default, "several_identities"),
         // One that comes several times, of several registrations, is still one, and has each of its hints.
-        (&["shop/a", "shop/a"], Wanted::First, "billing as shop/a"),
-        (&["shop/a x", "shop/a y", "read/b"], Wanted::First, "billing as shop/a"),
-        (&["shop/a x", "shop/b", "shop/a billing"], Wanted::First, "billing as shop/a"),
-        (&["shop/a billing", "shop/b", "shop/a x"], Wanted::First, "billing as shop/a"),
-        (&["shop/a billing", "shop/a billing", "shop/b"], Wanted::First, "billing as shop/a"),
-        (&["shop/a billing", "shop/b billing", "shop/a"], Wanted::First, "several_identities"),
+        (&["shop/a", "shop/a"], RequestedRole::Default, "billing as shop/a"),
+        (&["shop/a x", "shop/a y", "read/b"], RequestedRole::Default, "billing as shop/a"),
+        (&["shop/a x", "shop/b", "shop/a billing"], RequestedRole::Default, "billing as shop/a"),
+        (&["shop/a billing", "shop/b", "shop/a x"], RequestedRole::Default, "billing as shop/a"),
+        (&["shop/a billing", "shop/a billing", "shop/b"], RequestedRole::Default, "billing as shop/a"),
+        (&["shop/a billing", "shop/b billing", "shop/a"], RequestedRole::Default, "several_identities"),
         // A hint gives nobody a role that is not for him.
-        (&["other/a billing"], Wanted::First, "no_role"),
+        (&["other/a billing"], RequestedRole::Default, "no_role"),
     ];
     for (callers, wanted, expected) in table {
         assert_eq!(choice(&roles, callers, &wanted), expected, "{callers:?} {wanted:?}");
@@ -114,7 +114,7 @@ fn a_grant_says_all_that_is_issued() {
     let named = Role { session_name: Some(SessionName::parse("fixed").unwrap()), ..role("fixed", "ns/**", "fixed") };
     let roles = roles([templated.clone(), named]);
     let callers = identities(&["ns/pay/sa/billing"]);
-    let grant = roles.choose(&callers, &Wanted::First).unwrap();
+    let grant = roles.select(&callers, &RequestedRole::Default).unwrap();
     let expected = Grant {
         spiffe_id: callers[0].spiffe_id.clone(),
         role: Arc::new(templated),
@@ -122,7 +122,7 @@ fn a_grant_says_all_that_is_issued() {
         session_name: SessionName::parse("example.org=ns=pay=sa=billing").unwrap(),
     };
     assert_eq!(grant, expected);
-    let fixed = roles.choose(&callers, &Wanted::Named("fixed".to_owned())).unwrap();
+    let fixed = roles.select(&callers, &RequestedRole::ByName("fixed".to_owned())).unwrap();
     assert_eq!(
         (fixed.session_name.as_str(), fixed.role_arn.as_str()),
         ("fixed", "arn:aws:iam::123456789012:role/fixed")
@@ -134,8 +134,8 @@ fn a_template_that_does_not_fit_gives_no_role() {
     let roles =
         roles([role("long", "**", "{path[0]}"), role("missing", "**", "{path[3]}"), role("last", "**", "last")]);
     let long = "x".repeat(65);
-    assert_eq!(choice(&roles, &[&long], &Wanted::First), format!("last as {long}"));
-    assert_eq!(choice(&roles, &[&long], &Wanted::Named("missing".to_owned())), "not_this_role");
+    assert_eq!(choice(&roles, &[&long], &RequestedRole::Default), format!("last as {long}"));
+    assert_eq!(choice(&roles, &[&long], &RequestedRole::ByName("missing".to_owned())), "not_this_role");
 }
 
 /// Attack 17: what differs in anything must not share credentials.
@@ -161,8 +161,10 @@ fn every_part_of_a_role_distinguishes_grants() {
         policy("{\"a\":1}"),
         Role { policy_arns: vec!["arn:aws:iam::aws:policy/ReadOnlyAccess".to_owned()], ..plain.clone() },
     ];
-    let keys: std::collections::HashSet<_> =
-        all.iter().map(|role| roles([role.clone()]).choose(&identities(&["x"]), &Wanted::First).unwrap()).collect();
+    let keys: std::collections::HashSet<_> = all
+        .iter()
+        .map(|role| roles([role.clone()]).select(&identities(&["x"]), &RequestedRole::Default).unwrap())
+        .collect();
     assert_eq!(keys.len(), all.len());
 }
 
@@ -175,8 +177,8 @@ fn requesting(allowed: &[&str]) -> Roles {
     Roles { requested: Some(requested), ..roles([role("billing", "shop/*", "billing")]) }
 }
 
-fn arn(text: &str) -> Wanted {
-    Wanted::Arn(RoleArn::parse(text).unwrap())
+fn arn(text: &str) -> RequestedRole {
+    RequestedRole::ByArn(RoleArn::parse(text).unwrap())
 }
 
 #[test]
@@ -203,11 +205,11 @@ fn arns_that_workloads_may_ask_for() {
     assert_eq!(choice(&roles([]), &["ns/a"], &wanted), "arn_not_allowed");
     assert_eq!(choice(&requesting(&[]), &["ns/a"], &wanted), "arn_not_allowed");
     // A pattern that is too wide still gives nothing that is not AWS's.
-    let elsewhere = Wanted::Arn(RoleArn::opaque("arn:minio:iam:::role/x").unwrap());
+    let elsewhere = RequestedRole::ByArn(RoleArn::opaque("arn:minio:iam:::role/x").unwrap());
     assert_eq!(choice(&requesting(&["**"]), &["ns/a"], &elsewhere), "arn_not_allowed");
     // An ARN is no way around a [[role]], nor is the list for one.
     assert_eq!(choice(&all, &["shop/a"], &arn("arn:aws:iam::123456789012:role/billing")), "arn_not_allowed");
-    assert_eq!(choice(&all, &["ns/a"], &Wanted::First), "no_role");
+    assert_eq!(choice(&all, &["ns/a"], &RequestedRole::Default), "no_role");
 }
 
 #[test]
@@ -216,7 +218,7 @@ fn a_requested_grant_is_for_the_caller_alone_and_for_the_arn_as_it_was_written()
     let all = requesting(&["arn:aws:iam::123456789012:role/*/x"]);
     // Were this taken as a template, the answer would be a role that nobody has compared with the list.
     let written = "arn:aws:iam::123456789012:role/{path[0]}/x";
-    let grant = all.choose(&caller, &arn(written)).unwrap();
+    let grant = all.select(&caller, &arn(written)).unwrap();
     assert_eq!((grant.role_arn.as_str(), grant.session_name.as_str()), (written, "example.org=admin"));
     assert_eq!(grant.role.spiffe_id.exact().as_ref(), Some(&caller[0].spiffe_id));
     assert_eq!((grant.role.audience.as_str(), grant.role.sts.region.as_str()), ("sts.amazonaws.com", "eu-central-1"));
@@ -231,12 +233,12 @@ fn only_the_same_definition_could_give_a_grant() {
         requested: requesting(&["arn:aws:iam::123456789012:role/app-*"]).requested,
         ..roles([role("any", "shop/*", "any"), role("billing", "shop/billing", "billing")])
     };
-    let billing = before.choose(&caller, &Wanted::Named("billing".to_owned())).unwrap();
-    let asked = before.choose(&caller, &arn("arn:aws:iam::123456789012:role/app-1")).unwrap();
-    assert!(before.could_give(&billing) && before.could_give(&asked));
+    let billing = before.select(&caller, &RequestedRole::ByName("billing".to_owned())).unwrap();
+    let asked = before.select(&caller, &arn("arn:aws:iam::123456789012:role/app-1")).unwrap();
+    assert!(before.can_grant(&billing) && before.can_grant(&asked));
     // Elsewhere in the list, and beside others.
     let moved = roles([role("billing", "shop/billing", "billing"), role("new", "**", "new")]);
-    assert!(moved.could_give(&billing) && !moved.could_give(&asked));
+    assert!(moved.can_grant(&billing) && !moved.can_grant(&asked));
     let narrowed = Role { policy: Some("{}".to_owned()), ..role("billing", "shop/billing", "billing") };
     for other in [
         narrowed,
@@ -244,17 +246,17 @@ fn only_the_same_definition_could_give_a_grant() {
         role("billing", "shop/other", "billing"),
         role("renamed", "shop/billing", "billing"),
     ] {
-        assert!(!roles([other.clone()]).could_give(&billing), "{other:?}");
+        assert!(!roles([other.clone()]).can_grant(&billing), "{other:?}");
     }
     let fewer =
         Roles { requested: requesting(&["arn:aws:iam::123456789012:role/web-*"]).requested, ..Roles::default() };
-    assert!(!fewer.could_give(&asked));
+    assert!(!fewer.can_grant(&asked));
 }
 
 #[test]
 fn denials_have_reasons_of_their_own() {
-    let all = [Denied::NoRole, Denied::NotThisRole, Denied::ArnNotAllowed, Denied::SeveralIdentities];
-    let reasons: std::collections::HashSet<_> = all.iter().map(Denied::reason).collect();
+    let all = [RoleDenied::NoRole, RoleDenied::NotThisRole, RoleDenied::ArnNotAllowed, RoleDenied::SeveralIdentities];
+    let reasons: std::collections::HashSet<_> = all.iter().map(RoleDenied::reason).collect();
     assert_eq!(reasons.len(), all.len());
     assert!(all.iter().all(|denied| !denied.to_string().is_empty()));
 }

@@ -9,7 +9,7 @@ use crate::svid::{JwtSvid, one_line};
 
 /// The STS that a call goes to, for error messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Destination {
+pub(super) struct StsDestination {
     /// `STS at https://...`.
     pub(super) name: String,
     /// Whether AWS runs it.
@@ -19,8 +19,8 @@ pub(super) struct Destination {
 }
 
 /// Returns what an operator can do. `answer` has the code and the message of STS; `call` is the exchange that failed.
-pub(super) fn of(reason: &str, answer: &str, at: &Destination, call: Option<(&Grant, &JwtSvid)>) -> Option<String> {
-    let by_call = call.and_then(|(grant, token)| Call { grant, token, at, answer }.advice(reason));
+pub(super) fn of(reason: &str, answer: &str, at: &StsDestination, call: Option<(&Grant, &JwtSvid)>) -> Option<String> {
+    let by_call = call.and_then(|(grant, token)| FailedCall { grant, token, at, answer }.advice(reason));
     by_call.or_else(|| general(reason).map(str::to_owned))
 }
 
@@ -43,14 +43,14 @@ fn general(reason: &str) -> Option<&'static str> {
     })
 }
 
-struct Call<'a> {
+struct FailedCall<'a> {
     grant: &'a Grant,
     token: &'a JwtSvid,
-    at: &'a Destination,
+    at: &'a StsDestination,
     answer: &'a str,
 }
 
-impl Call<'_> {
+impl FailedCall<'_> {
     fn advice(&self, reason: &str) -> Option<String> {
         let issuer = issuer(self.token);
         match reason {

@@ -23,7 +23,7 @@ use http_body_util::Limited;
 use hyper::Uri;
 
 use super::error::Failure;
-use super::network::{InvalidSetting, Network};
+use super::network::{InvalidSetting, NetworkSettings};
 use super::trust::{NoRoots, Roots};
 use crate::config::is_aws_sts;
 use crate::role::StsTarget;
@@ -36,15 +36,15 @@ const IDLE: Duration = Duration::from_secs(15);
 const ANSWER_MAX: usize = 256 * 1024;
 
 /// What all clients have in common.
-pub(super) struct Connections {
-    pub(super) network: Network,
+pub(super) struct HttpConnector {
+    pub(super) network: NetworkSettings,
     system: Arc<Roots>,
     ca_file: Option<Arc<Roots>>,
     connect_timeout: Duration,
 }
 
-impl Connections {
-    pub(super) fn new(network: Network, ca_file: Option<&Path>, timeout: Duration) -> Self {
+impl HttpConnector {
+    pub(super) fn new(network: NetworkSettings, ca_file: Option<&Path>, timeout: Duration) -> Self {
         Self {
             network,
             system: Roots::of_system(),

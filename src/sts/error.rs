@@ -8,14 +8,14 @@ use aws_sdk_sts::operation::assume_role_with_web_identity::AssumeRoleWithWebIden
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use thiserror::Error;
 
-use super::advice::{self, Destination};
+use super::advice::{self, StsDestination};
 use super::refusal;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
 
 /// What to do after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Again {
+pub enum RetryPolicy {
     /// Try once more with a new token. If that is refused too, the same as `Never`.
     NewToken,
     /// Try again later, with backoff: it passes by itself.
@@ -28,7 +28,7 @@ pub enum Again {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub struct StsError {
     /// What to do about it.
-    pub again: Again,
+    pub again: RetryPolicy,
     /// The label in metrics and audit records.
     pub reason: &'static str,
     /// What STS itself calls it, as on the wire; empty if STS has not answered, or in no words that can be read.
@@ -78,7 +78,7 @@ impl Failure {
                 match refusal::read(refused.raw()) {
                     None if status.is_success() => Self::Garbled("it could not be read".to_owned()),
                     refusal => {
-                        let refusal::Refusal { code, message } = refusal.unwrap_or_default();
+                        let refusal::StsErrorResponse { code, message } = refusal.unwrap_or_default();
                         Self::Refused { code, status: status.as_u16(), message }
                     }
                 }
@@ -99,38 +99,38 @@ impl Failure {
     }
 
     /// **The** table: what to do, and the reason's label.
-    fn judge(&self) -> (Again, &'static str) {
+    fn classify(&self) -> (RetryPolicy, &'static str) {
         match self {
             Self::Refused { code, status, message } => match code {
-                Some(code) => by_code(code, *status, message),
-                None => by_status(*status),
+                Some(code) => classify_code(code, *status, message),
+                None => classify_status(*status),
             },
-            Self::Garbled(_) => (Again::Later, "sts_bad_answer"),
-            Self::NoAnswer(_) => (Again::Later, "sts_unreachable"),
-            Self::Unsendable(_) => (Again::Never, "sts_misconfigured"),
-            Self::Untrusted(_) => (Again::Later, "sts_no_ca"),
-            Self::Busy => (Again::Later, "sts_busy"),
+            Self::Garbled(_) => (RetryPolicy::Later, "sts_bad_answer"),
+            Self::NoAnswer(_) => (RetryPolicy::Later, "sts_unreachable"),
+            Self::Unsendable(_) => (RetryPolicy::Never, "sts_misconfigured"),
+            Self::Untrusted(_) => (RetryPolicy::Later, "sts_no_ca"),
+            Self::Busy => (RetryPolicy::Later, "sts_busy"),
         }
     }
 }
 
 /// By the code on the wire. Shapes in the SDK have names of their own (`IdpCommunicationErrorException` for
 /// `IDPCommunicationError`), and other makers' STS use now one, now the other, so the ending doesn't count.
-fn by_code(code: &str, status: u16, message: &str) -> (Again, &'static str) {
+fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, &'static str) {
     match code.strip_suffix("Exception").unwrap_or(code) {
-        "ExpiredToken" => (Again::NewToken, "sts_expired_token"),
+        "ExpiredToken" => (RetryPolicy::NewToken, "sts_expired_token"),
         // STS fetches the issuer's keys during the call, and gives up after seconds.
         "InvalidIdentityToken" if message.to_ascii_lowercase().contains("retrieve verification key") => {
-            (Again::Later, "sts_issuer_unreachable")
+            (RetryPolicy::Later, "sts_issuer_unreachable")
         }
-        "IDPCommunicationError" => (Again::Later, "sts_issuer_unreachable"),
+        "IDPCommunicationError" => (RetryPolicy::Later, "sts_issuer_unreachable"),
         // Perhaps signed with a key that has been withdrawn since; the agent drops such tokens.
         "InvalidIdentityToken" | "IDPRejectedClaim" | "InvalidToken" | "InvalidClientTokenId" => {
-            (Again::NewToken, "sts_invalid_token")
+            (RetryPolicy::NewToken, "sts_invalid_token")
         }
-        "AccessDenied" => (Again::Never, "sts_access_denied"),
-        "RegionDisabled" => (Again::Never, "sts_region_disabled"),
-        "MalformedPolicyDocument" | "PackedPolicyTooLarge" => (Again::Never, "sts_bad_policy"),
+        "AccessDenied" => (RetryPolicy::Never, "sts_access_denied"),
+        "RegionDisabled" => (RetryPolicy::Never, "sts_region_disabled"),
+        "MalformedPolicyDocument" | "PackedPolicyTooLarge" => (RetryPolicy::Never, "sts_bad_policy"),
         "ValidationError"
         | "Validation"
         | "InvalidArgument"
@@ -138,7 +138,7 @@ fn by_code(code: &str, status: u16, message: &str) -> (Again, &'static str) {
         | "InvalidParameterCombination"
         | "InvalidRequest"
         | "MissingParameter"
-        | "NoSuchEntity" => (Again::Never, "sts_bad_request"),
+        | "NoSuchEntity" => (RetryPolicy::Never, "sts_bad_request"),
         // From an S3, or a service that wants a signature; this call has none.
         "AuthorizationHeaderMalformed"
         | "InvalidAccessKeyId"
@@ -147,7 +147,7 @@ fn by_code(code: &str, status: u16, message: &str) -> (Again, &'static str) {
         | "MissingAuthenticationToken"
         | "NotImplemented"
         | "SignatureDoesNotMatch"
-        | "UnknownOperation" => (Again::Never, "sts_misconfigured"),
+        | "UnknownOperation" => (RetryPolicy::Never, "sts_misconfigured"),
         "BandwidthLimitExceeded"
         | "EC2Throttled"
         | "LimitExceeded"
@@ -161,28 +161,28 @@ fn by_code(code: &str, status: u16, message: &str) -> (Again, &'static str) {
         | "Throttled"
         | "Throttling"
         | "TooManyRequests"
-        | "TransactionInProgress" => (Again::Later, "sts_throttled"),
+        | "TransactionInProgress" => (RetryPolicy::Later, "sts_throttled"),
         "RequestTimeout" | "InternalFailure" | "InternalError" | "ServiceUnavailable" => {
-            (Again::Later, "sts_unavailable")
+            (RetryPolicy::Later, "sts_unavailable")
         }
-        _ => by_status(status),
+        _ => classify_status(status),
     }
 }
 
 /// For codes that nobody knows, and answers in HTML from whatever stands between here and STS.
-fn by_status(status: u16) -> (Again, &'static str) {
+fn classify_status(status: u16) -> (RetryPolicy, &'static str) {
     match status {
-        429 => (Again::Later, "sts_throttled"),
-        405 | 501 => (Again::Never, "sts_misconfigured"),
-        408 | 500..=599 => (Again::Later, "sts_unavailable"),
-        _ => (Again::Never, "sts_refused"),
+        429 => (RetryPolicy::Later, "sts_throttled"),
+        405 | 501 => (RetryPolicy::Never, "sts_misconfigured"),
+        408 | 500..=599 => (RetryPolicy::Later, "sts_unavailable"),
+        _ => (RetryPolicy::Never, "sts_refused"),
     }
 }
 
 impl StsError {
     /// `at`: the STS; `call`: the exchange that failed.
-    pub(super) fn new(failure: &Failure, at: &Destination, call: Option<(&Grant, &JwtSvid)>) -> Self {
-        let (again, reason) = failure.judge();
+    pub(super) fn new(failure: &Failure, at: &StsDestination, call: Option<(&Grant, &JwtSvid)>) -> Self {
+        let (again, reason) = failure.classify();
         let sts = &at.name;
         let clean = |text: &str| one_line(&without_token(text, call.map(|(_, token)| token)));
         let what = match failure {

@@ -46,7 +46,7 @@ pub struct InvalidSetting(pub String);
 
 /// The settings of the network. A variable is parsed when it is used: one that nothing uses is not an error.
 #[derive(Clone, Default)]
-pub struct Network {
+pub struct NetworkSettings {
     https_proxy: Option<Variable>,
     http_proxy: Option<Variable>,
     no_proxy: String,
@@ -61,7 +61,7 @@ struct Variable {
     value: String,
 }
 
-impl Network {
+impl NetworkSettings {
     /// Reads `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY`, `AWS_USE_FIPS_ENDPOINT` and `AWS_USE_DUALSTACK_ENDPOINT`.
     /// `lookup` gives a variable's value.
     ///
@@ -112,11 +112,11 @@ impl Network {
     }
 
     /// Returns the proxy on the way to `to`, if there is one. Fails if its variable does not name an HTTP proxy.
-    pub fn hop(&self, to: &Uri) -> Result<Option<Hop>, InvalidSetting> {
+    pub fn hop(&self, to: &Uri) -> Result<Option<Proxy>, InvalidSetting> {
         let Some((variable, url)) = self.proxy_url(to)? else { return Ok(None) };
         // NO_PROXY has been applied already.
         let matcher = Matcher::builder().all(url).build();
-        Ok(matcher.intercept(to).and_then(|found| Hop::of(variable, found.uri(), found.basic_auth())))
+        Ok(matcher.intercept(to).and_then(|found| Proxy::of(variable, found.uri(), found.basic_auth())))
     }
 
     /// Returns the same in the form that the SDK takes.
@@ -144,7 +144,7 @@ impl Network {
 
 /// A proxy to go through.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Hop {
+pub struct Proxy {
     /// The variable that names it.
     pub variable: &'static str,
     /// Whether it wants TLS itself.
@@ -157,7 +157,7 @@ pub struct Hop {
     pub authorization: Option<HeaderValue>,
 }
 
-impl Hop {
+impl Proxy {
     fn of(variable: &'static str, uri: &Uri, authorization: Option<&HeaderValue>) -> Option<Self> {
         let secure = uri.scheme_str() == Some("https");
         Some(Self {
@@ -171,14 +171,14 @@ impl Hop {
 }
 
 /// The proxy's address and variable, without its password.
-impl fmt::Display for Hop {
+impl fmt::Display for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the proxy {}:{} ({})", self.host, self.port, self.variable)
     }
 }
 
 /// A proxy's URL may hold a password.
-impl fmt::Debug for Network {
+impl fmt::Debug for NetworkSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Network")
             .field("https_proxy", &self.https_proxy.as_ref().map(|variable| variable.name))

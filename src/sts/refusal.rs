@@ -16,32 +16,32 @@ const DEPTH_MAX: usize = 4;
 
 /// The reason for a refusal.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Refusal {
+pub(super) struct StsErrorResponse {
     /// As on the wire.
     pub(super) code: Option<String>,
     pub(super) message: String,
 }
 
 /// Returns `None` if the answer has neither a code nor a message.
-pub(super) fn read(response: &HttpResponse) -> Option<Refusal> {
+pub(super) fn read(response: &HttpResponse) -> Option<StsErrorResponse> {
     let body = response.body().bytes().unwrap_or_default();
     let text = String::from_utf8_lossy(body);
     let text = text.trim_start_matches('\u{feff}').trim();
     let mut refusal = match text.bytes().next() {
         Some(b'<') => of_xml(text),
         Some(b'{') => serde_json::from_str(text).map(|value| of_json(&value, 0)).unwrap_or_default(),
-        _ => Refusal::default(),
+        _ => StsErrorResponse::default(),
     };
     if refusal.code.is_none() {
         refusal.code = response.headers().get(CODE_HEADER).and_then(code);
     }
-    (refusal != Refusal::default()).then_some(refusal)
+    (refusal != StsErrorResponse::default()).then_some(refusal)
 }
 
 /// Finds the first `Code` and `Message`, at any depth and in any namespace, up to the first XML error.
-fn of_xml(text: &str) -> Refusal {
+fn of_xml(text: &str) -> StsErrorResponse {
     let mut document = Document::new(text);
-    let mut refusal = Refusal::default();
+    let mut refusal = StsErrorResponse::default();
     while let Some(element) = document.next_start_element() {
         let (is_code, is_message) = (element.local() == "Code", element.local() == "Message");
         if !is_code && !is_message {
@@ -55,19 +55,19 @@ fn of_xml(text: &str) -> Refusal {
         }
     }
     // A message without a code is not a refusal's.
-    if refusal.code.is_some() { refusal } else { Refusal::default() }
+    if refusal.code.is_some() { refusal } else { StsErrorResponse::default() }
 }
 
 /// `{"Error": {"Code", "Message"}}`, `{"__type", "message"}`, `{"code", "message"}` and OAuth's `{"error", "error_description"}`.
-fn of_json(value: &Value, depth: usize) -> Refusal {
+fn of_json(value: &Value, depth: usize) -> StsErrorResponse {
     const CODES: [&str; 5] = ["Code", "code", "__type", "errorCode", "error"];
     const MESSAGES: [&str; 5] = ["Message", "message", "errorMessage", "error_description", "detail"];
-    let Some(fields) = value.as_object().filter(|_| depth < DEPTH_MAX) else { return Refusal::default() };
+    let Some(fields) = value.as_object().filter(|_| depth < DEPTH_MAX) else { return StsErrorResponse::default() };
     let text = |name: &&str| fields.get(*name).and_then(Value::as_str);
     let own = CODES.iter().filter_map(text).find_map(code);
     let inner = || fields.values().map(|value| of_json(value, depth + 1)).find(|inner| inner.code.is_some());
     let Some(code) = own else { return inner().unwrap_or_default() };
-    Refusal { code: Some(code), message: MESSAGES.iter().find_map(text).unwrap_or_default().to_owned() }
+    StsErrorResponse { code: Some(code), message: MESSAGES.iter().find_map(text).unwrap_or_default().to_owned() }
 }
 
 /// Returns the code in `com.amazonaws.sts#ExpiredToken:http://internal/`, which is one word; `None` for other texts.

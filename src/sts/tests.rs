@@ -44,15 +44,20 @@ pub(crate) fn plain(server: &FakeSts) -> StsTarget {
 }
 
 pub(crate) fn settings() -> Settings {
-    Settings { timeout: Duration::from_secs(30), max_concurrent: 16, ca_file: None, network: Network::default() }
+    Settings {
+        timeout: Duration::from_secs(30),
+        max_concurrent: 16,
+        ca_file: None,
+        network: NetworkSettings::default(),
+    }
 }
 
 fn sts(settings: Settings) -> Sts {
     Sts::new(settings, Clock::starting_at(now()))
 }
 
-fn network(variables: &[(&str, String)]) -> Network {
-    Network::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| v.clone()))
+fn network(variables: &[(&str, String)]) -> NetworkSettings {
+    NetworkSettings::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| v.clone()))
 }
 
 const NAMESPACE: &str = r#" xmlns="https://sts.amazonaws.com/doc/2011-06-15/""#;
@@ -191,7 +196,7 @@ async fn an_answer_that_cannot_be_used_is_an_error() {
     ];
     for (row, reply) in replies.into_iter().enumerate() {
         let error = assume_of(reply).await.0.expect_err(&format!("row {row}"));
-        assert_eq!((error.again, error.reason), (Again::Later, "sts_bad_answer"), "row {row}: {error}");
+        assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_bad_answer"), "row {row}: {error}");
         assert!(
             !error.to_string().contains("secret+/key") && !error.to_string().contains("log in"),
             "row {row}: {error}"
@@ -201,7 +206,7 @@ async fn an_answer_that_cannot_be_used_is_an_error() {
 
 #[tokio::test]
 async fn refusals_on_the_wire_have_their_meaning() {
-    use Again::{Later, Never, NewToken};
+    use RetryPolicy::{Later, Never, NewToken};
     let keys = "Couldn't retrieve verification key from your identity provider";
     let table = [
         (
@@ -239,7 +244,7 @@ async fn refusals_on_the_wire_have_their_meaning() {
 
 #[tokio::test]
 async fn answers_from_something_else_are_judged_by_their_status() {
-    use Again::{Later, Never};
+    use RetryPolicy::{Later, Never};
     let html = || "<html><head><title>503</title></head><body><p>Secret page<br></body></html>".to_owned();
     let table = [
         (503, html(), Later, "sts_unavailable"),
@@ -287,7 +292,7 @@ async fn code_in_another_shape_has_its_meaning() {
         for message in ["", "Not authorized"] {
             let (result, _server) = assume_of(Reply::Body(status, kind, body.replace("{}", message))).await;
             let error = result.unwrap_err();
-            assert_eq!((error.again, error.reason), (Again::Never, "sts_access_denied"), "{body}: {error}");
+            assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_access_denied"), "{body}: {error}");
             assert!(error.what.contains(message) && error.what.contains("AccessDenied"), "{body}: {error}");
             assert!(error.fix.as_ref().is_some_and(|fix| fix.contains("the trust policy of")), "{body}: {error}");
         }
@@ -299,7 +304,7 @@ async fn a_redirect_is_not_followed_with_the_token() {
     let elsewhere = FakeSts::start(|_, _| good()).await;
     let (result, _server) = assume_of(Reply::Redirect(format!("http://{}/", elsewhere.address))).await;
     let error = result.unwrap_err();
-    assert_eq!((error.again, error.reason), (Again::Never, "sts_refused"), "{error}");
+    assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_refused"), "{error}");
     assert!(elsewhere.received().is_empty());
 }
 
@@ -309,20 +314,20 @@ async fn no_whole_answer_is_an_outage() {
         let server = FakeSts::start(move |_, _| reply.clone()).await;
         let sts = sts(Settings { timeout: Duration::from_millis(200), ..settings() });
         let error = sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-        assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+        assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
         assert!(error.to_string().contains("within 200ms"), "{error}");
     }
     let endless = Reply::Body(200, "text/xml", "x".repeat(1024 * 1024));
     for reply in [Reply::Breaks, endless] {
         let error = assume_of(reply).await.0.unwrap_err();
-        assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+        assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
     }
     // A port that is taken, so that nobody else can, but not listened at.
     let taken = tokio::net::TcpSocket::new_v4().unwrap();
     taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let target = endpoint(format!("http://{}", taken.local_addr().unwrap()));
     let error = sts(settings()).assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-    assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+    assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
     assert!(error.to_string().contains("Connection refused"), "{error}");
 }
 
@@ -338,7 +343,7 @@ async fn what_cannot_be_sent_is_a_misconfiguration() {
     ];
     for target in targets {
         let error = sts(settings()).assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-        assert_eq!((error.again, error.reason), (Again::Never, "sts_misconfigured"), "{target:?}: {error}");
+        assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_misconfigured"), "{target:?}: {error}");
         assert!(!error.to_string().contains("Request"), "{error}");
     }
 }
@@ -399,7 +404,7 @@ async fn a_call_that_never_gets_its_turn_ends() {
     let start = tokio::time::Instant::now();
     let target = endpoint("http://127.0.0.1:9".to_owned());
     let error = sts.assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-    assert_eq!((error.again, error.reason), (Again::Later, "sts_busy"), "{error}");
+    assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_busy"), "{error}");
     assert_eq!(start.elapsed(), crate::limits::ACQUIRE_TIMEOUT);
 }
 
@@ -435,14 +440,14 @@ async fn one_client_and_its_connection_serve_one_place() {
 async fn whether_sts_answers() {
     let server =
         FakeSts::start(|_, _| refusal(400, "InvalidIdentityToken", "The ID Token provided is not a valid JWT")).await;
-    sts(settings()).answers(&plain(&server)).await.unwrap();
+    sts(settings()).probe(&plain(&server)).await.unwrap();
     assert_eq!(server.received()[0].form["WebIdentityToken"], "none");
     let server = FakeSts::start(|_, _| Reply::Body(503, "text/html", String::new())).await;
-    sts(settings()).answers(&plain(&server)).await.unwrap();
+    sts(settings()).probe(&plain(&server)).await.unwrap();
     for reply in [Reply::Never, Reply::Breaks] {
         let server = FakeSts::start(move |_, _| reply.clone()).await;
         let sts = sts(Settings { timeout: Duration::from_millis(200), ..settings() });
-        let error = sts.answers(&plain(&server)).await.unwrap_err();
+        let error = sts.probe(&plain(&server)).await.unwrap_err();
         assert_eq!(error.reason, "sts_unreachable", "{error}");
     }
 }

@@ -58,11 +58,11 @@ impl NoRoots {
 pub(super) struct Roots {
     /// `None`: the system's.
     file: Option<PathBuf>,
-    state: Mutex<State>,
+    state: Mutex<RootsState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct RootsState {
     /// In PEM, every one of them usable: the SDK panics at one that is not.
     pem: Option<Arc<[u8]>>,
     problem: Option<(NoRoots, Instant)>,
@@ -98,7 +98,7 @@ impl Roots {
         Ok(TrustStore::empty().with_pem_certificate(pem))
     }
 
-    async fn load(&self, state: &mut State) -> Result<Vec<u8>, NoRoots> {
+    async fn load(&self, state: &mut RootsState) -> Result<Vec<u8>, NoRoots> {
         let file = self.file.clone();
         let read = state.read.get_or_insert_with(|| {
             spawn_blocking(move || match file {
@@ -111,7 +111,7 @@ impl Roots {
         found.unwrap_or_else(|error| Err(NoRoots::Missing(error.to_string())))
     }
 
-    fn note(self: &Arc<Self>, state: &mut State, found: Result<Vec<u8>, NoRoots>) -> Result<(), NoRoots> {
+    fn note(self: &Arc<Self>, state: &mut RootsState, found: Result<Vec<u8>, NoRoots>) -> Result<(), NoRoots> {
         match found {
             Ok(pem) => {
                 if state.problem.take().is_some() {

@@ -11,9 +11,9 @@ use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
 use awsvid::credentials::Credentials;
 use awsvid::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
-use awsvid::issue::Issuer;
+use awsvid::issue::TokenExchanger;
 use awsvid::metrics::Metrics;
-use awsvid::role::{Grant, Identity, Role, Roles, StsTarget, Wanted};
+use awsvid::role::{Grant, Identity, RequestedRole, Role, Roles, StsTarget};
 use awsvid::sts::{AssumeRole, StsError};
 use awsvid::svid::{Basis, IdentitySource, JwtSvid, SourceError};
 use zeroize::Zeroizing;
@@ -28,7 +28,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 pub(crate) fn run(count: usize) -> Result<(), Failed> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let issuer = Issuer::new(Arc::new(Source), Arc::new(Source), Clock::system(), Metrics::default());
+        let issuer = TokenExchanger::new(Arc::new(Source), Arc::new(Source), Clock::system(), Metrics::default());
         let limits = Limits { max_entries: count, revocation_grace: Duration::ZERO };
         let cache = CredentialCache::new(issuer, Clock::system(), Metrics::default(), limits);
         let role = Arc::new(role()?);
@@ -62,7 +62,7 @@ fn role() -> Result<Role, Failed> {
 fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
     let spiffe_id = SpiffeId::parse(&format!("spiffe://{TRUST_DOMAIN}/ns/namespace/sa/workload-{number}"))?;
     let roles = Roles { defined: vec![role.clone()], requested: None };
-    Ok(roles.choose(&[Identity { spiffe_id, hint: None }], &Wanted::First)?)
+    Ok(roles.select(&[Identity { spiffe_id, hint: None }], &RequestedRole::Default)?)
 }
 
 /// As one over TCP whose rule needs no process.

@@ -162,7 +162,7 @@ async fn an_outage_is_tried_again_and_again_but_not_all_the_time() {
 /// each is written once before.
 fn log() -> Log {
     let slot = Slot::new(grant("before"));
-    let error = || IssueError::from(unavailable());
+    let error = || ExchangeError::from(unavailable());
     for news in [
         News::Failed { error: error(), kept: false, missed: 0 },
         News::Again,
@@ -215,19 +215,19 @@ async fn the_log_has_a_recovery_and_is_bounded_in_an_outage_of_all() {
 
 #[test]
 fn how_long_each_failure_is_remembered() {
-    let sts = |again| IssueError::from(StsError { again, ..refused() });
+    let sts = |again| ExchangeError::from(StsError { again, ..refused() });
     let table = [
-        (IssueError::from(unavailable()), 1),
+        (ExchangeError::from(unavailable()), 1),
         (SourceError::BadToken(BadToken::Expiring(String::new())).into(), 1),
         (SourceError::Caller(AttestError::CallerGone).into(), 1),
         (denied().into(), 3),
         (SourceError::Misconfigured(String::new()).into(), 5),
         (SourceError::BadToken(BadToken::Wrong(String::new())).into(), 5),
-        (sts(Again::Later), 1),
-        (sts(Again::NewToken), 5),
-        (sts(Again::Never), 5),
-        (IssueError::TooOften, 1),
-        (IssueError::TooShort, 1),
+        (sts(RetryPolicy::Later), 1),
+        (sts(RetryPolicy::NewToken), 5),
+        (sts(RetryPolicy::Never), 5),
+        (ExchangeError::TooOften, 1),
+        (ExchangeError::TooShort, 1),
     ];
     for (error, seconds) in table {
         assert_eq!(trouble::remembered(&error), SECOND * seconds, "{error:?}");

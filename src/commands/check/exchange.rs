@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use super::report::Report;
 use crate::commands::live::Live;
 use crate::commands::web::Web;
-use crate::role::{Identity, Role, Roles, Wanted};
+use crate::role::{Identity, RequestedRole, Role, Roles};
 use crate::sts::{AssumeRole, Sts, StsError};
 
 const STEP: &str = "sts";
@@ -63,8 +63,8 @@ pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &Live, report: &
     report.waiting(&format!("STS, for role {:?}", role.name));
     let roles = Roles { defined: vec![role.clone()], requested: None };
     let identity = Identity { spiffe_id: live.svid.spiffe_id().clone(), hint: None };
-    let Ok(grant) = roles.choose(&[identity], &Wanted::First) else {
-        match sts.answers(&role.sts).await {
+    let Ok(grant) = roles.select(&[identity], &RequestedRole::Default) else {
+        match sts.probe(&role.sts).await {
             Ok(()) => report.note(
                 STEP,
                 format!(

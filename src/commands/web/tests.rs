@@ -86,8 +86,8 @@ async fn proxy(answer: &'static str, port: u16) -> (String, mpsc::UnboundedRecei
     (address, heads)
 }
 
-fn network(variables: &[(&str, &str)]) -> Network {
-    Network::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| (*v).to_owned()))
+fn network(variables: &[(&str, &str)]) -> NetworkSettings {
+    NetworkSettings::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| (*v).to_owned()))
 }
 
 #[tokio::test]

@@ -19,11 +19,11 @@ fn every_refusal_is_json_that_all_sdks_can_read() {
         (RequestError::NoAuthorization, 403, "no_authorization", None),
         (RequestError::WrongToken, 403, "wrong_token", None),
         (RequestError::NoIdentity("uid 7".to_owned()), 403, "no_identity", None),
-        (RequestError::Denied(Denied::NoRole), 403, "no_role", None),
+        (RequestError::Denied(RoleDenied::NoRole), 403, "no_role", None),
         (RequestError::Pending, 503, "pending", Some(1)),
         (RequestError::Full, 503, "cache_full", Some(1)),
         (RequestError::TooManyRoles, 503, "too_many_roles", Some(1)),
-        (RequestError::Issue(IssueError::TooOften), 503, "too_many_exchanges", Some(1)),
+        (RequestError::Issue(ExchangeError::TooOften), 503, "too_many_exchanges", Some(1)),
         (RequestError::NotAudited, 503, "not_audited", Some(1)),
     ];
     for (refused, status, code, retry_after) in cases {

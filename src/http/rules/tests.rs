@@ -21,13 +21,13 @@ fn judge(
     headers: &HeaderMap,
     listener: ListenerKind,
     authorization: &Authorization,
-) -> Result<Wanted, &'static str> {
+) -> Result<RequestedRole, &'static str> {
     let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
     let asked = RequestHead { method: &Method::GET, names_server: false, path, query, headers, has_body: false };
     validate(&asked, listener, authorization).map_err(|refused| refused.reason())
 }
 
-fn over_tcp(path: &str, changes: &[(&str, &str)]) -> Result<Wanted, &'static str> {
+fn over_tcp(path: &str, changes: &[(&str, &str)]) -> Result<RequestedRole, &'static str> {
     judge(path, &request(changes), ListenerKind::Tcp, &Authorization::Present)
 }
 
@@ -44,7 +44,7 @@ fn hosts_that_are_loopback_are_answered() {
         "[::1]:974",
         "[::ffff:127.0.0.1]:974",
     ] {
-        assert_eq!(over_tcp("/v1/credentials", &[("host", host)]), Ok(Wanted::First), "{host}");
+        assert_eq!(over_tcp("/v1/credentials", &[("host", host)]), Ok(RequestedRole::Default), "{host}");
     }
 }
 
@@ -145,7 +145,7 @@ fn clients_are_answered_and_pages_are_not() {
         let (path, query) = head.path.split_once('?').map_or((head.path, None), |(path, query)| (path, Some(query)));
         let asked = RequestHead { method: &head.method, names_server: false, path, query, headers, has_body: false };
         match validate(&asked, ListenerKind::Tcp, authorization) {
-            Ok(Wanted::First) => "first",
+            Ok(RequestedRole::Default) => "first",
             Ok(_) => "other",
             Err(refused) => refused.reason(),
         }
@@ -186,16 +186,16 @@ fn only_get_is_answered() {
 #[test]
 fn a_target_is_a_path_and_a_request_has_no_body() {
     let cases = [
-        ("/v1/credentials", 0, Ok(Wanted::First)),
-        ("/v1/credentials?", 0, Ok(Wanted::First)),
+        ("/v1/credentials", 0, Ok(RequestedRole::Default)),
+        ("/v1/credentials?", 0, Ok(RequestedRole::Default)),
         // No target has a fragment (RFC 9112, section 3.2). The reader of targets leaves out what a client sends.
-        ("/v1/credentials#", 0, Ok(Wanted::First)),
-        ("/v1/credentials#role", 0, Ok(Wanted::First)),
-        ("/v1/credentials?#role", 0, Ok(Wanted::First)),
-        ("/v1/credentials#?role=x", 0, Ok(Wanted::First)),
-        ("/v1/credentials/#/../billing", 0, Ok(Wanted::First)),
+        ("/v1/credentials#", 0, Ok(RequestedRole::Default)),
+        ("/v1/credentials#role", 0, Ok(RequestedRole::Default)),
+        ("/v1/credentials?#role", 0, Ok(RequestedRole::Default)),
+        ("/v1/credentials#?role=x", 0, Ok(RequestedRole::Default)),
+        ("/v1/credentials/#/../billing", 0, Ok(RequestedRole::Default)),
         ("/v1/credentials??", 0, Err("path")),
-        ("/v1/credentials?#", 0, Ok(Wanted::First)),
+        ("/v1/credentials?#", 0, Ok(RequestedRole::Default)),
         ("http://127.0.0.1/v1/credentials", 0, Err("proxied")),
         ("http://127.0.0.1/v1/credentials?", 0, Err("proxied")),
         ("127.0.0.1:974", 0, Err("proxied")),
@@ -221,11 +221,11 @@ fn a_target_is_a_path_and_a_request_has_no_body() {
 fn authorization_is_asked_for_on_tcp() {
     let token = Authorization::Token(zeroize::Zeroizing::new("s3cret".to_owned()));
     let cases = [
-        (Authorization::Present, "anything", Ok(Wanted::First)),
+        (Authorization::Present, "anything", Ok(RequestedRole::Default)),
         (Authorization::Present, "", Err("no_authorization")),
-        (Authorization::Off, "", Ok(Wanted::First)),
-        (token.clone(), "s3cret", Ok(Wanted::First)),
-        (token.clone(), "Bearer s3cret", Ok(Wanted::First)),
+        (Authorization::Off, "", Ok(RequestedRole::Default)),
+        (token.clone(), "s3cret", Ok(RequestedRole::Default)),
+        (token.clone(), "Bearer s3cret", Ok(RequestedRole::Default)),
         (token.clone(), "s3cre", Err("wrong_token")),
         (token.clone(), "s3cret2", Err("wrong_token")),
         (token.clone(), "bearer s3cret", Err("wrong_token")),
@@ -238,7 +238,7 @@ fn authorization_is_asked_for_on_tcp() {
             expected,
             "{authorization:?} {value:?}"
         );
-        assert_eq!(judge("/v1/credentials", &headers, ListenerKind::Unix, &authorization), Ok(Wanted::First));
+        assert_eq!(judge("/v1/credentials", &headers, ListenerKind::Unix, &authorization), Ok(RequestedRole::Default));
     }
     let mut twice = request(&[("authorization", "s3cret")]);
     twice.append(AUTHORIZATION, HeaderValue::from_static("other"));
@@ -251,10 +251,10 @@ fn authorization_is_asked_for_on_tcp() {
 #[test]
 fn paths() {
     let arn = "arn:aws:iam::123456789012:role/app-1";
-    let named = |name: &str| Ok(Wanted::Named(name.to_owned()));
+    let named = |name: &str| Ok(RequestedRole::ByName(name.to_owned()));
     let cases = [
-        ("/v1/credentials", Ok(Wanted::First)),
-        ("/v1/credentials/", Ok(Wanted::First)),
+        ("/v1/credentials", Ok(RequestedRole::Default)),
+        ("/v1/credentials/", Ok(RequestedRole::Default)),
         ("/v1/credentials/billing", named("billing")),
         ("/v1/credentials/b%69lling", named("billing")),
         // Decoded once.
@@ -271,15 +271,18 @@ fn paths() {
         ("/%76%31/credentials", Err("path")),
         (
             "/v1/credentials/arn%3Aaws%3Aiam%3A%3A123456789012%3Arole%2Fapp-1",
-            Ok(Wanted::Arn(RoleArn::parse(arn).unwrap())),
+            Ok(RequestedRole::ByArn(RoleArn::parse(arn).unwrap())),
         ),
-        ("/v1/credentials/arn:aws:iam::123456789012:role/app-1", Ok(Wanted::Arn(RoleArn::parse(arn).unwrap()))),
+        (
+            "/v1/credentials/arn:aws:iam::123456789012:role/app-1",
+            Ok(RequestedRole::ByArn(RoleArn::parse(arn).unwrap())),
+        ),
         ("/v1/credentials/arn:aws:iam::12:role/app-1", Err("bad_arn")),
         ("/v1/credentials/%ff", Err("path")),
         ("/v1/credentialsx", Err("path")),
         ("/v1/credentials?role=x", Err("path")),
-        ("/v1/credentials?", Ok(Wanted::First)),
-        ("/v1/credentials/?", Ok(Wanted::First)),
+        ("/v1/credentials?", Ok(RequestedRole::Default)),
+        ("/v1/credentials/?", Ok(RequestedRole::Default)),
         ("/v1/credentials/billing?", named("billing")),
         ("/v1/credentials/billing?role=x", Err("path")),
         ("/v1/credentials??", Err("path")),

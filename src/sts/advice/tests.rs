@@ -8,7 +8,7 @@ use crate::svid::jwt::tests::{billing, now, raw_token};
 const ISSUER: &str = "https://oidc.example.org";
 
 fn advice(reason: &str, answer: &str, is_aws: bool, arn: &str, algorithm: &str) -> String {
-    let at = Destination { name: "STS at https://sts".to_owned(), is_aws, proxy: None };
+    let at = StsDestination { name: "STS at https://sts".to_owned(), is_aws, proxy: None };
     let claims = format!(r#"{{"iss":"{ISSUER}","sub":"{}","aud":"shop","exp":1867225600}}"#, billing());
     let token = raw_token(&format!(r#"{{"alg":"{algorithm}"}}"#), &claims);
     let token = JwtSvid::check(token, &billing(), "shop", now()).unwrap();

@@ -7,7 +7,7 @@ fn refused(code: Option<&str>, status: u16, message: &str) -> Failure {
 
 #[test]
 fn each_code_has_its_meaning() {
-    use Again::{Later, Never, NewToken};
+    use RetryPolicy::{Later, Never, NewToken};
     let keys = "Couldn't retrieve verification key from your identity provider, please reference \
                 AssumeRoleWithWebIdentity documentation for requirements";
     let table = [
@@ -69,7 +69,7 @@ fn each_code_has_its_meaning() {
         (None, 504, "", Later, "sts_unavailable"),
     ];
     for (code, status, message, again, reason) in table {
-        assert_eq!(refused(code, status, message).judge(), (again, reason), "{code:?} {status} {message}");
+        assert_eq!(refused(code, status, message).classify(), (again, reason), "{code:?} {status} {message}");
     }
     let others = [
         (Failure::Garbled(String::new()), Later, "sts_bad_answer"),
@@ -79,7 +79,7 @@ fn each_code_has_its_meaning() {
         (Failure::Busy, Later, "sts_busy"),
     ];
     for (failure, again, reason) in others {
-        assert_eq!(failure.judge(), (again, reason));
+        assert_eq!(failure.classify(), (again, reason));
     }
 }
 
@@ -119,7 +119,7 @@ fn words_of_the_token_are_taken_out() {
 
 #[test]
 fn error_names_the_host_and_the_proxy() {
-    let at = |proxy: Option<&str>| Destination {
+    let at = |proxy: Option<&str>| StsDestination {
         name: "STS at https://sts-fips.us-east-1.amazonaws.com".to_owned(),
         is_aws: true,
         proxy: proxy.map(str::to_owned),

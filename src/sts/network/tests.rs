@@ -2,8 +2,10 @@ use super::*;
 
 type Variables<'a> = &'a [(&'a str, &'a str)];
 
-fn network(variables: Variables<'_>) -> Network {
-    Network::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned()))
+fn network(variables: Variables<'_>) -> NetworkSettings {
+    NetworkSettings::from_env(|name| {
+        variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+    })
 }
 
 /// The proxy on the way there, as `host:port`, or the error.

@@ -8,7 +8,7 @@ fn response(body: &str) -> HttpResponse {
 }
 
 fn of(body: &str) -> Option<(String, String)> {
-    let Refusal { code, message } = read(&response(body))?;
+    let StsErrorResponse { code, message } = read(&response(body))?;
     Some((code.unwrap_or_default(), message))
 }
 

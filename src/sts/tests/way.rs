@@ -19,7 +19,7 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
     std::fs::write(&other, fake::tls(&["127.0.0.1"]).0).unwrap();
     for ca_file in [None, Some(other)] {
         let error = sts(Settings { ca_file, ..settings() }).assume(&grant(&target), &token).await.unwrap_err();
-        assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+        assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
         assert!(error.to_string().contains("certificate"), "{error}");
     }
     // For another name than the certificate's.
@@ -33,7 +33,7 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
     let waiting = sts(Settings { ca_file: Some(late.clone()), ..settings() });
     waiting.prepare(&[&target]).await.unwrap();
     let error = waiting.assume(&grant(&target), &token).await.unwrap_err();
-    assert_eq!((error.again, error.reason), (Again::Later, "sts_no_ca"), "{error}");
+    assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_no_ca"), "{error}");
     assert!(error.what.contains(&target.endpoint.clone().unwrap()) && error.what.contains("late.pem"), "{error}");
     std::fs::rename(&file, &late).unwrap();
     while let Err(error) = waiting.assume(&grant(&target), &token).await {
@@ -58,7 +58,7 @@ async fn variable_that_a_target_uses_is_looked_at_first() {
         let error = sts.prepare(&[&near, &aws]).await.unwrap_err().0;
         assert!(error.contains(name), "{error}");
         let error = sts.assume(&grant(&aws), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-        assert_eq!((error.again, error.reason), (Again::Never, "sts_misconfigured"), "{error}");
+        assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_misconfigured"), "{error}");
         assert!(error.what.contains(name), "{error}");
     }
 }
@@ -71,7 +71,7 @@ async fn proxy_that_does_not_resolve_is_an_outage() {
     let aws = StsTarget { region: "eu-central-1".to_owned(), endpoint: None };
     sts.prepare(&[&aws]).await.unwrap();
     let error = sts.assume(&grant(&aws), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-    assert_eq!((error.again, error.reason), (Again::Later, "sts_unreachable"), "{error}");
+    assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
     let words = "STS at https://sts.eu-central-1.amazonaws.com did not answer through the proxy proxy.invalid:3128 (HTTPS_PROXY)";
     assert!(error.what.contains(words), "{error}");
 }
