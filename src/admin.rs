@@ -24,7 +24,7 @@ use serde::Serialize;
 use tokio::time::{Instant, timeout};
 
 use crate::attest::Attestor;
-use crate::cache::{CredentialCache, Entry};
+use crate::cache::{CredentialCache, EntryStatus};
 use crate::config::Listen;
 use crate::health::Report;
 use crate::limits::FairSemaphore;
@@ -133,7 +133,7 @@ struct Status {
     counts_executions: Option<bool>,
     source: Option<Report>,
     sts: Vec<Report>,
-    credentials: Vec<Entry>,
+    credentials: Vec<EntryStatus>,
 }
 
 impl Admin {

@@ -8,7 +8,7 @@ use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 
 use crate::audit::{CacheResult, Record};
-use crate::cache::{CacheError, CredentialCache, Issued, Limits};
+use crate::cache::{CacheError, CachedCredentials, CredentialCache, Limits};
 use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::HOLD;
 use crate::identity::SpiffeId;
@@ -66,7 +66,7 @@ impl CredentialService {
         caller: &Arc<Caller>,
         wanted: &RequestedRole,
         record: &mut Record,
-    ) -> Result<(Arc<Issued>, CacheResult), ServiceError> {
+    ) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {
         // For all that it waits for together: whoever it is has given up by then.
         let until = Instant::now() + HOLD;
         loop {
@@ -89,7 +89,7 @@ impl CredentialService {
         (caller, wanted): (&Arc<Caller>, &RequestedRole),
         until: Instant,
         record: &mut Record,
-    ) -> Result<(Arc<Issued>, CacheResult), ServiceError> {
+    ) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {
         let identities = policy.source.identify(caller).await?;
         if identities.is_empty() {
             return Err(ServiceError::NoIdentity);

@@ -40,35 +40,35 @@ mod rounds;
 mod rules;
 mod trouble;
 
-pub use entry::Entry;
-pub use issued::{Body, Issued};
+pub use entry::EntryStatus;
+pub use issued::{CachedBody, CachedCredentials};
 
-use entry::{Slot, State};
+use entry::{CachedState, Entry};
 use flight::Waiter;
-use issued::LAST_GOOD;
-use news::Log;
-use places::Places;
+use issued::MIN_REMAINING;
+use news::EventLog;
+use places::EntryTable;
 use rounds::Schedule;
-use rules::Next;
+use rules::Action;
 
 /// How many refreshes are under way at most, so that an outage that ends, or a source that hangs, does not hold up those
 /// who wait for their first credentials ...
-const REFRESHES: usize = 64;
+const MAX_REFRESHES: usize = 64;
 /// ... and of those of one SPIFFE ID.
-const REFRESHES_EACH: usize = 4;
+const MAX_REFRESHES_PER_WORKLOAD: usize = 4;
 
 /// Hands out credentials. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct CredentialCache(Arc<Shared>);
+pub struct CredentialCache(Arc<CacheInner>);
 
-struct Shared {
-    setup: ArcSwap<Setup>,
+struct CacheInner {
+    setup: ArcSwap<Generation>,
     clock: Clock,
     metrics: Metrics,
-    places: Places,
+    places: EntryTable,
     schedule: Arc<Schedule>,
     refreshes: FairSemaphore<SpiffeId>,
-    log: Log,
+    log: EventLog,
     /// What refreshes are asked for with, where the source does not look at callers.
     nobody: Arc<Caller>,
     /// [`Slot::last_used`] counts from here.
@@ -76,7 +76,7 @@ struct Shared {
 }
 
 /// What a reload replaces.
-struct Setup {
+struct Generation {
     issuer: TokenExchanger,
     limits: Limits,
     keep: Box<dyn Fn(&Grant) -> bool + Send + Sync>,
@@ -109,8 +109,8 @@ pub enum CacheError {
 }
 
 /// What a request finds.
-enum Found {
-    Credentials(Arc<Issued>, CacheResult),
+enum Lookup {
+    Credentials(Arc<CachedCredentials>, CacheResult),
     Flight(Waiter),
 }
 
@@ -118,18 +118,18 @@ impl CredentialCache {
     /// An empty cache. Its one task runs on the current tokio runtime until the cache is dropped.
     pub fn new(issuer: TokenExchanger, clock: Clock, metrics: Metrics, limits: Limits) -> Self {
         let schedule = Arc::new(Schedule::default());
-        let shared = Arc::new(Shared {
-            setup: ArcSwap::from_pointee(Setup { issuer, limits, keep: Box::new(|_| true) }),
+        let shared = Arc::new(CacheInner {
+            setup: ArcSwap::from_pointee(Generation { issuer, limits, keep: Box::new(|_| true) }),
             clock,
             metrics,
-            places: Places::default(),
+            places: EntryTable::default(),
             schedule: schedule.clone(),
-            refreshes: FairSemaphore::new(REFRESHES, REFRESHES_EACH),
-            log: Log::default(),
+            refreshes: FairSemaphore::new(MAX_REFRESHES, MAX_REFRESHES_PER_WORKLOAD),
+            log: EventLog::default(),
             nobody: Arc::new(Caller::synthetic()),
             start: Instant::now(),
         });
-        tokio::spawn(rounds::make(Arc::downgrade(&shared), schedule, shared.clock.clone()));
+        tokio::spawn(rounds::run(Arc::downgrade(&shared), schedule, shared.clock.clone()));
         Self(shared)
     }
 
@@ -143,45 +143,49 @@ impl CredentialCache {
         limits: Limits,
         keep: impl Fn(&Grant) -> bool + Send + Sync + 'static,
     ) {
-        let setup = Arc::new(Setup { issuer, limits, keep: Box::new(keep) });
+        let setup = Arc::new(Generation { issuer, limits, keep: Box::new(keep) });
         self.0.setup.store(setup.clone());
         self.0.places.retain(|slot| {
             let kept = (setup.keep)(&slot.grant);
             if !kept {
-                self.0.end(slot, &mut slot.state(), "reload");
+                self.0.retire(slot, &mut slot.state(), "reload");
             }
             kept
         });
     }
 
     /// The credentials for `grant`: those that are there, or newly issued with `caller`'s token.
-    pub async fn get(&self, grant: &Grant, caller: &Arc<Caller>) -> Result<(Arc<Issued>, CacheResult), CacheError> {
+    pub async fn get(
+        &self,
+        grant: &Grant,
+        caller: &Arc<Caller>,
+    ) -> Result<(Arc<CachedCredentials>, CacheResult), CacheError> {
         match self.0.find(grant, caller)? {
-            Found::Credentials(issued, freshness) => Ok((issued, freshness)),
-            Found::Flight(waiter) => Ok((waiter.landing().await?, CacheResult::Miss)),
+            Lookup::Credentials(issued, freshness) => Ok((issued, freshness)),
+            Lookup::Flight(waiter) => Ok((waiter.wait().await?, CacheResult::Miss)),
         }
     }
 
     /// What is cached, for `/status`: never a secret.
-    pub fn entries(&self) -> Vec<Entry> {
+    pub fn entries(&self) -> Vec<EntryStatus> {
         let mut entries = Vec::new();
-        self.0.places.each(|slot| entries.push(slot.describe(&self.0.clock)));
+        self.0.places.for_each(|slot| entries.push(slot.describe(&self.0.clock)));
         entries
     }
 
     /// Counts the entries by what they are in, for `/metrics`.
     pub fn count(&self) {
         let mut counts = [0; EntryState::ALL.len()];
-        self.0.places.each(|slot| counts[slot.condition(&self.0.clock) as usize] += 1);
+        self.0.places.for_each(|slot| counts[slot.status(&self.0.clock) as usize] += 1);
         for state in EntryState::ALL {
             self.0.metrics.cache_entries.get_or_create(&state.into()).set(counts[state as usize]);
         }
     }
 }
 
-impl Shared {
+impl CacheInner {
     /// What there is for this request, without waiting for anything.
-    fn find(self: &Arc<Self>, grant: &Grant, caller: &Arc<Caller>) -> Result<Found, CacheError> {
+    fn find(self: &Arc<Self>, grant: &Grant, caller: &Arc<Caller>) -> Result<Lookup, CacheError> {
         loop {
             let slot = self.slot(grant)?;
             slot.used(self.start.elapsed(), caller.uid);
@@ -189,12 +193,12 @@ impl Shared {
             if needs_caller {
                 slot.latest.store(Some(caller.clone()));
             }
-            if let Some((issued, left)) = self.usable(&slot) {
+            if let Some((issued, left)) = self.servable(&slot) {
                 if left > issued.refresh_left {
-                    return Ok(Found::Credentials(issued, CacheResult::Hit));
+                    return Ok(Lookup::Credentials(issued, CacheResult::Hit));
                 }
                 self.refresh_for(&slot, caller);
-                return Ok(Found::Credentials(issued, CacheResult::Stale));
+                return Ok(Lookup::Credentials(issued, CacheResult::Stale));
             }
             if let Some(found) = self.join_or_start(&slot, caller)? {
                 return Ok(found);
@@ -205,75 +209,75 @@ impl Shared {
     }
 
     /// The place for `grant`, which may be new.
-    fn slot(&self, grant: &Grant) -> Result<Arc<Slot>, CacheError> {
+    fn slot(&self, grant: &Grant) -> Result<Arc<Entry>, CacheError> {
         if let Some(slot) = self.places.find(grant) {
             return Ok(slot);
         }
-        let make_room = |slot: &Arc<Slot>, state: &mut State| self.end(slot, state, "evicted");
+        let make_room = |slot: &Arc<Entry>, state: &mut CachedState| self.retire(slot, state, "evicted");
         self.places.find_or_add(grant, &|| self.setup.load_full(), make_room)
     }
 
     /// The credentials that may still be handed out, and for how long they last.
-    fn usable(&self, slot: &Slot) -> Option<(Arc<Issued>, Duration)> {
+    fn servable(&self, slot: &Entry) -> Option<(Arc<CachedCredentials>, Duration)> {
         let issued = slot.current.load_full()?;
-        let left = issued.left(&self.clock);
-        (left > LAST_GOOD).then_some((issued, left))
+        let left = issued.remaining(&self.clock);
+        (left > MIN_REMAINING).then_some((issued, left))
     }
 
     /// Starts the refresh that is due, unless one runs, or has landed in this moment, or has failed a moment ago.
-    fn refresh_for(self: &Arc<Self>, slot: &Arc<Slot>, caller: &Arc<Caller>) {
+    fn refresh_for(self: &Arc<Self>, slot: &Arc<Entry>, caller: &Arc<Caller>) {
         let mut state = slot.state();
-        if !state.ended && matches!(self.judge(slot, &state, &self.setup.load()), Next::Refresh(_)) {
-            self.launch(slot, caller.clone(), &mut state, None);
+        if !state.ended && matches!(self.next_action(slot, &state, &self.setup.load()), Action::Refresh(_)) {
+            self.start_flight(slot, caller.clone(), &mut state, None);
         }
     }
 
     /// A wait for the flight under way, or for a new one; or what came of one that has landed in this moment, or a moment
     /// ago. `None` if this is not the place any more.
-    fn join_or_start(self: &Arc<Self>, slot: &Arc<Slot>, caller: &Arc<Caller>) -> Result<Option<Found>, CacheError> {
+    fn join_or_start(self: &Arc<Self>, slot: &Arc<Entry>, caller: &Arc<Caller>) -> Result<Option<Lookup>, CacheError> {
         let mut state = slot.state();
         if state.ended {
             return Ok(None);
         }
         if let Some(flight) = &state.flight {
-            return Ok(Some(Found::Flight(flight.join(caller))));
+            return Ok(Some(Lookup::Flight(flight.join(caller))));
         }
         // It may have landed since the place was found empty.
-        if let Some((issued, _)) = self.usable(slot) {
-            return Ok(Some(Found::Credentials(issued, CacheResult::Hit)));
+        if let Some((issued, _)) = self.servable(slot) {
+            return Ok(Some(Lookup::Credentials(issued, CacheResult::Hit)));
         }
         if let Some(trouble) = &state.trouble
-            && trouble.at.elapsed() < trouble::remembered(&trouble.error)
+            && trouble.at.elapsed() < trouble::negative_ttl(&trouble.error)
         {
             return Err(trouble.error.clone().into());
         }
-        Ok(Some(Found::Flight(self.launch(slot, caller.clone(), &mut state, None).join(caller))))
+        Ok(Some(Lookup::Flight(self.start_flight(slot, caller.clone(), &mut state, None).join(caller))))
     }
 
     /// Takes the credentials out of a place. From now on nothing is handed out of it, and nothing put in.
-    fn end(&self, slot: &Arc<Slot>, state: &mut State, reason: &'static str) {
+    fn retire(&self, slot: &Arc<Entry>, state: &mut CachedState, reason: &'static str) {
         state.ended = true;
         if let Some(flight) = &state.flight {
-            flight.land(Err(CacheError::Pending));
+            flight.finish(Err(CacheError::Pending));
         }
-        self.clear(slot, reason);
+        self.clear_credentials(slot, reason);
         self.schedule.put(slot, &mut state.next, None);
     }
 
-    fn clear(&self, slot: &Slot, reason: &'static str) {
+    fn clear_credentials(&self, slot: &Entry, reason: &'static str) {
         if slot.current.swap(None).is_some() {
             self.metrics.cache_removed.get_or_create(&Reason { reason }).inc();
         }
     }
 }
 
-impl Drop for Shared {
+impl Drop for CacheInner {
     fn drop(&mut self) {
         self.schedule.close();
     }
 }
 
-impl std::fmt::Debug for Shared {
+impl std::fmt::Debug for CacheInner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shared").field("places", &self.places.len()).finish_non_exhaustive()
     }

@@ -20,7 +20,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, CacheResult, Outcome, Record};
 use crate::broker::CredentialService;
-use crate::cache::{Body, Issued};
+use crate::cache::{CachedBody, CachedCredentials};
 use crate::caller::{AttestError, Caller, ListenerKind, PeerFacts, ProcessFacts, WorkloadKey};
 use crate::limits::{FairPermit, FairSemaphore};
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection, PendingPermit};
@@ -251,7 +251,7 @@ impl CredentialEndpoint {
         listener: ListenerKind,
         caller: Result<Arc<Caller>, AttestError>,
         record: &mut Record,
-    ) -> Result<(Arc<Issued>, CacheResult), RequestError> {
+    ) -> Result<(Arc<CachedCredentials>, CacheResult), RequestError> {
         let caller = caller.map_err(RequestError::Caller)?;
         let wanted = rules::validate(&RequestHead::of(request), listener, &self.authorization)?;
         let (issued, freshness) = self
@@ -267,7 +267,7 @@ impl CredentialEndpoint {
 }
 
 /// Lets hyper write the cached body without a copy of the secrets.
-struct SharedBody(Body);
+struct SharedBody(CachedBody);
 
 impl AsRef<[u8]> for SharedBody {
     fn as_ref(&self) -> &[u8] {

@@ -9,8 +9,8 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use super::flight::Flight;
-use super::issued::Issued;
-use super::trouble::Trouble;
+use super::issued::CachedCredentials;
+use super::trouble::FailureState;
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::metrics::EntryState;
@@ -20,30 +20,30 @@ use crate::role::Grant;
 const NO_UID: u32 = u32::MAX;
 
 /// The place of one grant.
-pub(super) struct Slot {
+pub(super) struct Entry {
     pub(super) grant: Grant,
-    pub(super) current: ArcSwapOption<Issued>,
+    pub(super) current: ArcSwapOption<CachedCredentials>,
     /// The caller that asked last, where the source needs one and it is not known to be gone.
     pub(super) latest: ArcSwapOption<Caller>,
     last_used: AtomicU64,
     /// The user of whoever asked last, for `/status`: also where the caller itself is not kept. Nobody has [`NO_UID`].
     last_uid: AtomicU32,
-    state: Mutex<State>,
+    state: Mutex<CachedState>,
 }
 
 /// What changes with flights.
 #[derive(Default)]
-pub(super) struct State {
+pub(super) struct CachedState {
     pub(super) flight: Option<Arc<Flight>>,
     /// It is not in the cache any more.
     pub(super) ended: bool,
     /// When it is looked at next.
     pub(super) next: Option<Instant>,
     /// What has failed since the last success.
-    pub(super) trouble: Option<Box<Trouble>>,
+    pub(super) trouble: Option<Box<FailureState>>,
 }
 
-impl Slot {
+impl Entry {
     pub(super) fn new(grant: Grant) -> Arc<Self> {
         Arc::new(Self {
             grant,
@@ -57,7 +57,7 @@ impl Slot {
 
     /// Locked for moments only, never while anything is waited for. Whoever holds it must not look into the cache's table:
     /// there places are locked in the other order.
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, CachedState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -72,7 +72,7 @@ impl Slot {
     }
 
     /// Forgets a caller that is gone.
-    pub(super) fn forget(&self, gone: &Arc<Caller>) {
+    pub(super) fn drop_caller(&self, gone: &Arc<Caller>) {
         let latest = self.latest.load();
         if latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, gone)) {
             // Another that came in between stays.
@@ -81,26 +81,26 @@ impl Slot {
     }
 
     /// For metrics.
-    pub(super) fn condition(&self, clock: &Clock) -> EntryState {
+    pub(super) fn status(&self, clock: &Clock) -> EntryState {
         let state = self.state();
         let current = self.current.load();
         match (current.as_ref(), &state.trouble) {
             (None, _) => EntryState::Empty,
             (Some(_), Some(trouble)) if trouble.refused_since.is_some() => EntryState::Refused,
             (Some(_), Some(_)) => EntryState::Failing,
-            (Some(issued), None) if issued.left(clock) <= issued.refresh_left => EntryState::Due,
+            (Some(issued), None) if issued.remaining(clock) <= issued.refresh_left => EntryState::Due,
             (Some(_), None) => EntryState::Fresh,
         }
     }
 
-    pub(super) fn describe(&self, clock: &Clock) -> Entry {
+    pub(super) fn describe(&self, clock: &Clock) -> EntryStatus {
         let current = self.current.load();
         let latest = self.latest.load();
         let state = self.state();
         let trouble = state.trouble.as_ref();
         let date = |time: SystemTime| humantime::format_rfc3339_seconds(time).to_string();
         let waiting = state.flight.as_ref().map_or(0, |flight| flight.waiting());
-        Entry {
+        EntryStatus {
             spiffe_id: self.grant.spiffe_id.to_string(),
             role: self.grant.role.name.clone(),
             role_arn: self.grant.role_arn.to_string(),
@@ -122,7 +122,7 @@ impl Slot {
 
 /// One cached set of credentials, for people. Times are in UTC.
 #[derive(Debug, Serialize)]
-pub struct Entry {
+pub struct EntryStatus {
     /// Whose.
     pub spiffe_id: String,
     /// Which `[[role]]`; the ARN itself where the workload named one.

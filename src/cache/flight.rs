@@ -7,15 +7,15 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::CacheError;
-use super::issued::Issued;
+use super::issued::CachedCredentials;
 use crate::caller::Caller;
 use crate::clock::HOLD;
 
-pub(super) type Landed = Result<Arc<Issued>, CacheError>;
+pub(super) type FlightResult = Result<Arc<CachedCredentials>, CacheError>;
 
 /// One exchange under way.
 pub(super) struct Flight {
-    landed: watch::Sender<Option<Landed>>,
+    landed: watch::Sender<Option<FlightResult>>,
     waiting: Mutex<Waiting>,
 }
 
@@ -51,7 +51,7 @@ impl Flight {
     }
 
     /// Tells all who wait. What they were told first stays.
-    pub(super) fn land(&self, landed: Landed) {
+    pub(super) fn finish(&self, landed: FlightResult) {
         self.landed.send_if_modified(|told| {
             let first = told.is_none();
             if first {
@@ -62,7 +62,7 @@ impl Flight {
     }
 
     /// The caller that came last and still waits, but for the one that is gone.
-    pub(super) fn another(&self, gone: &Arc<Caller>) -> Option<Arc<Caller>> {
+    pub(super) fn another_caller(&self, gone: &Arc<Caller>) -> Option<Arc<Caller>> {
         let mut waiting = self.lock();
         waiting.callers.retain(|_, caller| !Arc::ptr_eq(caller, gone));
         waiting.callers.last_key_value().map(|(_, caller)| caller.clone())
@@ -75,7 +75,7 @@ impl Flight {
 
 impl Waiter {
     /// Waits, but not for ever.
-    pub(super) async fn landing(&self) -> Landed {
+    pub(super) async fn wait(&self) -> FlightResult {
         let mut landed = self.flight.landed.subscribe();
         let landed = timeout(HOLD, landed.wait_for(Option::is_some)).await.map_err(|_| CacheError::Pending)?;
         // The sender is this waiter's own flight, so there is a result.

@@ -12,23 +12,23 @@ use crate::credentials::Credentials;
 use crate::role::Grant;
 
 /// Credentials with less than this left are not handed out any more.
-pub(super) const LAST_GOOD: Duration = Duration::from_secs(60);
+pub(super) const MIN_REMAINING: Duration = Duration::from_secs(60);
 /// SDKs (botocore, Java, .NET) fetch again on each call what has less than this left ...
-const SDKS_REFRESH: Duration = Duration::from_secs(15 * 60);
+const SDK_REFRESH_WINDOW: Duration = Duration::from_secs(15 * 60);
 /// ... so a refresh has this long before they do ...
-const BEFORE_SDKS: Duration = Duration::from_secs(90);
+const SDK_MARGIN: Duration = Duration::from_secs(90);
 /// ... where the session is longer by at least this; shorter ones would be refreshed all the time.
-const WORTH_IT: Duration = Duration::from_secs(5 * 60);
+const MIN_REFRESH_GAIN: Duration = Duration::from_secs(5 * 60);
 
 /// Credentials as they are handed out: the secrets are in the body alone.
 #[derive(Debug)]
-pub struct Issued {
+pub struct CachedCredentials {
     /// Not secret.
     pub access_key_id: Arc<str>,
     /// When AWS stops to accept them.
     pub expiration: SystemTime,
     /// The body for SDKs, rendered once.
-    pub body: Body,
+    pub body: CachedBody,
     /// The same by the monotonic clock.
     expires: Instant,
     /// How long they last when they are issued.
@@ -39,15 +39,15 @@ pub struct Issued {
 
 /// A rendered answer. Zeroized when the last holder drops it, and not printed.
 #[derive(Clone)]
-pub struct Body(pub Arc<Zeroizing<Vec<u8>>>);
+pub struct CachedBody(pub Arc<Zeroizing<Vec<u8>>>);
 
-impl fmt::Debug for Body {
+impl fmt::Debug for CachedBody {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Body({} bytes)", self.0.len())
     }
 }
 
-impl Issued {
+impl CachedCredentials {
     /// Of credentials that were issued now. No session lasts longer than was asked for, whatever this node's clock says:
     /// with a clock that is behind, `Expiration` alone looks further away than it is.
     pub(super) fn new(grant: &Grant, credentials: &Credentials, clock: &Clock) -> Self {
@@ -55,26 +55,26 @@ impl Issued {
         Self {
             access_key_id: credentials.access_key_id.as_str().into(),
             expiration: credentials.expiration,
-            body: Body(Arc::new(credentials.body(&grant.role_arn))),
+            body: CachedBody(Arc::new(credentials.body(&grant.role_arn))),
             expires: Instant::now() + lifetime,
             lifetime,
-            refresh_left: refresh_left(lifetime),
+            refresh_left: refresh_at_remaining(lifetime),
         }
     }
 
     /// How long they last still: by the monotonic clock or by the wall clock, whichever says less. A suspended machine's
     /// monotonic clock stands still; a wall clock that is set back says too much.
-    pub(super) fn left(&self, clock: &Clock) -> Duration {
+    pub(super) fn remaining(&self, clock: &Clock) -> Duration {
         self.expires.saturating_duration_since(Instant::now()).min(clock.until(self.expiration))
     }
 }
 
 /// With how much left credentials of this lifetime are due for a refresh: about half, spread so that a node's identities
 /// don't refresh together, and before SDKs that refresh early begin to ask for better ones.
-pub(super) fn refresh_left(lifetime: Duration) -> Duration {
+pub(super) fn refresh_at_remaining(lifetime: Duration) -> Duration {
     let half = lifetime.mul_f64(0.45 + 0.1 * fastrand::f64());
-    if lifetime < SDKS_REFRESH + WORTH_IT {
+    if lifetime < SDK_REFRESH_WINDOW + MIN_REFRESH_GAIN {
         return half;
     }
-    half.max(SDKS_REFRESH + BEFORE_SDKS.mul_f64(1.0 + 0.5 * fastrand::f64()))
+    half.max(SDK_REFRESH_WINDOW + SDK_MARGIN.mul_f64(1.0 + 0.5 * fastrand::f64()))
 }

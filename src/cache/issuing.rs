@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::entry::{Slot, State};
-use super::flight::{Flight, Landed};
-use super::issued::{Issued, LAST_GOOD};
-use super::news::News;
-use super::trouble::{Class, Trouble};
-use super::{CacheError, Shared};
+use super::entry::{CachedState, Entry};
+use super::flight::{Flight, FlightResult};
+use super::issued::{CachedCredentials, MIN_REMAINING};
+use super::news::CacheEvent;
+use super::trouble::{FailureKind, FailureState};
+use super::{CacheError, CacheInner};
 use crate::caller::Caller;
 use crate::credentials::Credentials;
 use crate::identity::SpiffeId;
@@ -18,52 +18,56 @@ use crate::limits::FairPermit;
 use crate::metrics::Call;
 
 /// What becomes of a flight.
-enum Landing {
+enum FlightOutcome {
     /// It ends.
-    Done(Landed),
+    Done(FlightResult),
     /// It goes on, for another caller of the same identity.
     Again(Arc<Caller>),
 }
 
-impl Shared {
+impl CacheInner {
     /// Starts the one flight of this place, with `caller`'s token. It goes on whatever becomes of `caller`'s connection.
-    pub(super) fn launch(
+    pub(super) fn start_flight(
         self: &Arc<Self>,
-        slot: &Arc<Slot>,
+        slot: &Arc<Entry>,
         caller: Arc<Caller>,
-        state: &mut State,
+        state: &mut CachedState,
         turn: Option<FairPermit<SpiffeId>>,
     ) -> Arc<Flight> {
         let flight = Flight::new();
         state.flight = Some(flight.clone());
-        tokio::spawn(fly(self.clone(), slot.clone(), flight.clone(), caller, turn));
+        tokio::spawn(run_flight(self.clone(), slot.clone(), flight.clone(), caller, turn));
         flight
     }
 
     /// Puts a flight's result in its place.
-    fn landed(
+    fn complete(
         self: &Arc<Self>,
-        slot: &Arc<Slot>,
+        slot: &Arc<Entry>,
         flight: &Flight,
         result: Result<Credentials, ExchangeError>,
         caller: &Arc<Caller>,
-    ) -> Landing {
+    ) -> FlightOutcome {
         let mut state = slot.state();
         if state.ended {
             state.flight = None;
-            return Landing::Done(Err(CacheError::Pending));
+            return FlightOutcome::Done(Err(CacheError::Pending));
         }
         let result = result.and_then(|credentials| {
-            let issued = Issued::new(&slot.grant, &credentials, &self.clock);
+            let issued = CachedCredentials::new(&slot.grant, &credentials, &self.clock);
             // Too short to be handed out, ever: nobody may be told that there are credentials.
-            if issued.left(&self.clock) > LAST_GOOD { Ok(Arc::new(issued)) } else { Err(ExchangeError::TooShort) }
+            if issued.remaining(&self.clock) > MIN_REMAINING {
+                Ok(Arc::new(issued))
+            } else {
+                Err(ExchangeError::TooShort)
+            }
         });
         if let Err(error) = &result
-            && Class::of(error) == Class::CallerGone
+            && FailureKind::of(error) == FailureKind::CallerGone
         {
-            slot.forget(caller);
-            if let Some(other) = flight.another(caller).or_else(|| slot.latest.load_full()) {
-                return Landing::Again(other);
+            slot.drop_caller(caller);
+            if let Some(other) = flight.another_caller(caller).or_else(|| slot.latest.load_full()) {
+                return FlightOutcome::Again(other);
             }
         }
         self.metrics.issues.get_or_create(&Call::of(&result, ExchangeError::reason)).inc();
@@ -71,30 +75,30 @@ impl Shared {
         let news = match &result {
             Ok(issued) => {
                 slot.current.store(Some(issued.clone()));
-                state.trouble.take().is_some_and(|trouble| trouble.logged).then_some(News::Again)
+                state.trouble.take().is_some_and(|trouble| trouble.logged).then_some(CacheEvent::Again)
             }
             Err(error) => self.failed(slot, error, &mut state),
         };
         self.plan(slot, &mut state);
         drop(state);
         if let Some(news) = news {
-            news.tell(slot, &self.log);
+            news.emit(slot, &self.log);
         }
-        Landing::Done(result.map_err(CacheError::from))
+        FlightOutcome::Done(result.map_err(CacheError::from))
     }
 
-    fn failed(&self, slot: &Slot, error: &ExchangeError, state: &mut State) -> Option<News> {
+    fn failed(&self, slot: &Entry, error: &ExchangeError, state: &mut CachedState) -> Option<CacheEvent> {
         let before = state.trouble.take();
         let is_news = before.as_ref().is_none_or(|before| !before.logged || before.error.reason() != error.reason());
-        let mut trouble = Box::new(Trouble::after(before.as_deref(), error, Instant::now(), self.clock.now()));
+        let mut trouble = Box::new(FailureState::record(before.as_deref(), error, Instant::now(), self.clock.now()));
         let kept = slot.current.load().is_some();
         let news = if trouble.withdrawn && kept {
-            self.clear(slot, "withdrawn");
-            Some(News::Withdrawn(error.clone()))
-        } else if is_news && Class::of(error) != Class::CallerGone {
+            self.clear_credentials(slot, "withdrawn");
+            Some(CacheEvent::Withdrawn(error.clone()))
+        } else if is_news && FailureKind::of(error) != FailureKind::CallerGone {
             let missed = self.log.allows();
             trouble.logged = missed.is_some();
-            missed.map(|missed| News::Failed { error: error.clone(), kept, missed })
+            missed.map(|missed| CacheEvent::Failed { error: error.clone(), kept, missed })
         } else {
             None
         };
@@ -103,9 +107,9 @@ impl Shared {
     }
 }
 
-async fn fly(
-    shared: Arc<Shared>,
-    slot: Arc<Slot>,
+async fn run_flight(
+    shared: Arc<CacheInner>,
+    slot: Arc<Entry>,
     flight: Arc<Flight>,
     mut caller: Arc<Caller>,
     turn: Option<FairPermit<SpiffeId>>,
@@ -118,11 +122,11 @@ async fn fly(
         };
         // A panic in a library below ends that flight, not the place that it was for.
         let result = flying.await.unwrap_or_else(|_| Err(ExchangeError::task_panicked()));
-        match shared.landed(&slot, &flight, result, &caller) {
-            Landing::Again(other) => caller = other,
-            Landing::Done(landed) => break landed,
+        match shared.complete(&slot, &flight, result, &caller) {
+            FlightOutcome::Again(other) => caller = other,
+            FlightOutcome::Done(landed) => break landed,
         }
     };
     drop(turn);
-    flight.land(landed);
+    flight.finish(landed);
 }

@@ -4,7 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::entry::Slot;
+use super::entry::Entry;
 use crate::issue::ExchangeError;
 use crate::telemetry::LogQuota;
 
@@ -15,15 +15,15 @@ const EVERY: Duration = Duration::from_secs(10);
 
 /// How many lines may be written still, and how many were left out.
 #[derive(Debug)]
-pub(super) struct Log(Mutex<LogQuota>);
+pub(super) struct EventLog(Mutex<LogQuota>);
 
-impl Default for Log {
+impl Default for EventLog {
     fn default() -> Self {
         Self(Mutex::new(LogQuota::new(BURST, EVERY)))
     }
 }
 
-impl Log {
+impl EventLog {
     /// Whether one may be written now; if so, how many were left out since the last.
     pub(super) fn allows(&self) -> Option<u64> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -31,7 +31,7 @@ impl Log {
 }
 
 /// Something to tell operators. To be told with nothing locked: a log may be slow.
-pub(super) enum News {
+pub(super) enum CacheEvent {
     /// The first failure, or the first of its kind, and how many lines were left out before it.
     Failed { error: ExchangeError, kept: bool, missed: u64 },
     /// A success after a failure that the log has.
@@ -42,8 +42,8 @@ pub(super) enum News {
     Over(ExchangeError),
 }
 
-impl News {
-    pub(super) fn tell(self, slot: &Slot, log: &Log) {
+impl CacheEvent {
+    pub(super) fn emit(self, slot: &Entry, log: &EventLog) {
         let (spiffe_id, role_arn) = (&slot.grant.spiffe_id, &slot.grant.role_arn);
         if let Self::Failed { error, kept, missed } = self {
             // `kept`: those that were issued before are still handed out.

@@ -11,31 +11,31 @@ use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
-use super::entry::{Slot, State};
-use super::news::News;
-use super::rules::Next;
-use super::trouble::Class;
-use super::{Setup, Shared};
+use super::entry::{CachedState, Entry};
+use super::news::CacheEvent;
+use super::rules::Action;
+use super::trouble::FailureKind;
+use super::{CacheInner, Generation};
 use crate::clock::Clock;
 
 /// How often the wall clock is compared with the monotonic one, by which the task sleeps.
-const COMPARE: Duration = Duration::from_secs(30);
+const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 /// How many places are looked at before other tasks of the same thread have their turn.
 const BATCH: usize = 256;
 /// A refresh that has no turn now looks again after about this. It is not urgent, and thousands may wait.
-const NO_TURN: Duration = Duration::from_secs(4);
+const LIMITER_RETRY: Duration = Duration::from_secs(4);
 
 /// Places in the order of time, each once at most.
 #[derive(Default)]
 pub(super) struct Schedule {
-    queue: Mutex<BTreeMap<(Instant, usize), Arc<Slot>>>,
+    queue: Mutex<BTreeMap<(Instant, usize), Arc<Entry>>>,
     changed: Notify,
     closed: AtomicBool,
 }
 
 impl Schedule {
     /// Has `slot` looked at `at`, and not when it was to be before. `next` is its [`State::next`].
-    pub(super) fn put(&self, slot: &Arc<Slot>, next: &mut Option<Instant>, at: Option<Instant>) {
+    pub(super) fn put(&self, slot: &Arc<Entry>, next: &mut Option<Instant>, at: Option<Instant>) {
         let address = Arc::as_ptr(slot) as usize;
         let mut queue = self.lock();
         if let Some(before) = next.take() {
@@ -51,7 +51,7 @@ impl Schedule {
     }
 
     /// Takes out some of those whose time has come.
-    fn due(&self) -> Vec<Arc<Slot>> {
+    fn due(&self) -> Vec<Arc<Entry>> {
         let mut queue = self.lock();
         let now = Instant::now();
         let mut due = Vec::new();
@@ -70,7 +70,7 @@ impl Schedule {
         match first {
             Some(at) => {
                 // Whichever comes first.
-                let _ = timeout_at(at.min(Instant::now() + COMPARE), self.changed.notified()).await;
+                let _ = timeout_at(at.min(Instant::now() + CLOCK_CHECK_INTERVAL), self.changed.notified()).await;
             }
             None => self.changed.notified().await,
         }
@@ -82,48 +82,48 @@ impl Schedule {
         self.changed.notify_one();
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<(Instant, usize), Arc<Slot>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(Instant, usize), Arc<Entry>>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Notices that the wall clock has left the monotonic one: it was set, or the machine was suspended.
-struct Drift {
+struct ClockStepDetector {
     wall: SystemTime,
     at: Instant,
 }
 
 /// Less is not worth a look at everything.
-const DRIFT: Duration = Duration::from_secs(1);
+const MIN_CLOCK_STEP: Duration = Duration::from_secs(1);
 
-impl Drift {
+impl ClockStepDetector {
     fn new(clock: &Clock) -> Self {
         Self { wall: clock.now(), at: Instant::now() }
     }
 
     /// Since the last time this was asked.
-    fn happened(&mut self, clock: &Clock) -> bool {
+    fn stepped(&mut self, clock: &Clock) -> bool {
         let now = Self::new(clock);
         let expected = self.wall + now.at.duration_since(self.at);
         let away = now.wall.duration_since(expected).unwrap_or_else(|error| error.duration());
         *self = now;
-        away > DRIFT
+        away > MIN_CLOCK_STEP
     }
 }
 
 /// Until the cache is dropped.
-pub(super) async fn make(shared: Weak<Shared>, schedule: Arc<Schedule>, clock: Clock) {
-    let mut drift = Drift::new(&clock);
+pub(super) async fn run(shared: Weak<CacheInner>, schedule: Arc<Schedule>, clock: Clock) {
+    let mut drift = ClockStepDetector::new(&clock);
     while schedule.wait().await {
         let Some(shared) = shared.upgrade() else { return };
-        if drift.happened(&clock) {
+        if drift.stepped(&clock) {
             let mut all = Vec::new();
-            shared.places.each(|slot| all.push(slot.clone()));
-            all.iter().for_each(|slot| shared.look(slot));
+            shared.places.for_each(|slot| all.push(slot.clone()));
+            all.iter().for_each(|slot| shared.process_due(slot));
         }
         loop {
             let due = schedule.due();
-            due.iter().for_each(|slot| shared.look(slot));
+            due.iter().for_each(|slot| shared.process_due(slot));
             if due.len() < BATCH {
                 break;
             }
@@ -132,30 +132,31 @@ pub(super) async fn make(shared: Weak<Shared>, schedule: Arc<Schedule>, clock: C
     }
 }
 
-impl Shared {
+impl CacheInner {
     /// Does what is to be done with a place now, and says when it is looked at again.
-    fn look(self: &Arc<Self>, slot: &Arc<Slot>) {
+    fn process_due(self: &Arc<Self>, slot: &Arc<Entry>) {
         let setup = self.setup.load_full();
         let mut state = slot.state();
         if state.ended {
             return;
         }
-        let mut next = self.judge(slot, &state, &setup);
+        let mut next = self.next_action(slot, &state, &setup);
         let mut news = None;
-        if let Next::Clear(reason) = next {
+        if let Action::Clear(reason) = next {
             // Without another caller an end is what has to come.
-            let trouble = state.trouble.as_ref().filter(|trouble| Class::of(&trouble.error) != Class::CallerGone);
-            news = trouble.map(|trouble| News::Over(trouble.error.clone()));
-            self.clear(slot, reason);
-            next = self.judge(slot, &state, &setup);
+            let trouble =
+                state.trouble.as_ref().filter(|trouble| FailureKind::of(&trouble.error) != FailureKind::CallerGone);
+            news = trouble.map(|trouble| CacheEvent::Over(trouble.error.clone()));
+            self.clear_credentials(slot, reason);
+            next = self.next_action(slot, &state, &setup);
         }
         let again = match next {
-            Next::Remove(reason) | Next::Clear(reason) => {
-                self.end(slot, &mut state, reason);
+            Action::Remove(reason) | Action::Clear(reason) => {
+                self.retire(slot, &mut state, reason);
                 None
             }
-            Next::Wait(at) => Some(at),
-            Next::Refresh(end) => Some(self.refresh(slot, &setup, &mut state).map_or(end, |at| end.min(at))),
+            Action::Wait(at) => Some(at),
+            Action::Refresh(end) => Some(self.refresh(slot, &setup, &mut state).map_or(end, |at| end.min(at))),
         };
         self.schedule.put(slot, &mut state.next, again);
         drop(state);
@@ -163,28 +164,28 @@ impl Shared {
             self.places.remove(slot);
         }
         if let Some(news) = news {
-            news.tell(slot, &self.log);
+            news.emit(slot, &self.log);
         }
     }
 
     /// Starts a refresh, if there is somebody to ask for it with, and a turn; if only that is missing, says when to look
     /// again.
-    fn refresh(self: &Arc<Self>, slot: &Arc<Slot>, setup: &Setup, state: &mut State) -> Option<Instant> {
+    fn refresh(self: &Arc<Self>, slot: &Arc<Entry>, setup: &Generation, state: &mut CachedState) -> Option<Instant> {
         let caller = if setup.issuer.needs_caller() { slot.latest.load_full() } else { Some(self.nobody.clone()) };
         // Without one, the next request brings it.
         let caller = caller?;
         let Ok(turn) = self.refreshes.try_acquire(&slot.grant.spiffe_id) else {
-            return Some(Instant::now() + NO_TURN.mul_f64(0.5 + fastrand::f64()));
+            return Some(Instant::now() + LIMITER_RETRY.mul_f64(0.5 + fastrand::f64()));
         };
-        self.launch(slot, caller, state, Some(turn));
+        self.start_flight(slot, caller, state, Some(turn));
         None
     }
 
     /// Has the place looked at when there is something to do.
-    pub(super) fn plan(&self, slot: &Arc<Slot>, state: &mut State) {
-        let at = match self.judge(slot, state, &self.setup.load()) {
-            Next::Wait(at) => at,
-            Next::Refresh(_) | Next::Clear(_) | Next::Remove(_) => Instant::now(),
+    pub(super) fn plan(&self, slot: &Arc<Entry>, state: &mut CachedState) {
+        let at = match self.next_action(slot, state, &self.setup.load()) {
+            Action::Wait(at) => at,
+            Action::Refresh(_) | Action::Clear(_) | Action::Remove(_) => Instant::now(),
         };
         self.schedule.put(slot, &mut state.next, Some(at));
     }

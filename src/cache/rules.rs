@@ -2,14 +2,14 @@
 
 use tokio::time::Instant;
 
-use super::entry::{Slot, State};
-use super::issued::LAST_GOOD;
-use super::trouble::remembered;
-use super::{Setup, Shared};
+use super::entry::{CachedState, Entry};
+use super::issued::MIN_REMAINING;
+use super::trouble::negative_ttl;
+use super::{CacheInner, Generation};
 
 /// What to do with a place.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Next {
+pub(super) enum Action {
     /// Take its credentials away, for this reason.
     Clear(&'static str),
     /// Take it out, for this reason.
@@ -20,36 +20,36 @@ pub(super) enum Next {
     Wait(Instant),
 }
 
-impl Shared {
+impl CacheInner {
     /// **The** rule of what happens to a place, in the order of precedence.
-    pub(super) fn judge(&self, slot: &Slot, state: &State, setup: &Setup) -> Next {
+    pub(super) fn next_action(&self, slot: &Entry, state: &CachedState, setup: &Generation) -> Action {
         let now = Instant::now();
         let trouble = state.trouble.as_deref();
         let Some(issued) = slot.current.load_full() else {
             if state.flight.is_some() {
-                return Next::Wait(now + LAST_GOOD);
+                return Action::Wait(now + MIN_REMAINING);
             }
-            let forget = trouble.map_or(now, |trouble| trouble.at + remembered(&trouble.error));
-            return if forget > now { Next::Wait(forget) } else { Next::Remove("empty") };
+            let forget = trouble.map_or(now, |trouble| trouble.at + negative_ttl(&trouble.error));
+            return if forget > now { Action::Wait(forget) } else { Action::Remove("empty") };
         };
-        let left = issued.left(&self.clock);
+        let left = issued.remaining(&self.clock);
         let grace = trouble.and_then(|trouble| trouble.refused_since).map(|(at, _)| at + setup.limits.revocation_grace);
-        let end = grace.unwrap_or(now + left).min(now + left.saturating_sub(LAST_GOOD));
+        let end = grace.unwrap_or(now + left).min(now + left.saturating_sub(MIN_REMAINING));
         if end <= now {
-            return Next::Clear(if left <= LAST_GOOD { "expired" } else { "refused" });
+            return Action::Clear(if left <= MIN_REMAINING { "expired" } else { "refused" });
         }
         if state.flight.is_some() {
-            return Next::Wait(end);
+            return Action::Wait(end);
         }
         if left > issued.refresh_left {
-            return Next::Wait(end.min(now + (left - issued.refresh_left)));
+            return Action::Wait(end.min(now + (left - issued.refresh_left)));
         }
         if slot.last_used() + issued.lifetime < self.start.elapsed() {
-            return Next::Remove("unused");
+            return Action::Remove("unused");
         }
         match trouble {
-            Some(trouble) if trouble.retry_at > now => Next::Wait(end.min(trouble.retry_at)),
-            _ => Next::Refresh(end),
+            Some(trouble) if trouble.retry_at > now => Action::Wait(end.min(trouble.retry_at)),
+            _ => Action::Refresh(end),
         }
     }
 }

@@ -255,7 +255,7 @@ async fn reason(cache: &CredentialCache) -> &'static str {
 /// How many are under way.
 fn flights(cache: &CredentialCache) -> usize {
     let mut count = 0;
-    cache.0.places.each(|slot| count += usize::from(slot.state().flight.is_some()));
+    cache.0.places.for_each(|slot| count += usize::from(slot.state().flight.is_some()));
     count
 }
 
@@ -302,7 +302,7 @@ async fn a_caller_that_looked_just_before_a_flight_landed_starts_no_other() {
     key(&cache).await.unwrap();
     let slot = cache.0.slot(&grant("a")).unwrap();
     match cache.0.join_or_start(&slot, &caller()) {
-        Ok(Some(Found::Credentials(issued, CacheResult::Hit))) => assert_eq!(issued.access_key_id.to_string(), "KEY1"),
+        Ok(Some(Lookup::Credentials(issued, CacheResult::Hit))) => assert_eq!(issued.access_key_id.to_string(), "KEY1"),
         Ok(_) => panic!("another flight"),
         Err(error) => panic!("{error}"),
     }
@@ -379,7 +379,7 @@ async fn a_failure_is_remembered_for_a_moment_only() {
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
     assert_eq!(world.fetched(), asked);
     world.fail(None);
-    advance(trouble::remembered(&denied().into())).await;
+    advance(trouble::negative_ttl(&denied().into())).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
@@ -389,7 +389,7 @@ async fn a_panic_in_a_flight_leaves_its_place_usable() {
     world.panics.store(true, Ordering::SeqCst);
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
     world.panics.store(false, Ordering::SeqCst);
-    advance(trouble::remembered(&ExchangeError::task_panicked())).await;
+    advance(trouble::negative_ttl(&ExchangeError::task_panicked())).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
@@ -487,16 +487,16 @@ async fn a_request_past_the_refresh_point_gets_the_old_ones_and_starts_one_refre
 fn refreshes_are_spread_and_leave_sdks_what_they_want() {
     for minutes in [20, 25, 30, 45, 60, 12 * 60] {
         let lifetime = MINUTE * minutes;
-        let points: Vec<_> = (0..1000).map(|_| issued::refresh_left(lifetime)).collect();
+        let points: Vec<_> = (0..1000).map(|_| issued::refresh_at_remaining(lifetime)).collect();
         let (first, last) = (points.iter().max().unwrap(), points.iter().min().unwrap());
         assert!(*last > MINUTE * 15 && *first < lifetime, "{minutes}: {last:?} {first:?}");
         assert!(*first - *last > SECOND * 30, "{minutes}: {last:?} {first:?}");
     }
-    let hour: Vec<_> = (0..1000).map(|_| issued::refresh_left(HOUR).as_secs_f64() / 3600.0).collect();
+    let hour: Vec<_> = (0..1000).map(|_| issued::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0).collect();
     assert!(hour.iter().all(|left| (0.45..=0.55).contains(left)));
     let mean = hour.iter().sum::<f64>() / 1000.0;
     assert!((0.48..0.52).contains(&mean), "{mean}");
-    assert!(issued::refresh_left(MINUTE * 15) < MINUTE * 9, "not all the time");
+    assert!(issued::refresh_at_remaining(MINUTE * 15) < MINUTE * 9, "not all the time");
 }
 
 #[tokio::test(start_paused = true)]
@@ -506,7 +506,7 @@ async fn who_asks_at_any_time_gets_more_than_fifteen_minutes() {
         *world.lifetime.lock().unwrap() = MINUTE * minutes;
         for _ in 0..3 * 60 * 3 {
             let (issued, _) = cache.get(&grant("a"), &caller()).await.unwrap();
-            let left = issued.left(&world.clock);
+            let left = issued.remaining(&world.clock);
             assert!(left > MINUTE * 15, "{minutes}: {left:?}");
             pass(SECOND * 20).await;
         }
@@ -538,9 +538,9 @@ async fn an_entry_is_no_task_and_the_cache_ends_with_its_last_handle() {
 
 #[test]
 fn an_entry_is_small() {
-    let place = size_of::<Slot>();
+    let place = size_of::<Entry>();
     assert!(place <= 192, "{place}");
-    assert!(size_of::<Issued>() <= 96, "{}", size_of::<Issued>());
+    assert!(size_of::<CachedCredentials>() <= 96, "{}", size_of::<CachedCredentials>());
     // What a definition has is not copied for each of its entries.
     let role = Arc::new(role("r"));
     let (one, other) = (grant_of("a", &role), grant_of("b", &role));

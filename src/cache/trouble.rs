@@ -13,11 +13,11 @@ const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 const BACKOFF_STEPS: u32 = 6;
 /// Two denials of the source this far apart, without a success in between, are its last word: one alone may be a
 /// registration that has not spread yet, or a part of the source that has just started.
-pub(super) const DENIALS_APART: Duration = Duration::from_secs(10);
+pub(super) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
 
 /// What a failure says about credentials that were issued before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Class {
+pub(super) enum FailureKind {
     /// Nothing: an outage, or too many calls.
     Outage,
     /// Nothing, but without another caller there is no use in trying.
@@ -28,7 +28,7 @@ pub(super) enum Class {
     Refused,
 }
 
-impl Class {
+impl FailureKind {
     pub(super) fn of(error: &ExchangeError) -> Self {
         match error {
             ExchangeError::Source(SourceError::Caller(_)) => Self::CallerGone,
@@ -41,7 +41,7 @@ impl Class {
 
 /// **The** table of how long a failure is remembered where nothing is cached. SDKs repeat even a refused request three to
 /// six times within seconds; what may pass at any time is remembered no longer than clients are told to wait.
-pub(super) fn remembered(error: &ExchangeError) -> Duration {
+pub(super) fn negative_ttl(error: &ExchangeError) -> Duration {
     Duration::from_secs(match error {
         error if error.is_transient() => 1,
         // Somebody may be registering it right now.
@@ -52,7 +52,7 @@ pub(super) fn remembered(error: &ExchangeError) -> Duration {
 
 /// What has failed since the last success.
 #[derive(Debug)]
-pub(super) struct Trouble {
+pub(super) struct FailureState {
     pub(super) error: ExchangeError,
     pub(super) at: Instant,
     pub(super) time: SystemTime,
@@ -68,15 +68,15 @@ pub(super) struct Trouble {
     pub(super) logged: bool,
 }
 
-impl Trouble {
+impl FailureState {
     /// After another failure.
-    pub(super) fn after(before: Option<&Self>, error: &ExchangeError, at: Instant, time: SystemTime) -> Self {
-        let class = Class::of(error);
+    pub(super) fn record(before: Option<&Self>, error: &ExchangeError, at: Instant, time: SystemTime) -> Self {
+        let class = FailureKind::of(error);
         let since = before.and_then(|before| before.refused_since);
-        let refused_since = if class == Class::Refused { since.or(Some((at, time))) } else { since };
+        let refused_since = if class == FailureKind::Refused { since.or(Some((at, time))) } else { since };
         let since = before.and_then(|before| before.denied_since);
-        let denied_since = if class == Class::Denied { since.or(Some(at)) } else { since };
-        let asked_again = denied_since.is_some_and(|since| at.duration_since(since) >= DENIALS_APART);
+        let denied_since = if class == FailureKind::Denied { since.or(Some(at)) } else { since };
+        let asked_again = denied_since.is_some_and(|since| at.duration_since(since) >= DENIAL_CONFIRMATION);
         let tries = before.map_or(0, |before| before.tries);
         Self {
             error: error.clone(),
@@ -84,16 +84,16 @@ impl Trouble {
             time,
             retry_at: match (class, denied_since) {
                 // The second question, which decides.
-                (Class::Denied, Some(since)) if !asked_again => {
-                    since + DENIALS_APART + BACKOFF_FIRST.mul_f64(fastrand::f64())
+                (FailureKind::Denied, Some(since)) if !asked_again => {
+                    since + DENIAL_CONFIRMATION + BACKOFF_FIRST.mul_f64(fastrand::f64())
                 }
-                (Class::CallerGone, _) => at + BACKOFF_FIRST,
+                (FailureKind::CallerGone, _) => at + BACKOFF_FIRST,
                 _ => at + (BACKOFF_FIRST * (1 << tries)).mul_f64(0.5 + fastrand::f64()),
             },
             tries: (tries + 1).min(BACKOFF_STEPS),
             refused_since,
             denied_since,
-            withdrawn: class == Class::Denied && asked_again,
+            withdrawn: class == FailureKind::Denied && asked_again,
             logged: before.is_some_and(|before| before.logged),
         }
     }

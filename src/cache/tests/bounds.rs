@@ -1,7 +1,7 @@
 //! How much there is, and whose (attack 22).
 
 use super::*;
-use places::ROLES_EACH;
+use places::MAX_ROLES_PER_ID;
 
 const MANY: Limits = Limits { max_entries: 1000, ..LIMITS };
 
@@ -21,42 +21,42 @@ fn names(cache: &CredentialCache, owner: &str) -> Vec<String> {
 async fn over_its_bound_a_workload_loses_what_it_used_least_recently() {
     let (world, cache) = world_of(10_000, MANY);
     key_for(&cache, "other", 1).await.unwrap();
-    let roles = roles(ROLES_EACH + 1);
-    for role in &roles[..ROLES_EACH] {
+    let roles = roles(MAX_ROLES_PER_ID + 1);
+    for role in &roles[..MAX_ROLES_PER_ID] {
         cache.get(&grant_of("a", role), &caller()).await.unwrap();
         advance(SECOND).await;
     }
     // The first is used again, so the second goes.
     assert_eq!(cache.get(&grant_of("a", &roles[0]), &caller()).await.unwrap().1, CacheResult::Hit);
-    cache.get(&grant_of("a", &roles[ROLES_EACH]), &caller()).await.unwrap();
+    cache.get(&grant_of("a", &roles[MAX_ROLES_PER_ID]), &caller()).await.unwrap();
     let left = names(&cache, "a");
-    assert_eq!(left.len(), ROLES_EACH);
+    assert_eq!(left.len(), MAX_ROLES_PER_ID);
     assert!(left.contains(&"r0".to_owned()) && !left.contains(&"r1".to_owned()), "{left:?}");
     assert_eq!(key_for(&cache, "other", 1).await.unwrap().1, CacheResult::Hit);
     assert!(world.metrics.encode().contains("awsvid_cache_removed_total{reason=\"evicted\"} 1\n"));
     // What was taken out is not refreshed, either.
     pass(MINUTE * 34).await;
-    assert_eq!(world.fetched(), 2 * (ROLES_EACH + 1) + 1);
+    assert_eq!(world.fetched(), 2 * (MAX_ROLES_PER_ID + 1) + 1);
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_is_under_way_is_not_taken_out() {
     let (world, cache) = world_of(0, MANY);
-    let roles = roles(ROLES_EACH + 1);
+    let roles = roles(MAX_ROLES_PER_ID + 1);
     let ask = |owner: &'static str, role: &Arc<Role>| {
         let (cache, grant) = (cache.clone(), grant_of(owner, role));
         tokio::spawn(async move { cache.get(&grant, &caller()).await.map(|_| ()) })
     };
-    let waiting: Vec<_> = roles[..ROLES_EACH].iter().map(|role| ask("a", role)).collect();
+    let waiting: Vec<_> = roles[..MAX_ROLES_PER_ID].iter().map(|role| ask("a", role)).collect();
     settle().await;
-    let refused = cache.get(&grant_of("a", &roles[ROLES_EACH]), &caller()).await;
+    let refused = cache.get(&grant_of("a", &roles[MAX_ROLES_PER_ID]), &caller()).await;
     assert!(matches!(refused, Err(CacheError::TooManyRoles)), "{refused:?}");
     let other = ask("b", &roles[0]);
     world.gate.add_permits(100);
     for waiting in waiting.into_iter().chain([other]) {
         waiting.await.unwrap().unwrap();
     }
-    cache.get(&grant_of("a", &roles[ROLES_EACH]), &caller()).await.unwrap();
+    cache.get(&grant_of("a", &roles[MAX_ROLES_PER_ID]), &caller()).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -94,7 +94,7 @@ async fn one_that_makes_up_roles_is_stopped_and_hinders_nobody() {
     assert_eq!(refusals, HashSet::from([("sts_access_denied", false), ("too_many_exchanges", true)]));
     let asked = world.fetched() - before;
     assert!((20..60).contains(&asked), "{asked} of 2000 got as far as the source");
-    assert!((2..=ROLES_EACH).contains(&names(&cache, "greedy").len()));
+    assert!((2..=MAX_ROLES_PER_ID).contains(&names(&cache, "greedy").len()));
     assert!(names(&cache, "greedy").contains(&"good".to_owned()), "what has credentials goes last");
     // Others are served, and issued for, at once.
     world.refuse(None);
@@ -111,7 +111,7 @@ async fn one_that_makes_up_roles_is_stopped_and_hinders_nobody() {
 async fn one_whose_source_hangs_waits_for_itself_alone() {
     let (world, cache) = world_of(100_000, MANY);
     *world.takes.lock().unwrap() = SECOND * 30;
-    for role in roles(ROLES_EACH) {
+    for role in roles(MAX_ROLES_PER_ID) {
         let (cache, grant) = (cache.clone(), grant_of("a", &role));
         tokio::spawn(async move { cache.get(&grant, &caller()).await.map(drop) });
     }
@@ -126,10 +126,10 @@ async fn one_whose_source_hangs_waits_for_itself_alone() {
 #[tokio::test(start_paused = true)]
 async fn one_whose_source_hangs_leaves_refreshes_for_others() {
     let (world, cache) = world_of(100_000, MANY);
-    for role in roles(ROLES_EACH) {
+    for role in roles(MAX_ROLES_PER_ID) {
         cache.get(&grant_of("a", &role), &caller()).await.unwrap();
     }
     *world.takes.lock().unwrap() = HOUR;
     pass(MINUTE * 35).await;
-    assert_eq!(flights(&cache), REFRESHES_EACH);
+    assert_eq!(flights(&cache), MAX_REFRESHES_PER_WORKLOAD);
 }

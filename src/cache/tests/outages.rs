@@ -3,7 +3,7 @@
 use super::*;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::Log;
-use news::News;
+use news::CacheEvent;
 
 /// When the first refresh may be due at the latest.
 const DUE: Duration = Duration::from_secs(3600 * 55 / 100);
@@ -161,15 +161,15 @@ async fn an_outage_is_tried_again_and_again_but_not_all_the_time() {
 /// A line that is first written by another test's thread, which has no log, would be left out of this thread's as well: so
 /// each is written once before.
 fn log() -> Log {
-    let slot = Slot::new(grant("before"));
+    let slot = Entry::new(grant("before"));
     let error = || ExchangeError::from(unavailable());
     for news in [
-        News::Failed { error: error(), kept: false, missed: 0 },
-        News::Again,
-        News::Withdrawn(error()),
-        News::Over(error()),
+        CacheEvent::Failed { error: error(), kept: false, missed: 0 },
+        CacheEvent::Again,
+        CacheEvent::Withdrawn(error()),
+        CacheEvent::Over(error()),
     ] {
-        news.tell(&slot, &super::Log::default());
+        news.emit(&slot, &super::EventLog::default());
     }
     Log::start()
 }
@@ -230,7 +230,7 @@ fn how_long_each_failure_is_remembered() {
         (ExchangeError::TooShort, 1),
     ];
     for (error, seconds) in table {
-        assert_eq!(trouble::remembered(&error), SECOND * seconds, "{error:?}");
+        assert_eq!(trouble::negative_ttl(&error), SECOND * seconds, "{error:?}");
     }
 }
 
@@ -263,14 +263,14 @@ async fn ten_thousand_identities_come_out_of_an_outage_without_a_stampede() {
     // All are due within it. Of a kind that one flight asks for once only, so that this test is quick.
     world.fail(SourceError::BadToken(BadToken::Expiring("old".to_owned())));
     pass(MINUTE * 33 + SECOND).await;
-    assert_eq!(flights(&cache), REFRESHES, "as many as there are turns for");
+    assert_eq!(flights(&cache), MAX_REFRESHES, "as many as there are turns for");
     let during = world.fetched() - MANY;
     assert!(during > MANY, "each was tried: {during}");
     world.fail(None);
     for _ in 0..30 {
         pass(SECOND * 10).await;
         let flights = flights(&cache);
-        assert!(flights <= REFRESHES, "{flights} at one time");
+        assert!(flights <= MAX_REFRESHES, "{flights} at one time");
     }
     for grant in &grants {
         let (_, freshness) = cache.get(grant, &caller()).await.unwrap();
