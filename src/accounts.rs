@@ -42,19 +42,19 @@ const MAX_LOOKUPS: usize = 8;
 
 /// All names that the configuration has, and what is known of them. Clones share it.
 #[derive(Clone)]
-pub struct Accounts(Arc<Shared>);
+pub struct Accounts(Arc<AccountsInner>);
 
-struct Shared {
+struct AccountsInner {
     service: Arc<dyn NameService>,
-    state: Mutex<State>,
+    state: Mutex<AccountsState>,
     numbers: watch::Sender<Arc<Numbers>>,
     wake: Notify,
     metrics: Metrics,
 }
 
 #[derive(Default)]
-struct State {
-    names: BTreeMap<AccountName, Entry>,
+struct AccountsState {
+    names: BTreeMap<AccountName, AccountEntry>,
     is_running: bool,
 }
 
@@ -67,7 +67,7 @@ pub struct Numbers {
 
 /// One name.
 #[derive(Debug)]
-struct Entry {
+struct AccountEntry {
     /// Where the configuration has it.
     lines: Vec<usize>,
     known: Known,
@@ -84,7 +84,7 @@ struct Entry {
 }
 
 /// What came of one lookup.
-struct Finding {
+struct LookupResult {
     name: AccountName,
     number: Result<Option<u32>, Errno>,
     /// Where the name does not exist any more: which other name has its number now.
@@ -120,7 +120,7 @@ impl Accounts {
     pub fn new(service: impl NameService + 'static, metrics: Metrics) -> Self {
         let (numbers, _) = watch::channel(Arc::default());
         let (service, state) = (Arc::new(service), Mutex::default());
-        Self(Arc::new(Shared { service, state, numbers, wake: Notify::new(), metrics }))
+        Self(Arc::new(AccountsInner { service, state, numbers, wake: Notify::new(), metrics }))
     }
 
     /// Goes on with the names of another configuration, each with the lines that it stands in. Has all of them looked up and
@@ -164,8 +164,8 @@ impl Accounts {
     }
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl AccountsInner {
+    fn state(&self) -> MutexGuard<'_, AccountsState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -174,7 +174,7 @@ impl Shared {
         let mut state = self.state();
         let mut before = std::mem::take(&mut state.names);
         for (name, lines) in names {
-            let mut entry = before.remove(&name).unwrap_or_else(Entry::new);
+            let mut entry = before.remove(&name).unwrap_or_else(AccountEntry::new);
             entry.lines = lines;
             state.names.insert(name, entry);
         }
@@ -185,7 +185,7 @@ impl Shared {
     }
 
     /// Waits until `is_met`, which every answer may change; `false` after `patience`.
-    async fn wait(&self, patience: Duration, is_met: impl Fn(&State) -> bool) -> bool {
+    async fn wait(&self, patience: Duration, is_met: impl Fn(&AccountsState) -> bool) -> bool {
         let mut answers = self.numbers.subscribe();
         let met = async {
             // Not under the channel's own lock: the sender holds that of the state.
@@ -198,7 +198,7 @@ impl Shared {
     }
 
     /// Publishes the numbers as they are now, which wakes each task that waits for an answer.
-    fn publish(&self, state: &State, local: Option<Arc<LocalAccounts>>) {
+    fn publish(&self, state: &AccountsState, local: Option<Arc<LocalAccounts>>) {
         let known: BTreeMap<_, _> = state.names.iter().map(|(name, entry)| (name.clone(), entry.known)).collect();
         let unknown = known.values().filter(|known| !matches!(known, Known::Number(_))).count();
         self.metrics.unknown_accounts.set(i64::try_from(unknown).unwrap_or(i64::MAX));
@@ -211,7 +211,7 @@ impl Shared {
     }
 
     /// Takes what a lookup came to.
-    fn take(&self, finding: Finding) {
+    fn take(&self, finding: LookupResult) {
         let mut state = self.state();
         if let Some(entry) = state.names.get_mut(&finding.name) {
             entry.take(&finding, Instant::now());
@@ -229,7 +229,7 @@ impl Shared {
     }
 }
 
-impl State {
+impl AccountsState {
     /// Whether there is an answer, or a failure, that is not older than `since`.
     fn has_answer(&self, name: &AccountName, since: Option<Instant>) -> bool {
         // One that was removed meanwhile is not waited for.
@@ -243,7 +243,7 @@ impl State {
         let running = self.names.iter().filter(|(_, entry)| entry.is_running);
         let (running_local, running): (Vec<_>, Vec<_>) = running.partition(|(name, _)| local.has(name));
         let (may_local, may_other) = (running_local.is_empty(), running.len() < MAX_LOOKUPS);
-        let is_due = |entry: &Entry| !entry.is_running && (entry.is_wanted || entry.next <= now);
+        let is_due = |entry: &AccountEntry| !entry.is_running && (entry.is_wanted || entry.next <= now);
         let due = self.names.iter_mut().filter(|(_, entry)| is_due(entry));
         let allowed = due.filter(|(name, _)| if local.has(name) { may_local } else { may_other });
         let (name, entry) = allowed.min_by_key(|(name, entry)| (!local.has(name), entry.answered))?;
@@ -261,7 +261,7 @@ impl State {
     }
 }
 
-impl Entry {
+impl AccountEntry {
     fn new() -> Self {
         Self {
             lines: Vec::new(),
@@ -276,7 +276,7 @@ impl Entry {
         }
     }
 
-    fn take(&mut self, finding: &Finding, now: Instant) {
+    fn take(&mut self, finding: &LookupResult, now: Instant) {
         let before = (self.known, self.error, self.answered.is_none());
         (self.is_running, self.answered) = (false, Some(now));
         match (finding.number, self.known) {
@@ -304,7 +304,7 @@ impl Entry {
     }
 
     /// Logs each change once.
-    fn log(&self, finding: &Finding, (known, error, is_first): (Known, Option<Errno>, bool)) {
+    fn log(&self, finding: &LookupResult, (known, error, is_first): (Known, Option<Errno>, bool)) {
         let (account, lines) = (&finding.name, &self.lines);
         let cause = self.error.map(Errno::desc);
         match (known, self.known) {
@@ -346,7 +346,7 @@ impl Entry {
 }
 
 /// Looks names up when they are due or wanted, for as long as the runtime lives.
-async fn run(shared: Arc<Shared>) {
+async fn run(shared: Arc<AccountsInner>) {
     let mut running = JoinSet::new();
     let mut local = read_local(&shared.service).await;
     loop {
@@ -379,14 +379,14 @@ async fn read_local(service: &Arc<dyn NameService>) -> Arc<LocalAccounts> {
 }
 
 /// Blocks.
-fn find(service: &dyn NameService, name: AccountName, had: Option<u32>, local: Arc<LocalAccounts>) -> Finding {
+fn find(service: &dyn NameService, name: AccountName, had: Option<u32>, local: Arc<LocalAccounts>) -> LookupResult {
     let local = service.local(&local);
     let number = service.number(&name);
     let successor = had
         .filter(|_| number == Ok(None))
         .and_then(|had| service.name(&name, had).ok().flatten())
         .filter(|successor| *successor != name.as_str());
-    Finding { name, number, successor, local }
+    LookupResult { name, number, successor, local }
 }
 
 #[cfg(test)]

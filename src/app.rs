@@ -29,10 +29,10 @@ use crate::metrics::Metrics;
 use crate::pods::{Gate, Pods, PodsError};
 use crate::readiness::Probes;
 use crate::sts::{InvalidSetting, NetworkSettings, Settings, Sts};
-use crate::svid::agent::Agent;
+use crate::svid::agent::AttestingAgent;
 use crate::svid::broker_api::BrokerApi;
-use crate::svid::own::OwnIdentity;
-use crate::svid::{self, Attesting, Delegated, IdentitySource, SourceError, WorkloadApi};
+use crate::svid::own::OwnSvidSource;
+use crate::svid::{self, AgentSource, IdentitySource, SourceError, SpireDelegated, WorkloadApi};
 
 mod audit_file;
 mod listeners;
@@ -337,17 +337,17 @@ async fn identity_source(
     (clock, metrics): (&Clock, &Metrics),
 ) -> Result<Arc<dyn IdentitySource>, AppError> {
     let identity = &config.identity;
-    let agent: Arc<dyn Agent> = match &identity.source {
+    let agent: Arc<dyn AttestingAgent> = match &identity.source {
         config::Source::WorkloadApi => {
             let rules: Vec<_> = config.workloads.iter().map(|workload| workload.rule.clone()).collect();
             let rules = LiveRules::new(rules, accounts);
             let source = WorkloadApi::new(identity.socket.clone(), rules, clock.clone(), metrics.clone());
             return Ok(Arc::new(source));
         }
-        config::Source::SpireDelegated { socket } => Arc::new(Delegated::new(socket, svid::DEADLINE)),
+        config::Source::SpireDelegated { socket } => Arc::new(SpireDelegated::new(socket, svid::CALL_TIMEOUT)),
         config::Source::SpiffeBroker { socket, server, reference } => {
-            let own = OwnIdentity::at(identity.socket.clone());
-            let broker = BrokerApi::new(socket, own, server.clone(), svid::DEADLINE);
+            let own = OwnSvidSource::at(identity.socket.clone());
+            let broker = BrokerApi::new(socket, own, server.clone(), svid::CALL_TIMEOUT);
             match reference {
                 config::Reference::Auto => Arc::new(broker.naming_pods()),
                 config::Reference::Process => Arc::new(broker),
@@ -363,7 +363,7 @@ async fn identity_source(
         tracing::error!(%error, "the identity source is of no use as it is set up: callers are refused");
     }
     let most = remembered_processes();
-    Ok(Arc::new(Attesting::new(agent, identity.audience.clone(), most, clock.clone(), metrics.clone())))
+    Ok(Arc::new(AgentSource::new(agent, identity.audience.clone(), most, clock.clone(), metrics.clone())))
 }
 
 /// Each process that is remembered takes up to three descriptors. There are enough for connections besides.

@@ -14,7 +14,7 @@ use crate::clock::HOLD;
 use crate::identity::SpiffeId;
 use crate::issue::TokenExchanger;
 use crate::role::{Grant, RequestedRole, RoleDenied, Roles};
-use crate::svid::{Basis, IdentitySource, SourceError};
+use crate::svid::{IdentityBasis, IdentitySource, SourceError};
 
 /// The request path.
 #[derive(Debug)]
@@ -102,8 +102,8 @@ impl CredentialService {
     }
 
     /// What a decision about this caller needs to know of its process; `None` if it needs nothing more.
-    pub fn needs(&self, caller: &Caller) -> Option<ProcessFacts> {
-        self.policy.load().source.needs(caller)
+    pub fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
+        self.policy.load().source.facts_needed(caller)
     }
 
     /// Goes on with another configuration, by one caller at a time. Credentials are kept where the rules for their SPIFFE
@@ -129,7 +129,7 @@ impl CredentialService {
 impl Policy {
     /// Whether a caller could be given just this.
     fn allows(&self, grant: &Grant) -> bool {
-        self.source.basis(&grant.spiffe_id) != Basis::Rules(Vec::new()) && self.roles.can_grant(grant)
+        self.source.basis(&grant.spiffe_id) != IdentityBasis::Rules(Vec::new()) && self.roles.can_grant(grant)
     }
 
     fn has_same_basis(&self, other: &Self, id: &SpiffeId) -> bool {

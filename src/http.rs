@@ -118,7 +118,7 @@ impl CredentialEndpoint {
         // Those who are not attested are read and answered, too, so they have a share as well.
         let owner = peer.as_ref().map_or_else(Unattested::owner, WorkloadKey::of);
         let permit = self.connections.try_acquire_evicting(&owner)?;
-        let looks = peer.as_ref().ok().and_then(|caller| self.broker.needs(caller));
+        let looks = peer.as_ref().ok().and_then(|caller| self.broker.facts_needed(caller));
         Ok(AdmittedConnection { peer, looks, permit })
     }
 

@@ -108,7 +108,7 @@ impl TokenExchanger {
 
     /// Whether a token is only to be had for a caller that lives.
     pub fn needs_caller(&self) -> bool {
-        self.source.needs_caller()
+        self.source.requires_live_caller()
     }
 
     /// Credentials for `grant`, by a token that the source gives `caller`.

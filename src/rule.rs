@@ -14,7 +14,7 @@ use crate::identity::SpiffeId;
 
 mod named;
 
-pub use named::{AccountName, Known, Missing, NamedRule, Resolved};
+pub use named::{AccountName, Known, MissingNames, NamedRule, Resolved};
 
 /// The kernel's stand-in for an id that has no mapping in the reader's user namespace. It is nobody in particular, so it
 /// matches no rule (attack 14).
@@ -26,7 +26,7 @@ pub const CGROUP_GLOB: glob::MatchOptions =
 
 /// One rule. Each key that is given must match.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Rule {
+pub struct WorkloadRule {
     /// What a caller that matches is.
     pub spiffe_id: SpiffeId,
     /// The user.
@@ -36,7 +36,7 @@ pub struct Rule {
     /// One of the supplementary groups.
     pub supplementary_group: Option<u32>,
     /// The executable.
-    pub exe: Option<ProgramFile>,
+    pub exe: Option<ExeMatcher>,
     /// The systemd unit.
     pub systemd_unit: Option<String>,
     /// The cgroup, as a glob: `*` stays within one segment, `**` doesn't. The only key that can name a container.
@@ -45,17 +45,17 @@ pub struct Rule {
 
 /// The file of a program, by its path in the daemon's own mount namespace.
 #[derive(Debug, Clone)]
-pub struct ProgramFile {
+pub struct ExeMatcher {
     path: PathBuf,
-    seen: Arc<Mutex<Option<Seen>>>,
+    seen: Arc<Mutex<Option<CachedStat>>>,
     /// Held by whoever looks: of a file server that does not answer, one look waits.
     looking: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// What was at a path, and when that was looked at.
 #[derive(Debug, Clone, Copy)]
-struct Seen {
-    file: Found,
+struct CachedStat {
+    file: StatResult,
     at: Instant,
     /// The same by the clock that file systems tell the time by.
     wall: SystemTime,
@@ -63,7 +63,7 @@ struct Seen {
 
 /// What was at a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Found {
+enum StatResult {
     /// A file with this device and inode, changed last at this time.
     File { device: u64, inode: u64, changed: (i64, i64) },
     /// Nothing.
@@ -72,7 +72,7 @@ enum Found {
     Unreadable,
 }
 
-impl Found {
+impl StatResult {
     fn of(looked: &io::Result<std::fs::Metadata>) -> Self {
         match looked {
             Ok(file) => {
@@ -95,7 +95,7 @@ impl Found {
 /// A file that was at its path so long ago, and has not been changed since, is taken to be still there: one that was removed
 /// from there, renamed or replaced has been changed by that. What this does not see is another directory in the place of one
 /// that leads to it.
-const SEEN: Duration = Duration::from_millis(100);
+const STAT_TTL: Duration = Duration::from_millis(100);
 
 /// File systems tell the time of a change by whole ticks, and some by whole seconds.
 const CLOCK_TICK: Duration = Duration::from_secs(2);
@@ -104,30 +104,30 @@ const CLOCK_TICK: Duration = Duration::from_secs(2);
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision<'a> {
     /// This rule is the first that matches.
-    Matched(&'a Rule),
+    Matched(&'a WorkloadRule),
     /// None does.
     NoMatch,
     /// It depends on the process, which has not been looked at, or on what it runs, which was not.
     NeedsProcess,
     /// It depends on what this file is now.
-    NeedsFile(&'a ProgramFile),
+    NeedsFile(&'a ExeMatcher),
 }
 
 /// Why it is not known whether a rule matches.
-enum Unknown<'a> {
+enum UndecidedFact<'a> {
     Process,
-    File(&'a ProgramFile),
+    File(&'a ExeMatcher),
 }
 
 /// Finds the first rule that matches; stops at the first that can't be decided from what is known. Files of rules have been
 /// looked at since `asked`, or it is said which has to be.
-pub fn decide<'a>(rules: &'a [Rule], caller: &Caller, asked: Instant) -> Decision<'a> {
+pub fn decide<'a>(rules: &'a [WorkloadRule], caller: &Caller, asked: Instant) -> Decision<'a> {
     for rule in rules {
         match rule.matches(caller, asked) {
             Ok(true) => return Decision::Matched(rule),
             Ok(false) => {}
-            Err(Unknown::Process) => return Decision::NeedsProcess,
-            Err(Unknown::File(file)) => return Decision::NeedsFile(file),
+            Err(UndecidedFact::Process) => return Decision::NeedsProcess,
+            Err(UndecidedFact::File(file)) => return Decision::NeedsFile(file),
         }
     }
     Decision::NoMatch
@@ -135,11 +135,11 @@ pub fn decide<'a>(rules: &'a [Rule], caller: &Caller, asked: Instant) -> Decisio
 
 /// What has to be looked at of the caller's process; `None` if what is known decides. It is what the rules need that are for a
 /// socket of this user in this cgroup, and so the same for all processes that may hold it.
-pub fn needs(rules: &[Rule], caller: &Caller) -> Option<ProcessFacts> {
+pub fn facts_needed(rules: &[WorkloadRule], caller: &Caller) -> Option<ProcessFacts> {
     if decide(rules, caller, Instant::now()) != Decision::NeedsProcess {
         return None;
     }
-    let of_socket = |rule: &&Rule| rule.is_for_socket_of(caller);
+    let of_socket = |rule: &&WorkloadRule| rule.is_for_socket_of(caller);
     let names_group = rules.iter().filter(of_socket).any(|rule| rule.supplementary_group.is_some());
     Some(ProcessFacts {
         groups: if names_group { GroupDetail::List } else { GroupDetail::None },
@@ -148,43 +148,43 @@ pub fn needs(rules: &[Rule], caller: &Caller) -> Option<ProcessFacts> {
     })
 }
 
-impl Rule {
+impl WorkloadRule {
     /// Keys that the socket alone decides come first, so that a rule for somebody else never causes a search, and the file
     /// comes last.
     ///
     /// On the host's TCP listeners the socket alone decides only where the rule names the place of the socket's maker, and
     /// that is not root: else a process that is there has to hold the socket, and to agree. A program that was given a socket
     /// which root has made is not root (T24), and a container without a name of its own is not its user on the host (T31).
-    fn matches(&self, caller: &Caller, asked: Instant) -> Result<bool, Unknown<'_>> {
+    fn matches(&self, caller: &Caller, asked: Instant) -> Result<bool, UndecidedFact<'_>> {
         if !self.is_for_socket_of(caller) {
             return Ok(false);
         }
         // A uid or a unit's name means the host's. Only a rule that names the container's own cgroup lets it in (attack 6).
-        if self.cgroup.is_none() && caller.in_container().ok_or(Unknown::Process)? {
+        if self.cgroup.is_none() && caller.in_container().ok_or(UndecidedFact::Process)? {
             return Ok(false);
         }
         if caller.listener == ListenerKind::Tcp && caller.process.is_none() && (caller.uid == 0 || !self.names_place())
         {
-            return Err(Unknown::Process);
+            return Err(UndecidedFact::Process);
         }
         if self.gid.is_none() && self.supplementary_group.is_none() && self.exe.is_none() {
             return Ok(true);
         }
-        let process = caller.process.as_ref().ok_or(Unknown::Process)?;
+        let process = caller.process.as_ref().ok_or(UndecidedFact::Process)?;
         if self.gid.is_some_and(|gid| gid != process.gid || gid == OVERFLOW_ID) {
             return Ok(false);
         }
         if let Some(group) = self.supplementary_group {
             let is_member =
-                process.groups.as_ref().and_then(|groups| groups.contains(group)).ok_or(Unknown::Process)?;
+                process.groups.as_ref().and_then(|groups| groups.contains(group)).ok_or(UndecidedFact::Process)?;
             if group == OVERFLOW_ID || !is_member {
                 return Ok(false);
             }
         }
         let Some(file) = &self.exe else { return Ok(true) };
-        let program = process.program.as_ref().ok_or(Unknown::Process)?;
+        let program = process.program.as_ref().ok_or(UndecidedFact::Process)?;
         let Some(exe) = &program.exe else { return Ok(false) };
-        file.is(exe, asked).ok_or(Unknown::File(file))
+        file.is(exe, asked).ok_or(UndecidedFact::File(file))
     }
 
     /// Whether a caller on the host's TCP listeners can match it by its socket alone.
@@ -215,7 +215,7 @@ impl Rule {
     }
 }
 
-impl ProgramFile {
+impl ExeMatcher {
     /// The one at this path, whichever that is at the time.
     pub fn new(path: PathBuf) -> Self {
         Self { path, seen: Arc::default(), looking: Arc::default() }
@@ -231,7 +231,7 @@ impl ProgramFile {
     pub async fn look(&self) -> bool {
         let begun = Instant::now();
         let looking = self.looking.clone().lock_owned().await;
-        let is_readable = |seen: Seen| seen.file != Found::Unreadable;
+        let is_readable = |seen: CachedStat| seen.file != StatResult::Unreadable;
         if let Some(seen) = self.seen().filter(|seen| seen.at >= begun) {
             return is_readable(seen);
         }
@@ -240,10 +240,10 @@ impl ProgramFile {
             let _looking = looking;
             let (at, wall) = (Instant::now(), SystemTime::now());
             let looked = std::fs::metadata(&path);
-            let file = Found::of(&looked);
-            let before = seen.lock().unwrap_or_else(PoisonError::into_inner).replace(Seen { file, at, wall });
+            let file = StatResult::of(&looked);
+            let before = seen.lock().unwrap_or_else(PoisonError::into_inner).replace(CachedStat { file, at, wall });
             let is_news = before.is_none_or(is_readable);
-            if let Some(error) = looked.err().filter(|_| is_news && file == Found::Unreadable) {
+            if let Some(error) = looked.err().filter(|_| is_news && file == StatResult::Unreadable) {
                 tracing::warn!(
                     %error,
                     exe = %path.display(),
@@ -257,17 +257,17 @@ impl ProgramFile {
 
     /// Whether this is what somebody runs; `None` if the file has to be looked at first.
     fn is(&self, exe: &Executable, asked: Instant) -> Option<bool> {
-        let Seen { file, at, wall } = self.seen()?;
-        if file == Found::Unreadable {
+        let CachedStat { file, at, wall } = self.seen()?;
+        if file == StatResult::Unreadable {
             return None;
         }
         if at >= asked {
             return Some(file.is(exe));
         }
-        if at.elapsed() >= SEEN {
+        if at.elapsed() >= STAT_TTL {
             return None;
         }
-        if file == (Found::File { device: exe.device, inode: exe.inode, changed: exe.changed }) {
+        if file == (StatResult::File { device: exe.device, inode: exe.inode, changed: exe.changed }) {
             return Some(true);
         }
         // Another file was there, and this one was not given that name since then: it would have been changed by that.
@@ -277,20 +277,20 @@ impl ProgramFile {
         (is_other && is_old).then_some(false)
     }
 
-    fn seen(&self) -> Option<Seen> {
+    fn seen(&self) -> Option<CachedStat> {
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl PartialEq for ProgramFile {
+impl PartialEq for ExeMatcher {
     fn eq(&self, other: &Self) -> bool {
         self.path == other.path
     }
 }
 
-impl Eq for ProgramFile {}
+impl Eq for ExeMatcher {}
 
-impl Hash for ProgramFile {
+impl Hash for ExeMatcher {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.path.hash(state);
     }

@@ -29,15 +29,15 @@ pub mod own;
 pub mod proto;
 pub mod workload_api;
 
-pub use attesting::Attesting;
-pub use delegated::Delegated;
+pub use attesting::AgentSource;
+pub use delegated::SpireDelegated;
 pub(crate) use dial::unreachable as agent_unreachable;
 pub use jwt::{BadToken, JwtSvid, TTL_FIX};
 pub use workload_api::WorkloadApi;
 
 /// SPIRE's agent itself waits up to 30 s for its server, and then still answers with a token from its cache; in Kubernetes it
 /// waits as long for a container to be told of.
-pub const DEADLINE: Duration = Duration::from_secs(35);
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(35);
 
 /// Somebody who knows which identities the workloads of this node have.
 #[async_trait]
@@ -49,25 +49,25 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
     async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError>;
 
     /// What has to be known of this caller's process to identify it; `None` if what is known is enough.
-    fn needs(&self, caller: &Caller) -> Option<ProcessFacts>;
+    fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts>;
 
     /// On what it rests that a caller has the identity `id`. Two sources for which that is equal give it to the same
     /// callers, so what was issued by the one may be handed out by the other.
-    fn basis(&self, id: &SpiffeId) -> Basis;
+    fn basis(&self, id: &SpiffeId) -> IdentityBasis;
 
     /// Whether the source answers, and knows this daemon; a token is asked for with this `audience`.
     async fn ready(&self, audience: &str) -> Result<(), SourceError>;
 
     /// Whether tokens are given only for a caller that lives. Then the cache remembers the latest caller of each identity,
     /// to renew its credentials with; else it keeps none, and passes [`Caller::nobody`] when it renews.
-    fn needs_caller(&self) -> bool {
+    fn requires_live_caller(&self) -> bool {
         true
     }
 }
 
 /// See [`IdentitySource::basis`].
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Basis {
+pub enum IdentityBasis {
     /// These rules of the configuration; without any, nobody has the identity.
     Rules(Vec<NamedRule>),
     /// What is registered at this agent.
@@ -144,9 +144,9 @@ impl SourceError {
 
 /// Somebody else's words, fit for one line of a log: no control characters, at most 300 characters.
 pub(crate) fn one_line(text: &str) -> String {
-    const MAX: usize = 300;
-    let mut line: String = text.chars().take(MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if text.chars().count() > MAX {
+    const MAX_MESSAGE_CHARS: usize = 300;
+    let mut line: String = text.chars().take(MAX_MESSAGE_CHARS).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if text.chars().count() > MAX_MESSAGE_CHARS {
         line.push_str("...");
     }
     line.trim().to_owned()

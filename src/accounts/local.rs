@@ -16,19 +16,19 @@ const DYNAMIC: std::ops::RangeInclusive<u32> = 61_184..=65_519;
 /// The users of `/etc/passwd` and the groups of `/etc/group` (`passwd(5)`, `group(5)`).
 #[derive(Debug, Default)]
 pub struct LocalAccounts {
-    users: Names,
-    groups: Names,
-    versions: Option<[Version; 2]>,
+    users: LocalNames,
+    groups: LocalNames,
+    versions: Option<[FileVersion; 2]>,
 }
 
 #[derive(Debug, Default)]
-struct Names {
+struct LocalNames {
     names: HashSet<String>,
     by_id: HashMap<u32, Vec<String>>,
 }
 
 /// What changes with a file's content.
-type Version = (u64, u64, u64, (i64, i64));
+type FileVersion = (u64, u64, u64, (i64, i64));
 
 impl LocalAccounts {
     /// Reads the files if they are others than those of `known`. Blocks.
@@ -38,14 +38,14 @@ impl LocalAccounts {
         if known.versions == Some(versions) {
             return known.clone();
         }
-        let read = |path: &str| Names::parse(&fs::read(Path::new(path)).unwrap_or_default());
+        let read = |path: &str| LocalNames::parse(&fs::read(Path::new(path)).unwrap_or_default());
         Arc::new(Self { users: read(PASSWD), groups: read(GROUP), versions: Some(versions) })
     }
 
     /// Those of these texts.
     #[cfg(test)]
     pub(super) fn of(passwd: &str, group: &str) -> Arc<Self> {
-        let [users, groups] = [passwd, group].map(|text| Names::parse(text.as_bytes()));
+        let [users, groups] = [passwd, group].map(|text| LocalNames::parse(text.as_bytes()));
         Arc::new(Self { users, groups, versions: None })
     }
 
@@ -61,7 +61,7 @@ impl LocalAccounts {
         names.map_or(is_dynamic, |names| !names.iter().any(|one| one == name.as_str()))
     }
 
-    fn of_kind(&self, name: &AccountName) -> &Names {
+    fn of_kind(&self, name: &AccountName) -> &LocalNames {
         match name {
             AccountName::User(_) => &self.users,
             AccountName::Group(_) => &self.groups,
@@ -69,7 +69,7 @@ impl LocalAccounts {
     }
 }
 
-impl Names {
+impl LocalNames {
     /// In both files the name is the first field of a line, and the number the third.
     fn parse(text: &[u8]) -> Self {
         let mut all = Self::default();
@@ -89,6 +89,6 @@ impl Names {
     }
 }
 
-fn version(file: &Metadata) -> Version {
+fn version(file: &Metadata) -> FileVersion {
     (file.dev(), file.ino(), file.len(), (file.mtime(), file.mtime_nsec()))
 }

@@ -9,18 +9,18 @@ use super::{Accounts, LOOKUP_WAIT, Numbers};
 use crate::caller::{Caller, ProcessFacts};
 use crate::clock::HOLD;
 use crate::identity::SpiffeId;
-use crate::rule::{AccountName, Decision, Known, NamedRule, ProgramFile, Resolved, Rule};
+use crate::rule::{AccountName, Decision, ExeMatcher, Known, NamedRule, Resolved, WorkloadRule};
 
 /// The `[[workload]]` rules of one configuration.
 #[derive(Debug)]
 pub struct LiveRules {
     rules: Arc<[NamedRule]>,
     accounts: Option<Accounts>,
-    current: ArcSwap<Current>,
+    current: ArcSwap<CurrentRules>,
 }
 
 #[derive(Debug)]
-struct Current {
+struct CurrentRules {
     numbers: Arc<Numbers>,
     resolved: Resolved,
 }
@@ -43,7 +43,7 @@ impl LiveRules {
         let rules: Arc<[NamedRule]> = rules.into();
         let has_names = rules.iter().any(|rule| rule.names().next().is_some());
         let numbers = accounts.numbers();
-        let current = ArcSwap::from_pointee(Current::new(&rules, numbers));
+        let current = ArcSwap::from_pointee(CurrentRules::new(&rules, numbers));
         Self { rules, accounts: has_names.then(|| accounts.clone()), current }
     }
 
@@ -54,19 +54,19 @@ impl LiveRules {
         let mut was_looked_up = false;
         loop {
             let names = match self.decide(caller, asked) {
-                Outcome::Decided(decided) => return decided,
-                Outcome::NeedsFile(file) => {
+                RulesOutcome::Decided(decided) => return decided,
+                RulesOutcome::NeedsFile(file) => {
                     // One that does not answer keeps only those waiting whom its rule may concern.
                     if !timeout(HOLD, file.look()).await.unwrap_or(false) {
                         return Err(Undecided::Unresponsive);
                     }
                     continue;
                 }
-                Outcome::Unanswered(names) if was_looked_up => {
+                RulesOutcome::Unanswered(names) if was_looked_up => {
                     return names.into_iter().next().map_or(Ok(None), |name| Err(Undecided::UnknownAccount(name)));
                 }
-                Outcome::NoMatchYet(_) if was_looked_up => return Ok(None),
-                Outcome::Unanswered(names) | Outcome::NoMatchYet(names) => names,
+                RulesOutcome::NoMatchYet(_) if was_looked_up => return Ok(None),
+                RulesOutcome::Unanswered(names) | RulesOutcome::NoMatchYet(names) => names,
             };
             let Some(accounts) = &self.accounts else { return Ok(None) };
             accounts.await_lookup(&names, LOOKUP_WAIT).await;
@@ -74,36 +74,36 @@ impl LiveRules {
         }
     }
 
-    fn decide(&self, caller: &Caller, asked: Instant) -> Outcome {
+    fn decide(&self, caller: &Caller, asked: Instant) -> RulesOutcome {
         let current = self.current();
         let decision = current.resolved.decide(caller, asked);
         let is_other = |name: &AccountName, id| current.numbers.is_other(name, id);
         let missing = match current.resolved.missing(caller, &decision, is_other, asked) {
             Ok(missing) => missing,
-            Err(file) => return Outcome::NeedsFile(file.clone()),
+            Err(file) => return RulesOutcome::NeedsFile(file.clone()),
         };
         if !missing.unanswered.is_empty() {
-            return Outcome::Unanswered(missing.unanswered);
+            return RulesOutcome::Unanswered(missing.unanswered);
         }
         match decision {
-            Decision::NeedsProcess => Outcome::Decided(Err(Undecided::NeedsProcess)),
-            Decision::NeedsFile(file) => Outcome::NeedsFile(file.clone()),
-            Decision::NoMatch if missing.absent.is_empty() => Outcome::Decided(Ok(None)),
-            Decision::NoMatch => Outcome::NoMatchYet(missing.absent),
+            Decision::NeedsProcess => RulesOutcome::Decided(Err(Undecided::NeedsProcess)),
+            Decision::NeedsFile(file) => RulesOutcome::NeedsFile(file.clone()),
+            Decision::NoMatch if missing.absent.is_empty() => RulesOutcome::Decided(Ok(None)),
+            Decision::NoMatch => RulesOutcome::NoMatchYet(missing.absent),
             Decision::Matched(rule) => {
                 // A user that was made a moment ago is known to the next request.
                 if let Some(accounts) = self.accounts.as_ref().filter(|_| !missing.absent.is_empty()) {
                     accounts.want(&missing.absent);
                 }
-                Outcome::Decided(Ok(Some(rule.spiffe_id.clone())))
+                RulesOutcome::Decided(Ok(Some(rule.spiffe_id.clone())))
             }
         }
     }
 
     /// What has to be read of the caller's process; `None` if what is known decides.
-    pub fn needs(&self, caller: &Caller) -> Option<ProcessFacts> {
+    pub fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
         let current = self.current();
-        current.resolved.needs(caller, |name, id| current.numbers.is_other(name, id))
+        current.resolved.facts_needed(caller, |name, id| current.numbers.is_other(name, id))
     }
 
     /// The rules for this SPIFFE ID, as they are written.
@@ -122,31 +122,31 @@ impl LiveRules {
         ids
     }
 
-    fn current(&self) -> Arc<Current> {
+    fn current(&self) -> Arc<CurrentRules> {
         let current = self.current.load_full();
         let Some(accounts) = &self.accounts else { return current };
         let numbers = accounts.numbers();
         if Arc::ptr_eq(&current.numbers, &numbers) {
             return current;
         }
-        let newer = Arc::new(Current::new(&self.rules, numbers));
+        let newer = Arc::new(CurrentRules::new(&self.rules, numbers));
         self.current.store(newer.clone());
         newer
     }
 }
 
 /// The decision about a caller with the numbers of one moment.
-enum Outcome {
+enum RulesOutcome {
     Decided(Result<Option<SpiffeId>, Undecided>),
     /// It depends on what this file is now.
-    NeedsFile(ProgramFile),
+    NeedsFile(ExeMatcher),
     /// It depends on these names.
     Unanswered(Vec<AccountName>),
     /// No rule matches, unless one of these names has come to exist.
     NoMatchYet(Vec<AccountName>),
 }
 
-impl Current {
+impl CurrentRules {
     fn new(rules: &[NamedRule], numbers: Arc<Numbers>) -> Self {
         let resolved = Resolved::new(rules, |name| numbers.get(name));
         Self { numbers, resolved }
@@ -154,11 +154,11 @@ impl Current {
 }
 
 /// Rules without names.
-impl<T: IntoIterator<Item = Rule>> From<T> for LiveRules {
+impl<T: IntoIterator<Item = WorkloadRule>> From<T> for LiveRules {
     fn from(rules: T) -> Self {
         let rules: Arc<[NamedRule]> = rules.into_iter().map(NamedRule::from).collect();
         let numbers = Arc::<Numbers>::default();
         let resolved = Resolved::new(&rules, |_| Known::Unanswered);
-        Self { rules, accounts: None, current: ArcSwap::from_pointee(Current { numbers, resolved }) }
+        Self { rules, accounts: None, current: ArcSwap::from_pointee(CurrentRules { numbers, resolved }) }
     }
 }

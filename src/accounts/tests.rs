@@ -5,7 +5,7 @@ use super::*;
 use crate::caller::unchanged::unchanged;
 use crate::caller::{Caller, ListenerKind};
 use crate::identity::SpiffeId;
-use crate::rule::{NamedRule, Rule};
+use crate::rule::{NamedRule, WorkloadRule};
 
 /// A name service whose answers a test changes.
 #[derive(Default)]
@@ -187,7 +187,7 @@ fn caller(uid: u32) -> Caller {
 }
 
 fn rule(path: &str, name: Option<&str>) -> NamedRule {
-    let rule = Rule {
+    let rule = WorkloadRule {
         spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
         uid: None,
         gid: None,

@@ -33,12 +33,12 @@ impl IdentitySource for Slow {
         std::future::pending().await
     }
 
-    fn needs(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
         None
     }
 
-    fn basis(&self, _: &SpiffeId) -> Basis {
-        Basis::Rules(Vec::new())
+    fn basis(&self, _: &SpiffeId) -> IdentityBasis {
+        IdentityBasis::Rules(Vec::new())
     }
 
     async fn ready(&self, _: &str) -> Result<(), SourceError> {

@@ -15,7 +15,7 @@ use crate::credentials::Credentials;
 use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
 use crate::role::{Identity, RequestedRole, Role, Roles, StsTarget};
 use crate::sts::{AssumeRole, RetryPolicy, StsError};
-use crate::svid::{Basis, IdentitySource, JwtSvid, SourceError};
+use crate::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 
 mod bounds;
 mod callers;
@@ -96,19 +96,19 @@ impl IdentitySource for World {
         answer
     }
 
-    fn needs(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
         None
     }
 
-    fn basis(&self, _: &SpiffeId) -> Basis {
-        Basis::Rules(Vec::new())
+    fn basis(&self, _: &SpiffeId) -> IdentityBasis {
+        IdentityBasis::Rules(Vec::new())
     }
 
     async fn ready(&self, _: &str) -> Result<(), SourceError> {
         Ok(())
     }
 
-    fn needs_caller(&self) -> bool {
+    fn requires_live_caller(&self) -> bool {
         self.needs_caller.load(Ordering::SeqCst)
     }
 }

@@ -11,7 +11,7 @@ use crate::config::{Config, Source};
 use crate::identity::SpiffeId;
 use crate::metrics::Metrics;
 use crate::role::Role;
-use crate::svid::own::OwnIdentity;
+use crate::svid::own::OwnSvidSource;
 use crate::svid::{JwtSvid, SourceError, WorkloadApi};
 
 /// One token, asked for as the daemon asks for it.
@@ -62,7 +62,7 @@ pub(super) fn example(config: &Config, role: &Role) -> Option<SpiffeId> {
 
 /// awsvid's own identity: where the agent attests callers, tokens of others are given for living processes only.
 pub(super) async fn own(config: &Config, deadline: Duration) -> Result<SpiffeId, SourceError> {
-    let own = OwnIdentity::at(config.identity.socket.clone());
+    let own = OwnSvidSource::at(config.identity.socket.clone());
     Ok(own.first(deadline).await?.spiffe_id.clone())
 }
 

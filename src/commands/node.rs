@@ -8,7 +8,7 @@ use std::path::Path;
 
 use crate::accounts::NameService;
 use crate::config::{AuditFile, Config, Problem, exposures};
-use crate::rule::{AccountName, Known, OVERFLOW_ID, ProgramFile};
+use crate::rule::{AccountName, ExeMatcher, Known, OVERFLOW_ID};
 
 const OTHERS_WRITE: u32 = 0o022;
 
@@ -63,7 +63,7 @@ fn accounts(config: &Config, service: &dyn NameService, numbers: &mut BTreeMap<A
 
 fn programs(config: &Config) -> impl Iterator<Item = Problem> {
     config.workloads.iter().filter_map(|workload| {
-        let path = workload.rule.rule.exe.as_ref().map(ProgramFile::path)?;
+        let path = workload.rule.rule.exe.as_ref().map(ExeMatcher::path)?;
         let (what, fix) = program(path)?;
         Some(Problem { line: workload.line, key: "workload.exe".to_owned(), what, fix: fix.to_owned() })
     })

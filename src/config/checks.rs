@@ -9,7 +9,7 @@ use super::role::Defined;
 use super::workload::{Workload, literal};
 use super::{DEV_ACCOUNT, DEV_TRUST_DOMAIN, aws};
 use crate::role::RequestedRoles;
-use crate::rule::{AccountName, CGROUP_GLOB, Known, NamedRule, Rule};
+use crate::rule::{AccountName, CGROUP_GLOB, Known, NamedRule, WorkloadRule};
 
 const HIDDEN_FIX: &str = "move it up, or remove one of the two";
 
@@ -85,7 +85,7 @@ fn glob_covers(a: &glob::Pattern, b: &glob::Pattern) -> bool {
 
 /// Whether two identities are kept apart by the executable alone (attack 7).
 fn differ_by_exe(a: &NamedRule, b: &NamedRule) -> bool {
-    let exe = Rule { spiffe_id: a.spiffe_id().clone(), exe: a.rule.exe.clone(), ..b.rule.clone() };
+    let exe = WorkloadRule { spiffe_id: a.spiffe_id().clone(), exe: a.rule.exe.clone(), ..b.rule.clone() };
     let with_its_exe = NamedRule { rule: exe, ..b.clone() };
     a.spiffe_id() != b.spiffe_id() && a.rule.exe.is_some() && b.rule.exe.is_some() && *a == with_its_exe
 }

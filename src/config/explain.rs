@@ -10,7 +10,7 @@ use super::output::{AuditConfig, AuditFile, Log, LogFormat};
 use super::sts::Sts;
 use super::{CacheConfig, Config, listen};
 use crate::role::{Role, StsTarget};
-use crate::rule::{NamedRule, Rule};
+use crate::rule::{NamedRule, WorkloadRule};
 
 const DEFAULT: &str = "default";
 
@@ -205,7 +205,7 @@ impl Page<'_> {
 
     fn workload(&mut self, named: &NamedRule) {
         let NamedRule { rule, user, group, supplementary_group: supplementary } = named;
-        let Rule { spiffe_id, uid, gid, supplementary_group, exe, systemd_unit, cgroup } = rule;
+        let WorkloadRule { spiffe_id, uid, gid, supplementary_group, exe, systemd_unit, cgroup } = rule;
         self.table("[[workload]]");
         self.line("spiffe_id", spiffe_id.as_str(), "");
         for (key, id) in [("uid", uid), ("gid", gid), ("supplementary_group", supplementary_group)] {

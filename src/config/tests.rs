@@ -2,7 +2,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::*;
-use crate::rule::{NamedRule, ProgramFile};
+use crate::rule::{ExeMatcher, NamedRule};
 
 mod errors;
 mod mutations;
@@ -179,7 +179,7 @@ fn every_key_of_rules_and_roles_is_read() {
     assert_eq!((first.uid, first.gid, first.supplementary_group), (None, Some(0), None));
     assert_eq!(
         (&first.exe, first.systemd_unit.as_deref()),
-        (&Some(ProgramFile::new("/usr/bin/billing".into())), Some("billing.service"))
+        (&Some(ExeMatcher::new("/usr/bin/billing".into())), Some("billing.service"))
     );
     assert_eq!(first.cgroup.as_ref().map(glob::Pattern::as_str), Some("/system.slice/billing.service"));
     assert_eq!((second.uid, second.gid, second.supplementary_group), (Some(7), None, Some(8)));

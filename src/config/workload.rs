@@ -7,7 +7,7 @@ use toml::de::DeValue;
 use super::reader::{Place, Table, absolute};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
-use crate::rule::{AccountName, NamedRule, OVERFLOW_ID, ProgramFile, Rule};
+use crate::rule::{AccountName, ExeMatcher, NamedRule, OVERFLOW_ID, WorkloadRule};
 
 /// Names of programs that run other programs' text: whoever may start one is what the rule says.
 const INTERPRETERS: [&str; 27] = [
@@ -54,13 +54,13 @@ fn rule(table: &Table<'_>) -> Option<Workload> {
     let (uid, user) = account(table, "uid", "user", UID_FIX);
     let (gid, group) = account(table, "gid", "group", GID_FIX);
     let (supplementary_gid, supplementary_group) = supplementary_group(table);
-    let rule = Rule {
+    let rule = WorkloadRule {
         // Only to go on and find the other errors: without a valid ID the rule is dropped below.
         spiffe_id: spiffe_id.clone().or_else(|| SpiffeId::parse("spiffe://invalid/invalid").ok())?,
         uid,
         gid,
         supplementary_group: supplementary_gid,
-        exe: table.parse("exe", "write the whole path of the program's file", absolute).map(ProgramFile::new),
+        exe: table.parse("exe", "write the whole path of the program's file", absolute).map(ExeMatcher::new),
         systemd_unit: table.parse("systemd_unit", "write a unit's name as in \"billing.service\"", systemd_unit),
         cgroup: table.parse("cgroup", "write a path as in \"/system.slice/billing.service\"", cgroup),
     };
@@ -145,7 +145,7 @@ fn cgroup(text: &str) -> Result<glob::Pattern, String> {
 }
 
 /// What only the keys together tell.
-fn check_keys(table: &Table<'_>, rule: &Rule, user: Option<&str>) {
+fn check_keys(table: &Table<'_>, rule: &WorkloadRule, user: Option<&str>) {
     let allow_exe_only = table.flag("allow_exe_only").unwrap_or(false);
     let others = KEYS.iter().any(|key| *key != "exe" && table.has(key));
     let at = table.at();
@@ -161,7 +161,7 @@ fn check_keys(table: &Table<'_>, rule: &Rule, user: Option<&str>) {
             "whoever runs this program, as any user, and with whatever he makes it load, would have this identity";
         table.error("exe", what, "add `user` or `systemd_unit`, or set `allow_exe_only = true`");
     }
-    if let Some(path) = rule.exe.as_ref().map(ProgramFile::path).filter(|path| is_interpreter(path)) {
+    if let Some(path) = rule.exe.as_ref().map(ExeMatcher::path).filter(|path| is_interpreter(path)) {
         let what =
             format!("{} runs whatever its caller gives it, so this does not tell programs apart", path.display());
         table.warn("exe", what, "use `user` or `systemd_unit`");

@@ -12,7 +12,7 @@ use crate::role::{Identity, StsTarget};
 use crate::sts::Sts;
 use crate::sts::tests::fake::FakeSts;
 use crate::sts::tests::{good, grant, plain, refusal, settings};
-use crate::svid::Basis;
+use crate::svid::IdentityBasis;
 use crate::svid::jwt::tests::{billing, now, raw_token, svid_for};
 
 /// Answers in turn, each after some time; the last one for ever.
@@ -60,12 +60,12 @@ impl IdentitySource for Tokens {
         self.next(format!("{id} {audience}")).await
     }
 
-    fn needs(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
         None
     }
 
-    fn basis(&self, _: &SpiffeId) -> Basis {
-        Basis::Rules(Vec::new())
+    fn basis(&self, _: &SpiffeId) -> IdentityBasis {
+        IdentityBasis::Rules(Vec::new())
     }
 
     async fn ready(&self, _: &str) -> Result<(), SourceError> {

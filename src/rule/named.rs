@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use crate::caller::{Caller, ProcessFacts};
 use crate::identity::SpiffeId;
-use crate::rule::{Decision, OVERFLOW_ID, ProgramFile, Rule, decide, needs};
+use crate::rule::{Decision, ExeMatcher, OVERFLOW_ID, WorkloadRule, decide, facts_needed};
 
 /// A user or a group, by its name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,7 +32,7 @@ pub enum Known {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct NamedRule {
     /// The rule, with what it has by a number.
-    pub rule: Rule,
+    pub rule: WorkloadRule,
     /// The user's name.
     pub user: Option<AccountName>,
     /// The primary group's name.
@@ -46,7 +46,7 @@ pub struct NamedRule {
 pub struct Resolved {
     /// In the order of the configuration. A rule with an unknown name has [`OVERFLOW_ID`] instead, which matches no caller,
     /// and still causes the process to be read where the known number would.
-    rules: Vec<Rule>,
+    rules: Vec<WorkloadRule>,
     incomplete: Vec<Incomplete>,
 }
 
@@ -56,18 +56,18 @@ struct Incomplete {
     /// Its index among the rules.
     index: usize,
     /// The rule without that name: it matches at least the callers that the rule would match.
-    without: Rule,
-    user: Unknown,
-    group: Unknown,
-    supplementary_group: Unknown,
+    without: WorkloadRule,
+    user: UnknownName,
+    group: UnknownName,
+    supplementary_group: UnknownName,
 }
 
 /// A name, and why its number is not known.
-type Unknown = Option<(AccountName, Known)>;
+type UnknownName = Option<(AccountName, Known)>;
 
 /// The names on which the decision about one caller depends.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Missing {
+pub struct MissingNames {
     /// The name service has answered that there are no such users and groups.
     pub absent: Vec<AccountName>,
     /// The name service has not answered.
@@ -91,8 +91,8 @@ impl fmt::Display for AccountName {
     }
 }
 
-impl From<Rule> for NamedRule {
-    fn from(rule: Rule) -> Self {
+impl From<WorkloadRule> for NamedRule {
+    fn from(rule: WorkloadRule) -> Self {
         Self { rule, user: None, group: None, supplementary_group: None }
     }
 }
@@ -116,19 +116,19 @@ impl NamedRule {
     }
 
     /// The rule with all numbers; `None` where one is not known.
-    pub fn resolve(&self, number: impl Fn(&AccountName) -> Known) -> Option<Rule> {
+    pub fn resolve(&self, number: impl Fn(&AccountName) -> Known) -> Option<WorkloadRule> {
         let is_known = |name: &AccountName| matches!(number(name), Known::Number(_));
         self.names().all(is_known).then(|| self.with_numbers(&number))
     }
 
-    fn with_numbers(&self, number: impl Fn(&AccountName) -> Known) -> Rule {
+    fn with_numbers(&self, number: impl Fn(&AccountName) -> Known) -> WorkloadRule {
         let id = |name: &Option<AccountName>| {
             name.as_ref().map(|name| match number(name) {
                 Known::Number(id) => id,
                 Known::Absent | Known::Unanswered => OVERFLOW_ID,
             })
         };
-        Rule {
+        WorkloadRule {
             uid: id(&self.user).or(self.rule.uid),
             gid: id(&self.group).or(self.rule.gid),
             supplementary_group: id(&self.supplementary_group).or(self.rule.supplementary_group),
@@ -149,7 +149,7 @@ impl Resolved {
             let [user, group, supplementary_group] =
                 [&named.user, &named.group, &named.supplementary_group].map(unknown);
             let with = named.with_numbers(&number);
-            let without = Rule {
+            let without = WorkloadRule {
                 uid: with.uid.filter(|_| user.is_none()),
                 gid: with.gid.filter(|_| group.is_none()),
                 supplementary_group: with.supplementary_group.filter(|_| supplementary_group.is_none()),
@@ -169,11 +169,11 @@ impl Resolved {
 
     /// What has to be looked at of the caller's process; `None` if what is known decides. For a user whose name may be one that
     /// is not known yet, that is also what the rule with that name needs: its number may come before the decision.
-    pub fn needs(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> Option<ProcessFacts> {
-        let needed = needs(&self.rules, caller);
+    pub fn facts_needed(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> Option<ProcessFacts> {
+        let needed = facts_needed(&self.rules, caller);
         let may_be = |incomplete: &&Incomplete| incomplete.user.is_some() && incomplete.can_be_of(caller, &is_other);
         let by_later = self.incomplete.iter().filter(may_be);
-        let by_later = by_later.filter_map(|rule| needs(std::slice::from_ref(&rule.without), caller));
+        let by_later = by_later.filter_map(|rule| facts_needed(std::slice::from_ref(&rule.without), caller));
         by_later.fold(needed, |all, more| Some(all.map_or(more, |all| all.and(more))))
     }
 
@@ -186,13 +186,13 @@ impl Resolved {
         decision: &Decision<'_>,
         is_other: impl Fn(&AccountName, u32) -> bool,
         asked: Instant,
-    ) -> Result<Missing, &ProgramFile> {
+    ) -> Result<MissingNames, &ExeMatcher> {
         let end = match decision {
             Decision::Matched(rule) => self.rules.iter().position(|one| std::ptr::eq(one, *rule)),
             Decision::NoMatch | Decision::NeedsProcess | Decision::NeedsFile(_) => None,
         };
         let before = |incomplete: &&Incomplete| end.is_none_or(|end| incomplete.index < end);
-        let mut missing = Missing::default();
+        let mut missing = MissingNames::default();
         for incomplete in self.incomplete.iter().filter(before) {
             if incomplete.could_match(caller, &is_other, asked)? {
                 incomplete.add_to(&mut missing);
@@ -209,21 +209,21 @@ impl Incomplete {
         caller: &Caller,
         is_other: impl Fn(&AccountName, u32) -> bool,
         asked: Instant,
-    ) -> Result<bool, &ProgramFile> {
+    ) -> Result<bool, &ExeMatcher> {
         if !self.can_be_of(caller, is_other) {
             return Ok(false);
         }
         match self.without.matches(caller, asked) {
             Ok(matches) => Ok(matches),
-            Err(super::Unknown::Process) => Ok(true),
-            Err(super::Unknown::File(file)) => Err(file),
+            Err(super::UndecidedFact::Process) => Ok(true),
+            Err(super::UndecidedFact::File(file)) => Err(file),
         }
     }
 
     /// Whether the caller may be the user, and in the groups, whose names are not known.
     fn can_be_of(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> bool {
         let process = caller.process.as_ref();
-        let can_be = |unknown: &Unknown, ids: Option<&[u32]>| match (unknown, ids) {
+        let can_be = |unknown: &UnknownName, ids: Option<&[u32]>| match (unknown, ids) {
             (Some((name, _)), Some(ids)) => ids.iter().any(|id| *id != OVERFLOW_ID && !is_other(name, *id)),
             _ => true,
         };
@@ -233,7 +233,7 @@ impl Incomplete {
     }
 
     /// A rule with a name that does not exist matches no caller, whatever its other names are.
-    fn add_to(&self, missing: &mut Missing) {
+    fn add_to(&self, missing: &mut MissingNames) {
         let unknown = || [&self.user, &self.group, &self.supplementary_group].into_iter().flatten();
         let is_absent = unknown().any(|(_, known)| *known == Known::Absent);
         for (name, known) in unknown() {

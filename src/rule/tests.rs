@@ -25,8 +25,8 @@ fn with_process(caller: Caller, process: Process) -> Caller {
     Caller { process: Some(process), ..caller }
 }
 
-fn rule() -> Rule {
-    Rule {
+fn rule() -> WorkloadRule {
+    WorkloadRule {
         spiffe_id: SpiffeId::parse("spiffe://example.org/billing").unwrap(),
         uid: None,
         gid: None,
@@ -42,7 +42,7 @@ fn glob(text: &str) -> Option<glob::Pattern> {
 }
 
 /// With the files of rules looked at where they are needed.
-fn decided<'a>(rules: &'a [Rule], caller: &Caller) -> Decision<'a> {
+fn decided<'a>(rules: &'a [WorkloadRule], caller: &Caller) -> Decision<'a> {
     let asked = Instant::now();
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     loop {
@@ -54,7 +54,7 @@ fn decided<'a>(rules: &'a [Rule], caller: &Caller) -> Decision<'a> {
 }
 
 #[track_caller]
-fn decides(rule: &Rule, caller: &Caller, expected: &str) {
+fn decides(rule: &WorkloadRule, caller: &Caller, expected: &str) {
     let decision = match decided(std::slice::from_ref(rule), caller) {
         Decision::Matched(matched) if std::ptr::eq(matched, rule) => "matched",
         Decision::Matched(_) => "another rule",
@@ -71,9 +71,9 @@ const CONTAINER: Option<&str> =
 
 #[test]
 fn socket_alone_decides_where_the_rule_names_a_place() {
-    let unit = |name: &str| Rule { systemd_unit: Some(name.to_owned()), ..rule() };
-    let uid = Rule { uid: Some(1001), ..rule() };
-    let cgroup = |pattern: &str| Rule { cgroup: glob(pattern), ..rule() };
+    let unit = |name: &str| WorkloadRule { systemd_unit: Some(name.to_owned()), ..rule() };
+    let uid = WorkloadRule { uid: Some(1001), ..rule() };
+    let cgroup = |pattern: &str| WorkloadRule { cgroup: glob(pattern), ..rule() };
     let table = [
         // A container without a cgroup of its own has a uid of the host's, too (T31).
         (uid.clone(), 1001, HOST, "needs the process"),
@@ -100,11 +100,11 @@ fn socket_alone_decides_where_the_rule_names_a_place() {
         (cgroup("/system.slice/*"), 5, None, "no match"),
         // Only a rule that names the cgroup can mean a container (attack 6).
         (cgroup("/system.slice/docker-*"), 5, CONTAINER, "matched"),
-        (Rule { uid: Some(1001), ..cgroup("/system.slice/docker-*") }, 1001, CONTAINER, "matched"),
-        (Rule { uid: Some(1001), ..cgroup("/system.slice/docker-*") }, 5, CONTAINER, "no match"),
-        (Rule { uid: Some(1001), ..unit("billing.service") }, 1001, HOST, "matched"),
-        (Rule { uid: Some(1001), ..unit("billing.service") }, 1002, HOST, "no match"),
-        (Rule { uid: Some(1001), ..unit("other.service") }, 1001, HOST, "no match"),
+        (WorkloadRule { uid: Some(1001), ..cgroup("/system.slice/docker-*") }, 1001, CONTAINER, "matched"),
+        (WorkloadRule { uid: Some(1001), ..cgroup("/system.slice/docker-*") }, 5, CONTAINER, "no match"),
+        (WorkloadRule { uid: Some(1001), ..unit("billing.service") }, 1001, HOST, "matched"),
+        (WorkloadRule { uid: Some(1001), ..unit("billing.service") }, 1002, HOST, "no match"),
+        (WorkloadRule { uid: Some(1001), ..unit("other.service") }, 1001, HOST, "no match"),
     ];
     for (rule, uid, path, expected) in table {
         decides(&rule, &by_socket(uid, path), expected);
@@ -113,7 +113,7 @@ fn socket_alone_decides_where_the_rule_names_a_place() {
 
 #[test]
 fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
-    let uid = Rule { uid: Some(1001), ..rule() };
+    let uid = WorkloadRule { uid: Some(1001), ..rule() };
     for path in [None, Some("/")] {
         decides(&uid, &by_socket(1001, path), "needs the process");
         decides(&uid, &by_socket(1002, path), "no match");
@@ -124,19 +124,19 @@ fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
     // A process in namespaces of its own is in a container, whatever its cgroup is called.
     let contained = Process { in_container: true, ..process() };
     decides(&uid, &with_process(by_socket(1001, HOST), contained.clone()), "no match");
-    let named = Rule { cgroup: glob("/system.slice/*"), ..uid };
+    let named = WorkloadRule { cgroup: glob("/system.slice/*"), ..uid };
     decides(&named, &with_process(by_socket(1001, HOST), contained), "matched");
 }
 
 #[test]
 fn groups_need_the_process() {
     let table = [
-        (Rule { gid: Some(100), ..rule() }, "matched"),
-        (Rule { gid: Some(1002), ..rule() }, "no match"),
-        (Rule { supplementary_group: Some(1002), ..rule() }, "matched"),
-        (Rule { supplementary_group: Some(100), ..rule() }, "no match"),
-        (Rule { gid: Some(100), supplementary_group: Some(27), ..rule() }, "matched"),
-        (Rule { gid: Some(100), supplementary_group: Some(28), ..rule() }, "no match"),
+        (WorkloadRule { gid: Some(100), ..rule() }, "matched"),
+        (WorkloadRule { gid: Some(1002), ..rule() }, "no match"),
+        (WorkloadRule { supplementary_group: Some(1002), ..rule() }, "matched"),
+        (WorkloadRule { supplementary_group: Some(100), ..rule() }, "no match"),
+        (WorkloadRule { gid: Some(100), supplementary_group: Some(27), ..rule() }, "matched"),
+        (WorkloadRule { gid: Some(100), supplementary_group: Some(28), ..rule() }, "no match"),
     ];
     for (rule, expected) in table {
         decides(&rule, &by_socket(7, HOST), "needs the process");
@@ -148,20 +148,24 @@ fn groups_need_the_process() {
         let expected = if rule.supplementary_group.is_some() { "needs the process" } else { expected };
         decides(&rule, &with_process(by_socket(7, HOST), unlisted), expected);
         // What the socket rules out costs no search.
-        decides(&Rule { uid: Some(8), ..rule }, &by_socket(7, HOST), "no match");
+        decides(&WorkloadRule { uid: Some(8), ..rule }, &by_socket(7, HOST), "no match");
     }
 }
 
 #[test]
 fn the_overflow_id_is_nobody() {
-    for rule in
-        [Rule { uid: Some(OVERFLOW_ID), ..rule() }, Rule { systemd_unit: Some("billing.service".into()), ..rule() }]
-    {
+    for rule in [
+        WorkloadRule { uid: Some(OVERFLOW_ID), ..rule() },
+        WorkloadRule { systemd_unit: Some("billing.service".into()), ..rule() },
+    ] {
         decides(&rule, &by_socket(OVERFLOW_ID, HOST), "no match");
         decides(&rule, &with_process(by_socket(OVERFLOW_ID, HOST), process()), "no match");
     }
     let unmapped = Process { gid: OVERFLOW_ID, groups: groups(&[OVERFLOW_ID]), ..process() };
-    for rule in [Rule { gid: Some(OVERFLOW_ID), ..rule() }, Rule { supplementary_group: Some(OVERFLOW_ID), ..rule() }] {
+    for rule in [
+        WorkloadRule { gid: Some(OVERFLOW_ID), ..rule() },
+        WorkloadRule { supplementary_group: Some(OVERFLOW_ID), ..rule() },
+    ] {
         decides(&rule, &with_process(by_socket(7, HOST), unmapped.clone()), "no match");
     }
 }
@@ -182,7 +186,7 @@ fn an_executable_is_the_file_that_is_there_now() {
         let exe = executable(&std::fs::metadata(file).unwrap(), shown);
         with_process(by_socket(7, HOST), running_program(Some(exe)))
     };
-    let only = |path: &Path| Rule { exe: Some(ProgramFile::new(path.to_owned())), ..rule() };
+    let only = |path: &Path| WorkloadRule { exe: Some(ExeMatcher::new(path.to_owned())), ..rule() };
 
     decides(&only(&program), &by_socket(7, HOST), "needs the process");
     decides(&only(&program), &running(&program, &program), "matched");
@@ -191,7 +195,7 @@ fn an_executable_is_the_file_that_is_there_now() {
     decides(&only(&program), &running(&copy, &program), "no match");
     // Not looked at, and looked at without being allowed to see it.
     decides(&only(&program), &with_process(by_socket(7, HOST), process()), "needs the process");
-    decides(&Rule { gid: Some(1), ..only(&program) }, &with_process(by_socket(7, HOST), process()), "no match");
+    decides(&WorkloadRule { gid: Some(1), ..only(&program) }, &with_process(by_socket(7, HOST), process()), "no match");
     decides(&only(&program), &with_process(by_socket(7, HOST), running_program(None)), "no match");
     decides(&only(&directory.path().join("missing")), &running(&program, &program), "no match");
     let same_inode_elsewhere = {
@@ -201,8 +205,8 @@ fn an_executable_is_the_file_that_is_there_now() {
         caller
     };
     decides(&only(&program), &same_inode_elsewhere, "no match");
-    decides(&Rule { uid: Some(8), ..only(&program) }, &running(&program, &program), "no match");
-    decides(&Rule { uid: Some(7), ..only(&program) }, &running(&program, &program), "matched");
+    decides(&WorkloadRule { uid: Some(8), ..only(&program) }, &running(&program, &program), "no match");
+    decides(&WorkloadRule { uid: Some(7), ..only(&program) }, &running(&program, &program), "matched");
 
     // An upgrade replaces the file: what runs the old one is no longer that program, and what runs the new one is.
     let old = running(&program, &program);
@@ -216,7 +220,7 @@ fn an_executable_is_the_file_that_is_there_now() {
 fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
     let directory = tempfile::tempdir().unwrap();
     let [program, other] = ["program", "other"].map(|name| directory.path().join(name));
-    let rule = Rule { exe: Some(ProgramFile::new(program.clone())), ..rule() };
+    let rule = WorkloadRule { exe: Some(ExeMatcher::new(program.clone())), ..rule() };
     let decides_of = |running: &std::fs::File, expected: &str| {
         let exe = executable(&running.metadata().unwrap(), &program);
         decides(&rule, &with_process(by_socket(7, HOST), running_program(Some(exe))), expected);
@@ -247,14 +251,14 @@ fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
     std::fs::create_dir(&old).unwrap();
     std::fs::write(old.join("program"), "v1").unwrap();
     let running = std::fs::File::open(old.join("program")).unwrap();
-    let file = ProgramFile::new(old.join("program"));
+    let file = ExeMatcher::new(old.join("program"));
     let runs = || file.is(&executable(&running.metadata().unwrap(), Path::new("")), Instant::now());
     assert_eq!(runs(), None);
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     assert!(runtime.block_on(file.look()));
     assert_eq!(runs(), Some(true));
     std::fs::rename(&old, &new).unwrap();
-    file.seen.lock().unwrap().as_mut().unwrap().at -= SEEN;
+    file.seen.lock().unwrap().as_mut().unwrap().at -= STAT_TTL;
     assert_eq!(runs(), None);
 }
 
@@ -264,7 +268,7 @@ fn a_file_that_cannot_be_looked_at_is_not_another_one() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("program");
     std::os::unix::fs::symlink(&path, &path).unwrap();
-    let file = ProgramFile::new(path.clone());
+    let file = ExeMatcher::new(path.clone());
     let found = std::fs::metadata(directory.path()).unwrap();
     let asked = Instant::now();
     let runs = || file.is(&executable(&found, Path::new("")), asked);
@@ -278,15 +282,15 @@ fn a_file_that_cannot_be_looked_at_is_not_another_one() {
 
 #[test]
 fn the_first_rule_that_matches_wins() {
-    let named = |name: &str, rule: Rule| Rule {
+    let named = |name: &str, rule: WorkloadRule| WorkloadRule {
         spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap(),
         ..rule
     };
     let rules = [
-        named("other", Rule { uid: Some(1), ..rule() }),
-        named("by-group", Rule { uid: Some(2), gid: Some(100), ..rule() }),
-        named("by-uid", Rule { uid: Some(2), ..rule() }),
-        named("second", Rule { uid: Some(1), ..rule() }),
+        named("other", WorkloadRule { uid: Some(1), ..rule() }),
+        named("by-group", WorkloadRule { uid: Some(2), gid: Some(100), ..rule() }),
+        named("by-uid", WorkloadRule { uid: Some(2), ..rule() }),
+        named("second", WorkloadRule { uid: Some(1), ..rule() }),
     ];
     let chosen = |caller: &Caller| match decided(&rules, caller) {
         Decision::Matched(rule) => rule.spiffe_id.to_string().replace("spiffe://example.org/", ""),

@@ -13,28 +13,28 @@ use crate::endpoint::Endpoint;
 /// An agent that attests workloads itself. It is asked about a process by its number, and looks at whatever has that
 /// number then: whoever asks has to see to it that this is the right one, before and after.
 #[async_trait]
-pub trait Agent: Send + Sync + fmt::Debug {
+pub trait AttestingAgent: Send + Sync + fmt::Debug {
     /// The SVIDs of the process `pid`, for `audience` alone. [`SourceError::Denied`] if the agent has none for it.
-    async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError>;
+    async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError>;
 
     /// Whether it is told of callers in pods by their pod, for which no process has to be known.
-    fn names_pods(&self) -> bool {
+    fn supports_pod_references(&self) -> bool {
         false
     }
 
     /// The SVIDs of a pod, likewise.
-    async fn svids_of_pod(&self, _pod: &PodUid, _audience: &str) -> Result<Vec<Svid>, SourceError> {
+    async fn fetch_for_pod(&self, _pod: &PodUid, _audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         Err(SourceError::Misconfigured("this agent is not told of pods".to_owned()))
     }
 
     /// The daemon's own identities, as they are now.
-    async fn own(&self, audience: &str) -> Result<Vec<String>, SourceError> {
-        own_by_process(self.svids(std::process::id(), audience).await)
+    async fn fetch_own(&self, audience: &str) -> Result<Vec<String>, SourceError> {
+        own_by_process(self.fetch_for_pid(std::process::id(), audience).await)
     }
 
     /// Whether it answers, and lets the daemon ask.
     async fn ready(&self, audience: &str) -> Result<(), SourceError> {
-        self.own(audience).await.map(drop)
+        self.fetch_own(audience).await.map(drop)
     }
 
     /// Where it listens.
@@ -45,7 +45,7 @@ pub trait Agent: Send + Sync + fmt::Debug {
 }
 
 /// The daemon's own identities, by what the agent says of its process.
-pub(super) fn own_by_process(said: Result<Vec<Svid>, SourceError>) -> Result<Vec<String>, SourceError> {
+pub(super) fn own_by_process(said: Result<Vec<AgentSvid>, SourceError>) -> Result<Vec<String>, SourceError> {
     match said {
         Ok(svids) => Ok(svids.into_iter().map(|svid| svid.spiffe_id).collect()),
         Err(SourceError::Denied(said)) => Err(SourceError::Unavailable(format!(
@@ -57,7 +57,7 @@ pub(super) fn own_by_process(said: Result<Vec<Svid>, SourceError>) -> Result<Vec
 }
 
 /// One of a workload's JWT-SVIDs as the agent gave it: unchecked.
-pub struct Svid {
+pub struct AgentSvid {
     /// Whose it is said to be.
     pub spiffe_id: String,
     /// The token.
@@ -66,13 +66,13 @@ pub struct Svid {
     pub hint: Option<String>,
 }
 
-impl fmt::Debug for Svid {
+impl fmt::Debug for AgentSvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Svid").field("spiffe_id", &self.spiffe_id).field("hint", &self.hint).finish_non_exhaustive()
     }
 }
 
-impl Svid {
+impl AgentSvid {
     pub(super) fn new(spiffe_id: String, token: String, hint: String) -> Self {
         Self { spiffe_id, token: Zeroizing::new(token), hint: Some(hint).filter(|hint| !hint.is_empty()) }
     }

@@ -15,10 +15,10 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::agent::{Agent, Svid};
+use super::agent::{AgentSvid, AttestingAgent};
 use super::log_limit::{LogLimiter, LogPermit};
-use super::memory::{Found, LOOKS, Memory, Said, Subject, is_known};
-use super::{Basis, IdentitySource, JwtSvid, SourceError};
+use super::memory::{FACTS_FOR_AGENT, IdentityCache, IdentityLookup, IdentityResult, Subject, is_known};
+use super::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 use crate::caller::{AttestError, Caller, ProcessFacts, WorkloadKey};
 use crate::cgroup::PodUid;
 use crate::clock::{Clock, HOLD};
@@ -32,44 +32,44 @@ mod revalidation;
 
 /// How long one waits for its turn to be asked for: SDKs give up after a second, and on a machine as busy as that the answer
 /// needs a part of it.
-const TURN: Duration = Duration::from_millis(600);
+const QUERY_WAIT: Duration = Duration::from_millis(600);
 /// Questions under way about processes that are new ...
-const QUESTIONS: usize = 32;
+const MAX_QUERIES: usize = 32;
 /// ... and of those about processes of one workload.
-const QUESTIONS_EACH: usize = 8;
+const MAX_QUERIES_PER_WORKLOAD: usize = 8;
 /// Tokens that came with an answer are kept so long for the exchange that follows it ...
-const KEPT: Duration = Duration::from_secs(10);
+const TOKEN_TTL: Duration = Duration::from_secs(10);
 /// ... and so many of them.
-const KEPT_MOST: usize = 256;
+const MAX_TOKENS: usize = 256;
 /// A pod or container that has been there for less than this may not be known yet to the kubelet's list, to the agent's cache of
 /// that, or to the agent as one that an entry is for ...
-const YOUNG: Duration = Duration::from_secs(10);
+const NEW_POD_AGE: Duration = Duration::from_secs(10);
 /// ... so it is asked about again after this time, twice as long before each one after that, for as long as somebody waits.
-const SOON: Duration = Duration::from_millis(100);
+const NEW_POD_RETRY: Duration = Duration::from_millis(100);
 /// How long to wait each time that an execution was counted while the agent looked at a process, before it is asked again.
-const EXECUTED: [Duration; 4] =
+const EXEC_RETRY_PAUSES: [Duration; 4] =
     [Duration::from_millis(20), Duration::from_millis(40), Duration::from_millis(80), Duration::ZERO];
 /// How long it is believed which identities the daemon itself has ...
-const OWN: Duration = Duration::from_secs(60);
+const OWN_ID_TTL: Duration = Duration::from_secs(60);
 /// ... or for so long, once the agent did not say ...
-const OWN_AGAIN: Duration = Duration::from_secs(5);
+const OWN_ID_RETRY: Duration = Duration::from_secs(5);
 /// ... and that the agent knows the daemon, when it says that it does not know a workload.
-const OWN_AT_DENIAL: Duration = Duration::from_secs(1);
+const OWN_ID_RECHECK: Duration = Duration::from_secs(1);
 
 /// An agent that attests callers, and what it has said of them. Asks again in the background until it is dropped.
-pub struct Attesting(Arc<Shared>);
+pub struct AgentSource(Arc<AgentSourceInner>);
 
-struct Shared {
-    agent: Arc<dyn Agent>,
+struct AgentSourceInner {
+    agent: Arc<dyn AttestingAgent>,
     /// `[identity] audience`: of the tokens that come with an identity.
     audience: String,
     clock: Clock,
     metrics: Metrics,
-    memory: Mutex<Memory>,
-    tokens: Mutex<VecDeque<Kept>>,
+    memory: Mutex<IdentityCache>,
+    tokens: Mutex<VecDeque<HeldToken>>,
     turns: FairSemaphore<WorkloadKey>,
     /// The daemon's own identities, which no workload is given.
-    own: Mutex<Option<Own>>,
+    own: Mutex<Option<OwnIds>>,
     /// Held by whoever asks for them. Those for whom they are fresh enough wait for nobody.
     asking_own: tokio::sync::Mutex<()>,
     log: LogLimiter,
@@ -77,7 +77,7 @@ struct Shared {
 
 /// The daemon's own identities.
 #[derive(Debug)]
-struct Own {
+struct OwnIds {
     ids: BTreeSet<SpiffeId>,
     /// When the agent last confirmed them.
     confirmed: Instant,
@@ -86,32 +86,32 @@ struct Own {
 }
 
 /// What an agent has answered.
-type Answer = Result<Vec<Svid>, SourceError>;
+type AgentReply = Result<Vec<AgentSvid>, SourceError>;
 
-struct Kept {
+struct HeldToken {
     subject: Subject,
     token: JwtSvid,
     at: Instant,
 }
 
-impl fmt::Debug for Attesting {
+impl fmt::Debug for AgentSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Attesting").field("agent", &self.0.agent).finish_non_exhaustive()
     }
 }
 
-impl Attesting {
+impl AgentSource {
     /// With tokens for `audience` unless a role wants another one; `most` processes are remembered. To be called within a
     /// tokio runtime.
-    pub fn new(agent: Arc<dyn Agent>, audience: String, most: usize, clock: Clock, metrics: Metrics) -> Self {
-        let shared = Arc::new(Shared {
+    pub fn new(agent: Arc<dyn AttestingAgent>, audience: String, most: usize, clock: Clock, metrics: Metrics) -> Self {
+        let shared = Arc::new(AgentSourceInner {
             agent,
             audience,
             clock,
             metrics,
-            memory: Mutex::new(Memory::new(most)),
+            memory: Mutex::new(IdentityCache::new(most)),
             tokens: Mutex::default(),
-            turns: FairSemaphore::new(QUESTIONS, QUESTIONS_EACH),
+            turns: FairSemaphore::new(MAX_QUERIES, MAX_QUERIES_PER_WORKLOAD),
             own: Mutex::default(),
             asking_own: tokio::sync::Mutex::default(),
             log: LogLimiter::default(),
@@ -122,7 +122,7 @@ impl Attesting {
 }
 
 #[async_trait]
-impl IdentitySource for Attesting {
+impl IdentitySource for AgentSource {
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         let subject = self.0.subject(caller)?;
         // The kernel's stand-in for ids without a mapping is nobody in particular (attack 14). In a pod it doesn't matter who.
@@ -131,11 +131,11 @@ impl IdentitySource for Attesting {
         }
         let found = self.0.memory().find(&subject, caller)?;
         let asked = match found {
-            Found::Known(identities) => return Ok(identities.to_vec()),
-            Found::Asked(asked) => asked,
-            Found::Unknown(asked) => {
+            IdentityLookup::Known(identities) => return Ok(identities.to_vec()),
+            IdentityLookup::Asked(asked) => asked,
+            IdentityLookup::Unknown(asked) => {
                 // Goes on whatever becomes of the caller's connection.
-                tokio::spawn(self.0.clone().ask_new(subject, caller.clone()));
+                tokio::spawn(self.0.clone().query_new(subject, caller.clone()));
                 asked
             }
         };
@@ -145,25 +145,25 @@ impl IdentitySource for Attesting {
     async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         let subject = self.0.subject(caller)?;
         if audience == self.0.audience
-            && let Some(token) = self.0.take(&subject, id)
+            && let Some(token) = self.0.take_token(&subject, id)
         {
             return Ok(token);
         }
-        let svids = self.0.ask(caller, audience).await?;
-        let is_own = self.0.own(OWN).await?.contains(id);
+        let svids = self.0.query(caller, audience).await?;
+        let is_own = self.0.own(OWN_ID_TTL).await?.contains(id);
         let tokens = svids.into_iter().filter(|svid| svid.spiffe_id == id.as_str() && !is_own).map(|svid| svid.token);
         JwtSvid::check_any(tokens, id, audience, self.0.clock.now())?.ok_or_else(|| {
             SourceError::Denied(format!("the SPIFFE agent does not give {id} to this workload any more"))
         })
     }
 
-    fn needs(&self, caller: &Caller) -> Option<ProcessFacts> {
-        let by_pod = caller.pod.is_some() && self.0.agent.names_pods();
-        (!by_pod && !is_known(caller)).then_some(LOOKS)
+    fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
+        let by_pod = caller.pod.is_some() && self.0.agent.supports_pod_references();
+        (!by_pod && !is_known(caller)).then_some(FACTS_FOR_AGENT)
     }
 
-    fn basis(&self, _: &SpiffeId) -> Basis {
-        Basis::Agent(self.0.agent.endpoint().clone())
+    fn basis(&self, _: &SpiffeId) -> IdentityBasis {
+        IdentityBasis::Agent(self.0.agent.endpoint().clone())
     }
 
     async fn ready(&self, _: &str) -> Result<(), SourceError> {
@@ -172,24 +172,24 @@ impl IdentitySource for Attesting {
 }
 
 /// Kubernetes may keep the agent waiting for half a minute. The question goes on, and the next try finds the answer.
-async fn wait(mut asked: watch::Receiver<Option<Said>>) -> Said {
+async fn wait(mut asked: watch::Receiver<Option<IdentityResult>>) -> IdentityResult {
     let too_long = || SourceError::Unavailable("the SPIFFE agent has not answered yet; ask again".to_owned());
     let said = timeout(HOLD, asked.wait_for(Option::is_some)).await.map_err(|_| too_long())?;
     // Whoever was to say it is gone only if the daemon ends.
     said.ok().and_then(|said| said.clone()).unwrap_or_else(|| Err(too_long()))
 }
 
-impl Shared {
+impl AgentSourceInner {
     fn subject(&self, caller: &Caller) -> Result<Subject, SourceError> {
-        Subject::of(caller, self.agent.names_pods())
+        Subject::of(caller, self.agent.supports_pod_references())
     }
 
     /// Asks about somebody of whom nothing is known, when the turn comes.
-    async fn ask_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
-        let (until, mut pause) = (Instant::now() + HOLD, SOON);
+    async fn query_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
+        let (until, mut pause) = (Instant::now() + HOLD, NEW_POD_RETRY);
         let (said, took) = loop {
             let begun = Instant::now();
-            let said = match self.turns.acquire_within(TURN, &WorkloadKey::of(&caller)).await {
+            let said = match self.turns.acquire_within(QUERY_WAIT, &WorkloadKey::of(&caller)).await {
                 Some(_turn) => self.clone().identities(&caller, Some(&subject)).await,
                 None => Err(SourceError::Busy),
             };
@@ -206,15 +206,15 @@ impl Shared {
             sleep(pause).await;
             pause *= 2;
         };
-        self.memory().note(&subject, said, took);
+        self.memory().record(&subject, said, took);
     }
 
     /// What the agent says of this process now: nothing is an answer. Its tokens are kept where an exchange may follow.
-    async fn identities(self: Arc<Self>, caller: &Arc<Caller>, keep: Option<&Subject>) -> Said {
+    async fn identities(self: Arc<Self>, caller: &Arc<Caller>, keep: Option<&Subject>) -> IdentityResult {
         let (shared, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
         let asking = AbortOnDropHandle::new(tokio::spawn(async move {
-            match shared.ask(&caller, &shared.audience).await {
-                Ok(svids) => shared.believed(svids, keep.as_ref()).await,
+            match shared.query(&caller, &shared.audience).await {
+                Ok(svids) => shared.exclude_own_identities(svids, keep.as_ref()).await,
                 Err(SourceError::Denied(said)) => {
                     shared.log_denial(&said);
                     Ok(Arc::from([]))
@@ -230,8 +230,8 @@ impl Shared {
 
     /// Returns the identities that an answer proves by a token, without the daemon's own. An identity with several entries, or
     /// from an agent that merges the answers of two others, keeps all of its hints.
-    async fn believed(&self, svids: Vec<Svid>, keep: Option<&Subject>) -> Said {
-        let own = self.own(OWN).await?;
+    async fn exclude_own_identities(&self, svids: Vec<AgentSvid>, keep: Option<&Subject>) -> IdentityResult {
+        let own = self.own(OWN_ID_TTL).await?;
         let (mut identities, mut unproven) = (Vec::new(), None);
         for svid in svids {
             let Ok(spiffe_id) = SpiffeId::parse(&svid.spiffe_id) else {
@@ -260,7 +260,7 @@ impl Shared {
             if let Some(subject) = keep
                 && let Ok(token) = JwtSvid::check(svid.token, &spiffe_id, &self.audience, self.clock.now())
             {
-                self.keep(subject, token);
+                self.hold_token(subject, token);
             }
             let identity = Identity { spiffe_id, hint: svid.hint };
             if !identities.contains(&identity) {
@@ -274,25 +274,25 @@ impl Shared {
     }
 
     /// Asks the agent about the caller.
-    async fn ask(&self, caller: &Arc<Caller>, audience: &str) -> Result<Vec<Svid>, SourceError> {
+    async fn query(&self, caller: &Arc<Caller>, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         let result = match self.subject(caller)? {
-            Subject::Process { .. } => self.ask_by_process(caller, audience).await?,
-            Subject::Pod(pod) => self.ask_by_pod(caller, &pod, audience).await?,
+            Subject::Process { .. } => self.query_by_process(caller, audience).await?,
+            Subject::Pod(pod) => self.query_by_pod(caller, &pod, audience).await?,
         };
         if matches!(result, Err(SourceError::Denied(_))) {
             // An agent that does not know the daemon itself, as one that has just started, denies everybody.
-            self.own(OWN_AT_DENIAL).await?;
+            self.own(OWN_ID_RECHECK).await?;
         }
         result
     }
 
     /// What the agent says of the caller's process; dropped unless it is the same process as before. An execution that was
     /// counted meanwhile, though the process is what it was, may have been another's, so the agent is asked again.
-    async fn ask_by_process(&self, caller: &Caller, audience: &str) -> Result<Answer, SourceError> {
-        for pause in EXECUTED {
+    async fn query_by_process(&self, caller: &Caller, audience: &str) -> Result<AgentReply, SourceError> {
+        for pause in EXEC_RETRY_PAUSES {
             let watch = caller.evidence.watch_exec()?;
             let before = caller.evidence.for_agent().await?;
-            let result = self.agent.svids(before.pid, audience).await;
+            let result = self.agent.fetch_for_pid(before.pid, audience).await;
             self.count(&result);
             if caller.evidence.for_agent().await? != before {
                 return Err(AttestError::IdentityChanged.into());
@@ -307,15 +307,15 @@ impl Shared {
 
     /// What the agent says of the caller's pod. A UID is that of one pod for ever, so all there is to see to is that nothing is
     /// had for one that is gone.
-    async fn ask_by_pod(&self, caller: &Caller, pod: &PodUid, audience: &str) -> Result<Answer, SourceError> {
+    async fn query_by_pod(&self, caller: &Caller, pod: &PodUid, audience: &str) -> Result<AgentReply, SourceError> {
         caller.evidence.verify_pod()?;
-        let result = self.agent.svids_of_pod(pod, audience).await;
+        let result = self.agent.fetch_for_pod(pod, audience).await;
         self.count(&result);
         caller.evidence.verify_pod()?;
         Ok(result)
     }
 
-    fn count(&self, result: &Answer) {
+    fn count(&self, result: &AgentReply) {
         self.metrics.source_calls.get_or_create(&Call::of(result, SourceError::reason)).inc();
         let agent = self.agent.endpoint().to_string();
         self.metrics.health.source(agent, SourceError::of_source(result), self.clock.now());
@@ -337,14 +337,14 @@ impl Shared {
         if let Some(ids) = self.known_own(age) {
             return Ok(ids);
         }
-        let ids = match self.agent.own(&self.audience).await {
+        let ids = match self.agent.fetch_own(&self.audience).await {
             Ok(ids) => ids,
             // They hardly ever change, so what was said before holds; but that the agent knows the daemon now is not known.
-            Err(error) if age == OWN => {
+            Err(error) if age == OWN_ID_TTL => {
                 let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
                 let own = own.as_mut().ok_or(error)?;
                 // Those who wait behind this one don't each try as well.
-                own.fresh_from = Instant::now().checked_sub(OWN - OWN_AGAIN).unwrap_or(own.fresh_from);
+                own.fresh_from = Instant::now().checked_sub(OWN_ID_TTL - OWN_ID_RETRY).unwrap_or(own.fresh_from);
                 return Ok(own.ids.clone());
             }
             Err(error) => return Err(error),
@@ -352,7 +352,7 @@ impl Shared {
         let ids: BTreeSet<SpiffeId> = ids.iter().filter_map(|id| SpiffeId::parse(id).ok()).collect();
         let (confirmed, fresh_from) = (Instant::now(), Instant::now());
         *self.own.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(Own { ids: ids.clone(), confirmed, fresh_from });
+            Some(OwnIds { ids: ids.clone(), confirmed, fresh_from });
         Ok(ids)
     }
 
@@ -366,27 +366,27 @@ impl Shared {
         self.own.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|own| own.confirmed)
     }
 
-    fn keep(&self, subject: &Subject, token: JwtSvid) {
+    fn hold_token(&self, subject: &Subject, token: JwtSvid) {
         let mut tokens = self.tokens();
-        while tokens.len() >= KEPT_MOST || tokens.front().is_some_and(|kept| kept.at.elapsed() >= KEPT) {
+        while tokens.len() >= MAX_TOKENS || tokens.front().is_some_and(|kept| kept.at.elapsed() >= TOKEN_TTL) {
             tokens.pop_front();
         }
-        tokens.push_back(Kept { subject: subject.clone(), token, at: Instant::now() });
+        tokens.push_back(HeldToken { subject: subject.clone(), token, at: Instant::now() });
     }
 
-    fn take(&self, subject: &Subject, id: &SpiffeId) -> Option<JwtSvid> {
+    fn take_token(&self, subject: &Subject, id: &SpiffeId) -> Option<JwtSvid> {
         let mut tokens = self.tokens();
-        let wanted = |kept: &Kept| kept.subject == *subject && kept.token.spiffe_id() == id;
+        let wanted = |kept: &HeldToken| kept.subject == *subject && kept.token.spiffe_id() == id;
         let kept = tokens.iter().position(wanted).and_then(|index| tokens.remove(index))?;
         // A token with a short life may have expired meanwhile.
-        (kept.at.elapsed() < KEPT && kept.token.check_life(self.clock.now()).is_ok()).then_some(kept.token)
+        (kept.at.elapsed() < TOKEN_TTL && kept.token.check_life(self.clock.now()).is_ok()).then_some(kept.token)
     }
 
-    fn memory(&self) -> MutexGuard<'_, Memory> {
+    fn memory(&self) -> MutexGuard<'_, IdentityCache> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tokens(&self) -> MutexGuard<'_, VecDeque<Kept>> {
+    fn tokens(&self) -> MutexGuard<'_, VecDeque<HeldToken>> {
         self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -394,8 +394,8 @@ impl Shared {
 /// Whether the agent may not know the caller's pod, or container, for no other reason than that it is new.
 fn is_young(subject: &Subject, caller: &Caller) -> bool {
     caller.evidence.verify_pod().is_ok_and(|ages| match subject {
-        Subject::Process { .. } => ages.container < YOUNG,
-        Subject::Pod(_) => ages.pod < YOUNG,
+        Subject::Process { .. } => ages.container < NEW_POD_AGE,
+        Subject::Pod(_) => ages.pod < NEW_POD_AGE,
     })
 }
 

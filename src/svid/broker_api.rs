@@ -18,10 +18,10 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::agent::{Agent, Svid, own_by_process};
+use super::agent::{AgentSvid, AttestingAgent, own_by_process};
 use super::delegated::other_pids;
-use super::dial::{Failed, Kept, is_broken};
-use super::own::OwnIdentity;
+use super::dial::{CallError, ReconnectingChannel, is_broken};
+use super::own::OwnSvidSource;
 use super::proto::broker::api_client::ApiClient;
 use super::proto::broker::{
     FetchJwtsvidRequest, FetchJwtsvidResponse, KubernetesObjectReference, KubernetesObjectType, WorkloadPidReference,
@@ -36,7 +36,7 @@ use crate::identity::SpiffeIdPattern;
 mod connection;
 mod server;
 
-use connection::Broker;
+use connection::BrokerConnector;
 
 /// An answer holds a token for each identity of one workload.
 const ANSWER_MAX: usize = 1024 * 1024;
@@ -53,17 +53,17 @@ const FIRST_SVID: Duration = Duration::from_secs(5);
 pub struct BrokerApi {
     socket: PathBuf,
     endpoint: Endpoint,
-    own: Arc<OwnIdentity>,
+    own: Arc<OwnSvidSource>,
     server: Option<SpiffeIdPattern>,
     names_pods: bool,
     names_processes: Arc<AtomicBool>,
-    connection: Kept<Broker>,
+    connection: ReconnectingChannel<BrokerConnector>,
     deadline: Duration,
 }
 
 /// Whom the agent is asked about.
 #[derive(Debug, Clone, Copy)]
-enum Whose<'a> {
+enum WorkloadRef<'a> {
     Process(i32),
     Pod(&'a PodUid),
 }
@@ -80,7 +80,7 @@ impl fmt::Debug for BrokerApi {
 impl BrokerApi {
     /// The agent that listens at `socket`, asked as `own`, if its SPIFFE ID is one that `server` covers: by default, that of
     /// any SPIRE agent of the daemon's own trust domain. No call lasts longer than `deadline`.
-    pub fn new(socket: &Path, own: OwnIdentity, server: Option<SpiffeIdPattern>, deadline: Duration) -> Self {
+    pub fn new(socket: &Path, own: OwnSvidSource, server: Option<SpiffeIdPattern>, deadline: Duration) -> Self {
         Self::made(socket.to_owned(), Arc::new(own), server, false, deadline)
     }
 
@@ -92,33 +92,33 @@ impl BrokerApi {
 
     fn made(
         socket: PathBuf,
-        own: Arc<OwnIdentity>,
+        own: Arc<OwnSvidSource>,
         server: Option<SpiffeIdPattern>,
         names_pods: bool,
         deadline: Duration,
     ) -> Self {
         let names_processes = Arc::new(AtomicBool::new(false));
-        let broker = Broker {
+        let broker = BrokerConnector {
             socket: socket.clone(),
             own: own.clone(),
             server: server.clone(),
             names_pods,
             names_processes: names_processes.clone(),
         };
-        let (endpoint, connection) = (Endpoint::Unix(socket.clone()), Kept::new(&socket, broker));
+        let (endpoint, connection) = (Endpoint::Unix(socket.clone()), ReconnectingChannel::new(&socket, broker));
         Self { socket, endpoint, own, server, names_pods, names_processes, connection, deadline }
     }
 
     /// What the agent says within the deadline.
-    async fn svids_of(&self, whose: Whose<'_>, audience: &str) -> Result<Vec<Svid>, SourceError> {
+    async fn svids_of(&self, whose: WorkloadRef<'_>, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         let answer = timeout(self.deadline, self.ask(whose, audience)).await.map_err(|_| {
             let (endpoint, deadline) = (&self.endpoint, self.deadline);
             SourceError::Unavailable(format!("the SPIFFE agent at {endpoint} did not answer within {deadline:?}"))
         })??;
-        Ok(answer.svids.into_iter().map(|svid| Svid::new(svid.spiffe_id, svid.svid, svid.hint)).collect())
+        Ok(answer.svids.into_iter().map(|svid| AgentSvid::new(svid.spiffe_id, svid.svid, svid.hint)).collect())
     }
 
-    async fn ask(&self, whose: Whose<'_>, audience: &str) -> Result<FetchJwtsvidResponse, SourceError> {
+    async fn ask(&self, whose: WorkloadRef<'_>, audience: &str) -> Result<FetchJwtsvidResponse, SourceError> {
         let reference = whose.reference();
         let ask = |channel: Channel| {
             let mut client = ApiClient::new(channel).max_decoding_message_size(ANSWER_MAX);
@@ -136,8 +136,8 @@ impl BrokerApi {
         };
         match self.connection.call(ask).await {
             Ok(answer) => Ok(answer.into_inner()),
-            Err(Failed::Unconnected(error)) => Err(error),
-            Err(Failed::Answered(status)) => {
+            Err(CallError::Unconnected(error)) => Err(error),
+            Err(CallError::Answered(status)) => {
                 if is_unknown_to_it(&status) {
                     self.connection.forget().await;
                 }
@@ -150,13 +150,13 @@ impl BrokerApi {
     async fn names_processes(&self) -> Result<bool, SourceError> {
         match self.connection.connect().await {
             Ok(()) => Ok(self.names_processes.load(Ordering::Relaxed)),
-            Err(Failed::Unconnected(error)) => Err(error),
-            Err(Failed::Answered(status)) => Err(self.refused(Whose::Process(0), &status)),
+            Err(CallError::Unconnected(error)) => Err(error),
+            Err(CallError::Answered(status)) => Err(self.refused(WorkloadRef::Process(0), &status)),
         }
     }
 
     /// What the agent's refusal means. The texts are those of SPIRE 1.15.
-    fn refused(&self, whose: Whose<'_>, status: &Status) -> SourceError {
+    fn refused(&self, whose: WorkloadRef<'_>, status: &Status) -> SourceError {
         let (text, said, endpoint) = (status.message(), one_line(status.message()), &self.endpoint);
         let no_answer = || SourceError::Unavailable(format!("the SPIFFE agent at {endpoint} gave no answer: {said}"));
         if is_broken(status) {
@@ -184,7 +184,7 @@ impl BrokerApi {
                  impersonate-via-spire on pods ({said})",
                 whose.name()
             )),
-            Code::NotFound if matches!(whose, Whose::Pod(_)) => SourceError::Denied(format!(
+            Code::NotFound if matches!(whose, WorkloadRef::Pod(_)) => SourceError::Denied(format!(
                 "the SPIFFE agent at {endpoint} does not find {} on this node: it asks the kubelet for it, as its plugin \
                  WorkloadAttestor \"k8s\" is set up ({said})",
                 whose.name()
@@ -203,7 +203,7 @@ impl BrokerApi {
             Code::Unimplemented if text.contains("workload attestor") => SourceError::Misconfigured(format!(
                 "the SPIFFE agent at {endpoint} has no plugin that attests {}, as WorkloadAttestor \"{}\" does ({said})",
                 whose.kind().0,
-                if matches!(whose, Whose::Pod(_)) { "k8s" } else { "unix" }
+                if matches!(whose, WorkloadRef::Pod(_)) { "k8s" } else { "unix" }
             )),
             Code::Unimplemented => SourceError::Misconfigured(format!(
                 "the server at {endpoint} has no SPIFFE Broker API: write the `socket_path` of the agent's `experimental \
@@ -217,7 +217,7 @@ impl BrokerApi {
     }
 }
 
-impl Whose<'_> {
+impl WorkloadRef<'_> {
     fn reference(self) -> Any {
         match self {
             Self::Process(pid) => {
@@ -255,28 +255,28 @@ fn is_unknown_to_it(status: &Status) -> bool {
 }
 
 #[async_trait]
-impl Agent for BrokerApi {
-    async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
+impl AttestingAgent for BrokerApi {
+    async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
         if self.names_pods && !self.names_processes().await? {
             return Err(SourceError::Misconfigured(other_pids(&self.endpoint)));
         }
-        self.svids_of(Whose::Process(pid), audience).await
+        self.svids_of(WorkloadRef::Process(pid), audience).await
     }
 
-    fn names_pods(&self) -> bool {
+    fn supports_pod_references(&self) -> bool {
         self.names_pods
     }
 
-    async fn svids_of_pod(&self, pod: &PodUid, audience: &str) -> Result<Vec<Svid>, SourceError> {
-        self.svids_of(Whose::Pod(pod), audience).await
+    async fn fetch_for_pod(&self, pod: &PodUid, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
+        self.svids_of(WorkloadRef::Pod(pod), audience).await
     }
 
     /// Those of its X.509-SVIDs, for which the agent attests it just the same. By its number another process would be meant
     /// where the agent's numbers are others.
-    async fn own(&self, audience: &str) -> Result<Vec<String>, SourceError> {
+    async fn fetch_own(&self, audience: &str) -> Result<Vec<String>, SourceError> {
         if !self.names_pods {
-            return own_by_process(self.svids(std::process::id(), audience).await);
+            return own_by_process(self.fetch_for_pid(std::process::id(), audience).await);
         }
         let own = match (self.own.latest(), self.own.trouble()) {
             (Ok(own), None) => own,
@@ -287,15 +287,15 @@ impl Agent for BrokerApi {
 
     /// By a pod that is none where processes can't be named, which shows whether pods can be.
     async fn ready(&self, audience: &str) -> Result<(), SourceError> {
-        self.own(audience).await?;
+        self.fetch_own(audience).await?;
         if !self.names_pods {
             return Ok(());
         }
         let by_process = self.names_processes().await?;
-        let said = if by_process { self.svids(std::process::id(), audience).await.map(drop) } else { Ok(()) };
+        let said = if by_process { self.fetch_for_pid(std::process::id(), audience).await.map(drop) } else { Ok(()) };
         let said = match (by_process, said, PodUid::parse(NO_POD)) {
             (false, _, Some(pod)) | (true, Err(SourceError::Misconfigured(_)), Some(pod)) => {
-                self.svids_of_pod(&pod, audience).await.map(drop)
+                self.fetch_for_pod(&pod, audience).await.map(drop)
             }
             (_, said, _) => said,
         };
@@ -313,7 +313,7 @@ impl Agent for BrokerApi {
         let connected = self.connection.connect().await;
         // In another pid namespace the daemon is attested by nobody, and its SVID never comes.
         let connected = match connected {
-            Err(Failed::Unconnected(SourceError::Unavailable(_))) => {
+            Err(CallError::Unconnected(SourceError::Unavailable(_))) => {
                 // What becomes of it is seen when the connection is made.
                 let _ = self.own.first(FIRST_SVID).await;
                 self.connection.connect().await
@@ -321,8 +321,8 @@ impl Agent for BrokerApi {
             connected => connected,
         };
         connected.map_err(|failed| match failed {
-            Failed::Unconnected(error) => error,
-            Failed::Answered(status) => self.refused(Whose::Process(0), &status),
+            CallError::Unconnected(error) => error,
+            CallError::Answered(status) => self.refused(WorkloadRef::Process(0), &status),
         })
     }
 }

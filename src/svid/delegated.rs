@@ -14,8 +14,8 @@ use tokio::time::timeout;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::agent::{Agent, Svid};
-use super::dial::{Dial, Failed, Kept, is_broken, open, unreachable};
+use super::agent::{AgentSvid, AttestingAgent};
+use super::dial::{CallError, Connector, ReconnectingChannel, is_broken, open, unreachable};
 use super::proto::spire::api::agent::delegatedidentity::v1::FetchJwtsviDsRequest;
 use super::proto::spire::api::agent::delegatedidentity::v1::delegated_identity_client::DelegatedIdentityClient;
 use super::{SourceError, one_line};
@@ -29,25 +29,25 @@ const ANSWER_MAX: usize = 1024 * 1024;
 const KIND: Duration = Duration::from_secs(2);
 
 /// A SPIRE agent's admin socket.
-pub struct Delegated {
+pub struct SpireDelegated {
     endpoint: Endpoint,
-    connection: Kept<Admin>,
+    connection: ReconnectingChannel<AdminConnector>,
     deadline: Duration,
 }
 
-struct Admin(PathBuf);
+struct AdminConnector(PathBuf);
 
-impl fmt::Debug for Delegated {
+impl fmt::Debug for SpireDelegated {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Delegated").field("endpoint", &self.endpoint).finish_non_exhaustive()
     }
 }
 
-impl Delegated {
+impl SpireDelegated {
     /// The agent whose `admin_socket_path` is `socket`. No call lasts longer than `deadline`.
     pub fn new(socket: &Path, deadline: Duration) -> Self {
         let endpoint = Endpoint::Unix(socket.to_owned());
-        Self { endpoint, connection: Kept::new(socket, Admin(socket.to_owned())), deadline }
+        Self { endpoint, connection: ReconnectingChannel::new(socket, AdminConnector(socket.to_owned())), deadline }
     }
 
     /// What the agent's refusal means. The texts are those of SPIRE 1.10 to 1.15.
@@ -76,16 +76,16 @@ impl Delegated {
         }
     }
 
-    fn failed(&self, failed: Failed) -> SourceError {
+    fn failed(&self, failed: CallError) -> SourceError {
         match failed {
-            Failed::Unconnected(error) => error,
-            Failed::Answered(status) => self.refused(&status),
+            CallError::Unconnected(error) => error,
+            CallError::Answered(status) => self.refused(&status),
         }
     }
 }
 
 #[async_trait]
-impl Dial for Admin {
+impl Connector for AdminConnector {
     async fn dial(&self) -> Result<Channel, SourceError> {
         let endpoint = Endpoint::Unix(self.0.clone());
         let stream = UnixStream::connect(&self.0).await;
@@ -119,8 +119,8 @@ pub(super) fn other_pids(endpoint: &Endpoint) -> String {
 }
 
 #[async_trait]
-impl Agent for Delegated {
-    async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
+impl AttestingAgent for SpireDelegated {
+    async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
         let ask = |channel: Channel| {
             let mut client = DelegatedIdentityClient::new(channel).max_decoding_message_size(ANSWER_MAX);
@@ -138,7 +138,7 @@ impl Agent for Delegated {
         let answer = answer.map_err(|failed| self.failed(failed))?;
         let svids = answer.into_inner().svids.into_iter().map(|svid| {
             let id = svid.id.unwrap_or_default();
-            Svid::new(format!("spiffe://{}{}", id.trust_domain, id.path), svid.token, svid.hint)
+            AgentSvid::new(format!("spiffe://{}{}", id.trust_domain, id.path), svid.token, svid.hint)
         });
         Ok(svids.collect())
     }
@@ -157,7 +157,7 @@ impl Agent for Delegated {
             DelegatedIdentityClient::new(channel).fetch_jwtsvi_ds(request).await
         };
         match self.connection.call(ask).await {
-            Err(Failed::Answered(status)) if status.code() == Code::Unimplemented => Err(self.refused(&status)),
+            Err(CallError::Answered(status)) if status.code() == Code::Unimplemented => Err(self.refused(&status)),
             _ => Ok(()),
         }
     }

@@ -72,7 +72,7 @@ pub(super) fn file_at(socket: &Path) -> Option<(u64, u64)> {
 
 /// Makes connections to one agent.
 #[async_trait]
-pub(super) trait Dial: Send + Sync {
+pub(super) trait Connector: Send + Sync {
     /// A new connection.
     async fn dial(&self) -> Result<Channel, SourceError>;
 
@@ -83,60 +83,60 @@ pub(super) trait Dial: Send + Sync {
 }
 
 /// The connection to one agent, made when it is needed and kept while it is good.
-pub(super) struct Kept<D> {
+pub(super) struct ReconnectingChannel<D> {
     socket: PathBuf,
     dial: D,
-    now: Mutex<Option<(Tag, Channel)>>,
+    now: Mutex<Option<(ChannelKey, Channel)>>,
 }
 
 /// What a connection was made with: the socket's file, by device and inode, and the generation.
-type Tag = (Option<(u64, u64)>, u64);
+type ChannelKey = (Option<(u64, u64)>, u64);
 
 /// Why a call has no answer.
-pub(super) enum Failed {
+pub(super) enum CallError {
     /// There was no connection.
     Unconnected(SourceError),
     /// The agent refused, or the connection broke.
     Answered(Status),
 }
 
-impl<D: Dial> Kept<D> {
+impl<D: Connector> ReconnectingChannel<D> {
     pub(super) fn new(socket: &Path, dial: D) -> Self {
         Self { socket: socket.to_owned(), dial, now: Mutex::default() }
     }
 
     /// Makes a connection if there is none.
-    pub(super) async fn connect(&self) -> Result<(), Failed> {
+    pub(super) async fn connect(&self) -> Result<(), CallError> {
         self.channel().await.map(drop)
     }
 
     /// Makes one call; a second time over a new connection if the one that was kept turns out to be broken, as after the
     /// agent was restarted. Nothing that is asked here changes anything at the agent.
-    pub(super) async fn call<T, F>(&self, request: impl Fn(Channel) -> F + Send + Sync) -> Result<T, Failed>
+    pub(super) async fn call<T, F>(&self, request: impl Fn(Channel) -> F + Send + Sync) -> Result<T, CallError>
     where
         F: Future<Output = Result<T, Status>> + Send,
     {
         let (tag, channel, was_kept) = self.channel().await?;
         match request(channel).await {
             Err(status) if is_broken(&status) => {
-                self.leave(tag).await;
+                self.invalidate(tag).await;
                 if !was_kept {
-                    return Err(Failed::Answered(status));
+                    return Err(CallError::Answered(status));
                 }
             }
-            answer => return answer.map_err(Failed::Answered),
+            answer => return answer.map_err(CallError::Answered),
         }
         let (tag, channel, _) = self.channel().await?;
         let answer = request(channel).await;
         if answer.as_ref().is_err_and(is_broken) {
-            self.leave(tag).await;
+            self.invalidate(tag).await;
         }
-        answer.map_err(Failed::Answered)
+        answer.map_err(CallError::Answered)
     }
 
     /// The connection, and whether there was one. An agent that was replaced at the same path, while the old one lives
     /// on, is noticed by the socket's file. Calls that are under way keep the connection that they have.
-    async fn channel(&self) -> Result<(Tag, Channel, bool), Failed> {
+    async fn channel(&self) -> Result<(ChannelKey, Channel, bool), CallError> {
         let mut now = self.now.lock().await;
         let tag = (file_at(&self.socket), self.dial.generation());
         if let Some((made_with, channel)) = &*now
@@ -145,13 +145,13 @@ impl<D: Dial> Kept<D> {
             return Ok((tag, channel.clone(), true));
         }
         *now = None;
-        let channel = self.dial.dial().await.map_err(Failed::Unconnected)?;
+        let channel = self.dial.dial().await.map_err(CallError::Unconnected)?;
         *now = Some((tag, channel.clone()));
         Ok((tag, channel, false))
     }
 
     /// Has the next call make a new connection, unless another call has seen to that.
-    async fn leave(&self, tag: Tag) {
+    async fn invalidate(&self, tag: ChannelKey) {
         let mut now = self.now.lock().await;
         if now.as_ref().is_some_and(|(made_with, _)| *made_with == tag) {
             *now = None;

@@ -13,10 +13,10 @@ const MAX_TEXTS: usize = 64;
 
 /// The texts that were logged within [`LOG_INTERVAL`]. Workloads influence some of them (a pod's UID), so the table is bounded.
 #[derive(Debug, Default)]
-pub(super) struct LogLimiter(Mutex<State>);
+pub(super) struct LogLimiter(Mutex<LogLimiterState>);
 
 #[derive(Debug, Default)]
-struct State {
+struct LogLimiterState {
     logged: HashMap<String, Instant>,
     /// Texts that exceeded [`MAX_TEXTS`] since the last line.
     missed: u64,

@@ -17,18 +17,18 @@ mod agent_clock;
 mod known;
 mod subject;
 
-pub(super) use known::{Found, Lane, QUICK_TIMEOUT, Said};
-pub(super) use subject::{LOOKS, Subject, is_known};
+pub(super) use known::{IdentityLookup, IdentityResult, Lane, QUICK_TIMEOUT};
+pub(super) use subject::{FACTS_FOR_AGENT, Subject, is_known};
 
 use agent_clock::AgentClock;
-use known::{ASK_AGAIN, Known};
+use known::{CachedIdentity, REVALIDATE_AFTER};
 
 /// Slots of one workload: what it makes up fills its own slots only (attack 22).
-const EACH: usize = 1024;
+const MAX_SUBJECTS_PER_WORKLOAD: usize = 1024;
 /// Processes of one workload that are asked about because of a request, or wait for that. The next are told at once to come
 /// back: with more in front of them they would wait in vain, and as many connections as they may have would soon be open, of
 /// which those beyond are reset without a word.
-const WAITING: usize = 256;
+const MAX_WAITING_PER_WORKLOAD: usize = 256;
 /// How long a workload is not revalidated after a query about it was not answered in time; doubled after each further one. An
 /// agent goes on hashing a program after its client has given up.
 const REVALIDATION_PAUSE: Duration = Duration::from_secs(30);
@@ -36,7 +36,7 @@ const MAX_REVALIDATION_PAUSE: Duration = Duration::from_secs(300);
 /// An agent was unavailable if it answered no query for this long.
 const OUTAGE_AFTER: Duration = Duration::from_secs(60);
 /// Between two looks for processes that are gone.
-const SWEEP: Duration = Duration::from_secs(1);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How many more queries about known subjects may be in flight.
 #[derive(Debug, Clone, Copy)]
@@ -110,9 +110,9 @@ impl Pause {
 
 /// All processes that an agent has said something of.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(super) struct IdentityCache {
     most: usize,
-    known: HashMap<Subject, Known>,
+    known: HashMap<Subject, CachedIdentity>,
     /// Slots of all subjects, and of each owner's.
     slots_taken: usize,
     counts: HashMap<WorkloadKey, usize>,
@@ -129,7 +129,7 @@ pub(super) struct Memory {
     swept: Option<Instant>,
 }
 
-impl Memory {
+impl IdentityCache {
     /// Has slots for `most` processes, or for fewer with long names.
     pub(super) fn new(most: usize) -> Self {
         Self {
@@ -147,13 +147,13 @@ impl Memory {
     }
 
     /// What is known of `subject`. If nothing is, and nobody has asked yet, the caller has to.
-    pub(super) fn find(&mut self, subject: &Subject, caller: &Arc<Caller>) -> Result<Found, SourceError> {
+    pub(super) fn find(&mut self, subject: &Subject, caller: &Arc<Caller>) -> Result<IdentityLookup, SourceError> {
         let clock = *self.clocks.of(subject);
         if let Some(found) = self.known.get(subject).and_then(|known| known.found(clock)) {
             return Ok(found);
         }
         let owner = WorkloadKey::of(caller);
-        if self.waiting.get(&owner).is_some_and(|waiting| *waiting >= WAITING) {
+        if self.waiting.get(&owner).is_some_and(|waiting| *waiting >= MAX_WAITING_PER_WORKLOAD) {
             return Err(SourceError::Busy);
         }
         let known = match self.known.get_mut(subject) {
@@ -164,12 +164,17 @@ impl Memory {
         known.is_waited_for = true;
         let asked = known.asking.insert(watch::Sender::new(None)).subscribe();
         *self.waiting.entry(owner).or_default() += 1;
-        Ok(Found::Unknown(asked))
+        Ok(IdentityLookup::Unknown(asked))
     }
 
     /// A place for one that was not known.
-    fn add(&mut self, subject: &Subject, caller: &Arc<Caller>, owner: &WorkloadKey) -> Result<&mut Known, SourceError> {
-        let known = Known::new(caller, owner);
+    fn add(
+        &mut self,
+        subject: &Subject,
+        caller: &Arc<Caller>,
+        owner: &WorkloadKey,
+    ) -> Result<&mut CachedIdentity, SourceError> {
+        let known = CachedIdentity::new(caller, owner);
         if !self.has_room(owner, known.slots) {
             return Err(SourceError::Busy);
         }
@@ -179,7 +184,7 @@ impl Memory {
     }
 
     /// Records the result of a query that took this long, and passes it to the requests that wait.
-    pub(super) fn note(&mut self, subject: &Subject, said: Said, took: Duration) {
+    pub(super) fn record(&mut self, subject: &Subject, said: IdentityResult, took: Duration) {
         let Entry::Occupied(mut entry) = self.known.entry(subject.clone()) else { return };
         let known = entry.get_mut();
         let now = Instant::now();
@@ -238,16 +243,16 @@ impl Memory {
         for (subject, known) in &mut self.known {
             let has_identity = known.has_identity();
             let is_process = matches!(subject, Subject::Process { .. });
-            round.is_overdue |= is_process && has_identity && known.answered + 2 * ASK_AGAIN < now;
+            round.is_overdue |= is_process && has_identity && known.answered + 2 * REVALIDATE_AFTER < now;
             if known.asking.is_some() {
                 continue;
             }
             if has_identity && !known.is_valid(*self.clocks.of(subject)) {
                 round.expired.push(known.caller.clone());
                 forgotten.push(subject.clone());
-            } else if known.due() > now {
+            } else if known.revalidate_at() > now {
             } else if has_identity {
-                due.push((known.due(), subject, known));
+                due.push((known.revalidate_at(), subject, known));
             } else {
                 forgotten.push(subject.clone());
             }
@@ -284,7 +289,7 @@ impl Memory {
         if fits(self) {
             return true;
         }
-        if self.swept.is_none_or(|swept| swept.elapsed() >= SWEEP) {
+        if self.swept.is_none_or(|swept| swept.elapsed() >= SWEEP_INTERVAL) {
             self.swept = Some(Instant::now());
             self.forget_gone();
         }
@@ -299,7 +304,7 @@ impl Memory {
     }
 
     fn own_fits(&self, owner: &WorkloadKey, slots: usize) -> bool {
-        self.counts.get(owner).copied().unwrap_or_default() + slots <= EACH
+        self.counts.get(owner).copied().unwrap_or_default() + slots <= MAX_SUBJECTS_PER_WORKLOAD
     }
 
     /// Removes the owner's oldest subject without a query in flight. `false` if it has none.
@@ -315,13 +320,14 @@ impl Memory {
     }
 
     fn forget_gone(&mut self) {
-        let is_gone = |subject: &Subject, known: &Known| known.asking.is_none() && !subject.is_there(&known.caller);
+        let is_gone =
+            |subject: &Subject, known: &CachedIdentity| known.asking.is_none() && !subject.is_alive(&known.caller);
         let gone: Vec<_> = self.known.extract_if(|subject, known| is_gone(subject, known)).collect();
         gone.iter().for_each(|(_, known)| self.forgotten(known));
     }
 
     /// Gives back the slots of a subject that was removed.
-    fn forgotten(&mut self, known: &Known) {
+    fn forgotten(&mut self, known: &CachedIdentity) {
         self.slots_taken -= known.slots;
         give_back(&mut self.counts, &known.owner, known.slots);
         if !self.counts.contains_key(&known.owner) {

@@ -19,7 +19,7 @@ use super::log_limit::{LogLimiter, LogPermit};
 use super::proto::workload::X509svidRequest;
 use super::proto::workload::X509svidResponse;
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
-use super::{DEADLINE, SourceError, one_line};
+use super::{CALL_TIMEOUT, SourceError, one_line};
 use crate::endpoint::Endpoint;
 
 mod certificates;
@@ -27,35 +27,35 @@ mod certificates;
 pub use certificates::{OwnSvid, id_of};
 
 /// A stream that lasted so long was a good one: when it ends the next is opened at once.
-const LASTED: Duration = Duration::from_secs(5);
+const STABLE_AFTER: Duration = Duration::from_secs(5);
 /// Before the second try to open one that does not last; twice as long before each one after that.
 const PAUSE: Duration = Duration::from_millis(200);
 /// No pause is longer. The agent is on this machine, and asking it costs little.
-const PAUSE_MOST: Duration = Duration::from_secs(10);
+const MAX_PAUSE: Duration = Duration::from_secs(10);
 /// Between two looks whether the agent was replaced at the same path, while the old one lives on and keeps its streams.
-const LOOK: Duration = Duration::from_secs(5);
+const SOCKET_POLL: Duration = Duration::from_secs(5);
 
 /// Who the daemon is, by the SPIFFE agent. Kept up to date until it is dropped.
 #[derive(Debug)]
-pub struct OwnIdentity {
+pub struct OwnSvidSource {
     endpoint: Endpoint,
-    now: watch::Receiver<Now>,
+    now: watch::Receiver<OwnSvidState>,
     _task: AbortOnDropHandle<()>,
 }
 
 /// What is known of it.
 #[derive(Debug, Clone, Default)]
-struct Now {
+struct OwnSvidState {
     /// The latest one that was given and not taken back.
     svid: Option<Arc<OwnSvid>>,
     /// Why no stream keeps it up to date at the moment.
     trouble: Option<SourceError>,
 }
 
-impl OwnIdentity {
+impl OwnSvidSource {
     /// Asks the Workload API at `endpoint`. To be called within a tokio runtime.
     pub fn at(endpoint: Endpoint) -> Self {
-        let (sender, now) = watch::channel(Now::default());
+        let (sender, now) = watch::channel(OwnSvidState::default());
         let task = tokio::spawn(keep(endpoint.clone(), sender));
         Self { endpoint, now, _task: AbortOnDropHandle::new(task) }
     }
@@ -88,16 +88,16 @@ impl OwnIdentity {
 }
 
 /// Opens one stream after another, for ever.
-async fn keep(endpoint: Endpoint, now: watch::Sender<Now>) {
-    let mut state = State { endpoint, now, version: 0, log: LogLimiter::default() };
+async fn keep(endpoint: Endpoint, now: watch::Sender<OwnSvidState>) {
+    let mut state = StreamTask { endpoint, now, version: 0, log: LogLimiter::default() };
     let mut tries = 0;
     loop {
         let (begun, before) = (Instant::now(), state.version);
         let Err(trouble) = state.read_stream().await;
-        if state.version > before && begun.elapsed() >= LASTED {
+        if state.version > before && begun.elapsed() >= STABLE_AFTER {
             tries = 0;
         }
-        state.lost(trouble);
+        state.record_failure(trouble);
         sleep(pause(tries)).await;
         tries = tries.saturating_add(1);
     }
@@ -106,19 +106,19 @@ async fn keep(endpoint: Endpoint, now: watch::Sender<Now>) {
 /// Before the next try after this many that came to nothing. Daemons whose agents were all restarted don't ask in step.
 fn pause(tries: u32) -> Duration {
     let Some(doublings) = tries.checked_sub(1) else { return Duration::ZERO };
-    let longest = PAUSE.saturating_mul(1_u32.checked_shl(doublings).unwrap_or(u32::MAX)).min(PAUSE_MOST);
+    let longest = PAUSE.saturating_mul(1_u32.checked_shl(doublings).unwrap_or(u32::MAX)).min(MAX_PAUSE);
     longest.mul_f64(0.5 + 0.5 * fastrand::f64())
 }
 
 /// What the task has.
-struct State {
+struct StreamTask {
     endpoint: Endpoint,
-    now: watch::Sender<Now>,
+    now: watch::Sender<OwnSvidState>,
     version: u64,
     log: LogLimiter,
 }
 
-impl State {
+impl StreamTask {
     /// Takes each message of one stream, to its end.
     async fn read_stream(&mut self) -> Result<Infallible, SourceError> {
         let file = self.file();
@@ -128,9 +128,9 @@ impl State {
             Ok::<_, SourceError>((stream, first))
         };
         // The agent attests awsvid, which may take as long as for any workload, and then answers at once.
-        let opened = timeout(DEADLINE, opening).await;
+        let opened = timeout(CALL_TIMEOUT, opening).await;
         let (mut stream, mut message) = opened.map_err(|_| self.silent())??;
-        let mut look = interval(LOOK);
+        let mut look = interval(SOCKET_POLL);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let full_state = message.map_err(|status| self.refused(&status))?;
@@ -175,7 +175,7 @@ impl State {
         match OwnSvid::read(message, self.version + 1) {
             Ok(svid) => {
                 self.version = svid.version;
-                let before = self.now.send_replace(Now { svid: Some(Arc::new(svid)), trouble: None });
+                let before = self.now.send_replace(OwnSvidState { svid: Some(Arc::new(svid)), trouble: None });
                 let now = self.now.borrow();
                 let Some(svid) = &now.svid else { return };
                 let is_known = before.svid.is_some_and(|before| before.spiffe_id == svid.spiffe_id);
@@ -186,7 +186,7 @@ impl State {
                     Some(_) => tracing::info!(spiffe_id = %svid.spiffe_id, "awsvid has its own X.509-SVID"),
                 }
             }
-            Err(text) => self.lost(SourceError::Unavailable(format!(
+            Err(text) => self.record_failure(SourceError::Unavailable(format!(
                 "the SPIFFE agent at {} gave awsvid an X.509-SVID that cannot be used: {text}",
                 self.endpoint
             ))),
@@ -194,7 +194,7 @@ impl State {
     }
 
     /// Nothing keeps the SVID up to date, or there is none any more.
-    fn lost(&self, trouble: SourceError) {
+    fn record_failure(&self, trouble: SourceError) {
         let mut is_news = false;
         self.now.send_modify(|now| {
             is_news = now.trouble.as_ref() != Some(&trouble);
@@ -210,7 +210,7 @@ impl State {
 
     fn silent(&self) -> SourceError {
         SourceError::Unavailable(format!(
-            "the SPIFFE agent at {} did not give awsvid its own X.509-SVID within {DEADLINE:?}",
+            "the SPIFFE agent at {} did not give awsvid its own X.509-SVID within {CALL_TIMEOUT:?}",
             self.endpoint
         ))
     }

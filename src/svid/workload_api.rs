@@ -16,7 +16,7 @@ use tonic::{Code, Request, Status};
 use super::dial::{is_broken, open, unreachable};
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
-use super::{Basis, DEADLINE, IdentitySource, JwtSvid, SourceError, one_line};
+use super::{CALL_TIMEOUT, IdentityBasis, IdentitySource, JwtSvid, SourceError, one_line};
 use crate::accounts::{LiveRules, Undecided};
 use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::Clock;
@@ -45,7 +45,7 @@ impl WorkloadApi {
     /// Connects only when a token is asked for, and anew each time: tokens are needed a few times an hour, and so an
     /// agent that was restarted, or replaced at the same path while the old one lives on, is never missed.
     pub fn new(endpoint: Endpoint, rules: impl Into<LiveRules>, clock: Clock, metrics: Metrics) -> Self {
-        Self { endpoint, rules: rules.into(), clock, metrics, deadline: DEADLINE }
+        Self { endpoint, rules: rules.into(), clock, metrics, deadline: CALL_TIMEOUT }
     }
 
     /// With another deadline for a whole call than [`DEADLINE`].
@@ -156,12 +156,12 @@ impl IdentitySource for WorkloadApi {
         self.fetch(id, audience).await
     }
 
-    fn needs(&self, caller: &Caller) -> Option<ProcessFacts> {
-        self.rules.needs(caller)
+    fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
+        self.rules.facts_needed(caller)
     }
 
-    fn basis(&self, id: &SpiffeId) -> Basis {
-        Basis::Rules(self.rules.of(id))
+    fn basis(&self, id: &SpiffeId) -> IdentityBasis {
+        IdentityBasis::Rules(self.rules.of(id))
     }
 
     /// By a token for the identity of a rule. That of the first one may be registered on other nodes alone.
@@ -177,7 +177,7 @@ impl IdentitySource for WorkloadApi {
     }
 
     /// The agent knows only the daemon.
-    fn needs_caller(&self) -> bool {
+    fn requires_live_caller(&self) -> bool {
         false
     }
 }

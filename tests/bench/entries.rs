@@ -15,7 +15,7 @@ use awsvid::issue::TokenExchanger;
 use awsvid::metrics::Metrics;
 use awsvid::role::{Grant, Identity, RequestedRole, Role, Roles, StsTarget};
 use awsvid::sts::{AssumeRole, StsError};
-use awsvid::svid::{Basis, IdentitySource, JwtSvid, SourceError};
+use awsvid::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 use zeroize::Zeroizing;
 
 use crate::Failed;
@@ -104,12 +104,12 @@ impl IdentitySource for Source {
         Ok(JwtSvid::check(token(id.as_str(), audience), id, audience, SystemTime::now())?)
     }
 
-    fn needs(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
         None
     }
 
-    fn basis(&self, _: &SpiffeId) -> Basis {
-        Basis::Rules(Vec::new())
+    fn basis(&self, _: &SpiffeId) -> IdentityBasis {
+        IdentityBasis::Rules(Vec::new())
     }
 
     async fn ready(&self, _: &str) -> Result<(), SourceError> {

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use awsvid::endpoint::Endpoint;
 use awsvid::identity::SpiffeIdPattern;
 use awsvid::svid::SourceError;
-use awsvid::svid::agent::{Agent, Svid};
+use awsvid::svid::agent::{AgentSvid, AttestingAgent};
 use awsvid::svid::broker_api::BrokerApi;
-use awsvid::svid::delegated::Delegated;
-use awsvid::svid::own::OwnIdentity;
+use awsvid::svid::delegated::SpireDelegated;
+use awsvid::svid::own::OwnSvidSource;
 
 use crate::harness::counterparts::process::{Owned, spawn};
 use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};
@@ -29,17 +29,17 @@ fn idle(workload: &Workload, program: &str, arguments: &[&str]) -> Owned {
     spawn(command).unwrap()
 }
 
-fn ids(answer: Result<Vec<Svid>, SourceError>) -> Vec<String> {
+fn ids(answer: Result<Vec<AgentSvid>, SourceError>) -> Vec<String> {
     answer.unwrap().into_iter().map(|svid| svid.spiffe_id).collect()
 }
 
 /// Asks about a process.
-async fn of(agent: &dyn Agent, process: &Owned) -> Result<Vec<Svid>, SourceError> {
-    agent.svids(u32::try_from(process.id().as_raw()).unwrap(), AUDIENCE).await
+async fn of(agent: &dyn AttestingAgent, process: &Owned) -> Result<Vec<AgentSvid>, SourceError> {
+    agent.fetch_for_pid(u32::try_from(process.id().as_raw()).unwrap(), AUDIENCE).await
 }
 
 /// Two programs of one user have the identities of their own entries, and who has no entry has none.
-async fn attests_others(agent: &dyn Agent) {
+async fn attests_others(agent: &dyn AttestingAgent) {
     let workload = Workload::new(51_001);
     let [sleep, tail] = [("/usr/bin/sleep", &["600"][..]), ("/usr/bin/tail", &["-f", "/dev/null"])]
         .map(|(program, arguments)| idle(&workload, program, arguments));
@@ -61,14 +61,14 @@ async fn the_delegated_identity_api_attests_others() {
     spire.register(AWSVID, &["unix:uid:0"]);
     spire.register("spiffe://example.org/sleep", &["unix:uid:51001", "unix:path:/usr/bin/sleep"]);
     spire.register("spiffe://example.org/tail", &["unix:uid:51001", "unix:path:/usr/bin/tail"]);
-    let agent = Delegated::new(&spire.admin_socket(), DEADLINE);
+    let agent = SpireDelegated::new(&spire.admin_socket(), DEADLINE);
     attests_others(&agent).await;
 
     // The same agent, and nobody may ask it for others.
     spire.stop_agent();
     spire.setting = SpireSetting { brokers: vec![Broker::by_pid(AWSVID)], ..SpireSetting::default() };
     spire.start_agent();
-    let refused = agent.svids(1, AUDIENCE).await.unwrap_err();
+    let refused = agent.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     assert!(
         matches!(&refused, SourceError::Misconfigured(text) if text.contains("`authorized_delegates`")),
         "{refused:?}"
@@ -77,7 +77,7 @@ async fn the_delegated_identity_api_attests_others() {
 
 /// The client of the Broker API at `socket`, for an agent whose ID `server` covers.
 fn broker(spire: &Spire, socket: &Path, server: Option<&str>) -> BrokerApi {
-    let own = OwnIdentity::at(Endpoint::Unix(spire.agent_socket()));
+    let own = OwnSvidSource::at(Endpoint::Unix(spire.agent_socket()));
     BrokerApi::new(socket, own, server.map(|server| SpiffeIdPattern::parse(server).unwrap()), DEADLINE)
 }
 
@@ -147,7 +147,7 @@ async fn the_broker_api_attests_others() {
         spire.start_agent();
         spire.await_entry(&awsvid);
         // Until the agent that was started has told awsvid who it is, nothing is certain.
-        let answer = settled(async || agent.svids(1, AUDIENCE).await).await;
+        let answer = settled(async || agent.fetch_for_pid(1, AUDIENCE).await).await;
         let Err(SourceError::Misconfigured(text)) = answer else { panic!("{answer:?}") };
         assert!(said.iter().all(|part| text.contains(part)), "{text}");
     }
@@ -178,12 +178,12 @@ async fn no_call_fails_while_the_certificate_is_renewed() {
     let sleeps = idle(&Workload::new(51_001), "/usr/bin/sleep", &["600"]);
     let pid = u32::try_from(sleeps.id().as_raw()).unwrap();
 
-    let (own, begun) = (OwnIdentity::at(Endpoint::Unix(spire.agent_socket())), Instant::now());
+    let (own, begun) = (OwnSvidSource::at(Endpoint::Unix(spire.agent_socket())), Instant::now());
     let done = Arc::new(AtomicBool::new(false));
     let ask = |(agent, done): (Arc<BrokerApi>, Arc<AtomicBool>)| async move {
         let mut answers = 0;
         while !done.load(Relaxed) {
-            assert_eq!(ids(agent.svids(pid, AUDIENCE).await), ["spiffe://example.org/sleep"]);
+            assert_eq!(ids(agent.fetch_for_pid(pid, AUDIENCE).await), ["spiffe://example.org/sleep"]);
             answers += 1;
         }
         answers

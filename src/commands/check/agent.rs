@@ -13,10 +13,10 @@ use crate::config::{Config, Reference, Source};
 use crate::endpoint::Endpoint;
 use crate::identity::{SessionName, SpiffeId};
 use crate::role::Role;
-use crate::svid::agent::Agent;
+use crate::svid::agent::AttestingAgent;
 use crate::svid::broker_api::BrokerApi;
-use crate::svid::own::OwnIdentity;
-use crate::svid::{Delegated, JwtSvid, SourceError, TTL_FIX, agent_unreachable};
+use crate::svid::own::OwnSvidSource;
+use crate::svid::{JwtSvid, SourceError, SpireDelegated, TTL_FIX, agent_unreachable};
 
 const SOCKET: &str = "agent";
 const IDENTITY: &str = "identity";
@@ -29,7 +29,7 @@ pub(super) enum Asked {
     /// The Workload API, for each identity of the rules.
     WorkloadApi,
     /// An agent, about somebody.
-    Agent(Box<dyn Agent>, Whom),
+    Agent(Box<dyn AttestingAgent>, Whom),
 }
 
 /// About whom an agent is asked.
@@ -53,11 +53,11 @@ pub(super) async fn connect(config: &Config, whom: Whom, report: &mut Report) ->
     {
         return None;
     }
-    let (agent, socket): (Box<dyn Agent>, &Path) = match &config.identity.source {
+    let (agent, socket): (Box<dyn AttestingAgent>, &Path) = match &config.identity.source {
         Source::WorkloadApi => return Some(Asked::WorkloadApi),
-        Source::SpireDelegated { socket } => (Box::new(Delegated::new(socket, TOKEN)), socket),
+        Source::SpireDelegated { socket } => (Box::new(SpireDelegated::new(socket, TOKEN)), socket),
         Source::SpiffeBroker { socket, server, reference } => {
-            let own = OwnIdentity::at(config.identity.socket.clone());
+            let own = OwnSvidSource::at(config.identity.socket.clone());
             let broker = BrokerApi::new(socket, own, server.clone(), TOKEN);
             match reference {
                 Reference::Auto => (Box::new(broker.naming_pods()), socket),
@@ -67,7 +67,7 @@ pub(super) async fn connect(config: &Config, whom: Whom, report: &mut Report) ->
     };
     report.waiting("the agent, which attests this process");
     match timeout(TOKEN, agent.connect()).await {
-        Ok(Ok(())) if agent.names_pods() => report.pass(SOCKET, format!("{} answers", socket.display())),
+        Ok(Ok(())) if agent.supports_pod_references() => report.pass(SOCKET, format!("{} answers", socket.display())),
         Ok(Ok(())) => report.pass(
             SOCKET,
             format!("{} can be opened, and the agent numbers processes as this machine does", socket.display()),
@@ -142,7 +142,7 @@ pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &
     let live = match fetched {
         Ok(live) => live,
         // The daemon goes on with such an agent, for pods alone, and has no process to name from here.
-        Err(error @ SourceError::Misconfigured(_)) if matches!(asked, Asked::Agent(agent, Whom::Itself) if agent.names_pods()) =>
+        Err(error @ SourceError::Misconfigured(_)) if matches!(asked, Asked::Agent(agent, Whom::Itself) if agent.supports_pod_references()) =>
         {
             let how = "awsvid check --pod UID has a pod's token";
             report.unchecked(IDENTITY, format!("role {:?}: {how}; this process cannot be named: {error}", role.name));
@@ -171,11 +171,11 @@ pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &
 }
 
 /// Of several identities the one that the role is for.
-async fn about(agent: &dyn Agent, whom: &Whom, role: &Role) -> Result<JwtSvid, SourceError> {
+async fn about(agent: &dyn AttestingAgent, whom: &Whom, role: &Role) -> Result<JwtSvid, SourceError> {
     let svids = match whom {
-        Whom::Itself => agent.svids(std::process::id(), &role.audience).await?,
-        Whom::Process(pid) => agent.svids(*pid, &role.audience).await?,
-        Whom::Pod(uid) => agent.svids_of_pod(uid, &role.audience).await?,
+        Whom::Itself => agent.fetch_for_pid(std::process::id(), &role.audience).await?,
+        Whom::Process(pid) => agent.fetch_for_pid(*pid, &role.audience).await?,
+        Whom::Pod(uid) => agent.fetch_for_pod(uid, &role.audience).await?,
     };
     let fits = |id: &str| SpiffeId::parse(id).is_ok_and(|id| role.spiffe_id.matches(&id));
     let nothing = || SourceError::Denied("the agent has no identity for it".to_owned());

@@ -1,7 +1,7 @@
 //! Random damage to the example: the reader reports it or takes it, and never panics.
 
 use super::*;
-use crate::rule::Rule;
+use crate::rule::WorkloadRule;
 
 /// Pieces that mean something somewhere.
 const PIECES: [&str; 24] = [
@@ -107,7 +107,7 @@ fn holds(config: &Config, text: &str) {
     for workload in &config.workloads {
         let (named, rule) = (&workload.rule, &workload.rule.rule);
         assert!([rule.uid, rule.gid, rule.supplementary_group].iter().all(|id| *id != Some(65534)), "{text}");
-        let Rule { uid, gid, supplementary_group, systemd_unit, cgroup, .. } = rule;
+        let WorkloadRule { uid, gid, supplementary_group, systemd_unit, cgroup, .. } = rule;
         let by_number = [uid, gid, supplementary_group].iter().any(|id| id.is_some());
         let ids = by_number || named.names().next().is_some();
         assert!(ids || systemd_unit.is_some() || cgroup.is_some() || text.contains("allow_exe_only"), "{text}");

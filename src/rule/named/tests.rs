@@ -23,7 +23,7 @@ fn group(name: &str) -> AccountName {
 }
 
 fn named(path: &str) -> NamedRule {
-    let rule = Rule {
+    let rule = WorkloadRule {
         spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
         uid: None,
         gid: None,
@@ -41,7 +41,7 @@ fn of_user(name: &str) -> NamedRule {
 
 fn of_unit(path: &str, unit: &str) -> NamedRule {
     let named = named(path);
-    NamedRule { rule: Rule { systemd_unit: Some(unit.to_owned()), ..named.rule.clone() }, ..named }
+    NamedRule { rule: WorkloadRule { systemd_unit: Some(unit.to_owned()), ..named.rule.clone() }, ..named }
 }
 
 /// alice is 1001 and ops 2001; ghost does not exist; of everybody else nothing is known.
@@ -61,7 +61,7 @@ fn is_other(name: &AccountName, id: u32) -> bool {
 
 /// The path of the rule that matches, and the names that could change that.
 #[track_caller]
-fn decided(rules: &[NamedRule], caller: &Caller) -> (Option<String>, Missing) {
+fn decided(rules: &[NamedRule], caller: &Caller) -> (Option<String>, MissingNames) {
     let resolved = Resolved::new(rules, known);
     let asked = Instant::now();
     let decision = resolved.decide(caller, asked);
@@ -79,12 +79,12 @@ fn matched(path: &str) -> Option<String> {
     Some(path.to_owned())
 }
 
-fn unanswered(names: &[AccountName]) -> Missing {
-    Missing { absent: Vec::new(), unanswered: names.to_vec() }
+fn unanswered(names: &[AccountName]) -> MissingNames {
+    MissingNames { absent: Vec::new(), unanswered: names.to_vec() }
 }
 
-fn absent(names: &[AccountName]) -> Missing {
-    Missing { absent: names.to_vec(), unanswered: Vec::new() }
+fn absent(names: &[AccountName]) -> MissingNames {
+    MissingNames { absent: names.to_vec(), unanswered: Vec::new() }
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn a_name_with_a_number_is_that_number() {
         (caller(7, None), matched("needs the process")),
     ];
     for (caller, expected) in table {
-        assert_eq!(decided(&rules, &caller), (expected, Missing::default()), "{caller:?}");
+        assert_eq!(decided(&rules, &caller), (expected, MissingNames::default()), "{caller:?}");
     }
 }
 
@@ -130,16 +130,16 @@ fn names_without_an_answer_matter_to_whom_they_could_be() {
     let rules = [of_user("stranger"), of_unit("app", "app.service"), of_user("late")];
     // Whoever is in the unit could be the first rule's user, but not root; the last rule comes after the one that matches.
     assert_eq!(decided(&rules, &caller(1001, None)), (matched("app"), unanswered(&[user("stranger")])));
-    assert_eq!(decided(&rules, &caller(0, None)), (matched("app"), Missing::default()));
+    assert_eq!(decided(&rules, &caller(0, None)), (matched("app"), MissingNames::default()));
     let rules = [of_user("stranger"), of_user("late")];
     assert_eq!(decided(&rules, &caller(1001, None)), (None, unanswered(&[user("stranger"), user("late")])));
     // A rule that excludes the caller in another way does not depend on its name.
     let elsewhere = NamedRule { user: Some(user("stranger")), ..of_unit("other", "other.service") };
-    assert_eq!(decided(&[elsewhere], &caller(1001, None)), (None, Missing::default()));
+    assert_eq!(decided(&[elsewhere], &caller(1001, None)), (None, MissingNames::default()));
     let here = NamedRule { user: Some(user("stranger")), ..of_unit("other", "app.service") };
     assert_eq!(decided(&[here], &caller(1001, None)), (None, unanswered(&[user("stranger")])));
     // The overflow id is nobody in particular, and so no user whose number is still to come.
-    assert_eq!(decided(&rules, &caller(OVERFLOW_ID, None)), (None, Missing::default()));
+    assert_eq!(decided(&rules, &caller(OVERFLOW_ID, None)), (None, MissingNames::default()));
 }
 
 #[test]
@@ -151,8 +151,8 @@ fn groups_without_an_answer_matter_unless_all_groups_have_other_names() {
     ];
     let missing = || (matched("app"), unanswered(&[group("strangers")]));
     assert_eq!(decided(&primary, &caller(0, Some((5, &[0])))), missing());
-    assert_eq!(decided(&primary, &caller(0, Some((0, &[5])))), (matched("app"), Missing::default()));
-    assert_eq!(decided(&other, &caller(0, Some((5, &[0])))), (matched("app"), Missing::default()));
+    assert_eq!(decided(&primary, &caller(0, Some((0, &[5])))), (matched("app"), MissingNames::default()));
+    assert_eq!(decided(&other, &caller(0, Some((5, &[0])))), (matched("app"), MissingNames::default()));
     assert_eq!(decided(&other, &caller(0, Some((0, &[0, 5])))), missing());
     // Nothing was read of the process, so nothing is excluded.
     let (decision, names) = decided(&primary, &caller(0, None));
@@ -172,13 +172,13 @@ fn a_name_that_does_not_exist_is_told_from_one_without_an_answer() {
 fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
     let over_tcp = |uid| Caller { listener: ListenerKind::Tcp, ..caller(uid, None) };
     let with_program = |rule: NamedRule| NamedRule {
-        rule: Rule { exe: Some(ProgramFile::new("/usr/bin/app".into())), ..rule.rule.clone() },
+        rule: WorkloadRule { exe: Some(ExeMatcher::new("/usr/bin/app".into())), ..rule.rule.clone() },
         ..rule
     };
     let by_unit = |name: &str| NamedRule { user: Some(user(name)), ..of_unit("app", "app.service") };
     let program = ProcessFacts { program: true, ..ProcessFacts::default() };
     for name in ["ghost", "stranger"] {
-        let needs = |rule: NamedRule, caller: &Caller| Resolved::new(&[rule], known).needs(caller, is_other);
+        let needs = |rule: NamedRule, caller: &Caller| Resolved::new(&[rule], known).facts_needed(caller, is_other);
         assert_eq!(needs(of_user(name), &over_tcp(1001)), Some(ProcessFacts::default()));
         assert_eq!(needs(with_program(of_user(name)), &over_tcp(1001)), Some(program));
         assert_eq!(needs(with_program(by_unit(name)), &caller(1001, None)), Some(program));
@@ -191,5 +191,5 @@ fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
     let rules =
         [with_program(of_user("stranger")), NamedRule { supplementary_group: Some(group("ops")), ..named("ops") }];
     let both = ProcessFacts { groups: GroupDetail::List, ..program };
-    assert_eq!(Resolved::new(&rules, known).needs(&over_tcp(1001), is_other), Some(both));
+    assert_eq!(Resolved::new(&rules, known).facts_needed(&over_tcp(1001), is_other), Some(both));
 }

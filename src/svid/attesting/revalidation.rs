@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::Shared;
+use super::AgentSourceInner;
 use crate::caller::Caller;
 use crate::svid::SourceError;
 use crate::svid::log_limit::LogPermit;
@@ -26,7 +26,7 @@ pub(super) const REVALIDATE_TICK: Duration = Duration::from_secs(1);
 const OWN_ID_MAX_AGE: Duration = Duration::from_secs(30);
 
 /// Runs until the source is dropped.
-pub(super) async fn run(shared: Weak<Shared>) {
+pub(super) async fn run(shared: Weak<AgentSourceInner>) {
     let (mut quick, mut slow, mut own_asked) = (JoinSet::new(), JoinSet::new(), None);
     loop {
         let Some(shared) = shared.upgrade() else { return };
@@ -54,7 +54,7 @@ pub(super) async fn run(shared: Weak<Shared>) {
     }
 }
 
-impl Shared {
+impl AgentSourceInner {
     async fn revalidate(self: Arc<Self>, Query { subject, caller, lane }: Query) {
         let asked = Instant::now();
         let asking = self.clone().identities(&caller, None);
@@ -64,13 +64,13 @@ impl Shared {
             }),
             Lane::Slow => asking.await,
         };
-        self.memory().note(&subject, said, asked.elapsed());
+        self.memory().record(&subject, said, asked.elapsed());
     }
 
     /// Queries the daemon's own identity, to advance the clock on a node where all callers are attested slowly.
     async fn confirm_own(self: Arc<Self>) {
         // There the identity comes from the Workload API's stream, and says nothing about the Broker API.
-        if self.agent.names_pods() {
+        if self.agent.supports_pod_references() {
             return;
         }
         let before = self.own_confirmed();

@@ -13,7 +13,7 @@ use crate::caller::{
     AgentProcessRef, AttestError, ExecWatch, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program,
 };
 use crate::endpoint::Endpoint;
-use crate::svid::DEADLINE;
+use crate::svid::CALL_TIMEOUT;
 use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
 
 const AUDIENCE: &str = "sts.amazonaws.com";
@@ -29,7 +29,7 @@ struct Script {
     /// About these it does not answer.
     hangs: Mutex<HashSet<u32>>,
     /// What it says instead, if there is something here.
-    merged: Mutex<Vec<Svid>>,
+    merged: Mutex<Vec<AgentSvid>>,
     calls: AtomicUsize,
     /// One for each call that is under way.
     active: Arc<()>,
@@ -74,20 +74,20 @@ impl Script {
 }
 
 #[async_trait]
-impl Agent for Script {
-    async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
+impl AttestingAgent for Script {
+    async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         let _active = self.active.clone();
         if pid != std::process::id() {
             self.calls.fetch_add(1, Ordering::SeqCst);
             self.gate.acquire().await.unwrap().forget();
         }
         if self.hangs.lock().unwrap().contains(&pid) {
-            sleep(DEADLINE).await;
+            sleep(CALL_TIMEOUT).await;
             return Err(SourceError::Unavailable("no answer within the deadline".to_owned()));
         }
         let merged = self.merged.lock().unwrap();
         if !merged.is_empty() {
-            let copy = |svid: &Svid| Svid {
+            let copy = |svid: &AgentSvid| AgentSvid {
                 spiffe_id: svid.spiffe_id.clone(),
                 token: svid.token.clone(),
                 hint: svid.hint.clone(),
@@ -107,10 +107,10 @@ impl Agent for Script {
     }
 }
 
-fn svid_of(id: &str, audience: &str) -> Svid {
+fn svid_of(id: &str, audience: &str) -> AgentSvid {
     let claims = format!(r#"{{"sub":"{id}","aud":["{audience}"],"iat":{NOW},"exp":{}}}"#, NOW + 300);
     let token = raw_token(r#"{"alg":"ES256","typ":"JWT"}"#, &claims);
-    Svid { spiffe_id: id.to_owned(), token: Zeroizing::new(token), hint: None }
+    AgentSvid { spiffe_id: id.to_owned(), token: Zeroizing::new(token), hint: None }
 }
 
 const AWSVID: &str = "spiffe://example.org/awsvid";
@@ -205,8 +205,8 @@ fn caller(pid: u32) -> Arc<Caller> {
     caller_with(1001, pid, None, None)
 }
 
-fn source(agent: &Arc<Script>) -> Attesting {
-    Attesting::new(agent.clone(), AUDIENCE.to_owned(), MOST, Clock::starting_at(now()), Metrics::default())
+fn source(agent: &Arc<Script>) -> AgentSource {
+    AgentSource::new(agent.clone(), AUDIENCE.to_owned(), MOST, Clock::starting_at(now()), Metrics::default())
 }
 
 fn ids(identities: Result<Vec<Identity>, SourceError>) -> Vec<String> {
@@ -244,7 +244,7 @@ async fn a_token_that_came_along_is_not_kept_for_long_nor_for_another_process() 
     source.identify(&caller(1)).await.unwrap();
     source.token(&caller(2), &shop_id(), AUDIENCE).await.unwrap();
     assert_eq!(agent.calls(), 2, "another process's token is not taken");
-    tokio::time::advance(KEPT).await;
+    tokio::time::advance(TOKEN_TTL).await;
     source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap();
     assert_eq!(agent.calls(), 3);
 }
@@ -298,7 +298,7 @@ async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
 async fn process_is_attested_again_if_a_program_was_executed_meanwhile() {
     let agent = Script::says(shop);
     let source = source(&agent);
-    let tries = u32::try_from(EXECUTED.len()).unwrap();
+    let tries = u32::try_from(EXEC_RETRY_PAUSES.len()).unwrap();
     assert_eq!(ids(source.identify(&executing_caller(1, tries - 1)).await), [SHOP]);
     assert_eq!(agent.calls(), tries as usize);
     let refused = source.identify(&executing_caller(2, tries)).await.unwrap_err();
@@ -326,7 +326,7 @@ async fn a_denial_is_believed_only_of_an_agent_that_knows_the_daemon() {
     assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);
     // It has been started again, and has not heard from its server yet.
     agent.now_says(|_| Err(denied()));
-    tokio::time::advance(OWN_AT_DENIAL).await;
+    tokio::time::advance(OWN_ID_RECHECK).await;
     let new = source.identify(&caller(2)).await.unwrap_err();
     assert!(matches!(&new, SourceError::Unavailable(text) if text.contains("register one for its process")), "{new:?}");
     let not_ready = source.ready(AUDIENCE).await.unwrap_err();
@@ -405,22 +405,26 @@ async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_the
         let source = source.clone();
         tokio::spawn(async move { source.identify(&caller_with(1002, 99, None, None)).await })
     };
-    sleep(TURN + Duration::from_millis(100)).await;
-    assert_eq!(agent.calls(), QUESTIONS_EACH + 1, "so many of the one, and the other");
-    agent.gate.add_permits(QUESTIONS_EACH + 1);
+    sleep(QUERY_WAIT + Duration::from_millis(100)).await;
+    assert_eq!(agent.calls(), MAX_QUERIES_PER_WORKLOAD + 1, "so many of the one, and the other");
+    agent.gate.add_permits(MAX_QUERIES_PER_WORKLOAD + 1);
     assert_eq!(ids(other.await.unwrap()), [SHOP]);
     let mut busy = 0;
     for asking in asking {
         match asking.await.unwrap() {
             (Err(SourceError::Busy), at) => {
                 busy += 1;
-                assert_eq!(at - start, TURN);
+                assert_eq!(at - start, QUERY_WAIT);
             }
             (said, _) => assert_eq!(ids(said), [SHOP]),
         }
     }
-    assert_eq!(busy, 50 - QUESTIONS_EACH);
-    assert_eq!(source.0.memory().len(), QUESTIONS_EACH + 1, "those that were not asked about are not remembered");
+    assert_eq!(busy, 50 - MAX_QUERIES_PER_WORKLOAD);
+    assert_eq!(
+        source.0.memory().len(),
+        MAX_QUERIES_PER_WORKLOAD + 1,
+        "those that were not asked about are not remembered"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -431,13 +435,13 @@ async fn nobody_in_particular_has_no_identity() {
 }
 
 /// What is believed of an answer.
-async fn believed(source: &Attesting, svids: Vec<Svid>) -> Result<Vec<Identity>, SourceError> {
-    source.0.believed(svids, Some(&Subject::of(&caller(1), false).unwrap())).await.map(|ids| ids.to_vec())
+async fn believed(source: &AgentSource, svids: Vec<AgentSvid>) -> Result<Vec<Identity>, SourceError> {
+    source.0.exclude_own_identities(svids, Some(&Subject::of(&caller(1), false).unwrap())).await.map(|ids| ids.to_vec())
 }
 
 /// A token of `whose` under the name `id`.
-fn labelled(id: &str, whose: &str) -> Svid {
-    Svid { spiffe_id: id.to_owned(), ..svid_of(whose, AUDIENCE) }
+fn labelled(id: &str, whose: &str) -> AgentSvid {
+    AgentSvid { spiffe_id: id.to_owned(), ..svid_of(whose, AUDIENCE) }
 }
 
 #[tokio::test(start_paused = true)]
@@ -457,7 +461,7 @@ async fn an_identity_counts_only_with_a_token_of_its_own() {
     let refused = believed(&source, vec![labelled(SHOP, OTHER)]).await.unwrap_err();
     assert!(matches!(refused, SourceError::BadToken(_)), "{refused:?}");
     assert!(!refused.to_string().contains("other"), "whose it is, is nobody's business: {refused}");
-    let no_token = Svid { spiffe_id: SHOP.to_owned(), token: Zeroizing::new(String::new()), hint: None };
+    let no_token = AgentSvid { spiffe_id: SHOP.to_owned(), token: Zeroizing::new(String::new()), hint: None };
     assert!(matches!(believed(&source, vec![no_token]).await, Err(SourceError::BadToken(_))));
     // What else is in the answer still counts, whichever comes first.
     for svids in [[labelled(SHOP, OTHER), svid_of(OTHER, AUDIENCE)], [svid_of(OTHER, AUDIENCE), labelled(SHOP, OTHER)]]
@@ -472,7 +476,7 @@ async fn an_identity_counts_only_with_a_token_of_its_own() {
 async fn an_identity_that_comes_several_times_has_each_of_its_hints() {
     let agent = Script::says(shop);
     let source = source(&agent);
-    let hinted = |hint: &str| Svid { hint: Some(hint.to_owned()), ..svid_of(SHOP, AUDIENCE) };
+    let hinted = |hint: &str| AgentSvid { hint: Some(hint.to_owned()), ..svid_of(SHOP, AUDIENCE) };
     let svids = vec![hinted("a"), hinted("b"), hinted("a"), labelled(SHOP, OTHER)];
     let identities = believed(&source, svids).await.unwrap();
     let hints: Vec<_> = identities.iter().map(|identity| identity.hint.as_deref()).collect();
@@ -487,7 +491,7 @@ async fn a_token_is_found_among_others_under_its_name() {
     let own = BTreeSet::from([SpiffeId::parse(AWSVID).unwrap()]);
     let source = source(&agent);
     let (confirmed, fresh_from) = (Instant::now(), Instant::now());
-    *source.0.own.lock().unwrap() = Some(Own { ids: own, confirmed, fresh_from });
+    *source.0.own.lock().unwrap() = Some(OwnIds { ids: own, confirmed, fresh_from });
     assert_eq!(source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap().spiffe_id(), &shop_id());
     agent.merged.lock().unwrap().truncate(1);
     let refused = source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap_err();
@@ -503,11 +507,11 @@ async fn a_kept_token_of_few_seconds_is_not_used_when_it_is_about_to_expire() {
     let source = source(&agent);
     let short = |serial| JwtSvid::check(token_for(&shop_id(), 9, serial), &shop_id(), AUDIENCE, now()).unwrap();
     let subject = Subject::of(&caller(1), false).unwrap();
-    source.0.keep(&subject, short(1));
-    assert!(source.0.take(&subject, &shop_id()).is_some());
-    source.0.keep(&subject, short(2));
+    source.0.hold_token(&subject, short(1));
+    assert!(source.0.take_token(&subject, &shop_id()).is_some());
+    source.0.hold_token(&subject, short(2));
     tokio::time::advance(Duration::from_secs(7)).await;
-    assert!(source.0.take(&subject, &shop_id()).is_none());
+    assert!(source.0.take_token(&subject, &shop_id()).is_none());
 }
 
 #[tokio::test(start_paused = true)]

@@ -22,8 +22,8 @@ use crate::attest::shares_pid_namespace_with_peer;
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeIdPattern;
 use crate::svid::delegated::other_pids;
-use crate::svid::dial::{Dial, open, unreachable};
-use crate::svid::own::{OwnIdentity, OwnSvid};
+use crate::svid::dial::{Connector, open, unreachable};
+use crate::svid::own::{OwnSvid, OwnSvidSource};
 use crate::svid::{SourceError, one_line};
 
 /// For a handshake with a process on this machine.
@@ -32,9 +32,9 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const FIRST_WORD: Duration = Duration::from_secs(1);
 
 /// Where to connect, as whom, and to whom.
-pub(super) struct Broker {
+pub(super) struct BrokerConnector {
     pub(super) socket: PathBuf,
-    pub(super) own: Arc<OwnIdentity>,
+    pub(super) own: Arc<OwnSvidSource>,
     pub(super) server: Option<SpiffeIdPattern>,
     /// Whether the agent is told of pods too, so that it may number processes otherwise.
     pub(super) names_pods: bool,
@@ -43,7 +43,7 @@ pub(super) struct Broker {
 }
 
 #[async_trait]
-impl Dial for Broker {
+impl Connector for BrokerConnector {
     async fn dial(&self) -> Result<Channel, SourceError> {
         let stream = UnixStream::connect(&self.socket).await;
         let stream = stream.map_err(|error| SourceError::Unavailable(no_broker(&self.endpoint(), &error)))?;
@@ -53,8 +53,9 @@ impl Dial for Broker {
             return Err(SourceError::Misconfigured(other_pids(&self.endpoint())));
         }
         let own = self.own()?;
-        let shaken = timeout(HANDSHAKE, self.shake_hands(stream, &own)).await;
-        let stream = shaken.unwrap_or_else(|late| Err(late.into())).map_err(|error| self.unshaken(&own, &error))?;
+        let shaken = timeout(HANDSHAKE, self.handshake(stream, &own)).await;
+        let stream =
+            shaken.unwrap_or_else(|late| Err(late.into())).map_err(|error| self.handshake_error(&own, &error))?;
         let channel = open(ready(Ok(stream))).await;
         channel.map_err(|error| SourceError::Unavailable(unreachable(&self.endpoint(), "broker_socket", &error)))
     }
@@ -65,7 +66,7 @@ impl Dial for Broker {
     }
 }
 
-impl Broker {
+impl BrokerConnector {
     fn endpoint(&self) -> Endpoint {
         Endpoint::Unix(self.socket.clone())
     }
@@ -87,7 +88,7 @@ impl Broker {
     }
 
     /// Whoever the server has to be.
-    fn expected(&self, own: &OwnSvid) -> Result<SpiffeIdPattern, Error> {
+    fn expected_server_id(&self, own: &OwnSvid) -> Result<SpiffeIdPattern, Error> {
         if let Some(pattern) = &self.server {
             return Ok(pattern.clone());
         }
@@ -95,8 +96,8 @@ impl Broker {
         SpiffeIdPattern::parse(&agents).map_err(|error| Error::General(error.to_string()))
     }
 
-    async fn shake_hands(&self, stream: UnixStream, own: &OwnSvid) -> io::Result<BufReader<TlsStream<UnixStream>>> {
-        let config = self.expected(own).and_then(|expected| tls(own, expected)).map_err(io::Error::other)?;
+    async fn handshake(&self, stream: UnixStream, own: &OwnSvid) -> io::Result<BufReader<TlsStream<UnixStream>>> {
+        let config = self.expected_server_id(own).and_then(|expected| tls(own, expected)).map_err(io::Error::other)?;
         let nameless = ServerName::from(std::net::Ipv4Addr::LOCALHOST);
         let stream = TlsConnector::from(Arc::new(config)).connect(nameless, stream).await?;
         let mut stream = BufReader::new(stream);
@@ -111,7 +112,7 @@ impl Broker {
     }
 
     /// What a handshake that failed means.
-    fn unshaken(&self, own: &OwnSvid, error: &io::Error) -> SourceError {
+    fn handshake_error(&self, own: &OwnSvid, error: &io::Error) -> SourceError {
         let endpoint = self.endpoint();
         let Some(error) = error.get_ref().and_then(|error| error.downcast_ref::<Error>()) else {
             return SourceError::Unavailable(format!(
@@ -120,7 +121,7 @@ impl Broker {
             ));
         };
         match error {
-            Error::AlertReceived(alert) => self.turned_away(own, *alert),
+            Error::AlertReceived(alert) => self.alert_error(own, *alert),
             Error::InvalidCertificate(CertificateError::Other(OtherError(other))) if other.is::<NotTheAgent>() => {
                 SourceError::Misconfigured(format!(
                     "the server at {endpoint} is not the SPIFFE agent: {other}; if it is the right one, write its SPIFFE \
@@ -145,7 +146,7 @@ impl Broker {
     }
 
     /// The server has sent the alert. Go's servers say the same of every certificate that they do not like.
-    fn turned_away(&self, own: &OwnSvid, alert: AlertDescription) -> SourceError {
+    fn alert_error(&self, own: &OwnSvid, alert: AlertDescription) -> SourceError {
         use AlertDescription as A;
         let (endpoint, id) = (self.endpoint(), &own.spiffe_id);
         match (alert, self.own.trouble()) {

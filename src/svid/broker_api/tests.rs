@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::*;
-use crate::svid::DEADLINE;
+use crate::svid::CALL_TIMEOUT;
 use crate::svid::own::tests::fake::{Authority, Certified, FakeAgent, Stream};
 use crate::svid::proto::broker::Jwtsvid;
 use crate::svid::proto::workload::X509svidResponse;
@@ -31,7 +31,7 @@ struct Node {
     authority: Authority,
     workload_api: FakeAgent,
     stream: Stream,
-    own: Option<OwnIdentity>,
+    own: Option<OwnSvidSource>,
 }
 
 impl Node {
@@ -45,16 +45,16 @@ impl Node {
         let dir = tempdir().unwrap();
         let agent = dir.path().join("agent.sock");
         let mut workload_api = FakeAgent::at(&agent);
-        let own = OwnIdentity::at(Endpoint::Unix(agent));
+        let own = OwnSvidSource::at(Endpoint::Unix(agent));
         let stream = workload_api.asked().await.accept();
         stream.send(message);
-        own.first(DEADLINE).await.unwrap();
+        own.first(CALL_TIMEOUT).await.unwrap();
         Self { broker: dir.path().join("broker.sock"), dir, authority, workload_api, stream, own: Some(own) }
     }
 
     /// The client; once.
     fn client(&mut self) -> BrokerApi {
-        self.client_with(None, DEADLINE)
+        self.client_with(None, CALL_TIMEOUT)
     }
 
     fn client_with(&mut self, server: Option<&str>, deadline: Duration) -> BrokerApi {
@@ -107,7 +107,7 @@ async fn names_the_process_and_takes_every_svid_of_the_answer() {
     let mut node = Node::new().await;
     let agent = node.serve_always(good());
     let client = node.client();
-    let svids = client.svids(4711, AUDIENCE).await.unwrap();
+    let svids = client.fetch_for_pid(4711, AUDIENCE).await.unwrap();
     let found: Vec<_> = svids.iter().map(|svid| (svid.spiffe_id.as_str(), svid.token.as_str(), &svid.hint)).collect();
     assert_eq!(
         found,
@@ -128,8 +128,11 @@ async fn names_the_process_and_takes_every_svid_of_the_answer() {
     assert_eq!(asked.shown, client.own.latest().unwrap().certified.cert[0]);
 
     // A number that no process can have is not sent.
-    assert_eq!(client.svids(u32::MAX, AUDIENCE).await.unwrap_err(), SourceError::Caller(AttestError::CallerGone));
-    client.svids(1, AUDIENCE).await.unwrap();
+    assert_eq!(
+        client.fetch_for_pid(u32::MAX, AUDIENCE).await.unwrap_err(),
+        SourceError::Caller(AttestError::CallerGone)
+    );
+    client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 0]);
 }
 
@@ -138,7 +141,7 @@ async fn names_the_pod() {
     let mut node = Node::new().await;
     let agent = node.serve_always(good());
     let client = node.client().naming_pods();
-    assert_eq!(client.svids_of_pod(&pod(), AUDIENCE).await.unwrap().len(), 2);
+    assert_eq!(client.fetch_for_pod(&pod(), AUDIENCE).await.unwrap().len(), 2);
     let asked = agent.asked()[0].request.clone();
     let reference = asked.reference.unwrap().reference.unwrap();
     assert_eq!(reference.type_url, "type.googleapis.com/spiffe.broker.KubernetesObjectReference");
@@ -147,7 +150,7 @@ async fn names_the_pod() {
     assert_eq!((object.r#type, object.key, object.uid.as_str()), (Some(pods), None, UID));
     assert_eq!(asked.audience, [AUDIENCE]);
     // The agent of this test numbers processes as the client does.
-    client.svids(4711, AUDIENCE).await.unwrap();
+    client.fetch_for_pid(4711, AUDIENCE).await.unwrap();
     assert_eq!(agent.asked().len(), 2);
 }
 
@@ -159,7 +162,7 @@ async fn the_daemons_own_identities_are_those_of_its_certificates() {
     let mut node = Node::with(authority, message).await;
     let agent = node.serve_always(good());
     let client = node.client().naming_pods();
-    assert_eq!(client.own(AUDIENCE).await.unwrap(), [ID, "spiffe://example.org/daemon-too"]);
+    assert_eq!(client.fetch_own(AUDIENCE).await.unwrap(), [ID, "spiffe://example.org/daemon-too"]);
     assert_eq!(agent.asked().len(), 0);
     // While nothing keeps them up to date, it is not known that the agent knows the daemon.
     drop(node.stream);
@@ -167,7 +170,7 @@ async fn the_daemons_own_identities_are_those_of_its_certificates() {
     while client.own.trouble().is_none() {
         tokio::task::yield_now().await;
     }
-    let error = client.own(AUDIENCE).await.unwrap_err();
+    let error = client.fetch_own(AUDIENCE).await.unwrap_err();
     assert!(matches!(error, SourceError::Unavailable(_)), "{error:?}");
 }
 
@@ -234,7 +237,7 @@ async fn each_refusal_of_a_pod_says_what_to_do() {
     let client = node.client().naming_pods();
     for (code, said, reason, text) in table {
         let agent = node.serve_always(Err(Status::new(code, format!("{said}\n"))));
-        let error = client.svids_of_pod(&pod(), AUDIENCE).await.unwrap_err();
+        let error = client.fetch_for_pod(&pod(), AUDIENCE).await.unwrap_err();
         assert_eq!(error.reason(), reason, "{code:?} {said}: {error}");
         assert!(error.to_string().contains(text) && error.to_string().contains(said), "{code:?}: {error}");
         assert!(!error.to_string().contains('\n'), "{error}");
@@ -291,7 +294,7 @@ async fn each_refusal_says_what_to_do() {
     let client = node.client();
     for (code, said, reason, text) in table {
         let agent = node.serve_always(Err(Status::new(code, format!("{said}\n"))));
-        let error = client.svids(1, AUDIENCE).await.unwrap_err();
+        let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
         assert_eq!(error.reason(), reason, "{code:?} {said}: {error}");
         assert!(error.to_string().contains(text) && error.to_string().contains(said), "{code:?}: {error}");
         assert!(!error.to_string().contains('\n'), "{error}");
@@ -306,14 +309,14 @@ async fn an_agent_that_does_not_know_its_client_any_more_gets_a_new_connection()
     let agent = node.serve_always(Err(Status::unauthenticated("unable to determine caller identity")));
     let client = node.client();
     for _ in 0..3 {
-        client.svids(1, AUDIENCE).await.unwrap_err();
+        client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     }
     assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 1, 2]);
     std::fs::remove_file(&node.broker).unwrap();
     // SPIRE's word for an attestor that failed, which has nothing to do with the connection.
     let agent = node.serve_always(Err(Status::unauthenticated("workload attestation failed: x")));
     for _ in 0..3 {
-        client.svids(1, AUDIENCE).await.unwrap_err();
+        client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     }
     assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 0, 0]);
 }
@@ -323,7 +326,7 @@ async fn an_answer_without_measure_is_refused() {
     let mut node = Node::new().await;
     let long = Jwtsvid { svid: "x".repeat(ANSWER_MAX), ..Jwtsvid::default() };
     let _agent = node.serve_always(Ok(FetchJwtsvidResponse { svids: vec![long] }));
-    let error = node.client().svids(1, AUDIENCE).await.unwrap_err();
+    let error = node.client().fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     assert!(matches!(&error, SourceError::Misconfigured(text) if text.contains("far longer")), "{error:?}");
 }
 
@@ -336,13 +339,13 @@ async fn a_call_that_is_never_answered_ends_at_the_deadline_and_is_made_once() {
         (pid == 1).then(good)
     });
     let client = node.client_with(None, Duration::from_secs(7));
-    client.svids(1, AUDIENCE).await.unwrap();
+    client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     let begun = Instant::now();
-    let error = client.svids(2, AUDIENCE).await.unwrap_err();
+    let error = client.fetch_for_pid(2, AUDIENCE).await.unwrap_err();
     assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("within 7s")), "{error:?}");
     assert!(begun.elapsed() < Duration::from_millis(7500), "{:?}", begun.elapsed());
     // One workload that keeps the agent waiting costs the others no connection.
-    client.svids(1, AUDIENCE).await.unwrap();
+    client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 0, 0]);
 }
 
@@ -352,7 +355,7 @@ async fn a_kept_connection_that_is_broken_is_replaced_within_the_call() {
     let agent = node.serve_always(good());
     let client = node.client();
     for connection in 0..3 {
-        client.svids(1, AUDIENCE).await.unwrap();
+        client.fetch_for_pid(1, AUDIENCE).await.unwrap();
         assert_eq!(agent.asked().last().unwrap().connection, connection);
         agent.cut();
     }
@@ -373,10 +376,10 @@ async fn a_connection_that_breaks_during_the_call_is_an_outage_after_one_more_tr
         async { answer }
     });
     let client = Arc::new(node.client());
-    client.svids(1, AUDIENCE).await.unwrap();
+    client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     agent.cut();
     let asks = client.clone();
-    let asking = tokio::spawn(async move { asks.svids(1, AUDIENCE).await });
+    let asking = tokio::spawn(async move { asks.fetch_for_pid(1, AUDIENCE).await });
     arrived.notified().await;
     agent.cut();
     let error = asking.await.unwrap().unwrap_err();
@@ -402,10 +405,10 @@ async fn a_call_under_way_keeps_its_connection_when_the_certificate_is_renewed()
     let client = Arc::new(node.client());
     let old = client.own.latest().unwrap();
     let waits = client.clone();
-    let under_way = tokio::spawn(async move { waits.svids(1, AUDIENCE).await });
+    let under_way = tokio::spawn(async move { waits.fetch_for_pid(1, AUDIENCE).await });
     arrived.notified().await;
     node.rotate(&client).await;
-    client.svids(2, AUDIENCE).await.unwrap();
+    client.fetch_for_pid(2, AUDIENCE).await.unwrap();
     go_on.notify_one();
     under_way.await.unwrap().unwrap();
     let shown: Vec<_> = agent.asked().into_iter().map(|asked| (asked.connection, asked.shown)).collect();
@@ -428,7 +431,7 @@ async fn no_call_fails_while_the_certificate_is_renewed_hundreds_of_times() {
             let client = client.clone();
             tokio::spawn(async move {
                 loop {
-                    client.svids(1, AUDIENCE).await.unwrap();
+                    client.fetch_for_pid(1, AUDIENCE).await.unwrap();
                 }
             })
         })
@@ -436,7 +439,7 @@ async fn no_call_fails_while_the_certificate_is_renewed_hundreds_of_times() {
     for _ in 0..ROTATIONS {
         node.rotate(&client).await;
         // A call that begins now shows the new one.
-        client.svids(2, AUDIENCE).await.unwrap();
+        client.fetch_for_pid(2, AUDIENCE).await.unwrap();
         assert!(agent.was_shown(&client.own.latest().unwrap().certified.cert[0]));
     }
     for task in tasks {
@@ -452,12 +455,12 @@ async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives(
     let mut node = Node::new().await;
     let old = node.serve_always(good());
     let client = node.client();
-    client.svids(1, AUDIENCE).await.unwrap();
+    client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     std::fs::rename(&node.broker, node.dir.path().join("old.sock")).unwrap();
-    let error = client.svids(1, AUDIENCE).await.unwrap_err();
+    let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     assert!(error.to_string().contains("there is no socket"), "{error}");
     let new = node.serve_always(good());
-    client.svids(1, AUDIENCE).await.unwrap();
+    client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     assert_eq!((old.asked().len(), new.asked().len()), (1, 1));
 }
 

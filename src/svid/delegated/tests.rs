@@ -76,8 +76,8 @@ fn socket() -> (tempfile::TempDir, PathBuf) {
 }
 
 /// The token of the one SVID, or the error.
-async fn token(agent: &Delegated) -> Result<String, SourceError> {
-    let svids = agent.svids(4711, "minio").await?;
+async fn token(agent: &SpireDelegated) -> Result<String, SourceError> {
+    let svids = agent.fetch_for_pid(4711, "minio").await?;
     let [svid] = &svids[..] else { panic!("{svids:?}") };
     assert_eq!((svid.spiffe_id.as_str(), svid.hint.as_deref()), ("spiffe://example.org/shop", Some("shop")));
     Ok(svid.token.to_string())
@@ -87,12 +87,12 @@ async fn token(agent: &Delegated) -> Result<String, SourceError> {
 async fn a_process_is_named_by_its_number_alone() {
     let (_folder, path) = socket();
     let running = run(&path, Some(Ok(shop("a"))));
-    let agent = Delegated::new(&path, DEADLINE);
+    let agent = SpireDelegated::new(&path, DEADLINE);
     assert_eq!(token(&agent).await.as_deref(), Ok("a"));
     let asked = running.1.lock().unwrap().clone();
     let expected = FetchJwtsviDsRequest { audience: vec!["minio".to_owned()], selectors: Vec::new(), pid: 4711 };
     assert_eq!(asked, [expected]);
-    let printed = format!("{:?} {:?}", agent.svids(4711, "minio").await, shop("the-token"));
+    let printed = format!("{:?} {:?}", agent.fetch_for_pid(4711, "minio").await, shop("the-token"));
     assert!(!printed.contains("the-token") && !printed.contains("\"a\""), "{printed}");
 }
 
@@ -100,7 +100,7 @@ async fn a_process_is_named_by_its_number_alone() {
 async fn an_agent_that_was_started_again_or_replaced_is_asked_at_once() {
     let (_folder, path) = socket();
     let first = run(&path, Some(Ok(shop("first"))));
-    let agent = Delegated::new(&path, DEADLINE);
+    let agent = SpireDelegated::new(&path, DEADLINE);
     assert_eq!(token(&agent).await.as_deref(), Ok("first"));
     // The first one lives on.
     let second = run(&path, Some(Ok(shop("second"))));
@@ -123,7 +123,7 @@ async fn an_agent_that_was_started_again_or_replaced_is_asked_at_once() {
 async fn one_that_does_not_answer_is_given_up_once() {
     let (_folder, path) = socket();
     let running = run(&path, None);
-    let late = token(&Delegated::new(&path, Duration::from_millis(200))).await.unwrap_err();
+    let late = token(&SpireDelegated::new(&path, Duration::from_millis(200))).await.unwrap_err();
     assert!(
         matches!(&late, SourceError::Unavailable(text) if text.contains("did not answer within 200ms")),
         "{late:?}"
@@ -147,7 +147,7 @@ async fn each_refusal_says_what_to_do() {
     for (status, is, words) in table {
         let (_folder, path) = socket();
         let _running = run(&path, Some(Err(status.clone())));
-        let error = token(&Delegated::new(&path, DEADLINE)).await.unwrap_err();
+        let error = token(&SpireDelegated::new(&path, DEADLINE)).await.unwrap_err();
         let text = error.to_string();
         assert_eq!(error, is(text.clone()), "{status:?}");
         assert!(text.contains(words) && !text.contains('\n'), "{text}");
@@ -157,7 +157,7 @@ async fn each_refusal_says_what_to_do() {
 #[tokio::test]
 async fn what_is_wrong_with_the_socket_is_said() {
     let (_folder, path) = socket();
-    let missing = Delegated::new(&path, DEADLINE).connect().await.unwrap_err();
+    let missing = SpireDelegated::new(&path, DEADLINE).connect().await.unwrap_err();
     assert!(missing.to_string().contains("where `admin_socket_path` is set"), "{missing}");
     let denied = no_admin(&Endpoint::Unix(path), &std::io::ErrorKind::PermissionDenied.into());
     assert!(denied.contains("mode 0770"), "{denied}");

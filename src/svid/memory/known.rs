@@ -12,14 +12,14 @@ use crate::role::Identity;
 use crate::svid::SourceError;
 
 /// What was said so long ago is asked again.
-pub(super) const ASK_AGAIN: Duration = Duration::from_secs(30);
+pub(super) const REVALIDATE_AFTER: Duration = Duration::from_secs(30);
 /// Two definite answers this far apart, without another in between, are the agent's last word: one alone may be an attestor
 /// that failed for a moment, which looks just the same.
-pub(super) const DENIALS_APART: Duration = Duration::from_secs(10);
+pub(super) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
 /// After a question without an answer, where one is due.
-pub(super) const TRY_AGAIN: Duration = Duration::from_secs(5);
+pub(super) const RETRY_AFTER: Duration = Duration::from_secs(5);
 /// How long a process that has no identity is told so without asking: somebody may be registering it right now.
-pub(super) const NO_IDENTITY: Duration = Duration::from_secs(2);
+pub(super) const NO_IDENTITY_TTL: Duration = Duration::from_secs(2);
 /// A subject takes one slot, and one more for each so many bytes of names that the workload chose.
 pub(super) const BYTES_PER_SLOT: usize = 2048;
 /// A query that takes longer is slow: the next one about this subject runs in [`Lane::Slow`] (attack 28).
@@ -30,8 +30,8 @@ pub(in crate::svid) const QUICK_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) const MAX_UNCONFIRMED: Duration = Duration::from_secs(600);
 
 /// What is told to all who wait for one question.
-pub(in crate::svid) type Said = Result<Arc<[Identity]>, SourceError>;
-pub(super) type Told = watch::Sender<Option<Said>>;
+pub(in crate::svid) type IdentityResult = Result<Arc<[Identity]>, SourceError>;
+pub(super) type ResultSender = watch::Sender<Option<IdentityResult>>;
 
 /// Which limit a query about a known subject counts against, so that slow queries do not delay quick ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -44,17 +44,17 @@ pub(in crate::svid) enum Lane {
 
 /// What there is for a request.
 #[derive(Debug)]
-pub(in crate::svid) enum Found {
+pub(in crate::svid) enum IdentityLookup {
     /// It is known.
     Known(Arc<[Identity]>),
     /// It is being asked for.
-    Asked(watch::Receiver<Option<Said>>),
+    Asked(watch::Receiver<Option<IdentityResult>>),
     /// It has to be asked for, by whoever finds this.
-    Unknown(watch::Receiver<Option<Said>>),
+    Unknown(watch::Receiver<Option<IdentityResult>>),
 }
 
 #[derive(Debug)]
-pub(super) struct Known {
+pub(super) struct CachedIdentity {
     /// With proof of which process or pod it is.
     pub(super) caller: Arc<Caller>,
     pub(super) owner: WorkloadKey,
@@ -69,14 +69,14 @@ pub(super) struct Known {
     /// Since when it is denied.
     pub(super) denied: Option<Instant>,
     /// Who waits for the question that is under way, if one is.
-    pub(super) asking: Option<Told>,
+    pub(super) asking: Option<ResultSender>,
     /// Whether that was asked because of a request. Such a question counts against the limit of those that wait.
     pub(super) is_waited_for: bool,
     pub(super) lane: Lane,
     pub(super) slots: usize,
 }
 
-impl Known {
+impl CachedIdentity {
     pub(super) fn new(caller: &Arc<Caller>, owner: &WorkloadKey) -> Self {
         let now = Instant::now();
         Self {
@@ -95,14 +95,14 @@ impl Known {
     }
 
     /// What there is for a request; `None` if it has to be asked for.
-    pub(super) fn found(&self, clock: AgentClock) -> Option<Found> {
+    pub(super) fn found(&self, clock: AgentClock) -> Option<IdentityLookup> {
         let is_good = |ids: &&Arc<[Identity]>| match ids.is_empty() {
-            true => self.due() > Instant::now(),
+            true => self.revalidate_at() > Instant::now(),
             false => self.is_valid(clock),
         };
         match (self.identities.as_ref().filter(is_good), &self.asking) {
-            (Some(identities), _) => Some(Found::Known(identities.clone())),
-            (None, Some(told)) => Some(Found::Asked(told.subscribe())),
+            (Some(identities), _) => Some(IdentityLookup::Known(identities.clone())),
+            (None, Some(told)) => Some(IdentityLookup::Asked(told.subscribe())),
             (None, None) => None,
         }
     }
@@ -116,17 +116,17 @@ impl Known {
     }
 
     /// When it is to be asked about again.
-    pub(super) fn due(&self) -> Instant {
+    pub(super) fn revalidate_at(&self) -> Instant {
         match (self.denied, &self.identities) {
             // The second question, which decides.
-            (Some(since), _) => (since + DENIALS_APART).max(self.at + TRY_AGAIN),
-            (None, Some(identities)) if identities.is_empty() => self.at + NO_IDENTITY,
-            (None, _) => self.at + ASK_AGAIN,
+            (Some(since), _) => (since + DENIAL_CONFIRMATION).max(self.at + RETRY_AFTER),
+            (None, Some(identities)) if identities.is_empty() => self.at + NO_IDENTITY_TTL,
+            (None, _) => self.at + REVALIDATE_AFTER,
         }
     }
 
     /// Applies the result of a query. Returns the result for the requests that wait, and whether to keep the subject.
-    pub(super) fn take(&mut self, said: Said, clock: AgentClock) -> (Said, bool) {
+    pub(super) fn take(&mut self, said: IdentityResult, clock: AgentClock) -> (IdentityResult, bool) {
         let now = Instant::now();
         let before = self.identities.clone().filter(|_| self.is_valid(clock));
         match (said, before) {
@@ -137,7 +137,7 @@ impl Known {
                 (Ok(identities), true)
             }
             // Once is not enough to take something away.
-            (Ok(_), Some(before)) if now.duration_since(*self.denied.get_or_insert(now)) < DENIALS_APART => {
+            (Ok(_), Some(before)) if now.duration_since(*self.denied.get_or_insert(now)) < DENIAL_CONFIRMATION => {
                 (Ok(before), true)
             }
             (Ok(none), _) => {

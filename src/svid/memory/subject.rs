@@ -23,7 +23,7 @@ pub(in crate::svid) enum Subject {
 }
 
 /// What an agent has to be told apart by.
-pub(in crate::svid) const LOOKS: ProcessFacts =
+pub(in crate::svid) const FACTS_FOR_AGENT: ProcessFacts =
     ProcessFacts { groups: GroupDetail::Digest, program: true, started: true };
 
 impl Subject {
@@ -45,7 +45,7 @@ impl Subject {
     }
 
     /// Whether it is there still, as `caller` shows, who is it or in it.
-    pub(super) fn is_there(&self, caller: &Caller) -> bool {
+    pub(super) fn is_alive(&self, caller: &Caller) -> bool {
         match self {
             Self::Process { .. } => caller.evidence.is_alive(),
             Self::Pod(_) => caller.evidence.verify_pod().is_ok(),

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::time::advance;
 
-use super::known::{DENIALS_APART, NO_IDENTITY, TRY_AGAIN};
+use super::known::{DENIAL_CONFIRMATION, NO_IDENTITY_TTL, RETRY_AFTER};
 use super::*;
 use crate::caller::{AttestError, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program};
 use crate::cgroup::CgroupPath;
@@ -60,39 +60,39 @@ fn ids(names: &[&str]) -> Arc<[Identity]> {
     names.iter().map(|name| Identity { spiffe_id: id(name), hint: None }).collect()
 }
 
-fn unavailable() -> Said {
+fn unavailable() -> IdentityResult {
     Err(SourceError::Unavailable("away".to_owned()))
 }
 
 /// What a request by `caller` finds: its identities, or `None` if they have to be asked for.
 #[track_caller]
-fn found(memory: &mut Memory, caller: &Arc<Caller>) -> Option<Arc<[Identity]>> {
+fn found(memory: &mut IdentityCache, caller: &Arc<Caller>) -> Option<Arc<[Identity]>> {
     match memory.find(&Subject::of(caller, true).unwrap(), caller).unwrap() {
-        Found::Known(identities) => Some(identities),
-        Found::Asked(_) | Found::Unknown(_) => None,
+        IdentityLookup::Known(identities) => Some(identities),
+        IdentityLookup::Asked(_) | IdentityLookup::Unknown(_) => None,
     }
 }
 
-fn note(memory: &mut Memory, caller: &Arc<Caller>, said: Said) {
-    memory.note(&Subject::of(caller, true).unwrap(), said, Duration::ZERO);
+fn note(memory: &mut IdentityCache, caller: &Arc<Caller>, said: IdentityResult) {
+    memory.record(&Subject::of(caller, true).unwrap(), said, Duration::ZERO);
 }
 
 /// Starts the queries that are due; returns the user ids of their callers.
-fn round(memory: &mut Memory, quick: usize, slow: usize) -> Vec<u32> {
+fn round(memory: &mut IdentityCache, quick: usize, slow: usize) -> Vec<u32> {
     let round = memory.take_due(Capacity { quick, slow });
     round.queries.into_iter().map(|question| question.caller.uid).collect()
 }
 
-fn due(memory: &mut Memory) -> usize {
+fn due(memory: &mut IdentityCache) -> usize {
     round(memory, 100, 100).len()
 }
 
 #[tokio::test(start_paused = true)]
 async fn one_question_for_all_who_ask_and_none_afterwards() {
-    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
     let subject = Subject::of(&caller, true).unwrap();
-    assert!(matches!(memory.find(&subject, &caller), Ok(Found::Unknown(_))));
-    let Ok(Found::Asked(mut asked)) = memory.find(&subject, &caller) else { panic!("it is being asked for") };
+    assert!(matches!(memory.find(&subject, &caller), Ok(IdentityLookup::Unknown(_))));
+    let Ok(IdentityLookup::Asked(mut asked)) = memory.find(&subject, &caller) else { panic!("it is being asked for") };
     note(&mut memory, &caller, Ok(ids(&["shop"])));
     let said = asked.wait_for(Option::is_some).await.unwrap().clone().unwrap();
     assert_eq!(said, Ok(ids(&["shop"])));
@@ -143,19 +143,19 @@ fn a_process_that_was_not_looked_at_is_nobody() {
 
 #[tokio::test(start_paused = true)]
 async fn it_is_asked_again_when_it_is_old_and_an_outage_takes_nothing_away() {
-    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
     assert_eq!(found(&mut memory, &caller), None);
     note(&mut memory, &caller, Ok(ids(&["shop"])));
-    advance(ASK_AGAIN - Duration::from_secs(1)).await;
+    advance(REVALIDATE_AFTER - Duration::from_secs(1)).await;
     assert_eq!(due(&mut memory), 0);
     for _ in 0..100 {
-        advance(ASK_AGAIN).await;
+        advance(REVALIDATE_AFTER).await;
         assert_eq!(due(&mut memory), 1);
         assert_eq!(due(&mut memory), 0, "it is being asked for");
         assert_eq!(found(&mut memory, &caller), Some(ids(&["shop"])), "nobody waits");
         note(&mut memory, &caller, unavailable());
     }
-    advance(ASK_AGAIN).await;
+    advance(REVALIDATE_AFTER).await;
     assert_eq!(due(&mut memory), 1);
     note(&mut memory, &caller, Ok(ids(&["other"])));
     assert_eq!(found(&mut memory, &caller), Some(ids(&["other"])), "another answer counts at once");
@@ -163,35 +163,35 @@ async fn it_is_asked_again_when_it_is_old_and_an_outage_takes_nothing_away() {
 
 #[tokio::test(start_paused = true)]
 async fn two_definite_answers_ten_seconds_apart_take_it_away() {
-    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
     found(&mut memory, &caller);
     note(&mut memory, &caller, Ok(ids(&["shop"])));
-    advance(ASK_AGAIN).await;
+    advance(REVALIDATE_AFTER).await;
     assert_eq!(due(&mut memory), 1);
     note(&mut memory, &caller, Ok(ids(&[])));
     assert_eq!(found(&mut memory, &caller), Some(ids(&["shop"])));
-    advance(DENIALS_APART - Duration::from_secs(1)).await;
+    advance(DENIAL_CONFIRMATION - Duration::from_secs(1)).await;
     assert_eq!(due(&mut memory), 0);
     advance(Duration::from_secs(1)).await;
     assert_eq!(due(&mut memory), 1);
     note(&mut memory, &caller, Ok(ids(&[])));
     assert_eq!(found(&mut memory, &caller), Some(ids(&[])), "it is told so without a question");
-    advance(NO_IDENTITY).await;
+    advance(NO_IDENTITY_TTL).await;
     assert_eq!(found(&mut memory, &caller), None, "for a moment");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_success_between_two_denials_or_no_answer_is_not_the_second() {
-    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
     found(&mut memory, &caller);
     note(&mut memory, &caller, Ok(ids(&["shop"])));
     let steps = [
-        (ASK_AGAIN, Ok(ids(&[])), ids(&["shop"])),
-        (DENIALS_APART, unavailable(), ids(&["shop"])),
-        (TRY_AGAIN, Ok(ids(&["shop"])), ids(&["shop"])),
+        (REVALIDATE_AFTER, Ok(ids(&[])), ids(&["shop"])),
+        (DENIAL_CONFIRMATION, unavailable(), ids(&["shop"])),
+        (RETRY_AFTER, Ok(ids(&["shop"])), ids(&["shop"])),
         // The first one of two again.
-        (ASK_AGAIN, Ok(ids(&[])), ids(&["shop"])),
-        (DENIALS_APART, Ok(ids(&[])), ids(&[])),
+        (REVALIDATE_AFTER, Ok(ids(&[])), ids(&["shop"])),
+        (DENIAL_CONFIRMATION, Ok(ids(&[])), ids(&[])),
     ];
     for (step, (after, said, known)) in steps.into_iter().enumerate() {
         advance(after).await;
@@ -203,13 +203,13 @@ async fn a_success_between_two_denials_or_no_answer_is_not_the_second() {
 
 #[tokio::test(start_paused = true)]
 async fn a_process_that_is_not_what_it_was_is_forgotten_and_a_failure_is_not_remembered() {
-    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
     found(&mut memory, &caller);
     note(&mut memory, &caller, unavailable());
     assert_eq!(memory.len(), 0);
     found(&mut memory, &caller);
     note(&mut memory, &caller, Ok(ids(&["shop"])));
-    advance(ASK_AGAIN).await;
+    advance(REVALIDATE_AFTER).await;
     assert_eq!(due(&mut memory), 1);
     note(&mut memory, &caller, Err(AttestError::CallerGone.into()));
     assert_eq!((memory.len(), memory.counts.len()), (0, 0));
@@ -217,38 +217,40 @@ async fn a_process_that_is_not_what_it_was_is_forgotten_and_a_failure_is_not_rem
 
 #[tokio::test(start_paused = true)]
 async fn who_has_no_identity_is_forgotten_when_nobody_asks() {
-    let (mut memory, (caller, _)) = (Memory::new(10), process(1, 1));
+    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
     found(&mut memory, &caller);
     note(&mut memory, &caller, Ok(ids(&[])));
-    advance(NO_IDENTITY).await;
+    advance(NO_IDENTITY_TTL).await;
     assert_eq!((due(&mut memory), memory.len()), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
 async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
-    let mut memory = Memory::new(EACH + 10);
+    let mut memory = IdentityCache::new(MAX_SUBJECTS_PER_WORKLOAD + 10);
     let first: Vec<_> = (0..5).map(|pid| process(2, pid)).collect();
     for (caller, _) in &first {
         found(&mut memory, caller);
         note(&mut memory, caller, Ok(ids(&["modest"])));
     }
-    let many: Vec<_> = (0..u32::try_from(EACH).unwrap() + 100).map(|pid| process(1, 100 + pid)).collect();
-    let known = |memory: &Memory, caller: &Arc<Caller>| memory.known.contains_key(&Subject::of(caller, true).unwrap());
+    let many: Vec<_> =
+        (0..u32::try_from(MAX_SUBJECTS_PER_WORKLOAD).unwrap() + 100).map(|pid| process(1, 100 + pid)).collect();
+    let known =
+        |memory: &IdentityCache, caller: &Arc<Caller>| memory.known.contains_key(&Subject::of(caller, true).unwrap());
     many[3].1.store(false, Ordering::SeqCst);
-    for (caller, _) in &many[..EACH] {
+    for (caller, _) in &many[..MAX_SUBJECTS_PER_WORKLOAD] {
         found(&mut memory, caller);
         note(&mut memory, caller, Ok(ids(&["greedy"])));
         advance(Duration::from_millis(1)).await;
     }
     assert!(known(&memory, &many[3].0), "there was room");
-    let last = &many[EACH].0;
+    let last = &many[MAX_SUBJECTS_PER_WORKLOAD].0;
     found(&mut memory, last);
     assert!(!known(&memory, &many[3].0) && known(&memory, &many[0].0), "the one that is gone made room");
-    for (caller, _) in &many[EACH..] {
+    for (caller, _) in &many[MAX_SUBJECTS_PER_WORKLOAD..] {
         found(&mut memory, caller);
         note(&mut memory, caller, Ok(ids(&["greedy"])));
     }
-    assert_eq!(memory.counts.get(&WorkloadKey::user(1)), Some(&EACH));
+    assert_eq!(memory.counts.get(&WorkloadKey::user(1)), Some(&MAX_SUBJECTS_PER_WORKLOAD));
     assert!(!known(&memory, &many[0].0), "its oldest");
     for (caller, _) in &first {
         assert_eq!(found(&mut memory, caller), Some(ids(&["modest"])));
@@ -263,14 +265,14 @@ async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
     for (caller, _) in &first {
         assert_eq!(found(&mut memory, caller), Some(ids(&["modest"])));
     }
-    assert_eq!(memory.len(), EACH + 10);
+    assert_eq!(memory.len(), MAX_SUBJECTS_PER_WORKLOAD + 10);
 }
 
 #[tokio::test(start_paused = true)]
 async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
-    let mut memory = Memory::new(EACH);
+    let mut memory = IdentityCache::new(MAX_SUBJECTS_PER_WORKLOAD);
     let many = |pids: std::ops::Range<u32>| pids.map(|pid| process(1, pid).0).collect::<Vec<_>>();
-    let waiting = u32::try_from(WAITING).unwrap();
+    let waiting = u32::try_from(MAX_WAITING_PER_WORKLOAD).unwrap();
     let (known, new) = (many(0..500), many(1000..1000 + waiting));
     for caller in &known {
         found(&mut memory, caller);
@@ -279,7 +281,7 @@ async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
     for caller in &new {
         assert_eq!(found(&mut memory, caller), None);
     }
-    let is_busy = |memory: &mut Memory| {
+    let is_busy = |memory: &mut IdentityCache| {
         let (next, _) = process(1, 9000);
         memory.find(&Subject::of(&next, true).unwrap(), &next).unwrap_err() == SourceError::Busy
     };
@@ -295,9 +297,9 @@ async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
         assert!(is_busy(&mut memory));
     }
     // A question that nobody waits for takes none.
-    advance(ASK_AGAIN).await;
+    advance(REVALIDATE_AFTER).await;
     assert_eq!(due(&mut memory), 1);
     known.iter().for_each(|caller| note(&mut memory, caller, Ok(ids(&["shop"]))));
     assert!(is_busy(&mut memory));
-    assert_eq!(memory.waiting.get(&WorkloadKey::user(1)), Some(&WAITING));
+    assert_eq!(memory.waiting.get(&WorkloadKey::user(1)), Some(&MAX_WAITING_PER_WORKLOAD));
 }

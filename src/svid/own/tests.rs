@@ -26,23 +26,23 @@ fn place() -> Place {
     Place { dir, path }
 }
 
-fn own_at(place: &Place) -> OwnIdentity {
-    OwnIdentity::at(Endpoint::Unix(place.path.clone()))
+fn own_at(place: &Place) -> OwnSvidSource {
+    OwnSvidSource::at(Endpoint::Unix(place.path.clone()))
 }
 
 /// Waits until it is known that `wanted`.
-async fn until(own: &OwnIdentity, wanted: impl Fn(&Now) -> bool) -> Now {
+async fn until(own: &OwnSvidSource, wanted: impl Fn(&OwnSvidState) -> bool) -> OwnSvidState {
     let mut now = own.now.clone();
     let now = timeout(SOON, now.wait_for(|now| wanted(now))).await;
     now.expect("in time").expect("the task runs").clone()
 }
 
-async fn version(own: &OwnIdentity, version: u64) -> Arc<OwnSvid> {
+async fn version(own: &OwnSvidSource, version: u64) -> Arc<OwnSvid> {
     until(own, |now| now.svid.as_ref().is_some_and(|svid| svid.version == version)).await.svid.unwrap()
 }
 
 /// An identity that has been given once, with all that takes part.
-async fn given(place: &Place, authority: &Authority) -> (FakeAgent, Stream, OwnIdentity) {
+async fn given(place: &Place, authority: &Authority) -> (FakeAgent, Stream, OwnSvidSource) {
     let mut agent = FakeAgent::at(&place.path);
     let own = own_at(place);
     let stream = agent.asked().await.accept();
@@ -226,7 +226,7 @@ async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives(
     let (place, authority) = (place(), Authority::new());
     let (_old, stream, own) = given(&place, &authority).await;
     std::fs::rename(&place.path, place.dir.path().join("old.sock")).unwrap();
-    tokio::time::sleep(3 * LOOK).await;
+    tokio::time::sleep(3 * SOCKET_POLL).await;
     assert!(own.trouble().is_none(), "nobody has taken its place yet");
     let mut new = FakeAgent::at(&place.path);
     new.asked().await.accept().send(authority.message(ID));
@@ -264,7 +264,7 @@ async fn an_agent_that_says_nothing_is_asked_again() {
     let begun = Instant::now();
     let _mute = agent.asked().await;
     let _empty = agent.asked().await.accept();
-    assert_eq!(begun.elapsed().as_secs(), DEADLINE.as_secs());
+    assert_eq!(begun.elapsed().as_secs(), CALL_TIMEOUT.as_secs());
     let _third = agent.asked().await;
     let error = own.latest().unwrap_err();
     assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("within 35s")), "{error:?}");
@@ -286,7 +286,7 @@ async fn who_is_refused_asks_at_once_and_then_ever_more_rarely() {
     let mut longest = PAUSE;
     for pause in &pauses[2..] {
         assert!(*pause >= longest / 2 && *pause <= longest + Duration::from_millis(50), "{pauses:?}");
-        longest = (2 * longest).min(PAUSE_MOST);
+        longest = (2 * longest).min(MAX_PAUSE);
     }
 }
 
@@ -296,7 +296,8 @@ async fn only_a_stream_that_lasted_is_followed_by_another_at_once() {
     let (mut agent, stream, _own) = given(&place, &authority).await;
     let mut stream = Some(stream);
     // How long each lasts, and how long it takes at least to the next.
-    let table = [(LASTED, 0), (Duration::ZERO, 100), (Duration::ZERO, 200), (Duration::ZERO, 400), (LASTED, 0)];
+    let table =
+        [(STABLE_AFTER, 0), (Duration::ZERO, 100), (Duration::ZERO, 200), (Duration::ZERO, 400), (STABLE_AFTER, 0)];
     for (lasts, least) in table {
         let again = stream.take().unwrap();
         tokio::time::sleep(lasts).await;

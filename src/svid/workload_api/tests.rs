@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::*;
 use crate::caller::unchanged::unchanged;
 use crate::caller::{ListenerKind, Process};
-use crate::rule::Rule;
+use crate::rule::WorkloadRule;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, raw_token, token_for};
 use fake::{Fake, Script, socket, svids};
@@ -163,7 +163,7 @@ async fn a_call_that_is_never_answered_ends_at_the_deadline() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let fake = fake::at(&path, Arc::new(|_| None));
-    for deadline in [DEADLINE, Duration::from_secs(7)] {
+    for deadline in [CALL_TIMEOUT, Duration::from_secs(7)] {
         let start = Instant::now();
         let error = api(&path).with_deadline(deadline).fetch(&billing(), AUDIENCE).await.unwrap_err();
         assert!(matches!(error, SourceError::Unavailable(_)), "{error}");
@@ -390,7 +390,7 @@ fn caller(uid: u32, process: Option<Process>) -> Arc<Caller> {
 
 #[tokio::test]
 async fn the_rules_say_who_a_caller_is() {
-    let rule = |uid, gid, path: &str| Rule {
+    let rule = |uid, gid, path: &str| WorkloadRule {
         spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
         uid: Some(uid),
         gid,
@@ -417,7 +417,7 @@ async fn the_rules_say_who_a_caller_is() {
 
 #[tokio::test]
 async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
-    let rule = |path: &str, uid| Rule {
+    let rule = |path: &str, uid| WorkloadRule {
         spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
         uid: Some(uid),
         gid: None,
@@ -443,7 +443,7 @@ async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
         };
         let fake = fake::at(&path, Arc::new(script));
         // Each identity twice: it is asked for once.
-        let rules: Vec<Rule> = (0..20).map(|number| rule(&format!("w{}", number / 2), number)).collect();
+        let rules: Vec<WorkloadRule> = (0..20).map(|number| rule(&format!("w{}", number / 2), number)).collect();
         let endpoint = Endpoint::parse(&format!("unix://{}", path.display())).unwrap();
         let api = WorkloadApi::new(endpoint, rules, Clock::starting_at(now()), Metrics::default());
         let result = api.ready(AUDIENCE).await;

@@ -13,10 +13,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use awsvid::endpoint::Endpoint;
-use awsvid::svid::agent::Agent;
+use awsvid::svid::agent::AttestingAgent;
 use awsvid::svid::broker_api::BrokerApi;
-use awsvid::svid::delegated::Delegated;
-use awsvid::svid::own::OwnIdentity;
+use awsvid::svid::delegated::SpireDelegated;
+use awsvid::svid::own::OwnSvidSource;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::{Pid, gettid};
 use serde_json::Value;
@@ -106,7 +106,7 @@ impl Idle {
 /// The agent, asked without awsvid.
 struct Direct {
     runtime: Runtime,
-    agent: Arc<dyn Agent>,
+    agent: Arc<dyn AttestingAgent>,
 }
 
 impl Direct {
@@ -123,13 +123,13 @@ impl Direct {
         // This test's own process is one that may ask for others.
         let own = fs::read_link("/proc/self/exe").unwrap();
         world.spire.register(AWSVID, &["unix:uid:0", &format!("unix:path:{}", own.display())]);
-        let agent: Arc<dyn Agent> = match source {
+        let agent: Arc<dyn AttestingAgent> = match source {
             Source::Broker => {
                 let _within = runtime.enter();
-                let own = OwnIdentity::at(Endpoint::Unix(world.spire.agent_socket()));
+                let own = OwnSvidSource::at(Endpoint::Unix(world.spire.agent_socket()));
                 Arc::new(BrokerApi::new(&world.spire.broker_socket(), own, None, PATIENCE))
             }
-            _ => Arc::new(Delegated::new(&world.spire.admin_socket(), PATIENCE)),
+            _ => Arc::new(SpireDelegated::new(&world.spire.admin_socket(), PATIENCE)),
         };
         Self { runtime, agent }
     }
@@ -144,7 +144,7 @@ impl Direct {
             let (agent, pids, next, answered) = (self.agent.clone(), pids.clone(), next.clone(), answered.clone());
             async move {
                 while let Some(pid) = pids.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    assert_eq!(agent.svids(*pid, AUDIENCE).await.unwrap().len(), 1);
+                    assert_eq!(agent.fetch_for_pid(*pid, AUDIENCE).await.unwrap().len(), 1);
                     answered.fetch_add(1, Ordering::Relaxed);
                 }
             }

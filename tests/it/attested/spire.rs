@@ -6,8 +6,8 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use awsvid::svid::Delegated;
-use awsvid::svid::agent::Agent;
+use awsvid::svid::SpireDelegated;
+use awsvid::svid::agent::AttestingAgent;
 use tokio::runtime::Runtime;
 
 use crate::harness::actor::{self, Steps};
@@ -29,7 +29,7 @@ const LISTENERS: [&str; 2] = ["unix", "tcp"];
 /// SPIRE with a delegate besides awsvid: the test itself.
 struct Agents {
     spire: Spire,
-    asking: Delegated,
+    asking: SpireDelegated,
     runtime: Runtime,
 }
 
@@ -43,13 +43,13 @@ impl Agents {
         );
         let own = format!("unix:path:{}", std::env::current_exe().unwrap().display());
         spire.register(TEST, &["unix:uid:0", &own]);
-        let asking = Delegated::new(&spire.admin_socket(), Duration::from_secs(30));
+        let asking = SpireDelegated::new(&spire.admin_socket(), Duration::from_secs(30));
         Some(Self { spire, asking, runtime: Runtime::new().unwrap() })
     }
 
     /// Whom the agent itself takes this process for.
     fn ids(&self, pid: i32) -> Vec<String> {
-        let svids = self.runtime.block_on(self.asking.svids(pid.try_into().unwrap(), AUDIENCE)).expect("SVIDs");
+        let svids = self.runtime.block_on(self.asking.fetch_for_pid(pid.try_into().unwrap(), AUDIENCE)).expect("SVIDs");
         svids.into_iter().map(|svid| svid.spiffe_id).collect()
     }
 

@@ -34,7 +34,7 @@ impl Pods {
         self.asked.lock().unwrap().iter().map(|(whose, _)| whose.clone()).collect()
     }
 
-    fn answer(&self, whose: String, audience: &str) -> Result<Vec<Svid>, SourceError> {
+    fn answer(&self, whose: String, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         self.asked.lock().unwrap().push((whose, Instant::now()));
         let mut says = self.says.lock().unwrap();
         let ids = if says.len() > 1 { says.pop_front().unwrap() } else { says[0].clone() }?;
@@ -43,20 +43,20 @@ impl Pods {
 }
 
 #[async_trait]
-impl Agent for Pods {
-    async fn svids(&self, pid: u32, audience: &str) -> Result<Vec<Svid>, SourceError> {
+impl AttestingAgent for Pods {
+    async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         self.answer(format!("process {pid}"), audience)
     }
 
-    fn names_pods(&self) -> bool {
+    fn supports_pod_references(&self) -> bool {
         self.names_pods
     }
 
-    async fn svids_of_pod(&self, pod: &PodUid, audience: &str) -> Result<Vec<Svid>, SourceError> {
+    async fn fetch_for_pod(&self, pod: &PodUid, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         self.answer(format!("pod {pod}"), audience)
     }
 
-    async fn own(&self, _: &str) -> Result<Vec<String>, SourceError> {
+    async fn fetch_own(&self, _: &str) -> Result<Vec<String>, SourceError> {
         Ok(vec![AWSVID.to_owned()])
     }
 
@@ -118,8 +118,8 @@ fn with_process(ages: PodAge) -> Arc<Caller> {
     Arc::new(Caller { process, ..Arc::into_inner(housed(1001, ages, u32::MAX)).unwrap() })
 }
 
-fn source(agent: &Arc<Pods>) -> Attesting {
-    Attesting::new(agent.clone(), AUDIENCE.to_owned(), MOST, Clock::starting_at(now()), Metrics::default())
+fn source(agent: &Arc<Pods>) -> AgentSource {
+    AgentSource::new(agent.clone(), AUDIENCE.to_owned(), MOST, Clock::starting_at(now()), Metrics::default())
 }
 
 #[tokio::test(start_paused = true)]
@@ -128,18 +128,18 @@ async fn all_processes_of_a_pod_are_one_and_none_has_to_be_known() {
     let source = source(&agent);
     for uid in [0, 1001, OVERFLOW_ID] {
         let caller = housed(uid, since(OLD, OLD), u32::MAX);
-        assert_eq!(source.needs(&caller), None);
+        assert_eq!(source.facts_needed(&caller), None);
         assert_eq!(ids(source.identify(&caller).await), [SHOP]);
     }
     let token = source.token(&housed(5, since(OLD, OLD), u32::MAX), &shop_id(), AUDIENCE).await.unwrap();
     assert_eq!((token.spiffe_id(), agent.asked()), (&shop_id(), vec![format!("pod {UID}")]));
     // Others of the node are named by their process, and so are all where the agent is not told of pods.
-    assert_eq!(source.needs(&Caller::synthetic()), Some(LOOKS));
+    assert_eq!(source.facts_needed(&Caller::synthetic()), Some(FACTS_FOR_AGENT));
     assert_eq!(ids(source.identify(&caller(7)).await), [SHOP]);
     assert_eq!(agent.asked()[1..], ["process 7"]);
     let agent = Pods::with(false, [Ok(vec![SHOP])]);
     let source = self::source(&agent);
-    assert_eq!(source.needs(&housed(1, since(OLD, OLD), u32::MAX)), Some(LOOKS));
+    assert_eq!(source.facts_needed(&housed(1, since(OLD, OLD), u32::MAX)), Some(FACTS_FOR_AGENT));
     assert_eq!(ids(source.identify(&with_process(since(OLD, OLD))).await), [SHOP]);
     assert_eq!(agent.asked(), ["process 7"]);
 }
@@ -169,12 +169,12 @@ async fn a_new_pod_that_the_agent_does_not_know_yet_is_asked_about_again_while_i
     let new = Duration::from_secs(1);
     let table = [
         (housed(1, since(new, new), u32::MAX), true),
-        (housed(1, since(YOUNG, new), u32::MAX), false),
+        (housed(1, since(NEW_POD_AGE, new), u32::MAX), false),
         (housed(1, since(OLD, OLD), u32::MAX), false),
         // By process it is the container that has to be new.
         (with_process(since(new, new)), true),
         (with_process(since(OLD, new)), true),
-        (with_process(since(OLD, YOUNG)), false),
+        (with_process(since(OLD, NEW_POD_AGE)), false),
         // Elsewhere a denial is a denial.
         (caller(7), false),
     ];
@@ -185,7 +185,11 @@ async fn a_new_pod_that_the_agent_does_not_know_yet_is_asked_about_again_while_i
         let said = ids(source.identify(&caller).await);
         match again {
             true => {
-                assert_eq!((said, agent.asked().len(), start.elapsed()), (vec![SHOP.to_owned()], 3, SOON * 3), "{row}")
+                assert_eq!(
+                    (said, agent.asked().len(), start.elapsed()),
+                    (vec![SHOP.to_owned()], 3, NEW_POD_RETRY * 3),
+                    "{row}"
+                )
             }
             false => assert_eq!((said, agent.asked().len(), start.elapsed()), (vec![], 1, Duration::ZERO), "{row}"),
         }

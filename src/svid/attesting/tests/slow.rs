@@ -11,10 +11,10 @@ fn of(uid: u32, pid: u32) -> Arc<Caller> {
 
 /// Has these known, and the victim's process; from then on the agent does not answer about these, and the victim's entry is
 /// deleted.
-async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<Script>, Attesting) {
+async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<Script>, AgentSource) {
     let agent = Script::says(shop);
     let source =
-        Attesting::new(agent.clone(), AUDIENCE.to_owned(), 8192, Clock::starting_at(now()), Metrics::default());
+        AgentSource::new(agent.clone(), AUDIENCE.to_owned(), 8192, Clock::starting_at(now()), Metrics::default());
     for (uid, pid) in slow {
         assert_eq!(ids(source.identify(&of(*uid, *pid)).await), [SHOP]);
     }
@@ -25,7 +25,7 @@ async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<Script>, Attesting) {
 }
 
 /// How long the victim's deleted entry lasts.
-async fn lasts(agent: &Script, source: &Attesting) -> Duration {
+async fn lasts(agent: &Script, source: &AgentSource) -> Duration {
     let deleted = Instant::now();
     while !source.identify(&of(VICTIM, VICTIM)).await.unwrap().is_empty() {
         assert!(deleted.elapsed() < MINUTE * 10, "it lasts for ever");

@@ -13,14 +13,14 @@ async fn connecting(server: Option<&str>, certified: impl FnOnce(&Authority) -> 
     let mut node = Node::new().await;
     let certified = certified(&node.authority);
     let agent = FakeBroker::at(&node.broker, &node.authority, certified, &[ID], async |_| Some(good()));
-    let client = node.client_with(server, DEADLINE);
+    let client = node.client_with(server, CALL_TIMEOUT);
     let connected = client.connect().await;
     if connected.is_err() {
         // And no request reaches it.
-        assert_eq!(client.svids(1, AUDIENCE).await.unwrap_err(), connected.clone().unwrap_err());
+        assert_eq!(client.fetch_for_pid(1, AUDIENCE).await.unwrap_err(), connected.clone().unwrap_err());
         assert_eq!(agent.asked().len(), 0);
     } else {
-        client.svids(1, AUDIENCE).await.unwrap();
+        client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     }
     connected
 }
@@ -101,7 +101,7 @@ async fn a_server_that_does_not_let_awsvid_in_is_told_of_at_once() {
     // Each time, however the server and the client come to run.
     for _ in 0..50 {
         let error = client.connect().await.unwrap_err();
-        assert_eq!(client.svids(1, AUDIENCE).await.unwrap_err(), error);
+        assert_eq!(client.fetch_for_pid(1, AUDIENCE).await.unwrap_err(), error);
         assert!(
             matches!(&error, SourceError::Misconfigured(text)
                 if text.contains(&format!("awsvid's SPIFFE ID, {ID}, to `brokers`")) && text.contains("AccessDenied")),
@@ -131,13 +131,13 @@ async fn without_an_svid_of_its_own_it_says_why() {
     let mut node = Node::new().await;
     let agent = node.serve_always(good());
     let client = node.client();
-    client.svids(1, AUDIENCE).await.unwrap();
+    client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     // The identity is taken back: the connection that was made with it is left, too.
     node.stream.fail(Status::permission_denied("no identity issued"));
     while client.own.latest().is_ok() {
         tokio::task::yield_now().await;
     }
-    let error = client.svids(1, AUDIENCE).await.unwrap_err();
+    let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     // Denied would say that the workload has no identity.
     assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("register awsvid itself")), "{error:?}");
     assert_eq!(agent.asked().len(), 1);
@@ -157,10 +157,10 @@ async fn an_svid_that_is_over_is_not_shown() {
     let mut node = Node::with(authority, X509svidResponse { svids: vec![svid] }).await;
     let _agent = node.serve_always(good());
     let client = node.client();
-    let error = client.svids(1, AUDIENCE).await.unwrap_err();
+    let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("X.509-SVID is over")), "{error:?}");
     node.rotate(&client).await;
-    client.svids(1, AUDIENCE).await.unwrap();
+    client.fetch_for_pid(1, AUDIENCE).await.unwrap();
 }
 
 #[tokio::test]
@@ -238,7 +238,7 @@ async fn a_server_that_does_not_go_on_is_left() {
     let client = node.client();
     let _mute = UnixListener::bind(&node.broker).unwrap();
     let begun = Instant::now();
-    let error = client.svids(1, AUDIENCE).await.unwrap_err();
+    let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("TLS handshake")), "{error:?}");
     assert_eq!(begun.elapsed().as_secs(), 5);
 }
