@@ -26,10 +26,10 @@ use tokio::time::{Instant, timeout};
 use crate::attest::Attestor;
 use crate::cache::{CredentialCache, EntryStatus};
 use crate::config::Listen;
-use crate::health::Report;
+use crate::health::UpstreamReport;
 use crate::limits::FairSemaphore;
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection};
-use crate::metrics::{Metrics, Reason};
+use crate::metrics::{Metrics, ReasonLabel};
 
 /// For the whole head. A probe sends it with its connection.
 const HEAD: Duration = Duration::from_secs(1);
@@ -66,13 +66,13 @@ impl Readiness {
     }
 
     /// Everything that is needed has answered once.
-    pub fn reached(&self) {
+    pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Release);
         self.gauge.set(1);
     }
 
     /// The daemon was told to end.
-    pub fn ending(&self) {
+    pub fn set_draining(&self) {
         self.ending.store(true, Ordering::Release);
     }
 
@@ -121,7 +121,7 @@ pub struct Admin {
 }
 
 #[derive(Serialize)]
-struct Status {
+struct StatusReport {
     version: &'static str,
     ready: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -131,8 +131,8 @@ struct Status {
     unsupported_kernel: Vec<String>,
     /// `None` if no process is named to an agent.
     counts_executions: Option<bool>,
-    source: Option<Report>,
-    sts: Vec<Report>,
+    source: Option<UpstreamReport>,
+    sts: Vec<UpstreamReport>,
     credentials: Vec<EntryStatus>,
 }
 
@@ -187,7 +187,7 @@ impl Admin {
             // A client that is slow or gone needs no further care.
             _ = served => {}
             () = permit.evicted() => {
-                self.metrics.connections_dropped.get_or_create(&Reason { reason: "too_many_operators" }).inc();
+                self.metrics.connections_dropped.get_or_create(&ReasonLabel { reason: "too_many_operators" }).inc();
                 LazySocket::reset_on_close(&descriptor);
             }
         }
@@ -247,7 +247,7 @@ impl Admin {
 
     fn status(&self) -> Response<Full<Bytes>> {
         let (source, sts) = self.metrics.health.reports();
-        let status = Status {
+        let status = StatusReport {
             version: env!("CARGO_PKG_VERSION"),
             ready: self.readiness.is_ready(),
             not_ready: self.readiness.why_not(),

@@ -20,14 +20,14 @@ use crate::cache::{self, CredentialCache};
 use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
-use crate::hardening::Does;
+use crate::hardening::DaemonFeatures;
 use crate::http::{Authorization, CredentialEndpoint};
 use crate::issue::TokenExchanger;
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, ListenError};
 use crate::metrics::Metrics;
-use crate::pods::{Gate, Pods, PodsError};
-use crate::readiness::Probes;
+use crate::pods::{PodListeners, PodsError, TakeoverGate};
+use crate::readiness::ReadinessProbes;
 use crate::sts::{InvalidSetting, NetworkSettings, Settings, Sts};
 use crate::svid::agent::AttestingAgent;
 use crate::svid::broker_api::BrokerApi;
@@ -39,15 +39,15 @@ mod listeners;
 mod token;
 
 use audit_file::{audit_error, open_audit};
-use listeners::{ListenAddress, Serving, bind_all, tcp_address};
+use listeners::{AcceptLoops, ListenAddress, bind_all, tcp_address};
 use token::{NodeToken, write_later};
 
 /// How long operators' connections may take to end, once those of workloads have.
-const OPERATORS: Duration = Duration::from_secs(1);
+const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long the start waits to find out whether the identity source is of any use. An agent on this machine needs a few
 /// milliseconds, more on a busy one; only one that hangs makes a start wait.
-const FIRST_LOOK: Duration = Duration::from_secs(3);
+const SOURCE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Why the daemon does not start, or goes on with its old configuration.
 #[derive(Debug, Error)]
@@ -106,9 +106,9 @@ pub struct App {
     status: Arc<Admin>,
     probing: Option<JoinHandle<()>>,
     /// Where pods are served.
-    gate: Option<Gate>,
-    workloads: Serving,
-    operators: Serving,
+    gate: Option<TakeoverGate>,
+    workloads: AcceptLoops,
+    operators: AcceptLoops,
 }
 
 /// What the daemon has before it starts anything.
@@ -123,15 +123,15 @@ pub struct Startup {
 }
 
 /// What a configuration comes to, apart from `[listen]`, `[audit]` and `[log]`.
-struct Parts {
+struct Components {
     identity: IdentityConfig,
     policy: Policy,
     issuer: TokenExchanger,
     limits: cache::Limits,
-    probes: Probes,
+    probes: ReadinessProbes,
 }
 
-impl Parts {
+impl Components {
     /// With `source` if there is one that this configuration may go on with.
     async fn new(
         config: &Config,
@@ -140,7 +140,7 @@ impl Parts {
         (clock, metrics): (&Clock, &Metrics),
     ) -> Result<Self, AppError> {
         // Before the rules are in effect, so that nearly always each name in them has its number by then.
-        accounts.follow(config.accounts(), FIRST_LOOK).await;
+        accounts.follow(config.accounts(), SOURCE_CHECK_TIMEOUT).await;
         let source = match source {
             Some(source) => source,
             None => identity_source(config, accounts, is_reload, (clock, metrics)).await?,
@@ -150,7 +150,7 @@ impl Parts {
             identity: config.identity.clone(),
             issuer: TokenExchanger::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
             limits: limits(&config.cache),
-            probes: Probes::new(config, source.clone(), sts),
+            probes: ReadinessProbes::new(config, source.clone(), sts),
             policy: Policy { source, roles: config.roles.clone() },
         })
     }
@@ -162,7 +162,7 @@ impl App {
         let Startup { mut inherited, exec_monitor, metrics } = startup;
         let clock = Clock::system();
         let accounts = Accounts::new(Nss, metrics.clone());
-        let parts = Parts::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
+        let parts = Components::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(CredentialService::new(parts.policy, cache.clone()));
@@ -179,7 +179,7 @@ impl App {
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin =
             Arc::new(Admin::new(metrics.clone(), readiness.clone(), cache, (attestor.clone(), config.listen.clone())));
-        admin.names_processes(Does::of(&config).names_processes());
+        admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
             attestor,
             status: admin.clone(),
@@ -194,8 +194,8 @@ impl App {
             readiness,
             probing: None,
             gate: None,
-            workloads: Serving::new(&metrics),
-            operators: Serving::new(&metrics),
+            workloads: AcceptLoops::new(&metrics),
+            operators: AcceptLoops::new(&metrics),
             metrics,
         };
         app.serve_workloads(&mut inherited, &front)?;
@@ -215,11 +215,11 @@ impl App {
         let (identity, source) = &self.source;
         let kept =
             (*identity == config.identity && identity.source != config::Source::WorkloadApi).then(|| source.clone());
-        let parts = Parts::new(&config, (kept, true), &self.accounts, (&self.clock, &self.metrics)).await?;
+        let parts = Components::new(&config, (kept, true), &self.accounts, (&self.clock, &self.metrics)).await?;
         let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
-        self.status.names_processes(Does::of(&config).names_processes());
+        self.status.names_processes(DaemonFeatures::of(&config).names_processes());
         self.broker.reload(parts.policy, parts.issuer, parts.limits);
         self.probe(parts.probes);
         if !changed.is_empty() {
@@ -239,7 +239,7 @@ impl App {
     }
 
     /// Asks until everything that is needed has answered; once it has, it is not asked again.
-    fn probe(&mut self, probes: Probes) {
+    fn probe(&mut self, probes: ReadinessProbes) {
         if let Some(before) = self.probing.take() {
             before.abort();
         }
@@ -287,7 +287,7 @@ impl App {
             let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
             let (stop, connections) = (self.workloads.stop.subscribe(), self.workloads.connections.clone());
             let (pods, gate) =
-                Pods::start((directory, handover), front, connections, self.metrics.clone(), stop).await?;
+                PodListeners::start((directory, handover), front, connections, self.metrics.clone(), stop).await?;
             self.gate = Some(gate);
             tracing::info!(directory = %directory.display(), "serving workloads in pods");
             self.workloads.loops.spawn(pods.run());
@@ -312,7 +312,7 @@ impl App {
     /// Takes no more connections, and returns when those that are open have ended. Operators are answered until then:
     /// `/readyz` says that the daemon ends.
     pub async fn drain(mut self) {
-        self.readiness.ending();
+        self.readiness.set_draining();
         if let Some(probing) = self.probing.take() {
             probing.abort();
             // After that it connects nowhere any more, and whatever it had connected to ends with the others.
@@ -320,7 +320,7 @@ impl App {
         }
         self.workloads.end().await;
         // Whoever reads metrics slowly keeps nobody waiting.
-        let _ = timeout(OPERATORS, self.operators.end()).await;
+        let _ = timeout(ADMIN_DRAIN_TIMEOUT, self.operators.end()).await;
     }
 }
 
@@ -355,7 +355,7 @@ async fn identity_source(
         }
     };
     // What it has not said by then is found out while callers are served.
-    if let Ok(Err(error @ SourceError::Misconfigured(_))) = timeout(FIRST_LOOK, agent.connect()).await {
+    if let Ok(Err(error @ SourceError::Misconfigured(_))) = timeout(SOURCE_CHECK_TIMEOUT, agent.connect()).await {
         if is_reload {
             return Err(AppError::Source(error));
         }
@@ -368,9 +368,9 @@ async fn identity_source(
 
 /// Each process that is remembered takes up to three descriptors. There are enough for connections besides.
 fn remembered_processes() -> usize {
-    const MOST: u64 = 8192;
+    const MAX_REMEMBERED_PROCESSES: u64 = 8192;
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
-    usize::try_from((descriptors / 8).min(MOST)).unwrap_or(1024)
+    usize::try_from((descriptors / 8).min(MAX_REMEMBERED_PROCESSES)).unwrap_or(1024)
 }
 
 async fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {

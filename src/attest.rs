@@ -189,7 +189,7 @@ mod tests {
 
     use super::*;
     use crate::caller::ProcessFacts;
-    use crate::clock::HOLD;
+    use crate::clock::REQUEST_HOLD;
 
     /// However many workloads an attacker is: what is long waits, and takes no thread meanwhile.
     #[tokio::test(start_paused = true)]
@@ -208,6 +208,6 @@ mod tests {
         let attested = peer.with_process(ProcessFacts::default()).await;
         assert_eq!(attested.unwrap_err(), AttestError::SearchBusy);
         // Time passes by itself while the short search is on its thread, too.
-        assert!(start.elapsed() >= HOLD);
+        assert!(start.elapsed() >= REQUEST_HOLD);
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::audit::{CacheResult, Record};
 use crate::cache::{CacheError, CachedCredentials, CredentialCache, Limits};
 use crate::caller::{AttestError, Caller, ProcessFacts};
-use crate::clock::HOLD;
+use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
 use crate::issue::TokenExchanger;
 use crate::role::{Grant, RequestedRole, RoleDenied, Roles};
@@ -68,7 +68,7 @@ impl CredentialService {
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {
         // For all that it waits for together: whoever it is has given up by then.
-        let until = Instant::now() + HOLD;
+        let until = Instant::now() + REQUEST_HOLD;
         loop {
             let begun = self.reloads.load(Ordering::SeqCst);
             let policy = self.policy.load_full();

@@ -27,7 +27,7 @@ use crate::clock::Clock;
 use crate::identity::SpiffeId;
 use crate::issue::{ExchangeError, TokenExchanger};
 use crate::limits::FairSemaphore;
-use crate::metrics::{EntryState, Metrics, Reason};
+use crate::metrics::{EntryStateLabel, Metrics, ReasonLabel};
 use crate::role::Grant;
 
 mod entry;
@@ -175,9 +175,9 @@ impl CredentialCache {
 
     /// Counts the entries by what they are in, for `/metrics`.
     pub fn count(&self) {
-        let mut counts = [0; EntryState::ALL.len()];
+        let mut counts = [0; EntryStateLabel::ALL.len()];
         self.0.places.for_each(|slot| counts[slot.status(&self.0.clock) as usize] += 1);
-        for state in EntryState::ALL {
+        for state in EntryStateLabel::ALL {
             self.0.metrics.cache_entries.get_or_create(&state.into()).set(counts[state as usize]);
         }
     }
@@ -266,7 +266,7 @@ impl CacheInner {
 
     fn clear_credentials(&self, slot: &Entry, reason: &'static str) {
         if slot.current.swap(None).is_some() {
-            self.metrics.cache_removed.get_or_create(&Reason { reason }).inc();
+            self.metrics.cache_removed.get_or_create(&ReasonLabel { reason }).inc();
         }
     }
 }

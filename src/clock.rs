@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 /// How long a request is held while what it needs is asked for. The most patient SDKs give up after 5 s.
-pub const HOLD: Duration = Duration::from_millis(4500);
+pub const REQUEST_HOLD: Duration = Duration::from_millis(4500);
 
 /// Reads the time. A value, so that tests can stand anywhere in time.
 #[derive(Debug, Clone, Default)]

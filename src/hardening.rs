@@ -16,7 +16,7 @@ const KEPT: [Capability; 3] =
 
 /// What the daemon does that not every configuration asks for.
 #[derive(Debug, Clone, Copy)]
-pub struct Does {
+pub struct DaemonFeatures {
     /// Looks for the process that holds a caller's socket, and at what other users' processes run.
     looks_at_processes: bool,
     /// Meets callers outside of pods.
@@ -32,7 +32,7 @@ pub struct Does {
 /// A capability that something needs, and what fails without it.
 pub type Need = (Capability, &'static str);
 
-impl Does {
+impl DaemonFeatures {
     /// What this configuration asks for.
     pub fn of(config: &Config) -> Self {
         let Config { listen, identity, workloads, .. } = config;
@@ -67,7 +67,7 @@ impl Does {
     }
 
     /// The capabilities without which some of that fails.
-    pub fn needs(self) -> impl Iterator<Item = Need> {
+    pub fn required_capabilities(self) -> impl Iterator<Item = Need> {
         let looks = "callers' processes cannot be looked for and looked at";
         [
             (self.looks_at_processes, Capability::CAP_SYS_PTRACE, looks),
@@ -85,9 +85,9 @@ impl Does {
 }
 
 /// Says what is needed and is not there, once, and not only to the callers whom it concerns.
-pub fn tell_of_missing(does: Does) {
+pub fn warn_missing(does: DaemonFeatures) {
     let permitted = caps::read(None, CapSet::Permitted).unwrap_or_default();
-    for (capability, fails) in does.needs().filter(|(capability, _)| !permitted.contains(capability)) {
+    for (capability, fails) in does.required_capabilities().filter(|(capability, _)| !permitted.contains(capability)) {
         let name = capability.to_string();
         let short = name.trim_start_matches("CAP_");
         tracing::warn!(
@@ -98,7 +98,7 @@ pub fn tell_of_missing(does: Does) {
 }
 
 /// A system call that a capability is for, what is forbidden without it, and how to see whether it is.
-struct Use {
+struct SyscallUse {
     capability: Capability,
     call: &'static str,
     fails: &'static str,
@@ -106,16 +106,16 @@ struct Use {
     attempt: fn() -> Errno,
 }
 
-impl Does {
-    fn uses(self) -> impl Iterator<Item = Use> {
-        let cgroups = Use {
+impl DaemonFeatures {
+    fn uses(self) -> impl Iterator<Item = SyscallUse> {
+        let cgroups = SyscallUse {
             capability: Capability::CAP_DAC_READ_SEARCH,
             call: "open_by_handle_at",
             fails: "cgroups cannot be opened by their id, so callers beyond the first 512 cgroups of a unit are refused",
             unit: "add it to SystemCallFilter=",
             attempt: sys::open_by_handle_at,
         };
-        let namespaces = Use {
+        let namespaces = SyscallUse {
             capability: Capability::CAP_SYS_ADMIN,
             call: "setns",
             fails: "pods' network namespaces cannot be entered",
@@ -129,9 +129,9 @@ impl Does {
 }
 
 /// Logs each capability that is held in vain: a seccomp filter forbids the system call that it is for.
-fn log_forbidden_calls(does: Does) {
+fn log_forbidden_calls(does: DaemonFeatures) {
     let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
-    for Use { capability, call, fails, unit, attempt } in does.uses() {
+    for SyscallUse { capability, call, fails, unit, attempt } in does.uses() {
         if effective.contains(&capability) && attempt() == Errno::EPERM {
             tracing::warn!(
                 "{capability} is held and {call} is forbidden all the same: {fails}; under systemd {unit}, in a container allow \
@@ -142,8 +142,8 @@ fn log_forbidden_calls(does: Does) {
 }
 
 /// Call it before any thread is started: capabilities are a thread's own. What can't be had is logged and goes without.
-pub fn before_threads(does: Does) {
-    tell_of_missing(does);
+pub fn harden_before_threads(does: DaemonFeatures) {
+    warn_missing(does);
     log_forbidden_calls(does);
     let log = |what: &str, failed: bool| {
         if failed {
@@ -162,11 +162,11 @@ pub fn before_threads(does: Does) {
 
 /// Gives up what is not used. CAP_SYS_ADMIN, which is worth the most to whoever would take the daemon over, is kept only where
 /// the configuration at the start needs it; CAP_BPF and CAP_PERFMON have been of use by now.
-fn drop_capabilities(does: Does) -> Result<(), caps::errors::CapsError> {
+fn drop_capabilities(does: DaemonFeatures) -> Result<(), caps::errors::CapsError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
     let kept: CapsHashSet = KEPT
         .into_iter()
-        .chain(does.needs().map(|(capability, _)| capability))
+        .chain(does.required_capabilities().map(|(capability, _)| capability))
         .filter(|one| permitted.contains(one))
         .collect();
     caps::clear(None, CapSet::Inheritable)?;

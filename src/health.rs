@@ -9,16 +9,16 @@ use serde::Serialize;
 
 /// The last answers. Cheap to clone: all clones are one.
 #[derive(Debug, Clone, Default)]
-pub struct Health(Arc<Mutex<Known>>);
+pub struct UpstreamStatus(Arc<Mutex<KnownStatus>>);
 
 #[derive(Debug, Default)]
-struct Known {
-    source: Option<(String, Answers)>,
-    sts: BTreeMap<String, Answers>,
+struct KnownStatus {
+    source: Option<(String, AnswerTimes)>,
+    sts: BTreeMap<String, AnswerTimes>,
 }
 
 #[derive(Debug, Default)]
-struct Answers {
+struct AnswerTimes {
     success: Option<SystemTime>,
     error: Option<(SystemTime, LastError)>,
 }
@@ -36,7 +36,7 @@ pub struct LastError {
 
 /// How one of them has answered, for people. Times are in UTC.
 #[derive(Debug, Serialize, PartialEq, Eq)]
-pub struct Report {
+pub struct UpstreamReport {
     /// The source's name, or the STS endpoint: its URL, or AWS's region.
     pub name: String,
     /// `ok`, or `failing` where nobody gets anything.
@@ -51,7 +51,7 @@ pub struct Report {
     pub last_error_at: Option<String>,
 }
 
-impl Health {
+impl UpstreamStatus {
     /// The source called `name` was asked; `error` if it gave nothing.
     pub fn source(&self, name: String, error: Option<LastError>, at: SystemTime) {
         let mut known = self.known();
@@ -68,18 +68,18 @@ impl Health {
     }
 
     /// The source, if it was asked, and each STS that was.
-    pub fn reports(&self) -> (Option<Report>, Vec<Report>) {
+    pub fn reports(&self) -> (Option<UpstreamReport>, Vec<UpstreamReport>) {
         let known = self.known();
         let source = known.source.as_ref().map(|(name, answers)| answers.report(name));
         (source, known.sts.iter().map(|(name, answers)| answers.report(name)).collect())
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, KnownStatus> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Answers {
+impl AnswerTimes {
     fn note(&mut self, error: Option<LastError>, at: SystemTime) {
         match error {
             None => *self = Self { success: Some(at), error: None },
@@ -93,10 +93,10 @@ impl Answers {
         self.error.as_ref().is_some_and(|(_, error)| error.outage)
     }
 
-    fn report(&self, name: &str) -> Report {
+    fn report(&self, name: &str) -> UpstreamReport {
         let date = |time: SystemTime| humantime::format_rfc3339_seconds(time).to_string();
         let error = self.error.as_ref();
-        Report {
+        UpstreamReport {
             name: name.to_owned(),
             state: if self.is_failing() { "failing" } else { "ok" },
             last_success_at: self.success.map(date),
@@ -120,14 +120,14 @@ mod tests {
         UNIX_EPOCH + Duration::from_secs(second)
     }
 
-    fn seen(health: &Health) -> (&'static str, Option<String>) {
+    fn seen(health: &UpstreamStatus) -> (&'static str, Option<String>) {
         let report = health.reports().0.unwrap();
         (report.state, report.last_error)
     }
 
     #[test]
     fn an_outage_is_told_from_a_refusal_and_ends_with_a_success() {
-        let health = Health::default();
+        let health = UpstreamStatus::default();
         assert_eq!(health.reports(), (None, Vec::new()));
         let note = |error, second| health.source("a".to_owned(), error, at(second));
         note(None, 1);
@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn each_sts_has_its_own_and_another_source_starts_anew() {
-        let health = Health::default();
+        let health = UpstreamStatus::default();
         health.sts("b".to_owned(), error("away", true), at(1));
         health.sts("a".to_owned(), None, at(1));
         let states: Vec<_> = health.reports().1.into_iter().map(|report| (report.name, report.state)).collect();

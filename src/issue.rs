@@ -12,7 +12,7 @@ use crate::credentials::Credentials;
 use crate::health::LastError;
 use crate::identity::SpiffeId;
 use crate::limits::{FairSemaphore, KeyedRateLimiter};
-use crate::metrics::{Call, Metrics};
+use crate::metrics::{CallLabel, Metrics};
 use crate::role::Grant;
 use crate::sts::{AssumeRole, RetryPolicy, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
@@ -186,7 +186,7 @@ impl TokenExchanger {
     ) -> Result<Credentials, StsError> {
         loop {
             let result = self.sts.assume(grant, token).await;
-            self.metrics.sts_calls.get_or_create(&Call::of(&result, |error| error.reason)).inc();
+            self.metrics.sts_calls.get_or_create(&CallLabel::of(&result, |error| error.reason)).inc();
             self.metrics.health.sts(grant.role.sts.to_string(), last_error(&result), self.clock.now());
             match result {
                 Err(error) if error.again == RetryPolicy::Later => {

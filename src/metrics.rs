@@ -8,11 +8,11 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::health::Health;
+use crate::health::UpstreamStatus;
 
 /// Labels of `awsvid_requests`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Request {
+pub struct RequestLabel {
     /// `unix`, `tcp` or `pod`.
     pub listener: &'static str,
     /// `issued`, `refused`, `failed` or `aborted`.
@@ -23,19 +23,19 @@ pub struct Request {
 
 /// Labels of what has only a reason.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Reason {
+pub struct ReasonLabel {
     /// Why.
     pub reason: &'static str,
 }
 
 /// Labels of calls to the identity source and to STS.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Call {
+pub struct CallLabel {
     /// `ok` or the reason of the failure.
     pub result: &'static str,
 }
 
-impl Call {
+impl CallLabel {
     /// The label of this result, by `reason` if it is an error.
     pub fn of<T, E>(result: &Result<T, E>, reason: impl Fn(&E) -> &'static str) -> Self {
         Self { result: result.as_ref().map_or_else(reason, |_| "ok") }
@@ -44,7 +44,7 @@ impl Call {
 
 /// What an entry of the cache is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EntryState {
+pub enum EntryStateLabel {
     /// Has credentials, not yet due for a refresh.
     Fresh,
     /// Due for a refresh, which has not failed.
@@ -57,7 +57,7 @@ pub enum EntryState {
     Empty,
 }
 
-impl EntryState {
+impl EntryStateLabel {
     /// All of them.
     pub const ALL: [Self; 5] = [Self::Fresh, Self::Due, Self::Failing, Self::Refused, Self::Empty];
 }
@@ -69,14 +69,14 @@ pub struct EntryLabel {
     pub state: &'static str,
 }
 
-impl From<EntryState> for EntryLabel {
-    fn from(state: EntryState) -> Self {
+impl From<EntryStateLabel> for EntryLabel {
+    fn from(state: EntryStateLabel) -> Self {
         let state = match state {
-            EntryState::Fresh => "fresh",
-            EntryState::Due => "due",
-            EntryState::Failing => "failing",
-            EntryState::Refused => "refused",
-            EntryState::Empty => "empty",
+            EntryStateLabel::Fresh => "fresh",
+            EntryStateLabel::Due => "due",
+            EntryStateLabel::Failing => "failing",
+            EntryStateLabel::Refused => "refused",
+            EntryStateLabel::Empty => "empty",
         };
         Self { state }
     }
@@ -86,21 +86,21 @@ impl From<EntryState> for EntryLabel {
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     /// Requests whose head arrived.
-    pub requests: Family<Request, Counter>,
+    pub requests: Family<RequestLabel, Counter>,
     /// Connections that ended before a request was read, or were never taken.
-    pub connections_dropped: Family<Reason, Counter>,
+    pub connections_dropped: Family<ReasonLabel, Counter>,
     /// Connections open now.
     pub connections: Gauge,
     /// Calls to the identity source for a JWT-SVID.
-    pub source_calls: Family<Call, Counter>,
+    pub source_calls: Family<CallLabel, Counter>,
     /// Calls to STS.
-    pub sts_calls: Family<Call, Counter>,
+    pub sts_calls: Family<CallLabel, Counter>,
     /// Credentials issued: a JWT-SVID exchanged at STS, or the failure.
-    pub issues: Family<Call, Counter>,
+    pub issues: Family<CallLabel, Counter>,
     /// Entries in the cache, as of the last look at them.
     pub cache_entries: Family<EntryLabel, Gauge>,
     /// Credentials that the cache let go before anybody replaced them.
-    pub cache_removed: Family<Reason, Counter>,
+    pub cache_removed: Family<ReasonLabel, Counter>,
     /// Audit records that could not be written.
     pub audit_lost: Counter,
     /// Lines of the log that could not be written.
@@ -108,7 +108,7 @@ pub struct Metrics {
     /// Pods' network namespaces that are listened in.
     pub pod_namespaces: Gauge,
     /// Those that could not be listened in, or not on every address.
-    pub pod_namespaces_failed: Family<Reason, Counter>,
+    pub pod_namespaces_failed: Family<ReasonLabel, Counter>,
     /// Users and groups that rules name and whose number is not known.
     pub unknown_accounts: Gauge,
     /// 1 once `/readyz` has been 200.
@@ -116,7 +116,7 @@ pub struct Metrics {
     /// From the request's head to the answer.
     pub latency: Latency,
     /// What the last answers of source and STS were; for `/status` alone, since it is no number.
-    pub health: Health,
+    pub health: UpstreamStatus,
 }
 
 /// A histogram of seconds, 10 microseconds to 10 seconds.
@@ -162,8 +162,8 @@ impl Metrics {
         let latency = self.latency.0.clone();
         registry.register_with_unit("request_duration", "From head to answer", Unit::Seconds, latency);
         // The build's version as a label, by the usual convention.
-        let version = Family::<Version, Gauge<i64>>::default();
-        version.get_or_create(&Version { version: env!("CARGO_PKG_VERSION") }).set(1);
+        let version = Family::<VersionLabel, Gauge<i64>>::default();
+        version.get_or_create(&VersionLabel { version: env!("CARGO_PKG_VERSION") }).set(1);
         registry.register("build_info", "What is running", version);
         let mut text = String::new();
         // Writing to a string cannot fail.
@@ -173,6 +173,6 @@ impl Metrics {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Version {
+struct VersionLabel {
     version: &'static str,
 }

@@ -31,7 +31,7 @@ pub struct NamespaceId {
 
 /// A namespace that can be entered.
 #[derive(Debug)]
-pub struct Namespace {
+pub struct NetNs {
     file: File,
     id: NamespaceId,
 }
@@ -69,7 +69,7 @@ impl NamespaceId {
     /// Whether it is the one in which the machine has started: that of the node and of all pods with `hostNetwork`, who may
     /// read each other's answers on its loopback device (attack 5). `cookie` is its `SO_NETNS_COOKIE`, which kernels before
     /// 5.14 do not have.
-    pub fn is_machines(self, cookie: Option<u64>) -> bool {
+    pub fn is_initial(self, cookie: Option<u64>) -> bool {
         self.inode == FIRST_INODE || cookie == Some(FIRST_COOKIE)
     }
 
@@ -92,7 +92,7 @@ impl NamespaceId {
     }
 }
 
-impl Namespace {
+impl NetNs {
     /// The calling thread's own.
     pub fn own() -> Result<Self, NamespaceError> {
         Self::of(File::open(OWN)?)
@@ -123,7 +123,7 @@ impl Namespace {
 
     /// Runs `make` inside, to make sockets there and nothing else. On a thread of its own, since a namespace is a thread's:
     /// nothing else ever runs in it.
-    pub fn within<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
+    pub fn run_in<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
         let inside = || {
             let own = File::open(OWN)?;
             match setns(&self.file, CloneFlags::CLONE_NEWNET) {
@@ -133,7 +133,7 @@ impl Namespace {
                 Err(Errno::EINVAL) => return Err(NamespaceError::NotMounted),
                 Err(error) => return Err(io::Error::from(error).into()),
             }
-            let _home = Home(own);
+            let _home = RestoreGuard(own);
             Ok(make())
         };
         thread::scope(|scope| {
@@ -144,9 +144,9 @@ impl Namespace {
 }
 
 /// Where a thread goes back to, also from a panic.
-struct Home(File);
+struct RestoreGuard(File);
 
-impl Drop for Home {
+impl Drop for RestoreGuard {
     fn drop(&mut self) {
         if let Err(error) = setns(&self.0, CloneFlags::CLONE_NEWNET) {
             // Whatever this thread did next would happen in a pod.

@@ -19,8 +19,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::http::CredentialEndpoint;
 use crate::listen::{ConnectionTracker, NetnsRef, POD_ADDRESSES};
-use crate::metrics::{Metrics, Reason};
-use crate::namespace::{Namespace, NamespaceError, NamespaceId};
+use crate::metrics::{Metrics, ReasonLabel};
+use crate::namespace::{NamespaceError, NamespaceId, NetNs};
 use crate::telemetry::LogQuota;
 
 mod handover;
@@ -30,22 +30,22 @@ mod ports;
 mod sys;
 mod watching;
 
-use handover::{Handover, Key};
-use life::Stage;
-use pod::{Given, Made, Pod, Service, Unbound};
-use watching::{Change, Watch};
+use handover::{Handover, HandoverKey};
+use life::HandoverRole;
+use pod::{BindFailure, ListenedPod, NamespaceSockets, PodService, ReceivedSockets};
+use watching::{Change, NetnsWatch};
 
 /// A file on which nothing is mounted for so long is not one whose pod is just being made: that takes milliseconds, and some
 /// seconds where hundreds are being made on a machine that can't keep up.
-const PATIENCE: Duration = Duration::from_secs(10);
+const MOUNT_GRACE: Duration = Duration::from_secs(10);
 /// Between looks at a file that may still be waited for, if no event says that something is mounted on it.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const MOUNT_POLL: Duration = Duration::from_millis(50);
 /// Between tries to bind an address that is taken.
-const BIND_AGAIN: Duration = Duration::from_secs(1);
+const BIND_RETRY: Duration = Duration::from_secs(1);
 /// Between lines of the log about what does not pass.
-const TELL_AGAIN: Duration = Duration::from_secs(60);
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Where no pod is being made, a mount somewhere on the host is no reason to hurry.
-const NO_HURRY: Duration = Duration::from_millis(100);
+const RESCAN_DEBOUNCE: Duration = Duration::from_millis(100);
 
 /// Why the daemon can't listen in pods.
 #[derive(Debug, Error)]
@@ -68,25 +68,25 @@ pub enum PodsError {
 
 /// All pods' listeners.
 #[derive(Debug)]
-pub struct Pods {
+pub struct PodListeners {
     directory: PathBuf,
-    watch: Watch,
-    service: Service,
+    watch: NetnsWatch,
+    service: PodService,
     metrics: Metrics,
     /// The daemon's own namespace, which is no pod's.
     own: NamespaceId,
-    pods: HashMap<NamespaceId, Pod>,
+    pods: HashMap<NamespaceId, ListenedPod>,
     /// Files without a namespace, since when; `None` if that was told.
     waiting: HashMap<PathBuf, Option<Instant>>,
     /// Namespaces that could not be had, to be tried again.
     failed: HashSet<NamespaceId>,
     /// Those that are not to be served, or that this kernel lets nobody serve.
     unserved: HashSet<NamespaceId>,
-    told: Told,
+    told: LoggedOnce,
     /// Where the next daemon gets the listeners from.
     handover: Option<PathBuf>,
     successors: Option<Handover>,
-    stage: Stage,
+    stage: HandoverRole,
     /// The connection on which this daemon took over, and those on which daemons before took over that may be there still: as
     /// long as one is open, the daemon at its other end knows that somebody lives who came after it.
     before: Vec<OwnedFd>,
@@ -98,12 +98,12 @@ pub struct Pods {
 
 /// How readiness and pods wait for each other.
 #[derive(Debug, Clone)]
-pub struct Gate {
+pub struct TakeoverGate {
     able: watch::Sender<bool>,
     tried: watch::Receiver<bool>,
 }
 
-impl Gate {
+impl TakeoverGate {
     /// Says that everything else has answered, so that listeners can pass from the daemon before; returns when pods are
     /// listened in.
     pub async fn pass(&mut self) {
@@ -115,7 +115,7 @@ impl Gate {
 
 /// What the log has once, though it may be so in every pod, or seldom.
 #[derive(Debug)]
-struct Told {
+struct LoggedOnce {
     no_directory: bool,
     not_mounted: bool,
     denied: bool,
@@ -124,14 +124,14 @@ struct Told {
     unwatched: Mutex<LogQuota>,
 }
 
-impl Told {
+impl LoggedOnce {
     /// Whether the log may have a line about it now, and how many it did not have since the last.
     fn is_unwatched(&self) -> Option<u64> {
         self.unwatched.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
-impl Pods {
+impl PodListeners {
     /// Looks whether namespaces can be entered, and begins to watch the directory. When it returns, what is there is
     /// listened in, unless another daemon does that and hands it over once the gate is passed.
     pub async fn start(
@@ -140,15 +140,15 @@ impl Pods {
         connections: ConnectionTracker,
         metrics: Metrics,
         stop: watch::Receiver<bool>,
-    ) -> Result<(Self, Gate), PodsError> {
+    ) -> Result<(Self, TakeoverGate), PodsError> {
         let failed = |source| PodsError::Watch { path: directory.to_owned(), source };
         // Into its own, which asks for the same privilege as into another.
-        let own = Namespace::own().and_then(|own| own.within(|| ()).map(|()| own.id())).map_err(PodsError::Denied)?;
-        let service = Service { front, connections, stop, loops: TaskTracker::new() };
+        let own = NetNs::own().and_then(|own| own.run_in(|| ()).map(|()| own.id())).map_err(PodsError::Denied)?;
+        let service = PodService { front, connections, stop, loops: TaskTracker::new() };
         let ((able, is_able), (tried, is_tried)) = (watch::channel(false), watch::channel(false));
         let mut pods = Self {
             directory: directory.to_owned(),
-            watch: Watch::new(directory).map_err(failed)?,
+            watch: NetnsWatch::new(directory).map_err(failed)?,
             service,
             metrics,
             own,
@@ -156,42 +156,42 @@ impl Pods {
             waiting: HashMap::new(),
             failed: HashSet::new(),
             unserved: HashSet::new(),
-            told: Told {
+            told: LoggedOnce {
                 no_directory: false,
                 not_mounted: false,
                 denied: false,
                 no_handover: false,
                 unguarded: false,
-                unwatched: Mutex::new(LogQuota::new(1, TELL_AGAIN)),
+                unwatched: Mutex::new(LogQuota::new(1, LOG_INTERVAL)),
             },
             handover: handover.map(Path::to_owned),
             successors: None,
-            stage: Stage::Serving,
+            stage: HandoverRole::Active,
             before: Vec::new(),
             able: is_able,
             tried,
         };
         // Also where the first look has to wait for the daemon before.
-        pods.tell_of_no_directory();
+        pods.warn_no_directory();
         pods.begin().await;
-        Ok((pods, Gate { able, tried: is_tried }))
+        Ok((pods, TakeoverGate { able, tried: is_tried }))
     }
 
     /// Listens in the namespaces that there are, and in no other.
-    async fn look(&mut self) {
-        self.look_with(HashMap::new()).await;
+    async fn reconcile(&mut self) {
+        self.reconcile_dir(HashMap::new()).await;
     }
 
     /// The same, by listeners that the daemon before has given.
-    async fn look_with(&mut self, mut given: HashMap<Key, OwnedFd>) {
+    async fn reconcile_dir(&mut self, mut given: HashMap<HandoverKey, OwnedFd>) {
         if let Err(error) = self.watch.renew()
             && let Some(missed) = self.told.is_unwatched()
         {
             let directory = self.directory.display();
             tracing::error!(%error, %directory, missed, "the directory of network namespaces cannot be watched");
         }
-        self.tell_of_no_directory();
-        let found = self.found();
+        self.warn_no_directory();
+        let found = self.scan();
         self.pods.retain(|id, pod| {
             let there = found.get(id);
             match there {
@@ -207,7 +207,7 @@ impl Pods {
             POD_ADDRESSES.into_iter().filter_map(|address| Some((address, given.remove(&(id, address))?))).collect()
         };
         let new = new.map(|(id, path)| (Arc::new(NetnsRef::new(id, path)), given(id)));
-        self.enter(new.collect()).await;
+        self.add_namespaces(new.collect()).await;
         self.bind_missing().await;
         self.look_at_ports().await;
         self.tried.send_replace(true);
@@ -215,7 +215,7 @@ impl Pods {
     }
 
     /// The namespaces in the directory, each with one of its files. Also notes the files on which none is mounted (yet).
-    fn found(&mut self) -> HashMap<NamespaceId, PathBuf> {
+    fn scan(&mut self) -> HashMap<NamespaceId, PathBuf> {
         let (mut found, mut waiting) = (HashMap::new(), HashMap::new());
         let files = fs::read_dir(&self.directory).into_iter().flatten().filter_map(Result::ok);
         for file in files.filter(|file| file.file_type().is_ok_and(|kind| kind.is_file())) {
@@ -232,11 +232,11 @@ impl Pods {
             }
         }
         self.waiting = waiting;
-        self.tell_of_waiting();
+        self.warn_waiting();
         found
     }
 
-    fn tell_of_no_directory(&mut self) {
+    fn warn_no_directory(&mut self) {
         if !self.watch.has_directory() && !std::mem::replace(&mut self.told.no_directory, true) {
             tracing::warn!(
                 "[listen] pods_dir: {} is not there; it is waited for. In Kubernetes mount the host's directory by a hostPath volume",
@@ -245,13 +245,13 @@ impl Pods {
         }
     }
 
-    fn tell_of_waiting(&mut self) {
+    fn warn_waiting(&mut self) {
         for (path, since) in &mut self.waiting {
-            if since.is_none_or(|since| since.elapsed() < PATIENCE) {
+            if since.is_none_or(|since| since.elapsed() < MOUNT_GRACE) {
                 continue;
             }
             *since = None;
-            self.metrics.pod_namespaces_failed.get_or_create(&Reason { reason: "not_mounted" }).inc();
+            self.metrics.pod_namespaces_failed.get_or_create(&ReasonLabel { reason: "not_mounted" }).inc();
             if !std::mem::replace(&mut self.told.not_mounted, true) {
                 tracing::warn!(
                     "no network namespace is mounted on {}; if it is a pod's, the host's mounts do not reach this daemon: in \
@@ -264,29 +264,32 @@ impl Pods {
     }
 
     /// Makes what is needed in each of these namespaces, and serves there.
-    async fn enter(&mut self, places: Vec<(Arc<NetnsRef>, Given)>) {
+    async fn add_namespaces(&mut self, places: Vec<(Arc<NetnsRef>, ReceivedSockets)>) {
         if places.is_empty() {
             return;
         }
         let making = tokio::task::spawn_blocking(move || {
-            places.into_iter().map(|(place, given)| (Made::inside(&place, given), place)).collect::<Vec<_>>()
+            places
+                .into_iter()
+                .map(|(place, given)| (NamespaceSockets::inside(&place, given), place))
+                .collect::<Vec<_>>()
         });
         for (made, place) in making.await.unwrap_or_default() {
             let id = place.id();
             let served = match made {
-                Ok(made) => Pod::serve(place.clone(), made, &self.service).map_err(NamespaceError::Io),
+                Ok(made) => ListenedPod::serve(place.clone(), made, &self.service).map_err(NamespaceError::Io),
                 Err(error) => Err(error),
             };
             match served {
                 Ok(Some((pod, unbound))) => {
                     tracing::debug!(namespace = %place.path().display(), "listening in a pod's network namespace");
                     self.failed.remove(&id);
-                    self.tell_of_unbound(&pod, unbound);
+                    self.warn_unbound(&pod, unbound);
                     self.pods.insert(id, pod);
                 }
                 Ok(None) => {
                     self.unserved.insert(id);
-                    self.count_failed("unsupported_kernel");
+                    self.record_failures("unsupported_kernel");
                 }
                 Err(error @ NamespaceError::Machines) => {
                     self.unserved.insert(id);
@@ -298,7 +301,7 @@ impl Pods {
                     if self.failed.insert(id) {
                         let path = place.path();
                         tracing::warn!(%error, "a pod's network namespace cannot be listened in: {}", path.display());
-                        self.count_failed("error");
+                        self.record_failures("error");
                     }
                 }
             }
@@ -324,7 +327,7 @@ impl Pods {
                 if pod.missing.len() < before {
                     tracing::info!("{}: the port is free now, and listened on", pod.path().display());
                 }
-                if let Some(owner) = pod.name_of_missing() {
+                if let Some(owner) = pod.warn_missing_with_owner() {
                     tracing::warn!(
                         "{}, where port 974 is taken, is the network of the pod {owner}",
                         pod.path().display()
@@ -334,36 +337,36 @@ impl Pods {
         }
     }
 
-    fn count_failed(&self, reason: &'static str) {
-        self.metrics.pod_namespaces_failed.get_or_create(&Reason { reason }).inc();
+    fn record_failures(&self, reason: &'static str) {
+        self.metrics.pod_namespaces_failed.get_or_create(&ReasonLabel { reason }).inc();
     }
 
-    fn tell_of_unbound(&mut self, pod: &Pod, unbound: Vec<Unbound>) {
+    fn warn_unbound(&mut self, pod: &ListenedPod, unbound: Vec<BindFailure>) {
         let path = pod.path();
         for (i, unbound) in unbound.into_iter().enumerate() {
             let reason = match &unbound {
-                Unbound::Taken => "port_taken",
-                Unbound::Denied => "port_denied",
-                Unbound::Failed(_) => "error",
+                BindFailure::Taken => "port_taken",
+                BindFailure::Denied => "port_denied",
+                BindFailure::Failed(_) => "error",
             };
             // The other address has failed for the same reason.
             if i > 0 {
                 continue;
             }
-            self.count_failed(reason);
+            self.record_failures(reason);
             match unbound {
-                Unbound::Taken => tracing::warn!(
+                BindFailure::Taken => tracing::warn!(
                     "port 974 is taken in the network namespace {}: the workloads of that pod are not served there until \
                      whoever has it lets it go",
                     path.display()
                 ),
-                Unbound::Denied if std::mem::replace(&mut self.told.denied, true) => {}
-                Unbound::Denied => tracing::warn!(
+                BindFailure::Denied if std::mem::replace(&mut self.told.denied, true) => {}
+                BindFailure::Denied => tracing::warn!(
                     "the daemon may not listen on port 974 in {}; in Kubernetes add NET_BIND_SERVICE to the container's \
                      securityContext.capabilities.add, under systemd CAP_NET_BIND_SERVICE",
                     path.display()
                 ),
-                Unbound::Failed(error) => {
+                BindFailure::Failed(error) => {
                     tracing::warn!(%error, "port 974 cannot be listened on in {}", path.display());
                 }
             }
@@ -371,24 +374,24 @@ impl Pods {
     }
 
     /// Waits until there is something to look at.
-    async fn change(&self) {
+    async fn wait_for_change(&self) {
         let waiting = self.waiting.values().any(Option::is_some);
         let failed = self.pods.values().any(|pod| !pod.missing.is_empty()) || !self.failed.is_empty();
         let again = match (waiting, failed || (self.handover.is_some() && self.successors.is_none())) {
-            (true, _) => Some(Instant::now() + LOOK_AGAIN),
-            (false, true) => Some(Instant::now() + BIND_AGAIN),
+            (true, _) => Some(Instant::now() + MOUNT_POLL),
+            (false, true) => Some(Instant::now() + BIND_RETRY),
             (false, false) => self.next_look_at_ports(),
         };
         tokio::select! {
             biased;
             changed = self.watch.changed() => match changed {
-                Ok(Change::Mounts) if !waiting => drop(timeout(NO_HURRY, self.watch.files()).await),
+                Ok(Change::Mounts) if !waiting => drop(timeout(RESCAN_DEBOUNCE, self.watch.files()).await),
                 Ok(_) => {}
                 Err(error) => {
                     if let Some(missed) = self.told.is_unwatched() {
                         tracing::error!(%error, missed, "network namespaces cannot be watched");
                     }
-                    tokio::time::sleep(BIND_AGAIN).await;
+                    tokio::time::sleep(BIND_RETRY).await;
                 }
             },
             () = at(again) => {}

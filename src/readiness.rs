@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 use crate::admin::Readiness;
 use crate::attest::Attestor;
 use crate::config::{self, Config};
-use crate::pods::Gate;
+use crate::pods::TakeoverGate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;
@@ -41,7 +41,7 @@ const LINE_EVERY: Duration = Duration::from_secs(30);
 
 /// What has to answer.
 #[derive(Debug)]
-pub struct Probes {
+pub struct ReadinessProbes {
     unix: Option<PathBuf>,
     token_file: PathBuf,
     source: Arc<dyn IdentitySource>,
@@ -50,7 +50,7 @@ pub struct Probes {
     targets: Vec<StsTarget>,
 }
 
-impl Probes {
+impl ReadinessProbes {
     /// Takes what is to be asked from the configuration.
     pub fn new(config: &Config, source: Arc<dyn IdentitySource>, sts: Arc<Sts>) -> Self {
         // That of `allow_requested_roles` too: STS answers without a role, so none has to be known.
@@ -64,20 +64,20 @@ impl Probes {
     pub async fn until_ready(
         mut self,
         tcp: Vec<SocketAddr>,
-        mut pods: Option<Gate>,
+        mut pods: Option<TakeoverGate>,
         attestor: Arc<Attestor>,
         readiness: Arc<Readiness>,
     ) {
-        let mut told = Told::default();
-        let mut listeners = Listeners {
+        let mut told = LoggedReason::default();
+        let mut listeners = ProbedListeners {
             unanswered: self
                 .unix
                 .take()
-                .map(Listening::Unix)
+                .map(ProbeTarget::Unix)
                 .into_iter()
-                .chain(tcp.into_iter().map(Listening::Tcp))
+                .chain(tcp.into_iter().map(ProbeTarget::Tcp))
                 .collect(),
-            ..Listeners::default()
+            ..ProbedListeners::default()
         };
         loop {
             let missing = self.missing(&mut listeners, &attestor, pods.is_some()).await;
@@ -86,7 +86,7 @@ impl Probes {
                 if let Some(pods) = &mut pods {
                     pods.pass().await;
                 }
-                readiness.reached();
+                readiness.set_ready();
                 tracing::info!("ready");
                 return;
             }
@@ -101,9 +101,9 @@ impl Probes {
 
     /// What has not answered yet, all of it. Each listener is asked until it has answered once: its requests are audited like
     /// others.
-    async fn missing(&self, listeners: &mut Listeners, attestor: &Attestor, has_pods: bool) -> Vec<String> {
+    async fn missing(&self, listeners: &mut ProbedListeners, attestor: &Attestor, has_pods: bool) -> Vec<String> {
         let mut missing = Vec::new();
-        if let Some(listener) = listeners.ask(&self.token_file).await {
+        if let Some(listener) = listeners.probe_all(&self.token_file).await {
             missing.push(format!("the listener {listener} does not answer the daemon itself"));
         } else {
             let for_tcp = attestor.missing_for_tcp();
@@ -127,18 +127,18 @@ impl Probes {
 /// Which reasons the log has: each when it comes, and no line while it stays. Reasons that alternate, or that contain another
 /// number each time, would be a line in each round, so their lines are bounded.
 #[derive(Debug)]
-struct Told {
+struct LoggedReason {
     last: String,
     lines: LogQuota,
 }
 
-impl Default for Told {
+impl Default for LoggedReason {
     fn default() -> Self {
         Self { last: String::new(), lines: LogQuota::new(LINES, LINE_EVERY) }
     }
 }
 
-impl Told {
+impl LoggedReason {
     /// Whether the log gets a line for this. A reason that stays has one as soon as there may be one again.
     fn is_news(&mut self, missing: &str) -> bool {
         let is_news = self.last != missing && self.lines.take().is_some();
@@ -157,22 +157,22 @@ fn one_line(text: &str) -> String {
 
 /// The daemon's own listeners, by how they have answered it.
 #[derive(Debug, Default)]
-struct Listeners {
-    unanswered: Vec<Listening>,
+struct ProbedListeners {
+    unanswered: Vec<ProbeTarget>,
     /// They refuse everybody. The kernel may come to support them later, so they are asked again until the daemon is ready.
-    unsupported: Vec<Listening>,
+    unsupported: Vec<ProbeTarget>,
     serves: bool,
 }
 
-impl Listeners {
+impl ProbedListeners {
     /// Asks those that have not answered yet; one that still does not.
-    async fn ask(&mut self, token_file: &Path) -> Option<&Listening> {
+    async fn probe_all(&mut self, token_file: &Path) -> Option<&ProbeTarget> {
         self.unanswered.append(&mut self.unsupported);
         while let Some(listener) = self.unanswered.pop() {
             match listener.answer(token_file).await {
-                Some(Answer::Attested) => self.serves = true,
-                Some(Answer::Absent) => {}
-                Some(Answer::Unsupported) => self.unsupported.push(listener),
+                Some(ProbeAnswer::Attested) => self.serves = true,
+                Some(ProbeAnswer::Absent) => {}
+                Some(ProbeAnswer::Unsupported) => self.unsupported.push(listener),
                 None => {
                     self.unanswered.push(listener);
                     return self.unanswered.last();
@@ -204,7 +204,7 @@ impl Listeners {
 
 /// How a listener has answered the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Answer {
+enum ProbeAnswer {
     /// It attests this process.
     Attested,
     /// Nobody can reach it: systemd binds an address of a family that is switched off.
@@ -215,12 +215,12 @@ enum Answer {
 
 /// One of the daemon's own listeners.
 #[derive(Debug)]
-enum Listening {
+enum ProbeTarget {
     Unix(PathBuf),
     Tcp(SocketAddr),
 }
 
-impl fmt::Display for Listening {
+impl fmt::Display for ProbeTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix(path) => write!(f, "{}", path.display()),
@@ -229,16 +229,16 @@ impl fmt::Display for Listening {
     }
 }
 
-impl Listening {
+impl ProbeTarget {
     /// Asks it. `None`: it does not answer, or refuses for another reason.
-    async fn answer(&self, token_file: &Path) -> Option<Answer> {
+    async fn answer(&self, token_file: &Path) -> Option<ProbeAnswer> {
         // Where any value will do, the token does as well.
         let token = Zeroizing::new(std::fs::read_to_string(token_file).unwrap_or_default());
         let probe = probe(&token);
         let asked = timeout(ANSWER, async {
             match self {
-                Self::Unix(path) => asks(UnixStream::connect(path).await?, &probe).await,
-                Self::Tcp(address) => asks(TcpStream::connect(address).await?, &probe).await,
+                Self::Unix(path) => probe_listener(UnixStream::connect(path).await?, &probe).await,
+                Self::Tcp(address) => probe_listener(TcpStream::connect(address).await?, &probe).await,
             }
         });
         match asked.await {
@@ -248,7 +248,7 @@ impl Listening {
                 if absent {
                     tracing::warn!(listener = %self, "this machine has no such address; clients use the others");
                 }
-                absent.then_some(Answer::Absent)
+                absent.then_some(ProbeAnswer::Absent)
             }
             Err(_) => None,
         }
@@ -261,22 +261,25 @@ fn probe(token: &str) -> Zeroizing<String> {
 }
 
 /// Whether the other end attests this process and finds nothing at the path: 403 is a refusal to attest it.
-async fn asks<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, probe: &str) -> io::Result<Option<Answer>> {
+async fn probe_listener<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    probe: &str,
+) -> io::Result<Option<ProbeAnswer>> {
     stream.write_all(probe.as_bytes()).await?;
     let mut answer = Vec::new();
     stream.take(ANSWER_MAX).read_to_end(&mut answer).await?;
     Ok(judge(&answer))
 }
 
-fn judge(answer: &[u8]) -> Option<Answer> {
+fn judge(answer: &[u8]) -> Option<ProbeAnswer> {
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n")?;
     let (head, body) = answer.split_at(end + 4);
     if head.starts_with(b"HTTP/1.1 404 ") {
-        return Some(Answer::Attested);
+        return Some(ProbeAnswer::Attested);
     }
     let body: serde_json::Value = serde_json::from_slice(body).ok()?;
     let is_unsupported = head.starts_with(b"HTTP/1.1 403 ") && body["code"] == UNSUPPORTED;
-    is_unsupported.then_some(Answer::Unsupported)
+    is_unsupported.then_some(ProbeAnswer::Unsupported)
 }
 
 #[cfg(test)]
@@ -289,7 +292,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_reason_is_told_when_it_comes_and_never_once_a_second() {
-        let mut told = Told::default();
+        let mut told = LoggedReason::default();
         let mut lines = Vec::new();
         let mut seconds = async |reasons: &[&'static str], count: usize| {
             for reason in reasons.iter().cycle().take(count) {
@@ -313,8 +316,8 @@ mod tests {
     fn answer_tells_an_attested_caller_from_an_unsupported_kernel() {
         let refused = |code: &str| format!("HTTP/1.1 403 Forbidden\r\na: b\r\n\r\n{{\"code\":\"{code}\"}}");
         let table = [
-            ("HTTP/1.1 404 Not Found\r\n\r\n".to_owned(), Some(Answer::Attested)),
-            (refused(UNSUPPORTED), Some(Answer::Unsupported)),
+            ("HTTP/1.1 404 Not Found\r\n\r\n".to_owned(), Some(ProbeAnswer::Attested)),
+            (refused(UNSUPPORTED), Some(ProbeAnswer::Unsupported)),
             (refused("no_holder"), None),
             (refused(UNSUPPORTED).replace("403", "503"), None),
             (refused(UNSUPPORTED).replace("\r\n\r\n", "\r\n"), None),
@@ -327,8 +330,9 @@ mod tests {
 
     #[test]
     fn kernel_that_supports_no_listener_serves_nobody() {
-        let unix = || Listening::Unix(PathBuf::from("/a"));
-        let with = |unsupported: Vec<Listening>, serves| Listeners { unanswered: Vec::new(), unsupported, serves };
+        let unix = || ProbeTarget::Unix(PathBuf::from("/a"));
+        let with =
+            |unsupported: Vec<ProbeTarget>, serves| ProbedListeners { unanswered: Vec::new(), unsupported, serves };
         let table = [
             // TCP alone, and TCP beside the unix socket.
             (with(vec![unix()], false), None, true),
@@ -366,7 +370,7 @@ mod tests {
             let source = WorkloadApi::new(config.identity.socket.clone(), Vec::new(), clock.clone(), metrics);
             let network = NetworkSettings::from_env(|_| None);
             let settings = Settings { timeout: ANSWER, max_concurrent: 4, ca_file: None, network };
-            let probes = Probes::new(&config, Arc::new(source), Arc::new(Sts::new(settings, clock)));
+            let probes = ReadinessProbes::new(&config, Arc::new(source), Arc::new(Sts::new(settings, clock)));
             let asked: Vec<_> = probes.targets.iter().map(|target| target.region.as_str()).collect();
             assert_eq!((asked, probes.audience.as_str()), (regions.to_vec(), "a"), "{text}");
         }

@@ -11,7 +11,7 @@ use tokio::task::spawn_blocking;
 use crate::app::{App, AppError, Startup};
 use crate::attest::{ExecMonitor, StartError};
 use crate::config::{self, Config, Exposure, Problem};
-use crate::hardening::{self, Does};
+use crate::hardening::{self, DaemonFeatures};
 use crate::listen::ActivatedSockets;
 use crate::metrics::Metrics;
 use crate::pods::PodsError;
@@ -21,7 +21,7 @@ use crate::telemetry::Log;
 /// sysexits.h: something was found in an unconfigured or misconfigured state. systemd does not restart on it.
 const EX_CONFIG: u8 = 78;
 /// With a signal's number added: ended by that signal while requests were open. As shells say it of a killed process.
-const KILLED: u8 = 128;
+const SIGNAL_EXIT_BASE: u8 = 128;
 
 const NOT_COUNTED: &str =
     "executions of programs cannot be counted, so callers' processes are not named to the agent (unseen_program)";
@@ -47,10 +47,10 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     warn(path, &warnings);
-    let does = Does::of(&config);
+    let does = DaemonFeatures::of(&config);
     // It takes capabilities that are given up right after.
     let exec_monitor = does.names_processes().then(exec_monitor).flatten();
-    hardening::before_threads(does);
+    hardening::harden_before_threads(does);
     if let Err(error) = log.start() {
         eprintln!("awsvid: the log cannot be written: {error}");
         return ExitCode::FAILURE;
@@ -114,7 +114,7 @@ async fn run(path: &Path, config: Config, startup: Startup, log: &Log) -> Result
         () = app.drain() => Ok(ExitCode::SUCCESS),
         number = signals.end() => {
             tracing::warn!("ending at once: open requests are cut");
-            Ok(ExitCode::from(KILLED + number))
+            Ok(ExitCode::from(SIGNAL_EXIT_BASE + number))
         }
     }
 }
@@ -135,12 +135,12 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
     };
     let used = match loading.await {
         Ok(Ok(loaded)) => {
-            let (wanted, does) = (loaded.config.log.clone(), Does::of(&loaded.config));
+            let (wanted, does) = (loaded.config.log.clone(), DaemonFeatures::of(&loaded.config));
             app.reload(loaded.config).await.map_err(|error| error.to_string()).inspect(|()| {
                 // It was read as a part of the configuration, so there is no error to lose.
                 let _ = log.change(&wanted.level, wanted.format);
                 warn(path, &loaded.warnings);
-                hardening::tell_of_missing(does);
+                hardening::warn_missing(does);
                 if does.names_processes() && !app.counts_executions() {
                     tracing::error!(
                         "{NOT_COUNTED}: that takes privileges which are given up at the start; restart awsvid"

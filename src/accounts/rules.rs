@@ -7,7 +7,7 @@ use tokio::time::{Instant, timeout};
 
 use super::{Accounts, LOOKUP_WAIT, Numbers};
 use crate::caller::{Caller, ProcessFacts};
-use crate::clock::HOLD;
+use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
 use crate::rule::{AccountName, Decision, ExeMatcher, Known, NamedRule, Resolved, WorkloadRule};
 
@@ -57,7 +57,7 @@ impl LiveRules {
                 RulesOutcome::Decided(decided) => return decided,
                 RulesOutcome::NeedsFile(file) => {
                     // One that does not answer keeps only those waiting whom its rule may concern.
-                    if !timeout(HOLD, file.look()).await.unwrap_or(false) {
+                    if !timeout(REQUEST_HOLD, file.look()).await.unwrap_or(false) {
                         return Err(Undecided::Unresponsive);
                     }
                     continue;

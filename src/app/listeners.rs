@@ -47,7 +47,7 @@ impl fmt::Display for ListenAddress {
 
 /// Accept loops, how they are told to end, and what they have accepted.
 #[derive(Debug)]
-pub(super) struct Serving {
+pub(super) struct AcceptLoops {
     /// Set to true once they are to end.
     pub(super) stop: watch::Sender<bool>,
     /// The loops.
@@ -57,10 +57,10 @@ pub(super) struct Serving {
 }
 
 /// An address, and what came of binding it.
-pub(super) type Attempt = (ListenAddress, Result<Listener, ListenError>);
+pub(super) type BindAttempt = (ListenAddress, Result<Listener, ListenError>);
 
 /// Binds each address. One of IPv6 is left out, with a warning, where the machine has none.
-pub(super) fn bind_all(wanted: Vec<ListenAddress>, inherited: &mut ActivatedSockets) -> Vec<Attempt> {
+pub(super) fn bind_all(wanted: Vec<ListenAddress>, inherited: &mut ActivatedSockets) -> Vec<BindAttempt> {
     let mut attempts = Vec::new();
     for address in wanted {
         match (address.bind(inherited), &address) {
@@ -74,7 +74,7 @@ pub(super) fn bind_all(wanted: Vec<ListenAddress>, inherited: &mut ActivatedSock
 }
 
 /// The TCP address, with the port that the kernel chose; `None` of a unix socket, and of a port that is not chosen yet.
-pub(super) fn tcp_address((wanted, bound): &Attempt) -> Option<SocketAddr> {
+pub(super) fn tcp_address((wanted, bound): &BindAttempt) -> Option<SocketAddr> {
     match (bound, wanted) {
         (Ok(Listener::Tcp { address, .. }), _) => Some(*address),
         (Err(_), ListenAddress::Tcp(address)) if address.port() != 0 => Some(*address),
@@ -82,14 +82,14 @@ pub(super) fn tcp_address((wanted, bound): &Attempt) -> Option<SocketAddr> {
     }
 }
 
-impl Serving {
+impl AcceptLoops {
     /// Nothing yet.
     pub(super) fn new(metrics: &Metrics) -> Self {
         Self { stop: watch::Sender::default(), loops: JoinSet::new(), connections: ConnectionTracker::new(metrics) }
     }
 
     /// Serves what is bound, and writes `event` to the log. What is not is bound as soon as that is possible.
-    pub(super) fn serve<F, C>(&mut self, (address, bound): Attempt, event: &'static str, connection: F)
+    pub(super) fn serve<F, C>(&mut self, (address, bound): BindAttempt, event: &'static str, connection: F)
     where
         F: Fn(AcceptedStream, PendingConnection) -> C + Send + Sync + 'static,
         C: Future<Output = ()> + Send + 'static,

@@ -20,7 +20,7 @@ use crate::caller::{
     WorkloadKey,
 };
 use crate::cgroup::CgroupPath;
-use crate::clock::HOLD;
+use crate::clock::REQUEST_HOLD;
 use crate::limits::FairSemaphore;
 
 /// A long search takes 20 ms of a processor; one that lasts longer than this counts no more among all.
@@ -182,7 +182,7 @@ impl SocketProof {
             done => return done,
         }
         // As long as a request is held: who waits longer would be cut off without a word.
-        let permit = parts.searches.acquire_within(HOLD, owner).await.ok_or(AttestError::SearchBusy)?;
+        let permit = parts.searches.acquire_within(REQUEST_HOLD, owner).await.ok_or(AttestError::SearchBusy)?;
         // Many have hung up meanwhile. A search for each of them would keep those waiting who have come again.
         self.is_unchanged().map_err(|_| AttestError::CallerGone)?;
         let mut searching = pin!(parts.host.lookups.run_offloaded(owner, self.search(looks, Budget::OFFLOADED)));

@@ -9,7 +9,7 @@ use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
 use crate::audit::{Audit, CacheResult, IssuedFields, Outcome, RequestId};
 use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
 use crate::cgroup::{CgroupPath, Pod};
-use crate::metrics::Request;
+use crate::metrics::RequestLabel;
 use crate::role::Grant;
 use crate::writer::{self, Priority};
 
@@ -194,7 +194,7 @@ impl Drop for Record {
             (end.outcome, end.reason, end.seconds)
         });
         let metrics = &self.audit.metrics;
-        metrics.requests.get_or_create(&Request { listener: self.listener.name(), outcome, reason }).inc();
+        metrics.requests.get_or_create(&RequestLabel { listener: self.listener.name(), outcome, reason }).inc();
         metrics.latency.0.observe(seconds);
     }
 }

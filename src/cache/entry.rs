@@ -13,7 +13,7 @@ use super::issued::CachedCredentials;
 use super::trouble::FailureState;
 use crate::caller::Caller;
 use crate::clock::Clock;
-use crate::metrics::EntryState;
+use crate::metrics::EntryStateLabel;
 use crate::role::Grant;
 
 /// `(uid_t) -1`.
@@ -81,15 +81,15 @@ impl Entry {
     }
 
     /// For metrics.
-    pub(super) fn status(&self, clock: &Clock) -> EntryState {
+    pub(super) fn status(&self, clock: &Clock) -> EntryStateLabel {
         let state = self.state();
         let current = self.current.load();
         match (current.as_ref(), &state.trouble) {
-            (None, _) => EntryState::Empty,
-            (Some(_), Some(trouble)) if trouble.refused_since.is_some() => EntryState::Refused,
-            (Some(_), Some(_)) => EntryState::Failing,
-            (Some(issued), None) if issued.remaining(clock) <= issued.refresh_left => EntryState::Due,
-            (Some(_), None) => EntryState::Fresh,
+            (None, _) => EntryStateLabel::Empty,
+            (Some(_), Some(trouble)) if trouble.refused_since.is_some() => EntryStateLabel::Refused,
+            (Some(_), Some(_)) => EntryStateLabel::Failing,
+            (Some(issued), None) if issued.remaining(clock) <= issued.refresh_left => EntryStateLabel::Due,
+            (Some(_), None) => EntryStateLabel::Fresh,
         }
     }
 

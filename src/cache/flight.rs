@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use super::CacheError;
 use super::issued::CachedCredentials;
 use crate::caller::Caller;
-use crate::clock::HOLD;
+use crate::clock::REQUEST_HOLD;
 
 pub(super) type FlightResult = Result<Arc<CachedCredentials>, CacheError>;
 
@@ -77,7 +77,7 @@ impl Waiter {
     /// Waits, but not for ever.
     pub(super) async fn wait(&self) -> FlightResult {
         let mut landed = self.flight.landed.subscribe();
-        let landed = timeout(HOLD, landed.wait_for(Option::is_some)).await.map_err(|_| CacheError::Pending)?;
+        let landed = timeout(REQUEST_HOLD, landed.wait_for(Option::is_some)).await.map_err(|_| CacheError::Pending)?;
         // The sender is this waiter's own flight, so there is a result.
         landed.ok().and_then(|landed| landed.clone()).unwrap_or(Err(CacheError::Pending))
     }

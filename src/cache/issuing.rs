@@ -15,7 +15,7 @@ use crate::credentials::Credentials;
 use crate::identity::SpiffeId;
 use crate::issue::ExchangeError;
 use crate::limits::FairPermit;
-use crate::metrics::Call;
+use crate::metrics::CallLabel;
 
 /// What becomes of a flight.
 enum FlightOutcome {
@@ -70,7 +70,7 @@ impl CacheInner {
                 return FlightOutcome::Again(other);
             }
         }
-        self.metrics.issues.get_or_create(&Call::of(&result, ExchangeError::reason)).inc();
+        self.metrics.issues.get_or_create(&CallLabel::of(&result, ExchangeError::reason)).inc();
         state.flight = None;
         let news = match &result {
             Ok(issued) => {

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::caller::{AttestError, ListenerKind, PeerProof, Process, ProcessFacts};
-use crate::clock::HOLD;
+use crate::clock::REQUEST_HOLD;
 use crate::credentials::Credentials;
 use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
 use crate::role::{Identity, RequestedRole, Role, Roles, StsTarget};
@@ -331,7 +331,7 @@ async fn a_request_is_held_and_then_told_to_come_again() {
     let (world, cache) = world(0);
     let before = Instant::now();
     assert!(matches!(key(&cache).await, Err(CacheError::Pending)));
-    assert_eq!(before.elapsed(), HOLD);
+    assert_eq!(before.elapsed(), REQUEST_HOLD);
     world.gate.add_permits(10);
     settle().await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Hit);

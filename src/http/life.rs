@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::attest::PodAttestor;
 use crate::limits::Exhausted;
 use crate::listen::{CONNECTION_TIMEOUT, LazySocket, OpenConnection};
-use crate::metrics::{Metrics, Reason};
+use crate::metrics::{Metrics, ReasonLabel};
 
 /// Why a connection ended without a request.
 #[derive(Debug, Clone, Copy)]
@@ -70,7 +70,7 @@ pub(super) struct ConnectionLife {
     /// In whose network namespace it is, if not in the host's.
     pod: Option<Arc<PodAttestor>>,
     /// All that it needs of the metrics: to clone those takes as long as a system call.
-    dropped: Family<Reason, Counter>,
+    dropped: Family<ReasonLabel, Counter>,
     _open: OpenConnection,
 }
 
@@ -100,7 +100,7 @@ impl ConnectionLife {
         if dropped.resets() {
             LazySocket::reset_on_close(&self.descriptor);
         }
-        self.dropped.get_or_create(&Reason { reason: dropped.reason() }).inc();
+        self.dropped.get_or_create(&ReasonLabel { reason: dropped.reason() }).inc();
         None
     }
 
@@ -111,7 +111,7 @@ impl ConnectionLife {
             // A client that is gone, or does not read, is no further concern.
             let _ = send(descriptor.as_raw_fd(), &answer(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
             let _ = shutdown(descriptor.as_raw_fd(), Shutdown::Write);
-            dropped.get_or_create(&Reason { reason: DropReason::Unresponsive.reason() }).inc();
+            dropped.get_or_create(&ReasonLabel { reason: DropReason::Unresponsive.reason() }).inc();
         }
     }
 

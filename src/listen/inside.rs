@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::listen::ListenError;
 use crate::listen::tcp::{FreeBind, bind, bound_buffers};
-use crate::namespace::{Namespace, NamespaceError, NamespaceId};
+use crate::namespace::{NamespaceError, NamespaceId, NetNs};
 
 /// Where every SDK is told to ask, in every pod.
 pub const POD_ADDRESSES: [SocketAddr; 2] =
@@ -56,11 +56,11 @@ impl NetnsRef {
 
     /// Makes sockets there, if its file is still the same namespace's.
     pub fn run_in<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
-        let namespace = Namespace::open(&self.path())?;
+        let namespace = NetNs::open(&self.path())?;
         if namespace.id() != self.id {
             return Err(NamespaceError::NotMounted);
         }
-        namespace.within(make)
+        namespace.run_in(make)
     }
 }
 

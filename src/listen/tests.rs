@@ -8,7 +8,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::namespace::Namespace;
+use crate::namespace::NetNs;
 
 /// A listener on a port that is free, and where it is.
 fn bound() -> (Listener, SocketAddr) {
@@ -93,7 +93,7 @@ async fn every_tcp_listener_has_small_buffers() {
         listener.set_nonblocking(true).unwrap();
         listener
     };
-    let place = || Arc::new(NetnsRef::new(Namespace::own().unwrap().id(), "/proc/self/ns/net".into()));
+    let place = || Arc::new(NetnsRef::new(NetNs::own().unwrap().id(), "/proc/self/ns/net".into()));
     let inherited = elsewhere();
     let address = inherited.local_addr().unwrap();
     let by_systemd = Listener::tcp(address, &mut ActivatedSockets::of(inherited)).unwrap();

@@ -7,7 +7,7 @@ use nix::unistd::geteuid;
 use super::*;
 
 /// A namespace that lives as long as this: a thread that sits in it. `None` for who is not root.
-fn another() -> Option<(Namespace, std::sync::mpsc::Sender<()>)> {
+fn another() -> Option<(NetNs, std::sync::mpsc::Sender<()>)> {
     if !geteuid().is_root() {
         return None;
     }
@@ -15,7 +15,7 @@ fn another() -> Option<(Namespace, std::sync::mpsc::Sender<()>)> {
     let (end, ended) = std::sync::mpsc::channel();
     thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        give.send(Namespace::own().unwrap()).unwrap();
+        give.send(NetNs::own().unwrap()).unwrap();
         let _ = ended.recv();
     });
     Some((given.recv().unwrap(), end))
@@ -26,10 +26,10 @@ fn what_is_made_inside_is_there_and_nothing_else_is() {
     let Some((namespace, _end)) = another() else { return };
     let own = NamespaceId::own().unwrap();
     assert_ne!(namespace.id(), own);
-    let seen = (0..8).map(|_| namespace.within(|| NamespaceId::own().unwrap()).unwrap()).collect::<HashSet<_>>();
+    let seen = (0..8).map(|_| namespace.run_in(|| NamespaceId::own().unwrap()).unwrap()).collect::<HashSet<_>>();
     assert_eq!(seen, HashSet::from([namespace.id()]));
     assert_eq!(NamespaceId::own().unwrap(), own);
-    let port = namespace.within(|| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+    let port = namespace.run_in(|| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
     let address = port.local_addr().unwrap();
     assert!(std::net::TcpStream::connect(address).is_err(), "it is not in this namespace");
 }
@@ -37,9 +37,9 @@ fn what_is_made_inside_is_there_and_nothing_else_is() {
 #[test]
 fn a_panic_inside_is_the_callers() {
     let Some((namespace, _end)) = another() else { return };
-    let caught = std::panic::catch_unwind(|| namespace.within(|| panic!("inside")));
+    let caught = std::panic::catch_unwind(|| namespace.run_in(|| panic!("inside")));
     assert_eq!(caught.unwrap_err().downcast_ref(), Some(&"inside"));
-    assert_eq!(namespace.within(|| ()).unwrap(), ());
+    assert_eq!(namespace.run_in(|| ()).unwrap(), ());
 }
 
 #[test]
@@ -52,12 +52,12 @@ fn what_is_no_namespace_is_not_entered() {
     symlink("/proc/self/ns/net", &link).unwrap();
     for path in [&file, &link] {
         assert_eq!(NamespaceId::at(path, own).unwrap(), None, "{}", path.display());
-        assert!(matches!(Namespace::open(path), Err(NamespaceError::NotMounted)), "{}", path.display());
+        assert!(matches!(NetNs::open(path), Err(NamespaceError::NotMounted)), "{}", path.display());
     }
     assert!(NamespaceId::at(&folder.path().join("none"), own).is_err());
     if geteuid().is_root() {
-        let mounts = Namespace::of(File::open("/proc/self/ns/mnt").unwrap()).unwrap();
-        assert!(matches!(mounts.within(|| ()), Err(NamespaceError::NotMounted)), "one of another kind");
+        let mounts = NetNs::of(File::open("/proc/self/ns/mnt").unwrap()).unwrap();
+        assert!(matches!(mounts.run_in(|| ()), Err(NamespaceError::NotMounted)), "one of another kind");
     }
 }
 
@@ -78,6 +78,6 @@ fn the_machines_own_is_known_by_its_inode_or_its_cookie() {
         ("a pod", 0xF000_00A2, 4102, false),
     ];
     for (kernel, inode, cookie, is) in table {
-        assert_eq!(id(inode).is_machines(Some(cookie)), is, "{kernel}");
+        assert_eq!(id(inode).is_initial(Some(cookie)), is, "{kernel}");
     }
 }

@@ -25,7 +25,7 @@ use tokio::time::timeout;
 use crate::cgroup;
 use crate::listen::{ListenError, POD_ADDRESSES, SocketFile};
 use crate::namespace::NamespaceId;
-use crate::pods::{TELL_AGAIN, sys};
+use crate::pods::{LOG_INTERVAL, sys};
 use crate::telemetry::LogQuota;
 
 pub(super) const GIVE: u8 = b'G';
@@ -40,13 +40,13 @@ const RECORD: usize = 1 + NamespaceId::LENGTH + 1;
 pub(super) const DEADLINE: Duration = Duration::from_secs(5);
 
 /// A listener, by its namespace and address.
-pub(super) type Key = (NamespaceId, SocketAddr);
+pub(super) type HandoverKey = (NamespaceId, SocketAddr);
 
 /// What one daemon gives to the next.
 #[derive(Debug, Default)]
-pub(super) struct Given {
+pub(super) struct ReceivedListeners {
     /// None of them is known to be what it is said to be: see [`is_listener`].
-    pub(super) listeners: HashMap<Key, OwnedFd>,
+    pub(super) listeners: HashMap<HandoverKey, OwnedFd>,
     /// Connections of daemons before the one that gives. Nothing is said on them, they are only kept open.
     pub(super) before: Vec<OwnedFd>,
 }
@@ -65,7 +65,7 @@ impl Handover {
     pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
         let (listener, file) = SocketFile::bind_private(path)?;
         let failed = |source| ListenError::Unix { path: path.to_owned(), source };
-        let refusals = Mutex::new(LogQuota::new(3, TELL_AGAIN));
+        let refusals = Mutex::new(LogQuota::new(3, LOG_INTERVAL));
         Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, refusals, _file: file })
     }
 
@@ -101,7 +101,7 @@ fn check_peer(stream: &UnixStream) -> io::Result<()> {
         let place = |process: &str| {
             let text = std::fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
             let (_, path) = cgroup::lines(&text).find(|(controllers, _)| controllers.is_empty())?;
-            Some(two_above(path))
+            Some(grandparent_cgroup(path))
         };
         if place(&peer.pid().to_string()) != place("self") {
             return denied(format!("the other end, process {}, is in a cgroup of another kind", peer.pid()));
@@ -112,7 +112,7 @@ fn check_peer(stream: &UnixStream) -> io::Result<()> {
 
 /// Without the parts that two pods, or two units, of one kind differ in: a pod and its container, or a service. In a cgroup
 /// namespace the own path is `/`, and another's begins with as many `..` as it is away.
-fn two_above(path: &str) -> Vec<String> {
+fn grandparent_cgroup(path: &str) -> Vec<String> {
     let mut parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     for _ in 0..2 {
         match parts.last() {
@@ -124,12 +124,12 @@ fn two_above(path: &str) -> Vec<String> {
 }
 
 /// Says one word.
-pub(super) async fn say(stream: &UnixStream, word: u8) -> io::Result<()> {
+pub(super) async fn send_message(stream: &UnixStream, word: u8) -> io::Result<()> {
     send(stream, &[word], None).await
 }
 
 /// Hears one word; `None` at the end.
-pub(super) async fn hear(stream: &UnixStream) -> io::Result<Option<u8>> {
+pub(super) async fn receive_message(stream: &UnixStream) -> io::Result<Option<u8>> {
     let mut word = [0];
     loop {
         stream.readable().await?;
@@ -141,7 +141,11 @@ pub(super) async fn hear(stream: &UnixStream) -> io::Result<Option<u8>> {
 }
 
 /// Gives all of these.
-pub(super) async fn give(stream: &UnixStream, listeners: &[(Key, Arc<OwnedFd>)], before: &[OwnedFd]) -> io::Result<()> {
+pub(super) async fn give(
+    stream: &UnixStream,
+    listeners: &[(HandoverKey, Arc<OwnedFd>)],
+    before: &[OwnedFd],
+) -> io::Result<()> {
     for ((id, address), listener) in listeners {
         let which = POD_ADDRESSES.iter().position(|known| known == address).and_then(|which| u8::try_from(which).ok());
         let which = which.ok_or_else(|| io::Error::other("no address of a pod"))?;
@@ -163,8 +167,8 @@ fn record(kind: u8, id: NamespaceId, which: u8) -> Vec<u8> {
 }
 
 /// Takes what is given.
-pub(super) async fn take(stream: &UnixStream) -> io::Result<Given> {
-    let mut taken = Given::default();
+pub(super) async fn take(stream: &UnixStream) -> io::Result<ReceivedListeners> {
+    let mut taken = ReceivedListeners::default();
     loop {
         let mut record = [0; RECORD];
         let receive = || sys::receive(stream.as_fd(), &mut record);

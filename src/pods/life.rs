@@ -9,22 +9,22 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
-use crate::pods::handover::{self, DEADLINE, DONE, GIVE, Given, Handover, Key, SERVING};
-use crate::pods::{LOOK_AGAIN, Pod, Pods};
+use crate::pods::handover::{self, DEADLINE, DONE, GIVE, Handover, HandoverKey, ReceivedListeners, SERVING};
+use crate::pods::{ListenedPod, MOUNT_POLL, PodListeners};
 
 /// Who serves pods.
 #[derive(Debug)]
-pub(super) enum Stage {
+pub(super) enum HandoverRole {
     /// The daemon before, until this one takes over.
-    Before(UnixStream),
+    Standby(UnixStream),
     /// This one.
-    Serving,
+    Active,
     /// The next one, as long as it has this connection.
-    After(UnixStream),
+    Superseded(UnixStream),
 }
 
 /// What to do next.
-enum Event {
+enum HandoverEvent {
     Look,
     TakeOver,
     /// A daemon has connected.
@@ -35,7 +35,7 @@ enum Event {
     Resume,
 }
 
-impl Pods {
+impl PodListeners {
     /// Finds out whether there is a daemon before.
     pub(super) async fn begin(&mut self) {
         let before = match &self.handover {
@@ -45,19 +45,19 @@ impl Pods {
         match before {
             Ok(before) => {
                 tracing::info!("another daemon serves pods; its listeners are taken over when this one is ready");
-                self.stage = Stage::Before(before);
+                self.stage = HandoverRole::Standby(before);
             }
             Err(error) => {
                 if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) {
                     tracing::warn!(%error, "[listen] handover: what answers there is not taken for a daemon before this one");
                 }
-                self.look().await;
-                self.await_successors();
+                self.reconcile().await;
+                self.listen_for_successor();
             }
         }
     }
 
-    fn await_successors(&mut self) {
+    fn listen_for_successor(&mut self) {
         let Some(path) = self.handover.as_ref().filter(|_| self.successors.is_none()) else { return };
         match Handover::bind(path) {
             Ok(successors) => self.successors = Some(successors),
@@ -82,72 +82,72 @@ impl Pods {
                 event = self.event(next.as_ref()) => event,
             };
             match event {
-                Event::Look => self.follow().await,
-                Event::TakeOver => self.take_over().await,
-                Event::Next(stream) => next = Some(stream),
-                Event::Asked => next = self.answer(next).await,
-                Event::Resume => self.resume().await,
+                HandoverEvent::Look => self.follow().await,
+                HandoverEvent::TakeOver => self.take_over().await,
+                HandoverEvent::Next(stream) => next = Some(stream),
+                HandoverEvent::Asked => next = self.hand_over(next).await,
+                HandoverEvent::Resume => self.resume().await,
             }
         }
         self.end(next).await;
     }
 
     /// Waits for what is next; `next` is a daemon that waits for the listeners.
-    async fn event(&self, next: Option<&UnixStream>) -> Event {
+    async fn event(&self, next: Option<&UnixStream>) -> HandoverEvent {
         match &self.stage {
-            Stage::Before(before) => {
+            HandoverRole::Standby(before) => {
                 let mut able = self.able.clone();
                 tokio::select! {
                     // It ends, and gives its listeners, or is gone.
                     _ = before.readable() => {}
                     () = async { drop(able.wait_for(|able| *able).await) } => {}
                 }
-                Event::TakeOver
+                HandoverEvent::TakeOver
             }
-            Stage::After(after) => tokio::select! {
-                () = end_of(after) => Event::Resume,
-                () = self.change() => Event::Look,
+            HandoverRole::Superseded(after) => tokio::select! {
+                () = end_of(after) => HandoverEvent::Resume,
+                () = self.wait_for_change() => HandoverEvent::Look,
             },
-            Stage::Serving => tokio::select! {
+            HandoverRole::Active => tokio::select! {
                 biased;
-                stream = accept(self.successors.as_ref(), next) => Event::Next(stream),
-                () = word(next) => Event::Asked,
-                () = self.change() => Event::Look,
+                stream = accept(self.successors.as_ref(), next) => HandoverEvent::Next(stream),
+                () = word(next) => HandoverEvent::Asked,
+                () = self.wait_for_change() => HandoverEvent::Look,
             },
         }
     }
 
     async fn follow(&mut self) {
         match &self.stage {
-            Stage::Serving => {
-                self.look().await;
-                self.await_successors();
+            HandoverRole::Active => {
+                self.reconcile().await;
+                self.listen_for_successor();
             }
-            Stage::Before(_) | Stage::After(_) => self.forget(),
+            HandoverRole::Standby(_) | HandoverRole::Superseded(_) => self.drop_removed(),
         }
     }
 
     /// Lets go what is gone, and listens in nothing new.
-    fn forget(&mut self) {
-        let found = self.found();
+    fn drop_removed(&mut self) {
+        let found = self.scan();
         self.pods.retain(|id, _| found.contains_key(id));
     }
 
     async fn take_over(&mut self) {
-        let Stage::Before(before) = std::mem::replace(&mut self.stage, Stage::Serving) else { return };
+        let HandoverRole::Standby(before) = std::mem::replace(&mut self.stage, HandoverRole::Active) else { return };
         let taking = timeout(DEADLINE, async {
-            handover::say(&before, GIVE).await?;
+            handover::send_message(&before, GIVE).await?;
             handover::take(&before).await
         });
         let given = taking.await.unwrap_or_else(|late| Err(late.into()));
         match given {
-            Ok(Given { listeners, before: earlier }) => {
+            Ok(ReceivedListeners { listeners, before: earlier }) => {
                 tracing::info!(listeners = listeners.len(), "the listeners in pods are handed over");
                 self.before = earlier;
-                self.look_with(listeners).await;
+                self.reconcile_dir(listeners).await;
                 let released = timeout(DEADLINE, async {
-                    handover::say(&before, SERVING).await?;
-                    handover::hear(&before).await
+                    handover::send_message(&before, SERVING).await?;
+                    handover::receive_message(&before).await
                 });
                 let _ = released.await;
                 // If it can't be kept it is closed, which says that this one is gone.
@@ -156,14 +156,14 @@ impl Pods {
             Err(error) => {
                 tracing::warn!(%error, "the daemon before hands nothing over; pods' listeners are bound anew");
                 drop(before);
-                self.look().await;
+                self.reconcile().await;
             }
         }
-        self.await_successors();
+        self.listen_for_successor();
     }
 
     /// Gives the listeners to the next daemon, which asks for them. It is returned if it is there still, and has not taken over.
-    async fn answer(&mut self, next: Option<UnixStream>) -> Option<UnixStream> {
+    async fn hand_over(&mut self, next: Option<UnixStream>) -> Option<UnixStream> {
         let next = next?;
         let mut word = [0];
         match next.try_read(&mut word) {
@@ -171,24 +171,24 @@ impl Pods {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(next),
             _ => return None,
         }
-        let given = self.give(&next).await?;
+        let given = self.send_listeners(&next).await?;
         self.successors = None;
         self.pods.values_mut().for_each(|pod| pod.pause(&given));
         self.metrics.pod_namespaces.set(0);
         tracing::info!(listeners = given.len(), "the next daemon serves pods now");
         // If it can't be told it is gone, which is seen next.
-        let _ = timeout(DEADLINE, handover::say(&next, DONE)).await;
-        self.stage = Stage::After(next);
+        let _ = timeout(DEADLINE, handover::send_message(&next, DONE)).await;
+        self.stage = HandoverRole::Superseded(next);
         None
     }
 
     /// Gives all listeners, and waits until they are served. Both accept meanwhile.
-    async fn give(&mut self, next: &UnixStream) -> Option<Vec<(Key, Arc<OwnedFd>)>> {
+    async fn send_listeners(&mut self, next: &UnixStream) -> Option<Vec<(HandoverKey, Arc<OwnedFd>)>> {
         let given: Vec<_> = self.pods.values().flat_map(|pod| pod.listening()).collect();
         self.before.retain(|before| is_there(before.as_fd()));
         let giving = timeout(DEADLINE, async {
             handover::give(next, &given, &self.before).await?;
-            while let Some(word) = handover::hear(next).await? {
+            while let Some(word) = handover::receive_message(next).await? {
                 if word == SERVING {
                     return Ok(());
                 }
@@ -207,8 +207,8 @@ impl Pods {
     /// The next daemon has ended before this one was told to: an update that failed.
     async fn resume(&mut self) {
         tracing::warn!("the next daemon is gone; this one serves pods again");
-        self.stage = Stage::Serving;
-        self.forget();
+        self.stage = HandoverRole::Active;
+        self.drop_removed();
         self.pods.values_mut().for_each(|pod| pod.resume(&self.service));
         self.follow().await;
     }
@@ -216,14 +216,14 @@ impl Pods {
     /// Accept loops have been told to end.
     async fn end(mut self, next: Option<UnixStream>) {
         (self.successors, self.handover) = (None, None);
-        if let (Some(next), Stage::Serving) = (next, &self.stage) {
+        if let (Some(next), HandoverRole::Active) = (next, &self.stage) {
             // It serves from here on whether it is ready or not.
-            let _ = self.give(&next).await;
+            let _ = self.send_listeners(&next).await;
         }
         // If there is no next one, the daemon before this one, if it is there still, serves again.
         self.before.clear();
-        self.stage = Stage::Serving;
-        self.pods.values_mut().for_each(Pod::release);
+        self.stage = HandoverRole::Active;
+        self.pods.values_mut().for_each(ListenedPod::release);
         self.service.loops.close();
         let (loops, connections) = (self.service.loops.clone(), self.service.connections.clone());
         // Loops and connections end by themselves, or with their pod.
@@ -235,7 +235,7 @@ impl Pods {
             tokio::select! {
                 biased;
                 () = &mut ended => break,
-                () = self.change() => self.forget(),
+                () = self.wait_for_change() => self.drop_removed(),
             }
         }
     }
@@ -252,7 +252,7 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Uni
                     tracing::warn!(%error, missed, "[listen] handover: whoever asked there for pods' listeners does not get them");
                 }
                 // A lack of descriptors does not pass at once.
-                sleep(LOOK_AGAIN).await;
+                sleep(MOUNT_POLL).await;
             }
         }
     }
@@ -267,7 +267,7 @@ fn is_there(before: BorrowedFd<'_>) -> bool {
 
 /// Waits until whoever is at the other end is gone.
 async fn end_of(stream: &UnixStream) {
-    while let Ok(Some(_)) = handover::hear(stream).await {}
+    while let Ok(Some(_)) = handover::receive_message(stream).await {}
 }
 
 /// Waits until the next daemon asks, or is gone.

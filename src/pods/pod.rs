@@ -17,12 +17,12 @@ use crate::attest::{PodAttestor, SockDiag};
 use crate::http::CredentialEndpoint;
 use crate::listen::{self, ConnectionTracker, ListenError, Listener, NetnsRef, POD_ADDRESSES, PodListener};
 use crate::namespace::{NamespaceError, NamespaceId};
-use crate::pods::handover::{self, Key};
+use crate::pods::handover::{self, HandoverKey};
 use crate::pods::sys;
 
 /// What serves every pod.
 #[derive(Debug)]
-pub(super) struct Service {
+pub(super) struct PodService {
     pub(super) front: Arc<CredentialEndpoint>,
     pub(super) connections: ConnectionTracker,
     /// Ends all accept loops.
@@ -32,7 +32,7 @@ pub(super) struct Service {
 
 /// A namespace that is listened in.
 #[derive(Debug)]
-pub(super) struct Pod {
+pub(super) struct ListenedPod {
     pub(super) place: Arc<NetnsRef>,
     attestor: Arc<PodAttestor>,
     listeners: Vec<Arc<PodListener>>,
@@ -49,26 +49,26 @@ pub(super) struct Pod {
 }
 
 /// What could be made inside.
-pub(super) struct Made {
+pub(super) struct NamespaceSockets {
     diag: io::Result<SockDiag>,
-    listeners: Vec<Bind>,
+    listeners: Vec<BindResult>,
 }
 
 /// An address, and how binding it went.
-pub(super) type Bind = (SocketAddr, io::Result<PodListener>);
+pub(super) type BindResult = (SocketAddr, io::Result<PodListener>);
 
 /// Listeners of one namespace that another daemon says it had.
-pub(super) type Given = Vec<(SocketAddr, OwnedFd)>;
+pub(super) type ReceivedSockets = Vec<(SocketAddr, OwnedFd)>;
 
 /// Listens on these addresses, in the namespace of this place.
-pub(super) fn bind(place: &Arc<NetnsRef>, addresses: &[SocketAddr]) -> Result<Vec<Bind>, NamespaceError> {
+pub(super) fn bind(place: &Arc<NetnsRef>, addresses: &[SocketAddr]) -> Result<Vec<BindResult>, NamespaceError> {
     place.run_in(|| addresses.iter().map(|address| (*address, PodListener::bind(place.clone(), *address))).collect())
 }
 
-impl Made {
+impl NamespaceSockets {
     /// Makes everything that a pod needs, but for the listeners that another daemon has given. It keeps the namespace alive
     /// until it is dropped.
-    pub(super) fn inside(place: &Arc<NetnsRef>, given: Given) -> Result<Self, NamespaceError> {
+    pub(super) fn inside(place: &Arc<NetnsRef>, given: ReceivedSockets) -> Result<Self, NamespaceError> {
         let mut given: HashMap<_, _> = given.into_iter().collect();
         let mut listener = |address: SocketAddr| match given
             .remove(&address)
@@ -83,7 +83,7 @@ impl Made {
                 Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
                 cookie => Some(cookie?),
             };
-            if place.id().is_machines(cookie) {
+            if place.id().is_initial(cookie) {
                 return Err(NamespaceError::Machines);
             }
             let listeners = POD_ADDRESSES.iter().map(|address| (*address, listener(*address))).collect();
@@ -94,7 +94,7 @@ impl Made {
 
 /// Why an address of a pod can't be had.
 #[derive(Debug)]
-pub(super) enum Unbound {
+pub(super) enum BindFailure {
     /// A process of the pod has it.
     Taken,
     /// `CAP_NET_BIND_SERVICE` is missing.
@@ -103,13 +103,13 @@ pub(super) enum Unbound {
     Failed(io::Error),
 }
 
-impl Pod {
+impl ListenedPod {
     /// Serves what was made in this place. `None` where the kernel doesn't tell TCP callers apart.
     pub(super) fn serve(
         place: Arc<NetnsRef>,
-        made: Made,
-        service: &Service,
-    ) -> io::Result<Option<(Self, Vec<Unbound>)>> {
+        made: NamespaceSockets,
+        service: &PodService,
+    ) -> io::Result<Option<(Self, Vec<BindFailure>)>> {
         let Some(attestor) = service.front.attestor.in_pod(made.diag?) else { return Ok(None) };
         let mut pod = Self {
             place,
@@ -126,7 +126,7 @@ impl Pod {
     }
 
     /// Serves on these, too; says which could not be had, and remembers those for another try.
-    pub(super) fn add(&mut self, listeners: Vec<Bind>, service: &Service) -> Vec<Unbound> {
+    pub(super) fn add(&mut self, listeners: Vec<BindResult>, service: &PodService) -> Vec<BindFailure> {
         let mut unbound = Vec::new();
         for (address, bound) in listeners {
             self.missing.retain(|missing| *missing != address);
@@ -141,16 +141,16 @@ impl Pod {
             if let Err(error) = served {
                 self.missing.push(address);
                 unbound.push(match error.raw_os_error().map(Errno::from_raw) {
-                    Some(Errno::EADDRINUSE) => Unbound::Taken,
-                    Some(Errno::EACCES) => Unbound::Denied,
-                    _ => Unbound::Failed(error),
+                    Some(Errno::EADDRINUSE) => BindFailure::Taken,
+                    Some(Errno::EACCES) => BindFailure::Denied,
+                    _ => BindFailure::Failed(error),
                 });
             }
         }
         unbound
     }
 
-    fn listen(&mut self, inside: Arc<PodListener>, service: &Service) -> io::Result<()> {
+    fn listen(&mut self, inside: Arc<PodListener>, service: &PodService) -> io::Result<()> {
         let bound = Listener::pod(inside.clone()).map_err(|error| match error {
             ListenError::Pod { source, .. } => source,
             other => io::Error::other(other),
@@ -164,12 +164,12 @@ impl Pod {
     }
 
     /// All that accepts there.
-    pub(super) fn listening(&self) -> impl Iterator<Item = (Key, Arc<OwnedFd>)> {
+    pub(super) fn listening(&self) -> impl Iterator<Item = (HandoverKey, Arc<OwnedFd>)> {
         self.listeners.iter().map(|inside| ((self.id(), inside.address()), inside.listener()))
     }
 
     /// Stops accepting, and keeps those listeners that are among `kept`, which are another daemon's, too. Connections go on.
-    pub(super) fn pause(&mut self, kept: &[(Key, Arc<OwnedFd>)]) {
+    pub(super) fn pause(&mut self, kept: &[(HandoverKey, Arc<OwnedFd>)]) {
         self.accepting.cancel();
         let is_kept =
             |inside: &Arc<PodListener>| kept.iter().any(|(_, listener)| Arc::ptr_eq(listener, &inside.listener()));
@@ -179,7 +179,7 @@ impl Pod {
     }
 
     /// Accepts again after a pause; what could not be kept is missing.
-    pub(super) fn resume(&mut self, service: &Service) {
+    pub(super) fn resume(&mut self, service: &PodService) {
         self.accepting = CancellationToken::new();
         for inside in std::mem::take(&mut self.listeners) {
             let address = inside.address();
@@ -196,7 +196,7 @@ impl Pod {
     }
 
     /// Whose pod it is, if an address is missing there, once that is known; only once.
-    pub(super) fn name_of_missing(&mut self) -> Option<String> {
+    pub(super) fn warn_missing_with_owner(&mut self) -> Option<String> {
         if self.missing.is_empty() || self.named {
             return None;
         }
@@ -216,7 +216,7 @@ impl Pod {
     }
 }
 
-impl Drop for Pod {
+impl Drop for ListenedPod {
     /// Closes everything that was made inside: each of these would keep the network of a dead pod.
     fn drop(&mut self) {
         self.accepting.cancel();

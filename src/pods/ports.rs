@@ -5,13 +5,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::listen::{POD_ADDRESSES, first_unprivileged_port, unprivileged_ports};
-use crate::pods::Pods;
+use crate::pods::PodListeners;
 
 /// So long after a namespace is there its setting is what it stays: a runtime makes it with the kernel's default and sets
 /// another one with the pod's first container.
 const SETTLED: Duration = Duration::from_secs(5);
 
-impl Pods {
+impl PodListeners {
     /// Whether there is a namespace whose setting was not read yet. After the first that is too low no other is read.
     pub(super) fn has_unseen_ports(&self) -> bool {
         !self.told.unguarded && self.pods.values().any(|pod| !pod.ports_seen)

@@ -26,7 +26,7 @@ pub(super) enum Change {
 
 /// Watches one directory.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(super) struct NetnsWatch {
     directory: PathBuf,
     inotify: Inotify,
     /// The same descriptor, for the runtime.
@@ -38,7 +38,7 @@ pub(super) struct Watch {
     above: Option<(WatchDescriptor, PathBuf)>,
 }
 
-impl Watch {
+impl NetnsWatch {
     /// To be called within the runtime.
     pub(super) fn new(directory: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;

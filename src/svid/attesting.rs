@@ -21,10 +21,10 @@ use super::memory::{FACTS_FOR_AGENT, IdentityCache, IdentityLookup, IdentityResu
 use super::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 use crate::caller::{AttestError, Caller, ProcessFacts, WorkloadKey};
 use crate::cgroup::PodUid;
-use crate::clock::{Clock, HOLD};
+use crate::clock::{Clock, REQUEST_HOLD};
 use crate::identity::SpiffeId;
 use crate::limits::FairSemaphore;
-use crate::metrics::{Call, Metrics};
+use crate::metrics::{CallLabel, Metrics};
 use crate::role::Identity;
 use crate::rule::OVERFLOW_ID;
 
@@ -174,7 +174,7 @@ impl IdentitySource for AgentSource {
 /// Kubernetes may keep the agent waiting for half a minute. The question goes on, and the next try finds the answer.
 async fn wait(mut asked: watch::Receiver<Option<IdentityResult>>) -> IdentityResult {
     let too_long = || SourceError::Unavailable("the SPIFFE agent has not answered yet; ask again".to_owned());
-    let said = timeout(HOLD, asked.wait_for(Option::is_some)).await.map_err(|_| too_long())?;
+    let said = timeout(REQUEST_HOLD, asked.wait_for(Option::is_some)).await.map_err(|_| too_long())?;
     // Whoever was to say it is gone only if the daemon ends.
     said.ok().and_then(|said| said.clone()).unwrap_or_else(|| Err(too_long()))
 }
@@ -186,7 +186,7 @@ impl AgentSourceInner {
 
     /// Asks about somebody of whom nothing is known, when the turn comes.
     async fn query_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
-        let (until, mut pause) = (Instant::now() + HOLD, NEW_POD_RETRY);
+        let (until, mut pause) = (Instant::now() + REQUEST_HOLD, NEW_POD_RETRY);
         let (said, took) = loop {
             let begun = Instant::now();
             let said = match self.turns.acquire_within(QUERY_WAIT, &WorkloadKey::of(&caller)).await {
@@ -316,7 +316,7 @@ impl AgentSourceInner {
     }
 
     fn count(&self, result: &AgentReply) {
-        self.metrics.source_calls.get_or_create(&Call::of(result, SourceError::reason)).inc();
+        self.metrics.source_calls.get_or_create(&CallLabel::of(result, SourceError::reason)).inc();
         let agent = self.agent.endpoint().to_string();
         self.metrics.health.source(agent, SourceError::of_source(result), self.clock.now());
     }

@@ -22,7 +22,7 @@ use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::Clock;
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
-use crate::metrics::{Call, Metrics};
+use crate::metrics::{CallLabel, Metrics};
 use crate::role::Identity;
 
 /// An answer holds one token of at most 20 kB; some providers add the daemon's other identities.
@@ -56,7 +56,7 @@ impl WorkloadApi {
     /// A token for one of the daemon's identities, whoever it is for.
     pub async fn fetch(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         let result = self.fetch_checked(id, audience).await;
-        self.metrics.source_calls.get_or_create(&Call::of(&result, SourceError::reason)).inc();
+        self.metrics.source_calls.get_or_create(&CallLabel::of(&result, SourceError::reason)).inc();
         self.metrics.health.source(self.endpoint.to_string(), SourceError::of_source(&result), self.clock.now());
         result
     }

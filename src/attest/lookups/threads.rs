@@ -18,7 +18,7 @@ use tokio::runtime::Handle;
 use tokio::time::sleep;
 
 use crate::caller::WorkloadKey;
-use crate::clock::HOLD;
+use crate::clock::REQUEST_HOLD;
 use crate::telemetry::LogQuota;
 
 /// Of one workload at a time. One that is kept waiting leaves the workload another one.
@@ -314,7 +314,7 @@ impl PoolState {
 
     /// What has kept a thread waiting too long.
     fn overdue(&mut self) -> Vec<(WorkloadKey, GiveUp)> {
-        let overdue = self.busy.values_mut().filter(|busy| busy.since.elapsed() >= HOLD);
+        let overdue = self.busy.values_mut().filter(|busy| busy.since.elapsed() >= REQUEST_HOLD);
         overdue.filter_map(|busy| busy.give_up.take()).collect()
     }
 
@@ -326,7 +326,7 @@ impl PoolState {
     /// What has waited as long as a request is held goes home: there it is refused, if it has to wait again.
     fn expire(&mut self) {
         for queue in self.workloads.values_mut() {
-            while queue.waiting.front().is_some_and(|job| job.queued.elapsed() >= HOLD) {
+            while queue.waiting.front().is_some_and(|job| job.queued.elapsed() >= REQUEST_HOLD) {
                 if let Some(LookupJob { task, home: Some(home), .. }) = queue.waiting.pop_front() {
                     home.spawn(task);
                 }

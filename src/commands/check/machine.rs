@@ -7,7 +7,7 @@ use std::process::Command;
 use super::report::Report;
 use crate::attest::{self, ExecMonitor, TcpUnsupported, UnixSupport};
 use crate::config::Config;
-use crate::hardening::Does;
+use crate::hardening::DaemonFeatures;
 
 const STEP: &str = "machine";
 /// Each machine's first cgroup namespace has this number, as linux/nsfs.h has it.
@@ -25,7 +25,7 @@ pub(super) struct Kernel {
 impl Kernel {
     /// Tries it, as the daemon does.
     pub(super) fn tried(config: &Config, proc: &Path) -> Self {
-        let executions = Does::of(config).names_processes().then(count_an_execution);
+        let executions = DaemonFeatures::of(config).names_processes().then(count_an_execution);
         Self { unix: attest::unix_support(), tcp: attest::try_tcp(proc), executions }
     }
 }
@@ -143,7 +143,7 @@ fn privileges(config: &Config, proc: &Path, report: &mut Report) {
         );
     }
     let held = fields("CapEff").first().and_then(|set| u64::from_str_radix(set, 16).ok()).unwrap_or_default();
-    let missing = Does::of(config).needs().filter(|(needed, _)| held & needed.bitmask() == 0);
+    let missing = DaemonFeatures::of(config).required_capabilities().filter(|(needed, _)| held & needed.bitmask() == 0);
     let missing: Vec<String> = missing.map(|(needed, fails)| format!("{needed} ({fails})")).collect();
     match missing.is_empty() {
         true => report.pass(STEP, format!("uid {uid} with the capabilities that awsvid uses")),
@@ -168,7 +168,7 @@ fn namespaces(config: &Config, proc: &Path, report: &mut Report) {
     // Only the host's pid namespace has the kernel's own processes.
     let sees_all = text(proc, "2/comm").trim() == "kthreadd";
     match (is_hosts, sees_all) {
-        (_, false) if Does::of(config).sees_processes() => report.note(
+        (_, false) if DaemonFeatures::of(config).sees_processes() => report.note(
             STEP,
             "this is not the host's pid namespace: callers outside of this one cannot be told",
             "in Kubernetes set hostPID: true; in a container use --pid=host",

@@ -24,7 +24,7 @@ async fn listeners_come_with_their_namespace_and_address() {
     let kept = [OwnedFd::from(kept)];
     let (gave, taken) = tokio::join!(give(&ours, &given, &kept), take(&theirs));
     gave.unwrap();
-    let Given { listeners: taken, before: kept_there } = taken.unwrap();
+    let ReceivedListeners { listeners: taken, before: kept_there } = taken.unwrap();
     assert_eq!((taken.len(), kept_there.len()), (500, 1));
     // It ends with the last who has it.
     before.set_nonblocking(true).unwrap();
@@ -99,7 +99,7 @@ fn two_pods_of_one_kind_are_in_the_same_place() {
         ("/", "/../../../../system.slice/x.service", false),
     ];
     for (own, other, same) in table {
-        assert_eq!(two_above(own) == two_above(other), same, "{own} {other}");
+        assert_eq!(grandparent_cgroup(own) == grandparent_cgroup(other), same, "{own} {other}");
     }
 }
 
@@ -111,9 +111,9 @@ async fn the_socket_is_its_owners_alone() {
     let handover = Handover::bind(&path).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let (next, before) = tokio::join!(handover.accept(), connect(&path));
-    say(&before.unwrap(), GIVE).await.unwrap();
+    send_message(&before.unwrap(), GIVE).await.unwrap();
     let next = next.unwrap();
-    assert_eq!((hear(&next).await.unwrap(), hear(&next).await.unwrap()), (Some(GIVE), None));
+    assert_eq!((receive_message(&next).await.unwrap(), receive_message(&next).await.unwrap()), (Some(GIVE), None));
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     drop(handover);
     assert!(matches!(Handover::bind(&path), Err(ListenError::UnsafeDirectory { .. })));

@@ -117,7 +117,7 @@ async fn task_that_keeps_its_thread_waiting_is_given_up_once() {
     };
     threads.spawn(WorkloadKey::user(1), task, move || give_up.send(begun.elapsed()).unwrap());
     // With nothing else to run, and while others are.
-    assert!(given_up.recv().await.unwrap() >= HOLD);
+    assert!(given_up.recv().await.unwrap() >= REQUEST_HOLD);
     assert_eq!(given_up.recv().await, None, "the closure is gone");
     assert!(where_it_runs(&threads, 2).await);
     drop(release);

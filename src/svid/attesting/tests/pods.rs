@@ -206,7 +206,11 @@ async fn a_new_pod_without_an_entry_is_told_to_come_back_in_time() {
         matches!(&said, SourceError::Unavailable(text) if text.contains("does not know this new pod yet")),
         "{said:?}"
     );
-    assert!(start.elapsed() > HOLD / 2 && start.elapsed() < HOLD && agent.asked().len() < 8, "{:?}", agent.asked());
+    assert!(
+        start.elapsed() > REQUEST_HOLD / 2 && start.elapsed() < REQUEST_HOLD && agent.asked().len() < 8,
+        "{:?}",
+        agent.asked()
+    );
     assert_eq!(source.0.memory().len(), 0);
     // Trouble is not made better by asking again at once.
     let agent = Pods::says([Err(SourceError::Unavailable("away".to_owned()))]);
