@@ -395,8 +395,8 @@ fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
         tokio::spawn(write_later(listen.token_file.clone(), node.token.clone()));
     }
     Ok(match listen.authorization {
-        config::Authorization::Present => Authorization::Present,
-        config::Authorization::Token => Authorization::Token(node.token),
-        config::Authorization::Off => Authorization::Off,
+        config::AuthorizationMode::Present => Authorization::Present,
+        config::AuthorizationMode::Token => Authorization::Token(node.token),
+        config::AuthorizationMode::Off => Authorization::Off,
     })
 }

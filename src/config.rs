@@ -27,16 +27,16 @@ use toml::de::DeTable;
 pub(crate) use aws::is_aws as is_aws_sts;
 pub(crate) use exposure::exposures;
 pub use identity::{IdentityConfig, Reference, Source};
-pub use listen::{Authorization, Listen};
-pub use output::{AuditConfig, AuditFile, Log, LogFormat};
+pub use listen::{AuthorizationMode, Listen};
+pub use output::{AuditConfig, AuditFile, LogConfig, LogFormat};
 pub use problem::{ConfigErrors, Problem};
-pub use sts::Sts;
-pub use workload::{Key, Workload};
+pub use sts::StsConfig;
+pub use workload::{ParsedWorkload, WorkloadRuleKey};
 
 use crate::endpoint::Endpoint;
 use crate::role::Roles;
 use crate::rule::{AccountName, Known};
-use reader::{Report, Table};
+use reader::{Diagnostics, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
 pub const DEV_TRUST_DOMAIN: &str = "dev.local";
@@ -51,15 +51,15 @@ pub struct Config {
     /// `[identity]`.
     pub identity: IdentityConfig,
     /// `[sts]`.
-    pub sts: Sts,
+    pub sts: StsConfig,
     /// `[cache]`.
     pub cache: CacheConfig,
     /// `[audit]`.
     pub audit: AuditConfig,
     /// `[log]`.
-    pub log: Log,
+    pub log: LogConfig,
     /// `[[workload]]`, in their order.
-    pub workloads: Vec<Workload>,
+    pub workloads: Vec<ParsedWorkload>,
     /// `[[role]]` and `allow_requested_roles`.
     pub roles: Roles,
 }
@@ -170,9 +170,9 @@ impl Config {
         let (bytes, _) = read_file(path).map_err(|problem| failed(vec![problem]))?;
         let text = utf8(bytes).map_err(|problem| failed(vec![problem]))?;
         let entries = DeTable::parse(&text).map_err(|error| failed(vec![syntax_error(&text, &error)]))?.into_inner();
-        let rest = Report::new(&text);
+        let rest = Diagnostics::new(&text);
         let region = sts::read(&rest.root(&entries).table("sts")).region;
-        let report = Report::new(&text);
+        let report = Diagnostics::new(&text);
         let listen = listen::read(&report.root(&entries).table("listen"));
         report.finish_table("listen", &entries).map_err(failed)?;
         Ok((listen, region))
@@ -181,32 +181,32 @@ impl Config {
     /// Reads a configuration from its text; on failure gives at least one problem, in the order of their lines. Names that
     /// only `awsvid dev` has are refused: its identities and its role are for trying things out.
     pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
-        parse(text, env, Names::OfServe)
+        parse(text, env, NamePolicy::OfServe)
     }
 
     /// Reads `awsvid dev`'s own configuration.
     pub fn parse_for_dev(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
-        parse(text, env, Names::OfDev)
+        parse(text, env, NamePolicy::OfDev)
     }
 }
 
 /// Whose names a configuration may have.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Names {
+enum NamePolicy {
     OfServe,
     OfDev,
 }
 
-fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>, names: Names) -> Result<Loaded, Vec<Problem>> {
+fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Result<Loaded, Vec<Problem>> {
     let entries = DeTable::parse(text).map_err(|error| vec![syntax_error(text, &error)])?.into_inner();
-    let report = Report::new(text);
+    let report = Diagnostics::new(text);
     let config = read(&report.root(&entries), env, names);
     let warnings = report.finish(&entries)?;
     Ok(Loaded { config, warnings })
 }
 
 /// Reads all tables. What has an error is replaced by its default or left out, so that the rest can be checked.
-fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: Names) -> Config {
+fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Config {
     let [listen_table, identity_table, sts_table, cache_table, audit_table, log_table] =
         ["listen", "identity", "sts", "cache", "audit", "log"].map(|name| root.table(name));
     let listen = listen::read(&listen_table);
@@ -234,7 +234,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: Names) ->
         Source::SpiffeBroker { socket, .. } => Some(("broker_socket", socket.as_path())),
     };
     let (agent_key, agent) = agent.map_or(("admin_socket", None), |(key, path)| (key, Some(path)));
-    let named: [checks::Named<'_>; 9] = [
+    let named: [checks::PathSetting<'_>; 9] = [
         (&identity_table, agent_key, agent),
         (&identity_table, "socket", source),
         (&sts_table, "ca_file", sts.ca_file.as_deref()),
@@ -245,17 +245,17 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: Names) ->
         (&listen_table, "token_file", Some(&listen.token_file)),
         (&audit_table, "file", audit_path),
     ];
-    if by_rules == Some(true) && root.lacks("workload") {
+    if by_rules == Some(true) && root.missing("workload") {
         root.error("workload", "nobody has an identity, so every request would be refused", "add a [[workload]]");
     }
     if let (Some(false), Some(first)) = (by_rules, workloads.first()) {
         let what = "the agent says itself which workload has which identity, so rules are never looked at";
         root.report.error(&first.at(), what, "remove every [[workload]], or set source = \"workload-api\"");
     }
-    if root.lacks("role") && root.lacks("allow_requested_roles") {
+    if root.missing("role") && root.missing("allow_requested_roles") {
         root.error("role", "nobody has a role, so every request would be refused", "add a [[role]]");
     }
-    if names == Names::OfServe {
+    if names == NamePolicy::OfServe {
         checks::names_of_dev(root.report, &workloads, &roles);
     }
     checks::paths(root.report, &named);

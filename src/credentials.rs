@@ -34,7 +34,7 @@ impl fmt::Debug for Credentials {
 /// The keys of the answer, no others: one SDK fails on keys that it doesn't know, another needs `Code`.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
-struct Body<'a> {
+struct CredentialsBody<'a> {
     code: &'static str,
     access_key_id: &'a str,
     secret_access_key: &'a str,
@@ -49,7 +49,7 @@ impl Credentials {
     /// The JSON body for SDKs: `Expiration` in UTC with `Z` and whole seconds, `AccountId` only
     /// for the ARN of a role at AWS: accounts of another STS do not mean anything to an SDK.
     pub fn body(&self, role: &RoleArn) -> Zeroizing<Vec<u8>> {
-        let body = Body {
+        let body = CredentialsBody {
             code: "Success",
             access_key_id: &self.access_key_id,
             secret_access_key: &self.secret_access_key,
@@ -60,7 +60,7 @@ impl Credentials {
         };
         // Into memory of just this size: a buffer that grows leaves copies of the secrets behind. Strings and nothing else:
         // writing them to memory cannot fail.
-        let mut length = Length(0);
+        let mut length = LengthCounter(0);
         let _ = serde_json::to_writer(&mut length, &body);
         let mut bytes = Zeroizing::new(Vec::with_capacity(length.0));
         let _ = serde_json::to_writer(&mut *bytes, &body);
@@ -69,9 +69,9 @@ impl Credentials {
 }
 
 /// Counts what is written.
-struct Length(usize);
+struct LengthCounter(usize);
 
-impl io::Write for Length {
+impl io::Write for LengthCounter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0 += bytes.len();
         Ok(bytes.len())

@@ -34,11 +34,11 @@ pub mod workload_api;
 
 use environment::Endpoints;
 use keys::SigningKey;
-use oidc::Issuer;
+use oidc::DevOidcIssuer;
 pub use run::run;
-use sts::{Account, Provider, Sts, TrustedRole};
+use sts::{DevAccount, DevProvider, DevSts, TrustedRole};
 use users::User;
-use workload_api::{Registrations, WorkloadApi};
+use workload_api::{DevWorkloadApi, Registrations};
 
 /// What tokens are for: not for AWS, so that none could ever be used there (an audience belongs to one endpoint).
 const AUDIENCE: &str = "awsvid-dev";
@@ -49,12 +49,12 @@ const MAX_SESSION: Duration = Duration::from_secs(12 * 3600);
 /// Why `dev` does not start.
 #[derive(Debug, Error)]
 #[error("{what}: {source}")]
-pub struct StartError {
+pub struct DevStartError {
     what: &'static str,
     source: io::Error,
 }
 
-impl StartError {
+impl DevStartError {
     fn of<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str) -> impl FnOnce(E) -> Self {
         move |error| Self { what, source: io::Error::other(error) }
     }
@@ -62,26 +62,26 @@ impl StartError {
 
 /// What identities and role are called.
 #[derive(Debug, Clone)]
-pub struct Names {
+pub struct DevNames {
     /// The trust domain of all identities.
     pub trust_domain: String,
     /// The account of the one role, which is called `dev`.
     pub account: String,
 }
 
-impl Default for Names {
+impl Default for DevNames {
     /// Those of the command, which no production configuration may have.
     fn default() -> Self {
         Self { trust_domain: DEV_TRUST_DOMAIN.to_owned(), account: DEV_ACCOUNT.to_owned() }
     }
 }
 
-impl Names {
+impl DevNames {
     fn role_arn(&self) -> String {
         format!("arn:aws:iam::{}:role/dev", self.account)
     }
 
-    fn everybody(&self) -> String {
+    fn all_users(&self) -> String {
         format!("spiffe://{}/user/*", self.trust_domain)
     }
 }
@@ -89,10 +89,10 @@ impl Names {
 /// All that the daemon needs around it. It ends with this value.
 #[derive(Debug)]
 pub struct Dev {
-    names: Names,
-    workload_api: WorkloadApi,
-    _issuer: Issuer,
-    sts: Sts,
+    names: DevNames,
+    workload_api: DevWorkloadApi,
+    _issuer: DevOidcIssuer,
+    sts: DevSts,
     users: Vec<User>,
     /// Removed with everything in it, after the servers have ended.
     directory: TempDir,
@@ -101,18 +101,18 @@ pub struct Dev {
 impl Dev {
     /// Starts the servers, for the user who runs this; for root, also for the people of this machine. When it returns each
     /// of them is bound.
-    pub async fn start() -> Result<Self, StartError> {
-        let users = users::identities(accounts()).map_err(StartError::of("the users"))?;
-        Self::start_for(users, Names::default()).await
+    pub async fn start() -> Result<Self, DevStartError> {
+        let users = users::identities(accounts()).map_err(DevStartError::of("the users"))?;
+        Self::start_for(users, DevNames::default()).await
     }
 
     /// The same for these users, at least one, under these names.
-    pub async fn start_for(users: Vec<User>, names: Names) -> Result<Self, StartError> {
-        let directory = directory().map_err(StartError::of("a directory for the sockets"))?;
-        let key = Arc::new(SigningKey::generate().map_err(StartError::of("a key to sign with"))?);
-        let issuer = Issuer::start(key.jwks()).await.map_err(StartError::of("the OpenID Connect issuer"))?;
-        let account = account(issuer.url(), &names).map_err(StartError::of("the role"))?;
-        let sts = Sts::start(account, Clock::system()).await.map_err(StartError::of("the STS"))?;
+    pub async fn start_for(users: Vec<User>, names: DevNames) -> Result<Self, DevStartError> {
+        let directory = directory().map_err(DevStartError::of("a directory for the sockets"))?;
+        let key = Arc::new(SigningKey::generate().map_err(DevStartError::of("a key to sign with"))?);
+        let issuer = DevOidcIssuer::start(key.jwks()).await.map_err(DevStartError::of("the OpenID Connect issuer"))?;
+        let account = account(issuer.url(), &names).map_err(DevStartError::of("the role"))?;
+        let sts = DevSts::start(account, Clock::system()).await.map_err(DevStartError::of("the STS"))?;
         let registrations = Registrations {
             trust_domain: names.trust_domain.clone(),
             spiffe_ids: users.iter().map(|user| user.spiffe_id.clone()).collect(),
@@ -120,8 +120,8 @@ impl Dev {
             key,
             clock: Clock::system(),
         };
-        let workload_api = WorkloadApi::start(&directory.path().join("workload-api"), registrations)
-            .map_err(StartError::of("the Workload API"))?;
+        let workload_api = DevWorkloadApi::start(&directory.path().join("workload-api"), registrations)
+            .map_err(DevStartError::of("the Workload API"))?;
         Ok(Self { names, workload_api, _issuer: issuer, sts, users, directory })
     }
 
@@ -131,7 +131,7 @@ impl Dev {
     }
 
     /// The STS.
-    pub fn sts(&self) -> &Sts {
+    pub fn sts(&self) -> &DevSts {
         &self.sts
     }
 
@@ -164,7 +164,7 @@ impl Dev {
             token = toml_string(&self.path("token")),
             socket = toml::Value::from(self.workload_api.address()),
             sts = self.sts.url(),
-            everybody = self.names.everybody(),
+            everybody = self.names.all_users(),
             role_arn = self.names.role_arn(),
             audit = toml_string(&audit),
         )
@@ -202,12 +202,12 @@ fn directory() -> io::Result<TempDir> {
     Ok(directory)
 }
 
-fn accounts() -> Vec<users::Account> {
+fn accounts() -> Vec<users::LocalAccount> {
     let own = geteuid();
     let account = |uid: Uid| {
         // Without an entry in the user database the number has to do.
         let name = SystemUser::from_uid(uid).ok().flatten().map(|user| user.name);
-        users::Account { uid: uid.as_raw(), name }
+        users::LocalAccount { uid: uid.as_raw(), name }
     };
     let mut accounts = vec![account(own)];
     if own.is_root() {
@@ -219,15 +219,15 @@ fn accounts() -> Vec<users::Account> {
 }
 
 /// What an administrator would have made in IAM: the provider, and the role with its trust policy.
-fn account(issuer: &str, names: &Names) -> Result<Account, crate::identity::InvalidName> {
-    Ok(Account {
+fn account(issuer: &str, names: &DevNames) -> Result<DevAccount, crate::identity::InvalidName> {
+    Ok(DevAccount {
         region: REGION.to_owned(),
-        providers: vec![Provider { issuer: issuer.to_owned(), client_ids: vec![AUDIENCE.to_owned()] }],
+        providers: vec![DevProvider { issuer: issuer.to_owned(), client_ids: vec![AUDIENCE.to_owned()] }],
         roles: vec![TrustedRole {
             arn: RoleArn::parse(&names.role_arn())?,
             issuer: issuer.to_owned(),
             audience: AUDIENCE.to_owned(),
-            subjects: vec![SpiffeIdPattern::parse(&names.everybody())?],
+            subjects: vec![SpiffeIdPattern::parse(&names.all_users())?],
             max_duration: MAX_SESSION,
         }],
     })

@@ -6,11 +6,11 @@ use std::fmt;
 use std::io;
 use std::process::Command;
 
-use Preempts::{Alone, IsSent, WithOthers};
+use HigherPrecedence::{Alone, IsSent, WithOthers};
 
 /// How a variable keeps an SDK from asking awsvid, or from asking as awsvid wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Preempts {
+pub enum HigherPrecedence {
     /// It is enough by itself: who takes it, and how.
     Alone(&'static str),
     /// Only with others of these; a sign that somebody meant other credentials.
@@ -20,22 +20,22 @@ pub enum Preempts {
 }
 
 const KEYS: &str = "every SDK takes keys from the environment first, and some fail with one half of a pair";
-const OLD_NAME: &str = "older SDKs for Java, Go and Ruby take keys under this name";
+const LEGACY_VAR: &str = "older SDKs for Java, Go and Ruby take keys under this name";
 
 /// What comes before the container endpoint in the default chain of at least one SDK, or is sent to it instead of what
 /// awsvid wants.
-pub const PREEMPTING: [(&str, Preempts); 21] = [
+pub const HIGHER_PRECEDENCE_VARS: [(&str, HigherPrecedence); 21] = [
     ("AWS_ACCESS_KEY_ID", Alone(KEYS)),
     ("AWS_SECRET_ACCESS_KEY", Alone(KEYS)),
     ("AWS_SESSION_TOKEN", Alone("some SDKs add it to whatever keys they find")),
     ("AWS_SECURITY_TOKEN", Alone("older SDKs add it to whatever keys they find")),
     ("AWS_CREDENTIAL_EXPIRATION", WithOthers),
     ("AWS_ACCOUNT_ID", WithOthers),
-    ("AWS_ACCESS_KEY", Alone(OLD_NAME)),
-    ("AWS_SECRET_KEY", Alone(OLD_NAME)),
-    ("AMAZON_ACCESS_KEY_ID", Alone(OLD_NAME)),
-    ("AMAZON_SECRET_ACCESS_KEY", Alone(OLD_NAME)),
-    ("AMAZON_SESSION_TOKEN", Alone(OLD_NAME)),
+    ("AWS_ACCESS_KEY", Alone(LEGACY_VAR)),
+    ("AWS_SECRET_KEY", Alone(LEGACY_VAR)),
+    ("AMAZON_ACCESS_KEY_ID", Alone(LEGACY_VAR)),
+    ("AMAZON_SECRET_ACCESS_KEY", Alone(LEGACY_VAR)),
+    ("AMAZON_SESSION_TOKEN", Alone(LEGACY_VAR)),
     ("AWS_CREDENTIAL_FILE", Alone("Python takes keys from that file before it looks here")),
     ("BOTO_CONFIG", Alone("Python takes keys from that file before it looks here")),
     ("AWS_PROFILE", Alone("every SDK takes that profile first, and fails if there is none of the name")),
@@ -77,7 +77,7 @@ impl Environment {
             let exceptions = exceptions.map_or(host.to_owned(), |list| format!("{list},{host}"));
             set.extend([("NO_PROXY", exceptions.clone()), ("no_proxy", exceptions)]);
         }
-        Self { set, removed: PREEMPTING.map(|(name, _)| name).to_vec() }
+        Self { set, removed: HIGHER_PRECEDENCE_VARS.map(|(name, _)| name).to_vec() }
     }
 
     /// Also sets this variable.
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn a_shell_and_a_command_get_the_same_and_lose_the_same() {
         let before: Vec<(&str, &str)> =
-            PREEMPTING.iter().map(|(name, _)| (*name, "x")).chain([("HOME", "/h")]).collect();
+            HIGHER_PRECEDENCE_VARS.iter().map(|(name, _)| (*name, "x")).chain([("HOME", "/h")]).collect();
         let mut environment = environment(&before);
         environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "/a/it's a token");
 
@@ -188,7 +188,7 @@ mod tests {
         assert_eq!(shell, command);
 
         let set = |name: &str| environment.variables().iter().any(|(set, _)| *set == name);
-        assert!(PREEMPTING.iter().all(|(name, _)| set(name) == shell.contains_key(*name)), "{shell:?}");
+        assert!(HIGHER_PRECEDENCE_VARS.iter().all(|(name, _)| set(name) == shell.contains_key(*name)), "{shell:?}");
         assert_eq!(shell["AWS_CONTAINER_CREDENTIALS_FULL_URI"], "http://127.0.0.1:974/v1/credentials");
         assert_eq!(shell["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"], "/a/it's a token");
         assert_eq!(shell["HOME"], "/h");

@@ -110,11 +110,11 @@ impl fmt::Debug for SpiffeId {
 pub struct SpiffeIdPattern {
     text: String,
     domain: String,
-    segments: Vec<Part>,
+    segments: Vec<PatternSegment>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-enum Part {
+enum PatternSegment {
     Exact(String),
     One,
     Rest,
@@ -139,10 +139,10 @@ impl SpiffeIdPattern {
         let mut segments = Vec::with_capacity(count);
         for (i, segment) in path.split('/').enumerate() {
             segments.push(match segment {
-                "*" => Part::One,
-                "**" if i + 1 == count => Part::Rest,
+                "*" => PatternSegment::One,
+                "**" if i + 1 == count => PatternSegment::Rest,
                 "**" => return invalid("`**` stands for the rest of the path, so it can only be the last segment"),
-                exact if is_path_segment(exact) => Part::Exact(exact.to_owned()),
+                exact if is_path_segment(exact) => PatternSegment::Exact(exact.to_owned()),
                 other => {
                     return invalid(format!(
                         "`{other}` is no path segment; `*` stands for a whole segment, `**` for the rest"
@@ -161,10 +161,10 @@ impl SpiffeIdPattern {
         let mut wanted = self.segments.iter();
         for segment in id.segments() {
             match wanted.next() {
-                Some(Part::Rest) => return true,
-                Some(Part::One) => {}
-                Some(Part::Exact(exact)) if exact == segment => {}
-                Some(Part::Exact(_)) | None => return false,
+                Some(PatternSegment::Rest) => return true,
+                Some(PatternSegment::One) => {}
+                Some(PatternSegment::Exact(exact)) if exact == segment => {}
+                Some(PatternSegment::Exact(_)) | None => return false,
             }
         }
         wanted.next().is_none()
@@ -172,7 +172,10 @@ impl SpiffeIdPattern {
 
     /// The ID itself, where the pattern has no wildcard.
     pub fn exact(&self) -> Option<SpiffeId> {
-        self.segments.iter().all(|part| matches!(part, Part::Exact(_))).then(|| SpiffeId(Arc::from(self.text.as_str())))
+        self.segments
+            .iter()
+            .all(|part| matches!(part, PatternSegment::Exact(_)))
+            .then(|| SpiffeId(Arc::from(self.text.as_str())))
     }
 
     /// Returns whether this pattern covers every ID that `other` covers.
@@ -180,9 +183,9 @@ impl SpiffeIdPattern {
         let (mut own, mut others) = (self.segments.iter(), other.segments.iter());
         loop {
             match (own.next(), others.next()) {
-                (Some(Part::Rest), Some(_)) | (None, None) => return self.domain == other.domain,
-                (Some(Part::One), Some(Part::One | Part::Exact(_))) => {}
-                (Some(Part::Exact(one)), Some(Part::Exact(other))) if one == other => {}
+                (Some(PatternSegment::Rest), Some(_)) | (None, None) => return self.domain == other.domain,
+                (Some(PatternSegment::One), Some(PatternSegment::One | PatternSegment::Exact(_))) => {}
+                (Some(PatternSegment::Exact(one)), Some(PatternSegment::Exact(other))) if one == other => {}
                 _ => return false,
             }
         }
@@ -190,7 +193,7 @@ impl SpiffeIdPattern {
 
     /// Returns whether the pattern has no fixed segment, as in `spiffe://example.org/**`.
     pub fn is_all_wildcards(&self) -> bool {
-        !self.segments.iter().any(|part| matches!(part, Part::Exact(_)))
+        !self.segments.iter().any(|part| matches!(part, PatternSegment::Exact(_)))
     }
 
     /// Returns whether a `*` is left open although a later segment decides, as in `ns/*/sa/billing`. A workload that can create the
@@ -198,12 +201,12 @@ impl SpiffeIdPattern {
     /// that the role's name depends on; `used` has the indices of those. A `*` among them is not open.
     pub fn has_open_wildcard(&self, used: &[usize]) -> bool {
         let last = self.segments.len() - 1;
-        let decides = |(index, part): (usize, &Part)| match part {
-            Part::Exact(_) => index == last,
-            Part::One => used.contains(&index),
-            Part::Rest => used.iter().any(|used| *used >= index),
+        let decides = |(index, part): (usize, &PatternSegment)| match part {
+            PatternSegment::Exact(_) => index == last,
+            PatternSegment::One => used.contains(&index),
+            PatternSegment::Rest => used.iter().any(|used| *used >= index),
         };
-        let is_open = |(index, part): (usize, &Part)| *part == Part::One && !used.contains(&index);
+        let is_open = |(index, part): (usize, &PatternSegment)| *part == PatternSegment::One && !used.contains(&index);
         let open = self.segments.iter().enumerate().position(is_open);
         open.is_some_and(|open| self.segments.iter().enumerate().skip(open + 1).any(decides))
     }

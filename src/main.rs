@@ -5,11 +5,11 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use awsvid::commands::configuration::Configuration;
+use awsvid::commands::configuration::ConfigArgs;
 use awsvid::commands::credential_process::CredentialProcess;
 use awsvid::commands::exec::Exec;
 use awsvid::commands::probe::Probe;
-use awsvid::commands::status::Status;
+use awsvid::commands::status::StatusCommand;
 use awsvid::commands::{check, trust_policy};
 use awsvid::{dev, serve};
 use clap::error::ErrorKind;
@@ -54,11 +54,11 @@ to do; 1 for anything else that keeps it from starting. Try a configuration firs
         #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
         config: PathBuf,
     },
-    Config(Configuration),
-    Status(Status),
+    Config(ConfigArgs),
+    Status(StatusCommand),
     Probe(Probe),
-    Check(check::Options),
-    TrustPolicy(trust_policy::Options),
+    Check(check::CheckArgs),
+    TrustPolicy(trust_policy::TrustPolicyArgs),
     Exec(Exec),
     CredentialProcess(CredentialProcess),
     /// Tries the whole path on this machine: no AWS account and no SPIRE needed.

@@ -17,15 +17,15 @@ use std::time::Duration;
 use clap::Args;
 
 use super::node;
-use super::web::{Resolve, Web};
+use super::web::{HttpProbe, Resolve};
 use crate::accounts::Nss;
 use crate::cgroup::PodUid;
 use crate::clock::Clock;
 use crate::config::{Config, Exposure, is_aws_sts};
 use crate::role::StsTarget;
 use crate::sts::{NetworkSettings, Settings, Sts};
-use agent::Whom;
-use report::Report;
+use agent::CheckTarget;
+use report::CheckReport;
 
 /// For each document. STS itself waits no longer.
 const DEADLINE: Duration = Duration::from_secs(8);
@@ -46,7 +46,7 @@ const DEADLINE: Duration = Duration::from_secs(8);
   sudo -u billing awsvid check --workload                                   with that user's environment
 
 Exit status: 0 if all is well; 1 if a step failed, each with what mends it; 2 if none did, but not all could be looked at.")]
-pub struct Options {
+pub struct CheckArgs {
     /// The daemon's configuration file.
     #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
     config: PathBuf,
@@ -74,19 +74,19 @@ fn pod(text: &str) -> Result<PodUid, &'static str> {
     PodUid::parse(text).ok_or("this is no UID of a pod: kubectl get pod NAME -o jsonpath={.metadata.uid}")
 }
 
-impl Options {
-    fn whom(&self) -> Whom {
+impl CheckArgs {
+    fn whom(&self) -> CheckTarget {
         match (&self.pod, self.pid) {
-            (Some(uid), _) => Whom::Pod(uid.clone()),
-            (None, Some(pid)) => Whom::Process(pid),
-            (None, None) => Whom::Itself,
+            (Some(uid), _) => CheckTarget::Pod(uid.clone()),
+            (None, Some(pid)) => CheckTarget::Process(pid),
+            (None, None) => CheckTarget::Itself,
         }
     }
 }
 
 /// Walks; the exit status is 0 if all is well, 1 if a step failed, 2 if none did but some could not be looked at.
-pub fn run(options: &Options) -> ExitCode {
-    let mut report = Report::new(options.json);
+pub fn run(options: &CheckArgs) -> ExitCode {
+    let mut report = CheckReport::new(options.json);
     match tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build() {
         Ok(runtime) => {
             match options.workload {
@@ -101,7 +101,7 @@ pub fn run(options: &Options) -> ExitCode {
     report.end()
 }
 
-async fn walk(options: &Options, report: &mut Report) {
+async fn walk(options: &CheckArgs, report: &mut CheckReport) {
     let Some(config) = configuration(options, report) else { return };
     let resolve: Result<Vec<Resolve>, _> = options.resolve.iter().map(|text| text.parse()).collect();
     let resolve = match resolve {
@@ -109,13 +109,13 @@ async fn walk(options: &Options, report: &mut Report) {
         Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
     };
     let proc = Path::new("/proc");
-    machine::check(&config, proc, &machine::Kernel::tried(&config, proc), report);
+    machine::check(&config, proc, &machine::KernelSupport::tried(&config, proc), report);
     daemon::check(&config, report);
     let (network, sts) = sts(&config);
     if let Err(error) = sts.prepare(&config.roles.sts_targets()).await {
         return report.failed("sts", error.to_string(), "correct [sts], or the environment variable");
     }
-    let web = Web { resolve, network: Some(network), deadline: DEADLINE };
+    let web = HttpProbe { resolve, network: Some(network), deadline: DEADLINE };
     let Some(asked) = agent::connect(&config, options.whom(), report).await else {
         return report
             .unchecked("identity", "without the agent there are no tokens, and nothing after them to look at");
@@ -140,13 +140,13 @@ async fn walk(options: &Options, report: &mut Report) {
     }
 }
 
-fn configuration(options: &Options, report: &mut Report) -> Option<Config> {
+fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config> {
     const STEP: &str = "config";
     match Config::load(&options.config, Exposure::of_command(), |name| std::env::var(name).ok()) {
         Ok(loaded) => {
-            report.pass(STEP, format!("{} has no errors", options.config.display()));
+            report.ok(STEP, format!("{} has no errors", options.config.display()));
             for warning in loaded.warnings.iter().chain(&node::warnings(&loaded.config, &Nss)) {
-                report.note(STEP, warning.to_string(), "it is allowed, and not wise");
+                report.info(STEP, warning.to_string(), "it is allowed, and not wise");
             }
             Some(loaded.config)
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
 /// A whole answer.
-pub(super) struct Answer {
+pub(super) struct LocalResponse {
     pub(super) status: u16,
     /// How long the daemon would like a client to wait.
     pub(super) retry_after: Option<Duration>,
@@ -37,7 +37,12 @@ impl Connection for TcpStream {
 }
 
 /// Asks for `path`, and reads an answer of at most `most` bytes, until `deadline`.
-pub(super) fn get(mut stream: impl Connection, path: &str, most: usize, deadline: Instant) -> io::Result<Answer> {
+pub(super) fn get(
+    mut stream: impl Connection,
+    path: &str,
+    most: usize,
+    deadline: Instant,
+) -> io::Result<LocalResponse> {
     stream.limit(left(deadline)?)?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes())?;
@@ -70,7 +75,7 @@ fn left(deadline: Instant) -> io::Result<Duration> {
     if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
-fn parse(answer: &[u8]) -> io::Result<Answer> {
+fn parse(answer: &[u8]) -> io::Result<LocalResponse> {
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n").ok_or_else(|| garbled("it has no head"))?;
     let head = std::str::from_utf8(&answer[..end]).map_err(|_| garbled("its head is no text"))?;
     let mut lines = head.split("\r\n");
@@ -88,7 +93,7 @@ fn parse(answer: &[u8]) -> io::Result<Answer> {
     if length != Some(body.len()) {
         return Err(garbled("it was cut off"));
     }
-    Ok(Answer { status, retry_after, body: Zeroizing::new(body.to_vec()) })
+    Ok(LocalResponse { status, retry_after, body: Zeroizing::new(body.to_vec()) })
 }
 
 fn garbled(what: &str) -> io::Error {
@@ -100,7 +105,7 @@ mod tests {
     use super::*;
     use std::thread;
 
-    fn answered(text: String, most: usize) -> io::Result<Answer> {
+    fn answered(text: String, most: usize) -> io::Result<LocalResponse> {
         let (client, mut server) = UnixStream::pair().unwrap();
         let serving = thread::spawn(move || {
             let mut request = [0; 1024];

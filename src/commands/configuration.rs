@@ -31,7 +31,7 @@ const STDIN: &str = "-";
 Exit status: 0, or 78 if the file has mistakes. Each is one line on standard error: file:line: key: what; what to do. Warnings
 are lines of the same form, with \"warning:\" before the key, and do not change the status.")]
 #[group(skip)]
-pub struct Configuration {
+pub struct ConfigArgs {
     #[command(flatten)]
     config: ConfigFile,
     /// Prints all that is in effect, as a file would say it: every key, with what is a default, and where else a value comes
@@ -46,7 +46,7 @@ pub struct Configuration {
     offline: bool,
 }
 
-impl Configuration {
+impl ConfigArgs {
     /// Checks it, and prints it if that is wanted.
     pub fn run(&self) -> ExitCode {
         let env = |name: &str| std::env::var(name).ok();

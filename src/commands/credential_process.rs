@@ -12,7 +12,7 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::client::Answer;
+use super::client::LocalResponse;
 use super::exec::role_in_path;
 use super::{ConfigFile, server};
 
@@ -55,7 +55,7 @@ pub struct CredentialProcess {
 /// What the daemon says.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Issued<'a> {
+struct ProcessCredentials<'a> {
     #[serde(borrow)]
     access_key_id: Cow<'a, str>,
     #[serde(borrow)]
@@ -68,7 +68,7 @@ struct Issued<'a> {
 
 /// What it says if there are none.
 #[derive(Deserialize)]
-struct Refused {
+struct ProcessRefusal {
     code: String,
     message: String,
 }
@@ -76,7 +76,7 @@ struct Refused {
 /// The format of AWS's documentation ("Process credential provider"): these keys and no others.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
-struct Output<'a> {
+struct ProcessOutput<'a> {
     version: u8,
     access_key_id: &'a str,
     secret_access_key: &'a str,
@@ -100,7 +100,7 @@ impl CredentialProcess {
     fn fetch(&self) -> Result<Zeroizing<Vec<u8>>, String> {
         let socket = match &self.socket {
             Some(socket) => socket.clone(),
-            None => self.config.beside().map_err(|errors| format!("{errors}\nor name the socket with --socket"))?.listen.unix.ok_or(
+            None => self.config.daemon_endpoints().map_err(|errors| format!("{errors}\nor name the socket with --socket"))?.listen.unix.ok_or(
                 "the configuration has no unix socket; set `unix` in [listen], or give SDKs the variables of `awsvid exec`",
             )?,
         };
@@ -122,14 +122,14 @@ impl CredentialProcess {
     }
 }
 
-fn pause(answer: &Answer) -> Duration {
+fn pause(answer: &LocalResponse) -> Duration {
     answer.retry_after.unwrap_or(PAUSE).clamp(Duration::from_millis(100), PAUSE_MAX)
 }
 
 /// What the daemon said, which is for whoever runs the workload.
-fn refusal(answer: &Answer) -> String {
-    match serde_json::from_slice::<Refused>(&answer.body) {
-        Ok(Refused { code, message }) => {
+fn refusal(answer: &LocalResponse) -> String {
+    match serde_json::from_slice::<ProcessRefusal>(&answer.body) {
+        Ok(ProcessRefusal { code, message }) => {
             let exe = "rules by `exe` never match here, since awsvid's own executable asks: see --help";
             let hint = if code == "no_identity" { format!(" ({exe})") } else { String::new() };
             format!("{}{hint}", message.replace(char::is_control, " "))
@@ -140,8 +140,9 @@ fn refusal(answer: &Answer) -> String {
 
 fn output(body: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
     // Without the parser's words: it may quote what it read.
-    let issued: Issued<'_> = serde_json::from_slice(body).map_err(|_| "the answer is not awsvid's".to_owned())?;
-    let output = Output {
+    let issued: ProcessCredentials<'_> =
+        serde_json::from_slice(body).map_err(|_| "the answer is not awsvid's".to_owned())?;
+    let output = ProcessOutput {
         version: 1,
         access_key_id: &issued.access_key_id,
         secret_access_key: &issued.secret_access_key,
@@ -172,8 +173,11 @@ mod tests {
 
     #[test]
     fn a_refusal_is_the_daemons_own_words() {
-        let answer =
-            |body: &str| Answer { status: 403, retry_after: None, body: Zeroizing::new(body.as_bytes().to_vec()) };
+        let answer = |body: &str| LocalResponse {
+            status: 403,
+            retry_after: None,
+            body: Zeroizing::new(body.as_bytes().to_vec()),
+        };
         let refused = refusal(&answer(r#"{"code":"no_role","message":"add a role\u001b[2J","Code":"","Message":""}"#));
         assert_eq!(refused, "add a role [2J");
         assert!(refusal(&answer(r#"{"code":"no_identity","message":"m"}"#)).contains("`exe` never match"));

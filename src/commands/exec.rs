@@ -10,9 +10,9 @@ use std::process::{Command, ExitCode};
 use clap::Args;
 use hyper::Uri;
 
-use super::{Beside, ConfigFile};
-use crate::config::{Authorization, Listen};
-use crate::environment::{self, Environment, PREEMPTING};
+use super::{ConfigFile, DaemonEndpoints};
+use crate::config::{AuthorizationMode, Listen};
+use crate::environment::{self, Environment, HIGHER_PRECEDENCE_VARS};
 
 mod over_tcp;
 mod profile;
@@ -100,10 +100,10 @@ impl Exec {
 
     fn prepare(&self, inherited: impl Fn(&str) -> Option<String>) -> Result<Prepared, String> {
         let beside = if self.url.is_some() && self.config.config.is_none() {
-            Beside { listen: Listen::default(), region: None }
+            DaemonEndpoints { listen: Listen::default(), region: None }
         } else {
             let hint = "give --url http://127.0.0.1:974 if the configuration is not for this user to read";
-            self.config.beside().map_err(|errors| format!("{errors}\n{hint}"))?
+            self.config.daemon_endpoints().map_err(|errors| format!("{errors}\n{hint}"))?
         };
         let url = self.url.as_deref().map_or_else(|| loopback(&beside.listen), endpoint)?;
         let uri = match &self.role {
@@ -113,7 +113,7 @@ impl Exec {
         let mut environment = Environment::new(uri.clone(), &url.host, &inherited);
         self.give_token(&mut environment, &beside.listen)?;
         let mut notes = Vec::new();
-        let there: Vec<&str> = PREEMPTING
+        let there: Vec<&str> = HIGHER_PRECEDENCE_VARS
             .into_iter()
             .map(|(name, _)| name)
             .filter(|name| environment.removed().contains(name) && inherited(name).is_some())
@@ -138,7 +138,7 @@ impl Exec {
     /// only with the file, and where the two differed it would depend on the SDK which one is sent.
     fn give_token(&self, environment: &mut Environment, listen: &Listen) -> Result<(), String> {
         let path = self.token_file.as_deref().unwrap_or(&listen.token_file);
-        let needed = self.token_file.is_some() || listen.authorization == Authorization::Token;
+        let needed = self.token_file.is_some() || listen.authorization == AuthorizationMode::Token;
         match read_token(path) {
             Ok(token) => {
                 environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN", token);

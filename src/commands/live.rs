@@ -15,13 +15,13 @@ use crate::svid::own::OwnSvidSource;
 use crate::svid::{JwtSvid, SourceError, WorkloadApi};
 
 /// One token, asked for as the daemon asks for it.
-pub(super) struct Live {
+pub(super) struct LiveToken {
     pub(super) svid: JwtSvid,
     header: Value,
     claims: Value,
 }
 
-impl Live {
+impl LiveToken {
     /// For this identity of the daemon's. Safe beside the running daemon: an agent gives a token as often as it is asked.
     pub(super) async fn fetch(
         config: &Config,

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use nix::sys::socket::{getsockopt, sockopt};
 
-use super::client::{self, Answer};
+use super::client::{self, LocalResponse};
 
 /// Connects to the socket at `path` if it belongs to one of `owners`: directory, file, and whoever listens on it.
 ///
@@ -17,7 +17,7 @@ use super::client::{self, Answer};
 /// use to anybody.
 fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
     let at = path.display();
-    let failed = |error: io::Error| format!("{at}: {}", explained(&error));
+    let failed = |error: io::Error| format!("{at}: {}", explain_connect_error(&error));
     let foreign = |what: &str, uid: u32| {
         let fix = "it has to be root, as whom awsvid runs; --same-user also trusts a daemon of your own";
         Err(format!("{at}: {what} uid {uid}, so what is there is not trusted; {fix}"))
@@ -47,13 +47,20 @@ fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
 }
 
 /// Asks the daemon whose socket is at `path`, as [`connect`] and [`client::get`] do it.
-pub(super) fn get(path: &Path, owners: &[u32], what: &str, most: usize, deadline: Instant) -> Result<Answer, String> {
+pub(super) fn get(
+    path: &Path,
+    owners: &[u32],
+    what: &str,
+    most: usize,
+    deadline: Instant,
+) -> Result<LocalResponse, String> {
     let stream = connect(path, owners)?;
-    client::get(stream, what, most, deadline).map_err(|error| format!("{}: {}", path.display(), explained(&error)))
+    client::get(stream, what, most, deadline)
+        .map_err(|error| format!("{}: {}", path.display(), explain_connect_error(&error)))
 }
 
 /// The error and what to do about it.
-fn explained(error: &io::Error) -> String {
+fn explain_connect_error(error: &io::Error) -> String {
     let fix = match error.kind() {
         ErrorKind::NotFound => {
             "is awsvid installed and running here (systemctl status awsvid)? In a container its socket has to be mounted"

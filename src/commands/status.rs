@@ -28,7 +28,7 @@ const CLEAR: &str = "\x1b[2J\x1b[H";
 /// root's, so this needs sudo.
 #[derive(Debug, Args)]
 #[command(after_help = "Exit status: 0 if awsvid answered, 1 if not.")]
-pub struct Status {
+pub struct StatusCommand {
     #[command(flatten)]
     config: ConfigFile,
     /// awsvid's status socket, instead of what the configuration says.
@@ -42,7 +42,7 @@ pub struct Status {
     watch: Option<u64>,
 }
 
-impl Status {
+impl StatusCommand {
     /// Shows it.
     #[expect(clippy::print_stderr, reason = "where a person looks for what went wrong")]
     pub fn run(&self) -> ExitCode {
@@ -52,14 +52,14 @@ impl Status {
         loop {
             let shown = self.ask().and_then(|status| self.show(&status, json, style));
             match (shown, self.watch) {
-                (Ok(Shown::Yes), None) | (Ok(Shown::NobodyLooks), _) => return ExitCode::SUCCESS,
+                (Ok(StatusView::Yes), None) | (Ok(StatusView::NobodyLooks), _) => return ExitCode::SUCCESS,
                 (Err(error), None) => {
                     eprintln!("awsvid status: {error}");
                     return ExitCode::FAILURE;
                 }
                 // It may be back the next time.
                 (Err(error), Some(_)) => eprintln!("awsvid status: {error}"),
-                (Ok(Shown::Yes), Some(_)) => {}
+                (Ok(StatusView::Yes), Some(_)) => {}
             }
             thread::sleep(Duration::from_secs(self.watch.unwrap_or_default()));
         }
@@ -73,7 +73,7 @@ impl Status {
         status.ok_or_else(|| not_awsvids(&socket, answer.status))
     }
 
-    fn show(&self, status: &Value, json: bool, style: Style) -> Result<Shown, String> {
+    fn show(&self, status: &Value, json: bool, style: Style) -> Result<StatusView, String> {
         let text = match (json, self.watch) {
             (true, None) => serde_json::to_string_pretty(status).map_err(|error| error.to_string())? + "\n",
             (true, Some(_)) => format!("{status}\n"),
@@ -81,14 +81,14 @@ impl Status {
             (false, Some(_)) => format!("{CLEAR}{}", table::render(status, SystemTime::now(), style)),
         };
         match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
-            Ok(()) => Ok(Shown::Yes),
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Shown::NobodyLooks),
+            Ok(()) => Ok(StatusView::Yes),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(StatusView::NobodyLooks),
             Err(error) => Err(error.to_string()),
         }
     }
 }
 
-enum Shown {
+enum StatusView {
     Yes,
     NobodyLooks,
 }

@@ -14,12 +14,12 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use super::live::{self, Live};
-use super::web::{Chain, Web};
+use super::live::{self, LiveToken};
+use super::web::{HttpProbe, ServerChain};
 use crate::config::{Config, Exposure};
 use crate::identity::SpiffeId;
 use crate::sts::NetworkSettings;
-use plan::{Account, AccountName, Issuer, Plan, Provider};
+use plan::{Plan, PlannedAccount, PlannedAccountName, PlannedIssuer, PlannedProvider};
 
 /// For a token, and for each document of the issuer.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -39,7 +39,7 @@ const EX_CONFIG: u8 = 78;
   sudo awsvid trust-policy --account aws-cn:123456789012 --existing-provider
 
 Exit status: 0; 78 if the configuration has errors; 1 if there is no issuer, no role at AWS, or roles of several accounts.")]
-pub struct Options {
+pub struct TrustPolicyArgs {
     /// The daemon's configuration file.
     #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
     config: PathBuf,
@@ -79,7 +79,7 @@ enum Format {
 
 /// Writes it to standard output, and what is to be thought about to standard error.
 #[expect(clippy::print_stderr, reason = "a command that a person runs")]
-pub fn run(options: &Options) -> ExitCode {
+pub fn run(options: &TrustPolicyArgs) -> ExitCode {
     let config = match Config::load(&options.config, Exposure::Ignored, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded.config,
         Err(errors) => {
@@ -114,7 +114,7 @@ fn render(plan: &Plan, format: Format) -> Result<String, String> {
     if format == Format::AwsCli {
         return Ok(aws_cli::render(plan));
     }
-    let accounts: Vec<(&AccountName, &Account)> = plan.accounts.iter().collect();
+    let accounts: Vec<(&PlannedAccountName, &PlannedAccount)> = plan.accounts.iter().collect();
     let [(name, account)] = accounts[..] else {
         let names: Vec<String> = accounts.iter().map(|(name, _)| name.to_string()).collect();
         return Err(format!("the roles are in several accounts: choose one with --account ({})", names.join(", ")));
@@ -126,7 +126,7 @@ fn render(plan: &Plan, format: Format) -> Result<String, String> {
     })
 }
 
-async fn plan(options: &Options, config: &Config) -> Result<Plan, String> {
+async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String> {
     let live = live_issuer(config).await;
     let mut warnings = Vec::new();
     let issuer = match (&options.issuer, live) {
@@ -141,12 +141,12 @@ async fn plan(options: &Options, config: &Config) -> Result<Plan, String> {
         }
         (Some(given), _) => given.clone(),
     };
-    let issuer = Issuer::parse(&issuer)?;
+    let issuer = PlannedIssuer::parse(&issuer)?;
     let (provider, doubts) = match options.existing_provider {
-        true => (Provider::Existing, None),
+        true => (PlannedProvider::Existing, None),
         false => {
             let (thumbprint, doubts) = thumbprint(&issuer, options.accept_untrusted_issuer).await;
-            (Provider::New { thumbprint }, doubts)
+            (PlannedProvider::New { thumbprint }, doubts)
         }
     };
     let ids: Vec<SpiffeId> =
@@ -179,18 +179,18 @@ async fn live_issuer(config: &Config) -> Result<String, String> {
             (live::own(config, DEADLINE).await.map_err(|error| error.to_string())?, audience)
         }
     };
-    let live = Live::fetch(config, &id, &audience, DEADLINE).await.map_err(|error| error.to_string())?;
+    let live = LiveToken::fetch(config, &id, &audience, DEADLINE).await.map_err(|error| error.to_string())?;
     live.issuer().map(str::to_owned).ok_or_else(|| live::NO_ISSUER.to_owned())
 }
 
 /// Returns the thumbprint that IAM needs, and a warning. AWS trusts public CAs, and needs a thumbprint for other chains. A chain that
 /// this machine does not trust may be an attacker's, so its thumbprint is returned only if that is `accepted` (attack 35).
-async fn thumbprint(issuer: &Issuer, accepted: bool) -> (Option<String>, Option<String>) {
+async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, Option<String>) {
     if !issuer.url().starts_with("https://") {
         return (None, None);
     }
     let network = NetworkSettings::from_env(|name| std::env::var(name).ok());
-    let web = Web { resolve: Vec::new(), network: Some(network), deadline: DEADLINE };
+    let web = HttpProbe { resolve: Vec::new(), network: Some(network), deadline: DEADLINE };
     let chain = async {
         let document = web.get(&live::discovery_url(issuer.url())).await?;
         let discovery: Value =
@@ -200,7 +200,7 @@ async fn thumbprint(issuer: &Issuer, accepted: bool) -> (Option<String>, Option<
     };
     let url = issuer.url();
     match chain.await {
-        Ok(Some(Chain { distrust: Some(distrust), thumbprint })) => {
+        Ok(Some(ServerChain { distrust: Some(distrust), thumbprint })) => {
             let what = format!(
                 "issuer {url}: this machine does not trust the certificate that its keys are served with ({distrust}). AWS trusts \
                  every server with a certificate of this thumbprint: compare {thumbprint} with your own CA's (openssl x509 -noout -fingerprint \

@@ -29,18 +29,18 @@ use crate::sts::{NetworkSettings, Proxy};
 const BODY_MAX: usize = 1024 * 1024;
 
 /// What was answered.
-pub(super) struct Answer {
+pub(super) struct HttpProbeResponse {
     pub(super) status: u16,
     pub(super) location: Option<String>,
     pub(super) date: Option<String>,
     pub(super) body: Bytes,
     pub(super) took: Duration,
     /// Over https.
-    pub(super) chain: Option<Chain>,
+    pub(super) chain: Option<ServerChain>,
 }
 
 /// The certificates that a server showed.
-pub(super) struct Chain {
+pub(super) struct ServerChain {
     /// Why this machine would not trust it.
     pub(super) distrust: Option<String>,
     /// What IAM calls the thumbprint: the SHA-1 of the last certificate that the server sends, in hex.
@@ -69,28 +69,28 @@ impl std::str::FromStr for Resolve {
 
 /// How to get somewhere.
 #[derive(Clone)]
-pub(super) struct Web {
+pub(super) struct HttpProbe {
     pub(super) resolve: Vec<Resolve>,
     /// With its proxies; `None`: always directly.
     pub(super) network: Option<NetworkSettings>,
     pub(super) deadline: Duration,
 }
 
-impl Web {
+impl HttpProbe {
     /// The answer, whatever its status; else why there is none, in words for an operator.
-    pub(super) async fn get(&self, url: &str) -> Result<Answer, String> {
+    pub(super) async fn get(&self, url: &str) -> Result<HttpProbeResponse, String> {
         self.get_with(url, None).await
     }
 
     /// The same with an `Authorization`, which goes over plain HTTP to loopback only.
-    pub(super) async fn get_with(&self, url: &str, authorization: Option<&str>) -> Result<Answer, String> {
+    pub(super) async fn get_with(&self, url: &str, authorization: Option<&str>) -> Result<HttpProbeResponse, String> {
         match timeout(self.deadline, self.exchange(url, authorization)).await {
             Ok(answer) => answer,
             Err(_) => Err(format!("no answer within {:?}", self.deadline)),
         }
     }
 
-    async fn exchange(&self, url: &str, authorization: Option<&str>) -> Result<Answer, String> {
+    async fn exchange(&self, url: &str, authorization: Option<&str>) -> Result<HttpProbeResponse, String> {
         let begun = Instant::now();
         let uri: Uri = url.parse().map_err(|_| "it is no URL".to_owned())?;
         let authority = uri.authority().ok_or("it has no host")?.clone();
@@ -127,7 +127,7 @@ impl Web {
         if !secure {
             return answer(stream, request, begun).await;
         }
-        let seen = Arc::new(Seen::default());
+        let seen = Arc::new(CertCapture::default());
         let connector = TlsConnector::from(Arc::new(tls(&seen)?));
         let name = ServerName::try_from(host.clone()).map_err(|_| format!("{host} is no name of a server"))?;
         let stream = connector.connect(name, stream).await.map_err(|error| format!("TLS: {error}"))?;
@@ -167,7 +167,7 @@ impl Web {
     }
 }
 
-async fn answer<S>(stream: S, request: Request<Empty<Bytes>>, begun: Instant) -> Result<Answer, String>
+async fn answer<S>(stream: S, request: Request<Empty<Bytes>>, begun: Instant) -> Result<HttpProbeResponse, String>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -180,7 +180,7 @@ where
         let (status, location, date) = (response.status().as_u16(), text(LOCATION), text(DATE));
         let body = Limited::new(response.into_body(), BODY_MAX).collect().await;
         let body = body.map_err(|error| format!("the answer broke off, or is over a megabyte: {error}"))?.to_bytes();
-        Ok(Answer { status, location, date, body, took: begun.elapsed(), chain: None })
+        Ok(HttpProbeResponse { status, location, date, body, took: begun.elapsed(), chain: None })
     };
     // The connection makes progress only while it is polled; the exchange decides when it is over.
     tokio::pin!(connection);
@@ -191,7 +191,7 @@ where
     }
 }
 
-fn tls(seen: &Arc<Seen>) -> Result<ClientConfig, String> {
+fn tls(seen: &Arc<CertCapture>) -> Result<ClientConfig, String> {
     let provider = Arc::new(default_provider());
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
@@ -202,17 +202,17 @@ fn tls(seen: &Arc<Seen>) -> Result<ClientConfig, String> {
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Recording { verifier, seen: seen.clone() }))
+        .with_custom_certificate_verifier(Arc::new(RecordingVerifier { verifier, seen: seen.clone() }))
         .with_no_client_auth();
     Ok(config)
 }
 
 #[derive(Default)]
-struct Seen {
-    chain: Mutex<Option<Chain>>,
+struct CertCapture {
+    chain: Mutex<Option<ServerChain>>,
 }
 
-impl std::fmt::Debug for Seen {
+impl std::fmt::Debug for CertCapture {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Seen").finish_non_exhaustive()
     }
@@ -220,12 +220,12 @@ impl std::fmt::Debug for Seen {
 
 /// Goes on with every server, and keeps what would have been said of its chain. For reading public documents only.
 #[derive(Debug)]
-struct Recording {
+struct RecordingVerifier {
     verifier: Arc<WebPkiServerVerifier>,
-    seen: Arc<Seen>,
+    seen: Arc<CertCapture>,
 }
 
-impl ServerCertVerifier for Recording {
+impl ServerCertVerifier for RecordingVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -236,7 +236,7 @@ impl ServerCertVerifier for Recording {
     ) -> Result<ServerCertVerified, rustls::Error> {
         let verified = self.verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
         let last = digest(&SHA1_FOR_LEGACY_USE_ONLY, intermediates.last().unwrap_or(end_entity));
-        let chain = Chain {
+        let chain = ServerChain {
             distrust: verified.err().map(|error| error.to_string()),
             thumbprint: last.as_ref().iter().map(|byte| format!("{byte:02x}")).collect(),
         };

@@ -4,9 +4,9 @@
 use std::path::Path;
 
 use super::problem::Problem;
-use super::reader::{Place, Report, Table};
-use super::role::Defined;
-use super::workload::{Workload, literal};
+use super::reader::{Diagnostics, Location, Table};
+use super::role::ParsedRole;
+use super::workload::{ParsedWorkload, literal};
 use super::{DEV_ACCOUNT, DEV_TRUST_DOMAIN, aws};
 use crate::role::RequestedRoles;
 use crate::rule::{AccountName, CGROUP_GLOB, Known, NamedRule, WorkloadRule};
@@ -14,14 +14,14 @@ use crate::rule::{AccountName, CGROUP_GLOB, Known, NamedRule, WorkloadRule};
 const HIDDEN_FIX: &str = "move it up, or remove one of the two";
 
 /// Checks the rules against one another.
-pub(super) fn rules(report: &Report<'_>, workloads: &[Workload]) {
+pub(super) fn rules(report: &Diagnostics<'_>, workloads: &[ParsedWorkload]) {
     for (i, later) in workloads.iter().enumerate() {
         if let Some(earlier) = workloads[..i].iter().find(|earlier| covers(&earlier.rule, &later.rule)) {
             let what =
-                format!("this rule can never match: {} matches all of its callers first", the_one(&earlier.at()));
+                format!("this rule can never match: {} matches all of its callers first", line_ref(&earlier.at()));
             report.error(&later.at(), what, HIDDEN_FIX);
-        } else if let Some(other) = workloads[..i].iter().find(|other| differ_by_exe(&other.rule, &later.rule)) {
-            let what = format!("only `exe` tells its callers from those of {}", the_one(&other.at()));
+        } else if let Some(other) = workloads[..i].iter().find(|other| differ_only_by_exe(&other.rule, &later.rule)) {
+            let what = format!("only `exe` tells its callers from those of {}", line_ref(&other.at()));
             let fix = "give each program its own user: programs of one user can take each other's place";
             report.warn(&later.at(), what, fix);
         }
@@ -29,7 +29,7 @@ pub(super) fn rules(report: &Report<'_>, workloads: &[Workload]) {
 }
 
 /// The same by the numbers that users and groups have.
-pub(super) fn shadowed(workloads: &[Workload], number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
+pub(super) fn shadowed(workloads: &[ParsedWorkload], number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
     let resolved: Vec<Option<NamedRule>> =
         workloads.iter().map(|workload| workload.rule.resolve(&number).map(NamedRule::from)).collect();
     let mut warnings = Vec::new();
@@ -38,15 +38,15 @@ pub(super) fn shadowed(workloads: &[Workload], number: impl Fn(&AccountName) -> 
         let Some(earlier) = resolved[..i].iter().position(hides) else { continue };
         let what = format!(
             "this rule can never match on this node: {} matches all of its callers first",
-            the_one(&workloads[earlier].at())
+            line_ref(&workloads[earlier].at())
         );
-        let Place { line, key } = workloads[i].at();
+        let Location { line, key } = workloads[i].at();
         warnings.push(Problem { line, key, what, fix: HIDDEN_FIX.to_owned() });
     }
     warnings
 }
 
-fn the_one(at: &Place) -> String {
+fn line_ref(at: &Location) -> String {
     at.line.map_or_else(|| "another".to_owned(), |line| format!("the one in line {line}"))
 }
 
@@ -84,22 +84,22 @@ fn glob_covers(a: &glob::Pattern, b: &glob::Pattern) -> bool {
 }
 
 /// Whether two identities are kept apart by the executable alone (attack 7).
-fn differ_by_exe(a: &NamedRule, b: &NamedRule) -> bool {
+fn differ_only_by_exe(a: &NamedRule, b: &NamedRule) -> bool {
     let exe = WorkloadRule { spiffe_id: a.spiffe_id().clone(), exe: a.rule.exe.clone(), ..b.rule.clone() };
     let with_its_exe = NamedRule { rule: exe, ..b.clone() };
     a.spiffe_id() != b.spiffe_id() && a.rule.exe.is_some() && b.rule.exe.is_some() && *a == with_its_exe
 }
 
 /// Checks the roles against one another, and where their tokens go.
-pub(super) fn roles(report: &Report<'_>, roles: &[Defined], requested: Option<&RequestedRoles>) {
+pub(super) fn roles(report: &Diagnostics<'_>, roles: &[ParsedRole], requested: Option<&RequestedRoles>) {
     for (i, later) in roles.iter().enumerate() {
         if let Some(earlier) = roles[..i].iter().find(|earlier| earlier.role.name == later.role.name) {
-            let what = format!("{} has this name, too", the_one(&earlier.name_at));
+            let what = format!("{} has this name, too", line_ref(&earlier.name_at));
             report.error(&later.name_at, what, "give each role its own name");
         } else if let Some(earlier) = roles[..i].iter().find(|earlier| hides(earlier, later)) {
             let what = format!(
                 "/v1/credentials gives its workloads {} instead, which covers all of them; this one is given by its name alone",
-                the_one(&earlier.name_at)
+                line_ref(&earlier.name_at)
             );
             report.warn(&later.name_at, what, "move it up, unless workloads request it by name");
         }
@@ -109,13 +109,13 @@ pub(super) fn roles(report: &Report<'_>, roles: &[Defined], requested: Option<&R
 
 /// Returns whether `later` is narrower than `earlier`, so that its workloads never get it by default. Two roles for the same IDs are
 /// intended: one of them is requested by its name.
-fn hides(earlier: &Defined, later: &Defined) -> bool {
+fn hides(earlier: &ParsedRole, later: &ParsedRole) -> bool {
     let (wide, narrow) = (&earlier.role.spiffe_id, &later.role.spiffe_id);
     wide.covers(narrow) && !narrow.covers(wide)
 }
 
 /// A token can be used wherever its audience is accepted, so an audience belongs to one endpoint (attack 8).
-fn audiences(report: &Report<'_>, roles: &[Defined], requested: Option<&RequestedRoles>) {
+fn audiences(report: &Diagnostics<'_>, roles: &[ParsedRole], requested: Option<&RequestedRoles>) {
     let at_aws = requested.map(|requested| (requested.audience.as_str(), "AWS"));
     let mut seen: Vec<(&str, &str)> = at_aws.into_iter().collect();
     for defined in roles.iter().filter(|defined| !defined.allow_shared_audience) {
@@ -139,7 +139,7 @@ fn audiences(report: &Report<'_>, roles: &[Defined], requested: Option<&Requeste
 }
 
 /// What `awsvid dev` gives out ends with it, and proves nothing to anybody else.
-pub(super) fn names_of_dev(report: &Report<'_>, workloads: &[Workload], roles: &[Defined]) {
+pub(super) fn names_of_dev(report: &Diagnostics<'_>, workloads: &[ParsedWorkload], roles: &[ParsedRole]) {
     const FIX: &str = "use the names of your own SPIFFE provider and AWS account";
     let what =
         || format!("{DEV_TRUST_DOMAIN} is the trust domain of `awsvid dev`, which is no provider for production");
@@ -160,7 +160,7 @@ pub(super) fn names_of_dev(report: &Report<'_>, workloads: &[Workload], roles: &
 }
 
 /// Warns of identities and roles that nothing leads to.
-pub(super) fn coverage(report: &Report<'_>, workloads: &[Workload], roles: &[Defined], any_role: bool) {
+pub(super) fn coverage(report: &Diagnostics<'_>, workloads: &[ParsedWorkload], roles: &[ParsedRole], any_role: bool) {
     for workload in workloads.iter().filter(|_| !any_role) {
         let id = workload.spiffe_id();
         if !roles.iter().any(|defined| defined.role.spiffe_id.matches(id)) {
@@ -169,7 +169,7 @@ pub(super) fn coverage(report: &Report<'_>, workloads: &[Workload], roles: &[Def
     }
     for defined in roles {
         let pattern = &defined.role.spiffe_id;
-        let ids = workloads.iter().map(Workload::spiffe_id);
+        let ids = workloads.iter().map(ParsedWorkload::spiffe_id);
         let mut ids = ids.filter(|id| pattern.matches(id)).peekable();
         if ids.peek().is_none() {
             let what = format!("no workload on this node is {}", pattern.as_str());
@@ -183,16 +183,16 @@ pub(super) fn coverage(report: &Report<'_>, workloads: &[Workload], roles: &[Def
 }
 
 /// What is read, bound or written by its path, with the table and key that say so.
-pub(super) type Named<'a> = (&'a Table<'a>, &'a str, Option<&'a Path>);
+pub(super) type PathSetting<'a> = (&'a Table<'a>, &'a str, Option<&'a Path>);
 
 /// Two things can't have the same path.
-pub(super) fn paths(report: &Report<'_>, named: &[Named<'_>]) {
+pub(super) fn paths(report: &Diagnostics<'_>, named: &[PathSetting<'_>]) {
     for (i, (table, key, path)) in named.iter().enumerate() {
         let Some(path) = path.filter(|_| !table.is_wrong(key)) else { continue };
-        let same = |(other, key, known): &&Named<'_>| *known == Some(path) && !other.is_wrong(key);
+        let same = |(other, key, known): &&PathSetting<'_>| *known == Some(path) && !other.is_wrong(key);
         let Some((other, other_key, _)) = named[..i].iter().find(same) else { continue };
         // One of the two may be a default; then the other is the one that the file has.
-        let in_file = table.has(key) || !other.has(other_key);
+        let in_file = table.contains(key) || !other.contains(other_key);
         let (at, other) = match (table.place(key), other.place(other_key)) {
             (here, there) if in_file => (here, there),
             (here, there) => (there, here),

@@ -6,8 +6,8 @@ use std::time::Duration;
 use toml::Value;
 
 use super::identity::{IdentityConfig, Reference, Source};
-use super::output::{AuditConfig, AuditFile, Log, LogFormat};
-use super::sts::Sts;
+use super::output::{AuditConfig, AuditFile, LogConfig, LogFormat};
+use super::sts::StsConfig;
 use super::{CacheConfig, Config, listen};
 use crate::role::{Role, StsTarget};
 use crate::rule::{NamedRule, WorkloadRule};
@@ -113,9 +113,9 @@ impl Page<'_> {
         self.key(TABLE, "admin", admin.map_or(String::new(), |admin| admin.to_string()));
         self.key(TABLE, "status", status.as_deref().map_or(String::new(), shown));
         let word = match authorization {
-            listen::Authorization::Present => "present",
-            listen::Authorization::Token => "token",
-            listen::Authorization::Off => "off",
+            listen::AuthorizationMode::Present => "present",
+            listen::AuthorizationMode::Token => "token",
+            listen::AuthorizationMode::Off => "off",
         };
         self.key(TABLE, "authorization", word);
         self.key(TABLE, "token_file", shown(token_file));
@@ -152,9 +152,9 @@ impl Page<'_> {
         self.key(TABLE, "audience", audience.as_str());
     }
 
-    fn sts(&mut self, sts: &Sts) {
+    fn sts(&mut self, sts: &StsConfig) {
         const TABLE: &str = "sts";
-        let Sts { region, endpoint, ca_file, timeout, max_concurrent } = sts;
+        let StsConfig { region, endpoint, ca_file, timeout, max_concurrent } = sts;
         self.table("[sts]");
         match region {
             Some(region) => self.key(TABLE, "region", region.as_str()),
@@ -179,7 +179,7 @@ impl Page<'_> {
         self.key("cache", "revocation_grace", duration(*revocation_grace));
     }
 
-    fn output(&mut self, audit: &AuditConfig, log: &Log) {
+    fn output(&mut self, audit: &AuditConfig, log: &LogConfig) {
         let AuditConfig { file, required } = audit;
         self.table("[audit]");
         let file = match file {
@@ -188,7 +188,7 @@ impl Page<'_> {
         };
         self.key("audit", "file", file);
         self.key("audit", "required", *required);
-        let Log { level, format } = log;
+        let LogConfig { level, format } = log;
         self.table("[log]");
         // The variable counts before the file.
         match (self.env)("AWSVID_LOG").filter(|level| !level.is_empty()) {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::reader::{Place, Table};
+use super::reader::{Location, Table};
 use crate::endpoint::Endpoint;
 use crate::identity::SpiffeIdPattern;
 
@@ -111,7 +111,7 @@ fn known(text: &str) -> Result<String, &'static str> {
 fn source(table: &Table<'_>, name: &str, env: &dyn Fn(&str) -> Option<String>) -> Option<Source> {
     let needed = |key: &'static str, what: &str, variable: &str| {
         let endpoint = socket(table, key, variable, UNIX_FIX, env);
-        if endpoint.is_none() && !table.has(key) {
+        if endpoint.is_none() && !table.contains(key) {
             table.error("source", format!("{name:?} needs `{key}`"), what.to_owned());
         }
         match endpoint? {
@@ -150,8 +150,8 @@ fn socket(
     let from_env = || env(variable).filter(|text| !text.is_empty());
     let (text, at) = match table.string(key) {
         Some(text) => (text.to_owned(), table.place(key)),
-        None if table.has(key) => return None,
-        None => (from_env()?, Place { line: None, key: variable.to_owned() }),
+        None if table.contains(key) => return None,
+        None => (from_env()?, Location { line: None, key: variable.to_owned() }),
     };
     match Endpoint::parse(&text) {
         Ok(endpoint) => {

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use super::reader::{Place, Table, absolute};
+use super::reader::{Location, Table, absolute};
 use crate::cgroup::CgroupPath;
 
 /// `sun_path` has 108 bytes, the last of which is NUL.
@@ -35,7 +35,7 @@ pub struct Listen {
     /// The unix socket of `/status`; `None` (an empty string) switches it off.
     pub status: Option<PathBuf>,
     /// What TCP callers have to send.
-    pub authorization: Authorization,
+    pub authorization: AuthorizationMode,
     /// Where the token is written that callers may (or with [`Authorization::Token`] must) send.
     pub token_file: PathBuf,
     /// The kubelet's cgroup root, below which its pods are; `None`: one of the usual places.
@@ -48,7 +48,7 @@ pub struct Listen {
 
 /// What a caller over TCP has to send in the `Authorization` header, as proof that it can set one (attack 4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Authorization {
+pub enum AuthorizationMode {
     /// Any value.
     Present,
     /// The content of the token file.
@@ -67,7 +67,7 @@ impl Default for Listen {
             handover: None,
             admin: Some((Ipv4Addr::LOCALHOST, 975).into()),
             status: Some(PathBuf::from("/run/awsvid/status.sock")),
-            authorization: Authorization::Present,
+            authorization: AuthorizationMode::Present,
             token_file: PathBuf::from("/run/awsvid/token"),
             pods_cgroup: None,
             max_connections: 4096,
@@ -114,10 +114,11 @@ impl Listen {
 /// Reads `[listen]`.
 pub(super) fn read(table: &Table<'_>) -> Listen {
     let default = Listen::default();
-    table.not_yet("node");
+    table.reserved_key("node");
     let pods = table.flag("pods").unwrap_or(default.pods);
     let handover = Some(PathBuf::from(HANDOVER));
-    let words = [("present", Authorization::Present), ("token", Authorization::Token), ("off", Authorization::Off)];
+    let words =
+        [("present", AuthorizationMode::Present), ("token", AuthorizationMode::Token), ("off", AuthorizationMode::Off)];
     let listen = Listen {
         unix: socket(table, "unix", default.unix),
         tcp: tcp(table).unwrap_or(default.tcp),
@@ -200,28 +201,28 @@ fn check(table: &Table<'_>, listen: &Listen) {
     if let Some(admin) = listen.admin.filter(|_| !table.is_wrong("admin"))
         && let Some(tcp) = listen.tcp.iter().find(|tcp| overlap(**tcp, admin))
     {
-        let at = either(table, "admin", "tcp");
+        let at = location_of_either(table, "admin", "tcp");
         table.report.error(&at, format!("`admin` ({admin}) and `tcp` ({tcp}) overlap"), "give one another port");
     }
     let counts_are_wrong = table.is_wrong("max_connections") || table.is_wrong("max_connections_per_workload");
     // With as many as all together, one workload could keep every other out (attack 20).
     if listen.max_connections_per_workload >= listen.max_connections && !counts_are_wrong {
-        let at = either(table, "max_connections_per_workload", "max_connections");
+        let at = location_of_either(table, "max_connections_per_workload", "max_connections");
         let what = format!(
             "one workload may have {} connections, which leaves none of all {} to the others",
             listen.max_connections_per_workload, listen.max_connections
         );
         table.report.error(&at, what, "lower `max_connections_per_workload`");
     }
-    if listen.authorization == Authorization::Off && (!listen.tcp.is_empty() || listen.pods) {
+    if listen.authorization == AuthorizationMode::Off && (!listen.tcp.is_empty() || listen.pods) {
         let what = "whoever makes a workload fetch a URL can read its credentials";
         table.warn("authorization", what, "use \"present\"");
     }
 }
 
 /// The place of the first key, or of the second if only that one is in the file.
-fn either(table: &Table<'_>, first: &str, second: &str) -> Place {
-    table.place(if table.has(first) || !table.has(second) { first } else { second })
+fn location_of_either(table: &Table<'_>, first: &str, second: &str) -> Location {
+    table.place(if table.contains(first) || !table.contains(second) { first } else { second })
 }
 
 /// Whether the kernel would refuse to bind both. Port 0 is another one each time.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::reader::{Place, Table, absolute};
+use super::reader::{Location, Table, absolute};
 
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// Overrides `[log] level`.
@@ -29,7 +29,7 @@ pub enum AuditFile {
 
 /// `[log]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Log {
+pub struct LogConfig {
     /// A filter of tracing-subscriber's: `info`, or for instance `info,awsvid::sts=debug`. `AWSVID_LOG` overrides it.
     pub level: String,
     /// How lines look.
@@ -53,7 +53,7 @@ impl Default for AuditConfig {
     }
 }
 
-impl Default for Log {
+impl Default for LogConfig {
     fn default() -> Self {
         Self { level: "info".to_owned(), format: LogFormat::Auto }
     }
@@ -73,15 +73,15 @@ pub(super) fn read_audit(table: &Table<'_>) -> AuditConfig {
 }
 
 /// Reads `[log]`.
-pub(super) fn read_log(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> Log {
-    let default = Log::default();
+pub(super) fn read_log(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> LogConfig {
+    let default = LogConfig::default();
     let formats = [("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json)];
     let in_file = table.parse("level", LEVEL_FIX, level);
     let in_env = env(LEVEL_VARIABLE).filter(|text| !text.is_empty()).and_then(|text| {
-        let at = Place { line: None, key: LEVEL_VARIABLE.to_owned() };
+        let at = Location { line: None, key: LEVEL_VARIABLE.to_owned() };
         level(&text).map_err(|error| table.report.error(&at, format!("{text:?}: {error}"), LEVEL_FIX)).ok()
     });
-    Log {
+    LogConfig {
         level: in_env.or(in_file).unwrap_or(default.level),
         format: table.word("format", &formats).unwrap_or(default.format),
     }

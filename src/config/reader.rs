@@ -18,13 +18,13 @@ const TYPO: usize = 2;
 
 /// A key or table, and its line if the file has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct Location {
     pub(super) line: Option<usize>,
     pub(super) key: String,
 }
 
 /// Collects what is found while a file is read.
-pub(super) struct Report<'t> {
+pub(super) struct Diagnostics<'t> {
     text: &'t str,
     errors: RefCell<Vec<Problem>>,
     warnings: RefCell<Vec<Problem>>,
@@ -34,7 +34,7 @@ pub(super) struct Report<'t> {
     lists: RefCell<BTreeSet<String>>,
 }
 
-impl<'t> Report<'t> {
+impl<'t> Diagnostics<'t> {
     pub(super) fn new(text: &'t str) -> Self {
         let (errors, warnings) = (RefCell::default(), RefCell::default());
         Self { text, errors, warnings, asked: RefCell::default(), lists: RefCell::default() }
@@ -42,14 +42,14 @@ impl<'t> Report<'t> {
 
     /// The file's text as a table.
     pub(super) fn root<'r>(&'r self, entries: &'r DeTable<'r>) -> Table<'r> {
-        Table { report: self, place: Place { line: None, key: String::new() }, entries: Some(entries) }
+        Table { report: self, place: Location { line: None, key: String::new() }, entries: Some(entries) }
     }
 
-    pub(super) fn error(&self, at: &Place, what: impl Into<String>, fix: impl Into<String>) {
+    pub(super) fn error(&self, at: &Location, what: impl Into<String>, fix: impl Into<String>) {
         self.errors.borrow_mut().push(problem(at, what, fix));
     }
 
-    pub(super) fn warn(&self, at: &Place, what: impl Into<String>, fix: impl Into<String>) {
+    pub(super) fn warn(&self, at: &Location, what: impl Into<String>, fix: impl Into<String>) {
         self.warnings.borrow_mut().push(problem(at, what, fix));
     }
 
@@ -81,12 +81,12 @@ impl<'t> Report<'t> {
             let name = key.get_ref().as_ref();
             let path = join(table, name);
             if !self.asked.borrow().iter().any(|(of, asked)| of == table && *asked == name) {
-                let at = Place { line: Some(self.line(key.span())), key: path };
+                let at = Location { line: Some(self.line(key.span())), key: path };
                 // With the version: the file may be a newer one's.
                 self.error(
                     &at,
                     concat!("awsvid ", env!("CARGO_PKG_VERSION"), " has no such key"),
-                    self.meant(table, name),
+                    self.suggestion(table, name),
                 );
                 continue;
             }
@@ -105,7 +105,7 @@ impl<'t> Report<'t> {
     }
 
     /// What the writer of an unknown key probably wanted.
-    fn meant(&self, table: &str, name: &str) -> String {
+    fn suggestion(&self, table: &str, name: &str) -> String {
         let asked = self.asked.borrow();
         let here: Vec<&str> = asked.iter().filter(|(of, _)| of == table).map(|(_, key)| *key).collect();
         let distance = |key: &&str| strsim::damerau_levenshtein(name, key);
@@ -132,7 +132,7 @@ impl<'t> Report<'t> {
     }
 }
 
-fn problem(at: &Place, what: impl Into<String>, fix: impl Into<String>) -> Problem {
+fn problem(at: &Location, what: impl Into<String>, fix: impl Into<String>) -> Problem {
     Problem { line: at.line, key: at.key.clone(), what: what.into(), fix: fix.into() }
 }
 
@@ -147,30 +147,30 @@ pub(super) fn line_at(text: &str, byte: usize) -> usize {
 
 /// A table that is being read; one that the file doesn't have reads as empty.
 pub(super) struct Table<'r> {
-    pub(super) report: &'r Report<'r>,
-    place: Place,
+    pub(super) report: &'r Diagnostics<'r>,
+    place: Location,
     entries: Option<&'r DeTable<'r>>,
 }
 
 impl<'r> Table<'r> {
     /// Where the table begins.
-    pub(super) fn at(&self) -> Place {
+    pub(super) fn at(&self) -> Location {
         self.place.clone()
     }
 
     /// Where the key is, or else where it would be.
-    pub(super) fn place(&self, key: &str) -> Place {
+    pub(super) fn place(&self, key: &str) -> Location {
         let found = self.entries.and_then(|entries| entries.get_key_value(key));
         let line = found.map(|(_, value)| self.report.line(value.span())).or(self.place.line);
-        Place { line, key: join(&self.place.key, key) }
+        Location { line, key: join(&self.place.key, key) }
     }
 
-    pub(super) fn has(&self, key: &str) -> bool {
+    pub(super) fn contains(&self, key: &str) -> bool {
         self.entries.is_some_and(|entries| entries.contains_key(key))
     }
 
     /// Whether the key is missing or an empty list.
-    pub(super) fn lacks(&self, key: &str) -> bool {
+    pub(super) fn missing(&self, key: &str) -> bool {
         let value = self.entries.and_then(|entries| entries.get(key));
         value.is_none_or(|value| value.get_ref().as_array().is_some_and(|elements| elements.is_empty()))
     }
@@ -178,7 +178,8 @@ impl<'r> Table<'r> {
     /// Whether an error has been reported of this key, so that what is used in its place means nothing.
     pub(super) fn is_wrong(&self, key: &str) -> bool {
         let at = self.place(key);
-        self.has(key) && self.report.errors.borrow().iter().any(|error| error.line == at.line && error.key == at.key)
+        self.contains(key)
+            && self.report.errors.borrow().iter().any(|error| error.line == at.line && error.key == at.key)
     }
 
     pub(super) fn value(&self, key: &'static str) -> Option<&'r DeValue<'r>> {
@@ -196,12 +197,12 @@ impl<'r> Table<'r> {
 
     /// Reports a key that has to be there and is not.
     pub(super) fn require(&self, key: &'static str, fix: &str) {
-        if !self.has(key) {
+        if !self.contains(key) {
             self.report.error(&self.place(key), "it is missing", fix);
         }
     }
 
-    fn wrong_type(&self, at: &Place, wanted: &str, found: &DeValue<'_>, fix: &str) {
+    fn wrong_type(&self, at: &Location, wanted: &str, found: &DeValue<'_>, fix: &str) {
         let found = found.type_str();
         let article = if found.starts_with(['a', 'i']) { "an" } else { "a" };
         self.report.error(at, format!("this is {article} {found}, where {wanted} is wanted"), fix);
@@ -282,7 +283,7 @@ impl<'r> Table<'r> {
     }
 
     /// The strings of a list with the place of each; `None` if the key is not there or no list.
-    pub(super) fn strings(&self, key: &'static str) -> Option<Vec<(Place, &'r str)>> {
+    pub(super) fn strings(&self, key: &'static str) -> Option<Vec<(Location, &'r str)>> {
         const FIX: &str = "write a list of strings: [\"...\", \"...\"]";
         let value = self.value(key)?;
         let Some(elements) = value.as_array() else {
@@ -291,7 +292,7 @@ impl<'r> Table<'r> {
         };
         let mut strings = Vec::with_capacity(elements.len());
         for element in elements.iter() {
-            let at = Place { line: Some(self.report.line(element.span())), ..self.place(key) };
+            let at = Location { line: Some(self.report.line(element.span())), ..self.place(key) };
             match element.get_ref().as_str() {
                 Some(text) => strings.push((at, text)),
                 None => self.wrong_type(&at, "a string", element.get_ref(), FIX),
@@ -310,7 +311,7 @@ impl<'r> Table<'r> {
             value.as_table()
         });
         let line = entries.and(self.place(key).line);
-        Table { report: self.report, place: Place { line, key: join(&self.place.key, key) }, entries }
+        Table { report: self.report, place: Location { line, key: join(&self.place.key, key) }, entries }
     }
 
     /// The tables `[[key]]`.
@@ -324,7 +325,7 @@ impl<'r> Table<'r> {
         };
         let mut tables = Vec::with_capacity(elements.len());
         for element in elements.iter() {
-            let place = Place { line: Some(self.report.line(element.span())), key: join(&self.place.key, key) };
+            let place = Location { line: Some(self.report.line(element.span())), key: join(&self.place.key, key) };
             match element.get_ref().as_table() {
                 Some(entries) => tables.push(Table { report: self.report, place, entries: Some(entries) }),
                 None => self.wrong_type(&place, "a table", element.get_ref(), &fix),
@@ -334,7 +335,7 @@ impl<'r> Table<'r> {
     }
 
     /// A key of a later version: it may be there as long as it asks for nothing.
-    pub(super) fn not_yet(&self, key: &'static str) {
+    pub(super) fn reserved_key(&self, key: &'static str) {
         let asks_nothing = |value: &DeValue<'_>| match value {
             DeValue::Boolean(on) => !on,
             DeValue::Array(elements) => elements.is_empty(),

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::aws;
 use super::identity::{IdentityConfig, audience};
-use super::reader::{Place, Table};
-use super::sts::{ENDPOINT_FIX, REGION_FIX, Sts};
+use super::reader::{Location, Table};
+use super::sts::{ENDPOINT_FIX, REGION_FIX, StsConfig};
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
 use crate::role::{RequestedRoles, Role, StsTarget};
 
@@ -24,38 +24,38 @@ const ANY_REGION: &str = "us-east-1";
 const ROLE_NAME_MAX: usize = 64;
 
 /// A role, and what the cross-checks need beside it.
-pub(super) struct Defined {
+pub(super) struct ParsedRole {
     pub(super) role: Arc<Role>,
     pub(super) allow_shared_audience: bool,
-    pub(super) name_at: Place,
-    pub(super) audience_at: Place,
+    pub(super) name_at: Location,
+    pub(super) audience_at: Location,
 }
 
 /// What a role falls back to.
 pub(super) struct Defaults<'a> {
     pub(super) identity: &'a IdentityConfig,
     pub(super) identity_table: &'a Table<'a>,
-    pub(super) sts: &'a Sts,
+    pub(super) sts: &'a StsConfig,
     pub(super) sts_table: &'a Table<'a>,
 }
 
 /// Reads all `[[role]]`; one with an error is left out.
-pub(super) fn read(root: &Table<'_>, defaults: &Defaults<'_>) -> Vec<Defined> {
+pub(super) fn read(root: &Table<'_>, defaults: &Defaults<'_>) -> Vec<ParsedRole> {
     let tables = root.tables("role");
     let roles = tables.iter().filter_map(|table| role(table, defaults)).collect();
-    let has_region = |table: &Table<'_>| table.has("region") || table.has("sts_endpoint");
-    let needs_region = !root.lacks("allow_requested_roles") || !tables.iter().all(has_region);
-    if needs_region && !defaults.sts_table.has("region") && !defaults.sts_table.has("endpoint") {
+    let has_region = |table: &Table<'_>| table.contains("region") || table.contains("sts_endpoint");
+    let needs_region = !root.missing("allow_requested_roles") || !tables.iter().all(has_region);
+    if needs_region && !defaults.sts_table.contains("region") && !defaults.sts_table.contains("endpoint") {
         defaults.sts_table.error("region", "no AWS region is set", "add `region = \"eu-central-1\"` (or yours)");
     }
     roles
 }
 
-fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<Defined> {
+fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
     table.require("name", "add the name that stands in the path /v1/credentials/<name>");
     table.require("spiffe_id", "add the SPIFFE ID that may have this role");
     table.require("role_arn", "add the ARN of the role");
-    table.not_yet("chain");
+    table.reserved_key("chain");
     let name = table.parse("name", "use up to 64 of A-Z a-z 0-9 . _ -", role_name);
     let spiffe_id = table.parse(
         "spiffe_id",
@@ -68,7 +68,7 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<Defined> {
     let region = table.parse("region", REGION_FIX, aws::region);
     let endpoint = table.parse("sts_endpoint", ENDPOINT_FIX, aws::sts_endpoint);
     let policy = table.parse("policy", "write a session policy as one JSON object in '''quotes'''", policy);
-    let names = Names::of(table, endpoint.as_deref(), defaults);
+    let names = RoleNameRules::of(table, endpoint.as_deref(), defaults);
     let role_arn = role_arn(table, names);
     let policy_arns = policy_arns(table, names);
     let allow_shared_audience = table.flag("allow_shared_audience").unwrap_or(false);
@@ -91,7 +91,7 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<Defined> {
         policy_arns,
     };
     check(table, &role);
-    Some(Defined {
+    Some(ParsedRole {
         role: Arc::new(role),
         allow_shared_audience,
         name_at: table.place("name"),
@@ -101,13 +101,13 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<Defined> {
 
 /// The rules for the names of a role and its policies.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Names {
+enum RoleNameRules {
     Aws,
     /// None: the names are another STS's, or the endpoint has an error.
     Opaque,
 }
 
-impl Names {
+impl RoleNameRules {
     /// `own`: the role's own endpoint.
     fn of(table: &Table<'_>, own: Option<&str>, defaults: &Defaults<'_>) -> Self {
         let own_is_wrong = table.is_wrong("sts_endpoint");
@@ -117,12 +117,14 @@ impl Names {
     }
 }
 
-fn role_arn(table: &Table<'_>, names: Names) -> Option<ArnTemplate> {
+fn role_arn(table: &Table<'_>, names: RoleNameRules) -> Option<ArnTemplate> {
     const AT_AWS: &str = "write the role's ARN as IAM shows it; for a role of another system set `sts_endpoint` here, or \
                           `endpoint` in [sts]";
     match names {
-        Names::Aws => table.parse("role_arn", AT_AWS, ArnTemplate::parse),
-        Names::Opaque => table.parse("role_arn", "write the role's name as its STS has it", ArnTemplate::opaque),
+        RoleNameRules::Aws => table.parse("role_arn", AT_AWS, ArnTemplate::parse),
+        RoleNameRules::Opaque => {
+            table.parse("role_arn", "write the role's name as its STS has it", ArnTemplate::opaque)
+        }
     }
 }
 
@@ -161,7 +163,7 @@ fn policy(text: &str) -> Result<String, String> {
     }
 }
 
-fn policy_arns(table: &Table<'_>, names: Names) -> Vec<String> {
+fn policy_arns(table: &Table<'_>, names: RoleNameRules) -> Vec<String> {
     const KEY: &str = "policy_arns";
     const FIX: &str = "write the ARNs of managed policies, as in \"arn:aws:iam::aws:policy/ReadOnlyAccess\"";
     let is_arn = |text: &str| {
@@ -171,8 +173,8 @@ fn policy_arns(table: &Table<'_>, names: Names) -> Vec<String> {
             && text.bytes().all(|c| c.is_ascii_graphic())
     };
     let is_good = |text: &str| match names {
-        Names::Aws => is_arn(text),
-        Names::Opaque => RoleArn::opaque(text).is_ok(),
+        RoleNameRules::Aws => is_arn(text),
+        RoleNameRules::Opaque => RoleArn::opaque(text).is_ok(),
     };
     let listed = table.strings(KEY).unwrap_or_default();
     if listed.len() > POLICY_ARNS_MAX {
@@ -215,7 +217,7 @@ fn check(table: &Table<'_>, role: &Role) {
         table.warn("session_name", what, "leave it out to get one from the SPIFFE ID");
     }
     let StsTarget { region, endpoint } = &role.sts;
-    if endpoint.is_none() && table.has("region") && !aws::is_aws_region(region) {
+    if endpoint.is_none() && table.contains("region") && !aws::is_aws_region(region) {
         table.error("region", "AWS has no region of such a name", REGION_FIX);
     }
     let partition = role.role_arn.as_str().split(':').nth(1).unwrap_or_default();

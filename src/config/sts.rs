@@ -14,7 +14,7 @@ pub(super) const ENDPOINT_FIX: &str = "write a URL as in \"https://minio.interna
 
 /// `[sts]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sts {
+pub struct StsConfig {
     /// The AWS region of roles that have none of their own.
     pub region: Option<String>,
     /// An endpoint instead of AWS's, for roles that have none of their own: `scheme://host[:port][/path]` without a
@@ -28,23 +28,23 @@ pub struct Sts {
     pub max_concurrent: usize,
 }
 
-impl Default for Sts {
+impl Default for StsConfig {
     fn default() -> Self {
         Self { region: None, endpoint: None, ca_file: None, timeout: Duration::from_secs(5), max_concurrent: 16 }
     }
 }
 
 /// Reads `[sts]`.
-pub(super) fn read(table: &Table<'_>) -> Sts {
-    let default = Sts::default();
-    let sts = Sts {
+pub(super) fn read(table: &Table<'_>) -> StsConfig {
+    let default = StsConfig::default();
+    let sts = StsConfig {
         region: table.parse("region", REGION_FIX, aws::region),
         endpoint: table.parse("endpoint", ENDPOINT_FIX, aws::sts_endpoint),
         ca_file: table.path("ca_file"),
         timeout: table.duration("timeout", TIMEOUT).unwrap_or(default.timeout),
         max_concurrent: table.number("max_concurrent", 1..=1000).unwrap_or(default.max_concurrent),
     };
-    if !table.has("endpoint") && sts.region.as_ref().is_some_and(|region| !aws::is_aws_region(region)) {
+    if !table.contains("endpoint") && sts.region.as_ref().is_some_and(|region| !aws::is_aws_region(region)) {
         table.error("region", "AWS has no region of such a name", REGION_FIX);
     }
     sts

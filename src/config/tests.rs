@@ -119,7 +119,7 @@ fn what_is_not_said_has_the_documented_default() {
         handover: None,
         admin: Some(address("127.0.0.1:975")),
         status: Some(PathBuf::from("/run/awsvid/status.sock")),
-        authorization: Authorization::Present,
+        authorization: AuthorizationMode::Present,
         token_file: PathBuf::from("/run/awsvid/token"),
         pods_cgroup: None,
         max_connections: 4096,
@@ -133,7 +133,7 @@ fn what_is_not_said_has_the_documented_default() {
     assert_eq!((config.sts.endpoint, config.sts.ca_file, config.sts.max_concurrent), (None, None, 16));
     assert_eq!(config.cache, CacheConfig { max_entries: 10_000, revocation_grace: Duration::from_secs(300) });
     assert_eq!(config.audit, AuditConfig { file: AuditFile::Stdout, required: false });
-    assert_eq!(config.log, Log { level: "info".to_owned(), format: LogFormat::Auto });
+    assert_eq!(config.log, LogConfig { level: "info".to_owned(), format: LogFormat::Auto });
     let role = &config.roles.defined[0];
     assert_eq!((role.audience.as_str(), role.duration), ("sts.amazonaws.com", Duration::from_secs(3600)));
     assert_eq!((role.sts.region.as_str(), &role.sts.endpoint), ("eu-central-1", &None));
@@ -148,7 +148,7 @@ fn every_key_of_the_sections_is_read() {
     assert_eq!((unix, status, token_file), (None, Some("/srv/status".into()), "/srv/token".into()));
     assert_eq!((tcp, admin), (vec!["127.0.0.1:80".parse().unwrap()], Some("10.0.0.7:9100".parse().unwrap())));
     assert_eq!((pods, pods_dir, handover), (true, "/var/run/netns".into(), Some("/srv/handover".into())));
-    assert_eq!(authorization, Authorization::Token);
+    assert_eq!(authorization, AuthorizationMode::Token);
     assert_eq!(config.listen.pods_cgroup.unwrap().as_str(), "/kubelet/kubepods");
     assert_eq!((config.listen.max_connections, config.listen.max_connections_per_workload), (1000, 16));
     assert_eq!(
@@ -161,7 +161,7 @@ fn every_key_of_the_sections_is_read() {
     assert_eq!(config.sts.timeout, Duration::from_millis(1500));
     assert_eq!(config.cache, CacheConfig { max_entries: 1, revocation_grace: Duration::ZERO });
     assert_eq!(config.audit, AuditConfig { file: AuditFile::Path("/var/log/audit.json".into()), required: true });
-    assert_eq!(config.log, Log { level: "warn,awsvid::sts=debug".into(), format: LogFormat::Json });
+    assert_eq!(config.log, LogConfig { level: "warn,awsvid::sts=debug".into(), format: LogFormat::Json });
 }
 
 #[test]
@@ -169,7 +169,8 @@ fn every_key_of_rules_and_roles_is_read() {
     let config = loaded(EVERY_KEY).config;
     let [first, second] = &config.workloads[..] else { panic!("{:?}", config.workloads) };
     let [user, group] = [AccountName::User("billing".to_owned()), AccountName::Group("billing".to_owned())];
-    let lines = |workload: &Workload| workload.accounts.iter().map(|(_, (_, line))| line.unwrap()).collect::<Vec<_>>();
+    let lines =
+        |workload: &ParsedWorkload| workload.accounts.iter().map(|(_, (_, line))| line.unwrap()).collect::<Vec<_>>();
     let names = |rule: &NamedRule| (rule.user.clone(), rule.group.clone(), rule.supplementary_group.clone());
     assert_eq!(names(&first.rule), (Some(user.clone()), None, Some(group.clone())));
     assert_eq!(names(&second.rule), (None, Some(group.clone()), None));

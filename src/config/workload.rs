@@ -4,7 +4,7 @@ use std::path::Path;
 
 use toml::de::DeValue;
 
-use super::reader::{Place, Table, absolute};
+use super::reader::{Location, Table, absolute};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
 use crate::rule::{AccountName, ExeMatcher, NamedRule, OVERFLOW_ID, WorkloadRule};
@@ -21,21 +21,21 @@ const GID_FIX: &str = "write the name of a group, or its number";
 
 /// A rule, and where it stands.
 #[derive(Debug, Clone)]
-pub struct Workload {
+pub struct ParsedWorkload {
     /// The rule.
     pub rule: NamedRule,
     /// The line of its table.
     pub line: Option<usize>,
     /// The users and groups that it names, each with its key and line.
-    pub accounts: Vec<(AccountName, Key)>,
+    pub accounts: Vec<(AccountName, WorkloadRuleKey)>,
 }
 
 /// A key, and its line.
-pub type Key = (String, Option<usize>);
+pub type WorkloadRuleKey = (String, Option<usize>);
 
-impl Workload {
-    pub(super) fn at(&self) -> Place {
-        Place { line: self.line, key: "workload".to_owned() }
+impl ParsedWorkload {
+    pub(super) fn at(&self) -> Location {
+        Location { line: self.line, key: "workload".to_owned() }
     }
 
     pub(super) fn spiffe_id(&self) -> &SpiffeId {
@@ -44,11 +44,11 @@ impl Workload {
 }
 
 /// Reads all `[[workload]]`; one with an error is left out.
-pub(super) fn read(root: &Table<'_>) -> Vec<Workload> {
+pub(super) fn read(root: &Table<'_>) -> Vec<ParsedWorkload> {
     root.tables("workload").iter().filter_map(rule).collect()
 }
 
-fn rule(table: &Table<'_>) -> Option<Workload> {
+fn rule(table: &Table<'_>) -> Option<ParsedWorkload> {
     table.require("spiffe_id", "add the SPIFFE ID that these callers have");
     let spiffe_id = table.parse("spiffe_id", "write an ID as in \"spiffe://example.org/billing\"", SpiffeId::parse);
     let (uid, user) = account(table, "uid", "user", UID_FIX);
@@ -71,7 +71,7 @@ fn rule(table: &Table<'_>) -> Option<Workload> {
         ("supplementary_group", supplementary_group.map(AccountName::Group)),
     ];
     let place = |key: &str| {
-        let Place { line, key } = table.place(key);
+        let Location { line, key } = table.place(key);
         (key, line)
     };
     let accounts = names.iter().filter_map(|(key, name)| Some((name.clone()?, place(key)))).collect();
@@ -79,12 +79,12 @@ fn rule(table: &Table<'_>) -> Option<Workload> {
     // A rule without the key that is wrong would match others than its writer meant.
     let sound = spiffe_id.is_some() && !KEYS.iter().any(|key| table.is_wrong(key));
     let rule = NamedRule { rule, user, group, supplementary_group };
-    sound.then(|| Workload { rule, line: table.at().line, accounts })
+    sound.then(|| ParsedWorkload { rule, line: table.at().line, accounts })
 }
 
 /// An id under one key, or a name under another.
 fn account(table: &Table<'_>, number: &'static str, name: &'static str, fix: &str) -> (Option<u32>, Option<String>) {
-    if table.has(number) && table.has(name) {
+    if table.contains(number) && table.contains(name) {
         table.error(name, format!("`{name}` and `{number}` say the same thing"), "keep one of them");
     }
     let by_number = table.number(number, 0..=u32::MAX - 1);
@@ -147,16 +147,16 @@ fn cgroup(text: &str) -> Result<glob::Pattern, String> {
 /// What only the keys together tell.
 fn check_keys(table: &Table<'_>, rule: &WorkloadRule, user: Option<&str>) {
     let allow_exe_only = table.flag("allow_exe_only").unwrap_or(false);
-    let others = KEYS.iter().any(|key| *key != "exe" && table.has(key));
+    let others = KEYS.iter().any(|key| *key != "exe" && table.contains(key));
     let at = table.at();
-    if !others && !table.has("exe") {
+    if !others && !table.contains("exe") {
         table.report.error(
             &at,
             "without a key this rule matches every caller",
             "add `user`, `systemd_unit` or `cgroup`",
         );
     }
-    if !others && table.has("exe") && !allow_exe_only {
+    if !others && table.contains("exe") && !allow_exe_only {
         let what =
             "whoever runs this program, as any user, and with whatever he makes it load, would have this identity";
         table.error("exe", what, "add `user` or `systemd_unit`, or set `allow_exe_only = true`");

@@ -27,7 +27,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// What is answered.
-pub(super) type Answer = Response<Full<Bytes>>;
+pub(super) type LoopbackResponse = Response<Full<Bytes>>;
 
 /// An HTTP server on 127.0.0.1. It and all its connections end with this value.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ impl Server {
     pub(super) fn start<F, A>(listener: TcpListener, answer: F) -> Self
     where
         F: Fn(Request<Bytes>) -> A + Clone + Send + Sync + 'static,
-        A: Future<Output = Answer> + Send + 'static,
+        A: Future<Output = LoopbackResponse> + Send + 'static,
     {
         let mut accepting = JoinSet::new();
         accepting.spawn(accept(listener, answer));
@@ -58,7 +58,7 @@ impl Server {
 async fn accept<F, A>(listener: TcpListener, answer: F)
 where
     F: Fn(Request<Bytes>) -> A + Clone + Send + Sync + 'static,
-    A: Future<Output = Answer> + Send + 'static,
+    A: Future<Output = LoopbackResponse> + Send + 'static,
 {
     let mut connections = JoinSet::new();
     loop {
@@ -80,7 +80,7 @@ where
 async fn serve<F, A>(stream: TcpStream, answer: F)
 where
     F: Fn(Request<Bytes>) -> A + Clone + Send + Sync + 'static,
-    A: Future<Output = Answer> + Send + 'static,
+    A: Future<Output = LoopbackResponse> + Send + 'static,
 {
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let answer = answer.clone();
@@ -100,7 +100,7 @@ where
 }
 
 /// An answer without a body.
-pub(super) fn empty(status: StatusCode) -> Answer {
+pub(super) fn empty(status: StatusCode) -> LoopbackResponse {
     let mut response = Response::new(Full::default());
     *response.status_mut() = status;
     response
@@ -186,8 +186,8 @@ mod tests {
         let (listener, address) = bind().await.unwrap();
         let server = Server::start(listener, |request: Request<Bytes>| async move {
             match request.uri().path() {
-                "/document" => Answer::new("text".into()),
-                "/long" => Answer::new(vec![0; MAX_ANSWER + 1].into()),
+                "/document" => LoopbackResponse::new("text".into()),
+                "/long" => LoopbackResponse::new(vec![0; MAX_ANSWER + 1].into()),
                 _ => empty(StatusCode::NOT_FOUND),
             }
         });

@@ -7,7 +7,7 @@ use hyper::body::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 
-use super::loopback::{self, Answer, Server};
+use super::loopback::{self, LoopbackResponse, Server};
 
 /// Where OpenID Connect Discovery 1.0, section 4, puts the document.
 pub(super) const DISCOVERY_PATH: &str = "/.well-known/openid-configuration";
@@ -15,12 +15,12 @@ const KEYS_PATH: &str = "/keys";
 
 /// A running issuer; it ends with this value.
 #[derive(Debug)]
-pub struct Issuer {
+pub struct DevOidcIssuer {
     url: String,
     _server: Server,
 }
 
-impl Issuer {
+impl DevOidcIssuer {
     /// Serves this JWK set on a port that the kernel picks.
     pub async fn start(jwks: String) -> io::Result<Self> {
         let (listener, address) = loopback::bind().await?;
@@ -40,7 +40,7 @@ impl Issuer {
     }
 }
 
-fn answer(request: &Request<Bytes>, discovery: &Bytes, jwks: &Bytes) -> Answer {
+fn answer(request: &Request<Bytes>, discovery: &Bytes, jwks: &Bytes) -> LoopbackResponse {
     let document = match request.uri().path() {
         DISCOVERY_PATH => discovery,
         KEYS_PATH => jwks,

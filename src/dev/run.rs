@@ -24,14 +24,14 @@ const PORT: u16 = 974;
 /// The process gives up no privileges, as `serve` does: a command run by root could otherwise not become another user.
 #[expect(clippy::print_stderr, reason = "this is a person's terminal")]
 pub fn run(command: &[OsString]) -> ExitCode {
-    let ran = || Runtime::new()?.block_on(play(command));
+    let ran = || Runtime::new()?.block_on(run_dev(command));
     ran().unwrap_or_else(|error: Box<dyn Error>| {
         eprintln!("awsvid dev: {error}");
         ExitCode::FAILURE
     })
 }
 
-async fn play(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
+async fn run_dev(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
     let dev = Dev::start().await?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;

@@ -11,7 +11,7 @@ use hyper::Request;
 use hyper::body::Bytes;
 
 use super::keys::random_bytes;
-use super::loopback::{self, Answer, Server};
+use super::loopback::{self, LoopbackResponse, Server};
 use crate::clock::Clock;
 use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 
@@ -22,8 +22,8 @@ mod sessions;
 mod sigv4;
 mod token;
 
-use answer::Caller;
-use refusal::{Code, Refusal};
+use answer::DevCaller;
+use refusal::{Code, DevRefusal};
 use request::{Parameters, WebIdentityRequest};
 use sessions::{Sessions, random_id};
 
@@ -31,18 +31,18 @@ const VERSION: &str = "2011-06-15";
 
 /// What an administrator would have set up in IAM.
 #[derive(Debug, Clone)]
-pub struct Account {
+pub struct DevAccount {
     /// The region that requests are signed for.
     pub region: String,
     /// The OpenID Connect providers.
-    pub providers: Vec<Provider>,
+    pub providers: Vec<DevProvider>,
     /// The roles.
     pub roles: Vec<TrustedRole>,
 }
 
 /// An OpenID Connect provider.
 #[derive(Debug, Clone)]
-pub struct Provider {
+pub struct DevProvider {
     /// Its URL, exactly as `iss` has it: http, a loopback address, no slash at the end.
     pub issuer: String,
     /// The audiences that are accepted.
@@ -66,18 +66,18 @@ pub struct TrustedRole {
 
 /// A running STS; it ends with this value, and so do the credentials that it issued.
 #[derive(Debug)]
-pub struct Sts {
+pub struct DevSts {
     url: String,
-    desk: Arc<Desk>,
+    desk: Arc<StsState>,
     _server: Server,
 }
 
-impl Sts {
+impl DevSts {
     /// Serves `account` on a port of 127.0.0.1 that the kernel picks.
-    pub async fn start(account: Account, clock: Clock) -> io::Result<Self> {
+    pub async fn start(account: DevAccount, clock: Clock) -> io::Result<Self> {
         let (listener, address) = loopback::bind().await?;
         let role_id = random_id("AROA").map_err(io::Error::other)?;
-        let desk = Desk { account, role_id, clock, sessions: Sessions::default(), issued: AtomicU64::new(0) };
+        let desk = StsState { account, role_id, clock, sessions: Sessions::default(), issued: AtomicU64::new(0) };
         let desk = Arc::new(desk);
         let server = Server::start(listener, {
             let desk = desk.clone();
@@ -101,8 +101,8 @@ impl Sts {
 }
 
 #[derive(Debug)]
-struct Desk {
-    account: Account,
+struct StsState {
+    account: DevAccount,
     /// Stands for the role in ids, as `AROA...` does at AWS.
     role_id: String,
     clock: Clock,
@@ -110,8 +110,8 @@ struct Desk {
     issued: AtomicU64,
 }
 
-impl Desk {
-    async fn answer(&self, request: Request<Bytes>) -> Answer {
+impl StsState {
+    async fn answer(&self, request: Request<Bytes>) -> LoopbackResponse {
         let request_id = random_bytes::<16>().map(uuid).unwrap_or_default();
         let parameters = Parameters::of(&request);
         let action = parameters.get("Action").unwrap_or("(none)");
@@ -121,27 +121,28 @@ impl Desk {
             ("GetCallerIdentity", VERSION) => self.caller_identity(&request, &parameters, &request_id),
             _ => {
                 let message = format!("Could not find operation {action:.64} for version {version:.64}");
-                Err(Refusal::new(Code::InvalidAction, message))
+                Err(DevRefusal::new(Code::InvalidAction, message))
             }
         };
         answered.unwrap_or_else(|refusal| answer::refused(&refusal, &request_id))
     }
 
-    async fn assume_role(&self, parameters: &Parameters, request_id: &str) -> Result<Answer, Refusal> {
+    async fn assume_role(&self, parameters: &Parameters, request_id: &str) -> Result<LoopbackResponse, DevRefusal> {
         let wanted = WebIdentityRequest::of(parameters)?;
         let now = self.clock.now();
         let claims = token::verify(wanted.token, &self.account, now).await?;
         // A role that doesn't exist and one that doesn't trust the token are not told apart.
         let role = self.account.roles.iter().find(|role| role.arn == wanted.role_arn);
         let Some(role) = role.filter(|role| role.trusts(&claims)) else {
-            return Err(Refusal::new(Code::AccessDenied, "Not authorized to perform sts:AssumeRoleWithWebIdentity"));
+            return Err(DevRefusal::new(Code::AccessDenied, "Not authorized to perform sts:AssumeRoleWithWebIdentity"));
         };
         if wanted.duration > role.max_duration {
             let message = "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.";
-            return Err(Refusal::new(Code::ValidationError, message));
+            return Err(DevRefusal::new(Code::ValidationError, message));
         }
         let caller = self.caller(&role.arn, &wanted.session_name);
-        let session = self.sessions.issue(caller, now, wanted.duration).map_err(|error| Refusal::internal(&error))?;
+        let session =
+            self.sessions.issue(caller, now, wanted.duration).map_err(|error| DevRefusal::internal(&error))?;
         self.issued.fetch_add(1, Ordering::Relaxed);
         Ok(answer::assumed(&session.credentials, &session.caller, &claims, request_id))
     }
@@ -151,18 +152,18 @@ impl Desk {
         request: &Request<Bytes>,
         parameters: &Parameters,
         request_id: &str,
-    ) -> Result<Answer, Refusal> {
+    ) -> Result<LoopbackResponse, DevRefusal> {
         let now = self.clock.now();
         let session = sigv4::authenticate(request, parameters, &self.sessions, &self.account.region, now)?;
         Ok(answer::identity(&session.caller, request_id))
     }
 
-    fn caller(&self, role: &RoleArn, session: &SessionName) -> Caller {
+    fn caller(&self, role: &RoleArn, session: &SessionName) -> DevCaller {
         let session = session.as_str();
         let account = role.account().unwrap_or_default();
         let partition = role.as_str().split(':').nth(1).unwrap_or_default();
         let name = role.as_str().rsplit('/').next().unwrap_or_default();
-        Caller {
+        DevCaller {
             arn: format!("arn:{partition}:sts::{account}:assumed-role/{name}/{session}"),
             user_id: format!("{}:{session}", self.role_id),
             account: account.to_owned(),
@@ -171,7 +172,7 @@ impl Desk {
 }
 
 impl TrustedRole {
-    fn trusts(&self, claims: &token::Claims) -> bool {
+    fn trusts(&self, claims: &token::DevTokenClaims) -> bool {
         let subject = SpiffeId::parse(&claims.sub);
         self.issuer == claims.issuer
             && self.audience == claims.audience

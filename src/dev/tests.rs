@@ -10,8 +10,8 @@ use crate::role::{Identity, RequestedRole};
 use crate::svid::SourceError;
 
 async fn dev(names: &[(u32, &str)]) -> Dev {
-    let accounts = names.iter().map(|(uid, name)| users::Account { uid: *uid, name: Some((*name).to_owned()) });
-    Dev::start_for(users::identities(accounts).unwrap(), Names::default()).await.unwrap()
+    let accounts = names.iter().map(|(uid, name)| users::LocalAccount { uid: *uid, name: Some((*name).to_owned()) });
+    Dev::start_for(users::identities(accounts).unwrap(), DevNames::default()).await.unwrap()
 }
 
 fn parsed(dev: &Dev, quiet: bool) -> Loaded {

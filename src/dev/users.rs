@@ -24,14 +24,14 @@ pub struct User {
 
 /// An account as the system knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Account {
+pub(super) struct LocalAccount {
     pub(super) uid: u32,
     /// The login name, where there is one.
     pub(super) name: Option<String>,
 }
 
 /// Gives each account its own SPIFFE ID, the first ones first; a uid that is there twice has the first name.
-pub(super) fn identities(accounts: impl IntoIterator<Item = Account>) -> Result<Vec<User>, InvalidName> {
+pub(super) fn identities(accounts: impl IntoIterator<Item = LocalAccount>) -> Result<Vec<User>, InvalidName> {
     let (mut uids, mut names) = (BTreeSet::from([OVERFLOW_ID]), BTreeSet::new());
     let mut users = Vec::new();
     for account in accounts {
@@ -54,14 +54,14 @@ fn spiffe_id(name: &str) -> Result<SpiffeId, InvalidName> {
 }
 
 /// The people in the text of a passwd(5) file: those with a person's uid, and those who can log in.
-pub(super) fn people(passwd: &str) -> impl Iterator<Item = Account> {
+pub(super) fn people(passwd: &str) -> impl Iterator<Item = LocalAccount> {
     passwd.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
         let [name, _, uid, _, _, _, shell] = fields[..] else { return None };
         let uid = uid.parse().ok()?;
         let program = shell.rsplit('/').next().unwrap_or_default();
         let can_log_in = !NO_SHELLS.contains(&program);
-        (uid >= FIRST_PERSON || can_log_in).then(|| Account { uid, name: Some(name.to_owned()) })
+        (uid >= FIRST_PERSON || can_log_in).then(|| LocalAccount { uid, name: Some(name.to_owned()) })
     })
 }
 
@@ -99,14 +99,14 @@ nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
     #[test]
     fn names_that_could_be_a_path_become_numbers() {
         for name in ["a/b", "..", "", "user name"] {
-            let users = identities([Account { uid: 7, name: Some(name.to_owned()) }]).unwrap();
+            let users = identities([LocalAccount { uid: 7, name: Some(name.to_owned()) }]).unwrap();
             assert_eq!(users[0].spiffe_id.as_str(), "spiffe://dev.local/user/uid-7", "{name:?}");
         }
     }
 
     #[test]
     fn their_number_is_bounded() {
-        let many = (2000..4000).map(|uid| Account { uid, name: None });
+        let many = (2000..4000).map(|uid| LocalAccount { uid, name: None });
         assert_eq!(identities(many).unwrap().len(), MAX_USERS);
     }
 }

@@ -50,12 +50,12 @@ pub struct Registrations {
 
 /// A running Workload API; it ends with this value.
 #[derive(Debug)]
-pub struct WorkloadApi {
+pub struct DevWorkloadApi {
     socket: PathBuf,
     _server: JoinSet<()>,
 }
 
-impl WorkloadApi {
+impl DevWorkloadApi {
     /// Makes `directory` (mode 0700; it must not exist) and listens on a socket in it.
     pub fn start(directory: &Path, registrations: Registrations) -> io::Result<Self> {
         Self::start_for(geteuid(), directory, registrations)
@@ -66,8 +66,9 @@ impl WorkloadApi {
         let socket = directory.join("agent.sock");
         let listener = UnixListener::bind(&socket)?;
         std::fs::set_permissions(&socket, Permissions::from_mode(0o600))?;
-        let api =
-            SpiffeWorkloadApiServer::with_interceptor(Api { registrations }, move |request| admit(request, owner));
+        let api = SpiffeWorkloadApiServer::with_interceptor(DevWorkloadApiService { registrations }, move |request| {
+            admit(request, owner)
+        });
         let mut server = JoinSet::new();
         server.spawn(async move {
             let served = Server::builder().add_service(api).serve_with_incoming(UnixListenerStream::new(listener));
@@ -99,12 +100,12 @@ fn admit(request: Request<()>, owner: Uid) -> Result<Request<()>, Status> {
     Ok(request)
 }
 
-struct Api {
+struct DevWorkloadApiService {
     registrations: Registrations,
 }
 
 #[derive(Serialize)]
-struct Claims<'a> {
+struct DevSvidClaims<'a> {
     iss: &'a str,
     sub: &'a str,
     aud: &'a [String],
@@ -112,10 +113,10 @@ struct Claims<'a> {
     exp: u64,
 }
 
-impl Api {
+impl DevWorkloadApiService {
     fn sign(&self, spiffe_id: &SpiffeId, audience: &[String]) -> Result<Jwtsvid, Status> {
         let now = self.registrations.clock.now();
-        let claims = Claims {
+        let claims = DevSvidClaims {
             iss: &self.registrations.issuer,
             sub: spiffe_id.as_str(),
             aud: audience,
@@ -128,7 +129,7 @@ impl Api {
 }
 
 #[tonic::async_trait]
-impl SpiffeWorkloadApi for Api {
+impl SpiffeWorkloadApi for DevWorkloadApiService {
     async fn fetch_x509svid(
         &self,
         _: Request<X509svidRequest>,

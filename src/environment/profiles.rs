@@ -63,12 +63,12 @@ pub struct Profiles {
 struct Section {
     file: PathBuf,
     profile: String,
-    entries: Vec<Entry>,
+    entries: Vec<ProfileEntry>,
 }
 
 /// A key, and the whole text that it stands in: a nested value goes on in indented lines.
 #[derive(Debug)]
-struct Entry {
+struct ProfileEntry {
     key: String,
     value: String,
     text: String,
@@ -178,7 +178,7 @@ impl Profiles {
         text
     }
 
-    fn entries(&self, name: &str) -> impl Iterator<Item = (&Section, &Entry)> {
+    fn entries(&self, name: &str) -> impl Iterator<Item = (&Section, &ProfileEntry)> {
         let of_profile = self.sections.iter().filter(move |section| section.profile == name);
         of_profile.flat_map(|section| section.entries.iter().map(move |entry| (section, entry)))
     }
@@ -214,7 +214,7 @@ fn sections(kind: Kind, file: &Path, text: &str) -> Vec<Section> {
             }
         } else if let Some((key, value)) = line.split_once('=') {
             let (key, value) = (key.trim().to_ascii_lowercase(), value.trim().to_owned());
-            section.entries.push(Entry { key, value, text: format!("{line}\n") });
+            section.entries.push(ProfileEntry { key, value, text: format!("{line}\n") });
         }
     }
     sections

@@ -107,7 +107,7 @@ enum Shape {
     /// The same name for every ID.
     Fixed(RoleArn),
     /// Texts and segments alternate; the first and the last piece are texts.
-    Pieces(Vec<Piece>, Names),
+    Pieces(Vec<Piece>, ArnNameRules),
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -118,12 +118,12 @@ enum Piece {
 
 /// Which names a template may give.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Names {
+enum ArnNameRules {
     Aws,
     Opaque,
 }
 
-impl Names {
+impl ArnNameRules {
     fn parse(self, text: &str) -> Result<RoleArn, InvalidName> {
         match self {
             Self::Aws => RoleArn::parse(text),
@@ -138,7 +138,7 @@ impl ArnTemplate {
     /// SPIFFE IDs that differ in these segments never give the same ARN: two placeholders need a character between them that no
     /// segment can have (attack 36).
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
-        let template = Self::read(text, Names::Aws)?;
+        let template = Self::read(text, ArnNameRules::Aws)?;
         match &template.shape {
             Shape::Pieces(pieces, _) if !matches!(&pieces[0], Piece::Text(before) if before.contains(":role/")) => {
                 invalid("a {path[N]} can only stand behind `role/`")
@@ -149,10 +149,10 @@ impl ArnTemplate {
 
     /// Parses a template for roles at an STS that is not AWS's, whose names are taken as they stand.
     pub fn opaque(text: &str) -> Result<Self, InvalidName> {
-        Self::read(text, Names::Opaque)
+        Self::read(text, ArnNameRules::Opaque)
     }
 
-    fn read(text: &str, names: Names) -> Result<Self, InvalidName> {
+    fn read(text: &str, names: ArnNameRules) -> Result<Self, InvalidName> {
         let pieces = pieces(text)?;
         check_separators(&pieces)?;
         // The shape must be right for every segment.

@@ -15,7 +15,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use awsvid::clock::Clock;
-use awsvid::dev::sts::{Account, Provider, Sts, TrustedRole};
+use awsvid::dev::sts::{DevAccount, DevProvider, DevSts, TrustedRole};
 use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -282,10 +282,10 @@ fn an_agent_that_does_not_know_awsvid() {
 }
 
 /// An account as AWS has it, which trusts the tokens of one issuer with one audience for one subject.
-fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str) -> Account {
-    Account {
+fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str) -> DevAccount {
+    DevAccount {
         region: "us-east-1".to_owned(),
-        providers: vec![Provider { issuer: issuer.to_owned(), client_ids: vec![provider_audience.to_owned()] }],
+        providers: vec![DevProvider { issuer: issuer.to_owned(), client_ids: vec![provider_audience.to_owned()] }],
         roles: vec![TrustedRole {
             arn: RoleArn::parse("arn:aws:iam::123456789012:role/app").unwrap(),
             issuer: issuer.to_owned(),
@@ -316,11 +316,11 @@ fn what_aws_refuses() {
         (account(&issuer, "other", "shop", &reader), "AccessDenied", ":aud\" with \"shop\""),
     ];
     for (account, saw, fix) in table {
-        let sts = runtime.block_on(Sts::start(account, Clock::system())).unwrap();
+        let sts = runtime.block_on(DevSts::start(account, Clock::system())).unwrap();
         let text = configuration(&spire.agent_socket(), sts.url(), "arn:aws:iam::123456789012:role/app", "shop");
         assert_failed(&check(folder.path(), &text), "sts", saw, fix);
     }
-    let sts = runtime.block_on(Sts::start(account(&issuer, "shop", "shop", &reader), Clock::system())).unwrap();
+    let sts = runtime.block_on(DevSts::start(account(&issuer, "shop", "shop", &reader), Clock::system())).unwrap();
     let text = configuration(&spire.agent_socket(), sts.url(), "arn:aws:iam::123456789012:role/app", "shop");
     assert_eq!(check(folder.path(), &text).1["result"], "pass");
 }

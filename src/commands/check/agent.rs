@@ -6,9 +6,9 @@ use std::time::{Duration, SystemTime};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-use super::report::Report;
+use super::report::CheckReport;
 use crate::cgroup::PodUid;
-use crate::commands::live::{self, Live};
+use crate::commands::live::{self, LiveToken};
 use crate::config::{Config, Reference, Source};
 use crate::endpoint::Endpoint;
 use crate::identity::{SessionName, SpiffeId};
@@ -25,16 +25,16 @@ const TOKEN: Duration = Duration::from_secs(10);
 const CONNECT: Duration = Duration::from_secs(2);
 
 /// Who is asked for tokens, and about whom.
-pub(super) enum Asked {
+pub(super) enum TokenSource {
     /// The Workload API, for each identity of the rules.
     WorkloadApi,
     /// An agent, about somebody.
-    Agent(Box<dyn AttestingAgent>, Whom),
+    Agent(Box<dyn AttestingAgent>, CheckTarget),
 }
 
 /// About whom an agent is asked.
 #[derive(Debug, Clone)]
-pub(super) enum Whom {
+pub(super) enum CheckTarget {
     /// This process, which stands for awsvid.
     Itself,
     Process(u32),
@@ -42,7 +42,7 @@ pub(super) enum Whom {
 }
 
 /// Whether there is anybody to ask. `whom`: of the workloads, where the agent attests.
-pub(super) async fn connect(config: &Config, whom: Whom, report: &mut Report) -> Option<Asked> {
+pub(super) async fn connect(config: &Config, whom: CheckTarget, report: &mut CheckReport) -> Option<TokenSource> {
     if !opens(
         &config.identity.socket,
         "socket",
@@ -54,7 +54,7 @@ pub(super) async fn connect(config: &Config, whom: Whom, report: &mut Report) ->
         return None;
     }
     let (agent, socket): (Box<dyn AttestingAgent>, &Path) = match &config.identity.source {
-        Source::WorkloadApi => return Some(Asked::WorkloadApi),
+        Source::WorkloadApi => return Some(TokenSource::WorkloadApi),
         Source::SpireDelegated { socket } => (Box::new(SpireDelegated::new(socket, TOKEN)), socket),
         Source::SpiffeBroker { socket, server, reference } => {
             let own = OwnSvidSource::at(config.identity.socket.clone());
@@ -65,20 +65,20 @@ pub(super) async fn connect(config: &Config, whom: Whom, report: &mut Report) ->
             }
         }
     };
-    report.waiting("the agent, which attests this process");
+    report.show_progress("the agent, which attests this process");
     match timeout(TOKEN, agent.connect()).await {
-        Ok(Ok(())) if agent.supports_pod_references() => report.pass(SOCKET, format!("{} answers", socket.display())),
-        Ok(Ok(())) => report.pass(
+        Ok(Ok(())) if agent.supports_pod_references() => report.ok(SOCKET, format!("{} answers", socket.display())),
+        Ok(Ok(())) => report.ok(
             SOCKET,
             format!("{} can be opened, and the agent numbers processes as this machine does", socket.display()),
         ),
         Ok(Err(error)) => return refused(SOCKET, &error, report),
         Err(_) => return silent(SOCKET, report),
     }
-    Some(Asked::Agent(agent, whom))
+    Some(TokenSource::Agent(agent, whom))
 }
 
-async fn opens(endpoint: &Endpoint, key: &str, may_be_absent: bool, report: &mut Report) -> bool {
+async fn opens(endpoint: &Endpoint, key: &str, may_be_absent: bool, report: &mut CheckReport) -> bool {
     if may_be_absent {
         return true;
     }
@@ -89,7 +89,7 @@ async fn opens(endpoint: &Endpoint, key: &str, may_be_absent: bool, report: &mut
         }
     };
     match timeout(CONNECT, connecting).await {
-        Ok(Ok(())) => report.pass(SOCKET, format!("{endpoint} can be opened")),
+        Ok(Ok(())) => report.ok(SOCKET, format!("{endpoint} can be opened")),
         Ok(Err(error)) => {
             let text = agent_unreachable(endpoint, key, &error);
             let (saw, fix) = text.split_once(": ").unwrap_or((&text, "look at the agent's log"));
@@ -104,7 +104,7 @@ async fn opens(endpoint: &Endpoint, key: &str, may_be_absent: bool, report: &mut
     true
 }
 
-fn refused<T>(step: &'static str, error: &SourceError, report: &mut Report) -> Option<T> {
+fn refused<T>(step: &'static str, error: &SourceError, report: &mut CheckReport) -> Option<T> {
     let fix = match error {
         SourceError::Denied(_) => {
             "spire-server entry show, then entry create -spiffeID ID -selector unix:uid:0 (deploy/README.md has the whole command)"
@@ -117,32 +117,37 @@ fn refused<T>(step: &'static str, error: &SourceError, report: &mut Report) -> O
     None
 }
 
-fn silent<T>(step: &'static str, report: &mut Report) -> Option<T> {
+fn silent<T>(step: &'static str, report: &mut CheckReport) -> Option<T> {
     report.failed(step, format!("the agent did not answer within {TOKEN:?}"), "look at the agent's log");
     None
 }
 
 /// A token that this role would be assumed with. `None`: it has been said why there is none.
-pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &mut Report) -> Option<Live> {
-    report.waiting(&format!("a token for the role {:?}", role.name));
+pub(super) async fn token(
+    config: &Config,
+    asked: &TokenSource,
+    role: &Role,
+    report: &mut CheckReport,
+) -> Option<LiveToken> {
+    report.show_progress(&format!("a token for the role {:?}", role.name));
     let fetched = match asked {
-        Asked::WorkloadApi => {
+        TokenSource::WorkloadApi => {
             let Some(id) = live::example(config, role) else {
-                report.note(
+                report.info(
                     IDENTITY,
                     format!("role {:?}: no [[workload]] of this node has an identity that it is for", role.name),
                     "add a [[workload]], or leave the role out on this node",
                 );
                 return None;
             };
-            Live::fetch(config, &id, &role.audience, TOKEN).await
+            LiveToken::fetch(config, &id, &role.audience, TOKEN).await
         }
-        Asked::Agent(agent, whom) => about(agent.as_ref(), whom, role).await.map(Live::of),
+        TokenSource::Agent(agent, whom) => about(agent.as_ref(), whom, role).await.map(LiveToken::of),
     };
     let live = match fetched {
         Ok(live) => live,
         // The daemon goes on with such an agent, for pods alone, and has no process to name from here.
-        Err(error @ SourceError::Misconfigured(_)) if matches!(asked, Asked::Agent(agent, Whom::Itself) if agent.supports_pod_references()) =>
+        Err(error @ SourceError::Misconfigured(_)) if matches!(asked, TokenSource::Agent(agent, CheckTarget::Itself) if agent.supports_pod_references()) =>
         {
             let how = "awsvid check --pod UID has a pod's token";
             report.unchecked(IDENTITY, format!("role {:?}: {how}; this process cannot be named: {error}", role.name));
@@ -151,7 +156,7 @@ pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &
         Err(error) => return refused(IDENTITY, &error, report),
     };
     let left = live.svid.expires().duration_since(SystemTime::now()).unwrap_or_default();
-    report.pass(
+    report.ok(
         IDENTITY,
         format!(
             "{} for role {:?}: audience {:?}, {}, {} s left, session {}",
@@ -165,17 +170,17 @@ pub(super) async fn token(config: &Config, asked: &Asked, role: &Role, report: &
     );
     if let Some(life) = live.svid.short_life() {
         let saw = format!("tokens for role {:?} are good for only {} s from the start", role.name, life.as_secs());
-        report.note(IDENTITY, saw, TTL_FIX);
+        report.info(IDENTITY, saw, TTL_FIX);
     }
     Some(live)
 }
 
 /// Of several identities the one that the role is for.
-async fn about(agent: &dyn AttestingAgent, whom: &Whom, role: &Role) -> Result<JwtSvid, SourceError> {
+async fn about(agent: &dyn AttestingAgent, whom: &CheckTarget, role: &Role) -> Result<JwtSvid, SourceError> {
     let svids = match whom {
-        Whom::Itself => agent.fetch_for_pid(std::process::id(), &role.audience).await?,
-        Whom::Process(pid) => agent.fetch_for_pid(*pid, &role.audience).await?,
-        Whom::Pod(uid) => agent.fetch_for_pod(uid, &role.audience).await?,
+        CheckTarget::Itself => agent.fetch_for_pid(std::process::id(), &role.audience).await?,
+        CheckTarget::Process(pid) => agent.fetch_for_pid(*pid, &role.audience).await?,
+        CheckTarget::Pod(uid) => agent.fetch_for_pod(uid, &role.audience).await?,
     };
     let fits = |id: &str| SpiffeId::parse(id).is_ok_and(|id| role.spiffe_id.matches(&id));
     let nothing = || SourceError::Denied("the agent has no identity for it".to_owned());

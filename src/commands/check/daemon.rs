@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-use super::report::Report;
+use super::report::CheckReport;
 use crate::commands::server;
 use crate::config::Config;
 
@@ -16,13 +16,13 @@ const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
 /// Asks the daemon at the configuration's status socket. Without one there is nothing to report: `check` also runs before the
 /// first start.
-pub(super) fn check(config: &Config, report: &mut Report) {
+pub(super) fn check(config: &Config, report: &mut CheckReport) {
     let Some(socket) = config.listen.status.as_deref().filter(|socket| socket.exists()) else { return };
     match status(socket) {
         Ok(status) => judge(&status, report),
         Err(error) => {
             let (saw, fix) = error.split_once("; ").unwrap_or((&error, "journalctl -u awsvid"));
-            report.note(STEP, format!("the running daemon cannot be asked: {saw}"), fix);
+            report.info(STEP, format!("the running daemon cannot be asked: {saw}"), fix);
         }
     }
 }
@@ -34,10 +34,10 @@ fn status(socket: &Path) -> Result<Value, String> {
 }
 
 /// A daemon of an older version has no such field, and one that names no process has null.
-fn judge(status: &Value, report: &mut Report) {
+fn judge(status: &Value, report: &mut CheckReport) {
     match status["counts_executions"].as_bool() {
         None => {}
-        Some(true) => report.pass(STEP, "the running daemon counts executions of programs"),
+        Some(true) => report.ok(STEP, "the running daemon counts executions of programs"),
         Some(false) => report.failed(
             STEP,
             "the running daemon does not count executions of programs, so callers' processes are not named to the agent",
@@ -62,7 +62,7 @@ mod tests {
             (json!({}), None),
         ];
         for (status, expected) in table {
-            let mut report = Report::new(true);
+            let mut report = CheckReport::new(true);
             judge(&status, &mut report);
             assert_eq!(report.findings().first().map(|finding| finding.verdict), expected, "{status}");
             if let Some(fix) = report.findings().first().and_then(|finding| finding.fix.as_ref()) {

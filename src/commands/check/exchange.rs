@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::report::Report;
-use crate::commands::live::Live;
-use crate::commands::web::Web;
+use super::report::CheckReport;
+use crate::commands::live::LiveToken;
+use crate::commands::web::HttpProbe;
 use crate::role::{Identity, RequestedRole, Role, Roles};
 use crate::sts::{AssumeRole, Sts, StsError};
 
@@ -15,17 +15,17 @@ const CLOCK: &str = "clock";
 const SKEW_MAX: Duration = Duration::from_secs(60);
 
 /// What STS's clock shows, by the `Date` of whatever it answers at the host that exchanges go to.
-pub(super) async fn clock(sts: &Sts, role: &Role, web: &Web, report: &mut Report) {
+pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut CheckReport) {
     let url = match sts.url(&role.sts).await {
         Ok(url) => url,
         Err(error) => return report.failed(CLOCK, error.to_string(), "correct [sts], or the environment variable"),
     };
-    report.waiting(&format!("STS's clock, at {url}"));
+    report.show_progress(&format!("STS's clock, at {url}"));
     let before = SystemTime::now();
     let date = match web.get(&url).await {
         Ok(answer) => answer.date,
         Err(error) => {
-            report.note(
+            report.info(
                 CLOCK,
                 format!("STS's clock cannot be read: {url}: {error}"),
                 "the exchange shows whether it matters",
@@ -34,7 +34,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &Web, report: &mut Report
         }
     };
     let Some(theirs) = date.as_deref().and_then(from_http_date) else {
-        report.note(CLOCK, format!("{url} does not tell the time"), "compare this node's clock with another one");
+        report.info(CLOCK, format!("{url} does not tell the time"), "compare this node's clock with another one");
         return;
     };
     let skew = theirs.duration_since(before).unwrap_or_else(|error| error.duration());
@@ -45,7 +45,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &Web, report: &mut Report
             format!("this node's clock is {} s {way} STS's at {url}", skew.as_secs()),
             "set it: timedatectl set-ntp true, or chronyc makestep",
         ),
-        false => report.pass(CLOCK, format!("this node's clock and STS's agree, at {url}")),
+        false => report.ok(CLOCK, format!("this node's clock and STS's agree, at {url}")),
     }
 }
 
@@ -59,13 +59,13 @@ pub(super) fn from_http_date(text: &str) -> Option<SystemTime> {
 }
 
 /// Assumes the role, as the daemon would for this token's workload, and throws the credentials away.
-pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &Live, report: &mut Report) {
-    report.waiting(&format!("STS, for role {:?}", role.name));
+pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &LiveToken, report: &mut CheckReport) {
+    report.show_progress(&format!("STS, for role {:?}", role.name));
     let roles = Roles { defined: vec![role.clone()], requested: None };
     let identity = Identity { spiffe_id: live.svid.spiffe_id().clone(), hint: None };
     let Ok(grant) = roles.select(&[identity], &RequestedRole::Default) else {
         match sts.probe(&role.sts).await {
-            Ok(()) => report.note(
+            Ok(()) => report.info(
                 STEP,
                 format!(
                     "STS answers; role {:?} was not assumed, since it is not for {}",
@@ -79,7 +79,7 @@ pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &Live, report: &
         return;
     };
     match sts.assume(&grant, &live.svid).await {
-        Ok(credentials) => report.pass(
+        Ok(credentials) => report.ok(
             STEP,
             format!(
                 "{} assumed by {}: access key {}, until {}",
@@ -94,7 +94,7 @@ pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &Live, report: &
 }
 
 /// The daemon's log has the same text.
-fn refused(error: &StsError, report: &mut Report) {
+fn refused(error: &StsError, report: &mut CheckReport) {
     let fix = error.fix.clone().unwrap_or_else(|| "look at [sts] and at the way there".to_owned());
     report.failed(STEP, error.what.clone(), fix);
 }

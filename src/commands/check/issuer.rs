@@ -8,9 +8,9 @@ use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-use super::report::Report;
-use crate::commands::live::{self, Live};
-use crate::commands::web::{Answer, Web};
+use super::report::CheckReport;
+use crate::commands::live::{self, LiveToken};
+use crate::commands::web::{HttpProbe, HttpProbeResponse};
 
 const TOKEN: &str = "token";
 const DISCOVERY: &str = "discovery";
@@ -26,7 +26,7 @@ const SUBJECT_MAX: usize = 255;
 
 /// Walks from the token's `iss` to the key that it is signed with. `base`: where the documents are instead, as seen from
 /// outside; `aws`: whether STS is AWS's.
-pub(super) async fn check(live: &Live, base: Option<&str>, aws: bool, web: &Web, report: &mut Report) {
+pub(super) async fn check(live: &LiveToken, base: Option<&str>, aws: bool, web: &HttpProbe, report: &mut CheckReport) {
     let Some(issuer) = live.issuer() else {
         report.failed(
             TOKEN,
@@ -43,7 +43,7 @@ pub(super) async fn check(live: &Live, base: Option<&str>, aws: bool, web: &Web,
         report.unchecked(KEYS, "the discovery document says where the keys are");
         return;
     };
-    is_this_issuers(&discovery, issuer, report);
+    belongs_to_issuer(&discovery, issuer, report);
     let Some(url) = keys_url(&discovery, issuer, aws, report) else { return };
     let Some((keys, took_too)) = document(&url, KEYS, web, report).await else { return };
     match took + took_too {
@@ -52,7 +52,7 @@ pub(super) async fn check(live: &Live, base: Option<&str>, aws: bool, web: &Web,
             format!("the issuer needs {took:.1?} for both documents, and AWS waits about {PATIENCE:?}"),
             "put it nearer, or in front of it a cache that keeps no longer than the keys' rotation allows",
         ),
-        _ => at_once(&url, web, report).await,
+        _ => fetch_concurrently(&url, web, report).await,
     }
     contents(&keys, report);
     signature(live, &keys, &url, report);
@@ -60,9 +60,9 @@ pub(super) async fn check(live: &Live, base: Option<&str>, aws: bool, web: &Web,
 
 /// STS fetches the keys for whoever assumes a role, from many places: what limits rates or looks for robots stands in its way
 /// now and then, and never when an operator looks.
-async fn at_once(url: &str, web: &Web, report: &mut Report) {
-    report.waiting(&format!("{url}, {AT_ONCE} times at once"));
-    let web = Web { deadline: web.deadline.min(PATIENCE), ..web.clone() };
+async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport) {
+    report.show_progress(&format!("{url}, {AT_ONCE} times at once"));
+    let web = HttpProbe { deadline: web.deadline.min(PATIENCE), ..web.clone() };
     let mut fetches = JoinSet::new();
     for _ in 0..AT_ONCE {
         let (web, url) = (web.clone(), url.to_owned());
@@ -82,7 +82,7 @@ async fn at_once(url: &str, web: &Web, report: &mut Report) {
         *failures.entry(failure).or_default() += 1;
     }
     if failures.is_empty() {
-        return report.pass(KEYS, format!("{AT_ONCE} requests at once are answered, the slowest in {slowest:.0?}"));
+        return report.ok(KEYS, format!("{AT_ONCE} requests at once are answered, the slowest in {slowest:.0?}"));
     }
     let failed: usize = failures.values().sum();
     let failures: Vec<String> = failures.iter().map(|(what, count)| format!("{what} ({count} times)")).collect();
@@ -94,10 +94,10 @@ async fn at_once(url: &str, web: &Web, report: &mut Report) {
     );
 }
 
-fn token(live: &Live, issuer: &str, aws: bool, report: &mut Report) {
-    report.pass(TOKEN, format!("issued by {issuer}"));
+fn token(live: &LiveToken, issuer: &str, aws: bool, report: &mut CheckReport) {
+    report.ok(TOKEN, format!("issued by {issuer}"));
     if issuer.ends_with('/') {
-        report.note(
+        report.info(
             TOKEN,
             format!("the issuer {issuer} ends with a slash: IAM's provider, the discovery document and the token then differ \
                  easily by one byte"),
@@ -117,7 +117,7 @@ fn token(live: &Live, issuer: &str, aws: bool, report: &mut Report) {
     }
     let length = live.svid.spiffe_id().as_str().len();
     if length > SUBJECT_MAX {
-        report.note(
+        report.info(
             TOKEN,
             format!("its `sub` has {length} characters, more than {SUBJECT_MAX}"),
             "choose a shorter SPIFFE ID",
@@ -126,8 +126,13 @@ fn token(live: &Live, issuer: &str, aws: bool, report: &mut Report) {
 }
 
 /// A JSON object, and how long it took.
-async fn document(url: &str, step: &'static str, web: &Web, report: &mut Report) -> Option<(Value, Duration)> {
-    report.waiting(url);
+async fn document(
+    url: &str,
+    step: &'static str,
+    web: &HttpProbe,
+    report: &mut CheckReport,
+) -> Option<(Value, Duration)> {
+    report.show_progress(url);
     let answer = match web.get(url).await {
         Ok(answer) => answer,
         Err(error) => {
@@ -144,7 +149,7 @@ async fn document(url: &str, step: &'static str, web: &Web, report: &mut Report)
         return None;
     }
     if let Some(distrust) = answer.chain.as_ref().and_then(|chain| chain.distrust.as_ref().map(|text| (text, chain))) {
-        report.note(
+        report.info(
             step,
             format!("{url}: this machine does not trust its TLS chain ({}), and AWS may not either", distrust.0),
             format!(
@@ -156,7 +161,7 @@ async fn document(url: &str, step: &'static str, web: &Web, report: &mut Report)
     }
     match serde_json::from_slice::<Value>(&answer.body) {
         Ok(value) if value.is_object() => {
-            report.pass(step, format!("{url} answers in {:.0?}", answer.took));
+            report.ok(step, format!("{url} answers in {:.0?}", answer.took));
             Some((value, answer.took))
         }
         _ => {
@@ -171,7 +176,7 @@ async fn document(url: &str, step: &'static str, web: &Web, report: &mut Report)
 }
 
 /// What another status than 200 means at SPIRE's OIDC discovery provider.
-fn status(answer: &Answer) -> Option<(String, &'static str)> {
+fn status(answer: &HttpProbeResponse) -> Option<(String, &'static str)> {
     Some(match answer.status {
         200 => return None,
         300..=399 => (
@@ -203,11 +208,11 @@ fn status(answer: &Answer) -> Option<(String, &'static str)> {
     })
 }
 
-fn is_this_issuers(discovery: &Value, issuer: &str, report: &mut Report) {
+fn belongs_to_issuer(discovery: &Value, issuer: &str, report: &mut CheckReport) {
     let fix = "make jwt_issuer of the SPIRE server and of the OIDC discovery provider (or its `domains` and the Host header \
                that reaches it) the same, byte by byte; and the URL of IAM's provider";
     match discovery["issuer"].as_str() {
-        Some(found) if found == issuer => report.pass(DISCOVERY, "its issuer is the token's, byte by byte"),
+        Some(found) if found == issuer => report.ok(DISCOVERY, "its issuer is the token's, byte by byte"),
         Some(found) => report.failed(
             DISCOVERY,
             format!("its issuer is {found:?}, the token's is {issuer:?}: {}", difference(found, issuer)),
@@ -239,7 +244,7 @@ fn difference(one: &str, other: &str) -> String {
     format!("they differ from byte {common} on")
 }
 
-fn keys_url(discovery: &Value, issuer: &str, aws: bool, report: &mut Report) -> Option<String> {
+fn keys_url(discovery: &Value, issuer: &str, aws: bool, report: &mut CheckReport) -> Option<String> {
     const FIX: &str = "set `jwks_uri` (or `server_path_prefix`) in the OIDC discovery provider's configuration, and let a proxy \
                        that ends TLS say X-Forwarded-Proto: https";
     let Some(url) = discovery["jwks_uri"].as_str() else {
@@ -252,7 +257,7 @@ fn keys_url(discovery: &Value, issuer: &str, aws: bool, report: &mut Report) -> 
     Some(url.to_owned())
 }
 
-fn contents(keys: &Value, report: &mut Report) {
+fn contents(keys: &Value, report: &mut CheckReport) {
     let Some(keys) = keys["keys"].as_array() else {
         report.failed(KEYS, "the document has no list `keys`", "is `jwks_uri` the URL of a JWK set?");
         return;
@@ -284,7 +289,7 @@ fn contents(keys: &Value, report: &mut Report) {
     }
 }
 
-fn signature(live: &Live, keys: &Value, url: &str, report: &mut Report) {
+fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport) {
     let Some(id) = live.key_id() else {
         report.failed(
             KEYS,
@@ -305,13 +310,13 @@ fn signature(live: &Live, keys: &Value, url: &str, report: &mut Report) {
     };
     let verified = verifies(live.svid.secret(), live.svid.algorithm(), key);
     match verified {
-        Some(true) => report.pass(KEYS, format!("the token's signature is right by key {id:?}")),
+        Some(true) => report.ok(KEYS, format!("the token's signature is right by key {id:?}")),
         Some(false) => report.failed(
             KEYS,
             format!("the key {id:?} that is published is not the one that signed the token"),
             "publish the keys of the server that issues the tokens: two servers, or an old copy?",
         ),
-        None => report.note(
+        None => report.info(
             KEYS,
             format!("the signature by key {id:?} ({}) is not verified here", live.svid.algorithm()),
             "STS does; ES512 is a curve that few can read",

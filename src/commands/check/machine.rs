@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use super::report::Report;
+use super::report::CheckReport;
 use crate::attest::{self, ExecMonitor, TcpUnsupported, UnixSupport};
 use crate::config::Config;
 use crate::hardening::DaemonFeatures;
@@ -15,14 +15,14 @@ const INITIAL_CGROUP_NAMESPACE: &str = "cgroup:[4026531835]";
 
 /// What this kernel does when it is tried.
 #[derive(Debug)]
-pub(super) struct Kernel {
+pub(super) struct KernelSupport {
     unix: UnixSupport,
     tcp: Result<(), TcpUnsupported>,
     /// `None` where nobody is named to an agent.
     executions: Option<Result<(), String>>,
 }
 
-impl Kernel {
+impl KernelSupport {
     /// Tries it, as the daemon does.
     pub(super) fn tried(config: &Config, proc: &Path) -> Self {
         let executions = DaemonFeatures::of(config).names_processes().then(count_an_execution);
@@ -41,7 +41,7 @@ fn count_an_execution() -> Result<(), String> {
 }
 
 /// `proc` is where `/proc` is mounted.
-pub(super) fn check(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
+pub(super) fn check(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut CheckReport) {
     kernel(config, proc, tried, report);
     cgroups(config, proc, report);
     privileges(config, proc, report);
@@ -56,7 +56,7 @@ fn text(proc: &Path, name: &str) -> String {
     fs::read_to_string(proc.join(name)).unwrap_or_default()
 }
 
-fn kernel(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
+fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut CheckReport) {
     let release = text(proc, "sys/kernel/osrelease");
     let release = release.trim();
     let over_tcp = config.listen.pods || !config.listen.tcp.is_empty();
@@ -64,12 +64,12 @@ fn kernel(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
         Err(missing) if over_tcp => {
             report.failed(STEP, format!("Linux {release}: callers over TCP are refused: {missing}"), missing.fix());
         }
-        _ => report.pass(STEP, format!("Linux {release}")),
+        _ => report.ok(STEP, format!("Linux {release}")),
     }
     match tried.unix {
         _ if config.listen.unix.is_none() => {}
         UnixSupport::Process => {}
-        UnixSupport::Number => report.note(
+        UnixSupport::Number => report.info(
             STEP,
             "callers in containers are refused on the unix socket: this kernel does not tell their process (Linux 6.5)",
             match tried.tcp.is_ok() && over_tcp {
@@ -85,7 +85,7 @@ fn kernel(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
     }
     match &tried.executions {
         None => {}
-        Some(Ok(())) => report.pass(STEP, "executions of programs are counted"),
+        Some(Ok(())) => report.ok(STEP, "executions of programs are counted"),
         Some(Err(error)) => {
             let (saw, fix) = error.split_once("; ").unwrap_or((error, "see the log"));
             let saw = format!(
@@ -96,7 +96,7 @@ fn kernel(config: &Config, proc: &Path, tried: &Kernel, report: &mut Report) {
     }
 }
 
-fn cgroups(config: &Config, proc: &Path, report: &mut Report) {
+fn cgroups(config: &Config, proc: &Path, report: &mut CheckReport) {
     let mounts = text(proc, "self/mountinfo");
     // Which directory of the hierarchy each mount shows: in a namespace of one's own the way to its root begins with `/..`.
     let roots: Vec<&str> =
@@ -109,17 +109,17 @@ fn cgroups(config: &Config, proc: &Path, report: &mut Report) {
     let rules = || config.workloads.iter().map(|workload| &workload.rule.rule);
     let is_used = rules().next().is_none() || rules().any(|rule| rule.systemd_unit.is_some() || rule.cgroup.is_some());
     if roots.is_empty() && !is_used {
-        report.pass(STEP, "cgroup v2 is not mounted, and no rule needs it");
+        report.ok(STEP, "cgroup v2 is not mounted, and no rule needs it");
     } else if roots.is_empty() {
-        report.note(
+        report.info(
             STEP,
             "cgroup v2 is not mounted, so rules by systemd_unit and cgroup match nobody",
             "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified",
         );
     } else if roots.iter().any(is_whole) {
-        report.pass(STEP, "cgroup v2 is mounted");
+        report.ok(STEP, "cgroup v2 is mounted");
     } else {
-        report.note(
+        report.info(
             STEP,
             "of the cgroups only a part is seen from here: callers outside of it are refused (unreadable_cgroup)",
             "mount the host's /sys/fs/cgroup, for reading, beside the container's own; or use --cgroupns=host",
@@ -127,7 +127,7 @@ fn cgroups(config: &Config, proc: &Path, report: &mut Report) {
     }
 }
 
-fn privileges(config: &Config, proc: &Path, report: &mut Report) {
+fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
     let status = text(proc, "self/status");
     let fields = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -146,7 +146,7 @@ fn privileges(config: &Config, proc: &Path, report: &mut Report) {
     let missing = DaemonFeatures::of(config).required_capabilities().filter(|(needed, _)| held & needed.bitmask() == 0);
     let missing: Vec<String> = missing.map(|(needed, fails)| format!("{needed} ({fails})")).collect();
     match missing.is_empty() {
-        true => report.pass(STEP, format!("uid {uid} with the capabilities that awsvid uses")),
+        true => report.ok(STEP, format!("uid {uid} with the capabilities that awsvid uses")),
         false => report.failed(
             STEP,
             format!("without {}", missing.join(", ")),
@@ -155,7 +155,7 @@ fn privileges(config: &Config, proc: &Path, report: &mut Report) {
     }
 }
 
-fn namespaces(config: &Config, proc: &Path, report: &mut Report) {
+fn namespaces(config: &Config, proc: &Path, report: &mut CheckReport) {
     let map = text(proc, "self/uid_map");
     let is_hosts = map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
     if !is_hosts {
@@ -168,13 +168,13 @@ fn namespaces(config: &Config, proc: &Path, report: &mut Report) {
     // Only the host's pid namespace has the kernel's own processes.
     let sees_all = text(proc, "2/comm").trim() == "kthreadd";
     match (is_hosts, sees_all) {
-        (_, false) if DaemonFeatures::of(config).sees_processes() => report.note(
+        (_, false) if DaemonFeatures::of(config).sees_processes() => report.info(
             STEP,
             "this is not the host's pid namespace: callers outside of this one cannot be told",
             "in Kubernetes set hostPID: true; in a container use --pid=host",
         ),
-        (true, false) => report.pass(STEP, "the host's user namespace; processes need not be seen, callers are pods"),
-        (true, true) => report.pass(STEP, "the host's user and pid namespace"),
+        (true, false) => report.ok(STEP, "the host's user namespace; processes need not be seen, callers are pods"),
+        (true, true) => report.ok(STEP, "the host's user and pid namespace"),
         (false, _) => {}
     }
 }
@@ -183,7 +183,7 @@ fn namespaces(config: &Config, proc: &Path, report: &mut Report) {
 const OWN_KERNELS: [(&str, &str); 2] = [("containerd-shim-runsc-v1", "gVisor"), ("containerd-shim-kata-v2", "Kata")];
 
 /// Pods in whose loopback awsvid cannot listen: it is not one of this kernel's.
-fn own_kernels(proc: &Path, report: &mut Report) {
+fn own_kernels(proc: &Path, report: &mut CheckReport) {
     let programs: Vec<Vec<u8>> = std::fs::read_dir(proc)
         .into_iter()
         .flatten()
@@ -194,7 +194,7 @@ fn own_kernels(proc: &Path, report: &mut Report) {
     for (program, name) in OWN_KERNELS {
         let is = |path: &Vec<u8>| path.rsplit(|byte| *byte == b'/').next() == Some(program.as_bytes());
         if programs.iter().any(is) {
-            report.note(
+            report.info(
                 STEP,
                 format!("pods of {name} run here: they have a loopback of their own, and awsvid is not in it"),
                 "give pods that need credentials another runtimeClassName, whose pods share this kernel",

@@ -22,7 +22,7 @@ pub(in crate::commands) enum Verdict {
 
 /// One thing that was seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(in crate::commands) struct Finding {
+pub(in crate::commands) struct CheckFinding {
     pub(in crate::commands) step: &'static str,
     pub(in crate::commands) verdict: Verdict,
     /// What and where. Never a secret.
@@ -34,14 +34,14 @@ pub(in crate::commands) struct Finding {
 
 /// All of it.
 #[derive(Debug)]
-pub(in crate::commands) struct Report {
+pub(in crate::commands) struct CheckReport {
     json: bool,
     style: Style,
     /// Whether what is waited for is a line that the next one takes the place of: on a terminal.
     transient: bool,
     /// Whether there is such a line now.
     waiting: Cell<bool>,
-    findings: Vec<Finding>,
+    findings: Vec<CheckFinding>,
 }
 
 /// Goes to the begin of a terminal's line and empties it.
@@ -54,7 +54,7 @@ const FAILED: u8 = 1;
 /// None has, but not everything could be looked at.
 const UNCHECKED: u8 = 2;
 
-impl Report {
+impl CheckReport {
     /// With `json` all is written at the end, else each line when it is known.
     pub(in crate::commands) fn new(json: bool) -> Self {
         let env = |name: &str| std::env::var(name).ok();
@@ -63,32 +63,32 @@ impl Report {
         Self { json, style, transient, waiting: Cell::new(false), findings: Vec::new() }
     }
 
-    pub(in crate::commands) fn pass(&mut self, step: &'static str, saw: impl Into<String>) {
-        self.add(Finding { step, verdict: Verdict::Pass, saw: saw.into(), fix: None });
+    pub(in crate::commands) fn ok(&mut self, step: &'static str, saw: impl Into<String>) {
+        self.add(CheckFinding { step, verdict: Verdict::Pass, saw: saw.into(), fix: None });
     }
 
-    pub(in crate::commands) fn note(&mut self, step: &'static str, saw: impl Into<String>, fix: impl Into<String>) {
-        self.add(Finding { step, verdict: Verdict::Note, saw: saw.into(), fix: Some(fix.into()) });
+    pub(in crate::commands) fn info(&mut self, step: &'static str, saw: impl Into<String>, fix: impl Into<String>) {
+        self.add(CheckFinding { step, verdict: Verdict::Note, saw: saw.into(), fix: Some(fix.into()) });
     }
 
     pub(in crate::commands) fn failed(&mut self, step: &'static str, saw: impl Into<String>, fix: impl Into<String>) {
-        self.add(Finding { step, verdict: Verdict::Failed, saw: saw.into(), fix: Some(fix.into()) });
+        self.add(CheckFinding { step, verdict: Verdict::Failed, saw: saw.into(), fix: Some(fix.into()) });
     }
 
     pub(in crate::commands) fn unchecked(&mut self, step: &'static str, saw: impl Into<String>) {
-        self.add(Finding { step, verdict: Verdict::Unchecked, saw: saw.into(), fix: None });
+        self.add(CheckFinding { step, verdict: Verdict::Unchecked, saw: saw.into(), fix: None });
     }
 
     /// Says on standard error what is waited for, where a person looks.
     #[expect(clippy::print_stderr, reason = "a command that a person runs")]
-    pub(in crate::commands) fn waiting(&self, what: &str) {
+    pub(in crate::commands) fn show_progress(&self, what: &str) {
         if self.json {
             return;
         }
         if !self.transient {
             return eprintln!("  ...  {what}");
         }
-        self.no_longer_waiting();
+        self.clear_progress();
         // A line that is broken in two could not be taken back.
         let what: String = what.chars().take(WAITING_MAX).collect();
         eprint!("  ...  {what}");
@@ -96,15 +96,15 @@ impl Report {
     }
 
     #[expect(clippy::print_stderr, reason = "a command that a person runs")]
-    fn no_longer_waiting(&self) {
+    fn clear_progress(&self) {
         if self.waiting.take() {
             eprint!("{ERASE_LINE}");
         }
     }
 
-    fn add(&mut self, finding: Finding) {
+    fn add(&mut self, finding: CheckFinding) {
         if !self.json {
-            self.no_longer_waiting();
+            self.clear_progress();
             let (word, colour) = match finding.verdict {
                 Verdict::Pass => ("  ok ", GREEN),
                 Verdict::Note => (" note", YELLOW),
@@ -128,7 +128,7 @@ impl Report {
             (0, 1..) => ("unchecked", YELLOW, ExitCode::from(UNCHECKED)),
             (0, 0) => ("pass", GREEN, ExitCode::SUCCESS),
         };
-        self.no_longer_waiting();
+        self.clear_progress();
         let _ = match self.json {
             true => writeln!(io::stdout(), "{:#}", serde_json::json!({ "result": result, "findings": self.findings })),
             false => writeln!(io::stdout(), "{}", self.style.paint(colour, &words(failed, unchecked))),
@@ -137,7 +137,7 @@ impl Report {
     }
 
     #[cfg(test)]
-    pub(in crate::commands) fn findings(&self) -> &[Finding] {
+    pub(in crate::commands) fn findings(&self) -> &[CheckFinding] {
         &self.findings
     }
 }

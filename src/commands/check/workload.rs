@@ -8,10 +8,10 @@ use std::time::Duration;
 use hyper::Uri;
 use serde_json::Value;
 
-use super::report::Report;
-use crate::commands::web::Web;
+use super::report::CheckReport;
+use crate::commands::web::HttpProbe;
 use crate::environment::profiles::{DEFAULT, Lead, Profiles};
-use crate::environment::{PREEMPTING, Preempts};
+use crate::environment::{HIGHER_PRECEDENCE_VARS, HigherPrecedence};
 
 const CHAIN: &str = "chain";
 const ENDPOINT: &str = "endpoint";
@@ -25,9 +25,9 @@ const PROFILES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
 /// The daemon holds a cold request for 4.5 s.
 const DEADLINE: Duration = Duration::from_secs(6);
 
-pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Report) {
+pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut CheckReport) {
     let env = |name: &str| env(name).filter(|value| !value.is_empty());
-    before(&env, report);
+    check_precedence(&env, report);
     let Some(uri) = env(FULL) else {
         report.failed(
             ENDPOINT,
@@ -40,7 +40,7 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Rep
     proxy(&env, &host, report);
     let Some(authorization) = authorization(&env, report) else { return };
     if env("AWS_EC2_METADATA_DISABLED").is_none_or(|value| !value.eq_ignore_ascii_case("true")) {
-        report.note(
+        report.info(
             CHAIN,
             "an SDK that gets no credentials here goes on to look for those of an EC2 instance",
             "export AWS_EC2_METADATA_DISABLED=true",
@@ -49,29 +49,31 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Rep
     ask(&uri, &authorization, report).await;
 }
 
-fn before(env: &impl Fn(&str) -> Option<String>, report: &mut Report) {
+fn check_precedence(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) {
     let mut clear = true;
     let is_set = |name: &str| env(name).is_some() && !PROFILES.contains(&name);
-    for (name, preempts) in PREEMPTING.into_iter().filter(|(name, _)| is_set(name)) {
+    for (name, preempts) in HIGHER_PRECEDENCE_VARS.into_iter().filter(|(name, _)| is_set(name)) {
         let fix = format!("unset {name}, or run the workload by awsvid exec");
         match preempts {
-            Preempts::Alone(why) => {
+            HigherPrecedence::Alone(why) => {
                 clear = false;
                 report.failed(CHAIN, format!("{name} is set: {why}"), fix);
             }
-            Preempts::WithOthers => report.note(CHAIN, format!("{name} is set, which is for other credentials"), fix),
+            HigherPrecedence::WithOthers => {
+                report.info(CHAIN, format!("{name} is set, which is for other credentials"), fix)
+            }
             // Looked at below.
-            Preempts::IsSent => {}
+            HigherPrecedence::IsSent => {}
         }
     }
     clear &= profiles_are_clear(env, report);
     if clear {
-        report.pass(CHAIN, "nothing in the environment or in profiles comes before the container endpoint");
+        report.ok(CHAIN, "nothing in the environment or in profiles comes before the container endpoint");
     }
 }
 
 /// Whether each profile that an SDK takes by itself leads here, or to no credentials.
-fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut Report) -> bool {
+fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) -> bool {
     let profiles = Profiles::read(env);
     let named = PROFILES.into_iter().filter_map(|variable| Some((Some(variable), env(variable)?)));
     let default = env(PROFILES[0]).is_none().then(|| (None, DEFAULT.to_owned()));
@@ -79,7 +81,7 @@ fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut Report
     for (variable, name) in named.chain(default) {
         match (profiles.lead(&name), variable) {
             (Lead::Nowhere, _) | (Lead::Missing, None) => {}
-            (Lead::Awsvid, _) => report.pass(CHAIN, "the profile that SDKs take leads to awsvid"),
+            (Lead::Awsvid, _) => report.ok(CHAIN, "the profile that SDKs take leads to awsvid"),
             (Lead::Missing, Some(variable)) => {
                 clear = false;
                 let saw = format!("{variable} is set, and there is no profile of its name: SDKs fail");
@@ -103,7 +105,7 @@ fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut Report
 }
 
 /// The host, if the URI is one that every SDK takes.
-fn address(uri: &str, report: &mut Report) -> Option<String> {
+fn address(uri: &str, report: &mut CheckReport) -> Option<String> {
     const FIX: &str = "write it as http://127.0.0.1:974/v1/credentials";
     let parsed = uri.parse().ok().filter(|parsed: &Uri| parsed.scheme().is_some());
     let host = parsed.as_ref().and_then(Uri::host).map(|host| host.trim_matches(['[', ']']).to_owned());
@@ -132,7 +134,7 @@ fn address(uri: &str, report: &mut Report) -> Option<String> {
         return None;
     }
     if host != "127.0.0.1" {
-        report.note(
+        report.info(
             ENDPOINT,
             format!("{FULL} has the host {host}: some SDKs take 127.0.0.1 only, or look the name up"),
             FIX,
@@ -141,14 +143,14 @@ fn address(uri: &str, report: &mut Report) -> Option<String> {
     Some(host)
 }
 
-fn proxy(env: &impl Fn(&str) -> Option<String>, host: &str, report: &mut Report) {
+fn proxy(env: &impl Fn(&str) -> Option<String>, host: &str, report: &mut CheckReport) {
     let set = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"].into_iter().find(|name| env(name).is_some());
     let Some(set) = set else { return };
     // Some read only the one, some only the other.
     let lists = [env("no_proxy"), env("NO_PROXY")];
     let covers = |list: &String| list.split(',').any(|entry| matches!(entry.trim(), "*") || entry.trim() == host);
     match lists.iter().all(|list| list.as_ref().is_some_and(covers)) {
-        true => report.pass(PROXY, format!("{set} is set, and {host} is an exception")),
+        true => report.ok(PROXY, format!("{set} is set, and {host} is an exception")),
         false => report.failed(
             PROXY,
             format!("{set} is set, and requests for {host} may go to the proxy, whose loopback is another machine's"),
@@ -158,7 +160,7 @@ fn proxy(env: &impl Fn(&str) -> Option<String>, host: &str, report: &mut Report)
 }
 
 /// What would be sent. `None`: nothing could be, or nothing good.
-fn authorization(env: &impl Fn(&str) -> Option<String>, report: &mut Report) -> Option<String> {
+fn authorization(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) -> Option<String> {
     if let Some(path) = env(TOKEN_FILE) {
         return match std::fs::read_to_string(&path) {
             Ok(text) if text.trim().is_empty() => {
@@ -179,7 +181,7 @@ fn authorization(env: &impl Fn(&str) -> Option<String>, report: &mut Report) -> 
                     );
                     return None;
                 }
-                report.pass(TOKEN, format!("{path} can be read"));
+                report.ok(TOKEN, format!("{path} can be read"));
                 Some(text)
             }
             Err(error) => {
@@ -190,7 +192,7 @@ fn authorization(env: &impl Fn(&str) -> Option<String>, report: &mut Report) -> 
     }
     let token = env(TOKEN_VARIABLE);
     match &token {
-        Some(_) => report.pass(TOKEN, format!("{TOKEN_VARIABLE} is set")),
+        Some(_) => report.ok(TOKEN, format!("{TOKEN_VARIABLE} is set")),
         None => report.failed(
             TOKEN,
             format!("neither {TOKEN_FILE} nor {TOKEN_VARIABLE} is set, and over TCP awsvid wants a header from who can set one"),
@@ -207,9 +209,9 @@ fn fix_for(path: &str) -> String {
     }
 }
 
-async fn ask(uri: &str, authorization: &str, report: &mut Report) {
-    report.waiting(uri);
-    let web = Web { resolve: Vec::new(), network: None, deadline: DEADLINE };
+async fn ask(uri: &str, authorization: &str, report: &mut CheckReport) {
+    report.show_progress(uri);
+    let web = HttpProbe { resolve: Vec::new(), network: None, deadline: DEADLINE };
     let answer = match web.get_with(uri, Some(authorization)).await {
         Ok(answer) => answer,
         Err(error) => {
@@ -227,7 +229,7 @@ async fn ask(uri: &str, authorization: &str, report: &mut Report) {
     let text = |name: &str| body[name].as_str().unwrap_or_default();
     match answer.status {
         200 => {
-            report.pass(ENDPOINT, format!("{uri} gives this process {} until {}", text("RoleArn"), text("Expiration")))
+            report.ok(ENDPOINT, format!("{uri} gives this process {} until {}", text("RoleArn"), text("Expiration")))
         }
         status => report.failed(
             ENDPOINT,

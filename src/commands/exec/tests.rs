@@ -102,13 +102,13 @@ fn the_token_is_given_both_ways_or_any_will_do() {
     assert!(set.contains(&("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any".to_owned())), "{set:?}");
     assert!(!set.iter().any(|(name, _)| *name == "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"));
     assert!(environment.removed().contains(&"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"), "an inherited one would count");
-    let token = Listen { authorization: Authorization::Token, ..absent };
+    let token = Listen { authorization: AuthorizationMode::Token, ..absent };
     assert!(exec(&[]).give_token(&mut environment, &token).is_err());
 }
 
 #[test]
 fn what_comes_first_in_sdks_is_removed_and_named_without_its_value() {
-    let inherited: Vec<(&str, &str)> = PREEMPTING.iter().map(|(name, _)| (*name, "s3cret")).collect();
+    let inherited: Vec<(&str, &str)> = HIGHER_PRECEDENCE_VARS.iter().map(|(name, _)| (*name, "s3cret")).collect();
     let (set, notes) = prepared(&URL[..2], &inherited);
     let [note, profile, default_profile] = &notes[..] else { panic!("{notes:?}") };
     assert!(profile.contains("AWS_PROFILE") && default_profile.contains("AWS_DEFAULT_PROFILE"), "{notes:?}");

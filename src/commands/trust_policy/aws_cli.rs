@@ -4,13 +4,13 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use super::plan::{Account, AccountName, Plan, Provider, TrustedRole};
+use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole};
 
 /// All accounts, each under a heading: the commands of one are for credentials of that account.
 pub(super) fn render(plan: &Plan) -> String {
     let mut text = String::new();
     for (name, account) in &plan.accounts {
-        let AccountName { partition, number } = name;
+        let PlannedAccountName { partition, number } = name;
         // Writing to a string cannot fail.
         let _ =
             writeln!(text, "# Account {number}, partition {partition}: run this with credentials of that account.\n");
@@ -28,11 +28,11 @@ pub(super) fn render(plan: &Plan) -> String {
 }
 
 /// An existing provider is kept. Adding an audience that it has already is not an error in IAM.
-fn provider(plan: &Plan, name: &AccountName, account: &Account) -> String {
+fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
     let arn = word(&plan.provider_arn(name));
     let mut text = match &plan.provider {
-        Provider::Existing => "# The OIDC provider exists; only its audiences are added.\n".to_owned(),
-        Provider::New { thumbprint } => {
+        PlannedProvider::Existing => "# The OIDC provider exists; only its audiences are added.\n".to_owned(),
+        PlannedProvider::New { thumbprint } => {
             let mut document = json!({ "Url": plan.issuer.url(), "ClientIDList": account.audiences });
             if let Some(thumbprint) = thumbprint {
                 document["ThumbprintList"] = json!([thumbprint]);
@@ -55,7 +55,7 @@ fn provider(plan: &Plan, name: &AccountName, account: &Account) -> String {
     text
 }
 
-fn create(role: &TrustedRole, policy: &Value) -> String {
+fn create(role: &PlannedRole, policy: &Value) -> String {
     format!(
         "aws iam create-role --role-name {} --path {} --max-session-duration {} --assume-role-policy-document {}",
         word(&role.name),
@@ -65,7 +65,7 @@ fn create(role: &TrustedRole, policy: &Value) -> String {
     )
 }
 
-fn update(role: &TrustedRole, policy: &Value) -> String {
+fn update(role: &PlannedRole, policy: &Value) -> String {
     let policy = quoted(policy);
     format!("aws iam update-assume-role-policy --role-name {} --policy-document {policy}", word(&role.name))
 }

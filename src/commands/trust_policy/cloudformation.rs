@@ -4,19 +4,19 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use super::plan::{Account, AccountName, Plan, Provider, TrustedRole};
+use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole};
 
 /// Of the provider's resource.
 const PROVIDER: &str = "OidcProvider";
 
-pub(super) fn render(plan: &Plan, name: &AccountName, account: &Account) -> String {
+pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
     let mut resources = Map::new();
     let (provider, what) = match &plan.provider {
-        Provider::Existing => {
+        PlannedProvider::Existing => {
             let what = "The account's OIDC provider for it has to list the audiences that are in the metadata.";
             (Value::from(plan.provider_arn(name)), what)
         }
-        Provider::New { thumbprint } => {
+        PlannedProvider::New { thumbprint } => {
             resources.insert(PROVIDER.to_owned(), oidc_provider(plan, account, thumbprint.as_deref()));
             let what = "Makes the OIDC provider for it: if the account has that already, use awsvid trust-policy --existing-provider.";
             // Of this resource a Ref is the ARN.
@@ -27,7 +27,7 @@ pub(super) fn render(plan: &Plan, name: &AccountName, account: &Account) -> Stri
     for role in account.roles.values() {
         resources.insert(logical_id(&role.name, &mut taken), resource(plan, role, &provider));
     }
-    let AccountName { partition, number } = name;
+    let PlannedAccountName { partition, number } = name;
     let url = plan.issuer.url();
     let template = json!({
         "AWSTemplateFormatVersion": "2010-09-09",
@@ -40,7 +40,7 @@ pub(super) fn render(plan: &Plan, name: &AccountName, account: &Account) -> Stri
     format!("{template:#}\n")
 }
 
-fn oidc_provider(plan: &Plan, account: &Account, thumbprint: Option<&str>) -> Value {
+fn oidc_provider(plan: &Plan, account: &PlannedAccount, thumbprint: Option<&str>) -> Value {
     let mut properties = json!({ "Url": plan.issuer.url(), "ClientIdList": account.audiences });
     if let Some(thumbprint) = thumbprint {
         properties["ThumbprintList"] = json!([thumbprint]);
@@ -48,7 +48,7 @@ fn oidc_provider(plan: &Plan, account: &Account, thumbprint: Option<&str>) -> Va
     json!({ "Type": "AWS::IAM::OIDCProvider", "Properties": properties })
 }
 
-fn resource(plan: &Plan, role: &TrustedRole, provider: &Value) -> Value {
+fn resource(plan: &Plan, role: &PlannedRole, provider: &Value) -> Value {
     json!({
         "Type": "AWS::IAM::Role",
         "Properties": {

@@ -20,9 +20,9 @@ const AUDIENCES_MAX: usize = 100;
 
 /// The issuer of the tokens: what IAM is given as a URL, byte by byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Issuer(String);
+pub(super) struct PlannedIssuer(String);
 
-impl Issuer {
+impl PlannedIssuer {
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
         let rest = rest.ok_or_else(|| format!("the issuer {text:?} is no URL: it has to begin with https://"))?;
@@ -63,15 +63,15 @@ impl Issuer {
 /// Everything, by account.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) issuer: Issuer,
-    pub(super) provider: Provider,
-    pub(super) accounts: BTreeMap<AccountName, Account>,
+    pub(super) issuer: PlannedIssuer,
+    pub(super) provider: PlannedProvider,
+    pub(super) accounts: BTreeMap<PlannedAccountName, PlannedAccount>,
     pub(super) warnings: Vec<String>,
 }
 
 /// The OIDC provider in IAM, of which an account has at most one for an issuer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Provider {
+pub(super) enum PlannedProvider {
     /// It is there already; only audiences are added to it.
     Existing,
     /// It is created, with this thumbprint if IAM needs one.
@@ -80,12 +80,12 @@ pub(super) enum Provider {
 
 /// An account's name: several partitions may have the same number.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct AccountName {
+pub(super) struct PlannedAccountName {
     pub(super) partition: String,
     pub(super) number: String,
 }
 
-impl AccountName {
+impl PlannedAccountName {
     /// Returns whether `--account` names it, as `123456789012` or `aws-cn:123456789012`.
     pub(super) fn is(&self, wanted: &str) -> bool {
         match wanted.split_once(':') {
@@ -95,7 +95,7 @@ impl AccountName {
     }
 }
 
-impl fmt::Display for AccountName {
+impl fmt::Display for PlannedAccountName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.partition, self.number)
     }
@@ -103,14 +103,14 @@ impl fmt::Display for AccountName {
 
 /// One AWS account.
 #[derive(Debug, Default)]
-pub(super) struct Account {
+pub(super) struct PlannedAccount {
     pub(super) audiences: BTreeSet<String>,
-    pub(super) roles: BTreeMap<String, TrustedRole>,
+    pub(super) roles: BTreeMap<String, PlannedRole>,
 }
 
 /// A role, and who may assume it.
 #[derive(Debug)]
-pub(super) struct TrustedRole {
+pub(super) struct PlannedRole {
     pub(super) name: String,
     /// `/`, or `/team/`.
     pub(super) path: String,
@@ -133,7 +133,7 @@ pub(super) type Condition = Vec<(&'static str, Vec<(String, String)>)>;
 impl Statement {
     /// Who else than the rule's own IDs would get in is kept out where IAM's language can say it: `*` there stands for any
     /// characters, `/` too, so IDs with more segments are refused by a second pattern.
-    pub(super) fn condition(&self, issuer: &Issuer) -> Condition {
+    pub(super) fn condition(&self, issuer: &PlannedIssuer) -> Condition {
         let (aud, sub) = (format!("{}:aud", issuer.key()), format!("{}:sub", issuer.key()));
         let audience = (aud, self.audience.clone());
         if self.subject.exact().is_some() {
@@ -170,9 +170,9 @@ impl Statement {
     }
 }
 
-impl TrustedRole {
+impl PlannedRole {
     /// The trust policy, with the provider by its ARN, or whatever names it.
-    pub(super) fn policy(&self, issuer: &Issuer, provider: &Value) -> Value {
+    pub(super) fn policy(&self, issuer: &PlannedIssuer, provider: &Value) -> Value {
         let statements: Vec<Value> = self
             .statements
             .iter()
@@ -199,7 +199,7 @@ impl TrustedRole {
 
 impl Plan {
     /// `ids`: those that are known, for ARNs with `{path[N]}`.
-    pub(super) fn new(roles: &Roles, ids: &[SpiffeId], issuer: Issuer, provider: Provider) -> Self {
+    pub(super) fn new(roles: &Roles, ids: &[SpiffeId], issuer: PlannedIssuer, provider: PlannedProvider) -> Self {
         let warnings = issuer.warnings();
         let mut plan = Self { issuer, provider, accounts: BTreeMap::new(), warnings };
         roles.defined.iter().for_each(|role| plan.add(role, ids));
@@ -217,7 +217,7 @@ impl Plan {
     }
 
     /// The ARN that IAM gives the provider in this account.
-    pub(super) fn provider_arn(&self, account: &AccountName) -> String {
+    pub(super) fn provider_arn(&self, account: &PlannedAccountName) -> String {
         format!("arn:{}:iam::{}:oidc-provider/{}", account.partition, account.number, self.issuer.key())
     }
 
@@ -263,10 +263,10 @@ impl Plan {
         };
         let full = arn.as_str().split_once(":role").map_or("", |(_, resource)| resource);
         let (path, name) = full.rsplit_once('/').unwrap_or(("", full));
-        let account = AccountName { partition: partition.to_owned(), number: number.to_owned() };
+        let account = PlannedAccountName { partition: partition.to_owned(), number: number.to_owned() };
         let account = self.accounts.entry(account).or_default();
         account.audiences.insert(statement.audience.clone());
-        let role = account.roles.entry(arn.as_str().to_owned()).or_insert_with(|| TrustedRole {
+        let role = account.roles.entry(arn.as_str().to_owned()).or_insert_with(|| PlannedRole {
             name: name.to_owned(),
             path: format!("{path}/"),
             max_session: SESSION_DEFAULT,

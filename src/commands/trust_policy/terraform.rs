@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use super::plan::{Account, AccountName, Plan, Provider, Statement, TrustedRole};
+use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole, Statement};
 
 /// Of the provider, as a resource or as a data source.
 const PROVIDER: &str = "aws_iam_openid_connect_provider.awsvid";
 
-pub(super) fn render(plan: &Plan, name: &AccountName, account: &Account) -> String {
-    let AccountName { partition, number } = name;
+pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
+    let PlannedAccountName { partition, number } = name;
     let mut text = format!("# Account {number}, partition {partition}.\n\n{}", provider(plan, name, account));
     let mut taken = BTreeSet::new();
     for role in account.roles.values() {
@@ -21,10 +21,10 @@ pub(super) fn render(plan: &Plan, name: &AccountName, account: &Account) -> Stri
 }
 
 /// `apply` fails for a resource that exists already.
-fn provider(plan: &Plan, name: &AccountName, account: &Account) -> String {
+fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
     let audiences: Vec<String> = account.audiences.iter().map(|audience| string(audience)).collect();
     let (url, audiences) = (string(plan.issuer.url()), audiences.join(", "));
-    let Provider::New { thumbprint } = &plan.provider else {
+    let PlannedProvider::New { thumbprint } = &plan.provider else {
         return format!(
             "# The account's provider, which has to list the audiences {audiences}.\n\
              data \"aws_iam_openid_connect_provider\" \"awsvid\" {{\n  url = {url}\n}}\n"
@@ -40,7 +40,7 @@ fn provider(plan: &Plan, name: &AccountName, account: &Account) -> String {
     )
 }
 
-fn body(plan: &Plan, role: &TrustedRole) -> String {
+fn body(plan: &Plan, role: &PlannedRole) -> String {
     let statements: String = role.statements.iter().map(|one| statement(plan, one)).collect();
     format!(
         "  name                 = {}\n  path                 = {}\n  max_session_duration = {}\n\n  \
@@ -60,7 +60,7 @@ fn statement(plan: &Plan, statement: &Statement) -> String {
         }
         condition.push_str("          }\n");
     }
-    let data = if plan.provider == Provider::Existing { "data." } else { "" };
+    let data = if plan.provider == PlannedProvider::Existing { "data." } else { "" };
     format!(
         "      {{\n        Effect    = \"Allow\"\n        Principal = {{ Federated = {data}{PROVIDER}.arn }}\n        \
          Action    = \"sts:AssumeRoleWithWebIdentity\"\n        Condition = {{\n{condition}        }}\n      }},\n"

@@ -5,7 +5,7 @@ mod reading;
 use reading::{Read, Token, by_a_shell};
 use serde_json::{Value, json};
 
-use super::plan::{Issuer, Plan, Provider};
+use super::plan::{Plan, PlannedIssuer, PlannedProvider};
 use super::*;
 
 const ISSUER: &str = "https://oidc.example.org/tenant";
@@ -20,8 +20,8 @@ fn roles(text: &str) -> crate::role::Roles {
 }
 
 fn plan(text: &str) -> Plan {
-    let provider = Provider::New { thumbprint: Some(THUMBPRINT.to_owned()) };
-    Plan::new(&roles(text), &[], Issuer::parse(ISSUER).unwrap(), provider)
+    let provider = PlannedProvider::New { thumbprint: Some(THUMBPRINT.to_owned()) };
+    Plan::new(&roles(text), &[], PlannedIssuer::parse(ISSUER).unwrap(), provider)
 }
 
 fn role(name: &str, id: &str, arn: &str) -> String {
@@ -120,15 +120,15 @@ fn what_iam_cannot_say_is_a_warning_with_an_example() {
 fn an_arn_from_the_id_is_one_role_for_each_id_that_is_known() {
     let roles = roles(&role("r", "spiffe://t/app/*", "arn:aws:iam::123456789012:role/app-{path[1]}"));
     let ids = ["spiffe://t/app/a", "spiffe://t/app/b", "spiffe://t/other/c"].map(|id| SpiffeId::parse(id).unwrap());
-    let issuer = || Issuer::parse(ISSUER).unwrap();
+    let issuer = || PlannedIssuer::parse(ISSUER).unwrap();
     let read = by_a_shell(
-        &render(&Plan::new(&roles, &ids, issuer(), Provider::New { thumbprint: None }), Format::AwsCli).unwrap(),
+        &render(&Plan::new(&roles, &ids, issuer(), PlannedProvider::New { thumbprint: None }), Format::AwsCli).unwrap(),
     );
     assert_eq!(read.roles.keys().collect::<Vec<_>>(), ["app-a", "app-b"]);
     assert!(allows(&read.roles["app-a"].2, "sts.amazonaws.com", "spiffe://t/app/a"));
     assert!(!allows(&read.roles["app-a"].2, "sts.amazonaws.com", "spiffe://t/app/b"));
     assert!(read.provider["ThumbprintList"].is_null());
-    let none = Plan::new(&roles, &[], issuer(), Provider::Existing);
+    let none = Plan::new(&roles, &[], issuer(), PlannedProvider::Existing);
     assert!(none.accounts.is_empty() && none.warnings[0].contains("--spiffe-id"), "{:?}", none.warnings);
 }
 
@@ -180,7 +180,7 @@ fn account_number_in_two_partitions_is_two_accounts() {
 #[test]
 fn existing_provider_is_used_and_not_made() {
     let text = role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a") + "audience = \"shop\"\n";
-    let plan = Plan::new(&roles(&text), &[], Issuer::parse(ISSUER).unwrap(), Provider::Existing);
+    let plan = Plan::new(&roles(&text), &[], PlannedIssuer::parse(ISSUER).unwrap(), PlannedProvider::Existing);
     let [script, terraform, template] =
         [Format::AwsCli, Format::Terraform, Format::Cloudformation].map(|format| render(&plan, format).unwrap());
     // The audience may be missing there.
@@ -227,8 +227,9 @@ fn commands_create_the_provider_only_if_there_is_none() {
 fn ids_that_meet_in_one_role_are_a_warning() {
     let ids =
         ["spiffe://t/ns/a/sa/x", "spiffe://t/ns/b/sa/x", "spiffe://t/ns/a/sa/y"].map(|id| SpiffeId::parse(id).unwrap());
-    let warnings =
-        |text: &str| Plan::new(&roles(text), &ids, Issuer::parse(ISSUER).unwrap(), Provider::Existing).warnings;
+    let warnings = |text: &str| {
+        Plan::new(&roles(text), &ids, PlannedIssuer::parse(ISSUER).unwrap(), PlannedProvider::Existing).warnings
+    };
     let pattern = "spiffe://t/ns/*/sa/*";
     let meeting = warnings(&role("r", pattern, "arn:aws:iam::123456789012:role/{path[3]}"));
     let [warning] = &meeting[..] else { panic!("{meeting:?}") };
@@ -267,11 +268,16 @@ fn issuers() {
         ("https://oidc.example.org:8443", "no port"),
         ("https://OIDC.example.org", "capital letters"),
     ] {
-        let plan = Plan::new(&crate::role::Roles::default(), &[], Issuer::parse(text).unwrap(), Provider::Existing);
+        let plan = Plan::new(
+            &crate::role::Roles::default(),
+            &[],
+            PlannedIssuer::parse(text).unwrap(),
+            PlannedProvider::Existing,
+        );
         assert!(plan.warnings.iter().any(|warning| warning.contains(words)), "{text}: {:?}", plan.warnings);
     }
     for text in ["oidc.example.org", "https://", "https://a b", "https://a/?x", "https://a/\"", "https://a/${b}"] {
-        assert!(Issuer::parse(text).is_err(), "{text}");
+        assert!(PlannedIssuer::parse(text).is_err(), "{text}");
     }
 }
 

@@ -41,7 +41,7 @@ async fn private() -> (u16, String) {
 async fn a_chain_that_is_not_trusted_is_told_with_its_thumbprint() {
     let (port, thumbprint) = private().await;
     let resolve = vec![format!("oidc.example.org:{port}:127.0.0.1").parse().unwrap()];
-    let web = Web { resolve, network: None, deadline: Duration::from_secs(5) };
+    let web = HttpProbe { resolve, network: None, deadline: Duration::from_secs(5) };
     let answer = web.get(&format!("https://oidc.example.org:{port}/keys")).await.unwrap();
     assert_eq!((answer.status, &answer.body[..]), (200, &b"{}"[..]));
     let chain = answer.chain.unwrap();
@@ -52,7 +52,7 @@ async fn a_chain_that_is_not_trusted_is_told_with_its_thumbprint() {
 #[tokio::test]
 async fn no_answer_is_waited_for_longer_than_the_deadline() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let web = Web { resolve: Vec::new(), network: None, deadline: Duration::from_millis(50) };
+    let web = HttpProbe { resolve: Vec::new(), network: None, deadline: Duration::from_millis(50) };
     let error = web.get(&format!("http://{}/", listener.local_addr().unwrap())).await.err().unwrap();
     assert!(error.contains("no answer within 50ms"), "{error}");
 }
@@ -98,7 +98,7 @@ async fn it_goes_through_the_proxy_that_sts_is_reached_through() {
     let (address, mut heads) = proxy("HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n", port).await;
     let proxied = format!("http://user:s3cret@{address}");
     let through = network(&[("HTTPS_PROXY", &proxied)]);
-    let web = Web { resolve: Vec::new(), network: Some(through.clone()), deadline: DEADLINE };
+    let web = HttpProbe { resolve: Vec::new(), network: Some(through.clone()), deadline: DEADLINE };
     let answer = web.get(&url).await.unwrap();
     assert_eq!((answer.status, &answer.body[..]), (200, &b"{}"[..]));
     let head = heads.recv().await.unwrap();
@@ -108,9 +108,9 @@ async fn it_goes_through_the_proxy_that_sts_is_reached_through() {
 
     // Where an address is named, or the host is an exception, it is the way of the others.
     let resolve = vec![format!("oidc.example.org:{port}:127.0.0.1").parse().unwrap()];
-    Web { resolve, network: Some(through.clone()), deadline: DEADLINE }.get(&url).await.unwrap();
+    HttpProbe { resolve, network: Some(through.clone()), deadline: DEADLINE }.get(&url).await.unwrap();
     let except = network(&[("HTTPS_PROXY", &proxied), ("NO_PROXY", "oidc.example.invalid")]);
-    let web = Web { resolve: Vec::new(), network: Some(except), deadline: DEADLINE };
+    let web = HttpProbe { resolve: Vec::new(), network: Some(except), deadline: DEADLINE };
     let error = web.get("https://oidc.example.invalid/").await.err().unwrap();
     assert!(error.contains("does not resolve"), "{error}");
     assert!(heads.try_recv().is_err(), "nobody else asked it");
@@ -120,7 +120,7 @@ async fn it_goes_through_the_proxy_that_sts_is_reached_through() {
 async fn what_a_proxy_says_against_it_is_told_without_its_password() {
     let (address, mut heads) = proxy("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", 1).await;
     let through = network(&[("ALL_PROXY", &format!("http://user:s3cret@{address}"))]);
-    let web = Web { resolve: Vec::new(), network: Some(through.clone()), deadline: Duration::from_secs(5) };
+    let web = HttpProbe { resolve: Vec::new(), network: Some(through.clone()), deadline: Duration::from_secs(5) };
     let error = web.get("https://oidc.example.org/").await.err().unwrap();
     assert!(error.contains("the proxy 127.0.0.1") && error.contains("407") && !error.contains("s3cret"), "{error}");
     assert!(heads.recv().await.unwrap().starts_with("CONNECT oidc.example.org:443 "));
@@ -134,11 +134,11 @@ async fn what_a_proxy_says_against_it_is_told_without_its_password() {
     // Nor do its words reach the terminal as they are.
     let (address, _heads) = proxy("HTTP/1.1 403 \x1b[2J\r\n\r\n", 1).await;
     let through = network(&[("HTTPS_PROXY", &address)]);
-    let web = Web { resolve: Vec::new(), network: Some(through.clone()), deadline: Duration::from_secs(5) };
+    let web = HttpProbe { resolve: Vec::new(), network: Some(through.clone()), deadline: Duration::from_secs(5) };
     let error = web.get("https://oidc.example.org/").await.err().unwrap();
     assert!(error.contains("403") && !error.contains('\x1b'), "{error:?}");
 
     let secure = network(&[("HTTPS_PROXY", "https://proxy.example.org")]);
-    let web = Web { resolve: Vec::new(), network: Some(secure), deadline: Duration::from_secs(5) };
+    let web = HttpProbe { resolve: Vec::new(), network: Some(secure), deadline: Duration::from_secs(5) };
     assert!(web.get("https://oidc.example.org/").await.err().unwrap().contains("over TLS"));
 }

@@ -7,15 +7,15 @@ use http_body_util::Full;
 use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 
-use super::refusal::Refusal;
-use super::token::Claims;
+use super::refusal::DevRefusal;
+use super::token::DevTokenClaims;
 use crate::credentials::Credentials;
-use crate::dev::loopback::{self, Answer};
+use crate::dev::loopback::{self, LoopbackResponse};
 
 const NAMESPACE: &str = "https://sts.amazonaws.com/doc/2011-06-15/";
 
 /// A refusal as it goes out.
-pub(super) fn refused(refusal: &Refusal, request_id: &str) -> Answer {
+pub(super) fn refused(refusal: &DevRefusal, request_id: &str) -> LoopbackResponse {
     let (code, status) = refusal.code.wire();
     let side = if status.is_server_error() { "Receiver" } else { "Sender" };
     let message = refusal.message();
@@ -29,7 +29,12 @@ pub(super) fn refused(refusal: &Refusal, request_id: &str) -> Answer {
 }
 
 /// What `AssumeRoleWithWebIdentity` gives.
-pub(super) fn assumed(credentials: &Credentials, session: &Caller, claims: &Claims, request_id: &str) -> Answer {
+pub(super) fn assumed(
+    credentials: &Credentials,
+    session: &DevCaller,
+    claims: &DevTokenClaims,
+    request_id: &str,
+) -> LoopbackResponse {
     let fields = [
         ("AccessKeyId", credentials.access_key_id.as_str()),
         ("SecretAccessKey", credentials.secret_access_key.as_str()),
@@ -53,7 +58,7 @@ pub(super) fn assumed(credentials: &Credentials, session: &Caller, claims: &Clai
 
 /// Who a session is, as `GetCallerIdentity` shows it.
 #[derive(Debug, Clone)]
-pub(super) struct Caller {
+pub(super) struct DevCaller {
     /// `arn:aws:sts::<account>:assumed-role/<role>/<session>`.
     pub(super) arn: String,
     /// `AROA...:<session>`.
@@ -63,12 +68,12 @@ pub(super) struct Caller {
 }
 
 /// What `GetCallerIdentity` gives.
-pub(super) fn identity(caller: &Caller, request_id: &str) -> Answer {
+pub(super) fn identity(caller: &DevCaller, request_id: &str) -> LoopbackResponse {
     let fields = [("Arn", caller.arn.as_str()), ("UserId", &caller.user_id), ("Account", &caller.account)];
     success("GetCallerIdentity", &elements(&fields), request_id)
 }
 
-fn success(action: &str, result: &str, request_id: &str) -> Answer {
+fn success(action: &str, result: &str, request_id: &str) -> LoopbackResponse {
     let body = format!(
         "<{action}Response xmlns=\"{NAMESPACE}\"><{action}Result>{result}</{action}Result>\
          <ResponseMetadata><RequestId>{request_id}</RequestId></ResponseMetadata></{action}Response>"
@@ -76,7 +81,7 @@ fn success(action: &str, result: &str, request_id: &str) -> Answer {
     xml(StatusCode::OK, body)
 }
 
-fn xml(status: StatusCode, body: String) -> Answer {
+fn xml(status: StatusCode, body: String) -> LoopbackResponse {
     let mut response = loopback::empty(status);
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/xml"));
     *response.body_mut() = Full::from(body);

@@ -56,12 +56,12 @@ impl Code {
 
 /// A refusal; its message never holds a token or a secret.
 #[derive(Debug)]
-pub(super) struct Refusal {
+pub(super) struct DevRefusal {
     pub(super) code: Code,
     message: String,
 }
 
-impl Refusal {
+impl DevRefusal {
     pub(super) fn new(code: Code, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }

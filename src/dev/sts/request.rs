@@ -6,7 +6,7 @@ use hyper::Request;
 use hyper::body::Bytes;
 use hyper::header::CONTENT_TYPE;
 
-use super::refusal::{Code, Refusal};
+use super::refusal::{Code, DevRefusal};
 use crate::identity::{RoleArn, SessionName};
 
 /// Characters.
@@ -56,46 +56,46 @@ pub(super) struct WebIdentityRequest<'a> {
 
 impl<'a> WebIdentityRequest<'a> {
     /// Reads the parameters, or refuses as STS's validation does.
-    pub(super) fn of(parameters: &'a Parameters) -> Result<Self, Refusal> {
+    pub(super) fn of(parameters: &'a Parameters) -> Result<Self, DevRefusal> {
         let token = required(parameters, "WebIdentityToken", "webIdentityToken")?;
         if !TOKEN_LENGTH.contains(&token.len()) {
             let bound = if token.len() > 4 { "less than or equal to 20000" } else { "greater than or equal to 4" };
             // The token itself is a secret, so it is not repeated.
             let constraint = format!("have length {bound}");
-            return Err(Refusal::parameter("webIdentityToken", Some("***"), &constraint));
+            return Err(DevRefusal::parameter("webIdentityToken", Some("***"), &constraint));
         }
         let role_arn = required(parameters, "RoleArn", "roleArn")?;
         let role_arn = RoleArn::parse(role_arn)
-            .map_err(|_| Refusal::new(Code::ValidationError, format!("{role_arn:.128} is invalid")))?;
+            .map_err(|_| DevRefusal::new(Code::ValidationError, format!("{role_arn:.128} is invalid")))?;
         let session_name = required(parameters, "RoleSessionName", "roleSessionName")?;
         let session_name = SessionName::parse(session_name).map_err(|_| session_name_refused(session_name))?;
         if parameters.get("ProviderId").is_some() {
             let message = "ProviderId is for OAuth 2.0 access tokens; an OpenID Connect token goes without it";
-            return Err(Refusal::new(Code::ValidationError, message));
+            return Err(DevRefusal::new(Code::ValidationError, message));
         }
         check_policies(parameters)?;
         Ok(Self { token, role_arn, session_name, duration: duration(parameters)? })
     }
 }
 
-fn required<'a>(parameters: &'a Parameters, wire: &str, member: &str) -> Result<&'a str, Refusal> {
-    parameters.get(wire).ok_or_else(|| Refusal::parameter(member, None, "not be null"))
+fn required<'a>(parameters: &'a Parameters, wire: &str, member: &str) -> Result<&'a str, DevRefusal> {
+    parameters.get(wire).ok_or_else(|| DevRefusal::parameter(member, None, "not be null"))
 }
 
-fn session_name_refused(name: &str) -> Refusal {
+fn session_name_refused(name: &str) -> DevRefusal {
     let constraint = match name.len() {
         0..2 => "have length greater than or equal to 2",
         65.. => "have length less than or equal to 64",
         _ => "satisfy regular expression pattern: [\\w+=,.@-]*",
     };
-    Refusal::parameter("roleSessionName", Some(name), constraint)
+    DevRefusal::parameter("roleSessionName", Some(name), constraint)
 }
 
-fn duration(parameters: &Parameters) -> Result<Duration, Refusal> {
+fn duration(parameters: &Parameters) -> Result<Duration, DevRefusal> {
     let Some(text) = parameters.get("DurationSeconds") else {
         return Ok(Duration::from_secs(DEFAULT_DURATION.into()));
     };
-    let refused = |constraint| Refusal::parameter("durationSeconds", Some(text), constraint);
+    let refused = |constraint| DevRefusal::parameter("durationSeconds", Some(text), constraint);
     let seconds: u32 = text.parse().map_err(|_| refused("be an integer"))?;
     if seconds < *DURATION.start() {
         return Err(refused("have value greater than or equal to 900"));
@@ -108,21 +108,21 @@ fn duration(parameters: &Parameters) -> Result<Duration, Refusal> {
 
 /// Session policies can only narrow a role, and the role of `dev` may do nothing that they could take away: they are
 /// checked for their form.
-fn check_policies(parameters: &Parameters) -> Result<(), Refusal> {
+fn check_policies(parameters: &Parameters) -> Result<(), DevRefusal> {
     if let Some(policy) = parameters.get("Policy") {
         if policy.is_empty() || policy.len() > POLICY_MAX {
-            return Err(Refusal::parameter("policy", Some(policy), "have length between 1 and 2048"));
+            return Err(DevRefusal::parameter("policy", Some(policy), "have length between 1 and 2048"));
         }
         let document = serde_json::from_str::<serde_json::Value>(policy).ok();
         if document.is_none_or(|document| document.get("Statement").is_none()) {
-            return Err(Refusal::new(Code::MalformedPolicyDocument, "The policy is not in the valid JSON format."));
+            return Err(DevRefusal::new(Code::MalformedPolicyDocument, "The policy is not in the valid JSON format."));
         }
     }
     if parameters.policy_arns().count() > POLICY_ARNS_MAX {
-        return Err(Refusal::parameter("policyArns", Some("..."), "have length less than or equal to 10"));
+        return Err(DevRefusal::parameter("policyArns", Some("..."), "have length less than or equal to 10"));
     }
     match parameters.policy_arns().find(|arn| !arn.starts_with("arn:")) {
-        Some(arn) => Err(Refusal::new(Code::ValidationError, format!("ARN {arn:.128} is not valid."))),
+        Some(arn) => Err(DevRefusal::new(Code::ValidationError, format!("ARN {arn:.128} is not valid."))),
         None => Ok(()),
     }
 }

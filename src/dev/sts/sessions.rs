@@ -8,7 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use zeroize::Zeroizing;
 
-use super::answer::Caller;
+use super::answer::DevCaller;
 use crate::credentials::Credentials;
 use crate::dev::keys::{KeyError, random_bytes};
 
@@ -23,7 +23,7 @@ const ID_LENGTH: usize = 16;
 #[derive(Debug, Clone)]
 pub(super) struct Session {
     pub(super) credentials: Credentials,
-    pub(super) caller: Caller,
+    pub(super) caller: DevCaller,
 }
 
 /// All of them, by access key id.
@@ -32,7 +32,7 @@ pub(super) struct Sessions(Mutex<HashMap<String, Session>>);
 
 impl Sessions {
     /// Issues credentials for a session and remembers them.
-    pub(super) fn issue(&self, caller: Caller, now: SystemTime, duration: Duration) -> Result<Session, KeyError> {
+    pub(super) fn issue(&self, caller: DevCaller, now: SystemTime, duration: Duration) -> Result<Session, KeyError> {
         let credentials = Credentials {
             access_key_id: random_id("ASIA")?,
             secret_access_key: Zeroizing::new(STANDARD.encode(random_bytes::<30>()?)),
@@ -79,7 +79,7 @@ mod tests {
     fn the_number_of_sessions_is_bounded_and_the_first_to_expire_goes() {
         let sessions = Sessions::default();
         let now = SystemTime::UNIX_EPOCH;
-        let caller = Caller { arn: String::new(), user_id: String::new(), account: String::new() };
+        let caller = DevCaller { arn: String::new(), user_id: String::new(), account: String::new() };
         let short = sessions.issue(caller.clone(), now, Duration::from_secs(900)).unwrap();
         let long: Vec<Session> = (0..MAX_SESSIONS)
             .map(|_| sessions.issue(caller.clone(), now, Duration::from_secs(3600)).unwrap())

@@ -10,7 +10,7 @@ use hyper::body::Bytes;
 use hyper::header::AUTHORIZATION;
 use subtle::ConstantTimeEq;
 
-use super::refusal::{Code, Refusal};
+use super::refusal::{Code, DevRefusal};
 use super::request::Parameters;
 use super::sessions::{Session, Sessions};
 
@@ -48,12 +48,12 @@ struct Signature {
     expires: Option<Duration>,
 }
 
-fn incomplete<T>(message: &str) -> Result<T, Refusal> {
-    Err(Refusal::new(Code::IncompleteSignature, message))
+fn incomplete<T>(message: &str) -> Result<T, DevRefusal> {
+    Err(DevRefusal::new(Code::IncompleteSignature, message))
 }
 
-fn mismatch<T>(message: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal::new(Code::SignatureDoesNotMatch, message))
+fn mismatch<T>(message: impl Into<String>) -> Result<T, DevRefusal> {
+    Err(DevRefusal::new(Code::SignatureDoesNotMatch, message))
 }
 
 /// Finds the session that signed a request, or refuses as STS does.
@@ -63,16 +63,17 @@ pub(super) fn authenticate(
     sessions: &Sessions,
     region: &str,
     now: SystemTime,
-) -> Result<Session, Refusal> {
+) -> Result<Session, DevRefusal> {
     let signature = Signature::of(request, parameters)?;
-    let unknown = || Refusal::new(Code::InvalidClientTokenId, "The security token included in the request is invalid.");
+    let unknown =
+        || DevRefusal::new(Code::InvalidClientTokenId, "The security token included in the request is invalid.");
     let session = sessions.find(&signature.access_key_id).ok_or_else(unknown)?;
     let token = signature.session_token.as_deref().unwrap_or_default().as_bytes();
     if !bool::from(token.ct_eq(session.credentials.session_token.as_bytes())) {
         return Err(unknown());
     }
     signature.check_scope(request, region, now)?;
-    let again = signature.again(request, &session)?;
+    let again = signature.recompute(request, &session)?;
     if !bool::from(again.as_bytes().ct_eq(signature.signature.as_bytes())) {
         return mismatch(
             "The request signature we calculated does not match the signature you provided. Check your AWS Secret \
@@ -80,23 +81,23 @@ pub(super) fn authenticate(
         );
     }
     if session.credentials.expiration <= now {
-        return Err(Refusal::new(Code::ExpiredToken, "The security token included in the request is expired"));
+        return Err(DevRefusal::new(Code::ExpiredToken, "The security token included in the request is expired"));
     }
     Ok(session)
 }
 
 impl Signature {
-    fn of(request: &Request<Bytes>, parameters: &Parameters) -> Result<Self, Refusal> {
+    fn of(request: &Request<Bytes>, parameters: &Parameters) -> Result<Self, DevRefusal> {
         if parameters.get("X-Amz-Signature").is_some() {
             return Self::of_query(parameters);
         }
         match header(request, AUTHORIZATION.as_str()) {
             Some(authorization) => Self::of_header(request, authorization),
-            None => Err(Refusal::new(Code::MissingAuthenticationToken, "Request is missing Authentication Token")),
+            None => Err(DevRefusal::new(Code::MissingAuthenticationToken, "Request is missing Authentication Token")),
         }
     }
 
-    fn of_header(request: &Request<Bytes>, authorization: &str) -> Result<Self, Refusal> {
+    fn of_header(request: &Request<Bytes>, authorization: &str) -> Result<Self, DevRefusal> {
         let Some(fields) = authorization.strip_prefix(ALGORITHM) else {
             return incomplete("Authorization does not use AWS4-HMAC-SHA256.");
         };
@@ -118,7 +119,7 @@ impl Signature {
         Self::new(credential, headers, signature, time, token, None)
     }
 
-    fn of_query(parameters: &Parameters) -> Result<Self, Refusal> {
+    fn of_query(parameters: &Parameters) -> Result<Self, DevRefusal> {
         let [algorithm, credential, date, expires, _, signature, headers] = PRESIGNED.map(|name| parameters.get(name));
         let (Some(ALGORITHM), Some(credential), Some(time), Some(expires), Some(signature), Some(headers)) =
             (algorithm, credential, date, expires, signature, headers)
@@ -139,12 +140,12 @@ impl Signature {
         time_text: &str,
         session_token: Option<String>,
         expires: Option<Duration>,
-    ) -> Result<Self, Refusal> {
+    ) -> Result<Self, DevRefusal> {
         let scope: Vec<&str> = credential.split('/').collect();
         let [access_key_id, date, region, service, "aws4_request"] = scope[..] else {
             return incomplete("Credential must have 5 parts, as in ASIA.../20260101/us-east-1/sts/aws4_request.");
         };
-        let Some(time) = basic_time(time_text) else {
+        let Some(time) = parse_amz_date(time_text) else {
             return incomplete("X-Amz-Date must be a time in UTC, as in 20260101T000000Z.");
         };
         Ok(Self {
@@ -162,7 +163,7 @@ impl Signature {
     }
 
     /// What the signature covers, and for when and where it was made.
-    fn check_scope(&self, request: &Request<Bytes>, region: &str, now: SystemTime) -> Result<(), Refusal> {
+    fn check_scope(&self, request: &Request<Bytes>, region: &str, now: SystemTime) -> Result<(), DevRefusal> {
         if self.region != region {
             return mismatch("Credential should be scoped to a valid region.");
         }
@@ -191,7 +192,7 @@ impl Signature {
     }
 
     /// The signature that the session's secret key gives this request.
-    fn again(&self, request: &Request<Bytes>, session: &Session) -> Result<String, Refusal> {
+    fn recompute(&self, request: &Request<Bytes>, session: &Session) -> Result<String, DevRefusal> {
         let credentials = &session.credentials;
         let identity = SigningCredentials::new(
             credentials.access_key_id.as_str(),
@@ -215,7 +216,7 @@ impl Signature {
             .time(self.time)
             .settings(settings)
             .build()
-            .map_err(|error| Refusal::internal(&error))?
+            .map_err(|error| DevRefusal::internal(&error))?
             .into();
         let headers = self.signed_headers.iter().flat_map(|name| {
             let values = request.headers().get_all(name.as_str()).iter();
@@ -247,7 +248,7 @@ fn header<'a>(request: &'a Request<Bytes>, name: &str) -> Option<&'a str> {
 }
 
 /// `20260101T120000Z`.
-fn basic_time(text: &str) -> Option<SystemTime> {
+fn parse_amz_date(text: &str) -> Option<SystemTime> {
     if text.len() != 16 || !text.is_ascii() {
         return None;
     }

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::dev::keys::SigningKey;
-use crate::dev::oidc::Issuer;
+use crate::dev::oidc::DevOidcIssuer;
 
 const ROLE: &str = "arn:aws:iam::000000000000:role/dev";
 const SUBJECT: &str = "spiffe://dev.local/user/alice";
@@ -26,13 +26,13 @@ type Pairs = Vec<(String, String)>;
 
 struct World {
     key: SigningKey,
-    issuer: Issuer,
-    sts: Sts,
+    issuer: DevOidcIssuer,
+    sts: DevSts,
 }
 
 async fn world() -> World {
     let key = SigningKey::generate().unwrap();
-    let issuer = Issuer::start(key.jwks()).await.unwrap();
+    let issuer = DevOidcIssuer::start(key.jwks()).await.unwrap();
     let role = |name: &str, hours: u64| TrustedRole {
         arn: RoleArn::parse(&format!("arn:aws:iam::000000000000:role/{name}")).unwrap(),
         issuer: issuer.url().to_owned(),
@@ -40,15 +40,15 @@ async fn world() -> World {
         subjects: vec![SpiffeIdPattern::parse("spiffe://dev.local/user/*").unwrap()],
         max_duration: Duration::from_secs(hours * 3600),
     };
-    let account = Account {
+    let account = DevAccount {
         region: "us-east-1".to_owned(),
-        providers: vec![Provider {
+        providers: vec![DevProvider {
             issuer: issuer.url().to_owned(),
             client_ids: vec![AUDIENCE.to_owned(), "other-role".to_owned()],
         }],
         roles: vec![role("dev", 12), role("short", 1)],
     };
-    let sts = Sts::start(account, Clock::system()).await.unwrap();
+    let sts = DevSts::start(account, Clock::system()).await.unwrap();
     World { key, issuer, sts }
 }
 
@@ -286,7 +286,7 @@ async fn tokens_that_the_issuer_did_not_sign_are_refused() {
 #[tokio::test]
 async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
     let World { key, issuer, sts } = world().await;
-    let verify = async |account: &Account| {
+    let verify = async |account: &DevAccount| {
         let iss = &account.providers[0].issuer;
         let claims = json!({ "iss": iss, "sub": SUBJECT, "aud": [AUDIENCE], "iat": now(), "exp": now() + 300 });
         token::verify(&key.sign(&claims).unwrap(), account, SystemTime::now()).await
@@ -299,7 +299,7 @@ async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
     let document = loopback::get(&format!("{}/.well-known/openid-configuration", issuer.url())).await.unwrap();
     let _server = Server::start(listener, move |_| {
         let document = document.clone();
-        async move { Answer::new(document.into()) }
+        async move { LoopbackResponse::new(document.into()) }
     });
     account.providers[0].issuer = format!("http://{address}");
     let refused = verify(&account).await.unwrap_err();
@@ -315,8 +315,8 @@ async fn a_role_trusts_its_own_issuer_only() {
     let World { sts, .. } = world().await;
     let World { key, issuer, .. } = world().await;
     let mut account = sts.desk.account.clone();
-    account.providers.push(Provider { issuer: issuer.url().to_owned(), client_ids: vec![AUDIENCE.to_owned()] });
-    let sts = Sts::start(account, Clock::system()).await.unwrap();
+    account.providers.push(DevProvider { issuer: issuer.url().to_owned(), client_ids: vec![AUDIENCE.to_owned()] });
+    let sts = DevSts::start(account, Clock::system()).await.unwrap();
     // The second issuer is known to the account, and its token is good.
     let other = World { key, issuer, sts };
     other.with_token(&other.token(json!({}))).await.refused(403, "AccessDenied", "Not authorized");

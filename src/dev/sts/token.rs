@@ -7,8 +7,8 @@ use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::refusal::{Code, Refusal};
-use super::{Account, Provider};
+use super::refusal::{Code, DevRefusal};
+use super::{DevAccount, DevProvider};
 use crate::dev::loopback::{self, FetchError};
 use crate::dev::oidc::DISCOVERY_PATH;
 
@@ -20,7 +20,7 @@ const ALGORITHMS: [Algorithm; 5] =
 
 /// What a verified token says.
 #[derive(Debug)]
-pub(super) struct Claims {
+pub(super) struct DevTokenClaims {
     pub(super) issuer: String,
     pub(super) sub: String,
     pub(super) audience: String,
@@ -31,7 +31,7 @@ pub(super) struct Claims {
 struct RawClaims {
     iss: Option<String>,
     sub: Option<String>,
-    aud: Option<Audience>,
+    aud: Option<DevAudience>,
     azp: Option<String>,
     exp: Option<Value>,
     iat: Option<Value>,
@@ -40,18 +40,18 @@ struct RawClaims {
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Audience {
+enum DevAudience {
     One(String),
     Several(Vec<String>),
 }
 
-fn refused<T>(message: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal::new(Code::InvalidIdentityToken, message))
+fn refused<T>(message: impl Into<String>) -> Result<T, DevRefusal> {
+    Err(DevRefusal::new(Code::InvalidIdentityToken, message))
 }
 
 /// Verifies a token for this account, in the order in which STS reports.
-pub(super) async fn verify(token: &str, account: &Account, now: SystemTime) -> Result<Claims, Refusal> {
-    let not_a_jwt = || Refusal::new(Code::InvalidIdentityToken, "The ID Token provided is not a valid JWT.");
+pub(super) async fn verify(token: &str, account: &DevAccount, now: SystemTime) -> Result<DevTokenClaims, DevRefusal> {
+    let not_a_jwt = || DevRefusal::new(Code::InvalidIdentityToken, "The ID Token provided is not a valid JWT.");
     let header = jsonwebtoken::decode_header(token).map_err(|_| not_a_jwt())?;
     let unverified: RawClaims = jsonwebtoken::dangerous::insecure_decode_claims(token).map_err(|_| not_a_jwt())?;
     let Some(issuer) = unverified.iss else {
@@ -73,8 +73,8 @@ pub(super) async fn verify(token: &str, account: &Account, now: SystemTime) -> R
 }
 
 /// In AWS's words, which its users search for.
-fn no_key() -> Refusal {
-    Refusal::new(
+fn no_key() -> DevRefusal {
+    DevRefusal::new(
         Code::InvalidIdentityToken,
         "Couldn't retrieve verification key from your identity provider, please reference AssumeRoleWithWebIdentity \
          documentation for requirements",
@@ -107,7 +107,7 @@ async fn fetch_keys(issuer: &str) -> Result<JwkSet, KeysError> {
     Ok(serde_json::from_slice(&loopback::get(&discovery.jwks_uri).await?)?)
 }
 
-fn verify_signature(token: &str, header: &Header, keys: &JwkSet) -> Result<RawClaims, Refusal> {
+fn verify_signature(token: &str, header: &Header, keys: &JwkSet) -> Result<RawClaims, DevRefusal> {
     let key: &Jwk = header.kid.as_deref().and_then(|kid| keys.find(kid)).ok_or_else(no_key)?;
     let key = DecodingKey::from_jwk(key).map_err(|_| no_key())?;
     // The claims are checked below, in STS's own words and order; this is for the signature alone.
@@ -121,7 +121,7 @@ fn verify_signature(token: &str, header: &Header, keys: &JwkSet) -> Result<RawCl
     }
 }
 
-fn check(claims: RawClaims, provider: &Provider, now: SystemTime) -> Result<Claims, Refusal> {
+fn check(claims: RawClaims, provider: &DevProvider, now: SystemTime) -> Result<DevTokenClaims, DevRefusal> {
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let Some(sub) = claims.sub else {
         return refused("Missing a required claim: sub");
@@ -132,7 +132,7 @@ fn check(claims: RawClaims, provider: &Provider, now: SystemTime) -> Result<Clai
     if exp <= now {
         // AWS goes on to accept a token for a while. This is stricter, so that nobody comes to rely on it.
         let message = format!("Token expired: current date/time {now} must be before the expiration date/time {exp}");
-        return Err(Refusal::new(Code::ExpiredWebIdentity, message));
+        return Err(DevRefusal::new(Code::ExpiredWebIdentity, message));
     }
     let made = iat.max(not_before);
     if made > now + SKEW.as_secs() {
@@ -142,11 +142,11 @@ fn check(claims: RawClaims, provider: &Provider, now: SystemTime) -> Result<Clai
     if !provider.client_ids.contains(&audience) {
         return refused("Incorrect token audience");
     }
-    Ok(Claims { issuer: provider.issuer.clone(), sub, audience })
+    Ok(DevTokenClaims { issuer: provider.issuer.clone(), sub, audience })
 }
 
 /// STS takes integers only: `1.7e9` is refused, although it is the same number.
-fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, Refusal> {
+fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, DevRefusal> {
     match claim {
         Some(value) => match value.as_u64() {
             Some(seconds) => Ok(seconds),
@@ -157,10 +157,10 @@ fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, Refusal> {
 }
 
 /// The one audience that counts: the authorized party, where the token names one.
-fn audience(claim: Option<Audience>, authorized_party: Option<String>) -> Result<String, Refusal> {
+fn audience(claim: Option<DevAudience>, authorized_party: Option<String>) -> Result<String, DevRefusal> {
     let audiences = match claim {
-        Some(Audience::One(audience)) => vec![audience],
-        Some(Audience::Several(audiences)) => audiences,
+        Some(DevAudience::One(audience)) => vec![audience],
+        Some(DevAudience::Several(audiences)) => audiences,
         None => vec![],
     };
     match (authorized_party, &audiences[..]) {

@@ -16,7 +16,7 @@ const ISSUER: &str = "http://127.0.0.1:1";
 
 struct World {
     directory: tempfile::TempDir,
-    api: WorkloadApi,
+    api: DevWorkloadApi,
 }
 
 fn world(owner: Uid) -> World {
@@ -28,7 +28,7 @@ fn world(owner: Uid) -> World {
         key: Arc::new(SigningKey::generate().unwrap()),
         clock: Clock::system(),
     };
-    let api = WorkloadApi::start_for(owner, &directory.path().join("api"), registrations).unwrap();
+    let api = DevWorkloadApi::start_for(owner, &directory.path().join("api"), registrations).unwrap();
     World { directory, api }
 }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use awsvid::dev::keys::SigningKey;
-use awsvid::dev::oidc::Issuer;
+use awsvid::dev::oidc::DevOidcIssuer;
 use awsvid::svid::proto::spire::api::agent::delegatedidentity::v1::delegated_identity_server::{
     DelegatedIdentity, DelegatedIdentityServer,
 };
@@ -57,7 +57,7 @@ pub(crate) struct FakeAgent {
     desk: Arc<Desk>,
     socket: PathBuf,
     sts: OneRoleSts,
-    _issuer: Issuer,
+    _issuer: DevOidcIssuer,
 }
 
 struct Desk {
@@ -97,7 +97,7 @@ impl FakeAgent {
         let runtime = Runtime::new().expect("a runtime");
         entries.push(Entry::new(AWSVID, &["unix:uid:0", &format!("unix:path:{}", env!("CARGO_BIN_EXE_awsvid"))]));
         let key = SigningKey::generate().expect("a key");
-        let issuer = runtime.block_on(Issuer::start(key.jwks())).expect("an issuer");
+        let issuer = runtime.block_on(DevOidcIssuer::start(key.jwks())).expect("an issuer");
         let sts = OneRoleSts::start(issuer.url());
         let desk = Arc::new(Desk { entries, key, issuer: issuer.url().to_owned(), calls: Mutex::default() });
         let socket = folder.join("agent.sock");

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use awsvid::clock::Clock;
-use awsvid::dev::sts::{Account, Provider, Sts, TrustedRole};
+use awsvid::dev::sts::{DevAccount, DevProvider, DevSts, TrustedRole};
 use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use tokio::runtime::Runtime;
 
@@ -15,7 +15,7 @@ const ROLE: &str = "arn:aws:iam::123456789012:role/app";
 
 /// Runs until it is dropped.
 pub(crate) struct OneRoleSts {
-    sts: Sts,
+    sts: DevSts,
     _runtime: Runtime,
 }
 
@@ -23,9 +23,9 @@ impl OneRoleSts {
     /// Trusts the tokens of this issuer.
     pub(crate) fn start(issuer: &str) -> Self {
         let runtime = Runtime::new().expect("a runtime");
-        let account = Account {
+        let account = DevAccount {
             region: "us-east-1".to_owned(),
-            providers: vec![Provider { issuer: issuer.to_owned(), client_ids: vec![AUDIENCE.to_owned()] }],
+            providers: vec![DevProvider { issuer: issuer.to_owned(), client_ids: vec![AUDIENCE.to_owned()] }],
             roles: vec![TrustedRole {
                 arn: RoleArn::parse(ROLE).expect("an ARN"),
                 issuer: issuer.to_owned(),
@@ -34,7 +34,7 @@ impl OneRoleSts {
                 max_duration: Duration::from_secs(12 * 3600),
             }],
         };
-        let sts = runtime.block_on(Sts::start(account, Clock::system())).expect("an STS");
+        let sts = runtime.block_on(DevSts::start(account, Clock::system())).expect("an STS");
         Self { sts, _runtime: runtime }
     }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use awsvid::dev::users::User;
-use awsvid::dev::{Dev, Names};
+use awsvid::dev::{Dev, DevNames};
 use tokio::runtime::Runtime;
 
 /// Runs until it is dropped.
@@ -21,7 +21,7 @@ impl Upstream {
             uid: *uid,
             spiffe_id: awsvid::identity::SpiffeId::parse(&format!("spiffe://example.org/user/{name}")).expect("an ID"),
         });
-        let names = Names { trust_domain: "example.org".to_owned(), account: "123456789012".to_owned() };
+        let names = DevNames { trust_domain: "example.org".to_owned(), account: "123456789012".to_owned() };
         let dev = runtime.block_on(Dev::start_for(users.collect(), names)).expect("the servers of dev");
         Self { dev, _runtime: runtime }
     }

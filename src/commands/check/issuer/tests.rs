@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::super::documented::assert_documented;
-use super::super::report::{Finding, Verdict};
+use super::super::report::{CheckFinding, Verdict};
 use super::*;
 use crate::dev::keys::SigningKey;
 use crate::identity::SpiffeId;
@@ -46,19 +46,19 @@ fn http(status: &str, body: &str) -> String {
     format!("HTTP/1.1 {status}\r\nConnection: close\r\n\r\n{body}")
 }
 
-fn live(key: &SigningKey, issuer: &str) -> Live {
+fn live(key: &SigningKey, issuer: &str) -> LiveToken {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let claims = json!({ "iss": issuer, "sub": "spiffe://t/a", "aud": "shop", "iat": now, "exp": now + 300 });
     let id = SpiffeId::parse("spiffe://t/a").unwrap();
-    Live::of(JwtSvid::check(key.sign(&claims).unwrap(), &id, "shop", SystemTime::now()).unwrap())
+    LiveToken::of(JwtSvid::check(key.sign(&claims).unwrap(), &id, "shop", SystemTime::now()).unwrap())
 }
 
 /// What is found at an issuer with these answers, in which `{own}` is its URL.
-async fn found(key: &SigningKey, discovery: &str, keys: &str) -> Vec<Finding> {
+async fn found(key: &SigningKey, discovery: &str, keys: &str) -> Vec<CheckFinding> {
     let url =
         serve(vec![("/.well-known/openid-configuration", discovery.to_owned()), ("/keys", keys.to_owned())]).await;
-    let mut report = Report::new(true);
-    let web = Web { resolve: Vec::new(), network: None, deadline: Duration::from_secs(5) };
+    let mut report = CheckReport::new(true);
+    let web = HttpProbe { resolve: Vec::new(), network: None, deadline: Duration::from_secs(5) };
     check(&live(key, &url), None, false, &web, &mut report).await;
     report.findings().to_vec()
 }
@@ -67,8 +67,8 @@ fn right() -> String {
     http("200 OK", r#"{"issuer":"{own}","jwks_uri":"{own}/keys"}"#)
 }
 
-fn assert_failed(findings: &[Finding], step: &str, saw: &str, fix: &str) {
-    let is = |finding: &Finding| {
+fn assert_failed(findings: &[CheckFinding], step: &str, saw: &str, fix: &str) {
+    let is = |finding: &CheckFinding| {
         let fix = finding.fix.as_deref().is_some_and(|text| text.contains(fix));
         finding.step == step && finding.verdict == Verdict::Failed && finding.saw.contains(saw) && fix
     };
@@ -76,7 +76,7 @@ fn assert_failed(findings: &[Finding], step: &str, saw: &str, fix: &str) {
     assert_all_documented(findings);
 }
 
-fn assert_all_documented(findings: &[Finding]) {
+fn assert_all_documented(findings: &[CheckFinding]) {
     for finding in findings {
         if let Some(fix) = &finding.fix {
             assert_documented(finding.step, &finding.saw, fix);
@@ -172,8 +172,8 @@ async fn keys_that_are_not_for_many_at_once() {
     ];
     for (refusal, saw) in table {
         let url = serve_by(after_five(refusal)).await;
-        let mut report = Report::new(true);
-        let web = Web { resolve: Vec::new(), network: None, deadline: Duration::from_secs(1) };
+        let mut report = CheckReport::new(true);
+        let web = HttpProbe { resolve: Vec::new(), network: None, deadline: Duration::from_secs(1) };
         check(&live(&key, &url), None, false, &web, &mut report).await;
         assert_failed(report.findings(), "keys", saw, "rate limits");
         let others = report.findings().iter().filter(|finding| finding.verdict != Verdict::Pass).count();
@@ -185,8 +185,8 @@ async fn keys_that_are_not_for_many_at_once() {
 async fn what_aws_wants_besides() {
     let key = SigningKey::generate().unwrap();
     let url = serve(vec![("/.well-known/openid-configuration", right()), ("/keys", http("200 OK", &key.jwks()))]).await;
-    let mut report = Report::new(true);
-    let web = Web { resolve: Vec::new(), network: None, deadline: Duration::from_secs(5) };
+    let mut report = CheckReport::new(true);
+    let web = HttpProbe { resolve: Vec::new(), network: None, deadline: Duration::from_secs(5) };
     check(&live(&key, &url), None, true, &web, &mut report).await;
     assert_failed(report.findings(), "token", "is not https", "https URL");
     assert_failed(report.findings(), "discovery", "over https only", "X-Forwarded-Proto");
@@ -206,8 +206,8 @@ async fn it_looks_where_it_is_told_to() {
     let document = answers(&issuer).replace("PORT", &port.to_string());
     let other = serve(vec![("/.well-known/openid-configuration", document)]).await;
     let resolve = vec![format!("oidc.invalid:{port}:127.0.0.1").parse().unwrap()];
-    let web = Web { resolve, network: None, deadline: Duration::from_secs(5) };
-    let mut report = Report::new(true);
+    let web = HttpProbe { resolve, network: None, deadline: Duration::from_secs(5) };
+    let mut report = CheckReport::new(true);
     check(&live(&key, &issuer), Some(&other), false, &web, &mut report).await;
     assert!(report.findings().iter().all(|finding| finding.verdict == Verdict::Pass), "{:?}", report.findings());
 }

@@ -51,11 +51,11 @@ impl Proc {
 
     /// What is found, but for what is well.
     fn faults(&self, config: &Config) -> Vec<(Verdict, String, String)> {
-        self.faults_of(config, &Kernel { unix: UnixSupport::Process, tcp: Ok(()), executions: Some(Ok(())) })
+        self.faults_of(config, &KernelSupport { unix: UnixSupport::Process, tcp: Ok(()), executions: Some(Ok(())) })
     }
 
-    fn faults_of(&self, config: &Config, kernel: &Kernel) -> Vec<(Verdict, String, String)> {
-        let mut report = Report::new(true);
+    fn faults_of(&self, config: &Config, kernel: &KernelSupport) -> Vec<(Verdict, String, String)> {
+        let mut report = CheckReport::new(true);
         check(config, self.0.path(), kernel, &mut report);
         let all = report.findings().iter().filter(|finding| finding.verdict != Verdict::Pass);
         all.map(|finding| (finding.verdict, finding.saw.clone(), finding.fix.clone().unwrap())).collect()
@@ -87,9 +87,9 @@ const BROKER: &str = "source = \"spiffe-broker\"\nbroker_socket = \"unix:///b\""
 fn a_host_that_lacks_nothing() {
     assert_eq!(Proc::right().faults(&config("", "")), []);
     // The same as it really is here: whatever it has, it is read.
-    let mut report = Report::new(true);
+    let mut report = CheckReport::new(true);
     let (config, proc) = (config("", ""), Path::new("/proc"));
-    check(&config, proc, &Kernel::tried(&config, proc), &mut report);
+    check(&config, proc, &KernelSupport::tried(&config, proc), &mut report);
     let said = report.findings().iter().map(|finding| finding.saw.as_str()).collect::<Vec<_>>().join("\n");
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     assert!(said.contains(release.trim()) && said.contains(&format!("uid {}", nix::unistd::geteuid())), "{said}");
@@ -99,8 +99,8 @@ fn a_host_that_lacks_nothing() {
 #[test]
 fn kernels_that_lack_something() {
     use Verdict::{Failed, Note};
-    let right = || Kernel { unix: UnixSupport::Process, tcp: Ok(()), executions: None };
-    let without_tcp = |missing| Kernel { tcp: Err(missing), ..right() };
+    let right = || KernelSupport { unix: UnixSupport::Process, tcp: Ok(()), executions: None };
+    let without_tcp = |missing| KernelSupport { tcp: Err(missing), ..right() };
     let unix = "tcp = []";
     let error = || std::io::Error::from_raw_os_error(libc::ENOENT);
     let table = [
@@ -117,18 +117,18 @@ fn kernels_that_lack_something() {
             Some((Failed, "does not tell the cgroup", "Linux 5.8")),
         ),
         // TCP is no way out where it is not there.
-        (Kernel { unix: UnixSupport::Number, ..right() }, unix, Some((Note, "Linux 6.5", "use a newer kernel"))),
+        (KernelSupport { unix: UnixSupport::Number, ..right() }, unix, Some((Note, "Linux 6.5", "use a newer kernel"))),
         (
-            Kernel { unix: UnixSupport::Number, ..without_tcp(TcpUnsupported::NoCgroupId) },
+            KernelSupport { unix: UnixSupport::Number, ..without_tcp(TcpUnsupported::NoCgroupId) },
             unix,
             Some((Note, "Linux 6.5", "use a newer kernel")),
         ),
         // Nobody uses the unix socket.
-        (Kernel { unix: UnixSupport::Nothing, ..right() }, "unix = \"\"", None),
-        (Kernel { unix: UnixSupport::Number, ..right() }, "", Some((Note, "Linux 6.5", "use TCP for them"))),
-        (Kernel { unix: UnixSupport::Nothing, ..right() }, "", Some((Failed, "pidfd_open", "newer kernel"))),
+        (KernelSupport { unix: UnixSupport::Nothing, ..right() }, "unix = \"\"", None),
+        (KernelSupport { unix: UnixSupport::Number, ..right() }, "", Some((Note, "Linux 6.5", "use TCP for them"))),
+        (KernelSupport { unix: UnixSupport::Nothing, ..right() }, "", Some((Failed, "pidfd_open", "newer kernel"))),
         (
-            Kernel { executions: Some(Err("bpf(2): EPERM; give it CAP_BPF".to_owned())), ..right() },
+            KernelSupport { executions: Some(Err("bpf(2): EPERM; give it CAP_BPF".to_owned())), ..right() },
             "",
             Some((Failed, "executions of programs cannot be counted", "CAP_BPF")),
         ),

@@ -1,7 +1,7 @@
 use std::collections::HashMap;
 
 use super::super::documented::assert_documented;
-use super::super::report::{Finding, Verdict};
+use super::super::report::{CheckFinding, Verdict};
 use super::*;
 
 /// What fails for a workload with these variables besides those of a right one. Nobody listens at the endpoint.
@@ -9,7 +9,7 @@ async fn failures(variables: &[(&str, &str)]) -> Vec<String> {
     let mut all =
         HashMap::from([(FULL, "http://127.0.0.1:1/v1/credentials"), (TOKEN_VARIABLE, "any"), ("HOME", "/nonexistent")]);
     all.extend(variables.iter().copied());
-    let mut report = Report::new(true);
+    let mut report = CheckReport::new(true);
     check(&|name| all.get(name).map(|&value| value.to_owned()), &mut report).await;
     for finding in report.findings() {
         if let Some(fix) = &finding.fix {
@@ -23,8 +23,8 @@ async fn failures(variables: &[(&str, &str)]) -> Vec<String> {
 #[tokio::test]
 async fn each_trap_is_found_alone() {
     assert_eq!(failures(&[]).await, [""; 0]);
-    for (name, preempts) in PREEMPTING {
-        if !matches!(preempts, Preempts::Alone(_)) {
+    for (name, preempts) in HIGHER_PRECEDENCE_VARS {
+        if !matches!(preempts, HigherPrecedence::Alone(_)) {
             continue;
         }
         let found = failures(&[(name, "s3cret")]).await;
@@ -55,12 +55,12 @@ async fn each_trap_is_found_alone() {
 /// Of what is another's only together with something else, it is said that it is there.
 #[tokio::test]
 async fn what_is_no_trap_alone_is_a_note() {
-    for (name, preempts) in PREEMPTING {
-        if preempts == Preempts::WithOthers {
+    for (name, preempts) in HIGHER_PRECEDENCE_VARS {
+        if preempts == HigherPrecedence::WithOthers {
             assert_eq!(failures(&[(name, "s3cret")]).await, [""; 0]);
-            let mut report = Report::new(true);
+            let mut report = CheckReport::new(true);
             check(&|asked| (asked == name).then(|| "s3cret".to_owned()), &mut report).await;
-            let is = |finding: &Finding| {
+            let is = |finding: &CheckFinding| {
                 finding.verdict == Verdict::Note && finding.saw.starts_with(name) && !finding.saw.contains("s3cret")
             };
             assert!(report.findings().iter().any(is), "{name}: {:?}", report.findings());
