@@ -119,7 +119,7 @@ fn is_safe(event: &Metadata<'_>) -> bool {
 struct LogDestination(Arc<Writer>);
 
 impl<'a> MakeWriter<'a> for LogDestination {
-    type LogMakeWriter = &'a Self;
+    type Writer = &'a Self;
 
     fn make_writer(&'a self) -> &'a Self {
         self

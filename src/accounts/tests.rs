@@ -9,7 +9,7 @@ use crate::rule::{NamedRule, WorkloadRule};
 
 /// A name service whose answers a test changes.
 #[derive(Default)]
-struct Service {
+struct FakeNameService {
     answers: Mutex<BTreeMap<String, nix::Result<Option<u32>>>>,
     /// Lookups of these names do not end.
     hanging: Mutex<BTreeSet<String>>,
@@ -18,7 +18,7 @@ struct Service {
     lookups: Mutex<Vec<String>>,
 }
 
-impl Service {
+impl FakeNameService {
     fn with(answers: &[(&str, nix::Result<Option<u32>>)]) -> Arc<Self> {
         let service = Arc::new(Self::default());
         answers.iter().for_each(|(name, answer)| service.set(name, *answer));
@@ -39,7 +39,7 @@ impl Service {
     }
 }
 
-impl NameService for Arc<Service> {
+impl NameService for Arc<FakeNameService> {
     fn number(&self, name: &AccountName) -> nix::Result<Option<u32>> {
         self.lookups.lock().unwrap().push(name.as_str().to_owned());
         let hanging = self.hanging.lock().unwrap();
@@ -67,7 +67,7 @@ fn names(names: &[&str]) -> BTreeMap<AccountName, Vec<usize>> {
 
 const PATIENCE: Duration = Duration::from_secs(3);
 
-async fn following(service: &Arc<Service>, wanted: &[&str]) -> Accounts {
+async fn following(service: &Arc<FakeNameService>, wanted: &[&str]) -> Accounts {
     let accounts = Accounts::new(service.clone(), Metrics::default());
     accounts.follow(names(wanted), PATIENCE).await;
     accounts
@@ -85,7 +85,7 @@ async fn await_known(accounts: &Accounts, name: &str, expected: Known) {
 
 #[tokio::test(start_paused = true)]
 async fn a_user_that_comes_later_is_found_in_the_background() {
-    let service = Service::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
+    let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
     let accounts = following(&service, &["alice", "away", "late"]).await;
     assert_eq!(known(&accounts, "alice"), Known::Number(1001));
     assert_eq!((known(&accounts, "away"), known(&accounts, "late")), (Known::Unanswered, Known::Absent));
@@ -103,7 +103,7 @@ async fn a_user_that_comes_later_is_found_in_the_background() {
 
 #[tokio::test(start_paused = true)]
 async fn one_that_stays_away_is_looked_up_less_and_less() {
-    let service = Service::with(&[]);
+    let service = FakeNameService::with(&[]);
     let begun = Instant::now();
     let accounts = following(&service, &["late"]).await;
     tokio::time::sleep(Duration::from_secs(3600)).await;
@@ -121,7 +121,7 @@ async fn one_that_stays_away_is_looked_up_less_and_less() {
 
 #[tokio::test(start_paused = true)]
 async fn another_number_takes_effect_and_so_does_a_successor() {
-    let service = Service::with(&[("alice", Ok(Some(1001)))]);
+    let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Ok(Some(2001)));
     await_known(&accounts, "alice", Known::Number(2001)).await;
@@ -135,7 +135,7 @@ async fn another_number_takes_effect_and_so_does_a_successor() {
 
 #[tokio::test(start_paused = true)]
 async fn a_known_number_survives_failures_and_a_restart_of_the_name_service() {
-    let service = Service::with(&[("alice", Ok(Some(1001)))]);
+    let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Err(Errno::ECONNREFUSED));
     tokio::time::sleep(Duration::from_secs(7200)).await;
@@ -154,7 +154,7 @@ async fn a_known_number_survives_failures_and_a_restart_of_the_name_service() {
 
 #[tokio::test]
 async fn a_lookup_that_hangs_delays_no_other() {
-    let service = Service::with(&[("alice", Ok(Some(1001)))]);
+    let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let many: Vec<String> = (0..2 * MAX_LOOKUPS).map(|number| format!("remote{number}")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     service.hang(&many);
@@ -173,7 +173,7 @@ async fn a_lookup_that_hangs_delays_no_other() {
 
 #[tokio::test(start_paused = true)]
 async fn another_configuration_keeps_what_is_known() {
-    let service = Service::with(&[("alice", Ok(Some(1001))), ("bob", Ok(Some(1002)))]);
+    let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("bob", Ok(Some(1002)))]);
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Err(Errno::EIO));
     accounts.follow(names(&["alice", "bob"]), PATIENCE).await;
@@ -200,7 +200,7 @@ fn rule(path: &str, name: Option<&str>) -> NamedRule {
 }
 
 /// Rules for two users and for all others in the unit.
-async fn rules(service: &Arc<Service>) -> LiveRules {
+async fn rules(service: &Arc<FakeNameService>) -> LiveRules {
     let accounts = following(service, &["alice", "away"]).await;
     LiveRules::new(vec![rule("alice", Some("alice")), rule("away", Some("away")), rule("app", None)], &accounts)
 }
@@ -212,7 +212,7 @@ async fn identity(rules: &LiveRules, uid: u32) -> Result<String, Undecided> {
 
 #[tokio::test(start_paused = true)]
 async fn a_caller_that_could_be_an_earlier_rules_user_is_not_taken_for_another() {
-    let service = Service::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
+    let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
     *service.local.lock().unwrap() = LocalAccounts::of("root:x:0:0::/:/bin/sh\n", "");
     let rules = rules(&service).await;
     // Others are served: alice, root, whom the local files name, and a unit with DynamicUser=.
@@ -229,14 +229,14 @@ async fn a_caller_that_could_be_an_earlier_rules_user_is_not_taken_for_another()
 
 #[tokio::test(start_paused = true)]
 async fn a_user_who_does_not_exist_keeps_nobody_from_a_later_rule() {
-    let service = Service::with(&[("alice", Ok(Some(1001)))]);
+    let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let rules = rules(&service).await;
     assert_eq!(identity(&rules, 1002).await, Ok("app".to_owned()));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_new_user_is_known_to_its_first_request() {
-    let service = Service::with(&[]);
+    let service = FakeNameService::with(&[]);
     let accounts = following(&service, &["new"]).await;
     let rules = LiveRules::new(vec![rule("new", Some("new"))], &accounts);
     // By then it is looked up only every minute.

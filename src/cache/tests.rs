@@ -29,7 +29,7 @@ const LIMITS: Limits = Limits { max_entries: 3, revocation_grace: Duration::from
 
 /// A source and an STS whose answers the test chooses. The exchange never gets to STS where the source fails.
 #[derive(Debug)]
-struct World {
+struct CacheEnv {
     clock: Clock,
     /// Flights wait here until the test lets them go.
     gate: Semaphore,
@@ -49,7 +49,7 @@ struct World {
     metrics: Metrics,
 }
 
-impl World {
+impl CacheEnv {
     fn fail(&self, failure: impl Into<Option<SourceError>>) {
         *self.failure.lock().unwrap() = failure.into();
     }
@@ -84,7 +84,7 @@ impl World {
 }
 
 #[async_trait]
-impl IdentitySource for World {
+impl IdentitySource for CacheEnv {
     async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         Ok(Vec::new())
     }
@@ -122,7 +122,7 @@ fn token(id: &SpiffeId, audience: &str, now: SystemTime) -> String {
 }
 
 #[async_trait]
-impl AssumeRole for World {
+impl AssumeRole for CacheEnv {
     async fn assume(&self, _: &Grant, _: &JwtSvid) -> Result<Credentials, StsError> {
         if let Some(refusal) = self.refusal.lock().unwrap().clone() {
             return Err(refusal);
@@ -210,9 +210,9 @@ fn grant(owner: &str) -> Grant {
     grant_of(owner, &Arc::new(role("r")))
 }
 
-fn world_of(open: usize, limits: Limits) -> (Arc<World>, CredentialCache) {
+fn world_of(open: usize, limits: Limits) -> (Arc<CacheEnv>, CredentialCache) {
     let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
-    let world = Arc::new(World {
+    let world = Arc::new(CacheEnv {
         clock: clock.clone(),
         gate: Semaphore::new(open),
         takes: Mutex::default(),
@@ -231,7 +231,7 @@ fn world_of(open: usize, limits: Limits) -> (Arc<World>, CredentialCache) {
     (world, cache)
 }
 
-fn world(open: usize) -> (Arc<World>, CredentialCache) {
+fn world(open: usize) -> (Arc<CacheEnv>, CredentialCache) {
     world_of(open, LIMITS)
 }
 
@@ -419,7 +419,7 @@ async fn the_number_of_entries_is_bounded() {
 }
 
 /// Like `world`'s, after a reload that changed nothing else.
-fn reload(world: &Arc<World>, cache: &CredentialCache, keep: impl Fn(&Grant) -> bool + Send + Sync + 'static) {
+fn reload(world: &Arc<CacheEnv>, cache: &CredentialCache, keep: impl Fn(&Grant) -> bool + Send + Sync + 'static) {
     cache.reconfigure(world.issuer(), LIMITS, keep);
 }
 

@@ -48,7 +48,7 @@ impl<T: Clone> Scripted<T> {
 }
 
 type Tokens = Scripted<Result<JwtSvid, SourceError>>;
-type Answers = Scripted<Result<Credentials, StsError>>;
+type FakeStsReplies = Scripted<Result<Credentials, StsError>>;
 
 #[async_trait]
 impl IdentitySource for Tokens {
@@ -74,7 +74,7 @@ impl IdentitySource for Tokens {
 }
 
 #[async_trait]
-impl AssumeRole for Answers {
+impl AssumeRole for FakeStsReplies {
     async fn assume(&self, _: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
         self.next(token.secret().to_owned()).await
     }
@@ -88,7 +88,7 @@ fn target() -> StsTarget {
     StsTarget { region: "eu-central-1".to_owned(), endpoint: None }
 }
 
-async fn issue(source: &Arc<Tokens>, sts: &Arc<Answers>) -> Result<Credentials, ExchangeError> {
+async fn issue(source: &Arc<Tokens>, sts: &Arc<FakeStsReplies>) -> Result<Credentials, ExchangeError> {
     let issuer = TokenExchanger::new(source.clone(), sts.clone(), Clock::starting_at(now()), Metrics::default());
     issuer.exchange(&caller(), &grant(&target())).await
 }
@@ -116,7 +116,10 @@ fn refused(again: RetryPolicy) -> Result<Credentials, StsError> {
 }
 
 /// What was asked for, with how many calls each, and how long it took.
-async fn run(source: Arc<Tokens>, sts: Arc<Answers>) -> (Result<Credentials, ExchangeError>, usize, usize, Duration) {
+async fn run(
+    source: Arc<Tokens>,
+    sts: Arc<FakeStsReplies>,
+) -> (Result<Credentials, ExchangeError>, usize, usize, Duration) {
     let start = Instant::now();
     let result = issue(&source, &sts).await;
     (result, source.calls().len(), sts.calls().len(), start.elapsed())

@@ -56,14 +56,14 @@ struct State<K: FairKey> {
     keys: HashMap<K, usize>,
     groups: HashMap<K::Group, usize>,
     /// By age.
-    waiting: BTreeMap<u64, Waiter<K>>,
+    waiting: BTreeMap<u64, PermitWaiter<K>>,
     waiting_of: HashMap<K::Group, usize>,
     /// Permits that give way where others have none, by age.
     evictable: BTreeMap<u64, Evictable<K>>,
 }
 
 #[derive(Debug)]
-struct Waiter<K: FairKey> {
+struct PermitWaiter<K: FairKey> {
     key: K,
     granted: oneshot::Sender<FairPermit<K>>,
 }
@@ -196,7 +196,7 @@ impl<K: FairKey> Inner<K> {
         let (granted, receiver) = oneshot::channel();
         let id = state.next_id();
         *state.waiting_of.entry(key.group()).or_default() += 1;
-        state.waiting.insert(id, Waiter { key: key.clone(), granted });
+        state.waiting.insert(id, PermitWaiter { key: key.clone(), granted });
         Err(Some((receiver, id)))
     }
 
@@ -227,7 +227,7 @@ impl<K: FairKey> State<K> {
     }
 
     /// Of those who may have a permit now, the one whose group holds the fewest, the longest waiting of these.
-    fn next_waiter(&mut self, per_key: usize) -> Option<Waiter<K>> {
+    fn next_waiter(&mut self, per_key: usize) -> Option<PermitWaiter<K>> {
         let mut best: Option<(usize, u64)> = None;
         for (id, waiter) in &self.waiting {
             if count(&self.keys, &waiter.key) >= per_key {
@@ -244,7 +244,7 @@ impl<K: FairKey> State<K> {
         best.and_then(|(_, id)| self.remove_waiter(id))
     }
 
-    fn remove_waiter(&mut self, id: u64) -> Option<Waiter<K>> {
+    fn remove_waiter(&mut self, id: u64) -> Option<PermitWaiter<K>> {
         let waiter = self.waiting.remove(&id)?;
         decrement(&mut self.waiting_of, &waiter.key.group());
         Some(waiter)

@@ -9,8 +9,8 @@ use tempfile::tempdir;
 use super::*;
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 use crate::role::Role;
-use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, svid_for};
-use fake::{FakeSts, Meeting, Proxy, Reply};
+use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, svid_for};
+use fake::{FakeProxy, FakeSts, Meeting, StsReply};
 
 const ARN: &str = "arn:aws:iam::123456789012:role/billing";
 
@@ -63,7 +63,7 @@ fn network(variables: &[(&str, String)]) -> NetworkSettings {
 const NAMESPACE: &str = r#" xmlns="https://sts.amazonaws.com/doc/2011-06-15/""#;
 
 /// What AWS answers, with these credentials and this namespace.
-fn success(namespace: &str, credentials: &str) -> Reply {
+fn success(namespace: &str, credentials: &str) -> StsReply {
     let text = format!(
         "<AssumeRoleWithWebIdentityResponse{namespace}><AssumeRoleWithWebIdentityResult>\
          <SubjectFromWebIdentityToken>{}</SubjectFromWebIdentityToken><Audience>{AUDIENCE}</Audience>\
@@ -74,26 +74,26 @@ fn success(namespace: &str, credentials: &str) -> Reply {
          </AssumeRoleWithWebIdentityResponse>",
         billing()
     );
-    Reply::Body(200, "text/xml", text)
+    StsReply::Body(200, "text/xml", text)
 }
 
 const CREDENTIALS: &str = "<AccessKeyId>ASIAEXAMPLE</AccessKeyId><SecretAccessKey>secret+/key</SecretAccessKey>\
                            <SessionToken>session//token==</SessionToken><Expiration>2026-01-01T01:00:00Z</Expiration>";
 
-pub(crate) fn good() -> Reply {
+pub(crate) fn good() -> StsReply {
     success(NAMESPACE, CREDENTIALS)
 }
 
-pub(crate) fn refusal(status: u16, code: &str, message: &str) -> Reply {
+pub(crate) fn refusal(status: u16, code: &str, message: &str) -> StsReply {
     let text = format!(
         "<ErrorResponse{NAMESPACE}><Error><Type>Sender</Type><Code>{code}</Code><Message>{message}</Message></Error>\
          <RequestId>3b0e1c5f-0000-0000-0000-000000000000</RequestId></ErrorResponse>"
     );
-    Reply::Body(status, "text/xml", text)
+    StsReply::Body(status, "text/xml", text)
 }
 
 /// What one call makes of `reply`.
-async fn assume_of(reply: Reply) -> (Result<Credentials, StsError>, FakeSts) {
+async fn assume_of(reply: StsReply) -> (Result<Credentials, StsError>, FakeSts) {
     let server = FakeSts::start(move |_, _| reply.clone()).await;
     let sts = sts(settings());
     (sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1)).await, server)
@@ -149,8 +149,8 @@ async fn answers_of_several_makes_are_read() {
     let replies = [
         good(),
         success("", CREDENTIALS),
-        Reply::Body(200, "application/xml", minio),
-        Reply::Body(200, "text/plain", bare),
+        StsReply::Body(200, "application/xml", minio),
+        StsReply::Body(200, "text/plain", bare),
         with("2026-01-01T01:00:00.000Z"),
         with("2026-01-01T01:00:00.000000000Z"),
         with("2026-01-01T02:00:00+01:00"),
@@ -170,7 +170,7 @@ async fn answers_of_several_makes_are_read() {
 #[tokio::test]
 async fn an_answer_that_cannot_be_used_is_an_error() {
     let with = |old: &str, new: &str| success(NAMESPACE, &CREDENTIALS.replace(old, new));
-    let page = |text: &str| Reply::Body(200, "text/html", text.to_owned());
+    let page = |text: &str| StsReply::Body(200, "text/html", text.to_owned());
     let replies = [
         with("2026-01-01T01:00:00Z", &format!("{NOW}.5")),
         with("2026-01-01T01:00:00Z", "1.7672292E9"),
@@ -192,7 +192,7 @@ async fn an_answer_that_cannot_be_used_is_an_error() {
         page("<AssumeRoleResponse></AssumeRoleResponse>"),
         page(&format!("<AssumeRoleWithWebIdentityResponse{NAMESPACE}></AssumeRoleWithWebIdentityResponse>")),
         page("{\"Credentials\":{}}"),
-        Reply::Body(204, "text/xml", String::new()),
+        StsReply::Body(204, "text/xml", String::new()),
     ];
     for (row, reply) in replies.into_iter().enumerate() {
         let error = assume_of(reply).await.0.expect_err(&format!("row {row}"));
@@ -259,7 +259,7 @@ async fn answers_from_something_else_are_judged_by_their_status() {
         (403, r#"{"message":"Secret page"}"#.to_owned(), Never, "sts_refused"),
     ];
     for (status, body, again, reason) in table {
-        let error = assume_of(Reply::Body(status, "text/html", body)).await.0.unwrap_err();
+        let error = assume_of(StsReply::Body(status, "text/html", body)).await.0.unwrap_err();
         assert_eq!((error.again, error.reason, error.code.as_str()), (again, reason, ""), "{error}");
         let text = error.to_string();
         assert!(text.contains(&format!("HTTP {status}")) && !text.contains("Secret page"), "{error}");
@@ -290,7 +290,7 @@ async fn code_in_another_shape_has_its_meaning() {
     ];
     for (status, kind, body) in table {
         for message in ["", "Not authorized"] {
-            let (result, _server) = assume_of(Reply::Body(status, kind, body.replace("{}", message))).await;
+            let (result, _server) = assume_of(StsReply::Body(status, kind, body.replace("{}", message))).await;
             let error = result.unwrap_err();
             assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_access_denied"), "{body}: {error}");
             assert!(error.what.contains(message) && error.what.contains("AccessDenied"), "{body}: {error}");
@@ -302,7 +302,7 @@ async fn code_in_another_shape_has_its_meaning() {
 #[tokio::test]
 async fn a_redirect_is_not_followed_with_the_token() {
     let elsewhere = FakeSts::start(|_, _| good()).await;
-    let (result, _server) = assume_of(Reply::Redirect(format!("http://{}/", elsewhere.address))).await;
+    let (result, _server) = assume_of(StsReply::Redirect(format!("http://{}/", elsewhere.address))).await;
     let error = result.unwrap_err();
     assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_refused"), "{error}");
     assert!(elsewhere.received().is_empty());
@@ -310,15 +310,15 @@ async fn a_redirect_is_not_followed_with_the_token() {
 
 #[tokio::test]
 async fn no_whole_answer_is_an_outage() {
-    for reply in [Reply::Never, Reply::Stalls] {
+    for reply in [StsReply::Never, StsReply::Stalls] {
         let server = FakeSts::start(move |_, _| reply.clone()).await;
         let sts = sts(Settings { timeout: Duration::from_millis(200), ..settings() });
         let error = sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1)).await.unwrap_err();
         assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
         assert!(error.to_string().contains("within 200ms"), "{error}");
     }
-    let endless = Reply::Body(200, "text/xml", "x".repeat(1024 * 1024));
-    for reply in [Reply::Breaks, endless] {
+    let endless = StsReply::Body(200, "text/xml", "x".repeat(1024 * 1024));
+    for reply in [StsReply::Breaks, endless] {
         let error = assume_of(reply).await.0.unwrap_err();
         assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
     }
@@ -351,7 +351,7 @@ async fn what_cannot_be_sent_is_a_misconfiguration() {
 #[tokio::test]
 async fn neither_logs_nor_errors_show_the_token_or_the_credentials() {
     let token = svid_for(&billing(), 300, 1);
-    let log = Log::start();
+    let log = CapturedLog::start();
     let echo = |status: u16| {
         move |_: usize, request: &fake::Received| {
             let token = &request.form["WebIdentityToken"];
@@ -367,7 +367,7 @@ async fn neither_logs_nor_errors_show_the_token_or_the_credentials() {
             assert!(!shown.contains(&part[..20]), "{shown}");
         }
     }
-    for reply in [good(), Reply::Breaks, Reply::Body(200, "text/xml", "secret+/key".to_owned())] {
+    for reply in [good(), StsReply::Breaks, StsReply::Body(200, "text/xml", "secret+/key".to_owned())] {
         let _ = assume_of(reply).await;
     }
     let text = log.text();
@@ -380,8 +380,8 @@ async fn neither_logs_nor_errors_show_the_token_or_the_credentials() {
 #[tokio::test]
 async fn no_more_calls_are_under_way_than_allowed() {
     let meeting = Meeting::new();
-    let Reply::Body(_, _, body) = good() else { unreachable!() };
-    let reply = Reply::Together(meeting.clone(), body);
+    let StsReply::Body(_, _, body) = good() else { unreachable!() };
+    let reply = StsReply::Together(meeting.clone(), body);
     let server = FakeSts::start(move |_, _| reply.clone()).await;
     let sts = Arc::new(sts(Settings { max_concurrent: 2, ..settings() }));
     let calls: Vec<_> = (0..8)
@@ -442,9 +442,9 @@ async fn whether_sts_answers() {
         FakeSts::start(|_, _| refusal(400, "InvalidIdentityToken", "The ID Token provided is not a valid JWT")).await;
     sts(settings()).probe(&plain(&server)).await.unwrap();
     assert_eq!(server.received()[0].form["WebIdentityToken"], "none");
-    let server = FakeSts::start(|_, _| Reply::Body(503, "text/html", String::new())).await;
+    let server = FakeSts::start(|_, _| StsReply::Body(503, "text/html", String::new())).await;
     sts(settings()).probe(&plain(&server)).await.unwrap();
-    for reply in [Reply::Never, Reply::Breaks] {
+    for reply in [StsReply::Never, StsReply::Breaks] {
         let server = FakeSts::start(move |_, _| reply.clone()).await;
         let sts = sts(Settings { timeout: Duration::from_millis(200), ..settings() });
         let error = sts.probe(&plain(&server)).await.unwrap_err();

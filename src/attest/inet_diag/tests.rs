@@ -6,7 +6,7 @@ const CLIENT: &str = "127.0.0.1:40000";
 const SERVER: &str = "127.0.0.1:974";
 
 /// A reply as the kernel would send it.
-struct Reply {
+struct DiagReply {
     family: u8,
     state: u8,
     client: SocketAddr,
@@ -16,7 +16,7 @@ struct Reply {
     attributes: Vec<u8>,
 }
 
-impl Reply {
+impl DiagReply {
     fn good() -> Self {
         let mut attributes = Vec::new();
         // One of 5 bytes first, so that padding matters.
@@ -73,17 +73,17 @@ impl Reply {
 #[test]
 fn a_reply_is_read() {
     let expected = SocketInfo { uid: 1001, inode: 99, cookie: 7, cgroup_id: Some(4711) };
-    assert_eq!(Reply::good().parse(), Ok(expected));
-    let without = Reply { attributes: Vec::new(), ..Reply::good() };
+    assert_eq!(DiagReply::good().parse(), Ok(expected));
+    let without = DiagReply { attributes: Vec::new(), ..DiagReply::good() };
     assert_eq!(without.parse(), Ok(SocketInfo { cgroup_id: None, ..expected }));
     for state in [4, 5] {
-        assert_eq!(Reply { state, ..Reply::good() }.parse(), Ok(expected));
+        assert_eq!(DiagReply { state, ..DiagReply::good() }.parse(), Ok(expected));
     }
-    let mapped = Reply {
+    let mapped = DiagReply {
         family: AF_INET6,
         client: "[::ffff:127.0.0.1]:40000".parse().unwrap(),
         server: "[::ffff:127.0.0.1]:974".parse().unwrap(),
-        ..Reply::good()
+        ..DiagReply::good()
     };
     assert_eq!(mapped.parse(), Ok(expected));
 }
@@ -92,12 +92,12 @@ fn a_reply_is_read() {
 fn a_reply_about_anything_else_is_not_believed() {
     // Every other state, among them LISTEN (10), TIME_WAIT (6), CLOSE_WAIT (8), CLOSE (7).
     for state in [0, 2, 3, 6, 7, 8, 9, 10, 11, 12] {
-        assert_eq!(Reply { state, ..Reply::good() }.parse(), Err(AttestError::CallerGone), "state {state}");
+        assert_eq!(DiagReply { state, ..DiagReply::good() }.parse(), Err(AttestError::CallerGone), "state {state}");
     }
-    let other = |client: &str, server: &str| Reply {
+    let other = |client: &str, server: &str| DiagReply {
         client: client.parse().unwrap(),
         server: server.parse().unwrap(),
-        ..Reply::good()
+        ..DiagReply::good()
     };
     for (client, server) in [
         ("127.0.0.2:40000", SERVER),
@@ -108,12 +108,12 @@ fn a_reply_about_anything_else_is_not_believed() {
         assert_eq!(other(client, server).parse(), Err(AttestError::CallerGone), "{client} {server}");
     }
     // A client that has closed already reads as root's.
-    assert_eq!(Reply { uid: 0, inode: 0, ..Reply::good() }.parse(), Err(AttestError::CallerGone));
+    assert_eq!(DiagReply { uid: 0, inode: 0, ..DiagReply::good() }.parse(), Err(AttestError::CallerGone));
 }
 
 #[test]
 fn a_broken_reply_is_an_error_at_every_length() {
-    let bytes = Reply::good().bytes();
+    let bytes = DiagReply::good().bytes();
     for length in 0..NLMSG_HEADER + MAX_MESSAGE_BYTES {
         assert!(parse(&bytes[..length], CLIENT.parse().unwrap(), SERVER.parse().unwrap()).is_err(), "{length} bytes");
     }

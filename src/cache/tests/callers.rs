@@ -2,13 +2,13 @@
 
 use super::*;
 
-fn world(open: usize) -> (Arc<World>, CredentialCache) {
+fn world(open: usize) -> (Arc<CacheEnv>, CredentialCache) {
     let (world, cache) = super::world(open);
     world.needs_caller.store(true, Ordering::SeqCst);
     (world, cache)
 }
 
-fn asked(world: &World) -> Vec<u32> {
+fn asked(world: &CacheEnv) -> Vec<u32> {
     world.asked.lock().unwrap().clone()
 }
 

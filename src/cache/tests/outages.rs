@@ -2,14 +2,14 @@
 
 use super::*;
 use crate::svid::BadToken;
-use crate::svid::jwt::tests::Log;
+use crate::svid::jwt::tests::CapturedLog;
 use news::CacheEvent;
 
 /// When the first refresh may be due at the latest.
 const DUE: Duration = Duration::from_secs(3600 * 55 / 100);
 
 /// An hour's credentials whose first refresh has just failed, or will within a moment.
-async fn refused_world() -> (Arc<World>, CredentialCache) {
+async fn refused_world() -> (Arc<CacheEnv>, CredentialCache) {
     let (world, cache) = world(10_000);
     key(&cache).await.unwrap();
     world.refuse(refused());
@@ -160,7 +160,7 @@ async fn an_outage_is_tried_again_and_again_but_not_all_the_time() {
 
 /// A line that is first written by another test's thread, which has no log, would be left out of this thread's as well: so
 /// each is written once before.
-fn log() -> Log {
+fn log() -> CapturedLog {
     let slot = Entry::new(grant("before"));
     let error = || ExchangeError::from(unavailable());
     for news in [
@@ -171,7 +171,7 @@ fn log() -> Log {
     ] {
         news.emit(&slot, &super::EventLog::default());
     }
-    Log::start()
+    CapturedLog::start()
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,14 +6,14 @@ use clap::Parser;
 use super::*;
 
 #[derive(Parser)]
-struct Line {
+struct ExecLine {
     #[command(flatten)]
     exec: Exec,
 }
 
 /// `awsvid exec` with these arguments and `-- true`.
 fn exec(arguments: &[&str]) -> Exec {
-    Line::parse_from([&["exec"], arguments, &["--", "true"]].concat()).exec
+    ExecLine::parse_from([&["exec"], arguments, &["--", "true"]].concat()).exec
 }
 
 fn prepared(arguments: &[&str], inherited: &[(&str, &str)]) -> (BTreeMap<&'static str, String>, Vec<String>) {

@@ -7,9 +7,9 @@ use super::*;
 use crate::accounts::LocalAccounts;
 
 /// `alice` is 1001, `nobody` what it mostly is, and `away` can't be looked up.
-struct Service;
+struct NodeService;
 
-impl NameService for Service {
+impl NameService for NodeService {
     fn number(&self, name: &AccountName) -> nix::Result<Option<u32>> {
         match name.as_str() {
             "alice" => Ok(Some(1001)),
@@ -39,7 +39,7 @@ fn warned(rules: &[&str], rest: &str) -> Vec<String> {
     let loaded = Config::parse(&format!("{REST}{rules}{rest}"), &|_| None);
     let config = loaded.unwrap_or_else(|problems| panic!("{problems:?}")).config;
     let shown = |problem: &Problem| format!("{}: {problem}", problem.line.unwrap_or_default());
-    warnings(&config, &Service).iter().map(shown).collect()
+    warnings(&config, &NodeService).iter().map(shown).collect()
 }
 
 #[track_caller]
@@ -98,7 +98,7 @@ fn files_of_this_node() {
         "{private}[identity]\naudience = \"minio\"\n[[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = 7\n"
     );
     let config = Config::parse(&text, &|_| None).unwrap().config;
-    assert!(warnings(&config, &Service)[0].to_string().starts_with("sts.ca_file: /nonexistent can't be read"));
+    assert!(warnings(&config, &NodeService)[0].to_string().starts_with("sts.ca_file: /nonexistent can't be read"));
     assert_eq!(exposed(&config), []);
     let file = tempfile::NamedTempFile::new().unwrap();
     let config = Config::parse(&text.replace("/nonexistent", file.path().to_str().unwrap()), &|_| None).unwrap().config;

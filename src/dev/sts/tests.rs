@@ -24,13 +24,13 @@ const AUDIENCE: &str = "dev-sts";
 /// Names and values, of headers or of a query.
 type Pairs = Vec<(String, String)>;
 
-struct World {
+struct DevStsEnv {
     key: SigningKey,
     issuer: DevOidcIssuer,
     sts: DevSts,
 }
 
-async fn world() -> World {
+async fn world() -> DevStsEnv {
     let key = SigningKey::generate().unwrap();
     let issuer = DevOidcIssuer::start(key.jwks()).await.unwrap();
     let role = |name: &str, hours: u64| TrustedRole {
@@ -49,14 +49,14 @@ async fn world() -> World {
         roles: vec![role("dev", 12), role("short", 1)],
     };
     let sts = DevSts::start(account, Clock::system()).await.unwrap();
-    World { key, issuer, sts }
+    DevStsEnv { key, issuer, sts }
 }
 
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
-impl World {
+impl DevStsEnv {
     fn claims(&self) -> Value {
         json!({ "iss": self.issuer.url(), "sub": SUBJECT, "aud": [AUDIENCE], "iat": now(), "exp": now() + 300 })
     }
@@ -72,7 +72,7 @@ impl World {
         self.key.sign(&claims).unwrap()
     }
 
-    async fn assume(&self, changes: &[(&str, &str)]) -> Reply {
+    async fn assume(&self, changes: &[(&str, &str)]) -> DevStsReply {
         let token = self.token(json!({}));
         let mut parameters = vec![
             ("Action", "AssumeRoleWithWebIdentity"),
@@ -87,15 +87,15 @@ impl World {
         self.post(&[("content-type", "application/x-www-form-urlencoded")], &form).await
     }
 
-    async fn with_token(&self, token: &str) -> Reply {
+    async fn with_token(&self, token: &str) -> DevStsReply {
         self.assume(&[("WebIdentityToken", token)]).await
     }
 
-    async fn post(&self, headers: &[(&str, &str)], body: &str) -> Reply {
+    async fn post(&self, headers: &[(&str, &str)], body: &str) -> DevStsReply {
         self.send("POST", "/", headers, body).await
     }
 
-    async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
+    async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> DevStsReply {
         let host = self.sts.url().trim_start_matches("http://");
         let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
         let length = body.len();
@@ -106,7 +106,7 @@ impl World {
         let mut reply = String::new();
         stream.read_to_string(&mut reply).await.unwrap();
         let (head, body) = reply.split_once("\r\n\r\n").unwrap();
-        Reply { status: head.split(' ').nth(1).unwrap().parse().unwrap(), body: body.to_owned() }
+        DevStsReply { status: head.split(' ').nth(1).unwrap().parse().unwrap(), body: body.to_owned() }
     }
 
     fn client(&self, credentials: Option<SigningCredentials>) -> aws_sdk_sts::Client {
@@ -130,12 +130,12 @@ impl World {
 }
 
 #[derive(Debug)]
-struct Reply {
+struct DevStsReply {
     status: u16,
     body: String,
 }
 
-impl Reply {
+impl DevStsReply {
     fn element(&self, name: &str) -> &str {
         let after = self.body.split_once(&format!("<{name}>")).map_or("", |(_, after)| after);
         after.split_once("</").map_or("", |(text, _)| text)
@@ -285,7 +285,7 @@ async fn tokens_that_the_issuer_did_not_sign_are_refused() {
 
 #[tokio::test]
 async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
-    let World { key, issuer, sts } = world().await;
+    let DevStsEnv { key, issuer, sts } = world().await;
     let verify = async |account: &DevAccount| {
         let iss = &account.providers[0].issuer;
         let claims = json!({ "iss": iss, "sub": SUBJECT, "aud": [AUDIENCE], "iat": now(), "exp": now() + 300 });
@@ -312,13 +312,13 @@ async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
 
 #[tokio::test]
 async fn a_role_trusts_its_own_issuer_only() {
-    let World { sts, .. } = world().await;
-    let World { key, issuer, .. } = world().await;
+    let DevStsEnv { sts, .. } = world().await;
+    let DevStsEnv { key, issuer, .. } = world().await;
     let mut account = sts.desk.account.clone();
     account.providers.push(DevProvider { issuer: issuer.url().to_owned(), client_ids: vec![AUDIENCE.to_owned()] });
     let sts = DevSts::start(account, Clock::system()).await.unwrap();
     // The second issuer is known to the account, and its token is good.
-    let other = World { key, issuer, sts };
+    let other = DevStsEnv { key, issuer, sts };
     other.with_token(&other.token(json!({}))).await.refused(403, "AccessDenied", "Not authorized");
 }
 
@@ -387,7 +387,7 @@ struct Signed {
 }
 
 impl Signed {
-    fn new(world: &World, credentials: &SigningCredentials, time: SystemTime, region: &str) -> Self {
+    fn new(world: &DevStsEnv, credentials: &SigningCredentials, time: SystemTime, region: &str) -> Self {
         let mut settings = SigningSettings::default();
         settings.excluded_headers = None;
         let path = "/".to_owned();
@@ -399,7 +399,7 @@ impl Signed {
         signed
     }
 
-    fn presigned(world: &World, credentials: &SigningCredentials, time: SystemTime, valid_for: Duration) -> Self {
+    fn presigned(world: &DevStsEnv, credentials: &SigningCredentials, time: SystemTime, valid_for: Duration) -> Self {
         let mut settings = SigningSettings::default();
         settings.signature_location = SignatureLocation::QueryParams;
         settings.expires_in = Some(valid_for);
@@ -412,7 +412,7 @@ impl Signed {
 
     fn sign(
         &self,
-        world: &World,
+        world: &DevStsEnv,
         credentials: &SigningCredentials,
         time: SystemTime,
         region: &str,
@@ -457,7 +457,7 @@ impl Signed {
         self
     }
 
-    async fn send(&self, world: &World) -> Reply {
+    async fn send(&self, world: &DevStsEnv) -> DevStsReply {
         let headers: Vec<_> = self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         world.send(self.method, &self.path, &headers, self.body).await
     }

@@ -14,12 +14,12 @@ const ALICE: &str = "spiffe://dev.local/user/alice";
 const BOB: &str = "spiffe://dev.local/user/bob";
 const ISSUER: &str = "http://127.0.0.1:1";
 
-struct World {
+struct DevApiEnv {
     directory: tempfile::TempDir,
     api: DevWorkloadApi,
 }
 
-fn world(owner: Uid) -> World {
+fn world(owner: Uid) -> DevApiEnv {
     let directory = tempfile::tempdir().unwrap();
     let registrations = Registrations {
         trust_domain: "dev.local".to_owned(),
@@ -29,10 +29,10 @@ fn world(owner: Uid) -> World {
         clock: Clock::system(),
     };
     let api = DevWorkloadApi::start_for(owner, &directory.path().join("api"), registrations).unwrap();
-    World { directory, api }
+    DevApiEnv { directory, api }
 }
 
-impl World {
+impl DevApiEnv {
     async fn client(&self) -> SpiffeWorkloadApiClient<tonic::transport::Channel> {
         let endpoint = Endpoint::from_shared(self.api.address()).unwrap();
         SpiffeWorkloadApiClient::new(endpoint.connect().await.unwrap())

@@ -25,7 +25,7 @@ use tokio_stream::StreamExt;
 
 /// What to answer.
 #[derive(Clone)]
-pub(crate) enum Reply {
+pub(crate) enum StsReply {
     /// This.
     Body(u16, &'static str, String),
     /// This head without a body, and a place to go.
@@ -75,18 +75,18 @@ impl Drop for FakeSts {
     }
 }
 
-type Script = dyn Fn(usize, &Received) -> Reply + Send + Sync;
+type Script = dyn Fn(usize, &Received) -> StsReply + Send + Sync;
 
 impl FakeSts {
     /// Plain HTTP on loopback. `script` is given the request's number, from 0.
-    pub(crate) async fn start(script: impl Fn(usize, &Received) -> Reply + Send + Sync + 'static) -> Self {
+    pub(crate) async fn start(script: impl Fn(usize, &Received) -> StsReply + Send + Sync + 'static) -> Self {
         Self::start_with(None, script).await
     }
 
     /// With TLS, where a certificate is given.
     pub(crate) async fn start_with(
         tls: Option<TlsAcceptor>,
-        script: impl Fn(usize, &Received) -> Reply + Send + Sync + 'static,
+        script: impl Fn(usize, &Received) -> StsReply + Send + Sync + 'static,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -139,26 +139,26 @@ async fn serve(
     let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
 }
 
-async fn answer(reply: Reply) -> Response<UnsyncBoxBody<Bytes, std::io::Error>> {
+async fn answer(reply: StsReply) -> Response<UnsyncBoxBody<Bytes, std::io::Error>> {
     let full = |text: String| Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync();
     let beginning = || tokio_stream::once(Ok(Frame::data(Bytes::from_static(b"<AssumeRoleWithWebIdentityResponse>"))));
     match reply {
-        Reply::Body(status, kind, body) => {
+        StsReply::Body(status, kind, body) => {
             Response::builder().status(status).header("content-type", kind).body(full(body)).unwrap()
         }
-        Reply::Together(meeting, body) => {
+        StsReply::Together(meeting, body) => {
             let waiting = meeting.waiting.fetch_add(1, Ordering::SeqCst) + 1;
             meeting.most.fetch_max(waiting, Ordering::SeqCst);
             meeting.two.wait().await;
             meeting.waiting.fetch_sub(1, Ordering::SeqCst);
             Response::new(full(body))
         }
-        Reply::Redirect(place) => {
+        StsReply::Redirect(place) => {
             Response::builder().status(307).header("location", place).body(full(String::new())).unwrap()
         }
-        Reply::Never => pending().await,
-        Reply::Stalls => Response::new(StreamBody::new(beginning().chain(tokio_stream::pending())).boxed_unsync()),
-        Reply::Breaks => {
+        StsReply::Never => pending().await,
+        StsReply::Stalls => Response::new(StreamBody::new(beginning().chain(tokio_stream::pending())).boxed_unsync()),
+        StsReply::Breaks => {
             let end = tokio_stream::once(Err(std::io::Error::other("on purpose")));
             Response::new(StreamBody::new(beginning().chain(end)).boxed_unsync())
         }
@@ -183,19 +183,19 @@ pub(crate) fn tls(names: &[&str]) -> (String, TlsAcceptor) {
 }
 
 /// A proxy that tunnels every CONNECT to one server, whatever was asked for, and notes what that was.
-pub(crate) struct Proxy {
+pub(crate) struct FakeProxy {
     pub(crate) address: SocketAddr,
     heads: Arc<Mutex<Vec<String>>>,
     task: JoinHandle<()>,
 }
 
-impl Drop for Proxy {
+impl Drop for FakeProxy {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Proxy {
+impl FakeProxy {
     pub(crate) async fn to(server: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

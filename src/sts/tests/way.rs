@@ -89,7 +89,7 @@ async fn aws_is_reached_through_the_proxy_and_not_trusted_by_a_private_ca() {
     let file = dir.path().join("ca.pem");
     std::fs::write(&file, ca).unwrap();
     let server = FakeSts::start_with(Some(tls), |_, _| good()).await;
-    let proxy = Proxy::to(server.address).await;
+    let proxy = FakeProxy::to(server.address).await;
     let url = format!("http://user:pass@{}", proxy.address);
     let on = || "true".to_owned();
     let table = [
@@ -123,7 +123,7 @@ async fn an_endpoint_of_ones_own_is_reached_through_the_proxy() {
     let file = dir.path().join("ca.pem");
     std::fs::write(&file, ca).unwrap();
     let server = FakeSts::start_with(Some(tls), |_, _| good()).await;
-    let proxy = Proxy::to(server.address).await;
+    let proxy = FakeProxy::to(server.address).await;
     let url = format!("http://{}", proxy.address);
     let with = |variables: &[(&str, String)]| {
         sts(Settings { ca_file: Some(file.clone()), network: network(variables), ..settings() })

@@ -21,9 +21,9 @@ const MOST: usize = 100;
 
 /// An agent that does as it is told, and counts.
 #[derive(Debug)]
-struct Script {
+struct AgentScript {
     /// What each process is, by its number; the daemon's own is asked for as well.
-    says: Mutex<Box<dyn Answers>>,
+    says: Mutex<Box<dyn FakeAgentReplies>>,
     /// One for each call that may be answered.
     gate: Semaphore,
     /// About these it does not answer.
@@ -36,17 +36,17 @@ struct Script {
     endpoint: Endpoint,
 }
 
-trait Answers: Fn(u32) -> Result<Vec<&'static str>, SourceError> + Send {}
-impl<F: Fn(u32) -> Result<Vec<&'static str>, SourceError> + Send> Answers for F {}
+trait FakeAgentReplies: Fn(u32) -> Result<Vec<&'static str>, SourceError> + Send {}
+impl<F: Fn(u32) -> Result<Vec<&'static str>, SourceError> + Send> FakeAgentReplies for F {}
 
-impl fmt::Debug for dyn Answers {
+impl fmt::Debug for dyn FakeAgentReplies {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Answers")
     }
 }
 
-impl Script {
-    fn says(says: impl Answers + 'static) -> Arc<Self> {
+impl AgentScript {
+    fn says(says: impl FakeAgentReplies + 'static) -> Arc<Self> {
         Arc::new(Self {
             says: Mutex::new(Box::new(says)),
             gate: Semaphore::new(Semaphore::MAX_PERMITS),
@@ -58,7 +58,7 @@ impl Script {
         })
     }
 
-    fn now_says(&self, says: impl Answers + 'static) {
+    fn now_says(&self, says: impl FakeAgentReplies + 'static) {
         *self.says.lock().unwrap() = Box::new(says);
     }
 
@@ -74,7 +74,7 @@ impl Script {
 }
 
 #[async_trait]
-impl AttestingAgent for Script {
+impl AttestingAgent for AgentScript {
     async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         let _active = self.active.clone();
         if pid != std::process::id() {
@@ -205,7 +205,7 @@ fn caller(pid: u32) -> Arc<Caller> {
     caller_with(1001, pid, None, None)
 }
 
-fn source(agent: &Arc<Script>) -> AgentSource {
+fn source(agent: &Arc<AgentScript>) -> AgentSource {
     AgentSource::new(agent.clone(), AUDIENCE.to_owned(), MOST, Clock::starting_at(now()), Metrics::default())
 }
 
@@ -219,7 +219,7 @@ fn shop_id() -> SpiffeId {
 
 #[tokio::test(start_paused = true)]
 async fn a_new_process_costs_one_call_and_a_known_one_none() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     for _ in 0..3 {
         assert_eq!(ids(source.identify(&caller(1)).await), [SHOP]);
@@ -239,7 +239,7 @@ async fn a_new_process_costs_one_call_and_a_known_one_none() {
 
 #[tokio::test(start_paused = true)]
 async fn a_token_that_came_along_is_not_kept_for_long_nor_for_another_process() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     source.identify(&caller(1)).await.unwrap();
     source.token(&caller(2), &shop_id(), AUDIENCE).await.unwrap();
@@ -251,7 +251,7 @@ async fn a_token_that_came_along_is_not_kept_for_long_nor_for_another_process() 
 
 #[tokio::test(start_paused = true)]
 async fn all_who_ask_at_once_wait_for_one_question() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = Arc::new(source(&agent));
     let asking: Vec<_> = (0..100)
         .map(|_| {
@@ -267,7 +267,7 @@ async fn all_who_ask_at_once_wait_for_one_question() {
 
 #[tokio::test(start_paused = true)]
 async fn an_agent_is_not_asked_about_what_it_could_misread() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     for refusal in [AttestError::DelegatedCgroup, AttestError::NestedContainer, AttestError::CallerGone] {
         let caller = caller_with(1001, 1, None, Some(refusal.clone()));
@@ -279,7 +279,7 @@ async fn an_agent_is_not_asked_about_what_it_could_misread() {
 
 #[tokio::test(start_paused = true)]
 async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     for (refusal, expected) in
         [(None, AttestError::IdentityChanged), (Some(AttestError::CallerGone), AttestError::CallerGone)]
@@ -296,7 +296,7 @@ async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
 
 #[tokio::test(start_paused = true)]
 async fn process_is_attested_again_if_a_program_was_executed_meanwhile() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     let tries = u32::try_from(EXEC_RETRY_PAUSES.len()).unwrap();
     assert_eq!(ids(source.identify(&executing_caller(1, tries - 1)).await), [SHOP]);
@@ -310,7 +310,7 @@ async fn process_is_attested_again_if_a_program_was_executed_meanwhile() {
 
 #[tokio::test(start_paused = true)]
 async fn the_daemons_own_identity_is_given_to_nobody() {
-    let agent = Script::says(|_| Ok(vec![AWSVID, "spiffe://example.org/daemon-too"]));
+    let agent = AgentScript::says(|_| Ok(vec![AWSVID, "spiffe://example.org/daemon-too"]));
     let source = source(&agent);
     assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);
     let own = SpiffeId::parse(AWSVID).unwrap();
@@ -320,7 +320,7 @@ async fn the_daemons_own_identity_is_given_to_nobody() {
 
 #[tokio::test(start_paused = true)]
 async fn a_denial_is_believed_only_of_an_agent_that_knows_the_daemon() {
-    let agent = Script::says(own_alone);
+    let agent = AgentScript::says(own_alone);
     let source = source(&agent);
     assert_eq!(source.ready(AUDIENCE).await, Ok(()));
     assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);
@@ -335,7 +335,7 @@ async fn a_denial_is_believed_only_of_an_agent_that_knows_the_daemon() {
 
 #[tokio::test(start_paused = true)]
 async fn a_process_is_asked_about_again_and_loses_its_identity_within_the_minute() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     source.identify(&caller(1)).await.unwrap();
     agent.now_says(own_alone);
@@ -349,7 +349,7 @@ async fn a_process_is_asked_about_again_and_loses_its_identity_within_the_minute
 
 #[tokio::test(start_paused = true)]
 async fn an_agent_that_is_away_takes_nothing_from_those_that_are_known() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     source.identify(&caller(1)).await.unwrap();
     agent.now_says(|_| Err(SourceError::Unavailable("away".to_owned())));
@@ -365,7 +365,7 @@ async fn an_agent_that_is_away_takes_nothing_from_those_that_are_known() {
 
 #[tokio::test(start_paused = true)]
 async fn a_process_that_is_gone_is_forgotten() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     // Looked at before and after the first call, and then no more.
     source.identify(&caller_with(1001, 1, Some(2), Some(AttestError::CallerGone))).await.unwrap();
@@ -376,7 +376,7 @@ async fn a_process_that_is_gone_is_forgotten() {
 
 #[tokio::test(start_paused = true)]
 async fn a_slow_agent_keeps_nobody_waiting_for_ever_and_its_answer_is_not_lost() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     agent.gate.forget_permits(Semaphore::MAX_PERMITS);
     let source = source(&agent);
     let start = Instant::now();
@@ -390,7 +390,7 @@ async fn a_slow_agent_keeps_nobody_waiting_for_ever_and_its_answer_is_not_lost()
 
 #[tokio::test(start_paused = true)]
 async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_their_turns() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     agent.gate.forget_permits(Semaphore::MAX_PERMITS);
     let source = Arc::new(source(&agent));
     let start = Instant::now();
@@ -429,7 +429,7 @@ async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_the
 
 #[tokio::test(start_paused = true)]
 async fn nobody_in_particular_has_no_identity() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     assert_eq!(source(&agent).identify(&caller_with(OVERFLOW_ID, 1, None, None)).await, Ok(Vec::new()));
     assert_eq!(agent.calls(), 0);
 }
@@ -446,7 +446,7 @@ fn labelled(id: &str, whose: &str) -> AgentSvid {
 
 #[tokio::test(start_paused = true)]
 async fn an_identity_that_is_no_spiffe_id_is_left_out() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     let odd = ["spiffe://", "https://example.org/x", ""].map(|id| labelled(id, SHOP));
     assert_eq!(ids(believed(&source, odd.into_iter().chain([svid_of(SHOP, AUDIENCE)]).collect()).await), [SHOP]);
@@ -456,7 +456,7 @@ const OTHER: &str = "spiffe://example.org/other";
 
 #[tokio::test(start_paused = true)]
 async fn an_identity_counts_only_with_a_token_of_its_own() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     let refused = believed(&source, vec![labelled(SHOP, OTHER)]).await.unwrap_err();
     assert!(matches!(refused, SourceError::BadToken(_)), "{refused:?}");
@@ -474,7 +474,7 @@ async fn an_identity_counts_only_with_a_token_of_its_own() {
 
 #[tokio::test(start_paused = true)]
 async fn an_identity_that_comes_several_times_has_each_of_its_hints() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     let hinted = |hint: &str| AgentSvid { hint: Some(hint.to_owned()), ..svid_of(SHOP, AUDIENCE) };
     let svids = vec![hinted("a"), hinted("b"), hinted("a"), labelled(SHOP, OTHER)];
@@ -486,7 +486,7 @@ async fn an_identity_that_comes_several_times_has_each_of_its_hints() {
 
 #[tokio::test(start_paused = true)]
 async fn a_token_is_found_among_others_under_its_name() {
-    let agent = Script::says(|_| Ok(vec![SHOP]));
+    let agent = AgentScript::says(|_| Ok(vec![SHOP]));
     *agent.merged.lock().unwrap() = vec![labelled(SHOP, OTHER), svid_of(SHOP, AUDIENCE), svid_of(SHOP, AUDIENCE)];
     let own = BTreeSet::from([SpiffeId::parse(AWSVID).unwrap()]);
     let source = source(&agent);
@@ -503,7 +503,7 @@ async fn a_token_is_found_among_others_under_its_name() {
 
 #[tokio::test(start_paused = true)]
 async fn a_kept_token_of_few_seconds_is_not_used_when_it_is_about_to_expire() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     let short = |serial| JwtSvid::check(token_for(&shop_id(), 9, serial), &shop_id(), AUDIENCE, now()).unwrap();
     let subject = Subject::of(&caller(1), false).unwrap();
@@ -516,8 +516,8 @@ async fn a_kept_token_of_few_seconds_is_not_used_when_it_is_about_to_expire() {
 
 #[tokio::test(start_paused = true)]
 async fn refusals_that_alternate_are_each_in_the_log_once() {
-    let log = crate::svid::jwt::tests::Log::start();
-    let agent = Script::says(shop);
+    let log = crate::svid::jwt::tests::CapturedLog::start();
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     for _ in 0..100 {
         source.0.log_denial("no entry matches pod a");
@@ -528,7 +528,7 @@ async fn refusals_that_alternate_are_each_in_the_log_once() {
 
 #[tokio::test(start_paused = true)]
 async fn it_ends_with_its_owner() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     drop(source(&agent));
     sleep(revalidation::REVALIDATE_TICK * 2).await;
     assert_eq!(Arc::strong_count(&agent), 1);

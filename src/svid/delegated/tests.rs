@@ -18,13 +18,13 @@ const DEADLINE: Duration = Duration::from_secs(5);
 type Asked = Arc<Mutex<Vec<FetchJwtsviDsRequest>>>;
 
 /// An agent that answers as it is told, and never if it is told nothing.
-struct Fake {
+struct FakeAdminApi {
     answer: Option<Result<FetchJwtsviDsResponse, Status>>,
     asked: Asked,
 }
 
 #[tonic::async_trait]
-impl DelegatedIdentity for Fake {
+impl DelegatedIdentity for FakeAdminApi {
     async fn fetch_jwtsvi_ds(
         &self,
         request: Request<FetchJwtsviDsRequest>,
@@ -50,7 +50,7 @@ impl Drop for Running {
 
 fn run(path: &Path, answer: Option<Result<FetchJwtsviDsResponse, Status>>) -> Running {
     let asked = Asked::default();
-    let service = DelegatedIdentityServer::new(Fake { answer, asked: asked.clone() });
+    let service = DelegatedIdentityServer::new(FakeAdminApi { answer, asked: asked.clone() });
     let _ = std::fs::remove_file(path);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let listener = std::os::unix::net::UnixListener::bind(path).unwrap();

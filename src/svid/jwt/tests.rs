@@ -36,7 +36,7 @@ pub(crate) fn svid_for(id: &SpiffeId, life: u64, serial: u32) -> JwtSvid {
 }
 
 /// Keeps everything that any crate logs on this thread while it exists, at every level.
-pub(crate) struct Log {
+pub(crate) struct CapturedLog {
     lines: Lines,
     _until_dropped: tracing::subscriber::DefaultGuard,
 }
@@ -55,7 +55,7 @@ impl io::Write for Lines {
     }
 }
 
-impl Log {
+impl CapturedLog {
     pub(crate) fn start() -> Self {
         let lines = Lines::default();
         let writer = lines.clone();

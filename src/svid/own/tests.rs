@@ -7,7 +7,7 @@ use rustls::pki_types::UnixTime;
 use tempfile::{TempDir, tempdir};
 
 use super::*;
-use crate::svid::jwt::tests::Log;
+use crate::svid::jwt::tests::CapturedLog;
 use crate::svid::proto::workload::X509svid;
 use fake::{Authority, FakeAgent, Stream};
 
@@ -130,7 +130,7 @@ async fn a_message_that_cannot_be_used_keeps_the_one_before() {
         (certified(&[ID, ID]), "several URIs"),
     ];
     for (message, reason) in table {
-        let log = Log::start();
+        let log = CapturedLog::start();
         stream.send(message);
         let now = until(&own, |now| now.trouble.as_ref().is_some_and(|why| why.to_string().contains(reason))).await;
         assert_eq!(now.svid.unwrap().version, 1, "{reason}");
@@ -326,7 +326,7 @@ async fn the_task_ends_with_its_owner() {
 
 #[tokio::test]
 async fn the_private_key_is_shown_by_nothing() {
-    let log = Log::start();
+    let log = CapturedLog::start();
     let (place, authority) = (place(), Authority::new());
     let (_agent, stream, own) = given(&place, &authority).await;
     let message = authority.message(ID);

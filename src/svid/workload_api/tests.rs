@@ -16,8 +16,8 @@ use crate::caller::unchanged::unchanged;
 use crate::caller::{ListenerKind, Process};
 use crate::rule::WorkloadRule;
 use crate::svid::BadToken;
-use crate::svid::jwt::tests::{AUDIENCE, Log, NOW, billing, now, raw_token, token_for};
-use fake::{Fake, Script, socket, svids};
+use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, raw_token, token_for};
+use fake::{FakeWorkloadApi, WorkloadApiScript, socket, svids};
 
 const ID: &str = "spiffe://example.org/billing";
 
@@ -30,12 +30,12 @@ fn good() -> JwtsvidResponse {
     svids([(ID, token_for(&billing(), 300, 1))])
 }
 
-fn always(answer: impl Fn() -> Result<JwtsvidResponse, Status> + Send + Sync + 'static) -> Arc<Script> {
+fn always(answer: impl Fn() -> Result<JwtsvidResponse, Status> + Send + Sync + 'static) -> Arc<WorkloadApiScript> {
     Arc::new(move |_| Some(answer()))
 }
 
 /// What one fetch makes of `answer`.
-async fn fetch_of(answer: Result<JwtsvidResponse, Status>) -> (Result<JwtSvid, SourceError>, Fake) {
+async fn fetch_of(answer: Result<JwtsvidResponse, Status>) -> (Result<JwtSvid, SourceError>, FakeWorkloadApi) {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let fake = fake::at(&path, always(move || answer.clone()));
@@ -466,7 +466,7 @@ async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
 
 #[tokio::test]
 async fn no_log_level_shows_a_token() {
-    let log = Log::start();
+    let log = CapturedLog::start();
     let (result, _) = fetch_of(Ok(good())).await;
     let svid = result.unwrap();
     let text = log.text();

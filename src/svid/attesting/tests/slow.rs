@@ -11,8 +11,8 @@ fn of(uid: u32, pid: u32) -> Arc<Caller> {
 
 /// Has these known, and the victim's process; from then on the agent does not answer about these, and the victim's entry is
 /// deleted.
-async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<Script>, AgentSource) {
-    let agent = Script::says(shop);
+async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<AgentScript>, AgentSource) {
+    let agent = AgentScript::says(shop);
     let source =
         AgentSource::new(agent.clone(), AUDIENCE.to_owned(), 8192, Clock::starting_at(now()), Metrics::default());
     for (uid, pid) in slow {
@@ -25,7 +25,7 @@ async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<Script>, AgentSource) {
 }
 
 /// How long the victim's deleted entry lasts.
-async fn lasts(agent: &Script, source: &AgentSource) -> Duration {
+async fn lasts(agent: &AgentScript, source: &AgentSource) -> Duration {
     let deleted = Instant::now();
     while !source.identify(&of(VICTIM, VICTIM)).await.unwrap().is_empty() {
         assert!(deleted.elapsed() < MINUTE * 10, "it lasts for ever");
@@ -77,7 +77,7 @@ async fn slow_processes_that_are_known_as_such_delay_nobody() {
 async fn slow_processes_do_not_keep_their_own_deleted_entry_for_ever() {
     // Alone on the node, and beside others.
     for others in [0, 5] {
-        let agent = Script::says(shop);
+        let agent = AgentScript::says(shop);
         let source = source(&agent);
         for pid in 0..=others {
             source.identify(&of(1000 + pid, 1 + pid)).await.unwrap();
@@ -97,7 +97,7 @@ async fn slow_processes_do_not_keep_their_own_deleted_entry_for_ever() {
 
 #[tokio::test(start_paused = true)]
 async fn an_agent_that_hangs_for_hours_takes_nothing_from_those_that_are_known() {
-    let agent = Script::says(shop);
+    let agent = AgentScript::says(shop);
     let source = source(&agent);
     for pid in 1..=50 {
         source.identify(&of(1000 + pid, pid)).await.unwrap();

@@ -46,7 +46,7 @@ pub(super) struct Asked {
 
 /// What to say; `None`: nothing, ever.
 pub(super) type Answer = Option<Result<FetchJwtsvidResponse, Status>>;
-type Script = dyn Fn(Asked) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync;
+type BrokerScript = dyn Fn(Asked) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync;
 
 /// A running broker socket; it ends with the value, and so do its connections.
 pub(super) struct FakeBroker {
@@ -91,7 +91,7 @@ impl FakeBroker {
     where
         F: Future<Output = Answer> + Send + 'static,
     {
-        let script: Arc<Script> = Arc::new(move |asked| Box::pin(script(asked)));
+        let script: Arc<BrokerScript> = Arc::new(move |asked| Box::pin(script(asked)));
         let (asked, connections) = (Arc::<Mutex<Vec<Asked>>>::default(), Arc::<Mutex<Vec<OwnedFd>>>::default());
         let (seen, open) = (asked.clone(), connections.clone());
         let tls = TlsAcceptor::from(Arc::new(config(authority, certified, clients)));
@@ -107,7 +107,7 @@ impl FakeBroker {
                     let (sender, streams) = mpsc::unbounded_channel();
                     sender.send(Ok::<_, io::Error>(Encrypted(stream))).unwrap();
                     drop(sender);
-                    let service = ApiServer::new(Service { script, seen, number, shown });
+                    let service = ApiServer::new(BrokerService { script, seen, number, shown });
                     let streams = UnboundedReceiverStream::new(streams);
                     Server::builder().add_service(service).serve_with_incoming(streams).await.unwrap();
                 });
@@ -182,15 +182,15 @@ impl ClientCertVerifier for Clients {
     }
 }
 
-struct Service {
-    script: Arc<Script>,
+struct BrokerService {
+    script: Arc<BrokerScript>,
     seen: Arc<Mutex<Vec<Asked>>>,
     number: usize,
     shown: CertificateDer<'static>,
 }
 
 #[tonic::async_trait]
-impl Api for Service {
+impl Api for BrokerService {
     async fn fetch_jwtsvid(
         &self,
         request: Request<FetchJwtsvidRequest>,

@@ -97,7 +97,7 @@ impl FakeAgent {
     pub(in crate::svid) fn at(path: &Path) -> Self {
         let (sender, opened) = mpsc::unbounded_channel();
         let listener = UnixListenerStream::new(UnixListener::bind(path).unwrap());
-        let server = Server::builder().add_service(SpiffeWorkloadApiServer::new(Service(sender)));
+        let server = Server::builder().add_service(SpiffeWorkloadApiServer::new(OwnSvidService(sender)));
         let task = tokio::spawn(async move { server.serve_with_incoming(listener).await.unwrap() });
         Self { opened, task }
     }
@@ -141,10 +141,10 @@ impl Stream {
     }
 }
 
-struct Service(mpsc::UnboundedSender<Opening>);
+struct OwnSvidService(mpsc::UnboundedSender<Opening>);
 
 #[tonic::async_trait]
-impl SpiffeWorkloadApi for Service {
+impl SpiffeWorkloadApi for OwnSvidService {
     async fn fetch_x509svid(
         &self,
         request: Request<X509svidRequest>,

@@ -16,12 +16,12 @@ use crate::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi
 use crate::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
 /// What to say to the request with this number (from 0); `None`: nothing, ever.
-pub(super) type Script = dyn Fn(usize) -> Option<Result<JwtsvidResponse, Status>> + Send + Sync;
+pub(super) type WorkloadApiScript = dyn Fn(usize) -> Option<Result<JwtsvidResponse, Status>> + Send + Sync;
 
 /// A Workload API that answers as it is told, and is as strict about the header as SPIRE.
 #[derive(Clone)]
-struct Service {
-    script: Arc<Script>,
+struct WorkloadApiService {
+    script: Arc<WorkloadApiScript>,
     seen: Seen,
 }
 
@@ -40,7 +40,7 @@ impl Seen {
 }
 
 #[tonic::async_trait]
-impl SpiffeWorkloadApi for Service {
+impl SpiffeWorkloadApi for WorkloadApiService {
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
         let header: Vec<_> = request.metadata().get_all("workload.spiffe.io").iter().collect();
         if header != ["true"] {
@@ -59,42 +59,42 @@ impl SpiffeWorkloadApi for Service {
 }
 
 /// A running fake; it ends with the value.
-pub(super) struct Fake {
+pub(super) struct FakeWorkloadApi {
     pub(super) seen: Seen,
     task: JoinHandle<()>,
 }
 
-impl Drop for Fake {
+impl Drop for FakeWorkloadApi {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-fn router(script: Arc<Script>) -> (Router, Seen) {
+fn router(script: Arc<WorkloadApiScript>) -> (Router, Seen) {
     let seen = Seen::default();
-    let service = Service { script, seen: seen.clone() };
+    let service = WorkloadApiService { script, seen: seen.clone() };
     (Server::builder().add_service(SpiffeWorkloadApiServer::new(service)), seen)
 }
 
 /// Listens at `path`.
-pub(super) fn at(path: &Path, script: Arc<Script>) -> Fake {
+pub(super) fn at(path: &Path, script: Arc<WorkloadApiScript>) -> FakeWorkloadApi {
     let (router, seen) = router(script);
     let listener = UnixListener::bind(path).unwrap();
     let task = tokio::spawn(async move {
         router.serve_with_incoming(UnixListenerStream::new(listener)).await.unwrap();
     });
-    Fake { seen, task }
+    FakeWorkloadApi { seen, task }
 }
 
 /// Listens at a free port of this address.
-pub(super) async fn at_tcp(address: &str, script: Arc<Script>) -> (Fake, std::net::SocketAddr) {
+pub(super) async fn at_tcp(address: &str, script: Arc<WorkloadApiScript>) -> (FakeWorkloadApi, std::net::SocketAddr) {
     let (router, seen) = router(script);
     let listener = tokio::net::TcpListener::bind((address, 0)).await.unwrap();
     let bound = listener.local_addr().unwrap();
     let task = tokio::spawn(async move {
         router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
     });
-    (Fake { seen, task }, bound)
+    (FakeWorkloadApi { seen, task }, bound)
 }
 
 /// Accepts HTTP/2 connections below gRPC and gives each to `serve`.
