@@ -1,7 +1,7 @@
 //! Who is at the other end of a connection, by what the kernel fixed.
 //!
 //! On a unix socket that is the process that connected, on TCP the process that made the socket: never whoever happens to
-//! write on the descriptor now. A doubt is a [`Refusal`], never a guess.
+//! write on the descriptor now. A doubt is a [`AttestError`], never a guess.
 
 use std::io;
 use std::net::SocketAddr;

@@ -71,7 +71,7 @@ struct CacheInner {
     log: EventLog,
     /// What refreshes are asked for with, where the source does not look at callers.
     nobody: Arc<Caller>,
-    /// [`Slot::last_used`] counts from here.
+    /// [`Entry::last_used`] counts from here.
     start: Instant,
 }
 

@@ -313,7 +313,7 @@ impl WorkloadKey {
         Self { scope: WorkloadScope::Machine, uid: None }
     }
 
-    /// See [`Scope`].
+    /// See [`WorkloadScope`].
     pub fn scope(&self) -> &WorkloadScope {
         &self.scope
     }
@@ -339,7 +339,7 @@ impl PeerFacts {
         Self { uid: *uid, cgroup: cgroup.clone(), pod: pod.clone(), namespace: *namespace }
     }
 
-    /// See [`Owner`].
+    /// See [`WorkloadKey`].
     pub fn owner(&self) -> WorkloadKey {
         WorkloadKey::at(self.uid, self.cgroup.as_ref(), self.pod.as_ref())
     }

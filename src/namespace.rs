@@ -66,7 +66,7 @@ impl NamespaceId {
         Ok((found.device == own.device).then_some(found))
     }
 
-    /// Whether it is the one in which the machine has started: that of the node and of all pods with `hostNetwork`, who may
+    /// Whether it is the one in which the machine has started: that of the node and of all pods with `hostNetworkSettings`, who may
     /// read each other's answers on its loopback device (attack 5). `cookie` is its `SO_NETNS_COOKIE`, which kernels before
     /// 5.14 do not have.
     pub fn is_initial(self, cookie: Option<u64>) -> bool {

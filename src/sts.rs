@@ -1,7 +1,7 @@
 //! STS: credentials for a JWT-SVID, by `AssumeRoleWithWebIdentity`.
 //!
 //! The call is unsigned: the token is the proof. So the SDK is given neither credentials nor a place to find any, and
-//! of the environment only what [`Network`] holds.
+//! of the environment only what [`NetworkSettings`] holds.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -45,7 +45,7 @@ use error::Failure;
 /// No session is asked to last longer than 12 hours, so an `Expiration` further away than that and a wide margin for
 /// clocks is nonsense.
 const LIFETIME_MAX: Duration = Duration::from_secs(36 * 3600);
-/// What [`Sts::answers`] shows to STS: too short to be anybody's token or role.
+/// What [`Sts::probe`] shows to STS: too short to be anybody's token or role.
 const NO_TOKEN: &str = "none";
 const NO_ROLE: &str = "arn:aws:iam::000000000000:role/none";
 

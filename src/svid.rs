@@ -59,7 +59,7 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
     async fn ready(&self, audience: &str) -> Result<(), SourceError>;
 
     /// Whether tokens are given only for a caller that lives. Then the cache remembers the latest caller of each identity,
-    /// to renew its credentials with; else it keeps none, and passes [`Caller::nobody`] when it renews.
+    /// to renew its credentials with; else it keeps none, and passes [`Caller::synthetic`] when it renews.
     fn requires_live_caller(&self) -> bool {
         true
     }

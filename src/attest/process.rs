@@ -204,7 +204,7 @@ impl ProcessSnapshot {
         self.cgroup.as_ref()
     }
 
-    /// See [`Process::contained`].
+    /// See [`Process::in_container`].
     pub(crate) fn contained(&self) -> bool {
         self.contained
     }

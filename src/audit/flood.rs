@@ -68,7 +68,7 @@ pub(super) struct Emission {
     pub(super) before: Option<Line>,
     /// Its own record is to be written now.
     pub(super) singly: bool,
-    /// Somebody has to call [`Floods::sweep`] from now on, until it says that it is done.
+    /// Somebody has to call [`RefusalAggregator::sweep`] from now on, until it says that it is done.
     pub(super) begin_sweep: bool,
 }
 

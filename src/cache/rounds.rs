@@ -34,7 +34,7 @@ pub(super) struct Schedule {
 }
 
 impl Schedule {
-    /// Has `slot` looked at `at`, and not when it was to be before. `next` is its [`State::next`].
+    /// Has `slot` looked at `at`, and not when it was to be before. `next` is its [`CachedState::next`].
     pub(super) fn put(&self, slot: &Arc<Entry>, next: &mut Option<Instant>, at: Option<Instant>) {
         let address = Arc::as_ptr(slot) as usize;
         let mut queue = self.lock();

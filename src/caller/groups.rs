@@ -35,7 +35,7 @@ impl Groups {
     /// Where groups count, a caller with more is rejected. Active Directory allows a user 1,015 groups.
     pub const MAX: usize = 1024;
 
-    /// Takes the groups in any order. Fails with [`Refusal::TooManyGroups`] if there are more than [`Self::MAX`].
+    /// Takes the groups in any order. Fails with [`AttestError::TooManyGroups`] if there are more than [`Self::MAX`].
     pub fn new(mut groups: Vec<u32>, detail: GroupDetail) -> Result<Self, AttestError> {
         if groups.len() > Self::MAX {
             return Err(AttestError::TooManyGroups);

@@ -4,8 +4,8 @@ use thiserror::Error;
 
 use super::Groups;
 
-/// Why a caller was not attested. Each is a refusal (403), or a failure (503) if [`Refusal::is_transient`]; all are counted and
-/// audited by [`Refusal::reason`].
+/// Why a caller was not attested. Each is a refusal (403), or a failure (503) if [`AttestError::is_transient`]; all are counted and
+/// audited by [`AttestError::reason`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum AttestError {
     /// The socket or process is gone, closing, or never was that of this connection.
@@ -78,7 +78,7 @@ pub enum AttestError {
     )]
     ExecUnobservable,
     /// Each time that the agent looked at the process, a program was executed: by it, or where processes can't be told apart
-    /// ([`super::Watch`]) by another one of its workload. Passes with that.
+    /// ([`super::ExecWatch`]) by another one of its workload. Passes with that.
     #[error(
         "the calling process, or another one of its workload, executed programs each time that the SPIFFE agent looked at \
          it; ask again in a moment"

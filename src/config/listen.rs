@@ -36,7 +36,7 @@ pub struct Listen {
     pub status: Option<PathBuf>,
     /// What TCP callers have to send.
     pub authorization: AuthorizationMode,
-    /// Where the token is written that callers may (or with [`Authorization::Token`] must) send.
+    /// Where the token is written that callers may (or with [`AuthorizationMode::Token`] must) send.
     pub token_file: PathBuf,
     /// The kubelet's cgroup root, below which its pods are; `None`: one of the usual places.
     pub pods_cgroup: Option<CgroupPath>,

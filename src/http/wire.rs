@@ -33,7 +33,7 @@ impl ResponseState {
     }
 
     /// The answer, once it is there. If that is not at once, the connection is polled again, so that hyper looks whether the
-    /// client is still there: it does so before it asks for the answer, and then it is too early ([`Wire::poll_read`]).
+    /// client is still there: it does so before it asks for the answer, and then it is too early ([`GuardedStream::poll_read`]).
     pub(super) async fn waiting<A>(&self, mut answer: Pin<&mut impl Future<Output = A>>) -> A {
         poll_fn(|cx| {
             let polled = answer.as_mut().poll(cx);

@@ -46,7 +46,7 @@ const PID_REFERENCE: &str = "type.googleapis.com/spiffe.broker.WorkloadPIDRefere
 const OBJECT_REFERENCE: &str = "type.googleapis.com/spiffe.broker.KubernetesObjectReference";
 /// No pod has it.
 const NO_POD: &str = "00000000-0000-0000-0000-000000000000";
-/// How long [`Agent::connect`] waits for the daemon's first SVID: an agent that knows the daemon gives it at once.
+/// How long [`AttestingAgent::connect`] waits for the daemon's first SVID: an agent that knows the daemon gives it at once.
 const FIRST_SVID: Duration = Duration::from_secs(5);
 
 /// A SPIFFE agent's broker socket.

@@ -47,7 +47,7 @@ pub(super) struct Capacity {
     pub(super) slow: usize,
 }
 
-/// A query about a known subject. [`Memory`] counts it as in flight until its result is noted.
+/// A query about a known subject. [`IdentityCache`] counts it as in flight until its result is noted.
 #[derive(Debug)]
 pub(super) struct Query {
     pub(super) subject: Subject,

@@ -48,7 +48,7 @@ impl WorkloadApi {
         Self { endpoint, rules: rules.into(), clock, metrics, deadline: CALL_TIMEOUT }
     }
 
-    /// With another deadline for a whole call than [`DEADLINE`].
+    /// With another deadline for a whole call than [`CALL_TIMEOUT`].
     pub fn with_deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
