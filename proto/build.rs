@@ -25,17 +25,30 @@ fn record_revision() {
     if let Some(revision) = revision::revision(folder) {
         println!("cargo:rustc-env=AWSVID_REVISION={revision}");
         // With a change in them it is another one. They are what all is built anew for in any case.
-        for path in revision::moves(folder).iter().map(String::as_str).chain(revision::SOURCES) {
+        for path in revision::moves(folder)
+            .iter()
+            .map(String::as_str)
+            .chain(revision::SOURCES)
+        {
             println!("cargo:rerun-if-changed={path}");
         }
     }
 }
 
 fn generate() -> Result<(), Box<dyn Error>> {
-    let definitions =
-        ["spiffe/workload.proto", "spiffe/broker.proto", "spire/types.proto", "spire/delegatedidentity.proto"];
+    let definitions = [
+        "spiffe/workload.proto",
+        "spiffe/broker.proto",
+        "spire/types.proto",
+        "spire/delegatedidentity.proto",
+    ];
     // Their derived `Debug` would print keys and tokens; src/svid/proto.rs has another.
-    let secret = [".X509SVID", ".JWTSVID", ".spiffe.broker.JWTSVID", ".spire.api.types.JWTSVID"];
+    let secret = [
+        ".X509SVID",
+        ".JWTSVID",
+        ".spiffe.broker.JWTSVID",
+        ".spire.api.types.JWTSVID",
+    ];
     for definition in definitions {
         println!("cargo:rerun-if-changed=proto/{definition}");
     }
@@ -43,7 +56,10 @@ fn generate() -> Result<(), Box<dyn Error>> {
         println!("cargo:rerun-if-changed=proto/{script}");
     }
     let descriptors = protox::compile(definitions, ["proto"])?;
-    let mut code = tonic_prost_build::configure().build_client(true).build_server(true).generate_default_stubs(true);
+    let mut code = tonic_prost_build::configure()
+        .build_client(true)
+        .build_server(true)
+        .generate_default_stubs(true);
     for message in secret {
         code = code.skip_debug([message]);
     }

@@ -17,13 +17,21 @@ pub(crate) fn revision(folder: &Path) -> Option<String> {
     let mut status = vec!["status", "--porcelain", "--untracked-files=no", "--"];
     status.extend(SOURCES);
     let is_changed = !git(folder, &status)?.is_empty();
-    Some(if is_changed { commit + "+changes" } else { commit })
+    Some(if is_changed {
+        commit + "+changes"
+    } else {
+        commit
+    })
 }
 
 /// The files, relative to `folder`, of which one changes when another commit is checked out or made.
 pub(crate) fn moves(folder: &Path) -> Vec<String> {
     let paths = ["HEAD", "logs/HEAD"].map(|name| git(folder, &["rev-parse", "--git-path", name]));
-    paths.into_iter().flatten().filter(|path| folder.join(path).exists()).collect()
+    paths
+        .into_iter()
+        .flatten()
+        .filter(|path| folder.join(path).exists())
+        .collect()
 }
 
 fn git(folder: &Path, arguments: &[&str]) -> Option<String> {
@@ -32,6 +40,14 @@ fn git(folder: &Path, arguments: &[&str]) -> Option<String> {
     for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX"] {
         command.env_remove(variable);
     }
-    let output = command.env("GIT_OPTIONAL_LOCKS", "0").current_dir(folder).args(arguments).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    let output = command
+        .env("GIT_OPTIONAL_LOCKS", "0")
+        .current_dir(folder)
+        .args(arguments)
+        .output()
+        .ok()?;
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

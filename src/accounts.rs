@@ -94,7 +94,9 @@ struct LookupResult {
 
 impl fmt::Debug for Accounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Accounts").field("names", &self.0.state().names).finish_non_exhaustive()
+        f.debug_struct("Accounts")
+            .field("names", &self.0.state().names)
+            .finish_non_exhaustive()
     }
 }
 
@@ -107,7 +109,8 @@ impl Numbers {
     /// Whether a user or group with this number has another name than `name`: by the local files, or since another name of the
     /// configuration has that number.
     pub fn is_other(&self, name: &AccountName, id: u32) -> bool {
-        let is_same_kind = |other: &AccountName| std::mem::discriminant(other) == std::mem::discriminant(name);
+        let is_same_kind =
+            |other: &AccountName| std::mem::discriminant(other) == std::mem::discriminant(name);
         let has_id = |(other, known): (&AccountName, &Known)| {
             other != name && is_same_kind(other) && *known == Known::Number(id)
         };
@@ -120,7 +123,13 @@ impl Accounts {
     pub fn new(service: impl NameService + 'static, metrics: Metrics) -> Self {
         let (numbers, _) = watch::channel(Arc::default());
         let (service, state) = (Arc::new(service), Mutex::default());
-        Self(Arc::new(AccountsInner { service, state, numbers, wake: Notify::new(), metrics }))
+        Self(Arc::new(AccountsInner {
+            service,
+            state,
+            numbers,
+            wake: Notify::new(),
+            metrics,
+        }))
     }
 
     /// Goes on with the names of another configuration, each with the lines that it stands in. Has all of them looked up and
@@ -160,7 +169,11 @@ impl Accounts {
     async fn await_lookup(&self, names: &[AccountName], patience: Duration) -> bool {
         let since = Instant::now().checked_sub(PAUSE);
         self.want(names);
-        self.0.wait(patience, |state| names.iter().all(|name| state.has_answer(name, since))).await
+        self.0
+            .wait(patience, |state| {
+                names.iter().all(|name| state.has_answer(name, since))
+            })
+            .await
     }
 }
 
@@ -199,9 +212,18 @@ impl AccountsInner {
 
     /// Publishes the numbers as they are now, which wakes each task that waits for an answer.
     fn publish(&self, state: &AccountsState, local: Option<Arc<LocalAccounts>>) {
-        let known: BTreeMap<_, _> = state.names.iter().map(|(name, entry)| (name.clone(), entry.known)).collect();
-        let unknown = known.values().filter(|known| !matches!(known, Known::Number(_))).count();
-        self.metrics.unknown_accounts.set(i64::try_from(unknown).unwrap_or(i64::MAX));
+        let known: BTreeMap<_, _> = state
+            .names
+            .iter()
+            .map(|(name, entry)| (name.clone(), entry.known))
+            .collect();
+        let unknown = known
+            .values()
+            .filter(|known| !matches!(known, Known::Number(_)))
+            .count();
+        self.metrics
+            .unknown_accounts
+            .set(i64::try_from(unknown).unwrap_or(i64::MAX));
         self.numbers.send_modify(|numbers| {
             let local = local.unwrap_or_else(|| numbers.local.clone());
             if numbers.known != known || !Arc::ptr_eq(&numbers.local, &local) {
@@ -220,7 +242,12 @@ impl AccountsInner {
     }
 
     fn log_silence(&self) {
-        for (name, entry) in self.state().names.iter().filter(|(_, entry)| entry.answered.is_none()) {
+        for (name, entry) in self
+            .state()
+            .names
+            .iter()
+            .filter(|(_, entry)| entry.answered.is_none())
+        {
             tracing::warn!(
                 account = %name, lines = ?entry.lines,
                 "the name service does not answer: the workload rule is inactive until it does"
@@ -233,20 +260,31 @@ impl AccountsState {
     /// Whether there is an answer, or a failure, that is not older than `since`.
     fn has_answer(&self, name: &AccountName, since: Option<Instant>) -> bool {
         // One that was removed meanwhile is not waited for.
-        self.names
-            .get(name)
-            .is_none_or(|entry| entry.answered.is_some_and(|answered| since.is_none_or(|since| answered >= since)))
+        self.names.get(name).is_none_or(|entry| {
+            entry
+                .answered
+                .is_some_and(|answered| since.is_none_or(|since| answered >= since))
+        })
     }
 
     /// The next name to look up, and the number that it had. Names of the local files come first: what they ask is answered.
     fn next(&mut self, local: &LocalAccounts, now: Instant) -> Option<(AccountName, Option<u32>)> {
         let running = self.names.iter().filter(|(_, entry)| entry.is_running);
-        let (running_local, running): (Vec<_>, Vec<_>) = running.partition(|(name, _)| local.has(name));
+        let (running_local, running): (Vec<_>, Vec<_>) =
+            running.partition(|(name, _)| local.has(name));
         let (may_local, may_other) = (running_local.is_empty(), running.len() < MAX_LOOKUPS);
-        let is_due = |entry: &AccountEntry| !entry.is_running && (entry.is_wanted || entry.next <= now);
+        let is_due =
+            |entry: &AccountEntry| !entry.is_running && (entry.is_wanted || entry.next <= now);
         let due = self.names.iter_mut().filter(|(_, entry)| is_due(entry));
-        let allowed = due.filter(|(name, _)| if local.has(name) { may_local } else { may_other });
-        let (name, entry) = allowed.min_by_key(|(name, entry)| (!local.has(name), entry.answered))?;
+        let allowed = due.filter(|(name, _)| {
+            if local.has(name) {
+                may_local
+            } else {
+                may_other
+            }
+        });
+        let (name, entry) =
+            allowed.min_by_key(|(name, entry)| (!local.has(name), entry.answered))?;
         (entry.is_running, entry.is_wanted) = (true, false);
         let number = match entry.known {
             Known::Number(number) => Some(number),
@@ -257,7 +295,11 @@ impl AccountsState {
 
     /// When the next name becomes due. Those that are due already wait for a lookup to end.
     fn due_after(&self, now: Instant) -> Option<Instant> {
-        self.names.values().map(|entry| entry.next).filter(|next| *next > now).min()
+        self.names
+            .values()
+            .map(|entry| entry.next)
+            .filter(|next| *next > now)
+            .min()
     }
 }
 
@@ -375,18 +417,32 @@ async fn run(shared: Arc<AccountsInner>) {
 async fn read_local(service: &Arc<dyn NameService>) -> Arc<LocalAccounts> {
     let service = service.clone();
     let reading = tokio::task::spawn_blocking(move || service.local(&Arc::default()));
-    timeout(PAUSE, reading).await.ok().and_then(Result::ok).unwrap_or_default()
+    timeout(PAUSE, reading)
+        .await
+        .ok()
+        .and_then(Result::ok)
+        .unwrap_or_default()
 }
 
 /// Blocks.
-fn find(service: &dyn NameService, name: AccountName, had: Option<u32>, local: Arc<LocalAccounts>) -> LookupResult {
+fn find(
+    service: &dyn NameService,
+    name: AccountName,
+    had: Option<u32>,
+    local: Arc<LocalAccounts>,
+) -> LookupResult {
     let local = service.local(&local);
     let number = service.number(&name);
     let successor = had
         .filter(|_| number == Ok(None))
         .and_then(|had| service.name(&name, had).ok().flatten())
         .filter(|successor| *successor != name.as_str());
-    LookupResult { name, number, successor, local }
+    LookupResult {
+        name,
+        number,
+        successor,
+        local,
+    }
 }
 
 #[cfg(test)]

@@ -57,7 +57,10 @@ pub struct Readiness {
 impl Readiness {
     /// Not ready yet. `gauge` shows it in the metrics.
     pub fn new(gauge: Gauge) -> Self {
-        Self { gauge, ..Self::default() }
+        Self {
+            gauge,
+            ..Self::default()
+        }
     }
 
     /// Notes what keeps the daemon from being ready.
@@ -90,7 +93,11 @@ impl Readiness {
             return Some("awsvid is ending".to_owned());
         }
         let missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
-        Some(missing.clone().unwrap_or_else(|| "awsvid has just started".to_owned()))
+        Some(
+            missing
+                .clone()
+                .unwrap_or_else(|| "awsvid has just started".to_owned()),
+        )
     }
 }
 
@@ -159,30 +166,53 @@ impl Admin {
 
     /// Notes whether the configuration in effect names processes to an agent.
     pub fn names_processes(&self, names_processes: bool) {
-        self.names_processes.store(names_processes, Ordering::Release);
+        self.names_processes
+            .store(names_processes, Ordering::Release);
     }
 
     /// Serves one connection to its end, or until a newer one needs its permit.
     ///
     /// A probe sends its request with its connection and gets its answer at once, so it is never the one that gives way: that
     /// is a client that sends no request, or does not read its answer (T26).
-    pub async fn connection(self: Arc<Self>, address: Address, stream: AcceptedStream, arrival: PendingConnection) {
-        let PendingConnection { permit: arriving, open: _open } = arrival;
+    pub async fn connection(
+        self: Arc<Self>,
+        address: Address,
+        stream: AcceptedStream,
+        arrival: PendingConnection,
+    ) {
+        let PendingConnection {
+            permit: arriving,
+            open: _open,
+        } = arrival;
         // Its client is counted by its address from here on.
         drop(arriving);
         let permit = match (address, &stream) {
             // On a listener for both families IPv4 comes as `::ffff:a.b.c.d`.
-            (Address::Admin, AcceptedStream::Tcp { client, .. }) => self.remote.admit(&client.ip().to_canonical()),
+            (Address::Admin, AcceptedStream::Tcp { client, .. }) => {
+                self.remote.admit(&client.ip().to_canonical())
+            }
             _ => self.local.admit(&IpAddr::from(Ipv4Addr::LOCALHOST)),
         };
         let service = service_fn(|request: Request<Incoming>| {
             let admin = &self;
-            async move { Ok::<_, Infallible>(admin.answer(address, request.method(), request.uri().path()).await) }
+            async move {
+                Ok::<_, Infallible>(
+                    admin
+                        .answer(address, request.method(), request.uri().path())
+                        .await,
+                )
+            }
         });
         let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(HEAD).keep_alive(false);
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD)
+            .keep_alive(false);
         let descriptor = stream.socket().descriptor().clone();
-        let served = timeout(CONNECTION, builder.serve_connection(TokioIo::new(stream.into_socket()), service));
+        let served = timeout(
+            CONNECTION,
+            builder.serve_connection(TokioIo::new(stream.into_socket()), service),
+        );
         tokio::select! {
             // A client that is slow or gone needs no further care.
             _ = served => {}
@@ -241,8 +271,15 @@ impl Admin {
         let uses_tcp = self.listen.pods || !self.listen.tcp.is_empty();
         let over_tcp = uses_tcp.then(|| self.attestor.missing_for_tcp()).flatten();
         let over_tcp = over_tcp.map(|missing| format!("callers over TCP are refused: {missing}"));
-        let on_unix = self.listen.unix.as_ref().and_then(|_| self.attestor.missing_for_unix());
-        over_tcp.into_iter().chain(on_unix.map(str::to_owned)).collect()
+        let on_unix = self
+            .listen
+            .unix
+            .as_ref()
+            .and_then(|_| self.attestor.missing_for_unix());
+        over_tcp
+            .into_iter()
+            .chain(on_unix.map(str::to_owned))
+            .collect()
     }
 
     fn status(&self) -> Response<Full<Bytes>> {
@@ -253,7 +290,10 @@ impl Admin {
             not_ready: self.readiness.why_not(),
             connections: self.metrics.connections.get(),
             unsupported_kernel: self.unsupported_kernel(),
-            counts_executions: self.names_processes.load(Ordering::Acquire).then(|| self.attestor.counts_executions()),
+            counts_executions: self
+                .names_processes
+                .load(Ordering::Acquire)
+                .then(|| self.attestor.counts_executions()),
             source,
             sts,
             credentials: self.cache.entries(),
@@ -271,12 +311,18 @@ fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
 }
 
 fn metrics(text: Bytes) -> Response<Full<Bytes>> {
-    reply(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", text)
+    reply(
+        StatusCode::OK,
+        "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        text,
+    )
 }
 
 fn reply(status: StatusCode, kind: &'static str, body: Bytes) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     response
 }

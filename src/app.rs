@@ -140,7 +140,9 @@ impl Components {
         (clock, metrics): (&Clock, &Metrics),
     ) -> Result<Self, AppError> {
         // Before the rules are in effect, so that nearly always each name in them has its number by then.
-        accounts.follow(config.accounts(), SOURCE_CHECK_TIMEOUT).await;
+        accounts
+            .follow(config.accounts(), SOURCE_CHECK_TIMEOUT)
+            .await;
         let source = match source {
             Some(source) => source,
             None => identity_source(config, accounts, is_reload, (clock, metrics)).await?,
@@ -148,10 +150,18 @@ impl Components {
         let sts = Arc::new(sts(config, clock.clone()).await?);
         Ok(Self {
             identity: config.identity.clone(),
-            issuer: TokenExchanger::new(source.clone(), sts.clone(), clock.clone(), metrics.clone()),
+            issuer: TokenExchanger::new(
+                source.clone(),
+                sts.clone(),
+                clock.clone(),
+                metrics.clone(),
+            ),
             limits: limits(&config.cache),
             probes: ReadinessProbes::new(config, source.clone(), sts),
-            policy: Policy { source, roles: config.roles.clone() },
+            policy: Policy {
+                source,
+                roles: config.roles.clone(),
+            },
         })
     }
 }
@@ -159,14 +169,23 @@ impl Components {
 impl App {
     /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
     pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
-        let Startup { mut inherited, exec_monitor, metrics } = startup;
+        let Startup {
+            mut inherited,
+            exec_monitor,
+            metrics,
+        } = startup;
         let clock = Clock::system();
         let accounts = Accounts::new(Nss, metrics.clone());
         let parts = Components::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
-        let cache = CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
+        let cache =
+            CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(CredentialService::new(parts.policy, cache.clone()));
-        let pod_roots = config.listen.pods_cgroup.clone().map_or_else(PodRoots::defaults, PodRoots::at);
+        let pod_roots = config
+            .listen
+            .pods_cgroup
+            .clone()
+            .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
         let front = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
@@ -174,11 +193,18 @@ impl App {
             audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
-            connections: FairSemaphore::new(config.listen.max_connections, config.listen.max_connections_per_workload),
+            connections: FairSemaphore::new(
+                config.listen.max_connections,
+                config.listen.max_connections_per_workload,
+            ),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
-        let admin =
-            Arc::new(Admin::new(metrics.clone(), readiness.clone(), cache, (attestor.clone(), config.listen.clone())));
+        let admin = Arc::new(Admin::new(
+            metrics.clone(),
+            readiness.clone(),
+            cache,
+            (attestor.clone(), config.listen.clone()),
+        ));
         admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
             attestor,
@@ -213,17 +239,26 @@ impl App {
         config.listen = self.listen.clone();
         // An agent that attests workloads itself is kept with all that it has said.
         let (identity, source) = &self.source;
-        let kept =
-            (*identity == config.identity && identity.source != config::Source::WorkloadApi).then(|| source.clone());
-        let parts = Components::new(&config, (kept, true), &self.accounts, (&self.clock, &self.metrics)).await?;
+        let kept = (*identity == config.identity && identity.source != config::Source::WorkloadApi)
+            .then(|| source.clone());
+        let parts = Components::new(
+            &config,
+            (kept, true),
+            &self.accounts,
+            (&self.clock, &self.metrics),
+        )
+        .await?;
         let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
-        self.status.names_processes(DaemonFeatures::of(&config).names_processes());
+        self.status
+            .names_processes(DaemonFeatures::of(&config).names_processes());
         self.broker.reload(parts.policy, parts.issuer, parts.limits);
         self.probe(parts.probes);
         if !changed.is_empty() {
-            tracing::warn!("[listen] {changed}: what the file says now takes effect when awsvid is started again");
+            tracing::warn!(
+                "[listen] {changed}: what the file says now takes effect when awsvid is started again"
+            );
         }
         Ok(())
     }
@@ -245,7 +280,8 @@ impl App {
         }
         if !self.readiness.is_ready() {
             let (attestor, readiness) = (self.attestor.clone(), self.readiness.clone());
-            let asking = probes.until_ready(self.tcp.clone(), self.gate.clone(), attestor, readiness);
+            let asking =
+                probes.until_ready(self.tcp.clone(), self.gate.clone(), attestor, readiness);
             self.probing = Some(tokio::spawn(asking));
         }
     }
@@ -256,8 +292,14 @@ impl App {
         inherited: &mut ActivatedSockets,
         front: &Arc<CredentialEndpoint>,
     ) -> Result<(), AppError> {
-        let unix = self.listen.unix.iter().map(|path| ListenAddress::Unix(path.clone(), 0o666));
-        let wanted = unix.chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp)).collect();
+        let unix = self
+            .listen
+            .unix
+            .iter()
+            .map(|path| ListenAddress::Unix(path.clone(), 0o666));
+        let wanted = unix
+            .chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp))
+            .collect();
         let mut attempts = bind_all(wanted, inherited);
         if !self.listen.pods && attempts.iter().all(|(_, bound)| bound.is_err()) {
             let error = attempts.drain(..).find_map(|(_, bound)| bound.err());
@@ -268,7 +310,8 @@ impl App {
         for attempt in attempts {
             let front = front.clone();
             let connection = move |stream, arrival| front.clone().connection(stream, arrival, None);
-            self.workloads.serve(attempt, "serving workloads", connection);
+            self.workloads
+                .serve(attempt, "serving workloads", connection);
         }
         Ok(())
     }
@@ -285,9 +328,18 @@ impl App {
                 );
             }
             let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
-            let (stop, connections) = (self.workloads.stop.subscribe(), self.workloads.connections.clone());
-            let (pods, gate) =
-                PodListeners::start((directory, handover), front, connections, self.metrics.clone(), stop).await?;
+            let (stop, connections) = (
+                self.workloads.stop.subscribe(),
+                self.workloads.connections.clone(),
+            );
+            let (pods, gate) = PodListeners::start(
+                (directory, handover),
+                front,
+                connections,
+                self.metrics.clone(),
+                stop,
+            )
+            .await?;
             self.gate = Some(gate);
             tracing::info!(directory = %directory.display(), "serving workloads in pods");
             self.workloads.loops.spawn(pods.run());
@@ -297,14 +349,23 @@ impl App {
 
     /// With bounds of their own, which are `Admin`'s: workloads that use up theirs don't hide the daemon's state.
     fn serve_operators(&mut self, inherited: &mut ActivatedSockets, admin: &Arc<Admin>) {
-        let address = self.listen.admin.map(|admin| (Address::Admin, ListenAddress::Tcp(admin)));
-        let status = self.listen.status.clone().map(|path| (Address::Status, ListenAddress::Unix(path, 0o600)));
+        let address = self
+            .listen
+            .admin
+            .map(|admin| (Address::Admin, ListenAddress::Tcp(admin)));
+        let status = self
+            .listen
+            .status
+            .clone()
+            .map(|path| (Address::Status, ListenAddress::Unix(path, 0o600)));
         for (kind, wanted) in address.into_iter().chain(status) {
             for attempt in bind_all(vec![wanted], inherited) {
                 self.admin = self.admin.or(tcp_address(&attempt));
                 let admin = admin.clone();
-                let connection = move |stream, arrival| admin.clone().connection(kind, stream, arrival);
-                self.operators.serve(attempt, "serving operators", connection);
+                let connection =
+                    move |stream, arrival| admin.clone().connection(kind, stream, arrival);
+                self.operators
+                    .serve(attempt, "serving operators", connection);
             }
         }
     }
@@ -325,7 +386,10 @@ impl App {
 }
 
 fn limits(cache: &config::CacheConfig) -> cache::Limits {
-    cache::Limits { max_entries: cache.max_entries, revocation_grace: cache.revocation_grace }
+    cache::Limits {
+        max_entries: cache.max_entries,
+        revocation_grace: cache.revocation_grace,
+    }
 }
 
 /// The source that the configuration names. One that is set up so that it could only err keeps a reload from taking effect; one
@@ -339,13 +403,28 @@ async fn identity_source(
     let identity = &config.identity;
     let agent: Arc<dyn AttestingAgent> = match &identity.source {
         config::Source::WorkloadApi => {
-            let rules: Vec<_> = config.workloads.iter().map(|workload| workload.rule.clone()).collect();
+            let rules: Vec<_> = config
+                .workloads
+                .iter()
+                .map(|workload| workload.rule.clone())
+                .collect();
             let rules = LiveRules::new(rules, accounts);
-            let source = WorkloadApi::new(identity.socket.clone(), rules, clock.clone(), metrics.clone());
+            let source = WorkloadApi::new(
+                identity.socket.clone(),
+                rules,
+                clock.clone(),
+                metrics.clone(),
+            );
             return Ok(Arc::new(source));
         }
-        config::Source::SpireDelegated { socket } => Arc::new(SpireDelegated::new(socket, svid::CALL_TIMEOUT)),
-        config::Source::SpiffeBroker { socket, server, reference } => {
+        config::Source::SpireDelegated { socket } => {
+            Arc::new(SpireDelegated::new(socket, svid::CALL_TIMEOUT))
+        }
+        config::Source::SpiffeBroker {
+            socket,
+            server,
+            reference,
+        } => {
             let own = OwnSvidSource::at(identity.socket.clone());
             let broker = BrokerApi::new(socket, own, server.clone(), svid::CALL_TIMEOUT);
             match reference {
@@ -355,7 +434,9 @@ async fn identity_source(
         }
     };
     // What it has not said by then is found out while callers are served.
-    if let Ok(Err(error @ SourceError::Misconfigured(_))) = timeout(SOURCE_CHECK_TIMEOUT, agent.connect()).await {
+    if let Ok(Err(error @ SourceError::Misconfigured(_))) =
+        timeout(SOURCE_CHECK_TIMEOUT, agent.connect()).await
+    {
         if is_reload {
             return Err(AppError::Source(error));
         }
@@ -363,7 +444,13 @@ async fn identity_source(
         tracing::error!(%error, "the identity source is of no use as it is set up: callers are refused");
     }
     let most = remembered_processes();
-    Ok(Arc::new(AgentSource::new(agent, identity.audience.clone(), most, clock.clone(), metrics.clone())))
+    Ok(Arc::new(AgentSource::new(
+        agent,
+        identity.audience.clone(),
+        most,
+        clock.clone(),
+        metrics.clone(),
+    )))
 }
 
 /// Each process that is remembered takes up to three descriptors. There are enough for connections besides.
@@ -388,7 +475,10 @@ async fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
 /// The token file is there as soon as it can be written: one SDK uses the endpoint only if it is given a token by file.
 fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
     let path = &listen.token_file;
-    let node = NodeToken::load(path).map_err(|source| AppError::Token { path: path.clone(), source })?;
+    let node = NodeToken::load(path).map_err(|source| AppError::Token {
+        path: path.clone(),
+        source,
+    })?;
     if let Some(error) = node.unwritten {
         let path = path.display();
         tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: it is retried every few seconds");

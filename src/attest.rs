@@ -67,18 +67,26 @@ pub struct Unattested {
 
 impl Unattested {
     fn of(refusal: AttestError, peer: &PeerFacts) -> Self {
-        Self { refusal, peer: Some(peer.clone()) }
+        Self {
+            refusal,
+            peer: Some(peer.clone()),
+        }
     }
 
     /// The key of the peer's limits.
     pub fn owner(&self) -> WorkloadKey {
-        self.peer.as_ref().map_or_else(WorkloadKey::unknown, PeerFacts::owner)
+        self.peer
+            .as_ref()
+            .map_or_else(WorkloadKey::unknown, PeerFacts::owner)
     }
 }
 
 impl From<AttestError> for Unattested {
     fn from(refusal: AttestError) -> Self {
-        Self { refusal, peer: None }
+        Self {
+            refusal,
+            peer: None,
+        }
     }
 }
 
@@ -113,17 +121,30 @@ impl Attestor {
             return Err(StartError::UserNamespace);
         }
         let hierarchies = CgroupMounts::find(&read("self/mountinfo")?);
-        let host = Arc::new(Host::new(proc_root, hierarchies, roots, exec_monitor.map(Arc::new)));
+        let host = Arc::new(Host::new(
+            proc_root,
+            hierarchies,
+            roots,
+            exec_monitor.map(Arc::new),
+        ));
         let unix = kernel::unix_support();
         if let Some(missing) = unix.missing() {
             tracing::warn!("{missing} (unsupported_kernel)");
         }
-        Ok(Self { tcp: TcpSupport::new(host.clone()), host, unix })
+        Ok(Self {
+            tcp: TcpSupport::new(host.clone()),
+            host,
+            unix,
+        })
     }
 
     /// The cgroups below which a kubelet puts its pods, as far as they can be seen from here. Without one no pod is known.
     pub fn pod_roots(&self) -> Vec<&CgroupPath> {
-        self.host.pods.as_ref().map(|pods| pods.discover_roots()).unwrap_or_default()
+        self.host
+            .pods
+            .as_ref()
+            .map(|pods| pods.discover_roots())
+            .unwrap_or_default()
     }
 
     /// Where connections go on whose callers' processes are looked at.
@@ -145,7 +166,11 @@ impl Attestor {
         server: SocketAddr,
         on_wait: impl FnOnce(),
     ) -> Result<Caller, Unattested> {
-        Ok(self.tcp.check((client, server), on_wait).await?.into_caller())
+        Ok(self
+            .tcp
+            .check((client, server), on_wait)
+            .await?
+            .into_caller())
     }
 
     /// What callers over TCP lack here, and the fix. `None` if they are attested. It changes with the kernel's modules and mounts.
@@ -176,7 +201,9 @@ impl Attestor {
 /// The kernel tells the listener's number as this process would call it: 0 if it can't be seen from here (unix(7),
 /// `SO_PEERCRED`). One in a namespace below is seen, and so looked at.
 pub fn shares_pid_namespace_with_peer(stream: &UnixStream) -> bool {
-    let Ok(peer) = getsockopt(stream, PeerCredentials) else { return false };
+    let Ok(peer) = getsockopt(stream, PeerCredentials) else {
+        return false;
+    };
     peer.pid() > 0 && process::shares_pid_namespace(Path::new("/proc"), peer.pid())
 }
 
@@ -195,15 +222,22 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn long_searches_are_few_in_all() {
         let attestor = Attestor::new(PodRoots::defaults(), None).unwrap();
-        let Some(tcp) = attestor.tcp.attestor() else { return };
-        let all: Vec<_> = (0..).map_while(|uid| tcp.searches().try_acquire(&WorkloadKey::user(uid)).ok()).collect();
+        let Some(tcp) = attestor.tcp.attestor() else {
+            return;
+        };
+        let all: Vec<_> = (0..)
+            .map_while(|uid| tcp.searches().try_acquire(&WorkloadKey::user(uid)).ok())
+            .collect();
         assert!(!all.is_empty());
         // More than is looked at on the way.
         let _descriptors: Vec<_> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = listener.local_addr().unwrap();
         let client = TcpStream::connect(server).unwrap();
-        let peer = attestor.tcp(client.local_addr().unwrap(), server, || ()).await.unwrap();
+        let peer = attestor
+            .tcp(client.local_addr().unwrap(), server, || ())
+            .await
+            .unwrap();
         let start = Instant::now();
         let attested = peer.with_process(ProcessFacts::default()).await;
         assert_eq!(attested.unwrap_err(), AttestError::SearchBusy);

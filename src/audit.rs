@@ -137,7 +137,15 @@ impl Audit {
     /// Opens the record of a request. `caller` is `None` where it could not be attested.
     pub fn begin(self: &Arc<Self>, listener: ListenerKind, caller: Option<Arc<Caller>>) -> Record {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        Record::new(self.clone(), RequestId { boot: self.boot, number }, listener, caller)
+        Record::new(
+            self.clone(),
+            RequestId {
+                boot: self.boot,
+                number,
+            },
+            listener,
+            caller,
+        )
     }
 
     fn is_required(&self) -> bool {
@@ -145,7 +153,9 @@ impl Audit {
     }
 
     fn put(&self, lines: impl IntoIterator<Item = Line>) {
-        lines.into_iter().for_each(|line| self.sink.load().put(line));
+        lines
+            .into_iter()
+            .for_each(|line| self.sink.load().put(line));
     }
 
     async fn write(&self, line: Line) -> bool {
@@ -155,7 +165,9 @@ impl Audit {
     /// Writes, as long as requests of one kind come, the records that stand for several. Ends with the daemon.
     fn sweep(self: &Arc<Self>, floods: fn(&Self) -> &RefusalAggregator) {
         // Without a runtime, as at the very end, `Drop` does it.
-        let Ok(runtime) = Handle::try_current() else { return };
+        let Ok(runtime) = Handle::try_current() else {
+            return;
+        };
         let audit = Arc::downgrade(self);
         runtime.spawn(async move {
             loop {

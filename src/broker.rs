@@ -57,7 +57,11 @@ pub enum ServiceError {
 impl CredentialService {
     /// Puts the parts together. `cache` was made by the same configuration as `policy`.
     pub fn new(policy: Policy, cache: CredentialCache) -> Self {
-        Self { policy: ArcSwap::from_pointee(policy), reloads: AtomicU64::new(0), cache }
+        Self {
+            policy: ArcSwap::from_pointee(policy),
+            reloads: AtomicU64::new(0),
+            cache,
+        }
     }
 
     /// Answers `caller`, who asks for `wanted`; notes in `record` what it turned out to be for.
@@ -96,7 +100,9 @@ impl CredentialService {
         }
         let grant = policy.roles.select(&identities, wanted)?;
         record.granted(&grant);
-        let issued = timeout_at(until, self.cache.get(&grant, caller)).await.unwrap_or(Err(CacheError::Pending))?;
+        let issued = timeout_at(until, self.cache.get(&grant, caller))
+            .await
+            .unwrap_or(Err(CacheError::Pending))?;
         caller.still_same().await?;
         Ok(issued)
     }
@@ -116,7 +122,8 @@ impl CredentialService {
             let (new, swept) = (new.clone(), swept.clone());
             // The cache also asks for entries that are yet to be made, which have nothing of the old source.
             move |grant: &Grant| {
-                new.allows(grant) && (swept.load(Ordering::SeqCst) || new.has_same_basis(&old, &grant.spiffe_id))
+                new.allows(grant)
+                    && (swept.load(Ordering::SeqCst) || new.has_same_basis(&old, &grant.spiffe_id))
             }
         };
         self.cache.reconfigure(issuer, limits, keep);
@@ -129,7 +136,8 @@ impl CredentialService {
 impl Policy {
     /// Whether a caller could be given just this.
     fn allows(&self, grant: &Grant) -> bool {
-        self.source.basis(&grant.spiffe_id) != IdentityBasis::Rules(Vec::new()) && self.roles.can_grant(grant)
+        self.source.basis(&grant.spiffe_id) != IdentityBasis::Rules(Vec::new())
+            && self.roles.can_grant(grant)
     }
 
     fn has_same_basis(&self, other: &Self, id: &SpiffeId) -> bool {

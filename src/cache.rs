@@ -119,7 +119,11 @@ impl CredentialCache {
     pub fn new(issuer: TokenExchanger, clock: Clock, metrics: Metrics, limits: Limits) -> Self {
         let schedule = Arc::new(Schedule::default());
         let shared = Arc::new(CacheInner {
-            setup: ArcSwap::from_pointee(Generation { issuer, limits, keep: Box::new(|_| true) }),
+            setup: ArcSwap::from_pointee(Generation {
+                issuer,
+                limits,
+                keep: Box::new(|_| true),
+            }),
             clock,
             metrics,
             places: EntryTable::default(),
@@ -129,7 +133,11 @@ impl CredentialCache {
             nobody: Arc::new(Caller::synthetic()),
             start: Instant::now(),
         });
-        tokio::spawn(rounds::run(Arc::downgrade(&shared), schedule, shared.clock.clone()));
+        tokio::spawn(rounds::run(
+            Arc::downgrade(&shared),
+            schedule,
+            shared.clock.clone(),
+        ));
         Self(shared)
     }
 
@@ -143,7 +151,11 @@ impl CredentialCache {
         limits: Limits,
         keep: impl Fn(&Grant) -> bool + Send + Sync + 'static,
     ) {
-        let setup = Arc::new(Generation { issuer, limits, keep: Box::new(keep) });
+        let setup = Arc::new(Generation {
+            issuer,
+            limits,
+            keep: Box::new(keep),
+        });
         self.0.setup.store(setup.clone());
         self.0.places.retain(|slot| {
             let kept = (setup.keep)(&slot.grant);
@@ -169,16 +181,24 @@ impl CredentialCache {
     /// What is cached, for `/status`: never a secret.
     pub fn entries(&self) -> Vec<EntryStatus> {
         let mut entries = Vec::new();
-        self.0.places.for_each(|slot| entries.push(slot.describe(&self.0.clock)));
+        self.0
+            .places
+            .for_each(|slot| entries.push(slot.describe(&self.0.clock)));
         entries
     }
 
     /// Counts the entries by what they are in, for `/metrics`.
     pub fn count(&self) {
         let mut counts = [0; EntryStateLabel::ALL.len()];
-        self.0.places.for_each(|slot| counts[slot.status(&self.0.clock) as usize] += 1);
+        self.0
+            .places
+            .for_each(|slot| counts[slot.status(&self.0.clock) as usize] += 1);
         for state in EntryStateLabel::ALL {
-            self.0.metrics.cache_entries.get_or_create(&state.into()).set(counts[state as usize]);
+            self.0
+                .metrics
+                .cache_entries
+                .get_or_create(&state.into())
+                .set(counts[state as usize]);
         }
     }
 }
@@ -213,8 +233,10 @@ impl CacheInner {
         if let Some(slot) = self.places.find(grant) {
             return Ok(slot);
         }
-        let make_room = |slot: &Arc<Entry>, state: &mut CachedState| self.retire(slot, state, "evicted");
-        self.places.find_or_add(grant, &|| self.setup.load_full(), make_room)
+        let make_room =
+            |slot: &Arc<Entry>, state: &mut CachedState| self.retire(slot, state, "evicted");
+        self.places
+            .find_or_add(grant, &|| self.setup.load_full(), make_room)
     }
 
     /// The credentials that may still be handed out, and for how long they last.
@@ -227,14 +249,23 @@ impl CacheInner {
     /// Starts the refresh that is due, unless one runs, or has landed in this moment, or has failed a moment ago.
     fn refresh_for(self: &Arc<Self>, slot: &Arc<Entry>, caller: &Arc<Caller>) {
         let mut state = slot.state();
-        if !state.ended && matches!(self.next_action(slot, &state, &self.setup.load()), Action::Refresh(_)) {
+        if !state.ended
+            && matches!(
+                self.next_action(slot, &state, &self.setup.load()),
+                Action::Refresh(_)
+            )
+        {
             self.start_flight(slot, caller.clone(), &mut state, None);
         }
     }
 
     /// A wait for the flight under way, or for a new one; or what came of one that has landed in this moment, or a moment
     /// ago. `None` if this is not the place any more.
-    fn join_or_start(self: &Arc<Self>, slot: &Arc<Entry>, caller: &Arc<Caller>) -> Result<Option<Lookup>, CacheError> {
+    fn join_or_start(
+        self: &Arc<Self>,
+        slot: &Arc<Entry>,
+        caller: &Arc<Caller>,
+    ) -> Result<Option<Lookup>, CacheError> {
         let mut state = slot.state();
         if state.ended {
             return Ok(None);
@@ -251,7 +282,10 @@ impl CacheInner {
         {
             return Err(trouble.error.clone().into());
         }
-        Ok(Some(Lookup::Flight(self.start_flight(slot, caller.clone(), &mut state, None).join(caller))))
+        Ok(Some(Lookup::Flight(
+            self.start_flight(slot, caller.clone(), &mut state, None)
+                .join(caller),
+        )))
     }
 
     /// Takes the credentials out of a place. From now on nothing is handed out of it, and nothing put in.
@@ -266,7 +300,10 @@ impl CacheInner {
 
     fn clear_credentials(&self, slot: &Entry, reason: &'static str) {
         if slot.current.swap(None).is_some() {
-            self.metrics.cache_removed.get_or_create(&ReasonLabel { reason }).inc();
+            self.metrics
+                .cache_removed
+                .get_or_create(&ReasonLabel { reason })
+                .inc();
         }
     }
 }
@@ -279,7 +316,9 @@ impl Drop for CacheInner {
 
 impl std::fmt::Debug for CacheInner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("places", &self.places.len()).finish_non_exhaustive()
+        f.debug_struct("Shared")
+            .field("places", &self.places.len())
+            .finish_non_exhaustive()
     }
 }
 

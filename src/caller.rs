@@ -267,8 +267,15 @@ impl Caller {
 
     /// With what `looks` names of its process, which is searched for if it is not known.
     pub async fn with_process(self, looks: ProcessFacts) -> Result<Self, AttestError> {
-        let (process, evidence) = self.evidence.with_process(&WorkloadKey::of(&self), looks).await?;
-        Ok(Self { process: Some(process), evidence, ..self })
+        let (process, evidence) = self
+            .evidence
+            .with_process(&WorkloadKey::of(&self), looks)
+            .await?;
+        Ok(Self {
+            process: Some(process),
+            evidence,
+            ..self
+        })
     }
 
     /// Whether it lives in a container, as far as it is known: `None` if neither cgroup nor process tell.
@@ -279,7 +286,11 @@ impl Caller {
         let by_process = self.process.as_ref().map(|process| process.in_container);
         // In the root cgroup of a host that also has cgroup v1 a container may sit without a name of its own, so the
         // root says nothing by itself.
-        let by_cgroup = self.cgroup.as_ref().filter(|path| !path.is_root()).map(CgroupPath::names_container);
+        let by_cgroup = self
+            .cgroup
+            .as_ref()
+            .filter(|path| !path.is_root())
+            .map(CgroupPath::names_container);
         match (by_cgroup, by_process) {
             (Some(true), _) | (_, Some(true)) => Some(true),
             (None, None) => None,
@@ -296,21 +307,35 @@ impl WorkloadKey {
 
     fn at(uid: u32, cgroup: Option<&CgroupPath>, pod: Option<&Pod>) -> Self {
         if let Some(pod) = pod {
-            return Self { scope: WorkloadScope::Pod(pod.uid.clone()), uid: None };
+            return Self {
+                scope: WorkloadScope::Pod(pod.uid.clone()),
+                uid: None,
+            };
         }
-        let Some(cgroup) = cgroup else { return Self::user(uid) };
+        let Some(cgroup) = cgroup else {
+            return Self::user(uid);
+        };
         let (workload, kind) = cgroup.workload();
-        Self { scope: WorkloadScope::Cgroup(workload), uid: (kind == WorkloadKind::Unit).then_some(uid) }
+        Self {
+            scope: WorkloadScope::Cgroup(workload),
+            uid: (kind == WorkloadKind::Unit).then_some(uid),
+        }
     }
 
     /// Of a user's processes, where nothing else is known.
     pub fn user(uid: u32) -> Self {
-        Self { scope: WorkloadScope::Machine, uid: Some(uid) }
+        Self {
+            scope: WorkloadScope::Machine,
+            uid: Some(uid),
+        }
     }
 
     /// Of those of whom not even the user is known: together they get as much as one workload.
     pub fn unknown() -> Self {
-        Self { scope: WorkloadScope::Machine, uid: None }
+        Self {
+            scope: WorkloadScope::Machine,
+            uid: None,
+        }
     }
 
     /// See [`WorkloadScope`].
@@ -335,8 +360,19 @@ pub struct PeerFacts {
 impl PeerFacts {
     /// What the socket told of a caller.
     pub fn of(caller: &Caller) -> Self {
-        let Caller { uid, cgroup, pod, namespace, .. } = caller;
-        Self { uid: *uid, cgroup: cgroup.clone(), pod: pod.clone(), namespace: *namespace }
+        let Caller {
+            uid,
+            cgroup,
+            pod,
+            namespace,
+            ..
+        } = caller;
+        Self {
+            uid: *uid,
+            cgroup: cgroup.clone(),
+            pod: pod.clone(),
+            namespace: *namespace,
+        }
     }
 
     /// See [`WorkloadKey`].

@@ -77,14 +77,20 @@ impl CgroupPath {
     /// What lies below it may have been delegated, and named by its owner: `user@1002.service/billing.service` is
     /// user 1002's, not the system's `billing.service` (attack 2).
     pub fn systemd_unit(&self) -> Option<&str> {
-        let first = self.segments().find(|segment| !segment.ends_with(".slice"))?;
-        [".service", ".scope"].iter().any(|suffix| first.ends_with(suffix)).then_some(first)
+        let first = self
+            .segments()
+            .find(|segment| !segment.ends_with(".slice"))?;
+        [".service", ".scope"]
+            .iter()
+            .any(|suffix| first.ends_with(suffix))
+            .then_some(first)
     }
 
     /// Whether sockets that were made here are the service manager's own, who makes them for services of other users:
     /// systemd's pid 1 is in `init.scope`, and a `.socket` unit's directory is for nothing else (T24).
     pub fn is_service_managers(&self) -> bool {
-        self.segments().any(|segment| segment == "init.scope" || segment.ends_with(".socket"))
+        self.segments()
+            .any(|segment| segment == "init.scope" || segment.ends_with(".socket"))
     }
 
     /// The part of the path that is one workload's, and what that is: down to the pod's own directory, the person's slice or
@@ -93,7 +99,13 @@ impl CgroupPath {
     /// For counting what a workload uses up. What lies below may be named by the workload, so it is never looked at.
     pub fn workload(&self) -> (WorkloadCgroup, WorkloadKind) {
         let (end, kind) = self.workload;
-        (WorkloadCgroup { path: self.text.clone(), end }, kind)
+        (
+            WorkloadCgroup {
+                path: self.text.clone(),
+                end,
+            },
+            kind,
+        )
     }
 
     /// The pod and the container whose names the path has, in one spelling each; `Err` if it has several of a kind, or a
@@ -102,10 +114,15 @@ impl CgroupPath {
         let mut name = ContainerName::default();
         for segment in self.segments() {
             let (pod, id) = (pod_uid(segment), container_id(segment));
-            if (pod.is_some() && (name.pod.is_some() || name.id.is_some())) || (id.is_some() && name.id.is_some()) {
+            if (pod.is_some() && (name.pod.is_some() || name.id.is_some()))
+                || (id.is_some() && name.id.is_some())
+            {
                 return Err(NestedContainer);
             }
-            name = ContainerName { pod: pod.or(name.pod), id: id.or(name.id) };
+            name = ContainerName {
+                pod: pod.or(name.pod),
+                id: id.or(name.id),
+            };
         }
         Ok(name)
     }
@@ -135,7 +152,8 @@ pub struct NestedContainer;
 /// The hierarchies (v1: by their controllers, v2: nothing) and paths of `/proc/<pid>/cgroup`: three fields by `:`, of which
 /// the last may hold more of them.
 pub(crate) fn lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    text.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'))
+    text.lines()
+        .filter_map(|line| line.split_once(':')?.1.split_once(':'))
 }
 
 fn segments(path: &str) -> impl Iterator<Item = &str> {
@@ -172,7 +190,10 @@ fn workload(path: &str) -> (usize, WorkloadKind) {
         let is_above = segment.is_empty()
             || segment.ends_with(".slice")
             || segment.contains("kubepods")
-            || matches!(segment, "kubelet" | "burstable" | "besteffort" | "guaranteed" | "docker");
+            || matches!(
+                segment,
+                "kubelet" | "burstable" | "besteffort" | "guaranteed" | "docker"
+            );
         if !is_above {
             return (end, kind(end));
         }
@@ -182,24 +203,37 @@ fn workload(path: &str) -> (usize, WorkloadKind) {
 
 /// `user-1000.slice`, as systemd's login manager names what is a person's.
 fn is_user_slice(segment: &str) -> bool {
-    let uid = segment.strip_prefix("user-").and_then(|rest| rest.strip_suffix(".slice"));
+    let uid = segment
+        .strip_prefix("user-")
+        .and_then(|rest| rest.strip_suffix(".slice"));
     uid.is_some_and(|uid| !uid.is_empty() && uid.bytes().all(|c| c.is_ascii_digit()))
 }
 
 /// A container id: 64 hex digits, neither more nor fewer.
 fn container_id(segment: &str) -> Option<String> {
     let mut words = segment.split(|c: char| !c.is_ascii_alphanumeric());
-    words.find(|word| word.len() == 64 && word.bytes().all(|c| c.is_ascii_hexdigit())).map(str::to_ascii_lowercase)
+    words
+        .find(|word| word.len() == 64 && word.bytes().all(|c| c.is_ascii_hexdigit()))
+        .map(str::to_ascii_lowercase)
 }
 
 /// `pod` as a word, and a UID, with dashes, underscores or (static pods) nothing between its groups.
 fn pod_uid(segment: &str) -> Option<String> {
     let begins = |at: &usize| !segment[..*at].ends_with(|c: char| c.is_ascii_alphanumeric());
-    segment.match_indices("pod").map(|(at, _)| at).filter(begins).find_map(|at| {
-        let digits = segment[at + 3..].chars().filter(|c| !matches!(c, '-' | '_'));
-        let uid: String = digits.take_while(char::is_ascii_hexdigit).take(32).collect();
-        (uid.len() == 32).then(|| uid.to_ascii_lowercase())
-    })
+    segment
+        .match_indices("pod")
+        .map(|(at, _)| at)
+        .filter(begins)
+        .find_map(|at| {
+            let digits = segment[at + 3..]
+                .chars()
+                .filter(|c| !matches!(c, '-' | '_'));
+            let uid: String = digits
+                .take_while(char::is_ascii_hexdigit)
+                .take(32)
+                .collect();
+            (uid.len() == 32).then(|| uid.to_ascii_lowercase())
+        })
 }
 
 impl WorkloadCgroup {
@@ -283,18 +317,37 @@ mod tests {
         let table = [
             ("/".to_owned(), None, None),
             ("/system.slice/billing.service".to_owned(), None, None),
-            (format!("/kubepods/burstable/pod{U}/{C}"), pod.clone(), id.clone()),
-            (format!("/kubepods/burstable/pod{U}/{C}/named/by/its/owner"), pod.clone(), id.clone()),
             (
-                format!("/kubepods.slice/kubepods-pod{u_}.slice/cri-containerd-{}.scope", C.to_uppercase()),
+                format!("/kubepods/burstable/pod{U}/{C}"),
                 pod.clone(),
                 id.clone(),
             ),
-            (format!("/kubepods-besteffort-pod{u_}.slice:cri-containerd:{C}"), pod, id.clone()),
+            (
+                format!("/kubepods/burstable/pod{U}/{C}/named/by/its/owner"),
+                pod.clone(),
+                id.clone(),
+            ),
+            (
+                format!(
+                    "/kubepods.slice/kubepods-pod{u_}.slice/cri-containerd-{}.scope",
+                    C.to_uppercase()
+                ),
+                pod.clone(),
+                id.clone(),
+            ),
+            (
+                format!("/kubepods-besteffort-pod{u_}.slice:cri-containerd:{C}"),
+                pod,
+                id.clone(),
+            ),
             (format!("/docker/{C}"), None, id),
         ];
         for (text, pod, id) in table {
-            assert_eq!(path(&text).container(), Ok(ContainerName { pod, id }), "{text}");
+            assert_eq!(
+                path(&text).container(),
+                Ok(ContainerName { pod, id }),
+                "{text}"
+            );
         }
         let nested = [
             format!("/docker/{C}/{C}"),
@@ -327,9 +380,18 @@ mod tests {
     fn the_unit_is_the_outermost() {
         let table = [
             ("/system.slice/billing.service", Some("billing.service")),
-            ("/system.slice/system-shop.slice/shop@1.service/worker", Some("shop@1.service")),
-            ("/user.slice/user-1002.slice/user@1002.service/billing.service", Some("user@1002.service")),
-            ("/user.slice/user-1002.slice/session-3.scope", Some("session-3.scope")),
+            (
+                "/system.slice/system-shop.slice/shop@1.service/worker",
+                Some("shop@1.service"),
+            ),
+            (
+                "/user.slice/user-1002.slice/user@1002.service/billing.service",
+                Some("user@1002.service"),
+            ),
+            (
+                "/user.slice/user-1002.slice/session-3.scope",
+                Some("session-3.scope"),
+            ),
             ("/somewhere/billing.service", None),
             ("/system.slice", None),
             ("/", None),
@@ -343,16 +405,35 @@ mod tests {
     fn the_part_that_is_one_workloads() {
         let u_ = U.replace('-', "_");
         let pod = format!("/kubepods/burstable/pod{U}");
-        let slice = format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{u_}.slice");
+        let slice =
+            format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{u_}.slice");
         let table = [
             (format!("{pod}/{C}"), pod.as_str(), WorkloadKind::Pod),
-            (format!("{pod}/{C}/named/by/its/owner"), &pod, WorkloadKind::Pod),
-            (format!("{slice}/cri-containerd-{C}.scope"), &slice, WorkloadKind::Pod),
-            ("/system.slice/a.service/below".to_owned(), "/system.slice/a.service", WorkloadKind::Unit),
-            // A person has one share, however many sessions, user units and containers of its own it starts.
-            ("/user.slice/user-7.slice/session-3.scope".to_owned(), "/user.slice/user-7.slice", WorkloadKind::Person),
             (
-                format!("/user.slice/user-7.slice/user@7.service/user.slice/libpod-{C}.scope/container"),
+                format!("{pod}/{C}/named/by/its/owner"),
+                &pod,
+                WorkloadKind::Pod,
+            ),
+            (
+                format!("{slice}/cri-containerd-{C}.scope"),
+                &slice,
+                WorkloadKind::Pod,
+            ),
+            (
+                "/system.slice/a.service/below".to_owned(),
+                "/system.slice/a.service",
+                WorkloadKind::Unit,
+            ),
+            // A person has one share, however many sessions, user units and containers of its own it starts.
+            (
+                "/user.slice/user-7.slice/session-3.scope".to_owned(),
+                "/user.slice/user-7.slice",
+                WorkloadKind::Person,
+            ),
+            (
+                format!(
+                    "/user.slice/user-7.slice/user@7.service/user.slice/libpod-{C}.scope/container"
+                ),
                 "/user.slice/user-7.slice",
                 WorkloadKind::Person,
             ),
@@ -362,10 +443,22 @@ mod tests {
                 "/user.slice/user-7.slice",
                 WorkloadKind::Person,
             ),
-            ("/system.slice/user-7.slice/x".to_owned(), "/system.slice/user-7.slice/x", WorkloadKind::Unit),
-            ("/user.slice/user-x.slice/x".to_owned(), "/user.slice/user-x.slice/x", WorkloadKind::Unit),
+            (
+                "/system.slice/user-7.slice/x".to_owned(),
+                "/system.slice/user-7.slice/x",
+                WorkloadKind::Unit,
+            ),
+            (
+                "/user.slice/user-x.slice/x".to_owned(),
+                "/user.slice/user-x.slice/x",
+                WorkloadKind::Unit,
+            ),
             (format!("/own/pod{U}"), "/own", WorkloadKind::Unit),
-            (format!("/docker/{C}/x"), &format!("/docker/{C}"), WorkloadKind::Container),
+            (
+                format!("/docker/{C}/x"),
+                &format!("/docker/{C}"),
+                WorkloadKind::Container,
+            ),
             (
                 format!("/system.slice/docker-{C}.scope/init.scope"),
                 &format!("/system.slice/docker-{C}.scope"),
@@ -391,7 +484,10 @@ mod tests {
             ("/init.scope", true),
             ("/system.slice/web.socket", true),
             ("/user.slice/user-7.slice/user@7.service/init.scope", true),
-            ("/user.slice/user-7.slice/user@7.service/app.slice/web.socket", true),
+            (
+                "/user.slice/user-7.slice/user@7.service/app.slice/web.socket",
+                true,
+            ),
             ("/system.slice/web.service", false),
             ("/system.slice/socket.service", false),
             ("/init", false),
@@ -404,12 +500,22 @@ mod tests {
     #[test]
     fn paths_in_proc_may_hold_colons() {
         let text = "9:name=systemd:/a\n0::/kubelet:cri:x\n1:cpu\n";
-        assert_eq!(lines(text).collect::<Vec<_>>(), [("name=systemd", "/a"), ("", "/kubelet:cri:x")]);
+        assert_eq!(
+            lines(text).collect::<Vec<_>>(),
+            [("name=systemd", "/a"), ("", "/kubelet:cri:x")]
+        );
     }
 
     #[test]
     fn paths_that_name_nothing_are_refused() {
-        for text in ["", "relative", "/../../kubepods", "/..", "/a/../b", "/system.slice/x.service (deleted)"] {
+        for text in [
+            "",
+            "relative",
+            "/../../kubepods",
+            "/..",
+            "/a/../b",
+            "/system.slice/x.service (deleted)",
+        ] {
             assert!(CgroupPath::parse(text).is_none(), "{text}");
         }
     }

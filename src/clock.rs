@@ -31,8 +31,14 @@ impl Clock {
 
     /// A clock that shows `now` at this moment and goes on with tokio's (possibly paused) time.
     pub fn starting_at(now: SystemTime) -> Self {
-        let fixed = Fixed { start: now, since: Instant::now(), stepped: AtomicI64::new(0) };
-        Self { fixed: Some(Arc::new(fixed)) }
+        let fixed = Fixed {
+            start: now,
+            since: Instant::now(),
+            stepped: AtomicI64::new(0),
+        };
+        Self {
+            fixed: Some(Arc::new(fixed)),
+        }
     }
 
     /// Sets a clock made by [`Clock::starting_at`], and all its clones, ahead by so many seconds, or back. The system's
@@ -45,9 +51,14 @@ impl Clock {
 
     /// The wall-clock time.
     pub fn now(&self) -> SystemTime {
-        let Some(fixed) = &self.fixed else { return SystemTime::now() };
+        let Some(fixed) = &self.fixed else {
+            return SystemTime::now();
+        };
         let stepped = fixed.stepped.load(Ordering::SeqCst);
-        let (by, now) = (Duration::from_secs(stepped.unsigned_abs()), fixed.start + fixed.since.elapsed());
+        let (by, now) = (
+            Duration::from_secs(stepped.unsigned_abs()),
+            fixed.start + fixed.since.elapsed(),
+        );
         if stepped < 0 { now - by } else { now + by }
     }
 

@@ -41,9 +41,13 @@ impl ConfigFile {
     /// Where the daemon listens, and its region. Where nobody has named a file and there is none, it is where a daemon listens
     /// by default: in a container there is no configuration, but perhaps a socket.
     fn daemon_endpoints(&self) -> Result<DaemonEndpoints, ConfigErrors> {
-        let is_absent = |path| std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+        let is_absent =
+            |path| std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
         if self.config.is_none() && is_absent(CONFIG_FILE) {
-            return Ok(DaemonEndpoints { listen: Listen::default(), region: None });
+            return Ok(DaemonEndpoints {
+                listen: Listen::default(),
+                region: None,
+            });
         }
         // The environment of the daemon is not this one.
         let (listen, region) = Config::load_for_callers(self.path())?;
@@ -55,7 +59,9 @@ impl ConfigFile {
         if let Some(named) = named {
             return Ok(named.to_owned());
         }
-        let beside = self.daemon_endpoints().map_err(|errors| format!("{errors}\nor name the socket with --socket"))?;
+        let beside = self
+            .daemon_endpoints()
+            .map_err(|errors| format!("{errors}\nor name the socket with --socket"))?;
         let missing = "the configuration has no status socket; set `status` in [listen]";
         beside.listen.status.ok_or_else(|| missing.to_owned())
     }

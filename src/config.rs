@@ -75,7 +75,10 @@ pub struct CacheConfig {
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        Self { max_entries: 10_000, revocation_grace: Duration::from_secs(300) }
+        Self {
+            max_entries: 10_000,
+            revocation_grace: Duration::from_secs(300),
+        }
     }
 }
 
@@ -102,7 +105,11 @@ pub enum Exposure {
 impl Exposure {
     /// For root the verdict of `serve`. Another user may check a file before it is installed.
     pub fn of_command() -> Self {
-        if nix::unistd::geteuid().is_root() { Self::Refused } else { Self::Warned }
+        if nix::unistd::geteuid().is_root() {
+            Self::Refused
+        } else {
+            Self::Warned
+        }
     }
 }
 
@@ -110,8 +117,15 @@ impl Config {
     /// Reads the file; `env` gives environment variables. Users and groups are not looked up.
     ///
     /// A syntax error is reported alone. Everything else is reported together.
-    pub fn load(path: &Path, exposure: Exposure, env: impl Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
-        let failed = |problems| ConfigErrors { path: path.to_owned(), problems };
+    pub fn load(
+        path: &Path,
+        exposure: Exposure,
+        env: impl Fn(&str) -> Option<String>,
+    ) -> Result<Loaded, ConfigErrors> {
+        let failed = |problems| ConfigErrors {
+            path: path.to_owned(),
+            problems,
+        };
         let (bytes, file) = read_file(path).map_err(|problem| failed(vec![problem]))?;
         let exposed = match exposure {
             Exposure::Ignored => Vec::new(),
@@ -133,7 +147,10 @@ impl Config {
     }
 
     /// Reads a configuration from the content of a file, as [`Config::parse`] does from its text.
-    pub fn parse_bytes(bytes: Vec<u8>, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
+    pub fn parse_bytes(
+        bytes: Vec<u8>,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Loaded, Vec<Problem>> {
         Self::parse(&utf8(bytes).map_err(|problem| vec![problem])?, env)
     }
 
@@ -156,7 +173,11 @@ impl Config {
     /// The users and groups that rules name, each with its lines.
     pub fn accounts(&self) -> BTreeMap<AccountName, Vec<usize>> {
         let mut lines: BTreeMap<AccountName, Vec<usize>> = BTreeMap::new();
-        for (name, (_, line)) in self.workloads.iter().flat_map(|workload| &workload.accounts) {
+        for (name, (_, line)) in self
+            .workloads
+            .iter()
+            .flat_map(|workload| &workload.accounts)
+        {
             lines.entry(name.clone()).or_default().extend(*line);
         }
         lines
@@ -166,10 +187,15 @@ impl Config {
     /// operator, may know fewer users than the daemon and can't mend the rest; but of `[listen]` each error counts, since a
     /// default in place of what was meant would be another daemon's address.
     pub fn load_for_callers(path: &Path) -> Result<(Listen, Option<String>), ConfigErrors> {
-        let failed = |problems| ConfigErrors { path: path.to_owned(), problems };
+        let failed = |problems| ConfigErrors {
+            path: path.to_owned(),
+            problems,
+        };
         let (bytes, _) = read_file(path).map_err(|problem| failed(vec![problem]))?;
         let text = utf8(bytes).map_err(|problem| failed(vec![problem]))?;
-        let entries = DeTable::parse(&text).map_err(|error| failed(vec![syntax_error(&text, &error)]))?.into_inner();
+        let entries = DeTable::parse(&text)
+            .map_err(|error| failed(vec![syntax_error(&text, &error)]))?
+            .into_inner();
         let rest = Diagnostics::new(&text);
         let region = sts::read(&rest.root(&entries).table("sts")).region;
         let report = Diagnostics::new(&text);
@@ -185,7 +211,10 @@ impl Config {
     }
 
     /// Reads `awsvid dev`'s own configuration.
-    pub fn parse_for_dev(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
+    pub fn parse_for_dev(
+        text: &str,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Loaded, Vec<Problem>> {
         parse(text, env, NamePolicy::OfDev)
     }
 }
@@ -197,8 +226,14 @@ enum NamePolicy {
     OfDev,
 }
 
-fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Result<Loaded, Vec<Problem>> {
-    let entries = DeTable::parse(text).map_err(|error| vec![syntax_error(text, &error)])?.into_inner();
+fn parse(
+    text: &str,
+    env: &dyn Fn(&str) -> Option<String>,
+    names: NamePolicy,
+) -> Result<Loaded, Vec<Problem>> {
+    let entries = DeTable::parse(text)
+        .map_err(|error| vec![syntax_error(text, &error)])?
+        .into_inner();
     let report = Diagnostics::new(text);
     let config = read(&report.root(&entries), env, names);
     let warnings = report.finish(&entries)?;
@@ -207,15 +242,25 @@ fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) ->
 
 /// Reads all tables. What has an error is replaced by its default or left out, so that the rest can be checked.
 fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Config {
-    let [listen_table, identity_table, sts_table, cache_table, audit_table, log_table] =
-        ["listen", "identity", "sts", "cache", "audit", "log"].map(|name| root.table(name));
+    let [
+        listen_table,
+        identity_table,
+        sts_table,
+        cache_table,
+        audit_table,
+        log_table,
+    ] = ["listen", "identity", "sts", "cache", "audit", "log"].map(|name| root.table(name));
     let listen = listen::read(&listen_table);
     let (identity, by_rules) = identity::read(&identity_table, env);
     let sts = sts::read(&sts_table);
     let audit = output::read_audit(&audit_table);
 
-    let defaults =
-        role::Defaults { identity: &identity, identity_table: &identity_table, sts: &sts, sts_table: &sts_table };
+    let defaults = role::Defaults {
+        identity: &identity,
+        identity_table: &identity_table,
+        sts: &sts,
+        sts_table: &sts_table,
+    };
     let workloads = workload::read(root);
     let requested = role::read_requested(root, &defaults);
     let roles = role::read(root, &defaults);
@@ -246,14 +291,27 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         (&audit_table, "file", audit_path),
     ];
     if by_rules == Some(true) && root.missing("workload") {
-        root.error("workload", "nobody has an identity, so every request would be refused", "add a [[workload]]");
+        root.error(
+            "workload",
+            "nobody has an identity, so every request would be refused",
+            "add a [[workload]]",
+        );
     }
     if let (Some(false), Some(first)) = (by_rules, workloads.first()) {
-        let what = "the agent says itself which workload has which identity, so rules are never looked at";
-        root.report.error(&first.at(), what, "remove every [[workload]], or set source = \"workload-api\"");
+        let what =
+            "the agent says itself which workload has which identity, so rules are never looked at";
+        root.report.error(
+            &first.at(),
+            what,
+            "remove every [[workload]], or set source = \"workload-api\"",
+        );
     }
     if root.missing("role") && root.missing("allow_requested_roles") {
-        root.error("role", "nobody has a role, so every request would be refused", "add a [[role]]");
+        root.error(
+            "role",
+            "nobody has a role, so every request would be refused",
+            "add a [[role]]",
+        );
     }
     if names == NamePolicy::OfServe {
         checks::names_of_dev(root.report, &workloads, &roles);
@@ -261,7 +319,11 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     checks::paths(root.report, &named);
     checks::rules(root.report, &workloads);
     checks::roles(root.report, &roles, requested.as_ref());
-    if sts.ca_file.is_some() && roles.iter().all(|defined| aws::is_aws(defined.role.sts.endpoint.as_deref())) {
+    if sts.ca_file.is_some()
+        && roles
+            .iter()
+            .all(|defined| aws::is_aws(defined.role.sts.endpoint.as_deref()))
+    {
         let what = "no role uses an STS endpoint of its own, and AWS's are trusted by the system's certificates alone";
         sts_table.error("ca_file", what, "remove it, or set `endpoint`");
     }
@@ -273,7 +335,10 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         cache: read_cache(&cache_table),
         log: output::read_log(&log_table, env),
         workloads,
-        roles: Roles { defined: roles.into_iter().map(|defined| defined.role).collect(), requested },
+        roles: Roles {
+            defined: roles.into_iter().map(|defined| defined.role).collect(),
+            requested,
+        },
         listen,
         identity,
         sts,
@@ -285,8 +350,12 @@ fn read_cache(table: &Table<'_>) -> CacheConfig {
     let default = CacheConfig::default();
     let grace = Duration::ZERO..=Duration::from_secs(12 * 3600);
     CacheConfig {
-        max_entries: table.number("max_entries", 1..=1_000_000).unwrap_or(default.max_entries),
-        revocation_grace: table.duration("revocation_grace", grace).unwrap_or(default.revocation_grace),
+        max_entries: table
+            .number("max_entries", 1..=1_000_000)
+            .unwrap_or(default.max_entries),
+        revocation_grace: table
+            .duration("revocation_grace", grace)
+            .unwrap_or(default.revocation_grace),
     }
 }
 
@@ -294,12 +363,19 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
     let span = error.span().unwrap_or(text.len()..text.len());
     let before = text.get(..span.start).unwrap_or(text);
     let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
-    let found = text.get(span.clone()).filter(|found| (1..=40).contains(&found.len()) && !found.contains('\n'));
-    let found = found.map(|found| format!(" at `{found}`")).unwrap_or_default();
+    let found = text
+        .get(span.clone())
+        .filter(|found| (1..=40).contains(&found.len()) && !found.contains('\n'));
+    let found = found
+        .map(|found| format!(" at `{found}`"))
+        .unwrap_or_default();
     Problem {
         line: Some(reader::line_at(text, span.start)),
         key: String::new(),
-        what: format!("this is not TOML: {}{found} (column {column})", error.message()),
+        what: format!(
+            "this is not TOML: {}{found} (column {column})",
+            error.message()
+        ),
         fix: "correct it; the rest of the file is checked after that".to_owned(),
     }
 }

@@ -26,7 +26,10 @@ impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credentials")
             .field("access_key_id", &self.access_key_id)
-            .field("expiration", &humantime::format_rfc3339_seconds(self.expiration).to_string())
+            .field(
+                "expiration",
+                &humantime::format_rfc3339_seconds(self.expiration).to_string(),
+            )
             .finish_non_exhaustive()
     }
 }
@@ -110,17 +113,28 @@ mod tests {
 
     #[test]
     fn body_has_no_account_id_for_a_role_that_is_not_at_aws() {
-        for name in ["arn:minio:iam:::role/abcdef", "urn:ecs:iam::ns1:role/x", "arn:aws:iam::tenant:role/x", "x"] {
+        for name in [
+            "arn:minio:iam:::role/abcdef",
+            "urn:ecs:iam::ns1:role/x",
+            "arn:aws:iam::tenant:role/x",
+            "x",
+        ] {
             let role = RoleArn::opaque(name).unwrap();
             let body: serde_json::Value = serde_json::from_slice(&example().body(&role)).unwrap();
-            assert!(body.get("AccountId").is_none() && body["RoleArn"] == name, "{body}");
+            assert!(
+                body.get("AccountId").is_none() && body["RoleArn"] == name,
+                "{body}"
+            );
         }
     }
 
     #[test]
     fn the_body_was_never_moved_to_a_larger_place() {
         let role = RoleArn::parse("arn:aws:iam::123456789012:role/billing").unwrap();
-        let long = Credentials { session_token: Zeroizing::new("t".repeat(1024)), ..example() };
+        let long = Credentials {
+            session_token: Zeroizing::new("t".repeat(1024)),
+            ..example()
+        };
         let body = long.body(&role);
         assert_eq!(body.capacity(), body.len());
         assert!(body.ends_with(b"}"));
@@ -130,6 +144,9 @@ mod tests {
     fn debug_shows_no_secret() {
         let text = format!("{:?}", example());
         assert!(text.contains("ASIAEXAMPLE"));
-        assert!(!text.contains("s3cret") && !text.contains("t0ken"), "{text}");
+        assert!(
+            !text.contains("s3cret") && !text.contains("t0ken"),
+            "{text}"
+        );
     }
 }

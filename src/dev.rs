@@ -55,8 +55,13 @@ pub struct DevStartError {
 }
 
 impl DevStartError {
-    fn of<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str) -> impl FnOnce(E) -> Self {
-        move |error| Self { what, source: io::Error::other(error) }
+    fn of<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+        what: &'static str,
+    ) -> impl FnOnce(E) -> Self {
+        move |error| Self {
+            what,
+            source: io::Error::other(error),
+        }
     }
 }
 
@@ -72,7 +77,10 @@ pub struct DevNames {
 impl Default for DevNames {
     /// Those of the command, which no production configuration may have.
     fn default() -> Self {
-        Self { trust_domain: DEV_TRUST_DOMAIN.to_owned(), account: DEV_ACCOUNT.to_owned() }
+        Self {
+            trust_domain: DEV_TRUST_DOMAIN.to_owned(),
+            account: DEV_ACCOUNT.to_owned(),
+        }
     }
 }
 
@@ -109,10 +117,15 @@ impl Dev {
     /// The same for these users, at least one, under these names.
     pub async fn start_for(users: Vec<User>, names: DevNames) -> Result<Self, DevStartError> {
         let directory = directory().map_err(DevStartError::of("a directory for the sockets"))?;
-        let key = Arc::new(SigningKey::generate().map_err(DevStartError::of("a key to sign with"))?);
-        let issuer = DevOidcIssuer::start(key.jwks()).await.map_err(DevStartError::of("the OpenID Connect issuer"))?;
+        let key =
+            Arc::new(SigningKey::generate().map_err(DevStartError::of("a key to sign with"))?);
+        let issuer = DevOidcIssuer::start(key.jwks())
+            .await
+            .map_err(DevStartError::of("the OpenID Connect issuer"))?;
         let account = account(issuer.url(), &names).map_err(DevStartError::of("the role"))?;
-        let sts = DevSts::start(account, Clock::system()).await.map_err(DevStartError::of("the STS"))?;
+        let sts = DevSts::start(account, Clock::system())
+            .await
+            .map_err(DevStartError::of("the STS"))?;
         let registrations = Registrations {
             trust_domain: names.trust_domain.clone(),
             spiffe_ids: users.iter().map(|user| user.spiffe_id.clone()).collect(),
@@ -120,9 +133,17 @@ impl Dev {
             key,
             clock: Clock::system(),
         };
-        let workload_api = DevWorkloadApi::start(&directory.path().join("workload-api"), registrations)
-            .map_err(DevStartError::of("the Workload API"))?;
-        Ok(Self { names, workload_api, _issuer: issuer, sts, users, directory })
+        let workload_api =
+            DevWorkloadApi::start(&directory.path().join("workload-api"), registrations)
+                .map_err(DevStartError::of("the Workload API"))?;
+        Ok(Self {
+            names,
+            workload_api,
+            _issuer: issuer,
+            sts,
+            users,
+            directory,
+        })
     }
 
     /// Whom it serves; the user who runs it comes first.
@@ -144,11 +165,20 @@ impl Dev {
     /// With `quiet`, standard output and standard error are left to somebody else: audit records go to a file that ends
     /// with this value, and the log has errors only.
     pub fn configuration(&self, port: u16, quiet: bool) -> String {
-        let (audit, level) = if quiet { (self.path("audit.log"), "error") } else { (PathBuf::from("-"), "info") };
+        let (audit, level) = if quiet {
+            (self.path("audit.log"), "error")
+        } else {
+            (PathBuf::from("-"), "info")
+        };
         let rules: String = self
             .users
             .iter()
-            .map(|user| format!("\n[[workload]]\nspiffe_id = \"{}\"\nuid = {}\n", user.spiffe_id, user.uid))
+            .map(|user| {
+                format!(
+                    "\n[[workload]]\nspiffe_id = \"{}\"\nuid = {}\n",
+                    user.spiffe_id, user.uid
+                )
+            })
             .collect();
         format!(
             "[listen]\nunix = {unix}\ntcp = [\"127.0.0.1:{port}\"]\nadmin = \"127.0.0.1:0\"\nstatus = {status}\n\
@@ -178,7 +208,15 @@ impl Dev {
         inherited: impl Fn(&str) -> Option<String>,
     ) -> io::Result<Environment> {
         let token_file = &self.path("token");
-        environment::environment(&Endpoints { credentials, token_file, sts: self.sts.url(), region: REGION }, inherited)
+        environment::environment(
+            &Endpoints {
+                credentials,
+                token_file,
+                sts: self.sts.url(),
+                region: REGION,
+            },
+            inherited,
+        )
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -194,10 +232,14 @@ fn directory() -> io::Result<TempDir> {
         true => (std::env::temp_dir(), 0o755),
         false => (std::env::temp_dir(), 0o700),
     };
-    let directory = tempfile::Builder::new().prefix("awsvid-dev.").tempdir_in(base)?;
+    let directory = tempfile::Builder::new()
+        .prefix("awsvid-dev.")
+        .tempdir_in(base)?;
     std::fs::set_permissions(directory.path(), Permissions::from_mode(mode))?;
     if directory.path().to_str().is_none() {
-        return Err(io::Error::other("its path is not UTF-8; set TMPDIR to another one"));
+        return Err(io::Error::other(
+            "its path is not UTF-8; set TMPDIR to another one",
+        ));
     }
     Ok(directory)
 }
@@ -206,14 +248,24 @@ fn accounts() -> Vec<users::LocalAccount> {
     let own = geteuid();
     let account = |uid: Uid| {
         // Without an entry in the user database the number has to do.
-        let name = SystemUser::from_uid(uid).ok().flatten().map(|user| user.name);
-        users::LocalAccount { uid: uid.as_raw(), name }
+        let name = SystemUser::from_uid(uid)
+            .ok()
+            .flatten()
+            .map(|user| user.name);
+        users::LocalAccount {
+            uid: uid.as_raw(),
+            name,
+        }
     };
     let mut accounts = vec![account(own)];
     if own.is_root() {
-        let sudo = std::env::var("SUDO_UID").ok().and_then(|uid| uid.parse().ok());
+        let sudo = std::env::var("SUDO_UID")
+            .ok()
+            .and_then(|uid| uid.parse().ok());
         accounts.extend(sudo.map(|uid| account(Uid::from_raw(uid))));
-        accounts.extend(users::people(&std::fs::read_to_string("/etc/passwd").unwrap_or_default()));
+        accounts.extend(users::people(
+            &std::fs::read_to_string("/etc/passwd").unwrap_or_default(),
+        ));
     }
     accounts
 }
@@ -222,7 +274,10 @@ fn accounts() -> Vec<users::LocalAccount> {
 fn account(issuer: &str, names: &DevNames) -> Result<DevAccount, crate::identity::InvalidName> {
     Ok(DevAccount {
         region: REGION.to_owned(),
-        providers: vec![DevProvider { issuer: issuer.to_owned(), client_ids: vec![AUDIENCE.to_owned()] }],
+        providers: vec![DevProvider {
+            issuer: issuer.to_owned(),
+            client_ids: vec![AUDIENCE.to_owned()],
+        }],
         roles: vec![TrustedRole {
             arn: RoleArn::parse(&names.role_arn())?,
             issuer: issuer.to_owned(),

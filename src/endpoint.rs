@@ -31,8 +31,14 @@ impl Endpoint {
         if let Some(rest) = text.strip_prefix("tcp://") {
             return parse_tcp(rest);
         }
-        let hint = if text.starts_with('/') { format!(": write unix://{text}") } else { String::new() };
-        Err(InvalidName(format!("an endpoint begins with unix:// or tcp://{hint}")))
+        let hint = if text.starts_with('/') {
+            format!(": write unix://{text}")
+        } else {
+            String::new()
+        };
+        Err(InvalidName(format!(
+            "an endpoint begins with unix:// or tcp://{hint}"
+        )))
     }
 }
 
@@ -40,11 +46,17 @@ fn parse_unix(rest: &str) -> Result<Endpoint, InvalidName> {
     let invalid = |text: &str| Err(InvalidName(text.to_owned()));
     let path = match rest.strip_prefix("//") {
         Some(path) if path.starts_with('/') => path,
-        Some(_) => return invalid("a unix endpoint has no host: three slashes, as in unix:///run/spire/agent.sock"),
+        Some(_) => {
+            return invalid(
+                "a unix endpoint has no host: three slashes, as in unix:///run/spire/agent.sock",
+            );
+        }
         None => rest,
     };
     if !path.starts_with('/') {
-        return invalid("the path of a unix endpoint is absolute, as in unix:///run/spire/agent.sock");
+        return invalid(
+            "the path of a unix endpoint is absolute, as in unix:///run/spire/agent.sock",
+        );
     }
     if path.ends_with('/') {
         return invalid("a unix endpoint names a socket, not a directory");
@@ -62,7 +74,9 @@ fn parse_unix(rest: &str) -> Result<Endpoint, InvalidName> {
 fn parse_tcp(rest: &str) -> Result<Endpoint, InvalidName> {
     let invalid = |text: &str| Err(InvalidName(text.to_owned()));
     if rest.contains(['/', '?', '#', '@']) {
-        return invalid("a tcp endpoint is an address and a port, nothing else, as in tcp://127.0.0.1:8081");
+        return invalid(
+            "a tcp endpoint is an address and a port, nothing else, as in tcp://127.0.0.1:8081",
+        );
     }
     match rest.parse::<SocketAddr>() {
         Ok(address) if address.port() == 0 => invalid("port 0 is no port that anybody listens on"),
@@ -92,8 +106,14 @@ mod tests {
         let tcp = |address: &str| Endpoint::Tcp(address.parse().unwrap());
         let longest = format!("/{}", "s".repeat(106));
         let table = [
-            ("unix:///run/spire/agent.sock".to_owned(), unix("/run/spire/agent.sock")),
-            ("unix:/run/spire/agent.sock".to_owned(), unix("/run/spire/agent.sock")),
+            (
+                "unix:///run/spire/agent.sock".to_owned(),
+                unix("/run/spire/agent.sock"),
+            ),
+            (
+                "unix:/run/spire/agent.sock".to_owned(),
+                unix("/run/spire/agent.sock"),
+            ),
             ("unix:///a b.sock".to_owned(), unix("/a b.sock")),
             (format!("unix://{longest}"), unix(&longest)),
             ("tcp://127.0.0.1:8000".to_owned(), tcp("127.0.0.1:8000")),
@@ -101,7 +121,11 @@ mod tests {
         ];
         for (text, endpoint) in table {
             assert_eq!(Endpoint::parse(&text), Ok(endpoint.clone()), "{text}");
-            assert_eq!(Endpoint::parse(&endpoint.to_string()), Ok(endpoint), "{text}: as it is printed");
+            assert_eq!(
+                Endpoint::parse(&endpoint.to_string()),
+                Ok(endpoint),
+                "{text}: as it is printed"
+            );
         }
     }
 
@@ -110,7 +134,10 @@ mod tests {
         let too_long = format!("unix:///{}", "s".repeat(107));
         let table = [
             ("", "begins with unix:// or tcp://"),
-            ("/run/spire/agent.sock", "write unix:///run/spire/agent.sock"),
+            (
+                "/run/spire/agent.sock",
+                "write unix:///run/spire/agent.sock",
+            ),
             ("http://127.0.0.1:8000", "begins with"),
             ("UNIX:///run/a.sock", "begins with"),
             (" unix:///run/a.sock", "begins with"),

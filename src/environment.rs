@@ -19,7 +19,8 @@ pub enum HigherPrecedence {
     IsSent,
 }
 
-const KEYS: &str = "every SDK takes keys from the environment first, and some fail with one half of a pair";
+const KEYS: &str =
+    "every SDK takes keys from the environment first, and some fail with one half of a pair";
 const LEGACY_VAR: &str = "older SDKs for Java, Go and Ruby take keys under this name";
 
 /// What comes before the container endpoint in the default chain of at least one SDK, or is sent to it instead of what
@@ -27,8 +28,14 @@ const LEGACY_VAR: &str = "older SDKs for Java, Go and Ruby take keys under this 
 pub const HIGHER_PRECEDENCE_VARS: [(&str, HigherPrecedence); 21] = [
     ("AWS_ACCESS_KEY_ID", Alone(KEYS)),
     ("AWS_SECRET_ACCESS_KEY", Alone(KEYS)),
-    ("AWS_SESSION_TOKEN", Alone("some SDKs add it to whatever keys they find")),
-    ("AWS_SECURITY_TOKEN", Alone("older SDKs add it to whatever keys they find")),
+    (
+        "AWS_SESSION_TOKEN",
+        Alone("some SDKs add it to whatever keys they find"),
+    ),
+    (
+        "AWS_SECURITY_TOKEN",
+        Alone("older SDKs add it to whatever keys they find"),
+    ),
     ("AWS_CREDENTIAL_EXPIRATION", WithOthers),
     ("AWS_ACCOUNT_ID", WithOthers),
     ("AWS_ACCESS_KEY", Alone(LEGACY_VAR)),
@@ -36,11 +43,26 @@ pub const HIGHER_PRECEDENCE_VARS: [(&str, HigherPrecedence); 21] = [
     ("AMAZON_ACCESS_KEY_ID", Alone(LEGACY_VAR)),
     ("AMAZON_SECRET_ACCESS_KEY", Alone(LEGACY_VAR)),
     ("AMAZON_SESSION_TOKEN", Alone(LEGACY_VAR)),
-    ("AWS_CREDENTIAL_FILE", Alone("Python takes keys from that file before it looks here")),
-    ("BOTO_CONFIG", Alone("Python takes keys from that file before it looks here")),
-    ("AWS_PROFILE", Alone("every SDK takes that profile first, and fails if there is none of the name")),
-    ("AWS_DEFAULT_PROFILE", Alone("the AWS CLI and Python take that profile first")),
-    ("AWS_WEB_IDENTITY_TOKEN_FILE", Alone("every SDK exchanges that file's token itself, before it looks here")),
+    (
+        "AWS_CREDENTIAL_FILE",
+        Alone("Python takes keys from that file before it looks here"),
+    ),
+    (
+        "BOTO_CONFIG",
+        Alone("Python takes keys from that file before it looks here"),
+    ),
+    (
+        "AWS_PROFILE",
+        Alone("every SDK takes that profile first, and fails if there is none of the name"),
+    ),
+    (
+        "AWS_DEFAULT_PROFILE",
+        Alone("the AWS CLI and Python take that profile first"),
+    ),
+    (
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        Alone("every SDK exchanges that file's token itself, before it looks here"),
+    ),
     ("AWS_ROLE_ARN", WithOthers),
     ("AWS_ROLE_SESSION_NAME", WithOthers),
     (
@@ -51,7 +73,14 @@ pub const HIGHER_PRECEDENCE_VARS: [(&str, HigherPrecedence); 21] = [
     ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", IsSent),
 ];
 /// Where a proxy is set, the endpoint has to be named as an exception: a proxy's loopback is not this machine's.
-const PROXIES: [&str; 6] = ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"];
+const PROXIES: [&str; 6] = [
+    "http_proxy",
+    "HTTP_PROXY",
+    "https_proxy",
+    "HTTPS_PROXY",
+    "all_proxy",
+    "ALL_PROXY",
+];
 
 /// The shell's exit statuses for a command that can't be run.
 const NOT_FOUND: u8 = 127;
@@ -73,11 +102,16 @@ impl Environment {
             ("AWS_EC2_METADATA_DISABLED", "true".to_owned()),
         ];
         if PROXIES.iter().any(|name| inherited(name).is_some()) {
-            let exceptions = inherited("no_proxy").or_else(|| inherited("NO_PROXY")).filter(|list| !list.is_empty());
+            let exceptions = inherited("no_proxy")
+                .or_else(|| inherited("NO_PROXY"))
+                .filter(|list| !list.is_empty());
             let exceptions = exceptions.map_or(host.to_owned(), |list| format!("{list},{host}"));
             set.extend([("NO_PROXY", exceptions.clone()), ("no_proxy", exceptions)]);
         }
-        Self { set, removed: HIGHER_PRECEDENCE_VARS.map(|(name, _)| name).to_vec() }
+        Self {
+            set,
+            removed: HIGHER_PRECEDENCE_VARS.map(|(name, _)| name).to_vec(),
+        }
     }
 
     /// Also sets this variable.
@@ -119,7 +153,9 @@ impl Environment {
 impl fmt::Display for Environment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "unset {}", self.removed.join(" "))?;
-        self.set.iter().try_for_each(|(name, value)| writeln!(f, "export {name}={}", quoted(value)))
+        self.set
+            .iter()
+            .try_for_each(|(name, value)| writeln!(f, "export {name}={}", quoted(value)))
     }
 }
 
@@ -148,13 +184,21 @@ mod tests {
     fn environment(inherited: &[(&str, &str)]) -> Environment {
         let inherited: BTreeMap<&str, &str> = inherited.iter().copied().collect();
         let inherited = |name: &str| inherited.get(name).map(|&value| value.to_owned());
-        Environment::new("http://127.0.0.1:974/v1/credentials".to_owned(), "127.0.0.1", inherited)
+        Environment::new(
+            "http://127.0.0.1:974/v1/credentials".to_owned(),
+            "127.0.0.1",
+            inherited,
+        )
     }
 
     /// What a shell has in its environment after it has run the lines.
     fn in_a_shell(lines: &str, before: &[(&str, &str)]) -> BTreeMap<String, String> {
         let mut shell = Command::new("sh");
-        shell.arg("-uec").arg(format!("{lines}\nenv -0")).env_clear().env("PATH", std::env::var_os("PATH").unwrap());
+        shell
+            .arg("-uec")
+            .arg(format!("{lines}\nenv -0"))
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap());
         shell.envs(before.iter().copied());
         variables(shell)
     }
@@ -163,14 +207,21 @@ mod tests {
         let output = command.output().unwrap();
         assert!(output.status.success(), "{output:?}");
         let text = String::from_utf8(output.stdout).unwrap();
-        let pairs = text.split('\0').filter_map(|variable| variable.split_once('='));
-        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+        let pairs = text
+            .split('\0')
+            .filter_map(|variable| variable.split_once('='));
+        pairs
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect()
     }
 
     #[test]
     fn a_shell_and_a_command_get_the_same_and_lose_the_same() {
-        let before: Vec<(&str, &str)> =
-            HIGHER_PRECEDENCE_VARS.iter().map(|(name, _)| (*name, "x")).chain([("HOME", "/h")]).collect();
+        let before: Vec<(&str, &str)> = HIGHER_PRECEDENCE_VARS
+            .iter()
+            .map(|(name, _)| (*name, "x"))
+            .chain([("HOME", "/h")])
+            .collect();
         let mut environment = environment(&before);
         environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "/a/it's a token");
 
@@ -183,14 +234,29 @@ mod tests {
         command.extend(
             ["PATH", "PWD", "SHLVL", "_", "OLDPWD"]
                 .iter()
-                .filter_map(|name| shell.get(*name).map(|value| ((*name).to_owned(), value.clone()))),
+                .filter_map(|name| {
+                    shell
+                        .get(*name)
+                        .map(|value| ((*name).to_owned(), value.clone()))
+                }),
         );
         assert_eq!(shell, command);
 
         let set = |name: &str| environment.variables().iter().any(|(set, _)| *set == name);
-        assert!(HIGHER_PRECEDENCE_VARS.iter().all(|(name, _)| set(name) == shell.contains_key(*name)), "{shell:?}");
-        assert_eq!(shell["AWS_CONTAINER_CREDENTIALS_FULL_URI"], "http://127.0.0.1:974/v1/credentials");
-        assert_eq!(shell["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"], "/a/it's a token");
+        assert!(
+            HIGHER_PRECEDENCE_VARS
+                .iter()
+                .all(|(name, _)| set(name) == shell.contains_key(*name)),
+            "{shell:?}"
+        );
+        assert_eq!(
+            shell["AWS_CONTAINER_CREDENTIALS_FULL_URI"],
+            "http://127.0.0.1:974/v1/credentials"
+        );
+        assert_eq!(
+            shell["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"],
+            "/a/it's a token"
+        );
         assert_eq!(shell["HOME"], "/h");
         assert!(!shell.contains_key("NO_PROXY"));
     }
@@ -199,12 +265,25 @@ mod tests {
     fn behind_a_proxy_the_endpoint_becomes_an_exception() {
         let table = [
             (vec![("HTTPS_PROXY", "http://proxy:3128")], "127.0.0.1"),
-            (vec![("http_proxy", "http://proxy:3128"), ("NO_PROXY", "a,b")], "a,b,127.0.0.1"),
-            (vec![("ALL_PROXY", "http://proxy:3128"), ("NO_PROXY", "a"), ("no_proxy", "b")], "b,127.0.0.1"),
+            (
+                vec![("http_proxy", "http://proxy:3128"), ("NO_PROXY", "a,b")],
+                "a,b,127.0.0.1",
+            ),
+            (
+                vec![
+                    ("ALL_PROXY", "http://proxy:3128"),
+                    ("NO_PROXY", "a"),
+                    ("no_proxy", "b"),
+                ],
+                "b,127.0.0.1",
+            ),
         ];
         for (inherited, expected) in table {
             let set: BTreeMap<_, _> = environment(&inherited).set.into_iter().collect();
-            assert_eq!((set["NO_PROXY"].as_str(), set["no_proxy"].as_str()), (expected, expected));
+            assert_eq!(
+                (set["NO_PROXY"].as_str(), set["no_proxy"].as_str()),
+                (expected, expected)
+            );
         }
     }
 

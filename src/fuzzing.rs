@@ -16,7 +16,9 @@ use crate::{attest, http};
 
 /// Takes the first byte for the choice of a reader, and gives it the rest. Whether that takes it.
 pub fn any(bytes: &[u8]) -> bool {
-    let Some((choice, rest)) = bytes.split_first() else { return false };
+    let Some((choice, rest)) = bytes.split_first() else {
+        return false;
+    };
     let text = String::from_utf8_lossy(rest);
     match choice {
         b'd' => attest::fuzzing::sock_diag(rest),
@@ -40,29 +42,47 @@ fn now() -> SystemTime {
 
 /// Header, claims and signature of a JWT-SVID, one a line, or (with one line) the token itself.
 fn token(bytes: &[u8]) -> bool {
-    let Ok(id) = SpiffeId::parse("spiffe://example.org/billing") else { return false };
+    let Ok(id) = SpiffeId::parse("spiffe://example.org/billing") else {
+        return false;
+    };
     let parts: Vec<&[u8]> = bytes.splitn(3, |byte| *byte == b'\n').collect();
     let token = match parts[..] {
         [one] => String::from_utf8_lossy(one).into_owned(),
-        _ => parts.iter().map(|part| URL_SAFE_NO_PAD.encode(part)).collect::<Vec<_>>().join("."),
+        _ => parts
+            .iter()
+            .map(|part| URL_SAFE_NO_PAD.encode(part))
+            .collect::<Vec<_>>()
+            .join("."),
     };
     match JwtSvid::check(token.clone(), &id, "sts.amazonaws.com", now()) {
         Ok(svid) => {
-            assert_eq!((svid.spiffe_id(), svid.audience()), (&id, "sts.amazonaws.com"));
+            assert_eq!(
+                (svid.spiffe_id(), svid.audience()),
+                (&id, "sts.amazonaws.com")
+            );
             assert!(svid.expires() >= now() + Duration::from_secs(30));
             assert!(!format!("{svid:?}").contains(&token));
             // As another reader sees it.
-            let claims = token.split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part).ok()).unwrap_or_default();
+            let claims = token
+                .split('.')
+                .nth(1)
+                .and_then(|part| URL_SAFE_NO_PAD.decode(part).ok())
+                .unwrap_or_default();
             let claims: serde_json::Value = serde_json::from_slice(&claims).unwrap_or_default();
             assert_eq!(claims["sub"], id.as_str());
-            assert!(claims["aud"] == "sts.amazonaws.com" || claims["aud"] == serde_json::json!(["sts.amazonaws.com"]));
+            assert!(
+                claims["aud"] == "sts.amazonaws.com"
+                    || claims["aud"] == serde_json::json!(["sts.amazonaws.com"])
+            );
             assert!(claims["exp"].is_u64(), "{}", claims["exp"]);
             true
         }
         Err(error) => {
             // The texts are the daemon's own, with the names that it asked for: nothing of the token is in them.
             let error = error.to_string();
-            let secret = token.split('.').find(|part| part.len() > 40 && error.contains(part));
+            let secret = token
+                .split('.')
+                .find(|part| part.len() > 40 && error.contains(part));
             assert_eq!(secret, None, "{error}");
             false
         }
@@ -74,7 +94,10 @@ fn configuration(text: &str) -> bool {
         Ok(loaded) => {
             let listen = &loaded.config.listen;
             assert!(listen.tcp.iter().all(|address| address.ip().is_loopback()));
-            assert!(listen.max_connections_per_workload < listen.max_connections, "one could keep all others out");
+            assert!(
+                listen.max_connections_per_workload < listen.max_connections,
+                "one could keep all others out"
+            );
             assert!(!loaded.config.workloads.is_empty());
             (loaded.warnings, true)
         }
@@ -84,7 +107,11 @@ fn configuration(text: &str) -> bool {
         }
     };
     let lines = text.matches('\n').count() + 1;
-    assert!(problems.iter().all(|problem| problem.line.is_none_or(|line| (1..=lines).contains(&line))));
+    assert!(
+        problems
+            .iter()
+            .all(|problem| problem.line.is_none_or(|line| (1..=lines).contains(&line)))
+    );
     taken
 }
 
@@ -93,19 +120,36 @@ fn spiffe_id(text: &str) -> bool {
     let taken = id.is_ok() || pattern.is_ok();
     if let Ok(id) = id {
         assert_eq!(id.as_str(), text);
-        assert!(id.segments().all(|segment| !matches!(segment, "" | "." | "..")), "{text}");
-        assert!(text.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-:/".contains(&c)), "{text}");
-        let again = format!("spiffe://{}/{}", id.trust_domain(), id.segments().collect::<Vec<_>>().join("/"));
+        assert!(
+            id.segments()
+                .all(|segment| !matches!(segment, "" | "." | "..")),
+            "{text}"
+        );
+        assert!(
+            text.bytes()
+                .all(|c| c.is_ascii_alphanumeric() || b"._-:/".contains(&c)),
+            "{text}"
+        );
+        let again = format!(
+            "spiffe://{}/{}",
+            id.trust_domain(),
+            id.segments().collect::<Vec<_>>().join("/")
+        );
         assert_eq!(again, text);
         let name = SessionName::of(&id);
         assert_eq!(SessionName::parse(name.as_str()).as_ref(), Ok(&name));
-        assert!(SpiffeIdPattern::parse(text).is_ok_and(|pattern| pattern.matches(&id) && pattern.exact() == Some(id)));
+        assert!(
+            SpiffeIdPattern::parse(text)
+                .is_ok_and(|pattern| pattern.matches(&id) && pattern.exact() == Some(id))
+        );
     }
     if let Ok(pattern) = pattern {
         assert_eq!(pattern.as_str(), text);
         // What each wildcard stands for, put in its place.
         let filled = text.replace("**", "x/y").replace('*', "x");
-        let Ok(id) = SpiffeId::parse(&filled) else { return taken };
+        let Ok(id) = SpiffeId::parse(&filled) else {
+            return taken;
+        };
         assert!(pattern.matches(&id), "{text} and {filled}");
         assert!(pattern.least_segments() <= id.segments().count());
         let longer = format!("{filled}/z");
@@ -119,9 +163,10 @@ fn arn(text: &str) -> bool {
     let (arn, template) = (RoleArn::parse(text), ArnTemplate::parse(text));
     let (name, names) = (RoleArn::opaque(text), ArnTemplate::opaque(text));
     let taken = arn.is_ok() || template.is_ok() || names.is_ok();
-    let (Ok(id), Ok(deeper)) =
-        (SpiffeId::parse("spiffe://example.org/a/b"), SpiffeId::parse("spiffe://example.org/a/b.c/d_e"))
-    else {
+    let (Ok(id), Ok(deeper)) = (
+        SpiffeId::parse("spiffe://example.org/a/b"),
+        SpiffeId::parse("spiffe://example.org/a/b.c/d_e"),
+    ) else {
         return taken;
     };
     if let Ok(arn) = arn {
@@ -146,7 +191,9 @@ fn arn(text: &str) -> bool {
 }
 
 fn endpoint(text: &str) -> bool {
-    let Ok(endpoint) = Endpoint::parse(text) else { return false };
+    let Ok(endpoint) = Endpoint::parse(text) else {
+        return false;
+    };
     assert_eq!(Endpoint::parse(&endpoint.to_string()), Ok(endpoint));
     true
 }
@@ -162,8 +209,11 @@ mod tests {
     /// All seeds, in the order of their names.
     fn seeds() -> Vec<(String, Vec<u8>)> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/seeds");
-        let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-        let named = |path: std::path::PathBuf| (path.display().to_string(), std::fs::read(&path).unwrap());
+        let entries = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let named =
+            |path: std::path::PathBuf| (path.display().to_string(), std::fs::read(&path).unwrap());
         let mut seeds: Vec<_> = entries.map(named).collect();
         seeds.sort();
         seeds
@@ -185,23 +235,40 @@ mod tests {
                 let piece = other[from..].iter().take(random.usize(..32)).copied();
                 bytes.splice(at..end, piece);
             }
-            _ => drop(bytes.splice(at..at, *random.choice(&[*b"\0\0", *b"..", *b"//", *b"{}", *b"\xff:"]).unwrap())),
+            _ => drop(
+                bytes.splice(
+                    at..at,
+                    *random
+                        .choice(&[*b"\0\0", *b"..", *b"//", *b"{}", *b"\xff:"])
+                        .unwrap(),
+                ),
+            ),
         }
     }
 
     #[test]
     fn properties_hold_for_the_seeds_and_for_damage_to_them() {
-        let seed: u64 = std::env::var("AWSVID_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0x_a115_71d0);
+        let seed: u64 = std::env::var("AWSVID_SEED")
+            .ok()
+            .and_then(|seed| seed.parse().ok())
+            .unwrap_or(0x_a115_71d0);
         let mut random = fastrand::Rng::with_seed(seed);
         let seeds = seeds();
         for choice in b"dpmgrtcsae" {
             // Else a property could hold because nothing ever reaches it.
-            let taken = seeds.iter().filter(|(_, bytes)| bytes.first() == Some(choice) && any(bytes)).count();
+            let taken = seeds
+                .iter()
+                .filter(|(_, bytes)| bytes.first() == Some(choice) && any(bytes))
+                .count();
             assert!(taken > 0, "no seed that {} takes", char::from(*choice));
         }
         let check = |what: &str, bytes: &[u8]| {
             let fine = std::panic::catch_unwind(|| any(bytes)).is_ok();
-            assert!(fine, "AWSVID_SEED={seed}, {what}: {:?}", String::from_utf8_lossy(bytes));
+            assert!(
+                fine,
+                "AWSVID_SEED={seed}, {what}: {:?}",
+                String::from_utf8_lossy(bytes)
+            );
         };
         for (name, bytes) in &seeds {
             check(name, bytes);

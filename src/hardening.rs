@@ -11,8 +11,11 @@ use crate::config::{Config, Reference, Source};
 use crate::rule::NamedRule;
 
 /// Kept wherever they are granted: what listeners and rules need that a reload may bring.
-const KEPT: [Capability; 3] =
-    [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH, Capability::CAP_NET_BIND_SERVICE];
+const KEPT: [Capability; 3] = [
+    Capability::CAP_SYS_PTRACE,
+    Capability::CAP_DAC_READ_SEARCH,
+    Capability::CAP_NET_BIND_SERVICE,
+];
 
 /// What the daemon does that not every configuration asks for.
 #[derive(Debug, Clone, Copy)]
@@ -35,24 +38,43 @@ pub type Need = (Capability, &'static str);
 impl DaemonFeatures {
     /// What this configuration asks for.
     pub fn of(config: &Config) -> Self {
-        let Config { listen, identity, workloads, .. } = config;
+        let Config {
+            listen,
+            identity,
+            workloads,
+            ..
+        } = config;
         let listens_on_host = listen.unix.is_some() || !listen.tcp.is_empty();
         let names_processes = match identity.source {
             Source::WorkloadApi => false,
             // Callers in pods are named by their pod.
-            Source::SpiffeBroker { reference: Reference::Auto, .. } => listens_on_host,
-            Source::SpireDelegated { .. } | Source::SpiffeBroker { reference: Reference::Process, .. } => true,
+            Source::SpiffeBroker {
+                reference: Reference::Auto,
+                ..
+            } => listens_on_host,
+            Source::SpireDelegated { .. }
+            | Source::SpiffeBroker {
+                reference: Reference::Process,
+                ..
+            } => true,
         };
         // On the unix socket the kernel names the process, and tells its groups.
         let searches = listen.pods || !listen.tcp.is_empty();
-        let needs_process = |rule: &NamedRule| rule.rule.exe.is_some() || (searches && !rule.socket_decides());
-        let rules_look = workloads.iter().any(|workload| needs_process(&workload.rule));
+        let needs_process =
+            |rule: &NamedRule| rule.rule.exe.is_some() || (searches && !rule.socket_decides());
+        let rules_look = workloads
+            .iter()
+            .any(|workload| needs_process(&workload.rule));
         Self {
             looks_at_processes: names_processes || rules_look,
             listens_on_host,
             names_processes,
             enters_namespaces: listen.pods,
-            listens_low: listen.pods || listen.tcp.iter().any(|address| (1..1024).contains(&address.port())),
+            listens_low: listen.pods
+                || listen
+                    .tcp
+                    .iter()
+                    .any(|address| (1..1024).contains(&address.port())),
         }
     }
 
@@ -71,13 +93,21 @@ impl DaemonFeatures {
         let looks = "callers' processes cannot be looked for and looked at";
         [
             (self.looks_at_processes, Capability::CAP_SYS_PTRACE, looks),
-            (self.looks_at_processes, Capability::CAP_DAC_READ_SEARCH, looks),
+            (
+                self.looks_at_processes,
+                Capability::CAP_DAC_READ_SEARCH,
+                looks,
+            ),
             (
                 self.listens_low,
                 Capability::CAP_NET_BIND_SERVICE,
                 "ports below 1024 may be closed to it, as 974 in pods",
             ),
-            (self.enters_namespaces, Capability::CAP_SYS_ADMIN, "pods' network namespaces cannot be entered"),
+            (
+                self.enters_namespaces,
+                Capability::CAP_SYS_ADMIN,
+                "pods' network namespaces cannot be entered",
+            ),
         ]
         .into_iter()
         .filter_map(|(needed, capability, fails)| needed.then_some((capability, fails)))
@@ -87,7 +117,10 @@ impl DaemonFeatures {
 /// Says what is needed and is not there, once, and not only to the callers whom it concerns.
 pub fn warn_missing(does: DaemonFeatures) {
     let permitted = caps::read(None, CapSet::Permitted).unwrap_or_default();
-    for (capability, fails) in does.required_capabilities().filter(|(capability, _)| !permitted.contains(capability)) {
+    for (capability, fails) in does
+        .required_capabilities()
+        .filter(|(capability, _)| !permitted.contains(capability))
+    {
         let name = capability.to_string();
         let short = name.trim_start_matches("CAP_");
         tracing::warn!(
@@ -131,7 +164,14 @@ impl DaemonFeatures {
 /// Logs each capability that is held in vain: a seccomp filter forbids the system call that it is for.
 fn log_forbidden_calls(does: DaemonFeatures) {
     let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
-    for SyscallUse { capability, call, fails, unit, attempt } in does.uses() {
+    for SyscallUse {
+        capability,
+        call,
+        fails,
+        unit,
+        attempt,
+    } in does.uses()
+    {
         if effective.contains(&capability) && attempt() == Errno::EPERM {
             tracing::warn!(
                 "{capability} is held and {call} is forbidden all the same: {fails}; under systemd {unit}, in a container allow \
@@ -151,8 +191,14 @@ pub fn harden_before_threads(does: DaemonFeatures) {
         }
     };
     // No core dump, and no reading of its memory through /proc or ptrace by processes of the same user.
-    log("making the process non-dumpable", set_dumpable(false).is_err());
-    log("switching core dumps off", setrlimit(Resource::RLIMIT_CORE, 0, 0).is_err());
+    log(
+        "making the process non-dumpable",
+        set_dumpable(false).is_err(),
+    );
+    log(
+        "switching core dumps off",
+        setrlimit(Resource::RLIMIT_CORE, 0, 0).is_err(),
+    );
     log("giving up new privileges", set_no_new_privs().is_err());
     log("dropping capabilities", drop_capabilities(does).is_err());
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE);
@@ -166,7 +212,10 @@ fn drop_capabilities(does: DaemonFeatures) -> Result<(), caps::errors::CapsError
     let permitted = caps::read(None, CapSet::Permitted)?;
     let kept: CapsHashSet = KEPT
         .into_iter()
-        .chain(does.required_capabilities().map(|(capability, _)| capability))
+        .chain(
+            does.required_capabilities()
+                .map(|(capability, _)| capability),
+        )
         .filter(|one| permitted.contains(one))
         .collect();
     caps::clear(None, CapSet::Inheritable)?;

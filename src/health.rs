@@ -56,7 +56,11 @@ impl UpstreamStatus {
     pub fn source(&self, name: String, error: Option<LastError>, at: SystemTime) {
         let mut known = self.known();
         // After a reload it may be another one.
-        let answers = known.source.take().filter(|(before, _)| *before == name).map(|(_, answers)| answers);
+        let answers = known
+            .source
+            .take()
+            .filter(|(before, _)| *before == name)
+            .map(|(_, answers)| answers);
         let mut answers = answers.unwrap_or_default();
         answers.note(error, at);
         known.source = Some((name, answers));
@@ -70,8 +74,18 @@ impl UpstreamStatus {
     /// The source, if it was asked, and each STS that was.
     pub fn reports(&self) -> (Option<UpstreamReport>, Vec<UpstreamReport>) {
         let known = self.known();
-        let source = known.source.as_ref().map(|(name, answers)| answers.report(name));
-        (source, known.sts.iter().map(|(name, answers)| answers.report(name)).collect())
+        let source = known
+            .source
+            .as_ref()
+            .map(|(name, answers)| answers.report(name));
+        (
+            source,
+            known
+                .sts
+                .iter()
+                .map(|(name, answers)| answers.report(name))
+                .collect(),
+        )
     }
 
     fn known(&self) -> MutexGuard<'_, KnownStatus> {
@@ -82,7 +96,12 @@ impl UpstreamStatus {
 impl AnswerTimes {
     fn note(&mut self, error: Option<LastError>, at: SystemTime) {
         match error {
-            None => *self = Self { success: Some(at), error: None },
+            None => {
+                *self = Self {
+                    success: Some(at),
+                    error: None,
+                }
+            }
             // The refusal of one workload does not hide that nobody gets anything.
             Some(error) if !error.outage && self.is_failing() => {}
             Some(error) => self.error = Some((at, error)),
@@ -113,7 +132,11 @@ mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
     fn error(text: &str, outage: bool) -> Option<LastError> {
-        Some(LastError { text: text.to_owned(), reason: "r", outage })
+        Some(LastError {
+            text: text.to_owned(),
+            reason: "r",
+            outage,
+        })
     }
 
     fn at(second: u64) -> SystemTime {
@@ -137,7 +160,10 @@ mod tests {
         note(error("away", true), 3);
         note(error("denied", false), 4);
         assert_eq!(seen(&health), ("failing", Some("away".to_owned())));
-        assert_eq!(health.reports().0.unwrap().last_success_at.unwrap(), "1970-01-01T00:00:01Z");
+        assert_eq!(
+            health.reports().0.unwrap().last_success_at.unwrap(),
+            "1970-01-01T00:00:01Z"
+        );
         note(None, 5);
         assert_eq!(seen(&health), ("ok", None));
     }
@@ -147,8 +173,16 @@ mod tests {
         let health = UpstreamStatus::default();
         health.sts("b".to_owned(), error("away", true), at(1));
         health.sts("a".to_owned(), None, at(1));
-        let states: Vec<_> = health.reports().1.into_iter().map(|report| (report.name, report.state)).collect();
-        assert_eq!(states, [("a".to_owned(), "ok"), ("b".to_owned(), "failing")]);
+        let states: Vec<_> = health
+            .reports()
+            .1
+            .into_iter()
+            .map(|report| (report.name, report.state))
+            .collect();
+        assert_eq!(
+            states,
+            [("a".to_owned(), "ok"), ("b".to_owned(), "failing")]
+        );
         health.source("a".to_owned(), error("away", true), at(1));
         health.source("b".to_owned(), error("denied", false), at(2));
         assert_eq!(seen(&health), ("ok", Some("denied".to_owned())));

@@ -91,18 +91,32 @@ impl CredentialEndpoint {
             (AcceptedStream::Tcp { .. }, None) => ListenerKind::Tcp,
             (AcceptedStream::Tcp { .. }, Some(_)) => ListenerKind::Pod,
         };
-        let PendingConnection { permit: arriving, open } = arrival;
+        let PendingConnection {
+            permit: arriving,
+            open,
+        } = arrival;
         let descriptor = stream.socket().descriptor().clone();
         let life = ConnectionLife::new(descriptor, pod.clone(), &self.metrics, open);
-        let Some(admitted) = life.run(self.admit(&stream, arriving, pod.as_deref())).await else { return };
+        let Some(admitted) = life
+            .run(self.admit(&stream, arriving, pod.as_deref()))
+            .await
+        else {
+            return;
+        };
         if !admitted.may_wait() {
-            life.run(self.attested(stream.into_socket(), listener, admitted)).await;
+            life.run(self.attested(stream.into_socket(), listener, admitted))
+                .await;
             return;
         }
-        let (owner, lookups) = (admitted.permit.key().clone(), self.attestor.lookup_threads().clone());
-        let give_up = life.give_up(|| RequestError::Caller(AttestError::ProcessUnresponsive).raw_response());
+        let (owner, lookups) = (
+            admitted.permit.key().clone(),
+            self.attestor.lookup_threads().clone(),
+        );
+        let give_up =
+            life.give_up(|| RequestError::Caller(AttestError::ProcessUnresponsive).raw_response());
         let served = async move {
-            life.run(self.attested(stream.into_socket(), listener, admitted)).await;
+            life.run(self.attested(stream.into_socket(), listener, admitted))
+                .await;
         };
         lookups.spawn(owner, served, give_up);
     }
@@ -116,10 +130,19 @@ impl CredentialEndpoint {
     ) -> Result<AdmittedConnection, DropReason> {
         let peer = self.peer(stream, arriving, pod).await;
         // Those who are not attested are read and answered, too, so they have a share as well.
-        let owner = peer.as_ref().map_or_else(Unattested::owner, WorkloadKey::of);
+        let owner = peer
+            .as_ref()
+            .map_or_else(Unattested::owner, WorkloadKey::of);
         let permit = self.connections.try_acquire_evicting(&owner)?;
-        let looks = peer.as_ref().ok().and_then(|caller| self.broker.facts_needed(caller));
-        Ok(AdmittedConnection { peer, looks, permit })
+        let looks = peer
+            .as_ref()
+            .ok()
+            .and_then(|caller| self.broker.facts_needed(caller));
+        Ok(AdmittedConnection {
+            peer,
+            looks,
+            permit,
+        })
     }
 
     /// The caller by its process where the policy needs that, and then the request, until the connection ends or has to give
@@ -130,13 +153,20 @@ impl CredentialEndpoint {
         listener: ListenerKind,
         admitted: AdmittedConnection,
     ) -> Result<(), DropReason> {
-        let AdmittedConnection { peer, looks, permit } = admitted;
+        let AdmittedConnection {
+            peer,
+            looks,
+            permit,
+        } = admitted;
         let served = async {
             let caller = match (peer, looks) {
                 (Ok(caller), Some(looks)) => {
                     let seen = PeerFacts::of(&caller);
                     let caller = caller.with_process(looks).await;
-                    caller.map_err(|refusal| Unattested { refusal, peer: Some(seen) })
+                    caller.map_err(|refusal| Unattested {
+                        refusal,
+                        peer: Some(seen),
+                    })
                 }
                 (peer, _) => peer,
             };
@@ -159,8 +189,12 @@ impl CredentialEndpoint {
         let on_wait = || drop(arriving);
         match (stream, pod) {
             (AcceptedStream::Unix(stream), _) => self.attestor.unix(stream),
-            (AcceptedStream::Tcp { client, server, .. }, None) => self.attestor.tcp(*client, *server, on_wait).await,
-            (AcceptedStream::Tcp { client, server, .. }, Some(pod)) => pod.tcp(*client, *server, on_wait).await,
+            (AcceptedStream::Tcp { client, server, .. }, None) => {
+                self.attestor.tcp(*client, *server, on_wait).await
+            }
+            (AcceptedStream::Tcp { client, server, .. }, Some(pod)) => {
+                pod.tcp(*client, *server, on_wait).await
+            }
         }
     }
 
@@ -180,7 +214,9 @@ impl CredentialEndpoint {
             more_comes.store(rules::has_body(&request), Ordering::Relaxed);
             let (caller, stage) = (caller.clone(), &stage);
             async move {
-                let answer = stage.waiting(pin!(self.answer(&request, listener, caller))).await;
+                let answer = stage
+                    .waiting(pin!(self.answer(&request, listener, caller)))
+                    .await;
                 Ok::<_, Infallible>(answer)
             }
         });
@@ -239,7 +275,9 @@ impl CredentialEndpoint {
                 }
             }
             Err(refused) => {
-                record.finish(refused.outcome(), refused.reason(), None).await;
+                record
+                    .finish(refused.outcome(), refused.reason(), None)
+                    .await;
                 refuse(&refused, id)
             }
         }
@@ -278,10 +316,14 @@ impl AsRef<[u8]> for SharedBody {
 fn refuse(refused: &RequestError, id: audit::RequestId) -> HttpResponse {
     let mut response = respond(refused.status(), Bytes::from(refused.body(Some(id))));
     if let Some(seconds) = refused.retry_after() {
-        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        response
+            .headers_mut()
+            .insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
     if let Some(methods) = refused.allow() {
-        response.headers_mut().insert(ALLOW, HeaderValue::from_static(methods));
+        response
+            .headers_mut()
+            .insert(ALLOW, HeaderValue::from_static(methods));
     }
     response
 }
@@ -289,7 +331,8 @@ fn refuse(refused: &RequestError, id: audit::RequestId) -> HttpResponse {
 /// `Connection: close` on every answer: one connection is one attestation, and one SDK never closes its own.
 fn respond(status: u16, body: Bytes) -> HttpResponse {
     let mut response = Response::new(Full::new(body));
-    *response.status_mut() = hyper::StatusCode::from_u16(status).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
+    *response.status_mut() =
+        hyper::StatusCode::from_u16(status).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));

@@ -38,14 +38,21 @@ impl SpiffeId {
     /// Parses a SPIFFE ID; an ID without a path (that of a trust domain itself) names no workload and is refused.
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         if text.len() > SPIFFE_ID_MAX {
-            return invalid(format!("a SPIFFE ID has at most {SPIFFE_ID_MAX} bytes, this one {}", text.len()));
+            return invalid(format!(
+                "a SPIFFE ID has at most {SPIFFE_ID_MAX} bytes, this one {}",
+                text.len()
+            ));
         }
         let (domain, path) = split(text)?;
         if !is_trust_domain(domain) {
-            return invalid(format!("`{domain}` is no trust domain name: it takes a-z, 0-9, '.', '-' and '_'"));
+            return invalid(format!(
+                "`{domain}` is no trust domain name: it takes a-z, 0-9, '.', '-' and '_'"
+            ));
         }
         if path.is_empty() {
-            return invalid("it names a trust domain, not a workload: add a path, as in spiffe://example.org/billing");
+            return invalid(
+                "it names a trust domain, not a workload: add a path, as in spiffe://example.org/billing",
+            );
         }
         if let Some(bad) = path.split('/').find(|segment| !is_path_segment(segment)) {
             return invalid(format!(
@@ -80,7 +87,8 @@ fn split(text: &str) -> Result<(&str, &str), InvalidName> {
 }
 
 fn is_trust_domain(name: &str) -> bool {
-    let allowed = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'.' | b'-' | b'_');
+    let allowed =
+        |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'.' | b'-' | b'_');
     (1..=TRUST_DOMAIN_MAX).contains(&name.len()) && name.bytes().all(allowed)
 }
 
@@ -124,7 +132,10 @@ impl SpiffeIdPattern {
     /// Parses a pattern. The trust domain is always exact; `**` is allowed as the last segment only.
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         if text.len() > SPIFFE_ID_MAX {
-            return invalid(format!("a SPIFFE ID has at most {SPIFFE_ID_MAX} bytes, this pattern {}", text.len()));
+            return invalid(format!(
+                "a SPIFFE ID has at most {SPIFFE_ID_MAX} bytes, this pattern {}",
+                text.len()
+            ));
         }
         let (domain, path) = split(text)?;
         if !is_trust_domain(domain) {
@@ -150,7 +161,11 @@ impl SpiffeIdPattern {
                 }
             });
         }
-        Ok(Self { text: text.to_owned(), domain: domain.to_owned(), segments })
+        Ok(Self {
+            text: text.to_owned(),
+            domain: domain.to_owned(),
+            segments,
+        })
     }
 
     /// Whether the pattern covers this ID.
@@ -183,9 +198,15 @@ impl SpiffeIdPattern {
         let (mut own, mut others) = (self.segments.iter(), other.segments.iter());
         loop {
             match (own.next(), others.next()) {
-                (Some(PatternSegment::Rest), Some(_)) | (None, None) => return self.domain == other.domain,
-                (Some(PatternSegment::One), Some(PatternSegment::One | PatternSegment::Exact(_))) => {}
-                (Some(PatternSegment::Exact(one)), Some(PatternSegment::Exact(other))) if one == other => {}
+                (Some(PatternSegment::Rest), Some(_)) | (None, None) => {
+                    return self.domain == other.domain;
+                }
+                (
+                    Some(PatternSegment::One),
+                    Some(PatternSegment::One | PatternSegment::Exact(_)),
+                ) => {}
+                (Some(PatternSegment::Exact(one)), Some(PatternSegment::Exact(other)))
+                    if one == other => {}
                 _ => return false,
             }
         }
@@ -193,7 +214,10 @@ impl SpiffeIdPattern {
 
     /// Returns whether the pattern has no fixed segment, as in `spiffe://example.org/**`.
     pub fn is_all_wildcards(&self) -> bool {
-        !self.segments.iter().any(|part| matches!(part, PatternSegment::Exact(_)))
+        !self
+            .segments
+            .iter()
+            .any(|part| matches!(part, PatternSegment::Exact(_)))
     }
 
     /// Returns whether a `*` is left open although a later segment decides, as in `ns/*/sa/billing`. A workload that can create the
@@ -206,7 +230,9 @@ impl SpiffeIdPattern {
             PatternSegment::One => used.contains(&index),
             PatternSegment::Rest => used.iter().any(|used| *used >= index),
         };
-        let is_open = |(index, part): (usize, &PatternSegment)| *part == PatternSegment::One && !used.contains(&index);
+        let is_open = |(index, part): (usize, &PatternSegment)| {
+            *part == PatternSegment::One && !used.contains(&index)
+        };
         let open = self.segments.iter().enumerate().position(is_open);
         open.is_some_and(|open| self.segments.iter().enumerate().skip(open + 1).any(decides))
     }
@@ -239,12 +265,19 @@ impl SessionName {
     /// the name of another by choosing his path. No SPIFFE ID contains `=`, so two IDs never share a name.
     pub fn of(id: &SpiffeId) -> Self {
         let id_text = id.as_str();
-        let name = id_text.strip_prefix("spiffe://").unwrap_or(id_text).replace('/', "=");
+        let name = id_text
+            .strip_prefix("spiffe://")
+            .unwrap_or(id_text)
+            .replace('/', "=");
         if name.len() <= *SESSION_NAME_LENGTH.end() && !reads_as_shortened(&name) {
             return Self(name.into());
         }
         let digest = Sha256::digest(id.as_str().as_bytes());
-        let tail: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let tail: String = digest
+            .iter()
+            .take(8)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         // A SPIFFE ID is ASCII, so this cuts between characters.
         Self(format!("{}={tail}", &name[..SESSION_NAME_HEAD]).into())
     }
@@ -270,8 +303,9 @@ fn is_iam_character(c: u8) -> bool {
 
 /// Whether a name has the form that [`SessionName::of`] gives long ones.
 fn reads_as_shortened(name: &str) -> bool {
-    let tail =
-        (name.len() == *SESSION_NAME_LENGTH.end()).then(|| name[SESSION_NAME_HEAD..].strip_prefix('=')).flatten();
+    let tail = (name.len() == *SESSION_NAME_LENGTH.end())
+        .then(|| name[SESSION_NAME_HEAD..].strip_prefix('='))
+        .flatten();
     tail.is_some_and(|tail| tail.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f')))
 }
 

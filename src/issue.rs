@@ -58,7 +58,9 @@ pub enum ExchangeError {
     #[error(transparent)]
     Sts(#[from] StsError),
     /// This SPIFFE ID has had too many issued in a short time, or has too many calls waiting.
-    #[error("this workload asks for new credentials too often; ask again in some seconds, and for fewer roles")]
+    #[error(
+        "this workload asks for new credentials too often; ask again in some seconds, and for fewer roles"
+    )]
     TooOften,
     /// The credentials end so soon that they are of no use.
     #[error(
@@ -71,7 +73,9 @@ pub enum ExchangeError {
 impl ExchangeError {
     /// For a flight that ended by a panic, which is in the log.
     pub fn task_panicked() -> Self {
-        Self::Source(SourceError::Unavailable("an error inside awsvid ended the exchange; its log has it".to_owned()))
+        Self::Source(SourceError::Unavailable(
+            "an error inside awsvid ended the exchange; its log has it".to_owned(),
+        ))
     }
 
     /// Whether it may pass without anybody doing anything: an outage, not a refusal.
@@ -100,10 +104,22 @@ impl ExchangeError {
 
 impl TokenExchanger {
     /// Puts source and STS together.
-    pub fn new(source: Arc<dyn IdentitySource>, sts: Arc<dyn AssumeRole>, clock: Clock, metrics: Metrics) -> Self {
+    pub fn new(
+        source: Arc<dyn IdentitySource>,
+        sts: Arc<dyn AssumeRole>,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> Self {
         let turns = FairSemaphore::new(MAX_SOURCE_CALLS, MAX_SOURCE_CALLS_PER_WORKLOAD);
         let allowance = Arc::new(KeyedRateLimiter::new(EXCHANGE_BURST, EXCHANGE_INTERVAL));
-        Self { source, sts, clock, metrics, turns, allowance }
+        Self {
+            source,
+            sts,
+            clock,
+            metrics,
+            turns,
+            allowance,
+        }
     }
 
     /// Whether a token is only to be had for a caller that lives.
@@ -114,7 +130,11 @@ impl TokenExchanger {
     /// Credentials for `grant`, by a token that the source gives `caller`.
     ///
     /// What passes quickly is tried again within seconds; a token that STS refuses is replaced once.
-    pub async fn exchange(&self, caller: &Arc<Caller>, grant: &Grant) -> Result<Credentials, ExchangeError> {
+    pub async fn exchange(
+        &self,
+        caller: &Arc<Caller>,
+        grant: &Grant,
+    ) -> Result<Credentials, ExchangeError> {
         if !self.allowance.take(&grant.spiffe_id) {
             return Err(ExchangeError::TooOften);
         }
@@ -129,7 +149,9 @@ impl TokenExchanger {
             return Err(with_note(refused, "the identity source gave the same token again").into());
         }
         match self.assume(grant, &fresh, &mut patience).await {
-            Err(error) if error.again == RetryPolicy::NewToken => Err(self.refused_twice(error, &fresh).into()),
+            Err(error) if error.again == RetryPolicy::NewToken => {
+                Err(self.refused_twice(error, &fresh).into())
+            }
             result => Ok(result?),
         }
     }
@@ -142,17 +164,24 @@ impl TokenExchanger {
     ) -> Result<JwtSvid, ExchangeError> {
         let audience = &grant.role.audience;
         loop {
-            let turn = self.turns.acquire(&grant.spiffe_id).await.ok_or(ExchangeError::TooOften)?;
+            let turn = self
+                .turns
+                .acquire(&grant.spiffe_id)
+                .await
+                .ok_or(ExchangeError::TooOften)?;
             let result = self.source.token(caller, &grant.spiffe_id, audience).await;
             drop(turn);
             match result {
                 Err(SourceError::Unavailable(_)) if patience.pause().await => {}
                 // Checked against what the source was asked for, this can only be a mistake in the source's own code.
                 // It would hand one workload the account of another.
-                Ok(token) if *token.spiffe_id() != grant.spiffe_id || token.audience() != audience => {
-                    return Err(
-                        SourceError::from(BadToken::Wrong("it is not the one that was asked for".to_owned())).into()
-                    );
+                Ok(token)
+                    if *token.spiffe_id() != grant.spiffe_id || token.audience() != audience =>
+                {
+                    return Err(SourceError::from(BadToken::Wrong(
+                        "it is not the one that was asked for".to_owned(),
+                    ))
+                    .into());
                 }
                 result => return Ok(result?),
             }
@@ -163,9 +192,10 @@ impl TokenExchanger {
     /// it says nothing about the role, and cached credentials stay valid.
     fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
         match (token.check_life(self.clock.now()), token.short_life()) {
-            (Err(expired), _) => {
-                StsError { again: RetryPolicy::Later, ..with_note(error, &format!("the token: {expired}")) }
-            }
+            (Err(expired), _) => StsError {
+                again: RetryPolicy::Later,
+                ..with_note(error, &format!("the token: {expired}"))
+            },
             (Ok(()), Some(life)) => with_note(
                 error,
                 &format!(
@@ -186,8 +216,15 @@ impl TokenExchanger {
     ) -> Result<Credentials, StsError> {
         loop {
             let result = self.sts.assume(grant, token).await;
-            self.metrics.sts_calls.get_or_create(&CallLabel::of(&result, |error| error.reason)).inc();
-            self.metrics.health.sts(grant.role.sts.to_string(), last_error(&result), self.clock.now());
+            self.metrics
+                .sts_calls
+                .get_or_create(&CallLabel::of(&result, |error| error.reason))
+                .inc();
+            self.metrics.health.sts(
+                grant.role.sts.to_string(),
+                last_error(&result),
+                self.clock.now(),
+            );
             match result {
                 Err(error) if error.again == RetryPolicy::Later => {
                     if !patience.pause().await || token.expires() <= self.clock.now() {
@@ -202,11 +239,18 @@ impl TokenExchanger {
 
 fn last_error<T>(result: &Result<T, StsError>) -> Option<LastError> {
     let error = result.as_ref().err()?;
-    Some(LastError { text: error.to_string(), reason: error.reason, outage: error.again == RetryPolicy::Later })
+    Some(LastError {
+        text: error.to_string(),
+        reason: error.reason,
+        outage: error.again == RetryPolicy::Later,
+    })
 }
 
 fn with_note(error: StsError, note: &str) -> StsError {
-    StsError { what: format!("{}; {note}", error.what), ..error }
+    StsError {
+        what: format!("{}; {note}", error.what),
+        ..error
+    }
 }
 
 /// How many more tries one issue has, and until when.
@@ -217,7 +261,10 @@ struct RetryBudget {
 
 impl RetryBudget {
     fn new() -> Self {
-        Self { start: Instant::now(), tries: 0 }
+        Self {
+            start: Instant::now(),
+            tries: 0,
+        }
     }
 
     /// Waits before another try; `false`, at once, if there is to be none.

@@ -51,7 +51,9 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(16);
 #[derive(Debug, Error)]
 pub enum ListenError {
     /// Another process has the address.
-    #[error("{address}: {source}; see who has it with `ss -lntp`, or choose another address in [listen]")]
+    #[error(
+        "{address}: {source}; see who has it with `ss -lntp`, or choose another address in [listen]"
+    )]
     Tcp {
         /// Which.
         address: SocketAddr,
@@ -102,7 +104,9 @@ pub enum ListenError {
 impl ListenError {
     /// Whether the machine has no such address family.
     pub fn is_unavailable_family(&self) -> bool {
-        let Self::Tcp { source, .. } = self else { return false };
+        let Self::Tcp { source, .. } = self else {
+            return false;
+        };
         let errno = source.raw_os_error().map(Errno::from_raw);
         matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
     }
@@ -147,7 +151,10 @@ impl Drop for OpenConnection {
 impl ConnectionTracker {
     /// None yet. They are counted in `metrics`.
     pub fn new(metrics: &Metrics) -> Self {
-        Self { gauge: metrics.connections.clone(), open: TaskTracker::new() }
+        Self {
+            gauge: metrics.connections.clone(),
+            open: TaskTracker::new(),
+        }
     }
 
     /// Waits until another connection of a listener may be accepted, where `arriving` are those whose workload is not known yet.
@@ -156,16 +163,27 @@ impl ConnectionTracker {
     /// to find keeps no other from being accepted.
     async fn acquire_pending(&self, arriving: &Arc<Semaphore>) -> PendingConnection {
         // The semaphore is never closed, so there is always a permit in the end.
-        let permit = PendingPermit { _permit: arriving.clone().acquire_owned().await.ok() };
+        let permit = PendingPermit {
+            _permit: arriving.clone().acquire_owned().await.ok(),
+        };
         self.gauge.inc();
-        PendingConnection { permit, open: OpenConnection { gauge: self.gauge.clone(), _token: self.open.token() } }
+        PendingConnection {
+            permit,
+            open: OpenConnection {
+                gauge: self.gauge.clone(),
+                _token: self.open.token(),
+            },
+        }
     }
 
     /// Waits until they have ended. To be called when nothing is accepted any more.
     pub async fn drained(&self) {
         self.open.close();
         if timeout(DRAIN_TIMEOUT, self.open.wait()).await.is_err() {
-            tracing::warn!(open = self.open.len(), "connections did not end in time and are cut");
+            tracing::warn!(
+                open = self.open.len(),
+                "connections did not end in time and are cut"
+            );
         }
     }
 }
@@ -180,7 +198,10 @@ pub async fn serve<F, C>(
     F: Fn(AcceptedStream, PendingConnection) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    let (arriving, mut troubles) = (Arc::new(Semaphore::new(MAX_UNATTESTED)), AcceptErrorState::default());
+    let (arriving, mut troubles) = (
+        Arc::new(Semaphore::new(MAX_UNATTESTED)),
+        AcceptErrorState::default(),
+    );
     let mut stopping = stop.clone();
     let mut stopped = pin!(stopping.wait_for(|stop| *stop));
     loop {
@@ -202,7 +223,9 @@ pub async fn serve<F, C>(
                 tokio::spawn(connection(stream, arrival));
             }
         }
-        Err(error) => tracing::warn!(%error, listener = name, "who had connected last is not served"),
+        Err(error) => {
+            tracing::warn!(%error, listener = name, "who had connected last is not served")
+        }
     }
 }
 
@@ -235,7 +258,12 @@ struct AcceptErrorState {
 impl Default for AcceptErrorState {
     fn default() -> Self {
         let [short, killed, unbound] = [(); 3].map(|()| LogQuota::new(1, LOG_INTERVAL));
-        Self { short, killed, unbound, bound: None }
+        Self {
+            short,
+            killed,
+            unbound,
+            bound: None,
+        }
     }
 }
 
@@ -255,8 +283,13 @@ async fn handle_accept_error(
                 tracing::error!(%error, listener = bound.name(), missed, "the listener was killed; binding it again");
             }
             // Somebody may kill it again and again.
-            let soonest = troubles.bound.map_or_else(Instant::now, |bound| bound + REBIND_INTERVAL);
-            if timeout_at(soonest, stop.wait_for(|stop| *stop)).await.is_ok() {
+            let soonest = troubles
+                .bound
+                .map_or_else(Instant::now, |bound| bound + REBIND_INTERVAL);
+            if timeout_at(soonest, stop.wait_for(|stop| *stop))
+                .await
+                .is_ok()
+            {
                 return;
             }
             troubles.bound = Some(Instant::now());

@@ -51,7 +51,12 @@ Exit status: 0 after a signal; 78 if the configuration has errors, each of which
 to do; 1 for anything else that keeps it from starting. Try a configuration first: awsvid config --check FILE")]
     Serve {
         /// The configuration file.
-        #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
+        #[arg(
+            long,
+            env = "AWSVID_CONFIG",
+            value_name = "FILE",
+            default_value = "/etc/awsvid/awsvid.toml"
+        )]
         config: PathBuf,
     },
     Config(ConfigArgs),
@@ -111,19 +116,34 @@ fn main() -> ExitCode {
         Command::CredentialProcess(process) => process.run(),
         Command::Dev { command } => dev::run(&command),
         Command::Completions { shell } => completions(shell),
-        Command::Man { directory: Some(directory), .. } => pages(&directory),
-        Command::Man { command, directory: None } => man(command.as_deref()),
+        Command::Man {
+            directory: Some(directory),
+            ..
+        } => pages(&directory),
+        Command::Man {
+            command,
+            directory: None,
+        } => man(command.as_deref()),
     }
 }
 
 /// The facts of this build. The revision is proto/build.rs's.
 fn long_version() -> String {
-    let libc = if cfg!(target_env = "musl") { "musl" } else { "gnu" };
-    let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+    let libc = if cfg!(target_env = "musl") {
+        "musl"
+    } else {
+        "gnu"
+    };
+    let profile = if cfg!(debug_assertions) {
+        "debug"
+    } else {
+        "release"
+    };
     format!(
         "{}\nrevision: {}\ntarget:   {}-{}-{libc}\nprofile:  {profile}\nfeatures: workload-api spire-delegated spiffe-broker",
         env!("CARGO_PKG_VERSION"),
-        option_env!("AWSVID_REVISION").unwrap_or("not recorded (a debug build, or one without git)"),
+        option_env!("AWSVID_REVISION")
+            .unwrap_or("not recorded (a debug build, or one without git)"),
         std::env::consts::ARCH,
         std::env::consts::OS,
     )
@@ -142,7 +162,12 @@ fn man(name: Option<&str>) -> ExitCode {
         None => all,
         Some(name) => match all.find_subcommand(name) {
             Some(found) => found.clone(),
-            None => all.error(ErrorKind::InvalidValue, format!("there is no command {name:?}")).exit(),
+            None => all
+                .error(
+                    ErrorKind::InvalidValue,
+                    format!("there is no command {name:?}"),
+                )
+                .exit(),
         },
     };
     page(command).map_or(ExitCode::FAILURE, |page| print(&page))
@@ -152,7 +177,10 @@ fn man(name: Option<&str>) -> ExitCode {
 #[expect(clippy::print_stderr, reason = "a command that a person runs")]
 fn pages(directory: &Path) -> ExitCode {
     let all = defined();
-    let commands = all.get_subcommands().filter(|command| command.get_name() != "help").cloned();
+    let commands = all
+        .get_subcommands()
+        .filter(|command| command.get_name() != "help")
+        .cloned();
     let mut commands: Vec<clap::Command> = commands.collect();
     commands.push(all);
     let written = fs::create_dir_all(directory).and_then(|()| {
@@ -179,7 +207,9 @@ fn defined() -> clap::Command {
 
 fn page(command: clap::Command) -> io::Result<Vec<u8>> {
     let mut page = Vec::new();
-    clap_mangen::Man::new(command).source(concat!("awsvid ", env!("CARGO_PKG_VERSION"))).render(&mut page)?;
+    clap_mangen::Man::new(command)
+        .source(concat!("awsvid ", env!("CARGO_PKG_VERSION")))
+        .render(&mut page)?;
     Ok(page)
 }
 

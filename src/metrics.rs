@@ -38,7 +38,9 @@ pub struct CallLabel {
 impl CallLabel {
     /// The label of this result, by `reason` if it is an error.
     pub fn of<T, E>(result: &Result<T, E>, reason: impl Fn(&E) -> &'static str) -> Self {
-        Self { result: result.as_ref().map_or_else(reason, |_| "ok") }
+        Self {
+            result: result.as_ref().map_or_else(reason, |_| "ok"),
+        }
     }
 }
 
@@ -59,7 +61,13 @@ pub enum EntryStateLabel {
 
 impl EntryStateLabel {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Fresh, Self::Due, Self::Failing, Self::Refused, Self::Empty];
+    pub const ALL: [Self; 5] = [
+        Self::Fresh,
+        Self::Due,
+        Self::Failing,
+        Self::Refused,
+        Self::Empty,
+    ];
 }
 
 /// Labels of `awsvid_cache_entries`.
@@ -133,21 +141,61 @@ impl Metrics {
     /// All metrics in the text format of the OpenMetrics 1.0 specification.
     pub fn encode(&self) -> String {
         let mut registry = Registry::with_prefix("awsvid");
-        registry.register("requests", "Requests by listener, outcome and reason", self.requests.clone());
+        registry.register(
+            "requests",
+            "Requests by listener, outcome and reason",
+            self.requests.clone(),
+        );
         registry.register(
             "connections_dropped",
             "Connections that ended without a request",
             self.connections_dropped.clone(),
         );
-        registry.register("connections", "Connections open now", self.connections.clone());
-        registry.register("source_calls", "Questions to the identity source, by result", self.source_calls.clone());
-        registry.register("sts_calls", "Calls to STS, by result", self.sts_calls.clone());
-        registry.register("issues", "JWT-SVIDs exchanged at STS, by result", self.issues.clone());
-        registry.register("cache_entries", "Sets of credentials in the cache, by state", self.cache_entries.clone());
-        registry.register("cache_removed", "Credentials taken out of the cache", self.cache_removed.clone());
-        registry.register("audit_lost", "Audit records that could not be written", self.audit_lost.clone());
-        registry.register("log_lost", "Lines of the log that could not be written", self.log_lost.clone());
-        registry.register("pod_namespaces", "Network namespaces of pods listened in", self.pod_namespaces.clone());
+        registry.register(
+            "connections",
+            "Connections open now",
+            self.connections.clone(),
+        );
+        registry.register(
+            "source_calls",
+            "Questions to the identity source, by result",
+            self.source_calls.clone(),
+        );
+        registry.register(
+            "sts_calls",
+            "Calls to STS, by result",
+            self.sts_calls.clone(),
+        );
+        registry.register(
+            "issues",
+            "JWT-SVIDs exchanged at STS, by result",
+            self.issues.clone(),
+        );
+        registry.register(
+            "cache_entries",
+            "Sets of credentials in the cache, by state",
+            self.cache_entries.clone(),
+        );
+        registry.register(
+            "cache_removed",
+            "Credentials taken out of the cache",
+            self.cache_removed.clone(),
+        );
+        registry.register(
+            "audit_lost",
+            "Audit records that could not be written",
+            self.audit_lost.clone(),
+        );
+        registry.register(
+            "log_lost",
+            "Lines of the log that could not be written",
+            self.log_lost.clone(),
+        );
+        registry.register(
+            "pod_namespaces",
+            "Network namespaces of pods listened in",
+            self.pod_namespaces.clone(),
+        );
         registry.register(
             "pod_namespaces_failed",
             "Network namespaces of pods that could not be listened in",
@@ -158,12 +206,25 @@ impl Metrics {
             "Users and groups of rules whose number is not known",
             self.unknown_accounts.clone(),
         );
-        registry.register("ready", "1 once the daemon has been ready", self.ready.clone());
+        registry.register(
+            "ready",
+            "1 once the daemon has been ready",
+            self.ready.clone(),
+        );
         let latency = self.latency.0.clone();
-        registry.register_with_unit("request_duration", "From head to answer", Unit::Seconds, latency);
+        registry.register_with_unit(
+            "request_duration",
+            "From head to answer",
+            Unit::Seconds,
+            latency,
+        );
         // The build's version as a label, by the usual convention.
         let version = Family::<VersionLabel, Gauge<i64>>::default();
-        version.get_or_create(&VersionLabel { version: env!("CARGO_PKG_VERSION") }).set(1);
+        version
+            .get_or_create(&VersionLabel {
+                version: env!("CARGO_PKG_VERSION"),
+            })
+            .set(1);
         registry.register("build_info", "What is running", version);
         let mut text = String::new();
         // Writing to a string cannot fail.

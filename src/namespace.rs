@@ -83,12 +83,19 @@ impl NamespaceId {
 
     /// From another process on this machine.
     pub fn from_bytes(bytes: [u8; Self::LENGTH]) -> Self {
-        let [device, inode] = [64, 0].map(|shift| u128::from_ne_bytes(bytes) >> shift & u128::from(u64::MAX));
-        Self { device: u64::try_from(device).unwrap_or(0), inode: u64::try_from(inode).unwrap_or(0) }
+        let [device, inode] =
+            [64, 0].map(|shift| u128::from_ne_bytes(bytes) >> shift & u128::from(u64::MAX));
+        Self {
+            device: u64::try_from(device).unwrap_or(0),
+            inode: u64::try_from(inode).unwrap_or(0),
+        }
     }
 
     fn of(found: &Metadata) -> Self {
-        Self { device: found.dev(), inode: found.ino() }
+        Self {
+            device: found.dev(),
+            inode: found.ino(),
+        }
     }
 }
 
@@ -101,9 +108,14 @@ impl NetNs {
     /// The one that is mounted on this file.
     pub fn open(path: &Path) -> Result<Self, NamespaceError> {
         // Whatever it is instead, opening it neither waits nor leads elsewhere.
-        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(path);
         match opened {
-            Err(error) if error.raw_os_error() == Some(libc::ELOOP) => Err(NamespaceError::NotMounted),
+            Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+                Err(NamespaceError::NotMounted)
+            }
             opened => Self::of(opened?),
         }
     }
@@ -128,7 +140,9 @@ impl NetNs {
             let own = File::open(OWN)?;
             match setns(&self.file, CloneFlags::CLONE_NEWNET) {
                 Ok(()) => {}
-                Err(error @ (Errno::EPERM | Errno::EACCES)) => return Err(NamespaceError::Denied(error.into())),
+                Err(error @ (Errno::EPERM | Errno::EACCES)) => {
+                    return Err(NamespaceError::Denied(error.into()));
+                }
                 // A namespace of another kind.
                 Err(Errno::EINVAL) => return Err(NamespaceError::NotMounted),
                 Err(error) => return Err(io::Error::from(error).into()),
@@ -137,8 +151,12 @@ impl NetNs {
             Ok(make())
         };
         thread::scope(|scope| {
-            let thread = thread::Builder::new().name("namespace".to_owned()).spawn_scoped(scope, inside)?;
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            let thread = thread::Builder::new()
+                .name("namespace".to_owned())
+                .spawn_scoped(scope, inside)?;
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 }

@@ -127,7 +127,10 @@ struct LoggedOnce {
 impl LoggedOnce {
     /// Whether the log may have a line about it now, and how many it did not have since the last.
     fn is_unwatched(&self) -> Option<u64> {
-        self.unwatched.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.unwatched
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 }
 
@@ -141,10 +144,20 @@ impl PodListeners {
         metrics: Metrics,
         stop: watch::Receiver<bool>,
     ) -> Result<(Self, TakeoverGate), PodsError> {
-        let failed = |source| PodsError::Watch { path: directory.to_owned(), source };
+        let failed = |source| PodsError::Watch {
+            path: directory.to_owned(),
+            source,
+        };
         // Into its own, which asks for the same privilege as into another.
-        let own = NetNs::own().and_then(|own| own.run_in(|| ()).map(|()| own.id())).map_err(PodsError::Denied)?;
-        let service = PodService { front, connections, stop, loops: TaskTracker::new() };
+        let own = NetNs::own()
+            .and_then(|own| own.run_in(|| ()).map(|()| own.id()))
+            .map_err(PodsError::Denied)?;
+        let service = PodService {
+            front,
+            connections,
+            stop,
+            loops: TaskTracker::new(),
+        };
         let ((able, is_able), (tried, is_tried)) = (watch::channel(false), watch::channel(false));
         let mut pods = Self {
             directory: directory.to_owned(),
@@ -174,7 +187,13 @@ impl PodListeners {
         // Also where the first look has to wait for the daemon before.
         pods.warn_no_directory();
         pods.begin().await;
-        Ok((pods, TakeoverGate { able, tried: is_tried }))
+        Ok((
+            pods,
+            TakeoverGate {
+                able,
+                tried: is_tried,
+            },
+        ))
     }
 
     /// Listens in the namespaces that there are, and in no other.
@@ -202,29 +221,43 @@ impl PodListeners {
         });
         self.failed.retain(|id| found.contains_key(id));
         self.unserved.retain(|id| found.contains_key(id));
-        let new = found.into_iter().filter(|(id, _)| !self.pods.contains_key(id) && !self.unserved.contains(id));
+        let new = found
+            .into_iter()
+            .filter(|(id, _)| !self.pods.contains_key(id) && !self.unserved.contains(id));
         let mut given = |id| {
-            POD_ADDRESSES.into_iter().filter_map(|address| Some((address, given.remove(&(id, address))?))).collect()
+            POD_ADDRESSES
+                .into_iter()
+                .filter_map(|address| Some((address, given.remove(&(id, address))?)))
+                .collect()
         };
         let new = new.map(|(id, path)| (Arc::new(NetnsRef::new(id, path)), given(id)));
         self.add_namespaces(new.collect()).await;
         self.bind_missing().await;
         self.look_at_ports().await;
         self.tried.send_replace(true);
-        self.metrics.pod_namespaces.set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
+        self.metrics
+            .pod_namespaces
+            .set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
     }
 
     /// The namespaces in the directory, each with one of its files. Also notes the files on which none is mounted (yet).
     fn scan(&mut self) -> HashMap<NamespaceId, PathBuf> {
         let (mut found, mut waiting) = (HashMap::new(), HashMap::new());
-        let files = fs::read_dir(&self.directory).into_iter().flatten().filter_map(Result::ok);
+        let files = fs::read_dir(&self.directory)
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok);
         for file in files.filter(|file| file.file_type().is_ok_and(|kind| kind.is_file())) {
             let path = file.path();
             match NamespaceId::at(&path, self.own) {
                 Ok(Some(id)) if id == self.own => {}
                 Ok(Some(id)) => drop(found.insert(id, path)),
                 Ok(None) => {
-                    let since = self.waiting.get(&path).copied().unwrap_or_else(|| Some(Instant::now()));
+                    let since = self
+                        .waiting
+                        .get(&path)
+                        .copied()
+                        .unwrap_or_else(|| Some(Instant::now()));
                     waiting.insert(path, since);
                 }
                 // It has just been removed.
@@ -251,7 +284,12 @@ impl PodListeners {
                 continue;
             }
             *since = None;
-            self.metrics.pod_namespaces_failed.get_or_create(&ReasonLabel { reason: "not_mounted" }).inc();
+            self.metrics
+                .pod_namespaces_failed
+                .get_or_create(&ReasonLabel {
+                    reason: "not_mounted",
+                })
+                .inc();
             if !std::mem::replace(&mut self.told.not_mounted, true) {
                 tracing::warn!(
                     "no network namespace is mounted on {}; if it is a pod's, the host's mounts do not reach this daemon: in \
@@ -277,7 +315,8 @@ impl PodListeners {
         for (made, place) in making.await.unwrap_or_default() {
             let id = place.id();
             let served = match made {
-                Ok(made) => ListenedPod::serve(place.clone(), made, &self.service).map_err(NamespaceError::Io),
+                Ok(made) => ListenedPod::serve(place.clone(), made, &self.service)
+                    .map_err(NamespaceError::Io),
                 Err(error) => Err(error),
             };
             match served {
@@ -293,7 +332,10 @@ impl PodListeners {
                 }
                 Err(error @ NamespaceError::Machines) => {
                     self.unserved.insert(id);
-                    tracing::warn!("{}: {error}; nobody is served there as in a pod", place.path().display());
+                    tracing::warn!(
+                        "{}: {error}; nobody is served there as in a pod",
+                        place.path().display()
+                    );
                 }
                 // It went while it was entered; if not, there will be an event.
                 Err(NamespaceError::NotMounted) => {}
@@ -311,12 +353,16 @@ impl PodListeners {
     /// Tries again to listen where that failed.
     async fn bind_missing(&mut self) {
         let missing = self.pods.values().filter(|pod| !pod.missing.is_empty());
-        let missing: Vec<_> = missing.map(|pod| (pod.place.clone(), pod.missing.clone())).collect();
+        let missing: Vec<_> = missing
+            .map(|pod| (pod.place.clone(), pod.missing.clone()))
+            .collect();
         if missing.is_empty() {
             return;
         }
         let binding = tokio::task::spawn_blocking(move || {
-            let bound = missing.into_iter().map(|(place, missing)| (place.id(), pod::bind(&place, &missing)));
+            let bound = missing
+                .into_iter()
+                .map(|(place, missing)| (place.id(), pod::bind(&place, &missing)));
             bound.collect::<Vec<_>>()
         });
         for (id, bound) in binding.await.unwrap_or_default() {
@@ -325,7 +371,10 @@ impl PodListeners {
                 // What is in the way was told of.
                 pod.add(bound, &self.service);
                 if pod.missing.len() < before {
-                    tracing::info!("{}: the port is free now, and listened on", pod.path().display());
+                    tracing::info!(
+                        "{}: the port is free now, and listened on",
+                        pod.path().display()
+                    );
                 }
                 if let Some(owner) = pod.warn_missing_with_owner() {
                     tracing::warn!(
@@ -338,7 +387,10 @@ impl PodListeners {
     }
 
     fn record_failures(&self, reason: &'static str) {
-        self.metrics.pod_namespaces_failed.get_or_create(&ReasonLabel { reason }).inc();
+        self.metrics
+            .pod_namespaces_failed
+            .get_or_create(&ReasonLabel { reason })
+            .inc();
     }
 
     fn warn_unbound(&mut self, pod: &ListenedPod, unbound: Vec<BindFailure>) {
@@ -376,8 +428,12 @@ impl PodListeners {
     /// Waits until there is something to look at.
     async fn wait_for_change(&self) {
         let waiting = self.waiting.values().any(Option::is_some);
-        let failed = self.pods.values().any(|pod| !pod.missing.is_empty()) || !self.failed.is_empty();
-        let again = match (waiting, failed || (self.handover.is_some() && self.successors.is_none())) {
+        let failed =
+            self.pods.values().any(|pod| !pod.missing.is_empty()) || !self.failed.is_empty();
+        let again = match (
+            waiting,
+            failed || (self.handover.is_some() && self.successors.is_none()),
+        ) {
             (true, _) => Some(Instant::now() + MOUNT_POLL),
             (false, true) => Some(Instant::now() + BIND_RETRY),
             (false, false) => self.next_look_at_ports(),

@@ -55,9 +55,23 @@ impl ReadinessProbes {
     pub fn new(config: &Config, source: Arc<dyn IdentitySource>, sts: Arc<Sts>) -> Self {
         // That of `allow_requested_roles` too: STS answers without a role, so none has to be known.
         let targets = config.roles.sts_targets().into_iter().cloned().collect();
-        let audience = config.roles.defined.first().map_or(&config.identity.audience, |role| &role.audience).clone();
-        let config::Listen { unix, token_file, .. } = config.listen.clone();
-        Self { unix, token_file, source, audience, sts, targets }
+        let audience = config
+            .roles
+            .defined
+            .first()
+            .map_or(&config.identity.audience, |role| &role.audience)
+            .clone();
+        let config::Listen {
+            unix, token_file, ..
+        } = config.listen.clone();
+        Self {
+            unix,
+            token_file,
+            source,
+            audience,
+            sts,
+            targets,
+        }
     }
 
     /// Asks until all have answered that can.
@@ -80,7 +94,9 @@ impl ReadinessProbes {
             ..ProbedListeners::default()
         };
         loop {
-            let missing = self.missing(&mut listeners, &attestor, pods.is_some()).await;
+            let missing = self
+                .missing(&mut listeners, &attestor, pods.is_some())
+                .await;
             if missing.is_empty() {
                 listeners.warn_of_unsupported(&attestor);
                 if let Some(pods) = &mut pods {
@@ -101,10 +117,17 @@ impl ReadinessProbes {
 
     /// What has not answered yet, all of it. Each listener is asked until it has answered once: its requests are audited like
     /// others.
-    async fn missing(&self, listeners: &mut ProbedListeners, attestor: &Attestor, has_pods: bool) -> Vec<String> {
+    async fn missing(
+        &self,
+        listeners: &mut ProbedListeners,
+        attestor: &Attestor,
+        has_pods: bool,
+    ) -> Vec<String> {
         let mut missing = Vec::new();
         if let Some(listener) = listeners.probe_all(&self.token_file).await {
-            missing.push(format!("the listener {listener} does not answer the daemon itself"));
+            missing.push(format!(
+                "the listener {listener} does not answer the daemon itself"
+            ));
         } else {
             let for_tcp = attestor.missing_for_tcp();
             if listeners.serve_nobody(has_pods.then_some(for_tcp.is_none())) {
@@ -134,7 +157,10 @@ struct LoggedReason {
 
 impl Default for LoggedReason {
     fn default() -> Self {
-        Self { last: String::new(), lines: LogQuota::new(LINES, LINE_EVERY) }
+        Self {
+            last: String::new(),
+            lines: LogQuota::new(LINES, LINE_EVERY),
+        }
     }
 }
 
@@ -151,7 +177,9 @@ impl LoggedReason {
 
 /// Joins the lines of a reason: errors of the agent and of STS may contain line breaks.
 fn one_line(text: &str) -> String {
-    let words = text.split(|c: char| c.is_control() || c.is_whitespace()).filter(|word| !word.is_empty());
+    let words = text
+        .split(|c: char| c.is_control() || c.is_whitespace())
+        .filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(" ")
 }
 
@@ -194,7 +222,10 @@ impl ProbedListeners {
         }
         let listeners: Vec<_> = self.unsupported.iter().map(ToString::to_string).collect();
         let missing = attestor.missing_for_tcp();
-        let missing = missing.as_deref().or(attestor.missing_for_unix()).unwrap_or("see the lines above");
+        let missing = missing
+            .as_deref()
+            .or(attestor.missing_for_unix())
+            .unwrap_or("see the lines above");
         tracing::warn!(
             "readiness leaves out {}: this kernel lets nobody attest the callers there (unsupported_kernel): {missing}",
             listeners.join(", ")
@@ -238,13 +269,18 @@ impl ProbeTarget {
         let asked = timeout(ANSWER, async {
             match self {
                 Self::Unix(path) => probe_listener(UnixStream::connect(path).await?, &probe).await,
-                Self::Tcp(address) => probe_listener(TcpStream::connect(address).await?, &probe).await,
+                Self::Tcp(address) => {
+                    probe_listener(TcpStream::connect(address).await?, &probe).await
+                }
             }
         });
         match asked.await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
-                let absent = matches!(error.kind(), ErrorKind::AddrNotAvailable | ErrorKind::NetworkUnreachable);
+                let absent = matches!(
+                    error.kind(),
+                    ErrorKind::AddrNotAvailable | ErrorKind::NetworkUnreachable
+                );
                 if absent {
                     tracing::warn!(listener = %self, "this machine has no such address; clients use the others");
                 }
@@ -257,7 +293,9 @@ impl ProbeTarget {
 
 /// For a path that does not exist: whoever asks for it is attested, and then gets 404 whatever the rules say.
 fn probe(token: &str) -> Zeroizing<String> {
-    Zeroizing::new(format!("GET /probe HTTP/1.1\r\nHost: localhost\r\nAuthorization: {token}\r\n\r\n"))
+    Zeroizing::new(format!(
+        "GET /probe HTTP/1.1\r\nHost: localhost\r\nAuthorization: {token}\r\n\r\n"
+    ))
 }
 
 /// Whether the other end attests this process and finds nothing at the path: 403 is a refusal to attest it.
@@ -308,15 +346,23 @@ mod tests {
         // The one that stays in the end.
         seconds(&["STS: last"], 100).await;
         assert_eq!(lines[..3], ["the listener", "the source", "STS"]);
-        assert!(lines.len() <= 2 + 5 + 600 / 30 + 1, "{} lines: {lines:?}", lines.len());
+        assert!(
+            lines.len() <= 2 + 5 + 600 / 30 + 1,
+            "{} lines: {lines:?}",
+            lines.len()
+        );
         assert_eq!(lines.last(), Some(&"STS: last"), "{lines:?}");
     }
 
     #[test]
     fn answer_tells_an_attested_caller_from_an_unsupported_kernel() {
-        let refused = |code: &str| format!("HTTP/1.1 403 Forbidden\r\na: b\r\n\r\n{{\"code\":\"{code}\"}}");
+        let refused =
+            |code: &str| format!("HTTP/1.1 403 Forbidden\r\na: b\r\n\r\n{{\"code\":\"{code}\"}}");
         let table = [
-            ("HTTP/1.1 404 Not Found\r\n\r\n".to_owned(), Some(ProbeAnswer::Attested)),
+            (
+                "HTTP/1.1 404 Not Found\r\n\r\n".to_owned(),
+                Some(ProbeAnswer::Attested),
+            ),
             (refused(UNSUPPORTED), Some(ProbeAnswer::Unsupported)),
             (refused("no_holder"), None),
             (refused(UNSUPPORTED).replace("403", "503"), None),
@@ -331,8 +377,11 @@ mod tests {
     #[test]
     fn kernel_that_supports_no_listener_serves_nobody() {
         let unix = || ProbeTarget::Unix(PathBuf::from("/a"));
-        let with =
-            |unsupported: Vec<ProbeTarget>, serves| ProbedListeners { unanswered: Vec::new(), unsupported, serves };
+        let with = |unsupported: Vec<ProbeTarget>, serves| ProbedListeners {
+            unanswered: Vec::new(),
+            unsupported,
+            serves,
+        };
         let table = [
             // TCP alone, and TCP beside the unix socket.
             (with(vec![unix()], false), None, true),
@@ -347,7 +396,11 @@ mod tests {
             (with(vec![], false), None, false),
         ];
         for (listeners, pods, expected) in table {
-            assert_eq!(listeners.serve_nobody(pods), expected, "{listeners:?} {pods:?}");
+            assert_eq!(
+                listeners.serve_nobody(pods),
+                expected,
+                "{listeners:?} {pods:?}"
+            );
         }
     }
 
@@ -356,28 +409,57 @@ mod tests {
         let requested = "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n";
         let rest = "[identity]\nsocket = \"unix:///a\"\naudience = \"a\"\n[sts]\nregion = \"eu-central-1\"\n\
                     [[workload]]\nspiffe_id = \"spiffe://t/a\"\nuid = 1\n";
-        let role =
-            "[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://t/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n";
+        let role = "[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://t/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n";
         let other = "region = \"eu-north-1\"\n";
         for (text, regions) in [
             (format!("{requested}{rest}"), &["eu-central-1"][..]),
             (format!("{rest}{role}"), &["eu-central-1"]),
             (format!("{rest}{role}{other}"), &["eu-north-1"]),
-            (format!("{requested}{rest}{role}{other}"), &["eu-north-1", "eu-central-1"]),
+            (
+                format!("{requested}{rest}{role}{other}"),
+                &["eu-north-1", "eu-central-1"],
+            ),
         ] {
-            let config = Config::parse(&text, &|_| None).unwrap_or_else(|problems| panic!("{problems:?}")).config;
+            let config = Config::parse(&text, &|_| None)
+                .unwrap_or_else(|problems| panic!("{problems:?}"))
+                .config;
             let (clock, metrics) = (Clock::system(), Metrics::default());
-            let source = WorkloadApi::new(config.identity.socket.clone(), Vec::new(), clock.clone(), metrics);
+            let source = WorkloadApi::new(
+                config.identity.socket.clone(),
+                Vec::new(),
+                clock.clone(),
+                metrics,
+            );
             let network = NetworkSettings::from_env(|_| None);
-            let settings = Settings { timeout: ANSWER, max_concurrent: 4, ca_file: None, network };
-            let probes = ReadinessProbes::new(&config, Arc::new(source), Arc::new(Sts::new(settings, clock)));
-            let asked: Vec<_> = probes.targets.iter().map(|target| target.region.as_str()).collect();
-            assert_eq!((asked, probes.audience.as_str()), (regions.to_vec(), "a"), "{text}");
+            let settings = Settings {
+                timeout: ANSWER,
+                max_concurrent: 4,
+                ca_file: None,
+                network,
+            };
+            let probes = ReadinessProbes::new(
+                &config,
+                Arc::new(source),
+                Arc::new(Sts::new(settings, clock)),
+            );
+            let asked: Vec<_> = probes
+                .targets
+                .iter()
+                .map(|target| target.region.as_str())
+                .collect();
+            assert_eq!(
+                (asked, probes.audience.as_str()),
+                (regions.to_vec(), "a"),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn whatever_others_say_is_one_line() {
-        assert_eq!(one_line("STS:\n  \u{1b}[31mno\r\n\tmore\n"), "STS: [31mno more");
+        assert_eq!(
+            one_line("STS:\n  \u{1b}[31mno\r\n\tmore\n"),
+            "STS: [31mno more"
+        );
     }
 }

@@ -150,14 +150,25 @@ impl Roles {
     }
 
     /// Chooses the role for a caller with these identities: the first that fits, or the one that was asked for.
-    pub fn select(&self, identities: &[Identity], wanted: &RequestedRole) -> Result<Grant, RoleDenied> {
+    pub fn select(
+        &self,
+        identities: &[Identity],
+        wanted: &RequestedRole,
+    ) -> Result<Grant, RoleDenied> {
         match wanted {
             RequestedRole::Default => {
-                let mut grants = self.defined.iter().filter_map(|role| grant(role, identities).transpose());
+                let mut grants = self
+                    .defined
+                    .iter()
+                    .filter_map(|role| grant(role, identities).transpose());
                 grants.next().unwrap_or(Err(RoleDenied::NoRole))
             }
             RequestedRole::ByName(name) => {
-                let role = self.defined.iter().find(|role| role.name == *name).ok_or(RoleDenied::NotThisRole)?;
+                let role = self
+                    .defined
+                    .iter()
+                    .find(|role| role.name == *name)
+                    .ok_or(RoleDenied::NotThisRole)?;
                 grant(role, identities)?.ok_or(RoleDenied::NotThisRole)
             }
             RequestedRole::ByArn(arn) => self.requested(identities, arn),
@@ -166,9 +177,18 @@ impl Roles {
 
     /// Whether a caller with the grant's identity could be given just this grant.
     pub fn can_grant(&self, grant: &Grant) -> bool {
-        let identity = [Identity { spiffe_id: grant.spiffe_id.clone(), hint: None }];
-        let wanted = [RequestedRole::ByName(grant.role.name.clone()), RequestedRole::ByArn(grant.role_arn.clone())];
-        wanted.iter().any(|wanted| self.select(&identity, wanted).is_ok_and(|given| given == *grant))
+        let identity = [Identity {
+            spiffe_id: grant.spiffe_id.clone(),
+            hint: None,
+        }];
+        let wanted = [
+            RequestedRole::ByName(grant.role.name.clone()),
+            RequestedRole::ByArn(grant.role_arn.clone()),
+        ];
+        wanted.iter().any(|wanted| {
+            self.select(&identity, wanted)
+                .is_ok_and(|given| given == *grant)
+        })
     }
 
     /// AWS's trust policy is the authority over who may assume this role; the list only bounds what is tried.
@@ -179,7 +199,11 @@ impl Roles {
             require_literal_leading_dot: false,
         };
         let settings = self.requested.as_ref().filter(|requested| {
-            arn.is_aws() && requested.allowed.iter().any(|pattern| pattern.matches_with(arn.as_str(), options))
+            arn.is_aws()
+                && requested
+                    .allowed
+                    .iter()
+                    .any(|pattern| pattern.matches_with(arn.as_str(), options))
         });
         let settings = settings.ok_or(RoleDenied::ArnNotAllowed)?;
         if identities.is_empty() {
@@ -188,7 +212,8 @@ impl Roles {
         let identity = only(identities.iter()).ok_or(RoleDenied::SeveralIdentities)?;
         let role = Role {
             name: arn.as_str().to_owned(),
-            spiffe_id: SpiffeIdPattern::parse(identity.spiffe_id.as_str()).map_err(|_| RoleDenied::ArnNotAllowed)?,
+            spiffe_id: SpiffeIdPattern::parse(identity.spiffe_id.as_str())
+                .map_err(|_| RoleDenied::ArnNotAllowed)?,
             // The workload wrote this: a `{path[0]}` in it is no template of the operator's.
             role_arn: ArnTemplate::fixed(arn),
             audience: settings.audience.clone(),
@@ -207,24 +232,35 @@ impl Roles {
 /// Of several, the one that has the role's name as a hint; never one by its position in the list. For the same reason all
 /// hints count of an identity that is in the list several times.
 fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, RoleDenied> {
-    let fitting = || identities.iter().filter(|identity| role.spiffe_id.matches(&identity.spiffe_id));
+    let fitting = || {
+        identities
+            .iter()
+            .filter(|identity| role.spiffe_id.matches(&identity.spiffe_id))
+    };
     let hinted = fitting().filter(|identity| identity.hint.as_ref() == Some(&role.name));
     if fitting().next().is_none() {
         return Ok(None);
     }
-    let identity = only(fitting()).or_else(|| only(hinted)).ok_or(RoleDenied::SeveralIdentities)?;
+    let identity = only(fitting())
+        .or_else(|| only(hinted))
+        .ok_or(RoleDenied::SeveralIdentities)?;
     let identity = &identity.spiffe_id;
     Ok(role.role_arn.render(identity).map(|role_arn| Grant {
         spiffe_id: identity.clone(),
         role: role.clone(),
         role_arn,
-        session_name: role.session_name.clone().unwrap_or_else(|| SessionName::of(identity)),
+        session_name: role
+            .session_name
+            .clone()
+            .unwrap_or_else(|| SessionName::of(identity)),
     }))
 }
 
 /// Returns the identity if all of them have the same SPIFFE ID.
 fn only<'a>(mut identities: impl Iterator<Item = &'a Identity>) -> Option<&'a Identity> {
-    identities.next().filter(|only| identities.all(|other| other.spiffe_id == only.spiffe_id))
+    identities
+        .next()
+        .filter(|only| identities.all(|other| other.spiffe_id == only.spiffe_id))
 }
 
 #[cfg(test)]

@@ -21,8 +21,11 @@ pub use named::{AccountName, Known, MissingNames, NamedRule, Resolved};
 pub const OVERFLOW_ID: u32 = 65534;
 
 /// How `cgroup` is compared.
-pub const CGROUP_GLOB: glob::MatchOptions =
-    glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: false };
+pub const CGROUP_GLOB: glob::MatchOptions = glob::MatchOptions {
+    case_sensitive: true,
+    require_literal_separator: true,
+    require_literal_leading_dot: false,
+};
 
 /// One rule. Each key that is given must match.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -65,7 +68,11 @@ struct CachedStat {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum StatResult {
     /// A file with this device and inode, changed last at this time.
-    File { device: u64, inode: u64, changed: (i64, i64) },
+    File {
+        device: u64,
+        inode: u64,
+        changed: (i64, i64),
+    },
     /// Nothing.
     Nothing,
     /// That cannot be looked at: a file server is away, or a directory is closed to the daemon.
@@ -77,9 +84,18 @@ impl StatResult {
         match looked {
             Ok(file) => {
                 let changed = (file.ctime(), file.ctime_nsec());
-                Self::File { device: file.dev(), inode: file.ino(), changed }
+                Self::File {
+                    device: file.dev(),
+                    inode: file.ino(),
+                    changed,
+                }
             }
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
                 Self::Nothing
             }
             Err(_) => Self::Unreadable,
@@ -140,10 +156,20 @@ pub fn facts_needed(rules: &[WorkloadRule], caller: &Caller) -> Option<ProcessFa
         return None;
     }
     let of_socket = |rule: &&WorkloadRule| rule.is_for_socket_of(caller);
-    let names_group = rules.iter().filter(of_socket).any(|rule| rule.supplementary_group.is_some());
+    let names_group = rules
+        .iter()
+        .filter(of_socket)
+        .any(|rule| rule.supplementary_group.is_some());
     Some(ProcessFacts {
-        groups: if names_group { GroupDetail::List } else { GroupDetail::None },
-        program: rules.iter().filter(of_socket).any(|rule| rule.exe.is_some()),
+        groups: if names_group {
+            GroupDetail::List
+        } else {
+            GroupDetail::None
+        },
+        program: rules
+            .iter()
+            .filter(of_socket)
+            .any(|rule| rule.exe.is_some()),
         started: false,
     })
 }
@@ -163,7 +189,9 @@ impl WorkloadRule {
         if self.cgroup.is_none() && caller.in_container().ok_or(UndecidedFact::Process)? {
             return Ok(false);
         }
-        if caller.listener == ListenerKind::Tcp && caller.process.is_none() && (caller.uid == 0 || !self.names_place())
+        if caller.listener == ListenerKind::Tcp
+            && caller.process.is_none()
+            && (caller.uid == 0 || !self.names_place())
         {
             return Err(UndecidedFact::Process);
         }
@@ -171,25 +199,36 @@ impl WorkloadRule {
             return Ok(true);
         }
         let process = caller.process.as_ref().ok_or(UndecidedFact::Process)?;
-        if self.gid.is_some_and(|gid| gid != process.gid || gid == OVERFLOW_ID) {
+        if self
+            .gid
+            .is_some_and(|gid| gid != process.gid || gid == OVERFLOW_ID)
+        {
             return Ok(false);
         }
         if let Some(group) = self.supplementary_group {
-            let is_member =
-                process.groups.as_ref().and_then(|groups| groups.contains(group)).ok_or(UndecidedFact::Process)?;
+            let is_member = process
+                .groups
+                .as_ref()
+                .and_then(|groups| groups.contains(group))
+                .ok_or(UndecidedFact::Process)?;
             if group == OVERFLOW_ID || !is_member {
                 return Ok(false);
             }
         }
-        let Some(file) = &self.exe else { return Ok(true) };
+        let Some(file) = &self.exe else {
+            return Ok(true);
+        };
         let program = process.program.as_ref().ok_or(UndecidedFact::Process)?;
-        let Some(exe) = &program.exe else { return Ok(false) };
+        let Some(exe) = &program.exe else {
+            return Ok(false);
+        };
         file.is(exe, asked).ok_or(UndecidedFact::File(file))
     }
 
     /// Whether a caller on the host's TCP listeners can match it by its socket alone.
     pub fn socket_decides(&self) -> bool {
-        let needs_facts = self.gid.is_some() || self.supplementary_group.is_some() || self.exe.is_some();
+        let needs_facts =
+            self.gid.is_some() || self.supplementary_group.is_some() || self.exe.is_some();
         self.names_place() && self.uid != Some(0) && !needs_facts
     }
 
@@ -200,17 +239,21 @@ impl WorkloadRule {
 
     /// Whether it is for the user and the place of this caller's socket.
     fn is_for_socket_of(&self, caller: &Caller) -> bool {
-        caller.uid != OVERFLOW_ID && self.uid.is_none_or(|uid| uid == caller.uid) && self.cgroup_matches(caller)
+        caller.uid != OVERFLOW_ID
+            && self.uid.is_none_or(|uid| uid == caller.uid)
+            && self.cgroup_matches(caller)
     }
 
     fn cgroup_matches(&self, caller: &Caller) -> bool {
         let glob = self.cgroup.as_ref().is_none_or(|pattern| {
-            caller.cgroup.as_ref().is_some_and(|path| pattern.matches_with(path.as_str(), CGROUP_GLOB))
+            caller
+                .cgroup
+                .as_ref()
+                .is_some_and(|path| pattern.matches_with(path.as_str(), CGROUP_GLOB))
         });
-        let unit = self
-            .systemd_unit
-            .as_ref()
-            .is_none_or(|unit| caller.cgroup.as_ref().and_then(|path| path.systemd_unit()) == Some(unit));
+        let unit = self.systemd_unit.as_ref().is_none_or(|unit| {
+            caller.cgroup.as_ref().and_then(|path| path.systemd_unit()) == Some(unit)
+        });
         glob && unit
     }
 }
@@ -218,7 +261,11 @@ impl WorkloadRule {
 impl ExeMatcher {
     /// The one at this path, whichever that is at the time.
     pub fn new(path: PathBuf) -> Self {
-        Self { path, seen: Arc::default(), looking: Arc::default() }
+        Self {
+            path,
+            seen: Arc::default(),
+            looking: Arc::default(),
+        }
     }
 
     /// As it is written in the configuration.
@@ -241,9 +288,15 @@ impl ExeMatcher {
             let (at, wall) = (Instant::now(), SystemTime::now());
             let looked = std::fs::metadata(&path);
             let file = StatResult::of(&looked);
-            let before = seen.lock().unwrap_or_else(PoisonError::into_inner).replace(CachedStat { file, at, wall });
+            let before = seen
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .replace(CachedStat { file, at, wall });
             let is_news = before.is_none_or(is_readable);
-            if let Some(error) = looked.err().filter(|_| is_news && file == StatResult::Unreadable) {
+            if let Some(error) = looked
+                .err()
+                .filter(|_| is_news && file == StatResult::Unreadable)
+            {
                 tracing::warn!(
                     %error,
                     exe = %path.display(),
@@ -267,11 +320,18 @@ impl ExeMatcher {
         if at.elapsed() >= STAT_TTL {
             return None;
         }
-        if file == (StatResult::File { device: exe.device, inode: exe.inode, changed: exe.changed }) {
+        if file
+            == (StatResult::File {
+                device: exe.device,
+                inode: exe.inode,
+                changed: exe.changed,
+            })
+        {
             return Some(true);
         }
         // Another file was there, and this one was not given that name since then: it would have been changed by that.
-        let changed = UNIX_EPOCH.checked_add(Duration::from_secs(u64::try_from(exe.changed.0).ok()?));
+        let changed =
+            UNIX_EPOCH.checked_add(Duration::from_secs(u64::try_from(exe.changed.0).ok()?));
         let is_other = !file.is(exe);
         let is_old = changed.is_some_and(|changed| changed + CLOCK_TICK < wall);
         (is_other && is_old).then_some(false)

@@ -23,12 +23,14 @@ const EX_CONFIG: u8 = 78;
 /// With a signal's number added: ended by that signal while requests were open. As shells say it of a killed process.
 const SIGNAL_EXIT_BASE: u8 = 128;
 
-const NOT_COUNTED: &str =
-    "executions of programs cannot be counted, so callers' processes are not named to the agent (unseen_program)";
+const NOT_COUNTED: &str = "executions of programs cannot be counted, so callers' processes are not named to the agent (unseen_program)";
 
 /// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT; SIGHUP reads it again. To be called before any
 /// thread is started. The exit statuses are in deploy/README.md.
-#[expect(clippy::print_stderr, reason = "before the log is there, standard error is where a person looks")]
+#[expect(
+    clippy::print_stderr,
+    reason = "before the log is there, standard error is where a person looks"
+)]
 pub fn serve(path: &Path) -> ExitCode {
     let loaded = match Config::load(path, Exposure::Refused, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded,
@@ -39,7 +41,11 @@ pub fn serve(path: &Path) -> ExitCode {
     };
     let config::Loaded { config, warnings } = loaded;
     let metrics = Metrics::default();
-    let log = match telemetry::init(&config.log.level, config.log.format, metrics.log_lost.clone()) {
+    let log = match telemetry::init(
+        &config.log.level,
+        config.log.format,
+        metrics.log_lost.clone(),
+    ) {
         Ok(log) => log,
         Err(error) => {
             eprintln!("{}: [log] level: {error}", path.display());
@@ -62,7 +68,9 @@ pub fn serve(path: &Path) -> ExitCode {
         // What another start would not change: a variable of the environment, or what the unit or the container lacks.
         match error.downcast_ref() {
             Some(
-                AppError::Sts(_) | AppError::Attest(StartError::UserNamespace) | AppError::Pods(PodsError::Denied(_)),
+                AppError::Sts(_)
+                | AppError::Attest(StartError::UserNamespace)
+                | AppError::Pods(PodsError::Denied(_)),
             ) => ExitCode::from(EX_CONFIG),
             _ => ExitCode::FAILURE,
         }
@@ -73,7 +81,9 @@ pub fn serve(path: &Path) -> ExitCode {
 
 /// What notices that a caller's process executes a program. Without it nobody is named to an agent, and the log says why.
 fn exec_monitor() -> Option<ExecMonitor> {
-    ExecMonitor::start().inspect_err(|error| tracing::error!("{NOT_COUNTED}: {error}; {}", error.fix())).ok()
+    ExecMonitor::start()
+        .inspect_err(|error| tracing::error!("{NOT_COUNTED}: {error}; {}", error.fix()))
+        .ok()
 }
 
 fn start(
@@ -83,15 +93,26 @@ fn start(
     exec_monitor: Option<ExecMonitor>,
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let inherited = ActivatedSockets::from_environment();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let startup = Startup { inherited, exec_monitor, metrics };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let startup = Startup {
+        inherited,
+        exec_monitor,
+        metrics,
+    };
     let ended = runtime.block_on(run(path, config, startup, log));
     // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.
     runtime.shutdown_background();
     ended
 }
 
-async fn run(path: &Path, config: Config, startup: Startup, log: &Log) -> Result<ExitCode, Box<dyn std::error::Error>> {
+async fn run(
+    path: &Path,
+    config: Config,
+    startup: Startup,
+    log: &Log,
+) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut signals = Signals::catch()?;
     let mut hangup = signal(SignalKind::hangup())?;
     let mut app = App::start(config, startup).await?;
@@ -109,7 +130,9 @@ async fn run(path: &Path, config: Config, startup: Startup, log: &Log) -> Result
         }
     }
     notify(&[NotifyState::Stopping]);
-    tracing::info!("ending: no new connections, open ones are finished; a second signal ends at once");
+    tracing::info!(
+        "ending: no new connections, open ones are finished; a second signal ends at once"
+    );
     tokio::select! {
         () = app.drain() => Ok(ExitCode::SUCCESS),
         number = signals.end() => {
@@ -128,14 +151,24 @@ fn seed_tls() {
 /// Reads the configuration again. One that can't be used changes nothing.
 async fn reload(app: &mut App, path: &Path, log: &Log) {
     let begun = NotifyState::monotonic_usec_now().ok();
-    notify(&[Some(NotifyState::Reloading), begun].into_iter().flatten().collect::<Vec<_>>());
+    notify(
+        &[Some(NotifyState::Reloading), begun]
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>(),
+    );
     let loading = {
         let path = path.to_owned();
-        spawn_blocking(move || Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok()))
+        spawn_blocking(move || {
+            Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok())
+        })
     };
     let used = match loading.await {
         Ok(Ok(loaded)) => {
-            let (wanted, does) = (loaded.config.log.clone(), DaemonFeatures::of(&loaded.config));
+            let (wanted, does) = (
+                loaded.config.log.clone(),
+                DaemonFeatures::of(&loaded.config),
+            );
             app.reload(loaded.config).await.map_err(|error| error.to_string()).inspect(|()| {
                 // It was read as a part of the configuration, so there is no error to lose.
                 let _ = log.change(&wanted.level, wanted.format);
@@ -184,7 +217,10 @@ struct Signals {
 
 impl Signals {
     fn catch() -> io::Result<Self> {
-        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+        })
     }
 
     /// Waits for one of them; its number.

@@ -84,9 +84,16 @@ impl Sts {
     /// Does no I/O yet.
     pub fn new(settings: Settings, clock: Clock) -> Self {
         Self {
-            connections: HttpConnector::new(settings.network, settings.ca_file.as_deref(), settings.timeout),
+            connections: HttpConnector::new(
+                settings.network,
+                settings.ca_file.as_deref(),
+                settings.timeout,
+            ),
             clients: Mutex::default(),
-            turns: FairSemaphore::new(settings.max_concurrent, (settings.max_concurrent / 4).max(2)),
+            turns: FairSemaphore::new(
+                settings.max_concurrent,
+                (settings.max_concurrent / 4).max(2),
+            ),
             timeout: settings.timeout,
             clock,
         }
@@ -112,11 +119,17 @@ impl Sts {
     /// Whether STS answers at all, whatever it says: it is shown something that is no token. For `/readyz`.
     pub async fn probe(&self, target: &StsTarget) -> Result<(), StsError> {
         let nothing = |call: AssumeRoleWithWebIdentityFluentBuilder| {
-            call.role_arn(NO_ROLE).role_session_name(NO_TOKEN).web_identity_token(NO_TOKEN)
+            call.role_arn(NO_ROLE)
+                .role_session_name(NO_TOKEN)
+                .web_identity_token(NO_TOKEN)
         };
         match self.call(target, nothing).await {
             Ok(_) | Err(Failure::Refused { .. } | Failure::Garbled(_)) => Ok(()),
-            Err(failure) => Err(StsError::new(&failure, &self.destination(target).await, None)),
+            Err(failure) => Err(StsError::new(
+                &failure,
+                &self.destination(target).await,
+                None,
+            )),
         }
     }
 
@@ -124,23 +137,37 @@ impl Sts {
     async fn call(
         &self,
         target: &StsTarget,
-        fill: impl FnOnce(AssumeRoleWithWebIdentityFluentBuilder) -> AssumeRoleWithWebIdentityFluentBuilder,
+        fill: impl FnOnce(
+            AssumeRoleWithWebIdentityFluentBuilder,
+        ) -> AssumeRoleWithWebIdentityFluentBuilder,
     ) -> Result<AssumeRoleWithWebIdentityOutput, Failure> {
         let call = async {
             let call = fill(self.client(target).await?.assume_role_with_web_identity()).send();
             // At its trace level the SDK logs requests and refusals whole, and with them the token.
-            call.with_subscriber(NoSubscriber::new()).await.map_err(|error| Failure::of(&error))
+            call.with_subscriber(NoSubscriber::new())
+                .await
+                .map_err(|error| Failure::of(&error))
         };
         let failure = || Failure::NoAnswer(format!("no answer within {:?}", self.timeout));
-        timeout(self.timeout, call).await.unwrap_or_else(|_| Err(failure()))
+        timeout(self.timeout, call)
+            .await
+            .unwrap_or_else(|_| Err(failure()))
     }
 
     async fn client(&self, target: &StsTarget) -> Result<Client, Failure> {
-        let known = self.clients.lock().unwrap_or_else(PoisonError::into_inner).get(target).cloned();
+        let known = self
+            .clients
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(target)
+            .cloned();
         if let Some(client) = known {
             return Ok(client);
         }
-        let url = self.url(target).await.map_err(|InvalidSetting(text)| Failure::Unsendable(text))?;
+        let url = self
+            .url(target)
+            .await
+            .map_err(|InvalidSetting(text)| Failure::Unsendable(text))?;
         let client = self.connections.client(target, &url).await?;
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         // Keep the client of a concurrent call, and with it one pool of connections.
@@ -149,21 +176,35 @@ impl Sts {
 
     async fn destination(&self, target: &StsTarget) -> StsDestination {
         let url = self.url(target).await.ok();
-        let hop = url.as_deref().and_then(|url| url.parse().ok()).map(|uri| self.connections.network.hop(&uri));
+        let hop = url
+            .as_deref()
+            .and_then(|url| url.parse().ok())
+            .map(|uri| self.connections.network.hop(&uri));
         StsDestination {
             name: format!("STS at {}", url.unwrap_or_else(|| target.to_string())),
             is_aws: is_aws_sts(target.endpoint.as_deref()),
-            proxy: hop.and_then(Result::ok).flatten().map(|hop| hop.to_string()),
+            proxy: hop
+                .and_then(Result::ok)
+                .flatten()
+                .map(|hop| hop.to_string()),
         }
     }
 
     fn credentials(&self, answer: AssumeRoleWithWebIdentityOutput) -> Result<Credentials, Failure> {
         // Nothing is asked of `AssumedRoleUser`: MinIO leaves it empty.
-        let credentials = answer.credentials.ok_or(Failure::Garbled("it has no credentials".to_owned()))?;
+        let credentials = answer
+            .credentials
+            .ok_or(Failure::Garbled("it has no credentials".to_owned()))?;
         // What the answer lacks, the SDK fills with empty strings and the year 1970.
-        let texts = [&credentials.access_key_id, &credentials.secret_access_key, &credentials.session_token];
+        let texts = [
+            &credentials.access_key_id,
+            &credentials.secret_access_key,
+            &credentials.session_token,
+        ];
         if texts.iter().any(|text| text.is_empty()) {
-            return Err(Failure::Garbled("a part of the credentials is missing or empty".to_owned()));
+            return Err(Failure::Garbled(
+                "a part of the credentials is missing or empty".to_owned(),
+            ));
         }
         let now = self.clock.now();
         let expiration = SystemTime::try_from(credentials.expiration).ok();
@@ -187,13 +228,19 @@ impl AssumeRole for Sts {
         let result = match self.turns.acquire(&grant.spiffe_id).await {
             None => Err(Failure::Busy),
             Some(_turn) => {
-                let answer = self.call(target, |call| build_request(call, grant, token)).await;
+                let answer = self
+                    .call(target, |call| build_request(call, grant, token))
+                    .await;
                 answer.and_then(|answer| self.credentials(answer))
             }
         };
         match result {
             Ok(credentials) => Ok(credentials),
-            Err(failure) => Err(StsError::new(&failure, &self.destination(target).await, Some((grant, token)))),
+            Err(failure) => Err(StsError::new(
+                &failure,
+                &self.destination(target).await,
+                Some((grant, token)),
+            )),
         }
     }
 }
@@ -204,8 +251,12 @@ fn build_request(
     grant: &Grant,
     token: &JwtSvid,
 ) -> AssumeRoleWithWebIdentityFluentBuilder {
-    let policies: Vec<_> =
-        grant.role.policy_arns.iter().map(|arn| PolicyDescriptorType::builder().arn(arn).build()).collect();
+    let policies: Vec<_> = grant
+        .role
+        .policy_arns
+        .iter()
+        .map(|arn| PolicyDescriptorType::builder().arn(arn).build())
+        .collect();
     call.role_arn(grant.role_arn.as_str())
         .role_session_name(grant.session_name.as_str())
         .web_identity_token(token.secret())
@@ -216,7 +267,9 @@ fn build_request(
 
 impl fmt::Debug for Sts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sts").field("timeout", &self.timeout).finish_non_exhaustive()
+        f.debug_struct("Sts")
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
     }
 }
 

@@ -46,7 +46,12 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError>;
 
     /// A JWT-SVID of `caller` for the identity `id`, meant for `audience` alone, checked by [`JwtSvid::check`].
-    async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError>;
+    async fn token(
+        &self,
+        caller: &Arc<Caller>,
+        id: &SpiffeId,
+        audience: &str,
+    ) -> Result<JwtSvid, SourceError>;
 
     /// What has to be known of this caller's process to identify it; `None` if what is known is enough.
     fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts>;
@@ -93,7 +98,9 @@ pub enum SourceError {
     #[error(transparent)]
     Caller(#[from] AttestError),
     /// More is asked of the source than it can do. Ask again in a moment.
-    #[error("more new processes ask for credentials than the SPIFFE agent can attest; ask again in a moment")]
+    #[error(
+        "more new processes ask for credentials than the SPIFFE agent can attest; ask again in a moment"
+    )]
     Busy,
     /// What the decision depends on is not known of this caller, since the rules were others when it was attested. Another
     /// connection will do.
@@ -113,14 +120,25 @@ impl SourceError {
     /// For [`crate::health`]. What is about one caller is nothing of the source's.
     fn of_source<T>(result: &Result<T, Self>) -> Option<LastError> {
         let error = result.as_ref().err()?;
-        let outage = matches!(error, Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy);
-        Some(LastError { text: error.to_string(), reason: error.reason(), outage })
+        let outage = matches!(
+            error,
+            Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy
+        );
+        Some(LastError {
+            text: error.to_string(),
+            reason: error.reason(),
+            outage,
+        })
     }
 
     /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable(_) | Self::Caller(_) | Self::Busy | Self::Reloaded | Self::UnknownAccount => true,
+            Self::Unavailable(_)
+            | Self::Caller(_)
+            | Self::Busy
+            | Self::Reloaded
+            | Self::UnknownAccount => true,
             // Agents answer from their cache while their server is down, until the second that the token expires.
             Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
             Self::Denied(_) | Self::Misconfigured(_) => false,
@@ -145,7 +163,11 @@ impl SourceError {
 /// Somebody else's words, fit for one line of a log: no control characters, at most 300 characters.
 pub(crate) fn one_line(text: &str) -> String {
     const MAX_MESSAGE_CHARS: usize = 300;
-    let mut line: String = text.chars().take(MAX_MESSAGE_CHARS).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let mut line: String = text
+        .chars()
+        .take(MAX_MESSAGE_CHARS)
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
     if text.chars().count() > MAX_MESSAGE_CHARS {
         line.push_str("...");
     }

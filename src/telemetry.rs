@@ -34,7 +34,12 @@ pub struct LogQuota {
 impl LogQuota {
     /// `burst` lines at once, of which one comes back each `every`.
     pub fn new(burst: u32, every: Duration) -> Self {
-        Self { burst, every, bucket: TokenBucket::default(), missed: 0 }
+        Self {
+            burst,
+            every,
+            bucket: TokenBucket::default(),
+            missed: 0,
+        }
     }
 
     /// Whether a line may be written now; if so, how many were left out since the last.
@@ -68,20 +73,27 @@ pub fn init(level: &str, format: LogFormat, lost: Counter) -> Result<Log, ParseE
     let (lines, handle) = reload::Layer::new(lines(level, format, destination.clone())?);
     // An error means that a log is installed already, as in a test: that one stays.
     let _ = tracing_subscriber::registry().with(lines).try_init();
-    Ok(Log { handle, lines: destination })
+    Ok(Log {
+        handle,
+        lines: destination,
+    })
 }
 
 impl Log {
     /// Starts the thread that writes it; to be called once, when the process has given up the privileges that its threads are
     /// not to have.
     pub fn start(&self) -> io::Result<()> {
-        self.lines.0.start("log", File::from(stderr().as_fd().try_clone_to_owned()?))
+        self.lines
+            .0
+            .start("log", File::from(stderr().as_fd().try_clone_to_owned()?))
     }
 
     /// Goes on with another level and format.
     pub fn change(&self, level: &str, format: LogFormat) -> Result<(), ParseError> {
         // An error means that this log is not the one that is installed.
-        let _ = self.handle.reload(lines(level, format, self.lines.clone())?);
+        let _ = self
+            .handle
+            .reload(lines(level, format, self.lines.clone())?);
         Ok(())
     }
 
@@ -100,7 +112,10 @@ fn lines(level: &str, format: LogFormat, destination: LogDestination) -> Result<
     };
     let lines = fmt::layer().with_writer(destination);
     let lines: Lines = if text {
-        lines.with_ansi(stderr().is_terminal()).with_target(false).boxed()
+        lines
+            .with_ansi(stderr().is_terminal())
+            .with_target(false)
+            .boxed()
     } else {
         lines.json().flatten_event(true).boxed()
     };
@@ -128,7 +143,12 @@ impl<'a> MakeWriter<'a> for LogDestination {
 
 impl Write for &LogDestination {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let line = Line { bytes: bytes.to_vec(), stands_for: 1, owner: None, priority: Priority::High };
+        let line = Line {
+            bytes: bytes.to_vec(),
+            stands_for: 1,
+            owner: None,
+            priority: Priority::High,
+        };
         // One that is lost is counted.
         drop(self.0.push(line));
         Ok(bytes.len())
@@ -149,7 +169,10 @@ impl LossObserver for LostLines {
     }
 
     fn over(&self, lines: u64) -> Vec<u8> {
-        tracing::warn!(lines, "lines of the log were lost: its reader was too slow, or had stopped");
+        tracing::warn!(
+            lines,
+            "lines of the log were lost: its reader was too slow, or had stopped"
+        );
         Vec::new()
     }
 }

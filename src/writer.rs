@@ -128,7 +128,10 @@ impl Line {
 
 impl LineQueue {
     fn has_room_for(&self, line: &Line) -> bool {
-        let of_one = line.owner.as_ref().map_or(0, |owner| self.sizes.get(owner).copied().unwrap_or(0));
+        let of_one = line
+            .owner
+            .as_ref()
+            .map_or(0, |owner| self.sizes.get(owner).copied().unwrap_or(0));
         let size = line.size();
         self.size + size <= line.priority.in_all() && of_one + size <= line.priority.of_one()
     }
@@ -159,13 +162,20 @@ impl Writer {
     /// Takes lines, and writes them once it is [started](Self::start).
     pub fn new(losses: Box<dyn LossObserver>) -> Self {
         let (queue, filled, emptied) = (Mutex::default(), Condvar::new(), Condvar::new());
-        Self(Arc::new(WriterState { queue, filled, emptied, losses }))
+        Self(Arc::new(WriterState {
+            queue,
+            filled,
+            emptied,
+            losses,
+        }))
     }
 
     /// Starts the thread that writes to `file`; to be called once. `name` is the thread's.
     pub fn start(&self, name: &str, file: File) -> io::Result<()> {
         let writing = self.0.clone();
-        std::thread::Builder::new().name(name.to_owned()).spawn(move || writing.write_all(&WriterDestination(file)))?;
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || writing.write_all(&WriterDestination(file)))?;
         Ok(())
     }
 
@@ -217,7 +227,12 @@ impl Writer {
             if left.is_zero() {
                 return;
             }
-            queue = self.0.emptied.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+            queue = self
+                .0
+                .emptied
+                .wait_timeout(queue, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }
@@ -255,7 +270,11 @@ impl WriterState {
             if let Err(error) = done {
                 self.losses.lost(&LineLoss::Failed(error));
             }
-            if lost > 0 && destination.write(&self.losses.over(lost), &mut is_torn).is_err() {
+            if lost > 0
+                && destination
+                    .write(&self.losses.over(lost), &mut is_torn)
+                    .is_err()
+            {
                 self.queue().lost += lost;
             }
             let mut queue = self.queue();
@@ -277,7 +296,10 @@ impl WriterState {
                 return None;
             }
             queue.waiting = true;
-            queue = self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue = self
+                .filled
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

@@ -33,20 +33,32 @@ type FileVersion = (u64, u64, u64, (i64, i64));
 impl LocalAccounts {
     /// Reads the files if they are others than those of `known`. Blocks.
     pub fn read(known: &Arc<Self>) -> Arc<Self> {
-        let version = |path: &str| fs::metadata(path).map(|found| version(&found)).unwrap_or_default();
+        let version = |path: &str| {
+            fs::metadata(path)
+                .map(|found| version(&found))
+                .unwrap_or_default()
+        };
         let versions = [PASSWD, GROUP].map(version);
         if known.versions == Some(versions) {
             return known.clone();
         }
         let read = |path: &str| LocalNames::parse(&fs::read(Path::new(path)).unwrap_or_default());
-        Arc::new(Self { users: read(PASSWD), groups: read(GROUP), versions: Some(versions) })
+        Arc::new(Self {
+            users: read(PASSWD),
+            groups: read(GROUP),
+            versions: Some(versions),
+        })
     }
 
     /// Those of these texts.
     #[cfg(test)]
     pub(super) fn of(passwd: &str, group: &str) -> Arc<Self> {
         let [users, groups] = [passwd, group].map(|text| LocalNames::parse(text.as_bytes()));
-        Arc::new(Self { users, groups, versions: None })
+        Arc::new(Self {
+            users,
+            groups,
+            versions: None,
+        })
     }
 
     /// Whether the files have this name.
@@ -58,7 +70,9 @@ impl LocalAccounts {
     pub fn is_other(&self, name: &AccountName, id: u32) -> bool {
         let names = self.of_kind(name).by_id.get(&id);
         let is_dynamic = matches!(name, AccountName::User(_)) && DYNAMIC.contains(&id);
-        names.map_or(is_dynamic, |names| !names.iter().any(|one| one == name.as_str()))
+        names.map_or(is_dynamic, |names| {
+            !names.iter().any(|one| one == name.as_str())
+        })
     }
 
     fn of_kind(&self, name: &AccountName) -> &LocalNames {
@@ -73,9 +87,14 @@ impl LocalNames {
     /// In both files the name is the first field of a line, and the number the third.
     fn parse(text: &[u8]) -> Self {
         let mut all = Self::default();
-        for line in text.split(|byte| *byte == b'\n').filter_map(|line| std::str::from_utf8(line).ok()) {
+        for line in text
+            .split(|byte| *byte == b'\n')
+            .filter_map(|line| std::str::from_utf8(line).ok())
+        {
             let mut fields = line.split(':');
-            let (Some(name), Some(id)) = (fields.next(), fields.nth(1).and_then(|id| id.parse().ok())) else {
+            let (Some(name), Some(id)) =
+                (fields.next(), fields.nth(1).and_then(|id| id.parse().ok()))
+            else {
                 continue;
             };
             // "+" and "-" include or exclude what a directory server has.
@@ -90,5 +109,10 @@ impl LocalNames {
 }
 
 fn version(file: &Metadata) -> FileVersion {
-    (file.dev(), file.ino(), file.len(), (file.mtime(), file.mtime_nsec()))
+    (
+        file.dev(),
+        file.ino(),
+        file.len(),
+        (file.mtime(), file.mtime_nsec()),
+    )
 }

@@ -34,7 +34,9 @@ impl NameService for Nss {
     fn name(&self, kind: &AccountName, number: u32) -> nix::Result<Option<String>> {
         Ok(match kind {
             AccountName::User(_) => User::from_uid(Uid::from_raw(number))?.map(|user| user.name),
-            AccountName::Group(_) => Group::from_gid(Gid::from_raw(number))?.map(|group| group.name),
+            AccountName::Group(_) => {
+                Group::from_gid(Gid::from_raw(number))?.map(|group| group.name)
+            }
         })
     }
 

@@ -44,7 +44,11 @@ impl LiveRules {
         let has_names = rules.iter().any(|rule| rule.names().next().is_some());
         let numbers = accounts.numbers();
         let current = ArcSwap::from_pointee(CurrentRules::new(&rules, numbers));
-        Self { rules, accounts: has_names.then(|| accounts.clone()), current }
+        Self {
+            rules,
+            accounts: has_names.then(|| accounts.clone()),
+            current,
+        }
     }
 
     /// The SPIFFE ID of a caller; `None` if no rule matches. Waits, for a bounded time, for the name service where the answer
@@ -63,12 +67,17 @@ impl LiveRules {
                     continue;
                 }
                 RulesOutcome::Unanswered(names) if was_looked_up => {
-                    return names.into_iter().next().map_or(Ok(None), |name| Err(Undecided::UnknownAccount(name)));
+                    return names
+                        .into_iter()
+                        .next()
+                        .map_or(Ok(None), |name| Err(Undecided::UnknownAccount(name)));
                 }
                 RulesOutcome::NoMatchYet(_) if was_looked_up => return Ok(None),
                 RulesOutcome::Unanswered(names) | RulesOutcome::NoMatchYet(names) => names,
             };
-            let Some(accounts) = &self.accounts else { return Ok(None) };
+            let Some(accounts) = &self.accounts else {
+                return Ok(None);
+            };
             accounts.await_lookup(&names, LOOKUP_WAIT).await;
             was_looked_up = true;
         }
@@ -92,7 +101,11 @@ impl LiveRules {
             Decision::NoMatch => RulesOutcome::NoMatchYet(missing.absent),
             Decision::Matched(rule) => {
                 // A user that was made a moment ago is known to the next request.
-                if let Some(accounts) = self.accounts.as_ref().filter(|_| !missing.absent.is_empty()) {
+                if let Some(accounts) = self
+                    .accounts
+                    .as_ref()
+                    .filter(|_| !missing.absent.is_empty())
+                {
                     accounts.want(&missing.absent);
                 }
                 RulesOutcome::Decided(Ok(Some(rule.spiffe_id.clone())))
@@ -103,12 +116,18 @@ impl LiveRules {
     /// What has to be read of the caller's process; `None` if what is known decides.
     pub fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
         let current = self.current();
-        current.resolved.facts_needed(caller, |name, id| current.numbers.is_other(name, id))
+        current
+            .resolved
+            .facts_needed(caller, |name, id| current.numbers.is_other(name, id))
     }
 
     /// The rules for this SPIFFE ID, as they are written.
     pub fn of(&self, id: &SpiffeId) -> Vec<NamedRule> {
-        self.rules.iter().filter(|rule| rule.spiffe_id() == id).cloned().collect()
+        self.rules
+            .iter()
+            .filter(|rule| rule.spiffe_id() == id)
+            .cloned()
+            .collect()
     }
 
     /// The SPIFFE IDs of all rules, each once, in the order of the rules.
@@ -124,7 +143,9 @@ impl LiveRules {
 
     fn current(&self) -> Arc<CurrentRules> {
         let current = self.current.load_full();
-        let Some(accounts) = &self.accounts else { return current };
+        let Some(accounts) = &self.accounts else {
+            return current;
+        };
         let numbers = accounts.numbers();
         if Arc::ptr_eq(&current.numbers, &numbers) {
             return current;
@@ -159,6 +180,10 @@ impl<T: IntoIterator<Item = WorkloadRule>> From<T> for LiveRules {
         let rules: Arc<[NamedRule]> = rules.into_iter().map(NamedRule::from).collect();
         let numbers = Arc::<Numbers>::default();
         let resolved = Resolved::new(&rules, |_| Known::Unanswered);
-        Self { rules, accounts: None, current: ArcSwap::from_pointee(CurrentRules { numbers, resolved }) }
+        Self {
+            rules,
+            accounts: None,
+            current: ArcSwap::from_pointee(CurrentRules { numbers, resolved }),
+        }
     }
 }

@@ -21,7 +21,9 @@ struct FakeNameService {
 impl FakeNameService {
     fn with(answers: &[(&str, nix::Result<Option<u32>>)]) -> Arc<Self> {
         let service = Arc::new(Self::default());
-        answers.iter().for_each(|(name, answer)| service.set(name, *answer));
+        answers
+            .iter()
+            .for_each(|(name, answer)| service.set(name, *answer));
         service
     }
 
@@ -35,7 +37,12 @@ impl FakeNameService {
     }
 
     fn count(&self, name: &str) -> usize {
-        self.lookups.lock().unwrap().iter().filter(|one| *one == name).count()
+        self.lookups
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|one| *one == name)
+            .count()
     }
 }
 
@@ -43,13 +50,25 @@ impl NameService for Arc<FakeNameService> {
     fn number(&self, name: &AccountName) -> nix::Result<Option<u32>> {
         self.lookups.lock().unwrap().push(name.as_str().to_owned());
         let hanging = self.hanging.lock().unwrap();
-        drop(self.ended.wait_while(hanging, |names| names.contains(name.as_str())).unwrap());
-        self.answers.lock().unwrap().get(name.as_str()).copied().unwrap_or(Ok(None))
+        drop(
+            self.ended
+                .wait_while(hanging, |names| names.contains(name.as_str()))
+                .unwrap(),
+        );
+        self.answers
+            .lock()
+            .unwrap()
+            .get(name.as_str())
+            .copied()
+            .unwrap_or(Ok(None))
     }
 
     fn name(&self, _: &AccountName, number: u32) -> nix::Result<Option<String>> {
         let answers = self.answers.lock().unwrap();
-        Ok(answers.iter().find(|(_, answer)| **answer == Ok(Some(number))).map(|(name, _)| name.clone()))
+        Ok(answers
+            .iter()
+            .find(|(_, answer)| **answer == Ok(Some(number)))
+            .map(|(name, _)| name.clone()))
     }
 
     fn local(&self, _: &Arc<LocalAccounts>) -> Arc<LocalAccounts> {
@@ -80,7 +99,10 @@ fn known(accounts: &Accounts, name: &str) -> Known {
 /// Waits until this is known of a name. Time passes by itself while nothing else happens.
 async fn await_known(accounts: &Accounts, name: &str, expected: Known) {
     let mut numbers = accounts.0.numbers.subscribe();
-    numbers.wait_for(|numbers| numbers.get(&user(name)) == expected).await.unwrap();
+    numbers
+        .wait_for(|numbers| numbers.get(&user(name)) == expected)
+        .await
+        .unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -88,7 +110,10 @@ async fn a_user_that_comes_later_is_found_in_the_background() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
     let accounts = following(&service, &["alice", "away", "late"]).await;
     assert_eq!(known(&accounts, "alice"), Known::Number(1001));
-    assert_eq!((known(&accounts, "away"), known(&accounts, "late")), (Known::Unanswered, Known::Absent));
+    assert_eq!(
+        (known(&accounts, "away"), known(&accounts, "late")),
+        (Known::Unanswered, Known::Absent)
+    );
     assert_eq!(accounts.0.metrics.unknown_accounts.get(), 2);
     service.set("late", Ok(Some(1002)));
     service.set("away", Ok(Some(1003)));
@@ -98,7 +123,11 @@ async fn a_user_that_comes_later_is_found_in_the_background() {
     // A number that stays is looked up about once in a minute.
     let before = service.count("alice");
     tokio::time::sleep(10 * RECHECK).await;
-    assert!((8..=12).contains(&(service.count("alice") - before)), "{}", service.count("alice") - before);
+    assert!(
+        (8..=12).contains(&(service.count("alice") - before)),
+        "{}",
+        service.count("alice") - before
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -155,14 +184,18 @@ async fn a_known_number_survives_failures_and_a_restart_of_the_name_service() {
 #[tokio::test]
 async fn a_lookup_that_hangs_delays_no_other() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
-    let many: Vec<String> = (0..2 * MAX_LOOKUPS).map(|number| format!("remote{number}")).collect();
+    let many: Vec<String> = (0..2 * MAX_LOOKUPS)
+        .map(|number| format!("remote{number}"))
+        .collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     service.hang(&many);
     *service.local.lock().unwrap() = LocalAccounts::of("alice:x:1001:1001::/:/bin/sh\n", "");
     let accounts = Accounts::new(service.clone(), Metrics::default());
     let all = [&many[..], &["alice"]].concat();
     // More names hang than are looked up at one time; that of the local files is answered all the same.
-    accounts.follow(names(&all), Duration::from_millis(100)).await;
+    accounts
+        .follow(names(&all), Duration::from_millis(100))
+        .await;
     await_known(&accounts, "alice", Known::Number(1001)).await;
     assert_eq!(known(&accounts, "remote0"), Known::Unanswered);
     assert_eq!(service.lookups.lock().unwrap().len(), MAX_LOOKUPS + 1);
@@ -177,13 +210,21 @@ async fn another_configuration_keeps_what_is_known() {
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Err(Errno::EIO));
     accounts.follow(names(&["alice", "bob"]), PATIENCE).await;
-    assert_eq!([known(&accounts, "alice"), known(&accounts, "bob")], [Known::Number(1001), Known::Number(1002)]);
+    assert_eq!(
+        [known(&accounts, "alice"), known(&accounts, "bob")],
+        [Known::Number(1001), Known::Number(1002)]
+    );
     accounts.follow(names(&["bob"]), PATIENCE).await;
     assert_eq!(known(&accounts, "alice"), Known::Unanswered);
 }
 
 fn caller(uid: u32) -> Caller {
-    unchanged(ListenerKind::Unix, uid, Some("/system.slice/app.service"), None)
+    unchanged(
+        ListenerKind::Unix,
+        uid,
+        Some("/system.slice/app.service"),
+        None,
+    )
 }
 
 fn rule(path: &str, name: Option<&str>) -> NamedRule {
@@ -196,18 +237,30 @@ fn rule(path: &str, name: Option<&str>) -> NamedRule {
         systemd_unit: Some("app.service".to_owned()),
         cgroup: None,
     };
-    NamedRule { user: name.map(user), ..rule.into() }
+    NamedRule {
+        user: name.map(user),
+        ..rule.into()
+    }
 }
 
 /// Rules for two users and for all others in the unit.
 async fn rules(service: &Arc<FakeNameService>) -> LiveRules {
     let accounts = following(service, &["alice", "away"]).await;
-    LiveRules::new(vec![rule("alice", Some("alice")), rule("away", Some("away")), rule("app", None)], &accounts)
+    LiveRules::new(
+        vec![
+            rule("alice", Some("alice")),
+            rule("away", Some("away")),
+            rule("app", None),
+        ],
+        &accounts,
+    )
 }
 
 async fn identity(rules: &LiveRules, uid: u32) -> Result<String, Undecided> {
     let id = rules.identify(&caller(uid)).await?;
-    Ok(id.map_or_else(String::new, |id| id.segments().collect::<Vec<_>>().join("/")))
+    Ok(id.map_or_else(String::new, |id| {
+        id.segments().collect::<Vec<_>>().join("/")
+    }))
 }
 
 #[tokio::test(start_paused = true)]
@@ -219,7 +272,10 @@ async fn a_caller_that_could_be_an_earlier_rules_user_is_not_taken_for_another()
     assert_eq!(identity(&rules, 1001).await, Ok("alice".to_owned()));
     assert_eq!(identity(&rules, 0).await, Ok("app".to_owned()));
     assert_eq!(identity(&rules, 61_200).await, Ok("app".to_owned()));
-    assert_eq!(identity(&rules, 1002).await, Err(Undecided::UnknownAccount(user("away"))));
+    assert_eq!(
+        identity(&rules, 1002).await,
+        Err(Undecided::UnknownAccount(user("away")))
+    );
     // The request that depends on it causes the lookup: by then it is otherwise only every minute.
     tokio::time::sleep(Duration::from_secs(3610)).await;
     service.set("away", Ok(Some(1002)));

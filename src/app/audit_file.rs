@@ -34,8 +34,9 @@ async fn open_later(audit: Arc<Audit>, config: AuditConfig) {
     while audit.is_unopened() {
         sleep(RETRY).await;
         let (opening, config) = (audit.clone(), config.clone());
-        let opened =
-            spawn_blocking(move || opening.is_unopened() && opening.reopen(&config.file, config.required).is_ok());
+        let opened = spawn_blocking(move || {
+            opening.is_unopened() && opening.reopen(&config.file, config.required).is_ok()
+        });
         if opened.await.unwrap_or(false) {
             tracing::info!("the audit file is open");
         }

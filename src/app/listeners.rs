@@ -11,7 +11,8 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::timeout;
 
 use crate::listen::{
-    self, AcceptedStream, ActivatedSockets, ConnectionTracker, LazySocket, ListenError, Listener, PendingConnection,
+    self, AcceptedStream, ActivatedSockets, ConnectionTracker, LazySocket, ListenError, Listener,
+    PendingConnection,
 };
 use crate::metrics::Metrics;
 
@@ -60,11 +61,16 @@ pub(super) struct AcceptLoops {
 pub(super) type BindAttempt = (ListenAddress, Result<Listener, ListenError>);
 
 /// Binds each address. One of IPv6 is left out, with a warning, where the machine has none.
-pub(super) fn bind_all(wanted: Vec<ListenAddress>, inherited: &mut ActivatedSockets) -> Vec<BindAttempt> {
+pub(super) fn bind_all(
+    wanted: Vec<ListenAddress>,
+    inherited: &mut ActivatedSockets,
+) -> Vec<BindAttempt> {
     let mut attempts = Vec::new();
     for address in wanted {
         match (address.bind(inherited), &address) {
-            (Err(error), ListenAddress::Tcp(tcp)) if tcp.is_ipv6() && error.is_unavailable_family() => {
+            (Err(error), ListenAddress::Tcp(tcp))
+                if tcp.is_ipv6() && error.is_unavailable_family() =>
+            {
                 tracing::warn!(%address, "this machine has no IPv6; clients use 127.0.0.1");
             }
             (bound, _) => attempts.push((address, bound)),
@@ -85,12 +91,20 @@ pub(super) fn tcp_address((wanted, bound): &BindAttempt) -> Option<SocketAddr> {
 impl AcceptLoops {
     /// Nothing yet.
     pub(super) fn new(metrics: &Metrics) -> Self {
-        Self { stop: watch::Sender::default(), loops: JoinSet::new(), connections: ConnectionTracker::new(metrics) }
+        Self {
+            stop: watch::Sender::default(),
+            loops: JoinSet::new(),
+            connections: ConnectionTracker::new(metrics),
+        }
     }
 
     /// Serves what is bound, and writes `event` to the log. What is not is bound as soon as that is possible.
-    pub(super) fn serve<F, C>(&mut self, (address, bound): BindAttempt, event: &'static str, connection: F)
-    where
+    pub(super) fn serve<F, C>(
+        &mut self,
+        (address, bound): BindAttempt,
+        event: &'static str,
+        connection: F,
+    ) where
         F: Fn(AcceptedStream, PendingConnection) -> C + Send + Sync + 'static,
         C: Future<Output = ()> + Send + 'static,
     {
@@ -98,12 +112,14 @@ impl AcceptLoops {
         match bound {
             Ok(bound) => {
                 tracing::info!(address = bound.name(), "{event}");
-                self.loops.spawn(listen::serve(bound, connections, stop, connection));
+                self.loops
+                    .spawn(listen::serve(bound, connections, stop, connection));
             }
             Err(error) => {
                 tracing::warn!(%address, %error, "an address of [listen] is not served yet: binding it is retried every second");
                 self.loops.spawn(async move {
-                    if let Some(bound) = bind_later(address, error.to_string(), stop.clone()).await {
+                    if let Some(bound) = bind_later(address, error.to_string(), stop.clone()).await
+                    {
                         tracing::info!(address = bound.name(), "{event}");
                         listen::serve(bound, connections, stop, connection).await;
                     }
@@ -128,9 +144,15 @@ impl AcceptLoops {
                 "systemd holds a socket that [listen] does not name: its callers are refused; make the .socket unit and \
                  the configuration agree"
             );
-            let reset =
-                |stream: AcceptedStream, _| async move { LazySocket::reset_on_close(stream.socket().descriptor()) };
-            self.loops.spawn(listen::serve(bound, self.connections.clone(), self.stop.subscribe(), reset));
+            let reset = |stream: AcceptedStream, _| async move {
+                LazySocket::reset_on_close(stream.socket().descriptor())
+            };
+            self.loops.spawn(listen::serve(
+                bound,
+                self.connections.clone(),
+                self.stop.subscribe(),
+                reset,
+            ));
         }
     }
 
@@ -143,18 +165,23 @@ impl AcceptLoops {
 }
 
 /// Tries until the address is bound, or the daemon ends. The log has each reason once.
-async fn bind_later(address: ListenAddress, mut logged: String, mut stop: watch::Receiver<bool>) -> Option<Listener> {
+async fn bind_later(
+    address: ListenAddress,
+    mut logged: String,
+    mut stop: watch::Receiver<bool>,
+) -> Option<Listener> {
     loop {
         if timeout(RETRY, stop.wait_for(|stop| *stop)).await.is_ok() {
             return None;
         }
         let wanted = address.clone();
         // What it does with files may block.
-        let error = match spawn_blocking(move || wanted.bind(&mut ActivatedSockets::default())).await {
-            Ok(Ok(bound)) => return Some(bound),
-            Ok(Err(error)) => error.to_string(),
-            Err(error) => error.to_string(),
-        };
+        let error =
+            match spawn_blocking(move || wanted.bind(&mut ActivatedSockets::default())).await {
+                Ok(Ok(bound)) => return Some(bound),
+                Ok(Err(error)) => error.to_string(),
+                Err(error) => error.to_string(),
+            };
         if error != logged {
             tracing::warn!(%address, error, "an address of [listen] is not served yet");
             logged = error;

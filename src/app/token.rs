@@ -33,7 +33,10 @@ impl NodeToken {
     pub(super) fn load(path: &Path) -> io::Result<Self> {
         let valid = |text: &String| text.len() == 43 && URL_SAFE_NO_PAD.decode(text).is_ok();
         if let Some(text) = read(path).ok().filter(valid) {
-            return Ok(Self { token: Zeroizing::new(text), unwritten: None });
+            return Ok(Self {
+                token: Zeroizing::new(text),
+                unwritten: None,
+            });
         }
         let mut bytes = Zeroizing::new([0_u8; 32]);
         // The kernel's own: those of the TLS library take 40 ms at first, while it gathers jitter of the processor.
@@ -47,9 +50,14 @@ impl NodeToken {
 /// The content of the file; an error if another user could have written it.
 fn read(path: &Path) -> io::Result<String> {
     // Another user's FIFO would keep the start waiting.
-    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
     if let Some(exposed) = exposures(path, &file.metadata()?, "token file").first() {
-        tracing::warn!("[listen] token_file: {exposed}; a new token takes the place of the one in it");
+        tracing::warn!(
+            "[listen] token_file: {exposed}; a new token takes the place of the one in it"
+        );
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     let mut text = String::new();
@@ -97,7 +105,10 @@ mod tests {
         let path = folder.path().join("token");
         let token = || NodeToken::load(&path).unwrap().token.to_string();
         let first = token();
-        assert_eq!((first.len(), token(), fs::read_to_string(&path).unwrap()), (43, first.clone(), first.clone()));
+        assert_eq!(
+            (first.len(), token(), fs::read_to_string(&path).unwrap()),
+            (43, first.clone(), first.clone())
+        );
         fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
         let second = token();
         assert_ne!(second, first);

@@ -93,7 +93,10 @@ struct CachedPath {
 
 impl CachedPath {
     fn now(path: CgroupPath) -> Self {
-        Self { path, seen: Instant::now() }
+        Self {
+            path,
+            seen: Instant::now(),
+        }
     }
 }
 
@@ -129,7 +132,10 @@ impl CgroupTree {
     /// That of the v2 hierarchy; `None` on a host without one.
     pub(crate) fn find(hierarchies: &CgroupMounts, roots: PodRoots) -> Option<Self> {
         let (mount, base) = hierarchies.unified()?;
-        let tree = Self { base: base.to_owned(), ..Self::at(mount.to_owned(), roots) };
+        let tree = Self {
+            base: base.to_owned(),
+            ..Self::at(mount.to_owned(), roots)
+        };
         Some(tree.enable_handles())
     }
 
@@ -146,7 +152,9 @@ impl CgroupTree {
         if let Some(found) = self.cached_path(id) {
             return found;
         }
-        let path = shown()?.filter(|path| self.is_at(path, id)).ok_or(AttestError::UnreadableCgroup)?;
+        let path = shown()?
+            .filter(|path| self.is_at(path, id))
+            .ok_or(AttestError::UnreadableCgroup)?;
         self.remember(id, &path);
         Ok(path)
     }
@@ -162,11 +170,19 @@ impl CgroupTree {
         if let Some(found) = self.cached_path(id) {
             return found;
         }
-        let _waiting = self.waiting.try_acquire(&key).map_err(|_| AttestError::SearchBusy)?;
+        let _waiting = self
+            .waiting
+            .try_acquire(&key)
+            .map_err(|_| AttestError::SearchBusy)?;
         on_wait();
         let tree = self.clone();
-        self.walks[part as usize].run_after(move || tree.walk(part)).await;
-        self.paths().get(&id).map(|known| known.path.clone()).ok_or(AttestError::UnreadableCgroup)
+        self.walks[part as usize]
+            .run_after(move || tree.walk(part))
+            .await;
+        self.paths()
+            .get(&id)
+            .map(|known| known.path.clone())
+            .ok_or(AttestError::UnreadableCgroup)
     }
 
     /// Without others who ask.
@@ -174,7 +190,10 @@ impl CgroupTree {
     pub(crate) fn path_of_blocking(&self, id: u64) -> Result<CgroupPath, AttestError> {
         self.cached_path(id).unwrap_or_else(|| {
             self.walk(TreeScope::All);
-            self.paths().get(&id).map(|known| known.path.clone()).ok_or(AttestError::UnreadableCgroup)
+            self.paths()
+                .get(&id)
+                .map(|known| known.path.clone())
+                .ok_or(AttestError::UnreadableCgroup)
         })
     }
 
@@ -199,7 +218,9 @@ impl CgroupTree {
         }
         drop(paths);
         self.handles.then(|| {
-            let path = self.path_by_handle(id).map_err(|_| AttestError::UnreadableCgroup)?;
+            let path = self
+                .path_by_handle(id)
+                .map_err(|_| AttestError::UnreadableCgroup)?;
             self.remember(id, &path);
             Ok(path)
         })
@@ -209,7 +230,8 @@ impl CgroupTree {
         let mut paths = self.paths();
         if paths.len() >= self.sweep_at.load(Ordering::Relaxed) {
             paths.retain(|id, known| self.is_at(&known.path, *id));
-            self.sweep_at.store(MAX_PATHS.max(2 * paths.len()), Ordering::Relaxed);
+            self.sweep_at
+                .store(MAX_PATHS.max(2 * paths.len()), Ordering::Relaxed);
         }
         paths.insert(id, CachedPath::now(path.clone()));
     }
@@ -217,20 +239,43 @@ impl CgroupTree {
     /// Notes all that is there, and forgets the rest. Nobody who is known waits meanwhile.
     fn walk(&self, part: TreeScope) {
         let starts: Vec<_> = match part {
-            TreeScope::All => {
-                CgroupPath::parse(if self.base.is_empty() { "/" } else { &self.base }).into_iter().collect()
-            }
-            TreeScope::Pods => self.roots.iter().filter(|root| self.directory(root).is_dir()).cloned().collect(),
+            TreeScope::All => CgroupPath::parse(if self.base.is_empty() {
+                "/"
+            } else {
+                &self.base
+            })
+            .into_iter()
+            .collect(),
+            TreeScope::Pods => self
+                .roots
+                .iter()
+                .filter(|root| self.directory(root).is_dir())
+                .cloned()
+                .collect(),
         };
-        let ground = CgroupScanner { mount: &self.mount, base: &self.base, roots: &self.roots };
-        let mut listings = self.listings[part as usize].lock().unwrap_or_else(PoisonError::into_inner);
+        let ground = CgroupScanner {
+            mount: &self.mount,
+            base: &self.base,
+            roots: &self.roots,
+        };
+        let mut listings = self.listings[part as usize]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         match ground.scan(&starts, &mut listings) {
             Ok(found) => {
                 let mut paths = self.paths();
-                paths.retain(|_, known| !starts.iter().any(|start| known.path.is_at_or_below(start)));
-                paths.extend(found.into_iter().map(|(id, path)| (id, CachedPath::now(path))));
+                paths.retain(|_, known| {
+                    !starts.iter().any(|start| known.path.is_at_or_below(start))
+                });
+                paths.extend(
+                    found
+                        .into_iter()
+                        .map(|(id, path)| (id, CachedPath::now(path))),
+                );
             }
-            Err(error) => tracing::warn!(%error, mount = %self.mount.display(), "the cgroup tree cannot be read"),
+            Err(error) => {
+                tracing::warn!(%error, mount = %self.mount.display(), "the cgroup tree cannot be read")
+            }
         }
     }
 
@@ -246,20 +291,28 @@ impl CgroupTree {
     /// part of the tree would read as its root, so what was found has to have the id.
     fn path_by_handle(&self, id: u64) -> nix::Result<CgroupPath> {
         let mount = File::open(&self.mount).map_err(|_| Errno::ENOENT)?;
-        let found =
-            sys::open_kernfs(mount.as_fd(), id).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
+        let found = sys::open_kernfs(mount.as_fd(), id)
+            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
         let shown = readlink(format!("/proc/self/fd/{}", found.as_raw_fd()).as_str())?;
-        let path = Path::new(&shown).strip_prefix(&self.mount).ok().and_then(Path::to_str);
+        let path = Path::new(&shown)
+            .strip_prefix(&self.mount)
+            .ok()
+            .and_then(Path::to_str);
         let path = path.and_then(|path| match (&*self.base, path) {
             (base, "") if !base.is_empty() => CgroupPath::parse(base),
             (base, path) => CgroupPath::parse(&format!("{base}/{path}")),
         });
-        path.filter(|path| self.is_at(path, id)).ok_or(Errno::ESTALE)
+        path.filter(|path| self.is_at(path, id))
+            .ok_or(Errno::ESTALE)
     }
 
     /// The pids in this cgroup itself; a refusal if their list has more than `bytes`. One that can't be listed (removed, or
     /// of the threaded kind) is a refusal too.
-    pub(crate) fn processes(&self, path: &CgroupPath, bytes: usize) -> Result<Vec<u32>, AttestError> {
+    pub(crate) fn processes(
+        &self,
+        path: &CgroupPath,
+        bytes: usize,
+    ) -> Result<Vec<u32>, AttestError> {
         let text = match self.cached_pids(path, bytes + 1) {
             Some(text) => text,
             None => self.list(path, bytes + 1)?,
@@ -279,11 +332,18 @@ impl CgroupTree {
 
     /// What the list says, opened now, and kept open.
     fn list(&self, path: &CgroupPath, most: usize) -> Result<String, AttestError> {
-        let file = File::open(self.directory(path).join("cgroup.procs")).map_err(|_| AttestError::UnreadableCgroup)?;
+        let file = File::open(self.directory(path).join("cgroup.procs"))
+            .map_err(|_| AttestError::UnreadableCgroup)?;
         let text = sys::read_whole(&file, most).map_err(|_| AttestError::UnreadableCgroup)?;
         let mut lists = self.lists();
-        let all = if lists.len() >= MAX_OPEN_LISTS { std::mem::take(&mut *lists) } else { HashMap::new() };
-        lists.entry(path.clone()).or_insert_with(|| Arc::new(Mutex::new(file)));
+        let all = if lists.len() >= MAX_OPEN_LISTS {
+            std::mem::take(&mut *lists)
+        } else {
+            HashMap::new()
+        };
+        lists
+            .entry(path.clone())
+            .or_insert_with(|| Arc::new(Mutex::new(file)));
         drop(lists);
         // Nobody waits while they are closed.
         drop(all);
@@ -296,13 +356,21 @@ impl CgroupTree {
 
     /// Whether nobody but root can make or name a directory from the root down to this one.
     pub(crate) fn check_root_owned(&self, path: &CgroupPath) -> Result<(), AttestError> {
-        let below = path.as_str().strip_prefix(&self.base).ok_or(AttestError::UnreadableCgroup)?;
-        roots_alone(&self.mount, below.split('/').filter(|segment| !segment.is_empty()))
+        let below = path
+            .as_str()
+            .strip_prefix(&self.base)
+            .ok_or(AttestError::UnreadableCgroup)?;
+        roots_alone(
+            &self.mount,
+            below.split('/').filter(|segment| !segment.is_empty()),
+        )
     }
 
     /// The id of the cgroup at this path.
     pub(crate) fn id(&self, path: &CgroupPath) -> Result<u64, AttestError> {
-        fs::metadata(self.directory(path)).map(|found| found.ino()).map_err(|_| AttestError::UnreadableCgroup)
+        fs::metadata(self.directory(path))
+            .map(|found| found.ino())
+            .map_err(|_| AttestError::UnreadableCgroup)
     }
 
     /// Its directory. There is none for one that lies beside the part that is mounted.

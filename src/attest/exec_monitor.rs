@@ -85,7 +85,9 @@ impl ExecMonitorError {
                 "give awsvid CAP_BPF and CAP_PERFMON: under systemd by CapabilityBoundingSet=, with bpf in SystemCallFilter= and \
                  LimitMEMLOCK=8M; in Kubernetes add BPF and PERFMON to the container's securityContext.capabilities.add"
             }
-            Self::Unsupported { .. } => "use a kernel with CONFIG_BPF_SYSCALL and CONFIG_BPF_EVENTS",
+            Self::Unsupported { .. } => {
+                "use a kernel with CONFIG_BPF_SYSCALL and CONFIG_BPF_EVENTS"
+            }
         }
     }
 }
@@ -100,7 +102,9 @@ pub(crate) struct ExecCountWatch {
 
 impl fmt::Debug for ExecMonitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ExecMonitor").field("count_by", &self.count_by).finish_non_exhaustive()
+        f.debug_struct("ExecMonitor")
+            .field("count_by", &self.count_by)
+            .finish_non_exhaustive()
     }
 }
 
@@ -108,7 +112,11 @@ impl ExecMonitor {
     /// Loads the program and attaches it. To be called while the privileges are there; what it gives needs none.
     pub fn start() -> Result<Self, ExecMonitorError> {
         let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-        Self::counting_by(if namespace == Path::new(INITIAL_PID_NAMESPACE) { CountBy::Pid } else { CountBy::Cgroup })
+        Self::counting_by(if namespace == Path::new(INITIAL_PID_NAMESPACE) {
+            CountBy::Pid
+        } else {
+            CountBy::Cgroup
+        })
     }
 
     fn counting_by(count_by: CountBy) -> Result<Self, ExecMonitorError> {
@@ -120,22 +128,40 @@ impl ExecMonitor {
         let map = bpf::create_counters(COUNTERS).map_err(failed("the table"))?;
         let program = program(count_by, multipliers, map.as_raw_fd());
         let program = bpf::load(&program).map_err(failed("the program"))?;
-        let attached = bpf::attach_raw_tracepoint(c"sched_process_exec", &program).map_err(failed("the tracepoint"))?;
+        let attached = bpf::attach_raw_tracepoint(c"sched_process_exec", &program)
+            .map_err(failed("the tracepoint"))?;
         let counters = Counters::map(&map, COUNTERS).map_err(failed("the table's memory"))?;
-        Ok(Self { counters, multipliers, count_by, _attached: attached })
+        Ok(Self {
+            counters,
+            multipliers,
+            count_by,
+            _attached: attached,
+        })
     }
 
     /// Whether an execution is counted: that of this command, or another one at the same time.
     pub fn counts(&self, command: &mut Command) -> io::Result<bool> {
-        let sum = || (0..COUNTERS).fold(0_u64, |sum, index| sum.wrapping_add(self.counters.get(index)));
+        let sum = || {
+            (0..COUNTERS).fold(0_u64, |sum, index| {
+                sum.wrapping_add(self.counters.get(index))
+            })
+        };
         let before = sum();
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()?;
         Ok(sum() != before)
     }
 
     /// What the executions of a process are counted by: its number, or else the id of the cgroup that is its workload's,
     /// which `cgroup` gives.
-    pub(crate) fn key<E>(&self, pid: u32, cgroup: impl FnOnce() -> Result<u64, E>) -> Result<u64, E> {
+    pub(crate) fn key<E>(
+        &self,
+        pid: u32,
+        cgroup: impl FnOnce() -> Result<u64, E>,
+    ) -> Result<u64, E> {
         match self.count_by {
             CountBy::Pid => Ok(u64::from(pid)),
             CountBy::Cgroup => cgroup(),
@@ -145,7 +171,11 @@ impl ExecMonitor {
     /// Begins to watch.
     pub(crate) fn watch(self: &Arc<Self>, key: u64) -> ExecCountWatch {
         let index = self.index(key);
-        ExecCountWatch { monitor: self.clone(), index, count: self.counters.get(index) }
+        ExecCountWatch {
+            monitor: self.clone(),
+            index,
+            count: self.counters.get(index),
+        }
     }
 
     fn index(&self, key: u64) -> u32 {
@@ -179,11 +209,19 @@ fn program(count_by: CountBy, multipliers: [u64; 2], map: i32) -> BpfProgram {
         program.extend([I::load(1, multipliers[1]), I::multiply(0, 1)]);
         program.extend([I::shift_right(0, u64::BITS.cast_signed() - INDEX_BITS)]);
         // The index goes by its address, in the stack.
-        program.extend([I::store_u32(bpf::FRAME, -4, 0), I::copy(2, bpf::FRAME), I::add(2, -4)]);
+        program.extend([
+            I::store_u32(bpf::FRAME, -4, 0),
+            I::copy(2, bpf::FRAME),
+            I::add(2, -4),
+        ]);
         program.extend([I::load_map(1, map)]);
         program.extend([I::call(bpf::MAP_LOOKUP_ELEM)]);
         // Never, since the index is less than the length of the table; the kernel's verifier wants to see it.
-        program.extend([I::jump_if_zero(0, 2), I::set(1, 1), I::atomic_add_u64(0, 0, 1)]);
+        program.extend([
+            I::jump_if_zero(0, 2),
+            I::set(1, 1),
+            I::atomic_add_u64(0, 0, 1),
+        ]);
     };
     match count_by {
         CountBy::Pid => {
@@ -193,7 +231,10 @@ fn program(count_by: CountBy, multipliers: [u64; 2], map: i32) -> BpfProgram {
         }
         CountBy::Cgroup => {
             for level in 0..CGROUP_LEVELS {
-                program.extend([I::set(1, level), I::call(bpf::GET_CURRENT_ANCESTOR_CGROUP_ID)]);
+                program.extend([
+                    I::set(1, level),
+                    I::call(bpf::GET_CURRENT_ANCESTOR_CGROUP_ID),
+                ]);
                 program.jump_to_end_if_zero(0);
                 count(&mut program);
             }

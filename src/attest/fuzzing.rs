@@ -15,22 +15,39 @@ const SERVER: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 974);
 /// A reply is believed about one connection at most, and never about a socket that nobody holds.
 pub(crate) fn sock_diag(reply: &[u8]) -> bool {
     let (client, server) = (SocketAddr::from(CLIENT), SocketAddr::from(SERVER));
-    let Ok(socket) = inet_diag::parse(reply, client, server) else { return false };
+    let Ok(socket) = inet_diag::parse(reply, client, server) else {
+        return false;
+    };
     assert_ne!(socket.inode, 0);
     let mut others = [client, client, client];
     others[0].set_port(40001);
     others[1].set_ip(Ipv4Addr::new(127, 0, 0, 2).into());
     others[2].set_ip(std::net::Ipv6Addr::LOCALHOST.into());
     for other in others {
-        assert!(inet_diag::parse(reply, other, server).is_err(), "believed about {other}, too");
-        assert!(inet_diag::parse(reply, client, other).is_err(), "believed about a connection to {other}, too");
+        assert!(
+            inet_diag::parse(reply, other, server).is_err(),
+            "believed about {other}, too"
+        );
+        assert!(
+            inet_diag::parse(reply, client, other).is_err(),
+            "believed about a connection to {other}, too"
+        );
     }
-    assert!(inet_diag::parse(reply, server, client).is_err(), "the server's own end is not the client's");
+    assert!(
+        inet_diag::parse(reply, server, client).is_err(),
+        "the server's own end is not the client's"
+    );
     // A v4-mapped address is the IPv4 address that it is.
     let mapped = |(ip, port): (Ipv4Addr, u16)| SocketAddr::from((ip.to_ipv6_mapped(), port));
-    assert_eq!(inet_diag::parse(reply, mapped(CLIENT), mapped(SERVER)), Ok(socket));
+    assert_eq!(
+        inet_diag::parse(reply, mapped(CLIENT), mapped(SERVER)),
+        Ok(socket)
+    );
     for end in 0..reply.len() {
-        assert!(inet_diag::parse(&reply[..end], client, server).is_err() || end >= 16 + 72, "believed without its end");
+        assert!(
+            inet_diag::parse(&reply[..end], client, server).is_err() || end >= 16 + 72,
+            "believed without its end"
+        );
     }
     true
 }
@@ -40,20 +57,43 @@ pub(crate) fn proc(text: &str) -> bool {
     let start = process::start_time(text);
     if let Some(start) = start {
         // Whatever a process calls itself.
-        assert_eq!(process::start_time(&format!("7 (a) R 1 (b) {text}")), Some(start));
+        assert_eq!(
+            process::start_time(&format!("7 (a) R 1 (b) {text}")),
+            Some(start)
+        );
     }
-    let lines = [("Uid", 4), ("Gid", 4), ("Groups", Groups::MAX), ("NSpid", 33)];
+    let lines = [
+        ("Uid", 4),
+        ("Gid", 4),
+        ("Groups", Groups::MAX),
+        ("NSpid", 33),
+    ];
     let found = status::numbers_of(text.as_bytes(), lines, 4096);
     // However the file comes.
     assert_eq!(found, status::numbers_of(text.as_bytes(), lines, 1));
     if let Ok(found) = &found {
-        assert!(found.iter().zip(lines).all(|(numbers, (_, most))| numbers.len() <= most));
+        assert!(
+            found
+                .iter()
+                .zip(lines)
+                .all(|(numbers, (_, most))| numbers.len() <= most)
+        );
         let line = |(numbers, (name, _)): (&Vec<u32>, (&str, usize))| {
-            format!("{name}:\t{} \n", numbers.iter().map(u32::to_string).collect::<Vec<_>>().join("\t"))
+            format!(
+                "{name}:\t{} \n",
+                numbers
+                    .iter()
+                    .map(u32::to_string)
+                    .collect::<Vec<_>>()
+                    .join("\t")
+            )
         };
         let again: String = found.iter().zip(lines).map(line).collect();
         let again = format!("Name:\tUid: 0\n{again}");
-        assert_eq!(status::numbers_of(again.as_bytes(), lines, 4096).as_ref(), Ok(found));
+        assert_eq!(
+            status::numbers_of(again.as_bytes(), lines, 4096).as_ref(),
+            Ok(found)
+        );
     }
     if process::is_identity_map(text) {
         assert!(text.split_ascii_whitespace().eq(["0", "0", "4294967295"]));
@@ -69,7 +109,9 @@ pub(crate) fn mountinfo(text: &str) -> bool {
     let tree = CgroupTree::find(&CgroupMounts::find(text), PodRoots::defaults());
     if let Some(tree) = &tree {
         assert!(
-            text.contains(" - cgroup2 ") || text.ends_with(" - cgroup2") || text.contains(" - cgroup2\n"),
+            text.contains(" - cgroup2 ")
+                || text.ends_with(" - cgroup2")
+                || text.contains(" - cgroup2\n"),
             "{tree:?}"
         );
     }
@@ -78,12 +120,15 @@ pub(crate) fn mountinfo(text: &str) -> bool {
 
 /// A cgroup's path names what it names however much is below it, and nothing that leads out of it.
 pub(crate) fn cgroup(text: &str) -> bool {
-    let Some(path) = CgroupPath::parse(text) else { return false };
+    let Some(path) = CgroupPath::parse(text) else {
+        return false;
+    };
     assert_eq!(path.as_str(), text);
     assert!(text.starts_with('/') && !text.split('/').any(|segment| segment == ".."));
     let (part, kind) = path.workload();
     assert!(
-        text.starts_with(part.as_str()) && matches!(text.as_bytes().get(part.as_str().len()), None | Some(b'/')),
+        text.starts_with(part.as_str())
+            && matches!(text.as_bytes().get(part.as_str().len()), None | Some(b'/')),
         "{part:?} of {text}"
     );
     assert!(kind != WorkloadKind::Pod || path.names_container());
@@ -91,11 +136,16 @@ pub(crate) fn cgroup(text: &str) -> bool {
         assert!(text.split('/').any(|segment| segment == unit));
     }
     // Names that a workload can choose below its own directory change neither.
-    let Some(below) = CgroupPath::parse(&format!("{text}/system.slice/other.service")) else { return true };
+    let Some(below) = CgroupPath::parse(&format!("{text}/system.slice/other.service")) else {
+        return true;
+    };
     if path.systemd_unit().is_some() {
         assert_eq!(below.systemd_unit(), path.systemd_unit());
         let (there, _) = below.workload();
-        assert!(there == part || part.as_str() == text, "{there:?} and {part:?}");
+        assert!(
+            there == part || part.as_str() == text,
+            "{there:?} and {part:?}"
+        );
     }
     assert!(!path.names_container() || below.names_container());
     true

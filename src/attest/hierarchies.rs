@@ -36,8 +36,14 @@ impl CgroupMounts {
                 continue;
             };
             // The way from the root of the namespace to the mount that was found first, or the other way around.
-            let own_root = if is_own_root { next.mount.clone() } else { best.mount.clone() };
-            if next.above > best.above || (next.above == best.above && next.base.len() < best.base.len()) {
+            let own_root = if is_own_root {
+                next.mount.clone()
+            } else {
+                best.mount.clone()
+            };
+            if next.above > best.above
+                || (next.above == best.above && next.base.len() < best.base.len())
+            {
                 *best = next;
             }
             if best.above > 0 && best.own.is_none() {
@@ -56,7 +62,9 @@ impl CgroupMounts {
     pub(crate) fn check(&self, text: &str) -> Result<(), AttestError> {
         let mut seen = ContainerName::default();
         for (names, path) in cgroup::lines(text) {
-            let path = self.path(names, path).ok_or(AttestError::UnreadableCgroup)?;
+            let path = self
+                .path(names, path)
+                .ok_or(AttestError::UnreadableCgroup)?;
             let name = path.container().map_err(|_| AttestError::NestedContainer)?;
             if name != ContainerName::default() {
                 if seen != ContainerName::default() && seen != name {
@@ -66,8 +74,14 @@ impl CgroupMounts {
             }
             if !path.is_root() {
                 let hierarchy = self.of(names).ok_or(AttestError::UnreadableCgroup)?;
-                let below = path.as_str().strip_prefix(&hierarchy.base).ok_or(AttestError::UnreadableCgroup)?;
-                roots_alone(&hierarchy.mount, below.split('/').filter(|segment| !segment.is_empty()))?;
+                let below = path
+                    .as_str()
+                    .strip_prefix(&hierarchy.base)
+                    .ok_or(AttestError::UnreadableCgroup)?;
+                roots_alone(
+                    &hierarchy.mount,
+                    below.split('/').filter(|segment| !segment.is_empty()),
+                )?;
             }
         }
         Ok(())
@@ -75,27 +89,46 @@ impl CgroupMounts {
 
     /// Where the v2 hierarchy is mounted, if there is one, and which directory of it.
     pub(crate) fn unified(&self) -> Option<(&Path, &str)> {
-        self.of("").map(|hierarchy| (hierarchy.mount.as_path(), hierarchy.base.as_str()))
+        self.of("")
+            .map(|hierarchy| (hierarchy.mount.as_path(), hierarchy.base.as_str()))
     }
 
     /// Whether this v1 controller is mounted.
     pub(crate) fn has(&self, controller: &str) -> bool {
-        self.0.iter().any(|hierarchy| hierarchy.names.iter().any(|name| name == controller))
+        self.0
+            .iter()
+            .any(|hierarchy| hierarchy.names.iter().any(|name| name == controller))
     }
 
     /// The path of a cgroup that the kernel calls `told` in `/proc/<pid>/cgroup`, as it is below what is mounted. That is relative
     /// to this process's own cgroup namespace, where it has one: `/../x` lies beside it.
     pub(crate) fn path(&self, names: &str, told: &str) -> Option<CgroupPath> {
-        let Some(CgroupMount { above: above @ 1.., own, .. }) = self.of(names) else { return CgroupPath::parse(told) };
+        let Some(CgroupMount {
+            above: above @ 1..,
+            own,
+            ..
+        }) = self.of(names)
+        else {
+            return CgroupPath::parse(told);
+        };
         let mut rest = told;
         let mut up = 0;
-        while let Some(below) = rest.strip_prefix("/..").filter(|below| below.is_empty() || below.starts_with('/')) {
+        while let Some(below) = rest
+            .strip_prefix("/..")
+            .filter(|below| below.is_empty() || below.starts_with('/'))
+        {
             (rest, up) = (below, up + 1);
         }
         let kept = above.checked_sub(up)?;
         let own = match kept {
             0 => String::new(),
-            _ => own.as_ref()?.split('/').skip(1).take(kept).map(|segment| format!("/{segment}")).collect(),
+            _ => own
+                .as_ref()?
+                .split('/')
+                .skip(1)
+                .take(kept)
+                .map(|segment| format!("/{segment}"))
+                .collect(),
         };
         let path = format!("{own}{}", rest.trim_end_matches('/'));
         CgroupPath::parse(if path.is_empty() { "/" } else { &path })
@@ -105,7 +138,9 @@ impl CgroupMounts {
         let names: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
         let is = |hierarchy: &&CgroupMount| {
             hierarchy.names.is_empty() == names.is_empty()
-                && names.iter().all(|name| hierarchy.names.iter().any(|known| known == name))
+                && names
+                    .iter()
+                    .all(|name| hierarchy.names.iter().any(|known| known == name))
         };
         self.0.iter().find(is)
     }
@@ -123,16 +158,34 @@ fn hierarchy(line: &str) -> Option<(CgroupMount, bool)> {
         "cgroup" => options.split(',').map(str::to_owned).collect(),
         _ => return None,
     };
-    let ups = root.split('/').skip(1).take_while(|segment| *segment == "..").count();
-    let base = if root == "/" || ups > 0 { String::new() } else { root.to_owned() };
+    let ups = root
+        .split('/')
+        .skip(1)
+        .take_while(|segment| *segment == "..")
+        .count();
+    let base = if root == "/" || ups > 0 {
+        String::new()
+    } else {
+        root.to_owned()
+    };
     // Beside the namespace, or in a part of a v1 hierarchy: paths there mean something else.
     let is_aside = ups > 0 && root.len() != 3 * ups;
     if is_aside
-        || (!base.is_empty() && (kind == "cgroup" || CgroupPath::parse(&base).is_none_or(|base| is_in_pod(&base))))
+        || (!base.is_empty()
+            && (kind == "cgroup" || CgroupPath::parse(&base).is_none_or(|base| is_in_pod(&base))))
     {
         return None;
     }
-    Some((CgroupMount { names, mount: PathBuf::from(point), base, above: ups, own: None }, root == "/"))
+    Some((
+        CgroupMount {
+            names,
+            mount: PathBuf::from(point),
+            base,
+            above: ups,
+            own: None,
+        },
+        root == "/",
+    ))
 }
 
 /// Whether a mounted directory is that of a pod or of something smaller, as a container has its own mounted.
@@ -147,22 +200,32 @@ fn own_path(mount: &Path, own_root: &Path, levels: usize) -> Option<String> {
     for _ in 0..levels {
         let mut next = Vec::new();
         for (directory, path) in level {
-            for entry in fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok) {
-                if let (true, Ok(name)) =
-                    (entry.file_type().is_ok_and(|kind| kind.is_dir()), entry.file_name().into_string())
-                {
+            for entry in fs::read_dir(directory)
+                .into_iter()
+                .flatten()
+                .filter_map(Result::ok)
+            {
+                if let (true, Ok(name)) = (
+                    entry.file_type().is_ok_and(|kind| kind.is_dir()),
+                    entry.file_name().into_string(),
+                ) {
                     next.push((entry.path(), format!("{path}/{name}")));
                 }
             }
         }
         level = next;
     }
-    let is_it = |(directory, _): &&(PathBuf, String)| fs::metadata(directory).is_ok_and(|found| found.ino() == wanted);
+    let is_it = |(directory, _): &&(PathBuf, String)| {
+        fs::metadata(directory).is_ok_and(|found| found.ino() == wanted)
+    };
     level.iter().find(is_it).map(|(_, path)| path.clone())
 }
 
 /// Whether nobody but root can make or name a directory from the mount down to the one that `segments` lead to.
-pub(crate) fn roots_alone<'s>(mount: &Path, segments: impl Iterator<Item = &'s str>) -> Result<(), AttestError> {
+pub(crate) fn roots_alone<'s>(
+    mount: &Path,
+    segments: impl Iterator<Item = &'s str>,
+) -> Result<(), AttestError> {
     let mut directory = mount.to_owned();
     for segment in segments {
         directory.push(segment);

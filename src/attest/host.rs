@@ -52,7 +52,10 @@ impl Host {
         exec_monitor: Option<Arc<ExecMonitor>>,
     ) -> Self {
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
-        let tells_ids = own_pidfd.as_ref().and_then(|pidfd| sys::pidfd_info(pidfd.as_fd()).ok().flatten()).is_some();
+        let tells_ids = own_pidfd
+            .as_ref()
+            .and_then(|pidfd| sys::pidfd_info(pidfd.as_fd()).ok().flatten())
+            .is_some();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
         let cgroups = CgroupTree::find(&hierarchies, roots).map(Arc::new);
         Self {
@@ -70,12 +73,20 @@ impl Host {
 
     /// The process behind `pidfd`, whose number is or was `pid`: as it is known, if it has been looked at before. Where its
     /// pidfd does not tell that, it is taken for a new one.
-    pub(crate) fn process(&self, pid: u32, pidfd: OwnedFd) -> Result<Arc<ProcessHandle>, AttestError> {
+    pub(crate) fn process(
+        &self,
+        pid: u32,
+        pidfd: OwnedFd,
+    ) -> Result<Arc<ProcessHandle>, AttestError> {
         let inode = match self.pidfds_have_inodes {
             true => Some(fstat(&pidfd).map_err(|_| AttestError::Kernel)?.st_ino),
             false => None,
         };
-        if let Some(known) = self.processes.of(pid).filter(|known| inode.is_some() && known.inode() == inode) {
+        if let Some(known) = self
+            .processes
+            .of(pid)
+            .filter(|known| inode.is_some() && known.inode() == inode)
+        {
             return Ok(known);
         }
         let known = Arc::new(ProcessHandle::new(pid, pidfd, inode));
@@ -84,7 +95,10 @@ impl Host {
     }
 
     /// The pod that a process or socket in this cgroup is in.
-    pub(crate) fn pod(&self, cgroup: Option<&CgroupPath>) -> Result<Option<ResolvedPod>, AttestError> {
+    pub(crate) fn pod(
+        &self,
+        cgroup: Option<&CgroupPath>,
+    ) -> Result<Option<ResolvedPod>, AttestError> {
         match (&self.pods, cgroup) {
             (Some(pods), Some(cgroup)) => pods.of(cgroup),
             _ => Ok(None),

@@ -30,13 +30,20 @@ struct NetnsOwner {
 
 impl fmt::Debug for PodAttestor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PodAttestor").field("tcp", &self.tcp).field("owner", &self.owner()).finish_non_exhaustive()
+        f.debug_struct("PodAttestor")
+            .field("tcp", &self.tcp)
+            .field("owner", &self.owner())
+            .finish_non_exhaustive()
     }
 }
 
 impl PodAttestor {
     pub(crate) fn new(tcp: TcpAttestor) -> Self {
-        Self { tcp, owner: Mutex::default(), closed: CancellationToken::new() }
+        Self {
+            tcp,
+            owner: Mutex::default(),
+            closed: CancellationToken::new(),
+        }
     }
 
     /// The pod whose namespace it is, once one of its processes has asked.
@@ -52,7 +59,8 @@ impl PodAttestor {
         on_wait: impl FnOnce(),
     ) -> Result<Caller, Unattested> {
         let proof = self.tcp.look((client, server), on_wait).await?;
-        self.belongs(&proof).map_err(|refusal| Unattested::of(refusal, &proof.peer()))?;
+        self.belongs(&proof)
+            .map_err(|refusal| Unattested::of(refusal, &proof.peer()))?;
         Ok(proof.into_caller())
     }
 
@@ -77,14 +85,20 @@ impl PodAttestor {
             // Its directory was made anew, or it is another pod, and the one before has no process any more.
             Some(owner) if owner.pod.pod.uid != pod.pod.uid && !owner.pod.is_gone() => owner,
             owner => {
-                if let Some(before) = owner.as_ref().filter(|before| before.pod.pod.uid != pod.pod.uid) {
+                if let Some(before) = owner
+                    .as_ref()
+                    .filter(|before| before.pod.pod.uid != pod.pod.uid)
+                {
                     // Whoever may enter namespaces could have waited for that.
                     tracing::info!(
                         pod = %pod.pod.uid, before = %before.pod.pod.uid, namespace,
                         "a network namespace whose pod is gone has another pod now"
                     );
                 }
-                *owner = Some(NetnsOwner { pod: pod.clone(), intruded: false });
+                *owner = Some(NetnsOwner {
+                    pod: pod.clone(),
+                    intruded: false,
+                });
                 return Ok(());
             }
         };

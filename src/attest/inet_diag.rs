@@ -69,10 +69,17 @@ impl SockDiag {
     }
 
     fn of(netlinks: usize) -> io::Result<Self> {
-        let netlinks = (0..netlinks).map(|_| Ok(Mutex::new(Some(netlink()?)))).collect::<io::Result<_>>()?;
+        let netlinks = (0..netlinks)
+            .map(|_| Ok(Mutex::new(Some(netlink()?))))
+            .collect::<io::Result<_>>()?;
         let loopback = nix::net::if_::if_nametoindex(LOOPBACK)?;
         let namespace = stat(OWN_NAMESPACE)?.st_ino;
-        Ok(Self { netlinks, loopback, namespace, sequence: AtomicU32::new(1) })
+        Ok(Self {
+            netlinks,
+            loopback,
+            namespace,
+            sequence: AtomicU32::new(1),
+        })
     }
 
     /// The network namespace, by its inode.
@@ -83,7 +90,12 @@ impl SockDiag {
     /// Lets the network namespace go, whoever still holds this: nobody is found by it from here on.
     pub(crate) fn close(&self) {
         for netlink in &self.netlinks {
-            drop(netlink.lock().unwrap_or_else(PoisonError::into_inner).take());
+            drop(
+                netlink
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take(),
+            );
         }
     }
 
@@ -91,7 +103,11 @@ impl SockDiag {
     ///
     /// Asked with loopback as the interface: without it the kernel skips a socket that is bound to a device and answers
     /// with a *listener* on the same port, which is somebody else's (attack 1).
-    pub(crate) fn client_socket(&self, client: SocketAddr, server: SocketAddr) -> Result<SocketInfo, AttestError> {
+    pub(crate) fn client_socket(
+        &self,
+        client: SocketAddr,
+        server: SocketAddr,
+    ) -> Result<SocketInfo, AttestError> {
         if !client.ip().to_canonical().is_loopback() || !server.ip().to_canonical().is_loopback() {
             return Err(AttestError::NotLoopback);
         }
@@ -108,16 +124,28 @@ impl SockDiag {
 
     /// One that nobody uses now, else the next one whose turn it is.
     fn netlink(&self, sequence: u32) -> MutexGuard<'_, Option<OwnedFd>> {
-        let free = self.netlinks.iter().find_map(|netlink| netlink.try_lock().ok());
+        let free = self
+            .netlinks
+            .iter()
+            .find_map(|netlink| netlink.try_lock().ok());
         free.unwrap_or_else(|| {
-            self.netlinks[sequence as usize % self.netlinks.len()].lock().unwrap_or_else(PoisonError::into_inner)
+            self.netlinks[sequence as usize % self.netlinks.len()]
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
         })
     }
 
     /// The length of the answer; `None` if this is closed.
-    fn exchange(&self, request: &[u8], sequence: u32, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    fn exchange(
+        &self,
+        request: &[u8],
+        sequence: u32,
+        buffer: &mut [u8],
+    ) -> io::Result<Option<usize>> {
         let netlink = self.netlink(sequence);
-        let Some(netlink) = &*netlink else { return Ok(None) };
+        let Some(netlink) = &*netlink else {
+            return Ok(None);
+        };
         retry(|| socket::send(netlink.as_raw_fd(), request, MsgFlags::empty()))?;
         loop {
             let length = retry(|| socket::recv(netlink.as_raw_fd(), buffer, MsgFlags::empty()))?;
@@ -131,9 +159,18 @@ impl SockDiag {
 
 fn netlink() -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC;
-    let netlink = socket::socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkSockDiag)?;
+    let netlink = socket::socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        flags,
+        SockProtocol::NetlinkSockDiag,
+    )?;
     // The kernel answers within `send`; this only bounds the damage of being wrong about that.
-    socket::setsockopt(&netlink, socket::sockopt::ReceiveTimeout, &TimeVal::new(1, 0))?;
+    socket::setsockopt(
+        &netlink,
+        socket::sockopt::ReceiveTimeout,
+        &TimeVal::new(1, 0),
+    )?;
     Ok(netlink)
 }
 
@@ -174,11 +211,20 @@ fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32
 }
 
 /// Believes an answer only if it describes exactly the asked connection's client end, alive.
-pub(crate) fn parse(reply: &[u8], client: SocketAddr, server: SocketAddr) -> Result<SocketInfo, AttestError> {
+pub(crate) fn parse(
+    reply: &[u8],
+    client: SocketAddr,
+    server: SocketAddr,
+) -> Result<SocketInfo, AttestError> {
     let kind = read_u16(reply, 4).ok_or(AttestError::Kernel)?;
     if kind == NLMSG_ERROR {
-        let errno = read_u32(reply, NLMSG_HEADER).map(|code| Errno::from_raw(code.cast_signed().wrapping_neg()));
-        return Err(if errno == Some(Errno::ENOENT) { AttestError::CallerGone } else { AttestError::Kernel });
+        let errno = read_u32(reply, NLMSG_HEADER)
+            .map(|code| Errno::from_raw(code.cast_signed().wrapping_neg()));
+        return Err(if errno == Some(Errno::ENOENT) {
+            AttestError::CallerGone
+        } else {
+            AttestError::Kernel
+        });
     }
     let length = read_u32(reply, 0).map_or(0, |length| length as usize);
     let message = reply
@@ -189,15 +235,28 @@ pub(crate) fn parse(reply: &[u8], client: SocketAddr, server: SocketAddr) -> Res
         return Err(AttestError::Kernel);
     }
     let (family, state) = (message[0], message[1]);
-    let source = endpoint(family, &message[8..24], [message[4], message[5]]).ok_or(AttestError::Kernel)?;
-    let target = endpoint(family, &message[24..40], [message[6], message[7]]).ok_or(AttestError::Kernel)?;
+    let source =
+        endpoint(family, &message[8..24], [message[4], message[5]]).ok_or(AttestError::Kernel)?;
+    let target =
+        endpoint(family, &message[24..40], [message[6], message[7]]).ok_or(AttestError::Kernel)?;
     let inode = read_u32(message, 68).unwrap_or(0);
     // A socket that its process has closed reads as uid 0, inode 0.
-    if source != canonical(client) || target != canonical(server) || !LIVE_STATES.contains(&state) || inode == 0 {
+    if source != canonical(client)
+        || target != canonical(server)
+        || !LIVE_STATES.contains(&state)
+        || inode == 0
+    {
         return Err(AttestError::CallerGone);
     }
-    let (uid, cookie) = read_u32(message, 64).zip(read_u64(message, 44)).ok_or(AttestError::Kernel)?;
-    Ok(SocketInfo { uid, inode, cookie, cgroup_id: attribute(&message[MAX_MESSAGE_BYTES..], INET_DIAG_CGROUP_ID) })
+    let (uid, cookie) = read_u32(message, 64)
+        .zip(read_u64(message, 44))
+        .ok_or(AttestError::Kernel)?;
+    Ok(SocketInfo {
+        uid,
+        inode,
+        cookie,
+        cgroup_id: attribute(&message[MAX_MESSAGE_BYTES..], INET_DIAG_CGROUP_ID),
+    })
 }
 
 fn endpoint(family: u8, address: &[u8], port: [u8; 2]) -> Option<SocketAddr> {

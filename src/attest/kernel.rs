@@ -76,10 +76,12 @@ impl UnixSupport {
     pub fn missing(self) -> Option<&'static str> {
         match self {
             Self::Process => None,
-            Self::Number => {
-                Some("callers in containers are refused on the unix socket: that needs SO_PEERPIDFD (Linux 6.5)")
-            }
-            Self::Nothing => Some("all callers are refused on the unix socket: that needs pidfd_open(2) (Linux 5.3)"),
+            Self::Number => Some(
+                "callers in containers are refused on the unix socket: that needs SO_PEERPIDFD (Linux 6.5)",
+            ),
+            Self::Nothing => Some(
+                "all callers are refused on the unix socket: that needs pidfd_open(2) (Linux 5.3)",
+            ),
         }
     }
 }
@@ -98,8 +100,8 @@ pub fn unix_support() -> UnixSupport {
 pub fn try_tcp(proc_root: &Path) -> Result<(), TcpUnsupported> {
     let text = |name: &str| fs::read_to_string(proc_root.join(name)).unwrap_or_default();
     let hierarchies = CgroupMounts::find(&text("self/mountinfo"));
-    let cgroups =
-        CgroupTree::find(&hierarchies, crate::cgroup::PodRoots::defaults()).ok_or(TcpUnsupported::NoCgroups)?;
+    let cgroups = CgroupTree::find(&hierarchies, crate::cgroup::PodRoots::defaults())
+        .ok_or(TcpUnsupported::NoCgroups)?;
     let diag = SockDiag::open().map_err(no_sock_diag)?;
     tcp_works(&hierarchies, &cgroups, &diag, proc_root)
 }
@@ -124,8 +126,14 @@ fn tcp_works(
     let text = |name: &str| fs::read_to_string(proc_root.join(name)).unwrap_or_default();
     let membership = text("self/cgroup");
     let own = membership.lines().find_map(|line| line.strip_prefix("0::"));
-    let own = own.and_then(|shown| hierarchies.path("", shown)).and_then(|path| cgroups.id(&path).ok());
-    judge(socket.cgroup_id, own, &KernelFacts::read(hierarchies, cgroups, &text("sys/kernel/osrelease")))
+    let own = own
+        .and_then(|shown| hierarchies.path("", shown))
+        .and_then(|path| cgroups.id(&path).ok());
+    judge(
+        socket.cgroup_id,
+        own,
+        &KernelFacts::read(hierarchies, cgroups, &text("sys/kernel/osrelease")),
+    )
 }
 
 /// What decides where this process's own cgroup proves nothing.
@@ -142,10 +150,21 @@ struct KernelFacts {
 impl KernelFacts {
     fn read(hierarchies: &CgroupMounts, cgroups: &CgroupTree, release: &str) -> Self {
         let root = crate::cgroup::CgroupPath::parse("/").and_then(|root| cgroups.id(&root).ok());
-        let hides_cgroups = ["net_cls", "net_prio"].iter().any(|name| hierarchies.has(name));
-        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
-        let version = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
-        Self { root, hides_cgroups, is_new: version >= (5, 15) }
+        let hides_cgroups = ["net_cls", "net_prio"]
+            .iter()
+            .any(|name| hierarchies.has(name));
+        let mut numbers = release
+            .split(|c: char| !c.is_ascii_digit())
+            .map_while(|number| number.parse::<u32>().ok());
+        let version = (
+            numbers.next().unwrap_or_default(),
+            numbers.next().unwrap_or_default(),
+        );
+        Self {
+            root,
+            hides_cgroups,
+            is_new: version >= (5, 15),
+        }
     }
 }
 
@@ -163,7 +182,10 @@ fn judge(told: Option<u64>, own: Option<u64>, about: &KernelFacts) -> Result<(),
 
 /// What sock_diag says of the client's end of a connection of this process to itself.
 fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
-    let addresses: [SocketAddr; 2] = [(Ipv4Addr::LOCALHOST, 0).into(), (Ipv6Addr::LOCALHOST, 0).into()];
+    let addresses: [SocketAddr; 2] = [
+        (Ipv4Addr::LOCALHOST, 0).into(),
+        (Ipv6Addr::LOCALHOST, 0).into(),
+    ];
     let connection = TcpListener::bind(&addresses[..]).and_then(|listener| {
         let server = listener.local_addr()?;
         Ok((TcpStream::connect(server)?, server, listener))
@@ -171,10 +193,11 @@ fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
     let (client, server, _listener) = connection.map_err(TcpUnsupported::NoLoopback)?;
     let address = client.local_addr().map_err(TcpUnsupported::NoLoopback)?;
     // It is there: who does not find it does not look for TCP's sockets.
-    diag.client_socket(address, server).map_err(|refusal| match refusal {
-        AttestError::CallerGone => no_sock_diag(io::Error::from_raw_os_error(libc::ENOENT)),
-        refusal => TcpUnsupported::NoSockDiag(refusal.to_string()),
-    })
+    diag.client_socket(address, server)
+        .map_err(|refusal| match refusal {
+            AttestError::CallerGone => no_sock_diag(io::Error::from_raw_os_error(libc::ENOENT)),
+            refusal => TcpUnsupported::NoSockDiag(refusal.to_string()),
+        })
 }
 
 #[cfg(test)]

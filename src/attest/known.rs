@@ -102,7 +102,11 @@ impl ProcessHandle {
         if let Some(opened) = self.directory.get() {
             return Ok(opened);
         }
-        let directory = fcntl::open(&proc_root.join(self.pid.to_string()), DIR_FLAGS, Mode::empty());
+        let directory = fcntl::open(
+            &proc_root.join(self.pid.to_string()),
+            DIR_FLAGS,
+            Mode::empty(),
+        );
         let directory = directory.map_err(|_| AttestError::CallerGone)?;
         // Alive after it was opened, so that the number cannot have been another process's at that time.
         self.alive()?;
@@ -141,7 +145,13 @@ impl ProcessHandle {
         let mut program = lock(&self.program);
         match &*program {
             Some(ExePath { file: known, path }) if *known == file => path.clone(),
-            _ => program.insert(ExePath { file, path: look().into() }).path.clone(),
+            _ => program
+                .insert(ExePath {
+                    file,
+                    path: look().into(),
+                })
+                .path
+                .clone(),
         }
     }
 
@@ -186,22 +196,37 @@ impl ProcessHandle {
     /// Notes that it holds a connection under this number.
     pub(crate) fn record_held(&self, number: u32) {
         let numbers = &mut lock(&self.hints).numbers;
-        let at = numbers.iter().position(|known| *known == Some(number)).unwrap_or(0);
+        let at = numbers
+            .iter()
+            .position(|known| *known == Some(number))
+            .unwrap_or(0);
         numbers[at..].rotate_left(1);
         numbers[MAX_HINTS - 1] = Some(number);
     }
 }
 
 /// Only names a directory.
-const DIR_FLAGS: OFlag = OFlag::O_DIRECTORY.union(OFlag::O_CLOEXEC).union(OFlag::O_PATH);
+const DIR_FLAGS: OFlag = OFlag::O_DIRECTORY
+    .union(OFlag::O_CLOEXEC)
+    .union(OFlag::O_PATH);
 
 /// The inode of the socket that is descriptor `number` in this `/proc/<pid>/fd`.
 pub(crate) fn socket(descriptors: BorrowedFd<'_>, number: u32) -> Option<u32> {
     // Room for more than the longest of each, so that nothing is cut off.
     let (mut name, mut room) = ([0; 16], [0; 32]);
     write!(&mut name[..], "{number}\0").ok()?;
-    let link = sys::read_link(descriptors, CStr::from_bytes_until_nul(&name).ok()?, &mut room).ok()?;
-    std::str::from_utf8(link).ok()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+    let link = sys::read_link(
+        descriptors,
+        CStr::from_bytes_until_nul(&name).ok()?,
+        &mut room,
+    )
+    .ok()?;
+    std::str::from_utf8(link)
+        .ok()?
+        .strip_prefix("socket:[")?
+        .strip_suffix(']')?
+        .parse()
+        .ok()
 }
 
 /// Those that were looked at last.
@@ -218,7 +243,11 @@ impl ProcessCache {
     pub(crate) fn insert(&self, known: Arc<ProcessHandle>) {
         let mut processes = lock(&self.0);
         let full = processes.len() >= MAX_PROCESSES && !processes.contains_key(&known.pid);
-        let all = if full { std::mem::take(&mut *processes) } else { HashMap::new() };
+        let all = if full {
+            std::mem::take(&mut *processes)
+        } else {
+            HashMap::new()
+        };
         processes.insert(known.pid, known);
         drop(processes);
         // Nobody waits while they are closed.

@@ -38,7 +38,11 @@ impl LookupThreads {
         owner: &WorkloadKey,
         look: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
-        if threads::on_lookup_thread() { look() } else { self.run_offloaded(owner, look).await }
+        if threads::on_lookup_thread() {
+            look()
+        } else {
+            self.run_offloaded(owner, look).await
+        }
     }
 
     /// The same, never right here: the caller can do something else meanwhile.
@@ -83,7 +87,9 @@ mod tests {
                     let _ = wait.recv();
                     Ok(())
                 });
-                stuck.push(tokio::spawn(async move { threads.run(&WorkloadKey::user(uid), look).await }));
+                stuck.push(tokio::spawn(async move {
+                    threads.run(&WorkloadKey::user(uid), look).await
+                }));
             }
         }
         assert_eq!(threads.run(&WorkloadKey::user(1000), || Ok(7)).await, Ok(7));
@@ -97,7 +103,10 @@ mod tests {
         }
         assert_eq!(refused, [40, 40]);
         assert_eq!(threads.run(&WorkloadKey::user(1000), || Ok(7)).await, Ok(7));
-        assert_eq!(threads.run(&WorkloadKey::user(1), || Ok(7)).await, Err(AttestError::SearchBusy));
+        assert_eq!(
+            threads.run(&WorkloadKey::user(1), || Ok(7)).await,
+            Err(AttestError::SearchBusy)
+        );
         drop(held);
         assert_eq!(threads.run(&WorkloadKey::user(1), || Ok(7)).await, Ok(7));
     }

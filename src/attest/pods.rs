@@ -33,26 +33,47 @@ impl PodLookup {
 
     /// Which of the kubelet's cgroup roots are there.
     pub(crate) fn discover_roots(&self) -> Vec<&CgroupPath> {
-        self.tree.roots().iter().filter(|root| self.tree.directory(root).is_dir()).collect()
+        self.tree
+            .roots()
+            .iter()
+            .filter(|root| self.tree.directory(root).is_dir())
+            .collect()
     }
 
     /// The pod of a process or socket in this cgroup; `None` if it is in none. Every directory down to the pod's own has to be
     /// root's, else somebody else could have named it; with the pod's, root has named the container's too.
     pub(crate) fn of(&self, cgroup: &CgroupPath) -> Result<Option<ResolvedPod>, AttestError> {
-        let place =
-            self.tree.roots().find(cgroup).map_err(|MisplacedPod| match self.tree.check_root_owned(cgroup) {
+        let place = self.tree.roots().find(cgroup).map_err(|MisplacedPod| {
+            match self.tree.check_root_owned(cgroup) {
                 Err(AttestError::DelegatedCgroup) => AttestError::DelegatedCgroup,
                 // Root's doing: a kubelet with a place of its own, or a container that is root's own.
                 _ => AttestError::MisplacedPod,
-            })?;
-        let Some(PodSegment { pod, directory, container }) = place else { return Ok(None) };
+            }
+        })?;
+        let Some(PodSegment {
+            pod,
+            directory,
+            container,
+        }) = place
+        else {
+            return Ok(None);
+        };
         let part = |end: usize| CgroupPath::parse(&cgroup.as_str()[..end]);
         let own = part(directory).ok_or(AttestError::UnreadableCgroup)?;
         self.tree.check_root_owned(&own)?;
         let directory = self.tree.directory(&own);
-        let inode = fs::metadata(&directory).map_err(|_| AttestError::UnreadableCgroup)?.ino();
-        let container = container.and_then(part).map(|container| self.tree.directory(&container));
-        Ok(Some(ResolvedPod { pod, directory, inode, container }))
+        let inode = fs::metadata(&directory)
+            .map_err(|_| AttestError::UnreadableCgroup)?
+            .ino();
+        let container = container
+            .and_then(part)
+            .map(|container| self.tree.directory(&container));
+        Ok(Some(ResolvedPod {
+            pod,
+            directory,
+            inode,
+            container,
+        }))
     }
 }
 
@@ -72,10 +93,18 @@ impl ResolvedPod {
 
     /// Whether the pod is there, and since when.
     pub(crate) fn is_there(&self) -> Result<PodAge, AttestError> {
-        let found = fs::metadata(&self.directory).ok().filter(|found| found.ino() == self.inode);
+        let found = fs::metadata(&self.directory)
+            .ok()
+            .filter(|found| found.ino() == self.inode);
         let pod = age(&found.ok_or(AttestError::CallerGone)?);
-        let container = self.container.as_ref().and_then(|container| fs::metadata(container).ok());
-        Ok(PodAge { pod, container: container.map_or(pod, |found| age(&found)) })
+        let container = self
+            .container
+            .as_ref()
+            .and_then(|container| fs::metadata(container).ok());
+        Ok(PodAge {
+            pod,
+            container: container.map_or(pod, |found| age(&found)),
+        })
     }
 }
 

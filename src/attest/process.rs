@@ -17,7 +17,8 @@ use crate::attest::known::ProcessHandle;
 use crate::attest::status::{self, StatusError};
 use crate::attest::sys;
 use crate::caller::{
-    AgentProcessRef, AttestError, Executable, GroupDetail, Groups, Process, ProcessFacts, Program, WorkloadKey,
+    AgentProcessRef, AttestError, Executable, GroupDetail, Groups, Process, ProcessFacts, Program,
+    WorkloadKey,
 };
 use crate::cgroup::{self, CgroupPath};
 
@@ -59,14 +60,21 @@ pub(crate) struct ProcessSnapshot {
 
 impl ProcessSnapshot {
     /// Looks at the ids and the cgroup of a process. Whether it is alive is seen when it is looked at again.
-    pub(crate) fn read_snapshot(host: &Arc<Host>, known: Arc<ProcessHandle>) -> Result<Self, AttestError> {
+    pub(crate) fn read_snapshot(
+        host: &Arc<Host>,
+        known: Arc<ProcessHandle>,
+    ) -> Result<Self, AttestError> {
         let directory = || known.directory(&host.proc_root);
         let credentials = ProcessIds::read(known.pidfd(), directory)?;
         let cgroup = match (&credentials.cgroup, &host.cgroups) {
-            (CgroupMembership::Shown(shown), _) => shown.as_ref().and_then(|shown| host.hierarchies.path("", shown)),
+            (CgroupMembership::Shown(shown), _) => shown
+                .as_ref()
+                .and_then(|shown| host.hierarchies.path("", shown)),
             (CgroupMembership::Id(id), Some(tree)) => {
-                let shown =
-                    || Ok(v2(&read(directory()?, "cgroup")?).and_then(|shown| host.hierarchies.path("", shown)));
+                let shown = || {
+                    Ok(v2(&read(directory()?, "cgroup")?)
+                        .and_then(|shown| host.hierarchies.path("", shown)))
+                };
                 Some(tree.path_of_live_process(*id, shown)?)
             }
             (CgroupMembership::Id(_), None) => None,
@@ -92,10 +100,17 @@ impl ProcessSnapshot {
             next.groups = Some(read_groups(self.directory()?, looks.groups)?);
         }
         if looks.program {
-            next.program = Some(Program { exe: self.executable()? });
+            next.program = Some(Program {
+                exe: self.executable()?,
+            });
         }
         // A zombie has no executable any more, but still has groups.
-        if next.groups.is_some() || next.program.as_ref().is_some_and(|program| program.exe.is_none()) {
+        if next.groups.is_some()
+            || next
+                .program
+                .as_ref()
+                .is_some_and(|program| program.exe.is_none())
+        {
             self.known.alive()?;
         }
         if looks.started {
@@ -105,12 +120,19 @@ impl ProcessSnapshot {
     }
 
     /// The same, where it may wait.
-    pub(crate) async fn with_facts(&self, owner: &WorkloadKey, looks: ProcessFacts) -> Result<Self, AttestError> {
+    pub(crate) async fn with_facts(
+        &self,
+        owner: &WorkloadKey,
+        looks: ProcessFacts,
+    ) -> Result<Self, AttestError> {
         if !looks.may_wait() {
             return self.with(looks);
         }
         let process = self.clone();
-        self.host.lookups.run(owner, move || process.with(looks)).await
+        self.host
+            .lookups
+            .run(owner, move || process.with(looks))
+            .await
     }
 
     fn directory(&self) -> Result<&OwnedFd, AttestError> {
@@ -119,7 +141,11 @@ impl ProcessSnapshot {
 
     fn executable(&self) -> Result<Option<Executable>, AttestError> {
         let directory = self.directory()?;
-        let path = || fcntl::readlinkat(directory, "exe").unwrap_or_default().into();
+        let path = || {
+            fcntl::readlinkat(directory, "exe")
+                .unwrap_or_default()
+                .into()
+        };
         Ok(executable_file(directory)?.map(|file| Executable {
             device: file.device,
             inode: file.inode,
@@ -130,17 +156,24 @@ impl ProcessSnapshot {
 
     /// Whether it is alive and everything that was looked at is as it was. May have to wait if its executable was.
     pub(crate) fn verify_unchanged(&self) -> Result<(), AttestError> {
-        let credentials = ProcessIds::read(self.known.pidfd(), || self.directory())? == self.credentials;
+        let credentials =
+            ProcessIds::read(self.known.pidfd(), || self.directory())? == self.credentials;
         let groups = match &self.groups {
             Some(groups) => read_groups(self.directory()?, GroupDetail::Digest)? == *groups,
             None => true,
         };
         let program = match &self.program {
-            Some(program) => file(executable_file(self.directory()?)?) == program.exe.as_ref().map(key),
+            Some(program) => {
+                file(executable_file(self.directory()?)?) == program.exe.as_ref().map(key)
+            }
             None => true,
         };
         self.known.alive()?;
-        if credentials && groups && program { Ok(()) } else { Err(AttestError::IdentityChanged) }
+        if credentials && groups && program {
+            Ok(())
+        } else {
+            Err(AttestError::IdentityChanged)
+        }
     }
 
     /// The same, where it may wait.
@@ -149,7 +182,10 @@ impl ProcessSnapshot {
             return self.verify_unchanged();
         }
         let process = self.clone();
-        self.host.lookups.run(owner, move || process.verify_unchanged()).await
+        self.host
+            .lookups
+            .run(owner, move || process.verify_unchanged())
+            .await
     }
 
     /// Whether it runs still.
@@ -158,17 +194,30 @@ impl ProcessSnapshot {
     }
 
     /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
-    pub(crate) async fn for_agent(&self, owner: &WorkloadKey) -> Result<AgentProcessRef, AttestError> {
+    pub(crate) async fn for_agent(
+        &self,
+        owner: &WorkloadKey,
+    ) -> Result<AgentProcessRef, AttestError> {
         let process = self.clone();
-        self.host.lookups.run(owner, move || process.verify_unchanged()).await?;
+        self.host
+            .lookups
+            .run(owner, move || process.verify_unchanged())
+            .await?;
         let cgroups = read(self.directory()?, "cgroup")?;
         self.host.hierarchies.check(&cgroups)?;
-        Ok(AgentProcessRef { pid: self.known.pid(), cgroups })
+        Ok(AgentProcessRef {
+            pid: self.known.pid(),
+            cgroups,
+        })
     }
 
     /// Notices from now on whether it executes a program.
     pub(crate) fn watch_exec(&self) -> Result<ExecCountWatch, AttestError> {
-        let monitor = self.host.exec_monitor.as_ref().ok_or(AttestError::ExecUnobservable)?;
+        let monitor = self
+            .host
+            .exec_monitor
+            .as_ref()
+            .ok_or(AttestError::ExecUnobservable)?;
         let watch = monitor.watch(monitor.key(self.known.pid(), || self.workload_id())?);
         // Alive after that, so that the number cannot have been another process's at that time.
         self.known.alive()?;
@@ -187,7 +236,12 @@ impl ProcessSnapshot {
 
     /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
     pub(crate) fn same_facts(&self, other: &Self) -> bool {
-        let exe = |held: &Self| held.program.as_ref().and_then(|program| program.exe.as_ref()).map(key);
+        let exe = |held: &Self| {
+            held.program
+                .as_ref()
+                .and_then(|program| program.exe.as_ref())
+                .map(key)
+        };
         self.credentials == other.credentials
             && self.contained == other.contained
             && self.groups == other.groups
@@ -248,9 +302,15 @@ impl ProcessIds {
         directory: impl FnOnce() -> Result<&'d OwnedFd, AttestError>,
     ) -> Result<Self, AttestError> {
         match sys::pidfd_info(pidfd.as_fd()) {
-            Ok(Some(sys::PidfdInfo { uids, gids, cgroup_id: Some(id) })) => {
-                Ok(Self { uids, gids, cgroup: CgroupMembership::Id(id) })
-            }
+            Ok(Some(sys::PidfdInfo {
+                uids,
+                gids,
+                cgroup_id: Some(id),
+            })) => Ok(Self {
+                uids,
+                gids,
+                cgroup: CgroupMembership::Id(id),
+            }),
             Ok(_) => Self::of_proc(directory()?),
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(AttestError::CallerGone),
             Err(_) => Err(AttestError::Kernel),
@@ -263,7 +323,11 @@ impl ProcessIds {
         let four = |ids: Vec<u32>| ids.try_into().map_err(|_| AttestError::Kernel);
         let (uids, gids) = (four(uids)?, four(gids)?);
         let cgroups = read(directory, "cgroup")?;
-        Ok(Self { uids, gids, cgroup: CgroupMembership::Shown(v2(&cgroups).map(str::to_owned)) })
+        Ok(Self {
+            uids,
+            gids,
+            cgroup: CgroupMembership::Shown(v2(&cgroups).map(str::to_owned)),
+        })
     }
 }
 
@@ -293,7 +357,10 @@ fn in_other_namespaces(host: &Host, known: &ProcessHandle) -> Result<bool, Attes
     // A user namespace that maps every id to itself is as good as the host's (systemd's PrivateUsers=identity).
     let other_user = !is_identity_map(&read(known.directory(&host.proc_root)?, "uid_map")?);
     // What this process's own pidfd says of the other one: pidfd_open(2), "NSpid" from Linux 5.5 on.
-    let own = host.proc_root.join("self/fdinfo").join(known.pidfd().as_raw_fd().to_string());
+    let own = host
+        .proc_root
+        .join("self/fdinfo")
+        .join(known.pidfd().as_raw_fd().to_string());
     let info = std::fs::File::open(own).map_err(|_| AttestError::Kernel)?;
     let pids = match status::numbers(info, [NAMESPACE_PIDS]) {
         Ok([pids]) => pids,
@@ -317,7 +384,9 @@ pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
     match (namespace(&directory), namespace(&proc_root.join("self"))) {
         (Ok(other), Ok(own)) => other == own,
         (Err(Errno::EACCES | Errno::EPERM), _) => std::fs::File::open(directory.join("status"))
-            .is_ok_and(|file| status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)),
+            .is_ok_and(|file| {
+                status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)
+            }),
         _ => false,
     }
 }
@@ -365,7 +434,12 @@ fn read(directory: &OwnedFd, name: &'static str) -> Result<String, AttestError> 
 }
 
 fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, AttestError> {
-    let file = fcntl::openat(directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+    let file = fcntl::openat(
+        directory,
+        name,
+        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    );
     file.map_err(|error| is_unread(name, error))
 }
 
@@ -388,7 +462,12 @@ pub(crate) fn start_time(stat: &str) -> Option<u64> {
 /// Whether a `uid_map` maps every id to itself, as in the initial user namespace.
 pub(crate) fn is_identity_map(text: &str) -> bool {
     let mut numbers = text.split_ascii_whitespace();
-    (numbers.next(), numbers.next(), numbers.next(), numbers.next()) == (Some("0"), Some("0"), Some("4294967295"), None)
+    (
+        numbers.next(),
+        numbers.next(),
+        numbers.next(),
+        numbers.next(),
+    ) == (Some("0"), Some("0"), Some("4294967295"), None)
 }
 
 #[cfg(test)]

@@ -32,9 +32,17 @@ pub(crate) struct Budget {
 
 impl Budget {
     /// What may be spent on an I/O thread: as much as a small program needs, well under a millisecond.
-    pub(crate) const INLINE: Self = Self { list: 1024, descriptors: 256, time: Duration::from_millis(1) };
+    pub(crate) const INLINE: Self = Self {
+        list: 1024,
+        descriptors: 256,
+        time: Duration::from_millis(1),
+    };
     /// All that one search may spend.
-    pub(crate) const OFFLOADED: Self = Self { list: 64 * 1024, descriptors: 4096, time: Duration::from_millis(20) };
+    pub(crate) const OFFLOADED: Self = Self {
+        list: 64 * 1024,
+        descriptors: 4096,
+        time: Duration::from_millis(20),
+    };
 }
 
 /// Between two looks at the clock.
@@ -71,12 +79,16 @@ pub(crate) fn find_socket_owner(
         if cgroup.is_root() && !stat(&directory).is_ok_and(|process| process.st_uid == socket.uid) {
             continue;
         }
-        let Some(next) = process_owning(host, pid, &directory, (socket, looks), &mut spent)? else { continue };
+        let Some(next) = process_owning(host, pid, &directory, (socket, looks), &mut spent)? else {
+            continue;
+        };
         if next.process.ids().uids != [socket.uid; 4] || next.process.cgroup() != Some(cgroup) {
             return Err(AttestError::Ambiguous);
         }
         found = Some(match found {
-            Some(first) if !first.process.same_facts(&next.process) => return Err(AttestError::Ambiguous),
+            Some(first) if !first.process.same_facts(&next.process) => {
+                return Err(AttestError::Ambiguous);
+            }
             Some(first) if first.process.start_time()? <= next.process.start_time()? => first,
             _ => next,
         });
@@ -101,9 +113,14 @@ fn process_owning(
         (Some(known), Some(number)) => (known, number),
         (known, _) => {
             let mut others = Vec::new();
-            let Some(number) = read_fd(directory, socket.inode, &mut others, spent)? else { return Ok(None) };
+            let Some(number) = read_fd(directory, socket.inode, &mut others, spent)? else {
+                return Ok(None);
+            };
             // The number may be another process's by now. One that exits meanwhile holds nothing any more.
-            match known.filter(|known| known.alive().is_ok()).map_or_else(|| scan_fds(host, pid), Ok) {
+            match known
+                .filter(|known| known.alive().is_ok())
+                .map_or_else(|| scan_fds(host, pid), Ok)
+            {
                 Ok(known) => {
                     known.scanned(others.into_iter());
                     (known, number)
@@ -114,11 +131,12 @@ fn process_owning(
         }
     };
     known.record_held(descriptor);
-    let process = match ProcessSnapshot::read_snapshot(host, known).and_then(|process| process.with(looks)) {
-        Ok(process) => process,
-        Err(AttestError::CallerGone) => return Ok(None),
-        Err(refusal) => return Err(refusal),
-    };
+    let process =
+        match ProcessSnapshot::read_snapshot(host, known).and_then(|process| process.with(looks)) {
+            Ok(process) => process,
+            Err(AttestError::CallerGone) => return Ok(None),
+            Err(refusal) => return Err(refusal),
+        };
     if !process.has_fd(descriptor, socket.inode) {
         return Ok(None);
     }
@@ -126,11 +144,17 @@ fn process_owning(
     if gids != [gids[0]; 4] {
         return Err(AttestError::IdentityChanged);
     }
-    Ok(Some(SocketOwner { process, descriptor }))
+    Ok(Some(SocketOwner {
+        process,
+        descriptor,
+    }))
 }
 
 fn scan_fds(host: &Host, pid: u32) -> Result<Arc<ProcessHandle>, AttestError> {
-    host.process(pid, sys::pidfd_open(pid).map_err(|_| AttestError::CallerGone)?)
+    host.process(
+        pid,
+        sys::pidfd_open(pid).map_err(|_| AttestError::CallerGone)?,
+    )
 }
 
 /// The number of the descriptor that is the socket, of the process whose directory this is. The highest come first: a
@@ -144,11 +168,17 @@ fn read_fd(
 ) -> Result<Option<u32>, AttestError> {
     // A process that is gone, or (kernel threads, no privilege) shows nothing.
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else { return Ok(None) };
+    let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else {
+        return Ok(None);
+    };
     let mut numbers: Vec<u32> = Vec::new();
     for entry in open.iter() {
         spent.charge_fd()?;
-        numbers.extend(entry.ok().and_then(|entry| entry.file_name().to_str().ok()?.parse::<u32>().ok()));
+        numbers.extend(
+            entry
+                .ok()
+                .and_then(|entry| entry.file_name().to_str().ok()?.parse::<u32>().ok()),
+        );
     }
     numbers.sort_unstable_by(|a, b| b.cmp(a));
     for number in numbers {
@@ -174,12 +204,21 @@ struct BudgetTracker {
 
 impl BudgetTracker {
     fn start(budget: Budget) -> Self {
-        Self { descriptors: 0, looks: 0, deadline: None, budget }
+        Self {
+            descriptors: 0,
+            looks: 0,
+            deadline: None,
+            budget,
+        }
     }
 
     fn charge_fd(&mut self) -> Result<(), AttestError> {
         self.descriptors += 1;
-        if self.descriptors > self.budget.descriptors { Err(AttestError::TooManyDescriptors) } else { Ok(()) }
+        if self.descriptors > self.budget.descriptors {
+            Err(AttestError::TooManyDescriptors)
+        } else {
+            Ok(())
+        }
     }
 
     /// To be called for each process and each descriptor that is looked at.
@@ -190,7 +229,11 @@ impl BudgetTracker {
         }
         let now = thread_time()?;
         let deadline = *self.deadline.get_or_insert(now + self.budget.time);
-        if now > deadline { Err(AttestError::TooManyDescriptors) } else { Ok(()) }
+        if now > deadline {
+            Err(AttestError::TooManyDescriptors)
+        } else {
+            Ok(())
+        }
     }
 }
 

@@ -77,7 +77,12 @@ struct Scan<'l, const N: usize> {
 
 impl<'l, const N: usize> Scan<'l, N> {
     fn new(lines: [(&'l str, usize); N]) -> Self {
-        Self { lines, found: [const { None }; N], at: At::Name, name: Vec::with_capacity(NAME_MAX) }
+        Self {
+            lines,
+            found: [const { None }; N],
+            at: At::Name,
+            name: Vec::with_capacity(NAME_MAX),
+        }
     }
 
     /// Reads a chunk. Returns whether all lines are complete.
@@ -86,7 +91,9 @@ impl<'l, const N: usize> Scan<'l, N> {
             bytes = rest;
             match self.at {
                 At::Other => {
-                    let end = std::iter::once(&byte).chain(rest).position(|byte| *byte == b'\n');
+                    let end = std::iter::once(&byte)
+                        .chain(rest)
+                        .position(|byte| *byte == b'\n');
                     let Some(end) = end else { return Ok(false) };
                     (self.at, bytes) = (At::Name, &rest[end..]);
                 }
@@ -106,7 +113,10 @@ impl<'l, const N: usize> Scan<'l, N> {
         match byte {
             b'\n' => self.name.clear(),
             b':' => {
-                let line = self.lines.iter().position(|(name, _)| name.as_bytes() == self.name);
+                let line = self
+                    .lines
+                    .iter()
+                    .position(|(name, _)| name.as_bytes() == self.name);
                 let line = line.filter(|line| self.found[*line].is_none());
                 self.name.clear();
                 return line.map_or(At::Other, |line| {
@@ -125,8 +135,14 @@ impl<'l, const N: usize> Scan<'l, N> {
 
     fn number(&mut self, line: usize, number: Option<u32>, byte: u8) -> Result<At, StatusError> {
         if byte.is_ascii_digit() {
-            let number = number.unwrap_or(0).checked_mul(10).and_then(|n| n.checked_add(u32::from(byte - b'0')));
-            return Ok(At::Numbers(line, Some(number.ok_or(StatusError::Malformed)?)));
+            let number = number
+                .unwrap_or(0)
+                .checked_mul(10)
+                .and_then(|n| n.checked_add(u32::from(byte - b'0')));
+            return Ok(At::Numbers(
+                line,
+                Some(number.ok_or(StatusError::Malformed)?),
+            ));
         }
         if !matches!(byte, b' ' | b'\t' | b'\n') {
             return Err(StatusError::Malformed);
@@ -137,7 +153,11 @@ impl<'l, const N: usize> Scan<'l, N> {
             }
             found.push(number);
         }
-        Ok(if byte == b'\n' { At::Name } else { At::Numbers(line, None) })
+        Ok(if byte == b'\n' {
+            At::Name
+        } else {
+            At::Numbers(line, None)
+        })
     }
 
     fn finish(self) -> Result<[Vec<u32>; N], StatusError> {
@@ -159,12 +179,23 @@ mod tests {
     #[test]
     fn lines_are_found_however_the_file_is_cut_and_wherever_they_stand() {
         for chunk in [1, 2, 3, 7, 4096] {
-            let [uids, gids] = numbers_of(TEXT.as_bytes(), [("Uid", 4), ("Gid", 4)], chunk).unwrap();
-            assert_eq!((uids, gids), (vec![1001, 1002, 1003, 1004], vec![7, 8, 9, 10]));
-            let [pids, groups] = numbers_of(TEXT.as_bytes(), [("NSpid", 32), ("Groups", 3)], chunk).unwrap();
+            let [uids, gids] =
+                numbers_of(TEXT.as_bytes(), [("Uid", 4), ("Gid", 4)], chunk).unwrap();
+            assert_eq!(
+                (uids, gids),
+                (vec![1001, 1002, 1003, 1004], vec![7, 8, 9, 10])
+            );
+            let [pids, groups] =
+                numbers_of(TEXT.as_bytes(), [("NSpid", 32), ("Groups", 3)], chunk).unwrap();
             assert_eq!((pids, groups), (vec![12, 1], vec![44, 4, 44]));
-            assert_eq!(numbers_of(TEXT.as_bytes(), [("Groups", 2)], chunk), Err(StatusError::TooMany));
-            assert_eq!(numbers_of(TEXT.as_bytes(), [("Umask", 1)], chunk), Ok([vec![22]]));
+            assert_eq!(
+                numbers_of(TEXT.as_bytes(), [("Groups", 2)], chunk),
+                Err(StatusError::TooMany)
+            );
+            assert_eq!(
+                numbers_of(TEXT.as_bytes(), [("Umask", 1)], chunk),
+                Ok([vec![22]])
+            );
         }
     }
 
@@ -179,15 +210,25 @@ mod tests {
             ("", "Uid"),
             ("Uid\n", "Uid"),
         ] {
-            assert_eq!(numbers_of(text.as_bytes(), [(line, 4)], 4096), Err(StatusError::Malformed), "{text:?} {line}");
+            assert_eq!(
+                numbers_of(text.as_bytes(), [(line, 4)], 4096),
+                Err(StatusError::Malformed),
+                "{text:?} {line}"
+            );
         }
-        assert_eq!(numbers_of(b"Uid:\t4294967295\n", [("Uid", 1)], 3), Ok([vec![u32::MAX]]));
+        assert_eq!(
+            numbers_of(b"Uid:\t4294967295\n", [("Uid", 1)], 3),
+            Ok([vec![u32::MAX]])
+        );
         assert_eq!(numbers_of(b"Groups:\t\n", [("Groups", 1)], 3), Ok([vec![]]));
     }
 
     #[test]
     fn nothing_is_read_after_what_was_asked_for() {
         let text = format!("{TEXT}Uid:\tnonsense\n");
-        assert_eq!(numbers_of(text.as_bytes(), [("Uid", 4)], 4096), Ok([vec![1001, 1002, 1003, 1004]]));
+        assert_eq!(
+            numbers_of(text.as_bytes(), [("Uid", 4)], 4096),
+            Ok([vec![1001, 1002, 1003, 1004]])
+        );
     }
 }

@@ -1,5 +1,8 @@
 //! The few system calls and socket options that no safe wrapper has.
-#![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
+#![allow(
+    unsafe_code,
+    reason = "raw system calls are this module's whole purpose; nothing else is in it"
+)]
 
 use std::ffi::CStr;
 use std::io;
@@ -46,14 +49,25 @@ pub(crate) fn read_whole(file: impl std::os::fd::AsFd, most: usize) -> nix::Resu
     }
     bytes.truncate(filled);
     // A process may have named itself in any bytes; everything that is read of such files is ASCII.
-    Ok(String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+    Ok(String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
 }
 
 /// `readlinkat(2)` into `room`; what does not fit into it is cut off. Without room for the longest of paths, as others would.
-pub(crate) fn read_link<'r>(directory: BorrowedFd<'_>, name: &CStr, room: &'r mut [u8]) -> nix::Result<&'r [u8]> {
+pub(crate) fn read_link<'r>(
+    directory: BorrowedFd<'_>,
+    name: &CStr,
+    room: &'r mut [u8],
+) -> nix::Result<&'r [u8]> {
     // SAFETY: `name` ends with a zero, and the kernel writes at most `room.len()` bytes into `room`.
-    let length =
-        unsafe { libc::readlinkat(directory.as_raw_fd(), name.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
+    let length = unsafe {
+        libc::readlinkat(
+            directory.as_raw_fd(),
+            name.as_ptr(),
+            room.as_mut_ptr().cast(),
+            room.len(),
+        )
+    };
     let length = usize::try_from(length).map_err(|_| Errno::last())?;
     Ok(&room[..length])
 }
@@ -74,7 +88,15 @@ pub(crate) fn file_facts(directory: BorrowedFd<'_>, name: &CStr) -> nix::Result<
     let flags = libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
     let wanted = libc::STATX_INO | libc::STATX_CTIME;
     // SAFETY: `name` ends with a zero, and `found` has room for what the kernel writes.
-    let status = unsafe { libc::statx(directory.as_raw_fd(), name.as_ptr(), flags, wanted, found.as_mut_ptr()) };
+    let status = unsafe {
+        libc::statx(
+            directory.as_raw_fd(),
+            name.as_ptr(),
+            flags,
+            wanted,
+            found.as_mut_ptr(),
+        )
+    };
     Errno::result(status)?;
     // SAFETY: all of its bytes are zero or written by the kernel, and any bytes are a valid value.
     let found = unsafe { found.assume_init() };
@@ -94,7 +116,13 @@ pub(crate) fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> 
     let mut length = libc::socklen_t::try_from(size_of::<RawFd>()).map_err(io::Error::other)?;
     // SAFETY: `fd` is a valid place for the `length` bytes that the kernel may write.
     let status = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PEERPIDFD, (&raw mut fd).cast(), &raw mut length)
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut length,
+        )
     };
     if status < 0 {
         return match Errno::last() {
@@ -141,7 +169,10 @@ nix::ioctl_readwrite!(get_pidfd_info, 0xFF, 11, RawPidfdInfo);
 pub(crate) fn pidfd_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<PidfdInfo>> {
     const CREDENTIALS: u64 = 1 << 1;
     const CGROUP_ID: u64 = 1 << 2;
-    let mut raw = RawPidfdInfo { mask: CREDENTIALS | CGROUP_ID, ..RawPidfdInfo::default() };
+    let mut raw = RawPidfdInfo {
+        mask: CREDENTIALS | CGROUP_ID,
+        ..RawPidfdInfo::default()
+    };
     // SAFETY: the request's number holds the size of `raw`, and the kernel writes no more than that.
     match unsafe { get_pidfd_info(pidfd.as_raw_fd(), &raw mut raw) } {
         Ok(_) if raw.mask & CREDENTIALS == 0 => Ok(None),
@@ -169,10 +200,19 @@ const FILEID_KERNFS: libc::c_int = 0xfe;
 /// `open_by_handle_at(2)`: the directory with this inode number in the kernfs (cgroup2, here) that `mount` is on. It takes
 /// CAP_DAC_READ_SEARCH. The descriptor only names the directory (`O_PATH`).
 pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd> {
-    let mut handle = KernfsHandle { bytes: 8, kind: FILEID_KERNFS, id: id.to_ne_bytes() };
+    let mut handle = KernfsHandle {
+        bytes: 8,
+        kind: FILEID_KERNFS,
+        id: id.to_ne_bytes(),
+    };
     // SAFETY: `handle` has the layout of a file_handle whose 8 bytes follow its header, and lives through the call.
-    let fd =
-        unsafe { libc::open_by_handle_at(mount.as_raw_fd(), (&raw mut handle).cast(), libc::O_PATH | libc::O_CLOEXEC) };
+    let fd = unsafe {
+        libc::open_by_handle_at(
+            mount.as_raw_fd(),
+            (&raw mut handle).cast(),
+            libc::O_PATH | libc::O_CLOEXEC,
+        )
+    };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -184,7 +224,8 @@ pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd>
 /// copy of them.
 pub(crate) fn peer_groups(socket: BorrowedFd<'_>, most: usize) -> nix::Result<Vec<u32>> {
     let mut groups: Vec<libc::gid_t> = vec![0; most];
-    let mut length = libc::socklen_t::try_from(size_of_val(&groups[..])).map_err(|_| Errno::EINVAL)?;
+    let mut length =
+        libc::socklen_t::try_from(size_of_val(&groups[..])).map_err(|_| Errno::EINVAL)?;
     // SAFETY: `groups` has room for `length` bytes, and the kernel writes at most that many.
     let status = unsafe {
         libc::getsockopt(

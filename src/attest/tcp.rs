@@ -16,8 +16,8 @@ use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
 use crate::attest::pods::ResolvedPod;
 use crate::attest::search::{self, Budget, SocketOwner};
 use crate::caller::{
-    AgentProcessRef, AttestError, Caller, ExecWatch, ListenerKind, PeerFacts, PeerProof, PodAge, Process, ProcessFacts,
-    WorkloadKey,
+    AgentProcessRef, AttestError, Caller, ExecWatch, ListenerKind, PeerFacts, PeerProof, PodAge,
+    Process, ProcessFacts, WorkloadKey,
 };
 use crate::cgroup::CgroupPath;
 use crate::clock::REQUEST_HOLD;
@@ -68,7 +68,13 @@ impl TcpAttestor {
         cgroups: Arc<CgroupTree>,
         searches: FairSemaphore<WorkloadKey>,
     ) -> Self {
-        Self(Arc::new(SocketQuery { host, diag, cgroups, searches, namespace: None }))
+        Self(Arc::new(SocketQuery {
+            host,
+            diag,
+            cgroups,
+            searches,
+            namespace: None,
+        }))
     }
 
     /// Whether the kernel still tells what this rests on.
@@ -78,9 +84,20 @@ impl TcpAttestor {
 
     /// The same for the network namespace of a pod, in which `diag` was made.
     pub(crate) fn in_pod(&self, diag: SockDiag) -> Self {
-        let SocketQuery { host, cgroups, searches, .. } = &*self.0;
+        let SocketQuery {
+            host,
+            cgroups,
+            searches,
+            ..
+        } = &*self.0;
         let (host, cgroups, searches) = (host.clone(), cgroups.clone(), searches.clone());
-        Self(Arc::new(SocketQuery { namespace: Some(diag.namespace()), host, diag, cgroups, searches }))
+        Self(Arc::new(SocketQuery {
+            namespace: Some(diag.namespace()),
+            host,
+            diag,
+            cgroups,
+            searches,
+        }))
     }
 
     /// What limits long searches.
@@ -106,30 +123,62 @@ impl TcpAttestor {
         on_wait: impl FnOnce(),
     ) -> Result<SocketProof, Unattested> {
         let socket = self.0.diag.client_socket(client, server)?;
-        let mut peer = PeerFacts { uid: socket.uid, cgroup: None, pod: None, namespace: self.0.namespace };
-        let cgroup = self.cgroup(&socket, on_wait).await.map_err(|refusal| Unattested::of(refusal, &peer))?;
+        let mut peer = PeerFacts {
+            uid: socket.uid,
+            cgroup: None,
+            pod: None,
+            namespace: self.0.namespace,
+        };
+        let cgroup = self
+            .cgroup(&socket, on_wait)
+            .await
+            .map_err(|refusal| Unattested::of(refusal, &peer))?;
         peer.cgroup = Some(cgroup.clone());
         // On the host a process of one user gives sockets to those of another; a pod is one workload.
         if self.0.namespace.is_none() && cgroup.is_service_managers() {
             return Err(Unattested::of(AttestError::ManagerSocket, &peer));
         }
-        let pod = self.0.host.pod(Some(&cgroup)).map_err(|refusal| Unattested::of(refusal, &peer))?;
-        Ok(SocketProof { attestor: self.clone(), client, server, socket, cgroup, pod })
+        let pod = self
+            .0
+            .host
+            .pod(Some(&cgroup))
+            .map_err(|refusal| Unattested::of(refusal, &peer))?;
+        Ok(SocketProof {
+            attestor: self.clone(),
+            client,
+            server,
+            socket,
+            cgroup,
+            pod,
+        })
     }
 
     /// The path of the socket's cgroup.
-    async fn cgroup(&self, socket: &SocketInfo, on_wait: impl FnOnce()) -> Result<CgroupPath, AttestError> {
-        let SocketQuery { cgroups, namespace, .. } = &*self.0;
+    async fn cgroup(
+        &self,
+        socket: &SocketInfo,
+        on_wait: impl FnOnce(),
+    ) -> Result<CgroupPath, AttestError> {
+        let SocketQuery {
+            cgroups, namespace, ..
+        } = &*self.0;
         let uid = namespace.is_none().then_some(socket.uid);
-        let key = WalkKey { namespace: *namespace, uid };
+        let key = WalkKey {
+            namespace: *namespace,
+            uid,
+        };
         if namespace.is_none() {
             let id = socket.cgroup_id;
-            let id = id.ok_or(AttestError::Unsupported("TCP callers need Linux 5.15 or newer, built with cgroups"))?;
+            let id = id.ok_or(AttestError::Unsupported(
+                "TCP callers need Linux 5.15 or newer, built with cgroups",
+            ))?;
             return cgroups.path_of(id, (TreeScope::All, key), on_wait).await;
         }
         let id = socket.cgroup_id.ok_or(AttestError::NotAPod)?;
         match cgroups.path_of(id, (TreeScope::Pods, key), on_wait).await {
-            Err(AttestError::UnreadableCgroup) if !cgroups.detects_removed() => Err(AttestError::NotAPod),
+            Err(AttestError::UnreadableCgroup) if !cgroups.detects_removed() => {
+                Err(AttestError::NotAPod)
+            }
             path => path,
         }
     }
@@ -150,7 +199,11 @@ impl SocketProof {
     pub(crate) fn into_caller(self) -> Caller {
         let namespace = self.attestor.0.namespace;
         Caller {
-            listener: if namespace.is_some() { ListenerKind::Pod } else { ListenerKind::Tcp },
+            listener: if namespace.is_some() {
+                ListenerKind::Pod
+            } else {
+                ListenerKind::Tcp
+            },
             uid: self.socket.uid,
             cgroup: Some(self.cgroup.clone()),
             pod: self.pod.as_ref().map(|housed| housed.pod.clone()),
@@ -164,28 +217,59 @@ impl SocketProof {
     pub(crate) fn peer(&self) -> PeerFacts {
         let pod = self.pod.as_ref().map(|housed| housed.pod.clone());
         let namespace = self.attestor.0.namespace;
-        PeerFacts { uid: self.socket.uid, cgroup: Some(self.cgroup.clone()), pod, namespace }
+        PeerFacts {
+            uid: self.socket.uid,
+            cgroup: Some(self.cgroup.clone()),
+            pod,
+            namespace,
+        }
     }
 
     fn is_unchanged(&self) -> Result<(), AttestError> {
-        let now = self.attestor.0.diag.client_socket(self.client, self.server)?;
-        if now == self.socket { Ok(()) } else { Err(AttestError::IdentityChanged) }
+        let now = self
+            .attestor
+            .0
+            .diag
+            .client_socket(self.client, self.server)?;
+        if now == self.socket {
+            Ok(())
+        } else {
+            Err(AttestError::IdentityChanged)
+        }
     }
 
     /// The process that holds the socket: at once where that is soon done. Else in a search of its own, one at a time for this
     /// workload, and few in all, since whoever has many users' ids is many workloads: a search is a loop as long as the caller
     /// makes it.
-    async fn find_owner(&self, owner: &WorkloadKey, looks: ProcessFacts) -> Result<SocketOwner, AttestError> {
+    async fn find_owner(
+        &self,
+        owner: &WorkloadKey,
+        looks: ProcessFacts,
+    ) -> Result<SocketOwner, AttestError> {
         let parts = &self.attestor.0;
-        match parts.host.lookups.run(owner, self.search(looks, Budget::INLINE)).await {
+        match parts
+            .host
+            .lookups
+            .run(owner, self.search(looks, Budget::INLINE))
+            .await
+        {
             Err(AttestError::TooManyDescriptors) => {}
             done => return done,
         }
         // As long as a request is held: who waits longer would be cut off without a word.
-        let permit = parts.searches.acquire_within(REQUEST_HOLD, owner).await.ok_or(AttestError::SearchBusy)?;
+        let permit = parts
+            .searches
+            .acquire_within(REQUEST_HOLD, owner)
+            .await
+            .ok_or(AttestError::SearchBusy)?;
         // Many have hung up meanwhile. A search for each of them would keep those waiting who have come again.
         self.is_unchanged().map_err(|_| AttestError::CallerGone)?;
-        let mut searching = pin!(parts.host.lookups.run_offloaded(owner, self.search(looks, Budget::OFFLOADED)));
+        let mut searching = pin!(
+            parts
+                .host
+                .lookups
+                .run_offloaded(owner, self.search(looks, Budget::OFFLOADED))
+        );
         if let Ok(done) = timeout(SEARCH_SHARE, &mut searching).await {
             return done;
         }
@@ -199,10 +283,21 @@ impl SocketProof {
         looks: ProcessFacts,
         budget: Budget,
     ) -> impl FnOnce() -> Result<SocketOwner, AttestError> + Send + 'static {
-        let Self { attestor, socket, cgroup, .. } = self.clone();
+        let Self {
+            attestor,
+            socket,
+            cgroup,
+            ..
+        } = self.clone();
         move || {
             let parts = &attestor.0;
-            search::find_socket_owner(&parts.host, &parts.cgroups, &socket, &cgroup, (looks, budget))
+            search::find_socket_owner(
+                &parts.host,
+                &parts.cgroups,
+                &socket,
+                &cgroup,
+                (looks, budget),
+            )
         }
     }
 }
@@ -227,7 +322,11 @@ impl PeerProof for SocketProof {
         let process = holder.process.to_process();
         Ok((
             process,
-            Box::new(SocketOwnerProof { socket: self.clone(), owner: owner.clone(), holder: Arc::new(holder) }),
+            Box::new(SocketOwnerProof {
+                socket: self.clone(),
+                owner: owner.clone(),
+                holder: Arc::new(holder),
+            }),
         ))
     }
 
@@ -243,9 +342,19 @@ impl PeerProof for SocketOwnerProof {
         let (holder, inode) = (self.holder.clone(), self.socket.socket.inode);
         let look = move || {
             holder.process.verify_unchanged()?;
-            if holder.process.has_fd(holder.descriptor, inode) { Ok(()) } else { Err(AttestError::CallerGone) }
+            if holder.process.has_fd(holder.descriptor, inode) {
+                Ok(())
+            } else {
+                Err(AttestError::CallerGone)
+            }
         };
-        self.socket.attestor.0.host.lookups.run(&self.owner, look).await
+        self.socket
+            .attestor
+            .0
+            .host
+            .lookups
+            .run(&self.owner, look)
+            .await
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {

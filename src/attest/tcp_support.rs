@@ -36,7 +36,12 @@ struct SupportCheck {
 
 impl SupportCheck {
     fn current(result: Result<(), &TcpUnsupported>) -> Self {
-        Self { at: Instant::now(), missing: result.err().map(|error| format!("{error}; {}", error.fix())) }
+        Self {
+            at: Instant::now(),
+            missing: result
+                .err()
+                .map(|error| format!("{error}; {}", error.fix())),
+        }
     }
 }
 
@@ -45,15 +50,26 @@ impl TcpSupport {
     pub(crate) fn new(host: Arc<Host>) -> Self {
         let attestor = attestor(&host);
         if let Err(error) = &attestor {
-            tracing::warn!("callers over TCP are refused (unsupported_kernel): {error}; {}", error.fix());
+            tracing::warn!(
+                "callers over TCP are refused (unsupported_kernel): {error}; {}",
+                error.fix()
+            );
         }
         let attempt = Mutex::new(SupportCheck::current(attestor.as_ref().map(drop)));
-        Self { host, attestor: ArcSwapOption::new(attestor.ok().map(Arc::new)), attempt }
+        Self {
+            host,
+            attestor: ArcSwapOption::new(attestor.ok().map(Arc::new)),
+            attempt,
+        }
     }
 
     /// What callers over TCP lack, and the fix, as of the latest attempt. `None` if they are attested.
     pub(crate) fn missing(&self) -> Option<String> {
-        self.attempt.lock().unwrap_or_else(PoisonError::into_inner).missing.clone()
+        self.attempt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .missing
+            .clone()
     }
 
     pub(crate) fn attestor(&self) -> Option<TcpAttestor> {
@@ -70,7 +86,10 @@ impl TcpSupport {
             self.retry();
         }
         let Some(attestor) = self.attestor() else {
-            return Err(AttestError::Unsupported("over TCP; awsvid's log says at the start what is missing").into());
+            return Err(AttestError::Unsupported(
+                "over TCP; awsvid's log says at the start what is missing",
+            )
+            .into());
         };
         let found = attestor.look(addresses, on_wait).await;
         // A socket that is not there, or has lost its cgroup: as it is for everybody, once the kernel tells no more.
@@ -92,14 +111,18 @@ impl TcpSupport {
         let before = self.attestor.load();
         let result = match before.as_deref() {
             Some(attestor) => attestor.works(),
-            None => attestor(&self.host).map(|attestor| self.attestor.store(Some(Arc::new(attestor)))),
+            None => {
+                attestor(&self.host).map(|attestor| self.attestor.store(Some(Arc::new(attestor))))
+            }
         };
         *attempt = SupportCheck::current(result.as_ref().copied());
         match (result, before.is_some()) {
             (Ok(()), false) => tracing::info!("callers over TCP are attested from now on"),
             (Err(error), true) => {
                 let fix = error.fix();
-                tracing::warn!("callers over TCP are refused from now on (unsupported_kernel): {error}; {fix}");
+                tracing::warn!(
+                    "callers over TCP are refused from now on (unsupported_kernel): {error}; {fix}"
+                );
                 self.attestor.store(None);
             }
             _ => {}

@@ -15,8 +15,8 @@ use crate::attest::pods::ResolvedPod;
 use crate::attest::process::ProcessSnapshot;
 use crate::attest::sys;
 use crate::caller::{
-    AgentProcessRef, AttestError, Caller, ExecWatch, GroupDetail, Groups, ListenerKind, PeerFacts, PeerProof, PodAge,
-    Process, ProcessFacts, WorkloadKey,
+    AgentProcessRef, AttestError, Caller, ExecWatch, GroupDetail, Groups, ListenerKind, PeerFacts,
+    PeerProof, PodAge, Process, ProcessFacts, WorkloadKey,
 };
 
 /// The connector, as it was looked at.
@@ -53,7 +53,12 @@ impl PeerProof for ConnectorProof {
             return Err(AttestError::IdentityChanged);
         }
         let described = process.to_process();
-        let proof = Self { process, owner: owner.clone(), pod: self.pod.clone(), stream: Weak::new() };
+        let proof = Self {
+            process,
+            owner: owner.clone(),
+            pod: self.pod.clone(),
+            stream: Weak::new(),
+        };
         Ok((described, Box::new(proof)))
     }
 
@@ -96,7 +101,12 @@ impl Peer {
     /// Reads `SO_PEERCRED` and `SO_PEERPIDFD`.
     pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Unattested> {
         let peer = getsockopt(&stream, PeerCredentials).map_err(|_| AttestError::Kernel)?;
-        let seen = PeerFacts { uid: peer.uid(), cgroup: None, pod: None, namespace: None };
+        let seen = PeerFacts {
+            uid: peer.uid(),
+            cgroup: None,
+            pod: None,
+            namespace: None,
+        };
         let refused = |refusal| Unattested::of(refusal, &seen);
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
         let pid = pid.ok_or_else(|| refused(AttestError::InvisibleProcess))?;
@@ -104,7 +114,12 @@ impl Peer {
             Some(pidfd) => PeerPin::ByKernel(pidfd),
             None => PeerPin::SinceAccept(ticks_since_boot()?),
         };
-        Ok(Self { pid, uid: peer.uid(), gid: peer.gid(), pinned })
+        Ok(Self {
+            pid,
+            uid: peer.uid(),
+            gid: peer.gid(),
+            pinned,
+        })
     }
 }
 
@@ -112,17 +127,31 @@ impl Peer {
 ///
 /// The process must still be there, and still be exactly that in each of its ids: one that has executed a setuid program
 /// meanwhile, or has dropped a privilege, is refused (attack 3).
-pub(crate) fn attest(host: &Arc<Host>, peer: Peer, stream: &Arc<OwnedFd>) -> Result<Caller, Unattested> {
-    let Peer { pid, uid, gid, pinned } = peer;
-    let mut seen = PeerFacts { uid, cgroup: None, pod: None, namespace: None };
+pub(crate) fn attest(
+    host: &Arc<Host>,
+    peer: Peer,
+    stream: &Arc<OwnedFd>,
+) -> Result<Caller, Unattested> {
+    let Peer {
+        pid,
+        uid,
+        gid,
+        pinned,
+    } = peer;
+    let mut seen = PeerFacts {
+        uid,
+        cgroup: None,
+        pod: None,
+        namespace: None,
+    };
     if !host.pidfds_tell_ids {
         // Its `status` would have to be read right here, and that takes milliseconds for 65,536 groups (T27).
         peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &seen))?;
     }
     let process = match pinned {
-        PeerPin::ByKernel(pidfd) => {
-            host.process(pid, pidfd).and_then(|known| ProcessSnapshot::read_snapshot(host, known))
-        }
+        PeerPin::ByKernel(pidfd) => host
+            .process(pid, pidfd)
+            .and_then(|known| ProcessSnapshot::read_snapshot(host, known)),
         PeerPin::SinceAccept(accepted) => read_unpinned(host, pid, accepted),
     };
     let process = process.map_err(|refusal| Unattested::of(refusal, &seen))?;
@@ -131,7 +160,9 @@ pub(crate) fn attest(host: &Arc<Host>, peer: Peer, stream: &Arc<OwnedFd>) -> Res
         return Err(Unattested::of(AttestError::IdentityChanged, &seen));
     }
     seen.cgroup = process.cgroup().cloned();
-    let pod = host.pod(process.cgroup()).map_err(|refusal| Unattested::of(refusal, &seen))?;
+    let pod = host
+        .pod(process.cgroup())
+        .map_err(|refusal| Unattested::of(refusal, &seen))?;
     seen.pod = pod.as_ref().map(|housed| housed.pod.clone());
     let owner = seen.owner();
     let described = process.to_process();
@@ -142,14 +173,23 @@ pub(crate) fn attest(host: &Arc<Host>, peer: Peer, stream: &Arc<OwnedFd>) -> Res
         pod: seen.pod,
         namespace: None,
         process: Some(described),
-        evidence: Box::new(ConnectorProof { process, owner, pod, stream: Arc::downgrade(stream) }),
+        evidence: Box::new(ConnectorProof {
+            process,
+            owner,
+            pod,
+            stream: Arc::downgrade(stream),
+        }),
     })
 }
 
 /// The process that has the number now, on a kernel that does not say whether it is the connector. One that started after
 /// the connection was accepted certainly isn't. One that started between connect and accept is not noticed, which is why
 /// callers in containers, who can make pids be used again, are not served there (attack 16).
-fn read_unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<ProcessSnapshot, AttestError> {
+fn read_unpinned(
+    host: &Arc<Host>,
+    pid: u32,
+    accepted: u64,
+) -> Result<ProcessSnapshot, AttestError> {
     let pidfd = sys::pidfd_open(pid).map_err(|error| match error.raw_os_error() {
         Some(libc::ENOSYS) => AttestError::Unsupported("the unix socket needs Linux 5.3 or newer"),
         _ => AttestError::CallerGone,
@@ -159,7 +199,9 @@ fn read_unpinned(host: &Arc<Host>, pid: u32, accepted: u64) -> Result<ProcessSna
         return Err(AttestError::CallerGone);
     }
     if process.contained() {
-        return Err(AttestError::Unsupported("callers in containers need Linux 6.5 or newer on the unix socket"));
+        return Err(AttestError::Unsupported(
+            "callers in containers need Linux 6.5 or newer on the unix socket",
+        ));
     }
     Ok(process)
 }
@@ -174,7 +216,10 @@ fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, AttestError> {
 
 fn ticks_since_boot() -> Result<u64, AttestError> {
     let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|_| AttestError::Kernel)?;
-    let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().ok_or(AttestError::Kernel)?;
+    let per_second = sysconf(SysconfVar::CLK_TCK)
+        .ok()
+        .flatten()
+        .ok_or(AttestError::Kernel)?;
     let ticks = now.tv_sec() * per_second + now.tv_nsec() * per_second / 1_000_000_000;
     Ok(ticks.cast_unsigned())
 }

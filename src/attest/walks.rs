@@ -69,32 +69,60 @@ impl CgroupScanner<'_> {
         for path in starts {
             let start = fs::metadata(self.directory(path))?;
             found.insert(start.ino(), path.clone());
-            open.push(PendingDir { id: start.ino(), links: start.nlink(), path: path.clone(), left: None });
+            open.push(PendingDir {
+                id: start.ino(),
+                links: start.nlink(),
+                path: path.clone(),
+                left: None,
+            });
         }
-        while let Some(PendingDir { id, links, path, left }) = open.pop() {
+        while let Some(PendingDir {
+            id,
+            links,
+            path,
+            left,
+        }) = open.pop()
+        {
             let left = left.as_ref();
             if left.is_some_and(|left| left.get() == 0) {
                 continue;
             }
             let is_same = |before: &DirSnapshot| before.links == links && before.is_whole();
             let before = listings.remove(&id).filter(is_same);
-            let same = before.and_then(|before| Some((self.is_complete(&before.children)?, before)));
+            let same =
+                before.and_then(|before| Some((self.is_complete(&before.children)?, before)));
             let same = same.filter(|(_, before)| charge(before.children.len(), left));
             let (counts, listing) = match same {
                 Some(same) => same,
                 None => {
-                    let listing = DirSnapshot { links, children: self.list(&path, left) };
-                    (listing.children.iter().map(|(id, path)| self.links(*id, path)).collect(), listing)
+                    let listing = DirSnapshot {
+                        links,
+                        children: self.list(&path, left),
+                    };
+                    (
+                        listing
+                            .children
+                            .iter()
+                            .map(|(id, path)| self.links(*id, path))
+                            .collect(),
+                        listing,
+                    )
                 }
             };
             for ((id, path), links) in listing.children.iter().zip(counts) {
                 // One that was removed meanwhile is no error.
                 let Some(links) = links else { continue };
-                let left = left
-                    .cloned()
-                    .or_else(|| self.is_workload_root(path).then(|| Rc::new(Cell::new(MAX_DIRS_PER_WORKLOAD))));
+                let left = left.cloned().or_else(|| {
+                    self.is_workload_root(path)
+                        .then(|| Rc::new(Cell::new(MAX_DIRS_PER_WORKLOAD)))
+                });
                 found.insert(*id, path.clone());
-                open.push(PendingDir { id: *id, links, path: path.clone(), left });
+                open.push(PendingDir {
+                    id: *id,
+                    links,
+                    path: path.clone(),
+                    left,
+                });
             }
             seen.insert(id, listing);
         }
@@ -111,14 +139,24 @@ impl CgroupScanner<'_> {
             let path = CgroupPath::parse(&format!("{above}/{}", entry.file_name().to_str()?))?;
             Some((entry.ino(), path))
         };
-        let entries = fs::read_dir(self.directory(path)).into_iter().flatten().filter_map(Result::ok);
+        let entries = fs::read_dir(self.directory(path))
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok);
         // Also one counts whose name is no part of a path.
-        entries.filter(is_directory).take_while(|_| charge(1, left)).filter_map(child).collect()
+        entries
+            .filter(is_directory)
+            .take_while(|_| charge(1, left))
+            .filter_map(child)
+            .collect()
     }
 
     /// How many links each of these has, if all are what they were.
     fn is_complete(self, children: &[(u64, CgroupPath)]) -> Option<Vec<Option<u64>>> {
-        children.iter().map(|(id, path)| self.links(*id, path).map(Some)).collect()
+        children
+            .iter()
+            .map(|(id, path)| self.links(*id, path).map(Some))
+            .collect()
     }
 
     /// How many links the directory has; `None` if it is another one by now.
@@ -139,7 +177,10 @@ impl CgroupScanner<'_> {
     }
 
     fn directory(self, path: &CgroupPath) -> std::path::PathBuf {
-        let below = path.as_str().strip_prefix(self.base).unwrap_or(path.as_str());
+        let below = path
+            .as_str()
+            .strip_prefix(self.base)
+            .unwrap_or(path.as_str());
         self.mount.join(below.trim_start_matches('/'))
     }
 }
@@ -183,7 +224,10 @@ impl ScanThrottle {
                 thread_time().saturating_sub(before)
             });
             let pause = (spent.await.unwrap_or(MAX_PAUSE) * PAUSE_FACTOR).min(MAX_PAUSE);
-            *turn = ScanTimes { begun: Some(begun), next: Some(Instant::now() + pause) };
+            *turn = ScanTimes {
+                begun: Some(begun),
+                next: Some(Instant::now() + pause),
+            };
         });
         let _ = walking.await;
     }
@@ -191,7 +235,9 @@ impl ScanThrottle {
 
 /// What this thread has had of the processor: on a busy machine a walk takes longer, and costs the same.
 fn thread_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .map(Duration::from)
+        .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -211,18 +257,33 @@ mod tests {
             fs::create_dir_all(tree.path().join(directory)).unwrap();
         }
         let root = [CgroupPath::parse("/").unwrap()];
-        let found = CgroupScanner { mount: tree.path(), base: "", roots: &PodRoots::defaults() }
-            .scan(&root, &mut DirSnapshots::new())
-            .unwrap();
+        let found = CgroupScanner {
+            mount: tree.path(),
+            base: "",
+            roots: &PodRoots::defaults(),
+        }
+        .scan(&root, &mut DirSnapshots::new())
+        .unwrap();
         let below = below.iter().map(|part| CgroupPath::parse(part).unwrap());
-        below.map(|part| found.values().filter(|path| path.is_at_or_below(&part)).count()).collect()
+        below
+            .map(|part| {
+                found
+                    .values()
+                    .filter(|path| path.is_at_or_below(&part))
+                    .count()
+            })
+            .collect()
     }
 
     #[test]
     fn what_one_workload_makes_costs_the_others_nothing() {
         let pod = format!("kubepods/burstable/pod{U}");
-        let mut directories: Vec<_> = (0..400).map(|number| format!("{pod}/hostile/{number}/{number}")).collect();
-        directories.extend((0..400).map(|number| format!("user.slice/user-7.slice/user@7.service/{number}/x")));
+        let mut directories: Vec<_> = (0..400)
+            .map(|number| format!("{pod}/hostile/{number}/{number}"))
+            .collect();
+        directories.extend(
+            (0..400).map(|number| format!("user.slice/user-7.slice/user@7.service/{number}/x")),
+        );
         directories.extend((0..300).map(|number| format!("system.slice/{number}.service/x")));
         // Beside each other, also by names that are none of a cgroup that is there.
         directories.extend((0..900).map(|number| format!("kubepods/pod{V}/{number}")));
@@ -237,11 +298,18 @@ mod tests {
             &format!("/{pod}/honest"),
             &format!("/kubepods/pod{W}"),
         ];
-        let [hostile, user, system, wide, honest, nameless] = walked(&directories, &parts)[..] else { unreachable!() };
+        let [hostile, user, system, wide, honest, nameless] = walked(&directories, &parts)[..]
+        else {
+            unreachable!()
+        };
         // The directories above a user's own are the system's.
         assert_eq!(
             (hostile, user, wide),
-            (1 + MAX_DIRS_PER_WORKLOAD, 2 + MAX_DIRS_PER_WORKLOAD, 1 + MAX_DIRS_PER_WORKLOAD)
+            (
+                1 + MAX_DIRS_PER_WORKLOAD,
+                2 + MAX_DIRS_PER_WORKLOAD,
+                1 + MAX_DIRS_PER_WORKLOAD
+            )
         );
         assert_eq!((system, honest), (601, 1));
         // Those without a path were read first, or with it.
@@ -257,8 +325,13 @@ mod tests {
         let mut listings = DirSnapshots::new();
         let mut walk = || {
             let roots = PodRoots::defaults();
-            let found =
-                CgroupScanner { mount: tree.path(), base: "", roots: &roots }.scan(&root, &mut listings).unwrap();
+            let found = CgroupScanner {
+                mount: tree.path(),
+                base: "",
+                roots: &roots,
+            }
+            .scan(&root, &mut listings)
+            .unwrap();
             for (id, path) in &found {
                 let directory = fs::metadata(tree.path().join(&path.as_str()[1..])).unwrap();
                 assert_eq!(directory.ino(), *id, "{path}");
@@ -286,7 +359,10 @@ mod tests {
     #[tokio::test]
     async fn a_walk_is_for_all_who_asked_before_it_began_and_then_there_is_a_pause() {
         const WALK: Duration = Duration::from_millis(5);
-        let (walks, walked) = (Arc::<ScanThrottle>::default(), Arc::<AtomicUsize>::default());
+        let (walks, walked) = (
+            Arc::<ScanThrottle>::default(),
+            Arc::<AtomicUsize>::default(),
+        );
         let ask = || {
             let (walks, walked) = (walks.clone(), walked.clone());
             async move {

@@ -53,7 +53,16 @@ impl Record {
         caller: Option<Arc<Caller>>,
     ) -> Self {
         let started = Instant::now();
-        Self { audit, started, request_id, listener, caller, stranger: None, grant: None, ended: None }
+        Self {
+            audit,
+            started,
+            request_id,
+            listener,
+            caller,
+            stranger: None,
+            grant: None,
+            ended: None,
+        }
     }
 
     /// Names the request in answers and logs.
@@ -81,7 +90,12 @@ impl Record {
     /// A record that stands for this request alone is written when this returns, unless the destination stalls; with
     /// `required` it is then `false`. One that stands for several is written later, but never the first of its kind, and not
     /// while the destination fails where it is required.
-    pub async fn finish(mut self, outcome: Outcome, reason: &'static str, issued: Option<IssuedFields<'_>>) -> bool {
+    pub async fn finish(
+        mut self,
+        outcome: Outcome,
+        reason: &'static str,
+        issued: Option<IssuedFields<'_>>,
+    ) -> bool {
         let end = self.end(outcome.name(), reason, issued);
         // hyper drops this future if the client disconnects while the record is written.
         self.ended = Some((end.outcome, end.reason, end.seconds));
@@ -93,7 +107,9 @@ impl Record {
             {
                 self.write_alone(end, Priority::Ordinary).await
             }
-            Some(CacheResult::Hit | CacheResult::Stale) => self.write_few(end, |audit| &audit.hits).await,
+            Some(CacheResult::Hit | CacheResult::Stale) => {
+                self.write_few(end, |audit| &audit.hits).await
+            }
             None => self.write_few(end, |audit| &audit.refusals).await,
         };
         let released = issued.is_none() || written || !self.audit.is_required();
@@ -103,13 +119,30 @@ impl Record {
         released
     }
 
-    fn end<'a>(&self, outcome: &'static str, reason: &'static str, issued: Option<IssuedFields<'a>>) -> End<'a> {
-        End { outcome, reason, issued, seconds: self.started.elapsed().as_secs_f64() }
+    fn end<'a>(
+        &self,
+        outcome: &'static str,
+        reason: &'static str,
+        issued: Option<IssuedFields<'a>>,
+    ) -> End<'a> {
+        End {
+            outcome,
+            reason,
+            issued,
+            seconds: self.started.elapsed().as_secs_f64(),
+        }
     }
 
     async fn write_alone(&self, end: End<'_>, priority: Priority) -> bool {
         let owner = Some(self.owner());
-        self.audit.write(writer::Line { bytes: self.line(end, true), stands_for: 1, owner, priority }).await
+        self.audit
+            .write(writer::Line {
+                bytes: self.line(end, true),
+                stands_for: 1,
+                owner,
+                priority,
+            })
+            .await
     }
 
     /// A record of a request of which there may be very many: of those beyond a number one stands for the rest.
@@ -119,8 +152,15 @@ impl Record {
 
     /// Whether this request has a record of its own.
     fn count_in(&self, end: End<'_>, floods: fn(&Audit) -> &RefusalAggregator) -> bool {
-        let issued = end.issued.map(|issued| (issued.access_key_id.to_owned(), issued.freshness));
-        let key = AggregateKey { owner: Some(self.owner()), listener: self.listener, reason: end.reason, issued };
+        let issued = end
+            .issued
+            .map(|issued| (issued.access_key_id.to_owned(), issued.freshness));
+        let key = AggregateKey {
+            owner: Some(self.owner()),
+            listener: self.listener,
+            reason: end.reason,
+            issued,
+        };
         let turn = floods(&self.audit).take(key, Instant::now(), |of_one| self.line(end, of_one));
         self.audit.put(turn.before);
         if turn.begin_sweep {
@@ -140,10 +180,30 @@ impl Record {
     /// What is known of the caller, attested or refused.
     fn seen(&self) -> Option<AuditedPeer<'_>> {
         match (self.caller.as_deref(), &self.stranger) {
-            (Some(Caller { uid, cgroup, pod, namespace, .. }), _)
-            | (None, Some(PeerFacts { uid, cgroup, pod, namespace })) => {
-                Some(AuditedPeer { uid: *uid, cgroup: cgroup.as_ref(), pod: pod.as_ref(), namespace: *namespace })
-            }
+            (
+                Some(Caller {
+                    uid,
+                    cgroup,
+                    pod,
+                    namespace,
+                    ..
+                }),
+                _,
+            )
+            | (
+                None,
+                Some(PeerFacts {
+                    uid,
+                    cgroup,
+                    pod,
+                    namespace,
+                }),
+            ) => Some(AuditedPeer {
+                uid: *uid,
+                cgroup: cgroup.as_ref(),
+                pod: pod.as_ref(),
+                namespace: *namespace,
+            }),
             (None, None) => None,
         }
     }
@@ -153,7 +213,10 @@ impl Record {
         let grant = self.grant.as_ref().filter(|_| of_one);
         let caller = self.caller.as_deref().filter(|_| of_one);
         let seen = self.seen().filter(|_| of_one);
-        let (cgroup, pod) = (seen.and_then(|seen| seen.cgroup), seen.and_then(|seen| seen.pod));
+        let (cgroup, pod) = (
+            seen.and_then(|seen| seen.cgroup),
+            seen.and_then(|seen| seen.pod),
+        );
         let process = caller.and_then(|caller| caller.process.as_ref());
         let issued = end.issued;
         render(&JsonLine {
@@ -189,12 +252,24 @@ impl Drop for Record {
             let end = self.end("aborted", "aborted", None);
             if self.count_in(end, |audit| &audit.refusals) {
                 let (bytes, owner) = (self.line(end, true), Some(self.owner()));
-                self.audit.put([writer::Line { bytes, stands_for: 1, owner, priority: Priority::Ordinary }]);
+                self.audit.put([writer::Line {
+                    bytes,
+                    stands_for: 1,
+                    owner,
+                    priority: Priority::Ordinary,
+                }]);
             }
             (end.outcome, end.reason, end.seconds)
         });
         let metrics = &self.audit.metrics;
-        metrics.requests.get_or_create(&RequestLabel { listener: self.listener.name(), outcome, reason }).inc();
+        metrics
+            .requests
+            .get_or_create(&RequestLabel {
+                listener: self.listener.name(),
+                outcome,
+                reason,
+            })
+            .inc();
         metrics.latency.0.observe(seconds);
     }
 }

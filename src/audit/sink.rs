@@ -37,15 +37,26 @@ impl Sink {
     /// One that is still to be opened. What is written meanwhile waits.
     pub(super) fn unopened(clock: Clock, metrics: &Metrics) -> Self {
         let said = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
-        let lost = LostRecords { clock, metrics: metrics.clone(), said };
-        Self { to: Mutex::default(), writer: Writer::new(Box::new(lost)) }
+        let lost = LostRecords {
+            clock,
+            metrics: metrics.clone(),
+            said,
+        };
+        Self {
+            to: Mutex::default(),
+            writer: Writer::new(Box::new(lost)),
+        }
     }
 
     /// Opens it, unless somebody else has meanwhile.
     pub(super) fn open(&self, to: &AuditFile) -> io::Result<()> {
         let file = match to {
             AuditFile::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
-            AuditFile::Path(path) => OpenOptions::new().append(true).create(true).mode(0o600).open(path)?,
+            AuditFile::Path(path) => OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(path)?,
         };
         self.open_as(to, file)
     }
@@ -79,11 +90,22 @@ impl Sink {
     /// Writes a line, and waits until it is written. `false`: it was not, or, with `required`, not in time. Without that it is
     /// waited for but shortly, and not at all while the destination stalls or is not there.
     pub(super) async fn write(&self, line: Line, required: bool) -> bool {
-        let Some(written) = self.writer.push(line) else { return false };
+        let Some(written) = self.writer.push(line) else {
+            return false;
+        };
         if !required && (self.writer.is_behind() || self.is_unopened()) {
             return true;
         }
-        match timeout(if required { REQUIRED_TIMEOUT } else { WRITE_TIMEOUT }, written).await {
+        match timeout(
+            if required {
+                REQUIRED_TIMEOUT
+            } else {
+                WRITE_TIMEOUT
+            },
+            written,
+        )
+        .await
+        {
             Ok(written) => written.unwrap_or(false),
             Err(_) => {
                 self.writer.fall_behind();
@@ -102,7 +124,12 @@ impl Sink {
         let requests = before.writer.take_lost();
         if requests > 0 {
             let (bytes, priority) = (gap(clock, requests), Priority::High);
-            self.put(Line { bytes, stands_for: requests, owner: None, priority });
+            self.put(Line {
+                bytes,
+                stands_for: requests,
+                owner: None,
+                priority,
+            });
         }
     }
 
@@ -122,19 +149,33 @@ struct LostRecords {
 impl LossObserver for LostRecords {
     fn lost(&self, loss: &LineLoss) {
         self.metrics.audit_lost.inc();
-        if let Some(before) = self.said.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(before) = self
+            .said
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
             tracing::error!(before, "an audit record cannot be written: {loss}");
         }
     }
 
     /// So the sum over all records stays the number of requests.
     fn over(&self, requests: u64) -> Vec<u8> {
-        tracing::warn!(requests, "audit records can be written again; those of so many requests were lost");
+        tracing::warn!(
+            requests,
+            "audit records can be written again; those of so many requests were lost"
+        );
         gap(&self.clock, requests)
     }
 }
 
 fn gap(clock: &Clock, requests: u64) -> Vec<u8> {
     let time = moment(clock.now());
-    render(&LostRecordsLine { time, target: "audit", outcome: "lost", reason: "not_written", repeated: requests })
+    render(&LostRecordsLine {
+        time,
+        target: "audit",
+        outcome: "lost",
+        reason: "not_written",
+        repeated: requests,
+    })
 }

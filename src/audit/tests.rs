@@ -10,25 +10,54 @@ fn open(path: &Path) -> Arc<Audit> {
 
 fn lines(path: &Path) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 #[tokio::test]
 async fn after_a_rotation_records_go_to_the_new_file() {
     let folder = tempfile::tempdir().unwrap();
-    let (path, moved) = (folder.path().join("audit.log"), folder.path().join("audit.log.1"));
+    let (path, moved) = (
+        folder.path().join("audit.log"),
+        folder.path().join("audit.log.1"),
+    );
     let audit = open(&path);
-    audit.begin(ListenerKind::Unix, None).finish(Outcome::Refused, "host", None).await;
+    audit
+        .begin(ListenerKind::Unix, None)
+        .finish(Outcome::Refused, "host", None)
+        .await;
     std::fs::rename(&path, &moved).unwrap();
-    audit.begin(ListenerKind::Unix, None).finish(Outcome::Refused, "path", None).await;
+    audit
+        .begin(ListenerKind::Unix, None)
+        .finish(Outcome::Refused, "path", None)
+        .await;
     audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
-    audit.begin(ListenerKind::Unix, None).finish(Outcome::Refused, "method", None).await;
-    let reasons = |path| lines(path).iter().map(|line| line["reason"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    audit
+        .begin(ListenerKind::Unix, None)
+        .finish(Outcome::Refused, "method", None)
+        .await;
+    let reasons = |path| {
+        lines(path)
+            .iter()
+            .map(|line| line["reason"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
     assert_eq!(reasons(&moved), ["host", "path"]);
     assert_eq!(reasons(&path), ["method"]);
     // One that can't be opened leaves everything as it was.
-    assert!(audit.reopen(&AuditFile::Path(folder.path().join("none/audit.log")), false).is_err());
-    audit.begin(ListenerKind::Unix, None).finish(Outcome::Refused, "browser", None).await;
+    assert!(
+        audit
+            .reopen(
+                &AuditFile::Path(folder.path().join("none/audit.log")),
+                false
+            )
+            .is_err()
+    );
+    audit
+        .begin(ListenerKind::Unix, None)
+        .finish(Outcome::Refused, "browser", None)
+        .await;
     assert_eq!(reasons(&path), ["method", "browser"]);
 }
 
@@ -50,17 +79,27 @@ async fn what_is_queued_is_written_at_the_end() {
 }
 
 fn issued(freshness: CacheResult) -> IssuedFields<'static> {
-    IssuedFields { access_key_id: "ASIAX", expiration: UNIX_EPOCH, freshness }
+    IssuedFields {
+        access_key_id: "ASIAX",
+        expiration: UNIX_EPOCH,
+        freshness,
+    }
 }
 
 async fn issue(audit: &Arc<Audit>, freshness: CacheResult) -> bool {
-    audit.begin(ListenerKind::Tcp, None).finish(Outcome::Issued, "ok", Some(issued(freshness))).await
+    audit
+        .begin(ListenerKind::Tcp, None)
+        .finish(Outcome::Issued, "ok", Some(issued(freshness)))
+        .await
 }
 
 /// Refusals, hits, issues and cancellations of one caller, `count` of each.
 async fn flood(audit: &Arc<Audit>, count: usize) {
     for _ in 0..count {
-        audit.begin(ListenerKind::Tcp, None).finish(Outcome::Refused, "host", None).await;
+        audit
+            .begin(ListenerKind::Tcp, None)
+            .finish(Outcome::Refused, "host", None)
+            .await;
         issue(audit, CacheResult::Hit).await;
         issue(audit, CacheResult::Miss).await;
         drop(audit.begin(ListenerKind::Tcp, None));
@@ -68,22 +107,38 @@ async fn flood(audit: &Arc<Audit>, count: usize) {
 }
 
 /// How many requests the records stand for of which this is true, and how many records those are.
-fn counted(lines: &[serde_json::Value], is_one: impl Fn(&serde_json::Value) -> bool) -> (usize, usize) {
+fn counted(
+    lines: &[serde_json::Value],
+    is_one: impl Fn(&serde_json::Value) -> bool,
+) -> (usize, usize) {
     let these: Vec<_> = lines.iter().filter(|line| is_one(line)).collect();
-    let sum: u64 = these.iter().map(|line| line["repeated"].as_u64().unwrap_or(1)).sum();
+    let sum: u64 = these
+        .iter()
+        .map(|line| line["repeated"].as_u64().unwrap_or(1))
+        .sum();
     (sum.try_into().unwrap(), these.len())
 }
 
 /// Each of those, of `count` requests that took so long.
 fn check(lines: &[serde_json::Value], count: usize, started: Instant) {
     let seconds = usize::try_from(started.elapsed().as_secs()).unwrap();
-    let kinds = [("outcome", "refused"), ("cache", "hit"), ("outcome", "aborted")];
+    let kinds = [
+        ("outcome", "refused"),
+        ("cache", "hit"),
+        ("outcome", "aborted"),
+    ];
     for (field, kind) in kinds {
         let (requests, records) = counted(lines, |line| line[field] == kind);
         assert_eq!(requests, count, "{kind}");
-        assert!(records <= 11 * (seconds + 2), "{records} records of {kind} in {seconds} s");
+        assert!(
+            records <= 11 * (seconds + 2),
+            "{records} records of {kind} in {seconds} s"
+        );
     }
-    assert_eq!(counted(lines, |line| line["cache"] == "miss"), (count, count));
+    assert_eq!(
+        counted(lines, |line| line["cache"] == "miss"),
+        (count, count)
+    );
 }
 
 #[tokio::test]
@@ -106,8 +161,14 @@ async fn of_a_flood_none_is_uncounted_and_few_are_written() {
         sleep(Duration::from_millis(10)).await;
     };
     check(&all, 1000, started);
-    let summary = all.iter().find(|line| line["repeated"].is_u64() && line["outcome"] == "issued").unwrap();
-    assert_eq!((&summary["access_key_id"], &summary["cache"]), (&"ASIAX".into(), &"hit".into()));
+    let summary = all
+        .iter()
+        .find(|line| line["repeated"].is_u64() && line["outcome"] == "issued")
+        .unwrap();
+    assert_eq!(
+        (&summary["access_key_id"], &summary["cache"]),
+        (&"ASIAX".into(), &"hit".into())
+    );
     // At the daemon's end, too.
     flood(&audit, 30).await;
     drop(audit);
@@ -122,14 +183,20 @@ async fn the_first_hit_of_each_key_is_written_at_once() {
     let audit = open(&path);
     for number in 0..3000 {
         let access_key_id = format!("ASIA{number}");
-        let issued = IssuedFields { access_key_id: &access_key_id, ..issued(CacheResult::Hit) };
+        let issued = IssuedFields {
+            access_key_id: &access_key_id,
+            ..issued(CacheResult::Hit)
+        };
         let record = audit.begin(ListenerKind::Tcp, None);
         let id = record.request_id().to_string();
         assert!(record.finish(Outcome::Issued, "ok", Some(issued)).await);
         // Some of them, since reading all of it each time takes long.
         if number % 500 == 0 {
             let last = lines(&path).pop().unwrap();
-            assert_eq!((&last["access_key_id"], &last["request_id"]), (&access_key_id.into(), &id.into()));
+            assert_eq!(
+                (&last["access_key_id"], &last["request_id"]),
+                (&access_key_id.into(), &id.into())
+            );
         }
     }
     assert_eq!(lines(&path).len(), 3000);
@@ -146,14 +213,24 @@ async fn what_is_required_and_cannot_be_written_says_so() {
     let full = AuditFile::Path("/dev/full".into());
     for required in [true, false] {
         let audit = open_at(&full, required);
-        for (count, freshness) in [CacheResult::Miss, CacheResult::Hit, CacheResult::Stale].into_iter().enumerate() {
+        for (count, freshness) in [CacheResult::Miss, CacheResult::Hit, CacheResult::Stale]
+            .into_iter()
+            .enumerate()
+        {
             assert_eq!(issue(&audit, freshness).await, !required);
-            assert_eq!(audit.metrics.audit_lost.get(), u64::try_from(count).unwrap() + 1);
+            assert_eq!(
+                audit.metrics.audit_lost.get(),
+                u64::try_from(count).unwrap() + 1
+            );
         }
         // Credentials that were not released do not count as issued.
         let text = audit.metrics.encode();
         let issued = text.contains("outcome=\"issued\"");
-        assert_eq!((issued, text.contains("not_audited")), (!required, required), "{text}");
+        assert_eq!(
+            (issued, text.contains("not_audited")),
+            (!required, required),
+            "{text}"
+        );
     }
 }
 
@@ -187,7 +264,10 @@ async fn what_was_lost_is_said_in_the_next_file() {
     audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
     issue(&audit, CacheResult::Miss).await;
     let found = lines(&path);
-    assert_eq!((&found[0]["outcome"], &found[0]["repeated"]), (&"lost".into(), &3.into()));
+    assert_eq!(
+        (&found[0]["outcome"], &found[0]["repeated"]),
+        (&"lost".into(), &3.into())
+    );
     assert_eq!(counted(&found, |_| true), (4, 2));
 }
 
@@ -197,23 +277,40 @@ async fn a_client_that_goes_away_meanwhile_is_counted() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let _reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let _reader = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
     let audit = open_at(&AuditFile::Path(path), true);
     // Until the pipe is full.
     while issue(&audit, CacheResult::Miss).await {}
     let count = |text: &str| {
-        let line = audit.metrics.encode().lines().find(|line| line.contains(text)).map(str::to_owned);
-        line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
+        let line = audit
+            .metrics
+            .encode()
+            .lines()
+            .find(|line| line.contains(text))
+            .map(str::to_owned);
+        line.map_or(0, |line| {
+            line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()
+        })
     };
     let before = count("outcome=\"issued\"");
     let mut waiting = Box::pin(issue(&audit, CacheResult::Miss));
     assert!(futures_are_pending(&mut waiting));
     drop(waiting);
-    assert_eq!((count("outcome=\"issued\""), count("outcome=\"aborted\"")), (before + 1, 0));
+    assert_eq!(
+        (count("outcome=\"issued\""), count("outcome=\"aborted\"")),
+        (before + 1, 0)
+    );
 }
 
 fn futures_are_pending(future: &mut std::pin::Pin<Box<impl Future>>) -> bool {
-    future.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop())).is_pending()
+    future
+        .as_mut()
+        .poll(&mut std::task::Context::from_waker(std::task::Waker::noop()))
+        .is_pending()
 }
 
 /// A pipe without a reader: credentials that require a record are not released, others are not held up for long.
@@ -223,7 +320,11 @@ async fn a_reader_that_has_stopped_stops_nothing() {
     let path = folder.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     // Open for both directions: there is a reader, and it reads nothing.
-    let reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let reader = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
     let audit = open_at(&AuditFile::Path(path.clone()), false);
     for _ in 0..20_000 {
         assert!(issue(&audit, CacheResult::Miss).await);
@@ -241,7 +342,10 @@ async fn a_reader_that_has_stopped_stops_nothing() {
             sum += line["repeated"].as_u64().unwrap_or(1);
             if line["outcome"] == "lost" {
                 // The very last may be one of them.
-                assert!(line["repeated"].as_u64().unwrap().wrapping_sub(lost) <= 1, "{line}, not {lost}");
+                assert!(
+                    line["repeated"].as_u64().unwrap().wrapping_sub(lost) <= 1,
+                    "{line}, not {lost}"
+                );
             }
             if sum == 20_002 {
                 return sum;
@@ -250,12 +354,20 @@ async fn a_reader_that_has_stopped_stops_nothing() {
         sum
     });
     assert!(issue(&audit, CacheResult::Miss).await);
-    assert_eq!(tokio::task::spawn_blocking(|| reading.join().unwrap()).await.unwrap(), 20_002);
+    assert_eq!(
+        tokio::task::spawn_blocking(|| reading.join().unwrap())
+            .await
+            .unwrap(),
+        20_002
+    );
 }
 
 #[test]
 fn moments_outside_the_format_are_shown_as_its_ends() {
     let shown = |time| humantime::format_rfc3339_seconds(printable(time)).to_string();
-    assert_eq!(shown(UNIX_EPOCH - Duration::from_secs(1)), "1970-01-01T00:00:00Z");
+    assert_eq!(
+        shown(UNIX_EPOCH - Duration::from_secs(1)),
+        "1970-01-01T00:00:00Z"
+    );
     assert_eq!(shown(UNIX_EPOCH + LAST_TIME * 2), "9999-12-31T23:59:59Z");
 }

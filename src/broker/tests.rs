@@ -26,7 +26,10 @@ struct Slow(Duration);
 impl IdentitySource for Slow {
     async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         sleep(self.0).await;
-        Ok(vec![Identity { spiffe_id: SpiffeId::parse(ID).unwrap(), hint: None }])
+        Ok(vec![Identity {
+            spiffe_id: SpiffeId::parse(ID).unwrap(),
+            hint: None,
+        }])
     }
 
     async fn token(&self, _: &Arc<Caller>, _: &SpiffeId, _: &str) -> Result<JwtSvid, SourceError> {
@@ -61,7 +64,10 @@ fn role() -> Arc<Role> {
         audience: "sts.amazonaws.com".to_owned(),
         duration: Duration::from_secs(3600),
         session_name: None,
-        sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
+        sts: StsTarget {
+            region: "eu-central-1".to_owned(),
+            endpoint: None,
+        },
         policy: None,
         policy_arns: Vec::new(),
     })
@@ -70,18 +76,37 @@ fn role() -> Arc<Role> {
 #[tokio::test(start_paused = true)]
 async fn a_slow_source_and_a_slow_exchange_hold_a_request_no_longer_than_one_of_them() {
     let slow = Arc::new(Slow(Duration::from_secs(3)));
-    let (clock, metrics) = (Clock::starting_at(SystemTime::UNIX_EPOCH), Metrics::default());
+    let (clock, metrics) = (
+        Clock::starting_at(SystemTime::UNIX_EPOCH),
+        Metrics::default(),
+    );
     let issuer = TokenExchanger::new(slow.clone(), slow.clone(), clock.clone(), metrics.clone());
-    let limits = Limits { max_entries: 10, revocation_grace: Duration::from_secs(300) };
+    let limits = Limits {
+        max_entries: 10,
+        revocation_grace: Duration::from_secs(300),
+    };
     let cache = CredentialCache::new(issuer, clock.clone(), metrics.clone(), limits);
-    let policy = Policy { source: slow, roles: Roles { defined: vec![role()], requested: None } };
+    let policy = Policy {
+        source: slow,
+        roles: Roles {
+            defined: vec![role()],
+            requested: None,
+        },
+    };
     let broker = CredentialService::new(policy, cache);
     let audit = Audit::unopened(false, clock, metrics);
-    audit.reopen(&AuditFile::Path(Path::new("/dev/null").to_owned()), false).unwrap();
+    audit
+        .reopen(&AuditFile::Path(Path::new("/dev/null").to_owned()), false)
+        .unwrap();
     let caller = Arc::new(Caller::synthetic());
     let mut record = audit.begin(ListenerKind::Unix, Some(caller.clone()));
     let begun = Instant::now();
-    let answer = broker.credentials_for(&caller, &RequestedRole::Default, &mut record).await;
-    assert!(matches!(answer, Err(ServiceError::Cache(CacheError::Pending))), "{answer:?}");
+    let answer = broker
+        .credentials_for(&caller, &RequestedRole::Default, &mut record)
+        .await;
+    assert!(
+        matches!(answer, Err(ServiceError::Cache(CacheError::Pending))),
+        "{answer:?}"
+    );
     assert_eq!(begun.elapsed(), REQUEST_HOLD);
 }

@@ -64,7 +64,10 @@ impl Entry {
     /// Notes a request of this user, at this time since the cache's start.
     pub(super) fn used(&self, at: Duration, uid: u32) {
         self.last_uid.store(uid, Ordering::Relaxed);
-        self.last_used.store(at.as_millis().try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.last_used.store(
+            at.as_millis().try_into().unwrap_or(u64::MAX),
+            Ordering::Relaxed,
+        );
     }
 
     pub(super) fn last_used(&self) -> Duration {
@@ -74,7 +77,10 @@ impl Entry {
     /// Forgets a caller that is gone.
     pub(super) fn drop_caller(&self, gone: &Arc<Caller>) {
         let latest = self.latest.load();
-        if latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, gone)) {
+        if latest
+            .as_ref()
+            .is_some_and(|latest| Arc::ptr_eq(latest, gone))
+        {
             // Another that came in between stays.
             self.latest.compare_and_swap(&latest, None);
         }
@@ -88,7 +94,9 @@ impl Entry {
             (None, _) => EntryStateLabel::Empty,
             (Some(_), Some(trouble)) if trouble.refused_since.is_some() => EntryStateLabel::Refused,
             (Some(_), Some(_)) => EntryStateLabel::Failing,
-            (Some(issued), None) if issued.remaining(clock) <= issued.refresh_left => EntryStateLabel::Due,
+            (Some(issued), None) if issued.remaining(clock) <= issued.refresh_left => {
+                EntryStateLabel::Due
+            }
             (Some(_), None) => EntryStateLabel::Fresh,
         }
     }
@@ -105,17 +113,26 @@ impl Entry {
             role: self.grant.role.name.clone(),
             role_arn: self.grant.role_arn.to_string(),
             session_name: self.grant.session_name.as_str().to_owned(),
-            access_key_id: current.as_ref().map(|issued| issued.access_key_id.to_string()),
+            access_key_id: current
+                .as_ref()
+                .map(|issued| issued.access_key_id.to_string()),
             expiration: current.as_ref().map(|issued| date(issued.expiration)),
             // No refresh is ever further away than this.
-            next_try: state.next.map(|at| date(clock.now() + at.saturating_duration_since(Instant::now()))),
+            next_try: state
+                .next
+                .map(|at| date(clock.now() + at.saturating_duration_since(Instant::now()))),
             last_error: trouble.map(|trouble| trouble.error.to_string()),
             last_error_reason: trouble.map(|trouble| trouble.error.reason()),
             last_error_at: trouble.map(|trouble| date(trouble.time)),
-            refused_since: trouble.and_then(|trouble| trouble.refused_since).map(|(_, time)| date(time)),
+            refused_since: trouble
+                .and_then(|trouble| trouble.refused_since)
+                .map(|(_, time)| date(time)),
             callers: waiting.max(usize::from(latest.is_some())),
             latest_uid: Some(self.last_uid.load(Ordering::Relaxed)).filter(|uid| *uid != NO_UID),
-            latest_pid: latest.as_ref().and_then(|caller| caller.process.as_ref()).map(|process| process.pid),
+            latest_pid: latest
+                .as_ref()
+                .and_then(|caller| caller.process.as_ref())
+                .map(|process| process.pid),
         }
     }
 }

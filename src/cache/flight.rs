@@ -34,7 +34,10 @@ pub(super) struct Waiter {
 
 impl Flight {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { landed: watch::Sender::new(None), waiting: Mutex::default() })
+        Arc::new(Self {
+            landed: watch::Sender::new(None),
+            waiting: Mutex::default(),
+        })
     }
 
     pub(super) fn join(self: &Arc<Self>, caller: &Arc<Caller>) -> Waiter {
@@ -42,7 +45,10 @@ impl Flight {
         let number = waiting.next;
         waiting.next += 1;
         waiting.callers.insert(number, caller.clone());
-        Waiter { flight: self.clone(), number }
+        Waiter {
+            flight: self.clone(),
+            number,
+        }
     }
 
     /// How many callers wait.
@@ -64,8 +70,13 @@ impl Flight {
     /// The caller that came last and still waits, but for the one that is gone.
     pub(super) fn another_caller(&self, gone: &Arc<Caller>) -> Option<Arc<Caller>> {
         let mut waiting = self.lock();
-        waiting.callers.retain(|_, caller| !Arc::ptr_eq(caller, gone));
-        waiting.callers.last_key_value().map(|(_, caller)| caller.clone())
+        waiting
+            .callers
+            .retain(|_, caller| !Arc::ptr_eq(caller, gone));
+        waiting
+            .callers
+            .last_key_value()
+            .map(|(_, caller)| caller.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
@@ -77,9 +88,14 @@ impl Waiter {
     /// Waits, but not for ever.
     pub(super) async fn wait(&self) -> FlightResult {
         let mut landed = self.flight.landed.subscribe();
-        let landed = timeout(REQUEST_HOLD, landed.wait_for(Option::is_some)).await.map_err(|_| CacheError::Pending)?;
+        let landed = timeout(REQUEST_HOLD, landed.wait_for(Option::is_some))
+            .await
+            .map_err(|_| CacheError::Pending)?;
         // The sender is this waiter's own flight, so there is a result.
-        landed.ok().and_then(|landed| landed.clone()).unwrap_or(Err(CacheError::Pending))
+        landed
+            .ok()
+            .and_then(|landed| landed.clone())
+            .unwrap_or(Err(CacheError::Pending))
     }
 }
 

@@ -65,7 +65,9 @@ impl CachedCredentials {
     /// How long they last still: by the monotonic clock or by the wall clock, whichever says less. A suspended machine's
     /// monotonic clock stands still; a wall clock that is set back says too much.
     pub(super) fn remaining(&self, clock: &Clock) -> Duration {
-        self.expires.saturating_duration_since(Instant::now()).min(clock.until(self.expiration))
+        self.expires
+            .saturating_duration_since(Instant::now())
+            .min(clock.until(self.expiration))
     }
 }
 

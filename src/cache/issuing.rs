@@ -36,7 +36,13 @@ impl CacheInner {
     ) -> Arc<Flight> {
         let flight = Flight::new();
         state.flight = Some(flight.clone());
-        tokio::spawn(run_flight(self.clone(), slot.clone(), flight.clone(), caller, turn));
+        tokio::spawn(run_flight(
+            self.clone(),
+            slot.clone(),
+            flight.clone(),
+            caller,
+            turn,
+        ));
         flight
     }
 
@@ -66,16 +72,26 @@ impl CacheInner {
             && FailureKind::of(error) == FailureKind::CallerGone
         {
             slot.drop_caller(caller);
-            if let Some(other) = flight.another_caller(caller).or_else(|| slot.latest.load_full()) {
+            if let Some(other) = flight
+                .another_caller(caller)
+                .or_else(|| slot.latest.load_full())
+            {
                 return FlightOutcome::Again(other);
             }
         }
-        self.metrics.issues.get_or_create(&CallLabel::of(&result, ExchangeError::reason)).inc();
+        self.metrics
+            .issues
+            .get_or_create(&CallLabel::of(&result, ExchangeError::reason))
+            .inc();
         state.flight = None;
         let news = match &result {
             Ok(issued) => {
                 slot.current.store(Some(issued.clone()));
-                state.trouble.take().is_some_and(|trouble| trouble.logged).then_some(CacheEvent::Again)
+                state
+                    .trouble
+                    .take()
+                    .is_some_and(|trouble| trouble.logged)
+                    .then_some(CacheEvent::Again)
             }
             Err(error) => self.failed(slot, error, &mut state),
         };
@@ -87,10 +103,22 @@ impl CacheInner {
         FlightOutcome::Done(result.map_err(CacheError::from))
     }
 
-    fn failed(&self, slot: &Entry, error: &ExchangeError, state: &mut CachedState) -> Option<CacheEvent> {
+    fn failed(
+        &self,
+        slot: &Entry,
+        error: &ExchangeError,
+        state: &mut CachedState,
+    ) -> Option<CacheEvent> {
         let before = state.trouble.take();
-        let is_news = before.as_ref().is_none_or(|before| !before.logged || before.error.reason() != error.reason());
-        let mut trouble = Box::new(FailureState::record(before.as_deref(), error, Instant::now(), self.clock.now()));
+        let is_news = before
+            .as_ref()
+            .is_none_or(|before| !before.logged || before.error.reason() != error.reason());
+        let mut trouble = Box::new(FailureState::record(
+            before.as_deref(),
+            error,
+            Instant::now(),
+            self.clock.now(),
+        ));
         let kept = slot.current.load().is_some();
         let news = if trouble.withdrawn && kept {
             self.clear_credentials(slot, "withdrawn");
@@ -98,7 +126,11 @@ impl CacheInner {
         } else if is_news && FailureKind::of(error) != FailureKind::CallerGone {
             let missed = self.log.allows();
             trouble.logged = missed.is_some();
-            missed.map(|missed| CacheEvent::Failed { error: error.clone(), kept, missed })
+            missed.map(|missed| CacheEvent::Failed {
+                error: error.clone(),
+                kept,
+                missed,
+            })
         } else {
             None
         };
@@ -121,7 +153,9 @@ async fn run_flight(
             tokio::spawn(async move { issuer.exchange(&caller, &slot.grant).await })
         };
         // A panic in a library below ends that flight, not the place that it was for.
-        let result = flying.await.unwrap_or_else(|_| Err(ExchangeError::task_panicked()));
+        let result = flying
+            .await
+            .unwrap_or_else(|_| Err(ExchangeError::task_panicked()));
         match shared.complete(&slot, &flight, result, &caller) {
             FlightOutcome::Again(other) => caller = other,
             FlightOutcome::Done(landed) => break landed,

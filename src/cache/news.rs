@@ -33,7 +33,11 @@ impl EventLog {
 /// Something to tell operators. To be told with nothing locked: a log may be slow.
 pub(super) enum CacheEvent {
     /// The first failure, or the first of its kind, and how many lines were left out before it.
-    Failed { error: ExchangeError, kept: bool, missed: u64 },
+    Failed {
+        error: ExchangeError,
+        kept: bool,
+        missed: u64,
+    },
     /// A success after a failure that the log has.
     Again,
     /// The source has withdrawn the identity.
@@ -45,7 +49,12 @@ pub(super) enum CacheEvent {
 impl CacheEvent {
     pub(super) fn emit(self, slot: &Entry, log: &EventLog) {
         let (spiffe_id, role_arn) = (&slot.grant.spiffe_id, &slot.grant.role_arn);
-        if let Self::Failed { error, kept, missed } = self {
+        if let Self::Failed {
+            error,
+            kept,
+            missed,
+        } = self
+        {
             // `kept`: those that were issued before are still handed out.
             tracing::warn!(%spiffe_id, %role_arn, %error, kept, missed, "credentials were not issued");
             return;
@@ -53,7 +62,9 @@ impl CacheEvent {
         let Some(missed) = log.allows() else { return };
         match self {
             Self::Failed { .. } => {}
-            Self::Again => tracing::info!(%spiffe_id, %role_arn, missed, "credentials are issued again"),
+            Self::Again => {
+                tracing::info!(%spiffe_id, %role_arn, missed, "credentials are issued again")
+            }
             Self::Withdrawn(error) => {
                 tracing::warn!(%spiffe_id, %role_arn, %error, missed, "the identity is withdrawn, its credentials are ended");
             }

@@ -63,7 +63,11 @@ impl EntryTable {
                 At::Vacant(_) => false,
             };
             if !made {
-                return Err(if crowded { CacheError::TooManyRoles } else { CacheError::Full });
+                return Err(if crowded {
+                    CacheError::TooManyRoles
+                } else {
+                    CacheError::Full
+                });
             }
         }
         let slot = Entry::new(grant.clone());
@@ -73,13 +77,23 @@ impl EntryTable {
 
     fn reserve(&self, most: usize) -> bool {
         let more = |count| (count < most).then_some(count + 1);
-        self.count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+        self.count
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            .is_ok()
     }
 
     /// Takes out one that has ended. Nothing may be locked.
     pub(super) fn remove(&self, slot: &Arc<Entry>) {
-        let At::Occupied(mut owner) = self.by_owner.entry(slot.grant.spiffe_id.clone()) else { return };
-        let Some(index) = owner.get().iter().position(|other| Arc::ptr_eq(other, slot)) else { return };
+        let At::Occupied(mut owner) = self.by_owner.entry(slot.grant.spiffe_id.clone()) else {
+            return;
+        };
+        let Some(index) = owner
+            .get()
+            .iter()
+            .position(|other| Arc::ptr_eq(other, slot))
+        else {
+            return;
+        };
         owner.get_mut().swap_remove(index);
         self.count.fetch_sub(1, Ordering::Relaxed);
         if owner.get().is_empty() {
@@ -92,13 +106,16 @@ impl EntryTable {
         self.by_owner.retain(|_, slots| {
             let before = slots.len();
             slots.retain(&keep);
-            self.count.fetch_sub(before - slots.len(), Ordering::Relaxed);
+            self.count
+                .fetch_sub(before - slots.len(), Ordering::Relaxed);
             !slots.is_empty()
         });
     }
 
     pub(super) fn for_each(&self, mut look: impl FnMut(&Arc<Entry>)) {
-        self.by_owner.iter().for_each(|slots| slots.iter().for_each(&mut look));
+        self.by_owner
+            .iter()
+            .for_each(|slots| slots.iter().for_each(&mut look));
     }
 }
 
@@ -106,7 +123,12 @@ impl EntryTable {
 /// since callers wait for those.
 fn evict_one(slots: &mut Vec<Arc<Entry>>, end: &impl Fn(&Arc<Entry>, &mut CachedState)) -> bool {
     let mut order: Vec<usize> = (0..slots.len()).collect();
-    order.sort_by_key(|index| (slots[*index].current.load().is_some(), slots[*index].last_used()));
+    order.sort_by_key(|index| {
+        (
+            slots[*index].current.load().is_some(),
+            slots[*index].last_used(),
+        )
+    });
     for index in order {
         let mut state = slots[index].state();
         if state.flight.is_none() {

@@ -44,7 +44,10 @@ impl Schedule {
         if let Some(at) = at {
             queue.insert((at, address), slot.clone());
             *next = Some(at);
-            if queue.first_key_value().is_some_and(|(first, _)| *first == (at, address)) {
+            if queue
+                .first_key_value()
+                .is_some_and(|(first, _)| *first == (at, address))
+            {
                 self.changed.notify_one();
             }
         }
@@ -70,7 +73,11 @@ impl Schedule {
         match first {
             Some(at) => {
                 // Whichever comes first.
-                let _ = timeout_at(at.min(Instant::now() + CLOCK_CHECK_INTERVAL), self.changed.notified()).await;
+                let _ = timeout_at(
+                    at.min(Instant::now() + CLOCK_CHECK_INTERVAL),
+                    self.changed.notified(),
+                )
+                .await;
             }
             None => self.changed.notified().await,
         }
@@ -98,14 +105,20 @@ const MIN_CLOCK_STEP: Duration = Duration::from_secs(1);
 
 impl ClockStepDetector {
     fn new(clock: &Clock) -> Self {
-        Self { wall: clock.now(), at: Instant::now() }
+        Self {
+            wall: clock.now(),
+            at: Instant::now(),
+        }
     }
 
     /// Since the last time this was asked.
     fn stepped(&mut self, clock: &Clock) -> bool {
         let now = Self::new(clock);
         let expected = self.wall + now.at.duration_since(self.at);
-        let away = now.wall.duration_since(expected).unwrap_or_else(|error| error.duration());
+        let away = now
+            .wall
+            .duration_since(expected)
+            .unwrap_or_else(|error| error.duration());
         *self = now;
         away > MIN_CLOCK_STEP
     }
@@ -115,7 +128,9 @@ impl ClockStepDetector {
 pub(super) async fn run(shared: Weak<CacheInner>, schedule: Arc<Schedule>, clock: Clock) {
     let mut drift = ClockStepDetector::new(&clock);
     while schedule.wait().await {
-        let Some(shared) = shared.upgrade() else { return };
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
         if drift.stepped(&clock) {
             let mut all = Vec::new();
             shared.places.for_each(|slot| all.push(slot.clone()));
@@ -144,8 +159,10 @@ impl CacheInner {
         let mut news = None;
         if let Action::Clear(reason) = next {
             // Without another caller an end is what has to come.
-            let trouble =
-                state.trouble.as_ref().filter(|trouble| FailureKind::of(&trouble.error) != FailureKind::CallerGone);
+            let trouble = state
+                .trouble
+                .as_ref()
+                .filter(|trouble| FailureKind::of(&trouble.error) != FailureKind::CallerGone);
             news = trouble.map(|trouble| CacheEvent::Over(trouble.error.clone()));
             self.clear_credentials(slot, reason);
             next = self.next_action(slot, &state, &setup);
@@ -156,7 +173,10 @@ impl CacheInner {
                 None
             }
             Action::Wait(at) => Some(at),
-            Action::Refresh(end) => Some(self.refresh(slot, &setup, &mut state).map_or(end, |at| end.min(at))),
+            Action::Refresh(end) => Some(
+                self.refresh(slot, &setup, &mut state)
+                    .map_or(end, |at| end.min(at)),
+            ),
         };
         self.schedule.put(slot, &mut state.next, again);
         drop(state);
@@ -170,8 +190,17 @@ impl CacheInner {
 
     /// Starts a refresh, if there is somebody to ask for it with, and a turn; if only that is missing, says when to look
     /// again.
-    fn refresh(self: &Arc<Self>, slot: &Arc<Entry>, setup: &Generation, state: &mut CachedState) -> Option<Instant> {
-        let caller = if setup.issuer.needs_caller() { slot.latest.load_full() } else { Some(self.nobody.clone()) };
+    fn refresh(
+        self: &Arc<Self>,
+        slot: &Arc<Entry>,
+        setup: &Generation,
+        state: &mut CachedState,
+    ) -> Option<Instant> {
+        let caller = if setup.issuer.needs_caller() {
+            slot.latest.load_full()
+        } else {
+            Some(self.nobody.clone())
+        };
         // Without one, the next request brings it.
         let caller = caller?;
         let Ok(turn) = self.refreshes.try_acquire(&slot.grant.spiffe_id) else {

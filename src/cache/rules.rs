@@ -22,7 +22,12 @@ pub(super) enum Action {
 
 impl CacheInner {
     /// **The** rule of what happens to a place, in the order of precedence.
-    pub(super) fn next_action(&self, slot: &Entry, state: &CachedState, setup: &Generation) -> Action {
+    pub(super) fn next_action(
+        &self,
+        slot: &Entry,
+        state: &CachedState,
+        setup: &Generation,
+    ) -> Action {
         let now = Instant::now();
         let trouble = state.trouble.as_deref();
         let Some(issued) = slot.current.load_full() else {
@@ -30,13 +35,25 @@ impl CacheInner {
                 return Action::Wait(now + MIN_REMAINING);
             }
             let forget = trouble.map_or(now, |trouble| trouble.at + negative_ttl(&trouble.error));
-            return if forget > now { Action::Wait(forget) } else { Action::Remove("empty") };
+            return if forget > now {
+                Action::Wait(forget)
+            } else {
+                Action::Remove("empty")
+            };
         };
         let left = issued.remaining(&self.clock);
-        let grace = trouble.and_then(|trouble| trouble.refused_since).map(|(at, _)| at + setup.limits.revocation_grace);
-        let end = grace.unwrap_or(now + left).min(now + left.saturating_sub(MIN_REMAINING));
+        let grace = trouble
+            .and_then(|trouble| trouble.refused_since)
+            .map(|(at, _)| at + setup.limits.revocation_grace);
+        let end = grace
+            .unwrap_or(now + left)
+            .min(now + left.saturating_sub(MIN_REMAINING));
         if end <= now {
-            return Action::Clear(if left <= MIN_REMAINING { "expired" } else { "refused" });
+            return Action::Clear(if left <= MIN_REMAINING {
+                "expired"
+            } else {
+                "refused"
+            });
         }
         if state.flight.is_some() {
             return Action::Wait(end);

@@ -25,7 +25,10 @@ mod outages;
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
-const LIMITS: Limits = Limits { max_entries: 3, revocation_grace: Duration::from_secs(300) };
+const LIMITS: Limits = Limits {
+    max_entries: 3,
+    revocation_grace: Duration::from_secs(300),
+};
 
 /// A source and an STS whose answers the test chooses. The exchange never gets to STS where the source fails.
 #[derive(Debug)]
@@ -63,10 +66,20 @@ impl CacheEnv {
     }
 
     fn issuer(self: &Arc<Self>) -> TokenExchanger {
-        TokenExchanger::new(self.clone(), self.clone(), self.clock.clone(), self.metrics.clone())
+        TokenExchanger::new(
+            self.clone(),
+            self.clone(),
+            self.clock.clone(),
+            self.metrics.clone(),
+        )
     }
 
-    async fn answer(&self, caller: &Caller, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+    async fn answer(
+        &self,
+        caller: &Caller,
+        id: &SpiffeId,
+        audience: &str,
+    ) -> Result<JwtSvid, SourceError> {
         self.asked.lock().unwrap().push(caller.uid);
         self.gate.acquire().await.unwrap().forget();
         let takes = *self.takes.lock().unwrap();
@@ -79,7 +92,13 @@ impl CacheEnv {
         if let Some(failure) = self.failure.lock().unwrap().clone() {
             return Err(failure);
         }
-        Ok(JwtSvid::check(token(id, audience, self.clock.now()), id, audience, self.clock.now()).unwrap())
+        Ok(JwtSvid::check(
+            token(id, audience, self.clock.now()),
+            id,
+            audience,
+            self.clock.now(),
+        )
+        .unwrap())
     }
 }
 
@@ -89,7 +108,12 @@ impl IdentitySource for CacheEnv {
         Ok(Vec::new())
     }
 
-    async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+    async fn token(
+        &self,
+        caller: &Arc<Caller>,
+        id: &SpiffeId,
+        audience: &str,
+    ) -> Result<JwtSvid, SourceError> {
         self.busy.fetch_add(1, Ordering::SeqCst);
         let answer = self.answer(caller, id, audience).await;
         self.busy.fetch_sub(1, Ordering::SeqCst);
@@ -116,9 +140,20 @@ impl IdentitySource for CacheEnv {
 fn token(id: &SpiffeId, audience: &str, now: SystemTime) -> String {
     use base64::Engine;
     let encode = |text: String| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
-    let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-    let claims = format!(r#"{{"sub":"{id}","aud":["{audience}"],"iat":{now},"exp":{}}}"#, now + 300);
-    format!("{}.{}.{}", encode(r#"{"alg":"ES256","typ":"JWT"}"#.to_owned()), encode(claims), encode("x".to_owned()))
+    let now = now
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    let claims = format!(
+        r#"{{"sub":"{id}","aud":["{audience}"],"iat":{now},"exp":{}}}"#,
+        now + 300
+    );
+    format!(
+        "{}.{}.{}",
+        encode(r#"{"alg":"ES256","typ":"JWT"}"#.to_owned()),
+        encode(claims),
+        encode("x".to_owned())
+    )
 }
 
 #[async_trait]
@@ -167,7 +202,14 @@ impl PeerProof for Always {
 
 /// A caller whose process has the same number as its user.
 fn caller_of(uid: u32) -> Arc<Caller> {
-    let process = Process { pid: uid, gid: 1, groups: None, in_container: false, program: None, started: None };
+    let process = Process {
+        pid: uid,
+        gid: 1,
+        groups: None,
+        in_container: false,
+        program: None,
+        started: None,
+    };
     let process = Some(process);
     Arc::new(Caller {
         listener: ListenerKind::Tcp,
@@ -193,7 +235,10 @@ fn role(name: &str) -> Role {
         audience: "sts.amazonaws.com".to_owned(),
         duration: HOUR,
         session_name: None,
-        sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
+        sts: StsTarget {
+            region: "eu-central-1".to_owned(),
+            endpoint: None,
+        },
         policy: None,
         policy_arns: Vec::new(),
     }
@@ -201,8 +246,19 @@ fn role(name: &str) -> Role {
 
 fn grant_of(owner: &str, role: &Arc<Role>) -> Grant {
     let spiffe_id = SpiffeId::parse(&format!("spiffe://example.org/{owner}")).unwrap();
-    let roles = Roles { defined: vec![role.clone()], requested: None };
-    roles.select(&[Identity { spiffe_id, hint: None }], &RequestedRole::Default).unwrap()
+    let roles = Roles {
+        defined: vec![role.clone()],
+        requested: None,
+    };
+    roles
+        .select(
+            &[Identity {
+                spiffe_id,
+                hint: None,
+            }],
+            &RequestedRole::Default,
+        )
+        .unwrap()
 }
 
 /// The one role of this owner: each time with a definition made anew.
@@ -235,7 +291,11 @@ fn world(open: usize) -> (Arc<CacheEnv>, CredentialCache) {
     world_of(open, LIMITS)
 }
 
-async fn key_for(cache: &CredentialCache, owner: &str, uid: u32) -> Result<(String, CacheResult), CacheError> {
+async fn key_for(
+    cache: &CredentialCache,
+    owner: &str,
+    uid: u32,
+) -> Result<(String, CacheResult), CacheError> {
     let (issued, freshness) = cache.get(&grant(owner), &caller_of(uid)).await?;
     Ok((issued.access_key_id.to_string(), freshness))
 }
@@ -255,7 +315,10 @@ async fn reason(cache: &CredentialCache) -> &'static str {
 /// How many are under way.
 fn flights(cache: &CredentialCache) -> usize {
     let mut count = 0;
-    cache.0.places.for_each(|slot| count += usize::from(slot.state().flight.is_some()));
+    cache
+        .0
+        .places
+        .for_each(|slot| count += usize::from(slot.state().flight.is_some()));
     count
 }
 
@@ -290,7 +353,10 @@ async fn a_thousand_callers_cause_one_flight() {
     settle().await;
     world.gate.add_permits(10);
     for waiting in waiting {
-        assert_eq!(waiting.await.unwrap(), ("KEY1".to_owned(), CacheResult::Miss));
+        assert_eq!(
+            waiting.await.unwrap(),
+            ("KEY1".to_owned(), CacheResult::Miss)
+        );
     }
     assert_eq!(world.fetched(), 1);
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Hit);
@@ -302,7 +368,9 @@ async fn a_caller_that_looked_just_before_a_flight_landed_starts_no_other() {
     key(&cache).await.unwrap();
     let slot = cache.0.slot(&grant("a")).unwrap();
     match cache.0.join_or_start(&slot, &caller()) {
-        Ok(Some(Lookup::Credentials(issued, CacheResult::Hit))) => assert_eq!(issued.access_key_id.to_string(), "KEY1"),
+        Ok(Some(Lookup::Credentials(issued, CacheResult::Hit))) => {
+            assert_eq!(issued.access_key_id.to_string(), "KEY1")
+        }
         Ok(_) => panic!("another flight"),
         Err(error) => panic!("{error}"),
     }
@@ -323,7 +391,10 @@ async fn a_caller_that_hangs_up_leaves_its_flight_behind() {
     settle().await;
     world.gate.add_permits(10);
     settle().await;
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Hit));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY1".to_owned(), CacheResult::Hit)
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -347,7 +418,10 @@ async fn credentials_are_refreshed_at_about_half_their_life() {
     advance(HOUR.mul_f64(0.12)).await;
     settle().await;
     assert_eq!(world.fetched(), 2);
-    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), CacheResult::Hit));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY2".to_owned(), CacheResult::Hit)
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -414,12 +488,19 @@ async fn the_number_of_entries_is_bounded() {
     for name in ["a", "b", "c"] {
         cache.get(&grant(name), &caller()).await.unwrap();
     }
-    assert!(matches!(cache.get(&grant("d"), &caller()).await, Err(CacheError::Full)));
+    assert!(matches!(
+        cache.get(&grant("d"), &caller()).await,
+        Err(CacheError::Full)
+    ));
     assert!(cache.get(&grant("a"), &caller()).await.is_ok());
 }
 
 /// Like `world`'s, after a reload that changed nothing else.
-fn reload(world: &Arc<CacheEnv>, cache: &CredentialCache, keep: impl Fn(&Grant) -> bool + Send + Sync + 'static) {
+fn reload(
+    world: &Arc<CacheEnv>,
+    cache: &CredentialCache,
+    keep: impl Fn(&Grant) -> bool + Send + Sync + 'static,
+) {
     cache.reconfigure(world.issuer(), LIMITS, keep);
 }
 
@@ -429,11 +510,21 @@ async fn a_reload_ends_what_it_does_not_keep() {
     cache.get(&grant("a"), &caller()).await.unwrap();
     cache.get(&grant("b"), &caller()).await.unwrap();
     reload(&world, &cache, |grant| *grant != self::grant("a"));
-    let left: Vec<_> = cache.entries().into_iter().map(|entry| entry.spiffe_id).collect();
+    let left: Vec<_> = cache
+        .entries()
+        .into_iter()
+        .map(|entry| entry.spiffe_id)
+        .collect();
     assert_eq!(left, ["spiffe://example.org/b"]);
     // One that was decided by the old configuration, and comes after the reload.
-    assert!(matches!(cache.get(&grant("a"), &caller()).await, Err(CacheError::Pending)));
-    assert_eq!(cache.get(&grant("b"), &caller()).await.unwrap().1, CacheResult::Hit);
+    assert!(matches!(
+        cache.get(&grant("a"), &caller()).await,
+        Err(CacheError::Pending)
+    ));
+    assert_eq!(
+        cache.get(&grant("b"), &caller()).await.unwrap().1,
+        CacheResult::Hit
+    );
     assert_eq!(world.fetched(), 2);
 }
 
@@ -454,17 +545,36 @@ async fn a_flight_that_lands_after_a_reload_serves_nobody() {
     settle().await;
     assert!(cache.entries().is_empty() && place.current.load().is_none());
     world.gate.add_permits(10);
-    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), CacheResult::Miss));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY2".to_owned(), CacheResult::Miss)
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_narrowed_role_is_never_answered_with_the_wide_ones_credentials() {
     let (_world, cache) = world(10_000);
-    let narrowed = Role { policy: Some(r#"{"Version":"2012-10-17"}"#.to_owned()), ..role("r") };
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Miss));
-    let (issued, freshness) = cache.get(&grant_of("a", &Arc::new(narrowed)), &caller()).await.unwrap();
-    assert_eq!((&*issued.access_key_id, freshness), ("KEY2", CacheResult::Miss));
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Hit), "the same definition, made anew");
+    let narrowed = Role {
+        policy: Some(r#"{"Version":"2012-10-17"}"#.to_owned()),
+        ..role("r")
+    };
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY1".to_owned(), CacheResult::Miss)
+    );
+    let (issued, freshness) = cache
+        .get(&grant_of("a", &Arc::new(narrowed)), &caller())
+        .await
+        .unwrap();
+    assert_eq!(
+        (&*issued.access_key_id, freshness),
+        ("KEY2", CacheResult::Miss)
+    );
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY1".to_owned(), CacheResult::Hit),
+        "the same definition, made anew"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -474,29 +584,48 @@ async fn a_request_past_the_refresh_point_gets_the_old_ones_and_starts_one_refre
     // The background sleeps by the monotonic clock, and has not noticed.
     world.clock.step(2000);
     for _ in 0..10 {
-        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
+        assert_eq!(
+            key(&cache).await.unwrap(),
+            ("KEY1".to_owned(), CacheResult::Stale)
+        );
         settle().await;
     }
     assert_eq!(world.asked.lock().unwrap().len(), 2, "one more");
     world.gate.add_permits(1);
     settle().await;
-    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), CacheResult::Hit));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY2".to_owned(), CacheResult::Hit)
+    );
 }
 
 #[test]
 fn refreshes_are_spread_and_leave_sdks_what_they_want() {
     for minutes in [20, 25, 30, 45, 60, 12 * 60] {
         let lifetime = MINUTE * minutes;
-        let points: Vec<_> = (0..1000).map(|_| issued::refresh_at_remaining(lifetime)).collect();
+        let points: Vec<_> = (0..1000)
+            .map(|_| issued::refresh_at_remaining(lifetime))
+            .collect();
         let (first, last) = (points.iter().max().unwrap(), points.iter().min().unwrap());
-        assert!(*last > MINUTE * 15 && *first < lifetime, "{minutes}: {last:?} {first:?}");
-        assert!(*first - *last > SECOND * 30, "{minutes}: {last:?} {first:?}");
+        assert!(
+            *last > MINUTE * 15 && *first < lifetime,
+            "{minutes}: {last:?} {first:?}"
+        );
+        assert!(
+            *first - *last > SECOND * 30,
+            "{minutes}: {last:?} {first:?}"
+        );
     }
-    let hour: Vec<_> = (0..1000).map(|_| issued::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0).collect();
+    let hour: Vec<_> = (0..1000)
+        .map(|_| issued::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0)
+        .collect();
     assert!(hour.iter().all(|left| (0.45..=0.55).contains(left)));
     let mean = hour.iter().sum::<f64>() / 1000.0;
     assert!((0.48..0.52).contains(&mean), "{mean}");
-    assert!(issued::refresh_at_remaining(MINUTE * 15) < MINUTE * 9, "not all the time");
+    assert!(
+        issued::refresh_at_remaining(MINUTE * 15) < MINUTE * 9,
+        "not all the time"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -523,11 +652,24 @@ async fn credentials_that_are_as_good_as_over_are_no_credentials() {
 
 #[tokio::test(start_paused = true)]
 async fn an_entry_is_no_task_and_the_cache_ends_with_its_last_handle() {
-    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
-    let (_world, cache) = world_of(10_000, Limits { max_entries: 1000, ..LIMITS });
+    let tasks = || {
+        tokio::runtime::Handle::current()
+            .metrics()
+            .num_alive_tasks()
+    };
+    let (_world, cache) = world_of(
+        10_000,
+        Limits {
+            max_entries: 1000,
+            ..LIMITS
+        },
+    );
     let role = Arc::new(role("r"));
     for number in 0..500 {
-        cache.get(&grant_of(&number.to_string(), &role), &caller()).await.unwrap();
+        cache
+            .get(&grant_of(&number.to_string(), &role), &caller())
+            .await
+            .unwrap();
     }
     settle().await;
     assert_eq!((cache.entries().len(), tasks()), (500, 1));
@@ -540,11 +682,18 @@ async fn an_entry_is_no_task_and_the_cache_ends_with_its_last_handle() {
 fn an_entry_is_small() {
     let place = size_of::<Entry>();
     assert!(place <= 192, "{place}");
-    assert!(size_of::<CachedCredentials>() <= 96, "{}", size_of::<CachedCredentials>());
+    assert!(
+        size_of::<CachedCredentials>() <= 96,
+        "{}",
+        size_of::<CachedCredentials>()
+    );
     // What a definition has is not copied for each of its entries.
     let role = Arc::new(role("r"));
     let (one, other) = (grant_of("a", &role), grant_of("b", &role));
-    assert_eq!(one.role_arn.as_str().as_ptr(), other.role_arn.as_str().as_ptr());
+    assert_eq!(
+        one.role_arn.as_str().as_ptr(),
+        other.role_arn.as_str().as_ptr()
+    );
     assert!(Arc::ptr_eq(&one.role, &other.role));
 }
 
@@ -553,12 +702,24 @@ async fn status_shows_what_is_known_of_an_entry() {
     let (world, cache) = world(10_000);
     world.needs_caller.store(true, Ordering::SeqCst);
     key_for(&cache, "a", 7).await.unwrap();
-    let [fresh] = &cache.entries()[..] else { panic!("one entry") };
+    let [fresh] = &cache.entries()[..] else {
+        panic!("one entry")
+    };
     assert_eq!(fresh.expiration.as_deref(), Some("2027-01-15T09:00:00Z"));
-    assert_eq!((fresh.access_key_id.as_deref(), &fresh.last_error, fresh.callers), (Some("KEY1"), &None, 1));
+    assert_eq!(
+        (
+            fresh.access_key_id.as_deref(),
+            &fresh.last_error,
+            fresh.callers
+        ),
+        (Some("KEY1"), &None, 1)
+    );
     assert_eq!((fresh.latest_uid, fresh.latest_pid), (Some(7), Some(7)));
     let next = fresh.next_try.as_deref().unwrap();
-    assert!(("2027-01-15T08:26:59Z".."2027-01-15T08:33:01Z").contains(&next), "{next}");
+    assert!(
+        ("2027-01-15T08:26:59Z".."2027-01-15T08:33:01Z").contains(&next),
+        "{next}"
+    );
 
     world.refuse(refused());
     pass(MINUTE * 26).await;
@@ -566,15 +727,23 @@ async fn status_shows_what_is_known_of_an_entry() {
         pass(SECOND).await;
     }
     pass(MINUTE).await;
-    let [refused] = &cache.entries()[..] else { panic!("one entry") };
+    let [refused] = &cache.entries()[..] else {
+        panic!("one entry")
+    };
     assert_eq!(
         (refused.access_key_id.as_deref(), refused.last_error_reason),
         (Some("KEY1"), Some("sts_access_denied"))
     );
-    let (since, at) = (refused.refused_since.as_deref().unwrap(), refused.last_error_at.as_deref().unwrap());
+    let (since, at) = (
+        refused.refused_since.as_deref().unwrap(),
+        refused.last_error_at.as_deref().unwrap(),
+    );
     assert!(since >= next && since < at, "{next} {since} {at}");
     let text = serde_json::to_string(&refused).unwrap();
-    assert!(!text.contains("secret") && !text.contains("token\":"), "{text}");
+    assert!(
+        !text.contains("secret") && !text.contains("token\":"),
+        "{text}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -585,7 +754,11 @@ async fn metrics_show_an_outage() {
         world.metrics.encode()
     };
     key(&cache).await.unwrap();
-    assert!(metrics().contains("awsvid_cache_entries{state=\"fresh\"} 1\n"), "{}", metrics());
+    assert!(
+        metrics().contains("awsvid_cache_entries{state=\"fresh\"} 1\n"),
+        "{}",
+        metrics()
+    );
     world.fail(unavailable());
     pass(MINUTE * 34).await;
     let during = metrics();
@@ -598,5 +771,9 @@ async fn metrics_show_an_outage() {
         assert!(during.contains(line), "{line}: {during}");
     }
     pass(MINUTE * 27).await;
-    assert!(metrics().contains("awsvid_cache_removed_total{reason=\"expired\"} 1\n"), "{}", metrics());
+    assert!(
+        metrics().contains("awsvid_cache_removed_total{reason=\"expired\"} 1\n"),
+        "{}",
+        metrics()
+    );
 }

@@ -46,7 +46,10 @@ pub(super) fn negative_ttl(error: &ExchangeError) -> Duration {
         error if error.is_transient() => 1,
         // Somebody may be registering it right now.
         ExchangeError::Source(SourceError::Denied(_)) => 3,
-        ExchangeError::Source(_) | ExchangeError::Sts(_) | ExchangeError::TooOften | ExchangeError::TooShort => 5,
+        ExchangeError::Source(_)
+        | ExchangeError::Sts(_)
+        | ExchangeError::TooOften
+        | ExchangeError::TooShort => 5,
     })
 }
 
@@ -70,13 +73,27 @@ pub(super) struct FailureState {
 
 impl FailureState {
     /// After another failure.
-    pub(super) fn record(before: Option<&Self>, error: &ExchangeError, at: Instant, time: SystemTime) -> Self {
+    pub(super) fn record(
+        before: Option<&Self>,
+        error: &ExchangeError,
+        at: Instant,
+        time: SystemTime,
+    ) -> Self {
         let class = FailureKind::of(error);
         let since = before.and_then(|before| before.refused_since);
-        let refused_since = if class == FailureKind::Refused { since.or(Some((at, time))) } else { since };
+        let refused_since = if class == FailureKind::Refused {
+            since.or(Some((at, time)))
+        } else {
+            since
+        };
         let since = before.and_then(|before| before.denied_since);
-        let denied_since = if class == FailureKind::Denied { since.or(Some(at)) } else { since };
-        let asked_again = denied_since.is_some_and(|since| at.duration_since(since) >= DENIAL_CONFIRMATION);
+        let denied_since = if class == FailureKind::Denied {
+            since.or(Some(at))
+        } else {
+            since
+        };
+        let asked_again =
+            denied_since.is_some_and(|since| at.duration_since(since) >= DENIAL_CONFIRMATION);
         let tries = before.map_or(0, |before| before.tries);
         Self {
             error: error.clone(),

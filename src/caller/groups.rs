@@ -43,9 +43,14 @@ impl Groups {
         groups.sort_unstable();
         groups.dedup();
         let mut hash = Sha256::new();
-        groups.iter().for_each(|group| hash.update(group.to_le_bytes()));
+        groups
+            .iter()
+            .for_each(|group| hash.update(group.to_le_bytes()));
         let list = (detail == GroupDetail::List).then(|| groups.into());
-        Ok(Self { digest: hash.finalize().into(), list })
+        Ok(Self {
+            digest: hash.finalize().into(),
+            list,
+        })
     }
 
     /// Returns them in ascending order; `None` if only the digest is known.
@@ -94,7 +99,10 @@ mod tests {
         for other in [&[4][..], &[44], &[4, 44, 45], &[], &[4, 45]] {
             assert_ne!(listed, groups(other, GroupDetail::Digest), "{other:?}");
         }
-        assert_eq!((listed.contains(4), listed.contains(5)), (Some(true), Some(false)));
+        assert_eq!(
+            (listed.contains(4), listed.contains(5)),
+            (Some(true), Some(false))
+        );
         assert_eq!(groups(&[4, 44], GroupDetail::Digest).contains(4), None);
     }
 
@@ -103,9 +111,17 @@ mod tests {
         let most = u32::try_from(Groups::MAX).unwrap();
         for detail in [GroupDetail::Digest, GroupDetail::List] {
             Groups::new((0..most).collect(), detail).unwrap();
-            assert_eq!(Groups::new((0..=most).collect(), detail).unwrap_err(), AttestError::TooManyGroups);
+            assert_eq!(
+                Groups::new((0..=most).collect(), detail).unwrap_err(),
+                AttestError::TooManyGroups
+            );
         }
         // What is kept of the most that there can be where no rule names a group.
-        assert!(Groups::new((0..most).collect(), GroupDetail::Digest).unwrap().list.is_none());
+        assert!(
+            Groups::new((0..most).collect(), GroupDetail::Digest)
+                .unwrap()
+                .list
+                .is_none()
+        );
     }
 }

@@ -15,7 +15,9 @@ pub enum AttestError {
     #[error("the caller's address is not loopback")]
     NotLoopback,
     /// The kernel names no process that the daemon can see.
-    #[error("the caller lives in a pid namespace that this daemon cannot see; in Kubernetes set hostPID: true")]
+    #[error(
+        "the caller lives in a pid namespace that this daemon cannot see; in Kubernetes set hostPID: true"
+    )]
     InvisibleProcess,
     /// Several processes hold the socket and differ in what a rule can see, or the facts do not describe one process.
     #[error("several different processes hold the calling socket, so it is not clear whose it is")]
@@ -24,16 +26,22 @@ pub enum AttestError {
     #[error("no process of the caller's cgroup and user holds the calling socket")]
     NoSocketOwner,
     /// The search for the socket's process went over its budget.
-    #[error("the processes beside the caller have too many open descriptors to find the caller among them")]
+    #[error(
+        "the processes beside the caller have too many open descriptors to find the caller among them"
+    )]
     TooManyDescriptors,
     /// The process changed its user, groups, cgroup or executable since it connected.
-    #[error("the calling process changed its user, groups, cgroup or executable after it connected")]
+    #[error(
+        "the calling process changed its user, groups, cgroup or executable after it connected"
+    )]
     IdentityChanged,
     /// The cgroup is removed, can't be listed, or is not below the tree that the daemon sees.
     #[error("the caller's cgroup cannot be read")]
     UnreadableCgroup,
     /// Searches for others have taken all the time that there is.
-    #[error("more callers have to be searched for on this node than there is time for; ask again in a moment")]
+    #[error(
+        "more callers have to be searched for on this node than there is time for; ask again in a moment"
+    )]
     SearchBusy,
     /// Somebody else than root can name cgroups beside the caller's own, so an agent may take it for a container's process.
     #[error(
@@ -42,7 +50,9 @@ pub enum AttestError {
     )]
     DelegatedCgroup,
     /// Its cgroup names a container in a place where no container runtime does, or several.
-    #[error("the caller's cgroups name a container inside another, or in a place that is no container runtime's")]
+    #[error(
+        "the caller's cgroups name a container inside another, or in a place that is no container runtime's"
+    )]
     NestedContainer,
     /// Its cgroup names a pod where this node's kubelet puts none.
     #[error(
@@ -102,7 +112,10 @@ pub enum AttestError {
 impl AttestError {
     /// Whether it may pass by itself, so that the caller is to try again.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::SearchBusy | Self::ProcessExecuting | Self::ProcessUnresponsive)
+        matches!(
+            self,
+            Self::SearchBusy | Self::ProcessExecuting | Self::ProcessUnresponsive
+        )
     }
 
     /// The label in metrics and audit records.

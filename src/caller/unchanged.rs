@@ -16,7 +16,20 @@ impl PeerProof for Unchanged {
 }
 
 /// A caller outside of pods, in the cgroup at this path if that is given.
-pub(crate) fn unchanged(listener: ListenerKind, uid: u32, cgroup: Option<&str>, process: Option<Process>) -> Caller {
+pub(crate) fn unchanged(
+    listener: ListenerKind,
+    uid: u32,
+    cgroup: Option<&str>,
+    process: Option<Process>,
+) -> Caller {
     let cgroup = cgroup.map(|path| CgroupPath::parse(path).unwrap());
-    Caller { listener, uid, cgroup, pod: None, namespace: None, process, evidence: Box::new(Unchanged) }
+    Caller {
+        listener,
+        uid,
+        cgroup,
+        pod: None,
+        namespace: None,
+        process,
+        evidence: Box::new(Unchanged),
+    }
 }

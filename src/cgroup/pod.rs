@@ -10,8 +10,12 @@ use super::{CgroupPath, pod_uid};
 
 /// Where kubelets put their pods, with either cgroup driver, unless they are told otherwise. The second pair is that of kind,
 /// and of others who keep the kubelet's own processes beside its pods.
-const DEFAULT_ROOTS: [&str; 4] =
-    ["/kubepods", "/kubepods.slice", "/kubelet/kubepods", "/kubelet.slice/kubelet-kubepods.slice"];
+const DEFAULT_ROOTS: [&str; 4] = [
+    "/kubepods",
+    "/kubepods.slice",
+    "/kubelet/kubepods",
+    "/kubelet.slice/kubelet-kubepods.slice",
+];
 /// How a pod that is no guaranteed one stands below the root.
 const CLASSES: [&str; 2] = ["burstable", "besteffort"];
 /// Hex digits of a container's id.
@@ -55,7 +59,12 @@ pub struct PodRoots(Vec<CgroupPath>);
 impl PodRoots {
     /// The usual places. Nobody but root can make them, so it does no harm that most of them are not there.
     pub fn defaults() -> Self {
-        Self(DEFAULT_ROOTS.iter().filter_map(|root| CgroupPath::parse(root)).collect())
+        Self(
+            DEFAULT_ROOTS
+                .iter()
+                .filter_map(|root| CgroupPath::parse(root))
+                .collect(),
+        )
     }
 
     /// This one alone, as for a kubelet with a cgroup root of its own.
@@ -71,7 +80,10 @@ impl PodRoots {
     /// The pod that `path` is in; `None` if in none.
     pub fn find(&self, path: &CgroupPath) -> Result<Option<PodSegment>, MisplacedPod> {
         for root in &self.0 {
-            let below = path.as_str().strip_prefix(root.as_str()).filter(|below| below.starts_with('/'));
+            let below = path
+                .as_str()
+                .strip_prefix(root.as_str())
+                .filter(|below| below.starts_with('/'));
             if let Some(below) = below {
                 return find_under(root, path.as_str().len() - below.len(), path);
             }
@@ -82,11 +94,22 @@ impl PodRoots {
 
 /// Nothing, if no part of the path looks like a pod's.
 fn reject_named(path: &CgroupPath) -> Result<(), MisplacedPod> {
-    if path.segments().any(|segment| pod_uid(segment).is_some()) { Err(MisplacedPod) } else { Ok(()) }
+    if path.segments().any(|segment| pod_uid(segment).is_some()) {
+        Err(MisplacedPod)
+    } else {
+        Ok(())
+    }
 }
 
-fn find_under(root: &CgroupPath, from: usize, path: &CgroupPath) -> Result<Option<PodSegment>, MisplacedPod> {
-    let slice = root.segments().last().and_then(|last| last.strip_suffix(".slice"));
+fn find_under(
+    root: &CgroupPath,
+    from: usize,
+    path: &CgroupPath,
+) -> Result<Option<PodSegment>, MisplacedPod> {
+    let slice = root
+        .segments()
+        .last()
+        .and_then(|last| last.strip_suffix(".slice"));
     let mut end = from;
     let mut segments = path.as_str()[from..].split('/').skip(1);
     let mut next = || {
@@ -100,12 +123,21 @@ fn find_under(root: &CgroupPath, from: usize, path: &CgroupPath) -> Result<Optio
         None => first.0 == *class,
     });
     let pod = if class.is_some() { next() } else { Some(first) };
-    let Some((segment, directory)) = pod else { return Ok(None) };
-    let stem = slice.map(|stem| class.map_or_else(|| stem.to_owned(), |class| format!("{stem}-{class}")));
-    let Some(uid) = PodUid::of_segment(segment, stem.as_deref()) else { return reject_named(path).map(|()| None) };
+    let Some((segment, directory)) = pod else {
+        return Ok(None);
+    };
+    let stem =
+        slice.map(|stem| class.map_or_else(|| stem.to_owned(), |class| format!("{stem}-{class}")));
+    let Some(uid) = PodUid::of_segment(segment, stem.as_deref()) else {
+        return reject_named(path).map(|()| None);
+    };
     let container = next().and_then(|(segment, end)| Some((container_of(segment)?, end)));
     let (container, container_end) = container.unzip();
-    Ok(Some(PodSegment { pod: Pod { uid, container }, directory, container: container_end }))
+    Ok(Some(PodSegment {
+        pod: Pod { uid, container },
+        directory,
+        container: container_end,
+    }))
 }
 
 impl PodUid {
@@ -121,8 +153,14 @@ impl PodUid {
 
     /// In the spelling of a Kubernetes object.
     pub fn parse(text: &str) -> Option<Self> {
-        let is_hex = |text: &str| text.bytes().all(|c| c.is_ascii_digit() || matches!(c, b'a'..=b'f'));
-        let groups = || text.split('-').map(|group| is_hex(group).then_some(group.len()));
+        let is_hex = |text: &str| {
+            text.bytes()
+                .all(|c| c.is_ascii_digit() || matches!(c, b'a'..=b'f'))
+        };
+        let groups = || {
+            text.split('-')
+                .map(|group| is_hex(group).then_some(group.len()))
+        };
         let is_static = text.len() == 32 && is_hex(text);
         (is_static || groups().eq(GROUPS.map(Some))).then(|| Self(text.into()))
     }
@@ -132,9 +170,16 @@ impl PodUid {
         match stem {
             None => Self::parse(segment.strip_prefix("pod")?),
             Some(stem) => {
-                let uid = segment.strip_prefix(stem)?.strip_prefix("-pod")?.strip_suffix(".slice")?;
+                let uid = segment
+                    .strip_prefix(stem)?
+                    .strip_prefix("-pod")?
+                    .strip_suffix(".slice")?;
                 // A dash would mean a slice within another, so the kubelet writes them so.
-                if uid.contains('-') { None } else { Self::parse(&uid.replace('_', "-")) }
+                if uid.contains('-') {
+                    None
+                } else {
+                    Self::parse(&uid.replace('_', "-"))
+                }
             }
         }
     }
@@ -145,7 +190,10 @@ impl PodUid {
 fn container_of(segment: &str) -> Option<Arc<str>> {
     let name = segment.strip_suffix(".scope").unwrap_or(segment);
     let (runtime, id) = name.rsplit_once('-').unwrap_or(("", name));
-    let is_id = id.len() == ID && id.bytes().all(|c| c.is_ascii_digit() || matches!(c, b'a'..=b'f'));
+    let is_id = id.len() == ID
+        && id
+            .bytes()
+            .all(|c| c.is_ascii_digit() || matches!(c, b'a'..=b'f'));
     (is_id && !runtime.ends_with("conmon")).then(|| id.into())
 }
 

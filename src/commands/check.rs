@@ -48,7 +48,12 @@ const DEADLINE: Duration = Duration::from_secs(8);
 Exit status: 0 if all is well; 1 if a step failed, each with what mends it; 2 if none did, but not all could be looked at.")]
 pub struct CheckArgs {
     /// The daemon's configuration file.
-    #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
+    #[arg(
+        long,
+        env = "AWSVID_CONFIG",
+        value_name = "FILE",
+        default_value = "/etc/awsvid/awsvid.toml"
+    )]
     config: PathBuf,
     /// One JSON document in place of lines.
     #[arg(long)]
@@ -71,7 +76,8 @@ pub struct CheckArgs {
 }
 
 fn pod(text: &str) -> Result<PodUid, &'static str> {
-    PodUid::parse(text).ok_or("this is no UID of a pod: kubectl get pod NAME -o jsonpath={.metadata.uid}")
+    PodUid::parse(text)
+        .ok_or("this is no UID of a pod: kubectl get pod NAME -o jsonpath={.metadata.uid}")
 }
 
 impl CheckArgs {
@@ -87,10 +93,17 @@ impl CheckArgs {
 /// Walks; the exit status is 0 if all is well, 1 if a step failed, 2 if none did but some could not be looked at.
 pub fn run(options: &CheckArgs) -> ExitCode {
     let mut report = CheckReport::new(options.json);
-    match tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build() {
+    match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => {
             match options.workload {
-                true => runtime.block_on(workload::check(&|name| std::env::var(name).ok(), &mut report)),
+                true => runtime.block_on(workload::check(
+                    &|name| std::env::var(name).ok(),
+                    &mut report,
+                )),
                 false => runtime.block_on(walk(options, &mut report)),
             }
             // Without waiting for what still blocks a thread, such as the lookup of a name.
@@ -102,23 +115,41 @@ pub fn run(options: &CheckArgs) -> ExitCode {
 }
 
 async fn walk(options: &CheckArgs, report: &mut CheckReport) {
-    let Some(config) = configuration(options, report) else { return };
-    let resolve: Result<Vec<Resolve>, _> = options.resolve.iter().map(|text| text.parse()).collect();
+    let Some(config) = configuration(options, report) else {
+        return;
+    };
+    let resolve: Result<Vec<Resolve>, _> =
+        options.resolve.iter().map(|text| text.parse()).collect();
     let resolve = match resolve {
         Ok(resolve) => resolve,
         Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
     };
     let proc = Path::new("/proc");
-    machine::check(&config, proc, &machine::KernelSupport::tried(&config, proc), report);
+    machine::check(
+        &config,
+        proc,
+        &machine::KernelSupport::tried(&config, proc),
+        report,
+    );
     daemon::check(&config, report);
     let (network, sts) = sts(&config);
     if let Err(error) = sts.prepare(&config.roles.sts_targets()).await {
-        return report.failed("sts", error.to_string(), "correct [sts], or the environment variable");
+        return report.failed(
+            "sts",
+            error.to_string(),
+            "correct [sts], or the environment variable",
+        );
     }
-    let web = HttpProbe { resolve, network: Some(network), deadline: DEADLINE };
+    let web = HttpProbe {
+        resolve,
+        network: Some(network),
+        deadline: DEADLINE,
+    };
     let Some(asked) = agent::connect(&config, options.whom(), report).await else {
-        return report
-            .unchecked("identity", "without the agent there are no tokens, and nothing after them to look at");
+        return report.unchecked(
+            "identity",
+            "without the agent there are no tokens, and nothing after them to look at",
+        );
     };
     let (mut issuers, mut clocks): (BTreeSet<Option<String>>, Vec<StsTarget>) = Default::default();
     for role in &config.roles.defined {
@@ -126,7 +157,9 @@ async fn walk(options: &CheckArgs, report: &mut CheckReport) {
             clocks.push(role.sts.clone());
             exchange::clock(&sts, role, &web, report).await;
         }
-        let Some(live) = agent::token(&config, &asked, role, report).await else { continue };
+        let Some(live) = agent::token(&config, &asked, role, report).await else {
+            continue;
+        };
         // Whatever the audience, the issuer and its keys are the same.
         if issuers.insert(live.issuer().map(str::to_owned)) {
             let aws = is_aws_sts(role.sts.endpoint.as_deref());
@@ -142,10 +175,16 @@ async fn walk(options: &CheckArgs, report: &mut CheckReport) {
 
 fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config> {
     const STEP: &str = "config";
-    match Config::load(&options.config, Exposure::of_command(), |name| std::env::var(name).ok()) {
+    match Config::load(&options.config, Exposure::of_command(), |name| {
+        std::env::var(name).ok()
+    }) {
         Ok(loaded) => {
             report.ok(STEP, format!("{} has no errors", options.config.display()));
-            for warning in loaded.warnings.iter().chain(&node::warnings(&loaded.config, &Nss)) {
+            for warning in loaded
+                .warnings
+                .iter()
+                .chain(&node::warnings(&loaded.config, &Nss))
+            {
                 report.info(STEP, warning.to_string(), "it is allowed, and not wise");
             }
             Some(loaded.config)
@@ -154,7 +193,10 @@ fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config
             report.failed(
                 STEP,
                 errors.to_string(),
-                format!("correct {0}; awsvid config --check {0} says the same", options.config.display()),
+                format!(
+                    "correct {0}; awsvid config --check {0} says the same",
+                    options.config.display()
+                ),
             );
             None
         }

@@ -63,7 +63,9 @@ pub(super) fn get(
             Ok(0) => break,
             Ok(read) => length += read,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(ErrorKind::TimedOut.into()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                return Err(ErrorKind::TimedOut.into());
+            }
             Err(error) => return Err(error),
         }
     }
@@ -72,14 +74,23 @@ pub(super) fn get(
 
 fn left(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left) }
+    if left.is_zero() {
+        Err(ErrorKind::TimedOut.into())
+    } else {
+        Ok(left)
+    }
 }
 
 fn parse(answer: &[u8]) -> io::Result<LocalResponse> {
-    let end = answer.windows(4).position(|four| four == b"\r\n\r\n").ok_or_else(|| garbled("it has no head"))?;
+    let end = answer
+        .windows(4)
+        .position(|four| four == b"\r\n\r\n")
+        .ok_or_else(|| garbled("it has no head"))?;
     let head = std::str::from_utf8(&answer[..end]).map_err(|_| garbled("its head is no text"))?;
     let mut lines = head.split("\r\n");
-    let status = lines.next().and_then(|line| line.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok());
+    let status = lines
+        .next()
+        .and_then(|line| line.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok());
     let status = status.ok_or_else(|| garbled("it is not HTTP"))?;
     let (mut length, mut retry_after) = (None, None);
     for (name, value) in lines.filter_map(|line| line.split_once(':')) {
@@ -93,11 +104,18 @@ fn parse(answer: &[u8]) -> io::Result<LocalResponse> {
     if length != Some(body.len()) {
         return Err(garbled("it was cut off"));
     }
-    Ok(LocalResponse { status, retry_after, body: Zeroizing::new(body.to_vec()) })
+    Ok(LocalResponse {
+        status,
+        retry_after,
+        body: Zeroizing::new(body.to_vec()),
+    })
 }
 
 fn garbled(what: &str) -> io::Error {
-    io::Error::new(ErrorKind::InvalidData, format!("the answer can't be used: {what}"))
+    io::Error::new(
+        ErrorKind::InvalidData,
+        format!("the answer can't be used: {what}"),
+    )
 }
 
 #[cfg(test)]
@@ -115,15 +133,25 @@ mod tests {
             String::from_utf8(request[..read].to_vec()).unwrap()
         });
         let answer = get(client, "/a", most, Instant::now() + Duration::from_secs(20));
-        assert!(serving.join().unwrap().starts_with("GET /a HTTP/1.1\r\nHost: localhost\r\n"));
+        assert!(
+            serving
+                .join()
+                .unwrap()
+                .starts_with("GET /a HTTP/1.1\r\nHost: localhost\r\n")
+        );
         answer
     }
 
     #[test]
     fn an_answer_is_taken_whole_or_not_at_all() {
-        let answer = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\ncontent-length: 4\r\n\r\nbody".to_owned();
+        let answer =
+            "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\ncontent-length: 4\r\n\r\nbody"
+                .to_owned();
         let good = answered(answer.clone(), 1000).unwrap();
-        assert_eq!((good.status, good.retry_after, &good.body[..]), (503, Some(Duration::from_secs(2)), &b"body"[..]));
+        assert_eq!(
+            (good.status, good.retry_after, &good.body[..]),
+            (503, Some(Duration::from_secs(2)), &b"body"[..])
+        );
         for (text, most) in [
             (answer.replace("length: 4", "length: 5"), 1000),
             (answer.replace("content-length: 4\r\n", ""), 1000),
@@ -132,21 +160,38 @@ mod tests {
             (String::new(), 1000),
             (answer, 20),
         ] {
-            assert_eq!(answered(text.clone(), most).err().unwrap().kind(), ErrorKind::InvalidData, "{text:?}");
+            assert_eq!(
+                answered(text.clone(), most).err().unwrap().kind(),
+                ErrorKind::InvalidData,
+                "{text:?}"
+            );
         }
     }
 
     #[test]
     fn a_long_answer_is_read_to_its_end() {
         let body = "x".repeat(300_000);
-        let text = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
-        assert_eq!(&answered(text, 1_000_000).unwrap().body[..], body.as_bytes());
+        let text = format!(
+            "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        assert_eq!(
+            &answered(text, 1_000_000).unwrap().body[..],
+            body.as_bytes()
+        );
     }
 
     #[test]
     fn a_server_that_says_nothing_is_not_waited_for() {
         let (client, _server) = UnixStream::pair().unwrap();
-        let error = get(client, "/a", 1000, Instant::now() + Duration::from_millis(20)).err().unwrap();
+        let error = get(
+            client,
+            "/a",
+            1000,
+            Instant::now() + Duration::from_millis(20),
+        )
+        .err()
+        .unwrap();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
     }
 }

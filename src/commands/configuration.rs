@@ -57,13 +57,23 @@ impl ConfigArgs {
     }
 }
 
-fn check(path: &Path, offline: bool, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, ExitCode> {
+fn check(
+    path: &Path,
+    offline: bool,
+    env: impl Fn(&str) -> Option<String>,
+) -> Result<ExitCode, ExitCode> {
     let loaded = match (path.as_os_str() == STDIN, offline) {
         (true, _) => read_stdin(path, &env),
         (false, true) => Config::load(path, Exposure::Ignored, env),
         (false, false) => Config::load(path, Exposure::of_command(), env),
     };
-    let loaded = loaded.and_then(|loaded| if offline { Ok(loaded) } else { with_files_of_node(path, loaded) });
+    let loaded = loaded.and_then(|loaded| {
+        if offline {
+            Ok(loaded)
+        } else {
+            with_files_of_node(path, loaded)
+        }
+    });
     report(path, loaded)?;
     Ok(print(&format!("{}: no mistakes\n", path.display())))
 }
@@ -72,26 +82,40 @@ fn check(path: &Path, offline: bool, env: impl Fn(&str) -> Option<String>) -> Re
 fn with_files_of_node(path: &Path, mut loaded: Loaded) -> Result<Loaded, ConfigErrors> {
     let exposed = node::exposed(&loaded.config);
     if Exposure::of_command() == Exposure::Refused && !exposed.is_empty() {
-        return Err(ConfigErrors { path: path.to_owned(), problems: exposed });
+        return Err(ConfigErrors {
+            path: path.to_owned(),
+            problems: exposed,
+        });
     }
     loaded.warnings.extend(exposed);
     loaded.warnings.extend(node::warnings(&loaded.config, &Nss));
-    loaded.warnings.sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
+    loaded
+        .warnings
+        .sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
     Ok(loaded)
 }
 
 fn read_stdin(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
     let mut bytes = Vec::new();
-    let read = io::stdin().read_to_end(&mut bytes).map_err(|error| vec![Config::unreadable(&error)]);
+    let read = io::stdin()
+        .read_to_end(&mut bytes)
+        .map_err(|error| vec![Config::unreadable(&error)]);
     let loaded = read.and_then(|_| Config::parse_bytes(bytes, env));
-    loaded.map_err(|problems| ConfigErrors { path: path.to_owned(), problems })
+    loaded.map_err(|problems| ConfigErrors {
+        path: path.to_owned(),
+        problems,
+    })
 }
 
 fn explain(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, ExitCode> {
     let Loaded { config, .. } = report(path, Config::load(path, Exposure::Warned, &env))?;
     // Read once more for which keys are in it. If it has changed in this moment, only the origins are those of the new one.
     let text = std::fs::read_to_string(path).unwrap_or_default();
-    Ok(print(&format!("# {}, and what it leaves out\n{}", path.display(), config.explain(&text, &env))))
+    Ok(print(&format!(
+        "# {}, and what it leaves out\n{}",
+        path.display(),
+        config.explain(&text, &env)
+    )))
 }
 
 /// The configuration; what is wrong or unwise about it is on standard error.
@@ -100,7 +124,9 @@ fn report(path: &Path, loaded: Result<Loaded, ConfigErrors>) -> Result<Loaded, E
     match loaded {
         Ok(loaded) => {
             for warning in &loaded.warnings {
-                let line = warning.line.map_or(String::new(), |line| format!("{line}:"));
+                let line = warning
+                    .line
+                    .map_or(String::new(), |line| format!("{line}:"));
                 eprintln!("{}:{line} warning: {warning}", path.display());
             }
             Ok(loaded)

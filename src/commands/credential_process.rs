@@ -88,7 +88,11 @@ impl CredentialProcess {
     /// Prints them, or on standard error why not.
     #[expect(clippy::print_stderr, reason = "SDKs show it to whoever runs them")]
     pub fn run(&self) -> ExitCode {
-        match self.fetch().and_then(|output| io::stdout().write_all(&output).map_err(|error| error.to_string())) {
+        match self.fetch().and_then(|output| {
+            io::stdout()
+                .write_all(&output)
+                .map_err(|error| error.to_string())
+        }) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("awsvid credential-process: {error}");
@@ -123,18 +127,29 @@ impl CredentialProcess {
 }
 
 fn pause(answer: &LocalResponse) -> Duration {
-    answer.retry_after.unwrap_or(PAUSE).clamp(Duration::from_millis(100), PAUSE_MAX)
+    answer
+        .retry_after
+        .unwrap_or(PAUSE)
+        .clamp(Duration::from_millis(100), PAUSE_MAX)
 }
 
 /// What the daemon said, which is for whoever runs the workload.
 fn refusal(answer: &LocalResponse) -> String {
     match serde_json::from_slice::<ProcessRefusal>(&answer.body) {
         Ok(ProcessRefusal { code, message }) => {
-            let exe = "rules by `exe` never match here, since awsvid's own executable asks: see --help";
-            let hint = if code == "no_identity" { format!(" ({exe})") } else { String::new() };
+            let exe =
+                "rules by `exe` never match here, since awsvid's own executable asks: see --help";
+            let hint = if code == "no_identity" {
+                format!(" ({exe})")
+            } else {
+                String::new()
+            };
             format!("{}{hint}", message.replace(char::is_control, " "))
         }
-        Err(_) => format!("the answer has status {} and is not awsvid's; is --socket the right one?", answer.status),
+        Err(_) => format!(
+            "the answer has status {} and is not awsvid's; is --socket the right one?",
+            answer.status
+        ),
     }
 }
 
@@ -166,7 +181,12 @@ mod tests {
         let text = output(body.as_bytes()).unwrap();
         let expected = "{\"Version\":1,\"AccessKeyId\":\"ASIA1\",\"SecretAccessKey\":\"a/b+c\",\"SessionToken\":\"t==\",\"Expiration\":\"2026-01-02T03:04:05Z\"}\n";
         assert_eq!(std::str::from_utf8(&text).unwrap(), expected);
-        for wrong in ["", "[]", &body.replace("SecretAccessKey", "SecretKey"), &body.replace("a/b+c", "s3cret\u{1}")] {
+        for wrong in [
+            "",
+            "[]",
+            &body.replace("SecretAccessKey", "SecretKey"),
+            &body.replace("a/b+c", "s3cret\u{1}"),
+        ] {
             assert!(!output(wrong.as_bytes()).unwrap_err().contains("s3cret"));
         }
     }
@@ -178,9 +198,14 @@ mod tests {
             retry_after: None,
             body: Zeroizing::new(body.as_bytes().to_vec()),
         };
-        let refused = refusal(&answer(r#"{"code":"no_role","message":"add a role\u001b[2J","Code":"","Message":""}"#));
+        let refused = refusal(&answer(
+            r#"{"code":"no_role","message":"add a role\u001b[2J","Code":"","Message":""}"#,
+        ));
         assert_eq!(refused, "add a role [2J");
-        assert!(refusal(&answer(r#"{"code":"no_identity","message":"m"}"#)).contains("`exe` never match"));
+        assert!(
+            refusal(&answer(r#"{"code":"no_identity","message":"m"}"#))
+                .contains("`exe` never match")
+        );
         assert!(refusal(&answer("<html>")).contains("status 403"));
     }
 }

@@ -71,10 +71,14 @@ struct Prepared {
 
 impl Exec {
     /// Becomes the command. Returns only if that is not possible.
-    #[expect(clippy::print_stderr, reason = "what a person has to know before the command takes over the terminal")]
+    #[expect(
+        clippy::print_stderr,
+        reason = "what a person has to know before the command takes over the terminal"
+    )]
     pub fn run(&self) -> ExitCode {
         let prepared = self.prepare(|name| std::env::var(name).ok());
-        let prepared = prepared.and_then(|prepared| over_tcp::check(&prepared.uri).map(|()| prepared));
+        let prepared =
+            prepared.and_then(|prepared| over_tcp::check(&prepared.uri).map(|()| prepared));
         let prepared = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -83,7 +87,10 @@ impl Exec {
             }
         };
         if !self.quiet {
-            prepared.notes.iter().for_each(|note| eprintln!("awsvid exec: {note}"));
+            prepared
+                .notes
+                .iter()
+                .for_each(|note| eprintln!("awsvid exec: {note}"));
         }
         let error = match self.command.split_first() {
             Some((program, arguments)) => {
@@ -93,19 +100,32 @@ impl Exec {
             }
             None => io::Error::other("there is no command"),
         };
-        let name = self.command.first().map(|name| name.to_string_lossy()).unwrap_or_default();
+        let name = self
+            .command
+            .first()
+            .map(|name| name.to_string_lossy())
+            .unwrap_or_default();
         eprintln!("awsvid exec: {name}: {error}");
         ExitCode::from(environment::exit_code(&error))
     }
 
     fn prepare(&self, inherited: impl Fn(&str) -> Option<String>) -> Result<Prepared, String> {
         let beside = if self.url.is_some() && self.config.config.is_none() {
-            DaemonEndpoints { listen: Listen::default(), region: None }
+            DaemonEndpoints {
+                listen: Listen::default(),
+                region: None,
+            }
         } else {
-            let hint = "give --url http://127.0.0.1:974 if the configuration is not for this user to read";
-            self.config.daemon_endpoints().map_err(|errors| format!("{errors}\n{hint}"))?
+            let hint =
+                "give --url http://127.0.0.1:974 if the configuration is not for this user to read";
+            self.config
+                .daemon_endpoints()
+                .map_err(|errors| format!("{errors}\n{hint}"))?
         };
-        let url = self.url.as_deref().map_or_else(|| loopback(&beside.listen), endpoint)?;
+        let url = self
+            .url
+            .as_deref()
+            .map_or_else(|| loopback(&beside.listen), endpoint)?;
         let uri = match &self.role {
             Some(role) => format!("{}/{}", url.uri, role_in_path(role)?),
             None => url.uri,
@@ -122,16 +142,26 @@ impl Exec {
             .collect();
         if !there.is_empty() {
             let why = "SDKs take credentials from there before they ask awsvid";
-            notes.push(format!("removed from the command's environment: {} ({why})", there.join(", ")));
+            notes.push(format!(
+                "removed from the command's environment: {} ({why})",
+                there.join(", ")
+            ));
         }
         let judged = profile::judge(&mut environment, &mut notes, &inherited);
-        let is_set = inherited("AWS_REGION").or_else(|| inherited("AWS_DEFAULT_REGION")).is_some() || judged.has_region;
+        let is_set = inherited("AWS_REGION")
+            .or_else(|| inherited("AWS_DEFAULT_REGION"))
+            .is_some()
+            || judged.has_region;
         let region = judged.hidden_region.or(beside.region).filter(|_| !is_set);
         if let Some(region) = region {
             environment.set("AWS_REGION", region.as_str());
             environment.set("AWS_DEFAULT_REGION", region);
         }
-        Ok(Prepared { uri, environment, notes })
+        Ok(Prepared {
+            uri,
+            environment,
+            notes,
+        })
     }
 
     /// The token both ways with one content: old SDKs know only the variable, one client (object_store) uses the endpoint
@@ -142,10 +172,14 @@ impl Exec {
         match read_token(path) {
             Ok(token) => {
                 environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN", token);
-                environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", path.display().to_string());
+                environment.set(
+                    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+                    path.display().to_string(),
+                );
             }
             Err(error) if needed => {
-                let fix = "awsvid writes it when it starts; is it running, and is this its --token-file?";
+                let fix =
+                    "awsvid writes it when it starts; is it running, and is this its --token-file?";
                 return Err(format!("the token file {}: {error}; {fix}", path.display()));
             }
             // Any value will do.
@@ -165,14 +199,23 @@ struct Url {
 
 /// An address of the configuration, best 127.0.0.1: the one form that every SDK accepts.
 fn loopback(listen: &Listen) -> Result<Url, String> {
-    let address = listen.tcp.iter().find(|address| address.is_ipv4()).or(listen.tcp.first());
+    let address = listen
+        .tcp
+        .iter()
+        .find(|address| address.is_ipv4())
+        .or(listen.tcp.first());
     let Some(address) = address else {
-        return Err("the configuration has no `tcp` address, and SDKs can't ask over the unix socket; \
+        return Err(
+            "the configuration has no `tcp` address, and SDKs can't ask over the unix socket; \
                     add one, or use `awsvid credential-process` in ~/.aws/config"
-            .to_owned());
+                .to_owned(),
+        );
     };
     if address.port() == 0 {
-        return Err("the configuration has port 0, so only the daemon's log knows the port; give --url".to_owned());
+        return Err(
+            "the configuration has port 0, so only the daemon's log knows the port; give --url"
+                .to_owned(),
+        );
     }
     endpoint(&format!("http://{address}"))
 }
@@ -181,7 +224,9 @@ fn loopback(listen: &Listen) -> Result<Url, String> {
 fn endpoint(text: &str) -> Result<Url, String> {
     const FORM: &str = "write it as http://127.0.0.1:974";
     let failed = |what: &str| Err(format!("--url {text:?}: {what}; {FORM}"));
-    let Ok(url) = text.parse::<Uri>() else { return failed("it is no URL") };
+    let Ok(url) = text.parse::<Uri>() else {
+        return failed("it is no URL");
+    };
     let (Some(scheme), Some(authority)) = (url.scheme_str(), url.authority()) else {
         return failed("it has no scheme or no host");
     };
@@ -205,7 +250,10 @@ fn endpoint(text: &str) -> Result<Url, String> {
         "" => PATH,
         path => path,
     };
-    Ok(Url { uri: format!("{scheme}://{authority}{path}"), host: bare.to_owned() })
+    Ok(Url {
+        uri: format!("{scheme}://{authority}{path}"),
+        host: bare.to_owned(),
+    })
 }
 
 /// A role's name, or its ARN in percent-encoding.

@@ -29,8 +29,15 @@ impl LiveToken {
         audience: &str,
         deadline: Duration,
     ) -> Result<Self, SourceError> {
-        let source = WorkloadApi::new(config.identity.socket.clone(), Vec::new(), Clock::system(), Metrics::default());
-        Ok(Self::of(source.with_deadline(deadline).fetch(id, audience).await?))
+        let source = WorkloadApi::new(
+            config.identity.socket.clone(),
+            Vec::new(),
+            Clock::system(),
+            Metrics::default(),
+        );
+        Ok(Self::of(
+            source.with_deadline(deadline).fetch(id, audience).await?,
+        ))
     }
 
     pub(super) fn of(svid: JwtSvid) -> Self {
@@ -39,14 +46,23 @@ impl LiveToken {
             let bytes = URL_SAFE_NO_PAD.decode(part).unwrap_or_default();
             serde_json::from_slice(&bytes).unwrap_or_default()
         });
-        let (header, claims) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+        let (header, claims) = (
+            parts.next().unwrap_or_default(),
+            parts.next().unwrap_or_default(),
+        );
         drop(parts);
-        Self { svid, header, claims }
+        Self {
+            svid,
+            header,
+            claims,
+        }
     }
 
     /// `iss`, which decides the IAM provider that STS looks for.
     pub(super) fn issuer(&self) -> Option<&str> {
-        self.claims["iss"].as_str().filter(|issuer| !issuer.is_empty())
+        self.claims["iss"]
+            .as_str()
+            .filter(|issuer| !issuer.is_empty())
     }
 
     /// The key that it says it is signed with.
@@ -57,7 +73,12 @@ impl LiveToken {
 
 /// Whose token stands for all of a role's, on this node; `None` if no rule gives anybody an identity that it is for.
 pub(super) fn example(config: &Config, role: &Role) -> Option<SpiffeId> {
-    config.workloads.iter().map(|workload| workload.rule.spiffe_id()).find(|id| role.spiffe_id.matches(id)).cloned()
+    config
+        .workloads
+        .iter()
+        .map(|workload| workload.rule.spiffe_id())
+        .find(|id| role.spiffe_id.matches(id))
+        .cloned()
 }
 
 /// awsvid's own identity: where the agent attests callers, tokens of others are given for living processes only.
@@ -77,5 +98,8 @@ pub(super) const NO_ISSUER: &str = "the token has no `iss`, so STS cannot know w
 
 /// Where OpenID Connect Discovery 1.0, section 4, puts the document.
 pub(super) fn discovery_url(issuer: &str) -> String {
-    format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'))
+    format!(
+        "{}/.well-known/openid-configuration",
+        issuer.trim_end_matches('/')
+    )
 }

@@ -17,7 +17,8 @@ const OTHERS_WRITE: u32 = 0o022;
 pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Problem> {
     let mut numbers = BTreeMap::new();
     let mut warnings = accounts(config, service, &mut numbers);
-    warnings.extend(config.shadowed(|name| numbers.get(name).copied().unwrap_or(Known::Unanswered)));
+    warnings
+        .extend(config.shadowed(|name| numbers.get(name).copied().unwrap_or(Known::Unanswered)));
     warnings.extend(programs(config));
     warnings.extend(files(config));
     warnings
@@ -28,20 +29,44 @@ pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Proble
 pub(super) fn exposed(config: &Config) -> Vec<Problem> {
     let found = |path: &Path| Some((path.to_owned(), fs::metadata(path).ok()?));
     let ca_file = config.sts.ca_file.as_deref().and_then(found);
-    let problems = ca_file.map(|(path, file)| exposures(&path, &file, "CA file")).unwrap_or_default();
-    problems.into_iter().map(|problem| Problem { key: "sts.ca_file".to_owned(), ..problem }).collect()
+    let problems = ca_file
+        .map(|(path, file)| exposures(&path, &file, "CA file"))
+        .unwrap_or_default();
+    problems
+        .into_iter()
+        .map(|problem| Problem {
+            key: "sts.ca_file".to_owned(),
+            ..problem
+        })
+        .collect()
 }
 
-fn accounts(config: &Config, service: &dyn NameService, numbers: &mut BTreeMap<AccountName, Known>) -> Vec<Problem> {
+fn accounts(
+    config: &Config,
+    service: &dyn NameService,
+    numbers: &mut BTreeMap<AccountName, Known>,
+) -> Vec<Problem> {
     let mut warnings = Vec::new();
-    for (name, (key, line)) in config.workloads.iter().flat_map(|workload| &workload.accounts) {
-        let warning = |what: String, fix: &str| Problem { line: *line, key: key.clone(), what, fix: fix.to_owned() };
+    for (name, (key, line)) in config
+        .workloads
+        .iter()
+        .flat_map(|workload| &workload.accounts)
+    {
+        let warning = |what: String, fix: &str| Problem {
+            line: *line,
+            key: key.clone(),
+            what,
+            fix: fix.to_owned(),
+        };
         let known = match service.number(name) {
             Ok(Some(number)) => Known::Number(number),
             Ok(None) => Known::Absent,
             Err(error) => {
                 let what = format!("looking up the {name} failed: {}", error.desc());
-                warnings.push(warning(what, "check /etc/nsswitch.conf and the services that it names"));
+                warnings.push(warning(
+                    what,
+                    "check /etc/nsswitch.conf and the services that it names",
+                ));
                 Known::Unanswered
             }
         };
@@ -65,7 +90,12 @@ fn programs(config: &Config) -> impl Iterator<Item = Problem> {
     config.workloads.iter().filter_map(|workload| {
         let path = workload.rule.rule.exe.as_ref().map(ExeMatcher::path)?;
         let (what, fix) = program(path)?;
-        Some(Problem { line: workload.line, key: "workload.exe".to_owned(), what, fix: fix.to_owned() })
+        Some(Problem {
+            line: workload.line,
+            key: "workload.exe".to_owned(),
+            what,
+            fix: fix.to_owned(),
+        })
     })
 }
 
@@ -82,16 +112,19 @@ fn program(path: &Path) -> Option<(String, &'static str)> {
             ),
             "name a file that root can see, on a file system that answers",
         )),
-        Ok(found) if !found.is_file() => {
-            Some((format!("{shown} is not a file, so the rule matches no caller"), "name the program's file"))
-        }
+        Ok(found) if !found.is_file() => Some((
+            format!("{shown} is not a file, so the rule matches no caller"),
+            "name the program's file",
+        )),
         Ok(found)
             if found.uid() != 0
                 || found.mode() & OTHERS_WRITE != 0
                 || !exposures(path, &found, "program").is_empty() =>
         {
             Some((
-                format!("{shown} can be changed by other users than root, so it proves nothing about its caller"),
+                format!(
+                    "{shown} can be changed by other users than root, so it proves nothing about its caller"
+                ),
                 "make it and the directories that lead to it root's with mode 0755, or rely on `user` or `systemd_unit`",
             ))
         }
@@ -100,14 +133,22 @@ fn program(path: &Path) -> Option<(String, &'static str)> {
 }
 
 fn files(config: &Config) -> Vec<Problem> {
-    let warning =
-        |key: &str, what: String, fix: &str| Problem { line: None, key: key.to_owned(), what, fix: fix.to_owned() };
+    let warning = |key: &str, what: String, fix: &str| Problem {
+        line: None,
+        key: key.to_owned(),
+        what,
+        fix: fix.to_owned(),
+    };
     let mut warnings = Vec::new();
     if let Some(path) = &config.sts.ca_file
         && let Err(error) = File::open(path)
     {
         let what = format!("{} can't be read: {error}", path.display());
-        warnings.push(warning("sts.ca_file", what, "put the certificates there before the first request to this STS"));
+        warnings.push(warning(
+            "sts.ca_file",
+            what,
+            "put the certificates there before the first request to this STS",
+        ));
     }
     if let AuditFile::Path(path) = &config.audit.file
         && let Some(directory) = path.parent().filter(|directory| !directory.is_dir())

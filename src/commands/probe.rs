@@ -62,7 +62,16 @@ impl Probe {
             What::Ready => "/readyz",
         };
         let owners = [0, geteuid().as_raw()];
-        let answer = server::get(&socket, &owners, path, ANSWER_MAX, Instant::now() + PATIENCE)?;
-        Ok((answer.status, String::from_utf8_lossy(&answer.body).into_owned()))
+        let answer = server::get(
+            &socket,
+            &owners,
+            path,
+            ANSWER_MAX,
+            Instant::now() + PATIENCE,
+        )?;
+        Ok((
+            answer.status,
+            String::from_utf8_lossy(&answer.body).into_owned(),
+        ))
     }
 }

@@ -19,8 +19,11 @@ fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
     let at = path.display();
     let failed = |error: io::Error| format!("{at}: {}", explain_connect_error(&error));
     let foreign = |what: &str, uid: u32| {
-        let fix = "it has to be root, as whom awsvid runs; --same-user also trusts a daemon of your own";
-        Err(format!("{at}: {what} uid {uid}, so what is there is not trusted; {fix}"))
+        let fix =
+            "it has to be root, as whom awsvid runs; --same-user also trusts a daemon of your own";
+        Err(format!(
+            "{at}: {what} uid {uid}, so what is there is not trusted; {fix}"
+        ))
     };
     let directory = path.parent().unwrap_or(Path::new("/"));
     let found = fs::metadata(directory).map_err(failed)?;
@@ -29,17 +32,22 @@ fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
     }
     if found.mode() & 0o022 != 0 {
         let fix = format!("chmod go-w {}", directory.display());
-        return Err(format!("{at}: others than its owner can put a socket of their own into the directory; {fix}"));
+        return Err(format!(
+            "{at}: others than its owner can put a socket of their own into the directory; {fix}"
+        ));
     }
     let found = fs::symlink_metadata(path).map_err(failed)?;
     if !found.file_type().is_socket() {
-        return Err(format!("{at}: this is no socket; name that of [listen] with --socket"));
+        return Err(format!(
+            "{at}: this is no socket; name that of [listen] with --socket"
+        ));
     }
     if !owners.contains(&found.uid()) {
         return foreign("the socket belongs to", found.uid());
     }
     let stream = UnixStream::connect(path).map_err(failed)?;
-    let peer = getsockopt(&stream, sockopt::PeerCredentials).map_err(|errno| failed(errno.into()))?;
+    let peer =
+        getsockopt(&stream, sockopt::PeerCredentials).map_err(|errno| failed(errno.into()))?;
     if !owners.contains(&peer.uid()) {
         return foreign("whoever listens there is", peer.uid());
     }
@@ -88,7 +96,9 @@ mod tests {
     fn only_what_is_its_owners_alone_is_connected_to() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
-        let mode = |mode: u32| fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap();
+        let mode = |mode: u32| {
+            fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap()
+        };
         let own = geteuid().as_raw();
         let error = |owners: &[u32]| connect(&path, owners).unwrap_err();
         mode(0o755);

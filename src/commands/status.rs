@@ -44,15 +44,22 @@ pub struct StatusCommand {
 
 impl StatusCommand {
     /// Shows it.
-    #[expect(clippy::print_stderr, reason = "where a person looks for what went wrong")]
+    #[expect(
+        clippy::print_stderr,
+        reason = "where a person looks for what went wrong"
+    )]
     pub fn run(&self) -> ExitCode {
         let terminal = io::stdout().is_terminal();
         let style = Style::new(terminal, |name| std::env::var(name).ok());
         let json = self.json || !terminal;
         loop {
-            let shown = self.ask().and_then(|status| self.show(&status, json, style));
+            let shown = self
+                .ask()
+                .and_then(|status| self.show(&status, json, style));
             match (shown, self.watch) {
-                (Ok(StatusView::Yes), None) | (Ok(StatusView::NobodyLooks), _) => return ExitCode::SUCCESS,
+                (Ok(StatusView::Yes), None) | (Ok(StatusView::NobodyLooks), _) => {
+                    return ExitCode::SUCCESS;
+                }
                 (Err(error), None) => {
                     eprintln!("awsvid status: {error}");
                     return ExitCode::FAILURE;
@@ -68,19 +75,34 @@ impl StatusCommand {
     fn ask(&self) -> Result<Value, String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
         let owners = [0, geteuid().as_raw()];
-        let answer = server::get(&socket, &owners, "/status", ANSWER_MAX, Instant::now() + PATIENCE)?;
-        let status = serde_json::from_slice(&answer.body).ok().filter(|_| answer.status == 200);
+        let answer = server::get(
+            &socket,
+            &owners,
+            "/status",
+            ANSWER_MAX,
+            Instant::now() + PATIENCE,
+        )?;
+        let status = serde_json::from_slice(&answer.body)
+            .ok()
+            .filter(|_| answer.status == 200);
         status.ok_or_else(|| not_awsvids(&socket, answer.status))
     }
 
     fn show(&self, status: &Value, json: bool, style: Style) -> Result<StatusView, String> {
         let text = match (json, self.watch) {
-            (true, None) => serde_json::to_string_pretty(status).map_err(|error| error.to_string())? + "\n",
+            (true, None) => {
+                serde_json::to_string_pretty(status).map_err(|error| error.to_string())? + "\n"
+            }
             (true, Some(_)) => format!("{status}\n"),
             (false, None) => table::render(status, SystemTime::now(), style),
-            (false, Some(_)) => format!("{CLEAR}{}", table::render(status, SystemTime::now(), style)),
+            (false, Some(_)) => {
+                format!("{CLEAR}{}", table::render(status, SystemTime::now(), style))
+            }
         };
-        match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        match io::stdout()
+            .write_all(text.as_bytes())
+            .and_then(|()| io::stdout().flush())
+        {
             Ok(()) => Ok(StatusView::Yes),
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(StatusView::NobodyLooks),
             Err(error) => Err(error.to_string()),
@@ -94,5 +116,8 @@ enum StatusView {
 }
 
 fn not_awsvids(socket: &Path, status: u16) -> String {
-    format!("{}: status {status} and no answer of awsvid's; is it the socket of [listen] `status`?", socket.display())
+    format!(
+        "{}: status {status} and no answer of awsvid's; is it the socket of [listen] `status`?",
+        socket.display()
+    )
 }

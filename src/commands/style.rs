@@ -15,7 +15,9 @@ impl Style {
     /// Colours only on a terminal, and only if nobody has said otherwise (<https://no-color.org>).
     pub(super) fn new(terminal: bool, env: impl Fn(&str) -> Option<String>) -> Self {
         let unwanted = env("NO_COLOR").is_some_and(|value| !value.is_empty());
-        Self { colours: terminal && !unwanted && env("TERM").as_deref() != Some("dumb") }
+        Self {
+            colours: terminal && !unwanted && env("TERM").as_deref() != Some("dumb"),
+        }
     }
 
     /// Without any.
@@ -26,7 +28,11 @@ impl Style {
 
     /// The text in one of the colours above.
     pub(super) fn paint(self, code: &str, text: &str) -> String {
-        if self.colours && !text.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+        if self.colours && !text.is_empty() {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
     }
 }
 
@@ -37,7 +43,9 @@ mod tests {
     #[test]
     fn colours_are_for_terminals_and_who_wants_them() {
         let colours = |terminal, variable: (&str, &str)| {
-            let style = Style::new(terminal, |name| (name == variable.0).then(|| variable.1.to_owned()));
+            let style = Style::new(terminal, |name| {
+                (name == variable.0).then(|| variable.1.to_owned())
+            });
             style.paint(RED, "text").contains('\x1b')
         };
         assert!(colours(true, ("TERM", "xterm")));

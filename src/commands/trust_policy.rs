@@ -41,7 +41,12 @@ const EX_CONFIG: u8 = 78;
 Exit status: 0; 78 if the configuration has errors; 1 if there is no issuer, no role at AWS, or roles of several accounts.")]
 pub struct TrustPolicyArgs {
     /// The daemon's configuration file.
-    #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE", default_value = "/etc/awsvid/awsvid.toml")]
+    #[arg(
+        long,
+        env = "AWSVID_CONFIG",
+        value_name = "FILE",
+        default_value = "/etc/awsvid/awsvid.toml"
+    )]
     config: PathBuf,
     /// In which language.
     #[arg(long, value_enum, default_value = "aws-cli")]
@@ -80,14 +85,19 @@ enum Format {
 /// Writes it to standard output, and what is to be thought about to standard error.
 #[expect(clippy::print_stderr, reason = "a command that a person runs")]
 pub fn run(options: &TrustPolicyArgs) -> ExitCode {
-    let config = match Config::load(&options.config, Exposure::Ignored, |name| std::env::var(name).ok()) {
+    let config = match Config::load(&options.config, Exposure::Ignored, |name| {
+        std::env::var(name).ok()
+    }) {
         Ok(loaded) => loaded.config,
         Err(errors) => {
             eprintln!("{errors}");
             return ExitCode::from(EX_CONFIG);
         }
     };
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("awsvid: {error}");
@@ -97,10 +107,16 @@ pub fn run(options: &TrustPolicyArgs) -> ExitCode {
     let planned = runtime.block_on(plan(options, &config));
     runtime.shutdown_background();
     let rendered = planned.and_then(|plan| {
-        plan.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        plan.warnings
+            .iter()
+            .for_each(|warning| eprintln!("warning: {warning}"));
         render(&plan, options.format)
     });
-    let written = rendered.and_then(|text| io::stdout().write_all(text.as_bytes()).map_err(|error| error.to_string()));
+    let written = rendered.and_then(|text| {
+        io::stdout()
+            .write_all(text.as_bytes())
+            .map_err(|error| error.to_string())
+    });
     match written {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -117,7 +133,10 @@ fn render(plan: &Plan, format: Format) -> Result<String, String> {
     let accounts: Vec<(&PlannedAccountName, &PlannedAccount)> = plan.accounts.iter().collect();
     let [(name, account)] = accounts[..] else {
         let names: Vec<String> = accounts.iter().map(|(name, _)| name.to_string()).collect();
-        return Err(format!("the roles are in several accounts: choose one with --account ({})", names.join(", ")));
+        return Err(format!(
+            "the roles are in several accounts: choose one with --account ({})",
+            names.join(", ")
+        ));
     };
     Ok(match format {
         Format::AwsCli => aws_cli::render(plan),
@@ -130,9 +149,9 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String
     let live = live_issuer(config).await;
     let mut warnings = Vec::new();
     let issuer = match (&options.issuer, live) {
-        (None, live) => {
-            live.map_err(|error| format!("{error}\nawsvid: without a token, name the issuer with --issuer"))?
-        }
+        (None, live) => live.map_err(|error| {
+            format!("{error}\nawsvid: without a token, name the issuer with --issuer")
+        })?,
         (Some(given), Ok(live)) if *given != live => {
             warnings.push(format!(
                 "--issuer is {given}, but this node's tokens are issued by {live}: STS will refuse them"
@@ -149,8 +168,13 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String
             (PlannedProvider::New { thumbprint }, doubts)
         }
     };
-    let ids: Vec<SpiffeId> =
-        config.workloads.iter().map(|workload| workload.rule.spiffe_id()).chain(&options.spiffe_id).cloned().collect();
+    let ids: Vec<SpiffeId> = config
+        .workloads
+        .iter()
+        .map(|workload| workload.rule.spiffe_id())
+        .chain(&options.spiffe_id)
+        .cloned()
+        .collect();
     let mut plan = Plan::new(&config.roles, &ids, issuer, provider);
     plan.warnings.extend(doubts);
     plan.warnings.extend(warnings);
@@ -170,17 +194,33 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String
 /// Who issues this node's tokens.
 async fn live_issuer(config: &Config) -> Result<String, String> {
     let roles = &config.roles.defined;
-    let example = roles.iter().find_map(|role| Some((live::example(config, role)?, role.audience.clone())));
+    let example = roles
+        .iter()
+        .find_map(|role| Some((live::example(config, role)?, role.audience.clone())));
     let (id, audience) = match example {
         Some(example) => example,
-        None if live::by_rules(config) => return Err("no rule gives anybody an identity that a role is for".to_owned()),
+        None if live::by_rules(config) => {
+            return Err("no rule gives anybody an identity that a role is for".to_owned());
+        }
         None => {
-            let audience = roles.first().map_or(&config.identity.audience, |role| &role.audience).clone();
-            (live::own(config, DEADLINE).await.map_err(|error| error.to_string())?, audience)
+            let audience = roles
+                .first()
+                .map_or(&config.identity.audience, |role| &role.audience)
+                .clone();
+            (
+                live::own(config, DEADLINE)
+                    .await
+                    .map_err(|error| error.to_string())?,
+                audience,
+            )
         }
     };
-    let live = LiveToken::fetch(config, &id, &audience, DEADLINE).await.map_err(|error| error.to_string())?;
-    live.issuer().map(str::to_owned).ok_or_else(|| live::NO_ISSUER.to_owned())
+    let live = LiveToken::fetch(config, &id, &audience, DEADLINE)
+        .await
+        .map_err(|error| error.to_string())?;
+    live.issuer()
+        .map(str::to_owned)
+        .ok_or_else(|| live::NO_ISSUER.to_owned())
 }
 
 /// Returns the thumbprint that IAM needs, and a warning. AWS trusts public CAs, and needs a thumbprint for other chains. A chain that
@@ -190,17 +230,26 @@ async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, 
         return (None, None);
     }
     let network = NetworkSettings::from_env(|name| std::env::var(name).ok());
-    let web = HttpProbe { resolve: Vec::new(), network: Some(network), deadline: DEADLINE };
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: Some(network),
+        deadline: DEADLINE,
+    };
     let chain = async {
         let document = web.get(&live::discovery_url(issuer.url())).await?;
-        let discovery: Value =
-            serde_json::from_slice(&document.body).map_err(|_| "its discovery document is no JSON")?;
-        let keys = discovery["jwks_uri"].as_str().ok_or("its discovery document has no `jwks_uri`")?;
+        let discovery: Value = serde_json::from_slice(&document.body)
+            .map_err(|_| "its discovery document is no JSON")?;
+        let keys = discovery["jwks_uri"]
+            .as_str()
+            .ok_or("its discovery document has no `jwks_uri`")?;
         Ok::<_, String>(web.get(keys).await?.chain)
     };
     let url = issuer.url();
     match chain.await {
-        Ok(Some(ServerChain { distrust: Some(distrust), thumbprint })) => {
+        Ok(Some(ServerChain {
+            distrust: Some(distrust),
+            thumbprint,
+        })) => {
             let what = format!(
                 "issuer {url}: this machine does not trust the certificate that its keys are served with ({distrust}). AWS trusts \
                  every server with a certificate of this thumbprint: compare {thumbprint} with your own CA's (openssl x509 -noout -fingerprint \
@@ -210,12 +259,19 @@ async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, 
                 true => (Some(thumbprint), Some(what)),
                 false => (
                     None,
-                    Some(format!("{what}, and run this again with --accept-untrusted-issuer; it is left out here")),
+                    Some(format!(
+                        "{what}, and run this again with --accept-untrusted-issuer; it is left out here"
+                    )),
                 ),
             }
         }
         Ok(_) => (None, None),
-        Err(error) => (None, Some(format!("issuer {url}: {error}; so whether IAM needs a thumbprint is not known"))),
+        Err(error) => (
+            None,
+            Some(format!(
+                "issuer {url}: {error}; so whether IAM needs a thumbprint is not known"
+            )),
+        ),
     }
 }
 

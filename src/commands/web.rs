@@ -62,8 +62,16 @@ impl std::str::FromStr for Resolve {
         const FORM: &str = "write HOST:PORT:ADDRESS, as in oidc.example.org:443:192.0.2.1";
         let (host, rest) = text.split_once(':').ok_or(FORM)?;
         let (port, address) = rest.split_once(':').ok_or(FORM)?;
-        let address = address.trim_start_matches('[').trim_end_matches(']').parse().map_err(|_| FORM)?;
-        Ok(Self { host: host.to_ascii_lowercase(), port: port.parse().map_err(|_| FORM)?, address })
+        let address = address
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .parse()
+            .map_err(|_| FORM)?;
+        Ok(Self {
+            host: host.to_ascii_lowercase(),
+            port: port.parse().map_err(|_| FORM)?,
+            address,
+        })
     }
 }
 
@@ -83,14 +91,22 @@ impl HttpProbe {
     }
 
     /// The same with an `Authorization`, which goes over plain HTTP to loopback only.
-    pub(super) async fn get_with(&self, url: &str, authorization: Option<&str>) -> Result<HttpProbeResponse, String> {
+    pub(super) async fn get_with(
+        &self,
+        url: &str,
+        authorization: Option<&str>,
+    ) -> Result<HttpProbeResponse, String> {
         match timeout(self.deadline, self.exchange(url, authorization)).await {
             Ok(answer) => answer,
             Err(_) => Err(format!("no answer within {:?}", self.deadline)),
         }
     }
 
-    async fn exchange(&self, url: &str, authorization: Option<&str>) -> Result<HttpProbeResponse, String> {
+    async fn exchange(
+        &self,
+        url: &str,
+        authorization: Option<&str>,
+    ) -> Result<HttpProbeResponse, String> {
         let begun = Instant::now();
         let uri: Uri = url.parse().map_err(|_| "it is no URL".to_owned())?;
         let authority = uri.authority().ok_or("it has no host")?.clone();
@@ -99,10 +115,20 @@ impl HttpProbe {
             Some("http") => false,
             _ => return Err("it begins neither with https:// nor with http://".to_owned()),
         };
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let port = authority.port_u16().unwrap_or(if secure { 443 } else { 80 });
+        let host = authority
+            .host()
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .to_owned();
+        let port = authority
+            .port_u16()
+            .unwrap_or(if secure { 443 } else { 80 });
         // Who names an address wants to see what is there.
-        let hop = match self.network.as_ref().filter(|_| self.forced(&host, port).is_none()) {
+        let hop = match self
+            .network
+            .as_ref()
+            .filter(|_| self.forced(&host, port).is_none())
+        {
             Some(network) => network.hop(&uri).map_err(|error| error.to_string())?,
             None => None,
         };
@@ -122,17 +148,27 @@ impl HttpProbe {
         if let Some(text) = authorization.filter(|_| is_near) {
             request = request.header(AUTHORIZATION, text);
         }
-        let request =
-            request.header(HOST, authority.as_str()).body(Empty::<Bytes>::new()).map_err(|error| error.to_string())?;
+        let request = request
+            .header(HOST, authority.as_str())
+            .body(Empty::<Bytes>::new())
+            .map_err(|error| error.to_string())?;
         if !secure {
             return answer(stream, request, begun).await;
         }
         let seen = Arc::new(CertCapture::default());
         let connector = TlsConnector::from(Arc::new(tls(&seen)?));
-        let name = ServerName::try_from(host.clone()).map_err(|_| format!("{host} is no name of a server"))?;
-        let stream = connector.connect(name, stream).await.map_err(|error| format!("TLS: {error}"))?;
+        let name = ServerName::try_from(host.clone())
+            .map_err(|_| format!("{host} is no name of a server"))?;
+        let stream = connector
+            .connect(name, stream)
+            .await
+            .map_err(|error| format!("TLS: {error}"))?;
         let mut answer = answer(stream, request, begun).await?;
-        answer.chain = seen.chain.lock().unwrap_or_else(PoisonError::into_inner).take();
+        answer.chain = seen
+            .chain
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         Ok(answer)
     }
 
@@ -141,7 +177,9 @@ impl HttpProbe {
             let what = "is to be asked over TLS, which awsvid check does not do: try it with curl";
             return Err(format!("{hop} {what}"));
         }
-        self.connect(&hop.host, hop.port).await.map_err(|error| format!("through {hop}: {error}"))
+        self.connect(&hop.host, hop.port)
+            .await
+            .map_err(|error| format!("through {hop}: {error}"))
     }
 
     async fn tunnel(&self, hop: &Proxy, host: &str, port: u16) -> Result<TcpStream, String> {
@@ -152,7 +190,9 @@ impl HttpProbe {
     }
 
     fn forced(&self, host: &str, port: u16) -> Option<&Resolve> {
-        self.resolve.iter().find(|forced| forced.host.eq_ignore_ascii_case(host) && forced.port == port)
+        self.resolve
+            .iter()
+            .find(|forced| forced.host.eq_ignore_ascii_case(host) && forced.port == port)
     }
 
     async fn connect(&self, host: &str, port: u16) -> Result<TcpStream, String> {
@@ -160,14 +200,22 @@ impl HttpProbe {
             Some(forced) => vec![SocketAddr::new(forced.address, port)],
             None => {
                 let found = tokio::net::lookup_host((host, port)).await;
-                found.map_err(|error| format!("the name {host} does not resolve: {error}"))?.collect()
+                found
+                    .map_err(|error| format!("the name {host} does not resolve: {error}"))?
+                    .collect()
             }
         };
-        TcpStream::connect(&addresses[..]).await.map_err(|error| format!("no connection to {host}:{port}: {error}"))
+        TcpStream::connect(&addresses[..])
+            .await
+            .map_err(|error| format!("no connection to {host}:{port}: {error}"))
     }
 }
 
-async fn answer<S>(stream: S, request: Request<Empty<Bytes>>, begun: Instant) -> Result<HttpProbeResponse, String>
+async fn answer<S>(
+    stream: S,
+    request: Request<Empty<Bytes>>,
+    begun: Instant,
+) -> Result<HttpProbeResponse, String>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -175,12 +223,30 @@ where
         .await
         .map_err(|error| format!("no HTTP: {error}"))?;
     let exchange = async {
-        let response = sender.send_request(request).await.map_err(|error| format!("no HTTP answer: {error}"))?;
-        let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| format!("no HTTP answer: {error}"))?;
+        let text = |name| {
+            response
+                .headers()
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+                .map(str::to_owned)
+        };
         let (status, location, date) = (response.status().as_u16(), text(LOCATION), text(DATE));
         let body = Limited::new(response.into_body(), BODY_MAX).collect().await;
-        let body = body.map_err(|error| format!("the answer broke off, or is over a megabyte: {error}"))?.to_bytes();
-        Ok(HttpProbeResponse { status, location, date, body, took: begun.elapsed(), chain: None })
+        let body = body
+            .map_err(|error| format!("the answer broke off, or is over a megabyte: {error}"))?
+            .to_bytes();
+        Ok(HttpProbeResponse {
+            status,
+            location,
+            date,
+            body,
+            took: begun.elapsed(),
+            chain: None,
+        })
     };
     // The connection makes progress only while it is polled; the exchange decides when it is over.
     tokio::pin!(connection);
@@ -197,12 +263,18 @@ fn tls(seen: &Arc<CertCapture>) -> Result<ClientConfig, String> {
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
         .build()
-        .map_err(|_| "this machine trusts no certificates at all: install its package of CA certificates".to_owned())?;
+        .map_err(|_| {
+            "this machine trusts no certificates at all: install its package of CA certificates"
+                .to_owned()
+        })?;
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(RecordingVerifier { verifier, seen: seen.clone() }))
+        .with_custom_certificate_verifier(Arc::new(RecordingVerifier {
+            verifier,
+            seen: seen.clone(),
+        }))
         .with_no_client_auth();
     Ok(config)
 }
@@ -234,13 +306,30 @@ impl ServerCertVerifier for RecordingVerifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let verified = self.verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
-        let last = digest(&SHA1_FOR_LEGACY_USE_ONLY, intermediates.last().unwrap_or(end_entity));
+        let verified = self.verifier.verify_server_cert(
+            end_entity,
+            intermediates,
+            server_name,
+            ocsp_response,
+            now,
+        );
+        let last = digest(
+            &SHA1_FOR_LEGACY_USE_ONLY,
+            intermediates.last().unwrap_or(end_entity),
+        );
         let chain = ServerChain {
             distrust: verified.err().map(|error| error.to_string()),
-            thumbprint: last.as_ref().iter().map(|byte| format!("{byte:02x}")).collect(),
+            thumbprint: last
+                .as_ref()
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect(),
         };
-        *self.seen.chain.lock().unwrap_or_else(PoisonError::into_inner) = Some(chain);
+        *self
+            .seen
+            .chain
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(chain);
         Ok(ServerCertVerified::assertion())
     }
 
@@ -250,7 +339,8 @@ impl ServerCertVerifier for RecordingVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verifier.verify_tls12_signature(message, certificate, signature)
+        self.verifier
+            .verify_tls12_signature(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -259,7 +349,8 @@ impl ServerCertVerifier for RecordingVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verifier.verify_tls13_signature(message, certificate, signature)
+        self.verifier
+            .verify_tls13_signature(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

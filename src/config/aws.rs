@@ -14,15 +14,47 @@ struct Partition {
 }
 
 /// The partition of all other regions.
-const COMMERCIAL: Partition = Partition { name: "aws", regions: "", suffixes: ["amazonaws.com", "api.aws"] };
+const COMMERCIAL: Partition = Partition {
+    name: "aws",
+    regions: "",
+    suffixes: ["amazonaws.com", "api.aws"],
+};
 const PARTITIONS: [Partition; 7] = [
-    Partition { name: "aws-cn", regions: "cn", suffixes: ["amazonaws.com.cn", "api.amazonwebservices.com.cn"] },
-    Partition { name: "aws-us-gov", regions: "us-gov", suffixes: ["amazonaws.com", "api.aws"] },
-    Partition { name: "aws-eusc", regions: "eusc-de", suffixes: ["amazonaws.eu", "api.amazonwebservices.eu"] },
-    Partition { name: "aws-iso", regions: "us-iso", suffixes: ["c2s.ic.gov", "api.aws.ic.gov"] },
-    Partition { name: "aws-iso-b", regions: "us-isob", suffixes: ["sc2s.sgov.gov", "api.aws.scloud"] },
-    Partition { name: "aws-iso-e", regions: "eu-isoe", suffixes: ["cloud.adc-e.uk", "api.cloud-aws.adc-e.uk"] },
-    Partition { name: "aws-iso-f", regions: "us-isof", suffixes: ["csp.hci.ic.gov", "api.aws.hci.ic.gov"] },
+    Partition {
+        name: "aws-cn",
+        regions: "cn",
+        suffixes: ["amazonaws.com.cn", "api.amazonwebservices.com.cn"],
+    },
+    Partition {
+        name: "aws-us-gov",
+        regions: "us-gov",
+        suffixes: ["amazonaws.com", "api.aws"],
+    },
+    Partition {
+        name: "aws-eusc",
+        regions: "eusc-de",
+        suffixes: ["amazonaws.eu", "api.amazonwebservices.eu"],
+    },
+    Partition {
+        name: "aws-iso",
+        regions: "us-iso",
+        suffixes: ["c2s.ic.gov", "api.aws.ic.gov"],
+    },
+    Partition {
+        name: "aws-iso-b",
+        regions: "us-isob",
+        suffixes: ["sc2s.sgov.gov", "api.aws.scloud"],
+    },
+    Partition {
+        name: "aws-iso-e",
+        regions: "eu-isoe",
+        suffixes: ["cloud.adc-e.uk", "api.cloud-aws.adc-e.uk"],
+    },
+    Partition {
+        name: "aws-iso-f",
+        regions: "us-isof",
+        suffixes: ["csp.hci.ic.gov", "api.aws.hci.ic.gov"],
+    },
 ];
 
 impl Partition {
@@ -35,8 +67,11 @@ impl Partition {
             && !word.is_empty()
             && word.bytes().all(|c| c.is_ascii_lowercase());
         let is_continent = prefix.len() == 2 && prefix.bytes().all(|c| c.is_ascii_lowercase());
-        let own = PARTITIONS.iter().find(|partition| partition.regions == prefix);
-        own.or(is_continent.then_some(&COMMERCIAL)).filter(|_| is_region)
+        let own = PARTITIONS
+            .iter()
+            .find(|partition| partition.regions == prefix);
+        own.or(is_continent.then_some(&COMMERCIAL))
+            .filter(|_| is_region)
     }
 }
 
@@ -50,7 +85,10 @@ pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
     };
     let host = authority.host().to_ascii_lowercase();
     let port = authority.port_u16();
-    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    let address = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse::<IpAddr>();
     let is_name = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_');
     if address.is_err() && (host.is_empty() || !host.bytes().all(is_name)) {
         return Err(format!("`{host}` is no host"));
@@ -58,19 +96,29 @@ pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
     // What is neither host nor port: a user name, or a port that is no number.
     let length = host.len() + port.map_or(0, |port| port.to_string().len() + 1);
     if authority.as_str().len() != length || port == Some(0) {
-        return Err("after the host there may be a port, and nothing may stand before it".to_owned());
+        return Err(
+            "after the host there may be a port, and nothing may stand before it".to_owned(),
+        );
     }
     if uri.query().is_some() || text.contains('#') {
         return Err("it has a query or a fragment".to_owned());
     }
     let (scheme, default_port) = match scheme.to_ascii_lowercase().as_str() {
         "https" => ("https", 443),
-        "http" if host == "localhost" || address.is_ok_and(|address| address.is_loopback()) => ("http", 80),
+        "http" if host == "localhost" || address.is_ok_and(|address| address.is_loopback()) => {
+            ("http", 80)
+        }
         "http" => return Err("without TLS everybody on the way could read the tokens".to_owned()),
         _ => return Err("its scheme is not https".to_owned()),
     };
-    let port = port.filter(|port| *port != default_port).map(|port| format!(":{port}")).unwrap_or_default();
-    Ok(format!("{scheme}://{host}{port}{}", uri.path().trim_end_matches('/')))
+    let port = port
+        .filter(|port| *port != default_port)
+        .map(|port| format!(":{port}"))
+        .unwrap_or_default();
+    Ok(format!(
+        "{scheme}://{host}{port}{}",
+        uri.path().trim_end_matches('/')
+    ))
 }
 
 /// Whether this STS is AWS's: no endpoint of its own, or a URL of AWS's STS itself.
@@ -85,32 +133,51 @@ pub(crate) fn is_aws(endpoint: Option<&str>) -> bool {
 /// (`sts.s3.amazonaws.com`, `sts.s3-eu-west-1.amazonaws.com`; attack 38).
 pub(super) fn is_aws_sts_host(host: &str) -> bool {
     let is_sts = |label: &str| matches!(label, "sts" | "sts-fips");
-    std::iter::once(&COMMERCIAL).chain(&PARTITIONS).any(|partition| {
-        let is_region = |label: &str| Partition::of_region(label).is_some_and(|of| of.name == partition.name);
-        partition.suffixes.iter().any(|suffix| {
-            let rest = host.strip_suffix(suffix).and_then(|rest| rest.strip_suffix('.'));
-            match rest.map(|rest| rest.split('.').collect::<Vec<_>>()).as_deref() {
-                Some([label]) => is_sts(label),
-                Some([label, region]) => is_sts(label) && is_region(region),
-                Some([name, label, region, "vpce"]) => name.starts_with("vpce-") && is_sts(label) && is_region(region),
-                _ => false,
-            }
+    std::iter::once(&COMMERCIAL)
+        .chain(&PARTITIONS)
+        .any(|partition| {
+            let is_region = |label: &str| {
+                Partition::of_region(label).is_some_and(|of| of.name == partition.name)
+            };
+            partition.suffixes.iter().any(|suffix| {
+                let rest = host
+                    .strip_suffix(suffix)
+                    .and_then(|rest| rest.strip_suffix('.'));
+                match rest
+                    .map(|rest| rest.split('.').collect::<Vec<_>>())
+                    .as_deref()
+                {
+                    Some([label]) => is_sts(label),
+                    Some([label, region]) => is_sts(label) && is_region(region),
+                    Some([name, label, region, "vpce"]) => {
+                        name.starts_with("vpce-") && is_sts(label) && is_region(region)
+                    }
+                    _ => false,
+                }
+            })
         })
-    })
 }
 
 /// Checks the name of a region. It becomes part of a host name, so nothing else may be in it.
 pub(super) fn region(text: &str) -> Result<String, &'static str> {
     let allowed = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
-    let good =
-        (1..=32).contains(&text.len()) && text.bytes().all(allowed) && !text.starts_with('-') && !text.ends_with('-');
-    if good { Ok(text.to_owned()) } else { Err("a region's name takes a-z, 0-9 and '-'") }
+    let good = (1..=32).contains(&text.len())
+        && text.bytes().all(allowed)
+        && !text.starts_with('-')
+        && !text.ends_with('-');
+    if good {
+        Ok(text.to_owned())
+    } else {
+        Err("a region's name takes a-z, 0-9 and '-'")
+    }
 }
 
 /// Whether AWS could have a region of this name: all of them are like `eu-central-1`.
 pub(super) fn is_aws_region(region: &str) -> bool {
     let parts: Vec<&str> = region.split('-').collect();
-    let number = parts.last().is_some_and(|last| !last.is_empty() && last.bytes().all(|c| c.is_ascii_digit()));
+    let number = parts
+        .last()
+        .is_some_and(|last| !last.is_empty() && last.bytes().all(|c| c.is_ascii_digit()));
     parts.len() >= 3 && number
 }
 
@@ -138,7 +205,11 @@ mod tests {
         ];
         for (text, form) in table {
             assert_eq!(sts_endpoint(text).as_deref(), Ok(form), "{text}");
-            assert_eq!(sts_endpoint(form).as_deref(), Ok(form), "{form}: as it is given");
+            assert_eq!(
+                sts_endpoint(form).as_deref(),
+                Ok(form),
+                "{form}: as it is given"
+            );
         }
     }
 
@@ -155,7 +226,10 @@ mod tests {
             ("https://m!nio", "is no host"),
             ("https://[::1", "no URL"),
             ("https://user@minio", "nothing may stand before it"),
-            ("https://user:secret@minio:9000", "nothing may stand before it"),
+            (
+                "https://user:secret@minio:9000",
+                "nothing may stand before it",
+            ),
             ("https://minio:", "there may be a port"),
             ("https://minio:0", "there may be a port"),
             ("https://minio:65536", "there may be a port"),
@@ -253,12 +327,35 @@ mod tests {
             ("eusc-de-east-1", "aws-eusc"),
         ];
         for (name, of) in table {
-            assert_eq!((region(name).as_deref(), is_aws_region(name), partition(name)), (Ok(name), true, of));
+            assert_eq!(
+                (
+                    region(name).as_deref(),
+                    is_aws_region(name),
+                    partition(name)
+                ),
+                (Ok(name), true, of)
+            );
         }
-        for name in ["", "-", "eu-central-1-", "EU-central-1", "eu.central.1", "eu-central-1/x", "eu central", "é"] {
+        for name in [
+            "",
+            "-",
+            "eu-central-1-",
+            "EU-central-1",
+            "eu.central.1",
+            "eu-central-1/x",
+            "eu central",
+            "é",
+        ] {
             assert!(region(name).is_err(), "{name}");
         }
-        for name in ["x", "frankfurt", "eu-central", "eu-central-1a", "aws-global", "1"] {
+        for name in [
+            "x",
+            "frankfurt",
+            "eu-central",
+            "eu-central-1a",
+            "aws-global",
+            "1",
+        ] {
             assert!(region(name).is_ok() && !is_aws_region(name), "{name}");
         }
     }
@@ -282,8 +379,14 @@ mod tests {
         for (region, of) in table {
             assert_eq!(partition(region), of);
             for (fips, dual_stack) in [(false, false), (true, false), (false, true), (true, true)] {
-                let params = Params::builder().region(region).use_fips(fips).use_dual_stack(dual_stack);
-                let endpoint = resolver.resolve_endpoint(&params.build().unwrap()).await.unwrap();
+                let params = Params::builder()
+                    .region(region)
+                    .use_fips(fips)
+                    .use_dual_stack(dual_stack);
+                let endpoint = resolver
+                    .resolve_endpoint(&params.build().unwrap())
+                    .await
+                    .unwrap();
                 assert!(is_aws(Some(endpoint.url())), "{}", endpoint.url());
             }
         }

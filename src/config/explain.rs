@@ -24,20 +24,46 @@ struct Page<'a> {
 impl Config {
     /// This configuration, which `text` was read to with `env`: it can be read again, to the same.
     pub fn explain(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
-        let mut page = Page { text: String::new(), file: text.parse().unwrap_or_default(), env };
+        let mut page = Page {
+            text: String::new(),
+            file: text.parse().unwrap_or_default(),
+            env,
+        };
         // All fields by name: a new one is not forgotten here.
-        let Self { listen, identity, sts, cache, audit, log, workloads, roles } = self;
-        let requested = roles.requested.iter().flat_map(|requested| &requested.allowed);
+        let Self {
+            listen,
+            identity,
+            sts,
+            cache,
+            audit,
+            log,
+            workloads,
+            roles,
+        } = self;
+        let requested = roles
+            .requested
+            .iter()
+            .flat_map(|requested| &requested.allowed);
         let requested: Vec<&str> = requested.map(glob::Pattern::as_str).collect();
-        let origin = if page.file.contains_key("allow_requested_roles") { "" } else { DEFAULT };
+        let origin = if page.file.contains_key("allow_requested_roles") {
+            ""
+        } else {
+            DEFAULT
+        };
         page.line("allow_requested_roles", requested, origin);
         page.listen(listen);
         page.identity(identity);
         page.sts(sts);
         page.cache(cache);
         page.output(audit, log);
-        workloads.iter().for_each(|workload| page.workload(&workload.rule));
-        roles.defined.iter().enumerate().for_each(|(i, role)| page.role(i, role));
+        workloads
+            .iter()
+            .for_each(|workload| page.workload(&workload.rule));
+        roles
+            .defined
+            .iter()
+            .enumerate()
+            .for_each(|(i, role)| page.role(i, role));
         page.text
     }
 }
@@ -63,7 +89,10 @@ impl Page<'_> {
     }
 
     fn has(&self, table: &str, key: &str) -> bool {
-        self.file.get(table).and_then(|table| table.get(key)).is_some()
+        self.file
+            .get(table)
+            .and_then(|table| table.get(key))
+            .is_some()
     }
 
     /// A key of one of the tables: as the file has it, or by default.
@@ -99,7 +128,11 @@ impl Page<'_> {
         } = listen;
         self.table("[listen]");
         self.key(TABLE, "unix", unix.as_deref().map_or(String::new(), shown));
-        self.key(TABLE, "tcp", tcp.iter().map(ToString::to_string).collect::<Vec<_>>());
+        self.key(
+            TABLE,
+            "tcp",
+            tcp.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        );
         self.key(TABLE, "pods", *pods);
         self.key(TABLE, "pods_dir", shown(pods_dir));
         match pods_cgroup {
@@ -107,11 +140,23 @@ impl Page<'_> {
             None => self.unset("pods_cgroup", "not set: one of the usual places"),
         }
         match pods {
-            true => self.key(TABLE, "handover", handover.as_deref().map_or(String::new(), shown)),
+            true => self.key(
+                TABLE,
+                "handover",
+                handover.as_deref().map_or(String::new(), shown),
+            ),
             false => self.unset("handover", "not used without `pods`"),
         }
-        self.key(TABLE, "admin", admin.map_or(String::new(), |admin| admin.to_string()));
-        self.key(TABLE, "status", status.as_deref().map_or(String::new(), shown));
+        self.key(
+            TABLE,
+            "admin",
+            admin.map_or(String::new(), |admin| admin.to_string()),
+        );
+        self.key(
+            TABLE,
+            "status",
+            status.as_deref().map_or(String::new(), shown),
+        );
         let word = match authorization {
             listen::AuthorizationMode::Present => "present",
             listen::AuthorizationMode::Token => "token",
@@ -120,12 +165,20 @@ impl Page<'_> {
         self.key(TABLE, "authorization", word);
         self.key(TABLE, "token_file", shown(token_file));
         self.key(TABLE, "max_connections", number(*max_connections));
-        self.key(TABLE, "max_connections_per_workload", number(*max_connections_per_workload));
+        self.key(
+            TABLE,
+            "max_connections_per_workload",
+            number(*max_connections_per_workload),
+        );
     }
 
     fn identity(&mut self, identity: &IdentityConfig) {
         const TABLE: &str = "identity";
-        let IdentityConfig { source, socket, audience } = identity;
+        let IdentityConfig {
+            source,
+            socket,
+            audience,
+        } = identity;
         self.table("[identity]");
         let unix = |path: &std::path::Path| format!("unix://{}", path.display());
         match source {
@@ -134,7 +187,11 @@ impl Page<'_> {
                 self.key(TABLE, "source", "spire-delegated");
                 self.key(TABLE, "admin_socket", unix(socket));
             }
-            Source::SpiffeBroker { socket, server, reference } => {
+            Source::SpiffeBroker {
+                socket,
+                server,
+                reference,
+            } => {
                 self.key(TABLE, "source", "spiffe-broker");
                 self.key_or_variable(TABLE, "broker_socket", unix(socket), "SPIFFE_BROKER_SOCKET");
                 let reference = match reference {
@@ -144,17 +201,31 @@ impl Page<'_> {
                 self.key(TABLE, "reference", reference);
                 match server {
                     Some(server) => self.key(TABLE, "broker_server", server.as_str()),
-                    None => self.unset("broker_server", "default: spiffe://<awsvid's trust domain>/spire/agent/**"),
+                    None => self.unset(
+                        "broker_server",
+                        "default: spiffe://<awsvid's trust domain>/spire/agent/**",
+                    ),
                 }
             }
         }
-        self.key_or_variable(TABLE, "socket", socket.to_string(), "SPIFFE_ENDPOINT_SOCKET");
+        self.key_or_variable(
+            TABLE,
+            "socket",
+            socket.to_string(),
+            "SPIFFE_ENDPOINT_SOCKET",
+        );
         self.key(TABLE, "audience", audience.as_str());
     }
 
     fn sts(&mut self, sts: &StsConfig) {
         const TABLE: &str = "sts";
-        let StsConfig { region, endpoint, ca_file, timeout, max_concurrent } = sts;
+        let StsConfig {
+            region,
+            endpoint,
+            ca_file,
+            timeout,
+            max_concurrent,
+        } = sts;
         self.table("[sts]");
         match region {
             Some(region) => self.key(TABLE, "region", region.as_str()),
@@ -173,7 +244,10 @@ impl Page<'_> {
     }
 
     fn cache(&mut self, cache: &CacheConfig) {
-        let CacheConfig { max_entries, revocation_grace } = cache;
+        let CacheConfig {
+            max_entries,
+            revocation_grace,
+        } = cache;
         self.table("[cache]");
         self.key("cache", "max_entries", number(*max_entries));
         self.key("cache", "revocation_grace", duration(*revocation_grace));
@@ -204,16 +278,37 @@ impl Page<'_> {
     }
 
     fn workload(&mut self, named: &NamedRule) {
-        let NamedRule { rule, user, group, supplementary_group: supplementary } = named;
-        let WorkloadRule { spiffe_id, uid, gid, supplementary_group, exe, systemd_unit, cgroup } = rule;
+        let NamedRule {
+            rule,
+            user,
+            group,
+            supplementary_group: supplementary,
+        } = named;
+        let WorkloadRule {
+            spiffe_id,
+            uid,
+            gid,
+            supplementary_group,
+            exe,
+            systemd_unit,
+            cgroup,
+        } = rule;
         self.table("[[workload]]");
         self.line("spiffe_id", spiffe_id.as_str(), "");
-        for (key, id) in [("uid", uid), ("gid", gid), ("supplementary_group", supplementary_group)] {
+        for (key, id) in [
+            ("uid", uid),
+            ("gid", gid),
+            ("supplementary_group", supplementary_group),
+        ] {
             if let Some(id) = id {
                 self.line(key, i64::from(*id), "");
             }
         }
-        for (key, name) in [("user", user), ("group", group), ("supplementary_group", supplementary)] {
+        for (key, name) in [
+            ("user", user),
+            ("group", group),
+            ("supplementary_group", supplementary),
+        ] {
             if let Some(name) = name {
                 self.line(key, name.as_str(), "");
             }
@@ -230,17 +325,40 @@ impl Page<'_> {
     }
 
     fn role(&mut self, index: usize, role: &Role) {
-        let Role { name, spiffe_id, role_arn, audience, duration: lasts, session_name, sts, policy, policy_arns } =
-            role;
+        let Role {
+            name,
+            spiffe_id,
+            role_arn,
+            audience,
+            duration: lasts,
+            session_name,
+            sts,
+            policy,
+            policy_arns,
+        } = role;
         let StsTarget { region, endpoint } = sts;
         let entry = self.entry("role", index);
-        let origin = |key: &str, otherwise: &'static str| if entry.contains_key(key) { "" } else { otherwise };
-        let regions = if self.has("sts", "region") { "from [sts] region" } else { DEFAULT };
+        let origin = |key: &str, otherwise: &'static str| {
+            if entry.contains_key(key) {
+                ""
+            } else {
+                otherwise
+            }
+        };
+        let regions = if self.has("sts", "region") {
+            "from [sts] region"
+        } else {
+            DEFAULT
+        };
         self.table("[[role]]");
         self.line("name", name.as_str(), "");
         self.line("spiffe_id", spiffe_id.as_str(), "");
         self.line("role_arn", role_arn.as_str(), "");
-        self.line("audience", audience.as_str(), origin("audience", "from [identity] audience"));
+        self.line(
+            "audience",
+            audience.as_str(),
+            origin("audience", "from [identity] audience"),
+        );
         self.line("duration", duration(*lasts), origin("duration", DEFAULT));
         match session_name {
             Some(name) => self.line("session_name", name.as_str(), ""),
@@ -248,7 +366,11 @@ impl Page<'_> {
         }
         self.line("region", region.as_str(), origin("region", regions));
         if let Some(endpoint) = endpoint {
-            self.line("sts_endpoint", endpoint.as_str(), origin("sts_endpoint", "from [sts] endpoint"));
+            self.line(
+                "sts_endpoint",
+                endpoint.as_str(),
+                origin("sts_endpoint", "from [sts] endpoint"),
+            );
         }
         if let Some(policy) = policy {
             self.line("policy", policy.as_str(), "");
@@ -256,13 +378,24 @@ impl Page<'_> {
         if !policy_arns.is_empty() {
             self.line("policy_arns", policy_arns.clone(), "");
         }
-        let shared = entry.get("allow_shared_audience").and_then(Value::as_bool).unwrap_or_default();
-        self.line("allow_shared_audience", shared, origin("allow_shared_audience", DEFAULT));
+        let shared = entry
+            .get("allow_shared_audience")
+            .and_then(Value::as_bool)
+            .unwrap_or_default();
+        self.line(
+            "allow_shared_audience",
+            shared,
+            origin("allow_shared_audience", DEFAULT),
+        );
     }
 
     /// One of the tables of this name, as the file has it.
     fn entry(&self, name: &str, index: usize) -> toml::Table {
-        let entry = self.file.get(name).and_then(|list| list.get(index)).and_then(Value::as_table);
+        let entry = self
+            .file
+            .get(name)
+            .and_then(|list| list.get(index))
+            .and_then(Value::as_table);
         entry.cloned().unwrap_or_default()
     }
 }

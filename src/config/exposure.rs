@@ -31,12 +31,19 @@ struct Trusted<'a> {
 /// `noun` what it is called, for example "configuration". Symbolic links are followed as the kernel follows them, so each
 /// directory on the way counts. Blocks while the file system does not answer.
 pub(crate) fn exposures(path: &Path, file: &Metadata, noun: &str) -> Vec<Problem> {
-    let trusted = Trusted { uids: [0, geteuid().as_raw()], gids: [0, getegid().as_raw()], noun };
+    let trusted = Trusted {
+        uids: [0, geteuid().as_raw()],
+        gids: [0, getegid().as_raw()],
+        noun,
+    };
     let mut problems = Vec::new();
     trusted.check_file(path, file, &mut problems);
     if let Err(error) = trusted.check_way(path, &mut problems) {
         let what = format!("the directories that lead to the {noun} cannot be checked: {error}");
-        problems.push(problem(what, "make them readable for awsvid, or move the file".to_owned()));
+        problems.push(problem(
+            what,
+            "make them readable for awsvid, or move the file".to_owned(),
+        ));
     }
     problems
 }
@@ -49,7 +56,10 @@ impl Trusted<'_> {
             problems.push(problem(what, format!("chown root:root {shown}")));
         }
         if file.mode() & GROUP_WRITES != 0 && !self.gids.contains(&file.gid()) {
-            problems.push(problem(format!("gid {} can write the {noun}", file.gid()), format!("chmod g-w {shown}")));
+            problems.push(problem(
+                format!("gid {} can write the {noun}", file.gid()),
+                format!("chmod g-w {shown}"),
+            ));
         }
         if file.mode() & OTHERS_WRITE != 0 {
             let what = format!("every user of this node can write the {noun}");
@@ -89,7 +99,12 @@ impl Trusted<'_> {
     }
 
     /// Reports each way in which another user can replace `entry` in this directory.
-    fn check_directory(&self, directory: &Path, entry: &Metadata, problems: &mut Vec<Problem>) -> io::Result<()> {
+    fn check_directory(
+        &self,
+        directory: &Path,
+        entry: &Metadata,
+        problems: &mut Vec<Problem>,
+    ) -> io::Result<()> {
         let found = fs::symlink_metadata(directory)?;
         let (shown, noun) = (directory.display(), self.noun);
         let mut report = |what: String, fix: String| {
@@ -99,7 +114,10 @@ impl Trusted<'_> {
             }
         };
         if !self.uids.contains(&found.uid()) {
-            let what = format!("uid {} owns {shown} and could put another {noun} there", found.uid());
+            let what = format!(
+                "uid {} owns {shown} and could put another {noun} there",
+                found.uid()
+            );
             report(what, format!("chown root:root {shown}, or move the file"));
         }
         let mode = found.mode();
@@ -111,11 +129,18 @@ impl Trusted<'_> {
         }
         // In a sticky directory an entry is its owner's alone. That of a file or directory is checked as such.
         if mode & STICKY == 0 {
-            let who = if others_write { "every user of this node".to_owned() } else { format!("gid {}", found.gid()) };
+            let who = if others_write {
+                "every user of this node".to_owned()
+            } else {
+                format!("gid {}", found.gid())
+            };
             let what = format!("{who} can write to {shown} and put another {noun} there");
             report(what, format!("chmod go-w {shown}, or move the file"));
         } else if entry.is_symlink() && !self.uids.contains(&entry.uid()) {
-            let what = format!("uid {} owns a symbolic link in {shown} and could lead it elsewhere", entry.uid());
+            let what = format!(
+                "uid {} owns a symbolic link in {shown} and could lead it elsewhere",
+                entry.uid()
+            );
             report(what, "name the file itself".to_owned());
         }
         Ok(())
@@ -137,7 +162,12 @@ fn is_read_only(path: &Path) -> bool {
 }
 
 fn problem(what: String, fix: String) -> Problem {
-    Problem { line: None, key: String::new(), what, fix }
+    Problem {
+        line: None,
+        key: String::new(),
+        what,
+        fix,
+    }
 }
 
 #[cfg(test)]

@@ -75,9 +75,16 @@ const KEYS: [(&str, &str); 4] = [
 
 /// Reads `[identity]`; `env` gives the sockets if the file doesn't. Also says whether the `[[workload]]` rules are to identify
 /// callers, if the file says that, whatever is wrong with the rest.
-pub(super) fn read(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> (IdentityConfig, Option<bool>) {
+pub(super) fn read(
+    table: &Table<'_>,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> (IdentityConfig, Option<bool>) {
     let default = IdentityConfig::default();
-    let name = table.parse("source", "write \"workload-api\", \"spire-delegated\" or \"spiffe-broker\"", known);
+    let name = table.parse(
+        "source",
+        "write \"workload-api\", \"spire-delegated\" or \"spiffe-broker\"",
+        known,
+    );
     let name = name.unwrap_or_else(|| "workload-api".to_owned());
     for (key, source) in KEYS {
         // Known here, whoever has it.
@@ -95,7 +102,11 @@ pub(super) fn read(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> (
         source: source(table, &name, env).unwrap_or(default.source),
         socket: socket(table, "socket", SOCKET_VARIABLE, SOCKET_FIX, env).unwrap_or(default.socket),
         audience: table
-            .parse("audience", "write what STS expects as the audience of a token", audience)
+            .parse(
+                "audience",
+                "write what STS expects as the audience of a token",
+                audience,
+            )
             .unwrap_or(default.audience),
     };
     (config, by_rules)
@@ -117,24 +128,37 @@ fn source(table: &Table<'_>, name: &str, env: &dyn Fn(&str) -> Option<String>) -
         match endpoint? {
             Endpoint::Unix(path) => Some(path),
             Endpoint::Tcp(_) => {
-                table.error(key, "processes can be named to an agent on this node only".to_owned(), UNIX_FIX);
+                table.error(
+                    key,
+                    "processes can be named to an agent on this node only".to_owned(),
+                    UNIX_FIX,
+                );
                 None
             }
         }
     };
     match name {
         "spire-delegated" => {
-            let socket = needed("admin_socket", "write the agent's `admin_socket_path` as unix:///path", "");
+            let socket = needed(
+                "admin_socket",
+                "write the agent's `admin_socket_path` as unix:///path",
+                "",
+            );
             Some(Source::SpireDelegated { socket: socket? })
         }
         "spiffe-broker" => {
-            let fix = "write the agent's broker socket as unix:///path, or set SPIFFE_BROKER_SOCKET";
+            let fix =
+                "write the agent's broker socket as unix:///path, or set SPIFFE_BROKER_SOCKET";
             let socket = needed("broker_socket", fix, BROKER_VARIABLE);
             let pattern = "write an ID as in \"spiffe://example.org/spire/agent/**\"";
             let server = table.parse("broker_server", pattern, SpiffeIdPattern::parse);
             let words = [("auto", Reference::Auto), ("process", Reference::Process)];
             let reference = table.word("reference", &words).unwrap_or(Reference::Auto);
-            Some(Source::SpiffeBroker { socket: socket?, server, reference })
+            Some(Source::SpiffeBroker {
+                socket: socket?,
+                server,
+                reference,
+            })
         }
         _ => Some(Source::WorkloadApi),
     }
@@ -151,7 +175,13 @@ fn socket(
     let (text, at) = match table.string(key) {
         Some(text) => (text.to_owned(), table.place(key)),
         None if table.contains(key) => return None,
-        None => (from_env()?, Location { line: None, key: variable.to_owned() }),
+        None => (
+            from_env()?,
+            Location {
+                line: None,
+                key: variable.to_owned(),
+            },
+        ),
     };
     match Endpoint::parse(&text) {
         Ok(endpoint) => {

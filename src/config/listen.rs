@@ -61,7 +61,10 @@ impl Default for Listen {
     fn default() -> Self {
         Self {
             unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
-            tcp: vec![(Ipv4Addr::LOCALHOST, 974).into(), (Ipv6Addr::LOCALHOST, 974).into()],
+            tcp: vec![
+                (Ipv4Addr::LOCALHOST, 974).into(),
+                (Ipv6Addr::LOCALHOST, 974).into(),
+            ],
             pods: false,
             pods_dir: PathBuf::from("/run/netns"),
             handover: None,
@@ -105,9 +108,16 @@ impl Listen {
             ("token_file", *token_file != other.token_file),
             ("pods_cgroup", *pods_cgroup != other.pods_cgroup),
             ("max_connections", *max_connections != other.max_connections),
-            ("max_connections_per_workload", *max_connections_per_workload != other.max_connections_per_workload),
+            (
+                "max_connections_per_workload",
+                *max_connections_per_workload != other.max_connections_per_workload,
+            ),
         ];
-        changed.into_iter().filter(|(_, changed)| *changed).map(|(key, _)| key).collect()
+        changed
+            .into_iter()
+            .filter(|(_, changed)| *changed)
+            .map(|(key, _)| key)
+            .collect()
     }
 }
 
@@ -117,16 +127,21 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
     table.reserved_key("node");
     let pods = table.flag("pods").unwrap_or(default.pods);
     let handover = Some(PathBuf::from(HANDOVER));
-    let words =
-        [("present", AuthorizationMode::Present), ("token", AuthorizationMode::Token), ("off", AuthorizationMode::Off)];
+    let words = [
+        ("present", AuthorizationMode::Present),
+        ("token", AuthorizationMode::Token),
+        ("off", AuthorizationMode::Off),
+    ];
     let listen = Listen {
         unix: socket(table, "unix", default.unix),
         tcp: tcp(table).unwrap_or(default.tcp),
         pods,
         pods_dir: table
-            .parse("pods_dir", "write the whole path of a directory, from the first `/`", |text| {
-                absolute(text.trim_end_matches('/'))
-            })
+            .parse(
+                "pods_dir",
+                "write the whole path of a directory, from the first `/`",
+                |text| absolute(text.trim_end_matches('/')),
+            )
             .unwrap_or(default.pods_dir),
         handover: socket(table, "handover", handover).filter(|_| pods),
         admin: table
@@ -134,15 +149,23 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
                 "admin",
                 "write an IP address and a port, as in \"127.0.0.1:975\", or \"\" to switch it off",
                 |text| {
-                    if text.is_empty() { Ok(None) } else { text.parse().map(Some) }
+                    if text.is_empty() {
+                        Ok(None)
+                    } else {
+                        text.parse().map(Some)
+                    }
                 },
             )
             .unwrap_or(default.admin),
         status: socket(table, "status", default.status),
-        authorization: table.word("authorization", &words).unwrap_or(default.authorization),
+        authorization: table
+            .word("authorization", &words)
+            .unwrap_or(default.authorization),
         token_file: table.path("token_file").unwrap_or(default.token_file),
         pods_cgroup: table.parse("pods_cgroup", CGROUP_FIX, cgroup),
-        max_connections: table.number("max_connections", 1..=MAX_CONNECTIONS).unwrap_or(default.max_connections),
+        max_connections: table
+            .number("max_connections", 1..=MAX_CONNECTIONS)
+            .unwrap_or(default.max_connections),
         max_connections_per_workload: table
             .number("max_connections_per_workload", 1..=MAX_CONNECTIONS)
             .unwrap_or(default.max_connections_per_workload),
@@ -157,7 +180,13 @@ fn socket(table: &Table<'_>, key: &'static str, default: Option<PathBuf>) -> Opt
         _ if text.len() > UNIX_PATH_MAX => Err("the path of a socket has at most 107 bytes"),
         _ => absolute(text).map(Some),
     };
-    table.parse(key, "write the whole path of a socket, or \"\" to switch it off", parse).unwrap_or(default)
+    table
+        .parse(
+            key,
+            "write the whole path of a socket, or \"\" to switch it off",
+            parse,
+        )
+        .unwrap_or(default)
 }
 
 /// The path of a cgroup, as `/proc/<pid>/cgroup` shows it to the host.
@@ -179,14 +208,19 @@ fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
             continue;
         };
         if !address.ip().is_loopback() {
-            let what = format!("{address} is not loopback, and only callers on this host can be told apart");
+            let what = format!(
+                "{address} is not loopback, and only callers on this host can be told apart"
+            );
             report.error(&at, what, FIX);
         }
         if addresses.iter().any(|other| overlap(*other, address)) {
             report.error(&at, format!("{address} is there twice"), "remove one");
         }
         if address.port() >= FIRST_UNPRIVILEGED_PORT {
-            let what = format!("any user can take port {} while awsvid is down, and answer for it", address.port());
+            let what = format!(
+                "any user can take port {} while awsvid is down, and answer for it",
+                address.port()
+            );
             report.warn(&at, what, "use a port below 1024");
         }
         addresses.push(address);
@@ -196,15 +230,24 @@ fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
 
 fn check(table: &Table<'_>, listen: &Listen) {
     if listen.unix.is_none() && listen.tcp.is_empty() && !listen.pods {
-        table.error("tcp", "neither a unix socket nor a TCP address is left to ask", "set `unix`, `tcp` or `pods`");
+        table.error(
+            "tcp",
+            "neither a unix socket nor a TCP address is left to ask",
+            "set `unix`, `tcp` or `pods`",
+        );
     }
     if let Some(admin) = listen.admin.filter(|_| !table.is_wrong("admin"))
         && let Some(tcp) = listen.tcp.iter().find(|tcp| overlap(**tcp, admin))
     {
         let at = location_of_either(table, "admin", "tcp");
-        table.report.error(&at, format!("`admin` ({admin}) and `tcp` ({tcp}) overlap"), "give one another port");
+        table.report.error(
+            &at,
+            format!("`admin` ({admin}) and `tcp` ({tcp}) overlap"),
+            "give one another port",
+        );
     }
-    let counts_are_wrong = table.is_wrong("max_connections") || table.is_wrong("max_connections_per_workload");
+    let counts_are_wrong =
+        table.is_wrong("max_connections") || table.is_wrong("max_connections_per_workload");
     // With as many as all together, one workload could keep every other out (attack 20).
     if listen.max_connections_per_workload >= listen.max_connections && !counts_are_wrong {
         let at = location_of_either(table, "max_connections_per_workload", "max_connections");
@@ -212,7 +255,9 @@ fn check(table: &Table<'_>, listen: &Listen) {
             "one workload may have {} connections, which leaves none of all {} to the others",
             listen.max_connections_per_workload, listen.max_connections
         );
-        table.report.error(&at, what, "lower `max_connections_per_workload`");
+        table
+            .report
+            .error(&at, what, "lower `max_connections_per_workload`");
     }
     if listen.authorization == AuthorizationMode::Off && (!listen.tcp.is_empty() || listen.pods) {
         let what = "whoever makes a workload fetch a URL can read its credentials";
@@ -222,11 +267,18 @@ fn check(table: &Table<'_>, listen: &Listen) {
 
 /// The place of the first key, or of the second if only that one is in the file.
 fn location_of_either(table: &Table<'_>, first: &str, second: &str) -> Location {
-    table.place(if table.contains(first) || !table.contains(second) { first } else { second })
+    table.place(if table.contains(first) || !table.contains(second) {
+        first
+    } else {
+        second
+    })
 }
 
 /// Whether the kernel would refuse to bind both. Port 0 is another one each time.
 fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
-    let covers = |all: IpAddr, one: IpAddr| all.is_unspecified() && (all.is_ipv6() || one.is_ipv4());
-    a.port() == b.port() && a.port() != 0 && (a.ip() == b.ip() || covers(a.ip(), b.ip()) || covers(b.ip(), a.ip()))
+    let covers =
+        |all: IpAddr, one: IpAddr| all.is_unspecified() && (all.is_ipv6() || one.is_ipv4());
+    a.port() == b.port()
+        && a.port() != 0
+        && (a.ip() == b.ip() || covers(a.ip(), b.ip()) || covers(b.ip(), a.ip()))
 }

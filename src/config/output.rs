@@ -7,7 +7,8 @@ use super::reader::{Location, Table, absolute};
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// Overrides `[log] level`.
 const LEVEL_VARIABLE: &str = "AWSVID_LOG";
-const LEVEL_FIX: &str = "write error, warn, info, debug or trace, or module=level pairs with commas between";
+const LEVEL_FIX: &str =
+    "write error, warn, info, debug or trace, or module=level pairs with commas between";
 
 /// `[audit]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,13 +50,19 @@ pub enum LogFormat {
 
 impl Default for AuditConfig {
     fn default() -> Self {
-        Self { file: AuditFile::Stdout, required: false }
+        Self {
+            file: AuditFile::Stdout,
+            required: false,
+        }
     }
 }
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { level: "info".to_owned(), format: LogFormat::Auto }
+        Self {
+            level: "info".to_owned(),
+            format: LogFormat::Auto,
+        }
     }
 }
 
@@ -67,7 +74,9 @@ pub(super) fn read_audit(table: &Table<'_>) -> AuditConfig {
         path => absolute(path).map(AuditFile::Path),
     };
     AuditConfig {
-        file: table.parse("file", "write the whole path of a file, or \"-\"", file).unwrap_or(default.file),
+        file: table
+            .parse("file", "write the whole path of a file, or \"-\"", file)
+            .unwrap_or(default.file),
         required: table.flag("required").unwrap_or(default.required),
     }
 }
@@ -75,12 +84,27 @@ pub(super) fn read_audit(table: &Table<'_>) -> AuditConfig {
 /// Reads `[log]`.
 pub(super) fn read_log(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> LogConfig {
     let default = LogConfig::default();
-    let formats = [("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json)];
+    let formats = [
+        ("auto", LogFormat::Auto),
+        ("text", LogFormat::Text),
+        ("json", LogFormat::Json),
+    ];
     let in_file = table.parse("level", LEVEL_FIX, level);
-    let in_env = env(LEVEL_VARIABLE).filter(|text| !text.is_empty()).and_then(|text| {
-        let at = Location { line: None, key: LEVEL_VARIABLE.to_owned() };
-        level(&text).map_err(|error| table.report.error(&at, format!("{text:?}: {error}"), LEVEL_FIX)).ok()
-    });
+    let in_env = env(LEVEL_VARIABLE)
+        .filter(|text| !text.is_empty())
+        .and_then(|text| {
+            let at = Location {
+                line: None,
+                key: LEVEL_VARIABLE.to_owned(),
+            };
+            level(&text)
+                .map_err(|error| {
+                    table
+                        .report
+                        .error(&at, format!("{text:?}: {error}"), LEVEL_FIX)
+                })
+                .ok()
+        });
     LogConfig {
         level: in_env.or(in_file).unwrap_or(default.level),
         format: table.word("format", &formats).unwrap_or(default.format),
@@ -90,7 +114,10 @@ pub(super) fn read_log(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) 
 /// tracing takes a mistyped level for the name of a module, of which it then shows everything; so look closer.
 fn level(text: &str) -> Result<String, String> {
     for part in text.split(',') {
-        let level = part.rsplit_once('=').map_or(part, |(_, level)| level).trim();
+        let level = part
+            .rsplit_once('=')
+            .map_or(part, |(_, level)| level)
+            .trim();
         if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
             return Err(format!("`{level}` is no level"));
         }

@@ -37,12 +37,25 @@ pub(super) struct Diagnostics<'t> {
 impl<'t> Diagnostics<'t> {
     pub(super) fn new(text: &'t str) -> Self {
         let (errors, warnings) = (RefCell::default(), RefCell::default());
-        Self { text, errors, warnings, asked: RefCell::default(), lists: RefCell::default() }
+        Self {
+            text,
+            errors,
+            warnings,
+            asked: RefCell::default(),
+            lists: RefCell::default(),
+        }
     }
 
     /// The file's text as a table.
     pub(super) fn root<'r>(&'r self, entries: &'r DeTable<'r>) -> Table<'r> {
-        Table { report: self, place: Location { line: None, key: String::new() }, entries: Some(entries) }
+        Table {
+            report: self,
+            place: Location {
+                line: None,
+                key: String::new(),
+            },
+            entries: Some(entries),
+        }
     }
 
     pub(super) fn error(&self, at: &Location, what: impl Into<String>, fix: impl Into<String>) {
@@ -60,8 +73,15 @@ impl<'t> Diagnostics<'t> {
     }
 
     /// The same where only this table was read.
-    pub(super) fn finish_table(self, table: &str, entries: &DeTable<'_>) -> Result<Vec<Problem>, Vec<Problem>> {
-        if let Some(inner) = entries.get(table).and_then(|value| value.get_ref().as_table()) {
+    pub(super) fn finish_table(
+        self,
+        table: &str,
+        entries: &DeTable<'_>,
+    ) -> Result<Vec<Problem>, Vec<Problem>> {
+        if let Some(inner) = entries
+            .get(table)
+            .and_then(|value| value.get_ref().as_table())
+        {
             self.unknown_keys(table, inner);
         }
         self.sorted()
@@ -73,15 +93,27 @@ impl<'t> Diagnostics<'t> {
         let mut warnings = self.warnings.into_inner();
         errors.sort_by_key(by_line);
         warnings.sort_by_key(by_line);
-        if errors.is_empty() { Ok(warnings) } else { Err(errors) }
+        if errors.is_empty() {
+            Ok(warnings)
+        } else {
+            Err(errors)
+        }
     }
 
     fn unknown_keys(&self, table: &str, entries: &DeTable<'_>) {
         for (key, value) in entries {
             let name = key.get_ref().as_ref();
             let path = join(table, name);
-            if !self.asked.borrow().iter().any(|(of, asked)| of == table && *asked == name) {
-                let at = Location { line: Some(self.line(key.span())), key: path };
+            if !self
+                .asked
+                .borrow()
+                .iter()
+                .any(|(of, asked)| of == table && *asked == name)
+            {
+                let at = Location {
+                    line: Some(self.line(key.span())),
+                    key: path,
+                };
                 // With the version: the file may be a newer one's.
                 self.error(
                     &at,
@@ -97,7 +129,10 @@ impl<'t> Diagnostics<'t> {
             match value.get_ref() {
                 DeValue::Table(inner) => self.unknown_keys(&path, inner),
                 DeValue::Array(elements) => {
-                    elements.iter().filter_map(|e| e.get_ref().as_table()).for_each(|e| self.unknown_keys(&path, e));
+                    elements
+                        .iter()
+                        .filter_map(|e| e.get_ref().as_table())
+                        .for_each(|e| self.unknown_keys(&path, e));
                 }
                 _ => {}
             }
@@ -107,12 +142,25 @@ impl<'t> Diagnostics<'t> {
     /// What the writer of an unknown key probably wanted.
     fn suggestion(&self, table: &str, name: &str) -> String {
         let asked = self.asked.borrow();
-        let here: Vec<&str> = asked.iter().filter(|(of, _)| of == table).map(|(_, key)| *key).collect();
+        let here: Vec<&str> = asked
+            .iter()
+            .filter(|(of, _)| of == table)
+            .map(|(_, key)| *key)
+            .collect();
         let distance = |key: &&str| strsim::damerau_levenshtein(name, key);
-        if let Some(near) = here.iter().copied().min_by_key(distance).filter(|key| distance(key) <= TYPO) {
+        if let Some(near) = here
+            .iter()
+            .copied()
+            .min_by_key(distance)
+            .filter(|key| distance(key) <= TYPO)
+        {
             return format!("did you mean `{near}`?");
         }
-        let elsewhere: Vec<_> = asked.iter().filter(|(_, key)| *key == name).map(|(of, _)| self.header(of)).collect();
+        let elsewhere: Vec<_> = asked
+            .iter()
+            .filter(|(_, key)| *key == name)
+            .map(|(of, _)| self.header(of))
+            .collect();
         if elsewhere.is_empty() {
             return format!("remove it; known here: {}", here.join(", "));
         }
@@ -133,11 +181,20 @@ impl<'t> Diagnostics<'t> {
 }
 
 fn problem(at: &Location, what: impl Into<String>, fix: impl Into<String>) -> Problem {
-    Problem { line: at.line, key: at.key.clone(), what: what.into(), fix: fix.into() }
+    Problem {
+        line: at.line,
+        key: at.key.clone(),
+        what: what.into(),
+        fix: fix.into(),
+    }
 }
 
 fn join(table: &str, key: &str) -> String {
-    if table.is_empty() { key.to_owned() } else { format!("{table}.{key}") }
+    if table.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{table}.{key}")
+    }
 }
 
 /// The line, from 1, that this byte of the text is in.
@@ -161,30 +218,51 @@ impl<'r> Table<'r> {
     /// Where the key is, or else where it would be.
     pub(super) fn place(&self, key: &str) -> Location {
         let found = self.entries.and_then(|entries| entries.get_key_value(key));
-        let line = found.map(|(_, value)| self.report.line(value.span())).or(self.place.line);
-        Location { line, key: join(&self.place.key, key) }
+        let line = found
+            .map(|(_, value)| self.report.line(value.span()))
+            .or(self.place.line);
+        Location {
+            line,
+            key: join(&self.place.key, key),
+        }
     }
 
     pub(super) fn contains(&self, key: &str) -> bool {
-        self.entries.is_some_and(|entries| entries.contains_key(key))
+        self.entries
+            .is_some_and(|entries| entries.contains_key(key))
     }
 
     /// Whether the key is missing or an empty list.
     pub(super) fn missing(&self, key: &str) -> bool {
         let value = self.entries.and_then(|entries| entries.get(key));
-        value.is_none_or(|value| value.get_ref().as_array().is_some_and(|elements| elements.is_empty()))
+        value.is_none_or(|value| {
+            value
+                .get_ref()
+                .as_array()
+                .is_some_and(|elements| elements.is_empty())
+        })
     }
 
     /// Whether an error has been reported of this key, so that what is used in its place means nothing.
     pub(super) fn is_wrong(&self, key: &str) -> bool {
         let at = self.place(key);
         self.contains(key)
-            && self.report.errors.borrow().iter().any(|error| error.line == at.line && error.key == at.key)
+            && self
+                .report
+                .errors
+                .borrow()
+                .iter()
+                .any(|error| error.line == at.line && error.key == at.key)
     }
 
     pub(super) fn value(&self, key: &'static str) -> Option<&'r DeValue<'r>> {
-        self.report.asked.borrow_mut().insert((self.place.key.clone(), key));
-        self.entries.and_then(|entries| entries.get(key)).map(|value| value.get_ref())
+        self.report
+            .asked
+            .borrow_mut()
+            .insert((self.place.key.clone(), key));
+        self.entries
+            .and_then(|entries| entries.get(key))
+            .map(|value| value.get_ref())
     }
 
     pub(super) fn error(&self, key: &str, what: impl Into<String>, fix: impl Into<String>) {
@@ -204,14 +282,27 @@ impl<'r> Table<'r> {
 
     fn wrong_type(&self, at: &Location, wanted: &str, found: &DeValue<'_>, fix: &str) {
         let found = found.type_str();
-        let article = if found.starts_with(['a', 'i']) { "an" } else { "a" };
-        self.report.error(at, format!("this is {article} {found}, where {wanted} is wanted"), fix);
+        let article = if found.starts_with(['a', 'i']) {
+            "an"
+        } else {
+            "a"
+        };
+        self.report.error(
+            at,
+            format!("this is {article} {found}, where {wanted} is wanted"),
+            fix,
+        );
     }
 
     pub(super) fn string(&self, key: &'static str) -> Option<&'r str> {
         let value = self.value(key)?;
         if value.as_str().is_none() {
-            self.wrong_type(&self.place(key), "a string", value, "write a string in quotes");
+            self.wrong_type(
+                &self.place(key),
+                "a string",
+                value,
+                "write a string in quotes",
+            );
         }
         value.as_str()
     }
@@ -224,13 +315,20 @@ impl<'r> Table<'r> {
         parse: impl FnOnce(&'r str) -> Result<T, E>,
     ) -> Option<T> {
         let text = self.string(key)?;
-        parse(text).map_err(|error| self.error(key, format!("{text:?}: {error}"), fix)).ok()
+        parse(text)
+            .map_err(|error| self.error(key, format!("{text:?}: {error}"), fix))
+            .ok()
     }
 
     pub(super) fn flag(&self, key: &'static str) -> Option<bool> {
         let value = self.value(key)?;
         if value.as_bool().is_none() {
-            self.wrong_type(&self.place(key), "true or false", value, "write true or false, without quotes");
+            self.wrong_type(
+                &self.place(key),
+                "true or false",
+                value,
+                "write true or false, without quotes",
+            );
         }
         value.as_bool()
     }
@@ -241,12 +339,18 @@ impl<'r> Table<'r> {
         range: RangeInclusive<T>,
     ) -> Option<T> {
         let value = self.value(key)?;
-        let fix = format!("write a whole number from {} to {}, without quotes", range.start(), range.end());
+        let fix = format!(
+            "write a whole number from {} to {}, without quotes",
+            range.start(),
+            range.end()
+        );
         let Some(integer) = value.as_integer() else {
             self.wrong_type(&self.place(key), "a number", value, &fix);
             return None;
         };
-        let number = i128::from_str_radix(integer.as_str(), integer.radix()).ok().and_then(|n| T::try_from(n).ok());
+        let number = i128::from_str_radix(integer.as_str(), integer.radix())
+            .ok()
+            .and_then(|n| T::try_from(n).ok());
         let number = number.filter(|number| range.contains(number));
         if number.is_none() {
             self.error(key, format!("{integer} is out of range"), fix);
@@ -254,14 +358,23 @@ impl<'r> Table<'r> {
         number
     }
 
-    pub(super) fn duration(&self, key: &'static str, range: RangeInclusive<Duration>) -> Option<Duration> {
-        let [least, most] = [range.start(), range.end()].map(|end| humantime::format_duration(*end));
+    pub(super) fn duration(
+        &self,
+        key: &'static str,
+        range: RangeInclusive<Duration>,
+    ) -> Option<Duration> {
+        let [least, most] =
+            [range.start(), range.end()].map(|end| humantime::format_duration(*end));
         let fix = format!("write a number and a unit in quotes, from \"{least}\" to \"{most}\"");
         match self.value(key)? {
             DeValue::String(text) => match humantime::parse_duration(text) {
                 Ok(duration) if range.contains(&duration) => return Some(duration),
                 Ok(duration) => {
-                    self.error(key, format!("{} is out of range", humantime::format_duration(duration)), fix);
+                    self.error(
+                        key,
+                        format!("{} is out of range", humantime::format_duration(duration)),
+                        fix,
+                    );
                 }
                 Err(error) => self.error(key, format!("{text:?} is no duration: {error}"), fix),
             },
@@ -271,14 +384,25 @@ impl<'r> Table<'r> {
     }
 
     pub(super) fn path(&self, key: &'static str) -> Option<PathBuf> {
-        self.parse(key, "write the whole path of a file, from the first `/`", absolute)
+        self.parse(
+            key,
+            "write the whole path of a file, from the first `/`",
+            absolute,
+        )
     }
 
     /// One of the words that `known` gives a meaning.
     pub(super) fn word<T: Copy>(&self, key: &'static str, known: &[(&str, T)]) -> Option<T> {
-        let words: Vec<_> = known.iter().map(|(word, _)| format!("\"{word}\"")).collect();
+        let words: Vec<_> = known
+            .iter()
+            .map(|(word, _)| format!("\"{word}\""))
+            .collect();
         self.parse(key, &format!("write {}", words.join(" or ")), |text| {
-            known.iter().find(|(word, _)| *word == text).map(|(_, meaning)| *meaning).ok_or("it is not known")
+            known
+                .iter()
+                .find(|(word, _)| *word == text)
+                .map(|(_, meaning)| *meaning)
+                .ok_or("it is not known")
         })
     }
 
@@ -292,7 +416,10 @@ impl<'r> Table<'r> {
         };
         let mut strings = Vec::with_capacity(elements.len());
         for element in elements.iter() {
-            let at = Location { line: Some(self.report.line(element.span())), ..self.place(key) };
+            let at = Location {
+                line: Some(self.report.line(element.span())),
+                ..self.place(key)
+            };
             match element.get_ref().as_str() {
                 Some(text) => strings.push((at, text)),
                 None => self.wrong_type(&at, "a string", element.get_ref(), FIX),
@@ -311,13 +438,25 @@ impl<'r> Table<'r> {
             value.as_table()
         });
         let line = entries.and(self.place(key).line);
-        Table { report: self.report, place: Location { line, key: join(&self.place.key, key) }, entries }
+        Table {
+            report: self.report,
+            place: Location {
+                line,
+                key: join(&self.place.key, key),
+            },
+            entries,
+        }
     }
 
     /// The tables `[[key]]`.
     pub(super) fn tables(&self, key: &'static str) -> Vec<Table<'r>> {
-        self.report.lists.borrow_mut().insert(join(&self.place.key, key));
-        let Some(value) = self.value(key) else { return Vec::new() };
+        self.report
+            .lists
+            .borrow_mut()
+            .insert(join(&self.place.key, key));
+        let Some(value) = self.value(key) else {
+            return Vec::new();
+        };
         let fix = format!("write each as [[{key}]], with its keys below");
         let Some(elements) = value.as_array() else {
             self.wrong_type(&self.place(key), "a list of tables", value, &fix);
@@ -325,9 +464,16 @@ impl<'r> Table<'r> {
         };
         let mut tables = Vec::with_capacity(elements.len());
         for element in elements.iter() {
-            let place = Location { line: Some(self.report.line(element.span())), key: join(&self.place.key, key) };
+            let place = Location {
+                line: Some(self.report.line(element.span())),
+                key: join(&self.place.key, key),
+            };
             match element.get_ref().as_table() {
-                Some(entries) => tables.push(Table { report: self.report, place, entries: Some(entries) }),
+                Some(entries) => tables.push(Table {
+                    report: self.report,
+                    place,
+                    entries: Some(entries),
+                }),
                 None => self.wrong_type(&place, "a table", element.get_ref(), &fix),
             }
         }
@@ -342,7 +488,11 @@ impl<'r> Table<'r> {
             _ => false,
         };
         if self.value(key).is_some_and(|value| !asks_nothing(value)) {
-            self.error(key, "this version of awsvid does not have it yet", "remove it");
+            self.error(
+                key,
+                "this version of awsvid does not have it yet",
+                "remove it",
+            );
         }
     }
 }

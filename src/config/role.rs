@@ -11,7 +11,8 @@ use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
 use crate::role::{RequestedRoles, Role, StsTarget};
 
 /// STS: `DurationSeconds` has 900 to 43200.
-const DURATION: std::ops::RangeInclusive<Duration> = Duration::from_secs(900)..=Duration::from_secs(43_200);
+const DURATION: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(900)..=Duration::from_secs(43_200);
 const DEFAULT_DURATION: Duration = Duration::from_secs(3600);
 /// SDKs refresh 15 minutes and more before the end, so below this each of their calls is a request to awsvid.
 const SHORT: Duration = Duration::from_secs(1800);
@@ -42,17 +43,30 @@ pub(super) struct Defaults<'a> {
 /// Reads all `[[role]]`; one with an error is left out.
 pub(super) fn read(root: &Table<'_>, defaults: &Defaults<'_>) -> Vec<ParsedRole> {
     let tables = root.tables("role");
-    let roles = tables.iter().filter_map(|table| role(table, defaults)).collect();
+    let roles = tables
+        .iter()
+        .filter_map(|table| role(table, defaults))
+        .collect();
     let has_region = |table: &Table<'_>| table.contains("region") || table.contains("sts_endpoint");
     let needs_region = !root.missing("allow_requested_roles") || !tables.iter().all(has_region);
-    if needs_region && !defaults.sts_table.contains("region") && !defaults.sts_table.contains("endpoint") {
-        defaults.sts_table.error("region", "no AWS region is set", "add `region = \"eu-central-1\"` (or yours)");
+    if needs_region
+        && !defaults.sts_table.contains("region")
+        && !defaults.sts_table.contains("endpoint")
+    {
+        defaults.sts_table.error(
+            "region",
+            "no AWS region is set",
+            "add `region = \"eu-central-1\"` (or yours)",
+        );
     }
     roles
 }
 
 fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
-    table.require("name", "add the name that stands in the path /v1/credentials/<name>");
+    table.require(
+        "name",
+        "add the name that stands in the path /v1/credentials/<name>",
+    );
     table.require("spiffe_id", "add the SPIFFE ID that may have this role");
     table.require("role_arn", "add the ARN of the role");
     table.reserved_key("chain");
@@ -62,12 +76,24 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
         "write an ID as in \"spiffe://example.org/billing\", or with * for a segment, ** for the rest",
         SpiffeIdPattern::parse,
     );
-    let own_audience = table.parse("audience", "write what STS expects as the audience of a token", audience);
+    let own_audience = table.parse(
+        "audience",
+        "write what STS expects as the audience of a token",
+        audience,
+    );
     let duration = table.duration("duration", DURATION);
-    let session_name = table.parse("session_name", "leave it out to get one from the SPIFFE ID", SessionName::parse);
+    let session_name = table.parse(
+        "session_name",
+        "leave it out to get one from the SPIFFE ID",
+        SessionName::parse,
+    );
     let region = table.parse("region", REGION_FIX, aws::region);
     let endpoint = table.parse("sts_endpoint", ENDPOINT_FIX, aws::sts_endpoint);
-    let policy = table.parse("policy", "write a session policy as one JSON object in '''quotes'''", policy);
+    let policy = table.parse(
+        "policy",
+        "write a session policy as one JSON object in '''quotes'''",
+        policy,
+    );
     let names = RoleNameRules::of(table, endpoint.as_deref(), defaults);
     let role_arn = role_arn(table, names);
     let policy_arns = policy_arns(table, names);
@@ -75,7 +101,9 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
     let duration = whole_seconds(table, duration);
 
     // What is checked below, and against other roles, means nothing if where the tokens go is not known.
-    let own_is_wrong = ["audience", "region", "sts_endpoint"].iter().any(|key| table.is_wrong(key));
+    let own_is_wrong = ["audience", "region", "sts_endpoint"]
+        .iter()
+        .any(|key| table.is_wrong(key));
     if own_is_wrong || (own_audience.is_none() && defaults.identity_table.is_wrong("audience")) {
         return None;
     }
@@ -113,7 +141,11 @@ impl RoleNameRules {
         let own_is_wrong = table.is_wrong("sts_endpoint");
         let default_is_wrong = own.is_none() && defaults.sts_table.is_wrong("endpoint");
         let endpoint = own.or(defaults.sts.endpoint.as_deref());
-        if own_is_wrong || default_is_wrong || !aws::is_aws(endpoint) { Self::Opaque } else { Self::Aws }
+        if own_is_wrong || default_is_wrong || !aws::is_aws(endpoint) {
+            Self::Opaque
+        } else {
+            Self::Aws
+        }
     }
 }
 
@@ -122,20 +154,28 @@ fn role_arn(table: &Table<'_>, names: RoleNameRules) -> Option<ArnTemplate> {
                           `endpoint` in [sts]";
     match names {
         RoleNameRules::Aws => table.parse("role_arn", AT_AWS, ArnTemplate::parse),
-        RoleNameRules::Opaque => {
-            table.parse("role_arn", "write the role's name as its STS has it", ArnTemplate::opaque)
-        }
+        RoleNameRules::Opaque => table.parse(
+            "role_arn",
+            "write the role's name as its STS has it",
+            ArnTemplate::opaque,
+        ),
     }
 }
 
 /// The region and endpoint that count for a role with these of its own; `None` if that is not known.
-fn target(region: Option<String>, endpoint: Option<String>, defaults: &Defaults<'_>) -> Option<StsTarget> {
+fn target(
+    region: Option<String>,
+    endpoint: Option<String>,
+    defaults: &Defaults<'_>,
+) -> Option<StsTarget> {
     if endpoint.is_none() && defaults.sts_table.is_wrong("endpoint") {
         return None;
     }
     let endpoint = endpoint.or_else(|| defaults.sts.endpoint.clone());
     let fallback = endpoint.as_ref().map(|_| ANY_REGION.to_owned());
-    let region = region.or_else(|| defaults.sts.region.clone()).or(fallback)?;
+    let region = region
+        .or_else(|| defaults.sts.region.clone())
+        .or(fallback)?;
     Some(StsTarget { region, endpoint })
 }
 
@@ -144,9 +184,13 @@ fn role_name(text: &str) -> Result<String, &'static str> {
     match text {
         "" => Err("it is empty"),
         "." | ".." => Err("clients would take it out of the path"),
-        _ if text.starts_with("arn:") => Err("a name that begins with arn: would be taken for a role's ARN"),
+        _ if text.starts_with("arn:") => {
+            Err("a name that begins with arn: would be taken for a role's ARN")
+        }
         _ if text.len() > ROLE_NAME_MAX => Err("it is too long"),
-        _ if !text.bytes().all(allowed) => Err("it holds a character that the path of a URL can't hold as it is"),
+        _ if !text.bytes().all(allowed) => {
+            Err("it holds a character that the path of a URL can't hold as it is")
+        }
         _ => Ok(text.to_owned()),
     }
 }
@@ -154,7 +198,9 @@ fn role_name(text: &str) -> Result<String, &'static str> {
 fn policy(text: &str) -> Result<String, String> {
     let length = text.chars().count();
     if length > POLICY_MAX {
-        return Err(format!("a session policy has at most {POLICY_MAX} characters, this one {length}"));
+        return Err(format!(
+            "a session policy has at most {POLICY_MAX} characters, this one {length}"
+        ));
     }
     match serde_json::from_str(text) {
         Ok(serde_json::Value::Object(_)) => Ok(text.to_owned()),
@@ -165,7 +211,8 @@ fn policy(text: &str) -> Result<String, String> {
 
 fn policy_arns(table: &Table<'_>, names: RoleNameRules) -> Vec<String> {
     const KEY: &str = "policy_arns";
-    const FIX: &str = "write the ARNs of managed policies, as in \"arn:aws:iam::aws:policy/ReadOnlyAccess\"";
+    const FIX: &str =
+        "write the ARNs of managed policies, as in \"arn:aws:iam::aws:policy/ReadOnlyAccess\"";
     let is_arn = |text: &str| {
         let parts: Vec<&str> = text.splitn(6, ':').collect();
         matches!(parts[..], ["arn", _, _, _, _, resource] if resource.strip_prefix("policy/").is_some_and(|name| !name.is_empty()))
@@ -178,21 +225,41 @@ fn policy_arns(table: &Table<'_>, names: RoleNameRules) -> Vec<String> {
     };
     let listed = table.strings(KEY).unwrap_or_default();
     if listed.len() > POLICY_ARNS_MAX {
-        table.error(KEY, format!("STS takes at most {POLICY_ARNS_MAX}, these are {}", listed.len()), "remove some");
+        table.error(
+            KEY,
+            format!(
+                "STS takes at most {POLICY_ARNS_MAX}, these are {}",
+                listed.len()
+            ),
+            "remove some",
+        );
     }
     for (at, text) in listed.iter().filter(|(_, text)| !is_good(text)) {
-        table.report.error(at, format!("{text:?} is no policy's ARN"), FIX);
+        table
+            .report
+            .error(at, format!("{text:?} is no policy's ARN"), FIX);
     }
-    listed.into_iter().map(|(_, text)| text.to_owned()).collect()
+    listed
+        .into_iter()
+        .map(|(_, text)| text.to_owned())
+        .collect()
 }
 
 fn whole_seconds(table: &Table<'_>, duration: Option<Duration>) -> Duration {
     let duration = duration.unwrap_or(DEFAULT_DURATION);
     if duration.subsec_nanos() != 0 {
-        table.error("duration", "STS counts in whole seconds", "leave out what is less");
+        table.error(
+            "duration",
+            "STS counts in whole seconds",
+            "leave out what is less",
+        );
     }
     if duration < SHORT {
-        table.warn("duration", "below 30m SDKs ask anew for every call they make", "use \"30m\" or more");
+        table.warn(
+            "duration",
+            "below 30m SDKs ask anew for every call they make",
+            "use \"30m\" or more",
+        );
     }
     duration
 }
@@ -200,21 +267,44 @@ fn whole_seconds(table: &Table<'_>, duration: Option<Duration>) -> Duration {
 /// What only the keys of one role together tell.
 fn check(table: &Table<'_>, role: &Role) {
     let least = role.spiffe_id.least_segments();
-    if let Some(index) = role.role_arn.highest_segment().filter(|index| *index >= least) {
+    if let Some(index) = role
+        .role_arn
+        .highest_segment()
+        .filter(|index| *index >= least)
+    {
         let what = format!("{{path[{index}]}} is not in every SPIFFE ID that `spiffe_id` covers");
-        table.error("role_arn", what, format!("use {{path[0]}} to {{path[{}]}}", least - 1));
+        table.error(
+            "role_arn",
+            what,
+            format!("use {{path[0]}} to {{path[{}]}}", least - 1),
+        );
     }
     if role.spiffe_id.has_open_wildcard(&role.role_arn.segments()) {
         let what = "whoever can create what `*` stands for can have this role";
-        table.warn("spiffe_id", what, "write the whole ID, or use {path[N]} for each `*` in `role_arn`");
+        table.warn(
+            "spiffe_id",
+            what,
+            "write the whole ID, or use {path[N]} for each `*` in `role_arn`",
+        );
     }
     if role.spiffe_id.is_all_wildcards() && role.role_arn.highest_segment().is_none() {
-        let what = format!("every workload of {} can have this role", role.spiffe_id.trust_domain());
-        table.warn("spiffe_id", what, "name the workloads, or use {path[N]} in `role_arn`");
+        let what = format!(
+            "every workload of {} can have this role",
+            role.spiffe_id.trust_domain()
+        );
+        table.warn(
+            "spiffe_id",
+            what,
+            "name the workloads, or use {path[N]} in `role_arn`",
+        );
     }
     if role.session_name.is_some() && role.spiffe_id.exact().is_none() {
         let what = "all workloads of this role look the same in CloudTrail";
-        table.warn("session_name", what, "leave it out to get one from the SPIFFE ID");
+        table.warn(
+            "session_name",
+            what,
+            "leave it out to get one from the SPIFFE ID",
+        );
     }
     let StsTarget { region, endpoint } = &role.sts;
     if endpoint.is_none() && table.contains("region") && !aws::is_aws_region(region) {
@@ -240,8 +330,16 @@ pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Optio
                 root.report.error(at, format!("{text:?}: {error}"), fix);
             }
         }
-        if text.split(':').nth(4).is_some_and(|account| account.contains(['*', '?', '['])) {
-            root.report.warn(at, "a workload may have roles of anybody's account", "write the account's 12 digits");
+        if text
+            .split(':')
+            .nth(4)
+            .is_some_and(|account| account.contains(['*', '?', '[']))
+        {
+            root.report.warn(
+                at,
+                "a workload may have roles of anybody's account",
+                "write the account's 12 digits",
+            );
         }
     }
     if listed.is_empty() {
@@ -252,7 +350,11 @@ pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Optio
         let what = "only AWS's trust policies bound what a workload may ask for, and [sts] endpoint is not AWS's";
         root.error(KEY, what, "remove it, and define each role as [[role]]");
     }
-    Some(RequestedRoles { allowed, audience: defaults.identity.audience.clone(), sts })
+    Some(RequestedRoles {
+        allowed,
+        audience: defaults.identity.audience.clone(),
+        sts,
+    })
 }
 
 /// Checks a glob for role ARNs: with its wildcards taken as text it has to be a role's ARN at AWS.
@@ -262,8 +364,15 @@ fn requested_pattern(text: &str) -> Result<glob::Pattern, String> {
     let [arn, partition, service, region, account, resource] = parts[..] else {
         return Err("it is no role's ARN".to_owned());
     };
-    let digits = if account.contains(['*', '?', '[']) { "123456789012" } else { account };
-    let name = resource.replace("**", "x").replace(['*', '?', '[', ']', '!'], "x");
-    RoleArn::parse(&[arn, partition, service, region, digits, &name].join(":")).map_err(|error| error.to_string())?;
+    let digits = if account.contains(['*', '?', '[']) {
+        "123456789012"
+    } else {
+        account
+    };
+    let name = resource
+        .replace("**", "x")
+        .replace(['*', '?', '[', ']', '!'], "x");
+    RoleArn::parse(&[arn, partition, service, region, digits, &name].join(":"))
+        .map_err(|error| error.to_string())?;
     Ok(pattern)
 }

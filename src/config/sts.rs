@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::aws;
 use super::reader::Table;
 
-const TIMEOUT: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(60);
+const TIMEOUT: std::ops::RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_secs(60);
 /// How to write a region.
 pub(super) const REGION_FIX: &str = "write a region as in \"eu-central-1\"";
 /// How to write an endpoint.
@@ -30,7 +31,13 @@ pub struct StsConfig {
 
 impl Default for StsConfig {
     fn default() -> Self {
-        Self { region: None, endpoint: None, ca_file: None, timeout: Duration::from_secs(5), max_concurrent: 16 }
+        Self {
+            region: None,
+            endpoint: None,
+            ca_file: None,
+            timeout: Duration::from_secs(5),
+            max_concurrent: 16,
+        }
     }
 }
 
@@ -41,10 +48,19 @@ pub(super) fn read(table: &Table<'_>) -> StsConfig {
         region: table.parse("region", REGION_FIX, aws::region),
         endpoint: table.parse("endpoint", ENDPOINT_FIX, aws::sts_endpoint),
         ca_file: table.path("ca_file"),
-        timeout: table.duration("timeout", TIMEOUT).unwrap_or(default.timeout),
-        max_concurrent: table.number("max_concurrent", 1..=1000).unwrap_or(default.max_concurrent),
+        timeout: table
+            .duration("timeout", TIMEOUT)
+            .unwrap_or(default.timeout),
+        max_concurrent: table
+            .number("max_concurrent", 1..=1000)
+            .unwrap_or(default.max_concurrent),
     };
-    if !table.contains("endpoint") && sts.region.as_ref().is_some_and(|region| !aws::is_aws_region(region)) {
+    if !table.contains("endpoint")
+        && sts
+            .region
+            .as_ref()
+            .is_some_and(|region| !aws::is_aws_region(region))
+    {
         table.error("region", "AWS has no region of such a name", REGION_FIX);
     }
     sts

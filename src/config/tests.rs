@@ -127,16 +127,50 @@ fn what_is_not_said_has_the_documented_default() {
     };
     assert_eq!(config.listen, listen);
     assert_eq!(config.identity.source, Source::WorkloadApi);
-    assert_eq!(config.identity.socket.to_string(), "unix:///run/spire/agent-sockets/spire-agent.sock");
+    assert_eq!(
+        config.identity.socket.to_string(),
+        "unix:///run/spire/agent-sockets/spire-agent.sock"
+    );
     assert_eq!(config.identity.audience, "sts.amazonaws.com");
     assert_eq!(config.sts.timeout, Duration::from_secs(5));
-    assert_eq!((config.sts.endpoint, config.sts.ca_file, config.sts.max_concurrent), (None, None, 16));
-    assert_eq!(config.cache, CacheConfig { max_entries: 10_000, revocation_grace: Duration::from_secs(300) });
-    assert_eq!(config.audit, AuditConfig { file: AuditFile::Stdout, required: false });
-    assert_eq!(config.log, LogConfig { level: "info".to_owned(), format: LogFormat::Auto });
+    assert_eq!(
+        (
+            config.sts.endpoint,
+            config.sts.ca_file,
+            config.sts.max_concurrent
+        ),
+        (None, None, 16)
+    );
+    assert_eq!(
+        config.cache,
+        CacheConfig {
+            max_entries: 10_000,
+            revocation_grace: Duration::from_secs(300)
+        }
+    );
+    assert_eq!(
+        config.audit,
+        AuditConfig {
+            file: AuditFile::Stdout,
+            required: false
+        }
+    );
+    assert_eq!(
+        config.log,
+        LogConfig {
+            level: "info".to_owned(),
+            format: LogFormat::Auto
+        }
+    );
     let role = &config.roles.defined[0];
-    assert_eq!((role.audience.as_str(), role.duration), ("sts.amazonaws.com", Duration::from_secs(3600)));
-    assert_eq!((role.sts.region.as_str(), &role.sts.endpoint), ("eu-central-1", &None));
+    assert_eq!(
+        (role.audience.as_str(), role.duration),
+        ("sts.amazonaws.com", Duration::from_secs(3600))
+    );
+    assert_eq!(
+        (role.sts.region.as_str(), &role.sts.endpoint),
+        ("eu-central-1", &None)
+    );
     assert!(role.session_name.is_none() && role.policy.is_none() && role.policy_arns.is_empty());
     assert!(config.roles.requested.is_none());
 }
@@ -144,64 +178,172 @@ fn what_is_not_said_has_the_documented_default() {
 #[test]
 fn every_key_of_the_sections_is_read() {
     let config = loaded(EVERY_KEY).config;
-    let Listen { unix, tcp, pods, pods_dir, handover, admin, status, authorization, token_file, .. } = config.listen;
-    assert_eq!((unix, status, token_file), (None, Some("/srv/status".into()), "/srv/token".into()));
-    assert_eq!((tcp, admin), (vec!["127.0.0.1:80".parse().unwrap()], Some("10.0.0.7:9100".parse().unwrap())));
-    assert_eq!((pods, pods_dir, handover), (true, "/var/run/netns".into(), Some("/srv/handover".into())));
+    let Listen {
+        unix,
+        tcp,
+        pods,
+        pods_dir,
+        handover,
+        admin,
+        status,
+        authorization,
+        token_file,
+        ..
+    } = config.listen;
+    assert_eq!(
+        (unix, status, token_file),
+        (None, Some("/srv/status".into()), "/srv/token".into())
+    );
+    assert_eq!(
+        (tcp, admin),
+        (
+            vec!["127.0.0.1:80".parse().unwrap()],
+            Some("10.0.0.7:9100".parse().unwrap())
+        )
+    );
+    assert_eq!(
+        (pods, pods_dir, handover),
+        (true, "/var/run/netns".into(), Some("/srv/handover".into()))
+    );
     assert_eq!(authorization, AuthorizationMode::Token);
-    assert_eq!(config.listen.pods_cgroup.unwrap().as_str(), "/kubelet/kubepods");
-    assert_eq!((config.listen.max_connections, config.listen.max_connections_per_workload), (1000, 16));
+    assert_eq!(
+        config.listen.pods_cgroup.unwrap().as_str(),
+        "/kubelet/kubepods"
+    );
+    assert_eq!(
+        (
+            config.listen.max_connections,
+            config.listen.max_connections_per_workload
+        ),
+        (1000, 16)
+    );
     assert_eq!(
         (config.identity.socket.to_string(), config.identity.audience),
         ("tcp://127.0.0.1:8081".into(), "aws".into())
     );
     assert_eq!(config.sts.region.as_deref(), Some("eu-west-1"));
-    assert_eq!(config.sts.endpoint.as_deref(), Some("https://sts.eu-west-1.amazonaws.com"));
-    assert_eq!((config.sts.ca_file, config.sts.max_concurrent), (Some("/etc/ca.pem".into()), 1));
+    assert_eq!(
+        config.sts.endpoint.as_deref(),
+        Some("https://sts.eu-west-1.amazonaws.com")
+    );
+    assert_eq!(
+        (config.sts.ca_file, config.sts.max_concurrent),
+        (Some("/etc/ca.pem".into()), 1)
+    );
     assert_eq!(config.sts.timeout, Duration::from_millis(1500));
-    assert_eq!(config.cache, CacheConfig { max_entries: 1, revocation_grace: Duration::ZERO });
-    assert_eq!(config.audit, AuditConfig { file: AuditFile::Path("/var/log/audit.json".into()), required: true });
-    assert_eq!(config.log, LogConfig { level: "warn,awsvid::sts=debug".into(), format: LogFormat::Json });
+    assert_eq!(
+        config.cache,
+        CacheConfig {
+            max_entries: 1,
+            revocation_grace: Duration::ZERO
+        }
+    );
+    assert_eq!(
+        config.audit,
+        AuditConfig {
+            file: AuditFile::Path("/var/log/audit.json".into()),
+            required: true
+        }
+    );
+    assert_eq!(
+        config.log,
+        LogConfig {
+            level: "warn,awsvid::sts=debug".into(),
+            format: LogFormat::Json
+        }
+    );
 }
 
 #[test]
 fn every_key_of_rules_and_roles_is_read() {
     let config = loaded(EVERY_KEY).config;
-    let [first, second] = &config.workloads[..] else { panic!("{:?}", config.workloads) };
-    let [user, group] = [AccountName::User("billing".to_owned()), AccountName::Group("billing".to_owned())];
-    let lines =
-        |workload: &ParsedWorkload| workload.accounts.iter().map(|(_, (_, line))| line.unwrap()).collect::<Vec<_>>();
-    let names = |rule: &NamedRule| (rule.user.clone(), rule.group.clone(), rule.supplementary_group.clone());
-    assert_eq!(names(&first.rule), (Some(user.clone()), None, Some(group.clone())));
+    let [first, second] = &config.workloads[..] else {
+        panic!("{:?}", config.workloads)
+    };
+    let [user, group] = [
+        AccountName::User("billing".to_owned()),
+        AccountName::Group("billing".to_owned()),
+    ];
+    let lines = |workload: &ParsedWorkload| {
+        workload
+            .accounts
+            .iter()
+            .map(|(_, (_, line))| line.unwrap())
+            .collect::<Vec<_>>()
+    };
+    let names = |rule: &NamedRule| {
+        (
+            rule.user.clone(),
+            rule.group.clone(),
+            rule.supplementary_group.clone(),
+        )
+    };
+    assert_eq!(
+        names(&first.rule),
+        (Some(user.clone()), None, Some(group.clone()))
+    );
     assert_eq!(names(&second.rule), (None, Some(group.clone()), None));
     assert_eq!((lines(first), lines(second)), (vec![37, 39], vec![46]));
-    assert_eq!(config.accounts(), [(user, vec![37]), (group, vec![39, 46])].into());
+    assert_eq!(
+        config.accounts(),
+        [(user, vec![37]), (group, vec![39, 46])].into()
+    );
     let (first, second) = (&first.rule.rule, &second.rule.rule);
-    assert_eq!((first.uid, first.gid, first.supplementary_group), (None, Some(0), None));
+    assert_eq!(
+        (first.uid, first.gid, first.supplementary_group),
+        (None, Some(0), None)
+    );
     assert_eq!(
         (&first.exe, first.systemd_unit.as_deref()),
-        (&Some(ExeMatcher::new("/usr/bin/billing".into())), Some("billing.service"))
+        (
+            &Some(ExeMatcher::new("/usr/bin/billing".into())),
+            Some("billing.service")
+        )
     );
-    assert_eq!(first.cgroup.as_ref().map(glob::Pattern::as_str), Some("/system.slice/billing.service"));
-    assert_eq!((second.uid, second.gid, second.supplementary_group), (Some(7), None, Some(8)));
+    assert_eq!(
+        first.cgroup.as_ref().map(glob::Pattern::as_str),
+        Some("/system.slice/billing.service")
+    );
+    assert_eq!(
+        (second.uid, second.gid, second.supplementary_group),
+        (Some(7), None, Some(8))
+    );
     assert_eq!(second.spiffe_id.as_str(), "spiffe://example.org/shop/other");
 
     let role = &config.roles.defined[0];
-    assert_eq!((role.name.as_str(), role.audience.as_str()), ("shop", "minio"));
+    assert_eq!(
+        (role.name.as_str(), role.audience.as_str()),
+        ("shop", "minio")
+    );
     assert_eq!(
         (role.spiffe_id.as_str(), role.role_arn.as_str()),
-        ("spiffe://example.org/shop/*", "arn:minio:iam:::role/{path[1]}")
+        (
+            "spiffe://example.org/shop/*",
+            "arn:minio:iam:::role/{path[1]}"
+        )
     );
     assert_eq!(role.duration, Duration::from_secs(12 * 3600));
-    assert_eq!(role.session_name.as_ref().map(|name| name.as_str()), Some("shop@node"));
-    assert_eq!((role.sts.region.as_str(), role.sts.endpoint.as_deref()), ("x", Some("http://[::1]:9000")));
-    assert_eq!((role.policy.as_deref(), role.policy_arns.len()), (Some(r#"{"Statement": []}"#), 1));
+    assert_eq!(
+        role.session_name.as_ref().map(|name| name.as_str()),
+        Some("shop@node")
+    );
+    assert_eq!(
+        (role.sts.region.as_str(), role.sts.endpoint.as_deref()),
+        ("x", Some("http://[::1]:9000"))
+    );
+    assert_eq!(
+        (role.policy.as_deref(), role.policy_arns.len()),
+        (Some(r#"{"Statement": []}"#), 1)
+    );
     let requested = config.roles.requested.unwrap();
     assert_eq!(
         (requested.allowed[0].as_str(), requested.audience.as_str()),
         ("arn:aws:iam::123456789012:role/app-*", "aws")
     );
-    assert_eq!(requested.sts.endpoint.as_deref(), Some("https://sts.eu-west-1.amazonaws.com"));
+    assert_eq!(
+        requested.sts.endpoint.as_deref(),
+        Some("https://sts.eu-west-1.amazonaws.com")
+    );
 }
 
 #[test]
@@ -213,9 +355,14 @@ fn the_example_is_a_configuration_without_a_warning() {
 
 #[test]
 fn the_example_shows_all_defaults_as_they_are() {
-    let is_default = |line: &&str| line.starts_with('#') && line[1..].starts_with(|c: char| c.is_ascii_lowercase());
+    let is_default = |line: &&str| {
+        line.starts_with('#') && line[1..].starts_with(|c: char| c.is_ascii_lowercase())
+    };
     let shown = EXAMPLE.lines().filter(is_default).count();
-    let written: Vec<_> = EXAMPLE.lines().map(|line| if is_default(&line) { &line[1..] } else { line }).collect();
+    let written: Vec<_> = EXAMPLE
+        .lines()
+        .map(|line| if is_default(&line) { &line[1..] } else { line })
+        .collect();
     let [plain, written] = [loaded(EXAMPLE), loaded(&written.join("\n"))];
     assert_eq!(format!("{plain:?}"), format!("{written:?}"));
     // One for each field of the sections (without the one of [listen] and the three of [sts] that have no default), and three
@@ -231,33 +378,66 @@ fn the_environment_gives_the_socket_and_overrides_the_level() {
         _ => None,
     };
     let config = Config::parse(LEAST, &env).unwrap().config;
-    assert_eq!((config.identity.socket.to_string().as_str(), config.log.level.as_str()), ("unix:///env.sock", "debug"));
+    assert_eq!(
+        (
+            config.identity.socket.to_string().as_str(),
+            config.log.level.as_str()
+        ),
+        ("unix:///env.sock", "debug")
+    );
 
-    let text = format!("{LEAST}[identity]\nsocket = \"unix:///file.sock\"\n[log]\nlevel = \"warn\"\n");
+    let text =
+        format!("{LEAST}[identity]\nsocket = \"unix:///file.sock\"\n[log]\nlevel = \"warn\"\n");
     let config = Config::parse(&text, &env).unwrap().config;
     assert_eq!(
-        (config.identity.socket.to_string().as_str(), config.log.level.as_str()),
+        (
+            config.identity.socket.to_string().as_str(),
+            config.log.level.as_str()
+        ),
         ("unix:///file.sock", "debug")
     );
 
     let empty = |_: &str| Some(String::new());
     let config = Config::parse(LEAST, &empty).unwrap().config;
-    assert_eq!((config.identity.socket, config.log.level.as_str()), (IdentityConfig::default().socket, "info"));
+    assert_eq!(
+        (config.identity.socket, config.log.level.as_str()),
+        (IdentityConfig::default().socket, "info")
+    );
 
     let wrong = |_: &str| Some("/no/uri=".to_owned());
     let problems = Config::parse(LEAST, &wrong).unwrap_err();
-    let keys: Vec<_> = problems.iter().map(|problem| (problem.line, problem.key.as_str())).collect();
-    assert_eq!(keys, [(None, "SPIFFE_ENDPOINT_SOCKET"), (None, "AWSVID_LOG")]);
+    let keys: Vec<_> = problems
+        .iter()
+        .map(|problem| (problem.line, problem.key.as_str()))
+        .collect();
+    assert_eq!(
+        keys,
+        [(None, "SPIFFE_ENDPOINT_SOCKET"), (None, "AWSVID_LOG")]
+    );
 }
 
 #[test]
 fn an_endpoint_of_another_kind_needs_no_region() {
-    let text = with("region = \"eu-central-1\"", "endpoint = \"https://minio:9000\"");
+    let text = with(
+        "region = \"eu-central-1\"",
+        "endpoint = \"https://minio:9000\"",
+    );
     let config = loaded(&format!("{text}[identity]\naudience = \"minio\"\n")).config;
     let sts = &config.roles.defined[0].sts;
-    assert_eq!((sts.region.as_str(), sts.endpoint.as_deref()), ("us-east-1", Some("https://minio:9000")));
+    assert_eq!(
+        (sts.region.as_str(), sts.endpoint.as_deref()),
+        ("us-east-1", Some("https://minio:9000"))
+    );
     let own = with("region = \"eu-central-1\"", "");
-    assert_eq!(loaded(&format!("{own}region = \"eu-north-1\"")).config.roles.defined[0].sts.region, "eu-north-1");
+    assert_eq!(
+        loaded(&format!("{own}region = \"eu-north-1\""))
+            .config
+            .roles
+            .defined[0]
+            .sts
+            .region,
+        "eu-north-1"
+    );
 }
 
 #[test]
@@ -266,13 +446,21 @@ fn a_file_is_loaded_from_its_path() {
     let path = directory.path().join("awsvid.toml");
     let load = |exposure| Config::load(&path, exposure, no_env);
     let missing = load(Exposure::Refused).unwrap_err().to_string();
-    let expected =
-        format!("{}: the file can't be read: No such file or directory (os error 2); name a", path.display());
+    let expected = format!(
+        "{}: the file can't be read: No such file or directory (os error 2); name a",
+        path.display()
+    );
     assert!(missing.starts_with(&expected), "{missing}");
 
     std::fs::write(&path, b"[listen]\n\xff\n").unwrap();
     let errors = load(Exposure::Refused).unwrap_err();
-    assert_eq!(errors.to_string(), format!("{}:2: this is not UTF-8; save the file as UTF-8", path.display()));
+    assert_eq!(
+        errors.to_string(),
+        format!(
+            "{}:2: this is not UTF-8; save the file as UTF-8",
+            path.display()
+        )
+    );
 
     std::fs::write(&path, LEAST).unwrap();
     let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
@@ -290,26 +478,42 @@ fn a_file_that_others_can_change_is_refused_or_warned_of() {
     let load = |exposure| Config::load(&path, exposure, no_env);
     let words = "every user of this node can write the configuration; chmod o-w ";
     let refused = load(Exposure::Refused).unwrap_err().to_string();
-    assert!(refused.starts_with(&format!("{}: {words}", path.display())), "{refused}");
-    let [warning] = &load(Exposure::Warned).unwrap().warnings[..] else { panic!("one warning") };
+    assert!(
+        refused.starts_with(&format!("{}: {words}", path.display())),
+        "{refused}"
+    );
+    let [warning] = &load(Exposure::Warned).unwrap().warnings[..] else {
+        panic!("one warning")
+    };
     assert!(warning.to_string().starts_with(words), "{warning}");
     assert_eq!(load(Exposure::Ignored).unwrap().warnings, []);
     // With all that is wrong in it.
     std::fs::write(&path, with("uid = 1001", "")).unwrap();
     for exposure in [Exposure::Refused, Exposure::Warned] {
         let errors = load(exposure).unwrap_err().problems;
-        assert!(errors.len() == 2 && errors[1].to_string().starts_with(words), "{errors:?}");
+        assert!(
+            errors.len() == 2 && errors[1].to_string().starts_with(words),
+            "{errors:?}"
+        );
     }
 }
 
 #[test]
 fn listeners_in_pods_are_enough_and_pass_to_the_next_daemon() {
-    let listen =
-        |keys: &str| loaded(&format!("{LEAST}[listen]\nunix = \"\"\ntcp = []\npods = true\n{keys}")).config.listen;
+    let listen = |keys: &str| {
+        loaded(&format!(
+            "{LEAST}[listen]\nunix = \"\"\ntcp = []\npods = true\n{keys}"
+        ))
+        .config
+        .listen
+    };
     let default = listen("");
     assert_eq!(
         (default.pods_dir, default.handover),
-        ("/run/netns".into(), Some("/run/awsvid-handover/awsvid.sock".into()))
+        (
+            "/run/netns".into(),
+            Some("/run/awsvid-handover/awsvid.sock".into())
+        )
     );
     assert_eq!(listen("handover = \"\"").handover, None);
 }
@@ -321,5 +525,11 @@ fn a_reload_is_told_which_keys_of_listen_differ() {
     let keys = "unix tcp pods pods_dir handover admin status authorization token_file pods_cgroup max_connections \
                 max_connections_per_workload";
     assert_eq!(default.changed(&other).join(" "), keys);
-    assert_eq!(default.changed(&Listen { admin: None, ..default.clone() }), ["admin"]);
+    assert_eq!(
+        default.changed(&Listen {
+            admin: None,
+            ..default.clone()
+        }),
+        ["admin"]
+    );
 }

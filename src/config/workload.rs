@@ -11,11 +11,21 @@ use crate::rule::{AccountName, ExeMatcher, NamedRule, OVERFLOW_ID, WorkloadRule}
 
 /// Names of programs that run other programs' text: whoever may start one is what the rule says.
 const INTERPRETERS: [&str; 27] = [
-    "sh", "bash", "dash", "ash", "zsh", "ksh", "fish", "busybox", "env", "python", "pypy", "perl", "ruby", "node",
-    "nodejs", "deno", "bun", "java", "php", "lua", "luajit", "tclsh", "awk", "gawk", "mawk", "Rscript", "dotnet",
+    "sh", "bash", "dash", "ash", "zsh", "ksh", "fish", "busybox", "env", "python", "pypy", "perl",
+    "ruby", "node", "nodejs", "deno", "bun", "java", "php", "lua", "luajit", "tclsh", "awk",
+    "gawk", "mawk", "Rscript", "dotnet",
 ];
 /// What a caller is told by.
-const KEYS: [&str; 8] = ["uid", "user", "gid", "group", "supplementary_group", "exe", "systemd_unit", "cgroup"];
+const KEYS: [&str; 8] = [
+    "uid",
+    "user",
+    "gid",
+    "group",
+    "supplementary_group",
+    "exe",
+    "systemd_unit",
+    "cgroup",
+];
 const UID_FIX: &str = "write the name of a user, or its number as `uid`";
 const GID_FIX: &str = "write the name of a group, or its number";
 
@@ -35,7 +45,10 @@ pub type WorkloadRuleKey = (String, Option<usize>);
 
 impl ParsedWorkload {
     pub(super) fn at(&self) -> Location {
-        Location { line: self.line, key: "workload".to_owned() }
+        Location {
+            line: self.line,
+            key: "workload".to_owned(),
+        }
     }
 
     pub(super) fn spiffe_id(&self) -> &SpiffeId {
@@ -50,52 +63,104 @@ pub(super) fn read(root: &Table<'_>) -> Vec<ParsedWorkload> {
 
 fn rule(table: &Table<'_>) -> Option<ParsedWorkload> {
     table.require("spiffe_id", "add the SPIFFE ID that these callers have");
-    let spiffe_id = table.parse("spiffe_id", "write an ID as in \"spiffe://example.org/billing\"", SpiffeId::parse);
+    let spiffe_id = table.parse(
+        "spiffe_id",
+        "write an ID as in \"spiffe://example.org/billing\"",
+        SpiffeId::parse,
+    );
     let (uid, user) = account(table, "uid", "user", UID_FIX);
     let (gid, group) = account(table, "gid", "group", GID_FIX);
     let (supplementary_gid, supplementary_group) = supplementary_group(table);
     let rule = WorkloadRule {
         // Only to go on and find the other errors: without a valid ID the rule is dropped below.
-        spiffe_id: spiffe_id.clone().or_else(|| SpiffeId::parse("spiffe://invalid/invalid").ok())?,
+        spiffe_id: spiffe_id
+            .clone()
+            .or_else(|| SpiffeId::parse("spiffe://invalid/invalid").ok())?,
         uid,
         gid,
         supplementary_group: supplementary_gid,
-        exe: table.parse("exe", "write the whole path of the program's file", absolute).map(ExeMatcher::new),
-        systemd_unit: table.parse("systemd_unit", "write a unit's name as in \"billing.service\"", systemd_unit),
-        cgroup: table.parse("cgroup", "write a path as in \"/system.slice/billing.service\"", cgroup),
+        exe: table
+            .parse(
+                "exe",
+                "write the whole path of the program's file",
+                absolute,
+            )
+            .map(ExeMatcher::new),
+        systemd_unit: table.parse(
+            "systemd_unit",
+            "write a unit's name as in \"billing.service\"",
+            systemd_unit,
+        ),
+        cgroup: table.parse(
+            "cgroup",
+            "write a path as in \"/system.slice/billing.service\"",
+            cgroup,
+        ),
     };
     check_keys(table, &rule, user.as_deref());
     let names = [
         ("user", user.map(AccountName::User)),
         ("group", group.map(AccountName::Group)),
-        ("supplementary_group", supplementary_group.map(AccountName::Group)),
+        (
+            "supplementary_group",
+            supplementary_group.map(AccountName::Group),
+        ),
     ];
     let place = |key: &str| {
         let Location { line, key } = table.place(key);
         (key, line)
     };
-    let accounts = names.iter().filter_map(|(key, name)| Some((name.clone()?, place(key)))).collect();
+    let accounts = names
+        .iter()
+        .filter_map(|(key, name)| Some((name.clone()?, place(key))))
+        .collect();
     let [(_, user), (_, group), (_, supplementary_group)] = names;
     // A rule without the key that is wrong would match others than its writer meant.
     let sound = spiffe_id.is_some() && !KEYS.iter().any(|key| table.is_wrong(key));
-    let rule = NamedRule { rule, user, group, supplementary_group };
-    sound.then(|| ParsedWorkload { rule, line: table.at().line, accounts })
+    let rule = NamedRule {
+        rule,
+        user,
+        group,
+        supplementary_group,
+    };
+    sound.then(|| ParsedWorkload {
+        rule,
+        line: table.at().line,
+        accounts,
+    })
 }
 
 /// An id under one key, or a name under another.
-fn account(table: &Table<'_>, number: &'static str, name: &'static str, fix: &str) -> (Option<u32>, Option<String>) {
+fn account(
+    table: &Table<'_>,
+    number: &'static str,
+    name: &'static str,
+    fix: &str,
+) -> (Option<u32>, Option<String>) {
     if table.contains(number) && table.contains(name) {
-        table.error(name, format!("`{name}` and `{number}` say the same thing"), "keep one of them");
+        table.error(
+            name,
+            format!("`{name}` and `{number}` say the same thing"),
+            "keep one of them",
+        );
     }
     let by_number = table.number(number, 0..=u32::MAX - 1);
-    (by_number.filter(|id| exists(table, number, *id)), table.parse(name, fix, account_name))
+    (
+        by_number.filter(|id| exists(table, number, *id)),
+        table.parse(name, fix, account_name),
+    )
 }
 
 fn supplementary_group(table: &Table<'_>) -> (Option<u32>, Option<String>) {
     const KEY: &str = "supplementary_group";
     match table.value(KEY) {
         None => (None, None),
-        Some(DeValue::Integer(_)) => (table.number(KEY, 0..=u32::MAX - 1).filter(|id| exists(table, KEY, *id)), None),
+        Some(DeValue::Integer(_)) => (
+            table
+                .number(KEY, 0..=u32::MAX - 1)
+                .filter(|id| exists(table, KEY, *id)),
+            None,
+        ),
         Some(_) => (None, table.parse(KEY, GID_FIX, account_name)),
     }
 }
@@ -114,20 +179,33 @@ fn account_name(name: &str) -> Result<String, &'static str> {
 
 fn exists(table: &Table<'_>, key: &str, id: u32) -> bool {
     if id == OVERFLOW_ID {
-        let what = format!("{id} is what the kernel shows for an id that it can't map, so no caller matches it");
+        let what = format!(
+            "{id} is what the kernel shows for an id that it can't map, so no caller matches it"
+        );
         table.error(key, what, "give the workload a user or group of its own");
     }
     id != OVERFLOW_ID
 }
 
 fn systemd_unit(text: &str) -> Result<String, String> {
-    let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b':' | b'-' | b'_' | b'.' | b'\\' | b'@');
-    let name = text.strip_suffix(".service").or_else(|| text.strip_suffix(".scope"));
+    let allowed =
+        |c: u8| c.is_ascii_alphanumeric() || matches!(c, b':' | b'-' | b'_' | b'.' | b'\\' | b'@');
+    let name = text
+        .strip_suffix(".service")
+        .or_else(|| text.strip_suffix(".scope"));
     match name {
-        None => Err(format!("processes live in a .service or .scope; did you mean {text}.service?")),
-        Some(name) if name.is_empty() || !text.bytes().all(allowed) => Err("it is no unit's name".to_owned()),
-        Some(name) if name.ends_with('@') => Err("a template is never started itself; name an instance".to_owned()),
-        _ if CgroupPath::parse(&format!("/system.slice/{text}")).is_some_and(|path| path.names_container()) => {
+        None => Err(format!(
+            "processes live in a .service or .scope; did you mean {text}.service?"
+        )),
+        Some(name) if name.is_empty() || !text.bytes().all(allowed) => {
+            Err("it is no unit's name".to_owned())
+        }
+        Some(name) if name.ends_with('@') => {
+            Err("a template is never started itself; name an instance".to_owned())
+        }
+        _ if CgroupPath::parse(&format!("/system.slice/{text}"))
+            .is_some_and(|path| path.names_container()) =>
+        {
             Err("that is a container's unit, which only `cgroup` can name".to_owned())
         }
         _ => Ok(text.to_owned()),
@@ -135,8 +213,14 @@ fn systemd_unit(text: &str) -> Result<String, String> {
 }
 
 fn cgroup(text: &str) -> Result<glob::Pattern, String> {
-    if CgroupPath::parse(text).is_none() || text.contains("//") || (text.ends_with('/') && text != "/") {
-        return Err("no cgroup has such a path: it begins with `/`, without `..`, `//` or a `/` at the end".to_owned());
+    if CgroupPath::parse(text).is_none()
+        || text.contains("//")
+        || (text.ends_with('/') && text != "/")
+    {
+        return Err(
+            "no cgroup has such a path: it begins with `/`, without `..`, `//` or a `/` at the end"
+                .to_owned(),
+        );
     }
     if text != "/" && text.bytes().all(|c| matches!(c, b'/' | b'*' | b'?')) {
         return Err("it names no cgroup: all processes would match, in containers too".to_owned());
@@ -157,13 +241,23 @@ fn check_keys(table: &Table<'_>, rule: &WorkloadRule, user: Option<&str>) {
         );
     }
     if !others && table.contains("exe") && !allow_exe_only {
-        let what =
-            "whoever runs this program, as any user, and with whatever he makes it load, would have this identity";
-        table.error("exe", what, "add `user` or `systemd_unit`, or set `allow_exe_only = true`");
+        let what = "whoever runs this program, as any user, and with whatever he makes it load, would have this identity";
+        table.error(
+            "exe",
+            what,
+            "add `user` or `systemd_unit`, or set `allow_exe_only = true`",
+        );
     }
-    if let Some(path) = rule.exe.as_ref().map(ExeMatcher::path).filter(|path| is_interpreter(path)) {
-        let what =
-            format!("{} runs whatever its caller gives it, so this does not tell programs apart", path.display());
+    if let Some(path) = rule
+        .exe
+        .as_ref()
+        .map(ExeMatcher::path)
+        .filter(|path| is_interpreter(path))
+    {
+        let what = format!(
+            "{} runs whatever its caller gives it, so this does not tell programs apart",
+            path.display()
+        );
         table.warn("exe", what, "use `user` or `systemd_unit`");
     }
     let is_roots = rule.uid == Some(0) || user.is_some_and(|user| user == "root");
@@ -172,9 +266,16 @@ fn check_keys(table: &Table<'_>, rule: &WorkloadRule, user: Option<&str>) {
         table.report.warn(&at, what, "add `systemd_unit`");
     }
     if let (Some(unit), Some(cgroup)) = (&rule.systemd_unit, rule.cgroup.as_ref().and_then(literal))
-        && CgroupPath::parse(cgroup).as_ref().and_then(CgroupPath::systemd_unit) != Some(unit)
+        && CgroupPath::parse(cgroup)
+            .as_ref()
+            .and_then(CgroupPath::systemd_unit)
+            != Some(unit)
     {
-        table.error("cgroup", format!("this rule can never match: {cgroup} is not in {unit}"), "keep one of them");
+        table.error(
+            "cgroup",
+            format!("this rule can never match: {cgroup} is not in {unit}"),
+            "keep one of them",
+        );
     }
 }
 

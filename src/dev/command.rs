@@ -18,7 +18,9 @@ use crate::environment::Environment;
 /// SIGTERM, SIGHUP, SIGINT and SIGQUIT end the command, not `dev`, which ends after it. An error means that the command
 /// could not be started; [`crate::environment::exit_code`] is the status for that.
 pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<u8> {
-    let (program, arguments) = command.split_first().ok_or_else(|| io::Error::other("there is no command"))?;
+    let (program, arguments) = command
+        .split_first()
+        .ok_or_else(|| io::Error::other("there is no command"))?;
     // Before the command is there, so that a signal never finds `dev` unprepared.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hang_up = signal(SignalKind::hangup())?;
@@ -44,8 +46,11 @@ pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<
 }
 
 fn code(status: ExitStatus) -> u8 {
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
-    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(u8::MAX)
 }
 
 /// A child that has not been waited for keeps its pid, so this can't hit another process.
@@ -57,7 +62,8 @@ fn forward(child: &Child, signal: Signal) {
 }
 
 fn in_foreground() -> bool {
-    File::open("/dev/tty").is_ok_and(|terminal| tcgetpgrp(terminal).is_ok_and(|group| group == getpgrp()))
+    File::open("/dev/tty")
+        .is_ok_and(|terminal| tcgetpgrp(terminal).is_ok_and(|group| group == getpgrp()))
 }
 
 #[cfg(test)]

@@ -7,8 +7,11 @@ use std::path::Path;
 use crate::environment::Environment;
 
 /// What changes how the STS endpoint is chosen.
-const OTHER_ENDPOINTS: [&str; 3] =
-    ["AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT"];
+const OTHER_ENDPOINTS: [&str; 3] = [
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+    "AWS_USE_FIPS_ENDPOINT",
+    "AWS_USE_DUALSTACK_ENDPOINT",
+];
 
 /// What the variables are made from.
 #[derive(Debug, Clone, Copy)]
@@ -34,9 +37,14 @@ pub(super) fn environment(
     let token = std::fs::read_to_string(endpoints.token_file)?;
     let uri = format!("http://{}/v1/credentials", endpoints.credentials);
     let mut environment = Environment::new(uri, "127.0.0.1", inherited);
-    OTHER_ENDPOINTS.into_iter().for_each(|name| environment.remove(name));
+    OTHER_ENDPOINTS
+        .into_iter()
+        .for_each(|name| environment.remove(name));
     environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN", token);
-    environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", endpoints.token_file.display().to_string());
+    environment.set(
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+        endpoints.token_file.display().to_string(),
+    );
     environment.set("AWS_ENDPOINT_URL_STS", endpoints.sts);
     environment.set("AWS_REGION", endpoints.region);
     environment.set("AWS_DEFAULT_REGION", endpoints.region);
@@ -63,11 +71,24 @@ mod tests {
         };
         let environment = environment(&endpoints, |_| None).unwrap();
         let set: BTreeMap<_, _> = environment.variables().iter().cloned().collect();
-        assert_eq!(set["AWS_CONTAINER_CREDENTIALS_FULL_URI"], "http://127.0.0.1:974/v1/credentials");
+        assert_eq!(
+            set["AWS_CONTAINER_CREDENTIALS_FULL_URI"],
+            "http://127.0.0.1:974/v1/credentials"
+        );
         assert_eq!(set["AWS_CONTAINER_AUTHORIZATION_TOKEN"], "t0ken-_A");
-        assert_eq!(set["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"], file.path().display().to_string());
-        assert!(environment.removed().contains(&"AWS_PROFILE") && environment.removed().contains(&OTHER_ENDPOINTS[0]));
-        assert!(!environment.removed().contains(&"AWS_CONTAINER_AUTHORIZATION_TOKEN"));
+        assert_eq!(
+            set["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"],
+            file.path().display().to_string()
+        );
+        assert!(
+            environment.removed().contains(&"AWS_PROFILE")
+                && environment.removed().contains(&OTHER_ENDPOINTS[0])
+        );
+        assert!(
+            !environment
+                .removed()
+                .contains(&"AWS_CONTAINER_AUTHORIZATION_TOKEN")
+        );
     }
 
     #[test]

@@ -25,7 +25,9 @@ pub struct SigningKey {
 
 impl fmt::Debug for SigningKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SigningKey").field("kid", &self.header.kid).finish_non_exhaustive()
+        f.debug_struct("SigningKey")
+            .field("kid", &self.header.kid)
+            .finish_non_exhaustive()
     }
 }
 
@@ -37,22 +39,30 @@ impl SigningKey {
             .map_err(|_| KeyError("no P-256 key can be made".to_owned()))?;
         let private = EncodingKey::from_ec_der(document.as_ref());
         let kid = URL_SAFE_NO_PAD.encode(random_bytes::<16>()?);
-        let mut public = Jwk::from_encoding_key(&private, Algorithm::ES256).map_err(|e| KeyError(e.to_string()))?;
+        let mut public = Jwk::from_encoding_key(&private, Algorithm::ES256)
+            .map_err(|e| KeyError(e.to_string()))?;
         public.common.key_id = Some(kid.clone());
         public.common.public_key_use = Some(PublicKeyUse::Signature);
         let mut header = Header::new(Algorithm::ES256);
         header.kid = Some(kid);
-        Ok(Self { private, public, header })
+        Ok(Self {
+            private,
+            public,
+            header,
+        })
     }
 
     /// Signs claims as a JWS in compact form, with `alg`, `kid` and `typ: JWT` in its header.
     pub fn sign(&self, claims: &impl Serialize) -> Result<String, KeyError> {
-        jsonwebtoken::encode(&self.header, claims, &self.private).map_err(|error| KeyError(error.to_string()))
+        jsonwebtoken::encode(&self.header, claims, &self.private)
+            .map_err(|error| KeyError(error.to_string()))
     }
 
     /// The JWK set with the public half, as JSON (RFC 7517).
     pub fn jwks(&self) -> String {
-        let set = JwkSet { keys: vec![self.public.clone()] };
+        let set = JwkSet {
+            keys: vec![self.public.clone()],
+        };
         // Strings and nothing else: writing them to memory cannot fail.
         serde_json::to_string(&set).unwrap_or_default()
     }
@@ -66,6 +76,7 @@ impl SigningKey {
 /// Bytes that nobody can guess.
 pub(super) fn random_bytes<const N: usize>() -> Result<[u8; N], KeyError> {
     let mut bytes = [0; N];
-    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| KeyError("the system gives no random bytes".to_owned()))?;
+    aws_lc_rs::rand::fill(&mut bytes)
+        .map_err(|_| KeyError("the system gives no random bytes".to_owned()))?;
     Ok(bytes)
 }

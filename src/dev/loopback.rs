@@ -51,7 +51,9 @@ impl Server {
     {
         let mut accepting = JoinSet::new();
         accepting.spawn(accept(listener, answer));
-        Self { _accepting: accepting }
+        Self {
+            _accepting: accepting,
+        }
     }
 }
 
@@ -93,7 +95,9 @@ where
         }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(TIMEOUT).keep_alive(false);
+    http.timer(TokioTimer::new())
+        .header_read_timeout(TIMEOUT)
+        .keep_alive(false);
     let connection = http.serve_connection(TokioIo::new(stream), service);
     // A client that goes away in between, or is too slow, loses its answer and nothing else.
     let _ = timeout(TIMEOUT, connection).await;
@@ -118,29 +122,44 @@ pub(super) struct FetchError {
 pub(super) async fn get(url: &str) -> Result<Bytes, FetchError> {
     match timeout(TIMEOUT, exchange(url)).await {
         Ok(Ok(body)) => Ok(body),
-        Ok(Err(reason)) => Err(FetchError { url: url.to_owned(), reason }),
-        Err(_) => Err(FetchError { url: url.to_owned(), reason: "no answer in time".to_owned() }),
+        Ok(Err(reason)) => Err(FetchError {
+            url: url.to_owned(),
+            reason,
+        }),
+        Err(_) => Err(FetchError {
+            url: url.to_owned(),
+            reason: "no answer in time".to_owned(),
+        }),
     }
 }
 
 async fn exchange(url: &str) -> Result<Bytes, String> {
     let uri: Uri = url.parse().map_err(|_| "not a URL".to_owned())?;
     let address = address_of(&uri).ok_or("not an http URL with a loopback address")?;
-    let stream = TcpStream::connect(address).await.map_err(|error| error.to_string())?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
+    let stream = TcpStream::connect(address)
+        .await
+        .map_err(|error| error.to_string())?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| error.to_string())?;
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
     let request = Request::get(path)
         .header(HOST, address.to_string())
         .body(Empty::<Bytes>::new())
         .map_err(|error| error.to_string())?;
     let answer = async {
-        let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| error.to_string())?;
         if response.status() != StatusCode::OK {
             return Err(format!("answered {}", response.status()));
         }
-        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
-        body.map(|body| body.to_bytes()).map_err(|error| error.to_string())
+        let body = Limited::new(response.into_body(), MAX_ANSWER)
+            .collect()
+            .await;
+        body.map(|body| body.to_bytes())
+            .map_err(|error| error.to_string())
     };
     // The connection makes progress only while it is polled; the answer decides when it is over.
     tokio::pin!(connection);
@@ -155,8 +174,14 @@ fn address_of(uri: &Uri) -> Option<SocketAddr> {
     if uri.scheme_str() != Some("http") {
         return None;
     }
-    let ip: IpAddr = uri.host()?.trim_start_matches('[').trim_end_matches(']').parse().ok()?;
-    ip.is_loopback().then(|| SocketAddr::new(ip, uri.port_u16().unwrap_or(80)))
+    let ip: IpAddr = uri
+        .host()?
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse()
+        .ok()?;
+    ip.is_loopback()
+        .then(|| SocketAddr::new(ip, uri.port_u16().unwrap_or(80)))
 }
 
 #[cfg(test)]
@@ -193,7 +218,13 @@ mod tests {
         });
         let fetch = async |path: &str| get(&format!("http://{address}{path}")).await;
         assert_eq!(fetch("/document").await.unwrap(), "text");
-        assert!(fetch("/other").await.unwrap_err().to_string().contains("404"));
+        assert!(
+            fetch("/other")
+                .await
+                .unwrap_err()
+                .to_string()
+                .contains("404")
+        );
         assert!(fetch("/long").await.is_err());
         drop(server);
         assert!(fetch("/document").await.is_err());

@@ -31,7 +31,10 @@ impl DevOidcIssuer {
             let answer = answer(&request, &discovery, &jwks);
             async move { answer }
         });
-        Ok(Self { url, _server: server })
+        Ok(Self {
+            url,
+            _server: server,
+        })
     }
 
     /// The `iss` of its tokens: an http URL without a trailing slash.
@@ -50,7 +53,9 @@ fn answer(request: &Request<Bytes>, discovery: &Bytes, jwks: &Bytes) -> Loopback
         return loopback::empty(StatusCode::METHOD_NOT_ALLOWED);
     }
     let mut response = Response::new(Full::new(document.clone()));
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
 

@@ -60,11 +60,30 @@ async fn start(dev: &Dev, quiet: bool) -> Result<(Log, App), Box<dyn Error>> {
     let port = if is_free { PORT } else { 0 };
     let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable);
     // With `dev`'s own text this can only be about the variables of the environment.
-    let loaded = loaded.map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
+    let loaded = loaded.map_err(|problems| {
+        problems
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join("\n")
+    })?;
     let (config, metrics) = (loaded.config, Metrics::default());
-    let log = telemetry::init(&config.log.level, config.log.format, metrics.log_lost.clone())?;
+    let log = telemetry::init(
+        &config.log.level,
+        config.log.format,
+        metrics.log_lost.clone(),
+    )?;
     log.start()?;
-    match App::start(config, Startup { inherited: ActivatedSockets::default(), exec_monitor: None, metrics }).await {
+    match App::start(
+        config,
+        Startup {
+            inherited: ActivatedSockets::default(),
+            exec_monitor: None,
+            metrics,
+        },
+    )
+    .await
+    {
         Ok(app) => Ok((log, app)),
         Err(error) => {
             log.flush();
@@ -79,11 +98,16 @@ fn variable(name: &str) -> Option<String> {
 
 #[expect(clippy::print_stderr, reason = "as a shell says it")]
 async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
-    command::run(command, environment).await.unwrap_or_else(|error| {
-        let name = command.first().map(|name| name.to_string_lossy()).unwrap_or_default();
-        eprintln!("awsvid dev: {name}: {error}");
-        environment::exit_code(&error)
-    })
+    command::run(command, environment)
+        .await
+        .unwrap_or_else(|error| {
+            let name = command
+                .first()
+                .map(|name| name.to_string_lossy())
+                .unwrap_or_default();
+            eprintln!("awsvid dev: {name}: {error}");
+            environment::exit_code(&error)
+        })
 }
 
 /// Lines for another terminal, with comments that a shell skips.
@@ -91,13 +115,19 @@ async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
 fn announce(dev: &Dev, environment: &Environment, port: u16) {
     let port = match port {
         PORT => String::new(),
-        other => format!("# The usual port {PORT} needs root, or another process has it; this time it is {other}.\n"),
+        other => format!(
+            "# The usual port {PORT} needs root, or another process has it; this time it is {other}.\n"
+        ),
     };
     let (first, others) = match dev.users() {
         [first, others @ ..] => (first.spiffe_id.as_str(), others.len()),
         [] => ("nobody", 0),
     };
-    let others = if others == 0 { String::new() } else { format!(", and {others} more users of this machine") };
+    let others = if others == 0 {
+        String::new()
+    } else {
+        format!(", and {others} more users of this machine")
+    };
     println!(
         "# awsvid dev serves {first}{others}. Only this machine can reach it; it knows no AWS account.\n\
          # In another terminal:\n\n{environment}\n\

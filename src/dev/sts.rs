@@ -77,7 +77,13 @@ impl DevSts {
     pub async fn start(account: DevAccount, clock: Clock) -> io::Result<Self> {
         let (listener, address) = loopback::bind().await?;
         let role_id = random_id("AROA").map_err(io::Error::other)?;
-        let desk = StsState { account, role_id, clock, sessions: Sessions::default(), issued: AtomicU64::new(0) };
+        let desk = StsState {
+            account,
+            role_id,
+            clock,
+            sessions: Sessions::default(),
+            issued: AtomicU64::new(0),
+        };
         let desk = Arc::new(desk);
         let server = Server::start(listener, {
             let desk = desk.clone();
@@ -86,7 +92,11 @@ impl DevSts {
                 async move { desk.answer(request).await }
             }
         });
-        Ok(Self { url: format!("http://{address}"), desk, _server: server })
+        Ok(Self {
+            url: format!("http://{address}"),
+            desk,
+            _server: server,
+        })
     }
 
     /// The endpoint, for `[sts] endpoint` and `AWS_ENDPOINT_URL_STS`.
@@ -117,34 +127,58 @@ impl StsState {
         let action = parameters.get("Action").unwrap_or("(none)");
         let version = parameters.get("Version").unwrap_or("NO_VERSION_SPECIFIED");
         let answered = match (action, version) {
-            ("AssumeRoleWithWebIdentity", VERSION) => self.assume_role(&parameters, &request_id).await,
-            ("GetCallerIdentity", VERSION) => self.caller_identity(&request, &parameters, &request_id),
+            ("AssumeRoleWithWebIdentity", VERSION) => {
+                self.assume_role(&parameters, &request_id).await
+            }
+            ("GetCallerIdentity", VERSION) => {
+                self.caller_identity(&request, &parameters, &request_id)
+            }
             _ => {
-                let message = format!("Could not find operation {action:.64} for version {version:.64}");
+                let message =
+                    format!("Could not find operation {action:.64} for version {version:.64}");
                 Err(DevRefusal::new(Code::InvalidAction, message))
             }
         };
         answered.unwrap_or_else(|refusal| answer::refused(&refusal, &request_id))
     }
 
-    async fn assume_role(&self, parameters: &Parameters, request_id: &str) -> Result<LoopbackResponse, DevRefusal> {
+    async fn assume_role(
+        &self,
+        parameters: &Parameters,
+        request_id: &str,
+    ) -> Result<LoopbackResponse, DevRefusal> {
         let wanted = WebIdentityRequest::of(parameters)?;
         let now = self.clock.now();
         let claims = token::verify(wanted.token, &self.account, now).await?;
         // A role that doesn't exist and one that doesn't trust the token are not told apart.
-        let role = self.account.roles.iter().find(|role| role.arn == wanted.role_arn);
+        let role = self
+            .account
+            .roles
+            .iter()
+            .find(|role| role.arn == wanted.role_arn);
         let Some(role) = role.filter(|role| role.trusts(&claims)) else {
-            return Err(DevRefusal::new(Code::AccessDenied, "Not authorized to perform sts:AssumeRoleWithWebIdentity"));
+            return Err(DevRefusal::new(
+                Code::AccessDenied,
+                "Not authorized to perform sts:AssumeRoleWithWebIdentity",
+            ));
         };
         if wanted.duration > role.max_duration {
-            let message = "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.";
+            let message =
+                "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.";
             return Err(DevRefusal::new(Code::ValidationError, message));
         }
         let caller = self.caller(&role.arn, &wanted.session_name);
-        let session =
-            self.sessions.issue(caller, now, wanted.duration).map_err(|error| DevRefusal::internal(&error))?;
+        let session = self
+            .sessions
+            .issue(caller, now, wanted.duration)
+            .map_err(|error| DevRefusal::internal(&error))?;
         self.issued.fetch_add(1, Ordering::Relaxed);
-        Ok(answer::assumed(&session.credentials, &session.caller, &claims, request_id))
+        Ok(answer::assumed(
+            &session.credentials,
+            &session.caller,
+            &claims,
+            request_id,
+        ))
     }
 
     fn caller_identity(
@@ -154,7 +188,13 @@ impl StsState {
         request_id: &str,
     ) -> Result<LoopbackResponse, DevRefusal> {
         let now = self.clock.now();
-        let session = sigv4::authenticate(request, parameters, &self.sessions, &self.account.region, now)?;
+        let session = sigv4::authenticate(
+            request,
+            parameters,
+            &self.sessions,
+            &self.account.region,
+            now,
+        )?;
         Ok(answer::identity(&session.caller, request_id))
     }
 
@@ -176,15 +216,30 @@ impl TrustedRole {
         let subject = SpiffeId::parse(&claims.sub);
         self.issuer == claims.issuer
             && self.audience == claims.audience
-            && subject.is_ok_and(|subject| self.subjects.iter().any(|pattern| pattern.matches(&subject)))
+            && subject.is_ok_and(|subject| {
+                self.subjects
+                    .iter()
+                    .any(|pattern| pattern.matches(&subject))
+            })
     }
 }
 
 /// A request id in the form of AWS's.
 fn uuid(random: [u8; 16]) -> String {
-    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    let [time, middle, version, variant, node] =
-        [&random[..4], &random[4..6], &random[6..8], &random[8..10], &random[10..]].map(hex);
+    let hex = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<String>()
+    };
+    let [time, middle, version, variant, node] = [
+        &random[..4],
+        &random[4..6],
+        &random[6..8],
+        &random[8..10],
+        &random[10..],
+    ]
+    .map(hex);
     format!("{time}-{middle}-{version}-{variant}-{node}")
 }
 

@@ -10,8 +10,13 @@ use crate::role::{Identity, RequestedRole};
 use crate::svid::SourceError;
 
 async fn dev(names: &[(u32, &str)]) -> Dev {
-    let accounts = names.iter().map(|(uid, name)| users::LocalAccount { uid: *uid, name: Some((*name).to_owned()) });
-    Dev::start_for(users::identities(accounts).unwrap(), DevNames::default()).await.unwrap()
+    let accounts = names.iter().map(|(uid, name)| users::LocalAccount {
+        uid: *uid,
+        name: Some((*name).to_owned()),
+    });
+    Dev::start_for(users::identities(accounts).unwrap(), DevNames::default())
+        .await
+        .unwrap()
 }
 
 fn parsed(dev: &Dev, quiet: bool) -> Loaded {
@@ -23,13 +28,31 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
     let dev = dev(&[(1000, "alice"), (1001, "bob")]).await;
     let config = parsed(&dev, false).config;
     let alice = SpiffeId::parse("spiffe://dev.local/user/alice").unwrap();
-    assert_eq!(*config.workloads.iter().find(|one| one.rule.rule.uid == Some(1000)).unwrap().rule.spiffe_id(), alice);
-    let identities = [Identity { spiffe_id: alice.clone(), hint: None }];
-    let grant = config.roles.select(&identities, &RequestedRole::ByName("dev".to_owned())).unwrap();
+    assert_eq!(
+        *config
+            .workloads
+            .iter()
+            .find(|one| one.rule.rule.uid == Some(1000))
+            .unwrap()
+            .rule
+            .spiffe_id(),
+        alice
+    );
+    let identities = [Identity {
+        spiffe_id: alice.clone(),
+        hint: None,
+    }];
+    let grant = config
+        .roles
+        .select(&identities, &RequestedRole::ByName("dev".to_owned()))
+        .unwrap();
 
     let source = crate::svid::WorkloadApi::new(
         config.identity.socket.clone(),
-        config.workloads.iter().map(|workload| workload.rule.rule.clone()),
+        config
+            .workloads
+            .iter()
+            .map(|workload| workload.rule.rule.clone()),
         Clock::system(),
         crate::metrics::Metrics::default(),
     );
@@ -41,7 +64,9 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
         network: crate::sts::NetworkSettings::default(),
     };
     let sts = crate::sts::Sts::new(settings, Clock::system());
-    let issued = crate::sts::AssumeRole::assume(&sts, &grant, &token).await.unwrap();
+    let issued = crate::sts::AssumeRole::assume(&sts, &grant, &token)
+        .await
+        .unwrap();
     assert_eq!(dev.sts().issued(), 1);
 
     let credentials = SigningCredentials::new(
@@ -61,7 +86,10 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
             .build(),
     );
     let identity = client.get_caller_identity().send().await.unwrap();
-    assert_eq!(identity.arn(), Some("arn:aws:sts::000000000000:assumed-role/dev/dev.local=user=alice"));
+    assert_eq!(
+        identity.arn(),
+        Some("arn:aws:sts::000000000000:assumed-role/dev/dev.local=user=alice")
+    );
 
     let carol = SpiffeId::parse("spiffe://dev.local/user/carol").unwrap();
     let refused = source.fetch(&carol, AUDIENCE).await.unwrap_err();
@@ -72,10 +100,23 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
 async fn everything_is_on_loopback_or_in_a_directory_of_its_own() {
     let dev = dev(&[(1000, "alice")]).await;
     let listen = parsed(&dev, false).config.listen;
-    assert!(listen.tcp.iter().chain(&listen.admin).all(|address| address.ip().is_loopback()));
+    assert!(
+        listen
+            .tcp
+            .iter()
+            .chain(&listen.admin)
+            .all(|address| address.ip().is_loopback())
+    );
     let directory = dev.directory.path().to_owned();
-    let Endpoint::Unix(api) = Endpoint::parse(&dev.workload_api.address()).unwrap() else { panic!("no unix socket") };
-    for path in [listen.unix.unwrap(), listen.status.unwrap(), listen.token_file, api] {
+    let Endpoint::Unix(api) = Endpoint::parse(&dev.workload_api.address()).unwrap() else {
+        panic!("no unix socket")
+    };
+    for path in [
+        listen.unix.unwrap(),
+        listen.status.unwrap(),
+        listen.token_file,
+        api,
+    ] {
         assert!(path.starts_with(&directory), "{}", path.display());
     }
     let found = std::fs::metadata(&directory).unwrap();
@@ -89,9 +130,15 @@ async fn everything_is_on_loopback_or_in_a_directory_of_its_own() {
 async fn beside_a_command_the_daemon_is_quiet() {
     let dev = dev(&[(1000, "alice")]).await;
     let loud = parsed(&dev, false).config;
-    assert_eq!((loud.audit.file, loud.log.level.as_str()), (AuditFile::Stdout, "info"));
+    assert_eq!(
+        (loud.audit.file, loud.log.level.as_str()),
+        (AuditFile::Stdout, "info")
+    );
     let quiet = parsed(&dev, true).config;
-    assert_eq!((quiet.audit.file, quiet.log.level.as_str()), (AuditFile::Path(dev.path("audit.log")), "error"));
+    assert_eq!(
+        (quiet.audit.file, quiet.log.level.as_str()),
+        (AuditFile::Path(dev.path("audit.log")), "error")
+    );
 }
 
 #[tokio::test]

@@ -31,7 +31,9 @@ pub(super) struct LocalAccount {
 }
 
 /// Gives each account its own SPIFFE ID, the first ones first; a uid that is there twice has the first name.
-pub(super) fn identities(accounts: impl IntoIterator<Item = LocalAccount>) -> Result<Vec<User>, InvalidName> {
+pub(super) fn identities(
+    accounts: impl IntoIterator<Item = LocalAccount>,
+) -> Result<Vec<User>, InvalidName> {
     let (mut uids, mut names) = (BTreeSet::from([OVERFLOW_ID]), BTreeSet::new());
     let mut users = Vec::new();
     for account in accounts {
@@ -40,8 +42,14 @@ pub(super) fn identities(accounts: impl IntoIterator<Item = LocalAccount>) -> Re
         }
         // A login name may hold what a SPIFFE ID can't, or be another account's, too: then the number stands for it.
         let by_number = format!("uid-{}", account.uid);
-        let name = account.name.filter(|name| !names.contains(name) && spiffe_id(name).is_ok()).unwrap_or(by_number);
-        users.push(User { uid: account.uid, spiffe_id: spiffe_id(&name)? });
+        let name = account
+            .name
+            .filter(|name| !names.contains(name) && spiffe_id(name).is_ok())
+            .unwrap_or(by_number);
+        users.push(User {
+            uid: account.uid,
+            spiffe_id: spiffe_id(&name)?,
+        });
         names.insert(name);
     }
     Ok(users)
@@ -57,11 +65,16 @@ fn spiffe_id(name: &str) -> Result<SpiffeId, InvalidName> {
 pub(super) fn people(passwd: &str) -> impl Iterator<Item = LocalAccount> {
     passwd.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
-        let [name, _, uid, _, _, _, shell] = fields[..] else { return None };
+        let [name, _, uid, _, _, _, shell] = fields[..] else {
+            return None;
+        };
         let uid = uid.parse().ok()?;
         let program = shell.rsplit('/').next().unwrap_or_default();
         let can_log_in = !NO_SHELLS.contains(&program);
-        (uid >= FIRST_PERSON || can_log_in).then(|| LocalAccount { uid, name: Some(name.to_owned()) })
+        (uid >= FIRST_PERSON || can_log_in).then(|| LocalAccount {
+            uid,
+            name: Some(name.to_owned()),
+        })
     })
 }
 
@@ -85,7 +98,10 @@ nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
     #[test]
     fn people_have_one_identity_each() {
         let users = identities(people(PASSWD)).unwrap();
-        let found: Vec<(u32, &str)> = users.iter().map(|user| (user.uid, user.spiffe_id.as_str())).collect();
+        let found: Vec<(u32, &str)> = users
+            .iter()
+            .map(|user| (user.uid, user.spiffe_id.as_str()))
+            .collect();
         let expected = [
             (0, "spiffe://dev.local/user/root"),
             (70, "spiffe://dev.local/user/postgres"),
@@ -99,8 +115,16 @@ nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
     #[test]
     fn names_that_could_be_a_path_become_numbers() {
         for name in ["a/b", "..", "", "user name"] {
-            let users = identities([LocalAccount { uid: 7, name: Some(name.to_owned()) }]).unwrap();
-            assert_eq!(users[0].spiffe_id.as_str(), "spiffe://dev.local/user/uid-7", "{name:?}");
+            let users = identities([LocalAccount {
+                uid: 7,
+                name: Some(name.to_owned()),
+            }])
+            .unwrap();
+            assert_eq!(
+                users[0].spiffe_id.as_str(),
+                "spiffe://dev.local/user/uid-7",
+                "{name:?}"
+            );
         }
     }
 

@@ -23,9 +23,12 @@ use tonic::{Request, Response, Status};
 use super::keys::SigningKey;
 use crate::clock::Clock;
 use crate::identity::SpiffeId;
-use crate::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use crate::svid::proto::workload::spiffe_workload_api_server::{
+    SpiffeWorkloadApi, SpiffeWorkloadApiServer,
+};
 use crate::svid::proto::workload::{
-    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, X509svidRequest, X509svidResponse,
+    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse,
+    X509svidRequest, X509svidResponse,
 };
 
 /// How long a JWT-SVID is valid: SPIRE's default.
@@ -66,17 +69,23 @@ impl DevWorkloadApi {
         let socket = directory.join("agent.sock");
         let listener = UnixListener::bind(&socket)?;
         std::fs::set_permissions(&socket, Permissions::from_mode(0o600))?;
-        let api = SpiffeWorkloadApiServer::with_interceptor(DevWorkloadApiService { registrations }, move |request| {
-            admit(request, owner)
-        });
+        let api = SpiffeWorkloadApiServer::with_interceptor(
+            DevWorkloadApiService { registrations },
+            move |request| admit(request, owner),
+        );
         let mut server = JoinSet::new();
         server.spawn(async move {
-            let served = Server::builder().add_service(api).serve_with_incoming(UnixListenerStream::new(listener));
+            let served = Server::builder()
+                .add_service(api)
+                .serve_with_incoming(UnixListenerStream::new(listener));
             if let Err(error) = served.await {
                 tracing::error!(%error, "dev: the Workload API has ended");
             }
         });
-        Ok(Self { socket, _server: server })
+        Ok(Self {
+            socket,
+            _server: server,
+        })
     }
 
     /// The socket's address as `[identity] socket` takes it: `unix:///...`.
@@ -88,10 +97,16 @@ impl DevWorkloadApi {
 /// Before each call: the header that the standard asks for, and the caller's uid.
 fn admit(request: Request<()>, owner: Uid) -> Result<Request<()>, Status> {
     let mut values = request.metadata().get_all(SECURITY_HEADER).iter();
-    if !matches!((values.next(), values.next()), (Some(value), None) if value.as_encoded_bytes() == b"true") {
-        return Err(Status::invalid_argument("the metadata workload.spiffe.io: true is required, exactly once"));
+    if !matches!((values.next(), values.next()), (Some(value), None) if value.as_encoded_bytes() == b"true")
+    {
+        return Err(Status::invalid_argument(
+            "the metadata workload.spiffe.io: true is required, exactly once",
+        ));
     }
-    let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    let peer = request
+        .extensions()
+        .get::<UdsConnectInfo>()
+        .and_then(|info| info.peer_cred);
     if peer.is_none_or(|peer| peer.uid() != owner.as_raw()) {
         return Err(Status::permission_denied(
             "no identity issued: this Workload API answers the daemon of `dev` only",
@@ -123,8 +138,16 @@ impl DevWorkloadApiService {
             iat: seconds(now),
             exp: seconds(now + LIFETIME),
         };
-        let svid = self.registrations.key.sign(&claims).map_err(|error| Status::internal(error.to_string()))?;
-        Ok(Jwtsvid { spiffe_id: spiffe_id.to_string(), svid, hint: String::new() })
+        let svid = self
+            .registrations
+            .key
+            .sign(&claims)
+            .map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Jwtsvid {
+            spiffe_id: spiffe_id.to_string(),
+            svid,
+            hint: String::new(),
+        })
     }
 }
 
@@ -134,11 +157,19 @@ impl SpiffeWorkloadApi for DevWorkloadApiService {
         &self,
         _: Request<X509svidRequest>,
     ) -> Result<Response<BoxStream<X509svidResponse>>, Status> {
-        Err(Status::unimplemented("awsvid dev has no X.509-SVIDs to give"))
+        Err(Status::unimplemented(
+            "awsvid dev has no X.509-SVIDs to give",
+        ))
     }
 
-    async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
-        let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
+    async fn fetch_jwtsvid(
+        &self,
+        request: Request<JwtsvidRequest>,
+    ) -> Result<Response<JwtsvidResponse>, Status> {
+        let JwtsvidRequest {
+            audience,
+            spiffe_id,
+        } = request.into_inner();
         if audience.is_empty() || audience.iter().any(String::is_empty) {
             return Err(Status::invalid_argument("audience must be specified"));
         }
@@ -146,14 +177,18 @@ impl SpiffeWorkloadApi for DevWorkloadApiService {
         let wanted: Vec<&SpiffeId> = if spiffe_id.is_empty() {
             registered.collect()
         } else {
-            let wanted = SpiffeId::parse(&spiffe_id)
-                .map_err(|error| Status::invalid_argument(format!("invalid requested SPIFFE ID: {error}")))?;
+            let wanted = SpiffeId::parse(&spiffe_id).map_err(|error| {
+                Status::invalid_argument(format!("invalid requested SPIFFE ID: {error}"))
+            })?;
             registered.filter(|id| **id == wanted).collect()
         };
         if wanted.is_empty() {
             return Err(Status::permission_denied("no identity issued"));
         }
-        let svids = wanted.into_iter().map(|id| self.sign(id, &audience)).collect::<Result<_, _>>()?;
+        let svids = wanted
+            .into_iter()
+            .map(|id| self.sign(id, &audience))
+            .collect::<Result<_, _>>()?;
         Ok(Response::new(JwtsvidResponse { svids }))
     }
 
@@ -164,13 +199,16 @@ impl SpiffeWorkloadApi for DevWorkloadApiService {
         let trust_domain = format!("spiffe://{}", self.registrations.trust_domain);
         let bundles = [(trust_domain, self.registrations.key.jwks().into_bytes())].into();
         // The key never changes, so one message is all there is; the stream stays open, as the standard asks.
-        let stream = tokio_stream::once(Ok(JwtBundlesResponse { bundles })).chain(tokio_stream::pending());
+        let stream =
+            tokio_stream::once(Ok(JwtBundlesResponse { bundles })).chain(tokio_stream::pending());
         Ok(Response::new(Box::pin(stream)))
     }
 }
 
 fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
 }
 
 #[cfg(test)]

@@ -10,7 +10,11 @@ use std::path::{Path, PathBuf};
 /// The variables that name the files, and where these are below HOME without them.
 const FILES: [(&str, &str, Kind); 2] = [
     ("AWS_CONFIG_FILE", ".aws/config", Kind::Config),
-    ("AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials", Kind::Credentials),
+    (
+        "AWS_SHARED_CREDENTIALS_FILE",
+        ".aws/credentials",
+        Kind::Credentials,
+    ),
 ];
 /// The profile that is used if none is named.
 pub const DEFAULT: &str = "default";
@@ -92,8 +96,12 @@ impl Profiles {
     pub fn read(inherited: impl Fn(&str) -> Option<String>) -> Self {
         let mut profiles = Self::default();
         for (variable, below_home, kind) in FILES {
-            let Some(path) = path(variable, below_home, &inherited) else { continue };
-            let text = fs::read(&path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+            let Some(path) = path(variable, below_home, &inherited) else {
+                continue;
+            };
+            let text = fs::read(&path)
+                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+                .unwrap_or_default();
             profiles.add(kind, path, text);
         }
         profiles
@@ -117,33 +125,51 @@ impl Profiles {
             return Lead::Missing;
         }
         visited.push(name);
-        let found: Vec<(&Section, &'static str)> =
-            self.entries(name).filter_map(|(section, entry)| Some((section, credential_key(&entry.key)?))).collect();
+        let found: Vec<(&Section, &'static str)> = self
+            .entries(name)
+            .filter_map(|(section, entry)| Some((section, credential_key(&entry.key)?)))
+            .collect();
         if found.is_empty() {
             return Lead::Nowhere;
         }
-        let get =
-            |key: &str| self.entries(name).find(|(_, entry)| entry.key == key).map(|(_, entry)| entry.value.as_str());
+        let get = |key: &str| {
+            self.entries(name)
+                .find(|(_, entry)| entry.key == key)
+                .map(|(_, entry)| entry.value.as_str())
+        };
         let is_awsvids = |key: &'static str| match (key, get(key)) {
             ("credential_process", Some(command)) => is_awsvid(command),
             // A role that is assumed with credentials from the container endpoint.
-            ("credential_source", Some(source)) => source == "EcsContainer" && get("role_arn").is_some(),
-            ("source_profile", Some(source)) => {
-                get("role_arn").is_some() && !visited.contains(&source) && self.follow(source, visited) == Lead::Awsvid
+            ("credential_source", Some(source)) => {
+                source == "EcsContainer" && get("role_arn").is_some()
             }
-            ("role_arn", Some(_)) => get("credential_source").is_some() || get("source_profile").is_some(),
+            ("source_profile", Some(source)) => {
+                get("role_arn").is_some()
+                    && !visited.contains(&source)
+                    && self.follow(source, visited) == Lead::Awsvid
+            }
+            ("role_arn", Some(_)) => {
+                get("credential_source").is_some() || get("source_profile").is_some()
+            }
             _ => false,
         };
         let mut is_awsvids = is_awsvids;
         match found.iter().all(|(_, key)| is_awsvids(key)) {
             true => Lead::Awsvid,
-            false => Lead::Elsewhere(found.iter().map(|(section, key)| (section.file.clone(), *key)).collect()),
+            false => Lead::Elsewhere(
+                found
+                    .iter()
+                    .map(|(section, key)| (section.file.clone(), *key))
+                    .collect(),
+            ),
         }
     }
 
     /// The region of the profile `name`.
     pub fn region(&self, name: &str) -> Option<&str> {
-        let region = self.entries(name).find(|(_, entry)| entry.key == "region" && !entry.value.is_empty());
+        let region = self
+            .entries(name)
+            .find(|(_, entry)| entry.key == "region" && !entry.value.is_empty());
         region.map(|(_, entry)| entry.value.as_str())
     }
 
@@ -169,7 +195,8 @@ impl Profiles {
         text.push_str(&format!("[profile {new}]\n"));
         let mut keys = Vec::new();
         for (_, entry) in self.entries(name) {
-            let is_credentials = credential_key(&entry.key).is_some() || DETAILS.contains(&entry.key.as_str());
+            let is_credentials =
+                credential_key(&entry.key).is_some() || DETAILS.contains(&entry.key.as_str());
             if !is_credentials && !keys.contains(&&entry.key) {
                 text.push_str(&entry.text);
                 keys.push(&entry.key);
@@ -179,14 +206,23 @@ impl Profiles {
     }
 
     fn entries(&self, name: &str) -> impl Iterator<Item = (&Section, &ProfileEntry)> {
-        let of_profile = self.sections.iter().filter(move |section| section.profile == name);
+        let of_profile = self
+            .sections
+            .iter()
+            .filter(move |section| section.profile == name);
         of_profile.flat_map(|section| section.entries.iter().map(move |entry| (section, entry)))
     }
 }
 
 /// The path of a file, by the variables of this process.
-fn path(variable: &str, below_home: &str, inherited: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
-    let home = inherited("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
+fn path(
+    variable: &str,
+    below_home: &str,
+    inherited: impl Fn(&str) -> Option<String>,
+) -> Option<PathBuf> {
+    let home = inherited("HOME")
+        .filter(|home| !home.is_empty())
+        .map(PathBuf::from);
     match inherited(variable).filter(|path| !path.is_empty()) {
         Some(path) => match path.strip_prefix("~/") {
             Some(rest) => Some(home?.join(rest)),
@@ -203,10 +239,16 @@ fn sections(kind: Kind, file: &Path, text: &str) -> Vec<Section> {
         if line.starts_with('[') {
             let profile = profile_name(kind, line);
             is_profile = profile.is_some();
-            sections.extend(profile.map(|profile| Section { file: file.to_owned(), profile, entries: Vec::new() }));
+            sections.extend(profile.map(|profile| Section {
+                file: file.to_owned(),
+                profile,
+                entries: Vec::new(),
+            }));
             continue;
         }
-        let Some(section) = sections.last_mut().filter(|_| is_profile) else { continue };
+        let Some(section) = sections.last_mut().filter(|_| is_profile) else {
+            continue;
+        };
         // A line that is indented belongs to the key before it.
         if line.starts_with([' ', '\t']) {
             if let Some(entry) = section.entries.last_mut() {
@@ -214,7 +256,11 @@ fn sections(kind: Kind, file: &Path, text: &str) -> Vec<Section> {
             }
         } else if let Some((key, value)) = line.split_once('=') {
             let (key, value) = (key.trim().to_ascii_lowercase(), value.trim().to_owned());
-            section.entries.push(ProfileEntry { key, value, text: format!("{line}\n") });
+            section.entries.push(ProfileEntry {
+                key,
+                value,
+                text: format!("{line}\n"),
+            });
         }
     }
     sections
@@ -224,7 +270,9 @@ fn sections(kind: Kind, file: &Path, text: &str) -> Vec<Section> {
 /// it may be missing in the config file: each reading counts.
 fn profile_name(kind: Kind, header: &str) -> Option<String> {
     let name = header.strip_prefix('[')?.split(']').next()?.trim();
-    let (first, rest) = name.split_once([' ', '\t']).map_or((name, ""), |(first, rest)| (first, rest.trim()));
+    let (first, rest) = name
+        .split_once([' ', '\t'])
+        .map_or((name, ""), |(first, rest)| (first, rest.trim()));
     let bare = |name: &str| name.trim_matches(['"', '\'']).to_owned();
     match (first, rest) {
         ("", _) => None,
@@ -240,7 +288,9 @@ fn credential_key(key: &str) -> Option<&'static str> {
 
 /// Whether a command line is `awsvid credential-process`.
 fn is_awsvid(command: &str) -> bool {
-    let mut words = command.split_whitespace().map(|word| word.trim_matches(['"', '\'']));
+    let mut words = command
+        .split_whitespace()
+        .map(|word| word.trim_matches(['"', '\'']));
     let program = words.next().map(Path::new).and_then(Path::file_name);
     program.is_some_and(|name| name == "awsvid") && words.next() == Some("credential-process")
 }

@@ -71,9 +71,9 @@ impl RequestError {
             ServiceError::NoIdentity => Self::NoIdentity(describe(caller)),
             // The process that the source was asked about is the caller, or one that waits with it.
             ServiceError::Source(SourceError::Caller(refusal))
-            | ServiceError::Cache(CacheError::Issue(ExchangeError::Source(SourceError::Caller(refusal)))) => {
-                Self::Caller(refusal)
-            }
+            | ServiceError::Cache(CacheError::Issue(ExchangeError::Source(SourceError::Caller(
+                refusal,
+            )))) => Self::Caller(refusal),
             ServiceError::Source(error) => Self::Issue(ExchangeError::Source(error)),
             ServiceError::Denied(denied) => Self::Denied(denied),
             ServiceError::Cache(CacheError::Issue(error)) => Self::Issue(error),
@@ -130,7 +130,11 @@ impl RequestError {
     }
 
     pub(super) fn outcome(&self) -> Outcome {
-        if self.is_transient() { Outcome::Failed } else { Outcome::Refused }
+        if self.is_transient() {
+            Outcome::Failed
+        } else {
+            Outcome::Refused
+        }
     }
 
     /// Transient is 503, which SDKs try again; never 429, which some don't.
@@ -183,17 +187,25 @@ impl RequestError {
 
     /// `request` is `None` where there is no audit record.
     pub(super) fn body(&self, request: Option<RequestId>) -> Vec<u8> {
-        let request = request.map(|id| format!(" (request {id})")).unwrap_or_default();
+        let request = request
+            .map(|id| format!(" (request {id})"))
+            .unwrap_or_default();
         let message = format!("awsvid: {}.{request}", self.message());
         let code = self.reason();
-        let body = ErrorBody { code, message: &message, code_too: code, message_too: &message };
+        let body = ErrorBody {
+            code,
+            message: &message,
+            code_too: code,
+            message_too: &message,
+        };
         // Strings: writing them to memory cannot fail.
         serde_json::to_vec(&body).unwrap_or_default()
     }
 
     /// The whole answer to a head that hyper did not understand, and so doesn't answer in our words.
     pub(super) fn raw_response(&self) -> Vec<u8> {
-        let status = hyper::StatusCode::from_u16(self.status()).unwrap_or(hyper::StatusCode::BAD_REQUEST);
+        let status =
+            hyper::StatusCode::from_u16(self.status()).unwrap_or(hyper::StatusCode::BAD_REQUEST);
         let body = self.body(None);
         let length = body.len();
         let mut answer = format!(
@@ -207,7 +219,10 @@ impl RequestError {
 
 /// What the caller is, as it knows itself.
 fn describe(caller: &Caller) -> String {
-    let unit = caller.cgroup.as_ref().and_then(|cgroup| cgroup.systemd_unit());
+    let unit = caller
+        .cgroup
+        .as_ref()
+        .and_then(|cgroup| cgroup.systemd_unit());
     match (unit, caller.in_container()) {
         (_, Some(true)) => format!("uid {} in a container", caller.uid),
         (Some(unit), _) => format!("uid {} in {unit}", caller.uid),
@@ -217,7 +232,9 @@ fn describe(caller: &Caller) -> String {
 
 fn sentence(text: &str) -> String {
     let mut letters = text.chars();
-    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
+    letters.next().map_or_else(String::new, |first| {
+        first.to_uppercase().chain(letters).collect()
+    })
 }
 
 #[cfg(test)]

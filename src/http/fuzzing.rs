@@ -10,11 +10,18 @@ use crate::role::RequestedRole;
 /// `METHOD TARGET` in the first line, headers in the others: whatever is let through is harmless by itself.
 pub(crate) fn request(bytes: &[u8]) -> bool {
     let mut lines = bytes.split(|byte| *byte == b'\n');
-    let Some((method, target)) = lines.next().and_then(|line| split(line, b' ')) else { return false };
-    let (Ok(method), Ok(uri)) = (Method::from_bytes(method), Uri::try_from(target)) else { return false };
+    let Some((method, target)) = lines.next().and_then(|line| split(line, b' ')) else {
+        return false;
+    };
+    let (Ok(method), Ok(uri)) = (Method::from_bytes(method), Uri::try_from(target)) else {
+        return false;
+    };
     let mut headers = HeaderMap::new();
     for (name, value) in lines.filter_map(|line| split(line, b':')) {
-        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), HeaderValue::from_bytes(value.trim_ascii())) {
+        if let (Ok(name), Ok(value)) = (
+            HeaderName::from_bytes(name),
+            HeaderValue::from_bytes(value.trim_ascii()),
+        ) {
             headers.append(name, value);
         }
     }
@@ -28,7 +35,10 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
     };
     let [tcp, unix] = [ListenerKind::Tcp, ListenerKind::Unix]
         .map(|listener| validate(&asked, listener, &Authorization::Present).ok());
-    assert!(tcp.is_none() || tcp == unix, "the unix socket asks for less, never for something else");
+    assert!(
+        tcp.is_none() || tcp == unix,
+        "the unix socket asks for less, never for something else"
+    );
     let Some(wanted) = unix else { return false };
     assert_eq!(method, Method::GET);
     let no_query = uri.query().is_none_or(str::is_empty);
@@ -36,18 +46,32 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
     assert_eq!(headers.get_all(HOST).iter().count(), 1);
     for (name, value) in &headers {
         let name = name.as_str();
-        assert!(!name.starts_with("x-forwarded-") && !matches!(name, "via" | "origin" | "referer"), "{name}");
+        assert!(
+            !name.starts_with("x-forwarded-") && !matches!(name, "via" | "origin" | "referer"),
+            "{name}"
+        );
         // What a page makes a browser send.
         let site = value.as_bytes().ends_with(b"-site") || value.as_bytes() == b"same-origin";
         assert!(!(name == "sec-fetch-site" && site), "{value:?}");
     }
     match wanted {
-        RequestedRole::Default => assert!(matches!(uri.path(), "/v1/credentials" | "/v1/credentials/")),
-        RequestedRole::ByName(name) => {
-            assert!((1..=64).contains(&name.len()) && !matches!(&*name, "." | ".."), "{name:?}");
-            assert!(name.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c)), "{name:?}");
+        RequestedRole::Default => {
+            assert!(matches!(uri.path(), "/v1/credentials" | "/v1/credentials/"))
         }
-        RequestedRole::ByArn(arn) => assert!(arn.as_str().bytes().all(|c| c.is_ascii_graphic()), "{arn}"),
+        RequestedRole::ByName(name) => {
+            assert!(
+                (1..=64).contains(&name.len()) && !matches!(&*name, "." | ".."),
+                "{name:?}"
+            );
+            assert!(
+                name.bytes()
+                    .all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c)),
+                "{name:?}"
+            );
+        }
+        RequestedRole::ByArn(arn) => {
+            assert!(arn.as_str().bytes().all(|c| c.is_ascii_graphic()), "{arn}")
+        }
     }
     true
 }

@@ -83,11 +83,20 @@ impl ConnectionLife {
         open: OpenConnection,
     ) -> Self {
         let dropped = metrics.connections_dropped.clone();
-        Self { deadline: Instant::now() + CONNECTION_TIMEOUT, descriptor, pod, dropped, _open: open }
+        Self {
+            deadline: Instant::now() + CONNECTION_TIMEOUT,
+            descriptor,
+            pod,
+            dropped,
+            _open: open,
+        }
     }
 
     /// Runs a part of the connection. `None` if the connection ends with it; why, has been counted.
-    pub(super) async fn run<T>(&self, part: impl Future<Output = Result<T, DropReason>>) -> Option<T> {
+    pub(super) async fn run<T>(
+        &self,
+        part: impl Future<Output = Result<T, DropReason>>,
+    ) -> Option<T> {
         let ended = tokio::select! {
             biased;
             ended = timeout_at(self.deadline, part) => ended.unwrap_or(Err(DropReason::TooSlow)),
@@ -100,18 +109,33 @@ impl ConnectionLife {
         if dropped.resets() {
             LazySocket::reset_on_close(&self.descriptor);
         }
-        self.dropped.get_or_create(&ReasonLabel { reason: dropped.reason() }).inc();
+        self.dropped
+            .get_or_create(&ReasonLabel {
+                reason: dropped.reason(),
+            })
+            .inc();
         None
     }
 
     /// Ends the connection with `answer` from outside, where its task keeps a thread waiting and will not do it.
-    pub(super) fn give_up(&self, answer: impl FnOnce() -> Vec<u8> + Send + 'static) -> impl FnOnce() + Send + 'static {
+    pub(super) fn give_up(
+        &self,
+        answer: impl FnOnce() -> Vec<u8> + Send + 'static,
+    ) -> impl FnOnce() + Send + 'static {
         let (descriptor, dropped) = (self.descriptor.clone(), self.dropped.clone());
         move || {
             // A client that is gone, or does not read, is no further concern.
-            let _ = send(descriptor.as_raw_fd(), &answer(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+            let _ = send(
+                descriptor.as_raw_fd(),
+                &answer(),
+                MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
+            );
             let _ = shutdown(descriptor.as_raw_fd(), Shutdown::Write);
-            dropped.get_or_create(&ReasonLabel { reason: DropReason::Unresponsive.reason() }).inc();
+            dropped
+                .get_or_create(&ReasonLabel {
+                    reason: DropReason::Unresponsive.reason(),
+                })
+                .inc();
         }
     }
 

@@ -141,22 +141,33 @@ pub(super) fn validate(
 /// 127.0.0.1 (DNS rebinding) is neither.
 fn host_is_loopback(headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
-    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
-    let Ok(host) = host.to_str() else { return false };
+    let (Some(host), None) = (hosts.next(), hosts.next()) else {
+        return false;
+    };
+    let Ok(host) = host.to_str() else {
+        return false;
+    };
     let is_loopback = |name: &str| {
-        let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+        let bare = name
+            .strip_prefix('[')
+            .and_then(|name| name.strip_suffix(']'))
+            .unwrap_or(name);
         let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
         bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(loopback)
     };
     let is_port = |port: &str| !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit());
     // AWS's SDKs in C write `::1` without brackets, which is no host with a port.
-    is_loopback(host) || host.rsplit_once(':').is_some_and(|(name, port)| is_port(port) && is_loopback(name))
+    is_loopback(host)
+        || host
+            .rsplit_once(':')
+            .is_some_and(|(name, port)| is_port(port) && is_loopback(name))
 }
 
 /// Whether only a browser sends this header with this value.
 fn is_of_a_page(name: &str, value: &HeaderValue) -> bool {
     let others = METADATA.iter().find(|(metadata, _)| *metadata == name);
-    PAGE.contains(&name) || others.is_some_and(|(_, others)| !others.iter().any(|other| value == other))
+    PAGE.contains(&name)
+        || others.is_some_and(|(_, others)| !others.iter().any(|other| value == other))
 }
 
 fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
@@ -166,7 +177,10 @@ fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
         Authorization::Off => true,
         Authorization::Present => only_one && given.is_some_and(|given| !given.is_empty()),
         Authorization::Token(token) => given.is_some_and(|given| {
-            let given = given.as_bytes().strip_prefix(b"Bearer ").unwrap_or(given.as_bytes());
+            let given = given
+                .as_bytes()
+                .strip_prefix(b"Bearer ")
+                .unwrap_or(given.as_bytes());
             only_one && bool::from(given.ct_eq(token.as_bytes()))
         }),
     }
@@ -183,9 +197,13 @@ fn wanted(path: &str, query: Option<&str>) -> Result<RequestedRole, RequestError
         "" | "/" => return Ok(RequestedRole::Default),
         rest => rest.strip_prefix('/').ok_or(RequestError::Path)?,
     };
-    let name = percent_decode_str(name).decode_utf8().map_err(|_| RequestError::Path)?;
+    let name = percent_decode_str(name)
+        .decode_utf8()
+        .map_err(|_| RequestError::Path)?;
     if name.starts_with("arn:") {
-        return RoleArn::parse(&name).map(RequestedRole::ByArn).map_err(|_| RequestError::BadArn);
+        return RoleArn::parse(&name)
+            .map(RequestedRole::ByArn)
+            .map_err(|_| RequestError::BadArn);
     }
     // Nothing else can be a role's name: no `..`, no NUL, no `%` of a path that was encoded twice.
     let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');

@@ -63,7 +63,13 @@ pub(super) struct GuardedStream<'a, S> {
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin> GuardedStream<'a, S> {
     pub(super) fn new(stream: S, shuts_down: bool, stage: &'a ResponseState) -> Self {
-        Self { stream, shuts_down, stage, last_byte: 0, line_feed_alone: false }
+        Self {
+            stream,
+            shuts_down,
+            stage,
+            last_byte: 0,
+            line_feed_alone: false,
+        }
     }
 
     /// Whether the head was given up because of a line feed without a carriage return.
@@ -95,14 +101,21 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> GuardedStream<'a, S> {
     /// others for a part of it; whoever lets a stranger write into one header must not have let him write the next.
     fn has_line_feed_alone(&mut self, bytes: &[u8]) -> bool {
         let before = |at: usize| at.checked_sub(1).map_or(self.last_byte, |at| bytes[at]);
-        let alone = bytes.iter().enumerate().any(|(at, byte)| *byte == b'\n' && before(at) != b'\r');
+        let alone = bytes
+            .iter()
+            .enumerate()
+            .any(|(at, byte)| *byte == b'\n' && before(at) != b'\r');
         self.last_byte = bytes.last().copied().unwrap_or(self.last_byte);
         alone
     }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for GuardedStream<'_, S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         // hyper wants to know whether the client is still there, and polls again if the answer has to be waited for. Mostly it
         // has not, and then this would be a system call for nothing.
         if self.stage.is_answering() && !self.stage.is_waiting() {
@@ -119,7 +132,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for GuardedStream<'_, S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedStream<'_, S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         if self.stage.is_answering() {
             Pin::new(&mut self.stream).poll_write(cx, bytes)
         } else {

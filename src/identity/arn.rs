@@ -18,14 +18,19 @@ impl RoleArn {
     /// Parses the ARN of a role at AWS, `arn:<partition>:iam::<12 digits>:role/<name>`, in any of its partitions.
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         if !LENGTH.contains(&text.len()) {
-            return invalid(format!("a role ARN has 20 to 2048 characters, this one {}", text.len()));
+            return invalid(format!(
+                "a role ARN has 20 to 2048 characters, this one {}",
+                text.len()
+            ));
         }
         if !is_printable(text) {
             return invalid("a role ARN has no spaces and no characters outside ASCII");
         }
         let parts: Vec<&str> = text.splitn(6, ':').collect();
         let [arn, partition, service, region, account, resource] = parts[..] else {
-            return invalid("a role ARN has six parts, as in arn:aws:iam::123456789012:role/billing");
+            return invalid(
+                "a role ARN has six parts, as in arn:aws:iam::123456789012:role/billing",
+            );
         };
         let name = resource.strip_prefix("role/").unwrap_or_default();
         if arn != "arn" || partition.is_empty() || service.is_empty() || name.is_empty() {
@@ -39,7 +44,9 @@ impl RoleArn {
             return invalid("an AWS role's ARN is arn:aws:iam::<12 digits>:role/<name>");
         }
         if !is_aws_role_name(name.rsplit('/').next().unwrap_or_default()) {
-            return invalid("an AWS role's name has 1 to 64 of the characters A-Z a-z 0-9 _ + = , . @ -");
+            return invalid(
+                "an AWS role's name has 1 to 64 of the characters A-Z a-z 0-9 _ + = , . @ -",
+            );
         }
         Ok(Self(Arc::from(text)))
     }
@@ -157,26 +164,40 @@ impl ArnTemplate {
         check_separators(&pieces)?;
         // The shape must be right for every segment.
         let arn = names.parse(&fill(&pieces, |_| Some("x")).unwrap_or_default())?;
-        let shape = if pieces.len() == 1 { Shape::Fixed(arn) } else { Shape::Pieces(pieces, names) };
-        Ok(Self { text: text.to_owned(), shape })
+        let shape = if pieces.len() == 1 {
+            Shape::Fixed(arn)
+        } else {
+            Shape::Pieces(pieces, names)
+        };
+        Ok(Self {
+            text: text.to_owned(),
+            shape,
+        })
     }
 
     /// This name for every ID: whatever is in it stands for itself, braces too.
     pub fn fixed(arn: &RoleArn) -> Self {
-        Self { text: arn.as_str().to_owned(), shape: Shape::Fixed(arn.clone()) }
+        Self {
+            text: arn.as_str().to_owned(),
+            shape: Shape::Fixed(arn.clone()),
+        }
     }
 
     /// The name for this ID; `None` where a segment is missing or the result is too long.
     pub fn render(&self, id: &SpiffeId) -> Option<RoleArn> {
         match &self.shape {
             Shape::Fixed(arn) => Some(arn.clone()),
-            Shape::Pieces(pieces, names) => names.parse(&fill(pieces, |index| id.segments().nth(index))?).ok(),
+            Shape::Pieces(pieces, names) => names
+                .parse(&fill(pieces, |index| id.segments().nth(index))?)
+                .ok(),
         }
     }
 
     /// Returns the segments that the name refers to, by their index from 0, in the name's order.
     pub fn segments(&self) -> Vec<usize> {
-        let Shape::Pieces(pieces, _) = &self.shape else { return Vec::new() };
+        let Shape::Pieces(pieces, _) = &self.shape else {
+            return Vec::new();
+        };
         let index = |piece: &Piece| match piece {
             Piece::Segment(index) => Some(*index),
             Piece::Text(_) => None,
@@ -211,7 +232,9 @@ fn pieces(text: &str) -> Result<Vec<Piece>, InvalidName> {
         let Some((name, behind)) = after.split_once('}') else {
             return invalid("a `{` is not closed");
         };
-        let digits = name.strip_prefix("path[").and_then(|rest| rest.strip_suffix(']'));
+        let digits = name
+            .strip_prefix("path[")
+            .and_then(|rest| rest.strip_suffix(']'));
         // `parse` would also take a sign.
         let digits = digits.filter(|digits| digits.bytes().all(|c| c.is_ascii_digit()));
         let Some(index) = digits.and_then(|digits| digits.parse().ok()) else {
@@ -229,7 +252,14 @@ fn pieces(text: &str) -> Result<Vec<Piece>, InvalidName> {
 /// `{path[1]}-{path[3]}` gives one name for `shop-prod/billing` and `shop/prod-billing` (attack 36).
 fn check_separators(pieces: &[Piece]) -> Result<(), InvalidName> {
     for between in pieces.windows(3) {
-        let [Piece::Segment(one), Piece::Text(text), Piece::Segment(other)] = between else { continue };
+        let [
+            Piece::Segment(one),
+            Piece::Text(text),
+            Piece::Segment(other),
+        ] = between
+        else {
+            continue;
+        };
         if text.bytes().all(is_segment_character) {
             return invalid(format!(
                 "two SPIFFE IDs could give one role, since a path segment can hold everything that stands between \

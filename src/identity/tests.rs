@@ -12,19 +12,35 @@ fn pattern(text: &str) -> SpiffeIdPattern {
 fn spiffe_ids_are_taken_apart() {
     let table: [(&str, &str, &[&str]); 4] = [
         ("spiffe://example.org/billing", "example.org", &["billing"]),
-        ("spiffe://example.org/ns/shop/sa/billing", "example.org", &["ns", "shop", "sa", "billing"]),
-        ("spiffe://a_b-1.c/A.b_c-9/..x/.../x.", "a_b-1.c", &["A.b_c-9", "..x", "...", "x."]),
+        (
+            "spiffe://example.org/ns/shop/sa/billing",
+            "example.org",
+            &["ns", "shop", "sa", "billing"],
+        ),
+        (
+            "spiffe://a_b-1.c/A.b_c-9/..x/.../x.",
+            "a_b-1.c",
+            &["A.b_c-9", "..x", "...", "x."],
+        ),
         ("spiffe://1/2", "1", &["2"]),
     ];
     for (text, domain, segments) in table {
         let id = id(text);
         assert_eq!((id.as_str(), id.trust_domain()), (text, domain));
         assert_eq!(id.segments().collect::<Vec<_>>(), segments);
-        assert_eq!((id.to_string(), format!("{id:?}")), (text.to_owned(), text.to_owned()));
+        assert_eq!(
+            (id.to_string(), format!("{id:?}")),
+            (text.to_owned(), text.to_owned())
+        );
     }
     let longest = format!("spiffe://example.org/{}", "x".repeat(2048 - 21));
     assert_eq!(id(&longest).as_str().len(), 2048);
-    assert_eq!(id(&format!("spiffe://{}/x", "d".repeat(255))).trust_domain().len(), 255);
+    assert_eq!(
+        id(&format!("spiffe://{}/x", "d".repeat(255)))
+            .trust_domain()
+            .len(),
+        255
+    );
 }
 
 #[test]
@@ -49,12 +65,24 @@ fn what_is_no_spiffe_id() {
         ("spiffe://example.org//billing", "`` is no path segment"),
         ("spiffe://example.org/a//b", "`` is no path segment"),
         ("spiffe://example.org/./billing", "`.` is no path segment"),
-        ("spiffe://example.org/a/../billing", "`..` is no path segment"),
+        (
+            "spiffe://example.org/a/../billing",
+            "`..` is no path segment",
+        ),
         ("spiffe://example.org/a=b", "`a=b` is no path segment"),
         ("spiffe://example.org/a%2Fb", "`a%2Fb` is no path segment"),
-        ("spiffe://example.org/billing?x", "`billing?x` is no path segment"),
-        ("spiffe://example.org/billing#x", "`billing#x` is no path segment"),
-        ("spiffe://example.org/bill ing", "`bill ing` is no path segment"),
+        (
+            "spiffe://example.org/billing?x",
+            "`billing?x` is no path segment",
+        ),
+        (
+            "spiffe://example.org/billing#x",
+            "`billing#x` is no path segment",
+        ),
+        (
+            "spiffe://example.org/bill ing",
+            "`bill ing` is no path segment",
+        ),
         ("spiffe://example.org/billing\n", "is no path segment"),
         ("spiffe://example.org/b\u{0}", "is no path segment"),
         ("spiffe://example.org/ä", "`ä` is no path segment"),
@@ -65,29 +93,61 @@ fn what_is_no_spiffe_id() {
         assert!(error.contains(words), "{text}: {error}");
     }
     let too_long = format!("spiffe://example.org/{}", "x".repeat(2048 - 20));
-    assert!(SpiffeId::parse(&too_long).unwrap_err().to_string().contains("at most 2048 bytes, this one 2049"));
+    assert!(
+        SpiffeId::parse(&too_long)
+            .unwrap_err()
+            .to_string()
+            .contains("at most 2048 bytes, this one 2049")
+    );
     let domain = format!("spiffe://{}/x", "d".repeat(256));
-    assert!(SpiffeId::parse(&domain).unwrap_err().to_string().contains("no trust domain name"));
+    assert!(
+        SpiffeId::parse(&domain)
+            .unwrap_err()
+            .to_string()
+            .contains("no trust domain name")
+    );
 }
 
 #[test]
 fn patterns_cover() {
     // (pattern, what it covers, what it doesn't)
     let table: [(&str, &[&str], &[&str]); 6] = [
-        ("td/a/b", &["td/a/b"], &["td/a", "td/a/b/c", "td/a/B", "td/b/a", "other/a/b"]),
-        ("td/a/*", &["td/a/b", "td/a/c"], &["td/a", "td/a/b/c", "td/b/b", "other/a/b"]),
-        ("td/*/b", &["td/a/b", "td/b/b"], &["td/b", "td/a/c", "td/a/a/b"]),
-        ("td/a/**", &["td/a/b", "td/a/b/c/d"], &["td/a", "td/b/b", "td/ab/c", "other/a/b"]),
+        (
+            "td/a/b",
+            &["td/a/b"],
+            &["td/a", "td/a/b/c", "td/a/B", "td/b/a", "other/a/b"],
+        ),
+        (
+            "td/a/*",
+            &["td/a/b", "td/a/c"],
+            &["td/a", "td/a/b/c", "td/b/b", "other/a/b"],
+        ),
+        (
+            "td/*/b",
+            &["td/a/b", "td/b/b"],
+            &["td/b", "td/a/c", "td/a/a/b"],
+        ),
+        (
+            "td/a/**",
+            &["td/a/b", "td/a/b/c/d"],
+            &["td/a", "td/b/b", "td/ab/c", "other/a/b"],
+        ),
         ("td/**", &["td/a", "td/a/b"], &["td2/a", "other/a"]),
         ("td/*/**", &["td/a/b", "td/a/b/c"], &["td/a", "other/a/b"]),
     ];
     for (text, covered, others) in table {
         let pattern = pattern(&format!("spiffe://{text}"));
         for other in covered {
-            assert!(pattern.matches(&id(&format!("spiffe://{other}"))), "{text} {other}");
+            assert!(
+                pattern.matches(&id(&format!("spiffe://{other}"))),
+                "{text} {other}"
+            );
         }
         for other in others {
-            assert!(!pattern.matches(&id(&format!("spiffe://{other}"))), "{text} {other}");
+            assert!(
+                !pattern.matches(&id(&format!("spiffe://{other}"))),
+                "{text} {other}"
+            );
         }
     }
 }
@@ -106,7 +166,11 @@ fn what_is_told_of_a_pattern() {
     for (text, exact, all, least) in table {
         let pattern = pattern(text);
         assert_eq!(pattern.exact(), exact.then(|| id(text)), "{text}");
-        assert_eq!((pattern.is_all_wildcards(), pattern.least_segments()), (all, least), "{text}");
+        assert_eq!(
+            (pattern.is_all_wildcards(), pattern.least_segments()),
+            (all, least),
+            "{text}"
+        );
         assert_eq!((pattern.trust_domain(), pattern.as_str()), ("td", text));
     }
 }
@@ -133,7 +197,11 @@ fn open_wildcard_is_one_before_a_segment_that_decides() {
         ("*", &[0], false),
     ];
     for (path, used, open) in table {
-        assert_eq!(pattern(&format!("spiffe://td/{path}")).has_open_wildcard(used), open, "{path} with {used:?}");
+        assert_eq!(
+            pattern(&format!("spiffe://td/{path}")).has_open_wildcard(used),
+            open,
+            "{path} with {used:?}"
+        );
     }
 }
 
@@ -143,14 +211,32 @@ fn pattern_covers_another_if_it_matches_all_of_its_ids() {
     let mut ids = Vec::new();
     let mut paths = vec![String::new()];
     for _ in 0..4 {
-        paths = paths.iter().flat_map(|path| ["a", "b"].map(|segment| format!("{path}/{segment}"))).collect();
+        paths = paths
+            .iter()
+            .flat_map(|path| ["a", "b"].map(|segment| format!("{path}/{segment}")))
+            .collect();
         ids.extend(paths.iter().map(|path| id(&format!("spiffe://t{path}"))));
     }
-    let paths = ["a", "b", "*", "**", "a/b", "a/*", "*/b", "*/*", "a/**", "*/**", "*/a/**", "a/b/**", "a/*/b", "*/*/*"];
+    let paths = [
+        "a", "b", "*", "**", "a/b", "a/*", "*/b", "*/*", "a/**", "*/**", "*/a/**", "a/b/**",
+        "a/*/b", "*/*/*",
+    ];
     let patterns = paths.map(|path| pattern(&format!("spiffe://t/{path}")));
-    for (one, other) in patterns.iter().flat_map(|one| patterns.iter().map(move |other| (one, other))) {
-        let covers = ids.iter().filter(|id| other.matches(id)).all(|id| one.matches(id));
-        assert_eq!(one.covers(other), covers, "{} and {}", one.as_str(), other.as_str());
+    for (one, other) in patterns
+        .iter()
+        .flat_map(|one| patterns.iter().map(move |other| (one, other)))
+    {
+        let covers = ids
+            .iter()
+            .filter(|id| other.matches(id))
+            .all(|id| one.matches(id));
+        assert_eq!(
+            one.covers(other),
+            covers,
+            "{} and {}",
+            one.as_str(),
+            other.as_str()
+        );
     }
     assert!(!pattern("spiffe://t/**").covers(&pattern("spiffe://u/a")));
 }
@@ -159,8 +245,14 @@ fn pattern_covers_another_if_it_matches_all_of_its_ids() {
 fn what_is_no_pattern() {
     let table = [
         ("billing", "begins with spiffe://"),
-        ("spiffe://*/billing", "a pattern's trust domain has no wildcard"),
-        ("spiffe://*.org/billing", "a pattern's trust domain has no wildcard"),
+        (
+            "spiffe://*/billing",
+            "a pattern's trust domain has no wildcard",
+        ),
+        (
+            "spiffe://*.org/billing",
+            "a pattern's trust domain has no wildcard",
+        ),
         ("spiffe://td", "needs a path"),
         ("spiffe://td/", "needs a path"),
         ("spiffe://td/**/billing", "it can only be the last segment"),
@@ -176,22 +268,34 @@ fn what_is_no_pattern() {
         assert!(error.contains(words), "{text}: {error}");
     }
     let too_long = format!("spiffe://td/{}", "x".repeat(2048));
-    assert!(SpiffeIdPattern::parse(&too_long).unwrap_err().to_string().contains("at most 2048 bytes"));
+    assert!(
+        SpiffeIdPattern::parse(&too_long)
+            .unwrap_err()
+            .to_string()
+            .contains("at most 2048 bytes")
+    );
 }
 
 #[test]
 fn session_names() {
     let of = |text: &str| SessionName::of(&id(text)).as_str().to_owned();
-    assert_eq!(of("spiffe://example.org/ns/shop/sa/billing"), "example.org=ns=shop=sa=billing");
+    assert_eq!(
+        of("spiffe://example.org/ns/shop/sa/billing"),
+        "example.org=ns=shop=sa=billing"
+    );
     assert_eq!(of("spiffe://a/b"), "a=b");
     let longest = format!("spiffe://example.org/{}", "x".repeat(52));
     assert_eq!(of(&longest), format!("example.org={}", "x".repeat(52)));
     assert_eq!(of(&longest).len(), 64);
 
     // sha256 of the ID, by coreutils.
-    let long = "spiffe://example.org/ns/a-namespace-of-some-length/sa/a-service-account-of-some-length";
+    let long =
+        "spiffe://example.org/ns/a-namespace-of-some-length/sa/a-service-account-of-some-length";
     let name = of(long);
-    assert_eq!(name, "example.org=ns=a-namespace-of-some-length=sa=a-=62d6b58507158e07");
+    assert_eq!(
+        name,
+        "example.org=ns=a-namespace-of-some-length=sa=a-=62d6b58507158e07"
+    );
     for text in [long, &longest, "spiffe://a/b"] {
         assert!(SessionName::parse(&of(text)).is_ok(), "{text}");
     }
@@ -202,15 +306,24 @@ fn session_names_never_collide() {
     let head = "spiffe://example.org/ns/a-namespace-of-some-lengt";
     assert_eq!(head.len() - "spiffe://".len(), 40);
     // IDs that begin alike, around the length at which they are shortened.
-    let mut ids: Vec<String> = (0..60).map(|length| format!("{head}/{}", "x".repeat(length + 1))).collect();
+    let mut ids: Vec<String> = (0..60)
+        .map(|length| format!("{head}/{}", "x".repeat(length + 1)))
+        .collect();
     ids.extend((0..60).map(|length| format!("{head}/{}y", "x".repeat(length))));
     ids.extend((0..30).map(|length| format!("{head}/{}/y", "x".repeat(length + 1))));
     // Whoever may choose his path could choose it to read as another's shortened name.
     let shortened: Vec<_> = ids.iter().map(|text| SessionName::of(&id(text))).collect();
-    ids.extend(shortened.iter().map(|name| format!("spiffe://{}", name.as_str().replace('=', "/"))));
+    ids.extend(
+        shortened
+            .iter()
+            .map(|name| format!("spiffe://{}", name.as_str().replace('=', "/"))),
+    );
     ids.sort();
     ids.dedup();
-    let mut names: Vec<_> = ids.iter().map(|text| SessionName::of(&id(text)).as_str().to_owned()).collect();
+    let mut names: Vec<_> = ids
+        .iter()
+        .map(|text| SessionName::of(&id(text)).as_str().to_owned())
+        .collect();
     assert!(names.iter().all(|name| SessionName::parse(name).is_ok()));
     names.sort();
     names.dedup();

@@ -105,7 +105,12 @@ impl<K: FairKey> FairSemaphore<K> {
             evictable: BTreeMap::new(),
         };
         let (total, per_key) = (total.max(1), per_key.max(1));
-        Self(Arc::new(Inner { total, per_key, max_waiting, state: Mutex::new(state) }))
+        Self(Arc::new(Inner {
+            total,
+            per_key,
+            max_waiting,
+            state: Mutex::new(state),
+        }))
     }
 
     /// Waits for a permit, at most for [`ACQUIRE_TIMEOUT`].
@@ -165,18 +170,40 @@ impl<K: FairKey> Inner<K> {
     }
 
     fn check_key(&self, state: &State<K>, key: &K) -> Result<(), Exhausted> {
-        if count(&state.keys, key) < self.per_key { Ok(()) } else { Err(Exhausted::Key) }
+        if count(&state.keys, key) < self.per_key {
+            Ok(())
+        } else {
+            Err(Exhausted::Key)
+        }
     }
 
-    fn grant(self: &Arc<Self>, state: &mut State<K>, key: &K, eviction: Option<Arc<Notify>>) -> FairPermit<K> {
+    fn grant(
+        self: &Arc<Self>,
+        state: &mut State<K>,
+        key: &K,
+        eviction: Option<Arc<Notify>>,
+    ) -> FairPermit<K> {
         let id = state.next_id();
         state.held += 1;
         *state.keys.entry(key.clone()).or_default() += 1;
         *state.groups.entry(key.group()).or_default() += 1;
         if let Some(notify) = eviction.clone() {
-            state.evictable.insert(id, Evictable { key: key.clone(), idle: true, notify });
+            state.evictable.insert(
+                id,
+                Evictable {
+                    key: key.clone(),
+                    idle: true,
+                    notify,
+                },
+            );
         }
-        FairPermit { limit: self.clone(), key: key.clone(), id, released: AtomicBool::new(false), eviction }
+        FairPermit {
+            limit: self.clone(),
+            key: key.clone(),
+            id,
+            released: AtomicBool::new(false),
+            eviction,
+        }
     }
 
     /// A permit, or a place in the queue; `None` if there is no room in it for this key.
@@ -196,7 +223,13 @@ impl<K: FairKey> Inner<K> {
         let (granted, receiver) = oneshot::channel();
         let id = state.next_id();
         *state.waiting_of.entry(key.group()).or_default() += 1;
-        state.waiting.insert(id, PermitWaiter { key: key.clone(), granted });
+        state.waiting.insert(
+            id,
+            PermitWaiter {
+                key: key.clone(),
+                granted,
+            },
+        );
         Err(Some((receiver, id)))
     }
 
@@ -204,7 +237,9 @@ impl<K: FairKey> Inner<K> {
     fn hand_on(self: &Arc<Self>, mut state: MutexGuard<'_, State<K>>) {
         let mut unclaimed = Vec::new();
         while state.held < self.total {
-            let Some(waiter) = state.next_waiter(self.per_key) else { break };
+            let Some(waiter) = state.next_waiter(self.per_key) else {
+                break;
+            };
             let permit = self.grant(&mut state, &waiter.key, None);
             // One that has stopped waiting: its permit is given back below, outside the lock that this takes.
             unclaimed.extend(waiter.granted.send(permit).err());
@@ -255,34 +290,53 @@ impl<K: FairKey> State<K> {
     fn drop_waiter_for(&mut self, group: &K::Group) -> bool {
         let own = count(&self.waiting_of, group);
         let most = self.waiting_of.iter().max_by_key(|(_, waiting)| **waiting);
-        let Some((most, _)) = most.filter(|(_, waiting)| **waiting > own) else { return false };
-        let newest = self.waiting.iter().rev().find(|(_, waiter)| waiter.key.group() == *most).map(|(id, _)| *id);
+        let Some((most, _)) = most.filter(|(_, waiting)| **waiting > own) else {
+            return false;
+        };
+        let newest = self
+            .waiting
+            .iter()
+            .rev()
+            .find(|(_, waiter)| waiter.key.group() == *most)
+            .map(|(id, _)| *id);
         newest.and_then(|id| self.remove_waiter(id)).is_some()
     }
 
     /// Takes a permit from the group that has the most of them, and in it from the key that has, if `key` has fewer.
     fn evict_for(&mut self, key: &K) -> bool {
         let (own_group, own) = (key.group(), count(&self.keys, key));
-        let Some((group, most)) = self.groups.iter().max_by_key(|(_, held)| **held) else { return false };
+        let Some((group, most)) = self.groups.iter().max_by_key(|(_, held)| **held) else {
+            return false;
+        };
         let is_own = count(&self.groups, &own_group) >= *most;
         let group = if is_own { &own_group } else { group };
         let of_group = self.keys.iter().filter(|(key, _)| key.group() == *group);
-        let most = of_group.max_by_key(|(_, held)| **held).filter(|(_, held)| !is_own || **held > own);
+        let most = of_group
+            .max_by_key(|(_, held)| **held)
+            .filter(|(_, held)| !is_own || **held > own);
         let Some((most, _)) = most else { return false };
         let of_most = || self.evictable.iter().filter(|(_, one)| one.key == *most);
-        let victim = of_most().find(|(_, one)| one.idle).or_else(|| of_most().next_back());
+        let victim = of_most()
+            .find(|(_, one)| one.idle)
+            .or_else(|| of_most().next_back());
         victim.map(|(id, _)| *id).is_some_and(|id| self.evict(id))
     }
 
     fn evict_oldest(&mut self, key: &K) {
-        let oldest = self.evictable.iter().find(|(_, one)| one.key == *key).map(|(id, _)| *id);
+        let oldest = self
+            .evictable
+            .iter()
+            .find(|(_, one)| one.key == *key)
+            .map(|(id, _)| *id);
         if let Some(id) = oldest {
             self.evict(id);
         }
     }
 
     fn evict(&mut self, id: u64) -> bool {
-        let Some(victim) = self.evictable.remove(&id) else { return false };
+        let Some(victim) = self.evictable.remove(&id) else {
+            return false;
+        };
         decrement(&mut self.keys, &victim.key);
         self.release(id, &victim.key);
         victim.notify.notify_one();

@@ -45,7 +45,11 @@ const MAX_BUCKETS: usize = 1024;
 impl KeyedRateLimiter {
     /// `burst` at once, and after that one each `every`.
     pub fn new(burst: u32, every: Duration) -> Self {
-        Self { burst, every, buckets: Mutex::default() }
+        Self {
+            burst,
+            every,
+            buckets: Mutex::default(),
+        }
     }
 
     /// Takes one; `false` if `owner` has used up its own.
@@ -55,7 +59,10 @@ impl KeyedRateLimiter {
         if buckets.len() >= MAX_BUCKETS && buckets.len() == buckets.capacity() {
             buckets.retain(|_, bucket| !bucket.is_full());
         }
-        buckets.entry(owner.clone()).or_default().take(self.burst, self.every)
+        buckets
+            .entry(owner.clone())
+            .or_default()
+            .take(self.burst, self.every)
     }
 }
 
@@ -81,7 +88,11 @@ mod tests {
         assert!(limiter.take(&id("a")));
         assert!(!limiter.take(&id("a")));
         advance(Duration::from_secs(1000)).await;
-        assert_eq!((0..5).filter(|_| limiter.take(&id("a"))).count(), 3, "never more than the burst");
+        assert_eq!(
+            (0..5).filter(|_| limiter.take(&id("a"))).count(),
+            3,
+            "never more than the burst"
+        );
     }
 
     #[tokio::test(start_paused = true)]

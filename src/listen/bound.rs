@@ -101,21 +101,40 @@ impl Listener {
                 bound_buffers(&listener).map_err(failed)?;
                 (listener.into(), ListenerSource::Inherited)
             }
-            None => (bind(address, FreeBind::Denied).map_err(failed)?, ListenerSource::Own),
+            None => (
+                bind(address, FreeBind::Denied).map_err(failed)?,
+                ListenerSource::Own,
+            ),
         };
         let address = sys::local_address(&listener).map_err(failed)?;
-        Ok(Self::Tcp { listener: sys::register_listener(Arc::new(listener)).map_err(failed)?, address, origin })
+        Ok(Self::Tcp {
+            listener: sys::register_listener(Arc::new(listener)).map_err(failed)?,
+            address,
+            origin,
+        })
     }
 
     /// Listens on a unix socket with this mode, or takes the one that systemd holds.
-    pub fn unix(path: &Path, mode: u32, inherited: &mut ActivatedSockets) -> Result<Self, ListenError> {
-        let failed = |source| ListenError::Unix { path: path.to_owned(), source };
+    pub fn unix(
+        path: &Path,
+        mode: u32,
+        inherited: &mut ActivatedSockets,
+    ) -> Result<Self, ListenError> {
+        let failed = |source| ListenError::Unix {
+            path: path.to_owned(),
+            source,
+        };
         let (listener, file) = match inherited.take_unix(path) {
             Some(listener) => (listener, None),
             None => SocketFile::bind(path, mode).map(|(listener, file)| (listener, Some(file)))?,
         };
         let listener = sys::register_listener(Arc::new(listener.into())).map_err(failed)?;
-        Ok(Self::Unix { listener, path: path.to_owned(), mode, file })
+        Ok(Self::Unix {
+            listener,
+            path: path.to_owned(),
+            mode,
+            file,
+        })
     }
 
     /// A TCP listener that systemd holds, whatever its address is.
@@ -124,28 +143,50 @@ impl Listener {
         let failed = |source| ListenError::Inherited { source };
         let address = address.map_err(failed)?;
         let listener = sys::register_listener(Arc::new(listener.into())).map_err(failed)?;
-        Ok(Self::Tcp { listener, address, origin: ListenerSource::Inherited })
+        Ok(Self::Tcp {
+            listener,
+            address,
+            origin: ListenerSource::Inherited,
+        })
     }
 
     /// A unix listener that systemd holds, whatever its path is.
     pub(super) fn activated_unix(listener: UnixListener) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Inherited { source };
-        let path = listener.local_addr().map_err(failed)?.as_pathname().map(Path::to_owned).unwrap_or_default();
+        let path = listener
+            .local_addr()
+            .map_err(failed)?
+            .as_pathname()
+            .map(Path::to_owned)
+            .unwrap_or_default();
         let listener = sys::register_listener(Arc::new(listener.into())).map_err(failed)?;
-        Ok(Self::Unix { listener, path, mode: 0, file: None })
+        Ok(Self::Unix {
+            listener,
+            path,
+            mode: 0,
+            file: None,
+        })
     }
 
     /// The listener that was made inside a pod's network namespace.
     pub fn pod(inside: Arc<PodListener>) -> Result<Self, ListenError> {
-        let listener = sys::register_listener(inside.listener()).map_err(|source| inside.bind_error(source))?;
-        Ok(Self::Tcp { listener, address: inside.address(), origin: ListenerSource::Pod(inside) })
+        let listener = sys::register_listener(inside.listener())
+            .map_err(|source| inside.bind_error(source))?;
+        Ok(Self::Tcp {
+            listener,
+            address: inside.address(),
+            origin: ListenerSource::Pod(inside),
+        })
     }
 
     /// For the log.
     pub fn name(&self) -> String {
         match self {
             Self::Unix { path, .. } => path.display().to_string(),
-            Self::Tcp { origin: ListenerSource::Pod(inside), .. } => inside.to_string(),
+            Self::Tcp {
+                origin: ListenerSource::Pod(inside),
+                ..
+            } => inside.to_string(),
             Self::Tcp { address, .. } => address.to_string(),
         }
     }
@@ -161,17 +202,25 @@ impl Listener {
         &self,
         arrived: &mut AsyncFdReadyGuard<'_, Arc<OwnedFd>>,
     ) -> Option<io::Result<AcceptedStream>> {
-        arrived.try_io(|listener| self.accept_raw(listener.as_fd())).ok()
+        arrived
+            .try_io(|listener| self.accept_raw(listener.as_fd()))
+            .ok()
     }
 
     fn accept_raw(&self, listener: impl AsFd) -> io::Result<AcceptedStream> {
         match self {
-            Self::Unix { .. } => Ok(AcceptedStream::Unix(LazySocket::new(sys::accept_unix(listener.as_fd())?))),
+            Self::Unix { .. } => Ok(AcceptedStream::Unix(LazySocket::new(sys::accept_unix(
+                listener.as_fd(),
+            )?))),
             Self::Tcp { address, .. } => {
                 let (stream, client) = sys::accept_tcp(listener.as_fd())?;
                 // Without it only more packets are sent.
                 let _ = sys::set_tcp_cork(&stream);
-                Ok(AcceptedStream::Tcp { stream: LazySocket::new(stream), client, server: *address })
+                Ok(AcceptedStream::Tcp {
+                    stream: LazySocket::new(stream),
+                    client,
+                    server: *address,
+                })
             }
         }
     }
@@ -192,20 +241,30 @@ impl Listener {
             Self::Unix { file: None, .. } | Self::Tcp { .. } => {}
         }
         let waiting = (0..BACKLOG).map(|_| self.accept_raw(listener.get_ref()));
-        let waiting = waiting.take_while(|taken| taken.as_ref().err().is_none_or(is_per_connection_error));
+        let waiting =
+            waiting.take_while(|taken| taken.as_ref().err().is_none_or(is_per_connection_error));
         Ok(waiting.filter_map(Result::ok).collect())
     }
 
     /// A listener in the place of one that somebody has killed, as `ss -K` can (attack 9).
     pub(super) async fn rebind(&self) -> Result<Self, ListenError> {
         match self {
-            Self::Tcp { origin: ListenerSource::Pod(inside), .. } => {
+            Self::Tcp {
+                origin: ListenerSource::Pod(inside),
+                ..
+            } => {
                 let inside = inside.clone();
                 let bound = tokio::task::spawn_blocking(move || inside.rebind().map(|()| inside));
-                Self::pod(bound.await.map_err(|error| ListenError::Interrupted(error.to_string()))??)
+                Self::pod(
+                    bound
+                        .await
+                        .map_err(|error| ListenError::Interrupted(error.to_string()))??,
+                )
             }
             Self::Tcp { address, .. } => Self::tcp(*address, &mut ActivatedSockets::default()),
-            Self::Unix { path, mode, .. } => Self::unix(path, *mode, &mut ActivatedSockets::default()),
+            Self::Unix { path, mode, .. } => {
+                Self::unix(path, *mode, &mut ActivatedSockets::default())
+            }
         }
     }
 }

@@ -36,24 +36,40 @@ impl ActivatedSockets {
 
     #[cfg(test)]
     pub(super) fn of(tcp: TcpListener) -> Self {
-        Self { unix: Vec::new(), tcp: vec![tcp] }
+        Self {
+            unix: Vec::new(),
+            tcp: vec![tcp],
+        }
     }
 
     pub(super) fn take_tcp(&mut self, address: SocketAddr) -> Option<TcpListener> {
-        let index = self.tcp.iter().position(|listener| listener.local_addr().is_ok_and(|found| found == address))?;
+        let index = self
+            .tcp
+            .iter()
+            .position(|listener| listener.local_addr().is_ok_and(|found| found == address))?;
         Some(self.tcp.swap_remove(index))
     }
 
     pub(super) fn take_unix(&mut self, path: &Path) -> Option<UnixListener> {
-        let is_here =
-            |listener: &UnixListener| listener.local_addr().is_ok_and(|found| found.as_pathname() == Some(path));
+        let is_here = |listener: &UnixListener| {
+            listener
+                .local_addr()
+                .is_ok_and(|found| found.as_pathname() == Some(path))
+        };
         let index = self.unix.iter().position(is_here)?;
         Some(self.unix.swap_remove(index))
     }
 
     /// Those that were not taken.
     pub fn take_unclaimed(&mut self) -> Vec<Result<Listener, ListenError>> {
-        let unix = std::mem::take(&mut self.unix).into_iter().map(Listener::activated_unix);
-        unix.chain(std::mem::take(&mut self.tcp).into_iter().map(Listener::activated_tcp)).collect()
+        let unix = std::mem::take(&mut self.unix)
+            .into_iter()
+            .map(Listener::activated_unix);
+        unix.chain(
+            std::mem::take(&mut self.tcp)
+                .into_iter()
+                .map(Listener::activated_tcp),
+        )
+        .collect()
     }
 }

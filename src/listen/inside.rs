@@ -12,8 +12,10 @@ use crate::listen::tcp::{FreeBind, bind, bound_buffers};
 use crate::namespace::{NamespaceError, NamespaceId, NetNs};
 
 /// Where every SDK is told to ask, in every pod.
-pub const POD_ADDRESSES: [SocketAddr; 2] =
-    [SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT), SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), PORT)];
+pub const POD_ADDRESSES: [SocketAddr; 2] = [
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT),
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), PORT),
+];
 /// Below 1024, so that a pod's unprivileged users can't have it where the kernel's default holds.
 const PORT: u16 = 974;
 
@@ -36,7 +38,10 @@ pub struct PodListener {
 impl NetnsRef {
     /// Of this namespace.
     pub fn new(id: NamespaceId, path: PathBuf) -> Self {
-        Self { id, path: Mutex::new(path) }
+        Self {
+            id,
+            path: Mutex::new(path),
+        }
     }
 
     /// Which one it is.
@@ -69,13 +74,21 @@ impl PodListener {
     /// none before the pod's network is set up.
     pub fn bind(place: Arc<NetnsRef>, address: SocketAddr) -> io::Result<Self> {
         let listener = Mutex::new(Arc::new(bind(address, FreeBind::Allowed)?));
-        Ok(Self { place, address, listener })
+        Ok(Self {
+            place,
+            address,
+            listener,
+        })
     }
 
     /// With a listener that another daemon has made, with whatever buffers.
     pub fn with(place: Arc<NetnsRef>, address: SocketAddr, listener: OwnedFd) -> io::Result<Self> {
         bound_buffers(&listener)?;
-        Ok(Self { place, address, listener: Mutex::new(Arc::new(listener)) })
+        Ok(Self {
+            place,
+            address,
+            listener: Mutex::new(Arc::new(listener)),
+        })
     }
 
     /// Where it listens.
@@ -90,16 +103,22 @@ impl PodListener {
 
     /// Binds it again, in the place of one that was killed.
     pub(super) fn rebind(&self) -> Result<(), ListenError> {
-        let bound = self.place.run_in(|| bind(self.address, FreeBind::Allowed)).map_err(|error| match error {
-            NamespaceError::Io(error) => self.bind_error(error),
-            other => self.bind_error(io::Error::other(other)),
-        })?;
+        let bound = self
+            .place
+            .run_in(|| bind(self.address, FreeBind::Allowed))
+            .map_err(|error| match error {
+                NamespaceError::Io(error) => self.bind_error(error),
+                other => self.bind_error(io::Error::other(other)),
+            })?;
         *lock(&self.listener) = Arc::new(bound.map_err(|source| self.bind_error(source))?);
         Ok(())
     }
 
     pub(super) fn bind_error(&self, source: io::Error) -> ListenError {
-        ListenError::Pod { name: self.to_string(), source }
+        ListenError::Pod {
+            name: self.to_string(),
+            source,
+        }
     }
 }
 

@@ -33,7 +33,10 @@ enum IoDirection {
 impl LazySocket {
     /// Takes one that does not block.
     pub(super) fn new(fd: impl Into<OwnedFd>) -> Self {
-        Self { fd: Arc::new(fd.into()), watched: None }
+        Self {
+            fd: Arc::new(fd.into()),
+            watched: None,
+        }
     }
 
     /// The connection, which is closed with the last who has this.
@@ -44,7 +47,14 @@ impl LazySocket {
     /// Has the connection end with a reset when it is closed: that leaves no port waiting, as an orderly end would (T20).
     pub fn reset_on_close(descriptor: &OwnedFd) {
         // If that fails, and on a unix socket, it is closed the ordinary way.
-        let _ = setsockopt(descriptor, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
+        let _ = setsockopt(
+            descriptor,
+            sockopt::Linger,
+            &libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            },
+        );
     }
 
     /// Makes `call` until it does not have to wait.
@@ -89,13 +99,21 @@ impl AsFd for LazySocket {
 }
 
 impl AsyncRead for LazySocket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         self.poll(cx, IoDirection::Read, |fd| sys::recv(fd, buffer))
     }
 }
 
 impl AsyncWrite for LazySocket {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
     }
 

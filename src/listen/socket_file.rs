@@ -44,22 +44,35 @@ impl SocketFile {
         Self::bind_in_dir(MODE_PRIVATE, path, 0o600)
     }
 
-    fn bind_in_dir(directory_mode: u32, path: &Path, mode: u32) -> Result<(UnixListener, Self), ListenError> {
-        let failed = |source: io::Error| ListenError::Unix { path: path.to_owned(), source };
-        let in_use = || ListenError::InUse { path: path.to_owned() };
+    fn bind_in_dir(
+        directory_mode: u32,
+        path: &Path,
+        mode: u32,
+    ) -> Result<(UnixListener, Self), ListenError> {
+        let failed = |source: io::Error| ListenError::Unix {
+            path: path.to_owned(),
+            source,
+        };
+        let in_use = || ListenError::InUse {
+            path: path.to_owned(),
+        };
         let directory = path.parent().unwrap_or(Path::new("/"));
-        fs::DirBuilder::new().recursive(true).mode(directory_mode).create(directory).map_err(failed)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(directory_mode)
+            .create(directory)
+            .map_err(failed)?;
         check_directory(directory, directory_mode)?;
         let name = with_suffix(path, ".lock");
         let lock = loop {
             let lock = open_lock(&name).map_err(failed)?;
             let lock = match directory_mode {
-                MODE_PRIVATE => {
-                    Some(Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+                MODE_PRIVATE => Some(Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(
+                    |(_, error)| match error {
                         Errno::EWOULDBLOCK => in_use(),
                         error => failed(error.into()),
-                    })?)
-                }
+                    },
+                )?),
                 _ => take_lock(lock, path)?,
             };
             // The previous holder removes the file at its end, perhaps after this one has opened it.
@@ -73,7 +86,10 @@ impl SocketFile {
         }
         let is_other = |found: fs::Metadata| !found.file_type().is_socket();
         if fs::symlink_metadata(path).is_ok_and(is_other) {
-            return Err(failed(io::Error::new(io::ErrorKind::AlreadyExists, "it exists and is no socket; remove it")));
+            return Err(failed(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "it exists and is no socket; remove it",
+            )));
         }
         // Made under another name first: clients see it with its final mode, or not at all.
         let new = with_suffix(path, ".new");
@@ -86,17 +102,30 @@ impl SocketFile {
         let inode = fs::symlink_metadata(&new).map_err(failed)?.ino();
         fs::rename(&new, path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok((listener, Self { path: path.to_owned(), inode, lock }))
+        Ok((
+            listener,
+            Self {
+                path: path.to_owned(),
+                inode,
+                lock,
+            },
+        ))
     }
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
 }
 
 /// Whether the file at `path` is this one.
 fn is_at(file: &File, path: &Path) -> bool {
-    let inode = |found: io::Result<fs::Metadata>| found.ok().map(|found| (found.dev(), found.ino()));
+    let inode =
+        |found: io::Result<fs::Metadata>| found.ok().map(|found| (found.dev(), found.ino()));
     let opened = inode(file.metadata());
     opened.is_some() && opened == inode(fs::symlink_metadata(path))
 }
@@ -115,10 +144,15 @@ fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenE
         match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(Some(lock)),
             Err(_) if UnixStream::connect(path).is_ok() => {
-                return Err(ListenError::InUse { path: path.to_owned() });
+                return Err(ListenError::InUse {
+                    path: path.to_owned(),
+                });
             }
             Err(_) if begun.elapsed() >= LOCK_TIMEOUT => {
-                tracing::warn!("{}: somebody holds the lock beside it who does not listen there", path.display());
+                tracing::warn!(
+                    "{}: somebody holds the lock beside it who does not listen there",
+                    path.display()
+                );
                 return Ok(None);
             }
             Err((file, _)) => lock = file,
@@ -129,13 +163,19 @@ fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenE
 
 /// Whoever may rename files in the directory could put a fake server in the socket's place (attack 12).
 fn check_directory(directory: &Path, mode: u32) -> Result<(), ListenError> {
-    let failed = |source: io::Error| ListenError::Unix { path: directory.to_owned(), source };
+    let failed = |source: io::Error| ListenError::Unix {
+        path: directory.to_owned(),
+        source,
+    };
     let found = fs::metadata(directory).map_err(failed)?;
     let owned = found.uid() == 0 || found.uid() == geteuid().as_raw();
     if owned && found.mode() & 0o777 & !mode == 0 {
         Ok(())
     } else {
-        Err(ListenError::UnsafeDirectory { path: directory.to_owned(), mode })
+        Err(ListenError::UnsafeDirectory {
+            path: directory.to_owned(),
+            mode,
+        })
     }
 }
 
@@ -170,12 +210,18 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         let (_listener, file) = SocketFile::bind(&path, 0o666).unwrap();
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o666);
-        assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::InUse { .. })));
+        assert!(matches!(
+            SocketFile::bind(&path, 0o666),
+            Err(ListenError::InUse { .. })
+        ));
         drop(file);
         assert!(!path.exists());
         // Held by somebody without a lock file, as systemd does.
         let _held = UnixListener::bind(&path).unwrap();
-        assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::InUse { .. })));
+        assert!(matches!(
+            SocketFile::bind(&path, 0o666),
+            Err(ListenError::InUse { .. })
+        ));
     }
 
     #[test]
@@ -183,7 +229,10 @@ mod tests {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::Unix { .. })));
+        assert!(matches!(
+            SocketFile::bind(&path, 0o666),
+            Err(ListenError::Unix { .. })
+        ));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
         fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
         assert!(matches!(
@@ -202,7 +251,10 @@ mod tests {
         let file = File::open(with_suffix(&path, ".lock")).unwrap();
         let _taken = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
         let (_listener, _file) = SocketFile::bind(&path, 0o666).unwrap();
-        assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::InUse { .. })));
+        assert!(matches!(
+            SocketFile::bind(&path, 0o666),
+            Err(ListenError::InUse { .. })
+        ));
     }
 
     #[test]
@@ -214,7 +266,13 @@ mod tests {
         for mode in [0o755, 0o710, 0o701] {
             fs::set_permissions(&closed, Permissions::from_mode(mode)).unwrap();
             let refused = SocketFile::bind_private(&closed.join("b.sock"));
-            assert!(matches!(refused, Err(ListenError::UnsafeDirectory { mode: 0o700, .. })), "{mode:o}");
+            assert!(
+                matches!(
+                    refused,
+                    Err(ListenError::UnsafeDirectory { mode: 0o700, .. })
+                ),
+                "{mode:o}"
+            );
         }
     }
 
@@ -224,9 +282,15 @@ mod tests {
         let path = directory.path().join("closed/a.sock");
         drop(SocketFile::bind_private(&path).unwrap());
         File::create(with_suffix(&path, ".lock")).unwrap();
-        let taken =
-            Flock::lock(File::open(with_suffix(&path, ".lock")).unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
-        assert!(matches!(SocketFile::bind_private(&path), Err(ListenError::InUse { .. })));
+        let taken = Flock::lock(
+            File::open(with_suffix(&path, ".lock")).unwrap(),
+            FlockArg::LockExclusiveNonblock,
+        )
+        .unwrap();
+        assert!(matches!(
+            SocketFile::bind_private(&path),
+            Err(ListenError::InUse { .. })
+        ));
         drop(taken);
         SocketFile::bind_private(&path).unwrap();
     }
@@ -242,7 +306,10 @@ mod tests {
                 scope.spawn(|| {
                     for _ in 0..50 {
                         if let Ok(held) = SocketFile::bind(&path, 0o666) {
-                            assert!(matches!(SocketFile::bind(&path, 0o666), Err(ListenError::InUse { .. })));
+                            assert!(matches!(
+                                SocketFile::bind(&path, 0o666),
+                                Err(ListenError::InUse { .. })
+                            ));
                             bound.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                             drop(held);
                         }

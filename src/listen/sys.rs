@@ -1,5 +1,8 @@
 //! The system calls and the socket option that have no safe wrapper here, or one that takes more than is needed.
-#![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
+#![allow(
+    unsafe_code,
+    reason = "raw system calls are this module's whole purpose; nothing else is in it"
+)]
 
 use std::io;
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -18,9 +21,19 @@ pub(super) fn set_tcp_cork(stream: impl AsFd) -> io::Result<()> {
     // SAFETY: `on` is a valid place of `length` bytes, which the kernel only reads.
     let status = unsafe {
         let socket = stream.as_fd().as_raw_fd();
-        libc::setsockopt(socket, libc::IPPROTO_TCP, libc::TCP_CORK, (&raw const on).cast(), length)
+        libc::setsockopt(
+            socket,
+            libc::IPPROTO_TCP,
+            libc::TCP_CORK,
+            (&raw const on).cast(),
+            length,
+        )
     };
-    if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if status < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 const ACCEPTED: libc::c_int = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
@@ -28,7 +41,14 @@ const ACCEPTED: libc::c_int = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
 /// `accept4(2)` on a unix socket.
 pub(super) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // SAFETY: without a place for an address the kernel writes none.
-    owned_fd(unsafe { libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), ACCEPTED) })
+    owned_fd(unsafe {
+        libc::accept4(
+            listener.as_raw_fd(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            ACCEPTED,
+        )
+    })
 }
 
 /// `accept4(2)` on a TCP socket, with the client's address.
@@ -38,11 +58,15 @@ pub(super) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Socke
     let mut length = libc::socklen_t::try_from(size_of_val(&place)).map_err(io::Error::other)?;
     let address = (&raw mut place).cast::<libc::sockaddr>();
     // SAFETY: `place` has room for `length` bytes, and the kernel writes at most that many.
-    let accepted = owned_fd(unsafe { libc::accept4(listener.as_raw_fd(), address, &raw mut length, ACCEPTED) })?;
+    let accepted = owned_fd(unsafe {
+        libc::accept4(listener.as_raw_fd(), address, &raw mut length, ACCEPTED)
+    })?;
     // SAFETY: the kernel has put an address of `length` bytes here.
     let client = unsafe { SockaddrStorage::from_raw(address, Some(length)) };
     // As of a connection that is broken.
-    let client = client.and_then(|client| ip(&client)).ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO))?;
+    let client = client
+        .and_then(|client| ip(&client))
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO))?;
     Ok((accepted, client))
 }
 
@@ -53,8 +77,16 @@ pub(super) fn local_address(socket: impl AsFd) -> io::Result<SocketAddr> {
 }
 
 fn ip(address: &SockaddrStorage) -> Option<SocketAddr> {
-    let v4 = || address.as_sockaddr_in().map(|v4| SocketAddr::from(SocketAddrV4::from(*v4)));
-    let v6 = || address.as_sockaddr_in6().map(|v6| SocketAddr::from(SocketAddrV6::from(*v6)));
+    let v4 = || {
+        address
+            .as_sockaddr_in()
+            .map(|v4| SocketAddr::from(SocketAddrV4::from(*v4)))
+    };
+    let v6 = || {
+        address
+            .as_sockaddr_in6()
+            .map(|v6| SocketAddr::from(SocketAddrV6::from(*v6)))
+    };
     v4().or_else(v6)
 }
 

@@ -4,7 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt,
+};
 
 /// How many may wait to be accepted, as in awsvid.socket. The kernel drops who comes when the queue is full, and TCP
 /// clients try again only a second later.
@@ -36,7 +38,11 @@ pub(super) enum FreeBind {
 
 /// Listens in the calling thread's network namespace.
 pub(super) fn bind(address: SocketAddr, freely: FreeBind) -> io::Result<OwnedFd> {
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let family = if address.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let listener = socket::socket(family, SockType::Stream, flags, None)?;
     // What is left of the connections of an earlier start keeps nobody from listening.

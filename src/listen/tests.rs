@@ -3,7 +3,9 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, getsockopt, setsockopt, sockopt};
+use nix::sys::socket::{
+    self, AddressFamily, SockFlag, SockType, SockaddrStorage, getsockopt, setsockopt, sockopt,
+};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
@@ -12,14 +14,23 @@ use crate::namespace::NetNs;
 
 /// A listener on a port that is free, and where it is.
 fn bound() -> (Listener, SocketAddr) {
-    let bound = Listener::tcp((Ipv4Addr::LOCALHOST, 0).into(), &mut ActivatedSockets::default()).unwrap();
-    let Listener::Tcp { address, .. } = bound else { unreachable!() };
+    let bound = Listener::tcp(
+        (Ipv4Addr::LOCALHOST, 0).into(),
+        &mut ActivatedSockets::default(),
+    )
+    .unwrap();
+    let Listener::Tcp { address, .. } = bound else {
+        unreachable!()
+    };
     (bound, address)
 }
 
 #[tokio::test]
 async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting() {
-    let (connections, stop) = (ConnectionTracker::new(&Metrics::default()), watch::channel(false));
+    let (connections, stop) = (
+        ConnectionTracker::new(&Metrics::default()),
+        watch::channel(false),
+    );
     let (arrived, mut arrivals) = mpsc::unbounded_channel();
     let serving = || {
         let ((bound, address), arrived) = (bound(), arrived.clone());
@@ -28,20 +39,36 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
             // Whose it is, is never known.
             async move { drop(arrived.send((address, stream, arrival))) }
         };
-        (address, tokio::spawn(serve(bound, connections.clone(), stop.1.clone(), connection)))
+        (
+            address,
+            tokio::spawn(serve(
+                bound,
+                connections.clone(),
+                stop.1.clone(),
+                connection,
+            )),
+        )
     };
     let (hostile, honest) = (serving(), serving());
-    let _clients: Vec<_> = (0..=MAX_UNATTESTED).map(|_| TcpStream::connect(hostile.0).unwrap()).collect();
+    let _clients: Vec<_> = (0..=MAX_UNATTESTED)
+        .map(|_| TcpStream::connect(hostile.0).unwrap())
+        .collect();
     let mut held = Vec::new();
     for _ in 0..MAX_UNATTESTED {
         held.push(arrivals.recv().await.unwrap());
     }
     let _client = TcpStream::connect(honest.0).unwrap();
-    let next = timeout(CONNECTION_TIMEOUT, arrivals.recv()).await.expect("the other listener accepts").unwrap();
+    let next = timeout(CONNECTION_TIMEOUT, arrivals.recv())
+        .await
+        .expect("the other listener accepts")
+        .unwrap();
     assert_eq!(next.0, honest.0, "and the first has as many as it may");
     // Each that is known makes room for another one.
     held.pop();
-    let next = timeout(CONNECTION_TIMEOUT, arrivals.recv()).await.expect("the first one accepts again").unwrap();
+    let next = timeout(CONNECTION_TIMEOUT, arrivals.recv())
+        .await
+        .expect("the first one accepts again")
+        .unwrap();
     assert_eq!(next.0, hostile.0);
     hostile.1.abort();
     honest.1.abort();
@@ -59,7 +86,11 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     let address = tcp.local_addr().unwrap();
     let watched = |listener: OwnedFd| sys::register_listener(Arc::new(listener)).unwrap();
     let listener = watched(tcp.try_clone().unwrap().into());
-    let bound = Listener::Tcp { listener, address, origin: ListenerSource::Inherited };
+    let bound = Listener::Tcp {
+        listener,
+        address,
+        origin: ListenerSource::Inherited,
+    };
     let _before = TcpStream::connect(address).unwrap();
     assert_eq!(bound.close_and_drain_backlog().unwrap().len(), 1);
     assert_eq!(tcp.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
@@ -73,7 +104,10 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     assert_eq!(bound.close_and_drain_backlog().unwrap().len(), 1);
     assert_eq!(unix.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
     // Who comes later waits for the next start.
-    let _after = (TcpStream::connect(address).unwrap(), UnixStream::connect(&path).unwrap());
+    let _after = (
+        TcpStream::connect(address).unwrap(),
+        UnixStream::connect(&path).unwrap(),
+    );
     tcp.accept().unwrap();
     unix.accept().unwrap();
 }
@@ -81,7 +115,10 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
 /// The buffers of an accepted connection, as the kernel counts them: twice what was set.
 fn buffers(accepted: &AcceptedStream) -> (usize, usize) {
     let (AcceptedStream::Unix(socket) | AcceptedStream::Tcp { stream: socket, .. }) = accepted;
-    let [receive, send] = [getsockopt(socket, sockopt::RcvBuf).unwrap(), getsockopt(socket, sockopt::SndBuf).unwrap()];
+    let [receive, send] = [
+        getsockopt(socket, sockopt::RcvBuf).unwrap(),
+        getsockopt(socket, sockopt::SndBuf).unwrap(),
+    ];
     (receive, send)
 }
 
@@ -93,7 +130,12 @@ async fn every_tcp_listener_has_small_buffers() {
         listener.set_nonblocking(true).unwrap();
         listener
     };
-    let place = || Arc::new(NetnsRef::new(NetNs::own().unwrap().id(), "/proc/self/ns/net".into()));
+    let place = || {
+        Arc::new(NetnsRef::new(
+            NetNs::own().unwrap().id(),
+            "/proc/self/ns/net".into(),
+        ))
+    };
     let inherited = elsewhere();
     let address = inherited.local_addr().unwrap();
     let by_systemd = Listener::tcp(address, &mut ActivatedSockets::of(inherited)).unwrap();
@@ -105,9 +147,15 @@ async fn every_tcp_listener_has_small_buffers() {
     let port = sys::local_address(inside.listener()).unwrap();
     let in_a_pod = Listener::pod(Arc::new(inside)).unwrap();
     let mut again = None;
-    for (name, bound) in [("own", bound().0), ("systemd", by_systemd), ("handed over", handed_over), ("pod", in_a_pod)]
-    {
-        let Listener::Tcp { address, .. } = bound else { unreachable!() };
+    for (name, bound) in [
+        ("own", bound().0),
+        ("systemd", by_systemd),
+        ("handed over", handed_over),
+        ("pod", in_a_pod),
+    ] {
+        let Listener::Tcp { address, .. } = bound else {
+            unreachable!()
+        };
         let address = if name == "pod" { port } else { address };
         let _client = TcpStream::connect(address).unwrap();
         let mut arrived = bound.readable().await.unwrap();
@@ -117,31 +165,55 @@ async fn every_tcp_listener_has_small_buffers() {
         again.get_or_insert(bound);
     }
     // And one in the place of a listener that was killed.
-    let Some(Listener::Tcp { address, listener, origin }) = again else { unreachable!() };
+    let Some(Listener::Tcp {
+        address,
+        listener,
+        origin,
+    }) = again
+    else {
+        unreachable!()
+    };
     drop(listener);
-    let killed =
-        Listener::Tcp { listener: sys::register_listener(Arc::new(elsewhere().into())).unwrap(), address, origin };
+    let killed = Listener::Tcp {
+        listener: sys::register_listener(Arc::new(elsewhere().into())).unwrap(),
+        address,
+        origin,
+    };
     let bound = killed.rebind().await.unwrap();
     let _client = TcpStream::connect(address).unwrap();
     let mut arrived = bound.readable().await.unwrap();
-    assert_eq!(buffers(&bound.accept(&mut arrived).unwrap().unwrap()), (2 * 8 * 1024, 2 * 16 * 1024));
+    assert_eq!(
+        buffers(&bound.accept(&mut arrived).unwrap().unwrap()),
+        (2 * 8 * 1024, 2 * 16 * 1024)
+    );
 }
 
 /// The largest answer is one write, and is whole for a client that reads it slowly into a small buffer.
 #[tokio::test]
 async fn a_whole_answer_is_one_write() {
     let (bound, address) = bound();
-    let mut client = socket::socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None)
-        .map(|client| {
-            setsockopt(&client, sockopt::RcvBuf, &1024).unwrap();
-            socket::connect(client.as_raw_fd(), &SockaddrStorage::from(address)).unwrap();
-            TcpStream::from(client)
-        })
-        .unwrap();
+    let mut client = socket::socket(
+        AddressFamily::Inet,
+        SockType::Stream,
+        SockFlag::empty(),
+        None,
+    )
+    .map(|client| {
+        setsockopt(&client, sockopt::RcvBuf, &1024).unwrap();
+        socket::connect(client.as_raw_fd(), &SockaddrStorage::from(address)).unwrap();
+        TcpStream::from(client)
+    })
+    .unwrap();
     let mut arrived = bound.readable().await.unwrap();
-    let AcceptedStream::Tcp { mut stream, .. } = bound.accept(&mut arrived).unwrap().unwrap() else { unreachable!() };
+    let AcceptedStream::Tcp { mut stream, .. } = bound.accept(&mut arrived).unwrap().unwrap()
+    else {
+        unreachable!()
+    };
     let (head, body) = (vec![b'h'; 200], vec![b'b'; 10_000]);
-    let written = stream.write_vectored(&[IoSlice::new(&head), IoSlice::new(&body)]).await.unwrap();
+    let written = stream
+        .write_vectored(&[IoSlice::new(&head), IoSlice::new(&body)])
+        .await
+        .unwrap();
     assert_eq!(written, head.len() + body.len());
     stream.shutdown().await.unwrap();
     drop(stream);

@@ -11,9 +11,13 @@ const SYSCTL_PATH: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
 
 /// The first port that a process without `CAP_NET_BIND_SERVICE` may bind in the calling thread's network namespace.
 pub fn first_unprivileged_port() -> u16 {
-    let value = fs::read_to_string(SYSCTL_PATH).ok().and_then(|text| text.trim().parse::<u32>().ok());
+    let value = fs::read_to_string(SYSCTL_PATH)
+        .ok()
+        .and_then(|text| text.trim().parse::<u32>().ok());
     // 65536 leaves none.
-    value.map_or(DEFAULT_FIRST_PORT, |value| u16::try_from(value).unwrap_or(u16::MAX))
+    value.map_or(DEFAULT_FIRST_PORT, |value| {
+        u16::try_from(value).unwrap_or(u16::MAX)
+    })
 }
 
 /// The ports that any user may bind by this setting, and not by the kernel's default. The configuration's reader warns of ports
@@ -45,8 +49,14 @@ mod tests {
 
     #[test]
     fn the_kernels_value_decides_below_its_default() {
-        let addresses: Vec<SocketAddr> =
-            ["127.0.0.1:974", "[::1]:974", "127.0.0.1:80", "127.0.0.1:8080"].map(|text| text.parse().unwrap()).into();
+        let addresses: Vec<SocketAddr> = [
+            "127.0.0.1:974",
+            "[::1]:974",
+            "127.0.0.1:80",
+            "127.0.0.1:8080",
+        ]
+        .map(|text| text.parse().unwrap())
+        .into();
         for (first, expected) in [
             (1024, &[][..]),
             (975, &[]),

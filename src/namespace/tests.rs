@@ -23,20 +23,31 @@ fn another() -> Option<(NetNs, std::sync::mpsc::Sender<()>)> {
 
 #[test]
 fn what_is_made_inside_is_there_and_nothing_else_is() {
-    let Some((namespace, _end)) = another() else { return };
+    let Some((namespace, _end)) = another() else {
+        return;
+    };
     let own = NamespaceId::own().unwrap();
     assert_ne!(namespace.id(), own);
-    let seen = (0..8).map(|_| namespace.run_in(|| NamespaceId::own().unwrap()).unwrap()).collect::<HashSet<_>>();
+    let seen = (0..8)
+        .map(|_| namespace.run_in(|| NamespaceId::own().unwrap()).unwrap())
+        .collect::<HashSet<_>>();
     assert_eq!(seen, HashSet::from([namespace.id()]));
     assert_eq!(NamespaceId::own().unwrap(), own);
-    let port = namespace.run_in(|| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+    let port = namespace
+        .run_in(|| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
+        .unwrap();
     let address = port.local_addr().unwrap();
-    assert!(std::net::TcpStream::connect(address).is_err(), "it is not in this namespace");
+    assert!(
+        std::net::TcpStream::connect(address).is_err(),
+        "it is not in this namespace"
+    );
 }
 
 #[test]
 fn a_panic_inside_is_the_callers() {
-    let Some((namespace, _end)) = another() else { return };
+    let Some((namespace, _end)) = another() else {
+        return;
+    };
     let caught = std::panic::catch_unwind(|| namespace.run_in(|| panic!("inside")));
     assert_eq!(caught.unwrap_err().downcast_ref(), Some(&"inside"));
     assert_eq!(namespace.run_in(|| ()).unwrap(), ());
@@ -51,19 +62,34 @@ fn what_is_no_namespace_is_not_entered() {
     let link = folder.path().join("link");
     symlink("/proc/self/ns/net", &link).unwrap();
     for path in [&file, &link] {
-        assert_eq!(NamespaceId::at(path, own).unwrap(), None, "{}", path.display());
-        assert!(matches!(NetNs::open(path), Err(NamespaceError::NotMounted)), "{}", path.display());
+        assert_eq!(
+            NamespaceId::at(path, own).unwrap(),
+            None,
+            "{}",
+            path.display()
+        );
+        assert!(
+            matches!(NetNs::open(path), Err(NamespaceError::NotMounted)),
+            "{}",
+            path.display()
+        );
     }
     assert!(NamespaceId::at(&folder.path().join("none"), own).is_err());
     if geteuid().is_root() {
         let mounts = NetNs::of(File::open("/proc/self/ns/mnt").unwrap()).unwrap();
-        assert!(matches!(mounts.run_in(|| ()), Err(NamespaceError::NotMounted)), "one of another kind");
+        assert!(
+            matches!(mounts.run_in(|| ()), Err(NamespaceError::NotMounted)),
+            "one of another kind"
+        );
     }
 }
 
 #[test]
 fn another_process_reads_the_same_id() {
-    let id = NamespaceId { device: 4, inode: u64::MAX - 1 };
+    let id = NamespaceId {
+        device: 4,
+        inode: u64::MAX - 1,
+    };
     assert_eq!(NamespaceId::from_bytes(id.to_bytes()), id);
 }
 

@@ -64,14 +64,24 @@ impl Handover {
     /// To be called within the runtime.
     pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
         let (listener, file) = SocketFile::bind_private(path)?;
-        let failed = |source| ListenError::Unix { path: path.to_owned(), source };
+        let failed = |source| ListenError::Unix {
+            path: path.to_owned(),
+            source,
+        };
         let refusals = Mutex::new(LogQuota::new(3, LOG_INTERVAL));
-        Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, refusals, _file: file })
+        Ok(Self {
+            listener: UnixListener::from_std(listener).map_err(failed)?,
+            refusals,
+            _file: file,
+        })
     }
 
     /// Whether the log may have a line about one, and how many it did not have since the last.
     pub(super) fn refusal(&self) -> Option<u64> {
-        self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.refusals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 
     /// The next daemon, as soon as one connects.
@@ -84,7 +94,9 @@ impl Handover {
 
 /// The daemon before, if there is one.
 pub(super) async fn connect(path: &Path) -> io::Result<UnixStream> {
-    let stream = timeout(DEADLINE, UnixStream::connect(path)).await.map_err(io::Error::other)??;
+    let stream = timeout(DEADLINE, UnixStream::connect(path))
+        .await
+        .map_err(io::Error::other)??;
     check_peer(&stream)?;
     Ok(stream)
 }
@@ -104,7 +116,10 @@ fn check_peer(stream: &UnixStream) -> io::Result<()> {
             Some(grandparent_cgroup(path))
         };
         if place(&peer.pid().to_string()) != place("self") {
-            return denied(format!("the other end, process {}, is in a cgroup of another kind", peer.pid()));
+            return denied(format!(
+                "the other end, process {}, is in a cgroup of another kind",
+                peer.pid()
+            ));
         }
     }
     Ok(())
@@ -147,19 +162,40 @@ pub(super) async fn give(
     before: &[OwnedFd],
 ) -> io::Result<()> {
     for ((id, address), listener) in listeners {
-        let which = POD_ADDRESSES.iter().position(|known| known == address).and_then(|which| u8::try_from(which).ok());
+        let which = POD_ADDRESSES
+            .iter()
+            .position(|known| known == address)
+            .and_then(|which| u8::try_from(which).ok());
         let which = which.ok_or_else(|| io::Error::other("no address of a pod"))?;
-        send(stream, &record(LISTENER, *id, which), Some(listener.as_fd())).await?;
+        send(
+            stream,
+            &record(LISTENER, *id, which),
+            Some(listener.as_fd()),
+        )
+        .await?;
     }
     let nowhere = NamespaceId::from_bytes([0; NamespaceId::LENGTH]);
     for connection in before {
-        send(stream, &record(BEFORE, nowhere, 0), Some(connection.as_fd())).await?;
+        send(
+            stream,
+            &record(BEFORE, nowhere, 0),
+            Some(connection.as_fd()),
+        )
+        .await?;
     }
     send(stream, &record(END, nowhere, 0), None).await
 }
 
-async fn send(stream: &UnixStream, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
-    stream.async_io(Interest::WRITABLE, || sys::send(stream.as_fd(), bytes, descriptor)).await
+async fn send(
+    stream: &UnixStream,
+    bytes: &[u8],
+    descriptor: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    stream
+        .async_io(Interest::WRITABLE, || {
+            sys::send(stream.as_fd(), bytes, descriptor)
+        })
+        .await
 }
 
 fn record(kind: u8, id: NamespaceId, which: u8) -> Vec<u8> {
@@ -180,7 +216,9 @@ pub(super) async fn take(stream: &UnixStream) -> io::Result<ReceivedListeners> {
         match (kind, descriptor, POD_ADDRESSES.get(usize::from(which))) {
             (END, None, _) if length == RECORD => return Ok(taken),
             (LISTENER, Some(listener), Some(address)) if length == RECORD => {
-                taken.listeners.insert((NamespaceId::from_bytes(id), *address), listener);
+                taken
+                    .listeners
+                    .insert((NamespaceId::from_bytes(id), *address), listener);
             }
             (BEFORE, Some(connection), _) if length == RECORD => taken.before.push(connection),
             _ => return Err(io::ErrorKind::InvalidData.into()),
@@ -192,10 +230,12 @@ pub(super) async fn take(stream: &UnixStream) -> io::Result<ReceivedListeners> {
 /// that of a socket which is made here. (`SIOCGSKNS`, which leads to the namespace itself, asks for `CAP_NET_ADMIN`.)
 pub(super) fn is_listener(descriptor: &OwnedFd, address: SocketAddr) -> io::Result<bool> {
     let bound: SockaddrStorage = getsockname(descriptor.as_raw_fd())?;
-    Ok(sys::network_cookie(descriptor.as_fd())? == sys::cookie_here()?
-        && getsockopt(descriptor, sockopt::AcceptConn)?
-        && getsockopt(descriptor, sockopt::SockType)? == SockType::Stream
-        && bound == SockaddrStorage::from(address))
+    Ok(
+        sys::network_cookie(descriptor.as_fd())? == sys::cookie_here()?
+            && getsockopt(descriptor, sockopt::AcceptConn)?
+            && getsockopt(descriptor, sockopt::SockType)? == SockType::Stream
+            && bound == SockaddrStorage::from(address),
+    )
 }
 
 #[cfg(test)]

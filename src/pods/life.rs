@@ -9,7 +9,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
-use crate::pods::handover::{self, DEADLINE, DONE, GIVE, Handover, HandoverKey, ReceivedListeners, SERVING};
+use crate::pods::handover::{
+    self, DEADLINE, DONE, GIVE, Handover, HandoverKey, ReceivedListeners, SERVING,
+};
 use crate::pods::{ListenedPod, MOUNT_POLL, PodListeners};
 
 /// Who serves pods.
@@ -44,11 +46,16 @@ impl PodListeners {
         };
         match before {
             Ok(before) => {
-                tracing::info!("another daemon serves pods; its listeners are taken over when this one is ready");
+                tracing::info!(
+                    "another daemon serves pods; its listeners are taken over when this one is ready"
+                );
                 self.stage = HandoverRole::Standby(before);
             }
             Err(error) => {
-                if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) {
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) {
                     tracing::warn!(%error, "[listen] handover: what answers there is not taken for a daemon before this one");
                 }
                 self.reconcile().await;
@@ -58,7 +65,9 @@ impl PodListeners {
     }
 
     fn listen_for_successor(&mut self) {
-        let Some(path) = self.handover.as_ref().filter(|_| self.successors.is_none()) else { return };
+        let Some(path) = self.handover.as_ref().filter(|_| self.successors.is_none()) else {
+            return;
+        };
         match Handover::bind(path) {
             Ok(successors) => self.successors = Some(successors),
             Err(error) if std::mem::replace(&mut self.told.no_handover, true) => {
@@ -134,15 +143,25 @@ impl PodListeners {
     }
 
     async fn take_over(&mut self) {
-        let HandoverRole::Standby(before) = std::mem::replace(&mut self.stage, HandoverRole::Active) else { return };
+        let HandoverRole::Standby(before) =
+            std::mem::replace(&mut self.stage, HandoverRole::Active)
+        else {
+            return;
+        };
         let taking = timeout(DEADLINE, async {
             handover::send_message(&before, GIVE).await?;
             handover::take(&before).await
         });
         let given = taking.await.unwrap_or_else(|late| Err(late.into()));
         match given {
-            Ok(ReceivedListeners { listeners, before: earlier }) => {
-                tracing::info!(listeners = listeners.len(), "the listeners in pods are handed over");
+            Ok(ReceivedListeners {
+                listeners,
+                before: earlier,
+            }) => {
+                tracing::info!(
+                    listeners = listeners.len(),
+                    "the listeners in pods are handed over"
+                );
                 self.before = earlier;
                 self.reconcile_dir(listeners).await;
                 let released = timeout(DEADLINE, async {
@@ -183,7 +202,10 @@ impl PodListeners {
     }
 
     /// Gives all listeners, and waits until they are served. Both accept meanwhile.
-    async fn send_listeners(&mut self, next: &UnixStream) -> Option<Vec<(HandoverKey, Arc<OwnedFd>)>> {
+    async fn send_listeners(
+        &mut self,
+        next: &UnixStream,
+    ) -> Option<Vec<(HandoverKey, Arc<OwnedFd>)>> {
         let given: Vec<_> = self.pods.values().flat_map(|pod| pod.listening()).collect();
         self.before.retain(|before| is_there(before.as_fd()));
         let giving = timeout(DEADLINE, async {
@@ -209,7 +231,9 @@ impl PodListeners {
         tracing::warn!("the next daemon is gone; this one serves pods again");
         self.stage = HandoverRole::Active;
         self.drop_removed();
-        self.pods.values_mut().for_each(|pod| pod.resume(&self.service));
+        self.pods
+            .values_mut()
+            .for_each(|pod| pod.resume(&self.service));
         self.follow().await;
     }
 
@@ -243,7 +267,9 @@ impl PodListeners {
 
 /// The next daemon to connect. Only one at a time is waited for.
 async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> UnixStream {
-    let (Some(successors), None) = (successors, next) else { return std::future::pending().await };
+    let (Some(successors), None) = (successors, next) else {
+        return std::future::pending().await;
+    };
     loop {
         match successors.accept().await {
             Ok(stream) => return stream,
@@ -261,7 +287,11 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Uni
 /// Whether the daemon before is there, at the other end of this connection.
 fn is_there(before: BorrowedFd<'_>) -> bool {
     let mut polled = [PollFd::new(before, PollFlags::POLLIN)];
-    let ended = |polled: &PollFd<'_>| polled.revents().is_some_and(|events| events.contains(PollFlags::POLLHUP));
+    let ended = |polled: &PollFd<'_>| {
+        polled
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    };
     poll(&mut polled, PollTimeout::ZERO).is_err() || !ended(&polled[0])
 }
 

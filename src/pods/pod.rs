@@ -15,7 +15,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::attest::{PodAttestor, SockDiag};
 use crate::http::CredentialEndpoint;
-use crate::listen::{self, ConnectionTracker, ListenError, Listener, NetnsRef, POD_ADDRESSES, PodListener};
+use crate::listen::{
+    self, ConnectionTracker, ListenError, Listener, NetnsRef, POD_ADDRESSES, PodListener,
+};
 use crate::namespace::{NamespaceError, NamespaceId};
 use crate::pods::handover::{self, HandoverKey};
 use crate::pods::sys;
@@ -61,14 +63,25 @@ pub(super) type BindResult = (SocketAddr, io::Result<PodListener>);
 pub(super) type ReceivedSockets = Vec<(SocketAddr, OwnedFd)>;
 
 /// Listens on these addresses, in the namespace of this place.
-pub(super) fn bind(place: &Arc<NetnsRef>, addresses: &[SocketAddr]) -> Result<Vec<BindResult>, NamespaceError> {
-    place.run_in(|| addresses.iter().map(|address| (*address, PodListener::bind(place.clone(), *address))).collect())
+pub(super) fn bind(
+    place: &Arc<NetnsRef>,
+    addresses: &[SocketAddr],
+) -> Result<Vec<BindResult>, NamespaceError> {
+    place.run_in(|| {
+        addresses
+            .iter()
+            .map(|address| (*address, PodListener::bind(place.clone(), *address)))
+            .collect()
+    })
 }
 
 impl NamespaceSockets {
     /// Makes everything that a pod needs, but for the listeners that another daemon has given. It keeps the namespace alive
     /// until it is dropped.
-    pub(super) fn inside(place: &Arc<NetnsRef>, given: ReceivedSockets) -> Result<Self, NamespaceError> {
+    pub(super) fn inside(
+        place: &Arc<NetnsRef>,
+        given: ReceivedSockets,
+    ) -> Result<Self, NamespaceError> {
         let mut given: HashMap<_, _> = given.into_iter().collect();
         let mut listener = |address: SocketAddr| match given
             .remove(&address)
@@ -86,8 +99,14 @@ impl NamespaceSockets {
             if place.id().is_initial(cookie) {
                 return Err(NamespaceError::Machines);
             }
-            let listeners = POD_ADDRESSES.iter().map(|address| (*address, listener(*address))).collect();
-            Ok(Self { diag: SockDiag::open(), listeners })
+            let listeners = POD_ADDRESSES
+                .iter()
+                .map(|address| (*address, listener(*address)))
+                .collect();
+            Ok(Self {
+                diag: SockDiag::open(),
+                listeners,
+            })
         })?
     }
 }
@@ -110,7 +129,9 @@ impl ListenedPod {
         made: NamespaceSockets,
         service: &PodService,
     ) -> io::Result<Option<(Self, Vec<BindFailure>)>> {
-        let Some(attestor) = service.front.attestor.in_pod(made.diag?) else { return Ok(None) };
+        let Some(attestor) = service.front.attestor.in_pod(made.diag?) else {
+            return Ok(None);
+        };
         let mut pod = Self {
             place,
             attestor: Arc::new(attestor),
@@ -126,7 +147,11 @@ impl ListenedPod {
     }
 
     /// Serves on these, too; says which could not be had, and remembers those for another try.
-    pub(super) fn add(&mut self, listeners: Vec<BindResult>, service: &PodService) -> Vec<BindFailure> {
+    pub(super) fn add(
+        &mut self,
+        listeners: Vec<BindResult>,
+        service: &PodService,
+    ) -> Vec<BindFailure> {
         let mut unbound = Vec::new();
         for (address, bound) in listeners {
             self.missing.retain(|missing| *missing != address);
@@ -156,25 +181,41 @@ impl ListenedPod {
             other => io::Error::other(other),
         })?;
         let (front, attestor) = (service.front.clone(), self.attestor.clone());
-        let connection = move |stream, arrival| front.clone().connection(stream, arrival, Some(attestor.clone()));
-        let accepting = listen::serve(bound, service.connections.clone(), service.stop.clone(), connection);
-        service.loops.spawn(self.accepting.clone().run_until_cancelled_owned(accepting));
+        let connection = move |stream, arrival| {
+            front
+                .clone()
+                .connection(stream, arrival, Some(attestor.clone()))
+        };
+        let accepting = listen::serve(
+            bound,
+            service.connections.clone(),
+            service.stop.clone(),
+            connection,
+        );
+        service
+            .loops
+            .spawn(self.accepting.clone().run_until_cancelled_owned(accepting));
         self.listeners.push(inside);
         Ok(())
     }
 
     /// All that accepts there.
     pub(super) fn listening(&self) -> impl Iterator<Item = (HandoverKey, Arc<OwnedFd>)> {
-        self.listeners.iter().map(|inside| ((self.id(), inside.address()), inside.listener()))
+        self.listeners
+            .iter()
+            .map(|inside| ((self.id(), inside.address()), inside.listener()))
     }
 
     /// Stops accepting, and keeps those listeners that are among `kept`, which are another daemon's, too. Connections go on.
     pub(super) fn pause(&mut self, kept: &[(HandoverKey, Arc<OwnedFd>)]) {
         self.accepting.cancel();
-        let is_kept =
-            |inside: &Arc<PodListener>| kept.iter().any(|(_, listener)| Arc::ptr_eq(listener, &inside.listener()));
+        let is_kept = |inside: &Arc<PodListener>| {
+            kept.iter()
+                .any(|(_, listener)| Arc::ptr_eq(listener, &inside.listener()))
+        };
         let (listeners, dropped) = self.listeners.drain(..).partition::<Vec<_>, _>(is_kept);
-        self.missing.extend(dropped.into_iter().map(|inside| inside.address()));
+        self.missing
+            .extend(dropped.into_iter().map(|inside| inside.address()));
         self.listeners = listeners;
     }
 

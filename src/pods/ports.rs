@@ -22,7 +22,10 @@ impl PodListeners {
         if self.told.unguarded {
             return;
         }
-        let settled = self.pods.values_mut().filter(|pod| !pod.ports_seen && pod.since + SETTLED <= Instant::now());
+        let settled = self
+            .pods
+            .values_mut()
+            .filter(|pod| !pod.ports_seen && pod.since + SETTLED <= Instant::now());
         let places: Vec<_> = settled
             .map(|pod| {
                 pod.ports_seen = true;
@@ -36,7 +39,8 @@ impl PodListeners {
             places.into_iter().find_map(|place| {
                 // It may be gone.
                 let first = place.run_in(first_unprivileged_port).ok()?;
-                (!unprivileged_ports(&POD_ADDRESSES, first).is_empty()).then(|| (place.path(), first))
+                (!unprivileged_ports(&POD_ADDRESSES, first).is_empty())
+                    .then(|| (place.path(), first))
             })
         });
         if let Some((path, first)) = looking.await.unwrap_or_default() {

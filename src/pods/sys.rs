@@ -1,10 +1,15 @@
 //! What has no safe wrapper here.
-#![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
+#![allow(
+    unsafe_code,
+    reason = "raw system calls are this module's whole purpose; nothing else is in it"
+)]
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::sys::socket::{AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+};
 use nix::sys::socket::{recvmsg, sendmsg, socket};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -19,17 +24,36 @@ pub(super) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<Owned
 }
 
 /// Sends these few bytes, with a descriptor if there is one.
-pub(super) fn send(stream: BorrowedFd<'_>, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+pub(super) fn send(
+    stream: BorrowedFd<'_>,
+    bytes: &[u8],
+    descriptor: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
     let descriptors = descriptor.map(|fd| [fd.as_raw_fd()]);
-    let rights = descriptors.as_ref().map(|fds| ControlMessage::ScmRights(fds));
+    let rights = descriptors
+        .as_ref()
+        .map(|fds| ControlMessage::ScmRights(fds));
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-    let sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(bytes)], rights.as_slice(), flags, None)?;
+    let sent = sendmsg::<()>(
+        stream.as_raw_fd(),
+        &[IoSlice::new(bytes)],
+        rights.as_slice(),
+        flags,
+        None,
+    )?;
     // A unix stream takes so few at once, or none.
-    if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    if sent == bytes.len() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::WriteZero.into())
+    }
 }
 
 /// Receives as many bytes as there is room for, and the descriptor that comes with them.
-pub(super) fn receive(stream: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+pub(super) fn receive(
+    stream: BorrowedFd<'_>,
+    room: &mut [u8],
+) -> io::Result<(usize, Option<OwnedFd>)> {
     let mut space = nix::cmsg_space!(RawFd);
     let mut slices = [IoSliceMut::new(room)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
@@ -38,7 +62,10 @@ pub(super) fn receive(stream: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<(us
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control {
             // SAFETY: the kernel has just made these descriptors for this process, and nobody else knows them.
-            received.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            received.extend(
+                fds.into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
         }
     }
     Ok((message.bytes, received.pop()))
@@ -46,7 +73,12 @@ pub(super) fn receive(stream: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<(us
 
 /// That of the calling thread's network namespace.
 pub(super) fn cookie_here() -> io::Result<u64> {
-    let made = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let made = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
     network_cookie(made.as_fd())
 }
 
@@ -57,7 +89,17 @@ pub(super) fn network_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     // SAFETY: `cookie` is a place of `length` bytes for the kernel to write to.
     let status = unsafe {
         let place = (&raw mut cookie).cast();
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, place, &raw mut length)
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            place,
+            &raw mut length,
+        )
     };
-    if status < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+    if status < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(cookie)
+    }
 }

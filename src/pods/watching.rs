@@ -46,7 +46,10 @@ impl NetnsWatch {
             directory: directory.to_owned(),
             events: sys::watch(inotify.as_fd().try_clone_to_owned()?, Interest::READABLE)?,
             inotify,
-            mounts: sys::watch(File::open("/proc/self/mountinfo")?.into(), Interest::PRIORITY)?,
+            mounts: sys::watch(
+                File::open("/proc/self/mountinfo")?.into(),
+                Interest::PRIORITY,
+            )?,
             inside: None,
             above: None,
         };
@@ -63,7 +66,8 @@ impl NetnsWatch {
             | AddWatchFlags::IN_DELETE_SELF
             | AddWatchFlags::IN_MOVE_SELF
             | AddWatchFlags::IN_ONLYDIR;
-        let directories = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ONLYDIR;
+        let directories =
+            AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ONLYDIR;
         // From the outside in: a directory that is made meanwhile is seen by one of the two.
         let mut above = None;
         for directory in self.directory.ancestors().skip(1) {
@@ -75,7 +79,11 @@ impl NetnsWatch {
         let inside = self.add(&self.directory, files)?;
         let now = [inside, above.as_ref().map(|(watched, _)| *watched)];
         let before = [self.inside, self.above.take().map(|(watched, _)| watched)];
-        for old in before.into_iter().flatten().filter(|old| !now.contains(&Some(*old))) {
+        for old in before
+            .into_iter()
+            .flatten()
+            .filter(|old| !now.contains(&Some(*old)))
+        {
             // The kernel may have removed it with its directory.
             let _ = self.inotify.rm_watch(old);
         }
@@ -121,7 +129,9 @@ impl NetnsWatch {
     }
 
     fn concerns(&self, event: &InotifyEvent) -> bool {
-        let Some((above, path)) = &self.above else { return true };
+        let Some((above, path)) = &self.above else {
+            return true;
+        };
         if event.wd != *above || event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             return true;
         }

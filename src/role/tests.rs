@@ -8,21 +8,32 @@ fn role(name: &str, spiffe_id: &str, arn: &str) -> Role {
         audience: "sts.amazonaws.com".to_owned(),
         duration: Duration::from_secs(900),
         session_name: None,
-        sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
+        sts: StsTarget {
+            region: "eu-central-1".to_owned(),
+            endpoint: None,
+        },
         policy: None,
         policy_arns: Vec::new(),
     }
 }
 
 fn roles(defined: impl IntoIterator<Item = Role>) -> Roles {
-    Roles { defined: defined.into_iter().map(Arc::new).collect(), requested: None }
+    Roles {
+        defined: defined.into_iter().map(Arc::new).collect(),
+        requested: None,
+    }
 }
 
 /// Each `path` or `path hint`.
 fn identities(list: &[&str]) -> Vec<Identity> {
     let one = |text: &&str| {
-        let (path, hint) = text.split_once(' ').map_or((*text, None), |(path, hint)| (path, Some(hint.to_owned())));
-        Identity { spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(), hint }
+        let (path, hint) = text
+            .split_once(' ')
+            .map_or((*text, None), |(path, hint)| (path, Some(hint.to_owned())));
+        Identity {
+            spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
+            hint,
+        }
     };
     list.iter().map(one).collect()
 }
@@ -31,7 +42,14 @@ fn identities(list: &[&str]) -> Vec<Identity> {
 fn choice(roles: &Roles, callers: &[&str], wanted: &RequestedRole) -> String {
     match roles.select(&identities(callers), wanted) {
         Ok(grant) => {
-            format!("{} as {}", grant.role.name, grant.spiffe_id.as_str().replace("spiffe://example.org/", ""))
+            format!(
+                "{} as {}",
+                grant.role.name,
+                grant
+                    .spiffe_id
+                    .as_str()
+                    .replace("spiffe://example.org/", "")
+            )
         }
         Err(denied) => denied.reason().to_owned(),
     }
@@ -47,8 +65,16 @@ fn the_first_role_or_the_named_one() {
     ]);
     let named = |name: &str| RequestedRole::ByName(name.to_owned());
     let table = [
-        ("shop/reader", RequestedRole::Default, "reader as shop/reader"),
-        ("shop/billing", RequestedRole::Default, "billing as shop/billing"),
+        (
+            "shop/reader",
+            RequestedRole::Default,
+            "reader as shop/reader",
+        ),
+        (
+            "shop/billing",
+            RequestedRole::Default,
+            "billing as shop/billing",
+        ),
         ("shop/other", RequestedRole::Default, "any as shop/other"),
         ("shop", RequestedRole::Default, "no_role"),
         ("shop/billing/x", RequestedRole::Default, "no_role"),
@@ -62,11 +88,22 @@ fn the_first_role_or_the_named_one() {
         ("shop/billing", named(""), "not_this_role"),
     ];
     for (caller, wanted, expected) in table {
-        assert_eq!(choice(&roles, &[caller], &wanted), expected, "{caller} {wanted:?}");
+        assert_eq!(
+            choice(&roles, &[caller], &wanted),
+            expected,
+            "{caller} {wanted:?}"
+        );
     }
     assert_eq!(choice(&roles, &[], &RequestedRole::Default), "no_role");
     assert_eq!(choice(&roles, &[], &named("billing")), "not_this_role");
-    assert_eq!(choice(&Roles::default(), &["shop/billing"], &RequestedRole::Default), "no_role");
+    assert_eq!(
+        choice(
+            &Roles::default(),
+            &["shop/billing"],
+            &RequestedRole::Default
+        ),
+        "no_role"
+    );
 }
 
 #[test]
@@ -78,40 +115,111 @@ fn of_several_identities_never_one_by_its_position() {
     ]);
     let named = |name: &str| RequestedRole::ByName(name.to_owned());
     let table: [(&[&str], RequestedRole, &str); 20] = [
-        (&["shop/a", "shop/b"], RequestedRole::Default, "several_identities"),
-        (&["shop/b", "shop/a"], RequestedRole::Default, "several_identities"),
-        (&["shop/a", "shop/b"], named("billing"), "several_identities"),
+        (
+            &["shop/a", "shop/b"],
+            RequestedRole::Default,
+            "several_identities",
+        ),
+        (
+            &["shop/b", "shop/a"],
+            RequestedRole::Default,
+            "several_identities",
+        ),
+        (
+            &["shop/a", "shop/b"],
+            named("billing"),
+            "several_identities",
+        ),
         // Only one that the role is for.
-        (&["shop/a", "read/b"], RequestedRole::Default, "billing as shop/a"),
-        (&["read/b", "shop/a"], RequestedRole::Default, "billing as shop/a"),
+        (
+            &["shop/a", "read/b"],
+            RequestedRole::Default,
+            "billing as shop/a",
+        ),
+        (
+            &["read/b", "shop/a"],
+            RequestedRole::Default,
+            "billing as shop/a",
+        ),
         (&["shop/a", "read/b"], named("reader"), "reader as read/b"),
-        (&["other/a", "other/b", "read/c"], RequestedRole::Default, "reader as read/c"),
+        (
+            &["other/a", "other/b", "read/c"],
+            RequestedRole::Default,
+            "reader as read/c",
+        ),
         (&["other/a", "other/b"], RequestedRole::Default, "no_role"),
         (&["shop/a", "shop/b"], named("exact"), "exact as shop/a"),
         // The hint is the role's name.
-        (&["shop/a", "shop/b billing"], RequestedRole::Default, "billing as shop/b"),
-        (&["shop/a billing", "shop/b reader"], named("billing"), "billing as shop/a"),
-        (&["shop/a billing", "shop/b billing"], RequestedRole::Default, "several_identities"),
-        (&["shop/a reader", "shop/b other"], RequestedRole::Default, "several_identities"),
+        (
+            &["shop/a", "shop/b billing"],
+            RequestedRole::Default,
+            "billing as shop/b",
+        ),
+        (
+            &["shop/a billing", "shop/b reader"],
+            named("billing"),
+            "billing as shop/a",
+        ),
+        (
+            &["shop/a billing", "shop/b billing"],
+            RequestedRole::Default,
+            "several_identities",
+        ),
+        (
+            &["shop/a reader", "shop/b other"],
+            RequestedRole::Default,
+            "several_identities",
+        ),
         // One that comes several times, of several registrations, is still one, and has each of its hints.
-        (&["shop/a", "shop/a"], RequestedRole::Default, "billing as shop/a"),
-        (&["shop/a x", "shop/a y", "read/b"], RequestedRole::Default, "billing as shop/a"),
-        (&["shop/a x", "shop/b", "shop/a billing"], RequestedRole::Default, "billing as shop/a"),
-        (&["shop/a billing", "shop/b", "shop/a x"], RequestedRole::Default, "billing as shop/a"),
-        (&["shop/a billing", "shop/a billing", "shop/b"], RequestedRole::Default, "billing as shop/a"),
-        (&["shop/a billing", "shop/b billing", "shop/a"], RequestedRole::Default, "several_identities"),
+        (
+            &["shop/a", "shop/a"],
+            RequestedRole::Default,
+            "billing as shop/a",
+        ),
+        (
+            &["shop/a x", "shop/a y", "read/b"],
+            RequestedRole::Default,
+            "billing as shop/a",
+        ),
+        (
+            &["shop/a x", "shop/b", "shop/a billing"],
+            RequestedRole::Default,
+            "billing as shop/a",
+        ),
+        (
+            &["shop/a billing", "shop/b", "shop/a x"],
+            RequestedRole::Default,
+            "billing as shop/a",
+        ),
+        (
+            &["shop/a billing", "shop/a billing", "shop/b"],
+            RequestedRole::Default,
+            "billing as shop/a",
+        ),
+        (
+            &["shop/a billing", "shop/b billing", "shop/a"],
+            RequestedRole::Default,
+            "several_identities",
+        ),
         // A hint gives nobody a role that is not for him.
         (&["other/a billing"], RequestedRole::Default, "no_role"),
     ];
     for (callers, wanted, expected) in table {
-        assert_eq!(choice(&roles, callers, &wanted), expected, "{callers:?} {wanted:?}");
+        assert_eq!(
+            choice(&roles, callers, &wanted),
+            expected,
+            "{callers:?} {wanted:?}"
+        );
     }
 }
 
 #[test]
 fn a_grant_says_all_that_is_issued() {
     let templated = role("shop", "ns/*/sa/*", "{path[1]}={path[3]}");
-    let named = Role { session_name: Some(SessionName::parse("fixed").unwrap()), ..role("fixed", "ns/**", "fixed") };
+    let named = Role {
+        session_name: Some(SessionName::parse("fixed").unwrap()),
+        ..role("fixed", "ns/**", "fixed")
+    };
     let roles = roles([templated.clone(), named]);
     let callers = identities(&["ns/pay/sa/billing"]);
     let grant = roles.select(&callers, &RequestedRole::Default).unwrap();
@@ -122,7 +230,9 @@ fn a_grant_says_all_that_is_issued() {
         session_name: SessionName::parse("example.org=ns=pay=sa=billing").unwrap(),
     };
     assert_eq!(grant, expected);
-    let fixed = roles.select(&callers, &RequestedRole::ByName("fixed".to_owned())).unwrap();
+    let fixed = roles
+        .select(&callers, &RequestedRole::ByName("fixed".to_owned()))
+        .unwrap();
     assert_eq!(
         (fixed.session_name.as_str(), fixed.role_arn.as_str()),
         ("fixed", "arn:aws:iam::123456789012:role/fixed")
@@ -131,20 +241,39 @@ fn a_grant_says_all_that_is_issued() {
 
 #[test]
 fn a_template_that_does_not_fit_gives_no_role() {
-    let roles =
-        roles([role("long", "**", "{path[0]}"), role("missing", "**", "{path[3]}"), role("last", "**", "last")]);
+    let roles = roles([
+        role("long", "**", "{path[0]}"),
+        role("missing", "**", "{path[3]}"),
+        role("last", "**", "last"),
+    ]);
     let long = "x".repeat(65);
-    assert_eq!(choice(&roles, &[&long], &RequestedRole::Default), format!("last as {long}"));
-    assert_eq!(choice(&roles, &[&long], &RequestedRole::ByName("missing".to_owned())), "not_this_role");
+    assert_eq!(
+        choice(&roles, &[&long], &RequestedRole::Default),
+        format!("last as {long}")
+    );
+    assert_eq!(
+        choice(
+            &roles,
+            &[&long],
+            &RequestedRole::ByName("missing".to_owned())
+        ),
+        "not_this_role"
+    );
 }
 
 /// Attack 17: what differs in anything must not share credentials.
 #[test]
 fn every_part_of_a_role_distinguishes_grants() {
     let plain = role("a", "x", "r");
-    let policy = |text: &str| Role { policy: Some(text.to_owned()), ..plain.clone() };
+    let policy = |text: &str| Role {
+        policy: Some(text.to_owned()),
+        ..plain.clone()
+    };
     let sts = |region: &str, endpoint: Option<&str>| Role {
-        sts: StsTarget { region: region.to_owned(), endpoint: endpoint.map(str::to_owned) },
+        sts: StsTarget {
+            region: region.to_owned(),
+            endpoint: endpoint.map(str::to_owned),
+        },
         ..plain.clone()
     };
     let all = [
@@ -152,29 +281,54 @@ fn every_part_of_a_role_distinguishes_grants() {
         role("b", "x", "r"),
         role("a", "*", "r"),
         role("a", "x", "s"),
-        Role { audience: "other".to_owned(), ..plain.clone() },
-        Role { duration: Duration::from_secs(901), ..plain.clone() },
-        Role { session_name: Some(SessionName::parse("s1").unwrap()), ..plain.clone() },
+        Role {
+            audience: "other".to_owned(),
+            ..plain.clone()
+        },
+        Role {
+            duration: Duration::from_secs(901),
+            ..plain.clone()
+        },
+        Role {
+            session_name: Some(SessionName::parse("s1").unwrap()),
+            ..plain.clone()
+        },
         sts("eu-west-1", None),
         sts("eu-central-1", Some("https://minio")),
         policy("{}"),
         policy("{\"a\":1}"),
-        Role { policy_arns: vec!["arn:aws:iam::aws:policy/ReadOnlyAccess".to_owned()], ..plain.clone() },
+        Role {
+            policy_arns: vec!["arn:aws:iam::aws:policy/ReadOnlyAccess".to_owned()],
+            ..plain.clone()
+        },
     ];
     let keys: std::collections::HashSet<_> = all
         .iter()
-        .map(|role| roles([role.clone()]).select(&identities(&["x"]), &RequestedRole::Default).unwrap())
+        .map(|role| {
+            roles([role.clone()])
+                .select(&identities(&["x"]), &RequestedRole::Default)
+                .unwrap()
+        })
         .collect();
     assert_eq!(keys.len(), all.len());
 }
 
 fn requesting(allowed: &[&str]) -> Roles {
     let requested = RequestedRoles {
-        allowed: allowed.iter().map(|text| glob::Pattern::new(text).unwrap()).collect(),
+        allowed: allowed
+            .iter()
+            .map(|text| glob::Pattern::new(text).unwrap())
+            .collect(),
         audience: "sts.amazonaws.com".to_owned(),
-        sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
+        sts: StsTarget {
+            region: "eu-central-1".to_owned(),
+            endpoint: None,
+        },
     };
-    Roles { requested: Some(requested), ..roles([role("billing", "shop/*", "billing")]) }
+    Roles {
+        requested: Some(requested),
+        ..roles([role("billing", "shop/*", "billing")])
+    }
 }
 
 fn arn(text: &str) -> RequestedRole {
@@ -183,7 +337,10 @@ fn arn(text: &str) -> RequestedRole {
 
 #[test]
 fn arns_that_workloads_may_ask_for() {
-    let all = requesting(&["arn:aws:iam::123456789012:role/app-*", "arn:aws:iam::123456789012:role/team/**"]);
+    let all = requesting(&[
+        "arn:aws:iam::123456789012:role/app-*",
+        "arn:aws:iam::123456789012:role/team/**",
+    ]);
     let table = [
         ("arn:aws:iam::123456789012:role/app-x", true),
         ("arn:aws:iam::123456789012:role/team/a", true),
@@ -196,19 +353,39 @@ fn arns_that_workloads_may_ask_for() {
         ("arn:aws-cn:iam::123456789012:role/app-x", false),
     ];
     for (text, allowed) in table {
-        let expected = if allowed { format!("{text} as ns/a") } else { "arn_not_allowed".to_owned() };
+        let expected = if allowed {
+            format!("{text} as ns/a")
+        } else {
+            "arn_not_allowed".to_owned()
+        };
         assert_eq!(choice(&all, &["ns/a"], &arn(text)), expected);
     }
     let wanted = arn("arn:aws:iam::123456789012:role/app-x");
-    assert_eq!(choice(&all, &["ns/a", "ns/b"], &wanted), "several_identities");
+    assert_eq!(
+        choice(&all, &["ns/a", "ns/b"], &wanted),
+        "several_identities"
+    );
     assert_eq!(choice(&all, &[], &wanted), "no_role");
     assert_eq!(choice(&roles([]), &["ns/a"], &wanted), "arn_not_allowed");
-    assert_eq!(choice(&requesting(&[]), &["ns/a"], &wanted), "arn_not_allowed");
+    assert_eq!(
+        choice(&requesting(&[]), &["ns/a"], &wanted),
+        "arn_not_allowed"
+    );
     // A pattern that is too wide still gives nothing that is not AWS's.
     let elsewhere = RequestedRole::ByArn(RoleArn::opaque("arn:minio:iam:::role/x").unwrap());
-    assert_eq!(choice(&requesting(&["**"]), &["ns/a"], &elsewhere), "arn_not_allowed");
+    assert_eq!(
+        choice(&requesting(&["**"]), &["ns/a"], &elsewhere),
+        "arn_not_allowed"
+    );
     // An ARN is no way around a [[role]], nor is the list for one.
-    assert_eq!(choice(&all, &["shop/a"], &arn("arn:aws:iam::123456789012:role/billing")), "arn_not_allowed");
+    assert_eq!(
+        choice(
+            &all,
+            &["shop/a"],
+            &arn("arn:aws:iam::123456789012:role/billing")
+        ),
+        "arn_not_allowed"
+    );
     assert_eq!(choice(&all, &["ns/a"], &RequestedRole::Default), "no_role");
 }
 
@@ -219,9 +396,18 @@ fn a_requested_grant_is_for_the_caller_alone_and_for_the_arn_as_it_was_written()
     // Were this taken as a template, the answer would be a role that nobody has compared with the list.
     let written = "arn:aws:iam::123456789012:role/{path[0]}/x";
     let grant = all.select(&caller, &arn(written)).unwrap();
-    assert_eq!((grant.role_arn.as_str(), grant.session_name.as_str()), (written, "example.org=admin"));
-    assert_eq!(grant.role.spiffe_id.exact().as_ref(), Some(&caller[0].spiffe_id));
-    assert_eq!((grant.role.audience.as_str(), grant.role.sts.region.as_str()), ("sts.amazonaws.com", "eu-central-1"));
+    assert_eq!(
+        (grant.role_arn.as_str(), grant.session_name.as_str()),
+        (written, "example.org=admin")
+    );
+    assert_eq!(
+        grant.role.spiffe_id.exact().as_ref(),
+        Some(&caller[0].spiffe_id)
+    );
+    assert_eq!(
+        (grant.role.audience.as_str(), grant.role.sts.region.as_str()),
+        ("sts.amazonaws.com", "eu-central-1")
+    );
     assert_eq!(grant.role.duration, Duration::from_secs(3600));
     assert!(grant.role.policy.is_none() && grant.role.policy_arns.is_empty());
 }
@@ -231,15 +417,28 @@ fn only_the_same_definition_could_give_a_grant() {
     let caller = identities(&["shop/billing"]);
     let before = Roles {
         requested: requesting(&["arn:aws:iam::123456789012:role/app-*"]).requested,
-        ..roles([role("any", "shop/*", "any"), role("billing", "shop/billing", "billing")])
+        ..roles([
+            role("any", "shop/*", "any"),
+            role("billing", "shop/billing", "billing"),
+        ])
     };
-    let billing = before.select(&caller, &RequestedRole::ByName("billing".to_owned())).unwrap();
-    let asked = before.select(&caller, &arn("arn:aws:iam::123456789012:role/app-1")).unwrap();
+    let billing = before
+        .select(&caller, &RequestedRole::ByName("billing".to_owned()))
+        .unwrap();
+    let asked = before
+        .select(&caller, &arn("arn:aws:iam::123456789012:role/app-1"))
+        .unwrap();
     assert!(before.can_grant(&billing) && before.can_grant(&asked));
     // Elsewhere in the list, and beside others.
-    let moved = roles([role("billing", "shop/billing", "billing"), role("new", "**", "new")]);
+    let moved = roles([
+        role("billing", "shop/billing", "billing"),
+        role("new", "**", "new"),
+    ]);
     assert!(moved.can_grant(&billing) && !moved.can_grant(&asked));
-    let narrowed = Role { policy: Some("{}".to_owned()), ..role("billing", "shop/billing", "billing") };
+    let narrowed = Role {
+        policy: Some("{}".to_owned()),
+        ..role("billing", "shop/billing", "billing")
+    };
     for other in [
         narrowed,
         role("billing", "shop/billing", "other"),
@@ -248,14 +447,21 @@ fn only_the_same_definition_could_give_a_grant() {
     ] {
         assert!(!roles([other.clone()]).can_grant(&billing), "{other:?}");
     }
-    let fewer =
-        Roles { requested: requesting(&["arn:aws:iam::123456789012:role/web-*"]).requested, ..Roles::default() };
+    let fewer = Roles {
+        requested: requesting(&["arn:aws:iam::123456789012:role/web-*"]).requested,
+        ..Roles::default()
+    };
     assert!(!fewer.can_grant(&asked));
 }
 
 #[test]
 fn denials_have_reasons_of_their_own() {
-    let all = [RoleDenied::NoRole, RoleDenied::NotThisRole, RoleDenied::ArnNotAllowed, RoleDenied::SeveralIdentities];
+    let all = [
+        RoleDenied::NoRole,
+        RoleDenied::NotThisRole,
+        RoleDenied::ArnNotAllowed,
+        RoleDenied::SeveralIdentities,
+    ];
     let reasons: std::collections::HashSet<_> = all.iter().map(RoleDenied::reason).collect();
     assert_eq!(reasons.len(), all.len());
     assert!(all.iter().all(|denied| !denied.to_string().is_empty()));

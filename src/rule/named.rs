@@ -93,7 +93,12 @@ impl fmt::Display for AccountName {
 
 impl From<WorkloadRule> for NamedRule {
     fn from(rule: WorkloadRule) -> Self {
-        Self { rule, user: None, group: None, supplementary_group: None }
+        Self {
+            rule,
+            user: None,
+            group: None,
+            supplementary_group: None,
+        }
     }
 }
 
@@ -105,12 +110,17 @@ impl NamedRule {
 
     /// The names in it.
     pub fn names(&self) -> impl Iterator<Item = &AccountName> {
-        [&self.user, &self.group, &self.supplementary_group].into_iter().flatten()
+        [&self.user, &self.group, &self.supplementary_group]
+            .into_iter()
+            .flatten()
     }
 
     /// Whether a caller on the host's TCP listeners can match it by its socket alone.
     pub fn socket_decides(&self) -> bool {
-        let is_root = self.user.as_ref().is_some_and(|user| user.as_str() == "root");
+        let is_root = self
+            .user
+            .as_ref()
+            .is_some_and(|user| user.as_str() == "root");
         let has_group = self.group.is_some() || self.supplementary_group.is_some();
         !is_root && !has_group && self.rule.socket_decides()
     }
@@ -118,7 +128,9 @@ impl NamedRule {
     /// The rule with all numbers; `None` where one is not known.
     pub fn resolve(&self, number: impl Fn(&AccountName) -> Known) -> Option<WorkloadRule> {
         let is_known = |name: &AccountName| matches!(number(name), Known::Number(_));
-        self.names().all(is_known).then(|| self.with_numbers(&number))
+        self.names()
+            .all(is_known)
+            .then(|| self.with_numbers(&number))
     }
 
     fn with_numbers(&self, number: impl Fn(&AccountName) -> Known) -> WorkloadRule {
@@ -152,14 +164,28 @@ impl Resolved {
             let without = WorkloadRule {
                 uid: with.uid.filter(|_| user.is_none()),
                 gid: with.gid.filter(|_| group.is_none()),
-                supplementary_group: with.supplementary_group.filter(|_| supplementary_group.is_none()),
+                supplementary_group: with
+                    .supplementary_group
+                    .filter(|_| supplementary_group.is_none()),
                 ..with
             };
             let is_incomplete = user.is_some() || group.is_some() || supplementary_group.is_some();
-            is_incomplete.then_some(Incomplete { index, without, user, group, supplementary_group })
+            is_incomplete.then_some(Incomplete {
+                index,
+                without,
+                user,
+                group,
+                supplementary_group,
+            })
         });
         let incomplete = incomplete.collect();
-        Self { incomplete, rules: rules.iter().map(|named| named.with_numbers(&number)).collect() }
+        Self {
+            incomplete,
+            rules: rules
+                .iter()
+                .map(|named| named.with_numbers(&number))
+                .collect(),
+        }
     }
 
     /// The first rule that matches; see [`decide`].
@@ -169,12 +195,21 @@ impl Resolved {
 
     /// What has to be looked at of the caller's process; `None` if what is known decides. For a user whose name may be one that
     /// is not known yet, that is also what the rule with that name needs: its number may come before the decision.
-    pub fn facts_needed(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> Option<ProcessFacts> {
+    pub fn facts_needed(
+        &self,
+        caller: &Caller,
+        is_other: impl Fn(&AccountName, u32) -> bool,
+    ) -> Option<ProcessFacts> {
         let needed = facts_needed(&self.rules, caller);
-        let may_be = |incomplete: &&Incomplete| incomplete.user.is_some() && incomplete.can_be_of(caller, &is_other);
+        let may_be = |incomplete: &&Incomplete| {
+            incomplete.user.is_some() && incomplete.can_be_of(caller, &is_other)
+        };
         let by_later = self.incomplete.iter().filter(may_be);
-        let by_later = by_later.filter_map(|rule| facts_needed(std::slice::from_ref(&rule.without), caller));
-        by_later.fold(needed, |all, more| Some(all.map_or(more, |all| all.and(more))))
+        let by_later =
+            by_later.filter_map(|rule| facts_needed(std::slice::from_ref(&rule.without), caller));
+        by_later.fold(needed, |all, more| {
+            Some(all.map_or(more, |all| all.and(more)))
+        })
     }
 
     /// The names that could change `decision`: those of rules before the one that matched, which match this caller in
@@ -224,20 +259,36 @@ impl Incomplete {
     fn can_be_of(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> bool {
         let process = caller.process.as_ref();
         let can_be = |unknown: &UnknownName, ids: Option<&[u32]>| match (unknown, ids) {
-            (Some((name, _)), Some(ids)) => ids.iter().any(|id| *id != OVERFLOW_ID && !is_other(name, *id)),
+            (Some((name, _)), Some(ids)) => ids
+                .iter()
+                .any(|id| *id != OVERFLOW_ID && !is_other(name, *id)),
             _ => true,
         };
         can_be(&self.user, Some(&[caller.uid]))
-            && can_be(&self.group, process.map(|process| std::slice::from_ref(&process.gid)))
-            && can_be(&self.supplementary_group, process.and_then(|process| process.groups.as_ref()?.list()))
+            && can_be(
+                &self.group,
+                process.map(|process| std::slice::from_ref(&process.gid)),
+            )
+            && can_be(
+                &self.supplementary_group,
+                process.and_then(|process| process.groups.as_ref()?.list()),
+            )
     }
 
     /// A rule with a name that does not exist matches no caller, whatever its other names are.
     fn add_to(&self, missing: &mut MissingNames) {
-        let unknown = || [&self.user, &self.group, &self.supplementary_group].into_iter().flatten();
+        let unknown = || {
+            [&self.user, &self.group, &self.supplementary_group]
+                .into_iter()
+                .flatten()
+        };
         let is_absent = unknown().any(|(_, known)| *known == Known::Absent);
         for (name, known) in unknown() {
-            let list = if is_absent { &mut missing.absent } else { &mut missing.unanswered };
+            let list = if is_absent {
+                &mut missing.absent
+            } else {
+                &mut missing.unanswered
+            };
             if is_absent == (*known == Known::Absent) && !list.contains(name) {
                 list.push(name.clone());
             }

@@ -14,15 +14,28 @@ fn groups(groups: &[u32]) -> Option<Groups> {
 }
 
 fn process() -> Process {
-    Process { pid: 4711, gid: 100, groups: groups(&[27, 1002]), in_container: false, program: None, started: None }
+    Process {
+        pid: 4711,
+        gid: 100,
+        groups: groups(&[27, 1002]),
+        in_container: false,
+        program: None,
+        started: None,
+    }
 }
 
 fn running_program(exe: Option<Executable>) -> Process {
-    Process { program: Some(Program { exe }), ..process() }
+    Process {
+        program: Some(Program { exe }),
+        ..process()
+    }
 }
 
 fn with_process(caller: Caller, process: Process) -> Caller {
-    Caller { process: Some(process), ..caller }
+    Caller {
+        process: Some(process),
+        ..caller
+    }
 }
 
 fn rule() -> WorkloadRule {
@@ -44,7 +57,9 @@ fn glob(text: &str) -> Option<glob::Pattern> {
 /// With the files of rules looked at where they are needed.
 fn decided<'a>(rules: &'a [WorkloadRule], caller: &Caller) -> Decision<'a> {
     let asked = Instant::now();
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
     loop {
         match decide(rules, caller, asked) {
             Decision::NeedsFile(file) => assert!(runtime.block_on(file.look())),
@@ -66,14 +81,24 @@ fn decides(rule: &WorkloadRule, caller: &Caller, expected: &str) {
 }
 
 const HOST: Option<&str> = Some("/system.slice/billing.service");
-const CONTAINER: Option<&str> =
-    Some("/system.slice/docker-0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.scope");
+const CONTAINER: Option<&str> = Some(
+    "/system.slice/docker-0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.scope",
+);
 
 #[test]
 fn socket_alone_decides_where_the_rule_names_a_place() {
-    let unit = |name: &str| WorkloadRule { systemd_unit: Some(name.to_owned()), ..rule() };
-    let uid = WorkloadRule { uid: Some(1001), ..rule() };
-    let cgroup = |pattern: &str| WorkloadRule { cgroup: glob(pattern), ..rule() };
+    let unit = |name: &str| WorkloadRule {
+        systemd_unit: Some(name.to_owned()),
+        ..rule()
+    };
+    let uid = WorkloadRule {
+        uid: Some(1001),
+        ..rule()
+    };
+    let cgroup = |pattern: &str| WorkloadRule {
+        cgroup: glob(pattern),
+        ..rule()
+    };
     let table = [
         // A container without a cgroup of its own has a uid of the host's, too (T31).
         (uid.clone(), 1001, HOST, "needs the process"),
@@ -85,26 +110,96 @@ fn socket_alone_decides_where_the_rule_names_a_place() {
         (cgroup("/system.slice/*"), 0, None, "no match"),
         (uid.clone(), 1001, CONTAINER, "no match"),
         (unit("billing.service"), 5, HOST, "matched"),
-        (unit("billing.service"), 5, Some("/system.slice/billing.service/worker"), "matched"),
-        (unit("billing.service"), 5, Some("/system.slice/other.service"), "no match"),
+        (
+            unit("billing.service"),
+            5,
+            Some("/system.slice/billing.service/worker"),
+            "matched",
+        ),
+        (
+            unit("billing.service"),
+            5,
+            Some("/system.slice/other.service"),
+            "no match",
+        ),
         // Delegated to its user, who can name what is below as he likes (attack 2).
-        (unit("billing.service"), 5, Some("/user.slice/user@5.service/billing.service"), "no match"),
+        (
+            unit("billing.service"),
+            5,
+            Some("/user.slice/user@5.service/billing.service"),
+            "no match",
+        ),
         (unit("billing.service"), 5, Some("/"), "no match"),
         (unit("billing.service"), 5, None, "no match"),
         (cgroup("/system.slice/billing.service"), 5, HOST, "matched"),
         (cgroup("/system.slice/*"), 5, HOST, "matched"),
-        (cgroup("/system.slice/*"), 5, Some("/system.slice/billing.service/worker"), "no match"),
-        (cgroup("/system.slice/**"), 5, Some("/system.slice/billing.service/worker"), "matched"),
-        (cgroup("/system.slice/**"), 5, Some("/system.slice2/billing.service"), "no match"),
+        (
+            cgroup("/system.slice/*"),
+            5,
+            Some("/system.slice/billing.service/worker"),
+            "no match",
+        ),
+        (
+            cgroup("/system.slice/**"),
+            5,
+            Some("/system.slice/billing.service/worker"),
+            "matched",
+        ),
+        (
+            cgroup("/system.slice/**"),
+            5,
+            Some("/system.slice2/billing.service"),
+            "no match",
+        ),
         (cgroup("/system.slice/Billing.service"), 5, HOST, "no match"),
         (cgroup("/system.slice/*"), 5, None, "no match"),
         // Only a rule that names the cgroup can mean a container (attack 6).
         (cgroup("/system.slice/docker-*"), 5, CONTAINER, "matched"),
-        (WorkloadRule { uid: Some(1001), ..cgroup("/system.slice/docker-*") }, 1001, CONTAINER, "matched"),
-        (WorkloadRule { uid: Some(1001), ..cgroup("/system.slice/docker-*") }, 5, CONTAINER, "no match"),
-        (WorkloadRule { uid: Some(1001), ..unit("billing.service") }, 1001, HOST, "matched"),
-        (WorkloadRule { uid: Some(1001), ..unit("billing.service") }, 1002, HOST, "no match"),
-        (WorkloadRule { uid: Some(1001), ..unit("other.service") }, 1001, HOST, "no match"),
+        (
+            WorkloadRule {
+                uid: Some(1001),
+                ..cgroup("/system.slice/docker-*")
+            },
+            1001,
+            CONTAINER,
+            "matched",
+        ),
+        (
+            WorkloadRule {
+                uid: Some(1001),
+                ..cgroup("/system.slice/docker-*")
+            },
+            5,
+            CONTAINER,
+            "no match",
+        ),
+        (
+            WorkloadRule {
+                uid: Some(1001),
+                ..unit("billing.service")
+            },
+            1001,
+            HOST,
+            "matched",
+        ),
+        (
+            WorkloadRule {
+                uid: Some(1001),
+                ..unit("billing.service")
+            },
+            1002,
+            HOST,
+            "no match",
+        ),
+        (
+            WorkloadRule {
+                uid: Some(1001),
+                ..unit("other.service")
+            },
+            1001,
+            HOST,
+            "no match",
+        ),
     ];
     for (rule, uid, path, expected) in table {
         decides(&rule, &by_socket(uid, path), expected);
@@ -113,65 +208,178 @@ fn socket_alone_decides_where_the_rule_names_a_place() {
 
 #[test]
 fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
-    let uid = WorkloadRule { uid: Some(1001), ..rule() };
+    let uid = WorkloadRule {
+        uid: Some(1001),
+        ..rule()
+    };
     for path in [None, Some("/")] {
         decides(&uid, &by_socket(1001, path), "needs the process");
         decides(&uid, &by_socket(1002, path), "no match");
-        decides(&uid, &with_process(by_socket(1001, path), process()), "matched");
-        let contained = Process { in_container: true, ..process() };
-        decides(&uid, &with_process(by_socket(1001, path), contained), "no match");
+        decides(
+            &uid,
+            &with_process(by_socket(1001, path), process()),
+            "matched",
+        );
+        let contained = Process {
+            in_container: true,
+            ..process()
+        };
+        decides(
+            &uid,
+            &with_process(by_socket(1001, path), contained),
+            "no match",
+        );
     }
     // A process in namespaces of its own is in a container, whatever its cgroup is called.
-    let contained = Process { in_container: true, ..process() };
-    decides(&uid, &with_process(by_socket(1001, HOST), contained.clone()), "no match");
-    let named = WorkloadRule { cgroup: glob("/system.slice/*"), ..uid };
-    decides(&named, &with_process(by_socket(1001, HOST), contained), "matched");
+    let contained = Process {
+        in_container: true,
+        ..process()
+    };
+    decides(
+        &uid,
+        &with_process(by_socket(1001, HOST), contained.clone()),
+        "no match",
+    );
+    let named = WorkloadRule {
+        cgroup: glob("/system.slice/*"),
+        ..uid
+    };
+    decides(
+        &named,
+        &with_process(by_socket(1001, HOST), contained),
+        "matched",
+    );
 }
 
 #[test]
 fn groups_need_the_process() {
     let table = [
-        (WorkloadRule { gid: Some(100), ..rule() }, "matched"),
-        (WorkloadRule { gid: Some(1002), ..rule() }, "no match"),
-        (WorkloadRule { supplementary_group: Some(1002), ..rule() }, "matched"),
-        (WorkloadRule { supplementary_group: Some(100), ..rule() }, "no match"),
-        (WorkloadRule { gid: Some(100), supplementary_group: Some(27), ..rule() }, "matched"),
-        (WorkloadRule { gid: Some(100), supplementary_group: Some(28), ..rule() }, "no match"),
+        (
+            WorkloadRule {
+                gid: Some(100),
+                ..rule()
+            },
+            "matched",
+        ),
+        (
+            WorkloadRule {
+                gid: Some(1002),
+                ..rule()
+            },
+            "no match",
+        ),
+        (
+            WorkloadRule {
+                supplementary_group: Some(1002),
+                ..rule()
+            },
+            "matched",
+        ),
+        (
+            WorkloadRule {
+                supplementary_group: Some(100),
+                ..rule()
+            },
+            "no match",
+        ),
+        (
+            WorkloadRule {
+                gid: Some(100),
+                supplementary_group: Some(27),
+                ..rule()
+            },
+            "matched",
+        ),
+        (
+            WorkloadRule {
+                gid: Some(100),
+                supplementary_group: Some(28),
+                ..rule()
+            },
+            "no match",
+        ),
     ];
     for (rule, expected) in table {
         decides(&rule, &by_socket(7, HOST), "needs the process");
-        decides(&rule, &with_process(by_socket(7, HOST), process()), expected);
+        decides(
+            &rule,
+            &with_process(by_socket(7, HOST), process()),
+            expected,
+        );
         decides(&rule, &by_socket(7, CONTAINER), "no match");
         // Of groups that were looked at for an agent it is not known which they are.
         let digest = Groups::new(vec![27, 1002], GroupDetail::Digest).unwrap();
-        let unlisted = Process { groups: Some(digest), ..process() };
-        let expected = if rule.supplementary_group.is_some() { "needs the process" } else { expected };
+        let unlisted = Process {
+            groups: Some(digest),
+            ..process()
+        };
+        let expected = if rule.supplementary_group.is_some() {
+            "needs the process"
+        } else {
+            expected
+        };
         decides(&rule, &with_process(by_socket(7, HOST), unlisted), expected);
         // What the socket rules out costs no search.
-        decides(&WorkloadRule { uid: Some(8), ..rule }, &by_socket(7, HOST), "no match");
+        decides(
+            &WorkloadRule {
+                uid: Some(8),
+                ..rule
+            },
+            &by_socket(7, HOST),
+            "no match",
+        );
     }
 }
 
 #[test]
 fn the_overflow_id_is_nobody() {
     for rule in [
-        WorkloadRule { uid: Some(OVERFLOW_ID), ..rule() },
-        WorkloadRule { systemd_unit: Some("billing.service".into()), ..rule() },
+        WorkloadRule {
+            uid: Some(OVERFLOW_ID),
+            ..rule()
+        },
+        WorkloadRule {
+            systemd_unit: Some("billing.service".into()),
+            ..rule()
+        },
     ] {
         decides(&rule, &by_socket(OVERFLOW_ID, HOST), "no match");
-        decides(&rule, &with_process(by_socket(OVERFLOW_ID, HOST), process()), "no match");
+        decides(
+            &rule,
+            &with_process(by_socket(OVERFLOW_ID, HOST), process()),
+            "no match",
+        );
     }
-    let unmapped = Process { gid: OVERFLOW_ID, groups: groups(&[OVERFLOW_ID]), ..process() };
+    let unmapped = Process {
+        gid: OVERFLOW_ID,
+        groups: groups(&[OVERFLOW_ID]),
+        ..process()
+    };
     for rule in [
-        WorkloadRule { gid: Some(OVERFLOW_ID), ..rule() },
-        WorkloadRule { supplementary_group: Some(OVERFLOW_ID), ..rule() },
+        WorkloadRule {
+            gid: Some(OVERFLOW_ID),
+            ..rule()
+        },
+        WorkloadRule {
+            supplementary_group: Some(OVERFLOW_ID),
+            ..rule()
+        },
     ] {
-        decides(&rule, &with_process(by_socket(7, HOST), unmapped.clone()), "no match");
+        decides(
+            &rule,
+            &with_process(by_socket(7, HOST), unmapped.clone()),
+            "no match",
+        );
     }
 }
 
 fn executable(file: &std::fs::Metadata, shown: &Path) -> Executable {
-    Executable { device: file.dev(), inode: file.ino(), changed: (file.ctime(), file.ctime_nsec()), path: shown.into() }
+    Executable {
+        device: file.dev(),
+        inode: file.ino(),
+        changed: (file.ctime(), file.ctime_nsec()),
+        path: shown.into(),
+    }
 }
 
 #[test]
@@ -186,27 +394,70 @@ fn an_executable_is_the_file_that_is_there_now() {
         let exe = executable(&std::fs::metadata(file).unwrap(), shown);
         with_process(by_socket(7, HOST), running_program(Some(exe)))
     };
-    let only = |path: &Path| WorkloadRule { exe: Some(ExeMatcher::new(path.to_owned())), ..rule() };
+    let only = |path: &Path| WorkloadRule {
+        exe: Some(ExeMatcher::new(path.to_owned())),
+        ..rule()
+    };
 
     decides(&only(&program), &by_socket(7, HOST), "needs the process");
     decides(&only(&program), &running(&program, &program), "matched");
-    decides(&only(&program), &running(&program, Path::new("/elsewhere")), "matched");
+    decides(
+        &only(&program),
+        &running(&program, Path::new("/elsewhere")),
+        "matched",
+    );
     decides(&only(&link), &running(&program, &program), "matched");
     decides(&only(&program), &running(&copy, &program), "no match");
     // Not looked at, and looked at without being allowed to see it.
-    decides(&only(&program), &with_process(by_socket(7, HOST), process()), "needs the process");
-    decides(&WorkloadRule { gid: Some(1), ..only(&program) }, &with_process(by_socket(7, HOST), process()), "no match");
-    decides(&only(&program), &with_process(by_socket(7, HOST), running_program(None)), "no match");
-    decides(&only(&directory.path().join("missing")), &running(&program, &program), "no match");
+    decides(
+        &only(&program),
+        &with_process(by_socket(7, HOST), process()),
+        "needs the process",
+    );
+    decides(
+        &WorkloadRule {
+            gid: Some(1),
+            ..only(&program)
+        },
+        &with_process(by_socket(7, HOST), process()),
+        "no match",
+    );
+    decides(
+        &only(&program),
+        &with_process(by_socket(7, HOST), running_program(None)),
+        "no match",
+    );
+    decides(
+        &only(&directory.path().join("missing")),
+        &running(&program, &program),
+        "no match",
+    );
     let same_inode_elsewhere = {
         let mut caller = running(&program, &program);
-        let exe = caller.process.as_mut().and_then(|process| process.program.as_mut()?.exe.as_mut());
+        let exe = caller
+            .process
+            .as_mut()
+            .and_then(|process| process.program.as_mut()?.exe.as_mut());
         exe.unwrap().device += 1;
         caller
     };
     decides(&only(&program), &same_inode_elsewhere, "no match");
-    decides(&WorkloadRule { uid: Some(8), ..only(&program) }, &running(&program, &program), "no match");
-    decides(&WorkloadRule { uid: Some(7), ..only(&program) }, &running(&program, &program), "matched");
+    decides(
+        &WorkloadRule {
+            uid: Some(8),
+            ..only(&program)
+        },
+        &running(&program, &program),
+        "no match",
+    );
+    decides(
+        &WorkloadRule {
+            uid: Some(7),
+            ..only(&program)
+        },
+        &running(&program, &program),
+        "matched",
+    );
 
     // An upgrade replaces the file: what runs the old one is no longer that program, and what runs the new one is.
     let old = running(&program, &program);
@@ -220,10 +471,17 @@ fn an_executable_is_the_file_that_is_there_now() {
 fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
     let directory = tempfile::tempdir().unwrap();
     let [program, other] = ["program", "other"].map(|name| directory.path().join(name));
-    let rule = WorkloadRule { exe: Some(ExeMatcher::new(program.clone())), ..rule() };
+    let rule = WorkloadRule {
+        exe: Some(ExeMatcher::new(program.clone())),
+        ..rule()
+    };
     let decides_of = |running: &std::fs::File, expected: &str| {
         let exe = executable(&running.metadata().unwrap(), &program);
-        decides(&rule, &with_process(by_socket(7, HOST), running_program(Some(exe))), expected);
+        decides(
+            &rule,
+            &with_process(by_socket(7, HOST), running_program(Some(exe))),
+            expected,
+        );
     };
     type Take<'t> = &'t dyn Fn(&Path, &Path);
     let takes: [Take<'_>; 3] = [
@@ -239,7 +497,17 @@ fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
         let running = std::fs::File::open(&program).unwrap();
         decides_of(&running, "matched");
         // Seen there a moment ago, and not looked for anew.
-        let seen = || rule.exe.as_ref().unwrap().seen.lock().unwrap().as_ref().unwrap().at;
+        let seen = || {
+            rule.exe
+                .as_ref()
+                .unwrap()
+                .seen
+                .lock()
+                .unwrap()
+                .as_ref()
+                .unwrap()
+                .at
+        };
         let first = seen();
         decides_of(&running, "matched");
         assert_eq!(seen(), first);
@@ -252,9 +520,16 @@ fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
     std::fs::write(old.join("program"), "v1").unwrap();
     let running = std::fs::File::open(old.join("program")).unwrap();
     let file = ExeMatcher::new(old.join("program"));
-    let runs = || file.is(&executable(&running.metadata().unwrap(), Path::new("")), Instant::now());
+    let runs = || {
+        file.is(
+            &executable(&running.metadata().unwrap(), Path::new("")),
+            Instant::now(),
+        )
+    };
     assert_eq!(runs(), None);
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
     assert!(runtime.block_on(file.look()));
     assert_eq!(runs(), Some(true));
     std::fs::rename(&old, &new).unwrap();
@@ -272,7 +547,9 @@ fn a_file_that_cannot_be_looked_at_is_not_another_one() {
     let found = std::fs::metadata(directory.path()).unwrap();
     let asked = Instant::now();
     let runs = || file.is(&executable(&found, Path::new("")), asked);
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
     assert!(!runtime.block_on(file.look()));
     assert_eq!(runs(), None);
     std::fs::remove_file(&path).unwrap();
@@ -287,22 +564,65 @@ fn the_first_rule_that_matches_wins() {
         ..rule
     };
     let rules = [
-        named("other", WorkloadRule { uid: Some(1), ..rule() }),
-        named("by-group", WorkloadRule { uid: Some(2), gid: Some(100), ..rule() }),
-        named("by-uid", WorkloadRule { uid: Some(2), ..rule() }),
-        named("second", WorkloadRule { uid: Some(1), ..rule() }),
+        named(
+            "other",
+            WorkloadRule {
+                uid: Some(1),
+                ..rule()
+            },
+        ),
+        named(
+            "by-group",
+            WorkloadRule {
+                uid: Some(2),
+                gid: Some(100),
+                ..rule()
+            },
+        ),
+        named(
+            "by-uid",
+            WorkloadRule {
+                uid: Some(2),
+                ..rule()
+            },
+        ),
+        named(
+            "second",
+            WorkloadRule {
+                uid: Some(1),
+                ..rule()
+            },
+        ),
     ];
     let chosen = |caller: &Caller| match decided(&rules, caller) {
-        Decision::Matched(rule) => rule.spiffe_id.to_string().replace("spiffe://example.org/", ""),
+        Decision::Matched(rule) => rule
+            .spiffe_id
+            .to_string()
+            .replace("spiffe://example.org/", ""),
         other => format!("{other:?}"),
     };
-    assert_eq!(chosen(&with_process(by_socket(1, HOST), process())), "other");
+    assert_eq!(
+        chosen(&with_process(by_socket(1, HOST), process())),
+        "other"
+    );
     assert_eq!(chosen(&by_socket(3, HOST)), "NoMatch");
     // The first rule names no place, so a process that is there has to agree.
     assert_eq!(chosen(&by_socket(1, HOST)), "NeedsProcess");
     // The second rule comes first, so the third must not be taken before the second is decided.
     assert_eq!(chosen(&by_socket(2, HOST)), "NeedsProcess");
-    assert_eq!(chosen(&with_process(by_socket(2, HOST), process())), "by-group");
-    assert_eq!(chosen(&with_process(by_socket(2, HOST), Process { gid: 5, ..process() })), "by-uid");
+    assert_eq!(
+        chosen(&with_process(by_socket(2, HOST), process())),
+        "by-group"
+    );
+    assert_eq!(
+        chosen(&with_process(
+            by_socket(2, HOST),
+            Process {
+                gid: 5,
+                ..process()
+            }
+        )),
+        "by-uid"
+    );
     assert_eq!(decided(&[], &by_socket(1, HOST)), Decision::NoMatch);
 }

@@ -19,8 +19,21 @@ pub(super) struct StsDestination {
 }
 
 /// Returns what an operator can do. `answer` has the code and the message of STS; `call` is the exchange that failed.
-pub(super) fn of(reason: &str, answer: &str, at: &StsDestination, call: Option<(&Grant, &JwtSvid)>) -> Option<String> {
-    let by_call = call.and_then(|(grant, token)| FailedCall { grant, token, at, answer }.advice(reason));
+pub(super) fn of(
+    reason: &str,
+    answer: &str,
+    at: &StsDestination,
+    call: Option<(&Grant, &JwtSvid)>,
+) -> Option<String> {
+    let by_call = call.and_then(|(grant, token)| {
+        FailedCall {
+            grant,
+            token,
+            at,
+            answer,
+        }
+        .advice(reason)
+    });
     by_call.or_else(|| general(reason).map(str::to_owned))
 }
 
@@ -62,9 +75,9 @@ impl FailedCall<'_> {
                 "activate STS in {} in the account's IAM settings, or set `region` in [sts] to one that is active",
                 self.grant.role.sts.region
             )),
-            "sts_invalid_token" | "sts_access_denied" | "sts_bad_request" => {
-                self.by_words(&issuer).or_else(|| self.by_reason(reason, &issuer))
-            }
+            "sts_invalid_token" | "sts_access_denied" | "sts_bad_request" => self
+                .by_words(&issuer)
+                .or_else(|| self.by_reason(reason, &issuer)),
             _ => None,
         }
     }
@@ -94,7 +107,11 @@ impl FailedCall<'_> {
     }
 
     fn by_reason(&self, reason: &str, issuer: &str) -> Option<String> {
-        let (role, arn, audience) = (&self.grant.role, &self.grant.role_arn, self.token.audience());
+        let (role, arn, audience) = (
+            &self.grant.role,
+            &self.grant.role_arn,
+            self.token.audience(),
+        );
         // An STS with AWS's names of roles mostly has AWS's policies as well.
         if !self.at.is_aws && !arn.is_aws() {
             return Some(format!(
@@ -105,7 +122,11 @@ impl FailedCall<'_> {
         Some(match reason {
             "sts_access_denied" => {
                 let key = issuer.split_once("://").map_or(issuer, |(_, rest)| rest);
-                let written = if self.at.is_aws { "; awsvid trust-policy writes it" } else { "" };
+                let written = if self.at.is_aws {
+                    "; awsvid trust-policy writes it"
+                } else {
+                    ""
+                };
                 format!(
                     "the trust policy of {arn} has to compare \"{key}:aud\" with {audience:?} and \"{key}:sub\" with \"{}\" \
                      (without https://){written}",
@@ -121,16 +142,27 @@ impl FailedCall<'_> {
             _ if self.at.is_aws && self.token.algorithm().starts_with("PS") => {
                 "AWS takes no signatures of the PS family: use RS256 or ES256".to_owned()
             }
-            _ => format!("compare the IAM provider's URL with {issuer}, its audiences with {audience:?}"),
+            _ => format!(
+                "compare the IAM provider's URL with {issuer}, its audiences with {audience:?}"
+            ),
         })
     }
 }
 
 /// Returns the token's `iss`, or `(none)`.
 fn issuer(token: &JwtSvid) -> String {
-    let payload = token.secret().split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
-    let claims: Value = payload.and_then(|payload| serde_json::from_slice(&payload).ok()).unwrap_or_default();
-    claims["iss"].as_str().filter(|issuer| !issuer.is_empty()).map_or_else(|| "(none)".to_owned(), one_line)
+    let payload = token
+        .secret()
+        .split('.')
+        .nth(1)
+        .and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
+    let claims: Value = payload
+        .and_then(|payload| serde_json::from_slice(&payload).ok())
+        .unwrap_or_default();
+    claims["iss"]
+        .as_str()
+        .filter(|issuer| !issuer.is_empty())
+        .map_or_else(|| "(none)".to_owned(), one_line)
 }
 
 #[cfg(test)]

@@ -10,14 +10,17 @@ use aws_sdk_sts::config::interceptors::BeforeDeserializationInterceptorContextMu
 use aws_sdk_sts::config::retry::RetryConfig;
 use aws_sdk_sts::config::timeout::TimeoutConfig;
 use aws_sdk_sts::config::{
-    BehaviorVersion, ConfigBag, Intercept, Region, RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
+    BehaviorVersion, ConfigBag, Intercept, Region, RuntimeComponents, SharedHttpClient,
+    StalledStreamProtectionConfig,
 };
 use aws_sdk_sts::error::BoxError;
 use aws_smithy_http_client::Connector;
 use aws_smithy_http_client::proxy::ProxyConfig;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
-use aws_smithy_runtime_api::client::http::{HttpConnectorSettings, SharedHttpConnector, http_client_fn};
+use aws_smithy_runtime_api::client::http::{
+    HttpConnectorSettings, SharedHttpConnector, http_client_fn,
+};
 use aws_smithy_types::body::SdkBody;
 use http_body_util::Limited;
 use hyper::Uri;
@@ -60,7 +63,9 @@ impl HttpConnector {
         if let Ok(uri) = url.parse() {
             self.network.hop(&uri)?;
         }
-        let Some(roots) = self.roots(target, &url).cloned() else { return Ok(()) };
+        let Some(roots) = self.roots(target, &url).cloned() else {
+            return Ok(());
+        };
         if Arc::ptr_eq(&roots, &self.system) {
             tokio::spawn(async move { roots.store().await.map(drop) });
             return Ok(());
@@ -76,10 +81,18 @@ impl HttpConnector {
         // The SDK would find out too late, and say so with the whole request.
         let uri: Option<Uri> = url.parse().ok();
         let uri = uri.filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
-        let uri = uri.ok_or(Failure::Unsendable("`endpoint` is no URL that begins with https://".to_owned()))?;
-        let proxy = self.network.proxy(&uri).map_err(|InvalidSetting(text)| Failure::Unsendable(text))?;
+        let uri = uri.ok_or(Failure::Unsendable(
+            "`endpoint` is no URL that begins with https://".to_owned(),
+        ))?;
+        let proxy = self
+            .network
+            .proxy(&uri)
+            .map_err(|InvalidSetting(text)| Failure::Unsendable(text))?;
         let trust = match self.roots(target, url) {
-            Some(roots) => roots.store().await.map_err(|problem| Failure::Untrusted(problem.text().to_owned()))?,
+            Some(roots) => roots
+                .store()
+                .await
+                .map_err(|problem| Failure::Untrusted(problem.text().to_owned()))?,
             None => TrustStore::empty(),
         };
         let config = aws_sdk_sts::Config::builder()
@@ -107,10 +120,16 @@ impl HttpConnector {
         }
     }
 
-    fn http_client(&self, proxy: ProxyConfig, trust: TrustStore) -> Result<SharedHttpClient, Failure> {
+    fn http_client(
+        &self,
+        proxy: ProxyConfig,
+        trust: TrustStore,
+    ) -> Result<SharedHttpClient, Failure> {
         let tls = TlsContext::builder().with_trust_store(trust).build();
         let tls = tls.map_err(|_| Failure::Unsendable("TLS cannot be set up".to_owned()))?;
-        let timeouts = HttpConnectorSettings::builder().connect_timeout(self.connect_timeout).build();
+        let timeouts = HttpConnectorSettings::builder()
+            .connect_timeout(self.connect_timeout)
+            .build();
         let connector = Connector::builder()
             .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
             .proxy_config(proxy)

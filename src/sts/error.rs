@@ -54,7 +54,11 @@ impl fmt::Display for StsError {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Failure {
     /// STS refused, or something that answers in its place.
-    Refused { code: Option<String>, status: u16, message: String },
+    Refused {
+        code: Option<String>,
+        status: u16,
+        message: String,
+    },
     /// An answer of status 2xx without credentials that can be used.
     Garbled(String),
     /// No answer, or only a part of one.
@@ -78,8 +82,13 @@ impl Failure {
                 match refusal::read(refused.raw()) {
                     None if status.is_success() => Self::Garbled("it could not be read".to_owned()),
                     refusal => {
-                        let refusal::StsErrorResponse { code, message } = refusal.unwrap_or_default();
-                        Self::Refused { code, status: status.as_u16(), message }
+                        let refusal::StsErrorResponse { code, message } =
+                            refusal.unwrap_or_default();
+                        Self::Refused {
+                            code,
+                            status: status.as_u16(),
+                            message,
+                        }
                     }
                 }
             }
@@ -88,7 +97,9 @@ impl Failure {
                 Some(error) => Self::NoAnswer(causes(error)),
                 None => Self::NoAnswer("the connection failed".to_owned()),
             },
-            SdkError::ResponseError(_) => Self::NoAnswer("the connection broke during the answer".to_owned()),
+            SdkError::ResponseError(_) => {
+                Self::NoAnswer("the connection broke during the answer".to_owned())
+            }
             SdkError::TimeoutError(_) => Self::NoAnswer("no answer in time".to_owned()),
             // The SDK may add kinds; whatever they are, nothing came back from STS.
             SdkError::ConstructionFailure(_) => {
@@ -101,7 +112,11 @@ impl Failure {
     /// **The** table: what to do, and the reason's label.
     fn classify(&self) -> (RetryPolicy, &'static str) {
         match self {
-            Self::Refused { code, status, message } => match code {
+            Self::Refused {
+                code,
+                status,
+                message,
+            } => match code {
                 Some(code) => classify_code(code, *status, message),
                 None => classify_status(*status),
             },
@@ -120,7 +135,11 @@ fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, &'stat
     match code.strip_suffix("Exception").unwrap_or(code) {
         "ExpiredToken" => (RetryPolicy::NewToken, "sts_expired_token"),
         // STS fetches the issuer's keys during the call, and gives up after seconds.
-        "InvalidIdentityToken" if message.to_ascii_lowercase().contains("retrieve verification key") => {
+        "InvalidIdentityToken"
+            if message
+                .to_ascii_lowercase()
+                .contains("retrieve verification key") =>
+        {
             (RetryPolicy::Later, "sts_issuer_unreachable")
         }
         "IDPCommunicationError" => (RetryPolicy::Later, "sts_issuer_unreachable"),
@@ -130,7 +149,9 @@ fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, &'stat
         }
         "AccessDenied" => (RetryPolicy::Never, "sts_access_denied"),
         "RegionDisabled" => (RetryPolicy::Never, "sts_region_disabled"),
-        "MalformedPolicyDocument" | "PackedPolicyTooLarge" => (RetryPolicy::Never, "sts_bad_policy"),
+        "MalformedPolicyDocument" | "PackedPolicyTooLarge" => {
+            (RetryPolicy::Never, "sts_bad_policy")
+        }
         "ValidationError"
         | "Validation"
         | "InvalidArgument"
@@ -181,18 +202,37 @@ fn classify_status(status: u16) -> (RetryPolicy, &'static str) {
 
 impl StsError {
     /// `at`: the STS; `call`: the exchange that failed.
-    pub(super) fn new(failure: &Failure, at: &StsDestination, call: Option<(&Grant, &JwtSvid)>) -> Self {
+    pub(super) fn new(
+        failure: &Failure,
+        at: &StsDestination,
+        call: Option<(&Grant, &JwtSvid)>,
+    ) -> Self {
         let (again, reason) = failure.classify();
         let sts = &at.name;
         let clean = |text: &str| one_line(&without_token(text, call.map(|(_, token)| token)));
         let what = match failure {
-            Failure::Refused { code, status, message } => {
-                let code = code.clone().unwrap_or_else(|| format!("HTTP {status}, without a code of an STS"));
-                let what = call.map(|(grant, _)| format!(" {} to {}", grant.role_arn, grant.spiffe_id));
-                let said = [clean(&code), clean(message)].into_iter().filter(|text| !text.is_empty());
-                format!("{sts} refused{}: {}", what.unwrap_or_default(), said.collect::<Vec<_>>().join(": "))
+            Failure::Refused {
+                code,
+                status,
+                message,
+            } => {
+                let code = code
+                    .clone()
+                    .unwrap_or_else(|| format!("HTTP {status}, without a code of an STS"));
+                let what =
+                    call.map(|(grant, _)| format!(" {} to {}", grant.role_arn, grant.spiffe_id));
+                let said = [clean(&code), clean(message)]
+                    .into_iter()
+                    .filter(|text| !text.is_empty());
+                format!(
+                    "{sts} refused{}: {}",
+                    what.unwrap_or_default(),
+                    said.collect::<Vec<_>>().join(": ")
+                )
             }
-            Failure::Garbled(text) => format!("{sts} gave an answer that cannot be used: {}", clean(text)),
+            Failure::Garbled(text) => {
+                format!("{sts} gave an answer that cannot be used: {}", clean(text))
+            }
             Failure::NoAnswer(text) => match &at.proxy {
                 Some(proxy) => format!("{sts} did not answer through {proxy}: {}", clean(text)),
                 None => format!("{sts} did not answer: {}", clean(text)),
@@ -202,11 +242,19 @@ impl StsError {
             Failure::Busy => format!("too many calls are waiting for {sts}"),
         };
         let (code, words) = match failure {
-            Failure::Refused { code, message, .. } => (clean(code.as_deref().unwrap_or_default()), clean(message)),
+            Failure::Refused { code, message, .. } => {
+                (clean(code.as_deref().unwrap_or_default()), clean(message))
+            }
             _ => Default::default(),
         };
         let fix = advice::of(reason, &format!("{code} {words}"), at, call);
-        Self { again, reason, code, what, fix }
+        Self {
+            again,
+            reason,
+            code,
+            what,
+            fix,
+        }
     }
 }
 
@@ -222,7 +270,11 @@ fn causes(error: &dyn Error) -> String {
         }
         next = error.source();
     }
-    if texts.is_empty() { "the connection failed".to_owned() } else { texts.join(": ") }
+    if texts.is_empty() {
+        "the connection failed".to_owned()
+    } else {
+        texts.join(": ")
+    }
 }
 
 /// `text` without anything of the token: AWS's validation errors quote the values that they complain about.
@@ -232,7 +284,9 @@ fn causes(error: &dyn Error) -> String {
 fn without_token(text: &str, token: Option<&JwtSvid>) -> String {
     const WINDOW: usize = 16;
     const TEXT_MAX: usize = 8192;
-    let Some(token) = token else { return text.to_owned() };
+    let Some(token) = token else {
+        return text.to_owned();
+    };
     let text: String = text.chars().take(TEXT_MAX).collect();
     let in_token = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let mut clean = String::with_capacity(text.len());
@@ -241,10 +295,9 @@ fn without_token(text: &str, token: Option<&JwtSvid>) -> String {
         let word = rest.find(|c| !in_token(c)).unwrap_or(rest.len());
         let (word, other) = rest.split_at(word);
         // ASCII only, so it can be cut anywhere.
-        let quoted = word
-            .as_bytes()
-            .chunks_exact(WINDOW)
-            .any(|window| std::str::from_utf8(window).is_ok_and(|window| token.secret().contains(window)));
+        let quoted = word.as_bytes().chunks_exact(WINDOW).any(|window| {
+            std::str::from_utf8(window).is_ok_and(|window| token.secret().contains(window))
+        });
         clean.push_str(if quoted { "[token]" } else { word });
         let next = other.find(in_token).unwrap_or(other.len());
         clean.push_str(&other[..next]);

@@ -71,13 +71,18 @@ impl NetworkSettings {
         let first = |names: &[&'static str]| {
             names.iter().find_map(|name| {
                 let value = lookup(name).filter(|value| !value.trim().is_empty())?;
-                Some(Variable { name, value: value.trim().to_owned() })
+                Some(Variable {
+                    name,
+                    value: value.trim().to_owned(),
+                })
             })
         };
         Self {
             https_proxy: first(&HTTPS_PROXY),
             http_proxy: first(&HTTP_PROXY),
-            no_proxy: first(&["NO_PROXY", "no_proxy"]).map(|variable| variable.value).unwrap_or_default(),
+            no_proxy: first(&["NO_PROXY", "no_proxy"])
+                .map(|variable| variable.value)
+                .unwrap_or_default(),
             fips: lookup(FIPS).unwrap_or_default(),
             dual_stack: lookup(DUAL_STACK).unwrap_or_default(),
         }
@@ -91,8 +96,15 @@ impl NetworkSettings {
         if let Some(endpoint) = &target.endpoint {
             return Ok(endpoint.clone());
         }
-        let (fips, dual_stack) = (switch(FIPS, &self.fips)?, switch(DUAL_STACK, &self.dual_stack)?);
-        let params = Params::builder().region(target.region.as_str()).use_fips(fips).use_dual_stack(dual_stack).build();
+        let (fips, dual_stack) = (
+            switch(FIPS, &self.fips)?,
+            switch(DUAL_STACK, &self.dual_stack)?,
+        );
+        let params = Params::builder()
+            .region(target.region.as_str())
+            .use_fips(fips)
+            .use_dual_stack(dual_stack)
+            .build();
         let resolved = match params {
             Ok(params) => DefaultResolver::new().resolve_endpoint(&params).await.ok(),
             Err(_) => None,
@@ -100,40 +112,58 @@ impl NetworkSettings {
         let uri = resolved.and_then(|endpoint| endpoint.url().parse::<Uri>().ok());
         let uri = uri.filter(|uri| uri.host().is_some_and(|host| !host.is_empty()));
         // Without the slash that an empty path becomes.
-        uri.map(|uri| uri.to_string().trim_end_matches('/').to_owned()).ok_or_else(|| {
-            let kind = match (fips, dual_stack) {
-                (false, false) => "",
-                (true, false) => " with FIPS",
-                (false, true) => " with IPv6",
-                (true, true) => " with FIPS and IPv6",
-            };
-            InvalidSetting(format!("AWS has no STS{kind} in a region {:?}; correct `region`", target.region))
-        })
+        uri.map(|uri| uri.to_string().trim_end_matches('/').to_owned())
+            .ok_or_else(|| {
+                let kind = match (fips, dual_stack) {
+                    (false, false) => "",
+                    (true, false) => " with FIPS",
+                    (false, true) => " with IPv6",
+                    (true, true) => " with FIPS and IPv6",
+                };
+                InvalidSetting(format!(
+                    "AWS has no STS{kind} in a region {:?}; correct `region`",
+                    target.region
+                ))
+            })
     }
 
     /// Returns the proxy on the way to `to`, if there is one. Fails if its variable does not name an HTTP proxy.
     pub fn hop(&self, to: &Uri) -> Result<Option<Proxy>, InvalidSetting> {
-        let Some((variable, url)) = self.proxy_url(to)? else { return Ok(None) };
+        let Some((variable, url)) = self.proxy_url(to)? else {
+            return Ok(None);
+        };
         // NO_PROXY has been applied already.
         let matcher = Matcher::builder().all(url).build();
-        Ok(matcher.intercept(to).and_then(|found| Proxy::of(variable, found.uri(), found.basic_auth())))
+        Ok(matcher
+            .intercept(to)
+            .and_then(|found| Proxy::of(variable, found.uri(), found.basic_auth())))
     }
 
     /// Returns the same in the form that the SDK takes.
     pub(super) fn proxy(&self, to: &Uri) -> Result<ProxyConfig, InvalidSetting> {
-        let Some((variable, url)) = self.proxy_url(to)? else { return Ok(ProxyConfig::disabled()) };
+        let Some((variable, url)) = self.proxy_url(to)? else {
+            return Ok(ProxyConfig::disabled());
+        };
         ProxyConfig::all(url).map_err(|_| not_a_proxy(variable))
     }
 
     /// Returns the name of the variable, and its URL in the form of [`proxy_url`].
     fn proxy_url(&self, to: &Uri) -> Result<Option<(&'static str, String)>, InvalidSetting> {
         let is_http = to.scheme_str() == Some("http");
-        let variable = if is_http { &self.http_proxy } else { &self.https_proxy };
-        let Some(host) = to.host() else { return Ok(None) };
+        let variable = if is_http {
+            &self.http_proxy
+        } else {
+            &self.https_proxy
+        };
+        let Some(host) = to.host() else {
+            return Ok(None);
+        };
         let port = to.port_u16().unwrap_or(if is_http { 80 } else { 443 });
         // A proxy's loopback is not this node's.
         match variable {
-            Some(variable) if !is_loopback(host) && !no_proxy::names(&self.no_proxy, host, port) => {
+            Some(variable)
+                if !is_loopback(host) && !no_proxy::names(&self.no_proxy, host, port) =>
+            {
                 let url = proxy_url(&variable.value).ok_or_else(|| not_a_proxy(variable.name))?;
                 Ok(Some((variable.name, url)))
             }
@@ -173,7 +203,11 @@ impl Proxy {
 /// The proxy's address and variable, without its password.
 impl fmt::Display for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the proxy {}:{} ({})", self.host, self.port, self.variable)
+        write!(
+            f,
+            "the proxy {}:{} ({})",
+            self.host, self.port, self.variable
+        )
     }
 }
 
@@ -181,8 +215,14 @@ impl fmt::Display for Proxy {
 impl fmt::Debug for NetworkSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Network")
-            .field("https_proxy", &self.https_proxy.as_ref().map(|variable| variable.name))
-            .field("http_proxy", &self.http_proxy.as_ref().map(|variable| variable.name))
+            .field(
+                "https_proxy",
+                &self.https_proxy.as_ref().map(|variable| variable.name),
+            )
+            .field(
+                "http_proxy",
+                &self.http_proxy.as_ref().map(|variable| variable.name),
+            )
             .field("no_proxy", &self.no_proxy)
             .field("fips", &self.fips)
             .field("dual_stack", &self.dual_stack)
@@ -207,27 +247,41 @@ fn proxy_url(value: &str) -> Option<String> {
         return None;
     }
     // A password may have an unescaped `@` or `/`. The host follows the last `@`.
-    let (userinfo, rest) = rest.rsplit_once('@').map_or((None, rest), |(userinfo, rest)| (Some(userinfo), rest));
+    let (userinfo, rest) = rest
+        .rsplit_once('@')
+        .map_or((None, rest), |(userinfo, rest)| (Some(userinfo), rest));
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
     let host = authority.parse::<Uri>().ok()?;
     let host = host.host().filter(|host| !host.is_empty())?;
     // Only a port may follow the host.
     match authority.strip_prefix(host)? {
         "" => {}
-        port => port.strip_prefix(':')?.parse::<u16>().ok().filter(|port| *port > 0).map(drop)?,
+        port => port
+            .strip_prefix(':')?
+            .parse::<u16>()
+            .ok()
+            .filter(|port| *port > 0)
+            .map(drop)?,
     }
     let userinfo = userinfo.map(|userinfo| match userinfo.split_once(':') {
         Some((user, password)) => format!("{}:{}@", escaped(user), escaped(password)),
         None => format!("{}@", escaped(userinfo)),
     });
-    Some(format!("{scheme}://{}{authority}", userinfo.unwrap_or_default()))
+    Some(format!(
+        "{scheme}://{}{authority}",
+        userinfo.unwrap_or_default()
+    ))
 }
 
 /// Escapes a user name or a password; valid escapes stay as they are.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     let mut parts = text.split('%');
-    escaped.extend(parts.next().map(|part| utf8_percent_encode(part, USERINFO).to_string()));
+    escaped.extend(
+        parts
+            .next()
+            .map(|part| utf8_percent_encode(part, USERINFO).to_string()),
+    );
     for part in parts {
         let is_escape = part.len() >= 2 && part.as_bytes()[..2].iter().all(u8::is_ascii_hexdigit);
         escaped.push_str(if is_escape { "%" } else { "%25" });
@@ -240,14 +294,18 @@ fn switch(name: &str, value: &str) -> Result<bool, InvalidSetting> {
     match value.trim().to_ascii_lowercase().as_str() {
         "" | "false" => Ok(false),
         "true" => Ok(true),
-        _ => Err(InvalidSetting(format!("the environment variable {name} is neither true nor false"))),
+        _ => Err(InvalidSetting(format!(
+            "the environment variable {name} is neither true nor false"
+        ))),
     }
 }
 
 fn is_loopback(host: &str) -> bool {
     let host = host.trim_end_matches('.').to_ascii_lowercase();
     let address: Result<IpAddr, _> = host.trim_matches(['[', ']']).parse();
-    host == "localhost" || host.ends_with(".localhost") || address.is_ok_and(|address| address.is_loopback())
+    host == "localhost"
+        || host.ends_with(".localhost")
+        || address.is_ok_and(|address| address.is_loopback())
 }
 
 #[cfg(test)]

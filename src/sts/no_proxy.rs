@@ -10,19 +10,30 @@ use hyper_util::client::proxy::matcher::Matcher;
 
 /// Returns whether the list exempts this host and port.
 pub(super) fn names(list: &str, host: &str, port: u16) -> bool {
-    let host = host.trim_matches(['[', ']']).trim_end_matches('.').to_ascii_lowercase();
+    let host = host
+        .trim_matches(['[', ']'])
+        .trim_end_matches('.')
+        .to_ascii_lowercase();
     if list.split(is_separator).any(|entry| entry == "*") {
         return true;
     }
-    let entries: Vec<String> = list.split(is_separator).filter_map(|entry| entry_for(entry, &host, port)).collect();
+    let entries: Vec<String> = list
+        .split(is_separator)
+        .filter_map(|entry| entry_for(entry, &host, port))
+        .collect();
     let authority = match host.parse::<IpAddr>().map(|address| address.to_canonical()) {
         Ok(IpAddr::V6(address)) => format!("[{address}]"),
         Ok(address) => address.to_string(),
         Err(_) => host,
     };
     // The matcher needs a proxy to decide on.
-    let matcher = Matcher::builder().all("http://proxy").no(entries.join(",")).build();
-    format!("http://{authority}/").parse::<Uri>().is_ok_and(|uri| matcher.intercept(&uri).is_none())
+    let matcher = Matcher::builder()
+        .all("http://proxy")
+        .no(entries.join(","))
+        .build();
+    format!("http://{authority}/")
+        .parse::<Uri>()
+        .is_ok_and(|uri| matcher.intercept(&uri).is_none())
 }
 
 fn is_separator(c: char) -> bool {
@@ -36,7 +47,9 @@ fn entry_for(entry: &str, host: &str, port: u16) -> Option<String> {
         return None;
     }
     // `*.example.org` does not match example.org itself, but the matcher takes `.example.org` for both.
-    let (below, name) = name.strip_prefix("*.").map_or((false, name), |parent| (true, parent));
+    let (below, name) = name
+        .strip_prefix("*.")
+        .map_or((false, name), |parent| (true, parent));
     let name = name.trim_end_matches('.').to_ascii_lowercase();
     match below {
         _ if name.is_empty() => None,
@@ -47,7 +60,10 @@ fn entry_for(entry: &str, host: &str, port: u16) -> Option<String> {
 
 /// Splits `name`, `name:port`, `10.0.0.0/8`, `::1`, `[::1]` or `[::1]:port`, and removes the brackets.
 fn split_port(entry: &str) -> (&str, Option<u16>) {
-    if let Some((address, rest)) = entry.strip_prefix('[').and_then(|entry| entry.split_once(']')) {
+    if let Some((address, rest)) = entry
+        .strip_prefix('[')
+        .and_then(|entry| entry.split_once(']'))
+    {
         return match rest.strip_prefix(':').map(str::parse) {
             Some(Ok(port)) => (address, Some(port)),
             None if rest.is_empty() => (address, None),
@@ -121,7 +137,11 @@ mod tests {
         ];
         for (list, to, exempt_by) in table {
             let (host, port) = to.rsplit_once(':').unwrap();
-            assert_eq!(names(list, host, port.parse().unwrap()), exempt_by.contains(&true), "{list:?} and {to}");
+            assert_eq!(
+                names(list, host, port.parse().unwrap()),
+                exempt_by.contains(&true),
+                "{list:?} and {to}"
+            );
         }
         // Go and curl ignore this entry, but it can mean only one thing.
         assert!(names("[2001:db8::1]", "[2001:db8::1]", 443));

@@ -29,7 +29,9 @@ pub(super) fn read(response: &HttpResponse) -> Option<StsErrorResponse> {
     let text = text.trim_start_matches('\u{feff}').trim();
     let mut refusal = match text.bytes().next() {
         Some(b'<') => of_xml(text),
-        Some(b'{') => serde_json::from_str(text).map(|value| of_json(&value, 0)).unwrap_or_default(),
+        Some(b'{') => serde_json::from_str(text)
+            .map(|value| of_json(&value, 0))
+            .unwrap_or_default(),
         _ => StsErrorResponse::default(),
     };
     if refusal.code.is_none() {
@@ -47,7 +49,9 @@ fn of_xml(text: &str) -> StsErrorResponse {
         if !is_code && !is_message {
             continue;
         }
-        let data = try_data(&mut document.scoped_to(element)).map(|data| data.trim().to_owned()).unwrap_or_default();
+        let data = try_data(&mut document.scoped_to(element))
+            .map(|data| data.trim().to_owned())
+            .unwrap_or_default();
         if is_code && refusal.code.is_none() {
             refusal.code = code(&data);
         } else if is_message && refusal.message.is_empty() {
@@ -55,19 +59,45 @@ fn of_xml(text: &str) -> StsErrorResponse {
         }
     }
     // A message without a code is not a refusal's.
-    if refusal.code.is_some() { refusal } else { StsErrorResponse::default() }
+    if refusal.code.is_some() {
+        refusal
+    } else {
+        StsErrorResponse::default()
+    }
 }
 
 /// `{"Error": {"Code", "Message"}}`, `{"__type", "message"}`, `{"code", "message"}` and OAuth's `{"error", "error_description"}`.
 fn of_json(value: &Value, depth: usize) -> StsErrorResponse {
     const CODES: [&str; 5] = ["Code", "code", "__type", "errorCode", "error"];
-    const MESSAGES: [&str; 5] = ["Message", "message", "errorMessage", "error_description", "detail"];
-    let Some(fields) = value.as_object().filter(|_| depth < DEPTH_MAX) else { return StsErrorResponse::default() };
+    const MESSAGES: [&str; 5] = [
+        "Message",
+        "message",
+        "errorMessage",
+        "error_description",
+        "detail",
+    ];
+    let Some(fields) = value.as_object().filter(|_| depth < DEPTH_MAX) else {
+        return StsErrorResponse::default();
+    };
     let text = |name: &&str| fields.get(*name).and_then(Value::as_str);
     let own = CODES.iter().filter_map(text).find_map(code);
-    let inner = || fields.values().map(|value| of_json(value, depth + 1)).find(|inner| inner.code.is_some());
-    let Some(code) = own else { return inner().unwrap_or_default() };
-    StsErrorResponse { code: Some(code), message: MESSAGES.iter().find_map(text).unwrap_or_default().to_owned() }
+    let inner = || {
+        fields
+            .values()
+            .map(|value| of_json(value, depth + 1))
+            .find(|inner| inner.code.is_some())
+    };
+    let Some(code) = own else {
+        return inner().unwrap_or_default();
+    };
+    StsErrorResponse {
+        code: Some(code),
+        message: MESSAGES
+            .iter()
+            .find_map(text)
+            .unwrap_or_default()
+            .to_owned(),
+    }
 }
 
 /// Returns the code in `com.amazonaws.sts#ExpiredToken:http://internal/`, which is one word; `None` for other texts.
@@ -75,7 +105,9 @@ fn code(text: &str) -> Option<String> {
     let word = text.trim().split(':').next().unwrap_or_default();
     let word = word.rsplit('#').next().unwrap_or_default();
     let is_word = (1..=CODE_MAX).contains(&word.len())
-        && word.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-'));
+        && word
+            .bytes()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-'));
     is_word.then(|| word.to_owned())
 }
 

@@ -36,7 +36,10 @@ pub(crate) fn grant(target: &StsTarget) -> Grant {
 }
 
 pub(crate) fn endpoint(url: String) -> StsTarget {
-    StsTarget { region: "eu-central-1".to_owned(), endpoint: Some(url) }
+    StsTarget {
+        region: "eu-central-1".to_owned(),
+        endpoint: Some(url),
+    }
 }
 
 pub(crate) fn plain(server: &FakeSts) -> StsTarget {
@@ -57,7 +60,12 @@ fn sts(settings: Settings) -> Sts {
 }
 
 fn network(variables: &[(&str, String)]) -> NetworkSettings {
-    NetworkSettings::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| v.clone()))
+    NetworkSettings::from_env(|name| {
+        variables
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, v)| v.clone())
+    })
 }
 
 const NAMESPACE: &str = r#" xmlns="https://sts.amazonaws.com/doc/2011-06-15/""#;
@@ -96,7 +104,11 @@ pub(crate) fn refusal(status: u16, code: &str, message: &str) -> StsReply {
 async fn assume_of(reply: StsReply) -> (Result<Credentials, StsError>, FakeSts) {
     let server = FakeSts::start(move |_, _| reply.clone()).await;
     let sts = sts(settings());
-    (sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1)).await, server)
+    (
+        sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1))
+            .await,
+        server,
+    )
 }
 
 #[tokio::test]
@@ -106,13 +118,18 @@ async fn the_request_is_the_grant_and_the_token_unsigned() {
     let role = Role {
         duration: Duration::from_secs(900),
         policy: Some(r#"{"Version":"2012-10-17","Statement":[]}"#.to_owned()),
-        policy_arns: vec!["arn:aws:iam::aws:policy/A".to_owned(), "arn:aws:iam::aws:policy/B".to_owned()],
+        policy_arns: vec![
+            "arn:aws:iam::aws:policy/A".to_owned(),
+            "arn:aws:iam::aws:policy/B".to_owned(),
+        ],
         ..(*narrowed.role).clone()
     };
     narrowed.role = Arc::new(role);
     let token = svid_for(&billing(), 300, 1);
     sts(settings()).assume(&narrowed, &token).await.unwrap();
-    let [request] = &server.received()[..] else { panic!("not exactly one request") };
+    let [request] = &server.received()[..] else {
+        panic!("not exactly one request")
+    };
     let expected = [
         ("Action", "AssumeRoleWithWebIdentity"),
         ("Version", "2011-06-15"),
@@ -126,14 +143,31 @@ async fn the_request_is_the_grant_and_the_token_unsigned() {
     ];
     let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
     assert_eq!(request.form, HashMap::from(expected));
-    assert_eq!(request.uri, "/", "the token belongs into the body: URLs are logged");
-    assert!(!request.headers.contains_key("authorization"), "{:?}", request.headers);
-    assert!(!request.headers.contains_key("x-amz-security-token"), "{:?}", request.headers);
+    assert_eq!(
+        request.uri, "/",
+        "the token belongs into the body: URLs are logged"
+    );
+    assert!(
+        !request.headers.contains_key("authorization"),
+        "{:?}",
+        request.headers
+    );
+    assert!(
+        !request.headers.contains_key("x-amz-security-token"),
+        "{:?}",
+        request.headers
+    );
 
     // Without policies, no such parameter.
-    sts(settings()).assume(&grant(&plain(&server)), &token).await.unwrap();
+    sts(settings())
+        .assume(&grant(&plain(&server)), &token)
+        .await
+        .unwrap();
     let plain = &server.received()[1].form;
-    assert!(plain.keys().all(|name| !name.starts_with("Policy")), "{plain:?}");
+    assert!(
+        plain.keys().all(|name| !name.starts_with("Policy")),
+        "{plain:?}"
+    );
 }
 
 #[tokio::test]
@@ -144,8 +178,16 @@ async fn answers_of_several_makes_are_read() {
          <Credentials>{CREDENTIALS}</Credentials></AssumeRoleWithWebIdentityResult><ResponseMetadata><RequestId>1\
          </RequestId></ResponseMetadata></AssumeRoleWithWebIdentityResponse>"
     );
-    let bare = minio.replace("<AssumedRoleUser><Arn></Arn><AssumeRoleId></AssumeRoleId></AssumedRoleUser>", "");
-    let with = |expiration: &str| success(NAMESPACE, &CREDENTIALS.replace("2026-01-01T01:00:00Z", expiration));
+    let bare = minio.replace(
+        "<AssumedRoleUser><Arn></Arn><AssumeRoleId></AssumeRoleId></AssumedRoleUser>",
+        "",
+    );
+    let with = |expiration: &str| {
+        success(
+            NAMESPACE,
+            &CREDENTIALS.replace("2026-01-01T01:00:00Z", expiration),
+        )
+    };
     let replies = [
         good(),
         success("", CREDENTIALS),
@@ -159,7 +201,10 @@ async fn answers_of_several_makes_are_read() {
         with("2026-01-01t01:00:00z"),
     ];
     for (row, reply) in replies.into_iter().enumerate() {
-        let credentials = assume_of(reply).await.0.unwrap_or_else(|error| panic!("row {row}: {error}"));
+        let credentials = assume_of(reply)
+            .await
+            .0
+            .unwrap_or_else(|error| panic!("row {row}: {error}"));
         assert_eq!(credentials.access_key_id, "ASIAEXAMPLE");
         assert_eq!(credentials.secret_access_key.as_str(), "secret+/key");
         assert_eq!(credentials.session_token.as_str(), "session//token==");
@@ -190,13 +235,19 @@ async fn an_answer_that_cannot_be_used_is_an_error() {
         page("<html><body>Please log in to the network</body></html>"),
         page("<html><body>Please log in"),
         page("<AssumeRoleResponse></AssumeRoleResponse>"),
-        page(&format!("<AssumeRoleWithWebIdentityResponse{NAMESPACE}></AssumeRoleWithWebIdentityResponse>")),
+        page(&format!(
+            "<AssumeRoleWithWebIdentityResponse{NAMESPACE}></AssumeRoleWithWebIdentityResponse>"
+        )),
         page("{\"Credentials\":{}}"),
         StsReply::Body(204, "text/xml", String::new()),
     ];
     for (row, reply) in replies.into_iter().enumerate() {
         let error = assume_of(reply).await.0.expect_err(&format!("row {row}"));
-        assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_bad_answer"), "row {row}: {error}");
+        assert_eq!(
+            (error.again, error.reason),
+            (RetryPolicy::Later, "sts_bad_answer"),
+            "row {row}: {error}"
+        );
         assert!(
             !error.to_string().contains("secret+/key") && !error.to_string().contains("log in"),
             "row {row}: {error}"
@@ -216,15 +267,51 @@ async fn refusals_on_the_wire_have_their_meaning() {
             NewToken,
             "sts_expired_token",
         ),
-        (400, "InvalidIdentityToken", keys, Later, "sts_issuer_unreachable"),
-        (400, "InvalidIdentityToken", "Incorrect token audience", NewToken, "sts_invalid_token"),
-        (400, "IDPCommunicationError", "", Later, "sts_issuer_unreachable"),
+        (
+            400,
+            "InvalidIdentityToken",
+            keys,
+            Later,
+            "sts_issuer_unreachable",
+        ),
+        (
+            400,
+            "InvalidIdentityToken",
+            "Incorrect token audience",
+            NewToken,
+            "sts_invalid_token",
+        ),
+        (
+            400,
+            "IDPCommunicationError",
+            "",
+            Later,
+            "sts_issuer_unreachable",
+        ),
         (403, "IDPRejectedClaim", "", NewToken, "sts_invalid_token"),
-        (403, "AccessDenied", "Not authorized to perform sts:AssumeRoleWithWebIdentity", Never, "sts_access_denied"),
-        (403, "RegionDisabledException", "", Never, "sts_region_disabled"),
+        (
+            403,
+            "AccessDenied",
+            "Not authorized to perform sts:AssumeRoleWithWebIdentity",
+            Never,
+            "sts_access_denied",
+        ),
+        (
+            403,
+            "RegionDisabledException",
+            "",
+            Never,
+            "sts_region_disabled",
+        ),
         (400, "MalformedPolicyDocument", "", Never, "sts_bad_policy"),
         (400, "PackedPolicyTooLarge", "", Never, "sts_bad_policy"),
-        (400, "ValidationError", "The requested DurationSeconds exceeds the maximum", Never, "sts_bad_request"),
+        (
+            400,
+            "ValidationError",
+            "The requested DurationSeconds exceeds the maximum",
+            Never,
+            "sts_bad_request",
+        ),
         (400, "Throttling", "Rate exceeded", Later, "sts_throttled"),
         (503, "SlowDown", "", Later, "sts_throttled"),
         (500, "InternalFailure", "", Later, "sts_unavailable"),
@@ -236,33 +323,70 @@ async fn refusals_on_the_wire_have_their_meaning() {
     for (status, code, message, again, reason) in table {
         let (result, server) = assume_of(refusal(status, code, message)).await;
         let error = result.unwrap_err();
-        assert_eq!((error.again, error.reason, error.code.as_str()), (again, reason, code), "{error}");
-        assert!(error.to_string().contains(message) && error.to_string().contains(ARN), "{error}");
-        assert_eq!(server.received().len(), 1, "{code}: the SDK must not try again by itself");
+        assert_eq!(
+            (error.again, error.reason, error.code.as_str()),
+            (again, reason, code),
+            "{error}"
+        );
+        assert!(
+            error.to_string().contains(message) && error.to_string().contains(ARN),
+            "{error}"
+        );
+        assert_eq!(
+            server.received().len(),
+            1,
+            "{code}: the SDK must not try again by itself"
+        );
     }
 }
 
 #[tokio::test]
 async fn answers_from_something_else_are_judged_by_their_status() {
     use RetryPolicy::{Later, Never};
-    let html = || "<html><head><title>503</title></head><body><p>Secret page<br></body></html>".to_owned();
+    let html =
+        || "<html><head><title>503</title></head><body><p>Secret page<br></body></html>".to_owned();
     let table = [
         (503, html(), Later, "sts_unavailable"),
         (502, String::new(), Later, "sts_unavailable"),
-        (504, "upstream request timeout".to_owned(), Later, "sts_unavailable"),
+        (
+            504,
+            "upstream request timeout".to_owned(),
+            Later,
+            "sts_unavailable",
+        ),
         (429, html(), Later, "sts_throttled"),
         (403, html(), Never, "sts_refused"),
         (403, String::new(), Never, "sts_refused"),
         (404, "404 page not found".to_owned(), Never, "sts_refused"),
         (405, html(), Never, "sts_misconfigured"),
-        (400, "<ErrorResponse><Error><Code></Code></Error></ErrorResponse>".to_owned(), Never, "sts_refused"),
-        (403, r#"{"message":"Secret page"}"#.to_owned(), Never, "sts_refused"),
+        (
+            400,
+            "<ErrorResponse><Error><Code></Code></Error></ErrorResponse>".to_owned(),
+            Never,
+            "sts_refused",
+        ),
+        (
+            403,
+            r#"{"message":"Secret page"}"#.to_owned(),
+            Never,
+            "sts_refused",
+        ),
     ];
     for (status, body, again, reason) in table {
-        let error = assume_of(StsReply::Body(status, "text/html", body)).await.0.unwrap_err();
-        assert_eq!((error.again, error.reason, error.code.as_str()), (again, reason, ""), "{error}");
+        let error = assume_of(StsReply::Body(status, "text/html", body))
+            .await
+            .0
+            .unwrap_err();
+        assert_eq!(
+            (error.again, error.reason, error.code.as_str()),
+            (again, reason, ""),
+            "{error}"
+        );
         let text = error.to_string();
-        assert!(text.contains(&format!("HTTP {status}")) && !text.contains("Secret page"), "{error}");
+        assert!(
+            text.contains(&format!("HTTP {status}")) && !text.contains("Secret page"),
+            "{error}"
+        );
     }
 }
 
@@ -275,26 +399,64 @@ async fn code_in_another_shape_has_its_meaning() {
             "application/xml",
             "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>{}</Message></Error>",
         ),
-        (403, "text/plain", "<Error><Code>AccessDenied</Code><Message>{}</Message><RequestId>r</RequestId></Error>"),
+        (
+            403,
+            "text/plain",
+            "<Error><Code>AccessDenied</Code><Message>{}</Message><RequestId>r</RequestId></Error>",
+        ),
         (
             400,
             "text/xml",
             "<ErrorResponse><Error><Code>AccessDenied</Code><Message>{}</Message></Error></ErrorResponse>",
         ),
-        (403, "application/json", r#"{"Error":{"Code":"AccessDenied","Message":"{}"}}"#),
-        (403, "application/x-amz-json-1.1", r#"{"__type":"AccessDeniedException","message":"{}"}"#),
-        (403, "application/json", r#"{"code":"AccessDenied","message":"{}"}"#),
+        (
+            403,
+            "application/json",
+            r#"{"Error":{"Code":"AccessDenied","Message":"{}"}}"#,
+        ),
+        (
+            403,
+            "application/x-amz-json-1.1",
+            r#"{"__type":"AccessDeniedException","message":"{}"}"#,
+        ),
+        (
+            403,
+            "application/json",
+            r#"{"code":"AccessDenied","message":"{}"}"#,
+        ),
         // Some say no with a success.
-        (200, "application/xml", "<Error><Code>AccessDenied</Code><Message>{}</Message></Error>"),
-        (200, "application/json", r#"{"Error":{"Code":"AccessDenied","Message":"{}"}}"#),
+        (
+            200,
+            "application/xml",
+            "<Error><Code>AccessDenied</Code><Message>{}</Message></Error>",
+        ),
+        (
+            200,
+            "application/json",
+            r#"{"Error":{"Code":"AccessDenied","Message":"{}"}}"#,
+        ),
     ];
     for (status, kind, body) in table {
         for message in ["", "Not authorized"] {
-            let (result, _server) = assume_of(StsReply::Body(status, kind, body.replace("{}", message))).await;
+            let (result, _server) =
+                assume_of(StsReply::Body(status, kind, body.replace("{}", message))).await;
             let error = result.unwrap_err();
-            assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_access_denied"), "{body}: {error}");
-            assert!(error.what.contains(message) && error.what.contains("AccessDenied"), "{body}: {error}");
-            assert!(error.fix.as_ref().is_some_and(|fix| fix.contains("the trust policy of")), "{body}: {error}");
+            assert_eq!(
+                (error.again, error.reason),
+                (RetryPolicy::Never, "sts_access_denied"),
+                "{body}: {error}"
+            );
+            assert!(
+                error.what.contains(message) && error.what.contains("AccessDenied"),
+                "{body}: {error}"
+            );
+            assert!(
+                error
+                    .fix
+                    .as_ref()
+                    .is_some_and(|fix| fix.contains("the trust policy of")),
+                "{body}: {error}"
+            );
         }
     }
 }
@@ -302,9 +464,14 @@ async fn code_in_another_shape_has_its_meaning() {
 #[tokio::test]
 async fn a_redirect_is_not_followed_with_the_token() {
     let elsewhere = FakeSts::start(|_, _| good()).await;
-    let (result, _server) = assume_of(StsReply::Redirect(format!("http://{}/", elsewhere.address))).await;
+    let (result, _server) =
+        assume_of(StsReply::Redirect(format!("http://{}/", elsewhere.address))).await;
     let error = result.unwrap_err();
-    assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_refused"), "{error}");
+    assert_eq!(
+        (error.again, error.reason),
+        (RetryPolicy::Never, "sts_refused"),
+        "{error}"
+    );
     assert!(elsewhere.received().is_empty());
 }
 
@@ -312,22 +479,43 @@ async fn a_redirect_is_not_followed_with_the_token() {
 async fn no_whole_answer_is_an_outage() {
     for reply in [StsReply::Never, StsReply::Stalls] {
         let server = FakeSts::start(move |_, _| reply.clone()).await;
-        let sts = sts(Settings { timeout: Duration::from_millis(200), ..settings() });
-        let error = sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-        assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
+        let sts = sts(Settings {
+            timeout: Duration::from_millis(200),
+            ..settings()
+        });
+        let error = sts
+            .assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1))
+            .await
+            .unwrap_err();
+        assert_eq!(
+            (error.again, error.reason),
+            (RetryPolicy::Later, "sts_unreachable"),
+            "{error}"
+        );
         assert!(error.to_string().contains("within 200ms"), "{error}");
     }
     let endless = StsReply::Body(200, "text/xml", "x".repeat(1024 * 1024));
     for reply in [StsReply::Breaks, endless] {
         let error = assume_of(reply).await.0.unwrap_err();
-        assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
+        assert_eq!(
+            (error.again, error.reason),
+            (RetryPolicy::Later, "sts_unreachable"),
+            "{error}"
+        );
     }
     // A port that is taken, so that nobody else can, but not listened at.
     let taken = tokio::net::TcpSocket::new_v4().unwrap();
     taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let target = endpoint(format!("http://{}", taken.local_addr().unwrap()));
-    let error = sts(settings()).assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-    assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
+    let error = sts(settings())
+        .assume(&grant(&target), &svid_for(&billing(), 300, 1))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (error.again, error.reason),
+        (RetryPolicy::Later, "sts_unreachable"),
+        "{error}"
+    );
     assert!(error.to_string().contains("Connection refused"), "{error}");
 }
 
@@ -338,12 +526,25 @@ async fn what_cannot_be_sent_is_a_misconfiguration() {
         endpoint("minio.internal:9000".to_owned()),
         endpoint("ftp://minio.internal".to_owned()),
         endpoint(String::new()),
-        StsTarget { region: "not a region!".to_owned(), endpoint: None },
-        StsTarget { region: String::new(), endpoint: None },
+        StsTarget {
+            region: "not a region!".to_owned(),
+            endpoint: None,
+        },
+        StsTarget {
+            region: String::new(),
+            endpoint: None,
+        },
     ];
     for target in targets {
-        let error = sts(settings()).assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-        assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_misconfigured"), "{target:?}: {error}");
+        let error = sts(settings())
+            .assume(&grant(&target), &svid_for(&billing(), 300, 1))
+            .await
+            .unwrap_err();
+        assert_eq!(
+            (error.again, error.reason),
+            (RetryPolicy::Never, "sts_misconfigured"),
+            "{target:?}: {error}"
+        );
         assert!(!error.to_string().contains("Request"), "{error}");
     }
 }
@@ -355,56 +556,105 @@ async fn neither_logs_nor_errors_show_the_token_or_the_credentials() {
     let echo = |status: u16| {
         move |_: usize, request: &fake::Received| {
             let token = &request.form["WebIdentityToken"];
-            let message = format!("1 validation error: Value '{token}' at 'webIdentityToken', {}...", &token[..50]);
+            let message = format!(
+                "1 validation error: Value '{token}' at 'webIdentityToken', {}...",
+                &token[..50]
+            );
             refusal(status, &token[..80], &message)
         }
     };
-    for server in [FakeSts::start(echo(400)).await, FakeSts::start(echo(503)).await] {
-        let error = sts(settings()).assume(&grant(&plain(&server)), &token).await.unwrap_err();
+    for server in [
+        FakeSts::start(echo(400)).await,
+        FakeSts::start(echo(503)).await,
+    ] {
+        let error = sts(settings())
+            .assume(&grant(&plain(&server)), &token)
+            .await
+            .unwrap_err();
         let shown = format!("{error} {error:?}");
         assert!(shown.contains("[token]"), "{shown}");
         for part in token.secret().split('.') {
             assert!(!shown.contains(&part[..20]), "{shown}");
         }
     }
-    for reply in [good(), StsReply::Breaks, StsReply::Body(200, "text/xml", "secret+/key".to_owned())] {
+    for reply in [
+        good(),
+        StsReply::Breaks,
+        StsReply::Body(200, "text/xml", "secret+/key".to_owned()),
+    ] {
         let _ = assume_of(reply).await;
     }
     let text = log.text();
-    assert!(text.contains("TRACE") && text.contains("hyper"), "the log was on: {text}");
-    for secret in token.secret().split('.').chain(["secret+/key", "session//token=="]) {
-        assert!(!text.contains(secret), "{}", text.lines().find(|line| line.contains(secret)).unwrap());
+    assert!(
+        text.contains("TRACE") && text.contains("hyper"),
+        "the log was on: {text}"
+    );
+    for secret in token
+        .secret()
+        .split('.')
+        .chain(["secret+/key", "session//token=="])
+    {
+        assert!(
+            !text.contains(secret),
+            "{}",
+            text.lines().find(|line| line.contains(secret)).unwrap()
+        );
     }
 }
 
 #[tokio::test]
 async fn no_more_calls_are_under_way_than_allowed() {
     let meeting = Meeting::new();
-    let StsReply::Body(_, _, body) = good() else { unreachable!() };
+    let StsReply::Body(_, _, body) = good() else {
+        unreachable!()
+    };
     let reply = StsReply::Together(meeting.clone(), body);
     let server = FakeSts::start(move |_, _| reply.clone()).await;
-    let sts = Arc::new(sts(Settings { max_concurrent: 2, ..settings() }));
+    let sts = Arc::new(sts(Settings {
+        max_concurrent: 2,
+        ..settings()
+    }));
     let calls: Vec<_> = (0..8)
         .map(|serial| {
             let (sts, grant) = (sts.clone(), grant(&plain(&server)));
-            tokio::spawn(async move { sts.assume(&grant, &svid_for(&billing(), 300, serial)).await })
+            tokio::spawn(
+                async move { sts.assume(&grant, &svid_for(&billing(), 300, serial)).await },
+            )
         })
         .collect();
     for call in calls {
         call.await.unwrap().unwrap();
     }
-    assert_eq!(meeting.most.load(Ordering::SeqCst), 2, "two at once, and never more");
+    assert_eq!(
+        meeting.most.load(Ordering::SeqCst),
+        2,
+        "two at once, and never more"
+    );
     assert_eq!(server.received().len(), 8);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_call_that_never_gets_its_turn_ends() {
-    let sts = sts(Settings { max_concurrent: 1, ..settings() });
-    let _other = sts.turns.acquire(&SpiffeId::parse("spiffe://example.org/other").unwrap()).await.unwrap();
+    let sts = sts(Settings {
+        max_concurrent: 1,
+        ..settings()
+    });
+    let _other = sts
+        .turns
+        .acquire(&SpiffeId::parse("spiffe://example.org/other").unwrap())
+        .await
+        .unwrap();
     let start = tokio::time::Instant::now();
     let target = endpoint("http://127.0.0.1:9".to_owned());
-    let error = sts.assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-    assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_busy"), "{error}");
+    let error = sts
+        .assume(&grant(&target), &svid_for(&billing(), 300, 1))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (error.again, error.reason),
+        (RetryPolicy::Later, "sts_busy"),
+        "{error}"
+    );
     assert_eq!(start.elapsed(), crate::limits::ACQUIRE_TIMEOUT);
 }
 
@@ -416,10 +666,20 @@ async fn one_workload_has_a_quarter_of_the_turns() {
         held.push(sts.turns.acquire(&billing()).await.unwrap());
     }
     let mine = grant(&endpoint("http://127.0.0.1:9".to_owned()));
-    let other = Grant { spiffe_id: SpiffeId::parse("spiffe://example.org/other").unwrap(), ..mine.clone() };
+    let other = Grant {
+        spiffe_id: SpiffeId::parse("spiffe://example.org/other").unwrap(),
+        ..mine.clone()
+    };
     let token = svid_for(&billing(), 300, 1);
-    assert_eq!(sts.assume(&mine, &token).await.unwrap_err().reason, "sts_busy");
-    assert_eq!(sts.assume(&other, &token).await.unwrap_err().reason, "sts_unreachable", "it was sent");
+    assert_eq!(
+        sts.assume(&mine, &token).await.unwrap_err().reason,
+        "sts_busy"
+    );
+    assert_eq!(
+        sts.assume(&other, &token).await.unwrap_err().reason,
+        "sts_unreachable",
+        "it was sent"
+    );
 }
 
 #[tokio::test]
@@ -427,26 +687,46 @@ async fn one_client_and_its_connection_serve_one_place() {
     let server = FakeSts::start(|_, _| good()).await;
     let sts = sts(settings());
     for serial in 0..3 {
-        sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, serial)).await.unwrap();
+        sts.assume(&grant(&plain(&server)), &svid_for(&billing(), 300, serial))
+            .await
+            .unwrap();
     }
-    let connections: Vec<_> = server.received().iter().map(|request| request.connection).collect();
+    let connections: Vec<_> = server
+        .received()
+        .iter()
+        .map(|request| request.connection)
+        .collect();
     assert_eq!(connections, [0, 0, 0]);
-    let other = StsTarget { region: "us-east-1".to_owned(), ..plain(&server) };
-    sts.assume(&grant(&other), &svid_for(&billing(), 300, 9)).await.unwrap();
+    let other = StsTarget {
+        region: "us-east-1".to_owned(),
+        ..plain(&server)
+    };
+    sts.assume(&grant(&other), &svid_for(&billing(), 300, 9))
+        .await
+        .unwrap();
     assert_eq!(sts.clients.lock().unwrap().len(), 2);
 }
 
 #[tokio::test]
 async fn whether_sts_answers() {
-    let server =
-        FakeSts::start(|_, _| refusal(400, "InvalidIdentityToken", "The ID Token provided is not a valid JWT")).await;
+    let server = FakeSts::start(|_, _| {
+        refusal(
+            400,
+            "InvalidIdentityToken",
+            "The ID Token provided is not a valid JWT",
+        )
+    })
+    .await;
     sts(settings()).probe(&plain(&server)).await.unwrap();
     assert_eq!(server.received()[0].form["WebIdentityToken"], "none");
     let server = FakeSts::start(|_, _| StsReply::Body(503, "text/html", String::new())).await;
     sts(settings()).probe(&plain(&server)).await.unwrap();
     for reply in [StsReply::Never, StsReply::Breaks] {
         let server = FakeSts::start(move |_, _| reply.clone()).await;
-        let sts = sts(Settings { timeout: Duration::from_millis(200), ..settings() });
+        let sts = sts(Settings {
+            timeout: Duration::from_millis(200),
+            ..settings()
+        });
         let error = sts.probe(&plain(&server)).await.unwrap_err();
         assert_eq!(error.reason, "sts_unreachable", "{error}");
     }

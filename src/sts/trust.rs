@@ -74,12 +74,18 @@ struct RootsState {
 impl Roots {
     /// The certificates in a file.
     pub(super) fn of_file(path: &Path) -> Arc<Self> {
-        Arc::new(Self { file: Some(path.to_owned()), state: Mutex::default() })
+        Arc::new(Self {
+            file: Some(path.to_owned()),
+            state: Mutex::default(),
+        })
     }
 
     /// Those that this system trusts.
     pub(super) fn of_system() -> Arc<Self> {
-        Arc::new(Self { file: None, state: Mutex::default() })
+        Arc::new(Self {
+            file: None,
+            state: Mutex::default(),
+        })
     }
 
     /// Returns the certificates, which are loaded once and then kept. If they are missing, the error is logged once, and a task in
@@ -88,7 +94,11 @@ impl Roots {
     pub(super) async fn store(self: &Arc<Self>) -> Result<TrustStore, NoRoots> {
         let mut state = self.state.lock().await;
         if state.pem.is_none() {
-            if let Some((problem, _)) = state.problem.as_ref().filter(|(_, at)| at.elapsed() < RELOAD_PAUSE) {
+            if let Some((problem, _)) = state
+                .problem
+                .as_ref()
+                .filter(|(_, at)| at.elapsed() < RELOAD_PAUSE)
+            {
                 return Err(problem.clone());
             }
             let found = self.load(&mut state).await;
@@ -111,7 +121,11 @@ impl Roots {
         found.unwrap_or_else(|error| Err(NoRoots::Missing(error.to_string())))
     }
 
-    fn note(self: &Arc<Self>, state: &mut RootsState, found: Result<Vec<u8>, NoRoots>) -> Result<(), NoRoots> {
+    fn note(
+        self: &Arc<Self>,
+        state: &mut RootsState,
+        found: Result<Vec<u8>, NoRoots>,
+    ) -> Result<(), NoRoots> {
         match found {
             Ok(pem) => {
                 if state.problem.take().is_some() {
@@ -121,7 +135,10 @@ impl Roots {
                 Ok(())
             }
             Err(problem) => {
-                let is_new = state.problem.as_ref().is_none_or(|(before, _)| *before != problem);
+                let is_new = state
+                    .problem
+                    .as_ref()
+                    .is_none_or(|(before, _)| *before != problem);
                 if is_new {
                     tracing::warn!(
                         error = problem.text(),
@@ -151,7 +168,8 @@ async fn watch(roots: Weak<Roots>) {
 
 fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
     let at = |text: &str| format!("`ca_file` {}: {text}", path.display());
-    let (pem, exposed) = read_unexposed(path).map_err(|error| NoRoots::Missing(at(&error.to_string())))?;
+    let (pem, exposed) =
+        read_unexposed(path).map_err(|error| NoRoots::Missing(at(&error.to_string())))?;
     let invalid = |text: &str| NoRoots::Invalid(at(text));
     if let Some(exposed) = exposed {
         return Err(invalid(&exposed));
@@ -159,11 +177,15 @@ fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
     let certificates = certificates.map_err(|_| invalid("it is no valid PEM file"))?;
     if certificates.is_empty() {
-        return Err(invalid("there is no certificate in it (`-----BEGIN CERTIFICATE-----`)"));
+        return Err(invalid(
+            "there is no certificate in it (`-----BEGIN CERTIFICATE-----`)",
+        ));
     }
     let mut store = RootCertStore::empty();
     for certificate in certificates {
-        store.add(certificate).map_err(|_| invalid("one of its certificates cannot be read"))?;
+        store
+            .add(certificate)
+            .map_err(|_| invalid("one of its certificates cannot be read"))?;
     }
     Ok(pem)
 }
@@ -171,7 +193,10 @@ fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
 /// The content, and each way in which another user could change it. The file that is checked is the one that is read.
 fn read_unexposed(path: &Path) -> io::Result<(Vec<u8>, Option<String>)> {
     let mut file = File::open(path)?;
-    let exposed: Vec<_> = exposures(path, &file.metadata()?, NOUN).iter().map(ToString::to_string).collect();
+    let exposed: Vec<_> = exposures(path, &file.metadata()?, NOUN)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
     let mut content = Vec::new();
     file.read_to_end(&mut content)?;
     Ok((content, (!exposed.is_empty()).then(|| exposed.join(", "))))
@@ -182,16 +207,28 @@ fn read_system() -> Result<Vec<u8>, NoRoots> {
     check_variables(|name| std::env::var_os(name)).map_err(NoRoots::Invalid)?;
     let loaded = rustls_native_certs::load_native_certs();
     let mut store = RootCertStore::empty();
-    let usable: Vec<_> = loaded.certs.into_iter().filter(|found| store.add(found.clone()).is_ok()).collect();
+    let usable: Vec<_> = loaded
+        .certs
+        .into_iter()
+        .filter(|found| store.add(found.clone()).is_ok())
+        .collect();
     if !usable.is_empty() {
-        return Ok(usable.iter().map(|certificate| to_pem(certificate)).collect::<String>().into_bytes());
+        return Ok(usable
+            .iter()
+            .map(|certificate| to_pem(certificate))
+            .collect::<String>()
+            .into_bytes());
     }
     let variables = SYSTEM_VARIABLES.iter().filter_map(|name| {
         let value = std::env::var_os(name)?;
         Some(format!("{} ({name})", value.display()))
     });
     let variables: Vec<String> = variables.collect();
-    let places = if variables.is_empty() { SYSTEM_PLACES.to_owned() } else { variables.join(", ") };
+    let places = if variables.is_empty() {
+        SYSTEM_PLACES.to_owned()
+    } else {
+        variables.join(", ")
+    };
     Err(NoRoots::Missing(format!(
         "this system trusts no CA certificates: there are none in {places}; install its package of them (ca-certificates), or set \
          SSL_CERT_FILE"
@@ -203,9 +240,15 @@ fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), String>
     for name in SYSTEM_VARIABLES {
         let value = env(name).unwrap_or_default();
         for path in std::env::split_paths(&value) {
-            let entries = std::fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path());
+            let entries = std::fs::read_dir(&path)
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| entry.path());
             for path in entries.chain([path.clone()]) {
-                let Ok(found) = std::fs::metadata(&path) else { continue };
+                let Ok(found) = std::fs::metadata(&path) else {
+                    continue;
+                };
                 if let Some(exposed) = exposures(&path, &found, NOUN).first() {
                     return Err(format!("{name} leads to {}: {exposed}", path.display()));
                 }

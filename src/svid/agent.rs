@@ -23,8 +23,14 @@ pub trait AttestingAgent: Send + Sync + fmt::Debug {
     }
 
     /// The SVIDs of a pod, likewise.
-    async fn fetch_for_pod(&self, _pod: &PodUid, _audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
-        Err(SourceError::Misconfigured("this agent is not told of pods".to_owned()))
+    async fn fetch_for_pod(
+        &self,
+        _pod: &PodUid,
+        _audience: &str,
+    ) -> Result<Vec<AgentSvid>, SourceError> {
+        Err(SourceError::Misconfigured(
+            "this agent is not told of pods".to_owned(),
+        ))
     }
 
     /// The daemon's own identities, as they are now.
@@ -45,7 +51,9 @@ pub trait AttestingAgent: Send + Sync + fmt::Debug {
 }
 
 /// The daemon's own identities, by what the agent says of its process.
-pub(super) fn own_by_process(said: Result<Vec<AgentSvid>, SourceError>) -> Result<Vec<String>, SourceError> {
+pub(super) fn own_by_process(
+    said: Result<Vec<AgentSvid>, SourceError>,
+) -> Result<Vec<String>, SourceError> {
     match said {
         Ok(svids) => Ok(svids.into_iter().map(|svid| svid.spiffe_id).collect()),
         Err(SourceError::Denied(said)) => Err(SourceError::Unavailable(format!(
@@ -68,12 +76,19 @@ pub struct AgentSvid {
 
 impl fmt::Debug for AgentSvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Svid").field("spiffe_id", &self.spiffe_id).field("hint", &self.hint).finish_non_exhaustive()
+        f.debug_struct("Svid")
+            .field("spiffe_id", &self.spiffe_id)
+            .field("hint", &self.hint)
+            .finish_non_exhaustive()
     }
 }
 
 impl AgentSvid {
     pub(super) fn new(spiffe_id: String, token: String, hint: String) -> Self {
-        Self { spiffe_id, token: Zeroizing::new(token), hint: Some(hint).filter(|hint| !hint.is_empty()) }
+        Self {
+            spiffe_id,
+            token: Zeroizing::new(token),
+            hint: Some(hint).filter(|hint| !hint.is_empty()),
+        }
     }
 }

@@ -17,7 +17,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::agent::{AgentSvid, AttestingAgent};
 use super::log_limit::{LogLimiter, LogPermit};
-use super::memory::{FACTS_FOR_AGENT, IdentityCache, IdentityLookup, IdentityResult, Subject, is_known};
+use super::memory::{
+    FACTS_FOR_AGENT, IdentityCache, IdentityLookup, IdentityResult, Subject, is_known,
+};
 use super::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 use crate::caller::{AttestError, Caller, ProcessFacts, WorkloadKey};
 use crate::cgroup::PodUid;
@@ -47,8 +49,12 @@ const NEW_POD_AGE: Duration = Duration::from_secs(10);
 /// ... so it is asked about again after this time, twice as long before each one after that, for as long as somebody waits.
 const NEW_POD_RETRY: Duration = Duration::from_millis(100);
 /// How long to wait each time that an execution was counted while the agent looked at a process, before it is asked again.
-const EXEC_RETRY_PAUSES: [Duration; 4] =
-    [Duration::from_millis(20), Duration::from_millis(40), Duration::from_millis(80), Duration::ZERO];
+const EXEC_RETRY_PAUSES: [Duration; 4] = [
+    Duration::from_millis(20),
+    Duration::from_millis(40),
+    Duration::from_millis(80),
+    Duration::ZERO,
+];
 /// How long it is believed which identities the daemon itself has ...
 const OWN_ID_TTL: Duration = Duration::from_secs(60);
 /// ... or for so long, once the agent did not say ...
@@ -96,14 +102,22 @@ struct HeldToken {
 
 impl fmt::Debug for AgentSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Attesting").field("agent", &self.0.agent).finish_non_exhaustive()
+        f.debug_struct("Attesting")
+            .field("agent", &self.0.agent)
+            .finish_non_exhaustive()
     }
 }
 
 impl AgentSource {
     /// With tokens for `audience` unless a role wants another one; `most` processes are remembered. To be called within a
     /// tokio runtime.
-    pub fn new(agent: Arc<dyn AttestingAgent>, audience: String, most: usize, clock: Clock, metrics: Metrics) -> Self {
+    pub fn new(
+        agent: Arc<dyn AttestingAgent>,
+        audience: String,
+        most: usize,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> Self {
         let shared = Arc::new(AgentSourceInner {
             agent,
             audience,
@@ -142,7 +156,12 @@ impl IdentitySource for AgentSource {
         wait(asked).await.map(|identities| identities.to_vec())
     }
 
-    async fn token(&self, caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+    async fn token(
+        &self,
+        caller: &Arc<Caller>,
+        id: &SpiffeId,
+        audience: &str,
+    ) -> Result<JwtSvid, SourceError> {
         let subject = self.0.subject(caller)?;
         if audience == self.0.audience
             && let Some(token) = self.0.take_token(&subject, id)
@@ -151,9 +170,14 @@ impl IdentitySource for AgentSource {
         }
         let svids = self.0.query(caller, audience).await?;
         let is_own = self.0.own(OWN_ID_TTL).await?.contains(id);
-        let tokens = svids.into_iter().filter(|svid| svid.spiffe_id == id.as_str() && !is_own).map(|svid| svid.token);
+        let tokens = svids
+            .into_iter()
+            .filter(|svid| svid.spiffe_id == id.as_str() && !is_own)
+            .map(|svid| svid.token);
         JwtSvid::check_any(tokens, id, audience, self.0.clock.now())?.ok_or_else(|| {
-            SourceError::Denied(format!("the SPIFFE agent does not give {id} to this workload any more"))
+            SourceError::Denied(format!(
+                "the SPIFFE agent does not give {id} to this workload any more"
+            ))
         })
     }
 
@@ -173,10 +197,15 @@ impl IdentitySource for AgentSource {
 
 /// Kubernetes may keep the agent waiting for half a minute. The question goes on, and the next try finds the answer.
 async fn wait(mut asked: watch::Receiver<Option<IdentityResult>>) -> IdentityResult {
-    let too_long = || SourceError::Unavailable("the SPIFFE agent has not answered yet; ask again".to_owned());
-    let said = timeout(REQUEST_HOLD, asked.wait_for(Option::is_some)).await.map_err(|_| too_long())?;
+    let too_long =
+        || SourceError::Unavailable("the SPIFFE agent has not answered yet; ask again".to_owned());
+    let said = timeout(REQUEST_HOLD, asked.wait_for(Option::is_some))
+        .await
+        .map_err(|_| too_long())?;
     // Whoever was to say it is gone only if the daemon ends.
-    said.ok().and_then(|said| said.clone()).unwrap_or_else(|| Err(too_long()))
+    said.ok()
+        .and_then(|said| said.clone())
+        .unwrap_or_else(|| Err(too_long()))
 }
 
 impl AgentSourceInner {
@@ -189,7 +218,11 @@ impl AgentSourceInner {
         let (until, mut pause) = (Instant::now() + REQUEST_HOLD, NEW_POD_RETRY);
         let (said, took) = loop {
             let begun = Instant::now();
-            let said = match self.turns.acquire_within(QUERY_WAIT, &WorkloadKey::of(&caller)).await {
+            let said = match self
+                .turns
+                .acquire_within(QUERY_WAIT, &WorkloadKey::of(&caller))
+                .await
+            {
                 Some(_turn) => self.clone().identities(&caller, Some(&subject)).await,
                 None => Err(SourceError::Busy),
             };
@@ -198,9 +231,11 @@ impl AgentSourceInner {
                 break (said, begun.elapsed());
             }
             if Instant::now() + pause >= until {
-                let text =
-                    "the SPIFFE agent does not know this new pod yet, or has no registration entry for it; ask again";
-                break (Err(SourceError::Unavailable(text.to_owned())), begun.elapsed());
+                let text = "the SPIFFE agent does not know this new pod yet, or has no registration entry for it; ask again";
+                break (
+                    Err(SourceError::Unavailable(text.to_owned())),
+                    begun.elapsed(),
+                );
             }
             // Without a turn: whoever is known gets one meanwhile.
             sleep(pause).await;
@@ -210,7 +245,11 @@ impl AgentSourceInner {
     }
 
     /// What the agent says of this process now: nothing is an answer. Its tokens are kept where an exchange may follow.
-    async fn identities(self: Arc<Self>, caller: &Arc<Caller>, keep: Option<&Subject>) -> IdentityResult {
+    async fn identities(
+        self: Arc<Self>,
+        caller: &Arc<Caller>,
+        keep: Option<&Subject>,
+    ) -> IdentityResult {
         let (shared, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
         let asking = AbortOnDropHandle::new(tokio::spawn(async move {
             match shared.query(&caller, &shared.audience).await {
@@ -224,13 +263,19 @@ impl AgentSourceInner {
         }));
         // A panic in a library below ends that question, not the place in the memory.
         asking.await.unwrap_or_else(|_| {
-            Err(SourceError::Unavailable("an error inside awsvid ended the question; its log has it".to_owned()))
+            Err(SourceError::Unavailable(
+                "an error inside awsvid ended the question; its log has it".to_owned(),
+            ))
         })
     }
 
     /// Returns the identities that an answer proves by a token, without the daemon's own. An identity with several entries, or
     /// from an agent that merges the answers of two others, keeps all of its hints.
-    async fn exclude_own_identities(&self, svids: Vec<AgentSvid>, keep: Option<&Subject>) -> IdentityResult {
+    async fn exclude_own_identities(
+        &self,
+        svids: Vec<AgentSvid>,
+        keep: Option<&Subject>,
+    ) -> IdentityResult {
         let own = self.own(OWN_ID_TTL).await?;
         let (mut identities, mut unproven) = (Vec::new(), None);
         for svid in svids {
@@ -251,18 +296,24 @@ impl AgentSourceInner {
             }
             // Cached credentials of this identity are released without another check of a token.
             if let Err(bad) = JwtSvid::check_subject(&svid.token, &spiffe_id) {
-                if let Some(LogPermit { missed }) = self.log.admit(&format!("not its own {spiffe_id} {bad}")) {
+                if let Some(LogPermit { missed }) =
+                    self.log.admit(&format!("not its own {spiffe_id} {bad}"))
+                {
                     tracing::warn!(%spiffe_id, missed, "the SPIFFE agent gave an identity without a token of its own; it is left out: {bad}");
                 }
                 unproven = Some(bad);
                 continue;
             }
             if let Some(subject) = keep
-                && let Ok(token) = JwtSvid::check(svid.token, &spiffe_id, &self.audience, self.clock.now())
+                && let Ok(token) =
+                    JwtSvid::check(svid.token, &spiffe_id, &self.audience, self.clock.now())
             {
                 self.hold_token(subject, token);
             }
-            let identity = Identity { spiffe_id, hint: svid.hint };
+            let identity = Identity {
+                spiffe_id,
+                hint: svid.hint,
+            };
             if !identities.contains(&identity) {
                 identities.push(identity);
             }
@@ -274,7 +325,11 @@ impl AgentSourceInner {
     }
 
     /// Asks the agent about the caller.
-    async fn query(&self, caller: &Arc<Caller>, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
+    async fn query(
+        &self,
+        caller: &Arc<Caller>,
+        audience: &str,
+    ) -> Result<Vec<AgentSvid>, SourceError> {
         let result = match self.subject(caller)? {
             Subject::Process { .. } => self.query_by_process(caller, audience).await?,
             Subject::Pod(pod) => self.query_by_pod(caller, &pod, audience).await?,
@@ -288,7 +343,11 @@ impl AgentSourceInner {
 
     /// What the agent says of the caller's process; dropped unless it is the same process as before. An execution that was
     /// counted meanwhile, though the process is what it was, may have been another's, so the agent is asked again.
-    async fn query_by_process(&self, caller: &Caller, audience: &str) -> Result<AgentReply, SourceError> {
+    async fn query_by_process(
+        &self,
+        caller: &Caller,
+        audience: &str,
+    ) -> Result<AgentReply, SourceError> {
         for pause in EXEC_RETRY_PAUSES {
             let watch = caller.evidence.watch_exec()?;
             let before = caller.evidence.for_agent().await?;
@@ -307,7 +366,12 @@ impl AgentSourceInner {
 
     /// What the agent says of the caller's pod. A UID is that of one pod for ever, so all there is to see to is that nothing is
     /// had for one that is gone.
-    async fn query_by_pod(&self, caller: &Caller, pod: &PodUid, audience: &str) -> Result<AgentReply, SourceError> {
+    async fn query_by_pod(
+        &self,
+        caller: &Caller,
+        pod: &PodUid,
+        audience: &str,
+    ) -> Result<AgentReply, SourceError> {
         caller.evidence.verify_pod()?;
         let result = self.agent.fetch_for_pod(pod, audience).await;
         self.count(&result);
@@ -316,9 +380,14 @@ impl AgentSourceInner {
     }
 
     fn count(&self, result: &AgentReply) {
-        self.metrics.source_calls.get_or_create(&CallLabel::of(result, SourceError::reason)).inc();
+        self.metrics
+            .source_calls
+            .get_or_create(&CallLabel::of(result, SourceError::reason))
+            .inc();
         let agent = self.agent.endpoint().to_string();
-        self.metrics.health.source(agent, SourceError::of_source(result), self.clock.now());
+        self.metrics
+            .health
+            .source(agent, SourceError::of_source(result), self.clock.now());
     }
 
     /// Logs the agent's reason for a denial, which the caller does not learn.
@@ -344,42 +413,68 @@ impl AgentSourceInner {
                 let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
                 let own = own.as_mut().ok_or(error)?;
                 // Those who wait behind this one don't each try as well.
-                own.fresh_from = Instant::now().checked_sub(OWN_ID_TTL - OWN_ID_RETRY).unwrap_or(own.fresh_from);
+                own.fresh_from = Instant::now()
+                    .checked_sub(OWN_ID_TTL - OWN_ID_RETRY)
+                    .unwrap_or(own.fresh_from);
                 return Ok(own.ids.clone());
             }
             Err(error) => return Err(error),
         };
-        let ids: BTreeSet<SpiffeId> = ids.iter().filter_map(|id| SpiffeId::parse(id).ok()).collect();
+        let ids: BTreeSet<SpiffeId> = ids
+            .iter()
+            .filter_map(|id| SpiffeId::parse(id).ok())
+            .collect();
         let (confirmed, fresh_from) = (Instant::now(), Instant::now());
-        *self.own.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(OwnIds { ids: ids.clone(), confirmed, fresh_from });
+        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(OwnIds {
+            ids: ids.clone(),
+            confirmed,
+            fresh_from,
+        });
         Ok(ids)
     }
 
     fn known_own(&self, age: Duration) -> Option<BTreeSet<SpiffeId>> {
         let own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-        own.as_ref().filter(|own| own.fresh_from.elapsed() < age).map(|own| own.ids.clone())
+        own.as_ref()
+            .filter(|own| own.fresh_from.elapsed() < age)
+            .map(|own| own.ids.clone())
     }
 
     /// Returns when the agent last confirmed the daemon's own identities.
     fn own_confirmed(&self) -> Option<Instant> {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|own| own.confirmed)
+        self.own
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(|own| own.confirmed)
     }
 
     fn hold_token(&self, subject: &Subject, token: JwtSvid) {
         let mut tokens = self.tokens();
-        while tokens.len() >= MAX_TOKENS || tokens.front().is_some_and(|kept| kept.at.elapsed() >= TOKEN_TTL) {
+        while tokens.len() >= MAX_TOKENS
+            || tokens
+                .front()
+                .is_some_and(|kept| kept.at.elapsed() >= TOKEN_TTL)
+        {
             tokens.pop_front();
         }
-        tokens.push_back(HeldToken { subject: subject.clone(), token, at: Instant::now() });
+        tokens.push_back(HeldToken {
+            subject: subject.clone(),
+            token,
+            at: Instant::now(),
+        });
     }
 
     fn take_token(&self, subject: &Subject, id: &SpiffeId) -> Option<JwtSvid> {
         let mut tokens = self.tokens();
         let wanted = |kept: &HeldToken| kept.subject == *subject && kept.token.spiffe_id() == id;
-        let kept = tokens.iter().position(wanted).and_then(|index| tokens.remove(index))?;
+        let kept = tokens
+            .iter()
+            .position(wanted)
+            .and_then(|index| tokens.remove(index))?;
         // A token with a short life may have expired meanwhile.
-        (kept.at.elapsed() < TOKEN_TTL && kept.token.check_life(self.clock.now()).is_ok()).then_some(kept.token)
+        (kept.at.elapsed() < TOKEN_TTL && kept.token.check_life(self.clock.now()).is_ok())
+            .then_some(kept.token)
     }
 
     fn memory(&self) -> MutexGuard<'_, IdentityCache> {
@@ -393,10 +488,13 @@ impl AgentSourceInner {
 
 /// Whether the agent may not know the caller's pod, or container, for no other reason than that it is new.
 fn is_young(subject: &Subject, caller: &Caller) -> bool {
-    caller.evidence.verify_pod().is_ok_and(|ages| match subject {
-        Subject::Process { .. } => ages.container < NEW_POD_AGE,
-        Subject::Pod(_) => ages.pod < NEW_POD_AGE,
-    })
+    caller
+        .evidence
+        .verify_pod()
+        .is_ok_and(|ages| match subject {
+            Subject::Process { .. } => ages.container < NEW_POD_AGE,
+            Subject::Pod(_) => ages.pod < NEW_POD_AGE,
+        })
 }
 
 #[cfg(test)]

@@ -24,8 +24,8 @@ use super::dial::{CallError, ReconnectingChannel, is_broken};
 use super::own::OwnSvidSource;
 use super::proto::broker::api_client::ApiClient;
 use super::proto::broker::{
-    FetchJwtsvidRequest, FetchJwtsvidResponse, KubernetesObjectReference, KubernetesObjectType, WorkloadPidReference,
-    WorkloadReference,
+    FetchJwtsvidRequest, FetchJwtsvidResponse, KubernetesObjectReference, KubernetesObjectType,
+    WorkloadPidReference, WorkloadReference,
 };
 use super::{SourceError, one_line};
 use crate::caller::AttestError;
@@ -80,7 +80,12 @@ impl fmt::Debug for BrokerApi {
 impl BrokerApi {
     /// The agent that listens at `socket`, asked as `own`, if its SPIFFE ID is one that `server` covers: by default, that of
     /// any SPIRE agent of the daemon's own trust domain. No call lasts longer than `deadline`.
-    pub fn new(socket: &Path, own: OwnSvidSource, server: Option<SpiffeIdPattern>, deadline: Duration) -> Self {
+    pub fn new(
+        socket: &Path,
+        own: OwnSvidSource,
+        server: Option<SpiffeIdPattern>,
+        deadline: Duration,
+    ) -> Self {
         Self::made(socket.to_owned(), Arc::new(own), server, false, deadline)
     }
 
@@ -105,30 +110,62 @@ impl BrokerApi {
             names_pods,
             names_processes: names_processes.clone(),
         };
-        let (endpoint, connection) = (Endpoint::Unix(socket.clone()), ReconnectingChannel::new(&socket, broker));
-        Self { socket, endpoint, own, server, names_pods, names_processes, connection, deadline }
+        let (endpoint, connection) = (
+            Endpoint::Unix(socket.clone()),
+            ReconnectingChannel::new(&socket, broker),
+        );
+        Self {
+            socket,
+            endpoint,
+            own,
+            server,
+            names_pods,
+            names_processes,
+            connection,
+            deadline,
+        }
     }
 
     /// What the agent says within the deadline.
-    async fn svids_of(&self, whose: WorkloadRef<'_>, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
-        let answer = timeout(self.deadline, self.ask(whose, audience)).await.map_err(|_| {
-            let (endpoint, deadline) = (&self.endpoint, self.deadline);
-            SourceError::Unavailable(format!("the SPIFFE agent at {endpoint} did not answer within {deadline:?}"))
-        })??;
-        Ok(answer.svids.into_iter().map(|svid| AgentSvid::new(svid.spiffe_id, svid.svid, svid.hint)).collect())
+    async fn svids_of(
+        &self,
+        whose: WorkloadRef<'_>,
+        audience: &str,
+    ) -> Result<Vec<AgentSvid>, SourceError> {
+        let answer = timeout(self.deadline, self.ask(whose, audience))
+            .await
+            .map_err(|_| {
+                let (endpoint, deadline) = (&self.endpoint, self.deadline);
+                SourceError::Unavailable(format!(
+                    "the SPIFFE agent at {endpoint} did not answer within {deadline:?}"
+                ))
+            })??;
+        Ok(answer
+            .svids
+            .into_iter()
+            .map(|svid| AgentSvid::new(svid.spiffe_id, svid.svid, svid.hint))
+            .collect())
     }
 
-    async fn ask(&self, whose: WorkloadRef<'_>, audience: &str) -> Result<FetchJwtsvidResponse, SourceError> {
+    async fn ask(
+        &self,
+        whose: WorkloadRef<'_>,
+        audience: &str,
+    ) -> Result<FetchJwtsvidResponse, SourceError> {
         let reference = whose.reference();
         let ask = |channel: Channel| {
             let mut client = ApiClient::new(channel).max_decoding_message_size(ANSWER_MAX);
             let mut request = Request::new(FetchJwtsvidRequest {
-                reference: Some(WorkloadReference { reference: Some(reference.clone()) }),
+                reference: Some(WorkloadReference {
+                    reference: Some(reference.clone()),
+                }),
                 audience: vec![audience.to_owned()],
                 spiffe_id: String::new(),
             });
             // The standard's guard against request forgery. SPIRE refuses a request that has it twice.
-            request.metadata_mut().insert("broker.spiffe.io", MetadataValue::from_static("true"));
+            request
+                .metadata_mut()
+                .insert("broker.spiffe.io", MetadataValue::from_static("true"));
             // Tells the agent when nobody waits any more. tonic would end the call at that time too, and it would look as
             // if the connection had broken.
             request.set_timeout(self.deadline + Duration::from_secs(1));
@@ -158,7 +195,11 @@ impl BrokerApi {
     /// What the agent's refusal means. The texts are those of SPIRE 1.15.
     fn refused(&self, whose: WorkloadRef<'_>, status: &Status) -> SourceError {
         let (text, said, endpoint) = (status.message(), one_line(status.message()), &self.endpoint);
-        let no_answer = || SourceError::Unavailable(format!("the SPIFFE agent at {endpoint} gave no answer: {said}"));
+        let no_answer = || {
+            SourceError::Unavailable(format!(
+                "the SPIFFE agent at {endpoint} gave no answer: {said}"
+            ))
+        };
         if is_broken(status) {
             return no_answer();
         }
@@ -179,11 +220,13 @@ impl BrokerApi {
                      awsvid's `allowed_reference_types` in the agent's `experimental {{ broker {{ ... }} }}` block ({said})"
                 ))
             }
-            Code::PermissionDenied if text.contains("impersonate-via-spire") => SourceError::Denied(format!(
-                "Kubernetes does not let awsvid ask for {}: give the user that is named like awsvid's SPIFFE ID the verb \
+            Code::PermissionDenied if text.contains("impersonate-via-spire") => {
+                SourceError::Denied(format!(
+                    "Kubernetes does not let awsvid ask for {}: give the user that is named like awsvid's SPIFFE ID the verb \
                  impersonate-via-spire on pods ({said})",
-                whose.name()
-            )),
+                    whose.name()
+                ))
+            }
             Code::NotFound if matches!(whose, WorkloadRef::Pod(_)) => SourceError::Denied(format!(
                 "the SPIFFE agent at {endpoint} does not find {} on this node: it asks the kubelet for it, as its plugin \
                  WorkloadAttestor \"k8s\" is set up ({said})",
@@ -193,18 +236,26 @@ impl BrokerApi {
                 "no registration entry of the SPIFFE agent at {endpoint} matches {} ({said})",
                 whose.name()
             )),
-            Code::FailedPrecondition if text.contains("kubelet client") => SourceError::Misconfigured(format!(
-                "the SPIFFE agent at {endpoint} cannot look for pods: let its plugin WorkloadAttestor \"k8s\" ask the kubelet, \
+            Code::FailedPrecondition if text.contains("kubelet client") => {
+                SourceError::Misconfigured(format!(
+                    "the SPIFFE agent at {endpoint} cannot look for pods: let its plugin WorkloadAttestor \"k8s\" ask the kubelet, \
                  or give awsvid `pod_reference_scope = \"cluster\"` there ({said})"
-            )),
+                ))
+            }
             Code::InvalidArgument => SourceError::Misconfigured(format!(
                 "the SPIFFE agent at {endpoint} finds the request invalid: is its SPIRE newer than this awsvid? ({said})"
             )),
-            Code::Unimplemented if text.contains("workload attestor") => SourceError::Misconfigured(format!(
-                "the SPIFFE agent at {endpoint} has no plugin that attests {}, as WorkloadAttestor \"{}\" does ({said})",
-                whose.kind().0,
-                if matches!(whose, WorkloadRef::Pod(_)) { "k8s" } else { "unix" }
-            )),
+            Code::Unimplemented if text.contains("workload attestor") => {
+                SourceError::Misconfigured(format!(
+                    "the SPIFFE agent at {endpoint} has no plugin that attests {}, as WorkloadAttestor \"{}\" does ({said})",
+                    whose.kind().0,
+                    if matches!(whose, WorkloadRef::Pod(_)) {
+                        "k8s"
+                    } else {
+                        "unix"
+                    }
+                ))
+            }
             Code::Unimplemented => SourceError::Misconfigured(format!(
                 "the server at {endpoint} has no SPIFFE Broker API: write the `socket_path` of the agent's `experimental \
                  {{ broker {{ ... }} }}` block as `broker_socket` in [identity] ({said})"
@@ -220,13 +271,24 @@ impl BrokerApi {
 impl WorkloadRef<'_> {
     fn reference(self) -> Any {
         match self {
-            Self::Process(pid) => {
-                Any { type_url: PID_REFERENCE.to_owned(), value: WorkloadPidReference { pid }.encode_to_vec() }
-            }
+            Self::Process(pid) => Any {
+                type_url: PID_REFERENCE.to_owned(),
+                value: WorkloadPidReference { pid }.encode_to_vec(),
+            },
             Self::Pod(pod) => {
-                let pods = KubernetesObjectType { plural: "pods".to_owned(), group: "core".to_owned() };
-                let object = KubernetesObjectReference { r#type: Some(pods), key: None, uid: pod.to_string() };
-                Any { type_url: OBJECT_REFERENCE.to_owned(), value: object.encode_to_vec() }
+                let pods = KubernetesObjectType {
+                    plural: "pods".to_owned(),
+                    group: "core".to_owned(),
+                };
+                let object = KubernetesObjectReference {
+                    r#type: Some(pods),
+                    key: None,
+                    uid: pod.to_string(),
+                };
+                Any {
+                    type_url: OBJECT_REFERENCE.to_owned(),
+                    value: object.encode_to_vec(),
+                }
             }
         }
     }
@@ -251,7 +313,8 @@ impl WorkloadRef<'_> {
 
 /// Whether the server has forgotten whose connection this is. SPIRE uses the same code where an attestor fails.
 fn is_unknown_to_it(status: &Status) -> bool {
-    status.code() == Code::Unauthenticated && !status.message().contains("workload attestation failed")
+    status.code() == Code::Unauthenticated
+        && !status.message().contains("workload attestation failed")
 }
 
 #[async_trait]
@@ -268,7 +331,11 @@ impl AttestingAgent for BrokerApi {
         self.names_pods
     }
 
-    async fn fetch_for_pod(&self, pod: &PodUid, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
+    async fn fetch_for_pod(
+        &self,
+        pod: &PodUid,
+        audience: &str,
+    ) -> Result<Vec<AgentSvid>, SourceError> {
         self.svids_of(WorkloadRef::Pod(pod), audience).await
     }
 
@@ -280,7 +347,9 @@ impl AttestingAgent for BrokerApi {
         }
         let own = match (self.own.latest(), self.own.trouble()) {
             (Ok(own), None) => own,
-            (Err(error), _) | (Ok(_), Some(error)) => return Err(SourceError::Unavailable(error.to_string())),
+            (Err(error), _) | (Ok(_), Some(error)) => {
+                return Err(SourceError::Unavailable(error.to_string()));
+            }
         };
         Ok(own.all.clone())
     }
@@ -292,7 +361,13 @@ impl AttestingAgent for BrokerApi {
             return Ok(());
         }
         let by_process = self.names_processes().await?;
-        let said = if by_process { self.fetch_for_pid(std::process::id(), audience).await.map(drop) } else { Ok(()) };
+        let said = if by_process {
+            self.fetch_for_pid(std::process::id(), audience)
+                .await
+                .map(drop)
+        } else {
+            Ok(())
+        };
         let said = match (by_process, said, PodUid::parse(NO_POD)) {
             (false, _, Some(pod)) | (true, Err(SourceError::Misconfigured(_)), Some(pod)) => {
                 self.fetch_for_pod(&pod, audience).await.map(drop)

@@ -39,7 +39,9 @@ struct AdminConnector(PathBuf);
 
 impl fmt::Debug for SpireDelegated {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Delegated").field("endpoint", &self.endpoint).finish_non_exhaustive()
+        f.debug_struct("Delegated")
+            .field("endpoint", &self.endpoint)
+            .finish_non_exhaustive()
     }
 }
 
@@ -47,20 +49,28 @@ impl SpireDelegated {
     /// The agent whose `admin_socket_path` is `socket`. No call lasts longer than `deadline`.
     pub fn new(socket: &Path, deadline: Duration) -> Self {
         let endpoint = Endpoint::Unix(socket.to_owned());
-        Self { endpoint, connection: ReconnectingChannel::new(socket, AdminConnector(socket.to_owned())), deadline }
+        Self {
+            endpoint,
+            connection: ReconnectingChannel::new(socket, AdminConnector(socket.to_owned())),
+            deadline,
+        }
     }
 
     /// What the agent's refusal means. The texts are those of SPIRE 1.10 to 1.15.
     fn refused(&self, status: &Status) -> SourceError {
         let (said, endpoint) = (one_line(status.message()), &self.endpoint);
         if is_broken(status) {
-            return SourceError::Unavailable(format!("the SPIRE agent at {endpoint} gave no answer: {said}"));
+            return SourceError::Unavailable(format!(
+                "the SPIRE agent at {endpoint} gave no answer: {said}"
+            ));
         }
         match status.code() {
-            Code::PermissionDenied if said.contains("authorized delegate") => SourceError::Misconfigured(format!(
-                "the SPIRE agent does not let awsvid ask for other workloads: add awsvid's own SPIFFE ID to \
+            Code::PermissionDenied if said.contains("authorized delegate") => {
+                SourceError::Misconfigured(format!(
+                    "the SPIRE agent does not let awsvid ask for other workloads: add awsvid's own SPIFFE ID to \
                  `authorized_delegates` in the agent's configuration ({said})"
-            )),
+                ))
+            }
             Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
                 "no registration entry of the SPIRE agent at {endpoint} matches this process, or the agent is older than \
                  1.10.2, which says so of every process ({said})"
@@ -72,7 +82,9 @@ impl SpireDelegated {
                 "{endpoint} is not the admin socket of a SPIRE agent: set `admin_socket` in [identity] to its \
                  `admin_socket_path` ({said})"
             )),
-            _ => SourceError::Unavailable(format!("the SPIRE agent at {endpoint} gave no answer: {said}")),
+            _ => SourceError::Unavailable(format!(
+                "the SPIRE agent at {endpoint} gave no answer: {said}"
+            )),
         }
     }
 
@@ -89,12 +101,15 @@ impl Connector for AdminConnector {
     async fn dial(&self) -> Result<Channel, SourceError> {
         let endpoint = Endpoint::Unix(self.0.clone());
         let stream = UnixStream::connect(&self.0).await;
-        let stream = stream.map_err(|error| SourceError::Unavailable(no_admin(&endpoint, &error)))?;
+        let stream =
+            stream.map_err(|error| SourceError::Unavailable(no_admin(&endpoint, &error)))?;
         if !shares_pid_namespace_with_peer(&stream) {
             return Err(SourceError::Misconfigured(other_pids(&endpoint)));
         }
         let channel = open(std::future::ready(Ok(stream))).await;
-        channel.map_err(|error| SourceError::Unavailable(unreachable(&endpoint, "admin_socket", &error)))
+        channel.map_err(|error| {
+            SourceError::Unavailable(unreachable(&endpoint, "admin_socket", &error))
+        })
     }
 }
 
@@ -102,9 +117,13 @@ impl Connector for AdminConnector {
 fn no_admin(endpoint: &Endpoint, error: &std::io::Error) -> String {
     let text = unreachable(endpoint, "admin_socket", error);
     match error.kind() {
-        std::io::ErrorKind::NotFound => format!("{text} (the agent makes it where `admin_socket_path` is set)"),
+        std::io::ErrorKind::NotFound => {
+            format!("{text} (the agent makes it where `admin_socket_path` is set)")
+        }
         std::io::ErrorKind::PermissionDenied => {
-            format!("{text} (the agent makes it with mode 0770: awsvid has to run as root or in the agent's group)")
+            format!(
+                "{text} (the agent makes it with mode 0770: awsvid has to run as root or in the agent's group)"
+            )
         }
         _ => text,
     }
@@ -123,22 +142,35 @@ impl AttestingAgent for SpireDelegated {
     async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
         let ask = |channel: Channel| {
-            let mut client = DelegatedIdentityClient::new(channel).max_decoding_message_size(ANSWER_MAX);
+            let mut client =
+                DelegatedIdentityClient::new(channel).max_decoding_message_size(ANSWER_MAX);
             let audience = vec![audience.to_owned()];
-            let mut request = Request::new(FetchJwtsviDsRequest { audience, selectors: Vec::new(), pid });
+            let mut request = Request::new(FetchJwtsviDsRequest {
+                audience,
+                selectors: Vec::new(),
+                pid,
+            });
             // Tells the agent when nobody waits any more. tonic would end the call at that time too, and it would look as
             // if the connection had broken.
             request.set_timeout(self.deadline + Duration::from_secs(1));
             async move { client.fetch_jwtsvi_ds(request).await }
         };
-        let answer = timeout(self.deadline, self.connection.call(ask)).await.map_err(|_| {
-            let (endpoint, deadline) = (&self.endpoint, self.deadline);
-            SourceError::Unavailable(format!("the SPIRE agent at {endpoint} did not answer within {deadline:?}"))
-        })?;
+        let answer = timeout(self.deadline, self.connection.call(ask))
+            .await
+            .map_err(|_| {
+                let (endpoint, deadline) = (&self.endpoint, self.deadline);
+                SourceError::Unavailable(format!(
+                    "the SPIRE agent at {endpoint} did not answer within {deadline:?}"
+                ))
+            })?;
         let answer = answer.map_err(|failed| self.failed(failed))?;
         let svids = answer.into_inner().svids.into_iter().map(|svid| {
             let id = svid.id.unwrap_or_default();
-            AgentSvid::new(format!("spiffe://{}{}", id.trust_domain, id.path), svid.token, svid.hint)
+            AgentSvid::new(
+                format!("spiffe://{}{}", id.trust_domain, id.path),
+                svid.token,
+                svid.hint,
+            )
         });
         Ok(svids.collect())
     }
@@ -148,16 +180,23 @@ impl AttestingAgent for SpireDelegated {
     }
 
     async fn connect(&self) -> Result<(), SourceError> {
-        self.connection.connect().await.map_err(|failed| self.failed(failed))?;
+        self.connection
+            .connect()
+            .await
+            .map_err(|failed| self.failed(failed))?;
         // Without an audience any admin socket's agent refuses this before it looks at anybody. One that hangs tells nothing
         // of its kind.
         let ask = |channel: Channel| async move {
             let mut request = Request::new(FetchJwtsviDsRequest::default());
             request.set_timeout(KIND);
-            DelegatedIdentityClient::new(channel).fetch_jwtsvi_ds(request).await
+            DelegatedIdentityClient::new(channel)
+                .fetch_jwtsvi_ds(request)
+                .await
         };
         match self.connection.call(ask).await {
-            Err(CallError::Answered(status)) if status.code() == Code::Unimplemented => Err(self.refused(&status)),
+            Err(CallError::Answered(status)) if status.code() == Code::Unimplemented => {
+                Err(self.refused(&status))
+            }
             _ => Ok(()),
         }
     }

@@ -29,11 +29,17 @@ where
     let mut stream = Some(TokioIo::new(stream));
     // tonic would connect again if this connection broke; there is nothing more for it to take.
     let connector = tower::service_fn(move |_: Uri| {
-        ready(stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)))
+        ready(
+            stream
+                .take()
+                .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)),
+        )
     });
     // The authority of the requests; nothing resolves it.
     let over = tonic::transport::Endpoint::from_static("http://localhost");
-    over.connect_with_connector(connector).await.map_err(io::Error::other)
+    over.connect_with_connector(connector)
+        .await
+        .map_err(io::Error::other)
 }
 
 /// What went wrong between the daemon and the agent's socket, which `key` of `[identity]` names, and what to do about it.
@@ -51,12 +57,19 @@ pub(crate) fn unreachable(endpoint: &Endpoint, key: &str, error: &io::Error) -> 
             nix::unistd::geteuid()
         ),
         io::ErrorKind::ConnectionRefused => {
-            format!("nobody listens at {endpoint}: start the SPIFFE agent (one that stopped leaves its socket behind)")
+            format!(
+                "nobody listens at {endpoint}: start the SPIFFE agent (one that stopped leaves its socket behind)"
+            )
         }
         io::ErrorKind::WouldBlock => {
-            format!("the SPIFFE agent at {endpoint} takes no more connections: it hangs or has too many clients")
+            format!(
+                "the SPIFFE agent at {endpoint} takes no more connections: it hangs or has too many clients"
+            )
         }
-        _ => format!("no connection to the SPIFFE agent at {endpoint}: {}", one_line(&error.to_string())),
+        _ => format!(
+            "no connection to the SPIFFE agent at {endpoint}: {}",
+            one_line(&error.to_string())
+        ),
     }
 }
 
@@ -67,7 +80,9 @@ pub(super) fn is_broken(status: &Status) -> bool {
 
 /// The socket's file, by device and inode, if there is one: another agent at the same path has another.
 pub(super) fn file_at(socket: &Path) -> Option<(u64, u64)> {
-    std::fs::metadata(socket).ok().map(|file| (file.dev(), file.ino()))
+    std::fs::metadata(socket)
+        .ok()
+        .map(|file| (file.dev(), file.ino()))
 }
 
 /// Makes connections to one agent.
@@ -102,7 +117,11 @@ pub(super) enum CallError {
 
 impl<D: Connector> ReconnectingChannel<D> {
     pub(super) fn new(socket: &Path, dial: D) -> Self {
-        Self { socket: socket.to_owned(), dial, now: Mutex::default() }
+        Self {
+            socket: socket.to_owned(),
+            dial,
+            now: Mutex::default(),
+        }
     }
 
     /// Makes a connection if there is none.
@@ -112,7 +131,10 @@ impl<D: Connector> ReconnectingChannel<D> {
 
     /// Makes one call; a second time over a new connection if the one that was kept turns out to be broken, as after the
     /// agent was restarted. Nothing that is asked here changes anything at the agent.
-    pub(super) async fn call<T, F>(&self, request: impl Fn(Channel) -> F + Send + Sync) -> Result<T, CallError>
+    pub(super) async fn call<T, F>(
+        &self,
+        request: impl Fn(Channel) -> F + Send + Sync,
+    ) -> Result<T, CallError>
     where
         F: Future<Output = Result<T, Status>> + Send,
     {

@@ -30,7 +30,9 @@ const SKEW_MAX: Duration = Duration::from_secs(300);
 /// The last second of the year 9999. Anything later is in milliseconds, or nonsense.
 const TIMESTAMP_MAX: u64 = 253_402_300_799;
 /// What the standard allows. AWS STS takes all of them but `PS*`; other STS do, so those are left to STS to refuse.
-const ALGORITHMS: [&str; 9] = ["RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512"];
+const ALGORITHMS: [&str; 9] = [
+    "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512",
+];
 
 /// A token that passed the check. It is a secret: whoever has it can assume the workload's roles until it expires.
 #[derive(Clone)]
@@ -101,16 +103,26 @@ impl JwtSvid {
     ) -> Result<Self, BadToken> {
         let token = token.into();
         if token.len() > LENGTH_MAX {
-            return wrong(format!("it has {} characters, and STS takes at most {LENGTH_MAX}", token.len()));
+            return wrong(format!(
+                "it has {} characters, and STS takes at most {LENGTH_MAX}",
+                token.len()
+            ));
         }
         let (header, claims) = decode(&token)?;
         let algorithm = check_header(&header)?;
-        let claims: Claims<'_> = serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
+        let claims: Claims<'_> =
+            serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
         expect_subject(&claims.sub, expected)?;
         expect_audience(&claims.aud, audience)?;
         let life = check_times(&claims, now)?;
         life.check(now)?;
-        Ok(Self { token, spiffe_id: expected.clone(), audience: audience.to_owned(), algorithm, life })
+        Ok(Self {
+            token,
+            spiffe_id: expected.clone(),
+            audience: audience.to_owned(),
+            algorithm,
+            life,
+        })
     }
 
     /// Returns the one of `tokens` that passes [`Self::check`] and expires last; `None` without a token. If none passes, the
@@ -137,7 +149,8 @@ impl JwtSvid {
     /// Checks only the `sub` of `token`.
     pub fn check_subject(token: &str, expected: &SpiffeId) -> Result<(), BadToken> {
         let (_, claims) = decode(token)?;
-        let claims: Claims<'_> = serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
+        let claims: Claims<'_> =
+            serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
         expect_subject(&claims.sub, expected)
     }
 
@@ -184,7 +197,9 @@ impl JwtSvid {
 
 impl fmt::Debug for JwtSvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("JwtSvid").field("spiffe_id", &self.spiffe_id).finish_non_exhaustive()
+        f.debug_struct("JwtSvid")
+            .field("spiffe_id", &self.spiffe_id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -207,16 +222,26 @@ fn decode(token: &str) -> Result<(Header, Zeroizing<Vec<u8>>), BadToken> {
     let [header, claims, signature] = parts[..] else {
         return wrong("it is no JWT: that has three parts");
     };
-    let part = |text: &str| URL_SAFE_NO_PAD.decode(text).ok().filter(|bytes| !bytes.is_empty());
-    let (Some(header), Some(claims), Some(_)) = (part(header), part(claims), part(signature)) else {
+    let part = |text: &str| {
+        URL_SAFE_NO_PAD
+            .decode(text)
+            .ok()
+            .filter(|bytes| !bytes.is_empty())
+    };
+    let (Some(header), Some(claims), Some(_)) = (part(header), part(claims), part(signature))
+    else {
         return wrong("it is no signed JWT: one of its parts is empty or not base64url");
     };
     let claims = Zeroizing::new(claims);
     // serde's derived code would also take an array, with the values in the order of the fields.
-    if ![&header, &*claims].iter().all(|part| part.trim_ascii_start().starts_with(b"{")) {
+    if ![&header, &*claims]
+        .iter()
+        .all(|part| part.trim_ascii_start().starts_with(b"{"))
+    {
         return wrong("it is no JWT: its header and claims are not both JSON objects");
     }
-    let header = serde_json::from_slice(&header).map_err(|error| unreadable("header's fields", &error))?;
+    let header =
+        serde_json::from_slice(&header).map_err(|error| unreadable("header's fields", &error))?;
     Ok((header, claims))
 }
 
@@ -226,7 +251,9 @@ fn check_header(header: &Header) -> Result<&'static str, BadToken> {
     }
     match ALGORITHMS.iter().find(|known| **known == header.alg) {
         Some(known) => Ok(known),
-        None => wrong("its signature's algorithm is none that JWT-SVIDs may have (RS, ES or PS with 256, 384 or 512)"),
+        None => wrong(
+            "its signature's algorithm is none that JWT-SVIDs may have (RS, ES or PS with 256, 384 or 512)",
+        ),
     }
 }
 
@@ -260,7 +287,9 @@ fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<Life, BadToken> {
             return wrong(format!("its `{name}` is not before its `exp`"));
         }
         if from > now + SKEW_MAX {
-            return wrong(format!("its `{name}` is more than 5 minutes in the future: compare this node's clock"));
+            return wrong(format!(
+                "its `{name}` is more than 5 minutes in the future: compare this node's clock"
+            ));
         }
         Ok(Some(from))
     };
@@ -282,7 +311,9 @@ impl Life {
 
     fn check(self, now: SystemTime) -> Result<(), BadToken> {
         let left = self.expires.duration_since(now).unwrap_or_default();
-        let least = self.whole().map_or(MIN_REMAINING_LIFE, |whole| MIN_REMAINING_LIFE.min(whole / 3));
+        let least = self.whole().map_or(MIN_REMAINING_LIFE, |whole| {
+            MIN_REMAINING_LIFE.min(whole / 3)
+        });
         if left >= least && !left.is_zero() {
             return Ok(());
         }
@@ -295,7 +326,9 @@ impl Life {
                 "{state}, and was good for only {} s: {TTL_FIX}, and compare this node's clock with the server's",
                 whole.as_secs()
             ),
-            None => format!("{state}: look at the agent's connection to its server, and at this node's clock"),
+            None => format!(
+                "{state}: look at the agent's connection to its server, and at this node's clock"
+            ),
         }))
     }
 }
@@ -304,7 +337,11 @@ impl Life {
 fn timestamp(name: &str, raw: &RawValue) -> Result<SystemTime, BadToken> {
     let text = raw.get();
     // Digits only: `1.7e9`, `1.0`, `-1` and `"1700000000"` are refused here.
-    let seconds = text.bytes().all(|c| c.is_ascii_digit()).then(|| text.parse().ok()).flatten();
+    let seconds = text
+        .bytes()
+        .all(|c| c.is_ascii_digit())
+        .then(|| text.parse().ok())
+        .flatten();
     match seconds.filter(|seconds| *seconds <= TIMESTAMP_MAX) {
         Some(seconds) => Ok(UNIX_EPOCH + Duration::from_secs(seconds)),
         None => wrong(format!(

@@ -46,7 +46,9 @@ impl LogLimiter {
             return None;
         }
         state.logged.insert(text.to_owned(), now);
-        Some(LogPermit { missed: Some(std::mem::take(&mut state.missed)).filter(|missed| *missed > 0) })
+        Some(LogPermit {
+            missed: Some(std::mem::take(&mut state.missed)).filter(|missed| *missed > 0),
+        })
     }
 }
 
@@ -59,7 +61,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn limiter_admits_each_text_once_in_a_while_however_they_alternate() {
         let limiter = LogLimiter::default();
-        let admitted = || ["one", "other"].into_iter().filter_map(|text| limiter.admit(text)).count();
+        let admitted = || {
+            ["one", "other"]
+                .into_iter()
+                .filter_map(|text| limiter.admit(text))
+                .count()
+        };
         assert_eq!((0..100).map(|_| admitted()).sum::<usize>(), 2);
         advance(LOG_INTERVAL).await;
         assert_eq!((0..100).map(|_| admitted()).sum::<usize>(), 2);
@@ -68,12 +75,25 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn limiter_has_a_bound_and_counts_what_it_leaves_out() {
         let limiter = LogLimiter::default();
-        let admitted = (0..1000).filter(|number| limiter.admit(&number.to_string()).is_some()).count();
-        assert_eq!((admitted, limiter.0.lock().unwrap().logged.len()), (MAX_TEXTS, MAX_TEXTS));
+        let admitted = (0..1000)
+            .filter(|number| limiter.admit(&number.to_string()).is_some())
+            .count();
+        assert_eq!(
+            (admitted, limiter.0.lock().unwrap().logged.len()),
+            (MAX_TEXTS, MAX_TEXTS)
+        );
         advance(LOG_INTERVAL).await;
         let missed = u64::try_from(1000 - MAX_TEXTS).unwrap();
-        assert_eq!(limiter.admit("next"), Some(LogPermit { missed: Some(missed) }));
-        assert_eq!(limiter.admit("after that"), Some(LogPermit { missed: None }));
+        assert_eq!(
+            limiter.admit("next"),
+            Some(LogPermit {
+                missed: Some(missed)
+            })
+        );
+        assert_eq!(
+            limiter.admit("after that"),
+            Some(LogPermit { missed: None })
+        );
         assert_eq!(limiter.0.lock().unwrap().logged.len(), 2);
     }
 }

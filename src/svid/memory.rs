@@ -97,7 +97,10 @@ struct Pause {
 
 impl Default for Pause {
     fn default() -> Self {
-        Self { until: Instant::now(), length: REVALIDATION_PAUSE / 2 }
+        Self {
+            until: Instant::now(),
+            length: REVALIDATION_PAUSE / 2,
+        }
     }
 }
 
@@ -147,13 +150,21 @@ impl IdentityCache {
     }
 
     /// What is known of `subject`. If nothing is, and nobody has asked yet, the caller has to.
-    pub(super) fn find(&mut self, subject: &Subject, caller: &Arc<Caller>) -> Result<IdentityLookup, SourceError> {
+    pub(super) fn find(
+        &mut self,
+        subject: &Subject,
+        caller: &Arc<Caller>,
+    ) -> Result<IdentityLookup, SourceError> {
         let clock = *self.clocks.of(subject);
         if let Some(found) = self.known.get(subject).and_then(|known| known.found(clock)) {
             return Ok(found);
         }
         let owner = WorkloadKey::of(caller);
-        if self.waiting.get(&owner).is_some_and(|waiting| *waiting >= MAX_WAITING_PER_WORKLOAD) {
+        if self
+            .waiting
+            .get(&owner)
+            .is_some_and(|waiting| *waiting >= MAX_WAITING_PER_WORKLOAD)
+        {
             return Err(SourceError::Busy);
         }
         let known = match self.known.get_mut(subject) {
@@ -180,12 +191,18 @@ impl IdentityCache {
         }
         *self.counts.entry(owner.clone()).or_default() += known.slots;
         self.slots_taken += known.slots;
-        Ok(self.known.entry(subject.clone()).insert_entry(known).into_mut())
+        Ok(self
+            .known
+            .entry(subject.clone())
+            .insert_entry(known)
+            .into_mut())
     }
 
     /// Records the result of a query that took this long, and passes it to the requests that wait.
     pub(super) fn record(&mut self, subject: &Subject, said: IdentityResult, took: Duration) {
-        let Entry::Occupied(mut entry) = self.known.entry(subject.clone()) else { return };
+        let Entry::Occupied(mut entry) = self.known.entry(subject.clone()) else {
+            return;
+        };
         let known = entry.get_mut();
         let now = Instant::now();
         let clock = self.clocks.of_mut(subject);
@@ -198,14 +215,21 @@ impl IdentityCache {
                 clock.advance(known.answered);
                 self.paused.remove(&known.owner);
             } else if took >= QUICK_TIMEOUT {
-                self.paused.entry(known.owner.clone()).or_default().lengthen(now);
+                self.paused
+                    .entry(known.owner.clone())
+                    .or_default()
+                    .lengthen(now);
             }
         }
         known.at = now;
         if is_answer {
             known.answered = now;
         }
-        known.lane = if took < QUICK_TIMEOUT { Lane::Quick } else { Lane::Slow };
+        known.lane = if took < QUICK_TIMEOUT {
+            Lane::Quick
+        } else {
+            Lane::Slow
+        };
         let told = known.asking.take();
         let (said, keep) = known.take(said, *clock);
         if !keep {
@@ -243,7 +267,8 @@ impl IdentityCache {
         for (subject, known) in &mut self.known {
             let has_identity = known.has_identity();
             let is_process = matches!(subject, Subject::Process { .. });
-            round.is_overdue |= is_process && has_identity && known.answered + 2 * REVALIDATE_AFTER < now;
+            round.is_overdue |=
+                is_process && has_identity && known.answered + 2 * REVALIDATE_AFTER < now;
             if known.asking.is_some() {
                 continue;
             }
@@ -259,13 +284,24 @@ impl IdentityCache {
         }
         due.sort_unstable_by_key(|(due, ..)| *due);
         for (_, subject, known) in due {
-            let free = if known.lane == Lane::Quick { &mut room.quick } else { &mut room.slow };
-            let is_paused = self.paused.get(&known.owner).is_some_and(|pause| pause.until > now);
+            let free = if known.lane == Lane::Quick {
+                &mut room.quick
+            } else {
+                &mut room.slow
+            };
+            let is_paused = self
+                .paused
+                .get(&known.owner)
+                .is_some_and(|pause| pause.until > now);
             if *free > 0 && !is_paused && self.revalidating.insert(known.owner.clone()) {
                 *free -= 1;
                 known.asking = Some(watch::Sender::new(None));
                 let (subject, caller, lane) = (subject.clone(), known.caller.clone(), known.lane);
-                round.queries.push(Query { subject, caller, lane });
+                round.queries.push(Query {
+                    subject,
+                    caller,
+                    lane,
+                });
             }
         }
         for subject in forgotten {
@@ -285,17 +321,31 @@ impl IdentityCache {
     /// Makes room if there is none: first by those that are gone, then by the oldest of the same owner, or of the owner that
     /// has the most where all together are too many.
     fn has_room(&mut self, owner: &WorkloadKey, slots: usize) -> bool {
-        let fits = |memory: &Self| memory.own_fits(owner, slots) && memory.slots_taken + slots <= memory.most;
+        let fits = |memory: &Self| {
+            memory.own_fits(owner, slots) && memory.slots_taken + slots <= memory.most
+        };
         if fits(self) {
             return true;
         }
-        if self.swept.is_none_or(|swept| swept.elapsed() >= SWEEP_INTERVAL) {
+        if self
+            .swept
+            .is_none_or(|swept| swept.elapsed() >= SWEEP_INTERVAL)
+        {
             self.swept = Some(Instant::now());
             self.forget_gone();
         }
         while !fits(self) {
-            let greediest = || self.counts.iter().max_by_key(|(_, count)| **count).map(|(owner, _)| owner.clone());
-            let victim = if self.own_fits(owner, slots) { greediest() } else { Some(owner.clone()) };
+            let greediest = || {
+                self.counts
+                    .iter()
+                    .max_by_key(|(_, count)| **count)
+                    .map(|(owner, _)| owner.clone())
+            };
+            let victim = if self.own_fits(owner, slots) {
+                greediest()
+            } else {
+                Some(owner.clone())
+            };
             if !victim.is_some_and(|victim| self.forget_oldest(&victim)) {
                 return false;
             }
@@ -309,8 +359,14 @@ impl IdentityCache {
 
     /// Removes the owner's oldest subject without a query in flight. `false` if it has none.
     fn forget_oldest(&mut self, owner: &WorkloadKey) -> bool {
-        let its = self.known.iter().filter(|(_, known)| known.owner == *owner && known.asking.is_none());
-        let Some(oldest) = its.min_by_key(|(_, known)| known.at).map(|(subject, _)| subject.clone()) else {
+        let its = self
+            .known
+            .iter()
+            .filter(|(_, known)| known.owner == *owner && known.asking.is_none());
+        let Some(oldest) = its
+            .min_by_key(|(_, known)| known.at)
+            .map(|(subject, _)| subject.clone())
+        else {
             return false;
         };
         if let Some(known) = self.known.remove(&oldest) {
@@ -320,9 +376,13 @@ impl IdentityCache {
     }
 
     fn forget_gone(&mut self) {
-        let is_gone =
-            |subject: &Subject, known: &CachedIdentity| known.asking.is_none() && !subject.is_alive(&known.caller);
-        let gone: Vec<_> = self.known.extract_if(|subject, known| is_gone(subject, known)).collect();
+        let is_gone = |subject: &Subject, known: &CachedIdentity| {
+            known.asking.is_none() && !subject.is_alive(&known.caller)
+        };
+        let gone: Vec<_> = self
+            .known
+            .extract_if(|subject, known| is_gone(subject, known))
+            .collect();
         gone.iter().for_each(|(_, known)| self.forgotten(known));
     }
 

@@ -57,13 +57,19 @@ impl OwnSvidSource {
     pub fn at(endpoint: Endpoint) -> Self {
         let (sender, now) = watch::channel(OwnSvidState::default());
         let task = tokio::spawn(keep(endpoint.clone(), sender));
-        Self { endpoint, now, _task: AbortOnDropHandle::new(task) }
+        Self {
+            endpoint,
+            now,
+            _task: AbortOnDropHandle::new(task),
+        }
     }
 
     /// The SVID to use now; else why there is none.
     pub fn latest(&self) -> Result<Arc<OwnSvid>, SourceError> {
         let now = self.now.borrow();
-        now.svid.clone().ok_or_else(|| now.trouble.clone().unwrap_or_else(|| self.not_yet()))
+        now.svid
+            .clone()
+            .ok_or_else(|| now.trouble.clone().unwrap_or_else(|| self.not_yet()))
     }
 
     /// The same, but waits for the first one as long as `deadline`.
@@ -89,7 +95,12 @@ impl OwnSvidSource {
 
 /// Opens one stream after another, for ever.
 async fn keep(endpoint: Endpoint, now: watch::Sender<OwnSvidState>) {
-    let mut state = StreamTask { endpoint, now, version: 0, log: LogLimiter::default() };
+    let mut state = StreamTask {
+        endpoint,
+        now,
+        version: 0,
+        log: LogLimiter::default(),
+    };
     let mut tries = 0;
     loop {
         let (begun, before) = (Instant::now(), state.version);
@@ -105,8 +116,12 @@ async fn keep(endpoint: Endpoint, now: watch::Sender<OwnSvidState>) {
 
 /// Before the next try after this many that came to nothing. Daemons whose agents were all restarted don't ask in step.
 fn pause(tries: u32) -> Duration {
-    let Some(doublings) = tries.checked_sub(1) else { return Duration::ZERO };
-    let longest = PAUSE.saturating_mul(1_u32.checked_shl(doublings).unwrap_or(u32::MAX)).min(MAX_PAUSE);
+    let Some(doublings) = tries.checked_sub(1) else {
+        return Duration::ZERO;
+    };
+    let longest = PAUSE
+        .saturating_mul(1_u32.checked_shl(doublings).unwrap_or(u32::MAX))
+        .min(MAX_PAUSE);
     longest.mul_f64(0.5 + 0.5 * fastrand::f64())
 }
 
@@ -154,13 +169,20 @@ impl StreamTask {
             Endpoint::Unix(path) => open(UnixStream::connect(path)).await,
             Endpoint::Tcp(address) => open(TcpStream::connect(address)).await,
         };
-        let channel =
-            channel.map_err(|error| SourceError::Unavailable(unreachable(&self.endpoint, "socket", &error)))?;
+        let channel = channel.map_err(|error| {
+            SourceError::Unavailable(unreachable(&self.endpoint, "socket", &error))
+        })?;
         let mut request = Request::new(X509svidRequest {});
         // The standard's guard against request forgery. SPIRE refuses a request that has it twice.
-        request.metadata_mut().insert("workload.spiffe.io", MetadataValue::from_static("true"));
-        let answer = SpiffeWorkloadApiClient::new(channel).fetch_x509svid(request).await;
-        answer.map(tonic::Response::into_inner).map_err(|status| self.refused(&status))
+        request
+            .metadata_mut()
+            .insert("workload.spiffe.io", MetadataValue::from_static("true"));
+        let answer = SpiffeWorkloadApiClient::new(channel)
+            .fetch_x509svid(request)
+            .await;
+        answer
+            .map(tonic::Response::into_inner)
+            .map_err(|status| self.refused(&status))
     }
 
     fn file(&self) -> Option<(u64, u64)> {
@@ -175,15 +197,28 @@ impl StreamTask {
         match OwnSvid::read(message, self.version + 1) {
             Ok(svid) => {
                 self.version = svid.version;
-                let before = self.now.send_replace(OwnSvidState { svid: Some(Arc::new(svid)), trouble: None });
+                let before = self.now.send_replace(OwnSvidState {
+                    svid: Some(Arc::new(svid)),
+                    trouble: None,
+                });
                 let now = self.now.borrow();
                 let Some(svid) = &now.svid else { return };
-                let is_known = before.svid.is_some_and(|before| before.spiffe_id == svid.spiffe_id);
+                let is_known = before
+                    .svid
+                    .is_some_and(|before| before.spiffe_id == svid.spiffe_id);
                 // An agent that ends each stream at once would fill the log.
                 let is_news = !is_known || before.trouble.is_some();
-                match is_news.then(|| self.log.admit(svid.spiffe_id.as_str())).flatten() {
-                    None => tracing::debug!(version = svid.version, "awsvid's own X.509-SVID is renewed"),
-                    Some(_) => tracing::info!(spiffe_id = %svid.spiffe_id, "awsvid has its own X.509-SVID"),
+                match is_news
+                    .then(|| self.log.admit(svid.spiffe_id.as_str()))
+                    .flatten()
+                {
+                    None => tracing::debug!(
+                        version = svid.version,
+                        "awsvid's own X.509-SVID is renewed"
+                    ),
+                    Some(_) => {
+                        tracing::info!(spiffe_id = %svid.spiffe_id, "awsvid has its own X.509-SVID")
+                    }
                 }
             }
             Err(text) => self.record_failure(SourceError::Unavailable(format!(
@@ -204,7 +239,10 @@ impl StreamTask {
             now.trouble = Some(trouble.clone());
         });
         if is_news && let Some(LogPermit { missed }) = self.log.admit(&trouble.to_string()) {
-            tracing::warn!(missed, "awsvid's own X.509-SVID is not kept up to date: {trouble}");
+            tracing::warn!(
+                missed,
+                "awsvid's own X.509-SVID is not kept up to date: {trouble}"
+            );
         }
     }
 
@@ -223,9 +261,9 @@ impl StreamTask {
     fn refused(&self, status: &Status) -> SourceError {
         let (said, endpoint) = (one_line(status.message()), &self.endpoint);
         match status.code() {
-            _ if is_broken(status) => {
-                SourceError::Unavailable(format!("the SPIFFE agent at {endpoint} broke off: {said}"))
-            }
+            _ if is_broken(status) => SourceError::Unavailable(format!(
+                "the SPIFFE agent at {endpoint} broke off: {said}"
+            )),
             Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
                 "the SPIFFE agent at {endpoint} has no identity for awsvid: register awsvid itself, by its user and \
                  executable ({said})"

@@ -5,19 +5,37 @@
 use std::fmt;
 
 /// The SPIFFE Workload API.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::unwrap_used,
+    clippy::expect_used
+)]
 pub mod workload {
     tonic::include_proto!("_");
 }
 
 /// The SPIFFE Broker API.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::unwrap_used,
+    clippy::expect_used
+)]
 pub mod broker {
     tonic::include_proto!("spiffe.broker");
 }
 
 /// SPIRE's own APIs, in the nesting of their packages, by which the generated code finds its parts.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::unwrap_used,
+    clippy::expect_used
+)]
 pub mod spire {
     /// `spire.api`.
     pub mod api {
@@ -40,24 +58,32 @@ pub mod spire {
 
 impl fmt::Debug for workload::Jwtsvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("JWTSVID").field("spiffe_id", &self.spiffe_id).finish_non_exhaustive()
+        f.debug_struct("JWTSVID")
+            .field("spiffe_id", &self.spiffe_id)
+            .finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for workload::X509svid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("X509SVID").field("spiffe_id", &self.spiffe_id).finish_non_exhaustive()
+        f.debug_struct("X509SVID")
+            .field("spiffe_id", &self.spiffe_id)
+            .finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for broker::Jwtsvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("JWTSVID").field("spiffe_id", &self.spiffe_id).finish_non_exhaustive()
+        f.debug_struct("JWTSVID")
+            .field("spiffe_id", &self.spiffe_id)
+            .finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for spire::api::types::Jwtsvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("JWTSVID").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("JWTSVID")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }

@@ -44,8 +44,19 @@ pub struct WorkloadApi {
 impl WorkloadApi {
     /// Connects only when a token is asked for, and anew each time: tokens are needed a few times an hour, and so an
     /// agent that was restarted, or replaced at the same path while the old one lives on, is never missed.
-    pub fn new(endpoint: Endpoint, rules: impl Into<LiveRules>, clock: Clock, metrics: Metrics) -> Self {
-        Self { endpoint, rules: rules.into(), clock, metrics, deadline: CALL_TIMEOUT }
+    pub fn new(
+        endpoint: Endpoint,
+        rules: impl Into<LiveRules>,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            endpoint,
+            rules: rules.into(),
+            clock,
+            metrics,
+            deadline: CALL_TIMEOUT,
+        }
     }
 
     /// With another deadline for a whole call than [`CALL_TIMEOUT`].
@@ -56,20 +67,34 @@ impl WorkloadApi {
     /// A token for one of the daemon's identities, whoever it is for.
     pub async fn fetch(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         let result = self.fetch_checked(id, audience).await;
-        self.metrics.source_calls.get_or_create(&CallLabel::of(&result, SourceError::reason)).inc();
-        self.metrics.health.source(self.endpoint.to_string(), SourceError::of_source(&result), self.clock.now());
+        self.metrics
+            .source_calls
+            .get_or_create(&CallLabel::of(&result, SourceError::reason))
+            .inc();
+        self.metrics.health.source(
+            self.endpoint.to_string(),
+            SourceError::of_source(&result),
+            self.clock.now(),
+        );
         result
     }
 
     async fn fetch_checked(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         let Ok(answer) = timeout(self.deadline, self.ask(id, audience)).await else {
-            let text = format!("the SPIFFE agent at {} did not answer within {:?}", self.endpoint, self.deadline);
+            let text = format!(
+                "the SPIFFE agent at {} did not answer within {:?}",
+                self.endpoint, self.deadline
+            );
             return Err(SourceError::Unavailable(text));
         };
         // SPIRE filters by the ID. Other providers may also return other IDs, which are not for this caller. An ID with several
         // entries comes several times.
-        let svids = answer?.svids.into_iter().filter(|svid| svid.spiffe_id == id.as_str() && !svid.svid.is_empty());
-        let token = JwtSvid::check_any(svids.map(|svid| svid.svid), id, audience, self.clock.now())?;
+        let svids = answer?
+            .svids
+            .into_iter()
+            .filter(|svid| svid.spiffe_id == id.as_str() && !svid.svid.is_empty());
+        let token =
+            JwtSvid::check_any(svids.map(|svid| svid.svid), id, audience, self.clock.now())?;
         token.ok_or_else(|| {
             let text =
                 format!("the SPIFFE agent answered without a token for {id}: register that ID for awsvid itself");
@@ -79,15 +104,23 @@ impl WorkloadApi {
 
     async fn ask(&self, id: &SpiffeId, audience: &str) -> Result<JwtsvidResponse, SourceError> {
         let channel = self.connect().await?;
-        let mut client = SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(ANSWER_MAX);
+        let mut client =
+            SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(ANSWER_MAX);
         let audience = vec![audience.to_owned()];
-        let mut request = Request::new(JwtsvidRequest { audience, spiffe_id: id.to_string() });
+        let mut request = Request::new(JwtsvidRequest {
+            audience,
+            spiffe_id: id.to_string(),
+        });
         // The standard's guard against request forgery. SPIRE refuses a request that has it twice.
-        request.metadata_mut().insert("workload.spiffe.io", MetadataValue::from_static("true"));
+        request
+            .metadata_mut()
+            .insert("workload.spiffe.io", MetadataValue::from_static("true"));
         // Tells the agent when nobody waits any more. tonic would end the call at that time too, in words of its own.
         request.set_timeout(self.deadline + Duration::from_secs(1));
         let answer = client.fetch_jwtsvid(request).await;
-        answer.map(tonic::Response::into_inner).map_err(|status| self.refused(id, &status))
+        answer
+            .map(tonic::Response::into_inner)
+            .map_err(|status| self.refused(id, &status))
     }
 
     async fn connect(&self) -> Result<Channel, SourceError> {
@@ -95,14 +128,20 @@ impl WorkloadApi {
             Endpoint::Unix(path) => open(UnixStream::connect(path)).await,
             Endpoint::Tcp(address) => open(TcpStream::connect(address)).await,
         };
-        channel.map_err(|error| SourceError::Unavailable(unreachable(&self.endpoint, "socket", &error)))
+        channel.map_err(|error| {
+            SourceError::Unavailable(unreachable(&self.endpoint, "socket", &error))
+        })
     }
 
     /// What the agent's refusal means: the table of SPIFFE_Workload_API.md, section 6, and what lies outside it.
     fn refused(&self, id: &SpiffeId, status: &Status) -> SourceError {
         let said = one_line(status.message());
-        let trouble =
-            || SourceError::Unavailable(format!("the SPIFFE agent at {} gave no token: {said}", self.endpoint));
+        let trouble = || {
+            SourceError::Unavailable(format!(
+                "the SPIFFE agent at {} gave no token: {said}",
+                self.endpoint
+            ))
+        };
         if is_broken(status) {
             return trouble();
         }
@@ -144,7 +183,13 @@ impl WorkloadApi {
 impl IdentitySource for WorkloadApi {
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         match self.rules.identify(caller).await {
-            Ok(id) => Ok(id.map(|spiffe_id| Identity { spiffe_id, hint: None }).into_iter().collect()),
+            Ok(id) => Ok(id
+                .map(|spiffe_id| Identity {
+                    spiffe_id,
+                    hint: None,
+                })
+                .into_iter()
+                .collect()),
             // The caller was attested by other rules, which did not need its process.
             Err(Undecided::NeedsProcess) => Err(SourceError::Reloaded),
             Err(Undecided::UnknownAccount(_)) => Err(SourceError::UnknownAccount),
@@ -152,7 +197,12 @@ impl IdentitySource for WorkloadApi {
         }
     }
 
-    async fn token(&self, _caller: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+    async fn token(
+        &self,
+        _caller: &Arc<Caller>,
+        id: &SpiffeId,
+        audience: &str,
+    ) -> Result<JwtSvid, SourceError> {
         self.fetch(id, audience).await
     }
 

@@ -32,16 +32,30 @@ fn writer(to: impl Into<OwnedFd>) -> (Writer, Counted) {
 
 fn line(number: usize, user: u32, priority: Priority) -> Line {
     let bytes = format!("{user} {number:01000}\n").into_bytes();
-    Line { bytes, stands_for: 1, owner: Some(WorkloadKey::user(user)), priority }
+    Line {
+        bytes,
+        stands_for: 1,
+        owner: Some(WorkloadKey::user(user)),
+        priority,
+    }
 }
 
 /// So many lines of this user, of which as many are taken as there is room for.
 fn fill(writer: &Writer, user: u32, priority: Priority) -> u64 {
-    (0..).map_while(|number| writer.push(line(number, user, priority))).count().try_into().unwrap()
+    (0..)
+        .map_while(|number| writer.push(line(number, user, priority)))
+        .count()
+        .try_into()
+        .unwrap()
 }
 
 fn lines_of(user: u32, lines: &[String]) -> u64 {
-    lines.iter().filter(|line| line.starts_with(&format!("{user} "))).count().try_into().unwrap()
+    lines
+        .iter()
+        .filter(|line| line.starts_with(&format!("{user} ")))
+        .count()
+        .try_into()
+        .unwrap()
 }
 
 /// Attack 30: the destination stalls, and one workload fills the queue.
@@ -55,9 +69,17 @@ fn a_stalled_destination_blocks_nobody_and_who_fills_it_is_shed_first() {
     assert_eq!(losses.0.load(Ordering::Relaxed), 1);
     let share = u64::try_from(MAX_QUEUED_BYTES / 16 / (1003 + LINE_OVERHEAD_BYTES)).unwrap();
     // A pipe takes some.
-    assert!((share..share + 100).contains(&taken[1]), "{}, not {share}", taken[1]);
+    assert!(
+        (share..share + 100).contains(&taken[1]),
+        "{}, not {share}",
+        taken[1]
+    );
     taken[2] = fill(&writer, 2, Priority::Ordinary);
-    assert!((share - 1..=share).contains(&taken[2]), "another one's share is as large: {}", taken[2]);
+    assert!(
+        (share - 1..=share).contains(&taken[2]),
+        "another one's share is as large: {}",
+        taken[2]
+    );
     // As many as fit, and then what is more important.
     for user in 3..17 {
         taken[usize::try_from(user).unwrap()] = fill(&writer, user, Priority::Ordinary);
@@ -74,17 +96,36 @@ fn a_stalled_destination_blocks_nobody_and_who_fills_it_is_shed_first() {
     assert!(writer.is_behind());
 
     // The reader reads.
-    let reading = std::thread::spawn(move || BufReader::new(File::from(from)).lines().map(Result::unwrap).collect());
+    let reading = std::thread::spawn(move || {
+        BufReader::new(File::from(from))
+            .lines()
+            .map(Result::unwrap)
+            .collect()
+    });
     writer.flush(PATIENCE);
     assert!(!writer.is_behind());
-    assert!(writer.push(line(0, 1, Priority::Ordinary)).is_some(), "there is room again");
+    assert!(
+        writer.push(line(0, 1, Priority::Ordinary)).is_some(),
+        "there is room again"
+    );
     drop(writer);
     let lines: Vec<String> = reading.join().unwrap();
     for user in 2..20 {
-        assert_eq!(lines_of(user, &lines), taken[usize::try_from(user).unwrap()], "of {user}");
+        assert_eq!(
+            lines_of(user, &lines),
+            taken[usize::try_from(user).unwrap()],
+            "of {user}"
+        );
     }
     assert_eq!(lines_of(1, &lines), taken[1] + 1);
-    assert_eq!(lines.iter().filter(|line| **line == format!("lost {refused}")).count(), 1, "it is said once");
+    assert_eq!(
+        lines
+            .iter()
+            .filter(|line| **line == format!("lost {refused}"))
+            .count(),
+        1,
+        "it is said once"
+    );
     let whole = |line: &&String| line.len() > 1000 || line.starts_with("lost ");
     assert_eq!(lines.iter().filter(whole).count(), lines.len());
 }
@@ -93,10 +134,22 @@ fn a_stalled_destination_blocks_nobody_and_who_fills_it_is_shed_first() {
 fn who_asks_is_told_whether_it_was_written() {
     let (from, to) = pipe().unwrap();
     let (writer, losses) = writer(to);
-    assert!(writer.push(line(1, 1, Priority::High)).unwrap().blocking_recv().unwrap());
+    assert!(
+        writer
+            .push(line(1, 1, Priority::High))
+            .unwrap()
+            .blocking_recv()
+            .unwrap()
+    );
     drop(from);
     // There is no reader any more.
-    assert!(!writer.push(line(2, 1, Priority::High)).unwrap().blocking_recv().unwrap());
+    assert!(
+        !writer
+            .push(line(2, 1, Priority::High))
+            .unwrap()
+            .blocking_recv()
+            .unwrap()
+    );
     assert!(writer.is_failing());
     writer.flush(PATIENCE);
     assert_eq!(losses.0.load(Ordering::Relaxed), 1);
@@ -116,7 +169,11 @@ fn a_reader_that_is_slow_for_somebody_elses_fault_is_waited_for() {
     });
     writer.flush(PATIENCE);
     drop(writer);
-    assert_eq!(u64::try_from(reading.join().unwrap()).unwrap(), taken + 1, "with the line about what was refused");
+    assert_eq!(
+        u64::try_from(reading.join().unwrap()).unwrap(),
+        taken + 1,
+        "with the line about what was refused"
+    );
     assert_eq!(losses.0.load(Ordering::Relaxed), 1);
 }
 
@@ -127,8 +184,17 @@ fn a_line_that_is_cut_off_breaks_no_other() {
     file.set_len(4096).unwrap();
     fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
     let (writer, losses) = writer(file.try_clone().unwrap());
-    let written = |number| writer.push(line(number, 1, Priority::High)).unwrap().blocking_recv().unwrap();
-    assert_eq!([1, 2, 3, 4, 5, 6].map(written), [true, true, true, true, false, false]);
+    let written = |number| {
+        writer
+            .push(line(number, 1, Priority::High))
+            .unwrap()
+            .blocking_recv()
+            .unwrap()
+    };
+    assert_eq!(
+        [1, 2, 3, 4, 5, 6].map(written),
+        [true, true, true, true, false, false]
+    );
     let end = file.stream_position().unwrap();
     assert!(end > 4 * 1003, "a part of the fifth is there");
     // Room, at the beginning.
@@ -138,7 +204,10 @@ fn a_line_that_is_cut_off_breaks_no_other() {
     let mut text = vec![0; usize::try_from(file.stream_position().unwrap()).unwrap()];
     file.rewind().unwrap();
     file.read_exact(&mut text).unwrap();
-    assert_eq!(String::from_utf8(text).unwrap(), format!("\n1 {:01000}\nlost 2\n", 7));
+    assert_eq!(
+        String::from_utf8(text).unwrap(),
+        format!("\n1 {:01000}\nlost 2\n", 7)
+    );
     assert_eq!(losses.0.load(Ordering::Relaxed), 2);
 }
 

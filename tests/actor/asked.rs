@@ -49,7 +49,14 @@ struct Stage<'a> {
 pub(crate) fn play(scene: &str, to: [&str; 2]) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let [alice, heir] = [ours, theirs].map(|over| Player::start(ALICE, to, over));
-    let mut stage = Stage { scene, to, alice, heir, bob: None, cgroup: None };
+    let mut stage = Stage {
+        scene,
+        to,
+        alice,
+        heir,
+        bob: None,
+        cgroup: None,
+    };
     println!("\"{}\"", stage.alice.pid);
     for word in std::io::stdin().lock().lines().map(Result::unwrap) {
         println!("{}", stage.step(&word));
@@ -93,7 +100,9 @@ impl Stage<'_> {
             "setuid" | "setuid-and-back" => drop(self.alice.does("become root")),
             "setgid" | "setgid-and-back" => drop(self.alice.does("become group")),
             "moved" => {
-                let cgroup = self.cgroup.insert(Cgroup::new(&moves::own_cgroup(), "moved"));
+                let cgroup = self
+                    .cgroup
+                    .insert(Cgroup::new(&moves::own_cgroup(), "moved"));
                 cgroup.write("cgroup.procs", &self.alice.pid.to_string());
             }
             other => panic!("no scene {other}"),
@@ -131,7 +140,11 @@ impl Player {
             Part::new(to, theirs, Some(over)).obey();
             String::new()
         });
-        Self { pid: started.pid, words }.ready()
+        Self {
+            pid: started.pid,
+            words,
+        }
+        .ready()
     }
 
     fn reusing(pid: Pid, uid: u32, to: [&str; 2]) -> Option<Self> {
@@ -148,14 +161,20 @@ impl Player {
 
     /// Tells it to, and waits until it has said that it is done, or what it was answered.
     fn does(&mut self, word: &str) -> String {
-        self.words.write_all(format!("{word}\n").as_bytes()).unwrap();
+        self.words
+            .write_all(format!("{word}\n").as_bytes())
+            .unwrap();
         line(&mut self.words).expect("a player's word")
     }
 
     /// It ends; `reap`, or it stays a zombie.
     fn ends(&mut self, reap: bool) {
         self.words.write_all(b"end\n").unwrap();
-        waitid(Id::Pid(self.pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+        waitid(
+            Id::Pid(self.pid),
+            WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT,
+        )
+        .unwrap();
         if reap {
             waitpid(self.pid, None).unwrap();
         }
@@ -184,7 +203,13 @@ pub(crate) fn obey_on(descriptor: &str, to: [&str; 2]) {
 
 impl<'a> Part<'a> {
     fn new([listener, address]: [&'a str; 2], words: UnixStream, over: Option<UnixStream>) -> Self {
-        Self { listener, address, words, over, connection: None }
+        Self {
+            listener,
+            address,
+            words,
+            over,
+            connection: None,
+        }
     }
 
     /// Says first that it is there.
@@ -195,7 +220,9 @@ impl<'a> Part<'a> {
                 return;
             }
             let said = self.act(&word);
-            self.words.write_all(format!("{said}\n").as_bytes()).unwrap();
+            self.words
+                .write_all(format!("{said}\n").as_bytes())
+                .unwrap();
         }
     }
 
@@ -203,7 +230,10 @@ impl<'a> Part<'a> {
         let to = Address::parse(self.listener, self.address);
         match word {
             "ask" => wire::send(self.connection.insert(to.connect())),
-            "give" => wire::pass(self.over.as_ref().unwrap(), self.connection.as_ref().unwrap()),
+            "give" => wire::pass(
+                self.over.as_ref().unwrap(),
+                self.connection.as_ref().unwrap(),
+            ),
             "take" => self.connection = Some(wire::receive(self.over.as_ref().unwrap())),
             "answer" => return quoted(&wire::answer(self.connection.as_ref().unwrap())),
             "again" => return quoted(&wire::ask(&to.connect())),
@@ -233,7 +263,13 @@ impl<'a> Part<'a> {
     fn execute(&self, program: &str) -> ! {
         let program = std::env::current_exe().unwrap().with_file_name(program);
         let words = wire::inheritable(self.words.try_clone().unwrap().into()).to_string();
-        let words = [program.to_str().unwrap(), "obey", &words, self.listener, self.address];
+        let words = [
+            program.to_str().unwrap(),
+            "obey",
+            &words,
+            self.listener,
+            self.address,
+        ];
         let words = words.map(|word| CString::new(word).unwrap());
         let Err(error) = execv(&words[0], &words);
         panic!("{}: {error}", program.display());

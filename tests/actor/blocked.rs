@@ -31,7 +31,9 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
     });
     files.await_asked();
     let held = daemon::hold();
-    let each = cgroups.iter().flat_map(|cgroup| (0..count).map(move |_| cgroup));
+    let each = cgroups
+        .iter()
+        .flat_map(|cgroup| (0..count).map(move |_| cgroup));
     let callers = each.map(|cgroup| {
         caller(&files, || {
             std::fs::write(format!("{cgroup}/cgroup.procs"), "0").unwrap();
@@ -80,7 +82,11 @@ pub(crate) fn stuck(to: &Address) -> String {
         wire::pass(&over, &fd);
         dup2_stdout(&says).unwrap();
         let program = std::env::current_exe().unwrap();
-        let words = [program.to_str().unwrap(), "conclude", &wire::inheritable(fd).to_string()];
+        let words = [
+            program.to_str().unwrap(),
+            "conclude",
+            &wire::inheritable(fd).to_string(),
+        ];
         words.map(|word| CString::new(word).unwrap()).to_vec()
     });
     drop(says);
@@ -104,7 +110,11 @@ pub(crate) fn stuck(to: &Address) -> String {
     caller.reap();
     reader.cue();
     reader.reap();
-    if bobs.contains("AccessKeyId") { alices } else { bobs }
+    if bobs.contains("AccessKeyId") {
+        alices
+    } else {
+        bobs
+    }
 }
 
 /// One of them, and its helper. What it executes is what `begin` gives: the program and its words.
@@ -141,7 +151,14 @@ extern "C" fn map(path: *mut libc::c_void) -> libc::c_int {
     unsafe {
         let path = CStr::from_ptr(path.cast());
         let file = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
-        libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_PRIVATE, file, 0);
+        libc::mmap(
+            std::ptr::null_mut(),
+            4096,
+            libc::PROT_READ,
+            libc::MAP_PRIVATE,
+            file,
+            0,
+        );
         libc::_exit(0)
     }
 }

@@ -32,15 +32,20 @@ pub(crate) fn hold() -> Held {
 }
 
 fn pid() -> i32 {
-    std::env::var(DAEMON).expect("the daemon's pid").parse().unwrap()
+    std::env::var(DAEMON)
+        .expect("the daemon's pid")
+        .parse()
+        .unwrap()
 }
 
 /// The states of a process's threads (proc_pid_stat(5)), but of those that have ended meanwhile.
 fn states(pid: i32) -> impl Iterator<Item = char> {
-    fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(|task| {
-        let stat = fs::read_to_string(task.unwrap().path().join("stat")).ok()?;
-        stat.rsplit_once(')')?.1.trim_start().chars().next()
-    })
+    fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .filter_map(|task| {
+            let stat = fs::read_to_string(task.unwrap().path().join("stat")).ok()?;
+            stat.rsplit_once(')')?.1.trim_start().chars().next()
+        })
 }
 
 impl Drop for Held {
@@ -110,7 +115,10 @@ pub(crate) fn await_answer(client: SocketAddr, server: SocketAddr) {
 fn queues(local: SocketAddr, remote: SocketAddr) -> Option<(u64, u64)> {
     // The tables in /proc/net have everybody's connections, which takes long to print and to read.
     let filter = format!("src = {local} and dst = {remote}");
-    let output = Command::new("ss").args(["-Htn", "state", "connected", &filter]).output().unwrap();
+    let output = Command::new("ss")
+        .args(["-Htn", "state", "connected", &filter])
+        .output()
+        .unwrap();
     let line = String::from_utf8(output.stdout).unwrap();
     let mut fields = line.split_ascii_whitespace();
     match fields.next()? {

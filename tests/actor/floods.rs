@@ -20,7 +20,12 @@ type Counts = BTreeMap<String, usize>;
 
 pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
     if let ("grouped", [uid, groups, processes]) = (what, numbers) {
-        return show(&grouped(to, u32::try_from(*uid).unwrap(), *groups, *processes));
+        return show(&grouped(
+            to,
+            u32::try_from(*uid).unwrap(),
+            *groups,
+            *processes,
+        ));
     }
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
@@ -49,7 +54,10 @@ pub(crate) fn connect(uid: u32, to: &Address) {
 }
 
 fn show(counts: &Counts) -> String {
-    counts.iter().map(|(code, count)| format!("{code} {count}\n")).collect()
+    counts
+        .iter()
+        .map(|(code, count)| format!("{code} {count}\n"))
+        .collect()
 }
 
 fn asked(to: &Address, count: usize) -> Counts {
@@ -75,7 +83,10 @@ fn grouped(to: &Address, uid: u32, groups: usize, processes: usize) -> Counts {
 }
 
 fn code(answer: &str) -> String {
-    let code = answer.split("\"Code\":\"").nth(1).and_then(|rest| rest.split('"').next());
+    let code = answer
+        .split("\"Code\":\"")
+        .nth(1)
+        .and_then(|rest| rest.split('"').next());
     code.unwrap_or("nothing").to_owned()
 }
 
@@ -108,7 +119,11 @@ fn hold(to: &Address, count: usize, first: impl Fn(&OwnedFd)) -> String {
 
 /// What the daemon has done with a connection, of which nothing is read.
 fn state(fd: &OwnedFd) -> &'static str {
-    match recv(fd.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+    match recv(
+        fd.as_raw_fd(),
+        &mut [0],
+        MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT,
+    ) {
         Ok(0) => "closed",
         Ok(_) => "answered",
         Err(Errno::EAGAIN) => "open",
@@ -118,7 +133,9 @@ fn state(fd: &OwnedFd) -> &'static str {
 
 /// Asks in a loop from each of so many threads, in a process that has so many descriptors open.
 fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
-    let open: Vec<File> = (0..descriptors).map(|_| File::open("/dev/null").unwrap()).collect();
+    let open: Vec<File> = (0..descriptors)
+        .map(|_| File::open("/dev/null").unwrap())
+        .collect();
     let ended = AtomicBool::new(false);
     let mut counts = Counts::new();
     std::thread::scope(|scope| {

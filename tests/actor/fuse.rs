@@ -57,7 +57,14 @@ impl HangingFiles {
     /// Mounts it, in a mount namespace of this process's own.
     pub(crate) fn mount_privately(hangs: Hangs) -> Self {
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+            None::<&str>,
+        )
+        .unwrap();
         let directory = std::env::temp_dir().join(format!("awsvid-fuse-{}", std::process::id()));
         fs::create_dir(&directory).unwrap();
         Self::mount(directory, hangs)
@@ -65,15 +72,33 @@ impl HangingFiles {
 
     /// Mounts it here, where others see it too.
     pub(crate) fn mount(directory: PathBuf, hangs: Hangs) -> Self {
-        let device = OpenOptions::new().read(true).write(true).open("/dev/fuse").unwrap();
-        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
-        mount(Some("hanging"), &directory, Some("fuse"), MsFlags::empty(), Some(&*options)).unwrap();
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .unwrap();
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other",
+            device.as_raw_fd()
+        );
+        mount(
+            Some("hanging"),
+            &directory,
+            Some("fuse"),
+            MsFlags::empty(),
+            Some(&*options),
+        )
+        .unwrap();
         let (tell, asked) = UnixStream::pair().unwrap();
         let server = child(|_| {
             Server::new(hangs).serve(&device, || (&tell).write_all(b"x").unwrap());
             String::new()
         });
-        Self { directory, server: Some(server), asked }
+        Self {
+            directory,
+            server: Some(server),
+            asked,
+        }
     }
 
     pub(crate) fn file(&self) -> PathBuf {
@@ -139,7 +164,13 @@ impl Server {
             Hangs::Lookup => fs::read("/proc/self/exe").unwrap(),
         };
         let size = u64::try_from(content.len()).unwrap().max(FILE_SIZE);
-        Self { hangs, content, size, opened: 0, has_cue: false }
+        Self {
+            hangs,
+            content,
+            size,
+            opened: 0,
+            has_cue: false,
+        }
     }
 
     /// Answers all but what it is not to answer, and calls `on_hang` for that.
@@ -160,7 +191,13 @@ impl Server {
             };
             let (error, body) = answer.map_or_else(|error| (-error, Vec::new()), |body| (0, body));
             let length = u32::try_from(16 + body.len()).unwrap();
-            let message = [&length.to_ne_bytes()[..], &error.to_ne_bytes(), unique, &body].concat();
+            let message = [
+                &length.to_ne_bytes()[..],
+                &error.to_ne_bytes(),
+                unique,
+                &body,
+            ]
+            .concat();
             let _ = device.write_all(&message);
         }
     }
@@ -186,12 +223,21 @@ impl Server {
                 self.has_cue |= name(CUE);
                 return Answer::Error(libc::ENOENT);
             }
-            GETATTR => [&self.valid().to_ne_bytes()[..], &[0; 8], &self.attributes(node)].concat(),
+            GETATTR => [
+                &self.valid().to_ne_bytes()[..],
+                &[0; 8],
+                &self.attributes(node),
+            ]
+            .concat(),
             OPEN => {
                 self.opened += 1;
                 // With what is never read, the first who opens it reads through the page cache, and the next ones past it.
                 let through_cache = self.hangs == Hangs::Lookup || self.opened == 1;
-                open(if through_cache { KEEP_CACHE } else { DIRECT_IO | KEEP_CACHE })
+                open(if through_cache {
+                    KEEP_CACHE
+                } else {
+                    DIRECT_IO | KEEP_CACHE
+                })
             }
             READ => {
                 let start = usize::try_from(long(48)).unwrap().min(self.content.len());
@@ -210,17 +256,29 @@ impl Server {
     /// `struct fuse_entry_out`. The name is to be looked up each time.
     fn entry(&self) -> Vec<u8> {
         let words: [u64; 5] = [FILE, 0, 0, self.valid(), 0];
-        words.iter().flat_map(|word| word.to_ne_bytes()).chain(self.attributes(FILE)).collect()
+        words
+            .iter()
+            .flat_map(|word| word.to_ne_bytes())
+            .chain(self.attributes(FILE))
+            .collect()
     }
 
     /// For how long the kernel may believe what the file is, in seconds.
     fn valid(&self) -> u64 {
-        if self.hangs == Hangs::Lookup { 0 } else { VALID }
+        if self.hangs == Hangs::Lookup {
+            0
+        } else {
+            VALID
+        }
     }
 
     /// `struct fuse_attr`.
     fn attributes(&self, node: u64) -> Vec<u8> {
-        let (mode, links, size) = if node == FILE { (0o100_755, 1, self.size) } else { (0o40_755, 2, 0) };
+        let (mode, links, size) = if node == FILE {
+            (0o100_755, 1, self.size)
+        } else {
+            (0o40_755, 2, 0)
+        };
         let long: [u64; 6] = [node, size, size / 512, 0, 0, 0];
         let short: [u32; 10] = [0, 0, 0, mode, links, 0, 0, 0, 4096, 0];
         long.iter()
@@ -243,7 +301,24 @@ enum Answer {
 
 /// `struct fuse_init_out`: version 7.31, and nothing of what may be left out.
 fn init() -> Vec<u8> {
-    let words: [u32; 16] = [7, 31, 0, 0, 12 | 12 << 16, 1 << 17, 1, 256, 0, 0, 0, 0, 0, 0, 0, 0];
+    let words: [u32; 16] = [
+        7,
+        31,
+        0,
+        0,
+        12 | 12 << 16,
+        1 << 17,
+        1,
+        256,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ];
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
@@ -254,6 +329,7 @@ fn open(flags: u32) -> Vec<u8> {
 
 /// Whether a process sleeps so that only the end of it wakes it, as one does that waits for a lock or for such a file.
 pub(crate) fn is_stuck(pid: nix::unistd::Pid) -> bool {
-    let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status")).unwrap_or_default();
+    let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status"))
+        .unwrap_or_default();
     status.lines().any(|line| line.starts_with("State:\tD"))
 }

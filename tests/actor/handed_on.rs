@@ -53,7 +53,10 @@ pub(crate) fn used_again(to: &Address, given: Given) -> String {
 /// The same as a service that systemd has started with a listener, as its only one.
 pub(crate) fn used_again_by_service(to: &Address) -> String {
     let pid: i32 = std::env::var("LISTEN_PID").unwrap().parse().unwrap();
-    assert_eq!((Pid::from_raw(pid), std::env::var("LISTEN_FDS").as_deref()), (getpid(), Ok("1")));
+    assert_eq!(
+        (Pid::from_raw(pid), std::env::var("LISTEN_FDS").as_deref()),
+        (getpid(), Ok("1"))
+    );
     // SAFETY: the descriptor is this process's, as systemd says, and nothing else uses it.
     let socket = unsafe { OwnedFd::from_raw_fd(3) };
     disconnect(&socket);
@@ -76,7 +79,10 @@ pub(crate) fn made_for_activation(to: &Address) -> String {
 
 /// Makes a listener, or a connected socket, one that can be connected (connect(2), `AF_UNSPEC`).
 fn disconnect(socket: &OwnedFd) {
-    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC.try_into().unwrap(), sa_data: [0; 14] };
+    let nowhere = libc::sockaddr {
+        sa_family: libc::AF_UNSPEC.try_into().unwrap(),
+        sa_data: [0; 14],
+    };
     let length = libc::socklen_t::try_from(size_of_val(&nowhere)).unwrap();
     // SAFETY: `nowhere` is an address of `length` bytes, which the kernel only reads.
     let status = unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, length) };

@@ -47,7 +47,9 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
     let mut seen = Seen::default();
     let (began, mut cued, mut busy) = (Instant::now(), 0, None);
     while cued < count {
-        let due = usize::try_from(began.elapsed().as_micros() * rate / 1_000_000).unwrap().min(count);
+        let due = usize::try_from(began.elapsed().as_micros() * rate / 1_000_000)
+            .unwrap()
+            .min(count);
         (&cues).write_all(&vec![0; due - cued]).unwrap();
         cued = due;
         seen.read(&mut said);
@@ -57,7 +59,9 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
         thread::sleep(Duration::from_millis(1));
     }
     // Without the first quarter, in which the first have not been answered yet.
-    let per_second = busy.map(|(since, before)| f64::from(seen.count("200") - before) / since.elapsed().as_secs_f64());
+    let per_second = busy.map(|(since, before)| {
+        f64::from(seen.count("200") - before) / since.elapsed().as_secs_f64()
+    });
     while seen.all() < count {
         seen.read(&mut said);
         thread::sleep(Duration::from_millis(1));
@@ -98,13 +102,23 @@ fn born(act: impl FnOnce()) -> nix::unistd::Pid {
 /// One question: user, kind of answer, microseconds, key.
 fn record(uid: u32, to: &Address) -> [u8; RECORD] {
     let began = Instant::now();
-    let answer = to.try_connect().map(|fd| wire::ask(&fd)).unwrap_or_default();
+    let answer = to
+        .try_connect()
+        .map(|fd| wire::ask(&fd))
+        .unwrap_or_default();
     let took = began.elapsed().as_micros();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
     let status = head.get(9..12).unwrap_or("nothing");
-    let again = if head.contains("\r\nretry-after: ") { "+retry-after" } else { "" };
+    let again = if head.contains("\r\nretry-after: ") {
+        "+retry-after"
+    } else {
+        ""
+    };
     let body: Value = serde_json::from_str(body).unwrap_or_default();
-    let key = body["AccessKeyId"].as_str().or(body["code"].as_str()).unwrap_or("-");
+    let key = body["AccessKeyId"]
+        .as_str()
+        .or(body["code"].as_str())
+        .unwrap_or("-");
     let mut record = [b' '; RECORD];
     let text = format!("{uid} {status}{again} {took} {key}");
     record[..text.len()].copy_from_slice(text.as_bytes());
@@ -131,8 +145,14 @@ impl Seen {
             let text = std::str::from_utf8(record).unwrap();
             let mut words = text.split_ascii_whitespace();
             let [uid, kind, took, key] = [(); 4].map(|()| words.next().unwrap());
-            self.took.entry(kind.to_owned()).or_default().push(took.parse().unwrap());
-            self.keys.entry(format!("{uid} {kind}")).or_default().insert(key.to_owned());
+            self.took
+                .entry(kind.to_owned())
+                .or_default()
+                .push(took.parse().unwrap());
+            self.keys
+                .entry(format!("{uid} {kind}"))
+                .or_default()
+                .insert(key.to_owned());
         }
     }
 
@@ -148,8 +168,13 @@ impl Seen {
     fn show(mut self, mut all: Value) -> String {
         let answers = self.took.iter_mut().map(|(kind, took)| {
             took.sort_unstable();
-            let at = |part: usize| Duration::from_micros(took[(took.len() - 1) * part / 100]).as_secs_f64();
-            (kind.clone(), json!({ "count": took.len(), "p50": at(50), "p99": at(99), "longest": at(100) }))
+            let at = |part: usize| {
+                Duration::from_micros(took[(took.len() - 1) * part / 100]).as_secs_f64()
+            };
+            (
+                kind.clone(),
+                json!({ "count": took.len(), "p50": at(50), "p99": at(99), "longest": at(100) }),
+            )
         });
         all["answers"] = answers.collect();
         all["keys"] = json!(self.keys);

@@ -5,7 +5,10 @@
 //! goes on step by step, as the test tells it.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
-#![allow(unsafe_code, reason = "fork, clone3 and setuid are what this program is for; it has one thread")]
+#![allow(
+    unsafe_code,
+    reason = "fork, clone3 and setuid are what this program is for; it has one thread"
+)]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -40,28 +43,54 @@ fn main() {
         ["speak", descriptor] => print!("{}", wire::ask_on(descriptor.parse().unwrap())),
         ["stay"] => process::stay(),
         ["connect", uid, listener, address] => {
-            floods::connect(uid.parse().unwrap(), &wire::Address::parse(listener, address));
+            floods::connect(
+                uid.parse().unwrap(),
+                &wire::Address::parse(listener, address),
+            );
         }
         ["in-numbers", act, listener, address, ref numbers @ ..] => {
-            let numbers: Vec<usize> = numbers.iter().map(|number| number.parse().unwrap()).collect();
-            print!("{}", floods::act(act, &numbers, &wire::Address::parse(listener, address)));
+            let numbers: Vec<usize> = numbers
+                .iter()
+                .map(|number| number.parse().unwrap())
+                .collect();
+            print!(
+                "{}",
+                floods::act(act, &numbers, &wire::Address::parse(listener, address))
+            );
         }
         ["ask", listener, address] => {
             let to = wire::Address::parse(listener, address);
             print!("{}", wire::ask(&to.connect()));
         }
         ["blocked", count, listener, address, ref cgroups @ ..] => {
-            blocked::callers(count.parse().unwrap(), cgroups, &wire::Address::parse(listener, address));
+            blocked::callers(
+                count.parse().unwrap(),
+                cgroups,
+                &wire::Address::parse(listener, address),
+            );
         }
         ["hanging-files"] => fuse::obey(),
         ["activated", listener, address] => {
-            print!("{}", handed_on::used_again_by_service(&wire::Address::parse(listener, address)));
+            print!(
+                "{}",
+                handed_on::used_again_by_service(&wire::Address::parse(listener, address))
+            );
         }
         ["herd", users, rate, seconds, listener, address] => {
-            println!("{}", herd::ask(users, rate, seconds, &wire::Address::parse(listener, address)));
+            println!(
+                "{}",
+                herd::ask(
+                    users,
+                    rate,
+                    seconds,
+                    &wire::Address::parse(listener, address)
+                )
+            );
         }
         ["idle", uid, count] => herd::idle(uid, count),
-        ["soak", uid, listener, address, pause] => soak::ask(uid, &wire::Address::parse(listener, address), pause),
+        ["soak", uid, listener, address, pause] => {
+            soak::ask(uid, &wire::Address::parse(listener, address), pause)
+        }
         ["asked", scene, listener, address] => asked::play(scene, [listener, address]),
         ["obey", descriptor, listener, address] => asked::obey_on(descriptor, [listener, address]),
         ["become", listener, address, program] => {

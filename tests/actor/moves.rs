@@ -43,9 +43,16 @@ impl Drop for Cgroup {
 
 pub(crate) fn own_cgroup() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let mount = mounts.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
+    let mount = mounts
+        .lines()
+        .find(|line| line.contains(" - cgroup2 "))
+        .and_then(|line| line.split(' ').nth(4));
     let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap();
-    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap().to_owned();
+    let path = cgroups
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .unwrap()
+        .to_owned();
     Path::new(mount.unwrap()).join(path)
 }
 
@@ -121,7 +128,9 @@ pub(crate) fn personality(to: &Address) -> String {
         };
         become_user(BOB);
         let (family, kind) = to.numbers();
-        let make = opcode::Socket::new(family, kind, 0).build().personality(as_alice);
+        let make = opcode::Socket::new(family, kind, 0)
+            .build()
+            .personality(as_alice);
         let made = complete(&mut ring, &make);
         assert!(made >= 0, "{}", std::io::Error::from_raw_os_error(-made));
         // SAFETY: the kernel has just made this descriptor.
@@ -147,13 +156,18 @@ pub(crate) fn fixed_file(to: &Address) -> String {
         (&tell).write_all(b"x").unwrap();
         cue.wait();
         let length = u32::try_from(wire::REQUEST.len()).unwrap();
-        let sent = complete(&mut ring, &opcode::Send::new(Fixed(0), wire::REQUEST.as_ptr(), length).build());
+        let sent = complete(
+            &mut ring,
+            &opcode::Send::new(Fixed(0), wire::REQUEST.as_ptr(), length).build(),
+        );
         assert_eq!(u32::try_from(sent), Ok(length));
         let mut answer = Vec::new();
         let mut part = [0_u8; 4096];
         loop {
             let receive = opcode::Recv::new(Fixed(0), part.as_mut_ptr(), 4096).build();
-            let Ok(length @ 1..) = usize::try_from(complete(&mut ring, &receive)) else { break };
+            let Ok(length @ 1..) = usize::try_from(complete(&mut ring, &receive)) else {
+                break;
+            };
             answer.extend_from_slice(&part[..length]);
         }
         String::from_utf8(answer).unwrap()

@@ -56,7 +56,11 @@ pub(crate) fn child(act: impl FnOnce(&mut Cue) -> String) -> Child {
     let (hear, hears) = pair();
     // SAFETY: this program has one thread.
     match unsafe { fork() }.unwrap() {
-        ForkResult::Parent { child } => Child { pid: child, says, hears: Some(hears) },
+        ForkResult::Parent { child } => Child {
+            pid: child,
+            says,
+            hears: Some(hears),
+        },
         ForkResult::Child => {
             drop((says, hears));
             set_pdeathsig(Signal::SIGKILL).unwrap();
@@ -87,7 +91,11 @@ impl Child {
         let mut text = String::new();
         let _ = self.says.read_to_string(&mut text);
         // Its end of the pipe is closed a moment before it has ended.
-        waitid(Id::Pid(self.pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+        waitid(
+            Id::Pid(self.pid),
+            WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT,
+        )
+        .unwrap();
         text
     }
 
@@ -127,7 +135,13 @@ pub(crate) fn reuse(pid: Pid, uid: u32, act: impl FnOnce()) -> Option<Pid> {
         ..CloneArgs::default()
     };
     // SAFETY: as fork(2): no memory is shared, and this program has one thread.
-    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<CloneArgs>()) };
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw const arguments,
+            size_of::<CloneArgs>(),
+        )
+    };
     match result {
         0 => {
             set_pdeathsig(Signal::SIGKILL).unwrap();
@@ -147,7 +161,10 @@ pub(crate) fn reuse(pid: Pid, uid: u32, act: impl FnOnce()) -> Option<Pid> {
 
 /// A process that shares this one's memory, and does `act`: system calls alone, since what else it did would be done to this
 /// process, too.
-pub(crate) fn share_memory(act: extern "C" fn(*mut libc::c_void) -> libc::c_int, argument: *mut libc::c_void) -> Pid {
+pub(crate) fn share_memory(
+    act: extern "C" fn(*mut libc::c_void) -> libc::c_int,
+    argument: *mut libc::c_void,
+) -> Pid {
     // Never freed: it is in use as long as the process lives.
     let stack = Box::leak(vec![0_u128; 4096].into_boxed_slice());
     let flags = libc::CLONE_VM | libc::SIGCHLD;

@@ -48,7 +48,11 @@ pub(crate) fn become_another(to: &Address, program: &str) {
 
 /// A program of Alice's own, beside the one that a rule names.
 fn forged(program: &str) -> String {
-    Path::new(program).with_file_name("forged").to_str().unwrap().to_owned()
+    Path::new(program)
+        .with_file_name("forged")
+        .to_str()
+        .unwrap()
+        .to_owned()
 }
 
 /// In namespaces of its own, this process sees another file at the program's path.
@@ -56,12 +60,22 @@ fn cover(program: &str, namespaces: CloneFlags) {
     let none: Option<&str> = None;
     unshare(namespaces).unwrap();
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-    mount(Some(forged(program).as_str()), program, none, MsFlags::MS_BIND, none).unwrap();
+    mount(
+        Some(forged(program).as_str()),
+        program,
+        none,
+        MsFlags::MS_BIND,
+        none,
+    )
+    .unwrap();
 }
 
 fn execute(program: &str, words: &[&str]) {
     let words = [&[program], words].concat();
-    let words: Vec<CString> = words.into_iter().map(|word| CString::new(word).unwrap()).collect();
+    let words: Vec<CString> = words
+        .into_iter()
+        .map(|word| CString::new(word).unwrap())
+        .collect();
     let Err(error) = execv(&words[0], &words);
     panic!("{program}: {error}");
 }

@@ -115,7 +115,11 @@ impl Given {
             let fd = wire::receive(&from);
             (&tell).write_all(b"x").unwrap();
             cue.wait();
-            if late { wire::conclude(&fd) } else { wire::ask(&fd) }
+            if late {
+                wire::conclude(&fd)
+            } else {
+                wire::ask(&fd)
+            }
         });
         (&told).read_exact(&mut [0; 2]).unwrap();
         Self { alice, heir, held }
@@ -130,7 +134,11 @@ fn goes_on(held: Option<Held>, mut asking: Child) -> String {
 
 /// Bob, who is in Alice's group, asks on her connection while she lives.
 fn passed(to: &Address, late: bool) -> String {
-    let Given { mut alice, heir, held } = Given::start(to, late, (BOB, ALICE), || {});
+    let Given {
+        mut alice,
+        heir,
+        held,
+    } = Given::start(to, late, (BOB, ALICE), || {});
     let said = goes_on(held, heir);
     alice.cue();
     alice.reap();
@@ -156,7 +164,11 @@ fn made_for(to: &Address) -> String {
 
 /// Alice's process has ended, and a child of hers asks.
 fn exited(to: &Address, late: bool, reap: bool) -> String {
-    let Given { mut alice, heir, held } = Given::start(to, late, (ALICE, ALICE), || {});
+    let Given {
+        mut alice,
+        heir,
+        held,
+    } = Given::start(to, late, (ALICE, ALICE), || {});
     alice.cue();
     alice.said();
     if reap {
@@ -170,7 +182,11 @@ fn exited(to: &Address, late: bool, reap: bool) -> String {
 
 /// As above, and Bob's process has the connector's number.
 fn reused(to: &Address, late: bool) -> String {
-    let Given { mut alice, heir, held } = Given::start(to, late, (ALICE, ALICE), || {});
+    let Given {
+        mut alice,
+        heir,
+        held,
+    } = Given::start(to, late, (ALICE, ALICE), || {});
     let pid = alice.pid;
     alice.cue();
     alice.said();
@@ -191,7 +207,10 @@ fn child_asks(fd: OwnedFd) -> String {
 fn executed(fd: OwnedFd) -> String {
     let number = wire::inheritable(fd).to_string();
     let program = std::env::current_exe().unwrap();
-    let output = std::process::Command::new(program).args(["speak", &number]).output().unwrap();
+    let output = std::process::Command::new(program)
+        .args(["speak", &number])
+        .output()
+        .unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -207,7 +226,11 @@ fn setuid(to: &Address, late: bool) -> String {
     let execute = || {
         execv(&path, &[path.clone(), c"stay".to_owned()]).unwrap();
     };
-    let Given { mut alice, heir, held } = Given::start(to, late, (ALICE, ALICE), execute);
+    let Given {
+        mut alice,
+        heir,
+        held,
+    } = Given::start(to, late, (ALICE, ALICE), execute);
     alice.cue();
     await_root(&alice);
     let said = goes_on(held, heir);
@@ -221,7 +244,11 @@ fn setuid(to: &Address, late: bool) -> String {
 fn await_root(process: &Child) {
     let status = format!("/proc/{}/status", process.pid);
     // Real and effective: before it became Alice both were root's.
-    let is_root = |line: &str| line.split_whitespace().take(3).eq(["Uid:", &ALICE.to_string(), "0"]);
+    let is_root = |line: &str| {
+        line.split_whitespace()
+            .take(3)
+            .eq(["Uid:", &ALICE.to_string(), "0"])
+    };
     while !fs::read_to_string(&status).unwrap().lines().any(is_root) {
         std::thread::yield_now();
     }
@@ -353,8 +380,11 @@ fn decoy_on(to: &Address, port: u16) -> Option<String> {
         wire::ask(&fd)
     });
     let is_bound = are_ready();
-    let every: IpAddr =
-        if to.another(0).is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let every: IpAddr = if to.another(0).is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
     let mut bob = child(|cue| {
         become_user(BOB);
         let listener = TcpListener::bind((every, port));
@@ -402,7 +432,11 @@ fn changed_by_root(to: &Address, late: bool, change: impl FnOnce(&OwnedFd)) -> S
         change(&fd);
         (&tell).write_all(b"x").unwrap();
         cue.wait();
-        if late { wire::conclude(&fd) } else { wire::ask(&fd) }
+        if late {
+            wire::conclude(&fd)
+        } else {
+            wire::ask(&fd)
+        }
     });
     (&told).read_exact(&mut [0]).unwrap();
     goes_on(held, asking)

@@ -38,8 +38,17 @@ pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
     while poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], pause).unwrap() == 0 {
         seen.add(&answer(to));
     }
-    let Seen { answers, errors, expired, empty, .. } = seen;
-    println!("{}", json!({ "answers": answers, "errors": errors, "expired": expired, "empty": empty }));
+    let Seen {
+        answers,
+        errors,
+        expired,
+        empty,
+        ..
+    } = seen;
+    println!(
+        "{}",
+        json!({ "answers": answers, "errors": errors, "expired": expired, "empty": empty })
+    );
 }
 
 fn answer(to: &Address) -> io::Result<String> {
@@ -51,11 +60,18 @@ impl Seen {
         self.answers += 1;
         let body: Option<Value> = answer.as_ref().ok().and_then(|answer| {
             let (head, body) = answer.split_once("\r\n\r\n")?;
-            head.starts_with("HTTP/1.1 200 ").then(|| serde_json::from_str(body).ok())?
+            head.starts_with("HTTP/1.1 200 ")
+                .then(|| serde_json::from_str(body).ok())?
         });
         let bad = match &body {
             None => &mut self.errors,
-            Some(body) if KEYS.iter().any(|key| body[key].as_str().is_none_or(str::is_empty)) => &mut self.empty,
+            Some(body)
+                if KEYS
+                    .iter()
+                    .any(|key| body[key].as_str().is_none_or(str::is_empty)) =>
+            {
+                &mut self.empty
+            }
             Some(body) if remaining(body).is_zero() => &mut self.expired,
             Some(body) => {
                 let key = body["AccessKeyId"].as_str().unwrap();
@@ -76,5 +92,8 @@ impl Seen {
 
 fn remaining(body: &Value) -> Duration {
     let expiration = humantime::parse_rfc3339(body["Expiration"].as_str().unwrap_or_default());
-    expiration.ok().and_then(|at| at.duration_since(SystemTime::now()).ok()).unwrap_or_default()
+    expiration
+        .ok()
+        .and_then(|at| at.duration_since(SystemTime::now()).ok())
+        .unwrap_or_default()
 }

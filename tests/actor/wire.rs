@@ -8,8 +8,9 @@ use std::path::PathBuf;
 
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6,
-    SockaddrStorage, UnixAddr, bind, connect, getsockname, recvmsg, sendmsg, setsockopt, socket, sockopt,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn,
+    SockaddrIn6, SockaddrStorage, UnixAddr, bind, connect, getsockname, recvmsg, sendmsg,
+    setsockopt, socket, sockopt,
 };
 
 use crate::daemon;
@@ -20,13 +21,18 @@ pub(crate) enum Address {
     Tcp(SocketAddr),
 }
 
-pub(crate) const REQUEST: &[u8] = b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: any\r\n\r\n";
+pub(crate) const REQUEST: &[u8] =
+    b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: any\r\n\r\n";
 /// How much of it is sent where a scene goes on in the middle of a request.
 const PART: usize = 20;
 
 impl Address {
     pub(crate) fn parse(listener: &str, address: &str) -> Self {
-        if listener == "unix" { Self::Unix(address.into()) } else { Self::Tcp(address.parse().unwrap()) }
+        if listener == "unix" {
+            Self::Unix(address.into())
+        } else {
+            Self::Tcp(address.parse().unwrap())
+        }
     }
 
     pub(crate) fn connect(&self) -> OwnedFd {
@@ -60,8 +66,14 @@ impl Address {
     /// The address of a TCP socket.
     pub(crate) fn local(fd: &OwnedFd) -> SocketAddr {
         let name: SockaddrStorage = getsockname(fd.as_raw_fd()).unwrap();
-        let v4 = name.as_sockaddr_in().map(|v4| SocketAddrV4::from(*v4).into());
-        v4.or_else(|| name.as_sockaddr_in6().map(|v6| SocketAddrV6::from(*v6).into())).unwrap()
+        let v4 = name
+            .as_sockaddr_in()
+            .map(|v4| SocketAddrV4::from(*v4).into());
+        v4.or_else(|| {
+            name.as_sockaddr_in6()
+                .map(|v6| SocketAddrV6::from(*v6).into())
+        })
+        .unwrap()
     }
 
     fn family(&self) -> AddressFamily {
@@ -79,7 +91,13 @@ impl Address {
 
     /// A socket that is not yet connected.
     pub(crate) fn socket(&self) -> OwnedFd {
-        socket(self.family(), SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap()
+        socket(
+            self.family(),
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .unwrap()
     }
 
     /// Connects such a socket.
@@ -155,18 +173,34 @@ fn file(fd: &OwnedFd) -> std::fs::File {
 pub(crate) fn pass(over: &UnixStream, fd: &OwnedFd) {
     let fds = [fd.as_raw_fd()];
     let message = [ControlMessage::ScmRights(&fds)];
-    sendmsg::<()>(over.as_raw_fd(), &[IoSlice::new(b"x")], &message, MsgFlags::empty(), None).unwrap();
+    sendmsg::<()>(
+        over.as_raw_fd(),
+        &[IoSlice::new(b"x")],
+        &message,
+        MsgFlags::empty(),
+        None,
+    )
+    .unwrap();
 }
 
 pub(crate) fn receive(over: &UnixStream) -> OwnedFd {
     let mut space = cmsg_space!(RawFd);
     let mut byte = [0];
     let mut into = [IoSliceMut::new(&mut byte)];
-    let message = recvmsg::<()>(over.as_raw_fd(), &mut into, Some(&mut space), MsgFlags::empty()).unwrap();
-    let mut received = message.cmsgs().unwrap().filter_map(|message| match message {
-        ControlMessageOwned::ScmRights(fds) => fds.into_iter().next(),
-        _ => None,
-    });
+    let message = recvmsg::<()>(
+        over.as_raw_fd(),
+        &mut into,
+        Some(&mut space),
+        MsgFlags::empty(),
+    )
+    .unwrap();
+    let mut received = message
+        .cmsgs()
+        .unwrap()
+        .filter_map(|message| match message {
+            ControlMessageOwned::ScmRights(fds) => fds.into_iter().next(),
+            _ => None,
+        });
     // SAFETY: the kernel has just made this descriptor for this process.
     unsafe { OwnedFd::from_raw_fd(received.next().expect("a descriptor")) }
 }

@@ -43,7 +43,13 @@ impl Caller {
         while held.len() + 3 < self.descriptors {
             let (read, write) = pipe()?;
             let (one, other) = UnixStream::pair()?;
-            held.extend([read, write, one.into(), other.into(), File::open("/dev/null")?.into()]);
+            held.extend([
+                read,
+                write,
+                one.into(),
+                other.into(),
+                File::open("/dev/null")?.into(),
+            ]);
         }
         held.truncate(self.descriptors.saturating_sub(3));
         become_user(self.uid)?;
@@ -61,7 +67,11 @@ pub(crate) fn become_user(uid: u32) -> Result<(), Failed> {
     // A change of user clears both. Without the first, /proc/<pid> would be root's, as that of an ordinary program is not.
     set_dumpable(true)?;
     set_pdeathsig(Signal::SIGKILL)?;
-    if nix::unistd::getppid() == parent { Ok(()) } else { Err("the bench has ended".into()) }
+    if nix::unistd::getppid() == parent {
+        Ok(())
+    } else {
+        Err("the bench has ended".into())
+    }
 }
 
 /// A connection.
@@ -110,8 +120,15 @@ pub(crate) fn answer(wire: &mut dyn Wire) -> io::Result<Answer> {
                 let at = Instant::now();
                 while wire.read(&mut chunk)? > 0 {}
                 let text = String::from_utf8_lossy(&bytes);
-                let status = text.get(9..12).and_then(|status| status.parse().ok()).unwrap_or_default();
-                return Ok(Answer { status, body: text.get(head..).unwrap_or_default().to_owned(), at });
+                let status = text
+                    .get(9..12)
+                    .and_then(|status| status.parse().ok())
+                    .unwrap_or_default();
+                return Ok(Answer {
+                    status,
+                    body: text.get(head..).unwrap_or_default().to_owned(),
+                    at,
+                });
             }
             found => end = found,
         }
@@ -125,6 +142,8 @@ pub(crate) fn answer(wire: &mut dyn Wire) -> io::Result<Answer> {
 fn head_and_length(bytes: &[u8]) -> Option<(usize, usize)> {
     let text = std::str::from_utf8(bytes).ok()?;
     let head = text.find("\r\n\r\n")? + 4;
-    let length = text[..head].lines().find_map(|line| line.strip_prefix("content-length: "))?;
+    let length = text[..head]
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length: "))?;
     Some((head, length.parse().ok()?))
 }

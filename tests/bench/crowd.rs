@@ -23,9 +23,18 @@ pub(crate) struct Crowd(Part);
 
 impl Crowd {
     /// Starts them, in a cgroup of their own.
-    pub(crate) fn start(processes: usize, connections: usize, cgroup: &Path) -> Result<Self, Failed> {
+    pub(crate) fn start(
+        processes: usize,
+        connections: usize,
+        cgroup: &Path,
+    ) -> Result<Self, Failed> {
         let cgroup = cgroup.to_str().ok_or("the cgroup's path is not UTF-8")?;
-        let mut part = Part::start(&["crowd", &processes.to_string(), &connections.to_string(), cgroup])?;
+        let mut part = Part::start(&[
+            "crowd",
+            &processes.to_string(),
+            &connections.to_string(),
+            cgroup,
+        ])?;
         match part.hear()?.as_str() {
             "ready" => Ok(Self(part)),
             other => Err(format!("the crowd says {other:?}").into()),
@@ -45,7 +54,9 @@ pub(crate) fn run(processes: usize, connections: usize, cgroup: &Path) -> Result
     setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors)?;
     become_user(USER)?;
     // Before there are connections, which each of them would inherit.
-    let children = (0..processes).map(|_| sleeper()).collect::<Result<Vec<_>, _>>()?;
+    let children = (0..processes)
+        .map(|_| sleeper())
+        .collect::<Result<Vec<_>, _>>()?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
     let mut ends = Vec::new();

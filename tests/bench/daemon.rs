@@ -45,9 +45,17 @@ impl Daemon {
         );
         fs::write(folder.join("awsvid.toml"), text)?;
         let mut command = Command::new(env!("CARGO_BIN_EXE_awsvid"));
-        command.env_clear().args(["serve", "--config", &path("awsvid.toml")]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(folder.join("awsvid.log"))?);
-        Ok(Self { child: spawn(command)?, folder: folder.to_owned() })
+        command
+            .env_clear()
+            .args(["serve", "--config", &path("awsvid.toml")]);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(folder.join("awsvid.log"))?);
+        Ok(Self {
+            child: spawn(command)?,
+            folder: folder.to_owned(),
+        })
     }
 
     /// Starts it and waits until `/readyz` says that it is.
@@ -63,7 +71,11 @@ impl Daemon {
         while !done(self) {
             let ended = self.child.try_wait()?;
             if ended.is_some() || Instant::now() > deadline {
-                return Err(format!("the daemon is not {what} ({ended:?}). Its log:\n{}", self.log()).into());
+                return Err(format!(
+                    "the daemon is not {what} ({ended:?}). Its log:\n{}",
+                    self.log()
+                )
+                .into());
             }
             sleep(Duration::from_micros(500));
         }
@@ -72,7 +84,9 @@ impl Daemon {
 
     /// Whether `/readyz` is 200.
     pub(crate) fn is_ready(&self) -> bool {
-        let Some(admin) = self.logged_address("serving operators") else { return false };
+        let Some(admin) = self.logged_address("serving operators") else {
+            return false;
+        };
         let ask = || {
             let mut stream = TcpStream::connect(admin)?;
             std::io::Write::write_all(&mut stream, &caller::request("/readyz"))?;
@@ -87,9 +101,13 @@ impl Daemon {
 
     fn logged_address(&self, message: &str) -> Option<String> {
         let log = self.log();
-        let mut lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let mut lines = log
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
         lines.find_map(|line| {
-            let address = line["address"].as_str().filter(|address| address.starts_with("127.0.0.1:"))?;
+            let address = line["address"]
+                .as_str()
+                .filter(|address| address.starts_with("127.0.0.1:"))?;
             (line["message"] == message).then(|| address.to_owned())
         })
     }
@@ -97,7 +115,9 @@ impl Daemon {
     /// Where it is asked.
     pub(crate) fn address(&self, transport: Transport) -> Result<String, Failed> {
         match transport {
-            Transport::Tcp => self.logged_address("serving workloads").ok_or("the daemon has no TCP listener".into()),
+            Transport::Tcp => self
+                .logged_address("serving workloads")
+                .ok_or("the daemon has no TCP listener".into()),
             Transport::Unix => Ok(self.folder.join("awsvid.sock").display().to_string()),
         }
     }
@@ -125,7 +145,14 @@ impl Direct {
     /// Starts it; it answers everything with `body`.
     pub(crate) fn start(folder: &Path, transport: Transport, body: &str) -> Result<Self, Failed> {
         let socket = folder.join("direct.sock").display().to_string();
-        let mut part = Part::start(&["direct", if transport == Transport::Tcp { "tcp" } else { &socket }])?;
+        let mut part = Part::start(&[
+            "direct",
+            if transport == Transport::Tcp {
+                "tcp"
+            } else {
+                &socket
+            },
+        ])?;
         part.say(body)?;
         part.hang_up();
         let address = part.hear()?;

@@ -20,7 +20,9 @@ pub(crate) fn run(address: &str) -> Result<(), crate::Failed> {
     let mut body = Vec::new();
     std::io::stdin().read_to_end(&mut body)?;
     let body = Bytes::from(body);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         if address == "tcp" {
             let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -48,7 +50,9 @@ async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin, body: Bytes) {
         async move { Ok::<_, Infallible>(response) }
     });
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(5)).keep_alive(false);
+    http.timer(TokioTimer::new())
+        .header_read_timeout(Duration::from_secs(5))
+        .keep_alive(false);
     http.max_buf_size(16 * 1024).max_headers(64);
     // An error is a client that went away.
     let _ = http.serve_connection(TokioIo::new(stream), service).await;

@@ -26,10 +26,20 @@ const HOUR: Duration = Duration::from_secs(3600);
 
 /// Says when its cache is there, fills it when it hears a line, and says when it is full.
 pub(crate) fn run(count: usize) -> Result<(), Failed> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
-        let issuer = TokenExchanger::new(Arc::new(Source), Arc::new(Source), Clock::system(), Metrics::default());
-        let limits = Limits { max_entries: count, revocation_grace: Duration::ZERO };
+        let issuer = TokenExchanger::new(
+            Arc::new(Source),
+            Arc::new(Source),
+            Clock::system(),
+            Metrics::default(),
+        );
+        let limits = Limits {
+            max_entries: count,
+            revocation_grace: Duration::ZERO,
+        };
         let cache = CredentialCache::new(issuer, Clock::system(), Metrics::default(), limits);
         let role = Arc::new(role()?);
         println!("empty");
@@ -52,7 +62,10 @@ fn role() -> Result<Role, Failed> {
         audience: AUDIENCE.to_owned(),
         duration: HOUR,
         session_name: None,
-        sts: StsTarget { region: "eu-central-1".to_owned(), endpoint: None },
+        sts: StsTarget {
+            region: "eu-central-1".to_owned(),
+            endpoint: None,
+        },
         policy: None,
         policy_arns: Vec::new(),
     })
@@ -60,14 +73,27 @@ fn role() -> Result<Role, Failed> {
 
 /// As those of a large node: each workload has an identity of its own.
 fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
-    let spiffe_id = SpiffeId::parse(&format!("spiffe://{TRUST_DOMAIN}/ns/namespace/sa/workload-{number}"))?;
-    let roles = Roles { defined: vec![role.clone()], requested: None };
-    Ok(roles.select(&[Identity { spiffe_id, hint: None }], &RequestedRole::Default)?)
+    let spiffe_id = SpiffeId::parse(&format!(
+        "spiffe://{TRUST_DOMAIN}/ns/namespace/sa/workload-{number}"
+    ))?;
+    let roles = Roles {
+        defined: vec![role.clone()],
+        requested: None,
+    };
+    Ok(roles.select(
+        &[Identity {
+            spiffe_id,
+            hint: None,
+        }],
+        &RequestedRole::Default,
+    )?)
 }
 
 /// As one over TCP whose rule needs no process.
 fn caller(number: usize) -> Caller {
-    let cgroup = CgroupPath::parse(&format!("/system.slice/system-workload.slice/workload@{number}.service"));
+    let cgroup = CgroupPath::parse(&format!(
+        "/system.slice/system-workload.slice/workload@{number}.service"
+    ));
     Caller {
         listener: ListenerKind::Tcp,
         uid: 1000,
@@ -100,8 +126,18 @@ impl IdentitySource for Source {
         Ok(Vec::new())
     }
 
-    async fn token(&self, _: &Arc<Caller>, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
-        Ok(JwtSvid::check(token(id.as_str(), audience), id, audience, SystemTime::now())?)
+    async fn token(
+        &self,
+        _: &Arc<Caller>,
+        id: &SpiffeId,
+        audience: &str,
+    ) -> Result<JwtSvid, SourceError> {
+        Ok(JwtSvid::check(
+            token(id.as_str(), audience),
+            id,
+            audience,
+            SystemTime::now(),
+        )?)
     }
 
     fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
@@ -122,7 +158,9 @@ impl AssumeRole for Source {
     async fn assume(&self, _: &Grant, _: &JwtSvid) -> Result<Credentials, StsError> {
         Ok(Credentials {
             access_key_id: "ASIAIOSFODNN7EXAMPLE".to_owned(),
-            secret_access_key: Zeroizing::new("wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY00".to_owned()),
+            secret_access_key: Zeroizing::new(
+                "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY00".to_owned(),
+            ),
             session_token: Zeroizing::new("t".repeat(1024)),
             expiration: SystemTime::now() + HOUR,
         })

@@ -66,8 +66,11 @@ impl Report {
         if self.answers.keys().eq([&200]) {
             return Ok(());
         }
-        Err(format!("answers by status (0: none): {:?}; one body that is no credentials: {}", self.answers, self.body)
-            .into())
+        Err(format!(
+            "answers by status (0: none): {:?}; one body that is no credentials: {}",
+            self.answers, self.body
+        )
+        .into())
     }
 }
 
@@ -115,7 +118,11 @@ fn ready() -> Result<(), Failed> {
     println!("ready");
     let mut line = String::new();
     io::stdin().lock().read_line(&mut line)?;
-    if line == "go\n" { Ok(()) } else { Err("not needed any more".into()) }
+    if line == "go\n" {
+        Ok(())
+    } else {
+        Err("not needed any more".into())
+    }
 }
 
 /// The part `load`.
@@ -139,9 +146,18 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failed> {
         io::stdin().lock().read_line(&mut String::new())?;
         stop.store(true, Ordering::Relaxed);
     }
-    let asked = threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect();
+    let asked = threads
+        .into_iter()
+        .flat_map(|thread| thread.join().unwrap_or_default())
+        .collect();
     let cpu = machine::cpu_time(std::process::id())? - cpu;
-    println!("{}", serde_json::to_string(&Report { cpu, ..summary(start, asked) })?);
+    println!(
+        "{}",
+        serde_json::to_string(&Report {
+            cpu,
+            ..summary(start, asked)
+        })?
+    );
     Ok(())
 }
 
@@ -163,16 +179,24 @@ fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<A
     gate.wait();
     let begin = Instant::now();
     let mut asked: Vec<Asked> = Vec::new();
-    let all = if plan.requests == 0 { usize::MAX } else { plan.requests / plan.threads };
+    let all = if plan.requests == 0 {
+        usize::MAX
+    } else {
+        plan.requests / plan.threads
+    };
     while asked.len() < all && !stop.load(Ordering::Relaxed) {
         let start = match plan.rate {
             None => Instant::now(),
             Some(rate) => on_time(begin + turn(index, asked.len(), plan.threads, rate)),
         };
         let answer = ask().ok();
-        let at = answer.as_ref().map_or_else(Instant::now, |answer| answer.at);
+        let at = answer
+            .as_ref()
+            .map_or_else(Instant::now, |answer| answer.at);
         // Of the credentials only the last are of interest.
-        if let Some((_, Some(previous))) = asked.last_mut().filter(|(_, answer)| answer.as_ref().is_some_and(is_issued))
+        if let Some((_, Some(previous))) = asked
+            .last_mut()
+            .filter(|(_, answer)| answer.as_ref().is_some_and(is_issued))
         {
             previous.body = String::new();
         }
@@ -204,15 +228,29 @@ fn on_time(due: Instant) -> Instant {
 }
 
 fn summary(start: Instant, asked: Vec<Asked>) -> Report {
-    let mut report = Report { finished: machine::monotonic(), ..Report::default() };
+    let mut report = Report {
+        finished: machine::monotonic(),
+        ..Report::default()
+    };
     report.seconds = start.elapsed().as_secs_f64();
-    let mut latencies: Vec<f64> = asked.iter().map(|(latency, _)| latency.as_secs_f64() * 1e6).collect();
+    let mut latencies: Vec<f64> = asked
+        .iter()
+        .map(|(latency, _)| latency.as_secs_f64() * 1e6)
+        .collect();
     latencies.sort_by(f64::total_cmp);
-    let at = |part: f64| latencies.get(rank(part, latencies.len())).copied().unwrap_or_default();
+    let at = |part: f64| {
+        latencies
+            .get(rank(part, latencies.len()))
+            .copied()
+            .unwrap_or_default()
+    };
     (report.p50, report.p99, report.max) = (at(0.5), at(0.99), at(1.0));
     let mut refused = None;
     for (_, answer) in asked {
-        *report.answers.entry(answer.as_ref().map_or(0, |answer| answer.status)).or_default() += 1;
+        *report
+            .answers
+            .entry(answer.as_ref().map_or(0, |answer| answer.status))
+            .or_default() += 1;
         match answer {
             Some(answer) if !is_issued(&answer) => refused = refused.or(Some(answer.body)),
             Some(answer) if !answer.body.is_empty() => report.body = answer.body,
@@ -237,7 +275,9 @@ fn rank(part: f64, count: usize) -> usize {
 /// The part `callers`: connects as often as it has requests, and then sends all of them at once.
 pub(crate) fn callers(plan: &Plan) -> Result<(), Failed> {
     let _descriptors = plan.caller.become_it()?;
-    let mut wires = (0..plan.requests).map(|_| caller::connect(&plan.address)).collect::<Result<Vec<_>, _>>()?;
+    let mut wires = (0..plan.requests)
+        .map(|_| caller::connect(&plan.address))
+        .collect::<Result<Vec<_>, _>>()?;
     let request = caller::request(&plan.path);
     ready()?;
     let start = Instant::now();

@@ -44,10 +44,18 @@ pub(crate) fn monotonic() -> Duration {
 /// CPU time that the whole machine has been busy for, of all its processors; time stolen by other machines is busy, too.
 pub(crate) fn busy() -> Result<Duration, Failed> {
     let stat = fs::read_to_string("/proc/stat")?;
-    let ticks = stat.lines().next().unwrap_or_default().split_whitespace().skip(1);
+    let ticks = stat
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .skip(1);
     let ticks = ticks.map(str::parse).collect::<Result<Vec<u64>, _>>()?;
     // user, nice, system, idle, iowait, irq, softirq, steal: proc_stat(5).
-    let busy: u64 = [0, 1, 2, 5, 6, 7].iter().filter_map(|field| ticks.get(*field)).sum();
+    let busy: u64 = [0, 1, 2, 5, 6, 7]
+        .iter()
+        .filter_map(|field| ticks.get(*field))
+        .sum();
     let per_second = sysconf(SysconfVar::CLK_TCK)?.ok_or("no clock tick")?;
     Ok(Duration::from_secs(busy) / u32::try_from(per_second)?)
 }
@@ -61,7 +69,9 @@ pub(crate) fn processors() -> u32 {
 pub(crate) fn description() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let field = |text: &str, name: &str| {
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':'));
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':'));
         value.unwrap_or("?").trim().to_owned()
     };
     let memory = field(&read("/proc/meminfo"), "MemTotal");
@@ -91,8 +101,9 @@ pub(crate) fn memory(pid: u32) -> Result<Memory, Failed> {
     let bytes = |file: &str, names: &[&str]| -> Result<u64, Failed> {
         let text = fs::read_to_string(format!("/proc/{pid}/{file}"))?;
         let fields = text.lines().filter_map(|line| line.split_once(':'));
-        let values =
-            fields.filter(|(name, _)| names.contains(name)).map(|(_, value)| value.trim().trim_end_matches(" kB"));
+        let values = fields
+            .filter(|(name, _)| names.contains(name))
+            .map(|(_, value)| value.trim().trim_end_matches(" kB"));
         Ok(values.map(str::parse::<u64>).sum::<Result<u64, _>>()? * 1024)
     };
     Ok(Memory {
@@ -105,7 +116,10 @@ pub(crate) fn memory(pid: u32) -> Result<Memory, Failed> {
 /// Where cgroup v2 is mounted.
 fn mount() -> Result<PathBuf, Failed> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let point = mounts.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
+    let point = mounts
+        .lines()
+        .find(|line| line.contains(" - cgroup2 "))
+        .and_then(|line| line.split(' ').nth(4));
     Ok(point.ok_or("no cgroup v2 tree is mounted")?.into())
 }
 
@@ -122,7 +136,9 @@ impl Cgroups {
         let root = mount()?;
         for entry in fs::read_dir(&root)?.filter_map(Result::ok) {
             let name = entry.file_name().into_string().unwrap_or_default();
-            let pid = name.strip_prefix(SLICE).and_then(|rest| rest.strip_suffix(".slice")?.parse().ok());
+            let pid = name
+                .strip_prefix(SLICE)
+                .and_then(|rest| rest.strip_suffix(".slice")?.parse().ok());
             if pid.is_some_and(|pid| kill(Pid::from_raw(pid), None).is_err()) {
                 remove(&entry.path());
             }
@@ -156,7 +172,11 @@ impl Drop for Cgroups {
 /// Removes a slice and its units. A unit's last process may take a moment to disappear.
 fn remove(slice: &Path) {
     for _ in 0..200 {
-        for entry in fs::read_dir(slice).into_iter().flatten().filter_map(Result::ok) {
+        for entry in fs::read_dir(slice)
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok)
+        {
             if entry.path().is_dir() {
                 let _ = fs::remove_dir(entry.path());
             }

@@ -1,6 +1,10 @@
 //! How fast awsvid is, and how small: `cargo bench`, `cargo bench -- ROW...`, with `--quick` for a short form that shows
 //! only that each row runs. tests/bench/README.md says what each row means. Nothing here fails because something is slow.
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "the table is what this program is for")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the table is what this program is for"
+)]
 
 mod caller;
 mod crowd;
@@ -53,7 +57,13 @@ impl Bench {
         let folder = tempfile::Builder::new().prefix("awsvid-bench.").tempdir()?;
         // The load is another user and has to reach the sockets.
         fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
-        Ok(Self { quick, cgroups: Cgroups::new()?, folder, folders: Cell::default(), others: Cell::default() })
+        Ok(Self {
+            quick,
+            cgroups: Cgroups::new()?,
+            folder,
+            folders: Cell::default(),
+            others: Cell::default(),
+        })
     }
 
     /// A new folder.
@@ -78,15 +88,25 @@ impl Bench {
 
 fn main() -> ExitCode {
     // cargo adds `--bench`.
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let arguments: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| argument != "--bench")
+        .collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words[..] {
         // What the bench starts of itself.
         ["direct", address] => direct::run(address),
-        ["load", plan] => serde_json::from_str(plan).map_err(Into::into).and_then(load::run),
-        ["callers", plan] => serde_json::from_str(plan).map_err(Into::into).and_then(|plan| load::callers(&plan)),
-        ["crowd", processes, connections, cgroup] => numbers(processes, connections)
-            .and_then(|(processes, connections)| crowd::run(processes, connections, Path::new(cgroup))),
+        ["load", plan] => serde_json::from_str(plan)
+            .map_err(Into::into)
+            .and_then(load::run),
+        ["callers", plan] => serde_json::from_str(plan)
+            .map_err(Into::into)
+            .and_then(|plan| load::callers(&plan)),
+        ["crowd", processes, connections, cgroup] => {
+            numbers(processes, connections).and_then(|(processes, connections)| {
+                crowd::run(processes, connections, Path::new(cgroup))
+            })
+        }
         ["entries", count] => count.parse().map_err(Into::into).and_then(entries::run),
         _ => bench(&words),
     };
@@ -104,15 +124,23 @@ fn numbers(one: &str, other: &str) -> Result<(usize, usize), Failed> {
 }
 
 fn bench(words: &[&str]) -> Result<(), Failed> {
-    let (options, names): (Vec<&str>, Vec<&str>) = words.iter().partition(|word| word.starts_with("--"));
+    let (options, names): (Vec<&str>, Vec<&str>) =
+        words.iter().partition(|word| word.starts_with("--"));
     let known = ROWS.map(|row| row.name);
     let unknown = names.iter().find(|name| !known.contains(name));
     let unknown = unknown.or(options.iter().find(|option| **option != "--quick"));
     if let Some(word) = unknown {
-        return Err(format!("{word}: no such row or option. The rows: {}", known.join(", ")).into());
+        return Err(format!(
+            "{word}: no such row or option. The rows: {}",
+            known.join(", ")
+        )
+        .into());
     }
     let bench = Bench::new(!options.is_empty())?;
-    let rows: Vec<&Row> = ROWS.iter().filter(|row| names.is_empty() || names.contains(&row.name)).collect();
+    let rows: Vec<&Row> = ROWS
+        .iter()
+        .filter(|row| names.is_empty() || names.contains(&row.name))
+        .collect();
     let before = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let (mut lines, mut failed) = (Vec::new(), Vec::new());
     for row in &rows {
@@ -124,20 +152,30 @@ fn bench(words: &[&str]) -> Result<(), Failed> {
     }
     println!("\n{}\n", machine::description());
     if bench.quick {
-        println!("--quick: this shows that the rows run. The figures are of too few requests to mean anything.\n");
+        println!(
+            "--quick: this shows that the rows run. The figures are of too few requests to mean anything.\n"
+        );
     }
     println!("{}", table::render(&lines));
     for row in rows {
         println!("{}: {}", row.name, row.meaning);
     }
     println!("\n{}", disturbance(bench.others.get(), &before));
-    if failed.is_empty() { Ok(()) } else { Err(format!("these rows did not run:\n{}", failed.join("\n")).into()) }
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("these rows did not run:\n{}", failed.join("\n")).into())
+    }
 }
 
 /// Whether the machine was quiet: figures that were taken beside a compiler are worth little.
 fn disturbance(Others { elapsed, theirs }: Others, loadavg: &str) -> String {
     let all = elapsed.as_secs_f64() * f64::from(machine::processors());
-    let share = if all > 0.0 { theirs.as_secs_f64() / all * 100.0 } else { 0.0 };
+    let share = if all > 0.0 {
+        theirs.as_secs_f64() / all * 100.0
+    } else {
+        0.0
+    };
     format!(
         "Load average before: {}. In the measured runs {share:.0} % of the machine's CPU time went to processes other than \
          server and load (0 to 3 is a quiet machine).",

@@ -20,7 +20,11 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Child> {
         command.pre_exec(move || {
             set_pdeathsig(Signal::SIGKILL)?;
             // The parent may have ended before the call above: nobody would kill this child then.
-            if getppid() == parent { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+            if getppid() == parent {
+                Ok(())
+            } else {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
         });
     }
     command.spawn()
@@ -38,16 +42,28 @@ impl Part {
     /// Starts it with these arguments, of which the first names the part.
     pub(crate) fn start(arguments: &[&str]) -> Result<Self, Failed> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut child = spawn(command)?;
         let input = child.stdin.take();
         let output = BufReader::new(child.stdout.take().ok_or("no standard output")?);
-        Ok(Self { name: arguments.first().copied().unwrap_or_default().to_owned(), child, input, output })
+        Ok(Self {
+            name: arguments.first().copied().unwrap_or_default().to_owned(),
+            child,
+            input,
+            output,
+        })
     }
 
     /// Writes to its standard input.
     pub(crate) fn say(&mut self, text: &str) -> Result<(), Failed> {
-        Ok(self.input.as_mut().ok_or("its standard input is closed")?.write_all(text.as_bytes())?)
+        Ok(self
+            .input
+            .as_mut()
+            .ok_or("its standard input is closed")?
+            .write_all(text.as_bytes())?)
     }
 
     /// Closes its standard input.
@@ -59,7 +75,9 @@ impl Part {
     pub(crate) fn hear(&mut self) -> Result<String, Failed> {
         let mut line = String::new();
         if self.output.read_line(&mut line)? == 0 {
-            return Err(format!("the part `{}` has ended: {}", self.name, self.child.wait()?).into());
+            return Err(
+                format!("the part `{}` has ended: {}", self.name, self.child.wait()?).into(),
+            );
         }
         Ok(line.trim_end().to_owned())
     }
@@ -68,7 +86,11 @@ impl Part {
     pub(crate) fn end(mut self) -> Result<(), Failed> {
         self.hang_up();
         let status = self.child.wait()?;
-        if status.success() { Ok(()) } else { Err(format!("the part `{}`: {status}", self.name).into()) }
+        if status.success() {
+            Ok(())
+        } else {
+            Err(format!("the part `{}`: {status}", self.name).into())
+        }
     }
 
     /// Its process id.

@@ -53,7 +53,11 @@ pub(crate) const ROWS: [Row; 14] = [
                   multiples of the same row without",
         run: ratio::busy_node,
     },
-    Row { name: "paced", meaning: "latency at 1,500 requests a second, in multiples of direct's", run: slow::paced },
+    Row {
+        name: "paced",
+        meaning: "latency at 1,500 requests a second, in multiples of direct's",
+        run: slow::paced,
+    },
     Row {
         name: "descriptors",
         meaning: "tcp-pid with 20, 200 and 2,000 descriptors in the load, in multiples of `direct`",

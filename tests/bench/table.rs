@@ -17,20 +17,41 @@ pub(crate) struct Line {
 
 impl Line {
     /// A line of the table.
-    pub(crate) fn new(row: impl Into<String>, figure: String, asked: impl Into<String>, beside: String) -> Self {
-        Self { row: row.into(), figure, asked: asked.into(), beside }
+    pub(crate) fn new(
+        row: impl Into<String>,
+        figure: String,
+        asked: impl Into<String>,
+        beside: String,
+    ) -> Self {
+        Self {
+            row: row.into(),
+            figure,
+            asked: asked.into(),
+            beside,
+        }
     }
 }
 
 /// As Markdown, in columns.
 pub(crate) fn render(lines: &[Line]) -> String {
-    let head = Line::new("row", "measured".to_owned(), "asked", "beside it".to_owned());
+    let head = Line::new(
+        "row",
+        "measured".to_owned(),
+        "asked",
+        "beside it".to_owned(),
+    );
     let rows: Vec<[&str; 4]> = std::iter::once(&head)
         .chain(lines)
         .map(|line| [&line.row, &line.figure, &line.asked, &line.beside].map(String::as_str))
         .collect();
-    let widths: Vec<usize> =
-        (0..4).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default()).collect();
+    let widths: Vec<usize> = (0..4)
+        .map(|column| {
+            rows.iter()
+                .map(|row| row[column].chars().count())
+                .max()
+                .unwrap_or_default()
+        })
+        .collect();
     let text = |cells: &[&str], fill: char| {
         let cells = cells.iter().zip(&widths).map(|(cell, width)| {
             let missing = width - cell.chars().count();
@@ -61,12 +82,20 @@ impl Spread {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let at = |place: usize| values.get(place).copied().unwrap_or(f64::NAN);
-        Self { median: at(values.len().saturating_sub(1) / 2), least: at(0), most: at(values.len().saturating_sub(1)) }
+        Self {
+            median: at(values.len().saturating_sub(1) / 2),
+            least: at(0),
+            most: at(values.len().saturating_sub(1)),
+        }
     }
 
     /// With its unit: `71.3 us (70.0 to 75.1)`.
     pub(crate) fn show(self, unit: &str) -> String {
-        let Self { median, least, most } = self;
+        let Self {
+            median,
+            least,
+            most,
+        } = self;
         format!("{median:.1} {unit} ({least:.1} to {most:.1})")
     }
 }

@@ -20,7 +20,9 @@ use tokio::time::sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::UnixListenerStream;
 
-use awsvid::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use awsvid::svid::proto::workload::spiffe_workload_api_server::{
+    SpiffeWorkloadApi, SpiffeWorkloadApiServer,
+};
 use awsvid::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
 use crate::{Failed, machine};
@@ -76,31 +78,55 @@ impl Upstream {
     /// Starts them with their files in `folder`. Each answer takes `delay`. With `tls` the STS speaks TLS, as AWS's does.
     pub(crate) fn start(folder: &Path, delay: Duration, tls: bool) -> Result<Self, Failed> {
         let runtime = Runtime::new()?;
-        let desk = Desk { delay, counts: Arc::default() };
+        let desk = Desk {
+            delay,
+            counts: Arc::default(),
+        };
         let socket = folder.join("agent.sock");
-        let (ca, acceptor) =
-            if tls { certificate(folder).map(|(ca, tls)| (Some(ca), Some(tls)))? } else { (None, None) };
+        let (ca, acceptor) = if tls {
+            certificate(folder).map(|(ca, tls)| (Some(ca), Some(tls)))?
+        } else {
+            (None, None)
+        };
         let sts = runtime.block_on(async {
             let agent = UnixListenerStream::new(UnixListener::bind(&socket)?);
             let service = SpiffeWorkloadApiServer::new(Agent(desk.clone()));
-            tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(agent));
+            tokio::spawn(
+                tonic::transport::Server::builder()
+                    .add_service(service)
+                    .serve_with_incoming(agent),
+            );
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let address = listener.local_addr()?;
             tokio::spawn(sts(listener, acceptor, desk.clone()));
             Ok::<_, Failed>(address)
         })?;
         let scheme = if tls { "https" } else { "http" };
-        Ok(Self { desk, socket, sts: format!("{scheme}://{sts}"), ca, _runtime: runtime })
+        Ok(Self {
+            desk,
+            socket,
+            sts: format!("{scheme}://{sts}"),
+            ca,
+            _runtime: runtime,
+        })
     }
 
     /// So far.
     pub(crate) fn counts(&self) -> Counts {
-        *self.desk.counts.lock().unwrap_or_else(PoisonError::into_inner)
+        *self
+            .desk
+            .counts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `[identity]` and `[sts]`.
     pub(crate) fn configuration(&self) -> String {
-        let ca = self.ca.as_ref().map(|ca| format!("ca_file = {:?}\n", ca.display().to_string())).unwrap_or_default();
+        let ca = self
+            .ca
+            .as_ref()
+            .map(|ca| format!("ca_file = {:?}\n", ca.display().to_string()))
+            .unwrap_or_default();
         let socket = format!("unix://{}", self.socket.display());
         format!(
             "[identity]\nsocket = {socket:?}\naudience = \"bench\"\n\n\
@@ -120,18 +146,33 @@ impl SpiffeWorkloadApi for Agent {
         request: tonic::Request<JwtsvidRequest>,
     ) -> Result<tonic::Response<JwtsvidResponse>, tonic::Status> {
         self.0.serve(|counts| counts.tokens += 1).await;
-        let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
+        let JwtsvidRequest {
+            audience,
+            spiffe_id,
+        } = request.into_inner();
         let svid = token(&spiffe_id, audience.first().map_or("", String::as_str));
-        let svids = vec![Jwtsvid { spiffe_id, svid, hint: String::new() }];
+        let svids = vec![Jwtsvid {
+            spiffe_id,
+            svid,
+            hint: String::new(),
+        }];
         Ok(tonic::Response::new(JwtsvidResponse { svids }))
     }
 }
 
 /// A JWT-SVID that passes every check but that of its signature, which only STS can make.
 pub(crate) fn token(spiffe_id: &str, audience: &str) -> String {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let claims = format!(r#"{{"sub":"{spiffe_id}","aud":["{audience}"],"iat":{now},"exp":{}}}"#, now + 300);
-    [r#"{"alg":"ES256","typ":"JWT"}"#, &claims, "signature"].map(|part| URL_SAFE_NO_PAD.encode(part)).join(".")
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    let claims = format!(
+        r#"{{"sub":"{spiffe_id}","aud":["{audience}"],"iat":{now},"exp":{}}}"#,
+        now + 300
+    );
+    [r#"{"alg":"ES256","typ":"JWT"}"#, &claims, "signature"]
+        .map(|part| URL_SAFE_NO_PAD.encode(part))
+        .join(".")
 }
 
 async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Desk) {
@@ -162,11 +203,14 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, desk: Desk) {
         Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(answer))))
     });
     // An error is the daemon's end.
-    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+    let _ = hyper::server::conn::http1::Builder::new()
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
 }
 
 fn session() -> String {
-    let expiration = humantime::format_rfc3339_seconds(SystemTime::now() + Duration::from_secs(3600));
+    let expiration =
+        humantime::format_rfc3339_seconds(SystemTime::now() + Duration::from_secs(3600));
     format!(
         "<AssumeRoleWithWebIdentityResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\">\
          <AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>ASIAIOSFODNN7EXAMPLE</AccessKeyId>\

@@ -32,14 +32,23 @@ fn identity(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cg
     daemon.curl(listener, (uid, gid), cgroup);
     // The daemon asks itself, too, as root.
     let is_its = |record: &Value| {
-        let path = record["cgroup"].as_str().map(|path| path.trim_start_matches('/'));
+        let path = record["cgroup"]
+            .as_str()
+            .map(|path| path.trim_start_matches('/'));
         record["uid"] == uid && path.is_some_and(|path| cgroup.path().ends_with(path))
     };
     let record = await_some("its record", PATIENCE, || {
-        daemon.audit_where(|number, _| number >= before).into_iter().find(is_its)
+        daemon
+            .audit_where(|number, _| number >= before)
+            .into_iter()
+            .find(is_its)
     });
-    let id = record["spiffe_id"].as_str().and_then(|id| id.strip_prefix("spiffe://example.org/"));
-    id.or(record["reason"].as_str()).expect("an identity or a reason").to_owned()
+    let id = record["spiffe_id"]
+        .as_str()
+        .and_then(|id| id.strip_prefix("spiffe://example.org/"));
+    id.or(record["reason"].as_str())
+        .expect("an identity or a reason")
+        .to_owned()
 }
 
 #[test]
@@ -48,9 +57,13 @@ fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
         return;
     }
     let folder = folder();
-    let Some(directory) = Directory::start(folder.path()) else { return };
+    let Some(directory) = Directory::start(folder.path()) else {
+        return;
+    };
     directory.add_local("alice:x:51001:51001::/:/bin/sh");
-    let good: String = (1..48).map(|i| rule(&format!("u{i}"), &format!("uid = {}", 52_000 + i))).collect();
+    let good: String = (1..48)
+        .map(|i| rule(&format!("u{i}"), &format!("uid = {}", 52_000 + i)))
+        .collect();
     let rules = [
         rule("ghost", "user = \"ghost\""),
         rule("ghosts", "group = \"ghosts\""),
@@ -60,18 +73,47 @@ fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
     let daemon = start(folder.path(), &directory, &rules.concat());
     let cgroup = Cgroup::new("accounts-fifty.service");
     for listener in LISTENERS {
-        for (uid, expected) in [(51_001, "alice"), (52_001, "u1"), (52_047, "u47"), (52_050, "no_identity")] {
-            assert_eq!(identity(&daemon, listener, (uid, 7), &cgroup), expected, "{listener}");
+        for (uid, expected) in [
+            (51_001, "alice"),
+            (52_001, "u1"),
+            (52_047, "u47"),
+            (52_050, "no_identity"),
+        ] {
+            assert_eq!(
+                identity(&daemon, listener, (uid, 7), &cgroup),
+                expected,
+                "{listener}"
+            );
         }
     }
     assert_eq!(daemon.metric("awsvid_unknown_accounts"), 2);
     let log = daemon.log();
-    let line = 1 + daemon.text().lines().position(|line| line.contains("\"ghost\"")).unwrap();
-    let lines: Vec<&str> = log.lines().filter(|line| line.contains("is not known on this node")).collect();
+    let line = 1 + daemon
+        .text()
+        .lines()
+        .position(|line| line.contains("\"ghost\""))
+        .unwrap();
+    let lines: Vec<&str> = log
+        .lines()
+        .filter(|line| line.contains("is not known on this node"))
+        .collect();
     assert_eq!(lines.len(), 2, "not each once:\n{log}");
-    let has = |words: &[&str]| lines.iter().any(|found| words.iter().all(|word| found.contains(word)));
-    assert!(has(&["user \\\"ghost\\\"", &format!("\"lines\":\"[{line}]\"")]), "{lines:?}");
-    assert!(has(&["group \\\"ghosts\\\"", &format!("\"lines\":\"[{}]\"", line + 3)]), "{lines:?}");
+    let has = |words: &[&str]| {
+        lines
+            .iter()
+            .any(|found| words.iter().all(|word| found.contains(word)))
+    };
+    assert!(
+        has(&["user \\\"ghost\\\"", &format!("\"lines\":\"[{line}]\"")]),
+        "{lines:?}"
+    );
+    assert!(
+        has(&[
+            "group \\\"ghosts\\\"",
+            &format!("\"lines\":\"[{}]\"", line + 3)
+        ]),
+        "{lines:?}"
+    );
 }
 
 #[test]
@@ -80,11 +122,21 @@ fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
         return;
     }
     let folder = folder();
-    let Some(directory) = Directory::start(folder.path()) else { return };
-    let rules = [rule("local", "user = \"local\""), rule("late", "user = \"late\""), rule("crew", "group = \"crew\"")];
+    let Some(directory) = Directory::start(folder.path()) else {
+        return;
+    };
+    let rules = [
+        rule("local", "user = \"local\""),
+        rule("late", "user = \"late\""),
+        rule("crew", "group = \"crew\""),
+    ];
     let daemon = start(folder.path(), &directory, &rules.concat());
     let cgroup = Cgroup::new("accounts-late.service");
-    let callers = [("local", (51_001, 7)), ("late", (51_002, 7)), ("crew", (51_003, 51_009))];
+    let callers = [
+        ("local", (51_001, 7)),
+        ("late", (51_002, 7)),
+        ("crew", (51_003, 51_009)),
+    ];
     for (listener, (_, ids)) in LISTENERS.into_iter().zip(callers) {
         assert_eq!(identity(&daemon, listener, ids, &cgroup), "no_identity");
     }
@@ -95,7 +147,9 @@ fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
     for listener in LISTENERS {
         for (name, ids) in callers {
             // The lookup of the request before may be less than a second old.
-            await_some(name, PATIENCE, || (identity(&daemon, listener, ids, &cgroup) == name).then_some(()));
+            await_some(name, PATIENCE, || {
+                (identity(&daemon, listener, ids, &cgroup) == name).then_some(())
+            });
         }
     }
     // Another number takes effect with a reload, if not before.
@@ -117,7 +171,9 @@ fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
         return;
     }
     let folder = folder();
-    let Some(directory) = Directory::start(folder.path()) else { return };
+    let Some(directory) = Directory::start(folder.path()) else {
+        return;
+    };
     directory.add_local("alice:x:51001:51001::/:/bin/sh");
     for name in ["restricted", "fellows"] {
         directory.set(name, Account::Hangs);
@@ -136,26 +192,54 @@ fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
         assert_eq!(identity(&daemon, listener, (51_001, 0), &cgroup), "alice");
         assert_eq!(identity(&daemon, listener, (0, 0), &cgroup), "everybody");
         // Whoever could be the restricted user, or a fellow, is not everybody.
-        assert_eq!(identity(&daemon, listener, (51_002, 0), &cgroup), "unknown_account", "{listener}");
-        assert_eq!(identity(&daemon, listener, (0, 51_009), &cgroup), "unknown_account", "{listener}");
+        assert_eq!(
+            identity(&daemon, listener, (51_002, 0), &cgroup),
+            "unknown_account",
+            "{listener}"
+        );
+        assert_eq!(
+            identity(&daemon, listener, (0, 51_009), &cgroup),
+            "unknown_account",
+            "{listener}"
+        );
     }
     let log = daemon.log();
-    assert_eq!(log.matches("the name service does not answer").count(), 2, "{log}");
+    assert_eq!(
+        log.matches("the name service does not answer").count(),
+        2,
+        "{log}"
+    );
     directory.set("restricted", Account::Is(51_002));
     await_some("an answer", PATIENCE, || {
         (identity(&daemon, "tcp", (51_002, 0), &cgroup) == "restricted").then_some(())
     });
     assert_eq!(identity(&daemon, "tcp", (51_003, 0), &cgroup), "everybody");
-    assert_eq!(identity(&daemon, "tcp", (0, 51_009), &cgroup), "unknown_account");
+    assert_eq!(
+        identity(&daemon, "tcp", (0, 51_009), &cgroup),
+        "unknown_account"
+    );
     // One that fails is no better than one that is silent.
     directory.set("fellows", Account::Fails);
     assert!(daemon.reload_text(&daemon.text()));
-    assert_eq!(identity(&daemon, "unix", (0, 51_009), &cgroup), "unknown_account");
+    assert_eq!(
+        identity(&daemon, "unix", (0, 51_009), &cgroup),
+        "unknown_account"
+    );
     directory.set("fellows", Account::Is(51_009));
-    await_some("an answer", PATIENCE, || (identity(&daemon, "unix", (0, 51_009), &cgroup) == "fellow").then_some(()));
+    await_some("an answer", PATIENCE, || {
+        (identity(&daemon, "unix", (0, 51_009), &cgroup) == "fellow").then_some(())
+    });
     // A lookup that does not end keeps the daemon from nothing.
     directory.set("restricted", Account::Hangs);
     assert!(daemon.reload_text(&daemon.text()));
     daemon.process().signal(Signal::SIGTERM);
-    assert_eq!(daemon.process().owned().wait(PATIENCE).expect("it ends").code(), Some(0));
+    assert_eq!(
+        daemon
+            .process()
+            .owned()
+            .wait(PATIENCE)
+            .expect("it ends")
+            .code(),
+        Some(0)
+    );
 }

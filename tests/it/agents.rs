@@ -30,24 +30,36 @@ fn idle(workload: &Workload, program: &str, arguments: &[&str]) -> Owned {
 }
 
 fn ids(answer: Result<Vec<AgentSvid>, SourceError>) -> Vec<String> {
-    answer.unwrap().into_iter().map(|svid| svid.spiffe_id).collect()
+    answer
+        .unwrap()
+        .into_iter()
+        .map(|svid| svid.spiffe_id)
+        .collect()
 }
 
 /// Asks about a process.
 async fn of(agent: &dyn AttestingAgent, process: &Owned) -> Result<Vec<AgentSvid>, SourceError> {
-    agent.fetch_for_pid(u32::try_from(process.id().as_raw()).unwrap(), AUDIENCE).await
+    agent
+        .fetch_for_pid(u32::try_from(process.id().as_raw()).unwrap(), AUDIENCE)
+        .await
 }
 
 /// Two programs of one user have the identities of their own entries, and who has no entry has none.
 async fn attests_others(agent: &dyn AttestingAgent) {
     let workload = Workload::new(51_001);
-    let [sleep, tail] = [("/usr/bin/sleep", &["600"][..]), ("/usr/bin/tail", &["-f", "/dev/null"])]
-        .map(|(program, arguments)| idle(&workload, program, arguments));
+    let [sleep, tail] = [
+        ("/usr/bin/sleep", &["600"][..]),
+        ("/usr/bin/tail", &["-f", "/dev/null"]),
+    ]
+    .map(|(program, arguments)| idle(&workload, program, arguments));
     let stranger = idle(&Workload::new(51_002), "/usr/bin/sleep", &["600"]);
     assert_eq!(ids(of(agent, &sleep).await), ["spiffe://example.org/sleep"]);
     assert_eq!(ids(of(agent, &tail).await), ["spiffe://example.org/tail"]);
     let denied = of(agent, &stranger).await.unwrap_err();
-    assert!(matches!(&denied, SourceError::Denied(text) if text.contains("no registration entry")), "{denied:?}");
+    assert!(
+        matches!(&denied, SourceError::Denied(text) if text.contains("no registration entry")),
+        "{denied:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -56,17 +68,31 @@ async fn the_delegated_identity_api_attests_others() {
         return;
     }
     let folder = folder();
-    let setting = SpireSetting { delegates: vec![AWSVID.to_owned()], ..SpireSetting::default() };
-    let Some(mut spire) = Spire::start_with(folder.path(), setting) else { return };
+    let setting = SpireSetting {
+        delegates: vec![AWSVID.to_owned()],
+        ..SpireSetting::default()
+    };
+    let Some(mut spire) = Spire::start_with(folder.path(), setting) else {
+        return;
+    };
     spire.register(AWSVID, &["unix:uid:0"]);
-    spire.register("spiffe://example.org/sleep", &["unix:uid:51001", "unix:path:/usr/bin/sleep"]);
-    spire.register("spiffe://example.org/tail", &["unix:uid:51001", "unix:path:/usr/bin/tail"]);
+    spire.register(
+        "spiffe://example.org/sleep",
+        &["unix:uid:51001", "unix:path:/usr/bin/sleep"],
+    );
+    spire.register(
+        "spiffe://example.org/tail",
+        &["unix:uid:51001", "unix:path:/usr/bin/tail"],
+    );
     let agent = SpireDelegated::new(&spire.admin_socket(), DEADLINE);
     attests_others(&agent).await;
 
     // The same agent, and nobody may ask it for others.
     spire.stop_agent();
-    spire.setting = SpireSetting { brokers: vec![Broker::by_pid(AWSVID)], ..SpireSetting::default() };
+    spire.setting = SpireSetting {
+        brokers: vec![Broker::by_pid(AWSVID)],
+        ..SpireSetting::default()
+    };
     spire.start_agent();
     let refused = agent.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     assert!(
@@ -78,12 +104,23 @@ async fn the_delegated_identity_api_attests_others() {
 /// The client of the Broker API at `socket`, for an agent whose ID `server` covers.
 fn broker(spire: &Spire, socket: &Path, server: Option<&str>) -> BrokerApi {
     let own = OwnSvidSource::at(Endpoint::Unix(spire.agent_socket()));
-    BrokerApi::new(socket, own, server.map(|server| SpiffeIdPattern::parse(server).unwrap()), DEADLINE)
+    BrokerApi::new(
+        socket,
+        own,
+        server.map(|server| SpiffeIdPattern::parse(server).unwrap()),
+        DEADLINE,
+    )
 }
 
 fn brokers(id: &str, reference_types: &[&'static str]) -> SpireSetting {
-    let broker = Broker { id: id.to_owned(), reference_types: reference_types.to_vec() };
-    SpireSetting { brokers: vec![broker], ..SpireSetting::default() }
+    let broker = Broker {
+        id: id.to_owned(),
+        reference_types: reference_types.to_vec(),
+    };
+    SpireSetting {
+        brokers: vec![broker],
+        ..SpireSetting::default()
+    }
 }
 
 /// What is said when it is not any more that there is no answer for the moment.
@@ -112,32 +149,60 @@ async fn the_broker_api_attests_others() {
         return;
     }
     let folder = folder();
-    let Some(mut spire) = Spire::start_with(folder.path(), brokers(AWSVID, &[Broker::BY_PID])) else { return };
+    let Some(mut spire) = Spire::start_with(folder.path(), brokers(AWSVID, &[Broker::BY_PID]))
+    else {
+        return;
+    };
     let awsvid = spire.register(AWSVID, &["unix:uid:0"]);
-    spire.register("spiffe://example.org/sleep", &["unix:uid:51001", "unix:path:/usr/bin/sleep"]);
-    spire.register("spiffe://example.org/tail", &["unix:uid:51001", "unix:path:/usr/bin/tail"]);
+    spire.register(
+        "spiffe://example.org/sleep",
+        &["unix:uid:51001", "unix:path:/usr/bin/sleep"],
+    );
+    spire.register(
+        "spiffe://example.org/tail",
+        &["unix:uid:51001", "unix:path:/usr/bin/tail"],
+    );
     let agent = broker(&spire, &spire.broker_socket(), None);
     agent.connect().await.unwrap();
     attests_others(&agent).await;
 
     // Whoever else has the trust domain's certificate is not taken for the agent.
     let agent_id = spire.agent_id();
-    broker(&spire, &spire.broker_socket(), Some(agent_id)).connect().await.unwrap();
-    let wrong = broker(&spire, &spire.broker_socket(), Some("spiffe://example.org/spire/server"));
+    broker(&spire, &spire.broker_socket(), Some(agent_id))
+        .connect()
+        .await
+        .unwrap();
+    let wrong = broker(
+        &spire,
+        &spire.broker_socket(),
+        Some("spiffe://example.org/spire/server"),
+    );
     let text = misconfigured(&wrong).await;
-    assert!(text.contains(agent_id) && text.contains("`broker_server`"), "{text}");
+    assert!(
+        text.contains(agent_id) && text.contains("`broker_server`"),
+        "{text}"
+    );
 
     // The agent's other sockets.
     for socket in [spire.agent_socket(), spire.admin_socket()] {
         let text = misconfigured(&broker(&spire, &socket, None)).await;
-        assert!(text.contains("does not speak TLS") && text.contains("`broker_socket`"), "{text}");
+        assert!(
+            text.contains("does not speak TLS") && text.contains("`broker_socket`"),
+            "{text}"
+        );
     }
 
     // The same client, and an agent that says no in each way.
     let refusals = [
-        (brokers("spiffe://example.org/other", &["*"]), [AWSVID, "`brokers`"]),
         (
-            brokers(AWSVID, &["type.googleapis.com/spiffe.broker.KubernetesObjectReference"]),
+            brokers("spiffe://example.org/other", &["*"]),
+            [AWSVID, "`brokers`"],
+        ),
+        (
+            brokers(
+                AWSVID,
+                &["type.googleapis.com/spiffe.broker.KubernetesObjectReference"],
+            ),
             ["`allowed_reference_types`", Broker::BY_PID],
         ),
     ];
@@ -148,7 +213,9 @@ async fn the_broker_api_attests_others() {
         spire.await_entry(&awsvid);
         // Until the agent that was started has told awsvid who it is, nothing is certain.
         let answer = settled(async || agent.fetch_for_pid(1, AUDIENCE).await).await;
-        let Err(SourceError::Misconfigured(text)) = answer else { panic!("{answer:?}") };
+        let Err(SourceError::Misconfigured(text)) = answer else {
+            panic!("{answer:?}")
+        };
         assert!(said.iter().all(|part| text.contains(part)), "{text}");
     }
     spire.stop_agent();
@@ -169,29 +236,49 @@ async fn no_call_fails_while_the_certificate_is_renewed() {
         return;
     }
     let folder = folder();
-    let setting = SpireSetting { x509_svid_ttl: Some("10s"), ..brokers(AWSVID, &[Broker::BY_PID]) };
-    let Some(spire) = Spire::start_with(folder.path(), setting) else { return };
+    let setting = SpireSetting {
+        x509_svid_ttl: Some("10s"),
+        ..brokers(AWSVID, &[Broker::BY_PID])
+    };
+    let Some(spire) = Spire::start_with(folder.path(), setting) else {
+        return;
+    };
     spire.register(AWSVID, &["unix:uid:0"]);
-    spire.register("spiffe://example.org/sleep", &["unix:uid:51001", "unix:path:/usr/bin/sleep"]);
+    spire.register(
+        "spiffe://example.org/sleep",
+        &["unix:uid:51001", "unix:path:/usr/bin/sleep"],
+    );
     let agent = Arc::new(broker(&spire, &spire.broker_socket(), None));
     agent.connect().await.unwrap();
     let sleeps = idle(&Workload::new(51_001), "/usr/bin/sleep", &["600"]);
     let pid = u32::try_from(sleeps.id().as_raw()).unwrap();
 
-    let (own, begun) = (OwnSvidSource::at(Endpoint::Unix(spire.agent_socket())), Instant::now());
+    let (own, begun) = (
+        OwnSvidSource::at(Endpoint::Unix(spire.agent_socket())),
+        Instant::now(),
+    );
     let done = Arc::new(AtomicBool::new(false));
     let ask = |(agent, done): (Arc<BrokerApi>, Arc<AtomicBool>)| async move {
         let mut answers = 0;
         while !done.load(Relaxed) {
-            assert_eq!(ids(agent.fetch_for_pid(pid, AUDIENCE).await), ["spiffe://example.org/sleep"]);
+            assert_eq!(
+                ids(agent.fetch_for_pid(pid, AUDIENCE).await),
+                ["spiffe://example.org/sleep"]
+            );
             answers += 1;
         }
         answers
     };
-    let tasks: Vec<_> = (0..TASKS).map(|_| tokio::spawn(ask((agent.clone(), done.clone())))).collect();
+    let tasks: Vec<_> = (0..TASKS)
+        .map(|_| tokio::spawn(ask((agent.clone(), done.clone()))))
+        .collect();
     let first = own.first(DEADLINE).await.unwrap().version;
     while own.latest().unwrap().version < first + RENEWALS {
-        assert!(begun.elapsed() < Duration::from_secs(120), "renewed {} times", own.latest().unwrap().version - first);
+        assert!(
+            begun.elapsed() < Duration::from_secs(120),
+            "renewed {} times",
+            own.latest().unwrap().version - first
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     done.store(true, Relaxed);
@@ -199,5 +286,8 @@ async fn no_call_fails_while_the_certificate_is_renewed() {
     for task in tasks {
         answers += task.await.unwrap();
     }
-    eprintln!("{answers} answers, {RENEWALS} renewals in {:?}", begun.elapsed());
+    eprintln!(
+        "{answers} answers, {RENEWALS} renewals in {:?}",
+        begun.elapsed()
+    );
 }

@@ -50,17 +50,38 @@ impl Stage {
     /// With a rule for each user, who has this key beside `uid`. Root has one too: many attacks make somebody pass for root.
     fn with(folder: tempfile::TempDir, key: impl Fn(u32) -> String) -> Self {
         let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob"), (0, "root")]);
-        let rule = |(id, uid)| format!("\n[[workload]]\nspiffe_id = \"{id}\"\nuid = {uid}\n{}\n", key(uid));
+        let rule = |(id, uid)| {
+            format!(
+                "\n[[workload]]\nspiffe_id = \"{id}\"\nuid = {uid}\n{}\n",
+                key(uid)
+            )
+        };
         let rules: String = [(ALICE, 61001), (BOB, 61002), (ROOT, 0)].map(rule).concat();
         let configuration = format!("{}\n{rules}", upstream.configuration());
         let daemon = Daemon::start(folder.path(), "", &configuration).ready();
-        let cgroup = Cgroup::new(&format!("stage-{}", folder.path().file_name().unwrap().display()));
-        Self { daemon, _upstream: upstream, cgroup, _folder: folder }
+        let cgroup = Cgroup::new(&format!(
+            "stage-{}",
+            folder.path().file_name().unwrap().display()
+        ));
+        Self {
+            daemon,
+            _upstream: upstream,
+            cgroup,
+            _folder: folder,
+        }
     }
 
     /// Plays a scene.
     fn play(&self, scene: &str, listener: &str) -> Made {
-        let play = || play(scene, listener, &self.daemon.listener(listener), self.daemon.pid(), self.cgroup.path());
+        let play = || {
+            play(
+                scene,
+                listener,
+                &self.daemon.listener(listener),
+                self.daemon.pid(),
+                self.cgroup.path(),
+            )
+        };
         if !scene.ends_with("closed") || scene == "half-closed" {
             return Made::of(&play(), scene, &self.daemon);
         }
@@ -73,7 +94,10 @@ impl Stage {
             (now != before).then(|| now.difference(&before).cloned().collect::<Vec<_>>())
         });
         // A connection's end is counted after its request, if it had one.
-        let requests: Vec<_> = counted.iter().filter(|count| count.starts_with("awsvid_requests_total{")).collect();
+        let requests: Vec<_> = counted
+            .iter()
+            .filter(|count| count.starts_with("awsvid_requests_total{"))
+            .collect();
         match &requests[..] {
             [] => Made::Silence,
             [one] if one.contains("outcome=\"refused\"") => {
@@ -87,8 +111,13 @@ impl Stage {
     /// What is counted of requests, and of connections that ended without one: the labels with the number.
     fn requests(&self) -> BTreeSet<String> {
         let metrics = self.daemon.metrics();
-        let counts = ["awsvid_requests_total{", "awsvid_connections_dropped_total{"];
-        let counted = metrics.lines().filter(|line| counts.iter().any(|count| line.starts_with(count)));
+        let counts = [
+            "awsvid_requests_total{",
+            "awsvid_connections_dropped_total{",
+        ];
+        let counted = metrics
+            .lines()
+            .filter(|line| counts.iter().any(|count| line.starts_with(count)));
         counted.map(str::to_owned).collect()
     }
 }
@@ -115,10 +144,17 @@ fn expected() -> Vec<Row> {
         process: process.clone(),
     };
     let (alice, bob, root) = (&answered(ALICE), &answered(BOB), &answered(ROOT));
-    let (gone, changed, ambiguous) =
-        (&refused("caller_gone"), &refused("identity_changed"), &refused("ambiguous_caller"));
-    let (nobody, no_holder, unreadable, activated) =
-        (&refused("no_identity"), &refused("no_holder"), &refused("unreadable_cgroup"), &refused("manager_socket"));
+    let (gone, changed, ambiguous) = (
+        &refused("caller_gone"),
+        &refused("identity_changed"),
+        &refused("ambiguous_caller"),
+    );
+    let (nobody, no_holder, unreadable, activated) = (
+        &refused("no_identity"),
+        &refused("no_holder"),
+        &refused("unreadable_cgroup"),
+        &refused("manager_socket"),
+    );
     vec![
         row("alice", alice, alice, alice),
         row("bob", bob, bob, bob),
@@ -129,7 +165,10 @@ fn expected() -> Vec<Row> {
         row("made-for", bob, alice, ambiguous),
         row("shared", alice, alice, ambiguous),
         // On TCP the heir is Alice's process, and holds the socket that she made.
-        Row { unix: [alice.clone(), alice.clone(), nobody.clone()], ..row("other-group", alice, alice, ambiguous) },
+        Row {
+            unix: [alice.clone(), alice.clone(), nobody.clone()],
+            ..row("other-group", alice, alice, ambiguous)
+        },
         row("mixed-group", changed, alice, changed),
         row("exited", gone, alice, alice),
         row("exited-late", gone, alice, gone),
@@ -152,8 +191,14 @@ fn expected() -> Vec<Row> {
         row("decoy", alice, alice, alice),
         // The process lives in other namespaces than the daemon, as in a container that has no cgroup of its own. A rule that
         // names the cgroup means whoever is there.
-        Row { unix: [alice.clone(), nobody.clone(), nobody.clone()], ..row("user-namespace", nobody, alice, nobody) },
-        Row { unix: [alice.clone(), nobody.clone(), nobody.clone()], ..row("pid-namespace", nobody, alice, nobody) },
+        Row {
+            unix: [alice.clone(), nobody.clone(), nobody.clone()],
+            ..row("user-namespace", nobody, alice, nobody)
+        },
+        Row {
+            unix: [alice.clone(), nobody.clone(), nobody.clone()],
+            ..row("pid-namespace", nobody, alice, nobody)
+        },
         // Of root's sockets none decides alone.
         row("dropped", changed, ambiguous, ambiguous),
         row("dropped-late", changed, changed, changed),
@@ -199,17 +244,27 @@ fn check(rules: Rules) {
     let mut wrong = Vec::new();
     for row in expected() {
         for listener in LISTENERS {
-            let Some(right) = right(&row, listener, rules) else { continue };
+            let Some(right) = right(&row, listener, rules) else {
+                continue;
+            };
             let made = stage.play(row.scene, listener);
             if !is_right(&row, &made, right) {
-                wrong.push(format!("{} over {listener}, {rules:?}: {made:?}, not {right:?}", row.scene));
+                wrong.push(format!(
+                    "{} over {listener}, {rules:?}: {made:?}, not {right:?}",
+                    row.scene
+                ));
             }
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     // Attack 19: of all that, no workload shows in what operators see.
     let metrics = stage.daemon.metrics();
-    assert!(!["alice", "61001", "arn:"].iter().any(|word| metrics.contains(word)), "{metrics}");
+    assert!(
+        !["alice", "61001", "arn:"]
+            .iter()
+            .any(|word| metrics.contains(word)),
+        "{metrics}"
+    );
 }
 
 #[test]
@@ -249,8 +304,14 @@ fn an_executable_is_its_file_and_not_its_path() {
             ("replaced", refused("identity_changed")),
         ] {
             let address = stage.daemon.listener(listener);
-            let answer =
-                actor::play_program(scene, listener, &address, stage.daemon.pid(), stage.cgroup.path(), &program);
+            let answer = actor::play_program(
+                scene,
+                listener,
+                &address,
+                stage.daemon.pid(),
+                stage.cgroup.path(),
+                &program,
+            );
             let made = Made::of(&answer, scene, &stage.daemon);
             if made != right {
                 wrong.push(format!("{scene} over {listener}: {made:?}, not {right:?}"));
@@ -266,13 +327,25 @@ fn groups_are_those_of_the_connection() {
     if !root() {
         return;
     }
-    let stage =
-        Stage::with(folder(), |uid| if uid == 0 { "supplementary_group = 61002".to_owned() } else { String::new() });
+    let stage = Stage::with(folder(), |uid| {
+        if uid == 0 {
+            "supplementary_group = 61002".to_owned()
+        } else {
+            String::new()
+        }
+    });
     let mut wrong = Vec::new();
     for listener in LISTENERS {
         // On TCP nothing is known of the groups at connect, so those that are seen first count.
-        let early = if listener == "unix" { "identity_changed" } else { "no_identity" };
-        for (scene, right) in [("regrouped", refused(early)), ("regrouped-late", refused("identity_changed"))] {
+        let early = if listener == "unix" {
+            "identity_changed"
+        } else {
+            "no_identity"
+        };
+        for (scene, right) in [
+            ("regrouped", refused(early)),
+            ("regrouped-late", refused("identity_changed")),
+        ] {
             let made = stage.play(scene, listener);
             if made != right {
                 wrong.push(format!("{scene} over {listener}: {made:?}, not {right:?}"));
@@ -291,22 +364,30 @@ fn many_scenes_in_random_order() {
         return;
     }
     let tries = if is_slow() { 10_000 } else { 150 };
-    let seed =
-        std::env::var("AWSVID_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
+    let seed = std::env::var("AWSVID_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| fastrand::u64(..));
     eprintln!("AWSVID_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let stages = ALL_RULES.map(|rules| (rules, Stage::set(rules)));
     let rows = expected();
-    let (mut wrong, mut otherwise, mut played, mut honest, mut unanswered) = (Vec::new(), 0, 0, 0, 0);
+    let (mut wrong, mut otherwise, mut played, mut honest, mut unanswered) =
+        (Vec::new(), 0, 0, 0, 0);
     let tell = |played, wrong, otherwise, unanswered, honest| {
         eprintln!(
             "{played} scenes: {wrong} wrong, {otherwise} refused otherwise, {unanswered} of {honest} honest callers not answered"
         );
     };
     while played < tries {
-        let (row, listener) = (&rows[random.usize(..rows.len())], LISTENERS[random.usize(..LISTENERS.len())]);
+        let (row, listener) = (
+            &rows[random.usize(..rows.len())],
+            LISTENERS[random.usize(..LISTENERS.len())],
+        );
         let (rules, stage) = &stages[random.usize(..stages.len())];
-        let Some(right) = right(row, listener, *rules) else { continue };
+        let Some(right) = right(row, listener, *rules) else {
+            continue;
+        };
         played += 1;
         let made = stage.play(row.scene, listener);
         let is_right = is_right(row, &made, right);
@@ -319,15 +400,28 @@ fn many_scenes_in_random_order() {
             }
         }
         if !is_right {
-            let what = format!("{} over {listener}, {rules:?}: {made:?}, not {right:?}", row.scene);
+            let what = format!(
+                "{} over {listener}, {rules:?}: {made:?}, not {right:?}",
+                row.scene
+            );
             eprintln!("{what}");
-            if matches!(made, Made::Answered(_)) { wrong.push(what) } else { otherwise += 1 }
+            if matches!(made, Made::Answered(_)) {
+                wrong.push(what)
+            } else {
+                otherwise += 1
+            }
         }
-        let (scene, id) = if random.bool() { ("alice", ALICE) } else { ("bob", BOB) };
+        let (scene, id) = if random.bool() {
+            ("alice", ALICE)
+        } else {
+            ("bob", BOB)
+        };
         honest += 1;
         match stage.play(scene, listener) {
             Made::Answered(answered) if answered == id => {}
-            Made::Answered(other) => wrong.push(format!("{scene} over {listener}, {rules:?}: answered as {other}")),
+            Made::Answered(other) => wrong.push(format!(
+                "{scene} over {listener}, {rules:?}: answered as {other}"
+            )),
             Made::Refused(_) | Made::Silence => unanswered += 1,
         }
         if played % 1000 == 0 {
@@ -336,6 +430,12 @@ fn many_scenes_in_random_order() {
     }
     tell(played, wrong.len(), otherwise, unanswered, honest);
     assert!(wrong.is_empty(), "seed {seed}\n{}", wrong.join("\n"));
-    assert!(otherwise * 1000 <= played, "{otherwise} of {played} were refused otherwise (seed {seed})");
-    assert!(unanswered * 1000 <= honest, "{unanswered} of {honest} honest callers were not answered (seed {seed})");
+    assert!(
+        otherwise * 1000 <= played,
+        "{otherwise} of {played} were refused otherwise (seed {seed})"
+    );
+    assert!(
+        unanswered * 1000 <= honest,
+        "{unanswered} of {honest} honest callers were not answered (seed {seed})"
+    );
 }

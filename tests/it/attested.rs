@@ -23,28 +23,61 @@ use crate::harness::world::{Setting, Source, World, id};
 /// The demonstration, without one rule in awsvid's configuration.
 fn each_process_has_its_own_entry(source: Source) {
     let folder = folder();
-    let setting = Setting { source, ..Setting::default() };
-    let Some(world) = World::start(folder.path(), &[(1001, "reader"), (1002, "other")], &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(world) = World::start(
+        folder.path(),
+        &[(1001, "reader"), (1002, "other")],
+        &setting,
+    ) else {
+        return;
+    };
     let trace = world.minio.trace();
     let probes = world.daemon.audit().len();
 
-    assert_eq!(world.copy(1001).success("aws s3 cp as the reader"), "hello from the shop\n");
-    let [issued] = &world.daemon.audit_after(probes)[..] else { panic!("one request, one audit record") };
-    assert_eq!((&issued["outcome"], &issued["spiffe_id"]), (&Value::from("issued"), &Value::from(id("reader"))));
+    assert_eq!(
+        world.copy(1001).success("aws s3 cp as the reader"),
+        "hello from the shop\n"
+    );
+    let [issued] = &world.daemon.audit_after(probes)[..] else {
+        panic!("one request, one audit record")
+    };
+    assert_eq!(
+        (&issued["outcome"], &issued["spiffe_id"]),
+        (&Value::from("issued"), &Value::from(id("reader")))
+    );
     let key = issued["access_key_id"].as_str().unwrap();
     let (head, body) = world.curl(1001);
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
-    assert_eq!(serde_json::from_str::<Value>(&body).unwrap()["AccessKeyId"], key, "the same over the unix socket");
+    assert_eq!(
+        serde_json::from_str::<Value>(&body).unwrap()["AccessKeyId"],
+        key,
+        "the same over the unix socket"
+    );
     assert_eq!(trace.count(minio::ASSUME_ROLE, key), 1);
 
     let refused = world.copy(1002);
-    assert!(!refused.status.success() && refused.stderr.contains("403"), "{refused:?}");
+    assert!(
+        !refused.status.success() && refused.stderr.contains("403"),
+        "{refused:?}"
+    );
     let others = world.daemon.audit_after(probes + 2);
-    assert_eq!((&others[0]["outcome"], &others[0]["spiffe_id"]), (&Value::from("issued"), &Value::from(id("other"))));
+    assert_eq!(
+        (&others[0]["outcome"], &others[0]["spiffe_id"]),
+        (&Value::from("issued"), &Value::from(id("other")))
+    );
 
     let nobody = world.copy(1003);
-    assert!(!nobody.status.success() && nobody.stderr.contains("uid 1003"), "{nobody:?}");
-    assert_eq!(world.daemon.audit_after(probes + 3)[0]["reason"], "no_identity");
+    assert!(
+        !nobody.status.success() && nobody.stderr.contains("uid 1003"),
+        "{nobody:?}"
+    );
+    assert_eq!(
+        world.daemon.audit_after(probes + 3)[0]["reason"],
+        "no_identity"
+    );
     let (head, _) = world.curl(1003);
     assert!(head.starts_with("HTTP/1.1 403"), "{head}");
     assert!(!world.daemon.log().contains("eyJ"), "a token was written");
@@ -65,9 +98,21 @@ fn by_the_broker_api_each_process_has_its_own_entry() {
 #[test]
 fn no_request_fails_while_awsvids_own_identity_is_renewed() {
     let folder = folder();
-    let setting = Setting { source: Source::Broker, x509_svid_ttl: Some("10s"), ..Setting::default() };
-    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &setting) else { return };
-    let renewals = || world.daemon.log().matches("awsvid's own X.509-SVID is renewed").count();
+    let setting = Setting {
+        source: Source::Broker,
+        x509_svid_ttl: Some("10s"),
+        ..Setting::default()
+    };
+    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &setting) else {
+        return;
+    };
+    let renewals = || {
+        world
+            .daemon
+            .log()
+            .matches("awsvid's own X.509-SVID is renewed")
+            .count()
+    };
     let (before, mut requests) = (renewals(), 0);
     while renewals() < before + 5 {
         let (head, _) = world.curl(1001);
@@ -75,5 +120,8 @@ fn no_request_fails_while_awsvids_own_identity_is_renewed() {
         requests += 1;
     }
     assert_eq!(world.daemon.issued(), requests);
-    eprintln!("{requests} processes during {} renewals", renewals() - before);
+    eprintln!(
+        "{requests} processes during {} renewals",
+        renewals() - before
+    );
 }

@@ -31,14 +31,26 @@ fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
     let honest = Cgroup::new(&format!("honest-{name}"));
     for listener in LISTENERS {
         let address = daemon.listener(listener);
-        let cgroups: Vec<_> = (0..WORKLOADS).map(|number| Cgroup::new(&format!("stuck-{number}-{name}"))).collect();
+        let cgroups: Vec<_> = (0..WORKLOADS)
+            .map(|number| Cgroup::new(&format!("stuck-{number}-{name}")))
+            .collect();
         let paths: Vec<_> = cgroups.iter().map(Cgroup::path).collect();
         let stuck = Acting::block(CALLERS, listener, &address, daemon.pid(), &paths).begun();
         for other in LISTENERS {
             for _ in 0..10 {
-                let answer = actor::play("bob", other, &daemon.listener(other), daemon.pid(), honest.path());
+                let answer = actor::play(
+                    "bob",
+                    other,
+                    &daemon.listener(other),
+                    daemon.pid(),
+                    honest.path(),
+                );
                 let made = Made::of(&answer, "bob", daemon);
-                assert_eq!(made, answered(bob), "over {other}, while callers over {listener} are stuck");
+                assert_eq!(
+                    made,
+                    answered(bob),
+                    "over {other}, while callers over {listener} are stuck"
+                );
             }
         }
         stuck.enough();
@@ -55,7 +67,12 @@ fn callers_that_hold_their_own_locks_stop_nobody_else() {
     let rules = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = 61001\n\
                  exe = \"/bin/true\"\n\
                  [[workload]]\nspiffe_id = \"spiffe://example.org/user/bob\"\nuid = 61002\n";
-    let daemon = Daemon::start(folder.path(), "", &format!("{}{rules}", upstream.configuration())).ready();
+    let daemon = Daemon::start(
+        folder.path(),
+        "",
+        &format!("{}{rules}", upstream.configuration()),
+    )
+    .ready();
     others_are_answered(&daemon, folder.path(), "spiffe://example.org/user/bob");
 }
 
@@ -65,7 +82,10 @@ fn callers_that_hold_their_own_locks_stop_nobody_else_where_an_agent_attests() {
         return;
     }
     let folder = folder();
-    let entries = vec![Entry::new(&id("alice"), &["unix:uid:61001"]), Entry::new(&id("bob"), &["unix:uid:61002"])];
+    let entries = vec![
+        Entry::new(&id("alice"), &["unix:uid:61001"]),
+        Entry::new(&id("bob"), &["unix:uid:61002"]),
+    ];
     let agent = FakeAgent::start(folder.path(), entries);
     let daemon = Daemon::start(folder.path(), "", &agent.configuration()).ready();
     others_are_answered(&daemon, folder.path(), &id("bob"));
@@ -91,20 +111,41 @@ const PATIENCE: Duration = Duration::from_secs(60);
 impl HangingRule {
     fn start() -> Self {
         let (folder, files) = (folder(), HangingFiles::mount());
-        let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob"), (61003, "program"), (61004, "another")]);
+        let upstream = Upstream::start(&[
+            (61001, "alice"),
+            (61002, "bob"),
+            (61003, "program"),
+            (61004, "another"),
+        ]);
         let rule = |id, keys: &str| format!("\n[[workload]]\nspiffe_id = \"{id}\"\n{keys}\n");
         let rules = [
-            rule(PROGRAM, &format!("uid = 61001\nexe = {:?}", files.program())),
+            rule(
+                PROGRAM,
+                &format!("uid = 61001\nexe = {:?}", files.program()),
+            ),
             rule(ALICE, "uid = 61001"),
-            rule("spiffe://example.org/user/another", "uid = 61002\nexe = \"/bin/true\""),
+            rule(
+                "spiffe://example.org/user/another",
+                "uid = 61002\nexe = \"/bin/true\"",
+            ),
             rule(BOB, "uid = 61002"),
         ];
         let configuration = format!("{}{}", upstream.configuration(), rules.concat());
         let enter = files.enter();
         let enter: Vec<&str> = enter.iter().map(String::as_str).collect();
         let daemon = Daemon::start_behind(&enter, folder.path(), "", &configuration).ready();
-        let cgroup = Cgroup::new(&format!("callers-{}", folder.path().file_name().unwrap().display()));
-        Self { files, daemon, configuration, cgroup, _upstream: upstream, _folder: folder }
+        let cgroup = Cgroup::new(&format!(
+            "callers-{}",
+            folder.path().file_name().unwrap().display()
+        ));
+        Self {
+            files,
+            daemon,
+            configuration,
+            cgroup,
+            _upstream: upstream,
+            _folder: folder,
+        }
     }
 
     /// A caller that runs the file on that file system.
@@ -140,9 +181,23 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     }
     let mut stage = HangingRule::start();
     let callers = LISTENERS.map(|listener| {
-        let usual = |uid| Connector::start(uid, listener, &stage.daemon.listener(listener), stage.cgroup.path());
-        let alices = [(stage.runs_it(61001, listener), PROGRAM), (usual(61001), ALICE)];
-        (listener, alices, [stage.runs_it(61002, listener), usual(61002)])
+        let usual = |uid| {
+            Connector::start(
+                uid,
+                listener,
+                &stage.daemon.listener(listener),
+                stage.cgroup.path(),
+            )
+        };
+        let alices = [
+            (stage.runs_it(61001, listener), PROGRAM),
+            (usual(61001), ALICE),
+        ];
+        (
+            listener,
+            alices,
+            [stage.runs_it(61002, listener), usual(61002)],
+        )
     });
     let bob_is_answered = |stage: &HangingRule, when: &str| {
         for (listener, _, bobs) in &callers {
@@ -166,7 +221,10 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
         assert!(made == unresponsive || made == answered(id), "{made:?}");
         (made == unresponsive).then_some(())
     });
-    assert!(stage.daemon.reload("", &stage.configuration), "rules are read without their files");
+    assert!(
+        stage.daemon.reload("", &stage.configuration),
+        "rules are read without their files"
+    );
     let waiting: Vec<File> = alices().map(|(alice, _)| send(alice)).collect();
     bob_is_answered(&stage, "while it hangs");
     for asked in waiting {
@@ -174,12 +232,22 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     }
 
     // What runs from there may end with the server, when it needs more of its file.
-    let connected: Vec<File> = alices().map(|(alice, _)| File::from(alice.connect_and_keep())).collect();
+    let connected: Vec<File> = alices()
+        .map(|(alice, _)| File::from(alice.connect_and_keep()))
+        .collect();
     stage.files.end_server();
     for asked in connected {
-        assert_eq!(stage.made(client::send(asked)), unresponsive, "without its server");
+        assert_eq!(
+            stage.made(client::send(asked)),
+            unresponsive,
+            "without its server"
+        );
     }
     for (listener, _, [_, bob]) in &callers {
-        assert_eq!(stage.ask(bob), answered(BOB), "over {listener} without its server");
+        assert_eq!(
+            stage.ask(bob),
+            answered(BOB),
+            "over {listener} without its server"
+        );
     }
 }

@@ -62,36 +62,65 @@ fn no_page_in_a_browser_gets_credentials() {
     let folder = folder();
     let uid = nix::unistd::geteuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
+    let rule = format!(
+        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
+        own_rule()
+    );
     // Nothing else keeps them out.
-    let daemon = Daemon::start(folder.path(), "authorization = \"off\"\n", &(upstream.configuration() + &rule)).ready();
+    let daemon = Daemon::start(
+        folder.path(),
+        "authorization = \"off\"\n",
+        &(upstream.configuration() + &rule),
+    )
+    .ready();
     let before = daemon.audit().len();
     let port = daemon.tcp().port();
     let page = PAGE.replace("TO", &format!("http://127.0.0.1:{port}/v1/credentials"));
-    let page = page.replace("REBOUND", &format!("http://rebound.test:{port}/v1/credentials"));
+    let page = page.replace(
+        "REBOUND",
+        &format!("http://rebound.test:{port}/v1/credentials"),
+    );
     let asked = folder.path().join("asked");
     let address = serve(page, &asked);
     // Another site, and another port of the same one.
     for host in ["page.test", "127.0.0.1"] {
         let mut browser = Command::new(chromium);
-        browser.args(["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]);
+        browser.args([
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+        ]);
         browser.arg("--host-resolver-rules=MAP *.test 127.0.0.1");
         // The browser's own protection against such pages is switched off.
-        browser.arg("--disable-features=LocalNetworkAccessChecks,BlockInsecurePrivateNetworkRequests");
-        browser.arg(format!("--user-data-dir={}", folder.path().join(host).display()));
+        browser
+            .arg("--disable-features=LocalNetworkAccessChecks,BlockInsecurePrivateNetworkRequests");
+        browser.arg(format!(
+            "--user-data-dir={}",
+            folder.path().join(host).display()
+        ));
         browser.arg(format!("http://{host}:{}/", address.port()));
         run(browser, b"", Duration::from_secs(180)).success("chromium");
     }
     let paths = std::fs::read_to_string(&asked).unwrap();
     assert!(!paths.contains("/stolen"), "{paths}");
     let records = daemon.audit().split_off(before);
-    assert!(records.iter().all(|record| record["outcome"] == "refused"), "{records:?}");
+    assert!(
+        records.iter().all(|record| record["outcome"] == "refused"),
+        "{records:?}"
+    );
     let refused = |reason: &str| {
-        daemon.metric(&format!("awsvid_requests_total{{listener=\"tcp\",outcome=\"refused\",reason=\"{reason}\"}}"))
+        daemon.metric(&format!(
+            "awsvid_requests_total{{listener=\"tcp\",outcome=\"refused\",reason=\"{reason}\"}}"
+        ))
     };
     // Twice each; of those to the rebound name, one comes without a preflight.
     let (browser, host) = (refused("browser"), refused("host"));
-    assert!(browser >= 2 * 14 && host >= 2, "{browser} and {host} requests came");
+    assert!(
+        browser >= 2 * 14 && host >= 2,
+        "{browser} and {host} requests came"
+    );
     // The same user is answered, as long as it is no page that asks.
     assert_eq!(ask(UnixStream::connect(daemon.unix()).unwrap()).0, 200);
 }

@@ -22,10 +22,20 @@ const SUM: usize = CONNECTIONS * 20 * 1024;
 /// How many bytes the kernel holds for the sockets of this listener's connections, by the daemon's side, and for how many.
 fn held(listener: SocketAddr) -> (usize, usize) {
     let mut ss = Command::new("ss");
-    ss.args(["-tmnH", "state", "established", &format!("sport = :{}", listener.port())]);
+    ss.args([
+        "-tmnH",
+        "state",
+        "established",
+        &format!("sport = :{}", listener.port()),
+    ]);
     let text = run(ss, b"", Duration::from_secs(60)).success("ss");
-    let queues = text.split("skmem:(r").skip(1).filter_map(|rest| rest.split(',').next()?.parse::<usize>().ok());
-    queues.filter(|queue| *queue > 0).fold((0, 0), |(sum, count), queue| (sum + queue, count + 1))
+    let queues = text
+        .split("skmem:(r")
+        .skip(1)
+        .filter_map(|rest| rest.split(',').next()?.parse::<usize>().ok());
+    queues
+        .filter(|queue| *queue > 0)
+        .fold((0, 0), |(sum, count), queue| (sum + queue, count + 1))
 }
 
 /// Requests that wait for their exchange, and go on sending for as long as they wait.
@@ -39,8 +49,15 @@ fn what_waiting_callers_send_stays_small() {
     // The SPIFFE provider takes every question, and answers none.
     let agent = folder.path().join("agent.sock");
     let _gate = Gate::start(&agent, &upstream.socket());
-    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
-    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration_at(&agent) + &rule));
+    let rule = format!(
+        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
+        own_rule()
+    );
+    let daemon = Daemon::start(
+        folder.path(),
+        "",
+        &(upstream.configuration_at(&agent) + &rule),
+    );
     for listener in [daemon.tcp(), daemon.tcp6()] {
         let ended = AtomicBool::new(false);
         let (most, of) = std::thread::scope(|scope| {
@@ -73,7 +90,10 @@ fn what_waiting_callers_send_stays_small() {
             watching.join().unwrap()
         });
         eprintln!("over {listener}: {most} bytes for {of} connections");
-        assert!(of > CONNECTIONS / 2, "{of} connections had something in their queue");
+        assert!(
+            of > CONNECTIONS / 2,
+            "{of} connections had something in their queue"
+        );
         assert!(most <= SUM, "{most} bytes for {of} connections");
     }
 }

@@ -47,13 +47,24 @@ fn configuration(socket: &Path, sts: &str, arn: &str, audience: &str) -> String 
     )
 }
 
-fn check_with(words: &[&str], folder: &Path, configuration: &str, arguments: &[&str]) -> (Output, Value) {
+fn check_with(
+    words: &[&str],
+    folder: &Path,
+    configuration: &str,
+    arguments: &[&str],
+) -> (Output, Value) {
     let path = folder.join("check.toml");
     fs::write(&path, configuration).unwrap();
     let mut command = behind(words, Path::new(PROGRAM));
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(["check", "--json", "--config"]).arg(path).args(arguments);
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .args(["check", "--json", "--config"])
+        .arg(path)
+        .args(arguments);
     let output = run(command, b"", PATIENCE);
-    let report: Value = serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    let report: Value =
+        serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     for finding in report["findings"].as_array().unwrap() {
         let text = |name: &str| finding[name].as_str().unwrap_or_default();
         if finding["fix"].is_string() {
@@ -61,7 +72,10 @@ fn check_with(words: &[&str], folder: &Path, configuration: &str, arguments: &[&
         }
     }
     // Whatever went wrong, no token is shown.
-    assert!(!output.stdout.contains("eyJ") && !output.stderr.contains("eyJ"), "{output:?}");
+    assert!(
+        !output.stdout.contains("eyJ") && !output.stderr.contains("eyJ"),
+        "{output:?}"
+    );
     (output, report)
 }
 
@@ -72,11 +86,25 @@ fn check(folder: &Path, configuration: &str) -> (Output, Value) {
 /// Asserts that this step failed in these words, with a fix in those, and that the exit status says so.
 fn assert_failed((output, report): &(Output, Value), step: &str, saw: &str, fix: &str) {
     assert_eq!(output.status.code(), Some(1), "{report:#}");
-    let found = report["findings"].as_array().unwrap().iter().any(|finding| {
-        let has = |name: &str, words: &str| finding[name].as_str().is_some_and(|text| text.contains(words));
-        finding["step"] == step && finding["verdict"] == "failed" && has("saw", saw) && has("fix", fix)
-    });
-    assert!(found, "no failed {step} with {saw:?} and {fix:?} in {report:#}");
+    let found = report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|finding| {
+            let has = |name: &str, words: &str| {
+                finding[name]
+                    .as_str()
+                    .is_some_and(|text| text.contains(words))
+            };
+            finding["step"] == step
+                && finding["verdict"] == "failed"
+                && has("saw", saw)
+                && has("fix", fix)
+        });
+    assert!(
+        found,
+        "no failed {step} with {saw:?} and {fix:?} in {report:#}"
+    );
 }
 
 fn spire(folder: &Path, setting: SpireSetting) -> Option<Spire> {
@@ -91,11 +119,21 @@ fn spire(folder: &Path, setting: SpireSetting) -> Option<Spire> {
 #[test]
 fn all_is_well_beside_the_running_daemon() {
     let folder = folder();
-    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else { return };
-    let text =
-        configuration(&world.spire.agent_socket(), &world.minio.endpoint(), &world.minio.role_arn(), minio::AUDIENCE);
+    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
+        return;
+    };
+    let text = configuration(
+        &world.spire.agent_socket(),
+        &world.minio.endpoint(),
+        &world.minio.role_arn(),
+        minio::AUDIENCE,
+    );
     let (output, report) = check(folder.path(), &text);
-    assert_eq!((output.status.code(), &report["result"]), (Some(0), &json!("pass")), "{report:#}");
+    assert_eq!(
+        (output.status.code(), &report["result"]),
+        (Some(0), &json!("pass")),
+        "{report:#}"
+    );
     let said = report.to_string();
     for words in [
         "byte by byte",
@@ -108,7 +146,9 @@ fn all_is_well_beside_the_running_daemon() {
     }
     // For people the same, line by line.
     let mut command = Command::new(PROGRAM);
-    command.args(["check", "--config"]).arg(folder.path().join("check.toml"));
+    command
+        .args(["check", "--config"])
+        .arg(folder.path().join("check.toml"));
     let output = run(command, b"", PATIENCE);
     let issuer = world.spire.issuer_url();
     for waited in [
@@ -120,10 +160,16 @@ fn all_is_well_beside_the_running_daemon() {
         "STS, for role \"shop\"".to_owned(),
     ] {
         let line = format!("  ...  {waited}");
-        assert!(output.stderr.lines().any(|said| said == line), "{line}: {output:?}");
+        assert!(
+            output.stderr.lines().any(|said| said == line),
+            "{line}: {output:?}"
+        );
     }
     let text = output.success("awsvid check");
-    assert!(text.contains("  ok   sts") && text.ends_with("pass\n"), "{text}");
+    assert!(
+        text.contains("  ok   sts") && text.ends_with("pass\n"),
+        "{text}"
+    );
     // The daemon goes on.
     assert!(world.curl(1001).1.contains("AccessKeyId"));
 
@@ -137,8 +183,14 @@ fn all_is_well_beside_the_running_daemon() {
     };
     let output = workload().run(PROGRAM, &arguments);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    assert!(output.stdout.contains("gives this process arn:minio:iam"), "{output:?}");
-    let output = workload().env("AWS_PROFILE", "other").env("http_proxy", NOBODY).run(PROGRAM, &arguments);
+    assert!(
+        output.stdout.contains("gives this process arn:minio:iam"),
+        "{output:?}"
+    );
+    let output = workload()
+        .env("AWS_PROFILE", "other")
+        .env("http_proxy", NOBODY)
+        .run(PROGRAM, &arguments);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     for words in ["AWS_PROFILE is set", "http_proxy is set"] {
         assert!(output.stdout.contains(words), "{words}: {output:?}");
@@ -148,46 +200,116 @@ fn all_is_well_beside_the_running_daemon() {
 #[test]
 fn spire_without_an_issuer() {
     let folder = folder();
-    let setting = SpireSetting { jwt_issuer: Some(|_| String::new()), ..SpireSetting::default() };
-    let Some(spire) = spire(folder.path(), setting) else { return };
-    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    let setting = SpireSetting {
+        jwt_issuer: Some(|_| String::new()),
+        ..SpireSetting::default()
+    };
+    let Some(spire) = spire(folder.path(), setting) else {
+        return;
+    };
+    let found = check(
+        folder.path(),
+        &configuration(
+            &spire.agent_socket(),
+            NOBODY,
+            "arn:minio:iam:::role/r",
+            "shop",
+        ),
+    );
     assert_failed(&found, "token", "no `iss`", "jwt_issuer");
 }
 
 #[test]
 fn spire_with_a_slash_at_the_end_of_its_issuer() {
     let folder = folder();
-    let setting = SpireSetting { jwt_issuer: Some(|right| format!("{right}/")), ..SpireSetting::default() };
-    let Some(spire) = spire(folder.path(), setting) else { return };
-    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    let setting = SpireSetting {
+        jwt_issuer: Some(|right| format!("{right}/")),
+        ..SpireSetting::default()
+    };
+    let Some(spire) = spire(folder.path(), setting) else {
+        return;
+    };
+    let found = check(
+        folder.path(),
+        &configuration(
+            &spire.agent_socket(),
+            NOBODY,
+            "arn:minio:iam:::role/r",
+            "shop",
+        ),
+    );
     assert_failed(&found, "discovery", "a slash at the end", "byte by byte");
 }
 
 #[test]
 fn a_discovery_provider_that_does_not_know_its_domain() {
     let folder = folder();
-    let setting = SpireSetting { domains: Some("oidc.example.org"), ..SpireSetting::default() };
-    let Some(spire) = spire(folder.path(), setting) else { return };
-    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    let setting = SpireSetting {
+        domains: Some("oidc.example.org"),
+        ..SpireSetting::default()
+    };
+    let Some(spire) = spire(folder.path(), setting) else {
+        return;
+    };
+    let found = check(
+        folder.path(),
+        &configuration(
+            &spire.agent_socket(),
+            NOBODY,
+            "arn:minio:iam:::role/r",
+            "shop",
+        ),
+    );
     assert_failed(&found, "discovery", "answers 400", "`domains`");
 }
 
 #[test]
 fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
     let folder = folder();
-    let setting = SpireSetting { oidc: "jwks_uri = \"http://127.0.0.1:1/keys\"", ..SpireSetting::default() };
-    let Some(spire) = spire(folder.path(), setting) else { return };
-    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
-    assert_failed(&found, "keys", "http://127.0.0.1:1/keys: no connection", "publish it");
+    let setting = SpireSetting {
+        oidc: "jwks_uri = \"http://127.0.0.1:1/keys\"",
+        ..SpireSetting::default()
+    };
+    let Some(spire) = spire(folder.path(), setting) else {
+        return;
+    };
+    let found = check(
+        folder.path(),
+        &configuration(
+            &spire.agent_socket(),
+            NOBODY,
+            "arn:minio:iam:::role/r",
+            "shop",
+        ),
+    );
+    assert_failed(
+        &found,
+        "keys",
+        "http://127.0.0.1:1/keys: no connection",
+        "publish it",
+    );
 }
 
 /// It can't say which keys there are, since it does not reach the server.
 #[test]
 fn a_discovery_provider_without_its_server() {
     let folder = folder();
-    let setting = SpireSetting { oidc_server: Some("/nonexistent/server.sock"), ..SpireSetting::default() };
-    let Some(spire) = spire(folder.path(), setting) else { return };
-    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    let setting = SpireSetting {
+        oidc_server: Some("/nonexistent/server.sock"),
+        ..SpireSetting::default()
+    };
+    let Some(spire) = spire(folder.path(), setting) else {
+        return;
+    };
+    let found = check(
+        folder.path(),
+        &configuration(
+            &spire.agent_socket(),
+            NOBODY,
+            "arn:minio:iam:::role/r",
+            "shop",
+        ),
+    );
     assert_failed(&found, "keys", "has not got the keys yet", "server_api");
 }
 
@@ -195,59 +317,144 @@ fn a_discovery_provider_without_its_server() {
 #[test]
 fn a_discovery_provider_with_a_private_certificate() {
     let folder = folder();
-    let Some(spire) = spire(folder.path(), SpireSetting::default()) else { return };
-    let issuer = spire.issuer_url().strip_prefix("http://").unwrap().parse().unwrap();
+    let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
+        return;
+    };
+    let issuer = spire
+        .issuer_url()
+        .strip_prefix("http://")
+        .unwrap()
+        .parse()
+        .unwrap();
     let front = TlsFront::start(Network::Own, (Ipv4Addr::LOCALHOST, 0).into(), issuer);
-    let text = configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop");
+    let text = configuration(
+        &spire.agent_socket(),
+        NOBODY,
+        "arn:minio:iam:::role/r",
+        "shop",
+    );
     let (output, report) = check_with(&[], folder.path(), &text, &["--url", &front.url()]);
-    let found = report["findings"].as_array().unwrap().iter().find(|finding| {
-        finding["step"] == "discovery" && finding["saw"].as_str().unwrap().contains("does not trust its TLS chain")
-    });
+    let found = report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|finding| {
+            finding["step"] == "discovery"
+                && finding["saw"]
+                    .as_str()
+                    .unwrap()
+                    .contains("does not trust its TLS chain")
+        });
     let thumbprint = front.thumbprint();
     assert!(
         found.is_some_and(|finding| finding["fix"].as_str().unwrap().contains(&thumbprint)),
         "{thumbprint}: {report:#}"
     );
     // What lies behind it is looked at all the same: here that a proxy which ends TLS has to say so.
-    assert!(report.to_string().contains("/.well-known/openid-configuration answers in"), "{report:#}");
+    assert!(
+        report
+            .to_string()
+            .contains("/.well-known/openid-configuration answers in"),
+        "{report:#}"
+    );
     let found = (output, report);
-    assert_failed(&found, "keys", "no HTTP", "STS fetches this over the internet");
+    assert_failed(
+        &found,
+        "keys",
+        "no HTTP",
+        "STS fetches this over the internet",
+    );
 }
 
 #[test]
 fn a_copy_of_the_keys_from_before_the_last_rotation() {
     let folder = folder();
-    let Some(spire) = spire(folder.path(), SpireSetting::default()) else { return };
-    let address = spire.issuer_url().strip_prefix("http://").unwrap().parse().unwrap();
+    let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
+        return;
+    };
+    let address = spire
+        .issuer_url()
+        .strip_prefix("http://")
+        .unwrap()
+        .parse()
+        .unwrap();
     let (_, keys) = http_get(address, "/keys").unwrap();
     let keys = answering::start(move |_, _| answering::http("200 OK", "", &keys));
-    let discovery = json!({ "issuer": spire.issuer_url(), "jwks_uri": format!("{keys}/keys") }).to_string();
+    let discovery =
+        json!({ "issuer": spire.issuer_url(), "jwks_uri": format!("{keys}/keys") }).to_string();
     let copy = answering::start(move |_, _| answering::http("200 OK", "", &discovery));
-    let text = configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop");
+    let text = configuration(
+        &spire.agent_socket(),
+        NOBODY,
+        "arn:minio:iam:::role/r",
+        "shop",
+    );
     let (_, report) = check_with(&[], folder.path(), &text, &["--url", &copy]);
-    assert!(report.to_string().contains("signature is right"), "{report:#}");
+    assert!(
+        report.to_string().contains("signature is right"),
+        "{report:#}"
+    );
 
-    let prepared = spire.server_command(&["localauthority", "jwt", "prepare", "-output", "json"]).success("prepare");
+    let prepared = spire
+        .server_command(&["localauthority", "jwt", "prepare", "-output", "json"])
+        .success("prepare");
     let prepared: Value = serde_json::from_str(&prepared).unwrap();
-    let authority = prepared["prepared_authority"]["authority_id"].as_str().unwrap();
-    spire.server_command(&["localauthority", "jwt", "activate", "-authorityID", authority]).success("activate");
+    let authority = prepared["prepared_authority"]["authority_id"]
+        .as_str()
+        .unwrap();
+    spire
+        .server_command(&[
+            "localauthority",
+            "jwt",
+            "activate",
+            "-authorityID",
+            authority,
+        ])
+        .success("activate");
     // Another audience: the agent has a token for the first one.
-    let text = configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop2");
+    let text = configuration(
+        &spire.agent_socket(),
+        NOBODY,
+        "arn:minio:iam:::role/r",
+        "shop2",
+    );
     let found = check_with(&[], folder.path(), &text, &["--url", &copy]);
-    assert_failed(&found, "keys", "a copy from before the last rotation", "publish the keys anew");
+    assert_failed(
+        &found,
+        "keys",
+        "a copy from before the last rotation",
+        "publish the keys anew",
+    );
 }
 
 #[test]
 fn what_minio_refuses() {
     let folder = folder();
-    let Some(spire) = spire(folder.path(), SpireSetting::default()) else { return };
-    let policy = minio::readable_by(&id("reader"), "shop");
-    let Some(minio) = Minio::start(folder.path(), &spire.issuer_url(), &policy) else { return };
-    let with = |arn: &str, audience: &str| {
-        check(folder.path(), &configuration(&spire.agent_socket(), &minio.endpoint(), arn, audience))
+    let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
+        return;
     };
-    assert_failed(&with(&minio.role_arn(), "other"), "sts", "refused", "audience");
-    assert_failed(&with("arn:minio:iam:::role/none", minio::AUDIENCE), "sts", "refused", "the ARN that it prints");
+    let policy = minio::readable_by(&id("reader"), "shop");
+    let Some(minio) = Minio::start(folder.path(), &spire.issuer_url(), &policy) else {
+        return;
+    };
+    let with = |arn: &str, audience: &str| {
+        check(
+            folder.path(),
+            &configuration(&spire.agent_socket(), &minio.endpoint(), arn, audience),
+        )
+    };
+    assert_failed(
+        &with(&minio.role_arn(), "other"),
+        "sts",
+        "refused",
+        "audience",
+    );
+    assert_failed(
+        &with("arn:minio:iam:::role/none", minio::AUDIENCE),
+        "sts",
+        "refused",
+        "the ARN that it prints",
+    );
 }
 
 #[test]
@@ -258,13 +465,30 @@ fn an_agent_that_cannot_be_asked() {
     let folder = folder();
     let socket = folder.path().join("agent.sock");
     let text = configuration(&socket, NOBODY, "arn:minio:iam:::role/r", "shop");
-    assert_failed(&check(folder.path(), &text), "agent", "there is no socket", "start the SPIFFE agent");
+    assert_failed(
+        &check(folder.path(), &text),
+        "agent",
+        "there is no socket",
+        "start the SPIFFE agent",
+    );
     drop(UnixListener::bind(&socket).unwrap());
-    assert_failed(&check(folder.path(), &text), "agent", "nobody listens", "start the SPIFFE agent");
+    assert_failed(
+        &check(folder.path(), &text),
+        "agent",
+        "nobody listens",
+        "start the SPIFFE agent",
+    );
     fs::remove_file(&socket).unwrap();
     let _listener = UnixListener::bind(&socket).unwrap();
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o700)).unwrap();
-    let user = ["setpriv", "--reuid", "51001", "--regid", "51001", "--clear-groups"];
+    let user = [
+        "setpriv",
+        "--reuid",
+        "51001",
+        "--regid",
+        "51001",
+        "--clear-groups",
+    ];
     let found = check_with(&user, folder.path(), &text, &[]);
     assert_failed(&found, "agent", "may not open", "write access");
     assert_failed(&found, "machine", "runs as uid 51001", "sudo awsvid check");
@@ -276,8 +500,18 @@ fn an_agent_that_does_not_know_awsvid() {
     if !root() {
         return;
     }
-    let Some(spire) = Spire::start(folder.path()) else { return };
-    let found = check(folder.path(), &configuration(&spire.agent_socket(), NOBODY, "arn:minio:iam:::role/r", "shop"));
+    let Some(spire) = Spire::start(folder.path()) else {
+        return;
+    };
+    let found = check(
+        folder.path(),
+        &configuration(
+            &spire.agent_socket(),
+            NOBODY,
+            "arn:minio:iam:::role/r",
+            "shop",
+        ),
+    );
     assert_failed(&found, "identity", "does not give", "entry create");
 }
 
@@ -285,7 +519,10 @@ fn an_agent_that_does_not_know_awsvid() {
 fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str) -> DevAccount {
     DevAccount {
         region: "us-east-1".to_owned(),
-        providers: vec![DevProvider { issuer: issuer.to_owned(), client_ids: vec![provider_audience.to_owned()] }],
+        providers: vec![DevProvider {
+            issuer: issuer.to_owned(),
+            client_ids: vec![provider_audience.to_owned()],
+        }],
         roles: vec![TrustedRole {
             arn: RoleArn::parse("arn:aws:iam::123456789012:role/app").unwrap(),
             issuer: issuer.to_owned(),
@@ -300,7 +537,9 @@ fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str)
 #[test]
 fn what_aws_refuses() {
     let folder = folder();
-    let Some(spire) = spire(folder.path(), SpireSetting::default()) else { return };
+    let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
+        return;
+    };
     let issuer = spire.issuer_url();
     let runtime = Runtime::new().unwrap();
     let reader = id("reader");
@@ -311,17 +550,46 @@ fn what_aws_refuses() {
             "No OpenIDConnect provider found",
             &format!("just this URL: {issuer} ")[..],
         ),
-        (account(&issuer, "shop", "sts.amazonaws.com", &reader), "Incorrect token audience", "\"shop\": add it"),
-        (account(&issuer, "shop", "shop", &id("other")), "AccessDenied", "(without https://)"),
-        (account(&issuer, "other", "shop", &reader), "AccessDenied", ":aud\" with \"shop\""),
+        (
+            account(&issuer, "shop", "sts.amazonaws.com", &reader),
+            "Incorrect token audience",
+            "\"shop\": add it",
+        ),
+        (
+            account(&issuer, "shop", "shop", &id("other")),
+            "AccessDenied",
+            "(without https://)",
+        ),
+        (
+            account(&issuer, "other", "shop", &reader),
+            "AccessDenied",
+            ":aud\" with \"shop\"",
+        ),
     ];
     for (account, saw, fix) in table {
-        let sts = runtime.block_on(DevSts::start(account, Clock::system())).unwrap();
-        let text = configuration(&spire.agent_socket(), sts.url(), "arn:aws:iam::123456789012:role/app", "shop");
+        let sts = runtime
+            .block_on(DevSts::start(account, Clock::system()))
+            .unwrap();
+        let text = configuration(
+            &spire.agent_socket(),
+            sts.url(),
+            "arn:aws:iam::123456789012:role/app",
+            "shop",
+        );
         assert_failed(&check(folder.path(), &text), "sts", saw, fix);
     }
-    let sts = runtime.block_on(DevSts::start(account(&issuer, "shop", "shop", &reader), Clock::system())).unwrap();
-    let text = configuration(&spire.agent_socket(), sts.url(), "arn:aws:iam::123456789012:role/app", "shop");
+    let sts = runtime
+        .block_on(DevSts::start(
+            account(&issuer, "shop", "shop", &reader),
+            Clock::system(),
+        ))
+        .unwrap();
+    let text = configuration(
+        &spire.agent_socket(),
+        sts.url(),
+        "arn:aws:iam::123456789012:role/app",
+        "shop",
+    );
     assert_eq!(check(folder.path(), &text).1["result"], "pass");
 }
 
@@ -330,7 +598,13 @@ fn what_aws_refuses() {
 fn a_clock_that_is_off() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let sts = answering::start(|_, _| answering::http("404 Not Found", "Date: Tue, 01 Jan 2019 00:00:00 GMT\r\n", ""));
+    let sts = answering::start(|_, _| {
+        answering::http(
+            "404 Not Found",
+            "Date: Tue, 01 Jan 2019 00:00:00 GMT\r\n",
+            "",
+        )
+    });
     let text = configuration(&upstream.socket(), &sts, "arn:minio:iam:::role/r", "shop");
     let text = text.replace("/w/", "/user/");
     let found = check(folder.path(), &text);
@@ -343,22 +617,37 @@ fn where_spire_attests_a_workload_is_named() {
     for source in [Source::Delegated, Source::Broker] {
         let folder = folder.path().join(format!("{source:?}"));
         fs::create_dir(&folder).unwrap();
-        let setting = Setting { source, ..Setting::default() };
-        let Some(world) = World::start(&folder, &[(1001, "reader")], &setting) else { return };
+        let setting = Setting {
+            source,
+            ..Setting::default()
+        };
+        let Some(world) = World::start(&folder, &[(1001, "reader")], &setting) else {
+            return;
+        };
         let text = fs::read_to_string(folder.join("awsvid.toml")).unwrap();
         let (output, report) = check_with(&[], &folder, &text, &[]);
         assert_eq!(output.status.code(), Some(0), "{report:#}");
         let said = report.to_string();
-        for words in ["spiffe://example.org/awsvid for role", "signature is right", "awsvid check --pid PID"] {
+        for words in [
+            "spiffe://example.org/awsvid for role",
+            "signature is right",
+            "awsvid check --pid PID",
+        ] {
             assert!(said.contains(words), "{words}: {report:#}");
         }
         let workload = Workload::new(1001);
         let mut command = workload.command("/bin/sleep");
         command.arg("1000");
         let sleeper = spawn(command).unwrap();
-        let (output, report) = check_with(&[], &folder, &text, &["--pid", &sleeper.id().to_string()]);
+        let (output, report) =
+            check_with(&[], &folder, &text, &["--pid", &sleeper.id().to_string()]);
         assert_eq!(output.status.code(), Some(0), "{report:#}");
-        assert!(report.to_string().contains("assumed by spiffe://example.org/w/reader"), "{report:#}");
+        assert!(
+            report
+                .to_string()
+                .contains("assumed by spiffe://example.org/w/reader"),
+            "{report:#}"
+        );
         drop(world);
     }
 }
@@ -374,11 +663,27 @@ fn what_aws_says_that_nobody_else_does() {
             "Couldn't retrieve verification key from your identity provider",
             "--resolve or --url",
         ),
-        ("InvalidIdentityToken", "Invalid timestamp in token claims", "upgrade SPIRE to 1.9.5"),
-        ("RegionDisabledException", "STS is not activated in this region", "activate STS in us-east-1"),
+        (
+            "InvalidIdentityToken",
+            "Invalid timestamp in token claims",
+            "upgrade SPIRE to 1.9.5",
+        ),
+        (
+            "RegionDisabledException",
+            "STS is not activated in this region",
+            "activate STS in us-east-1",
+        ),
         ("ExpiredTokenException", "Token expired", "timedatectl"),
-        ("ValidationError", "The requested DurationSeconds exceeds the MaxSessionDuration", "for 3600 s"),
-        ("InvalidIdentityToken", "Something new", "compare the IAM provider's URL"),
+        (
+            "ValidationError",
+            "The requested DurationSeconds exceeds the MaxSessionDuration",
+            "for 3600 s",
+        ),
+        (
+            "InvalidIdentityToken",
+            "Something new",
+            "compare the IAM provider's URL",
+        ),
     ];
     for (code, message, fix) in table {
         let sts = answering::start(move |_, _| {
@@ -387,7 +692,17 @@ fn what_aws_says_that_nobody_else_does() {
             );
             answering::http("400 Bad Request", "Content-Type: text/xml\r\n", &error)
         });
-        let text = configuration(&upstream.socket(), &sts, "arn:aws:iam::123456789012:role/app", "shop");
-        assert_failed(&check(folder.path(), &text.replace("/w/", "/user/")), "sts", message, fix);
+        let text = configuration(
+            &upstream.socket(),
+            &sts,
+            "arn:aws:iam::123456789012:role/app",
+            "shop",
+        );
+        assert_failed(
+            &check(folder.path(), &text.replace("/w/", "/user/")),
+            "sts",
+            message,
+            fix,
+        );
     }
 }

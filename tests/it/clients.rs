@@ -25,19 +25,41 @@ const AT_ONCE: usize = 2;
 fn each_reads_its_own_object_and_not_anothers() {
     table::settle_rows();
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else { return };
+    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+        return;
+    };
     let serving = stage.daemon("short", &Setting::default());
-    let others: Vec<String> =
-        stage.members().into_iter().map(Member::key).cycle().skip(1).take(stage.members().len()).collect();
+    let others: Vec<String> = stage
+        .members()
+        .into_iter()
+        .map(Member::key)
+        .cycle()
+        .skip(1)
+        .take(stage.members().len())
+        .collect();
     let failed: Vec<String> = for_each(&stage.members(), AT_ONCE, |number, member| {
         let own = read(&stage, member, &serving, &Reading::once(member, &serving));
         if !own.are(&member.content()) {
-            return Some(format!("{} does not read its own object: {own:?}", member.client.name));
+            return Some(format!(
+                "{} does not read its own object: {own:?}",
+                member.client.name
+            ));
         }
-        let other = Reading { key: others[number].clone(), ..Reading::once(member, &serving) };
+        let other = Reading {
+            key: others[number].clone(),
+            ..Reading::once(member, &serving)
+        };
         let other = read(&stage, member, &serving, &other);
-        let refused = other.each.iter().all(|read| read.as_ref().is_err_and(|message| is_denied(message)));
-        (!refused).then(|| format!("{} is not refused another's object: {other:?}", member.client.name))
+        let refused = other
+            .each
+            .iter()
+            .all(|read| read.as_ref().is_err_and(|message| is_denied(message)));
+        (!refused).then(|| {
+            format!(
+                "{} is not refused another's object: {other:?}",
+                member.client.name
+            )
+        })
     })
     .into_iter()
     .flatten()
@@ -47,24 +69,47 @@ fn each_reads_its_own_object_and_not_anothers() {
         // On a busy machine a client may have hung up before it asked once more.
         let mut requests = serving.requests(member.uid);
         requests.retain(|record| record["outcome"] != "aborted");
-        let is_right = |record: &Value| record["outcome"] == "issued" && record["spiffe_id"] == member.spiffe_id();
-        assert!(!requests.is_empty() && requests.iter().all(is_right), "{}: {requests:?}", member.client.name);
+        let is_right = |record: &Value| {
+            record["outcome"] == "issued" && record["spiffe_id"] == member.spiffe_id()
+        };
+        assert!(
+            !requests.is_empty() && requests.iter().all(is_right),
+            "{}: {requests:?}",
+            member.client.name
+        );
     }
-    table::settle(&stage.members().into_iter().flat_map(facts).collect::<Vec<_>>());
+    table::settle(
+        &stage
+            .members()
+            .into_iter()
+            .flat_map(facts)
+            .collect::<Vec<_>>(),
+    );
 }
 
 /// What is known of a client without running it.
 fn facts(member: &Member) -> [Cell; 2] {
     let client = &member.client;
     [
-        Cell::new(client.name, Column::Version, format!("{} {}", client.registry, member.version)),
+        Cell::new(
+            client.name,
+            Column::Version,
+            format!("{} {}", client.registry, member.version),
+        ),
         Cell::new(client.name, Column::Note, client.note),
     ]
 }
 
 /// Whether S3 has said that these credentials may not, as each client puts it.
 fn is_denied(message: &str) -> bool {
-    ["AccessDenied", "Access Denied", "ACCESS_DENIED", "403", "Forbidden", "Insufficient permissions"]
-        .iter()
-        .any(|word| message.contains(word))
+    [
+        "AccessDenied",
+        "Access Denied",
+        "ACCESS_DENIED",
+        "403",
+        "Forbidden",
+        "Insufficient permissions",
+    ]
+    .iter()
+    .any(|word| message.contains(word))
 }

@@ -40,17 +40,40 @@ fn check_reports_all_mistakes_and_warnings() {
     fs::write(&path, format!("{GOOD}duration = \"15m\"\n")).unwrap();
     let unwise = config(&["--check", name]);
     assert_eq!(unwise.status.code(), Some(0));
-    assert!(unwise.stderr.contains("a.toml:10: warning: role.duration"), "{unwise:?}");
-    fs::write(&path, GOOD.replace("uid", "iud").replace("eu-central-1", "middle")).unwrap();
+    assert!(
+        unwise.stderr.contains("a.toml:10: warning: role.duration"),
+        "{unwise:?}"
+    );
+    fs::write(
+        &path,
+        GOOD.replace("uid", "iud").replace("eu-central-1", "middle"),
+    )
+    .unwrap();
     let wrong = config(&["--check", name]);
     assert_eq!((wrong.status.code(), wrong.stdout.as_str()), (Some(78), ""));
-    assert!(wrong.stderr.contains("a.toml:2: ") && wrong.stderr.contains("a.toml:5: "), "{wrong:?}");
-    assert_eq!(config(&["--check", "/nonexistent.toml"]).status.code(), Some(78));
+    assert!(
+        wrong.stderr.contains("a.toml:2: ") && wrong.stderr.contains("a.toml:5: "),
+        "{wrong:?}"
+    );
+    assert_eq!(
+        config(&["--check", "/nonexistent.toml"]).status.code(),
+        Some(78)
+    );
     let mut elsewhere = Command::new(PROGRAM);
-    elsewhere.env_clear().env("AWSVID_CONFIG", "/nonexistent.toml").args(["config", "--check", name]);
+    elsewhere
+        .env_clear()
+        .env("AWSVID_CONFIG", "/nonexistent.toml")
+        .args(["config", "--check", name]);
     let elsewhere = run(elsewhere, b"", Duration::from_secs(20));
-    assert!(elsewhere.stderr.contains("a.toml:2: "), "the file that is named counts: {elsewhere:?}");
-    assert_eq!(config(&[]).status.code(), Some(2), "one of the two has to be said");
+    assert!(
+        elsewhere.stderr.contains("a.toml:2: "),
+        "the file that is named counts: {elsewhere:?}"
+    );
+    assert_eq!(
+        config(&[]).status.code(),
+        Some(2),
+        "one of the two has to be said"
+    );
 }
 
 /// `awsvid config` with this on its standard input.
@@ -64,15 +87,31 @@ fn piped(arguments: &[&str], text: &str) -> Output {
 fn standard_input_is_read_as_a_file_is() {
     let wrong = GOOD.replace("uid", "iud").replace("eu-central-1", "middle");
     let by_pipe = piped(&["--check", "-"], &wrong);
-    assert_eq!((by_pipe.status.code(), by_pipe.stdout.as_str()), (Some(78), ""));
+    assert_eq!(
+        (by_pipe.status.code(), by_pipe.stdout.as_str()),
+        (Some(78), "")
+    );
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, &wrong).unwrap();
     let by_path = config(&["--check", path.to_str().unwrap()]);
-    assert_eq!(by_pipe.stderr, by_path.stderr.replace(path.to_str().unwrap(), "-"));
-    assert!(by_pipe.stderr.contains("-:2: ") && by_pipe.stderr.contains("-:5: "), "{by_pipe:?}");
+    assert_eq!(
+        by_pipe.stderr,
+        by_path.stderr.replace(path.to_str().unwrap(), "-")
+    );
+    assert!(
+        by_pipe.stderr.contains("-:2: ") && by_pipe.stderr.contains("-:5: "),
+        "{by_pipe:?}"
+    );
     let good = piped(&["--check", "-"], GOOD);
-    assert_eq!((good.status.code(), good.stdout.as_str(), good.stderr.as_str()), (Some(0), "-: no mistakes\n", ""));
+    assert_eq!(
+        (
+            good.status.code(),
+            good.stdout.as_str(),
+            good.stderr.as_str()
+        ),
+        (Some(0), "-: no mistakes\n", "")
+    );
     assert_eq!(piped(&["--check", "-"], "").status.code(), Some(78));
 }
 
@@ -81,12 +120,22 @@ fn offline_nothing_of_this_machine_counts() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     let name = path.to_str().unwrap();
-    let elsewhere = GOOD.replace("uid = 54321", "user = \"of-another-node\"\nexe = \"/opt/of-another-node\"");
+    let elsewhere = GOOD.replace(
+        "uid = 54321",
+        "user = \"of-another-node\"\nexe = \"/opt/of-another-node\"",
+    );
     let elsewhere = format!("{elsewhere}[audit]\nfile = \"/of-another-node/audit.log\"\n");
     fs::write(&path, &elsewhere).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-    for offline in [config(&["--check", name, "--offline"]), piped(&["--check", "-", "--offline"], &elsewhere)] {
-        assert_eq!((offline.status.code(), offline.stderr.as_str()), (Some(0), ""), "{offline:?}");
+    for offline in [
+        config(&["--check", name, "--offline"]),
+        piped(&["--check", "-", "--offline"], &elsewhere),
+    ] {
+        assert_eq!(
+            (offline.status.code(), offline.stderr.as_str()),
+            (Some(0), ""),
+            "{offline:?}"
+        );
     }
     let here = piped(&["--check", "-"], &elsewhere);
     assert_eq!(here.status.code(), Some(0));
@@ -101,7 +150,12 @@ fn offline_nothing_of_this_machine_counts() {
     fs::write(&path, format!("{elsewhere}nonsense = 1\n")).unwrap();
     let wrong = config(&["--check", name, "--offline"]);
     assert_eq!(wrong.status.code(), Some(78));
-    assert!(wrong.stderr.contains("a.toml:13: audit.nonsense: awsvid 0."), "{wrong:?}");
+    assert!(
+        wrong
+            .stderr
+            .contains("a.toml:13: audit.nonsense: awsvid 0."),
+        "{wrong:?}"
+    );
     assert_eq!(config(&["--explain", "--offline"]).status.code(), Some(2));
 }
 
@@ -113,15 +167,35 @@ fn a_file_that_others_can_change_is_a_mistake_for_root_and_a_warning_for_others(
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
     let words = "every user of this node can write the configuration; chmod o-w";
     let own = config(&["--check", path.to_str().unwrap()]);
-    let status = if geteuid().is_root() { Some(78) } else { Some(0) };
-    assert!(own.status.code() == status && own.stderr.contains(words), "{own:?}");
+    let status = if geteuid().is_root() {
+        Some(78)
+    } else {
+        Some(0)
+    };
+    assert!(
+        own.status.code() == status && own.stderr.contains(words),
+        "{own:?}"
+    );
     if !geteuid().is_root() {
         return;
     }
     let mut command = Command::new("setpriv");
-    command.args(["--reuid", "51001", "--clear-groups", PROGRAM, "config", "--check"]).arg(&path).env_clear();
+    command
+        .args([
+            "--reuid",
+            "51001",
+            "--clear-groups",
+            PROGRAM,
+            "config",
+            "--check",
+        ])
+        .arg(&path)
+        .env_clear();
     let other = run(command, b"", Duration::from_secs(20));
-    assert!(other.status.success() && other.stderr.contains(&format!("a.toml: warning: {words}")), "{other:?}");
+    assert!(
+        other.status.success() && other.stderr.contains(&format!("a.toml: warning: {words}")),
+        "{other:?}"
+    );
 }
 
 #[test]
@@ -129,13 +203,20 @@ fn what_explain_prints_is_a_configuration() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, GOOD).unwrap();
-    let explained = config(&["--explain", "--config", path.to_str().unwrap()]).success("config --explain");
+    let explained =
+        config(&["--explain", "--config", path.to_str().unwrap()]).success("config --explain");
     assert!(
-        explained.lines().any(|line| line.starts_with("timeout = \"5s\"") && line.ends_with("# default")),
+        explained
+            .lines()
+            .any(|line| line.starts_with("timeout = \"5s\"") && line.ends_with("# default")),
         "{explained}"
     );
     fs::write(&path, &explained).unwrap();
-    assert_eq!(config(&["--check", path.to_str().unwrap()]).status.code(), Some(0));
-    let again = config(&["--explain", "--config", path.to_str().unwrap()]).success("config --explain");
+    assert_eq!(
+        config(&["--check", path.to_str().unwrap()]).status.code(),
+        Some(0)
+    );
+    let again =
+        config(&["--explain", "--config", path.to_str().unwrap()]).success("config --explain");
     assert!(!again.contains("# default\n"), "{again}");
 }

@@ -42,7 +42,9 @@ fn exchange(mut stream: impl Read + Write, request: &str) -> Answer {
     stream.write_all(request.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer to {request:?}: {answer:?}"));
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .unwrap_or_else(|| panic!("no answer to {request:?}: {answer:?}"));
     Answer {
         status: head[9..12].parse().unwrap(),
         head: head.to_lowercase(),
@@ -52,7 +54,9 @@ fn exchange(mut stream: impl Read + Write, request: &str) -> Answer {
 
 fn ask(address: SocketAddr, request: &str) -> Answer {
     let stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
     exchange(stream, request)
 }
 
@@ -63,7 +67,11 @@ fn refusals_are_counted_audited_and_readable() {
     let with = |line: &str| GOOD.replace("\r\n\r\n", &format!("\r\n{line}\r\n\r\n"));
     let cases = [
         (GOOD.to_owned(), 403, "no_identity"),
-        (GOOD.replace("Host: 127.0.0.1\r\n", "Host: rebound.example\r\n"), 400, "host"),
+        (
+            GOOD.replace("Host: 127.0.0.1\r\n", "Host: rebound.example\r\n"),
+            400,
+            "host",
+        ),
         (GOOD.replace("Host: 127.0.0.1\r\n", ""), 400, "host"),
         (with("Host: 127.0.0.1"), 400, "host"),
         (with("Origin: http://evil.example"), 403, "browser"),
@@ -72,34 +80,64 @@ fn refusals_are_counted_audited_and_readable() {
         (with("Via: 1.1 proxy"), 403, "proxied"),
         (GOOD.replace("GET", "POST"), 405, "method"),
         (GOOD.replace("GET", "PUT"), 405, "method"),
-        (GOOD.replace("Authorization: x\r\n", ""), 403, "no_authorization"),
-        (GOOD.replace("/v1/credentials", "/latest/meta-data"), 404, "path"),
-        (GOOD.replace("/v1/credentials", "/v1/credentials/arn:x"), 400, "bad_arn"),
+        (
+            GOOD.replace("Authorization: x\r\n", ""),
+            403,
+            "no_authorization",
+        ),
+        (
+            GOOD.replace("/v1/credentials", "/latest/meta-data"),
+            404,
+            "path",
+        ),
+        (
+            GOOD.replace("/v1/credentials", "/v1/credentials/arn:x"),
+            400,
+            "bad_arn",
+        ),
     ];
     for address in [daemon.tcp(), daemon.tcp6()] {
         for (request, status, code) in &cases {
             let before = daemon.audit().len();
             let answer = ask(address, request);
-            assert_eq!((answer.status, &answer.body["code"]), (*status, &Value::from(*code)), "{request:?}");
-            for header in
-                ["content-type: application/json", "cache-control: no-store", "connection: close", "content-length: "]
-            {
+            assert_eq!(
+                (answer.status, &answer.body["code"]),
+                (*status, &Value::from(*code)),
+                "{request:?}"
+            );
+            for header in [
+                "content-type: application/json",
+                "cache-control: no-store",
+                "connection: close",
+                "content-length: ",
+            ] {
                 assert!(answer.head.contains(header), "{header} in {}", answer.head);
             }
             let record = &daemon.audit_after(before)[..];
             // The daemon's own questions for its readiness may come in between.
             assert!(
-                record.iter().any(|record| record["reason"] == *code && record["outcome"] == "refused"),
+                record
+                    .iter()
+                    .any(|record| record["reason"] == *code && record["outcome"] == "refused"),
                 "{record:?}"
             );
         }
     }
     // On the unix socket no Authorization is asked for.
-    let answer = exchange(UnixStream::connect(daemon.unix()).unwrap(), &GOOD.replace("Authorization: x\r\n", ""));
-    assert_eq!((answer.status, &answer.body["code"]), (403, &Value::from("no_identity")));
+    let answer = exchange(
+        UnixStream::connect(daemon.unix()).unwrap(),
+        &GOOD.replace("Authorization: x\r\n", ""),
+    );
+    assert_eq!(
+        (answer.status, &answer.body["code"]),
+        (403, &Value::from("no_identity"))
+    );
     let metrics = daemon.metrics();
     for (_, _, code) in &cases {
-        assert!(metrics.contains(&format!("reason=\"{code}\"")), "{code} in {metrics}");
+        assert!(
+            metrics.contains(&format!("reason=\"{code}\"")),
+            "{code} in {metrics}"
+        );
     }
 }
 
@@ -112,13 +150,22 @@ fn operators_see_health_but_no_workload() {
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     assert_eq!(http_get(daemon.admin(), "/status").unwrap().0, 404);
     let (_, metrics) = http_get(daemon.admin(), "/metrics").unwrap();
-    assert!(!metrics.contains("spiffe") && !metrics.contains("arn:"), "{metrics}");
+    assert!(
+        !metrics.contains("spiffe") && !metrics.contains("arn:"),
+        "{metrics}"
+    );
     let socket = folder.path().join("status.sock");
     let found = std::fs::metadata(&socket).unwrap();
     assert!(found.file_type().is_socket());
     assert_eq!(found.mode() & 0o777, 0o600);
-    let answer = exchange(UnixStream::connect(&socket).unwrap(), "GET /status HTTP/1.1\r\nHost: x\r\n\r\n");
-    assert_eq!((answer.status, &answer.body["ready"]), (200, &Value::from(false)));
+    let answer = exchange(
+        UnixStream::connect(&socket).unwrap(),
+        "GET /status HTTP/1.1\r\nHost: x\r\n\r\n",
+    );
+    assert_eq!(
+        (answer.status, &answer.body["ready"]),
+        (200, &Value::from(false))
+    );
 }
 
 #[test]
@@ -130,13 +177,29 @@ fn the_socket_is_everybodys_and_gone_at_the_end() {
     let token = std::fs::read(folder.path().join("token")).unwrap();
     assert_eq!(token.len(), 43);
     assert!(!token.contains(&b'\n'));
-    assert_eq!(std::fs::metadata(folder.path().join("token")).unwrap().mode() & 0o777, 0o644);
+    assert_eq!(
+        std::fs::metadata(folder.path().join("token"))
+            .unwrap()
+            .mode()
+            & 0o777,
+        0o644
+    );
     // A second daemon leaves the first one's socket alone.
     let output = serve(folder.path().join("awsvid.toml").to_str().unwrap());
-    assert!(!output.status.success() && output.stderr.contains("another process serves this socket"), "{output:?}");
-    assert_eq!(exchange(UnixStream::connect(&path).unwrap(), GOOD).status, 403);
+    assert!(
+        !output.status.success() && output.stderr.contains("another process serves this socket"),
+        "{output:?}"
+    );
+    assert_eq!(
+        exchange(UnixStream::connect(&path).unwrap(), GOOD).status,
+        403
+    );
     daemon.process().signal(Signal::SIGTERM);
-    let status = daemon.process().owned().wait(Duration::from_secs(20)).expect("it ends on SIGTERM");
+    let status = daemon
+        .process()
+        .owned()
+        .wait(Duration::from_secs(20))
+        .expect("it ends on SIGTERM");
     assert!(status.success(), "{status}");
     assert!(!path.exists());
 }
@@ -146,7 +209,9 @@ fn sigterm_lets_an_open_request_end() {
     let folder = folder();
     let mut daemon = Daemon::start(folder.path(), "", CONFIGURATION);
     let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
     stream.write_all(&GOOD.as_bytes()[..20]).unwrap();
     // Answered after the first one was accepted, since both came to the same listener.
     assert_eq!(ask(daemon.tcp(), GOOD).status, 403);
@@ -156,7 +221,14 @@ fn sigterm_lets_an_open_request_end() {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
-    assert!(daemon.process().owned().wait(Duration::from_secs(20)).expect("it ends").success());
+    assert!(
+        daemon
+            .process()
+            .owned()
+            .wait(Duration::from_secs(20))
+            .expect("it ends")
+            .success()
+    );
 }
 
 fn serve(config: &str) -> Output {
@@ -174,7 +246,11 @@ fn every_mistake_in_the_configuration_is_reported_at_once() {
     let output = serve(path.to_str().unwrap());
     assert_eq!(output.status.code(), Some(78));
     for line in [2, 3, 6, 10, 11] {
-        assert!(output.stderr.contains(&format!("wrong.toml:{line}: ")), "line {line} in:\n{}", output.stderr);
+        assert!(
+            output.stderr.contains(&format!("wrong.toml:{line}: ")),
+            "line {line} in:\n{}",
+            output.stderr
+        );
     }
     let output = serve("/nonexistent.toml");
     assert_eq!(output.status.code(), Some(78));
@@ -193,9 +269,22 @@ fn in_a_user_namespace_of_its_own_it_does_not_start() {
     let listen = format!("[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\nstatus = \"\"\n");
     std::fs::write(&path, format!("{CONFIGURATION}{listen}")).unwrap();
     let mut command = Command::new("unshare");
-    command.args(["--user", "--map-root-user", env!("CARGO_BIN_EXE_awsvid"), "serve", "--config"]).arg(&path);
+    command
+        .args([
+            "--user",
+            "--map-root-user",
+            env!("CARGO_BIN_EXE_awsvid"),
+            "serve",
+            "--config",
+        ])
+        .arg(&path);
     let output = run(command, b"", Duration::from_secs(20));
     assert_eq!(output.status.code(), Some(78), "{output:?}");
-    assert!(output.stderr.contains("in a user namespace that does not map every user id to itself"), "{output:?}");
+    assert!(
+        output
+            .stderr
+            .contains("in a user namespace that does not map every user id to itself"),
+        "{output:?}"
+    );
     assert!(!socket.exists());
 }

@@ -21,7 +21,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 fn ask(arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
-    command.env_clear().args(["credential-process", "--same-user"]).args(arguments);
+    command
+        .env_clear()
+        .args(["credential-process", "--same-user"])
+        .args(arguments);
     run(command, b"", PATIENCE)
 }
 
@@ -29,8 +32,14 @@ fn ask(arguments: &[&str]) -> Output {
 fn daemon(folder: &Path) -> (Daemon, Upstream) {
     let uid = getuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
-    (Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(), upstream)
+    let rule = format!(
+        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
+        own_rule()
+    );
+    (
+        Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(),
+        upstream,
+    )
 }
 
 #[test]
@@ -41,10 +50,27 @@ fn the_cli_takes_what_it_prints() {
     let printed = ask(&["--socket", &socket, "--role", "dev"]);
     assert_eq!(printed.stderr, "");
     let printed: Value = serde_json::from_str(&printed.success("credential-process")).unwrap();
-    let keys: Vec<&str> = printed.as_object().unwrap().keys().map(String::as_str).collect();
-    assert_eq!(keys, ["AccessKeyId", "Expiration", "SecretAccessKey", "SessionToken", "Version"]);
+    let keys: Vec<&str> = printed
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "AccessKeyId",
+            "Expiration",
+            "SecretAccessKey",
+            "SessionToken",
+            "Version"
+        ]
+    );
     let status = daemon.status("spiffe://example.org/user/me");
-    assert_eq!((&printed["Version"], &printed["AccessKeyId"]), (&Value::from(1), &status["access_key_id"]));
+    assert_eq!(
+        (&printed["Version"], &printed["AccessKeyId"]),
+        (&Value::from(1), &status["access_key_id"])
+    );
     assert_eq!(printed["Expiration"], status["expiration"]);
 
     // The socket is the configuration's, whatever else is wrong with that; unless it is `[listen]` itself.
@@ -53,10 +79,15 @@ fn the_cli_takes_what_it_prints() {
         fs::write(&path, text).unwrap();
         ask(&["--config", path.to_str().unwrap()])
     };
-    let text = format!("[listen]\nunix = \"{socket}\"\n[[role]]\nuser = \"nobody-of-that-name\"\n[[workload]]\n");
+    let text = format!(
+        "[listen]\nunix = \"{socket}\"\n[[role]]\nuser = \"nobody-of-that-name\"\n[[workload]]\n"
+    );
     assert_eq!(asked(&text).status.code(), Some(0));
     let refused = asked(&text.replace("unix", "unx"));
-    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""));
+    assert_eq!(
+        (refused.status.code(), refused.stdout.as_str()),
+        (Some(1), "")
+    );
     assert!(refused.stderr.contains("other.toml:2:"), "{refused:?}");
 
     let Some(aws) = tool("aws") else { return };
@@ -67,11 +98,22 @@ fn the_cli_takes_what_it_prints() {
     );
     fs::write(folder.path().join(".aws/config"), profile).unwrap();
     let mut command = Command::new(aws);
-    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", folder.path());
-    command.env("AWS_DEFAULT_REGION", "us-east-1").args(["--endpoint-url", upstream.sts(), "--output", "text"]);
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("HOME", folder.path());
+    command.env("AWS_DEFAULT_REGION", "us-east-1").args([
+        "--endpoint-url",
+        upstream.sts(),
+        "--output",
+        "text",
+    ]);
     command.args(["sts", "get-caller-identity", "--query", "Arn"]);
     let arn = run(command, b"", PATIENCE).success("aws sts get-caller-identity");
-    assert_eq!(arn.trim(), "arn:aws:sts::123456789012:assumed-role/dev/example.org=user=me");
+    assert_eq!(
+        arn.trim(),
+        "arn:aws:sts::123456789012:assumed-role/dev/example.org=user=me"
+    );
 }
 
 #[test]
@@ -80,16 +122,32 @@ fn a_refusal_says_what_to_do_and_prints_nothing_else() {
     let (mut daemon, _upstream) = daemon(folder.path());
     let socket = daemon.unix().display().to_string();
     let refused = ask(&["--socket", &socket, "--role", "other"]);
-    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""));
-    assert!(refused.stderr.starts_with("awsvid credential-process: "), "{refused:?}");
-    assert!(refused.stderr.to_lowercase().contains("role"), "{refused:?}");
+    assert_eq!(
+        (refused.status.code(), refused.stdout.as_str()),
+        (Some(1), "")
+    );
+    assert!(
+        refused.stderr.starts_with("awsvid credential-process: "),
+        "{refused:?}"
+    );
+    assert!(
+        refused.stderr.to_lowercase().contains("role"),
+        "{refused:?}"
+    );
     if root() {
         // Where this was built may be a place that others can't enter.
         let program = folder.path().join("awsvid");
         fs::copy(PROGRAM, &program).unwrap();
-        let nobody = Workload::new(1777).run(&program, &["credential-process", "--socket", &socket]);
-        assert_eq!((nobody.status.code(), nobody.stdout.as_str()), (Some(1), ""));
-        assert!(nobody.stderr.contains("uid 1777") && nobody.stderr.contains("`exe` never match"), "{nobody:?}");
+        let nobody =
+            Workload::new(1777).run(&program, &["credential-process", "--socket", &socket]);
+        assert_eq!(
+            (nobody.status.code(), nobody.stdout.as_str()),
+            (Some(1), "")
+        );
+        assert!(
+            nobody.stderr.contains("uid 1777") && nobody.stderr.contains("`exe` never match"),
+            "{nobody:?}"
+        );
     }
     daemon.process().signal(Signal::SIGTERM);
     daemon.process().owned().wait(PATIENCE).expect("it ends");
@@ -112,13 +170,23 @@ fn a_socket_of_somebody_else_is_not_asked() {
     let server = "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.bind(sys.argv[1])\ns.listen()\n\
         print('listening', flush=True)\nwhile True:\n    print('asked', s.accept()[0].recv(9), flush=True)\n";
     let mut command = Workload::new(1777).command("/usr/bin/python3");
-    command.args(["-c", server, socket.to_str().unwrap()]).current_dir("/");
+    command
+        .args(["-c", server, socket.to_str().unwrap()])
+        .current_dir("/");
     let process = Process::start("a false server", command, &folder.path().join("log"));
-    process.await_some("it listens", PATIENCE, || process.log().contains("listening").then_some(()));
+    process.await_some("it listens", PATIENCE, || {
+        process.log().contains("listening").then_some(())
+    });
     let refused = |path: &Path, why: &str| {
         let output = ask(&["--socket", path.to_str().unwrap()]);
-        assert_eq!((output.status.code(), output.stdout.as_str()), (Some(1), ""));
-        assert!(output.stderr.contains(why) && output.stderr.contains("not trusted"), "{why}: {output:?}");
+        assert_eq!(
+            (output.status.code(), output.stdout.as_str()),
+            (Some(1), "")
+        );
+        assert!(
+            output.stderr.contains(why) && output.stderr.contains("not trusted"),
+            "{why}: {output:?}"
+        );
     };
     refused(&socket, "the directory belongs to uid 1777");
     // As if root had been made to move it, step by step.

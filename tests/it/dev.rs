@@ -42,7 +42,14 @@ fn the_cli_has_the_role_whatever_else_the_user_has_configured() {
     fs::create_dir(home.path().join(".aws")).unwrap();
     let profile = "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = example\nregion = eu-west-1\n";
     fs::write(home.path().join(".aws/credentials"), profile).unwrap();
-    let query = ["sts", "get-caller-identity", "--query", "Arn", "--output", "text"];
+    let query = [
+        "sts",
+        "get-caller-identity",
+        "--query",
+        "Arn",
+        "--output",
+        "text",
+    ];
     let mut command = dev(&["--", aws.to_str().unwrap()]);
     command.args(query).env("HOME", home.path());
     command.envs([
@@ -51,8 +58,16 @@ fn the_cli_has_the_role_whatever_else_the_user_has_configured() {
         ("AWS_SECRET_ACCESS_KEY", "example"),
     ]);
     // A proxy that is not there: nothing on loopback may go to it.
-    command.envs([("http_proxy", "http://127.0.0.1:1"), ("HTTP_PROXY", "http://127.0.0.1:1")]);
-    assert_eq!(output(command).success("aws sts get-caller-identity").trim(), arn(&own_name()));
+    command.envs([
+        ("http_proxy", "http://127.0.0.1:1"),
+        ("HTTP_PROXY", "http://127.0.0.1:1"),
+    ]);
+    assert_eq!(
+        output(command)
+            .success("aws sts get-caller-identity")
+            .trim(),
+        arn(&own_name())
+    );
 }
 
 #[test]
@@ -66,31 +81,76 @@ fn a_user_without_privileges_can_run_it() {
     let program = folder.path().join("awsvid");
     fs::copy(env!("CARGO_BIN_EXE_awsvid"), &program).unwrap();
     let aws = aws.to_str().unwrap();
-    let query = ["dev", "--", aws, "sts", "get-caller-identity", "--query", "Arn", "--output", "text"];
+    let query = [
+        "dev",
+        "--",
+        aws,
+        "sts",
+        "get-caller-identity",
+        "--query",
+        "Arn",
+        "--output",
+        "text",
+    ];
     let workload = Workload::new(1777);
-    assert_eq!(workload.run(&program, &query).success("aws sts get-caller-identity").trim(), arn("uid-1777"));
+    assert_eq!(
+        workload
+            .run(&program, &query)
+            .success("aws sts get-caller-identity")
+            .trim(),
+        arn("uid-1777")
+    );
 
-    let environment = workload.run(&program, &["dev", "--", "/usr/bin/env"]).success("env");
+    let environment = workload
+        .run(&program, &["dev", "--", "/usr/bin/env"])
+        .success("env");
     let variable = |name: &str| {
         let mut lines = environment.lines().filter_map(|line| line.split_once('='));
-        lines.find(|(found, _)| *found == name).map(|(_, value)| value).unwrap_or_else(|| panic!("{name}"))
+        lines
+            .find(|(found, _)| *found == name)
+            .map(|(_, value)| value)
+            .unwrap_or_else(|| panic!("{name}"))
     };
-    let uri = variable("AWS_CONTAINER_CREDENTIALS_FULL_URI").strip_prefix("http://127.0.0.1:").unwrap();
-    let port: u16 = uri.strip_suffix("/v1/credentials").unwrap().parse().unwrap();
+    let uri = variable("AWS_CONTAINER_CREDENTIALS_FULL_URI")
+        .strip_prefix("http://127.0.0.1:")
+        .unwrap();
+    let port: u16 = uri
+        .strip_suffix("/v1/credentials")
+        .unwrap()
+        .parse()
+        .unwrap();
     assert!(port >= 1024, "{port}");
     let token_file = Path::new(variable("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"));
-    assert!(!token_file.parent().unwrap().exists(), "{} is left behind", token_file.display());
+    assert!(
+        !token_file.parent().unwrap().exists(),
+        "{} is left behind",
+        token_file.display()
+    );
 }
 
 #[test]
 fn it_ends_as_its_command_ends() {
-    let table = [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 143), ("kill -KILL $$", 137)];
+    let table = [
+        ("exit 0", 0),
+        ("exit 7", 7),
+        ("kill -TERM $$", 143),
+        ("kill -KILL $$", 137),
+    ];
     for (script, status) in table {
-        assert_eq!(output(dev(&["--", "sh", "-c", script])).status.code(), Some(status), "{script}");
+        assert_eq!(
+            output(dev(&["--", "sh", "-c", script])).status.code(),
+            Some(status),
+            "{script}"
+        );
     }
     let missing = output(dev(&["--", "/nonexistent/command"]));
     assert_eq!(missing.status.code(), Some(127));
-    assert!(missing.stderr.contains("/nonexistent/command: No such file"), "{missing:?}");
+    assert!(
+        missing
+            .stderr
+            .contains("/nonexistent/command: No such file"),
+        "{missing:?}"
+    );
     assert_eq!(output(dev(&["--", "/dev/null"])).status.code(), Some(126));
 }
 
@@ -98,10 +158,16 @@ fn it_ends_as_its_command_ends() {
 fn signals_end_the_command_and_it_says_how() {
     let folder = folder();
     let script = "trap 'exit 3' TERM; trap 'exit 4' HUP; trap 'exit 5' INT; echo up; while :; do sleep 0.01; done";
-    for (signal, status) in [(Signal::SIGTERM, 3), (Signal::SIGHUP, 4), (Signal::SIGINT, 5)] {
+    for (signal, status) in [
+        (Signal::SIGTERM, 3),
+        (Signal::SIGHUP, 4),
+        (Signal::SIGINT, 5),
+    ] {
         let log = folder.path().join(signal.as_str());
         let mut process = Process::start("awsvid dev", dev(&["--", "sh", "-c", script]), &log);
-        process.await_some("the command runs", PATIENCE, || process.log().contains("up").then_some(()));
+        process.await_some("the command runs", PATIENCE, || {
+            process.log().contains("up").then_some(())
+        });
         process.signal(signal);
         let ended = process.owned().wait(PATIENCE).expect("it ends");
         assert_eq!(ended.code(), Some(status), "{signal}");
@@ -115,30 +181,61 @@ fn without_a_command_it_prints_what_another_terminal_needs() {
     let mut process = Process::start("awsvid dev", dev(&[]), &folder.path().join("log"));
     let lines: Vec<String> = process.await_some("its announcement", PATIENCE, || {
         let log = process.log();
-        let lines = log.lines().filter(|line| line.starts_with("export ") || line.starts_with("unset "));
-        log.contains("Ctrl-C").then(|| lines.map(str::to_owned).collect())
+        let lines = log
+            .lines()
+            .filter(|line| line.starts_with("export ") || line.starts_with("unset "));
+        log.contains("Ctrl-C")
+            .then(|| lines.map(str::to_owned).collect())
     });
     let mut other_terminal = Command::new("sh");
-    let script = format!("{}\nexec \"$0\" sts get-caller-identity --query Arn --output text", lines.join("\n"));
+    let script = format!(
+        "{}\nexec \"$0\" sts get-caller-identity --query Arn --output text",
+        lines.join("\n")
+    );
     other_terminal.arg("-uec").arg(script).arg(aws);
-    assert_eq!(output(other_terminal).success("aws in another terminal").trim(), arn(&own_name()));
+    assert_eq!(
+        output(other_terminal)
+            .success("aws in another terminal")
+            .trim(),
+        arn(&own_name())
+    );
 
-    let token_file = lines.iter().find_map(|line| line.strip_prefix("export AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE="));
-    let directory = PathBuf::from(token_file.unwrap()).parent().unwrap().to_owned();
+    let token_file = lines
+        .iter()
+        .find_map(|line| line.strip_prefix("export AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE="));
+    let directory = PathBuf::from(token_file.unwrap())
+        .parent()
+        .unwrap()
+        .to_owned();
     assert!(directory.exists());
     if root() {
         let socket = directory.join("awsvid.sock");
-        let curl = ["-sS", "--unix-socket", socket.to_str().unwrap(), "http://localhost/v1/credentials"];
-        let refused = Workload::new(1777).run("/usr/bin/curl", &curl).success("curl");
+        let curl = [
+            "-sS",
+            "--unix-socket",
+            socket.to_str().unwrap(),
+            "http://localhost/v1/credentials",
+        ];
+        let refused = Workload::new(1777)
+            .run("/usr/bin/curl", &curl)
+            .success("curl");
         assert!(refused.contains("\"code\":\"no_identity\""), "{refused}");
         // The API that signs for everybody is behind a door of its own.
         let api = directory.join("workload-api");
         let mut ls = Command::new("/bin/ls");
         ls.arg(&api).uid(1777).gid(1777);
-        assert!(!output(ls).status.success(), "{} can be entered", api.display());
+        assert!(
+            !output(ls).status.success(),
+            "{} can be entered",
+            api.display()
+        );
     }
     process.signal(Signal::SIGINT);
     let ended = process.owned().wait(PATIENCE).expect("it ends");
     assert_eq!(ended.code(), Some(0));
-    assert!(!directory.exists(), "{} is left behind", directory.display());
+    assert!(
+        !directory.exists(),
+        "{} is left behind",
+        directory.display()
+    );
 }

@@ -39,10 +39,23 @@ impl Stage {
         let path = folder.path().join("gate.sock");
         let gate = Gate::start(&path, &upstream.socket());
         gate.set_open(true);
-        let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
-        let daemon = Daemon::start(folder.path(), "", &(upstream.configuration_at(&path) + &rule)).ready();
+        let rule = format!(
+            "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
+            own_rule()
+        );
+        let daemon = Daemon::start(
+            folder.path(),
+            "",
+            &(upstream.configuration_at(&path) + &rule),
+        )
+        .ready();
         gate.set_open(false);
-        Self { daemon, gate, _upstream: upstream, _folder: folder }
+        Self {
+            daemon,
+            gate,
+            _upstream: upstream,
+            _folder: folder,
+        }
     }
 
     /// A request for credentials that aren't cached, once the daemon has asked the source for them.
@@ -57,17 +70,26 @@ impl Stage {
     fn end(&mut self, signal: Signal) {
         self.daemon.process().signal(signal);
         await_some("no listener is left", PATIENCE, || {
-            let refused =
-                |error: std::io::Error| matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound);
+            let refused = |error: std::io::Error| {
+                matches!(
+                    error.kind(),
+                    ErrorKind::ConnectionRefused | ErrorKind::NotFound
+                )
+            };
             let unix = UnixStream::connect(self.daemon.unix()).is_err_and(refused);
-            let tcp =
-                [self.daemon.tcp(), self.daemon.tcp6()].map(|address| TcpStream::connect(address).is_err_and(refused));
+            let tcp = [self.daemon.tcp(), self.daemon.tcp6()]
+                .map(|address| TcpStream::connect(address).is_err_and(refused));
             (unix && tcp == [true; 2]).then_some(())
         });
     }
 
     fn exit_status(&mut self) -> Option<i32> {
-        self.daemon.process().owned().wait(PATIENCE).expect("the daemon ends").code()
+        self.daemon
+            .process()
+            .owned()
+            .wait(PATIENCE)
+            .expect("the daemon ends")
+            .code()
     }
 }
 
@@ -76,13 +98,19 @@ fn a_cold_request_is_answered_with_what_it_waited_for() {
     let mut stage = Stage::set();
     let mut held = stage.held();
     stage.end(Signal::SIGTERM);
-    assert_eq!(http_get(stage.daemon.admin(), "/readyz").unwrap().0, 503, "operators see that it ends");
+    assert_eq!(
+        http_get(stage.daemon.admin(), "/readyz").unwrap().0,
+        503,
+        "operators see that it ends"
+    );
     stage.gate.set_open(true);
     let (status, body) = answer(&mut held);
     assert_eq!(status, 200, "{body}");
     assert_eq!(stage.exit_status(), Some(0));
     let records = stage.daemon.audit();
-    let issued = records.iter().find(|record| record["access_key_id"] == body["AccessKeyId"]);
+    let issued = records
+        .iter()
+        .find(|record| record["access_key_id"] == body["AccessKeyId"]);
     assert_eq!(issued.expect("an audit record")["outcome"], "issued");
 }
 
@@ -92,7 +120,11 @@ fn a_cold_request_that_waits_in_vain_is_told_so() {
     let mut held = stage.held();
     stage.end(Signal::SIGINT);
     let (status, body) = answer(&mut held);
-    assert_eq!((status, &body["code"]), (503, &Value::from("pending")), "{body}");
+    assert_eq!(
+        (status, &body["code"]),
+        (503, &Value::from("pending")),
+        "{body}"
+    );
     assert_eq!(stage.exit_status(), Some(0));
 }
 
@@ -108,14 +140,22 @@ fn who_has_connected_but_was_not_accepted_yet_is_answered() {
     let queued: Vec<_> = (0..EACH)
         .map(|_| {
             let unix = send(UnixStream::connect(&unix).unwrap());
-            (unix, [tcp, tcp6].map(|address| send(TcpStream::connect(address).unwrap())))
+            (
+                unix,
+                [tcp, tcp6].map(|address| send(TcpStream::connect(address).unwrap())),
+            )
         })
         .collect();
     stage.daemon.process().signal(Signal::SIGTERM);
     stage.daemon.process().signal(Signal::SIGCONT);
     for (mut unix, mut tcp) in queued {
         let answers = [answer(&mut unix), answer(&mut tcp[0]), answer(&mut tcp[1])];
-        assert!(answers.iter().all(|(status, body)| *status == 200 && body["AccessKeyId"] == warm), "{answers:?}");
+        assert!(
+            answers
+                .iter()
+                .all(|(status, body)| *status == 200 && body["AccessKeyId"] == warm),
+            "{answers:?}"
+        );
     }
     assert_eq!(stage.exit_status(), Some(0));
 }
@@ -151,7 +191,10 @@ fn a_second_signal_ends_it_at_once() {
         let mut cut = String::new();
         let _ = held.read_to_string(&mut cut);
         assert_eq!(cut, "", "the request was open, and nobody has answered it");
-        let left: Vec<PathBuf> = [stage.daemon.unix()].into_iter().filter(|path| path.exists()).collect();
+        let left: Vec<PathBuf> = [stage.daemon.unix()]
+            .into_iter()
+            .filter(|path| path.exists())
+            .collect();
         assert!(left.is_empty(), "{left:?}");
     }
 }

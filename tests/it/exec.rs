@@ -21,7 +21,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// `awsvid exec` with nothing else in its environment.
 fn exec(arguments: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
-    command.env_clear().env("PATH", "/usr/bin:/bin").arg("exec").args(arguments);
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .arg("exec")
+        .args(arguments);
     command
 }
 
@@ -33,8 +37,14 @@ fn output(command: Command) -> Output {
 fn daemon(folder: &Path, listen: &str) -> (Daemon, Upstream) {
     let uid = getuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
-    (Daemon::start(folder, listen, &(upstream.configuration() + &rule)).ready(), upstream)
+    let rule = format!(
+        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
+        own_rule()
+    );
+    (
+        Daemon::start(folder, listen, &(upstream.configuration() + &rule)).ready(),
+        upstream,
+    )
 }
 
 #[test]
@@ -46,10 +56,34 @@ fn a_command_has_awsvids_credentials_whatever_else_is_set() {
     fs::create_dir(folder.path().join(".aws")).unwrap();
     let profile = "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = s3cret\n";
     fs::write(folder.path().join(".aws/credentials"), profile).unwrap();
-    let (token, url) = (folder.path().join("token"), format!("http://{}", daemon.tcp()));
-    let options = ["--url", &url, "--token-file", token.to_str().unwrap(), "--role", "dev", "--"];
-    let aws = [aws.to_str().unwrap(), "--endpoint-url", upstream.sts(), "--output", "text"];
-    let mut command = exec(&[&options[..], &aws, &["sts", "get-caller-identity", "--query", "Arn"]].concat());
+    let (token, url) = (
+        folder.path().join("token"),
+        format!("http://{}", daemon.tcp()),
+    );
+    let options = [
+        "--url",
+        &url,
+        "--token-file",
+        token.to_str().unwrap(),
+        "--role",
+        "dev",
+        "--",
+    ];
+    let aws = [
+        aws.to_str().unwrap(),
+        "--endpoint-url",
+        upstream.sts(),
+        "--output",
+        "text",
+    ];
+    let mut command = exec(
+        &[
+            &options[..],
+            &aws,
+            &["sts", "get-caller-identity", "--query", "Arn"],
+        ]
+        .concat(),
+    );
     command.env("HOME", folder.path()).envs([
         ("AWS_DEFAULT_REGION", "us-east-1"),
         ("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE"),
@@ -62,10 +96,19 @@ fn a_command_has_awsvids_credentials_whatever_else_is_set() {
         ("http_proxy", "http://127.0.0.1:1"),
     ]);
     let output = output(command);
-    assert!(output.stderr.contains("AWS_PROFILE") && output.stderr.contains(".aws/credentials"), "{output:?}");
-    assert!(!output.stderr.contains("s3cret") && !output.stderr.contains("AKIA"), "{output:?}");
+    assert!(
+        output.stderr.contains("AWS_PROFILE") && output.stderr.contains(".aws/credentials"),
+        "{output:?}"
+    );
+    assert!(
+        !output.stderr.contains("s3cret") && !output.stderr.contains("AKIA"),
+        "{output:?}"
+    );
     let arn = output.success("aws sts get-caller-identity");
-    assert_eq!(arn.trim(), "arn:aws:sts::123456789012:assumed-role/dev/example.org=user=me");
+    assert_eq!(
+        arn.trim(),
+        "arn:aws:sts::123456789012:assumed-role/dev/example.org=user=me"
+    );
 }
 
 #[test]
@@ -86,10 +129,15 @@ fn the_configuration_says_where_the_daemon_is() {
         "AWS_REGION=eu-central-1",
         "AWS_DEFAULT_REGION=eu-central-1",
     ] {
-        assert!(environment.lines().any(|found| found == line), "{line} in:\n{environment}");
+        assert!(
+            environment.lines().any(|found| found == line),
+            "{line} in:\n{environment}"
+        );
     }
     // What is wrong elsewhere is for the operator, not for whoever runs a command.
-    let wrong = configuration.replace("uid = 54321", "user = \"nobody-of-that-name\"").replace("role_arn", "arn");
+    let wrong = configuration
+        .replace("uid = 54321", "user = \"nobody-of-that-name\"")
+        .replace("role_arn", "arn");
     fs::write(config, wrong.replace("eu-central-1", "nowhere!")).unwrap();
     let environment = output(exec(&["--config", config, "--", "env"])).success("env");
     assert!(
@@ -98,7 +146,10 @@ fn the_configuration_says_where_the_daemon_is() {
     );
     fs::write(config, "[listen]\ntpc = []\n").unwrap();
     let refused = output(exec(&["--config", config, "--", "env"]));
-    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(125), ""));
+    assert_eq!(
+        (refused.status.code(), refused.stdout.as_str()),
+        (Some(125), "")
+    );
     assert!(refused.stderr.contains("awsvid.toml:2:"), "{refused:?}");
 }
 
@@ -106,22 +157,48 @@ const URL: [&str; 3] = ["--url", "http://127.0.0.1:974", "--"];
 
 #[test]
 fn it_is_the_command_from_then_on() {
-    let table = [("exit 0", Some(0)), ("exit 7", Some(7)), ("kill -TERM $$", None), ("kill -KILL $$", None)];
+    let table = [
+        ("exit 0", Some(0)),
+        ("exit 7", Some(7)),
+        ("kill -TERM $$", None),
+        ("kill -KILL $$", None),
+    ];
     for (script, status) in table {
         // By a signal if that is how the command ended: there is nobody in between who could say it differently.
-        assert_eq!(output(exec(&[&URL[..], &["sh", "-c", script]].concat())).status.code(), status, "{script}");
+        assert_eq!(
+            output(exec(&[&URL[..], &["sh", "-c", script]].concat()))
+                .status
+                .code(),
+            status,
+            "{script}"
+        );
     }
     let missing = output(exec(&[&URL[..], &["/nonexistent/command"]].concat()));
     assert_eq!(missing.status.code(), Some(127));
-    assert!(missing.stderr.contains("/nonexistent/command: No such file"), "{missing:?}");
-    assert_eq!(output(exec(&[&URL[..], &["/dev/null"]].concat())).status.code(), Some(126));
+    assert!(
+        missing
+            .stderr
+            .contains("/nonexistent/command: No such file"),
+        "{missing:?}"
+    );
+    assert_eq!(
+        output(exec(&[&URL[..], &["/dev/null"]].concat()))
+            .status
+            .code(),
+        Some(126)
+    );
 
     let folder = folder();
     let script = "trap 'exit 3' TERM; echo \"pid=$$\"; while :; do sleep 0.01; done";
     let command = exec(&[&URL[..], &["sh", "-c", script]].concat());
     let mut process = Process::start("awsvid exec", command, &folder.path().join("log"));
     let pid = format!("pid={}\n", process.id());
-    process.await_some("the command runs as the same process", PATIENCE, || process.log().contains(&pid).then_some(()));
+    process.await_some("the command runs as the same process", PATIENCE, || {
+        process.log().contains(&pid).then_some(())
+    });
     process.signal(Signal::SIGTERM);
-    assert_eq!(process.owned().wait(PATIENCE).expect("it ends").code(), Some(3));
+    assert_eq!(
+        process.owned().wait(PATIENCE).expect("it ends").code(),
+        Some(3)
+    );
 }

@@ -33,14 +33,23 @@ type Prepare = fn(&Path, &Path);
 fn cases(noun: &str) -> [(String, Prepare); 5] {
     let of_file = |text: &str| format!("{text} the {noun}");
     [
-        (of_file("uid 51001 owns"), |_, file| chown(file, Some(OTHER), None).unwrap()),
-        (of_file("every user of this node can write"), |_, file| set_mode(file, 0o666)),
+        (of_file("uid 51001 owns"), |_, file| {
+            chown(file, Some(OTHER), None).unwrap()
+        }),
+        (of_file("every user of this node can write"), |_, file| {
+            set_mode(file, 0o666)
+        }),
         (of_file("gid 51001 can write"), |_, file| {
             chown(file, None, Some(OTHER)).unwrap();
             set_mode(file, 0o664);
         }),
-        ("uid 51001 owns ".to_owned(), |folder, _| chown(folder, Some(OTHER), None).unwrap()),
-        ("every user of this node can write to ".to_owned(), |folder, _| set_mode(folder, 0o777)),
+        ("uid 51001 owns ".to_owned(), |folder, _| {
+            chown(folder, Some(OTHER), None).unwrap()
+        }),
+        (
+            "every user of this node can write to ".to_owned(),
+            |folder, _| set_mode(folder, 0o777),
+        ),
     ]
 }
 
@@ -56,7 +65,10 @@ fn a_file_or_folder_of_another_user_ends_the_start() {
         prepare(folder.path(), &file);
         let (status, log) = Daemon::refused(&[], folder.path(), &configuration(0));
         assert_eq!(status, EX_CONFIG, "{log}");
-        assert!(log.contains(&words) && log.contains("; ch"), "{words}: {log}");
+        assert!(
+            log.contains(&words) && log.contains("; ch"),
+            "{words}: {log}"
+        );
     }
 }
 
@@ -70,14 +82,30 @@ fn what_another_user_has_written_does_not_take_effect() {
     let file = folder.path().join("awsvid.toml");
     // Somebody has made it writable, and another user makes itself root's workload.
     set_mode(&file, 0o666);
-    let write = format!("text=$(sed 's/uid = 54321/uid = 0/' {0}); printf '%s\\n' \"$text\" >{0}", file.display());
+    let write = format!(
+        "text=$(sed 's/uid = 54321/uid = 0/' {0}); printf '%s\\n' \"$text\" >{0}",
+        file.display()
+    );
     let mut other = Command::new("setpriv");
-    other.env_clear().env("PATH", "/usr/bin:/bin").args(["--reuid", "51001", "--clear-groups", "sh", "-euc", &write]);
+    other.env_clear().env("PATH", "/usr/bin:/bin").args([
+        "--reuid",
+        "51001",
+        "--clear-groups",
+        "sh",
+        "-euc",
+        &write,
+    ]);
     run(other, b"", Duration::from_secs(20)).success("another user's change");
     let changed = daemon.text();
     assert!(changed.contains("uid = 0\n"), "{changed}");
     assert!(!daemon.reload_text(&changed), "it took effect");
-    assert!(daemon.log().contains("every user of this node can write the configuration"), "{}", daemon.log());
+    assert!(
+        daemon
+            .log()
+            .contains("every user of this node can write the configuration"),
+        "{}",
+        daemon.log()
+    );
     let unix = || std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap();
     assert_eq!(ask(unix()).1["code"], "no_identity");
     set_mode(&file, 0o644);
@@ -94,7 +122,11 @@ fn trusting(ca_file: &Path) -> String {
 
 fn certificate() -> String {
     let key = rcgen::KeyPair::generate().unwrap();
-    rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&key).unwrap().pem()
+    rcgen::CertificateParams::new(Vec::new())
+        .unwrap()
+        .self_signed(&key)
+        .unwrap()
+        .pem()
 }
 
 /// Whoever writes the file decides which server gets the workloads' tokens and which credentials they get.
@@ -112,15 +144,24 @@ fn ca_file_of_another_user_ends_the_start_and_the_reload() {
         // As it has to be it is used, and a reload with what another user could have written is refused.
         let daemon = Daemon::start(folder.path(), "", &trusting(&file));
         prepare(&of_ca, &file);
-        assert!(!daemon.reload_text(&daemon.text()), "{words}: it took effect");
+        assert!(
+            !daemon.reload_text(&daemon.text()),
+            "{words}: it took effect"
+        );
         assert!(daemon.log().contains(&words), "{words}: {}", daemon.log());
         drop(daemon);
         let (status, log) = Daemon::refused(&[], folder.path(), &trusting(&file));
         assert_eq!(status, EX_CONFIG, "{words}: {log}");
-        assert!(log.contains(&words) && log.contains("; ch"), "{words}: {log}");
+        assert!(
+            log.contains(&words) && log.contains("; ch"),
+            "{words}: {log}"
+        );
         // The same before anything is started.
         let mut check = Command::new(PROGRAM);
-        check.env_clear().args(["config", "--check"]).arg(folder.path().join("awsvid.toml"));
+        check
+            .env_clear()
+            .args(["config", "--check"])
+            .arg(folder.path().join("awsvid.toml"));
         let checked = run(check, b"", Duration::from_secs(20));
         assert_eq!(checked.status.code(), EX_CONFIG, "{checked:?}");
         assert!(checked.stderr.contains(&words), "{checked:?}");
@@ -139,10 +180,19 @@ fn token_of_another_user_is_not_taken() {
         let file = folder.path().join("token");
         fs::write(&file, &planted).unwrap();
         chown(&file, Some(owner), None).unwrap();
-        let daemon = Daemon::start(folder.path(), "authorization = \"token\"", &configuration(0));
+        let daemon = Daemon::start(
+            folder.path(),
+            "authorization = \"token\"",
+            &configuration(0),
+        );
         let is_planted = fs::read_to_string(&file).unwrap() == planted;
         assert_eq!(is_planted, owner == 0, "uid {owner}: {}", daemon.log());
-        assert_eq!(daemon.log().contains("uid 51001 owns the token file"), owner != 0, "{}", daemon.log());
+        assert_eq!(
+            daemon.log().contains("uid 51001 owns the token file"),
+            owner != 0,
+            "{}",
+            daemon.log()
+        );
     }
 }
 
@@ -164,10 +214,22 @@ fn a_volume_of_kubernetes_is_taken() {
     let configuration = trusting(&volume.join("ca.pem"));
     let mount = "mount --bind \"$0\" \"$0\" && mount -o remount,bind,ro \"$0\" && exec \"$@\"";
     let volume = volume.to_str().unwrap();
-    let words = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", mount, volume];
+    let words = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-euc",
+        mount,
+        volume,
+    ];
     Daemon::start_behind(&words, folder.path(), "", &configuration);
     // The same where it can be written to.
     let (status, log) = Daemon::refused(&[], folder.path(), &configuration);
     assert_eq!(status, EX_CONFIG, "{log}");
-    assert!(log.contains(&format!("every user of this node can write to {volume}")), "{log}");
+    assert!(
+        log.contains(&format!("every user of this node can write to {volume}")),
+        "{log}"
+    );
 }

@@ -41,29 +41,55 @@ impl Stage {
         let configuration = format!("{}\n{}", upstream.configuration(), rules.concat());
         let daemon = Daemon::start(folder.path(), listen, &configuration).ready();
         let name = folder.path().file_name().unwrap().display().to_string();
-        let [alice, bob] = ["alice", "bob"].map(|user| Cgroup::new(&format!("{user}-{name}.service")));
-        Self { daemon, _upstream: upstream, alice, bob, _folder: folder }
+        let [alice, bob] =
+            ["alice", "bob"].map(|user| Cgroup::new(&format!("{user}-{name}.service")));
+        Self {
+            daemon,
+            _upstream: upstream,
+            alice,
+            bob,
+            _folder: folder,
+        }
     }
 
     fn alice(&self, act: &str, listener: &str, numbers: &[usize]) -> Acting {
         let numbers = [&[usize::try_from(ALICE).unwrap()], numbers].concat();
-        Acting::start(act, listener, &self.daemon.listener(listener), &numbers, self.alice.path()).begun()
+        Acting::start(
+            act,
+            listener,
+            &self.daemon.listener(listener),
+            &numbers,
+            self.alice.path(),
+        )
+        .begun()
     }
 
     /// So many requests of Bob's, of which each has to be answered.
     fn bob_is_answered(&self, listener: &str, count: usize) {
-        let answers = ask(listener, &self.daemon.listener(listener), BOB, count, self.bob.path());
+        let answers = ask(
+            listener,
+            &self.daemon.listener(listener),
+            BOB,
+            count,
+            self.bob.path(),
+        );
         assert_eq!(answers, counts(&[("Success", count)]), "over {listener}");
     }
 
     fn metric(&self, name: &str) -> u64 {
         let metrics = self.daemon.metrics();
-        metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok()).unwrap_or(0)
+        metrics
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+            .unwrap_or(0)
     }
 }
 
 fn counts(counts: &[(&str, usize)]) -> Counts {
-    counts.iter().map(|(code, count)| ((*code).to_owned(), *count)).collect()
+    counts
+        .iter()
+        .map(|(code, count)| ((*code).to_owned(), *count))
+        .collect()
 }
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
@@ -75,27 +101,54 @@ fn idle_connections_of_one_leave_room_for_others() {
     if !root() {
         return;
     }
-    let stage = Stage::set("max_connections = 1000\nmax_connections_per_workload = 400", "");
+    let stage = Stage::set(
+        "max_connections = 1000\nmax_connections_per_workload = 400",
+        "",
+    );
     for listener in LISTENERS {
         let before = stage.metric(DROPPED);
         let held = stage.alice("hold", listener, &[2000]);
         // Her own requests are refused meanwhile: first, since a connection that sends nothing ends after 5 s.
-        let more = ask(listener, &stage.daemon.listener(listener), ALICE, 5, stage.alice.path());
+        let more = ask(
+            listener,
+            &stage.daemon.listener(listener),
+            ALICE,
+            5,
+            stage.alice.path(),
+        );
         assert_eq!(more, counts(&[("nothing", 5)]), "over {listener}");
         stage.bob_is_answered(listener, 50);
-        await_some("what is too much is counted", PATIENCE, || (stage.metric(DROPPED) >= before + 1605).then_some(()));
+        await_some("what is too much is counted", PATIENCE, || {
+            (stage.metric(DROPPED) >= before + 1605).then_some(())
+        });
         let ended = held.enough();
-        let how = if listener == "unix" { "closed" } else { "reset" };
+        let how = if listener == "unix" {
+            "closed"
+        } else {
+            "reset"
+        };
         assert_eq!(ended.get(how), Some(&1600), "over {listener}: {ended:?}");
         // Her places are free again, once the daemon has seen that they are given up: first it has to look for her process,
         // which has so many descriptors that it looks for one connection at a time. The one that is left asks for the metrics.
-        await_some("her connections are over", PATIENCE, || (stage.metric("awsvid_connections") == 1).then_some(()));
+        await_some("her connections are over", PATIENCE, || {
+            (stage.metric("awsvid_connections") == 1).then_some(())
+        });
         await_some("she is answered again", PATIENCE, || {
-            let answers = ask(listener, &stage.daemon.listener(listener), ALICE, 1, stage.alice.path());
+            let answers = ask(
+                listener,
+                &stage.daemon.listener(listener),
+                ALICE,
+                1,
+                stage.alice.path(),
+            );
             (answers == counts(&[("Success", 1)])).then_some(())
         });
     }
-    assert_eq!(stage.metric("awsvid_connections_dropped_total{reason=\"too_many\"}"), 0, "there was always room");
+    assert_eq!(
+        stage.metric("awsvid_connections_dropped_total{reason=\"too_many\"}"),
+        0,
+        "there was always room"
+    );
 }
 
 /// Attack 29: sessions, and ids that a person may use beside its own, are no workloads of their own.
@@ -104,13 +157,22 @@ fn person_with_many_sessions_and_ids_has_one_share() {
     if !root() {
         return;
     }
-    let stage = Stage::set("max_connections = 200\nmax_connections_per_workload = 40", "");
+    let stage = Stage::set(
+        "max_connections = 200\nmax_connections_per_workload = 40",
+        "",
+    );
     for listener in LISTENERS {
         let address = stage.daemon.listener(listener);
-        let sessions: Vec<_> = (0..9).map(|number| Cgroup::of_session(MALLORY, number)).collect();
+        let sessions: Vec<_> = (0..9)
+            .map(|number| Cgroup::of_session(MALLORY, number))
+            .collect();
         let hold = |(number, session): (usize, &Cgroup)| {
             // Root in a container of its own has the person's id outside, and its users have subordinate ones.
-            let uid = if number == 0 { usize::try_from(MALLORY).unwrap() } else { 165_536 + number };
+            let uid = if number == 0 {
+                usize::try_from(MALLORY).unwrap()
+            } else {
+                165_536 + number
+            };
             Acting::start("hold", listener, &address, &[uid, 30], session.path()).begun()
         };
         let held: Vec<_> = sessions.iter().enumerate().map(hold).collect();
@@ -122,7 +184,9 @@ fn person_with_many_sessions_and_ids_has_one_share() {
         assert!(open <= 40, "{open} over {listener}");
     }
     for reason in ["too_many", "evicted"] {
-        let dropped = stage.metric(&format!("awsvid_connections_dropped_total{{reason=\"{reason}\"}}"));
+        let dropped = stage.metric(&format!(
+            "awsvid_connections_dropped_total{{reason=\"{reason}\"}}"
+        ));
         assert_eq!(dropped, 0, "{reason}: there was always room");
     }
 }
@@ -133,14 +197,28 @@ fn workload_with_the_most_connections_gives_way() {
     if !root() {
         return;
     }
-    let stage = Stage::set("max_connections = 100\nmax_connections_per_workload = 40", "");
+    let stage = Stage::set(
+        "max_connections = 100\nmax_connections_per_workload = 40",
+        "",
+    );
     for listener in LISTENERS {
         let address = stage.daemon.listener(listener);
-        let name = stage.bob.path().file_name().unwrap().to_str().unwrap().to_owned();
-        let units: Vec<_> = (0..6).map(|number| Cgroup::new(&format!("greedy-{number}-{name}"))).collect();
+        let name = stage
+            .bob
+            .path()
+            .file_name()
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .to_owned();
+        let units: Vec<_> = (0..6)
+            .map(|number| Cgroup::new(&format!("greedy-{number}-{name}")))
+            .collect();
         let numbers = [usize::try_from(MALLORY).unwrap(), 40];
-        let held: Vec<_> =
-            units.iter().map(|unit| Acting::start("hold", listener, &address, &numbers, unit.path()).begun()).collect();
+        let held: Vec<_> = units
+            .iter()
+            .map(|unit| Acting::start("hold", listener, &address, &numbers, unit.path()).begun())
+            .collect();
         stage.bob_is_answered(listener, 50);
         stage.bob_is_answered("unix", 50);
         let mut open = 0;
@@ -162,7 +240,9 @@ fn answers_that_are_never_read_hold_nobody_up() {
     for listener in LISTENERS {
         let held = stage.alice("mute", listener, &[300]);
         // The one that is open is the question for the metrics.
-        await_some("all are over for the daemon", PATIENCE, || (stage.metric("awsvid_connections") == 1).then_some(()));
+        await_some("all are over for the daemon", PATIENCE, || {
+            (stage.metric("awsvid_connections") == 1).then_some(())
+        });
         stage.bob_is_answered(listener, 20);
         let ended = held.enough();
         assert_eq!(ended, counts(&[("answered", 300)]), "over {listener}");
@@ -181,9 +261,19 @@ fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
         stage.bob_is_answered(listener, 100);
         stage.bob_is_answered("unix", 100);
         let refused = storm.enough();
-        assert_eq!(refused.keys().collect::<Vec<_>>(), ["too_many_descriptors"], "{refused:?}");
+        assert_eq!(
+            refused.keys().collect::<Vec<_>>(),
+            ["too_many_descriptors"],
+            "{refused:?}"
+        );
         // As does Alice herself, without so many.
-        let answers = ask(listener, &stage.daemon.listener(listener), ALICE, 5, stage.alice.path());
+        let answers = ask(
+            listener,
+            &stage.daemon.listener(listener),
+            ALICE,
+            5,
+            stage.alice.path(),
+        );
         assert_eq!(answers, counts(&[("Success", 5)]));
     }
 }
@@ -191,14 +281,24 @@ fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
 /// How many descriptors the process may have from now on; `None` for as many as its hard limit says.
 #[allow(unsafe_code, reason = "nix has no prlimit")]
 fn set_limit(pid: Pid, wanted: Option<u64>) {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     let null = std::ptr::null_mut();
     // SAFETY: the kernel writes one struct, which lives; none is read.
     let result = unsafe { libc::prlimit(pid.as_raw(), libc::RLIMIT_NOFILE, null, &raw mut limit) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     limit.rlim_cur = wanted.unwrap_or(limit.rlim_max);
     // SAFETY: the kernel reads one struct, which lives; none is written.
-    let result = unsafe { libc::prlimit(pid.as_raw(), libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+    let result = unsafe {
+        libc::prlimit(
+            pid.as_raw(),
+            libc::RLIMIT_NOFILE,
+            &raw const limit,
+            std::ptr::null_mut(),
+        )
+    };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
@@ -211,29 +311,54 @@ fn a_daemon_out_of_descriptors_recovers() {
     let mut stage = Stage::set("", "");
     let pid = stage.daemon.process().owned().id();
     let limit = |wanted: Option<u64>| set_limit(pid, wanted);
-    let open = || std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
-    let short = || stage.daemon.log().matches("no connection can be taken for the moment").count();
+    let open = || {
+        std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .count()
+    };
+    let short = || {
+        stage
+            .daemon
+            .log()
+            .matches("no connection can be taken for the moment")
+            .count()
+    };
     for (round, listener) in LISTENERS.into_iter().enumerate() {
         // Since unix sockets take three each, a few of these are left for the next.
         limit(Some(u64::try_from(open() + 20).unwrap()));
         let held = stage.alice("hold", listener, &[100]);
-        await_some("the daemon notices", PATIENCE, || (short() > round).then_some(()));
+        await_some("the daemon notices", PATIENCE, || {
+            (short() > round).then_some(())
+        });
         held.enough();
         // By itself, before there is more.
         await_some("Bob is answered", PATIENCE, || {
-            let answers = ask(listener, &stage.daemon.listener(listener), BOB, 1, stage.bob.path());
+            let answers = ask(
+                listener,
+                &stage.daemon.listener(listener),
+                BOB,
+                1,
+                stage.bob.path(),
+            );
             (answers == counts(&[("Success", 1)])).then_some(())
         });
         limit(None);
         stage.bob_is_answered(listener, 20);
-        assert!(short() <= 2 * (round + 1), "the log is not flooded: {}", stage.daemon.log());
+        assert!(
+            short() <= 2 * (round + 1),
+            "the log is not flooded: {}",
+            stage.daemon.log()
+        );
     }
 }
 
 /// The audit records about a user, and how many requests they stand for, by outcome.
 fn audited(records: &[Value], uid: u32) -> (usize, BTreeMap<String, u64>) {
     let mut requests = BTreeMap::new();
-    let these: Vec<_> = records.iter().filter(|record| record["uid"] == uid).collect();
+    let these: Vec<_> = records
+        .iter()
+        .filter(|record| record["uid"] == uid)
+        .collect();
     for record in &these {
         let outcome = record["outcome"].as_str().unwrap().to_owned();
         *requests.entry(outcome).or_default() += record["repeated"].as_u64().unwrap_or(1);
@@ -265,10 +390,24 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     assert_eq!(audited(&stage.daemon.audit(), BOB).1, one("issued", 100));
 
     // And what was only counted is written when the daemon ends.
-    assert_eq!(ask("tcp", &address, MALLORY, 50, stage.alice.path()), counts(&[("no_identity", 50)]));
+    assert_eq!(
+        ask("tcp", &address, MALLORY, 50, stage.alice.path()),
+        counts(&[("no_identity", 50)])
+    );
     stage.daemon.process().signal(Signal::SIGTERM);
-    assert!(stage.daemon.process().owned().wait(PATIENCE).expect("it ends").success());
-    assert_eq!(audited(&stage.daemon.audit(), MALLORY).1, one("refused", 3050));
+    assert!(
+        stage
+            .daemon
+            .process()
+            .owned()
+            .wait(PATIENCE)
+            .expect("it ends")
+            .success()
+    );
+    assert_eq!(
+        audited(&stage.daemon.audit(), MALLORY).1,
+        one("refused", 3050)
+    );
 }
 
 /// Attack 30: nor does a caller that is answered very often. Its first hit of a key has a record of its own.
@@ -281,10 +420,23 @@ fn a_flood_of_hits_is_few_records_with_the_right_counts() {
     for (round, listener) in LISTENERS.into_iter().enumerate() {
         let started = Instant::now();
         let before = stage.daemon.audit().len();
-        let (address, alice) = (stage.daemon.listener(listener), usize::try_from(ALICE).unwrap());
-        let flood = Acting::start("ask", listener, &address, &[alice, 10_000], stage.alice.path());
+        let (address, alice) = (
+            stage.daemon.listener(listener),
+            usize::try_from(ALICE).unwrap(),
+        );
+        let flood = Acting::start(
+            "ask",
+            listener,
+            &address,
+            &[alice, 10_000],
+            stage.alice.path(),
+        );
         stage.bob_is_answered(listener, 1);
-        assert_eq!(flood.enough(), counts(&[("Success", 10_000)]), "over {listener}");
+        assert_eq!(
+            flood.enough(),
+            counts(&[("Success", 10_000)]),
+            "over {listener}"
+        );
         let alice = || {
             let records: Vec<Value> = stage.daemon.audit().split_off(before);
             (audited(&records, ALICE), audited(&records, BOB), records)
@@ -294,10 +446,20 @@ fn a_flood_of_hits_is_few_records_with_the_right_counts() {
             (found.0.1 == BTreeMap::from([("issued".to_owned(), 10_000)])).then_some(found)
         });
         let seconds = usize::try_from(started.elapsed().as_secs()).unwrap() + 1;
-        assert!(records <= 11 * seconds + 1, "{records} records in {seconds} s over {listener}");
-        assert_eq!(bob, (1, BTreeMap::from([("issued".to_owned(), 1)])), "Bob's is not lost among hers");
+        assert!(
+            records <= 11 * seconds + 1,
+            "{records} records in {seconds} s over {listener}"
+        );
+        assert_eq!(
+            bob,
+            (1, BTreeMap::from([("issued".to_owned(), 1)])),
+            "Bob's is not lost among hers"
+        );
         let first = all.iter().find(|record| record["uid"] == ALICE).unwrap();
         assert_eq!(first["cache"], if round == 0 { "miss" } else { "hit" });
-        assert!(first["repeated"].is_null() && first["access_key_id"].is_string(), "{first}");
+        assert!(
+            first["repeated"].is_null() && first["access_key_id"].is_string(),
+            "{first}"
+        );
     }
 }

@@ -22,9 +22,23 @@ const NGROUPS_MAX: usize = 65_536;
 const MEMORY: u64 = 24 * 1024;
 
 /// What comes of requests of so many processes of a user, each with so many groups.
-fn ask(daemon: &Daemon, cgroup: &Cgroup, listener: &str, uid: u32, groups: usize, processes: usize) -> Counts {
+fn ask(
+    daemon: &Daemon,
+    cgroup: &Cgroup,
+    listener: &str,
+    uid: u32,
+    groups: usize,
+    processes: usize,
+) -> Counts {
     let numbers = [usize::try_from(uid).unwrap(), groups, processes];
-    Acting::start("grouped", listener, &daemon.listener(listener), &numbers, cgroup.path()).enough()
+    Acting::start(
+        "grouped",
+        listener,
+        &daemon.listener(listener),
+        &numbers,
+        cgroup.path(),
+    )
+    .enough()
 }
 
 fn all(code: &str, count: usize) -> Counts {
@@ -38,7 +52,10 @@ fn assert_memory_is_bounded(daemon: &Daemon, act: impl FnOnce()) {
     act();
     let after = daemon.memory();
     eprintln!("{before} KiB before, {after} KiB after");
-    assert!(after < before + MEMORY, "{before} KiB before, {after} KiB after");
+    assert!(
+        after < before + MEMORY,
+        "{before} KiB before, {after} KiB after"
+    );
 }
 
 #[test]
@@ -48,20 +65,43 @@ fn by_rules_groups_count_only_where_a_rule_names_one() {
     }
     let folder = folder();
     let upstream = Upstream::start(&[(ALICE, "alice"), (BOB, "bob")]);
-    let rule =
-        |name: &str, key: &str| format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/{name}\"\n{key}\n");
-    let alice = rule("alice", &format!("uid = {ALICE}\nsupplementary_group = {GROUP}"));
-    let configuration = format!("{}\n{alice}{}", upstream.configuration(), rule("bob", &format!("uid = {BOB}")));
+    let rule = |name: &str, key: &str| {
+        format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/{name}\"\n{key}\n")
+    };
+    let alice = rule(
+        "alice",
+        &format!("uid = {ALICE}\nsupplementary_group = {GROUP}"),
+    );
+    let configuration = format!(
+        "{}\n{alice}{}",
+        upstream.configuration(),
+        rule("bob", &format!("uid = {BOB}"))
+    );
     let daemon = Daemon::start(folder.path(), "", &configuration).ready();
-    let cgroup = Cgroup::new(&format!("groups-{}", folder.path().file_name().unwrap().display()));
+    let cgroup = Cgroup::new(&format!(
+        "groups-{}",
+        folder.path().file_name().unwrap().display()
+    ));
     assert_memory_is_bounded(&daemon, || {
         for listener in LISTENERS {
             let ask = |uid, groups, count| ask(&daemon, &cgroup, listener, uid, groups, count);
             assert_eq!(ask(ALICE, 0, 1), all("no_identity", 1), "over {listener}");
             assert_eq!(ask(ALICE, MOST, 2), all("Success", 2), "over {listener}");
-            assert_eq!(ask(ALICE, MOST + 1, 2), all("too_many_groups", 2), "over {listener}");
-            assert_eq!(ask(ALICE, NGROUPS_MAX, 50), all("too_many_groups", 50), "over {listener}");
-            assert_eq!(ask(BOB, NGROUPS_MAX, 50), all("Success", 50), "over {listener}: no rule of his names a group");
+            assert_eq!(
+                ask(ALICE, MOST + 1, 2),
+                all("too_many_groups", 2),
+                "over {listener}"
+            );
+            assert_eq!(
+                ask(ALICE, NGROUPS_MAX, 50),
+                all("too_many_groups", 50),
+                "over {listener}"
+            );
+            assert_eq!(
+                ask(BOB, NGROUPS_MAX, 50),
+                all("Success", 50),
+                "over {listener}: no rule of his names a group"
+            );
         }
     });
 }
@@ -72,16 +112,30 @@ fn by_an_agent_groups_always_count_and_hundreds_of_callers_take_little_memory() 
         return;
     }
     let folder = folder();
-    let agent = FakeAgent::start(folder.path(), vec![Entry::new(&id("alice"), &["unix:uid:61001"])]);
+    let agent = FakeAgent::start(
+        folder.path(),
+        vec![Entry::new(&id("alice"), &["unix:uid:61001"])],
+    );
     let daemon = Daemon::start(folder.path(), "", &agent.configuration()).ready();
-    let cgroup = Cgroup::new(&format!("groups-{}", folder.path().file_name().unwrap().display()));
+    let cgroup = Cgroup::new(&format!(
+        "groups-{}",
+        folder.path().file_name().unwrap().display()
+    ));
     assert_memory_is_bounded(&daemon, || {
         for listener in LISTENERS {
             let ask = |groups, count| ask(&daemon, &cgroup, listener, ALICE, groups, count);
             assert_eq!(ask(MOST, 300), all("Success", 300), "over {listener}");
             let asked = agent.questions(daemon.pid());
-            assert_eq!(ask(NGROUPS_MAX, 100), all("too_many_groups", 100), "over {listener}");
-            assert_eq!(agent.questions(daemon.pid()), asked, "over {listener}: the agent would hold them, too");
+            assert_eq!(
+                ask(NGROUPS_MAX, 100),
+                all("too_many_groups", 100),
+                "over {listener}"
+            );
+            assert_eq!(
+                agent.questions(daemon.pid()),
+                asked,
+                "over {listener}: the agent would hold them, too"
+            );
         }
     });
 }

@@ -1,5 +1,8 @@
 //! What the tests share: the real counterparts, the daemon itself, and a systemd.
-#![allow(dead_code, reason = "each counterpart has its whole repertoire, for the tests that come")]
+#![allow(
+    dead_code,
+    reason = "each counterpart has its whole repertoire, for the tests that come"
+)]
 
 pub(crate) mod actor;
 pub(crate) mod agent;

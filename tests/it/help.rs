@@ -27,7 +27,15 @@ const COMMANDS: [&str; 11] = [
     "man",
 ];
 /// Those that scripts run, and have to know how they end.
-const IN_SCRIPTS: [&str; 7] = ["serve", "config", "status", "probe", "check", "trust-policy", "exec"];
+const IN_SCRIPTS: [&str; 7] = [
+    "serve",
+    "config",
+    "status",
+    "probe",
+    "check",
+    "trust-policy",
+    "exec",
+];
 
 fn awsvid(arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
@@ -37,7 +45,10 @@ fn awsvid(arguments: &[&str]) -> Output {
 
 fn shell(program: &str, arguments: &[&str], input: &str) -> Output {
     let mut command = Command::new(program);
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(arguments);
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .args(arguments);
     run(command, input.as_bytes(), Duration::from_secs(20))
 }
 
@@ -45,31 +56,53 @@ fn shell(program: &str, arguments: &[&str], input: &str) -> Output {
 fn each_command_has_a_line_a_help_and_a_manual_page() {
     let all = awsvid(&["--help"]).success("--help");
     let page = awsvid(&["man"]).success("man");
-    let listed = all.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let listed = all
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty());
     // The rest of a long one stands further in.
     let begin = listed.filter(|line| !line.starts_with("   "));
-    let names: Vec<&str> = begin.filter_map(|line| line.split_whitespace().next()).collect();
+    let names: Vec<&str> = begin
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
     assert_eq!(names, [&COMMANDS[..], &["help"]].concat(), "{all}");
     assert!(page.contains(".TH awsvid 1"), "{page}");
     let readme = include_str!("../../README.md");
     for command in COMMANDS {
         let words = format!("awsvid {command}");
         assert!(
-            readme.match_indices(&words).any(|(at, _)| readme[at + words.len()..].starts_with([' ', '`', '\n'])),
+            readme
+                .match_indices(&words)
+                .any(|(at, _)| readme[at + words.len()..].starts_with([' ', '`', '\n'])),
             "{words} in README.md"
         );
-        let line = all.lines().find(|line| line.trim_start().split(' ').next() == Some(command));
-        assert!(line.is_some_and(|line| line.trim().len() > command.len() + 20), "{command}: {all}");
-        assert!(page.contains(&format!("awsvid\\-{}(1)", command.replace('-', "\\-"))), "{command}: {page}");
+        let line = all
+            .lines()
+            .find(|line| line.trim_start().split(' ').next() == Some(command));
+        assert!(
+            line.is_some_and(|line| line.trim().len() > command.len() + 20),
+            "{command}: {all}"
+        );
+        assert!(
+            page.contains(&format!("awsvid\\-{}(1)", command.replace('-', "\\-"))),
+            "{command}: {page}"
+        );
         let help = awsvid(&[command, "--help"]).success(command);
-        assert!(help.contains("Usage: awsvid ") && !help.contains('\x1b'), "{help}");
+        assert!(
+            help.contains("Usage: awsvid ") && !help.contains('\x1b'),
+            "{help}"
+        );
         let page = awsvid(&["man", command]).success(command);
         assert!(page.contains(&format!(".TH awsvid-{command} 1")), "{page}");
     }
     for command in IN_SCRIPTS {
         let help = awsvid(&[command, "--help"]).success(command);
         assert!(help.contains("Exit status: "), "{help}");
-        assert!(matches!(command, "serve" | "status") || help.contains("Examples:\n  "), "{help}");
+        assert!(
+            matches!(command, "serve" | "status") || help.contains("Examples:\n  "),
+            "{help}"
+        );
     }
     assert_eq!(awsvid(&["man", "nonsense"]).status.code(), Some(2));
     let help = awsvid(&["credential-process", "--help"]).success("--help");
@@ -80,7 +113,11 @@ fn each_command_has_a_line_a_help_and_a_manual_page() {
 fn colours_are_for_terminals_and_who_wants_them() {
     let help = |variables: &[(&str, &str)]| {
         let mut command = Command::new(PROGRAM);
-        command.env_clear().env("TERM", "xterm").envs(variables.iter().copied()).arg("--help");
+        command
+            .env_clear()
+            .env("TERM", "xterm")
+            .envs(variables.iter().copied())
+            .arg("--help");
         on_a_terminal(command)
     };
     assert!(help(&[]).contains("\x1b["));
@@ -92,8 +129,16 @@ fn the_version_has_the_builds_facts() {
     let short = awsvid(&["-V"]).success("-V");
     assert_eq!(short, format!("awsvid {}\n", env!("CARGO_PKG_VERSION")));
     let long = awsvid(&["--version"]).success("--version");
-    for fact in ["revision:", std::env::consts::ARCH, "profile:", "spiffe-broker"] {
-        assert!(long.starts_with(short.trim()) && long.contains(fact), "{fact}: {long}");
+    for fact in [
+        "revision:",
+        std::env::consts::ARCH,
+        "profile:",
+        "spiffe-broker",
+    ] {
+        assert!(
+            long.starts_with(short.trim()) && long.contains(fact),
+            "{fact}: {long}"
+        );
     }
 }
 
@@ -108,7 +153,9 @@ const TYPED: [(&str, &str); 3] = [
 fn has(name: &str) -> bool {
     let there = Path::new("/usr/bin").join(name).exists();
     if !there {
-        skip(&format!("{name} is missing: run tests/counterparts/get shells"));
+        skip(&format!(
+            "{name} is missing: run tests/counterparts/get shells"
+        ));
     }
     there
 }
@@ -118,13 +165,18 @@ fn bash_completes() {
     let script = awsvid(&["completions", "bash"]).success("completions bash");
     for (typed, completed) in TYPED {
         let words: Vec<&str> = typed.split(' ').collect();
-        let [.., before, last] = words[..] else { panic!("{typed}") };
+        let [.., before, last] = words[..] else {
+            panic!("{typed}")
+        };
         let place = words.len() - 1;
         let asked = format!(
             "{script}\nCOMP_WORDS=({typed}); COMP_CWORD={place}\n\
              _awsvid awsvid {last} {before}; echo \"${{COMPREPLY[@]}}\"\n"
         );
-        assert_eq!(shell("bash", &["-s"], &asked).success("bash").trim(), completed);
+        assert_eq!(
+            shell("bash", &["-s"], &asked).success("bash").trim(),
+            completed
+        );
     }
     assert_eq!(awsvid(&["completions", "cmd"]).status.code(), Some(2));
 }
@@ -142,8 +194,9 @@ fn zsh_completes() {
         zpty -w line 'PS1=; fpath=($DIR $fpath); autoload -Uz compinit; compinit -u -D; awsvid() { print \"last\": $@[-1]; }; print re\"ady\"'\n\
         zpty -r line shown $'*ready*'\n";
     for (typed, completed) in TYPED {
-        let asked =
-            format!("{begin}zpty -n -w line $'{typed}\\t\\n'\nzpty -r line shown $'*last: *\\n'\nprint -r -- $shown\n");
+        let asked = format!(
+            "{begin}zpty -n -w line $'{typed}\\t\\n'\nzpty -r line shown $'*last: *\\n'\nprint -r -- $shown\n"
+        );
         let mut command = Command::new("/usr/bin/zsh");
         command
             .env_clear()
@@ -153,7 +206,11 @@ fn zsh_completes() {
             .args(["-f", "-s"]);
         let shown = run(command, asked.as_bytes(), Duration::from_secs(60)).success("zsh");
         let found = shown.lines().find_map(|line| line.split_once("last: "));
-        assert_eq!(found.map(|(_, word)| word.trim()), Some(completed), "{typed}: {shown:?}");
+        assert_eq!(
+            found.map(|(_, word)| word.trim()),
+            Some(completed),
+            "{typed}: {shown:?}"
+        );
     }
 }
 
@@ -170,11 +227,20 @@ fn fish_completes() {
     for (typed, completed) in TYPED {
         let mut command = Command::new("/usr/bin/fish");
         // It has no use for completions of what is not there.
-        let path = format!("/usr/bin:/bin:{}", Path::new(PROGRAM).parent().unwrap().display());
-        command.env_clear().env("PATH", path).env("HOME", folder.path());
+        let path = format!(
+            "/usr/bin:/bin:{}",
+            Path::new(PROGRAM).parent().unwrap().display()
+        );
+        command
+            .env_clear()
+            .env("PATH", path)
+            .env("HOME", folder.path());
         command.args(["-c", &format!("complete --do-complete '{typed}'")]);
         let offered = run(command, b"", Duration::from_secs(60)).success("fish");
-        let words: Vec<&str> = offered.lines().filter_map(|line| line.split('\t').next()).collect();
+        let words: Vec<&str> = offered
+            .lines()
+            .filter_map(|line| line.split('\t').next())
+            .collect();
         assert_eq!(words, [completed], "{typed}: {offered:?}");
     }
 }
@@ -185,10 +251,15 @@ fn all_manual_pages_go_where_man_looks() {
     let directory = folder.path().join("man/man1");
     let written = awsvid(&["man", "--directory", directory.to_str().unwrap()]);
     assert_eq!(written.success("man --directory"), "");
-    let files = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let files = fs::read_dir(&directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut files: Vec<String> = files.collect();
     files.sort();
-    let mut expected: Vec<String> = COMMANDS.iter().map(|command| format!("awsvid-{command}.1")).collect();
+    let mut expected: Vec<String> = COMMANDS
+        .iter()
+        .map(|command| format!("awsvid-{command}.1"))
+        .collect();
     expected.push("awsvid.1".to_owned());
     expected.sort();
     assert_eq!(files, expected);
@@ -197,7 +268,10 @@ fn all_manual_pages_go_where_man_looks() {
         assert_eq!(page, awsvid(&["man", command]).success("man"), "{command}");
     }
     let refused = awsvid(&["man", "--directory", "/dev/null/man1"]);
-    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""));
+    assert_eq!(
+        (refused.status.code(), refused.stdout.as_str()),
+        (Some(1), "")
+    );
     assert!(refused.stderr.contains("/dev/null/man1: "), "{refused:?}");
 }
 
@@ -207,30 +281,60 @@ fn the_revision_is_that_of_the_working_copy() {
     let folder = folder();
     let git = |arguments: &[&str]| {
         let mut command = Command::new("git");
-        command.current_dir(folder.path()).env("HOME", folder.path());
-        command.args(["-c", "user.name=a", "-c", "user.email=a@example.org"]).args(arguments);
+        command
+            .current_dir(folder.path())
+            .env("HOME", folder.path());
+        command
+            .args(["-c", "user.name=a", "-c", "user.email=a@example.org"])
+            .args(arguments);
         run(command, b"", Duration::from_secs(60)).success("git")
     };
     let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
     fs::create_dir(folder.path().join("src")).unwrap();
     write("src/main.rs", "one");
     write("README.md", "one");
-    assert_eq!(revision::revision(folder.path()), None, "a tarball has none");
+    assert_eq!(
+        revision::revision(folder.path()),
+        None,
+        "a tarball has none"
+    );
     git(&["init", "--quiet"]);
-    assert_eq!(revision::revision(folder.path()), None, "nothing is committed");
+    assert_eq!(
+        revision::revision(folder.path()),
+        None,
+        "nothing is committed"
+    );
     git(&["add", "."]);
     git(&["commit", "--quiet", "--message", "one"]);
     let first = revision::revision(folder.path()).unwrap();
-    assert!(first.len() == 12 && git(&["rev-parse", "HEAD"]).starts_with(&first), "{first}");
+    assert!(
+        first.len() == 12 && git(&["rev-parse", "HEAD"]).starts_with(&first),
+        "{first}"
+    );
     write("README.md", "two");
-    assert_eq!(revision::revision(folder.path()), Some(first.clone()), "that is in no program");
+    assert_eq!(
+        revision::revision(folder.path()),
+        Some(first.clone()),
+        "that is in no program"
+    );
     write("src/main.rs", "two");
-    assert_eq!(revision::revision(folder.path()), Some(format!("{first}+changes")));
-    assert_eq!(revision::revision(&folder.path().join("src")), None, "of another project's repository");
+    assert_eq!(
+        revision::revision(folder.path()),
+        Some(format!("{first}+changes"))
+    );
+    assert_eq!(
+        revision::revision(&folder.path().join("src")),
+        None,
+        "of another project's repository"
+    );
 
     // What cargo watches changes with each commit.
-    let moves =
-        || revision::moves(folder.path()).iter().map(|path| fs::read(folder.path().join(path)).unwrap()).collect();
+    let moves = || {
+        revision::moves(folder.path())
+            .iter()
+            .map(|path| fs::read(folder.path().join(path)).unwrap())
+            .collect()
+    };
     let before: Vec<Vec<u8>> = moves();
     git(&["commit", "--quiet", "--all", "--message", "two"]);
     assert_ne!(before, moves());

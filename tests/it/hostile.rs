@@ -39,7 +39,10 @@ enum Right {
 }
 
 const BAD: Right = Right::BadHead("HTTP/1.1 400 Bad Request", "bad_request");
-const LARGE: Right = Right::BadHead("HTTP/1.1 431 Request Header Fields Too Large", "head_too_large");
+const LARGE: Right = Right::BadHead(
+    "HTTP/1.1 431 Request Header Fields Too Large",
+    "head_too_large",
+);
 const HOST: Right = Right::Refused("HTTP/1.1 400 Bad Request", "host");
 const BODY: Right = Right::Refused("HTTP/1.1 400 Bad Request", "body");
 const PATH: Right = Right::Refused("HTTP/1.1 404 Not Found", "path");
@@ -64,29 +67,54 @@ impl Stage {
         let upstream = Upstream::start(&[(ALICE, "alice")]);
         // Her process makes the connections and gives them to the test, so it is the place that decides.
         let place = "cgroup = \"/awsvid-test-*.slice/**\"";
-        let rule = format!("[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{place}\n");
-        let daemon = Daemon::start(folder.path(), "", &format!("{}\n{rule}", upstream.configuration())).ready();
-        let cgroup = Cgroup::new(&format!("alice-{}.service", folder.path().file_name().unwrap().display()));
-        Some(Self { daemon, _upstream: upstream, cgroup, _folder: folder })
+        let rule = format!(
+            "[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{place}\n"
+        );
+        let daemon = Daemon::start(
+            folder.path(),
+            "",
+            &format!("{}\n{rule}", upstream.configuration()),
+        )
+        .ready();
+        let cgroup = Cgroup::new(&format!(
+            "alice-{}.service",
+            folder.path().file_name().unwrap().display()
+        ));
+        Some(Self {
+            daemon,
+            _upstream: upstream,
+            cgroup,
+            _folder: folder,
+        })
     }
 
     fn addresses(&self) -> [Address; 3] {
         ["tcp", "tcp6", "unix"].map(|listener| {
             let address = self.daemon.listener(listener);
             let connector = Connector::start(ALICE, listener, &address, self.cgroup.path());
-            Address { listener, connector }
+            Address {
+                listener,
+                connector,
+            }
         })
     }
 
     /// The sum of a counter over all series that have these labels.
     fn counter(&self, name: &str, labels: &str) -> u64 {
         let metrics = self.daemon.metrics();
-        let these = metrics.lines().filter(|line| line.starts_with(name) && line.contains(labels));
-        these.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+        let these = metrics
+            .lines()
+            .filter(|line| line.starts_with(name) && line.contains(labels));
+        these
+            .map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
+            .sum()
     }
 
     fn dropped(&self, reason: &str) -> u64 {
-        self.counter("awsvid_connections_dropped_total", &format!("reason=\"{reason}\""))
+        self.counter(
+            "awsvid_connections_dropped_total",
+            &format!("reason=\"{reason}\""),
+        )
     }
 
     /// Requests whose head arrived. Each has a record too; of refusals that come quickly one stands for several.
@@ -124,8 +152,11 @@ impl Connection for UnixStream {
 impl Address {
     fn connect(&self) -> Box<dyn Connection> {
         let fd = self.connector.connect();
-        let stream: Box<dyn Connection> =
-            if self.listener == "unix" { Box::new(UnixStream::from(fd)) } else { Box::new(TcpStream::from(fd)) };
+        let stream: Box<dyn Connection> = if self.listener == "unix" {
+            Box::new(UnixStream::from(fd))
+        } else {
+            Box::new(TcpStream::from(fd))
+        };
         stream.wait_at_most(PATIENCE);
         stream
     }
@@ -155,26 +186,45 @@ fn rest(stream: &mut dyn Connection) -> Vec<u8> {
 /// One answer and nothing after it: its status line, its headers but `Date`, its body.
 fn one_answer(bytes: &[u8]) -> (String, Vec<String>, Vec<u8>) {
     let text = String::from_utf8_lossy(bytes).into_owned();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {text:?}"));
+    let (head, body) = text
+        .split_once("\r\n\r\n")
+        .unwrap_or_else(|| panic!("no answer: {text:?}"));
     let mut lines = head.split("\r\n").map(str::to_lowercase);
     let status = head.split("\r\n").next().unwrap().to_owned();
-    let mut headers: Vec<String> = lines.by_ref().skip(1).filter(|line| !line.starts_with("date: ")).collect();
+    let mut headers: Vec<String> = lines
+        .by_ref()
+        .skip(1)
+        .filter(|line| !line.starts_with("date: "))
+        .collect();
     headers.sort();
-    let length = headers.iter().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+    let length = headers
+        .iter()
+        .find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
     let length: usize = length.unwrap_or_else(|| panic!("no length: {head}"));
     // An answer to HEAD says how long the body would have been.
-    assert!(body.is_empty() || body.len() == length, "{length} bytes and not one more: {text}");
+    assert!(
+        body.is_empty() || body.len() == length,
+        "{length} bytes and not one more: {text}"
+    );
     (status, headers, body.as_bytes().to_vec())
 }
 
 /// The body of an error: both spellings, a code, a message that says who speaks, and nothing else.
 fn check_error(body: &[u8], code: &str) {
     let body: Value = serde_json::from_slice(body).unwrap();
-    let keys: Vec<_> = body.as_object().unwrap().keys().map(String::as_str).collect();
+    let keys: Vec<_> = body
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
     assert_eq!(keys, ["Code", "Message", "code", "message"]);
     assert_eq!((&body["code"], &body["Code"]), (&code.into(), &code.into()));
     assert_eq!(body["message"], body["Message"]);
-    assert!(body["message"].as_str().unwrap().starts_with("awsvid: "), "{body}");
+    assert!(
+        body["message"].as_str().unwrap().starts_with("awsvid: "),
+        "{body}"
+    );
 }
 
 /// Sends `request` and checks the answer and the counters.
@@ -182,16 +232,32 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
     let shown = String::from_utf8_lossy(&request[..request.len().min(300)]).into_owned();
     let labels = match right {
         Right::Credentials => "outcome=\"issued\",reason=\"ok\"".to_owned(),
-        Right::Refused(_, code) | Right::BadHead(_, code) => format!("outcome=\"refused\",reason=\"{code}\""),
+        Right::Refused(_, code) | Right::BadHead(_, code) => {
+            format!("outcome=\"refused\",reason=\"{code}\"")
+        }
     };
-    let (all, these, dropped) = (stage.requests(""), stage.requests(&labels), stage.dropped("bad_request"));
+    let (all, these, dropped) = (
+        stage.requests(""),
+        stage.requests(&labels),
+        stage.dropped("bad_request"),
+    );
     let answer = address.exchange(request);
     let (status, headers, body) = one_answer(&answer);
-    let context = || format!("{shown:?} over {}: {}", address.listener, String::from_utf8_lossy(&answer));
+    let context = || {
+        format!(
+            "{shown:?} over {}: {}",
+            address.listener,
+            String::from_utf8_lossy(&answer)
+        )
+    };
     let mut expected = vec![
         "cache-control: no-store".to_owned(),
         "connection: close".to_owned(),
-        headers.iter().find(|line| line.starts_with("content-length: ")).unwrap().clone(),
+        headers
+            .iter()
+            .find(|line| line.starts_with("content-length: "))
+            .unwrap()
+            .clone(),
         "content-type: application/json".to_owned(),
     ];
     if right == METHOD {
@@ -200,13 +266,26 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
     assert_eq!(headers, expected, "{}", context());
     match right {
         Right::Credentials => {
-            assert!(status == "HTTP/1.1 200 OK" || status == "HTTP/1.0 200 OK", "{}", context());
-            assert_eq!(serde_json::from_slice::<Value>(&body).unwrap()["Code"], "Success", "{}", context());
+            assert!(
+                status == "HTTP/1.1 200 OK" || status == "HTTP/1.0 200 OK",
+                "{}",
+                context()
+            );
+            assert_eq!(
+                serde_json::from_slice::<Value>(&body).unwrap()["Code"],
+                "Success",
+                "{}",
+                context()
+            );
         }
         Right::Refused(line, code) | Right::BadHead(line, code) => {
             // HTTP/1.0 is answered as such.
             let is_1_0 = shown.contains(" HTTP/1.0\r\n") && !matches!(right, Right::BadHead(..));
-            let line = if is_1_0 { line.replacen("1.1", "1.0", 1) } else { line.to_owned() };
+            let line = if is_1_0 {
+                line.replacen("1.1", "1.0", 1)
+            } else {
+                line.to_owned()
+            };
             assert_eq!(status, line, "{}", context());
             if shown.starts_with("HEAD ") {
                 assert!(body.is_empty(), "{}", context());
@@ -216,12 +295,24 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
         }
     }
     if let Right::BadHead(..) = right {
-        await_some("the connection is counted", PATIENCE, || (stage.dropped("bad_request") > dropped).then_some(()));
-        assert_eq!(stage.requests(""), all, "nothing was understood: {}", context());
+        await_some("the connection is counted", PATIENCE, || {
+            (stage.dropped("bad_request") > dropped).then_some(())
+        });
+        assert_eq!(
+            stage.requests(""),
+            all,
+            "nothing was understood: {}",
+            context()
+        );
         return;
     }
     // Counted before the answer. Exactly one: what was hidden in the request was not taken for another.
-    assert_eq!((stage.requests(""), stage.requests(&labels)), (all + 1, these + 1), "{}", context());
+    assert_eq!(
+        (stage.requests(""), stage.requests(&labels)),
+        (all + 1, these + 1),
+        "{}",
+        context()
+    );
     assert_eq!(stage.dropped("bad_request"), dropped, "{}", context());
 }
 
@@ -232,7 +323,11 @@ fn check_all(cases: &[(Vec<u8>, Right)]) {
         for (request, right) in cases {
             // The unix socket asks for no Authorization.
             let is_unix = address.listener == "unix";
-            let right = if is_unix && *right == UNAUTHORIZED { Right::Credentials } else { *right };
+            let right = if is_unix && *right == UNAUTHORIZED {
+                Right::Credentials
+            } else {
+                *right
+            };
             check(&stage, &address, request, right);
         }
     }
@@ -257,38 +352,83 @@ fn no_second_request_hides_in_a_first() {
     check_all(&[
         // One answer, then the end: the second is nobody's.
         (with("", HIDDEN), Right::Credentials),
-        (with("Connection: keep-alive\r\n", HIDDEN), Right::Credentials),
+        (
+            with("Connection: keep-alive\r\n", HIDDEN),
+            Right::Credentials,
+        ),
         (with("Content-Length: 0\r\n", HIDDEN), Right::Credentials),
-        (with("Content-Length: 0\r\nContent-Length: 0\r\n", HIDDEN), Right::Credentials),
+        (
+            with("Content-Length: 0\r\nContent-Length: 0\r\n", HIDDEN),
+            Right::Credentials,
+        ),
         // Bodies.
         (with(&length, HIDDEN), BODY),
         (with(&format!("{length}{length}"), HIDDEN), BODY),
         (with("Transfer-Encoding: chunked\r\n", &chunked), BODY),
-        (with("Transfer-Encoding: chunked\r\n", &format!("0\r\n\r\n{HIDDEN}")), BODY),
-        (with(&format!("{length}Transfer-Encoding: chunked\r\n"), &chunked), BODY),
-        (with(&format!("Transfer-Encoding: chunked\r\n{length}"), &chunked), BODY),
-        (with("Content-Length: 0\r\nTransfer-Encoding: chunked\r\n", &chunked), BODY),
+        (
+            with(
+                "Transfer-Encoding: chunked\r\n",
+                &format!("0\r\n\r\n{HIDDEN}"),
+            ),
+            BODY,
+        ),
+        (
+            with(&format!("{length}Transfer-Encoding: chunked\r\n"), &chunked),
+            BODY,
+        ),
+        (
+            with(&format!("Transfer-Encoding: chunked\r\n{length}"), &chunked),
+            BODY,
+        ),
+        (
+            with(
+                "Content-Length: 0\r\nTransfer-Encoding: chunked\r\n",
+                &chunked,
+            ),
+            BODY,
+        ),
         (with("Transfer-Encoding: gzip, chunked\r\n", &chunked), BODY),
         // Lengths and codings that readers would disagree about.
-        (with("Content-Length: 5\r\nContent-Length: 0\r\n", HIDDEN), BAD),
+        (
+            with("Content-Length: 5\r\nContent-Length: 0\r\n", HIDDEN),
+            BAD,
+        ),
         (with("Content-Length: 0, 5\r\n", HIDDEN), BAD),
         (with("Content-Length: +5\r\n", HIDDEN), BAD),
         (with("Content-Length: -1\r\n", HIDDEN), BAD),
         (with("Content-Length: 0x5\r\n", HIDDEN), BAD),
-        (with("Content-Length: 99999999999999999999\r\n", HIDDEN), BAD),
+        (
+            with("Content-Length: 99999999999999999999\r\n", HIDDEN),
+            BAD,
+        ),
         (with("Transfer-Encoding: gzip\r\n", &chunked), BAD),
         (with("Transfer-Encoding: chunked, gzip\r\n", &chunked), BAD),
         (with("Transfer-Encoding: xchunked\r\n", &chunked), BAD),
         (with("Transfer-Encoding : chunked\r\n", &chunked), BAD),
         (
-            [request("GET /v1/credentials HTTP/1.0", "Transfer-Encoding: chunked\r\n"), chunked.into_bytes()].concat(),
+            [
+                request(
+                    "GET /v1/credentials HTTP/1.0",
+                    "Transfer-Encoding: chunked\r\n",
+                ),
+                chunked.into_bytes(),
+            ]
+            .concat(),
             BAD,
         ),
         // Headers that are in one reader's eyes and not in another's.
-        (b"GET /v1/credentials HTTP/1.1\r\nHost : 127.0.0.1\r\nAuthorization: x\r\n\r\n".to_vec(), BAD),
+        (
+            b"GET /v1/credentials HTTP/1.1\r\nHost : 127.0.0.1\r\nAuthorization: x\r\n\r\n"
+                .to_vec(),
+            BAD,
+        ),
         (with("X: a\r\n Host: other\r\n", ""), BAD),
         (with("X: a\r\n\tb\r\n", ""), BAD),
-        (b"GET /v1/credentials HTTP/1.1\r\n Host: 127.0.0.1\r\nAuthorization: x\r\n\r\n".to_vec(), BAD),
+        (
+            b"GET /v1/credentials HTTP/1.1\r\n Host: 127.0.0.1\r\nAuthorization: x\r\n\r\n"
+                .to_vec(),
+            BAD,
+        ),
         (HIDDEN.replace("\r\n", "\n").into_bytes(), BAD),
         (with("X: a\nY: b\r\n", ""), BAD),
         (with("X: a\n\r\n", ""), BAD),
@@ -302,7 +442,8 @@ fn no_second_request_hides_in_a_first() {
 
 #[test]
 fn what_is_no_http_1() {
-    let hello: &[u8] = b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03GET /v1/credentials HTTP/1.1\r\n\r\n";
+    let hello: &[u8] =
+        b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03GET /v1/credentials HTTP/1.1\r\n\r\n";
     let case = |bytes: &str| (bytes.as_bytes().to_vec(), BAD);
     check_all(&[
         (hello.to_vec(), BAD),
@@ -320,7 +461,15 @@ fn what_is_no_http_1() {
         (request("GET /v1/credentials\0 HTTP/1.1", ""), BAD),
         (request("GET /v1/credentials\u{7f} HTTP/1.1", ""), BAD),
         (request("G\0T /v1/credentials HTTP/1.1", ""), BAD),
-        ([b"GET /v1/credentials/\xff HTTP/1.1\r\n", HEADERS.as_bytes(), b"\r\n"].concat(), BAD),
+        (
+            [
+                b"GET /v1/credentials/\xff HTTP/1.1\r\n",
+                HEADERS.as_bytes(),
+                b"\r\n",
+            ]
+            .concat(),
+            BAD,
+        ),
         case("SSH-2.0-OpenSSH_9.9\r\n"),
         case("\0\0\0\0\0\0\0\0\r\n\r\n"),
         (vec![0xff; 300], BAD),
@@ -330,14 +479,33 @@ fn what_is_no_http_1() {
 #[test]
 fn heads_over_a_bound() {
     let long = |length: usize| "a".repeat(length);
-    let many = |count: usize| (0..count).map(|number| format!("X-{number}: a\r\n")).collect::<String>();
+    let many = |count: usize| {
+        (0..count)
+            .map(|number| format!("X-{number}: a\r\n"))
+            .collect::<String>()
+    };
     check_all(&[
-        (with(&format!("X: {}\r\n", long(15_000)), ""), Right::Credentials),
+        (
+            with(&format!("X: {}\r\n", long(15_000)), ""),
+            Right::Credentials,
+        ),
         (with(&format!("X: {}\r\n", long(17_000)), ""), LARGE),
         (with(&format!("X: {}\r\n", long(500_000)), ""), LARGE),
         (with(&format!("{}: a\r\n", long(17_000)), ""), LARGE),
-        (request(&format!("GET /v1/credentials/{} HTTP/1.1", long(15_000)), ""), PATH),
-        (request(&format!("GET /v1/credentials/{} HTTP/1.1", long(70_000)), ""), LARGE),
+        (
+            request(
+                &format!("GET /v1/credentials/{} HTTP/1.1", long(15_000)),
+                "",
+            ),
+            PATH,
+        ),
+        (
+            request(
+                &format!("GET /v1/credentials/{} HTTP/1.1", long(70_000)),
+                "",
+            ),
+            LARGE,
+        ),
         (with(&many(62), ""), Right::Credentials),
         (with(&many(63), ""), LARGE),
         (with(&many(5_000), ""), LARGE),
@@ -349,15 +517,29 @@ fn heads_over_a_bound() {
 #[test]
 fn what_is_understood_and_refused() {
     let plain = |line: &str, right| (request(line, ""), right);
-    let bare = |headers: &str, right| (format!("GET /v1/credentials HTTP/1.1\r\n{headers}\r\n").into_bytes(), right);
+    let bare = |headers: &str, right| {
+        (
+            format!("GET /v1/credentials HTTP/1.1\r\n{headers}\r\n").into_bytes(),
+            right,
+        )
+    };
     check_all(&[
         // Targets for proxies, and what has no path at all.
         plain("GET http://127.0.0.1/v1/credentials HTTP/1.1", PROXIED),
         plain("GET http://other.example/v1/credentials HTTP/1.1", PROXIED),
         plain("GET https://127.0.0.1/v1/credentials HTTP/1.1", PROXIED),
-        plain("GET http://user:password@127.0.0.1/v1/credentials HTTP/1.1", PROXIED),
+        plain(
+            "GET http://user:password@127.0.0.1/v1/credentials HTTP/1.1",
+            PROXIED,
+        ),
         plain("GET 127.0.0.1:974 HTTP/1.1", PROXIED),
-        (HIDDEN.replace(" /v1", " http://127.0.0.1/v1").replace("Host: 127.0.0.1", "Host: other").into_bytes(), HOST),
+        (
+            HIDDEN
+                .replace(" /v1", " http://127.0.0.1/v1")
+                .replace("Host: 127.0.0.1", "Host: other")
+                .into_bytes(),
+            HOST,
+        ),
         plain("GET * HTTP/1.1", PATH),
         plain("OPTIONS * HTTP/1.1", METHOD),
         plain("CONNECT 127.0.0.1:974 HTTP/1.1", METHOD),
@@ -395,38 +577,72 @@ fn what_is_understood_and_refused() {
         plain("GET /v1/credentials/%64ev HTTP/1.1", Right::Credentials),
         // HTTP/1.0.
         plain("GET /v1/credentials HTTP/1.0", Right::Credentials),
-        (b"GET /v1/credentials HTTP/1.0\r\nAuthorization: x\r\n\r\n".to_vec(), HOST),
+        (
+            b"GET /v1/credentials HTTP/1.0\r\nAuthorization: x\r\n\r\n".to_vec(),
+            HOST,
+        ),
         // Hosts.
         bare("Authorization: x\r\n", HOST),
         bare("Host:\r\nAuthorization: x\r\n", HOST),
-        bare("Host: 127.0.0.1\r\nHost: 127.0.0.1\r\nAuthorization: x\r\n", HOST),
+        bare(
+            "Host: 127.0.0.1\r\nHost: 127.0.0.1\r\nAuthorization: x\r\n",
+            HOST,
+        ),
         bare("Host: 127.0.0.1, other\r\nAuthorization: x\r\n", HOST),
-        (b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\xff\r\nAuthorization: x\r\n\r\n".to_vec(), HOST),
+        (
+            b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\xff\r\nAuthorization: x\r\n\r\n"
+                .to_vec(),
+            HOST,
+        ),
         // Authorization.
         bare("Host: 127.0.0.1\r\n", UNAUTHORIZED),
         bare("Host: 127.0.0.1\r\nAuthorization:\r\n", UNAUTHORIZED),
         bare("Host: 127.0.0.1\r\nAuthorization:  \t \r\n", UNAUTHORIZED),
-        bare("Host: 127.0.0.1\r\nAuthorization: x\r\nAuthorization: x\r\n", UNAUTHORIZED),
+        bare(
+            "Host: 127.0.0.1\r\nAuthorization: x\r\nAuthorization: x\r\n",
+            UNAUTHORIZED,
+        ),
         (
-            b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: \xff\r\n\r\n".to_vec(),
+            b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: \xff\r\n\r\n"
+                .to_vec(),
             Right::Credentials,
         ),
         // What the standard lets a server ignore.
         (
-            [b"GET /v1/credentials HTTP/1.1\r\nX: \xff\x80\r\n", HEADERS.as_bytes(), b"\r\n"].concat(),
+            [
+                b"GET /v1/credentials HTTP/1.1\r\nX: \xff\x80\r\n",
+                HEADERS.as_bytes(),
+                b"\r\n",
+            ]
+            .concat(),
             Right::Credentials,
         ),
-        (["\r\n".to_owned(), HIDDEN.to_owned()].concat().into_bytes(), Right::Credentials),
+        (
+            ["\r\n".to_owned(), HIDDEN.to_owned()].concat().into_bytes(),
+            Right::Credentials,
+        ),
         (with("Expect: 100-continue\r\n", ""), Right::Credentials),
         (with("Expect: something\r\n", ""), Right::Credentials),
         (
-            with("Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\nConnection: Upgrade\r\n", ""),
+            with(
+                "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\nConnection: Upgrade\r\n",
+                "",
+            ),
             Right::Credentials,
         ),
-        (with("Upgrade: websocket\r\nConnection: Upgrade\r\n", ""), Right::Credentials),
+        (
+            with("Upgrade: websocket\r\nConnection: Upgrade\r\n", ""),
+            Right::Credentials,
+        ),
         // Without `100 Continue`: the answer is final.
-        (with("Expect: 100-continue\r\nContent-Length: 5\r\n", ""), BODY),
-        (with("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n", ""), BODY),
+        (
+            with("Expect: 100-continue\r\nContent-Length: 5\r\n", ""),
+            BODY,
+        ),
+        (
+            with("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n", ""),
+            BODY,
+        ),
     ]);
 }
 
@@ -447,7 +663,11 @@ fn a_request_in_pieces() {
             for piece in HIDDEN.replace("\r\n", "\n").as_bytes().chunks(size) {
                 let _ = stream.write_all(piece);
             }
-            assert_eq!(one_answer(&rest(&mut *stream)).0, "HTTP/1.1 400 Bad Request", "in pieces of {size}");
+            assert_eq!(
+                one_answer(&rest(&mut *stream)).0,
+                "HTTP/1.1 400 Bad Request",
+                "in pieces of {size}"
+            );
         }
     }
 }
@@ -456,7 +676,11 @@ fn a_request_in_pieces() {
 #[test]
 fn slow_heads_are_closed() {
     let Some(stage) = Stage::set() else { return };
-    let begun = [&b""[..], b"GET /v1/cre", &HIDDEN.as_bytes()[..HIDDEN.len() - 2]];
+    let begun = [
+        &b""[..],
+        b"GET /v1/cre",
+        &HIDDEN.as_bytes()[..HIDDEN.len() - 2],
+    ];
     let addresses = stage.addresses();
     let mut open: Vec<_> = addresses
         .iter()
@@ -488,7 +712,9 @@ fn slow_heads_are_closed() {
     }
     assert_eq!(drops.join().unwrap(), 0);
     let all = u64::try_from(open.len()).unwrap() + 1;
-    await_some("all are counted", PATIENCE, || (stage.dropped("slow_head") == all).then_some(()));
+    await_some("all are counted", PATIENCE, || {
+        (stage.dropped("slow_head") == all).then_some(())
+    });
 }
 
 /// Who goes away before a whole head is there is counted, and is no request.
@@ -504,6 +730,8 @@ fn clients_that_go_away() {
         // Half a head and its end: nothing to answer.
         assert!(rest(&mut *stream).is_empty());
     }
-    await_some("all are counted", PATIENCE, || (stage.dropped("closed") == before + 6).then_some(()));
+    await_some("all are counted", PATIENCE, || {
+        (stage.dropped("closed") == before + 6).then_some(())
+    });
     assert_eq!(stage.requests(""), requests);
 }

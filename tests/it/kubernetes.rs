@@ -21,7 +21,9 @@ fn pods_have_their_own_credentials() {
     let directory = folder();
     let start = Instant::now();
     let done = |what: &str| eprintln!("{what} after {:.1} s", start.elapsed().as_secs_f32());
-    let Some(cluster) = Cluster::start(directory.path()) else { return };
+    let Some(cluster) = Cluster::start(directory.path()) else {
+        return;
+    };
     done("all but awsvid is there");
     policy::the_environment_is_set_where_it_is_missing(&cluster);
     done("the policy");
@@ -75,15 +77,31 @@ fn lives(cluster: &Cluster, done: &impl Fn(&str)) {
 fn each_reads_its_own(cluster: &Cluster, source: &str) {
     let name = format!("reads-{source}");
     for (own, others) in [(READER, OTHER), (OTHER, READER)] {
-        cluster.node.apply(&cluster.pod(own, &name, &format!("{}; ! {}", copy(own), copy(others))));
+        cluster
+            .node
+            .apply(&cluster.pod(own, &name, &format!("{}; ! {}", copy(own), copy(others))));
     }
     for own in [READER, OTHER] {
         let ended = cluster.node.ended(own.namespace, &name);
-        assert!(ended.succeeded && ended.log.contains(&format!("hello from the {}\n", own.namespace)), "{ended:?}");
+        assert!(
+            ended.succeeded
+                && ended
+                    .log
+                    .contains(&format!("hello from the {}\n", own.namespace)),
+            "{ended:?}"
+        );
         assert!(ended.log.contains("403"), "{ended:?}");
-        let pod = cluster.node.get(&["pod", "--namespace", own.namespace, &name]);
-        let record = cluster.audited("the pod's record", |record| record["pod_uid"] == pod["metadata"]["uid"]);
-        assert_eq!((&record["spiffe_id"], &record["outcome"]), (&own.id().into(), &"issued".into()), "{record}");
+        let pod = cluster
+            .node
+            .get(&["pod", "--namespace", own.namespace, &name]);
+        let record = cluster.audited("the pod's record", |record| {
+            record["pod_uid"] == pod["metadata"]["uid"]
+        });
+        assert_eq!(
+            (&record["spiffe_id"], &record["outcome"]),
+            (&own.id().into(), &"issued".into()),
+            "{record}"
+        );
     }
 }
 
@@ -93,14 +111,31 @@ fn the_first_act_is_answered(cluster: &Cluster, source: &str) {
     let ask = "busybox wget -q -O /dev/null --header 'Authorization: any' \"$AWS_CONTAINER_CREDENTIALS_FULL_URI\" && echo answered";
     let mut pod = cluster.pod(READER, &name, ask);
     let mut hooked = container("hooked", ask);
-    hooked["lifecycle"] = json!({ "postStart": { "exec": { "command": ["/bin/busybox", "sleep", "3"] } } });
+    hooked["lifecycle"] =
+        json!({ "postStart": { "exec": { "command": ["/bin/busybox", "sleep", "3"] } } });
     pod["spec"]["initContainers"] = json!([container("first", ask)]);
-    pod["spec"]["containers"].as_array_mut().unwrap().push(hooked);
+    pod["spec"]["containers"]
+        .as_array_mut()
+        .unwrap()
+        .push(hooked);
     let ended = cluster.node.run_pod(&pod);
-    assert!(ended.succeeded && ended.log.matches("answered").count() == 3, "{ended:?}");
-    let uid = cluster.node.get(&["pod", "--namespace", READER.namespace, &name])["metadata"]["uid"].clone();
-    let records: Vec<Value> = cluster.audit().into_iter().filter(|record| record["pod_uid"] == uid).collect();
-    assert!(records.len() == 3 && records.iter().all(|record| record["outcome"] == "issued"), "{records:?}");
+    assert!(
+        ended.succeeded && ended.log.matches("answered").count() == 3,
+        "{ended:?}"
+    );
+    let uid = cluster
+        .node
+        .get(&["pod", "--namespace", READER.namespace, &name])["metadata"]["uid"]
+        .clone();
+    let records: Vec<Value> = cluster
+        .audit()
+        .into_iter()
+        .filter(|record| record["pod_uid"] == uid)
+        .collect();
+    assert!(
+        records.len() == 3 && records.iter().all(|record| record["outcome"] == "issued"),
+        "{records:?}"
+    );
 }
 
 /// All that can be applied is, on trial, as it stands.
@@ -116,18 +151,38 @@ fn every_manifest_is_accepted(cluster: &Cluster, folder: &Path) {
             "versions": [{ "name": "v1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
         },
     }));
-    let established = ["wait", "--for=condition=Established", "crd/podmonitors.monitoring.coreos.com"];
-    cluster.node.kubectl(&established).success("the PodMonitor's definition");
+    let established = [
+        "wait",
+        "--for=condition=Established",
+        "crd/podmonitors.monitoring.coreos.com",
+    ];
+    cluster
+        .node
+        .kubectl(&established)
+        .success("the PodMonitor's definition");
     let accepted = |directory: &Path| {
-        let arguments = ["apply", "--dry-run=server", "--kustomize", directory.to_str().unwrap()];
-        cluster.node.kubectl(&arguments).success(&format!("kubectl apply -k {}", directory.display()));
+        let arguments = [
+            "apply",
+            "--dry-run=server",
+            "--kustomize",
+            directory.to_str().unwrap(),
+        ];
+        cluster
+            .node
+            .kubectl(&arguments)
+            .success(&format!("kubectl apply -k {}", directory.display()));
     };
     for directory in ["", "spiffe-broker", "spire-delegated"] {
         accepted(&manifests().join(directory));
     }
-    for component in
-        ["environment", "environment-patch", "network-policy", "nodes-proxy", "pod-monitor", "startup-taint"]
-    {
+    for component in [
+        "environment",
+        "environment-patch",
+        "network-policy",
+        "nodes-proxy",
+        "pod-monitor",
+        "startup-taint",
+    ] {
         accepted(&overlay(folder, component, &[], &[component]));
     }
 }

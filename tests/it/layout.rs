@@ -13,24 +13,45 @@ fn a_file_imports_only_what_stands_above_it() {
         .enumerate()
         .map(|(i, name)| (name, i))
         .collect();
-    assert!(order.len() > 15, "lib.rs names the modules as `pub mod name;`");
+    assert!(
+        order.len() > 15,
+        "lib.rs names the modules as `pub mod name;`"
+    );
     let mut wrong = Vec::new();
     for file in files(&source) {
         let relative = file.strip_prefix(&source).unwrap();
-        let module = relative.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs");
+        let module = relative
+            .components()
+            .next()
+            .unwrap()
+            .as_os_str()
+            .to_str()
+            .unwrap()
+            .trim_end_matches(".rs");
         let Some(place) = order.get(module) else {
-            assert!(matches!(module, "lib" | "main"), "{module} is not in lib.rs");
+            assert!(
+                matches!(module, "lib" | "main"),
+                "{module} is not in lib.rs"
+            );
             continue;
         };
         let text = std::fs::read_to_string(&file).unwrap();
         let production = text.split("#[cfg(test)]").next().unwrap();
-        let code = production.lines().filter(|line| !line.trim_start().starts_with("//"));
+        let code = production
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"));
         for imported in code
             .flat_map(|line| line.split("crate::").skip(1))
-            .filter_map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next())
+            .filter_map(|rest| {
+                rest.split(|c: char| !c.is_alphanumeric() && c != '_')
+                    .next()
+            })
         {
             if order.get(imported).is_some_and(|other| other > place) {
-                wrong.push(format!("{} imports {imported}, which stands below {module}", relative.display()));
+                wrong.push(format!(
+                    "{} imports {imported}, which stands below {module}",
+                    relative.display()
+                ));
             }
         }
     }

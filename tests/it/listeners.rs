@@ -7,7 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, setsockopt, socket,
+    sockopt,
 };
 
 use crate::harness::counterparts::process::{Process, await_some, run};
@@ -46,7 +47,9 @@ fn a_killed_listener_is_bound_again() {
         kill.args(["-K", "-lnt", &format!("sport = :{}", address.port())]);
         let killed = run(kill, b"", Duration::from_secs(20)).success("ss -K");
         assert!(killed.contains(&address.port().to_string()), "{killed}");
-        await_some("the listener is back", Duration::from_secs(30), || status(address));
+        await_some("the listener is back", Duration::from_secs(30), || {
+            status(address)
+        });
         assert_eq!(status(address), Some(403));
     }
     let log = daemon.log();
@@ -57,12 +60,21 @@ fn a_killed_listener_is_bound_again() {
 fn nobody_shares_the_port() {
     let folder = folder();
     let daemon = Daemon::start(folder.path(), "", CONFIGURATION);
-    let SocketAddr::V4(address) = daemon.tcp() else { panic!("an IPv4 address") };
+    let SocketAddr::V4(address) = daemon.tcp() else {
+        panic!("an IPv4 address")
+    };
     // The same user as the daemon, which is all that SO_REUSEPORT asks for.
-    let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    let fd = socket(
+        AddressFamily::Inet,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
     setsockopt(&fd, sockopt::ReusePort, &true).unwrap();
     setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
-    let shared = bind(fd.as_raw_fd(), &SockaddrIn::from(address)).and_then(|()| listen(&fd, Backlog::new(1).unwrap()));
+    let shared = bind(fd.as_raw_fd(), &SockaddrIn::from(address))
+        .and_then(|()| listen(&fd, Backlog::new(1).unwrap()));
     let error = std::io::Error::from(shared.expect_err("the port is the daemon's alone"));
     assert_eq!(error.kind(), ErrorKind::AddrInUse);
 }
@@ -77,19 +89,26 @@ fn a_port_that_any_user_can_take_is_warned_of() {
         let folder = folder();
         let path = |name: &str| folder.path().join(name).display().to_string();
         let [unix, status, token] = ["awsvid.sock", "status.sock", "token"].map(path);
-        let listen = format!("[listen]\nunix = {unix:?}\nstatus = {status:?}\ntoken_file = {token:?}\n");
+        let listen =
+            format!("[listen]\nunix = {unix:?}\nstatus = {status:?}\ntoken_file = {token:?}\n");
         std::fs::write(path("awsvid.toml"), format!("{CONFIGURATION}{listen}")).unwrap();
         let script = format!(
             "ip link set lo up && echo {first} >/proc/sys/net/ipv4/ip_unprivileged_port_start && exec \"$0\" serve --config \"$1\""
         );
         let mut command = Command::new("unshare");
-        command.args(["--net", "sh", "-c", &script, PROGRAM]).arg(path("awsvid.toml"));
+        command
+            .args(["--net", "sh", "-c", &script, PROGRAM])
+            .arg(path("awsvid.toml"));
         let daemon = Process::start("awsvid", command, &folder.path().join("log"));
         daemon.await_some("it listens", Duration::from_secs(30), || {
             daemon.log().contains("serving operators").then_some(())
         });
         let log = daemon.log();
-        assert_eq!(log.contains("ip_unprivileged_port_start is"), is_warned, "{log}");
+        assert_eq!(
+            log.contains("ip_unprivileged_port_start is"),
+            is_warned,
+            "{log}"
+        );
         assert_eq!(log.contains("[974]"), is_warned, "{log}");
     }
 }

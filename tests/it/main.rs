@@ -1,5 +1,10 @@
 //! The integration and end-to-end tests: the real `awsvid` as a process, beside the real SPIRE, MinIO, AWS CLI and systemd.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, reason = "in a test a panic is the report")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stderr,
+    reason = "in a test a panic is the report"
+)]
 
 mod accounts;
 mod agents;

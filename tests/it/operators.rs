@@ -23,8 +23,16 @@ const SOURCE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const PROBES: usize = 120;
 
 fn connect_from_source(to: SocketAddr) -> nix::Result<TcpStream> {
-    let stream = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    bind(stream.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from((SOURCE, 0))))?;
+    let stream = socket(
+        AddressFamily::Inet,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    bind(
+        stream.as_raw_fd(),
+        &SockaddrStorage::from(SocketAddr::from((SOURCE, 0))),
+    )?;
     connect(stream.as_raw_fd(), &SockaddrStorage::from(to))?;
     Ok(TcpStream::from(stream))
 }
@@ -32,8 +40,14 @@ fn connect_from_source(to: SocketAddr) -> nix::Result<TcpStream> {
 fn stage(folder: &Path) -> (Daemon, Upstream) {
     let uid = nix::unistd::geteuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
-    (Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(), upstream)
+    let rule = format!(
+        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
+        own_rule()
+    );
+    (
+        Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(),
+        upstream,
+    )
 }
 
 /// What a flood sends with each connection. It keeps its last connections open, and reads no answer.
@@ -42,22 +56,29 @@ fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
     let folder = folder();
     let (daemon, _upstream) = stage(folder.path());
     let admin = daemon.admin();
-    for sent in
-        ["", "GET /metrics HTT", "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"]
-    {
+    for sent in [
+        "",
+        "GET /metrics HTT",
+        "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
+        "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+    ] {
         let (ended, made) = (AtomicBool::new(false), AtomicUsize::new(0));
         let flood = || {
             let mut open = std::collections::VecDeque::new();
             while !ended.load(Ordering::Relaxed) {
                 // There may be no port left for a moment.
-                let Ok(mut stream) = connect_from_source(admin) else { continue };
+                let Ok(mut stream) = connect_from_source(admin) else {
+                    continue;
+                };
                 let _ = stream.write_all(sent.as_bytes());
                 open.push_back(stream);
                 // Only as fast as the daemon ends them: a queue of the kernel's that overflows is another matter.
                 if open.len() > 300
                     && let Some(mut oldest) = open.pop_front()
                 {
-                    let _ = oldest.set_read_timeout(Some(PATIENCE)).and_then(|()| oldest.read_to_end(&mut Vec::new()));
+                    let _ = oldest
+                        .set_read_timeout(Some(PATIENCE))
+                        .and_then(|()| oldest.read_to_end(&mut Vec::new()));
                 }
                 made.fetch_add(1, Ordering::Relaxed);
             }
@@ -71,15 +92,32 @@ fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
                 std::thread::yield_now();
             }
             for _ in 0..PROBES {
-                assert_eq!(http_get(admin, "/healthz"), Some((200, "ok\n".to_owned())), "beside {sent:?}");
-                assert_eq!(http_get(admin, "/readyz"), Some((200, "ready\n".to_owned())), "beside {sent:?}");
+                assert_eq!(
+                    http_get(admin, "/healthz"),
+                    Some((200, "ok\n".to_owned())),
+                    "beside {sent:?}"
+                );
+                assert_eq!(
+                    http_get(admin, "/readyz"),
+                    Some((200, "ready\n".to_owned())),
+                    "beside {sent:?}"
+                );
                 assert_eq!(daemon.ask_locally("/readyz"), (200, "ready\n".to_owned()));
             }
-            assert_eq!(http_get(admin, "/metrics").map(|(status, _)| status), Some(200));
+            assert_eq!(
+                http_get(admin, "/metrics").map(|(status, _)| status),
+                Some(200)
+            );
             assert_eq!(daemon.ask_locally("/status").0, 200);
-            assert!(probe(folder.path(), "live").status.success() && probe(folder.path(), "ready").status.success());
+            assert!(
+                probe(folder.path(), "live").status.success()
+                    && probe(folder.path(), "ready").status.success()
+            );
         });
-        eprintln!("beside {sent:?}: {} connections of the flood", made.into_inner());
+        eprintln!(
+            "beside {sent:?}: {} connections of the flood",
+            made.into_inner()
+        );
     }
     assert!(daemon.metric("awsvid_connections_dropped_total{reason=\"too_many_operators\"}") > 0);
 }
@@ -111,7 +149,11 @@ fn metrics_are_rendered_once_a_second() {
         before.0 = after;
     }
     let seconds = usize::try_from(started.elapsed().as_secs()).unwrap();
-    assert!(texts.len() <= seconds + 2, "{} texts in {seconds} s", texts.len());
+    assert!(
+        texts.len() <= seconds + 2,
+        "{} texts in {seconds} s",
+        texts.len()
+    );
 }
 
 /// Long before one at a listener of workloads is given up.
@@ -122,18 +164,26 @@ fn a_head_has_to_come_soon() {
     let waits = |to: SocketAddr| {
         let mut stream = TcpStream::connect(to).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n").unwrap();
+        stream
+            .write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+            .unwrap();
         stream
     };
     let (mut workload, mut operator) = (waits(daemon.tcp()), waits(daemon.admin()));
     assert_eq!(operator.read(&mut [0]).unwrap_or(0), 0);
     workload.set_nonblocking(true).unwrap();
-    assert_eq!(workload.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    assert_eq!(
+        workload.read(&mut [0]).unwrap_err().kind(),
+        std::io::ErrorKind::WouldBlock
+    );
 }
 
 fn probe(folder: &Path, what: &str) -> Output {
     let mut command = Command::new(PROGRAM);
-    command.env_clear().args(["probe", what, "--config"]).arg(folder.join("awsvid.toml"));
+    command
+        .env_clear()
+        .args(["probe", what, "--config"])
+        .arg(folder.join("awsvid.toml"));
     run(command, b"", PATIENCE)
 }
 
@@ -143,21 +193,43 @@ fn a_probe_says_why() {
     let uid = nix::unistd::geteuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
     let agent = folder.path().join("agent.sock");
-    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule());
-    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration_at(&agent) + &rule));
+    let rule = format!(
+        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
+        own_rule()
+    );
+    let daemon = Daemon::start(
+        folder.path(),
+        "",
+        &(upstream.configuration_at(&agent) + &rule),
+    );
     let line = daemon.await_line(&["not ready: the identity source"]);
     let output = probe(folder.path(), "ready");
-    assert!(!output.status.success() && output.stdout.trim_end() == line, "{output:?}, not {line}");
+    assert!(
+        !output.status.success() && output.stdout.trim_end() == line,
+        "{output:?}, not {line}"
+    );
     let output = probe(folder.path(), "live");
-    assert!(output.status.success() && output.stdout == "ok\n", "{output:?}");
+    assert!(
+        output.status.success() && output.stdout == "ok\n",
+        "{output:?}"
+    );
     // Not over the network.
-    assert_eq!(http_get(daemon.admin(), "/readyz"), Some((503, "not ready\n".to_owned())));
+    assert_eq!(
+        http_get(daemon.admin(), "/readyz"),
+        Some((503, "not ready\n".to_owned()))
+    );
     std::os::unix::fs::symlink(upstream.socket(), &agent).unwrap();
     let daemon = daemon.ready();
     let output = probe(folder.path(), "ready");
-    assert!(output.status.success() && output.stdout == "ready\n", "{output:?}");
+    assert!(
+        output.status.success() && output.stdout == "ready\n",
+        "{output:?}"
+    );
     drop(daemon);
     let output = probe(folder.path(), "live");
-    assert!(!output.status.success() && output.stdout.contains("systemctl"), "{output:?}");
+    assert!(
+        !output.status.success() && output.stdout.contains("systemctl"),
+        "{output:?}"
+    );
     assert_eq!(output.stdout.lines().count(), 1, "{output:?}");
 }

@@ -38,16 +38,25 @@ fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
         scope.spawn(|| asker.run());
         act(world);
         let before = asker.count();
-        await_some("the warm one is answered", PATIENCE, || (asker.count() > before).then_some(()));
+        await_some("the warm one is answered", PATIENCE, || {
+            (asker.count() > before).then_some(())
+        });
     });
 }
 
 /// What a cold workload gets: over HTTP, and as the AWS CLI shows it.
 fn assert_told_to_come_back(world: &World, reason: &str) {
     let (head, body) = world.curl(COLD[1]);
-    assert!(head.starts_with("HTTP/1.1 503 Service Unavailable\r\n"), "{head}");
+    assert!(
+        head.starts_with("HTTP/1.1 503 Service Unavailable\r\n"),
+        "{head}"
+    );
     assert!(head.contains("\r\nretry-after: 1\r\n"), "{head}");
-    assert_eq!(serde_json::from_str::<Value>(&body).unwrap()["code"], reason, "{body}");
+    assert_eq!(
+        serde_json::from_str::<Value>(&body).unwrap()["code"],
+        reason,
+        "{body}"
+    );
     // The CLI gives each try 2 s, which on a busy machine may be over before the exchange has failed.
     let shown = format!(
         "Received non 200 response 503 from container metadata: {{\"code\":\"{reason}\",\"message\":\"awsvid: "
@@ -61,7 +70,10 @@ fn assert_told_to_come_back(world: &World, reason: &str) {
 
 /// One try each.
 fn assert_answered(world: &World) {
-    assert_eq!(world.copy(COLD[0]).success("aws s3 cp on the next try"), "hello from the shop\n");
+    assert_eq!(
+        world.copy(COLD[0]).success("aws s3 cp on the next try"),
+        "hello from the shop\n"
+    );
     let (head, body) = world.curl(COLD[1]);
     assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head} {body}");
 }
@@ -69,7 +81,9 @@ fn assert_answered(world: &World) {
 #[test]
 fn an_agent_that_was_killed_and_started_again() {
     let folder = folder();
-    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else { return };
+    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else {
+        return;
+    };
     while_warm(&mut world, |world| {
         world.spire.stop_agent();
         assert_told_to_come_back(world, "source_unavailable");
@@ -83,7 +97,9 @@ fn an_agent_that_was_killed_and_started_again() {
 #[test]
 fn an_sts_that_was_away() {
     let folder = folder();
-    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else { return };
+    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else {
+        return;
+    };
     while_warm(&mut world, |world| {
         world.minio.stop();
         assert_told_to_come_back(world, "sts_unreachable");
@@ -95,16 +111,28 @@ fn an_sts_that_was_away() {
 #[test]
 fn a_socket_that_was_replaced_while_the_old_one_lives_on() {
     let folder = folder();
-    let (path, new) = (folder.path().join("agent.sock"), folder.path().join("agent.sock.new"));
+    let (path, new) = (
+        folder.path().join("agent.sock"),
+        folder.path().join("agent.sock.new"),
+    );
     let gates = RefCell::new(Vec::new());
     let socket = |agent: &std::path::Path| {
-        gates.borrow_mut().extend([Gate::start(&path, agent), Gate::start(&new, agent)]);
+        gates
+            .borrow_mut()
+            .extend([Gate::start(&path, agent), Gate::start(&new, agent)]);
         gates.borrow()[0].set_open(true);
         path.clone()
     };
-    let setting = Setting { socket: Some(&socket), ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else { return };
-    let [old, replacement] = &gates.borrow()[..] else { panic!("two gates") };
+    let setting = Setting {
+        socket: Some(&socket),
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+        return;
+    };
+    let [old, replacement] = &gates.borrow()[..] else {
+        panic!("two gates")
+    };
     while_warm(&mut world, |world| {
         // Whoever goes on with the old one waits in vain from now on.
         old.set_open(false);

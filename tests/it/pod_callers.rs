@@ -19,9 +19,14 @@ use crate::harness::upstream::Upstream;
 
 const V4: &str = "127.0.0.1:974";
 const PATIENCE: Duration = Duration::from_secs(60);
-const RULE: &str = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
+const RULE: &str =
+    "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
 /// As a container without that capability has it.
-const NO_HANDLES: [&str; 3] = ["setpriv", "--bounding-set=-dac_read_search", "--inh-caps=-dac_read_search"];
+const NO_HANDLES: [&str; 3] = [
+    "setpriv",
+    "--bounding-set=-dac_read_search",
+    "--inh-caps=-dac_read_search",
+];
 /// Into a cgroup namespace of its own, whose root is the cgroup `$0`, with a mount of that on the directory `$1`.
 const IN_A_CONTAINER: &str = r#"echo 0 >"$0/cgroup.procs" && own="$1" && shift && exec unshare --cgroup -- \
     sh -c 'mount -t cgroup2 -o ro cgroup2 "$0" && exec "$@"' "$own" "$@""#;
@@ -63,19 +68,32 @@ impl Stage {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let upstream = Upstream::start(&[(0, "pod")]);
         let configuration = upstream.configuration() + RULE;
-        let daemon = Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
+        let daemon =
+            Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
         for name in ["a", "b"] {
             node.add(name);
         }
-        await_some("both are listened in", PATIENCE, || (daemon.metric("awsvid_pod_namespaces") == 2).then_some(()));
+        await_some("both are listened in", PATIENCE, || {
+            (daemon.metric("awsvid_pod_namespaces") == 2).then_some(())
+        });
         let pods = [Cgroup::of_pod(first_pod), Cgroup::of_pod(first_pod + 1)];
-        Self { daemon, node, pods, kind, _upstream: upstream, _own: own, _folder: folder }
+        Self {
+            daemon,
+            node,
+            pods,
+            kind,
+            _upstream: upstream,
+            _own: own,
+            _folder: folder,
+        }
     }
 
     /// What the audit has of a process of this cgroup that asks in this network.
     fn ask(&self, name: &str, cgroup: &Cgroup) -> Value {
         let before = self.daemon.audit().len();
-        let answer = self.node.ask(name, cgroup, V4.parse::<SocketAddr>().unwrap());
+        let answer = self
+            .node
+            .ask(name, cgroup, V4.parse::<SocketAddr>().unwrap());
         self.record(before, &answer)
     }
 
@@ -89,20 +107,35 @@ impl Stage {
     }
 
     fn record(&self, before: usize, answer: &str) -> Value {
-        let [record] = &self.daemon.audit_after(before)[..] else { panic!("not one record of {answer}") };
-        let status = if record["outcome"] == "issued" { "HTTP/1.1 200" } else { "HTTP/1.1 403" };
+        let [record] = &self.daemon.audit_after(before)[..] else {
+            panic!("not one record of {answer}")
+        };
+        let status = if record["outcome"] == "issued" {
+            "HTTP/1.1 200"
+        } else {
+            "HTTP/1.1 403"
+        };
         assert!(answer.starts_with(status), "{answer} for {record}");
         record.clone()
     }
 
     #[track_caller]
     fn is(&self, record: &Value, reason: &str, pod: Option<&Cgroup>) {
-        let found = (record["reason"].as_str().unwrap(), record["pod_uid"].as_str(), record["container_id"].as_str());
+        let found = (
+            record["reason"].as_str().unwrap(),
+            record["pod_uid"].as_str(),
+            record["container_id"].as_str(),
+        );
         let pod = pod.map(|pod| pod.path());
         let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
         let uid = pod.map(|pod| name(pod.parent().unwrap()).replacen("pod", "", 1));
         let container = pod.map(name);
-        assert_eq!(found, (reason, uid.as_deref(), container.as_deref()), "{:?}: {record}", self.kind);
+        assert_eq!(
+            found,
+            (reason, uid.as_deref(), container.as_deref()),
+            "{:?}: {record}",
+            self.kind
+        );
     }
 }
 
@@ -118,12 +151,18 @@ fn check(kind: Kind, first_pod: u16) {
     let own = stage.ask("a", a);
     stage.is(&own, "ok", Some(a));
     assert_eq!(own["listener"], "pod");
-    assert!(own["network_namespace"].is_u64() && own.get("pid").is_none(), "{own}");
+    assert!(
+        own["network_namespace"].is_u64() && own.get("pid").is_none(),
+        "{own}"
+    );
     stage.is(&stage.ask("b", b), "ok", Some(b));
 
     let stranger = stage.ask("a", b);
     stage.is(&stranger, "other_pod", Some(b));
-    assert_eq!((&stranger["network_namespace"], &stranger["uid"]), (&own["network_namespace"], &Value::from(0)));
+    assert_eq!(
+        (&stranger["network_namespace"], &stranger["uid"]),
+        (&own["network_namespace"], &Value::from(0))
+    );
     let intruder = stage.ask("a", &host);
     stage.is(&intruder, "not_a_pod", None);
     assert_eq!(intruder["network_namespace"], own["network_namespace"]);
@@ -131,7 +170,9 @@ fn check(kind: Kind, first_pod: u16) {
 
     // One who was there first keeps the pod from its own network as long as he lives, and no longer.
     stage.node.add("c");
-    await_some("it is listened in", PATIENCE, || (stage.daemon.metric("awsvid_pod_namespaces") == 3).then_some(()));
+    await_some("it is listened in", PATIENCE, || {
+        (stage.daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
+    });
     let first = Cgroup::of_pod(first_pod + 3);
     stage.is(&stage.ask("c", &first), "ok", Some(&first));
     stage.is(&stage.ask("c", a), "other_pod", Some(a));
@@ -141,8 +182,8 @@ fn check(kind: Kind, first_pod: u16) {
     stage.is(&stage.ask("c", b), "other_pod", Some(b));
 
     // What it names below its own container is nothing to go by: not even another pod's name.
-    let [pod, container] =
-        [b.path().parent().unwrap(), b.path()].map(|path| path.file_name().unwrap().to_str().unwrap());
+    let [pod, container] = [b.path().parent().unwrap(), b.path()]
+        .map(|path| path.file_name().unwrap().to_str().unwrap());
     let named = |outer: &Cgroup| {
         let place = format!("kubepods/besteffort/{pod}");
         fs::create_dir_all(outer.path().join(&place)).unwrap();
@@ -157,7 +198,13 @@ fn check(kind: Kind, first_pod: u16) {
     let misplaced = named(&elsewhere);
     let refused = stage.ask_by_file(&misplaced);
     stage.is(&refused, "misplaced_pod", None);
-    assert!(refused["cgroup"].as_str().unwrap().ends_with(&format!("{pod}/{container}")), "{refused}");
+    assert!(
+        refused["cgroup"]
+            .as_str()
+            .unwrap()
+            .ends_with(&format!("{pod}/{container}")),
+        "{refused}"
+    );
     chown(elsewhere.path(), Some(61001), None).unwrap();
     stage.is(&stage.ask_by_file(&misplaced), "delegated_cgroup", None);
     stage.is(&stage.ask("b", &misplaced), "delegated_cgroup", None);
@@ -165,7 +212,10 @@ fn check(kind: Kind, first_pod: u16) {
     // Over the unix socket a pod is known by its process.
     let by_file = stage.ask_by_file(b);
     stage.is(&by_file, "ok", Some(b));
-    assert!(by_file["pid"].is_u64() && by_file.get("network_namespace").is_none(), "{by_file}");
+    assert!(
+        by_file["pid"].is_u64() && by_file.get("network_namespace").is_none(),
+        "{by_file}"
+    );
 }
 
 #[test]

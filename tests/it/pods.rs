@@ -23,7 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const V4: &str = "127.0.0.1:974";
 const V6: &str = "[::1]:974";
 
-const RULE: &str = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
+const RULE: &str =
+    "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
 
 /// A daemon that serves every pod, by a rule that names all of their cgroups.
 struct Stage {
@@ -45,7 +46,10 @@ impl Stage {
     }
 
     /// The same, with what `listen` makes of the folder and the node.
-    fn set_with(before: impl FnOnce(&Node), listen: impl FnOnce(&Path, &Node) -> String) -> Option<Self> {
+    fn set_with(
+        before: impl FnOnce(&Node),
+        listen: impl FnOnce(&Path, &Node) -> String,
+    ) -> Option<Self> {
         if !root() {
             return None;
         }
@@ -53,7 +57,11 @@ impl Stage {
         let node = Node::start(folder.path());
         before(&node);
         let upstream = Upstream::start(&[(0, "pod")]);
-        let site = Site { node, upstream, folder };
+        let site = Site {
+            node,
+            upstream,
+            folder,
+        };
         let daemon = site.start(site.folder.path(), &listen(site.folder.path(), &site.node));
         Some(Self { daemon, site })
     }
@@ -69,12 +77,21 @@ impl Site {
     fn start(&self, folder: &Path, listen: &str) -> Daemon {
         let words = self.node.enter();
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        Daemon::start_behind(&words, folder, listen, &(self.upstream.configuration() + RULE)).ready()
+        Daemon::start_behind(
+            &words,
+            folder,
+            listen,
+            &(self.upstream.configuration() + RULE),
+        )
+        .ready()
     }
 
     /// One that takes over from another.
     fn next(&self, folder: &Path) -> Daemon {
-        self.start(folder, &handover::handing_over(self.folder.path(), &self.node))
+        self.start(
+            folder,
+            &handover::handing_over(self.folder.path(), &self.node),
+        )
     }
 
     /// Whether a process of a pod is answered here, as its first act.
@@ -85,9 +102,11 @@ impl Site {
 }
 
 fn await_namespaces(daemon: &Daemon, count: u64) {
-    await_some(&format!("{count} namespaces are listened in"), PATIENCE, || {
-        (daemon.metric("awsvid_pod_namespaces") == count).then_some(())
-    });
+    await_some(
+        &format!("{count} namespaces are listened in"),
+        PATIENCE,
+        || (daemon.metric("awsvid_pod_namespaces") == count).then_some(()),
+    );
 }
 
 /// Whether anybody listens there.
@@ -97,7 +116,9 @@ fn listens(node: &Node, name: &str, address: &str) -> bool {
 
 #[test]
 fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
-    let Some(stage) = Stage::set(|node| node.add("early")) else { return };
+    let Some(stage) = Stage::set(|node| node.add("early")) else {
+        return;
+    };
     let peers = [Peer::new(1), Peer::new(2)];
     assert_eq!(
         stage.daemon.metric("awsvid_pod_namespaces"),
@@ -105,24 +126,40 @@ fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
         "those that are there at the start come before it is ready"
     );
     for (i, peer) in peers.iter().enumerate() {
-        stage.site.node.add_with(&format!("cni-{i}"), |_| peer.make());
+        stage
+            .site
+            .node
+            .add_with(&format!("cni-{i}"), |_| peer.make());
     }
     stage.await_namespaces(3);
     for (i, name) in ["early", "cni-0", "cni-1"].into_iter().enumerate() {
         let cgroup = Cgroup::of_pod(u16::try_from(i).unwrap());
         for address in [V4, V6] {
-            assert!(stage.site.serves(name, &cgroup, address), "{name}, {address}");
+            assert!(
+                stage.site.serves(name, &cgroup, address),
+                "{name}, {address}"
+            );
         }
     }
     let asked = stage.daemon.audit();
-    let by_pods = asked.iter().filter(|record| record["listener"] == "pod").collect::<Vec<_>>();
+    let by_pods = asked
+        .iter()
+        .filter(|record| record["listener"] == "pod")
+        .collect::<Vec<_>>();
     assert_eq!(by_pods.len(), 6, "{asked:?}");
-    assert!(by_pods.iter().all(|record| record["spiffe_id"] == "spiffe://example.org/user/pod"), "{by_pods:?}");
+    assert!(
+        by_pods
+            .iter()
+            .all(|record| record["spiffe_id"] == "spiffe://example.org/user/pod"),
+        "{by_pods:?}"
+    );
     // A caller who was answered is remembered, for the next refresh. The namespace is not.
     for (i, peer) in peers.iter().enumerate() {
         assert!(peer.is_there());
         stage.site.node.remove(&format!("cni-{i}"));
-        await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+        await_some("the namespace is freed", PATIENCE, || {
+            (!peer.is_there()).then_some(())
+        });
     }
     stage.await_namespaces(1);
     stage.site.node.remove("early");
@@ -131,7 +168,9 @@ fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
 
 #[test]
 fn what_is_open_in_a_namespace_is_cut_when_its_file_goes() {
-    let Some(stage) = Stage::set(|_| {}) else { return };
+    let Some(stage) = Stage::set(|_| {}) else {
+        return;
+    };
     stage.site.node.add("a");
     stage.await_namespaces(1);
     let mut open = TcpStream::from(stage.site.node.connect("a", V4.parse().unwrap()).unwrap());
@@ -144,13 +183,19 @@ fn what_is_open_in_a_namespace_is_cut_when_its_file_goes() {
         Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
     }
     // Before the daemon would have given up waiting for a request.
-    assert!(cut.elapsed() < Duration::from_secs(4), "{:?}", cut.elapsed());
+    assert!(
+        cut.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        cut.elapsed()
+    );
     stage.await_namespaces(0);
 }
 
 #[test]
 fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
-    let Some(stage) = Stage::set(|node| node.add_own("host")) else { return };
+    let Some(stage) = Stage::set(|node| node.add_own("host")) else {
+        return;
+    };
     let peer = Peer::new(3);
     stage.site.node.add_own("host-too");
     stage.site.node.add_with("a", |_| peer.make());
@@ -169,10 +214,14 @@ fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
     stage.await_namespaces(1);
     // A listener that is killed is bound again by the file that is left.
     kill(&stage.site.node, "b");
-    await_some("the listener is back", PATIENCE, || listens(&stage.site.node, "b", V4).then_some(()));
+    await_some("the listener is back", PATIENCE, || {
+        listens(&stage.site.node, "b", V4).then_some(())
+    });
     assert!(peer.is_there());
     stage.site.node.remove("b");
-    await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+    await_some("the namespace is freed", PATIENCE, || {
+        (!peer.is_there()).then_some(())
+    });
 }
 
 /// In a DaemonSet the daemon has a network of its own. That of the node is for all who are on it (attack 5), whoever has
@@ -191,16 +240,31 @@ fn the_network_of_the_machine_is_no_pods() {
     words.extend(["nsenter", &network, "--"].map(str::to_owned));
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let upstream = Upstream::start(&[(0, "pod")]);
-    let daemon = Daemon::start_behind(&words, folder.path(), &node.listen(), &(upstream.configuration() + RULE));
+    let daemon = Daemon::start_behind(
+        &words,
+        folder.path(),
+        &node.listen(),
+        &(upstream.configuration() + RULE),
+    );
     daemon.await_line(&["/netns/node", "is the machine's own network"]);
     daemon.await_line(&["serving workloads in pods"]);
     assert!(listens(&node, "a", V4));
     let log = daemon.log();
-    assert_eq!(log.matches("listening in a pod's network namespace").count(), 1, "{log}");
+    assert_eq!(
+        log.matches("listening in a pod's network namespace")
+            .count(),
+        1,
+        "{log}"
+    );
     // Once, whatever comes after it.
     node.add("b");
-    await_some("the next one is listened in", PATIENCE, || listens(&node, "b", V4).then_some(()));
-    assert_eq!(daemon.log().matches("is the machine's own network").count(), 1);
+    await_some("the next one is listened in", PATIENCE, || {
+        listens(&node, "b", V4).then_some(())
+    });
+    assert_eq!(
+        daemon.log().matches("is the machine's own network").count(),
+        1
+    );
 }
 
 /// By a setting that no other network has, whatever the kernel.
@@ -214,18 +278,27 @@ fn is_in_the_machines_network() -> bool {
 
 /// What a pod with CAP_NET_ADMIN can do.
 fn kill(node: &Node, name: &str) {
-    let killed = node.inside(name, || Command::new("ss").args(["-K", "-lnt", "sport = :974"]).output().unwrap());
+    let killed = node.inside(name, || {
+        Command::new("ss")
+            .args(["-K", "-lnt", "sport = :974"])
+            .output()
+            .unwrap()
+    });
     let said = String::from_utf8_lossy(&killed.stdout).into_owned();
     assert!(said.contains(":974"), "{said}");
 }
 
 #[test]
 fn a_listener_that_its_pod_kills_comes_back() {
-    let Some(stage) = Stage::set(|node| node.add("a")) else { return };
+    let Some(stage) = Stage::set(|node| node.add("a")) else {
+        return;
+    };
     let cgroup = Cgroup::of_pod(10);
     kill(&stage.site.node, "a");
     for address in [V4, V6] {
-        await_some("the listener is back", PATIENCE, || listens(&stage.site.node, "a", address).then_some(()));
+        await_some("the listener is back", PATIENCE, || {
+            listens(&stage.site.node, "a", address).then_some(())
+        });
         assert!(stage.site.serves("a", &cgroup, address), "{address}");
     }
     let log = stage.daemon.log();
@@ -234,29 +307,61 @@ fn a_listener_that_its_pod_kills_comes_back() {
 
 #[test]
 fn a_port_that_is_taken_is_waited_for() {
-    let Some(stage) = Stage::set(|_| {}) else { return };
+    let Some(stage) = Stage::set(|_| {}) else {
+        return;
+    };
     let mut taken: Option<TcpListener> = None;
-    stage.site.node.add_with("taken", |_| taken = Some(TcpListener::bind(V4).unwrap()));
+    stage
+        .site
+        .node
+        .add_with("taken", |_| taken = Some(TcpListener::bind(V4).unwrap()));
     stage.site.node.add("other");
     stage.await_namespaces(2);
     let (cgroup, other) = (Cgroup::of_pod(11), Cgroup::of_pod(12));
     assert!(stage.site.serves("other", &other, V4) && stage.site.serves("taken", &cgroup, V6));
-    let pod = cgroup.path().parent().unwrap().file_name().unwrap().to_str().unwrap().trim_start_matches("pod");
-    stage.daemon.await_line(&["/netns/taken", "is the network of the pod", pod]);
-    stage.daemon.await_line(&["port 974 is taken", "/netns/taken"]);
+    let pod = cgroup
+        .path()
+        .parent()
+        .unwrap()
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .trim_start_matches("pod");
+    stage
+        .daemon
+        .await_line(&["/netns/taken", "is the network of the pod", pod]);
+    stage
+        .daemon
+        .await_line(&["port 974 is taken", "/netns/taken"]);
     drop(taken);
     stage.daemon.await_line(&["/netns/taken", "is free now"]);
     assert!(stage.site.serves("taken", &cgroup, V4));
-    assert_eq!(stage.daemon.log().matches("port 974 is taken in").count(), 1, "it is said once, whatever is tried");
-    assert_eq!(stage.daemon.metric("awsvid_pod_namespaces_failed_total{reason=\"port_taken\"}"), 1);
+    assert_eq!(
+        stage.daemon.log().matches("port 974 is taken in").count(),
+        1,
+        "it is said once, whatever is tried"
+    );
+    assert_eq!(
+        stage
+            .daemon
+            .metric("awsvid_pod_namespaces_failed_total{reason=\"port_taken\"}"),
+        1
+    );
 }
 
 #[test]
 fn pods_may_have_one_family_alone() {
-    let Some(stage) = Stage::set(|_| {}) else { return };
-    stage.site.node.add_with("v4", |_| fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap());
+    let Some(stage) = Stage::set(|_| {}) else {
+        return;
+    };
+    stage.site.node.add_with("v4", |_| {
+        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap()
+    });
     stage.site.node.add("v6");
-    stage.site.node.inside("v6", || ip(&["address", "delete", "127.0.0.1/8", "dev", "lo"]));
+    stage.site.node.inside("v6", || {
+        ip(&["address", "delete", "127.0.0.1/8", "dev", "lo"])
+    });
     stage.await_namespaces(2);
     let (v4, v6) = (Cgroup::of_pod(13), Cgroup::of_pod(14));
     assert!(stage.site.serves("v4", &v4, V4) && stage.site.serves("v6", &v6, V6));
@@ -266,7 +371,9 @@ fn pods_may_have_one_family_alone() {
 
 #[test]
 fn the_directory_may_come_later_and_be_another_one() {
-    let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else { return };
+    let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else {
+        return;
+    };
     stage.daemon.await_line(&["pods_dir", "is not there"]);
     fs::create_dir(stage.site.node.directory()).unwrap();
     stage.site.node.add("a");
@@ -291,44 +398,81 @@ fn the_directory_may_come_later_and_be_another_one() {
         .unwrap();
     });
     stage.site.node.add("c");
-    await_some("the new one is listened in", PATIENCE, || listens(&stage.site.node, "c", V4).then_some(()));
+    await_some("the new one is listened in", PATIENCE, || {
+        listens(&stage.site.node, "c", V4).then_some(())
+    });
 }
 
 #[test]
 fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
-    let Some(stage) = Stage::set(|_| {}) else { return };
+    let Some(stage) = Stage::set(|_| {}) else {
+        return;
+    };
     // What a daemon sees whose mounts are not the host's: files without namespaces.
     for name in ["x", "y"] {
         fs::File::create_new(stage.site.node.path(name)).unwrap();
     }
-    stage.daemon.await_line(&["mountPropagation: HostToContainer"]);
+    stage
+        .daemon
+        .await_line(&["mountPropagation: HostToContainer"]);
     await_some("both are counted", PATIENCE, || {
-        let counted = stage.daemon.metric("awsvid_pod_namespaces_failed_total{reason=\"not_mounted\"}");
+        let counted = stage
+            .daemon
+            .metric("awsvid_pod_namespaces_failed_total{reason=\"not_mounted\"}");
         (counted == 2).then_some(())
     });
-    assert_eq!(stage.daemon.log().matches("mountPropagation").count(), 1, "for all of them together");
+    assert_eq!(
+        stage.daemon.log().matches("mountPropagation").count(),
+        1,
+        "for all of them together"
+    );
 
     let folder = folder();
     let words = ["setpriv", "--bounding-set", "-sys_admin"];
     let configuration = stage.site.upstream.configuration() + RULE;
-    let (status, log) = Daemon::refused_with(&words, folder.path(), &stage.site.node.listen(), &configuration);
+    let (status, log) = Daemon::refused_with(
+        &words,
+        folder.path(),
+        &stage.site.node.listen(),
+        &configuration,
+    );
     assert_eq!(status, Some(78), "{log}");
-    assert!(log.contains("add SYS_ADMIN to the container's securityContext.capabilities.add"), "{log}");
+    assert!(
+        log.contains("add SYS_ADMIN to the container's securityContext.capabilities.add"),
+        "{log}"
+    );
 }
 
 /// containerd sets it with the pod's first container, when the namespace has long been mounted.
 #[test]
 fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
-    let Some(stage) = Stage::set(|node| node.add("guarded")) else { return };
+    let Some(stage) = Stage::set(|node| node.add("guarded")) else {
+        return;
+    };
     for name in ["open", "open-too"] {
         stage.site.node.add(name);
-        stage.site.node.inside(name, || fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "974").unwrap());
+        stage.site.node.inside(name, || {
+            fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "974").unwrap()
+        });
     }
-    let line = stage.daemon.await_line(&["any user of a pod can take port 974", "enable_unprivileged_ports = false"]);
-    assert!(line.contains("ip_unprivileged_port_start is 974 in ") && line.contains("/open"), "{line}");
+    let line = stage.daemon.await_line(&[
+        "any user of a pod can take port 974",
+        "enable_unprivileged_ports = false",
+    ]);
+    assert!(
+        line.contains("ip_unprivileged_port_start is 974 in ") && line.contains("/open"),
+        "{line}"
+    );
     stage.site.node.add("last");
     stage.await_namespaces(4);
-    assert_eq!(stage.daemon.log().matches("any user of a pod can take port 974").count(), 1);
+    assert_eq!(
+        stage
+            .daemon
+            .log()
+            .matches("any user of a pod can take port 974")
+            .count(),
+        1
+    );
 }
 
 /// From the start of the process, and from the mount, until each of so many namespaces is listened in.
@@ -366,7 +510,13 @@ fn many_namespaces_are_listened_in_soon() {
     eprintln!("one more: listened in at most {longest:?} after the mount");
     // Each loop accepts, however many others wait: the test's own process is no pod's, and is told so.
     for (name, address) in names.iter().flat_map(|name| [(name, V4), (name, V6)]) {
-        let mut stream = TcpStream::from(stage.site.node.connect(name, address.parse().unwrap()).unwrap());
+        let mut stream = TcpStream::from(
+            stage
+                .site
+                .node
+                .connect(name, address.parse().unwrap())
+                .unwrap(),
+        );
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         assert_eq!(ask(&mut stream).0, 403, "{name}, {address}");
     }
@@ -376,7 +526,13 @@ fn many_namespaces_are_listened_in_soon() {
     names.iter().for_each(|name| stage.site.node.remove(name));
     stage.await_namespaces(10);
     let gone = await_some("all are freed", PATIENCE, || {
-        peers.iter().all(|peer| !peer.is_there()).then(|| stage.daemon.descriptors())
+        peers
+            .iter()
+            .all(|peer| !peer.is_there())
+            .then(|| stage.daemon.descriptors())
     });
-    assert!(gone + 3 * names.len() <= before + 8, "{before} descriptors, then {gone}");
+    assert!(
+        gone + 3 * names.len() <= before + 8,
+        "{before} descriptors, then {gone}"
+    );
 }

@@ -15,23 +15,45 @@ use crate::harness::daemon::Daemon;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// curl as this user and group, in this cgroup, over the listener.
-fn ask(daemon: &Daemon, listener: &str, (uid, gid, groups): (u32, u32, &str), cgroup: Option<&Cgroup>) -> Value {
+fn ask(
+    daemon: &Daemon,
+    listener: &str,
+    (uid, gid, groups): (u32, u32, &str),
+    cgroup: Option<&Cgroup>,
+) -> Value {
     let unix = daemon.unix();
     let target = match listener {
-        "unix" => format!("--unix-socket {} http://localhost/v1/credentials", unix.display()),
+        "unix" => format!(
+            "--unix-socket {} http://localhost/v1/credentials",
+            unix.display()
+        ),
         "tcp" => daemon.uri(),
         _ => format!("http://{}/v1/credentials", daemon.tcp6()),
     };
-    let enter = cgroup.map_or(String::new(), |cgroup| format!("echo 0 > {}/cgroup.procs && ", cgroup.path().display()));
-    let groups = if groups.is_empty() { "--clear-groups".to_owned() } else { format!("--groups {groups}") };
-    let script =
-        format!("{enter}exec setpriv --reuid {uid} --regid {gid} {groups} curl -sS -g -H 'Authorization: x' {target}");
+    let enter = cgroup.map_or(String::new(), |cgroup| {
+        format!("echo 0 > {}/cgroup.procs && ", cgroup.path().display())
+    });
+    let groups = if groups.is_empty() {
+        "--clear-groups".to_owned()
+    } else {
+        format!("--groups {groups}")
+    };
+    let script = format!(
+        "{enter}exec setpriv --reuid {uid} --regid {gid} {groups} curl -sS -g -H 'Authorization: x' {target}"
+    );
     let before = daemon.audit().len();
     let mut command = Command::new("sh");
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .args(["-c", &script]);
     let body = run(command, b"", PATIENCE).success(&script);
     serde_json::from_str::<Value>(&body).expect("an answer in JSON");
-    daemon.audit_after(before).into_iter().find(|record| record["uid"] == uid).expect("the request's record")
+    daemon
+        .audit_after(before)
+        .into_iter()
+        .find(|record| record["uid"] == uid)
+        .expect("the request's record")
 }
 
 fn daemon(folder: &Path, rules: &str) -> Daemon {
@@ -79,17 +101,35 @@ gid = 51009
     let below = plain.below("below");
     let elsewhere = Cgroup::new("elsewhere");
     for listener in LISTENERS {
-        for (uid, cgroup, id) in [(51005, &unit, "unit"), (51006, &below, "cgroup"), (51001, &elsewhere, "user")] {
+        for (uid, cgroup, id) in [
+            (51005, &unit, "unit"),
+            (51006, &below, "cgroup"),
+            (51001, &elsewhere, "user"),
+        ] {
             let record = ask(&daemon, listener, (uid, uid, ""), Some(cgroup));
-            assert_eq!(record["spiffe_id"], format!("spiffe://example.org/{id}"), "{listener} {record}");
+            assert_eq!(
+                record["spiffe_id"],
+                format!("spiffe://example.org/{id}"),
+                "{listener} {record}"
+            );
             // On TCP nothing else was looked at where the rule names the place: there was no search.
-            assert_eq!(record["pid"].is_null(), listener != "unix" && id != "user", "{listener} {record}");
+            assert_eq!(
+                record["pid"].is_null(),
+                listener != "unix" && id != "user",
+                "{listener} {record}"
+            );
         }
         let record = ask(&daemon, listener, (51007, 51007, ""), Some(&elsewhere));
-        assert_eq!((&record["reason"], record["pid"].is_null()), (&"no_identity".into(), listener != "unix"));
+        assert_eq!(
+            (&record["reason"], record["pid"].is_null()),
+            (&"no_identity".into(), listener != "unix")
+        );
         // A rule by group does need the process.
         let record = ask(&daemon, listener, (51002, 51009, ""), Some(&elsewhere));
-        assert_eq!(record["spiffe_id"], "spiffe://example.org/group", "{listener} {record}");
+        assert_eq!(
+            record["spiffe_id"], "spiffe://example.org/group",
+            "{listener} {record}"
+        );
         assert!(record["pid"].is_number());
         let record = ask(&daemon, listener, (51002, 51008, "51009"), Some(&elsewhere));
         assert_eq!(record["reason"], "no_identity", "{listener} {record}");
@@ -118,7 +158,11 @@ fn groups_and_executables_are_those_of_the_process() {
             ((52003, 1, ""), "no_identity"),
         ] {
             let record = ask(&daemon, listener, who, None);
-            let got = if record["spiffe_id"].is_null() { &record["reason"] } else { &record["spiffe_id"] };
+            let got = if record["spiffe_id"].is_null() {
+                &record["reason"]
+            } else {
+                &record["spiffe_id"]
+            };
             assert_eq!(got, expected, "{listener} {who:?} {record}");
             assert!(record["pid"].is_number());
         }
@@ -142,12 +186,24 @@ fn a_user_of_the_host_is_not_that_user_in_a_container() {
     for listener in LISTENERS {
         let reason = |uid, cgroup| {
             let record = ask(&daemon, listener, (uid, uid, ""), Some(cgroup));
-            record["spiffe_id"].as_str().or(record["reason"].as_str()).unwrap().to_owned()
+            record["spiffe_id"]
+                .as_str()
+                .or(record["reason"].as_str())
+                .unwrap()
+                .to_owned()
         };
-        assert_eq!(reason(53001, &host), "spiffe://example.org/host", "{listener}");
+        assert_eq!(
+            reason(53001, &host),
+            "spiffe://example.org/host",
+            "{listener}"
+        );
         assert_eq!(reason(53001, &container), "no_identity", "{listener}");
         // A rule that names the container's own cgroup means it.
-        assert_eq!(reason(53002, &container), "spiffe://example.org/named", "{listener}");
+        assert_eq!(
+            reason(53002, &container),
+            "spiffe://example.org/named",
+            "{listener}"
+        );
         assert_eq!(reason(53002, &host), "no_identity", "{listener}");
     }
 }

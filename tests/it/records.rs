@@ -22,7 +22,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 fn rule() -> String {
     let uid = nix::unistd::geteuid().as_raw();
-    format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}", own_rule())
+    format!(
+        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
+        own_rule()
+    )
 }
 
 fn upstream() -> Upstream {
@@ -56,7 +59,11 @@ fn readers_that_have_stopped_stop_nothing() {
         fs::write(&config, text).unwrap();
         let ((mut log, stderr), (mut audit, stdout)) = (full_pipe(), full_pipe());
         let mut command = Command::new(PROGRAM);
-        command.env_clear().args(["serve", "--config"]).arg(&config).stdin(Stdio::null());
+        command
+            .env_clear()
+            .args(["serve", "--config"])
+            .arg(&config)
+            .stdin(Stdio::null());
         let mut daemon = spawn({
             command.stdout(stdout).stderr(stderr);
             command
@@ -88,25 +95,42 @@ fn readers_that_have_stopped_stop_nothing() {
             })
         });
         kill(daemon.id(), Signal::SIGTERM).unwrap();
-        let status = daemon.wait(PATIENCE).expect("it ends, whether anybody reads or not");
+        let status = daemon
+            .wait(PATIENCE)
+            .expect("it ends, whether anybody reads or not");
         assert!(status.success(), "{status}");
         let Some(reading) = reading else { continue };
         let [log, audit]: [Vec<Value>; 2] = reading.map(|thread| thread.join().unwrap());
         for message in ["serving workloads", "ready", "ending"] {
-            let has = |line: &Value| line["message"].as_str().is_some_and(|text| text.starts_with(message));
+            let has = |line: &Value| {
+                line["message"]
+                    .as_str()
+                    .is_some_and(|text| text.starts_with(message))
+            };
             assert!(log.iter().any(has), "{message} in {log:?}");
         }
         let issued = audit.iter().filter(|record| record["outcome"] == "issued");
-        assert_eq!(issued.map(|record| record["repeated"].as_u64().unwrap_or(1)).sum::<u64>(), 500);
+        assert_eq!(
+            issued
+                .map(|record| record["repeated"].as_u64().unwrap_or(1))
+                .sum::<u64>(),
+            500
+        );
     }
 }
 
 /// How many requests these records stand for. One line may be broken.
 fn sum(text: &str) -> u64 {
     let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
-    let records: Vec<Value> = lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let records: Vec<Value> = lines
+        .iter()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
     assert!(lines.len() - records.len() <= 1, "{text}");
-    records.iter().map(|record| record["repeated"].as_u64().unwrap_or(1)).sum()
+    records
+        .iter()
+        .map(|record| record["repeated"].as_u64().unwrap_or(1))
+        .sum()
 }
 
 #[test]
@@ -118,16 +142,31 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
     let small = folder.path().join("small");
     fs::create_dir(&small).unwrap();
     let upstream = upstream();
-    let script = format!("mount -t tmpfs -o size=128k awsvid {} && exec \"$@\"", small.display());
-    let words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", &script, "sh"];
+    let script = format!(
+        "mount -t tmpfs -o size=128k awsvid {} && exec \"$@\"",
+        small.display()
+    );
+    let words = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        &script,
+        "sh",
+    ];
     let configuration = upstream.configuration() + &rule();
     let mut daemon = Daemon::start_behind(&words, folder.path(), "", &configuration).ready();
-    let inside = |path: &Path| PathBuf::from(format!("/proc/{}/root{}", daemon.pid(), path.display()));
+    let inside =
+        |path: &Path| PathBuf::from(format!("/proc/{}/root{}", daemon.pid(), path.display()));
     let (file, filler) = (small.join("audit.log"), small.join("filler"));
     let audit = daemon.text();
     let (before, after) = audit.split_once("[audit]\n").unwrap();
     let rest = after.split_once('\n').unwrap().1;
-    assert!(daemon.reload_text(&format!("{before}[audit]\nrequired = true\nfile = {file:?}\n{rest}")));
+    assert!(daemon.reload_text(&format!(
+        "{before}[audit]\nrequired = true\nfile = {file:?}\n{rest}"
+    )));
     let listeners = ["unix", "tcp", "tcp6"];
     let answer = |listener: &str| match listener {
         "unix" => ask(UnixStream::connect(daemon.unix()).unwrap()),
@@ -147,7 +186,11 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
         });
         for _ in 0..20 {
             let (status, body) = answer(listener);
-            assert_eq!((status, &body["code"]), (503, &"not_audited".into()), "over {listener}");
+            assert_eq!(
+                (status, &body["code"]),
+                (503, &"not_audited".into()),
+                "over {listener}"
+            );
         }
     }
     daemon.await_line(&["an audit record cannot be written", "No space left"]);
@@ -164,12 +207,30 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
         .filter(|line| line.starts_with("awsvid_requests_total{"))
         .map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
         .sum();
-    assert!(daemon.metric("awsvid_requests_total{listener=\"unix\",outcome=\"failed\",reason=\"not_audited\"}") >= 21);
+    assert!(
+        daemon.metric(
+            "awsvid_requests_total{listener=\"unix\",outcome=\"failed\",reason=\"not_audited\"}"
+        ) >= 21
+    );
     let file = fs::File::open(inside(&file)).unwrap();
     daemon.process().signal(Signal::SIGTERM);
-    assert!(daemon.process().owned().wait(PATIENCE).expect("it ends").success());
-    let [first, second] = [fs::read_to_string(folder.path().join("audit.log")), std::io::read_to_string(file)];
+    assert!(
+        daemon
+            .process()
+            .owned()
+            .wait(PATIENCE)
+            .expect("it ends")
+            .success()
+    );
+    let [first, second] = [
+        fs::read_to_string(folder.path().join("audit.log")),
+        std::io::read_to_string(file),
+    ];
     let (first, second) = (first.unwrap(), second.unwrap());
     assert_eq!(sum(&first) + sum(&second), requests, "{first}\n{second}");
-    assert_eq!(second.matches("\"outcome\":\"lost\"").count(), 1, "{second}");
+    assert_eq!(
+        second.matches("\"outcome\":\"lost\"").count(),
+        1,
+        "{second}"
+    );
 }

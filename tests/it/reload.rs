@@ -35,7 +35,11 @@ impl Stage {
         let upstream = Upstream::start(&[(nix::unistd::getuid().as_raw(), "me")]);
         let gate = Gate::start(&folder.path().join("gate.sock"), &upstream.socket());
         gate.set_open(true);
-        Self { gate, upstream, folder }
+        Self {
+            gate,
+            upstream,
+            folder,
+        }
     }
 
     fn start(&self, configuration: &str) -> Daemon {
@@ -44,7 +48,9 @@ impl Stage {
 
     /// Everything but rules: the role with this added to it.
     fn role(&self, more: &str) -> String {
-        let configuration = self.upstream.configuration_at(&self.folder.path().join("gate.sock"));
+        let configuration = self
+            .upstream
+            .configuration_at(&self.folder.path().join("gate.sock"));
         assert!(configuration.contains("[[role]]\n"));
         configuration.replace("[[role]]\n", &format!("[[role]]\n{more}\n"))
     }
@@ -61,7 +67,10 @@ impl Stage {
 }
 
 fn rule(uid: u32) -> String {
-    format!("\n[[workload]]\nspiffe_id = \"{ID}\"\nuid = {uid}\n{}", own_rule())
+    format!(
+        "\n[[workload]]\nspiffe_id = \"{ID}\"\nuid = {uid}\n{}",
+        own_rule()
+    )
 }
 
 fn unix(daemon: &Daemon) -> UnixStream {
@@ -84,7 +93,9 @@ fn refusal(daemon: &Daemon) -> String {
 /// How long the credentials in an answer are good for.
 fn lifetime(body: &Value) -> Duration {
     let expiration = humantime::parse_rfc3339(body["Expiration"].as_str().unwrap()).unwrap();
-    expiration.duration_since(SystemTime::now()).unwrap_or_default()
+    expiration
+        .duration_since(SystemTime::now())
+        .unwrap_or_default()
 }
 
 #[test]
@@ -109,7 +120,10 @@ fn a_narrowed_role_leaves_nothing_of_the_wide_one() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let mut seen = HashSet::from([key(&daemon)]);
-    let policies = [r#"policy = '{"Statement": []}'"#, r#"policy_arns = ["arn:aws:iam::aws:policy/ReadOnlyAccess"]"#];
+    let policies = [
+        r#"policy = '{"Statement": []}'"#,
+        r#"policy_arns = ["arn:aws:iam::aws:policy/ReadOnlyAccess"]"#,
+    ];
     for more in policies {
         assert!(daemon.reload("", &stage.with_rule(more)));
         assert!(seen.insert(key(&daemon)), "{more}: an old key");
@@ -117,7 +131,10 @@ fn a_narrowed_role_leaves_nothing_of_the_wide_one() {
     // An ARN that this STS does not know: refused there, and not served from before.
     let other = stage.with_rule("").replace("role/dev", "role/other");
     assert!(daemon.reload("", &other));
-    assert!(refusal(&daemon).starts_with("sts_"), "STS was asked about the other ARN");
+    assert!(
+        refusal(&daemon).starts_with("sts_"),
+        "STS was asked about the other ARN"
+    );
     // The way back is not the way to what was cached then.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert!(seen.insert(key(&daemon)), "an old key");
@@ -131,7 +148,11 @@ fn a_request_under_way_is_answered_by_the_new_configuration() {
     let wait = || {
         stage.gate.set_open(false);
         let came = stage.gate.came();
-        let waiting = [send(unix(&daemon)), send(unix(&daemon)), send(unix(&daemon))];
+        let waiting = [
+            send(unix(&daemon)),
+            send(unix(&daemon)),
+            send(unix(&daemon)),
+        ];
         stage.gate.await_came(came + 1);
         waiting
     };
@@ -141,7 +162,10 @@ fn a_request_under_way_is_answered_by_the_new_configuration() {
     for mut stream in waiting {
         let (status, body) = answer(&mut stream);
         assert_eq!(status, 200, "{body}");
-        assert!(lifetime(&body) <= Duration::from_secs(15 * 60), "a session of the old role: {body}");
+        assert!(
+            lifetime(&body) <= Duration::from_secs(15 * 60),
+            "a session of the old role: {body}"
+        );
     }
     // Nothing is cached for this one yet.
     assert!(daemon.reload("", &stage.with_rule("duration = \"1h\"")));
@@ -151,10 +175,17 @@ fn a_request_under_way_is_answered_by_the_new_configuration() {
     stage.gate.set_open(true);
     for mut stream in waiting {
         let (status, body) = answer(&mut stream);
-        assert_eq!((status, &body["code"]), (403, &Value::from("no_identity")), "{body}");
+        assert_eq!(
+            (status, &body["code"]),
+            (403, &Value::from("no_identity")),
+            "{body}"
+        );
     }
     for record in &daemon.audit()[asked..] {
-        assert!(record["access_key_id"].is_null() && record["role_arn"].is_null(), "{record}");
+        assert!(
+            record["access_key_id"].is_null() && record["role_arn"].is_null(),
+            "{record}"
+        );
     }
 }
 
@@ -172,13 +203,20 @@ fn a_configuration_with_errors_changes_nothing() {
     let log = daemon.log();
     let rule = 1 + good.lines().position(|line| line.contains(ID)).unwrap();
     for line in [rule, lines + 1, lines + 3] {
-        assert!(log.contains(&format!("awsvid.toml:{line}: ")), "line {line} in:\n{log}");
+        assert!(
+            log.contains(&format!("awsvid.toml:{line}: ")),
+            "line {line} in:\n{log}"
+        );
     }
     // What only shows when it is used: a file that can't be opened.
     let wrong = daemon.text().replace("spiffe:/wrong", ID);
     assert_ne!(wrong, good);
     assert!(
-        !daemon.reload_text(&good.replace("audit.log", "missing/audit.log").replace(ID, "spiffe://example.org/user/x"))
+        !daemon.reload_text(
+            &good
+                .replace("audit.log", "missing/audit.log")
+                .replace(ID, "spiffe://example.org/user/x")
+        )
     );
     assert!(daemon.log().contains("missing/audit.log"));
     assert_eq!(key(&daemon), before);
@@ -192,10 +230,19 @@ fn a_configuration_with_errors_changes_nothing() {
 
 /// SIGHUP without a file.
 fn daemon_reads_nothing(daemon: &Daemon) {
-    let count = || daemon.log().matches("the configuration was not reloaded").count();
+    let count = || {
+        daemon
+            .log()
+            .matches("the configuration was not reloaded")
+            .count()
+    };
     let before = count();
     daemon.hang_up();
-    await_some("the daemon has looked for its configuration", PATIENCE, || (count() > before).then_some(()));
+    await_some(
+        "the daemon has looked for its configuration",
+        PATIENCE,
+        || (count() > before).then_some(()),
+    );
 }
 
 #[test]
@@ -203,21 +250,38 @@ fn what_is_listened_on_stays_and_the_rest_takes_effect() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.without_rule());
     let socket = daemon.unix();
-    let text =
-        daemon.text().replace("tcp = [\"127.0.0.1:0", "tcp = [\"127.0.0.1:1").replace("awsvid.sock", "other.sock");
+    let text = daemon
+        .text()
+        .replace("tcp = [\"127.0.0.1:0", "tcp = [\"127.0.0.1:1")
+        .replace("awsvid.sock", "other.sock");
     let text = text.replace("uid = 54321", &format!("uid = {}", nix::unistd::getuid()));
-    let text = text.replace("token_file = ", "max_connections_per_workload = 7\ntoken_file = ");
+    let text = text.replace(
+        "token_file = ",
+        "max_connections_per_workload = 7\ntoken_file = ",
+    );
     assert!(daemon.reload_text(&text));
     let log = daemon.log();
-    assert!(log.contains("[listen] unix, tcp, max_connections_per_workload: "), "{log}");
-    assert!(log.contains("takes effect when awsvid is started again"), "{log}");
+    assert!(
+        log.contains("[listen] unix, tcp, max_connections_per_workload: "),
+        "{log}"
+    );
+    assert!(
+        log.contains("takes effect when awsvid is started again"),
+        "{log}"
+    );
     assert!(socket.exists() && !socket.with_file_name("other.sock").exists());
     key(&daemon);
     assert_eq!(ask(TcpStream::connect(daemon.tcp()).unwrap()).0, 200);
     assert_eq!(ask(TcpStream::connect(daemon.tcp6()).unwrap()).0, 200);
     // The same again, as at the start: there is nothing to be told.
     assert!(daemon.reload("", &stage.with_rule("")));
-    assert_eq!(daemon.log().matches("takes effect when awsvid is started again").count(), 1);
+    assert_eq!(
+        daemon
+            .log()
+            .matches("takes effect when awsvid is started again")
+            .count(),
+        1
+    );
 }
 
 #[test]
@@ -225,7 +289,10 @@ fn the_audit_file_is_opened_anew() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let first = key(&daemon);
-    let (current, rotated) = (stage.folder.path().join("audit.log"), stage.folder.path().join("audit.log.1"));
+    let (current, rotated) = (
+        stage.folder.path().join("audit.log"),
+        stage.folder.path().join("audit.log.1"),
+    );
     fs::rename(&current, &rotated).unwrap();
     // Until it is told, the daemon writes to the file that it has open.
     key(&daemon);
@@ -240,7 +307,13 @@ fn the_audit_file_is_opened_anew() {
     let elsewhere = stage.folder.path().join("elsewhere.log");
     assert!(daemon.reload_text(&daemon.text().replace("audit.log", "elsewhere.log")));
     key(&daemon);
-    assert_eq!((daemon.audit().len(), fs::read_to_string(elsewhere).unwrap().lines().count()), (1, 1));
+    assert_eq!(
+        (
+            daemon.audit().len(),
+            fs::read_to_string(elsewhere).unwrap().lines().count()
+        ),
+        (1, 1)
+    );
 }
 
 #[test]
@@ -248,21 +321,32 @@ fn the_log_changes_its_level_and_format() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let text = daemon.text();
-    let quiet = text.replace("awsvid=debug,info", "warn").replace("format = \"json\"", "format = \"text\"");
+    let quiet = text
+        .replace("awsvid=debug,info", "warn")
+        .replace("format = \"json\"", "format = \"text\"");
     let since = daemon.log().len();
     // The only thing that it says at this level: that the rule needs a role.
     let quiet = quiet + "\n[[workload]]\nspiffe_id = \"spiffe://other.example/x\"\nuid = 54321\n";
     daemon.write_and_hang_up(&quiet);
     let said = await_some("a warning", PATIENCE, || {
         let log = daemon.log();
-        log[since..].contains("no role is for spiffe://other.example/x").then(|| log[since..].to_owned())
+        log[since..]
+            .contains("no role is for spiffe://other.example/x")
+            .then(|| log[since..].to_owned())
     });
     assert!(said.lines().last().unwrap().contains(" WARN "), "{said}");
     assert!(!daemon.reload_text(&quiet.replace("[listen]", "[lisen]")));
-    assert!(!daemon.log()[since..].contains("was reloaded"), "{}", &daemon.log()[since..]);
+    assert!(
+        !daemon.log()[since..].contains("was reloaded"),
+        "{}",
+        &daemon.log()[since..]
+    );
     assert!(daemon.reload_text(&text));
     let log = daemon.log();
-    assert!(serde_json::from_str::<Value>(log.lines().last().unwrap()).is_ok(), "{log}");
+    assert!(
+        serde_json::from_str::<Value>(log.lines().last().unwrap()).is_ok(),
+        "{log}"
+    );
 }
 
 #[test]
@@ -271,7 +355,10 @@ fn a_daemon_that_is_not_ready_becomes_so_by_another_configuration() {
     let wrong = stage.with_rule("").replace("gate.sock", "nobody.sock");
     let daemon = Daemon::start(stage.folder.path(), "", &wrong);
     await_some("it says what is missing", PATIENCE, || {
-        daemon.log().contains("not ready: the identity source").then_some(())
+        daemon
+            .log()
+            .contains("not ready: the identity source")
+            .then_some(())
     });
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     assert!(daemon.reload("", &stage.with_rule("")));
@@ -298,13 +385,27 @@ fn nobody_sees_an_error_during_fifty_reloads() {
         for round in 0..50 {
             // The role is another one than before, the rules are others, and the file is a new one.
             let minutes = 15 + round % 5;
-            let more = if round % 2 == 0 { rule(54321).replace("/me", "/x") } else { String::new() };
+            let more = if round % 2 == 0 {
+                rule(54321).replace("/me", "/x")
+            } else {
+                String::new()
+            };
             let _ = fs::remove_file(stage.folder.path().join("audit.log"));
             let before = askers.each_ref().map(Asker::count);
-            assert!(daemon.reload("", &(stage.with_rule(&format!("duration = \"{minutes}m\"")) + &more)));
+            assert!(daemon.reload(
+                "",
+                &(stage.with_rule(&format!("duration = \"{minutes}m\"")) + &more)
+            ));
             await_some("everybody is answered", PATIENCE, || {
-                assert!(!running.iter().any(|asker| asker.is_finished()), "one has seen an error");
-                askers.iter().zip(before).all(|(asker, before)| asker.count() > before + 1).then_some(())
+                assert!(
+                    !running.iter().any(|asker| asker.is_finished()),
+                    "one has seen an error"
+                );
+                askers
+                    .iter()
+                    .zip(before)
+                    .all(|(asker, before)| asker.count() > before + 1)
+                    .then_some(())
             });
         }
     });

@@ -29,32 +29,55 @@ impl Secrets {
                 .flat_map(|part| part.as_bytes().windows(PART))
                 .any(|piece| text.as_bytes().windows(PART).any(|found| found == piece))
         };
-        self.0.iter().filter(|(_, secret)| is_in(secret)).map(|(what, _)| *what).collect()
+        self.0
+            .iter()
+            .filter(|(_, secret)| is_in(secret))
+            .map(|(what, _)| *what)
+            .collect()
     }
 }
 
 #[test]
 fn only_credential_process_prints_one() {
     let folder = folder();
-    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else { return };
+    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
+        return;
+    };
     let given: Value = serde_json::from_str(&world.curl(1001).1).unwrap();
     let config = folder.path().join("awsvid.toml");
     let config = config.to_str().unwrap();
-    let own = ["OwnKeyOfTheEnvironment0123456789", "OwnKeyOfTheProfile0123456789", "PasswordOfTheProxy0123456789"];
+    let own = [
+        "OwnKeyOfTheEnvironment0123456789",
+        "OwnKeyOfTheProfile0123456789",
+        "PasswordOfTheProxy0123456789",
+    ];
     let mut secrets = Secrets(vec![
-        ("secret key", given["SecretAccessKey"].as_str().unwrap().to_owned()),
+        (
+            "secret key",
+            given["SecretAccessKey"].as_str().unwrap().to_owned(),
+        ),
         ("session token", given["Token"].as_str().unwrap().to_owned()),
         ("JWT-SVID", world.spire.fetch_jwt(minio::AUDIENCE)),
-        ("token file", fs::read_to_string(folder.path().join("token")).unwrap()),
+        (
+            "token file",
+            fs::read_to_string(folder.path().join("token")).unwrap(),
+        ),
     ]);
-    secrets
-        .0
-        .extend(["key in the environment", "key in a profile", "password"].into_iter().zip(own.map(str::to_owned)));
+    secrets.0.extend(
+        ["key in the environment", "key in a profile", "password"]
+            .into_iter()
+            .zip(own.map(str::to_owned)),
+    );
 
     let ask = |arguments: &[&str]| -> Output {
         let mut command = Command::new(PROGRAM);
-        command.env_clear().env("PATH", "/usr/bin:/bin").args(arguments);
-        command.env("ALL_PROXY", format!("http://awsvid:{}@127.0.0.1:1", own[2])).env("NO_PROXY", "127.0.0.1");
+        command
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .args(arguments);
+        command
+            .env("ALL_PROXY", format!("http://awsvid:{}@127.0.0.1:1", own[2]))
+            .env("NO_PROXY", "127.0.0.1");
         run(command, b"", PATIENCE)
     };
     let issuer = ["--issuer", "https://oidc.example.org"];
@@ -72,33 +95,52 @@ fn only_credential_process_prints_one() {
     ];
     for arguments in commands {
         let output = ask(arguments);
-        assert!(!output.stdout.is_empty() || !output.stderr.is_empty(), "{arguments:?}");
+        assert!(
+            !output.stdout.is_empty() || !output.stderr.is_empty(),
+            "{arguments:?}"
+        );
         let seen = secrets.within(&format!("{}\n{}", output.stdout, output.stderr));
         assert!(seen.is_empty(), "{arguments:?}: {seen:?} in {output:?}");
     }
     let mut table = Command::new(PROGRAM);
     table.env_clear().args(["status", "--config", config]);
     let shown = on_a_terminal(table);
-    assert!(shown.contains("EXPIRES") && secrets.within(&shown).is_empty(), "{shown}");
+    assert!(
+        shown.contains("EXPIRES") && secrets.within(&shown).is_empty(),
+        "{shown}"
+    );
 
     // As the workload, whose environment has other keys.
     let program = folder.path().join("awsvid");
     fs::copy(PROGRAM, &program).unwrap();
     let workload = Workload::new(1001)
         .env("AWS_CONTAINER_CREDENTIALS_FULL_URI", &world.daemon.uri())
-        .env("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", folder.path().join("token").to_str().unwrap())
+        .env(
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+            folder.path().join("token").to_str().unwrap(),
+        )
         .env("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
         .env("AWS_SECRET_ACCESS_KEY", own[0]);
     fs::create_dir(workload.home().join(".aws")).unwrap();
-    fs::write(workload.home().join(".aws/credentials"), format!("[default]\naws_secret_access_key = {}\n", own[1]))
-        .unwrap();
+    fs::write(
+        workload.home().join(".aws/credentials"),
+        format!("[default]\naws_secret_access_key = {}\n", own[1]),
+    )
+    .unwrap();
     let checked = workload.run(&program, &["check", "--workload"]);
     assert!(
-        checked.stdout.contains("gives this process") && checked.stdout.contains("aws_secret_access_key"),
+        checked.stdout.contains("gives this process")
+            && checked.stdout.contains("aws_secret_access_key"),
         "{checked:?}"
     );
-    let executed = workload.run(&program, &["exec", "--url", &world.daemon.uri(), "--", "/bin/true"]);
-    assert!(executed.stderr.contains("AWS_SECRET_ACCESS_KEY"), "{executed:?}");
+    let executed = workload.run(
+        &program,
+        &["exec", "--url", &world.daemon.uri(), "--", "/bin/true"],
+    );
+    assert!(
+        executed.stderr.contains("AWS_SECRET_ACCESS_KEY"),
+        "{executed:?}"
+    );
     for output in [checked, executed] {
         let seen = secrets.within(&format!("{}\n{}", output.stdout, output.stderr));
         assert!(seen.is_empty(), "{seen:?} in {output:?}");
@@ -107,12 +149,30 @@ fn only_credential_process_prints_one() {
     // Nor does the daemon itself, wherever it writes.
     let (_, metrics) = http_get(world.daemon.admin(), "/metrics").unwrap();
     let audit = fs::read_to_string(folder.path().join("audit.log")).unwrap();
-    for (what, text) in [("log", world.daemon.log()), ("audit", audit), ("metrics", metrics)] {
-        assert!(!text.is_empty() && secrets.within(&text).is_empty(), "{what}: {:?}", secrets.within(&text));
+    for (what, text) in [
+        ("log", world.daemon.log()),
+        ("audit", audit),
+        ("metrics", metrics),
+    ] {
+        assert!(
+            !text.is_empty() && secrets.within(&text).is_empty(),
+            "{what}: {:?}",
+            secrets.within(&text)
+        );
     }
 
     // It would have been seen. (The token that MinIO gives is a JWT itself, with the same claims in part.)
-    let printed = workload.run(&program, &["credential-process", "--socket", world.daemon.unix().to_str().unwrap()]);
+    let printed = workload.run(
+        &program,
+        &[
+            "credential-process",
+            "--socket",
+            world.daemon.unix().to_str().unwrap(),
+        ],
+    );
     let seen = secrets.within(&printed.success("credential-process"));
-    assert!(seen.starts_with(&["secret key", "session token"]), "{seen:?}");
+    assert!(
+        seen.starts_with(&["secret key", "session token"]),
+        "{seen:?}"
+    );
 }

@@ -22,7 +22,12 @@ use crate::harness::counterparts::process::{Process, await_some};
 use crate::harness::is_slow;
 use crate::harness::world::{Setting, World, id};
 
-const USERS: [(u32, &str); 4] = [(61011, "one"), (61012, "two"), (61013, "three"), (61014, "four")];
+const USERS: [(u32, &str); 4] = [
+    (61011, "one"),
+    (61012, "two"),
+    (61013, "three"),
+    (61014, "four"),
+];
 const PROCESSES: usize = 20;
 /// Between the requests of each. Without one the machine would measure itself, and the audit file be gigabytes.
 const PAUSE_MS: u64 = 100;
@@ -90,31 +95,57 @@ struct Counted {
 #[test]
 fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
     let form = Form::wanted();
-    let seed =
-        std::env::var("AWSVID_SEED").ok().map_or_else(|| fastrand::u64(..), |text| text.parse().expect("a number"));
+    let seed = std::env::var("AWSVID_SEED")
+        .ok()
+        .map_or_else(|| fastrand::u64(..), |text| text.parse().expect("a number"));
     eprintln!("soak: AWSVID_SEED={seed}");
     let folder = folder();
     // Over TCP this user's process has to be searched for; see `start`.
-    let rule = |uid| if uid == USERS[0].0 { format!("gid = {uid}") } else { String::new() };
-    let setting = Setting { rule: Some(&rule), role: "duration = \"15m\"", ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else { return };
+    let rule = |uid| {
+        if uid == USERS[0].0 {
+            format!("gid = {uid}")
+        } else {
+            String::new()
+        }
+    };
+    let setting = Setting {
+        rule: Some(&rule),
+        role: "duration = \"15m\"",
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+        return;
+    };
     let cgroups = USERS.map(|(uid, _)| Cgroup::new(&format!("soak-{uid}.service")));
     for (uid, _) in USERS {
         world.curl(uid);
     }
-    let sts = world.minio.endpoint().rsplit_once(':').unwrap().1.parse().unwrap();
+    let sts = world
+        .minio
+        .endpoint()
+        .rsplit_once(':')
+        .unwrap()
+        .1
+        .parse()
+        .unwrap();
     let pid = world.daemon.process().owned().id().as_raw().cast_unsigned();
     let idle = descriptors(pid, sts);
 
     let began = Instant::now();
-    let mut askers: Vec<Asker> = (0..PROCESSES).map(|number| start(&world, folder.path(), number, &cgroups)).collect();
+    let mut askers: Vec<Asker> = (0..PROCESSES)
+        .map(|number| start(&world, folder.path(), number, &cgroups))
+        .collect();
     thread::sleep(form.settled);
     let settled = anonymous_kib(pid);
     let (mut rng, mut outages) = (Rng::with_seed(seed), Vec::new());
     while began.elapsed() < form.length {
         thread::sleep(between(&mut rng, form.between, form.between * 3 / 2));
         // As many quick restarts as outages of any length.
-        let longest = if rng.bool() { form.outage } else { form.outage.min(Duration::from_secs(10)) };
+        let longest = if rng.bool() {
+            form.outage
+        } else {
+            form.outage.min(Duration::from_secs(10))
+        };
         outages.push(outage(&mut world, &mut rng, longest));
     }
     let at_end = anonymous_kib(pid);
@@ -146,11 +177,21 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
     );
     assert_eq!(seen.counted, Counted::default(), "{}", seen.bad.join("\n"));
     for (_, name) in USERS {
-        assert!(seen.keys[name].len() >= form.keys, "{name} was given {:?}", seen.keys[name]);
+        assert!(
+            seen.keys[name].len() >= form.keys,
+            "{name} was given {:?}",
+            seen.keys[name]
+        );
     }
     let allowed = settled + settled * form.growth.0 / 100 + form.growth.1;
-    assert!(at_end <= allowed, "anonymous memory grew from {settled} to {at_end} KiB");
-    assert!(longest <= Duration::from_secs(300), "an outage of {longest:?} is more than is promised for");
+    assert!(
+        at_end <= allowed,
+        "anonymous memory grew from {settled} to {at_end} KiB"
+    );
+    assert!(
+        longest <= Duration::from_secs(300),
+        "an outage of {longest:?} is more than is promised for"
+    );
 }
 
 /// Starts one that asks, in its user's cgroup, over one of the listeners.
@@ -158,14 +199,31 @@ fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Ask
     let (uid, user) = USERS[number % USERS.len()];
     let listeners = ["unix", "tcp", "tcp6"];
     // A search has 20 ms, which is little on a machine that is busy with other tests. The unix socket needs none.
-    let listener = listeners[if uid == USERS[0].0 { 0 } else { number / USERS.len() % listeners.len() }];
+    let listener = listeners[if uid == USERS[0].0 {
+        0
+    } else {
+        number / USERS.len() % listeners.len()
+    }];
     let address = world.daemon.listener(listener);
     let cgroup = cgroups[number % USERS.len()].path().display().to_string();
     let enter = "echo 0 >\"$1/cgroup.procs\" && shift && exec \"$@\"";
     let mut command = Command::new("sh");
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", enter, "enter", &cgroup]);
-    command.arg(program()).args(["soak", &uid.to_string(), listener, &address, &PAUSE_MS.to_string()]);
-    let process = Process::start(&format!("asker {number}"), command, &folder.join(format!("asker-{number}.log")));
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .args(["-c", enter, "enter", &cgroup]);
+    command.arg(program()).args([
+        "soak",
+        &uid.to_string(),
+        listener,
+        &address,
+        &PAUSE_MS.to_string(),
+    ]);
+    let process = Process::start(
+        &format!("asker {number}"),
+        command,
+        &folder.join(format!("asker-{number}.log")),
+    );
     Asker { process, user }
 }
 
@@ -206,11 +264,22 @@ struct Seen {
 
 impl Seen {
     fn add(&mut self, asker: &Asker) {
-        let lines: Vec<Value> =
-            asker.process.log().lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+        let lines: Vec<Value> = asker
+            .process
+            .log()
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("a line of JSON"))
+            .collect();
         for line in &lines {
-            self.bad.extend(line["bad"].as_str().map(|bad| format!("{}: {bad}", asker.user)));
-            self.keys.entry(asker.user).or_default().extend(line["key"].as_str().map(str::to_owned));
+            self.bad.extend(
+                line["bad"]
+                    .as_str()
+                    .map(|bad| format!("{}: {bad}", asker.user)),
+            );
+            self.keys
+                .entry(asker.user)
+                .or_default()
+                .extend(line["key"].as_str().map(str::to_owned));
         }
         let total = lines.last().expect("what it has counted");
         let count = |what: &str| total[what].as_u64().expect(what);
@@ -225,11 +294,18 @@ impl Seen {
         let mut identities: BTreeMap<String, String> = BTreeMap::new();
         // As the file may be large, one line at a time.
         for line in BufReader::new(fs::File::open(audit).unwrap()).lines() {
-            let record: Value = serde_json::from_str(&line.unwrap()).expect("an audit record is a line of JSON");
-            let (Some(key), Some(spiffe_id)) = (record["access_key_id"].as_str(), record["spiffe_id"].as_str()) else {
+            let record: Value =
+                serde_json::from_str(&line.unwrap()).expect("an audit record is a line of JSON");
+            let (Some(key), Some(spiffe_id)) = (
+                record["access_key_id"].as_str(),
+                record["spiffe_id"].as_str(),
+            ) else {
                 continue;
             };
-            let user = USERS.iter().find(|(uid, _)| record["uid"] == *uid).map(|(_, name)| id(name));
+            let user = USERS
+                .iter()
+                .find(|(uid, _)| record["uid"] == *uid)
+                .map(|(_, name)| id(name));
             if user.as_deref() != Some(spiffe_id) {
                 self.counted.others += 1;
                 self.bad.push(record.to_string());
@@ -237,7 +313,10 @@ impl Seen {
             identities.insert(key.to_owned(), spiffe_id.to_owned());
         }
         for (user, keys) in &self.keys {
-            let others = keys.iter().filter(|key| identities.get(*key) != Some(&id(user))).count();
+            let others = keys
+                .iter()
+                .filter(|key| identities.get(*key) != Some(&id(user)))
+                .count();
             self.counted.others += u64::try_from(others).unwrap();
         }
     }
@@ -246,7 +325,10 @@ impl Seen {
 /// Anonymous memory of a process.
 fn anonymous_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("RssAnon");
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .expect("RssAnon");
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
@@ -260,7 +342,9 @@ fn descriptors(pid: u32, but: u16) -> usize {
             let table = fs::read_to_string(format!("/proc/{pid}/net/{family}")).unwrap();
             let inode = |line: &str| {
                 let fields: Vec<_> = line.split_whitespace().collect();
-                fields[2].ends_with(&remote).then(|| format!("socket:[{}]", fields[9]))
+                fields[2]
+                    .ends_with(&remote)
+                    .then(|| format!("socket:[{}]", fields[9]))
             };
             table.lines().skip(1).filter_map(inode).collect::<Vec<_>>()
         })
@@ -269,10 +353,13 @@ fn descriptors(pid: u32, but: u16) -> usize {
     // One that is closed in between can't be read.
     let targets = open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
     let is_kept = |target: &str| {
-        let of_caller = ["pidfd:[", "anon_inode:[pidfd]", "/proc/"].iter().any(|start| target.starts_with(start));
+        let of_caller = ["pidfd:[", "anon_inode:[pidfd]", "/proc/"]
+            .iter()
+            .any(|start| target.starts_with(start));
         kept.contains(target) || of_caller || target.contains("cgroup.procs")
     };
-    let (kept, others): (Vec<_>, Vec<_>) = targets.partition(|target| is_kept(&target.to_string_lossy()));
+    let (kept, others): (Vec<_>, Vec<_>) =
+        targets.partition(|target| is_kept(&target.to_string_lossy()));
     assert!(kept.len() < 500, "{kept:?}");
     others.len()
 }

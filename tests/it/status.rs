@@ -31,16 +31,27 @@ fn stage(folder: &Path) -> Stage {
     let upstream = Upstream::start(&[(uid, "me")]);
     let path = folder.join("agent.sock");
     std::os::unix::fs::symlink(upstream.socket(), &path).unwrap();
-    let rule = format!("\n[[workload]]\nspiffe_id = \"{ME}\"\nuid = {uid}\n{}", own_rule());
+    let rule = format!(
+        "\n[[workload]]\nspiffe_id = \"{ME}\"\nuid = {uid}\n{}",
+        own_rule()
+    );
     let daemon = Daemon::start(folder, "", &(upstream.configuration_at(&path) + &rule)).ready();
     let (status, _) = ask(std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(status, 200);
-    Stage { daemon, _upstream: upstream }
+    Stage {
+        daemon,
+        _upstream: upstream,
+    }
 }
 
 fn command(folder: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
-    command.env_clear().arg("status").arg("--config").arg(folder.join("awsvid.toml")).args(arguments);
+    command
+        .env_clear()
+        .arg("status")
+        .arg("--config")
+        .arg(folder.join("awsvid.toml"))
+        .args(arguments);
     command
 }
 
@@ -56,10 +67,20 @@ fn elsewhere_than_on_a_terminal_it_is_json() {
     let found: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(found["ready"], true);
     let entry = &found["credentials"][0];
-    assert_eq!((&entry["spiffe_id"], &entry["session_name"]), (&Value::from(ME), &Value::from("example.org=user=me")));
-    assert!(entry["expiration"].is_string() && entry["next_try"].is_string() && entry["last_error"].is_null());
+    assert_eq!(
+        (&entry["spiffe_id"], &entry["session_name"]),
+        (&Value::from(ME), &Value::from("example.org=user=me"))
+    );
+    assert!(
+        entry["expiration"].is_string()
+            && entry["next_try"].is_string()
+            && entry["last_error"].is_null()
+    );
     // By rules nobody is kept for a refresh, but it is known who asked.
-    assert_eq!((&entry["callers"], &entry["latest_uid"]), (&Value::from(0), &Value::from(getuid().as_raw())));
+    assert_eq!(
+        (&entry["callers"], &entry["latest_uid"]),
+        (&Value::from(0), &Value::from(getuid().as_raw()))
+    );
     assert_eq!(found["source"]["state"], "ok", "{found}");
     assert_eq!(found["sts"][0]["state"], "ok", "{found}");
     assert!(found["sts"][0]["last_success_at"].is_string(), "{found}");
@@ -69,12 +90,27 @@ fn elsewhere_than_on_a_terminal_it_is_json() {
     let mut watching = command(folder.path(), &["--watch", "1"]);
     watching.env("PATH", "/usr/bin:/bin");
     let process = Process::start("awsvid status", watching, &folder.path().join("watch.log"));
-    process.await_some("it is shown again", PATIENCE, || (process.log().lines().count() > 1).then_some(()));
-    assert!(process.log().lines().take(2).all(|line| serde_json::from_str::<Value>(line).is_ok()), "{}", process.log());
+    process.await_some("it is shown again", PATIENCE, || {
+        (process.log().lines().count() > 1).then_some(())
+    });
+    assert!(
+        process
+            .log()
+            .lines()
+            .take(2)
+            .all(|line| serde_json::from_str::<Value>(line).is_ok()),
+        "{}",
+        process.log()
+    );
     drop(process);
 
     stage.daemon.process().signal(Signal::SIGTERM);
-    stage.daemon.process().owned().wait(PATIENCE).expect("it ends");
+    stage
+        .daemon
+        .process()
+        .owned()
+        .wait(PATIENCE)
+        .expect("it ends");
     let gone = status(folder.path(), &[]);
     assert_eq!((gone.status.code(), gone.stdout.as_str()), (Some(1), ""));
     assert!(gone.stderr.contains("systemctl"), "{gone:?}");
@@ -86,14 +122,21 @@ fn a_source_that_is_away_is_seen() {
     let stage = stage(folder.path());
     std::fs::remove_file(folder.path().join("agent.sock")).unwrap();
     // What is cached is dropped, so that the daemon has to ask.
-    let configuration = stage.daemon.text().replace("name = \"dev\"", "name = \"other\"");
+    let configuration = stage
+        .daemon
+        .text()
+        .replace("name = \"dev\"", "name = \"other\"");
     assert!(stage.daemon.reload_text(&configuration));
     let _ = ask(std::os::unix::net::UnixStream::connect(stage.daemon.unix()).unwrap());
     let failing = await_some("the source fails", PATIENCE, || {
-        let found: Value = serde_json::from_str(&status(folder.path(), &[]).success("awsvid status")).ok()?;
+        let found: Value =
+            serde_json::from_str(&status(folder.path(), &[]).success("awsvid status")).ok()?;
         (found["source"]["state"] == "failing").then_some(found)
     });
-    assert_eq!(failing["source"]["last_error_reason"], "source_unavailable", "{failing}");
+    assert_eq!(
+        failing["source"]["last_error_reason"], "source_unavailable",
+        "{failing}"
+    );
     assert!(
         failing["credentials"][0]["last_error"].is_string()
             || failing["credentials"] == Value::from(Vec::<Value>::new())
@@ -107,12 +150,18 @@ fn on_a_terminal_it_is_a_table() {
     let mut coloured = command(folder.path(), &[]);
     coloured.env("TERM", "xterm");
     let shown = on_a_terminal(coloured);
-    assert!(shown.contains(ME) && shown.contains("EXPIRES") && shown.contains("in 59m"), "{shown}");
+    assert!(
+        shown.contains(ME) && shown.contains("EXPIRES") && shown.contains("in 59m"),
+        "{shown}"
+    );
     assert!(shown.contains("\x1b["), "{shown:?}");
     let mut plain = command(folder.path(), &[]);
     plain.env("NO_COLOR", "1");
     let shown = on_a_terminal(plain);
-    assert!(shown.contains("EXPIRES") && !shown.contains('\x1b'), "{shown:?}");
+    assert!(
+        shown.contains("EXPIRES") && !shown.contains('\x1b'),
+        "{shown:?}"
+    );
     assert!(on_a_terminal(command(folder.path(), &["--json"])).contains("\"credentials\""));
 
     // Again and again in the same place; without colours too, since the screen is no colour.
@@ -121,7 +170,9 @@ fn on_a_terminal_it_is_a_table() {
         watching.envs(variables.iter().copied());
         let shown = on_a_terminal_until(watching, |shown| shown.matches("EXPIRES").count() > 1);
         let screens: Vec<&str> = shown.split("\x1b[2J\x1b[H").collect();
-        let [before, first, second, ..] = screens[..] else { panic!("two screens: {shown:?}") };
+        let [before, first, second, ..] = screens[..] else {
+            panic!("two screens: {shown:?}")
+        };
         let tables = [before, first, second].map(|screen| screen.matches("EXPIRES").count());
         assert_eq!(tables, [0, 1, 1], "{shown:?}");
         let rest = screens.concat();
@@ -131,26 +182,64 @@ fn on_a_terminal_it_is_a_table() {
 
 /// One line of a table for each row, by the header's columns.
 fn cells(shown: &str, spiffe_id: &str) -> Option<Vec<String>> {
-    const COLUMNS: [&str; 7] = ["SPIFFE ID", "ROLE", "SESSION", "EXPIRES", "NEXT TRY", "CALLERS", "STATE"];
-    let header = shown.lines().find(|line| line.starts_with(COLUMNS[0]))?.trim_end();
-    let starts = COLUMNS.map(|column| header.find(column).unwrap_or_else(|| panic!("{column} in {header}")));
-    let row = shown.lines().find(|line| line.starts_with(&format!("{spiffe_id} ")))?;
+    const COLUMNS: [&str; 7] = [
+        "SPIFFE ID",
+        "ROLE",
+        "SESSION",
+        "EXPIRES",
+        "NEXT TRY",
+        "CALLERS",
+        "STATE",
+    ];
+    let header = shown
+        .lines()
+        .find(|line| line.starts_with(COLUMNS[0]))?
+        .trim_end();
+    let starts = COLUMNS.map(|column| {
+        header
+            .find(column)
+            .unwrap_or_else(|| panic!("{column} in {header}"))
+    });
+    let row = shown
+        .lines()
+        .find(|line| line.starts_with(&format!("{spiffe_id} ")))?;
     let ends = starts.iter().skip(1).copied().chain([row.len()]);
-    Some(starts.iter().zip(ends).map(|(start, end)| row[*start..end].trim().to_owned()).collect())
+    Some(
+        starts
+            .iter()
+            .zip(ends)
+            .map(|(start, end)| row[*start..end].trim().to_owned())
+            .collect(),
+    )
 }
 
 /// All that an operator looks for, of a daemon whose callers SPIRE attests: what is well, and what has failed.
 #[test]
 fn each_column_says_what_is_so() {
     let folder = folder();
-    let none =
-        format!("[[role]]\nname = \"none\"\nspiffe_id = \"{}\"\nrole_arn = \"arn:minio:iam:::role/none\"\n", id("*"));
-    let setting = Setting { source: Source::Delegated, role: &none, ..Setting::default() };
+    let none = format!(
+        "[[role]]\nname = \"none\"\nspiffe_id = \"{}\"\nrole_arn = \"arn:minio:iam:::role/none\"\n",
+        id("*")
+    );
+    let setting = Setting {
+        source: Source::Delegated,
+        role: &none,
+        ..Setting::default()
+    };
     let users = [(1001, "reader"), (1002, "writer"), (1003, "late")];
-    let Some(mut world) = World::start(folder.path(), &users, &setting) else { return };
-    let json = || -> Value { serde_json::from_str(&status(folder.path(), &[]).success("awsvid status")).unwrap() };
+    let Some(mut world) = World::start(folder.path(), &users, &setting) else {
+        return;
+    };
+    let json = || -> Value {
+        serde_json::from_str(&status(folder.path(), &[]).success("awsvid status")).unwrap()
+    };
     let entry = |found: &Value, name: &str| {
-        found["credentials"].as_array().unwrap().iter().find(|entry| entry["spiffe_id"] == id(name)).cloned()
+        found["credentials"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|entry| entry["spiffe_id"] == id(name))
+            .cloned()
     };
     let table = || {
         let mut plain = command(folder.path(), &[]);
@@ -159,7 +248,13 @@ fn each_column_says_what_is_so() {
     };
 
     let given: Value = serde_json::from_str(&world.curl(1001).1).unwrap();
-    let pid = world.daemon.audit().into_iter().rfind(|record| record["uid"] == 1001).unwrap()["pid"].clone();
+    let pid = world
+        .daemon
+        .audit()
+        .into_iter()
+        .rfind(|record| record["uid"] == 1001)
+        .unwrap()["pid"]
+        .clone();
     let found = json();
     let reader = entry(&found, "reader").unwrap();
     let next = reader["next_try"].as_str().unwrap();
@@ -172,36 +267,80 @@ fn each_column_says_what_is_so() {
     });
     assert_eq!(reader, expected);
     let (source, sts) = (&found["source"], &found["sts"][0]);
-    assert_eq!((&source["state"], &sts["state"]), (&json!("ok"), &json!("ok")), "{found}");
-    assert!(source["name"].as_str().unwrap().ends_with("/admin/api.sock"), "{found}");
+    assert_eq!(
+        (&source["state"], &sts["state"]),
+        (&json!("ok"), &json!("ok")),
+        "{found}"
+    );
+    assert!(
+        source["name"]
+            .as_str()
+            .unwrap()
+            .ends_with("/admin/api.sock"),
+        "{found}"
+    );
     assert_eq!(sts["name"], world.minio.endpoint());
     let shown = table();
     let row = cells(&shown, &id("reader")).unwrap_or_else(|| panic!("{shown}"));
-    assert_eq!(row[..3], [&id("reader"), "shop", "example.org=w=reader"], "{shown}");
-    assert!(row[3].starts_with("in 59m ") && row[4].starts_with("in ") && row[4] < row[3], "{shown}");
-    assert_eq!(row[5..], [&format!("1 (uid 1001, pid {pid})"), "ok"], "{shown}");
+    assert_eq!(
+        row[..3],
+        [&id("reader"), "shop", "example.org=w=reader"],
+        "{shown}"
+    );
+    assert!(
+        row[3].starts_with("in 59m ") && row[4].starts_with("in ") && row[4] < row[3],
+        "{shown}"
+    );
+    assert_eq!(
+        row[5..],
+        [&format!("1 (uid 1001, pid {pid})"), "ok"],
+        "{shown}"
+    );
 
     // What is refused is remembered for seconds, so it may have to be asked for again.
     let refused = || {
-        let refused = world.curl_by(Path::new("/usr/bin/curl"), 1002, "unix", "/none").1;
+        let refused = world
+            .curl_by(Path::new("/usr/bin/curl"), 1002, "unix", "/none")
+            .1;
         serde_json::from_str::<Value>(&refused).unwrap()
     };
     let (writer, why) = await_some("the refused one", PATIENCE, || {
         let why = refused();
-        Some((entry(&json(), "writer").filter(|entry| !entry["last_error"].is_null())?, why))
+        Some((
+            entry(&json(), "writer").filter(|entry| !entry["last_error"].is_null())?,
+            why,
+        ))
     });
-    assert_eq!((&writer["role"], &writer["role_arn"]), (&json!("none"), &json!("arn:minio:iam:::role/none")));
-    assert!(writer["access_key_id"].is_null() && writer["expiration"].is_null(), "{writer}");
+    assert_eq!(
+        (&writer["role"], &writer["role_arn"]),
+        (&json!("none"), &json!("arn:minio:iam:::role/none"))
+    );
+    assert!(
+        writer["access_key_id"].is_null() && writer["expiration"].is_null(),
+        "{writer}"
+    );
     assert_eq!(writer["last_error_reason"], why["code"], "{writer} {why}");
-    assert!(why["message"].as_str().unwrap().contains(writer["last_error"].as_str().unwrap()), "{writer} {why}");
+    assert!(
+        why["message"]
+            .as_str()
+            .unwrap()
+            .contains(writer["last_error"].as_str().unwrap()),
+        "{writer} {why}"
+    );
     let (row, shown) = await_some("the refused one in the table", PATIENCE, || {
         refused();
         let shown = table();
-        Some((cells(&shown, &id("writer")).filter(|row| row[6].starts_with("refused "))?, shown))
+        Some((
+            cells(&shown, &id("writer")).filter(|row| row[6].starts_with("refused "))?,
+            shown,
+        ))
     });
     assert_eq!(row[1..4], ["none", "example.org=w=writer", "-"], "{shown}");
     assert!(row[5].starts_with("1 (uid 1002, pid "), "{shown}");
-    assert!(shown.contains(&format!("({})", why["code"].as_str().unwrap())), "{shown}");
+    assert!(
+        shown.contains(&format!("({})", why["code"].as_str().unwrap())),
+        "{shown}"
+    );
 
     // STS, and then the agent, go away.
     world.minio.stop();
@@ -211,17 +350,29 @@ fn each_column_says_what_is_so() {
         Some(json()["sts"][0].clone()).filter(|sts| sts["state"] == "failing")
     });
     assert_eq!(failing["last_error_reason"], "sts_unreachable", "{failing}");
-    assert!(failing["last_success_at"].is_string() && failing["last_error_at"].is_string(), "{failing}");
+    assert!(
+        failing["last_success_at"].is_string() && failing["last_error_at"].is_string(),
+        "{failing}"
+    );
     world.spire.stop_agent();
     let failing = await_some("the source fails", PATIENCE, || {
         drop(world.curl(1004));
         Some(json()["source"].clone()).filter(|source| source["state"] == "failing")
     });
-    assert_eq!(failing["last_error_reason"], "source_unavailable", "{failing}");
+    assert_eq!(
+        failing["last_error_reason"], "source_unavailable",
+        "{failing}"
+    );
     let shown = table();
     for neighbour in ["identities from ", "STS from "] {
-        let line = shown.lines().find(|line| line.starts_with(neighbour)).unwrap_or_else(|| panic!("{shown}"));
-        assert!(line.contains(": failing, last success ") && line.trim_end().ends_with(" ago"), "{shown}");
+        let line = shown
+            .lines()
+            .find(|line| line.starts_with(neighbour))
+            .unwrap_or_else(|| panic!("{shown}"));
+        assert!(
+            line.contains(": failing, last success ") && line.trim_end().ends_with(" ago"),
+            "{shown}"
+        );
     }
     // What is cached is served on.
     assert_eq!(cells(&shown, &id("reader")).unwrap()[6], "ok", "{shown}");

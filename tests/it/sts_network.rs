@@ -29,7 +29,10 @@ const AWS: &str = "[sts]\nregion = \"us-east-1\"\ntimeout = \"2s\"\n";
 fn rule(upstream: &Upstream) -> String {
     let configuration = upstream.configuration();
     let id = "spiffe://example.org/user/self";
-    assert!(configuration.contains("spiffe://example.org/user/"), "{configuration}");
+    assert!(
+        configuration.contains("spiffe://example.org/user/"),
+        "{configuration}"
+    );
     format!("[[workload]]\nspiffe_id = \"{id}\"\nuid = {}\n", geteuid())
 }
 
@@ -42,7 +45,12 @@ fn with_sts(upstream: &Upstream, sts: &str) -> String {
     let configuration = upstream.configuration();
     let from = configuration.find("[sts]").unwrap();
     let to = configuration.find("[[role]]").unwrap();
-    format!("{}{sts}\n{}\n{}", &configuration[..from], &configuration[to..], rule(upstream))
+    format!(
+        "{}{sts}\n{}\n{}",
+        &configuration[..from],
+        &configuration[to..],
+        rule(upstream)
+    )
 }
 
 /// What `awsvid check` finds, with these variables.
@@ -50,9 +58,14 @@ fn check(folder: &Path, variables: &[&str], configuration: &str) -> Vec<Value> {
     let path = folder.join("check.toml");
     fs::write(&path, configuration).unwrap();
     let mut command = behind(&[&["env"], variables].concat(), Path::new(PROGRAM));
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(["check", "--json", "--config"]).arg(path);
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .args(["check", "--json", "--config"])
+        .arg(path);
     let output = run(command, b"", PATIENCE);
-    let report: Value = serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    let report: Value =
+        serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     report["findings"].as_array().unwrap().clone()
 }
 
@@ -60,7 +73,9 @@ fn check(folder: &Path, variables: &[&str], configuration: &str) -> Vec<Value> {
 fn assert_failed(findings: &[Value], step: &str, words: &[&str]) {
     let found = findings.iter().any(|finding| {
         let text = finding.to_string();
-        finding["step"] == step && finding["verdict"] == "failed" && words.iter().all(|words| text.contains(words))
+        finding["step"] == step
+            && finding["verdict"] == "failed"
+            && words.iter().all(|words| text.contains(words))
     });
     assert!(found, "no failed {step} with {words:?} in {findings:#?}");
 }
@@ -69,25 +84,49 @@ fn assert_failed(findings: &[Value], step: &str, words: &[&str]) {
 fn late_ca_file_fails_only_the_calls_that_need_it() {
     let folder = folder();
     let upstream = upstream();
-    let behind = upstream.sts().strip_prefix("http://").unwrap().parse().unwrap();
+    let behind = upstream
+        .sts()
+        .strip_prefix("http://")
+        .unwrap()
+        .parse()
+        .unwrap();
     let front = TlsFront::start(Network::Own, (Ipv4Addr::LOCALHOST, 0).into(), behind);
     let file = folder.path().join("late/ca.pem");
-    let sts = format!("[sts]\nregion = \"us-east-1\"\nendpoint = \"{}\"\nca_file = {file:?}\n", front.url());
+    let sts = format!(
+        "[sts]\nregion = \"us-east-1\"\nendpoint = \"{}\"\nca_file = {file:?}\n",
+        front.url()
+    );
     let text = with_sts(&upstream, &sts);
     let daemon = Daemon::start(folder.path(), "", &text);
     daemon.await_line(&[MISSING]);
     let request = || ask(UnixStream::connect(daemon.unix()).unwrap());
     let (status, body) = request();
-    assert_eq!((status, &body["code"]), (503, &Value::from("sts_no_ca")), "{body}");
-    assert!(body["message"].as_str().unwrap().contains(&file.display().to_string()), "{body}");
-    assert_failed(&check(folder.path(), &[], &text), "sts", &[&front.url(), "cannot be verified", "late/ca.pem"]);
+    assert_eq!(
+        (status, &body["code"]),
+        (503, &Value::from("sts_no_ca")),
+        "{body}"
+    );
+    assert!(
+        body["message"]
+            .as_str()
+            .unwrap()
+            .contains(&file.display().to_string()),
+        "{body}"
+    );
+    assert_failed(
+        &check(folder.path(), &[], &text),
+        "sts",
+        &[&front.url(), "cannot be verified", "late/ca.pem"],
+    );
     // The file was read more than once, and logged once.
     daemon.await_line(&["not ready: STS: "]);
     assert_eq!(daemon.log().matches(MISSING).count(), 1, "{}", daemon.log());
 
     fs::create_dir(folder.path().join("late")).unwrap();
     fs::write(&file, front.certificate()).unwrap();
-    let (status, body) = await_some("credentials", PATIENCE, || Some(request()).filter(|(status, _)| *status == 200));
+    let (status, body) = await_some("credentials", PATIENCE, || {
+        Some(request()).filter(|(status, _)| *status == 200)
+    });
     assert!(status == 200 && body["AccessKeyId"].is_string(), "{body}");
     daemon.await_line(&["[sts] CA certificates were loaded"]);
     let daemon = daemon.ready();
@@ -103,12 +142,15 @@ fn ca_file_without_certificates_is_a_configuration_error() {
     let upstream = upstream();
     let file = folder.path().join("ca.pem");
     fs::write(&file, "-----BEGIN CERTIFICATE-----\n!\n").unwrap();
-    let sts = format!("[sts]\nregion = \"us-east-1\"\nendpoint = \"https://127.0.0.1:9\"\nca_file = {file:?}\n");
+    let sts = format!(
+        "[sts]\nregion = \"us-east-1\"\nendpoint = \"https://127.0.0.1:9\"\nca_file = {file:?}\n"
+    );
     let text = with_sts(&upstream, &sts);
     let (status, log) = Daemon::refused(&[], folder.path(), &text);
     assert_eq!(status, Some(78), "{log}");
     assert!(
-        log.contains("ca.pem: it is no valid PEM file") || log.contains("ca.pem: there is no certificate in it"),
+        log.contains("ca.pem: it is no valid PEM file")
+            || log.contains("ca.pem: there is no certificate in it"),
         "{log}"
     );
 }
@@ -118,8 +160,15 @@ fn ca_file_without_certificates_is_a_configuration_error() {
 fn empty_trust_store_is_logged_at_start_only_where_it_is_used() {
     let folder = folder();
     let upstream = upstream();
-    let nowhere = ["env", "SSL_CERT_FILE=/nonexistent/ca.pem", "SSL_CERT_DIR=/nonexistent/certs"];
-    let elsewhere = with_sts(&upstream, "[sts]\nendpoint = \"https://127.0.0.1:9\"\ntimeout = \"2s\"\n");
+    let nowhere = [
+        "env",
+        "SSL_CERT_FILE=/nonexistent/ca.pem",
+        "SSL_CERT_DIR=/nonexistent/certs",
+    ];
+    let elsewhere = with_sts(
+        &upstream,
+        "[sts]\nendpoint = \"https://127.0.0.1:9\"\ntimeout = \"2s\"\n",
+    );
     for (name, text) in [("aws", with_sts(&upstream, AWS)), ("elsewhere", elsewhere)] {
         let folder = folder.path().join(name);
         fs::create_dir(&folder).unwrap();
@@ -127,14 +176,25 @@ fn empty_trust_store_is_logged_at_start_only_where_it_is_used() {
         daemon.await_line(&[MISSING]);
         let log = daemon.log();
         let places = "/nonexistent/ca.pem (SSL_CERT_FILE), /nonexistent/certs (SSL_CERT_DIR)";
-        assert!(log.contains(places) && log.contains("install its package of them"), "{log}");
+        assert!(
+            log.contains(places) && log.contains("install its package of them"),
+            "{log}"
+        );
         let findings = check(&folder, &nowhere[1..], &text);
-        assert_failed(&findings, "sts", &["this system trusts no CA certificates", places]);
+        assert_failed(
+            &findings,
+            "sts",
+            &["this system trusts no CA certificates", places],
+        );
     }
     let plain = folder.path().join("plain");
     fs::create_dir(&plain).unwrap();
-    let daemon =
-        Daemon::start_behind(&nowhere, &plain, "", &format!("{}\n{}", upstream.configuration(), rule(&upstream)));
+    let daemon = Daemon::start_behind(
+        &nowhere,
+        &plain,
+        "",
+        &format!("{}\n{}", upstream.configuration(), rule(&upstream)),
+    );
     assert!(!daemon.ready().log().contains(MISSING));
 }
 
@@ -145,7 +205,13 @@ fn proxy_variable_is_an_error_only_where_it_is_used() {
     let aws = with_sts(&upstream, AWS);
     for (number, (variables, name)) in [
         (&["ALL_PROXY=socks://127.0.0.1:1080"][..], "ALL_PROXY"),
-        (&["https_proxy=socks5h://127.0.0.1:1080", "ALL_PROXY=http://127.0.0.1:1"], "https_proxy"),
+        (
+            &[
+                "https_proxy=socks5h://127.0.0.1:1080",
+                "ALL_PROXY=http://127.0.0.1:1",
+            ],
+            "https_proxy",
+        ),
         (&["AWS_USE_FIPS_ENDPOINT=yes"], "AWS_USE_FIPS_ENDPOINT"),
     ]
     .into_iter()
@@ -154,7 +220,10 @@ fn proxy_variable_is_an_error_only_where_it_is_used() {
         let folder = folder.path().join(number.to_string());
         fs::create_dir(&folder).unwrap();
         let (status, log) = Daemon::refused(&[&["env"], variables].concat(), &folder, &aws);
-        assert!(status == Some(78) && log.contains(&format!("variable {name} ")), "{status:?} {log}");
+        assert!(
+            status == Some(78) && log.contains(&format!("variable {name} ")),
+            "{status:?} {log}"
+        );
         assert_failed(&check(&folder, variables, &aws), "sts", &[name]);
     }
     let started = |name: &str, variables: &[&str], text: &str| {
@@ -162,11 +231,35 @@ fn proxy_variable_is_an_error_only_where_it_is_used() {
         fs::create_dir(&folder).unwrap();
         Daemon::start_behind(&[&["env"], variables].concat(), &folder, "", text)
     };
-    drop(started("both", &["ALL_PROXY=socks://127.0.0.1:1080", "HTTPS_PROXY=http://127.0.0.1:1"], &aws));
-    drop(started("except", &["ALL_PROXY=socks://127.0.0.1:1080", "NO_PROXY=*.amazonaws.com"], &aws));
+    drop(started(
+        "both",
+        &[
+            "ALL_PROXY=socks://127.0.0.1:1080",
+            "HTTPS_PROXY=http://127.0.0.1:1",
+        ],
+        &aws,
+    ));
+    drop(started(
+        "except",
+        &[
+            "ALL_PROXY=socks://127.0.0.1:1080",
+            "NO_PROXY=*.amazonaws.com",
+        ],
+        &aws,
+    ));
     // The test's own STS is on loopback.
     let plain = format!("{}\n{}", upstream.configuration(), rule(&upstream));
-    drop(started("plain", &["ALL_PROXY=socks://127.0.0.1:1080", "AWS_USE_FIPS_ENDPOINT=yes"], &plain).ready());
+    drop(
+        started(
+            "plain",
+            &[
+                "ALL_PROXY=socks://127.0.0.1:1080",
+                "AWS_USE_FIPS_ENDPOINT=yes",
+            ],
+            &plain,
+        )
+        .ready(),
+    );
 }
 
 #[test]
@@ -174,8 +267,16 @@ fn check_calls_and_names_the_host_of_the_daemon() {
     let folder = folder();
     let upstream = upstream();
     let table = [
-        ("us-east-1", &["AWS_USE_FIPS_ENDPOINT=true"][..], "sts-fips.us-east-1.amazonaws.com"),
-        ("us-east-1", &["AWS_USE_DUALSTACK_ENDPOINT=true"], "sts.us-east-1.api.aws"),
+        (
+            "us-east-1",
+            &["AWS_USE_FIPS_ENDPOINT=true"][..],
+            "sts-fips.us-east-1.amazonaws.com",
+        ),
+        (
+            "us-east-1",
+            &["AWS_USE_DUALSTACK_ENDPOINT=true"],
+            "sts.us-east-1.api.aws",
+        ),
         ("cn-north-1", &[], "sts.cn-north-1.amazonaws.com.cn"),
         ("us-iso-east-1", &[], "sts.us-iso-east-1.c2s.ic.gov"),
         ("eusc-de-east-1", &[], "sts.eusc-de-east-1.amazonaws.eu"),
@@ -191,13 +292,35 @@ fn check_calls_and_names_the_host_of_the_daemon() {
         let variables = [&[https_proxy.as_str()], variables].concat();
         let text = with_sts(&upstream, &AWS.replace("us-east-1", region));
         let findings = check(folder.path(), &variables, &text);
-        let called: Vec<String> = requests.try_iter().filter(|first| !first.contains("oidc")).collect();
+        let called: Vec<String> = requests
+            .try_iter()
+            .filter(|first| !first.contains("oidc"))
+            .collect();
         let connect = format!("CONNECT {host}:443 HTTP/1.1");
-        assert!(called.len() >= 2 && called.iter().all(|first| *first == connect), "{host}: {called:?}");
-        let through = format!("through the proxy {} (HTTPS_PROXY)", proxy.strip_prefix("http://").unwrap());
-        assert_failed(&findings, "sts", &[&format!("STS at https://{host} did not answer"), &through]);
-        let clock = findings.iter().find(|finding| finding["step"] == "clock").unwrap();
-        assert!(clock["saw"].as_str().unwrap().contains(&format!("https://{host}")), "{clock}");
+        assert!(
+            called.len() >= 2 && called.iter().all(|first| *first == connect),
+            "{host}: {called:?}"
+        );
+        let through = format!(
+            "through the proxy {} (HTTPS_PROXY)",
+            proxy.strip_prefix("http://").unwrap()
+        );
+        assert_failed(
+            &findings,
+            "sts",
+            &[&format!("STS at https://{host} did not answer"), &through],
+        );
+        let clock = findings
+            .iter()
+            .find(|finding| finding["step"] == "clock")
+            .unwrap();
+        assert!(
+            clock["saw"]
+                .as_str()
+                .unwrap()
+                .contains(&format!("https://{host}")),
+            "{clock}"
+        );
     }
 }
 
@@ -206,19 +329,35 @@ fn daemon_and_check_give_the_same_advice() {
     let folder = folder();
     let upstream = upstream();
     let sts = answering::start(|_, _| {
-        let body = "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message></Message></Error>";
+        let body =
+            "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message></Message></Error>";
         answering::http("403 Forbidden", "Content-Type: application/xml\r\n", body)
     });
     let text = with_sts(&upstream, &format!("[sts]\nendpoint = \"{sts}\"\n"));
     let findings = check(folder.path(), &[], &text);
-    let found = findings.iter().find(|finding| finding["step"] == "sts").unwrap();
+    let found = findings
+        .iter()
+        .find(|finding| finding["step"] == "sts")
+        .unwrap();
     let [saw, fix] = ["saw", "fix"].map(|name| found[name].as_str().unwrap());
-    assert!(saw.contains("refused") && saw.contains("AccessDenied") && fix.contains("the trust policy of"), "{found}");
+    assert!(
+        saw.contains("refused")
+            && saw.contains("AccessDenied")
+            && fix.contains("the trust policy of"),
+        "{found}"
+    );
     let daemon = Daemon::start(folder.path(), "", &text);
     let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
-    assert_eq!((status, &body["code"]), (403, &Value::from("sts_access_denied")), "{body}");
+    assert_eq!(
+        (status, &body["code"]),
+        (403, &Value::from("sts_access_denied")),
+        "{body}"
+    );
     let message = body["message"].as_str().unwrap();
-    assert!(message.contains(saw) && message.contains(fix), "{message}\n{saw}\n{fix}");
+    assert!(
+        message.contains(saw) && message.contains(fix),
+        "{message}\n{saw}\n{fix}"
+    );
 }
 
 #[test]
@@ -236,24 +375,51 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
         answering::http("200 OK", "", &body)
     });
     let text = with_sts(&upstream, &format!("[sts]\nendpoint = \"{sts}\"\n"));
-    let line = text.lines().find(|line| line.starts_with("role_arn")).unwrap().to_owned();
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("role_arn"))
+        .unwrap()
+        .to_owned();
     let name = "urn:ecs:iam::ns1:role/shop";
-    let daemon = Daemon::start(folder.path(), "", &text.replace(&line, &format!("role_arn = \"{name}\"")));
+    let daemon = Daemon::start(
+        folder.path(),
+        "",
+        &text.replace(&line, &format!("role_arn = \"{name}\"")),
+    );
     let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
-    assert_eq!((status, &body["RoleArn"]), (200, &Value::from(name)), "{body}");
+    assert_eq!(
+        (status, &body["RoleArn"]),
+        (200, &Value::from(name)),
+        "{body}"
+    );
     assert!(body.get("AccountId").is_none(), "{body}");
     let sent: Vec<String> = requests.try_iter().collect();
-    let role =
-        |body: &String| form_urlencoded::parse(body.as_bytes()).any(|(key, value)| key == "RoleArn" && value == name);
+    let role = |body: &String| {
+        form_urlencoded::parse(body.as_bytes())
+            .any(|(key, value)| key == "RoleArn" && value == name)
+    };
     assert!(sent.iter().any(role), "{sent:?}");
     let records = daemon.audit();
-    assert!(records.iter().any(|record| record["outcome"] == "issued" && record["role_arn"] == name), "{records:?}");
+    assert!(
+        records
+            .iter()
+            .any(|record| record["outcome"] == "issued" && record["role_arn"] == name),
+        "{records:?}"
+    );
     let mut status = Command::new(PROGRAM);
-    status.env_clear().args(["status", "--json", "--config"]).arg(folder.path().join("awsvid.toml"));
+    status
+        .env_clear()
+        .args(["status", "--json", "--config"])
+        .arg(folder.path().join("awsvid.toml"));
     let status = run(status, b"", PATIENCE).success("awsvid status");
     assert!(status.contains(name), "{status}");
     let mut policy = Command::new(PROGRAM);
-    policy.env_clear().args(["trust-policy", "--issuer", "https://oidc.example.org", "--config"]);
+    policy.env_clear().args([
+        "trust-policy",
+        "--issuer",
+        "https://oidc.example.org",
+        "--config",
+    ]);
     let policy = run(
         {
             policy.arg(folder.path().join("awsvid.toml"));
@@ -263,7 +429,10 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
         PATIENCE,
     );
     assert!(
-        policy.status.code() == Some(1) && policy.stderr.contains("is not AWS, and has policies of its own"),
+        policy.status.code() == Some(1)
+            && policy
+                .stderr
+                .contains("is not AWS, and has policies of its own"),
         "{policy:?}"
     );
 }

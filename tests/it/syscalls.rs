@@ -24,7 +24,10 @@ const ALICE: u32 = 61_001;
 /// Programs of this computer that the test needs; false after a printed skip without them.
 fn tools() -> bool {
     let is_missing = |name: &&str| run_quietly(Command::new(name).arg("--version")).is_none();
-    let missing: Vec<&str> = ["strace", "systemd-analyze"].into_iter().filter(is_missing).collect();
+    let missing: Vec<&str> = ["strace", "systemd-analyze"]
+        .into_iter()
+        .filter(is_missing)
+        .collect();
     if !missing.is_empty() {
         skip(&format!("missing: {missing:?}"));
     }
@@ -32,7 +35,10 @@ fn tools() -> bool {
 }
 
 fn run_quietly(command: &mut Command) -> Option<String> {
-    let output = command.output().ok().filter(|output| output.status.success())?;
+    let output = command
+        .output()
+        .ok()
+        .filter(|output| output.status.success())?;
     String::from_utf8(output.stdout).ok()
 }
 
@@ -45,15 +51,33 @@ struct Traced {
 impl Traced {
     fn start(words: &[&str], folder: &Path, listen: &str, configuration: &str) -> Self {
         let trace = folder.join("trace");
-        let strace = ["strace", "-D", "-f", "-q", "-e", "signal=none", "-o", trace.to_str().expect("a path in UTF-8")];
-        let daemon = Daemon::start_behind(&[words, &strace].concat(), folder, listen, configuration).ready();
+        let strace = [
+            "strace",
+            "-D",
+            "-f",
+            "-q",
+            "-e",
+            "signal=none",
+            "-o",
+            trace.to_str().expect("a path in UTF-8"),
+        ];
+        let daemon =
+            Daemon::start_behind(&[words, &strace].concat(), folder, listen, configuration).ready();
         Self { daemon, trace }
     }
 
     /// The names of what was called, once the daemon has ended as it should.
     fn end(mut self) -> BTreeSet<String> {
         self.daemon.process().signal(Signal::SIGTERM);
-        assert_eq!(self.daemon.process().owned().wait(PATIENCE).expect("it ends").code(), Some(0));
+        assert_eq!(
+            self.daemon
+                .process()
+                .owned()
+                .wait(PATIENCE)
+                .expect("it ends")
+                .code(),
+            Some(0)
+        );
         let pid = self.daemon.pid().to_string();
         // The tracer writes the end of its process last.
         let text = await_some("the end of the trace", PATIENCE, || {
@@ -66,7 +90,9 @@ impl Traced {
         let call = |line: &str| {
             let (_, call) = line.trim_start().split_once(' ')?;
             let (name, _) = call.trim_start().split_once('(')?;
-            name.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_').then(|| name.to_owned())
+            name.bytes()
+                .all(|c| c.is_ascii_alphanumeric() || c == b'_')
+                .then(|| name.to_owned())
         };
         text.lines().filter_map(call).collect()
     }
@@ -77,7 +103,9 @@ const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 /// Rules by user (with the name service), unit, group and executable; reload, metrics, status, audit.
 fn by_rules() -> BTreeSet<String> {
     let (folder, upstream) = (folder(), Upstream::start(&[(ALICE, "me")]));
-    let rule = |keys: &str| format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\n{keys}\n");
+    let rule = |keys: &str| {
+        format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\n{keys}\n")
+    };
     let curl_file = fs::canonicalize("/usr/bin/curl").unwrap();
     let rules = [
         rule("user = \"of-another-node\""),
@@ -86,8 +114,16 @@ fn by_rules() -> BTreeSet<String> {
         rule("gid = 61009"),
     ];
     let configuration = upstream.configuration() + &rules.concat();
-    let traced = Traced::start(&[], folder.path(), "authorization = \"token\"", &configuration);
-    let (unit, other) = (Cgroup::new("syscalls-unit.service"), Cgroup::new("syscalls-other.service"));
+    let traced = Traced::start(
+        &[],
+        folder.path(),
+        "authorization = \"token\"",
+        &configuration,
+    );
+    let (unit, other) = (
+        Cgroup::new("syscalls-unit.service"),
+        Cgroup::new("syscalls-other.service"),
+    );
     for _ in 0..2 {
         // Nothing of the answers is looked at: other tests have that.
         for listener in LISTENERS {
@@ -98,7 +134,10 @@ fn by_rules() -> BTreeSet<String> {
         }
         http_get(traced.daemon.admin(), "/metrics").expect("metrics");
         traced.daemon.status("spiffe://example.org/user/me");
-        assert!(traced.daemon.reload("authorization = \"token\"", &(configuration.clone() + &rule("uid = 61004"))));
+        assert!(traced.daemon.reload(
+            "authorization = \"token\"",
+            &(configuration.clone() + &rule("uid = 61004"))
+        ));
         drop(UnixStream::connect(traced.daemon.unix()));
     }
     traced.end()
@@ -107,7 +146,10 @@ fn by_rules() -> BTreeSet<String> {
 /// An agent that attests the caller's process, with what notices that it executes another program.
 fn by_agent() -> BTreeSet<String> {
     let folder = folder();
-    let agent = FakeAgent::start(folder.path(), vec![Entry::new(&id("alice"), &[&format!("unix:uid:{ALICE}")])]);
+    let agent = FakeAgent::start(
+        folder.path(),
+        vec![Entry::new(&id("alice"), &[&format!("unix:uid:{ALICE}")])],
+    );
     let traced = Traced::start(&[], folder.path(), "", &agent.configuration());
     let cgroup = Cgroup::new("syscalls-agent.service");
     for listener in LISTENERS {
@@ -126,7 +168,9 @@ fn in_pods() -> BTreeSet<String> {
     let words = node.enter();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let handover = folder.path().join("handover/awsvid.sock");
-    let listen = node.listen().replace("handover = \"\"", &format!("handover = {handover:?}"));
+    let listen = node
+        .listen()
+        .replace("handover = \"\"", &format!("handover = {handover:?}"));
     let start = |name: &str| {
         let own = folder.path().join(name);
         fs::create_dir(&own).unwrap();
@@ -149,15 +193,21 @@ fn in_pods() -> BTreeSet<String> {
 /// All groups of systemd's, with what is in them.
 fn groups() -> BTreeMap<String, Vec<String>> {
     let mut command = Command::new("systemd-analyze");
-    let text =
-        run_quietly(command.arg("syscall-filter").env("SYSTEMD_COLORS", "0")).expect("systemd-analyze syscall-filter");
+    let text = run_quietly(command.arg("syscall-filter").env("SYSTEMD_COLORS", "0"))
+        .expect("systemd-analyze syscall-filter");
     let mut groups: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut current = String::new();
-    for line in text.lines().filter(|line| !line.trim_start().starts_with('#')) {
+    for line in text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with('#'))
+    {
         match line.trim() {
             "" => current.clear(),
             name if !line.starts_with(' ') => name.clone_into(&mut current),
-            name => groups.entry(current.clone()).or_default().push(name.to_owned()),
+            name => groups
+                .entry(current.clone())
+                .or_default()
+                .push(name.to_owned()),
         }
     }
     groups
@@ -165,7 +215,9 @@ fn groups() -> BTreeMap<String, Vec<String>> {
 
 fn expand(name: &str, groups: &BTreeMap<String, Vec<String>>, into: &mut BTreeSet<String>) {
     match groups.get(name) {
-        Some(members) => members.iter().for_each(|member| expand(member, groups, into)),
+        Some(members) => members
+            .iter()
+            .for_each(|member| expand(member, groups, into)),
         None => drop(into.insert(name.to_owned())),
     }
 }
@@ -175,10 +227,15 @@ fn allowed(unit: &str) -> BTreeSet<String> {
     let groups = groups();
     let mut allowed = BTreeSet::new();
     expand("@default", &groups, &mut allowed);
-    for line in unit.lines().filter_map(|line| line.strip_prefix("SystemCallFilter=")) {
+    for line in unit
+        .lines()
+        .filter_map(|line| line.strip_prefix("SystemCallFilter="))
+    {
         let mut named = BTreeSet::new();
         let names = line.trim_start_matches('~');
-        names.split_whitespace().for_each(|name| expand(name, &groups, &mut named));
+        names
+            .split_whitespace()
+            .for_each(|name| expand(name, &groups, &mut named));
         match line.starts_with('~') {
             true => allowed.retain(|name| !named.contains(name)),
             false => allowed.extend(named),
@@ -194,12 +251,29 @@ fn the_unit_allows_all_that_the_daemon_calls() {
     }
     let unit = include_str!("../../deploy/systemd/awsvid.service");
     let allowed = allowed(unit);
-    assert!(allowed.len() > 100 && allowed.contains("accept4") && !allowed.contains("mount"), "{allowed:?}");
+    assert!(
+        allowed.len() > 100 && allowed.contains("accept4") && !allowed.contains("mount"),
+        "{allowed:?}"
+    );
     let [rules, agent, pods] = [by_rules(), by_agent(), in_pods()];
-    let called: BTreeSet<&str> = rules.iter().chain(&agent).chain(&pods).map(String::as_str).collect();
-    assert!(called.len() > 60 && called.contains("accept4") && called.contains("setns"), "{called:?}");
-    let blocked: Vec<&&str> = called.iter().filter(|name| !allowed.contains(**name)).collect();
-    assert!(blocked.is_empty(), "the unit's SystemCallFilter= lacks {blocked:?}");
+    let called: BTreeSet<&str> = rules
+        .iter()
+        .chain(&agent)
+        .chain(&pods)
+        .map(String::as_str)
+        .collect();
+    assert!(
+        called.len() > 60 && called.contains("accept4") && called.contains("setns"),
+        "{called:?}"
+    );
+    let blocked: Vec<&&str> = called
+        .iter()
+        .filter(|name| !allowed.contains(**name))
+        .collect();
+    assert!(
+        blocked.is_empty(),
+        "the unit's SystemCallFilter= lacks {blocked:?}"
+    );
     // What is privileged is allowed for a use that there is.
     for (name, calls) in [("capset", &rules), ("open_by_handle_at", &rules)] {
         assert!(allowed.contains(name) && calls.contains(name), "{name}");

@@ -23,9 +23,15 @@ const CONFIGURATION: &str = "/etc/awsvid/awsvid.toml";
 const PROGRAM: &str = "/usr/bin/awsvid";
 /// Where the files of `deploy` go.
 const INSTALLED: [(&str, &str); 4] = [
-    ("/etc/systemd/system/awsvid.service", "systemd/awsvid.service"),
+    (
+        "/etc/systemd/system/awsvid.service",
+        "systemd/awsvid.service",
+    ),
     ("/etc/systemd/system/awsvid.socket", "systemd/awsvid.socket"),
-    ("/etc/tmpfiles.d/awsvid.conf", "systemd/awsvid.tmpfiles.conf"),
+    (
+        "/etc/tmpfiles.d/awsvid.conf",
+        "systemd/awsvid.tmpfiles.conf",
+    ),
     (CONFIGURATION, "awsvid.toml"),
 ];
 const BILLING: &str = "spiffe://example.org/billing";
@@ -33,23 +39,37 @@ const BILLING: &str = "spiffe://example.org/billing";
 const USERS: &str = "u billing 1001\nu shop 1002\n";
 
 /// How curl reaches the daemon.
-const UNIX: &[&str] = &["--unix-socket", "/run/awsvid/awsvid.sock", "http://localhost/v1/credentials"];
+const UNIX: &[&str] = &[
+    "--unix-socket",
+    "/run/awsvid/awsvid.sock",
+    "http://localhost/v1/credentials",
+];
 const TCP: &[&str] = &["http://127.0.0.1:974/v1/credentials"];
 const TCP6: &[&str] = &["http://[::1]:974/v1/credentials"];
 const ADDRESSES: [(&str, &[&str]); 3] = [("unix", UNIX), ("tcp", TCP), ("tcp6", TCP6)];
 
 fn shipped(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("deploy")
+        .join(name)
 }
 
 /// A machine with awsvid installed as the README says, from the shipped files; nothing of it is started yet.
 fn install(directory: &Path, more: &[(&str, Content<'_>)]) -> Option<SystemdMachine> {
     let sources = INSTALLED.map(|(_, source)| shipped(source));
     let mut files = vec![
-        (PROGRAM, Content::Copy(Path::new(env!("CARGO_BIN_EXE_awsvid")))),
+        (
+            PROGRAM,
+            Content::Copy(Path::new(env!("CARGO_BIN_EXE_awsvid"))),
+        ),
         ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
     ];
-    files.extend(INSTALLED.iter().zip(&sources).map(|((path, _), source)| (*path, Content::Copy(source))));
+    files.extend(
+        INSTALLED
+            .iter()
+            .zip(&sources)
+            .map(|((path, _), source)| (*path, Content::Copy(source))),
+    );
     files.extend(more.iter().map(|(path, content)| (*path, *content)));
     SystemdMachine::boot(directory, &files)
 }
@@ -57,14 +77,32 @@ fn install(directory: &Path, more: &[(&str, Content<'_>)]) -> Option<SystemdMach
 fn start(machine: &SystemdMachine) {
     // Succeeds when the daemon has said READY=1, for the unit is of Type=notify.
     machine
-        .run(&["systemctl", "enable", "--now", "awsvid.socket", "awsvid.service"])
+        .run(&[
+            "systemctl",
+            "enable",
+            "--now",
+            "awsvid.socket",
+            "awsvid.service",
+        ])
         .success("enable and start awsvid");
 }
 
 /// Asks as a service of some user, and returns the status and the body. Panics if the connection is refused or reset.
 fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u16, Value) {
-    let fixed = ["curl", "--silent", "--show-error", "--max-time", "50", "--header", "Authorization: any"];
-    let asked = machine.run_as(unit, user, &[&fixed[..], &["--write-out", "\n%{http_code}"], address].concat());
+    let fixed = [
+        "curl",
+        "--silent",
+        "--show-error",
+        "--max-time",
+        "50",
+        "--header",
+        "Authorization: any",
+    ];
+    let asked = machine.run_as(
+        unit,
+        user,
+        &[&fixed[..], &["--write-out", "\n%{http_code}"], address].concat(),
+    );
     let output = asked.success(&format!("curl {address:?} of {user} in {unit}"));
     let (body, status) = output.rsplit_once('\n').expect("the status after the body");
     let body = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error} in {body}"));
@@ -74,19 +112,32 @@ fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u
 /// That awsvid answers, and has seen who asks: nobody that it knows.
 fn assert_answered(machine: &SystemdMachine, address: &[&str]) {
     let (status, body) = ask(machine, "stranger.service", "shop", address);
-    assert_eq!((status, &body["code"]), (403, &Value::from("no_identity")), "{address:?}: {body}");
+    assert_eq!(
+        (status, &body["code"]),
+        (403, &Value::from("no_identity")),
+        "{address:?}: {body}"
+    );
 }
 
 fn restarts(machine: &SystemdMachine) -> u32 {
-    machine.property("awsvid.service", "NRestarts").parse().expect("a number")
+    machine
+        .property("awsvid.service", "NRestarts")
+        .parse()
+        .expect("a number")
 }
 
 /// Step 1 of the README, word by word but for the build: it comes to what `install` above has, which all other tests start.
 #[test]
 fn what_the_readme_says_installs_it() {
     let directory = folder();
-    let (_, rest) = include_str!("../../README.md").split_once("**Build and install.**").expect("step 1");
-    let block = rest.split("```").nth(1).and_then(|block| block.strip_prefix("sh\n")).expect("its commands");
+    let (_, rest) = include_str!("../../README.md")
+        .split_once("**Build and install.**")
+        .expect("step 1");
+    let block = rest
+        .split("```")
+        .nth(1)
+        .and_then(|block| block.strip_prefix("sh\n"))
+        .expect("its commands");
     let (build, block) = block.trim_start().split_once('\n').expect("several");
     assert_eq!(build, "cargo build --release");
     let (program, deploy) = (Path::new(env!("CARGO_BIN_EXE_awsvid")), shipped(""));
@@ -96,37 +147,71 @@ fn what_the_readme_says_installs_it() {
         // The example is about one of them.
         ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
     ];
-    let Some(machine) = SystemdMachine::boot(directory.path(), &files) else { return };
+    let Some(machine) = SystemdMachine::boot(directory.path(), &files) else {
+        return;
+    };
     let script = format!("sudo() {{ \"$@\"; }}\ncd /source\n{block}");
     let installed = machine.run(&["sh", "-euc", &script]);
-    assert!(installed.status.success() && installed.stderr.is_empty(), "{installed:?}");
+    assert!(
+        installed.status.success() && installed.stderr.is_empty(),
+        "{installed:?}"
+    );
     for (path, source) in INSTALLED {
-        assert!(fs::read(machine.path(path)).unwrap() == fs::read(shipped(source)).unwrap(), "{path}");
+        assert!(
+            fs::read(machine.path(path)).unwrap() == fs::read(shipped(source)).unwrap(),
+            "{path}"
+        );
     }
     start(&machine);
     assert_answered(&machine, UNIX);
     let page = fs::read_to_string(machine.path("/usr/share/man/man1/awsvid-check.1")).unwrap();
     assert!(page.contains(".TH awsvid-check 1"), "{page}");
     let completed = "source /usr/share/bash-completion/completions/awsvid; complete -p awsvid";
-    let completed = machine.run(&["bash", "-euc", completed]).success("the completions");
+    let completed = machine
+        .run(&["bash", "-euc", completed])
+        .success("the completions");
     assert!(completed.contains("_awsvid"), "{completed}");
 }
 
 #[test]
 fn the_units_are_clean_and_their_sandbox_holds() {
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
-    let verified = machine.run(&["systemd-analyze", "verify", "awsvid.service", "awsvid.socket"]);
-    assert!(verified.status.success() && verified.stdout.is_empty() && verified.stderr.is_empty(), "{verified:?}");
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
+    let verified = machine.run(&[
+        "systemd-analyze",
+        "verify",
+        "awsvid.service",
+        "awsvid.socket",
+    ]);
+    assert!(
+        verified.status.success() && verified.stdout.is_empty() && verified.stderr.is_empty(),
+        "{verified:?}"
+    );
     let unit = "/etc/systemd/system/awsvid.service";
-    let exposure = machine.run(&["systemd-analyze", "security", "--no-pager", "--offline=yes", "--threshold=30", unit]);
+    let exposure = machine.run(&[
+        "systemd-analyze",
+        "security",
+        "--no-pager",
+        "--offline=yes",
+        "--threshold=30",
+        unit,
+    ]);
     exposure.success("an exposure level of at most 3.0");
 
     // tmpfiles.d has made it at boot.
     let made = fs::metadata(machine.path("/run/awsvid")).unwrap();
-    assert_eq!((made.uid(), made.gid(), made.mode() & 0o7777), (0, 0, 0o755));
+    assert_eq!(
+        (made.uid(), made.gid(), made.mode() & 0o7777),
+        (0, 0, 0o755)
+    );
     start(&machine);
-    for (name, mode) in [("awsvid.sock", 0o666), ("status.sock", 0o600), ("token", 0o644)] {
+    for (name, mode) in [
+        ("awsvid.sock", 0o666),
+        ("status.sock", 0o600),
+        ("token", 0o644),
+    ] {
         let found = fs::symlink_metadata(machine.path("/run/awsvid").join(name)).unwrap();
         assert_eq!((found.uid(), found.mode() & 0o7777), (0, mode), "{name}");
     }
@@ -135,14 +220,20 @@ fn the_units_are_clean_and_their_sandbox_holds() {
     let process = format!("/proc/{}", machine.property("awsvid.service", "MainPID"));
     let status = fs::read_to_string(machine.path(&format!("{process}/status"))).unwrap();
     let field = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        line.unwrap_or_else(|| panic!("no {name} in {status}")).trim()
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap_or_else(|| panic!("no {name} in {status}"))
+            .trim()
     };
     // CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH; CAP_PERFMON and CAP_BPF, which rules have no use for, are
     // given up.
     let three = 1_u64 << 10 | 1 << 19 | 1 << 2;
     let [three, five] = [three, three | 1 << 38 | 1 << 39].map(|set| format!("{set:016x}"));
-    assert_eq!([field("CapBnd"), field("CapPrm"), field("CapEff")], [&*five, &*three, &*three]);
+    assert_eq!(
+        [field("CapBnd"), field("CapPrm"), field("CapEff")],
+        [&*five, &*three, &*three]
+    );
     assert_eq!([field("NoNewPrivs"), field("Seccomp")], ["1", "2"]);
     let mounts = fs::read_to_string(machine.path(&format!("{process}/mountinfo"))).unwrap();
     // Of several mounts at one place the last is what is seen there.
@@ -153,39 +244,69 @@ fn the_units_are_clean_and_their_sandbox_holds() {
     let writable: BTreeSet<&str> = mounts
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
-        .filter(|path| !["/dev", "/proc"].iter().any(|api| Path::new(path).starts_with(api)))
+        .filter(|path| {
+            !["/dev", "/proc"]
+                .iter()
+                .any(|api| Path::new(path).starts_with(api))
+        })
         // Where systemd tells a unit, from version 254 on, that the machine is short of memory.
         .filter(|path| !path.ends_with("/awsvid.service/memory.pressure"))
         .filter(|path| is_writable(path))
         .collect();
-    assert_eq!(writable, BTreeSet::from(["/run/awsvid", "/var/log/awsvid"]), "{mounts}");
+    assert_eq!(
+        writable,
+        BTreeSet::from(["/run/awsvid", "/var/log/awsvid"]),
+        "{mounts}"
+    );
 }
 
 #[test]
 fn callers_are_told_apart_by_their_unit_with_spire_beside() {
     let directory = folder();
-    let Some(spire) = Spire::start(directory.path()) else { return };
+    let Some(spire) = Spire::start(directory.path()) else {
+        return;
+    };
     let policy = minio::readable_by(BILLING, "shop");
-    let Some(minio) = Minio::start(directory.path(), &spire.issuer_url(), &policy) else { return };
+    let Some(minio) = Minio::start(directory.path(), &spire.issuer_url(), &policy) else {
+        return;
+    };
     spire.register(BILLING, &["unix:uid:0", "unix:path:/usr/bin/awsvid"]);
     let socket = spire.agent_socket();
     let agent = socket.parent().unwrap();
     symlink(socket.file_name().unwrap(), agent.join("spire-agent.sock")).unwrap();
     // Where the example looks for it, and where SPIRE puts it by default.
-    let more =
-        [("/run/spire/agent-sockets", Content::Mount(agent)), ("/tmp/spire-agent/public", Content::Mount(agent))];
-    let Some(machine) = install(directory.path(), &more) else { return };
+    let more = [
+        ("/run/spire/agent-sockets", Content::Mount(agent)),
+        ("/tmp/spire-agent/public", Content::Mount(agent)),
+    ];
+    let Some(machine) = install(directory.path(), &more) else {
+        return;
+    };
     start(&machine);
 
     // The example as it stands names an account at AWS, which can't be reached from here: one caller gets as far as that.
     for (_, address) in ADDRESSES {
         let (status, body) = ask(&machine, "billing.service", "billing", address);
-        assert_eq!((status, &body["code"]), (503, &Value::from("sts_unreachable")), "{address:?}: {body}");
+        assert_eq!(
+            (status, &body["code"]),
+            (503, &Value::from("sts_unreachable")),
+            "{address:?}: {body}"
+        );
         assert_answered(&machine, address);
     }
-    assert_ne!(spire.jwt_svids_fetched(BILLING), 0, "the daemon has fetched the caller's JWT-SVID");
+    assert_ne!(
+        spire.jwt_svids_fetched(BILLING),
+        0,
+        "the daemon has fetched the caller's JWT-SVID"
+    );
 
-    let forward = machine.forward(minio.endpoint().trim_start_matches("http://").parse().unwrap());
+    let forward = machine.forward(
+        minio
+            .endpoint()
+            .trim_start_matches("http://")
+            .parse()
+            .unwrap(),
+    );
     let configuration = format!(
         r#"
 [identity]
@@ -212,7 +333,9 @@ role_arn = "{}"
         minio.role_arn(),
     );
     fs::write(machine.path(CONFIGURATION), configuration).unwrap();
-    machine.run(&["systemctl", "restart", "awsvid.service"]).success("restart with another configuration");
+    machine
+        .run(&["systemctl", "restart", "awsvid.service"])
+        .success("restart with another configuration");
     let mut keys = Vec::new();
     for (_, address) in ADDRESSES {
         let (status, body) = ask(&machine, "billing.service", "billing", address);
@@ -220,18 +343,38 @@ role_arn = "{}"
         keys.push(body["AccessKeyId"].clone());
         // The unit decides, not the user.
         let (status, body) = ask(&machine, "payroll.service", "billing", address);
-        assert_eq!((status, &body["code"]), (403, &Value::from("no_identity")), "{address:?}: {body}");
+        assert_eq!(
+            (status, &body["code"]),
+            (403, &Value::from("no_identity")),
+            "{address:?}: {body}"
+        );
         // By its executable: over TCP the daemon has to look into a process of another user.
         let (status, body) = ask(&machine, "search.service", "shop", address);
         assert_eq!(status, 200, "{address:?}: {body}");
         keys.push(body["AccessKeyId"].clone());
     }
-    assert!(keys[0].is_string() && keys.iter().all(|key| *key == keys[0]), "{keys:?}");
+    assert!(
+        keys[0].is_string() && keys.iter().all(|key| *key == keys[0]),
+        "{keys:?}"
+    );
     let audit = fs::read_to_string(machine.path("/var/log/awsvid/audit.log")).unwrap();
-    assert_eq!(audit.lines().filter(|line| line.contains(keys[0].as_str().unwrap())).count(), 6, "{audit}");
+    assert_eq!(
+        audit
+            .lines()
+            .filter(|line| line.contains(keys[0].as_str().unwrap()))
+            .count(),
+        6,
+        "{audit}"
+    );
     // Every listener, SPIRE and STS have answered.
     let ready = ["curl", "--silent", "--fail", "http://127.0.0.1:975/readyz"];
-    await_some("ready", PATIENCE, || machine.run_as("probe.service", "shop", &ready).status.success().then_some(()));
+    await_some("ready", PATIENCE, || {
+        machine
+            .run_as("probe.service", "shop", &ready)
+            .status
+            .success()
+            .then_some(())
+    });
 }
 
 /// Attack 24: systemd makes the listener of a service as root, and holds it still when the service has it.
@@ -247,7 +390,9 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
         ("/etc/systemd/system/web.socket", Content::Text(socket)),
         ("/etc/systemd/system/web.service", Content::Text(service)),
     ];
-    let Some(machine) = install(directory.path(), &more) else { return };
+    let Some(machine) = install(directory.path(), &more) else {
+        return;
+    };
     // Root has an identity, which is not handed out in this test: its agent is away.
     let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/root\"\nuser = \"root\"\n\
                 [[role]]\nname = \"root\"\nspiffe_id = \"spiffe://example.org/root\"\n\
@@ -256,11 +401,23 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
     fs::write(machine.path(CONFIGURATION), configuration + rule).unwrap();
     start(&machine);
     let (status, body) = ask(&machine, "admin.service", "root", TCP);
-    assert_eq!((status, &body["code"]), (503, &Value::from("source_unavailable")), "{body}");
+    assert_eq!(
+        (status, &body["code"]),
+        (503, &Value::from("source_unavailable")),
+        "{body}"
+    );
 
-    machine.run(&["systemctl", "start", "web.socket"]).success("start the socket");
+    machine
+        .run(&["systemctl", "start", "web.socket"])
+        .success("start the socket");
     // Whoever connects has the service started. It asks, and never answers the connection.
-    machine.run(&["curl", "--silent", "--max-time", "1", "http://127.0.0.1:8081/"]);
+    machine.run(&[
+        "curl",
+        "--silent",
+        "--max-time",
+        "1",
+        "http://127.0.0.1:8081/",
+    ]);
     let answer = await_some("the service is answered", PATIENCE, || {
         let text = fs::read_to_string(machine.path("/run/web.out")).ok()?;
         text.contains("\"code\"").then_some(text)
@@ -271,7 +428,9 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
 #[test]
 fn the_addresses_are_held_while_the_daemon_is_away() {
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
     start(&machine);
 
     // Restarts while callers ask: not one is turned away.
@@ -280,23 +439,41 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
         let askers = ADDRESSES.map(|(name, address)| {
             scope.spawn(move || {
                 for _ in 0..10 {
-                    let (status, body) = ask(machine, &format!("asker-{name}.service"), "shop", address);
+                    let (status, body) =
+                        ask(machine, &format!("asker-{name}.service"), "shop", address);
                     assert_eq!(status, 403, "{body}");
                 }
             })
         });
         while askers.iter().any(|asker| !asker.is_finished()) {
-            machine.run(&["systemctl", "restart", "awsvid.service"]).success("restart awsvid");
+            machine
+                .run(&["systemctl", "restart", "awsvid.service"])
+                .success("restart awsvid");
         }
     });
 
     // Stopped, and nobody else can have the port: not a user, for it is below 1024, nor root, for systemd holds it.
-    machine.run(&["systemctl", "stop", "awsvid.service"]).success("stop awsvid");
-    assert_eq!(machine.property("awsvid.service", "ActiveState"), "inactive");
-    for (user, why) in [("shop", "Permission denied"), ("root", "Address already in use")] {
-        let listen = ["systemd-socket-activate", "--listen=127.0.0.1:974", "/usr/bin/true"];
+    machine
+        .run(&["systemctl", "stop", "awsvid.service"])
+        .success("stop awsvid");
+    assert_eq!(
+        machine.property("awsvid.service", "ActiveState"),
+        "inactive"
+    );
+    for (user, why) in [
+        ("shop", "Permission denied"),
+        ("root", "Address already in use"),
+    ] {
+        let listen = [
+            "systemd-socket-activate",
+            "--listen=127.0.0.1:974",
+            "/usr/bin/true",
+        ];
         let thief = machine.run_as("thief.service", user, &listen);
-        assert!(!thief.status.success() && thief.stderr.contains(why), "{user}: {thief:?}");
+        assert!(
+            !thief.status.success() && thief.stderr.contains(why),
+            "{user}: {thief:?}"
+        );
     }
     assert_answered(machine, TCP);
     assert_eq!(machine.property("awsvid.service", "ActiveState"), "active");
@@ -304,7 +481,9 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
     // Killed: it comes back by itself, and who asks meanwhile is answered.
     for (_, address) in ADDRESSES {
         let before = restarts(machine);
-        machine.run(&["systemctl", "kill", "--signal=KILL", "awsvid.service"]).success("kill awsvid");
+        machine
+            .run(&["systemctl", "kill", "--signal=KILL", "awsvid.service"])
+            .success("kill awsvid");
         assert_answered(machine, address);
         assert_eq!(restarts(machine), before + 1);
     }
@@ -313,12 +492,16 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
 #[test]
 fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
     start(&machine);
     let aside = machine.path("/usr/bin/awsvid.aside");
     fs::rename(machine.path(PROGRAM), &aside).unwrap();
     symlink("/usr/bin/false", machine.path(PROGRAM)).unwrap();
-    machine.run(&["systemctl", "kill", "--signal=KILL", "awsvid.service"]).success("kill awsvid");
+    machine
+        .run(&["systemctl", "kill", "--signal=KILL", "awsvid.service"])
+        .success("kill awsvid");
     let machine = &machine;
     thread::scope(|scope| {
         let askers = ADDRESSES.map(|(name, address)| {
@@ -326,12 +509,18 @@ fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
         });
         // While the callers are there, more starts than systemd allows a service (5 in 10 s) and a socket (20 in 2 s).
         let before = restarts(machine);
-        await_some("more restarts", PATIENCE, || (restarts(machine) > before + 25).then_some(()));
+        await_some("more restarts", PATIENCE, || {
+            (restarts(machine) > before + 25).then_some(())
+        });
         assert_eq!(machine.property("awsvid.socket", "ActiveState"), "active");
         fs::rename(&aside, machine.path(PROGRAM)).unwrap();
         for asker in askers {
             let (status, body) = asker.join().unwrap();
-            assert_eq!((status, &body["code"]), (403, &Value::from("no_identity")), "{body}");
+            assert_eq!(
+                (status, &body["code"]),
+                (403, &Value::from("no_identity")),
+                "{body}"
+            );
         }
     });
 }
@@ -339,32 +528,55 @@ fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
 #[test]
 fn a_wrong_configuration_is_not_tried_again() {
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
     start(&machine);
     let good = fs::read_to_string(machine.path(CONFIGURATION)).unwrap();
-    fs::write(machine.path(CONFIGURATION), good.replace("spiffe_id", "spifee_id")).unwrap();
-    let curl = |unit: &str, address: &[&str]| machine.run_as(unit, "shop", &[&["curl", "--silent"], address].concat());
+    fs::write(
+        machine.path(CONFIGURATION),
+        good.replace("spiffe_id", "spifee_id"),
+    )
+    .unwrap();
+    let curl = |unit: &str, address: &[&str]| {
+        machine.run_as(unit, "shop", &[&["curl", "--silent"], address].concat())
+    };
     thread::scope(|scope| {
         // A connection that nobody takes makes systemd start the daemon: callers must not bring it into a loop.
         for (name, address) in ADDRESSES {
             let curl = &curl;
-            let refused =
-                move || (curl(&format!("asker-{name}.service"), address).status.code() == Some(7)).then_some(());
+            let refused = move || {
+                (curl(&format!("asker-{name}.service"), address)
+                    .status
+                    .code()
+                    == Some(7))
+                .then_some(())
+            };
             scope.spawn(move || await_some("callers are refused at once", PATIENCE, refused));
         }
         let restarted = machine.run(&["systemctl", "restart", "awsvid.service"]);
         assert!(!restarted.status.success(), "{restarted:?}");
     });
-    let found = ["SubState", "ExecMainStatus", "NRestarts"].map(|name| machine.property("awsvid.service", name));
+    let found = ["SubState", "ExecMainStatus", "NRestarts"]
+        .map(|name| machine.property("awsvid.service", name));
     assert_eq!(found, ["failed", "78", "0"]);
     let journal = machine.journal();
-    assert_eq!(journal.matches("Starting awsvid.service").count(), 2, "the good start and the bad one:\n{journal}");
-    assert!(journal.contains("spifee_id"), "the journal tells what is wrong:\n{journal}");
+    assert_eq!(
+        journal.matches("Starting awsvid.service").count(),
+        2,
+        "the good start and the bad one:\n{journal}"
+    );
+    assert!(
+        journal.contains("spifee_id"),
+        "the journal tells what is wrong:\n{journal}"
+    );
     assert_eq!(machine.property("awsvid.socket", "ActiveState"), "inactive");
 
     // `restart` of the service alone brings the sockets back too.
     fs::write(machine.path(CONFIGURATION), good).unwrap();
-    machine.run(&["systemctl", "restart", "awsvid.service"]).success("start with the configuration repaired");
+    machine
+        .run(&["systemctl", "restart", "awsvid.service"])
+        .success("start with the configuration repaired");
     for (_, address) in ADDRESSES {
         assert_answered(&machine, address);
     }
@@ -373,24 +585,38 @@ fn a_wrong_configuration_is_not_tried_again() {
 #[test]
 fn a_reload_reads_the_configuration_again() {
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
     start(&machine);
     let process = machine.property("awsvid.service", "MainPID");
     let good = fs::read_to_string(machine.path(CONFIGURATION)).unwrap();
     let reload = |text: &str, status: &str| {
         fs::write(machine.path(CONFIGURATION), text).unwrap();
-        machine.run(&["systemctl", "reload", "awsvid.service"]).success("reload awsvid");
+        machine
+            .run(&["systemctl", "reload", "awsvid.service"])
+            .success("reload awsvid");
         await_some(status, PATIENCE, || {
-            machine.property("awsvid.service", "StatusText").contains(status).then_some(())
+            machine
+                .property("awsvid.service", "StatusText")
+                .contains(status)
+                .then_some(())
         });
         machine.await_property("awsvid.service", "ActiveState", "active");
     };
-    reload(&good.replace("spiffe_id", "spifee_id"), "The configuration has errors");
-    assert!(machine.journal().contains("spifee_id"), "the journal tells what is wrong");
+    reload(
+        &good.replace("spiffe_id", "spifee_id"),
+        "The configuration has errors",
+    );
+    assert!(
+        machine.journal().contains("spifee_id"),
+        "the journal tells what is wrong"
+    );
     assert_answered(&machine, UNIX);
     // In its sandbox it may open the audit file anew, and the rest takes effect.
-    let other =
-        good.replace("[audit]", "[audit]\nfile = \"/var/log/awsvid/audit.log\"").replace("\"billing\"\n", "\"shop\"\n");
+    let other = good
+        .replace("[audit]", "[audit]\nfile = \"/var/log/awsvid/audit.log\"")
+        .replace("\"billing\"\n", "\"shop\"\n");
     assert_ne!(other, good);
     reload(&other, "Reloaded");
     let (status, body) = ask(&machine, "stranger.service", "shop", UNIX);
@@ -400,9 +626,14 @@ fn a_reload_reads_the_configuration_again() {
         "the stranger has an identity: {body}"
     );
     let audit = fs::read_to_string(machine.path("/var/log/awsvid/audit.log")).unwrap();
-    assert!(audit.lines().any(|line| line.contains("\"uid\":1002")), "{audit}");
+    assert!(
+        audit.lines().any(|line| line.contains("\"uid\":1002")),
+        "{audit}"
+    );
     // Ends as ever.
-    machine.run(&["systemctl", "stop", "awsvid.service"]).success("stop awsvid");
+    machine
+        .run(&["systemctl", "stop", "awsvid.service"])
+        .success("stop awsvid");
     let found = ["Result", "ExecMainStatus"].map(|name| machine.property("awsvid.service", name));
     assert_eq!(found, ["success", "0"]);
     assert_ne!(process, "0");
@@ -410,9 +641,18 @@ fn a_reload_reads_the_configuration_again() {
 
 /// The commands in the first block of a document after these words.
 fn commands(document: &str, after: &str) -> String {
-    let (_, rest) = document.split_once(after).unwrap_or_else(|| panic!("{after} is in the document"));
-    let block = rest.split("```").nth(1).and_then(|block| block.strip_prefix("sh\n")).expect("its commands");
-    block.lines().map(|line| line.trim_start().to_owned() + "\n").collect()
+    let (_, rest) = document
+        .split_once(after)
+        .unwrap_or_else(|| panic!("{after} is in the document"));
+    let block = rest
+        .split("```")
+        .nth(1)
+        .and_then(|block| block.strip_prefix("sh\n"))
+        .expect("its commands");
+    block
+        .lines()
+        .map(|line| line.trim_start().to_owned() + "\n")
+        .collect()
 }
 
 /// The rollback as deploy/README.md has it, word by word, from a version that has a key more: this one's program with another
@@ -424,27 +664,45 @@ fn the_documented_rollback_leaves_nobody_without_a_daemon() {
     let newer = directory.path().join("awsvid.newer");
     let mut program = fs::read(env!("CARGO_BIN_EXE_awsvid")).unwrap();
     let (known, future) = (b"revocation_grace", b"revocation_pause");
-    let places: Vec<usize> = (0..program.len() - known.len()).filter(|i| program[*i..].starts_with(known)).collect();
-    places.iter().for_each(|i| program[*i..i + future.len()].copy_from_slice(future));
+    let places: Vec<usize> = (0..program.len() - known.len())
+        .filter(|i| program[*i..].starts_with(known))
+        .collect();
+    places
+        .iter()
+        .for_each(|i| program[*i..i + future.len()].copy_from_slice(future));
     fs::write(&newer, program).unwrap();
     fs::set_permissions(&newer, fs::Permissions::from_mode(0o755)).unwrap();
     let previous = with_rules("", &rule("user = \"billing\""));
     let text = format!("{previous}[cache]\nrevocation_pause = \"1m\"\n");
     let more = [
-        ("/usr/bin/awsvid.previous", Content::Copy(Path::new(env!("CARGO_BIN_EXE_awsvid")))),
+        (
+            "/usr/bin/awsvid.previous",
+            Content::Copy(Path::new(env!("CARGO_BIN_EXE_awsvid"))),
+        ),
         ("/etc/awsvid/awsvid.toml.previous", Content::Text(&previous)),
         (PROGRAM, Content::Copy(&newer)),
         (CONFIGURATION, Content::Text(&text)),
     ];
-    let Some(machine) = install(directory.path(), &more) else { return };
+    let Some(machine) = install(directory.path(), &more) else {
+        return;
+    };
     start(&machine);
     assert_known(ask(&machine, "billing.service", "billing", TCP));
     // What CI says before such a file is anywhere.
-    let check = commands(DOCUMENT, "with the\n  version that runs and with the one that you would go back to")
-        .replace("awsvid.toml", CONFIGURATION);
+    let check = commands(
+        DOCUMENT,
+        "with the\n  version that runs and with the one that you would go back to",
+    )
+    .replace("awsvid.toml", CONFIGURATION);
     let checked = machine.run(&["sh", "-euc", &check]);
-    let words = format!("cache.revocation_pause: awsvid {} has no such key", env!("CARGO_PKG_VERSION"));
-    assert!(checked.status.code() == Some(78) && checked.stderr.contains(&words), "{checked:?}");
+    let words = format!(
+        "cache.revocation_pause: awsvid {} has no such key",
+        env!("CARGO_PKG_VERSION")
+    );
+    assert!(
+        checked.status.code() == Some(78) && checked.stderr.contains(&words),
+        "{checked:?}"
+    );
 
     let machine = &machine;
     thread::scope(|scope| {
@@ -453,14 +711,19 @@ fn the_documented_rollback_leaves_nobody_without_a_daemon() {
                 assert_known(ask(machine, "asker.service", "billing", UNIX));
             }
         });
-        machine.run(&["sh", "-euc", &commands(DOCUMENT, "**Rollback:**")]).success("the documented rollback");
+        machine
+            .run(&["sh", "-euc", &commands(DOCUMENT, "**Rollback:**")])
+            .success("the documented rollback");
         asker.join().unwrap();
     });
     assert_known(ask(machine, "billing.service", "billing", TCP));
     let found = ["ActiveState", "NRestarts"].map(|name| machine.property("awsvid.service", name));
     assert_eq!(found, ["active", "0"]);
     let version = |path: &str| fs::read(machine.path(path)).unwrap();
-    assert!(version(PROGRAM) == version("/usr/bin/awsvid.previous"), "it is the previous program");
+    assert!(
+        version(PROGRAM) == version("/usr/bin/awsvid.previous"),
+        "it is the previous program"
+    );
 }
 
 /// A configuration for rules, without an agent.
@@ -477,29 +740,64 @@ fn rule(keys: &str) -> String {
 
 /// That awsvid has an identity for who asks, and no agent to have a token of.
 fn assert_known((status, body): (u16, Value)) {
-    assert_eq!((status, &body["code"]), (503, &Value::from("source_unavailable")), "{body}");
+    assert_eq!(
+        (status, &body["code"]),
+        (503, &Value::from("source_unavailable")),
+        "{body}"
+    );
 }
 
 #[test]
-fn a_socket_of_the_unit_that_the_configuration_does_not_name_is_refused_and_the_others_are_served() {
+fn a_socket_of_the_unit_that_the_configuration_does_not_name_is_refused_and_the_others_are_served()
+{
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
     // What `awsvid check` recommends where callers over TCP can't be told apart.
-    fs::write(machine.path(CONFIGURATION), with_rules("tcp = []", &rule("user = \"billing\""))).unwrap();
+    fs::write(
+        machine.path(CONFIGURATION),
+        with_rules("tcp = []", &rule("user = \"billing\"")),
+    )
+    .unwrap();
     start(&machine);
     assert_known(ask(&machine, "billing.service", "billing", UNIX));
     for address in [TCP, TCP6] {
-        let refused =
-            machine.run_as("refused.service", "shop", &[&["curl", "--silent", "--max-time", "50"], address].concat());
+        let refused = machine.run_as(
+            "refused.service",
+            "shop",
+            &[&["curl", "--silent", "--max-time", "50"], address].concat(),
+        );
         // Reset, at once or a moment later, and not left waiting.
-        assert!(matches!(refused.status.code(), Some(7 | 56)), "{address:?}: {refused:?}");
+        assert!(
+            matches!(refused.status.code(), Some(7 | 56)),
+            "{address:?}: {refused:?}"
+        );
     }
     let journal = machine.journal();
-    assert_eq!(journal.matches("systemd holds a socket that [listen] does not name").count(), 2, "{journal}");
-    assert_eq!((restarts(&machine), machine.property("awsvid.service", "ActiveState")), (0, "active".to_owned()));
+    assert_eq!(
+        journal
+            .matches("systemd holds a socket that [listen] does not name")
+            .count(),
+        2,
+        "{journal}"
+    );
+    assert_eq!(
+        (
+            restarts(&machine),
+            machine.property("awsvid.service", "ActiveState")
+        ),
+        (0, "active".to_owned())
+    );
     // With the addresses back in the file a restart serves them again.
-    fs::write(machine.path(CONFIGURATION), with_rules("", &rule("user = \"billing\""))).unwrap();
-    machine.run(&["systemctl", "restart", "awsvid.service"]).success("restart awsvid");
+    fs::write(
+        machine.path(CONFIGURATION),
+        with_rules("", &rule("user = \"billing\"")),
+    )
+    .unwrap();
+    machine
+        .run(&["systemctl", "restart", "awsvid.service"])
+        .success("restart awsvid");
     for (_, address) in ADDRESSES {
         assert_known(ask(&machine, "billing.service", "billing", address));
     }
@@ -508,8 +806,14 @@ fn a_socket_of_the_unit_that_the_configuration_does_not_name_is_refused_and_the_
 #[test]
 fn callers_in_a_unit_with_many_cgroups_are_recognized() {
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
-    fs::write(machine.path(CONFIGURATION), with_rules("", &rule("systemd_unit = \"many.service\""))).unwrap();
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
+    fs::write(
+        machine.path(CONFIGURATION),
+        with_rules("", &rule("systemd_unit = \"many.service\"")),
+    )
+    .unwrap();
     start(&machine);
     // More than awsvid looks through where it has to search for a cgroup.
     let script = "cd /sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup); i=0; \
@@ -529,33 +833,59 @@ fn callers_in_a_unit_with_many_cgroups_are_recognized() {
         script,
     ]);
     let answers = asked.success("curl from many cgroups");
-    assert_eq!(answers.matches("source_unavailable").count(), 2 * 6, "{answers}");
-    assert!(!machine.journal().contains("is forbidden all the same"), "{}", machine.journal());
+    assert_eq!(
+        answers.matches("source_unavailable").count(),
+        2 * 6,
+        "{answers}"
+    );
+    assert!(
+        !machine.journal().contains("is forbidden all the same"),
+        "{}",
+        machine.journal()
+    );
 }
 
 #[test]
 fn a_capability_that_the_filter_makes_useless_is_said_at_the_start() {
     let directory = folder();
     let drop_in = "[Service]\nSystemCallFilter=~open_by_handle_at\n";
-    let more = [("/etc/systemd/system/awsvid.service.d/narrow.conf", Content::Text(drop_in))];
-    let Some(machine) = install(directory.path(), &more) else { return };
+    let more = [(
+        "/etc/systemd/system/awsvid.service.d/narrow.conf",
+        Content::Text(drop_in),
+    )];
+    let Some(machine) = install(directory.path(), &more) else {
+        return;
+    };
     start(&machine);
     let journal = machine.journal();
     let words = "CAP_DAC_READ_SEARCH is held and open_by_handle_at is forbidden all the same";
     assert_eq!(journal.matches(words).count(), 1, "{journal}");
-    assert!(journal.contains("under systemd add it to SystemCallFilter="), "{journal}");
+    assert!(
+        journal.contains("under systemd add it to SystemCallFilter="),
+        "{journal}"
+    );
 }
 
 #[test]
 fn a_user_that_comes_after_the_boot_is_served() {
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
     let rules = rule("user = \"late\"") + &rule("user = \"shop\"\nsystemd_unit = \"shop.service\"");
     fs::write(machine.path(CONFIGURATION), with_rules("", &rules)).unwrap();
     start(&machine);
     assert_known(ask(&machine, "shop.service", "shop", TCP));
-    assert!(machine.journal().contains("the name is not known on this node"), "{}", machine.journal());
-    machine.run(&["sh", "-euc", "echo 'u late 1003' | systemd-sysusers -"]).success("make the user");
+    assert!(
+        machine
+            .journal()
+            .contains("the name is not known on this node"),
+        "{}",
+        machine.journal()
+    );
+    machine
+        .run(&["sh", "-euc", "echo 'u late 1003' | systemd-sysusers -"])
+        .success("make the user");
     await_some("the user is known", PATIENCE, || {
         (ask(&machine, "late.service", "late", TCP).1["code"] == "source_unavailable").then_some(())
     });
@@ -567,12 +897,18 @@ fn a_user_that_comes_after_the_boot_is_served() {
 #[test]
 fn what_a_stop_leaves_behind_is_the_token() {
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
     start(&machine);
     let token = || fs::read_to_string(machine.path("/run/awsvid/token")).unwrap();
     let before = token();
-    machine.run(&["systemctl", "stop", "awsvid.socket", "awsvid.service"]).success("stop both units");
-    let left = fs::read_dir(machine.path("/run/awsvid")).unwrap().map(|entry| entry.unwrap().file_name());
+    machine
+        .run(&["systemctl", "stop", "awsvid.socket", "awsvid.service"])
+        .success("stop both units");
+    let left = fs::read_dir(machine.path("/run/awsvid"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
     // Workloads that have read it go on with it.
     assert_eq!(left.collect::<Vec<_>>(), ["token"]);
     start(&machine);
@@ -582,11 +918,17 @@ fn what_a_stop_leaves_behind_is_the_token() {
 #[test]
 fn without_ipv6_the_other_addresses_are_served() {
     let directory = folder();
-    let Some(machine) = install(directory.path(), &[]) else { return };
+    let Some(machine) = install(directory.path(), &[]) else {
+        return;
+    };
     let off = "for i in all lo; do echo 1 >/proc/sys/net/ipv6/conf/$i/disable_ipv6; done";
     machine.run(&["sh", "-c", off]).success("switch IPv6 off");
     start(&machine);
-    let asked = machine.run_as("six.service", "shop", &[&["curl", "--silent"], TCP6].concat());
+    let asked = machine.run_as(
+        "six.service",
+        "shop",
+        &[&["curl", "--silent"], TCP6].concat(),
+    );
     assert_eq!(asked.status.code(), Some(7), "::1 is gone: {asked:?}");
     for address in [UNIX, TCP] {
         assert_answered(&machine, address);

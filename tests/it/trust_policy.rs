@@ -30,19 +30,29 @@ const FORMATS: [&str; 3] = ["aws-cli", "terraform", "cloudformation"];
 
 fn trust_policy(config: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
-    command.env_clear().args(["trust-policy", "--config"]).arg(config).args(arguments);
+    command
+        .env_clear()
+        .args(["trust-policy", "--config"])
+        .arg(config)
+        .args(arguments);
     run(command, b"", PATIENCE)
 }
 
 fn form(body: &str) -> HashMap<String, String> {
-    form_urlencoded::parse(body.as_bytes()).into_owned().collect()
+    form_urlencoded::parse(body.as_bytes())
+        .into_owned()
+        .collect()
 }
 
 #[test]
 fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     let folder = folder();
-    let Some(aws) = tool("aws").filter(|_| root()) else { return };
-    let Some(spire) = Spire::start(folder.path()) else { return };
+    let Some(aws) = tool("aws").filter(|_| root()) else {
+        return;
+    };
+    let Some(spire) = Spire::start(folder.path()) else {
+        return;
+    };
     let config = folder.path().join("awsvid.toml");
     let text = format!(
         "[identity]\nsocket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n\
@@ -53,7 +63,10 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     fs::write(&config, text).unwrap();
     let unknown = trust_policy(&config, &[]);
     assert_eq!(unknown.status.code(), Some(1), "{unknown:?}");
-    assert!(unknown.stdout.is_empty() && unknown.stderr.contains("--issuer"), "{unknown:?}");
+    assert!(
+        unknown.stdout.is_empty() && unknown.stderr.contains("--issuer"),
+        "{unknown:?}"
+    );
 
     spire.register(READER, &["unix:uid:0"]);
     let script = trust_policy(&config, &[]).success("awsvid trust-policy");
@@ -80,10 +93,18 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
         let xml = format!("<{action}Response><{action}Result></{action}Result></{action}Response>");
         answering::http("200 OK", "Content-Type: text/xml\r\n", &xml)
     });
-    let stub = format!("aws() {{ '{}' --endpoint-url {} \"$@\"; }}\n", aws.display(), iam);
+    let stub = format!(
+        "aws() {{ '{}' --endpoint-url {} \"$@\"; }}\n",
+        aws.display(),
+        iam
+    );
     let mut shell = Command::new("sh");
-    shell.env("HOME", folder.path()).env("AWS_DEFAULT_REGION", "us-east-1");
-    shell.env("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE").env("AWS_SECRET_ACCESS_KEY", "example");
+    shell
+        .env("HOME", folder.path())
+        .env("AWS_DEFAULT_REGION", "us-east-1");
+    shell
+        .env("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+        .env("AWS_SECRET_ACCESS_KEY", "example");
     run(
         {
             shell.arg("-euc").arg(format!("{stub}{script}"));
@@ -94,26 +115,49 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     )
     .success("the script");
     let sent: Vec<HashMap<String, String>> = requests.try_iter().map(|body| form(&body)).collect();
-    let [found, provider, audience, role] = &sent[..] else { panic!("four calls: {sent:?}") };
+    let [found, provider, audience, role] = &sent[..] else {
+        panic!("four calls: {sent:?}")
+    };
     let arn = format!("arn:aws:iam::123456789012:oidc-provider/{key}");
-    assert_eq!((&found["Action"][..], &found["OpenIDConnectProviderArn"]), ("GetOpenIDConnectProvider", &arn));
     assert_eq!(
-        (&audience["Action"][..], &audience["OpenIDConnectProviderArn"]),
+        (&found["Action"][..], &found["OpenIDConnectProviderArn"]),
+        ("GetOpenIDConnectProvider", &arn)
+    );
+    assert_eq!(
+        (
+            &audience["Action"][..],
+            &audience["OpenIDConnectProviderArn"]
+        ),
         ("AddClientIDToOpenIDConnectProvider", &arn)
     );
     assert_eq!(audience["ClientID"], "sts.amazonaws.com");
-    assert_eq!((&provider["Action"][..], &provider["Url"]), ("CreateOpenIDConnectProvider", &issuer));
+    assert_eq!(
+        (&provider["Action"][..], &provider["Url"]),
+        ("CreateOpenIDConnectProvider", &issuer)
+    );
     assert_eq!(provider["ClientIDList.member.1"], "sts.amazonaws.com");
-    assert_eq!((&role["Action"][..], &role["RoleName"][..]), ("CreateRole", "app"));
+    assert_eq!(
+        (&role["Action"][..], &role["RoleName"][..]),
+        ("CreateRole", "app")
+    );
     let policy: Value = serde_json::from_str(&role["AssumeRolePolicyDocument"]).unwrap();
     let condition = json!({ "StringEquals": {
         format!("{key}:aud"): "sts.amazonaws.com", format!("{key}:sub"): READER,
     } });
     assert_eq!(policy["Statement"][0]["Condition"], condition);
 
-    let other = trust_policy(&config, &["--issuer", "https://oidc.example.org", "--format", "terraform"]);
+    let other = trust_policy(
+        &config,
+        &[
+            "--issuer",
+            "https://oidc.example.org",
+            "--format",
+            "terraform",
+        ],
+    );
     assert!(
-        other.stderr.contains("STS will refuse them") && other.stdout.contains("oidc.example.org:sub"),
+        other.stderr.contains("STS will refuse them")
+            && other.stdout.contains("oidc.example.org:sub"),
         "{other:?}"
     );
 }
@@ -125,10 +169,16 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
     if !root() {
         return;
     }
-    let Some(spire) = Spire::start(folder.path()) else { return };
+    let Some(spire) = Spire::start(folder.path()) else {
+        return;
+    };
     spire.register(READER, &["unix:uid:0"]);
     let config = folder.path().join("awsvid.toml");
-    let roles = [("exact", READER), ("segment", "spiffe://example.org/w/*"), ("rest", "spiffe://example.org/w/**")];
+    let roles = [
+        ("exact", READER),
+        ("segment", "spiffe://example.org/w/*"),
+        ("rest", "spiffe://example.org/w/**"),
+    ];
     let text = roles.map(|(name, id)| {
         format!(
             "[[role]]\nname = \"{name}\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/{name}\"\n"
@@ -139,30 +189,67 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
         spire.agent_socket().display()
     );
     fs::write(&config, head + &text.concat()).unwrap();
-    let outputs = FORMATS.map(|format| trust_policy(&config, &["--format", format]).success(format));
+    let outputs =
+        FORMATS.map(|format| trust_policy(&config, &["--format", format]).success(format));
 
     let token = spire.fetch_jwt("sts.amazonaws.com");
-    let claims = URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap();
+    let claims = URL_SAFE_NO_PAD
+        .decode(token.split('.').nth(1).unwrap())
+        .unwrap();
     let claims: Value = serde_json::from_slice(&claims).unwrap();
     let text = |claim: &Value| claim.as_str().unwrap().to_owned();
-    let (issuer, audience, subject) = (text(&claims["iss"]), text(&claims["aud"][0]), text(&claims["sub"]));
+    let (issuer, audience, subject) = (
+        text(&claims["iss"]),
+        text(&claims["aud"][0]),
+        text(&claims["sub"]),
+    );
     assert_eq!(subject, READER);
 
-    let provider = format!("arn:aws:iam::123456789012:oidc-provider/{}", issuer.split_once("://").unwrap().1);
+    let provider = format!(
+        "arn:aws:iam::123456789012:oidc-provider/{}",
+        issuer.split_once("://").unwrap().1
+    );
     let read = reading::same(outputs.each_ref().map(String::as_str), &provider);
     // By which STS finds the provider, and what that lets in by itself.
-    assert_eq!(read.provider, json!({ "Url": issuer, "ClientIDList": [audience], "ThumbprintList": null }));
+    assert_eq!(
+        read.provider,
+        json!({ "Url": issuer, "ClientIDList": [audience], "ThumbprintList": null })
+    );
     let lets_in = |role: &str, issuer: &str, audience: &str, subject: &str| {
-        reading::allows(&read.roles[role].2, &reading::Token { issuer, audience, subject }, &provider)
+        reading::allows(
+            &read.roles[role].2,
+            &reading::Token {
+                issuer,
+                audience,
+                subject,
+            },
+            &provider,
+        )
     };
     for (role, _) in roles {
         assert!(lets_in(role, &issuer, &audience, &subject), "{role}");
-        for other in ["sts.amazonaws.com.cn", "sts.amazonaws.co", "STS.amazonaws.com", "*", ""] {
-            assert!(!lets_in(role, &issuer, other, &subject), "{role}: audience {other}");
+        for other in [
+            "sts.amazonaws.com.cn",
+            "sts.amazonaws.co",
+            "STS.amazonaws.com",
+            "*",
+            "",
+        ] {
+            assert!(
+                !lets_in(role, &issuer, other, &subject),
+                "{role}: audience {other}"
+            );
         }
-        for other in [format!("{issuer}/"), format!("{issuer}0"), issuer.replace("127", "128"), "https://a".to_owned()]
-        {
-            assert!(!lets_in(role, &other, &audience, &subject), "{role}: issuer {other}");
+        for other in [
+            format!("{issuer}/"),
+            format!("{issuer}0"),
+            issuer.replace("127", "128"),
+            "https://a".to_owned(),
+        ] {
+            assert!(
+                !lets_in(role, &other, &audience, &subject),
+                "{role}: issuer {other}"
+            );
         }
         for other in [
             "spiffe://example.org/w",
@@ -179,7 +266,10 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
         ] {
             // IAM's `*` is also nothing at all, which no SPIFFE ID has between two slashes or after the last.
             let is_no_id = other.ends_with("w/") && role != "exact";
-            assert!(is_no_id || !lets_in(role, &issuer, &audience, other), "{role}: subject {other}");
+            assert!(
+                is_no_id || !lets_in(role, &issuer, &audience, other),
+                "{role}: subject {other}"
+            );
         }
     }
     // Which of the roles are for an identity that begins as the token's does.
@@ -213,9 +303,14 @@ fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
     let own = url.clone();
     let issuer = answering::start(move |first, _| {
         let url: &String = own.get().expect("its URL");
-        let document = json!({ "issuer": url, "jwks_uri": format!("{url}/keys"), "keys": [] }).to_string();
+        let document =
+            json!({ "issuer": url, "jwks_uri": format!("{url}/keys"), "keys": [] }).to_string();
         answering::http(
-            if first.contains(" /keys ") || first.contains("openid") { "200 OK" } else { "404 No" },
+            if first.contains(" /keys ") || first.contains("openid") {
+                "200 OK"
+            } else {
+                "404 No"
+            },
             "",
             &document,
         )
@@ -227,30 +322,43 @@ fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
     fs::write(&certificate, front.certificate()).unwrap();
     let written = |trusted: Option<&Path>, options: &[&str]| {
         let mut command = Command::new(PROGRAM);
-        command.env_clear().args(["trust-policy", "--issuer", &front.url(), "--config"]).arg(&config).args(options);
+        command
+            .env_clear()
+            .args(["trust-policy", "--issuer", &front.url(), "--config"])
+            .arg(&config)
+            .args(options);
         command.envs(trusted.map(|path| ("SSL_CERT_FILE", path)));
         let output = run(command, b"", PATIENCE);
         let warnings = output.stderr.clone();
         assert!(!warnings.contains("is not known"), "{output:?}");
         let script = output.success("awsvid trust-policy");
-        (reading::by_a_shell(&script).provider["ThumbprintList"].clone(), warnings)
+        (
+            reading::by_a_shell(&script).provider["ThumbprintList"].clone(),
+            warnings,
+        )
     };
     let accept = "--accept-untrusted-issuer";
     let thumbprint = front.thumbprint();
     for options in [&[][..], &[accept]] {
         let (thumbprints, warnings) = written(Some(&certificate), options);
-        assert_eq!((thumbprints, warnings.contains("does not trust")), (Value::Null, false), "{warnings}");
+        assert_eq!(
+            (thumbprints, warnings.contains("does not trust")),
+            (Value::Null, false),
+            "{warnings}"
+        );
     }
     let (thumbprints, warnings) = written(None, &[]);
     assert_eq!(thumbprints, Value::Null);
     assert!(
-        warnings.contains("this machine does not trust the certificate") && warnings.contains(accept),
+        warnings.contains("this machine does not trust the certificate")
+            && warnings.contains(accept),
         "{warnings}"
     );
     let (thumbprints, warnings) = written(None, &[accept]);
     assert_eq!(thumbprints, json!([thumbprint]));
     assert!(
-        warnings.contains("this machine does not trust the certificate") && warnings.contains(&thumbprint),
+        warnings.contains("this machine does not trust the certificate")
+            && warnings.contains(&thumbprint),
         "{warnings}"
     );
 }
@@ -272,21 +380,34 @@ fn cloudformation_takes_the_template() {
         + &role("app_1", "spiffe://example.org/w/*")
         + &role("all", "spiffe://example.org/**");
     fs::write(&config, text).unwrap();
-    let arguments = ["--issuer", "https://oidc.example.org/a", "--format", "cloudformation"];
+    let arguments = [
+        "--issuer",
+        "https://oidc.example.org/a",
+        "--format",
+        "cloudformation",
+    ];
     let template = trust_policy(&config, &arguments).success("awsvid trust-policy");
     let path = folder.path().join("template.json");
     let linted = |template: &str| {
         fs::write(&path, template).unwrap();
         let mut command = Command::new(&lint);
-        command.env("HOME", folder.path()).args(["--regions", "eu-central-1", "--"]).arg(&path);
+        command
+            .env("HOME", folder.path())
+            .args(["--regions", "eu-central-1", "--"])
+            .arg(&path);
         run(command, b"", PATIENCE)
     };
     linted(&template).success("cfn-lint");
     // It looks at it.
-    for (right, wrong) in
-        [("ClientIdList", "ClientIDList"), ("\"Ref\": \"Oidc", "\"Ref\": \"Other"), ("3600", "\"soon\"")]
-    {
+    for (right, wrong) in [
+        ("ClientIdList", "ClientIDList"),
+        ("\"Ref\": \"Oidc", "\"Ref\": \"Other"),
+        ("3600", "\"soon\""),
+    ] {
         assert!(template.contains(right), "{right}: {template}");
-        assert!(!linted(&template.replace(right, wrong)).status.success(), "{wrong}");
+        assert!(
+            !linted(&template.replace(right, wrong)).status.success(),
+            "{wrong}"
+        );
     }
 }

@@ -28,7 +28,10 @@ const WITHOUT_CGROUP_V2: [&str; 8] = [
 
 /// By the user alone, since no cgroup is seen.
 fn configuration(upstream: &Upstream) -> String {
-    let rule = format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {}\n", getuid());
+    let rule = format!(
+        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {}\n",
+        getuid()
+    );
     upstream.configuration() + &rule
 }
 
@@ -39,7 +42,10 @@ fn upstream() -> Upstream {
 /// The program by these words, without an environment.
 fn awsvid(words: &[&str], arguments: &[&str]) -> Output {
     let mut command = behind(words, Path::new(PROGRAM));
-    command.env_clear().env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin").args(arguments);
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
+        .args(arguments);
     run(command, b"", PATIENCE)
 }
 
@@ -56,29 +62,56 @@ fn daemon_that_cannot_serve_tcp_is_ready_for_the_unix_socket() {
     }
     let folder = folder();
     let upstream = upstream();
-    let daemon = Daemon::start_behind(&WITHOUT_CGROUP_V2, folder.path(), "", &configuration(&upstream)).ready();
+    let daemon = Daemon::start_behind(
+        &WITHOUT_CGROUP_V2,
+        folder.path(),
+        "",
+        &configuration(&upstream),
+    )
+    .ready();
     let left_out = daemon.await_line(&["readiness leaves out", "unsupported_kernel"]);
     let addresses = [daemon.tcp().to_string(), daemon.tcp6().to_string()];
-    for words in addresses.iter().map(String::as_str).chain(["no cgroup v2 tree is mounted"]) {
+    for words in addresses
+        .iter()
+        .map(String::as_str)
+        .chain(["no cgroup v2 tree is mounted"])
+    {
         assert!(left_out.contains(words), "{words}: {left_out}");
     }
     assert!(!left_out.contains("awsvid.sock"), "{left_out}");
     assert_eq!(daemon.log().matches("readiness leaves out").count(), 1);
     assert_eq!(ask(UnixStream::connect(daemon.unix()).unwrap()).0, 200);
     let (code, body) = ask(std::net::TcpStream::connect(daemon.tcp()).unwrap());
-    assert_eq!((code, &body["code"]), (403, &Value::from("unsupported_kernel")), "{body}");
+    assert_eq!(
+        (code, &body["code"]),
+        (403, &Value::from("unsupported_kernel")),
+        "{body}"
+    );
     let status = status(&daemon);
     let missing = status["unsupported_kernel"][0].as_str().unwrap();
-    assert!(missing.starts_with("callers over TCP are refused: no cgroup v2 tree is mounted; "), "{status}");
-    assert_eq!((&status["ready"], &status["counts_executions"]), (&Value::from(true), &Value::Null));
+    assert!(
+        missing.starts_with("callers over TCP are refused: no cgroup v2 tree is mounted; "),
+        "{status}"
+    );
+    assert_eq!(
+        (&status["ready"], &status["counts_executions"]),
+        (&Value::from(true), &Value::Null)
+    );
 
     // A command that could only be refused is not started.
     let url = format!("http://{}", daemon.tcp());
     let exec = ["exec", "--url", &url, "--", "echo", "started"];
     let output = awsvid(&WITHOUT_CGROUP_V2, &exec);
-    assert_eq!((output.status.code(), output.stdout.as_str()), (Some(125), ""), "{output:?}");
-    for words in ["refuses all callers over TCP", "no cgroup v2 tree", "credential_process = awsvid credential-process"]
-    {
+    assert_eq!(
+        (output.status.code(), output.stdout.as_str()),
+        (Some(125), ""),
+        "{output:?}"
+    );
+    for words in [
+        "refuses all callers over TCP",
+        "no cgroup v2 tree",
+        "credential_process = awsvid credential-process",
+    ] {
         assert!(output.stderr.contains(words), "{words}: {output:?}");
     }
 }
@@ -91,11 +124,17 @@ fn command_is_started_if_the_daemon_serves_tcp_whatever_its_own_namespace_lacks(
     let folder = folder();
     let upstream = upstream();
     let daemon = Daemon::start(folder.path(), "", &configuration(&upstream)).ready();
-    assert_eq!(status(&daemon)["unsupported_kernel"], Value::from(Vec::<Value>::new()));
+    assert_eq!(
+        status(&daemon)["unsupported_kernel"],
+        Value::from(Vec::<Value>::new())
+    );
     let url = format!("http://{}", daemon.tcp());
     let absent = "http://127.0.0.1:1".to_owned();
     for url in [url, absent] {
-        let output = awsvid(&WITHOUT_CGROUP_V2, &["exec", "--url", &url, "--", "echo", "started"]);
+        let output = awsvid(
+            &WITHOUT_CGROUP_V2,
+            &["exec", "--url", &url, "--", "echo", "started"],
+        );
         assert_eq!(output.success("awsvid exec"), "started\n", "{url}");
     }
 }
@@ -108,16 +147,28 @@ fn daemon_that_cannot_serve_any_listener_is_not_ready() {
     let folder = folder();
     let upstream = upstream();
     let listen = text(folder.path(), "", &configuration(&upstream));
-    let unix = format!("unix = {:?}", folder.path().join("awsvid.sock").display().to_string());
+    let unix = format!(
+        "unix = {:?}",
+        folder.path().join("awsvid.sock").display().to_string()
+    );
     let listen = listen.replace(&unix, "unix = \"\"");
     let daemon = Daemon::start_text_behind(&WITHOUT_CGROUP_V2, folder.path(), &listen);
-    let reason = daemon.await_line(&["not ready: this kernel lets nobody attest", "no cgroup v2 tree is mounted"]);
+    let reason = daemon.await_line(&[
+        "not ready: this kernel lets nobody attest",
+        "no cgroup v2 tree is mounted",
+    ]);
     assert!(reason.contains("mount -t cgroup2"), "{reason}");
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     let config = folder.path().join("awsvid.toml");
-    let probe = awsvid(&[], &["probe", "ready", "--config", config.to_str().unwrap()]);
+    let probe = awsvid(
+        &[],
+        &["probe", "ready", "--config", config.to_str().unwrap()],
+    );
     assert_eq!(probe.status.code(), Some(1), "{probe:?}");
-    assert!(probe.stdout.contains("no cgroup v2 tree is mounted"), "{probe:?}");
+    assert!(
+        probe.stdout.contains("no cgroup v2 tree is mounted"),
+        "{probe:?}"
+    );
 }
 
 /// STS answers without a role, so it is asked although the configuration names none.
@@ -146,24 +197,45 @@ fn executions_that_are_not_counted_are_reported() {
     if !root() {
         return;
     }
-    let table: [(&[&str], bool); 2] =
-        [(&["setpriv", "--bounding-set", "-bpf,-perfmon,-sys_admin"], false), (&[], true)];
+    let table: [(&[&str], bool); 2] = [
+        (
+            &["setpriv", "--bounding-set", "-bpf,-perfmon,-sys_admin"],
+            false,
+        ),
+        (&[], true),
+    ];
     for (words, counts) in table {
         let folder = folder();
         let upstream = upstream();
-        let (identity, rest) =
-            upstream.configuration().split_once("\n\n").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+        let (identity, rest) = upstream
+            .configuration()
+            .split_once("\n\n")
+            .map(|(a, b)| (a.to_owned(), b.to_owned()))
+            .unwrap();
         let identity = identity.replace("\"workload-api\"", "\"spire-delegated\"");
-        let configuration = format!("{identity}\nadmin_socket = \"unix:///nonexistent/admin.sock\"\n\n{rest}");
+        let configuration =
+            format!("{identity}\nadmin_socket = \"unix:///nonexistent/admin.sock\"\n\n{rest}");
         let daemon = Daemon::start_behind(words, folder.path(), "", &configuration);
-        assert_eq!(status(&daemon)["counts_executions"], counts, "{}", daemon.log());
+        assert_eq!(
+            status(&daemon)["counts_executions"],
+            counts,
+            "{}",
+            daemon.log()
+        );
         let config = folder.path().join("awsvid.toml");
         let config = config.to_str().unwrap();
         let checked = awsvid(&[], &["check", "--json", "--config", config]);
-        let report: Value =
-            serde_json::from_str(&checked.stdout).unwrap_or_else(|error| panic!("{error}: {checked:?}"));
+        let report: Value = serde_json::from_str(&checked.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {checked:?}"));
         let findings = report["findings"].as_array().unwrap();
-        let found = findings.iter().find(|finding| finding["step"] == "daemon").unwrap_or_else(|| panic!("{report:#}"));
-        assert_eq!(found["verdict"], if counts { "pass" } else { "failed" }, "{report:#}");
+        let found = findings
+            .iter()
+            .find(|finding| finding["step"] == "daemon")
+            .unwrap_or_else(|| panic!("{report:#}"));
+        assert_eq!(
+            found["verdict"],
+            if counts { "pass" } else { "failed" },
+            "{report:#}"
+        );
     }
 }

@@ -10,8 +10,12 @@ fn the_mount_is_found() {
     let hybrid = "30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
                   31 30 0:27 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw\n\
                   32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
-    assert_eq!(found(hybrid).unwrap().mount, Path::new("/sys/fs/cgroup/unified"));
-    let pure = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:4 master:2 - cgroup2 cgroup2 rw,nsdelegate\n";
+    assert_eq!(
+        found(hybrid).unwrap().mount,
+        Path::new("/sys/fs/cgroup/unified")
+    );
+    let pure =
+        "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:4 master:2 - cgroup2 cgroup2 rw,nsdelegate\n";
     assert_eq!(found(pure).unwrap().mount, Path::new("/sys/fs/cgroup"));
     let part = "35 24 0:30 /kubepods/pod72f7f152-440c-66ac-9084-e0fc1d8a910c/x /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
     assert!(found(part).is_none());
@@ -25,35 +29,72 @@ fn ids_become_paths_and_are_forgotten_with_their_directory() {
     fs::create_dir_all(&unit).unwrap();
     let id = fs::metadata(&unit).unwrap().ino();
     let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
-    assert_eq!(tree.path_of_blocking(id).unwrap().as_str(), "/system.slice/billing.service");
-    assert_eq!(tree.path_of_blocking(fs::metadata(root.path()).unwrap().ino()).unwrap().as_str(), "/");
-    assert_eq!(tree.path_of_blocking(1 << 60), Err(AttestError::UnreadableCgroup));
+    assert_eq!(
+        tree.path_of_blocking(id).unwrap().as_str(),
+        "/system.slice/billing.service"
+    );
+    assert_eq!(
+        tree.path_of_blocking(fs::metadata(root.path()).unwrap().ino())
+            .unwrap()
+            .as_str(),
+        "/"
+    );
+    assert_eq!(
+        tree.path_of_blocking(1 << 60),
+        Err(AttestError::UnreadableCgroup)
+    );
     // As if it had been seen longer ago than that.
-    let later = || tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= PATH_RECHECK_AFTER);
+    let later = || {
+        tree.paths
+            .lock()
+            .unwrap()
+            .values_mut()
+            .for_each(|known| known.seen -= PATH_RECHECK_AFTER)
+    };
     later();
     fs::rename(&unit, root.path().join("system.slice/other.service")).unwrap();
-    assert_eq!(tree.path_of_blocking(id).unwrap().as_str(), "/system.slice/other.service");
+    assert_eq!(
+        tree.path_of_blocking(id).unwrap().as_str(),
+        "/system.slice/other.service"
+    );
     fs::remove_dir(root.path().join("system.slice/other.service")).unwrap();
     later();
-    assert_eq!(tree.path_of_blocking(id), Err(AttestError::UnreadableCgroup));
+    assert_eq!(
+        tree.path_of_blocking(id),
+        Err(AttestError::UnreadableCgroup)
+    );
 }
 
 #[test]
 fn the_hosts_own_tree_is_asked_by_handle() {
     let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
+    let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else {
+        return;
+    };
     let root = fs::metadata(&tree.mount).unwrap().ino();
     assert_eq!(tree.path_by_handle(root).unwrap().as_str(), "/");
-    let own = tree.directory(&CgroupPath::parse("/").unwrap()).join(format!("awsvid-unit-test-{}", std::process::id()));
+    let own = tree
+        .directory(&CgroupPath::parse("/").unwrap())
+        .join(format!("awsvid-unit-test-{}", std::process::id()));
     fs::create_dir(&own).unwrap();
     let id = fs::metadata(&own).unwrap().ino();
     let path = tree.path_by_handle(id).unwrap();
     assert_eq!(tree.path_of_blocking(id), Ok(path.clone()));
     fs::remove_dir(&own).unwrap();
-    tree.paths.lock().unwrap().values_mut().for_each(|known| known.seen -= PATH_RECHECK_AFTER);
-    assert_eq!(path.as_str(), format!("/{}", own.file_name().unwrap().display()));
+    tree.paths
+        .lock()
+        .unwrap()
+        .values_mut()
+        .for_each(|known| known.seen -= PATH_RECHECK_AFTER);
+    assert_eq!(
+        path.as_str(),
+        format!("/{}", own.file_name().unwrap().display())
+    );
     assert_eq!(tree.path_by_handle(id), Err(Errno::ESTALE));
-    assert_eq!(tree.path_of_blocking(id), Err(AttestError::UnreadableCgroup));
+    assert_eq!(
+        tree.path_of_blocking(id),
+        Err(AttestError::UnreadableCgroup)
+    );
 }
 
 #[test]
@@ -65,12 +106,16 @@ fn a_cgroup_that_cannot_be_listed_is_refused() {
     fs::write(root.path().join("cgroup.procs"), "12\n345\n").unwrap();
     let path = CgroupPath::parse("/").unwrap();
     assert_eq!(tree.processes(&path, 7), Ok(vec![12, 345]));
-    assert_eq!(tree.processes(&path, 6), Err(AttestError::TooManyDescriptors));
+    assert_eq!(
+        tree.processes(&path, 6),
+        Err(AttestError::TooManyDescriptors)
+    );
 }
 
 /// A cgroup of the real tree, with its path in it, where that can be made.
 fn made(tree: &CgroupTree, name: &str) -> (PathBuf, CgroupPath) {
-    let path = CgroupPath::parse(&format!("/awsvid-unit-test-{}-{name}", std::process::id())).unwrap();
+    let path =
+        CgroupPath::parse(&format!("/awsvid-unit-test-{}-{name}", std::process::id())).unwrap();
     let directory = tree.directory(&path);
     fs::create_dir(&directory).unwrap();
     (directory, path)
@@ -83,10 +128,17 @@ fn move_to(directory: &Path, pid: u32) {
 #[test]
 fn a_list_that_is_open_says_what_is_so_now() {
     let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else { return };
+    let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else {
+        return;
+    };
     let (directory, path) = made(&tree, "list");
     let mut children: Vec<_> = (0..2)
-        .map(|_| std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap())
+        .map(|_| {
+            std::process::Command::new("cat")
+                .stdin(std::process::Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
         .collect();
     let pids: Vec<_> = children.iter().map(std::process::Child::id).collect();
     assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
@@ -106,9 +158,15 @@ fn a_list_that_is_open_says_what_is_so_now() {
         child.kill().unwrap();
         child.wait().unwrap();
     });
-    assert_eq!((tree.processes(&path, 100), kept()), (Ok(Vec::new()), first));
+    assert_eq!(
+        (tree.processes(&path, 100), kept()),
+        (Ok(Vec::new()), first)
+    );
     fs::remove_dir(&directory).unwrap();
-    assert_eq!(tree.processes(&path, 100), Err(AttestError::UnreadableCgroup));
+    assert_eq!(
+        tree.processes(&path, 100),
+        Err(AttestError::UnreadableCgroup)
+    );
     // Another one in its place is read, and not the one that is gone.
     fs::create_dir(&directory).unwrap();
     assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
@@ -122,7 +180,11 @@ fn so_many_lists_are_open_and_no_more() {
     let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
     for number in 0..200 {
         fs::create_dir(root.path().join(number.to_string())).unwrap();
-        fs::write(root.path().join(format!("{number}/cgroup.procs")), format!("{number}\n")).unwrap();
+        fs::write(
+            root.path().join(format!("{number}/cgroup.procs")),
+            format!("{number}\n"),
+        )
+        .unwrap();
         let path = CgroupPath::parse(&format!("/{number}")).unwrap();
         assert_eq!(tree.processes(&path, 10), Ok(vec![number]));
         assert!(tree.lists().contains_key(&path) && tree.lists().len() <= MAX_OPEN_LISTS);
@@ -145,7 +207,10 @@ impl Made {
 impl Drop for Made {
     fn drop(&mut self) {
         fn remove(directory: &Path) {
-            let entries = fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok);
+            let entries = fs::read_dir(directory)
+                .into_iter()
+                .flatten()
+                .filter_map(Result::ok);
             entries
                 .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
                 .for_each(|entry| remove(&entry.path()));
@@ -160,8 +225,15 @@ fn id_of(directory: &Path) -> u64 {
 }
 
 /// As for a peer in this pod's network.
-async fn path_of(tree: &Arc<CgroupTree>, namespace: u64, id: u64) -> Result<CgroupPath, AttestError> {
-    let key = WalkKey { namespace: Some(namespace), uid: None };
+async fn path_of(
+    tree: &Arc<CgroupTree>,
+    namespace: u64,
+    id: u64,
+) -> Result<CgroupPath, AttestError> {
+    let key = WalkKey {
+        namespace: Some(namespace),
+        uid: None,
+    };
     tree.path_of(id, (TreeScope::Pods, key), || ()).await
 }
 
@@ -169,9 +241,14 @@ async fn path_of(tree: &Arc<CgroupTree>, namespace: u64, id: u64) -> Result<Cgro
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waiting() {
     let whole = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    let (Some(whole), true) = (whole, nix::unistd::geteuid().is_root()) else { return };
+    let (Some(whole), true) = (whole, nix::unistd::geteuid().is_root()) else {
+        return;
+    };
     let container = |pod: usize, number: usize| {
-        format!("kubepods/burstable/pod{pod:08x}-440c-66ac-9084-e0fc1d8a910c/{:064x}", pod * 10 + number)
+        format!(
+            "kubepods/burstable/pod{pod:08x}-440c-66ac-9084-e0fc1d8a910c/{:064x}",
+            pod * 10 + number
+        )
     };
     let containers = (0..250).flat_map(|pod| (0..2).map(move |number| container(pod, number)));
     let part = Made::of(&whole, "node", containers);
@@ -188,7 +265,10 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
             let mut asked = 0;
             while Instant::now() < end {
                 let id = (1 << 60) + (one << 32) + asked;
-                assert_eq!(path_of(&tree, one, id).await, Err(AttestError::UnreadableCgroup));
+                assert_eq!(
+                    path_of(&tree, one, id).await,
+                    Err(AttestError::UnreadableCgroup)
+                );
                 asked += 1;
             }
             asked
@@ -226,15 +306,29 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
 async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("new")).unwrap();
-    let tree = Arc::new(CgroupTree::at(folder.path().to_owned(), PodRoots::defaults()));
+    let tree = Arc::new(CgroupTree::at(
+        folder.path().to_owned(),
+        PodRoots::defaults(),
+    ));
     let id = id_of(&folder.path().join("new"));
-    let hostile = WalkKey { namespace: None, uid: Some(7) };
-    let held: Vec<_> = (0..MAX_WAITING_PER_KEY).map(|_| tree.waiting.try_acquire(&hostile).unwrap()).collect();
-    let refused = tree.path_of(id, (TreeScope::All, hostile), || panic!("it does not wait")).await;
+    let hostile = WalkKey {
+        namespace: None,
+        uid: Some(7),
+    };
+    let held: Vec<_> = (0..MAX_WAITING_PER_KEY)
+        .map(|_| tree.waiting.try_acquire(&hostile).unwrap())
+        .collect();
+    let refused = tree
+        .path_of(id, (TreeScope::All, hostile), || panic!("it does not wait"))
+        .await;
     assert_eq!(refused, Err(AttestError::SearchBusy));
     for (namespace, uid) in [(None, Some(8)), (Some(1), None)] {
         let mut waits = false;
-        let found = tree.path_of(id, (TreeScope::All, WalkKey { namespace, uid }), || waits = true).await;
+        let found = tree
+            .path_of(id, (TreeScope::All, WalkKey { namespace, uid }), || {
+                waits = true
+            })
+            .await;
         assert_eq!(found.unwrap().as_str(), "/new");
         // The first of them had to wait for a walk, and for the next it is known.
         assert_eq!(waits, namespace.is_none());

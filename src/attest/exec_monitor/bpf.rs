@@ -1,6 +1,9 @@
 //! bpf(2), as far as one small program needs it. No crate serves: those that load programs want them compiled by a compiler
 //! for eBPF.
-#![allow(unsafe_code, reason = "raw system calls are this module's whole purpose; nothing else is in it")]
+#![allow(
+    unsafe_code,
+    reason = "raw system calls are this module's whole purpose; nothing else is in it"
+)]
 
 use std::ffi::{CStr, c_void};
 use std::io;
@@ -36,8 +39,14 @@ impl Instruction {
     fn new(code: u8, target: u8, source: u8, offset: i16, immediate: i32) -> Self {
         let registers = u64::from(target) | u64::from(source) << 4;
         let offset = u64::from(offset.cast_unsigned());
-        let word = u64::from(code) | registers << 8 | offset << 16 | u64::from(immediate.cast_unsigned()) << 32;
-        Self { words: [word, 0], length: 1 }
+        let word = u64::from(code)
+            | registers << 8
+            | offset << 16
+            | u64::from(immediate.cast_unsigned()) << 32;
+        Self {
+            words: [word, 0],
+            length: 1,
+        }
     }
 
     fn wide(target: u8, source: u8, value: u64) -> Self {
@@ -162,8 +171,13 @@ struct RawTracepointOpen {
 
 /// An array of so many numbers of 64 bits, all 0.
 pub(super) fn create_counters(entries: u32) -> io::Result<OwnedFd> {
-    let attributes =
-        MapCreate { kind: MAP_TYPE_ARRAY, key_size: 4, value_size: 8, max_entries: entries, flags: MMAPABLE };
+    let attributes = MapCreate {
+        kind: MAP_TYPE_ARRAY,
+        key_size: 4,
+        value_size: 8,
+        max_entries: entries,
+        flags: MMAPABLE,
+    };
     // SAFETY: the attributes are those of the command, and hold no addresses.
     unsafe { bpf(MAP_CREATE, &attributes) }
 }
@@ -184,7 +198,11 @@ pub(super) fn load(program: &BpfProgram) -> io::Result<OwnedFd> {
 /// Runs the program at each event of this tracepoint, until the descriptor is closed.
 pub(super) fn attach_raw_tracepoint(name: &CStr, program: &OwnedFd) -> io::Result<OwnedFd> {
     let program = u32::try_from(program.as_raw_fd()).map_err(io::Error::other)?;
-    let attributes = RawTracepointOpen { name: name.as_ptr(), program, padding: 0 };
+    let attributes = RawTracepointOpen {
+        name: name.as_ptr(),
+        program,
+        padding: 0,
+    };
     // SAFETY: the attributes are those of the command; the kernel reads a string from this address, which lives through the
     // call.
     unsafe { bpf(RAW_TRACEPOINT_OPEN, &attributes) }
@@ -196,7 +214,14 @@ pub(super) fn attach_raw_tracepoint(name: &CStr, program: &OwnedFd) -> io::Resul
 /// `attributes` has to be what the command takes, and the addresses in it valid.
 unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
     // SAFETY: the caller's; the kernel reads `size_of::<T>()` bytes, and takes what is not there for 0.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -214,10 +239,23 @@ pub(super) struct Counters {
 impl Counters {
     /// Maps the array that has so many entries, for reading.
     pub(super) fn map(array: &OwnedFd, entries: u32) -> io::Result<Self> {
-        let length = usize::try_from(entries).ok().and_then(|entries| entries.checked_mul(size_of::<u64>()));
-        let length = length.and_then(NonZeroUsize::new).ok_or(io::ErrorKind::InvalidInput)?;
+        let length = usize::try_from(entries)
+            .ok()
+            .and_then(|entries| entries.checked_mul(size_of::<u64>()));
+        let length = length
+            .and_then(NonZeroUsize::new)
+            .ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a new mapping at an address of the kernel's choice, which `drop` ends.
-        let memory = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, array, 0)? };
+        let memory = unsafe {
+            mmap(
+                None,
+                length,
+                ProtFlags::PROT_READ,
+                MapFlags::MAP_SHARED,
+                array,
+                0,
+            )?
+        };
         Ok(Self { memory, length })
     }
 
@@ -229,7 +267,8 @@ impl Counters {
         }
         // SAFETY: within the mapping, which begins at a page and lives as long as `self`; the kernel changes the number only
         // in one step, and nothing else reads it otherwise.
-        unsafe { AtomicU64::from_ptr(self.memory.cast::<u64>().add(at).as_ptr()) }.load(Ordering::Acquire)
+        unsafe { AtomicU64::from_ptr(self.memory.cast::<u64>().add(at).as_ptr()) }
+            .load(Ordering::Acquire)
     }
 }
 

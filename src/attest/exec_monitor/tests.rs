@@ -22,12 +22,18 @@ fn monitor(count_by: CountBy) -> Option<Arc<ExecMonitor>> {
 /// A shell that executes a program when it reads a line, and says so before and after.
 fn shell() -> (Child, impl FnMut(&str)) {
     let mut child = Command::new("sh")
-        .args(["-c", "echo ready; read line; exec sh -c 'echo executed; read line'"])
+        .args([
+            "-c",
+            "echo ready; read line; exec sh -c 'echo executed; read line'",
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let (mut input, mut output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+    let (mut input, mut output) = (
+        child.stdin.take().unwrap(),
+        BufReader::new(child.stdout.take().unwrap()),
+    );
     // `spawn` returns before its own execution of the shell is counted.
     let mut line = String::new();
     output.read_line(&mut line).unwrap();
@@ -43,7 +49,9 @@ fn shell() -> (Child, impl FnMut(&str)) {
 
 #[test]
 fn monitor_sees_an_execution_of_the_watched_process_alone() {
-    let Some(monitor) = monitor(CountBy::Pid) else { return };
+    let Some(monitor) = monitor(CountBy::Pid) else {
+        return;
+    };
     let ((mut one, mut execute), (mut other, _waiting)) = (shell(), shell());
     let key = |pid| monitor.key(pid, || Err(())).unwrap();
     let [watch, of_other] = [one.id(), other.id()].map(|pid| monitor.watch(key(pid)));
@@ -52,7 +60,10 @@ fn monitor_sees_an_execution_of_the_watched_process_alone() {
     assert!(!watch.no_exec_seen());
     // Unless the two have one number by chance, which shows in the table.
     assert!(of_other.no_exec_seen() || watch.index == of_other.index);
-    assert!(monitor.watch(key(one.id())).no_exec_seen(), "a watch begins anew");
+    assert!(
+        monitor.watch(key(one.id())).no_exec_seen(),
+        "a watch begins anew"
+    );
     for child in [&mut one, &mut other] {
         child.kill().unwrap();
         child.wait().unwrap();
@@ -61,11 +72,18 @@ fn monitor_sees_an_execution_of_the_watched_process_alone() {
 
 #[test]
 fn monitor_counts_by_every_cgroup_above_where_pids_mean_nothing() {
-    let Some(monitor) = monitor(CountBy::Cgroup) else { return };
+    let Some(monitor) = monitor(CountBy::Cgroup) else {
+        return;
+    };
     let hierarchies = CgroupMounts::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    let Some((mount, _)) = hierarchies.unified() else { return };
+    let Some((mount, _)) = hierarchies.unified() else {
+        return;
+    };
     let own = fs::read_to_string("/proc/self/cgroup").unwrap();
-    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
+    let own = own
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .unwrap();
     let id = |path: &Path| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
     let (root, own) = (id(mount), id(&mount.join(own)));
     let key = |id: u64| monitor.key(0, || Ok::<_, Infallible>(id)).unwrap();
@@ -79,8 +97,11 @@ fn monitor_counts_by_every_cgroup_above_where_pids_mean_nothing() {
 
 #[test]
 fn keys_are_spread_over_the_whole_table() {
-    let Some(monitor) = monitor(CountBy::Pid) else { return };
-    let indexes: std::collections::HashSet<u32> = (1..=4096).map(|pid| monitor.index(pid)).collect();
+    let Some(monitor) = monitor(CountBy::Pid) else {
+        return;
+    };
+    let indexes: std::collections::HashSet<u32> =
+        (1..=4096).map(|pid| monitor.index(pid)).collect();
     assert!(indexes.iter().all(|index| *index < COUNTERS));
     assert!(indexes.len() > 3500, "{}", indexes.len());
 }

@@ -7,7 +7,13 @@ const OTHER: &str = "1123456789abcdef0123456789abcdef0123456789abcdef0123456789a
 const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
 
 fn made(names: Vec<String>, mount: PathBuf) -> CgroupMount {
-    CgroupMount { names, mount, base: String::new(), above: 0, own: None }
+    CgroupMount {
+        names,
+        mount,
+        base: String::new(),
+        above: 0,
+        own: None,
+    }
 }
 
 /// Two hierarchies, v2 and v1's memory, with these directories in both.
@@ -18,8 +24,10 @@ fn machine(directories: &[&str]) -> (tempfile::TempDir, CgroupMounts) {
         fs::create_dir_all(v2.join(directory)).unwrap();
         fs::create_dir_all(memory.join(directory)).unwrap();
     }
-    let hierarchies =
-        CgroupMounts(vec![made(Vec::new(), v2), made(vec!["rw".to_owned(), "memory".to_owned()], memory)]);
+    let hierarchies = CgroupMounts(vec![
+        made(Vec::new(), v2),
+        made(vec!["rw".to_owned(), "memory".to_owned()], memory),
+    ]);
     (folder, hierarchies)
 }
 
@@ -31,9 +39,19 @@ fn hierarchies_are_found_where_they_are_mounted() {
                      41 31 0:38 /sub /elsewhere rw,relatime - cgroup2 cgroup2 rw\n\
                      42 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
     let found = CgroupMounts::find(mountinfo);
-    let mount = |names| found.of(names).map(|found| found.mount.to_str().unwrap().to_owned());
-    assert_eq!(mount("cpu,cpuacct").as_deref(), Some("/sys/fs/cgroup/cpu,cpuacct"));
-    assert_eq!(mount("name=systemd").as_deref(), Some("/sys/fs/cgroup/systemd"));
+    let mount = |names| {
+        found
+            .of(names)
+            .map(|found| found.mount.to_str().unwrap().to_owned())
+    };
+    assert_eq!(
+        mount("cpu,cpuacct").as_deref(),
+        Some("/sys/fs/cgroup/cpu,cpuacct")
+    );
+    assert_eq!(
+        mount("name=systemd").as_deref(),
+        Some("/sys/fs/cgroup/systemd")
+    );
     assert_eq!(mount("").as_deref(), Some("/sys/fs/cgroup/unified"));
     assert_eq!(mount("memory"), None);
 }
@@ -54,11 +72,21 @@ fn those_that_root_alone_could_have_named_are_believed() {
 
 #[test]
 fn a_container_within_another_or_two_of_them_are_refused() {
-    let (outer, inner) = (format!("docker/{C}"), format!("docker/{C}/kubepods/pod{U}/{OTHER}"));
+    let (outer, inner) = (
+        format!("docker/{C}"),
+        format!("docker/{C}/kubepods/pod{U}/{OTHER}"),
+    );
     let other = format!("docker/{OTHER}");
     let (_folder, machine) = machine(&[&inner, &other]);
-    for text in [format!("0::/{inner}\n"), format!("4:memory:/{outer}\n0::/{other}\n")] {
-        assert_eq!(machine.check(&text), Err(AttestError::NestedContainer), "{text}");
+    for text in [
+        format!("0::/{inner}\n"),
+        format!("4:memory:/{outer}\n0::/{other}\n"),
+    ] {
+        assert_eq!(
+            machine.check(&text),
+            Err(AttestError::NestedContainer),
+            "{text}"
+        );
     }
 }
 
@@ -67,20 +95,45 @@ fn what_a_user_could_have_named_is_refused() {
     let delegated = "user.slice/user@1002.service";
     let (folder, machine) = machine(&[&format!("{delegated}/app")]);
     chown(folder.path().join("v2").join(delegated), Some(1002), None).unwrap();
-    assert_eq!(machine.check(&format!("0::/{delegated}/app\n")), Err(AttestError::DelegatedCgroup));
-    assert_eq!(machine.check(&format!("0::/{delegated}\n")), Err(AttestError::DelegatedCgroup));
+    assert_eq!(
+        machine.check(&format!("0::/{delegated}/app\n")),
+        Err(AttestError::DelegatedCgroup)
+    );
+    assert_eq!(
+        machine.check(&format!("0::/{delegated}\n")),
+        Err(AttestError::DelegatedCgroup)
+    );
     assert_eq!(machine.check("0::/user.slice\n"), Ok(()));
     // In v1's hierarchy it is root's.
-    assert_eq!(machine.check(&format!("4:memory:/{delegated}/app\n")), Ok(()));
-    fs::set_permissions(folder.path().join("memory/user.slice"), fs::Permissions::from_mode(0o775)).unwrap();
-    assert_eq!(machine.check(&format!("4:memory:/{delegated}/app\n")), Err(AttestError::DelegatedCgroup));
+    assert_eq!(
+        machine.check(&format!("4:memory:/{delegated}/app\n")),
+        Ok(())
+    );
+    fs::set_permissions(
+        folder.path().join("memory/user.slice"),
+        fs::Permissions::from_mode(0o775),
+    )
+    .unwrap();
+    assert_eq!(
+        machine.check(&format!("4:memory:/{delegated}/app\n")),
+        Err(AttestError::DelegatedCgroup)
+    );
 }
 
 #[test]
 fn what_cannot_be_looked_at_is_refused() {
     let (_folder, machine) = machine(&["there"]);
-    for text in ["0::/gone\n", "0::/../elsewhere\n", "0::/there (deleted)\n", "5:pids:/there\n"] {
-        assert_eq!(machine.check(text), Err(AttestError::UnreadableCgroup), "{text}");
+    for text in [
+        "0::/gone\n",
+        "0::/../elsewhere\n",
+        "0::/there (deleted)\n",
+        "5:pids:/there\n",
+    ] {
+        assert_eq!(
+            machine.check(text),
+            Err(AttestError::UnreadableCgroup),
+            "{text}"
+        );
     }
 }
 
@@ -88,35 +141,68 @@ fn what_cannot_be_looked_at_is_refused() {
 fn unified(mountinfo: &str) -> Option<(String, String, usize)> {
     let found = CgroupMounts::find(mountinfo);
     let found = found.of("")?;
-    Some((found.mount.to_str().unwrap().to_owned(), found.base.clone(), found.above))
+    Some((
+        found.mount.to_str().unwrap().to_owned(),
+        found.base.clone(),
+        found.above,
+    ))
 }
 
 #[test]
 fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
-    let own = format!("/kubepods.slice/kubepods-pod{}.slice/cri-containerd-{C}.scope", U.replace('-', "_"));
-    let mount = |root: &str, at: &str| format!("41 31 0:38 {root} {at} ro,nosuid - cgroup2 cgroup2 rw\n");
+    let own = format!(
+        "/kubepods.slice/kubepods-pod{}.slice/cri-containerd-{C}.scope",
+        U.replace('-', "_")
+    );
+    let mount =
+        |root: &str, at: &str| format!("41 31 0:38 {root} {at} ro,nosuid - cgroup2 cgroup2 rw\n");
     let table = [
         // On the host.
-        (mount("/", "/sys/fs/cgroup"), Some(("/sys/fs/cgroup", "", 0))),
+        (
+            mount("/", "/sys/fs/cgroup"),
+            Some(("/sys/fs/cgroup", "", 0)),
+        ),
         // In the host's cgroup namespace, as with cgroup v1: its own part, and the whole at another place, in either order.
-        (mount(&own, "/sys/fs/cgroup") + &mount("/", "/host/cgroup"), Some(("/host/cgroup", "", 0))),
-        (mount("/", "/host/cgroup") + &mount(&own, "/sys/fs/cgroup"), Some(("/host/cgroup", "", 0))),
+        (
+            mount(&own, "/sys/fs/cgroup") + &mount("/", "/host/cgroup"),
+            Some(("/host/cgroup", "", 0)),
+        ),
+        (
+            mount("/", "/host/cgroup") + &mount(&own, "/sys/fs/cgroup"),
+            Some(("/host/cgroup", "", 0)),
+        ),
         (mount(&own, "/sys/fs/cgroup"), None),
         // Or the kubelet's part of it.
         (
             mount(&own, "/sys/fs/cgroup") + &mount("/kubepods.slice", "/host/pods"),
             Some(("/host/pods", "/kubepods.slice", 0)),
         ),
-        (mount("/kubepods", "/host/pods") + &mount("/", "/host/cgroup"), Some(("/host/cgroup", "", 0))),
+        (
+            mount("/kubepods", "/host/pods") + &mount("/", "/host/cgroup"),
+            Some(("/host/cgroup", "", 0)),
+        ),
         // In a namespace of its own the root is its own part.
-        (mount("/", "/sys/fs/cgroup") + &mount("/../../..", "/host/cgroup"), Some(("/host/cgroup", "", 3))),
-        (mount("/../../..", "/host/cgroup") + &mount("/", "/sys/fs/cgroup"), Some(("/host/cgroup", "", 3))),
-        (mount("/../../..", "/sys/fs/cgroup"), Some(("/sys/fs/cgroup", "", 3))),
+        (
+            mount("/", "/sys/fs/cgroup") + &mount("/../../..", "/host/cgroup"),
+            Some(("/host/cgroup", "", 3)),
+        ),
+        (
+            mount("/../../..", "/host/cgroup") + &mount("/", "/sys/fs/cgroup"),
+            Some(("/host/cgroup", "", 3)),
+        ),
+        (
+            mount("/../../..", "/sys/fs/cgroup"),
+            Some(("/sys/fs/cgroup", "", 3)),
+        ),
         // Something beside it is in no known place.
-        (mount("/", "/sys/fs/cgroup") + &mount("/../other", "/x"), Some(("/sys/fs/cgroup", "", 0))),
+        (
+            mount("/", "/sys/fs/cgroup") + &mount("/../other", "/x"),
+            Some(("/sys/fs/cgroup", "", 0)),
+        ),
     ];
     for (mountinfo, expected) in table {
-        let expected = expected.map(|(mount, base, above)| (mount.to_owned(), base.to_owned(), above));
+        let expected =
+            expected.map(|(mount, base, above)| (mount.to_owned(), base.to_owned(), above));
         assert_eq!(unified(&mountinfo), expected, "{mountinfo}");
     }
 }
@@ -126,28 +212,66 @@ fn paths_are_read_from_where_the_daemon_stands() {
     let own = "/kubepods/burstable/own/container";
     let seen = |above, own: Option<&str>| {
         let own = own.map(str::to_owned);
-        CgroupMounts(vec![CgroupMount { above, own, ..made(Vec::new(), PathBuf::from("/host")) }])
+        CgroupMounts(vec![CgroupMount {
+            above,
+            own,
+            ..made(Vec::new(), PathBuf::from("/host"))
+        }])
     };
     let table = [
         (0, None, "/a/b", Some("/a/b")),
         (0, None, "/../a", None),
         (4, Some(own), "/", Some(own)),
-        (4, Some(own), "/init", Some("/kubepods/burstable/own/container/init")),
-        (4, Some(own), "/../other", Some("/kubepods/burstable/own/other")),
-        (4, Some(own), "/../../pod/container", Some("/kubepods/burstable/pod/container")),
-        (4, Some(own), "/../../../../system.slice/x.service", Some("/system.slice/x.service")),
+        (
+            4,
+            Some(own),
+            "/init",
+            Some("/kubepods/burstable/own/container/init"),
+        ),
+        (
+            4,
+            Some(own),
+            "/../other",
+            Some("/kubepods/burstable/own/other"),
+        ),
+        (
+            4,
+            Some(own),
+            "/../../pod/container",
+            Some("/kubepods/burstable/pod/container"),
+        ),
+        (
+            4,
+            Some(own),
+            "/../../../../system.slice/x.service",
+            Some("/system.slice/x.service"),
+        ),
         (4, Some(own), "/../../../..", Some("/")),
         // Above what is mounted.
         (4, Some(own), "/../../../../../x", None),
         (4, Some(own), "/a/../b", None),
-        (4, Some(own), "/..x", Some("/kubepods/burstable/own/container/..x")),
+        (
+            4,
+            Some(own),
+            "/..x",
+            Some("/kubepods/burstable/own/container/..x"),
+        ),
         // Where its own place is not known, only that of others who have nothing in common with it.
-        (4, None, "/../../../../system.slice/x.service", Some("/system.slice/x.service")),
+        (
+            4,
+            None,
+            "/../../../../system.slice/x.service",
+            Some("/system.slice/x.service"),
+        ),
         (4, None, "/../../pod/container", None),
     ];
     for (above, own, told, path) in table {
         let found = seen(above, own).path("", told);
-        assert_eq!(found.as_ref().map(CgroupPath::as_str), path, "{told} from {above} below {own:?}");
+        assert_eq!(
+            found.as_ref().map(CgroupPath::as_str),
+            path,
+            "{told} from {above} below {own:?}"
+        );
     }
 }
 
@@ -160,7 +284,12 @@ fn its_own_place_is_found_by_its_inode() {
     let own = folder.path().join("a/d/c");
     assert_eq!(own_path(folder.path(), &own, 3).as_deref(), Some("/a/d/c"));
     assert_eq!(own_path(folder.path(), &own, 2), None);
-    let mount = |root: &str, at: &Path| format!("41 31 0:38 {root} {} ro - cgroup2 cgroup2 rw\n", at.display());
+    let mount = |root: &str, at: &Path| {
+        format!(
+            "41 31 0:38 {root} {} ro - cgroup2 cgroup2 rw\n",
+            at.display()
+        )
+    };
     let found = CgroupMounts::find(&(mount("/", &own) + &mount("/../../..", folder.path())));
     assert_eq!(found.path("", "/../x").unwrap().as_str(), "/a/d/x");
 }

@@ -58,7 +58,11 @@ impl DiagReply {
         assert_eq!(message.len(), MAX_MESSAGE_BYTES);
         message.extend(&self.attributes);
         let mut out = Vec::new();
-        out.extend(u32::try_from(NLMSG_HEADER + message.len()).unwrap().to_ne_bytes());
+        out.extend(
+            u32::try_from(NLMSG_HEADER + message.len())
+                .unwrap()
+                .to_ne_bytes(),
+        );
         out.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
         out.extend([0; 10]);
         out.extend(message);
@@ -66,18 +70,43 @@ impl DiagReply {
     }
 
     fn parse(&self) -> Result<SocketInfo, AttestError> {
-        parse(&self.bytes(), CLIENT.parse().unwrap(), SERVER.parse().unwrap())
+        parse(
+            &self.bytes(),
+            CLIENT.parse().unwrap(),
+            SERVER.parse().unwrap(),
+        )
     }
 }
 
 #[test]
 fn a_reply_is_read() {
-    let expected = SocketInfo { uid: 1001, inode: 99, cookie: 7, cgroup_id: Some(4711) };
+    let expected = SocketInfo {
+        uid: 1001,
+        inode: 99,
+        cookie: 7,
+        cgroup_id: Some(4711),
+    };
     assert_eq!(DiagReply::good().parse(), Ok(expected));
-    let without = DiagReply { attributes: Vec::new(), ..DiagReply::good() };
-    assert_eq!(without.parse(), Ok(SocketInfo { cgroup_id: None, ..expected }));
+    let without = DiagReply {
+        attributes: Vec::new(),
+        ..DiagReply::good()
+    };
+    assert_eq!(
+        without.parse(),
+        Ok(SocketInfo {
+            cgroup_id: None,
+            ..expected
+        })
+    );
     for state in [4, 5] {
-        assert_eq!(DiagReply { state, ..DiagReply::good() }.parse(), Ok(expected));
+        assert_eq!(
+            DiagReply {
+                state,
+                ..DiagReply::good()
+            }
+            .parse(),
+            Ok(expected)
+        );
     }
     let mapped = DiagReply {
         family: AF_INET6,
@@ -92,7 +121,15 @@ fn a_reply_is_read() {
 fn a_reply_about_anything_else_is_not_believed() {
     // Every other state, among them LISTEN (10), TIME_WAIT (6), CLOSE_WAIT (8), CLOSE (7).
     for state in [0, 2, 3, 6, 7, 8, 9, 10, 11, 12] {
-        assert_eq!(DiagReply { state, ..DiagReply::good() }.parse(), Err(AttestError::CallerGone), "state {state}");
+        assert_eq!(
+            DiagReply {
+                state,
+                ..DiagReply::good()
+            }
+            .parse(),
+            Err(AttestError::CallerGone),
+            "state {state}"
+        );
     }
     let other = |client: &str, server: &str| DiagReply {
         client: client.parse().unwrap(),
@@ -105,17 +142,37 @@ fn a_reply_about_anything_else_is_not_believed() {
         (CLIENT, "127.0.0.1:975"),
         ("0.0.0.0:40000", "0.0.0.0:0"),
     ] {
-        assert_eq!(other(client, server).parse(), Err(AttestError::CallerGone), "{client} {server}");
+        assert_eq!(
+            other(client, server).parse(),
+            Err(AttestError::CallerGone),
+            "{client} {server}"
+        );
     }
     // A client that has closed already reads as root's.
-    assert_eq!(DiagReply { uid: 0, inode: 0, ..DiagReply::good() }.parse(), Err(AttestError::CallerGone));
+    assert_eq!(
+        DiagReply {
+            uid: 0,
+            inode: 0,
+            ..DiagReply::good()
+        }
+        .parse(),
+        Err(AttestError::CallerGone)
+    );
 }
 
 #[test]
 fn a_broken_reply_is_an_error_at_every_length() {
     let bytes = DiagReply::good().bytes();
     for length in 0..NLMSG_HEADER + MAX_MESSAGE_BYTES {
-        assert!(parse(&bytes[..length], CLIENT.parse().unwrap(), SERVER.parse().unwrap()).is_err(), "{length} bytes");
+        assert!(
+            parse(
+                &bytes[..length],
+                CLIENT.parse().unwrap(),
+                SERVER.parse().unwrap()
+            )
+            .is_err(),
+            "{length} bytes"
+        );
     }
 }
 
@@ -123,8 +180,14 @@ fn a_broken_reply_is_an_error_at_every_length() {
 fn only_loopback_is_asked_about() {
     let diag = SockDiag::open().unwrap();
     let neighbour = "192.0.2.7:22".parse().unwrap();
-    assert_eq!(diag.client_socket(neighbour, SERVER.parse().unwrap()), Err(AttestError::NotLoopback));
-    assert_eq!(diag.client_socket(CLIENT.parse().unwrap(), neighbour), Err(AttestError::NotLoopback));
+    assert_eq!(
+        diag.client_socket(neighbour, SERVER.parse().unwrap()),
+        Err(AttestError::NotLoopback)
+    );
+    assert_eq!(
+        diag.client_socket(CLIENT.parse().unwrap(), neighbour),
+        Err(AttestError::NotLoopback)
+    );
 }
 
 #[test]
@@ -152,7 +215,10 @@ fn real_connections_are_found_over_both_families_and_lost_when_closed() {
         while diag.client_socket(peer, local) == Ok(found) && std::time::Instant::now() < deadline {
             std::thread::yield_now();
         }
-        assert_eq!(diag.client_socket(peer, local), Err(AttestError::CallerGone));
+        assert_eq!(
+            diag.client_socket(peer, local),
+            Err(AttestError::CallerGone)
+        );
     }
 }
 
@@ -164,6 +230,13 @@ fn one_that_is_closed_keeps_nothing_and_finds_nobody() {
     let (client, server) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
     assert!(diag.client_socket(client, server).is_ok());
     diag.close();
-    assert_eq!(diag.client_socket(client, server), Err(AttestError::CallerGone));
-    assert!(diag.netlinks.iter().all(|netlink| netlink.lock().unwrap().is_none()));
+    assert_eq!(
+        diag.client_socket(client, server),
+        Err(AttestError::CallerGone)
+    );
+    assert!(
+        diag.netlinks
+            .iter()
+            .all(|netlink| netlink.lock().unwrap().is_none())
+    );
 }

@@ -1,7 +1,15 @@
 use super::*;
 
 fn judged(told: Option<u64>, own: Option<u64>, hides_cgroups: bool, is_new: bool) -> &'static str {
-    match judge(told, own, &KernelFacts { root: Some(1), hides_cgroups, is_new }) {
+    match judge(
+        told,
+        own,
+        &KernelFacts {
+            root: Some(1),
+            hides_cgroups,
+            is_new,
+        },
+    ) {
         Ok(()) => "works",
         Err(TcpUnsupported::NoCgroupId) => "none",
         Err(TcpUnsupported::WrongCgroupId) => "wrong",
@@ -32,7 +40,11 @@ fn kernel_is_judged_by_what_it_tells_and_by_its_version_only_in_doubt() {
         (Some(1), None, true, false, "wrong"),
     ];
     for (told, own, hides_cgroups, is_new, expected) in table {
-        assert_eq!(judged(told, own, hides_cgroups, is_new), expected, "{told:?} {own:?} {hides_cgroups} {is_new}");
+        assert_eq!(
+            judged(told, own, hides_cgroups, is_new),
+            expected,
+            "{told:?} {own:?} {hides_cgroups} {is_new}"
+        );
     }
 }
 
@@ -42,12 +54,23 @@ fn circumstances_are_read_from_mounts_and_release() {
                   31 23 0:27 / /cgroup/net rw - cgroup cgroup rw,net_cls,net_prio\n";
     let hierarchies = CgroupMounts::find(mounts);
     let folder = tempfile::tempdir().unwrap();
-    let cgroups = CgroupTree::at(folder.path().to_owned(), crate::cgroup::PodRoots::defaults());
-    for (release, is_new) in
-        [("5.14.0-503.el9", false), ("5.15.0", true), ("6.1.0-9-amd64", true), ("4.18.0-553.el8", false), ("x", false)]
-    {
+    let cgroups = CgroupTree::at(
+        folder.path().to_owned(),
+        crate::cgroup::PodRoots::defaults(),
+    );
+    for (release, is_new) in [
+        ("5.14.0-503.el9", false),
+        ("5.15.0", true),
+        ("6.1.0-9-amd64", true),
+        ("4.18.0-553.el8", false),
+        ("x", false),
+    ] {
         let read = KernelFacts::read(&hierarchies, &cgroups, release);
-        assert_eq!((read.is_new, read.hides_cgroups), (is_new, true), "{release}");
+        assert_eq!(
+            (read.is_new, read.hides_cgroups),
+            (is_new, true),
+            "{release}"
+        );
     }
     let none = CgroupMounts::find("30 23 0:26 / /cgroup rw - cgroup2 cgroup2 rw\n");
     assert!(!KernelFacts::read(&none, &cgroups, "6.1").hides_cgroups);
@@ -57,8 +80,14 @@ fn circumstances_are_read_from_mounts_and_release() {
 #[test]
 fn this_machine_is_tried() {
     let tried = try_tcp(Path::new("/proc"));
-    let told = SockDiag::open().ok().and_then(|diag| own_socket(&diag).ok()).and_then(|socket| socket.cgroup_id);
+    let told = SockDiag::open()
+        .ok()
+        .and_then(|diag| own_socket(&diag).ok())
+        .and_then(|socket| socket.cgroup_id);
     assert_eq!(tried.is_ok(), told.is_some(), "{tried:?} {told:?}");
     let connected = sys::peer_pidfd(UnixStream::pair().unwrap().0.as_fd());
-    assert_eq!(unix_support() == UnixSupport::Process, connected.is_ok_and(|pidfd| pidfd.is_some()));
+    assert_eq!(
+        unix_support() == UnixSupport::Process,
+        connected.is_ok_and(|pidfd| pidfd.is_some())
+    );
 }

@@ -8,7 +8,12 @@ use crate::attest::host::Host;
 use crate::cgroup::PodRoots;
 
 fn host() -> Host {
-    Host::new(PathBuf::from("/proc"), CgroupMounts::default(), PodRoots::defaults(), None)
+    Host::new(
+        PathBuf::from("/proc"),
+        CgroupMounts::default(),
+        PodRoots::defaults(),
+        None,
+    )
 }
 
 /// A process of the test's own that waits until it is told to end.
@@ -68,7 +73,11 @@ fn connections(count: usize) -> (TcpListener, Vec<(TcpStream, u32, u32)>) {
     let connect = || {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let number = client.as_raw_fd().cast_unsigned();
-        let inode = nix::sys::stat::fstat(&client).unwrap().st_ino.try_into().unwrap();
+        let inode = nix::sys::stat::fstat(&client)
+            .unwrap()
+            .st_ino
+            .try_into()
+            .unwrap();
         (client, number, inode)
     };
     let connections = (0..count).map(|_| connect()).collect();
@@ -86,7 +95,10 @@ fn a_descriptor_that_is_a_socket_has_its_inode() {
     let (known, proc_root) = (own(), Path::new("/proc"));
     let (_, number, inode) = connections[0];
     assert_eq!(known.socket(proc_root, number), Some(inode));
-    assert_eq!(known.socket(proc_root, file.as_raw_fd().cast_unsigned()), None);
+    assert_eq!(
+        known.socket(proc_root, file.as_raw_fd().cast_unsigned()),
+        None
+    );
     assert_eq!(known.socket(proc_root, u32::MAX), None);
 }
 
@@ -105,7 +117,9 @@ fn the_last_numbers_are_tried_and_what_was_come_across_first() {
     let (_listener, connections) = connections(10);
     let known = own();
     assert_eq!(hinted(&known, connections[0].2), (None, 0));
-    connections.iter().for_each(|(_, number, _)| known.record_held(*number));
+    connections
+        .iter()
+        .for_each(|(_, number, _)| known.record_held(*number));
     // The first two are forgotten by now; all others are seen in the search for one that is not there.
     assert_eq!(hinted(&known, connections[0].2), (None, MAX_HINTS));
     for (_, number, inode) in &connections[2..] {
@@ -113,16 +127,25 @@ fn the_last_numbers_are_tried_and_what_was_come_across_first() {
     }
     // The oldest is tried first.
     let known = own();
-    connections[..3].iter().for_each(|(_, number, _)| known.record_held(*number));
+    connections[..3]
+        .iter()
+        .for_each(|(_, number, _)| known.record_held(*number));
     known.record_held(connections[0].1);
-    assert_eq!(hinted(&known, connections[2].2), (Some(connections[2].1), 2));
+    assert_eq!(
+        hinted(&known, connections[2].2),
+        (Some(connections[2].1), 2)
+    );
 }
 
 #[test]
 fn socket_that_a_search_came_across_is_found_at_once() {
     let (_listener, connections) = connections(100);
     let known = own();
-    known.scanned(connections.iter().map(|(_, number, inode)| (*inode, *number)));
+    known.scanned(
+        connections
+            .iter()
+            .map(|(_, number, inode)| (*inode, *number)),
+    );
     for (_, number, inode) in &connections[1..] {
         assert_eq!(hinted(&known, *inode), (Some(*number), 1));
         assert_eq!(hinted(&known, *inode), (None, 0), "once");
@@ -141,8 +164,12 @@ fn socket_that_a_search_came_across_is_found_at_once() {
 fn a_look_that_is_one_too_many_ends_the_search() {
     let (_listener, connections) = connections(2);
     let known = own();
-    connections.iter().for_each(|(_, number, _)| known.record_held(*number));
-    let found = known.find_by_hint(Path::new("/proc"), connections[1].2, || Err(AttestError::TooManyDescriptors));
+    connections
+        .iter()
+        .for_each(|(_, number, _)| known.record_held(*number));
+    let found = known.find_by_hint(Path::new("/proc"), connections[1].2, || {
+        Err(AttestError::TooManyDescriptors)
+    });
     assert_eq!(found, Err(AttestError::TooManyDescriptors));
 }
 
@@ -159,7 +186,11 @@ fn a_path_is_read_once_for_each_file() {
 fn so_many_are_kept_and_no_more() {
     let processes = ProcessCache::default();
     for pid in 1..1000 {
-        processes.insert(Arc::new(ProcessHandle::new(pid, pidfd(std::process::id()), None)));
+        processes.insert(Arc::new(ProcessHandle::new(
+            pid,
+            pidfd(std::process::id()),
+            None,
+        )));
         assert!(processes.of(pid).is_some());
         assert!(processes.0.lock().unwrap().len() <= MAX_PROCESSES);
     }

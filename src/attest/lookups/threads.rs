@@ -92,7 +92,9 @@ struct WorkloadQueue {
 
 impl fmt::Debug for LookupThreads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LookupThreads").field("wanted", &self.0.wanted).finish_non_exhaustive()
+        f.debug_struct("LookupThreads")
+            .field("wanted", &self.0.wanted)
+            .finish_non_exhaustive()
     }
 }
 
@@ -105,7 +107,11 @@ impl Default for LookupThreads {
 
 impl LookupThreads {
     fn new(wanted: usize) -> Self {
-        Self(Arc::new(ThreadPool { wanted, state: Mutex::default(), work: Condvar::new() }))
+        Self(Arc::new(ThreadPool {
+            wanted,
+            state: Mutex::default(),
+            work: Condvar::new(),
+        }))
     }
 
     /// Runs `task` for this workload, after what it has there already; fairly between workloads. To be called within a
@@ -118,7 +124,12 @@ impl LookupThreads {
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
-        self.push(owner, Box::pin(task), Box::new(give_up), Some(Handle::current()));
+        self.push(
+            owner,
+            Box::pin(task),
+            Box::new(give_up),
+            Some(Handle::current()),
+        );
     }
 
     /// The same for a task that never waits for events, and is dropped if it has waited too long for a thread.
@@ -132,7 +143,12 @@ impl LookupThreads {
     }
 
     fn push(&self, owner: WorkloadKey, task: Task, give_up: GiveUp, home: Option<Handle>) {
-        let job = LookupJob { task, give_up, home, queued: Instant::now() };
+        let job = LookupJob {
+            task,
+            give_up,
+            home,
+            queued: Instant::now(),
+        };
         let mut state = self.0.state();
         state.push(owner, job);
         if !std::mem::replace(&mut state.watched, true) {
@@ -162,7 +178,9 @@ impl LookupThreads {
                 }
                 (state.missing(self.0.wanted), state.overdue())
             };
-            missing.into_iter().for_each(|number| self.start_thread(number));
+            missing
+                .into_iter()
+                .for_each(|number| self.start_thread(number));
             for (owner, give_up) in overdue {
                 tracing::warn!(
                     workload = ?owner,
@@ -175,7 +193,9 @@ impl LookupThreads {
 
     fn start_thread(&self, number: u64) {
         let shared = self.0.clone();
-        let started = thread::Builder::new().name("awsvid-lookups".to_owned()).spawn(move || shared.run(number));
+        let started = thread::Builder::new()
+            .name("awsvid-lookups".to_owned())
+            .spawn(move || shared.run(number));
         if let Err(error) = started {
             let mut state = self.0.state();
             state.busy.remove(&number);
@@ -196,14 +216,27 @@ impl ThreadPool {
         let mut state = self.state();
         loop {
             if let Some((owner, job)) = state.next() {
-                let LookupJob { task, give_up, home, .. } = job;
-                state
-                    .busy
-                    .insert(number, BusyThread { since: Instant::now(), give_up: Some((owner.clone(), give_up)) });
+                let LookupJob {
+                    task,
+                    give_up,
+                    home,
+                    ..
+                } = job;
+                state.busy.insert(
+                    number,
+                    BusyThread {
+                        since: Instant::now(),
+                        give_up: Some((owner.clone(), give_up)),
+                    },
+                );
                 drop(state);
                 run(task, home.as_ref());
                 state = self.state();
-                if state.busy.insert(number, BusyThread::default()).is_some_and(|busy| busy.give_up.is_none()) {
+                if state
+                    .busy
+                    .insert(number, BusyThread::default())
+                    .is_some_and(|busy| busy.give_up.is_none())
+                {
                     tracing::info!(workload = ?owner, "the look at a caller's process has come back");
                 }
                 state.done(owner);
@@ -215,7 +248,10 @@ impl ThreadPool {
                 return;
             }
             state.idle += 1;
-            state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .work
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
             state.idle -= 1;
             state.busy.insert(number, BusyThread::default());
         }
@@ -224,7 +260,10 @@ impl ThreadPool {
 
 impl Default for BusyThread {
     fn default() -> Self {
-        Self { since: Instant::now(), give_up: None }
+        Self {
+            since: Instant::now(),
+            give_up: None,
+        }
     }
 }
 
@@ -232,7 +271,9 @@ impl Default for BusyThread {
 fn run(mut task: Task, home: Option<&Handle>) {
     let entered = home.map(Handle::enter);
     let mut context = Context::from_waker(Waker::noop());
-    let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| task.as_mut().poll(&mut context)));
+    let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        task.as_mut().poll(&mut context)
+    }));
     drop(entered);
     // A panic is in the log, and ends this connection alone.
     if let (Ok(true), Some(home)) = (polled.map(|polled| polled.is_pending()), home) {
@@ -265,7 +306,9 @@ impl PoolState {
 
     /// Threads to start, so that `wanted` are not kept waiting.
     fn missing(&mut self, wanted: usize) -> Vec<u64> {
-        let missing = wanted.saturating_sub(self.count_running()).min(self.ready.len());
+        let missing = wanted
+            .saturating_sub(self.count_running())
+            .min(self.ready.len());
         let missing = missing.min(MAX_THREADS.saturating_sub(self.busy.len()));
         (0..missing).map(|_| self.new_number()).collect()
     }
@@ -281,10 +324,14 @@ impl PoolState {
     fn next(&mut self) -> Option<(WorkloadKey, LookupJob)> {
         loop {
             let owner = self.ready.pop_front()?;
-            let Some(queue) = self.workloads.get_mut(&owner) else { continue };
+            let Some(queue) = self.workloads.get_mut(&owner) else {
+                continue;
+            };
             queue.is_ready = false;
             // It may have gone home.
-            let Some(job) = queue.waiting.pop_front() else { continue };
+            let Some(job) = queue.waiting.pop_front() else {
+                continue;
+            };
             queue.running += 1;
             if queue.running < MAX_PER_WORKLOAD && !queue.waiting.is_empty() {
                 queue.is_ready = true;
@@ -295,7 +342,9 @@ impl PoolState {
     }
 
     fn done(&mut self, owner: WorkloadKey) {
-        let Some(queue) = self.workloads.get_mut(&owner) else { return };
+        let Some(queue) = self.workloads.get_mut(&owner) else {
+            return;
+        };
         queue.running -= 1;
         if queue.waiting.is_empty() {
             if queue.running == 0 {
@@ -308,31 +357,49 @@ impl PoolState {
 
     /// Whether there is nothing to run, and nothing that could be given up.
     fn is_quiet(&self) -> bool {
-        self.workloads.values().all(|queue| queue.waiting.is_empty())
+        self.workloads
+            .values()
+            .all(|queue| queue.waiting.is_empty())
             && self.busy.values().all(|busy| busy.give_up.is_none())
     }
 
     /// What has kept a thread waiting too long.
     fn overdue(&mut self) -> Vec<(WorkloadKey, GiveUp)> {
-        let overdue = self.busy.values_mut().filter(|busy| busy.since.elapsed() >= REQUEST_HOLD);
+        let overdue = self
+            .busy
+            .values_mut()
+            .filter(|busy| busy.since.elapsed() >= REQUEST_HOLD);
         overdue.filter_map(|busy| busy.give_up.take()).collect()
     }
 
     /// Threads that run something and are not kept waiting.
     fn count_running(&self) -> usize {
-        self.busy.values().filter(|busy| busy.since.elapsed() < STUCK_AFTER).count()
+        self.busy
+            .values()
+            .filter(|busy| busy.since.elapsed() < STUCK_AFTER)
+            .count()
     }
 
     /// What has waited as long as a request is held goes home: there it is refused, if it has to wait again.
     fn expire(&mut self) {
         for queue in self.workloads.values_mut() {
-            while queue.waiting.front().is_some_and(|job| job.queued.elapsed() >= REQUEST_HOLD) {
-                if let Some(LookupJob { task, home: Some(home), .. }) = queue.waiting.pop_front() {
+            while queue
+                .waiting
+                .front()
+                .is_some_and(|job| job.queued.elapsed() >= REQUEST_HOLD)
+            {
+                if let Some(LookupJob {
+                    task,
+                    home: Some(home),
+                    ..
+                }) = queue.waiting.pop_front()
+                {
                     home.spawn(task);
                 }
             }
         }
-        self.workloads.retain(|_, queue| queue.running > 0 || !queue.waiting.is_empty());
+        self.workloads
+            .retain(|_, queue| queue.running > 0 || !queue.waiting.is_empty());
     }
 }
 

@@ -11,7 +11,10 @@ fn pods(directories: &[&str]) -> (tempfile::TempDir, PodLookup) {
     for directory in directories {
         fs::create_dir_all(folder.path().join(directory)).unwrap();
     }
-    let tree = CgroupTree::at(folder.path().to_owned(), crate::cgroup::PodRoots::defaults());
+    let tree = CgroupTree::at(
+        folder.path().to_owned(),
+        crate::cgroup::PodRoots::defaults(),
+    );
     (folder, PodLookup::new(Arc::new(tree)))
 }
 
@@ -32,10 +35,19 @@ fn a_pod_is_there_as_long_as_its_directory() {
     let (folder, pods) = pods(&[&format!("{pod}/{C}/init"), "system.slice/a.service"]);
     assert_eq!(pods.discover_roots(), [&path("/kubepods")]);
     assert!(pods.of(&path("/system.slice/a.service")).unwrap().is_none());
-    let housed = pods.of(&path(&format!("/{pod}/{C}/init"))).unwrap().unwrap();
-    assert_eq!((housed.pod.uid.as_str(), housed.pod.container.as_deref()), (U, Some(C)));
+    let housed = pods
+        .of(&path(&format!("/{pod}/{C}/init")))
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        (housed.pod.uid.as_str(), housed.pod.container.as_deref()),
+        (U, Some(C))
+    );
     let ages = housed.is_there().unwrap();
-    assert!(ages.pod < Duration::from_secs(60) && ages.container < Duration::from_secs(60), "{ages:?}");
+    assert!(
+        ages.pod < Duration::from_secs(60) && ages.container < Duration::from_secs(60),
+        "{ages:?}"
+    );
     fs::remove_dir_all(folder.path().join(&pod).join(C)).unwrap();
     assert!(housed.is_there().is_ok(), "the pod outlives its containers");
     // Another one in its place is another one.
@@ -45,10 +57,16 @@ fn a_pod_is_there_as_long_as_its_directory() {
     assert_eq!(housed.is_there(), Err(AttestError::CallerGone));
     fs::create_dir(&directory).unwrap();
     assert_eq!(housed.is_there(), Err(AttestError::CallerGone));
-    assert!(matches!(pods.of(&path(&format!("/{pod}/{C}"))), Ok(Some(_))));
+    assert!(matches!(
+        pods.of(&path(&format!("/{pod}/{C}"))),
+        Ok(Some(_))
+    ));
     fs::remove_dir(&directory).unwrap();
     let gone = pods.of(&path(&format!("/{pod}/{C}")));
-    assert!(matches!(gone, Err(AttestError::UnreadableCgroup)), "{gone:?}");
+    assert!(
+        matches!(gone, Err(AttestError::UnreadableCgroup)),
+        "{gone:?}"
+    );
 }
 
 #[test]
@@ -67,13 +85,24 @@ fn every_directory_down_to_the_pods_is_roots() {
             assert!(pods.of(&container).unwrap().is_some());
             change(&folder.path().join(part)).unwrap();
             let refused = pods.of(&container);
-            assert!(matches!(refused, Err(AttestError::DelegatedCgroup)), "{part}: {refused:?}");
+            assert!(
+                matches!(refused, Err(AttestError::DelegatedCgroup)),
+                "{part}: {refused:?}"
+            );
         }
     }
     // What a container does with its own, whose name was given to it, is its own business.
     let (folder, pods) = pods(&[&format!("{pod}/{C}/x")]);
     chown(folder.path().join(&pod).join(C), Some(1002), None).unwrap();
-    assert_eq!(pods.of(&path(&format!("/{pod}/{C}/x"))).unwrap().unwrap().pod.container.as_deref(), Some(C));
+    assert_eq!(
+        pods.of(&path(&format!("/{pod}/{C}/x")))
+            .unwrap()
+            .unwrap()
+            .pod
+            .container
+            .as_deref(),
+        Some(C)
+    );
 }
 
 #[test]
@@ -81,11 +110,17 @@ fn a_pods_name_in_another_place_is_refused_with_what_was_seen() {
     if !is_root() {
         return;
     }
-    let (user, other) = (format!("user.slice/kubepods/pod{U}"), format!("other/kubepods/pod{U}"));
+    let (user, other) = (
+        format!("user.slice/kubepods/pod{U}"),
+        format!("other/kubepods/pod{U}"),
+    );
     let (folder, pods) = pods(&[&user, &other]);
     chown(folder.path().join("user.slice"), Some(1002), None).unwrap();
     let refused = pods.of(&path(&format!("/{user}")));
-    assert!(matches!(refused, Err(AttestError::DelegatedCgroup)), "{refused:?}");
+    assert!(
+        matches!(refused, Err(AttestError::DelegatedCgroup)),
+        "{refused:?}"
+    );
     let refused = pods.of(&path(&format!("/{other}"))).unwrap_err();
     assert_eq!(refused, AttestError::MisplacedPod);
 }

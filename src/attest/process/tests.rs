@@ -7,7 +7,12 @@ use crate::attest::hierarchies::CgroupMounts;
 use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {
-    Arc::new(Host::new(PathBuf::from("/proc"), CgroupMounts::default(), PodRoots::defaults(), None))
+    Arc::new(Host::new(
+        PathBuf::from("/proc"),
+        CgroupMounts::default(),
+        PodRoots::defaults(),
+        None,
+    ))
 }
 
 #[test]
@@ -25,16 +30,23 @@ fn start_time_survives_hostile_names() {
 #[test]
 fn only_the_initial_user_namespace_maps_every_id_to_itself() {
     assert!(is_identity_map("         0          0 4294967295\n"));
-    for map in
-        ["", "         0       1001          1\n", "0 0 65536\n", "0 0 4294967294\n1 1 1\n", "0 0 4294967295\n0 0 1\n"]
-    {
+    for map in [
+        "",
+        "         0       1001          1\n",
+        "0 0 65536\n",
+        "0 0 4294967294\n1 1 1\n",
+        "0 0 4294967295\n0 0 1\n",
+    ] {
         assert!(!is_identity_map(map), "{map:?}");
     }
 }
 
 /// A process of the test's own that waits until it is told to end.
 fn sleeper() -> std::process::Child {
-    std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap()
+    std::process::Command::new("cat")
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap()
 }
 
 #[test]
@@ -42,14 +54,20 @@ fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
     let mut child = sleeper();
     let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
     let host = host();
-    let held = ProcessSnapshot::read_snapshot(&host, host.process(child.id(), pidfd).unwrap()).unwrap();
+    let held =
+        ProcessSnapshot::read_snapshot(&host, host.process(child.id(), pidfd).unwrap()).unwrap();
     assert_eq!(held.verify_unchanged(), Ok(()));
     assert_eq!(held.to_process().pid, child.id());
     child.kill().unwrap();
     // Dead, and not reaped before `wait` below: /proc/<pid> is still there.
     let mut fds = [PollFd::new(held.known.pidfd().as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1);
-    assert!(Path::new("/proc").join(child.id().to_string()).join("stat").exists());
+    assert!(
+        Path::new("/proc")
+            .join(child.id().to_string())
+            .join("stat")
+            .exists()
+    );
     assert_eq!(held.verify_unchanged(), Err(AttestError::CallerGone));
     child.wait().unwrap();
     assert_eq!(held.verify_unchanged(), Err(AttestError::CallerGone));
@@ -65,7 +83,10 @@ fn a_number_that_belongs_to_another_process_now_is_not_mistaken() {
     // As if the number had been given out again in between.
     let host = host();
     let known = host.process(living.id(), pidfd).unwrap();
-    assert_eq!(ProcessSnapshot::read_snapshot(&host, known).unwrap_err(), AttestError::CallerGone);
+    assert_eq!(
+        ProcessSnapshot::read_snapshot(&host, known).unwrap_err(),
+        AttestError::CallerGone
+    );
     living.kill().unwrap();
     living.wait().unwrap();
 }

@@ -11,22 +11,38 @@ use crate::caller::GroupDetail;
 use crate::cgroup::PodRoots;
 
 /// Everything that may be looked at.
-const ALL: ProcessFacts = ProcessFacts { groups: GroupDetail::List, program: true, started: false };
-const PLENTY: Budget = Budget { list: 64 * 1024, descriptors: 65_536, time: Duration::from_secs(60) };
+const ALL: ProcessFacts = ProcessFacts {
+    groups: GroupDetail::List,
+    program: true,
+    started: false,
+};
+const PLENTY: Budget = Budget {
+    list: 64 * 1024,
+    descriptors: 65_536,
+    time: Duration::from_secs(60),
+};
 
 /// A connection of this process, and what the kernel says of its client's socket.
 fn connection() -> (TcpListener, TcpStream, SocketInfo) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let server = listener.local_addr().unwrap();
     let client = TcpStream::connect(server).unwrap();
-    let socket = SockDiag::open().unwrap().client_socket(client.local_addr().unwrap(), server).unwrap();
+    let socket = SockDiag::open()
+        .unwrap()
+        .client_socket(client.local_addr().unwrap(), server)
+        .unwrap();
     (listener, client, socket)
 }
 
 /// The machine, with its real cgroup v2 tree.
 fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
     let hierarchies = CgroupMounts::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    let host = Arc::new(Host::new(PathBuf::from("/proc"), hierarchies, PodRoots::defaults(), None));
+    let host = Arc::new(Host::new(
+        PathBuf::from("/proc"),
+        hierarchies,
+        PodRoots::defaults(),
+        None,
+    ));
     let tree = host.cgroups.clone().expect("cgroup v2");
     (host, tree)
 }
@@ -83,15 +99,27 @@ fn a_search_over_its_budget_finds_nobody() {
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
     // Made after the connection, so they are looked at before it.
-    let _others: Vec<_> = (0..300).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+    let _others: Vec<_> = (0..300)
+        .map(|_| fs::File::open("/dev/null").unwrap())
+        .collect();
     for budget in [
         Budget { list: 1, ..PLENTY },
         // The standard streams and the two sockets are more.
-        Budget { descriptors: 3, ..PLENTY },
-        Budget { time: Duration::ZERO, ..PLENTY },
+        Budget {
+            descriptors: 3,
+            ..PLENTY
+        },
+        Budget {
+            time: Duration::ZERO,
+            ..PLENTY
+        },
     ] {
         let found = find_socket_owner(&host, &tree, &socket, &unit(), (ALL, budget));
-        assert_eq!(found.unwrap_err(), AttestError::TooManyDescriptors, "{budget:?}");
+        assert_eq!(
+            found.unwrap_err(),
+            AttestError::TooManyDescriptors,
+            "{budget:?}"
+        );
     }
 }
 
@@ -122,5 +150,8 @@ fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
     let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
     let found = find_socket_owner(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
     assert_eq!(found.process.verify_unchanged(), Ok(()));
-    assert!(!Arc::ptr_eq(&known, &host.processes.of(std::process::id()).unwrap()));
+    assert!(!Arc::ptr_eq(
+        &known,
+        &host.processes.of(std::process::id()).unwrap()
+    ));
 }

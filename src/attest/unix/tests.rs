@@ -9,12 +9,22 @@ use crate::attest::hierarchies::CgroupMounts;
 use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {
-    Arc::new(Host::new(PathBuf::from("/proc"), CgroupMounts::default(), PodRoots::defaults(), None))
+    Arc::new(Host::new(
+        PathBuf::from("/proc"),
+        CgroupMounts::default(),
+        PodRoots::defaults(),
+        None,
+    ))
 }
 
 /// What a kernel before 6.5 would have recorded of this process or a child of it.
 fn peer(pid: u32, accepted: u64) -> Peer {
-    Peer { pid, uid: geteuid().as_raw(), gid: getegid().as_raw(), pinned: PeerPin::SinceAccept(accepted) }
+    Peer {
+        pid,
+        uid: geteuid().as_raw(),
+        gid: getegid().as_raw(),
+        pinned: PeerPin::SinceAccept(accepted),
+    }
 }
 
 /// This process's supplementary groups, which its children have too.
@@ -33,7 +43,12 @@ fn attested(peer: Peer) -> Result<Caller, AttestError> {
 
 /// A process that waits until it is killed.
 fn waiting(program: &str, arguments: &[&str]) -> Child {
-    Command::new(program).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap()
 }
 
 fn end(mut child: Child) {
@@ -44,7 +59,10 @@ fn end(mut child: Child) {
 fn start_time(child: &Child) -> u64 {
     let pidfd = sys::pidfd_open(child.id()).unwrap();
     let host = host();
-    ProcessSnapshot::read_snapshot(&host, host.process(child.id(), pidfd).unwrap()).unwrap().start_time().unwrap()
+    ProcessSnapshot::read_snapshot(&host, host.process(child.id(), pidfd).unwrap())
+        .unwrap()
+        .start_time()
+        .unwrap()
 }
 
 #[tokio::test]
@@ -62,7 +80,10 @@ async fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
 fn without_one_a_process_that_started_after_the_connection_is_another() {
     let child = waiting("cat", &[]);
     let accepted = start_time(&child) - 1;
-    assert_eq!(attested(peer(child.id(), accepted)).unwrap_err(), AttestError::CallerGone);
+    assert_eq!(
+        attested(peer(child.id(), accepted)).unwrap_err(),
+        AttestError::CallerGone
+    );
     end(child);
 }
 
@@ -73,19 +94,31 @@ fn without_one_nobody_in_a_container_is_served() {
         return;
     }
     // In a user namespace of its own, with this user mapped to itself: all that tells is the namespace.
-    let mut child = waiting("unshare", &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"]);
+    let mut child = waiting(
+        "unshare",
+        &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"],
+    );
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
     let refusal = attested(peer(child.id(), u64::MAX)).unwrap_err();
-    assert!(matches!(refusal, AttestError::Unsupported(_)), "{refusal:?}");
+    assert!(
+        matches!(refusal, AttestError::Unsupported(_)),
+        "{refusal:?}"
+    );
     end(child);
 }
 
 #[test]
 fn other_ids_than_the_connectors_are_a_refusal() {
     let child = waiting("cat", &[]);
-    let other = Peer { uid: geteuid().as_raw() + 1, ..peer(child.id(), u64::MAX) };
+    let other = Peer {
+        uid: geteuid().as_raw() + 1,
+        ..peer(child.id(), u64::MAX)
+    };
     assert_eq!(attested(other).unwrap_err(), AttestError::IdentityChanged);
-    let other = Peer { gid: getegid().as_raw() + 1, ..peer(child.id(), u64::MAX) };
+    let other = Peer {
+        gid: getegid().as_raw() + 1,
+        ..peer(child.id(), u64::MAX)
+    };
     assert_eq!(attested(other).unwrap_err(), AttestError::IdentityChanged);
     end(child);
 }
@@ -96,11 +129,30 @@ async fn groups_and_program_are_looked_at_only_where_they_decide() {
     let least = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
     let process = least.process.as_ref().unwrap();
     assert_eq!((&process.groups, &process.program), (&None, &None));
-    let all =
-        least.with_process(ProcessFacts { groups: GroupDetail::List, program: true, started: false }).await.unwrap();
+    let all = least
+        .with_process(ProcessFacts {
+            groups: GroupDetail::List,
+            program: true,
+            started: false,
+        })
+        .await
+        .unwrap();
     let process = all.process.as_ref().unwrap();
-    assert_eq!(process.groups, Some(Groups::new(groups(), GroupDetail::Digest).unwrap()));
-    assert!(process.program.as_ref().unwrap().exe.as_ref().unwrap().path.is_absolute());
+    assert_eq!(
+        process.groups,
+        Some(Groups::new(groups(), GroupDetail::Digest).unwrap())
+    );
+    assert!(
+        process
+            .program
+            .as_ref()
+            .unwrap()
+            .exe
+            .as_ref()
+            .unwrap()
+            .path
+            .is_absolute()
+    );
     assert_eq!(all.still_same().await, Ok(()));
     end(child);
 }
@@ -110,11 +162,24 @@ async fn other_groups_than_the_connectors_are_a_refusal() {
     if !Uid::effective().is_root() {
         return;
     }
-    let (child, stream) = (waiting("setpriv", &["--groups", "4000000000", "sh", "-c", "echo; exec cat"]), stream());
+    let (child, stream) = (
+        waiting(
+            "setpriv",
+            &["--groups", "4000000000", "sh", "-c", "echo; exec cat"],
+        ),
+        stream(),
+    );
     let mut child = child;
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
-    let looks = ProcessFacts { groups: GroupDetail::Digest, program: false, started: false };
+    let looks = ProcessFacts {
+        groups: GroupDetail::Digest,
+        program: false,
+        started: false,
+    };
     let caller = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
-    assert_eq!(caller.with_process(looks).await.unwrap_err(), AttestError::IdentityChanged);
+    assert_eq!(
+        caller.with_process(looks).await.unwrap_err(),
+        AttestError::IdentityChanged
+    );
     end(child);
 }

@@ -65,12 +65,21 @@ async fn without_a_living_caller_nothing_is_refreshed_until_one_comes() {
     world.gone.lock().unwrap().insert(1);
     pass(MINUTE * 45).await;
     assert_eq!(asked(&world), [1, 1], "it is not tried for ever");
-    assert_eq!((cache.entries()[0].callers, cache.entries()[0].latest_uid), (0, Some(1)));
+    assert_eq!(
+        (cache.entries()[0].callers, cache.entries()[0].latest_uid),
+        (0, Some(1))
+    );
     // Each `aws` command is a new process.
-    assert_eq!(key_for(&cache, "a", 2).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
+    assert_eq!(
+        key_for(&cache, "a", 2).await.unwrap(),
+        ("KEY1".to_owned(), CacheResult::Stale)
+    );
     settle().await;
     assert_eq!(asked(&world), [1, 1, 2]);
-    assert_eq!(key_for(&cache, "a", 3).await.unwrap(), ("KEY3".to_owned(), CacheResult::Hit));
+    assert_eq!(
+        key_for(&cache, "a", 3).await.unwrap(),
+        ("KEY3".to_owned(), CacheResult::Hit)
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -8,7 +8,10 @@ async fn a_machine_that_slept_longer_than_the_session_hands_out_nothing_old() {
     key(&cache).await.unwrap();
     // The monotonic clock stood still meanwhile.
     world.clock.step(3600);
-    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), CacheResult::Miss));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY2".to_owned(), CacheResult::Miss)
+    );
     world.clock.step(3541);
     world.fail(unavailable());
     assert_eq!(reason(&cache).await, "source_unavailable");
@@ -38,7 +41,10 @@ async fn a_clock_that_is_set_back_lengthens_nothing() {
     while world.fetched() == 1 {
         pass(SECOND).await;
     }
-    assert_eq!(key(&cache).await.unwrap(), ("KEY2".to_owned(), CacheResult::Hit));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY2".to_owned(), CacheResult::Hit)
+    );
     world.fail(unavailable());
     pass(MINUTE * 59 - SECOND * 2).await;
     assert_eq!(key(&cache).await.unwrap().0, "KEY2");
@@ -64,9 +70,15 @@ async fn a_clock_that_is_set_ahead_and_back_leaves_what_is_good() {
     let (world, cache) = world(10_000);
     key(&cache).await.unwrap();
     world.clock.step(10 * 60);
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Hit));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY1".to_owned(), CacheResult::Hit)
+    );
     world.clock.step(-10 * 60);
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Hit));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY1".to_owned(), CacheResult::Hit)
+    );
     pass(SECOND * 31).await;
     assert_eq!(world.fetched(), 1);
 }

@@ -24,7 +24,10 @@ async fn refused_world() -> (Arc<CacheEnv>, CredentialCache) {
 async fn a_refusal_by_sts_ends_what_is_there_after_the_grace() {
     let (_world, cache) = refused_world().await;
     pass(LIMITS.revocation_grace - SECOND * 3).await;
-    assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY1".to_owned(), CacheResult::Stale)
+    );
     pass(SECOND * 4).await;
     assert_eq!(reason(&cache).await, "sts_access_denied");
 }
@@ -48,7 +51,10 @@ async fn a_success_ends_the_grace() {
     world.refuse(None);
     pass(SECOND * 120).await;
     let (renewed, freshness) = key(&cache).await.unwrap();
-    assert!(renewed != "KEY1" && freshness == CacheResult::Hit, "{renewed} {freshness:?}");
+    assert!(
+        renewed != "KEY1" && freshness == CacheResult::Hit,
+        "{renewed} {freshness:?}"
+    );
     // The next refusal begins anew.
     world.refuse(refused());
     let before = world.fetched();
@@ -64,13 +70,23 @@ async fn a_hanging_source_does_not_lengthen_the_grace() {
     let (world, cache) = refused_world().await;
     *world.takes.lock().unwrap() = HOUR;
     pass(LIMITS.revocation_grace + SECOND).await;
-    assert!(matches!(key(&cache).await, Err(CacheError::Pending)), "only a success brings them back");
+    assert!(
+        matches!(key(&cache).await, Err(CacheError::Pending)),
+        "only a success brings them back"
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_new_grace_counts_for_what_is_refused_already() {
     let (world, cache) = refused_world().await;
-    cache.reconfigure(world.issuer(), Limits { revocation_grace: HOUR, ..LIMITS }, |_| true);
+    cache.reconfigure(
+        world.issuer(),
+        Limits {
+            revocation_grace: HOUR,
+            ..LIMITS
+        },
+        |_| true,
+    );
     pass(LIMITS.revocation_grace + MINUTE).await;
     assert_eq!(key(&cache).await.unwrap().0, "KEY1");
 }
@@ -85,13 +101,19 @@ async fn one_denial_by_the_source_changes_nothing() {
     }
     // Others ask meanwhile, but the second question comes later.
     for _ in 0..8 {
-        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
+        assert_eq!(
+            key(&cache).await.unwrap(),
+            ("KEY1".to_owned(), CacheResult::Stale)
+        );
         pass(SECOND).await;
     }
     assert_eq!(world.fetched(), 2);
     world.fail(None);
     pass(SECOND * 5).await;
-    assert_eq!(key(&cache).await.unwrap(), ("KEY3".to_owned(), CacheResult::Hit));
+    assert_eq!(
+        key(&cache).await.unwrap(),
+        ("KEY3".to_owned(), CacheResult::Hit)
+    );
     // A success lies between this denial and the first.
     world.fail(denied());
     while world.fetched() == 3 {
@@ -110,7 +132,12 @@ async fn two_denials_ten_seconds_apart_end_it_though_nobody_asks() {
     }
     pass(SECOND * 12).await;
     assert_eq!(world.fetched(), 3, "asked once more, by itself");
-    assert!(cache.entries().iter().all(|entry| entry.access_key_id.is_none()));
+    assert!(
+        cache
+            .entries()
+            .iter()
+            .all(|entry| entry.access_key_id.is_none())
+    );
     assert_eq!(reason(&cache).await, "source_denied");
 }
 
@@ -131,7 +158,11 @@ async fn an_outage_between_two_denials_does_not_make_the_first_undone() {
         pass(SECOND).await;
     }
     pass(SECOND * 3).await;
-    assert_eq!(reason(&cache).await, "source_denied", "at the first question after it");
+    assert_eq!(
+        reason(&cache).await,
+        "source_denied",
+        "at the first question after it"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -149,7 +180,10 @@ async fn an_outage_is_tried_again_and_again_but_not_all_the_time() {
     assert!((18..=45).contains(&tries), "{tries}");
     // Requests don't add any.
     for _ in 0..100 {
-        assert_eq!(key(&cache).await.unwrap(), ("KEY1".to_owned(), CacheResult::Stale));
+        assert_eq!(
+            key(&cache).await.unwrap(),
+            ("KEY1".to_owned(), CacheResult::Stale)
+        );
         settle().await;
     }
     assert!(world.fetched() - 2 <= tries + 1);
@@ -164,7 +198,11 @@ fn log() -> CapturedLog {
     let slot = Entry::new(grant("before"));
     let error = || ExchangeError::from(unavailable());
     for news in [
-        CacheEvent::Failed { error: error(), kept: false, missed: 0 },
+        CacheEvent::Failed {
+            error: error(),
+            kept: false,
+            missed: 0,
+        },
         CacheEvent::Again,
         CacheEvent::Withdrawn(error()),
         CacheEvent::Over(error()),
@@ -186,31 +224,57 @@ async fn the_log_has_a_failure_once_per_change() {
     assert_eq!(count("credentials were not issued"), 1);
     world.fail(denied());
     pass(MINUTE * 2).await;
-    assert_eq!((count("credentials were not issued"), count("the identity is withdrawn")), (2, 1));
+    assert_eq!(
+        (
+            count("credentials were not issued"),
+            count("the identity is withdrawn")
+        ),
+        (2, 1)
+    );
     world.fail(None);
     pass(MINUTE).await;
     key(&cache).await.unwrap();
-    assert_eq!(count("issued again"), 0, "a new entry, which knows nothing of the old one");
+    assert_eq!(
+        count("issued again"),
+        0,
+        "a new entry, which knows nothing of the old one"
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_log_has_a_recovery_and_is_bounded_in_an_outage_of_all() {
-    let (world, cache) = world_of(1_000_000, Limits { max_entries: 1000, ..LIMITS });
+    let (world, cache) = world_of(
+        1_000_000,
+        Limits {
+            max_entries: 1000,
+            ..LIMITS
+        },
+    );
     let role = Arc::new(role("r"));
     for number in 0..300 {
-        cache.get(&grant_of(&number.to_string(), &role), &caller()).await.unwrap();
+        cache
+            .get(&grant_of(&number.to_string(), &role), &caller())
+            .await
+            .unwrap();
     }
     let log = log();
     world.fail(unavailable());
     pass(DUE + SECOND).await;
     let failed = log.text().matches("credentials were not issued").count();
-    assert!((20..=60).contains(&failed), "{failed} lines for 300 workloads");
+    assert!(
+        (20..=60).contains(&failed),
+        "{failed} lines for 300 workloads"
+    );
     world.fail(None);
     pass(MINUTE * 3).await;
     let text = log.text();
     let again = text.matches("credentials are issued again").count();
     assert!((1..=failed).contains(&again), "{again}");
-    assert!(text.lines().any(|line| line.contains("missed=") && !line.contains("missed=0")), "{text}");
+    assert!(
+        text.lines()
+            .any(|line| line.contains("missed=") && !line.contains("missed=0")),
+        "{text}"
+    );
 }
 
 #[test]
@@ -218,11 +282,17 @@ fn how_long_each_failure_is_remembered() {
     let sts = |again| ExchangeError::from(StsError { again, ..refused() });
     let table = [
         (ExchangeError::from(unavailable()), 1),
-        (SourceError::BadToken(BadToken::Expiring(String::new())).into(), 1),
+        (
+            SourceError::BadToken(BadToken::Expiring(String::new())).into(),
+            1,
+        ),
         (SourceError::Caller(AttestError::CallerGone).into(), 1),
         (denied().into(), 3),
         (SourceError::Misconfigured(String::new()).into(), 5),
-        (SourceError::BadToken(BadToken::Wrong(String::new())).into(), 5),
+        (
+            SourceError::BadToken(BadToken::Wrong(String::new())).into(),
+            5,
+        ),
         (sts(RetryPolicy::Later), 1),
         (sts(RetryPolicy::NewToken), 5),
         (sts(RetryPolicy::Never), 5),
@@ -253,9 +323,17 @@ async fn a_refusal_of_what_is_not_cached_is_remembered_and_then_forgotten() {
 #[tokio::test(start_paused = true)]
 async fn ten_thousand_identities_come_out_of_an_outage_without_a_stampede() {
     const MANY: usize = 10_000;
-    let (world, cache) = world_of(100_000_000, Limits { max_entries: MANY, ..LIMITS });
+    let (world, cache) = world_of(
+        100_000_000,
+        Limits {
+            max_entries: MANY,
+            ..LIMITS
+        },
+    );
     let role = Arc::new(role("r"));
-    let grants: Vec<_> = (0..MANY).map(|number| grant_of(&number.to_string(), &role)).collect();
+    let grants: Vec<_> = (0..MANY)
+        .map(|number| grant_of(&number.to_string(), &role))
+        .collect();
     for grant in &grants {
         cache.get(grant, &caller()).await.unwrap();
     }
@@ -263,7 +341,11 @@ async fn ten_thousand_identities_come_out_of_an_outage_without_a_stampede() {
     // All are due within it. Of a kind that one flight asks for once only, so that this test is quick.
     world.fail(SourceError::BadToken(BadToken::Expiring("old".to_owned())));
     pass(MINUTE * 33 + SECOND).await;
-    assert_eq!(flights(&cache), MAX_REFRESHES, "as many as there are turns for");
+    assert_eq!(
+        flights(&cache),
+        MAX_REFRESHES,
+        "as many as there are turns for"
+    );
     let during = world.fetched() - MANY;
     assert!(during > MANY, "each was tried: {during}");
     world.fail(None);
@@ -274,7 +356,18 @@ async fn ten_thousand_identities_come_out_of_an_outage_without_a_stampede() {
     }
     for grant in &grants {
         let (_, freshness) = cache.get(grant, &caller()).await.unwrap();
-        assert_eq!(freshness, CacheResult::Hit, "nobody's ended, and all are new");
+        assert_eq!(
+            freshness,
+            CacheResult::Hit,
+            "nobody's ended, and all are new"
+        );
     }
-    assert_eq!(world.metrics.encode().matches("cache_removed_total{").count(), 0);
+    assert_eq!(
+        world
+            .metrics
+            .encode()
+            .matches("cache_removed_total{")
+            .count(),
+        0
+    );
 }

@@ -18,8 +18,14 @@ enum Is {
 fn find(roots: &PodRoots, path: &str) -> Is {
     let parsed = CgroupPath::parse(path).unwrap();
     match roots.find(&parsed) {
-        Ok(Some(PodSegment { pod, directory, container })) => {
-            let container = pod.container.map(|id| (id.to_string(), path[..container.unwrap()].to_owned()));
+        Ok(Some(PodSegment {
+            pod,
+            directory,
+            container,
+        })) => {
+            let container = pod
+                .container
+                .map(|id| (id.to_string(), path[..container.unwrap()].to_owned()));
             Is::Pod(pod.uid.to_string(), path[..directory].to_owned(), container)
         }
         Ok(None) => Is::No,
@@ -29,16 +35,35 @@ fn find(roots: &PodRoots, path: &str) -> Is {
 
 /// `{C}` and so on stand for the constants.
 fn text(template: &str) -> String {
-    let names = [("{C}", C), ("{D}", D), ("{U}", U), ("{U_}", U_), ("{V}", V), ("{S}", STATIC)];
-    names.into_iter().fold(template.to_owned(), |text, (name, value)| text.replace(name, value))
+    let names = [
+        ("{C}", C),
+        ("{D}", D),
+        ("{U}", U),
+        ("{U_}", U_),
+        ("{V}", V),
+        ("{S}", STATIC),
+    ];
+    names
+        .into_iter()
+        .fold(template.to_owned(), |text, (name, value)| {
+            text.replace(name, value)
+        })
 }
 
 fn check(roots: &PodRoots, table: &[(&str, &str, &str, &str)]) {
     for (pod, below, uid, id) in table {
         let (pod, path) = (text(pod), text(&format!("{pod}{below}")));
-        let own = below.split('/').nth(1).map(|name| text(&format!("{pod}/{name}"))).unwrap_or_default();
+        let own = below
+            .split('/')
+            .nth(1)
+            .map(|name| text(&format!("{pod}/{name}")))
+            .unwrap_or_default();
         let container = (!id.is_empty()).then(|| (text(id), own));
-        assert_eq!(find(roots, &path), Is::Pod(text(uid), pod, container), "{path}");
+        assert_eq!(
+            find(roots, &path),
+            Is::Pod(text(uid), pod, container),
+            "{path}"
+        );
     }
 }
 
@@ -62,9 +87,19 @@ fn pods_are_found_where_kubelets_put_them() {
             "{U}",
             "{C}",
         ),
-        ("/kubepods.slice/kubepods-pod{U_}.slice", "/crio-{C}.scope", "{U}", "{C}"),
+        (
+            "/kubepods.slice/kubepods-pod{U_}.slice",
+            "/crio-{C}.scope",
+            "{U}",
+            "{C}",
+        ),
         // crun puts the container's processes one further down.
-        ("/kubepods.slice/kubepods-pod{U_}.slice", "/crio-{C}.scope/container", "{U}", "{C}"),
+        (
+            "/kubepods.slice/kubepods-pod{U_}.slice",
+            "/crio-{C}.scope/container",
+            "{U}",
+            "{C}",
+        ),
         (
             "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{U_}.slice",
             "/cri-containerd-{C}.scope",
@@ -79,19 +114,37 @@ fn pods_are_found_where_kubelets_put_them() {
         ),
         ("/kubelet/kubepods/besteffort/pod{U}", "/{C}", "{U}", "{C}"),
         ("/kubepods/pod{S}", "/{C}", "{S}", "{C}"),
-        ("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{S}.slice", "/crio-{C}.scope", "{S}", "{C}"),
+        (
+            "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{S}.slice",
+            "/crio-{C}.scope",
+            "{S}",
+            "{C}",
+        ),
         // What a container names below its own directory is nothing to go by.
         ("/kubepods/pod{U}", "/{C}/init", "{U}", "{C}"),
         ("/kubepods/pod{U}", "/{C}/docker/{D}", "{U}", "{C}"),
-        ("/kubepods/pod{U}", "/{C}/kubepods/besteffort/pod{V}/{D}", "{U}", "{C}"),
-        ("/kubepods/pod{U}", "/{C}/kubepods.slice/kubepods-pod{V}.slice/crio-{D}.scope", "{U}", "{C}"),
+        (
+            "/kubepods/pod{U}",
+            "/{C}/kubepods/besteffort/pod{V}/{D}",
+            "{U}",
+            "{C}",
+        ),
+        (
+            "/kubepods/pod{U}",
+            "/{C}/kubepods.slice/kubepods-pod{V}.slice/crio-{D}.scope",
+            "{U}",
+            "{C}",
+        ),
         ("/kubepods/pod{U}", "/crio-conmon-{C}", "{U}", ""),
         ("/kubepods/pod{U}", "/other/{D}", "{U}", ""),
         ("/kubepods/pod{U}", "/{C}0", "{U}", ""),
     ];
     check(&PodRoots::defaults(), &table);
     let upper = format!("/kubepods/pod{U}/{}", C.to_uppercase());
-    assert_eq!(find(&PodRoots::defaults(), &upper), Is::Pod(U.to_owned(), upper[..upper.len() - 65].to_owned(), None));
+    assert_eq!(
+        find(&PodRoots::defaults(), &upper),
+        Is::Pod(U.to_owned(), upper[..upper.len() - 65].to_owned(), None)
+    );
 }
 
 #[test]
@@ -121,9 +174,19 @@ fn a_pods_name_anywhere_else_is_refused() {
         "/kubepods/pod{U}0/{C}",
     ];
     for template in table {
-        assert_eq!(find(&PodRoots::defaults(), &text(template)), Is::Misplaced, "{template}");
+        assert_eq!(
+            find(&PodRoots::defaults(), &text(template)),
+            Is::Misplaced,
+            "{template}"
+        );
     }
-    assert_eq!(find(&PodRoots::defaults(), &format!("/kubepods/pod{}/{C}", U.to_uppercase())), Is::Misplaced);
+    assert_eq!(
+        find(
+            &PodRoots::defaults(),
+            &format!("/kubepods/pod{}/{C}", U.to_uppercase())
+        ),
+        Is::Misplaced
+    );
 }
 
 #[test]
@@ -143,7 +206,11 @@ fn others_are_in_no_pod() {
         "/system.slice/podman-like.service",
     ];
     for template in table {
-        assert_eq!(find(&PodRoots::defaults(), &text(template)), Is::No, "{template}");
+        assert_eq!(
+            find(&PodRoots::defaults(), &text(template)),
+            Is::No,
+            "{template}"
+        );
     }
 }
 
@@ -152,11 +219,30 @@ fn a_root_that_is_configured_is_the_only_one() {
     let at = |root: &str| PodRoots::at(CgroupPath::parse(&text(root)).unwrap());
     check(
         &at("/docker/{D}/kubelet/kubepods"),
-        &[("/docker/{D}/kubelet/kubepods/burstable/pod{U}", "/{C}", "{U}", "{C}")],
+        &[(
+            "/docker/{D}/kubelet/kubepods/burstable/pod{U}",
+            "/{C}",
+            "{U}",
+            "{C}",
+        )],
     );
     let nested = "/system.slice/docker-{D}.scope/kubelet.slice/kubelet-kubepods.slice";
-    check(&at(nested), &[(&format!("{nested}/kubelet-kubepods-pod{{U_}}.slice"), "/crio-{C}.scope", "{U}", "{C}")]);
-    assert_eq!(find(&at("/docker/{D}/kubelet/kubepods"), &text("/kubepods/pod{U}/{C}")), Is::Misplaced);
+    check(
+        &at(nested),
+        &[(
+            &format!("{nested}/kubelet-kubepods-pod{{U_}}.slice"),
+            "/crio-{C}.scope",
+            "{U}",
+            "{C}",
+        )],
+    );
+    assert_eq!(
+        find(
+            &at("/docker/{D}/kubelet/kubepods"),
+            &text("/kubepods/pod{U}/{C}")
+        ),
+        Is::Misplaced
+    );
 }
 
 #[test]
@@ -165,9 +251,17 @@ fn uids_are_spelled_as_in_kubernetes() {
         assert_eq!(PodUid::parse(uid).unwrap().as_str(), uid);
     }
     assert!(PodUid::parse(STATIC).unwrap().is_static() && !PodUid::parse(U).unwrap().is_static());
-    for text in
-        ["", "-", U_, &U.to_uppercase(), &U[1..], &format!("{U}0"), &STATIC[1..], &format!("{STATIC}0"), "my-pod"]
-    {
+    for text in [
+        "",
+        "-",
+        U_,
+        &U.to_uppercase(),
+        &U[1..],
+        &format!("{U}0"),
+        &STATIC[1..],
+        &format!("{STATIC}0"),
+        "my-pod",
+    ] {
         assert_eq!(PodUid::parse(text), None, "{text}");
     }
 }

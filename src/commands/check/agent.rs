@@ -42,7 +42,11 @@ pub(super) enum CheckTarget {
 }
 
 /// Whether there is anybody to ask. `whom`: of the workloads, where the agent attests.
-pub(super) async fn connect(config: &Config, whom: CheckTarget, report: &mut CheckReport) -> Option<TokenSource> {
+pub(super) async fn connect(
+    config: &Config,
+    whom: CheckTarget,
+    report: &mut CheckReport,
+) -> Option<TokenSource> {
     if !opens(
         &config.identity.socket,
         "socket",
@@ -56,7 +60,11 @@ pub(super) async fn connect(config: &Config, whom: CheckTarget, report: &mut Che
     let (agent, socket): (Box<dyn AttestingAgent>, &Path) = match &config.identity.source {
         Source::WorkloadApi => return Some(TokenSource::WorkloadApi),
         Source::SpireDelegated { socket } => (Box::new(SpireDelegated::new(socket, TOKEN)), socket),
-        Source::SpiffeBroker { socket, server, reference } => {
+        Source::SpiffeBroker {
+            socket,
+            server,
+            reference,
+        } => {
             let own = OwnSvidSource::at(config.identity.socket.clone());
             let broker = BrokerApi::new(socket, own, server.clone(), TOKEN);
             match reference {
@@ -67,10 +75,15 @@ pub(super) async fn connect(config: &Config, whom: CheckTarget, report: &mut Che
     };
     report.show_progress("the agent, which attests this process");
     match timeout(TOKEN, agent.connect()).await {
-        Ok(Ok(())) if agent.supports_pod_references() => report.ok(SOCKET, format!("{} answers", socket.display())),
+        Ok(Ok(())) if agent.supports_pod_references() => {
+            report.ok(SOCKET, format!("{} answers", socket.display()))
+        }
         Ok(Ok(())) => report.ok(
             SOCKET,
-            format!("{} can be opened, and the agent numbers processes as this machine does", socket.display()),
+            format!(
+                "{} can be opened, and the agent numbers processes as this machine does",
+                socket.display()
+            ),
         ),
         Ok(Err(error)) => return refused(SOCKET, &error, report),
         Err(_) => return silent(SOCKET, report),
@@ -78,7 +91,12 @@ pub(super) async fn connect(config: &Config, whom: CheckTarget, report: &mut Che
     Some(TokenSource::Agent(agent, whom))
 }
 
-async fn opens(endpoint: &Endpoint, key: &str, may_be_absent: bool, report: &mut CheckReport) -> bool {
+async fn opens(
+    endpoint: &Endpoint,
+    key: &str,
+    may_be_absent: bool,
+    report: &mut CheckReport,
+) -> bool {
     if may_be_absent {
         return true;
     }
@@ -92,12 +110,18 @@ async fn opens(endpoint: &Endpoint, key: &str, may_be_absent: bool, report: &mut
         Ok(Ok(())) => report.ok(SOCKET, format!("{endpoint} can be opened")),
         Ok(Err(error)) => {
             let text = agent_unreachable(endpoint, key, &error);
-            let (saw, fix) = text.split_once(": ").unwrap_or((&text, "look at the agent's log"));
+            let (saw, fix) = text
+                .split_once(": ")
+                .unwrap_or((&text, "look at the agent's log"));
             report.failed(SOCKET, saw, fix);
             return false;
         }
         Err(_) => {
-            report.failed(SOCKET, format!("{endpoint} takes no connection"), "the agent hangs: restart it");
+            report.failed(
+                SOCKET,
+                format!("{endpoint} takes no connection"),
+                "the agent hangs: restart it",
+            );
             return false;
         }
     }
@@ -109,16 +133,24 @@ fn refused<T>(step: &'static str, error: &SourceError, report: &mut CheckReport)
         SourceError::Denied(_) => {
             "spire-server entry show, then entry create -spiffeID ID -selector unix:uid:0 (deploy/README.md has the whole command)"
         }
-        SourceError::Unavailable(_) => "look at the agent's log, and at its connection to its server",
+        SourceError::Unavailable(_) => {
+            "look at the agent's log, and at its connection to its server"
+        }
         SourceError::BadToken(_) => "mend it at the SPIFFE provider: STS would refuse the token",
-        _ => "correct [identity], or the agent's configuration (deploy/README.md, \"What it needs from SPIRE\")",
+        _ => {
+            "correct [identity], or the agent's configuration (deploy/README.md, \"What it needs from SPIRE\")"
+        }
     };
     report.failed(step, error.to_string(), fix);
     None
 }
 
 fn silent<T>(step: &'static str, report: &mut CheckReport) -> Option<T> {
-    report.failed(step, format!("the agent did not answer within {TOKEN:?}"), "look at the agent's log");
+    report.failed(
+        step,
+        format!("the agent did not answer within {TOKEN:?}"),
+        "look at the agent's log",
+    );
     None
 }
 
@@ -135,14 +167,19 @@ pub(super) async fn token(
             let Some(id) = live::example(config, role) else {
                 report.info(
                     IDENTITY,
-                    format!("role {:?}: no [[workload]] of this node has an identity that it is for", role.name),
+                    format!(
+                        "role {:?}: no [[workload]] of this node has an identity that it is for",
+                        role.name
+                    ),
                     "add a [[workload]], or leave the role out on this node",
                 );
                 return None;
             };
             LiveToken::fetch(config, &id, &role.audience, TOKEN).await
         }
-        TokenSource::Agent(agent, whom) => about(agent.as_ref(), whom, role).await.map(LiveToken::of),
+        TokenSource::Agent(agent, whom) => {
+            about(agent.as_ref(), whom, role).await.map(LiveToken::of)
+        }
     };
     let live = match fetched {
         Ok(live) => live,
@@ -150,12 +187,22 @@ pub(super) async fn token(
         Err(error @ SourceError::Misconfigured(_)) if matches!(asked, TokenSource::Agent(agent, CheckTarget::Itself) if agent.supports_pod_references()) =>
         {
             let how = "awsvid check --pod UID has a pod's token";
-            report.unchecked(IDENTITY, format!("role {:?}: {how}; this process cannot be named: {error}", role.name));
+            report.unchecked(
+                IDENTITY,
+                format!(
+                    "role {:?}: {how}; this process cannot be named: {error}",
+                    role.name
+                ),
+            );
             return None;
         }
         Err(error) => return refused(IDENTITY, &error, report),
     };
-    let left = live.svid.expires().duration_since(SystemTime::now()).unwrap_or_default();
+    let left = live
+        .svid
+        .expires()
+        .duration_since(SystemTime::now())
+        .unwrap_or_default();
     report.ok(
         IDENTITY,
         format!(
@@ -165,27 +212,50 @@ pub(super) async fn token(
             role.audience,
             live.svid.algorithm(),
             left.as_secs(),
-            role.session_name.clone().unwrap_or_else(|| SessionName::of(live.svid.spiffe_id())).as_str(),
+            role.session_name
+                .clone()
+                .unwrap_or_else(|| SessionName::of(live.svid.spiffe_id()))
+                .as_str(),
         ),
     );
     if let Some(life) = live.svid.short_life() {
-        let saw = format!("tokens for role {:?} are good for only {} s from the start", role.name, life.as_secs());
+        let saw = format!(
+            "tokens for role {:?} are good for only {} s from the start",
+            role.name,
+            life.as_secs()
+        );
         report.info(IDENTITY, saw, TTL_FIX);
     }
     Some(live)
 }
 
 /// Of several identities the one that the role is for.
-async fn about(agent: &dyn AttestingAgent, whom: &CheckTarget, role: &Role) -> Result<JwtSvid, SourceError> {
+async fn about(
+    agent: &dyn AttestingAgent,
+    whom: &CheckTarget,
+    role: &Role,
+) -> Result<JwtSvid, SourceError> {
     let svids = match whom {
-        CheckTarget::Itself => agent.fetch_for_pid(std::process::id(), &role.audience).await?,
+        CheckTarget::Itself => {
+            agent
+                .fetch_for_pid(std::process::id(), &role.audience)
+                .await?
+        }
         CheckTarget::Process(pid) => agent.fetch_for_pid(*pid, &role.audience).await?,
         CheckTarget::Pod(uid) => agent.fetch_for_pod(uid, &role.audience).await?,
     };
     let fits = |id: &str| SpiffeId::parse(id).is_ok_and(|id| role.spiffe_id.matches(&id));
     let nothing = || SourceError::Denied("the agent has no identity for it".to_owned());
-    let svid = svids.iter().find(|svid| fits(&svid.spiffe_id)).or(svids.first()).ok_or_else(nothing)?;
-    let id = SpiffeId::parse(&svid.spiffe_id).map_err(|error| SourceError::Misconfigured(error.to_string()))?;
-    let tokens = svids.iter().filter(|svid| svid.spiffe_id == id.as_str()).map(|svid| svid.token.clone());
+    let svid = svids
+        .iter()
+        .find(|svid| fits(&svid.spiffe_id))
+        .or(svids.first())
+        .ok_or_else(nothing)?;
+    let id = SpiffeId::parse(&svid.spiffe_id)
+        .map_err(|error| SourceError::Misconfigured(error.to_string()))?;
+    let tokens = svids
+        .iter()
+        .filter(|svid| svid.spiffe_id == id.as_str())
+        .map(|svid| svid.token.clone());
     JwtSvid::check_any(tokens, &id, &role.audience, SystemTime::now())?.ok_or_else(nothing)
 }

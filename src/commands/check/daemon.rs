@@ -17,19 +17,38 @@ const MAX_ANSWER: usize = 256 * 1024 * 1024;
 /// Asks the daemon at the configuration's status socket. Without one there is nothing to report: `check` also runs before the
 /// first start.
 pub(super) fn check(config: &Config, report: &mut CheckReport) {
-    let Some(socket) = config.listen.status.as_deref().filter(|socket| socket.exists()) else { return };
+    let Some(socket) = config
+        .listen
+        .status
+        .as_deref()
+        .filter(|socket| socket.exists())
+    else {
+        return;
+    };
     match status(socket) {
         Ok(status) => judge(&status, report),
         Err(error) => {
-            let (saw, fix) = error.split_once("; ").unwrap_or((&error, "journalctl -u awsvid"));
-            report.info(STEP, format!("the running daemon cannot be asked: {saw}"), fix);
+            let (saw, fix) = error
+                .split_once("; ")
+                .unwrap_or((&error, "journalctl -u awsvid"));
+            report.info(
+                STEP,
+                format!("the running daemon cannot be asked: {saw}"),
+                fix,
+            );
         }
     }
 }
 
 fn status(socket: &Path) -> Result<Value, String> {
     let owners = [0, geteuid().as_raw()];
-    let answer = server::get(socket, &owners, "/status", MAX_ANSWER, Instant::now() + DAEMON_TIMEOUT)?;
+    let answer = server::get(
+        socket,
+        &owners,
+        "/status",
+        MAX_ANSWER,
+        Instant::now() + DAEMON_TIMEOUT,
+    )?;
     serde_json::from_slice(&answer.body).map_err(|error| format!("{}: {error}", socket.display()))
 }
 
@@ -64,8 +83,16 @@ mod tests {
         for (status, expected) in table {
             let mut report = CheckReport::new(true);
             judge(&status, &mut report);
-            assert_eq!(report.findings().first().map(|finding| finding.verdict), expected, "{status}");
-            if let Some(fix) = report.findings().first().and_then(|finding| finding.fix.as_ref()) {
+            assert_eq!(
+                report.findings().first().map(|finding| finding.verdict),
+                expected,
+                "{status}"
+            );
+            if let Some(fix) = report
+                .findings()
+                .first()
+                .and_then(|finding| finding.fix.as_ref())
+            {
                 assert_documented(STEP, &report.findings()[0].saw, fix);
             }
         }

@@ -14,13 +14,22 @@ pub(crate) struct Row<'a> {
 
 pub(crate) fn rows() -> Vec<Row<'static>> {
     let from = README.find(HEADER).expect("the table");
-    let lines = README[from..].lines().skip(2).take_while(|line| line.starts_with('|'));
-    lines.map(|line| row(line).unwrap_or_else(|| panic!("three cells, with steps and words: {line}"))).collect()
+    let lines = README[from..]
+        .lines()
+        .skip(2)
+        .take_while(|line| line.starts_with('|'));
+    lines
+        .map(|line| {
+            row(line).unwrap_or_else(|| panic!("three cells, with steps and words: {line}"))
+        })
+        .collect()
 }
 
 fn row(line: &str) -> Option<Row<'_>> {
     let cells: Vec<&str> = line.trim_matches('|').split(" | ").collect();
-    let [_, steps, says] = cells[..] else { return None };
+    let [_, steps, says] = cells[..] else {
+        return None;
+    };
     let (steps, words) = (within(steps, '`'), within(says, '"'));
     (!steps.is_empty() && !words.is_empty()).then_some(Row { steps, words })
 }
@@ -33,7 +42,14 @@ fn within(cell: &str, mark: char) -> Vec<&str> {
 /// Panics unless what was found at a step is in the table.
 pub(crate) fn assert_documented(step: &str, saw: &str, fix: &str) {
     let has = |row: &Row<'_>| {
-        row.steps.contains(&step) && row.words.iter().any(|words| saw.contains(words) || fix.contains(words))
+        row.steps.contains(&step)
+            && row
+                .words
+                .iter()
+                .any(|words| saw.contains(words) || fix.contains(words))
     };
-    assert!(rows().iter().any(has), "no row of deploy/README.md for {step}: {saw} -> {fix}");
+    assert!(
+        rows().iter().any(has),
+        "no row of deploy/README.md for {step}: {saw} -> {fix}"
+    );
 }

@@ -18,7 +18,13 @@ const SKEW_MAX: Duration = Duration::from_secs(60);
 pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut CheckReport) {
     let url = match sts.url(&role.sts).await {
         Ok(url) => url,
-        Err(error) => return report.failed(CLOCK, error.to_string(), "correct [sts], or the environment variable"),
+        Err(error) => {
+            return report.failed(
+                CLOCK,
+                error.to_string(),
+                "correct [sts], or the environment variable",
+            );
+        }
     };
     report.show_progress(&format!("STS's clock, at {url}"));
     let before = SystemTime::now();
@@ -34,35 +40,66 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
         }
     };
     let Some(theirs) = date.as_deref().and_then(from_http_date) else {
-        report.info(CLOCK, format!("{url} does not tell the time"), "compare this node's clock with another one");
+        report.info(
+            CLOCK,
+            format!("{url} does not tell the time"),
+            "compare this node's clock with another one",
+        );
         return;
     };
-    let skew = theirs.duration_since(before).unwrap_or_else(|error| error.duration());
-    let way = if theirs > before { "behind" } else { "ahead of" };
+    let skew = theirs
+        .duration_since(before)
+        .unwrap_or_else(|error| error.duration());
+    let way = if theirs > before {
+        "behind"
+    } else {
+        "ahead of"
+    };
     match skew > SKEW_MAX {
         true => report.failed(
             CLOCK,
-            format!("this node's clock is {} s {way} STS's at {url}", skew.as_secs()),
+            format!(
+                "this node's clock is {} s {way} STS's at {url}",
+                skew.as_secs()
+            ),
             "set it: timedatectl set-ntp true, or chronyc makestep",
         ),
-        false => report.ok(CLOCK, format!("this node's clock and STS's agree, at {url}")),
+        false => report.ok(
+            CLOCK,
+            format!("this node's clock and STS's agree, at {url}"),
+        ),
     }
 }
 
 /// `Tue, 24 Nov 2026 22:15:00 GMT`, the one form that is sent.
 pub(super) fn from_http_date(text: &str) -> Option<SystemTime> {
-    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    const MONTHS: [&str; 12] = [
+        "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
+    ];
     let words: Vec<&str> = text.split(' ').collect();
-    let [_, day, month, year, time, "GMT"] = words[..] else { return None };
+    let [_, day, month, year, time, "GMT"] = words[..] else {
+        return None;
+    };
     let month = MONTHS.iter().position(|known| *known == month)? + 1;
     humantime::parse_rfc3339(&format!("{year}-{month:02}-{day:0>2}T{time}Z")).ok()
 }
 
 /// Assumes the role, as the daemon would for this token's workload, and throws the credentials away.
-pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &LiveToken, report: &mut CheckReport) {
+pub(super) async fn exchange(
+    sts: &Sts,
+    role: &Arc<Role>,
+    live: &LiveToken,
+    report: &mut CheckReport,
+) {
     report.show_progress(&format!("STS, for role {:?}", role.name));
-    let roles = Roles { defined: vec![role.clone()], requested: None };
-    let identity = Identity { spiffe_id: live.svid.spiffe_id().clone(), hint: None };
+    let roles = Roles {
+        defined: vec![role.clone()],
+        requested: None,
+    };
+    let identity = Identity {
+        spiffe_id: live.svid.spiffe_id().clone(),
+        hint: None,
+    };
     let Ok(grant) = roles.select(&[identity], &RequestedRole::Default) else {
         match sts.probe(&role.sts).await {
             Ok(()) => report.info(
@@ -95,6 +132,9 @@ pub(super) async fn exchange(sts: &Sts, role: &Arc<Role>, live: &LiveToken, repo
 
 /// The daemon's log has the same text.
 fn refused(error: &StsError, report: &mut CheckReport) {
-    let fix = error.fix.clone().unwrap_or_else(|| "look at [sts] and at the way there".to_owned());
+    let fix = error
+        .fix
+        .clone()
+        .unwrap_or_else(|| "look at [sts] and at the way there".to_owned());
     report.failed(STEP, error.what.clone(), fix);
 }

@@ -26,7 +26,13 @@ const SUBJECT_MAX: usize = 255;
 
 /// Walks from the token's `iss` to the key that it is signed with. `base`: where the documents are instead, as seen from
 /// outside; `aws`: whether STS is AWS's.
-pub(super) async fn check(live: &LiveToken, base: Option<&str>, aws: bool, web: &HttpProbe, report: &mut CheckReport) {
+pub(super) async fn check(
+    live: &LiveToken,
+    base: Option<&str>,
+    aws: bool,
+    web: &HttpProbe,
+    report: &mut CheckReport,
+) {
     let Some(issuer) = live.issuer() else {
         report.failed(
             TOKEN,
@@ -38,14 +44,24 @@ pub(super) async fn check(live: &LiveToken, base: Option<&str>, aws: bool, web: 
         return;
     };
     token(live, issuer, aws, report);
-    let Some((discovery, took)) = document(&live::discovery_url(base.unwrap_or(issuer)), DISCOVERY, web, report).await
+    let Some((discovery, took)) = document(
+        &live::discovery_url(base.unwrap_or(issuer)),
+        DISCOVERY,
+        web,
+        report,
+    )
+    .await
     else {
         report.unchecked(KEYS, "the discovery document says where the keys are");
         return;
     };
     belongs_to_issuer(&discovery, issuer, report);
-    let Some(url) = keys_url(&discovery, issuer, aws, report) else { return };
-    let Some((keys, took_too)) = document(&url, KEYS, web, report).await else { return };
+    let Some(url) = keys_url(&discovery, issuer, aws, report) else {
+        return;
+    };
+    let Some((keys, took_too)) = document(&url, KEYS, web, report).await else {
+        return;
+    };
     match took + took_too {
         took if took > PATIENCE => report.failed(
             KEYS,
@@ -62,7 +78,10 @@ pub(super) async fn check(live: &LiveToken, base: Option<&str>, aws: bool, web: 
 /// now and then, and never when an operator looks.
 async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport) {
     report.show_progress(&format!("{url}, {AT_ONCE} times at once"));
-    let web = HttpProbe { deadline: web.deadline.min(PATIENCE), ..web.clone() };
+    let web = HttpProbe {
+        deadline: web.deadline.min(PATIENCE),
+        ..web.clone()
+    };
     let mut fetches = JoinSet::new();
     for _ in 0..AT_ONCE {
         let (web, url) = (web.clone(), url.to_owned());
@@ -82,10 +101,16 @@ async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport
         *failures.entry(failure).or_default() += 1;
     }
     if failures.is_empty() {
-        return report.ok(KEYS, format!("{AT_ONCE} requests at once are answered, the slowest in {slowest:.0?}"));
+        return report.ok(
+            KEYS,
+            format!("{AT_ONCE} requests at once are answered, the slowest in {slowest:.0?}"),
+        );
     }
     let failed: usize = failures.values().sum();
-    let failures: Vec<String> = failures.iter().map(|(what, count)| format!("{what} ({count} times)")).collect();
+    let failures: Vec<String> = failures
+        .iter()
+        .map(|(what, count)| format!("{what} ({count} times)"))
+        .collect();
     report.failed(
         KEYS,
         format!("of {AT_ONCE} requests at once {failed} fail: {}", failures.join("; ")),
@@ -106,7 +131,11 @@ fn token(live: &LiveToken, issuer: &str, aws: bool, report: &mut CheckReport) {
     }
     let algorithm = live.svid.algorithm();
     if aws && algorithm.starts_with("PS") {
-        report.failed(TOKEN, format!("it is signed with {algorithm}, which AWS does not take"), "use RS256 or ES256");
+        report.failed(
+            TOKEN,
+            format!("it is signed with {algorithm}, which AWS does not take"),
+            "use RS256 or ES256",
+        );
     }
     if aws && !issuer.starts_with("https://") {
         report.failed(
@@ -148,7 +177,11 @@ async fn document(
         report.failed(step, format!("{url} answers {}: {saw}", answer.status), fix);
         return None;
     }
-    if let Some(distrust) = answer.chain.as_ref().and_then(|chain| chain.distrust.as_ref().map(|text| (text, chain))) {
+    if let Some(distrust) = answer
+        .chain
+        .as_ref()
+        .and_then(|chain| chain.distrust.as_ref().map(|text| (text, chain)))
+    {
         report.info(
             step,
             format!("{url}: this machine does not trust its TLS chain ({}), and AWS may not either", distrust.0),
@@ -180,7 +213,10 @@ fn status(answer: &HttpProbeResponse) -> Option<(String, &'static str)> {
     Some(match answer.status {
         200 => return None,
         300..=399 => (
-            format!("it sends clients on to {}", answer.location.as_deref().unwrap_or("nowhere")),
+            format!(
+                "it sends clients on to {}",
+                answer.location.as_deref().unwrap_or("nowhere")
+            ),
             "serve the document at the issuer's own URL: STS compares what it finds there with `iss`",
         ),
         400 => (
@@ -204,7 +240,10 @@ fn status(answer: &HttpProbeResponse) -> Option<(String, &'static str)> {
             "whoever is in front of it wants to know who asks".to_owned(),
             "let everybody read it: STS shows no credentials. A firewall for web applications, or a bucket's policy?",
         ),
-        _ => ("it fails".to_owned(), "look at the discovery provider's log, and at what stands in front of it"),
+        _ => (
+            "it fails".to_owned(),
+            "look at the discovery provider's log, and at what stands in front of it",
+        ),
     })
 }
 
@@ -212,10 +251,15 @@ fn belongs_to_issuer(discovery: &Value, issuer: &str, report: &mut CheckReport) 
     let fix = "make jwt_issuer of the SPIRE server and of the OIDC discovery provider (or its `domains` and the Host header \
                that reaches it) the same, byte by byte; and the URL of IAM's provider";
     match discovery["issuer"].as_str() {
-        Some(found) if found == issuer => report.ok(DISCOVERY, "its issuer is the token's, byte by byte"),
+        Some(found) if found == issuer => {
+            report.ok(DISCOVERY, "its issuer is the token's, byte by byte")
+        }
         Some(found) => report.failed(
             DISCOVERY,
-            format!("its issuer is {found:?}, the token's is {issuer:?}: {}", difference(found, issuer)),
+            format!(
+                "its issuer is {found:?}, the token's is {issuer:?}: {}",
+                difference(found, issuer)
+            ),
             fix,
         ),
         None => report.failed(DISCOVERY, "it has no `issuer`", fix),
@@ -224,7 +268,11 @@ fn belongs_to_issuer(discovery: &Value, issuer: &str, report: &mut CheckReport) 
 
 /// In what two URLs differ.
 fn difference(one: &str, other: &str) -> String {
-    let scheme = |url: &str| url.split_once("://").map_or("", |(scheme, _)| scheme).to_owned();
+    let scheme = |url: &str| {
+        url.split_once("://")
+            .map_or("", |(scheme, _)| scheme)
+            .to_owned()
+    };
     let host = |url: &str| url.split('/').nth(2).unwrap_or_default().to_owned();
     if one.trim_end_matches('/') == other.trim_end_matches('/') {
         return "they differ by a slash at the end".to_owned();
@@ -237,29 +285,54 @@ fn difference(one: &str, other: &str) -> String {
     }
     if host(one) != host(other) {
         let bare = |url: &str| host(url).split(':').next().unwrap_or_default().to_owned();
-        let what = if bare(one) == bare(other) { "port" } else { "host" };
+        let what = if bare(one) == bare(other) {
+            "port"
+        } else {
+            "host"
+        };
         return format!("they differ in the {what}");
     }
-    let common = one.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
+    let common = one
+        .bytes()
+        .zip(other.bytes())
+        .take_while(|(a, b)| a == b)
+        .count();
     format!("they differ from byte {common} on")
 }
 
-fn keys_url(discovery: &Value, issuer: &str, aws: bool, report: &mut CheckReport) -> Option<String> {
+fn keys_url(
+    discovery: &Value,
+    issuer: &str,
+    aws: bool,
+    report: &mut CheckReport,
+) -> Option<String> {
     const FIX: &str = "set `jwks_uri` (or `server_path_prefix`) in the OIDC discovery provider's configuration, and let a proxy \
                        that ends TLS say X-Forwarded-Proto: https";
     let Some(url) = discovery["jwks_uri"].as_str() else {
-        report.failed(DISCOVERY, "it has no `jwks_uri`, so nobody finds the keys", FIX);
+        report.failed(
+            DISCOVERY,
+            "it has no `jwks_uri`, so nobody finds the keys",
+            FIX,
+        );
         return None;
     };
     if (aws || issuer.starts_with("https://")) && !url.starts_with("https://") {
-        report.failed(DISCOVERY, format!("its `jwks_uri` is {url:?}: STS fetches keys over https only"), FIX);
+        report.failed(
+            DISCOVERY,
+            format!("its `jwks_uri` is {url:?}: STS fetches keys over https only"),
+            FIX,
+        );
     }
     Some(url.to_owned())
 }
 
 fn contents(keys: &Value, report: &mut CheckReport) {
     let Some(keys) = keys["keys"].as_array() else {
-        report.failed(KEYS, "the document has no list `keys`", "is `jwks_uri` the URL of a JWK set?");
+        report.failed(
+            KEYS,
+            "the document has no list `keys`",
+            "is `jwks_uri` the URL of a JWK set?",
+        );
         return;
     };
     let mut seen = BTreeSet::new();
@@ -269,22 +342,41 @@ fn contents(keys: &Value, report: &mut CheckReport) {
             Some("EC") => &["kid", "crv", "x", "y"],
             _ => &["kid", "kty"],
         };
-        let missing: Vec<&&str> = needed.iter().filter(|name| !key[**name].is_string()).collect();
+        let missing: Vec<&&str> = needed
+            .iter()
+            .filter(|name| !key[**name].is_string())
+            .collect();
         let id = key["kid"].as_str().unwrap_or_default();
         if !missing.is_empty() {
-            report.failed(KEYS, format!("key {i} ({id:?}) lacks {missing:?}"), "correct the published JWK set");
+            report.failed(
+                KEYS,
+                format!("key {i} ({id:?}) lacks {missing:?}"),
+                "correct the published JWK set",
+            );
         }
         if !id.is_empty() && !seen.insert(id) {
-            report.failed(KEYS, format!("two keys have the id {id:?}"), "correct the published JWK set");
+            report.failed(
+                KEYS,
+                format!("two keys have the id {id:?}"),
+                "correct the published JWK set",
+            );
         }
         if key["use"] == "enc" {
-            report.failed(KEYS, format!("key {id:?} is for encryption (`use`)"), "publish signing keys only");
+            report.failed(
+                KEYS,
+                format!("key {id:?} is for encryption (`use`)"),
+                "publish signing keys only",
+            );
         }
     }
     for kind in ["RSA", "EC"] {
         let count = keys.iter().filter(|key| key["kty"] == kind).count();
         if count > KEYS_MAX {
-            report.failed(KEYS, format!("{count} {kind} keys, and IAM reads {KEYS_MAX}"), "withdraw old keys");
+            report.failed(
+                KEYS,
+                format!("{count} {kind} keys, and IAM reads {KEYS_MAX}"),
+                "withdraw old keys",
+            );
         }
     }
 }
@@ -298,7 +390,10 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
         );
         return;
     };
-    let list = keys["keys"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let list = keys["keys"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
     let Some(key) = list.iter().find(|key| key["kid"] == id) else {
         let known: Vec<&str> = list.iter().filter_map(|key| key["kid"].as_str()).collect();
         report.failed(
@@ -310,7 +405,10 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
     };
     let verified = verifies(live.svid.secret(), live.svid.algorithm(), key);
     match verified {
-        Some(true) => report.ok(KEYS, format!("the token's signature is right by key {id:?}")),
+        Some(true) => report.ok(
+            KEYS,
+            format!("the token's signature is right by key {id:?}"),
+        ),
         Some(false) => report.failed(
             KEYS,
             format!("the key {id:?} that is published is not the one that signed the token"),
@@ -318,7 +416,10 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
         ),
         None => report.info(
             KEYS,
-            format!("the signature by key {id:?} ({}) is not verified here", live.svid.algorithm()),
+            format!(
+                "the signature by key {id:?} ({}) is not verified here",
+                live.svid.algorithm()
+            ),
             "STS does; ES512 is a curve that few can read",
         ),
     }

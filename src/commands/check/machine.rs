@@ -25,18 +25,27 @@ pub(super) struct KernelSupport {
 impl KernelSupport {
     /// Tries it, as the daemon does.
     pub(super) fn tried(config: &Config, proc: &Path) -> Self {
-        let executions = DaemonFeatures::of(config).names_processes().then(count_an_execution);
-        Self { unix: attest::unix_support(), tcp: attest::try_tcp(proc), executions }
+        let executions = DaemonFeatures::of(config)
+            .names_processes()
+            .then(count_an_execution);
+        Self {
+            unix: attest::unix_support(),
+            tcp: attest::try_tcp(proc),
+            executions,
+        }
     }
 }
 
 fn count_an_execution() -> Result<(), String> {
     let monitor = ExecMonitor::start().map_err(|error| format!("{error}; {}", error.fix()))?;
-    let counted = std::env::current_exe().and_then(|own| monitor.counts(Command::new(own).arg("--version")));
+    let counted =
+        std::env::current_exe().and_then(|own| monitor.counts(Command::new(own).arg("--version")));
     match counted {
         Ok(true) => Ok(()),
         Ok(false) => Err("the kernel does not count them; report its version".to_owned()),
-        Err(error) => Err(format!("this program cannot be started: {error}; mount its file system without noexec")),
+        Err(error) => Err(format!(
+            "this program cannot be started: {error}; mount its file system without noexec"
+        )),
     }
 }
 
@@ -62,7 +71,11 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
     let over_tcp = config.listen.pods || !config.listen.tcp.is_empty();
     match &tried.tcp {
         Err(missing) if over_tcp => {
-            report.failed(STEP, format!("Linux {release}: callers over TCP are refused: {missing}"), missing.fix());
+            report.failed(
+                STEP,
+                format!("Linux {release}: callers over TCP are refused: {missing}"),
+                missing.fix(),
+            );
         }
         _ => report.ok(STEP, format!("Linux {release}")),
     }
@@ -99,15 +112,19 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
 fn cgroups(config: &Config, proc: &Path, report: &mut CheckReport) {
     let mounts = text(proc, "self/mountinfo");
     // Which directory of the hierarchy each mount shows: in a namespace of one's own the way to its root begins with `/..`.
-    let roots: Vec<&str> =
-        mounts.lines().filter(|line| line.contains(" - cgroup2 ")).filter_map(|line| line.split(' ').nth(3)).collect();
+    let roots: Vec<&str> = mounts
+        .lines()
+        .filter(|line| line.contains(" - cgroup2 "))
+        .filter_map(|line| line.split(' ').nth(3))
+        .collect();
     let namespace = fs::read_link(proc.join("self/ns/cgroup")).unwrap_or_default();
     let is_whole = |root: &&str| match namespace.to_str() {
         Some(INITIAL_CGROUP_NAMESPACE) => *root == "/",
         _ => root.starts_with("/.."),
     };
     let rules = || config.workloads.iter().map(|workload| &workload.rule.rule);
-    let is_used = rules().next().is_none() || rules().any(|rule| rule.systemd_unit.is_some() || rule.cgroup.is_some());
+    let is_used = rules().next().is_none()
+        || rules().any(|rule| rule.systemd_unit.is_some() || rule.cgroup.is_some());
     if roots.is_empty() && !is_used {
         report.ok(STEP, "cgroup v2 is not mounted, and no rule needs it");
     } else if roots.is_empty() {
@@ -130,8 +147,12 @@ fn cgroups(config: &Config, proc: &Path, report: &mut CheckReport) {
 fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
     let status = text(proc, "self/status");
     let fields = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        line.unwrap_or_default().split_ascii_whitespace().collect::<Vec<_>>()
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap_or_default()
+            .split_ascii_whitespace()
+            .collect::<Vec<_>>()
     };
     // The real one, then the effective one.
     let uid = fields("Uid").get(1).copied().unwrap_or("?");
@@ -142,9 +163,16 @@ fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
             "run it as the daemon runs: sudo awsvid check",
         );
     }
-    let held = fields("CapEff").first().and_then(|set| u64::from_str_radix(set, 16).ok()).unwrap_or_default();
-    let missing = DaemonFeatures::of(config).required_capabilities().filter(|(needed, _)| held & needed.bitmask() == 0);
-    let missing: Vec<String> = missing.map(|(needed, fails)| format!("{needed} ({fails})")).collect();
+    let held = fields("CapEff")
+        .first()
+        .and_then(|set| u64::from_str_radix(set, 16).ok())
+        .unwrap_or_default();
+    let missing = DaemonFeatures::of(config)
+        .required_capabilities()
+        .filter(|(needed, _)| held & needed.bitmask() == 0);
+    let missing: Vec<String> = missing
+        .map(|(needed, fails)| format!("{needed} ({fails})"))
+        .collect();
     match missing.is_empty() {
         true => report.ok(STEP, format!("uid {uid} with the capabilities that awsvid uses")),
         false => report.failed(
@@ -173,14 +201,20 @@ fn namespaces(config: &Config, proc: &Path, report: &mut CheckReport) {
             "this is not the host's pid namespace: callers outside of this one cannot be told",
             "in Kubernetes set hostPID: true; in a container use --pid=host",
         ),
-        (true, false) => report.ok(STEP, "the host's user namespace; processes need not be seen, callers are pods"),
+        (true, false) => report.ok(
+            STEP,
+            "the host's user namespace; processes need not be seen, callers are pods",
+        ),
         (true, true) => report.ok(STEP, "the host's user and pid namespace"),
         (false, _) => {}
     }
 }
 
 /// Who starts pods that have a kernel of their own, as containerd and CRI-O call the program.
-const OWN_KERNELS: [(&str, &str); 2] = [("containerd-shim-runsc-v1", "gVisor"), ("containerd-shim-kata-v2", "Kata")];
+const OWN_KERNELS: [(&str, &str); 2] = [
+    ("containerd-shim-runsc-v1", "gVisor"),
+    ("containerd-shim-kata-v2", "Kata"),
+];
 
 /// Pods in whose loopback awsvid cannot listen: it is not one of this kernel's.
 fn own_kernels(proc: &Path, report: &mut CheckReport) {
@@ -189,10 +223,16 @@ fn own_kernels(proc: &Path, report: &mut CheckReport) {
         .flatten()
         .flatten()
         .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
-        .map(|line| line.split(|byte| *byte == 0).next().unwrap_or_default().to_owned())
+        .map(|line| {
+            line.split(|byte| *byte == 0)
+                .next()
+                .unwrap_or_default()
+                .to_owned()
+        })
         .collect();
     for (program, name) in OWN_KERNELS {
-        let is = |path: &Vec<u8>| path.rsplit(|byte| *byte == b'/').next() == Some(program.as_bytes());
+        let is =
+            |path: &Vec<u8>| path.rsplit(|byte| *byte == b'/').next() == Some(program.as_bytes());
         if programs.iter().any(is) {
             report.info(
                 STEP,

@@ -60,23 +60,59 @@ impl CheckReport {
         let env = |name: &str| std::env::var(name).ok();
         let style = Style::new(io::stdout().is_terminal(), env);
         let transient = io::stderr().is_terminal() && env("TERM").as_deref() != Some("dumb");
-        Self { json, style, transient, waiting: Cell::new(false), findings: Vec::new() }
+        Self {
+            json,
+            style,
+            transient,
+            waiting: Cell::new(false),
+            findings: Vec::new(),
+        }
     }
 
     pub(in crate::commands) fn ok(&mut self, step: &'static str, saw: impl Into<String>) {
-        self.add(CheckFinding { step, verdict: Verdict::Pass, saw: saw.into(), fix: None });
+        self.add(CheckFinding {
+            step,
+            verdict: Verdict::Pass,
+            saw: saw.into(),
+            fix: None,
+        });
     }
 
-    pub(in crate::commands) fn info(&mut self, step: &'static str, saw: impl Into<String>, fix: impl Into<String>) {
-        self.add(CheckFinding { step, verdict: Verdict::Note, saw: saw.into(), fix: Some(fix.into()) });
+    pub(in crate::commands) fn info(
+        &mut self,
+        step: &'static str,
+        saw: impl Into<String>,
+        fix: impl Into<String>,
+    ) {
+        self.add(CheckFinding {
+            step,
+            verdict: Verdict::Note,
+            saw: saw.into(),
+            fix: Some(fix.into()),
+        });
     }
 
-    pub(in crate::commands) fn failed(&mut self, step: &'static str, saw: impl Into<String>, fix: impl Into<String>) {
-        self.add(CheckFinding { step, verdict: Verdict::Failed, saw: saw.into(), fix: Some(fix.into()) });
+    pub(in crate::commands) fn failed(
+        &mut self,
+        step: &'static str,
+        saw: impl Into<String>,
+        fix: impl Into<String>,
+    ) {
+        self.add(CheckFinding {
+            step,
+            verdict: Verdict::Failed,
+            saw: saw.into(),
+            fix: Some(fix.into()),
+        });
     }
 
     pub(in crate::commands) fn unchecked(&mut self, step: &'static str, saw: impl Into<String>) {
-        self.add(CheckFinding { step, verdict: Verdict::Unchecked, saw: saw.into(), fix: None });
+        self.add(CheckFinding {
+            step,
+            verdict: Verdict::Unchecked,
+            saw: saw.into(),
+            fix: None,
+        });
     }
 
     /// Says on standard error what is waited for, where a person looks.
@@ -112,16 +148,28 @@ impl CheckReport {
                 Verdict::Unchecked => ("  ?  ", YELLOW),
             };
             let word = self.style.paint(colour, word);
-            let fix = finding.fix.as_ref().map_or(String::new(), |fix| format!("\n         {:<10} -> {fix}", ""));
+            let fix = finding.fix.as_ref().map_or(String::new(), |fix| {
+                format!("\n         {:<10} -> {fix}", "")
+            });
             // Whoever closes the pipe wants to see no more; the exit status still tells.
-            let _ = writeln!(io::stdout(), "{word}  {:<11} {}{fix}", finding.step, finding.saw);
+            let _ = writeln!(
+                io::stdout(),
+                "{word}  {:<11} {}{fix}",
+                finding.step,
+                finding.saw
+            );
         }
         self.findings.push(finding);
     }
 
     /// The last words and the exit status.
     pub(in crate::commands) fn end(self) -> ExitCode {
-        let count = |verdict| self.findings.iter().filter(|finding| finding.verdict == verdict).count();
+        let count = |verdict| {
+            self.findings
+                .iter()
+                .filter(|finding| finding.verdict == verdict)
+                .count()
+        };
         let (failed, unchecked) = (count(Verdict::Failed), count(Verdict::Unchecked));
         let (result, colour, status) = match (failed, unchecked) {
             (1.., _) => ("failed", RED, ExitCode::from(FAILED)),
@@ -130,8 +178,16 @@ impl CheckReport {
         };
         self.clear_progress();
         let _ = match self.json {
-            true => writeln!(io::stdout(), "{:#}", serde_json::json!({ "result": result, "findings": self.findings })),
-            false => writeln!(io::stdout(), "{}", self.style.paint(colour, &words(failed, unchecked))),
+            true => writeln!(
+                io::stdout(),
+                "{:#}",
+                serde_json::json!({ "result": result, "findings": self.findings })
+            ),
+            false => writeln!(
+                io::stdout(),
+                "{}",
+                self.style.paint(colour, &words(failed, unchecked))
+            ),
         };
         status
     }
@@ -144,11 +200,24 @@ impl CheckReport {
 
 /// How it ended, for people.
 fn words(failed: usize, unchecked: usize) -> String {
-    let steps = |count: usize| if count == 1 { "1 step".to_owned() } else { format!("{count} steps") };
+    let steps = |count: usize| {
+        if count == 1 {
+            "1 step".to_owned()
+        } else {
+            format!("{count} steps")
+        }
+    };
     match (failed, unchecked) {
         (0, 0) => "pass".to_owned(),
-        (0, _) => format!("unchecked: nothing failed, but {} could not be looked at", steps(unchecked)),
+        (0, _) => format!(
+            "unchecked: nothing failed, but {} could not be looked at",
+            steps(unchecked)
+        ),
         (_, 0) => format!("failed: {}", steps(failed)),
-        _ => format!("failed: {}; {} could not be looked at", steps(failed), steps(unchecked)),
+        _ => format!(
+            "failed: {}; {} could not be looked at",
+            steps(failed),
+            steps(unchecked)
+        ),
     }
 }

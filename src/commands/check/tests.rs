@@ -12,7 +12,11 @@ fn sources(places: &[&str]) -> String {
     let mut all = String::new();
     while let Some(path) = left.pop() {
         if path.is_dir() {
-            left.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            left.extend(
+                fs::read_dir(&path)
+                    .unwrap()
+                    .map(|entry| entry.unwrap().path()),
+            );
         } else if !path.ends_with("tests.rs") && !path.to_str().unwrap().contains("/tests/") {
             let text = fs::read_to_string(&path).unwrap();
             // A string goes on at the first character of its next line.
@@ -42,7 +46,10 @@ fn the_table_of_the_readme_has_words_that_check_says_and_steps_that_it_has() {
     assert!(rows.len() > 20, "{rows:?}");
     for row in rows {
         for step in &row.steps {
-            assert!(steps.contains(&format!(": &str = \"{step}\";")), "no step {step}: {row:?}");
+            assert!(
+                steps.contains(&format!(": &str = \"{step}\";")),
+                "no step {step}: {row:?}"
+            );
         }
         for said in &row.words {
             assert!(words.contains(said), "nobody says {said:?}: {row:?}");

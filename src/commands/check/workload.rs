@@ -36,9 +36,13 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Che
         );
         return;
     };
-    let Some(host) = address(&uri, report) else { return };
+    let Some(host) = address(&uri, report) else {
+        return;
+    };
     proxy(&env, &host, report);
-    let Some(authorization) = authorization(&env, report) else { return };
+    let Some(authorization) = authorization(&env, report) else {
+        return;
+    };
     if env("AWS_EC2_METADATA_DISABLED").is_none_or(|value| !value.eq_ignore_ascii_case("true")) {
         report.info(
             CHAIN,
@@ -52,31 +56,43 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Che
 fn check_precedence(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) {
     let mut clear = true;
     let is_set = |name: &str| env(name).is_some() && !PROFILES.contains(&name);
-    for (name, preempts) in HIGHER_PRECEDENCE_VARS.into_iter().filter(|(name, _)| is_set(name)) {
+    for (name, preempts) in HIGHER_PRECEDENCE_VARS
+        .into_iter()
+        .filter(|(name, _)| is_set(name))
+    {
         let fix = format!("unset {name}, or run the workload by awsvid exec");
         match preempts {
             HigherPrecedence::Alone(why) => {
                 clear = false;
                 report.failed(CHAIN, format!("{name} is set: {why}"), fix);
             }
-            HigherPrecedence::WithOthers => {
-                report.info(CHAIN, format!("{name} is set, which is for other credentials"), fix)
-            }
+            HigherPrecedence::WithOthers => report.info(
+                CHAIN,
+                format!("{name} is set, which is for other credentials"),
+                fix,
+            ),
             // Looked at below.
             HigherPrecedence::IsSent => {}
         }
     }
     clear &= profiles_are_clear(env, report);
     if clear {
-        report.ok(CHAIN, "nothing in the environment or in profiles comes before the container endpoint");
+        report.ok(
+            CHAIN,
+            "nothing in the environment or in profiles comes before the container endpoint",
+        );
     }
 }
 
 /// Whether each profile that an SDK takes by itself leads here, or to no credentials.
 fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) -> bool {
     let profiles = Profiles::read(env);
-    let named = PROFILES.into_iter().filter_map(|variable| Some((Some(variable), env(variable)?)));
-    let default = env(PROFILES[0]).is_none().then(|| (None, DEFAULT.to_owned()));
+    let named = PROFILES
+        .into_iter()
+        .filter_map(|variable| Some((Some(variable), env(variable)?)));
+    let default = env(PROFILES[0])
+        .is_none()
+        .then(|| (None, DEFAULT.to_owned()));
     let mut clear = true;
     for (variable, name) in named.chain(default) {
         match (profiles.lead(&name), variable) {
@@ -84,15 +100,27 @@ fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut CheckR
             (Lead::Awsvid, _) => report.ok(CHAIN, "the profile that SDKs take leads to awsvid"),
             (Lead::Missing, Some(variable)) => {
                 clear = false;
-                let saw = format!("{variable} is set, and there is no profile of its name: SDKs fail");
-                report.failed(CHAIN, saw, format!("unset {variable}, or run the workload by awsvid exec"));
+                let saw =
+                    format!("{variable} is set, and there is no profile of its name: SDKs fail");
+                report.failed(
+                    CHAIN,
+                    saw,
+                    format!("unset {variable}, or run the workload by awsvid exec"),
+                );
             }
             (Lead::Elsewhere(keys), variable) => {
                 clear = false;
-                let keys: Vec<_> = keys.iter().map(|(path, key)| format!("{key} in {}", path.display())).collect();
-                let which =
-                    variable.map_or("the profile [default]".to_owned(), |name| format!("the profile of {name}"));
-                let saw = format!("{which} has {}, which every SDK takes before awsvid's", keys.join(", "));
+                let keys: Vec<_> = keys
+                    .iter()
+                    .map(|(path, key)| format!("{key} in {}", path.display()))
+                    .collect();
+                let which = variable.map_or("the profile [default]".to_owned(), |name| {
+                    format!("the profile of {name}")
+                });
+                let saw = format!(
+                    "{which} has {}, which every SDK takes before awsvid's",
+                    keys.join(", ")
+                );
                 report.failed(
                     CHAIN,
                     saw,
@@ -107,8 +135,14 @@ fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut CheckR
 /// The host, if the URI is one that every SDK takes.
 fn address(uri: &str, report: &mut CheckReport) -> Option<String> {
     const FIX: &str = "write it as http://127.0.0.1:974/v1/credentials";
-    let parsed = uri.parse().ok().filter(|parsed: &Uri| parsed.scheme().is_some());
-    let host = parsed.as_ref().and_then(Uri::host).map(|host| host.trim_matches(['[', ']']).to_owned());
+    let parsed = uri
+        .parse()
+        .ok()
+        .filter(|parsed: &Uri| parsed.scheme().is_some());
+    let host = parsed
+        .as_ref()
+        .and_then(Uri::host)
+        .map(|host| host.trim_matches(['[', ']']).to_owned());
     let (Some(parsed), Some(host)) = (parsed, host) else {
         report.failed(ENDPOINT, format!("{FULL} is {uri:?}, which is no URL"), FIX);
         return None;
@@ -119,9 +153,18 @@ fn address(uri: &str, report: &mut CheckReport) -> Option<String> {
             !matches!(parsed.scheme_str(), Some("http")),
             "is not http: awsvid speaks no TLS, on loopback there is no need",
         ),
-        (matches!(parsed.path(), "" | "/"), "has no path, and the SDK for Java then asks for nothing"),
-        (parsed.query().is_some(), "has a query, which some SDKs drop"),
-        (address.is_err() && host != "localhost", "is a name, and SDKs take loopback addresses only"),
+        (
+            matches!(parsed.path(), "" | "/"),
+            "has no path, and the SDK for Java then asks for nothing",
+        ),
+        (
+            parsed.query().is_some(),
+            "has a query, which some SDKs drop",
+        ),
+        (
+            address.is_err() && host != "localhost",
+            "is a name, and SDKs take loopback addresses only",
+        ),
         (
             address.is_ok_and(|ip| !ip.is_loopback()),
             "is not on loopback, and most SDKs refuse that but for two fixed addresses",
@@ -136,7 +179,9 @@ fn address(uri: &str, report: &mut CheckReport) -> Option<String> {
     if host != "127.0.0.1" {
         report.info(
             ENDPOINT,
-            format!("{FULL} has the host {host}: some SDKs take 127.0.0.1 only, or look the name up"),
+            format!(
+                "{FULL} has the host {host}: some SDKs take 127.0.0.1 only, or look the name up"
+            ),
             FIX,
         );
     }
@@ -144,11 +189,16 @@ fn address(uri: &str, report: &mut CheckReport) -> Option<String> {
 }
 
 fn proxy(env: &impl Fn(&str) -> Option<String>, host: &str, report: &mut CheckReport) {
-    let set = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"].into_iter().find(|name| env(name).is_some());
+    let set = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"]
+        .into_iter()
+        .find(|name| env(name).is_some());
     let Some(set) = set else { return };
     // Some read only the one, some only the other.
     let lists = [env("no_proxy"), env("NO_PROXY")];
-    let covers = |list: &String| list.split(',').any(|entry| matches!(entry.trim(), "*") || entry.trim() == host);
+    let covers = |list: &String| {
+        list.split(',')
+            .any(|entry| matches!(entry.trim(), "*") || entry.trim() == host)
+    };
     match lists.iter().all(|list| list.as_ref().is_some_and(covers)) {
         true => report.ok(PROXY, format!("{set} is set, and {host} is an exception")),
         false => report.failed(
@@ -160,7 +210,10 @@ fn proxy(env: &impl Fn(&str) -> Option<String>, host: &str, report: &mut CheckRe
 }
 
 /// What would be sent. `None`: nothing could be, or nothing good.
-fn authorization(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) -> Option<String> {
+fn authorization(
+    env: &impl Fn(&str) -> Option<String>,
+    report: &mut CheckReport,
+) -> Option<String> {
     if let Some(path) = env(TOKEN_FILE) {
         return match std::fs::read_to_string(&path) {
             Ok(text) if text.trim().is_empty() => {
@@ -173,7 +226,9 @@ fn authorization(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport
             }
             Ok(text) => {
                 if text.contains(['\n', '\r']) {
-                    let saw = format!("{path} has a line break in it: some SDKs refuse it, others send it");
+                    let saw = format!(
+                        "{path} has a line break in it: some SDKs refuse it, others send it"
+                    );
                     report.failed(
                         TOKEN,
                         saw,
@@ -185,7 +240,11 @@ fn authorization(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport
                 Some(text)
             }
             Err(error) => {
-                report.failed(TOKEN, format!("{path}, named by {TOKEN_FILE}: {error}"), fix_for(&path));
+                report.failed(
+                    TOKEN,
+                    format!("{path}, named by {TOKEN_FILE}: {error}"),
+                    fix_for(&path),
+                );
                 None
             }
         };
@@ -211,7 +270,11 @@ fn fix_for(path: &str) -> String {
 
 async fn ask(uri: &str, authorization: &str, report: &mut CheckReport) {
     report.show_progress(uri);
-    let web = HttpProbe { resolve: Vec::new(), network: None, deadline: DEADLINE };
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: None,
+        deadline: DEADLINE,
+    };
     let answer = match web.get_with(uri, Some(authorization)).await {
         Ok(answer) => answer,
         Err(error) => {
@@ -228,12 +291,21 @@ async fn ask(uri: &str, authorization: &str, report: &mut CheckReport) {
     let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
     let text = |name: &str| body[name].as_str().unwrap_or_default();
     match answer.status {
-        200 => {
-            report.ok(ENDPOINT, format!("{uri} gives this process {} until {}", text("RoleArn"), text("Expiration")))
-        }
+        200 => report.ok(
+            ENDPOINT,
+            format!(
+                "{uri} gives this process {} until {}",
+                text("RoleArn"),
+                text("Expiration")
+            ),
+        ),
         status => report.failed(
             ENDPOINT,
-            format!("{uri} answers {status} {}: {}", text("code"), text("message")),
+            format!(
+                "{uri} answers {status} {}: {}",
+                text("code"),
+                text("message")
+            ),
             "the table of reasons in deploy/README.md says what to do; on the node, awsvid check",
         ),
     }

@@ -20,7 +20,9 @@ const UNSUPPORTED: &str = "unsupported_kernel";
 /// Fails if the daemon at `uri` refuses every caller over TCP because of what the kernel lacks. It is only asked where this
 /// process misses the same, so usually the command starts without a request. Blocks for up to twice [`DAEMON_TIMEOUT`].
 pub(super) fn check(uri: &str) -> Result<(), String> {
-    let Err(missing) = attest::try_tcp(Path::new("/proc")) else { return Ok(()) };
+    let Err(missing) = attest::try_tcp(Path::new("/proc")) else {
+        return Ok(());
+    };
     if !is_unsupported(uri).unwrap_or(false) {
         return Ok(());
     }
@@ -35,7 +37,9 @@ pub(super) fn check(uri: &str) -> Result<(), String> {
 fn is_unsupported(uri: &str) -> Option<bool> {
     let uri: Uri = uri.parse().ok()?;
     // Only a proxy of the operator's answers https.
-    let port = uri.port_u16().or_else(|| (uri.scheme_str() == Some("http")).then_some(80))?;
+    let port = uri
+        .port_u16()
+        .or_else(|| (uri.scheme_str() == Some("http")).then_some(80))?;
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
     let address = (host, port).to_socket_addrs().ok()?.next()?;
     let stream = TcpStream::connect_timeout(&address, DAEMON_TIMEOUT).ok()?;
@@ -55,7 +59,10 @@ mod tests {
     fn only_the_daemons_own_word_counts() {
         let refused = |code: &str| {
             let body = format!("{{\"code\":\"{code}\"}}");
-            format!("HTTP/1.1 403 Forbidden\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+            format!(
+                "HTTP/1.1 403 Forbidden\r\ncontent-length: {}\r\n\r\n{body}",
+                body.len()
+            )
         };
         let table = [
             (refused(UNSUPPORTED), Some(true)),
@@ -76,9 +83,18 @@ mod tests {
             assert_eq!(is_unsupported(&uri), expected);
             // Neither a token nor a question for credentials.
             let request = serving.join().unwrap();
-            assert!(request.starts_with("GET /probe HTTP/1.1\r\n") && !request.contains("uthorization"), "{request}");
+            assert!(
+                request.starts_with("GET /probe HTTP/1.1\r\n") && !request.contains("uthorization"),
+                "{request}"
+            );
         }
-        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        assert_eq!(is_unsupported(&format!("http://{closed}/v1/credentials")), None);
+        let closed = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        assert_eq!(
+            is_unsupported(&format!("http://{closed}/v1/credentials")),
+            None
+        );
     }
 }

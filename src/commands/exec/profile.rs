@@ -49,10 +49,15 @@ pub(super) fn judge_in(
     let profiles = Profiles::read(inherited);
     let named = VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
     let mut used: Vec<&str> = Vec::new();
-    for (variable, name) in VARIABLES.into_iter().zip(named.iter().map(Option::as_deref)) {
+    for (variable, name) in VARIABLES
+        .into_iter()
+        .zip(named.iter().map(Option::as_deref))
+    {
         let Some(name) = name else { continue };
         if profiles.lead(name) == Lead::Missing {
-            notes.push(format!("removed from the command's environment: {variable} (no profile has this name)"));
+            notes.push(format!(
+                "removed from the command's environment: {variable} (no profile has this name)"
+            ));
         } else {
             environment.keep(variable);
             used.push(name);
@@ -68,12 +73,20 @@ pub(super) fn judge_in(
     });
     let region = |name: &str| profiles.region(name).map(str::to_owned);
     let Some((name, keys)) = elsewhere else {
-        return Judged { has_region: used.iter().any(|name| region(name).is_some()), hidden_region: None };
+        return Judged {
+            has_region: used.iter().any(|name| region(name).is_some()),
+            hidden_region: None,
+        };
     };
-    let keys: Vec<_> = keys.iter().map(|(file, key)| format!("{key} in {}", file.display())).collect();
+    let keys: Vec<_> = keys
+        .iter()
+        .map(|(file, key)| format!("{key} in {}", file.display()))
+        .collect();
     let keys = keys.join(", ");
     // Python would take it before the other one.
-    VARIABLES.iter().for_each(|variable| environment.remove(variable));
+    VARIABLES
+        .iter()
+        .for_each(|variable| environment.remove(variable));
     let why = "which would come before awsvid";
     match write(&profiles, name, &directories(inherited, temporary)) {
         Ok(copy) => {
@@ -83,25 +96,41 @@ pub(super) fn judge_in(
             ));
             environment.set("AWS_CONFIG_FILE", copy.display().to_string());
             environment.set("AWS_PROFILE", PROFILE);
-            Judged { has_region: region(name).is_some(), hidden_region: None }
+            Judged {
+                has_region: region(name).is_some(),
+                hidden_region: None,
+            }
         }
         Err(error) => {
             notes.push(format!(
                 "the files of profiles are hidden from the command: [{name}] has {keys}, {why}, and no other profile can be \
                  written: {error}"
             ));
-            FILES.iter().for_each(|variable| environment.set(variable, "/dev/null"));
-            Judged { has_region: false, hidden_region: region(name) }
+            FILES
+                .iter()
+                .for_each(|variable| environment.set(variable, "/dev/null"));
+            Judged {
+                has_region: false,
+                hidden_region: region(name),
+            }
         }
     }
 }
 
 /// Writes the copy of the config file. Each config file and profile has one copy, which the next command finds.
-fn write(profiles: &Profiles, name: &str, directories: &[(PathBuf, String)]) -> io::Result<PathBuf> {
+fn write(
+    profiles: &Profiles,
+    name: &str,
+    directories: &[(PathBuf, String)],
+) -> io::Result<PathBuf> {
     let directory = private_directory(directories)?;
     let config = profiles.config().unwrap_or(Path::new(""));
     let hash = Sha256::digest(format!("{}\0{name}", config.display()));
-    let hash: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let hash: String = hash
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     let path = directory.join(format!("exec-{hash}.config"));
     let text = profiles.config_with(PROFILE, name);
     if fs::read_to_string(&path).is_ok_and(|found| found == text) {
@@ -109,20 +138,37 @@ fn write(profiles: &Profiles, name: &str, directories: &[(PathBuf, String)]) -> 
     }
     // Of its own process, so that two commands that start together don't write into one.
     let new = directory.join(format!(".exec-{hash}.{}", std::process::id()));
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)?;
     file.write_all(text.as_bytes())?;
     fs::rename(&new, &path)?;
     Ok(path)
 }
 
 /// Where a directory for it may be made, and its name there; the best first.
-fn directories(inherited: &impl Fn(&str) -> Option<String>, temporary: &Path) -> Vec<(PathBuf, String)> {
-    let variable = |name: &str| inherited(name).filter(|value| value.starts_with('/')).map(PathBuf::from);
+fn directories(
+    inherited: &impl Fn(&str) -> Option<String>,
+    temporary: &Path,
+) -> Vec<(PathBuf, String)> {
+    let variable = |name: &str| {
+        inherited(name)
+            .filter(|value| value.starts_with('/'))
+            .map(PathBuf::from)
+    };
     let runtime = variable("XDG_RUNTIME_DIR").map(|base| (base, "awsvid".to_owned()));
-    let cache = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
+    let cache =
+        variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
     let cache = cache.map(|base| (base, "awsvid".to_owned()));
     let temporary = (temporary.to_owned(), format!("awsvid-{}", geteuid()));
-    runtime.into_iter().chain(cache).chain([temporary]).collect()
+    runtime
+        .into_iter()
+        .chain(cache)
+        .chain([temporary])
+        .collect()
 }
 
 /// The first that is this user's alone: a config file can name a program that the SDK runs.
@@ -152,5 +198,9 @@ fn private(base: &Path, name: &str, own: u32) -> io::Result<PathBuf> {
         _ => {}
     }
     let found = fs::symlink_metadata(&directory)?;
-    if found.is_dir() && found.uid() == own && found.mode() & 0o077 == 0 { Ok(directory) } else { Err(others()) }
+    if found.is_dir() && found.uid() == own && found.mode() & 0o077 == 0 {
+        Ok(directory)
+    } else {
+        Err(others())
+    }
 }

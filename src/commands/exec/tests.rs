@@ -16,10 +16,18 @@ fn exec(arguments: &[&str]) -> Exec {
     ExecLine::parse_from([&["exec"], arguments, &["--", "true"]].concat()).exec
 }
 
-fn prepared(arguments: &[&str], inherited: &[(&str, &str)]) -> (BTreeMap<&'static str, String>, Vec<String>) {
+fn prepared(
+    arguments: &[&str],
+    inherited: &[(&str, &str)],
+) -> (BTreeMap<&'static str, String>, Vec<String>) {
     let inherited: BTreeMap<&str, &str> = inherited.iter().copied().collect();
-    let prepared = exec(arguments).prepare(|name| inherited.get(name).map(|&value| value.to_owned())).unwrap();
-    (prepared.environment.variables().iter().cloned().collect(), prepared.notes)
+    let prepared = exec(arguments)
+        .prepare(|name| inherited.get(name).map(|&value| value.to_owned()))
+        .unwrap();
+    (
+        prepared.environment.variables().iter().cloned().collect(),
+        prepared.notes,
+    )
 }
 
 const URL: [&str; 4] = ["--url", "http://127.0.0.1:974", "--token-file", "/dev/null"];
@@ -27,13 +35,31 @@ const URL: [&str; 4] = ["--url", "http://127.0.0.1:974", "--token-file", "/dev/n
 #[test]
 fn urls_are_read_as_people_write_them_and_what_sdks_refuse_is_refused() {
     let good = [
-        ("http://127.0.0.1:974", "http://127.0.0.1:974/v1/credentials"),
-        ("http://127.0.0.1:974/", "http://127.0.0.1:974/v1/credentials"),
-        ("http://127.0.0.1:974/v1/credentials/", "http://127.0.0.1:974/v1/credentials"),
+        (
+            "http://127.0.0.1:974",
+            "http://127.0.0.1:974/v1/credentials",
+        ),
+        (
+            "http://127.0.0.1:974/",
+            "http://127.0.0.1:974/v1/credentials",
+        ),
+        (
+            "http://127.0.0.1:974/v1/credentials/",
+            "http://127.0.0.1:974/v1/credentials",
+        ),
         ("http://[::1]:974", "http://[::1]:974/v1/credentials"),
-        ("http://localhost:974", "http://localhost:974/v1/credentials"),
-        ("http://169.254.170.23/v1/credentials/x", "http://169.254.170.23/v1/credentials/x"),
-        ("https://node.example.org", "https://node.example.org/v1/credentials"),
+        (
+            "http://localhost:974",
+            "http://localhost:974/v1/credentials",
+        ),
+        (
+            "http://169.254.170.23/v1/credentials/x",
+            "http://169.254.170.23/v1/credentials/x",
+        ),
+        (
+            "https://node.example.org",
+            "https://node.example.org/v1/credentials",
+        ),
     ];
     for (text, uri) in good {
         assert_eq!(endpoint(text).unwrap().uri, uri, "{text}");
@@ -62,8 +88,14 @@ fn the_address_is_the_one_that_every_sdk_accepts() {
         ..Listen::default()
     };
     let uri = |tcp: &[&str]| loopback(&listen(tcp)).map(|url| url.uri);
-    assert_eq!(uri(&["[::1]:974", "127.0.0.1:975"]).unwrap(), "http://127.0.0.1:975/v1/credentials");
-    assert_eq!(uri(&["[::1]:974"]).unwrap(), "http://[::1]:974/v1/credentials");
+    assert_eq!(
+        uri(&["[::1]:974", "127.0.0.1:975"]).unwrap(),
+        "http://127.0.0.1:975/v1/credentials"
+    );
+    assert_eq!(
+        uri(&["[::1]:974"]).unwrap(),
+        "http://[::1]:974/v1/credentials"
+    );
     assert!(uri(&[]).unwrap_err().contains("credential-process"));
     assert!(uri(&["127.0.0.1:0"]).unwrap_err().contains("--url"));
 }
@@ -85,40 +117,79 @@ fn the_token_is_given_both_ways_or_any_will_do() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(&file, "t0ken-_A").unwrap();
     let path = file.path().to_str().unwrap();
-    let (set, _) = prepared(&["--url", "http://127.0.0.1:974", "--token-file", path], &[]);
+    let (set, _) = prepared(
+        &["--url", "http://127.0.0.1:974", "--token-file", path],
+        &[],
+    );
     assert_eq!(set["AWS_CONTAINER_AUTHORIZATION_TOKEN"], "t0ken-_A");
     assert_eq!(set["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"], path);
 
     // A file that was named is needed; one with a line break would be refused by half of the SDKs.
     for content in ["", "t0ken\n"] {
         fs::write(&file, content).unwrap();
-        let error = exec(&["--url", "http://127.0.0.1:974", "--token-file", path]).prepare(|_| None).err().unwrap();
+        let error = exec(&["--url", "http://127.0.0.1:974", "--token-file", path])
+            .prepare(|_| None)
+            .err()
+            .unwrap();
         assert!(error.contains("it holds no token"), "{error}");
     }
     let mut environment = Environment::new(String::new(), "", |_| None);
-    let absent = Listen { token_file: "/nonexistent/token".into(), ..Listen::default() };
+    let absent = Listen {
+        token_file: "/nonexistent/token".into(),
+        ..Listen::default()
+    };
     exec(&[]).give_token(&mut environment, &absent).unwrap();
     let set = environment.variables();
-    assert!(set.contains(&("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any".to_owned())), "{set:?}");
-    assert!(!set.iter().any(|(name, _)| *name == "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"));
-    assert!(environment.removed().contains(&"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"), "an inherited one would count");
-    let token = Listen { authorization: AuthorizationMode::Token, ..absent };
+    assert!(
+        set.contains(&("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any".to_owned())),
+        "{set:?}"
+    );
+    assert!(
+        !set.iter()
+            .any(|(name, _)| *name == "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
+    );
+    assert!(
+        environment
+            .removed()
+            .contains(&"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"),
+        "an inherited one would count"
+    );
+    let token = Listen {
+        authorization: AuthorizationMode::Token,
+        ..absent
+    };
     assert!(exec(&[]).give_token(&mut environment, &token).is_err());
 }
 
 #[test]
 fn what_comes_first_in_sdks_is_removed_and_named_without_its_value() {
-    let inherited: Vec<(&str, &str)> = HIGHER_PRECEDENCE_VARS.iter().map(|(name, _)| (*name, "s3cret")).collect();
+    let inherited: Vec<(&str, &str)> = HIGHER_PRECEDENCE_VARS
+        .iter()
+        .map(|(name, _)| (*name, "s3cret"))
+        .collect();
     let (set, notes) = prepared(&URL[..2], &inherited);
-    let [note, profile, default_profile] = &notes[..] else { panic!("{notes:?}") };
-    assert!(profile.contains("AWS_PROFILE") && default_profile.contains("AWS_DEFAULT_PROFILE"), "{notes:?}");
+    let [note, profile, default_profile] = &notes[..] else {
+        panic!("{notes:?}")
+    };
+    assert!(
+        profile.contains("AWS_PROFILE") && default_profile.contains("AWS_DEFAULT_PROFILE"),
+        "{notes:?}"
+    );
     assert!(!notes.concat().contains("s3cret"));
-    for name in ["AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "_RELATIVE_URI"] {
+    for name in [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "_RELATIVE_URI",
+    ] {
         assert!(note.contains(name), "{name}: {note}");
     }
     assert!(!note.contains("s3cret"));
     assert_eq!(set["AWS_EC2_METADATA_DISABLED"], "true");
-    assert!(prepared(&URL[..2], &[("AWS_RETRY_MODE", "standard")]).1.is_empty());
+    assert!(
+        prepared(&URL[..2], &[("AWS_RETRY_MODE", "standard")])
+            .1
+            .is_empty()
+    );
 }
 
 /// A home with these files below `.aws`, and what a command gets there with these variables.
@@ -135,39 +206,83 @@ impl Home {
 
     fn prepared(&self, more: &[(&str, &str)]) -> (Prepared, BTreeMap<&'static str, String>) {
         let home = self.0.path().to_str().unwrap();
-        let inherited: BTreeMap<&str, &str> = [("HOME", home)].into_iter().chain(more.iter().copied()).collect();
-        let prepared = exec(&URL[..2]).prepare(|name| inherited.get(name).map(|&value| value.to_owned())).unwrap();
+        let inherited: BTreeMap<&str, &str> = [("HOME", home)]
+            .into_iter()
+            .chain(more.iter().copied())
+            .collect();
+        let prepared = exec(&URL[..2])
+            .prepare(|name| inherited.get(name).map(|&value| value.to_owned()))
+            .unwrap();
         let set = prepared.environment.variables().iter().cloned().collect();
         (prepared, set)
     }
 }
 
 const KEYS: &str = "aws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = s3cret\n";
-const CONTAINER: &str = "role_arn = arn:aws:iam::123456789012:role/x\ncredential_source = EcsContainer\n";
+const CONTAINER: &str =
+    "role_arn = arn:aws:iam::123456789012:role/x\ncredential_source = EcsContainer\n";
 
 #[test]
 fn a_profile_that_leads_elsewhere_is_replaced_with_all_but_its_credentials() {
-    let config = "[default]\nregion = eu-west-1\nca_bundle = /ca.pem\n[profile other]\nregion = x\n";
+    let config =
+        "[default]\nregion = eu-west-1\nca_bundle = /ca.pem\n[profile other]\nregion = x\n";
     for (config, credentials) in [
         (config.to_owned(), format!("[default]\n{KEYS}")),
-        (config.replace("[default]\n", "[default]\ncredential_process = /bin/false\n"), String::new()),
-        (config.replace("[default]\n", "[default]\nsso_session = x\n"), String::new()),
+        (
+            config.replace(
+                "[default]\n",
+                "[default]\ncredential_process = /bin/false\n",
+            ),
+            String::new(),
+        ),
+        (
+            config.replace("[default]\n", "[default]\nsso_session = x\n"),
+            String::new(),
+        ),
     ] {
         let home = Home::with(&config, &credentials);
         let (prepared, set) = home.prepared(&[("AWS_DEFAULT_PROFILE", "other")]);
         assert_eq!(set["AWS_PROFILE"], "awsvid-exec");
         let text = fs::read_to_string(&set["AWS_CONFIG_FILE"]).unwrap();
         assert!(text.starts_with(&config), "nothing is hidden: {text}");
-        assert!(text.ends_with("[profile awsvid-exec]\nregion = eu-west-1\nca_bundle = /ca.pem\n"), "{text}");
-        assert!(!set.contains_key("AWS_SHARED_CREDENTIALS_FILE") && !set.contains_key("AWS_REGION"), "{set:?}");
-        assert!(prepared.environment.removed().contains(&"AWS_DEFAULT_PROFILE"));
-        let [note] = &prepared.notes[..] else { panic!("{:?}", prepared.notes) };
-        assert!(note.contains("instead of [default]") && !note.contains("AKIA") && !note.contains("s3cret"), "{note}");
+        assert!(
+            text.ends_with("[profile awsvid-exec]\nregion = eu-west-1\nca_bundle = /ca.pem\n"),
+            "{text}"
+        );
+        assert!(
+            !set.contains_key("AWS_SHARED_CREDENTIALS_FILE") && !set.contains_key("AWS_REGION"),
+            "{set:?}"
+        );
+        assert!(
+            prepared
+                .environment
+                .removed()
+                .contains(&"AWS_DEFAULT_PROFILE")
+        );
+        let [note] = &prepared.notes[..] else {
+            panic!("{:?}", prepared.notes)
+        };
+        assert!(
+            note.contains("instead of [default]")
+                && !note.contains("AKIA")
+                && !note.contains("s3cret"),
+            "{note}"
+        );
         // The next command finds it, and one inside of the command keeps it.
-        assert_eq!(home.prepared(&[]).1["AWS_CONFIG_FILE"], set["AWS_CONFIG_FILE"]);
-        let inner = [("AWS_PROFILE", "awsvid-exec"), ("AWS_CONFIG_FILE", &*set["AWS_CONFIG_FILE"])];
+        assert_eq!(
+            home.prepared(&[]).1["AWS_CONFIG_FILE"],
+            set["AWS_CONFIG_FILE"]
+        );
+        let inner = [
+            ("AWS_PROFILE", "awsvid-exec"),
+            ("AWS_CONFIG_FILE", &*set["AWS_CONFIG_FILE"]),
+        ];
         let (inner, again) = home.prepared(&inner);
-        assert!(inner.notes.is_empty() && !again.contains_key("AWS_CONFIG_FILE"), "{:?}", inner.notes);
+        assert!(
+            inner.notes.is_empty() && !again.contains_key("AWS_CONFIG_FILE"),
+            "{:?}",
+            inner.notes
+        );
     }
 }
 
@@ -176,11 +291,23 @@ fn profiles_that_lead_to_awsvid_or_nowhere_are_kept() {
     let process = "credential_process = /usr/bin/awsvid credential-process\n";
     for lead in [CONTAINER, process, "region = eu-west-1\n"] {
         let home = Home::with(&format!("[default]\n{lead}[profile a]\n{lead}"), "");
-        for variables in [&[][..], &[("AWS_PROFILE", "a")], &[("AWS_DEFAULT_PROFILE", "a")]] {
+        for variables in [
+            &[][..],
+            &[("AWS_PROFILE", "a")],
+            &[("AWS_DEFAULT_PROFILE", "a")],
+        ] {
             let (prepared, set) = home.prepared(variables);
             assert!(prepared.notes.is_empty(), "{lead}: {:?}", prepared.notes);
-            assert!(!set.contains_key("AWS_CONFIG_FILE") && !set.contains_key("AWS_PROFILE"), "{set:?}");
-            assert!(variables.iter().all(|(name, _)| !prepared.environment.removed().contains(name)), "{variables:?}");
+            assert!(
+                !set.contains_key("AWS_CONFIG_FILE") && !set.contains_key("AWS_PROFILE"),
+                "{set:?}"
+            );
+            assert!(
+                variables
+                    .iter()
+                    .all(|(name, _)| !prepared.environment.removed().contains(name)),
+                "{variables:?}"
+            );
         }
     }
 }
@@ -192,22 +319,44 @@ fn the_profile_of_a_variable_counts_and_default_does_not_then() {
         &format!("[default]\n{KEYS}"),
     );
     let (prepared, set) = home.prepared(&[("AWS_PROFILE", "a")]);
-    assert!(prepared.notes.is_empty() && !set.contains_key("AWS_CONFIG_FILE"), "{:?}", prepared.notes);
+    assert!(
+        prepared.notes.is_empty() && !set.contains_key("AWS_CONFIG_FILE"),
+        "{:?}",
+        prepared.notes
+    );
     let (prepared, set) = home.prepared(&[("AWS_PROFILE", "b")]);
     let text = fs::read_to_string(&set["AWS_CONFIG_FILE"]).unwrap();
-    assert!(text.ends_with("[profile awsvid-exec]\nregion = x\n"), "{text}");
-    assert!(prepared.notes[0].contains("instead of [b]"), "{:?}", prepared.notes);
+    assert!(
+        text.ends_with("[profile awsvid-exec]\nregion = x\n"),
+        "{text}"
+    );
+    assert!(
+        prepared.notes[0].contains("instead of [b]"),
+        "{:?}",
+        prepared.notes
+    );
     // One that does not exist would make each SDK fail.
     let (prepared, set) = home.prepared(&[("AWS_PROFILE", "ghost")]);
-    assert!(prepared.notes[0].contains("AWS_PROFILE (no profile has this name)"), "{:?}", prepared.notes);
+    assert!(
+        prepared.notes[0].contains("AWS_PROFILE (no profile has this name)"),
+        "{:?}",
+        prepared.notes
+    );
     // Then they would take [default], which leads elsewhere.
-    assert!(prepared.notes[1].contains("instead of [default]"), "{:?}", prepared.notes);
+    assert!(
+        prepared.notes[1].contains("instead of [default]"),
+        "{:?}",
+        prepared.notes
+    );
     assert_eq!(set["AWS_PROFILE"], "awsvid-exec");
 }
 
 #[test]
 fn where_nothing_can_be_written_the_files_are_hidden() {
-    let home = Home::with("[default]\nregion = eu-west-1\n", &format!("[default]\n{KEYS}"));
+    let home = Home::with(
+        "[default]\nregion = eu-west-1\n",
+        &format!("[default]\n{KEYS}"),
+    );
     // A file instead of each directory.
     let file = home.0.path().join("file");
     fs::write(&file, "").unwrap();
@@ -222,7 +371,13 @@ fn where_nothing_can_be_written_the_files_are_hidden() {
     let judged = profile::judge_in(&mut environment, &mut notes, &inherited, Path::new(&file));
     let set: BTreeMap<_, _> = environment.variables().iter().cloned().collect();
     assert_eq!(set["AWS_SHARED_CREDENTIALS_FILE"], "/dev/null");
-    assert_eq!((set["AWS_CONFIG_FILE"].as_str(), judged.hidden_region.as_deref()), ("/dev/null", Some("eu-west-1")));
+    assert_eq!(
+        (
+            set["AWS_CONFIG_FILE"].as_str(),
+            judged.hidden_region.as_deref()
+        ),
+        ("/dev/null", Some("eu-west-1"))
+    );
     assert!(notes[0].contains("hidden from the command"), "{notes:?}");
 }
 
@@ -232,11 +387,17 @@ fn the_copy_is_written_only_where_nobody_else_can_change_it() {
     use std::os::unix::fs::{PermissionsExt, chown, symlink};
 
     let base = tempfile::tempdir().unwrap();
-    let mode = |path: &Path, mode: u32| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-    let private = |name: &str| profile::private_directory(&[(base.path().to_owned(), name.to_owned())]);
+    let mode = |path: &Path, mode: u32| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap()
+    };
+    let private =
+        |name: &str| profile::private_directory(&[(base.path().to_owned(), name.to_owned())]);
     mode(base.path(), 0o1777);
     let made = private("made").unwrap();
-    assert_eq!(fs::metadata(&made).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(
+        fs::metadata(&made).unwrap().permissions().mode() & 0o777,
+        0o700
+    );
     assert_eq!(private("made").unwrap(), made);
     for open in [0o777, 0o750, 0o701] {
         fs::create_dir(base.path().join(open.to_string())).unwrap();

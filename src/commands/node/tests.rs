@@ -34,10 +34,14 @@ const REST: &str = "[sts]\nregion = \"eu-central-1\"\n\
 /// The warnings of rules with these keys; the first key is in line 9, the next rule begins behind it.
 #[track_caller]
 fn warned(rules: &[&str], rest: &str) -> Vec<String> {
-    let rules: String =
-        rules.iter().map(|keys| format!("[[workload]]\nspiffe_id = \"spiffe://example.org/a\"\n{keys}\n")).collect();
+    let rules: String = rules
+        .iter()
+        .map(|keys| format!("[[workload]]\nspiffe_id = \"spiffe://example.org/a\"\n{keys}\n"))
+        .collect();
     let loaded = Config::parse(&format!("{REST}{rules}{rest}"), &|_| None);
-    let config = loaded.unwrap_or_else(|problems| panic!("{problems:?}")).config;
+    let config = loaded
+        .unwrap_or_else(|problems| panic!("{problems:?}"))
+        .config;
     let shown = |problem: &Problem| format!("{}: {problem}", problem.line.unwrap_or_default());
     warnings(&config, &NodeService).iter().map(shown).collect()
 }
@@ -52,30 +56,71 @@ fn warned_once(rules: &[&str], rest: &str, words: &[&str]) {
 #[test]
 fn accounts_of_this_node() {
     assert_eq!(warned(&["user = \"alice\""], ""), [] as [&str; 0]);
-    warned_once(&["user = \"ghost\""], "", &["9: workload.user: there is no user \"ghost\" on this node"]);
-    warned_once(&["uid = 7\ngroup = \"ghosts\""], "", &["10: workload.group: there is no group \"ghosts\""]);
-    warned_once(&["uid = 7\nsupplementary_group = \"away\""], "", &["10: workload.supplementary_group", "I/O error"]);
-    warned_once(&["user = \"nobody\""], "", &["9: workload.user", "no caller matches"]);
+    warned_once(
+        &["user = \"ghost\""],
+        "",
+        &["9: workload.user: there is no user \"ghost\" on this node"],
+    );
+    warned_once(
+        &["uid = 7\ngroup = \"ghosts\""],
+        "",
+        &["10: workload.group: there is no group \"ghosts\""],
+    );
+    warned_once(
+        &["uid = 7\nsupplementary_group = \"away\""],
+        "",
+        &["10: workload.supplementary_group", "I/O error"],
+    );
+    warned_once(
+        &["user = \"nobody\""],
+        "",
+        &["9: workload.user", "no caller matches"],
+    );
 }
 
 #[test]
 fn rules_that_hide_others_by_their_numbers() {
     let hidden = "this rule can never match on this node: the one in line 7 matches all of its callers first";
-    warned_once(&["uid = 1001", "user = \"alice\""], "", &["10: workload: ", hidden]);
-    warned_once(&["user = \"alice\"", "uid = 1001\ngid = 7"], "", &["10: workload: ", hidden]);
-    assert_eq!(warned(&["uid = 1002", "user = \"alice\""], ""), [] as [&str; 0]);
+    warned_once(
+        &["uid = 1001", "user = \"alice\""],
+        "",
+        &["10: workload: ", hidden],
+    );
+    warned_once(
+        &["user = \"alice\"", "uid = 1001\ngid = 7"],
+        "",
+        &["10: workload: ", hidden],
+    );
+    assert_eq!(
+        warned(&["uid = 1002", "user = \"alice\""], ""),
+        [] as [&str; 0]
+    );
     // Where a number is not known, nothing is.
-    assert_eq!(warned(&["user = \"away\"", "user = \"alice\""], "").len(), 1);
+    assert_eq!(
+        warned(&["user = \"away\"", "user = \"alice\""], "").len(),
+        1
+    );
 }
 
 #[test]
 fn programs_of_this_node() {
-    assert_eq!(warned(&["uid = 7\nexe = \"/usr/bin/env\""], ""), [] as [&str; 0]);
-    warned_once(&["uid = 7\nexe = \"/nonexistent\""], "", &["7: workload.exe", "is not there"]);
+    assert_eq!(
+        warned(&["uid = 7\nexe = \"/usr/bin/env\""], ""),
+        [] as [&str; 0]
+    );
+    warned_once(
+        &["uid = 7\nexe = \"/nonexistent\""],
+        "",
+        &["7: workload.exe", "is not there"],
+    );
     warned_once(&["uid = 7\nexe = \"/usr\""], "", &["is not a file"]);
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o777)).unwrap();
-    warned_once(&[&format!("uid = 7\nexe = {:?}", file.path())], "", &["changed by other users than root"]);
+    warned_once(
+        &[&format!("uid = 7\nexe = {:?}", file.path())],
+        "",
+        &["changed by other users than root"],
+    );
     // Whoever writes to the directory can put another program there.
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("program");
@@ -91,17 +136,36 @@ fn programs_of_this_node() {
 #[test]
 fn files_of_this_node() {
     let rest = "[audit]\nfile = \"/nonexistent/audit.log\"\n";
-    warned_once(&["uid = 7"], rest, &["audit.file: there is no directory /nonexistent"]);
-    assert_eq!(warned(&["uid = 7"], "[audit]\nfile = \"/dev/null\"\n"), [] as [&str; 0]);
-    let private = REST.replace("region = \"eu-central-1\"", "endpoint = \"https://minio\"\nca_file = \"/nonexistent\"");
+    warned_once(
+        &["uid = 7"],
+        rest,
+        &["audit.file: there is no directory /nonexistent"],
+    );
+    assert_eq!(
+        warned(&["uid = 7"], "[audit]\nfile = \"/dev/null\"\n"),
+        [] as [&str; 0]
+    );
+    let private = REST.replace(
+        "region = \"eu-central-1\"",
+        "endpoint = \"https://minio\"\nca_file = \"/nonexistent\"",
+    );
     let text = format!(
         "{private}[identity]\naudience = \"minio\"\n[[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = 7\n"
     );
     let config = Config::parse(&text, &|_| None).unwrap().config;
-    assert!(warnings(&config, &NodeService)[0].to_string().starts_with("sts.ca_file: /nonexistent can't be read"));
+    assert!(
+        warnings(&config, &NodeService)[0]
+            .to_string()
+            .starts_with("sts.ca_file: /nonexistent can't be read")
+    );
     assert_eq!(exposed(&config), []);
     let file = tempfile::NamedTempFile::new().unwrap();
-    let config = Config::parse(&text.replace("/nonexistent", file.path().to_str().unwrap()), &|_| None).unwrap().config;
+    let config = Config::parse(
+        &text.replace("/nonexistent", file.path().to_str().unwrap()),
+        &|_| None,
+    )
+    .unwrap()
+    .config;
     assert_eq!(exposed(&config), []);
     fs::set_permissions(&file, fs::Permissions::from_mode(0o646)).unwrap();
     let found: Vec<String> = exposed(&config).iter().map(ToString::to_string).collect();

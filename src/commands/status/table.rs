@@ -7,21 +7,46 @@ use serde_json::Value;
 
 use crate::commands::style::{BOLD, GREEN, RED, Style, YELLOW};
 
-const HEADER: [&str; 7] = ["SPIFFE ID", "ROLE", "SESSION", "EXPIRES", "NEXT TRY", "CALLERS", "STATE"];
+const HEADER: [&str; 7] = [
+    "SPIFFE ID",
+    "ROLE",
+    "SESSION",
+    "EXPIRES",
+    "NEXT TRY",
+    "CALLERS",
+    "STATE",
+];
 
 /// All of it, with times from `now`.
 pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
     let mut text = String::new();
-    let ready = if status["ready"] == true { style.paint(GREEN, "ready") } else { style.paint(RED, "not ready") };
+    let ready = if status["ready"] == true {
+        style.paint(GREEN, "ready")
+    } else {
+        style.paint(RED, "not ready")
+    };
     let connections = match status["connections"].as_u64() {
         None => String::new(),
         Some(1) => ", 1 connection open".to_owned(),
         Some(open) => format!(", {open} connections open"),
     };
     // Writing to a string cannot fail.
-    let _ = writeln!(text, "awsvid {}, {ready}{connections}", plain(&status["version"]));
-    for missing in status["unsupported_kernel"].as_array().into_iter().flatten() {
-        let _ = writeln!(text, "{} {}", style.paint(RED, "unsupported_kernel:"), plain(missing));
+    let _ = writeln!(
+        text,
+        "awsvid {}, {ready}{connections}",
+        plain(&status["version"])
+    );
+    for missing in status["unsupported_kernel"]
+        .as_array()
+        .into_iter()
+        .flatten()
+    {
+        let _ = writeln!(
+            text,
+            "{} {}",
+            style.paint(RED, "unsupported_kernel:"),
+            plain(missing)
+        );
     }
     match status["counts_executions"].as_bool() {
         None => {}
@@ -38,7 +63,10 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
     for endpoint in status["sts"].as_array().into_iter().flatten() {
         neighbour(&mut text, "STS", endpoint, now, style);
     }
-    let entries = status["credentials"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let entries = status["credentials"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
     if entries.is_empty() {
         text.push_str("\nNo credentials are cached: nobody has asked for any yet.\n");
         return text;
@@ -47,23 +75,46 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
     let rows: Vec<_> = entries.iter().map(|entry| row(entry, now)).collect();
     let widths: Vec<usize> = (0..HEADER.len())
         .map(|column| {
-            rows.iter().map(|row| row[column].chars().count()).chain([HEADER[column].len()]).max().unwrap_or(0)
+            rows.iter()
+                .map(|row| row[column].chars().count())
+                .chain([HEADER[column].len()])
+                .max()
+                .unwrap_or(0)
         })
         .collect();
     let line = |cells: &[String]| {
-        let cells = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        let cells = cells
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"));
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
-    let _ = writeln!(text, "{}", style.paint(BOLD, &line(&HEADER.map(str::to_owned))));
+    let _ = writeln!(
+        text,
+        "{}",
+        style.paint(BOLD, &line(&HEADER.map(str::to_owned)))
+    );
     for (entry, row) in entries.iter().zip(&rows) {
-        let colour = if !entry["refused_since"].is_null() { RED } else { YELLOW };
+        let colour = if !entry["refused_since"].is_null() {
+            RED
+        } else {
+            YELLOW
+        };
         let line = line(row);
-        let line = if entry["last_error"].is_null() { line } else { style.paint(colour, &line) };
+        let line = if entry["last_error"].is_null() {
+            line
+        } else {
+            style.paint(colour, &line)
+        };
         let _ = writeln!(text, "{line}");
         if !entry["last_error"].is_null() {
             let at = ago(&entry["last_error_at"], now);
-            let _ =
-                writeln!(text, "    {at}: {} ({})", plain(&entry["last_error"]), plain(&entry["last_error_reason"]));
+            let _ = writeln!(
+                text,
+                "    {at}: {} ({})",
+                plain(&entry["last_error"]),
+                plain(&entry["last_error_reason"])
+            );
         }
     }
     text
@@ -81,11 +132,20 @@ fn neighbour(text: &mut String, what: &str, health: &Value, now: SystemTime, sty
     };
     let _ = write!(text, "{what} from {}: {state}", plain(&health["name"]));
     if !health["last_success_at"].is_null() {
-        let _ = write!(text, ", last success {}", ago(&health["last_success_at"], now));
+        let _ = write!(
+            text,
+            ", last success {}",
+            ago(&health["last_success_at"], now)
+        );
     }
     if !health["last_error"].is_null() {
         let at = ago(&health["last_error_at"], now);
-        let _ = write!(text, "\n    {at}: {} ({})", plain(&health["last_error"]), plain(&health["last_error_reason"]));
+        let _ = write!(
+            text,
+            "\n    {at}: {} ({})",
+            plain(&health["last_error"]),
+            plain(&health["last_error_reason"])
+        );
     }
     text.push('\n');
 }
@@ -103,7 +163,11 @@ fn row(entry: &Value, now: SystemTime) -> [String; 7] {
         (None, Some(latest)) => latest,
         (None, None) => "-".to_owned(),
     };
-    let state = match (&entry["refused_since"], &entry["last_error"], &entry["access_key_id"]) {
+    let state = match (
+        &entry["refused_since"],
+        &entry["last_error"],
+        &entry["access_key_id"],
+    ) {
         (since, ..) if !since.is_null() => format!("refused {}", ago(since, now)),
         (_, error, key) if !error.is_null() && key.is_null() => "failed".to_owned(),
         (_, error, _) if !error.is_null() => "refresh fails".to_owned(),
@@ -145,7 +209,10 @@ fn until(value: &Value, now: SystemTime) -> String {
 fn ago(value: &Value, now: SystemTime) -> String {
     match time(value) {
         None => "-".to_owned(),
-        Some(at) => format!("{} ago", rounded(now.duration_since(at).unwrap_or_default())),
+        Some(at) => format!(
+            "{} ago",
+            rounded(now.duration_since(at).unwrap_or_default())
+        ),
     }
 }
 
@@ -217,7 +284,10 @@ spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -         
         let line = "\nunsupported_kernel: callers over TCP are refused: no \nexecutions of programs: not counted, so ";
         assert!(render(&refusing, now(), Style::plain()).contains(line));
         refusing["counts_executions"] = json!(true);
-        assert!(render(&refusing, now(), Style::plain()).contains("\nexecutions of programs: counted\n"));
+        assert!(
+            render(&refusing, now(), Style::plain())
+                .contains("\nexecutions of programs: counted\n")
+        );
         assert!(render(&json!({"ready": false}), now(), Style::plain()).contains("not ready"));
     }
 }

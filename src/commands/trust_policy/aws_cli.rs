@@ -12,14 +12,20 @@ pub(super) fn render(plan: &Plan) -> String {
     for (name, account) in &plan.accounts {
         let PlannedAccountName { partition, number } = name;
         // Writing to a string cannot fail.
-        let _ =
-            writeln!(text, "# Account {number}, partition {partition}: run this with credentials of that account.\n");
+        let _ = writeln!(
+            text,
+            "# Account {number}, partition {partition}: run this with credentials of that account.\n"
+        );
         text.push_str(&provider(plan, name, account));
         let arn = Value::from(plan.provider_arn(name));
         for (role_arn, role) in &account.roles {
             let policy = role.policy(&plan.issuer, &arn);
             let _ = writeln!(text, "\n# {role_arn}\n{}", create(role, &policy));
-            let _ = writeln!(text, "# If there is that role already:\n{}", commented(&update(role, &policy)));
+            let _ = writeln!(
+                text,
+                "# If there is that role already:\n{}",
+                commented(&update(role, &policy))
+            );
         }
         text.push('\n');
     }
@@ -31,9 +37,12 @@ pub(super) fn render(plan: &Plan) -> String {
 fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
     let arn = word(&plan.provider_arn(name));
     let mut text = match &plan.provider {
-        PlannedProvider::Existing => "# The OIDC provider exists; only its audiences are added.\n".to_owned(),
+        PlannedProvider::Existing => {
+            "# The OIDC provider exists; only its audiences are added.\n".to_owned()
+        }
         PlannedProvider::New { thumbprint } => {
-            let mut document = json!({ "Url": plan.issuer.url(), "ClientIDList": account.audiences });
+            let mut document =
+                json!({ "Url": plan.issuer.url(), "ClientIDList": account.audiences });
             if let Some(thumbprint) = thumbprint {
                 document["ThumbprintList"] = json!([thumbprint]);
             }
@@ -67,11 +76,17 @@ fn create(role: &PlannedRole, policy: &Value) -> String {
 
 fn update(role: &PlannedRole, policy: &Value) -> String {
     let policy = quoted(policy);
-    format!("aws iam update-assume-role-policy --role-name {} --policy-document {policy}", word(&role.name))
+    format!(
+        "aws iam update-assume-role-policy --role-name {} --policy-document {policy}",
+        word(&role.name)
+    )
 }
 
 fn commented(text: &str) -> String {
-    text.lines().map(|line| format!("# {line}")).collect::<Vec<_>>().join("\n")
+    text.lines()
+        .map(|line| format!("# {line}"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn quoted(document: &Value) -> String {

@@ -17,7 +17,10 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
             (Value::from(plan.provider_arn(name)), what)
         }
         PlannedProvider::New { thumbprint } => {
-            resources.insert(PROVIDER.to_owned(), oidc_provider(plan, account, thumbprint.as_deref()));
+            resources.insert(
+                PROVIDER.to_owned(),
+                oidc_provider(plan, account, thumbprint.as_deref()),
+            );
             let what = "Makes the OIDC provider for it: if the account has that already, use awsvid trust-policy --existing-provider.";
             // Of this resource a Ref is the ARN.
             (json!({ "Ref": PROVIDER }), what)
@@ -25,7 +28,10 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
     };
     let mut taken = BTreeSet::from([PROVIDER.to_owned()]);
     for role in account.roles.values() {
-        resources.insert(logical_id(&role.name, &mut taken), resource(plan, role, &provider));
+        resources.insert(
+            logical_id(&role.name, &mut taken),
+            resource(plan, role, &provider),
+        );
     }
     let PlannedAccountName { partition, number } = name;
     let url = plan.issuer.url();
@@ -62,8 +68,10 @@ fn resource(plan: &Plan, role: &PlannedRole, provider: &Value) -> Value {
 
 /// Letters and digits, another one for each role.
 fn logical_id(name: &str, taken: &mut BTreeSet<String>) -> String {
-    let mut id: String =
-        std::iter::once("Role").flat_map(str::chars).chain(name.chars().filter(char::is_ascii_alphanumeric)).collect();
+    let mut id: String = std::iter::once("Role")
+        .flat_map(str::chars)
+        .chain(name.chars().filter(char::is_ascii_alphanumeric))
+        .collect();
     while !taken.insert(id.clone()) {
         id.push('X');
     }

@@ -24,11 +24,17 @@ pub(super) struct PlannedIssuer(String);
 
 impl PlannedIssuer {
     pub(super) fn parse(text: &str) -> Result<Self, String> {
-        let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
-        let rest = rest.ok_or_else(|| format!("the issuer {text:?} is no URL: it has to begin with https://"))?;
+        let rest = text
+            .strip_prefix("https://")
+            .or_else(|| text.strip_prefix("http://"));
+        let rest = rest.ok_or_else(|| {
+            format!("the issuer {text:?} is no URL: it has to begin with https://")
+        })?;
         let plain = |c: u8| c.is_ascii_alphanumeric() || b"-._~:/%[]".contains(&c);
         if rest.is_empty() || text.len() > URL_MAX || !rest.bytes().all(plain) {
-            return Err(format!("the issuer {text:?} is none that IAM takes: a host and a path, {URL_MAX} characters"));
+            return Err(format!(
+                "the issuer {text:?} is none that IAM takes: a host and a path, {URL_MAX} characters"
+            ));
         }
         Ok(Self(text.to_owned()))
     }
@@ -45,18 +51,28 @@ impl PlannedIssuer {
     fn warnings(&self) -> Vec<String> {
         let (host, url) = (self.key().split('/').next().unwrap_or_default(), &self.0);
         let table = [
-            (!url.starts_with("https://"), "IAM takes issuers over https only"),
+            (
+                !url.starts_with("https://"),
+                "IAM takes issuers over https only",
+            ),
             (
                 url.ends_with('/'),
                 "it ends with a slash, which IAM and SPIRE do not treat alike: remove it from `jwt_issuer`",
             ),
-            (host.contains(':'), "IAM's documentation says that an issuer has no port: serve it at 443"),
+            (
+                host.contains(':'),
+                "IAM's documentation says that an issuer has no port: serve it at 443",
+            ),
             (
                 host.bytes().any(|c| c.is_ascii_uppercase()),
                 "its host has capital letters, and IAM compares byte by byte",
             ),
         ];
-        table.iter().filter(|(wrong, _)| *wrong).map(|(_, what)| format!("issuer {url}: {what}")).collect()
+        table
+            .iter()
+            .filter(|(wrong, _)| *wrong)
+            .map(|(_, what)| format!("issuer {url}: {what}"))
+            .collect()
     }
 }
 
@@ -134,10 +150,16 @@ impl Statement {
     /// Who else than the rule's own IDs would get in is kept out where IAM's language can say it: `*` there stands for any
     /// characters, `/` too, so IDs with more segments are refused by a second pattern.
     pub(super) fn condition(&self, issuer: &PlannedIssuer) -> Condition {
-        let (aud, sub) = (format!("{}:aud", issuer.key()), format!("{}:sub", issuer.key()));
+        let (aud, sub) = (
+            format!("{}:aud", issuer.key()),
+            format!("{}:sub", issuer.key()),
+        );
         let audience = (aud, self.audience.clone());
         if self.subject.exact().is_some() {
-            return vec![("StringEquals", vec![audience, (sub, self.subject.as_str().to_owned())])];
+            return vec![(
+                "StringEquals",
+                vec![audience, (sub, self.subject.as_str().to_owned())],
+            )];
         }
         let text = self.subject.as_str();
         let mut condition = vec![("StringEquals", vec![audience])];
@@ -181,7 +203,9 @@ impl PlannedRole {
                     .condition(issuer)
                     .into_iter()
                     .map(|(operator, keys)| {
-                        let keys = keys.into_iter().map(|(key, value)| (key, Value::from(value)));
+                        let keys = keys
+                            .into_iter()
+                            .map(|(key, value)| (key, Value::from(value)));
                         (operator.to_owned(), Value::Object(keys.collect()))
                     })
                     .collect();
@@ -199,9 +223,19 @@ impl PlannedRole {
 
 impl Plan {
     /// `ids`: those that are known, for ARNs with `{path[N]}`.
-    pub(super) fn new(roles: &Roles, ids: &[SpiffeId], issuer: PlannedIssuer, provider: PlannedProvider) -> Self {
+    pub(super) fn new(
+        roles: &Roles,
+        ids: &[SpiffeId],
+        issuer: PlannedIssuer,
+        provider: PlannedProvider,
+    ) -> Self {
         let warnings = issuer.warnings();
-        let mut plan = Self { issuer, provider, accounts: BTreeMap::new(), warnings };
+        let mut plan = Self {
+            issuer,
+            provider,
+            accounts: BTreeMap::new(),
+            warnings,
+        };
         roles.defined.iter().for_each(|role| plan.add(role, ids));
         if roles.requested.is_some() {
             plan.warnings.push(
@@ -218,14 +252,25 @@ impl Plan {
 
     /// The ARN that IAM gives the provider in this account.
     pub(super) fn provider_arn(&self, account: &PlannedAccountName) -> String {
-        format!("arn:{}:iam::{}:oidc-provider/{}", account.partition, account.number, self.issuer.key())
+        format!(
+            "arn:{}:iam::{}:oidc-provider/{}",
+            account.partition,
+            account.number,
+            self.issuer.key()
+        )
     }
 
     fn add(&mut self, role: &Role, ids: &[SpiffeId]) {
         let name = &role.name;
-        if let Some(endpoint) = role.sts.endpoint.as_deref().filter(|url| !is_aws_sts(Some(url))) {
-            self.warnings
-                .push(format!("role {name:?} is left out: {endpoint} is not AWS, and has policies of its own"));
+        if let Some(endpoint) = role
+            .sts
+            .endpoint
+            .as_deref()
+            .filter(|url| !is_aws_sts(Some(url)))
+        {
+            self.warnings.push(format!(
+                "role {name:?} is left out: {endpoint} is not AWS, and has policies of its own"
+            ));
             return;
         }
         let subjects: Vec<SpiffeIdPattern> = match role.role_arn.highest_segment() {
@@ -233,9 +278,15 @@ impl Plan {
             // Each ID has an ARN of its own.
             Some(_) => {
                 let exact = role.spiffe_id.exact();
-                let known = ids.iter().chain(&exact).filter(|id| role.spiffe_id.matches(id));
+                let known = ids
+                    .iter()
+                    .chain(&exact)
+                    .filter(|id| role.spiffe_id.matches(id));
                 let known: BTreeSet<&SpiffeId> = known.collect();
-                known.into_iter().filter_map(|id| SpiffeIdPattern::parse(id.as_str()).ok()).collect()
+                known
+                    .into_iter()
+                    .filter_map(|id| SpiffeIdPattern::parse(id.as_str()).ok())
+                    .collect()
             }
         };
         if subjects.is_empty() {
@@ -247,31 +298,53 @@ impl Plan {
         }
         for subject in subjects {
             // A pattern's ARN has no `{path[N]}`: any ID will do.
-            let id = subject.exact().or_else(|| SpiffeId::parse("spiffe://any/any").ok());
-            let Some(arn) = id.and_then(|id| role.role_arn.render(&id)) else { continue };
+            let id = subject
+                .exact()
+                .or_else(|| SpiffeId::parse("spiffe://any/any").ok());
+            let Some(arn) = id.and_then(|id| role.role_arn.render(&id)) else {
+                continue;
+            };
             let is_rendered = role.role_arn.highest_segment().is_some();
-            let statement = Statement { audience: role.audience.clone(), subject, is_rendered };
-            self.warnings.extend(statement.excess().map(|text| format!("role {name:?}: {text}")));
+            let statement = Statement {
+                audience: role.audience.clone(),
+                subject,
+                is_rendered,
+            };
+            self.warnings.extend(
+                statement
+                    .excess()
+                    .map(|text| format!("role {name:?}: {text}")),
+            );
             self.trust(&arn, role.duration, statement);
         }
     }
 
     fn trust(&mut self, arn: &RoleArn, duration: Duration, statement: Statement) {
         let (Some(partition), Some(number)) = (arn.partition(), arn.account()) else {
-            self.warnings.push(format!("{arn} is left out: it is no role at AWS"));
+            self.warnings
+                .push(format!("{arn} is left out: it is no role at AWS"));
             return;
         };
-        let full = arn.as_str().split_once(":role").map_or("", |(_, resource)| resource);
+        let full = arn
+            .as_str()
+            .split_once(":role")
+            .map_or("", |(_, resource)| resource);
         let (path, name) = full.rsplit_once('/').unwrap_or(("", full));
-        let account = PlannedAccountName { partition: partition.to_owned(), number: number.to_owned() };
+        let account = PlannedAccountName {
+            partition: partition.to_owned(),
+            number: number.to_owned(),
+        };
         let account = self.accounts.entry(account).or_default();
         account.audiences.insert(statement.audience.clone());
-        let role = account.roles.entry(arn.as_str().to_owned()).or_insert_with(|| PlannedRole {
-            name: name.to_owned(),
-            path: format!("{path}/"),
-            max_session: SESSION_DEFAULT,
-            statements: Vec::new(),
-        });
+        let role = account
+            .roles
+            .entry(arn.as_str().to_owned())
+            .or_insert_with(|| PlannedRole {
+                name: name.to_owned(),
+                path: format!("{path}/"),
+                max_session: SESSION_DEFAULT,
+                statements: Vec::new(),
+            });
         role.max_session = role.max_session.max(duration);
         if !role.statements.contains(&statement) {
             role.statements.push(statement);
@@ -281,8 +354,17 @@ impl Plan {
     /// Warns of a role that several IDs share by a placeholder. Without one the sharing is intended.
     fn check_meeting(&mut self) {
         for (arn, role) in self.accounts.values().flat_map(|account| &account.roles) {
-            let subjects: BTreeSet<&str> = role.statements.iter().map(|statement| statement.subject.as_str()).collect();
-            if subjects.len() > 1 && role.statements.iter().any(|statement| statement.is_rendered) {
+            let subjects: BTreeSet<&str> = role
+                .statements
+                .iter()
+                .map(|statement| statement.subject.as_str())
+                .collect();
+            if subjects.len() > 1
+                && role
+                    .statements
+                    .iter()
+                    .any(|statement| statement.is_rendered)
+            {
                 let subjects: Vec<&str> = subjects.into_iter().collect();
                 self.warnings.push(format!(
                     "{arn}: `role_arn` gives this one role to {}; where they are to be kept apart, write into it every {{path[N]}} \
@@ -298,7 +380,10 @@ impl Plan {
         for (account, content) in &self.accounts {
             let mut names: BTreeMap<String, Vec<&str>> = BTreeMap::new();
             for (arn, role) in &content.roles {
-                names.entry(role.name.to_ascii_lowercase()).or_default().push(arn);
+                names
+                    .entry(role.name.to_ascii_lowercase())
+                    .or_default()
+                    .push(arn);
             }
             for arns in names.values().filter(|arns| arns.len() > 1) {
                 self.warnings.push(format!(
@@ -312,7 +397,9 @@ impl Plan {
     fn check_limits(&mut self) {
         for (name, account) in &self.accounts {
             if account.audiences.len() > AUDIENCES_MAX {
-                self.warnings.push(format!("account {name}: an IAM provider takes at most {AUDIENCES_MAX} audiences"));
+                self.warnings.push(format!(
+                    "account {name}: an IAM provider takes at most {AUDIENCES_MAX} audiences"
+                ));
             }
             let provider = Value::from(self.provider_arn(name));
             for (arn, role) in &account.roles {

@@ -3,26 +3,40 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole, Statement};
+use super::plan::{
+    Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole, Statement,
+};
 
 /// Of the provider, as a resource or as a data source.
 const PROVIDER: &str = "aws_iam_openid_connect_provider.awsvid";
 
 pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
     let PlannedAccountName { partition, number } = name;
-    let mut text = format!("# Account {number}, partition {partition}.\n\n{}", provider(plan, name, account));
+    let mut text = format!(
+        "# Account {number}, partition {partition}.\n\n{}",
+        provider(plan, name, account)
+    );
     let mut taken = BTreeSet::new();
     for role in account.roles.values() {
         let label = label(&role.name, &mut taken);
         // Writing to a string cannot fail.
-        let _ = write!(text, "\nresource \"aws_iam_role\" {} {{\n{}}}\n", string(&label), body(plan, role));
+        let _ = write!(
+            text,
+            "\nresource \"aws_iam_role\" {} {{\n{}}}\n",
+            string(&label),
+            body(plan, role)
+        );
     }
     text
 }
 
 /// `apply` fails for a resource that exists already.
 fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
-    let audiences: Vec<String> = account.audiences.iter().map(|audience| string(audience)).collect();
+    let audiences: Vec<String> = account
+        .audiences
+        .iter()
+        .map(|audience| string(audience))
+        .collect();
     let (url, audiences) = (string(plan.issuer.url()), audiences.join(", "));
     let PlannedProvider::New { thumbprint } = &plan.provider else {
         return format!(
@@ -30,7 +44,9 @@ fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) ->
              data \"aws_iam_openid_connect_provider\" \"awsvid\" {{\n  url = {url}\n}}\n"
         );
     };
-    let thumbprints = thumbprint.as_ref().map(|thumbprint| format!("  thumbprint_list = [{}]\n", string(thumbprint)));
+    let thumbprints = thumbprint
+        .as_ref()
+        .map(|thumbprint| format!("  thumbprint_list = [{}]\n", string(thumbprint)));
     format!(
         "# If the account has this provider already: awsvid trust-policy --existing-provider, or\n\
          # terraform import {PROVIDER} {}\n\
@@ -41,7 +57,11 @@ fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) ->
 }
 
 fn body(plan: &Plan, role: &PlannedRole) -> String {
-    let statements: String = role.statements.iter().map(|one| statement(plan, one)).collect();
+    let statements: String = role
+        .statements
+        .iter()
+        .map(|one| statement(plan, one))
+        .collect();
     format!(
         "  name                 = {}\n  path                 = {}\n  max_session_duration = {}\n\n  \
          assume_role_policy = jsonencode({{\n    Version   = \"2012-10-17\"\n    Statement = [\n{statements}    ]\n  }})\n",
@@ -56,11 +76,20 @@ fn statement(plan: &Plan, statement: &Statement) -> String {
     for (operator, keys) in statement.condition(&plan.issuer) {
         let _ = writeln!(condition, "          {operator} = {{");
         for (key, value) in keys {
-            let _ = writeln!(condition, "            {} = {}", string(&key), string(&value));
+            let _ = writeln!(
+                condition,
+                "            {} = {}",
+                string(&key),
+                string(&value)
+            );
         }
         condition.push_str("          }\n");
     }
-    let data = if plan.provider == PlannedProvider::Existing { "data." } else { "" };
+    let data = if plan.provider == PlannedProvider::Existing {
+        "data."
+    } else {
+        ""
+    };
     format!(
         "      {{\n        Effect    = \"Allow\"\n        Principal = {{ Federated = {data}{PROVIDER}.arn }}\n        \
          Action    = \"sts:AssumeRoleWithWebIdentity\"\n        Condition = {{\n{condition}        }}\n      }},\n"
@@ -69,7 +98,10 @@ fn statement(plan: &Plan, statement: &Statement) -> String {
 
 /// A name of a resource: letters, digits and `_`, another one for each role.
 fn label(name: &str, taken: &mut BTreeSet<String>) -> String {
-    let mut label: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    let mut label: String = name
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+        .collect();
     if !label.starts_with(|c: char| c.is_ascii_alphabetic()) {
         label.insert_str(0, "role_");
     }

@@ -16,12 +16,22 @@ const HEAD: &str = "[identity]\naudience = \"sts.amazonaws.com\"\n[sts]\nregion 
 
 fn roles(text: &str) -> crate::role::Roles {
     let parsed = Config::parse(&format!("{HEAD}{text}"), &|_| None);
-    parsed.unwrap_or_else(|problems| panic!("{problems:?}")).config.roles
+    parsed
+        .unwrap_or_else(|problems| panic!("{problems:?}"))
+        .config
+        .roles
 }
 
 fn plan(text: &str) -> Plan {
-    let provider = PlannedProvider::New { thumbprint: Some(THUMBPRINT.to_owned()) };
-    Plan::new(&roles(text), &[], PlannedIssuer::parse(ISSUER).unwrap(), provider)
+    let provider = PlannedProvider::New {
+        thumbprint: Some(THUMBPRINT.to_owned()),
+    };
+    Plan::new(
+        &roles(text),
+        &[],
+        PlannedIssuer::parse(ISSUER).unwrap(),
+        provider,
+    )
 }
 
 fn role(name: &str, id: &str, arn: &str) -> String {
@@ -30,22 +40,45 @@ fn role(name: &str, id: &str, arn: &str) -> String {
 
 /// Whether a role's trust policy lets a token of the plan's issuer in.
 fn allows(policy: &Value, audience: &str, subject: &str) -> bool {
-    reading::allows(policy, &Token { issuer: ISSUER, audience, subject }, PROVIDER)
+    reading::allows(
+        policy,
+        &Token {
+            issuer: ISSUER,
+            audience,
+            subject,
+        },
+        PROVIDER,
+    )
 }
 
 fn read_all(plan: &Plan) -> Read {
-    let outputs =
-        [Format::AwsCli, Format::Terraform, Format::Cloudformation].map(|format| render(plan, format).unwrap());
+    let outputs = [Format::AwsCli, Format::Terraform, Format::Cloudformation]
+        .map(|format| render(plan, format).unwrap());
     reading::same(outputs.each_ref().map(String::as_str), PROVIDER)
 }
 
 #[test]
 fn every_language_says_the_same_and_lets_in_only_who_is_meant() {
-    let text = role("billing", "spiffe://example.org/ns/pay/sa/billing", "arn:aws:iam::123456789012:role/team/billing")
-        + "audience = \"it's ${x} %{y} \\\\\"\nduration = \"2h\"\n"
-        + &role("shop-1", "spiffe://example.org/shop/*", "arn:aws:iam::123456789012:role/shop-1")
-        + &role("shop.1", "spiffe://example.org/more/**", "arn:aws:iam::123456789012:role/shop.1")
-        + &role("again", "spiffe://example.org/again", "arn:aws:iam::123456789012:role/shop.1");
+    let text = role(
+        "billing",
+        "spiffe://example.org/ns/pay/sa/billing",
+        "arn:aws:iam::123456789012:role/team/billing",
+    ) + "audience = \"it's ${x} %{y} \\\\\"\nduration = \"2h\"\n"
+        + &role(
+            "shop-1",
+            "spiffe://example.org/shop/*",
+            "arn:aws:iam::123456789012:role/shop-1",
+        )
+        + &role(
+            "shop.1",
+            "spiffe://example.org/more/**",
+            "arn:aws:iam::123456789012:role/shop.1",
+        )
+        + &role(
+            "again",
+            "spiffe://example.org/again",
+            "arn:aws:iam::123456789012:role/shop.1",
+        );
     let text = text.replace("it's ${x} %{y} ", "it's${x}%{y}");
     let read = read_all(&plan(&text));
     let odd = "it's${x}%{y}\\";
@@ -68,12 +101,24 @@ fn every_language_says_the_same_and_lets_in_only_who_is_meant() {
     ] {
         assert!(!allows(billing, odd, other), "{other}");
     }
-    assert_eq!((read.roles["shop-1"].0.as_str(), read.roles["shop-1"].1), ("/", 3600));
+    assert_eq!(
+        (read.roles["shop-1"].0.as_str(), read.roles["shop-1"].1),
+        ("/", 3600)
+    );
     // Two [[role]]s with one ARN are one role that trusts both.
     let both = &read.roles["shop.1"].2;
-    for (subject, expected) in [("more/a/b", true), ("again", true), ("again/x", false), ("other", false)] {
+    for (subject, expected) in [
+        ("more/a/b", true),
+        ("again", true),
+        ("again/x", false),
+        ("other", false),
+    ] {
         assert_eq!(
-            allows(both, "sts.amazonaws.com", &format!("spiffe://example.org/{subject}")),
+            allows(
+                both,
+                "sts.amazonaws.com",
+                &format!("spiffe://example.org/{subject}")
+            ),
             expected,
             "{subject}"
         );
@@ -86,19 +131,29 @@ fn a_policy_lets_in_what_the_pattern_matches_and_nothing_else() {
     let mut paths = vec![String::new()];
     let mut ids = Vec::new();
     for _ in 0..4 {
-        paths = paths.iter().flat_map(|path| segments.map(|segment| format!("{path}/{segment}"))).collect();
+        paths = paths
+            .iter()
+            .flat_map(|path| segments.map(|segment| format!("{path}/{segment}")))
+            .collect();
         ids.extend(paths.iter().map(|path| format!("spiffe://t{path}")));
     }
-    for pattern in ["a", "a/b", "*", "a/*", "*/b", "a/*/b", "*/*", "*/a/*", "a/**", "a/b/**", "**", "*/*/*/*"] {
+    for pattern in [
+        "a", "a/b", "*", "a/*", "*/b", "a/*/b", "*/*", "*/a/*", "a/**", "a/b/**", "**", "*/*/*/*",
+    ] {
         let pattern = format!("spiffe://t/{pattern}");
-        let text = role("r", &pattern, "arn:aws:iam::123456789012:role/r").replace("[[role]]", "[[role]]\n");
+        let text = role("r", &pattern, "arn:aws:iam::123456789012:role/r")
+            .replace("[[role]]", "[[role]]\n");
         let plan = plan(&text);
         assert_eq!(plan.warnings, [""; 0], "{pattern}");
         let policy = &by_a_shell(&render(&plan, Format::AwsCli).unwrap()).roles["r"].2;
         let matcher = crate::identity::SpiffeIdPattern::parse(&pattern).unwrap();
         for id in &ids {
             let expected = matcher.matches(&SpiffeId::parse(id).unwrap());
-            assert_eq!(allows(policy, "sts.amazonaws.com", id), expected, "{pattern} and {id}");
+            assert_eq!(
+                allows(policy, "sts.amazonaws.com", id),
+                expected,
+                "{pattern} and {id}"
+            );
             assert!(!allows(policy, "other", id), "{pattern} and {id}");
         }
     }
@@ -106,8 +161,14 @@ fn a_policy_lets_in_what_the_pattern_matches_and_nothing_else() {
 
 #[test]
 fn what_iam_cannot_say_is_a_warning_with_an_example() {
-    let plan = plan(&role("r", "spiffe://t/ns/*/sa/**", "arn:aws:iam::123456789012:role/r"));
-    let [warning] = &plan.warnings[..] else { panic!("{:?}", plan.warnings) };
+    let plan = plan(&role(
+        "r",
+        "spiffe://t/ns/*/sa/**",
+        "arn:aws:iam::123456789012:role/r",
+    ));
+    let [warning] = &plan.warnings[..] else {
+        panic!("{:?}", plan.warnings)
+    };
     let example = "spiffe://t/ns/any/thing/sa/x";
     assert!(warning.contains(example), "{warning}");
     let policy = &by_a_shell(&render(&plan, Format::AwsCli).unwrap()).roles["r"].2;
@@ -118,18 +179,44 @@ fn what_iam_cannot_say_is_a_warning_with_an_example() {
 
 #[test]
 fn an_arn_from_the_id_is_one_role_for_each_id_that_is_known() {
-    let roles = roles(&role("r", "spiffe://t/app/*", "arn:aws:iam::123456789012:role/app-{path[1]}"));
-    let ids = ["spiffe://t/app/a", "spiffe://t/app/b", "spiffe://t/other/c"].map(|id| SpiffeId::parse(id).unwrap());
+    let roles = roles(&role(
+        "r",
+        "spiffe://t/app/*",
+        "arn:aws:iam::123456789012:role/app-{path[1]}",
+    ));
+    let ids = ["spiffe://t/app/a", "spiffe://t/app/b", "spiffe://t/other/c"]
+        .map(|id| SpiffeId::parse(id).unwrap());
     let issuer = || PlannedIssuer::parse(ISSUER).unwrap();
     let read = by_a_shell(
-        &render(&Plan::new(&roles, &ids, issuer(), PlannedProvider::New { thumbprint: None }), Format::AwsCli).unwrap(),
+        &render(
+            &Plan::new(
+                &roles,
+                &ids,
+                issuer(),
+                PlannedProvider::New { thumbprint: None },
+            ),
+            Format::AwsCli,
+        )
+        .unwrap(),
     );
     assert_eq!(read.roles.keys().collect::<Vec<_>>(), ["app-a", "app-b"]);
-    assert!(allows(&read.roles["app-a"].2, "sts.amazonaws.com", "spiffe://t/app/a"));
-    assert!(!allows(&read.roles["app-a"].2, "sts.amazonaws.com", "spiffe://t/app/b"));
+    assert!(allows(
+        &read.roles["app-a"].2,
+        "sts.amazonaws.com",
+        "spiffe://t/app/a"
+    ));
+    assert!(!allows(
+        &read.roles["app-a"].2,
+        "sts.amazonaws.com",
+        "spiffe://t/app/b"
+    ));
     assert!(read.provider["ThumbprintList"].is_null());
     let none = Plan::new(&roles, &[], issuer(), PlannedProvider::Existing);
-    assert!(none.accounts.is_empty() && none.warnings[0].contains("--spiffe-id"), "{:?}", none.warnings);
+    assert!(
+        none.accounts.is_empty() && none.warnings[0].contains("--spiffe-id"),
+        "{:?}",
+        none.warnings
+    );
 }
 
 #[test]
@@ -140,16 +227,37 @@ fn accounts_and_partitions_are_kept_apart_and_others_are_left_out() {
         + "endpoint = \"https://minio.internal:9000\"\naudience = \"minio\"\n";
     let text = text.replace("endpoint =", "sts_endpoint =");
     let plan = plan(&text);
-    assert!(plan.warnings.iter().any(|warning| warning.contains("\"m\" is left out")), "{:?}", plan.warnings);
+    assert!(
+        plan.warnings
+            .iter()
+            .any(|warning| warning.contains("\"m\" is left out")),
+        "{:?}",
+        plan.warnings
+    );
     let script = render(&plan, Format::AwsCli).unwrap();
-    assert!(script.contains("arn:aws-cn:iam::210987654321:oidc-provider/oidc.example.org/tenant"), "{script}");
+    assert!(
+        script.contains("arn:aws-cn:iam::210987654321:oidc-provider/oidc.example.org/tenant"),
+        "{script}"
+    );
     assert!(!script.contains("minio"), "{script}");
-    let headings: Vec<&str> = script.lines().filter(|line| line.starts_with("# Account ")).collect();
+    let headings: Vec<&str> = script
+        .lines()
+        .filter(|line| line.starts_with("# Account "))
+        .collect();
     assert_eq!(headings.len(), 2, "{script}");
-    assert!(headings[0].starts_with("# Account 123456789012, partition aws:"), "{headings:?}");
-    assert!(headings[1].starts_with("# Account 210987654321, partition aws-cn:"), "{headings:?}");
+    assert!(
+        headings[0].starts_with("# Account 123456789012, partition aws:"),
+        "{headings:?}"
+    );
+    assert!(
+        headings[1].starts_with("# Account 210987654321, partition aws-cn:"),
+        "{headings:?}"
+    );
     let error = render(&plan, Format::Terraform).unwrap_err();
-    assert!(error.contains("--account (aws:123456789012, aws-cn:210987654321)"), "{error}");
+    assert!(
+        error.contains("--account (aws:123456789012, aws-cn:210987654321)"),
+        "{error}"
+    );
 }
 
 /// Partitions number their accounts each for itself.
@@ -179,67 +287,145 @@ fn account_number_in_two_partitions_is_two_accounts() {
 
 #[test]
 fn existing_provider_is_used_and_not_made() {
-    let text = role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a") + "audience = \"shop\"\n";
-    let plan = Plan::new(&roles(&text), &[], PlannedIssuer::parse(ISSUER).unwrap(), PlannedProvider::Existing);
-    let [script, terraform, template] =
-        [Format::AwsCli, Format::Terraform, Format::Cloudformation].map(|format| render(&plan, format).unwrap());
+    let text =
+        role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a") + "audience = \"shop\"\n";
+    let plan = Plan::new(
+        &roles(&text),
+        &[],
+        PlannedIssuer::parse(ISSUER).unwrap(),
+        PlannedProvider::Existing,
+    );
+    let [script, terraform, template] = [Format::AwsCli, Format::Terraform, Format::Cloudformation]
+        .map(|format| render(&plan, format).unwrap());
     // The audience may be missing there.
     let audience = format!(
         "aws iam add-client-id-to-open-id-connect-provider --open-id-connect-provider-arn '{PROVIDER}' --client-id 'shop'"
     );
     assert!(script.contains(&audience), "{script}");
     for output in [&script, &terraform, &template] {
-        assert!(output.contains("shop") && output.contains("123456789012"), "{output}");
+        assert!(
+            output.contains("shop") && output.contains("123456789012"),
+            "{output}"
+        );
     }
-    assert!(!script.contains("create-open-id") && !script.contains("get-open-id"), "{script}");
-    assert!(terraform.contains("data \"aws_iam_openid_connect_provider\" \"awsvid\""), "{terraform}");
-    assert!(terraform.contains("Federated = data.aws_iam_openid_connect_provider.awsvid.arn"), "{terraform}");
-    assert!(!terraform.contains("resource \"aws_iam_openid_connect_provider\""), "{terraform}");
+    assert!(
+        !script.contains("create-open-id") && !script.contains("get-open-id"),
+        "{script}"
+    );
+    assert!(
+        terraform.contains("data \"aws_iam_openid_connect_provider\" \"awsvid\""),
+        "{terraform}"
+    );
+    assert!(
+        terraform.contains("Federated = data.aws_iam_openid_connect_provider.awsvid.arn"),
+        "{terraform}"
+    );
+    assert!(
+        !terraform.contains("resource \"aws_iam_openid_connect_provider\""),
+        "{terraform}"
+    );
     let template: Value = serde_json::from_str(&template).unwrap();
     let resources = template["Resources"].as_object().unwrap();
     assert_eq!(resources.len(), 1, "{template}");
     let policy = &resources.values().next().unwrap()["Properties"]["AssumeRolePolicyDocument"];
-    assert_eq!(policy["Statement"][0]["Principal"], json!({ "Federated": PROVIDER }));
+    assert_eq!(
+        policy["Statement"][0]["Principal"],
+        json!({ "Federated": PROVIDER })
+    );
     assert!(allows(policy, "shop", "spiffe://t/a"));
 }
 
 #[test]
 fn commands_create_the_provider_only_if_there_is_none() {
-    let plan = plan(&role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a"));
+    let plan = plan(&role(
+        "a",
+        "spiffe://t/a",
+        "arn:aws:iam::123456789012:role/a",
+    ));
     let script = render(&plan, Format::AwsCli).unwrap();
     for (there, made) in [(0, false), (254, true)] {
-        let stub = format!("aws() {{ echo \"$2\"; [ \"$2\" != get-open-id-connect-provider ] || return {there}; }}\n");
-        let output = std::process::Command::new("sh").arg("-euc").arg(format!("{stub}{script}")).output().unwrap();
+        let stub = format!(
+            "aws() {{ echo \"$2\"; [ \"$2\" != get-open-id-connect-provider ] || return {there}; }}\n"
+        );
+        let output = std::process::Command::new("sh")
+            .arg("-euc")
+            .arg(format!("{stub}{script}"))
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{output:?}");
         let called = String::from_utf8(output.stdout).unwrap();
-        assert_eq!(called.contains("create-open-id-connect-provider"), made, "{called}");
-        assert!(called.ends_with("add-client-id-to-open-id-connect-provider\ncreate-role\n"), "{called}");
+        assert_eq!(
+            called.contains("create-open-id-connect-provider"),
+            made,
+            "{called}"
+        );
+        assert!(
+            called.ends_with("add-client-id-to-open-id-connect-provider\ncreate-role\n"),
+            "{called}"
+        );
     }
     // The other formats cannot check, and their output has the option's name.
     for format in [Format::Terraform, Format::Cloudformation] {
         let output = render(&plan, format).unwrap();
-        assert!(output.contains("has th") && output.contains("--existing-provider"), "{output}");
+        assert!(
+            output.contains("has th") && output.contains("--existing-provider"),
+            "{output}"
+        );
     }
 }
 
 /// Attack 36.
 #[test]
 fn ids_that_meet_in_one_role_are_a_warning() {
-    let ids =
-        ["spiffe://t/ns/a/sa/x", "spiffe://t/ns/b/sa/x", "spiffe://t/ns/a/sa/y"].map(|id| SpiffeId::parse(id).unwrap());
+    let ids = [
+        "spiffe://t/ns/a/sa/x",
+        "spiffe://t/ns/b/sa/x",
+        "spiffe://t/ns/a/sa/y",
+    ]
+    .map(|id| SpiffeId::parse(id).unwrap());
     let warnings = |text: &str| {
-        Plan::new(&roles(text), &ids, PlannedIssuer::parse(ISSUER).unwrap(), PlannedProvider::Existing).warnings
+        Plan::new(
+            &roles(text),
+            &ids,
+            PlannedIssuer::parse(ISSUER).unwrap(),
+            PlannedProvider::Existing,
+        )
+        .warnings
     };
     let pattern = "spiffe://t/ns/*/sa/*";
-    let meeting = warnings(&role("r", pattern, "arn:aws:iam::123456789012:role/{path[3]}"));
-    let [warning] = &meeting[..] else { panic!("{meeting:?}") };
-    let words = "role/x: `role_arn` gives this one role to spiffe://t/ns/a/sa/x and spiffe://t/ns/b/sa/x";
+    let meeting = warnings(&role(
+        "r",
+        pattern,
+        "arn:aws:iam::123456789012:role/{path[3]}",
+    ));
+    let [warning] = &meeting[..] else {
+        panic!("{meeting:?}")
+    };
+    let words =
+        "role/x: `role_arn` gives this one role to spiffe://t/ns/a/sa/x and spiffe://t/ns/b/sa/x";
     assert!(warning.contains(words), "{warning}");
-    assert_eq!(warnings(&role("r", pattern, "arn:aws:iam::123456789012:role/{path[1]}={path[3]}")), [""; 0]);
+    assert_eq!(
+        warnings(&role(
+            "r",
+            pattern,
+            "arn:aws:iam::123456789012:role/{path[1]}={path[3]}"
+        )),
+        [""; 0]
+    );
     // A fixed role beside one that is made from an ID.
-    let beside = role("r", pattern, "arn:aws:iam::123456789012:role/{path[1]}={path[3]}")
-        + &role("f", "spiffe://t/other", "arn:aws:iam::123456789012:role/a=x");
-    assert!(warnings(&beside)[0].contains("gives this one role to spiffe://t/ns/a/sa/x and spiffe://t/other"));
+    let beside = role(
+        "r",
+        pattern,
+        "arn:aws:iam::123456789012:role/{path[1]}={path[3]}",
+    ) + &role(
+        "f",
+        "spiffe://t/other",
+        "arn:aws:iam::123456789012:role/a=x",
+    );
+    assert!(
+        warnings(&beside)[0]
+            .contains("gives this one role to spiffe://t/ns/a/sa/x and spiffe://t/other")
+    );
     // Two that are written for one role are meant so.
     let meant = role("r", "spiffe://t/one", "arn:aws:iam::123456789012:role/f")
         + &role("f", "spiffe://t/other", "arn:aws:iam::123456789012:role/f");
@@ -249,13 +435,27 @@ fn ids_that_meet_in_one_role_are_a_warning() {
 #[test]
 fn roles_whose_names_iam_does_not_tell_apart_are_a_warning() {
     let both = |one: &str, other: &str| {
-        let text = role("r", "spiffe://t/one", &format!("arn:aws:iam::123456789012:role/{one}"))
-            + &role("f", "spiffe://t/other", &format!("arn:aws:iam::123456789012:role/{other}"));
+        let text = role(
+            "r",
+            "spiffe://t/one",
+            &format!("arn:aws:iam::123456789012:role/{one}"),
+        ) + &role(
+            "f",
+            "spiffe://t/other",
+            &format!("arn:aws:iam::123456789012:role/{other}"),
+        );
         plan(&text).warnings
     };
-    for (one, other) in [("shop", "Shop"), ("a/billing", "b/billing"), ("billing", "b/BILLING")] {
+    for (one, other) in [
+        ("shop", "Shop"),
+        ("a/billing", "b/billing"),
+        ("billing", "b/BILLING"),
+    ] {
         let warnings = both(one, other);
-        assert!(warnings.len() == 1 && warnings[0].contains("IAM makes only one of"), "{warnings:?}");
+        assert!(
+            warnings.len() == 1 && warnings[0].contains("IAM makes only one of"),
+            "{warnings:?}"
+        );
     }
     assert_eq!(both("a/shop", "a/billing"), [""; 0]);
 }
@@ -274,9 +474,20 @@ fn issuers() {
             PlannedIssuer::parse(text).unwrap(),
             PlannedProvider::Existing,
         );
-        assert!(plan.warnings.iter().any(|warning| warning.contains(words)), "{text}: {:?}", plan.warnings);
+        assert!(
+            plan.warnings.iter().any(|warning| warning.contains(words)),
+            "{text}: {:?}",
+            plan.warnings
+        );
     }
-    for text in ["oidc.example.org", "https://", "https://a b", "https://a/?x", "https://a/\"", "https://a/${b}"] {
+    for text in [
+        "oidc.example.org",
+        "https://",
+        "https://a b",
+        "https://a/?x",
+        "https://a/\"",
+        "https://a/${b}",
+    ] {
         assert!(PlannedIssuer::parse(text).is_err(), "{text}");
     }
 }
@@ -284,8 +495,19 @@ fn issuers() {
 #[test]
 fn a_policy_that_iam_finds_too_long_is_a_warning() {
     let text: String = (0..9)
-        .map(|i| role(&format!("r{i}"), &format!("spiffe://example.org/n/{i}"), "arn:aws:iam::123456789012:role/r"))
+        .map(|i| {
+            role(
+                &format!("r{i}"),
+                &format!("spiffe://example.org/n/{i}"),
+                "arn:aws:iam::123456789012:role/r",
+            )
+        })
         .collect();
     let warnings = plan(&text).warnings;
-    assert!(warnings.iter().any(|warning| warning.contains("IAM takes 2048")), "{warnings:?}");
+    assert!(
+        warnings
+            .iter()
+            .any(|warning| warning.contains("IAM takes 2048")),
+        "{warnings:?}"
+    );
 }

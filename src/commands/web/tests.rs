@@ -14,7 +14,10 @@ async fn private() -> (u16, String) {
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
     let key = KeyPair::generate().unwrap();
-    let leaf = CertificateParams::new(vec!["oidc.example.org".to_owned()]).unwrap().signed_by(&key, &ca).unwrap();
+    let leaf = CertificateParams::new(vec!["oidc.example.org".to_owned()])
+        .unwrap()
+        .signed_by(&key, &ca)
+        .unwrap();
     let last = digest(&SHA1_FOR_LEGACY_USE_ONLY, ca.der());
     let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
     let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
@@ -28,21 +31,42 @@ async fn private() -> (u16, String) {
     let acceptor = TlsAcceptor::from(Arc::new(config));
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let Ok(mut stream) = acceptor.accept(stream).await else {
+                continue;
+            };
             let _ = stream.read(&mut [0; 4096]).await;
-            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").await;
+            let _ = stream
+                .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                .await;
             let _ = stream.shutdown().await;
         }
     });
-    (port, last.as_ref().iter().map(|byte| format!("{byte:02x}")).collect())
+    (
+        port,
+        last.as_ref()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect(),
+    )
 }
 
 #[tokio::test]
 async fn a_chain_that_is_not_trusted_is_told_with_its_thumbprint() {
     let (port, thumbprint) = private().await;
-    let resolve = vec![format!("oidc.example.org:{port}:127.0.0.1").parse().unwrap()];
-    let web = HttpProbe { resolve, network: None, deadline: Duration::from_secs(5) };
-    let answer = web.get(&format!("https://oidc.example.org:{port}/keys")).await.unwrap();
+    let resolve = vec![
+        format!("oidc.example.org:{port}:127.0.0.1")
+            .parse()
+            .unwrap(),
+    ];
+    let web = HttpProbe {
+        resolve,
+        network: None,
+        deadline: Duration::from_secs(5),
+    };
+    let answer = web
+        .get(&format!("https://oidc.example.org:{port}/keys"))
+        .await
+        .unwrap();
     assert_eq!((answer.status, &answer.body[..]), (200, &b"{}"[..]));
     let chain = answer.chain.unwrap();
     assert!(chain.distrust.unwrap().contains("certificate"));
@@ -52,8 +76,16 @@ async fn a_chain_that_is_not_trusted_is_told_with_its_thumbprint() {
 #[tokio::test]
 async fn no_answer_is_waited_for_longer_than_the_deadline() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let web = HttpProbe { resolve: Vec::new(), network: None, deadline: Duration::from_millis(50) };
-    let error = web.get(&format!("http://{}/", listener.local_addr().unwrap())).await.err().unwrap();
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: None,
+        deadline: Duration::from_millis(50),
+    };
+    let error = web
+        .get(&format!("http://{}/", listener.local_addr().unwrap()))
+        .await
+        .err()
+        .unwrap();
     assert!(error.contains("no answer within 50ms"), "{error}");
 }
 
@@ -75,7 +107,9 @@ async fn proxy(answer: &'static str, port: u16) -> (String, mpsc::UnboundedRecei
         while let Ok((mut stream, _)) = listener.accept().await {
             let mut head = vec![0; 4096];
             let length = stream.read(&mut head).await.unwrap();
-            sender.send(String::from_utf8_lossy(&head[..length]).into_owned()).unwrap();
+            sender
+                .send(String::from_utf8_lossy(&head[..length]).into_owned())
+                .unwrap();
             stream.write_all(answer.as_bytes()).await.unwrap();
             if answer.contains(" 200 Connection") {
                 let mut target = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
@@ -87,7 +121,12 @@ async fn proxy(answer: &'static str, port: u16) -> (String, mpsc::UnboundedRecei
 }
 
 fn network(variables: &[(&str, &str)]) -> NetworkSettings {
-    NetworkSettings::from_env(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| (*v).to_owned()))
+    NetworkSettings::from_env(|name| {
+        variables
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, v)| (*v).to_owned())
+    })
 }
 
 #[tokio::test]
@@ -95,23 +134,59 @@ async fn it_goes_through_the_proxy_that_sts_is_reached_through() {
     const DEADLINE: Duration = Duration::from_secs(5);
     let (port, _) = private().await;
     let url = format!("https://oidc.example.org:{port}/keys");
-    let (address, mut heads) = proxy("HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n", port).await;
+    let (address, mut heads) = proxy(
+        "HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n",
+        port,
+    )
+    .await;
     let proxied = format!("http://user:s3cret@{address}");
     let through = network(&[("HTTPS_PROXY", &proxied)]);
-    let web = HttpProbe { resolve: Vec::new(), network: Some(through.clone()), deadline: DEADLINE };
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: Some(through.clone()),
+        deadline: DEADLINE,
+    };
     let answer = web.get(&url).await.unwrap();
     assert_eq!((answer.status, &answer.body[..]), (200, &b"{}"[..]));
     let head = heads.recv().await.unwrap();
-    assert!(head.starts_with(&format!("CONNECT oidc.example.org:{port} HTTP/1.1\r\n")), "{head}");
+    assert!(
+        head.starts_with(&format!("CONNECT oidc.example.org:{port} HTTP/1.1\r\n")),
+        "{head}"
+    );
     // base64 of user:s3cret
-    assert!(head.contains("Proxy-Authorization: Basic dXNlcjpzM2NyZXQ=\r\n"), "{head}");
+    assert!(
+        head.contains("Proxy-Authorization: Basic dXNlcjpzM2NyZXQ=\r\n"),
+        "{head}"
+    );
 
     // Where an address is named, or the host is an exception, it is the way of the others.
-    let resolve = vec![format!("oidc.example.org:{port}:127.0.0.1").parse().unwrap()];
-    HttpProbe { resolve, network: Some(through.clone()), deadline: DEADLINE }.get(&url).await.unwrap();
-    let except = network(&[("HTTPS_PROXY", &proxied), ("NO_PROXY", "oidc.example.invalid")]);
-    let web = HttpProbe { resolve: Vec::new(), network: Some(except), deadline: DEADLINE };
-    let error = web.get("https://oidc.example.invalid/").await.err().unwrap();
+    let resolve = vec![
+        format!("oidc.example.org:{port}:127.0.0.1")
+            .parse()
+            .unwrap(),
+    ];
+    HttpProbe {
+        resolve,
+        network: Some(through.clone()),
+        deadline: DEADLINE,
+    }
+    .get(&url)
+    .await
+    .unwrap();
+    let except = network(&[
+        ("HTTPS_PROXY", &proxied),
+        ("NO_PROXY", "oidc.example.invalid"),
+    ]);
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: Some(except),
+        deadline: DEADLINE,
+    };
+    let error = web
+        .get("https://oidc.example.invalid/")
+        .await
+        .err()
+        .unwrap();
     assert!(error.contains("does not resolve"), "{error}");
     assert!(heads.try_recv().is_err(), "nobody else asked it");
 }
@@ -120,25 +195,61 @@ async fn it_goes_through_the_proxy_that_sts_is_reached_through() {
 async fn what_a_proxy_says_against_it_is_told_without_its_password() {
     let (address, mut heads) = proxy("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", 1).await;
     let through = network(&[("ALL_PROXY", &format!("http://user:s3cret@{address}"))]);
-    let web = HttpProbe { resolve: Vec::new(), network: Some(through.clone()), deadline: Duration::from_secs(5) };
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: Some(through.clone()),
+        deadline: Duration::from_secs(5),
+    };
     let error = web.get("https://oidc.example.org/").await.err().unwrap();
-    assert!(error.contains("the proxy 127.0.0.1") && error.contains("407") && !error.contains("s3cret"), "{error}");
-    assert!(heads.recv().await.unwrap().starts_with("CONNECT oidc.example.org:443 "));
+    assert!(
+        error.contains("the proxy 127.0.0.1") && error.contains("407") && !error.contains("s3cret"),
+        "{error}"
+    );
+    assert!(
+        heads
+            .recv()
+            .await
+            .unwrap()
+            .starts_with("CONNECT oidc.example.org:443 ")
+    );
 
     // Without TLS the proxy asks itself, and gets nothing that is meant for loopback.
-    let answer = web.get_with("http://oidc.example.org/a?b", Some("t0ken")).await.unwrap();
+    let answer = web
+        .get_with("http://oidc.example.org/a?b", Some("t0ken"))
+        .await
+        .unwrap();
     assert_eq!(answer.status, 407);
     let head = heads.recv().await.unwrap();
-    assert!(head.starts_with("GET http://oidc.example.org/a?b HTTP/1.1\r\n") && !head.contains("t0ken"), "{head}");
+    assert!(
+        head.starts_with("GET http://oidc.example.org/a?b HTTP/1.1\r\n") && !head.contains("t0ken"),
+        "{head}"
+    );
 
     // Nor do its words reach the terminal as they are.
     let (address, _heads) = proxy("HTTP/1.1 403 \x1b[2J\r\n\r\n", 1).await;
     let through = network(&[("HTTPS_PROXY", &address)]);
-    let web = HttpProbe { resolve: Vec::new(), network: Some(through.clone()), deadline: Duration::from_secs(5) };
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: Some(through.clone()),
+        deadline: Duration::from_secs(5),
+    };
     let error = web.get("https://oidc.example.org/").await.err().unwrap();
-    assert!(error.contains("403") && !error.contains('\x1b'), "{error:?}");
+    assert!(
+        error.contains("403") && !error.contains('\x1b'),
+        "{error:?}"
+    );
 
     let secure = network(&[("HTTPS_PROXY", "https://proxy.example.org")]);
-    let web = HttpProbe { resolve: Vec::new(), network: Some(secure), deadline: Duration::from_secs(5) };
-    assert!(web.get("https://oidc.example.org/").await.err().unwrap().contains("over TLS"));
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: Some(secure),
+        deadline: Duration::from_secs(5),
+    };
+    assert!(
+        web.get("https://oidc.example.org/")
+            .await
+            .err()
+            .unwrap()
+            .contains("over TLS")
+    );
 }

@@ -14,25 +14,44 @@ pub(super) async fn open(
     port: u16,
     authorization: Option<&HeaderValue>,
 ) -> Result<(), String> {
-    let authority = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+    let authority = if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    };
     let mut request = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n").into_bytes();
     if let Some(value) = authorization {
         request.extend([b"Proxy-Authorization: ", value.as_bytes(), b"\r\n"].concat());
     }
     request.extend(b"\r\n");
-    stream.write_all(&request).await.map_err(|error| error.to_string())?;
+    stream
+        .write_all(&request)
+        .await
+        .map_err(|error| error.to_string())?;
     // Byte by byte: what comes after the head is not the proxy's.
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         if head.len() == HEAD_MAX {
             return Err("its answer has no end".to_owned());
         }
-        head.push(stream.read_u8().await.map_err(|error| format!("it hangs up: {error}"))?);
+        head.push(
+            stream
+                .read_u8()
+                .await
+                .map_err(|error| format!("it hangs up: {error}"))?,
+        );
     }
     let head = String::from_utf8_lossy(&head);
     let line = head.lines().next().unwrap_or_default();
     match line.split(' ').nth(1) {
-        Some(status) if line.starts_with("HTTP/1.") && status.len() == 3 && status.starts_with('2') => Ok(()),
-        _ => Err(format!("it does not let through to {authority}: {}", line.replace(char::is_control, " "))),
+        Some(status)
+            if line.starts_with("HTTP/1.") && status.len() == 3 && status.starts_with('2') =>
+        {
+            Ok(())
+        }
+        _ => Err(format!(
+            "it does not let through to {authority}: {}",
+            line.replace(char::is_control, " ")
+        )),
     }
 }

@@ -1,13 +1,18 @@
 use super::*;
 
 fn parsed(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Config {
-    Config::parse(text, env).unwrap_or_else(|problems| panic!("{text}\n{problems:?}")).config
+    Config::parse(text, env)
+        .unwrap_or_else(|problems| panic!("{text}\n{problems:?}"))
+        .config
 }
 
 fn without_lines(mut config: Config) -> Config {
     for workload in &mut config.workloads {
         workload.line = None;
-        workload.accounts.iter_mut().for_each(|(_, (_, line))| *line = None);
+        workload
+            .accounts
+            .iter_mut()
+            .for_each(|(_, (_, line))| *line = None);
     }
     config
 }
@@ -97,14 +102,20 @@ fn each_value_says_where_it_is_from() {
     };
     let explained = parsed(SMALL, &env).explain(SMALL, &env);
     let origin = |line: &str| {
-        let found = explained.lines().find(|found| found.starts_with(line)).unwrap_or_else(|| panic!("{line}"));
+        let found = explained
+            .lines()
+            .find(|found| found.starts_with(line))
+            .unwrap_or_else(|| panic!("{line}"));
         found.split_once(" # ").map(|(_, origin)| origin.to_owned())
     };
     let table = [
         ("region = \"eu-central-1\"", None),
         ("unix = \"/run/awsvid/awsvid.sock\"", Some("default")),
         ("tcp = [\"127.0.0.1:974\", \"[::1]:974\"]", Some("default")),
-        ("socket = \"unix:///run/other.sock\"", Some("from SPIFFE_ENDPOINT_SOCKET")),
+        (
+            "socket = \"unix:///run/other.sock\"",
+            Some("from SPIFFE_ENDPOINT_SOCKET"),
+        ),
         ("level = \"debug\"", Some("from AWSVID_LOG")),
         ("user = \"billing\"", None),
         ("audience = \"sts.amazonaws.com\"", Some("default")),
@@ -114,5 +125,8 @@ fn each_value_says_where_it_is_from() {
     for (line, expected) in table {
         assert_eq!(origin(line).as_deref(), expected, "{line}");
     }
-    assert!(explained.contains("# from [identity] audience") && explained.contains("# from [sts] region"));
+    assert!(
+        explained.contains("# from [identity] audience")
+            && explained.contains("# from [sts] region")
+    );
 }

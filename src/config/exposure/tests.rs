@@ -4,7 +4,10 @@ use super::*;
 
 /// What another user could do, by the words before "; ".
 fn found(path: &Path) -> Vec<String> {
-    exposures(path, &fs::metadata(path).unwrap(), "configuration").into_iter().map(|problem| problem.what).collect()
+    exposures(path, &fs::metadata(path).unwrap(), "configuration")
+        .into_iter()
+        .map(|problem| problem.what)
+        .collect()
 }
 
 fn set_mode(path: &Path, mode: u32) {
@@ -34,14 +37,25 @@ fn a_file_of_ones_own_is_safe_also_below_the_sticky_tmp() {
 fn modes_of_the_file_and_its_folder_count() {
     let (folder, path) = file();
     set_mode(&path, 0o646);
-    assert_eq!(found(&path), ["every user of this node can write the configuration"]);
+    assert_eq!(
+        found(&path),
+        ["every user of this node can write the configuration"]
+    );
     set_mode(&path, 0o664);
     let own_group = fs::metadata(&path).unwrap().gid() == getegid().as_raw();
     assert_eq!(found(&path).is_empty(), own_group);
     set_mode(&path, 0o644);
     set_mode(folder.path(), 0o777);
-    let expected = format!("every user of this node can write to {}", folder.path().display());
-    assert!(found(&path)[..].iter().all(|what| what.starts_with(&expected)) && found(&path).len() == 1);
+    let expected = format!(
+        "every user of this node can write to {}",
+        folder.path().display()
+    );
+    assert!(
+        found(&path)[..]
+            .iter()
+            .all(|what| what.starts_with(&expected))
+            && found(&path).len() == 1
+    );
     // As in /tmp: only its owner can replace it.
     set_mode(folder.path(), 0o1777);
     assert_eq!(found(&path), [] as [&str; 0]);
@@ -62,7 +76,10 @@ fn a_symbolic_link_counts_with_its_folder_and_with_what_it_leads_to() {
         set_mode(exposed, 0o777);
         let expected = format!("every user of this node can write to {}", exposed.display());
         let found = found(&path);
-        assert!(found.len() == 1 && found[0].starts_with(&expected), "{found:?}");
+        assert!(
+            found.len() == 1 && found[0].starts_with(&expected),
+            "{found:?}"
+        );
         set_mode(exposed, 0o755);
     }
     // A circle cannot be opened; here the file was opened before there was one.
@@ -70,7 +87,10 @@ fn a_symbolic_link_counts_with_its_folder_and_with_what_it_leads_to() {
     fs::remove_file(other.path().join("..data")).unwrap();
     symlink("..data", other.path().join("..data")).unwrap();
     let problems = exposures(&path, &opened, "configuration");
-    assert!(problems.len() == 1 && problems[0].what.contains("cannot be checked"), "{problems:?}");
+    assert!(
+        problems.len() == 1 && problems[0].what.contains("cannot be checked"),
+        "{problems:?}"
+    );
 }
 
 #[test]
@@ -80,24 +100,36 @@ fn owners_count() {
     }
     let (folder, path) = file();
     chown(&path, Some(51_001), Some(51_001)).unwrap();
-    assert_eq!(found(&path), ["uid 51001 owns the configuration and could change it"]);
+    assert_eq!(
+        found(&path),
+        ["uid 51001 owns the configuration and could change it"]
+    );
     set_mode(&path, 0o664);
     assert_eq!(found(&path)[1..], ["gid 51001 can write the configuration"]);
     set_mode(&path, 0o644);
     chown(&path, Some(0), Some(0)).unwrap();
     chown(folder.path(), Some(51_001), None).unwrap();
-    let owned = format!("uid 51001 owns {} and could put another configuration there", folder.path().display());
+    let owned = format!(
+        "uid 51001 owns {} and could put another configuration there",
+        folder.path().display()
+    );
     assert_eq!(found(&path), [owned]);
     // A file of another user's in a sticky directory of root's.
     chown(folder.path(), Some(0), None).unwrap();
     set_mode(folder.path(), 0o1777);
     chown(&path, Some(51_001), Some(51_001)).unwrap();
-    assert_eq!(found(&path), ["uid 51001 owns the configuration and could change it"]);
+    assert_eq!(
+        found(&path),
+        ["uid 51001 owns the configuration and could change it"]
+    );
     chown(&path, Some(0), Some(0)).unwrap();
     let link = folder.path().join("link");
     symlink(&path, &link).unwrap();
     assert_eq!(found(&link), [] as [&str; 0]);
     std::os::unix::fs::lchown(&link, Some(51_001), None).unwrap();
-    let owned = format!("uid 51001 owns a symbolic link in {} and could lead it elsewhere", folder.path().display());
+    let owned = format!(
+        "uid 51001 owns a symbolic link in {} and could lead it elsewhere",
+        folder.path().display()
+    );
     assert_eq!(found(&link), [owned]);
 }

@@ -46,7 +46,10 @@ fn mutate(text: &mut Vec<u8>, random: &mut fastrand::Rng) {
         3 => drop(text.splice(at..end, random.choice(PIECES).unwrap_or_default().bytes())),
         4 if at < text.len() => text[at] = random.u8(..),
         _ => {
-            let mut lines: Vec<_> = text.split(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
+            let mut lines: Vec<_> = text
+                .split(|byte| *byte == b'\n')
+                .map(<[u8]>::to_vec)
+                .collect();
             random.shuffle(&mut lines[..]);
             *text = lines.join(&b'\n');
         }
@@ -76,7 +79,9 @@ fn no_damage_makes_the_reader_panic() {
         }
         let text = String::from_utf8_lossy(&bytes);
         let outcome = std::panic::catch_unwind(|| parse(&text));
-        let Ok(outcome) = outcome else { panic!("round {round} of seed {seed:#x} panicked at:\n{text}") };
+        let Ok(outcome) = outcome else {
+            panic!("round {round} of seed {seed:#x} panicked at:\n{text}")
+        };
         let problems = match outcome {
             Ok(loaded) => {
                 taken += 1;
@@ -91,31 +96,88 @@ fn no_damage_makes_the_reader_panic() {
             }
         };
         let lines = text.matches('\n').count() + 1;
-        assert!(problems.is_sorted_by_key(|problem| problem.line.unwrap_or(usize::MAX)), "{problems:?}");
-        assert!(problems.iter().all(|p| p.line.is_none_or(|line| (1..=lines).contains(&line))), "{problems:?}\n{text}");
-        assert!(!ConfigErrors { path: "x".into(), problems }.to_string().contains("\n\n"), "{text}");
+        assert!(
+            problems.is_sorted_by_key(|problem| problem.line.unwrap_or(usize::MAX)),
+            "{problems:?}"
+        );
+        assert!(
+            problems
+                .iter()
+                .all(|p| p.line.is_none_or(|line| (1..=lines).contains(&line))),
+            "{problems:?}\n{text}"
+        );
+        assert!(
+            !ConfigErrors {
+                path: "x".into(),
+                problems
+            }
+            .to_string()
+            .contains("\n\n"),
+            "{text}"
+        );
     }
     // Else the damage would be too little or too much to show anything.
-    assert!(taken > 100 && refused > 100 && beyond_syntax > 100, "{taken} taken, {refused} refused, {beyond_syntax}");
+    assert!(
+        taken > 100 && refused > 100 && beyond_syntax > 100,
+        "{taken} taken, {refused} refused, {beyond_syntax}"
+    );
 }
 
 /// What the rest of the program relies on, in whatever was taken.
 fn holds(config: &Config, text: &str) {
-    assert!(config.listen.tcp.iter().all(|address| address.ip().is_loopback()), "{text}");
-    assert!(config.listen.unix.is_some() || !config.listen.tcp.is_empty() || config.listen.pods, "{text}");
+    assert!(
+        config
+            .listen
+            .tcp
+            .iter()
+            .all(|address| address.ip().is_loopback()),
+        "{text}"
+    );
+    assert!(
+        config.listen.unix.is_some() || !config.listen.tcp.is_empty() || config.listen.pods,
+        "{text}"
+    );
     assert!(!config.workloads.is_empty(), "{text}");
     for workload in &config.workloads {
         let (named, rule) = (&workload.rule, &workload.rule.rule);
-        assert!([rule.uid, rule.gid, rule.supplementary_group].iter().all(|id| *id != Some(65534)), "{text}");
-        let WorkloadRule { uid, gid, supplementary_group, systemd_unit, cgroup, .. } = rule;
-        let by_number = [uid, gid, supplementary_group].iter().any(|id| id.is_some());
+        assert!(
+            [rule.uid, rule.gid, rule.supplementary_group]
+                .iter()
+                .all(|id| *id != Some(65534)),
+            "{text}"
+        );
+        let WorkloadRule {
+            uid,
+            gid,
+            supplementary_group,
+            systemd_unit,
+            cgroup,
+            ..
+        } = rule;
+        let by_number = [uid, gid, supplementary_group]
+            .iter()
+            .any(|id| id.is_some());
         let ids = by_number || named.names().next().is_some();
-        assert!(ids || systemd_unit.is_some() || cgroup.is_some() || text.contains("allow_exe_only"), "{text}");
+        assert!(
+            ids || systemd_unit.is_some() || cgroup.is_some() || text.contains("allow_exe_only"),
+            "{text}"
+        );
     }
     for role in &config.roles.defined {
-        assert!((900..=43_200).contains(&role.duration.as_secs()) && role.duration.subsec_nanos() == 0, "{text}");
+        assert!(
+            (900..=43_200).contains(&role.duration.as_secs()) && role.duration.subsec_nanos() == 0,
+            "{text}"
+        );
         let endpoint = role.sts.endpoint.as_deref().unwrap_or("https://");
-        assert!(endpoint.starts_with("https://") || endpoint.starts_with("http://"), "{text}");
-        assert!(role.role_arn.highest_segment().is_none_or(|n| n < role.spiffe_id.least_segments()), "{text}");
+        assert!(
+            endpoint.starts_with("https://") || endpoint.starts_with("http://"),
+            "{text}"
+        );
+        assert!(
+            role.role_arn
+                .highest_segment()
+                .is_none_or(|n| n < role.spiffe_id.least_segments()),
+            "{text}"
+        );
     }
 }

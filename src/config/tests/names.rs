@@ -7,12 +7,18 @@ use super::*;
 #[test]
 fn names_at_another_sts_are_its_affair() {
     let elsewhere = |names: &str| {
-        let text = with("role_arn = \"arn:aws:iam::123456789012:role/billing\"", names);
+        let text = with(
+            "role_arn = \"arn:aws:iam::123456789012:role/billing\"",
+            names,
+        );
         [
             format!("{text}sts_endpoint = \"https://sts.example.org\"\naudience = \"other\"\n"),
             format!(
                 "{}[identity]\naudience = \"other\"\n",
-                text.replace("region = \"eu-central-1\"", "endpoint = \"https://sts.example.org\"")
+                text.replace(
+                    "region = \"eu-central-1\"",
+                    "endpoint = \"https://sts.example.org\""
+                )
             ),
         ]
     };
@@ -40,14 +46,22 @@ fn names_at_another_sts_are_its_affair() {
         refused(&text, &[(10, "role.policy_arns", "is no policy's ARN")]);
     }
     for text in elsewhere("role_arn = \"urn:ecs:iam::ns:role/{path[0]}-{path[1]}\"") {
-        refused(&text, &[(9, "role.role_arn", "two SPIFFE IDs could give one role")]);
+        refused(
+            &text,
+            &[(9, "role.role_arn", "two SPIFFE IDs could give one role")],
+        );
     }
     // Whose the names are is not known while the endpoint is wrong.
-    let unknown =
-        with("role_arn = \"arn:aws:iam::123456789012:role/billing\"", "role_arn = \"x\"\nsts_endpoint = \"minio\"");
+    let unknown = with(
+        "role_arn = \"arn:aws:iam::123456789012:role/billing\"",
+        "role_arn = \"x\"\nsts_endpoint = \"minio\"",
+    );
     refused(&unknown, &[(10, "role.sts_endpoint", "it is no URL")]);
     // What is only below AWS's suffix is not AWS (attack 38).
-    let bucket = with("region = \"eu-central-1\"", "endpoint = \"https://sts.s3.amazonaws.com\"");
+    let bucket = with(
+        "region = \"eu-central-1\"",
+        "endpoint = \"https://sts.s3.amazonaws.com\"",
+    );
     refused(
         &bucket,
         &[(
@@ -60,6 +74,9 @@ fn names_at_another_sts_are_its_affair() {
         &format!(
             "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{bucket}[identity]\naudience = \"other\"\n"
         ),
-        &[(1, "allow_requested_roles", "[sts] endpoint is not AWS's"), (7, "role.audience", "could use them at AWS")],
+        &[
+            (1, "allow_requested_roles", "[sts] endpoint is not AWS's"),
+            (7, "role.audience", "could use them at AWS"),
+        ],
     );
 }

@@ -19,46 +19,101 @@ const BROKER: &str = "source = \"spiffe-broker\"\n";
 fn refused(identity: &str, line: usize, key: &str, words: &str) {
     let text = format!("{ATTESTED}{identity}");
     let problems = parse(&text).expect_err(&text);
-    let [problem] = &problems[..] else { panic!("{text}\n{problems:#?}") };
+    let [problem] = &problems[..] else {
+        panic!("{text}\n{problems:#?}")
+    };
     let shown = problem.to_string();
-    assert!((problem.line, &*problem.key) == (Some(line), key) && shown.contains(words), "{text}\n{problem:#?}");
+    assert!(
+        (problem.line, &*problem.key) == (Some(line), key) && shown.contains(words),
+        "{text}\n{problem:#?}"
+    );
 }
 
 #[test]
 fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
-    let delegated = loaded(&format!("{ATTESTED}{DELEGATED}admin_socket = \"unix:///run/spire/admin.sock\"\n"));
-    assert_eq!(delegated.config.identity.source, Source::SpireDelegated { socket: "/run/spire/admin.sock".into() });
-    assert_eq!(delegated.warnings, [], "no rule gives the role, and none has to");
-    let broker = loaded(&format!("{ATTESTED}{BROKER}broker_socket = \"unix:/run/spire/broker.sock\"\n"));
+    let delegated = loaded(&format!(
+        "{ATTESTED}{DELEGATED}admin_socket = \"unix:///run/spire/admin.sock\"\n"
+    ));
+    assert_eq!(
+        delegated.config.identity.source,
+        Source::SpireDelegated {
+            socket: "/run/spire/admin.sock".into()
+        }
+    );
+    assert_eq!(
+        delegated.warnings,
+        [],
+        "no rule gives the role, and none has to"
+    );
+    let broker = loaded(&format!(
+        "{ATTESTED}{BROKER}broker_socket = \"unix:/run/spire/broker.sock\"\n"
+    ));
     let socket = PathBuf::from("/run/spire/broker.sock");
     assert_eq!(
         broker.config.identity.source,
-        Source::SpiffeBroker { socket: socket.clone(), server: None, reference: Reference::Auto }
+        Source::SpiffeBroker {
+            socket: socket.clone(),
+            server: None,
+            reference: Reference::Auto
+        }
     );
 
     let all = format!(
         "{ATTESTED}{BROKER}broker_server = \"spiffe://example.org/agent\"\nreference = \"process\"\naudience = \"minio\"\n"
     );
-    let env = |name: &str| (name == "SPIFFE_BROKER_SOCKET").then(|| "unix:///run/spire/broker.sock".to_owned());
+    let env = |name: &str| {
+        (name == "SPIFFE_BROKER_SOCKET").then(|| "unix:///run/spire/broker.sock".to_owned())
+    };
     let identity = Config::parse(&all, &env).unwrap().config.identity;
     let server = SpiffeIdPattern::parse("spiffe://example.org/agent").unwrap();
-    assert_eq!(identity.source, Source::SpiffeBroker { socket, server: Some(server), reference: Reference::Process });
+    assert_eq!(
+        identity.source,
+        Source::SpiffeBroker {
+            socket,
+            server: Some(server),
+            reference: Reference::Process
+        }
+    );
     assert_eq!(identity.audience, "minio");
 }
 
 #[test]
 fn what_a_source_lacks_or_does_not_have_is_an_error() {
-    refused("source = \"vault\"\n", 8, "identity.source", "there is no such source");
+    refused(
+        "source = \"vault\"\n",
+        8,
+        "identity.source",
+        "there is no such source",
+    );
     refused(DELEGATED, 8, "identity.source", "needs `admin_socket`");
     refused(BROKER, 8, "identity.source", "needs `broker_socket`");
     let admin = format!("{DELEGATED}admin_socket = ");
-    refused(&format!("{admin}\"/run/admin.sock\"\n"), 9, "identity.admin_socket", "write unix:///run/admin.sock");
-    refused(&format!("{admin}\"tcp://127.0.0.1:1\"\n"), 9, "identity.admin_socket", "on this node only");
+    refused(
+        &format!("{admin}\"/run/admin.sock\"\n"),
+        9,
+        "identity.admin_socket",
+        "write unix:///run/admin.sock",
+    );
+    refused(
+        &format!("{admin}\"tcp://127.0.0.1:1\"\n"),
+        9,
+        "identity.admin_socket",
+        "on this node only",
+    );
     let admin = format!("{admin}\"unix:///run/spire/admin.sock\"\n");
-    let others = [("broker_socket", "unix:///b"), ("broker_server", "x"), ("reference", "process")];
+    let others = [
+        ("broker_socket", "unix:///b"),
+        ("broker_server", "x"),
+        ("reference", "process"),
+    ];
     for (key, value) in others {
         let text = format!("{admin}{key} = \"{value}\"\n");
-        refused(&text, 10, &format!("identity.{key}"), "only the source \"spiffe-broker\" has it");
+        refused(
+            &text,
+            10,
+            &format!("identity.{key}"),
+            "only the source \"spiffe-broker\" has it",
+        );
     }
     let broker = format!("{BROKER}broker_socket = \"unix:///run/spire/broker.sock\"\n");
     refused(
@@ -67,9 +122,29 @@ fn what_a_source_lacks_or_does_not_have_is_an_error() {
         "identity.admin_socket",
         "\"spire-delegated\" has it",
     );
-    refused(&format!("{broker}broker_server = \"agent\"\n"), 10, "identity.broker_server", "begins with spiffe://");
-    refused(&format!("{broker}reference = \"pod\"\n"), 10, "identity.reference", "write \"auto\" or \"process\"");
-    refused(&format!("{admin}socket = \"unix:///run/spire/admin.sock\"\n"), 10, "identity.socket", "is also what");
+    refused(
+        &format!("{broker}broker_server = \"agent\"\n"),
+        10,
+        "identity.broker_server",
+        "begins with spiffe://",
+    );
+    refused(
+        &format!("{broker}reference = \"pod\"\n"),
+        10,
+        "identity.reference",
+        "write \"auto\" or \"process\"",
+    );
+    refused(
+        &format!("{admin}socket = \"unix:///run/spire/admin.sock\"\n"),
+        10,
+        "identity.socket",
+        "is also what",
+    );
     let workload = "[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\nuid = 1001\n";
-    refused(&format!("{admin}{workload}"), 10, "workload", "rules are never looked at");
+    refused(
+        &format!("{admin}{workload}"),
+        10,
+        "workload",
+        "rules are never looked at",
+    );
 }

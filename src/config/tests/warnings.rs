@@ -8,39 +8,69 @@ fn warned(text: &str, expected: &[(usize, &str, &str)]) {
     let fits = |problem: &Problem, (line, key, words): &(usize, &str, &str)| {
         problem.line == Some(*line) && problem.key == *key && problem.to_string().contains(words)
     };
-    let all = warnings.len() == expected.len() && warnings.iter().zip(expected).all(|(w, e)| fits(w, e));
+    let all =
+        warnings.len() == expected.len() && warnings.iter().zip(expected).all(|(w, e)| fits(w, e));
     assert!(all, "{text}\ngave {warnings:#?}\nnot {expected:#?}");
 }
 
 #[test]
 fn of_one_key() {
     let table = [
-        ("", "duration = \"29m 59s\"", (10, "role.duration", "SDKs ask anew for every call")),
+        (
+            "",
+            "duration = \"29m 59s\"",
+            (10, "role.duration", "SDKs ask anew for every call"),
+        ),
         (
             "",
             "[listen]\ntcp = [\"127.0.0.1:80\",\n\"127.0.0.1:1024\"]",
             (12, "listen.tcp", "any user can take port 1024"),
         ),
-        ("", "[listen]\nauthorization = \"off\"", (11, "listen.authorization", "fetch a URL")),
-        ("", "[identity]\nsocket = \"tcp://10.0.0.1:8081\"", (11, "identity.socket", "in clear text")),
+        (
+            "",
+            "[listen]\nauthorization = \"off\"",
+            (11, "listen.authorization", "fetch a URL"),
+        ),
+        (
+            "",
+            "[identity]\nsocket = \"tcp://10.0.0.1:8081\"",
+            (11, "identity.socket", "in clear text"),
+        ),
         (
             "uid = 1001",
             "uid = 1001\nexe = \"/usr/bin/python3.12\"",
             (6, "workload.exe", "runs whatever its caller gives it"),
         ),
-        ("uid = 1001", "exe = \"/bin/sh\"\nallow_exe_only = true", (5, "workload.exe", "runs whatever")),
-        ("", "region = \"cn-north-1\"", (9, "role.role_arn", "can't be assumed in cn-north-1")),
+        (
+            "uid = 1001",
+            "exe = \"/bin/sh\"\nallow_exe_only = true",
+            (5, "workload.exe", "runs whatever"),
+        ),
+        (
+            "",
+            "region = \"cn-north-1\"",
+            (9, "role.role_arn", "can't be assumed in cn-north-1"),
+        ),
     ];
     for (line, new, expected) in table {
-        let text = if line.is_empty() { format!("{LEAST}{new}\n") } else { with(line, new) };
+        let text = if line.is_empty() {
+            format!("{LEAST}{new}\n")
+        } else {
+            with(line, new)
+        };
         warned(&text, &[expected]);
     }
-    for quiet in
-        ["duration = \"30m\"", "[listen]\nauthorization = \"off\"\ntcp = []", "[identity]\nsocket = \"tcp://[::1]:1\""]
-    {
+    for quiet in [
+        "duration = \"30m\"",
+        "[listen]\nauthorization = \"off\"\ntcp = []",
+        "[identity]\nsocket = \"tcp://[::1]:1\"",
+    ] {
         warned(&format!("{LEAST}{quiet}\n"), &[]);
     }
-    warned(&with("uid = 1001", "uid = 1001\nexe = \"/opt/pythonesque\""), &[]);
+    warned(
+        &with("uid = 1001", "uid = 1001\nexe = \"/opt/pythonesque\""),
+        &[],
+    );
     for (root, warns) in [
         ("uid = 0", true),
         ("user = \"root\"\ngid = 7", true),
@@ -49,41 +79,78 @@ fn of_one_key() {
         ("uid = 0\nexe = \"/usr/bin/billing\"", false),
     ] {
         let expected = [(3, "workload", "every process of root matches")];
-        warned(&with("uid = 1001", root), if warns { &expected } else { &[] });
+        warned(
+            &with("uid = 1001", root),
+            if warns { &expected } else { &[] },
+        );
     }
 }
 
 #[test]
 fn of_wildcards() {
     let role = |id: &str, arn: &str, more: &str| {
-        let text =
-            with("uid = 1001", "uid = 1001\n[[workload]]\nspiffe_id = \"spiffe://example.org/ns/shop/sa/x\"\nuid = 7");
+        let text = with(
+            "uid = 1001",
+            "uid = 1001\n[[workload]]\nspiffe_id = \"spiffe://example.org/ns/shop/sa/x\"\nuid = 7",
+        );
         format!(
             "{text}[[role]]\nname = \"x\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/{arn}\"\n{more}\n"
         )
     };
-    let claim = (15, "role.spiffe_id", "whoever can create what `*` stands for");
+    let claim = (
+        15,
+        "role.spiffe_id",
+        "whoever can create what `*` stands for",
+    );
     warned(&role("spiffe://example.org/ns/*/sa/x", "x", ""), &[claim]);
-    warned(&role("spiffe://example.org/ns/*/sa/x", "{path[1]}", ""), &[]);
+    warned(
+        &role("spiffe://example.org/ns/*/sa/x", "{path[1]}", ""),
+        &[],
+    );
     // What is named depends on a later part alone: a namespace of one's own is enough.
-    warned(&role("spiffe://example.org/ns/*/sa/*", "{path[3]}", ""), &[claim]);
-    warned(&role("spiffe://example.org/ns/*/sa/*", "{path[1]}", ""), &[]);
-    warned(&role("spiffe://example.org/ns/*/sa/*", "{path[1]}={path[3]}", ""), &[]);
+    warned(
+        &role("spiffe://example.org/ns/*/sa/*", "{path[3]}", ""),
+        &[claim],
+    );
+    warned(
+        &role("spiffe://example.org/ns/*/sa/*", "{path[1]}", ""),
+        &[],
+    );
+    warned(
+        &role("spiffe://example.org/ns/*/sa/*", "{path[1]}={path[3]}", ""),
+        &[],
+    );
     warned(&role("spiffe://example.org/ns/shop/sa/*", "x", ""), &[]);
     warned(&role("spiffe://example.org/ns/**", "x", ""), &[]);
     let alike = (17, "role.session_name", "look the same in CloudTrail");
-    warned(&role("spiffe://example.org/ns/**", "x", "session_name = \"shop\""), &[alike]);
-    warned(&role("spiffe://example.org/ns/shop/sa/x", "x", "session_name = \"shop\""), &[]);
+    warned(
+        &role("spiffe://example.org/ns/**", "x", "session_name = \"shop\""),
+        &[alike],
+    );
+    warned(
+        &role(
+            "spiffe://example.org/ns/shop/sa/x",
+            "x",
+            "session_name = \"shop\"",
+        ),
+        &[],
+    );
 }
 
 #[test]
 fn of_a_role_for_a_whole_trust_domain() {
     let role = |id: &str, arn: &str| {
-        with("spiffe_id = \"spiffe://example.org/billing\"\nrole_arn", &format!("spiffe_id = \"{id}\"\nrole_arn"))
-            .replace("role/billing", arn)
+        with(
+            "spiffe_id = \"spiffe://example.org/billing\"\nrole_arn",
+            &format!("spiffe_id = \"{id}\"\nrole_arn"),
+        )
+        .replace("role/billing", arn)
     };
-    let all =
-        (8, "role.spiffe_id", "every workload of example.org can have this role; name the workloads, or use {path[N]}");
+    let all = (
+        8,
+        "role.spiffe_id",
+        "every workload of example.org can have this role; name the workloads, or use {path[N]}",
+    );
     for id in ["spiffe://example.org/**", "spiffe://example.org/*"] {
         warned(&role(id, "role/x"), &[all]);
         warned(&role(id, "role/{path[0]}"), &[]);
@@ -94,7 +161,10 @@ fn of_a_role_for_a_whole_trust_domain() {
 #[test]
 fn of_a_role_that_an_earlier_one_hides() {
     let two = |first: &str, second: &str| {
-        let text = with("uid = 1001", "uid = 1001\n[[workload]]\nspiffe_id = \"spiffe://example.org/a/b\"\nuid = 7");
+        let text = with(
+            "uid = 1001",
+            "uid = 1001\n[[workload]]\nspiffe_id = \"spiffe://example.org/a/b\"\nuid = 7",
+        );
         let text = text.replace(
             "spiffe_id = \"spiffe://example.org/billing\"\nrole_arn",
             &format!("spiffe_id = \"{first}\"\nrole_arn"),
@@ -103,13 +173,29 @@ fn of_a_role_that_an_earlier_one_hides() {
             "{text}[[role]]\nname = \"second\"\nspiffe_id = \"{second}\"\nrole_arn = \"arn:aws:iam::123456789012:role/x\"\n"
         )
     };
-    let hidden = (14, "role.name", "/v1/credentials gives its workloads the one in line 10 instead");
+    let hidden = (
+        14,
+        "role.name",
+        "/v1/credentials gives its workloads the one in line 10 instead",
+    );
     let other = (3, "workload", "no role is for spiffe://example.org/billing");
-    warned(&two("spiffe://example.org/a/*", "spiffe://example.org/a/b"), &[other, hidden]);
-    warned(&two("spiffe://example.org/a/**", "spiffe://example.org/a/*"), &[other, hidden]);
+    warned(
+        &two("spiffe://example.org/a/*", "spiffe://example.org/a/b"),
+        &[other, hidden],
+    );
+    warned(
+        &two("spiffe://example.org/a/**", "spiffe://example.org/a/*"),
+        &[other, hidden],
+    );
     // The narrow one first; one of two for the same workloads, which is named.
-    warned(&two("spiffe://example.org/a/b", "spiffe://example.org/a/**"), &[other]);
-    warned(&two("spiffe://example.org/a/b", "spiffe://example.org/a/b"), &[other]);
+    warned(
+        &two("spiffe://example.org/a/b", "spiffe://example.org/a/**"),
+        &[other],
+    );
+    warned(
+        &two("spiffe://example.org/a/b", "spiffe://example.org/a/b"),
+        &[other],
+    );
 }
 
 #[test]
@@ -119,22 +205,47 @@ fn of_an_id_that_makes_a_name_too_long() {
         "spiffe_id = \"spiffe://example.org/billing\"\nuid",
         &format!("spiffe_id = \"spiffe://example.org/{long}\"\nuid"),
     );
-    let text = text.replace("spiffe_id = \"spiffe://example.org/billing\"", "spiffe_id = \"spiffe://example.org/*\"");
+    let text = text.replace(
+        "spiffe_id = \"spiffe://example.org/billing\"",
+        "spiffe_id = \"spiffe://example.org/*\"",
+    );
     let words = format!("spiffe://example.org/{long} can't have it");
-    warned(&text.replace("role/billing", "role/{path[0]}"), &[(7, "role.name", &words)]);
+    warned(
+        &text.replace("role/billing", "role/{path[0]}"),
+        &[(7, "role.name", &words)],
+    );
 }
 
 #[test]
 fn of_what_nothing_leads_to() {
-    let other =
-        with("spiffe_id = \"spiffe://example.org/billing\"\nuid", "spiffe_id = \"spiffe://example.org/other\"\nuid");
-    let role = (7, "role.name", "no workload on this node is spiffe://example.org/billing");
-    warned(&other, &[(3, "workload", "no role is for spiffe://example.org/other"), role]);
+    let other = with(
+        "spiffe_id = \"spiffe://example.org/billing\"\nuid",
+        "spiffe_id = \"spiffe://example.org/other\"\nuid",
+    );
+    let role = (
+        7,
+        "role.name",
+        "no workload on this node is spiffe://example.org/billing",
+    );
+    warned(
+        &other,
+        &[
+            (3, "workload", "no role is for spiffe://example.org/other"),
+            role,
+        ],
+    );
     // A workload may still ask for roles by their ARN.
-    let requested = format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{other}");
+    let requested =
+        format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{other}");
     warned(&requested, &[(8, "role.name", "no workload on this node")]);
     let any = requested.replace("::123456789012:role/*", "::*:role/*");
-    warned(&any, &[(1, "allow_requested_roles", "anybody's account"), (8, "role.name", "no workload")]);
+    warned(
+        &any,
+        &[
+            (1, "allow_requested_roles", "anybody's account"),
+            (8, "role.name", "no workload"),
+        ],
+    );
 }
 
 #[test]
@@ -149,8 +260,15 @@ fn of_programs_of_one_user() {
     };
     warned(
         &two("uid = 1", "uid = 1"),
-        &[(7, "workload", "only `exe` tells its callers from those of the one in line 3")],
+        &[(
+            7,
+            "workload",
+            "only `exe` tells its callers from those of the one in line 3",
+        )],
     );
     warned(&two("uid = 1", "uid = 2"), &[]);
-    warned(&two("uid = 1", "uid = 1").replace("/other", "/billing"), &[]);
+    warned(
+        &two("uid = 1", "uid = 1").replace("/other", "/billing"),
+        &[],
+    );
 }

@@ -17,7 +17,11 @@ const NAMESPACE: &str = "https://sts.amazonaws.com/doc/2011-06-15/";
 /// A refusal as it goes out.
 pub(super) fn refused(refusal: &DevRefusal, request_id: &str) -> LoopbackResponse {
     let (code, status) = refusal.code.wire();
-    let side = if status.is_server_error() { "Receiver" } else { "Sender" };
+    let side = if status.is_server_error() {
+        "Receiver"
+    } else {
+        "Sender"
+    };
     let message = refusal.message();
     let body = format!(
         "<ErrorResponse xmlns=\"{NAMESPACE}\"><Error><Type>{side}</Type><Code>{code}</Code><Message>{}</Message>\
@@ -41,7 +45,10 @@ pub(super) fn assumed(
         ("SessionToken", credentials.session_token.as_str()),
         ("Expiration", &rfc3339(credentials.expiration)),
     ];
-    let role = [("AssumedRoleId", session.user_id.as_str()), ("Arn", session.arn.as_str())];
+    let role = [
+        ("AssumedRoleId", session.user_id.as_str()),
+        ("Arn", session.arn.as_str()),
+    ];
     let rest = [
         ("SubjectFromWebIdentityToken", claims.sub.as_str()),
         ("Audience", claims.audience.as_str()),
@@ -69,7 +76,11 @@ pub(super) struct DevCaller {
 
 /// What `GetCallerIdentity` gives.
 pub(super) fn identity(caller: &DevCaller, request_id: &str) -> LoopbackResponse {
-    let fields = [("Arn", caller.arn.as_str()), ("UserId", &caller.user_id), ("Account", &caller.account)];
+    let fields = [
+        ("Arn", caller.arn.as_str()),
+        ("UserId", &caller.user_id),
+        ("Account", &caller.account),
+    ];
     success("GetCallerIdentity", &elements(&fields), request_id)
 }
 
@@ -83,7 +94,9 @@ fn success(action: &str, result: &str, request_id: &str) -> LoopbackResponse {
 
 fn xml(status: StatusCode, body: String) -> LoopbackResponse {
     let mut response = loopback::empty(status);
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/xml"));
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("text/xml"));
     *response.body_mut() = Full::from(body);
     response
 }

@@ -47,7 +47,9 @@ impl Code {
             Self::InvalidClientTokenId => ("InvalidClientTokenId", StatusCode::FORBIDDEN),
             Self::InvalidIdentityToken => ("InvalidIdentityToken", StatusCode::BAD_REQUEST),
             Self::MalformedPolicyDocument => ("MalformedPolicyDocument", StatusCode::BAD_REQUEST),
-            Self::MissingAuthenticationToken => ("MissingAuthenticationToken", StatusCode::FORBIDDEN),
+            Self::MissingAuthenticationToken => {
+                ("MissingAuthenticationToken", StatusCode::FORBIDDEN)
+            }
             Self::SignatureDoesNotMatch => ("SignatureDoesNotMatch", StatusCode::FORBIDDEN),
             Self::ValidationError => ("ValidationError", StatusCode::BAD_REQUEST),
         }
@@ -63,13 +65,19 @@ pub(super) struct DevRefusal {
 
 impl DevRefusal {
     pub(super) fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self {
+            code,
+            message: message.into(),
+        }
     }
 
     /// A parameter that breaks a constraint, in the words of AWS's own validation.
     pub(super) fn parameter(name: &str, value: Option<&str>, constraint: &str) -> Self {
         let value = match value {
-            Some(value) => format!("'{}'", value.chars().take(QUOTED_LENGTH).collect::<String>()),
+            Some(value) => format!(
+                "'{}'",
+                value.chars().take(QUOTED_LENGTH).collect::<String>()
+            ),
             None => "null".to_owned(),
         };
         let message = format!(

@@ -26,22 +26,34 @@ pub(super) struct Parameters(Vec<(String, String)>);
 
 impl Parameters {
     pub(super) fn of(request: &Request<Bytes>) -> Self {
-        let content_type = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        let is_form = content_type.is_some_and(|value| value.starts_with("application/x-www-form-urlencoded"));
+        let content_type = request
+            .headers()
+            .get(CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok());
+        let is_form = content_type
+            .is_some_and(|value| value.starts_with("application/x-www-form-urlencoded"));
         let form: &[u8] = if is_form { request.body() } else { &[] };
         let query = request.uri().query().unwrap_or_default().as_bytes();
-        let parameters = form_urlencoded::parse(query).into_owned().chain(form_urlencoded::parse(form).into_owned());
+        let parameters = form_urlencoded::parse(query)
+            .into_owned()
+            .chain(form_urlencoded::parse(form).into_owned());
         Self(parameters.collect())
     }
 
     /// The first parameter of that name.
     pub(super) fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
+        self.0
+            .iter()
+            .find(|(found, _)| found == name)
+            .map(|(_, value)| value.as_str())
     }
 
     /// How many of the list `PolicyArns` there are.
     fn policy_arns(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().filter(|(name, _)| name.starts_with("PolicyArns.member.")).map(|(_, value)| value.as_str())
+        self.0
+            .iter()
+            .filter(|(name, _)| name.starts_with("PolicyArns.member."))
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -59,27 +71,48 @@ impl<'a> WebIdentityRequest<'a> {
     pub(super) fn of(parameters: &'a Parameters) -> Result<Self, DevRefusal> {
         let token = required(parameters, "WebIdentityToken", "webIdentityToken")?;
         if !TOKEN_LENGTH.contains(&token.len()) {
-            let bound = if token.len() > 4 { "less than or equal to 20000" } else { "greater than or equal to 4" };
+            let bound = if token.len() > 4 {
+                "less than or equal to 20000"
+            } else {
+                "greater than or equal to 4"
+            };
             // The token itself is a secret, so it is not repeated.
             let constraint = format!("have length {bound}");
-            return Err(DevRefusal::parameter("webIdentityToken", Some("***"), &constraint));
+            return Err(DevRefusal::parameter(
+                "webIdentityToken",
+                Some("***"),
+                &constraint,
+            ));
         }
         let role_arn = required(parameters, "RoleArn", "roleArn")?;
-        let role_arn = RoleArn::parse(role_arn)
-            .map_err(|_| DevRefusal::new(Code::ValidationError, format!("{role_arn:.128} is invalid")))?;
+        let role_arn = RoleArn::parse(role_arn).map_err(|_| {
+            DevRefusal::new(Code::ValidationError, format!("{role_arn:.128} is invalid"))
+        })?;
         let session_name = required(parameters, "RoleSessionName", "roleSessionName")?;
-        let session_name = SessionName::parse(session_name).map_err(|_| session_name_refused(session_name))?;
+        let session_name =
+            SessionName::parse(session_name).map_err(|_| session_name_refused(session_name))?;
         if parameters.get("ProviderId").is_some() {
             let message = "ProviderId is for OAuth 2.0 access tokens; an OpenID Connect token goes without it";
             return Err(DevRefusal::new(Code::ValidationError, message));
         }
         check_policies(parameters)?;
-        Ok(Self { token, role_arn, session_name, duration: duration(parameters)? })
+        Ok(Self {
+            token,
+            role_arn,
+            session_name,
+            duration: duration(parameters)?,
+        })
     }
 }
 
-fn required<'a>(parameters: &'a Parameters, wire: &str, member: &str) -> Result<&'a str, DevRefusal> {
-    parameters.get(wire).ok_or_else(|| DevRefusal::parameter(member, None, "not be null"))
+fn required<'a>(
+    parameters: &'a Parameters,
+    wire: &str,
+    member: &str,
+) -> Result<&'a str, DevRefusal> {
+    parameters
+        .get(wire)
+        .ok_or_else(|| DevRefusal::parameter(member, None, "not be null"))
 }
 
 fn session_name_refused(name: &str) -> DevRefusal {
@@ -111,18 +144,35 @@ fn duration(parameters: &Parameters) -> Result<Duration, DevRefusal> {
 fn check_policies(parameters: &Parameters) -> Result<(), DevRefusal> {
     if let Some(policy) = parameters.get("Policy") {
         if policy.is_empty() || policy.len() > POLICY_MAX {
-            return Err(DevRefusal::parameter("policy", Some(policy), "have length between 1 and 2048"));
+            return Err(DevRefusal::parameter(
+                "policy",
+                Some(policy),
+                "have length between 1 and 2048",
+            ));
         }
         let document = serde_json::from_str::<serde_json::Value>(policy).ok();
         if document.is_none_or(|document| document.get("Statement").is_none()) {
-            return Err(DevRefusal::new(Code::MalformedPolicyDocument, "The policy is not in the valid JSON format."));
+            return Err(DevRefusal::new(
+                Code::MalformedPolicyDocument,
+                "The policy is not in the valid JSON format.",
+            ));
         }
     }
     if parameters.policy_arns().count() > POLICY_ARNS_MAX {
-        return Err(DevRefusal::parameter("policyArns", Some("..."), "have length less than or equal to 10"));
+        return Err(DevRefusal::parameter(
+            "policyArns",
+            Some("..."),
+            "have length less than or equal to 10",
+        ));
     }
-    match parameters.policy_arns().find(|arn| !arn.starts_with("arn:")) {
-        Some(arn) => Err(DevRefusal::new(Code::ValidationError, format!("ARN {arn:.128} is not valid."))),
+    match parameters
+        .policy_arns()
+        .find(|arn| !arn.starts_with("arn:"))
+    {
+        Some(arn) => Err(DevRefusal::new(
+            Code::ValidationError,
+            format!("ARN {arn:.128} is not valid."),
+        )),
         None => Ok(()),
     }
 }

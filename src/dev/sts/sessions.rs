@@ -32,14 +32,22 @@ pub(super) struct Sessions(Mutex<HashMap<String, Session>>);
 
 impl Sessions {
     /// Issues credentials for a session and remembers them.
-    pub(super) fn issue(&self, caller: DevCaller, now: SystemTime, duration: Duration) -> Result<Session, KeyError> {
+    pub(super) fn issue(
+        &self,
+        caller: DevCaller,
+        now: SystemTime,
+        duration: Duration,
+    ) -> Result<Session, KeyError> {
         let credentials = Credentials {
             access_key_id: random_id("ASIA")?,
             secret_access_key: Zeroizing::new(STANDARD.encode(random_bytes::<30>()?)),
             session_token: Zeroizing::new(STANDARD.encode(random_bytes::<192>()?)),
             expiration: now + duration,
         };
-        let session = Session { credentials, caller };
+        let session = Session {
+            credentials,
+            caller,
+        };
         self.remember(session.clone(), now);
         Ok(session)
     }
@@ -50,7 +58,9 @@ impl Sessions {
             sessions.retain(|_, session| session.credentials.expiration > now);
         }
         if sessions.len() >= MAX_SESSIONS {
-            let first = sessions.iter().min_by_key(|(_, session)| session.credentials.expiration);
+            let first = sessions
+                .iter()
+                .min_by_key(|(_, session)| session.credentials.expiration);
             if let Some(first) = first.map(|(id, _)| id.clone()) {
                 sessions.remove(&first);
             }
@@ -60,14 +70,20 @@ impl Sessions {
 
     /// The session of an access key id, expired or not.
     pub(super) fn find(&self, access_key_id: &str) -> Option<Session> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(access_key_id).cloned()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(access_key_id)
+            .cloned()
     }
 }
 
 /// An id as AWS writes them: a prefix for the kind, and random letters.
 pub(super) fn random_id(prefix: &str) -> Result<String, KeyError> {
     let letters = random_bytes::<ID_LENGTH>()?;
-    let letters = letters.iter().map(|byte| char::from(ID_LETTERS[usize::from(byte % 32)]));
+    let letters = letters
+        .iter()
+        .map(|byte| char::from(ID_LETTERS[usize::from(byte % 32)]));
     Ok(prefix.chars().chain(letters).collect())
 }
 
@@ -79,12 +95,25 @@ mod tests {
     fn the_number_of_sessions_is_bounded_and_the_first_to_expire_goes() {
         let sessions = Sessions::default();
         let now = SystemTime::UNIX_EPOCH;
-        let caller = DevCaller { arn: String::new(), user_id: String::new(), account: String::new() };
-        let short = sessions.issue(caller.clone(), now, Duration::from_secs(900)).unwrap();
+        let caller = DevCaller {
+            arn: String::new(),
+            user_id: String::new(),
+            account: String::new(),
+        };
+        let short = sessions
+            .issue(caller.clone(), now, Duration::from_secs(900))
+            .unwrap();
         let long: Vec<Session> = (0..MAX_SESSIONS)
-            .map(|_| sessions.issue(caller.clone(), now, Duration::from_secs(3600)).unwrap())
+            .map(|_| {
+                sessions
+                    .issue(caller.clone(), now, Duration::from_secs(3600))
+                    .unwrap()
+            })
             .collect();
         assert!(sessions.find(&short.credentials.access_key_id).is_none());
-        assert!(long.iter().all(|session| sessions.find(&session.credentials.access_key_id).is_some()));
+        assert!(
+            long.iter()
+                .all(|session| sessions.find(&session.credentials.access_key_id).is_some())
+        );
     }
 }

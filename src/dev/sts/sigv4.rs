@@ -3,7 +3,9 @@
 use std::time::{Duration, SystemTime};
 
 use aws_credential_types::Credentials as SigningCredentials;
-use aws_sigv4::http_request::{SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign};
+use aws_sigv4::http_request::{
+    SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign,
+};
 use aws_sigv4::sign::v4;
 use hyper::Request;
 use hyper::body::Bytes;
@@ -65,10 +67,20 @@ pub(super) fn authenticate(
     now: SystemTime,
 ) -> Result<Session, DevRefusal> {
     let signature = Signature::of(request, parameters)?;
-    let unknown =
-        || DevRefusal::new(Code::InvalidClientTokenId, "The security token included in the request is invalid.");
-    let session = sessions.find(&signature.access_key_id).ok_or_else(unknown)?;
-    let token = signature.session_token.as_deref().unwrap_or_default().as_bytes();
+    let unknown = || {
+        DevRefusal::new(
+            Code::InvalidClientTokenId,
+            "The security token included in the request is invalid.",
+        )
+    };
+    let session = sessions
+        .find(&signature.access_key_id)
+        .ok_or_else(unknown)?;
+    let token = signature
+        .session_token
+        .as_deref()
+        .unwrap_or_default()
+        .as_bytes();
     if !bool::from(token.ct_eq(session.credentials.session_token.as_bytes())) {
         return Err(unknown());
     }
@@ -81,7 +93,10 @@ pub(super) fn authenticate(
         );
     }
     if session.credentials.expiration <= now {
-        return Err(DevRefusal::new(Code::ExpiredToken, "The security token included in the request is expired"));
+        return Err(DevRefusal::new(
+            Code::ExpiredToken,
+            "The security token included in the request is expired",
+        ));
     }
     Ok(session)
 }
@@ -93,7 +108,10 @@ impl Signature {
         }
         match header(request, AUTHORIZATION.as_str()) {
             Some(authorization) => Self::of_header(request, authorization),
-            None => Err(DevRefusal::new(Code::MissingAuthenticationToken, "Request is missing Authentication Token")),
+            None => Err(DevRefusal::new(
+                Code::MissingAuthenticationToken,
+                "Request is missing Authentication Token",
+            )),
         }
     }
 
@@ -102,35 +120,61 @@ impl Signature {
             return incomplete("Authorization does not use AWS4-HMAC-SHA256.");
         };
         let field = |name: &str| {
-            let mut fields = fields.split(',').filter_map(|field| field.trim().split_once('='));
-            fields.find(|(found, _)| *found == name).map(|(_, value)| value)
+            let mut fields = fields
+                .split(',')
+                .filter_map(|field| field.trim().split_once('='));
+            fields
+                .find(|(found, _)| *found == name)
+                .map(|(_, value)| value)
         };
-        let (Some(credential), Some(headers), Some(signature)) =
-            (field("Credential"), field("SignedHeaders"), field("Signature"))
-        else {
+        let (Some(credential), Some(headers), Some(signature)) = (
+            field("Credential"),
+            field("SignedHeaders"),
+            field("Signature"),
+        ) else {
             return incomplete(
                 "Authorization header requires 'Credential', 'SignedHeaders' and 'Signature' parameters.",
             );
         };
         let Some(time) = header(request, "x-amz-date") else {
-            return incomplete("Authorization header requires existence of either a 'X-Amz-Date' or a 'Date' header.");
+            return incomplete(
+                "Authorization header requires existence of either a 'X-Amz-Date' or a 'Date' header.",
+            );
         };
         let token = header(request, "x-amz-security-token").map(str::to_owned);
         Self::new(credential, headers, signature, time, token, None)
     }
 
     fn of_query(parameters: &Parameters) -> Result<Self, DevRefusal> {
-        let [algorithm, credential, date, expires, _, signature, headers] = PRESIGNED.map(|name| parameters.get(name));
-        let (Some(ALGORITHM), Some(credential), Some(time), Some(expires), Some(signature), Some(headers)) =
-            (algorithm, credential, date, expires, signature, headers)
+        let [algorithm, credential, date, expires, _, signature, headers] =
+            PRESIGNED.map(|name| parameters.get(name));
+        let (
+            Some(ALGORITHM),
+            Some(credential),
+            Some(time),
+            Some(expires),
+            Some(signature),
+            Some(headers),
+        ) = (algorithm, credential, date, expires, signature, headers)
         else {
             return incomplete("The X-Amz-* query parameters of the signature are not complete.");
         };
-        let Some(expires) = expires.parse().ok().filter(|seconds| *seconds <= EXPIRES_MAX) else {
+        let Some(expires) = expires
+            .parse()
+            .ok()
+            .filter(|seconds| *seconds <= EXPIRES_MAX)
+        else {
             return incomplete("X-Amz-Expires must be a number of seconds, 604800 at most.");
         };
         let token = parameters.get("X-Amz-Security-Token").map(str::to_owned);
-        Self::new(credential, headers, signature, time, token, Some(Duration::from_secs(expires)))
+        Self::new(
+            credential,
+            headers,
+            signature,
+            time,
+            token,
+            Some(Duration::from_secs(expires)),
+        )
     }
 
     fn new(
@@ -143,7 +187,9 @@ impl Signature {
     ) -> Result<Self, DevRefusal> {
         let scope: Vec<&str> = credential.split('/').collect();
         let [access_key_id, date, region, service, "aws4_request"] = scope[..] else {
-            return incomplete("Credential must have 5 parts, as in ASIA.../20260101/us-east-1/sts/aws4_request.");
+            return incomplete(
+                "Credential must have 5 parts, as in ASIA.../20260101/us-east-1/sts/aws4_request.",
+            );
         };
         let Some(time) = parse_amz_date(time_text) else {
             return incomplete("X-Amz-Date must be a time in UTC, as in 20260101T000000Z.");
@@ -163,7 +209,12 @@ impl Signature {
     }
 
     /// What the signature covers, and for when and where it was made.
-    fn check_scope(&self, request: &Request<Bytes>, region: &str, now: SystemTime) -> Result<(), DevRefusal> {
+    fn check_scope(
+        &self,
+        request: &Request<Bytes>,
+        region: &str,
+        now: SystemTime,
+    ) -> Result<(), DevRefusal> {
         if self.region != region {
             return mismatch("Credential should be scoped to a valid region.");
         }
@@ -177,16 +228,28 @@ impl Signature {
         }
         // Headers that the signature leaves out could be changed on the way.
         let is_signed = |name: &str| self.signed_headers.iter().any(|signed| signed == name);
-        let mut must = request.headers().keys().map(|name| name.as_str()).filter(|name| name.starts_with("x-amz-"));
+        let mut must = request
+            .headers()
+            .keys()
+            .map(|name| name.as_str())
+            .filter(|name| name.starts_with("x-amz-"));
         if !is_signed("host") || must.any(|name| !is_signed(name)) {
-            return mismatch("'Host' and all 'x-amz-*' headers must be 'SignedHeaders' in the AWS Authorization.");
+            return mismatch(
+                "'Host' and all 'x-amz-*' headers must be 'SignedHeaders' in the AWS Authorization.",
+            );
         }
         let valid_for = self.expires.unwrap_or(SKEW);
         if now > self.time + valid_for {
-            return mismatch(format!("Signature expired: {} is more than {valid_for:?} ago", self.time_text));
+            return mismatch(format!(
+                "Signature expired: {} is more than {valid_for:?} ago",
+                self.time_text
+            ));
         }
         if self.time > now + SKEW {
-            return mismatch(format!("Signature not yet current: {} is still later than now", self.time_text));
+            return mismatch(format!(
+                "Signature not yet current: {} is still later than now",
+                self.time_text
+            ));
         }
         Ok(())
     }
@@ -223,8 +286,12 @@ impl Signature {
             values.filter_map(move |value| Some((name.as_str(), value.to_str().ok()?)))
         });
         let uri = self.unsigned_uri(request);
-        let signable =
-            SignableRequest::new(request.method().as_str(), uri, headers, SignableBody::Bytes(request.body()));
+        let signable = SignableRequest::new(
+            request.method().as_str(),
+            uri,
+            headers,
+            SignableBody::Bytes(request.body()),
+        );
         let Ok(signed) = signable.and_then(|signable| sign(signable, &parameters)) else {
             return incomplete("The request cannot be signed.");
         };
@@ -238,13 +305,21 @@ impl Signature {
             let name = pair.split('=').next().unwrap_or_default();
             self.expires.is_some() && PRESIGNED.contains(&name)
         };
-        let query: Vec<&str> = uri.query().unwrap_or_default().split('&').filter(|pair| !is_added(pair)).collect();
+        let query: Vec<&str> = uri
+            .query()
+            .unwrap_or_default()
+            .split('&')
+            .filter(|pair| !is_added(pair))
+            .collect();
         format!("http://127.0.0.1{}?{}", uri.path(), query.join("&"))
     }
 }
 
 fn header<'a>(request: &'a Request<Bytes>, name: &str) -> Option<&'a str> {
-    request.headers().get(name).and_then(|value| value.to_str().ok())
+    request
+        .headers()
+        .get(name)
+        .and_then(|value| value.to_str().ok())
 }
 
 /// `20260101T120000Z`.

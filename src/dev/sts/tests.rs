@@ -5,7 +5,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use aws_credential_types::Credentials as SigningCredentials;
 use aws_sdk_sts::config::{BehaviorVersion, Config, Region, SharedCredentialsProvider};
 use aws_sdk_sts::error::ProvideErrorMetadata;
-use aws_sigv4::http_request::{SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign};
+use aws_sigv4::http_request::{
+    SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign,
+};
 use aws_sigv4::sign::v4;
 use aws_smithy_runtime_api::client::http::SharedHttpClient;
 use base64::Engine;
@@ -53,7 +55,10 @@ async fn world() -> DevStsEnv {
 }
 
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs()
 }
 
 impl DevStsEnv {
@@ -83,8 +88,14 @@ impl DevStsEnv {
         ];
         parameters.retain(|(name, _)| changes.iter().all(|(changed, _)| changed != name));
         parameters.extend(changes.iter().filter(|(_, value)| !value.is_empty()));
-        let form = form_urlencoded::Serializer::new(String::new()).extend_pairs(parameters).finish();
-        self.post(&[("content-type", "application/x-www-form-urlencoded")], &form).await
+        let form = form_urlencoded::Serializer::new(String::new())
+            .extend_pairs(parameters)
+            .finish();
+        self.post(
+            &[("content-type", "application/x-www-form-urlencoded")],
+            &form,
+        )
+        .await
     }
 
     async fn with_token(&self, token: &str) -> DevStsReply {
@@ -95,18 +106,31 @@ impl DevStsEnv {
         self.send("POST", "/", headers, body).await
     }
 
-    async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> DevStsReply {
+    async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> DevStsReply {
         let host = self.sts.url().trim_start_matches("http://");
-        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let headers: String = headers
+            .iter()
+            .map(|(name, value)| format!("{name}: {value}\r\n"))
+            .collect();
         let length = body.len();
-        let request =
-            format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\n{headers}Content-Length: {length}\r\n\r\n{body}");
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: {host}\r\n{headers}Content-Length: {length}\r\n\r\n{body}"
+        );
         let mut stream = TcpStream::connect(host).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut reply = String::new();
         stream.read_to_string(&mut reply).await.unwrap();
         let (head, body) = reply.split_once("\r\n\r\n").unwrap();
-        DevStsReply { status: head.split(' ').nth(1).unwrap().parse().unwrap(), body: body.to_owned() }
+        DevStsReply {
+            status: head.split(' ').nth(1).unwrap().parse().unwrap(),
+            body: body.to_owned(),
+        }
     }
 
     fn client(&self, credentials: Option<SigningCredentials>) -> aws_sdk_sts::Client {
@@ -121,11 +145,27 @@ impl DevStsEnv {
     }
 
     fn session(&self, expires_in: i64) -> SigningCredentials {
-        let caller = self.sts.desk.caller(&RoleArn::parse(ROLE).unwrap(), &SessionName::parse("alice").unwrap());
-        let issued_at = UNIX_EPOCH + Duration::from_secs(now().checked_add_signed(expires_in - 900).unwrap());
-        let issued = self.sts.desk.sessions.issue(caller, issued_at, Duration::from_secs(900)).unwrap().credentials;
+        let caller = self.sts.desk.caller(
+            &RoleArn::parse(ROLE).unwrap(),
+            &SessionName::parse("alice").unwrap(),
+        );
+        let issued_at =
+            UNIX_EPOCH + Duration::from_secs(now().checked_add_signed(expires_in - 900).unwrap());
+        let issued = self
+            .sts
+            .desk
+            .sessions
+            .issue(caller, issued_at, Duration::from_secs(900))
+            .unwrap()
+            .credentials;
         let token = Some(issued.session_token.to_string());
-        SigningCredentials::new(issued.access_key_id, issued.secret_access_key.as_str(), token, None, "test")
+        SigningCredentials::new(
+            issued.access_key_id,
+            issued.secret_access_key.as_str(),
+            token,
+            None,
+            "test",
+        )
     }
 }
 
@@ -137,13 +177,21 @@ struct DevStsReply {
 
 impl DevStsReply {
     fn element(&self, name: &str) -> &str {
-        let after = self.body.split_once(&format!("<{name}>")).map_or("", |(_, after)| after);
+        let after = self
+            .body
+            .split_once(&format!("<{name}>"))
+            .map_or("", |(_, after)| after);
         after.split_once("</").map_or("", |(text, _)| text)
     }
 
     #[track_caller]
     fn refused(&self, status: u16, code: &str, message: &str) {
-        assert_eq!((self.status, self.element("Code")), (status, code), "{}", self.body);
+        assert_eq!(
+            (self.status, self.element("Code")),
+            (status, code),
+            "{}",
+            self.body
+        );
         assert!(self.element("Message").contains(message), "{}", self.body);
     }
 }
@@ -165,7 +213,10 @@ async fn a_good_token_gives_a_session_whose_credentials_are_recognised() {
     assert_eq!(assumed.audience(), Some(AUDIENCE));
     assert_eq!(assumed.provider(), Some(world.issuer.url()));
     let user = assumed.assumed_role_user().unwrap();
-    assert_eq!(user.arn(), "arn:aws:sts::000000000000:assumed-role/dev/dev.local=user=alice");
+    assert_eq!(
+        user.arn(),
+        "arn:aws:sts::000000000000:assumed-role/dev/dev.local=user=alice"
+    );
     let issued = assumed.credentials().unwrap();
     assert!(issued.access_key_id().starts_with("ASIA") && issued.access_key_id().len() == 20);
     let left = issued.expiration().secs() - i64::try_from(now()).unwrap();
@@ -178,7 +229,12 @@ async fn a_good_token_gives_a_session_whose_credentials_are_recognised() {
         None,
         "test",
     );
-    let identity = world.client(Some(credentials)).get_caller_identity().send().await.unwrap();
+    let identity = world
+        .client(Some(credentials))
+        .get_caller_identity()
+        .send()
+        .await
+        .unwrap();
     assert_eq!(identity.arn(), Some(user.arn()));
     assert_eq!(identity.account(), Some("000000000000"));
     assert_eq!(identity.user_id(), Some(user.assumed_role_id()));
@@ -189,14 +245,39 @@ async fn a_good_token_gives_a_session_whose_credentials_are_recognised() {
 async fn the_sdk_reads_the_refusals_as_those_of_sts() {
     let world = world().await;
     let expired = world.token(json!({ "iat": now() - 600, "exp": now() - 1 }));
-    let request = world.client(None).assume_role_with_web_identity().role_arn(ROLE).role_session_name("alice");
-    let error = request.clone().web_identity_token(expired).send().await.unwrap_err().into_service_error();
+    let request = world
+        .client(None)
+        .assume_role_with_web_identity()
+        .role_arn(ROLE)
+        .role_session_name("alice");
+    let error = request
+        .clone()
+        .web_identity_token(expired)
+        .send()
+        .await
+        .unwrap_err()
+        .into_service_error();
     assert!(error.is_expired_token_exception(), "{error:?}");
     let foreign = world.token(json!({ "aud": ["sts.amazonaws.com"] }));
-    let error = request.clone().web_identity_token(foreign).send().await.unwrap_err().into_service_error();
+    let error = request
+        .clone()
+        .web_identity_token(foreign)
+        .send()
+        .await
+        .unwrap_err()
+        .into_service_error();
     assert!(error.is_invalid_identity_token_exception(), "{error:?}");
-    let error = request.policy("{").web_identity_token(world.token(json!({}))).send().await.unwrap_err();
-    assert!(error.into_service_error().is_malformed_policy_document_exception());
+    let error = request
+        .policy("{")
+        .web_identity_token(world.token(json!({})))
+        .send()
+        .await
+        .unwrap_err();
+    assert!(
+        error
+            .into_service_error()
+            .is_malformed_policy_document_exception()
+    );
 
     let mut wrong = world.session(600);
     wrong = SigningCredentials::new(
@@ -206,7 +287,13 @@ async fn the_sdk_reads_the_refusals_as_those_of_sts() {
         None,
         "test",
     );
-    let error = world.client(Some(wrong)).get_caller_identity().send().await.unwrap_err().into_service_error();
+    let error = world
+        .client(Some(wrong))
+        .get_caller_identity()
+        .send()
+        .await
+        .unwrap_err()
+        .into_service_error();
     assert_eq!(error.code(), Some("SignatureDoesNotMatch"));
 }
 
@@ -216,30 +303,86 @@ async fn tokens_are_refused_for_what_their_claims_say() {
     let identity = "InvalidIdentityToken";
     let denied = "Not authorized to perform sts:AssumeRoleWithWebIdentity";
     let table = [
-        (json!({ "iss": "http://127.0.0.1:1" }), 400, identity, "No OpenIDConnect provider found in your account for"),
+        (
+            json!({ "iss": "http://127.0.0.1:1" }),
+            400,
+            identity,
+            "No OpenIDConnect provider found in your account for",
+        ),
         (json!({ "iss": null }), 400, identity, "claim: iss"),
-        (json!({ "aud": ["sts.amazonaws.com"] }), 400, identity, "Incorrect token audience"),
-        (json!({ "aud": [AUDIENCE, "second"] }), 400, identity, "more than one audience"),
-        (json!({ "aud": [AUDIENCE], "azp": "second" }), 400, identity, "Incorrect token audience"),
+        (
+            json!({ "aud": ["sts.amazonaws.com"] }),
+            400,
+            identity,
+            "Incorrect token audience",
+        ),
+        (
+            json!({ "aud": [AUDIENCE, "second"] }),
+            400,
+            identity,
+            "more than one audience",
+        ),
+        (
+            json!({ "aud": [AUDIENCE], "azp": "second" }),
+            400,
+            identity,
+            "Incorrect token audience",
+        ),
         (json!({ "aud": [] }), 400, identity, "claim: aud"),
         (json!({ "aud": null }), 400, identity, "claim: aud"),
-        (json!({ "aud": ["other-role"] }), 403, "AccessDenied", denied),
-        (json!({ "sub": "spiffe://dev.local/host/alice" }), 403, "AccessDenied", denied),
-        (json!({ "sub": "spiffe://other.local/user/alice" }), 403, "AccessDenied", denied),
+        (
+            json!({ "aud": ["other-role"] }),
+            403,
+            "AccessDenied",
+            denied,
+        ),
+        (
+            json!({ "sub": "spiffe://dev.local/host/alice" }),
+            403,
+            "AccessDenied",
+            denied,
+        ),
+        (
+            json!({ "sub": "spiffe://other.local/user/alice" }),
+            403,
+            "AccessDenied",
+            denied,
+        ),
         (json!({ "sub": "alice" }), 403, "AccessDenied", denied),
         (json!({ "sub": null }), 400, identity, "claim: sub"),
-        (json!({ "exp": now() - 1 }), 400, "ExpiredTokenException", "Token expired: current date/time"),
+        (
+            json!({ "exp": now() - 1 }),
+            400,
+            "ExpiredTokenException",
+            "Token expired: current date/time",
+        ),
         (json!({ "exp": null }), 400, identity, "claim: exp"),
         (json!({ "exp": 1.9e9 }), 400, identity, "Invalid timestamp"),
         (json!({ "iat": 1.7e9 }), 400, identity, "Invalid timestamp"),
         (json!({ "iat": null }), 400, identity, "claim: iat"),
-        (json!({ "iat": now() + 3600, "exp": now() + 7200 }), 400, identity, "not yet valid"),
-        (json!({ "nbf": now() + 3600, "exp": now() + 7200 }), 400, identity, "not yet valid"),
+        (
+            json!({ "iat": now() + 3600, "exp": now() + 7200 }),
+            400,
+            identity,
+            "not yet valid",
+        ),
+        (
+            json!({ "nbf": now() + 3600, "exp": now() + 7200 }),
+            400,
+            identity,
+            "not yet valid",
+        ),
     ];
     for (changes, status, code, message) in table {
-        world.with_token(&world.token(changes)).await.refused(status, code, message);
+        world
+            .with_token(&world.token(changes))
+            .await
+            .refused(status, code, message);
     }
-    for good in [json!({ "aud": AUDIENCE }), json!({ "aud": ["second", AUDIENCE], "azp": AUDIENCE })] {
+    for good in [
+        json!({ "aud": AUDIENCE }),
+        json!({ "aud": ["second", AUDIENCE], "azp": AUDIENCE }),
+    ] {
         assert_eq!(world.with_token(&world.token(good)).await.status, 200);
     }
 }
@@ -249,11 +392,16 @@ async fn tokens_that_the_issuer_did_not_sign_are_refused() {
     let world = world().await;
     let identity = "InvalidIdentityToken";
     let good = world.token(json!({}));
-    let [header, claims, signature] = good.split('.').collect::<Vec<_>>()[..] else { panic!("{good}") };
+    let [header, claims, signature] = good.split('.').collect::<Vec<_>>()[..] else {
+        panic!("{good}")
+    };
 
     let other = SigningKey::generate().unwrap();
     let foreign = other.sign(&world.claims()).unwrap();
-    world.with_token(&foreign).await.refused(400, identity, "Couldn't retrieve verification key");
+    world
+        .with_token(&foreign)
+        .await
+        .refused(400, identity, "Couldn't retrieve verification key");
 
     // Another key that claims to be the issuer's by its key id.
     let pkcs8 = aws_lc_rs::signature::EcdsaKeyPair::generate_pkcs8(
@@ -265,22 +413,40 @@ async fn tokens_that_the_issuer_did_not_sign_are_refused() {
     named.kid = Some(world.key.kid().to_owned());
     let key = jsonwebtoken::EncodingKey::from_ec_der(pkcs8.as_ref());
     let forged = jsonwebtoken::encode(&named, &world.claims(), &key).unwrap();
-    world.with_token(&forged).await.refused(400, identity, "signature");
+    world
+        .with_token(&forged)
+        .await
+        .refused(400, identity, "signature");
 
     let mut changed = world.claims();
     changed["sub"] = json!("spiffe://dev.local/user/root");
     let changed = URL_SAFE_NO_PAD.encode(changed.to_string());
-    world.with_token(&format!("{header}.{changed}.{signature}")).await.refused(400, identity, "signature");
-    world.with_token(&format!("{header}.{claims}.")).await.refused(400, identity, "signature");
+    world
+        .with_token(&format!("{header}.{changed}.{signature}"))
+        .await
+        .refused(400, identity, "signature");
+    world
+        .with_token(&format!("{header}.{claims}."))
+        .await
+        .refused(400, identity, "signature");
 
     // The public key as the secret of a symmetric algorithm, and no algorithm at all.
     named.alg = jsonwebtoken::Algorithm::HS256;
     let public = jsonwebtoken::EncodingKey::from_secret(world.key.jwks().as_bytes());
     let confused = jsonwebtoken::encode(&named, &world.claims(), &public).unwrap();
-    world.with_token(&confused).await.refused(400, identity, "algorithm");
+    world
+        .with_token(&confused)
+        .await
+        .refused(400, identity, "algorithm");
     let none = URL_SAFE_NO_PAD.encode(json!({ "alg": "none", "kid": world.key.kid() }).to_string());
-    world.with_token(&format!("{none}.{claims}.")).await.refused(400, identity, "not a valid JWT");
-    world.with_token("not-a-token").await.refused(400, identity, "not a valid JWT");
+    world
+        .with_token(&format!("{none}.{claims}."))
+        .await
+        .refused(400, identity, "not a valid JWT");
+    world
+        .with_token("not-a-token")
+        .await
+        .refused(400, identity, "not a valid JWT");
 }
 
 #[tokio::test]
@@ -296,18 +462,29 @@ async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
 
     // Another issuer's document where the configured one's should be.
     let (listener, address) = loopback::bind().await.unwrap();
-    let document = loopback::get(&format!("{}/.well-known/openid-configuration", issuer.url())).await.unwrap();
+    let document = loopback::get(&format!(
+        "{}/.well-known/openid-configuration",
+        issuer.url()
+    ))
+    .await
+    .unwrap();
     let _server = Server::start(listener, move |_| {
         let document = document.clone();
         async move { LoopbackResponse::new(document.into()) }
     });
     account.providers[0].issuer = format!("http://{address}");
     let refused = verify(&account).await.unwrap_err();
-    assert!(format!("{refused:?}").contains("Couldn't retrieve verification key"), "{refused:?}");
+    assert!(
+        format!("{refused:?}").contains("Couldn't retrieve verification key"),
+        "{refused:?}"
+    );
 
     drop(issuer);
     let refused = verify(&sts.desk.account).await.unwrap_err();
-    assert!(format!("{refused:?}").contains("Couldn't retrieve verification key"), "{refused:?}");
+    assert!(
+        format!("{refused:?}").contains("Couldn't retrieve verification key"),
+        "{refused:?}"
+    );
 }
 
 #[tokio::test]
@@ -315,11 +492,17 @@ async fn a_role_trusts_its_own_issuer_only() {
     let DevStsEnv { sts, .. } = world().await;
     let DevStsEnv { key, issuer, .. } = world().await;
     let mut account = sts.desk.account.clone();
-    account.providers.push(DevProvider { issuer: issuer.url().to_owned(), client_ids: vec![AUDIENCE.to_owned()] });
+    account.providers.push(DevProvider {
+        issuer: issuer.url().to_owned(),
+        client_ids: vec![AUDIENCE.to_owned()],
+    });
     let sts = DevSts::start(account, Clock::system()).await.unwrap();
     // The second issuer is known to the account, and its token is good.
     let other = DevStsEnv { key, issuer, sts };
-    other.with_token(&other.token(json!({}))).await.refused(403, "AccessDenied", "Not authorized");
+    other
+        .with_token(&other.token(json!({})))
+        .await
+        .refused(403, "AccessDenied", "Not authorized");
 }
 
 #[tokio::test]
@@ -329,50 +512,156 @@ async fn parameters_out_of_their_bounds_are_refused() {
     let long = "x".repeat(20_001);
     let table = [
         (vec![("RoleArn", "")], 400, validation, "'roleArn'"),
-        (vec![("RoleArn", "arn:aws:iam::0:role/dev")], 400, validation, "is invalid"),
-        (vec![("RoleArn", "arn:aws:iam::000000000000:role/other")], 403, "AccessDenied", "Not authorized"),
-        (vec![("RoleArn", "arn:aws:iam::123456789012:role/dev")], 403, "AccessDenied", "Not authorized"),
-        (vec![("RoleSessionName", "")], 400, validation, "Value null at 'roleSessionName'"),
-        (vec![("RoleSessionName", "a")], 400, validation, "greater than or equal to 2"),
-        (vec![("RoleSessionName", "with/slash")], 400, validation, "regular expression pattern"),
-        (vec![("RoleSessionName", "<&>\u{1}")], 400, validation, "'&lt;&amp;&gt;\u{fffd}'"),
-        (vec![("RoleSessionName", &long[..65])], 400, validation, "less than or equal to 64"),
-        (vec![("DurationSeconds", "899")], 400, validation, "greater than or equal to 900"),
-        (vec![("DurationSeconds", "43201")], 400, validation, "less than or equal to 43200"),
-        (vec![("DurationSeconds", "1h")], 400, validation, "'1h' at 'durationSeconds'"),
         (
-            vec![("DurationSeconds", "7200"), ("RoleArn", "arn:aws:iam::000000000000:role/short")],
+            vec![("RoleArn", "arn:aws:iam::0:role/dev")],
+            400,
+            validation,
+            "is invalid",
+        ),
+        (
+            vec![("RoleArn", "arn:aws:iam::000000000000:role/other")],
+            403,
+            "AccessDenied",
+            "Not authorized",
+        ),
+        (
+            vec![("RoleArn", "arn:aws:iam::123456789012:role/dev")],
+            403,
+            "AccessDenied",
+            "Not authorized",
+        ),
+        (
+            vec![("RoleSessionName", "")],
+            400,
+            validation,
+            "Value null at 'roleSessionName'",
+        ),
+        (
+            vec![("RoleSessionName", "a")],
+            400,
+            validation,
+            "greater than or equal to 2",
+        ),
+        (
+            vec![("RoleSessionName", "with/slash")],
+            400,
+            validation,
+            "regular expression pattern",
+        ),
+        (
+            vec![("RoleSessionName", "<&>\u{1}")],
+            400,
+            validation,
+            "'&lt;&amp;&gt;\u{fffd}'",
+        ),
+        (
+            vec![("RoleSessionName", &long[..65])],
+            400,
+            validation,
+            "less than or equal to 64",
+        ),
+        (
+            vec![("DurationSeconds", "899")],
+            400,
+            validation,
+            "greater than or equal to 900",
+        ),
+        (
+            vec![("DurationSeconds", "43201")],
+            400,
+            validation,
+            "less than or equal to 43200",
+        ),
+        (
+            vec![("DurationSeconds", "1h")],
+            400,
+            validation,
+            "'1h' at 'durationSeconds'",
+        ),
+        (
+            vec![
+                ("DurationSeconds", "7200"),
+                ("RoleArn", "arn:aws:iam::000000000000:role/short"),
+            ],
             400,
             validation,
             "exceeds the MaxSessionDuration",
         ),
-        (vec![("WebIdentityToken", "")], 400, validation, "Value null at 'webIdentityToken'"),
-        (vec![("WebIdentityToken", &long)], 400, validation, "less than or equal to 20000"),
-        (vec![("ProviderId", "www.amazon.com")], 400, validation, "ProviderId"),
-        (vec![("Policy", "not json")], 400, "MalformedPolicyDocument", "JSON"),
+        (
+            vec![("WebIdentityToken", "")],
+            400,
+            validation,
+            "Value null at 'webIdentityToken'",
+        ),
+        (
+            vec![("WebIdentityToken", &long)],
+            400,
+            validation,
+            "less than or equal to 20000",
+        ),
+        (
+            vec![("ProviderId", "www.amazon.com")],
+            400,
+            validation,
+            "ProviderId",
+        ),
+        (
+            vec![("Policy", "not json")],
+            400,
+            "MalformedPolicyDocument",
+            "JSON",
+        ),
         (vec![("Policy", &long[..2049])], 400, validation, "'policy'"),
-        (vec![("PolicyArns.member.1.arn", "ReadOnly")], 400, validation, "not valid"),
-        (vec![("Action", "AssumeRole")], 400, "InvalidAction", "AssumeRole for version 2011-06-15"),
-        (vec![("Version", "")], 400, "InvalidAction", "NO_VERSION_SPECIFIED"),
+        (
+            vec![("PolicyArns.member.1.arn", "ReadOnly")],
+            400,
+            validation,
+            "not valid",
+        ),
+        (
+            vec![("Action", "AssumeRole")],
+            400,
+            "InvalidAction",
+            "AssumeRole for version 2011-06-15",
+        ),
+        (
+            vec![("Version", "")],
+            400,
+            "InvalidAction",
+            "NO_VERSION_SPECIFIED",
+        ),
     ];
     for (changes, status, code, message) in table {
         world.assume(&changes).await.refused(status, code, message);
     }
-    let narrowed =
-        world.assume(&[("Policy", r#"{"Version":"2012-10-17","Statement":[]}"#), ("DurationSeconds", "43200")]).await;
+    let narrowed = world
+        .assume(&[
+            ("Policy", r#"{"Version":"2012-10-17","Statement":[]}"#),
+            ("DurationSeconds", "43200"),
+        ])
+        .await;
     assert_eq!(narrowed.status, 200, "{narrowed:?}");
 }
 
 #[tokio::test]
 async fn an_oversized_body_is_not_read() {
     let world = world().await;
-    let mut stream = TcpStream::connect(world.sts.url().trim_start_matches("http://")).await.unwrap();
-    stream.write_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n").await.unwrap();
+    let mut stream = TcpStream::connect(world.sts.url().trim_start_matches("http://"))
+        .await
+        .unwrap();
+    stream
+        .write_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+        .await
+        .unwrap();
     // Until the server has had enough: it answers, or closes while this still writes.
     while stream.write_all(&[b'x'; 4096]).await.is_ok() {}
     let mut reply = Vec::new();
     let _ = stream.read_to_end(&mut reply).await;
-    assert!(reply.is_empty() || reply.starts_with(b"HTTP/1.1 413 "), "{}", String::from_utf8_lossy(&reply));
+    assert!(
+        reply.is_empty() || reply.starts_with(b"HTTP/1.1 413 "),
+        "{}",
+        String::from_utf8_lossy(&reply)
+    );
     assert_eq!(world.assume(&[]).await.status, 200);
 }
 
@@ -387,25 +676,50 @@ struct Signed {
 }
 
 impl Signed {
-    fn new(world: &DevStsEnv, credentials: &SigningCredentials, time: SystemTime, region: &str) -> Self {
+    fn new(
+        world: &DevStsEnv,
+        credentials: &SigningCredentials,
+        time: SystemTime,
+        region: &str,
+    ) -> Self {
         let mut settings = SigningSettings::default();
         settings.excluded_headers = None;
         let path = "/".to_owned();
-        let mut signed = Self { method: "POST", path, headers: vec![], body: FORM };
-        let content = ("content-type".to_owned(), "application/x-www-form-urlencoded".to_owned());
+        let mut signed = Self {
+            method: "POST",
+            path,
+            headers: vec![],
+            body: FORM,
+        };
+        let content = (
+            "content-type".to_owned(),
+            "application/x-www-form-urlencoded".to_owned(),
+        );
         signed.headers = vec![content];
         let (headers, _) = signed.sign(world, credentials, time, region, settings);
         signed.headers.extend(headers);
         signed
     }
 
-    fn presigned(world: &DevStsEnv, credentials: &SigningCredentials, time: SystemTime, valid_for: Duration) -> Self {
+    fn presigned(
+        world: &DevStsEnv,
+        credentials: &SigningCredentials,
+        time: SystemTime,
+        valid_for: Duration,
+    ) -> Self {
         let mut settings = SigningSettings::default();
         settings.signature_location = SignatureLocation::QueryParams;
         settings.expires_in = Some(valid_for);
-        let mut signed = Self { method: "GET", path: format!("/?{FORM}"), headers: vec![], body: "" };
+        let mut signed = Self {
+            method: "GET",
+            path: format!("/?{FORM}"),
+            headers: vec![],
+            body: "",
+        };
         let (_, added) = signed.sign(world, credentials, time, "us-east-1", settings);
-        let added = form_urlencoded::Serializer::new(String::new()).extend_pairs(added).finish();
+        let added = form_urlencoded::Serializer::new(String::new())
+            .extend_pairs(added)
+            .finish();
         signed.path = format!("{}&{added}", signed.path);
         signed
     }
@@ -429,12 +743,24 @@ impl Signed {
             .unwrap()
             .into();
         let url = format!("{}{}", world.sts.url(), self.path);
-        let headers = self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        let request = SignableRequest::new(self.method, url, headers, SignableBody::Bytes(self.body.as_bytes()));
+        let headers = self
+            .headers
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()));
+        let request = SignableRequest::new(
+            self.method,
+            url,
+            headers,
+            SignableBody::Bytes(self.body.as_bytes()),
+        );
         let (signed, _) = sign(request.unwrap(), &parameters).unwrap().into_parts();
         let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
         let headers = signed.headers().map(owned).collect();
-        let query = signed.params().iter().map(|(name, value)| owned((name, value.as_ref()))).collect();
+        let query = signed
+            .params()
+            .iter()
+            .map(|(name, value)| owned((name, value.as_ref())))
+            .collect();
         (headers, query)
     }
 
@@ -458,8 +784,14 @@ impl Signed {
     }
 
     async fn send(&self, world: &DevStsEnv) -> DevStsReply {
-        let headers: Vec<_> = self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        world.send(self.method, &self.path, &headers, self.body).await
+        let headers: Vec<_> = self
+            .headers
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect();
+        world
+            .send(self.method, &self.path, &headers, self.body)
+            .await
     }
 }
 
@@ -471,7 +803,11 @@ async fn requests_whose_signature_does_not_hold_are_refused() {
     let time = SystemTime::now();
     let signed = || Signed::new(&world, &alice, time, "us-east-1");
     let good = signed().send(&world).await;
-    assert_eq!((good.status, good.element("Account")), (200, "000000000000"), "{good:?}");
+    assert_eq!(
+        (good.status, good.element("Account")),
+        (200, "000000000000"),
+        "{good:?}"
+    );
 
     let mismatch = "SignatureDoesNotMatch";
     let unknown = "InvalidClientTokenId";
@@ -480,30 +816,126 @@ async fn requests_whose_signature_does_not_hold_are_refused() {
     let long_ago = time - Duration::from_secs(16 * 60);
     let ahead = time + Duration::from_secs(16 * 60);
     let table = [
-        (other_body, 403, mismatch, "does not match the signature you provided"),
-        (signed().with("content-type", "application/x-www-form-urlencoded; charset=utf-8"), 403, mismatch, ""),
-        (signed().with("x-amz-user-agent", "added"), 403, mismatch, "SignedHeaders"),
         (
-            signed().replacing("SignedHeaders=content-type;host;", "SignedHeaders=content-type;"),
+            other_body,
+            403,
+            mismatch,
+            "does not match the signature you provided",
+        ),
+        (
+            signed().with(
+                "content-type",
+                "application/x-www-form-urlencoded; charset=utf-8",
+            ),
+            403,
+            mismatch,
+            "",
+        ),
+        (
+            signed().with("x-amz-user-agent", "added"),
+            403,
+            mismatch,
+            "SignedHeaders",
+        ),
+        (
+            signed().replacing(
+                "SignedHeaders=content-type;host;",
+                "SignedHeaders=content-type;",
+            ),
             403,
             mismatch,
             "'Host'",
         ),
-        (signed().replacing("/us-east-1/", "/eu-west-1/"), 403, mismatch, "valid region"),
-        (signed().replacing("/sts/", "/s3/"), 403, mismatch, "correct service"),
-        (Signed::new(&world, &alice, time, "eu-west-1"), 403, mismatch, "valid region"),
-        (Signed::new(&world, &alice, long_ago, "us-east-1"), 403, mismatch, "Signature expired"),
-        (Signed::new(&world, &alice, ahead, "us-east-1"), 403, mismatch, "not yet current"),
-        (signed().replacing(alice.access_key_id(), bob.access_key_id()), 403, unknown, "invalid"),
-        (signed().replacing(alice.access_key_id(), "ASIAAAAAAAAAAAAAAAAA"), 403, unknown, "invalid"),
-        (signed().with("x-amz-security-token", bob.session_token().unwrap()), 403, unknown, "invalid"),
-        (signed().without("x-amz-security-token"), 403, unknown, "invalid"),
-        (signed().without("authorization"), 403, "MissingAuthenticationToken", ""),
-        (signed().without("x-amz-date"), 400, "IncompleteSignature", ""),
-        (signed().with("x-amz-date", "yesterday"), 400, "IncompleteSignature", ""),
-        (signed().with("authorization", "Bearer x"), 400, "IncompleteSignature", ""),
-        (signed().with("authorization", "AWS4-HMAC-SHA256 Credential=x"), 400, "IncompleteSignature", ""),
-        (signed().replacing("/aws4_request", ""), 400, "IncompleteSignature", ""),
+        (
+            signed().replacing("/us-east-1/", "/eu-west-1/"),
+            403,
+            mismatch,
+            "valid region",
+        ),
+        (
+            signed().replacing("/sts/", "/s3/"),
+            403,
+            mismatch,
+            "correct service",
+        ),
+        (
+            Signed::new(&world, &alice, time, "eu-west-1"),
+            403,
+            mismatch,
+            "valid region",
+        ),
+        (
+            Signed::new(&world, &alice, long_ago, "us-east-1"),
+            403,
+            mismatch,
+            "Signature expired",
+        ),
+        (
+            Signed::new(&world, &alice, ahead, "us-east-1"),
+            403,
+            mismatch,
+            "not yet current",
+        ),
+        (
+            signed().replacing(alice.access_key_id(), bob.access_key_id()),
+            403,
+            unknown,
+            "invalid",
+        ),
+        (
+            signed().replacing(alice.access_key_id(), "ASIAAAAAAAAAAAAAAAAA"),
+            403,
+            unknown,
+            "invalid",
+        ),
+        (
+            signed().with("x-amz-security-token", bob.session_token().unwrap()),
+            403,
+            unknown,
+            "invalid",
+        ),
+        (
+            signed().without("x-amz-security-token"),
+            403,
+            unknown,
+            "invalid",
+        ),
+        (
+            signed().without("authorization"),
+            403,
+            "MissingAuthenticationToken",
+            "",
+        ),
+        (
+            signed().without("x-amz-date"),
+            400,
+            "IncompleteSignature",
+            "",
+        ),
+        (
+            signed().with("x-amz-date", "yesterday"),
+            400,
+            "IncompleteSignature",
+            "",
+        ),
+        (
+            signed().with("authorization", "Bearer x"),
+            400,
+            "IncompleteSignature",
+            "",
+        ),
+        (
+            signed().with("authorization", "AWS4-HMAC-SHA256 Credential=x"),
+            400,
+            "IncompleteSignature",
+            "",
+        ),
+        (
+            signed().replacing("/aws4_request", ""),
+            400,
+            "IncompleteSignature",
+            "",
+        ),
     ];
     for (request, status, code, message) in table {
         request.send(&world).await.refused(status, code, message);
@@ -514,7 +946,10 @@ async fn requests_whose_signature_does_not_hold_are_refused() {
 async fn expired_credentials_are_refused() {
     let world = world().await;
     let request = Signed::new(&world, &world.session(-1), SystemTime::now(), "us-east-1");
-    request.send(&world).await.refused(403, "ExpiredToken", "expired");
+    request
+        .send(&world)
+        .await
+        .refused(403, "ExpiredToken", "expired");
 }
 
 #[tokio::test]
@@ -524,13 +959,32 @@ async fn presigned_requests_are_checked_like_signed_ones() {
     let time = SystemTime::now();
     let signed = || Signed::presigned(&world, &alice, time, Duration::from_secs(60));
     let good = signed().send(&world).await;
-    assert_eq!((good.status, good.element("Account")), (200, "000000000000"), "{good:?}");
-    let old = Signed::presigned(&world, &alice, time - Duration::from_secs(61), Duration::from_secs(60));
-    old.send(&world).await.refused(403, "SignatureDoesNotMatch", "Signature expired");
+    assert_eq!(
+        (good.status, good.element("Account")),
+        (200, "000000000000"),
+        "{good:?}"
+    );
+    let old = Signed::presigned(
+        &world,
+        &alice,
+        time - Duration::from_secs(61),
+        Duration::from_secs(60),
+    );
+    old.send(&world)
+        .await
+        .refused(403, "SignatureDoesNotMatch", "Signature expired");
     let longer = signed().replacing("X-Amz-Expires=60", "X-Amz-Expires=61");
-    longer.send(&world).await.refused(403, "SignatureDoesNotMatch", "does not match");
+    longer
+        .send(&world)
+        .await
+        .refused(403, "SignatureDoesNotMatch", "does not match");
     let forever = signed().replacing("X-Amz-Expires=60", "X-Amz-Expires=604801");
-    forever.send(&world).await.refused(400, "IncompleteSignature", "604800");
+    forever
+        .send(&world)
+        .await
+        .refused(400, "IncompleteSignature", "604800");
     let more = signed().replacing("Version=", "Extra=1&Version=");
-    more.send(&world).await.refused(403, "SignatureDoesNotMatch", "does not match");
+    more.send(&world)
+        .await
+        .refused(403, "SignatureDoesNotMatch", "does not match");
 }

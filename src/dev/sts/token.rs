@@ -15,8 +15,13 @@ use crate::dev::oidc::DISCOVERY_PATH;
 /// How far ahead of this clock a token may be made.
 const SKEW: Duration = Duration::from_secs(300);
 /// What STS accepts, of what the library can verify (it has no ES512).
-const ALGORITHMS: [Algorithm; 5] =
-    [Algorithm::RS256, Algorithm::RS384, Algorithm::RS512, Algorithm::ES256, Algorithm::ES384];
+const ALGORITHMS: [Algorithm; 5] = [
+    Algorithm::RS256,
+    Algorithm::RS384,
+    Algorithm::RS512,
+    Algorithm::ES256,
+    Algorithm::ES384,
+];
 
 /// What a verified token says.
 #[derive(Debug)]
@@ -50,16 +55,32 @@ fn refused<T>(message: impl Into<String>) -> Result<T, DevRefusal> {
 }
 
 /// Verifies a token for this account, in the order in which STS reports.
-pub(super) async fn verify(token: &str, account: &DevAccount, now: SystemTime) -> Result<DevTokenClaims, DevRefusal> {
-    let not_a_jwt = || DevRefusal::new(Code::InvalidIdentityToken, "The ID Token provided is not a valid JWT.");
+pub(super) async fn verify(
+    token: &str,
+    account: &DevAccount,
+    now: SystemTime,
+) -> Result<DevTokenClaims, DevRefusal> {
+    let not_a_jwt = || {
+        DevRefusal::new(
+            Code::InvalidIdentityToken,
+            "The ID Token provided is not a valid JWT.",
+        )
+    };
     let header = jsonwebtoken::decode_header(token).map_err(|_| not_a_jwt())?;
-    let unverified: RawClaims = jsonwebtoken::dangerous::insecure_decode_claims(token).map_err(|_| not_a_jwt())?;
+    let unverified: RawClaims =
+        jsonwebtoken::dangerous::insecure_decode_claims(token).map_err(|_| not_a_jwt())?;
     let Some(issuer) = unverified.iss else {
         return refused("Missing a required claim: iss");
     };
     // The name of the issuer only chooses among the configured ones: nothing is fetched from where a token says.
-    let Some(provider) = account.providers.iter().find(|provider| provider.issuer == issuer) else {
-        return refused(format!("No OpenIDConnect provider found in your account for {issuer:.256}"));
+    let Some(provider) = account
+        .providers
+        .iter()
+        .find(|provider| provider.issuer == issuer)
+    else {
+        return refused(format!(
+            "No OpenIDConnect provider found in your account for {issuer:.256}"
+        ));
     };
     if !ALGORITHMS.contains(&header.alg) {
         return refused(format!("Unsupported signature algorithm {:?}", header.alg));
@@ -104,11 +125,17 @@ async fn fetch_keys(issuer: &str) -> Result<JwkSet, KeysError> {
     if discovery.issuer != issuer {
         return Err(KeysError::Issuer(discovery.issuer));
     }
-    Ok(serde_json::from_slice(&loopback::get(&discovery.jwks_uri).await?)?)
+    Ok(serde_json::from_slice(
+        &loopback::get(&discovery.jwks_uri).await?,
+    )?)
 }
 
 fn verify_signature(token: &str, header: &Header, keys: &JwkSet) -> Result<RawClaims, DevRefusal> {
-    let key: &Jwk = header.kid.as_deref().and_then(|kid| keys.find(kid)).ok_or_else(no_key)?;
+    let key: &Jwk = header
+        .kid
+        .as_deref()
+        .and_then(|kid| keys.find(kid))
+        .ok_or_else(no_key)?;
     let key = DecodingKey::from_jwk(key).map_err(|_| no_key())?;
     // The claims are checked below, in STS's own words and order; this is for the signature alone.
     let mut validation = Validation::new(header.alg);
@@ -121,28 +148,43 @@ fn verify_signature(token: &str, header: &Header, keys: &JwkSet) -> Result<RawCl
     }
 }
 
-fn check(claims: RawClaims, provider: &DevProvider, now: SystemTime) -> Result<DevTokenClaims, DevRefusal> {
+fn check(
+    claims: RawClaims,
+    provider: &DevProvider,
+    now: SystemTime,
+) -> Result<DevTokenClaims, DevRefusal> {
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let Some(sub) = claims.sub else {
         return refused("Missing a required claim: sub");
     };
     let exp = timestamp(claims.exp.as_ref(), "exp")?;
     let iat = timestamp(claims.iat.as_ref(), "iat")?;
-    let not_before = claims.nbf.as_ref().map_or(Ok(iat), |nbf| timestamp(Some(nbf), "nbf"))?;
+    let not_before = claims
+        .nbf
+        .as_ref()
+        .map_or(Ok(iat), |nbf| timestamp(Some(nbf), "nbf"))?;
     if exp <= now {
         // AWS goes on to accept a token for a while. This is stricter, so that nobody comes to rely on it.
-        let message = format!("Token expired: current date/time {now} must be before the expiration date/time {exp}");
+        let message = format!(
+            "Token expired: current date/time {now} must be before the expiration date/time {exp}"
+        );
         return Err(DevRefusal::new(Code::ExpiredWebIdentity, message));
     }
     let made = iat.max(not_before);
     if made > now + SKEW.as_secs() {
-        return refused(format!("Token is not yet valid: current date/time {now} must be after {made}"));
+        return refused(format!(
+            "Token is not yet valid: current date/time {now} must be after {made}"
+        ));
     }
     let audience = audience(claims.aud, claims.azp)?;
     if !provider.client_ids.contains(&audience) {
         return refused("Incorrect token audience");
     }
-    Ok(DevTokenClaims { issuer: provider.issuer.clone(), sub, audience })
+    Ok(DevTokenClaims {
+        issuer: provider.issuer.clone(),
+        sub,
+        audience,
+    })
 }
 
 /// STS takes integers only: `1.7e9` is refused, although it is the same number.
@@ -157,7 +199,10 @@ fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, DevRefusal> {
 }
 
 /// The one audience that counts: the authorized party, where the token names one.
-fn audience(claim: Option<DevAudience>, authorized_party: Option<String>) -> Result<String, DevRefusal> {
+fn audience(
+    claim: Option<DevAudience>,
+    authorized_party: Option<String>,
+) -> Result<String, DevRefusal> {
     let audiences = match claim {
         Some(DevAudience::One(audience)) => vec![audience],
         Some(DevAudience::Several(audiences)) => audiences,
@@ -167,6 +212,8 @@ fn audience(claim: Option<DevAudience>, authorized_party: Option<String>) -> Res
         (_, []) => refused("Missing a required claim: aud"),
         (Some(party), _) => Ok(party),
         (None, [audience]) => Ok(audience.clone()),
-        (None, _) => refused("Token audience contains more than one audience while authorized party is not present"),
+        (None, _) => refused(
+            "Token audience contains more than one audience while authorized party is not present",
+        ),
     }
 }

@@ -28,7 +28,8 @@ fn world(owner: Uid) -> DevApiEnv {
         key: Arc::new(SigningKey::generate().unwrap()),
         clock: Clock::system(),
     };
-    let api = DevWorkloadApi::start_for(owner, &directory.path().join("api"), registrations).unwrap();
+    let api =
+        DevWorkloadApi::start_for(owner, &directory.path().join("api"), registrations).unwrap();
     DevApiEnv { directory, api }
 }
 
@@ -40,8 +41,18 @@ impl DevApiEnv {
 
     async fn fetch(&self, audience: &[&str], spiffe_id: &str) -> Result<Vec<Jwtsvid>, Status> {
         let audience = audience.iter().map(|&name| name.to_owned()).collect();
-        let request = with_header(JwtsvidRequest { audience, spiffe_id: spiffe_id.to_owned() }, &["true"]);
-        self.client().await.fetch_jwtsvid(request).await.map(|response| response.into_inner().svids)
+        let request = with_header(
+            JwtsvidRequest {
+                audience,
+                spiffe_id: spiffe_id.to_owned(),
+            },
+            &["true"],
+        );
+        self.client()
+            .await
+            .fetch_jwtsvid(request)
+            .await
+            .map(|response| response.into_inner().svids)
     }
 }
 
@@ -58,23 +69,44 @@ fn with_header<T>(message: T, values: &[&'static str]) -> Request<T> {
 async fn it_signs_what_the_bundle_verifies() {
     let world = world(geteuid());
     let request = with_header(JwtBundlesRequest {}, &["true"]);
-    let mut bundles = world.client().await.fetch_jwt_bundles(request).await.unwrap().into_inner();
+    let mut bundles = world
+        .client()
+        .await
+        .fetch_jwt_bundles(request)
+        .await
+        .unwrap()
+        .into_inner();
     let bundles = bundles.message().await.unwrap().unwrap().bundles;
     let keys: JwkSet = serde_json::from_slice(&bundles["spiffe://dev.local"]).unwrap();
 
     let svids = world.fetch(&["dev-sts"], ALICE).await.unwrap();
-    let [Jwtsvid { spiffe_id, svid, .. }] = &svids[..] else { panic!("{svids:?}") };
+    let [
+        Jwtsvid {
+            spiffe_id, svid, ..
+        },
+    ] = &svids[..]
+    else {
+        panic!("{svids:?}")
+    };
     assert_eq!(spiffe_id, ALICE);
     let header = jsonwebtoken::decode_header(svid).unwrap();
-    assert_eq!((header.typ.as_deref(), header.alg), (Some("JWT"), Algorithm::ES256));
+    assert_eq!(
+        (header.typ.as_deref(), header.alg),
+        (Some("JWT"), Algorithm::ES256)
+    );
     let key = DecodingKey::from_jwk(keys.find(header.kid.as_deref().unwrap()).unwrap()).unwrap();
     let mut validation = Validation::new(Algorithm::ES256);
     validation.set_audience(&["dev-sts"]);
     validation.set_issuer(&[ISSUER]);
-    let claims = jsonwebtoken::decode::<serde_json::Value>(svid, &key, &validation).unwrap().claims;
+    let claims = jsonwebtoken::decode::<serde_json::Value>(svid, &key, &validation)
+        .unwrap()
+        .claims;
     assert_eq!(claims["sub"], ALICE);
     assert_eq!(claims["aud"], serde_json::json!(["dev-sts"]));
-    assert_eq!(claims["exp"].as_u64().unwrap() - claims["iat"].as_u64().unwrap(), 300);
+    assert_eq!(
+        claims["exp"].as_u64().unwrap() - claims["iat"].as_u64().unwrap(),
+        300
+    );
 }
 
 #[tokio::test]
@@ -91,23 +123,50 @@ async fn requests_are_refused_as_the_standard_says() {
         (&[], ALICE, Code::InvalidArgument),
         (&["a", ""], ALICE, Code::InvalidArgument),
         (&["a"], "alice", Code::InvalidArgument),
-        (&["a"], "spiffe://dev.local/user/carol", Code::PermissionDenied),
-        (&["a"], "spiffe://other.local/user/alice", Code::PermissionDenied),
-        (&["a"], "spiffe://dev.local/host/alice", Code::PermissionDenied),
+        (
+            &["a"],
+            "spiffe://dev.local/user/carol",
+            Code::PermissionDenied,
+        ),
+        (
+            &["a"],
+            "spiffe://other.local/user/alice",
+            Code::PermissionDenied,
+        ),
+        (
+            &["a"],
+            "spiffe://dev.local/host/alice",
+            Code::PermissionDenied,
+        ),
     ];
     for (audience, spiffe_id, code) in table {
-        assert_eq!(world.fetch(audience, spiffe_id).await.unwrap_err().code(), code, "{audience:?} {spiffe_id}");
+        assert_eq!(
+            world.fetch(audience, spiffe_id).await.unwrap_err().code(),
+            code,
+            "{audience:?} {spiffe_id}"
+        );
     }
     for values in [&[][..], &["True"], &["true", "true"]] {
-        let message = JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: ALICE.to_owned() };
-        let refused = world.client().await.fetch_jwtsvid(with_header(message, values)).await.unwrap_err();
+        let message = JwtsvidRequest {
+            audience: vec!["a".to_owned()],
+            spiffe_id: ALICE.to_owned(),
+        };
+        let refused = world
+            .client()
+            .await
+            .fetch_jwtsvid(with_header(message, values))
+            .await
+            .unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument, "{values:?}");
     }
 }
 
 #[tokio::test]
 async fn another_user_is_refused() {
-    let refused = world(Uid::from_raw(geteuid().as_raw() + 1)).fetch(&["a"], ALICE).await.unwrap_err();
+    let refused = world(Uid::from_raw(geteuid().as_raw() + 1))
+        .fetch(&["a"], ALICE)
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
 }
 
@@ -116,5 +175,8 @@ async fn nobody_else_can_reach_the_socket() {
     let world = world(geteuid());
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     let directory = world.directory.path().join("api");
-    assert_eq!((mode(&directory), mode(&directory.join("agent.sock"))), (0o700, 0o600));
+    assert_eq!(
+        (mode(&directory), mode(&directory.join("agent.sock"))),
+        (0o700, 0o600)
+    );
 }

@@ -3,10 +3,30 @@ use super::*;
 #[test]
 fn every_refusal_is_json_that_all_sdks_can_read() {
     let cases = [
-        (RequestError::Caller(AttestError::CallerGone), 403, "caller_gone", None),
-        (RequestError::Caller(AttestError::SearchBusy), 503, "search_busy", Some(1)),
-        (RequestError::Caller(AttestError::ProcessExecuting), 503, "process_executing", Some(1)),
-        (RequestError::Caller(AttestError::ProcessUnresponsive), 503, "process_unresponsive", Some(1)),
+        (
+            RequestError::Caller(AttestError::CallerGone),
+            403,
+            "caller_gone",
+            None,
+        ),
+        (
+            RequestError::Caller(AttestError::SearchBusy),
+            503,
+            "search_busy",
+            Some(1),
+        ),
+        (
+            RequestError::Caller(AttestError::ProcessExecuting),
+            503,
+            "process_executing",
+            Some(1),
+        ),
+        (
+            RequestError::Caller(AttestError::ProcessUnresponsive),
+            503,
+            "process_unresponsive",
+            Some(1),
+        ),
         (RequestError::Host, 400, "host", None),
         (RequestError::Browser, 403, "browser", None),
         (RequestError::Proxied, 403, "proxied", None),
@@ -18,23 +38,50 @@ fn every_refusal_is_json_that_all_sdks_can_read() {
         (RequestError::BadArn, 400, "bad_arn", None),
         (RequestError::NoAuthorization, 403, "no_authorization", None),
         (RequestError::WrongToken, 403, "wrong_token", None),
-        (RequestError::NoIdentity("uid 7".to_owned()), 403, "no_identity", None),
-        (RequestError::Denied(RoleDenied::NoRole), 403, "no_role", None),
+        (
+            RequestError::NoIdentity("uid 7".to_owned()),
+            403,
+            "no_identity",
+            None,
+        ),
+        (
+            RequestError::Denied(RoleDenied::NoRole),
+            403,
+            "no_role",
+            None,
+        ),
         (RequestError::Pending, 503, "pending", Some(1)),
         (RequestError::Full, 503, "cache_full", Some(1)),
         (RequestError::TooManyRoles, 503, "too_many_roles", Some(1)),
-        (RequestError::Issue(ExchangeError::TooOften), 503, "too_many_exchanges", Some(1)),
+        (
+            RequestError::Issue(ExchangeError::TooOften),
+            503,
+            "too_many_exchanges",
+            Some(1),
+        ),
         (RequestError::NotAudited, 503, "not_audited", Some(1)),
     ];
     for (refused, status, code, retry_after) in cases {
-        assert_eq!((refused.status(), refused.retry_after()), (status, retry_after), "{refused:?}");
+        assert_eq!(
+            (refused.status(), refused.retry_after()),
+            (status, retry_after),
+            "{refused:?}"
+        );
         let body: serde_json::Value = serde_json::from_slice(&refused.body(None)).unwrap();
-        let keys: Vec<_> = body.as_object().unwrap().keys().map(String::as_str).collect();
+        let keys: Vec<_> = body
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
         assert_eq!(keys, ["Code", "Message", "code", "message"]);
         assert_eq!((&body["code"], &body["Code"]), (&code.into(), &code.into()));
         assert_eq!(body["message"], body["Message"]);
         let message = body["message"].as_str().unwrap();
-        assert!(message.starts_with("awsvid: ") && message.ends_with('.'), "{message}");
+        assert!(
+            message.starts_with("awsvid: ") && message.ends_with('.'),
+            "{message}"
+        );
     }
 }
 

@@ -4,7 +4,13 @@ use hyper::header::{HeaderName, HeaderValue};
 /// A request as SDKs send it, with changes: `("Name", "value")` sets, an empty value removes.
 fn request(changes: &[(&str, &str)]) -> HeaderMap {
     let mut headers = HeaderMap::new();
-    for (name, value) in [("host", "127.0.0.1:974"), ("authorization", "any"), ("accept", "*/*")].iter().chain(changes)
+    for (name, value) in [
+        ("host", "127.0.0.1:974"),
+        ("authorization", "any"),
+        ("accept", "*/*"),
+    ]
+    .iter()
+    .chain(changes)
     {
         let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
         if value.is_empty() {
@@ -22,13 +28,27 @@ fn judge(
     listener: ListenerKind,
     authorization: &Authorization,
 ) -> Result<RequestedRole, &'static str> {
-    let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
-    let asked = RequestHead { method: &Method::GET, names_server: false, path, query, headers, has_body: false };
+    let (path, query) = path
+        .split_once('?')
+        .map_or((path, None), |(path, query)| (path, Some(query)));
+    let asked = RequestHead {
+        method: &Method::GET,
+        names_server: false,
+        path,
+        query,
+        headers,
+        has_body: false,
+    };
     validate(&asked, listener, authorization).map_err(|refused| refused.reason())
 }
 
 fn over_tcp(path: &str, changes: &[(&str, &str)]) -> Result<RequestedRole, &'static str> {
-    judge(path, &request(changes), ListenerKind::Tcp, &Authorization::Present)
+    judge(
+        path,
+        &request(changes),
+        ListenerKind::Tcp,
+        &Authorization::Present,
+    )
 }
 
 #[test]
@@ -44,7 +64,11 @@ fn hosts_that_are_loopback_are_answered() {
         "[::1]:974",
         "[::ffff:127.0.0.1]:974",
     ] {
-        assert_eq!(over_tcp("/v1/credentials", &[("host", host)]), Ok(RequestedRole::Default), "{host}");
+        assert_eq!(
+            over_tcp("/v1/credentials", &[("host", host)]),
+            Ok(RequestedRole::Default),
+            "{host}"
+        );
     }
 }
 
@@ -67,14 +91,31 @@ fn other_hosts_are_refused() {
         "localhost, evil.example",
     ];
     for host in hosts {
-        assert_eq!(over_tcp("/v1/credentials", &[("host", host)]), Err("host"), "{host}");
+        assert_eq!(
+            over_tcp("/v1/credentials", &[("host", host)]),
+            Err("host"),
+            "{host}"
+        );
     }
     let mut twice = request(&[]);
     twice.append(HOST, HeaderValue::from_static("127.0.0.1"));
-    assert_eq!(judge("/v1/credentials", &twice, ListenerKind::Tcp, &Authorization::Present), Err("host"));
+    assert_eq!(
+        judge(
+            "/v1/credentials",
+            &twice,
+            ListenerKind::Tcp,
+            &Authorization::Present
+        ),
+        Err("host")
+    );
     // On the unix socket too: a deputy may speak over it as well.
     assert_eq!(
-        judge("/v1/credentials", &request(&[("host", "evil.example")]), ListenerKind::Unix, &Authorization::Off),
+        judge(
+            "/v1/credentials",
+            &request(&[("host", "evil.example")]),
+            ListenerKind::Unix,
+            &Authorization::Off
+        ),
         Err("host")
     );
 }
@@ -95,15 +136,38 @@ fn deputies_are_refused() {
         ("Sec-Fetch-Dest", "script"),
         ("Sec-Fetch-User", "?1"),
     ] {
-        assert_eq!(over_tcp("/v1/credentials", &[(name, value)]), Err("browser"), "{name}: {value}");
+        assert_eq!(
+            over_tcp("/v1/credentials", &[(name, value)]),
+            Err("browser"),
+            "{name}: {value}"
+        );
     }
-    for name in ["Forwarded", "Via", "X-Real-IP", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Anything"] {
-        assert_eq!(over_tcp("/v1/credentials", &[(name, "x")]), Err("proxied"), "{name}");
+    for name in [
+        "Forwarded",
+        "Via",
+        "X-Real-IP",
+        "X-Forwarded-For",
+        "X-Forwarded-Host",
+        "X-Forwarded-Anything",
+    ] {
+        assert_eq!(
+            over_tcp("/v1/credentials", &[(name, "x")]),
+            Err("proxied"),
+            "{name}"
+        );
     }
     // One value of a page among others.
     let mut several = request(&[("Sec-Fetch-Site", "none")]);
     several.append("sec-fetch-site", HeaderValue::from_static("cross-site"));
-    assert_eq!(judge("/v1/credentials", &several, ListenerKind::Tcp, &Authorization::Present), Err("browser"));
+    assert_eq!(
+        judge(
+            "/v1/credentials",
+            &several,
+            ListenerKind::Tcp,
+            &Authorization::Present
+        ),
+        Err("browser")
+    );
 }
 
 /// A head of heads.txt.
@@ -117,9 +181,21 @@ struct Head {
 
 fn heads() -> Vec<Head> {
     let mut heads: Vec<Head> = Vec::new();
-    for line in include_str!("tests/heads.txt").lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
-        if let Some((name, outcome)) = line.strip_prefix("= ").and_then(|line| line.split_once(" = ")) {
-            heads.push(Head { name, outcome, method: Method::GET, path: "", headers: HeaderMap::new() });
+    for line in include_str!("tests/heads.txt")
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+    {
+        if let Some((name, outcome)) = line
+            .strip_prefix("= ")
+            .and_then(|line| line.split_once(" = "))
+        {
+            heads.push(Head {
+                name,
+                outcome,
+                method: Method::GET,
+                path: "",
+                headers: HeaderMap::new(),
+            });
             continue;
         }
         let head = heads.last_mut().unwrap();
@@ -142,8 +218,18 @@ fn heads() -> Vec<Head> {
 #[test]
 fn clients_are_answered_and_pages_are_not() {
     let judge = |head: &Head, headers: &HeaderMap, authorization: &Authorization| {
-        let (path, query) = head.path.split_once('?').map_or((head.path, None), |(path, query)| (path, Some(query)));
-        let asked = RequestHead { method: &head.method, names_server: false, path, query, headers, has_body: false };
+        let (path, query) = head
+            .path
+            .split_once('?')
+            .map_or((head.path, None), |(path, query)| (path, Some(query)));
+        let asked = RequestHead {
+            method: &head.method,
+            names_server: false,
+            path,
+            query,
+            headers,
+            has_body: false,
+        };
         match validate(&asked, ListenerKind::Tcp, authorization) {
             Ok(RequestedRole::Default) => "first",
             Ok(_) => "other",
@@ -153,7 +239,12 @@ fn clients_are_answered_and_pages_are_not() {
     let (mut answered, mut refused) = (0, 0);
     for head in heads() {
         if head.outcome == "first" {
-            assert_eq!(judge(&head, &head.headers, &Authorization::Present), "first", "{}", head.name);
+            assert_eq!(
+                judge(&head, &head.headers, &Authorization::Present),
+                "first",
+                "{}",
+                head.name
+            );
             answered += 1;
             continue;
         }
@@ -161,7 +252,12 @@ fn clients_are_answered_and_pages_are_not() {
         let mut bare = head.headers.clone();
         bare.remove("referer");
         for headers in [&head.headers, &bare] {
-            assert_eq!(judge(&head, headers, &Authorization::Off), head.outcome, "{}", head.name);
+            assert_eq!(
+                judge(&head, headers, &Authorization::Off),
+                head.outcome,
+                "{}",
+                head.name
+            );
         }
         refused += 1;
     }
@@ -171,12 +267,27 @@ fn clients_are_answered_and_pages_are_not() {
 #[test]
 fn only_get_is_answered() {
     let headers = request(&[]);
-    for method in [Method::POST, Method::PUT, Method::HEAD, Method::OPTIONS, Method::CONNECT, Method::DELETE] {
+    for method in [
+        Method::POST,
+        Method::PUT,
+        Method::HEAD,
+        Method::OPTIONS,
+        Method::CONNECT,
+        Method::DELETE,
+    ] {
         let path = "/v1/credentials";
-        let asked =
-            RequestHead { method: &method, names_server: false, path, query: None, headers: &headers, has_body: false };
+        let asked = RequestHead {
+            method: &method,
+            names_server: false,
+            path,
+            query: None,
+            headers: &headers,
+            has_body: false,
+        };
         assert_eq!(
-            validate(&asked, ListenerKind::Tcp, &Authorization::Present).unwrap_err().reason(),
+            validate(&asked, ListenerKind::Tcp, &Authorization::Present)
+                .unwrap_err()
+                .reason(),
             "method",
             "{method}"
         );
@@ -193,7 +304,11 @@ fn a_target_is_a_path_and_a_request_has_no_body() {
         ("/v1/credentials#role", 0, Ok(RequestedRole::Default)),
         ("/v1/credentials?#role", 0, Ok(RequestedRole::Default)),
         ("/v1/credentials#?role=x", 0, Ok(RequestedRole::Default)),
-        ("/v1/credentials/#/../billing", 0, Ok(RequestedRole::Default)),
+        (
+            "/v1/credentials/#/../billing",
+            0,
+            Ok(RequestedRole::Default),
+        ),
         ("/v1/credentials??", 0, Err("path")),
         ("/v1/credentials?#", 0, Ok(RequestedRole::Default)),
         ("http://127.0.0.1/v1/credentials", 0, Err("proxied")),
@@ -207,12 +322,22 @@ fn a_target_is_a_path_and_a_request_has_no_body() {
         let mut request = Request::builder().uri(target).body(body).unwrap();
         *request.headers_mut() = self::request(&[]);
         let judge = |request: &Request<_>| {
-            validate(&RequestHead::of(request), ListenerKind::Tcp, &Authorization::Present)
-                .map_err(|refused| refused.reason())
+            validate(
+                &RequestHead::of(request),
+                ListenerKind::Tcp,
+                &Authorization::Present,
+            )
+            .map_err(|refused| refused.reason())
         };
         assert_eq!(judge(&request), expected, "{target} {length}");
-        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-        let expected = if expected == Err("proxied") { expected } else { Err("body") };
+        request
+            .headers_mut()
+            .insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        let expected = if expected == Err("proxied") {
+            expected
+        } else {
+            Err("body")
+        };
         assert_eq!(judge(&request), expected, "{target} {length}, chunked");
     }
 }
@@ -221,7 +346,11 @@ fn a_target_is_a_path_and_a_request_has_no_body() {
 fn authorization_is_asked_for_on_tcp() {
     let token = Authorization::Token(zeroize::Zeroizing::new("s3cret".to_owned()));
     let cases = [
-        (Authorization::Present, "anything", Ok(RequestedRole::Default)),
+        (
+            Authorization::Present,
+            "anything",
+            Ok(RequestedRole::Default),
+        ),
         (Authorization::Present, "", Err("no_authorization")),
         (Authorization::Off, "", Ok(RequestedRole::Default)),
         (token.clone(), "s3cret", Ok(RequestedRole::Default)),
@@ -234,17 +363,36 @@ fn authorization_is_asked_for_on_tcp() {
     for (authorization, value, expected) in cases {
         let headers = request(&[("authorization", value)]);
         assert_eq!(
-            judge("/v1/credentials", &headers, ListenerKind::Tcp, &authorization),
+            judge(
+                "/v1/credentials",
+                &headers,
+                ListenerKind::Tcp,
+                &authorization
+            ),
             expected,
             "{authorization:?} {value:?}"
         );
-        assert_eq!(judge("/v1/credentials", &headers, ListenerKind::Unix, &authorization), Ok(RequestedRole::Default));
+        assert_eq!(
+            judge(
+                "/v1/credentials",
+                &headers,
+                ListenerKind::Unix,
+                &authorization
+            ),
+            Ok(RequestedRole::Default)
+        );
     }
     let mut twice = request(&[("authorization", "s3cret")]);
     twice.append(AUTHORIZATION, HeaderValue::from_static("other"));
-    assert_eq!(judge("/v1/credentials", &twice, ListenerKind::Tcp, &token), Err("wrong_token"));
+    assert_eq!(
+        judge("/v1/credentials", &twice, ListenerKind::Tcp, &token),
+        Err("wrong_token")
+    );
     let present = Authorization::Present;
-    assert_eq!(judge("/v1/credentials", &twice, ListenerKind::Tcp, &present), Err("no_authorization"));
+    assert_eq!(
+        judge("/v1/credentials", &twice, ListenerKind::Tcp, &present),
+        Err("no_authorization")
+    );
     assert!(!format!("{token:?}").contains("s3cret"));
 }
 

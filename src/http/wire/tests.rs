@@ -27,7 +27,10 @@ async fn serve(stream: DuplexStream, answer: impl AsyncFn()) -> hyper::Result<()
         }
     });
     let mut wire = GuardedStream::new(stream, true, &stage);
-    http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(&mut wire), service).await
+    http1::Builder::new()
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(&mut wire), service)
+        .await
 }
 
 async fn answered(client: &mut DuplexStream) -> String {
@@ -47,7 +50,10 @@ async fn an_answer_comes_at_once_or_later() {
         };
         let (served, answer) = tokio::join!(serve(server, wait), answered(&mut client));
         served.unwrap();
-        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\nanswer"), "{answer}");
+        assert!(
+            answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\nanswer"),
+            "{answer}"
+        );
     }
 }
 
@@ -62,8 +68,16 @@ async fn a_client_that_goes_away_is_not_waited_for() {
             sleep(stays).await;
             drop(client);
         };
-        let served = timeout(Duration::from_secs(4), serve(server, async || pending().await));
+        let served = timeout(
+            Duration::from_secs(4),
+            serve(server, async || pending().await),
+        );
         let (served, ()) = tokio::join!(served, going);
-        assert!(served.expect("it ends with the client").unwrap_err().is_incomplete_message());
+        assert!(
+            served
+                .expect("it ends with the client")
+                .unwrap_err()
+                .is_incomplete_message()
+        );
     }
 }

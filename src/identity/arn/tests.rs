@@ -13,15 +13,38 @@ const AWS: &str = "arn:aws:iam::123456789012:role/";
 #[test]
 fn arn_at_aws_has_account_and_partition() {
     let table = [
-        ("arn:aws:iam::123456789012:role/billing", "123456789012", "aws"),
-        ("arn:aws:iam::123456789012:role/team/shop/billing_1+2=3,4.5@6-7", "123456789012", "aws"),
-        ("arn:aws-cn:iam::123456789012:role/x", "123456789012", "aws-cn"),
-        ("arn:aws-us-gov:iam::123456789012:role/x", "123456789012", "aws-us-gov"),
-        ("arn:aws-iso-b:iam::000000000000:role/x", "000000000000", "aws-iso-b"),
+        (
+            "arn:aws:iam::123456789012:role/billing",
+            "123456789012",
+            "aws",
+        ),
+        (
+            "arn:aws:iam::123456789012:role/team/shop/billing_1+2=3,4.5@6-7",
+            "123456789012",
+            "aws",
+        ),
+        (
+            "arn:aws-cn:iam::123456789012:role/x",
+            "123456789012",
+            "aws-cn",
+        ),
+        (
+            "arn:aws-us-gov:iam::123456789012:role/x",
+            "123456789012",
+            "aws-us-gov",
+        ),
+        (
+            "arn:aws-iso-b:iam::000000000000:role/x",
+            "000000000000",
+            "aws-iso-b",
+        ),
     ];
     for (text, account, partition) in table {
         let arn = RoleArn::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"));
-        assert_eq!((arn.as_str(), arn.account(), arn.partition()), (text, Some(account), Some(partition)));
+        assert_eq!(
+            (arn.as_str(), arn.account(), arn.partition()),
+            (text, Some(account), Some(partition))
+        );
         assert_eq!((arn.to_string().as_str(), arn.is_aws()), (text, true));
         // Another STS may use AWS's form.
         assert_eq!(RoleArn::opaque(text), Ok(arn));
@@ -60,15 +83,33 @@ fn name_at_another_sts_is_taken_as_it_stands() {
         assert_eq!((arn.as_str(), arn.to_string().as_str()), (text, text));
         let is_aws = text.contains("::545393165945:role/");
         assert_eq!(
-            (arn.is_aws(), arn.account().is_some(), arn.partition().is_some()),
+            (
+                arn.is_aws(),
+                arn.account().is_some(),
+                arn.partition().is_some()
+            ),
             (is_aws, is_aws, is_aws),
             "{text}"
         );
-        assert_eq!(ArnTemplate::opaque(text).unwrap().render(&id("spiffe://td/x")), Some(arn), "{text}");
+        assert_eq!(
+            ArnTemplate::opaque(text)
+                .unwrap()
+                .render(&id("spiffe://td/x")),
+            Some(arn),
+            "{text}"
+        );
     }
     let name = |length: usize| RoleArn::opaque(&"x".repeat(length));
     assert!(name(2048).is_ok() && name(2049).is_err() && name(0).is_err());
-    for text in ["a b", "a\tb", "a\n", "a\0b", "a\u{7f}", "bílling", "a\u{202e}b"] {
+    for text in [
+        "a b",
+        "a\tb",
+        "a\n",
+        "a\0b",
+        "a\u{7f}",
+        "bílling",
+        "a\u{202e}b",
+    ] {
         assert!(RoleArn::opaque(text).is_err(), "{text:?}");
         assert!(ArnTemplate::opaque(text).is_err(), "{text:?}");
     }
@@ -90,22 +131,49 @@ fn arn_that_aws_cannot_have_is_an_error() {
         ("arn:aws:iam::123456789012:role", "not of the form"),
         ("arn:aws:iam::123456789012:roles/billing", "not of the form"),
         ("arn:minio::::role/billing1", "not of the form"),
-        ("arn:minio:iam:::role/billing", "AWS has no roles in a partition `minio`"),
-        ("arn:aws:sts::123456789012:assumed-role/a/b", "not of the form"),
-        ("arn:aws:s3::123456789012:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam:eu-west-1:123456789012:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam::12345678901:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam::1234567890123:role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws:iam::12345678901x:role/billing", "arn:aws:iam::<12 digits>"),
+        (
+            "arn:minio:iam:::role/billing",
+            "AWS has no roles in a partition `minio`",
+        ),
+        (
+            "arn:aws:sts::123456789012:assumed-role/a/b",
+            "not of the form",
+        ),
+        (
+            "arn:aws:s3::123456789012:role/billing",
+            "arn:aws:iam::<12 digits>",
+        ),
+        (
+            "arn:aws:iam:eu-west-1:123456789012:role/billing",
+            "arn:aws:iam::<12 digits>",
+        ),
+        (
+            "arn:aws:iam::12345678901:role/billing",
+            "arn:aws:iam::<12 digits>",
+        ),
+        (
+            "arn:aws:iam::1234567890123:role/billing",
+            "arn:aws:iam::<12 digits>",
+        ),
+        (
+            "arn:aws:iam::12345678901x:role/billing",
+            "arn:aws:iam::<12 digits>",
+        ),
         ("arn:aws:iam:::role/billing", "arn:aws:iam::<12 digits>"),
-        ("arn:aws-cn:iam::aws:role/billing", "arn:aws:iam::<12 digits>"),
+        (
+            "arn:aws-cn:iam::aws:role/billing",
+            "arn:aws:iam::<12 digits>",
+        ),
         ("arn:aws:iam::123456789012:role/bill ing", "no spaces"),
         ("arn:aws:iam::123456789012:role/billing\n", "no spaces"),
         ("arn:aws:iam::123456789012:role/bílling", "outside ASCII"),
         ("arn:aws:iam::123456789012:role/shop/", "an AWS role's name"),
         ("arn:aws:iam::123456789012:role/a:b", "an AWS role's name"),
         ("arn:aws:iam::123456789012:role/app-*", "an AWS role's name"),
-        ("arn:aws:iam::123456789012:role/app-{path[0]}", "an AWS role's name"),
+        (
+            "arn:aws:iam::123456789012:role/app-{path[0]}",
+            "an AWS role's name",
+        ),
     ];
     for (text, words) in table {
         let error = RoleArn::parse(text).expect_err(text).to_string();
@@ -126,20 +194,43 @@ fn template_is_filled_from_the_path() {
         ("app-{path[0]}-x", Some("app-ns-x"), &[0]),
         ("{path[4]}", None, &[4]),
         ("{path[18446744073709551615]}", None, &[usize::MAX]),
-        ("{path[1]}+{path[2]},{path[3]}", Some("shop+sa,billing"), &[1, 2, 3]),
+        (
+            "{path[1]}+{path[2]},{path[3]}",
+            Some("shop+sa,billing"),
+            &[1, 2, 3],
+        ),
     ];
     for (role, becomes, segments) in table {
         let text = format!("{AWS}{role}");
         let template = template(&text);
         let arn = becomes.map(|name| format!("{AWS}{name}"));
-        assert_eq!(template.render(&billing).map(|arn| arn.to_string()), arn, "{role}");
-        assert_eq!((template.segments().as_slice(), template.as_str()), (segments, text.as_str()));
+        assert_eq!(
+            template.render(&billing).map(|arn| arn.to_string()),
+            arn,
+            "{role}"
+        );
+        assert_eq!(
+            (template.segments().as_slice(), template.as_str()),
+            (segments, text.as_str())
+        );
         assert_eq!(template.highest_segment(), segments.iter().copied().max());
     }
     // The account of another STS is that one's affair.
-    let opaque = |text: &str| ArnTemplate::opaque(text).unwrap().render(&billing).unwrap().to_string();
-    assert_eq!(opaque("arn:minio:iam:::role/{path[1]}"), "arn:minio:iam:::role/shop");
-    assert_eq!(opaque("urn:ecs:iam::{path[1]}:role/{path[3]}"), "urn:ecs:iam::shop:role/billing");
+    let opaque = |text: &str| {
+        ArnTemplate::opaque(text)
+            .unwrap()
+            .render(&billing)
+            .unwrap()
+            .to_string()
+    };
+    assert_eq!(
+        opaque("arn:minio:iam:::role/{path[1]}"),
+        "arn:minio:iam:::role/shop"
+    );
+    assert_eq!(
+        opaque("urn:ecs:iam::{path[1]}:role/{path[3]}"),
+        "urn:ecs:iam::shop:role/billing"
+    );
     assert_eq!(opaque("{path[3]}"), "billing");
     // IAM has no role of so long a name, and STS takes no longer one.
     let long = id(&format!("spiffe://td/{}", "x".repeat(65)));
@@ -152,22 +243,43 @@ fn template_is_filled_from_the_path() {
 fn text_that_is_no_template_is_an_error() {
     let table = [
         ("{path[0]}", "20 to 2048 characters"),
-        ("arn:aws:iam::123456789012:role/{path[0]", "`{` is not closed"),
+        (
+            "arn:aws:iam::123456789012:role/{path[0]",
+            "`{` is not closed",
+        ),
         ("arn:aws:iam::123456789012:role/{", "`{` is not closed"),
         ("arn:aws:iam::123456789012:role/{}", "`{}` is not known"),
-        ("arn:aws:iam::123456789012:role/{name}", "`{name}` is not known"),
-        ("arn:aws:iam::123456789012:role/{path}", "`{path}` is not known"),
+        (
+            "arn:aws:iam::123456789012:role/{name}",
+            "`{name}` is not known",
+        ),
+        (
+            "arn:aws:iam::123456789012:role/{path}",
+            "`{path}` is not known",
+        ),
         ("arn:aws:iam::123456789012:role/{path[]}", "is not known"),
         ("arn:aws:iam::123456789012:role/{path[-1]}", "is not known"),
         ("arn:aws:iam::123456789012:role/{path[+1]}", "is not known"),
         ("arn:aws:iam::123456789012:role/{path[1] }", "is not known"),
-        ("arn:aws:iam::123456789012:role/{path[99999999999999999999]}", "is not known"),
-        ("arn:aws:iam::123456789012:role/{{path[0]}}", "`{{path[0]}` is not known"),
+        (
+            "arn:aws:iam::123456789012:role/{path[99999999999999999999]}",
+            "is not known",
+        ),
+        (
+            "arn:aws:iam::123456789012:role/{{path[0]}}",
+            "`{{path[0]}` is not known",
+        ),
         ("arn:aws:iam::123456789012:role/x}", "an AWS role's name"),
         // The account decides whose role it is: nothing in a SPIFFE ID may.
         ("arn:aws:iam::{path[0]}:role/billing", "<12 digits>"),
-        ("arn:aws:iam::123456789012:{path[0]}/billing", "not of the form"),
-        ("arn:aws-{path[0]}:iam::123456789012:role/billing", "behind `role/`"),
+        (
+            "arn:aws:iam::123456789012:{path[0]}/billing",
+            "not of the form",
+        ),
+        (
+            "arn:aws-{path[0]}:iam::123456789012:role/billing",
+            "behind `role/`",
+        ),
     ];
     for (text, words) in table {
         let error = ArnTemplate::parse(text).expect_err(text).to_string();
@@ -180,8 +292,16 @@ fn text_that_is_no_template_is_an_error() {
 fn two_placeholders_need_a_character_that_no_segment_has_between_them() {
     for between in ["", "-", ".", "_", "-role-", "x"] {
         let text = format!("{AWS}{{path[1]}}{between}{{path[3]}}");
-        for error in [ArnTemplate::parse(&text).expect_err(&text), ArnTemplate::opaque(&text).expect_err(&text)] {
-            assert!(error.to_string().contains("two SPIFFE IDs could give one role"), "{text}: {error}");
+        for error in [
+            ArnTemplate::parse(&text).expect_err(&text),
+            ArnTemplate::opaque(&text).expect_err(&text),
+        ] {
+            assert!(
+                error
+                    .to_string()
+                    .contains("two SPIFFE IDs could give one role"),
+                "{text}: {error}"
+            );
         }
         let third = format!("{AWS}{{path[1]}}={{path[2]}}{between}{{path[3]}}");
         assert!(ArnTemplate::parse(&third).is_err(), "{third}");
@@ -191,9 +311,17 @@ fn two_placeholders_need_a_character_that_no_segment_has_between_them() {
     for between in ["=", "+", ",", "@", "/", "-=-", "a=b"] {
         let template = template(&format!("{AWS}x{{path[0]}}{between}{{path[1]}}a"));
         let mut given = std::collections::BTreeSet::new();
-        for (one, other) in parts.iter().flat_map(|one| parts.iter().map(move |other| (one, other))) {
-            let arn = template.render(&id(&format!("spiffe://td/{one}/{other}"))).unwrap();
-            assert!(given.insert(arn.to_string()), "{between}: {arn} for {one} and {other}, too");
+        for (one, other) in parts
+            .iter()
+            .flat_map(|one| parts.iter().map(move |other| (one, other)))
+        {
+            let arn = template
+                .render(&id(&format!("spiffe://td/{one}/{other}")))
+                .unwrap();
+            assert!(
+                given.insert(arn.to_string()),
+                "{between}: {arn} for {one} and {other}, too"
+            );
         }
     }
 }
@@ -202,6 +330,12 @@ fn two_placeholders_need_a_character_that_no_segment_has_between_them() {
 fn fixed_template_is_the_arn_itself() {
     let arn = RoleArn::opaque("arn:aws:iam::123456789012:role/{path[0]}/x").unwrap();
     let fixed = ArnTemplate::fixed(&arn);
-    assert_eq!((fixed.render(&id("spiffe://td/admin")), fixed.highest_segment()), (Some(arn.clone()), None));
+    assert_eq!(
+        (
+            fixed.render(&id("spiffe://td/admin")),
+            fixed.highest_segment()
+        ),
+        (Some(arn.clone()), None)
+    );
     assert_eq!(fixed.as_str(), arn.as_str());
 }

@@ -38,7 +38,10 @@ async fn semaphore_leaves_each_key_its_share() {
     for _ in 0..3 {
         held.push(limit.acquire(&id("greedy")).await.unwrap());
     }
-    assert_eq!(limit.try_acquire(&id("greedy")).unwrap_err(), Exhausted::Key);
+    assert_eq!(
+        limit.try_acquire(&id("greedy")).unwrap_err(),
+        Exhausted::Key
+    );
     let waiting: Vec<_> = (0..100)
         .map(|_| {
             let limit = limit.clone();
@@ -63,10 +66,19 @@ async fn semaphore_leaves_each_key_its_share() {
 #[tokio::test(start_paused = true)]
 async fn released_permit_goes_to_the_group_that_holds_the_fewest() {
     let limit = FairSemaphore::new(2, 1);
-    let held = [limit.acquire(&Key("many", 1)).await.unwrap(), limit.acquire(&Key("many", 2)).await.unwrap()];
+    let held = [
+        limit.acquire(&Key("many", 1)).await.unwrap(),
+        limit.acquire(&Key("many", 2)).await.unwrap(),
+    ];
     let order = Arc::new(Mutex::new(Vec::new()));
     let mut tasks = Vec::new();
-    for key in [Key("many", 3), Key("many", 4), Key("many", 5), Key("one", 1), Key("many", 6)] {
+    for key in [
+        Key("many", 3),
+        Key("many", 4),
+        Key("many", 5),
+        Key("one", 1),
+        Key("many", 6),
+    ] {
         let (limit, order) = (limit.clone(), order.clone());
         tasks.push(tokio::spawn(async move {
             let permit = limit.acquire(&key).await.unwrap();
@@ -128,24 +140,38 @@ async fn full_queue_drops_a_waiter_of_the_group_that_has_the_most() {
 #[tokio::test(start_paused = true)]
 async fn eviction_takes_the_oldest_idle_permit_of_whoever_has_the_most() {
     let limit = FairSemaphore::new(4, 4);
-    let greedy: Vec<_> = (0..4).map(|uid| limit.try_acquire_evicting(&Key("greedy", uid % 2)).unwrap()).collect();
+    let greedy: Vec<_> = (0..4)
+        .map(|uid| limit.try_acquire_evicting(&Key("greedy", uid % 2)).unwrap())
+        .collect();
     greedy[0].set_in_use();
-    assert_eq!(limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(), Exhausted::Total);
+    assert_eq!(
+        limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(),
+        Exhausted::Total
+    );
     let modest = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
     // Of the two keys of that group either has two; one of them has an idle permit that is the oldest.
     assert_eq!(greedy.iter().filter(|permit| is_evicted(permit)).count(), 1);
     assert!(!is_evicted(&greedy[0]) && !is_evicted(&modest));
     let second = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
     // Two against two: nobody has more than the other any longer.
-    assert_eq!(limit.try_acquire_evicting(&Key("modest", 1)).unwrap_err(), Exhausted::Total);
-    assert_eq!(limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(), Exhausted::Total);
+    assert_eq!(
+        limit.try_acquire_evicting(&Key("modest", 1)).unwrap_err(),
+        Exhausted::Total
+    );
+    assert_eq!(
+        limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(),
+        Exhausted::Total
+    );
     let third = limit.try_acquire_evicting(&Key("third", 1)).unwrap();
     drop((greedy, modest, second, third));
     assert!(is_empty(&limit));
 }
 
 fn is_evicted<K: FairKey>(permit: &FairPermit<K>) -> bool {
-    matches!(futures_poll(std::pin::pin!(permit.evicted())), std::task::Poll::Ready(()))
+    matches!(
+        futures_poll(std::pin::pin!(permit.evicted())),
+        std::task::Poll::Ready(())
+    )
 }
 
 #[tokio::test]
@@ -154,7 +180,10 @@ async fn admission_takes_the_oldest_of_the_same_key_at_its_limit() {
     let other = limit.admit(&id("other"));
     let flood: Vec<_> = (0..100).map(|_| limit.admit(&id("flood"))).collect();
     let evicted: Vec<bool> = flood.iter().map(is_evicted).collect();
-    assert!(evicted[..97].iter().all(|evicted| *evicted) && evicted[97..].iter().all(|evicted| !evicted));
+    assert!(
+        evicted[..97].iter().all(|evicted| *evicted)
+            && evicted[97..].iter().all(|evicted| !evicted)
+    );
     assert!(!is_evicted(&other));
     drop((flood, other));
     assert!(is_empty(&limit));
@@ -167,11 +196,27 @@ async fn admission_takes_the_oldest_of_whoever_has_the_most() {
     let most: Vec<_> = (0..3).map(|_| limit.admit(&id("most"))).collect();
     let two = [limit.admit(&id("two")), limit.admit(&id("two"))];
     let next = limit.admit(&id("next"));
-    assert!(is_evicted(&most[0]) && ![&one, &two[0], &two[1], &next, &most[1]].into_iter().any(is_evicted));
+    assert!(
+        is_evicted(&most[0])
+            && ![&one, &two[0], &two[1], &next, &most[1]]
+                .into_iter()
+                .any(is_evicted)
+    );
     // All have one or two now, and it is one of those that have two.
     let last = limit.admit(&id("last"));
-    let evicted = [&most[1], &two[0]].into_iter().filter(|permit| is_evicted(permit)).count();
-    assert_eq!((evicted, is_evicted(&one), is_evicted(&next), is_evicted(&last)), (1, false, false, false));
+    let evicted = [&most[1], &two[0]]
+        .into_iter()
+        .filter(|permit| is_evicted(permit))
+        .count();
+    assert_eq!(
+        (
+            evicted,
+            is_evicted(&one),
+            is_evicted(&next),
+            is_evicted(&last)
+        ),
+        (1, false, false, false)
+    );
     drop((one, most, two, next, last));
     assert!(is_empty(&limit));
 }
@@ -199,7 +244,10 @@ async fn detached_permit_counts_for_its_key_alone() {
     stuck.detach();
     let other = limit.try_acquire(&id("other")).unwrap();
     assert_eq!(limit.try_acquire(&id("stuck")).unwrap_err(), Exhausted::Key);
-    assert_eq!(limit.try_acquire(&id("third")).unwrap_err(), Exhausted::Total);
+    assert_eq!(
+        limit.try_acquire(&id("third")).unwrap_err(),
+        Exhausted::Total
+    );
     drop((stuck, other));
     assert!(is_empty(&limit));
 }

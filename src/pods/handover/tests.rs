@@ -18,23 +18,34 @@ fn listener() -> (Arc<OwnedFd>, SocketAddr) {
 #[tokio::test]
 async fn listeners_come_with_their_namespace_and_address() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let given: Vec<_> =
-        (0..250).flat_map(|number| POD_ADDRESSES.map(|address| ((id(number), address), listener().0))).collect();
+    let given: Vec<_> = (0..250)
+        .flat_map(|number| POD_ADDRESSES.map(|address| ((id(number), address), listener().0)))
+        .collect();
     let (mut before, kept) = std::os::unix::net::UnixStream::pair().unwrap();
     let kept = [OwnedFd::from(kept)];
     let (gave, taken) = tokio::join!(give(&ours, &given, &kept), take(&theirs));
     gave.unwrap();
-    let ReceivedListeners { listeners: taken, before: kept_there } = taken.unwrap();
+    let ReceivedListeners {
+        listeners: taken,
+        before: kept_there,
+    } = taken.unwrap();
     assert_eq!((taken.len(), kept_there.len()), (500, 1));
     // It ends with the last who has it.
     before.set_nonblocking(true).unwrap();
     drop(kept);
-    assert_eq!(before.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    assert_eq!(
+        before.read(&mut [0]).unwrap_err().kind(),
+        io::ErrorKind::WouldBlock
+    );
     drop(kept_there);
     assert_eq!(before.read(&mut [0]).unwrap(), 0);
     for (key, listener) in &given {
         let here: SockaddrStorage = getsockname(listener.as_raw_fd()).unwrap();
-        assert_eq!(getsockname::<SockaddrStorage>(taken[key].as_raw_fd()).unwrap(), here, "{key:?}");
+        assert_eq!(
+            getsockname::<SockaddrStorage>(taken[key].as_raw_fd()).unwrap(),
+            here,
+            "{key:?}"
+        );
     }
 }
 
@@ -49,13 +60,22 @@ async fn what_is_no_record_ends_the_taking() {
         (&end, true, io::ErrorKind::InvalidData),
         (&record(BEFORE, id(0), 0), false, io::ErrorKind::InvalidData),
         (&with_one[..9], true, io::ErrorKind::InvalidData),
-        (&record(LISTENER, id(1), 2), true, io::ErrorKind::InvalidData),
+        (
+            &record(LISTENER, id(1), 2),
+            true,
+            io::ErrorKind::InvalidData,
+        ),
         (&record(b'X', id(1), 0), false, io::ErrorKind::InvalidData),
     ];
     for (bytes, has_descriptor, kind) in cases {
         let (ours, theirs) = UnixStream::pair().unwrap();
         if !bytes.is_empty() {
-            sys::send(ours.as_fd(), bytes, has_descriptor.then(|| descriptor.as_fd())).unwrap();
+            sys::send(
+                ours.as_fd(),
+                bytes,
+                has_descriptor.then(|| descriptor.as_fd()),
+            )
+            .unwrap();
         }
         drop(ours);
         assert_eq!(take(&theirs).await.unwrap_err().kind(), kind, "{bytes:?}");
@@ -75,31 +95,61 @@ fn only_a_listener_on_the_address_in_this_namespace_is_one() {
     let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
     let local = datagrams.local_addr().unwrap();
     assert!(!is(datagrams.into(), local), "no stream");
-    assert!(!is(std::fs::File::open("/dev/null").unwrap().into(), address), "no socket");
+    assert!(
+        !is(std::fs::File::open("/dev/null").unwrap().into(), address),
+        "no socket"
+    );
     if geteuid().is_root() {
         let elsewhere = std::thread::spawn(move || {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
             TcpListener::bind(address).unwrap()
         });
-        assert!(!is(elsewhere.join().unwrap().into(), address), "in another network namespace");
+        assert!(
+            !is(elsewhere.join().unwrap().into(), address),
+            "in another network namespace"
+        );
     }
 }
 
 #[test]
 fn two_pods_of_one_kind_are_in_the_same_place() {
     let table = [
-        ("/kubepods/besteffort/poda/x", "/kubepods/besteffort/podb/y", true),
-        ("/kubepods/besteffort/poda/x", "/kubepods/burstable/podb/y", false),
-        ("/kubepods/besteffort/poda/x", "/user.slice/user-1000.slice/x", false),
-        ("/kubepods.slice/kubepods-poda.slice/cri-x.scope", "/kubepods.slice/kubepods-podb.slice/cri-y.scope", true),
-        ("/system.slice/awsvid.service", "/system.slice/awsvid-next.service", true),
+        (
+            "/kubepods/besteffort/poda/x",
+            "/kubepods/besteffort/podb/y",
+            true,
+        ),
+        (
+            "/kubepods/besteffort/poda/x",
+            "/kubepods/burstable/podb/y",
+            false,
+        ),
+        (
+            "/kubepods/besteffort/poda/x",
+            "/user.slice/user-1000.slice/x",
+            false,
+        ),
+        (
+            "/kubepods.slice/kubepods-poda.slice/cri-x.scope",
+            "/kubepods.slice/kubepods-podb.slice/cri-y.scope",
+            true,
+        ),
+        (
+            "/system.slice/awsvid.service",
+            "/system.slice/awsvid-next.service",
+            true,
+        ),
         // As they look from within the first one's cgroup namespace.
         ("/", "/../../podb/y", true),
         ("/", "/../../../burstable/podb/y", false),
         ("/", "/../../../../system.slice/x.service", false),
     ];
     for (own, other, same) in table {
-        assert_eq!(grandparent_cgroup(own) == grandparent_cgroup(other), same, "{own} {other}");
+        assert_eq!(
+            grandparent_cgroup(own) == grandparent_cgroup(other),
+            same,
+            "{own} {other}"
+        );
     }
 }
 
@@ -109,12 +159,24 @@ async fn the_socket_is_its_owners_alone() {
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o700)).unwrap();
     let path = folder.path().join("handover.sock");
     let handover = Handover::bind(&path).unwrap();
-    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
     let (next, before) = tokio::join!(handover.accept(), connect(&path));
     send_message(&before.unwrap(), GIVE).await.unwrap();
     let next = next.unwrap();
-    assert_eq!((receive_message(&next).await.unwrap(), receive_message(&next).await.unwrap()), (Some(GIVE), None));
+    assert_eq!(
+        (
+            receive_message(&next).await.unwrap(),
+            receive_message(&next).await.unwrap()
+        ),
+        (Some(GIVE), None)
+    );
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     drop(handover);
-    assert!(matches!(Handover::bind(&path), Err(ListenError::UnsafeDirectory { .. })));
+    assert!(matches!(
+        Handover::bind(&path),
+        Err(ListenError::UnsafeDirectory { .. })
+    ));
 }

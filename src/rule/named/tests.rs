@@ -11,7 +11,12 @@ fn caller(uid: u32, groups: Option<(u32, &[u32])>) -> Caller {
         program: None,
         started: None,
     });
-    unchanged(ListenerKind::Unix, uid, Some("/system.slice/app.service"), process)
+    unchanged(
+        ListenerKind::Unix,
+        uid,
+        Some("/system.slice/app.service"),
+        process,
+    )
 }
 
 fn user(name: &str) -> AccountName {
@@ -36,12 +41,21 @@ fn named(path: &str) -> NamedRule {
 }
 
 fn of_user(name: &str) -> NamedRule {
-    NamedRule { user: Some(user(name)), ..named(name) }
+    NamedRule {
+        user: Some(user(name)),
+        ..named(name)
+    }
 }
 
 fn of_unit(path: &str, unit: &str) -> NamedRule {
     let named = named(path);
-    NamedRule { rule: WorkloadRule { systemd_unit: Some(unit.to_owned()), ..named.rule.clone() }, ..named }
+    NamedRule {
+        rule: WorkloadRule {
+            systemd_unit: Some(unit.to_owned()),
+            ..named.rule.clone()
+        },
+        ..named
+    }
 }
 
 /// alice is 1001 and ops 2001; ghost does not exist; of everybody else nothing is known.
@@ -65,7 +79,9 @@ fn decided(rules: &[NamedRule], caller: &Caller) -> (Option<String>, MissingName
     let resolved = Resolved::new(rules, known);
     let asked = Instant::now();
     let decision = resolved.decide(caller, asked);
-    let missing = resolved.missing(caller, &decision, is_other, asked).unwrap();
+    let missing = resolved
+        .missing(caller, &decision, is_other, asked)
+        .unwrap();
     let path = match decision {
         Decision::Matched(rule) => Some(rule.spiffe_id.segments().collect::<Vec<_>>().join("/")),
         Decision::NoMatch => None,
@@ -80,17 +96,29 @@ fn matched(path: &str) -> Option<String> {
 }
 
 fn unanswered(names: &[AccountName]) -> MissingNames {
-    MissingNames { absent: Vec::new(), unanswered: names.to_vec() }
+    MissingNames {
+        absent: Vec::new(),
+        unanswered: names.to_vec(),
+    }
 }
 
 fn absent(names: &[AccountName]) -> MissingNames {
-    MissingNames { absent: names.to_vec(), unanswered: Vec::new() }
+    MissingNames {
+        absent: names.to_vec(),
+        unanswered: Vec::new(),
+    }
 }
 
 #[test]
 fn a_name_with_a_number_is_that_number() {
-    let in_ops = NamedRule { group: Some(group("ops")), ..named("by-group") };
-    let also_ops = NamedRule { supplementary_group: Some(group("ops")), ..named("by-groups") };
+    let in_ops = NamedRule {
+        group: Some(group("ops")),
+        ..named("by-group")
+    };
+    let also_ops = NamedRule {
+        supplementary_group: Some(group("ops")),
+        ..named("by-groups")
+    };
     let rules = [of_user("alice"), in_ops, also_ops];
     let table = [
         (caller(1001, None), matched("alice")),
@@ -100,7 +128,11 @@ fn a_name_with_a_number_is_that_number() {
         (caller(7, None), matched("needs the process")),
     ];
     for (caller, expected) in table {
-        assert_eq!(decided(&rules, &caller), (expected, MissingNames::default()), "{caller:?}");
+        assert_eq!(
+            decided(&rules, &caller),
+            (expected, MissingNames::default()),
+            "{caller:?}"
+        );
     }
 }
 
@@ -109,87 +141,196 @@ fn a_name_without_a_number_matches_nobody() {
     for name in ["ghost", "stranger"] {
         let rules = [
             of_user(name),
-            NamedRule { group: Some(group(name)), ..named("by-group") },
-            NamedRule { supplementary_group: Some(group(name)), ..named("by-groups") },
+            NamedRule {
+                group: Some(group(name)),
+                ..named("by-group")
+            },
+            NamedRule {
+                supplementary_group: Some(group(name)),
+                ..named("by-groups")
+            },
         ];
         for uid in [1, 1001, OVERFLOW_ID] {
             for gid in [1, OVERFLOW_ID] {
-                assert_eq!(decided(&rules, &caller(uid, Some((gid, &[1, gid])))).0, None, "{name} {uid} {gid}");
+                assert_eq!(
+                    decided(&rules, &caller(uid, Some((gid, &[1, gid])))).0,
+                    None,
+                    "{name} {uid} {gid}"
+                );
             }
         }
         // The process is looked at for a group as it would be for a known one, and never for a user.
         let resolved = Resolved::new(&rules, known);
-        assert_eq!(resolved.decide(&caller(1001, None), Instant::now()), Decision::NeedsProcess);
+        assert_eq!(
+            resolved.decide(&caller(1001, None), Instant::now()),
+            Decision::NeedsProcess
+        );
         let by_user = Resolved::new(&rules[..1], known);
-        assert_eq!(by_user.decide(&caller(1001, None), Instant::now()), Decision::NoMatch);
+        assert_eq!(
+            by_user.decide(&caller(1001, None), Instant::now()),
+            Decision::NoMatch
+        );
     }
 }
 
 #[test]
 fn names_without_an_answer_matter_to_whom_they_could_be() {
-    let rules = [of_user("stranger"), of_unit("app", "app.service"), of_user("late")];
+    let rules = [
+        of_user("stranger"),
+        of_unit("app", "app.service"),
+        of_user("late"),
+    ];
     // Whoever is in the unit could be the first rule's user, but not root; the last rule comes after the one that matches.
-    assert_eq!(decided(&rules, &caller(1001, None)), (matched("app"), unanswered(&[user("stranger")])));
-    assert_eq!(decided(&rules, &caller(0, None)), (matched("app"), MissingNames::default()));
+    assert_eq!(
+        decided(&rules, &caller(1001, None)),
+        (matched("app"), unanswered(&[user("stranger")]))
+    );
+    assert_eq!(
+        decided(&rules, &caller(0, None)),
+        (matched("app"), MissingNames::default())
+    );
     let rules = [of_user("stranger"), of_user("late")];
-    assert_eq!(decided(&rules, &caller(1001, None)), (None, unanswered(&[user("stranger"), user("late")])));
+    assert_eq!(
+        decided(&rules, &caller(1001, None)),
+        (None, unanswered(&[user("stranger"), user("late")]))
+    );
     // A rule that excludes the caller in another way does not depend on its name.
-    let elsewhere = NamedRule { user: Some(user("stranger")), ..of_unit("other", "other.service") };
-    assert_eq!(decided(&[elsewhere], &caller(1001, None)), (None, MissingNames::default()));
-    let here = NamedRule { user: Some(user("stranger")), ..of_unit("other", "app.service") };
-    assert_eq!(decided(&[here], &caller(1001, None)), (None, unanswered(&[user("stranger")])));
+    let elsewhere = NamedRule {
+        user: Some(user("stranger")),
+        ..of_unit("other", "other.service")
+    };
+    assert_eq!(
+        decided(&[elsewhere], &caller(1001, None)),
+        (None, MissingNames::default())
+    );
+    let here = NamedRule {
+        user: Some(user("stranger")),
+        ..of_unit("other", "app.service")
+    };
+    assert_eq!(
+        decided(&[here], &caller(1001, None)),
+        (None, unanswered(&[user("stranger")]))
+    );
     // The overflow id is nobody in particular, and so no user whose number is still to come.
-    assert_eq!(decided(&rules, &caller(OVERFLOW_ID, None)), (None, MissingNames::default()));
+    assert_eq!(
+        decided(&rules, &caller(OVERFLOW_ID, None)),
+        (None, MissingNames::default())
+    );
 }
 
 #[test]
 fn groups_without_an_answer_matter_unless_all_groups_have_other_names() {
-    let primary = [NamedRule { group: Some(group("strangers")), ..named("by-group") }, of_unit("app", "app.service")];
+    let primary = [
+        NamedRule {
+            group: Some(group("strangers")),
+            ..named("by-group")
+        },
+        of_unit("app", "app.service"),
+    ];
     let other = [
-        NamedRule { supplementary_group: Some(group("strangers")), ..named("by-groups") },
+        NamedRule {
+            supplementary_group: Some(group("strangers")),
+            ..named("by-groups")
+        },
         of_unit("app", "app.service"),
     ];
     let missing = || (matched("app"), unanswered(&[group("strangers")]));
     assert_eq!(decided(&primary, &caller(0, Some((5, &[0])))), missing());
-    assert_eq!(decided(&primary, &caller(0, Some((0, &[5])))), (matched("app"), MissingNames::default()));
-    assert_eq!(decided(&other, &caller(0, Some((5, &[0])))), (matched("app"), MissingNames::default()));
+    assert_eq!(
+        decided(&primary, &caller(0, Some((0, &[5])))),
+        (matched("app"), MissingNames::default())
+    );
+    assert_eq!(
+        decided(&other, &caller(0, Some((5, &[0])))),
+        (matched("app"), MissingNames::default())
+    );
     assert_eq!(decided(&other, &caller(0, Some((0, &[0, 5])))), missing());
     // Nothing was read of the process, so nothing is excluded.
     let (decision, names) = decided(&primary, &caller(0, None));
-    assert_eq!((decision, names), (matched("needs the process"), unanswered(&[group("strangers")])));
+    assert_eq!(
+        (decision, names),
+        (
+            matched("needs the process"),
+            unanswered(&[group("strangers")])
+        )
+    );
 }
 
 #[test]
 fn a_name_that_does_not_exist_is_told_from_one_without_an_answer() {
     let rules = [of_user("ghost"), of_unit("app", "app.service")];
-    assert_eq!(decided(&rules, &caller(1001, None)), (matched("app"), absent(&[user("ghost")])));
+    assert_eq!(
+        decided(&rules, &caller(1001, None)),
+        (matched("app"), absent(&[user("ghost")]))
+    );
     // With a group that does not exist, nobody can match, whoever the user is.
-    let both = NamedRule { user: Some(user("stranger")), group: Some(group("ghost")), ..named("both") };
-    assert_eq!(decided(&[both], &caller(1001, Some((5, &[])))), (None, absent(&[group("ghost")])));
+    let both = NamedRule {
+        user: Some(user("stranger")),
+        group: Some(group("ghost")),
+        ..named("both")
+    };
+    assert_eq!(
+        decided(&[both], &caller(1001, Some((5, &[])))),
+        (None, absent(&[group("ghost")]))
+    );
 }
 
 #[test]
 fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
-    let over_tcp = |uid| Caller { listener: ListenerKind::Tcp, ..caller(uid, None) };
+    let over_tcp = |uid| Caller {
+        listener: ListenerKind::Tcp,
+        ..caller(uid, None)
+    };
     let with_program = |rule: NamedRule| NamedRule {
-        rule: WorkloadRule { exe: Some(ExeMatcher::new("/usr/bin/app".into())), ..rule.rule.clone() },
+        rule: WorkloadRule {
+            exe: Some(ExeMatcher::new("/usr/bin/app".into())),
+            ..rule.rule.clone()
+        },
         ..rule
     };
-    let by_unit = |name: &str| NamedRule { user: Some(user(name)), ..of_unit("app", "app.service") };
-    let program = ProcessFacts { program: true, ..ProcessFacts::default() };
+    let by_unit = |name: &str| NamedRule {
+        user: Some(user(name)),
+        ..of_unit("app", "app.service")
+    };
+    let program = ProcessFacts {
+        program: true,
+        ..ProcessFacts::default()
+    };
     for name in ["ghost", "stranger"] {
-        let needs = |rule: NamedRule, caller: &Caller| Resolved::new(&[rule], known).facts_needed(caller, is_other);
-        assert_eq!(needs(of_user(name), &over_tcp(1001)), Some(ProcessFacts::default()));
-        assert_eq!(needs(with_program(of_user(name)), &over_tcp(1001)), Some(program));
-        assert_eq!(needs(with_program(by_unit(name)), &caller(1001, None)), Some(program));
+        let needs = |rule: NamedRule, caller: &Caller| {
+            Resolved::new(&[rule], known).facts_needed(caller, is_other)
+        };
+        assert_eq!(
+            needs(of_user(name), &over_tcp(1001)),
+            Some(ProcessFacts::default())
+        );
+        assert_eq!(
+            needs(with_program(of_user(name)), &over_tcp(1001)),
+            Some(program)
+        );
+        assert_eq!(
+            needs(with_program(by_unit(name)), &caller(1001, None)),
+            Some(program)
+        );
         // Root has another name, the unit decides alone, and over the unix socket the kernel names the process.
         assert_eq!(needs(of_user(name), &over_tcp(0)), None);
         assert_eq!(needs(by_unit(name), &over_tcp(1001)), None);
         assert_eq!(needs(of_user(name), &caller(1001, None)), None);
     }
     // What other rules need is looked at, too.
-    let rules =
-        [with_program(of_user("stranger")), NamedRule { supplementary_group: Some(group("ops")), ..named("ops") }];
-    let both = ProcessFacts { groups: GroupDetail::List, ..program };
-    assert_eq!(Resolved::new(&rules, known).facts_needed(&over_tcp(1001), is_other), Some(both));
+    let rules = [
+        with_program(of_user("stranger")),
+        NamedRule {
+            supplementary_group: Some(group("ops")),
+            ..named("ops")
+        },
+    ];
+    let both = ProcessFacts {
+        groups: GroupDetail::List,
+        ..program
+    };
+    assert_eq!(
+        Resolved::new(&rules, known).facts_needed(&over_tcp(1001), is_other),
+        Some(both)
+    );
 }

@@ -8,14 +8,31 @@ use crate::svid::jwt::tests::{billing, now, raw_token};
 const ISSUER: &str = "https://oidc.example.org";
 
 fn advice(reason: &str, answer: &str, is_aws: bool, arn: &str, algorithm: &str) -> String {
-    let at = StsDestination { name: "STS at https://sts".to_owned(), is_aws, proxy: None };
-    let claims = format!(r#"{{"iss":"{ISSUER}","sub":"{}","aud":"shop","exp":1867225600}}"#, billing());
+    let at = StsDestination {
+        name: "STS at https://sts".to_owned(),
+        is_aws,
+        proxy: None,
+    };
+    let claims = format!(
+        r#"{{"iss":"{ISSUER}","sub":"{}","aud":"shop","exp":1867225600}}"#,
+        billing()
+    );
     let token = raw_token(&format!(r#"{{"alg":"{algorithm}"}}"#), &claims);
     let token = JwtSvid::check(token, &billing(), "shop", now()).unwrap();
-    let target = StsTarget { region: "eu-central-1".to_owned(), endpoint: None };
+    let target = StsTarget {
+        region: "eu-central-1".to_owned(),
+        endpoint: None,
+    };
     let grant = super::super::tests::grant(&target);
-    let role = Role { name: "shop".to_owned(), ..(*grant.role).clone() };
-    let grant = Grant { role: Arc::new(role), role_arn: RoleArn::opaque(arn).unwrap(), ..grant };
+    let role = Role {
+        name: "shop".to_owned(),
+        ..(*grant.role).clone()
+    };
+    let grant = Grant {
+        role: Arc::new(role),
+        role_arn: RoleArn::opaque(arn).unwrap(),
+        ..grant
+    };
     of(reason, answer, &at, Some((&grant, &token))).unwrap_or_default()
 }
 
@@ -30,9 +47,18 @@ fn advice_names_what_has_to_be_changed() {
             "AccessDenied Not authorized to perform sts:AssumeRoleWithWebIdentity",
             true,
             AWS,
-            &["oidc.example.org:aud\" with \"shop\"", "(without https://); awsvid trust-policy writes it"],
+            &[
+                "oidc.example.org:aud\" with \"shop\"",
+                "(without https://); awsvid trust-policy writes it",
+            ],
         ),
-        ("sts_access_denied", "AccessDenied", false, AWS, &["the trust policy of arn:aws", "(without https://)"]),
+        (
+            "sts_access_denied",
+            "AccessDenied",
+            false,
+            AWS,
+            &["the trust policy of arn:aws", "(without https://)"],
+        ),
         (
             "sts_access_denied",
             "AccessDenied",
@@ -52,7 +78,10 @@ fn advice_names_what_has_to_be_changed() {
             "InvalidIdentityToken No OpenIDConnect provider found in your account for x",
             true,
             AWS,
-            &["in account 123456789012", "just this URL: https://oidc.example.org "],
+            &[
+                "in account 123456789012",
+                "just this URL: https://oidc.example.org ",
+            ],
         ),
         (
             "sts_invalid_token",
@@ -61,7 +90,13 @@ fn advice_names_what_has_to_be_changed() {
             AWS,
             &["add-client-id-to-open-id"],
         ),
-        ("sts_invalid_token", "InvalidIdentityToken Invalid timestamp in token claims", true, AWS, &["SPIRE to 1.9.5"]),
+        (
+            "sts_invalid_token",
+            "InvalidIdentityToken Invalid timestamp in token claims",
+            true,
+            AWS,
+            &["SPIRE to 1.9.5"],
+        ),
         (
             "sts_invalid_token",
             "InvalidIdentityToken Something new",
@@ -69,10 +104,34 @@ fn advice_names_what_has_to_be_changed() {
             AWS,
             &["compare the IAM provider's URL with"],
         ),
-        ("sts_invalid_token", "InvalidToken", false, MINIO, &["MINIO_IDENTITY_OPENID_CONFIG_URL"]),
-        ("sts_issuer_unreachable", "", true, AWS, &["STS cannot read the keys of https://oidc.example.org"]),
-        ("sts_issuer_unreachable", "", false, MINIO, &["STS cannot read the keys of"]),
-        ("sts_region_disabled", "", true, AWS, &["activate STS in eu-central-1"]),
+        (
+            "sts_invalid_token",
+            "InvalidToken",
+            false,
+            MINIO,
+            &["MINIO_IDENTITY_OPENID_CONFIG_URL"],
+        ),
+        (
+            "sts_issuer_unreachable",
+            "",
+            true,
+            AWS,
+            &["STS cannot read the keys of https://oidc.example.org"],
+        ),
+        (
+            "sts_issuer_unreachable",
+            "",
+            false,
+            MINIO,
+            &["STS cannot read the keys of"],
+        ),
+        (
+            "sts_region_disabled",
+            "",
+            true,
+            AWS,
+            &["activate STS in eu-central-1"],
+        ),
         (
             "sts_bad_request",
             "ValidationError too long",
@@ -80,21 +139,58 @@ fn advice_names_what_has_to_be_changed() {
             AWS,
             &["of role \"shop\"", "example.org=billing, for 3600 s"],
         ),
-        ("sts_bad_request", "InvalidParameterValue", false, MINIO, &["the ARN that it prints at its start"]),
-        ("sts_expired_token", "ExpiredToken", true, AWS, &["timedatectl"]),
-        ("sts_misconfigured", "NotImplemented", false, MINIO, &["an STS that takes AssumeRoleWithWebIdentity"]),
+        (
+            "sts_bad_request",
+            "InvalidParameterValue",
+            false,
+            MINIO,
+            &["the ARN that it prints at its start"],
+        ),
+        (
+            "sts_expired_token",
+            "ExpiredToken",
+            true,
+            AWS,
+            &["timedatectl"],
+        ),
+        (
+            "sts_misconfigured",
+            "NotImplemented",
+            false,
+            MINIO,
+            &["an STS that takes AssumeRoleWithWebIdentity"],
+        ),
         ("sts_refused", "", true, AWS, &["what answers there"]),
-        ("sts_unreachable", "", true, AWS, &["DNS, the firewall, HTTPS_PROXY and NO_PROXY"]),
+        (
+            "sts_unreachable",
+            "",
+            true,
+            AWS,
+            &["DNS, the firewall, HTTPS_PROXY and NO_PROXY"],
+        ),
         ("sts_throttled", "Throttling", true, AWS, &[]),
-        ("sts_unavailable", "the audience is unavailable", true, AWS, &[]),
+        (
+            "sts_unavailable",
+            "the audience is unavailable",
+            true,
+            AWS,
+            &[],
+        ),
     ];
     for (reason, answer, is_aws, arn, words) in table {
         let advice = advice(reason, answer, is_aws, arn, "ES256");
-        assert_eq!(advice.is_empty(), words.is_empty(), "{reason} {answer}: {advice}");
+        assert_eq!(
+            advice.is_empty(),
+            words.is_empty(),
+            "{reason} {answer}: {advice}"
+        );
         for word in words {
             assert!(advice.contains(word), "{reason} {answer} {arn}: {advice}");
         }
-        assert!(is_aws || !advice.contains("awsvid trust-policy writes"), "{advice}");
+        assert!(
+            is_aws || !advice.contains("awsvid trust-policy writes"),
+            "{advice}"
+        );
     }
 }
 
@@ -108,6 +204,10 @@ fn signature_that_aws_does_not_know_is_named() {
         ("RS256", "sts_invalid_token", true, false),
     ] {
         let advice = advice(reason, "InvalidIdentityToken", is_aws, ARN, algorithm);
-        assert_eq!(advice.contains("PS family"), named, "{algorithm} {reason}: {advice}");
+        assert_eq!(
+            advice.contains("PS family"),
+            named,
+            "{algorithm} {reason}: {advice}"
+        );
     }
 }

@@ -2,7 +2,11 @@ use super::*;
 use crate::svid::jwt::tests::{billing, svid_for};
 
 fn refused(code: Option<&str>, status: u16, message: &str) -> Failure {
-    Failure::Refused { code: code.map(str::to_owned), status, message: message.to_owned() }
+    Failure::Refused {
+        code: code.map(str::to_owned),
+        status,
+        message: message.to_owned(),
+    }
 }
 
 #[test]
@@ -11,47 +15,209 @@ fn each_code_has_its_meaning() {
     let keys = "Couldn't retrieve verification key from your identity provider, please reference \
                 AssumeRoleWithWebIdentity documentation for requirements";
     let table = [
-        (Some("ExpiredTokenException"), 400, "Token expired", NewToken, "sts_expired_token"),
+        (
+            Some("ExpiredTokenException"),
+            400,
+            "Token expired",
+            NewToken,
+            "sts_expired_token",
+        ),
         (Some("ExpiredToken"), 400, "", NewToken, "sts_expired_token"),
-        (Some("InvalidIdentityToken"), 400, keys, Later, "sts_issuer_unreachable"),
-        (Some("InvalidIdentityToken"), 400, "No OpenIDConnect provider found", NewToken, "sts_invalid_token"),
-        (Some("InvalidIdentityToken"), 400, "", NewToken, "sts_invalid_token"),
-        (Some("IDPCommunicationError"), 400, "", Later, "sts_issuer_unreachable"),
-        (Some("IDPCommunicationErrorException"), 400, "", Later, "sts_issuer_unreachable"),
-        (Some("IDPRejectedClaim"), 403, "", NewToken, "sts_invalid_token"),
-        (Some("AccessDenied"), 403, "Not authorized", Never, "sts_access_denied"),
-        (Some("AccessDeniedException"), 403, "", Never, "sts_access_denied"),
-        (Some("RegionDisabledException"), 403, "", Never, "sts_region_disabled"),
-        (Some("MalformedPolicyDocument"), 400, "", Never, "sts_bad_policy"),
-        (Some("PackedPolicyTooLarge"), 400, "", Never, "sts_bad_policy"),
+        (
+            Some("InvalidIdentityToken"),
+            400,
+            keys,
+            Later,
+            "sts_issuer_unreachable",
+        ),
+        (
+            Some("InvalidIdentityToken"),
+            400,
+            "No OpenIDConnect provider found",
+            NewToken,
+            "sts_invalid_token",
+        ),
+        (
+            Some("InvalidIdentityToken"),
+            400,
+            "",
+            NewToken,
+            "sts_invalid_token",
+        ),
+        (
+            Some("IDPCommunicationError"),
+            400,
+            "",
+            Later,
+            "sts_issuer_unreachable",
+        ),
+        (
+            Some("IDPCommunicationErrorException"),
+            400,
+            "",
+            Later,
+            "sts_issuer_unreachable",
+        ),
+        (
+            Some("IDPRejectedClaim"),
+            403,
+            "",
+            NewToken,
+            "sts_invalid_token",
+        ),
+        (
+            Some("AccessDenied"),
+            403,
+            "Not authorized",
+            Never,
+            "sts_access_denied",
+        ),
+        (
+            Some("AccessDeniedException"),
+            403,
+            "",
+            Never,
+            "sts_access_denied",
+        ),
+        (
+            Some("RegionDisabledException"),
+            403,
+            "",
+            Never,
+            "sts_region_disabled",
+        ),
+        (
+            Some("MalformedPolicyDocument"),
+            400,
+            "",
+            Never,
+            "sts_bad_policy",
+        ),
+        (
+            Some("PackedPolicyTooLarge"),
+            400,
+            "",
+            Never,
+            "sts_bad_policy",
+        ),
         (Some("ValidationError"), 400, "", Never, "sts_bad_request"),
-        (Some("InvalidParameterValue"), 400, "", Never, "sts_bad_request"),
-        (Some("Throttling"), 400, "Rate exceeded", Later, "sts_throttled"),
+        (
+            Some("InvalidParameterValue"),
+            400,
+            "",
+            Never,
+            "sts_bad_request",
+        ),
+        (
+            Some("Throttling"),
+            400,
+            "Rate exceeded",
+            Later,
+            "sts_throttled",
+        ),
         (Some("ThrottlingException"), 400, "", Later, "sts_throttled"),
-        (Some("RequestLimitExceeded"), 503, "", Later, "sts_throttled"),
-        (Some("TooManyRequestsException"), 429, "", Later, "sts_throttled"),
+        (
+            Some("RequestLimitExceeded"),
+            503,
+            "",
+            Later,
+            "sts_throttled",
+        ),
+        (
+            Some("TooManyRequestsException"),
+            429,
+            "",
+            Later,
+            "sts_throttled",
+        ),
         (Some("SlowDown"), 503, "", Later, "sts_throttled"),
-        (Some("BandwidthLimitExceeded"), 400, "", Later, "sts_throttled"),
-        (Some("EC2ThrottledException"), 400, "", Later, "sts_throttled"),
-        (Some("LimitExceededException"), 400, "", Later, "sts_throttled"),
-        (Some("PriorRequestNotComplete"), 400, "", Later, "sts_throttled"),
-        (Some("ProvisionedThroughputExceededException"), 400, "", Later, "sts_throttled"),
+        (
+            Some("BandwidthLimitExceeded"),
+            400,
+            "",
+            Later,
+            "sts_throttled",
+        ),
+        (
+            Some("EC2ThrottledException"),
+            400,
+            "",
+            Later,
+            "sts_throttled",
+        ),
+        (
+            Some("LimitExceededException"),
+            400,
+            "",
+            Later,
+            "sts_throttled",
+        ),
+        (
+            Some("PriorRequestNotComplete"),
+            400,
+            "",
+            Later,
+            "sts_throttled",
+        ),
+        (
+            Some("ProvisionedThroughputExceededException"),
+            400,
+            "",
+            Later,
+            "sts_throttled",
+        ),
         (Some("RequestThrottled"), 400, "", Later, "sts_throttled"),
-        (Some("RequestThrottledException"), 400, "", Later, "sts_throttled"),
+        (
+            Some("RequestThrottledException"),
+            400,
+            "",
+            Later,
+            "sts_throttled",
+        ),
         (Some("ThrottledException"), 400, "", Later, "sts_throttled"),
-        (Some("TransactionInProgressException"), 400, "", Later, "sts_throttled"),
+        (
+            Some("TransactionInProgressException"),
+            400,
+            "",
+            Later,
+            "sts_throttled",
+        ),
         (Some("RequestTimeout"), 400, "", Later, "sts_unavailable"),
         (Some("InternalFailure"), 500, "", Later, "sts_unavailable"),
-        (Some("ServiceUnavailable"), 503, "", Later, "sts_unavailable"),
+        (
+            Some("ServiceUnavailable"),
+            503,
+            "",
+            Later,
+            "sts_unavailable",
+        ),
         (Some("UpstreamError"), 500, "", Later, "sts_unavailable"),
         // Ceph, RustFS, and S3s that are no STS.
         (Some("NoSuchEntity"), 404, "", Never, "sts_bad_request"),
-        (Some("InvalidArgument"), 400, "no policies are available for this OIDC token", Never, "sts_bad_request"),
+        (
+            Some("InvalidArgument"),
+            400,
+            "no policies are available for this OIDC token",
+            Never,
+            "sts_bad_request",
+        ),
         (Some("InvalidRequest"), 400, "", Never, "sts_bad_request"),
         (Some("InvalidToken"), 400, "", NewToken, "sts_invalid_token"),
-        (Some("MethodNotAllowed"), 405, "", Never, "sts_misconfigured"),
+        (
+            Some("MethodNotAllowed"),
+            405,
+            "",
+            Never,
+            "sts_misconfigured",
+        ),
         (Some("NotImplemented"), 501, "", Never, "sts_misconfigured"),
-        (Some("MissingAuthenticationTokenException"), 403, "", Never, "sts_misconfigured"),
+        (
+            Some("MissingAuthenticationTokenException"),
+            403,
+            "",
+            Never,
+            "sts_misconfigured",
+        ),
         (Some("SlowDownWrite"), 503, "", Later, "sts_throttled"),
         (Some("NeverHeardOf"), 400, "", Never, "sts_refused"),
         (Some("NeverHeardOf"), 429, "", Later, "sts_throttled"),
@@ -69,12 +235,20 @@ fn each_code_has_its_meaning() {
         (None, 504, "", Later, "sts_unavailable"),
     ];
     for (code, status, message, again, reason) in table {
-        assert_eq!(refused(code, status, message).classify(), (again, reason), "{code:?} {status} {message}");
+        assert_eq!(
+            refused(code, status, message).classify(),
+            (again, reason),
+            "{code:?} {status} {message}"
+        );
     }
     let others = [
         (Failure::Garbled(String::new()), Later, "sts_bad_answer"),
         (Failure::NoAnswer(String::new()), Later, "sts_unreachable"),
-        (Failure::Unsendable(String::new()), Never, "sts_misconfigured"),
+        (
+            Failure::Unsendable(String::new()),
+            Never,
+            "sts_misconfigured",
+        ),
         (Failure::Untrusted(String::new()), Later, "sts_no_ca"),
         (Failure::Busy, Later, "sts_busy"),
     ];
@@ -134,11 +308,17 @@ fn error_names_the_host_and_the_proxy() {
     ];
     for failure in failures {
         let error = StsError::new(&failure, &at(None), None).to_string();
-        assert!(error.contains("STS at https://sts-fips.us-east-1.amazonaws.com"), "{error}");
+        assert!(
+            error.contains("STS at https://sts-fips.us-east-1.amazonaws.com"),
+            "{error}"
+        );
     }
     let through = at(Some("the proxy proxy.example.org:3128 (HTTPS_PROXY)"));
     let error = StsError::new(&Failure::NoAnswer("refused".to_owned()), &through, None).to_string();
-    assert!(error.contains("through the proxy proxy.example.org:3128 (HTTPS_PROXY): refused"), "{error}");
+    assert!(
+        error.contains("through the proxy proxy.example.org:3128 (HTTPS_PROXY): refused"),
+        "{error}"
+    );
 }
 
 #[derive(Debug, Error)]
@@ -148,16 +328,38 @@ struct Link(&'static str, #[source] Option<Box<Link>>);
 #[test]
 fn causes_are_said_once_each_and_no_structures() {
     let chain = |texts: &[&'static str]| {
-        texts.iter().rev().fold(None, |cause, text| Some(Box::new(Link(text, cause)))).unwrap()
+        texts
+            .iter()
+            .rev()
+            .fold(None, |cause, text| Some(Box::new(Link(text, cause))))
+            .unwrap()
     };
     let table = [
         (
-            &["io error", "client error (Connect)", "invalid certificate", "certificate"][..],
+            &[
+                "io error",
+                "client error (Connect)",
+                "invalid certificate",
+                "certificate",
+            ][..],
             "client error (Connect): invalid certificate",
         ),
-        (&["the SDK's own words say nothing"], "the connection failed"),
-        (&["other", "failed to apply to `Request { body: ... }`"], "the connection failed"),
-        (&["other", "failed to apply to `Request { body: ... }`", "no such host"], "no such host"),
+        (
+            &["the SDK's own words say nothing"],
+            "the connection failed",
+        ),
+        (
+            &["other", "failed to apply to `Request { body: ... }`"],
+            "the connection failed",
+        ),
+        (
+            &[
+                "other",
+                "failed to apply to `Request { body: ... }`",
+                "no such host",
+            ],
+            "no such host",
+        ),
     ];
     for (texts, said) in table {
         assert_eq!(causes(&*chain(texts)), said);

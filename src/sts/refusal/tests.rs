@@ -21,34 +21,74 @@ fn code_is_read_wherever_it_stands() {
     );
     let table = [
         (aws.as_str(), "No"),
-        ("<ErrorResponse><Error><Code>AccessDenied</Code><Message>No</Message></Error></ErrorResponse>", "No"),
+        (
+            "<ErrorResponse><Error><Code>AccessDenied</Code><Message>No</Message></Error></ErrorResponse>",
+            "No",
+        ),
         // As an S3 has it: Ceph, RustFS.
         (
             "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>AccessDenied</Code><Message>No</Message></Error>",
             "No",
         ),
-        ("<Error><Code>AccessDenied</Code><RequestId>tx1</RequestId><HostId>h</HostId></Error>", ""),
+        (
+            "<Error><Code>AccessDenied</Code><RequestId>tx1</RequestId><HostId>h</HostId></Error>",
+            "",
+        ),
         ("<Error><Message/><Code>AccessDenied</Code></Error>", ""),
-        ("<Error><Code>AccessDenied</Code><Message></Message></Error>", ""),
-        ("<Error><Message>No</Message><Code> AccessDenied\n</Code></Error>", "No"),
-        ("<Response><Errors><Error><Code>AccessDenied</Code><Message>No</Message></Error></Errors></Response>", "No"),
-        ("<s:ErrorResponse xmlns:s=\"x\"><s:Error><s:Code>AccessDenied</s:Code></s:Error></s:ErrorResponse>", ""),
+        (
+            "<Error><Code>AccessDenied</Code><Message></Message></Error>",
+            "",
+        ),
+        (
+            "<Error><Message>No</Message><Code> AccessDenied\n</Code></Error>",
+            "No",
+        ),
+        (
+            "<Response><Errors><Error><Code>AccessDenied</Code><Message>No</Message></Error></Errors></Response>",
+            "No",
+        ),
+        (
+            "<s:ErrorResponse xmlns:s=\"x\"><s:Error><s:Code>AccessDenied</s:Code></s:Error></s:ErrorResponse>",
+            "",
+        ),
         ("\u{feff}<Error><Code>AccessDenied</Code></Error>", ""),
-        ("<Error><Code>AccessDenied</Code><Message>A &lt;b&gt; &amp; c</Message></Error>", "A <b> & c"),
-        ("<Error><Message><![CDATA[No]]></Message><Code>AccessDenied</Code></Error>", ""),
+        (
+            "<Error><Code>AccessDenied</Code><Message>A &lt;b&gt; &amp; c</Message></Error>",
+            "A <b> & c",
+        ),
+        (
+            "<Error><Message><![CDATA[No]]></Message><Code>AccessDenied</Code></Error>",
+            "",
+        ),
         // Broken off behind the code.
         ("<Error><Code>AccessDenied</Code><Mess", ""),
-        (r#"{"Error":{"Code":"AccessDenied","Message":"No"},"RequestId":"r"}"#, "No"),
-        (r#"{"ErrorResponse":{"Error":{"Code":"AccessDenied","Message":null}}}"#, ""),
-        (r#"{"__type":"com.amazonaws.sts#AccessDenied","message":"No"}"#, "No"),
-        (r#"{"__type":"AccessDenied:http://internal/","message":"No"}"#, "No"),
+        (
+            r#"{"Error":{"Code":"AccessDenied","Message":"No"},"RequestId":"r"}"#,
+            "No",
+        ),
+        (
+            r#"{"ErrorResponse":{"Error":{"Code":"AccessDenied","Message":null}}}"#,
+            "",
+        ),
+        (
+            r#"{"__type":"com.amazonaws.sts#AccessDenied","message":"No"}"#,
+            "No",
+        ),
+        (
+            r#"{"__type":"AccessDenied:http://internal/","message":"No"}"#,
+            "No",
+        ),
         (r#"{"code":"AccessDenied","message":"No"}"#, "No"),
         (r#"{"error":"AccessDenied","error_description":"No"}"#, "No"),
         (r#"{"error":{"code":"AccessDenied","message":"No"}}"#, "No"),
         ("  {\"code\": 403, \"error\": \"AccessDenied\"}", ""),
     ];
     for (body, message) in table {
-        assert_eq!(of(body), Some(("AccessDenied".to_owned(), message.to_owned())), "{body}");
+        assert_eq!(
+            of(body),
+            Some(("AccessDenied".to_owned(), message.to_owned())),
+            "{body}"
+        );
     }
 }
 
@@ -77,11 +117,19 @@ fn answer_of_anything_else_has_no_code() {
     for body in table {
         let found = of(body);
         // One word before a colon has the form of a code. No table has that code, so the status decides.
-        assert!(found.is_none() || body.contains("no route"), "{body}: {found:?}");
+        assert!(
+            found.is_none() || body.contains("no route"),
+            "{body}: {found:?}"
+        );
     }
     let mut response = response("");
-    response.headers_mut().insert(CODE_HEADER, "AccessDeniedException:http://internal/");
-    assert_eq!(read(&response).and_then(|refusal| refusal.code).as_deref(), Some("AccessDeniedException"));
+    response
+        .headers_mut()
+        .insert(CODE_HEADER, "AccessDeniedException:http://internal/");
+    assert_eq!(
+        read(&response).and_then(|refusal| refusal.code).as_deref(),
+        Some("AccessDeniedException")
+    );
 }
 
 /// An answer is whatever the other end sends.
@@ -104,7 +152,13 @@ fn mutated_answer_is_read_without_a_panic() {
                 _ => body.truncate(at.max(16)),
             }
         }
-        let code = read(&HttpResponse::new(StatusCode::try_from(400).unwrap(), SdkBody::from(body)));
-        assert!(code.and_then(|refusal| refusal.code).is_none_or(|code| code.len() <= CODE_MAX));
+        let code = read(&HttpResponse::new(
+            StatusCode::try_from(400).unwrap(),
+            SdkBody::from(body),
+        ));
+        assert!(
+            code.and_then(|refusal| refusal.code)
+                .is_none_or(|code| code.len() <= CODE_MAX)
+        );
     }
 }

@@ -13,7 +13,9 @@ use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::{HeaderMap, Request, Response};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, copy_bidirectional};
+use tokio::io::{
+    AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, copy_bidirectional,
+};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Barrier;
 use tokio::task::JoinHandle;
@@ -49,7 +51,11 @@ pub(crate) struct Meeting {
 
 impl Meeting {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { two: Barrier::new(2), waiting: AtomicUsize::new(0), most: AtomicUsize::new(0) })
+        Arc::new(Self {
+            two: Barrier::new(2),
+            waiting: AtomicUsize::new(0),
+            most: AtomicUsize::new(0),
+        })
     }
 }
 
@@ -79,7 +85,9 @@ type Script = dyn Fn(usize, &Received) -> StsReply + Send + Sync;
 
 impl FakeSts {
     /// Plain HTTP on loopback. `script` is given the request's number, from 0.
-    pub(crate) async fn start(script: impl Fn(usize, &Received) -> StsReply + Send + Sync + 'static) -> Self {
+    pub(crate) async fn start(
+        script: impl Fn(usize, &Received) -> StsReply + Send + Sync + 'static,
+    ) -> Self {
         Self::start_with(None, script).await
     }
 
@@ -107,7 +115,11 @@ impl FakeSts {
                 });
             }
         });
-        Self { address, received, task }
+        Self {
+            address,
+            received,
+            task,
+        }
     }
 
     pub(crate) fn received(&self) -> Vec<Received> {
@@ -124,10 +136,25 @@ async fn serve(
     let service = hyper::service::service_fn(|request: Request<Incoming>| async {
         let (head, body) = request.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
-        let form = std::str::from_utf8(&body).unwrap().split('&').filter_map(|pair| pair.split_once('='));
-        let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8().unwrap().into_owned();
-        let form = form.map(|(name, value)| (decode(name), decode(value))).collect();
-        let request = Received { uri: head.uri.to_string(), headers: head.headers, form, connection };
+        let form = std::str::from_utf8(&body)
+            .unwrap()
+            .split('&')
+            .filter_map(|pair| pair.split_once('='));
+        let decode = |text: &str| {
+            percent_encoding::percent_decode_str(text)
+                .decode_utf8()
+                .unwrap()
+                .into_owned()
+        };
+        let form = form
+            .map(|(name, value)| (decode(name), decode(value)))
+            .collect();
+        let request = Received {
+            uri: head.uri.to_string(),
+            headers: head.headers,
+            form,
+            connection,
+        };
         let number = {
             let mut seen = seen.lock().unwrap();
             seen.push(request.clone());
@@ -136,16 +163,28 @@ async fn serve(
         Ok::<_, Infallible>(answer(script(number, &request)).await)
     });
     // An error is a client that hung up, or a reply that breaks off on purpose.
-    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+    let _ = hyper::server::conn::http1::Builder::new()
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
 }
 
 async fn answer(reply: StsReply) -> Response<UnsyncBoxBody<Bytes, std::io::Error>> {
-    let full = |text: String| Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync();
-    let beginning = || tokio_stream::once(Ok(Frame::data(Bytes::from_static(b"<AssumeRoleWithWebIdentityResponse>"))));
+    let full = |text: String| {
+        Full::new(Bytes::from(text))
+            .map_err(|never| match never {})
+            .boxed_unsync()
+    };
+    let beginning = || {
+        tokio_stream::once(Ok(Frame::data(Bytes::from_static(
+            b"<AssumeRoleWithWebIdentityResponse>",
+        ))))
+    };
     match reply {
-        StsReply::Body(status, kind, body) => {
-            Response::builder().status(status).header("content-type", kind).body(full(body)).unwrap()
-        }
+        StsReply::Body(status, kind, body) => Response::builder()
+            .status(status)
+            .header("content-type", kind)
+            .body(full(body))
+            .unwrap(),
         StsReply::Together(meeting, body) => {
             let waiting = meeting.waiting.fetch_add(1, Ordering::SeqCst) + 1;
             meeting.most.fetch_max(waiting, Ordering::SeqCst);
@@ -153,11 +192,15 @@ async fn answer(reply: StsReply) -> Response<UnsyncBoxBody<Bytes, std::io::Error
             meeting.waiting.fetch_sub(1, Ordering::SeqCst);
             Response::new(full(body))
         }
-        StsReply::Redirect(place) => {
-            Response::builder().status(307).header("location", place).body(full(String::new())).unwrap()
-        }
+        StsReply::Redirect(place) => Response::builder()
+            .status(307)
+            .header("location", place)
+            .body(full(String::new()))
+            .unwrap(),
         StsReply::Never => pending().await,
-        StsReply::Stalls => Response::new(StreamBody::new(beginning().chain(tokio_stream::pending())).boxed_unsync()),
+        StsReply::Stalls => Response::new(
+            StreamBody::new(beginning().chain(tokio_stream::pending())).boxed_unsync(),
+        ),
         StsReply::Breaks => {
             let end = tokio_stream::once(Err(std::io::Error::other("on purpose")));
             Response::new(StreamBody::new(beginning().chain(end)).boxed_unsync())
@@ -174,11 +217,18 @@ pub(crate) fn tls(names: &[&str]) -> (String, TlsAcceptor) {
     let issuer = rcgen::Issuer::new(ca, ca_key);
     let key = rcgen::KeyPair::generate().unwrap();
     let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-    let certificate = rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &issuer).unwrap();
+    let certificate = rcgen::CertificateParams::new(names)
+        .unwrap()
+        .signed_by(&key, &issuer)
+        .unwrap();
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
-    let config =
-        ServerConfig::builder_with_provider(Arc::new(default_provider())).with_safe_default_protocol_versions();
-    let config = config.unwrap().with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key).unwrap();
+    let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
+        .with_safe_default_protocol_versions();
+    let config = config
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der().clone()], key)
+        .unwrap();
     (ca_pem, TlsAcceptor::from(Arc::new(config)))
 }
 
@@ -221,7 +271,11 @@ impl FakeProxy {
                 });
             }
         });
-        Self { address, heads, task }
+        Self {
+            address,
+            heads,
+            task,
+        }
     }
 
     /// The heads of the CONNECT requests.

@@ -11,30 +11,57 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
     let server = FakeSts::start_with(Some(tls), |_, _| good()).await;
     let target = endpoint(format!("https://{}", server.address));
     let token = svid_for(&billing(), 300, 1);
-    let trusting = sts(Settings { ca_file: Some(file.clone()), ..settings() });
+    let trusting = sts(Settings {
+        ca_file: Some(file.clone()),
+        ..settings()
+    });
     trusting.assume(&grant(&target), &token).await.unwrap();
 
     // Without the file, and with that of another CA.
     let other = dir.path().join("other.pem");
     std::fs::write(&other, fake::tls(&["127.0.0.1"]).0).unwrap();
     for ca_file in [None, Some(other)] {
-        let error = sts(Settings { ca_file, ..settings() }).assume(&grant(&target), &token).await.unwrap_err();
-        assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
+        let error = sts(Settings {
+            ca_file,
+            ..settings()
+        })
+        .assume(&grant(&target), &token)
+        .await
+        .unwrap_err();
+        assert_eq!(
+            (error.again, error.reason),
+            (RetryPolicy::Later, "sts_unreachable"),
+            "{error}"
+        );
         assert!(error.to_string().contains("certificate"), "{error}");
     }
     // For another name than the certificate's.
     let named = endpoint(format!("https://localhost:{}", server.address.port()));
     let error = trusting.assume(&grant(&named), &token).await.unwrap_err();
     assert!(error.to_string().contains("certificate"), "{error}");
-    assert_eq!(server.received().len(), 1, "no token went to a server that is not trusted");
+    assert_eq!(
+        server.received().len(),
+        1,
+        "no token went to a server that is not trusted"
+    );
 
     // A file that is not there yet stops nothing but the calls that need it, which come right with it.
     let late = dir.path().join("late.pem");
-    let waiting = sts(Settings { ca_file: Some(late.clone()), ..settings() });
+    let waiting = sts(Settings {
+        ca_file: Some(late.clone()),
+        ..settings()
+    });
     waiting.prepare(&[&target]).await.unwrap();
     let error = waiting.assume(&grant(&target), &token).await.unwrap_err();
-    assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_no_ca"), "{error}");
-    assert!(error.what.contains(&target.endpoint.clone().unwrap()) && error.what.contains("late.pem"), "{error}");
+    assert_eq!(
+        (error.again, error.reason),
+        (RetryPolicy::Later, "sts_no_ca"),
+        "{error}"
+    );
+    assert!(
+        error.what.contains(&target.endpoint.clone().unwrap()) && error.what.contains("late.pem"),
+        "{error}"
+    );
     std::fs::rename(&file, &late).unwrap();
     while let Err(error) = waiting.assume(&grant(&target), &token).await {
         assert_eq!(error.reason, "sts_no_ca", "{error}");
@@ -42,23 +69,51 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
     }
     // One that is there and has no certificate is a mistake; only who needs it finds it.
     std::fs::write(&late, "").unwrap();
-    let wrong = sts(Settings { ca_file: Some(late), ..settings() });
+    let wrong = sts(Settings {
+        ca_file: Some(late),
+        ..settings()
+    });
     wrong.prepare(&[&plain(&server)]).await.unwrap();
-    assert!(wrong.prepare(&[&target]).await.unwrap_err().0.contains("no certificate in it"));
+    assert!(
+        wrong
+            .prepare(&[&target])
+            .await
+            .unwrap_err()
+            .0
+            .contains("no certificate in it")
+    );
 }
 
 #[tokio::test]
 async fn variable_that_a_target_uses_is_looked_at_first() {
-    let aws = StsTarget { region: "eu-central-1".to_owned(), endpoint: None };
+    let aws = StsTarget {
+        region: "eu-central-1".to_owned(),
+        endpoint: None,
+    };
     let near = endpoint("http://127.0.0.1:9".to_owned());
-    let with = |variables: &[(&str, String)]| sts(Settings { network: network(variables), ..settings() });
-    for (name, value) in [("ALL_PROXY", "socks://x:1"), ("AWS_USE_FIPS_ENDPOINT", "maybe")] {
+    let with = |variables: &[(&str, String)]| {
+        sts(Settings {
+            network: network(variables),
+            ..settings()
+        })
+    };
+    for (name, value) in [
+        ("ALL_PROXY", "socks://x:1"),
+        ("AWS_USE_FIPS_ENDPOINT", "maybe"),
+    ] {
         let sts = with(&[(name, value.to_owned())]);
         sts.prepare(&[&near]).await.unwrap();
         let error = sts.prepare(&[&near, &aws]).await.unwrap_err().0;
         assert!(error.contains(name), "{error}");
-        let error = sts.assume(&grant(&aws), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-        assert_eq!((error.again, error.reason), (RetryPolicy::Never, "sts_misconfigured"), "{error}");
+        let error = sts
+            .assume(&grant(&aws), &svid_for(&billing(), 300, 1))
+            .await
+            .unwrap_err();
+        assert_eq!(
+            (error.again, error.reason),
+            (RetryPolicy::Never, "sts_misconfigured"),
+            "{error}"
+        );
         assert!(error.what.contains(name), "{error}");
     }
 }
@@ -66,12 +121,24 @@ async fn variable_that_a_target_uses_is_looked_at_first() {
 /// Its name may resolve later; the error says whose it is.
 #[tokio::test]
 async fn proxy_that_does_not_resolve_is_an_outage() {
-    let sts =
-        sts(Settings { network: network(&[("HTTPS_PROXY", "http://proxy.invalid:3128".to_owned())]), ..settings() });
-    let aws = StsTarget { region: "eu-central-1".to_owned(), endpoint: None };
+    let sts = sts(Settings {
+        network: network(&[("HTTPS_PROXY", "http://proxy.invalid:3128".to_owned())]),
+        ..settings()
+    });
+    let aws = StsTarget {
+        region: "eu-central-1".to_owned(),
+        endpoint: None,
+    };
     sts.prepare(&[&aws]).await.unwrap();
-    let error = sts.assume(&grant(&aws), &svid_for(&billing(), 300, 1)).await.unwrap_err();
-    assert_eq!((error.again, error.reason), (RetryPolicy::Later, "sts_unreachable"), "{error}");
+    let error = sts
+        .assume(&grant(&aws), &svid_for(&billing(), 300, 1))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (error.again, error.reason),
+        (RetryPolicy::Later, "sts_unreachable"),
+        "{error}"
+    );
     let words = "STS at https://sts.eu-central-1.amazonaws.com did not answer through the proxy proxy.invalid:3128 (HTTPS_PROXY)";
     assert!(error.what.contains(words), "{error}");
 }
@@ -95,25 +162,60 @@ async fn aws_is_reached_through_the_proxy_and_not_trusted_by_a_private_ca() {
     let table = [
         (vec![("HTTPS_PROXY", url.clone())], "eu-central-1", names[0]),
         (vec![("ALL_PROXY", url.clone())], "cn-north-1", names[3]),
-        (vec![("HTTPS_PROXY", url.clone()), ("AWS_USE_FIPS_ENDPOINT", on())], "us-east-1", names[1]),
-        (vec![("HTTPS_PROXY", url.clone()), ("AWS_USE_DUALSTACK_ENDPOINT", on())], "us-east-1", names[2]),
+        (
+            vec![
+                ("HTTPS_PROXY", url.clone()),
+                ("AWS_USE_FIPS_ENDPOINT", on()),
+            ],
+            "us-east-1",
+            names[1],
+        ),
+        (
+            vec![
+                ("HTTPS_PROXY", url.clone()),
+                ("AWS_USE_DUALSTACK_ENDPOINT", on()),
+            ],
+            "us-east-1",
+            names[2],
+        ),
     ];
     let written = (vec![("HTTPS_PROXY", url.clone())], "eu-central-1", names[0]);
     let by_region = table.into_iter().map(|row| (row, None));
     let by_name = [(written, Some(format!("https://{}", names[0])))];
     for (number, ((variables, region, host), endpoint)) in by_region.chain(by_name).enumerate() {
-        let sts = sts(Settings { ca_file: Some(file.clone()), network: network(&variables), ..settings() });
-        let target = StsTarget { region: region.to_owned(), endpoint };
-        let error = sts.assume(&grant(&target), &svid_for(&billing(), 300, 1)).await.unwrap_err();
+        let sts = sts(Settings {
+            ca_file: Some(file.clone()),
+            network: network(&variables),
+            ..settings()
+        });
+        let target = StsTarget {
+            region: region.to_owned(),
+            endpoint,
+        };
+        let error = sts
+            .assume(&grant(&target), &svid_for(&billing(), 300, 1))
+            .await
+            .unwrap_err();
         assert!(error.to_string().contains("certificate"), "{error}");
         assert!(!error.to_string().contains("pass"), "{error}");
         let heads = proxy.heads();
         assert_eq!(heads.len(), number + 1);
-        assert!(heads[number].starts_with(&format!("CONNECT {host}:443 ")), "{heads:?}");
+        assert!(
+            heads[number].starts_with(&format!("CONNECT {host}:443 ")),
+            "{heads:?}"
+        );
         // base64 of user:pass
-        assert!(heads[number].to_lowercase().contains("proxy-authorization: basic dxnlcjpwyxnz"), "{heads:?}");
+        assert!(
+            heads[number]
+                .to_lowercase()
+                .contains("proxy-authorization: basic dxnlcjpwyxnz"),
+            "{heads:?}"
+        );
     }
-    assert!(server.received().is_empty(), "no token went to a server that is not trusted");
+    assert!(
+        server.received().is_empty(),
+        "no token went to a server that is not trusted"
+    );
 }
 
 #[tokio::test]
@@ -126,23 +228,51 @@ async fn an_endpoint_of_ones_own_is_reached_through_the_proxy() {
     let proxy = FakeProxy::to(server.address).await;
     let url = format!("http://{}", proxy.address);
     let with = |variables: &[(&str, String)]| {
-        sts(Settings { ca_file: Some(file.clone()), network: network(variables), ..settings() })
+        sts(Settings {
+            ca_file: Some(file.clone()),
+            network: network(variables),
+            ..settings()
+        })
     };
     let token = svid_for(&billing(), 300, 1);
     let far = endpoint("https://sts.test.invalid".to_owned());
     let near = endpoint(format!("https://{}", server.address));
 
-    with(&[("HTTPS_PROXY", url.clone())]).assume(&grant(&far), &token).await.unwrap();
-    assert!(proxy.heads()[0].starts_with("CONNECT sts.test.invalid:443 "), "{:?}", proxy.heads());
+    with(&[("HTTPS_PROXY", url.clone())])
+        .assume(&grant(&far), &token)
+        .await
+        .unwrap();
+    assert!(
+        proxy.heads()[0].starts_with("CONNECT sts.test.invalid:443 "),
+        "{:?}",
+        proxy.heads()
+    );
 
     // 0.0.0.0 is this host too, though no loopback address.
     let here = endpoint(format!("https://0.0.0.0:{}", server.address.port()));
-    with(&[("HTTPS_PROXY", url.clone())]).assume(&grant(&here), &token).await.unwrap();
-    assert!(proxy.heads()[1].starts_with("CONNECT 0.0.0.0:"), "{:?}", proxy.heads());
+    with(&[("HTTPS_PROXY", url.clone())])
+        .assume(&grant(&here), &token)
+        .await
+        .unwrap();
+    assert!(
+        proxy.heads()[1].starts_with("CONNECT 0.0.0.0:"),
+        "{:?}",
+        proxy.heads()
+    );
     let no_proxy = ("NO_PROXY", "example.org,0.0.0.0".to_owned());
-    with(&[("HTTPS_PROXY", url.clone()), no_proxy]).assume(&grant(&here), &token).await.unwrap();
-    with(&[("HTTPS_PROXY", url)]).assume(&grant(&near), &token).await.unwrap();
-    assert_eq!(proxy.heads().len(), 2, "neither what NO_PROXY names nor loopback goes through it");
+    with(&[("HTTPS_PROXY", url.clone()), no_proxy])
+        .assume(&grant(&here), &token)
+        .await
+        .unwrap();
+    with(&[("HTTPS_PROXY", url)])
+        .assume(&grant(&near), &token)
+        .await
+        .unwrap();
+    assert_eq!(
+        proxy.heads().len(),
+        2,
+        "neither what NO_PROXY names nor loopback goes through it"
+    );
     assert_eq!(server.received().len(), 4);
 }
 
@@ -150,15 +280,23 @@ async fn an_endpoint_of_ones_own_is_reached_through_the_proxy() {
 #[test]
 fn neither_environment_nor_profiles_lead_the_call_elsewhere() {
     const CHILD: &str = "AWSVID_TEST_CHILD_STS";
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     if let Ok(url) = std::env::var(CHILD) {
-        let result = runtime.block_on(sts(settings()).assume(&grant(&endpoint(url)), &svid_for(&billing(), 300, 1)));
+        let result = runtime.block_on(
+            sts(settings()).assume(&grant(&endpoint(url)), &svid_for(&billing(), 300, 1)),
+        );
         assert_eq!(result.unwrap().access_key_id, "ASIAEXAMPLE");
         return;
     }
     let dir = tempdir().unwrap();
     let (server, trap) = runtime.block_on(async {
-        (FakeSts::start(|_, _| good()).await, FakeSts::start(|_, _| refusal(400, "ValidationError", "trap")).await)
+        (
+            FakeSts::start(|_, _| good()).await,
+            FakeSts::start(|_, _| refusal(400, "ValidationError", "trap")).await,
+        )
     });
     let elsewhere = format!("http://{}", trap.address);
     let profile = format!(
@@ -171,10 +309,17 @@ fn neither_environment_nor_profiles_lead_the_call_elsewhere() {
     let mut child = std::process::Command::new(std::env::current_exe().unwrap());
     let name = "sts::tests::way::neither_environment_nor_profiles_lead_the_call_elsewhere";
     child.args(["--exact", name, "--nocapture"]).env_clear();
-    child.env(CHILD, format!("http://{}", server.address)).env("HOME", dir.path());
+    child
+        .env(CHILD, format!("http://{}", server.address))
+        .env("HOME", dir.path());
     child.env("AWS_CONFIG_FILE", dir.path().join("config"));
-    child.env("AWS_SHARED_CREDENTIALS_FILE", dir.path().join("credentials"));
-    child.env("AWS_ACCESS_KEY_ID", "AKIAENVIRONMENT").env("AWS_SECRET_ACCESS_KEY", "x");
+    child.env(
+        "AWS_SHARED_CREDENTIALS_FILE",
+        dir.path().join("credentials"),
+    );
+    child
+        .env("AWS_ACCESS_KEY_ID", "AKIAENVIRONMENT")
+        .env("AWS_SECRET_ACCESS_KEY", "x");
     for name in [
         "AWS_ENDPOINT_URL",
         "AWS_ENDPOINT_URL_STS",
@@ -186,11 +331,24 @@ fn neither_environment_nor_profiles_lead_the_call_elsewhere() {
     ] {
         child.env(name, &elsewhere);
     }
-    let output = runtime.block_on(async { tokio::process::Command::from(child).kill_on_drop(true).output().await });
+    let output = runtime.block_on(async {
+        tokio::process::Command::from(child)
+            .kill_on_drop(true)
+            .output()
+            .await
+    });
     let output = output.unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
     let received = server.received();
     assert_eq!(received.len(), 1);
-    assert!(!received[0].headers.contains_key("authorization"), "{:?}", received[0].headers);
+    assert!(
+        !received[0].headers.contains_key("authorization"),
+        "{:?}",
+        received[0].headers
+    );
     assert!(trap.received().is_empty(), "{:?}", trap.received());
 }

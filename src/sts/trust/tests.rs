@@ -5,20 +5,38 @@ use super::*;
 
 fn certificate() -> (String, String) {
     let key = rcgen::KeyPair::generate().unwrap();
-    (rcgen::CertificateParams::new(vec![]).unwrap().self_signed(&key).unwrap().pem(), key.serialize_pem())
+    (
+        rcgen::CertificateParams::new(vec![])
+            .unwrap()
+            .self_signed(&key)
+            .unwrap()
+            .pem(),
+        key.serialize_pem(),
+    )
 }
 
 #[test]
 fn file_is_read_before_the_sdk_sees_it() {
     let folder = tempfile::tempdir().unwrap();
     let (certificate, key) = certificate();
-    let broken: Vec<_> = certificate.lines().map(|line| if line.starts_with("MI") { "AAAA" } else { line }).collect();
+    let broken: Vec<_> = certificate
+        .lines()
+        .map(|line| if line.starts_with("MI") { "AAAA" } else { line })
+        .collect();
     let table = [
         ("good.pem", certificate.clone(), None),
-        ("two.pem", format!("# ours\n{certificate}{certificate}"), None),
+        (
+            "two.pem",
+            format!("# ours\n{certificate}{certificate}"),
+            None,
+        ),
         ("key.pem", key, Some("no certificate")),
         ("empty.pem", String::new(), Some("no certificate")),
-        ("cut.pem", certificate[..certificate.len() / 2].to_owned(), Some("no valid PEM")),
+        (
+            "cut.pem",
+            certificate[..certificate.len() / 2].to_owned(),
+            Some("no valid PEM"),
+        ),
         ("broken.pem", broken.join("\n"), Some("cannot be read")),
         (
             "half.pem",
@@ -32,14 +50,20 @@ fn file_is_read_before_the_sdk_sees_it() {
         match (read_file(&path), reason) {
             (Ok(_), None) => {}
             (Err(NoRoots::Invalid(error)), Some(reason)) => {
-                assert!(error.contains(reason) && error.contains(name), "{name}: {error}");
+                assert!(
+                    error.contains(reason) && error.contains(name),
+                    "{name}: {error}"
+                );
             }
             (result, _) => panic!("{name}: {:?}", result.map(|_| ())),
         }
     }
     // A missing file, or a directory in its place, is not a mistake in the configuration.
     for path in [folder.path().join("absent.pem"), folder.path().to_owned()] {
-        assert!(matches!(read_file(&path), Err(NoRoots::Missing(_))), "{path:?}");
+        assert!(
+            matches!(read_file(&path), Err(NoRoots::Missing(_))),
+            "{path:?}"
+        );
     }
 }
 
@@ -54,12 +78,23 @@ fn file_that_others_can_change_is_not_used() {
     fs::write(&path, certificate().0).unwrap();
     assert!(read_file(&path).is_ok());
     for (exposed, mode, words) in [
-        (&*path, 0o646, "every user of this node can write the CA file; chmod o-w "),
-        (folder.path(), 0o777, "and put another CA file there; chmod go-w "),
+        (
+            &*path,
+            0o646,
+            "every user of this node can write the CA file; chmod o-w ",
+        ),
+        (
+            folder.path(),
+            0o777,
+            "and put another CA file there; chmod go-w ",
+        ),
     ] {
         set_mode(exposed, mode);
         let error = read_file(&path).unwrap_err();
-        assert!(matches!(&error, NoRoots::Invalid(text) if text.contains(words)), "{error:?}");
+        assert!(
+            matches!(&error, NoRoots::Invalid(text) if text.contains(words)),
+            "{error:?}"
+        );
         set_mode(exposed, 0o755);
     }
     assert!(read_file(&path).is_ok());
@@ -71,9 +106,14 @@ fn variable_that_leads_to_a_file_of_others_is_not_used() {
     let path = folder.path().join("a.pem");
     fs::write(&path, certificate().0).unwrap();
     let found = |name: &str, value: &Path| {
-        check_variables(|asked| (asked == name).then(|| value.as_os_str().to_owned())).map_err(|text| {
-            assert!(text.starts_with(&format!("{name} leads to {}: every user ", path.display())), "{text}");
-        })
+        check_variables(|asked| (asked == name).then(|| value.as_os_str().to_owned())).map_err(
+            |text| {
+                assert!(
+                    text.starts_with(&format!("{name} leads to {}: every user ", path.display())),
+                    "{text}"
+                );
+            },
+        )
     };
     let variables = [("SSL_CERT_FILE", &*path), ("SSL_CERT_DIR", folder.path())];
     for (name, value) in variables {
@@ -111,7 +151,9 @@ async fn late_file_is_loaded_in_the_background() {
         }
     };
     // The clock moves only by sleeps like this one.
-    tokio::time::timeout(2 * BACKGROUND_PAUSE, found).await.expect("it was found");
+    tokio::time::timeout(2 * BACKGROUND_PAUSE, found)
+        .await
+        .expect("it was found");
     fs::remove_file(&path).unwrap();
     roots.store().await.unwrap();
 }

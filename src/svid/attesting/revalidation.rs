@@ -29,19 +29,31 @@ const OWN_ID_MAX_AGE: Duration = Duration::from_secs(30);
 pub(super) async fn run(shared: Weak<AgentSourceInner>) {
     let (mut quick, mut slow, mut own_asked) = (JoinSet::new(), JoinSet::new(), None);
     loop {
-        let Some(shared) = shared.upgrade() else { return };
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
         while quick.try_join_next().is_some() {}
         while slow.try_join_next().is_some() {}
-        let room = Capacity { quick: MAX_QUICK_QUERIES - quick.len(), slow: MAX_SLOW_QUERIES - slow.len() };
+        let room = Capacity {
+            quick: MAX_QUICK_QUERIES - quick.len(),
+            slow: MAX_SLOW_QUERIES - slow.len(),
+        };
         let round = shared.memory().take_due(room);
         shared.log_expired(&round.expired);
         for question in round.queries {
-            let lane = if question.lane == Lane::Quick { &mut quick } else { &mut slow };
+            let lane = if question.lane == Lane::Quick {
+                &mut quick
+            } else {
+                &mut slow
+            };
             lane.spawn(shared.clone().revalidate(question));
         }
         // Not while subjects wait for a slot: the daemon's own answer would advance the clock past them.
         let is_idle = quick.len() < MAX_QUICK_QUERIES;
-        if round.is_overdue && is_idle && own_asked.is_none_or(|at: Instant| at.elapsed() >= OWN_ID_MAX_AGE) {
+        if round.is_overdue
+            && is_idle
+            && own_asked.is_none_or(|at: Instant| at.elapsed() >= OWN_ID_MAX_AGE)
+        {
             own_asked = Some(Instant::now());
             quick.spawn(shared.clone().confirm_own());
         }
@@ -55,12 +67,21 @@ pub(super) async fn run(shared: Weak<AgentSourceInner>) {
 }
 
 impl AgentSourceInner {
-    async fn revalidate(self: Arc<Self>, Query { subject, caller, lane }: Query) {
+    async fn revalidate(
+        self: Arc<Self>,
+        Query {
+            subject,
+            caller,
+            lane,
+        }: Query,
+    ) {
         let asked = Instant::now();
         let asking = self.clone().identities(&caller, None);
         let said = match lane {
             Lane::Quick => timeout(QUICK_TIMEOUT, asking).await.unwrap_or_else(|_| {
-                Err(SourceError::Unavailable(format!("the SPIFFE agent did not answer within {QUICK_TIMEOUT:?}")))
+                Err(SourceError::Unavailable(format!(
+                    "the SPIFFE agent did not answer within {QUICK_TIMEOUT:?}"
+                )))
             }),
             Lane::Slow => asking.await,
         };
@@ -86,7 +107,10 @@ impl AgentSourceInner {
         for caller in callers {
             let text = format!("expired {}", caller.uid);
             if let Some(LogPermit { missed }) = self.log.admit(&text) {
-                let (uid, pid) = (caller.uid, caller.process.as_ref().map(|process| process.pid));
+                let (uid, pid) = (
+                    caller.uid,
+                    caller.process.as_ref().map(|process| process.pid),
+                );
                 tracing::warn!(
                     uid,
                     pid,

@@ -10,7 +10,8 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::caller::{
-    AgentProcessRef, AttestError, ExecWatch, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program,
+    AgentProcessRef, AttestError, ExecWatch, Executable, GroupDetail, Groups, ListenerKind,
+    PeerProof, Process, Program,
 };
 use crate::endpoint::Endpoint;
 use crate::svid::CALL_TIMEOUT;
@@ -83,7 +84,9 @@ impl AttestingAgent for AgentScript {
         }
         if self.hangs.lock().unwrap().contains(&pid) {
             sleep(CALL_TIMEOUT).await;
-            return Err(SourceError::Unavailable("no answer within the deadline".to_owned()));
+            return Err(SourceError::Unavailable(
+                "no answer within the deadline".to_owned(),
+            ));
         }
         let merged = self.merged.lock().unwrap();
         if !merged.is_empty() {
@@ -108,9 +111,16 @@ impl AttestingAgent for AgentScript {
 }
 
 fn svid_of(id: &str, audience: &str) -> AgentSvid {
-    let claims = format!(r#"{{"sub":"{id}","aud":["{audience}"],"iat":{NOW},"exp":{}}}"#, NOW + 300);
+    let claims = format!(
+        r#"{{"sub":"{id}","aud":["{audience}"],"iat":{NOW},"exp":{}}}"#,
+        NOW + 300
+    );
     let token = raw_token(r#"{"alg":"ES256","typ":"JWT"}"#, &claims);
-    AgentSvid { spiffe_id: id.to_owned(), token: Zeroizing::new(token), hint: None }
+    AgentSvid {
+        spiffe_id: id.to_owned(),
+        token: Zeroizing::new(token),
+        hint: None,
+    }
 }
 
 const AWSVID: &str = "spiffe://example.org/awsvid";
@@ -118,7 +128,11 @@ const SHOP: &str = "spiffe://example.org/shop";
 
 /// The daemon's own identity, and the shop's for everybody else.
 fn shop(pid: u32) -> Result<Vec<&'static str>, SourceError> {
-    Ok(vec![if pid == std::process::id() { AWSVID } else { SHOP }])
+    Ok(vec![if pid == std::process::id() {
+        AWSVID
+    } else {
+        SHOP
+    }])
 }
 
 fn denied() -> SourceError {
@@ -126,7 +140,11 @@ fn denied() -> SourceError {
 }
 
 fn own_alone(pid: u32) -> Result<Vec<&'static str>, SourceError> {
-    if pid == std::process::id() { Ok(vec![AWSVID]) } else { Err(denied()) }
+    if pid == std::process::id() {
+        Ok(vec![AWSVID])
+    } else {
+        Err(denied())
+    }
 }
 
 /// What `process` says, in turn: how often it was looked at; from this look on it is another.
@@ -162,34 +180,81 @@ impl PeerProof for Looked {
         match (&self.refusal, self.changes_at) {
             (Some(refusal), None) => Err(refusal.clone()),
             (Some(refusal), Some(at)) if look >= at => Err(refusal.clone()),
-            (None, Some(at)) if look >= at => Ok(AgentProcessRef { pid: self.pid, cgroups: "0::/moved\n".to_owned() }),
-            _ => Ok(AgentProcessRef { pid: self.pid, cgroups: "0::/\n".to_owned() }),
+            (None, Some(at)) if look >= at => Ok(AgentProcessRef {
+                pid: self.pid,
+                cgroups: "0::/moved\n".to_owned(),
+            }),
+            _ => Ok(AgentProcessRef {
+                pid: self.pid,
+                cgroups: "0::/\n".to_owned(),
+            }),
         }
     }
 
     fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
-        let left = self.executions.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
-        Ok(Box::new(Watched { is_unbroken: left.is_err() }))
+        let left = self
+            .executions
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
+                left.checked_sub(1)
+            });
+        Ok(Box::new(Watched {
+            is_unbroken: left.is_err(),
+        }))
     }
 }
 
-fn caller_with(uid: u32, pid: u32, changes_at: Option<u32>, refusal: Option<AttestError>) -> Arc<Caller> {
+fn caller_with(
+    uid: u32,
+    pid: u32,
+    changes_at: Option<u32>,
+    refusal: Option<AttestError>,
+) -> Arc<Caller> {
     let executions = AtomicU32::new(0);
-    caller_by(uid, Looked { pid, looks: Arc::default(), changes_at, refusal, executions })
+    caller_by(
+        uid,
+        Looked {
+            pid,
+            looks: Arc::default(),
+            changes_at,
+            refusal,
+            executions,
+        },
+    )
 }
 
 /// A caller that, or whose neighbours, execute programs while the agent looks at it for so many times.
 fn executing_caller(pid: u32, times: u32) -> Arc<Caller> {
     let executions = AtomicU32::new(times);
-    caller_by(1001, Looked { pid, looks: Arc::default(), changes_at: None, refusal: None, executions })
+    caller_by(
+        1001,
+        Looked {
+            pid,
+            looks: Arc::default(),
+            changes_at: None,
+            refusal: None,
+            executions,
+        },
+    )
 }
 
 fn caller_by(uid: u32, evidence: Looked) -> Arc<Caller> {
     let pid = evidence.pid;
-    let exe = Executable { device: 1, inode: 7, changed: (0, 0), path: PathBuf::from("/bin/shop").into() };
+    let exe = Executable {
+        device: 1,
+        inode: 7,
+        changed: (0, 0),
+        path: PathBuf::from("/bin/shop").into(),
+    };
     let program = Some(Program { exe: Some(exe) });
     let groups = Some(Groups::new(Vec::new(), GroupDetail::Digest).unwrap());
-    let process = Process { pid, gid: uid, groups, in_container: false, program, started: Some(1) };
+    let process = Process {
+        pid,
+        gid: uid,
+        groups,
+        in_container: false,
+        program,
+        started: Some(1),
+    };
     Arc::new(Caller {
         listener: ListenerKind::Unix,
         uid,
@@ -206,11 +271,21 @@ fn caller(pid: u32) -> Arc<Caller> {
 }
 
 fn source(agent: &Arc<AgentScript>) -> AgentSource {
-    AgentSource::new(agent.clone(), AUDIENCE.to_owned(), MOST, Clock::starting_at(now()), Metrics::default())
+    AgentSource::new(
+        agent.clone(),
+        AUDIENCE.to_owned(),
+        MOST,
+        Clock::starting_at(now()),
+        Metrics::default(),
+    )
 }
 
 fn ids(identities: Result<Vec<Identity>, SourceError>) -> Vec<String> {
-    identities.unwrap().into_iter().map(|identity| identity.spiffe_id.to_string()).collect()
+    identities
+        .unwrap()
+        .into_iter()
+        .map(|identity| identity.spiffe_id.to_string())
+        .collect()
 }
 
 fn shop_id() -> SpiffeId {
@@ -225,16 +300,28 @@ async fn a_new_process_costs_one_call_and_a_known_one_none() {
         assert_eq!(ids(source.identify(&caller(1)).await), [SHOP]);
     }
     // The token came along; it is there for one exchange.
-    let token = source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap();
-    assert_eq!((token.spiffe_id(), token.audience(), agent.calls()), (&shop_id(), AUDIENCE, 1));
-    source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap();
+    let token = source
+        .token(&caller(1), &shop_id(), AUDIENCE)
+        .await
+        .unwrap();
+    assert_eq!(
+        (token.spiffe_id(), token.audience(), agent.calls()),
+        (&shop_id(), AUDIENCE, 1)
+    );
+    source
+        .token(&caller(1), &shop_id(), AUDIENCE)
+        .await
+        .unwrap();
     assert_eq!(agent.calls(), 2);
     let other = source.token(&caller(1), &shop_id(), "minio").await.unwrap();
     assert_eq!((other.audience(), agent.calls()), ("minio", 3));
     assert_eq!(ids(source.identify(&caller(2)).await), [SHOP]);
     assert_eq!((agent.calls(), source.0.memory().len()), (4, 2));
     let metrics = source.0.metrics.encode();
-    assert!(metrics.contains("awsvid_source_calls_total{result=\"ok\"} 4\n"), "{metrics}");
+    assert!(
+        metrics.contains("awsvid_source_calls_total{result=\"ok\"} 4\n"),
+        "{metrics}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -242,10 +329,16 @@ async fn a_token_that_came_along_is_not_kept_for_long_nor_for_another_process() 
     let agent = AgentScript::says(shop);
     let source = source(&agent);
     source.identify(&caller(1)).await.unwrap();
-    source.token(&caller(2), &shop_id(), AUDIENCE).await.unwrap();
+    source
+        .token(&caller(2), &shop_id(), AUDIENCE)
+        .await
+        .unwrap();
     assert_eq!(agent.calls(), 2, "another process's token is not taken");
     tokio::time::advance(TOKEN_TTL).await;
-    source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap();
+    source
+        .token(&caller(1), &shop_id(), AUDIENCE)
+        .await
+        .unwrap();
     assert_eq!(agent.calls(), 3);
 }
 
@@ -269,10 +362,20 @@ async fn all_who_ask_at_once_wait_for_one_question() {
 async fn an_agent_is_not_asked_about_what_it_could_misread() {
     let agent = AgentScript::says(shop);
     let source = source(&agent);
-    for refusal in [AttestError::DelegatedCgroup, AttestError::NestedContainer, AttestError::CallerGone] {
+    for refusal in [
+        AttestError::DelegatedCgroup,
+        AttestError::NestedContainer,
+        AttestError::CallerGone,
+    ] {
         let caller = caller_with(1001, 1, None, Some(refusal.clone()));
         assert_eq!(source.identify(&caller).await, Err(refusal.clone().into()));
-        assert_eq!(source.token(&caller, &shop_id(), AUDIENCE).await.unwrap_err(), refusal.into());
+        assert_eq!(
+            source
+                .token(&caller, &shop_id(), AUDIENCE)
+                .await
+                .unwrap_err(),
+            refusal.into()
+        );
     }
     assert_eq!((agent.calls(), source.0.memory().len()), (0, 0));
 }
@@ -281,16 +384,30 @@ async fn an_agent_is_not_asked_about_what_it_could_misread() {
 async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
     let agent = AgentScript::says(shop);
     let source = source(&agent);
-    for (refusal, expected) in
-        [(None, AttestError::IdentityChanged), (Some(AttestError::CallerGone), AttestError::CallerGone)]
-    {
+    for (refusal, expected) in [
+        (None, AttestError::IdentityChanged),
+        (Some(AttestError::CallerGone), AttestError::CallerGone),
+    ] {
         // The first look is before the call.
         let changed = || caller_with(1001, 1, Some(1), refusal.clone());
-        assert_eq!(source.identify(&changed()).await, Err(expected.clone().into()));
-        assert_eq!(source.token(&changed(), &shop_id(), AUDIENCE).await.unwrap_err(), expected.into());
+        assert_eq!(
+            source.identify(&changed()).await,
+            Err(expected.clone().into())
+        );
+        assert_eq!(
+            source
+                .token(&changed(), &shop_id(), AUDIENCE)
+                .await
+                .unwrap_err(),
+            expected.into()
+        );
     }
     assert_eq!((agent.calls(), source.0.memory().len()), (4, 0));
-    assert_eq!(ids(source.identify(&caller(1)).await), [SHOP], "nothing of it is remembered");
+    assert_eq!(
+        ids(source.identify(&caller(1)).await),
+        [SHOP],
+        "nothing of it is remembered"
+    );
     assert_eq!(agent.calls(), 5);
 }
 
@@ -299,13 +416,23 @@ async fn process_is_attested_again_if_a_program_was_executed_meanwhile() {
     let agent = AgentScript::says(shop);
     let source = source(&agent);
     let tries = u32::try_from(EXEC_RETRY_PAUSES.len()).unwrap();
-    assert_eq!(ids(source.identify(&executing_caller(1, tries - 1)).await), [SHOP]);
+    assert_eq!(
+        ids(source.identify(&executing_caller(1, tries - 1)).await),
+        [SHOP]
+    );
     assert_eq!(agent.calls(), tries as usize);
-    let refused = source.identify(&executing_caller(2, tries)).await.unwrap_err();
+    let refused = source
+        .identify(&executing_caller(2, tries))
+        .await
+        .unwrap_err();
     assert_eq!(refused, AttestError::ProcessExecuting.into());
     assert!(AttestError::ProcessExecuting.is_transient());
     assert_eq!(agent.calls(), 2 * tries as usize);
-    assert_eq!(ids(source.identify(&caller(2)).await), [SHOP], "the refusal is not remembered");
+    assert_eq!(
+        ids(source.identify(&caller(2)).await),
+        [SHOP],
+        "the refusal is not remembered"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -328,9 +455,15 @@ async fn a_denial_is_believed_only_of_an_agent_that_knows_the_daemon() {
     agent.now_says(|_| Err(denied()));
     tokio::time::advance(OWN_ID_RECHECK).await;
     let new = source.identify(&caller(2)).await.unwrap_err();
-    assert!(matches!(&new, SourceError::Unavailable(text) if text.contains("register one for its process")), "{new:?}");
+    assert!(
+        matches!(&new, SourceError::Unavailable(text) if text.contains("register one for its process")),
+        "{new:?}"
+    );
     let not_ready = source.ready(AUDIENCE).await.unwrap_err();
-    assert!(matches!(not_ready, SourceError::Unavailable(_)), "{not_ready:?}");
+    assert!(
+        matches!(not_ready, SourceError::Unavailable(_)),
+        "{not_ready:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -344,7 +477,11 @@ async fn a_process_is_asked_about_again_and_loses_its_identity_within_the_minute
         assert!(deleted.elapsed() < Duration::from_secs(60));
         sleep(Duration::from_secs(1)).await;
     }
-    assert!(deleted.elapsed() >= Duration::from_secs(40), "once is not enough: {:?}", deleted.elapsed());
+    assert!(
+        deleted.elapsed() >= Duration::from_secs(40),
+        "once is not enough: {:?}",
+        deleted.elapsed()
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -358,7 +495,10 @@ async fn an_agent_that_is_away_takes_nothing_from_those_that_are_known() {
         assert_eq!(ids(source.identify(&caller(1)).await), [SHOP]);
     }
     assert!(agent.calls() > 10, "it is asked again all the time");
-    assert_eq!(source.identify(&caller(2)).await, Err(SourceError::Unavailable("away".to_owned())));
+    assert_eq!(
+        source.identify(&caller(2)).await,
+        Err(SourceError::Unavailable("away".to_owned()))
+    );
     agent.now_says(shop);
     assert_eq!(ids(source.identify(&caller(2)).await), [SHOP]);
 }
@@ -368,7 +508,15 @@ async fn a_process_that_is_gone_is_forgotten() {
     let agent = AgentScript::says(shop);
     let source = source(&agent);
     // Looked at before and after the first call, and then no more.
-    source.identify(&caller_with(1001, 1, Some(2), Some(AttestError::CallerGone))).await.unwrap();
+    source
+        .identify(&caller_with(
+            1001,
+            1,
+            Some(2),
+            Some(AttestError::CallerGone),
+        ))
+        .await
+        .unwrap();
     assert_eq!(source.0.memory().len(), 1);
     sleep(Duration::from_secs(32)).await;
     assert_eq!((source.0.memory().len(), agent.calls()), (0, 1));
@@ -406,7 +554,11 @@ async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_the
         tokio::spawn(async move { source.identify(&caller_with(1002, 99, None, None)).await })
     };
     sleep(QUERY_WAIT + Duration::from_millis(100)).await;
-    assert_eq!(agent.calls(), MAX_QUERIES_PER_WORKLOAD + 1, "so many of the one, and the other");
+    assert_eq!(
+        agent.calls(),
+        MAX_QUERIES_PER_WORKLOAD + 1,
+        "so many of the one, and the other"
+    );
     agent.gate.add_permits(MAX_QUERIES_PER_WORKLOAD + 1);
     assert_eq!(ids(other.await.unwrap()), [SHOP]);
     let mut busy = 0;
@@ -430,18 +582,33 @@ async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_the
 #[tokio::test(start_paused = true)]
 async fn nobody_in_particular_has_no_identity() {
     let agent = AgentScript::says(shop);
-    assert_eq!(source(&agent).identify(&caller_with(OVERFLOW_ID, 1, None, None)).await, Ok(Vec::new()));
+    assert_eq!(
+        source(&agent)
+            .identify(&caller_with(OVERFLOW_ID, 1, None, None))
+            .await,
+        Ok(Vec::new())
+    );
     assert_eq!(agent.calls(), 0);
 }
 
 /// What is believed of an answer.
-async fn believed(source: &AgentSource, svids: Vec<AgentSvid>) -> Result<Vec<Identity>, SourceError> {
-    source.0.exclude_own_identities(svids, Some(&Subject::of(&caller(1), false).unwrap())).await.map(|ids| ids.to_vec())
+async fn believed(
+    source: &AgentSource,
+    svids: Vec<AgentSvid>,
+) -> Result<Vec<Identity>, SourceError> {
+    source
+        .0
+        .exclude_own_identities(svids, Some(&Subject::of(&caller(1), false).unwrap()))
+        .await
+        .map(|ids| ids.to_vec())
 }
 
 /// A token of `whose` under the name `id`.
 fn labelled(id: &str, whose: &str) -> AgentSvid {
-    AgentSvid { spiffe_id: id.to_owned(), ..svid_of(whose, AUDIENCE) }
+    AgentSvid {
+        spiffe_id: id.to_owned(),
+        ..svid_of(whose, AUDIENCE)
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -449,7 +616,14 @@ async fn an_identity_that_is_no_spiffe_id_is_left_out() {
     let agent = AgentScript::says(shop);
     let source = source(&agent);
     let odd = ["spiffe://", "https://example.org/x", ""].map(|id| labelled(id, SHOP));
-    assert_eq!(ids(believed(&source, odd.into_iter().chain([svid_of(SHOP, AUDIENCE)]).collect()).await), [SHOP]);
+    assert_eq!(
+        ids(believed(
+            &source,
+            odd.into_iter().chain([svid_of(SHOP, AUDIENCE)]).collect()
+        )
+        .await),
+        [SHOP]
+    );
 }
 
 const OTHER: &str = "spiffe://example.org/other";
@@ -458,54 +632,113 @@ const OTHER: &str = "spiffe://example.org/other";
 async fn an_identity_counts_only_with_a_token_of_its_own() {
     let agent = AgentScript::says(shop);
     let source = source(&agent);
-    let refused = believed(&source, vec![labelled(SHOP, OTHER)]).await.unwrap_err();
+    let refused = believed(&source, vec![labelled(SHOP, OTHER)])
+        .await
+        .unwrap_err();
     assert!(matches!(refused, SourceError::BadToken(_)), "{refused:?}");
-    assert!(!refused.to_string().contains("other"), "whose it is, is nobody's business: {refused}");
-    let no_token = AgentSvid { spiffe_id: SHOP.to_owned(), token: Zeroizing::new(String::new()), hint: None };
-    assert!(matches!(believed(&source, vec![no_token]).await, Err(SourceError::BadToken(_))));
+    assert!(
+        !refused.to_string().contains("other"),
+        "whose it is, is nobody's business: {refused}"
+    );
+    let no_token = AgentSvid {
+        spiffe_id: SHOP.to_owned(),
+        token: Zeroizing::new(String::new()),
+        hint: None,
+    };
+    assert!(matches!(
+        believed(&source, vec![no_token]).await,
+        Err(SourceError::BadToken(_))
+    ));
     // What else is in the answer still counts, whichever comes first.
-    for svids in [[labelled(SHOP, OTHER), svid_of(OTHER, AUDIENCE)], [svid_of(OTHER, AUDIENCE), labelled(SHOP, OTHER)]]
-    {
+    for svids in [
+        [labelled(SHOP, OTHER), svid_of(OTHER, AUDIENCE)],
+        [svid_of(OTHER, AUDIENCE), labelled(SHOP, OTHER)],
+    ] {
         assert_eq!(ids(believed(&source, svids.into()).await), [OTHER]);
     }
     // One that cannot be exchanged proves no less whose it is.
-    assert_eq!(ids(believed(&source, vec![svid_of(SHOP, "another audience")]).await), [SHOP]);
+    assert_eq!(
+        ids(believed(&source, vec![svid_of(SHOP, "another audience")]).await),
+        [SHOP]
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_identity_that_comes_several_times_has_each_of_its_hints() {
     let agent = AgentScript::says(shop);
     let source = source(&agent);
-    let hinted = |hint: &str| AgentSvid { hint: Some(hint.to_owned()), ..svid_of(SHOP, AUDIENCE) };
+    let hinted = |hint: &str| AgentSvid {
+        hint: Some(hint.to_owned()),
+        ..svid_of(SHOP, AUDIENCE)
+    };
     let svids = vec![hinted("a"), hinted("b"), hinted("a"), labelled(SHOP, OTHER)];
     let identities = believed(&source, svids).await.unwrap();
-    let hints: Vec<_> = identities.iter().map(|identity| identity.hint.as_deref()).collect();
+    let hints: Vec<_> = identities
+        .iter()
+        .map(|identity| identity.hint.as_deref())
+        .collect();
     assert_eq!(hints, [Some("a"), Some("b")]);
-    assert!(identities.iter().all(|identity| identity.spiffe_id == shop_id()));
+    assert!(
+        identities
+            .iter()
+            .all(|identity| identity.spiffe_id == shop_id())
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_token_is_found_among_others_under_its_name() {
     let agent = AgentScript::says(|_| Ok(vec![SHOP]));
-    *agent.merged.lock().unwrap() = vec![labelled(SHOP, OTHER), svid_of(SHOP, AUDIENCE), svid_of(SHOP, AUDIENCE)];
+    *agent.merged.lock().unwrap() = vec![
+        labelled(SHOP, OTHER),
+        svid_of(SHOP, AUDIENCE),
+        svid_of(SHOP, AUDIENCE),
+    ];
     let own = BTreeSet::from([SpiffeId::parse(AWSVID).unwrap()]);
     let source = source(&agent);
     let (confirmed, fresh_from) = (Instant::now(), Instant::now());
-    *source.0.own.lock().unwrap() = Some(OwnIds { ids: own, confirmed, fresh_from });
-    assert_eq!(source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap().spiffe_id(), &shop_id());
+    *source.0.own.lock().unwrap() = Some(OwnIds {
+        ids: own,
+        confirmed,
+        fresh_from,
+    });
+    assert_eq!(
+        source
+            .token(&caller(1), &shop_id(), AUDIENCE)
+            .await
+            .unwrap()
+            .spiffe_id(),
+        &shop_id()
+    );
     agent.merged.lock().unwrap().truncate(1);
-    let refused = source.token(&caller(1), &shop_id(), AUDIENCE).await.unwrap_err();
+    let refused = source
+        .token(&caller(1), &shop_id(), AUDIENCE)
+        .await
+        .unwrap_err();
     assert!(matches!(refused, SourceError::BadToken(_)), "{refused:?}");
     let other = SpiffeId::parse(OTHER).unwrap();
-    let denied = source.token(&caller(1), &other, AUDIENCE).await.unwrap_err();
-    assert!(matches!(denied, SourceError::Denied(_)), "a token under another name is nobody's: {denied:?}");
+    let denied = source
+        .token(&caller(1), &other, AUDIENCE)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(denied, SourceError::Denied(_)),
+        "a token under another name is nobody's: {denied:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_kept_token_of_few_seconds_is_not_used_when_it_is_about_to_expire() {
     let agent = AgentScript::says(shop);
     let source = source(&agent);
-    let short = |serial| JwtSvid::check(token_for(&shop_id(), 9, serial), &shop_id(), AUDIENCE, now()).unwrap();
+    let short = |serial| {
+        JwtSvid::check(
+            token_for(&shop_id(), 9, serial),
+            &shop_id(),
+            AUDIENCE,
+            now(),
+        )
+        .unwrap()
+    };
     let subject = Subject::of(&caller(1), false).unwrap();
     source.0.hold_token(&subject, short(1));
     assert!(source.0.take_token(&subject, &shop_id()).is_some());
@@ -523,7 +756,15 @@ async fn refusals_that_alternate_are_each_in_the_log_once() {
         source.0.log_denial("no entry matches pod a");
         source.0.log_denial("no entry matches pod b");
     }
-    assert_eq!(log.text().lines().filter(|line| line.contains("no identity")).count(), 2, "{}", log.text());
+    assert_eq!(
+        log.text()
+            .lines()
+            .filter(|line| line.contains("no identity"))
+            .count(),
+        2,
+        "{}",
+        log.text()
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -46,18 +46,23 @@ pub(super) struct BrokerConnector {
 impl Connector for BrokerConnector {
     async fn dial(&self) -> Result<Channel, SourceError> {
         let stream = UnixStream::connect(&self.socket).await;
-        let stream = stream.map_err(|error| SourceError::Unavailable(no_broker(&self.endpoint(), &error)))?;
+        let stream = stream
+            .map_err(|error| SourceError::Unavailable(no_broker(&self.endpoint(), &error)))?;
         let names_processes = shares_pid_namespace_with_peer(&stream);
-        self.names_processes.store(names_processes, Ordering::Relaxed);
+        self.names_processes
+            .store(names_processes, Ordering::Relaxed);
         if !names_processes && !self.names_pods {
             return Err(SourceError::Misconfigured(other_pids(&self.endpoint())));
         }
         let own = self.own()?;
         let shaken = timeout(HANDSHAKE, self.handshake(stream, &own)).await;
-        let stream =
-            shaken.unwrap_or_else(|late| Err(late.into())).map_err(|error| self.handshake_error(&own, &error))?;
+        let stream = shaken
+            .unwrap_or_else(|late| Err(late.into()))
+            .map_err(|error| self.handshake_error(&own, &error))?;
         let channel = open(ready(Ok(stream))).await;
-        channel.map_err(|error| SourceError::Unavailable(unreachable(&self.endpoint(), "broker_socket", &error)))
+        channel.map_err(|error| {
+            SourceError::Unavailable(unreachable(&self.endpoint(), "broker_socket", &error))
+        })
     }
 
     /// Whoever has a new SVID shows it.
@@ -79,7 +84,10 @@ impl BrokerConnector {
             other => other,
         })?;
         if own.is_expired(UnixTime::now()) {
-            let why = self.own.trouble().map_or(String::new(), |trouble| format!(": {trouble}"));
+            let why = self
+                .own
+                .trouble()
+                .map_or(String::new(), |trouble| format!(": {trouble}"));
             return Err(SourceError::Unavailable(format!(
                 "awsvid's own X.509-SVID is over, and no other has come from the SPIFFE agent{why}"
             )));
@@ -96,10 +104,19 @@ impl BrokerConnector {
         SpiffeIdPattern::parse(&agents).map_err(|error| Error::General(error.to_string()))
     }
 
-    async fn handshake(&self, stream: UnixStream, own: &OwnSvid) -> io::Result<BufReader<TlsStream<UnixStream>>> {
-        let config = self.expected_server_id(own).and_then(|expected| tls(own, expected)).map_err(io::Error::other)?;
+    async fn handshake(
+        &self,
+        stream: UnixStream,
+        own: &OwnSvid,
+    ) -> io::Result<BufReader<TlsStream<UnixStream>>> {
+        let config = self
+            .expected_server_id(own)
+            .and_then(|expected| tls(own, expected))
+            .map_err(io::Error::other)?;
         let nameless = ServerName::from(std::net::Ipv4Addr::LOCALHOST);
-        let stream = TlsConnector::from(Arc::new(config)).connect(nameless, stream).await?;
+        let stream = TlsConnector::from(Arc::new(config))
+            .connect(nameless, stream)
+            .await?;
         let mut stream = BufReader::new(stream);
         // With TLS 1.3 the client is done before the server has looked at its certificate: a refusal comes as the first
         // thing to read, and nothing must be written before, for that would fail first, in words that say nothing.
@@ -114,7 +131,10 @@ impl BrokerConnector {
     /// What a handshake that failed means.
     fn handshake_error(&self, own: &OwnSvid, error: &io::Error) -> SourceError {
         let endpoint = self.endpoint();
-        let Some(error) = error.get_ref().and_then(|error| error.downcast_ref::<Error>()) else {
+        let Some(error) = error
+            .get_ref()
+            .and_then(|error| error.downcast_ref::<Error>())
+        else {
             return SourceError::Unavailable(format!(
                 "the server at {endpoint} did not finish the TLS handshake: {}",
                 one_line(&error.to_string())
@@ -122,7 +142,9 @@ impl BrokerConnector {
         };
         match error {
             Error::AlertReceived(alert) => self.alert_error(own, *alert),
-            Error::InvalidCertificate(CertificateError::Other(OtherError(other))) if other.is::<NotTheAgent>() => {
+            Error::InvalidCertificate(CertificateError::Other(OtherError(other)))
+                if other.is::<NotTheAgent>() =>
+            {
                 SourceError::Misconfigured(format!(
                     "the server at {endpoint} is not the SPIFFE agent: {other}; if it is the right one, write its SPIFFE \
                      ID as `broker_server` in [identity]"
@@ -150,15 +172,19 @@ impl BrokerConnector {
         use AlertDescription as A;
         let (endpoint, id) = (self.endpoint(), &own.spiffe_id);
         match (alert, self.own.trouble()) {
-            (A::NoApplicationProtocol | A::ProtocolVersion | A::HandshakeFailure | A::InsufficientSecurity, _) => {
-                SourceError::Misconfigured(format!(
-                    "the server at {endpoint} and awsvid do not agree on TLS: is it the broker socket of a SPIFFE agent? \
+            (
+                A::NoApplicationProtocol
+                | A::ProtocolVersion
+                | A::HandshakeFailure
+                | A::InsufficientSecurity,
+                _,
+            ) => SourceError::Misconfigured(format!(
+                "the server at {endpoint} and awsvid do not agree on TLS: is it the broker socket of a SPIFFE agent? \
                      ({alert:?})"
-                ))
-            }
-            (A::InternalError | A::CloseNotify | A::UserCanceled, _) => SourceError::Unavailable(format!(
-                "the server at {endpoint} did not finish the TLS handshake ({alert:?})"
             )),
+            (A::InternalError | A::CloseNotify | A::UserCanceled, _) => SourceError::Unavailable(
+                format!("the server at {endpoint} did not finish the TLS handshake ({alert:?})"),
+            ),
             (_, None) => SourceError::Misconfigured(format!(
                 "the SPIFFE agent at {endpoint} does not let awsvid in: add awsvid's SPIFFE ID, {id}, to `brokers` in the \
                  `experimental {{ broker {{ ... }} }}` block of the agent's configuration ({alert:?})"
@@ -180,7 +206,9 @@ fn no_broker(endpoint: &Endpoint, error: &io::Error) -> String {
             "{text} (a SPIRE agent makes it where its configuration has `experimental {{ broker {{ socket_path = ... }} }}`)"
         ),
         io::ErrorKind::PermissionDenied => {
-            format!("{text} (the agent makes it with mode 0770: awsvid has to run as root or in the agent's group)")
+            format!(
+                "{text} (the agent makes it with mode 0770: awsvid has to run as root or in the agent's group)"
+            )
         }
         _ => text,
     }

@@ -14,7 +14,8 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::sign::SingleCertAndKey;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore,
+    SignatureScheme,
 };
 use thiserror::Error as ErrorText;
 
@@ -63,14 +64,19 @@ impl Verifier {
     }
 
     fn authorize(&self, certificate: &CertificateDer<'_>) -> Result<(), NotTheAgent> {
-        let id = id_of(certificate).map_err(|error| NotTheAgent(format!("its certificate {error}")))?;
+        let id =
+            id_of(certificate).map_err(|error| NotTheAgent(format!("its certificate {error}")))?;
         // The CAs are those of one trust domain, and speak for no other.
         if id.trust_domain() != self.trust_domain {
-            let text = format!("its certificate is that of {id}, which is not of awsvid's trust domain");
+            let text =
+                format!("its certificate is that of {id}, which is not of awsvid's trust domain");
             return Err(NotTheAgent(text));
         }
         if !self.expected.matches(&id) {
-            let text = format!("its certificate is that of {id}, and not of {}", self.expected.as_str());
+            let text = format!(
+                "its certificate is that of {id}, and not of {}",
+                self.expected.as_str()
+            );
             return Err(NotTheAgent(text));
         }
         Ok(())
@@ -90,8 +96,15 @@ impl ServerCertVerifier for Verifier {
         let certificate = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.algorithms.all;
         // This refuses a CA's certificate in the place of the server's, too.
-        verify_server_cert_signed_by_trust_anchor(&certificate, &self.roots, intermediates, now, algorithms)?;
-        self.authorize(end_entity).map_err(|error| CertificateError::Other(OtherError(Arc::new(error))))?;
+        verify_server_cert_signed_by_trust_anchor(
+            &certificate,
+            &self.roots,
+            intermediates,
+            now,
+            algorithms,
+        )?;
+        self.authorize(end_entity)
+            .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))))?;
         Ok(ServerCertVerified::assertion())
     }
 

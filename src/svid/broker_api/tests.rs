@@ -49,7 +49,14 @@ impl Node {
         let stream = workload_api.asked().await.accept();
         stream.send(message);
         own.first(CALL_TIMEOUT).await.unwrap();
-        Self { broker: dir.path().join("broker.sock"), dir, authority, workload_api, stream, own: Some(own) }
+        Self {
+            broker: dir.path().join("broker.sock"),
+            dir,
+            authority,
+            workload_api,
+            stream,
+            own: Some(own),
+        }
     }
 
     /// The client; once.
@@ -72,7 +79,13 @@ impl Node {
     where
         F: Future<Output = Answer> + Send + 'static,
     {
-        FakeBroker::at(&self.broker, &self.authority, self.certified(), &[ID], script)
+        FakeBroker::at(
+            &self.broker,
+            &self.authority,
+            self.certified(),
+            &[ID],
+            script,
+        )
     }
 
     /// Always with this answer.
@@ -99,7 +112,9 @@ fn good() -> Result<FetchJwtsvidResponse, Status> {
         svid: format!("token of {name}"),
         hint: hint.to_owned(),
     };
-    Ok(FetchJwtsvidResponse { svids: vec![svid("billing", ""), svid("shop", "the shop")] })
+    Ok(FetchJwtsvidResponse {
+        svids: vec![svid("billing", ""), svid("shop", "the shop")],
+    })
 }
 
 #[tokio::test]
@@ -108,21 +123,41 @@ async fn names_the_process_and_takes_every_svid_of_the_answer() {
     let agent = node.serve_always(good());
     let client = node.client();
     let svids = client.fetch_for_pid(4711, AUDIENCE).await.unwrap();
-    let found: Vec<_> = svids.iter().map(|svid| (svid.spiffe_id.as_str(), svid.token.as_str(), &svid.hint)).collect();
+    let found: Vec<_> = svids
+        .iter()
+        .map(|svid| (svid.spiffe_id.as_str(), svid.token.as_str(), &svid.hint))
+        .collect();
     assert_eq!(
         found,
         [
             ("spiffe://example.org/billing", "token of billing", &None),
-            ("spiffe://example.org/shop", "token of shop", &Some("the shop".to_owned())),
+            (
+                "spiffe://example.org/shop",
+                "token of shop",
+                &Some("the shop".to_owned())
+            ),
         ]
     );
-    let [asked] = &agent.asked()[..] else { panic!("not exactly one request") };
+    let [asked] = &agent.asked()[..] else {
+        panic!("not exactly one request")
+    };
     let header: Vec<_> = asked.metadata.get_all("broker.spiffe.io").iter().collect();
     assert_eq!(header, ["true"]);
-    assert!(asked.metadata.contains_key("grpc-timeout"), "the agent may give up when nobody waits any more");
+    assert!(
+        asked.metadata.contains_key("grpc-timeout"),
+        "the agent may give up when nobody waits any more"
+    );
     let reference = asked.request.reference.clone().unwrap().reference.unwrap();
-    assert_eq!(reference.type_url, "type.googleapis.com/spiffe.broker.WorkloadPIDReference");
-    assert_eq!(WorkloadPidReference::decode(&reference.value[..]).unwrap().pid, 4711);
+    assert_eq!(
+        reference.type_url,
+        "type.googleapis.com/spiffe.broker.WorkloadPIDReference"
+    );
+    assert_eq!(
+        WorkloadPidReference::decode(&reference.value[..])
+            .unwrap()
+            .pid,
+        4711
+    );
     assert_eq!(asked.request.audience, [AUDIENCE]);
     assert_eq!(asked.request.spiffe_id, "");
     assert_eq!(asked.shown, client.own.latest().unwrap().certified.cert[0]);
@@ -133,7 +168,14 @@ async fn names_the_process_and_takes_every_svid_of_the_answer() {
         SourceError::Caller(AttestError::CallerGone)
     );
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
-    assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 0]);
+    assert_eq!(
+        agent
+            .asked()
+            .iter()
+            .map(|asked| asked.connection)
+            .collect::<Vec<_>>(),
+        [0, 0]
+    );
 }
 
 #[tokio::test]
@@ -141,13 +183,25 @@ async fn names_the_pod() {
     let mut node = Node::new().await;
     let agent = node.serve_always(good());
     let client = node.client().naming_pods();
-    assert_eq!(client.fetch_for_pod(&pod(), AUDIENCE).await.unwrap().len(), 2);
+    assert_eq!(
+        client.fetch_for_pod(&pod(), AUDIENCE).await.unwrap().len(),
+        2
+    );
     let asked = agent.asked()[0].request.clone();
     let reference = asked.reference.unwrap().reference.unwrap();
-    assert_eq!(reference.type_url, "type.googleapis.com/spiffe.broker.KubernetesObjectReference");
+    assert_eq!(
+        reference.type_url,
+        "type.googleapis.com/spiffe.broker.KubernetesObjectReference"
+    );
     let object = KubernetesObjectReference::decode(&reference.value[..]).unwrap();
-    let pods = KubernetesObjectType { plural: "pods".to_owned(), group: "core".to_owned() };
-    assert_eq!((object.r#type, object.key, object.uid.as_str()), (Some(pods), None, UID));
+    let pods = KubernetesObjectType {
+        plural: "pods".to_owned(),
+        group: "core".to_owned(),
+    };
+    assert_eq!(
+        (object.r#type, object.key, object.uid.as_str()),
+        (Some(pods), None, UID)
+    );
     assert_eq!(asked.audience, [AUDIENCE]);
     // The agent of this test numbers processes as the client does.
     client.fetch_for_pid(4711, AUDIENCE).await.unwrap();
@@ -158,11 +212,16 @@ async fn names_the_pod() {
 async fn the_daemons_own_identities_are_those_of_its_certificates() {
     let authority = Authority::new();
     let mut message = authority.message(ID);
-    message.svids.extend(authority.message("spiffe://example.org/daemon-too").svids);
+    message
+        .svids
+        .extend(authority.message("spiffe://example.org/daemon-too").svids);
     let mut node = Node::with(authority, message).await;
     let agent = node.serve_always(good());
     let client = node.client().naming_pods();
-    assert_eq!(client.fetch_own(AUDIENCE).await.unwrap(), [ID, "spiffe://example.org/daemon-too"]);
+    assert_eq!(
+        client.fetch_own(AUDIENCE).await.unwrap(),
+        [ID, "spiffe://example.org/daemon-too"]
+    );
     assert_eq!(agent.asked().len(), 0);
     // While nothing keeps them up to date, it is not known that the agent knows the daemon.
     drop(node.stream);
@@ -179,27 +238,47 @@ async fn the_daemons_own_identities_are_those_of_its_certificates() {
 async fn it_is_ready_when_the_agent_lets_it_ask() {
     let not_allowed = |kind: &str| {
         let text = format!("broker \"{ID}\" is not allowed to use reference type \"{kind}\"");
-        Some(Err::<FetchJwtsvidResponse, _>(Status::permission_denied(text)))
+        Some(Err::<FetchJwtsvidResponse, _>(Status::permission_denied(
+            text,
+        )))
     };
-    let no_pod = Some(Err(Status::not_found("pod with UID x not found on agent node")));
+    let no_pod = Some(Err(Status::not_found(
+        "pod with UID x not found on agent node",
+    )));
     let no_entry = Some(Err(Status::permission_denied("no identity issued")));
     let table = [
         (Some(good()), not_allowed("pods"), Ok(())),
         (no_entry, not_allowed("pods"), Ok(())),
         (not_allowed("processes"), no_pod, Ok(())),
-        (not_allowed("processes"), not_allowed("pods"), Err("source_misconfigured")),
-        (Some(Err(Status::unavailable("away"))), None, Err("source_unavailable")),
+        (
+            not_allowed("processes"),
+            not_allowed("pods"),
+            Err("source_misconfigured"),
+        ),
+        (
+            Some(Err(Status::unavailable("away"))),
+            None,
+            Err("source_unavailable"),
+        ),
     ];
     let mut node = Node::new().await;
     let client = node.client().naming_pods();
     for (row, (process, pods, ready)) in table.into_iter().enumerate() {
         let _agent = node.serve(move |asked| {
             let reference = asked.request.reference.unwrap().reference.unwrap();
-            let answer = if reference.type_url == PID_REFERENCE { process.clone() } else { pods.clone() };
+            let answer = if reference.type_url == PID_REFERENCE {
+                process.clone()
+            } else {
+                pods.clone()
+            };
             async move { answer }
         });
         let said = client.ready(AUDIENCE).await;
-        assert_eq!(said.as_ref().copied().map_err(SourceError::reason), ready, "{row}: {said:?}");
+        assert_eq!(
+            said.as_ref().copied().map_err(SourceError::reason),
+            ready,
+            "{row}: {said:?}"
+        );
         std::fs::remove_file(&node.broker).unwrap();
     }
 }
@@ -208,8 +287,18 @@ async fn it_is_ready_when_the_agent_lets_it_ask() {
 async fn each_refusal_of_a_pod_says_what_to_do() {
     let k8s = "workload attestor \"k8s\" failed: rpc error: code = Internal desc = broker configuration missing";
     let table = [
-        (Code::NotFound, "pod with UID x not found on agent node", "source_denied", "does not find the pod 72f7f152-"),
-        (Code::PermissionDenied, "no identity issued", "source_denied", "no registration entry of the SPIFFE agent"),
+        (
+            Code::NotFound,
+            "pod with UID x not found on agent node",
+            "source_denied",
+            "does not find the pod 72f7f152-",
+        ),
+        (
+            Code::PermissionDenied,
+            "no identity issued",
+            "source_denied",
+            "no registration entry of the SPIFFE agent",
+        ),
         (
             Code::PermissionDenied,
             "broker \"spiffe://example.org/awsvid\" is not allowed to use reference type \"type.googleapis.com/x\"",
@@ -223,15 +312,30 @@ async fn each_refusal_of_a_pod_says_what_to_do() {
             "does not let awsvid ask for the pod 72f7f152-440c-66ac-9084-e0fc1d8a910c: give the user that is named like \
              awsvid's SPIFFE ID the verb impersonate-via-spire on pods",
         ),
-        (Code::Internal, k8s, "source_misconfigured", "WorkloadAttestor \"k8s\" needs a block"),
+        (
+            Code::Internal,
+            k8s,
+            "source_misconfigured",
+            "WorkloadAttestor \"k8s\" needs a block",
+        ),
         (
             Code::Unimplemented,
             "no workload attestor handled reference",
             "source_misconfigured",
             "no plugin that attests pods, as WorkloadAttestor \"k8s\"",
         ),
-        (Code::FailedPrecondition, "kubelet client is disabled", "source_misconfigured", "ask the kubelet"),
-        (Code::Unavailable, "unable to reach the kubelet", "source_unavailable", "gave no answer"),
+        (
+            Code::FailedPrecondition,
+            "kubelet client is disabled",
+            "source_misconfigured",
+            "ask the kubelet",
+        ),
+        (
+            Code::Unavailable,
+            "unable to reach the kubelet",
+            "source_unavailable",
+            "gave no answer",
+        ),
     ];
     let mut node = Node::new().await;
     let client = node.client().naming_pods();
@@ -239,9 +343,16 @@ async fn each_refusal_of_a_pod_says_what_to_do() {
         let agent = node.serve_always(Err(Status::new(code, format!("{said}\n"))));
         let error = client.fetch_for_pod(&pod(), AUDIENCE).await.unwrap_err();
         assert_eq!(error.reason(), reason, "{code:?} {said}: {error}");
-        assert!(error.to_string().contains(text) && error.to_string().contains(said), "{code:?}: {error}");
+        assert!(
+            error.to_string().contains(text) && error.to_string().contains(said),
+            "{code:?}: {error}"
+        );
         assert!(!error.to_string().contains('\n'), "{error}");
-        assert_eq!(agent.asked().len(), 1, "{code:?} is for others to try again");
+        assert_eq!(
+            agent.asked().len(),
+            1,
+            "{code:?} is for others to try again"
+        );
         std::fs::remove_file(&node.broker).unwrap();
     }
 }
@@ -250,8 +361,18 @@ async fn each_refusal_of_a_pod_says_what_to_do() {
 async fn each_refusal_says_what_to_do() {
     let k8s = "workload attestor \"k8s\" failed: rpc error: code = Internal desc = broker configuration missing";
     let table = [
-        (Code::PermissionDenied, "no identity issued", "source_denied", "no registration entry"),
-        (Code::NotFound, "no such workload", "source_denied", "no registration entry"),
+        (
+            Code::PermissionDenied,
+            "no identity issued",
+            "source_denied",
+            "no registration entry",
+        ),
+        (
+            Code::NotFound,
+            "no such workload",
+            "source_denied",
+            "no registration entry",
+        ),
         (
             Code::PermissionDenied,
             "broker \"spiffe://example.org/awsvid\" is not allowed to use reference type \"type.googleapis.com/x\"",
@@ -264,31 +385,91 @@ async fn each_refusal_says_what_to_do() {
             "source_denied",
             "the verb impersonate-via-spire",
         ),
-        (Code::Internal, k8s, "source_misconfigured", "WorkloadAttestor \"k8s\" needs a block"),
-        (Code::Unauthenticated, k8s, "source_misconfigured", "WorkloadAttestor \"k8s\" needs a block"),
+        (
+            Code::Internal,
+            k8s,
+            "source_misconfigured",
+            "WorkloadAttestor \"k8s\" needs a block",
+        ),
+        (
+            Code::Unauthenticated,
+            k8s,
+            "source_misconfigured",
+            "WorkloadAttestor \"k8s\" needs a block",
+        ),
         (
             Code::PermissionDenied,
             "broker \"spiffe://example.org/awsvid\" is not configured",
             "source_misconfigured",
             "with awsvid's SPIFFE ID in `brokers`",
         ),
-        (Code::InvalidArgument, "security header missing", "source_misconfigured", "finds the request invalid"),
+        (
+            Code::InvalidArgument,
+            "security header missing",
+            "source_misconfigured",
+            "finds the request invalid",
+        ),
         (
             Code::Unimplemented,
             "no workload attestor handled reference",
             "source_misconfigured",
             "no plugin that attests processes",
         ),
-        (Code::Unimplemented, "unknown service spiffe.broker.API", "source_misconfigured", "`broker_socket`"),
-        (Code::OutOfRange, "too long", "source_misconfigured", "far longer"),
-        (Code::Unauthenticated, "who are you", "source_unavailable", "gave no answer"),
-        (Code::Internal, "failed to get process", "source_unavailable", "gave no answer"),
-        (Code::Unavailable, "could not fetch JWT-SVID", "source_unavailable", "gave no answer"),
-        (Code::DeadlineExceeded, "no selectors found", "source_unavailable", "gave no answer"),
-        (Code::ResourceExhausted, "slow down", "source_unavailable", "gave no answer"),
+        (
+            Code::Unimplemented,
+            "unknown service spiffe.broker.API",
+            "source_misconfigured",
+            "`broker_socket`",
+        ),
+        (
+            Code::OutOfRange,
+            "too long",
+            "source_misconfigured",
+            "far longer",
+        ),
+        (
+            Code::Unauthenticated,
+            "who are you",
+            "source_unavailable",
+            "gave no answer",
+        ),
+        (
+            Code::Internal,
+            "failed to get process",
+            "source_unavailable",
+            "gave no answer",
+        ),
+        (
+            Code::Unavailable,
+            "could not fetch JWT-SVID",
+            "source_unavailable",
+            "gave no answer",
+        ),
+        (
+            Code::DeadlineExceeded,
+            "no selectors found",
+            "source_unavailable",
+            "gave no answer",
+        ),
+        (
+            Code::ResourceExhausted,
+            "slow down",
+            "source_unavailable",
+            "gave no answer",
+        ),
         (Code::Unknown, "hm", "source_unavailable", "gave no answer"),
-        (Code::Cancelled, "hm", "source_unavailable", "gave no answer"),
-        (Code::FailedPrecondition, "hm", "source_unavailable", "gave no answer"),
+        (
+            Code::Cancelled,
+            "hm",
+            "source_unavailable",
+            "gave no answer",
+        ),
+        (
+            Code::FailedPrecondition,
+            "hm",
+            "source_unavailable",
+            "gave no answer",
+        ),
     ];
     let mut node = Node::new().await;
     let client = node.client();
@@ -296,9 +477,16 @@ async fn each_refusal_says_what_to_do() {
         let agent = node.serve_always(Err(Status::new(code, format!("{said}\n"))));
         let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
         assert_eq!(error.reason(), reason, "{code:?} {said}: {error}");
-        assert!(error.to_string().contains(text) && error.to_string().contains(said), "{code:?}: {error}");
+        assert!(
+            error.to_string().contains(text) && error.to_string().contains(said),
+            "{code:?}: {error}"
+        );
         assert!(!error.to_string().contains('\n'), "{error}");
-        assert_eq!(agent.asked().len(), 1, "{code:?} is for others to try again");
+        assert_eq!(
+            agent.asked().len(),
+            1,
+            "{code:?} is for others to try again"
+        );
         std::fs::remove_file(&node.broker).unwrap();
     }
 }
@@ -306,47 +494,87 @@ async fn each_refusal_says_what_to_do() {
 #[tokio::test]
 async fn an_agent_that_does_not_know_its_client_any_more_gets_a_new_connection() {
     let mut node = Node::new().await;
-    let agent = node.serve_always(Err(Status::unauthenticated("unable to determine caller identity")));
+    let agent = node.serve_always(Err(Status::unauthenticated(
+        "unable to determine caller identity",
+    )));
     let client = node.client();
     for _ in 0..3 {
         client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     }
-    assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!(
+        agent
+            .asked()
+            .iter()
+            .map(|asked| asked.connection)
+            .collect::<Vec<_>>(),
+        [0, 1, 2]
+    );
     std::fs::remove_file(&node.broker).unwrap();
     // SPIRE's word for an attestor that failed, which has nothing to do with the connection.
-    let agent = node.serve_always(Err(Status::unauthenticated("workload attestation failed: x")));
+    let agent = node.serve_always(Err(Status::unauthenticated(
+        "workload attestation failed: x",
+    )));
     for _ in 0..3 {
         client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     }
-    assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 0, 0]);
+    assert_eq!(
+        agent
+            .asked()
+            .iter()
+            .map(|asked| asked.connection)
+            .collect::<Vec<_>>(),
+        [0, 0, 0]
+    );
 }
 
 #[tokio::test]
 async fn an_answer_without_measure_is_refused() {
     let mut node = Node::new().await;
-    let long = Jwtsvid { svid: "x".repeat(ANSWER_MAX), ..Jwtsvid::default() };
+    let long = Jwtsvid {
+        svid: "x".repeat(ANSWER_MAX),
+        ..Jwtsvid::default()
+    };
     let _agent = node.serve_always(Ok(FetchJwtsvidResponse { svids: vec![long] }));
     let error = node.client().fetch_for_pid(1, AUDIENCE).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Misconfigured(text) if text.contains("far longer")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Misconfigured(text) if text.contains("far longer")),
+        "{error:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_call_that_is_never_answered_ends_at_the_deadline_and_is_made_once() {
     let mut node = Node::new().await;
     let agent = node.serve(|asked| async move {
-        let WorkloadPidReference { pid } =
-            WorkloadPidReference::decode(&asked.request.reference.unwrap().reference.unwrap().value[..]).unwrap();
+        let WorkloadPidReference { pid } = WorkloadPidReference::decode(
+            &asked.request.reference.unwrap().reference.unwrap().value[..],
+        )
+        .unwrap();
         (pid == 1).then(good)
     });
     let client = node.client_with(None, Duration::from_secs(7));
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     let begun = Instant::now();
     let error = client.fetch_for_pid(2, AUDIENCE).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("within 7s")), "{error:?}");
-    assert!(begun.elapsed() < Duration::from_millis(7500), "{:?}", begun.elapsed());
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("within 7s")),
+        "{error:?}"
+    );
+    assert!(
+        begun.elapsed() < Duration::from_millis(7500),
+        "{:?}",
+        begun.elapsed()
+    );
     // One workload that keeps the agent waiting costs the others no connection.
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
-    assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 0, 0]);
+    assert_eq!(
+        agent
+            .asked()
+            .iter()
+            .map(|asked| asked.connection)
+            .collect::<Vec<_>>(),
+        [0, 0, 0]
+    );
 }
 
 #[tokio::test]
@@ -383,8 +611,18 @@ async fn a_connection_that_breaks_during_the_call_is_an_outage_after_one_more_tr
     arrived.notified().await;
     agent.cut();
     let error = asking.await.unwrap().unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("gave no answer")), "{error:?}");
-    assert_eq!(agent.asked().iter().map(|asked| asked.connection).collect::<Vec<_>>(), [0, 1]);
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("gave no answer")),
+        "{error:?}"
+    );
+    assert_eq!(
+        agent
+            .asked()
+            .iter()
+            .map(|asked| asked.connection)
+            .collect::<Vec<_>>(),
+        [0, 1]
+    );
 }
 
 #[tokio::test]
@@ -411,9 +649,19 @@ async fn a_call_under_way_keeps_its_connection_when_the_certificate_is_renewed()
     client.fetch_for_pid(2, AUDIENCE).await.unwrap();
     go_on.notify_one();
     under_way.await.unwrap().unwrap();
-    let shown: Vec<_> = agent.asked().into_iter().map(|asked| (asked.connection, asked.shown)).collect();
+    let shown: Vec<_> = agent
+        .asked()
+        .into_iter()
+        .map(|asked| (asked.connection, asked.shown))
+        .collect();
     let new = client.own.latest().unwrap();
-    assert_eq!(shown, [(0, old.certified.cert[0].clone()), (1, new.certified.cert[0].clone())]);
+    assert_eq!(
+        shown,
+        [
+            (0, old.certified.cert[0].clone()),
+            (1, new.certified.cert[0].clone())
+        ]
+    );
 }
 
 #[tokio::test]
@@ -446,8 +694,16 @@ async fn no_call_fails_while_the_certificate_is_renewed_hundreds_of_times() {
         assert!(!task.is_finished(), "a call failed: {:?}", task.await);
         task.abort();
     }
-    let connections = agent.asked().iter().map(|asked| asked.connection).max().unwrap();
-    assert!((ROTATIONS..2 * ROTATIONS).contains(&connections), "{connections}");
+    let connections = agent
+        .asked()
+        .iter()
+        .map(|asked| asked.connection)
+        .max()
+        .unwrap();
+    assert!(
+        (ROTATIONS..2 * ROTATIONS).contains(&connections),
+        "{connections}"
+    );
 }
 
 #[tokio::test]
@@ -468,5 +724,8 @@ async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives(
 async fn debug_shows_who_awsvid_is_and_no_more() {
     let mut node = Node::new().await;
     let text = format!("{:?}", node.client());
-    assert!(text.contains("broker.sock") && text.contains(ID) && text.len() < 300, "{text}");
+    assert!(
+        text.contains("broker.sock") && text.contains(ID) && text.len() < 300,
+        "{text}"
+    );
 }

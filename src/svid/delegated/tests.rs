@@ -50,23 +50,44 @@ impl Drop for Running {
 
 fn run(path: &Path, answer: Option<Result<FetchJwtsviDsResponse, Status>>) -> Running {
     let asked = Asked::default();
-    let service = DelegatedIdentityServer::new(FakeAdminApi { answer, asked: asked.clone() });
+    let service = DelegatedIdentityServer::new(FakeAdminApi {
+        answer,
+        asked: asked.clone(),
+    });
     let _ = std::fs::remove_file(path);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
     let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
     listener.set_nonblocking(true).unwrap();
     let serving = async move {
         let listener = UnixListener::from_std(listener).unwrap();
-        Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener)).await.unwrap();
+        Server::builder()
+            .add_service(service)
+            .serve_with_incoming(UnixListenerStream::new(listener))
+            .await
+            .unwrap();
     };
     runtime.spawn(serving);
     Running(Some(runtime), asked)
 }
 
 fn shop(token: &str) -> FetchJwtsviDsResponse {
-    let id = Spiffeid { trust_domain: "example.org".to_owned(), path: "/shop".to_owned() };
+    let id = Spiffeid {
+        trust_domain: "example.org".to_owned(),
+        path: "/shop".to_owned(),
+    };
     let (token, hint) = (token.to_owned(), "shop".to_owned());
-    FetchJwtsviDsResponse { svids: vec![Jwtsvid { token, id: Some(id), hint, ..Jwtsvid::default() }] }
+    FetchJwtsviDsResponse {
+        svids: vec![Jwtsvid {
+            token,
+            id: Some(id),
+            hint,
+            ..Jwtsvid::default()
+        }],
+    }
 }
 
 fn socket() -> (tempfile::TempDir, PathBuf) {
@@ -78,8 +99,13 @@ fn socket() -> (tempfile::TempDir, PathBuf) {
 /// The token of the one SVID, or the error.
 async fn token(agent: &SpireDelegated) -> Result<String, SourceError> {
     let svids = agent.fetch_for_pid(4711, "minio").await?;
-    let [svid] = &svids[..] else { panic!("{svids:?}") };
-    assert_eq!((svid.spiffe_id.as_str(), svid.hint.as_deref()), ("spiffe://example.org/shop", Some("shop")));
+    let [svid] = &svids[..] else {
+        panic!("{svids:?}")
+    };
+    assert_eq!(
+        (svid.spiffe_id.as_str(), svid.hint.as_deref()),
+        ("spiffe://example.org/shop", Some("shop"))
+    );
     Ok(svid.token.to_string())
 }
 
@@ -90,10 +116,21 @@ async fn a_process_is_named_by_its_number_alone() {
     let agent = SpireDelegated::new(&path, DEADLINE);
     assert_eq!(token(&agent).await.as_deref(), Ok("a"));
     let asked = running.1.lock().unwrap().clone();
-    let expected = FetchJwtsviDsRequest { audience: vec!["minio".to_owned()], selectors: Vec::new(), pid: 4711 };
+    let expected = FetchJwtsviDsRequest {
+        audience: vec!["minio".to_owned()],
+        selectors: Vec::new(),
+        pid: 4711,
+    };
     assert_eq!(asked, [expected]);
-    let printed = format!("{:?} {:?}", agent.fetch_for_pid(4711, "minio").await, shop("the-token"));
-    assert!(!printed.contains("the-token") && !printed.contains("\"a\""), "{printed}");
+    let printed = format!(
+        "{:?} {:?}",
+        agent.fetch_for_pid(4711, "minio").await,
+        shop("the-token")
+    );
+    assert!(
+        !printed.contains("the-token") && !printed.contains("\"a\""),
+        "{printed}"
+    );
 }
 
 #[tokio::test]
@@ -114,7 +151,10 @@ async fn an_agent_that_was_started_again_or_replaced_is_asked_at_once() {
     };
     timeout(DEADLINE, ended).await.unwrap();
     let away = token(&agent).await.unwrap_err();
-    assert!(matches!(&away, SourceError::Unavailable(text) if text.contains("nobody listens at")), "{away:?}");
+    assert!(
+        matches!(&away, SourceError::Unavailable(text) if text.contains("nobody listens at")),
+        "{away:?}"
+    );
     let _third = run(&path, Some(Ok(shop("third"))));
     assert_eq!(token(&agent).await.as_deref(), Ok("third"));
 }
@@ -123,7 +163,9 @@ async fn an_agent_that_was_started_again_or_replaced_is_asked_at_once() {
 async fn one_that_does_not_answer_is_given_up_once() {
     let (_folder, path) = socket();
     let running = run(&path, None);
-    let late = token(&SpireDelegated::new(&path, Duration::from_millis(200))).await.unwrap_err();
+    let late = token(&SpireDelegated::new(&path, Duration::from_millis(200)))
+        .await
+        .unwrap_err();
     assert!(
         matches!(&late, SourceError::Unavailable(text) if text.contains("did not answer within 200ms")),
         "{late:?}"
@@ -134,20 +176,45 @@ async fn one_that_does_not_answer_is_given_up_once() {
 #[tokio::test]
 async fn each_refusal_says_what_to_do() {
     type Is = fn(String) -> SourceError;
-    let (denied, broken, wrong): (Is, Is, Is) =
-        (SourceError::Denied, SourceError::Unavailable, SourceError::Misconfigured);
+    let (denied, broken, wrong): (Is, Is, Is) = (
+        SourceError::Denied,
+        SourceError::Unavailable,
+        SourceError::Misconfigured,
+    );
     let table = [
-        (Status::permission_denied("no identity issued"), denied, "no registration entry"),
-        (Status::permission_denied("caller not configured as an authorized delegate"), wrong, "`authorized_delegates`"),
-        (Status::invalid_argument("could not parse provided selectors"), wrong, "SPIRE 1.10.2 or newer"),
-        (Status::unimplemented("unknown service"), wrong, "set `admin_socket` in [identity]"),
-        (Status::unavailable("workload attestation failed"), broken, "workload attestation failed"),
+        (
+            Status::permission_denied("no identity issued"),
+            denied,
+            "no registration entry",
+        ),
+        (
+            Status::permission_denied("caller not configured as an authorized delegate"),
+            wrong,
+            "`authorized_delegates`",
+        ),
+        (
+            Status::invalid_argument("could not parse provided selectors"),
+            wrong,
+            "SPIRE 1.10.2 or newer",
+        ),
+        (
+            Status::unimplemented("unknown service"),
+            wrong,
+            "set `admin_socket` in [identity]",
+        ),
+        (
+            Status::unavailable("workload attestation failed"),
+            broken,
+            "workload attestation failed",
+        ),
         (Status::internal("two\nlines"), broken, "two lines"),
     ];
     for (status, is, words) in table {
         let (_folder, path) = socket();
         let _running = run(&path, Some(Err(status.clone())));
-        let error = token(&SpireDelegated::new(&path, DEADLINE)).await.unwrap_err();
+        let error = token(&SpireDelegated::new(&path, DEADLINE))
+            .await
+            .unwrap_err();
         let text = error.to_string();
         assert_eq!(error, is(text.clone()), "{status:?}");
         assert!(text.contains(words) && !text.contains('\n'), "{text}");
@@ -157,8 +224,19 @@ async fn each_refusal_says_what_to_do() {
 #[tokio::test]
 async fn what_is_wrong_with_the_socket_is_said() {
     let (_folder, path) = socket();
-    let missing = SpireDelegated::new(&path, DEADLINE).connect().await.unwrap_err();
-    assert!(missing.to_string().contains("where `admin_socket_path` is set"), "{missing}");
-    let denied = no_admin(&Endpoint::Unix(path), &std::io::ErrorKind::PermissionDenied.into());
+    let missing = SpireDelegated::new(&path, DEADLINE)
+        .connect()
+        .await
+        .unwrap_err();
+    assert!(
+        missing
+            .to_string()
+            .contains("where `admin_socket_path` is set"),
+        "{missing}"
+    );
+    let denied = no_admin(
+        &Endpoint::Unix(path),
+        &std::io::ErrorKind::PermissionDenied.into(),
+    );
     assert!(denied.contains("mode 0770"), "{denied}");
 }

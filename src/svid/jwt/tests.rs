@@ -18,7 +18,12 @@ pub(crate) fn billing() -> SpiffeId {
 /// A token with this header and these claims, as JSON text. The signature is none: nobody here looks at it.
 pub(crate) fn raw_token(header: &str, claims: &str) -> String {
     let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
-    format!("{}.{}.{}", part(header), part(claims), part("a signature that nobody verifies here"))
+    format!(
+        "{}.{}.{}",
+        part(header),
+        part(claims),
+        part("a signature that nobody verifies here")
+    )
 }
 
 /// A good token for `id` and [`AUDIENCE`] that ends `life` seconds after [`NOW`]; `serial` tells one from another.
@@ -26,7 +31,9 @@ pub(crate) fn token_for(id: &SpiffeId, life: u64, serial: u32) -> String {
     let exp = NOW + life;
     raw_token(
         r#"{"alg":"ES256","kid":"k1","typ":"JWT"}"#,
-        &format!(r#"{{"sub":"{id}","aud":["{AUDIENCE}"],"iat":{NOW},"exp":{exp},"jti":"{serial}"}}"#),
+        &format!(
+            r#"{{"sub":"{id}","aud":["{AUDIENCE}"],"iat":{NOW},"exp":{exp},"jti":"{serial}"}}"#
+        ),
     )
 }
 
@@ -59,9 +66,14 @@ impl CapturedLog {
     pub(crate) fn start() -> Self {
         let lines = Lines::default();
         let writer = lines.clone();
-        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_ansi(false);
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::TRACE)
+            .with_ansi(false);
         let subscriber = subscriber.with_writer(move || writer.clone()).finish();
-        Self { lines, _until_dropped: tracing::subscriber::set_default(subscriber) }
+        Self {
+            lines,
+            _until_dropped: tracing::subscriber::set_default(subscriber),
+        }
     }
 
     pub(crate) fn text(&self) -> String {
@@ -71,12 +83,15 @@ impl CapturedLog {
 
 fn check(header: &str, claims: &str) -> Result<JwtSvid, BadToken> {
     // Short names, so that a row of a table shows what is odd in it.
-    let claims = claims.replace("NOW", &NOW.to_string()).replace("LATER", &(NOW + 300).to_string());
+    let claims = claims
+        .replace("NOW", &NOW.to_string())
+        .replace("LATER", &(NOW + 300).to_string());
     JwtSvid::check(raw_token(header, &claims), &billing(), AUDIENCE, now())
 }
 
 const HEADER: &str = r#"{"alg":"ES256","typ":"JWT"}"#;
-const CLAIMS: &str = r#"{"sub":"spiffe://example.org/billing","aud":["sts.amazonaws.com"],"iat":NOW,"exp":LATER}"#;
+const CLAIMS: &str =
+    r#"{"sub":"spiffe://example.org/billing","aud":["sts.amazonaws.com"],"iat":NOW,"exp":LATER}"#;
 
 #[test]
 fn good_tokens_pass() {
@@ -140,7 +155,10 @@ fn bad_headers_are_refused() {
     ];
     for (header, reason) in table {
         let error = check(header, CLAIMS).expect_err(header);
-        assert!(matches!(&error, BadToken::Wrong(text) if text.contains(reason)), "{header}: {error}");
+        assert!(
+            matches!(&error, BadToken::Wrong(text) if text.contains(reason)),
+            "{header}: {error}"
+        );
     }
 }
 
@@ -149,44 +167,134 @@ fn bad_claims_are_refused() {
     let table = [
         // Whose it is.
         (r#"{"aud":"sts.amazonaws.com","exp":LATER}"#, "lack"),
-        (r#"{"sub":"","aud":"sts.amazonaws.com","exp":LATER}"#, "its subject is not spiffe://example.org/billing"),
-        (r#"{"sub":"spiffe://example.org/billing2","aud":"sts.amazonaws.com","exp":LATER}"#, "subject"),
-        (r#"{"sub":"spiffe://example.org/Billing","aud":"sts.amazonaws.com","exp":LATER}"#, "subject"),
-        (r#"{"sub":"spiffe://other.org/billing","aud":"sts.amazonaws.com","exp":LATER}"#, "subject"),
-        (r#"{"sub":"spiffe://example.org/billing\u0000","aud":"sts.amazonaws.com","exp":LATER}"#, "subject"),
-        (r#"{"sub":["spiffe://example.org/billing"],"aud":"sts.amazonaws.com","exp":LATER}"#, "lack"),
+        (
+            r#"{"sub":"","aud":"sts.amazonaws.com","exp":LATER}"#,
+            "its subject is not spiffe://example.org/billing",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing2","aud":"sts.amazonaws.com","exp":LATER}"#,
+            "subject",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/Billing","aud":"sts.amazonaws.com","exp":LATER}"#,
+            "subject",
+        ),
+        (
+            r#"{"sub":"spiffe://other.org/billing","aud":"sts.amazonaws.com","exp":LATER}"#,
+            "subject",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing\u0000","aud":"sts.amazonaws.com","exp":LATER}"#,
+            "subject",
+        ),
+        (
+            r#"{"sub":["spiffe://example.org/billing"],"aud":"sts.amazonaws.com","exp":LATER}"#,
+            "lack",
+        ),
         // Twice: one reader takes the first, another the last. The second spelling of the name is the same name.
-        (r#"{"sub":"spiffe://example.org/billing","sub":"a","aud":"sts.amazonaws.com","exp":LATER}"#, "twice"),
-        (r#"{"sub":"a","s\u0075b":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER}"#, "twice"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"exp":LATER}"#, "twice"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","aud":"b","exp":LATER}"#, "twice"),
+        (
+            r#"{"sub":"spiffe://example.org/billing","sub":"a","aud":"sts.amazonaws.com","exp":LATER}"#,
+            "twice",
+        ),
+        (
+            r#"{"sub":"a","s\u0075b":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER}"#,
+            "twice",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"exp":LATER}"#,
+            "twice",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","aud":"b","exp":LATER}"#,
+            "twice",
+        ),
         // For whom it is.
-        (r#"{"sub":"spiffe://example.org/billing","exp":LATER}"#, "lack"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":[],"exp":LATER}"#, "audience"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"","exp":LATER}"#, "audience"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"STS.amazonaws.com","exp":LATER}"#, "audience"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":["other"],"exp":LATER}"#, "audience"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":["sts.amazonaws.com","other"],"exp":LATER}"#, "audience"),
+        (
+            r#"{"sub":"spiffe://example.org/billing","exp":LATER}"#,
+            "lack",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":[],"exp":LATER}"#,
+            "audience",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"","exp":LATER}"#,
+            "audience",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"STS.amazonaws.com","exp":LATER}"#,
+            "audience",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":["other"],"exp":LATER}"#,
+            "audience",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":["sts.amazonaws.com","other"],"exp":LATER}"#,
+            "audience",
+        ),
         (
             r#"{"sub":"spiffe://example.org/billing","aud":["sts.amazonaws.com","sts.amazonaws.com"],"exp":LATER}"#,
             "aud",
         ),
-        (r#"{"sub":"spiffe://example.org/billing","aud":[["sts.amazonaws.com"]],"exp":LATER}"#, "lack"),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":[["sts.amazonaws.com"]],"exp":LATER}"#,
+            "lack",
+        ),
         // How its times are written.
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com"}"#, "lack"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":null}"#, "`exp`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":"LATER"}"#, "`exp`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER.0}"#, "`exp`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":1.8e9}"#, "`exp`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":18E8}"#, "`exp`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":-LATER}"#, "`exp`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER000}"#, "`exp`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":99999999999999999999999}"#, "`exp`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":1.767e9}"#, "`iat`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":NOW.0}"#, "`iat`"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"nbf":1.7e9}"#, "`nbf`"),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com"}"#,
+            "lack",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":null}"#,
+            "`exp`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":"LATER"}"#,
+            "`exp`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER.0}"#,
+            "`exp`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":1.8e9}"#,
+            "`exp`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":18E8}"#,
+            "`exp`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":-LATER}"#,
+            "`exp`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER000}"#,
+            "`exp`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":99999999999999999999999}"#,
+            "`exp`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":1.767e9}"#,
+            "`iat`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":NOW.0}"#,
+            "`iat`",
+        ),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"nbf":1.7e9}"#,
+            "`nbf`",
+        ),
         // What they say.
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":LATER}"#, "not before"),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":LATER}"#,
+            "not before",
+        ),
         (
             r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":1867225600,"iat":1767225901}"#,
             "future",
@@ -196,14 +304,23 @@ fn bad_claims_are_refused() {
             "future",
         ),
         // No claims at all.
-        (r#"["spiffe://example.org/billing","sts.amazonaws.com",LATER,NOW,NOW]"#, "objects"),
+        (
+            r#"["spiffe://example.org/billing","sts.amazonaws.com",LATER,NOW,NOW]"#,
+            "objects",
+        ),
         ("7", "objects"),
         ("", "base64url"),
-        (r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER} x"#, "no valid JSON"),
+        (
+            r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER} x"#,
+            "no valid JSON",
+        ),
     ];
     for (claims, reason) in table {
         let error = check(HEADER, claims).expect_err(claims);
-        assert!(matches!(&error, BadToken::Wrong(text) if text.contains(reason)), "{claims}: {error}");
+        assert!(
+            matches!(&error, BadToken::Wrong(text) if text.contains(reason)),
+            "{claims}: {error}"
+        );
     }
 }
 
@@ -223,7 +340,10 @@ fn a_token_needs_thirty_seconds_or_a_third_of_its_life() {
     for (life, least) in [(300, 30), (90, 30), (60, 20), (30, 10), (9, 3), (3, 1)] {
         aged(&id, Some(life - least), life).unwrap();
         let error = aged(&id, Some(life - least + 1), life).unwrap_err();
-        assert!(matches!(error, BadToken::Expiring(_)), "{error}: a new one may follow");
+        assert!(
+            matches!(error, BadToken::Expiring(_)),
+            "{error}: a new one may follow"
+        );
     }
     // Of one that does not say when it was issued it is not known for how long it was to be good.
     aged(&id, None, 30).unwrap();
@@ -241,29 +361,62 @@ fn a_token_that_is_too_short_says_how_short_and_what_to_change() {
         (2, 2, "it has expired", "only 2 s"),
     ] {
         let text = text(age, life);
-        for part in [state, whole, "`default_jwt_svid_ttl`", "-jwtSVIDTTL", "clock"] {
+        for part in [
+            state,
+            whole,
+            "`default_jwt_svid_ttl`",
+            "-jwtSVIDTTL",
+            "clock",
+        ] {
             assert!(text.contains(part), "{part:?} is missing: {text}");
         }
     }
-    for text in [text(290, 300), text(600, 300), aged(&id, None, 10).unwrap_err().to_string()] {
-        assert!(text.contains("the agent's connection to its server") && !text.contains("ttl"), "{text}");
+    for text in [
+        text(290, 300),
+        text(600, 300),
+        aged(&id, None, 10).unwrap_err().to_string(),
+    ] {
+        assert!(
+            text.contains("the agent's connection to its server") && !text.contains("ttl"),
+            "{text}"
+        );
     }
 }
 
 #[test]
 fn of_several_tokens_the_longest_that_is_its_own_is_taken() {
-    let (id, other) = (billing(), SpiffeId::parse("spiffe://example.org/other").unwrap());
+    let (id, other) = (
+        billing(),
+        SpiffeId::parse("spiffe://example.org/other").unwrap(),
+    );
     let any = |tokens: &[String]| JwtSvid::check_any(tokens.to_vec(), &id, AUDIENCE, now());
-    let [foreign, short, long] = [token_for(&other, 300, 0), token_for(&id, 100, 1), token_for(&id, 200, 2)];
+    let [foreign, short, long] = [
+        token_for(&other, 300, 0),
+        token_for(&id, 100, 1),
+        token_for(&id, 200, 2),
+    ];
     assert!(any(&[]).unwrap().is_none());
-    for order in [[&foreign, &short, &long], [&long, &foreign, &short], [&short, &long, &foreign]] {
-        assert_eq!(any(&order.map(String::clone)).unwrap().unwrap().secret(), long);
+    for order in [
+        [&foreign, &short, &long],
+        [&long, &foreign, &short],
+        [&short, &long, &foreign],
+    ] {
+        assert_eq!(
+            any(&order.map(String::clone)).unwrap().unwrap().secret(),
+            long
+        );
     }
     let error = any(&[foreign.clone(), token_for(&id, 0, 3)]).unwrap_err();
-    assert!(error.to_string().contains("its subject is not"), "{error}: that of the first");
+    assert!(
+        error.to_string().contains("its subject is not"),
+        "{error}: that of the first"
+    );
     assert_eq!(JwtSvid::check_subject(&long, &id), Ok(()));
     for wrong in [&*foreign, "", "a.b.c", &long[1..]] {
-        assert!(matches!(JwtSvid::check_subject(wrong, &id), Err(BadToken::Wrong(_))), "{wrong}");
+        assert!(
+            matches!(JwtSvid::check_subject(wrong, &id), Err(BadToken::Wrong(_))),
+            "{wrong}"
+        );
     }
 }
 
@@ -299,13 +452,17 @@ fn length_is_limited_to_what_sts_takes() {
         format!("{head}.{}", "A".repeat(length - head.len() - 1))
     };
     // No base64 has a length of 4n + 1, so the nearest that are possible on both sides of the limit.
-    let lengths: Vec<usize> =
-        (19_990..=20_010).filter(|l| (l - of_length(1000).rfind('.').unwrap() - 1) % 4 != 1).collect();
+    let lengths: Vec<usize> = (19_990..=20_010)
+        .filter(|l| (l - of_length(1000).rfind('.').unwrap() - 1) % 4 != 1)
+        .collect();
     for length in lengths {
         let result = JwtSvid::check(of_length(length), &billing(), AUDIENCE, now());
         match result {
             Ok(_) => assert!(length <= 20_000, "{length} passed"),
-            Err(error) => assert!(length > 20_000 && error.to_string().contains("20000"), "{length}: {error}"),
+            Err(error) => assert!(
+                length > 20_000 && error.to_string().contains("20000"),
+                "{length}: {error}"
+            ),
         }
     }
 }
@@ -320,7 +477,13 @@ fn nothing_prints_the_token() {
     }
     // serde's messages quote what they stumble over; ours must not.
     let claims = r#"{"sub":{"secret":1},"aud":"a-secret-audience","exp":"secret"}"#;
-    let error = JwtSvid::check(raw_token(r#"{"alg":"secret"}"#, claims), &billing(), AUDIENCE, now()).unwrap_err();
+    let error = JwtSvid::check(
+        raw_token(r#"{"alg":"secret"}"#, claims),
+        &billing(),
+        AUDIENCE,
+        now(),
+    )
+    .unwrap_err();
     assert!(!error.to_string().contains("secret"), "{error}");
     let error = JwtSvid::check(raw_token(HEADER, claims), &billing(), AUDIENCE, now()).unwrap_err();
     assert!(!error.to_string().contains("secret"), "{error}");

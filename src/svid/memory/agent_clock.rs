@@ -22,7 +22,9 @@ pub(super) struct AgentClock {
 impl AgentClock {
     /// Advances to the time of the answer before the one that has just come, for the same subject.
     pub(super) fn advance(&mut self, answered_before: Instant) {
-        let step = self.now.map(|now| answered_before.checked_duration_since(now));
+        let step = self
+            .now
+            .map(|now| answered_before.checked_duration_since(now));
         match step {
             Some(None) => return,
             Some(Some(step)) if step <= MAX_STEP => {}
@@ -33,7 +35,9 @@ impl AgentClock {
 
     /// Returns the age of a confirmation.
     pub(super) fn age(&self, confirmed: Instant) -> Duration {
-        let (Some(now), Some(since)) = (self.now, self.since) else { return Duration::ZERO };
+        let (Some(now), Some(since)) = (self.now, self.since) else {
+            return Duration::ZERO;
+        };
         now.saturating_duration_since(confirmed.max(since))
     }
 }
@@ -48,9 +52,21 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         assert_eq!(clock.age(start), Duration::ZERO);
         // The first answer only sets the clock. Answers out of order do not set it back.
-        for (answered_before, age) in [(5, 0), (0, 0), (35, 30), (30, 30), (65, 60), (65, 60), (185, 180)] {
+        for (answered_before, age) in [
+            (5, 0),
+            (0, 0),
+            (35, 30),
+            (30, 30),
+            (65, 60),
+            (65, 60),
+            (185, 180),
+        ] {
             clock.advance(at(answered_before));
-            assert_eq!(clock.age(at(0)), Duration::from_secs(age), "{answered_before}");
+            assert_eq!(
+                clock.age(at(0)),
+                Duration::from_secs(age),
+                "{answered_before}"
+            );
         }
         assert_eq!(clock.age(at(180)), Duration::from_secs(5));
         assert_eq!(clock.age(at(190)), Duration::ZERO, "its turn has not come");

@@ -108,7 +108,9 @@ impl CachedIdentity {
     }
 
     pub(super) fn has_identity(&self) -> bool {
-        self.identities.as_ref().is_some_and(|identities| !identities.is_empty())
+        self.identities
+            .as_ref()
+            .is_some_and(|identities| !identities.is_empty())
     }
 
     pub(super) fn is_valid(&self, clock: AgentClock) -> bool {
@@ -126,7 +128,11 @@ impl CachedIdentity {
     }
 
     /// Applies the result of a query. Returns the result for the requests that wait, and whether to keep the subject.
-    pub(super) fn take(&mut self, said: IdentityResult, clock: AgentClock) -> (IdentityResult, bool) {
+    pub(super) fn take(
+        &mut self,
+        said: IdentityResult,
+        clock: AgentClock,
+    ) -> (IdentityResult, bool) {
         let now = Instant::now();
         let before = self.identities.clone().filter(|_| self.is_valid(clock));
         match (said, before) {
@@ -137,7 +143,9 @@ impl CachedIdentity {
                 (Ok(identities), true)
             }
             // Once is not enough to take something away.
-            (Ok(_), Some(before)) if now.duration_since(*self.denied.get_or_insert(now)) < DENIAL_CONFIRMATION => {
+            (Ok(_), Some(before))
+                if now.duration_since(*self.denied.get_or_insert(now)) < DENIAL_CONFIRMATION =>
+            {
                 (Ok(before), true)
             }
             (Ok(none), _) => {
@@ -154,8 +162,14 @@ impl CachedIdentity {
 
 /// Counts the names that are kept of a caller: its cgroup's path three times, and its program's path.
 fn slots(caller: &Caller) -> usize {
-    let cgroup = caller.cgroup.as_ref().map_or(0, |cgroup| cgroup.as_str().len());
-    let program = caller.process.as_ref().and_then(|process| process.program.as_ref()?.exe.as_ref());
+    let cgroup = caller
+        .cgroup
+        .as_ref()
+        .map_or(0, |cgroup| cgroup.as_str().len());
+    let program = caller
+        .process
+        .as_ref()
+        .and_then(|process| process.program.as_ref()?.exe.as_ref());
     let program = program.map_or(0, |exe| exe.path.as_os_str().len());
     1 + (3 * cgroup + program) / BYTES_PER_SLOT
 }

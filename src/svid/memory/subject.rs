@@ -23,8 +23,11 @@ pub(in crate::svid) enum Subject {
 }
 
 /// What an agent has to be told apart by.
-pub(in crate::svid) const FACTS_FOR_AGENT: ProcessFacts =
-    ProcessFacts { groups: GroupDetail::Digest, program: true, started: true };
+pub(in crate::svid) const FACTS_FOR_AGENT: ProcessFacts = ProcessFacts {
+    groups: GroupDetail::Digest,
+    program: true,
+    started: true,
+};
 
 impl Subject {
     /// Of a caller; of its pod if it is in one and `pods` says that the agent is told of those, else of its process, which was
@@ -37,11 +40,18 @@ impl Subject {
             return Err(SourceError::Reloaded);
         }
         let mut process = caller.process.clone().ok_or(SourceError::Reloaded)?;
-        let exe =
-            process.program.as_mut().and_then(|program| program.exe.as_mut()).ok_or(AttestError::ExecUnobservable)?;
+        let exe = process
+            .program
+            .as_mut()
+            .and_then(|program| program.exe.as_mut())
+            .ok_or(AttestError::ExecUnobservable)?;
         // The file is what counts. Its path is what the process shows, and reads otherwise once an upgrade has replaced it.
         (exe.changed, exe.path) = ((0, 0), Path::new("").into());
-        Ok(Self::Process { uid: caller.uid, cgroup: caller.cgroup.clone(), process })
+        Ok(Self::Process {
+            uid: caller.uid,
+            cgroup: caller.cgroup.clone(),
+            process,
+        })
     }
 
     /// Whether it is there still, as `caller` shows, who is it or in it.
@@ -55,6 +65,8 @@ impl Subject {
 
 /// Whether everything is known of the caller's process that a subject is made of.
 pub(in crate::svid) fn is_known(caller: &Caller) -> bool {
-    let known = |process: &Process| process.groups.is_some() && process.program.is_some() && process.started.is_some();
+    let known = |process: &Process| {
+        process.groups.is_some() && process.program.is_some() && process.started.is_some()
+    };
     caller.process.as_ref().is_some_and(known)
 }

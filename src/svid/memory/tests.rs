@@ -5,7 +5,9 @@ use tokio::time::advance;
 
 use super::known::{DENIAL_CONFIRMATION, NO_IDENTITY_TTL, RETRY_AFTER};
 use super::*;
-use crate::caller::{AttestError, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program};
+use crate::caller::{
+    AttestError, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program,
+};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
@@ -32,7 +34,12 @@ fn groups(groups: &[u32]) -> Groups {
 
 /// A process of this user, and whether it lives.
 fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
-    let exe = Executable { device: 1, inode: 7, changed: (1, 2), path: PathBuf::from("/bin/shop").into() };
+    let exe = Executable {
+        device: 1,
+        inode: 7,
+        changed: (1, 2),
+        path: PathBuf::from("/bin/shop").into(),
+    };
     let process = Process {
         pid,
         gid: uid,
@@ -57,7 +64,13 @@ fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
 
 fn ids(names: &[&str]) -> Arc<[Identity]> {
     let id = |name: &&str| SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap();
-    names.iter().map(|name| Identity { spiffe_id: id(name), hint: None }).collect()
+    names
+        .iter()
+        .map(|name| Identity {
+            spiffe_id: id(name),
+            hint: None,
+        })
+        .collect()
 }
 
 fn unavailable() -> IdentityResult {
@@ -67,7 +80,10 @@ fn unavailable() -> IdentityResult {
 /// What a request by `caller` finds: its identities, or `None` if they have to be asked for.
 #[track_caller]
 fn found(memory: &mut IdentityCache, caller: &Arc<Caller>) -> Option<Arc<[Identity]>> {
-    match memory.find(&Subject::of(caller, true).unwrap(), caller).unwrap() {
+    match memory
+        .find(&Subject::of(caller, true).unwrap(), caller)
+        .unwrap()
+    {
         IdentityLookup::Known(identities) => Some(identities),
         IdentityLookup::Asked(_) | IdentityLookup::Unknown(_) => None,
     }
@@ -80,7 +96,11 @@ fn note(memory: &mut IdentityCache, caller: &Arc<Caller>, said: IdentityResult) 
 /// Starts the queries that are due; returns the user ids of their callers.
 fn round(memory: &mut IdentityCache, quick: usize, slow: usize) -> Vec<u32> {
     let round = memory.take_due(Capacity { quick, slow });
-    round.queries.into_iter().map(|question| question.caller.uid).collect()
+    round
+        .queries
+        .into_iter()
+        .map(|question| question.caller.uid)
+        .collect()
 }
 
 fn due(memory: &mut IdentityCache) -> usize {
@@ -91,10 +111,20 @@ fn due(memory: &mut IdentityCache) -> usize {
 async fn one_question_for_all_who_ask_and_none_afterwards() {
     let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
     let subject = Subject::of(&caller, true).unwrap();
-    assert!(matches!(memory.find(&subject, &caller), Ok(IdentityLookup::Unknown(_))));
-    let Ok(IdentityLookup::Asked(mut asked)) = memory.find(&subject, &caller) else { panic!("it is being asked for") };
+    assert!(matches!(
+        memory.find(&subject, &caller),
+        Ok(IdentityLookup::Unknown(_))
+    ));
+    let Ok(IdentityLookup::Asked(mut asked)) = memory.find(&subject, &caller) else {
+        panic!("it is being asked for")
+    };
     note(&mut memory, &caller, Ok(ids(&["shop"])));
-    let said = asked.wait_for(Option::is_some).await.unwrap().clone().unwrap();
+    let said = asked
+        .wait_for(Option::is_some)
+        .await
+        .unwrap()
+        .clone()
+        .unwrap();
     assert_eq!(said, Ok(ids(&["shop"])));
     assert_eq!(found(&mut memory, &caller), Some(ids(&["shop"])));
 }
@@ -110,21 +140,53 @@ async fn whoever_changes_anything_is_another() {
         Subject::of(&other, true).unwrap()
     };
     let exe = |inode| Program {
-        exe: Some(Executable { device: 1, inode, changed: (1, 2), path: PathBuf::from("/bin/shop").into() }),
+        exe: Some(Executable {
+            device: 1,
+            inode,
+            changed: (1, 2),
+            path: PathBuf::from("/bin/shop").into(),
+        }),
     };
     assert_eq!(change(&|_| {}), base);
     // Its file was replaced by an upgrade: it is the same program still.
-    let replaced =
-        Executable { device: 1, inode: 7, changed: (3, 4), path: PathBuf::from("/bin/shop (deleted)").into() };
-    let replaced = Program { exe: Some(replaced) };
-    assert_eq!(change(&|other| other.process.as_mut().unwrap().program = Some(replaced.clone())), base);
+    let replaced = Executable {
+        device: 1,
+        inode: 7,
+        changed: (3, 4),
+        path: PathBuf::from("/bin/shop (deleted)").into(),
+    };
+    let replaced = Program {
+        exe: Some(replaced),
+    };
+    assert_eq!(
+        change(&|other| other.process.as_mut().unwrap().program = Some(replaced.clone())),
+        base
+    );
     assert_ne!(change(&|other| other.uid = 2), base);
-    assert_ne!(change(&|other| other.cgroup = CgroupPath::parse("/x")), base);
-    assert_ne!(change(&|other| other.process.as_mut().unwrap().pid = 2), base);
-    assert_ne!(change(&|other| other.process.as_mut().unwrap().gid = 2), base);
-    assert_ne!(change(&|other| other.process.as_mut().unwrap().started = Some(9)), base);
-    assert_ne!(change(&|other| other.process.as_mut().unwrap().groups = Some(groups(&[5]))), base);
-    assert_ne!(change(&|other| other.process.as_mut().unwrap().program = Some(exe(8))), base);
+    assert_ne!(
+        change(&|other| other.cgroup = CgroupPath::parse("/x")),
+        base
+    );
+    assert_ne!(
+        change(&|other| other.process.as_mut().unwrap().pid = 2),
+        base
+    );
+    assert_ne!(
+        change(&|other| other.process.as_mut().unwrap().gid = 2),
+        base
+    );
+    assert_ne!(
+        change(&|other| other.process.as_mut().unwrap().started = Some(9)),
+        base
+    );
+    assert_ne!(
+        change(&|other| other.process.as_mut().unwrap().groups = Some(groups(&[5]))),
+        base
+    );
+    assert_ne!(
+        change(&|other| other.process.as_mut().unwrap().program = Some(exe(8))),
+        base
+    );
 }
 
 #[test]
@@ -134,9 +196,18 @@ fn a_process_that_was_not_looked_at_is_nobody() {
         change(other.process.as_mut().unwrap());
         Subject::of(&other, true).unwrap_err()
     };
-    assert_eq!(unseen(&|process| process.groups = None), SourceError::Reloaded);
-    assert_eq!(unseen(&|process| process.started = None), SourceError::Reloaded);
-    assert_eq!(unseen(&|process| process.program = None), SourceError::Reloaded);
+    assert_eq!(
+        unseen(&|process| process.groups = None),
+        SourceError::Reloaded
+    );
+    assert_eq!(
+        unseen(&|process| process.started = None),
+        SourceError::Reloaded
+    );
+    assert_eq!(
+        unseen(&|process| process.program = None),
+        SourceError::Reloaded
+    );
     let no_exe = unseen(&|process| process.program = Some(Program { exe: None }));
     assert_eq!(no_exe, SourceError::Caller(AttestError::ExecUnobservable));
 }
@@ -152,13 +223,21 @@ async fn it_is_asked_again_when_it_is_old_and_an_outage_takes_nothing_away() {
         advance(REVALIDATE_AFTER).await;
         assert_eq!(due(&mut memory), 1);
         assert_eq!(due(&mut memory), 0, "it is being asked for");
-        assert_eq!(found(&mut memory, &caller), Some(ids(&["shop"])), "nobody waits");
+        assert_eq!(
+            found(&mut memory, &caller),
+            Some(ids(&["shop"])),
+            "nobody waits"
+        );
         note(&mut memory, &caller, unavailable());
     }
     advance(REVALIDATE_AFTER).await;
     assert_eq!(due(&mut memory), 1);
     note(&mut memory, &caller, Ok(ids(&["other"])));
-    assert_eq!(found(&mut memory, &caller), Some(ids(&["other"])), "another answer counts at once");
+    assert_eq!(
+        found(&mut memory, &caller),
+        Some(ids(&["other"])),
+        "another answer counts at once"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -175,7 +254,11 @@ async fn two_definite_answers_ten_seconds_apart_take_it_away() {
     advance(Duration::from_secs(1)).await;
     assert_eq!(due(&mut memory), 1);
     note(&mut memory, &caller, Ok(ids(&[])));
-    assert_eq!(found(&mut memory, &caller), Some(ids(&[])), "it is told so without a question");
+    assert_eq!(
+        found(&mut memory, &caller),
+        Some(ids(&[])),
+        "it is told so without a question"
+    );
     advance(NO_IDENTITY_TTL).await;
     assert_eq!(found(&mut memory, &caller), None, "for a moment");
 }
@@ -232,10 +315,14 @@ async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
         found(&mut memory, caller);
         note(&mut memory, caller, Ok(ids(&["modest"])));
     }
-    let many: Vec<_> =
-        (0..u32::try_from(MAX_SUBJECTS_PER_WORKLOAD).unwrap() + 100).map(|pid| process(1, 100 + pid)).collect();
-    let known =
-        |memory: &IdentityCache, caller: &Arc<Caller>| memory.known.contains_key(&Subject::of(caller, true).unwrap());
+    let many: Vec<_> = (0..u32::try_from(MAX_SUBJECTS_PER_WORKLOAD).unwrap() + 100)
+        .map(|pid| process(1, 100 + pid))
+        .collect();
+    let known = |memory: &IdentityCache, caller: &Arc<Caller>| {
+        memory
+            .known
+            .contains_key(&Subject::of(caller, true).unwrap())
+    };
     many[3].1.store(false, Ordering::SeqCst);
     for (caller, _) in &many[..MAX_SUBJECTS_PER_WORKLOAD] {
         found(&mut memory, caller);
@@ -245,12 +332,18 @@ async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
     assert!(known(&memory, &many[3].0), "there was room");
     let last = &many[MAX_SUBJECTS_PER_WORKLOAD].0;
     found(&mut memory, last);
-    assert!(!known(&memory, &many[3].0) && known(&memory, &many[0].0), "the one that is gone made room");
+    assert!(
+        !known(&memory, &many[3].0) && known(&memory, &many[0].0),
+        "the one that is gone made room"
+    );
     for (caller, _) in &many[MAX_SUBJECTS_PER_WORKLOAD..] {
         found(&mut memory, caller);
         note(&mut memory, caller, Ok(ids(&["greedy"])));
     }
-    assert_eq!(memory.counts.get(&WorkloadKey::user(1)), Some(&MAX_SUBJECTS_PER_WORKLOAD));
+    assert_eq!(
+        memory.counts.get(&WorkloadKey::user(1)),
+        Some(&MAX_SUBJECTS_PER_WORKLOAD)
+    );
     assert!(!known(&memory, &many[0].0), "its oldest");
     for (caller, _) in &first {
         assert_eq!(found(&mut memory, caller), Some(ids(&["modest"])));
@@ -283,14 +376,35 @@ async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
     }
     let is_busy = |memory: &mut IdentityCache| {
         let (next, _) = process(1, 9000);
-        memory.find(&Subject::of(&next, true).unwrap(), &next).unwrap_err() == SourceError::Busy
+        memory
+            .find(&Subject::of(&next, true).unwrap(), &next)
+            .unwrap_err()
+            == SourceError::Busy
     };
     assert!(is_busy(&mut memory));
-    assert!(known.iter().all(|caller| found(&mut memory, caller).is_some()), "those that are known are answered");
-    assert_eq!(found(&mut memory, &new[0]), None, "those that wait go on waiting");
-    assert_eq!(found(&mut memory, &process(2, 1).0), None, "another workload's is asked about");
+    assert!(
+        known
+            .iter()
+            .all(|caller| found(&mut memory, caller).is_some()),
+        "those that are known are answered"
+    );
+    assert_eq!(
+        found(&mut memory, &new[0]),
+        None,
+        "those that wait go on waiting"
+    );
+    assert_eq!(
+        found(&mut memory, &process(2, 1).0),
+        None,
+        "another workload's is asked about"
+    );
     // There is a place as soon as one of them is done with, however that ends.
-    let ends = [Ok(ids(&["shop"])), Ok(ids(&[])), unavailable(), Err(AttestError::CallerGone.into())];
+    let ends = [
+        Ok(ids(&["shop"])),
+        Ok(ids(&[])),
+        unavailable(),
+        Err(AttestError::CallerGone.into()),
+    ];
     for (said, (caller, other)) in ends.into_iter().zip(new.iter().zip(many(2000..2004))) {
         note(&mut memory, caller, said);
         assert_eq!(found(&mut memory, &other), None);
@@ -299,7 +413,12 @@ async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
     // A question that nobody waits for takes none.
     advance(REVALIDATE_AFTER).await;
     assert_eq!(due(&mut memory), 1);
-    known.iter().for_each(|caller| note(&mut memory, caller, Ok(ids(&["shop"]))));
+    known
+        .iter()
+        .for_each(|caller| note(&mut memory, caller, Ok(ids(&["shop"]))));
     assert!(is_busy(&mut memory));
-    assert_eq!(memory.waiting.get(&WorkloadKey::user(1)), Some(&MAX_WAITING_PER_WORKLOAD));
+    assert_eq!(
+        memory.waiting.get(&WorkloadKey::user(1)),
+        Some(&MAX_WAITING_PER_WORKLOAD)
+    );
 }

@@ -46,44 +46,81 @@ impl OwnSvid {
         // Of all of them, before anything else: those that are not used must not stay in memory either.
         let take = |svid: &mut X509svid| Zeroizing::new(std::mem::take(&mut svid.x509_svid_key));
         let keys: Vec<_> = message.svids.iter_mut().map(take).collect();
-        let all: Vec<_> = message.svids.iter().map(|svid| svid.spiffe_id.clone()).collect();
+        let all: Vec<_> = message
+            .svids
+            .iter()
+            .map(|svid| svid.spiffe_id.clone())
+            .collect();
         let default = all.first().ok_or("there is none in it")?;
-        let spiffe_id = SpiffeId::parse(default).map_err(|error| format!("its SPIFFE ID is none: {error}"))?;
-        let of_default = message.svids.iter().zip(&keys).filter(|(svid, _)| svid.spiffe_id == *default);
+        let spiffe_id =
+            SpiffeId::parse(default).map_err(|error| format!("its SPIFFE ID is none: {error}"))?;
+        let of_default = message
+            .svids
+            .iter()
+            .zip(&keys)
+            .filter(|(svid, _)| svid.spiffe_id == *default);
         let mut read = of_default.map(|(svid, key)| read_one(svid, key, &spiffe_id));
         let first = read.next().ok_or("there is none in it")?;
         let (certified, roots) = first.or_else(|error| read.find_map(Result::ok).ok_or(error))?;
         drop(read);
-        Ok(Self { spiffe_id, all, certified: Arc::new(certified), roots: Arc::new(roots), version })
+        Ok(Self {
+            spiffe_id,
+            all,
+            certified: Arc::new(certified),
+            roots: Arc::new(roots),
+            version,
+        })
     }
 
     /// Whether it is over, so that nobody accepts it any more.
     pub fn is_expired(&self, now: UnixTime) -> bool {
-        let Some((leaf, intermediates)) = self.certified.cert.split_first() else { return true };
-        let Ok(leaf) = EndEntityCert::try_from(leaf) else { return true };
+        let Some((leaf, intermediates)) = self.certified.cert.split_first() else {
+            return true;
+        };
+        let Ok(leaf) = EndEntityCert::try_from(leaf) else {
+            return true;
+        };
         let algorithms = default_provider().signature_verification_algorithms.all;
         let usage = KeyUsage::client_auth();
-        let verified = leaf.verify_for_usage(algorithms, &self.roots.roots, intermediates, now, usage, None, None);
+        let verified = leaf.verify_for_usage(
+            algorithms,
+            &self.roots.roots,
+            intermediates,
+            now,
+            usage,
+            None,
+            None,
+        );
         matches!(verified, Err(webpki::Error::CertExpired { .. }))
     }
 }
 
 /// Reads the certificates and the key of an SVID of this identity, and the CAs of its trust domain.
-fn read_one(svid: &X509svid, key: &[u8], spiffe_id: &SpiffeId) -> Result<(CertifiedKey, RootCertStore), String> {
+fn read_one(
+    svid: &X509svid,
+    key: &[u8],
+    spiffe_id: &SpiffeId,
+) -> Result<(CertifiedKey, RootCertStore), String> {
     let chain = split(&svid.x509_svid).ok_or("its certificates are not DER")?;
     let leaf = chain.first().ok_or("it has no certificate")?;
     let certified_id = id_of(leaf).map_err(|error| format!("its certificate {error}"))?;
     if certified_id != *spiffe_id {
-        return Err(format!("its certificate is that of {certified_id}, not of {spiffe_id}"));
+        return Err(format!(
+            "its certificate is that of {certified_id}, not of {spiffe_id}"
+        ));
     }
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
     // The library's error says nothing of the key, and is not shown all the same.
     let key = any_supported_type(&key).map_err(|_| "its private key cannot be read")?;
     let certified = CertifiedKey::new(chain, key);
-    certified.keys_match().map_err(|_| "its private key is not that of its certificate")?;
+    certified
+        .keys_match()
+        .map_err(|_| "its private key is not that of its certificate")?;
     let mut roots = RootCertStore::empty();
     for root in split(&svid.bundle).ok_or("its bundle is not DER")? {
-        roots.add(root).map_err(|error| format!("its bundle has a CA that cannot be used: {error}"))?;
+        roots
+            .add(root)
+            .map_err(|error| format!("its bundle has a CA that cannot be used: {error}"))?;
     }
     if roots.is_empty() {
         return Err("its bundle is empty".to_owned());
@@ -94,10 +131,13 @@ fn read_one(svid: &X509svid, key: &[u8], spiffe_id: &SpiffeId) -> Result<(Certif
 /// Whose certificate it is: an X.509-SVID has exactly one URI among its names, the SPIFFE ID. Whether anybody has signed it
 /// is another question.
 pub fn id_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, String> {
-    let certificate = EndEntityCert::try_from(certificate).map_err(|error| format!("cannot be read: {error}"))?;
+    let certificate =
+        EndEntityCert::try_from(certificate).map_err(|error| format!("cannot be read: {error}"))?;
     let mut names = certificate.valid_uri_names();
     match (names.next(), names.next()) {
-        (Some(name), None) => SpiffeId::parse(name).map_err(|error| format!("has no SPIFFE ID: {error}")),
+        (Some(name), None) => {
+            SpiffeId::parse(name).map_err(|error| format!("has no SPIFFE ID: {error}"))
+        }
         (None, _) => Err("has no SPIFFE ID".to_owned()),
         (Some(_), Some(_)) => Err("has several URIs, so it is not clear whose it is".to_owned()),
     }

@@ -38,7 +38,14 @@ async fn until(own: &OwnSvidSource, wanted: impl Fn(&OwnSvidState) -> bool) -> O
 }
 
 async fn version(own: &OwnSvidSource, version: u64) -> Arc<OwnSvid> {
-    until(own, |now| now.svid.as_ref().is_some_and(|svid| svid.version == version)).await.svid.unwrap()
+    until(own, |now| {
+        now.svid
+            .as_ref()
+            .is_some_and(|svid| svid.version == version)
+    })
+    .await
+    .svid
+    .unwrap()
 }
 
 /// An identity that has been given once, with all that takes part.
@@ -57,17 +64,27 @@ async fn the_first_identity_of_the_latest_message_is_the_one() {
     let mut agent = FakeAgent::at(&place.path);
     let own = own_at(&place);
     let asked = agent.asked().await;
-    let header: Vec<_> = asked.metadata.get_all("workload.spiffe.io").iter().collect();
+    let header: Vec<_> = asked
+        .metadata
+        .get_all("workload.spiffe.io")
+        .iter()
+        .collect();
     assert_eq!(header, ["true"]);
     let stream = asked.accept();
-    for (number, ids) in [(1, [ID, "spiffe://example.org/x"]), (2, ["spiffe://example.org/x", ID])] {
+    for (number, ids) in [
+        (1, [ID, "spiffe://example.org/x"]),
+        (2, ["spiffe://example.org/x", ID]),
+    ] {
         let mut svids = ids.map(|id| authority.svid(id)).to_vec();
         svids[0].x509_svid.extend_from_slice(&authority.der);
         let leaf = svids[0].x509_svid[..svids[0].x509_svid.len() - authority.der.len()].to_vec();
         stream.send(X509svidResponse { svids });
         let svid = version(&own, number).await;
         assert_eq!(svid.spiffe_id.as_str(), ids[0]);
-        assert_eq!(svid.certified.cert, [leaf.into(), authority.der.clone().into()]);
+        assert_eq!(
+            svid.certified.cert,
+            [leaf.into(), authority.der.clone().into()]
+        );
         assert_eq!(svid.roots.len(), 1);
         assert!(!svid.is_expired(UnixTime::now()));
         assert_eq!(own.latest().unwrap().version, number);
@@ -80,22 +97,44 @@ async fn the_first_identity_of_the_latest_message_is_the_one() {
 async fn an_identity_that_comes_several_times_is_taken_from_one_that_is_its_own() {
     let (place, authority) = (place(), Authority::new());
     let (_agent, stream, own) = given(&place, &authority).await;
-    let (good, other) = (authority.svid(ID), authority.svid("spiffe://example.org/other"));
-    let foreign = X509svid { spiffe_id: ID.to_owned(), ..other.clone() };
-    let no_key = X509svid { x509_svid_key: Vec::new(), ..good.clone() };
+    let (good, other) = (
+        authority.svid(ID),
+        authority.svid("spiffe://example.org/other"),
+    );
+    let foreign = X509svid {
+        spiffe_id: ID.to_owned(),
+        ..other.clone()
+    };
+    let no_key = X509svid {
+        x509_svid_key: Vec::new(),
+        ..good.clone()
+    };
     for (number, svids) in [
         (2, vec![good.clone(), good.clone()]),
         (3, vec![foreign.clone(), other.clone(), good.clone()]),
-        (4, vec![no_key.clone(), foreign.clone(), good.clone(), no_key]),
+        (
+            4,
+            vec![no_key.clone(), foreign.clone(), good.clone(), no_key],
+        ),
     ] {
         stream.send(X509svidResponse { svids });
         let svid = version(&own, number).await;
-        assert_eq!((svid.spiffe_id.as_str(), &*svid.certified.cert[0]), (ID, &good.x509_svid[..]));
+        assert_eq!(
+            (svid.spiffe_id.as_str(), &*svid.certified.cert[0]),
+            (ID, &good.x509_svid[..])
+        );
     }
     // Where none is its own, that is said of the first.
-    stream.send(X509svidResponse { svids: vec![foreign.clone(), foreign, other] });
+    stream.send(X509svidResponse {
+        svids: vec![foreign.clone(), foreign, other],
+    });
     let now = until(&own, |now| now.trouble.is_some()).await;
-    assert!(now.trouble.unwrap().to_string().contains("is that of spiffe://example.org/other, not of"));
+    assert!(
+        now.trouble
+            .unwrap()
+            .to_string()
+            .contains("is that of spiffe://example.org/other, not of")
+    );
     assert_eq!(now.svid.unwrap().version, 4);
 }
 
@@ -115,28 +154,63 @@ async fn a_message_that_cannot_be_used_keeps_the_one_before() {
     };
     let table = [
         (X509svidResponse::default(), "there is none in it"),
-        (change(&|svid| svid.spiffe_id.clear()), "begins with spiffe://"),
-        (change(&|svid| svid.spiffe_id = "spiffe://example.org".to_owned()), "names a trust domain"),
-        (change(&|svid| svid.spiffe_id = other.spiffe_id.clone()), "is that of spiffe://example.org/awsvid, not of"),
+        (
+            change(&|svid| svid.spiffe_id.clear()),
+            "begins with spiffe://",
+        ),
+        (
+            change(&|svid| svid.spiffe_id = "spiffe://example.org".to_owned()),
+            "names a trust domain",
+        ),
+        (
+            change(&|svid| svid.spiffe_id = other.spiffe_id.clone()),
+            "is that of spiffe://example.org/awsvid, not of",
+        ),
         (change(&|svid| svid.x509_svid.clear()), "has no certificate"),
-        (change(&|svid| svid.x509_svid.truncate(100)), "certificates are not DER"),
-        (change(&|svid| svid.x509_svid = b"0\x02\x05\x00".to_vec()), "certificate cannot be read"),
-        (change(&|svid| svid.x509_svid_key.clear()), "private key cannot be read"),
-        (change(&|svid| svid.x509_svid_key = other.x509_svid_key.clone()), "private key is not that"),
+        (
+            change(&|svid| svid.x509_svid.truncate(100)),
+            "certificates are not DER",
+        ),
+        (
+            change(&|svid| svid.x509_svid = b"0\x02\x05\x00".to_vec()),
+            "certificate cannot be read",
+        ),
+        (
+            change(&|svid| svid.x509_svid_key.clear()),
+            "private key cannot be read",
+        ),
+        (
+            change(&|svid| svid.x509_svid_key = other.x509_svid_key.clone()),
+            "private key is not that",
+        ),
         (change(&|svid| svid.bundle.clear()), "bundle is empty"),
-        (change(&|svid| svid.bundle.truncate(50)), "bundle is not DER"),
-        (change(&|svid| svid.bundle = b"0\x02\x05\x00".to_vec()), "CA that cannot be used"),
+        (
+            change(&|svid| svid.bundle.truncate(50)),
+            "bundle is not DER",
+        ),
+        (
+            change(&|svid| svid.bundle = b"0\x02\x05\x00".to_vec()),
+            "CA that cannot be used",
+        ),
         (certified(&[]), "has no SPIFFE ID"),
         (certified(&[ID, ID]), "several URIs"),
     ];
     for (message, reason) in table {
         let log = CapturedLog::start();
         stream.send(message);
-        let now = until(&own, |now| now.trouble.as_ref().is_some_and(|why| why.to_string().contains(reason))).await;
+        let now = until(&own, |now| {
+            now.trouble
+                .as_ref()
+                .is_some_and(|why| why.to_string().contains(reason))
+        })
+        .await;
         assert_eq!(now.svid.unwrap().version, 1, "{reason}");
         assert_eq!(own.latest().unwrap().version, 1, "{reason}");
         let text = log.text();
-        assert!(text.contains("cannot be used") && text.contains(reason), "{reason}: {text}");
+        assert!(
+            text.contains("cannot be used") && text.contains(reason),
+            "{reason}: {text}"
+        );
         assert!(text.contains(&place.path.display().to_string()), "{text}");
     }
     stream.send(authority.message(ID));
@@ -153,7 +227,10 @@ async fn a_first_message_that_cannot_be_used_says_so() {
     stream.send(X509svidResponse::default());
     until(&own, |now| now.trouble.is_some()).await;
     let error = own.latest().unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("cannot be used")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("cannot be used")),
+        "{error:?}"
+    );
 }
 
 #[tokio::test]
@@ -168,7 +245,10 @@ async fn a_refusal_takes_the_identity_back_until_the_agent_gives_one_again() {
         matches!(&error, SourceError::Denied(text) if text.contains("register awsvid itself") && text.contains("no identity issued")),
         "{error:?}"
     );
-    agent.asked().await.refuse(Status::permission_denied("no identity issued"));
+    agent
+        .asked()
+        .await
+        .refuse(Status::permission_denied("no identity issued"));
     agent.asked().await.accept().send(authority.message(ID));
     version(&own, 2).await;
 }
@@ -180,9 +260,15 @@ async fn a_stream_that_ends_or_breaks_takes_nothing_back_and_is_opened_again() {
     let mut stream = Some(stream);
     let ends: [(&str, &dyn Fn(Stream)); 4] = [
         ("ended the stream", &drop),
-        ("starting", &|stream| stream.fail(Status::unavailable("starting"))),
-        ("is it a SPIFFE Workload API?", &|stream| stream.fail(Status::unimplemented("what?"))),
-        ("is it a SPIFFE Workload API?", &|stream| stream.fail(Status::invalid_argument("header"))),
+        ("starting", &|stream| {
+            stream.fail(Status::unavailable("starting"))
+        }),
+        ("is it a SPIFFE Workload API?", &|stream| {
+            stream.fail(Status::unimplemented("what?"))
+        }),
+        ("is it a SPIFFE Workload API?", &|stream| {
+            stream.fail(Status::invalid_argument("header"))
+        }),
     ];
     for (number, (reason, end)) in (2..).zip(ends) {
         end(stream.take().unwrap());
@@ -242,17 +328,26 @@ async fn waiting_for_the_first_one_ends_at_the_deadline_with_the_reason() {
     let asked = agent.asked().await;
     let begun = Instant::now();
     let error = own.first(Duration::from_secs(7)).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("not given awsvid")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("not given awsvid")),
+        "{error:?}"
+    );
     assert_eq!(begun.elapsed().as_secs(), 7);
 
     asked.refuse(Status::permission_denied("no identity issued"));
     let refusing = tokio::spawn(async move {
         loop {
-            agent.asked().await.refuse(Status::permission_denied("no identity issued"));
+            agent
+                .asked()
+                .await
+                .refuse(Status::permission_denied("no identity issued"));
         }
     });
     let error = own.first(Duration::from_secs(7)).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Denied(text) if text.contains("register awsvid itself")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Denied(text) if text.contains("register awsvid itself")),
+        "{error:?}"
+    );
     refusing.abort();
 }
 
@@ -267,7 +362,10 @@ async fn an_agent_that_says_nothing_is_asked_again() {
     assert_eq!(begun.elapsed().as_secs(), CALL_TIMEOUT.as_secs());
     let _third = agent.asked().await;
     let error = own.latest().unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("within 35s")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("within 35s")),
+        "{error:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -278,14 +376,20 @@ async fn who_is_refused_asks_at_once_and_then_ever_more_rarely() {
     let mut pauses = Vec::new();
     for _ in 0..14 {
         let begun = Instant::now();
-        agent.asked().await.refuse(Status::permission_denied("no identity issued"));
+        agent
+            .asked()
+            .await
+            .refuse(Status::permission_denied("no identity issued"));
         pauses.push(begun.elapsed());
     }
     // The first is the first try of all.
     assert!(pauses[1] < Duration::from_millis(50), "{pauses:?}");
     let mut longest = PAUSE;
     for pause in &pauses[2..] {
-        assert!(*pause >= longest / 2 && *pause <= longest + Duration::from_millis(50), "{pauses:?}");
+        assert!(
+            *pause >= longest / 2 && *pause <= longest + Duration::from_millis(50),
+            "{pauses:?}"
+        );
         longest = (2 * longest).min(MAX_PAUSE);
     }
 }
@@ -296,8 +400,13 @@ async fn only_a_stream_that_lasted_is_followed_by_another_at_once() {
     let (mut agent, stream, _own) = given(&place, &authority).await;
     let mut stream = Some(stream);
     // How long each lasts, and how long it takes at least to the next.
-    let table =
-        [(STABLE_AFTER, 0), (Duration::ZERO, 100), (Duration::ZERO, 200), (Duration::ZERO, 400), (STABLE_AFTER, 0)];
+    let table = [
+        (STABLE_AFTER, 0),
+        (Duration::ZERO, 100),
+        (Duration::ZERO, 200),
+        (Duration::ZERO, 400),
+        (STABLE_AFTER, 0),
+    ];
     for (lasts, least) in table {
         let again = stream.take().unwrap();
         tokio::time::sleep(lasts).await;
@@ -306,7 +415,10 @@ async fn only_a_stream_that_lasted_is_followed_by_another_at_once() {
         let opened = agent.asked().await;
         let pause = begun.elapsed();
         let most = if least == 0 { 50 } else { 2 * least + 50 };
-        assert!(pause >= Duration::from_millis(least) && pause <= Duration::from_millis(most), "{least}: {pause:?}");
+        assert!(
+            pause >= Duration::from_millis(least) && pause <= Duration::from_millis(most),
+            "{least}: {pause:?}"
+        );
         let opened = opened.accept();
         opened.send(authority.message(ID));
         stream = Some(opened);
@@ -334,12 +446,25 @@ async fn the_private_key_is_shown_by_nothing() {
     let mut texts = vec![format!("{message:?}")];
     stream.send(message);
     let svid = version(&own, 2).await;
-    texts.extend([format!("{svid:?}"), format!("{own:?}"), format!("{:?}", own.latest()), log.text()]);
+    texts.extend([
+        format!("{svid:?}"),
+        format!("{own:?}"),
+        format!("{:?}", own.latest()),
+        log.text(),
+    ]);
     assert!(texts[1].contains(ID), "{texts:?}");
-    assert!(texts[4].contains("awsvid's own X.509-SVID is renewed"), "{}", texts[4]);
+    assert!(
+        texts[4].contains("awsvid's own X.509-SVID is renewed"),
+        "{}",
+        texts[4]
+    );
     // The part that is the secret, as numbers, as hexadecimal digits and as it is.
     let secret = &key[36..60];
-    let numbers = secret.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
+    let numbers = secret
+        .iter()
+        .map(u8::to_string)
+        .collect::<Vec<_>>()
+        .join(", ");
     let digits: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
     let plain = String::from_utf8_lossy(secret);
     for text in texts {
@@ -352,7 +477,8 @@ async fn the_private_key_is_shown_by_nothing() {
 #[test]
 fn an_svid_is_over_when_its_certificate_is() {
     let authority = Authority::new();
-    let past = |params: &mut rcgen::CertificateParams| params.not_after = rcgen::date_time_ymd(2020, 2, 1);
+    let past =
+        |params: &mut rcgen::CertificateParams| params.not_after = rcgen::date_time_ymd(2020, 2, 1);
     let svid = authority.svid_of(ID, authority.sign(&[ID], past));
     let svid = OwnSvid::read(X509svidResponse { svids: vec![svid] }, 1).unwrap();
     assert!(svid.is_expired(UnixTime::now()));
@@ -375,17 +501,29 @@ fn a_certificate_says_whose_it_is_by_one_uri() {
         (&[][..], "no SPIFFE ID"),
         (&["https://example.org/awsvid"], "begins with spiffe://"),
         (&["spiffe://example.org"], "not a workload"),
-        (&["spiffe://example.org/a", "spiffe://example.org/b"], "several URIs"),
-        (&["spiffe://example.org/a", "https://example.org/"], "several URIs"),
+        (
+            &["spiffe://example.org/a", "spiffe://example.org/b"],
+            "several URIs",
+        ),
+        (
+            &["spiffe://example.org/a", "https://example.org/"],
+            "several URIs",
+        ),
     ] {
         let error = of(uris).unwrap_err();
         assert!(error.contains(reason), "{uris:?}: {error}");
     }
     let named = authority.sign(&[ID], |params| {
-        params.subject_alt_names.push(rcgen::SanType::DnsName("awsvid.example.org".try_into().unwrap()));
+        params.subject_alt_names.push(rcgen::SanType::DnsName(
+            "awsvid.example.org".try_into().unwrap(),
+        ));
         params.is_ca = IsCa::ExplicitNoCa;
     });
-    assert_eq!(id_of(&named.certificate.into()).unwrap().as_str(), ID, "other kinds of names do not matter");
+    assert_eq!(
+        id_of(&named.certificate.into()).unwrap().as_str(),
+        ID,
+        "other kinds of names do not matter"
+    );
 }
 
 #[test]
@@ -398,7 +536,15 @@ fn certificates_that_stand_one_after_the_other_are_told_apart() {
         (of(127, &[0x30, 0x7f]), Some(vec![129])),
         (of(200, &[0x30, 0x81, 200]), Some(vec![203])),
         (of(300, &[0x30, 0x82, 1, 44]), Some(vec![304])),
-        ([of(3, &[0x30, 3]), of(200, &[0x30, 0x81, 200]), of(1, &[0x30, 1])].concat(), Some(vec![5, 203, 3])),
+        (
+            [
+                of(3, &[0x30, 3]),
+                of(200, &[0x30, 0x81, 200]),
+                of(1, &[0x30, 1]),
+            ]
+            .concat(),
+            Some(vec![5, 203, 3]),
+        ),
         (of(2, &[0x30, 3]), None),
         (of(199, &[0x30, 0x81, 200]), None),
         (vec![0x30], None),
@@ -411,8 +557,11 @@ fn certificates_that_stand_one_after_the_other_are_told_apart() {
         ([of(3, &[0x30, 3]), vec![0]].concat(), None),
     ];
     for (bytes, lengths) in table {
-        let found = split(&bytes).map(|found| found.iter().map(|one| one.len()).collect::<Vec<_>>());
+        let found =
+            split(&bytes).map(|found| found.iter().map(|one| one.len()).collect::<Vec<_>>());
         assert_eq!(found, lengths, "{:?}", &bytes[..bytes.len().min(6)]);
-        assert!(split(&bytes).is_none_or(|found| found.iter().flat_map(|one| one.as_ref()).eq(&bytes)));
+        assert!(
+            split(&bytes).is_none_or(|found| found.iter().flat_map(|one| one.as_ref()).eq(&bytes))
+        );
     }
 }

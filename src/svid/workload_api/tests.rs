@@ -30,12 +30,16 @@ fn good() -> JwtsvidResponse {
     svids([(ID, token_for(&billing(), 300, 1))])
 }
 
-fn always(answer: impl Fn() -> Result<JwtsvidResponse, Status> + Send + Sync + 'static) -> Arc<WorkloadApiScript> {
+fn always(
+    answer: impl Fn() -> Result<JwtsvidResponse, Status> + Send + Sync + 'static,
+) -> Arc<WorkloadApiScript> {
     Arc::new(move |_| Some(answer()))
 }
 
 /// What one fetch makes of `answer`.
-async fn fetch_of(answer: Result<JwtsvidResponse, Status>) -> (Result<JwtSvid, SourceError>, FakeWorkloadApi) {
+async fn fetch_of(
+    answer: Result<JwtsvidResponse, Status>,
+) -> (Result<JwtSvid, SourceError>, FakeWorkloadApi) {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let fake = fake::at(&path, always(move || answer.clone()));
@@ -46,8 +50,16 @@ async fn fetch_of(answer: Result<JwtsvidResponse, Status>) -> (Result<JwtSvid, S
 async fn asks_for_one_audience_and_one_id_with_the_header_once() {
     let (result, fake) = fetch_of(Ok(good())).await;
     assert_eq!(result.unwrap().secret(), token_for(&billing(), 300, 1));
-    let [(metadata, request)] = &fake.seen.all()[..] else { panic!("not exactly one request") };
-    assert_eq!(request, &JwtsvidRequest { audience: vec![AUDIENCE.to_owned()], spiffe_id: ID.to_owned() });
+    let [(metadata, request)] = &fake.seen.all()[..] else {
+        panic!("not exactly one request")
+    };
+    assert_eq!(
+        request,
+        &JwtsvidRequest {
+            audience: vec![AUDIENCE.to_owned()],
+            spiffe_id: ID.to_owned()
+        }
+    );
     let header: Vec<_> = metadata.get_all("workload.spiffe.io").iter().collect();
     assert_eq!(header, ["true"]);
     // The agent may give up when nobody waits any more.
@@ -57,8 +69,16 @@ async fn asks_for_one_audience_and_one_id_with_the_header_once() {
 #[tokio::test]
 async fn takes_only_the_id_that_was_asked_for() {
     let ours = || (ID, token_for(&billing(), 300, 1));
-    let other =
-        || ("spiffe://example.org/other", token_for(&SpiffeId::parse("spiffe://example.org/other").unwrap(), 300, 2));
+    let other = || {
+        (
+            "spiffe://example.org/other",
+            token_for(
+                &SpiffeId::parse("spiffe://example.org/other").unwrap(),
+                300,
+                2,
+            ),
+        )
+    };
     for answer in [
         vec![ours()],
         vec![other(), ours()],
@@ -83,7 +103,10 @@ async fn takes_only_the_id_that_was_asked_for() {
     ];
     for answer in unusable {
         let (result, _) = fetch_of(Ok(svids(answer.clone()))).await;
-        assert!(matches!(&result, Err(SourceError::Denied(text)) if text.contains(ID)), "{answer:?}: {result:?}");
+        assert!(
+            matches!(&result, Err(SourceError::Denied(text)) if text.contains(ID)),
+            "{answer:?}: {result:?}"
+        );
     }
 }
 
@@ -106,7 +129,10 @@ async fn a_token_that_fails_the_check_is_not_given_out() {
     for (token, reason, transient) in table {
         let (result, _) = fetch_of(Ok(svids([(ID, token)]))).await;
         let error = result.unwrap_err();
-        assert!(matches!(error, SourceError::BadToken(_)) && error.to_string().contains(reason), "{error}");
+        assert!(
+            matches!(error, SourceError::BadToken(_)) && error.to_string().contains(reason),
+            "{error}"
+        );
         assert_eq!(error.is_transient(), transient, "{error}");
         assert_eq!(error.reason(), "bad_token");
     }
@@ -137,8 +163,15 @@ async fn each_status_code_has_its_meaning() {
         let (result, fake) = fetch_of(Err(Status::new(code, "what the agent\nsays"))).await;
         let error = result.unwrap_err();
         assert_eq!(error.reason(), reason, "{code:?}");
-        assert_eq!(error.is_transient(), reason == "source_unavailable", "{code:?}");
-        assert!(error.to_string().contains("what the agent says"), "{code:?}: {error}");
+        assert_eq!(
+            error.is_transient(),
+            reason == "source_unavailable",
+            "{code:?}"
+        );
+        assert!(
+            error.to_string().contains("what the agent says"),
+            "{code:?}: {error}"
+        );
         assert_eq!(fake.seen.count(), 1, "{code:?} is for others to try again");
     }
 }
@@ -148,7 +181,13 @@ async fn an_agent_that_recovers_is_asked_again() {
     for code in [Code::Unavailable, Code::PermissionDenied] {
         let dir = tempdir().unwrap();
         let path = socket(&dir);
-        let script = move |number| Some(if number < 3 { Err(Status::new(code, "not yet")) } else { Ok(good()) });
+        let script = move |number| {
+            Some(if number < 3 {
+                Err(Status::new(code, "not yet"))
+            } else {
+                Ok(good())
+            })
+        };
         let _fake = fake::at(&path, Arc::new(script));
         let api = api(&path);
         for _ in 0..3 {
@@ -165,10 +204,17 @@ async fn a_call_that_is_never_answered_ends_at_the_deadline() {
     let fake = fake::at(&path, Arc::new(|_| None));
     for deadline in [CALL_TIMEOUT, Duration::from_secs(7)] {
         let start = Instant::now();
-        let error = api(&path).with_deadline(deadline).fetch(&billing(), AUDIENCE).await.unwrap_err();
+        let error = api(&path)
+            .with_deadline(deadline)
+            .fetch(&billing(), AUDIENCE)
+            .await
+            .unwrap_err();
         assert!(matches!(error, SourceError::Unavailable(_)), "{error}");
         let took = start.elapsed();
-        assert!(took >= deadline && took < deadline + Duration::from_secs(1), "{took:?}");
+        assert!(
+            took >= deadline && took < deadline + Duration::from_secs(1),
+            "{took:?}"
+        );
     }
     assert_eq!(fake.seen.count(), 2);
 }
@@ -179,21 +225,35 @@ async fn an_agent_that_hangs_before_it_accepts_is_left_at_the_deadline() {
     let path = socket(&dir);
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("within 35s")), "{error}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("within 35s")),
+        "{error}"
+    );
 }
 
 #[tokio::test]
 async fn an_agent_without_room_for_connections_is_unavailable() {
-    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket as new_socket};
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket as new_socket,
+    };
     use std::os::fd::AsRawFd;
     let dir = tempdir().unwrap();
     let path = socket(&dir);
-    let listener = new_socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    let listener = new_socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
     bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
     listen(&listener, Backlog::new(0).unwrap()).unwrap();
     let _only_one_that_fits = std::os::unix::net::UnixStream::connect(&path).unwrap();
     let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("no more connections")), "{error}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("no more connections")),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -224,7 +284,10 @@ async fn goaway_during_the_call_is_an_outage_and_the_next_call_connects_anew() {
         let api = api(&path);
         for _ in 0..2 {
             let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
-            assert!(matches!(error, SourceError::Unavailable(_)), "{reason:?}: {error:?}");
+            assert!(
+                matches!(error, SourceError::Unavailable(_)),
+                "{reason:?}: {error:?}"
+            );
         }
         leaves.abort();
         std::fs::remove_file(&path).unwrap();
@@ -239,14 +302,21 @@ async fn a_broken_stream_says_nothing_about_the_workload() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     // tonic takes the first for PermissionDenied. That nobody has said.
-    for reason in [h2::Reason::INADEQUATE_SECURITY, h2::Reason::CANCEL, h2::Reason::INTERNAL_ERROR] {
+    for reason in [
+        h2::Reason::INADEQUATE_SECURITY,
+        h2::Reason::CANCEL,
+        h2::Reason::INTERNAL_ERROR,
+    ] {
         let resets = fake::at_h2(&path, move |mut connection| async move {
             while let Some(Ok((_, mut respond))) = connection.accept().await {
                 respond.send_reset(reason);
             }
         });
         let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
-        assert!(matches!(error, SourceError::Unavailable(_)), "{reason:?}: {error:?}");
+        assert!(
+            matches!(error, SourceError::Unavailable(_)),
+            "{reason:?}: {error:?}"
+        );
         resets.abort();
         std::fs::remove_file(&path).unwrap();
     }
@@ -264,7 +334,10 @@ async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives(
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
     assert!(error.to_string().contains("there is no socket"), "{error}");
 
-    let new = fake::at(&path, always(|| Ok(svids([(ID, token_for(&billing(), 300, 2))]))));
+    let new = fake::at(
+        &path,
+        always(|| Ok(svids([(ID, token_for(&billing(), 300, 2))]))),
+    );
     let svid = api.fetch(&billing(), AUDIENCE).await.unwrap();
     assert_eq!(svid.secret(), token_for(&billing(), 300, 2));
     assert_eq!((old.seen.count(), new.seen.count()), (1, 1));
@@ -276,11 +349,17 @@ async fn a_socket_that_is_not_there_yet_or_not_any_more() {
     let path = socket(&dir);
     let api = api(&path);
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket")), "{error}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket")),
+        "{error}"
+    );
 
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("nobody listens")), "{error}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("nobody listens")),
+        "{error}"
+    );
 
     std::fs::remove_file(&path).unwrap();
     let _agent = fake::at(&path, always(|| Ok(good())));
@@ -298,11 +377,19 @@ fn a_socket_that_awsvid_may_not_open() {
         if nix::unistd::geteuid().is_root() {
             nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65_533));
         }
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(api(&path).fetch(&billing(), AUDIENCE)).unwrap_err()
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime
+            .block_on(api(&path).fetch(&billing(), AUDIENCE))
+            .unwrap_err()
     });
     let error = error.join().unwrap();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("may not open")), "{error}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("may not open")),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -313,7 +400,10 @@ async fn a_server_that_is_no_workload_api() {
     let listener = UnixListener::bind(&path).unwrap();
     let engine = tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
-        stream.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+        stream
+            .write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+            .await
+            .unwrap();
         // Until the client hangs up.
         let _ = stream.read_to_end(&mut Vec::new()).await;
     });
@@ -324,12 +414,18 @@ async fn a_server_that_is_no_workload_api() {
 
     let website = fake::at_h2(&path, |mut connection| async move {
         while let Some(Ok((_, mut respond))) = connection.accept().await {
-            let response = tonic::codegen::http::Response::builder().status(404).body(()).unwrap();
+            let response = tonic::codegen::http::Response::builder()
+                .status(404)
+                .body(())
+                .unwrap();
             respond.send_response(response, true).unwrap();
         }
     });
     let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Misconfigured(text) if text.contains("Workload API?")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Misconfigured(text) if text.contains("Workload API?")),
+        "{error:?}"
+    );
     website.abort();
 }
 
@@ -339,8 +435,11 @@ async fn fields_that_are_not_known_are_passed_over() {
     let path = socket(&dir);
     let _agent = fake::at_h2(&path, |mut connection| async move {
         while let Some(Ok((_, mut respond))) = connection.accept().await {
-            let head = tonic::codegen::http::Response::builder().header("content-type", "application/grpc");
-            let mut body = respond.send_response(head.body(()).unwrap(), false).unwrap();
+            let head = tonic::codegen::http::Response::builder()
+                .header("content-type", "application/grpc");
+            let mut body = respond
+                .send_response(head.body(()).unwrap(), false)
+                .unwrap();
             let mut message = good().encode_to_vec();
             // Field 1000, a string: its tag is 1000 << 3 | 2.
             message.extend_from_slice(&[0xc2, 0x3e, 3, b'n', b'e', b'w']);
@@ -349,7 +448,10 @@ async fn fields_that_are_not_known_are_passed_over() {
             frame.extend_from_slice(&message);
             body.send_data(Bytes::from(frame), false).unwrap();
             let mut trailers = tonic::codegen::http::HeaderMap::new();
-            trailers.insert("grpc-status", tonic::codegen::http::HeaderValue::from_static("0"));
+            trailers.insert(
+                "grpc-status",
+                tonic::codegen::http::HeaderValue::from_static("0"),
+            );
             body.send_trailers(trailers).unwrap();
         }
     });
@@ -361,8 +463,13 @@ async fn an_answer_without_measure_is_refused() {
     let other = || ("spiffe://example.org/other", "x".repeat(20_000));
     let (result, _) = fetch_of(Ok(svids((0..60).map(|_| other())))).await;
     let error = result.unwrap_err();
-    assert!(matches!(&error, SourceError::Misconfigured(text) if text.contains("far more")), "{error:?}");
-    let few = (0..40).map(|_| other()).chain([(ID, token_for(&billing(), 300, 1))]);
+    assert!(
+        matches!(&error, SourceError::Misconfigured(text) if text.contains("far more")),
+        "{error:?}"
+    );
+    let few = (0..40)
+        .map(|_| other())
+        .chain([(ID, token_for(&billing(), 300, 1))]);
     fetch_of(Ok(svids(few))).await.0.unwrap();
 }
 
@@ -379,13 +486,28 @@ async fn tcp_endpoints_are_asked_too() {
     let taken = tokio::net::TcpSocket::new_v4().unwrap();
     taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = taken.local_addr().unwrap();
-    let api = WorkloadApi::new(Endpoint::Tcp(address), [], Clock::starting_at(now()), Metrics::default());
+    let api = WorkloadApi::new(
+        Endpoint::Tcp(address),
+        [],
+        Clock::starting_at(now()),
+        Metrics::default(),
+    );
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
-    assert!(error.to_string().contains(&format!("nobody listens at tcp://{address}")), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains(&format!("nobody listens at tcp://{address}")),
+        "{error}"
+    );
 }
 
 fn caller(uid: u32, process: Option<Process>) -> Arc<Caller> {
-    Arc::new(unchanged(ListenerKind::Tcp, uid, Some("/system.slice/billing.service"), process))
+    Arc::new(unchanged(
+        ListenerKind::Tcp,
+        uid,
+        Some("/system.slice/billing.service"),
+        process,
+    ))
 }
 
 #[tokio::test]
@@ -399,20 +521,51 @@ async fn the_rules_say_who_a_caller_is() {
         systemd_unit: None,
         cgroup: None,
     };
-    let rules = vec![rule(1001, None, "billing"), rule(1002, Some(7), "by-group"), rule(1002, None, "shop")];
+    let rules = vec![
+        rule(1001, None, "billing"),
+        rule(1002, Some(7), "by-group"),
+        rule(1002, None, "shop"),
+    ];
     let endpoint = Endpoint::parse("unix:///nowhere.sock").unwrap();
-    let api = WorkloadApi::new(endpoint, rules, Clock::starting_at(now()), Metrics::default());
+    let api = WorkloadApi::new(
+        endpoint,
+        rules,
+        Clock::starting_at(now()),
+        Metrics::default(),
+    );
     let identity = |path: &str| {
-        vec![Identity { spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(), hint: None }]
+        vec![Identity {
+            spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
+            hint: None,
+        }]
     };
-    let process = |gid| Process { pid: 1, gid, groups: None, in_container: false, program: None, started: None };
+    let process = |gid| Process {
+        pid: 1,
+        gid,
+        groups: None,
+        in_container: false,
+        program: None,
+        started: None,
+    };
 
-    assert_eq!(api.identify(&caller(1001, Some(process(7)))).await, Ok(identity("billing")));
+    assert_eq!(
+        api.identify(&caller(1001, Some(process(7)))).await,
+        Ok(identity("billing"))
+    );
     assert_eq!(api.identify(&caller(1003, None)).await, Ok(vec![]));
-    assert_eq!(api.identify(&caller(1002, Some(process(7)))).await, Ok(identity("by-group")));
-    assert_eq!(api.identify(&caller(1002, Some(process(8)))).await, Ok(identity("shop")));
+    assert_eq!(
+        api.identify(&caller(1002, Some(process(7)))).await,
+        Ok(identity("by-group"))
+    );
+    assert_eq!(
+        api.identify(&caller(1002, Some(process(8)))).await,
+        Ok(identity("shop"))
+    );
     let undecided = api.identify(&caller(1002, None)).await;
-    assert!(matches!(undecided, Err(SourceError::Reloaded)), "{undecided:?}");
+    assert!(
+        matches!(undecided, Err(SourceError::Reloaded)),
+        "{undecided:?}"
+    );
 }
 
 #[tokio::test]
@@ -439,17 +592,33 @@ async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
         let path = socket(&dir);
         let script = move |number: usize| {
             let id = SpiffeId::parse(&format!("spiffe://example.org/w{number}")).unwrap();
-            Some(if is_given(number) { Ok(svids([(id.as_str(), token_for(&id, 300, 1))])) } else { denied() })
+            Some(if is_given(number) {
+                Ok(svids([(id.as_str(), token_for(&id, 300, 1))]))
+            } else {
+                denied()
+            })
         };
         let fake = fake::at(&path, Arc::new(script));
         // Each identity twice: it is asked for once.
-        let rules: Vec<WorkloadRule> = (0..20).map(|number| rule(&format!("w{}", number / 2), number)).collect();
+        let rules: Vec<WorkloadRule> = (0..20)
+            .map(|number| rule(&format!("w{}", number / 2), number))
+            .collect();
         let endpoint = Endpoint::parse(&format!("unix://{}", path.display())).unwrap();
-        let api = WorkloadApi::new(endpoint, rules, Clock::starting_at(now()), Metrics::default());
+        let api = WorkloadApi::new(
+            endpoint,
+            rules,
+            Clock::starting_at(now()),
+            Metrics::default(),
+        );
         let result = api.ready(AUDIENCE).await;
-        assert_eq!((result.is_ok(), fake.seen.count()), (ready, expected), "{result:?}");
+        assert_eq!(
+            (result.is_ok(), fake.seen.count()),
+            (ready, expected),
+            "{result:?}"
+        );
         assert!(
-            ready || matches!(&result, Err(SourceError::Denied(text)) if text.contains("example.org/w0")),
+            ready
+                || matches!(&result, Err(SourceError::Denied(text)) if text.contains("example.org/w0")),
             "{result:?}"
         );
     }
@@ -459,8 +628,16 @@ async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
     let fake = fake::at(&path, always(|| Err(Status::unavailable("x"))));
     let endpoint = Endpoint::parse(&format!("unix://{}", path.display())).unwrap();
     let rules = vec![rule("w0", 1), rule("w1", 2)];
-    let api = WorkloadApi::new(endpoint, rules, Clock::starting_at(now()), Metrics::default());
-    assert!(matches!(api.ready(AUDIENCE).await, Err(SourceError::Unavailable(_))));
+    let api = WorkloadApi::new(
+        endpoint,
+        rules,
+        Clock::starting_at(now()),
+        Metrics::default(),
+    );
+    assert!(matches!(
+        api.ready(AUDIENCE).await,
+        Err(SourceError::Unavailable(_))
+    ));
     assert_eq!(fake.seen.count(), 1);
 }
 

@@ -18,28 +18,47 @@ pub(crate) fn herd(bench: &Bench) -> Result<Vec<Line>, Failed> {
     const UNITS: usize = 4;
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, DELAY, false)?;
-    let daemon = Daemon::start(&folder, &upstream, &format!("{}\n{}", rule(USER, ""), role("bench")))?;
+    let daemon = Daemon::start(
+        &folder,
+        &upstream,
+        &format!("{}\n{}", rule(USER, ""), role("bench")),
+    )?;
     let before = upstream.counts();
     let callers = bench.count(1000, 40);
     let reports = at_once(bench, &daemon.address(Transport::Tcp)?, UNITS, callers)?;
     let after = upstream.counts();
     let last = reports.iter().max().copied().unwrap_or_default();
-    let (tokens, sessions) = (after.tokens - before.tokens, after.sessions - before.sessions);
+    let (tokens, sessions) = (
+        after.tokens - before.tokens,
+        after.sessions - before.sessions,
+    );
     Ok(vec![Line::new(
         "herd",
-        format!("last answer {} after STS's", millis(micros(last.saturating_sub(after.answered)))),
+        format!(
+            "last answer {} after STS's",
+            millis(micros(last.saturating_sub(after.answered)))
+        ),
         "at most 100 ms; 1 JWT fetch and 1 STS call",
         format!("{tokens} JWT fetch and {sessions} STS call for {callers} callers"),
     )])
 }
 
 /// Lets `callers` ask at one time, from `units` processes in cgroups of their own; when each of these had its last answer.
-pub(crate) fn at_once(bench: &Bench, address: &str, units: usize, callers: usize) -> Result<Vec<Duration>, Failed> {
+pub(crate) fn at_once(
+    bench: &Bench,
+    address: &str,
+    units: usize,
+    callers: usize,
+) -> Result<Vec<Duration>, Failed> {
     let mut loads = Vec::new();
     for unit in 0..units {
         let cgroup = bench.cgroups.unit(&format!("callers-{unit}"))?;
         loads.push(Load::callers(&Plan {
-            caller: Caller { uid: USER, cgroup, descriptors: DESCRIPTORS },
+            caller: Caller {
+                uid: USER,
+                cgroup,
+                descriptors: DESCRIPTORS,
+            },
             address: address.to_owned(),
             path: "/v1/credentials".to_owned(),
             threads: 1,
@@ -65,9 +84,19 @@ pub(crate) fn cold(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, DELAY, false)?;
     let tries = bench.count(20, 3);
-    let roles: Vec<String> = (0..tries).map(|number| role(&format!("cold-{number}"))).collect();
-    let daemon = Daemon::start(&folder, &upstream, &format!("{}\n{}", rule(USER, ""), roles.join("\n")))?;
-    let caller = Caller { uid: USER, cgroup: bench.cgroups.unit("load")?, descriptors: DESCRIPTORS };
+    let roles: Vec<String> = (0..tries)
+        .map(|number| role(&format!("cold-{number}")))
+        .collect();
+    let daemon = Daemon::start(
+        &folder,
+        &upstream,
+        &format!("{}\n{}", rule(USER, ""), roles.join("\n")),
+    )?;
+    let caller = Caller {
+        uid: USER,
+        cgroup: bench.cgroups.unit("load")?,
+        descriptors: DESCRIPTORS,
+    };
     let mut added = Vec::new();
     for number in 0..tries {
         let before = upstream.counts();
@@ -90,6 +119,11 @@ pub(crate) fn cold(bench: &Bench) -> Result<Vec<Line>, Failed> {
         "cold",
         format!("{} over their sum", millis(added.median)),
         "at most 5 ms",
-        format!("{} tries, {} to {}", tries, millis(added.least), millis(added.most)),
+        format!(
+            "{} tries, {} to {}",
+            tries,
+            millis(added.least),
+            millis(added.most)
+        ),
     )])
 }

@@ -34,14 +34,34 @@ enum Keys {
     Executable,
 }
 
-pub(crate) const TCP_SOCKET: Shape =
-    Shape { name: "tcp-socket", transport: Transport::Tcp, keys: Keys::Unit, at_most: 1.4, aim: 1.25 };
-pub(crate) const TCP_PID: Shape =
-    Shape { name: "tcp-pid", transport: Transport::Tcp, keys: Keys::Uid, at_most: 3.0, aim: 1.8 };
-pub(crate) const UNIX_UID: Shape =
-    Shape { name: "unix-uid", transport: Transport::Unix, keys: Keys::Uid, at_most: 1.5, aim: 1.3 };
-pub(crate) const UNIX_FACTS: Shape =
-    Shape { name: "unix-facts", transport: Transport::Unix, keys: Keys::Executable, at_most: 2.0, aim: 1.7 };
+pub(crate) const TCP_SOCKET: Shape = Shape {
+    name: "tcp-socket",
+    transport: Transport::Tcp,
+    keys: Keys::Unit,
+    at_most: 1.4,
+    aim: 1.25,
+};
+pub(crate) const TCP_PID: Shape = Shape {
+    name: "tcp-pid",
+    transport: Transport::Tcp,
+    keys: Keys::Uid,
+    at_most: 3.0,
+    aim: 1.8,
+};
+pub(crate) const UNIX_UID: Shape = Shape {
+    name: "unix-uid",
+    transport: Transport::Unix,
+    keys: Keys::Uid,
+    at_most: 1.5,
+    aim: 1.3,
+};
+pub(crate) const UNIX_FACTS: Shape = Shape {
+    name: "unix-facts",
+    transport: Transport::Unix,
+    keys: Keys::Executable,
+    at_most: 2.0,
+    aim: 1.7,
+};
 const SHAPES: [Shape; 4] = [TCP_SOCKET, TCP_PID, UNIX_UID, UNIX_FACTS];
 
 impl Shape {
@@ -55,7 +75,10 @@ impl Shape {
             Keys::Unit => "systemd_unit = \"load.service\"\n".to_owned(),
             Keys::Uid => String::new(),
             // The load is this program.
-            Keys::Executable => format!("gid = {USER}\nexe = {:?}\n", std::env::current_exe()?.display().to_string()),
+            Keys::Executable => format!(
+                "gid = {USER}\nexe = {:?}\n",
+                std::env::current_exe()?.display().to_string()
+            ),
         };
         Ok(format!("{}\n{}", rule(USER, &more), role("bench")))
     }
@@ -88,18 +111,35 @@ impl Pair {
             requests,
             rate: None,
         };
-        let mut once = Load::start(&Plan { threads: 1, warm_up: 0, requests: 1, ..plan.clone() })?;
+        let mut once = Load::start(&Plan {
+            threads: 1,
+            warm_up: 0,
+            requests: 1,
+            ..plan.clone()
+        })?;
         once.go()?;
         let once = once.report()?;
         once.all_issued()?;
         let direct = Direct::start(&folder, shape.transport, &once.body)?;
-        let direct_plan = Plan { address: direct.address.clone(), ..plan.clone() };
-        Ok(Self { daemon, direct, plan, direct_plan, _upstream: upstream })
+        let direct_plan = Plan {
+            address: direct.address.clone(),
+            ..plan.clone()
+        };
+        Ok(Self {
+            daemon,
+            direct,
+            plan,
+            direct_plan,
+            _upstream: upstream,
+        })
     }
 
     /// One run on each.
     fn round(&self, bench: &Bench) -> Result<(Run, Run), Failed> {
-        Ok((measure(bench, self.direct.pid(), &self.direct_plan)?, measure(bench, self.daemon.pid(), &self.plan)?))
+        Ok((
+            measure(bench, self.direct.pid(), &self.direct_plan)?,
+            measure(bench, self.daemon.pid(), &self.plan)?,
+        ))
     }
 }
 
@@ -124,7 +164,10 @@ pub(crate) fn measure(bench: &Bench, server: u32, plan: &Plan) -> Result<Run, Fa
     others.theirs += (machine::busy()? - busy).saturating_sub(cpu + report.cpu);
     bench.others.set(others);
     let requests = u32::try_from(report.requests())?;
-    Ok(Run { cpu: micros(cpu) / f64::from(requests), report })
+    Ok(Run {
+        cpu: micros(cpu) / f64::from(requests),
+        report,
+    })
 }
 
 /// The medians of several runs.
@@ -141,7 +184,9 @@ impl Figures {
         let median = |value: fn(&Run) -> f64| Spread::of(runs.iter().map(value)).median;
         Self {
             cpu: Spread::of(runs.iter().map(|run| run.cpu)),
-            per_second: median(|run| f64::from(u32::try_from(run.report.requests()).unwrap_or(0)) / run.report.seconds),
+            per_second: median(|run| {
+                f64::from(u32::try_from(run.report.requests()).unwrap_or(0)) / run.report.seconds
+            }),
             p50: median(|run| run.report.p50),
             p99: median(|run| run.report.p99),
         }
@@ -166,7 +211,12 @@ impl Figures {
 fn line(row: &str, name: &str, base: &[Run], runs: &[Run], asked: String) -> Line {
     let (base, figures) = (Figures::of(base), Figures::of(runs));
     let ratio = figures.cpu.median / base.cpu.median;
-    Line::new(row, format!("{ratio:.2} x"), asked, figures.beside(name, base))
+    Line::new(
+        row,
+        format!("{ratio:.2} x"),
+        asked,
+        figures.beside(name, base),
+    )
 }
 
 fn asked(at_most: f64, aim: f64) -> String {
@@ -175,12 +225,26 @@ fn asked(at_most: f64, aim: f64) -> String {
 
 /// A shape, with the load in a cgroup of its own.
 pub(crate) fn own_cgroup(bench: &Bench, shape: &Shape) -> Result<Vec<Line>, Failed> {
-    against_direct(bench, shape, shape.name, &bench.cgroups.unit("load")?, DESCRIPTORS, asked(shape.at_most, shape.aim))
+    against_direct(
+        bench,
+        shape,
+        shape.name,
+        &bench.cgroups.unit("load")?,
+        DESCRIPTORS,
+        asked(shape.at_most, shape.aim),
+    )
 }
 
 /// With the load in the root cgroup, where nothing of its own tells a process from others.
 pub(crate) fn root_cgroup(bench: &Bench) -> Result<Vec<Line>, Failed> {
-    against_direct(bench, &TCP_PID, "tcp-pid-root", bench.cgroups.root(), DESCRIPTORS, "no bound".to_owned())
+    against_direct(
+        bench,
+        &TCP_PID,
+        "tcp-pid-root",
+        bench.cgroups.root(),
+        DESCRIPTORS,
+        "no bound".to_owned(),
+    )
 }
 
 /// The curve over the caller's descriptors.
@@ -188,9 +252,21 @@ pub(crate) fn descriptors(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let cgroup = bench.cgroups.unit("load")?;
     let curve = [20, 200, 2000].map(|count| {
         let row = format!("descriptors {count}");
-        against_direct(bench, &TCP_PID, &row, &cgroup, count, "the curve".to_owned())
+        against_direct(
+            bench,
+            &TCP_PID,
+            &row,
+            &cgroup,
+            count,
+            "the curve".to_owned(),
+        )
     });
-    Ok(curve.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
+    Ok(curve
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter()
+        .flatten()
+        .collect())
 }
 
 fn against_direct(
@@ -201,7 +277,11 @@ fn against_direct(
     descriptors: usize,
     asked: String,
 ) -> Result<Vec<Line>, Failed> {
-    let caller = Caller { uid: USER, cgroup: cgroup.to_owned(), descriptors };
+    let caller = Caller {
+        uid: USER,
+        cgroup: cgroup.to_owned(),
+        descriptors,
+    };
     let mut pair = Pair::start(bench, shape, caller)?;
     if descriptors > DESCRIPTORS {
         // A search of thousands takes milliseconds, so that fewer of them show as much.
@@ -209,14 +289,20 @@ fn against_direct(
             (plan.requests, plan.warm_up) = (plan.requests / 5, plan.warm_up / 5);
         }
     }
-    let rounds = (0..bench.rounds()).map(|_| pair.round(bench)).collect::<Result<Vec<_>, _>>()?;
+    let rounds = (0..bench.rounds())
+        .map(|_| pair.round(bench))
+        .collect::<Result<Vec<_>, _>>()?;
     let (direct, runs): (Vec<_>, Vec<_>) = rounds.into_iter().unzip();
     Ok(vec![line(row, "direct", &direct, &runs, asked)])
 }
 
 /// Each shape without and with a crowd, which comes and goes in each round.
 pub(crate) fn busy_node(bench: &Bench) -> Result<Vec<Line>, Failed> {
-    let caller = Caller { uid: USER, cgroup: bench.cgroups.unit("load")?, descriptors: DESCRIPTORS };
+    let caller = Caller {
+        uid: USER,
+        cgroup: bench.cgroups.unit("load")?,
+        descriptors: DESCRIPTORS,
+    };
     let pairs = SHAPES.map(|shape| Pair::start(bench, &shape, caller.clone()));
     let pairs = pairs.into_iter().collect::<Result<Vec<_>, _>>()?;
     let mut runs = vec![(Vec::new(), Vec::new()); pairs.len()];
@@ -232,7 +318,13 @@ pub(crate) fn busy_node(bench: &Bench) -> Result<Vec<Line>, Failed> {
         crowd.end()?;
     }
     let lines = SHAPES.iter().zip(&runs).map(|(shape, (without, with))| {
-        line(&format!("busy-node {}", shape.name), "without", without, with, asked(1.2, 1.1))
+        line(
+            &format!("busy-node {}", shape.name),
+            "without",
+            without,
+            with,
+            asked(1.2, 1.1),
+        )
     });
     Ok(lines.collect())
 }

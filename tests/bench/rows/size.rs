@@ -23,7 +23,11 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let daemon = Daemon::start(&folder, &upstream, &TCP_PID.rules()?)?;
     let plan = |transport| -> Result<Plan, Failed> {
         Ok(Plan {
-            caller: Caller { uid: USER, cgroup: bench.cgroups.unit("load")?, descriptors: DESCRIPTORS },
+            caller: Caller {
+                uid: USER,
+                cgroup: bench.cgroups.unit("load")?,
+                descriptors: DESCRIPTORS,
+            },
             address: daemon.address(transport)?,
             path: "/v1/credentials".to_owned(),
             threads: 8,
@@ -32,18 +36,42 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
             rate: None,
         })
     };
-    let mut once = Load::start(&Plan { threads: 1, requests: 1, ..plan(Transport::Tcp)? })?;
+    let mut once = Load::start(&Plan {
+        threads: 1,
+        requests: 1,
+        ..plan(Transport::Tcp)?
+    })?;
     once.go()?;
     once.report()?.all_issued()?;
     let idle = later(&daemon)?;
     measure(bench, daemon.pid(), &plan(Transport::Tcp)?)?;
     measure(bench, daemon.pid(), &plan(Transport::Unix)?)?;
     let loaded = later(&daemon)?;
-    at_once(bench, &daemon.address(Transport::Tcp)?, 4, bench.count(1000, 40))?;
+    at_once(
+        bench,
+        &daemon.address(Transport::Tcp)?,
+        4,
+        bench.count(1000, 40),
+    )?;
     let crowded = later(&daemon)?;
-    let line = |row, Memory { anonymous, private, resident }, asked| {
-        let beside = format!("private {}, resident {}", mebibytes(private), mebibytes(resident));
-        Line::new(row, format!("anonymous {}", mebibytes(anonymous)), asked, beside)
+    let line = |row,
+                Memory {
+                    anonymous,
+                    private,
+                    resident,
+                },
+                asked| {
+        let beside = format!(
+            "private {}, resident {}",
+            mebibytes(private),
+            mebibytes(resident)
+        );
+        Line::new(
+            row,
+            format!("anonymous {}", mebibytes(anonymous)),
+            asked,
+            beside,
+        )
     };
     Ok(vec![
         line("memory idle", idle, "at most 8 MiB"),
@@ -69,13 +97,18 @@ pub(crate) fn entries(bench: &Bench) -> Result<Vec<Line>, Failed> {
     part.hear()?;
     let full = machine::memory(part.pid())?;
     part.end()?;
-    let bytes =
-        f64::from(u32::try_from(full.anonymous.saturating_sub(empty.anonymous))?) / f64::from(u32::try_from(count)?);
+    let bytes = f64::from(u32::try_from(
+        full.anonymous.saturating_sub(empty.anonymous),
+    )?) / f64::from(u32::try_from(count)?);
     Ok(vec![Line::new(
         "entries-size",
         format!("{:.2} KiB each", bytes / 1024.0),
         "at most 3 KiB",
-        format!("{} for {count}, {} before", mebibytes(full.anonymous), mebibytes(empty.anonymous)),
+        format!(
+            "{} for {count}, {} before",
+            mebibytes(full.anonymous),
+            mebibytes(empty.anonymous)
+        ),
     )])
 }
 
@@ -86,7 +119,11 @@ pub(crate) fn start(bench: &Bench) -> Result<Vec<Line>, Failed> {
         let folder = bench.folder()?;
         let upstream = Upstream::start(&folder, Duration::ZERO, false)?;
         let begin = Instant::now();
-        let mut daemon = Daemon::spawn(&folder, &upstream, &format!("{}\n{}", rule(USER, ""), role("bench")))?;
+        let mut daemon = Daemon::spawn(
+            &folder,
+            &upstream,
+            &format!("{}\n{}", rule(USER, ""), role("bench")),
+        )?;
         let socket = daemon.address(Transport::Unix)?;
         daemon.wait("listening", |_| UnixStream::connect(&socket).is_ok())?;
         listening.push(micros(begin.elapsed()) / 1000.0);
@@ -95,7 +132,17 @@ pub(crate) fn start(bench: &Bench) -> Result<Vec<Line>, Failed> {
     }
     let (listening, ready) = (Spread::of(listening), Spread::of(ready));
     Ok(vec![
-        Line::new("start listening", listening.show("ms"), "", "first connection on the unix socket".to_owned()),
-        Line::new("start ready", ready.show("ms"), "at most 50 ms", "`/readyz` is 200; asked every 0.5 ms".to_owned()),
+        Line::new(
+            "start listening",
+            listening.show("ms"),
+            "",
+            "first connection on the unix socket".to_owned(),
+        ),
+        Line::new(
+            "start ready",
+            ready.show("ms"),
+            "at most 50 ms",
+            "`/readyz` is 200; asked every 0.5 ms".to_owned(),
+        ),
     ])
 }

@@ -51,17 +51,30 @@ impl Stage {
     fn set() -> Self {
         let folder = folder();
         let program = |name: &str| folder.path().join(name);
-        for (name, mode) in [("first", 0o755), ("second", 0o755), ("root", 0o4755), ("group", 0o2755)] {
+        for (name, mode) in [
+            ("first", 0o755),
+            ("second", 0o755),
+            ("root", 0o4755),
+            ("group", 0o2755),
+        ] {
             fs::copy(actor::program(), program(name)).unwrap();
             // A change of owner takes these bits away.
-            chown(program(name), Some(0), Some(if name == "group" { BOB } else { 0 })).unwrap();
+            chown(
+                program(name),
+                Some(0),
+                Some(if name == "group" { BOB } else { 0 }),
+            )
+            .unwrap();
             fs::set_permissions(program(name), fs::Permissions::from_mode(mode)).unwrap();
         }
         let path = |name: &str| format!("unix:path:{}", program(name).display());
         let agent = FakeAgent::start(
             folder.path(),
             vec![
-                Entry::new(&id("first"), &["unix:uid:61001", "unix:gid:61001", &path("first")]),
+                Entry::new(
+                    &id("first"),
+                    &["unix:uid:61001", "unix:gid:61001", &path("first")],
+                ),
                 Entry::new(&id("second"), &["unix:uid:61001", &path("second")]),
                 Entry::new(&id("bob"), &["unix:uid:61002"]),
                 Entry::new(&id("root"), &["unix:uid:0", &path("root")]),
@@ -69,8 +82,16 @@ impl Stage {
             ],
         );
         let daemon = Daemon::start(folder.path(), "", &agent.configuration()).ready();
-        let cgroup = Cgroup::new(&format!("asked-{}", folder.path().file_name().unwrap().display()));
-        Self { daemon, agent, cgroup, folder }
+        let cgroup = Cgroup::new(&format!(
+            "asked-{}",
+            folder.path().file_name().unwrap().display()
+        ));
+        Self {
+            daemon,
+            agent,
+            cgroup,
+            folder,
+        }
     }
 
     fn first(&self) -> PathBuf {
@@ -80,21 +101,42 @@ impl Stage {
     /// An honest caller that nobody holds up.
     fn honest(&self, name: &str, listener: &str) -> Made {
         let address = self.daemon.listener(listener);
-        let answer = actor::play_by(&self.first(), name, listener, &address, self.daemon.pid(), self.cgroup.path());
+        let answer = actor::play_by(
+            &self.first(),
+            name,
+            listener,
+            &address,
+            self.daemon.pid(),
+            self.cgroup.path(),
+        );
         Made::of(&answer, name, &self.daemon)
     }
 
     /// Plays a scene; `meanwhile` goes on while the agent is about to answer. With `early`, whoever is there then asks before
     /// that. `None` if it could not be played: somebody has taken the number that was to be used again.
-    fn play(&self, row: &Row, listener: &str, early: bool, meanwhile: impl FnOnce()) -> Option<Played> {
+    fn play(
+        &self,
+        row: &Row,
+        listener: &str,
+        early: bool,
+        meanwhile: impl FnOnce(),
+    ) -> Option<Played> {
         let Row { scene, moment, .. } = *row;
-        let mut steps =
-            Steps::start(&self.first(), scene, listener, &self.daemon.listener(listener), self.cgroup.path());
+        let mut steps = Steps::start(
+            &self.first(),
+            scene,
+            listener,
+            &self.daemon.listener(listener),
+            self.cgroup.path(),
+        );
         let held = self.agent.hold(steps.caller());
         steps.step("ask");
         if !held.await_asked() {
             // Whatever came of it; nothing has become of the caller.
-            return Some(Played { made: self.made(scene, &steps.step("alice answer")), again: (Made::Silence, 0) });
+            return Some(Played {
+                made: self.made(scene, &steps.step("alice answer")),
+                again: (Made::Silence, 0),
+            });
         }
         if moment == Moment::Before {
             becomes(&mut steps)?;
@@ -110,10 +152,18 @@ impl Stage {
         let before = early.then(|| self.again(&mut steps, scene));
         let exchanged = self.agent.exchanged();
         held.answer();
-        let answer = steps.step(if moment == Moment::Known { "alice answer" } else { "answer" });
+        let answer = steps.step(if moment == Moment::Known {
+            "alice answer"
+        } else {
+            "answer"
+        });
         let made = self.made(scene, &answer);
         if matches!(made, Made::Refused(_)) {
-            assert_eq!(self.agent.exchanged(), exchanged, "{scene}: a token of the wrong process was exchanged");
+            assert_eq!(
+                self.agent.exchanged(),
+                exchanged,
+                "{scene}: a token of the wrong process was exchanged"
+            );
         }
         if moment == Moment::Known {
             becomes(&mut steps)?;
@@ -121,7 +171,10 @@ impl Stage {
                 steps.step("back");
             }
         }
-        Some(Played { made, again: before.unwrap_or_else(|| self.again(&mut steps, scene)) })
+        Some(Played {
+            made,
+            again: before.unwrap_or_else(|| self.again(&mut steps, scene)),
+        })
     }
 
     fn again(&self, steps: &mut Steps, scene: &str) -> (Made, usize) {
@@ -143,7 +196,8 @@ fn becomes(steps: &mut Steps) -> Option<()> {
 impl Played {
     /// Whether somebody was answered as another, or where it is right to refuse, or by what was said of another.
     fn is_wrong(&self, right: &Self) -> bool {
-        let is_other = |made: &Made, right: &Made| matches!(made, Made::Answered(_)) && made != right;
+        let is_other =
+            |made: &Made, right: &Made| matches!(made, Made::Answered(_)) && made != right;
         let (again, questions) = &self.again;
         is_other(&self.made, &right.made)
             || is_other(again, &right.again.0)
@@ -191,23 +245,40 @@ fn expected(listener: &str) -> Vec<Row> {
         ("setuid-and-back", back, "first", 0),
         ("setgid-and-back", back, "first", 0),
     ];
-    let rows = [Moment::Before, Moment::After, Moment::Known].into_iter().flat_map(|moment| {
-        scenes.iter().map(move |(scene, made, next, questions)| {
-            let known = moment == Moment::Known;
-            let made = if known { first.clone() } else { (*made).clone() };
-            Row { scene, moment, right: Played { made, again: (answered(&id(next)), *questions) } }
-        })
-    });
+    let rows = [Moment::Before, Moment::After, Moment::Known]
+        .into_iter()
+        .flat_map(|moment| {
+            scenes.iter().map(move |(scene, made, next, questions)| {
+                let known = moment == Moment::Known;
+                let made = if known {
+                    first.clone()
+                } else {
+                    (*made).clone()
+                };
+                Row {
+                    scene,
+                    moment,
+                    right: Played {
+                        made,
+                        again: (answered(&id(next)), *questions),
+                    },
+                }
+            })
+        });
     rows.collect()
 }
 
 /// What the audit has of refusals of Alice's processes, by their reasons.
 fn refusals(daemon: &Daemon) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
-    for record in daemon.audit_where(|_, line| line.contains("\"refused\"") && line.contains("61001")) {
+    for record in
+        daemon.audit_where(|_, line| line.contains("\"refused\"") && line.contains("61001"))
+    {
         // Of many within a second the last record stands for several.
         let count = record["repeated"].as_u64().unwrap_or(1);
-        *counts.entry(record["reason"].as_str().unwrap().to_owned()).or_default() += count;
+        *counts
+            .entry(record["reason"].as_str().unwrap().to_owned())
+            .or_default() += count;
     }
     counts
 }
@@ -226,7 +297,10 @@ fn an_answer_counts_only_for_the_process_that_asked() {
                 continue;
             };
             if played != row.right {
-                wrong.push(format!("{} over {listener}, {:?}: {played:?}", row.scene, row.moment));
+                wrong.push(format!(
+                    "{} over {listener}, {:?}: {played:?}",
+                    row.scene, row.moment
+                ));
             }
             if let Made::Refused(reason) = row.right.made {
                 *expected_refusals.entry(reason).or_default() += 1;
@@ -234,9 +308,11 @@ fn an_answer_counts_only_for_the_process_that_asked() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    await_some("all refusals are in the audit, with the right reasons", Duration::from_secs(30), || {
-        (refusals(&stage.daemon) == expected_refusals).then_some(())
-    });
+    await_some(
+        "all refusals are in the audit, with the right reasons",
+        Duration::from_secs(30),
+        || (refusals(&stage.daemon) == expected_refusals).then_some(()),
+    );
 }
 
 /// Nobody's answer is another's, however often it is tried, and nobody else waits for a question that is held. As in the
@@ -248,23 +324,40 @@ fn many_scenes_in_random_order() {
         return;
     }
     let tries = if is_slow() { 10_000 } else { 150 };
-    let seed =
-        std::env::var("AWSVID_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
+    let seed = std::env::var("AWSVID_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| fastrand::u64(..));
     eprintln!("AWSVID_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let stage = Stage::set();
     let rows: Vec<_> = LISTENERS
         .into_iter()
-        .flat_map(|listener| expected(listener).into_iter().map(move |row| (listener, row)))
+        .flat_map(|listener| {
+            expected(listener)
+                .into_iter()
+                .map(move |row| (listener, row))
+        })
         .collect();
     let mut count = Count::default();
     while count.played < tries {
         let (listener, row) = &rows[random.usize(..rows.len())];
         let early = row.is_another() && random.bool();
-        let what = format!("{} over {listener}, {:?}{}", row.scene, row.moment, if early { ", early" } else { "" });
-        let honest =
-            [(); 2].map(|()| (["alice", "bob"][random.usize(..2)], LISTENERS[random.usize(..LISTENERS.len())]));
-        let played = stage.play(row, listener, early, || count.honest(&stage, honest[0], &what));
+        let what = format!(
+            "{} over {listener}, {:?}{}",
+            row.scene,
+            row.moment,
+            if early { ", early" } else { "" }
+        );
+        let honest = [(); 2].map(|()| {
+            (
+                ["alice", "bob"][random.usize(..2)],
+                LISTENERS[random.usize(..LISTENERS.len())],
+            )
+        });
+        let played = stage.play(row, listener, early, || {
+            count.honest(&stage, honest[0], &what)
+        });
         count.scene(&what, played, row);
         count.honest(&stage, honest[1], &what);
         if count.played % 1000 == 0 {
@@ -273,8 +366,14 @@ fn many_scenes_in_random_order() {
     }
     eprintln!("{count:?}");
     assert_eq!(count.wrong, 0, "seed {seed}: {count:?}");
-    assert!(count.otherwise * 1000 <= count.played, "seed {seed}: {count:?}");
-    assert!(count.unanswered * 1000 <= count.honest, "seed {seed}: {count:?}");
+    assert!(
+        count.otherwise * 1000 <= count.played,
+        "seed {seed}: {count:?}"
+    );
+    assert!(
+        count.unanswered * 1000 <= count.honest,
+        "seed {seed}: {count:?}"
+    );
 }
 
 #[derive(Debug, Default)]
@@ -306,7 +405,9 @@ impl Count {
         self.honest += 1;
         let made = stage.honest(name, listener);
         match &made {
-            Made::Answered(id) if *id == self::id(if name == "alice" { "first" } else { name }) => return,
+            Made::Answered(id) if *id == self::id(if name == "alice" { "first" } else { name }) => {
+                return;
+            }
             Made::Answered(_) => self.wrong += 1,
             _ => self.unanswered += 1,
         }

@@ -20,10 +20,15 @@ type Place = (&'static str, PathBuf);
 
 /// Runs a program as on a machine of its own, with these sockets in their places and loopback addresses that nobody else has.
 fn elsewhere(places: &[Place]) -> String {
-    let mut script = String::from("mount -t tmpfs tmpfs /run; mkdir /run/awsvid; ip link set lo up");
+    let mut script =
+        String::from("mount -t tmpfs tmpfs /run; mkdir /run/awsvid; ip link set lo up");
     for (place, socket) in places {
         let directory = Path::new(place).parent().unwrap();
-        script += &format!("; mkdir -p {}; ln -s {} {place}", directory.display(), socket.display());
+        script += &format!(
+            "; mkdir -p {}; ln -s {} {place}",
+            directory.display(),
+            socket.display()
+        );
     }
     script + "; exec \"$@\""
 }
@@ -33,36 +38,83 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
         return;
     }
     let folder = folder();
-    let Some(spire) = Spire::start_with(folder.path(), source.of_spire()) else { return };
-    spire.register(AWSVID, &awsvid_selectors(Path::new(PROGRAM)).each_ref().map(String::as_str));
-    spire.register("spiffe://example.org/billing", &[&format!("unix:uid:{BILLING}")]);
+    let Some(spire) = Spire::start_with(folder.path(), source.of_spire()) else {
+        return;
+    };
+    spire.register(
+        AWSVID,
+        &awsvid_selectors(Path::new(PROGRAM))
+            .each_ref()
+            .map(String::as_str),
+    );
+    spire.register(
+        "spiffe://example.org/billing",
+        &[&format!("unix:uid:{BILLING}")],
+    );
     let script = elsewhere(&places(&spire));
-    let mut command = behind(&["unshare", "--mount", "--net", "sh", "-ec", &script, "sh"], Path::new(PROGRAM));
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(example);
-    command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("serve").arg("--config").arg(file);
+    let mut command = behind(
+        &["unshare", "--mount", "--net", "sh", "-ec", &script, "sh"],
+        Path::new(PROGRAM),
+    );
+    let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("deploy")
+        .join(example);
+    command
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .arg("serve")
+        .arg("--config")
+        .arg(file);
     let daemon = Process::start("awsvid", command, &folder.path().join("awsvid.log"));
-    daemon.await_some("its listeners", PATIENCE, || daemon.log().contains("serving operators").then_some(()));
+    daemon.await_some("its listeners", PATIENCE, || {
+        daemon.log().contains("serving operators").then_some(())
+    });
 
     let pid = daemon.id().to_string();
     let ask = |uid: u32| -> (u16, Value) {
         let uid = uid.to_string();
         let inside = ["nsenter", "--target", &pid, "--mount", "--net"];
-        let user = ["setpriv", "--reuid", &uid, "--regid", &uid, "--clear-groups"];
+        let user = [
+            "setpriv",
+            "--reuid",
+            &uid,
+            "--regid",
+            &uid,
+            "--clear-groups",
+        ];
         let mut curl = behind(&[&inside[..], &user[..]].concat(), Path::new("curl"));
-        curl.args(["--silent", "--show-error", "--header", "Authorization: any", "--write-out", "\n%{http_code}"]);
+        curl.args([
+            "--silent",
+            "--show-error",
+            "--header",
+            "Authorization: any",
+            "--write-out",
+            "\n%{http_code}",
+        ]);
         curl.arg("http://127.0.0.1:974/v1/credentials");
         let output = run(curl, b"", PATIENCE).success("curl");
         let (body, status) = output.rsplit_once('\n').expect("the status after the body");
-        (status.parse().expect("a status"), serde_json::from_str(body).expect("JSON"))
+        (
+            status.parse().expect("a status"),
+            serde_json::from_str(body).expect("JSON"),
+        )
     };
     // The example names an account at AWS, which can't be reached from here: one caller gets as far as that. Where a name
     // server is asked for it, that may take longer than a request is held.
     let told = || Some(ask(BILLING)).filter(|(_, body)| body["code"] != "pending");
     let (status, body) = daemon.await_some("what became of it", PATIENCE, told);
-    assert_eq!((status, &body["code"]), (503, &"sts_unreachable".into()), "{body}");
+    assert_eq!(
+        (status, &body["code"]),
+        (503, &"sts_unreachable".into()),
+        "{body}"
+    );
     assert_ne!(spire.jwt_svids_signed("spiffe://example.org/billing"), 0);
     let (status, body) = ask(STRANGER);
-    assert_eq!((status, &body["code"]), (403, &"no_identity".into()), "{body}");
+    assert_eq!(
+        (status, &body["code"]),
+        (403, &"no_identity".into()),
+        "{body}"
+    );
 }
 
 #[test]
@@ -76,7 +128,10 @@ fn the_example_for_delegated_identity() {
 fn the_example_for_the_broker_api() {
     as_it_stands("spiffe-broker.toml", Source::Broker, |spire| {
         vec![
-            ("/run/spire/agent-sockets/spire-agent.sock", spire.agent_socket()),
+            (
+                "/run/spire/agent-sockets/spire-agent.sock",
+                spire.agent_socket(),
+            ),
             ("/run/spire/broker/api.sock", spire.broker_socket()),
         ]
     });

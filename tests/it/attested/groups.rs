@@ -10,25 +10,52 @@ const GROUP: &str = "unix:supplementary_gid:100000";
 
 fn too_many_groups_are_refused_and_the_agent_is_not_asked(source: Source) {
     let folder = folder();
-    let setting = Setting { source, ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+        return;
+    };
     world.register(&id("member"), &[&format!("unix:uid:{USER}"), GROUP], &[]);
     let ask = |listener: &str, groups: usize, processes: usize| {
         let numbers = [usize::try_from(USER).unwrap(), groups, processes];
-        Acting::start("grouped", listener, &world.daemon.listener(listener), &numbers, world.cgroup().path()).enough()
+        Acting::start(
+            "grouped",
+            listener,
+            &world.daemon.listener(listener),
+            &numbers,
+            world.cgroup().path(),
+        )
+        .enough()
     };
     let all = |code: &str, count: usize| Counts::from([(code.to_owned(), count)]);
     let before = world.daemon.memory();
     for listener in ["unix", "tcp", "tcp6"] {
-        assert_eq!(ask(listener, 0, 1), all("no_identity", 1), "over {listener}");
+        assert_eq!(
+            ask(listener, 0, 1),
+            all("no_identity", 1),
+            "over {listener}"
+        );
         assert_eq!(ask(listener, 1, 1), all("Success", 1), "over {listener}");
         assert_eq!(ask(listener, 1024, 1), all("Success", 1), "over {listener}");
         let asked = world.spire.attested(&format!("uid:{USER}")).len();
-        assert_eq!(ask(listener, 65_536, 100), all("too_many_groups", 100), "over {listener}");
-        assert_eq!(world.spire.attested(&format!("uid:{USER}")).len(), asked, "over {listener}");
+        assert_eq!(
+            ask(listener, 65_536, 100),
+            all("too_many_groups", 100),
+            "over {listener}"
+        );
+        assert_eq!(
+            world.spire.attested(&format!("uid:{USER}")).len(),
+            asked,
+            "over {listener}"
+        );
     }
     let after = world.daemon.memory();
-    assert!(after < before + 24 * 1024, "{before} KiB before, {after} KiB after");
+    assert!(
+        after < before + 24 * 1024,
+        "{before} KiB before, {after} KiB after"
+    );
 }
 
 #[test]

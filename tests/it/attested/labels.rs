@@ -17,11 +17,26 @@ fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
     let folder = folder();
     let agent = FakeAgent::start(folder.path(), entries);
     let daemon = Daemon::start(folder.path(), "", &agent.configuration()).ready();
-    let cgroup = Cgroup::new(&format!("labels-{}", folder.path().file_name().unwrap().display()));
+    let cgroup = Cgroup::new(&format!(
+        "labels-{}",
+        folder.path().file_name().unwrap().display()
+    ));
     let ask = |scene, listener| {
-        Made::of(&play(scene, listener, &daemon.listener(listener), daemon.pid(), cgroup.path()), scene, &daemon)
+        Made::of(
+            &play(
+                scene,
+                listener,
+                &daemon.listener(listener),
+                daemon.pid(),
+                cgroup.path(),
+            ),
+            scene,
+            &daemon,
+        )
     };
-    ["unix", "tcp", "tcp6"].map(|listener| ["alice", "bob"].map(|scene| ask(scene, listener))).to_vec()
+    ["unix", "tcp", "tcp6"]
+        .map(|listener| ["alice", "bob"].map(|scene| ask(scene, listener)))
+        .to_vec()
 }
 
 /// Alice's credentials are in the cache, and are handed out without a look at a token.
@@ -30,8 +45,14 @@ fn nobody_is_who_is_named_beside_the_token_of_another() {
     if !root() {
         return;
     }
-    let entries = vec![Entry::new(&id("alice"), &[ALICE]), Entry::labelled(&id("alice"), &id("bob"), &[BOB])];
-    assert_eq!(made(entries), vec![[answered(&id("alice")), refused("bad_token")]; 3]);
+    let entries = vec![
+        Entry::new(&id("alice"), &[ALICE]),
+        Entry::labelled(&id("alice"), &id("bob"), &[BOB]),
+    ];
+    assert_eq!(
+        made(entries),
+        vec![[answered(&id("alice")), refused("bad_token")]; 3]
+    );
 }
 
 #[test]
@@ -46,5 +67,8 @@ fn an_identity_that_comes_several_times_is_one() {
         Entry::new(&id("bob"), &[BOB]),
         Entry::labelled(&id("alice"), &id("bob"), &[BOB]),
     ];
-    assert_eq!(made(entries), vec![[answered(&id("alice")), answered(&id("bob"))]; 3]);
+    assert_eq!(
+        made(entries),
+        vec![[answered(&id("alice")), answered(&id("bob"))]; 3]
+    );
 }

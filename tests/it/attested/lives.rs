@@ -14,13 +14,22 @@ const LIVES: [&str; 2] = ["30", "20"];
 fn tokens_of_few_seconds_are_exchanged(source: Source) {
     let folder = folder();
     // Of MinIO's sessions none is shorter than a quarter of an hour, so each life takes a role of its own.
-    let setting = Setting { source, ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &[(READER, "reader")], &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &[(READER, "reader")], &setting) else {
+        return;
+    };
     let role = world.minio.role_arn();
     for life in LIVES {
         world.unregister(&id("reader"));
         let owner = if source == Source::Rules { 0 } else { READER };
-        world.register(&id("reader"), &[&format!("unix:uid:{owner}")], &["-jwtSVIDTTL", life]);
+        world.register(
+            &id("reader"),
+            &[&format!("unix:uid:{owner}")],
+            &["-jwtSVIDTTL", life],
+        );
         // It would go on to give the token that it has.
         world.spire.stop_agent();
         world.start_agent();
@@ -32,11 +41,20 @@ fn tokens_of_few_seconds_are_exchanged(source: Source) {
         );
         assert!(world.daemon.reload_text(&text));
         for listener in ["unix", "tcp"] {
-            let ask = || world.curl_by("/usr/bin/curl".as_ref(), READER, listener, &format!("/{name}"));
+            let ask = || {
+                world.curl_by(
+                    "/usr/bin/curl".as_ref(),
+                    READER,
+                    listener,
+                    &format!("/{name}"),
+                )
+            };
             // An agent that has just started gives awsvid's own identity a moment later.
-            await_some(&format!("credentials over {listener} for {life} s"), PATIENCE, || {
-                ask().0.starts_with("HTTP/1.1 200").then_some(())
-            });
+            await_some(
+                &format!("credentials over {listener} for {life} s"),
+                PATIENCE,
+                || ask().0.starts_with("HTTP/1.1 200").then_some(()),
+            );
         }
     }
 }

@@ -44,7 +44,12 @@ fn spire(folder: &Path) -> Option<Spire> {
 }
 
 fn register(spire: &Spire) {
-    spire.register(AWSVID, &awsvid_selectors(Path::new(PROGRAM)).each_ref().map(String::as_str));
+    spire.register(
+        AWSVID,
+        &awsvid_selectors(Path::new(PROGRAM))
+            .each_ref()
+            .map(String::as_str),
+    );
 }
 
 /// What the daemon says, once, of the source that keeps it from being ready.
@@ -57,25 +62,49 @@ fn complaint(daemon: &Daemon, words: &[&str]) -> String {
 /// Whoever asks is refused, and the agent is asked about nobody.
 fn assert_refused(daemon: &Daemon) {
     let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
-    assert_eq!((status, body["code"].as_str()), (403, Some("source_misconfigured")), "{body}");
+    assert_eq!(
+        (status, body["code"].as_str()),
+        (403, Some("source_misconfigured")),
+        "{body}"
+    );
 }
 
 /// Whatever it was, it is over: the source answers, and the daemon has said what it had to say only once.
 fn assert_mended(daemon: &Daemon, line: &str) {
     daemon.await_line(&["not ready: STS: "]);
-    assert_eq!(daemon.log().matches(&serde_json::to_string(line).unwrap()).count(), 1, "{line}");
+    assert_eq!(
+        daemon
+            .log()
+            .matches(&serde_json::to_string(line).unwrap())
+            .count(),
+        1,
+        "{line}"
+    );
 }
 
 #[test]
 fn no_socket() {
     let folder = folder();
-    let Some(mut spire) = spire(folder.path()) else { return };
+    let Some(mut spire) = spire(folder.path()) else {
+        return;
+    };
     register(&spire);
     spire.stop_agent();
     // One that has never run.
     fs::remove_file(spire.admin_socket()).unwrap();
-    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
-    let line = complaint(&daemon, &["there is no socket at unix://", "start the SPIFFE agent", "`admin_socket_path`"]);
+    let daemon = Daemon::start(
+        folder.path(),
+        "",
+        &by_delegated_identity(&spire.admin_socket()),
+    );
+    let line = complaint(
+        &daemon,
+        &[
+            "there is no socket at unix://",
+            "start the SPIFFE agent",
+            "`admin_socket_path`",
+        ],
+    );
     spire.start_agent();
     assert_mended(&daemon, &line);
 }
@@ -83,22 +112,58 @@ fn no_socket() {
 #[test]
 fn a_socket_that_awsvid_may_not_open() {
     let folder = folder();
-    let Some(spire) = spire(folder.path()) else { return };
+    let Some(spire) = spire(folder.path()) else {
+        return;
+    };
     let own = folder.path().join("own");
     fs::create_dir(&own).unwrap();
     chown(&own, Some(USER), Some(USER)).unwrap();
     let user = USER.to_string();
-    let as_user = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups", "--inh-caps=-all"];
-    let daemon = Daemon::start_behind(&as_user, &own, "", &by_delegated_identity(&spire.admin_socket()));
-    complaint(&daemon, &["awsvid may not open unix://", "give uid 51001 write access", "mode 0770", "agent's group"]);
+    let as_user = [
+        "setpriv",
+        "--reuid",
+        &user,
+        "--regid",
+        &user,
+        "--clear-groups",
+        "--inh-caps=-all",
+    ];
+    let daemon = Daemon::start_behind(
+        &as_user,
+        &own,
+        "",
+        &by_delegated_identity(&spire.admin_socket()),
+    );
+    complaint(
+        &daemon,
+        &[
+            "awsvid may not open unix://",
+            "give uid 51001 write access",
+            "mode 0770",
+            "agent's group",
+        ],
+    );
 }
 
 #[test]
 fn awsvid_has_no_entry() {
     let folder = folder();
-    let Some(spire) = spire(folder.path()) else { return };
-    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
-    let line = complaint(&daemon, &["no identity for awsvid itself", "register one", "by its user and executable"]);
+    let Some(spire) = spire(folder.path()) else {
+        return;
+    };
+    let daemon = Daemon::start(
+        folder.path(),
+        "",
+        &by_delegated_identity(&spire.admin_socket()),
+    );
+    let line = complaint(
+        &daemon,
+        &[
+            "no identity for awsvid itself",
+            "register one",
+            "by its user and executable",
+        ],
+    );
     register(&spire);
     assert_mended(&daemon, &line);
 }
@@ -109,10 +174,22 @@ fn awsvid_is_no_delegate() {
         return;
     }
     let folder = folder();
-    let Some(mut spire) = Spire::start(folder.path()) else { return };
+    let Some(mut spire) = Spire::start(folder.path()) else {
+        return;
+    };
     register(&spire);
-    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
-    let line = complaint(&daemon, &["does not let awsvid ask for other workloads", "`authorized_delegates`"]);
+    let daemon = Daemon::start(
+        folder.path(),
+        "",
+        &by_delegated_identity(&spire.admin_socket()),
+    );
+    let line = complaint(
+        &daemon,
+        &[
+            "does not let awsvid ask for other workloads",
+            "`authorized_delegates`",
+        ],
+    );
     spire.stop_agent();
     spire.setting = Source::Delegated.of_spire();
     spire.start_agent();
@@ -122,14 +199,20 @@ fn awsvid_is_no_delegate() {
 #[test]
 fn the_socket_is_another_one() {
     let folder = folder();
-    let Some(spire) = spire(folder.path()) else { return };
+    let Some(spire) = spire(folder.path()) else {
+        return;
+    };
     register(&spire);
     // A link, which is led to the right one later.
     let socket = folder.path().join("admin.sock");
     symlink(spire.agent_socket(), &socket).unwrap();
     let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&socket));
     let words = "is not the admin socket of a SPIRE agent: set `admin_socket`";
-    assert!(daemon.log().contains("callers are refused") && daemon.log().contains(words), "{}", daemon.log());
+    assert!(
+        daemon.log().contains("callers are refused") && daemon.log().contains(words),
+        "{}",
+        daemon.log()
+    );
     let line = complaint(&daemon, &[words]);
     assert_refused(&daemon);
     // A change of the configuration is not taken while it is so.
@@ -143,12 +226,22 @@ fn the_socket_is_another_one() {
 #[test]
 fn awsvid_lives_in_another_pid_namespace() {
     let folder = folder();
-    let Some(spire) = spire(folder.path()) else { return };
+    let Some(spire) = spire(folder.path()) else {
+        return;
+    };
     register(&spire);
-    let daemon = Daemon::start_behind(&OWN_PIDS, folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
+    let daemon = Daemon::start_behind(
+        &OWN_PIDS,
+        folder.path(),
+        "",
+        &by_delegated_identity(&spire.admin_socket()),
+    );
     // It recognizes not even itself over TCP, and so does not come to ask the source whether it is ready.
     let log = daemon.log();
-    assert!(log.contains("in another pid namespace than awsvid") && log.contains("hostPID: true"), "{log}");
+    assert!(
+        log.contains("in another pid namespace than awsvid") && log.contains("hostPID: true"),
+        "{log}"
+    );
     assert!(log.contains("callers are refused"), "{log}");
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
 }
@@ -159,10 +252,22 @@ fn the_agent_lives_in_another_pid_namespace() {
         return;
     }
     let folder = folder();
-    let setting = SpireSetting { agent_behind: OWN_PIDS.to_vec(), ..Source::Delegated.of_spire() };
-    let Some(mut spire) = Spire::start_with(folder.path(), setting) else { return };
-    let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&spire.admin_socket()));
-    complaint(&daemon, &["in another pid namespace than awsvid", "hostPID: true"]);
+    let setting = SpireSetting {
+        agent_behind: OWN_PIDS.to_vec(),
+        ..Source::Delegated.of_spire()
+    };
+    let Some(mut spire) = Spire::start_with(folder.path(), setting) else {
+        return;
+    };
+    let daemon = Daemon::start(
+        folder.path(),
+        "",
+        &by_delegated_identity(&spire.admin_socket()),
+    );
+    complaint(
+        &daemon,
+        &["in another pid namespace than awsvid", "hostPID: true"],
+    );
     assert_refused(&daemon);
     drop(daemon);
 
@@ -170,13 +275,21 @@ fn the_agent_lives_in_another_pid_namespace() {
     spire.stop_agent();
     let patience = Duration::from_secs(30);
     // What was killed is the process that has made the namespace; the agent in there ends by that.
-    await_some("the agent has ended", patience, || UnixStream::connect(spire.admin_socket()).err());
+    await_some("the agent has ended", patience, || {
+        UnixStream::connect(spire.admin_socket()).err()
+    });
     let own = folder.path().join("own");
     fs::create_dir(&own).unwrap();
     let daemon = Daemon::start(&own, "", &by_delegated_identity(&spire.admin_socket()));
     spire.start_agent();
-    complaint(&daemon, &["in another pid namespace than awsvid", "hostPID: true"]);
-    assert!(!spire.agent_log().contains("PID attested"), "the agent was asked about somebody");
+    complaint(
+        &daemon,
+        &["in another pid namespace than awsvid", "hostPID: true"],
+    );
+    assert!(
+        !spire.agent_log().contains("PID attested"),
+        "the agent was asked about somebody"
+    );
 }
 
 /// An agent to which the number of a process means nothing.
@@ -215,8 +328,14 @@ fn old_agent(path: &Path, answer: Answer) -> Runtime {
 fn the_agent_is_too_old() {
     // One that misses something in the request, and 1.10.1, which looks for entries without selectors and finds none.
     let answers: [(Answer, &str); 2] = [
-        (|| Status::invalid_argument("must provide selectors"), "that takes SPIRE 1.10.2 or newer"),
-        (|| Status::permission_denied("no identity issued"), "or the agent is older than 1.10.2"),
+        (
+            || Status::invalid_argument("must provide selectors"),
+            "that takes SPIRE 1.10.2 or newer",
+        ),
+        (
+            || Status::permission_denied("no identity issued"),
+            "or the agent is older than 1.10.2",
+        ),
     ];
     for (answer, words) in answers {
         let folder = folder();

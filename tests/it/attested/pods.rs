@@ -30,7 +30,14 @@ const LEAST: [&str; 8] = [
 ];
 
 fn uid(pod: &Cgroup) -> String {
-    pod.path().parent().unwrap().file_name().unwrap().to_str().unwrap().replacen("pod", "", 1)
+    pod.path()
+        .parent()
+        .unwrap()
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .replacen("pod", "", 1)
 }
 
 #[test]
@@ -39,10 +46,24 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
         return;
     }
     let (folder, kubelet) = (folder(), FakeKubelet::start());
-    let brokers = vec![Broker { id: AWSVID.to_owned(), reference_types: vec![Broker::BY_OBJECT] }];
-    let setting = SpireSetting { brokers, attestor: kubelet.attestor(AWSVID), ..SpireSetting::default() };
-    let Some(spire) = Spire::start_with(folder.path(), setting) else { return };
-    spire.register(AWSVID, &awsvid_selectors(std::path::Path::new(PROGRAM)).each_ref().map(String::as_str));
+    let brokers = vec![Broker {
+        id: AWSVID.to_owned(),
+        reference_types: vec![Broker::BY_OBJECT],
+    }];
+    let setting = SpireSetting {
+        brokers,
+        attestor: kubelet.attestor(AWSVID),
+        ..SpireSetting::default()
+    };
+    let Some(spire) = Spire::start_with(folder.path(), setting) else {
+        return;
+    };
+    spire.register(
+        AWSVID,
+        &awsvid_selectors(std::path::Path::new(PROGRAM))
+            .each_ref()
+            .map(String::as_str),
+    );
     for account in ["billing", "orders", "late"] {
         spire.register(&id(account), &["k8s:ns:shop", &format!("k8s:sa:{account}")]);
     }
@@ -68,8 +89,11 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
         spire.broker_socket().display(),
         sts.configuration()
     );
-    let daemon = Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
-    await_some("all are listened in", PATIENCE, || (daemon.metric("awsvid_pod_namespaces") == 3).then_some(()));
+    let daemon =
+        Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
+    await_some("all are listened in", PATIENCE, || {
+        (daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
+    });
 
     let ask = |name: &str, cgroup: &Cgroup| {
         let before = daemon.audit().len();
@@ -78,8 +102,16 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
         daemon.audit_after(before).pop().unwrap()
     };
     let is_own = |record: &Value, pod: &Cgroup, name: &str| {
-        assert_eq!((&record["reason"], &record["spiffe_id"]), (&Value::from("ok"), &Value::from(id(name))), "{record}");
-        assert_eq!((&record["pod_uid"], record.get("pid")), (&Value::from(uid(pod)), None), "{record}");
+        assert_eq!(
+            (&record["reason"], &record["spiffe_id"]),
+            (&Value::from("ok"), &Value::from(id(name))),
+            "{record}"
+        );
+        assert_eq!(
+            (&record["pod_uid"], record.get("pid")),
+            (&Value::from(uid(pod)), None),
+            "{record}"
+        );
     };
     for (pod, name) in pods[..2].iter().zip(["billing", "orders"]) {
         is_own(&ask(name, pod), pod, name);
@@ -89,9 +121,16 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     // The kubelet does not know it yet when it asks, and is asked by the agent at most twice a second.
     let late = std::thread::scope(|scope| {
         let asking = scope.spawn(|| ask("late", &pods[2]));
-        await_some("the agent has said that it does not know it", PATIENCE, || {
-            spire.agent_log().contains(&format!("pod with UID {} not found", uid(&pods[2]))).then_some(())
-        });
+        await_some(
+            "the agent has said that it does not know it",
+            PATIENCE,
+            || {
+                spire
+                    .agent_log()
+                    .contains(&format!("pod with UID {} not found", uid(&pods[2])))
+                    .then_some(())
+            },
+        );
         kubelet.has(&uid(&pods[2]), "late");
         asking.join().unwrap()
     });
@@ -100,18 +139,31 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     // The same by hand, from the daemon's place. Without a pod there is nobody to name.
     let check = |arguments: &[&str], status: i32| {
         let mut command = behind(&words, std::path::Path::new(PROGRAM));
-        command.args(["check", "--json", "--config"]).arg(folder.path().join("awsvid.toml")).args(arguments);
+        command
+            .args(["check", "--json", "--config"])
+            .arg(folder.path().join("awsvid.toml"))
+            .args(arguments);
         let output = run(command, b"", PATIENCE);
         let findings = serde_json::from_str::<Value>(&output.stdout).unwrap()["findings"].clone();
-        let ours = findings.as_array().unwrap().iter().filter(|finding| finding["step"] != "machine");
+        let ours = findings
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|finding| finding["step"] != "machine");
         let ours: Vec<String> = ours.map(Value::to_string).collect();
         (ours.join("\n"), output.status.code() == Some(status))
     };
     // It has fewer privileges than awsvid on a plain node needs, which is a failure of its own.
     let (said, failed) = check(&["--pod", &uid(&pods[0])], 1);
-    assert!(failed && said.contains(&format!("assumed by {}", id("billing"))), "{said}");
+    assert!(
+        failed && said.contains(&format!("assumed by {}", id("billing"))),
+        "{said}"
+    );
     let (said, failed) = check(&[], 1);
-    assert!(failed && said.contains("awsvid check --pod UID") && !said.contains("\"failed\""), "{said}");
+    assert!(
+        failed && said.contains("awsvid check --pod UID") && !said.contains("\"failed\""),
+        "{said}"
+    );
 
     // Whoever is known notices nothing of a pod that has no entry any more until it has been said twice.
     kubelet.has_none();
@@ -120,5 +172,9 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     await_some("its credentials end", Duration::from_secs(90), || {
         (ask("orders", &pods[1])["outcome"] == "refused").then_some(())
     });
-    assert!(gone.elapsed() < Duration::from_secs(60), "{:?}", gone.elapsed());
+    assert!(
+        gone.elapsed() < Duration::from_secs(60),
+        "{:?}",
+        gone.elapsed()
+    );
 }

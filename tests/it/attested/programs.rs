@@ -21,11 +21,18 @@ fn curl(folder: &Path, name: &str) -> PathBuf {
 
 /// The selectors of a user's program.
 fn selectors(uid: u32, program: &Path) -> [String; 2] {
-    [format!("unix:uid:{uid}"), format!("unix:path:{}", program.display())]
+    [
+        format!("unix:uid:{uid}"),
+        format!("unix:path:{}", program.display()),
+    ]
 }
 
 fn register(world: &mut World, spiffe_id: &str, uid: u32, program: &Path) {
-    world.register(spiffe_id, &selectors(uid, program).each_ref().map(String::as_str), &[]);
+    world.register(
+        spiffe_id,
+        &selectors(uid, program).each_ref().map(String::as_str),
+        &[],
+    );
 }
 
 /// What the last request came to, by its audit record: the SPIFFE ID that it was answered for, or the reason.
@@ -33,34 +40,71 @@ fn outcome(world: &World, uid: u32, program: &Path, listener: &str) -> (String, 
     let before = world.daemon.audit().len();
     let (_, body) = world.curl_by(program, uid, listener, "");
     let body: Value = serde_json::from_str(&body).unwrap();
-    let [record] = &world.daemon.audit_after(before)[..] else { panic!("one request, one record") };
-    assert_eq!((&record["uid"], &record["listener"]), (&Value::from(uid), &Value::from(listener)));
-    assert_eq!(record["access_key_id"], body["AccessKeyId"], "{record} {body}");
+    let [record] = &world.daemon.audit_after(before)[..] else {
+        panic!("one request, one record")
+    };
+    assert_eq!(
+        (&record["uid"], &record["listener"]),
+        (&Value::from(uid), &Value::from(listener))
+    );
+    assert_eq!(
+        record["access_key_id"], body["AccessKeyId"],
+        "{record} {body}"
+    );
     let decided = record["spiffe_id"].as_str().unwrap_or("-");
-    (record["reason"].as_str().unwrap().to_owned(), decided.to_owned())
+    (
+        record["reason"].as_str().unwrap().to_owned(),
+        decided.to_owned(),
+    )
 }
 
 fn two_programs_of_one_user_are_two(source: Source) {
     let folder = folder();
-    let setting = Setting { source, ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+        return;
+    };
     let [one, two, three] = ["one", "two", "three"].map(|name| curl(folder.path(), name));
     register(&mut world, &id("one"), USER, &one);
     register(&mut world, &id("two"), USER, &two);
     for listener in LISTENERS {
-        assert_eq!(outcome(&world, USER, &one, listener), ("ok".to_owned(), id("one")), "over {listener}");
-        assert_eq!(outcome(&world, USER, &two, listener), ("ok".to_owned(), id("two")), "over {listener}");
+        assert_eq!(
+            outcome(&world, USER, &one, listener),
+            ("ok".to_owned(), id("one")),
+            "over {listener}"
+        );
+        assert_eq!(
+            outcome(&world, USER, &two, listener),
+            ("ok".to_owned(), id("two")),
+            "over {listener}"
+        );
         let nobody = ("no_identity".to_owned(), "-".to_owned());
-        assert_eq!(outcome(&world, USER, &three, listener), nobody, "a third program over {listener}");
-        assert_eq!(outcome(&world, 51_003, &one, listener), nobody, "another user with the first over {listener}");
+        assert_eq!(
+            outcome(&world, USER, &three, listener),
+            nobody,
+            "a third program over {listener}"
+        );
+        assert_eq!(
+            outcome(&world, 51_003, &one, listener),
+            nobody,
+            "another user with the first over {listener}"
+        );
     }
 }
 
 /// Whoever SPIRE takes for awsvid itself gets nothing, whatever the roles say.
 fn awsvids_own_identity_is_nobody_elses(source: Source) {
     let folder = folder();
-    let setting = Setting { source, ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+        return;
+    };
     let [own, roots] = ["own", "roots"].map(|name| curl(folder.path(), name));
     let role = format!(
         "{}\n[[role]]\nname = \"own\"\nspiffe_id = \"{AWSVID}\"\nrole_arn = \"{}\"\n",
@@ -69,17 +113,33 @@ fn awsvids_own_identity_is_nobody_elses(source: Source) {
     );
     assert!(world.daemon.reload_text(&role));
     // An entry of the same SPIFFE ID for another program. That of awsvid itself stays.
-    world.spire.register(AWSVID, &selectors(0, &own).each_ref().map(String::as_str));
+    world
+        .spire
+        .register(AWSVID, &selectors(0, &own).each_ref().map(String::as_str));
     register(&mut world, &id("roots"), 0, &roots);
     for listener in LISTENERS {
         let nobody = ("no_identity".to_owned(), "-".to_owned());
-        assert_eq!(outcome(&world, 0, &own, listener), nobody, "over {listener}");
-        assert_eq!(outcome(&world, 0, &roots, listener), ("ok".to_owned(), id("roots")), "over {listener}");
+        assert_eq!(
+            outcome(&world, 0, &own, listener),
+            nobody,
+            "over {listener}"
+        );
+        assert_eq!(
+            outcome(&world, 0, &roots, listener),
+            ("ok".to_owned(), id("roots")),
+            "over {listener}"
+        );
     }
     let (head, _) = world.curl_by(&own, 0, "unix", "/own");
     assert!(head.starts_with("HTTP/1.1 403"), "{head}");
-    world.daemon.await_line(&["a process has awsvid's own identity, which is given to nobody"]);
-    let keys = world.daemon.audit().into_iter().filter(|record| record["spiffe_id"] == AWSVID);
+    world
+        .daemon
+        .await_line(&["a process has awsvid's own identity, which is given to nobody"]);
+    let keys = world
+        .daemon
+        .audit()
+        .into_iter()
+        .filter(|record| record["spiffe_id"] == AWSVID);
     assert_eq!(keys.collect::<Vec<_>>(), Vec::<Value>::new());
 }
 

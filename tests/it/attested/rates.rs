@@ -54,7 +54,9 @@ struct Processors {
 impl Processors {
     fn of_this_machine() -> Self {
         let all = sched_getaffinity(Pid::this()).unwrap();
-        let numbers: Vec<usize> = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap()).collect();
+        let numbers: Vec<usize> = (0..CpuSet::count())
+            .filter(|cpu| all.is_set(*cpu).unwrap())
+            .collect();
         let set = |numbers: &[usize]| {
             let mut set = CpuSet::new();
             numbers.iter().for_each(|cpu| set.set(*cpu).unwrap());
@@ -64,21 +66,46 @@ impl Processors {
             Some((last, others)) if !others.is_empty() => (std::slice::from_ref(last), others),
             _ => (&numbers[..], &numbers[..]),
         };
-        let list = others.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-        Self { agent: set(agent), others: set(others), others_list: list }
+        let list = others
+            .iter()
+            .map(usize::to_string)
+            .collect::<Vec<_>>()
+            .join(",");
+        Self {
+            agent: set(agent),
+            others: set(others),
+            others_list: list,
+        }
     }
 
     /// Words behind which a command of root's runs in the cgroup of workloads, on the others' processors, behind awsvid: as if
     /// it was on another machine's.
     fn behind<'a>(&'a self, world: &'a World) -> Vec<&'a str> {
-        [&world.cgroup().enter()[..], &["nice", "-n", "10", "taskset", "--cpu-list", &self.others_list]].concat()
+        [
+            &world.cgroup().enter()[..],
+            &[
+                "nice",
+                "-n",
+                "10",
+                "taskset",
+                "--cpu-list",
+                &self.others_list,
+            ],
+        ]
+        .concat()
     }
 }
 
 /// Keeps all threads of a process on these processors.
 fn keep_on(process: Pid, processors: &CpuSet) {
     for task in fs::read_dir(format!("/proc/{process}/task")).unwrap() {
-        let thread = task.unwrap().file_name().into_string().unwrap().parse().unwrap();
+        let thread = task
+            .unwrap()
+            .file_name()
+            .into_string()
+            .unwrap()
+            .parse()
+            .unwrap();
         // One that has ended meanwhile needs none.
         let _ = sched_setaffinity(Pid::from_raw(thread), processors);
     }
@@ -93,13 +120,20 @@ struct Idle {
 impl Idle {
     fn start(world: &World, processors: &Processors, uid: u32, count: usize) -> Self {
         let mut command = behind(&processors.behind(world), &program());
-        command.env_clear().env("PATH", "/usr/bin:/bin").args(["idle", &uid.to_string(), &count.to_string()]);
+        command.env_clear().env("PATH", "/usr/bin:/bin").args([
+            "idle",
+            &uid.to_string(),
+            &count.to_string(),
+        ]);
         command.stdout(Stdio::piped());
         let mut owned = spawn(command).unwrap();
         let lines = BufReader::new(owned.stdout().unwrap()).lines();
         let pids: Vec<u32> = lines.map_while(|line| line.unwrap().parse().ok()).collect();
         assert_eq!(pids.len(), count);
-        Self { _owned: owned, pids }
+        Self {
+            _owned: owned,
+            pids,
+        }
     }
 }
 
@@ -118,16 +152,28 @@ impl Direct {
             renice.args([&BEFORE[1..], &["-p", &gettid().to_string()]].concat());
             run(renice, b"", PATIENCE).success("renice");
         };
-        let runtime =
-            Builder::new_multi_thread().worker_threads(2).on_thread_start(place).enable_all().build().unwrap();
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .on_thread_start(place)
+            .enable_all()
+            .build()
+            .unwrap();
         // This test's own process is one that may ask for others.
         let own = fs::read_link("/proc/self/exe").unwrap();
-        world.spire.register(AWSVID, &["unix:uid:0", &format!("unix:path:{}", own.display())]);
+        world.spire.register(
+            AWSVID,
+            &["unix:uid:0", &format!("unix:path:{}", own.display())],
+        );
         let agent: Arc<dyn AttestingAgent> = match source {
             Source::Broker => {
                 let _within = runtime.enter();
                 let own = OwnSvidSource::at(Endpoint::Unix(world.spire.agent_socket()));
-                Arc::new(BrokerApi::new(&world.spire.broker_socket(), own, None, PATIENCE))
+                Arc::new(BrokerApi::new(
+                    &world.spire.broker_socket(),
+                    own,
+                    None,
+                    PATIENCE,
+                ))
             }
             _ => Arc::new(SpireDelegated::new(&world.spire.admin_socket(), PATIENCE)),
         };
@@ -141,7 +187,12 @@ impl Direct {
         let pids = Arc::new(idle.pids.clone());
         let [next, answered] = [(); 2].map(|()| Arc::new(AtomicUsize::new(0)));
         let ask = || {
-            let (agent, pids, next, answered) = (self.agent.clone(), pids.clone(), next.clone(), answered.clone());
+            let (agent, pids, next, answered) = (
+                self.agent.clone(),
+                pids.clone(),
+                next.clone(),
+                answered.clone(),
+            );
             async move {
                 while let Some(pid) = pids.get(next.fetch_add(1, Ordering::Relaxed)) {
                     assert_eq!(agent.fetch_for_pid(*pid, AUDIENCE).await.unwrap().len(), 1);
@@ -169,23 +220,51 @@ impl Direct {
 fn herd(world: &World, processors: &Processors, rate: f64, length: Duration) -> Value {
     let users = USERS.map(|(uid, _)| uid.to_string()).join(",");
     let mut command = behind(&processors.behind(world), &program());
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(["herd", &users, &format!("{rate:.0}")]);
-    command.args([&length.as_secs().to_string(), "unix", world.daemon.unix().to_str().unwrap()]);
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .args(["herd", &users, &format!("{rate:.0}")]);
+    command.args([
+        &length.as_secs().to_string(),
+        "unix",
+        world.daemon.unix().to_str().unwrap(),
+    ]);
     serde_json::from_str(&run(command, b"", PATIENCE).success("the herd")).unwrap()
 }
 
 /// Nobody gets anything but his own credentials, or is told to come back.
 fn assert_right(world: &World, herd: &Value) {
     let answers = herd["answers"].as_object().unwrap();
-    assert!(answers.values().all(|of_kind| of_kind["longest"].as_f64().unwrap() < 6.0), "{herd}");
+    assert!(
+        answers
+            .values()
+            .all(|of_kind| of_kind["longest"].as_f64().unwrap() < 6.0),
+        "{herd}"
+    );
     let kinds: BTreeSet<&str> = answers.keys().map(String::as_str).collect();
-    assert!(kinds.contains("200") && kinds.is_subset(&["200", "503+retry-after"].into()), "{herd}");
+    assert!(
+        kinds.contains("200") && kinds.is_subset(&["200", "503+retry-after"].into()),
+        "{herd}"
+    );
     for (uid, name) in USERS {
         let key = &world.daemon.status(&id(name))["access_key_id"];
-        assert_eq!(herd["keys"][format!("{uid} 200")], Value::from([key.clone()]), "{herd}");
+        assert_eq!(
+            herd["keys"][format!("{uid} 200")],
+            Value::from([key.clone()]),
+            "{herd}"
+        );
         let refused = &herd["keys"][format!("{uid} 503+retry-after")];
-        let known = |code: &Value| ["source_busy", "source_unavailable"].iter().any(|known| code == known);
-        assert!(refused.as_array().is_none_or(|codes| codes.iter().all(known)), "{herd}");
+        let known = |code: &Value| {
+            ["source_busy", "source_unavailable"]
+                .iter()
+                .any(|known| code == known)
+        };
+        assert!(
+            refused
+                .as_array()
+                .is_none_or(|codes| codes.iter().all(known)),
+            "{herd}"
+        );
     }
 }
 
@@ -193,9 +272,15 @@ fn assert_right(world: &World, herd: &Value) {
 fn holds(world: &World) -> (u64, usize) {
     let pid = world.daemon.pid();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .unwrap();
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
-    (line.trim().trim_end_matches(" kB").parse().unwrap(), descriptors)
+    (
+        line.trim().trim_end_matches(" kB").parse().unwrap(),
+        descriptors,
+    )
 }
 
 /// Starts everything, with all identities warm, and the agent on a processor of its own.
@@ -212,25 +297,39 @@ fn start(folder: &Path, processors: &Processors, setting: &Setting<'_>) -> Optio
 /// Once the processes of a herd are gone, nothing is left of them.
 fn assert_nothing_left(world: &World, before: (u64, usize)) {
     let (kib, _) = holds(world);
-    assert!(kib < before.0 + 64 * 1024, "{} KiB of memory, and {kib} after the herd", before.0);
+    assert!(
+        kib < before.0 + 64 * 1024,
+        "{} KiB of memory, and {kib} after the herd",
+        before.0
+    );
     // Of 128 processes the daemon has some open for the next request.
-    let left = await_some("the descriptors of those that are gone are closed", PATIENCE, || {
-        Some(holds(world)).filter(|(_, descriptors)| *descriptors < before.1 + 3 * 128 + 50)
-    });
+    let left = await_some(
+        "the descriptors of those that are gone are closed",
+        PATIENCE,
+        || Some(holds(world)).filter(|(_, descriptors)| *descriptors < before.1 + 3 * 128 + 50),
+    );
     eprintln!("KiB and descriptors: {before:?} before, {kib} KiB at the end, {left:?} later");
 }
 
 fn a_crowd_is_answered_or_told_to_come_back(source: Source) {
     let (folder, processors) = (folder(), Processors::of_this_machine());
-    let setting = Setting { source, ..Setting::default() };
-    let Some(world) = start(folder.path(), &processors, &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(world) = start(folder.path(), &processors, &setting) else {
+        return;
+    };
     let before = holds(&world);
     // This agent attests some tens in a second: at each question it reads the whole of a large awsvid. They are fewer than
     // the connections of each user, so that nobody can be reset.
     let herd = herd(&world, &processors, 400.0, Duration::from_secs(2));
     eprintln!("{}", herd["answers"]);
     assert_right(&world, &herd);
-    assert!(!herd["answers"]["503+retry-after"].is_null(), "a crowd that is none: {herd}");
+    assert!(
+        !herd["answers"]["503+retry-after"].is_null(),
+        "a crowd that is none: {herd}"
+    );
     assert_nothing_left(&world, before);
 }
 
@@ -244,9 +343,20 @@ fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
         // are nothing.
         let own = fs::metadata("/proc/self/exe").unwrap().len();
         assert!(fs::metadata(&program).unwrap().len() <= own);
-        File::options().write(true).open(&program).unwrap().set_len(own).unwrap();
+        File::options()
+            .write(true)
+            .open(&program)
+            .unwrap()
+            .set_len(own)
+            .unwrap();
     }
-    let setting = Setting { source, without_hashes, program: Some(&program), behind: &BEFORE, ..Setting::default() };
+    let setting = Setting {
+        source,
+        without_hashes,
+        program: Some(&program),
+        behind: &BEFORE,
+        ..Setting::default()
+    };
     let world = start(folder.path(), &processors, &setting)?;
     let direct = Direct::new(source, &world, &processors);
     let before = holds(&world);
@@ -256,7 +366,10 @@ fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
         let herd = herd(&world, &processors, rate * 1.5, ROUND);
         assert_right(&world, &herd);
         let completed = herd["answered_per_second"].as_f64().unwrap();
-        eprintln!("{rate:.0}/s alone, {completed:.0}/s through awsvid: {}", herd["answers"]);
+        eprintln!(
+            "{rate:.0}/s alone, {completed:.0}/s through awsvid: {}",
+            herd["answers"]
+        );
         (alone, through) = (alone + rate, through + completed);
     }
     let share = through / alone;

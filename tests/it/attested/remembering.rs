@@ -36,8 +36,18 @@ impl Asking {
         let address = world.daemon.listener(listener);
         let name = format!("{uid} over {listener}");
         let mut command = behind(&world.cgroup().enter(), &program());
-        command.env_clear().env("PATH", "/usr/bin:/bin").args(["soak", &uid.to_string(), listener, &address, "100"]);
-        let process = Process::start(&name, command, &folder.join(format!("asking-{uid}-{listener}.log")));
+        command.env_clear().env("PATH", "/usr/bin:/bin").args([
+            "soak",
+            &uid.to_string(),
+            listener,
+            &address,
+            "100",
+        ]);
+        let process = Process::start(
+            &name,
+            command,
+            &folder.join(format!("asking-{uid}-{listener}.log")),
+        );
         let asking = Self { process, name };
         asking.await_keys(1);
         asking
@@ -45,13 +55,20 @@ impl Asking {
 
     /// How many keys it has seen.
     fn keys(&self) -> usize {
-        self.process.log().lines().filter(|line| line.contains("\"key\"")).count()
+        self.process
+            .log()
+            .lines()
+            .filter(|line| line.contains("\"key\""))
+            .count()
     }
 
     /// Waits until it has seen so many keys.
     fn await_keys(&self, count: usize) {
         let what = format!("{count} keys of {}", self.name);
-        self.process.await_some(&what, Duration::from_secs(300), || (self.keys() >= count).then_some(()));
+        self.process
+            .await_some(&what, Duration::from_secs(300), || {
+                (self.keys() >= count).then_some(())
+            });
     }
 
     /// How many answers it has got, all of which were credentials.
@@ -69,7 +86,12 @@ impl Asking {
 
 /// A process that asks when the test says so.
 fn connector(world: &World, uid: u32) -> Connector {
-    Connector::start(uid, "unix", world.daemon.unix().to_str().unwrap(), world.cgroup().path())
+    Connector::start(
+        uid,
+        "unix",
+        world.daemon.unix().to_str().unwrap(),
+        world.cgroup().path(),
+    )
 }
 
 fn ask_by(connector: &Connector) -> (u16, Value) {
@@ -79,7 +101,10 @@ fn ask_by(connector: &Connector) -> (u16, Value) {
 /// A process that is new is told to come back.
 fn assert_told_to_come_back(world: &World, uid: u32) {
     let (head, body) = world.curl(uid);
-    assert!(head.starts_with("HTTP/1.1 503 Service Unavailable\r\n"), "{head}");
+    assert!(
+        head.starts_with("HTTP/1.1 503 Service Unavailable\r\n"),
+        "{head}"
+    );
     assert!(head.contains("\r\nretry-after: 1\r\n"), "{head}");
     assert!(body.contains("\"code\":\"source_unavailable\""), "{body}");
 }
@@ -89,14 +114,23 @@ fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
     // Everybody is asked about again every 30 s. In ten minutes a session of a quarter of an hour is due for a new one, too.
     let away = Duration::from_secs(if slow { 600 } else { 38 });
     let folder = folder();
-    let setting = Setting { source, role: "duration = \"15m\"", ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else { return };
+    let setting = Setting {
+        source,
+        role: "duration = \"15m\"",
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+        return;
+    };
     let asking = [(READER, "unix"), (READER, "tcp"), (OTHER, "unix")]
         .map(|(uid, listener)| Asking::start(&world, folder.path(), uid, listener));
     let quiet = connector(&world, QUIET);
     let (status, first) = ask_by(&quiet);
     assert_eq!(status, 200, "{first}");
-    assert_eq!(world.daemon.status(&id("quiet"))["latest_pid"], quiet.id().as_raw());
+    assert_eq!(
+        world.daemon.status(&id("quiet"))["latest_pid"],
+        quiet.id().as_raw()
+    );
 
     world.spire.stop_agent();
     let began = Instant::now();
@@ -105,33 +139,56 @@ fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
     thread::sleep(away.saturating_sub(began.elapsed()));
     assert_told_to_come_back(&world, OTHER);
     if !slow {
-        assert_eq!(ask_by(&quiet), (200, first.clone()), "by a connection that is as new as the process is known");
+        assert_eq!(
+            ask_by(&quiet),
+            (200, first.clone()),
+            "by a connection that is as new as the process is known"
+        );
     }
     world.start_agent();
     for uid in [READER, OTHER] {
         let (head, body) = world.curl(uid);
-        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "one try: {head} {body}");
+        assert!(
+            head.starts_with("HTTP/1.1 200 OK\r\n"),
+            "one try: {head} {body}"
+        );
     }
     if slow {
         // With a process that has closed its connection a quarter of an hour ago.
-        let renewed = await_some("the quiet one's credentials are renewed", Duration::from_secs(200), || {
-            Some(world.daemon.status(&id("quiet"))["access_key_id"].clone()).filter(|key| *key != first["AccessKeyId"])
-        });
+        let renewed = await_some(
+            "the quiet one's credentials are renewed",
+            Duration::from_secs(200),
+            || {
+                Some(world.daemon.status(&id("quiet"))["access_key_id"].clone())
+                    .filter(|key| *key != first["AccessKeyId"])
+            },
+        );
         assert_eq!(ask_by(&quiet).1["AccessKeyId"], renewed);
         asking.iter().for_each(|asking| asking.await_keys(2));
     } else {
-        assert!(asking.iter().all(|asking| asking.keys() == 1), "the same credentials throughout");
+        assert!(
+            asking.iter().all(|asking| asking.keys() == 1),
+            "the same credentials throughout"
+        );
     }
     let answers = asking.map(Asking::answers);
     eprintln!("away for {away:?}: {answers:?} answers, all of them credentials");
     let least = u64::try_from(away.as_millis()).unwrap() / 1000;
-    assert!(answers.iter().all(|answers| *answers > least), "{answers:?}");
+    assert!(
+        answers.iter().all(|answers| *answers > least),
+        "{answers:?}"
+    );
 }
 
 fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
     let folder = folder();
-    let setting = Setting { source, ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+        return;
+    };
     let [busy, quiet] = [OTHER, QUIET].map(|uid| connector(&world, uid));
     for known in [&busy, &quiet] {
         assert_eq!(ask_by(known).0, 200);
@@ -146,10 +203,15 @@ fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
         if status != 200 {
             break body;
         }
-        assert!(began.elapsed() < Duration::from_secs(60), "it is answered for longer than a minute");
+        assert!(
+            began.elapsed() < Duration::from_secs(60),
+            "it is answered for longer than a minute"
+        );
     };
     let took = began.elapsed();
-    eprintln!("an entry that was deleted had an effect after {took:?} for a process that asked each second");
+    eprintln!(
+        "an entry that was deleted had an effect after {took:?} for a process that asked each second"
+    );
     assert_eq!(refused["code"], "no_identity");
     // By default the server and the agent take up to 10 s more to notice the deletion, each a half.
     assert!(took < Duration::from_secs(50), "{took:?}");
@@ -157,22 +219,40 @@ fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
     thread::sleep(Duration::from_secs(60).saturating_sub(began.elapsed()));
     assert_eq!(ask_by(&quiet).1["code"], "no_identity");
     let (head, _) = world.curl(READER);
-    assert!(head.starts_with("HTTP/1.1 200"), "a neighbour notices nothing: {head}");
+    assert!(
+        head.starts_with("HTTP/1.1 200"),
+        "a neighbour notices nothing: {head}"
+    );
     // It is registered again, and may have to be asked for once more.
     world.register(&id("other"), &[&format!("unix:uid:{OTHER}")], &[]);
-    await_some("it is answered again", PATIENCE, || (ask_by(&busy).0 == 200).then_some(()));
+    await_some("it is answered again", PATIENCE, || {
+        (ask_by(&busy).0 == 200).then_some(())
+    });
 }
 
 fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
     let folder = folder();
-    let setting = Setting { source, ..Setting::default() };
-    let Some(world) = World::start(folder.path(), &USERS, &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(world) = World::start(folder.path(), &USERS, &setting) else {
+        return;
+    };
     let trace = world.minio.trace();
-    let calls =
-        || ["source", "sts"].map(|to| world.daemon.metric(&format!("awsvid_{to}_calls_total{{result=\"ok\"}}")));
+    let calls = || {
+        ["source", "sts"].map(|to| {
+            world
+                .daemon
+                .metric(&format!("awsvid_{to}_calls_total{{result=\"ok\"}}"))
+        })
+    };
     // Each command is a new process.
     for count in 1..=5 {
-        assert_eq!(world.copy(READER).success("aws s3 cp"), "hello from the shop\n");
+        assert_eq!(
+            world.copy(READER).success("aws s3 cp"),
+            "hello from the shop\n"
+        );
         assert_eq!(calls(), [count, 1], "by awsvid's own count");
     }
     let issued = world.daemon.status(&id("reader"));
@@ -183,7 +263,11 @@ fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
         Source::Broker => world.spire.jwt_svids_fetched(&id("reader")),
         Source::Delegated | Source::Rules => attested().len(),
     };
-    assert_eq!((asked(), trace.count(minio::ASSUME_ROLE, key)), (5, 1), "one question for each");
+    assert_eq!(
+        (asked(), trace.count(minio::ASSUME_ROLE, key)),
+        (5, 1),
+        "one question for each"
+    );
     if source == Source::Delegated {
         assert_eq!(attested().into_iter().collect::<BTreeSet<_>>().len(), 5);
     }
@@ -196,7 +280,10 @@ fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
     assert_eq!(calls(), [6, 1]);
     assert_eq!((asked(), trace.count(minio::ASSUME_ROLE, key)), (6, 1));
     if source == Source::Delegated {
-        assert_eq!(attested().iter().filter(|pid| **pid == known.id()).count(), 1);
+        assert_eq!(
+            attested().iter().filter(|pid| **pid == known.id()).count(),
+            1
+        );
     }
     // The agent attests whoever asks for others, too: here for that one question, and where awsvid asks about itself.
     let own = world.spire.attested("uid:0").len() - own;

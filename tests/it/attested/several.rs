@@ -13,16 +13,26 @@ fn by_role(world: &World, uid: u32, role: &str) -> String {
     let before = world.daemon.audit().len();
     let (_, body) = world.curl_by("/usr/bin/curl".as_ref(), uid, "unix", role);
     let body: Value = serde_json::from_str(&body).unwrap();
-    let [record] = &world.daemon.audit_after(before)[..] else { panic!("one request, one record") };
-    assert_eq!(record["access_key_id"], body["AccessKeyId"], "{record} {body}");
-    let given = record["spiffe_id"].as_str().filter(|_| record["outcome"] == "issued");
+    let [record] = &world.daemon.audit_after(before)[..] else {
+        panic!("one request, one record")
+    };
+    assert_eq!(
+        record["access_key_id"], body["AccessKeyId"],
+        "{record} {body}"
+    );
+    let given = record["spiffe_id"]
+        .as_str()
+        .filter(|_| record["outcome"] == "issued");
     given.or(body["code"].as_str()).unwrap().to_owned()
 }
 
 /// Roles beside `shop`, which comes first and is for all of `w/*`.
 fn add_roles(world: &World, roles: &[(&str, &str)]) {
     let roles = roles.iter().map(|(name, ids)| {
-        format!("[[role]]\nname = \"{name}\"\nspiffe_id = \"{ids}\"\nrole_arn = \"{}\"\n", world.minio.role_arn())
+        format!(
+            "[[role]]\nname = \"{name}\"\nspiffe_id = \"{ids}\"\nrole_arn = \"{}\"\n",
+            world.minio.role_arn()
+        )
     });
     let text = format!("{}\n{}", world.daemon.text(), roles.collect::<String>());
     assert!(world.daemon.reload_text(&text));
@@ -30,10 +40,19 @@ fn add_roles(world: &World, roles: &[(&str, &str)]) {
 
 fn one_is_chosen_by_role_or_hint_and_never_by_its_place(source: Source) {
     let folder = folder();
-    let setting = Setting { source, ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+        return;
+    };
     let of_two = format!("unix:uid:{TWO}");
-    for (name, options) in [("first", &[][..]), ("second", &["-hint", "second-by-hint"]), ("third", &["-hint", "x"])] {
+    for (name, options) in [
+        ("first", &[][..]),
+        ("second", &["-hint", "second-by-hint"]),
+        ("third", &["-hint", "x"]),
+    ] {
         world.register(&id(name), &[&of_two], options);
     }
     add_roles(
@@ -62,41 +81,92 @@ fn one_is_chosen_by_role_or_hint_and_never_by_its_place(source: Source) {
 
 fn an_admin_entry_is_used_only_if_a_role_names_it(source: Source) {
     let folder = folder();
-    let setting = Setting { source, ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+        return;
+    };
     let of_admin = format!("unix:uid:{ADMIN}");
     let admin = "spiffe://example.org/tools/admin";
     world.register(admin, &[&of_admin], &["-admin"]);
-    world.register("spiffe://example.org/tools/downstream", &[&of_admin], &["-downstream"]);
-    add_roles(&world, &[("named", admin), ("all", "spiffe://example.org/**")]);
+    world.register(
+        "spiffe://example.org/tools/downstream",
+        &[&of_admin],
+        &["-downstream"],
+    );
+    add_roles(
+        &world,
+        &[("named", admin), ("all", "spiffe://example.org/**")],
+    );
     // Which agent gives such identities away differs; without a role of their own nobody gets anything by them.
     let leaks = source == Source::Broker;
-    assert_eq!(by_role(&world, ADMIN, ""), if leaks { admin } else { "no_identity" });
-    assert_eq!(by_role(&world, ADMIN, "/named"), if leaks { admin } else { "no_identity" });
-    assert_eq!(by_role(&world, ADMIN, "/all"), if leaks { "several_identities" } else { "no_identity" });
+    assert_eq!(
+        by_role(&world, ADMIN, ""),
+        if leaks { admin } else { "no_identity" }
+    );
+    assert_eq!(
+        by_role(&world, ADMIN, "/named"),
+        if leaks { admin } else { "no_identity" }
+    );
+    assert_eq!(
+        by_role(&world, ADMIN, "/all"),
+        if leaks {
+            "several_identities"
+        } else {
+            "no_identity"
+        }
+    );
     world.register(&id("plain"), &[&of_admin], &[]);
     assert_eq!(by_role(&world, ADMIN, "/shop"), id("plain"));
-    assert_eq!(by_role(&world, ADMIN, "/all"), if leaks { "several_identities".to_owned() } else { id("plain") });
+    assert_eq!(
+        by_role(&world, ADMIN, "/all"),
+        if leaks {
+            "several_identities".to_owned()
+        } else {
+            id("plain")
+        }
+    );
 }
 
 /// Of several registrations for one SPIFFE ID the agent gives one token each, with the hint of that.
 fn an_identity_of_several_registrations_is_one(source: Source) {
     let folder = folder();
-    let setting = Setting { source, ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else { return };
+    let setting = Setting {
+        source,
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+        return;
+    };
     // By rules all are awsvid's own.
-    let (uid, owner) = if source == Source::Rules { (51_002, 0) } else { (TWO, TWO) };
-    let name = if source == Source::Rules { "reader" } else { "twice" };
+    let (uid, owner) = if source == Source::Rules {
+        (51_002, 0)
+    } else {
+        (TWO, TWO)
+    };
+    let name = if source == Source::Rules {
+        "reader"
+    } else {
+        "twice"
+    };
     let [user, group] = ["uid", "gid"].map(|kind| format!("unix:{kind}:{owner}"));
     world.register(&id(name), &[&user, &group], &["-hint", "unused"]);
-    world.spire.register_with(&id(name), &[&group], &["-hint", "by-hint"]);
+    world
+        .spire
+        .register_with(&id(name), &[&group], &["-hint", "by-hint"]);
     add_roles(&world, &[("exact", &id(name)), ("by-hint", &id("*"))]);
     assert_eq!(by_role(&world, uid, "/exact"), id(name));
     assert_eq!(by_role(&world, uid, "/shop"), id(name), "the only one");
     if source != Source::Rules {
         world.register(&id("other"), &[&user], &["-hint", "other"]);
         assert_eq!(by_role(&world, uid, "/shop"), "several_identities");
-        assert_eq!(by_role(&world, uid, "/by-hint"), id(name), "by the hint of either");
+        assert_eq!(
+            by_role(&world, uid, "/by-hint"),
+            id(name),
+            "by the hint of either"
+        );
     }
 }
 

@@ -35,7 +35,11 @@ fn lasts(connector: &Connector, since: Instant, most: Duration) -> (Duration, Va
         if status != 200 {
             return (since.elapsed(), body);
         }
-        assert!(since.elapsed() < most, "it is answered after {:?}", since.elapsed());
+        assert!(
+            since.elapsed() < most,
+            "it is answered after {:?}",
+            since.elapsed()
+        );
         thread::sleep(Duration::from_secs(1));
     }
 }
@@ -45,16 +49,33 @@ fn slow_processes_hide_no_deleted_entry(source: Source) {
         return;
     }
     let folder = folder();
-    let users = [(VICTIM, "victim"), (NEIGHBOUR, "neighbour"), (ATTACKER, "attacker")];
+    let users = [
+        (VICTIM, "victim"),
+        (NEIGHBOUR, "neighbour"),
+        (ATTACKER, "attacker"),
+    ];
     // Without hashes at first, so that all of them can be known.
-    let setting = Setting { source, without_hashes: true, ..Setting::default() };
-    let Some(mut world) = World::start(folder.path(), &users, &setting) else { return };
+    let setting = Setting {
+        source,
+        without_hashes: true,
+        ..Setting::default()
+    };
+    let Some(mut world) = World::start(folder.path(), &users, &setting) else {
+        return;
+    };
     let large = folder.path().join("large");
     fs::copy(program(), &large).unwrap();
     // A hole at its end takes no room, and is as good as zeros to whoever hashes it.
-    File::options().write(true).open(&large).unwrap().set_len(PROGRAM).unwrap();
+    File::options()
+        .write(true)
+        .open(&large)
+        .unwrap()
+        .set_len(PROGRAM)
+        .unwrap();
     let socket = world.daemon.unix().display().to_string();
-    let connect = |uid, program: &Path| Connector::start_by(program, uid, "unix", &socket, world.cgroup().path());
+    let connect = |uid, program: &Path| {
+        Connector::start_by(program, uid, "unix", &socket, world.cgroup().path())
+    };
     let [victim, neighbour] = [VICTIM, NEIGHBOUR].map(|uid| connect(uid, &program()));
     let attackers: Vec<_> = (0..PROCESSES).map(|_| connect(ATTACKER, &large)).collect();
     for known in attackers.iter().chain([&victim, &neighbour]) {

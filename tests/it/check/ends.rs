@@ -13,8 +13,19 @@ fn deaf() -> (TcpListener, String) {
 }
 
 fn findings(report: &Value, verdict: &str) -> Vec<String> {
-    let all = report["findings"].as_array().unwrap().iter().filter(|finding| finding["verdict"] == verdict);
-    all.map(|finding| format!("{}: {}", finding["step"].as_str().unwrap(), finding["saw"].as_str().unwrap())).collect()
+    let all = report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|finding| finding["verdict"] == verdict);
+    all.map(|finding| {
+        format!(
+            "{}: {}",
+            finding["step"].as_str().unwrap(),
+            finding["saw"].as_str().unwrap()
+        )
+    })
+    .collect()
 }
 
 /// Which is neither a pass nor a failure.
@@ -25,28 +36,54 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
     }
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let text = configuration(&upstream.socket(), NOBODY, "arn:aws:iam::123456789012:role/app", "shop");
+    let text = configuration(
+        &upstream.socket(),
+        NOBODY,
+        "arn:aws:iam::123456789012:role/app",
+        "shop",
+    );
     let (text, _) = text.split_once("[[role]]").unwrap();
     let text = text.replace(&format!("endpoint = \"{NOBODY}\"\n"), "");
-    let text = format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]\n{text}");
+    let text =
+        format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]\n{text}");
     let (output, report) = check(folder.path(), &text);
-    assert_eq!((output.status.code(), &report["result"]), (Some(2), &json!("unchecked")), "{report:#}");
+    assert_eq!(
+        (output.status.code(), &report["result"]),
+        (Some(2), &json!("unchecked")),
+        "{report:#}"
+    );
     assert_eq!(findings(&report, "failed"), [""; 0]);
-    let [unchecked] = &findings(&report, "unchecked")[..] else { panic!("{report:#}") };
+    let [unchecked] = &findings(&report, "unchecked")[..] else {
+        panic!("{report:#}")
+    };
     assert!(unchecked.contains("allow_requested_roles"), "{report:#}");
     // For people the same.
     let mut command = Command::new(PROGRAM);
-    command.env_clear().args(["check", "--config"]).arg(folder.path().join("check.toml"));
+    command
+        .env_clear()
+        .args(["check", "--config"])
+        .arg(folder.path().join("check.toml"));
     let output = run(command, b"", PATIENCE);
     assert_eq!(output.status.code(), Some(2));
     assert!(output.stdout.contains("  ?    sts"), "{output:?}");
-    assert!(output.stdout.ends_with("unchecked: nothing failed, but 1 step could not be looked at\n"), "{output:?}");
+    assert!(
+        output
+            .stdout
+            .ends_with("unchecked: nothing failed, but 1 step could not be looked at\n"),
+        "{output:?}"
+    );
 
     let (output, report) = check_with(&[], folder.path(), &text, &["--resolve", "nonsense"]);
     assert_eq!(output.status.code(), Some(2), "{report:#}");
-    assert!(report.to_string().contains("HOST:PORT:ADDRESS"), "{report:#}");
+    assert!(
+        report.to_string().contains("HOST:PORT:ADDRESS"),
+        "{report:#}"
+    );
     // A failure counts more.
-    let nobody = text.replace(&upstream.socket().display().to_string(), "/nonexistent/agent.sock");
+    let nobody = text.replace(
+        &upstream.socket().display().to_string(),
+        "/nonexistent/agent.sock",
+    );
     let (output, report) = check(folder.path(), &nobody);
     assert_eq!(output.status.code(), Some(1), "{report:#}");
     assert_eq!(findings(&report, "unchecked").len(), 1, "{report:#}");
@@ -60,22 +97,44 @@ fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
     let _listener = UnixListener::bind(&socket).unwrap();
     let text = configuration(&socket, NOBODY, "arn:minio:iam:::role/r", "shop");
     let found = check(folder.path(), &text);
-    assert_failed(&found, "identity", "did not answer within 10s", "look at the agent's log");
+    assert_failed(
+        &found,
+        "identity",
+        "did not answer within 10s",
+        "look at the agent's log",
+    );
     let (_, report) = found;
-    assert!(findings(&report, "pass").iter().any(|found| found.ends_with("agent.sock can be opened")), "{report:#}");
+    assert!(
+        findings(&report, "pass")
+            .iter()
+            .any(|found| found.ends_with("agent.sock can be opened")),
+        "{report:#}"
+    );
 
     // Where it attests callers it is asked for more, and about itself first.
-    let attested = text.split("[[workload]]").next().unwrap().to_owned() + &text[text.find("[[role]]").unwrap()..];
+    let attested = text.split("[[workload]]").next().unwrap().to_owned()
+        + &text[text.find("[[role]]").unwrap()..];
     let other = folder.path().join("other.sock");
     let _other = UnixListener::bind(&other).unwrap();
     let table = [
-        ("spire-delegated\"\nadmin_socket", "did not answer within 10s"),
-        ("spiffe-broker\"\nbroker_socket", "has not given awsvid its own X.509-SVID yet"),
+        (
+            "spire-delegated\"\nadmin_socket",
+            "did not answer within 10s",
+        ),
+        (
+            "spiffe-broker\"\nbroker_socket",
+            "has not given awsvid its own X.509-SVID yet",
+        ),
     ];
     for (source, saw) in table {
-        let keys = format!("[identity]\nsource = \"{source} = \"unix://{}\"\n", other.display());
+        let keys = format!(
+            "[identity]\nsource = \"{source} = \"unix://{}\"\n",
+            other.display()
+        );
         let found = check(folder.path(), &attested.replace("[identity]\n", &keys));
-        let [failed] = &findings(&found.1, "failed")[..] else { panic!("{:#}", found.1) };
+        let [failed] = &findings(&found.1, "failed")[..] else {
+            panic!("{:#}", found.1)
+        };
         assert!(failed.contains(saw), "{:#}", found.1);
     }
 }
@@ -85,11 +144,20 @@ fn an_sts_that_hangs_is_waited_for_until_a_deadline() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
     let (_listener, sts) = deaf();
-    let text = configuration(&upstream.socket(), &sts, "arn:minio:iam:::role/r", "shop").replace("/w/", "/user/");
-    let found = check(folder.path(), &text.replace("timeout = \"5s\"", "timeout = \"1s\""));
+    let text = configuration(&upstream.socket(), &sts, "arn:minio:iam:::role/r", "shop")
+        .replace("/w/", "/user/");
+    let found = check(
+        folder.path(),
+        &text.replace("timeout = \"5s\"", "timeout = \"1s\""),
+    );
     assert_failed(&found, "sts", "no answer within 1s", "DNS, the firewall");
     let notes = findings(&found.1, "note");
-    assert!(notes.iter().any(|note| note.contains("clock: ") && note.contains("no answer within 8s")), "{notes:?}");
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.contains("clock: ") && note.contains("no answer within 8s")),
+        "{notes:?}"
+    );
 }
 
 #[test]
@@ -97,9 +165,15 @@ fn an_issuer_that_hangs_is_waited_for_until_a_deadline() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
     let (_listener, issuer) = deaf();
-    let text = configuration(&upstream.socket(), NOBODY, "arn:minio:iam:::role/r", "shop").replace("/w/", "/user/");
+    let text = configuration(&upstream.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
+        .replace("/w/", "/user/");
     let found = check_with(&[], folder.path(), &text, &["--url", &issuer]);
-    assert_failed(&found, "discovery", "no answer within 8s", "--resolve or --url");
+    assert_failed(
+        &found,
+        "discovery",
+        "no answer within 8s",
+        "--resolve or --url",
+    );
 }
 
 /// On one that is no typewriter, what is waited for is a line that the next one takes the place of.
@@ -107,26 +181,50 @@ fn an_issuer_that_hangs_is_waited_for_until_a_deadline() {
 fn colours_are_for_terminals_and_who_wants_them() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let text = configuration(&upstream.socket(), NOBODY, "arn:minio:iam:::role/r", "shop").replace("/w/", "/user/");
+    let text = configuration(&upstream.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
+        .replace("/w/", "/user/");
     fs::write(folder.path().join("check.toml"), text).unwrap();
     let command = |variables: &[(&str, &str)]| {
         let mut command = Command::new(PROGRAM);
-        command.env_clear().envs(variables.iter().copied()).args(["check", "--config"]);
+        command
+            .env_clear()
+            .envs(variables.iter().copied())
+            .args(["check", "--config"]);
         command.arg(folder.path().join("check.toml"));
         command
     };
     let shown = |variables: &[(&str, &str)]| {
-        let is_over = |shown: &str| shown.lines().any(|line| line.contains("failed: ")) && shown.ends_with('\n');
+        let is_over = |shown: &str| {
+            shown.lines().any(|line| line.contains("failed: ")) && shown.ends_with('\n')
+        };
         on_a_terminal_until(command(variables), is_over)
     };
     let coloured = shown(&[("TERM", "xterm")]);
-    assert!(coloured.contains("\x1b[31m FAIL\x1b[0m  sts"), "{coloured:?}");
-    assert!(coloured.contains("  ...  STS, for role \"shop\"\r\x1b[2K"), "{coloured:?}");
+    assert!(
+        coloured.contains("\x1b[31m FAIL\x1b[0m  sts"),
+        "{coloured:?}"
+    );
+    assert!(
+        coloured.contains("  ...  STS, for role \"shop\"\r\x1b[2K"),
+        "{coloured:?}"
+    );
     let plain = shown(&[("TERM", "xterm"), ("NO_COLOR", "1")]);
-    assert!(plain.contains(" FAIL  sts") && !plain.contains("\x1b[3"), "{plain:?}");
+    assert!(
+        plain.contains(" FAIL  sts") && !plain.contains("\x1b[3"),
+        "{plain:?}"
+    );
     let typed = shown(&[("TERM", "dumb")]);
-    assert!(typed.contains(" FAIL  sts") && !typed.contains('\x1b'), "{typed:?}");
-    assert!(typed.contains("  ...  STS, for role \"shop\"\r\n"), "{typed:?}");
+    assert!(
+        typed.contains(" FAIL  sts") && !typed.contains('\x1b'),
+        "{typed:?}"
+    );
+    assert!(
+        typed.contains("  ...  STS, for role \"shop\"\r\n"),
+        "{typed:?}"
+    );
     let output = run(command(&[("TERM", "xterm")]), b"", PATIENCE);
-    assert!(output.status.code() == Some(1) && !output.stdout.contains('\x1b'), "{output:?}");
+    assert!(
+        output.status.code() == Some(1) && !output.stdout.contains('\x1b'),
+        "{output:?}"
+    );
 }

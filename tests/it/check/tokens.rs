@@ -7,7 +7,8 @@ use super::*;
 use crate::harness::tokens::Tokens;
 
 const HEADER: &str = r#"{"alg":"ES256","kid":"k1"}"#;
-const CLAIMS: &str = r#"{"iss":"http://127.0.0.1:1","sub":"{sub}","aud":"shop","iat":{now},"exp":{end}}"#;
+const CLAIMS: &str =
+    r#"{"iss":"http://127.0.0.1:1","sub":"{sub}","aud":"shop","iat":{now},"exp":{end}}"#;
 
 /// For STS of one's own.
 fn text(tokens: &Tokens) -> String {
@@ -15,50 +16,118 @@ fn text(tokens: &Tokens) -> String {
 }
 
 fn noted(report: &Value, step: &str, saw: &str) -> bool {
-    report["findings"].as_array().unwrap().iter().any(|finding| {
-        let said = finding["saw"].as_str().is_some_and(|text| text.contains(saw));
-        finding["step"] == step && finding["verdict"] == "note" && said && finding["fix"].is_string()
-    })
+    report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|finding| {
+            let said = finding["saw"]
+                .as_str()
+                .is_some_and(|text| text.contains(saw));
+            finding["step"] == step
+                && finding["verdict"] == "note"
+                && said
+                && finding["fix"].is_string()
+        })
 }
 
 /// Those that awsvid itself takes to nobody.
 #[test]
 fn tokens_that_sts_would_refuse() {
     let folder = folder();
-    let right = check(folder.path(), &text(&Tokens::start(folder.path(), HEADER, CLAIMS))).1;
-    assert!(!right.to_string().contains("mend it at the SPIFFE provider: STS would refuse the token"), "{right:#}");
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let right = check(
+        folder.path(),
+        &text(&Tokens::start(folder.path(), HEADER, CLAIMS)),
+    )
+    .1;
+    assert!(
+        !right
+            .to_string()
+            .contains("mend it at the SPIFFE provider: STS would refuse the token"),
+        "{right:#}"
+    );
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
     let table = [
-        (CLAIMS.replace(r#""shop""#, r#"["shop","sts.amazonaws.com"]"#), "not exactly `shop`"),
-        (CLAIMS.replace("{now}", "{now}.0"), "`iat` is not written as a whole number"),
-        (CLAIMS.replace("{end}", "1.9e9"), "`exp` is not written as a whole number"),
         (
-            CLAIMS.replace("{now}", &(now + 4000).to_string()).replace("{end}", &(now + 9000).to_string()),
+            CLAIMS.replace(r#""shop""#, r#"["shop","sts.amazonaws.com"]"#),
+            "not exactly `shop`",
+        ),
+        (
+            CLAIMS.replace("{now}", "{now}.0"),
+            "`iat` is not written as a whole number",
+        ),
+        (
+            CLAIMS.replace("{end}", "1.9e9"),
+            "`exp` is not written as a whole number",
+        ),
+        (
+            CLAIMS
+                .replace("{now}", &(now + 4000).to_string())
+                .replace("{end}", &(now + 9000).to_string()),
             "in the future",
         ),
-        (CLAIMS.replace("{end}", &(now - 10).to_string()).replace("{now}", &(now - 99).to_string()), "has expired"),
+        (
+            CLAIMS
+                .replace("{end}", &(now - 10).to_string())
+                .replace("{now}", &(now - 99).to_string()),
+            "has expired",
+        ),
     ];
     for (claims, saw) in table {
         let tokens = Tokens::start(folder.path(), HEADER, &claims);
-        assert_failed(&check(folder.path(), &text(&tokens)), "identity", saw, "mend it at the SPIFFE provider");
+        assert_failed(
+            &check(folder.path(), &text(&tokens)),
+            "identity",
+            saw,
+            "mend it at the SPIFFE provider",
+        );
     }
     let tokens = Tokens::start(folder.path(), r#"{"alg":"EdDSA","kid":"k1"}"#, CLAIMS);
-    assert_failed(&check(folder.path(), &text(&tokens)), "identity", "its signature's algorithm", "mend it");
+    assert_failed(
+        &check(folder.path(), &text(&tokens)),
+        "identity",
+        "its signature's algorithm",
+        "mend it",
+    );
 }
 
 #[test]
 fn tokens_that_are_good_for_a_short_time() {
     let folder = folder();
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
     let lasting = |from: u64, to: u64| {
-        let claims = CLAIMS.replace("{now}", &from.to_string()).replace("{end}", &to.to_string());
-        check(folder.path(), &text(&Tokens::start(folder.path(), HEADER, &claims)))
+        let claims = CLAIMS
+            .replace("{now}", &from.to_string())
+            .replace("{end}", &to.to_string());
+        check(
+            folder.path(),
+            &text(&Tokens::start(folder.path(), HEADER, &claims)),
+        )
     };
     // They are used as long as they are good.
     let short = lasting(now, now + 60).1;
-    assert!(noted(&short, "identity", "are good for only 60 s from the start"), "{short:#}");
-    assert!(!lasting(now, now + 300).1.to_string().contains("good for only"));
-    assert_failed(&lasting(now - 85, now + 5), "identity", "and was good for only 90 s", "mend it");
+    assert!(
+        noted(&short, "identity", "are good for only 60 s from the start"),
+        "{short:#}"
+    );
+    assert!(
+        !lasting(now, now + 300)
+            .1
+            .to_string()
+            .contains("good for only")
+    );
+    assert_failed(
+        &lasting(now - 85, now + 5),
+        "identity",
+        "and was good for only 90 s",
+        "mend it",
+    );
 }
 
 #[test]
@@ -68,7 +137,11 @@ fn a_subject_that_may_be_too_long() {
     let with = |length: usize| {
         let id = id("");
         let id = format!("{id}{}", "a".repeat(length - id.len()));
-        check(folder.path(), &text(&tokens).replace(&super::id("reader"), &id)).1
+        check(
+            folder.path(),
+            &text(&tokens).replace(&super::id("reader"), &id),
+        )
+        .1
     };
     let long = with(256);
     assert!(noted(&long, "token", "256 characters"), "{long:#}");
@@ -87,21 +160,52 @@ fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
         let _ = sender.send(first.to_owned());
         answering::http("403 Forbidden", "", "")
     });
-    let text = configuration(tokens.socket(), NOBODY, "arn:aws:iam::123456789012:role/app", "shop");
+    let text = configuration(
+        tokens.socket(),
+        NOBODY,
+        "arn:aws:iam::123456789012:role/app",
+        "shop",
+    );
     let text = text.replace(&format!("endpoint = \"{NOBODY}\"\n"), "");
-    let found = check_with(&["env", &format!("HTTPS_PROXY={proxy}")], folder.path(), &text, &[]);
+    let found = check_with(
+        &["env", &format!("HTTPS_PROXY={proxy}")],
+        folder.path(),
+        &text,
+        &[],
+    );
     // No more can be seen of an account; of the token this much.
     assert_failed(&found, "token", "PS256, which AWS does not take", "RS256");
     let refused = "does not let through to oidc.example.org:443: HTTP/1.1 403";
     assert_failed(&found, "discovery", refused, "--resolve or --url");
-    assert!(noted(&found.1, "clock", "does not let through to sts.us-east-1.amazonaws.com:443"), "{:#}", found.1);
+    assert!(
+        noted(
+            &found.1,
+            "clock",
+            "does not let through to sts.us-east-1.amazonaws.com:443"
+        ),
+        "{:#}",
+        found.1
+    );
     assert_failed(&found, "sts", "", "HTTPS_PROXY");
     let asked: Vec<String> = asked.try_iter().collect();
     for host in ["sts.us-east-1.amazonaws.com", "oidc.example.org"] {
-        assert!(asked.iter().any(|line| line.starts_with(&format!("CONNECT {host}:443 "))), "{host}: {asked:?}");
+        assert!(
+            asked
+                .iter()
+                .any(|line| line.starts_with(&format!("CONNECT {host}:443 "))),
+            "{host}: {asked:?}"
+        );
     }
-    let excepted = [&format!("HTTPS_PROXY={proxy}")[..], "NO_PROXY=oidc.example.org,.amazonaws.com"];
-    let (_, report) = check_with(&["env", excepted[0], excepted[1]], folder.path(), &text, &["--url", NOBODY]);
+    let excepted = [
+        &format!("HTTPS_PROXY={proxy}")[..],
+        "NO_PROXY=oidc.example.org,.amazonaws.com",
+    ];
+    let (_, report) = check_with(
+        &["env", excepted[0], excepted[1]],
+        folder.path(),
+        &text,
+        &["--url", NOBODY],
+    );
     assert!(!report.to_string().contains("the proxy 127"), "{report:#}");
 }
 
@@ -119,5 +223,10 @@ fn an_issuer_that_is_too_slow() {
     let issuer = late(json!({ "issuer": NOBODY, "jwks_uri": keys }).to_string());
     let tokens = Tokens::start(folder.path(), HEADER, CLAIMS);
     let found = check_with(&[], folder.path(), &text(&tokens), &["--url", &issuer]);
-    assert_failed(&found, "keys", "for both documents, and AWS waits about 5s", "a cache");
+    assert_failed(
+        &found,
+        "keys",
+        "for both documents, and AWS waits about 5s",
+        "a cache",
+    );
 }

@@ -27,7 +27,10 @@ pub(crate) struct Client {
 /// Where its version is known from, so that it is written in one place.
 pub(crate) enum Version {
     /// The first one that follows these words in this file of the repository.
-    Locked { file: &'static str, after: &'static str },
+    Locked {
+        file: &'static str,
+        after: &'static str,
+    },
     /// The first one that its program prints with these arguments. It is not pinned: the system's.
     Printed(&'static [&'static str]),
 }
@@ -48,13 +51,19 @@ const UNSIGNED: &str = "without credentials it sends its request unsigned";
 
 /// All of them, in the order of the table.
 pub(crate) fn all() -> Vec<Client> {
-    [command_lines::clients(), python::clients(), sdks::clients()].into_iter().flatten().collect()
+    [command_lines::clients(), python::clients(), sdks::clients()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 impl Client {
     /// Its name in SPIFFE IDs, object keys and names of files.
     pub(crate) fn slug(&self) -> String {
-        let words = self.name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+        let words = self
+            .name
+            .split(|c: char| !c.is_ascii_alphanumeric())
+            .filter(|word| !word.is_empty());
         words.collect::<Vec<_>>().join("-").to_lowercase()
     }
 
@@ -78,11 +87,17 @@ impl Client {
             Version::Printed(arguments) => arguments,
         };
         let mut command = std::process::Command::new(program);
-        command.env_clear().env("PATH", "/usr/bin:/bin").args(arguments);
+        command
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .args(arguments);
         let output = run(command, b"", Duration::from_secs(60));
         let version = first_version(&(output.stdout + &output.stderr));
         match expected.filter(|expected| *expected != version) {
-            Some(expected) => skip(&format!("{} is {version} here, and {expected} in README.md", self.name)),
+            Some(expected) => skip(&format!(
+                "{} is {version} here, and {expected} in README.md",
+                self.name
+            )),
             None => return Some(version),
         }
         None
@@ -93,14 +108,19 @@ impl Client {
 fn locked(file: &str, after: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
     let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{file}: {error}"));
-    let (_, rest) = text.split_once(after).unwrap_or_else(|| panic!("{file} has no {after:?}"));
+    let (_, rest) = text
+        .split_once(after)
+        .unwrap_or_else(|| panic!("{file} has no {after:?}"));
     first_version(rest)
 }
 
 /// The first word that begins with a digit, as far as it looks like a version.
 fn first_version(text: &str) -> String {
     let version = text.split(|c: char| !(c.is_ascii_alphanumeric() || ".-+".contains(c)));
-    let version =
-        version.map(|word| word.trim_start_matches('v')).find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
-    version.unwrap_or_else(|| panic!("no version in {text:?}")).to_owned()
+    let version = version
+        .map(|word| word.trim_start_matches('v'))
+        .find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    version
+        .unwrap_or_else(|| panic!("no version in {text:?}"))
+        .to_owned()
 }

@@ -25,19 +25,36 @@ fn who_asks_at_each_call_when_a_session_is_about_to_end() {
         return;
     }
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else { return };
+    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+        return;
+    };
     let (way, address) = Delay::tcp(stage.sts(), Duration::ZERO);
     let role = format!("duration = \"{}m\"", LEFT[0]);
-    let setting = Setting { role: &role, sts: Some(format!("http://{address}")), ..Setting::default() };
+    let setting = Setting {
+        role: &role,
+        sts: Some(format!("http://{address}")),
+        ..Setting::default()
+    };
     let serving = stage.daemon("ending", &setting);
     let asked = |left: u64| {
         for_each(&stage.members(), AT_ONCE, |_, member| {
             let before = serving.issued(member).len();
-            let reading = Reading { times: READS, pause: Duration::from_secs(1), ..Reading::once(member, &serving) };
+            let reading = Reading {
+                times: READS,
+                pause: Duration::from_secs(1),
+                ..Reading::once(member, &serving)
+            };
             let reads = read(&stage, member, &serving, &reading);
             let requests = serving.issued(member).len() - before;
-            eprintln!("{}, {left} min left: {requests} requests for {READS} reads", member.client.name);
-            assert!(reads.are(&member.content()), "{} with {left} min left: {reads:?}", member.client.name);
+            eprintln!(
+                "{}, {left} min left: {requests} requests for {READS} reads",
+                member.client.name
+            );
+            assert!(
+                reads.are(&member.content()),
+                "{} with {left} min left: {reads:?}",
+                member.client.name
+            );
             requests
         })
     };
@@ -51,14 +68,21 @@ fn who_asks_at_each_call_when_a_session_is_about_to_end() {
         thread::sleep(at.duration_since(SystemTime::now()).unwrap_or_default());
         all.push(asked(*left));
     }
-    let cells = stage.members().into_iter().enumerate().map(|(number, member)| {
-        let each = LEFT.iter().zip(&all).find(|(_, requests)| requests[number] >= AGAIN);
-        let text = match (&member.client.start, each) {
-            (Start::Command(_), _) => "each run".to_owned(),
-            (Start::Program(_), Some((left, _))) => format!("at {left} min"),
-            (Start::Program(_), None) => "never".to_owned(),
-        };
-        Cell::new(member.client.name, Column::EachCall, text)
-    });
+    let cells = stage
+        .members()
+        .into_iter()
+        .enumerate()
+        .map(|(number, member)| {
+            let each = LEFT
+                .iter()
+                .zip(&all)
+                .find(|(_, requests)| requests[number] >= AGAIN);
+            let text = match (&member.client.start, each) {
+                (Start::Command(_), _) => "each run".to_owned(),
+                (Start::Program(_), Some((left, _))) => format!("at {left} min"),
+                (Start::Program(_), None) => "never".to_owned(),
+            };
+            Cell::new(member.client.name, Column::EachCall, text)
+        });
     table::settle(&cells.collect::<Vec<_>>());
 }

@@ -28,43 +28,90 @@ fn nobody_notices_that_sessions_end() {
         return;
     }
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else { return };
+    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+        return;
+    };
     let serving = stage.daemon("hour", &Setting::default());
     let all = for_each(&stage.members(), stage.members().len(), |_, member| {
-        let pause = if matches!(member.client.start, Start::Command(_)) { BETWEEN_RUNS } else { PAUSE };
+        let pause = if matches!(member.client.start, Start::Command(_)) {
+            BETWEEN_RUNS
+        } else {
+            PAUSE
+        };
         let times = u32::try_from(LENGTH.as_secs() / pause.as_secs()).unwrap();
-        let reading = Reading { times, pause, ..Reading::once(member, &serving) };
+        let reading = Reading {
+            times,
+            pause,
+            ..Reading::once(member, &serving)
+        };
         let reads = read(&stage, member, &serving, &reading);
-        let failed = reads.each.iter().filter(|read| read.as_deref() != Ok(&member.content())).count();
+        let failed = reads
+            .each
+            .iter()
+            .filter(|read| read.as_deref() != Ok(&member.content()))
+            .count();
         let requests = u64::try_from(serving.issued(member).len()).unwrap();
-        eprintln!("{}: {} reads, {failed} failed, {requests} requests", member.client.name, reads.each.len());
+        eprintln!(
+            "{}: {} reads, {failed} failed, {requests} requests",
+            member.client.name,
+            reads.each.len()
+        );
         if failed > 0 {
             eprintln!("{}: {}", member.client.name, reads.printed);
         }
         (failed, requests)
     });
     // Whatever has less asks at each call, if it is one of those that ask early.
-    let least = stage.members().into_iter().flat_map(|member| serving.issued(member)).map(|record| left(&record)).min();
+    let least = stage
+        .members()
+        .into_iter()
+        .flat_map(|member| serving.issued(member))
+        .map(|record| left(&record))
+        .min();
     let least = least.expect("somebody asked");
-    eprintln!("the least that was left of what was handed out: {} min", least.as_secs() / 60);
+    eprintln!(
+        "the least that was left of what was handed out: {} min",
+        least.as_secs() / 60
+    );
     assert!(least > EARLIEST, "{least:?}");
-    let failed: Vec<_> = stage.members().into_iter().zip(&all).filter(|(_, (failed, _))| *failed > 0).collect();
-    assert!(failed.is_empty(), "{:?}", failed.iter().map(|(member, _)| member.client.name).collect::<Vec<_>>());
-    let cells = stage.members().into_iter().zip(&all).map(|(member, (_, requests))| {
-        let text = match member.client.start {
-            Start::Command(_) => "each run".to_owned(),
-            Start::Program(_) if *requests <= FEW => format!("when due ({requests})"),
-            Start::Program(_) => format!("every {} min ({requests})", (LENGTH.as_secs() / 60).div_ceil(*requests)),
-        };
-        Cell::new(member.client.name, Column::Asks, text)
-    });
+    let failed: Vec<_> = stage
+        .members()
+        .into_iter()
+        .zip(&all)
+        .filter(|(_, (failed, _))| *failed > 0)
+        .collect();
+    assert!(
+        failed.is_empty(),
+        "{:?}",
+        failed
+            .iter()
+            .map(|(member, _)| member.client.name)
+            .collect::<Vec<_>>()
+    );
+    let cells = stage
+        .members()
+        .into_iter()
+        .zip(&all)
+        .map(|(member, (_, requests))| {
+            let text = match member.client.start {
+                Start::Command(_) => "each run".to_owned(),
+                Start::Program(_) if *requests <= FEW => format!("when due ({requests})"),
+                Start::Program(_) => format!(
+                    "every {} min ({requests})",
+                    (LENGTH.as_secs() / 60).div_ceil(*requests)
+                ),
+            };
+            Cell::new(member.client.name, Column::Asks, text)
+        });
     table::settle(&cells.collect::<Vec<_>>());
 }
 
 /// What was left of the credentials of an audit record.
 fn left(record: &Value) -> Duration {
     let [time, expiration] = ["time", "expiration"].map(|field| {
-        let text = record[field].as_str().unwrap_or_else(|| panic!("{field} in {record}"));
+        let text = record[field]
+            .as_str()
+            .unwrap_or_else(|| panic!("{field} in {record}"));
         humantime::parse_rfc3339(text).unwrap_or_else(|error| panic!("{error}: {record}"))
     });
     expiration.duration_since(time).unwrap_or_default()

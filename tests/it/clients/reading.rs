@@ -34,7 +34,15 @@ impl Reading<'_> {
     /// One read of the client's own object.
     pub(crate) fn once(member: &Member, serving: &Serving) -> Self {
         let url = format!("http://{}", serving.daemon.tcp());
-        Self { uid: member.uid, key: member.key(), times: 1, pause: Duration::ZERO, url, role: None, file_alone: false }
+        Self {
+            uid: member.uid,
+            key: member.key(),
+            times: 1,
+            pause: Duration::ZERO,
+            url,
+            role: None,
+            file_alone: false,
+        }
     }
 }
 
@@ -57,8 +65,16 @@ impl Reads {
 }
 
 /// Has a client read.
-pub(crate) fn read(stage: &Stage, member: &Member, serving: &Serving, reading: &Reading<'_>) -> Reads {
-    let home = tempfile::Builder::new().prefix("awsvid-home-").tempdir().expect("a temporary folder");
+pub(crate) fn read(
+    stage: &Stage,
+    member: &Member,
+    serving: &Serving,
+    reading: &Reading<'_>,
+) -> Reads {
+    let home = tempfile::Builder::new()
+        .prefix("awsvid-home-")
+        .tempdir()
+        .expect("a temporary folder");
     chown(home.path(), Some(reading.uid), Some(reading.uid)).expect("chown, as root");
     let began = Instant::now();
     let command = || command(stage, member, serving, reading, home.path());
@@ -71,15 +87,26 @@ pub(crate) fn read(stage: &Stage, member: &Member, serving: &Serving, reading: &
         Start::Command(_) => {
             let outputs: Vec<Output> = (0..reading.times)
                 .map(|number| {
-                    thread::sleep(if number == 0 { Duration::ZERO } else { reading.pause });
+                    thread::sleep(if number == 0 {
+                        Duration::ZERO
+                    } else {
+                        reading.pause
+                    });
                     run(command(), b"", within)
                 })
                 .collect();
-            let printed = outputs.iter().map(|output| output.stdout.clone() + &output.stderr).collect();
+            let printed = outputs
+                .iter()
+                .map(|output| output.stdout.clone() + &output.stderr)
+                .collect();
             (outputs.into_iter().map(content).collect(), printed)
         }
     };
-    Reads { each, took: began.elapsed(), printed }
+    Reads {
+        each,
+        took: began.elapsed(),
+        printed,
+    }
 }
 
 /// What a program's lines say.
@@ -93,33 +120,80 @@ fn lines(output: &Output, slug: &str) -> Vec<Result<String, String>> {
     if reads.is_empty() || output.status.code().is_none() {
         reads.push(Err(format!("{}: {}", output.status, output.stderr)));
     }
-    assert_eq!(output.status.success(), reads.last().is_some_and(Result::is_ok), "{slug}: {output:?}");
+    assert_eq!(
+        output.status.success(),
+        reads.last().is_some_and(Result::is_ok),
+        "{slug}: {output:?}"
+    );
     reads
 }
 
 fn content(output: Output) -> Result<String, String> {
-    if output.status.success() { Ok(output.stdout.trim().to_owned()) } else { Err(output.stdout + &output.stderr) }
+    if output.status.success() {
+        Ok(output.stdout.trim().to_owned())
+    } else {
+        Err(output.stdout + &output.stderr)
+    }
 }
 
 /// The client behind `awsvid exec`, as its user, in its cgroup, with nothing else in its environment.
-fn command(stage: &Stage, member: &Member, serving: &Serving, reading: &Reading<'_>, home: &Path) -> Command {
+fn command(
+    stage: &Stage,
+    member: &Member,
+    serving: &Serving,
+    reading: &Reading<'_>,
+    home: &Path,
+) -> Command {
     let uid = reading.uid.to_string();
     // A test program that is killed takes along who still reads.
-    let user = ["setpriv", "--pdeathsig", "keep", "--reuid", &uid, "--regid", &uid, "--clear-groups"];
-    let mut command = behind(&[&member.cgroup.enter()[..], &user].concat(), &stage.awsvid());
+    let user = [
+        "setpriv",
+        "--pdeathsig",
+        "keep",
+        "--reuid",
+        &uid,
+        "--regid",
+        &uid,
+        "--clear-groups",
+    ];
+    let mut command = behind(
+        &[&member.cgroup.enter()[..], &user].concat(),
+        &stage.awsvid(),
+    );
     let endpoint = stage.minio.endpoint();
-    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", home).env("AWS_REGION", "us-east-1");
-    command.envs(member.client.environment.iter().map(|(name, value)| (name, value.replace("{endpoint}", &endpoint))));
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("HOME", home)
+        .env("AWS_REGION", "us-east-1");
+    command.envs(
+        member
+            .client
+            .environment
+            .iter()
+            .map(|(name, value)| (name, value.replace("{endpoint}", &endpoint))),
+    );
     command.current_dir(home);
-    command.args(["exec", "--url", &reading.url, "--token-file"]).arg(serving.token_file());
-    command.args(reading.role.iter().flat_map(|role| ["--role", role])).arg("--");
+    command
+        .args(["exec", "--url", &reading.url, "--token-file"])
+        .arg(serving.token_file());
+    command
+        .args(reading.role.iter().flat_map(|role| ["--role", role]))
+        .arg("--");
     if reading.file_alone {
         command.args(["env", "-u", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]);
     }
     command.arg(&member.program);
-    command.args(member.client.words()[1..].iter().map(|word| filled(stage, word, reading)));
+    command.args(
+        member.client.words()[1..]
+            .iter()
+            .map(|word| filled(stage, word, reading)),
+    );
     if matches!(member.client.start, Start::Program(_)) {
-        let (times, pause) = (reading.times.to_string(), reading.pause.as_secs().to_string());
+        let (times, pause) = (
+            reading.times.to_string(),
+            reading.pause.as_secs().to_string(),
+        );
         command.args([&endpoint, BUCKET, &reading.key, &times, &pause]);
     }
     command
@@ -131,7 +205,9 @@ fn filled(stage: &Stage, word: &str, reading: &Reading<'_>) -> OsString {
         return stage.file(word).into();
     }
     let word = word.replace("{endpoint}", &stage.minio.endpoint());
-    word.replace("{bucket}", BUCKET).replace("{key}", &reading.key).into()
+    word.replace("{bucket}", BUCKET)
+        .replace("{key}", &reading.key)
+        .into()
 }
 
 /// Does something for each client, by its place among them, for some of them at one time.
@@ -143,11 +219,16 @@ pub(crate) fn for_each<T: Send>(
     let next = AtomicUsize::new(0);
     let work = || -> Vec<(usize, T)> {
         let numbers = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
-        numbers.map_while(|number| Some((number, act(number, members.get(number)?)))).collect()
+        numbers
+            .map_while(|number| Some((number, act(number, members.get(number)?))))
+            .collect()
     };
     let mut done: Vec<(usize, T)> = thread::scope(|scope| {
         let threads: Vec<_> = (0..at_once).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().flat_map(|thread| thread.join().expect("a client's thread")).collect()
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().expect("a client's thread"))
+            .collect()
     });
     done.sort_by_key(|(number, _)| *number);
     done.into_iter().map(|(_, result)| result).collect()

@@ -83,7 +83,10 @@ impl Stage {
         if !root() {
             return None;
         }
-        let name = folder.file_name().and_then(|name| name.to_str()).expect("a name in UTF-8");
+        let name = folder
+            .file_name()
+            .and_then(|name| name.to_str())
+            .expect("a name in UTF-8");
         let members: Vec<Member> = catalogue::all()
             .into_iter()
             .zip(0..)
@@ -93,13 +96,24 @@ impl Stage {
                 let slug = client.slug();
                 let cgroup = Cgroup::new(&format!("{slug}-{name}.service"));
                 let (uid, stranger) = (FIRST_UID + number, FIRST_STRANGER + number);
-                Some(Member { client, program, version, slug, uid, stranger, cgroup })
+                Some(Member {
+                    client,
+                    program,
+                    version,
+                    slug,
+                    uid,
+                    stranger,
+                    cgroup,
+                })
             })
             .collect();
         let spire = Spire::start(folder)?;
         let slugs: Vec<&str> = members.iter().map(|member| member.slug.as_str()).collect();
         let minio = Minio::start(folder, &spire.issuer_url(), &policy(&slugs))?;
-        let objects: Vec<_> = slugs.iter().map(|slug| (key(slug), content(slug))).collect();
+        let objects: Vec<_> = slugs
+            .iter()
+            .map(|slug| (key(slug), content(slug)))
+            .collect();
         minio.make_bucket(BUCKET);
         minio.put_all(BUCKET, &objects);
         // The daemon runs as root: all identities are its own at SPIRE. Readiness asks for that of its first rule.
@@ -107,12 +121,24 @@ impl Stage {
         spire.register_all(&ids, &["unix:uid:0"]);
         // Other users have to start it, too.
         std::fs::copy(PROGRAM, folder.join("awsvid")).expect("a copy of awsvid");
-        for word in members.iter().flat_map(|member| member.client.words()).filter(|word| word.starts_with("tests/")) {
-            let (file, copy) = (Path::new(env!("CARGO_MANIFEST_DIR")).join(word), folder.join(word));
+        for word in members
+            .iter()
+            .flat_map(|member| member.client.words())
+            .filter(|word| word.starts_with("tests/"))
+        {
+            let (file, copy) = (
+                Path::new(env!("CARGO_MANIFEST_DIR")).join(word),
+                folder.join(word),
+            );
             std::fs::create_dir_all(copy.parent().expect("a folder")).expect("a folder");
             std::fs::copy(file, copy).expect("a copy of a client's file");
         }
-        Some(Self { spire, minio, members, folder: folder.to_owned() })
+        Some(Self {
+            spire,
+            minio,
+            members,
+            folder: folder.to_owned(),
+        })
     }
 
     /// The clients, in the table's order.
@@ -127,7 +153,11 @@ impl Stage {
 
     /// Where MinIO is as an STS, for a way to it that can be cut.
     pub(crate) fn sts(&self) -> SocketAddr {
-        self.minio.endpoint().trim_start_matches("http://").parse().expect("MinIO's address")
+        self.minio
+            .endpoint()
+            .trim_start_matches("http://")
+            .parse()
+            .expect("MinIO's address")
     }
 
     /// A place for a file of the test's.
@@ -144,13 +174,19 @@ impl Stage {
     pub(crate) fn daemon(&self, name: &str, setting: &Setting<'_>) -> Serving {
         let folder = self.folder.join(name);
         std::fs::create_dir(&folder).expect("a new folder");
-        let users = self.members.iter().map(|member| (member.uid, member.slug.as_str()));
+        let users = self
+            .members
+            .iter()
+            .map(|member| (member.uid, member.slug.as_str()));
         let rules: String = [(0, "root")]
             .into_iter()
             .chain(users)
             .map(|(uid, slug)| format!("[[workload]]\nspiffe_id = \"{}\"\nuid = {uid}\n", id(slug)))
             .collect();
-        let socket = setting.source.clone().unwrap_or_else(|| self.spire.agent_socket());
+        let socket = setting
+            .source
+            .clone()
+            .unwrap_or_else(|| self.spire.agent_socket());
         let configuration = format!(
             "[identity]\nsocket = \"unix://{}\"\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
              [[role]]\nname = \"{ROLE}\"\nspiffe_id = \"{}\"\nrole_arn = \"{}\"\n{}\n",
@@ -161,7 +197,10 @@ impl Stage {
             self.minio.role_arn(),
             setting.role,
         );
-        Serving { daemon: Daemon::start(&folder, setting.listen, &configuration).ready(), folder }
+        Serving {
+            daemon: Daemon::start(&folder, setting.listen, &configuration).ready(),
+            folder,
+        }
     }
 }
 
@@ -203,12 +242,20 @@ impl Serving {
     pub(crate) fn issued(&self, member: &Member) -> Vec<Value> {
         let mut records = self.requests(member.uid);
         records.retain(|record| record["outcome"] == "issued");
-        assert!(records.iter().all(|record| record["spiffe_id"] == member.spiffe_id()), "{records:?}");
+        assert!(
+            records
+                .iter()
+                .all(|record| record["spiffe_id"] == member.spiffe_id()),
+            "{records:?}"
+        );
         records
     }
 
     /// How often a user has asked.
     pub(crate) fn asked(&self, uid: u32) -> u64 {
-        self.requests(uid).iter().map(|record| record["repeated"].as_u64().unwrap_or(1)).sum()
+        self.requests(uid)
+            .iter()
+            .map(|record| record["repeated"].as_u64().unwrap_or(1))
+            .sum()
     }
 }

@@ -43,7 +43,11 @@ pub(crate) struct Cell {
 
 impl Cell {
     pub(crate) fn new(client: &'static str, column: Column, text: impl Into<String>) -> Self {
-        Self { client, column, text: text.into() }
+        Self {
+            client,
+            column,
+            text: text.into(),
+        }
     }
 }
 
@@ -58,16 +62,26 @@ impl Table {
         let text = fs::read_to_string(readme()).expect("README.md");
         let (_, table, _) = split(&text);
         let row = |line: &str| {
-            let cells: Vec<String> =
-                line.trim().trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect();
-            cells.try_into().unwrap_or_else(|cells| panic!("a row with {COLUMNS} cells: {cells:?}"))
+            let cells: Vec<String> = line
+                .trim()
+                .trim_matches('|')
+                .split('|')
+                .map(|cell| cell.trim().to_owned())
+                .collect();
+            cells
+                .try_into()
+                .unwrap_or_else(|cells| panic!("a row with {COLUMNS} cells: {cells:?}"))
         };
-        Self { rows: table.lines().skip(2).map(row).collect() }
+        Self {
+            rows: table.lines().skip(2).map(row).collect(),
+        }
     }
 
     /// The version that it has for a client; nothing if any will do.
     pub(crate) fn version(&self, client: &Client) -> Option<&str> {
-        let version = self.row(client.name)?[Column::Version as usize].split(' ').next_back();
+        let version = self.row(client.name)?[Column::Version as usize]
+            .split(' ')
+            .next_back();
         version.filter(|_| !is_written())
     }
 
@@ -79,13 +93,22 @@ impl Table {
     fn in_order(mut self) -> Self {
         let row = |client: Client| {
             let known = self.rows.iter().position(|row| row[0] == client.name);
-            known.map_or_else(|| new_row(client.name), |known| self.rows.swap_remove(known))
+            known.map_or_else(
+                || new_row(client.name),
+                |known| self.rows.swap_remove(known),
+            )
         };
-        Self { rows: catalogue::all().into_iter().map(row).collect() }
+        Self {
+            rows: catalogue::all().into_iter().map(row).collect(),
+        }
     }
 
     fn set(&mut self, cell: &Cell) {
-        let row = self.rows.iter_mut().find(|row| row[0] == cell.client).expect("a client of the catalogue");
+        let row = self
+            .rows
+            .iter_mut()
+            .find(|row| row[0] == cell.client)
+            .expect("a client of the catalogue");
         let old = &mut row[cell.column as usize];
         // What is not compared is not changed by itself either.
         if compared(cell.column, old) != compared(cell.column, &cell.text) {
@@ -110,9 +133,16 @@ pub(crate) fn settle(seen: &[Cell]) {
     let wrong: Vec<String> = seen
         .iter()
         .filter_map(|cell| {
-            let committed = table.row(cell.client).map_or("", |row| &row[cell.column as usize]);
+            let committed = table
+                .row(cell.client)
+                .map_or("", |row| &row[cell.column as usize]);
             let same = compared(cell.column, committed) == compared(cell.column, &cell.text);
-            (!same).then(|| format!("{}, {:?}: {committed:?}, but seen: {:?}", cell.client, cell.column, cell.text))
+            (!same).then(|| {
+                format!(
+                    "{}, {:?}: {committed:?}, but seen: {:?}",
+                    cell.client, cell.column, cell.text
+                )
+            })
         })
         .collect();
     assert!(
@@ -129,9 +159,19 @@ pub(crate) fn settle_rows() {
         return;
     }
     let text = fs::read_to_string(readme()).expect("README.md");
-    assert!(split(&text).1.starts_with(HEADER), "README.md's table of clients has another header");
-    let rows: Vec<String> = Table::committed().rows.into_iter().map(|[client, ..]| client).collect();
-    assert_eq!(rows, clients, "README.md's table of clients has other rows (AWSVID_WRITE_TABLE=1 writes them)");
+    assert!(
+        split(&text).1.starts_with(HEADER),
+        "README.md's table of clients has another header"
+    );
+    let rows: Vec<String> = Table::committed()
+        .rows
+        .into_iter()
+        .map(|[client, ..]| client)
+        .collect();
+    assert_eq!(
+        rows, clients,
+        "README.md's table of clients has other rows (AWSVID_WRITE_TABLE=1 writes them)"
+    );
 }
 
 fn is_written() -> bool {
@@ -140,12 +180,20 @@ fn is_written() -> bool {
 
 fn write(seen: &[Cell]) {
     // Another test may write its own columns at the same time.
-    let _lock = Flock::lock(File::open(readme()).expect("README.md"), FlockArg::LockExclusive).expect("a lock");
+    let _lock = Flock::lock(
+        File::open(readme()).expect("README.md"),
+        FlockArg::LockExclusive,
+    )
+    .expect("a lock");
     let mut table = Table::committed().in_order();
     seen.iter().for_each(|cell| table.set(cell));
     let text = fs::read_to_string(readme()).expect("README.md");
     let (before, _, after) = split(&text);
-    let rows: String = table.rows.iter().map(|row| format!("| {} |\n", row.join(" | "))).collect();
+    let rows: String = table
+        .rows
+        .iter()
+        .map(|row| format!("| {} |\n", row.join(" | ")))
+        .collect();
     fs::write(readme(), format!("{before}{HEADER}{rows}{after}")).expect("README.md");
 }
 
@@ -154,14 +202,22 @@ fn compared(column: Column, text: &str) -> String {
     if matches!(column, Column::Client | Column::Version | Column::Note) {
         return text.to_owned();
     }
-    let parts = text.split('(').map(|part| part.rsplit_once(')').map_or(part, |(_, rest)| rest).trim());
+    let parts = text
+        .split('(')
+        .map(|part| part.rsplit_once(')').map_or(part, |(_, rest)| rest).trim());
     parts.collect::<Vec<_>>().join(" ").trim().to_owned()
 }
 
 /// What comes before the table, with its marker; the table; and the rest.
 fn split(text: &str) -> (&str, &str, &str) {
-    let begin = text.find(BEGIN).expect("README.md has the table's first marker") + BEGIN.len();
-    let end = begin + text[begin..].find(END).expect("README.md has the table's last marker");
+    let begin = text
+        .find(BEGIN)
+        .expect("README.md has the table's first marker")
+        + BEGIN.len();
+    let end = begin
+        + text[begin..]
+            .find(END)
+            .expect("README.md has the table's last marker");
     (&text[..begin], &text[begin..end], &text[end..])
 }
 
@@ -176,9 +232,18 @@ mod tests {
     #[test]
     fn only_what_stands_in_parentheses_may_differ() {
         let same = |a, b| compared(Column::Refused, a) == compared(Column::Refused, b);
-        assert!(same("shows why, 3 tries (9 s)", "shows why, 3 tries (11 s)"));
-        assert!(!same("shows why, 3 tries (9 s)", "shows why, 4 tries (9 s)"));
+        assert!(same(
+            "shows why, 3 tries (9 s)",
+            "shows why, 3 tries (11 s)"
+        ));
+        assert!(!same(
+            "shows why, 3 tries (9 s)",
+            "shows why, 4 tries (9 s)"
+        ));
         assert!(!same("when due (2)", "each run"));
-        assert_ne!(compared(Column::Client, "C++ (pyarrow)"), compared(Column::Client, "C++ (other)"));
+        assert_ne!(
+            compared(Column::Client, "C++ (pyarrow)"),
+            compared(Column::Client, "C++ (other)")
+        );
     }
 }

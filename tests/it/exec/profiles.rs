@@ -14,7 +14,8 @@ use crate::harness::counterparts::{folder, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
-const IDENTITY: &str = "import boto3, sys; boto3.client('sts', endpoint_url=sys.argv[1]).get_caller_identity()";
+const IDENTITY: &str =
+    "import boto3, sys; boto3.client('sts', endpoint_url=sys.argv[1]).get_caller_identity()";
 const CALLER: &str = "<GetCallerIdentityResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><GetCallerIdentityResult>\
     <Arn>arn:aws:iam::123456789012:user/x</Arn><UserId>x</UserId><Account>123456789012</Account>\
     </GetCallerIdentityResult></GetCallerIdentityResponse>";
@@ -32,7 +33,10 @@ struct Credulous {
 impl Credulous {
     fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (address, requests) = (listener.local_addr().unwrap(), Arc::<Mutex<Vec<_>>>::default());
+        let (address, requests) = (
+            listener.local_addr().unwrap(),
+            Arc::<Mutex<Vec<_>>>::default(),
+        );
         let noted = requests.clone();
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
@@ -58,19 +62,38 @@ fn answer(stream: TcpStream, noted: &Mutex<Vec<(String, String, String)>>) {
             }
         }
         for line in head.lines().map(str::to_ascii_lowercase) {
-            length = line.strip_prefix("content-length: ").map_or(length, |value| value.parse().unwrap());
+            length = line
+                .strip_prefix("content-length: ")
+                .map_or(length, |value| value.parse().unwrap());
         }
         let mut body = vec![0; length];
         stream.read_exact(&mut body).unwrap();
         let body = String::from_utf8(body).unwrap();
-        let action = body.split('&').find_map(|field| field.strip_prefix("Action=")).unwrap_or_default().to_owned();
+        let action = body
+            .split('&')
+            .find_map(|field| field.strip_prefix("Action="))
+            .unwrap_or_default()
+            .to_owned();
         let scope = head.split_once("Credential=").map_or("", |(_, rest)| rest);
         let mut scope = scope.split('/');
-        let (key, region) = (scope.next().unwrap_or_default(), scope.nth(1).unwrap_or_default());
+        let (key, region) = (
+            scope.next().unwrap_or_default(),
+            scope.nth(1).unwrap_or_default(),
+        );
         let text = if action == "AssumeRole" { ROLE } else { CALLER };
-        noted.lock().unwrap().push((action, key.to_owned(), region.to_owned()));
-        let head = format!("HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nContent-Length: {}\r\n\r\n", text.len());
-        if stream.get_mut().write_all((head + text).as_bytes()).is_err() {
+        noted
+            .lock()
+            .unwrap()
+            .push((action, key.to_owned(), region.to_owned()));
+        let head = format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nContent-Length: {}\r\n\r\n",
+            text.len()
+        );
+        if stream
+            .get_mut()
+            .write_all((head + text).as_bytes())
+            .is_err()
+        {
             return;
         }
     }
@@ -87,8 +110,17 @@ fn clients(sts: &str) -> Option<Vec<(&'static str, Vec<String>)>> {
         let words = ["--endpoint-url", sts, "sts", "get-caller-identity"].map(str::to_owned);
         [vec![program.display().to_string()], words.to_vec()].concat()
     };
-    let boto3 = vec![python.display().to_string(), "-c".to_owned(), IDENTITY.to_owned(), sts.to_owned()];
-    Some(vec![("aws", cli(tool("aws")?)), ("aws2", cli(tool("aws2")?)), ("boto3", boto3)])
+    let boto3 = vec![
+        python.display().to_string(),
+        "-c".to_owned(),
+        IDENTITY.to_owned(),
+        sts.to_owned(),
+    ];
+    Some(vec![
+        ("aws", cli(tool("aws")?)),
+        ("aws2", cli(tool("aws2")?)),
+        ("boto3", boto3),
+    ])
 }
 
 struct Stage {
@@ -106,8 +138,15 @@ impl Stage {
     }
 
     /// What the client has asked the STS for, behind `awsvid exec` and with these variables; and what exec has said.
-    fn requests(&self, client: &[String], variables: &[(&str, &str)]) -> (Vec<(String, String, String)>, String) {
-        let (url, token) = (format!("http://{}", self.daemon.tcp()), self.folder.path().join("token"));
+    fn requests(
+        &self,
+        client: &[String],
+        variables: &[(&str, &str)],
+    ) -> (Vec<(String, String, String)>, String) {
+        let (url, token) = (
+            format!("http://{}", self.daemon.tcp()),
+            self.folder.path().join("token"),
+        );
         let options = ["--url", &url, "--token-file", token.to_str().unwrap(), "--"];
         let client: Vec<&str> = client.iter().map(String::as_str).collect();
         // Where the AWS CLI keeps the credentials of roles.
@@ -115,7 +154,10 @@ impl Stage {
         let mut command: Command = exec(&[&options[..], &client].concat());
         let sts = format!("http://{}", self.sts.address);
         // What a profile asks of an STS goes to the same one.
-        command.env("HOME", self.folder.path()).env("AWS_ENDPOINT_URL_STS", sts).envs(variables.iter().copied());
+        command
+            .env("HOME", self.folder.path())
+            .env("AWS_ENDPOINT_URL_STS", sts)
+            .envs(variables.iter().copied());
         let output = output(command);
         let said = output.stderr.clone();
         output.success(&format!("{client:?}"));
@@ -124,8 +166,11 @@ impl Stage {
 
     /// The key ids that awsvid has handed out.
     fn issued(&self) -> BTreeSet<String> {
-        let keys =
-            self.daemon.audit().into_iter().filter_map(|record| Some(record["access_key_id"].as_str()?.to_owned()));
+        let keys = self
+            .daemon
+            .audit()
+            .into_iter()
+            .filter_map(|record| Some(record["access_key_id"].as_str()?.to_owned()));
         keys.collect()
     }
 }
@@ -135,15 +180,21 @@ const KEYS: &str = "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_acces
 fn stage() -> Stage {
     let folder = folder();
     let (daemon, upstream) = daemon(folder.path(), "authorization = \"token\"");
-    Stage { daemon, sts: Credulous::start(), _upstream: upstream, folder }
+    Stage {
+        daemon,
+        sts: Credulous::start(),
+        _upstream: upstream,
+        folder,
+    }
 }
 
 #[test]
 fn a_profile_that_leads_elsewhere_is_replaced_and_the_rest_of_it_counts() {
     let stage = stage();
-    let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else { return };
-    let process =
-        r#"credential_process = /bin/echo '{"Version": 1, "AccessKeyId": "AKIAPROCESS", "SecretAccessKey": "s"}'"#;
+    let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else {
+        return;
+    };
+    let process = r#"credential_process = /bin/echo '{"Version": 1, "AccessKeyId": "AKIAPROCESS", "SecretAccessKey": "s"}'"#;
     let setups: [Setup<'_>; 4] = [
         ("[default]\nregion = eu-central-1\n".to_owned(), KEYS, &[]),
         (format!("[default]\n{process}\nregion = eu-central-1\n"), "", &[]),
@@ -154,25 +205,45 @@ fn a_profile_that_leads_elsewhere_is_replaced_and_the_rest_of_it_counts() {
         stage.write(&config, credentials);
         for (name, client) in &clients {
             let (requests, said) = stage.requests(client, variables);
-            let [(action, key, region)] = &requests[..] else { panic!("{name}: {config}\n{requests:?}") };
-            assert_eq!((action.as_str(), region.as_str()), ("GetCallerIdentity", "eu-central-1"), "{name}: {config}");
+            let [(action, key, region)] = &requests[..] else {
+                panic!("{name}: {config}\n{requests:?}")
+            };
+            assert_eq!(
+                (action.as_str(), region.as_str()),
+                ("GetCallerIdentity", "eu-central-1"),
+                "{name}: {config}"
+            );
             assert!(stage.issued().contains(key), "{name}: {config}\n{key}");
-            assert!(said.contains("the command has the profile [awsvid-exec]"), "{name}: {said}");
+            assert!(
+                said.contains("the command has the profile [awsvid-exec]"),
+                "{name}: {said}"
+            );
         }
-        assert_eq!(fs::read_to_string(stage.folder.path().join(".aws/config")).unwrap(), config);
+        assert_eq!(
+            fs::read_to_string(stage.folder.path().join(".aws/config")).unwrap(),
+            config
+        );
     }
 }
 
 #[test]
 fn a_profile_that_leads_to_awsvid_is_used() {
     let stage = stage();
-    let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else { return };
+    let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else {
+        return;
+    };
     let role = "role_arn = arn:aws:iam::123456789012:role/x\ncredential_source = EcsContainer\nregion = eu-central-1\n";
     let chain = "role_arn = arn:aws:iam::123456789012:role/y\nsource_profile = base\nregion = eu-central-1\n";
     let setups: [(String, &[(&str, &str)]); 3] = [
         (format!("[default]\n{role}"), &[]),
-        (format!("[profile other]\n{role}"), &[("AWS_PROFILE", "other")]),
-        (format!("[profile base]\n{role}[profile other]\n{chain}"), &[("AWS_PROFILE", "other")]),
+        (
+            format!("[profile other]\n{role}"),
+            &[("AWS_PROFILE", "other")],
+        ),
+        (
+            format!("[profile base]\n{role}[profile other]\n{chain}"),
+            &[("AWS_PROFILE", "other")],
+        ),
     ];
     for (config, variables) in setups {
         stage.write(&config, "");
@@ -184,15 +255,27 @@ fn a_profile_that_leads_to_awsvid_is_used() {
             let (requests, said) = stage.requests(client, variables);
             let (first, last) = (&requests[0], &requests[requests.len() - 1]);
             // The role of the profile, with awsvid's credentials, and then with those of the role.
-            assert!(first.0 == "AssumeRole" && stage.issued().contains(&first.1), "{name}: {config}\n{requests:?}");
-            assert_eq!((&*last.0, &*last.1), ("GetCallerIdentity", "ASIAASSUMED"), "{name}: {config}\n{requests:?}");
+            assert!(
+                first.0 == "AssumeRole" && stage.issued().contains(&first.1),
+                "{name}: {config}\n{requests:?}"
+            );
+            assert_eq!(
+                (&*last.0, &*last.1),
+                ("GetCallerIdentity", "ASIAASSUMED"),
+                "{name}: {config}\n{requests:?}"
+            );
             assert!(!said.contains("awsvid exec"), "{name}: {said}");
         }
     }
     // The process that asks over the unix socket.
-    let process =
-        format!("credential_process = {PROGRAM} credential-process --socket {}", stage.daemon.unix().display());
-    stage.write(&format!("[default]\n{process}\nregion = eu-central-1\n"), "");
+    let process = format!(
+        "credential_process = {PROGRAM} credential-process --socket {}",
+        stage.daemon.unix().display()
+    );
+    stage.write(
+        &format!("[default]\n{process}\nregion = eu-central-1\n"),
+        "",
+    );
     for (name, client) in &clients {
         let before = stage.daemon.audit().len();
         let (requests, said) = stage.requests(client, &[]);
@@ -200,6 +283,13 @@ fn a_profile_that_leads_to_awsvid_is_used() {
             stage.issued().contains(&requests[0].1) && !said.contains("awsvid exec"),
             "{name}: {requests:?} {said}"
         );
-        assert!(stage.daemon.audit_after(before).iter().all(|record| record["listener"] == "unix"), "{name}");
+        assert!(
+            stage
+                .daemon
+                .audit_after(before)
+                .iter()
+                .all(|record| record["listener"] == "unix"),
+            "{name}"
+        );
     }
 }

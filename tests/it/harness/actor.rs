@@ -20,14 +20,29 @@ pub(crate) fn program() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let build = || {
         let test = std::env::current_exe().expect("the test program");
-        let folder = test.parent().and_then(|deps| deps.parent()).expect("target/<profile>/deps");
-        let profile = match folder.file_name().and_then(|name| name.to_str()).expect("a profile") {
+        let folder = test
+            .parent()
+            .and_then(|deps| deps.parent())
+            .expect("target/<profile>/deps");
+        let profile = match folder
+            .file_name()
+            .and_then(|name| name.to_str())
+            .expect("a profile")
+        {
             "debug" => "dev",
             other => other,
         };
         let mut cargo = Command::new(env!("CARGO"));
         cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
-        cargo.args(["build", "--quiet", "--locked", "--example", "actor", "--profile", profile]);
+        cargo.args([
+            "build",
+            "--quiet",
+            "--locked",
+            "--example",
+            "actor",
+            "--profile",
+            profile,
+        ]);
         run(cargo, b"", Duration::from_secs(600)).success("cargo build --example actor");
         folder.join("examples/actor")
     };
@@ -35,7 +50,13 @@ pub(crate) fn program() -> PathBuf {
 }
 
 /// Plays a scene against a listener of the process `daemon`, in this cgroup; what it answered on the connection.
-pub(crate) fn play(scene: &str, listener: &str, address: &str, daemon: Pid, cgroup: &Path) -> String {
+pub(crate) fn play(
+    scene: &str,
+    listener: &str,
+    address: &str,
+    daemon: Pid,
+    cgroup: &Path,
+) -> String {
     run_in(cgroup, daemon, &program(), &[scene, listener, address])
 }
 
@@ -60,11 +81,24 @@ pub(crate) fn play_program(
     cgroup: &Path,
     program: &Path,
 ) -> String {
-    run_in(cgroup, daemon, &self::program(), &[scene, listener, address, program.to_str().expect("a path in UTF-8")])
+    run_in(
+        cgroup,
+        daemon,
+        &self::program(),
+        &[
+            scene,
+            listener,
+            address,
+            program.to_str().expect("a path in UTF-8"),
+        ],
+    )
 }
 
 fn run_in(cgroup: &Path, daemon: Pid, program: &Path, words: &[&str]) -> String {
-    let mut command = in_cgroup(cgroup, &format!("{} {}", program.display(), words.join(" ")));
+    let mut command = in_cgroup(
+        cgroup,
+        &format!("{} {}", program.display(), words.join(" ")),
+    );
     command.env("DAEMON", daemon.to_string());
     run(command, b"", Duration::from_secs(60)).success(&format!("scene {words:?}"))
 }
@@ -82,7 +116,13 @@ impl Connector {
     }
 
     /// The same by a copy of the program.
-    pub(crate) fn start_by(program: &Path, uid: u32, listener: &str, address: &str, cgroup: &Path) -> Self {
+    pub(crate) fn start_by(
+        program: &Path,
+        uid: u32,
+        listener: &str,
+        address: &str,
+        cgroup: &Path,
+    ) -> Self {
         Self::start_behind(&[], program, uid, listener, address, cgroup)
     }
 
@@ -96,10 +136,17 @@ impl Connector {
         cgroup: &Path,
     ) -> Self {
         let (socket, theirs) = UnixStream::pair().expect("a pair of sockets");
-        let actor = format!("{} {} connect {uid} {listener} {address}", words.join(" "), program.display());
+        let actor = format!(
+            "{} {} connect {uid} {listener} {address}",
+            words.join(" "),
+            program.display()
+        );
         let mut command = in_cgroup(cgroup, &actor);
         command.stdin(OwnedFd::from(theirs));
-        Self { owned: spawn(command).expect("the actor"), socket }
+        Self {
+            owned: spawn(command).expect("the actor"),
+            socket,
+        }
     }
 
     /// Its process.
@@ -124,11 +171,15 @@ impl Connector {
         let mut byte = [0];
         let mut into = [IoSliceMut::new(&mut byte)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut into, Some(&mut space), flags).expect("a message");
-        let mut received = message.cmsgs().expect("whole").filter_map(|message| match message {
-            ControlMessageOwned::ScmRights(fds) => fds.into_iter().next(),
-            _ => None,
-        });
+        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut into, Some(&mut space), flags)
+            .expect("a message");
+        let mut received = message
+            .cmsgs()
+            .expect("whole")
+            .filter_map(|message| match message {
+                ControlMessageOwned::ScmRights(fds) => fds.into_iter().next(),
+                _ => None,
+            });
         // SAFETY: the kernel has just made this descriptor for this process.
         unsafe { OwnedFd::from_raw_fd(received.next().expect("a descriptor")) }
     }
@@ -137,7 +188,10 @@ impl Connector {
 fn in_cgroup(cgroup: &Path, actor: &str) -> Command {
     let script = format!("echo 0 > {}/cgroup.procs && exec {actor}", cgroup.display());
     let mut command = Command::new("sh");
-    command.env_clear().env("PATH", "/usr/bin:/bin").args(["-c", &script]);
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .args(["-c", &script]);
     command
 }
 
@@ -152,18 +206,39 @@ pub(crate) type Counts = BTreeMap<String, usize>;
 
 impl Acting {
     /// Starts `act` (see `tests/actor/floods.rs`) as the user whose id is the first of `numbers`, in this cgroup.
-    pub(crate) fn start(act: &str, listener: &str, address: &str, numbers: &[usize], cgroup: &Path) -> Self {
+    pub(crate) fn start(
+        act: &str,
+        listener: &str,
+        address: &str,
+        numbers: &[usize],
+        cgroup: &Path,
+    ) -> Self {
         let numbers: Vec<String> = numbers.iter().map(usize::to_string).collect();
-        let actor = format!("{} in-numbers {act} {listener} {address} {}", program().display(), numbers.join(" "));
+        let actor = format!(
+            "{} in-numbers {act} {listener} {address} {}",
+            program().display(),
+            numbers.join(" ")
+        );
         Self::of(in_cgroup(cgroup, &actor))
     }
 
     /// So many processes of Alice's in each of these cgroups that ask the process `daemon`, and keep those waiting who look at
     /// them.
-    pub(crate) fn block(count: usize, listener: &str, address: &str, daemon: Pid, cgroups: &[&Path]) -> Self {
+    pub(crate) fn block(
+        count: usize,
+        listener: &str,
+        address: &str,
+        daemon: Pid,
+        cgroups: &[&Path],
+    ) -> Self {
         let mut command = Command::new(program());
-        command.env_clear().env("PATH", "/usr/bin:/bin").env("DAEMON", daemon.to_string());
-        command.args(["blocked", &count.to_string(), listener, address]).args(cgroups);
+        command
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .env("DAEMON", daemon.to_string());
+        command
+            .args(["blocked", &count.to_string(), listener, address])
+            .args(cgroups);
         Self::of(command)
     }
 
@@ -194,17 +269,32 @@ impl Acting {
     pub(crate) fn enough(mut self) -> Counts {
         drop(self.owned.stdin());
         let mut text = String::new();
-        self.says.read_to_string(&mut text).expect("what was counted");
-        let status = self.owned.wait(Duration::from_secs(60)).expect("the actor ends");
+        self.says
+            .read_to_string(&mut text)
+            .expect("what was counted");
+        let status = self
+            .owned
+            .wait(Duration::from_secs(60))
+            .expect("the actor ends");
         assert!(status.success(), "{status}");
-        let count = |line: &str| line.split_once(' ').map(|(code, count)| (code.to_owned(), count.parse().unwrap()));
+        let count = |line: &str| {
+            line.split_once(' ')
+                .map(|(code, count)| (code.to_owned(), count.parse().unwrap()))
+        };
         text.lines().filter_map(count).collect()
     }
 }
 
 /// What comes of so many requests of this user, one after another.
 pub(crate) fn ask(listener: &str, address: &str, uid: u32, count: usize, cgroup: &Path) -> Counts {
-    Acting::start("ask", listener, address, &[usize::try_from(uid).unwrap(), count], cgroup).enough()
+    Acting::start(
+        "ask",
+        listener,
+        address,
+        &[usize::try_from(uid).unwrap(), count],
+        cgroup,
+    )
+    .enough()
 }
 
 /// A scene that goes on step by step: see `tests/actor/asked.rs`.
@@ -218,13 +308,27 @@ pub(crate) struct Steps {
 
 impl Steps {
     /// Begins it with the program in a folder of its copies, in this cgroup. Nobody has connected yet.
-    pub(crate) fn start(program: &Path, scene: &str, listener: &str, address: &str, cgroup: &Path) -> Self {
-        let mut command = in_cgroup(cgroup, &format!("{} asked {scene} {listener} {address}", program.display()));
+    pub(crate) fn start(
+        program: &Path,
+        scene: &str,
+        listener: &str,
+        address: &str,
+        cgroup: &Path,
+    ) -> Self {
+        let mut command = in_cgroup(
+            cgroup,
+            &format!("{} asked {scene} {listener} {address}", program.display()),
+        );
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
         let hears = owned.stdin();
         let says = BufReader::new(owned.stdout().expect("a pipe"));
-        let mut steps = Self { _owned: owned, hears, says, caller: 0 };
+        let mut steps = Self {
+            _owned: owned,
+            hears,
+            says,
+            caller: 0,
+        };
         steps.caller = steps.line().parse().expect("the caller's pid");
         steps
     }

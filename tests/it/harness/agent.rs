@@ -13,7 +13,9 @@ use awsvid::dev::oidc::DevOidcIssuer;
 use awsvid::svid::proto::spire::api::agent::delegatedidentity::v1::delegated_identity_server::{
     DelegatedIdentity, DelegatedIdentityServer,
 };
-use awsvid::svid::proto::spire::api::agent::delegatedidentity::v1::{FetchJwtsviDsRequest, FetchJwtsviDsResponse};
+use awsvid::svid::proto::spire::api::agent::delegatedidentity::v1::{
+    FetchJwtsviDsRequest, FetchJwtsviDsResponse,
+};
 use awsvid::svid::proto::spire::api::types::{Jwtsvid, Spiffeid};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -47,7 +49,11 @@ impl Entry {
     /// The same with another's token, as of an agent that puts others' answers together and mixes them up.
     pub(crate) fn labelled(id: &str, sub: &str, selectors: &[&str]) -> Self {
         let selectors = selectors.iter().map(|text| (*text).to_owned()).collect();
-        Self { id: id.to_owned(), sub: sub.to_owned(), selectors }
+        Self {
+            id: id.to_owned(),
+            sub: sub.to_owned(),
+            selectors,
+        }
     }
 }
 
@@ -95,36 +101,76 @@ impl FakeAgent {
     /// Serves these entries at a socket in `folder`.
     pub(crate) fn start(folder: &Path, mut entries: Vec<Entry>) -> Self {
         let runtime = Runtime::new().expect("a runtime");
-        entries.push(Entry::new(AWSVID, &["unix:uid:0", &format!("unix:path:{}", env!("CARGO_BIN_EXE_awsvid"))]));
+        entries.push(Entry::new(
+            AWSVID,
+            &[
+                "unix:uid:0",
+                &format!("unix:path:{}", env!("CARGO_BIN_EXE_awsvid")),
+            ],
+        ));
         let key = SigningKey::generate().expect("a key");
-        let issuer = runtime.block_on(DevOidcIssuer::start(key.jwks())).expect("an issuer");
+        let issuer = runtime
+            .block_on(DevOidcIssuer::start(key.jwks()))
+            .expect("an issuer");
         let sts = OneRoleSts::start(issuer.url());
-        let desk = Arc::new(Desk { entries, key, issuer: issuer.url().to_owned(), calls: Mutex::default() });
+        let desk = Arc::new(Desk {
+            entries,
+            key,
+            issuer: issuer.url().to_owned(),
+            calls: Mutex::default(),
+        });
         let socket = folder.join("agent.sock");
-        let listener = runtime.block_on(async { UnixListener::bind(&socket) }).expect("a socket");
+        let listener = runtime
+            .block_on(async { UnixListener::bind(&socket) })
+            .expect("a socket");
         let service = DelegatedIdentityServer::from_arc(desk.clone());
         let server = tonic::transport::Server::builder().add_service(service);
         runtime.spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
-        Self { runtime, desk, socket, sts, _issuer: issuer }
+        Self {
+            runtime,
+            desk,
+            socket,
+            sts,
+            _issuer: issuer,
+        }
     }
 
     /// All that a daemon needs but `[listen]`, `[audit]` and `[log]`.
     pub(crate) fn configuration(&self) -> String {
-        let identity = format!("admin_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"", self.socket.display());
-        format!("[identity]\nsource = \"spire-delegated\"\n{identity}\n{}", self.sts.configuration())
+        let identity = format!(
+            "admin_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"",
+            self.socket.display()
+        );
+        format!(
+            "[identity]\nsource = \"spire-delegated\"\n{identity}\n{}",
+            self.sts.configuration()
+        )
     }
 
     /// Holds the next question about this process.
     pub(crate) fn hold(&self, pid: i32) -> Held<'_> {
         let stage = watch::Sender::new(Stage::Expected);
-        self.desk.calls.lock().unwrap().held.insert(pid, stage.clone());
-        Held { runtime: &self.runtime, stage }
+        self.desk
+            .calls
+            .lock()
+            .unwrap()
+            .held
+            .insert(pid, stage.clone());
+        Held {
+            runtime: &self.runtime,
+            stage,
+        }
     }
 
     /// How often it was asked about processes other than this one.
     pub(crate) fn questions(&self, but: Pid) -> usize {
         let calls = self.desk.calls.lock().unwrap();
-        calls.count.iter().filter(|(pid, _)| **pid != but.as_raw()).map(|(_, count)| count).sum()
+        calls
+            .count
+            .iter()
+            .filter(|(pid, _)| **pid != but.as_raw())
+            .map(|(_, count)| count)
+            .sum()
     }
 
     /// How often a token was exchanged.
@@ -142,7 +188,10 @@ impl Held<'_> {
     /// Lets the agent look, and waits until it has: nothing is answered yet.
     pub(crate) fn look(&self) {
         self.advance(Stage::Looking);
-        assert!(self.reached(Stage::Seen), "the agent looks within {PATIENCE:?}");
+        assert!(
+            self.reached(Stage::Seen),
+            "the agent looks within {PATIENCE:?}"
+        );
     }
 
     /// Lets the answer go, to what was seen.
@@ -156,7 +205,11 @@ impl Held<'_> {
 
     fn reached(&self, wanted: Stage) -> bool {
         let mut stage = self.stage.subscribe();
-        let reached = async { tokio::time::timeout(PATIENCE, stage.wait_for(|stage| *stage >= wanted)).await.is_ok() };
+        let reached = async {
+            tokio::time::timeout(PATIENCE, stage.wait_for(|stage| *stage >= wanted))
+                .await
+                .is_ok()
+        };
         self.runtime.block_on(reached)
     }
 }
@@ -191,15 +244,29 @@ impl DelegatedIdentity for Desk {
         let reached = async |to: Stage, wanted: Stage| {
             if let Some(stage) = &held {
                 advance(stage, to);
-                stage.subscribe().wait_for(|stage| *stage >= wanted).await.expect("this has a sender");
+                stage
+                    .subscribe()
+                    .wait_for(|stage| *stage >= wanted)
+                    .await
+                    .expect("this has a sender");
             }
         };
         reached(Stage::Asked, Stage::Looking).await;
         let seen = selectors(pid);
         reached(Stage::Seen, Stage::Answered).await;
         let seen = seen.map_err(|_| Status::unavailable("workload attestation failed"))?;
-        let has_all = |entry: &&Entry| entry.selectors.iter().all(|selector| seen.contains(selector));
-        let svids: Vec<_> = self.entries.iter().filter(has_all).map(|entry| self.svid(entry, &audience)).collect();
+        let has_all = |entry: &&Entry| {
+            entry
+                .selectors
+                .iter()
+                .all(|selector| seen.contains(selector))
+        };
+        let svids: Vec<_> = self
+            .entries
+            .iter()
+            .filter(has_all)
+            .map(|entry| self.svid(entry, &audience))
+            .collect();
         if svids.is_empty() {
             return Err(Status::permission_denied("no identity issued"));
         }
@@ -209,13 +276,22 @@ impl DelegatedIdentity for Desk {
 
 impl Desk {
     fn svid(&self, entry: &Entry, audience: &[String]) -> Jwtsvid {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .as_secs();
         let claims = json!({ "iss": self.issuer, "sub": entry.sub, "aud": audience, "iat": now, "exp": now + 300 });
-        let path =
-            entry.id.strip_prefix("spiffe://").and_then(|rest| rest.strip_prefix(TRUST_DOMAIN)).expect("an own ID");
+        let path = entry
+            .id
+            .strip_prefix("spiffe://")
+            .and_then(|rest| rest.strip_prefix(TRUST_DOMAIN))
+            .expect("an own ID");
         Jwtsvid {
             token: self.key.sign(&claims).expect("a signature"),
-            id: Some(Spiffeid { trust_domain: TRUST_DOMAIN.to_owned(), path: path.to_owned() }),
+            id: Some(Spiffeid {
+                trust_domain: TRUST_DOMAIN.to_owned(),
+                path: path.to_owned(),
+            }),
             ..Jwtsvid::default()
         }
     }
@@ -226,7 +302,8 @@ fn selectors(pid: i32) -> io::Result<Vec<String>> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let effective = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|line| line.split_ascii_whitespace().nth(1)).ok_or(io::ErrorKind::InvalidData)
+        line.and_then(|line| line.split_ascii_whitespace().nth(1))
+            .ok_or(io::ErrorKind::InvalidData)
     };
     let path = fs::read_link(format!("/proc/{pid}/exe"))?;
     Ok(vec![

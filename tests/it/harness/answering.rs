@@ -7,7 +7,10 @@ use std::net::{TcpListener, TcpStream};
 /// with the test process. The URL.
 pub(crate) fn start(answer: impl Fn(&str, &str) -> String + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let url = format!("http://{}", listener.local_addr().expect("the address just bound"));
+    let url = format!(
+        "http://{}",
+        listener.local_addr().expect("the address just bound")
+    );
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
             // A client that goes away loses its answer, and nothing else.
@@ -29,10 +32,15 @@ fn serve(stream: TcpStream, answer: &impl Fn(&str, &str) -> String) -> std::io::
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
-    reader.get_mut().write_all(answer(&first, &String::from_utf8_lossy(&body)).as_bytes())
+    reader
+        .get_mut()
+        .write_all(answer(&first, &String::from_utf8_lossy(&body)).as_bytes())
 }
 
 /// An answer with this status line, these further lines of the head, and this body.
 pub(crate) fn http(status: &str, head: &str, body: &str) -> String {
-    format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n{head}\r\n{body}", body.len())
+    format!(
+        "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n{head}\r\n{body}",
+        body.len()
+    )
 }

@@ -16,7 +16,10 @@ const PREFIX: &str = "awsvid-test-";
 /// the daemon would otherwise search all processes of the machine for the socket, as far as its budget goes.
 pub(crate) fn own_rule() -> String {
     let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap();
-    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::")).expect("a cgroup v2 path");
+    let path = cgroups
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .expect("a cgroup v2 path");
     format!("cgroup = {path:?}\n")
 }
 
@@ -26,7 +29,9 @@ pub(crate) struct Cgroup(PathBuf);
 impl Cgroup {
     /// Makes it, in a slice of this test program's.
     pub(crate) fn new(name: &str) -> Self {
-        let path = root().join(format!("awsvid-test-{}.slice", std::process::id())).join(name);
+        let path = root()
+            .join(format!("awsvid-test-{}.slice", std::process::id()))
+            .join(name);
         fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -34,7 +39,10 @@ impl Cgroup {
     /// One of a person's sessions, as the login manager makes it.
     pub(crate) fn of_session(uid: u32, number: usize) -> Self {
         let session = format!("session-{}-{number}.scope", std::process::id());
-        let path = root().join("user.slice").join(format!("user-{uid}.slice")).join(session);
+        let path = root()
+            .join("user.slice")
+            .join(format!("user-{uid}.slice"))
+            .join(session);
         fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -57,7 +65,12 @@ impl Cgroup {
 
     /// Words behind which a command of root's runs in it.
     pub(crate) fn enter(&self) -> [&str; 4] {
-        ["sh", "-c", r#"echo 0 >"$0/cgroup.procs" && exec "$@""#, self.0.to_str().expect("a path in UTF-8")]
+        [
+            "sh",
+            "-c",
+            r#"echo 0 >"$0/cgroup.procs" && exec "$@""#,
+            self.0.to_str().expect("a path in UTF-8"),
+        ]
     }
 
     /// Its directory.
@@ -69,13 +82,20 @@ impl Cgroup {
 /// Where the cgroup v2 tree is mounted.
 fn root() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let cgroup2 = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("a cgroup v2 tree is mounted");
+    let cgroup2 = mounts
+        .lines()
+        .find(|line| line.contains(" - cgroup2 "))
+        .expect("a cgroup v2 tree is mounted");
     cgroup2.split(' ').nth(4).unwrap().into()
 }
 
 /// Removes a cgroup and those that were made below it, as far as they have no processes.
 fn remove(cgroup: &Path) {
-    for entry in fs::read_dir(cgroup).into_iter().flatten().filter_map(Result::ok) {
+    for entry in fs::read_dir(cgroup)
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+    {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove(&entry.path());
         }
@@ -113,7 +133,9 @@ impl Drop for CgroupTree {
     fn drop(&mut self) {
         // The processes were killed, but may be ending still.
         let removed = std::panic::catch_unwind(|| {
-            await_some("the cgroup is empty", PATIENCE, || remove_tree(&self.0).ok());
+            await_some("the cgroup is empty", PATIENCE, || {
+                remove_tree(&self.0).ok()
+            });
         });
         if removed.is_err() {
             eprintln!("{} is left behind", self.0.display());
@@ -123,9 +145,15 @@ impl Drop for CgroupTree {
 
 /// Removes what test processes left that were killed. Their systems were killed with them.
 fn remove_abandoned(parent: &Path) {
-    for entry in fs::read_dir(parent).into_iter().flatten().filter_map(Result::ok) {
+    for entry in fs::read_dir(parent)
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+    {
         let name = entry.file_name().into_string().unwrap_or_default();
-        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')?.0.parse::<u32>().ok());
+        let owner = name
+            .strip_prefix(PREFIX)
+            .and_then(|rest| rest.split_once('-')?.0.parse::<u32>().ok());
         if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
             // Another test may be doing the same; one that is not empty after all is left alone.
             let _ = remove_tree(&entry.path());

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::Value;
 
-const REQUEST: &[u8] = b"GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: any\r\n\r\n";
+const REQUEST: &[u8] =
+    b"GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: any\r\n\r\n";
 
 /// Asks for credentials; the stream is for [`answer`].
 pub(crate) fn send<S: Write>(mut stream: S) -> S {
@@ -17,8 +18,13 @@ pub(crate) fn send<S: Write>(mut stream: S) -> S {
 pub(crate) fn answer(stream: &mut impl Read) -> (u16, Value) {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("read an answer");
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
-    (head[9..12].parse().expect("a status"), serde_json::from_str(body).expect("a JSON body"))
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .unwrap_or_else(|| panic!("no answer: {answer:?}"));
+    (
+        head[9..12].parse().expect("a status"),
+        serde_json::from_str(body).expect("a JSON body"),
+    )
 }
 
 /// Both.
@@ -45,14 +51,21 @@ impl Drop for EndLater<'_> {
 impl<'a> Asker<'a> {
     /// Asks by `ask`.
     pub(crate) fn new(ask: impl Fn() -> (u16, Value) + Sync + 'a) -> Self {
-        Self { ask: Box::new(ask), answered: AtomicUsize::new(0), ended: AtomicBool::new(false) }
+        Self {
+            ask: Box::new(ask),
+            answered: AtomicUsize::new(0),
+            ended: AtomicBool::new(false),
+        }
     }
 
     /// Does so until it is ended.
     pub(crate) fn run(&self) {
         while !self.ended.load(Ordering::Relaxed) {
             let (status, body) = (self.ask)();
-            assert!(status == 200 && body["AccessKeyId"].is_string(), "{status} {body}");
+            assert!(
+                status == 200 && body["AccessKeyId"].is_string(),
+                "{status} {body}"
+            );
             self.answered.fetch_add(1, Ordering::Relaxed);
         }
     }

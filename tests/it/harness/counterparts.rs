@@ -18,14 +18,20 @@ use tokio::net::TcpSocket;
 
 /// Where `tests/counterparts/get` puts the programs. Both must come to the same answer.
 fn cache() -> PathBuf {
-    let env = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let env = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     if let Some(path) = env("AWSVID_TEST_CACHE") {
         return path;
     }
     if nix::unistd::getuid().is_root() {
         return PathBuf::from("/var/cache/awsvid-tests");
     }
-    env("XDG_CACHE_HOME").unwrap_or_else(|| env("HOME").unwrap_or_default().join(".cache")).join("awsvid-tests")
+    env("XDG_CACHE_HOME")
+        .unwrap_or_else(|| env("HOME").unwrap_or_default().join(".cache"))
+        .join("awsvid-tests")
 }
 
 /// The path of a program that `tests/counterparts/get` provides, such as `aws` or `mc`. `None` after a printed skip if
@@ -35,7 +41,10 @@ pub(crate) fn tool(name: &str) -> Option<PathBuf> {
     if path.exists() {
         return Some(path);
     }
-    skip(&format!("{} is missing: run tests/counterparts/get", path.display()));
+    skip(&format!(
+        "{} is missing: run tests/counterparts/get",
+        path.display()
+    ));
     None
 }
 
@@ -51,7 +60,10 @@ pub(crate) fn root() -> bool {
 
 /// Says why a test does not run here. In CI (`CI` set and not empty) nothing may be skipped, so there it panics.
 pub(crate) fn skip(reason: &str) {
-    assert!(std::env::var_os("CI").is_none_or(|value| value.is_empty()), "in CI nothing is skipped: {reason}");
+    assert!(
+        std::env::var_os("CI").is_none_or(|value| value.is_empty()),
+        "in CI nothing is skipped: {reason}"
+    );
     eprintln!("skipped: {reason}");
 }
 
@@ -60,7 +72,11 @@ pub(crate) fn skip(reason: &str) {
 pub(crate) fn folder() -> tempfile::TempDir {
     use std::os::unix::fs::PermissionsExt;
     let permissions = std::fs::Permissions::from_mode(0o755);
-    tempfile::Builder::new().prefix("awsvid-").permissions(permissions).tempdir().expect("a temporary folder")
+    tempfile::Builder::new()
+        .prefix("awsvid-")
+        .permissions(permissions)
+        .tempdir()
+        .expect("a temporary folder")
 }
 
 /// A loopback TCP port that the kernel picked and that stays ours while this lives, however often the program that was
@@ -79,8 +95,13 @@ impl Port {
     pub(crate) fn reserve() -> Port {
         let socket = TcpSocket::new_v4().expect("a socket");
         socket.set_reuseaddr(true).expect("SO_REUSEADDR");
-        socket.bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a free port on 127.0.0.1");
-        Port { address: socket.local_addr().expect("the address just bound"), _socket: socket }
+        socket
+            .bind((Ipv4Addr::LOCALHOST, 0).into())
+            .expect("a free port on 127.0.0.1");
+        Port {
+            address: socket.local_addr().expect("the address just bound"),
+            _socket: socket,
+        }
     }
 
     /// 127.0.0.1 and the port.

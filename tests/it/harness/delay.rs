@@ -29,7 +29,12 @@ impl Delay {
         thread::spawn(move || {
             let clients = listener.incoming().map_while(Result::ok);
             clients.for_each(|client| {
-                pass(&connections, client.into(), UnixStream::connect(&to).map(OwnedFd::from), delay);
+                pass(
+                    &connections,
+                    client.into(),
+                    UnixStream::connect(&to).map(OwnedFd::from),
+                    delay,
+                );
             });
         });
         way
@@ -44,21 +49,37 @@ impl Delay {
         thread::spawn(move || {
             let clients = listener.incoming().map_while(Result::ok);
             clients.for_each(|client| {
-                pass(&connections, client.into(), TcpStream::connect(to).map(OwnedFd::from), delay);
+                pass(
+                    &connections,
+                    client.into(),
+                    TcpStream::connect(to).map(OwnedFd::from),
+                    delay,
+                );
             });
         });
         (way, address)
     }
 
     fn new(listener: OwnedFd) -> Self {
-        Self { listener, connections: Arc::default() }
+        Self {
+            listener,
+            connections: Arc::default(),
+        }
     }
 }
 
 /// Copies both ways, in threads that end with the connection. Whoever can't be connected to has hung up.
-fn pass(connections: &Mutex<Vec<OwnedFd>>, client: OwnedFd, server: io::Result<OwnedFd>, delay: Duration) {
+fn pass(
+    connections: &Mutex<Vec<OwnedFd>>,
+    client: OwnedFd,
+    server: io::Result<OwnedFd>,
+    delay: Duration,
+) {
     let Ok(server) = server else { return };
-    connections.lock().unwrap().push(client.try_clone().expect("a second handle"));
+    connections
+        .lock()
+        .unwrap()
+        .push(client.try_clone().expect("a second handle"));
     let handle = |fd: &OwnedFd| File::from(fd.try_clone().expect("a second handle"));
     let (mut back, mut answered) = (handle(&server), handle(&client));
     let (mut client, mut server) = (File::from(client), File::from(server));

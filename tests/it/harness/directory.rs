@@ -50,9 +50,20 @@ impl Directory {
     /// computer lacks the module.
     pub(crate) fn start(folder: &Path) -> Option<Self> {
         let libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"].map(Path::new);
-        let below = libraries.iter().flat_map(|path| fs::read_dir(path).into_iter().flatten().filter_map(Result::ok));
-        let folders = libraries.iter().map(|path| path.to_path_buf()).chain(below.map(|entry| entry.path()));
-        if !folders.into_iter().any(|folder| folder.join(MODULE).exists()) {
+        let below = libraries.iter().flat_map(|path| {
+            fs::read_dir(path)
+                .into_iter()
+                .flatten()
+                .filter_map(Result::ok)
+        });
+        let folders = libraries
+            .iter()
+            .map(|path| path.to_path_buf())
+            .chain(below.map(|entry| entry.path()));
+        if !folders
+            .into_iter()
+            .any(|folder| folder.join(MODULE).exists())
+        {
             skip(&format!("{MODULE} is missing: install libnss-systemd"));
             return None;
         }
@@ -62,7 +73,10 @@ impl Directory {
         let files = [
             ("passwd", "root:x:0:0:root:/root:/bin/sh\n"),
             ("group", "root:x:0:\n"),
-            ("nsswitch.conf", "passwd: files systemd\ngroup: files systemd\n"),
+            (
+                "nsswitch.conf",
+                "passwd: files systemd\ngroup: files systemd\n",
+            ),
         ];
         for (name, text) in files {
             fs::write(folder.join(name), text).expect("a file");
@@ -81,27 +95,45 @@ impl Directory {
 
     /// What is answered about the user and the group of this name from now on.
     pub(crate) fn set(&self, name: &str, account: Account) {
-        self.shared.accounts.lock().unwrap().insert(name.to_owned(), account);
+        self.shared
+            .accounts
+            .lock()
+            .unwrap()
+            .insert(name.to_owned(), account);
         self.shared.changed.notify_all();
     }
 
     /// Adds a line to the local `/etc/passwd`.
     pub(crate) fn add_local(&self, line: &str) {
-        let mut file = fs::OpenOptions::new().append(true).open(self.folder.join("passwd")).expect("the file");
+        let mut file = fs::OpenOptions::new()
+            .append(true)
+            .open(self.folder.join("passwd"))
+            .expect("the file");
         writeln!(file, "{line}").expect("written");
     }
 
     /// Words behind which a command of root's has this directory and these local files.
     pub(crate) fn words(&self) -> Vec<&str> {
         let folder = self.folder.to_str().expect("a path in UTF-8");
-        vec!["unshare", "--mount", "--propagation", "private", "sh", "-euc", ENTER, folder]
+        vec![
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-euc",
+            ENTER,
+            folder,
+        ]
     }
 }
 
 impl Drop for Directory {
     fn drop(&mut self) {
         let mut accounts = self.shared.accounts.lock().unwrap();
-        accounts.values_mut().for_each(|account| *account = Account::Fails);
+        accounts
+            .values_mut()
+            .for_each(|account| *account = Account::Fails);
         self.shared.changed.notify_all();
     }
 }
@@ -110,9 +142,13 @@ impl Shared {
     fn serve(&self, stream: UnixStream) {
         let mut stream = BufReader::new(stream);
         let mut request = Vec::new();
-        while stream.read_until(0, &mut request).is_ok_and(|read| read > 0) {
+        while stream
+            .read_until(0, &mut request)
+            .is_ok_and(|read| read > 0)
+        {
             request.pop();
-            let request: Value = serde_json::from_slice(&std::mem::take(&mut request)).expect("a request in JSON");
+            let request: Value =
+                serde_json::from_slice(&std::mem::take(&mut request)).expect("a request in JSON");
             let mut answer = self.answer(&request).to_string().into_bytes();
             answer.push(0);
             if stream.get_mut().write_all(&answer).is_err() {
@@ -126,9 +162,15 @@ impl Shared {
         let failed = |error: &str| json!({"error": format!("io.systemd.UserDatabase.{error}"), "parameters": {}});
         let accounts = self.accounts.lock().unwrap();
         let method = request["method"].as_str().unwrap_or_default();
-        let name = parameters["userName"].as_str().or(parameters["groupName"].as_str()).map(str::to_owned);
-        let Some(name) = name else { return failed("NoRecordFound") };
-        let hangs = |accounts: &mut BTreeMap<String, Account>| accounts.get(&name) == Some(&Account::Hangs);
+        let name = parameters["userName"]
+            .as_str()
+            .or(parameters["groupName"].as_str())
+            .map(str::to_owned);
+        let Some(name) = name else {
+            return failed("NoRecordFound");
+        };
+        let hangs =
+            |accounts: &mut BTreeMap<String, Account>| accounts.get(&name) == Some(&Account::Hangs);
         let accounts = self.changed.wait_while(accounts, hangs).unwrap();
         let is_user = method.ends_with(".GetUserRecord");
         match accounts.get(&name) {

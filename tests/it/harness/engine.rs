@@ -29,8 +29,16 @@ impl FakeEngine {
         let listener = UnixListener::bind(&socket).expect("the engine's socket");
         let label = (name.to_owned(), value.to_owned());
         let (asked, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let state = Arc::new(State { id: id.to_owned(), label, asked, ended });
-        let engine = Self { socket, state: state.clone() };
+        let state = Arc::new(State {
+            id: id.to_owned(),
+            label,
+            asked,
+            ended,
+        });
+        let engine = Self {
+            socket,
+            state: state.clone(),
+        };
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
                 if state.ended.load(Ordering::SeqCst) {
@@ -46,7 +54,9 @@ impl FakeEngine {
     /// For the agent's configuration.
     pub(crate) fn attestor(&self) -> String {
         let socket = self.socket.display();
-        format!("WorkloadAttestor \"docker\" {{ plugin_data {{ docker_socket_path = \"unix://{socket}\" }} }}")
+        format!(
+            "WorkloadAttestor \"docker\" {{ plugin_data {{ docker_socket_path = \"unix://{socket}\" }} }}"
+        )
     }
 
     /// How often it was asked about a container.
@@ -68,7 +78,9 @@ impl State {
         let mut lines = BufReader::new(&client).lines().map_while(Result::ok);
         while let Some(request) = lines.next() {
             // What is asked here has no body.
-            if lines.by_ref().all(|line| !line.is_empty()) || self.answer(&client, &request).is_err() {
+            if lines.by_ref().all(|line| !line.is_empty())
+                || self.answer(&client, &request).is_err()
+            {
                 return;
             }
         }
@@ -83,12 +95,19 @@ impl State {
             self.asked.fetch_add(1, Ordering::SeqCst);
             let (name, value) = &self.label;
             let container = json!({ "Id": self.id, "Config": { "Labels": { name: value } } });
-            if path.contains(&self.id) { ("200 OK", container.to_string()) } else { ("404 Not Found", String::new()) }
+            if path.contains(&self.id) {
+                ("200 OK", container.to_string())
+            } else {
+                ("404 Not Found", String::new())
+            }
         } else {
             ("404 Not Found", String::new())
         };
         let length = body.len();
         let head = "Content-Type: application/json\r\nApi-Version: 1.47";
-        write!(client, "HTTP/1.1 {status}\r\n{head}\r\nContent-Length: {length}\r\n\r\n{body}")
+        write!(
+            client,
+            "HTTP/1.1 {status}\r\n{head}\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
     }
 }

@@ -44,7 +44,12 @@ pub(crate) struct Forward {
 
 impl Forward {
     /// From an address in one network, where port 0 is one that the kernel picks, to one in another.
-    pub(crate) fn start(from: Network, address: SocketAddr, to: Network, target: SocketAddr) -> Self {
+    pub(crate) fn start(
+        from: Network,
+        address: SocketAddr,
+        to: Network,
+        target: SocketAddr,
+    ) -> Self {
         let listener = from.bind(address);
         let accepting = listener.try_clone().expect("a second handle");
         thread::spawn(move || {

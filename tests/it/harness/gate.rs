@@ -33,7 +33,10 @@ impl Gate {
     /// Listens at `path`, in front of the socket `to`.
     pub(crate) fn start(path: &Path, to: &Path) -> Self {
         let listener = UnixListener::bind(path).expect("the gate's socket");
-        let gate = Self { path: path.to_owned(), state: Arc::default() };
+        let gate = Self {
+            path: path.to_owned(),
+            state: Arc::default(),
+        };
         let (state, to) = (gate.state.clone(), to.to_owned());
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
@@ -50,7 +53,11 @@ impl Gate {
     /// Waits until `count` connections have come, since it was made, open or not.
     pub(crate) fn await_came(&self, count: usize) {
         let at = self.state.at.lock().unwrap();
-        let (at, _) = self.state.changed.wait_timeout_while(at, PATIENCE, |at| at.came < count).unwrap();
+        let (at, _) = self
+            .state
+            .changed
+            .wait_timeout_while(at, PATIENCE, |at| at.came < count)
+            .unwrap();
         assert!(at.came >= count, "{} connections came to the gate", at.came);
     }
 
@@ -71,7 +78,10 @@ impl State {
         let mut at = self.at.lock().unwrap();
         at.came += 1;
         self.changed.notify_all();
-        let at = self.changed.wait_while(at, |at| !at.open && !at.ended).unwrap();
+        let at = self
+            .changed
+            .wait_while(at, |at| !at.open && !at.ended)
+            .unwrap();
         let ended = at.ended;
         drop(at);
         if let (false, Ok(server)) = (ended, UnixStream::connect(to)) {

@@ -22,12 +22,20 @@ impl HangingFiles {
     /// Mounts it. It answers until it is told to hang.
     pub(crate) fn mount() -> Self {
         let mut command = Command::new(actor::program());
-        command.env_clear().env("PATH", "/usr/bin:/bin").arg("hanging-files");
+        command
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .arg("hanging-files");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
         let hears = owned.stdin();
         let says = BufReader::new(owned.stdout().expect("a pipe"));
-        let mut files = Self { owned, hears, says, program: PathBuf::new() };
+        let mut files = Self {
+            owned,
+            hears,
+            says,
+            program: PathBuf::new(),
+        };
         files.program = files.line().into();
         files
     }
@@ -39,7 +47,11 @@ impl HangingFiles {
 
     /// Words behind which a command sees it.
     pub(crate) fn enter(&self) -> [String; 3] {
-        ["nsenter".to_owned(), format!("--mount=/proc/{}/ns/mnt", self.owned.id()), "--".to_owned()]
+        [
+            "nsenter".to_owned(),
+            format!("--mount=/proc/{}/ns/mnt", self.owned.id()),
+            "--".to_owned(),
+        ]
     }
 
     /// From here on it does not answer where the file is, nor what it is. What was read of it can be read again.

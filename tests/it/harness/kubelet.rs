@@ -55,8 +55,13 @@ impl FakeKubelet {
 
 fn serve(mut client: TcpStream, pods: &Mutex<Vec<Value>>) -> io::Result<()> {
     let mut lines = BufReader::new(client.try_clone()?).lines();
-    while lines.next().transpose()?.is_some_and(|line| !line.is_empty()) {}
-    let body = json!({ "kind": "PodList", "apiVersion": "v1", "items": *pods.lock().unwrap() }).to_string();
+    while lines
+        .next()
+        .transpose()?
+        .is_some_and(|line| !line.is_empty())
+    {}
+    let body = json!({ "kind": "PodList", "apiVersion": "v1", "items": *pods.lock().unwrap() })
+        .to_string();
     let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n";
     write!(client, "{head}Content-Length: {}\r\n\r\n{body}", body.len())
 }

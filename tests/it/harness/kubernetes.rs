@@ -30,7 +30,9 @@ pub(crate) use images::{Image, root_of};
 
 /// How long anything may take that takes seconds on a machine that is not busy.
 const PATIENCE: Duration = Duration::from_secs(120);
-const NAMESPACES: [&str; 7] = ["--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork"];
+const NAMESPACES: [&str; 7] = [
+    "--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork",
+];
 const PROGRAMS: [&str; 13] = [
     "kubectl",
     "ctr",
@@ -74,7 +76,11 @@ impl Node {
             tool(program)?;
         }
         let bin = tool("kubelet")?.parent().expect("a directory").to_owned();
-        let probe = run(outside("unshare", NAMESPACES.iter().copied().chain(["true"])), b"", PATIENCE);
+        let probe = run(
+            outside("unshare", NAMESPACES.iter().copied().chain(["true"])),
+            b"",
+            PATIENCE,
+        );
         if !probe.status.success() {
             skip(&format!("no namespaces can be made here: {}", probe.stderr));
             return None;
@@ -106,11 +112,21 @@ impl Node {
         let enter = r#"while [ "$1" != -- ]; do echo $$ >"$1"; shift; done; shift; exec unshare --kill-child "$@""#;
         let mut command = outside("sh", ["-ec", enter, "enter"]);
         command.args(hierarchies.procs()).arg("--").args(NAMESPACES);
-        command.args(["sh", "-c", include_str!("kubernetes/boot.sh"), "boot"]).arg(&home);
-        command.args([configuration::ADDRESS, configuration::ADDRESS6, configuration::SERVICE]);
+        command
+            .args(["sh", "-c", include_str!("kubernetes/boot.sh"), "boot"])
+            .arg(&home);
+        command.args([
+            configuration::ADDRESS,
+            configuration::ADDRESS6,
+            configuration::SERVICE,
+        ]);
         let machine = Process::start("the node", command, &folder.join("node.log"));
         let init = machine.await_some("the node's pid 1", PATIENCE, || {
-            fs::read_to_string(home.join("init.pid")).ok()?.trim().parse().ok()
+            fs::read_to_string(home.join("init.pid"))
+                .ok()?
+                .trim()
+                .parse()
+                .ok()
         });
         let node = Self {
             init: Pid::from_raw(init),
@@ -120,7 +136,10 @@ impl Node {
             _machine: machine,
             _hierarchies: hierarchies,
         };
-        node._machine.await_some("the node has booted", PATIENCE, || node.path("/run/booted").exists().then_some(()));
+        node._machine
+            .await_some("the node has booted", PATIENCE, || {
+                node.path("/run/booted").exists().then_some(())
+            });
         node
     }
 
@@ -130,25 +149,50 @@ impl Node {
         self.start_program("kube-apiserver", &configuration::apiserver());
         let busybox = self.bin.join("pod-files/busybox");
         self.await_program("containerd", "containerd", || {
-            self.command(&["ctr", "version"]).output().ok()?.status.success().then_some(())
+            self.command(&["ctr", "version"])
+                .output()
+                .ok()?
+                .status
+                .success()
+                .then_some(())
         });
-        self.import(&Image { name: BUSYBOX, layers: &[&busybox], entrypoint: &[] });
+        self.import(&Image {
+            name: BUSYBOX,
+            layers: &[&busybox],
+            entrypoint: &[],
+        });
         let pause = ["/bin/busybox", "sleep", "2147483647"];
-        self.import(&Image { name: configuration::PAUSE, layers: &[&busybox], entrypoint: &pause });
-        self.await_program("kube-apiserver", "the API server is ready", || {
-            self.kubectl(&["get", "--raw", "/readyz"]).status.success().then_some(())
+        self.import(&Image {
+            name: configuration::PAUSE,
+            layers: &[&busybox],
+            entrypoint: &pause,
         });
-        self.start_program("kube-controller-manager", &configuration::controller_manager());
+        self.await_program("kube-apiserver", "the API server is ready", || {
+            self.kubectl(&["get", "--raw", "/readyz"])
+                .status
+                .success()
+                .then_some(())
+        });
+        self.start_program(
+            "kube-controller-manager",
+            &configuration::controller_manager(),
+        );
         self.start_program("kube-scheduler", &configuration::scheduler());
         self.start_program("kubelet", &configuration::kubelet());
         self.await_program("kubelet", "the node is ready", || {
             let node = self.kubectl(&["get", "node", NAME, "--output", "json"]);
             let node: Value = serde_json::from_str(&node.stdout).ok()?;
             let conditions = node["status"]["conditions"].as_array()?;
-            conditions.iter().any(|one| one["type"] == "Ready" && one["status"] == "True").then_some(())
+            conditions
+                .iter()
+                .any(|one| one["type"] == "Ready" && one["status"] == "True")
+                .then_some(())
         });
         self.await_program("kube-controller-manager", "a service account", || {
-            self.kubectl(&["get", "serviceaccount", "default"]).status.success().then_some(())
+            self.kubectl(&["get", "serviceaccount", "default"])
+                .status
+                .success()
+                .then_some(())
         });
     }
 
@@ -156,11 +200,18 @@ impl Node {
         let program = self.bin.join(name);
         let mut command = self.command(&[program.to_str().expect("a path in UTF-8")]);
         command.args(arguments);
-        self.processes.push(Process::start(name, command, &self.folder.join(format!("{name}.log"))));
+        self.processes.push(Process::start(
+            name,
+            command,
+            &self.folder.join(format!("{name}.log")),
+        ));
     }
 
     fn await_program<T>(&self, name: &str, what: &str, ready: impl FnMut() -> Option<T>) -> T {
-        let number = PROGRAMS_STARTED.iter().position(|program| *program == name).expect("a program of the node");
+        let number = PROGRAMS_STARTED
+            .iter()
+            .position(|program| *program == name)
+            .expect("a program of the node");
         self.processes[number].await_some(what, PATIENCE, ready)
     }
 
@@ -172,9 +223,13 @@ impl Node {
     /// A command that runs on the node as root, outside of every pod.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let init = self.init.to_string();
-        let namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"];
+        let namespaces = [
+            "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--",
+        ];
         let mut command = outside("nsenter", ["--target", &init].into_iter().chain(namespaces));
-        command.env("PATH", format!("{}:/usr/sbin:/usr/bin", self.bin.display())).args(arguments);
+        command
+            .env("PATH", format!("{}:/usr/sbin:/usr/bin", self.bin.display()))
+            .args(arguments);
         command
     }
 
@@ -197,10 +252,14 @@ impl Node {
 
     /// A kubeconfig of the cluster's administrator for programs that run beside the node, and what must live as long as those.
     pub(crate) fn kubeconfig_outside(&self) -> (PathBuf, Forward) {
-        let (own, api) = ((Ipv4Addr::LOCALHOST, 0).into(), (Ipv4Addr::LOCALHOST, 443).into());
+        let (own, api) = (
+            (Ipv4Addr::LOCALHOST, 0).into(),
+            (Ipv4Addr::LOCALHOST, 443).into(),
+        );
         let forward = Forward::start(Network::Own, own, Network::Of(self.init), api);
         let certificates = self.folder.join("node/files/etc/kubernetes");
-        let text = configuration::kubeconfig(&certificates, "admin", &forward.address().to_string());
+        let text =
+            configuration::kubeconfig(&certificates, "admin", &forward.address().to_string());
         let file = self.folder.join("outside.conf");
         fs::write(&file, text).expect("a file");
         (file, forward)
@@ -221,29 +280,48 @@ impl Node {
         let init = self.init.to_string();
         let mut command = outside("nsenter", ["--target", &init, "--net", "--"]);
         command.arg(self.bin.join("kubectl")).args(arguments);
-        command.env("KUBECONFIG", self.folder.join("node/files").join(configuration::ADMIN)).env("HOME", &self.folder);
+        command
+            .env(
+                "KUBECONFIG",
+                self.folder.join("node/files").join(configuration::ADMIN),
+            )
+            .env("HOME", &self.folder);
         run(command, input.as_bytes(), PATIENCE)
     }
 
     /// What `kubectl get` has, as JSON. Panics if it is not there.
     pub(crate) fn get(&self, arguments: &[&str]) -> Value {
         let got = self.kubectl(&[&["get", "--output", "json"], arguments].concat());
-        serde_json::from_str(&got.success(&format!("kubectl get {}", arguments.join(" ")))).expect("JSON")
+        serde_json::from_str(&got.success(&format!("kubectl get {}", arguments.join(" "))))
+            .expect("JSON")
     }
 
     /// Applies a manifest.
     pub(crate) fn apply(&self, manifest: &Value) {
-        self.kubectl_with(&["apply", "--filename", "-"], &manifest.to_string()).success("kubectl apply");
+        self.kubectl_with(&["apply", "--filename", "-"], &manifest.to_string())
+            .success("kubectl apply");
     }
 
     /// Makes an image known to the container runtime.
     pub(crate) fn import(&self, image: &Image<'_>) {
         let directory = tempfile::tempdir_in(&self.folder).expect("a directory for an image");
         let archive = fs::File::open(image.archive(directory.path())).expect("the image's archive");
-        let arguments = ["ctr", "--namespace", "k8s.io", "images", "import", "--local", "-"];
+        let arguments = [
+            "ctr",
+            "--namespace",
+            "k8s.io",
+            "images",
+            "import",
+            "--local",
+            "-",
+        ];
         let mut command = self.command(&arguments);
         let output = command.stdin(archive).output().expect("ctr");
-        assert!(output.status.success(), "import of {}: {output:?}", image.name);
+        assert!(
+            output.status.success(),
+            "import of {}: {output:?}",
+            image.name
+        );
     }
 
     /// The address families of pods from now on.
@@ -253,13 +331,22 @@ impl Node {
 }
 
 /// In the order in which they are started.
-const PROGRAMS_STARTED: [&str; 6] =
-    ["containerd", "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet"];
+const PROGRAMS_STARTED: [&str; 6] = [
+    "containerd",
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+];
 
 /// A command on this computer with nothing in its environment.
 fn outside<'a>(program: &str, arguments: impl IntoIterator<Item = &'a str>) -> Command {
     let mut command = Command::new(program);
-    command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    command.env_clear().env(
+        "PATH",
+        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    );
     command.env("LC_ALL", "C.UTF-8").args(arguments);
     command
 }

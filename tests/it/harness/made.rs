@@ -18,12 +18,16 @@ pub(crate) enum Made {
 impl Made {
     /// What came of `what`, by the whole answer. Whose credentials are in it is read from the first audit record with their key.
     pub(crate) fn of(answer: &str, what: &str, daemon: &Daemon) -> Self {
-        let Some((_, body)) = answer.split_once("\r\n\r\n") else { return Self::Silence };
+        let Some((_, body)) = answer.split_once("\r\n\r\n") else {
+            return Self::Silence;
+        };
         let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{what}: {answer}"));
         if let Some(code) = body["code"].as_str() {
             return refused(code);
         }
-        let key = body["AccessKeyId"].as_str().expect("credentials or an error");
+        let key = body["AccessKeyId"]
+            .as_str()
+            .expect("credentials or an error");
         answered(&daemon.first_issued_to(key))
     }
 }

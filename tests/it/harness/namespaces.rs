@@ -28,11 +28,20 @@ const NSENTER: &str = "nsenter";
 impl Node {
     /// With its directory below `folder`.
     pub(crate) fn start(folder: &Path) -> Self {
-        let mut command = behind(&["unshare", "--mount", "--propagation", "private"], Path::new("sh"));
-        command.args(["-c", "echo; exec sleep infinity"]).stdout(Stdio::piped());
+        let mut command = behind(
+            &["unshare", "--mount", "--propagation", "private"],
+            Path::new("sh"),
+        );
+        command
+            .args(["-c", "echo; exec sleep infinity"])
+            .stdout(Stdio::piped());
         let mut anchor = spawn(command).expect("unshare");
         // It is in its own mount namespace once it has said something.
-        anchor.stdout().expect("a pipe").read_exact(&mut [0]).expect("the anchor's word");
+        anchor
+            .stdout()
+            .expect("a pipe")
+            .read_exact(&mut [0])
+            .expect("the anchor's word");
         let directory = folder.join("netns");
         fs::create_dir(&directory).expect("the directory");
         Self { anchor, directory }
@@ -45,7 +54,10 @@ impl Node {
 
     /// What `[listen]` says of it.
     pub(crate) fn listen(&self) -> String {
-        format!("pods = true\npods_dir = {:?}\nhandover = \"\"\n", self.directory)
+        format!(
+            "pods = true\npods_dir = {:?}\nhandover = \"\"\n",
+            self.directory
+        )
     }
 
     /// The file of this name.
@@ -64,14 +76,18 @@ impl Node {
 
     /// Runs on a thread with the node's mounts.
     pub(crate) fn within<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
-        let mounts = fs::File::open(format!("/proc/{}/ns/mnt", self.anchor.id())).expect("the node's mounts");
+        let mounts = fs::File::open(format!("/proc/{}/ns/mnt", self.anchor.id()))
+            .expect("the node's mounts");
         thread::scope(|scope| {
             let inside = || {
                 unshare(CloneFlags::CLONE_FS).expect("a working directory of the thread's own");
                 setns(mounts.as_fd(), CloneFlags::CLONE_NEWNS).expect("into the node's mounts");
                 act()
             };
-            scope.spawn(inside).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            scope
+                .spawn(inside)
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 
@@ -90,7 +106,12 @@ impl Node {
         self.make(name, |_| {}, act)
     }
 
-    fn make<T: Send>(&self, name: &str, set_up: impl FnOnce(&Path) + Send, act: impl FnOnce() -> T + Send) -> T {
+    fn make<T: Send>(
+        &self,
+        name: &str,
+        set_up: impl FnOnce(&Path) + Send,
+        act: impl FnOnce() -> T + Send,
+    ) -> T {
         let path = self.path(name);
         self.within(move || {
             unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
@@ -160,13 +181,18 @@ impl Node {
         let words = self.enter_pod(name, cgroup);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let mut command = behind(&words, &actor::program());
-        command.env_clear().env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin").args(["ask", "tcp", &address.to_string()]);
+        command
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
+            .args(["ask", "tcp", &address.to_string()]);
         run(command, b"", Duration::from_secs(60)).stdout
     }
 
     /// A connection from inside; the descriptor keeps the namespace.
     pub(crate) fn connect(&self, name: &str, address: SocketAddr) -> io::Result<OwnedFd> {
-        self.inside(name, || std::net::TcpStream::connect(address).map(OwnedFd::from))
+        self.inside(name, || {
+            std::net::TcpStream::connect(address).map(OwnedFd::from)
+        })
     }
 }
 
@@ -182,7 +208,9 @@ impl Peer {
     /// Makes the pair, in the calling thread's network namespace; the other end goes to the test's own.
     pub(crate) fn make(&self) {
         let own = std::process::id().to_string();
-        ip(&["link", "add", "eth0", "type", "veth", "peer", "name", &self.0, "netns", &own]);
+        ip(&[
+            "link", "add", "eth0", "type", "veth", "peer", "name", &self.0, "netns", &own,
+        ]);
     }
 
     /// Whether it is there.
@@ -194,7 +222,11 @@ impl Peer {
 /// Runs `ip` in the calling thread's network namespace.
 pub(crate) fn ip(words: &[&str]) {
     let output = Command::new("ip").args(words).output().expect("ip");
-    assert!(output.status.success(), "ip {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "ip {words:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 fn bind(from: &Path, to: &Path) {

@@ -25,7 +25,10 @@ impl OneRoleSts {
         let runtime = Runtime::new().expect("a runtime");
         let account = DevAccount {
             region: "us-east-1".to_owned(),
-            providers: vec![DevProvider { issuer: issuer.to_owned(), client_ids: vec![AUDIENCE.to_owned()] }],
+            providers: vec![DevProvider {
+                issuer: issuer.to_owned(),
+                client_ids: vec![AUDIENCE.to_owned()],
+            }],
             roles: vec![TrustedRole {
                 arn: RoleArn::parse(ROLE).expect("an ARN"),
                 issuer: issuer.to_owned(),
@@ -34,8 +37,13 @@ impl OneRoleSts {
                 max_duration: Duration::from_secs(12 * 3600),
             }],
         };
-        let sts = runtime.block_on(DevSts::start(account, Clock::system())).expect("an STS");
-        Self { sts, _runtime: runtime }
+        let sts = runtime
+            .block_on(DevSts::start(account, Clock::system()))
+            .expect("an STS");
+        Self {
+            sts,
+            _runtime: runtime,
+        }
     }
 
     /// `[sts]` and the role.

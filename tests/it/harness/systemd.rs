@@ -24,7 +24,9 @@ const SYSTEMD: &str = "/usr/lib/systemd/systemd";
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How long anything may take that takes less than a second on a machine that is not busy.
 const PATIENCE: Duration = Duration::from_secs(60);
-const NAMESPACES: [&str; 7] = ["--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork"];
+const NAMESPACES: [&str; 7] = [
+    "--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork",
+];
 
 /// What is put into the machine before it boots.
 #[derive(Clone, Copy)]
@@ -67,11 +69,18 @@ impl SystemdMachine {
         let cgroup = match CgroupTree::create(&tree, &name) {
             Ok(cgroup) => cgroup,
             Err(error) => {
-                skip(&format!("no cgroup can be made in {}: {error}", tree.display()));
+                skip(&format!(
+                    "no cgroup can be made in {}: {error}",
+                    tree.display()
+                ));
                 return None;
             }
         };
-        let probe = run(outside("unshare", NAMESPACES.iter().copied().chain(["true"])), b"", PATIENCE);
+        let probe = run(
+            outside("unshare", NAMESPACES.iter().copied().chain(["true"])),
+            b"",
+            PATIENCE,
+        );
         if !probe.status.success() {
             skip(&format!("no namespaces can be made here: {}", probe.stderr));
             return None;
@@ -89,14 +98,24 @@ impl SystemdMachine {
             .arg(&home);
         let process = Process::start("the machine", command, &directory.join("machine.log"));
         let init = process.await_some("the machine's pid 1", PATIENCE, || {
-            fs::read_to_string(home.join("init.pid")).ok()?.trim().parse().ok()
+            fs::read_to_string(home.join("init.pid"))
+                .ok()?
+                .trim()
+                .parse()
+                .ok()
         });
-        let machine = Self { init: Pid::from_raw(init), _process: process, _cgroup: cgroup };
-        machine._process.await_some("systemd has booted", PATIENCE, || {
-            let state = machine.run(&["systemctl", "is-system-running"]).stdout;
-            // "degraded": a unit of this computer's distribution does not work in here. No test is about those.
-            matches!(state.trim(), "running" | "degraded").then_some(())
-        });
+        let machine = Self {
+            init: Pid::from_raw(init),
+            _process: process,
+            _cgroup: cgroup,
+        };
+        machine
+            ._process
+            .await_some("systemd has booted", PATIENCE, || {
+                let state = machine.run(&["systemctl", "is-system-running"]).stdout;
+                // "degraded": a unit of this computer's distribution does not work in here. No test is about those.
+                matches!(state.trim(), "running" | "degraded").then_some(())
+            });
         Some(machine)
     }
 
@@ -104,7 +123,13 @@ impl SystemdMachine {
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let init = self.init.to_string();
         let namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"];
-        let mut command = outside("nsenter", ["--target", &init].into_iter().chain(namespaces).chain(["--"]));
+        let mut command = outside(
+            "nsenter",
+            ["--target", &init]
+                .into_iter()
+                .chain(namespaces)
+                .chain(["--"]),
+        );
         command.args(arguments);
         command
     }
@@ -119,7 +144,20 @@ impl SystemdMachine {
         let unit = format!("--unit={unit}");
         let user = format!("--uid={user}");
         self.command(
-            &[&["systemd-run", "--quiet", "--collect", "--wait", "--pipe", &unit, &user, "--"], arguments].concat(),
+            &[
+                &[
+                    "systemd-run",
+                    "--quiet",
+                    "--collect",
+                    "--wait",
+                    "--pipe",
+                    &unit,
+                    &user,
+                    "--",
+                ],
+                arguments,
+            ]
+            .concat(),
         )
     }
 
@@ -131,20 +169,27 @@ impl SystemdMachine {
     /// A property of a unit, as `systemctl show` prints it.
     pub(crate) fn property(&self, unit: &str, name: &str) -> String {
         let shown = self.run(&["systemctl", "show", "--value", "--property", name, unit]);
-        shown.success(&format!("{name} of {unit}")).trim_end().to_owned()
+        shown
+            .success(&format!("{name} of {unit}"))
+            .trim_end()
+            .to_owned()
     }
 
     /// Waits until a property of a unit is `value`.
     pub(crate) fn await_property(&self, unit: &str, name: &str, value: &str) {
         let what = format!("{name} of {unit} is {value}");
-        await_some(&what, PATIENCE, || (self.property(unit, name) == value).then_some(()));
+        await_some(&what, PATIENCE, || {
+            (self.property(unit, name) == value).then_some(())
+        });
     }
 
     /// All that systemd and its services have logged so far.
     pub(crate) fn journal(&self) -> String {
         // What was written on a stream before is in the file after this.
-        self.run(&["journalctl", "--sync"]).success("journalctl --sync");
-        self.run(&["journalctl", "--no-pager"]).success("the journal")
+        self.run(&["journalctl", "--sync"])
+            .success("journalctl --sync");
+        self.run(&["journalctl", "--no-pager"])
+            .success("the journal")
     }
 
     /// A path of the machine as this process sees it.
@@ -154,7 +199,12 @@ impl SystemdMachine {
 
     /// Offers, on a loopback port of the machine, what listens on a loopback address of this computer.
     pub(crate) fn forward(&self, to: std::net::SocketAddr) -> Forward {
-        Forward::start(Network::Of(self.init), (Ipv4Addr::LOCALHOST, 0).into(), Network::Own, to)
+        Forward::start(
+            Network::Of(self.init),
+            (Ipv4Addr::LOCALHOST, 0).into(),
+            Network::Own,
+            to,
+        )
     }
 }
 
@@ -162,7 +212,10 @@ impl Drop for SystemdMachine {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let journal = self.run(&["journalctl", "--no-pager", "--lines=60"]);
-            eprintln!("--- the machine's journal\n{}{}", journal.stdout, journal.stderr);
+            eprintln!(
+                "--- the machine's journal\n{}{}",
+                journal.stdout, journal.stderr
+            );
         }
     }
 }
@@ -170,7 +223,11 @@ impl Drop for SystemdMachine {
 /// A command on this computer with nothing in its environment.
 fn outside<'a>(program: &str, arguments: impl IntoIterator<Item = &'a str>) -> Command {
     let mut command = Command::new(program);
-    command.env_clear().env("PATH", SEARCH_PATH).env("LC_ALL", "C.UTF-8").args(arguments);
+    command
+        .env_clear()
+        .env("PATH", SEARCH_PATH)
+        .env("LC_ALL", "C.UTF-8")
+        .args(arguments);
     command
 }
 

@@ -27,7 +27,9 @@ pub(crate) fn on_a_terminal(mut command: Command) -> String {
 /// What a program has printed on its terminal, errors too, by the time that this is `enough`; then it is ended.
 pub(crate) fn on_a_terminal_until(mut command: Command, enough: impl Fn(&str) -> bool) -> String {
     let pty = openpty(None, None).expect("a pseudo-terminal");
-    command.stderr(pty.slave.try_clone().expect("a second handle")).stdout(pty.slave);
+    command
+        .stderr(pty.slave.try_clone().expect("a second handle"))
+        .stdout(pty.slave);
     let process: Owned = spawn(command).expect("start it");
     let (sender, printed) = channel();
     let mut terminal = File::from(pty.master);

@@ -31,17 +31,26 @@ impl TlsFront {
     pub(crate) fn start(network: Network, address: SocketAddr, target: SocketAddr) -> Self {
         let listener = network.bind(address);
         let address = listener.local_addr().expect("its own address");
-        listener.set_nonblocking(true).expect("a listener that does not block");
+        listener
+            .set_nonblocking(true)
+            .expect("a listener that does not block");
         let key = KeyPair::generate().expect("a key");
         let params = CertificateParams::new(vec![address.ip().to_string()]).expect("an address");
         let certificate = params.self_signed(&key).expect("a certificate");
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let config =
+            ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let key = PrivateKeyDer::try_from(key.serialize_der()).expect("a key");
-        let config = config.expect("TLS").with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key);
+        let config = config
+            .expect("TLS")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], key);
         let acceptor = TlsAcceptor::from(Arc::new(config.expect("a key that fits")));
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
         runtime.spawn(async move {
             let listener = TcpListener::from_std(listener).expect("a listener");
             while let Ok((client, _)) = listener.accept().await {
@@ -53,7 +62,11 @@ impl TlsFront {
                 });
             }
         });
-        Self { certificate: certificate.pem(), address, _runtime: runtime }
+        Self {
+            certificate: certificate.pem(),
+            address,
+            _runtime: runtime,
+        }
     }
 
     /// By which clients know it.
@@ -66,7 +79,12 @@ impl TlsFront {
         let mut command = Command::new("openssl");
         command.args(["x509", "-noout", "-fingerprint", "-sha1"]);
         let said = run(command, self.certificate.as_bytes(), PATIENCE).success("openssl x509");
-        said.trim().rsplit('=').next().expect("a fingerprint").replace(':', "").to_lowercase()
+        said.trim()
+            .rsplit('=')
+            .next()
+            .expect("a fingerprint")
+            .replace(':', "")
+            .to_lowercase()
     }
 
     /// Its URL.

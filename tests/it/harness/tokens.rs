@@ -3,9 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use awsvid::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use awsvid::svid::proto::workload::spiffe_workload_api_server::{
+    SpiffeWorkloadApi, SpiffeWorkloadApiServer,
+};
 use awsvid::svid::proto::workload::{
-    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, X509svidRequest, X509svidResponse,
+    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse,
+    X509svidRequest, X509svidResponse,
 };
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -34,11 +37,19 @@ impl Tokens {
         let socket = folder.join("tokens.sock");
         // From a start before.
         let _ = std::fs::remove_file(&socket);
-        let listener = runtime.block_on(async { UnixListener::bind(&socket) }).expect("a socket");
-        let api = SpiffeWorkloadApiServer::new(Api { header: header.to_owned(), claims: claims.to_owned() });
+        let listener = runtime
+            .block_on(async { UnixListener::bind(&socket) })
+            .expect("a socket");
+        let api = SpiffeWorkloadApiServer::new(Api {
+            header: header.to_owned(),
+            claims: claims.to_owned(),
+        });
         let server = tonic::transport::Server::builder().add_service(api);
         runtime.spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
-        Self { socket, _runtime: runtime }
+        Self {
+            socket,
+            _runtime: runtime,
+        }
     }
 
     pub(crate) fn socket(&self) -> &Path {
@@ -55,14 +66,34 @@ impl SpiffeWorkloadApi for Api {
         Err(Status::unimplemented("tokens only"))
     }
 
-    async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
+    async fn fetch_jwtsvid(
+        &self,
+        request: Request<JwtsvidRequest>,
+    ) -> Result<Response<JwtsvidResponse>, Status> {
         let spiffe_id = request.into_inner().spiffe_id;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
-        let claims = self.claims.replace("{sub}", &spiffe_id).replace("{now}", &now.to_string());
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("after 1970")
+            .as_secs();
+        let claims = self
+            .claims
+            .replace("{sub}", &spiffe_id)
+            .replace("{now}", &now.to_string());
         let claims = claims.replace("{end}", &(now + 600).to_string());
         let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
-        let svid = format!("{}.{}.{}", part(&self.header), part(&claims), part("no signature"));
-        Ok(Response::new(JwtsvidResponse { svids: vec![Jwtsvid { spiffe_id, svid, hint: String::new() }] }))
+        let svid = format!(
+            "{}.{}.{}",
+            part(&self.header),
+            part(&claims),
+            part("no signature")
+        );
+        Ok(Response::new(JwtsvidResponse {
+            svids: vec![Jwtsvid {
+                spiffe_id,
+                svid,
+                hint: String::new(),
+            }],
+        }))
     }
 
     async fn fetch_jwt_bundles(

@@ -19,17 +19,30 @@ impl Upstream {
         let runtime = Runtime::new().expect("a runtime");
         let users = users.iter().map(|(uid, name)| User {
             uid: *uid,
-            spiffe_id: awsvid::identity::SpiffeId::parse(&format!("spiffe://example.org/user/{name}")).expect("an ID"),
+            spiffe_id: awsvid::identity::SpiffeId::parse(&format!(
+                "spiffe://example.org/user/{name}"
+            ))
+            .expect("an ID"),
         });
-        let names = DevNames { trust_domain: "example.org".to_owned(), account: "123456789012".to_owned() };
-        let dev = runtime.block_on(Dev::start_for(users.collect(), names)).expect("the servers of dev");
-        Self { dev, _runtime: runtime }
+        let names = DevNames {
+            trust_domain: "example.org".to_owned(),
+            account: "123456789012".to_owned(),
+        };
+        let dev = runtime
+            .block_on(Dev::start_for(users.collect(), names))
+            .expect("the servers of dev");
+        Self {
+            dev,
+            _runtime: runtime,
+        }
     }
 
     /// The socket of the Workload API.
     pub(crate) fn socket(&self) -> PathBuf {
         let configuration = self.configuration();
-        let (_, rest) = configuration.split_once("\"unix://").expect("a unix socket");
+        let (_, rest) = configuration
+            .split_once("\"unix://")
+            .expect("a unix socket");
         rest.split_once('"').expect("a string").0.into()
     }
 
@@ -40,7 +53,10 @@ impl Upstream {
 
     /// The same as `configuration`, with another path for that socket.
     pub(crate) fn configuration_at(&self, path: &Path) -> String {
-        self.configuration().replace(&self.socket().display().to_string(), &path.display().to_string())
+        self.configuration().replace(
+            &self.socket().display().to_string(),
+            &path.display().to_string(),
+        )
     }
 
     /// `[identity]`, `[sts]` and the role, without rules.

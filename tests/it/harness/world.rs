@@ -73,8 +73,14 @@ impl Source {
     pub(crate) fn of_spire(self) -> SpireSetting {
         match self {
             Self::Rules => SpireSetting::default(),
-            Self::Delegated => SpireSetting { delegates: vec![AWSVID.to_owned()], ..SpireSetting::default() },
-            Self::Broker => SpireSetting { brokers: vec![Broker::by_pid(AWSVID)], ..SpireSetting::default() },
+            Self::Delegated => SpireSetting {
+                delegates: vec![AWSVID.to_owned()],
+                ..SpireSetting::default()
+            },
+            Self::Broker => SpireSetting {
+                brokers: vec![Broker::by_pid(AWSVID)],
+                ..SpireSetting::default()
+            },
         }
     }
 
@@ -85,11 +91,17 @@ impl Source {
             Self::Rules => socket,
             Self::Delegated => {
                 let admin = spire.admin_socket();
-                format!("{socket}\nsource = \"spire-delegated\"\nadmin_socket = \"unix://{}\"", admin.display())
+                format!(
+                    "{socket}\nsource = \"spire-delegated\"\nadmin_socket = \"unix://{}\"",
+                    admin.display()
+                )
             }
             Self::Broker => {
                 let broker = spire.broker_socket();
-                format!("{socket}\nsource = \"spiffe-broker\"\nbroker_socket = \"unix://{}\"", broker.display())
+                format!(
+                    "{socket}\nsource = \"spiffe-broker\"\nbroker_socket = \"unix://{}\"",
+                    broker.display()
+                )
             }
         }
     }
@@ -97,12 +109,19 @@ impl Source {
 
 /// What SPIRE tells awsvid by.
 pub(crate) fn awsvid_selectors(program: &Path) -> [String; 2] {
-    ["unix:uid:0".to_owned(), format!("unix:path:{}", program.display())]
+    [
+        "unix:uid:0".to_owned(),
+        format!("unix:path:{}", program.display()),
+    ]
 }
 
 impl World {
     /// For these users, by uid and name. The first may read the object, the others not.
-    pub(crate) fn start(folder: &Path, users: &[(u32, &str)], setting: &Setting<'_>) -> Option<Self> {
+    pub(crate) fn start(
+        folder: &Path,
+        users: &[(u32, &str)],
+        setting: &Setting<'_>,
+    ) -> Option<Self> {
         if !root() {
             return None;
         }
@@ -115,30 +134,49 @@ impl World {
             ..setting.source.of_spire()
         };
         let spire = Spire::start_with(folder, spire_setting)?;
-        let minio = Minio::start(folder, &spire.issuer_url(), &minio::readable_by(&id(users[0].1), "shop"))?;
+        let minio = Minio::start(
+            folder,
+            &spire.issuer_url(),
+            &minio::readable_by(&id(users[0].1), "shop"),
+        )?;
         minio.make_bucket("shop");
         minio.put("shop", "test.txt", b"hello from the shop\n");
         let mut entries = BTreeMap::new();
         if setting.source != Source::Rules {
             entries.insert(
                 AWSVID.to_owned(),
-                spire.register(AWSVID, &awsvid_selectors(program).each_ref().map(String::as_str)),
+                spire.register(
+                    AWSVID,
+                    &awsvid_selectors(program).each_ref().map(String::as_str),
+                ),
             );
         }
         for (uid, name) in users {
             // The daemon runs as root; by rules all identities are its own at SPIRE, and it gives them to callers.
-            let owner = if setting.source == Source::Rules { 0 } else { *uid };
-            entries.insert(id(name), spire.register(&id(name), &[&format!("unix:uid:{owner}")]));
+            let owner = if setting.source == Source::Rules {
+                0
+            } else {
+                *uid
+            };
+            entries.insert(
+                id(name),
+                spire.register(&id(name), &[&format!("unix:uid:{owner}")]),
+            );
         }
         let rules: String = users
             .iter()
             .filter(|_| setting.source == Source::Rules)
             .map(|(uid, name)| {
                 let more = setting.rule.map_or(String::new(), |rule| rule(*uid));
-                format!("[[workload]]\nspiffe_id = \"{}\"\nuid = {uid}\n{more}\n", id(name))
+                format!(
+                    "[[workload]]\nspiffe_id = \"{}\"\nuid = {uid}\n{more}\n",
+                    id(name)
+                )
             })
             .collect();
-        let socket = setting.socket.map_or(spire.agent_socket(), |make| make(&spire.agent_socket()));
+        let socket = setting
+            .socket
+            .map_or(spire.agent_socket(), |make| make(&spire.agent_socket()));
         let configuration = format!(
             "[identity]\n{}\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
              [[role]]\nname = \"shop\"\nspiffe_id = \"{}\"\nrole_arn = \"{}\"\n{}\n",
@@ -149,10 +187,21 @@ impl World {
             minio.role_arn(),
             setting.role,
         );
-        let daemon = Daemon::start_program(setting.behind, program, folder, "", &configuration).ready();
-        let name = folder.file_name().and_then(|name| name.to_str()).expect("a name in UTF-8");
+        let daemon =
+            Daemon::start_program(setting.behind, program, folder, "", &configuration).ready();
+        let name = folder
+            .file_name()
+            .and_then(|name| name.to_str())
+            .expect("a name in UTF-8");
         let workloads = Cgroup::new(&format!("workloads-{name}.service"));
-        Some(Self { spire, minio, daemon, aws, entries, workloads })
+        Some(Self {
+            spire,
+            minio,
+            daemon,
+            aws,
+            entries,
+            workloads,
+        })
     }
 
     /// `aws s3 cp` as a user that has nothing but the variables which the README names.
@@ -161,7 +210,17 @@ impl World {
             .env("AWS_CONTAINER_CREDENTIALS_FULL_URI", &self.daemon.uri())
             .env("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any")
             .env("AWS_REGION", "us-east-1");
-        workload.run(&self.aws, &["--endpoint-url", &self.minio.endpoint(), "s3", "cp", "s3://shop/test.txt", "-"])
+        workload.run(
+            &self.aws,
+            &[
+                "--endpoint-url",
+                &self.minio.endpoint(),
+                "s3",
+                "cp",
+                "s3://shop/test.txt",
+                "-",
+            ],
+        )
     }
 
     /// curl over the unix socket: the head and the body, as they came.
@@ -170,21 +229,43 @@ impl World {
     }
 
     /// The same by a copy of curl, over this listener, for what is at `path` below `/v1/credentials`.
-    pub(crate) fn curl_by(&self, program: &Path, uid: u32, listener: &str, path: &str) -> (String, String) {
+    pub(crate) fn curl_by(
+        &self,
+        program: &Path,
+        uid: u32,
+        listener: &str,
+        path: &str,
+    ) -> (String, String) {
         let (socket, user) = (self.daemon.unix(), uid.to_string());
-        let user = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups"];
+        let user = [
+            "setpriv",
+            "--reuid",
+            &user,
+            "--regid",
+            &user,
+            "--clear-groups",
+        ];
         let mut command = behind(&[&self.workloads.enter()[..], &user].concat(), program);
         command.env_clear().env("PATH", "/usr/bin:/bin").arg("-sSi");
         match listener {
             "unix" => {
-                command.arg("--unix-socket").arg(socket).arg(format!("http://localhost/v1/credentials{path}"));
+                command
+                    .arg("--unix-socket")
+                    .arg(socket)
+                    .arg(format!("http://localhost/v1/credentials{path}"));
             }
             _ => {
-                command.args(["-H", "Authorization: any", &format!("{}{path}", self.daemon.uri())]);
+                command.args([
+                    "-H",
+                    "Authorization: any",
+                    &format!("{}{path}", self.daemon.uri()),
+                ]);
             }
         }
         let answer = run(command, b"", PATIENCE).success("curl");
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
+        let (head, body) = answer
+            .split_once("\r\n\r\n")
+            .unwrap_or_else(|| panic!("no answer: {answer:?}"));
         (head.to_owned(), body.to_owned())
     }
 
@@ -195,17 +276,23 @@ impl World {
 
     /// Registers an identity for processes with these selectors, with further options of `spire-server entry create`.
     pub(crate) fn register(&mut self, spiffe_id: &str, selectors: &[&str], options: &[&str]) {
-        self.entries.insert(spiffe_id.to_owned(), self.spire.register_with(spiffe_id, selectors, options));
+        self.entries.insert(
+            spiffe_id.to_owned(),
+            self.spire.register_with(spiffe_id, selectors, options),
+        );
     }
 
     /// Deletes the registration of an identity, and returns once the agent has forgotten it (if it runs).
     pub(crate) fn unregister(&mut self, spiffe_id: &str) {
-        self.spire.delete_entry(&self.entries.remove(spiffe_id).expect("it is registered"));
+        self.spire
+            .delete_entry(&self.entries.remove(spiffe_id).expect("it is registered"));
     }
 
     /// Starts the agent, and returns when it knows every identity again: one that has just started denies them.
     pub(crate) fn start_agent(&mut self) {
         self.spire.start_agent();
-        self.entries.values().for_each(|entry| self.spire.await_entry(entry));
+        self.entries
+            .values()
+            .for_each(|entry| self.spire.await_entry(entry));
     }
 }

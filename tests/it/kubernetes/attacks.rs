@@ -60,24 +60,59 @@ impl<'a> Site<'a> {
     /// Starts the victim, which is known to be the owner of its network namespace once this returns.
     pub(super) fn set(cluster: &'a Cluster, source: &'a str, name: &str) -> Self {
         cluster.node.run(&["rm", "-rf", MEETING]).success("rm");
-        cluster.node.apply(&pod(OTHER, name, "victim", &With { mounts: &[(MEETING, "/shared")], ..With::default() }));
-        let ready = ["wait", "--for=condition=Ready", "pod", name, "--namespace", OTHER.namespace, "--timeout=110s"];
+        cluster.node.apply(&pod(
+            OTHER,
+            name,
+            "victim",
+            &With {
+                mounts: &[(MEETING, "/shared")],
+                ..With::default()
+            },
+        ));
+        let ready = [
+            "wait",
+            "--for=condition=Ready",
+            "pod",
+            name,
+            "--namespace",
+            OTHER.namespace,
+            "--timeout=110s",
+        ];
         cluster.node.kubectl(&ready).success("the victim");
-        let victim = cluster.node.get(&["pod", "--namespace", OTHER.namespace, name]);
+        let victim = cluster
+            .node
+            .get(&["pod", "--namespace", OTHER.namespace, name]);
         let uid = &victim["metadata"]["uid"];
-        let own = cluster.audited("the victim has its own credentials", |record| record["pod_uid"] == *uid);
-        assert_eq!((&own["outcome"], &own["spiffe_id"]), (&"issued".into(), &OTHER.id().into()), "{own}");
+        let own = cluster.audited("the victim has its own credentials", |record| {
+            record["pod_uid"] == *uid
+        });
+        assert_eq!(
+            (&own["outcome"], &own["spiffe_id"]),
+            (&"issued".into(), &OTHER.id().into()),
+            "{own}"
+        );
         let namespace = own["network_namespace"].clone();
-        Self { cluster, source, victim, namespace }
+        Self {
+            cluster,
+            source,
+            victim,
+            namespace,
+        }
     }
 
     /// Starts a pod of another account that tries this.
     fn start(&self, scene: &str, with: &With<'_>) {
-        self.cluster.node.apply(&pod(READER, &self.name(scene), scene, with));
+        self.cluster
+            .node
+            .apply(&pod(READER, &self.name(scene), scene, with));
     }
 
     fn name(&self, scene: &str) -> String {
-        format!("{scene}-{}-{}", self.source, self.victim["metadata"]["name"].as_str().unwrap())
+        format!(
+            "{scene}-{}-{}",
+            self.source,
+            self.victim["metadata"]["name"].as_str().unwrap()
+        )
     }
 
     /// What came of it.
@@ -85,16 +120,30 @@ impl<'a> Site<'a> {
         let name = self.name(scene);
         let ended = self.cluster.node.ended(READER.namespace, &name);
         assert!(ended.succeeded, "{scene}: {ended:?}");
-        let pod = self.cluster.node.get(&["pod", "--namespace", READER.namespace, &name]);
+        let pod = self
+            .cluster
+            .node
+            .get(&["pod", "--namespace", READER.namespace, &name]);
         let uid = &pod["metadata"]["uid"];
-        let records = self.cluster.audit().into_iter().filter(|record| record["pod_uid"] == *uid).collect();
-        Tried { pod, log: ended.log, records }
+        let records = self
+            .cluster
+            .audit()
+            .into_iter()
+            .filter(|record| record["pod_uid"] == *uid)
+            .collect();
+        Tried {
+            pod,
+            log: ended.log,
+            records,
+        }
     }
 
     /// The audit of the victim's sockets.
     fn victims_records(&self) -> Vec<Value> {
         let records = self.cluster.audit().into_iter();
-        records.filter(|record| record["pod_uid"] == self.victim["metadata"]["uid"]).collect()
+        records
+            .filter(|record| record["pod_uid"] == self.victim["metadata"]["uid"])
+            .collect()
     }
 }
 
@@ -104,12 +153,19 @@ impl Tried {
     fn is(&self, printed: &[&str], reasons: &[&str]) {
         let log: Vec<&str> = self.log.lines().collect();
         assert_eq!(log, printed, "{self:#?}");
-        let found: Vec<&str> = self.records.iter().map(|record| record["reason"].as_str().unwrap()).collect();
+        let found: Vec<&str> = self
+            .records
+            .iter()
+            .map(|record| record["reason"].as_str().unwrap())
+            .collect();
         assert_eq!(found, reasons, "{self:#?}");
         // Whatever a pod of this account was given is its own.
         for record in &self.records {
             let own = record["outcome"] != "issued" || record["spiffe_id"] == READER.id();
-            assert!(own && record["pod_uid"] == self.pod["metadata"]["uid"], "{record}");
+            assert!(
+                own && record["pod_uid"] == self.pod["metadata"]["uid"],
+                "{record}"
+            );
         }
     }
 }
@@ -118,11 +174,15 @@ fn pod(account: Account, name: &str, scene: &str, with: &With<'_>) -> Value {
     let (mut volumes, mut mounts) = (Vec::new(), Vec::new());
     for (number, (directory, inside)) in with.mounts.iter().enumerate() {
         let name = format!("directory-{number}");
-        volumes.push(json!({ "name": name, "hostPath": { "path": directory, "type": "DirectoryOrCreate" } }));
+        volumes.push(
+            json!({ "name": name, "hostPath": { "path": directory, "type": "DirectoryOrCreate" } }),
+        );
         // As a careful owner mounts the socket's directory; the others have to be written to.
         let read_only = *inside == "/run/awsvid";
-        mounts.push(json!({ "name": name, "mountPath": inside, "readOnly": read_only,
-            "mountPropagation": if with.privileged { "HostToContainer" } else { "None" } }));
+        mounts.push(
+            json!({ "name": name, "mountPath": inside, "readOnly": read_only,
+            "mountPropagation": if with.privileged { "HostToContainer" } else { "None" } }),
+        );
     }
     let command = [&["/usr/bin/python3", "-c", ATTACKER, scene], with.arguments].concat();
     json!({
@@ -147,19 +207,65 @@ fn pod(account: Account, name: &str, scene: &str, with: &With<'_>) -> Value {
 pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     let site = Site::set(cluster, source, &format!("victim-{source}"));
     let victim = &site.victim;
-    let (uid, address) = (victim["metadata"]["uid"].as_str().unwrap(), victim["status"]["podIP"].as_str().unwrap());
-    let container = victim["status"]["containerStatuses"][0]["containerID"].as_str().unwrap();
+    let (uid, address) = (
+        victim["metadata"]["uid"].as_str().unwrap(),
+        victim["status"]["podIP"].as_str().unwrap(),
+    );
+    let container = victim["status"]["containerStatuses"][0]["containerID"]
+        .as_str()
+        .unwrap();
     let container = container.strip_prefix("containerd://").unwrap();
-    let privileged = With { privileged: true, ..With::default() };
+    let privileged = With {
+        privileged: true,
+        ..With::default()
+    };
     site.start("unshared", &privileged);
-    site.start("source", &With { arguments: &["$(POD_IP)", address], ..With::default() });
+    site.start(
+        "source",
+        &With {
+            arguments: &["$(POD_IP)", address],
+            ..With::default()
+        },
+    );
     let mounts = &[("/sys/fs/cgroup", "/cgroup")];
-    site.start("nested", &With { arguments: &["$(POD_UID)", uid, container], mounts, ..privileged });
-    site.start("enter", &With { arguments: &[address], mounts: &[("/run/netns", "/netns")], ..privileged });
-    site.start("ask", &With { host_network: true, ..With::default() });
-    site.start("destroy", &With { capabilities: &["NET_ADMIN"], ..With::default() });
+    site.start(
+        "nested",
+        &With {
+            arguments: &["$(POD_UID)", uid, container],
+            mounts,
+            ..privileged
+        },
+    );
+    site.start(
+        "enter",
+        &With {
+            arguments: &[address],
+            mounts: &[("/run/netns", "/netns")],
+            ..privileged
+        },
+    );
+    site.start(
+        "ask",
+        &With {
+            host_network: true,
+            ..With::default()
+        },
+    );
+    site.start(
+        "destroy",
+        &With {
+            capabilities: &["NET_ADMIN"],
+            ..With::default()
+        },
+    );
     for scene in ["given", "given-alone", "taken"] {
-        site.start(scene, &With { mounts: &[(MEETING, "/shared")], ..With::default() });
+        site.start(
+            scene,
+            &With {
+                mounts: &[(MEETING, "/shared")],
+                ..With::default()
+            },
+        );
     }
 
     sockets_stay_in_their_network(&site);
@@ -176,8 +282,14 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
 
 /// A network namespace of one's own has no listener; a socket that was made before is still the pod's.
 fn sockets_stay_in_their_network(site: &Site<'_>) {
-    site.tried("unshared")
-        .is(&["new network: ECONNREFUSED", "connected before: 200", "made before: 200"], &["ok", "ok"]);
+    site.tried("unshared").is(
+        &[
+            "new network: ECONNREFUSED",
+            "connected before: 200",
+            "made before: 200",
+        ],
+        &["ok", "ok"],
+    );
 }
 
 fn addresses_say_nothing(site: &Site<'_>) {
@@ -194,7 +306,12 @@ fn addresses_say_nothing(site: &Site<'_>) {
     );
     let namespace = &tried.records[0]["network_namespace"];
     assert_ne!(*namespace, site.namespace);
-    let refused = site.cluster.audit().into_iter().filter(|record| record["reason"] == "not_loopback").count();
+    let refused = site
+        .cluster
+        .audit()
+        .into_iter()
+        .filter(|record| record["reason"] == "not_loopback")
+        .count();
     assert!(refused > 0);
 }
 
@@ -206,33 +323,52 @@ fn names_below_ones_own_cgroup_say_nothing(site: &Site<'_>) {
         _ => ("nested: 403", "nested_container"),
     };
     tried.is(&["moved: True", printed], &[reason]);
-    let container = tried.pod["status"]["containerStatuses"][0]["containerID"].as_str().unwrap();
+    let container = tried.pod["status"]["containerStatuses"][0]["containerID"]
+        .as_str()
+        .unwrap();
     let record = &tried.records[0];
-    assert!(container.ends_with(record["container_id"].as_str().unwrap()), "{tried:?}");
-    assert!(record["cgroup"].as_str().unwrap().contains(site.victim["metadata"]["uid"].as_str().unwrap()), "{record}");
+    assert!(
+        container.ends_with(record["container_id"].as_str().unwrap()),
+        "{tried:?}"
+    );
+    assert!(
+        record["cgroup"]
+            .as_str()
+            .unwrap()
+            .contains(site.victim["metadata"]["uid"].as_str().unwrap()),
+        "{record}"
+    );
 }
 
 fn another_pods_network_is_no_ones_but_its_own(site: &Site<'_>) {
     let tried = site.tried("enter");
     tried.is(&["own: 200", "entered: 403"], &["ok", "other_pod"]);
-    let [own, entered] = &tried.records[..] else { panic!("{tried:?}") };
+    let [own, entered] = &tried.records[..] else {
+        panic!("{tried:?}")
+    };
     assert_eq!(entered["network_namespace"], site.namespace);
     assert_ne!(own["network_namespace"], site.namespace);
 }
 
 /// A process of the node that enters it.
 fn who_is_in_no_pod_has_nothing_there(site: &Site<'_>, address: &str) {
-    let find =
-        r#"for file in /run/netns/*; do nsenter --net="$file" ip -o address | grep -qF " $0/" && echo "$file"; done"#;
+    let find = r#"for file in /run/netns/*; do nsenter --net="$file" ip -o address | grep -qF " $0/" && echo "$file"; done"#;
     let found = site.cluster.node.run(&["sh", "-c", find, address]).stdout;
     let record = site.plain(PLAIN, &["nsenter", &format!("--net={}", found.trim())]);
-    assert_eq!((&record["reason"], &record["network_namespace"]), (&"not_a_pod".into(), &site.namespace), "{record}");
+    assert_eq!(
+        (&record["reason"], &record["network_namespace"]),
+        (&"not_a_pod".into(), &site.namespace),
+        "{record}"
+    );
     assert!(record.get("pod_uid").is_none(), "{record}");
 }
 
 /// Attack 9.
 fn a_killed_listener_comes_back(site: &Site<'_>) {
-    site.tried("destroy").is(&["before: 200", "destroyed: 0", "destroyed: 0", "after: 200"], &["ok", "ok"]);
+    site.tried("destroy").is(
+        &["before: 200", "destroyed: 0", "destroyed: 0", "after: 200"],
+        &["ok", "ok"],
+    );
 }
 
 /// Over a volume that both pods mount.
@@ -245,33 +381,76 @@ fn who_made_the_socket_is_answered(site: &Site<'_>) {
     site.tried("given").is(&["given: 200"], &[]);
     // By its process it is nobody's any more, which is seen at once or at the end.
     let by_socket = site.source == "spiffe-broker";
-    let (printed, reasons): (_, &[&str]) =
-        if by_socket { ("given: 200", &["ok"]) } else { ("given: 403", &["no_holder", "caller_gone"]) };
+    let (printed, reasons): (_, &[&str]) = if by_socket {
+        ("given: 200", &["ok"])
+    } else {
+        ("given: 403", &["no_holder", "caller_gone"])
+    };
     site.tried("given-alone").is(&[printed], &[]);
     let records = site.victims_records();
-    let found: Vec<_> = records.iter().map(|record| record["reason"].as_str().unwrap()).collect();
+    let found: Vec<_> = records
+        .iter()
+        .map(|record| record["reason"].as_str().unwrap())
+        .collect();
     let fits = |found: &[&str]| found[..2] == ["ok"; 2] && reasons.contains(&found[2]);
-    let [own, one, other] = found[..] else { panic!("{records:#?}") };
-    assert!(fits(&[own, one, other]) || fits(&[own, other, one]), "{records:#?}");
-    assert!(records.iter().all(|record| record["network_namespace"] == site.namespace), "{records:#?}");
+    let [own, one, other] = found[..] else {
+        panic!("{records:#?}")
+    };
+    assert!(
+        fits(&[own, one, other]) || fits(&[own, other, one]),
+        "{records:#?}"
+    );
+    assert!(
+        records
+            .iter()
+            .all(|record| record["network_namespace"] == site.namespace),
+        "{records:#?}"
+    );
 }
 
 /// Where awsvid listens on the node itself: pods with its network, and pods and processes with the unix socket.
 pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) {
-    cluster.spire.register(PLAIN_ID, &[&format!("unix:uid:{PLAIN}")]);
+    cluster
+        .spire
+        .register(PLAIN_ID, &[&format!("unix:uid:{PLAIN}")]);
     cluster.install_for_host(source);
     let site = Site::set(cluster, source, &format!("host-victim-{source}"));
     let by_process = source == "spire-delegated";
-    site.start("ask", &With { host_network: true, ..With::default() });
-    site.start("mounted", &With { mounts: &[("/run/awsvid", "/run/awsvid")], ..With::default() });
+    site.start(
+        "ask",
+        &With {
+            host_network: true,
+            ..With::default()
+        },
+    );
+    site.start(
+        "mounted",
+        &With {
+            mounts: &[("/run/awsvid", "/run/awsvid")],
+            ..With::default()
+        },
+    );
     let tried = site.tried("ask");
     tried.is(&["ask: 200"], &["ok"]);
     assert_eq!(tried.records[0]["listener"], "tcp");
 
     // Attacks 10 and 12.
-    let (answer, reasons): (_, &[&str]) = if by_process { ("ask: 200", &["ok"]) } else { ("ask: 403", &[]) };
+    let (answer, reasons): (_, &[&str]) = if by_process {
+        ("ask: 200", &["ok"])
+    } else {
+        ("ask: 403", &[])
+    };
     let files = "files: awsvid.sock awsvid.sock.lock";
-    site.tried("mounted").is(&[files, "remove: EROFS", "replace: EROFS", "mount again: EPERM", answer], reasons);
+    site.tried("mounted").is(
+        &[
+            files,
+            "remove: EROFS",
+            "replace: EROFS",
+            "mount again: EPERM",
+            answer,
+        ],
+        reasons,
+    );
 
     // What no pod has to do with.
     for (uid, id) in [(PLAIN, Some(PLAIN_ID)), (PLAIN + 1, None)] {
@@ -282,8 +461,15 @@ pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) 
             None if by_process => "no_identity",
             None => "invisible_process",
         };
-        assert_eq!((record["reason"].as_str(), record["spiffe_id"].as_str()), (Some(reason), id), "{record}");
-        assert!(record.get("pod_uid").is_none() && record["systemd_unit"] == "plain.service", "{record}");
+        assert_eq!(
+            (record["reason"].as_str(), record["spiffe_id"].as_str()),
+            (Some(reason), id),
+            "{record}"
+        );
+        assert!(
+            record.get("pod_uid").is_none() && record["systemd_unit"] == "plain.service",
+            "{record}"
+        );
     }
     site.end();
 }
@@ -292,20 +478,51 @@ impl Site<'_> {
     /// What the audit has of a process of the node, in no pod, that asks on the loopback address: of the node, or of the network
     /// that `behind` enters.
     fn plain(&self, uid: u32, behind: &[&str]) -> Value {
-        let of_it = || self.cluster.audit().into_iter().filter(|record| record["uid"] == uid).collect::<Vec<_>>();
+        let of_it = || {
+            self.cluster
+                .audit()
+                .into_iter()
+                .filter(|record| record["uid"] == uid)
+                .collect::<Vec<_>>()
+        };
         let before = of_it().len();
         let id = uid.to_string();
         let user = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups"];
-        let busybox = self.cluster.node.bin().join("pod-files/busybox/bin/busybox");
-        let ask = [busybox.to_str().unwrap(), "wget", "-q", "-O", "/dev/null", "--header", "Authorization: any", URI];
-        self.cluster.node.run(&[&["sh", "-ec", IN_A_UNIT], behind, &user, &ask].concat());
+        let busybox = self
+            .cluster
+            .node
+            .bin()
+            .join("pod-files/busybox/bin/busybox");
+        let ask = [
+            busybox.to_str().unwrap(),
+            "wget",
+            "-q",
+            "-O",
+            "/dev/null",
+            "--header",
+            "Authorization: any",
+            URI,
+        ];
+        self.cluster
+            .node
+            .run(&[&["sh", "-ec", IN_A_UNIT], behind, &user, &ask].concat());
         await_some("its record", PATIENCE, || of_it().get(before).cloned())
     }
 
     fn end(&self) {
         self.cluster.node.run(&["rm", "-rf", MEETING]).success("rm");
         let name = self.victim["metadata"]["name"].as_str().unwrap();
-        let arguments = ["delete", "pod", "--namespace", OTHER.namespace, name, "--wait=false"];
-        self.cluster.node.kubectl(&arguments).success("kubectl delete");
+        let arguments = [
+            "delete",
+            "pod",
+            "--namespace",
+            OTHER.namespace,
+            name,
+            "--wait=false",
+        ];
+        self.cluster
+            .node
+            .kubectl(&arguments)
+            .success("kubectl delete");
     }
 }

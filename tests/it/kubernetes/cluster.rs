@@ -40,12 +40,21 @@ pub(super) struct Account {
     pub(super) name: &'static str,
 }
 
-pub(super) const READER: Account = Account { namespace: "shop", name: "reader" };
-pub(super) const OTHER: Account = Account { namespace: "office", name: "other" };
+pub(super) const READER: Account = Account {
+    namespace: "shop",
+    name: "reader",
+};
+pub(super) const OTHER: Account = Account {
+    namespace: "office",
+    name: "other",
+};
 
 impl Account {
     pub(super) fn id(self) -> String {
-        format!("spiffe://example.org/ns/{}/sa/{}", self.namespace, self.name)
+        format!(
+            "spiffe://example.org/ns/{}/sa/{}",
+            self.namespace, self.name
+        )
     }
 }
 
@@ -56,7 +65,12 @@ pub(super) fn manifests() -> PathBuf {
 
 /// A directory in `folder` for `kubectl apply -k`, as somebody would have who installs these: a configuration of his own, if
 /// there are resources.
-pub(super) fn overlay(folder: &Path, name: &str, resources: &[&str], components: &[&str]) -> PathBuf {
+pub(super) fn overlay(
+    folder: &Path,
+    name: &str,
+    resources: &[&str],
+    components: &[&str],
+) -> PathBuf {
     let directory = folder.join("overlays").join(name);
     fs::create_dir_all(&directory).unwrap();
     // Kustomize takes no absolute path.
@@ -72,7 +86,11 @@ pub(super) fn overlay(folder: &Path, name: &str, resources: &[&str], components:
             { "name": "awsvid", "namespace": "awsvid", "behavior": "merge", "files": ["awsvid.toml", "ca.crt"] }
         ]);
     }
-    fs::write(directory.join("kustomization.yaml"), kustomization.to_string()).unwrap();
+    fs::write(
+        directory.join("kustomization.yaml"),
+        kustomization.to_string(),
+    )
+    .unwrap();
     directory
 }
 
@@ -80,7 +98,10 @@ impl Cluster {
     /// Starts all but awsvid and the agent.
     pub(super) fn start(folder: &Path) -> Option<Self> {
         let node = Node::start(folder)?;
-        let uid = node.get(&["node", NAME])["metadata"]["uid"].as_str().expect("a UID").to_owned();
+        let uid = node.get(&["node", NAME])["metadata"]["uid"]
+            .as_str()
+            .expect("a UID")
+            .to_owned();
         let (kubeconfig, api) = node.kubeconfig_outside();
         let setting = SpireSetting {
             elsewhere: Some(Elsewhere {
@@ -95,12 +116,30 @@ impl Cluster {
         let spire = Spire::start_with(folder, setting)?;
         let mut policy = minio::readable_by(&READER.id(), READER.namespace);
         let more = minio::readable_by(&OTHER.id(), OTHER.namespace);
-        policy["Statement"].as_array_mut().unwrap().push(more["Statement"][0].clone());
+        policy["Statement"]
+            .as_array_mut()
+            .unwrap()
+            .push(more["Statement"][0].clone());
         let minio = Minio::start(folder, &spire.issuer_url(), &policy)?;
-        let minio_address: SocketAddr = minio.endpoint().trim_start_matches("http://").parse().unwrap();
-        let forwards = [api, node.offer(SPIRE_PORT, spire.server_address()), node.offer(MINIO_PORT, minio_address)];
+        let minio_address: SocketAddr = minio
+            .endpoint()
+            .trim_start_matches("http://")
+            .parse()
+            .unwrap();
+        let forwards = [
+            api,
+            node.offer(SPIRE_PORT, spire.server_address()),
+            node.offer(MINIO_PORT, minio_address),
+        ];
         let sts = node.offer_with_tls(STS_PORT, minio_address);
-        let cluster = Self { node, spire, minio, folder: folder.to_owned(), sts, _forwards: forwards };
+        let cluster = Self {
+            node,
+            spire,
+            minio,
+            folder: folder.to_owned(),
+            sts,
+            _forwards: forwards,
+        };
         cluster.import();
         cluster.prepare();
         Some(cluster)
@@ -110,21 +149,44 @@ impl Cluster {
         let directory = |name: &str| self.folder.join("images").join(name);
         let program = |name: &str, image: &str, program: &Path, path: &str| {
             let root = root_of(&directory(name), program, path);
-            self.node.import(&Image { name: image, layers: &[&root], entrypoint: &[path] });
+            self.node.import(&Image {
+                name: image,
+                layers: &[&root],
+                entrypoint: &[path],
+            });
         };
         // What is measured is what is released.
-        let awsvid = if is_slow() { released() } else { PathBuf::from(PROGRAM) };
-        program("awsvid", "ghcr.io/awsvid/awsvid:0.1.0", &awsvid, "/usr/bin/awsvid");
+        let awsvid = if is_slow() {
+            released()
+        } else {
+            PathBuf::from(PROGRAM)
+        };
+        program(
+            "awsvid",
+            "ghcr.io/awsvid/awsvid:0.1.0",
+            &awsvid,
+            "/usr/bin/awsvid",
+        );
         let agent = self.node.bin().join("spire-agent");
-        program("agent", "ghcr.io/spiffe/spire-agent:1.15.3", &agent, "/opt/spire/bin/spire-agent");
+        program(
+            "agent",
+            "ghcr.io/spiffe/spire-agent:1.15.3",
+            &agent,
+            "/opt/spire/bin/spire-agent",
+        );
         let files = self.node.bin().join("pod-files");
         let (busybox, aws) = (files.join("busybox"), files.join("awscli"));
-        self.node.import(&Image { name: AWS, layers: &[&busybox, &aws], entrypoint: &["/usr/bin/aws"] });
+        self.node.import(&Image {
+            name: AWS,
+            layers: &[&busybox, &aws],
+            entrypoint: &["/usr/bin/aws"],
+        });
     }
 
     /// What is there before awsvid: the server's bundle, workloads' namespaces, their entries and objects.
     fn prepare(&self) {
-        self.spire.register(AWSVID, &["k8s:ns:awsvid", "k8s:sa:awsvid"]);
+        self.spire
+            .register(AWSVID, &["k8s:ns:awsvid", "k8s:sa:awsvid"]);
         let (name, bundle) = ("spire-bundle", self.spire.bundle());
         let mut items = vec![
             json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "spire" } }),
@@ -138,11 +200,17 @@ impl Cluster {
             items.push(json!({ "apiVersion": "v1", "kind": "ServiceAccount",
                 "metadata": { "name": name, "namespace": namespace } }));
             let selectors = [format!("k8s:ns:{namespace}"), format!("k8s:sa:{name}")];
-            self.spire.register(&account.id(), &selectors.each_ref().map(String::as_str));
+            self.spire
+                .register(&account.id(), &selectors.each_ref().map(String::as_str));
             self.minio.make_bucket(namespace);
-            self.minio.put(namespace, "test.txt", format!("hello from the {namespace}\n").as_bytes());
+            self.minio.put(
+                namespace,
+                "test.txt",
+                format!("hello from the {namespace}\n").as_bytes(),
+            );
         }
-        self.node.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": items }));
+        self.node
+            .apply(&json!({ "apiVersion": "v1", "kind": "List", "items": items }));
     }
 
     /// Installs the manifests of this directory, with MinIO in the place of AWS.
@@ -165,9 +233,14 @@ impl Cluster {
         if source == "spire-delegated" {
             let agent = fs::read_to_string(manifests().join(source).join("agent.conf")).unwrap();
             let unix = "plugins {\n  WorkloadAttestor \"unix\" {\n    plugin_data {}\n  }";
-            fs::write(directory.join("agent.conf"), agent.replacen("plugins {", unix, 1)).unwrap();
+            fs::write(
+                directory.join("agent.conf"),
+                agent.replacen("plugins {", unix, 1),
+            )
+            .unwrap();
             let file = directory.join("kustomization.yaml");
-            let mut kustomization: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+            let mut kustomization: Value =
+                serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
             kustomization["configMapGenerator"].as_array_mut().unwrap().push(
                 json!({ "name": "spire-agent", "namespace": "spire", "behavior": "merge", "files": ["agent.conf"] }),
             );
@@ -177,7 +250,12 @@ impl Cluster {
     }
 
     /// Another `[listen]` is made of the manifests' one.
-    fn overlay(&self, source: &str, components: &[&str], listen: impl Fn(String) -> String) -> PathBuf {
+    fn overlay(
+        &self,
+        source: &str,
+        components: &[&str],
+        listen: impl Fn(String) -> String,
+    ) -> PathBuf {
         let text = fs::read_to_string(manifests().join(source).join("awsvid.toml")).unwrap();
         let (start, _) = text.split_once("[sts]").expect("the example's [sts]");
         let start = listen(start.to_owned());
@@ -188,15 +266,21 @@ impl Cluster {
             self.sts.url(),
             self.minio.role_arn(),
         );
-        let directory =
-            overlay(&self.folder, &[source, components.join("-").as_str()].join("-"), &[source], components);
+        let directory = overlay(
+            &self.folder,
+            &[source, components.join("-").as_str()].join("-"),
+            &[source],
+            components,
+        );
         fs::write(directory.join("awsvid.toml"), text).unwrap();
         fs::write(directory.join("ca.crt"), self.sts.certificate()).unwrap();
         directory
     }
 
     fn apply(&self, directory: &Path) {
-        self.node.kubectl(&["apply", "--kustomize", directory.to_str().unwrap()]).success("kubectl apply -k");
+        self.node
+            .kubectl(&["apply", "--kustomize", directory.to_str().unwrap()])
+            .success("kubectl apply -k");
         self.node.rolled_out("spire", "daemonset/spire-agent");
         self.node.rolled_out("awsvid", "daemonset/awsvid");
     }
@@ -216,14 +300,20 @@ impl Cluster {
     /// awsvid's audit records so far.
     pub(super) fn audit(&self) -> Vec<Value> {
         let log = self.node.pod_log("awsvid", "awsvid");
-        let records = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        records.filter(|record| record["target"] == "audit").collect()
+        let records = log
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        records
+            .filter(|record| record["target"] == "audit")
+            .collect()
     }
 
     /// Waits until a record of the audit is so.
     pub(super) fn audited(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let patience = std::time::Duration::from_secs(30);
-        await_some(what, patience, || self.audit().into_iter().find(|record| wanted(record)))
+        await_some(what, patience, || {
+            self.audit().into_iter().find(|record| wanted(record))
+        })
     }
 }
 

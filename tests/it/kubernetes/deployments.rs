@@ -30,15 +30,25 @@ fn deployment(account: Account, name: &str, script: &str, annotations: &Value) -
 /// That a pod of the Deployment has read the object.
 fn has_read(cluster: &Cluster, account: Account, name: &str) {
     let expected = format!("hello from the {}\n", account.namespace);
-    await_some(&format!("{name} has read the object"), Duration::from_secs(60), || {
-        cluster.node.pod_log(account.namespace, name).contains(&expected).then_some(())
-    });
+    await_some(
+        &format!("{name} has read the object"),
+        Duration::from_secs(60),
+        || {
+            cluster
+                .node
+                .pod_log(account.namespace, name)
+                .contains(&expected)
+                .then_some(())
+        },
+    );
 }
 
 /// Nobody types `assume-role`: the namespace's label and the service account's entry are all.
 pub(super) fn a_deployment_reads_its_object(cluster: &Cluster) {
     let script = format!("{}; exec busybox sleep 3600", copy(READER));
-    cluster.node.apply(&deployment(READER, "by-policy", &script, &json!({})));
+    cluster
+        .node
+        .apply(&deployment(READER, "by-policy", &script, &json!({})));
     has_read(cluster, READER, "by-policy");
 }
 
@@ -51,11 +61,16 @@ pub(super) fn a_deployment_reads_its_object_by_the_component(cluster: &Cluster, 
         fs::write(directory.join("deployment.json"), deployment.to_string()).unwrap();
     };
     let file = directory.join("kustomization.yaml");
-    let mut kustomization: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    let mut kustomization: Value =
+        serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
     kustomization["namespace"] = READER.namespace.into();
     kustomization["resources"] = json!(["deployment.json"]);
     fs::write(file, kustomization.to_string()).unwrap();
-    let apply = || cluster.node.kubectl(&["apply", "--kustomize", directory.to_str().unwrap()]);
+    let apply = || {
+        cluster
+            .node
+            .kubectl(&["apply", "--kustomize", directory.to_str().unwrap()])
+    };
     let good = deployment(READER, "by-component", &script, &out);
     write(&good);
     apply().success("kubectl apply -k");
@@ -63,10 +78,15 @@ pub(super) fn a_deployment_reads_its_object_by_the_component(cluster: &Cluster, 
 
     // A value of the workload's own is not replaced: it is an error that names the variable.
     let mut own = good;
-    let variable =
-        json!({ "name": "AWS_CONTAINER_CREDENTIALS_FULL_URI", "value": "http://127.0.0.1:974/v1/credentials/other" });
-    own["spec"]["template"]["spec"]["containers"][0]["env"].as_array_mut().unwrap().push(variable);
+    let variable = json!({ "name": "AWS_CONTAINER_CREDENTIALS_FULL_URI", "value": "http://127.0.0.1:974/v1/credentials/other" });
+    own["spec"]["template"]["spec"]["containers"][0]["env"]
+        .as_array_mut()
+        .unwrap()
+        .push(variable);
     write(&own);
     let refused = apply();
-    assert!(!refused.status.success() && refused.stderr.contains("valueFrom"), "{refused:?}");
+    assert!(
+        !refused.status.success() && refused.stderr.contains("valueFrom"),
+        "{refused:?}"
+    );
 }

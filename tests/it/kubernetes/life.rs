@@ -27,31 +27,53 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// The ids, as the node has them, of the processes that run a program.
 fn processes(node: &Node, program: &str) -> Vec<u32> {
     let found = node.run(&["pgrep", "--exact", program]);
-    found.stdout.lines().map(|line| line.parse().expect("an id")).collect()
+    found
+        .stdout
+        .lines()
+        .map(|line| line.parse().expect("an id"))
+        .collect()
 }
 
 /// The id of the one process that runs a program, once those before it have ended.
 fn process(node: &Node, program: &str) -> u32 {
-    await_some(&format!("one process of {program}"), PATIENCE, || match processes(node, program)[..] {
-        [one] => Some(one),
-        _ => None,
-    })
+    await_some(
+        &format!("one process of {program}"),
+        PATIENCE,
+        || match processes(node, program)[..] {
+            [one] => Some(one),
+            _ => None,
+        },
+    )
 }
 
 fn signal(node: &Node, signal: &str, process: u32) {
-    node.run(&["kill", "-s", signal, &process.to_string()]).success(signal);
+    node.run(&["kill", "-s", signal, &process.to_string()])
+        .success(signal);
 }
 
 /// A field of the process's status, in KiB.
 fn status(node: &Node, process: u32, field: &str) -> u64 {
-    let text = fs::read_to_string(node.path(&format!("/proc/{process}/status"))).expect("its status");
-    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).expect("the field");
-    line.split_whitespace().next().expect("a number").parse().expect("a number")
+    let text =
+        fs::read_to_string(node.path(&format!("/proc/{process}/status"))).expect("its status");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+        .expect("the field");
+    line.split_whitespace()
+        .next()
+        .expect("a number")
+        .parse()
+        .expect("a number")
 }
 
 /// A field of the process's `stat` in hundredths of a second, by its number in `proc(5)`.
 fn ticks(node: &Node, process: u32, field: usize) -> u64 {
     let text = fs::read_to_string(node.path(&format!("/proc/{process}/stat"))).expect("its times");
     let (_, fields) = text.rsplit_once(") ").expect("a name");
-    fields.split(' ').nth(field - 3).expect("the field").parse().expect("a number")
+    fields
+        .split(' ')
+        .nth(field - 3)
+        .expect("the field")
+        .parse()
+        .expect("a number")
 }

@@ -14,8 +14,18 @@ const METADATA: &str = "AWS_EC2_METADATA_DISABLED";
 
 /// What the API server would store in the place of this pod.
 fn admitted(cluster: &Cluster, pod: &Value) -> Value {
-    let arguments = ["create", "--dry-run=server", "--output", "json", "--filename", "-"];
-    let made = cluster.node.kubectl_with(&arguments, &pod.to_string()).success("a pod on trial");
+    let arguments = [
+        "create",
+        "--dry-run=server",
+        "--output",
+        "json",
+        "--filename",
+        "-",
+    ];
+    let made = cluster
+        .node
+        .kubectl_with(&arguments, &pod.to_string())
+        .success("a pod on trial");
     serde_json::from_str(&made).unwrap()
 }
 
@@ -27,26 +37,41 @@ fn value<'a>(container: &'a Value, name: &str) -> Option<&'a str> {
     let all = container["env"].as_array()?;
     let found: Vec<_> = all.iter().filter(|one| one["name"] == name).collect();
     assert!(found.len() < 2, "{name} twice: {container}");
-    found.first().map(|one| one["value"].as_str().unwrap_or("from elsewhere"))
+    found
+        .first()
+        .map(|one| one["value"].as_str().unwrap_or("from elsewhere"))
 }
 
 fn values(container: &Value) -> [Option<&str>; 4] {
     [URI, TOKEN, FILE, METADATA].map(|name| value(container, name))
 }
 
-const ALL: [Option<&str>; 4] =
-    [Some("http://127.0.0.1:974/v1/credentials"), Some("shop"), Some("/run/secrets/awsvid/token"), Some("true")];
+const ALL: [Option<&str>; 4] = [
+    Some("http://127.0.0.1:974/v1/credentials"),
+    Some("shop"),
+    Some("/run/secrets/awsvid/token"),
+    Some("true"),
+];
 
 pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
     cluster
         .node
-        .kubectl(&["apply", "--filename", manifests().join("components/environment/policy.yaml").to_str().unwrap()])
+        .kubectl(&[
+            "apply",
+            "--filename",
+            manifests()
+                .join("components/environment/policy.yaml")
+                .to_str()
+                .unwrap(),
+        ])
         .success("the policy");
     let plain = || json!({ "name": "plain", "image": "i" });
     let simple = pod(READER.namespace, json!({ "containers": [plain()] }));
     let first = await_some("the policy is active", Duration::from_secs(30), || {
         let found = admitted(cluster, &simple);
-        value(&found["spec"]["containers"][0], URI).is_some().then_some(found)
+        value(&found["spec"]["containers"][0], URI)
+            .is_some()
+            .then_some(found)
     });
     assert_eq!(values(&first["spec"]["containers"][0]), ALL);
 
@@ -73,33 +98,71 @@ pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
     for container in spec["initContainers"].as_array().unwrap() {
         assert_eq!(values(container), ALL, "{container}");
     }
-    let [own, imds] = &spec["containers"].as_array().unwrap()[..] else { panic!("two containers: {found}") };
+    let [own, imds] = &spec["containers"].as_array().unwrap()[..] else {
+        panic!("two containers: {found}")
+    };
     // SDKs disagree on which of two tokens counts, so one of the pod's own keeps ours away.
-    let kept = [Some("http://127.0.0.1:974/v1/credentials/other"), Some("from elsewhere"), None, Some("true")];
+    let kept = [
+        Some("http://127.0.0.1:974/v1/credentials/other"),
+        Some("from elsewhere"),
+        None,
+        Some("true"),
+    ];
     assert_eq!(values(own), kept);
     assert_eq!(value(own, "SOMETHING"), Some("else"));
     assert_eq!(values(imds), [ALL[0], ALL[1], ALL[2], Some("false")]);
-    let names: Vec<_> = spec["volumes"].as_array().unwrap().iter().map(|volume| &volume["name"]).collect();
+    let names: Vec<_> = spec["volumes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|volume| &volume["name"])
+        .collect();
     assert_eq!(names, ["scratch", "awsvid"]);
     // The file has what the variable has.
-    assert_eq!(spec["volumes"][1]["downwardAPI"]["items"][0]["fieldRef"]["fieldPath"], "metadata.namespace");
+    assert_eq!(
+        spec["volumes"][1]["downwardAPI"]["items"][0]["fieldRef"]["fieldPath"],
+        "metadata.namespace"
+    );
 
     // Not where nobody asked for it.
     let mut out = simple.clone();
     out["metadata"]["annotations"] = json!({ "awsvid.io/environment": "false" });
-    let host = pod(READER.namespace, json!({ "hostNetwork": true, "containers": [plain()] }));
+    let host = pod(
+        READER.namespace,
+        json!({ "hostNetwork": true, "containers": [plain()] }),
+    );
     let elsewhere = pod("default", json!({ "containers": [plain()] }));
     for pod in [out, host, elsewhere] {
         let found = admitted(cluster, &pod);
-        assert_eq!(values(&found["spec"]["containers"][0]), [None; 4], "{found}");
-        assert!(!found["spec"]["volumes"].to_string().contains("\"awsvid\""), "{found}");
+        assert_eq!(
+            values(&found["spec"]["containers"][0]),
+            [None; 4],
+            "{found}"
+        );
+        assert!(
+            !found["spec"]["volumes"].to_string().contains("\"awsvid\""),
+            "{found}"
+        );
     }
 
     // Up to as many as anybody has.
-    let environment: Vec<_> = (0..60).map(|i| json!({ "name": format!("V{i}"), "value": "v" })).collect();
-    let many: Vec<_> = (0..100).map(|i| json!({ "name": format!("c{i}"), "image": "i", "env": environment })).collect();
-    let found = admitted(cluster, &pod(READER.namespace, json!({ "containers": many })));
+    let environment: Vec<_> = (0..60)
+        .map(|i| json!({ "name": format!("V{i}"), "value": "v" }))
+        .collect();
+    let many: Vec<_> = (0..100)
+        .map(|i| json!({ "name": format!("c{i}"), "image": "i", "env": environment }))
+        .collect();
+    let found = admitted(
+        cluster,
+        &pod(READER.namespace, json!({ "containers": many })),
+    );
     for container in found["spec"]["containers"].as_array().unwrap() {
-        assert_eq!((values(container), container["env"].as_array().unwrap().len()), (ALL, 64));
+        assert_eq!(
+            (
+                values(container),
+                container["env"].as_array().unwrap().len()
+            ),
+            (ALL, 64)
+        );
     }
 }

@@ -11,7 +11,10 @@ use crate::harness::kubernetes::NAME;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const STARTUP_TAINT: &str = "system:serviceaccount:awsvid:startup-taint";
-const AGENT: Account = Account { namespace: "spire", name: "spire-agent" };
+const AGENT: Account = Account {
+    namespace: "spire",
+    name: "spire-agent",
+};
 const MACHINE: &str = "aws:///eu-central-1a/i-0123456789abcdef0";
 /// Another taint than awsvid's, which keeps no pod away.
 const KEPT: &str = "example.org/kept=:PreferNoSchedule";
@@ -21,11 +24,20 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
     let node = &cluster.node;
     let checked = await_some("the policy's types are checked", PATIENCE, || {
         let policy = node.get(&["validatingadmissionpolicy", "awsvid-startup-taint"]);
-        policy["status"]["observedGeneration"].is_u64().then(|| policy["status"]["typeChecking"].clone())
+        policy["status"]["observedGeneration"]
+            .is_u64()
+            .then(|| policy["status"]["typeChecking"].clone())
     });
     assert_eq!(checked["expressionWarnings"], Value::Null);
-    node.kubectl(&["taint", "node", NAME, KEPT]).success("a taint");
-    node.kubectl(&["taint", "node", NAME, "awsvid.io/not-ready=:PreferNoSchedule"]).success("awsvid's taint");
+    node.kubectl(&["taint", "node", NAME, KEPT])
+        .success("a taint");
+    node.kubectl(&[
+        "taint",
+        "node",
+        NAME,
+        "awsvid.io/not-ready=:PreferNoSchedule",
+    ])
+    .success("awsvid's taint");
     let before = kept(&node.get(&["node", NAME]));
     let own = json!({ "key": "awsvid.io/not-ready", "effect": "PreferNoSchedule" });
     let other = json!({ "key": "example.org/kept", "effect": "PreferNoSchedule" });
@@ -35,60 +47,139 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
     let metadata = |change: Value| json!({ "metadata": change });
     for (message, patch) in [
         ("of a node's spec", spec(json!({ "providerID": MACHINE }))),
-        ("of a node's spec", spec(json!({ "podCIDR": "10.99.0.0/24", "podCIDRs": ["10.99.0.0/24"] }))),
+        (
+            "of a node's spec",
+            spec(json!({ "podCIDR": "10.99.0.0/24", "podCIDRs": ["10.99.0.0/24"] })),
+        ),
         ("of a node's spec", spec(json!({ "unschedulable": true }))),
         // Together with what is allowed.
-        ("of a node's spec", spec(json!({ "providerID": MACHINE, "taints": [other] }))),
-        ("adds no taint", spec(json!({ "taints": [own, other, { "key": "more", "effect": "PreferNoSchedule" }] }))),
+        (
+            "of a node's spec",
+            spec(json!({ "providerID": MACHINE, "taints": [other] })),
+        ),
+        (
+            "adds no taint",
+            spec(
+                json!({ "taints": [own, other, { "key": "more", "effect": "PreferNoSchedule" }] }),
+            ),
+        ),
         ("adds no taint", spec(json!({ "taints": [own, stricter] }))),
         ("removes no other", spec(json!({ "taints": [own] }))),
         ("removes no other", spec(json!({ "taints": null }))),
-        ("of a node's metadata", metadata(json!({ "labels": { "topology.kubernetes.io/zone": "other" } }))),
+        (
+            "of a node's metadata",
+            metadata(json!({ "labels": { "topology.kubernetes.io/zone": "other" } })),
+        ),
         ("of a node's metadata", metadata(json!({ "labels": null }))),
-        ("of a node's metadata", metadata(json!({ "annotations": { "example.org/other": "value" } }))),
-        ("of a node's metadata", metadata(json!({ "finalizers": ["example.org/never"] }))),
-        ("of a node's metadata", metadata(json!({ "ownerReferences": [owner] }))),
-        ("of a node's metadata", metadata(json!({ "generateName": "other" }))),
+        (
+            "of a node's metadata",
+            metadata(json!({ "annotations": { "example.org/other": "value" } })),
+        ),
+        (
+            "of a node's metadata",
+            metadata(json!({ "finalizers": ["example.org/never"] })),
+        ),
+        (
+            "of a node's metadata",
+            metadata(json!({ "ownerReferences": [owner] })),
+        ),
+        (
+            "of a node's metadata",
+            metadata(json!({ "generateName": "other" })),
+        ),
     ] {
         let answer = patched(cluster, &patch);
-        let refused = answer.contains("ValidatingAdmissionPolicy 'awsvid-startup-taint'") && answer.contains(message);
+        let refused = answer.contains("ValidatingAdmissionPolicy 'awsvid-startup-taint'")
+            && answer.contains(message);
         assert!(refused, "{patch}: {answer}");
     }
     // The API server keeps these fields by itself, and RBAC keeps the rest.
-    let map =
-        json!({ "name": "m", "namespace": "default", "uid": "0", "resourceVersion": "0", "kubeletConfigKey": "k" });
-    patched(cluster, &spec(json!({ "configSource": { "configMap": map } })));
+    let map = json!({ "name": "m", "namespace": "default", "uid": "0", "resourceVersion": "0", "kubeletConfigKey": "k" });
+    patched(
+        cluster,
+        &spec(json!({ "configSource": { "configMap": map } })),
+    );
     patched(cluster, &spec(json!({ "externalID": "other" })));
     let status = json!({ "status": { "capacity": { "example.org/device": "1" } } });
     patched(cluster, &status);
     let whole = |name: &str, more: Value| {
         let mut whole = json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name } });
-        whole.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        whole
+            .as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
         whole.to_string()
     };
-    let apply = ["apply", "--server-side", "--validate=false", "--filename", "-", "--as", STARTUP_TAINT];
-    let refused = node.kubectl_with(&[&apply[..], &["--subresource=status"]].concat(), &whole(NAME, status));
-    assert!(refused.stderr.contains("cannot patch resource \"nodes/status\""), "{refused:?}");
+    let apply = [
+        "apply",
+        "--server-side",
+        "--validate=false",
+        "--filename",
+        "-",
+        "--as",
+        STARTUP_TAINT,
+    ];
+    let refused = node.kubectl_with(
+        &[&apply[..], &["--subresource=status"]].concat(),
+        &whole(NAME, status),
+    );
+    assert!(
+        refused
+            .stderr
+            .contains("cannot patch resource \"nodes/status\""),
+        "{refused:?}"
+    );
     let refused = node.kubectl_with(&apply, &whole("another", json!({})));
-    assert!(refused.stderr.contains("cannot create resource \"nodes\""), "{refused:?}");
+    assert!(
+        refused.stderr.contains("cannot create resource \"nodes\""),
+        "{refused:?}"
+    );
     assert_eq!(kept(&node.get(&["node", NAME])), before);
 
-    node.kubectl(&["taint", "node", NAME, "awsvid.io/not-ready-", "--as", STARTUP_TAINT]).success("its work");
-    node.kubectl(&["taint", "node", NAME, &format!("{}-", KEPT.replace('=', ""))]).success("the end");
+    node.kubectl(&[
+        "taint",
+        "node",
+        NAME,
+        "awsvid.io/not-ready-",
+        "--as",
+        STARTUP_TAINT,
+    ])
+    .success("its work");
+    node.kubectl(&[
+        "taint",
+        "node",
+        NAME,
+        &format!("{}-", KEPT.replace('=', "")),
+    ])
+    .success("the end");
 }
 
 /// Returns what kubectl has printed about a patch of the node by startup-taint's service account.
 fn patched(cluster: &Cluster, patch: &Value) -> String {
     let patch = format!("--patch={patch}");
-    let output = cluster.node.kubectl(&["patch", "node", NAME, "--type=merge", &patch, "--as", STARTUP_TAINT]);
+    let output = cluster.node.kubectl(&[
+        "patch",
+        "node",
+        NAME,
+        "--type=merge",
+        &patch,
+        "--as",
+        STARTUP_TAINT,
+    ]);
     output.stdout + &output.stderr
 }
 
 /// Returns what stays of a node, without what the kubelet reports and what the API server counts.
 fn kept(node: &Value) -> Value {
     let metadata = &node["metadata"];
-    let metadata =
-        ["labels", "annotations", "finalizers", "ownerReferences", "generateName"].map(|name| &metadata[name]);
+    let metadata = [
+        "labels",
+        "annotations",
+        "finalizers",
+        "ownerReferences",
+        "generateName",
+    ]
+    .map(|name| &metadata[name]);
     json!([node["spec"], metadata, node["status"]["capacity"]])
 }
 
@@ -96,40 +187,83 @@ fn kept(node: &Value) -> Value {
 pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
     let node = &cluster.node;
     node.apply(&cluster.pod(READER, "entered", "exec busybox sleep 3600"));
-    let ready = ["wait", "--for=condition=Ready", "pod/entered", "--namespace", READER.namespace, "--timeout=110s"];
+    let ready = [
+        "wait",
+        "--for=condition=Ready",
+        "pod/entered",
+        "--namespace",
+        READER.namespace,
+        "--timeout=110s",
+    ];
     node.kubectl(&ready).success("the pod");
     let agent = entered(cluster, AGENT);
-    assert!(agent.contains("403 Forbidden") && !agent.contains("was here"), "{agent}");
+    assert!(
+        agent.contains("403 Forbidden") && !agent.contains("was here"),
+        "{agent}"
+    );
 
     let component = overlay(folder, "nodes-proxy-alone", &[], &["nodes-proxy"]);
     let component = component.to_str().unwrap();
-    node.kubectl(&["apply", "--kustomize", component]).success("the component");
+    node.kubectl(&["apply", "--kustomize", component])
+        .success("the component");
     let may = |account: &str| {
-        let words = ["auth", "can-i", "get", "nodes", "--subresource=proxy", "--as", account];
-        await_some("the right is known", PATIENCE, || node.kubectl(&words).status.success().then_some(()));
+        let words = [
+            "auth",
+            "can-i",
+            "get",
+            "nodes",
+            "--subresource=proxy",
+            "--as",
+            account,
+        ];
+        await_some("the right is known", PATIENCE, || {
+            node.kubectl(&words).status.success().then_some(())
+        });
     };
     may("system:serviceaccount:spire:spire-agent");
     // The kubelet remembers that the agent may not, so that another account shows what the right opens.
     let trial = ["clusterrolebinding", "trial"];
-    let binding = ["--clusterrole=spire-agent-nodes-proxy", "--serviceaccount=shop:reader"];
-    node.kubectl(&[&["create"], &trial[..], &binding[..]].concat()).success("a binding");
+    let binding = [
+        "--clusterrole=spire-agent-nodes-proxy",
+        "--serviceaccount=shop:reader",
+    ];
+    node.kubectl(&[&["create"], &trial[..], &binding[..]].concat())
+        .success("a binding");
     may("system:serviceaccount:shop:reader");
     let opened = entered(cluster, READER);
-    assert!(opened.contains("101 Switching Protocols") && opened.contains("was here"), "{opened}");
+    assert!(
+        opened.contains("101 Switching Protocols") && opened.contains("was here"),
+        "{opened}"
+    );
 
-    node.kubectl(&[&["delete"], &trial[..]].concat()).success("its end");
-    node.kubectl(&["delete", "--kustomize", component]).success("the component's end");
-    node.kubectl(&["delete", "pod", "entered", "--namespace", READER.namespace, "--wait=false"]).success("its end");
+    node.kubectl(&[&["delete"], &trial[..]].concat())
+        .success("its end");
+    node.kubectl(&["delete", "--kustomize", component])
+        .success("the component's end");
+    node.kubectl(&[
+        "delete",
+        "pod",
+        "entered",
+        "--namespace",
+        READER.namespace,
+        "--wait=false",
+    ])
+    .success("its end");
 }
 
 /// Asks the kubelet to run a command in the pod with an account's token. Returns the head of the answer, and what the command
 /// has printed.
 fn entered(cluster: &Cluster, account: Account) -> String {
-    let token = ["create", "token", account.name, "--namespace", account.namespace];
+    let token = [
+        "create",
+        "token",
+        account.name,
+        "--namespace",
+        account.namespace,
+    ];
     let token = cluster.node.kubectl(&token).success("a token");
     let token = format!("Authorization: Bearer {}", token.trim());
-    let url =
-        "https://127.0.0.1:10250/exec/shop/entered/main?output=1&command=/bin/busybox&command=echo&command=was+here";
+    let url = "https://127.0.0.1:10250/exec/shop/entered/main?output=1&command=/bin/busybox&command=echo&command=was+here";
     let upgrade = [
         "Connection: Upgrade",
         "Upgrade: websocket",
@@ -138,8 +272,21 @@ fn entered(cluster: &Cluster, account: Account) -> String {
         "Sec-WebSocket-Protocol: v4.channel.k8s.io",
         &token,
     ];
-    let headers: Vec<&str> = upgrade.iter().flat_map(|header| ["--header", header]).collect();
-    let curl = ["/usr/bin/env", "curl", "--silent", "--insecure", "--http1.1", "--include", "--max-time", "20", url];
+    let headers: Vec<&str> = upgrade
+        .iter()
+        .flat_map(|header| ["--header", header])
+        .collect();
+    let curl = [
+        "/usr/bin/env",
+        "curl",
+        "--silent",
+        "--insecure",
+        "--http1.1",
+        "--include",
+        "--max-time",
+        "20",
+        url,
+    ];
     let output = cluster.node.run(&[&curl[..], &headers].concat());
     output.stdout + &output.stderr
 }

@@ -13,7 +13,11 @@ use crate::harness::daemon::Daemon;
 use crate::harness::namespaces::{Node, Peer};
 
 pub(super) fn handing_over(folder: &Path, node: &Node) -> String {
-    format!("pods = true\npods_dir = {:?}\nhandover = {:?}\n", node.directory(), folder.join("handover/awsvid.sock"))
+    format!(
+        "pods = true\npods_dir = {:?}\nhandover = {:?}\n",
+        node.directory(),
+        folder.join("handover/awsvid.sock")
+    )
 }
 
 /// Asks from a pod, over and over, each time on a new connection, until it is told that it is enough.
@@ -25,10 +29,18 @@ fn asking(node: &Node, name: &str, cgroup: &Cgroup, address: &str) -> Acting {
 
 #[test]
 fn an_update_refuses_no_connection() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
-    let Stage { daemon: mut old, site } = stage;
+    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+        return;
+    };
+    let Stage {
+        daemon: mut old,
+        site,
+    } = stage;
     let cgroups = [Cgroup::of_pod(20), Cgroup::of_pod(20)];
-    let askers = [asking(&site.node, "a", &cgroups[0], V4), asking(&site.node, "a", &cgroups[1], V6)];
+    let askers = [
+        asking(&site.node, "a", &cgroups[0], V4),
+        asking(&site.node, "a", &cgroups[1], V6),
+    ];
     let peer = Peer::new(20);
     let mut folders = vec![folder()];
     for update in 0..10 {
@@ -39,9 +51,14 @@ fn an_update_refuses_no_connection() {
         let name = format!("b{update}");
         site.node.add_with(&name, |_| peer.make());
         await_namespaces(&new, 2);
-        assert!(site.serves(&name, &Cgroup::of_pod(30 + update), V4), "{update}");
+        assert!(
+            site.serves(&name, &Cgroup::of_pod(30 + update), V4),
+            "{update}"
+        );
         site.node.remove(&name);
-        await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+        await_some("the namespace is freed", PATIENCE, || {
+            (!peer.is_there()).then_some(())
+        });
         std::mem::swap(&mut old, &mut new);
         new.process().signal(Signal::SIGTERM);
         let ended = new.process().owned().wait(PATIENCE).expect("it ends");
@@ -58,11 +75,15 @@ fn an_update_refuses_no_connection() {
 
 #[test]
 fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
+    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+        return;
+    };
     let cgroup = Cgroup::of_pod(50);
     let (first, second) = (folder(), folder());
     let next = stage.site.next(first.path());
-    stage.daemon.await_line(&["the next daemon serves pods now"]);
+    stage
+        .daemon
+        .await_line(&["the next daemon serves pods now"]);
     let peer = Peer::new(21);
     stage.site.node.add_with("b", |_| peer.make());
     await_namespaces(&next, 2);
@@ -71,7 +92,9 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     stage.daemon.await_line(&["the next daemon is gone"]);
     stage.await_namespaces(2);
     for name in ["a", "b"] {
-        await_some("it is listened there", PATIENCE, || listens(&stage.site.node, name, V4).then_some(()));
+        await_some("it is listened there", PATIENCE, || {
+            listens(&stage.site.node, name, V4).then_some(())
+        });
     }
     assert!(stage.site.serves("a", &cgroup, V4) && stage.site.serves("b", &Cgroup::of_pod(52), V6));
     // Which can hand over again.
@@ -82,19 +105,29 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     assert!(counts.len() == 1 && counts["Success"] > 2, "{counts:?}");
     // A namespace that goes while one has handed it over and the other has it, is freed all the same.
     stage.site.node.remove("b");
-    await_some("the namespace is freed", PATIENCE, || (!peer.is_there()).then_some(()));
+    await_some("the namespace is freed", PATIENCE, || {
+        (!peer.is_there()).then_some(())
+    });
 }
 
 /// Both are restarted before the next one could serve. Whoever asks meanwhile is answered, if only that it has to wait.
 #[test]
 fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
+    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+        return;
+    };
     let cgroup = Cgroup::of_pod(53);
     let folder = folder();
-    let Stage { daemon: mut old, site } = stage;
+    let Stage {
+        daemon: mut old,
+        site,
+    } = stage;
     let words = site.node.enter();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let configuration = site.upstream.configuration_at(Path::new("/nonexistent/agent.sock")) + RULE;
+    let configuration = site
+        .upstream
+        .configuration_at(Path::new("/nonexistent/agent.sock"))
+        + RULE;
     let listen = handing_over(site.folder.path(), &site.node);
     let next = Daemon::start_behind(&words, folder.path(), &listen, &configuration);
     next.await_line(&["another daemon serves pods"]);
@@ -102,7 +135,13 @@ fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
     let asker = asking(&site.node, "a", &cgroup, V4);
     old.process().signal(Signal::SIGTERM);
     next.await_line(&["the listeners in pods are handed over"]);
-    assert!(old.process().owned().wait(PATIENCE).expect("it ends").success());
+    assert!(
+        old.process()
+            .owned()
+            .wait(PATIENCE)
+            .expect("it ends")
+            .success()
+    );
     // That a connection was refused, or reset, would be a panic of the asker's.
     let counts = asker.enough();
     assert!(!counts.contains_key("nothing"), "{counts:?}");
@@ -110,7 +149,9 @@ fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
 
 #[test]
 fn a_daemon_that_was_killed_is_followed_by_one_that_binds_anew() {
-    let Some(mut stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
+    let Some(mut stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+        return;
+    };
     stage.daemon.process().owned().end();
     let folder = folder();
     let next = stage.site.next(folder.path());
@@ -121,8 +162,13 @@ fn a_daemon_that_was_killed_is_followed_by_one_that_binds_anew() {
 /// Two updates one after the other, and the first daemon is there still: it is the last that serves again.
 #[test]
 fn a_daemon_goes_on_only_if_all_who_came_after_it_are_gone() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else { return };
-    let Stage { daemon: first, site } = stage;
+    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+        return;
+    };
+    let Stage {
+        daemon: first,
+        site,
+    } = stage;
     let cgroup = Cgroup::of_pod(54);
     let folders = [folder(), folder()];
     let mut second = site.next(folders[0].path());
@@ -130,13 +176,24 @@ fn a_daemon_goes_on_only_if_all_who_came_after_it_are_gone() {
     let third = site.next(folders[1].path());
     second.await_line(&["the next daemon serves pods now"]);
     second.process().signal(Signal::SIGTERM);
-    assert!(second.process().owned().wait(PATIENCE).expect("it ends").success());
+    assert!(
+        second
+            .process()
+            .owned()
+            .wait(PATIENCE)
+            .expect("it ends")
+            .success()
+    );
     // The end of the second one is seen by whoever waits for it before that one's process can be waited for.
     for count in 1..=20 {
         assert!(site.serves("a", &cgroup, V4));
         assert_eq!(third.issued(), count, "nobody else answers");
     }
-    assert!(!first.log().contains("this one serves pods again"), "{}", first.log());
+    assert!(
+        !first.log().contains("this one serves pods again"),
+        "{}",
+        first.log()
+    );
     // SIGKILL.
     drop(third);
     first.await_line(&["the next daemon is gone"]);

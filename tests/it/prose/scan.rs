@@ -19,12 +19,19 @@ pub(super) struct Text {
 
 /// Returns all prose of a file.
 pub(super) fn texts(file: &str, source: &str) -> Vec<Text> {
-    if file.ends_with(".md") { paragraphs(source) } else { comments_and_messages(source, is_test(file)) }
+    if file.ends_with(".md") {
+        paragraphs(source)
+    } else {
+        comments_and_messages(source, is_test(file))
+    }
 }
 
 /// Returns whether messages in this file are the tests' own data, such as the bytes of a bad request.
 fn is_test(file: &str) -> bool {
-    !file.starts_with("src/") || file.ends_with("tests.rs") || file.contains("/tests/") || file.ends_with("fuzzing.rs")
+    !file.starts_with("src/")
+        || file.ends_with("tests.rs")
+        || file.contains("/tests/")
+        || file.ends_with("fuzzing.rs")
 }
 
 fn paragraphs(source: &str) -> Vec<Text> {
@@ -34,7 +41,11 @@ fn paragraphs(source: &str) -> Vec<Text> {
         if line.trim_start().starts_with("```") {
             in_code = !in_code;
         } else if !in_code && !line.trim().is_empty() {
-            found.push(Text { kind: Kind::Paragraph, line: index + 1, prose: line.to_owned() });
+            found.push(Text {
+                kind: Kind::Paragraph,
+                line: index + 1,
+                prose: line.to_owned(),
+            });
         }
     }
     found
@@ -82,20 +93,32 @@ fn push(found: &mut Vec<Text>, text: Text) {
 
 fn comment(rest: &str) -> (usize, Option<(Kind, String)>) {
     let line = rest.lines().next().unwrap_or_default();
-    let kind = if line.starts_with("///") || line.starts_with("//!") { Kind::Doc } else { Kind::Comment };
-    (line.len(), Some((kind, line.trim_start_matches(['/', '!']).to_owned())))
+    let kind = if line.starts_with("///") || line.starts_with("//!") {
+        Kind::Doc
+    } else {
+        Kind::Comment
+    };
+    (
+        line.len(),
+        Some((kind, line.trim_start_matches(['/', '!']).to_owned())),
+    )
 }
 
 /// Returns the length and the content of the string literal that begins at `at`.
 fn string(source: &str, at: usize) -> Option<(usize, String)> {
     let rest = &source[at..];
-    let raw = rest.strip_prefix('r').filter(|_| !source[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_'));
+    let raw = rest
+        .strip_prefix('r')
+        .filter(|_| !source[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_'));
     if let Some(raw) = raw {
         let hashes = raw.len() - raw.trim_start_matches('#').len();
         let content = raw[hashes..].strip_prefix('"')?;
         let end = format!("\"{}", "#".repeat(hashes));
         let length = content.find(&end)?;
-        return Some((1 + hashes + 1 + length + end.len(), content[..length].to_owned()));
+        return Some((
+            1 + hashes + 1 + length + end.len(),
+            content[..length].to_owned(),
+        ));
     }
     let content = rest.strip_prefix('"')?;
     let mut escaped = false;

@@ -64,7 +64,10 @@ async fn threads_that_are_kept_waiting_are_replaced() {
     }
     // Two for each workload that is kept waiting, and at least those two that are not.
     let all = count(&threads);
-    assert!((20 * MAX_PER_WORKLOAD + 1..=20 * MAX_PER_WORKLOAD + 4).contains(&all), "{all}");
+    assert!(
+        (20 * MAX_PER_WORKLOAD + 1..=20 * MAX_PER_WORKLOAD + 4).contains(&all),
+        "{all}"
+    );
     drop(held);
     for uid in 0..20 {
         assert!(where_it_runs(&threads, uid).await);
@@ -83,7 +86,10 @@ async fn workload_with_many_tasks_leaves_others_their_turns() {
     spawn(&threads, 9, async move {
         let _ = wait.recv();
     });
-    let (order, count) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicUsize::new(0)));
+    let (order, count) = (
+        Arc::new(Mutex::new(Vec::new())),
+        Arc::new(AtomicUsize::new(0)),
+    );
     for uid in [1, 1, 1, 1, 1, 2] {
         let (order, count) = (order.clone(), count.clone());
         spawn(&threads, uid, async move {
@@ -95,7 +101,12 @@ async fn workload_with_many_tasks_leaves_others_their_turns() {
     while count.load(Ordering::SeqCst) < 6 {
         tokio::task::yield_now().await;
     }
-    let second = order.lock().unwrap().iter().position(|uid| *uid == 2).unwrap();
+    let second = order
+        .lock()
+        .unwrap()
+        .iter()
+        .position(|uid| *uid == 2)
+        .unwrap();
     assert!(second <= 2, "{order:?}");
 }
 
@@ -115,7 +126,9 @@ async fn task_that_keeps_its_thread_waiting_is_given_up_once() {
     let task = async move {
         let _ = wait.recv();
     };
-    threads.spawn(WorkloadKey::user(1), task, move || give_up.send(begun.elapsed()).unwrap());
+    threads.spawn(WorkloadKey::user(1), task, move || {
+        give_up.send(begun.elapsed()).unwrap()
+    });
     // With nothing else to run, and while others are.
     assert!(given_up.recv().await.unwrap() >= REQUEST_HOLD);
     assert_eq!(given_up.recv().await, None, "the closure is gone");

@@ -16,7 +16,10 @@ use crate::svid::JwtSvid;
 /// Serves answers by path, whole as they go over the wire; `{own}` in them is its URL.
 async fn serve(answers: Vec<(&'static str, String)>) -> String {
     serve_by(move |path, own| {
-        let answer = answers.iter().find(|(known, _)| *known == path).map(|(_, answer)| answer.replace("{own}", own));
+        let answer = answers
+            .iter()
+            .find(|(known, _)| *known == path)
+            .map(|(_, answer)| answer.replace("{own}", own));
         answer.unwrap_or_else(|| http("404 Not Found", ""))
     })
     .await
@@ -47,18 +50,30 @@ fn http(status: &str, body: &str) -> String {
 }
 
 fn live(key: &SigningKey, issuer: &str) -> LiveToken {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
     let claims = json!({ "iss": issuer, "sub": "spiffe://t/a", "aud": "shop", "iat": now, "exp": now + 300 });
     let id = SpiffeId::parse("spiffe://t/a").unwrap();
-    LiveToken::of(JwtSvid::check(key.sign(&claims).unwrap(), &id, "shop", SystemTime::now()).unwrap())
+    LiveToken::of(
+        JwtSvid::check(key.sign(&claims).unwrap(), &id, "shop", SystemTime::now()).unwrap(),
+    )
 }
 
 /// What is found at an issuer with these answers, in which `{own}` is its URL.
 async fn found(key: &SigningKey, discovery: &str, keys: &str) -> Vec<CheckFinding> {
-    let url =
-        serve(vec![("/.well-known/openid-configuration", discovery.to_owned()), ("/keys", keys.to_owned())]).await;
+    let url = serve(vec![
+        ("/.well-known/openid-configuration", discovery.to_owned()),
+        ("/keys", keys.to_owned()),
+    ])
+    .await;
     let mut report = CheckReport::new(true);
-    let web = HttpProbe { resolve: Vec::new(), network: None, deadline: Duration::from_secs(5) };
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: None,
+        deadline: Duration::from_secs(5),
+    };
     check(&live(key, &url), None, false, &web, &mut report).await;
     report.findings().to_vec()
 }
@@ -69,10 +84,19 @@ fn right() -> String {
 
 fn assert_failed(findings: &[CheckFinding], step: &str, saw: &str, fix: &str) {
     let is = |finding: &CheckFinding| {
-        let fix = finding.fix.as_deref().is_some_and(|text| text.contains(fix));
-        finding.step == step && finding.verdict == Verdict::Failed && finding.saw.contains(saw) && fix
+        let fix = finding
+            .fix
+            .as_deref()
+            .is_some_and(|text| text.contains(fix));
+        finding.step == step
+            && finding.verdict == Verdict::Failed
+            && finding.saw.contains(saw)
+            && fix
     };
-    assert!(findings.iter().any(is), "no failed {step} with {saw:?}, {fix:?} in {findings:?}");
+    assert!(
+        findings.iter().any(is),
+        "no failed {step} with {saw:?}, {fix:?} in {findings:?}"
+    );
     assert_all_documented(findings);
 }
 
@@ -88,8 +112,18 @@ fn assert_all_documented(findings: &[CheckFinding]) {
 async fn a_right_one_passes() {
     let key = SigningKey::generate().unwrap();
     let findings = found(&key, &right(), &http("200 OK", &key.jwks())).await;
-    assert!(findings.iter().all(|finding| finding.verdict == Verdict::Pass), "{findings:?}");
-    assert!(findings.iter().any(|finding| finding.saw.contains("signature is right")), "{findings:?}");
+    assert!(
+        findings
+            .iter()
+            .all(|finding| finding.verdict == Verdict::Pass),
+        "{findings:?}"
+    );
+    assert!(
+        findings
+            .iter()
+            .any(|finding| finding.saw.contains("signature is right")),
+        "{findings:?}"
+    );
 }
 
 #[tokio::test]
@@ -97,27 +131,73 @@ async fn documents_that_cannot_be_had() {
     let key = SigningKey::generate().unwrap();
     let keys = http("200 OK", &key.jwks());
     let table = [
-        (http("302 Found\r\nLocation: https://login.example.org/", ""), "https://login.example.org/", "own URL"),
-        (http("400 Bad Request", "domain not allowed"), "does not know this host name", "`domains`"),
+        (
+            http("302 Found\r\nLocation: https://login.example.org/", ""),
+            "https://login.example.org/",
+            "own URL",
+        ),
+        (
+            http("400 Bad Request", "domain not allowed"),
+            "does not know this host name",
+            "`domains`",
+        ),
         (http("403 Forbidden", ""), "who asks", "no credentials"),
-        (http("404 Not Found", ""), "no such document", "server_path_prefix"),
+        (
+            http("404 Not Found", ""),
+            "no such document",
+            "server_path_prefix",
+        ),
         (http("502 Bad Gateway", ""), "answers 502", "log"),
         (http("200 OK", "<html>"), "no JSON", "login page"),
         (http("200 OK", "[]"), "no JSON object", "login page"),
         (http("200 OK", "{}"), "no `issuer`", "byte by byte"),
-        (http("200 OK", r#"{"issuer":"{own}"}"#), "no `jwks_uri`", "`jwks_uri`"),
-        (http("200 OK", r#"{"issuer":"{own}/","jwks_uri":"{own}/keys"}"#), "a slash at the end", "byte by byte"),
-        (http("200 OK", r#"{"issuer":"https://x","jwks_uri":"{own}/keys"}"#), "in the scheme", "byte by byte"),
-        (http("200 OK", r#"{"issuer":"http://x","jwks_uri":"{own}/keys"}"#), "in the host", "byte by byte"),
-        (http("200 OK", r#"{"issuer":"http://127.0.0.1","jwks_uri":"{own}/keys"}"#), "in the port", "byte by byte"),
-        (http("200 OK", r#"{"issuer":"{own}/x","jwks_uri":"{own}/keys"}"#), "from byte", "byte by byte"),
+        (
+            http("200 OK", r#"{"issuer":"{own}"}"#),
+            "no `jwks_uri`",
+            "`jwks_uri`",
+        ),
+        (
+            http("200 OK", r#"{"issuer":"{own}/","jwks_uri":"{own}/keys"}"#),
+            "a slash at the end",
+            "byte by byte",
+        ),
+        (
+            http(
+                "200 OK",
+                r#"{"issuer":"https://x","jwks_uri":"{own}/keys"}"#,
+            ),
+            "in the scheme",
+            "byte by byte",
+        ),
+        (
+            http("200 OK", r#"{"issuer":"http://x","jwks_uri":"{own}/keys"}"#),
+            "in the host",
+            "byte by byte",
+        ),
+        (
+            http(
+                "200 OK",
+                r#"{"issuer":"http://127.0.0.1","jwks_uri":"{own}/keys"}"#,
+            ),
+            "in the port",
+            "byte by byte",
+        ),
+        (
+            http("200 OK", r#"{"issuer":"{own}/x","jwks_uri":"{own}/keys"}"#),
+            "from byte",
+            "byte by byte",
+        ),
         ("SSH-2.0\r\n".to_owned(), "no HTTP", "--resolve"),
     ];
     for (discovery, saw, fix) in table {
         assert_failed(&found(&key, &discovery, &keys).await, "discovery", saw, fix);
     }
     let table = [
-        (http("500 Internal Server Error", "document not available"), "not got the keys yet", "server_api"),
+        (
+            http("500 Internal Server Error", "document not available"),
+            "not got the keys yet",
+            "server_api",
+        ),
         (http("501 Not Implemented", ""), "no JWT keys", "JWT keys"),
         (http("200 OK", "{}"), "no list `keys`", "JWK set"),
     ];
@@ -128,7 +208,10 @@ async fn documents_that_cannot_be_had() {
 
 #[tokio::test]
 async fn key_sets_that_sts_cannot_use() {
-    let (key, other) = (SigningKey::generate().unwrap(), SigningKey::generate().unwrap());
+    let (key, other) = (
+        SigningKey::generate().unwrap(),
+        SigningKey::generate().unwrap(),
+    );
     let one: Value = serde_json::from_str(&key.jwks()).unwrap();
     let changed = |change: &dyn Fn(&mut Value)| {
         let mut set = one.clone();
@@ -137,13 +220,41 @@ async fn key_sets_that_sts_cannot_use() {
     };
     let renamed = other.jwks().replace(other.kid(), key.kid());
     let table = [
-        (http("200 OK", &other.jwks()), "a copy from before the last rotation", "publish the keys anew"),
-        (http("200 OK", &renamed), "is not the one that signed", "two servers"),
-        (changed(&|set| set["keys"][0]["x"] = Value::Null), "lacks [\"x\"]", "correct"),
-        (changed(&|set| set["keys"][0]["kid"] = Value::Null), "lacks [\"kid\"]", "correct"),
-        (changed(&|set| set["keys"] = json!([set["keys"][0], set["keys"][0]])), "two keys", "correct"),
-        (changed(&|set| set["keys"][0]["use"] = json!("enc")), "for encryption", "signing keys"),
-        (changed(&|set| set["keys"] = json!(vec![set["keys"][0].clone(); 101])), "101 EC keys", "withdraw"),
+        (
+            http("200 OK", &other.jwks()),
+            "a copy from before the last rotation",
+            "publish the keys anew",
+        ),
+        (
+            http("200 OK", &renamed),
+            "is not the one that signed",
+            "two servers",
+        ),
+        (
+            changed(&|set| set["keys"][0]["x"] = Value::Null),
+            "lacks [\"x\"]",
+            "correct",
+        ),
+        (
+            changed(&|set| set["keys"][0]["kid"] = Value::Null),
+            "lacks [\"kid\"]",
+            "correct",
+        ),
+        (
+            changed(&|set| set["keys"] = json!([set["keys"][0], set["keys"][0]])),
+            "two keys",
+            "correct",
+        ),
+        (
+            changed(&|set| set["keys"][0]["use"] = json!("enc")),
+            "for encryption",
+            "signing keys",
+        ),
+        (
+            changed(&|set| set["keys"] = json!(vec![set["keys"][0].clone(); 101])),
+            "101 EC keys",
+            "withdraw",
+        ),
     ];
     for (keys, saw, fix) in table {
         assert_failed(&found(&key, &right(), &keys).await, "keys", saw, fix);
@@ -163,20 +274,38 @@ async fn keys_that_are_not_for_many_at_once() {
                 return right().replace("{own}", own);
             }
             fetched += 1;
-            if fetched > 5 { refusal.clone() } else { http("200 OK", &jwks) }
+            if fetched > 5 {
+                refusal.clone()
+            } else {
+                http("200 OK", &jwks)
+            }
         }
     };
     let table = [
-        (http("429 Too Many Requests", ""), "of 20 requests at once 16 fail: answers 429 (16 times)"),
-        (String::new(), "of 20 requests at once 16 fail: no answer within 1s (16 times)"),
+        (
+            http("429 Too Many Requests", ""),
+            "of 20 requests at once 16 fail: answers 429 (16 times)",
+        ),
+        (
+            String::new(),
+            "of 20 requests at once 16 fail: no answer within 1s (16 times)",
+        ),
     ];
     for (refusal, saw) in table {
         let url = serve_by(after_five(refusal)).await;
         let mut report = CheckReport::new(true);
-        let web = HttpProbe { resolve: Vec::new(), network: None, deadline: Duration::from_secs(1) };
+        let web = HttpProbe {
+            resolve: Vec::new(),
+            network: None,
+            deadline: Duration::from_secs(1),
+        };
         check(&live(&key, &url), None, false, &web, &mut report).await;
         assert_failed(report.findings(), "keys", saw, "rate limits");
-        let others = report.findings().iter().filter(|finding| finding.verdict != Verdict::Pass).count();
+        let others = report
+            .findings()
+            .iter()
+            .filter(|finding| finding.verdict != Verdict::Pass)
+            .count();
         assert_eq!(others, 1, "{:?}", report.findings());
     }
 }
@@ -184,12 +313,25 @@ async fn keys_that_are_not_for_many_at_once() {
 #[tokio::test]
 async fn what_aws_wants_besides() {
     let key = SigningKey::generate().unwrap();
-    let url = serve(vec![("/.well-known/openid-configuration", right()), ("/keys", http("200 OK", &key.jwks()))]).await;
+    let url = serve(vec![
+        ("/.well-known/openid-configuration", right()),
+        ("/keys", http("200 OK", &key.jwks())),
+    ])
+    .await;
     let mut report = CheckReport::new(true);
-    let web = HttpProbe { resolve: Vec::new(), network: None, deadline: Duration::from_secs(5) };
+    let web = HttpProbe {
+        resolve: Vec::new(),
+        network: None,
+        deadline: Duration::from_secs(5),
+    };
     check(&live(&key, &url), None, true, &web, &mut report).await;
     assert_failed(report.findings(), "token", "is not https", "https URL");
-    assert_failed(report.findings(), "discovery", "over https only", "X-Forwarded-Proto");
+    assert_failed(
+        report.findings(),
+        "discovery",
+        "over https only",
+        "X-Forwarded-Proto",
+    );
 }
 
 /// As from outside: the name leads to another address, and what is there may be another issuer.
@@ -206,8 +348,19 @@ async fn it_looks_where_it_is_told_to() {
     let document = answers(&issuer).replace("PORT", &port.to_string());
     let other = serve(vec![("/.well-known/openid-configuration", document)]).await;
     let resolve = vec![format!("oidc.invalid:{port}:127.0.0.1").parse().unwrap()];
-    let web = HttpProbe { resolve, network: None, deadline: Duration::from_secs(5) };
+    let web = HttpProbe {
+        resolve,
+        network: None,
+        deadline: Duration::from_secs(5),
+    };
     let mut report = CheckReport::new(true);
     check(&live(&key, &issuer), Some(&other), false, &web, &mut report).await;
-    assert!(report.findings().iter().all(|finding| finding.verdict == Verdict::Pass), "{:?}", report.findings());
+    assert!(
+        report
+            .findings()
+            .iter()
+            .all(|finding| finding.verdict == Verdict::Pass),
+        "{:?}",
+        report.findings()
+    );
 }

@@ -6,18 +6,31 @@ use super::*;
 
 /// What fails for a workload with these variables besides those of a right one. Nobody listens at the endpoint.
 async fn failures(variables: &[(&str, &str)]) -> Vec<String> {
-    let mut all =
-        HashMap::from([(FULL, "http://127.0.0.1:1/v1/credentials"), (TOKEN_VARIABLE, "any"), ("HOME", "/nonexistent")]);
+    let mut all = HashMap::from([
+        (FULL, "http://127.0.0.1:1/v1/credentials"),
+        (TOKEN_VARIABLE, "any"),
+        ("HOME", "/nonexistent"),
+    ]);
     all.extend(variables.iter().copied());
     let mut report = CheckReport::new(true);
-    check(&|name| all.get(name).map(|&value| value.to_owned()), &mut report).await;
+    check(
+        &|name| all.get(name).map(|&value| value.to_owned()),
+        &mut report,
+    )
+    .await;
     for finding in report.findings() {
         if let Some(fix) = &finding.fix {
             assert_documented(finding.step, &finding.saw, fix);
         }
     }
-    let failed = report.findings().iter().filter(|finding| finding.verdict == Verdict::Failed);
-    failed.map(|finding| finding.saw.clone()).filter(|saw| !saw.contains("no connection to 127.0.0.1:1")).collect()
+    let failed = report
+        .findings()
+        .iter()
+        .filter(|finding| finding.verdict == Verdict::Failed);
+    failed
+        .map(|finding| finding.saw.clone())
+        .filter(|saw| !saw.contains("no connection to 127.0.0.1:1"))
+        .collect()
 }
 
 #[tokio::test]
@@ -28,8 +41,15 @@ async fn each_trap_is_found_alone() {
             continue;
         }
         let found = failures(&[(name, "s3cret")]).await;
-        assert!(matches!(&found[..], [one] if one.starts_with(name) && !one.contains("s3cret")), "{found:?}");
-        assert_eq!(failures(&[(name, "")]).await, [""; 0], "an empty one is none");
+        assert!(
+            matches!(&found[..], [one] if one.starts_with(name) && !one.contains("s3cret")),
+            "{found:?}"
+        );
+        assert_eq!(
+            failures(&[(name, "")]).await,
+            [""; 0],
+            "an empty one is none"
+        );
     }
     let table = [
         (FULL, "", "no SDK looks"),
@@ -45,11 +65,22 @@ async fn each_trap_is_found_alone() {
     ];
     for (name, value, words) in table {
         let found = failures(&[(name, value)]).await;
-        assert!(matches!(&found[..], [one] if one.contains(words)), "{name}={value}: {found:?}");
+        assert!(
+            matches!(&found[..], [one] if one.contains(words)),
+            "{name}={value}: {found:?}"
+        );
     }
-    let excepted = [("HTTP_PROXY", "http://proxy"), ("NO_PROXY", "a, 127.0.0.1"), ("no_proxy", "*")];
+    let excepted = [
+        ("HTTP_PROXY", "http://proxy"),
+        ("NO_PROXY", "a, 127.0.0.1"),
+        ("no_proxy", "*"),
+    ];
     assert_eq!(failures(&excepted).await, [""; 0]);
-    assert_eq!(failures(&excepted[..2]).await.len(), 1, "some read only no_proxy");
+    assert_eq!(
+        failures(&excepted[..2]).await.len(),
+        1,
+        "some read only no_proxy"
+    );
 }
 
 /// Of what is another's only together with something else, it is said that it is there.
@@ -59,11 +90,21 @@ async fn what_is_no_trap_alone_is_a_note() {
         if preempts == HigherPrecedence::WithOthers {
             assert_eq!(failures(&[(name, "s3cret")]).await, [""; 0]);
             let mut report = CheckReport::new(true);
-            check(&|asked| (asked == name).then(|| "s3cret".to_owned()), &mut report).await;
+            check(
+                &|asked| (asked == name).then(|| "s3cret".to_owned()),
+                &mut report,
+            )
+            .await;
             let is = |finding: &CheckFinding| {
-                finding.verdict == Verdict::Note && finding.saw.starts_with(name) && !finding.saw.contains("s3cret")
+                finding.verdict == Verdict::Note
+                    && finding.saw.starts_with(name)
+                    && !finding.saw.contains("s3cret")
             };
-            assert!(report.findings().iter().any(is), "{name}: {:?}", report.findings());
+            assert!(
+                report.findings().iter().any(is),
+                "{name}: {:?}",
+                report.findings()
+            );
         }
     }
 }

@@ -19,25 +19,38 @@ pub(crate) struct Token<'a> {
 /// ARN is `provider`, by its issuer; each claim has a name that begins with that.
 pub(crate) fn allows(policy: &Value, token: &Token<'_>, provider: &str) -> bool {
     let issuer = token.issuer.split_once("://").expect("a URL").1;
-    let claims = BTreeMap::from([(format!("{issuer}:aud"), token.audience), (format!("{issuer}:sub"), token.subject)]);
-    policy["Statement"].as_array().unwrap().iter().any(|statement| {
-        assert_eq!(statement["Effect"], "Allow");
-        assert_eq!(statement["Action"], "sts:AssumeRoleWithWebIdentity");
-        assert_eq!(statement["Principal"], json!({ "Federated": provider }));
-        provider.ends_with(&format!(":oidc-provider/{issuer}"))
-            && statement["Condition"].as_object().unwrap().iter().all(|(operator, keys)| {
-                keys.as_object().unwrap().iter().all(|(key, wanted)| {
-                    let (claim, wanted) = (claims.get(key), wanted.as_str().unwrap());
-                    match operator.as_str() {
-                        "StringEquals" => claim.is_some_and(|claim| *claim == wanted),
-                        "StringLike" => claim.is_some_and(|claim| like(wanted.as_bytes(), claim.as_bytes())),
-                        // As IAM has it: true also if there is no such claim.
-                        "StringNotLike" => claim.is_none_or(|claim| !like(wanted.as_bytes(), claim.as_bytes())),
-                        other => panic!("{other}"),
-                    }
-                })
-            })
-    })
+    let claims = BTreeMap::from([
+        (format!("{issuer}:aud"), token.audience),
+        (format!("{issuer}:sub"), token.subject),
+    ]);
+    policy["Statement"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|statement| {
+            assert_eq!(statement["Effect"], "Allow");
+            assert_eq!(statement["Action"], "sts:AssumeRoleWithWebIdentity");
+            assert_eq!(statement["Principal"], json!({ "Federated": provider }));
+            provider.ends_with(&format!(":oidc-provider/{issuer}"))
+                && statement["Condition"]
+                    .as_object()
+                    .unwrap()
+                    .iter()
+                    .all(|(operator, keys)| {
+                        keys.as_object().unwrap().iter().all(|(key, wanted)| {
+                            let (claim, wanted) = (claims.get(key), wanted.as_str().unwrap());
+                            match operator.as_str() {
+                                "StringEquals" => claim.is_some_and(|claim| *claim == wanted),
+                                "StringLike" => claim
+                                    .is_some_and(|claim| like(wanted.as_bytes(), claim.as_bytes())),
+                                // As IAM has it: true also if there is no such claim.
+                                "StringNotLike" => claim
+                                    .is_none_or(|claim| !like(wanted.as_bytes(), claim.as_bytes())),
+                                other => panic!("{other}"),
+                            }
+                        })
+                    })
+        })
 }
 
 /// `*` is any number of any characters, `?` any one.
@@ -46,7 +59,9 @@ fn like(pattern: &[u8], text: &[u8]) -> bool {
         None => text.is_empty(),
         Some((b'*', rest)) => (0..=text.len()).any(|skipped| like(rest, &text[skipped..])),
         Some((b'?', rest)) => text.split_first().is_some_and(|(_, text)| like(rest, text)),
-        Some((byte, rest)) => text.split_first().is_some_and(|(first, text)| first == byte && like(rest, text)),
+        Some((byte, rest)) => text
+            .split_first()
+            .is_some_and(|(first, text)| first == byte && like(rest, text)),
     }
 }
 
@@ -67,14 +82,30 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
     // An account that has nothing yet.
     let stub = "aws() {\n[ \"$2\" != get-open-id-connect-provider ] || return 254\n\
                 for word; do printf '%s\\0' \"$word\"; done; printf 'END\\0'; }\n";
-    let output = Command::new("sh").arg("-euc").arg(format!("{stub}{script}")).output().unwrap();
-    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}\n{script}");
+    let output = Command::new("sh")
+        .arg("-euc")
+        .arg(format!("{stub}{script}"))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}\n{script}"
+    );
     let text = String::from_utf8(output.stdout).unwrap();
     let words: Vec<&str> = text.split_terminator('\0').collect();
-    let mut read = Read { provider: Value::Null, roles: BTreeMap::new() };
-    for command in words.split(|word| *word == "END").filter(|command| !command.is_empty()) {
+    let mut read = Read {
+        provider: Value::Null,
+        roles: BTreeMap::new(),
+    };
+    for command in words
+        .split(|word| *word == "END")
+        .filter(|command| !command.is_empty())
+    {
         let option = |name: &str| {
-            let at = command.iter().position(|word| *word == name).unwrap_or_else(|| panic!("{name} in {command:?}"));
+            let at = command
+                .iter()
+                .position(|word| *word == name)
+                .unwrap_or_else(|| panic!("{name} in {command:?}"));
             command[at + 1]
         };
         match command[..2] {
@@ -86,12 +117,21 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
                 let policy = serde_json::from_str(option("--assume-role-policy-document")).unwrap();
                 let session = option("--max-session-duration").parse().unwrap();
                 let role = (option("--path").to_owned(), session, policy);
-                assert!(read.roles.insert(option("--role-name").to_owned(), role).is_none());
+                assert!(
+                    read.roles
+                        .insert(option("--role-name").to_owned(), role)
+                        .is_none()
+                );
             }
             // Behind the provider, each of its own audiences.
             ["iam", "add-client-id-to-open-id-connect-provider"] => {
                 let audiences = read.provider["ClientIDList"].as_array().unwrap();
-                assert!(audiences.iter().any(|audience| *audience == option("--client-id")), "{command:?}");
+                assert!(
+                    audiences
+                        .iter()
+                        .any(|audience| *audience == option("--client-id")),
+                    "{command:?}"
+                );
             }
             _ => panic!("{command:?}"),
         }
@@ -102,20 +142,44 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
 /// By an evaluator of HCL, with the function that Terraform adds.
 fn by_hcl(text: &str, provider: &str) -> Read {
     fn jsonencode(arguments: FuncArgs) -> Result<hcl::Value, String> {
-        Ok(hcl::Value::from(serde_json::to_string(&arguments[0]).map_err(|error| error.to_string())?))
+        Ok(hcl::Value::from(
+            serde_json::to_string(&arguments[0]).map_err(|error| error.to_string())?,
+        ))
     }
     let mut context = Context::new();
-    context.declare_func("jsonencode", FuncDef::builder().param(ParamType::Any).build(jsonencode));
-    context.declare_var("aws_iam_openid_connect_provider", hcl::value!({ awsvid = { arn = provider } }));
-    let document: Value = hcl::eval::from_str(text, &context).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    context.declare_func(
+        "jsonencode",
+        FuncDef::builder().param(ParamType::Any).build(jsonencode),
+    );
+    context.declare_var(
+        "aws_iam_openid_connect_provider",
+        hcl::value!({ awsvid = { arn = provider } }),
+    );
+    let document: Value =
+        hcl::eval::from_str(text, &context).unwrap_or_else(|error| panic!("{error}\n{text}"));
     let resources = document["resource"].as_object().unwrap();
     let made = &resources["aws_iam_openid_connect_provider"]["awsvid"];
-    let roles = resources["aws_iam_role"].as_object().unwrap().values().map(|role| {
-        let policy = serde_json::from_str(role["assume_role_policy"].as_str().unwrap()).unwrap();
-        let text = |name: &str| role[name].as_str().unwrap().to_owned();
-        (text("name"), (text("path"), role["max_session_duration"].as_u64().unwrap(), policy))
-    });
-    Read { provider: provider_of(made, ["url", "client_id_list", "thumbprint_list"]), roles: roles.collect() }
+    let roles = resources["aws_iam_role"]
+        .as_object()
+        .unwrap()
+        .values()
+        .map(|role| {
+            let policy =
+                serde_json::from_str(role["assume_role_policy"].as_str().unwrap()).unwrap();
+            let text = |name: &str| role[name].as_str().unwrap().to_owned();
+            (
+                text("name"),
+                (
+                    text("path"),
+                    role["max_session_duration"].as_u64().unwrap(),
+                    policy,
+                ),
+            )
+        });
+    Read {
+        provider: provider_of(made, ["url", "client_id_list", "thumbprint_list"]),
+        roles: roles.collect(),
+    }
 }
 
 /// As CloudFormation resolves it.
@@ -123,7 +187,10 @@ fn by_cloudformation(text: &str, provider: &str) -> Read {
     let resolved = text.replace("\n", "").replace("  ", "");
     let template: Value = serde_json::from_str(&resolved).unwrap();
     assert_eq!(template["AWSTemplateFormatVersion"], "2010-09-09");
-    let mut read = Read { provider: Value::Null, roles: BTreeMap::new() };
+    let mut read = Read {
+        provider: Value::Null,
+        roles: BTreeMap::new(),
+    };
     for (id, resource) in template["Resources"].as_object().unwrap() {
         assert!(id.bytes().all(|c| c.is_ascii_alphanumeric()), "{id}");
         let properties = &resource["Properties"];
@@ -135,11 +202,18 @@ fn by_cloudformation(text: &str, provider: &str) -> Read {
             "AWS::IAM::Role" => {
                 let mut policy = properties["AssumeRolePolicyDocument"].clone();
                 for statement in policy["Statement"].as_array_mut().unwrap() {
-                    assert_eq!(statement["Principal"], json!({ "Federated": { "Ref": "OidcProvider" } }));
+                    assert_eq!(
+                        statement["Principal"],
+                        json!({ "Federated": { "Ref": "OidcProvider" } })
+                    );
                     statement["Principal"]["Federated"] = Value::from(provider);
                 }
                 let text = |name: &str| properties[name].as_str().unwrap().to_owned();
-                let role = (text("Path"), properties["MaxSessionDuration"].as_u64().unwrap(), policy);
+                let role = (
+                    text("Path"),
+                    properties["MaxSessionDuration"].as_u64().unwrap(),
+                    policy,
+                );
                 assert!(read.roles.insert(text("RoleName"), role).is_none());
             }
             other => panic!("{other}"),

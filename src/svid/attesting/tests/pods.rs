@@ -26,18 +26,32 @@ impl Pods {
     fn with(names_pods: bool, says: impl IntoIterator<Item = Answer>) -> Arc<Self> {
         let endpoint = Endpoint::Unix(PathBuf::from("/agent"));
         let says = Mutex::new(says.into_iter().collect());
-        Arc::new(Self { says, asked: Mutex::default(), names_pods, endpoint })
+        Arc::new(Self {
+            says,
+            asked: Mutex::default(),
+            names_pods,
+            endpoint,
+        })
     }
 
     /// Whom it was asked about.
     fn asked(&self) -> Vec<String> {
-        self.asked.lock().unwrap().iter().map(|(whose, _)| whose.clone()).collect()
+        self.asked
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(whose, _)| whose.clone())
+            .collect()
     }
 
     fn answer(&self, whose: String, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         self.asked.lock().unwrap().push((whose, Instant::now()));
         let mut says = self.says.lock().unwrap();
-        let ids = if says.len() > 1 { says.pop_front().unwrap() } else { says[0].clone() }?;
+        let ids = if says.len() > 1 {
+            says.pop_front().unwrap()
+        } else {
+            says[0].clone()
+        }?;
         Ok(ids.iter().map(|id| svid_of(id, audience)).collect())
     }
 }
@@ -52,7 +66,11 @@ impl AttestingAgent for Pods {
         self.names_pods
     }
 
-    async fn fetch_for_pod(&self, pod: &PodUid, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
+    async fn fetch_for_pod(
+        &self,
+        pod: &PodUid,
+        audience: &str,
+    ) -> Result<Vec<AgentSvid>, SourceError> {
         self.answer(format!("pod {pod}"), audience)
     }
 
@@ -85,18 +103,33 @@ impl PeerProof for Housed {
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
-        Ok(AgentProcessRef { pid: self.pid, cgroups: "0::/\n".to_owned() })
+        Ok(AgentProcessRef {
+            pid: self.pid,
+            cgroups: "0::/\n".to_owned(),
+        })
     }
 
     fn verify_pod(&self) -> Result<PodAge, AttestError> {
         let look = self.looks.fetch_add(1, Ordering::SeqCst);
-        if look < self.there_for { Ok(self.ages) } else { Err(AttestError::CallerGone) }
+        if look < self.there_for {
+            Ok(self.ages)
+        } else {
+            Err(AttestError::CallerGone)
+        }
     }
 }
 
 fn housed(uid: u32, ages: PodAge, there_for: u32) -> Arc<Caller> {
-    let pod = Pod { uid: PodUid::parse(UID).unwrap(), container: None };
-    let evidence = Box::new(Housed { ages, looks: AtomicU32::new(0), there_for, pid: 7 });
+    let pod = Pod {
+        uid: PodUid::parse(UID).unwrap(),
+        container: None,
+    };
+    let evidence = Box::new(Housed {
+        ages,
+        looks: AtomicU32::new(0),
+        there_for,
+        pid: 7,
+    });
     Arc::new(Caller {
         listener: ListenerKind::Pod,
         uid,
@@ -115,11 +148,20 @@ fn since(pod: Duration, container: Duration) -> PodAge {
 /// One whose process was looked at as well.
 fn with_process(ages: PodAge) -> Arc<Caller> {
     let process = Arc::into_inner(caller(7)).unwrap().process;
-    Arc::new(Caller { process, ..Arc::into_inner(housed(1001, ages, u32::MAX)).unwrap() })
+    Arc::new(Caller {
+        process,
+        ..Arc::into_inner(housed(1001, ages, u32::MAX)).unwrap()
+    })
 }
 
 fn source(agent: &Arc<Pods>) -> AgentSource {
-    AgentSource::new(agent.clone(), AUDIENCE.to_owned(), MOST, Clock::starting_at(now()), Metrics::default())
+    AgentSource::new(
+        agent.clone(),
+        AUDIENCE.to_owned(),
+        MOST,
+        Clock::starting_at(now()),
+        Metrics::default(),
+    )
 }
 
 #[tokio::test(start_paused = true)]
@@ -131,16 +173,31 @@ async fn all_processes_of_a_pod_are_one_and_none_has_to_be_known() {
         assert_eq!(source.facts_needed(&caller), None);
         assert_eq!(ids(source.identify(&caller).await), [SHOP]);
     }
-    let token = source.token(&housed(5, since(OLD, OLD), u32::MAX), &shop_id(), AUDIENCE).await.unwrap();
-    assert_eq!((token.spiffe_id(), agent.asked()), (&shop_id(), vec![format!("pod {UID}")]));
+    let token = source
+        .token(&housed(5, since(OLD, OLD), u32::MAX), &shop_id(), AUDIENCE)
+        .await
+        .unwrap();
+    assert_eq!(
+        (token.spiffe_id(), agent.asked()),
+        (&shop_id(), vec![format!("pod {UID}")])
+    );
     // Others of the node are named by their process, and so are all where the agent is not told of pods.
-    assert_eq!(source.facts_needed(&Caller::synthetic()), Some(FACTS_FOR_AGENT));
+    assert_eq!(
+        source.facts_needed(&Caller::synthetic()),
+        Some(FACTS_FOR_AGENT)
+    );
     assert_eq!(ids(source.identify(&caller(7)).await), [SHOP]);
     assert_eq!(agent.asked()[1..], ["process 7"]);
     let agent = Pods::with(false, [Ok(vec![SHOP])]);
     let source = self::source(&agent);
-    assert_eq!(source.facts_needed(&housed(1, since(OLD, OLD), u32::MAX)), Some(FACTS_FOR_AGENT));
-    assert_eq!(ids(source.identify(&with_process(since(OLD, OLD))).await), [SHOP]);
+    assert_eq!(
+        source.facts_needed(&housed(1, since(OLD, OLD), u32::MAX)),
+        Some(FACTS_FOR_AGENT)
+    );
+    assert_eq!(
+        ids(source.identify(&with_process(since(OLD, OLD))).await),
+        [SHOP]
+    );
     assert_eq!(agent.asked(), ["process 7"]);
 }
 
@@ -151,17 +208,33 @@ async fn nothing_is_had_for_a_pod_that_is_gone() {
     // Before the call, and during it.
     for (looks, calls) in [(0, 0), (1, 1)] {
         let caller = housed(1, since(OLD, OLD), looks);
-        assert_eq!(source.identify(&caller).await, Err(AttestError::CallerGone.into()));
+        assert_eq!(
+            source.identify(&caller).await,
+            Err(AttestError::CallerGone.into())
+        );
         assert_eq!(agent.asked().len(), calls);
     }
     let caller = housed(1, since(OLD, OLD), 1);
-    assert_eq!(source.token(&caller, &shop_id(), AUDIENCE).await.unwrap_err(), AttestError::CallerGone.into());
+    assert_eq!(
+        source
+            .token(&caller, &shop_id(), AUDIENCE)
+            .await
+            .unwrap_err(),
+        AttestError::CallerGone.into()
+    );
     // One that is known is forgotten when it is looked at again.
-    source.identify(&housed(1, since(OLD, OLD), 3)).await.unwrap();
+    source
+        .identify(&housed(1, since(OLD, OLD), 3))
+        .await
+        .unwrap();
     assert_eq!(source.0.memory().len(), 1);
     let asked = agent.asked().len();
     sleep(Duration::from_secs(64)).await;
-    assert_eq!((source.0.memory().len(), agent.asked().len()), (0, asked + 1), "once more, while it was there");
+    assert_eq!(
+        (source.0.memory().len(), agent.asked().len()),
+        (0, asked + 1),
+        "once more, while it was there"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -179,7 +252,10 @@ async fn a_new_pod_that_the_agent_does_not_know_yet_is_asked_about_again_while_i
         (caller(7), false),
     ];
     for (row, (caller, again)) in table.into_iter().enumerate() {
-        let agent = Pods::with(caller.process.is_none(), [Err(denied()), Err(denied()), Ok(vec![SHOP])]);
+        let agent = Pods::with(
+            caller.process.is_none(),
+            [Err(denied()), Err(denied()), Ok(vec![SHOP])],
+        );
         let source = source(&agent);
         let start = Instant::now();
         let said = ids(source.identify(&caller).await);
@@ -191,7 +267,11 @@ async fn a_new_pod_that_the_agent_does_not_know_yet_is_asked_about_again_while_i
                     "{row}"
                 )
             }
-            false => assert_eq!((said, agent.asked().len(), start.elapsed()), (vec![], 1, Duration::ZERO), "{row}"),
+            false => assert_eq!(
+                (said, agent.asked().len(), start.elapsed()),
+                (vec![], 1, Duration::ZERO),
+                "{row}"
+            ),
         }
     }
 }
@@ -201,13 +281,18 @@ async fn a_new_pod_without_an_entry_is_told_to_come_back_in_time() {
     let agent = Pods::says([Err(denied())]);
     let source = source(&agent);
     let start = Instant::now();
-    let said = source.identify(&housed(1, since(Duration::ZERO, Duration::ZERO), u32::MAX)).await.unwrap_err();
+    let said = source
+        .identify(&housed(1, since(Duration::ZERO, Duration::ZERO), u32::MAX))
+        .await
+        .unwrap_err();
     assert!(
         matches!(&said, SourceError::Unavailable(text) if text.contains("does not know this new pod yet")),
         "{said:?}"
     );
     assert!(
-        start.elapsed() > REQUEST_HOLD / 2 && start.elapsed() < REQUEST_HOLD && agent.asked().len() < 8,
+        start.elapsed() > REQUEST_HOLD / 2
+            && start.elapsed() < REQUEST_HOLD
+            && agent.asked().len() < 8,
         "{:?}",
         agent.asked()
     );
@@ -215,7 +300,10 @@ async fn a_new_pod_without_an_entry_is_told_to_come_back_in_time() {
     // Trouble is not made better by asking again at once.
     let agent = Pods::says([Err(SourceError::Unavailable("away".to_owned()))]);
     let source = self::source(&agent);
-    source.identify(&housed(1, since(Duration::ZERO, Duration::ZERO), u32::MAX)).await.unwrap_err();
+    source
+        .identify(&housed(1, since(Duration::ZERO, Duration::ZERO), u32::MAX))
+        .await
+        .unwrap_err();
     assert_eq!(agent.asked().len(), 1);
 }
 
@@ -226,12 +314,19 @@ async fn new_pods_that_wait_keep_no_turn_from_others() {
     let young = since(Duration::ZERO, Duration::ZERO);
     for pid in 1..=32 {
         let process = Arc::into_inner(caller(pid)).unwrap().process;
-        let caller = Caller { process, ..Arc::into_inner(housed(1001, young, u32::MAX)).unwrap() };
+        let caller = Caller {
+            process,
+            ..Arc::into_inner(housed(1001, young, u32::MAX)).unwrap()
+        };
         let source = source.clone();
         tokio::spawn(async move { source.identify(&Arc::new(caller)).await });
     }
     sleep(Duration::from_millis(50)).await;
-    assert_eq!(agent.asked().len(), 32, "each was asked about once, and waits");
+    assert_eq!(
+        agent.asked().len(),
+        32,
+        "each was asked about once, and waits"
+    );
     *agent.says.lock().unwrap() = VecDeque::from([Ok(vec![SHOP])]);
     let start = Instant::now();
     assert_eq!(ids(source.identify(&caller(99)).await), [SHOP]);

@@ -9,15 +9,27 @@ use tokio::net::UnixListener;
 use super::*;
 
 /// What connecting to a server with this certificate comes to, where `server` is configured.
-async fn connecting(server: Option<&str>, certified: impl FnOnce(&Authority) -> Certified) -> Result<(), SourceError> {
+async fn connecting(
+    server: Option<&str>,
+    certified: impl FnOnce(&Authority) -> Certified,
+) -> Result<(), SourceError> {
     let mut node = Node::new().await;
     let certified = certified(&node.authority);
-    let agent = FakeBroker::at(&node.broker, &node.authority, certified, &[ID], async |_| Some(good()));
+    let agent = FakeBroker::at(
+        &node.broker,
+        &node.authority,
+        certified,
+        &[ID],
+        async |_| Some(good()),
+    );
     let client = node.client_with(server, CALL_TIMEOUT);
     let connected = client.connect().await;
     if connected.is_err() {
         // And no request reaches it.
-        assert_eq!(client.fetch_for_pid(1, AUDIENCE).await.unwrap_err(), connected.clone().unwrap_err());
+        assert_eq!(
+            client.fetch_for_pid(1, AUDIENCE).await.unwrap_err(),
+            connected.clone().unwrap_err()
+        );
         assert_eq!(agent.asked().len(), 0);
     } else {
         client.fetch_for_pid(1, AUDIENCE).await.unwrap();
@@ -32,9 +44,14 @@ async fn the_server_has_to_be_one_that_is_expected() {
         (None, AGENT),
         (None, "spiffe://example.org/spire/agent/x"),
         (Some(AGENT), AGENT),
-        (Some("spiffe://example.org/agents/*"), "spiffe://example.org/agents/seven"),
+        (
+            Some("spiffe://example.org/agents/*"),
+            "spiffe://example.org/agents/seven",
+        ),
     ] {
-        connecting(server, named(id)).await.unwrap_or_else(|error| panic!("{server:?} {id}: {error}"));
+        connecting(server, named(id))
+            .await
+            .unwrap_or_else(|error| panic!("{server:?} {id}: {error}"));
     }
     for (server, id) in [
         (None, "spiffe://example.org/spire/server"),
@@ -42,7 +59,10 @@ async fn the_server_has_to_be_one_that_is_expected() {
         (None, "spiffe://example.org/billing"),
         // The CA is that of another trust domain.
         (None, "spiffe://other.org/spire/agent/x"),
-        (Some("spiffe://other.org/spire/agent/**"), "spiffe://other.org/spire/agent/x"),
+        (
+            Some("spiffe://other.org/spire/agent/**"),
+            "spiffe://other.org/spire/agent/x",
+        ),
         (Some("spiffe://example.org/spire/agent/seven"), AGENT),
     ] {
         let error = connecting(server, named(id)).await.unwrap_err();
@@ -61,32 +81,56 @@ async fn a_certificate_with_another_number_of_uris_is_nobodys() {
         (&[], "no SPIFFE ID"),
         (&["https://example.org/"], "no SPIFFE ID"),
     ] {
-        let error = connecting(None, |authority| authority.sign(uris, |_| {})).await.unwrap_err();
-        assert!(matches!(&error, SourceError::Misconfigured(text) if text.contains(reason)), "{uris:?}: {error:?}");
+        let error = connecting(None, |authority| authority.sign(uris, |_| {}))
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(&error, SourceError::Misconfigured(text) if text.contains(reason)),
+            "{uris:?}: {error:?}"
+        );
     }
     let name = |params: &mut CertificateParams| {
-        params.subject_alt_names.push(rcgen::SanType::DnsName("agent.example.org".try_into().unwrap()));
+        params.subject_alt_names.push(rcgen::SanType::DnsName(
+            "agent.example.org".try_into().unwrap(),
+        ));
     };
-    connecting(None, |authority| authority.sign(&[AGENT], name)).await.unwrap();
+    connecting(None, |authority| authority.sign(&[AGENT], name))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
 async fn a_certificate_that_the_trust_domain_does_not_stand_for_is_refused() {
-    let past: fn(&mut CertificateParams) = |params| params.not_after = rcgen::date_time_ymd(2020, 2, 1);
-    let future: fn(&mut CertificateParams) = |params| params.not_before = rcgen::date_time_ymd(2999, 2, 1);
-    let ca: fn(&mut CertificateParams) = |params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let past: fn(&mut CertificateParams) =
+        |params| params.not_after = rcgen::date_time_ymd(2020, 2, 1);
+    let future: fn(&mut CertificateParams) =
+        |params| params.not_before = rcgen::date_time_ymd(2999, 2, 1);
+    let ca: fn(&mut CertificateParams) =
+        |params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let for_mail: fn(&mut CertificateParams) = |params| {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::EmailProtection];
     };
-    for (what, change) in [("expired", past), ("not yet", future), ("a CA", ca), ("for mail", for_mail)] {
-        let error = connecting(None, |authority| authority.sign(&[AGENT], change)).await.unwrap_err();
+    for (what, change) in [
+        ("expired", past),
+        ("not yet", future),
+        ("a CA", ca),
+        ("for mail", for_mail),
+    ] {
+        let error = connecting(None, |authority| authority.sign(&[AGENT], change))
+            .await
+            .unwrap_err();
         assert!(
             matches!(&error, SourceError::Unavailable(text) if text.contains("no certificate of awsvid's trust domain, example.org")),
             "{what}: {error:?}"
         );
     }
-    let error = connecting(None, |_| Authority::new().sign(&[AGENT], |_| {})).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("is it the agent that")), "{error:?}");
+    let error = connecting(None, |_| Authority::new().sign(&[AGENT], |_| {}))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("is it the agent that")),
+        "{error:?}"
+    );
 }
 
 #[tokio::test]
@@ -94,7 +138,13 @@ async fn a_server_that_does_not_let_awsvid_in_is_told_of_at_once() {
     let mut node = Node::new().await;
     let serve = |node: &Node, clients: &[&str]| {
         let _ = std::fs::remove_file(&node.broker);
-        FakeBroker::at(&node.broker, &node.authority, node.certified(), clients, async |_| Some(good()))
+        FakeBroker::at(
+            &node.broker,
+            &node.authority,
+            node.certified(),
+            clients,
+            async |_| Some(good()),
+        )
     };
     let agent = serve(&node, &["spiffe://example.org/another"]);
     let client = node.client();
@@ -116,14 +166,20 @@ async fn a_server_that_does_not_let_awsvid_in_is_told_of_at_once() {
     let _agent = serve(&node, &[]);
     let mut stream = Some(node.stream);
     drop(stream.take());
-    node.workload_api.asked().await.refuse(Status::unavailable("starting"));
+    node.workload_api
+        .asked()
+        .await
+        .refuse(Status::unavailable("starting"));
     let error = loop {
         match client.connect().await.unwrap_err() {
             SourceError::Misconfigured(_) => tokio::task::yield_now().await,
             error => break error,
         }
     };
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("heard nothing new")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("heard nothing new")),
+        "{error:?}"
+    );
 }
 
 #[tokio::test]
@@ -133,19 +189,30 @@ async fn without_an_svid_of_its_own_it_says_why() {
     let client = node.client();
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     // The identity is taken back: the connection that was made with it is left, too.
-    node.stream.fail(Status::permission_denied("no identity issued"));
+    node.stream
+        .fail(Status::permission_denied("no identity issued"));
     while client.own.latest().is_ok() {
         tokio::task::yield_now().await;
     }
     let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     // Denied would say that the workload has no identity.
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("register awsvid itself")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("register awsvid itself")),
+        "{error:?}"
+    );
     assert_eq!(agent.asked().len(), 1);
 
     // Whoever is to be started waits for it.
-    node.workload_api.asked().await.refuse(Status::permission_denied("no identity issued"));
+    node.workload_api
+        .asked()
+        .await
+        .refuse(Status::permission_denied("no identity issued"));
     let connecting = tokio::spawn(async move { client.connect().await });
-    node.workload_api.asked().await.accept().send(node.authority.message(ID));
+    node.workload_api
+        .asked()
+        .await
+        .accept()
+        .send(node.authority.message(ID));
     connecting.await.unwrap().unwrap();
 }
 
@@ -158,7 +225,10 @@ async fn an_svid_that_is_over_is_not_shown() {
     let _agent = node.serve_always(good());
     let client = node.client();
     let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("X.509-SVID is over")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("X.509-SVID is over")),
+        "{error:?}"
+    );
     node.rotate(&client).await;
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
 }
@@ -175,7 +245,10 @@ async fn a_socket_that_is_not_there_or_not_listened_at() {
     );
     drop(std::os::unix::net::UnixListener::bind(&node.broker).unwrap());
     let error = client.connect().await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("nobody listens")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("nobody listens")),
+        "{error:?}"
+    );
     std::fs::remove_file(&node.broker).unwrap();
     let _agent = node.serve_always(good());
     client.connect().await.unwrap();
@@ -185,12 +258,16 @@ async fn a_socket_that_is_not_there_or_not_listened_at() {
 fn a_socket_that_awsvid_may_not_open() {
     // For root, permissions count only under another file system uid, which is a thread's own.
     let error = std::thread::spawn(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
         runtime.block_on(async {
             let mut node = Node::new().await;
             let _listener = UnixListener::bind(&node.broker).unwrap();
             std::fs::set_permissions(&node.broker, std::fs::Permissions::from_mode(0o000)).unwrap();
-            std::fs::set_permissions(node.dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+            std::fs::set_permissions(node.dir.path(), std::fs::Permissions::from_mode(0o755))
+                .unwrap();
             if nix::unistd::geteuid().is_root() {
                 nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65_533));
             }
@@ -228,7 +305,10 @@ async fn a_server_that_is_no_broker_socket() {
         stream.read_to_end(&mut Vec::new()).await.unwrap();
     });
     let error = client.connect().await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("TLS handshake")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("TLS handshake")),
+        "{error:?}"
+    );
     hangs_up.await.unwrap();
 }
 
@@ -239,6 +319,9 @@ async fn a_server_that_does_not_go_on_is_left() {
     let _mute = UnixListener::bind(&node.broker).unwrap();
     let begun = Instant::now();
     let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
-    assert!(matches!(&error, SourceError::Unavailable(text) if text.contains("TLS handshake")), "{error:?}");
+    assert!(
+        matches!(&error, SourceError::Unavailable(text) if text.contains("TLS handshake")),
+        "{error:?}"
+    );
     assert_eq!(begun.elapsed().as_secs(), 5);
 }

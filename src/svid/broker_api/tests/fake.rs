@@ -13,8 +13,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixT
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig, SignatureScheme,
-    client::danger::HandshakeSignatureValid, crypto::aws_lc_rs::default_provider,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
+    SignatureScheme, client::danger::HandshakeSignatureValid, crypto::aws_lc_rs::default_provider,
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
@@ -69,7 +69,12 @@ impl FakeBroker {
 
     /// Whether a client with this certificate has asked.
     pub(super) fn was_shown(&self, certificate: &CertificateDer<'_>) -> bool {
-        self.asked.lock().unwrap().iter().rev().any(|asked| asked.shown == *certificate)
+        self.asked
+            .lock()
+            .unwrap()
+            .iter()
+            .rev()
+            .any(|asked| asked.shown == *certificate)
     }
 
     /// Ends all connections that are open.
@@ -92,7 +97,10 @@ impl FakeBroker {
         F: Future<Output = Answer> + Send + 'static,
     {
         let script: Arc<BrokerScript> = Arc::new(move |asked| Box::pin(script(asked)));
-        let (asked, connections) = (Arc::<Mutex<Vec<Asked>>>::default(), Arc::<Mutex<Vec<OwnedFd>>>::default());
+        let (asked, connections) = (
+            Arc::<Mutex<Vec<Asked>>>::default(),
+            Arc::<Mutex<Vec<OwnedFd>>>::default(),
+        );
         let (seen, open) = (asked.clone(), connections.clone());
         let tls = TlsAcceptor::from(Arc::new(config(authority, certified, clients)));
         let listener = UnixListener::bind(path).unwrap();
@@ -100,20 +108,37 @@ impl FakeBroker {
             for number in 0.. {
                 let (stream, _) = listener.accept().await.unwrap();
                 let (tls, script, seen) = (tls.clone(), script.clone(), seen.clone());
-                open.lock().unwrap().push(stream.as_fd().try_clone_to_owned().unwrap());
+                open.lock()
+                    .unwrap()
+                    .push(stream.as_fd().try_clone_to_owned().unwrap());
                 tokio::spawn(async move {
-                    let Ok(stream) = tls.accept(stream).await else { return };
+                    let Ok(stream) = tls.accept(stream).await else {
+                        return;
+                    };
                     let shown = stream.get_ref().1.peer_certificates().unwrap()[0].clone();
                     let (sender, streams) = mpsc::unbounded_channel();
                     sender.send(Ok::<_, io::Error>(Encrypted(stream))).unwrap();
                     drop(sender);
-                    let service = ApiServer::new(BrokerService { script, seen, number, shown });
+                    let service = ApiServer::new(BrokerService {
+                        script,
+                        seen,
+                        number,
+                        shown,
+                    });
                     let streams = UnboundedReceiverStream::new(streams);
-                    Server::builder().add_service(service).serve_with_incoming(streams).await.unwrap();
+                    Server::builder()
+                        .add_service(service)
+                        .serve_with_incoming(streams)
+                        .await
+                        .unwrap();
                 });
             }
         });
-        Self { asked, connections, task }
+        Self {
+            asked,
+            connections,
+            task,
+        }
     }
 }
 
@@ -121,7 +146,9 @@ fn config(authority: &Authority, certified: Certified, clients: &[&str]) -> Serv
     let provider = Arc::new(default_provider());
     let mut roots = RootCertStore::empty();
     roots.add(authority.der.clone().into()).unwrap();
-    let by_chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().unwrap();
+    let by_chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .build()
+        .unwrap();
     let clients = clients.iter().map(|id| (*id).to_owned()).collect();
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(certified.key));
     let mut config = ServerConfig::builder_with_provider(provider)
@@ -153,9 +180,15 @@ impl ClientCertVerifier for Clients {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         self.by_chain.verify_client_cert(leaf, intermediates, now)?;
-        match self.clients.iter().any(|client| client == id_of(leaf).unwrap().as_str()) {
+        match self
+            .clients
+            .iter()
+            .any(|client| client == id_of(leaf).unwrap().as_str())
+        {
             true => Ok(ClientCertVerified::assertion()),
-            false => Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)),
+            false => Err(Error::InvalidCertificate(
+                CertificateError::ApplicationVerificationFailure,
+            )),
         }
     }
 
@@ -165,7 +198,8 @@ impl ClientCertVerifier for Clients {
         leaf: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.by_chain.verify_tls12_signature(message, leaf, signature)
+        self.by_chain
+            .verify_tls12_signature(message, leaf, signature)
     }
 
     fn verify_tls13_signature(
@@ -174,7 +208,8 @@ impl ClientCertVerifier for Clients {
         leaf: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.by_chain.verify_tls13_signature(message, leaf, signature)
+        self.by_chain
+            .verify_tls13_signature(message, leaf, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -195,13 +230,23 @@ impl Api for BrokerService {
         &self,
         request: Request<FetchJwtsvidRequest>,
     ) -> Result<Response<FetchJwtsvidResponse>, Status> {
-        let header: Vec<_> = request.metadata().get_all("broker.spiffe.io").iter().collect();
+        let header: Vec<_> = request
+            .metadata()
+            .get_all("broker.spiffe.io")
+            .iter()
+            .collect();
         if header != ["true"] {
-            return Err(Status::invalid_argument("security header missing from request"));
+            return Err(Status::invalid_argument(
+                "security header missing from request",
+            ));
         }
         let metadata = request.metadata().clone();
-        let asked =
-            Asked { metadata, request: request.into_inner(), connection: self.number, shown: self.shown.clone() };
+        let asked = Asked {
+            metadata,
+            request: request.into_inner(),
+            connection: self.number,
+            shown: self.shown.clone(),
+        };
         self.seen.lock().unwrap().push(asked.clone());
         match (self.script)(asked).await {
             Some(answer) => answer.map(Response::new),
@@ -220,13 +265,21 @@ impl Connected for Encrypted {
 }
 
 impl AsyncRead for Encrypted {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.0).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Encrypted {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.0).poll_write(cx, buf)
     }
 

@@ -14,7 +14,9 @@ use tonic::metadata::MetadataMap;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use crate::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use crate::svid::proto::workload::spiffe_workload_api_server::{
+    SpiffeWorkloadApi, SpiffeWorkloadApiServer,
+};
 use crate::svid::proto::workload::{X509svid, X509svidRequest, X509svidResponse};
 
 /// A CA, which signs whatever it is asked to.
@@ -35,17 +37,30 @@ impl Authority {
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let der = params.self_signed(&key).unwrap().der().to_vec();
-        Self { der, issuer: Issuer::new(params, key) }
+        Self {
+            der,
+            issuer: Issuer::new(params, key),
+        }
     }
 
     /// A certificate with these URIs, changed by `change` before it is signed.
-    pub(in crate::svid) fn sign(&self, uris: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Certified {
+    pub(in crate::svid) fn sign(
+        &self,
+        uris: &[&str],
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Certified {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec![]).unwrap();
-        params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
+        params.subject_alt_names = uris
+            .iter()
+            .map(|uri| SanType::URI((*uri).try_into().unwrap()))
+            .collect();
         change(&mut params);
         let certificate = params.signed_by(&key, &self.issuer).unwrap().der().to_vec();
-        Certified { certificate, key: key.serialize_der() }
+        Certified {
+            certificate,
+            key: key.serialize_der(),
+        }
     }
 
     /// An SVID as the Workload API sends it.
@@ -66,7 +81,9 @@ impl Authority {
 
     /// A message with nothing else in it.
     pub(in crate::svid) fn message(&self, id: &str) -> X509svidResponse {
-        X509svidResponse { svids: vec![self.svid(id)] }
+        X509svidResponse {
+            svids: vec![self.svid(id)],
+        }
     }
 }
 
@@ -97,14 +114,18 @@ impl FakeAgent {
     pub(in crate::svid) fn at(path: &Path) -> Self {
         let (sender, opened) = mpsc::unbounded_channel();
         let listener = UnixListenerStream::new(UnixListener::bind(path).unwrap());
-        let server = Server::builder().add_service(SpiffeWorkloadApiServer::new(OwnSvidService(sender)));
+        let server =
+            Server::builder().add_service(SpiffeWorkloadApiServer::new(OwnSvidService(sender)));
         let task = tokio::spawn(async move { server.serve_with_incoming(listener).await.unwrap() });
         Self { opened, task }
     }
 
     /// The next one who asks, which takes no client longer than this.
     pub(in crate::svid) async fn asked(&mut self) -> Opening {
-        timeout(Duration::from_secs(120), self.opened.recv()).await.expect("somebody asks").unwrap()
+        timeout(Duration::from_secs(120), self.opened.recv())
+            .await
+            .expect("somebody asks")
+            .unwrap()
     }
 
     /// Whether nobody has asked since the last one.
@@ -150,8 +171,17 @@ impl SpiffeWorkloadApi for OwnSvidService {
         request: Request<X509svidRequest>,
     ) -> Result<Response<BoxStream<X509svidResponse>>, Status> {
         let (reply, answer) = oneshot::channel();
-        self.0.send(Opening { metadata: request.metadata().clone(), reply }).unwrap();
-        let messages = answer.await.unwrap_or_else(|_| Err(Status::internal("the test left it")))?;
-        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(messages))))
+        self.0
+            .send(Opening {
+                metadata: request.metadata().clone(),
+                reply,
+            })
+            .unwrap();
+        let messages = answer
+            .await
+            .unwrap_or_else(|_| Err(Status::internal("the test left it")))?;
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(
+            messages,
+        ))))
     }
 }

@@ -12,11 +12,14 @@ use tonic::transport::Server;
 use tonic::transport::server::Router;
 use tonic::{Request, Response, Status};
 
-use crate::svid::proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
+use crate::svid::proto::workload::spiffe_workload_api_server::{
+    SpiffeWorkloadApi, SpiffeWorkloadApiServer,
+};
 use crate::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
 /// What to say to the request with this number (from 0); `None`: nothing, ever.
-pub(super) type WorkloadApiScript = dyn Fn(usize) -> Option<Result<JwtsvidResponse, Status>> + Send + Sync;
+pub(super) type WorkloadApiScript =
+    dyn Fn(usize) -> Option<Result<JwtsvidResponse, Status>> + Send + Sync;
 
 /// A Workload API that answers as it is told, and is as strict about the header as SPIRE.
 #[derive(Clone)]
@@ -41,10 +44,19 @@ impl Seen {
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for WorkloadApiService {
-    async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
-        let header: Vec<_> = request.metadata().get_all("workload.spiffe.io").iter().collect();
+    async fn fetch_jwtsvid(
+        &self,
+        request: Request<JwtsvidRequest>,
+    ) -> Result<Response<JwtsvidResponse>, Status> {
+        let header: Vec<_> = request
+            .metadata()
+            .get_all("workload.spiffe.io")
+            .iter()
+            .collect();
         if header != ["true"] {
-            return Err(Status::invalid_argument("security header missing from request"));
+            return Err(Status::invalid_argument(
+                "security header missing from request",
+            ));
         }
         let number = {
             let mut seen = self.seen.0.lock().unwrap();
@@ -72,8 +84,14 @@ impl Drop for FakeWorkloadApi {
 
 fn router(script: Arc<WorkloadApiScript>) -> (Router, Seen) {
     let seen = Seen::default();
-    let service = WorkloadApiService { script, seen: seen.clone() };
-    (Server::builder().add_service(SpiffeWorkloadApiServer::new(service)), seen)
+    let service = WorkloadApiService {
+        script,
+        seen: seen.clone(),
+    };
+    (
+        Server::builder().add_service(SpiffeWorkloadApiServer::new(service)),
+        seen,
+    )
 }
 
 /// Listens at `path`.
@@ -81,18 +99,27 @@ pub(super) fn at(path: &Path, script: Arc<WorkloadApiScript>) -> FakeWorkloadApi
     let (router, seen) = router(script);
     let listener = UnixListener::bind(path).unwrap();
     let task = tokio::spawn(async move {
-        router.serve_with_incoming(UnixListenerStream::new(listener)).await.unwrap();
+        router
+            .serve_with_incoming(UnixListenerStream::new(listener))
+            .await
+            .unwrap();
     });
     FakeWorkloadApi { seen, task }
 }
 
 /// Listens at a free port of this address.
-pub(super) async fn at_tcp(address: &str, script: Arc<WorkloadApiScript>) -> (FakeWorkloadApi, std::net::SocketAddr) {
+pub(super) async fn at_tcp(
+    address: &str,
+    script: Arc<WorkloadApiScript>,
+) -> (FakeWorkloadApi, std::net::SocketAddr) {
     let (router, seen) = router(script);
     let listener = tokio::net::TcpListener::bind((address, 0)).await.unwrap();
     let bound = listener.local_addr().unwrap();
     let task = tokio::spawn(async move {
-        router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+        router
+            .serve_with_incoming(TcpListenerStream::new(listener))
+            .await
+            .unwrap();
     });
     (FakeWorkloadApi { seen, task }, bound)
 }
@@ -118,8 +145,14 @@ where
 
 /// An answer with these (SPIFFE ID, token) pairs.
 pub(super) fn svids<'a>(pairs: impl IntoIterator<Item = (&'a str, String)>) -> JwtsvidResponse {
-    let svid = |(id, svid): (&str, String)| Jwtsvid { spiffe_id: id.to_owned(), svid, hint: String::new() };
-    JwtsvidResponse { svids: pairs.into_iter().map(svid).collect() }
+    let svid = |(id, svid): (&str, String)| Jwtsvid {
+        spiffe_id: id.to_owned(),
+        svid,
+        hint: String::new(),
+    };
+    JwtsvidResponse {
+        svids: pairs.into_iter().map(svid).collect(),
+    }
 }
 
 /// Where a socket may be made, and the endpoint of it.

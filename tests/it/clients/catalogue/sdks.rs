@@ -11,13 +11,33 @@ pub(super) fn clients() -> Vec<Client> {
         npm("JavaScript v2", &["aws-sdk-js-v2"], "\"aws-sdk\": "),
         go("Go v2", &["aws-sdk-go-v2"], "github.com/aws/aws-sdk-go-v2 "),
         go("Go v1", &["aws-sdk-go-v1"], "github.com/aws/aws-sdk-go "),
-        maven("Java v2", &["aws-sdk-java-v2"], "<artifactId>s3</artifactId>"),
-        Client { note: UNSIGNED, ..maven("Java v1", &["aws-sdk-java-v1"], "<artifactId>aws-java-sdk-s3</artifactId>") },
+        maven(
+            "Java v2",
+            &["aws-sdk-java-v2"],
+            "<artifactId>s3</artifactId>",
+        ),
+        Client {
+            note: UNSIGNED,
+            ..maven(
+                "Java v1",
+                &["aws-sdk-java-v1"],
+                "<artifactId>aws-java-sdk-s3</artifactId>",
+            )
+        },
         cargo("Rust", &["aws-sdk-rust"], "name = \"aws-config\"\n"),
-        cargo("object_store", &["object-store"], "name = \"object_store\"\n"),
+        cargo(
+            "object_store",
+            &["object-store"],
+            "name = \"object_store\"\n",
+        ),
         Client {
             note: "from 3.171 on (Debian 13); a client object that got no credentials when it was made never asks again",
-            ..program("Ruby", "Debian", &["ruby", "tests/clients/ruby/sdk.rb"], ruby)
+            ..program(
+                "Ruby",
+                "Debian",
+                &["ruby", "tests/clients/ruby/sdk.rb"],
+                ruby,
+            )
         },
         go("minio-go", &["minio-go"], "github.com/minio/minio-go/v7 "),
         mc(),
@@ -26,37 +46,90 @@ pub(super) fn clients() -> Vec<Client> {
 }
 
 fn npm(name: &'static str, words: &'static [&'static str], after: &'static str) -> Client {
-    program(name, "npm", words, Version::Locked { file: "tests/clients/javascript/package.json", after })
+    program(
+        name,
+        "npm",
+        words,
+        Version::Locked {
+            file: "tests/clients/javascript/package.json",
+            after,
+        },
+    )
 }
 
 fn npm_v3(name: &'static str, words: &'static [&'static str]) -> Client {
-    Client { note: "warns that the token and its file are both set", ..npm(name, words, "\"@aws-sdk/client-s3\": ") }
+    Client {
+        note: "warns that the token and its file are both set",
+        ..npm(name, words, "\"@aws-sdk/client-s3\": ")
+    }
 }
 
 fn go(name: &'static str, words: &'static [&'static str], after: &'static str) -> Client {
-    program(name, "Go", words, Version::Locked { file: "tests/clients/go/go.mod", after })
+    program(
+        name,
+        "Go",
+        words,
+        Version::Locked {
+            file: "tests/clients/go/go.mod",
+            after,
+        },
+    )
 }
 
 fn maven(name: &'static str, words: &'static [&'static str], after: &'static str) -> Client {
-    program(name, "Maven", words, Version::Locked { file: "tests/clients/java/pom.xml", after })
+    program(
+        name,
+        "Maven",
+        words,
+        Version::Locked {
+            file: "tests/clients/java/pom.xml",
+            after,
+        },
+    )
 }
 
 fn cargo(name: &'static str, words: &'static [&'static str], after: &'static str) -> Client {
-    program(name, "Cargo", words, Version::Locked { file: "tests/clients/rust/Cargo.lock", after })
+    program(
+        name,
+        "Cargo",
+        words,
+        Version::Locked {
+            file: "tests/clients/rust/Cargo.lock",
+            after,
+        },
+    )
 }
 
-fn program(name: &'static str, registry: &'static str, words: &'static [&'static str], version: Version) -> Client {
-    Client { name, registry, version, start: Start::Program(words), environment: &[], note: "" }
+fn program(
+    name: &'static str,
+    registry: &'static str,
+    words: &'static [&'static str],
+    version: Version,
+) -> Client {
+    Client {
+        name,
+        registry,
+        version,
+        start: Start::Program(words),
+        environment: &[],
+        note: "",
+    }
 }
 
 fn mc() -> Client {
     Client {
         name: "mc (minio-go)",
         registry: "Go",
-        version: Version::Locked { file: "tests/counterparts/mc/go.mod", after: "github.com/minio/minio-go/v7 " },
+        version: Version::Locked {
+            file: "tests/counterparts/mc/go.mod",
+            after: "github.com/minio/minio-go/v7 ",
+        },
         start: Start::Command(&["mc", "--quiet", "cat", "m/{bucket}/{key}"]),
         // Without an STS it looks for no credentials but the alias's. The token's file comes before that STS.
-        environment: &[("MC_HOST_m", "{endpoint}"), ("MC_STS_ENDPOINT_m", "{endpoint}")],
+        environment: &[
+            ("MC_HOST_m", "{endpoint}"),
+            ("MC_STS_ENDPOINT_m", "{endpoint}"),
+        ],
         note: "needs `MC_STS_ENDPOINT_<alias>`, with any URL; without credentials it sends its request unsigned",
     }
 }
@@ -65,7 +138,10 @@ fn rclone() -> Client {
     Client {
         name: "rclone",
         registry: "Go",
-        version: Version::Locked { file: "tests/clients/rclone/go.mod", after: "github.com/rclone/rclone " },
+        version: Version::Locked {
+            file: "tests/clients/rclone/go.mod",
+            after: "github.com/rclone/rclone ",
+        },
         // Else it lists the bucket, which takes a right that reading takes not.
         start: Start::Command(&["rclone", "cat", "--no-traverse", "m:{bucket}/{key}"]),
         environment: &[

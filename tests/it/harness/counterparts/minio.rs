@@ -41,13 +41,29 @@ impl Minio {
         let (program, client) = (tool("minio")?, tool("mc")?);
         let folder = folder.join("minio");
         fs::create_dir_all(folder.join("data")).expect("a folder for MinIO");
-        let mut minio =
-            Minio { folder, program, client, port: Port::reserve(), issuer_url: issuer_url.to_owned(), server: None };
+        let mut minio = Minio {
+            folder,
+            program,
+            client,
+            port: Port::reserve(),
+            issuer_url: issuer_url.to_owned(),
+            server: None,
+        };
         minio.restart();
         let file = minio.folder.join("policy.json");
         fs::write(&file, policy.to_string()).expect("the policy's file");
         // The role names the policy, and is looked up at each request: it may come after the start.
-        minio.client(&["admin", "policy", "create", "m", POLICY, file.to_str().expect("a path in UTF-8")], b"");
+        minio.client(
+            &[
+                "admin",
+                "policy",
+                "create",
+                "m",
+                POLICY,
+                file.to_str().expect("a path in UTF-8"),
+            ],
+            b"",
+        );
         Some(minio)
     }
 
@@ -106,7 +122,10 @@ impl Minio {
                 ("MINIO_ROOT_PASSWORD", ROOT_PASSWORD),
                 ("MINIO_BROWSER", "off"),
                 ("MINIO_UPDATE", "off"),
-                ("MINIO_IDENTITY_OPENID_CONFIG_URL", &format!("{}/.well-known/openid-configuration", self.issuer_url)),
+                (
+                    "MINIO_IDENTITY_OPENID_CONFIG_URL",
+                    &format!("{}/.well-known/openid-configuration", self.issuer_url),
+                ),
                 ("MINIO_IDENTITY_OPENID_CLIENT_ID", AUDIENCE),
                 ("MINIO_IDENTITY_OPENID_ROLE_POLICY", POLICY),
             ]);
@@ -114,7 +133,8 @@ impl Minio {
         // It prints its roles when IAM is ready, which is after it has read the provider's keys.
         server.await_some("MinIO is ready", PATIENCE, || {
             role_arn(&self.log()[printed..])?;
-            http_get(self.port.address(), "/minio/health/ready").filter(|(status, _)| *status == 200)
+            http_get(self.port.address(), "/minio/health/ready")
+                .filter(|(status, _)| *status == 200)
         });
         self.server = Some(server);
     }
@@ -123,21 +143,43 @@ impl Minio {
     pub(crate) fn trace(&self) -> Trace {
         let log = self.folder.join("trace.log");
         let mut command = self.client_command();
-        command.args(["--json", "admin", "trace", "--call", "s3,internal", "--verbose", "m"]);
-        let trace = Trace { process: Process::start("mc admin trace", command, &log) };
+        command.args([
+            "--json",
+            "admin",
+            "trace",
+            "--call",
+            "s3,internal",
+            "--verbose",
+            "m",
+        ]);
+        let trace = Trace {
+            process: Process::start("mc admin trace", command, &log),
+        };
         // Nothing tells when the subscription is there but a call that shows up.
-        trace.process.await_some("mc admin trace shows a call", PATIENCE, || {
-            http_get(self.port.address(), "/awsvid-trace-begins/")?;
-            trace.records().iter().any(|record| record.path().starts_with("/awsvid-trace-begins")).then_some(())
-        });
+        trace
+            .process
+            .await_some("mc admin trace shows a call", PATIENCE, || {
+                http_get(self.port.address(), "/awsvid-trace-begins/")?;
+                trace
+                    .records()
+                    .iter()
+                    .any(|record| record.path().starts_with("/awsvid-trace-begins"))
+                    .then_some(())
+            });
         trace
     }
 
     fn client_command(&self) -> Command {
         let mut command = Command::new(&self.client);
         let host = format!("http://{ROOT_USER}:{ROOT_PASSWORD}@{}", self.port.address());
-        command.env_clear().env("HOME", &self.folder).env("MC_HOST_m", host);
-        command.arg("--config-dir").arg(self.folder.join("mc")).arg("--disable-pager");
+        command
+            .env_clear()
+            .env("HOME", &self.folder)
+            .env("MC_HOST_m", host);
+        command
+            .arg("--config-dir")
+            .arg(self.folder.join("mc"))
+            .arg("--disable-pager");
         command
     }
 
@@ -176,19 +218,26 @@ impl Trace {
     /// answered may come a little later: `await_record`.
     pub(crate) fn records(&self) -> Vec<Record> {
         // The last record may still be being written: it ends the stream.
-        Deserializer::from_str(&self.process.log()).into_iter().map_while(Result::ok).map(Record).collect()
+        Deserializer::from_str(&self.process.log())
+            .into_iter()
+            .map_while(Result::ok)
+            .map(Record)
+            .collect()
     }
 
     /// Waits for the first record that `wanted` accepts. `what` says what it is.
     pub(crate) fn await_record(&self, what: &str, wanted: impl Fn(&Record) -> bool) -> Record {
-        self.process.await_some(what, PATIENCE, || self.records().into_iter().find(&wanted))
+        self.process
+            .await_some(what, PATIENCE, || self.records().into_iter().find(&wanted))
     }
 
     /// How many calls of this API, so far, were signed with this access key id or (`ASSUME_ROLE`) answered with it.
     pub(crate) fn count(&self, api: &str, access_key_id: &str) -> usize {
         self.records()
             .iter()
-            .filter(|record| record.api() == api && record.access_key_id().as_deref() == Some(access_key_id))
+            .filter(|record| {
+                record.api() == api && record.access_key_id().as_deref() == Some(access_key_id)
+            })
             .count()
     }
 }
@@ -210,13 +259,20 @@ impl Record {
 
     /// The HTTP status of the answer.
     pub(crate) fn status(&self) -> u64 {
-        self.0["response"]["statusCode"].as_u64().unwrap_or_default()
+        self.0["response"]["statusCode"]
+            .as_u64()
+            .unwrap_or_default()
     }
 
     /// The access key id of the call: the one that STS gave in its answer, else the one that the request was signed
     /// with. `None`: refused by STS, or unsigned.
     pub(crate) fn access_key_id(&self) -> Option<String> {
-        let text = |pointer| self.0.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+        let text = |pointer| {
+            self.0
+                .pointer(pointer)
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+        };
         between(text("/response/body"), "<AccessKeyId>", "<")
             .or_else(|| between(text("/request/headers/Authorization"), "Credential=", "/"))
             .or_else(|| between(text("/request/rawQuery"), "X-Amz-Credential=", "%2F"))
@@ -237,18 +293,34 @@ mod tests {
     fn the_access_key_id_of_a_call_is_read_from_wherever_it_stands() {
         let scope = "20261124/eu-central-1/s3/aws4_request";
         let signed = json!({ "Authorization": format!("AWS4-HMAC-SHA256 Credential=SIGNED/{scope}, Signature=0") });
-        let presigned = format!("X-Amz-Date=0&X-Amz-Credential=PRESIGNED%2F{}", scope.replace('/', "%2F"));
+        let presigned = format!(
+            "X-Amz-Date=0&X-Amz-Credential=PRESIGNED%2F{}",
+            scope.replace('/', "%2F")
+        );
         let given = "<Credentials><AccessKeyId>GIVEN</AccessKeyId><SecretAccessKey>s</SecretAccessKey></Credentials>";
         let refused = "<Error><Code>AccessDenied</Code></Error>";
         for (call, expected) in [
             (json!({ "request": { "headers": signed } }), Some("SIGNED")),
-            (json!({ "request": { "rawQuery": presigned } }), Some("PRESIGNED")),
+            (
+                json!({ "request": { "rawQuery": presigned } }),
+                Some("PRESIGNED"),
+            ),
             (json!({ "response": { "body": given } }), Some("GIVEN")),
-            (json!({ "request": { "headers": signed }, "response": { "body": given } }), Some("GIVEN")),
-            (json!({ "request": { "headers": {} }, "response": { "body": refused } }), None),
+            (
+                json!({ "request": { "headers": signed }, "response": { "body": given } }),
+                Some("GIVEN"),
+            ),
+            (
+                json!({ "request": { "headers": {} }, "response": { "body": refused } }),
+                None,
+            ),
             (json!({ "api": "s3.GetObject" }), None),
         ] {
-            assert_eq!(Record(call.clone()).access_key_id().as_deref(), expected, "{call}");
+            assert_eq!(
+                Record(call.clone()).access_key_id().as_deref(),
+                expected,
+                "{call}"
+            );
         }
     }
 }

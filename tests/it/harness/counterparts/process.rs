@@ -21,7 +21,11 @@ const SHOWN_LINES: usize = 40;
 
 /// Asks `ready` until it gives something. Panics with `what` after `within`, which is for a machine that hangs, so be
 /// generous.
-pub(crate) fn await_some<T>(what: &str, within: Duration, mut ready: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn await_some<T>(
+    what: &str,
+    within: Duration,
+    mut ready: impl FnMut() -> Option<T>,
+) -> T {
     let deadline = Instant::now() + within;
     loop {
         if let Some(value) = ready() {
@@ -66,7 +70,8 @@ impl Owned {
     pub(crate) fn is_running(&self) -> bool {
         // WNOWAIT leaves the zombie: until `end` reaps it, its id names its group and nothing else.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        self.status.is_none() && waitid(Id::Pid(self.id()), flags).expect("an own child") == WaitStatus::StillAlive
+        self.status.is_none()
+            && waitid(Id::Pid(self.id()), flags).expect("an own child") == WaitStatus::StillAlive
     }
 
     /// How it ended by itself, with what is left of its group killed. `None`: it still runs after `within`.
@@ -119,7 +124,11 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
         command.pre_exec(move || {
             prctl::set_pdeathsig(Signal::SIGKILL)?;
             // The parent may have ended before the call above: nobody would kill this child then.
-            if getppid() == parent { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+            if getppid() == parent {
+                Ok(())
+            } else {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
         });
     }
     let spawner = SPAWNER.get_or_init(|| {
@@ -127,14 +136,22 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
         let run = move || {
             for (mut command, reply) in jobs {
                 // If the test that asked is gone, dropping the answer ends the child.
-                let _ = reply.send(command.spawn().map(|child| Owned { child, status: None }));
+                let _ = reply.send(command.spawn().map(|child| Owned {
+                    child,
+                    status: None,
+                }));
             }
         };
-        thread::Builder::new().name("spawner".to_owned()).spawn(run).expect("a thread");
+        thread::Builder::new()
+            .name("spawner".to_owned())
+            .spawn(run)
+            .expect("a thread");
         sender
     });
     let (reply, answer) = channel();
-    spawner.send((command, reply)).expect("the spawner never ends");
+    spawner
+        .send((command, reply))
+        .expect("the spawner never ends");
     answer.recv().expect("the spawner never ends")
 }
 
@@ -148,10 +165,22 @@ pub(crate) struct Process {
 impl Process {
     /// Starts `command`, with its outputs appended to the file `log`. `name` is what failures call it.
     pub(crate) fn start(name: &str, mut command: Command, log: &Path) -> Process {
-        let file = OpenOptions::new().create(true).append(true).open(log).expect("the log file");
-        command.stdin(Stdio::null()).stdout(duplicate(&file)).stderr(file);
-        let owned = spawn(command).unwrap_or_else(|error| panic!("{name} could not be started: {error}"));
-        Process { name: name.to_owned(), owned, log: log.to_owned() }
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(log)
+            .expect("the log file");
+        command
+            .stdin(Stdio::null())
+            .stdout(duplicate(&file))
+            .stderr(file);
+        let owned =
+            spawn(command).unwrap_or_else(|error| panic!("{name} could not be started: {error}"));
+        Process {
+            name: name.to_owned(),
+            owned,
+            log: log.to_owned(),
+        }
     }
 
     /// See [`Owned::id`].
@@ -170,18 +199,28 @@ impl Process {
     }
 
     /// `await_some`, but it panics at once if the program has ended, with or without success.
-    pub(crate) fn await_some<T>(&self, what: &str, within: Duration, mut ready: impl FnMut() -> Option<T>) -> T {
+    pub(crate) fn await_some<T>(
+        &self,
+        what: &str,
+        within: Duration,
+        mut ready: impl FnMut() -> Option<T>,
+    ) -> T {
         await_some(what, within, || {
             let running = self.owned.is_running();
             let value = ready();
-            assert!(running || value.is_some(), "{what}: {} has ended", self.name);
+            assert!(
+                running || value.is_some(),
+                "{what}: {} has ended",
+                self.name
+            );
             value
         })
     }
 
     /// Sends it `signal`.
     pub(crate) fn signal(&self, signal: Signal) {
-        kill(self.owned.id(), signal).unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.name));
+        kill(self.owned.id(), signal)
+            .unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.name));
     }
 }
 
@@ -218,7 +257,13 @@ impl Output {
     /// The standard output of a program that must have succeeded; else a panic with all that is known. `what` says
     /// what it was to do.
     pub(crate) fn success(self, what: &str) -> String {
-        assert!(self.status.success(), "{what}: {}\n{}{}", self.status, self.stdout, self.stderr);
+        assert!(
+            self.status.success(),
+            "{what}: {}\n{}{}",
+            self.status,
+            self.stdout,
+            self.stderr
+        );
         self.stdout
     }
 }
@@ -227,17 +272,31 @@ impl Output {
 pub(crate) fn run(mut command: Command, input: &[u8], within: Duration) -> Output {
     let name = command.get_program().to_owned();
     // Files, not pipes: a grandchild that keeps an output open can't make this wait, nor a full pipe the program.
-    let [mut stdin, mut stdout, mut stderr] = [(); 3].map(|()| tempfile::tempfile().expect("a temporary file"));
-    stdin.write_all(input).and_then(|()| stdin.rewind()).expect("write a temporary file");
-    command.stdin(stdin).stdout(duplicate(&stdout)).stderr(duplicate(&stderr));
-    let mut owned = spawn(command).unwrap_or_else(|error| panic!("{} could not be started: {error}", name.display()));
+    let [mut stdin, mut stdout, mut stderr] =
+        [(); 3].map(|()| tempfile::tempfile().expect("a temporary file"));
+    stdin
+        .write_all(input)
+        .and_then(|()| stdin.rewind())
+        .expect("write a temporary file");
+    command
+        .stdin(stdin)
+        .stdout(duplicate(&stdout))
+        .stderr(duplicate(&stderr));
+    let mut owned = spawn(command)
+        .unwrap_or_else(|error| panic!("{} could not be started: {error}", name.display()));
     let status = owned.wait(within).unwrap_or_else(|| owned.end());
     let [stdout, stderr] = [&mut stdout, &mut stderr].map(|file| {
         let mut bytes = Vec::new();
-        file.rewind().and_then(|()| file.read_to_end(&mut bytes)).expect("read a temporary file");
+        file.rewind()
+            .and_then(|()| file.read_to_end(&mut bytes))
+            .expect("read a temporary file");
         String::from_utf8_lossy(&bytes).into_owned()
     });
-    Output { status, stdout, stderr }
+    Output {
+        status,
+        stdout,
+        stderr,
+    }
 }
 
 fn duplicate(file: &File) -> Stdio {

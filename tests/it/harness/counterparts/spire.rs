@@ -85,11 +85,15 @@ impl Broker {
     pub(crate) const BY_PID: &str = "type.googleapis.com/spiffe.broker.WorkloadPIDReference";
 
     /// The reference to a Kubernetes object.
-    pub(crate) const BY_OBJECT: &str = "type.googleapis.com/spiffe.broker.KubernetesObjectReference";
+    pub(crate) const BY_OBJECT: &str =
+        "type.googleapis.com/spiffe.broker.KubernetesObjectReference";
 
     /// One that may refer to processes.
     pub(crate) fn by_pid(id: &str) -> Broker {
-        Broker { id: id.to_owned(), reference_types: vec![Self::BY_PID] }
+        Broker {
+            id: id.to_owned(),
+            reference_types: vec![Self::BY_PID],
+        }
     }
 }
 
@@ -103,7 +107,11 @@ impl Spire {
 
     /// The same, with more in the configuration.
     pub(crate) fn start_with(folder: &Path, setting: SpireSetting) -> Option<Spire> {
-        let programs = [tool("spire-server")?, tool("spire-agent")?, tool("oidc-discovery-provider")?];
+        let programs = [
+            tool("spire-server")?,
+            tool("spire-agent")?,
+            tool("oidc-discovery-provider")?,
+        ];
         let folder = folder.join("spire");
         // The admin and broker sockets may not lie in or below the folder of the Workload API's socket: the agent would
         // end at once.
@@ -123,7 +131,9 @@ impl Spire {
             agent_log_start: 0,
         };
         spire.start_server();
-        let bundle = spire.server_command(&["bundle", "show"]).success("the server's bundle");
+        let bundle = spire
+            .server_command(&["bundle", "show"])
+            .success("the server's bundle");
         fs::write(spire.folder.join("bundle.pem"), bundle).expect("the bundle's file");
         if let Some(elsewhere) = &spire.setting.elsewhere {
             spire.agent_id = elsewhere.id.clone();
@@ -131,8 +141,13 @@ impl Spire {
             return Some(spire);
         }
         let answer = spire.server_json(&["token", "generate"]);
-        let token = answer["value"].as_str().unwrap_or_else(|| panic!("no join token in {answer}"));
-        spire.agent_id = format!("spiffe://{}/spire/agent/join_token/{token}", spire.trust_domain());
+        let token = answer["value"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no join token in {answer}"));
+        spire.agent_id = format!(
+            "spiffe://{}/spire/agent/join_token/{token}",
+            spire.trust_domain()
+        );
         spire.run_agent(&["-joinToken", token]);
         spire.start_oidc();
         spire.await_agent();
@@ -186,9 +201,25 @@ impl Spire {
     }
 
     /// The same with further options of `spire-server entry create`, such as `-admin`.
-    pub(crate) fn register_with(&self, spiffe_id: &str, selectors: &[&str], options: &[&str]) -> String {
-        let mut arguments = vec!["entry", "create", "-parentID", &self.agent_id, "-spiffeID", spiffe_id];
-        arguments.extend(selectors.iter().flat_map(|selector| ["-selector", selector]));
+    pub(crate) fn register_with(
+        &self,
+        spiffe_id: &str,
+        selectors: &[&str],
+        options: &[&str],
+    ) -> String {
+        let mut arguments = vec![
+            "entry",
+            "create",
+            "-parentID",
+            &self.agent_id,
+            "-spiffeID",
+            spiffe_id,
+        ];
+        arguments.extend(
+            selectors
+                .iter()
+                .flat_map(|selector| ["-selector", selector]),
+        );
         arguments.extend(options);
         let answer = self.server_json(&arguments);
         let Some(entry) = answer["results"][0]["entry"]["id"].as_str() else {
@@ -210,10 +241,21 @@ impl Spire {
         let entry = |id: &String| json!({ "parent_id": self.agent_id, "spiffe_id": id, "selectors": selectors });
         let entries: Vec<Value> = spiffe_ids.iter().map(entry).collect();
         let file = self.write("entries.json", &json!({ "entries": entries }).to_string());
-        let answer = self.server_json(&["entry", "create", "-data", file.to_str().expect("a path in UTF-8")]);
-        let results = answer["results"].as_array().unwrap_or_else(|| panic!("no entries: {answer}"));
+        let answer = self.server_json(&[
+            "entry",
+            "create",
+            "-data",
+            file.to_str().expect("a path in UTF-8"),
+        ]);
+        let results = answer["results"]
+            .as_array()
+            .unwrap_or_else(|| panic!("no entries: {answer}"));
         for result in results {
-            self.await_entry(result["entry"]["id"].as_str().unwrap_or_else(|| panic!("no entry: {result}")));
+            self.await_entry(
+                result["entry"]["id"]
+                    .as_str()
+                    .unwrap_or_else(|| panic!("no entry: {result}")),
+            );
         }
     }
 
@@ -224,7 +266,8 @@ impl Spire {
 
     /// Deletes a registration entry, and returns once the agent has forgotten it (if it runs).
     pub(crate) fn delete_entry(&self, entry: &str) {
-        self.server_command(&["entry", "delete", "-entryID", entry]).success("delete an entry");
+        self.server_command(&["entry", "delete", "-entryID", entry])
+            .success("delete an entry");
         if self.agent.is_some() {
             self.await_agent_line("Entry removed", entry);
         }
@@ -233,17 +276,34 @@ impl Spire {
     /// A JWT-SVID of whoever runs the test, for this audience, from the agent's Workload API.
     pub(crate) fn fetch_jwt(&self, audience: &str) -> String {
         let mut command = Command::new(&self.programs[1]);
-        command.args(["api", "fetch", "jwt", "-output", "json", "-audience", audience, "-socketPath"]);
+        command.args([
+            "api",
+            "fetch",
+            "jwt",
+            "-output",
+            "json",
+            "-audience",
+            audience,
+            "-socketPath",
+        ]);
         command.arg(self.agent_socket());
         let answer = run(command, b"", PATIENCE).success("fetch a JWT-SVID");
-        let answer: Value = serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{error} in {answer}"));
-        answer[0]["svids"][0]["svid"].as_str().expect("a token").to_owned()
+        let answer: Value =
+            serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{error} in {answer}"));
+        answer[0]["svids"][0]["svid"]
+            .as_str()
+            .expect("a token")
+            .to_owned()
     }
 
     /// The JWT-SVIDs with this `sub` that the server has signed, by its own log. The agent caches them, so this may be
     /// less than `jwt_svids_fetched`.
     pub(crate) fn jwt_svids_signed(&self, spiffe_id: &str) -> usize {
-        count(&self.server_log(), "Server CA successfully signed JWT SVID", spiffe_id)
+        count(
+            &self.server_log(),
+            "Server CA successfully signed JWT SVID",
+            spiffe_id,
+        )
     }
 
     /// The JWT-SVIDs with this `sub` that the agent has handed out over the Workload API, by its own log. It writes
@@ -260,9 +320,12 @@ impl Spire {
             selectors.is_some_and(|all| all.iter().any(|one| one["value"] == selector))
         };
         let log = self.agent_log();
-        let attested = lines(&log).filter(|line| line["msg"] == "PID attested to have selectors" && has(line));
+        let attested =
+            lines(&log).filter(|line| line["msg"] == "PID attested to have selectors" && has(line));
         attested
-            .map(|line| Pid::from_raw(i32::try_from(line["pid"].as_i64().expect("a pid")).expect("a pid")))
+            .map(|line| {
+                Pid::from_raw(i32::try_from(line["pid"].as_i64().expect("a pid")).expect("a pid"))
+            })
             .collect()
     }
 
@@ -306,7 +369,9 @@ impl Spire {
         let server = Process::start("spire-server", command, &self.folder.join("server.log"));
         // The agent needs the port, the command line the socket.
         server.await_some("spire-server listens", PATIENCE, || {
-            TcpStream::connect(self.server_port.address()).and(UnixStream::connect(self.server_socket())).ok()
+            TcpStream::connect(self.server_port.address())
+                .and(UnixStream::connect(self.server_socket()))
+                .ok()
         });
         self.server = Some(server);
     }
@@ -314,13 +379,19 @@ impl Spire {
     /// Runs a command of `spire-server` against this server.
     pub(crate) fn server_command(&self, arguments: &[&str]) -> super::process::Output {
         let mut command = Command::new(&self.programs[0]);
-        command.args(arguments).arg("-socketPath").arg(self.server_socket());
+        command
+            .args(arguments)
+            .arg("-socketPath")
+            .arg(self.server_socket());
         run(command, b"", PATIENCE)
     }
 
     fn server_json(&self, arguments: &[&str]) -> Value {
-        let answer = self.server_command(&[arguments, &["-output", "json"]].concat()).success(&arguments.join(" "));
-        serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{}: {error} in {answer}", arguments.join(" ")))
+        let answer = self
+            .server_command(&[arguments, &["-output", "json"]].concat())
+            .success(&arguments.join(" "));
+        serde_json::from_str(&answer)
+            .unwrap_or_else(|error| panic!("{}: {error} in {answer}", arguments.join(" ")))
     }
 
     fn server_socket(&self) -> PathBuf {
@@ -331,8 +402,16 @@ impl Spire {
         self.agent_log_start = self.agent_log().len();
         let config = self.write("agent.conf", &self.agent_config());
         let mut command = behind(&self.setting.agent_behind, &self.programs[1]);
-        command.arg("run").arg("-config").arg(config).args(arguments);
-        self.agent = Some(Process::start("spire-agent", command, &self.folder.join("agent.log")));
+        command
+            .arg("run")
+            .arg("-config")
+            .arg(config)
+            .args(arguments);
+        self.agent = Some(Process::start(
+            "spire-agent",
+            command,
+            &self.folder.join("agent.log"),
+        ));
     }
 
     fn await_agent(&self) {
@@ -347,18 +426,26 @@ impl Spire {
 
     fn await_agent_line(&self, message: &str, entry: &str) {
         let agent = self.agent.as_ref().expect("the agent runs");
-        agent.await_some(&format!("{message} in the agent's log for {entry}"), PATIENCE, || {
-            lines(&self.agent_log()[self.agent_log_start..])
-                .any(|line| line["msg"] == message && line["entry"] == entry)
-                .then_some(())
-        });
+        agent.await_some(
+            &format!("{message} in the agent's log for {entry}"),
+            PATIENCE,
+            || {
+                lines(&self.agent_log()[self.agent_log_start..])
+                    .any(|line| line["msg"] == message && line["entry"] == entry)
+                    .then_some(())
+            },
+        );
     }
 
     fn start_oidc(&mut self) {
         let config = self.write("oidc.conf", &self.oidc_config());
         let mut command = Command::new(&self.programs[2]);
         command.arg("-config").arg(config);
-        let oidc = Process::start("oidc-discovery-provider", command, &self.folder.join("oidc.log"));
+        let oidc = Process::start(
+            "oidc-discovery-provider",
+            command,
+            &self.folder.join("oidc.log"),
+        );
         oidc.await_some("the OIDC discovery provider has keys", PATIENCE, || {
             let (status, keys) = http_get(self.oidc_port.address(), "/keys")?;
             // One that is set up wrong may never say so.
@@ -403,13 +490,21 @@ plugins {{
     {node_attestor}
 }}
 "#,
-            node_attestor = self.setting.elsewhere.as_ref().map_or("", |elsewhere| &elsewhere.node_attestor),
+            node_attestor = self
+                .setting
+                .elsewhere
+                .as_ref()
+                .map_or("", |elsewhere| &elsewhere.node_attestor),
             trust_domain = self.trust_domain(),
             folder = self.folder.display(),
             port = self.server_port.address().port(),
             issuer = self.jwt_issuer(),
-            x509_svid_ttl =
-                self.setting.x509_svid_ttl.map_or(String::new(), |ttl| format!("default_x509_svid_ttl = \"{ttl}\"")),
+            x509_svid_ttl = self
+                .setting
+                .x509_svid_ttl
+                .map_or(String::new(), |ttl| format!(
+                    "default_x509_svid_ttl = \"{ttl}\""
+                )),
         )
     }
 
@@ -455,19 +550,39 @@ plugins {{
             return String::new();
         }
         let types = |broker: &Broker| -> String {
-            broker.reference_types.iter().map(|name| format!("{{ type_url = \"{name}\" }}, ")).collect()
+            broker
+                .reference_types
+                .iter()
+                .map(|name| format!("{{ type_url = \"{name}\" }}, "))
+                .collect()
         };
         let brokers: String = brokers
             .iter()
-            .map(|broker| format!("{{ id = \"{}\", allowed_reference_types = [{}] }}, ", broker.id, types(broker)))
+            .map(|broker| {
+                format!(
+                    "{{ id = \"{}\", allowed_reference_types = [{}] }}, ",
+                    broker.id,
+                    types(broker)
+                )
+            })
             .collect();
-        format!("broker {{ socket_path = \"{}\", brokers = [{brokers}] }}", self.broker_socket().display())
+        format!(
+            "broker {{ socket_path = \"{}\", brokers = [{brokers}] }}",
+            self.broker_socket().display()
+        )
     }
 
     fn jwt_issuer(&self) -> String {
         let right = self.issuer_url();
-        let issuer = self.setting.jwt_issuer.map_or(right.clone(), |wrong| wrong(&right));
-        if issuer.is_empty() { String::new() } else { format!("jwt_issuer = \"{issuer}\"") }
+        let issuer = self
+            .setting
+            .jwt_issuer
+            .map_or(right.clone(), |wrong| wrong(&right));
+        if issuer.is_empty() {
+            String::new()
+        } else {
+            format!("jwt_issuer = \"{issuer}\"")
+        }
     }
 
     fn oidc_config(&self) -> String {
@@ -481,7 +596,11 @@ set_key_use = true
 log_level = "debug"
 server_api {{ address = "unix://{server}" }}
 "#,
-            server = self.setting.oidc_server.map_or(self.server_socket(), PathBuf::from).display(),
+            server = self
+                .setting
+                .oidc_server
+                .map_or(self.server_socket(), PathBuf::from)
+                .display(),
             address = self.oidc_port.address(),
             domains = self.setting.domains.unwrap_or("127.0.0.1"),
             more = self.setting.oidc,
@@ -491,9 +610,12 @@ server_api {{ address = "unix://{server}" }}
 
 /// The lines of a JSON log; a line that is still being written is left out.
 fn lines(log: &str) -> impl Iterator<Item = Value> {
-    log.lines().filter_map(|line| serde_json::from_str(line).ok())
+    log.lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
 }
 
 fn count(log: &str, message: &str, spiffe_id: &str) -> usize {
-    lines(log).filter(|line| line["msg"] == message && line["spiffe_id"] == spiffe_id).count()
+    lines(log)
+        .filter(|line| line["msg"] == message && line["spiffe_id"] == spiffe_id)
+        .count()
 }

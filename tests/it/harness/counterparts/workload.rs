@@ -28,9 +28,18 @@ impl Workload {
     /// A workload with this uid, the gid of the same number, and no supplementary groups. Needs root
     /// (`counterparts::root`).
     pub(crate) fn new(uid: u32) -> Workload {
-        let home = tempfile::Builder::new().prefix("awsvid-home-").tempdir().expect("a temporary folder");
+        let home = tempfile::Builder::new()
+            .prefix("awsvid-home-")
+            .tempdir()
+            .expect("a temporary folder");
         let path = home.path().to_str().expect("a path in UTF-8").to_owned();
-        Workload { uid, gid: uid, home, environment: BTreeMap::new() }.env("HOME", &path)
+        Workload {
+            uid,
+            gid: uid,
+            home,
+            environment: BTreeMap::new(),
+        }
+        .env("HOME", &path)
     }
 
     /// The same with another gid.
@@ -53,10 +62,16 @@ impl Workload {
     /// A command of this workload, to be changed further and given to `process::run`, `Process::start` or
     /// `process::spawn`. `program` is a path: there is no PATH.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        chown(self.home(), Some(self.uid), Some(self.gid)).expect("chown of the workload's HOME, as root");
+        chown(self.home(), Some(self.uid), Some(self.gid))
+            .expect("chown of the workload's HOME, as root");
         let mut command = Command::new(program);
         // std also drops root's supplementary groups when it sets a uid.
-        command.env_clear().envs(&self.environment).current_dir(self.home()).uid(self.uid).gid(self.gid);
+        command
+            .env_clear()
+            .envs(&self.environment)
+            .current_dir(self.home())
+            .uid(self.uid)
+            .gid(self.gid);
         command
     }
 

@@ -34,26 +34,55 @@ pub(crate) enum Families {
 /// Writes all of it below `files`, as it is to be in the node's root, with the programs in `bin`.
 pub(super) fn write(files: &Path, bin: &Path) {
     let kubernetes = files.join("etc/kubernetes");
-    for directory in [&kubernetes, &files.join("etc/containerd"), &files.join("etc/cni/net.d")] {
+    for directory in [
+        &kubernetes,
+        &files.join("etc/containerd"),
+        &files.join("etc/cni/net.d"),
+    ] {
         fs::create_dir_all(directory).expect("a directory");
     }
     let authority = Authority::new(&kubernetes);
     let loopback = "127.0.0.1";
-    authority.issue("apiserver", "kube-apiserver", None, &["kubernetes.default.svc", SERVICE, ADDRESS, loopback]);
-    authority.issue("kubelet", &format!("system:node:{NAME}"), Some("system:nodes"), &[NAME, ADDRESS, loopback]);
+    authority.issue(
+        "apiserver",
+        "kube-apiserver",
+        None,
+        &["kubernetes.default.svc", SERVICE, ADDRESS, loopback],
+    );
+    authority.issue(
+        "kubelet",
+        &format!("system:node:{NAME}"),
+        Some("system:nodes"),
+        &[NAME, ADDRESS, loopback],
+    );
     authority.issue("admin", "admin", Some("system:masters"), &[]);
-    authority.issue("controller-manager", "system:kube-controller-manager", None, &[]);
+    authority.issue(
+        "controller-manager",
+        "system:kube-controller-manager",
+        None,
+        &[],
+    );
     authority.issue("scheduler", "system:kube-scheduler", None, &[]);
     key_pair(&kubernetes, "service-accounts");
     for name in ["kubelet", "admin", "controller-manager", "scheduler"] {
         let text = kubeconfig(&kubernetes, name, &format!("{SERVICE}:443"));
         fs::write(kubernetes.join(format!("{name}.conf")), text).expect("a file");
     }
-    fs::write(kubernetes.join("kubelet.yaml"), KUBELET.replace("CONTAINERD", CONTAINERD)).expect("a file");
-    let containerd = CONTAINERD_CONFIGURATION.replace("BIN", &bin.display().to_string()).replace("PAUSE", PAUSE);
+    fs::write(
+        kubernetes.join("kubelet.yaml"),
+        KUBELET.replace("CONTAINERD", CONTAINERD),
+    )
+    .expect("a file");
+    let containerd = CONTAINERD_CONFIGURATION
+        .replace("BIN", &bin.display().to_string())
+        .replace("PAUSE", PAUSE);
     fs::write(files.join("etc/containerd/config.toml"), containerd).expect("a file");
     write_network(files, Families::Dual);
-    fs::write(files.join("etc/nsswitch.conf"), "passwd: files\ngroup: files\nhosts: files\n").expect("a file");
+    fs::write(
+        files.join("etc/nsswitch.conf"),
+        "passwd: files\ngroup: files\nhosts: files\n",
+    )
+    .expect("a file");
     fs::write(files.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\n").expect("a file");
     fs::write(files.join("etc/resolv.conf"), "").expect("a file");
     let hosts = format!("127.0.0.1 localhost\n{ADDRESS} {NAME} spire-server.spire\n");
@@ -67,7 +96,10 @@ pub(super) fn write_network(root: &Path, families: Families) {
     let (ranges, routes) = match families {
         Families::Four => (four.to_owned(), r#"{ "dst": "0.0.0.0/0" }"#),
         Families::Six => (six.to_owned(), r#"{ "dst": "::/0" }"#),
-        Families::Dual => (format!("{four}, {six}"), r#"{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }"#),
+        Families::Dual => (
+            format!("{four}, {six}"),
+            r#"{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }"#,
+        ),
     };
     let text = format!(
         r#"{{ "cniVersion": "1.0.0", "name": "pods", "plugins": [{{ "type": "ptp",
@@ -126,7 +158,9 @@ pub(super) fn controller_manager() -> Vec<String> {
 }
 
 pub(super) fn scheduler() -> Vec<String> {
-    words("--kubeconfig /etc/kubernetes/scheduler.conf --leader-elect=false --bind-address 127.0.0.1")
+    words(
+        "--kubeconfig /etc/kubernetes/scheduler.conf --leader-elect=false --bind-address 127.0.0.1",
+    )
 }
 
 pub(super) fn kubelet() -> Vec<String> {

@@ -21,11 +21,19 @@ impl Hierarchies {
         let all = Mount::all();
         // Several are mounted side by side in a directory of their own.
         let beside = all.iter().all(|mount| mount.point != Path::new(DIRECTORY));
-        let mounts = if beside { "tmpfs mode=0755,nosuid,nodev .\n" } else { "" };
-        let mut made = Self { cgroups: Vec::new(), mounts: mounts.to_owned() };
+        let mounts = if beside {
+            "tmpfs mode=0755,nosuid,nodev .\n"
+        } else {
+            ""
+        };
+        let mut made = Self {
+            cgroups: Vec::new(),
+            mounts: mounts.to_owned(),
+        };
         for mount in all {
             let parent = mount.own_cgroup();
-            made.cgroups.push(CgroupTree::create(&parent, &format!("node-{number}"))?);
+            made.cgroups
+                .push(CgroupTree::create(&parent, &format!("node-{number}"))?);
             let cgroup = made.cgroups.last().expect("the new one").path();
             made.mounts.push_str(&mount.line());
             // A new cgroup of v1's cpuset takes no process before it is told what those may use.
@@ -40,7 +48,9 @@ impl Hierarchies {
 
     /// The file that a process writes to in order to move there, of each.
     pub(super) fn procs(&self) -> impl Iterator<Item = PathBuf> {
-        self.cgroups.iter().map(|cgroup| cgroup.path().join("cgroup.procs"))
+        self.cgroups
+            .iter()
+            .map(|cgroup| cgroup.path().join("cgroup.procs"))
     }
 
     /// What `boot.sh` mounts, so that these are the roots.
@@ -63,8 +73,14 @@ impl Mount {
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("/proc");
         let parse = |line: &str| {
             let (mount, source) = line.split_once(" - ")?;
-            let (mount, source): (Vec<_>, Vec<_>) = (mount.split(' ').collect(), source.split(' ').collect());
-            let options = source.get(2)?.split(',').filter(|option| *option != "rw").collect::<Vec<_>>().join(",");
+            let (mount, source): (Vec<_>, Vec<_>) =
+                (mount.split(' ').collect(), source.split(' ').collect());
+            let options = source
+                .get(2)?
+                .split(',')
+                .filter(|option| *option != "rw")
+                .collect::<Vec<_>>()
+                .join(",");
             source[0].starts_with("cgroup").then(|| Self {
                 point: mount[4].into(),
                 root: mount[3].to_owned(),
@@ -85,20 +101,39 @@ impl Mount {
         let path = own.lines().find_map(|line| {
             let mut fields = line.splitn(3, ':').skip(1);
             let (controllers, path) = (fields.next()?, fields.next()?);
-            let same = |option: &str| controllers.split(',').any(|controller| controller == option);
+            let same = |option: &str| {
+                controllers
+                    .split(',')
+                    .any(|controller| controller == option)
+            };
             (self.kind == "cgroup" && self.options.split(',').any(same)).then(|| path.to_owned())
         });
         let path = path.unwrap_or_else(|| self.root.clone());
-        let below = path.strip_prefix(self.root.trim_end_matches('/')).unwrap_or_default();
+        let below = path
+            .strip_prefix(self.root.trim_end_matches('/'))
+            .unwrap_or_default();
         self.point.join(below.trim_start_matches('/'))
     }
 
     fn line(&self) -> String {
-        let directory = self.point.strip_prefix(DIRECTORY).unwrap_or(Path::new("")).display().to_string();
+        let directory = self
+            .point
+            .strip_prefix(DIRECTORY)
+            .unwrap_or(Path::new(""))
+            .display()
+            .to_string();
         let options = match &*self.options {
             "" => "rw".to_owned(),
             options => options.replace("name=", "none,name="),
         };
-        format!("{} {options} {}\n", self.kind, if directory.is_empty() { "." } else { &directory })
+        format!(
+            "{} {options} {}\n",
+            self.kind,
+            if directory.is_empty() {
+                "."
+            } else {
+                &directory
+            }
+        )
     }
 }

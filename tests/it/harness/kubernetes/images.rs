@@ -28,19 +28,35 @@ impl Image<'_> {
     pub(super) fn archive(&self, directory: &Path) -> PathBuf {
         let layout = directory.join("layout");
         fs::create_dir_all(layout.join("blobs/sha256")).expect("a directory for an image");
-        let layers: Vec<Value> = self.layers.iter().map(|root| layer(&layout, root)).collect();
+        let layers: Vec<Value> = self
+            .layers
+            .iter()
+            .map(|root| layer(&layout, root))
+            .collect();
         let configuration = json!({
             "architecture": architecture(), "os": "linux",
             "config": { "Entrypoint": self.entrypoint, "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"] },
             "rootfs": { "type": "layers", "diff_ids": layers.iter().map(|layer| &layer["digest"]).collect::<Vec<_>>() },
         });
-        let configuration = blob(&layout, "application/vnd.oci.image.config.v1+json", &configuration);
+        let configuration = blob(
+            &layout,
+            "application/vnd.oci.image.config.v1+json",
+            &configuration,
+        );
         let manifest = json!({ "schemaVersion": 2, "config": configuration, "layers": layers });
-        let mut manifest = blob(&layout, "application/vnd.oci.image.manifest.v1+json", &manifest);
+        let mut manifest = blob(
+            &layout,
+            "application/vnd.oci.image.manifest.v1+json",
+            &manifest,
+        );
         manifest["annotations"] = json!({ "io.containerd.image.name": self.name });
         let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
         fs::write(layout.join("index.json"), index.to_string()).expect("a file");
-        fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).expect("a file");
+        fs::write(
+            layout.join("oci-layout"),
+            r#"{"imageLayoutVersion":"1.0.0"}"#,
+        )
+        .expect("a file");
         let archive = directory.join("image.tar");
         tar(&archive, &layout);
         fs::remove_dir_all(&layout).expect("remove an image's directory");
@@ -49,7 +65,11 @@ impl Image<'_> {
 }
 
 fn architecture() -> &'static str {
-    if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }
+    if cfg!(target_arch = "aarch64") {
+        "arm64"
+    } else {
+        "amd64"
+    }
 }
 
 fn layer(layout: &Path, root: &Path) -> Value {
@@ -69,7 +89,11 @@ fn stored(layout: &Path, media_type: &str, file: &Path) -> Value {
     let mut command = Command::new("sha256sum");
     command.arg(file);
     let printed = run(command, b"", PATIENCE).success("sha256sum");
-    let digest = printed.split(' ').next().expect("a digest").trim_start_matches('\\');
+    let digest = printed
+        .split(' ')
+        .next()
+        .expect("a digest")
+        .trim_start_matches('\\');
     let size = fs::metadata(file).expect("a file").len();
     fs::rename(file, layout.join("blobs/sha256").join(digest)).expect("move a file");
     json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": size })
@@ -77,7 +101,12 @@ fn stored(layout: &Path, media_type: &str, file: &Path) -> Value {
 
 fn tar(archive: &Path, directory: &Path) {
     let mut command = Command::new("tar");
-    command.arg("--create").arg("--file").arg(archive).arg("--directory").arg(directory);
+    command
+        .arg("--create")
+        .arg("--file")
+        .arg(archive)
+        .arg("--directory")
+        .arg(directory);
     command.args(["--owner=0", "--group=0", "--numeric-owner", "."]);
     run(command, b"", PATIENCE).success("tar");
 }
@@ -90,8 +119,15 @@ pub(crate) fn root_of(directory: &Path, program: &Path, path: &str) -> PathBuf {
     command.arg(program);
     let linked = run(command, b"", PATIENCE);
     // A program that is linked with nothing makes ldd fail.
-    for library in linked.stdout.split_whitespace().filter(|word| word.starts_with('/')) {
-        files.push((fs::canonicalize(library).expect("a library"), library.into()));
+    for library in linked
+        .stdout
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        files.push((
+            fs::canonicalize(library).expect("a library"),
+            library.into(),
+        ));
     }
     for (from, to) in files {
         let to = root.join(to.strip_prefix("/").expect("an absolute path"));

@@ -29,19 +29,37 @@ impl Node {
     pub(crate) fn ended(&self, namespace: &str, name: &str) -> Ended {
         let phase = await_some(&format!("the end of {namespace}/{name}"), PATIENCE, || {
             let pod = self.get(&["pod", "--namespace", namespace, name]);
-            let phase = pod["status"]["phase"].as_str().unwrap_or_default().to_owned();
+            let phase = pod["status"]["phase"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned();
             ["Succeeded", "Failed"].contains(&&*phase).then_some(phase)
         });
-        Ended { succeeded: phase == "Succeeded", log: self.pod_log(namespace, name) }
+        Ended {
+            succeeded: phase == "Succeeded",
+            log: self.pod_log(namespace, name),
+        }
     }
 
     /// What the containers of the pods have printed whose name begins so, the last one's last.
     pub(crate) fn pod_log(&self, namespace: &str, name: &str) -> String {
         let mut files = Vec::new();
-        for pod in fs::read_dir(self.path("/var/log/pods")).into_iter().flatten().filter_map(Result::ok) {
-            if pod.file_name().to_string_lossy().starts_with(&format!("{namespace}_{name}")) {
-                let containers = fs::read_dir(pod.path()).into_iter().flatten().filter_map(Result::ok);
-                let runs = containers.flat_map(|container| fs::read_dir(container.path()).into_iter().flatten());
+        for pod in fs::read_dir(self.path("/var/log/pods"))
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok)
+        {
+            if pod
+                .file_name()
+                .to_string_lossy()
+                .starts_with(&format!("{namespace}_{name}"))
+            {
+                let containers = fs::read_dir(pod.path())
+                    .into_iter()
+                    .flatten()
+                    .filter_map(Result::ok);
+                let runs = containers
+                    .flat_map(|container| fs::read_dir(container.path()).into_iter().flatten());
                 files.extend(runs.filter_map(Result::ok).map(|run| run.path()));
             }
         }
@@ -51,19 +69,33 @@ impl Node {
             .iter()
             .map(|file| String::from_utf8_lossy(&fs::read(file).unwrap_or_default()).into_owned())
             .collect();
-        texts.iter().flat_map(|text| text.lines()).fold(String::new(), |mut log, line| {
-            // Time, stream, and F for a whole line or P for a part of one.
-            let mut fields = line.splitn(4, ' ').skip(2);
-            let (whole, text) = (fields.next() != Some("P"), fields.next().unwrap_or_default());
-            log.push_str(text);
-            log.push_str(if whole { "\n" } else { "" });
-            log
-        })
+        texts
+            .iter()
+            .flat_map(|text| text.lines())
+            .fold(String::new(), |mut log, line| {
+                // Time, stream, and F for a whole line or P for a part of one.
+                let mut fields = line.splitn(4, ' ').skip(2);
+                let (whole, text) = (
+                    fields.next() != Some("P"),
+                    fields.next().unwrap_or_default(),
+                );
+                log.push_str(text);
+                log.push_str(if whole { "\n" } else { "" });
+                log
+            })
     }
 
     /// Waits until all pods of a Deployment or DaemonSet are ready.
     pub(crate) fn rolled_out(&self, namespace: &str, what: &str) {
-        self.kubectl(&["rollout", "status", "--namespace", namespace, what, "--timeout=110s"]).success(what);
+        self.kubectl(&[
+            "rollout",
+            "status",
+            "--namespace",
+            namespace,
+            what,
+            "--timeout=110s",
+        ])
+        .success(what);
     }
 }
 
@@ -75,12 +107,23 @@ impl Drop for Node {
         let shown = self.kubectl(&["get", "pods", "--all-namespaces", "--output", "wide"]);
         eprintln!("--- pods\n{}{}", shown.stdout, shown.stderr);
         let events = self.kubectl(&["get", "events", "--all-namespaces"]);
-        let warnings = events.stdout.lines().filter(|line| line.contains("Warning")).collect::<Vec<_>>();
+        let warnings = events
+            .stdout
+            .lines()
+            .filter(|line| line.contains("Warning"))
+            .collect::<Vec<_>>();
         eprintln!("--- warnings\n{}", warnings.join("\n"));
-        for (namespace, name) in [("awsvid", "awsvid"), ("awsvid", "startup-taint"), ("spire", "spire-agent")] {
+        for (namespace, name) in [
+            ("awsvid", "awsvid"),
+            ("awsvid", "startup-taint"),
+            ("spire", "spire-agent"),
+        ] {
             let log = self.pod_log(namespace, name);
             let lines: Vec<_> = log.lines().collect();
-            eprintln!("--- {name}\n{}", lines[lines.len().saturating_sub(30)..].join("\n"));
+            eprintln!(
+                "--- {name}\n{}",
+                lines[lines.len().saturating_sub(30)..].join("\n")
+            );
         }
     }
 }

@@ -9,8 +9,7 @@ use crate::harness::kubernetes::BUSYBOX;
 use crate::kubernetes::cluster::{Account, Cluster, READER};
 
 /// A shell function that asks at an address of the pod's own, on a new connection.
-const ASK: &str =
-    "ask() { busybox wget -q -O /dev/null --header 'Authorization: any' \"http://$1:974/v1/credentials\" 2>&1; }";
+const ASK: &str = "ask() { busybox wget -q -O /dev/null --header 'Authorization: any' \"http://$1:974/v1/credentials\" 2>&1; }";
 
 /// A pod that runs a script, which can `ask` an address; light, so that many can run.
 pub(super) fn pod(account: Account, name: &str, script: &str) -> Value {
@@ -52,18 +51,32 @@ impl<'a> Asker<'a> {
     }
 
     fn answered(&self) -> usize {
-        self.log().lines().filter(|line| *line == "answered").count()
+        self.log()
+            .lines()
+            .filter(|line| *line == "answered")
+            .count()
     }
 
     /// Waits until it has been answered some times more.
     pub(super) fn goes_on(&self) {
         let before = self.answered();
-        await_some(&format!("{} is answered", self.name), PATIENCE, || (self.answered() >= before + 20).then_some(()));
+        await_some(&format!("{} is answered", self.name), PATIENCE, || {
+            (self.answered() >= before + 20).then_some(())
+        });
     }
 
     /// Lets it end: how often it was answered, each failure, and the longest time from one answer to the next in seconds.
     pub(super) fn enough(self) -> (usize, Vec<String>, f64) {
-        let words = ["exec", "--namespace", READER.namespace, self.name, "--", "/bin/busybox", "touch", "/enough"];
+        let words = [
+            "exec",
+            "--namespace",
+            READER.namespace,
+            self.name,
+            "--",
+            "/bin/busybox",
+            "touch",
+            "/enough",
+        ];
         self.cluster.node.kubectl(&words).success("it is enough");
         let log = self.cluster.node.ended(READER.namespace, self.name).log;
         let (mut failed, mut times, mut good) = (Vec::new(), Vec::new(), false);
@@ -77,7 +90,10 @@ impl<'a> Asker<'a> {
                 failed.push(line.to_owned());
             }
         }
-        let longest = times.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f64::max);
+        let longest = times
+            .windows(2)
+            .map(|pair| pair[1] - pair[0])
+            .fold(0.0, f64::max);
         (times.len(), failed, longest)
     }
 }

@@ -23,11 +23,23 @@ struct Counts {
 impl Counts {
     fn of(cluster: &Cluster) -> Self {
         let awsvid = process(&cluster.node, "awsvid");
-        let count = |directory: &str| fs::read_dir(cluster.node.path(directory)).into_iter().flatten().count();
-        let namespaces = cluster.node.run(&["lsns", "--type", "net", "--noheadings", "--output", "NS"]);
+        let count = |directory: &str| {
+            fs::read_dir(cluster.node.path(directory))
+                .into_iter()
+                .flatten()
+                .count()
+        };
+        let namespaces =
+            cluster
+                .node
+                .run(&["lsns", "--type", "net", "--noheadings", "--output", "NS"]);
         Self {
             files: count("/run/netns"),
-            namespaces: namespaces.success("lsns").lines().collect::<BTreeSet<_>>().len(),
+            namespaces: namespaces
+                .success("lsns")
+                .lines()
+                .collect::<BTreeSet<_>>()
+                .len(),
             descriptors: count(&format!("/proc/{awsvid}/fd")),
         }
     }
@@ -35,7 +47,10 @@ impl Counts {
     /// Nothing is left that was not there before. A connection of awsvid's to its neighbours may have ended meanwhile.
     fn are_back_to(&self, before: &Self) -> bool {
         let descriptors = self.descriptors.min(before.descriptors);
-        Self { descriptors, ..before.clone() } == *self
+        Self {
+            descriptors,
+            ..before.clone()
+        } == *self
     }
 
     /// Once two looks in a row find the same.
@@ -63,28 +78,50 @@ fn create(cluster: &Cluster, burst: usize, count: usize) -> BTreeSet<String> {
             pod
         })
         .collect();
-    cluster.node.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": pods }));
+    cluster
+        .node
+        .apply(&json!({ "apiVersion": "v1", "kind": "List", "items": pods }));
     await_some("all are answered", 4 * PATIENCE, || {
         std::thread::sleep(Duration::from_millis(200));
         let log = cluster.node.pod_log(READER.namespace, &prefix);
         let answered = log.lines().filter(|line| *line == "answered").count();
         let refused = log.lines().count() - answered;
-        (answered == count).then(|| eprintln!("burst {burst}: {count} answered, {refused} times not at once"))
+        (answered == count)
+            .then(|| eprintln!("burst {burst}: {count} answered, {refused} times not at once"))
     });
-    let pods = cluster.node.get(&["pods", "--namespace", READER.namespace, "--selector", &format!("burst={burst}")]);
+    let pods = cluster.node.get(&[
+        "pods",
+        "--namespace",
+        READER.namespace,
+        "--selector",
+        &format!("burst={burst}"),
+    ]);
     let uids = pods["items"].as_array().expect("pods").iter();
-    uids.map(|pod| pod["metadata"]["uid"].as_str().expect("a UID").to_owned()).collect()
+    uids.map(|pod| pod["metadata"]["uid"].as_str().expect("a UID").to_owned())
+        .collect()
 }
 
 /// Deletes them; how long it took until they were gone.
 fn delete(cluster: &Cluster, burst: usize) -> Duration {
     let start = Instant::now();
     let selector = format!("burst={burst}");
-    let which = ["pods", "--namespace", READER.namespace, "--selector", &selector];
-    cluster.node.kubectl(&[&["delete", "--wait=false"], &which[..]].concat()).success("pods are deleted");
+    let which = [
+        "pods",
+        "--namespace",
+        READER.namespace,
+        "--selector",
+        &selector,
+    ];
+    cluster
+        .node
+        .kubectl(&[&["delete", "--wait=false"], &which[..]].concat())
+        .success("pods are deleted");
     await_some("all are gone", 4 * PATIENCE, || {
         std::thread::sleep(Duration::from_millis(200));
-        let left = cluster.node.kubectl(&[&["get", "--output", "name"], &which[..]].concat()).success("pods");
+        let left = cluster
+            .node
+            .kubectl(&[&["get", "--output", "name"], &which[..]].concat())
+            .success("pods");
         left.is_empty().then_some(())
     });
     start.elapsed()
@@ -107,34 +144,55 @@ pub(in crate::kubernetes) fn pods_come_and_go(cluster: &Cluster) {
         after = Some(now);
         back.then_some(())
     });
-    eprintln!("{} pods in {took:.1?}, {size} deleted in at most {longest:.1?}: {before:?}, then {after:?}", uids.len());
+    eprintln!(
+        "{} pods in {took:.1?}, {size} deleted in at most {longest:.1?}: {before:?}, then {after:?}",
+        uids.len()
+    );
     assert_eq!(uids.len(), bursts * size);
     let audit = cluster.audit();
-    let of_these = || audit.iter().filter(|record| record["pod_uid"].as_str().is_some_and(|uid| uids.contains(uid)));
+    let of_these = || {
+        audit.iter().filter(|record| {
+            record["pod_uid"]
+                .as_str()
+                .is_some_and(|uid| uids.contains(uid))
+        })
+    };
     let issued = of_these().filter(|record| record["outcome"] == "issued");
-    let issued: BTreeSet<String> = issued.filter_map(|record| Some(record["pod_uid"].as_str()?.to_owned())).collect();
+    let issued: BTreeSet<String> = issued
+        .filter_map(|record| Some(record["pod_uid"].as_str()?.to_owned()))
+        .collect();
     assert_eq!(issued, uids);
     let mut refusals = BTreeMap::new();
     for record in of_these().filter(|record| record["outcome"] != "issued") {
         *refusals.entry(record["reason"].to_string()).or_insert(0) += 1;
     }
     eprintln!("not answered at once, by reason: {refusals:?}");
-    let events = cluster.node.kubectl(&["get", "events", "--namespace", READER.namespace]).success("events");
+    let events = cluster
+        .node
+        .kubectl(&["get", "events", "--namespace", READER.namespace])
+        .success("events");
     assert!(!events.contains("FailedKillPod"), "{events}");
 }
 
 /// The time from each pod's network namespace to its listener, by the name of the namespace's file.
 fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
     let log = cluster.node.pod_log("awsvid", "awsvid");
-    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let times = lines.filter(|line| line["message"] == "listening in a pod's network namespace").filter_map(|line| {
-        let path = line["namespace"].as_str()?;
-        let file = fs::metadata(cluster.node.path(path)).ok()?;
-        let made =
-            SystemTime::UNIX_EPOCH + Duration::new(file.ctime().try_into().ok()?, file.ctime_nsec().try_into().ok()?);
-        let at = humantime::parse_rfc3339(line["timestamp"].as_str()?).ok()?;
-        Some((path.to_owned(), at.duration_since(made).unwrap_or_default()))
-    });
+    let lines = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let times = lines
+        .filter(|line| line["message"] == "listening in a pod's network namespace")
+        .filter_map(|line| {
+            let path = line["namespace"].as_str()?;
+            let file = fs::metadata(cluster.node.path(path)).ok()?;
+            let made = SystemTime::UNIX_EPOCH
+                + Duration::new(
+                    file.ctime().try_into().ok()?,
+                    file.ctime_nsec().try_into().ok()?,
+                );
+            let at = humantime::parse_rfc3339(line["timestamp"].as_str()?).ok()?;
+            Some((path.to_owned(), at.duration_since(made).unwrap_or_default()))
+        });
     times.collect()
 }
 
@@ -148,7 +206,10 @@ pub(in crate::kubernetes) fn many_pods_are_listened_in_soon(cluster: &Cluster) {
     let used = || ticks(&cluster.node, awsvid, 14) + ticks(&cluster.node, awsvid, 15);
     let mut all = BTreeSet::new();
     let known = |all: &mut BTreeSet<String>| {
-        let new: Vec<_> = listening(cluster).into_iter().filter(|(path, _)| all.insert(path.clone())).collect();
+        let new: Vec<_> = listening(cluster)
+            .into_iter()
+            .filter(|(path, _)| all.insert(path.clone()))
+            .collect();
         let mut times: Vec<_> = new.into_iter().map(|(_, time)| time).collect();
         times.sort();
         times
@@ -156,29 +217,46 @@ pub(in crate::kubernetes) fn many_pods_are_listened_in_soon(cluster: &Cluster) {
     known(&mut all);
     create(cluster, 1000, 1);
     eprintln!("one pod: from namespace to listening {:?}", known(&mut all));
-    let (before, start, memory) = (used(), Instant::now(), status(&cluster.node, awsvid, "VmRSS"));
+    let (before, start, memory) = (
+        used(),
+        Instant::now(),
+        status(&cluster.node, awsvid, "VmRSS"),
+    );
     create(cluster, 1001, count - 1);
     let (cpu, took) = ((used() - before) * 10, start.elapsed());
     let times = known(&mut all);
-    let [resident, own, peak] = ["VmRSS", "RssAnon", "VmHWM"].map(|field| status(&cluster.node, awsvid, field));
+    let [resident, own, peak] =
+        ["VmRSS", "RssAnon", "VmHWM"].map(|field| status(&cluster.node, awsvid, field));
     eprintln!(
         "{count} pods in {took:.1?}: from namespace to listening {:?} in the middle, {:?} at most",
         times[times.len() / 2],
         times.last()
     );
-    eprintln!("awsvid: {memory} KiB, then {resident} KiB, {own} of them its own, at most {peak} KiB; {cpu} ms of CPU");
+    eprintln!(
+        "awsvid: {memory} KiB, then {resident} KiB, {own} of them its own, at most {peak} KiB; {cpu} ms of CPU"
+    );
     create(cluster, 1002, 1);
-    eprintln!("one more pod: from namespace to listening {:?}", known(&mut all));
+    eprintln!(
+        "one more pod: from namespace to listening {:?}",
+        known(&mut all)
+    );
     let idle = (used(), Instant::now());
     std::thread::sleep(Duration::from_secs(20));
-    eprintln!("awsvid when nothing comes: {} ms of CPU in {:.1?}", (used() - idle.0) * 10, idle.1.elapsed());
+    eprintln!(
+        "awsvid when nothing comes: {} ms of CPU in {:.1?}",
+        (used() - idle.0) * 10,
+        idle.1.elapsed()
+    );
     signal(&cluster.node, "KILL", awsvid);
     let next = await_some("another process", PATIENCE, || {
         let found = process(&cluster.node, "awsvid");
         (found != awsvid).then_some(found)
     });
     let listening = updates::listening_after(cluster, next);
-    eprintln!("after a kill with {} pods: listening {listening:?} after the start of the next process", count + 1);
+    eprintln!(
+        "after a kill with {} pods: listening {listening:?} after the start of the next process",
+        count + 1
+    );
     cluster.node.rolled_out("awsvid", "daemonset/awsvid");
     for burst in 1000..1003 {
         delete(cluster, burst);

@@ -9,32 +9,61 @@ use crate::harness::kubernetes::Families;
 use crate::kubernetes::cluster::{Cluster, READER};
 
 pub(in crate::kubernetes) fn pods_have_the_families_that_they_have(cluster: &Cluster) {
-    for (families, expected) in [(Families::Four, [1, 0]), (Families::Six, [0, 1]), (Families::Dual, [1, 1])] {
+    for (families, expected) in [
+        (Families::Four, [1, 0]),
+        (Families::Six, [0, 1]),
+        (Families::Dual, [1, 1]),
+    ] {
         cluster.node.use_families(families);
         // The container runtime looks at its network's configuration when it is told that it has changed.
         let found = (0..20).find(|attempt| {
             let name = format!("{families:?}-{attempt}").to_lowercase();
             let script = "ask 127.0.0.1; ask '[::1]'; echo answered twice";
             let ended = cluster.node.run_pod(&asker::pod(READER, &name, script));
-            assert!(ended.succeeded && ended.log.contains("answered twice"), "{families:?}: {ended:?}");
-            let pod = cluster.node.get(&["pod", "--namespace", READER.namespace, &name]);
+            assert!(
+                ended.succeeded && ended.log.contains("answered twice"),
+                "{families:?}: {ended:?}"
+            );
+            let pod = cluster
+                .node
+                .get(&["pod", "--namespace", READER.namespace, &name]);
             addresses(&pod).map(|family| family.len()) == expected
         });
         assert!(found.is_some(), "{families:?}: {expected:?}");
     }
     // The kubelet's probes, and Prometheus, come by whichever family the cluster prefers.
-    let pod = &cluster.node.get(&["pods", "--namespace", "awsvid", "--selector", "app.kubernetes.io/name=awsvid"])["items"]
-        [0];
+    let pod = &cluster.node.get(&[
+        "pods",
+        "--namespace",
+        "awsvid",
+        "--selector",
+        "app.kubernetes.io/name=awsvid",
+    ])["items"][0];
     for address in addresses(pod).into_iter().flatten() {
         let url = format!("http://{}/readyz", std::net::SocketAddr::new(address, 975));
-        cluster.node.run(&["/usr/bin/env", "curl", "--silent", "--show-error", "--fail", &url]).success(&url);
+        cluster
+            .node
+            .run(&[
+                "/usr/bin/env",
+                "curl",
+                "--silent",
+                "--show-error",
+                "--fail",
+                &url,
+            ])
+            .success(&url);
     }
 }
 
 /// A pod's addresses: IPv4 and IPv6.
 fn addresses(pod: &Value) -> [Vec<IpAddr>; 2] {
-    let all = pod["status"]["podIPs"].as_array().expect("addresses").iter();
-    let all: Vec<IpAddr> = all.map(|one| one["ip"].as_str().expect("one").parse().expect("one")).collect();
+    let all = pod["status"]["podIPs"]
+        .as_array()
+        .expect("addresses")
+        .iter();
+    let all: Vec<IpAddr> = all
+        .map(|one| one["ip"].as_str().expect("one").parse().expect("one"))
+        .collect();
     let (four, six) = all.into_iter().partition(IpAddr::is_ipv4);
     [four, six]
 }

@@ -43,7 +43,9 @@ const OF_PROCESSES: Missing<'_> = Missing {
 pub(in crate::kubernetes) fn what_is_missing_is_named(cluster: &Cluster, source: &str) {
     let before = template(cluster);
     match source {
-        "spiffe-broker" => OF_PODS.iter().for_each(|missing| names(cluster, &before, missing)),
+        "spiffe-broker" => OF_PODS
+            .iter()
+            .for_each(|missing| names(cluster, &before, missing)),
         _ => {
             names(cluster, &before, &OF_PROCESSES);
             let mut own_pids = before.clone();
@@ -64,11 +66,20 @@ fn names(cluster: &Cluster, before: &Value, missing: &Missing<'_>) {
         list.retain(|one| !is(one));
         assert_eq!(list.len() + count, all, "the manifest has each of them");
     };
-    let is_one = |names: &[&str], value: &Value| value.as_str().is_some_and(|value| names.contains(&value));
+    let is_one =
+        |names: &[&str], value: &Value| value.as_str().is_some_and(|value| names.contains(&value));
     let granted = &mut container["securityContext"]["capabilities"]["add"];
-    take(granted, &|one| is_one(missing.capabilities, one), missing.capabilities.len());
+    take(
+        granted,
+        &|one| is_one(missing.capabilities, one),
+        missing.capabilities.len(),
+    );
     let mounts = &mut container["volumeMounts"];
-    take(mounts, &|one| is_one(missing.mounts, &one["mountPath"]), missing.mounts.len());
+    take(
+        mounts,
+        &|one| is_one(missing.mounts, &one["mountPath"]),
+        missing.mounts.len(),
+    );
     says(cluster, &template, missing.lines);
 }
 
@@ -85,11 +96,25 @@ fn says(cluster: &Cluster, template: &Value, lines: &[&str]) {
 }
 
 fn template(cluster: &Cluster) -> Value {
-    cluster.node.get(&["daemonset", "--namespace", "awsvid", "awsvid"])["spec"]["template"].clone()
+    cluster
+        .node
+        .get(&["daemonset", "--namespace", "awsvid", "awsvid"])["spec"]["template"]
+        .clone()
 }
 
 fn replace(cluster: &Cluster, template: &Value) {
-    let patch = json!([{ "op": "replace", "path": "/spec/template", "value": template }]).to_string();
-    let words = ["patch", "daemonset", "awsvid", "--namespace", "awsvid", "--type", "json", "--patch", &patch];
+    let patch =
+        json!([{ "op": "replace", "path": "/spec/template", "value": template }]).to_string();
+    let words = [
+        "patch",
+        "daemonset",
+        "awsvid",
+        "--namespace",
+        "awsvid",
+        "--type",
+        "json",
+        "--patch",
+        &patch,
+    ];
     cluster.node.kubectl(&words).success("another template");
 }

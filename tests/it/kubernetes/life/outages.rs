@@ -18,28 +18,52 @@ pub(in crate::kubernetes) fn warm_pods_notice_nothing(cluster: &Cluster) {
         signal(node, "CONT", stopped);
     }
     let place_agent = |selector| {
-        let patch = json!({ "spec": { "template": { "spec": { "nodeSelector": { "away": selector } } } } }).to_string();
-        let words = ["patch", "daemonset", "spire-agent", "--namespace", "spire", "--patch", &patch];
-        await_some("the API server is back", PATIENCE, || node.kubectl(&words).status.success().then_some(()));
+        let patch =
+            json!({ "spec": { "template": { "spec": { "nodeSelector": { "away": selector } } } } })
+                .to_string();
+        let words = [
+            "patch",
+            "daemonset",
+            "spire-agent",
+            "--namespace",
+            "spire",
+            "--patch",
+            &patch,
+        ];
+        await_some("the API server is back", PATIENCE, || {
+            node.kubectl(&words).status.success().then_some(())
+        });
     };
     place_agent(json!("true"));
-    await_some("the agent is away", PATIENCE, || processes(node, "spire-agent").is_empty().then_some(()));
+    await_some("the agent is away", PATIENCE, || {
+        processes(node, "spire-agent").is_empty().then_some(())
+    });
     warm.goes_on();
     // Its standard input stays open until it is answered, else the client would be taken for gone.
     let raw = "printf 'GET /v1/credentials HTTP/1.1\\r\\nHost: localhost\\r\\nAuthorization: any\\r\\nConnection: close\\r\\n\\r\\n'";
     let script = format!(
         "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo told; until ask 127.0.0.1; do busybox sleep 1; done"
     );
-    node.apply(&asker::pod(READER, "without-agent", &format!("{script}; echo answered")));
+    node.apply(&asker::pod(
+        READER,
+        "without-agent",
+        &format!("{script}; echo answered"),
+    ));
     let log = await_some("the new pod is told why", PATIENCE, || {
         let log = node.pod_log(READER.namespace, "without-agent");
         log.contains("\ntold\n").then_some(log)
     });
-    assert!(log.starts_with("HTTP/1.1 503") && log.contains("start the SPIFFE agent"), "{log}");
+    assert!(
+        log.starts_with("HTTP/1.1 503") && log.contains("start the SPIFFE agent"),
+        "{log}"
+    );
     place_agent(json!(null));
     node.rolled_out("spire", "daemonset/spire-agent");
     let ended = node.ended(READER.namespace, "without-agent");
-    assert!(ended.succeeded && ended.log.ends_with("answered\n"), "{ended:?}");
+    assert!(
+        ended.succeeded && ended.log.ends_with("answered\n"),
+        "{ended:?}"
+    );
     let (answered, failed, longest) = warm.enough();
     eprintln!("outages: a warm pod was answered {answered} times, at most {longest:.2} s apart");
     assert!(failed.is_empty(), "{failed:?}");

@@ -11,25 +11,51 @@ use crate::kubernetes::cluster::{Cluster, READER};
 pub(in crate::kubernetes) fn pods_wait_until_awsvid_is_ready(cluster: &Cluster, folder: &Path) {
     let node = &cluster.node;
     // Kubernetes' own image has no shell either.
-    let kubectl = root_of(&folder.join("images/kubectl"), &node.bin().join("kubectl"), "/bin/kubectl");
+    let kubectl = root_of(
+        &folder.join("images/kubectl"),
+        &node.bin().join("kubectl"),
+        "/bin/kubectl",
+    );
     let name = "registry.k8s.io/kubectl:v1.36.3";
-    node.import(&Image { name, layers: &[&kubectl], entrypoint: &["/bin/kubectl"] });
+    node.import(&Image {
+        name,
+        layers: &[&kubectl],
+        entrypoint: &["/bin/kubectl"],
+    });
     let busybox = node.bin().join("pod-files/busybox");
-    node.import(&Image { name: "docker.io/library/busybox:1.37.0-musl", layers: &[&busybox], entrypoint: &[] });
+    node.import(&Image {
+        name: "docker.io/library/busybox:1.37.0-musl",
+        layers: &[&busybox],
+        entrypoint: &[],
+    });
     // As `kubelet --register-with-taints` does.
-    node.kubectl(&["taint", "node", NAME, "awsvid.io/not-ready=:NoSchedule"]).success("a taint");
+    node.kubectl(&["taint", "node", NAME, "awsvid.io/not-ready=:NoSchedule"])
+        .success("a taint");
     node.apply(&asker::pod(READER, "early", "ask 127.0.0.1; echo answered"));
     let waits = |reason: &str| {
         let pod = node.get(&["pod", "--namespace", READER.namespace, "early"]);
-        pod["status"]["conditions"].as_array().into_iter().flatten().any(|one| one["reason"] == reason)
+        pod["status"]["conditions"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|one| one["reason"] == reason)
     };
-    await_some("the pod waits", PATIENCE, || waits("Unschedulable").then_some(()));
+    await_some("the pod waits", PATIENCE, || {
+        waits("Unschedulable").then_some(())
+    });
     cluster.install_with("spiffe-broker", &["environment", "startup-taint"]);
     let ended = node.ended(READER.namespace, "early");
     assert!(ended.succeeded && ended.log == "answered\n", "{ended:?}");
     let remover = node.pod_log("awsvid", "startup-taint");
     assert!(remover.contains("untainted"), "{remover}");
     // Its pod, too, has ended when this returns.
-    let words = ["delete", "deployment", "startup-taint", "--namespace", "awsvid", "--cascade=foreground"];
+    let words = [
+        "delete",
+        "deployment",
+        "startup-taint",
+        "--namespace",
+        "awsvid",
+        "--cascade=foreground",
+    ];
     node.kubectl(&words).success("its end");
 }

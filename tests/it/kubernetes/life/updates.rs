@@ -13,7 +13,13 @@ pub(in crate::kubernetes) fn an_update_refuses_nobody(cluster: &Cluster) {
     let (updates, start) = (if is_slow() { 10 } else { 2 }, Instant::now());
     for _ in 0..updates {
         let before = process(&cluster.node, "awsvid");
-        let restart = ["rollout", "restart", "--namespace", "awsvid", "daemonset/awsvid"];
+        let restart = [
+            "rollout",
+            "restart",
+            "--namespace",
+            "awsvid",
+            "daemonset/awsvid",
+        ];
         cluster.node.kubectl(&restart).success("a rolling update");
         cluster.node.rolled_out("awsvid", "daemonset/awsvid");
         assert_ne!(process(&cluster.node, "awsvid"), before);
@@ -52,9 +58,14 @@ pub(super) fn listening_after(cluster: &Cluster, process: u32) -> Duration {
     let started = boot + Duration::from_millis(ticks(&cluster.node, process, 22) * 10);
     await_some("it listens in pods", PATIENCE, || {
         let log = cluster.node.pod_log("awsvid", "awsvid");
-        let lines = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let lines = log
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
         let listening = lines.filter(|line| line["message"] == "serving workloads in pods");
-        let times = listening.filter_map(|line| humantime::parse_rfc3339(line["timestamp"].as_str()?).ok());
-        times.filter_map(|at| at.duration_since(started).ok()).next()
+        let times =
+            listening.filter_map(|line| humantime::parse_rfc3339(line["timestamp"].as_str()?).ok());
+        times
+            .filter_map(|at| at.duration_since(started).ok())
+            .next()
     })
 }
