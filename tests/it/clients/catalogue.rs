@@ -82,7 +82,7 @@ impl Client {
         let output = run(command, b"", Duration::from_secs(60));
         let version = first_version(&(output.stdout + &output.stderr));
         match expected.filter(|expected| *expected != version) {
-            Some(expected) => skip(&format!("{} is {version} here, and {expected} in README.md", self.name)),
+            Some(expected) => skip(&format!("{} is {version} here, and {expected} in deploy/docs/sdks.md", self.name)),
             None => return Some(version),
         }
         None
