@@ -24,7 +24,7 @@ const CLEAR: &str = "\x1b[2J\x1b[H";
 
 /// Shows what awsvid holds: credentials with their roles, expiry, next refresh, callers and last errors.
 ///
-/// On a terminal it is a table, elsewhere JSON; the fields are in deploy/README.md. Nothing in it is secret. The socket is
+/// On a terminal it is a table, elsewhere JSON; the fields are in deploy/docs/cli.md. Nothing in it is secret. The socket is
 /// root's, so this needs sudo.
 #[derive(Debug, Args)]
 #[command(after_help = "Exit status: 0 if awsvid answered, 1 if not.")]

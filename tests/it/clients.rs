@@ -1,6 +1,6 @@
 //! Every AWS SDK and client, real and unmodified, gets its credentials from the real daemon, SPIRE and MinIO.
 //!
-//! Each runs as a user of its own behind `awsvid exec`. What they do is in a table in README.md, which these tests keep true;
+//! Each runs as a user of its own behind `awsvid exec`. What they do is in a table in deploy/docs/sdks.md, which these tests keep true;
 //! with `AWSVID_WRITE_TABLE=1` they write it. `tests/run` tries one read and one refusal each, `tests/run slow` all columns.
 
 mod catalogue;

@@ -131,15 +131,13 @@ async fn opens(
 fn refused<T>(step: &'static str, error: &SourceError, report: &mut CheckReport) -> Option<T> {
     let fix = match error {
         SourceError::Denied(_) => {
-            "spire-server entry show, then entry create -spiffeID ID -selector unix:uid:0 (deploy/README.md has the whole command)"
+            "spire-server entry show, then entry create -spiffeID ID -selector unix:uid:0 (deploy/docs/spire-setup.md has the whole command)"
         }
         SourceError::Unavailable(_) => {
             "look at the agent's log, and at its connection to its server"
         }
         SourceError::BadToken(_) => "mend it at the SPIFFE provider: STS would refuse the token",
-        _ => {
-            "correct [identity], or the agent's configuration (deploy/README.md, \"What it needs from SPIRE\")"
-        }
+        _ => "correct [identity], or the agent's configuration (deploy/docs/spire-setup.md)",
     };
     report.failed(step, error.to_string(), fix);
     None

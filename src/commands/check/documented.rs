@@ -1,8 +1,8 @@
-//! The table of deploy/README.md: for tests that what check says is in it, here and (they take this file as it is) with real
-//! counterparts.
+//! The table in `deploy/docs/troubleshooting.md`: for tests that every finding of check is in it, here and (they include this
+//! file as it is) with real counterparts.
 
-const README: &str = include_str!("../../../deploy/README.md");
-const HEADER: &str = "| symptom | step | check says |";
+const DOCUMENT: &str = include_str!("../../../deploy/docs/troubleshooting.md");
+const HEADER: &str = "| symptom | step | output of check |";
 
 /// A line of the table.
 #[derive(Debug)]
@@ -13,8 +13,8 @@ pub(crate) struct Row<'a> {
 }
 
 pub(crate) fn rows() -> Vec<Row<'static>> {
-    let from = README.find(HEADER).expect("the table");
-    let lines = README[from..]
+    let from = DOCUMENT.find(HEADER).expect("the table");
+    let lines = DOCUMENT[from..]
         .lines()
         .skip(2)
         .take_while(|line| line.starts_with('|'));
@@ -50,6 +50,6 @@ pub(crate) fn assert_documented(step: &str, saw: &str, fix: &str) {
     };
     assert!(
         rows().iter().any(has),
-        "no row of deploy/README.md for {step}: {saw} -> {fix}"
+        "no row of deploy/docs/troubleshooting.md for {step}: {saw} -> {fix}"
     );
 }

@@ -178,7 +178,7 @@ fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
         false => report.failed(
             STEP,
             format!("without {}", missing.join(", ")),
-            "run it as root; in a unit or pod, grant these capabilities (deploy/README.md, \"What it needs\")",
+            "run it as root; in a unit or pod, grant these capabilities (deploy/docs/install-vm.md)",
         ),
     }
 }

@@ -1,4 +1,4 @@
-//! What deploy/README.md says of this command.
+//! Compares `deploy/docs/troubleshooting.md` with the texts of this command.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ fn sources(places: &[&str]) -> String {
 }
 
 #[test]
-fn the_table_of_the_readme_has_words_that_check_says_and_steps_that_it_has() {
+fn documented_table_has_only_texts_and_steps_of_check() {
     let steps = sources(&["commands/check", "commands/check.rs"]);
     let words = sources(&[
         "commands/check",

@@ -306,7 +306,7 @@ async fn ask(uri: &str, authorization: &str, report: &mut CheckReport) {
                 text("code"),
                 text("message")
             ),
-            "the table of reasons in deploy/README.md says what to do; on the node, awsvid check",
+            "find the reason in deploy/docs/troubleshooting.md; on the node, run awsvid check",
         ),
     }
 }
