@@ -127,7 +127,7 @@ impl BpfProgram {
         }
     }
 
-    /// Goes on at [`BpfBpfProgram::end`] where the register is 0.
+    /// Goes on at [`BpfProgram::end`] where the register is 0.
     pub(super) fn jump_to_end_if_zero(&mut self, register: u8) {
         self.jumps.push((self.words.len(), register));
         self.words.push(0);
