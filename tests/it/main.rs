@@ -14,6 +14,7 @@ mod config;
 mod contract;
 mod credential_process;
 mod dev;
+mod documents;
 mod drain;
 mod e2e;
 mod exec;
