@@ -60,7 +60,7 @@ const AT_AWS: Tested =
     Not("only AWS's own STS answers it; tests/it/dev.rs runs the same command at that of awsvid dev");
 
 /// Each command block: its page, its first words, how it is tested.
-const COMMANDS: [(&str, &str, Tested); 53] = [
+const COMMANDS: [(&str, &str, Tested); 48] = [
     ("install-vm.md", "cargo build --release", INSTALLATION),
     ("install-vm.md", "spire-server entry create", BySpire),
     ("install-vm.md", "sudo awsvid config validate", FIRST_WORKLOAD),
