@@ -105,7 +105,8 @@ fn the_first_act_is_answered(cluster: &Cluster, source: &str) {
     assert!(records.len() == 3 && records.iter().all(|record| record["outcome"] == "issued"), "{records:?}");
 }
 
-/// Runs the commands of install-kubernetes.md, but applies on trial: the example's role is one of AWS.
+/// Runs the commands of install-kubernetes.md. It applies on trial only, because the example's role
+/// is one of AWS.
 fn documented_commands_work(cluster: &Cluster) {
     for begin in ["kubectl apply", "kubectl --namespace awsvid rollout"] {
         let commands = documents::block("install-kubernetes.md", "4. Install", begin);

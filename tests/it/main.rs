@@ -14,7 +14,7 @@ mod config;
 mod contract;
 mod credential_process;
 mod dev;
-mod documents;
+mod documented_commands;
 mod drain;
 mod e2e;
 mod exec;

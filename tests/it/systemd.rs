@@ -84,8 +84,8 @@ fn restarts(machine: &SystemdMachine) -> u32 {
     machine.property("awsvid.service", "NRestarts").parse().expect("a number")
 }
 
-/// Runs the documented installation, word by word but for the build. It installs the same files as `install` above does for
-/// all other tests.
+/// Runs the documented installation, word by word but for the build. It installs the same files as
+/// `install` does for all other tests.
 #[test]
 fn documented_installation_works() {
     let directory = folder();

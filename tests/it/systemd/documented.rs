@@ -67,7 +67,7 @@ fn documented_first_workload_gets_credentials() {
         let check = block(page, heading, check);
         sh_of_workload(&machine, &check).success(&check);
     }
-    // The issuer's documents are outside of the machine, as the check reports. Every other step passes.
+    // The issuer's documents are outside of the machine. Every other step passes.
     let check = sh(&machine, &block("install-vm.md", "5. Start and check", "sudo awsvid check"));
     let failed: Vec<&str> = check.stdout.lines().filter(|line| line.contains("FAIL")).collect();
     assert!(check.status.code() == Some(1) && failed.len() == 1 && failed[0].contains("discovery"), "{check:?}");
@@ -96,7 +96,7 @@ fn assert_revoked(machine: &SystemdMachine, spire: &Spire, entry: &str, text: &s
         let words: Vec<&str> = line.split_whitespace().collect();
         spire.server_command(&words[1..]).success(line);
     }
-    // A rule for another user takes the place of the workload's.
+    // A rule for another user replaces the workload's.
     let other = text.replace("user      = \"billing\"", "user = \"shop\"");
     assert_ne!(other, text);
     fs::write(machine.path(CONFIGURATION), other).unwrap();

@@ -1,5 +1,5 @@
-//! The pages of deploy/docs: every command block that can run is run, here or by a test that this
-//! file names, and every other block can be read by the program that it is for.
+//! Runs the command blocks of deploy/docs, here or by a test that this file names, and parses the
+//! blocks with JSON and configurations.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -169,7 +169,8 @@ fn every_command_block_is_tested_or_excused() {
     }
 }
 
-/// A folder with what the commands need: `awsvid` in `bin`, a configuration, the audit log of the page about it.
+/// Fills a folder with the files that the commands need: `awsvid` in `bin`, a configuration, and the
+/// records of audit-log.md.
 fn stage(folder: &Path) {
     fs::create_dir(folder.join("bin")).unwrap();
     symlink(PROGRAM, folder.join("bin/awsvid")).unwrap();
@@ -223,7 +224,7 @@ fn documented_commands_are_right_for_the_aws_cli() {
     stage(folder);
     symlink(aws, folder.join("bin/aws")).unwrap();
     for (page, text) in commands(|tested| matches!(tested, ByAwsCli)) {
-        // With this option the CLI parses a command, calls nothing and prints an example of the answer or request.
+        // With this option the CLI parses a command, calls nothing and prints an example.
         let script = text.trim_end().to_owned() + " --generate-cli-skeleton";
         let output = shell(folder, &script);
         assert!(output.status.success() && output.stdout.trim_start().starts_with('{'), "{page}: {text}{output:?}");
@@ -261,7 +262,7 @@ fn documented_json_can_be_parsed() {
     }
 }
 
-/// A block without `[[role]]` is a part: the rest of the smallest configuration is added to it.
+/// Adds the rest of the smallest configuration to a block that shows a part of one.
 fn completed(text: &str) -> String {
     let mut text = text.to_owned();
     let sources_of_spire = ["spire-delegated", "spiffe-broker"];
