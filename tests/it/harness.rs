@@ -13,6 +13,7 @@ pub(crate) mod counterparts;
 pub(crate) mod daemon;
 pub(crate) mod delay;
 pub(crate) mod directory;
+pub(crate) mod documents;
 pub(crate) mod engine;
 pub(crate) mod forward;
 pub(crate) mod gate;

@@ -13,6 +13,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::harness::counterparts::folder;
+use crate::harness::documents;
 use cluster::{Cluster, OTHER, READER, container, copy, manifests, overlay};
 
 /// One node for all scenes, which takes longer to start than most of them take.
@@ -51,6 +52,7 @@ fn pods_have_their_own_credentials() {
     deployments::a_deployment_reads_its_object_by_the_component(&cluster, directory.path());
     done("deployments");
     every_manifest_is_accepted(&cluster, directory.path());
+    documented_commands_work(&cluster);
     done("every manifest");
     for source in ["spire-delegated", "spiffe-broker"] {
         attacks::on_the_node_everybody_is_himself(&cluster, source);
@@ -136,6 +138,33 @@ fn the_first_act_is_answered(cluster: &Cluster, source: &str) {
         records.len() == 3 && records.iter().all(|record| record["outcome"] == "issued"),
         "{records:?}"
     );
+}
+
+/// Runs the commands of install-kubernetes.md. It applies on trial only, because the example's role
+/// is one of AWS.
+fn documented_commands_work(cluster: &Cluster) {
+    for begin in ["kubectl apply", "kubectl --namespace awsvid rollout"] {
+        let commands = documents::block("install-kubernetes.md", "4. Install", begin);
+        for line in commands.lines() {
+            let here = manifests();
+            let line = line.replace(
+                "apply -k deploy/kubernetes",
+                "apply --dry-run=server -k MANIFESTS",
+            );
+            let words: Vec<&str> = line
+                .split_whitespace()
+                .map(|word| {
+                    if word == "MANIFESTS" {
+                        here.to_str().unwrap()
+                    } else {
+                        word
+                    }
+                })
+                .collect();
+            assert_eq!(words[0], "kubectl");
+            cluster.node.kubectl(&words[1..]).success(&line);
+        }
+    }
 }
 
 /// All that can be applied is, on trial, as it stands.

@@ -19,6 +19,7 @@ mod config;
 mod contract;
 mod credential_process;
 mod dev;
+mod documented_commands;
 mod documents;
 mod drain;
 mod e2e;

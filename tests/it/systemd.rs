@@ -1,5 +1,7 @@
 //! The shipped units as they stand, under a real systemd: `deploy/systemd` and the example configuration.
 
+mod documented;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -15,6 +17,7 @@ use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::Spire;
+use crate::harness::documents;
 use crate::harness::systemd::{Content, SystemdMachine};
 
 /// For what takes milliseconds on a machine that is not busy.
@@ -126,19 +129,13 @@ fn restarts(machine: &SystemdMachine) -> u32 {
         .expect("a number")
 }
 
-/// Step 1 of the README, word by word but for the build: it comes to what `install` above has, which all other tests start.
+/// Runs the documented installation, word by word but for the build. It installs the same files as
+/// `install` does for all other tests.
 #[test]
-fn what_the_readme_says_installs_it() {
+fn documented_installation_works() {
     let directory = folder();
-    let (_, rest) = include_str!("../../README.md")
-        .split_once("**Build and install.**")
-        .expect("step 1");
-    let block = rest
-        .split("```")
-        .nth(1)
-        .and_then(|block| block.strip_prefix("sh\n"))
-        .expect("its commands");
-    let (build, block) = block.trim_start().split_once('\n').expect("several");
+    let block = documents::block("install-vm.md", "1. Install the files", "cargo build");
+    let (build, block) = block.split_once('\n').expect("several");
     assert_eq!(build, "cargo build --release");
     let (program, deploy) = (Path::new(env!("CARGO_BIN_EXE_awsvid")), shipped(""));
     let files = [
@@ -639,29 +636,9 @@ fn a_reload_reads_the_configuration_again() {
     assert_ne!(process, "0");
 }
 
-/// The commands in the first block of a document after these words.
-fn commands(document: &str, after: &str) -> String {
-    let (_, rest) = document
-        .split_once(after)
-        .unwrap_or_else(|| panic!("{after} is in the document"));
-    let block = rest
-        .split("```")
-        .nth(1)
-        .and_then(|block| block.strip_prefix("sh\n"))
-        .expect("its commands");
-    block
-        .lines()
-        .map(|line| line.trim_start().to_owned() + "\n")
-        .collect()
-}
-
-/// The rollback as deploy/README.md has it, word by word, from a version that has a key more: this one's program with another
-/// name for a key is that version.
-#[test]
-fn the_documented_rollback_leaves_nobody_without_a_daemon() {
-    const DOCUMENT: &str = include_str!("../../deploy/README.md");
-    let directory = folder();
-    let newer = directory.path().join("awsvid.newer");
+/// Writes a version of the program that has a key more: this one with another name for a key.
+fn newer_version(directory: &Path) -> PathBuf {
+    let newer = directory.join("awsvid.newer");
     let mut program = fs::read(env!("CARGO_BIN_EXE_awsvid")).unwrap();
     let (known, future) = (b"revocation_grace", b"revocation_pause");
     let places: Vec<usize> = (0..program.len() - known.len())
@@ -672,6 +649,14 @@ fn the_documented_rollback_leaves_nobody_without_a_daemon() {
         .for_each(|i| program[*i..i + future.len()].copy_from_slice(future));
     fs::write(&newer, program).unwrap();
     fs::set_permissions(&newer, fs::Permissions::from_mode(0o755)).unwrap();
+    newer
+}
+
+/// Runs the documented rollback, word by word, from a version that has a key more.
+#[test]
+fn documented_rollback_interrupts_no_caller() {
+    let directory = folder();
+    let newer = newer_version(directory.path());
     let previous = with_rules("", &rule("user = \"billing\""));
     let text = format!("{previous}[cache]\nrevocation_pause = \"1m\"\n");
     let more = [
@@ -689,11 +674,8 @@ fn the_documented_rollback_leaves_nobody_without_a_daemon() {
     start(&machine);
     assert_known(ask(&machine, "billing.service", "billing", TCP));
     // What CI says before such a file is anywhere.
-    let check = commands(
-        DOCUMENT,
-        "with the\n  version that runs and with the one that you would go back to",
-    )
-    .replace("awsvid.toml", CONFIGURATION);
+    let check = documents::block("upgrade.md", "The order of steps", "awsvid.previous");
+    let check = check.replace("awsvid.toml", CONFIGURATION);
     let checked = machine.run(&["sh", "-euc", &check]);
     let words = format!(
         "cache.revocation_pause: awsvid {} has no such key",
@@ -711,8 +693,9 @@ fn the_documented_rollback_leaves_nobody_without_a_daemon() {
                 assert_known(ask(machine, "asker.service", "billing", UNIX));
             }
         });
+        let rollback = documents::block("upgrade.md", "Roll back on a VM", "install");
         machine
-            .run(&["sh", "-euc", &commands(DOCUMENT, "**Rollback:**")])
+            .run(&["sh", "-euc", &rollback])
             .success("the documented rollback");
         asker.join().unwrap();
     });
