@@ -17,34 +17,34 @@ use crate::caller::{AttestError, Caller, PeerFacts, WorkloadKey};
 use crate::cgroup::{CgroupPath, PodRoots};
 use crate::listen::LazySocket;
 
-mod cgroups;
+mod cgroup_mounts;
+mod cgroup_scan;
+mod cgroup_tree;
 mod exec_monitor;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod hierarchies;
 mod host;
-mod in_pod;
-mod inet_diag;
 mod kernel;
-mod known;
 mod lookups;
-mod pods;
-mod process;
-mod search;
+mod pod_attestor;
+mod pod_lookup;
+mod process_cache;
+mod process_snapshot;
+mod sock_diag;
+mod socket_owner;
 mod status;
 mod sys;
 mod tcp;
 mod tcp_support;
 mod unix;
-mod walks;
 
 pub use exec_monitor::{ExecMonitor, ExecMonitorError};
-pub use in_pod::PodAttestor;
-pub use inet_diag::SockDiag;
 pub use kernel::{TcpUnsupported, UnixSupport, try_tcp, unix_support};
 pub use lookups::LookupThreads;
+pub use pod_attestor::PodAttestor;
+pub use sock_diag::SockDiag;
 
-use hierarchies::CgroupMounts;
+use cgroup_mounts::CgroupMounts;
 use host::Host;
 use tcp_support::TcpSupport;
 
@@ -117,7 +117,7 @@ impl Attestor {
             let path = proc_root.join(name);
             std::fs::read_to_string(&path).map_err(|source| StartError::Proc { path, source })
         };
-        if !process::is_identity_map(&read("self/uid_map")?) {
+        if !process_snapshot::is_identity_map(&read("self/uid_map")?) {
             return Err(StartError::UserNamespace);
         }
         let hierarchies = CgroupMounts::find(&read("self/mountinfo")?);
@@ -204,7 +204,7 @@ pub fn shares_pid_namespace_with_peer(stream: &UnixStream) -> bool {
     let Ok(peer) = getsockopt(stream, PeerCredentials) else {
         return false;
     };
-    peer.pid() > 0 && process::shares_pid_namespace(Path::new("/proc"), peer.pid())
+    peer.pid() > 0 && process_snapshot::shares_pid_namespace(Path::new("/proc"), peer.pid())
 }
 
 #[cfg(test)]

@@ -9,13 +9,13 @@ use async_trait::async_trait;
 
 use crate::cgroup::{CgroupPath, Pod, PodUid, WorkloadCgroup, WorkloadKind};
 
+mod attest_error;
 mod groups;
-mod refusal;
 #[cfg(test)]
 pub(crate) mod unchanged;
 
+pub use attest_error::AttestError;
 pub use groups::{GroupDetail, Groups};
-pub use refusal::AttestError;
 
 /// Over which kind of listener a caller came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

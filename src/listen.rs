@@ -18,19 +18,19 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use crate::metrics::Metrics;
 use crate::telemetry::LogQuota;
 
-mod bound;
-mod inherited;
-mod inside;
-mod socket;
+mod lazy_socket;
+mod listener;
+mod pod_listener;
+mod socket_activation;
 mod socket_file;
 mod sys;
 mod tcp;
 mod unprivileged;
 
-pub use bound::{AcceptedStream, Listener, ListenerSource};
-pub use inherited::ActivatedSockets;
-pub use inside::{NetnsRef, POD_ADDRESSES, PodListener};
-pub use socket::LazySocket;
+pub use lazy_socket::LazySocket;
+pub use listener::{AcceptedStream, Listener, ListenerSource};
+pub use pod_listener::{NetnsRef, POD_ADDRESSES, PodListener};
+pub use socket_activation::ActivatedSockets;
 pub use socket_file::SocketFile;
 pub use unprivileged::{first_unprivileged_port, unprivileged_ports, warn_of_unprivileged_ports};
 
@@ -274,7 +274,7 @@ async fn handle_accept_error(
     stop: &mut watch::Receiver<bool>,
     troubles: &mut AcceptErrorState,
 ) {
-    if bound::is_per_connection_error(error) {
+    if listener::is_per_connection_error(error) {
         return;
     }
     let pause = match error.raw_os_error().map(Errno::from_raw) {

@@ -2,9 +2,9 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 
-use crate::attest::cgroups::CgroupTree;
-use crate::attest::hierarchies::CgroupMounts;
-use crate::attest::{inet_diag, process, status};
+use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::attest::cgroup_tree::CgroupTree;
+use crate::attest::{process_snapshot, sock_diag, status};
 use crate::caller::Groups;
 use crate::cgroup::{CgroupPath, PodRoots, WorkloadKind};
 
@@ -15,7 +15,7 @@ const SERVER: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 974);
 /// A reply is believed about one connection at most, and never about a socket that nobody holds.
 pub(crate) fn sock_diag(reply: &[u8]) -> bool {
     let (client, server) = (SocketAddr::from(CLIENT), SocketAddr::from(SERVER));
-    let Ok(socket) = inet_diag::parse(reply, client, server) else {
+    let Ok(socket) = sock_diag::parse(reply, client, server) else {
         return false;
     };
     assert_ne!(socket.inode, 0);
@@ -25,27 +25,27 @@ pub(crate) fn sock_diag(reply: &[u8]) -> bool {
     others[2].set_ip(std::net::Ipv6Addr::LOCALHOST.into());
     for other in others {
         assert!(
-            inet_diag::parse(reply, other, server).is_err(),
+            sock_diag::parse(reply, other, server).is_err(),
             "believed about {other}, too"
         );
         assert!(
-            inet_diag::parse(reply, client, other).is_err(),
+            sock_diag::parse(reply, client, other).is_err(),
             "believed about a connection to {other}, too"
         );
     }
     assert!(
-        inet_diag::parse(reply, server, client).is_err(),
+        sock_diag::parse(reply, server, client).is_err(),
         "the server's own end is not the client's"
     );
     // A v4-mapped address is the IPv4 address that it is.
     let mapped = |(ip, port): (Ipv4Addr, u16)| SocketAddr::from((ip.to_ipv6_mapped(), port));
     assert_eq!(
-        inet_diag::parse(reply, mapped(CLIENT), mapped(SERVER)),
+        sock_diag::parse(reply, mapped(CLIENT), mapped(SERVER)),
         Ok(socket)
     );
     for end in 0..reply.len() {
         assert!(
-            inet_diag::parse(&reply[..end], client, server).is_err() || end >= 16 + 72,
+            sock_diag::parse(&reply[..end], client, server).is_err() || end >= 16 + 72,
             "believed without its end"
         );
     }
@@ -54,11 +54,11 @@ pub(crate) fn sock_diag(reply: &[u8]) -> bool {
 
 /// `/proc/<pid>/stat`, `status`, `uid_map` and `cgroup`.
 pub(crate) fn proc(text: &str) -> bool {
-    let start = process::start_time(text);
+    let start = process_snapshot::start_time(text);
     if let Some(start) = start {
         // Whatever a process calls itself.
         assert_eq!(
-            process::start_time(&format!("7 (a) R 1 (b) {text}")),
+            process_snapshot::start_time(&format!("7 (a) R 1 (b) {text}")),
             Some(start)
         );
     }
@@ -95,13 +95,13 @@ pub(crate) fn proc(text: &str) -> bool {
             Ok(found)
         );
     }
-    if process::is_identity_map(text) {
+    if process_snapshot::is_identity_map(text) {
         assert!(text.split_ascii_whitespace().eq(["0", "0", "4294967295"]));
     }
     for (_, path) in crate::cgroup::lines(text) {
         assert!(text.contains(path) && !path.contains('\n'));
     }
-    start.is_some() || found.is_ok() || process::is_identity_map(text)
+    start.is_some() || found.is_ok() || process_snapshot::is_identity_map(text)
 }
 
 /// `/proc/self/mountinfo`: only a whole tree of the second version is taken.

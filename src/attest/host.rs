@@ -7,12 +7,12 @@ use std::sync::Arc;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
 
-use crate::attest::cgroups::CgroupTree;
+use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::attest::cgroup_tree::CgroupTree;
 use crate::attest::exec_monitor::ExecMonitor;
-use crate::attest::hierarchies::CgroupMounts;
-use crate::attest::known::{ProcessCache, ProcessHandle};
 use crate::attest::lookups::LookupThreads;
-use crate::attest::pods::{PodLookup, ResolvedPod};
+use crate::attest::pod_lookup::{PodLookup, ResolvedPod};
+use crate::attest::process_cache::{ProcessCache, ProcessHandle};
 use crate::attest::sys;
 use crate::caller::AttestError;
 use crate::cgroup::{CgroupPath, PodRoots};

@@ -10,10 +10,10 @@ use std::path::Path;
 
 use thiserror::Error;
 
-use crate::attest::cgroups::CgroupTree;
-use crate::attest::hierarchies::CgroupMounts;
+use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::attest::cgroup_tree::CgroupTree;
 use crate::attest::host::Host;
-use crate::attest::inet_diag::{SockDiag, SocketInfo};
+use crate::attest::sock_diag::{SockDiag, SocketInfo};
 use crate::attest::sys;
 use crate::caller::AttestError;
 

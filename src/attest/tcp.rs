@@ -9,12 +9,12 @@ use async_trait::async_trait;
 use tokio::time::timeout;
 
 use crate::attest::Unattested;
-use crate::attest::cgroups::{CgroupTree, TreeScope, WalkKey};
+use crate::attest::cgroup_tree::{CgroupTree, TreeScope, WalkKey};
 use crate::attest::host::Host;
-use crate::attest::inet_diag::{SockDiag, SocketInfo};
 use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
-use crate::attest::pods::ResolvedPod;
-use crate::attest::search::{self, Budget, SocketOwner};
+use crate::attest::pod_lookup::ResolvedPod;
+use crate::attest::sock_diag::{SockDiag, SocketInfo};
+use crate::attest::socket_owner::{self, Budget, SocketOwner};
 use crate::caller::{
     AgentProcessRef, AttestError, Caller, ExecWatch, ListenerKind, PeerFacts, PeerProof, PodAge,
     Process, ProcessFacts, WorkloadKey,
@@ -291,7 +291,7 @@ impl SocketProof {
         } = self.clone();
         move || {
             let parts = &attestor.0;
-            search::find_socket_owner(
+            socket_owner::find_socket_owner(
                 &parts.host,
                 &parts.cgroups,
                 &socket,

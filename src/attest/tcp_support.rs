@@ -10,8 +10,8 @@ use tokio::time::Instant;
 
 use crate::attest::Unattested;
 use crate::attest::host::Host;
-use crate::attest::inet_diag::SockDiag;
 use crate::attest::kernel::{TcpUnsupported, no_sock_diag, try_tcp_of};
+use crate::attest::sock_diag::SockDiag;
 use crate::attest::tcp::{SocketProof, TcpAttestor};
 use crate::caller::AttestError;
 use crate::limits::FairSemaphore;

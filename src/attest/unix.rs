@@ -11,8 +11,8 @@ use nix::unistd::{SysconfVar, sysconf};
 
 use crate::attest::Unattested;
 use crate::attest::host::Host;
-use crate::attest::pods::ResolvedPod;
-use crate::attest::process::ProcessSnapshot;
+use crate::attest::pod_lookup::ResolvedPod;
+use crate::attest::process_snapshot::ProcessSnapshot;
 use crate::attest::sys;
 use crate::caller::{
     AgentProcessRef, AttestError, Caller, ExecWatch, GroupDetail, Groups, ListenerKind, PeerFacts,

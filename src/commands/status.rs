@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 use serde_json::Value;
 
 use super::style::Style;
-use super::{ConfigFile, server};
+use super::{ConfigFile, trusted_socket};
 
 /// For one answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -75,7 +75,7 @@ impl StatusCommand {
     fn ask(&self) -> Result<Value, String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
         let owners = [0, geteuid().as_raw()];
-        let answer = server::get(
+        let answer = trusted_socket::get(
             &socket,
             &owners,
             "/status",

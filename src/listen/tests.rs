@@ -10,7 +10,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::namespace::NetNs;
+use crate::netns::NetNs;
 
 /// A listener on a port that is free, and where it is.
 fn bound() -> (Listener, SocketAddr) {

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use nix::unistd::geteuid;
 
 use super::*;
-use crate::attest::hierarchies::CgroupMounts;
+use crate::attest::cgroup_mounts::CgroupMounts;
 
 /// A monitor where this process may have one.
 fn monitor(count_by: CountBy) -> Option<Arc<ExecMonitor>> {

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 
 use super::*;
-use crate::attest::hierarchies::CgroupMounts;
+use crate::attest::cgroup_mounts::CgroupMounts;
 use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::documented;
+use super::doc_tables;
 
 /// The texts of these files and of all below these folders, in one, as the compiler has their strings.
 fn sources(places: &[&str]) -> String {
@@ -42,7 +42,7 @@ fn documented_table_has_only_texts_and_steps_of_check() {
         "svid",
         "svid.rs",
     ]);
-    let rows = documented::rows();
+    let rows = doc_tables::rows();
     assert!(rows.len() > 20, "{rows:?}");
     for row in rows {
         for step in &row.steps {

@@ -12,11 +12,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use awsvid::endpoint::Endpoint;
+use awsvid::socket_endpoint::Endpoint;
 use awsvid::svid::agent::AttestingAgent;
-use awsvid::svid::broker_api::BrokerApi;
-use awsvid::svid::delegated::SpireDelegated;
-use awsvid::svid::own::OwnSvidSource;
+use awsvid::svid::spiffe_broker::BrokerApi;
+use awsvid::svid::spire_delegated::SpireDelegated;
+use awsvid::svid::own_svid::OwnSvidSource;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::{Pid, gettid};
 use serde_json::Value;

@@ -1,0 +1,118 @@
+//! Callers in a pod's own network namespace.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::attest::Unattested;
+use crate::attest::pod_lookup::ResolvedPod;
+use crate::attest::tcp::{SocketProof, TcpAttestor};
+use crate::caller::{AttestError, Caller};
+use crate::cgroup::PodUid;
+
+/// Attests the peers of a listener in one pod's network namespace.
+///
+/// Nothing but a caller's cgroup says whose the namespace is. The first pod that is seen there is taken for its owner, as long as
+/// that pod lives; another's process must have been brought there by somebody who may enter namespaces, and gets nothing.
+pub struct PodAttestor {
+    tcp: TcpAttestor,
+    owner: Mutex<Option<NetnsOwner>>,
+    closed: CancellationToken,
+}
+
+struct NetnsOwner {
+    pod: ResolvedPod,
+    /// Whether another pod's process was seen there, and told of.
+    intruded: bool,
+}
+
+impl fmt::Debug for PodAttestor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PodAttestor")
+            .field("tcp", &self.tcp)
+            .field("owner", &self.owner())
+            .finish_non_exhaustive()
+    }
+}
+
+impl PodAttestor {
+    pub(crate) fn new(tcp: TcpAttestor) -> Self {
+        Self {
+            tcp,
+            owner: Mutex::default(),
+            closed: CancellationToken::new(),
+        }
+    }
+
+    /// The pod whose namespace it is, once one of its processes has asked.
+    pub fn owner(&self) -> Option<PodUid> {
+        self.lock().as_ref().map(|owner| owner.pod.pod.uid.clone())
+    }
+
+    /// As [`super::Attestor::tcp`], of peers in the namespace.
+    pub async fn tcp(
+        &self,
+        client: SocketAddr,
+        server: SocketAddr,
+        on_wait: impl FnOnce(),
+    ) -> Result<Caller, Unattested> {
+        let proof = self.tcp.look((client, server), on_wait).await?;
+        self.belongs(&proof)
+            .map_err(|refusal| Unattested::of(refusal, &proof.peer()))?;
+        Ok(proof.into_caller())
+    }
+
+    /// Lets the network namespace go, which would otherwise live as long as anybody remembers one of its callers. They are
+    /// gone from then on.
+    pub fn close(&self) {
+        self.tcp.close();
+        self.closed.cancel();
+    }
+
+    /// Waits until the network namespace is let go. No connection in it may stay open, since each would keep it.
+    pub async fn closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    fn belongs(&self, proof: &SocketProof) -> Result<(), AttestError> {
+        let pod = proof.pod().ok_or(AttestError::NotAPod)?;
+        let namespace = self.tcp.namespace();
+        let mut owner = self.lock();
+        let owner = match &mut *owner {
+            Some(owner) if owner.pod.is_same(pod) => return Ok(()),
+            // Its directory was made anew, or it is another pod, and the one before has no process any more.
+            Some(owner) if owner.pod.pod.uid != pod.pod.uid && !owner.pod.is_gone() => owner,
+            owner => {
+                if let Some(before) = owner
+                    .as_ref()
+                    .filter(|before| before.pod.pod.uid != pod.pod.uid)
+                {
+                    // Whoever may enter namespaces could have waited for that.
+                    tracing::info!(
+                        pod = %pod.pod.uid, before = %before.pod.pod.uid, namespace,
+                        "a network namespace whose pod is gone has another pod now"
+                    );
+                }
+                *owner = Some(NetnsOwner {
+                    pod: pod.clone(),
+                    intruded: false,
+                });
+                return Ok(());
+            }
+        };
+        // The audit has each.
+        if !std::mem::replace(&mut owner.intruded, true) {
+            tracing::warn!(
+                pod = %pod.pod.uid, owner = %owner.pod.pod.uid, namespace,
+                "a process of a pod is in the network namespace of another one, and is refused there"
+            );
+        }
+        Err(AttestError::OtherPod)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<NetnsOwner>> {
+        self.owner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

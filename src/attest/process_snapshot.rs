@@ -1,0 +1,474 @@
+//! What the kernel says of a process, held so that it can be asked whether it is still the same one.
+//!
+//! Interfaces: `PIDFD_GET_INFO` of `ioctl_pidfd(2)` where the kernel has it, else `proc_pid_status(5)` and
+//! `proc_pid_cgroup(5)`; `proc_pid_stat(5)`, `pidfd_open(2)`.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{self, OFlag};
+use nix::sys::stat::Mode;
+
+use crate::attest::exec_monitor::ExecCountWatch;
+use crate::attest::host::Host;
+use crate::attest::process_cache::ProcessHandle;
+use crate::attest::status::{self, StatusError};
+use crate::attest::sys;
+use crate::caller::{
+    AgentProcessRef, AttestError, Executable, GroupDetail, Groups, Process, ProcessFacts, Program,
+    WorkloadKey,
+};
+use crate::cgroup::{self, CgroupPath};
+
+/// What changes when a process takes on other privileges, or is moved to another cgroup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ProcessIds {
+    /// Real, effective, saved, filesystem.
+    pub(crate) uids: [u32; 4],
+    /// Likewise.
+    pub(crate) gids: [u32; 4],
+    /// In the v2 hierarchy.
+    pub(crate) cgroup: CgroupMembership,
+}
+
+/// A process's cgroup v2: by its id where the kernel tells it, else by what `/proc/<pid>/cgroup` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum CgroupMembership {
+    Id(u64),
+    Shown(Option<String>),
+}
+
+/// A process that was looked at, and can be looked at again without mistaking another one for it.
+///
+/// The pidfd and the directory are both tied to one process, so its start time needs no second look: reads fail once it is
+/// gone, even if its number is in use again.
+#[derive(Debug, Clone)]
+pub(crate) struct ProcessSnapshot {
+    host: Arc<Host>,
+    known: Arc<ProcessHandle>,
+    credentials: ProcessIds,
+    cgroup: Option<CgroupPath>,
+    contained: bool,
+    /// Supplementary, where they were looked at.
+    groups: Option<Groups>,
+    program: Option<Program>,
+    /// See [`Process::started`], where it was looked at.
+    started: Option<u64>,
+}
+
+impl ProcessSnapshot {
+    /// Looks at the ids and the cgroup of a process. Whether it is alive is seen when it is looked at again.
+    pub(crate) fn read_snapshot(
+        host: &Arc<Host>,
+        known: Arc<ProcessHandle>,
+    ) -> Result<Self, AttestError> {
+        let directory = || known.directory(&host.proc_root);
+        let credentials = ProcessIds::read(known.pidfd(), directory)?;
+        let cgroup = match (&credentials.cgroup, &host.cgroups) {
+            (CgroupMembership::Shown(shown), _) => shown
+                .as_ref()
+                .and_then(|shown| host.hierarchies.path("", shown)),
+            (CgroupMembership::Id(id), Some(tree)) => {
+                let shown = || {
+                    Ok(v2(&read(directory()?, "cgroup")?)
+                        .and_then(|shown| host.hierarchies.path("", shown)))
+                };
+                Some(tree.path_of_live_process(*id, shown)?)
+            }
+            (CgroupMembership::Id(_), None) => None,
+        };
+        let contained = names_container(host, cgroup.as_ref(), directory)?
+            || known.in_other_namespaces(|| in_other_namespaces(host, &known))?;
+        Ok(Self {
+            host: host.clone(),
+            known,
+            credentials,
+            cgroup,
+            contained,
+            groups: None,
+            program: None,
+            started: None,
+        })
+    }
+
+    /// Looks at these as well. May have to wait: see [`crate::attest::lookups`].
+    pub(crate) fn with(&self, looks: ProcessFacts) -> Result<Self, AttestError> {
+        let mut next = self.clone();
+        if looks.groups != GroupDetail::None {
+            next.groups = Some(read_groups(self.directory()?, looks.groups)?);
+        }
+        if looks.program {
+            next.program = Some(Program {
+                exe: self.executable()?,
+            });
+        }
+        // A zombie has no executable any more, but still has groups.
+        if next.groups.is_some()
+            || next
+                .program
+                .as_ref()
+                .is_some_and(|program| program.exe.is_none())
+        {
+            self.known.alive()?;
+        }
+        if looks.started {
+            next.started = Some(self.instance()?);
+        }
+        Ok(next)
+    }
+
+    /// The same, where it may wait.
+    pub(crate) async fn with_facts(
+        &self,
+        owner: &WorkloadKey,
+        looks: ProcessFacts,
+    ) -> Result<Self, AttestError> {
+        if !looks.may_wait() {
+            return self.with(looks);
+        }
+        let process = self.clone();
+        self.host
+            .lookups
+            .run(owner, move || process.with(looks))
+            .await
+    }
+
+    fn directory(&self) -> Result<&OwnedFd, AttestError> {
+        self.known.directory(&self.host.proc_root)
+    }
+
+    fn executable(&self) -> Result<Option<Executable>, AttestError> {
+        let directory = self.directory()?;
+        let path = || {
+            fcntl::readlinkat(directory, "exe")
+                .unwrap_or_default()
+                .into()
+        };
+        Ok(executable_file(directory)?.map(|file| Executable {
+            device: file.device,
+            inode: file.inode,
+            changed: file.changed,
+            path: self.known.exe_path((file.device, file.inode), path),
+        }))
+    }
+
+    /// Whether it is alive and everything that was looked at is as it was. May have to wait if its executable was.
+    pub(crate) fn verify_unchanged(&self) -> Result<(), AttestError> {
+        let credentials =
+            ProcessIds::read(self.known.pidfd(), || self.directory())? == self.credentials;
+        let groups = match &self.groups {
+            Some(groups) => read_groups(self.directory()?, GroupDetail::Digest)? == *groups,
+            None => true,
+        };
+        let program = match &self.program {
+            Some(program) => {
+                file(executable_file(self.directory()?)?) == program.exe.as_ref().map(key)
+            }
+            None => true,
+        };
+        self.known.alive()?;
+        if credentials && groups && program {
+            Ok(())
+        } else {
+            Err(AttestError::IdentityChanged)
+        }
+    }
+
+    /// The same, where it may wait.
+    pub(crate) async fn verify(&self, owner: &WorkloadKey) -> Result<(), AttestError> {
+        if self.program.is_none() && self.groups.is_none() {
+            return self.verify_unchanged();
+        }
+        let process = self.clone();
+        self.host
+            .lookups
+            .run(owner, move || process.verify_unchanged())
+            .await
+    }
+
+    /// Whether it runs still.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.known.alive().is_ok()
+    }
+
+    /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
+    pub(crate) async fn for_agent(
+        &self,
+        owner: &WorkloadKey,
+    ) -> Result<AgentProcessRef, AttestError> {
+        let process = self.clone();
+        self.host
+            .lookups
+            .run(owner, move || process.verify_unchanged())
+            .await?;
+        let cgroups = read(self.directory()?, "cgroup")?;
+        self.host.hierarchies.check(&cgroups)?;
+        Ok(AgentProcessRef {
+            pid: self.known.pid(),
+            cgroups,
+        })
+    }
+
+    /// Notices from now on whether it executes a program.
+    pub(crate) fn watch_exec(&self) -> Result<ExecCountWatch, AttestError> {
+        let monitor = self
+            .host
+            .exec_monitor
+            .as_ref()
+            .ok_or(AttestError::ExecUnobservable)?;
+        let watch = monitor.watch(monitor.key(self.known.pid(), || self.workload_id())?);
+        // Alive after that, so that the number cannot have been another process's at that time.
+        self.known.alive()?;
+        Ok(watch)
+    }
+
+    /// The id of the cgroup that is its workload's.
+    fn workload_id(&self) -> Result<u64, AttestError> {
+        let (Some(cgroup), Some(tree)) = (&self.cgroup, &self.host.cgroups) else {
+            return Err(AttestError::ExecUnobservable);
+        };
+        let (workload, _) = cgroup.workload();
+        let path = CgroupPath::parse(workload.as_str()).ok_or(AttestError::UnreadableCgroup)?;
+        tree.id(&path)
+    }
+
+    /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
+    pub(crate) fn same_facts(&self, other: &Self) -> bool {
+        let exe = |held: &Self| {
+            held.program
+                .as_ref()
+                .and_then(|program| program.exe.as_ref())
+                .map(key)
+        };
+        self.credentials == other.credentials
+            && self.contained == other.contained
+            && self.groups == other.groups
+            && exe(self) == exe(other)
+    }
+
+    /// Ids and cgroup.
+    pub(crate) fn ids(&self) -> &ProcessIds {
+        &self.credentials
+    }
+
+    /// The path of its cgroup, if there is a v2 hierarchy.
+    pub(crate) fn cgroup(&self) -> Option<&CgroupPath> {
+        self.cgroup.as_ref()
+    }
+
+    /// See [`Process::in_container`].
+    pub(crate) fn contained(&self) -> bool {
+        self.contained
+    }
+
+    /// In clock ticks since boot. May have to wait.
+    pub(crate) fn start_time(&self) -> Result<u64, AttestError> {
+        start_time(&read(self.directory()?, "stat")?).ok_or(AttestError::Kernel)
+    }
+
+    /// See [`Process::started`].
+    fn instance(&self) -> Result<u64, AttestError> {
+        self.known.inode().map_or_else(|| self.start_time(), Ok)
+    }
+
+    /// Whether descriptor `number` of the process is the socket with this inode.
+    pub(crate) fn has_fd(&self, number: u32, inode: u32) -> bool {
+        self.known.socket(&self.host.proc_root, number) == Some(inode)
+    }
+
+    /// Supplementary, where they were looked at.
+    pub(crate) fn groups(&self) -> Option<&Groups> {
+        self.groups.as_ref()
+    }
+
+    /// As a plain value.
+    pub(crate) fn to_process(&self) -> Process {
+        Process {
+            pid: self.known.pid(),
+            gid: self.credentials.gids[1],
+            groups: self.groups.clone(),
+            in_container: self.contained,
+            program: self.program.clone(),
+            started: self.started,
+        }
+    }
+}
+
+impl ProcessIds {
+    fn read<'d>(
+        pidfd: &OwnedFd,
+        directory: impl FnOnce() -> Result<&'d OwnedFd, AttestError>,
+    ) -> Result<Self, AttestError> {
+        match sys::pidfd_info(pidfd.as_fd()) {
+            Ok(Some(sys::PidfdInfo {
+                uids,
+                gids,
+                cgroup_id: Some(id),
+            })) => Ok(Self {
+                uids,
+                gids,
+                cgroup: CgroupMembership::Id(id),
+            }),
+            Ok(_) => Self::of_proc(directory()?),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(AttestError::CallerGone),
+            Err(_) => Err(AttestError::Kernel),
+        }
+    }
+
+    /// As every kernel tells it.
+    fn of_proc(directory: &OwnedFd) -> Result<Self, AttestError> {
+        let [uids, gids] = status_numbers(directory, [("Uid", 4), ("Gid", 4)])?;
+        let four = |ids: Vec<u32>| ids.try_into().map_err(|_| AttestError::Kernel);
+        let (uids, gids) = (four(uids)?, four(gids)?);
+        let cgroups = read(directory, "cgroup")?;
+        Ok(Self {
+            uids,
+            gids,
+            cgroup: CgroupMembership::Shown(v2(&cgroups).map(str::to_owned)),
+        })
+    }
+}
+
+/// The line of the v2 hierarchy.
+fn v2(cgroups: &str) -> Option<&str> {
+    cgroups.lines().find_map(|line| line.strip_prefix("0::"))
+}
+
+/// Whether any of its cgroups names a container. On a host that has cgroup v1 too, a container may sit in the root of the v2
+/// hierarchy, and only v1 names it.
+fn names_container<'d>(
+    host: &Host,
+    cgroup: Option<&CgroupPath>,
+    directory: impl FnOnce() -> Result<&'d OwnedFd, AttestError>,
+) -> Result<bool, AttestError> {
+    if let Some(path) = cgroup.filter(|path| !path.is_root()) {
+        return Ok(path.names_container());
+    }
+    let text = read(directory()?, "cgroup")?;
+    let mut paths = cgroup::lines(&text).map(|(names, path)| host.hierarchies.path(names, path));
+    Ok(paths.any(|path| path.is_none_or(|path| path.names_container())))
+}
+
+/// Whether it lives in another user or pid namespace than the daemon. Not by the links to its namespaces, for which the kernel
+/// takes a lock of the process, nor by its `status`, which is as long as the process has groups.
+fn in_other_namespaces(host: &Host, known: &ProcessHandle) -> Result<bool, AttestError> {
+    // A user namespace that maps every id to itself is as good as the host's (systemd's PrivateUsers=identity).
+    let other_user = !is_identity_map(&read(known.directory(&host.proc_root)?, "uid_map")?);
+    // What this process's own pidfd says of the other one: pidfd_open(2), "NSpid" from Linux 5.5 on.
+    let own = host
+        .proc_root
+        .join("self/fdinfo")
+        .join(known.pidfd().as_raw_fd().to_string());
+    let info = std::fs::File::open(own).map_err(|_| AttestError::Kernel)?;
+    let pids = match status::numbers(info, [NAMESPACE_PIDS]) {
+        Ok([pids]) => pids,
+        Err(_) => {
+            let [pids] = status_numbers(known.directory(&host.proc_root)?, [NAMESPACE_PIDS])?;
+            pids
+        }
+    };
+    match pids[..] {
+        // It is gone, or cannot be seen from here.
+        [] | [0, ..] => Err(AttestError::CallerGone),
+        _ => Ok(other_user || pids.len() > 1),
+    }
+}
+
+/// Whether the process with this number lives in this process's pid namespace. Where its link may not be read, by how many
+/// namespaces it has a number in.
+pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
+    let directory = proc_root.join(pid.to_string());
+    let namespace = |of: &Path| fcntl::readlink(&of.join("ns/pid"));
+    match (namespace(&directory), namespace(&proc_root.join("self"))) {
+        (Ok(other), Ok(own)) => other == own,
+        (Err(Errno::EACCES | Errno::EPERM), _) => std::fs::File::open(directory.join("status"))
+            .is_ok_and(|file| {
+                status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)
+            }),
+        _ => false,
+    }
+}
+
+/// Device and inode: all of an executable that can't be forged (attack 11).
+fn key(exe: &Executable) -> (u64, u64) {
+    (exe.device, exe.inode)
+}
+
+fn file(facts: Option<sys::FileFacts>) -> Option<(u64, u64)> {
+    facts.map(|facts| (facts.device, facts.inode))
+}
+
+/// Without `CAP_SYS_PTRACE` another user's executable can't be seen; then no rule by `exe` matches.
+fn executable_file(directory: &OwnedFd) -> Result<Option<sys::FileFacts>, AttestError> {
+    match sys::file_facts(directory.as_fd(), c"exe") {
+        Ok(facts) => Ok(Some(facts)),
+        Err(Errno::EACCES | Errno::EPERM | Errno::ENOENT) => Ok(None),
+        Err(_) => Err(AttestError::CallerGone),
+    }
+}
+
+/// The process's number in each pid namespace that it is in, from that of the `/proc` mount on (the kernel nests 32).
+const NAMESPACE_PIDS: (&str, usize) = ("NSpid", 33);
+
+fn read_groups(directory: &OwnedFd, detail: GroupDetail) -> Result<Groups, AttestError> {
+    let [groups] = status_numbers(directory, [("Groups", Groups::MAX)])?;
+    Groups::new(groups, detail)
+}
+
+fn status_numbers<const N: usize>(
+    directory: &OwnedFd,
+    lines: [(&str, usize); N],
+) -> Result<[Vec<u32>; N], AttestError> {
+    status::numbers(open(directory, "status")?, lines).map_err(|error| match error {
+        StatusError::Io(error) => is_unread("status", error),
+        StatusError::Malformed => AttestError::Kernel,
+        // A process always has four ids of each kind, so only its groups can be too many.
+        StatusError::TooMany => AttestError::TooManyGroups,
+    })
+}
+
+fn read(directory: &OwnedFd, name: &'static str) -> Result<String, AttestError> {
+    sys::read_whole(&open(directory, name)?, usize::MAX).map_err(|error| is_unread(name, error))
+}
+
+fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, AttestError> {
+    let file = fcntl::openat(
+        directory,
+        name,
+        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    );
+    file.map_err(|error| is_unread(name, error))
+}
+
+fn is_unread(name: &'static str, error: Errno) -> AttestError {
+    match error {
+        Errno::ESRCH | Errno::ENOENT => AttestError::CallerGone,
+        error => {
+            tracing::warn!(%error, file = name, "a caller's /proc entry cannot be read");
+            AttestError::Kernel
+        }
+    }
+}
+
+/// Field 22 of `stat`. Counted from the *last* `)`, since field 2 is a name that the process chooses.
+pub(crate) fn start_time(stat: &str) -> Option<u64> {
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Whether a `uid_map` maps every id to itself, as in the initial user namespace.
+pub(crate) fn is_identity_map(text: &str) -> bool {
+    let mut numbers = text.split_ascii_whitespace();
+    (
+        numbers.next(),
+        numbers.next(),
+        numbers.next(),
+        numbers.next(),
+    ) == (Some("0"), Some("0"), Some("4294967295"), None)
+}
+
+#[cfg(test)]
+mod tests;
