@@ -131,12 +131,12 @@ impl Exec {
             None => url.uri,
         };
         let mut environment = Environment::new(uri.clone(), &url.host, &inherited);
-        self.give_token(&mut sdk_environment, &beside.listen)?;
+        self.give_token(&mut environment, &beside.listen)?;
         let mut notes = Vec::new();
         let there: Vec<&str> = HIGHER_PRECEDENCE_VARS
             .into_iter()
             .map(|(name, _)| name)
-            .filter(|name| sdk_environment.removed().contains(name) && inherited(name).is_some())
+            .filter(|name| environment.removed().contains(name) && inherited(name).is_some())
             // These may lead to awsvid.
             .filter(|name| !profile::VARIABLES.contains(name))
             .collect();
@@ -147,19 +147,19 @@ impl Exec {
                 there.join(", ")
             ));
         }
-        let judged = profile::judge(&mut sdk_environment, &mut notes, &inherited);
+        let judged = profile::judge(&mut environment, &mut notes, &inherited);
         let is_set = inherited("AWS_REGION")
             .or_else(|| inherited("AWS_DEFAULT_REGION"))
             .is_some()
             || judged.has_region;
         let region = judged.hidden_region.or(beside.region).filter(|_| !is_set);
         if let Some(region) = region {
-            sdk_environment.set("AWS_REGION", region.as_str());
-            sdk_environment.set("AWS_DEFAULT_REGION", region);
+            environment.set("AWS_REGION", region.as_str());
+            environment.set("AWS_DEFAULT_REGION", region);
         }
         Ok(Prepared {
             uri,
-            sdk_environment,
+            environment,
             notes,
         })
     }
@@ -171,8 +171,8 @@ impl Exec {
         let needed = self.token_file.is_some() || listen.authorization == AuthorizationMode::Token;
         match read_token(path) {
             Ok(token) => {
-                sdk_environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN", token);
-                sdk_environment.set(
+                environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN", token);
+                environment.set(
                     "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
                     path.display().to_string(),
                 );
@@ -183,7 +183,7 @@ impl Exec {
                 return Err(format!("the token file {}: {error}; {fix}", path.display()));
             }
             // Any value will do.
-            Err(_) => sdk_environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any"),
+            Err(_) => environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any"),
         }
         Ok(())
     }

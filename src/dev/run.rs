@@ -42,11 +42,11 @@ async fn run_dev(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
     }
     let environment = dev.environment(address, variable)?;
     let status = if child.is_empty() {
-        announce(&dev, &sdk_environment, address.port());
+        announce(&dev, &environment, address.port());
         tokio::select! { _ = term.recv() => (), _ = int.recv() => () }
         ExitCode::SUCCESS
     } else {
-        ExitCode::from(run_command(child, &sdk_environment).await)
+        ExitCode::from(run_command(child, &environment).await)
     };
     app.drain().await;
     log.flush();
@@ -98,7 +98,7 @@ fn variable(name: &str) -> Option<String> {
 
 #[expect(clippy::print_stderr, reason = "as a shell says it")]
 async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
-    child::run(child, sdk_environment)
+    child::run(child, environment)
         .await
         .unwrap_or_else(|error| {
             let name = child

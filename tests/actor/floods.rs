@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{MsgFlags, recv};
 
 use crate::process::{become_user, become_with_groups, child};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 
 /// Answers by their code (`Success`, or an error's); `nothing` for connections that ended without one.
 type Counts = BTreeMap<String, usize>;
@@ -33,7 +33,7 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
     match (what, numbers) {
         ("ask", [_, count]) => show(&asked(to, *count)),
         ("hold", [_, count]) => hold(to, *count, |_| ()),
-        ("mute", [_, count]) => hold(to, *count, wire::send),
+        ("mute", [_, count]) => hold(to, *count, raw_http::send),
         ("storm", [_, threads, descriptors]) => storm(to, *threads, *descriptors),
         _ => panic!("no such act: {what} {numbers:?}"),
     }
@@ -46,7 +46,7 @@ pub(crate) fn connect(uid: u32, to: &Address) {
     let (mut word, mut kept) = ([0], Vec::new());
     while asked.read(&mut word).is_ok_and(|length| length == 1) {
         let fd = to.connect();
-        wire::pass(&asked, &fd);
+        raw_http::pass(&asked, &fd);
         if word == *b"k" {
             kept.push(fd);
         }
@@ -63,7 +63,9 @@ fn show(counts: &Counts) -> String {
 fn asked(to: &Address, count: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..count {
-        *counts.entry(code(&wire::ask(&to.connect()))).or_default() += 1;
+        *counts
+            .entry(code(&raw_http::ask(&to.connect())))
+            .or_default() += 1;
     }
     counts
 }
@@ -74,7 +76,7 @@ fn grouped(to: &Address, uid: u32, groups: usize, processes: usize) -> Counts {
     for _ in 0..processes {
         let mut asking = child(|_| {
             become_with_groups(uid, groups);
-            wire::ask(&to.connect())
+            raw_http::ask(&to.connect())
         });
         *counts.entry(code(&asking.said())).or_default() += 1;
         asking.reap();

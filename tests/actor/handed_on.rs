@@ -6,9 +6,9 @@ use std::os::unix::net::UnixStream;
 
 use nix::unistd::{Pid, getpid};
 
-use crate::moves::{Cgroup, own_cgroup};
+use crate::cgroup_moves::{Cgroup, own_cgroup};
 use crate::process::{become_user, child};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 use crate::{ALICE, BOB};
 
 /// Which socket of root's Bob is given.
@@ -35,14 +35,14 @@ pub(crate) fn used_again(to: &Address, given: Given) -> String {
         }
     };
     let (over, from) = UnixStream::pair().unwrap();
-    wire::pass(&over, &socket);
+    raw_http::pass(&over, &socket);
     drop(socket);
     let mut bob = child(|_| {
         become_user(BOB);
-        let socket = wire::receive(&from);
+        let socket = raw_http::receive(&from);
         disconnect(&socket);
         to.connect_from(&socket);
-        wire::ask(&socket)
+        raw_http::ask(&socket)
     });
     let said = bob.said();
     bob.reap();
@@ -61,7 +61,7 @@ pub(crate) fn used_again_by_service(to: &Address) -> String {
     let socket = unsafe { OwnedFd::from_raw_fd(3) };
     disconnect(&socket);
     to.connect_from(&socket);
-    wire::ask(&socket)
+    raw_http::ask(&socket)
 }
 
 /// Alice makes a socket in a cgroup that is named as one of systemd's socket units, and asks on it.
@@ -70,7 +70,7 @@ pub(crate) fn made_for_activation(to: &Address) -> String {
     let mut alice = child(|_| {
         unit.write("cgroup.procs", "0");
         become_user(ALICE);
-        wire::ask(&to.connect())
+        raw_http::ask(&to.connect())
     });
     let said = alice.said();
     alice.reap();

@@ -9,7 +9,7 @@ use nix::unistd::execv;
 
 use crate::ALICE;
 use crate::process::become_user;
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 
 /// Alice runs `program`, or makes another file appear at its path and runs that; whichever it is, it asks.
 pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
@@ -42,8 +42,11 @@ pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
 /// Begins a request, and leaves the rest of it to another program.
 pub(crate) fn become_another(to: &Address, program: &str) {
     let fd = to.connect();
-    wire::begin(to, &fd);
-    execute(program, &["conclude", &wire::inheritable(fd).to_string()]);
+    raw_http::begin(to, &fd);
+    execute(
+        program,
+        &["conclude", &raw_http::inheritable(fd).to_string()],
+    );
 }
 
 /// A program of Alice's own, beside the one that a rule names.

@@ -16,9 +16,9 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::hanging::HangingFiles;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::outcome::{Made, answered, refused};
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
+use crate::harness::env::id;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 /// Each with processes of its own: together they are more than the daemon has threads.

@@ -20,7 +20,7 @@ use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::harness::answering;
+use crate::harness::stub_http;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::{Output, behind, run, spawn};
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
@@ -30,7 +30,7 @@ use crate::harness::daemon::PROGRAM;
 use crate::harness::forward::Network;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::env::{Setting, Source, World, id};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const NOBODY: &str = "http://127.0.0.1:1";
@@ -379,10 +379,10 @@ fn a_copy_of_the_keys_from_before_the_last_rotation() {
         .parse()
         .unwrap();
     let (_, keys) = http_get(address, "/keys").unwrap();
-    let keys = answering::start(move |_, _| answering::http("200 OK", "", &keys));
+    let keys = stub_http::start(move |_, _| stub_http::http("200 OK", "", &keys));
     let discovery =
         json!({ "issuer": spire.issuer_url(), "jwks_uri": format!("{keys}/keys") }).to_string();
-    let copy = answering::start(move |_, _| answering::http("200 OK", "", &discovery));
+    let copy = stub_http::start(move |_, _| stub_http::http("200 OK", "", &discovery));
     let text = configuration(
         &spire.agent_socket(),
         NOBODY,
@@ -598,8 +598,8 @@ fn what_aws_refuses() {
 fn a_clock_that_is_off() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let sts = answering::start(|_, _| {
-        answering::http(
+    let sts = stub_http::start(|_, _| {
+        stub_http::http(
             "404 Not Found",
             "Date: Tue, 01 Jan 2019 00:00:00 GMT\r\n",
             "",
@@ -686,11 +686,11 @@ fn what_aws_says_that_nobody_else_does() {
         ),
     ];
     for (code, message, fix) in table {
-        let sts = answering::start(move |_, _| {
+        let sts = stub_http::start(move |_, _| {
             let error = format!(
                 "<ErrorResponse><Error><Code>{code}</Code><Message>{message}</Message></Error></ErrorResponse>"
             );
-            answering::http("400 Bad Request", "Content-Type: text/xml\r\n", &error)
+            stub_http::http("400 Bad Request", "Content-Type: text/xml\r\n", &error)
         });
         let text = configuration(
             &upstream.socket(),

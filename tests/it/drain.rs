@@ -16,7 +16,7 @@ use crate::harness::client::{answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::Gate;
+use crate::harness::pausable_proxy::Gate;
 use crate::harness::upstream::Upstream;
 
 /// For what takes milliseconds, or the daemon's own 16 s, on a machine that is busy with other tests.

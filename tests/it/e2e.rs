@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio;
-use crate::harness::world::{Setting, World};
+use crate::harness::env::{Setting, World};
 
 const READER: &str = "spiffe://example.org/w/reader";
 const OTHER: &str = "spiffe://example.org/w/other";

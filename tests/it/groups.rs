@@ -7,7 +7,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
+use crate::harness::env::id;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const ALICE: u32 = 61001;

@@ -14,7 +14,7 @@ use crate::harness::client::{Asker, answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::Gate;
+use crate::harness::pausable_proxy::Gate;
 use crate::harness::upstream::Upstream;
 
 const ID: &str = "spiffe://example.org/user/me";

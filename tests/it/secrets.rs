@@ -11,7 +11,7 @@ use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, http_get, minio};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::terminal::on_a_terminal;
-use crate::harness::world::{Setting, World};
+use crate::harness::env::{Setting, World};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// So much of a secret is nobody's to see.

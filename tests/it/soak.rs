@@ -20,7 +20,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Process, await_some};
 use crate::harness::is_slow;
-use crate::harness::world::{Setting, World, id};
+use crate::harness::env::{Setting, World, id};
 
 const USERS: [(u32, &str); 4] = [
     (61011, "one"),

@@ -16,7 +16,7 @@ use crate::harness::counterparts::{folder, http_get, root, skip};
 use crate::harness::daemon::Daemon;
 use crate::harness::namespaces::Node;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
+use crate::harness::env::id;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const ALICE: u32 = 61_001;

@@ -138,8 +138,8 @@ fn the_token_is_given_both_ways_or_any_will_do() {
         token_file: "/nonexistent/token".into(),
         ..Listen::default()
     };
-    exec(&[]).give_token(&mut sdk_environment, &absent).unwrap();
-    let set = sdk_environment.variables();
+    exec(&[]).give_token(&mut environment, &absent).unwrap();
+    let set = environment.variables();
     assert!(
         set.contains(&("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any".to_owned())),
         "{set:?}"
@@ -368,13 +368,8 @@ fn where_nothing_can_be_written_the_files_are_hidden() {
         "XDG_RUNTIME_DIR" | "XDG_CACHE_HOME" => Some(file.clone()),
         _ => None,
     };
-    let judged = profile::judge_in(
-        &mut sdk_environment,
-        &mut notes,
-        &inherited,
-        Path::new(&file),
-    );
-    let set: BTreeMap<_, _> = sdk_environment.variables().iter().cloned().collect();
+    let judged = profile::judge_in(&mut environment, &mut notes, &inherited, Path::new(&file));
+    let set: BTreeMap<_, _> = environment.variables().iter().cloned().collect();
     assert_eq!(set["AWS_SHARED_CREDENTIALS_FILE"], "/dev/null");
     assert_eq!(
         (

@@ -155,10 +155,10 @@ fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
     let claims = CLAIMS.replace("http://127.0.0.1:1", "https://oidc.example.org");
     let tokens = Tokens::start(folder.path(), r#"{"alg":"PS256","kid":"k1"}"#, &claims);
     let (sender, asked) = channel();
-    let proxy = answering::start(move |first, _| {
+    let proxy = stub_http::start(move |first, _| {
         // The test may have ended.
         let _ = sender.send(first.to_owned());
-        answering::http("403 Forbidden", "", "")
+        stub_http::http("403 Forbidden", "", "")
     });
     let text = configuration(
         tokens.socket(),
@@ -214,9 +214,9 @@ fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
 fn an_issuer_that_is_too_slow() {
     let folder = folder();
     let late = |body: String| {
-        answering::start(move |_, _| {
+        stub_http::start(move |_, _| {
             std::thread::sleep(Duration::from_millis(2600));
-            answering::http("200 OK", "", &body)
+            stub_http::http("200 OK", "", &body)
         })
     };
     let keys = late(r#"{"keys":[]}"#.to_owned());

@@ -8,7 +8,7 @@ use super::reading::{Reading, for_each, read};
 use super::stage::{Setting, Stage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
-use crate::harness::delay::Delay;
+use crate::harness::slow_proxy::Delay;
 use crate::harness::is_slow;
 
 /// What is left of the session, in minutes, when the clients read. The first is when it is new.

@@ -10,7 +10,7 @@ use super::stage::{Member, ROLE, Serving, Setting, Stage};
 use super::table::{self, Cell, Column, Table};
 use super::{AT_ONCE, facts};
 use crate::harness::counterparts::{folder, minio};
-use crate::harness::delay::Delay;
+use crate::harness::slow_proxy::Delay;
 use crate::harness::is_slow;
 
 #[test]

@@ -26,7 +26,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
 use super::sts::{AUDIENCE, OneRoleSts};
-use super::world::AWSVID;
+use super::env::AWSVID;
 
 const TRUST_DOMAIN: &str = "example.org";
 /// Of a test, for what takes milliseconds.

@@ -7,7 +7,7 @@ use awsvid::dev::sts::{DevAccount, DevProvider, DevSts, TrustedRole};
 use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use tokio::runtime::Runtime;
 
-use super::world::id;
+use super::env::id;
 
 /// What a token has to be for.
 pub(crate) const AUDIENCE: &str = "awsvid-test";

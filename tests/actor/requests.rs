@@ -14,9 +14,9 @@ use std::path::Path;
 use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use nix::unistd::{Pid, Uid, execv, getegid, geteuid, setresgid, setresuid};
 
-use crate::moves::{self, Cgroup};
+use crate::cgroup_moves::{self, Cgroup};
 use crate::process::{become_user, child, reuse};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 use crate::{ALICE, BOB};
 
 /// A process that does what it is told to, word by word, whatever it runs.
@@ -102,7 +102,7 @@ impl Stage<'_> {
             "moved" => {
                 let cgroup = self
                     .cgroup
-                    .insert(Cgroup::new(&moves::own_cgroup(), "moved"));
+                    .insert(Cgroup::new(&cgroup_moves::own_cgroup(), "moved"));
                 cgroup.write("cgroup.procs", &self.alice.pid.to_string());
             }
             other => panic!("no scene {other}"),
@@ -229,14 +229,14 @@ impl<'a> Part<'a> {
     fn act(&mut self, word: &str) -> String {
         let to = Address::parse(self.listener, self.address);
         match word {
-            "ask" => wire::send(self.connection.insert(to.connect())),
-            "give" => wire::pass(
+            "ask" => raw_http::send(self.connection.insert(to.connect())),
+            "give" => raw_http::pass(
                 self.over.as_ref().unwrap(),
                 self.connection.as_ref().unwrap(),
             ),
-            "take" => self.connection = Some(wire::receive(self.over.as_ref().unwrap())),
-            "answer" => return quoted(&wire::answer(self.connection.as_ref().unwrap())),
-            "again" => return quoted(&wire::ask(&to.connect())),
+            "take" => self.connection = Some(raw_http::receive(self.over.as_ref().unwrap())),
+            "answer" => return quoted(&raw_http::answer(self.connection.as_ref().unwrap())),
+            "again" => return quoted(&raw_http::ask(&to.connect())),
             moved if moved.starts_with("move ") => {
                 let cgroup = Path::new(&moved["move ".len()..]);
                 fs::create_dir_all(cgroup).unwrap();
@@ -262,7 +262,7 @@ impl<'a> Part<'a> {
     /// Becomes another program of the folder, which says itself that it is there.
     fn execute(&self, program: &str) -> ! {
         let program = std::env::current_exe().unwrap().with_file_name(program);
-        let words = wire::inheritable(self.words.try_clone().unwrap().into()).to_string();
+        let words = raw_http::inheritable(self.words.try_clone().unwrap().into()).to_string();
         let words = [
             program.to_str().unwrap(),
             "obey",

@@ -11,7 +11,7 @@ use io_uring::{IoUring, opcode, squeue};
 
 use crate::daemon;
 use crate::process::{become_user, child};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 use crate::{ALICE, BOB};
 
 /// A cgroup below this process's own, removed at the end.
@@ -69,15 +69,15 @@ pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
         let fd = to.socket();
         if late {
             to.connect_from(&fd);
-            wire::begin(to, &fd);
+            raw_http::begin(to, &fd);
         }
         steps.write_all(b"x").unwrap();
         steps.read_exact(&mut [0]).unwrap();
         if late {
-            return wire::conclude(&fd);
+            return raw_http::conclude(&fd);
         }
         to.connect_from(&fd);
-        wire::ask(&fd)
+        raw_http::ask(&fd)
     });
     let pid = alice.pid.to_string();
     let mut steps = &here;
@@ -104,7 +104,7 @@ pub(crate) fn threaded(to: &Address) -> String {
     let mut alice = child(|_| {
         (&there).read_exact(&mut [0]).unwrap();
         become_user(ALICE);
-        wire::ask(&to.connect())
+        raw_http::ask(&to.connect())
     });
     domain.write("cgroup.procs", &alice.pid.to_string());
     threaded.write("cgroup.threads", &alice.pid.to_string());
@@ -136,7 +136,7 @@ pub(crate) fn personality(to: &Address) -> String {
         // SAFETY: the kernel has just made this descriptor.
         let fd = unsafe { OwnedFd::from_raw_fd(made) };
         to.connect_from(&fd);
-        wire::ask(&fd)
+        raw_http::ask(&fd)
     });
     let said = bob.said();
     bob.reap();
@@ -155,10 +155,10 @@ pub(crate) fn fixed_file(to: &Address) -> String {
         drop(fd);
         (&tell).write_all(b"x").unwrap();
         cue.wait();
-        let length = u32::try_from(wire::REQUEST.len()).unwrap();
+        let length = u32::try_from(raw_http::REQUEST.len()).unwrap();
         let sent = complete(
             &mut ring,
-            &opcode::Send::new(Fixed(0), wire::REQUEST.as_ptr(), length).build(),
+            &opcode::Send::new(Fixed(0), raw_http::REQUEST.as_ptr(), length).build(),
         );
         assert_eq!(u32::try_from(sent), Ok(length));
         let mut answer = Vec::new();

@@ -20,8 +20,8 @@ use nix::unistd::{execv, setgroups, setresgid, setresuid};
 use crate::daemon::{self, Held};
 use crate::handed_on::{self, Given as Socket};
 use crate::process::{Child, become_of, become_user, child, reuse, stay};
-use crate::wire::{self, Address};
-use crate::{ALICE, BOB, blocked, moves};
+use crate::raw_http::{self, Address};
+use crate::{ALICE, BOB, blocked, cgroup_moves};
 
 pub(crate) fn play(scene: &str, to: &Address) -> String {
     let late = scene.ends_with("-late");
@@ -49,16 +49,16 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "dropped" => changed_by_root(to, late, |_| become_user(ALICE)),
         "chowned" => changed_by_root(to, late, |fd| fchown(fd, Some(ALICE), Some(ALICE)).unwrap()),
         "regrouped" => regrouped(to, late),
-        "moved" => moves::moved(to, late, false),
-        "removed-cgroup" => moves::moved(to, late, true),
-        "threaded" => moves::threaded(to),
+        "moved" => cgroup_moves::moved(to, late, false),
+        "removed-cgroup" => cgroup_moves::moved(to, late, true),
+        "threaded" => cgroup_moves::threaded(to),
         "listener-used-again" => handed_on::used_again(to, Socket::Listener),
         "shared-listener-used-again" => handed_on::used_again(to, Socket::SharedListener),
         "accepted-used-again" => handed_on::used_again(to, Socket::Accepted),
         "made-for-activation" => handed_on::made_for_activation(to),
         "stuck" => blocked::stuck(to),
-        "personality" => moves::personality(to),
-        "fixed-file" => moves::fixed_file(to),
+        "personality" => cgroup_moves::personality(to),
+        "fixed-file" => cgroup_moves::fixed_file(to),
         other => panic!("no scene {other}"),
     }
 }
@@ -66,7 +66,7 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
 fn honest(to: &Address, uid: u32) -> String {
     finish(child(|_| {
         become_user(uid);
-        wire::ask(&to.connect())
+        raw_http::ask(&to.connect())
     }))
 }
 
@@ -101,9 +101,9 @@ impl Given {
             become_user(ALICE);
             let fd = to.connect();
             if late {
-                wire::begin(to, &fd);
+                raw_http::begin(to, &fd);
             }
-            wire::pass(&over, &fd);
+            raw_http::pass(&over, &fd);
             drop(fd);
             (&tell).write_all(b"x").unwrap();
             cue.wait();
@@ -112,13 +112,13 @@ impl Given {
         });
         let heir = child(|cue| {
             become_of(heir.0, heir.1);
-            let fd = wire::receive(&from);
+            let fd = raw_http::receive(&from);
             (&tell).write_all(b"x").unwrap();
             cue.wait();
             if late {
-                wire::conclude(&fd)
+                raw_http::conclude(&fd)
             } else {
-                wire::ask(&fd)
+                raw_http::ask(&fd)
             }
         });
         (&told).read_exact(&mut [0; 2]).unwrap();
@@ -150,15 +150,15 @@ fn made_for(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
     let alice = child(|_| {
         become_user(ALICE);
-        wire::pass(&over, &to.socket());
+        raw_http::pass(&over, &to.socket());
         String::new()
     });
     finish(alice);
     finish(child(|_| {
         become_user(BOB);
-        let fd = wire::receive(&from);
+        let fd = raw_http::receive(&from);
         to.connect_from(&fd);
-        wire::ask(&fd)
+        raw_http::ask(&fd)
     }))
 }
 
@@ -201,11 +201,11 @@ fn reused(to: &Address, late: bool) -> String {
 }
 
 fn child_asks(fd: OwnedFd) -> String {
-    finish(child(|_| wire::ask(&fd)))
+    finish(child(|_| raw_http::ask(&fd)))
 }
 
 fn executed(fd: OwnedFd) -> String {
-    let number = wire::inheritable(fd).to_string();
+    let number = raw_http::inheritable(fd).to_string();
     let program = std::env::current_exe().unwrap();
     let output = std::process::Command::new(program)
         .args(["speak", &number])
@@ -271,8 +271,8 @@ fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     let (told, tell) = UnixStream::pair().unwrap();
     let mut elder = child(|cue| {
         become_of(elder.0, elder.1);
-        let fd = wire::receive(&theirs);
-        wire::pass(&tell, &fd);
+        let fd = raw_http::receive(&theirs);
+        raw_http::pass(&tell, &fd);
         cue.wait();
         String::new()
     });
@@ -281,10 +281,10 @@ fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     let younger = child(|_| {
         become_of(younger.0, younger.1);
         let fd = to.socket();
-        wire::pass(&ours, &fd);
-        wire::receive(&told);
+        raw_http::pass(&ours, &fd);
+        raw_http::receive(&told);
         to.connect_from(&fd);
-        wire::ask(&fd)
+        raw_http::ask(&fd)
     });
     let said = finish(younger);
     elder.cue();
@@ -298,7 +298,7 @@ fn mixed_group(to: &Address) -> String {
         setgroups(&[]).unwrap();
         setresgid(BOB.into(), ALICE.into(), ALICE.into()).unwrap();
         setresuid(ALICE.into(), ALICE.into(), ALICE.into()).unwrap();
-        wire::ask(&to.connect())
+        raw_http::ask(&to.connect())
     }))
 }
 
@@ -308,7 +308,7 @@ fn closed(to: &Address, shut: bool) -> String {
     finish(child(|_| {
         become_user(ALICE);
         let fd = to.connect();
-        wire::send(&fd);
+        raw_http::send(&fd);
         if shut {
             shutdown(fd.as_raw_fd(), Shutdown::Write).unwrap();
         }
@@ -319,9 +319,9 @@ fn closed(to: &Address, shut: bool) -> String {
 }
 
 fn half_closed(fd: OwnedFd) -> String {
-    wire::send(&fd);
+    raw_http::send(&fd);
     shutdown(fd.as_raw_fd(), Shutdown::Write).unwrap();
-    wire::answer(&fd)
+    raw_http::answer(&fd)
 }
 
 /// Attack 7: while the daemon looks, the connection is only in a queue, and among no process's descriptors.
@@ -332,8 +332,8 @@ fn queued(to: &Address) -> String {
     let mut alice = child(|cue| {
         become_user(ALICE);
         let fd = to.connect();
-        wire::send(&fd);
-        wire::pass(&over, &fd);
+        raw_http::send(&fd);
+        raw_http::pass(&over, &fd);
         let client = matches!(to, Address::Tcp(_)).then(|| Address::local(&fd));
         drop(fd);
         (&tell).write_all(b"x").unwrap();
@@ -342,7 +342,7 @@ fn queued(to: &Address) -> String {
         if let (Some(client), Address::Tcp(server)) = (client, to) {
             daemon::await_answer(client, *server);
         }
-        wire::answer(&wire::receive(&from))
+        raw_http::answer(&raw_http::receive(&from))
     });
     (&told).read_exact(&mut [0]).unwrap();
     drop(held);
@@ -377,7 +377,7 @@ fn decoy_on(to: &Address, port: u16) -> Option<String> {
         cue.wait();
         let Ok(fd) = bound else { return String::new() };
         to.connect_from(&fd);
-        wire::ask(&fd)
+        raw_http::ask(&fd)
     });
     let is_bound = are_ready();
     let every: IpAddr = if to.another(0).is_ipv4() {
@@ -406,7 +406,7 @@ fn apart(to: &Address, namespace: CloneFlags) -> String {
         if namespace == CloneFlags::CLONE_NEWUSER {
             become_user(ALICE);
             unshare(namespace).unwrap();
-            return wire::ask(&to.connect());
+            return raw_http::ask(&to.connect());
         }
         unshare(namespace).unwrap();
         // The first process in it.
@@ -427,15 +427,15 @@ fn changed_by_root(to: &Address, late: bool, change: impl FnOnce(&OwnedFd)) -> S
     let asking = child(|cue| {
         let fd = to.connect();
         if late {
-            wire::begin(to, &fd);
+            raw_http::begin(to, &fd);
         }
         change(&fd);
         (&tell).write_all(b"x").unwrap();
         cue.wait();
         if late {
-            wire::conclude(&fd)
+            raw_http::conclude(&fd)
         } else {
-            wire::ask(&fd)
+            raw_http::ask(&fd)
         }
     });
     (&told).read_exact(&mut [0]).unwrap();

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::background_load::Crowd;
 use crate::caller::Caller;
-use crate::crowd::Crowd;
 use crate::daemon::{Daemon, Direct, Transport, role, rule};
 use crate::load::{Load, Plan, Report};
 use crate::table::{Line, Spread, micros, millis};

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::env::{Setting, Source, World, id};
 
 /// The demonstration, without one rule in awsvid's configuration.
 fn each_process_has_its_own_entry(source: Source) {

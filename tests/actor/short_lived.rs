@@ -14,7 +14,7 @@ use nix::unistd::{ForkResult, fork, pipe};
 use serde_json::{Value, json};
 
 use crate::process::{become_user, stay};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 
 /// What one of them tells of its answer: small enough that it is written whole, whoever else writes.
 const RECORD: usize = 64;
@@ -104,7 +104,7 @@ fn record(uid: u32, to: &Address) -> [u8; RECORD] {
     let began = Instant::now();
     let answer = to
         .try_connect()
-        .map(|fd| wire::ask(&fd))
+        .map(|fd| raw_http::ask(&fd))
         .unwrap_or_default();
     let took = began.elapsed().as_micros();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
