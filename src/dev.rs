@@ -111,7 +111,7 @@ impl Dev {
     /// of them is bound.
     pub async fn start() -> Result<Self, DevStartError> {
         let users = local_users::identities(accounts()).map_err(DevStartError::of("the users"))?;
-        Self::start_for(local_users, DevNames::default()).await
+        Self::start_for(users, DevNames::default()).await
     }
 
     /// The same for these users, at least one, under these names.
@@ -128,10 +128,7 @@ impl Dev {
             .map_err(DevStartError::of("the STS"))?;
         let registrations = Registrations {
             trust_domain: names.trust_domain.clone(),
-            spiffe_ids: local_users
-                .iter()
-                .map(|user| user.spiffe_id.clone())
-                .collect(),
+            spiffe_ids: users.iter().map(|user| user.spiffe_id.clone()).collect(),
             issuer: issuer.url().to_owned(),
             key,
             clock: Clock::system(),
@@ -144,7 +141,7 @@ impl Dev {
             workload_api,
             _issuer: issuer,
             sts,
-            local_users,
+            users,
             directory,
         })
     }

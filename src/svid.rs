@@ -117,7 +117,7 @@ pub enum SourceError {
 }
 
 impl SourceError {
-    /// For [`crate::health`]. What is about one caller is nothing of the source's.
+    /// For [`crate::upstream_status`]. What is about one caller is nothing of the source's.
     fn of_source<T>(result: &Result<T, Self>) -> Option<LastError> {
         let error = result.as_ref().err()?;
         let outage = matches!(

@@ -8,8 +8,8 @@
 //! |---|---|---|
 //! | `/proc/<pid>/fd/N`, `stat`, `exe` (readlink, read) | the lock of the process | here |
 //! | statx(2) of `/proc/<pid>/exe` | the same, and the server of the file system that the program is on: NFS and 9p ask it, whatever the flags | here |
-//! | the list of a process's descriptors, its groups in `status` | nothing, but are as long as the caller makes them | here, the first bounded in time ([`super::search`]), the second in number |
-//! | statx(2) of a rule's `exe` | the server of its file system, and what is mounted on the way (autofs, FUSE) | on a thread, one for each file ([`crate::rule::ExeMatcher`]) |
+//! | the list of a process's descriptors, its groups in `status` | nothing, but are as long as the caller makes them | here, the first bounded in time ([`super::socket_owner`]), the second in number |
+//! | statx(2) of a rule's `exe` | the server of its file system, and what is mounted on the way (autofs, FUSE) | on a thread, one for each file ([`crate::workload_rule::ExeMatcher`]) |
 //! | `/proc/<pid>/status` for ids, `cgroup`, `uid_map`, `PIDFD_GET_INFO`, a pidfd's own `fdinfo` | spin locks and RCU; `cgroup` also for the kernel's one lock of all cgroups, and whoever holds that up stops systemd and the kubelet, too | at once |
 //! | `sock_diag` without extensions, `SO_PEERCRED`, `SO_PEERPIDFD`, `SO_PEERGROUPS` | nothing: none takes the lock of the caller's socket, which it could hold in sendmsg(2) | at once |
 //! | cgroup directories and `cgroup.procs` | kernfs, which waits for nobody's process | at once |

@@ -54,7 +54,7 @@ fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
     Ok(stream)
 }
 
-/// Asks the daemon whose socket is at `path`, as [`connect`] and [`client::get`] do it.
+/// Asks the daemon whose socket is at `path`, as [`connect`] and [`http_client::get`] do it.
 pub(super) fn get(
     path: &Path,
     owners: &[u32],

@@ -16,7 +16,7 @@ use crate::sdk_environment::Environment;
 /// Runs `command` to its end and gives its exit status, `128 + n` if signal `n` ended it.
 ///
 /// SIGTERM, SIGHUP, SIGINT and SIGQUIT end the command, not `dev`, which ends after it. An error means that the command
-/// could not be started; [`crate::environment::exit_code`] is the status for that.
+/// could not be started; [`crate::sdk_environment::exit_code`] is the status for that.
 pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<u8> {
     let (program, arguments) = command
         .split_first()

@@ -24,7 +24,7 @@ const PORT: u16 = 974;
 /// The process gives up no privileges, as `serve` does: a command run by root could otherwise not become another user.
 #[expect(clippy::print_stderr, reason = "this is a person's terminal")]
 pub fn run(command: &[OsString]) -> ExitCode {
-    let ran = || Runtime::new()?.block_on(run_dev(child));
+    let ran = || Runtime::new()?.block_on(run_dev(command));
     ran().unwrap_or_else(|error: Box<dyn Error>| {
         eprintln!("awsvid dev: {error}");
         ExitCode::FAILURE
@@ -35,18 +35,18 @@ async fn run_dev(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
     let dev = Dev::start().await?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
-    let (log, app) = start(&dev, !child.is_empty()).await?;
+    let (log, app) = start(&dev, !command.is_empty()).await?;
     let address = *app.tcp.first().ok_or("the daemon has no TCP address")?;
     if let Some(missing) = app.missing_for_tcp() {
         return Err(format!("the command would be refused over TCP: {missing}").into());
     }
     let environment = dev.environment(address, variable)?;
-    let status = if child.is_empty() {
+    let status = if command.is_empty() {
         announce(&dev, &environment, address.port());
         tokio::select! { _ = term.recv() => (), _ = int.recv() => () }
         ExitCode::SUCCESS
     } else {
-        ExitCode::from(run_command(child, &environment).await)
+        ExitCode::from(run_command(command, &environment).await)
     };
     app.drain().await;
     log.flush();
@@ -98,10 +98,10 @@ fn variable(name: &str) -> Option<String> {
 
 #[expect(clippy::print_stderr, reason = "as a shell says it")]
 async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
-    child::run(child, environment)
+    child::run(command, environment)
         .await
         .unwrap_or_else(|error| {
-            let name = child
+            let name = command
                 .first()
                 .map(|name| name.to_string_lossy())
                 .unwrap_or_default();

@@ -1,6 +1,6 @@
 //! What an agent has said of processes and pods, so that one that is known costs no call.
 //!
-//! Only what is remembered, and for how long; who asks is [`super::attesting`].
+//! Only what is remembered, and for how long; who asks is [`super::agent_source`].
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};

@@ -3,13 +3,13 @@
 mod asked;
 mod examples;
 mod groups;
+mod identity_cache;
 mod labels;
 mod lives;
 mod misconfigured;
 mod pods;
 mod programs;
 mod rates;
-mod remembering;
 mod several;
 mod slow_attestation;
 mod spire;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use awsvid::socket_endpoint::Endpoint;
 use awsvid::identity::SpiffeIdPattern;
+use awsvid::socket_endpoint::Endpoint;
 use awsvid::svid::SourceError;
 use awsvid::svid::agent::{AgentSvid, AttestingAgent};
+use awsvid::svid::own_svid::OwnSvidSource;
 use awsvid::svid::spiffe_broker::BrokerApi;
 use awsvid::svid::spire_delegated::SpireDelegated;
-use awsvid::svid::own_svid::OwnSvidSource;
 
 use crate::harness::counterparts::process::{Owned, spawn};
 use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};

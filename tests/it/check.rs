@@ -1,8 +1,8 @@
 //! `awsvid check` as an operator runs it: on a path where all is well, and on each that is wrong in one place, with the real
 //! counterpart set up wrong wherever one can be had.
 
-#[path = "../../src/commands/check/documented.rs"]
-mod documented;
+#[path = "../../src/commands/check/doc_tables.rs"]
+mod doc_tables;
 mod ends;
 mod tokens;
 
@@ -20,17 +20,17 @@ use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::harness::stub_http;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::{Output, behind, run, spawn};
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::PROGRAM;
+use crate::harness::env::{Setting, Source, World, id};
 use crate::harness::forward::Network;
+use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
-use crate::harness::env::{Setting, Source, World, id};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const NOBODY: &str = "http://127.0.0.1:1";
@@ -68,7 +68,7 @@ fn check_with(
     for finding in report["findings"].as_array().unwrap() {
         let text = |name: &str| finding[name].as_str().unwrap_or_default();
         if finding["fix"].is_string() {
-            documented::assert_documented(text("step"), text("saw"), text("fix"));
+            doc_tables::assert_documented(text("step"), text("saw"), text("fix"));
         }
     }
     // Whatever went wrong, no token is shown.

@@ -7,12 +7,13 @@
 )]
 
 mod accounts;
+mod agent_sources;
 mod agents;
 mod attacks;
-mod agent_sources;
 mod blocked;
 mod browsers;
 mod buffers;
+mod caller_facts;
 mod check;
 mod clients;
 mod config;
@@ -26,7 +27,6 @@ mod e2e;
 mod exec;
 mod exit_status;
 mod exposure;
-mod load_limits;
 mod groups;
 mod harness;
 mod help;
@@ -34,13 +34,13 @@ mod hostile_http;
 mod kubernetes;
 mod layout;
 mod listeners;
+mod load_limits;
 mod manifests;
 mod operators;
 mod outages;
 mod pod_callers;
 mod pods;
 mod prose;
-mod caller_facts;
 mod records;
 mod reload;
 mod secrets;

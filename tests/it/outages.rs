@@ -11,8 +11,8 @@ use serde_json::Value;
 use crate::harness::client::{Asker, ask};
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::pausable_proxy::Gate;
 use crate::harness::env::{Setting, World, id};
+use crate::harness::pausable_proxy::Gate;
 
 /// For the AWS CLI on a busy machine, several times.
 const PATIENCE: Duration = Duration::from_secs(120);

@@ -10,8 +10,8 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, http_get, minio};
 use crate::harness::daemon::PROGRAM;
-use crate::harness::terminal::on_a_terminal;
 use crate::harness::env::{Setting, World};
+use crate::harness::terminal::on_a_terminal;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// So much of a secret is nobody's to see.

@@ -19,8 +19,8 @@ use crate::harness::actor::program;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Process, await_some};
-use crate::harness::is_slow;
 use crate::harness::env::{Setting, World, id};
+use crate::harness::is_slow;
 
 const USERS: [(u32, &str); 4] = [
     (61011, "one"),

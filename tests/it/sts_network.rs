@@ -11,12 +11,12 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-use crate::harness::stub_http;
 use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::forward::Network;
+use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
 

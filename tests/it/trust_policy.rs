@@ -16,12 +16,12 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Value, json};
 
-use crate::harness::stub_http;
 use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::forward::Network;
+use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -3,7 +3,7 @@ use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
 
 use super::*;
-use crate::attest::hierarchies::CgroupMounts;
+use crate::attest::cgroup_mounts::CgroupMounts;
 use crate::attest::host::Host;
 use crate::cgroup::PodRoots;
 

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::*;
-use crate::attest::hierarchies::CgroupMounts;
+use crate::attest::cgroup_mounts::CgroupMounts;
 use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {

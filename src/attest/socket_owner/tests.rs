@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::*;
-use crate::attest::hierarchies::CgroupMounts;
-use crate::attest::inet_diag::SockDiag;
+use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::attest::sock_diag::SockDiag;
 use crate::caller::GroupDetail;
 use crate::cgroup::PodRoots;
 

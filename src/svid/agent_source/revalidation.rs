@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep, timeout};
 use super::AgentSourceInner;
 use crate::caller::Caller;
 use crate::svid::SourceError;
+use crate::svid::identity_cache::{Capacity, Lane, QUICK_TIMEOUT, Query};
 use crate::svid::log_limit::LogPermit;
-use crate::svid::memory::{Capacity, Lane, QUICK_TIMEOUT, Query};
 
 /// Queries in flight about subjects whose last answer was quick.
 const MAX_QUICK_QUERIES: usize = 8;

@@ -13,7 +13,7 @@ use crate::caller::{
     AgentProcessRef, AttestError, ExecWatch, Executable, GroupDetail, Groups, ListenerKind,
     PeerProof, Process, Program,
 };
-use crate::endpoint::Endpoint;
+use crate::socket_endpoint::Endpoint;
 use crate::svid::CALL_TIMEOUT;
 use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
 

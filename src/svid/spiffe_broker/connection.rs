@@ -19,8 +19,8 @@ use tonic::transport::Channel;
 
 use super::server::{NotTheAgent, tls};
 use crate::attest::shares_pid_namespace_with_peer;
-use crate::endpoint::Endpoint;
 use crate::identity::SpiffeIdPattern;
+use crate::socket_endpoint::Endpoint;
 use crate::svid::channel::{Connector, open, unreachable};
 use crate::svid::own_svid::{OwnSvid, OwnSvidSource};
 use crate::svid::spire_delegated::other_pids;

@@ -13,9 +13,9 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
+use crate::harness::env::id;
 use crate::harness::is_slow;
-use crate::harness::made::{Made, answered, refused};
-use crate::harness::world::id;
+use crate::harness::outcome::{Made, answered, refused};
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const BOB: u32 = 61002;

@@ -9,7 +9,7 @@ use crate::harness::counterparts::process::{Process, behind, run};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::PROGRAM;
-use crate::harness::world::{AWSVID, Source, awsvid_selectors};
+use crate::harness::env::{AWSVID, Source, awsvid_selectors};
 
 const BILLING: u32 = 51_002;
 const STRANGER: u32 = 51_003;

@@ -2,7 +2,7 @@
 
 use crate::harness::actor::{Acting, Counts};
 use crate::harness::counterparts::folder;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::env::{Setting, Source, World, id};
 
 const USER: u32 = 51_001;
 /// The actor's processes have those from 100,000 on.

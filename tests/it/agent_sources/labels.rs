@@ -6,8 +6,8 @@ use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::made::{Made, answered, refused};
-use crate::harness::world::id;
+use crate::harness::env::id;
+use crate::harness::outcome::{Made, answered, refused};
 
 const ALICE: &str = "unix:uid:61001";
 const BOB: &str = "unix:uid:61002";

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::env::{Setting, Source, World, id};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const READER: u32 = 51_001;

@@ -19,7 +19,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::world::{AWSVID, Source, awsvid_selectors};
+use crate::harness::env::{AWSVID, Source, awsvid_selectors};
 
 /// Not root, nor in any group of the agent's.
 const USER: u32 = 51_001;

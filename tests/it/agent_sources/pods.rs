@@ -11,10 +11,10 @@ use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::env::{AWSVID, awsvid_selectors, id};
 use crate::harness::kubelet::FakeKubelet;
 use crate::harness::namespaces::Node;
 use crate::harness::sts::{AUDIENCE, OneRoleSts};
-use crate::harness::world::{AWSVID, awsvid_selectors, id};
 
 const V4: &str = "127.0.0.1:974";
 const PATIENCE: Duration = Duration::from_secs(60);

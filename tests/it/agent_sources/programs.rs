@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::harness::counterparts::folder;
-use crate::harness::world::{AWSVID, Setting, Source, World, id};
+use crate::harness::env::{AWSVID, Setting, Source, World, id};
 
 const USER: u32 = 51_001;
 const LISTENERS: [&str; 2] = ["unix", "tcp"];

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use awsvid::socket_endpoint::Endpoint;
 use awsvid::svid::agent::AttestingAgent;
+use awsvid::svid::own_svid::OwnSvidSource;
 use awsvid::svid::spiffe_broker::BrokerApi;
 use awsvid::svid::spire_delegated::SpireDelegated;
-use awsvid::svid::own_svid::OwnSvidSource;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::{Pid, gettid};
 use serde_json::Value;
@@ -29,8 +29,8 @@ use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::AUDIENCE;
 use crate::harness::counterparts::process::{Owned, await_some, behind, run, spawn};
 use crate::harness::daemon::released;
+use crate::harness::env::{AWSVID, Setting, Source, World, id};
 use crate::harness::is_slow;
-use crate::harness::world::{AWSVID, Setting, Source, World, id};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Where rates are measured, other tests are behind the agent and awsvid.

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::harness::counterparts::folder;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::env::{Setting, Source, World, id};
 
 const TWO: u32 = 51_001;
 const ADMIN: u32 = 51_003;

@@ -12,8 +12,8 @@ use serde_json::Value;
 use crate::harness::actor::{Connector, program};
 use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
+use crate::harness::env::{Setting, Source, World, id};
 use crate::harness::is_slow;
-use crate::harness::world::{Setting, Source, World, id};
 
 const VICTIM: u32 = 51_001;
 const NEIGHBOUR: u32 = 51_002;

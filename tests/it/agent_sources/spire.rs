@@ -15,11 +15,11 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::engine::FakeEngine;
-use crate::harness::gate::Gate;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::env::{AWSVID, awsvid_selectors, id};
+use crate::harness::fake_docker::FakeEngine;
+use crate::harness::outcome::{Made, answered, refused};
+use crate::harness::pausable_proxy::Gate;
 use crate::harness::sts::{AUDIENCE, OneRoleSts};
-use crate::harness::world::{AWSVID, awsvid_selectors, id};
 
 const ALICE: u32 = 61001;
 /// This test's own SPIFFE ID, by which it may ask the agent, too.

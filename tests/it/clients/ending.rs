@@ -8,8 +8,8 @@ use super::reading::{Reading, for_each, read};
 use super::stage::{Setting, Stage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
-use crate::harness::slow_proxy::Delay;
 use crate::harness::is_slow;
+use crate::harness::slow_proxy::Delay;
 
 /// What is left of the session, in minutes, when the clients read. The first is when it is new.
 const LEFT: [u64; 4] = [25, 14, 9, 4];

@@ -10,8 +10,8 @@ use super::stage::{Member, ROLE, Serving, Setting, Stage};
 use super::table::{self, Cell, Column, Table};
 use super::{AT_ONCE, facts};
 use crate::harness::counterparts::{folder, minio};
-use crate::harness::slow_proxy::Delay;
 use crate::harness::is_slow;
+use crate::harness::slow_proxy::Delay;
 
 #[test]
 fn the_whole_matrix() {

@@ -25,8 +25,8 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
-use super::sts::{AUDIENCE, OneRoleSts};
 use super::env::AWSVID;
+use super::sts::{AUDIENCE, OneRoleSts};
 
 const TRUST_DOMAIN: &str = "example.org";
 /// Of a test, for what takes milliseconds.

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use caps::Capability;
 use tempfile::TempDir;
 
-use super::super::documented::assert_documented;
+use super::super::doc_tables::assert_documented;
 use super::super::report::Verdict;
 use super::*;
 use crate::config::Config;

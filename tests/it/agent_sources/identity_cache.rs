@@ -14,8 +14,8 @@ use crate::harness::actor::{Connector, program};
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::{Process, await_some, behind};
 use crate::harness::counterparts::{folder, minio};
+use crate::harness::env::{Setting, Source, World, id};
 use crate::harness::is_slow;
-use crate::harness::world::{Setting, Source, World, id};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const READER: u32 = 51_001;
