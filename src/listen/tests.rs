@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::namespace::NetNs;
 
-/// A listener on a port that is free, and where it is.
+/// Binds a listener to a free port, and returns its address too.
 fn bound() -> (Listener, SocketAddr) {
     let bound = Listener::tcp(
         (Ipv4Addr::LOCALHOST, 0).into(),
@@ -36,7 +36,7 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
         let ((bound, address), arrived) = (bound(), arrived.clone());
         let connection = move |stream, arrival| {
             let arrived = arrived.clone();
-            // Whose it is, is never known.
+            // The workload is never attested.
             async move { drop(arrived.send((address, stream, arrival))) }
         };
         (
@@ -63,7 +63,7 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
         .expect("the other listener accepts")
         .unwrap();
     assert_eq!(next.0, honest.0, "and the first has as many as it may");
-    // Each that is known makes room for another one.
+    // Each attested connection makes room for another one.
     held.pop();
     let next = timeout(CONNECTION_TIMEOUT, arrivals.recv())
         .await
@@ -74,7 +74,7 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
     honest.1.abort();
 }
 
-/// systemd would start the daemon again for one who is left there.
+/// systemd would restart the daemon for a connection that is left in the backlog.
 #[tokio::test]
 async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     let folder = tempfile::tempdir().unwrap();
@@ -103,7 +103,7 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     let _before = UnixStream::connect(&path).unwrap();
     assert_eq!(bound.close_and_drain_backlog().unwrap().len(), 1);
     assert_eq!(unix.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    // Who comes later waits for the next start.
+    // Later connections wait for the next start.
     let _after = (
         TcpStream::connect(address).unwrap(),
         UnixStream::connect(&path).unwrap(),
@@ -112,7 +112,8 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     unix.accept().unwrap();
 }
 
-/// The buffers of an accepted connection, as the kernel counts them: twice what was set.
+/// Returns the buffers of an accepted connection as the kernel counts them: twice the value that
+/// was set.
 fn buffers(accepted: &AcceptedStream) -> (usize, usize) {
     let (AcceptedStream::Unix(socket) | AcceptedStream::Tcp { stream: socket, .. }) = accepted;
     let [receive, send] = [
@@ -122,7 +123,7 @@ fn buffers(accepted: &AcceptedStream) -> (usize, usize) {
     (receive, send)
 }
 
-/// Attack 32: with each origin of a listener.
+/// Covers T32 with each origin of a listener.
 #[tokio::test]
 async fn every_tcp_listener_has_small_buffers() {
     let elsewhere = || {
@@ -164,7 +165,7 @@ async fn every_tcp_listener_has_small_buffers() {
         drop(arrived);
         again.get_or_insert(bound);
     }
-    // And one in the place of a listener that was killed.
+    // The same holds for a listener that replaces a killed one.
     let Some(Listener::Tcp {
         address,
         listener,
@@ -188,7 +189,8 @@ async fn every_tcp_listener_has_small_buffers() {
     );
 }
 
-/// The largest answer is one write, and is whole for a client that reads it slowly into a small buffer.
+/// Shows that the largest response is one write, and is whole for a client that reads it slowly
+/// into a small buffer.
 #[tokio::test]
 async fn a_whole_answer_is_one_write() {
     let (bound, address) = bound();

@@ -9,7 +9,7 @@ fn id(name: &str) -> SpiffeId {
     SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap()
 }
 
-/// A key of a person who may have several.
+/// A key in a group of several.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key(&'static str, u32);
 
@@ -49,7 +49,7 @@ async fn semaphore_leaves_each_key_its_share() {
         })
         .collect();
     tokio::task::yield_now().await;
-    // No time passes: the hundred that wait are in nobody's way.
+    // No time passes: the hundred waiters do not delay other keys.
     let start = Instant::now();
     for name in ["a", "b", "c"] {
         drop(limit.acquire(&id(name)).await.unwrap());
@@ -97,7 +97,7 @@ async fn released_permit_goes_to_the_group_that_holds_the_fewest() {
     for task in tasks {
         task.await.unwrap();
     }
-    // However many keys one person has, and however long they have waited.
+    // The number of the group's keys does not matter, nor how long they have waited.
     assert_eq!(order.lock().unwrap()[0], Key("one", 1));
     assert!(is_empty(&limit));
 }
@@ -123,9 +123,9 @@ async fn full_queue_drops_a_waiter_of_the_group_that_has_the_most() {
     };
     let greedy: Vec<_> = (0..4).map(|uid| wait(Key("greedy", uid))).collect();
     tokio::task::yield_now().await;
-    // The greedy group has the most, so it finds no room ...
+    // The greedy group has the most waiters, so the queue has no room for it.
     assert!(limit.acquire(&Key("greedy", 9)).await.is_none());
-    // ... and its newest gives way to others.
+    // Its newest waiters are dropped in favour of other groups.
     let modest = [wait(Key("a", 1)), wait(Key("b", 1))];
     tokio::task::yield_now().await;
     drop(held);
@@ -149,11 +149,11 @@ async fn eviction_takes_the_oldest_idle_permit_of_whoever_has_the_most() {
         Exhausted::Total
     );
     let modest = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
-    // Of the two keys of that group either has two; one of them has an idle permit that is the oldest.
+    // Both keys of that group hold two permits. One of these keys has the oldest idle permit.
     assert_eq!(greedy.iter().filter(|permit| is_evicted(permit)).count(), 1);
     assert!(!is_evicted(&greedy[0]) && !is_evicted(&modest));
     let second = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
-    // Two against two: nobody has more than the other any longer.
+    // Two against two: neither group holds more than the other.
     assert_eq!(
         limit.try_acquire_evicting(&Key("modest", 1)).unwrap_err(),
         Exhausted::Total
@@ -202,7 +202,7 @@ async fn admission_takes_the_oldest_of_whoever_has_the_most() {
                 .into_iter()
                 .any(is_evicted)
     );
-    // All have one or two now, and it is one of those that have two.
+    // Each key now holds one or two permits, and the victim is one of those that hold two.
     let last = limit.admit(&id("last"));
     let evicted = [&most[1], &two[0]]
         .into_iter()
