@@ -154,10 +154,10 @@ impl ConnectionTracker {
     /// before the daemon reads from the connection. Until then the connection counts towards no
     /// other limit. Each listener has its own permits, so a pod whose callers are slow to attest
     /// does not block other listeners.
-    async fn acquire_pending(&self, arriving: &Arc<Semaphore>) -> PendingConnection {
+    async fn acquire_pending(&self, unattested: &Arc<Semaphore>) -> PendingConnection {
         // The semaphore is never closed, so a permit always follows.
         let permit = PendingPermit {
-            _permit: arriving.clone().acquire_owned().await.ok(),
+            _permit: unattested.clone().acquire_owned().await.ok(),
         };
         self.gauge.inc();
         PendingConnection {
@@ -185,7 +185,7 @@ impl ConnectionTracker {
 /// Accepts connections until `stop` is true, then closes the listener. Accepting never waits for a
 /// client.
 pub async fn serve<F, C>(
-    mut bound: Listener,
+    mut listener: Listener,
     connections: ConnectionTracker,
     mut stop: watch::Receiver<bool>,
     connection: F,
@@ -193,7 +193,7 @@ pub async fn serve<F, C>(
     F: Fn(AcceptedStream, PendingConnection) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    let (arriving, mut troubles) = (
+    let (unattested, mut errors) = (
         Arc::new(Semaphore::new(MAX_UNATTESTED)),
         AcceptErrorState::default(),
     );
@@ -203,19 +203,19 @@ pub async fn serve<F, C>(
         let accepted = tokio::select! {
             biased;
             _ = &mut stopped => break,
-            accepted = accept(&bound, &connections, &arriving) => accepted,
+            accepted = accept(&listener, &connections, &unattested) => accepted,
         };
         match accepted {
-            Ok((stream, arrival)) => drop(tokio::spawn(connection(stream, arrival))),
-            Err(error) => handle_accept_error(&mut bound, &error, &mut stop, &mut troubles).await,
+            Ok((stream, pending)) => drop(tokio::spawn(connection(stream, pending))),
+            Err(error) => handle_accept_error(&mut listener, &error, &mut stop, &mut errors).await,
         }
     }
-    let name = bound.name();
-    match bound.close_and_drain_backlog() {
+    let name = listener.name();
+    match listener.close_and_drain_backlog() {
         Ok(waiting) => {
             for stream in waiting {
-                let arrival = connections.acquire_pending(&arriving).await;
-                tokio::spawn(connection(stream, arrival));
+                let pending = connections.acquire_pending(&unattested).await;
+                tokio::spawn(connection(stream, pending));
             }
         }
         Err(error) => {
@@ -226,15 +226,15 @@ pub async fn serve<F, C>(
 
 /// Waits for the next connection and accepts it.
 async fn accept(
-    bound: &Listener,
+    listener: &Listener,
     connections: &ConnectionTracker,
-    arriving: &Arc<Semaphore>,
+    unattested: &Arc<Semaphore>,
 ) -> io::Result<(AcceptedStream, PendingConnection)> {
     loop {
-        let mut arrived = bound.readable().await?;
-        let arrival = connections.acquire_pending(arriving).await;
-        if let Some(accepted) = bound.accept(&mut arrived) {
-            return accepted.map(|stream| (stream, arrival));
+        let mut ready = listener.readable().await?;
+        let pending = connections.acquire_pending(unattested).await;
+        if let Some(accepted) = listener.accept(&mut ready) {
+            return accepted.map(|stream| (stream, pending));
         }
     }
 }
@@ -247,7 +247,7 @@ struct AcceptErrorState {
     killed: LogQuota,
     unbound: LogQuota,
     /// The time at which the listener was last rebound.
-    bound: Option<Instant>,
+    last_rebind: Option<Instant>,
 }
 
 impl Default for AcceptErrorState {
@@ -257,7 +257,7 @@ impl Default for AcceptErrorState {
             short,
             killed,
             unbound,
-            bound: None,
+            last_rebind: None,
         }
     }
 }
@@ -265,37 +265,37 @@ impl Default for AcceptErrorState {
 /// Handles an error of accept(2): ignores errors of a single connection, waits out resource
 /// shortages, and rebinds a listener that is dead.
 async fn handle_accept_error(
-    bound: &mut Listener,
+    listener: &mut Listener,
     error: &io::Error,
     stop: &mut watch::Receiver<bool>,
-    troubles: &mut AcceptErrorState,
+    errors: &mut AcceptErrorState,
 ) {
     if bound::is_per_connection_error(error) {
         return;
     }
     let pause = match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
-            if let Some(missed) = troubles.killed.take() {
-                tracing::error!(%error, listener = bound.name(), missed, "the listener was killed; binding it again");
+            if let Some(missed) = errors.killed.take() {
+                tracing::error!(%error, listener = listener.name(), missed, "the listener was killed; binding it again");
             }
             // A pod can kill its listener again and again.
-            let soonest = troubles
-                .bound
-                .map_or_else(Instant::now, |bound| bound + REBIND_INTERVAL);
+            let soonest = errors
+                .last_rebind
+                .map_or_else(Instant::now, |at| at + REBIND_INTERVAL);
             if timeout_at(soonest, stop.wait_for(|stop| *stop))
                 .await
                 .is_ok()
             {
                 return;
             }
-            troubles.bound = Some(Instant::now());
-            match bound.rebind().await {
+            errors.last_rebind = Some(Instant::now());
+            match listener.rebind().await {
                 Ok(new) => {
-                    *bound = new;
+                    *listener = new;
                     return;
                 }
                 Err(error) => {
-                    if let Some(missed) = troubles.unbound.take() {
+                    if let Some(missed) = errors.unbound.take() {
                         tracing::error!(%error, missed, "the listener cannot be bound again yet");
                     }
                 }
@@ -305,8 +305,8 @@ async fn handle_accept_error(
         // The process or the system is out of descriptors or memory, or the error is unknown. The
         // loop never continues without a pause.
         _ => {
-            if let Some(missed) = troubles.short.take() {
-                tracing::warn!(%error, listener = bound.name(), missed, "no connection can be taken for the moment");
+            if let Some(missed) = errors.short.take() {
+                tracing::warn!(%error, listener = listener.name(), missed, "no connection can be taken for the moment");
             }
             ACCEPT_BACKOFF
         }

@@ -244,7 +244,7 @@ impl<K: FairKey> Inner<K> {
     }
 
     /// Grants free permits to waiters.
-    fn hand_on(self: &Arc<Self>, mut state: MutexGuard<'_, State<K>>) {
+    fn grant_to_waiters(self: &Arc<Self>, mut state: MutexGuard<'_, State<K>>) {
         let mut unclaimed = Vec::new();
         while state.held < self.total {
             let Some(waiter) = state.next_waiter(self.per_key) else {
@@ -383,7 +383,7 @@ impl<K: FairKey> FairPermit<K> {
         let mut state = self.limit.state();
         if !self.released.swap(true, Ordering::Relaxed) {
             state.release(self.id, &self.key);
-            self.limit.hand_on(state);
+            self.limit.grant_to_waiters(state);
         }
     }
 }
@@ -399,7 +399,7 @@ impl<K: FairKey> Drop for FairPermit<K> {
                 state.release(self.id, &self.key);
             }
         }
-        self.limit.hand_on(state);
+        self.limit.grant_to_waiters(state);
     }
 }
 

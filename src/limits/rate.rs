@@ -17,12 +17,12 @@ impl TokenBucket {
     /// left.
     pub fn take(&mut self, burst: u32, every: Duration) -> bool {
         let now = Instant::now();
-        let full_again = self.0.map_or(now, |at| at.max(now)) + every;
-        let room = full_again.duration_since(now) <= every * burst;
-        if room {
-            self.0 = Some(full_again);
+        let full_at = self.0.map_or(now, |at| at.max(now)) + every;
+        let has_room = full_at.duration_since(now) <= every * burst;
+        if has_room {
+            self.0 = Some(full_at);
         }
-        room
+        has_room
     }
 
     fn is_full(&self) -> bool {
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn limiter_refills_with_time_and_for_each_key() {
+    async fn limiter_refills_each_key_over_time() {
         let limiter = KeyedRateLimiter::new(3, Duration::from_secs(10));
         let taken = (0..5).filter(|_| limiter.take(&id("a"))).count();
         assert_eq!(taken, 3);
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn limiter_forgets_full_buckets() {
+    async fn limiter_drops_full_buckets() {
         let limiter = KeyedRateLimiter::new(1, Duration::from_secs(1));
         for number in 0..100_000 {
             limiter.take(&id(&number.to_string()));

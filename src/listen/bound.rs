@@ -169,13 +169,13 @@ impl Listener {
     }
 
     /// Takes the listener that was bound inside a pod's network namespace.
-    pub fn pod(inside: Arc<PodListener>) -> Result<Self, ListenError> {
-        let listener = sys::register_listener(inside.listener())
-            .map_err(|source| inside.bind_error(source))?;
+    pub fn pod(pod: Arc<PodListener>) -> Result<Self, ListenError> {
+        let listener =
+            sys::register_listener(pod.listener()).map_err(|source| pod.bind_error(source))?;
         Ok(Self::Tcp {
             listener,
-            address: inside.address(),
-            origin: ListenerSource::Pod(inside),
+            address: pod.address(),
+            origin: ListenerSource::Pod(pod),
         })
     }
 
@@ -184,9 +184,9 @@ impl Listener {
         match self {
             Self::Unix { path, .. } => path.display().to_string(),
             Self::Tcp {
-                origin: ListenerSource::Pod(inside),
+                origin: ListenerSource::Pod(pod),
                 ..
-            } => inside.to_string(),
+            } => pod.to_string(),
             Self::Tcp { address, .. } => address.to_string(),
         }
     }
@@ -200,9 +200,9 @@ impl Listener {
     /// Accepts a connection from the backlog. Returns `None` if another process accepted it first.
     pub(super) fn accept(
         &self,
-        arrived: &mut AsyncFdReadyGuard<'_, Arc<OwnedFd>>,
+        ready: &mut AsyncFdReadyGuard<'_, Arc<OwnedFd>>,
     ) -> Option<io::Result<AcceptedStream>> {
-        arrived
+        ready
             .try_io(|listener| self.accept_raw(listener.as_fd()))
             .ok()
     }
@@ -250,11 +250,11 @@ impl Listener {
     pub(super) async fn rebind(&self) -> Result<Self, ListenError> {
         match self {
             Self::Tcp {
-                origin: ListenerSource::Pod(inside),
+                origin: ListenerSource::Pod(pod),
                 ..
             } => {
-                let inside = inside.clone();
-                let bound = tokio::task::spawn_blocking(move || inside.rebind().map(|()| inside));
+                let pod = pod.clone();
+                let bound = tokio::task::spawn_blocking(move || pod.rebind().map(|()| pod));
                 Self::pod(
                     bound
                         .await

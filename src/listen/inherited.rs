@@ -17,12 +17,12 @@ pub struct ActivatedSockets {
 impl ActivatedSockets {
     /// Takes the sockets from the environment. Call it once, before threads are started.
     pub fn from_environment() -> Self {
-        let mut handed = listenfd::ListenFd::from_env();
+        let mut passed = listenfd::ListenFd::from_env();
         let mut inherited = Self::default();
-        for index in 0..handed.len() {
-            if let Ok(Some(listener)) = handed.take_unix_listener(index) {
+        for index in 0..passed.len() {
+            if let Ok(Some(listener)) = passed.take_unix_listener(index) {
                 inherited.unix.push(listener);
-            } else if let Ok(Some(listener)) = handed.take_tcp_listener(index) {
+            } else if let Ok(Some(listener)) = passed.take_tcp_listener(index) {
                 inherited.tcp.push(listener);
             }
         }

@@ -31,7 +31,7 @@ pub struct NetnsRef {
 /// A listener in a pod's network namespace. Its socket is replaced if it is killed.
 #[derive(Debug)]
 pub struct PodListener {
-    place: Arc<NetnsRef>,
+    netns: Arc<NetnsRef>,
     address: SocketAddr,
     listener: Mutex<Arc<OwnedFd>>,
 }
@@ -73,20 +73,20 @@ impl NetnsRef {
 impl PodListener {
     /// Binds and listens. Call it within the namespace. The address may not exist there yet: a
     /// loopback device has none before the pod's network is set up.
-    pub fn bind(place: Arc<NetnsRef>, address: SocketAddr) -> io::Result<Self> {
+    pub fn bind(netns: Arc<NetnsRef>, address: SocketAddr) -> io::Result<Self> {
         let listener = Mutex::new(Arc::new(bind(address, FreeBind::Allowed)?));
         Ok(Self {
-            place,
+            netns,
             address,
             listener,
         })
     }
 
     /// Wraps a listener that another instance of awsvid made, and bounds its buffers.
-    pub fn with(place: Arc<NetnsRef>, address: SocketAddr, listener: OwnedFd) -> io::Result<Self> {
+    pub fn with(netns: Arc<NetnsRef>, address: SocketAddr, listener: OwnedFd) -> io::Result<Self> {
         bound_buffers(&listener)?;
         Ok(Self {
-            place,
+            netns,
             address,
             listener: Mutex::new(Arc::new(listener)),
         })
@@ -105,7 +105,7 @@ impl PodListener {
     /// Binds a new socket in place of one that was killed.
     pub(super) fn rebind(&self) -> Result<(), ListenError> {
         let bound = self
-            .place
+            .netns
             .run_in(|| bind(self.address, FreeBind::Allowed))
             .map_err(|error| match error {
                 NamespaceError::Io(error) => self.bind_error(error),
@@ -125,7 +125,7 @@ impl PodListener {
 
 impl fmt::Display for PodListener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} in {}", self.address, self.place.path().display())
+        write!(f, "{} in {}", self.address, self.netns.path().display())
     }
 }
 

@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_there_is_read_without_the_runtime() {
+    async fn read_of_arrived_bytes_does_not_register_the_socket() {
         let (mut ours, mut theirs) = pair();
         io::Write::write_all(&mut theirs, b"there").unwrap();
         let mut room = [0; 16];
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_comes_later_is_waited_for() {
+    async fn read_waits_for_bytes_that_arrive_later() {
         let (mut ours, mut theirs) = pair();
         let mut room = [0; 16];
         let nothing = timeout(Duration::from_millis(10), ours.read(&mut room)).await;
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_kernel_has_no_room_for_is_written_when_it_has() {
+    async fn write_waits_for_room_in_the_kernels_buffer() {
         let (mut ours, mut theirs) = pair();
         let much = vec![7; 4 * 1024 * 1024];
         let expected = much.len();

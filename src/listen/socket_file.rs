@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_socket_is_replaced_and_a_living_one_is_not() {
+    fn bind_replaces_a_stale_socket_and_not_a_served_one() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         drop(UnixListener::bind(&path).unwrap());
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_and_directories_of_others_are_left_alone() {
+    fn bind_rejects_other_files_and_unsafe_directories() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         fs::write(&path, "precious").unwrap();
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_somebody_took_who_does_not_listen_stops_nobody() {
+    fn held_lock_without_listener_does_not_block_bind() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         drop(SocketFile::bind(&path, 0o666).unwrap());
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_directory_is_made_and_no_other_is_taken_for_one() {
+    fn private_bind_creates_its_directory_and_rejects_open_ones() {
         let directory = safe_directory();
         let closed = directory.path().join("closed");
         let (_listener, _file) = SocketFile::bind_private(&closed.join("a.sock")).unwrap();
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_has_the_lock_in_a_closed_directory_has_the_socket() {
+    fn private_bind_fails_while_the_lock_is_held() {
         let directory = safe_directory();
         let path = directory.path().join("closed/a.sock");
         drop(SocketFile::bind_private(&path).unwrap());
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_left_behind_and_many_take_turns() {
+    fn concurrent_binds_exclude_each_other_and_leave_no_files() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         let bound = std::sync::atomic::AtomicUsize::new(0);
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_longer_ours_stays() {
+    fn drop_keeps_the_file_of_another_socket() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         let (_listener, file) = SocketFile::bind(&path, 0o600).unwrap();

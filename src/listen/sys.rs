@@ -57,9 +57,9 @@ pub(super) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 /// Calls `accept4(2)` on a TCP socket, and returns the client's address too.
 pub(super) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
     // SAFETY: zeros are a sockaddr_storage without an address.
-    let mut place: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
-    let mut length = libc::socklen_t::try_from(size_of_val(&place)).map_err(io::Error::other)?;
-    let address = (&raw mut place).cast::<libc::sockaddr>();
+    let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let mut length = libc::socklen_t::try_from(size_of_val(&storage)).map_err(io::Error::other)?;
+    let address = (&raw mut storage).cast::<libc::sockaddr>();
     // SAFETY: `storage` has room for `length` bytes, and the kernel writes at most that many.
     let accepted = owned_fd(unsafe {
         libc::accept4(listener.as_raw_fd(), address, &raw mut length, ACCEPTED)

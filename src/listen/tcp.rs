@@ -42,7 +42,7 @@ pub(super) enum FreeBind {
 }
 
 /// Listens in the calling thread's network namespace.
-pub(super) fn bind(address: SocketAddr, freely: FreeBind) -> io::Result<OwnedFd> {
+pub(super) fn bind(address: SocketAddr, free_bind: FreeBind) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() {
         AddressFamily::Inet
     } else {
@@ -52,7 +52,7 @@ pub(super) fn bind(address: SocketAddr, freely: FreeBind) -> io::Result<OwnedFd>
     let listener = socket::socket(family, SockType::Stream, flags, None)?;
     // Leftover connections of an earlier start must not block the bind.
     setsockopt(&listener, sockopt::ReuseAddr, &true)?;
-    if freely == FreeBind::Allowed {
+    if free_bind == FreeBind::Allowed {
         setsockopt(&listener, sockopt::IpFreebind, &true)?;
     }
     bound_buffers(&listener)?;

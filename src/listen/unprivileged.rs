@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_value_decides_below_its_default() {
+    fn sysctl_decides_for_ports_below_the_default() {
         let addresses: Vec<SocketAddr> = [
             "127.0.0.1:974",
             "[::1]:974",

@@ -32,7 +32,7 @@ fn is_empty<K: FairKey>(limit: &FairSemaphore<K>) -> bool {
 }
 
 #[tokio::test(start_paused = true)]
-async fn semaphore_leaves_each_key_its_share() {
+async fn semaphore_reserves_permits_for_other_keys() {
     let limit = FairSemaphore::new(4, 3);
     let mut held = Vec::new();
     for _ in 0..3 {
@@ -103,7 +103,7 @@ async fn released_permit_goes_to_the_group_that_holds_the_fewest() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiter_that_gives_up_leaves_nothing_behind() {
+async fn waiter_leaves_no_state_after_its_timeout() {
     let limit = FairSemaphore::new(1, 1);
     let held = limit.acquire(&id("a")).await.unwrap();
     assert!(limit.acquire(&id("a")).await.is_none());
@@ -138,7 +138,7 @@ async fn full_queue_drops_a_waiter_of_the_group_that_has_the_most() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn eviction_takes_the_oldest_idle_permit_of_whoever_has_the_most() {
+async fn eviction_takes_the_oldest_idle_permit_of_the_largest_key() {
     let limit = FairSemaphore::new(4, 4);
     let greedy: Vec<_> = (0..4)
         .map(|uid| limit.try_acquire_evicting(&Key("greedy", uid % 2)).unwrap())
@@ -175,7 +175,7 @@ fn is_evicted<K: FairKey>(permit: &FairPermit<K>) -> bool {
 }
 
 #[tokio::test]
-async fn admission_takes_the_oldest_of_the_same_key_at_its_limit() {
+async fn admission_takes_the_keys_oldest_at_its_limit() {
     let limit = FairSemaphore::new(10, 3);
     let other = limit.admit(&id("other"));
     let flood: Vec<_> = (0..100).map(|_| limit.admit(&id("flood"))).collect();
@@ -190,7 +190,7 @@ async fn admission_takes_the_oldest_of_the_same_key_at_its_limit() {
 }
 
 #[tokio::test]
-async fn admission_takes_the_oldest_of_whoever_has_the_most() {
+async fn admission_takes_the_oldest_of_the_largest_key() {
     let limit = FairSemaphore::new(6, 3);
     let one = limit.admit(&id("one"));
     let most: Vec<_> = (0..3).map(|_| limit.admit(&id("most"))).collect();
@@ -222,7 +222,7 @@ async fn admission_takes_the_oldest_of_whoever_has_the_most() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn permit_in_use_gives_way_where_none_is_idle() {
+async fn permit_in_use_is_evicted_if_none_is_idle() {
     let limit = FairSemaphore::new(2, 2);
     let held = [1, 2].map(|_| {
         let permit = limit.try_acquire_evicting(&id("greedy")).unwrap();
@@ -236,7 +236,7 @@ async fn permit_in_use_gives_way_where_none_is_idle() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn detached_permit_counts_for_its_key_alone() {
+async fn detached_permit_counts_only_for_its_key() {
     let limit = FairSemaphore::new(1, 1);
     let stuck = limit.acquire(&id("stuck")).await.unwrap();
     assert!(limit.try_acquire(&id("other")).is_err());
