@@ -55,7 +55,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(16);
 pub enum ListenError {
     /// The TCP address could not be bound.
     #[error(
-        "{address}: {source}; see who has it with `ss -lntp`, or choose another address in [listen]"
+        "{address}: {source}; find the process that holds it with `ss -lntp`, or choose another address in [listen]"
     )]
     Tcp {
         address: SocketAddr,
@@ -65,7 +65,7 @@ pub enum ListenError {
     #[error("{}: another process serves this socket; stop it first, or choose another path in [listen]", path.display())]
     InUse { path: PathBuf },
     /// Other users can replace files in the socket's directory.
-    #[error("{}: the directory is open to others, who could put a socket of their own there or use one that is not for them; make it owned by root with mode {mode:04o}", path.display())]
+    #[error("{}: other users can write to or read from the directory, and so replace or use the socket; make it owned by root with mode {mode:04o}", path.display())]
     UnsafeDirectory {
         /// The directory that is unsafe.
         path: PathBuf,
@@ -76,7 +76,7 @@ pub enum ListenError {
     #[error("{}: {source}", path.display())]
     Unix { path: PathBuf, source: io::Error },
     /// A socket that systemd passed could not be used.
-    #[error("a socket that systemd handed over: {source}")]
+    #[error("cannot use a socket that systemd passed: {source}")]
     Inherited { source: io::Error },
     /// A listener in a pod's network namespace could not be set up.
     #[error("{name}: {source}")]
@@ -176,7 +176,7 @@ impl ConnectionTracker {
         if timeout(DRAIN_TIMEOUT, self.open.wait()).await.is_err() {
             tracing::warn!(
                 open = self.open.len(),
-                "connections did not end in time and are cut"
+                "drain timed out; closing connections"
             );
         }
     }
@@ -219,7 +219,7 @@ pub async fn serve<F, C>(
             }
         }
         Err(error) => {
-            tracing::warn!(%error, listener = name, "who had connected last is not served")
+            tracing::warn!(%error, listener = name, "cannot drain the backlog")
         }
     }
 }
@@ -276,7 +276,7 @@ async fn handle_accept_error(
     let pause = match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
             if let Some(missed) = errors.killed.take() {
-                tracing::error!(%error, listener = listener.name(), missed, "the listener was killed; binding it again");
+                tracing::error!(%error, listener = listener.name(), missed, "listener was killed; rebinding");
             }
             // A pod can kill its listener again and again.
             let soonest = errors
@@ -296,7 +296,7 @@ async fn handle_accept_error(
                 }
                 Err(error) => {
                     if let Some(missed) = errors.unbound.take() {
-                        tracing::error!(%error, missed, "the listener cannot be bound again yet");
+                        tracing::error!(%error, missed, "cannot rebind the listener");
                     }
                 }
             }
@@ -306,7 +306,7 @@ async fn handle_accept_error(
         // loop never continues without a pause.
         _ => {
             if let Some(missed) = errors.short.take() {
-                tracing::warn!(%error, listener = listener.name(), missed, "no connection can be taken for the moment");
+                tracing::warn!(%error, listener = listener.name(), missed, "cannot accept connections; backing off");
             }
             ACCEPT_BACKOFF
         }

@@ -90,7 +90,7 @@ impl SocketFile {
         if fs::symlink_metadata(path).is_ok_and(is_other) {
             return Err(failed(io::Error::new(
                 io::ErrorKind::AlreadyExists,
-                "it exists and is no socket; remove it",
+                "the file exists and is not a socket; remove it",
             )));
         }
         // The socket is created under another name first. Clients see it with its final mode, or
@@ -155,8 +155,8 @@ fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenE
             }
             Err(_) if begun.elapsed() >= LOCK_TIMEOUT => {
                 tracing::warn!(
-                    "{}: somebody holds the lock beside it who does not listen there",
-                    path.display()
+                    path = %path.display(),
+                    "ignoring the socket's lock: its holder does not listen"
                 );
                 return Ok(None);
             }
