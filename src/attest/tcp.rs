@@ -1,4 +1,5 @@
-//! The peer on loopback TCP: the process that made the socket, by the socket itself and, where needed, by its holder.
+//! The peer on loopback TCP: the process that made the socket. It is attested by the socket itself
+//! and, if needed, by the process that holds it.
 
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -23,10 +24,11 @@ use crate::cgroup::CgroupPath;
 use crate::clock::REQUEST_HOLD;
 use crate::limits::FairSemaphore;
 
-/// A long search takes 20 ms of a processor; one that lasts longer than this counts no more among all.
+/// The time after which a search releases its permit. A long search takes 20 ms of CPU time; one
+/// that takes longer than this is blocked.
 const SEARCH_SHARE: Duration = Duration::from_millis(500);
 
-/// Attests peers of TCP listeners in one network namespace. Cheap to clone.
+/// An attestor for peers of TCP listeners in one network namespace. Clones share its state.
 #[derive(Debug, Clone)]
 pub(crate) struct TcpAttestor(Arc<SocketQuery>);
 
@@ -35,13 +37,13 @@ struct SocketQuery {
     host: Arc<Host>,
     diag: SockDiag,
     cgroups: Arc<CgroupTree>,
-    /// Long searches: one at a time for each workload, and few in all.
+    /// Limits long searches: one at a time per workload, and few in total.
     searches: FairSemaphore<WorkloadKey>,
-    /// By its inode, if it is a pod's.
+    /// The inode of the network namespace, if that is a pod's.
     namespace: Option<u64>,
 }
 
-/// What the kernel says of the client's socket of a connection, to be compared before anything is released.
+/// The kernel's description of the client's socket, to be compared before credentials are released.
 #[derive(Debug, Clone)]
 pub(crate) struct SocketProof {
     attestor: TcpAttestor,
@@ -52,7 +54,7 @@ pub(crate) struct SocketProof {
     pod: Option<ResolvedPod>,
 }
 
-/// The same, with a process that holds the socket.
+/// A socket proof with a process that holds the socket.
 #[derive(Debug)]
 struct SocketOwnerProof {
     socket: SocketProof,
@@ -61,7 +63,7 @@ struct SocketOwnerProof {
 }
 
 impl TcpAttestor {
-    /// In the host's network namespace.
+    /// Creates an attestor for the host's network namespace.
     pub(crate) fn new(
         host: Arc<Host>,
         diag: SockDiag,
@@ -77,12 +79,12 @@ impl TcpAttestor {
         }))
     }
 
-    /// Whether the kernel still tells what this rests on.
+    /// Verifies that the kernel still reports the facts that this attestor needs.
     pub(crate) fn works(&self) -> Result<(), TcpUnsupported> {
         try_tcp_of(&self.0.host, &self.0.diag)
     }
 
-    /// The same for the network namespace of a pod, in which `diag` was made.
+    /// Creates an attestor for the network namespace of a pod, in which `diag` was opened.
     pub(crate) fn in_pod(&self, diag: SockDiag) -> Self {
         let SocketQuery {
             host,
@@ -100,23 +102,24 @@ impl TcpAttestor {
         }))
     }
 
-    /// What limits long searches.
+    /// Returns the limit on long searches.
     #[cfg(test)]
     pub(crate) fn searches(&self) -> &FairSemaphore<WorkloadKey> {
         &self.0.searches
     }
 
-    /// By its inode, if it is a pod's.
+    /// Returns the inode of the network namespace, if that is a pod's.
     pub(crate) fn namespace(&self) -> Option<u64> {
         self.0.namespace
     }
 
-    /// Lets the network namespace go. Callers that were attested here are gone from then on.
+    /// Releases the network namespace. Callers that were attested here count as gone from then on.
     pub(crate) fn close(&self) {
         self.0.diag.close();
     }
 
-    /// What the socket of the peer `client` of a connection to `server` tells. `on_wait` is called before that takes time.
+    /// Finds the socket of the peer `client` of a connection to `server`. Calls `on_wait` before it
+    /// waits.
     pub(crate) async fn look(
         &self,
         (client, server): (SocketAddr, SocketAddr),
@@ -134,7 +137,8 @@ impl TcpAttestor {
             .await
             .map_err(|refusal| Unattested::of(refusal, &peer))?;
         peer.cgroup = Some(cgroup.clone());
-        // On the host a process of one user gives sockets to those of another; a pod is one workload.
+        // On the host a process of one user passes sockets to those of another. A pod is one
+        // workload.
         if self.0.namespace.is_none() && cgroup.is_service_managers() {
             return Err(Unattested::of(AttestError::ManagerSocket, &peer));
         }
@@ -153,7 +157,7 @@ impl TcpAttestor {
         })
     }
 
-    /// The path of the socket's cgroup.
+    /// Returns the path of the socket's cgroup.
     async fn cgroup(
         &self,
         socket: &SocketInfo,
@@ -185,17 +189,17 @@ impl TcpAttestor {
 }
 
 impl SocketProof {
-    /// Whether the socket is in no cgroup below the root.
+    /// Returns whether the socket is in the root cgroup.
     pub(crate) fn is_in_root_cgroup(&self) -> bool {
         self.cgroup.is_root()
     }
 
-    /// Where it is, if it is a pod's.
+    /// Returns the pod of the socket, if it is in one.
     pub(crate) fn pod(&self) -> Option<&ResolvedPod> {
         self.pod.as_ref()
     }
 
-    /// The caller, as far as the socket alone tells who it is.
+    /// Returns the caller, as far as its socket shows it.
     pub(crate) fn into_caller(self) -> Caller {
         let namespace = self.attestor.0.namespace;
         Caller {
@@ -213,7 +217,7 @@ impl SocketProof {
         }
     }
 
-    /// See [`SocketProof::into_caller`], for the audit.
+    /// Returns the facts of the socket for the audit log.
     pub(crate) fn peer(&self) -> PeerFacts {
         let pod = self.pod.as_ref().map(|housed| housed.pod.clone());
         let namespace = self.attestor.0.namespace;
@@ -238,9 +242,11 @@ impl SocketProof {
         }
     }
 
-    /// The process that holds the socket: at once where that is soon done. Else in a search of its own, one at a time for this
-    /// workload, and few in all, since whoever has many users' ids is many workloads: a search is a loop as long as the caller
-    /// makes it.
+    /// Finds the process that holds the socket.
+    ///
+    /// First it tries a short search. The second search is long, since the caller determines its
+    /// length. Long searches are limited to one at a time for this workload, and to few in total: a
+    /// party with many user ids has many workloads.
     async fn find_owner(
         &self,
         owner: &WorkloadKey,
@@ -256,13 +262,15 @@ impl SocketProof {
             Err(AttestError::TooManyDescriptors) => {}
             done => return done,
         }
-        // As long as a request is held: who waits longer would be cut off without a word.
+        // The wait is as long as a request is held. The SDK of a caller that waits longer would
+        // time out without a response.
         let permit = parts
             .searches
             .acquire_within(REQUEST_HOLD, owner)
             .await
             .ok_or(AttestError::SearchBusy)?;
-        // Many have hung up meanwhile. A search for each of them would keep those waiting who have come again.
+        // Many callers have closed the connection by now. Searches for these would delay those that
+        // have connected again.
         self.is_unchanged().map_err(|_| AttestError::CallerGone)?;
         let mut searching = pin!(
             parts
@@ -273,7 +281,7 @@ impl SocketProof {
         if let Ok(done) = timeout(SEARCH_SHARE, &mut searching).await {
             return done;
         }
-        // It waits for something, and takes no processor's time from others.
+        // It is blocked, and does not take CPU time from others.
         permit.detach();
         searching.await
     }
@@ -317,8 +325,8 @@ impl PeerProof for SocketProof {
             return Err(AttestError::ManagerSocket);
         }
         let holder = self.find_owner(owner, looks).await?;
-        // That the socket is still what it was before the search is seen when the caller is looked at again, before anything
-        // is released.
+        // Whether the socket changed during the search shows at the next verification, before
+        // credentials are released.
         let process = holder.process.to_process();
         Ok((
             process,

@@ -1,4 +1,5 @@
-//! The caller on the unix socket: the process that connected, whoever holds the descriptor now.
+//! The caller on the unix socket: the process that connected, whichever process holds the
+//! descriptor now.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
@@ -19,13 +20,13 @@ use crate::caller::{
     PeerProof, PodAge, Process, ProcessFacts, WorkloadKey,
 };
 
-/// The connector, as it was looked at.
+/// The process that connected, with the facts that were read.
 #[derive(Debug)]
 struct ConnectorProof {
     process: ProcessSnapshot,
     owner: WorkloadKey,
     pod: Option<ResolvedPod>,
-    /// The connection, as long as it is served: whoever remembers a caller does not keep it open.
+    /// The connection while it is served. A remembered caller does not keep it open.
     stream: Weak<OwnedFd>,
 }
 
@@ -40,7 +41,8 @@ impl PeerProof for ConnectorProof {
         owner: &WorkloadKey,
         looks: ProcessFacts,
     ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
-        // First the groups of connect(2): for too many of them the kernel returns an error without copying them.
+        // The groups of connect(2) come first: if there are too many, the kernel fails without
+        // copying them.
         let connected = match looks.groups {
             GroupDetail::None => None,
             detail => {
@@ -79,7 +81,8 @@ impl PeerProof for ConnectorProof {
     }
 }
 
-/// What the kernel recorded of the connector at connect(2). A plain value, with which tests stand in for other kernels.
+/// The facts that the kernel recorded at connect(2). It is a plain value, so tests can construct
+/// those of other kernels.
 #[derive(Debug)]
 pub(crate) struct Peer {
     pid: u32,
@@ -88,17 +91,18 @@ pub(crate) struct Peer {
     pinned: PeerPin,
 }
 
-/// How sure it is that a process with the connector's number is the connector.
+/// The certainty that a process with the recorded pid is the one that connected.
 #[derive(Debug)]
 enum PeerPin {
-    /// By the kernel, since it connected: `SO_PEERPIDFD`.
+    /// The kernel holds the process since it connected: `SO_PEERPIDFD`.
     ByKernel(OwnedFd),
-    /// Not at all before Linux 6.5. The connection was accepted at this time, in clock ticks since boot.
+    /// The kernel does not hold the process, before Linux 6.5. The connection was accepted at this
+    /// time, in clock ticks since boot.
     SinceAccept(u64),
 }
 
 impl Peer {
-    /// Reads `SO_PEERCRED` and `SO_PEERPIDFD`.
+    /// Reads `SO_PEERCRED` and `SO_PEERPIDFD` of the stream.
     pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Unattested> {
         let peer = getsockopt(&stream, PeerCredentials).map_err(|_| AttestError::Kernel)?;
         let seen = PeerFacts {
@@ -123,10 +127,10 @@ impl Peer {
     }
 }
 
-/// Attests the connector `peer` of `stream`, by its ids and its cgroup.
+/// Attests the process that connected to `stream`, by its ids and its cgroup.
 ///
-/// The process must still be there, and still be exactly that in each of its ids: one that has executed a setuid program
-/// meanwhile, or has dropped a privilege, is refused (attack 3).
+/// The process must still exist, with exactly these ids. A process that has since executed a setuid
+/// program or dropped a privilege is rejected (T3).
 pub(crate) fn attest(
     host: &Arc<Host>,
     peer: Peer,
@@ -145,7 +149,8 @@ pub(crate) fn attest(
         namespace: None,
     };
     if !host.pidfds_tell_ids {
-        // Its `status` would have to be read right here, and that takes milliseconds for 65,536 groups (T27).
+        // The daemon would have to read its `status` on this thread, which takes milliseconds for
+        // 65,536 groups (T27).
         peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &seen))?;
     }
     let process = match pinned {
@@ -182,9 +187,12 @@ pub(crate) fn attest(
     })
 }
 
-/// The process that has the number now, on a kernel that does not say whether it is the connector. One that started after
-/// the connection was accepted certainly isn't. One that started between connect and accept is not noticed, which is why
-/// callers in containers, who can make pids be used again, are not served there (attack 16).
+/// Reads the process that has the pid now, on a kernel that cannot prove that it is the one that
+/// connected.
+///
+/// A process that started after the connection was accepted certainly is not. One that started
+/// between connect and accept is not detected. Callers in containers can cause pids to be reused,
+/// so they are rejected on such kernels (T16).
 fn read_unpinned(
     host: &Arc<Host>,
     pid: u32,
@@ -206,7 +214,7 @@ fn read_unpinned(
     Ok(process)
 }
 
-/// `SO_PEERGROUPS`.
+/// Reads `SO_PEERGROUPS` of the stream.
 fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, AttestError> {
     sys::peer_groups(stream, Groups::MAX).map_err(|error| match error {
         Errno::ERANGE => AttestError::TooManyGroups,

@@ -82,7 +82,7 @@ impl SocketFile {
                 break lock;
             }
         };
-        // If systemd holds another daemon's socket, there is no lock file.
+        // Another daemon has no lock file if systemd holds its socket.
         if UnixStream::connect(path).is_ok() {
             return Err(in_use());
         }

@@ -38,8 +38,9 @@ pub fn warn_of_unprivileged_ports(addresses: &[SocketAddr]) {
     if !ports.is_empty() {
         tracing::warn!(
             ?ports,
-            "any user of this machine can bind a port of awsvid's while it is free, and answer with credentials of another account: \
-             net.ipv4.ip_unprivileged_port_start is {first}; set it to 1024 by sysctl"
+            ip_unprivileged_port_start = first,
+            "any user can bind awsvid's port while it is free and return credentials of another account; \
+             set net.ipv4.ip_unprivileged_port_start to 1024"
         );
     }
 }

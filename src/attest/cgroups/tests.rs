@@ -43,7 +43,7 @@ fn ids_become_paths_and_are_forgotten_with_their_directory() {
         tree.path_of_blocking(1 << 60),
         Err(AttestError::UnreadableCgroup)
     );
-    // As if it had been seen longer ago than that.
+    // The path was last found there longer ago than the recheck time.
     let later = || {
         tree.paths
             .lock()
@@ -112,7 +112,7 @@ fn a_cgroup_that_cannot_be_listed_is_refused() {
     );
 }
 
-/// A cgroup of the real tree, with its path in it, where that can be made.
+/// Creates a cgroup in the real tree where possible, and returns its directory and path.
 fn made(tree: &CgroupTree, name: &str) -> (PathBuf, CgroupPath) {
     let path =
         CgroupPath::parse(&format!("/awsvid-unit-test-{}-{name}", std::process::id())).unwrap();
@@ -149,7 +149,7 @@ fn a_list_that_is_open_says_what_is_so_now() {
         move_to(&directory, pids[count - 1]);
         assert_eq!(tree.processes(&path, 100), Ok(pids[..count].to_vec()));
     }
-    // Also while another one reads the list.
+    // The same holds while another thread reads the list.
     let busy = tree.lists()[&path].clone();
     let busy = busy.lock().unwrap();
     assert_eq!(tree.processes(&path, 100), Ok(pids.clone()));
@@ -167,7 +167,7 @@ fn a_list_that_is_open_says_what_is_so_now() {
         tree.processes(&path, 100),
         Err(AttestError::UnreadableCgroup)
     );
-    // Another one in its place is read, and not the one that is gone.
+    // A new cgroup at the same path is read, and not the removed one.
     fs::create_dir(&directory).unwrap();
     assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
     assert_ne!(kept(), first);
@@ -191,7 +191,7 @@ fn so_many_lists_are_open_and_no_more() {
     }
 }
 
-/// A part of the real tree, with these directories; gone at the end.
+/// A part of the real tree with these directories, which is removed on drop.
 struct Made(PathBuf);
 
 impl Made {
@@ -224,7 +224,7 @@ fn id_of(directory: &Path) -> u64 {
     fs::metadata(directory).unwrap().ino()
 }
 
-/// As for a peer in this pod's network.
+/// Finds a path as for a peer in this pod's network.
 async fn path_of(
     tree: &Arc<CgroupTree>,
     namespace: u64,
@@ -237,7 +237,8 @@ async fn path_of(
     tree.path_of(id, (TreeScope::Pods, key), || ()).await
 }
 
-/// A node of 250 pods with two containers each; one of them asks without end with ids that are nowhere.
+/// Simulates a node of 250 pods with two containers each. One pod floods the tree with ids that do
+/// not exist.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waiting() {
     let whole = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
@@ -301,7 +302,8 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
     );
 }
 
-/// Attack 33: those who wait for a walk in vain keep others neither from being accepted nor from being looked for.
+/// Covers T33: peers that wait for a scan in vain block others neither from being accepted nor from
+/// a scan.
 #[tokio::test]
 async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
     let folder = tempfile::tempdir().unwrap();
@@ -330,7 +332,7 @@ async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
             })
             .await;
         assert_eq!(found.unwrap().as_str(), "/new");
-        // The first of them had to wait for a walk, and for the next it is known.
+        // The first peer had to wait for a scan, and the next one finds the path in the cache.
         assert_eq!(waits, namespace.is_none());
     }
     drop(held);

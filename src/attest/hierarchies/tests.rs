@@ -16,7 +16,7 @@ fn made(names: Vec<String>, mount: PathBuf) -> CgroupMount {
     }
 }
 
-/// Two hierarchies, v2 and v1's memory, with these directories in both.
+/// Creates two hierarchies, v2 and v1's memory, with these directories in both.
 fn machine(directories: &[&str]) -> (tempfile::TempDir, CgroupMounts) {
     let folder = tempfile::tempdir().unwrap();
     let [v2, memory] = ["v2", "memory"].map(|name| folder.path().join(name));
@@ -104,7 +104,7 @@ fn what_a_user_could_have_named_is_refused() {
         Err(AttestError::DelegatedCgroup)
     );
     assert_eq!(machine.check("0::/user.slice\n"), Ok(()));
-    // In v1's hierarchy it is root's.
+    // In v1's hierarchy root owns it.
     assert_eq!(
         machine.check(&format!("4:memory:/{delegated}/app\n")),
         Ok(())
@@ -137,7 +137,8 @@ fn what_cannot_be_looked_at_is_refused() {
     }
 }
 
-/// What is seen of the v2 hierarchy: where, which directory of it, and how far above the namespace.
+/// Returns how the v2 hierarchy is visible: its mount, the mounted directory, and the levels above
+/// the namespace.
 fn unified(mountinfo: &str) -> Option<(String, String, usize)> {
     let found = CgroupMounts::find(mountinfo);
     let found = found.of("")?;
@@ -157,12 +158,13 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
     let mount =
         |root: &str, at: &str| format!("41 31 0:38 {root} {at} ro,nosuid - cgroup2 cgroup2 rw\n");
     let table = [
-        // On the host.
+        // The daemon runs on the host.
         (
             mount("/", "/sys/fs/cgroup"),
             Some(("/sys/fs/cgroup", "", 0)),
         ),
-        // In the host's cgroup namespace, as with cgroup v1: its own part, and the whole at another place, in either order.
+        // The container is in the host's cgroup namespace, as with cgroup v1. Its own part and the
+        // whole tree are mounted, in either order.
         (
             mount(&own, "/sys/fs/cgroup") + &mount("/", "/host/cgroup"),
             Some(("/host/cgroup", "", 0)),
@@ -172,7 +174,7 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
             Some(("/host/cgroup", "", 0)),
         ),
         (mount(&own, "/sys/fs/cgroup"), None),
-        // Or the kubelet's part of it.
+        // The kubelet's part of the tree is mounted in place of the whole.
         (
             mount(&own, "/sys/fs/cgroup") + &mount("/kubepods.slice", "/host/pods"),
             Some(("/host/pods", "/kubepods.slice", 0)),
@@ -181,7 +183,7 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
             mount("/kubepods", "/host/pods") + &mount("/", "/host/cgroup"),
             Some(("/host/cgroup", "", 0)),
         ),
-        // In a namespace of its own the root is its own part.
+        // The container is in a namespace of its own, so its own part is the root.
         (
             mount("/", "/sys/fs/cgroup") + &mount("/../../..", "/host/cgroup"),
             Some(("/host/cgroup", "", 3)),
@@ -194,7 +196,7 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
             mount("/../../..", "/sys/fs/cgroup"),
             Some(("/sys/fs/cgroup", "", 3)),
         ),
-        // Something beside it is in no known place.
+        // A directory outside the namespace has no known position.
         (
             mount("/", "/sys/fs/cgroup") + &mount("/../other", "/x"),
             Some(("/sys/fs/cgroup", "", 0)),
@@ -247,7 +249,7 @@ fn paths_are_read_from_where_the_daemon_stands() {
             Some("/system.slice/x.service"),
         ),
         (4, Some(own), "/../../../..", Some("/")),
-        // Above what is mounted.
+        // These are above the mounted directory.
         (4, Some(own), "/../../../../../x", None),
         (4, Some(own), "/a/../b", None),
         (
@@ -256,7 +258,7 @@ fn paths_are_read_from_where_the_daemon_stands() {
             "/..x",
             Some("/kubepods/burstable/own/container/..x"),
         ),
-        // Where its own place is not known, only that of others who have nothing in common with it.
+        // If the own position is not known, only paths without a part in common are.
         (
             4,
             None,

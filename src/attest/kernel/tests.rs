@@ -20,22 +20,22 @@ fn judged(told: Option<u64>, own: Option<u64>, hides_cgroups: bool, is_new: bool
 #[test]
 fn kernel_is_judged_by_what_it_tells_and_by_its_version_only_in_doubt() {
     let table = [
-        // Its own cgroup: RHEL 9's 5.14, and 5.10 of the stable series from 2024 on.
+        // The own cgroup: RHEL 9's 5.14, and 5.10 of the stable series from 2024 on.
         (Some(77), Some(77), false, false, "works"),
         (Some(77), Some(77), true, false, "works"),
         (Some(77), Some(77), true, true, "works"),
-        // The root's in place of its own: a 5.10 with net_prio.
+        // The root's cgroup in place of the own: a 5.10 with net_prio.
         (Some(1), Some(77), true, false, "wrong"),
         (Some(1), Some(77), false, false, "wrong"),
         (Some(78), Some(77), false, true, "wrong"),
-        // Before 5.8.
+        // No cgroup: Linux before 5.8.
         (None, Some(77), false, false, "none"),
         (None, None, false, true, "none"),
-        // In the root cgroup both tell the same.
+        // In the root cgroup old and new kernels report the same.
         (Some(1), Some(1), false, false, "works"),
         (Some(1), Some(1), true, true, "works"),
         (Some(1), Some(1), true, false, "wrong"),
-        // Its own is not seen from here.
+        // The own cgroup is not visible from here.
         (Some(77), None, false, false, "works"),
         (Some(1), None, true, false, "wrong"),
     ];
@@ -76,7 +76,8 @@ fn circumstances_are_read_from_mounts_and_release() {
     assert!(!KernelFacts::read(&none, &cgroups, "6.1").hides_cgroups);
 }
 
-/// On whatever machine the tests run: it says yes exactly where a connection of this process is told with its cgroup.
+/// Works on any machine: the result is positive exactly if a lookup of this process's connection
+/// returns its cgroup.
 #[test]
 fn this_machine_is_tried() {
     let tried = try_tcp(Path::new("/proc"));

@@ -16,7 +16,7 @@ fn host() -> Host {
     )
 }
 
-/// A process of the test's own that waits until it is told to end.
+/// Starts a child process that waits until its standard input is closed.
 fn sleeper() -> Child {
     Command::new("cat").stdin(Stdio::piped()).spawn().unwrap()
 }
@@ -36,7 +36,7 @@ fn a_process_is_opened_once() {
     let (host, child) = (host(), sleeper());
     let first = host.process(child.id(), pidfd(child.id())).unwrap();
     let again = host.process(child.id(), pidfd(child.id())).unwrap();
-    // Before Linux 6.9 nothing tells that it is the same.
+    // Before Linux 6.9 nothing shows that it is the same process.
     assert_eq!(Arc::ptr_eq(&first, &again), first.inode().is_some());
     end(child);
 }
@@ -44,7 +44,7 @@ fn a_process_is_opened_once() {
 #[test]
 fn another_one_with_the_same_number_is_another() {
     let (host, old, new) = (host(), sleeper(), sleeper());
-    // As if the number of the new one had been that of the old one.
+    // This is as if the new process had the pid of the old one.
     let first = host.process(new.id(), pidfd(old.id())).unwrap();
     end(old);
     assert_eq!(first.alive(), Err(AttestError::CallerGone));
@@ -67,7 +67,7 @@ fn what_was_opened_of_one_that_is_gone_shows_nothing_any_more() {
     assert!(fcntl::readlinkat(known.descriptors(proc_root).unwrap(), "0").is_err());
 }
 
-/// Connections of this process, with number and inode of each.
+/// Returns connections of this process, with descriptor number and inode of each.
 fn connections(count: usize) -> (TcpListener, Vec<(TcpStream, u32, u32)>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let connect = || {
@@ -102,7 +102,7 @@ fn a_descriptor_that_is_a_socket_has_its_inode() {
     assert_eq!(known.socket(proc_root, u32::MAX), None);
 }
 
-/// The number that is found for `inode`, and how many were looked at.
+/// Returns the number that is found for `inode`, and how many were read.
 fn hinted(known: &ProcessHandle, inode: u32) -> (Option<u32>, usize) {
     let mut looks = 0;
     let found = known.find_by_hint(Path::new("/proc"), inode, || {
@@ -120,12 +120,12 @@ fn the_last_numbers_are_tried_and_what_was_come_across_first() {
     connections
         .iter()
         .for_each(|(_, number, _)| known.record_held(*number));
-    // The first two are forgotten by now; all others are seen in the search for one that is not there.
+    // The first two hints are evicted by now. A search for a missing inode reads all others.
     assert_eq!(hinted(&known, connections[0].2), (None, MAX_HINTS));
     for (_, number, inode) in &connections[2..] {
         assert_eq!(hinted(&known, *inode), (Some(*number), 1));
     }
-    // The oldest is tried first.
+    // The oldest hint is tried first.
     let known = own();
     connections[..3]
         .iter()
@@ -150,12 +150,12 @@ fn socket_that_a_search_came_across_is_found_at_once() {
         assert_eq!(hinted(&known, *inode), (Some(*number), 1));
         assert_eq!(hinted(&known, *inode), (None, 0), "once");
     }
-    // It is looked at, whatever was there before.
+    // The descriptor is read, whatever the hint was before.
     let (first, number, inode) = connections.into_iter().next().unwrap();
     drop(first);
     let _other = std::fs::File::open("/dev/null").unwrap();
     assert_eq!(hinted(&known, inode), (None, 1), "{number}");
-    // So many are kept and no more.
+    // The number of hints is bounded.
     known.scanned((0..10_000).map(|number| (number, number)));
     assert_eq!(known.hints.lock().unwrap().sockets.len(), MAX_SOCKETS);
 }

@@ -5,7 +5,7 @@ use super::*;
 const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
 
-/// A tree with these directories, which are root's where root runs the test.
+/// Creates a tree with these directories. Root owns them if root runs the test.
 fn pods(directories: &[&str]) -> (tempfile::TempDir, PodLookup) {
     let folder = tempfile::tempdir().unwrap();
     for directory in directories {
@@ -50,7 +50,7 @@ fn a_pod_is_there_as_long_as_its_directory() {
     );
     fs::remove_dir_all(folder.path().join(&pod).join(C)).unwrap();
     assert!(housed.is_there().is_ok(), "the pod outlives its containers");
-    // Another one in its place is another one.
+    // A new directory at the same path is another pod.
     let directory = folder.path().join(&pod);
     let _kept = fs::File::open(&directory).unwrap();
     fs::remove_dir(&directory).unwrap();
@@ -91,7 +91,7 @@ fn every_directory_down_to_the_pods_is_roots() {
             );
         }
     }
-    // What a container does with its own, whose name was given to it, is its own business.
+    // Root named the container's directory, and the container may do anything below it.
     let (folder, pods) = pods(&[&format!("{pod}/{C}/x")]);
     chown(folder.path().join(&pod).join(C), Some(1002), None).unwrap();
     assert_eq!(

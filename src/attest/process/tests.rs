@@ -41,7 +41,7 @@ fn only_the_initial_user_namespace_maps_every_id_to_itself() {
     }
 }
 
-/// A process of the test's own that waits until it is told to end.
+/// Starts a child process that waits until its standard input is closed.
 fn sleeper() -> std::process::Child {
     std::process::Command::new("cat")
         .stdin(std::process::Stdio::piped())
@@ -59,7 +59,7 @@ fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
     assert_eq!(held.verify_unchanged(), Ok(()));
     assert_eq!(held.to_process().pid, child.id());
     child.kill().unwrap();
-    // Dead, and not reaped before `wait` below: /proc/<pid> is still there.
+    // The process is dead and not reaped before `wait` below, so /proc/<pid> still exists.
     let mut fds = [PollFd::new(held.known.pidfd().as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1);
     assert!(
@@ -80,7 +80,7 @@ fn a_number_that_belongs_to_another_process_now_is_not_mistaken() {
     dead.kill().unwrap();
     dead.wait().unwrap();
     let mut living = sleeper();
-    // As if the number had been given out again in between.
+    // This is as if the pid had been reused in the meantime.
     let host = host();
     let known = host.process(living.id(), pidfd).unwrap();
     assert_eq!(

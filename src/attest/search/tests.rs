@@ -10,7 +10,7 @@ use crate::attest::inet_diag::SockDiag;
 use crate::caller::GroupDetail;
 use crate::cgroup::PodRoots;
 
-/// Everything that may be looked at.
+/// Returns the facts to read and a large budget.
 const ALL: ProcessFacts = ProcessFacts {
     groups: GroupDetail::List,
     program: true,
@@ -22,7 +22,7 @@ const PLENTY: Budget = Budget {
     time: Duration::from_secs(60),
 };
 
-/// A connection of this process, and what the kernel says of its client's socket.
+/// Returns a connection of this process, and the kernel's description of its client's socket.
 fn connection() -> (TcpListener, TcpStream, SocketInfo) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let server = listener.local_addr().unwrap();
@@ -34,7 +34,7 @@ fn connection() -> (TcpListener, TcpStream, SocketInfo) {
     (listener, client, socket)
 }
 
-/// The machine, with its real cgroup v2 tree.
+/// Returns the machine, with its real cgroup v2 tree.
 fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
     let hierarchies = CgroupMounts::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let host = Arc::new(Host::new(
@@ -47,7 +47,7 @@ fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
     (host, tree)
 }
 
-/// A tree whose root says that these are its processes.
+/// Returns a tree in which the root's list has these processes.
 fn listing(processes: &str) -> (tempfile::TempDir, CgroupTree) {
     let root = tempfile::tempdir().unwrap();
     fs::create_dir(root.path().join("unit")).unwrap();
@@ -70,7 +70,7 @@ fn the_holder_is_found_with_its_descriptor() {
     assert_eq!(found.descriptor, client.as_raw_fd().cast_unsigned());
 }
 
-/// As when it is moved between the list and the look at it.
+/// Covers a process that is moved between the read of the list and its own read.
 #[test]
 fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
     let (_listener, _client, socket) = connection();
@@ -98,13 +98,13 @@ fn a_search_over_its_budget_finds_nobody() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
-    // Made after the connection, so they are looked at before it.
+    // These are opened after the connection, so their numbers are higher and they are read first.
     let _others: Vec<_> = (0..300)
         .map(|_| fs::File::open("/dev/null").unwrap())
         .collect();
     for budget in [
         Budget { list: 1, ..PLENTY },
-        // The standard streams and the two sockets are more.
+        // The standard streams and the two sockets exceed the budget.
         Budget {
             descriptors: 3,
             ..PLENTY
@@ -135,7 +135,7 @@ fn a_process_that_does_not_hold_the_socket_is_passed_over() {
     );
 }
 
-/// As when another process had this number when it was looked at last.
+/// Covers a pid that belonged to another process when its handle was cached.
 #[test]
 fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
     let (_listener, _client, socket) = connection();
@@ -144,7 +144,7 @@ fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
     let pidfd = sys::pidfd_open(gone.id()).unwrap();
     gone.wait().unwrap();
     let known = host.process(std::process::id(), pidfd).unwrap();
-    // Where the other one had its connections, too.
+    // The other process had its connections at this number too.
     (0..8).for_each(|number| known.record_held(number));
     known.scanned([(socket.inode, 0)].into_iter());
     let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();

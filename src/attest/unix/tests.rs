@@ -17,7 +17,7 @@ fn host() -> Arc<Host> {
     ))
 }
 
-/// What a kernel before 6.5 would have recorded of this process or a child of it.
+/// Returns what a kernel before 6.5 records of this process or a child of it.
 fn peer(pid: u32, accepted: u64) -> Peer {
     Peer {
         pid,
@@ -27,12 +27,12 @@ fn peer(pid: u32, accepted: u64) -> Peer {
     }
 }
 
-/// This process's supplementary groups, which its children have too.
+/// Returns this process's supplementary groups, which its children have too.
 fn groups() -> Vec<u32> {
     getgroups().unwrap().into_iter().map(Gid::as_raw).collect()
 }
 
-/// One end of a connection to this process.
+/// Returns one end of a connection to this process.
 fn stream() -> Arc<OwnedFd> {
     Arc::new(UnixStream::pair().unwrap().0.into())
 }
@@ -41,7 +41,7 @@ fn attested(peer: Peer) -> Result<Caller, AttestError> {
     attest(&host(), peer, &stream()).map_err(|unattested| unattested.refusal)
 }
 
-/// A process that waits until it is killed.
+/// Starts a process that waits until it is killed.
 fn waiting(program: &str, arguments: &[&str]) -> Child {
     Command::new(program)
         .args(arguments)
@@ -90,10 +90,10 @@ fn without_one_a_process_that_started_after_the_connection_is_another() {
 #[test]
 fn without_one_nobody_in_a_container_is_served() {
     if !Uid::effective().is_root() {
-        // A user namespace may not be allowed here; with root it always is.
+        // A user namespace may not be allowed here; root may always create one.
         return;
     }
-    // In a user namespace of its own, with this user mapped to itself: all that tells is the namespace.
+    // In a user namespace of its own, with this user mapped to itself, only the namespace differs.
     let mut child = waiting(
         "unshare",
         &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"],
