@@ -102,7 +102,7 @@ pub enum StartError {
     )]
     UserNamespace,
     /// A file in `/proc` cannot be read.
-    #[error("{path} cannot be read: {source}; the daemon needs the host's /proc")]
+    #[error("cannot read {path}: {source}; give the daemon the host's /proc")]
     Proc { path: PathBuf, source: io::Error },
 }
 

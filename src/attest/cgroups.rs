@@ -286,7 +286,7 @@ impl CgroupTree {
                 );
             }
             Err(error) => {
-                tracing::warn!(%error, mount = %self.mount.display(), "the cgroup tree cannot be read")
+                tracing::warn!(%error, mount = %self.mount.display(), "cannot read the cgroup tree")
             }
         }
     }

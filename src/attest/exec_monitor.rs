@@ -66,13 +66,13 @@ pub struct ExecMonitor {
 #[derive(Debug, Error)]
 pub enum ExecMonitorError {
     /// The privileges are missing, or a filter blocks the system call.
-    #[error("bpf(2), {step}: {source}")]
+    #[error("bpf(2) failed for {step}: {source}")]
     Denied {
         step: &'static str,
         source: io::Error,
     },
     /// The kernel lacks eBPF, or its tracepoints.
-    #[error("bpf(2), {step}: {source}")]
+    #[error("bpf(2) failed for {step}: {source}")]
     Unsupported {
         step: &'static str,
         source: io::Error,

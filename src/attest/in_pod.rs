@@ -95,7 +95,7 @@ impl PodAttestor {
                     // A process that may enter namespaces could have waited for that.
                     tracing::info!(
                         pod = %pod.pod.uid, before = %before.pod.pod.uid, namespace,
-                        "a network namespace whose pod is gone has another pod now"
+                        "a network namespace has a new pod: its previous pod is gone"
                     );
                 }
                 *owner = Some(NetnsOwner {
@@ -109,7 +109,7 @@ impl PodAttestor {
         if !std::mem::replace(&mut owner.intruded, true) {
             tracing::warn!(
                 pod = %pod.pod.uid, owner = %owner.pod.pod.uid, namespace,
-                "a process of a pod is in the network namespace of another one, and is refused there"
+                "rejecting a pod's process in the network namespace of another pod"
             );
         }
         Err(AttestError::OtherPod)

@@ -118,10 +118,12 @@ impl SockDiag {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let request = request(client, server, self.loopback, sequence);
         let mut buffer = [0_u8; 1024];
-        let length = self.exchange(&request, sequence, &mut buffer).map_err(|error| {
-            tracing::error!(%error, "sock_diag did not answer; TCP callers are refused until it does");
-            AttestError::Kernel
-        })?;
+        let length = self
+            .exchange(&request, sequence, &mut buffer)
+            .map_err(|error| {
+                tracing::error!(%error, "sock_diag query failed; rejecting the TCP caller");
+                AttestError::Kernel
+            })?;
         let length = length.ok_or(AttestError::CallerGone)?;
         parse(&buffer[..length], client, server)
     }

@@ -22,20 +22,20 @@ use crate::caller::AttestError;
 /// The reason why callers over TCP cannot be distinguished here.
 #[derive(Debug, Error)]
 pub enum TcpUnsupported {
-    /// There is no cgroup v2 tree to report.
+    /// No cgroup v2 tree is mounted here.
     #[error("no cgroup v2 tree is mounted")]
     NoCgroups,
     /// The kernel does not reply to queries about TCP sockets.
-    #[error("sock_diag does not answer for TCP ({0})")]
+    #[error("sock_diag does not work for TCP ({0})")]
     NoSockDiag(String),
     /// The reply does not contain a cgroup.
-    #[error("the kernel does not tell the cgroup of a socket")]
+    #[error("the kernel does not report the cgroup of a socket")]
     NoCgroupId,
     /// The reply contains another cgroup than this process's own, or may do so.
-    #[error("the kernel tells a wrong cgroup of a socket")]
+    #[error("the kernel reports a wrong cgroup of a socket")]
     WrongCgroupId,
-    /// There is no loopback device to test with.
-    #[error("a connection over loopback cannot be tried: {0}")]
+    /// The machine lacks a loopback device to test with.
+    #[error("cannot connect over loopback: {0}")]
     NoLoopback(io::Error),
 }
 
@@ -81,10 +81,10 @@ impl UnixSupport {
         match self {
             Self::Process => None,
             Self::Number => Some(
-                "callers in containers are refused on the unix socket: that needs SO_PEERPIDFD (Linux 6.5)",
+                "callers in containers are refused on the unix socket: the kernel lacks SO_PEERPIDFD (Linux 6.5)",
             ),
             Self::Nothing => Some(
-                "all callers are refused on the unix socket: that needs pidfd_open(2) (Linux 5.3)",
+                "all callers are refused on the unix socket: the kernel lacks pidfd_open(2) (Linux 5.3)",
             ),
         }
     }

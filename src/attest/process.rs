@@ -457,7 +457,7 @@ fn is_unread(name: &'static str, error: Errno) -> AttestError {
     match error {
         Errno::ESRCH | Errno::ENOENT => AttestError::CallerGone,
         error => {
-            tracing::warn!(%error, file = name, "a caller's /proc entry cannot be read");
+            tracing::warn!(%error, file = name, "cannot read a caller's /proc entry");
             AttestError::Kernel
         }
     }

@@ -92,7 +92,7 @@ impl TcpSupport {
         }
         let Some(attestor) = self.attestor() else {
             return Err(AttestError::Unsupported(
-                "over TCP; awsvid's log says at the start what is missing",
+                "it lacks an interface for TCP; see the warning in awsvid's log",
             )
             .into());
         };
@@ -123,12 +123,10 @@ impl TcpSupport {
         };
         *attempt = SupportCheck::current(result.as_ref().copied());
         match (result, before.is_some()) {
-            (Ok(()), false) => tracing::info!("callers over TCP are attested from now on"),
+            (Ok(()), false) => tracing::info!("callers over TCP are attested again"),
             (Err(error), true) => {
                 let fix = error.fix();
-                tracing::warn!(
-                    "callers over TCP are refused from now on (unsupported_kernel): {error}; {fix}"
-                );
+                tracing::warn!("callers over TCP are refused (unsupported_kernel): {error}; {fix}");
                 self.attestor.store(None);
             }
             _ => {}

@@ -16,61 +16,58 @@ pub enum AttestError {
     NotLoopback,
     /// The kernel reports no process that the daemon can see.
     #[error(
-        "the caller lives in a pid namespace that this daemon cannot see; in Kubernetes set hostPID: true"
+        "the caller is in a pid namespace that the daemon cannot see; in Kubernetes set hostPID: true"
     )]
     InvisibleProcess,
     /// Several processes hold the socket and differ in facts that a rule can see, or the facts do
     /// not fit one process.
-    #[error("several different processes hold the calling socket, so it is not clear whose it is")]
+    #[error(
+        "cannot determine the caller: several different processes hold the calling socket; open a new socket for this request"
+    )]
     Ambiguous,
     /// No process of the socket's cgroup and user has the socket among its descriptors.
     #[error("no process of the caller's cgroup and user holds the calling socket")]
     NoSocketOwner,
     /// The search for the process that holds the socket exceeded its budget.
     #[error(
-        "the processes beside the caller have too many open descriptors to find the caller among them"
+        "cannot find the caller: the processes of its cgroup have too many open descriptors; use a rule by user or unit, or the unix socket"
     )]
     TooManyDescriptors,
     /// The process changed its user, groups, cgroup or executable after it connected.
     #[error(
-        "the calling process changed its user, groups, cgroup or executable after it connected"
+        "the calling process changed its user, groups, cgroup or executable after it connected; open a new connection"
     )]
     IdentityChanged,
     /// The cgroup is removed, cannot be listed, or is not in the tree that the daemon sees.
     #[error("the caller's cgroup cannot be read")]
     UnreadableCgroup,
     /// Searches for other callers use up the time for searches.
-    #[error(
-        "more callers have to be searched for on this node than there is time for; ask again in a moment"
-    )]
+    #[error("cannot find the caller: too many searches run on this node; retry in a moment")]
     SearchBusy,
     /// A user other than root can name cgroups next to the caller's own. So an agent may take the
     /// caller for a process of a container.
     #[error(
-        "the caller's cgroup is in the hands of a user, who could give it a container's name; run it in a cgroup of \
-         root's (not below user@.service)"
+        "the caller's cgroup is delegated to a user, which could give it a container's name; run the caller in a cgroup that root owns (not below user@.service)"
     )]
     DelegatedCgroup,
     /// The cgroup names several containers, or one at a level where no container runtime creates
     /// them.
     #[error(
-        "the caller's cgroups name a container inside another, or in a place that is no container runtime's"
+        "the caller's cgroups name a container inside another, or at a path that no container runtime uses"
     )]
     NestedContainer,
     /// The cgroup names a pod at a path where this node's kubelet creates none.
     #[error(
-        "the caller's cgroup names a pod in a place that is not the kubelet's; if it is, write the kubelet's cgroup root as \
-         `pods_cgroup` in [listen]"
+        "the caller's cgroup names a pod at a path outside the kubelet's cgroup root; if the kubelet has another root, set `pods_cgroup` in [listen]"
     )]
     MisplacedPod,
     /// The caller connected to a pod's listener and does not belong to a pod.
     #[error(
-        "the caller uses a pod's network, but its cgroup is not that of a pod: use the unix socket, or the host's own \
-         network"
+        "the caller is in a pod's network, but its cgroup is not that of a pod; use the unix socket, or the host's own network"
     )]
     NotAPod,
     /// The caller connected to the listener of another pod.
-    #[error("the caller uses the network of another pod than its own")]
+    #[error("the caller is in the network of another pod than its own")]
     OtherPod,
     /// The caller has more than [`Groups::MAX`] supplementary groups, and they matter.
     #[error(
@@ -80,36 +77,32 @@ pub enum AttestError {
     TooManyGroups,
     /// The service manager made the socket. It passes sockets to services of other users.
     #[error(
-        "the calling socket was made by the service manager (init.scope, or a .socket unit), so it does not tell which \
-         service is calling; open a new socket for this request"
+        "cannot determine the caller: the service manager made the calling socket (init.scope, or a .socket unit); open a new socket for this request"
     )]
     ManagerSocket,
     /// The daemon cannot see which program the process executes, or could not detect an exec.
     #[error(
-        "the daemon cannot see what the calling process executes; its log says at the start which privilege is missing \
-         (CAP_SYS_PTRACE, CAP_BPF, CAP_PERFMON, the system call bpf)"
+        "the daemon cannot see what the calling process executes; grant the privilege that its log names at the start (CAP_SYS_PTRACE, CAP_BPF, CAP_PERFMON, the system call bpf)"
     )]
     ExecUnobservable,
     /// At each attempt a program was executed while the agent attested the process. It was executed
     /// by the process itself, or by another one of its workload where [`super::ExecWatch`] cannot
-    /// tell them apart. The error is transient.
+    /// distinguish them. The error is transient.
     #[error(
-        "the calling process, or another one of its workload, executed programs each time that the SPIFFE agent looked at \
-         it; ask again in a moment"
+        "the calling process, or another one of its workload, executed programs each time that the SPIFFE agent attested it; retry in a moment"
     )]
     ProcessExecuting,
     /// The executable of the process, or the file in a rule's `exe`, cannot be read, or not in
     /// time. The error is transient if a file system hung for a moment.
     #[error(
-        "the daemon cannot see whether the calling process executes the program that a rule names: the process, or the file \
-         system of a program, does not answer"
+        "cannot compare the calling process with the program of a rule: the process, or the file system of a program, does not respond; retry in a moment"
     )]
     ProcessUnresponsive,
     /// The kernel lacks an interface that this listener needs for this caller.
-    #[error("this kernel cannot tell who is calling: {0}")]
+    #[error("this kernel cannot identify the caller: {0}")]
     Unsupported(&'static str),
     /// A query to the kernel failed.
-    #[error("the kernel did not say who is calling")]
+    #[error("a query to the kernel for the caller failed")]
     Kernel,
 }
 

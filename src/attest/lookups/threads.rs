@@ -190,7 +190,7 @@ impl LookupThreads {
             for (owner, give_up) in overdue {
                 tracing::warn!(
                     workload = ?owner,
-                    "a look at a caller's process does not come back; that connection is given up"
+                    "reading a caller's process blocks; giving up its connection"
                 );
                 give_up();
             }
@@ -206,7 +206,7 @@ impl LookupThreads {
             let mut state = self.0.state();
             state.busy.remove(&number);
             if let Some(missed) = state.unstarted.take() {
-                tracing::warn!(%error, missed, "no thread can be started to look at callers' processes");
+                tracing::warn!(%error, missed, "cannot start a lookup thread");
             }
         }
     }
@@ -243,7 +243,7 @@ impl ThreadPool {
                     .insert(number, BusyThread::default())
                     .is_some_and(|busy| busy.give_up.is_none())
                 {
-                    tracing::info!(workload = ?owner, "the look at a caller's process has come back");
+                    tracing::info!(workload = ?owner, "a blocked read of a caller's process has returned");
                 }
                 state.done(owner);
                 continue;
@@ -361,7 +361,7 @@ impl PoolState {
         }
     }
 
-    /// Returns whether there is no job to run or to give up.
+    /// Returns whether no job can be run or given up.
     fn is_quiet(&self) -> bool {
         self.workloads
             .values()
