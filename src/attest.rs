@@ -226,7 +226,7 @@ mod tests {
     /// Shows that long searches wait without a thread, whatever the number of workloads that cause
     /// them.
     #[tokio::test(start_paused = true)]
-    async fn long_searches_are_few_in_all() {
+    async fn long_searches_are_limited_in_total() {
         let attestor = Attestor::new(PodRoots::defaults(), None).unwrap();
         let Some(tcp) = attestor.tcp.attestor() else {
             return;

@@ -261,8 +261,8 @@ impl PeerProof for NoPeer {
 }
 
 impl Caller {
-    /// Creates a caller for requests of the daemon itself, with a result that depends on no caller. It
-    /// has a user id that no process can have, and every verification of it fails.
+    /// Creates a caller for requests of the daemon itself, with a result that depends on no caller.
+    /// It has a user id that no process can have, and every verification of it fails.
     pub fn synthetic() -> Self {
         Self {
             listener: ListenerKind::Unix,
@@ -283,15 +283,15 @@ impl Caller {
 
     /// Returns whether reading these facts can block on something that the caller controls, now or
     /// at a later verification.
-    pub fn may_wait(&self, looks: ProcessFacts) -> bool {
-        self.process.is_none() || looks.may_wait()
+    pub fn may_wait(&self, facts: ProcessFacts) -> bool {
+        self.process.is_none() || facts.may_wait()
     }
 
     /// Reads `facts` from the caller's process, which is searched for if it is not known.
-    pub async fn with_process(self, looks: ProcessFacts) -> Result<Self, AttestError> {
+    pub async fn with_process(self, facts: ProcessFacts) -> Result<Self, AttestError> {
         let (process, evidence) = self
             .evidence
-            .with_process(&WorkloadKey::of(&self), looks)
+            .with_process(&WorkloadKey::of(&self), facts)
             .await?;
         Ok(Self {
             process: Some(process),

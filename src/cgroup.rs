@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn containers_are_recognized() {
+    fn container_paths_are_recognized() {
         let u_ = U.replace('-', "_");
         let paths = [
             format!("/kubepods/burstable/pod{U}/{C}"),
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_has_one_name_in_every_spelling() {
+    fn container_name_is_equal_in_every_spelling() {
         let u_ = U.replace('-', "_");
         let (pod, id) = (Some(U.replace('-', "")), Some(C.to_owned()));
         let table = [
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn host_cgroups_are_no_containers() {
+    fn host_cgroups_are_not_containers() {
         let paths = [
             "/".to_owned(),
             "/system.slice/billing.service".to_owned(),
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn the_unit_is_the_outermost() {
+    fn systemd_unit_is_the_outermost() {
         let table = [
             ("/system.slice/billing.service", Some("billing.service")),
             (
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn the_part_that_is_one_workloads() {
+    fn workload_is_the_prefix_of_one_workload() {
         let u_ = U.replace('-', "_");
         let pod = format!("/kubepods/burstable/pod{U}");
         let slice =
@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn service_manager_has_cgroups_of_its_own() {
+    fn service_manager_cgroups_are_recognized() {
         for (text, is) in [
             ("/init.scope", true),
             ("/system.slice/web.socket", true),
@@ -498,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_in_proc_may_hold_colons() {
+    fn lines_accept_colons_in_paths() {
         let text = "9:name=systemd:/a\n0::/kubelet:cri:x\n1:cpu\n";
         assert_eq!(
             lines(text).collect::<Vec<_>>(),
@@ -507,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_that_name_nothing_are_refused() {
+    fn parse_rejects_foreign_and_removed_paths() {
         for text in [
             "",
             "relative",

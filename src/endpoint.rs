@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn endpoints_of_the_standard_are_read() {
+    fn parse_accepts_endpoints_of_the_standard() {
         let unix = |path: &str| Endpoint::Unix(PathBuf::from(path));
         let tcp = |address: &str| Endpoint::Tcp(address.parse().unwrap());
         let longest = format!("/{}", "s".repeat(106));
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_else_is_refused_with_the_reason() {
+    fn parse_rejects_other_endpoints_with_a_reason() {
         let too_long = format!("unix:///{}", "s".repeat(107));
         let table = [
             ("", "begins with unix:// or tcp://"),

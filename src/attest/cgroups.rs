@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::readlink;
 
-use crate::attest::hierarchies::{CgroupMounts, roots_alone};
+use crate::attest::hierarchies::{CgroupMounts, check_root_owned};
 use crate::attest::sys;
 use crate::attest::walks::{CgroupScanner, DirSnapshots, ScanThrottle};
 use crate::caller::AttestError;
@@ -48,11 +48,11 @@ pub(crate) struct CgroupTree {
     sweep_at: AtomicUsize,
     paths: Mutex<HashMap<u64, CachedPath>>,
     /// The throttles for scans of the whole tree and of the kubelet's part.
-    walks: [Arc<ScanThrottle>; 2],
+    throttles: [Arc<ScanThrottle>; 2],
     /// Limits the peers that wait for a scan.
-    waiting: FairSemaphore<WalkKey>,
+    waiting: FairSemaphore<ScanKey>,
     /// The directories that the last scans found.
-    listings: [Mutex<DirSnapshots>; 2],
+    snapshots: [Mutex<DirSnapshots>; 2],
     /// The open `cgroup.procs` of cgroups that were searched. The file of a removed cgroup fails to
     /// read.
     lists: Mutex<HashMap<CgroupPath, Arc<Mutex<File>>>>,
@@ -64,15 +64,15 @@ const MAX_WAITING: usize = 512;
 /// finds removed cgroups, and any user can have those.
 const MAX_WAITING_PER_KEY: usize = 16;
 
-/// The key by which peers that wait for a scan are counted. It holds what is known before the scan.
+/// The key by which peers that wait for a scan are counted. It holds the facts that are known before the scan.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct WalkKey {
+pub(crate) struct ScanKey {
     /// The network namespace of a pod. All users in it belong to the pod.
     pub(crate) namespace: Option<u64>,
     pub(crate) uid: Option<u32>,
 }
 
-impl FairKey for WalkKey {
+impl FairKey for ScanKey {
     type Group = Self;
 
     fn group(&self) -> Self {
@@ -115,9 +115,9 @@ impl CgroupTree {
             handles: false,
             sweep_at: AtomicUsize::new(MAX_PATHS),
             paths: Mutex::default(),
-            walks: Default::default(),
+            throttles: Default::default(),
             waiting: FairSemaphore::new(MAX_WAITING, MAX_WAITING_PER_KEY),
-            listings: Default::default(),
+            snapshots: Default::default(),
             lists: Mutex::default(),
         }
     }
@@ -155,8 +155,8 @@ impl CgroupTree {
         id: u64,
         shown: impl FnOnce() -> Result<Option<CgroupPath>, AttestError>,
     ) -> Result<CgroupPath, AttestError> {
-        if let Some(known) = self.paths().get(&id) {
-            return Ok(known.path.clone());
+        if let Some(cached) = self.paths().get(&id) {
+            return Ok(cached.path.clone());
         }
         if let Some(found) = self.cached_path(id) {
             return found;
@@ -174,7 +174,7 @@ impl CgroupTree {
     pub(crate) async fn path_of(
         self: &Arc<Self>,
         id: u64,
-        (part, key): (TreeScope, WalkKey),
+        (scope, key): (TreeScope, ScanKey),
         on_wait: impl FnOnce(),
     ) -> Result<CgroupPath, AttestError> {
         if let Some(found) = self.cached_path(id) {
@@ -186,12 +186,12 @@ impl CgroupTree {
             .map_err(|_| AttestError::SearchBusy)?;
         on_wait();
         let tree = self.clone();
-        self.walks[part as usize]
-            .run_after(move || tree.walk(part))
+        self.throttles[scope as usize]
+            .run_after(move || tree.scan(scope))
             .await;
         self.paths()
             .get(&id)
-            .map(|known| known.path.clone())
+            .map(|cached| cached.path.clone())
             .ok_or(AttestError::UnreadableCgroup)
     }
 
@@ -199,10 +199,10 @@ impl CgroupTree {
     #[cfg(test)]
     pub(crate) fn path_of_blocking(&self, id: u64) -> Result<CgroupPath, AttestError> {
         self.cached_path(id).unwrap_or_else(|| {
-            self.walk(TreeScope::All);
+            self.scan(TreeScope::All);
             self.paths()
                 .get(&id)
-                .map(|known| known.path.clone())
+                .map(|cached| cached.path.clone())
                 .ok_or(AttestError::UnreadableCgroup)
         })
     }
@@ -216,13 +216,13 @@ impl CgroupTree {
     /// Returns the result for this id without a scan. `None` if a scan is necessary.
     fn cached_path(&self, id: u64) -> Option<Result<CgroupPath, AttestError>> {
         let mut paths = self.paths();
-        if let Some(known) = paths.get_mut(&id) {
-            if known.seen.elapsed() < PATH_RECHECK_AFTER {
-                return Some(Ok(known.path.clone()));
+        if let Some(cached) = paths.get_mut(&id) {
+            if cached.seen.elapsed() < PATH_RECHECK_AFTER {
+                return Some(Ok(cached.path.clone()));
             }
-            if self.is_at(&known.path, id) {
-                known.seen = Instant::now();
-                return Some(Ok(known.path.clone()));
+            if self.is_at(&cached.path, id) {
+                cached.seen = Instant::now();
+                return Some(Ok(cached.path.clone()));
             }
             // A removed directory never reappears with this id.
             paths.remove(&id);
@@ -240,7 +240,7 @@ impl CgroupTree {
     fn remember(&self, id: u64, path: &CgroupPath) {
         let mut paths = self.paths();
         if paths.len() >= self.sweep_at.load(Ordering::Relaxed) {
-            paths.retain(|id, known| self.is_at(&known.path, *id));
+            paths.retain(|id, cached| self.is_at(&cached.path, *id));
             self.sweep_at
                 .store(MAX_PATHS.max(2 * paths.len()), Ordering::Relaxed);
         }
@@ -249,8 +249,8 @@ impl CgroupTree {
 
     /// Scans a part of the tree and replaces its cached paths. Lookups of cached paths do not wait
     /// for it.
-    fn walk(&self, part: TreeScope) {
-        let starts: Vec<_> = match part {
+    fn scan(&self, scope: TreeScope) {
+        let starts: Vec<_> = match scope {
             TreeScope::All => CgroupPath::parse(if self.base.is_empty() {
                 "/"
             } else {
@@ -265,19 +265,19 @@ impl CgroupTree {
                 .cloned()
                 .collect(),
         };
-        let ground = CgroupScanner {
+        let scanner = CgroupScanner {
             mount: &self.mount,
             base: &self.base,
             roots: &self.roots,
         };
-        let mut listings = self.listings[part as usize]
+        let mut snapshots = self.snapshots[scope as usize]
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        match ground.scan(&starts, &mut listings) {
+        match scanner.scan(&starts, &mut snapshots) {
             Ok(found) => {
                 let mut paths = self.paths();
-                paths.retain(|_, known| {
-                    !starts.iter().any(|start| known.path.is_at_or_below(start))
+                paths.retain(|_, cached| {
+                    !starts.iter().any(|start| cached.path.is_at_or_below(start))
                 });
                 paths.extend(
                     found
@@ -374,7 +374,7 @@ impl CgroupTree {
             .as_str()
             .strip_prefix(&self.base)
             .ok_or(AttestError::UnreadableCgroup)?;
-        roots_alone(
+        check_root_owned(
             &self.mount,
             below.split('/').filter(|segment| !segment.is_empty()),
         )

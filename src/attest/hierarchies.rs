@@ -78,12 +78,12 @@ impl CgroupMounts {
                 seen = name;
             }
             if !path.is_root() {
-                let hierarchy = self.of(names).ok_or(AttestError::UnreadableCgroup)?;
+                let hierarchy = self.get(names).ok_or(AttestError::UnreadableCgroup)?;
                 let below = path
                     .as_str()
                     .strip_prefix(&hierarchy.base)
                     .ok_or(AttestError::UnreadableCgroup)?;
-                roots_alone(
+                check_root_owned(
                     &hierarchy.mount,
                     below.split('/').filter(|segment| !segment.is_empty()),
                 )?;
@@ -95,7 +95,7 @@ impl CgroupMounts {
     /// Returns the mount point of the v2 hierarchy, if there is one, and the path of the mounted
     /// directory.
     pub(crate) fn unified(&self) -> Option<(&Path, &str)> {
-        self.of("")
+        self.get("")
             .map(|hierarchy| (hierarchy.mount.as_path(), hierarchy.base.as_str()))
     }
 
@@ -108,16 +108,16 @@ impl CgroupMounts {
 
     /// Translates `shown`, a path in `/proc/<pid>/cgroup`, to a path below the mount. In a cgroup
     /// namespace the kernel reports relative paths: `/../x` is a sibling of the namespace's root.
-    pub(crate) fn path(&self, names: &str, told: &str) -> Option<CgroupPath> {
+    pub(crate) fn path(&self, names: &str, shown: &str) -> Option<CgroupPath> {
         let Some(CgroupMount {
             above: above @ 1..,
             own,
             ..
-        }) = self.of(names)
+        }) = self.get(names)
         else {
-            return CgroupPath::parse(told);
+            return CgroupPath::parse(shown);
         };
-        let mut rest = told;
+        let mut rest = shown;
         let mut up = 0;
         while let Some(below) = rest
             .strip_prefix("/..")
@@ -140,7 +140,7 @@ impl CgroupMounts {
         CgroupPath::parse(if path.is_empty() { "/" } else { &path })
     }
 
-    fn of(&self, names: &str) -> Option<&CgroupMount> {
+    fn get(&self, names: &str) -> Option<&CgroupMount> {
         let names: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
         let is = |hierarchy: &&CgroupMount| {
             hierarchy.names.is_empty() == names.is_empty()
@@ -233,7 +233,7 @@ fn own_path(mount: &Path, own_root: &Path, levels: usize) -> Option<String> {
 
 /// Verifies that only root can create or rename directories from the mount down to the one that
 /// `segments` lead to.
-pub(crate) fn roots_alone<'s>(
+pub(crate) fn check_root_owned<'s>(
     mount: &Path,
     segments: impl Iterator<Item = &'s str>,
 ) -> Result<(), AttestError> {

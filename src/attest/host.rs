@@ -83,16 +83,16 @@ impl Host {
             true => Some(fstat(&pidfd).map_err(|_| AttestError::Kernel)?.st_ino),
             false => None,
         };
-        if let Some(known) = self
+        if let Some(handle) = self
             .processes
-            .of(pid)
-            .filter(|known| inode.is_some() && known.inode() == inode)
+            .get(pid)
+            .filter(|handle| inode.is_some() && handle.inode() == inode)
         {
-            return Ok(known);
+            return Ok(handle);
         }
-        let known = Arc::new(ProcessHandle::new(pid, pidfd, inode));
-        self.processes.insert(known.clone());
-        Ok(known)
+        let handle = Arc::new(ProcessHandle::new(pid, pidfd, inode));
+        self.processes.insert(handle.clone());
+        Ok(handle)
     }
 
     /// Returns the pod that a process or socket in this cgroup belongs to.

@@ -26,7 +26,7 @@ pub struct PodAttestor {
 struct NetnsOwner {
     pod: ResolvedPod,
     /// Whether another pod's process has connected, and a warning has been logged.
-    intruded: bool,
+    has_intruder: bool,
 }
 
 impl fmt::Debug for PodAttestor {
@@ -59,8 +59,8 @@ impl PodAttestor {
         server: SocketAddr,
         on_wait: impl FnOnce(),
     ) -> Result<Caller, Unattested> {
-        let proof = self.tcp.look((client, server), on_wait).await?;
-        self.belongs(&proof)
+        let proof = self.tcp.find_socket((client, server), on_wait).await?;
+        self.check_owner(&proof)
             .map_err(|refusal| Unattested::of(refusal, &proof.peer()))?;
         Ok(proof.into_caller())
     }
@@ -78,7 +78,7 @@ impl PodAttestor {
         self.closed.cancelled().await;
     }
 
-    fn belongs(&self, proof: &SocketProof) -> Result<(), AttestError> {
+    fn check_owner(&self, proof: &SocketProof) -> Result<(), AttestError> {
         let pod = proof.pod().ok_or(AttestError::NotAPod)?;
         let namespace = self.tcp.namespace();
         let mut owner = self.lock();
@@ -100,13 +100,13 @@ impl PodAttestor {
                 }
                 *owner = Some(NetnsOwner {
                     pod: pod.clone(),
-                    intruded: false,
+                    has_intruder: false,
                 });
                 return Ok(());
             }
         };
         // The audit log records each rejection.
-        if !std::mem::replace(&mut owner.intruded, true) {
+        if !std::mem::replace(&mut owner.has_intruder, true) {
             tracing::warn!(
                 pod = %pod.pod.uid, owner = %owner.pod.pod.uid, namespace,
                 "rejecting a pod's process in the network namespace of another pod"

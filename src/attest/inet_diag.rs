@@ -102,7 +102,7 @@ impl SockDiag {
         }
     }
 
-    /// Looks up the socket at `client`'s end of its connection to `server`.
+    /// Finds the socket at `client`'s end of its connection to `server`.
     ///
     /// The request has loopback as its interface. Without it the kernel skips a socket that is
     /// bound to a device. It then returns a *listener* on the same port, which may belong to

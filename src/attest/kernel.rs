@@ -108,20 +108,20 @@ pub fn try_tcp(proc_root: &Path) -> Result<(), TcpUnsupported> {
     let cgroups = CgroupTree::find(&hierarchies, crate::cgroup::PodRoots::defaults())
         .ok_or(TcpUnsupported::NoCgroups)?;
     let diag = SockDiag::open().map_err(no_sock_diag)?;
-    tcp_works(&hierarchies, &cgroups, &diag, proc_root)
+    test_tcp(&hierarchies, &cgroups, &diag, proc_root)
 }
 
 /// Runs the same test with the daemon's own sources.
 pub(super) fn try_tcp_of(host: &Host, diag: &SockDiag) -> Result<(), TcpUnsupported> {
     let cgroups = host.cgroups.as_ref().ok_or(TcpUnsupported::NoCgroups)?;
-    tcp_works(&host.hierarchies, cgroups, diag, &host.proc_root)
+    test_tcp(&host.hierarchies, cgroups, diag, &host.proc_root)
 }
 
 pub(super) fn no_sock_diag(error: io::Error) -> TcpUnsupported {
     TcpUnsupported::NoSockDiag(error.to_string())
 }
 
-fn tcp_works(
+fn test_tcp(
     hierarchies: &CgroupMounts,
     cgroups: &CgroupTree,
     diag: &SockDiag,
@@ -134,7 +134,7 @@ fn tcp_works(
     let own = own
         .and_then(|shown| hierarchies.path("", shown))
         .and_then(|path| cgroups.id(&path).ok());
-    judge(
+    classify(
         socket.cgroup_id,
         own,
         &KernelFacts::read(hierarchies, cgroups, &text("sys/kernel/osrelease")),
@@ -175,10 +175,14 @@ impl KernelFacts {
 
 /// Judges the cgroup that the kernel has `reported` for a socket of this process, by the process's
 /// own cgroup `own`.
-fn judge(told: Option<u64>, own: Option<u64>, about: &KernelFacts) -> Result<(), TcpUnsupported> {
-    let told = told.ok_or(TcpUnsupported::NoCgroupId)?;
+fn classify(
+    reported: Option<u64>,
+    own: Option<u64>,
+    about: &KernelFacts,
+) -> Result<(), TcpUnsupported> {
+    let reported = reported.ok_or(TcpUnsupported::NoCgroupId)?;
     match own {
-        Some(own) if own != told => Err(TcpUnsupported::WrongCgroupId),
+        Some(own) if own != reported => Err(TcpUnsupported::WrongCgroupId),
         Some(own) if Some(own) != about.root => Ok(()),
         // In the root cgroup, or in one that is not visible from here, old and new kernels report
         // the same.
@@ -187,7 +191,7 @@ fn judge(told: Option<u64>, own: Option<u64>, about: &KernelFacts) -> Result<(),
     }
 }
 
-/// Looks up the client's end of a connection of this process to itself.
+/// Finds the client's end of a connection of this process to itself.
 fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
     let addresses: [SocketAddr; 2] = [
         (Ipv4Addr::LOCALHOST, 0).into(),

@@ -36,7 +36,7 @@ pub(crate) struct ProcessHandle {
     directory: OnceLock<OwnedFd>,
     /// The directory `/proc/<pid>/fd`, opened at the first use.
     descriptors: OnceLock<OwnedFd>,
-    elsewhere: OnceLock<bool>,
+    other_namespaces: OnceLock<bool>,
     /// The file that it executed at the last read.
     program: Mutex<Option<ExePath>>,
     hints: Mutex<FdHints>,
@@ -68,7 +68,7 @@ impl ProcessHandle {
             inode,
             directory: OnceLock::new(),
             descriptors: OnceLock::new(),
-            elsewhere: OnceLock::new(),
+            other_namespaces: OnceLock::new(),
             program: Mutex::default(),
             hints: Mutex::default(),
         }
@@ -91,7 +91,7 @@ impl ProcessHandle {
 
     /// Verifies that the process runs. A zombie still has its `/proc` entries, but its pidfd is
     /// readable.
-    pub(crate) fn alive(&self) -> Result<(), AttestError> {
+    pub(crate) fn verify_alive(&self) -> Result<(), AttestError> {
         let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::ZERO) {
             Ok(0) => Ok(()),
@@ -113,7 +113,7 @@ impl ProcessHandle {
         let directory = directory.map_err(|_| AttestError::CallerGone)?;
         // The process is alive after the open, so the pid cannot have belonged to another process
         // before.
-        self.alive()?;
+        self.verify_alive()?;
         Ok(self.directory.get_or_init(|| directory))
     }
 
@@ -136,24 +136,24 @@ impl ProcessHandle {
     /// process that enters others later keeps its user.
     pub(crate) fn in_other_namespaces(
         &self,
-        look: impl FnOnce() -> Result<bool, AttestError>,
+        read: impl FnOnce() -> Result<bool, AttestError>,
     ) -> Result<bool, AttestError> {
-        match self.elsewhere.get() {
+        match self.other_namespaces.get() {
             Some(answer) => Ok(*answer),
-            None => look().map(|answer| *self.elsewhere.get_or_init(|| answer)),
+            None => read().map(|answer| *self.other_namespaces.get_or_init(|| answer)),
         }
     }
 
     /// Returns the path of the executable `file`, given by device and inode. Calls `read` once per
     /// file, since the path is only for display.
-    pub(crate) fn exe_path(&self, file: (u64, u64), look: impl FnOnce() -> PathBuf) -> Arc<Path> {
+    pub(crate) fn exe_path(&self, file: (u64, u64), read: impl FnOnce() -> PathBuf) -> Arc<Path> {
         let mut program = lock(&self.program);
         match &*program {
-            Some(ExePath { file: known, path }) if *known == file => path.clone(),
+            Some(ExePath { file: cached, path }) if *cached == file => path.clone(),
             _ => program
                 .insert(ExePath {
                     file,
-                    path: look().into(),
+                    path: read().into(),
                 })
                 .path
                 .clone(),
@@ -169,15 +169,15 @@ impl ProcessHandle {
         &self,
         proc_root: &Path,
         inode: u32,
-        mut look: impl FnMut() -> Result<(), AttestError>,
+        mut charge: impl FnMut() -> Result<(), AttestError>,
     ) -> Result<Option<u32>, AttestError> {
-        let (known, numbers) = {
+        let (hint, numbers) = {
             let mut hints = lock(&self.hints);
             (hints.sockets.remove(&inode), hints.numbers)
         };
         // The latest descriptor comes last, since it is probably in use.
-        for number in known.into_iter().chain(numbers.into_iter().flatten()) {
-            look()?;
+        for number in hint.into_iter().chain(numbers.into_iter().flatten()) {
+            charge()?;
             match self.socket(proc_root, number) {
                 Some(found) if found == inode => return Ok(Some(number)),
                 Some(other) => self.record_hint(other, number),
@@ -196,7 +196,7 @@ impl ProcessHandle {
     }
 
     /// Replaces the hints with the sockets that a full scan found, by inode and number.
-    pub(crate) fn scanned(&self, sockets: impl Iterator<Item = (u32, u32)>) {
+    pub(crate) fn replace_socket_hints(&self, sockets: impl Iterator<Item = (u32, u32)>) {
         lock(&self.hints).sockets = sockets.take(MAX_SOCKETS).collect();
     }
 
@@ -205,7 +205,7 @@ impl ProcessHandle {
         let numbers = &mut lock(&self.hints).numbers;
         let at = numbers
             .iter()
-            .position(|known| *known == Some(number))
+            .position(|held| *held == Some(number))
             .unwrap_or(0);
         numbers[at..].rotate_left(1);
         numbers[MAX_HINTS - 1] = Some(number);
@@ -243,20 +243,20 @@ pub(crate) struct ProcessCache(Mutex<HashMap<u32, Arc<ProcessHandle>>>);
 impl ProcessCache {
     /// Returns the handle that had this pid when it was cached. Its process may be gone, and the
     /// pid reused.
-    pub(crate) fn of(&self, pid: u32) -> Option<Arc<ProcessHandle>> {
+    pub(crate) fn get(&self, pid: u32) -> Option<Arc<ProcessHandle>> {
         lock(&self.0).get(&pid).cloned()
     }
 
     /// Adds a handle to the cache.
-    pub(crate) fn insert(&self, known: Arc<ProcessHandle>) {
+    pub(crate) fn insert(&self, handle: Arc<ProcessHandle>) {
         let mut processes = lock(&self.0);
-        let full = processes.len() >= MAX_PROCESSES && !processes.contains_key(&known.pid);
+        let full = processes.len() >= MAX_PROCESSES && !processes.contains_key(&handle.pid);
         let all = if full {
             std::mem::take(&mut *processes)
         } else {
             HashMap::new()
         };
-        processes.insert(known.pid, known);
+        processes.insert(handle.pid, handle);
         drop(processes);
         // The descriptors are closed after the lock is released.
         drop(all);

@@ -43,12 +43,12 @@ impl LookupThreads {
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         owner: &WorkloadKey,
-        look: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
+        read: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
         if threads::on_lookup_thread() {
-            look()
+            read()
         } else {
-            self.run_offloaded(owner, look).await
+            self.run_offloaded(owner, read).await
         }
     }
 
@@ -57,17 +57,17 @@ impl LookupThreads {
     pub(crate) async fn run_offloaded<T: Send + 'static>(
         &self,
         owner: &WorkloadKey,
-        look: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
+        read: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
         let (answer, answered) = oneshot::channel();
         let (give_up, given_up) = oneshot::channel();
-        let look = async {
-            let _ = answer.send(look());
+        let read = async {
+            let _ = answer.send(read());
         };
         let give_up = || {
             let _ = give_up.send(());
         };
-        self.spawn_here(owner.clone(), look, give_up);
+        self.spawn_here(owner.clone(), read, give_up);
         tokio::select! {
             biased;
             result = answered => result.unwrap_or(Err(AttestError::SearchBusy)),
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn look_that_does_not_come_back_stops_its_own_workload_alone() {
+    async fn blocked_reads_stop_only_their_own_workload() {
         let threads = LookupThreads::default();
         let (mut held, mut stuck) = (Vec::new(), Vec::new());
         for uid in 0..20 {
@@ -91,12 +91,12 @@ mod tests {
             for _ in 0..4 {
                 let (release, wait) = mpsc::channel::<()>();
                 held.push(release);
-                let (threads, look) = (threads.clone(), move || {
+                let (threads, read) = (threads.clone(), move || {
                     let _ = wait.recv();
                     Ok(())
                 });
                 stuck.push(tokio::spawn(async move {
-                    threads.run(&WorkloadKey::user(uid), look).await
+                    threads.run(&WorkloadKey::user(uid), read).await
                 }));
             }
         }

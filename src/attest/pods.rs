@@ -95,7 +95,7 @@ impl ResolvedPod {
     }
 
     /// Verifies that the pod exists, and returns its age.
-    pub(crate) fn is_there(&self) -> Result<PodAge, AttestError> {
+    pub(crate) fn verify_exists(&self) -> Result<PodAge, AttestError> {
         let found = fs::metadata(&self.directory)
             .ok()
             .filter(|found| found.ino() == self.inode);

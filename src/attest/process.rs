@@ -49,10 +49,10 @@ pub(crate) enum CgroupMembership {
 #[derive(Debug, Clone)]
 pub(crate) struct ProcessSnapshot {
     host: Arc<Host>,
-    known: Arc<ProcessHandle>,
+    handle: Arc<ProcessHandle>,
     credentials: ProcessIds,
     cgroup: Option<CgroupPath>,
-    contained: bool,
+    in_container: bool,
     /// The supplementary groups, if they were read.
     groups: Option<Groups>,
     program: Option<Program>,
@@ -64,10 +64,10 @@ impl ProcessSnapshot {
     /// Reads the ids and the cgroup of a process. Whether it is alive shows at the next read.
     pub(crate) fn read_snapshot(
         host: &Arc<Host>,
-        known: Arc<ProcessHandle>,
+        handle: Arc<ProcessHandle>,
     ) -> Result<Self, AttestError> {
-        let directory = || known.directory(&host.proc_root);
-        let credentials = ProcessIds::read(known.pidfd(), directory)?;
+        let directory = || handle.directory(&host.proc_root);
+        let credentials = ProcessIds::read(handle.pidfd(), directory)?;
         let cgroup = match (&credentials.cgroup, &host.cgroups) {
             (CgroupMembership::Shown(shown), _) => shown
                 .as_ref()
@@ -81,14 +81,14 @@ impl ProcessSnapshot {
             }
             (CgroupMembership::Id(_), None) => None,
         };
-        let contained = names_container(host, cgroup.as_ref(), directory)?
-            || known.in_other_namespaces(|| in_other_namespaces(host, &known))?;
+        let in_container = names_container(host, cgroup.as_ref(), directory)?
+            || handle.in_other_namespaces(|| in_other_namespaces(host, &handle))?;
         Ok(Self {
             host: host.clone(),
-            known,
+            handle,
             credentials,
             cgroup,
-            contained,
+            in_container,
             groups: None,
             program: None,
             started: None,
@@ -96,12 +96,12 @@ impl ProcessSnapshot {
     }
 
     /// Reads these facts in addition. May block: see [`crate::attest::lookups`].
-    pub(crate) fn with(&self, looks: ProcessFacts) -> Result<Self, AttestError> {
+    pub(crate) fn with(&self, facts: ProcessFacts) -> Result<Self, AttestError> {
         let mut next = self.clone();
-        if looks.groups != GroupDetail::None {
-            next.groups = Some(read_groups(self.directory()?, looks.groups)?);
+        if facts.groups != GroupDetail::None {
+            next.groups = Some(read_groups(self.directory()?, facts.groups)?);
         }
-        if looks.program {
+        if facts.program {
             next.program = Some(Program {
                 exe: self.executable()?,
             });
@@ -113,9 +113,9 @@ impl ProcessSnapshot {
                 .as_ref()
                 .is_some_and(|program| program.exe.is_none())
         {
-            self.known.alive()?;
+            self.handle.verify_alive()?;
         }
-        if looks.started {
+        if facts.started {
             next.started = Some(self.instance()?);
         }
         Ok(next)
@@ -125,20 +125,20 @@ impl ProcessSnapshot {
     pub(crate) async fn with_facts(
         &self,
         owner: &WorkloadKey,
-        looks: ProcessFacts,
+        facts: ProcessFacts,
     ) -> Result<Self, AttestError> {
-        if !looks.may_wait() {
-            return self.with(looks);
+        if !facts.may_wait() {
+            return self.with(facts);
         }
         let process = self.clone();
         self.host
             .lookups
-            .run(owner, move || process.with(looks))
+            .run(owner, move || process.with(facts))
             .await
     }
 
     fn directory(&self) -> Result<&OwnedFd, AttestError> {
-        self.known.directory(&self.host.proc_root)
+        self.handle.directory(&self.host.proc_root)
     }
 
     fn executable(&self) -> Result<Option<Executable>, AttestError> {
@@ -152,7 +152,7 @@ impl ProcessSnapshot {
             device: file.device,
             inode: file.inode,
             changed: file.changed,
-            path: self.known.exe_path((file.device, file.inode), path),
+            path: self.handle.exe_path((file.device, file.inode), path),
         }))
     }
 
@@ -160,7 +160,7 @@ impl ProcessSnapshot {
     /// the executable was read.
     pub(crate) fn verify_unchanged(&self) -> Result<(), AttestError> {
         let credentials =
-            ProcessIds::read(self.known.pidfd(), || self.directory())? == self.credentials;
+            ProcessIds::read(self.handle.pidfd(), || self.directory())? == self.credentials;
         let groups = match &self.groups {
             Some(groups) => read_groups(self.directory()?, GroupDetail::Digest)? == *groups,
             None => true,
@@ -171,7 +171,7 @@ impl ProcessSnapshot {
             }
             None => true,
         };
-        self.known.alive()?;
+        self.handle.verify_alive()?;
         if credentials && groups && program {
             Ok(())
         } else {
@@ -193,7 +193,7 @@ impl ProcessSnapshot {
 
     /// Returns whether the process still runs.
     pub(crate) fn is_alive(&self) -> bool {
-        self.known.alive().is_ok()
+        self.handle.verify_alive().is_ok()
     }
 
     /// Verifies that the process is unchanged, and that an agent cannot take its cgroups for those
@@ -210,7 +210,7 @@ impl ProcessSnapshot {
         let cgroups = read(self.directory()?, "cgroup")?;
         self.host.hierarchies.check(&cgroups)?;
         Ok(AgentProcessRef {
-            pid: self.known.pid(),
+            pid: self.handle.pid(),
             cgroups,
         })
     }
@@ -222,10 +222,10 @@ impl ProcessSnapshot {
             .exec_monitor
             .as_ref()
             .ok_or(AttestError::ExecUnobservable)?;
-        let watch = monitor.watch(monitor.key(self.known.pid(), || self.workload_id())?);
+        let watch = monitor.watch(monitor.key(self.handle.pid(), || self.workload_id())?);
         // The process is alive after that, so the pid cannot have belonged to another process
         // before.
-        self.known.alive()?;
+        self.handle.verify_alive()?;
         Ok(watch)
     }
 
@@ -248,7 +248,7 @@ impl ProcessSnapshot {
                 .map(key)
         };
         self.credentials == other.credentials
-            && self.contained == other.contained
+            && self.in_container == other.in_container
             && self.groups == other.groups
             && exe(self) == exe(other)
     }
@@ -264,8 +264,8 @@ impl ProcessSnapshot {
     }
 
     /// Returns whether it lives in a container, as [`Process::in_container`] defines it.
-    pub(crate) fn contained(&self) -> bool {
-        self.contained
+    pub(crate) fn in_container(&self) -> bool {
+        self.in_container
     }
 
     /// Returns the start time in clock ticks since boot. May block.
@@ -275,12 +275,12 @@ impl ProcessSnapshot {
 
     /// Returns the number that [`Process::started`] describes.
     fn instance(&self) -> Result<u64, AttestError> {
-        self.known.inode().map_or_else(|| self.start_time(), Ok)
+        self.handle.inode().map_or_else(|| self.start_time(), Ok)
     }
 
     /// Returns whether descriptor `number` of the process is the socket with this inode.
     pub(crate) fn has_fd(&self, number: u32, inode: u32) -> bool {
-        self.known.socket(&self.host.proc_root, number) == Some(inode)
+        self.handle.socket(&self.host.proc_root, number) == Some(inode)
     }
 
     /// Returns the supplementary groups, if they were read.
@@ -291,10 +291,10 @@ impl ProcessSnapshot {
     /// Returns the facts as a plain value.
     pub(crate) fn to_process(&self) -> Process {
         Process {
-            pid: self.known.pid(),
+            pid: self.handle.pid(),
             gid: self.credentials.gids[1],
             groups: self.groups.clone(),
-            in_container: self.contained,
+            in_container: self.in_container,
             program: self.program.clone(),
             started: self.started,
         }
@@ -360,20 +360,20 @@ fn names_container<'d>(
 ///
 /// It does not read the links to its namespaces, for which the kernel takes a lock of the process.
 /// It does not read its `status` either, which is as long as the list of its groups.
-fn in_other_namespaces(host: &Host, known: &ProcessHandle) -> Result<bool, AttestError> {
+fn in_other_namespaces(host: &Host, handle: &ProcessHandle) -> Result<bool, AttestError> {
     // A user namespace that maps every id to itself equals the host's (systemd's
     // PrivateUsers=identity).
-    let other_user = !is_identity_map(&read(known.directory(&host.proc_root)?, "uid_map")?);
+    let other_user = !is_identity_map(&read(handle.directory(&host.proc_root)?, "uid_map")?);
     // The daemon's own pidfd shows the other process: pidfd_open(2), "NSpid" from Linux 5.5 on.
     let own = host
         .proc_root
         .join("self/fdinfo")
-        .join(known.pidfd().as_raw_fd().to_string());
+        .join(handle.pidfd().as_raw_fd().to_string());
     let info = std::fs::File::open(own).map_err(|_| AttestError::Kernel)?;
     let pids = match status::numbers(info, [NAMESPACE_PIDS]) {
         Ok([pids]) => pids,
         Err(_) => {
-            let [pids] = status_numbers(known.directory(&host.proc_root)?, [NAMESPACE_PIDS])?;
+            let [pids] = status_numbers(handle.directory(&host.proc_root)?, [NAMESPACE_PIDS])?;
             pids
         }
     };
@@ -432,7 +432,7 @@ fn status_numbers<const N: usize>(
     lines: [(&str, usize); N],
 ) -> Result<[Vec<u32>; N], AttestError> {
     status::numbers(open(directory, "status")?, lines).map_err(|error| match error {
-        StatusError::Io(error) => is_unread("status", error),
+        StatusError::Io(error) => read_error("status", error),
         StatusError::Malformed => AttestError::Kernel,
         // A process always has four ids of each kind, so only its groups can be too many.
         StatusError::TooMany => AttestError::TooManyGroups,
@@ -440,7 +440,7 @@ fn status_numbers<const N: usize>(
 }
 
 fn read(directory: &OwnedFd, name: &'static str) -> Result<String, AttestError> {
-    sys::read_whole(&open(directory, name)?, usize::MAX).map_err(|error| is_unread(name, error))
+    sys::read_whole(&open(directory, name)?, usize::MAX).map_err(|error| read_error(name, error))
 }
 
 fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, AttestError> {
@@ -450,10 +450,10 @@ fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, AttestError>
         OFlag::O_RDONLY | OFlag::O_CLOEXEC,
         Mode::empty(),
     );
-    file.map_err(|error| is_unread(name, error))
+    file.map_err(|error| read_error(name, error))
 }
 
-fn is_unread(name: &'static str, error: Errno) -> AttestError {
+fn read_error(name: &'static str, error: Errno) -> AttestError {
     match error {
         Errno::ESRCH | Errno::ENOENT => AttestError::CallerGone,
         error => {

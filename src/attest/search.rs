@@ -67,9 +67,9 @@ pub(crate) fn find_socket_owner(
     cgroups: &CgroupTree,
     socket: &SocketInfo,
     cgroup: &CgroupPath,
-    (looks, budget): (ProcessFacts, Budget),
+    (facts, budget): (ProcessFacts, Budget),
 ) -> Result<SocketOwner, AttestError> {
-    let mut spent = BudgetTracker::start(budget);
+    let mut tracker = BudgetTracker::start(budget);
     let mut found: Option<SocketOwner> = None;
     for pid in cgroups.processes(cgroup, budget.list)? {
         // Pid 0 is a process outside the daemon's pid namespace.
@@ -77,11 +77,12 @@ pub(crate) fn find_socket_owner(
             return Err(AttestError::InvisibleProcess);
         }
         let directory = host.proc_root.join(pid.to_string());
-        spent.check_time()?;
+        tracker.check_time()?;
         if cgroup.is_root() && !stat(&directory).is_ok_and(|process| process.st_uid == socket.uid) {
             continue;
         }
-        let Some(next) = process_owning(host, pid, &directory, (socket, looks), &mut spent)? else {
+        let Some(next) = process_owning(host, pid, &directory, (socket, facts), &mut tracker)?
+        else {
             continue;
         };
         if next.process.ids().uids != [socket.uid; 4] || next.process.cgroup() != Some(cgroup) {
@@ -104,43 +105,46 @@ fn process_owning(
     host: &Arc<Host>,
     pid: u32,
     directory: &Path,
-    (socket, looks): (&SocketInfo, ProcessFacts),
-    spent: &mut BudgetTracker,
+    (socket, facts): (&SocketInfo, ProcessFacts),
+    tracker: &mut BudgetTracker,
 ) -> Result<Option<SocketOwner>, AttestError> {
-    let known = host.processes.of(pid);
-    let hinted = match &known {
-        Some(known) => known.find_by_hint(&host.proc_root, socket.inode, || spent.charge_fd())?,
+    let handle = host.processes.get(pid);
+    let hint = match &handle {
+        Some(handle) => {
+            handle.find_by_hint(&host.proc_root, socket.inode, || tracker.charge_fd())?
+        }
         None => None,
     };
-    let (known, descriptor) = match (known, hinted) {
-        (Some(known), Some(number)) => (known, number),
-        (known, _) => {
+    let (handle, descriptor) = match (handle, hint) {
+        (Some(handle), Some(number)) => (handle, number),
+        (handle, _) => {
             let mut others = Vec::new();
-            let Some(number) = read_fd(directory, socket.inode, &mut others, spent)? else {
+            let Some(number) = scan_fds(directory, socket.inode, &mut others, tracker)? else {
                 return Ok(None);
             };
             // The pid may belong to another process by now. A process that has exited holds
             // nothing.
-            match known
-                .filter(|known| known.alive().is_ok())
-                .map_or_else(|| scan_fds(host, pid), Ok)
+            match handle
+                .filter(|handle| handle.verify_alive().is_ok())
+                .map_or_else(|| open_process(host, pid), Ok)
             {
-                Ok(known) => {
-                    known.scanned(others.into_iter());
-                    (known, number)
+                Ok(handle) => {
+                    handle.replace_socket_hints(others.into_iter());
+                    (handle, number)
                 }
                 Err(AttestError::CallerGone) => return Ok(None),
                 Err(refusal) => return Err(refusal),
             }
         }
     };
-    known.record_held(descriptor);
-    let process =
-        match ProcessSnapshot::read_snapshot(host, known).and_then(|process| process.with(looks)) {
-            Ok(process) => process,
-            Err(AttestError::CallerGone) => return Ok(None),
-            Err(refusal) => return Err(refusal),
-        };
+    handle.record_held(descriptor);
+    let process = match ProcessSnapshot::read_snapshot(host, handle)
+        .and_then(|process| process.with(facts))
+    {
+        Ok(process) => process,
+        Err(AttestError::CallerGone) => return Ok(None),
+        Err(refusal) => return Err(refusal),
+    };
     if !process.has_fd(descriptor, socket.inode) {
         return Ok(None);
     }
@@ -154,7 +158,7 @@ fn process_owning(
     }))
 }
 
-fn scan_fds(host: &Host, pid: u32) -> Result<Arc<ProcessHandle>, AttestError> {
+fn open_process(host: &Host, pid: u32) -> Result<Arc<ProcessHandle>, AttestError> {
     host.process(
         pid,
         sys::pidfd_open(pid).map_err(|_| AttestError::CallerGone)?,
@@ -164,11 +168,11 @@ fn scan_fds(host: &Host, pid: u32) -> Result<Arc<ProcessHandle>, AttestError> {
 /// Returns the descriptor number of the socket in the process with this directory. The highest
 /// numbers come first: a new connection mostly has the last free number. `others` gets the sockets
 /// before it, by inode and number.
-fn read_fd(
+fn scan_fds(
     directory: &Path,
     inode: u32,
     others: &mut Vec<(u32, u32)>,
-    spent: &mut BudgetTracker,
+    tracker: &mut BudgetTracker,
 ) -> Result<Option<u32>, AttestError> {
     // The process has exited, or shows nothing (kernel threads, missing privilege).
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -177,7 +181,7 @@ fn read_fd(
     };
     let mut numbers: Vec<u32> = Vec::new();
     for entry in open.iter() {
-        spent.charge_fd()?;
+        tracker.charge_fd()?;
         numbers.extend(
             entry
                 .ok()
@@ -186,7 +190,7 @@ fn read_fd(
     }
     numbers.sort_unstable_by(|a, b| b.cmp(a));
     for number in numbers {
-        spent.check_time()?;
+        tracker.check_time()?;
         match known::socket(open.as_fd(), number) {
             Some(found) if found == inode => return Ok(Some(number)),
             Some(other) => others.push((other, number)),
@@ -200,7 +204,7 @@ fn read_fd(
 /// does not make searches fail.
 struct BudgetTracker {
     descriptors: usize,
-    looks: usize,
+    steps: usize,
     /// Set at the first read of the clock, which a short search does not reach.
     deadline: Option<Duration>,
     budget: Budget,
@@ -210,7 +214,7 @@ impl BudgetTracker {
     fn start(budget: Budget) -> Self {
         Self {
             descriptors: 0,
-            looks: 0,
+            steps: 0,
             deadline: None,
             budget,
         }
@@ -227,8 +231,8 @@ impl BudgetTracker {
 
     /// Counts a step. Call it for each process and each descriptor that is read.
     fn check_time(&mut self) -> Result<(), AttestError> {
-        self.looks += 1;
-        if !self.looks.is_multiple_of(CLOCK_CHECK_EVERY) {
+        self.steps += 1;
+        if !self.steps.is_multiple_of(CLOCK_CHECK_EVERY) {
             return Ok(());
         }
         let now = thread_time()?;

@@ -178,7 +178,7 @@ mod tests {
                         Groups:\t44 4 44 \nNSpid:\t12\t1\nVmSize:\t 1 kB\n";
 
     #[test]
-    fn lines_are_found_however_the_file_is_cut_and_wherever_they_stand() {
+    fn numbers_finds_lines_in_any_chunks_and_order() {
         for chunk in [1, 2, 3, 7, 4096] {
             let [uids, gids] =
                 numbers_of(TEXT.as_bytes(), [("Uid", 4), ("Gid", 4)], chunk).unwrap();
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_no_number_is_an_error() {
+    fn numbers_fails_for_missing_or_malformed_lines() {
         for (text, line) in [
             (TEXT, "PPid"),
             (TEXT, "VmSize"),
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_read_after_what_was_asked_for() {
+    fn numbers_reads_nothing_after_the_last_line() {
         let text = format!("{TEXT}Uid:\tnonsense\n");
         assert_eq!(
             numbers_of(text.as_bytes(), [("Uid", 4)], 4096),

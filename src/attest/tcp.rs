@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use tokio::time::timeout;
 
 use crate::attest::Unattested;
-use crate::attest::cgroups::{CgroupTree, TreeScope, WalkKey};
+use crate::attest::cgroups::{CgroupTree, ScanKey, TreeScope};
 use crate::attest::host::Host;
 use crate::attest::inet_diag::{SockDiag, SocketInfo};
 use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
@@ -59,7 +59,7 @@ pub(crate) struct SocketProof {
 struct SocketOwnerProof {
     socket: SocketProof,
     owner: WorkloadKey,
-    holder: Arc<SocketOwner>,
+    socket_owner: Arc<SocketOwner>,
 }
 
 impl TcpAttestor {
@@ -80,7 +80,7 @@ impl TcpAttestor {
     }
 
     /// Verifies that the kernel still reports the facts that this attestor needs.
-    pub(crate) fn works(&self) -> Result<(), TcpUnsupported> {
+    pub(crate) fn test_support(&self) -> Result<(), TcpUnsupported> {
         try_tcp_of(&self.0.host, &self.0.diag)
     }
 
@@ -120,7 +120,7 @@ impl TcpAttestor {
 
     /// Finds the socket of the peer `client` of a connection to `server`. Calls `on_wait` before it
     /// waits.
-    pub(crate) async fn look(
+    pub(crate) async fn find_socket(
         &self,
         (client, server): (SocketAddr, SocketAddr),
         on_wait: impl FnOnce(),
@@ -167,7 +167,7 @@ impl TcpAttestor {
             cgroups, namespace, ..
         } = &*self.0;
         let uid = namespace.is_none().then_some(socket.uid);
-        let key = WalkKey {
+        let key = ScanKey {
             namespace: *namespace,
             uid,
         };
@@ -210,7 +210,7 @@ impl SocketProof {
             },
             uid: self.socket.uid,
             cgroup: Some(self.cgroup.clone()),
-            pod: self.pod.as_ref().map(|housed| housed.pod.clone()),
+            pod: self.pod.as_ref().map(|resolved| resolved.pod.clone()),
             namespace,
             process: None,
             evidence: Box::new(self),
@@ -219,7 +219,7 @@ impl SocketProof {
 
     /// Returns the facts of the socket for the audit log.
     pub(crate) fn peer(&self) -> PeerFacts {
-        let pod = self.pod.as_ref().map(|housed| housed.pod.clone());
+        let pod = self.pod.as_ref().map(|resolved| resolved.pod.clone());
         let namespace = self.attestor.0.namespace;
         PeerFacts {
             uid: self.socket.uid,
@@ -250,13 +250,13 @@ impl SocketProof {
     async fn find_owner(
         &self,
         owner: &WorkloadKey,
-        looks: ProcessFacts,
+        facts: ProcessFacts,
     ) -> Result<SocketOwner, AttestError> {
-        let parts = &self.attestor.0;
-        match parts
+        let query = &self.attestor.0;
+        match query
             .host
             .lookups
-            .run(owner, self.search(looks, Budget::INLINE))
+            .run(owner, self.search(facts, Budget::INLINE))
             .await
         {
             Err(AttestError::TooManyDescriptors) => {}
@@ -264,7 +264,7 @@ impl SocketProof {
         }
         // The wait is as long as a request is held. The SDK of a caller that waits longer would
         // time out without a response.
-        let permit = parts
+        let permit = query
             .searches
             .acquire_within(REQUEST_HOLD, owner)
             .await
@@ -272,23 +272,23 @@ impl SocketProof {
         // Many callers have closed the connection by now. Searches for these would delay those that
         // have connected again.
         self.is_unchanged().map_err(|_| AttestError::CallerGone)?;
-        let mut searching = pin!(
-            parts
+        let mut search = pin!(
+            query
                 .host
                 .lookups
-                .run_offloaded(owner, self.search(looks, Budget::OFFLOADED))
+                .run_offloaded(owner, self.search(facts, Budget::OFFLOADED))
         );
-        if let Ok(done) = timeout(SEARCH_SHARE, &mut searching).await {
+        if let Ok(done) = timeout(SEARCH_SHARE, &mut search).await {
             return done;
         }
         // It is blocked, and does not take CPU time from others.
         permit.detach();
-        searching.await
+        search.await
     }
 
     fn search(
         &self,
-        looks: ProcessFacts,
+        facts: ProcessFacts,
         budget: Budget,
     ) -> impl FnOnce() -> Result<SocketOwner, AttestError> + Send + 'static {
         let Self {
@@ -298,13 +298,13 @@ impl SocketProof {
             ..
         } = self.clone();
         move || {
-            let parts = &attestor.0;
+            let query = &attestor.0;
             search::find_socket_owner(
-                &parts.host,
-                &parts.cgroups,
+                &query.host,
+                &query.cgroups,
                 &socket,
                 &cgroup,
-                (looks, budget),
+                (facts, budget),
             )
         }
     }
@@ -319,27 +319,30 @@ impl PeerProof for SocketProof {
     async fn with_process(
         &self,
         owner: &WorkloadKey,
-        looks: ProcessFacts,
+        facts: ProcessFacts,
     ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
         if self.cgroup.is_service_managers() {
             return Err(AttestError::ManagerSocket);
         }
-        let holder = self.find_owner(owner, looks).await?;
+        let socket_owner = self.find_owner(owner, facts).await?;
         // Whether the socket changed during the search shows at the next verification, before
         // credentials are released.
-        let process = holder.process.to_process();
+        let process = socket_owner.process.to_process();
         Ok((
             process,
             Box::new(SocketOwnerProof {
                 socket: self.clone(),
                 owner: owner.clone(),
-                holder: Arc::new(holder),
+                socket_owner: Arc::new(socket_owner),
             }),
         ))
     }
 
     fn verify_pod(&self) -> Result<PodAge, AttestError> {
-        self.pod.as_ref().ok_or(AttestError::Kernel)?.is_there()
+        self.pod
+            .as_ref()
+            .ok_or(AttestError::Kernel)?
+            .verify_exists()
     }
 }
 
@@ -347,10 +350,10 @@ impl PeerProof for SocketProof {
 impl PeerProof for SocketOwnerProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         self.socket.is_unchanged()?;
-        let (holder, inode) = (self.holder.clone(), self.socket.socket.inode);
-        let look = move || {
-            holder.process.verify_unchanged()?;
-            if holder.process.has_fd(holder.descriptor, inode) {
+        let (socket_owner, inode) = (self.socket_owner.clone(), self.socket.socket.inode);
+        let verify = move || {
+            socket_owner.process.verify_unchanged()?;
+            if socket_owner.process.has_fd(socket_owner.descriptor, inode) {
                 Ok(())
             } else {
                 Err(AttestError::CallerGone)
@@ -361,20 +364,20 @@ impl PeerProof for SocketOwnerProof {
             .0
             .host
             .lookups
-            .run(&self.owner, look)
+            .run(&self.owner, verify)
             .await
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
-        self.holder.process.for_agent(&self.owner).await
+        self.socket_owner.process.for_agent(&self.owner).await
     }
 
     fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
-        Ok(Box::new(self.holder.process.watch_exec()?))
+        Ok(Box::new(self.socket_owner.process.watch_exec()?))
     }
 
     fn is_alive(&self) -> bool {
-        self.holder.process.is_alive()
+        self.socket_owner.process.is_alive()
     }
 
     fn verify_pod(&self) -> Result<PodAge, AttestError> {

@@ -96,14 +96,14 @@ impl TcpSupport {
             )
             .into());
         };
-        let found = attestor.look(addresses, on_wait).await;
+        let found = attestor.find_socket(addresses, on_wait).await;
         // The socket does not exist, or has lost its cgroup. It is the same for all callers once
         // the kernel reports nothing any more.
-        let is_odd = match &found {
+        let is_suspect = match &found {
             Err(unattested) => unattested.refusal == AttestError::CallerGone,
             Ok(proof) => proof.is_in_root_cgroup(),
         };
-        if is_odd {
+        if is_suspect {
             self.retry();
         }
         found
@@ -116,7 +116,7 @@ impl TcpSupport {
         }
         let before = self.attestor.load();
         let result = match before.as_deref() {
-            Some(attestor) => attestor.works(),
+            Some(attestor) => attestor.test_support(),
             None => {
                 attestor(&self.host).map(|attestor| self.attestor.store(Some(Arc::new(attestor))))
             }

@@ -39,19 +39,19 @@ impl PeerProof for ConnectorProof {
     async fn with_process(
         &self,
         owner: &WorkloadKey,
-        looks: ProcessFacts,
+        facts: ProcessFacts,
     ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
         // The groups of connect(2) come first: if there are too many, the kernel fails without
         // copying them.
-        let connected = match looks.groups {
+        let connect_groups = match facts.groups {
             GroupDetail::None => None,
             detail => {
                 let stream = self.stream.upgrade().ok_or(AttestError::CallerGone)?;
                 Some(Groups::new(peer_groups(stream.as_fd())?, detail)?)
             }
         };
-        let process = self.process.with_facts(owner, looks).await?;
-        if process.groups() != connected.as_ref() {
+        let process = self.process.with_facts(owner, facts).await?;
+        if process.groups() != connect_groups.as_ref() {
             return Err(AttestError::IdentityChanged);
         }
         let described = process.to_process();
@@ -77,7 +77,10 @@ impl PeerProof for ConnectorProof {
     }
 
     fn verify_pod(&self) -> Result<PodAge, AttestError> {
-        self.pod.as_ref().ok_or(AttestError::Kernel)?.is_there()
+        self.pod
+            .as_ref()
+            .ok_or(AttestError::Kernel)?
+            .verify_exists()
     }
 }
 
@@ -88,7 +91,7 @@ pub(crate) struct Peer {
     pid: u32,
     uid: u32,
     gid: u32,
-    pinned: PeerPin,
+    pin: PeerPin,
 }
 
 /// The certainty that a process with the recorded pid is the one that connected.
@@ -105,16 +108,16 @@ impl Peer {
     /// Reads `SO_PEERCRED` and `SO_PEERPIDFD` of the stream.
     pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Unattested> {
         let peer = getsockopt(&stream, PeerCredentials).map_err(|_| AttestError::Kernel)?;
-        let seen = PeerFacts {
+        let facts = PeerFacts {
             uid: peer.uid(),
             cgroup: None,
             pod: None,
             namespace: None,
         };
-        let refused = |refusal| Unattested::of(refusal, &seen);
+        let refused = |refusal| Unattested::of(refusal, &facts);
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
         let pid = pid.ok_or_else(|| refused(AttestError::InvisibleProcess))?;
-        let pinned = match sys::peer_pidfd(stream).map_err(|_| refused(AttestError::CallerGone))? {
+        let pin = match sys::peer_pidfd(stream).map_err(|_| refused(AttestError::CallerGone))? {
             Some(pidfd) => PeerPin::ByKernel(pidfd),
             None => PeerPin::SinceAccept(ticks_since_boot()?),
         };
@@ -122,7 +125,7 @@ impl Peer {
             pid,
             uid: peer.uid(),
             gid: peer.gid(),
-            pinned,
+            pin,
         })
     }
 }
@@ -136,13 +139,8 @@ pub(crate) fn attest(
     peer: Peer,
     stream: &Arc<OwnedFd>,
 ) -> Result<Caller, Unattested> {
-    let Peer {
-        pid,
-        uid,
-        gid,
-        pinned,
-    } = peer;
-    let mut seen = PeerFacts {
+    let Peer { pid, uid, gid, pin } = peer;
+    let mut facts = PeerFacts {
         uid,
         cgroup: None,
         pod: None,
@@ -151,31 +149,31 @@ pub(crate) fn attest(
     if !host.pidfds_tell_ids {
         // The daemon would have to read its `status` on this thread, which takes milliseconds for
         // 65,536 groups (T27).
-        peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &seen))?;
+        peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &facts))?;
     }
-    let process = match pinned {
+    let process = match pin {
         PeerPin::ByKernel(pidfd) => host
             .process(pid, pidfd)
-            .and_then(|known| ProcessSnapshot::read_snapshot(host, known)),
+            .and_then(|handle| ProcessSnapshot::read_snapshot(host, handle)),
         PeerPin::SinceAccept(accepted) => read_unpinned(host, pid, accepted),
     };
-    let process = process.map_err(|refusal| Unattested::of(refusal, &seen))?;
+    let process = process.map_err(|refusal| Unattested::of(refusal, &facts))?;
     let credentials = process.ids();
     if credentials.uids != [uid; 4] || credentials.gids != [gid; 4] {
-        return Err(Unattested::of(AttestError::IdentityChanged, &seen));
+        return Err(Unattested::of(AttestError::IdentityChanged, &facts));
     }
-    seen.cgroup = process.cgroup().cloned();
+    facts.cgroup = process.cgroup().cloned();
     let pod = host
         .pod(process.cgroup())
-        .map_err(|refusal| Unattested::of(refusal, &seen))?;
-    seen.pod = pod.as_ref().map(|housed| housed.pod.clone());
-    let owner = seen.owner();
+        .map_err(|refusal| Unattested::of(refusal, &facts))?;
+    facts.pod = pod.as_ref().map(|resolved| resolved.pod.clone());
+    let owner = facts.owner();
     let described = process.to_process();
     Ok(Caller {
         listener: ListenerKind::Unix,
         uid,
-        cgroup: seen.cgroup,
-        pod: seen.pod,
+        cgroup: facts.cgroup,
+        pod: facts.pod,
         namespace: None,
         process: Some(described),
         evidence: Box::new(ConnectorProof {
@@ -206,7 +204,7 @@ fn read_unpinned(
     if process.start_time()? > accepted {
         return Err(AttestError::CallerGone);
     }
-    if process.contained() {
+    if process.in_container() {
         return Err(AttestError::Unsupported(
             "callers in containers need Linux 6.5 or newer on the unix socket",
         ));

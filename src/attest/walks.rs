@@ -47,7 +47,7 @@ pub(crate) struct DirSnapshot {
 
 impl DirSnapshot {
     /// Returns whether the children are complete. A file system without link counts never matches.
-    fn is_whole(&self) -> bool {
+    fn is_complete(&self) -> bool {
         u64::try_from(self.children.len()).is_ok_and(|children| self.links == children + 2)
     }
 }
@@ -62,14 +62,14 @@ struct PendingDir {
 }
 
 impl CgroupScanner<'_> {
-    /// Returns the ids and paths of all cgroups from `starts` down. `listings` holds the previous
+    /// Returns the ids and paths of all cgroups from `starts` down. `snapshots` holds the previous
     /// snapshots, and is replaced by the current ones.
     pub(crate) fn scan(
         self,
         starts: &[CgroupPath],
-        listings: &mut DirSnapshots,
+        snapshots: &mut DirSnapshots,
     ) -> io::Result<HashMap<u64, CgroupPath>> {
-        let (mut found, mut seen) = (HashMap::new(), DirSnapshots::new());
+        let (mut found, mut current) = (HashMap::new(), DirSnapshots::new());
         let mut open = Vec::new();
         for path in starts {
             let start = fs::metadata(self.directory(path))?;
@@ -92,29 +92,29 @@ impl CgroupScanner<'_> {
             if left.is_some_and(|left| left.get() == 0) {
                 continue;
             }
-            let is_same = |before: &DirSnapshot| before.links == links && before.is_whole();
-            let before = listings.remove(&id).filter(is_same);
+            let is_same = |before: &DirSnapshot| before.links == links && before.is_complete();
+            let before = snapshots.remove(&id).filter(is_same);
             let same =
-                before.and_then(|before| Some((self.is_complete(&before.children)?, before)));
+                before.and_then(|before| Some((self.link_counts(&before.children)?, before)));
             let same = same.filter(|(_, before)| charge(before.children.len(), left));
-            let (counts, listing) = match same {
+            let (counts, snapshot) = match same {
                 Some(same) => same,
                 None => {
-                    let listing = DirSnapshot {
+                    let snapshot = DirSnapshot {
                         links,
                         children: self.list(&path, left),
                     };
                     (
-                        listing
+                        snapshot
                             .children
                             .iter()
                             .map(|(id, path)| self.links(*id, path))
                             .collect(),
-                        listing,
+                        snapshot,
                     )
                 }
             };
-            for ((id, path), links) in listing.children.iter().zip(counts) {
+            for ((id, path), links) in snapshot.children.iter().zip(counts) {
                 // A directory that was removed during the scan is skipped.
                 let Some(links) = links else { continue };
                 let left = left.cloned().or_else(|| {
@@ -129,9 +129,9 @@ impl CgroupScanner<'_> {
                     left,
                 });
             }
-            seen.insert(id, listing);
+            current.insert(id, snapshot);
         }
-        *listings = seen;
+        *snapshots = current;
         Ok(found)
     }
 
@@ -157,7 +157,7 @@ impl CgroupScanner<'_> {
     }
 
     /// Returns the link count of each child, if all are unchanged.
-    fn is_complete(self, children: &[(u64, CgroupPath)]) -> Option<Vec<Option<u64>>> {
+    fn link_counts(self, children: &[(u64, CgroupPath)]) -> Option<Vec<Option<u64>>> {
         children
             .iter()
             .map(|(id, path)| self.links(*id, path).map(Some))
@@ -212,30 +212,30 @@ impl ScanThrottle {
     /// Waits until a scan that began after this call is over. One scan serves all calls before it.
     /// It continues if the caller of this function is dropped, so that no caller gets around the
     /// pause.
-    pub(crate) async fn run_after(self: &Arc<Self>, walk: impl FnOnce() + Send + 'static) {
-        let (asked, walks) = (Instant::now(), self.clone());
-        let walking = tokio::spawn(async move {
-            let mut turn = walks.0.lock().await;
-            if turn.begun.is_some_and(|begun| begun > asked) {
+    pub(crate) async fn run_after(self: &Arc<Self>, scan: impl FnOnce() + Send + 'static) {
+        let (called, throttle) = (Instant::now(), self.clone());
+        let scan_task = tokio::spawn(async move {
+            let mut times = throttle.0.lock().await;
+            if times.begun.is_some_and(|begun| begun > called) {
                 return;
             }
-            if let Some(next) = turn.next {
+            if let Some(next) = times.next {
                 tokio::time::sleep_until(next.into()).await;
             }
             let begun = Instant::now();
             // A panic is logged, and the callers find nothing.
             let spent = tokio::task::spawn_blocking(|| {
                 let before = thread_time();
-                walk();
+                scan();
                 thread_time().saturating_sub(before)
             });
             let pause = (spent.await.unwrap_or(MAX_PAUSE) * PAUSE_FACTOR).min(MAX_PAUSE);
-            *turn = ScanTimes {
+            *times = ScanTimes {
                 begun: Some(begun),
                 next: Some(Instant::now() + pause),
             };
         });
-        let _ = walking.await;
+        let _ = scan_task.await;
     }
 }
 
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_workload_makes_costs_the_others_nothing() {
+    fn scan_bounds_the_directories_of_each_workload() {
         let pod = format!("kubepods/burstable/pod{U}");
         let mut directories: Vec<_> = (0..400)
             .map(|number| format!("{pod}/hostile/{number}/{number}"))
@@ -324,12 +324,12 @@ mod tests {
     }
 
     #[test]
-    fn what_was_seen_before_is_looked_at_and_what_is_new_is_found() {
+    fn scan_reuses_snapshots_and_finds_new_directories() {
         let tree = tempfile::tempdir().unwrap();
         let make = |directory: &str| fs::create_dir_all(tree.path().join(directory)).unwrap();
         ["a/b/c", "a/d", "e"].into_iter().for_each(make);
         let root = [CgroupPath::parse("/").unwrap()];
-        let mut listings = DirSnapshots::new();
+        let mut snapshots = DirSnapshots::new();
         let mut walk = || {
             let roots = PodRoots::defaults();
             let found = CgroupScanner {
@@ -337,7 +337,7 @@ mod tests {
                 base: "",
                 roots: &roots,
             }
-            .scan(&root, &mut listings)
+            .scan(&root, &mut snapshots)
             .unwrap();
             for (id, path) in &found {
                 let directory = fs::metadata(tree.path().join(&path.as_str()[1..])).unwrap();
@@ -364,21 +364,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_walk_is_for_all_who_asked_before_it_began_and_then_there_is_a_pause() {
+    async fn throttle_shares_scans_and_pauses_after_each() {
         const WALK: Duration = Duration::from_millis(5);
-        let (walks, walked) = (
+        let (throttle, walked) = (
             Arc::<ScanThrottle>::default(),
             Arc::<AtomicUsize>::default(),
         );
         let ask = || {
-            let (walks, walked) = (walks.clone(), walked.clone());
+            let (throttle, walked) = (throttle.clone(), walked.clone());
             async move {
                 let walk = move || {
                     let begun = thread_time();
                     while thread_time() - begun < WALK {}
                     walked.fetch_add(1, Ordering::SeqCst);
                 };
-                walks.run_after(walk).await;
+                throttle.run_after(walk).await;
             }
         };
         let start = Instant::now();

@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn groups_are_equal_if_the_lists_are_whatever_is_kept_of_them() {
+    fn groups_are_equal_if_their_lists_are() {
         let groups = |list: &[u32], detail| Groups::new(list.to_vec(), detail).unwrap();
         let listed = groups(&[44, 4, 44], GroupDetail::List);
         assert_eq!(listed, groups(&[4, 44], GroupDetail::Digest));
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_have_a_bound() {
+    fn groups_are_bounded() {
         let most = u32::try_from(Groups::MAX).unwrap();
         for detail in [GroupDetail::Digest, GroupDetail::List] {
             Groups::new((0..most).collect(), detail).unwrap();

@@ -86,7 +86,7 @@ const CONTAINER: Option<&str> = Some(
 );
 
 #[test]
-fn socket_alone_decides_where_the_rule_names_a_place() {
+fn socket_decides_for_rules_with_a_location() {
     let unit = |name: &str| WorkloadRule {
         systemd_unit: Some(name.to_owned()),
         ..rule()
@@ -207,7 +207,7 @@ fn socket_alone_decides_where_the_rule_names_a_place() {
 }
 
 #[test]
-fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
+fn rule_needs_the_process_if_no_cgroup_shows_a_container() {
     let uid = WorkloadRule {
         uid: Some(1001),
         ..rule()
@@ -252,7 +252,7 @@ fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
 }
 
 #[test]
-fn groups_need_the_process() {
+fn group_rules_need_the_process() {
     let table = [
         (
             WorkloadRule {
@@ -332,7 +332,7 @@ fn groups_need_the_process() {
 }
 
 #[test]
-fn the_overflow_id_is_nobody() {
+fn overflow_id_matches_no_rule() {
     for rule in [
         WorkloadRule {
             uid: Some(OVERFLOW_ID),
@@ -383,7 +383,7 @@ fn executable(file: &std::fs::Metadata, shown: &Path) -> Executable {
 }
 
 #[test]
-fn an_executable_is_the_file_that_is_there_now() {
+fn exe_matches_the_current_file() {
     let directory = tempfile::tempdir().unwrap();
     let [program, copy, link] = ["program", "copy", "link"].map(|name| directory.path().join(name));
     std::fs::write(&program, "v1").unwrap();
@@ -468,7 +468,7 @@ fn an_executable_is_the_file_that_is_there_now() {
 
 /// However short ago it was seen there: what runs on is looked at by its open file, as `/proc/<pid>/exe` shows it.
 #[test]
-fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
+fn exe_does_not_match_a_file_that_was_moved() {
     let directory = tempfile::tempdir().unwrap();
     let [program, other] = ["program", "other"].map(|name| directory.path().join(name));
     let rule = WorkloadRule {
@@ -539,7 +539,7 @@ fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
 
 /// A later rule would be another one's, if that is what runs.
 #[test]
-fn a_file_that_cannot_be_looked_at_is_not_another_one() {
+fn unreadable_exe_is_undecided() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("program");
     std::os::unix::fs::symlink(&path, &path).unwrap();
@@ -558,7 +558,7 @@ fn a_file_that_cannot_be_looked_at_is_not_another_one() {
 }
 
 #[test]
-fn the_first_rule_that_matches_wins() {
+fn first_matching_rule_wins() {
     let named = |name: &str, rule: WorkloadRule| WorkloadRule {
         spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap(),
         ..rule

@@ -6,7 +6,7 @@ fn found(mountinfo: &str) -> Option<CgroupTree> {
 }
 
 #[test]
-fn the_mount_is_found() {
+fn find_returns_the_v2_mount() {
     let hybrid = "30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
                   31 30 0:27 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw\n\
                   32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
@@ -23,7 +23,7 @@ fn the_mount_is_found() {
 }
 
 #[test]
-fn ids_become_paths_and_are_forgotten_with_their_directory() {
+fn path_is_evicted_with_its_directory() {
     let root = tempfile::tempdir().unwrap();
     let unit = root.path().join("system.slice/billing.service");
     fs::create_dir_all(&unit).unwrap();
@@ -66,7 +66,7 @@ fn ids_become_paths_and_are_forgotten_with_their_directory() {
 }
 
 #[test]
-fn the_hosts_own_tree_is_asked_by_handle() {
+fn path_by_handle_works_on_the_real_tree() {
     let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else {
         return;
@@ -98,7 +98,7 @@ fn the_hosts_own_tree_is_asked_by_handle() {
 }
 
 #[test]
-fn a_cgroup_that_cannot_be_listed_is_refused() {
+fn listing_fails_for_unreadable_cgroups() {
     let root = tempfile::tempdir().unwrap();
     let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
     let path = CgroupPath::parse("/gone").unwrap();
@@ -126,7 +126,7 @@ fn move_to(directory: &Path, pid: u32) {
 }
 
 #[test]
-fn a_list_that_is_open_says_what_is_so_now() {
+fn open_list_returns_current_pids() {
     let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else {
         return;
@@ -175,7 +175,7 @@ fn a_list_that_is_open_says_what_is_so_now() {
 }
 
 #[test]
-fn so_many_lists_are_open_and_no_more() {
+fn open_lists_are_bounded() {
     let root = tempfile::tempdir().unwrap();
     let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
     for number in 0..200 {
@@ -230,7 +230,7 @@ async fn path_of(
     namespace: u64,
     id: u64,
 ) -> Result<CgroupPath, AttestError> {
-    let key = WalkKey {
+    let key = ScanKey {
         namespace: Some(namespace),
         uid: None,
     };
@@ -240,7 +240,7 @@ async fn path_of(
 /// Simulates a node of 250 pods with two containers each. One pod floods the tree with ids that do
 /// not exist.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waiting() {
+async fn unknown_ids_cost_a_tenth_of_a_cpu_and_block_no_lookup() {
     let whole = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let (Some(whole), true) = (whole, nix::unistd::geteuid().is_root()) else {
         return;
@@ -305,7 +305,7 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
 /// Covers T33: peers that wait for a scan in vain block others neither from being accepted nor from
 /// a scan.
 #[tokio::test]
-async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
+async fn waiters_for_scans_are_limited_per_user_and_pod() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("new")).unwrap();
     let tree = Arc::new(CgroupTree::at(
@@ -313,7 +313,7 @@ async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
         PodRoots::defaults(),
     ));
     let id = id_of(&folder.path().join("new"));
-    let hostile = WalkKey {
+    let hostile = ScanKey {
         namespace: None,
         uid: Some(7),
     };
@@ -327,7 +327,7 @@ async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
     for (namespace, uid) in [(None, Some(8)), (Some(1), None)] {
         let mut waits = false;
         let found = tree
-            .path_of(id, (TreeScope::All, WalkKey { namespace, uid }), || {
+            .path_of(id, (TreeScope::All, ScanKey { namespace, uid }), || {
                 waits = true
             })
             .await;

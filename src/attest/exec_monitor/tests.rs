@@ -48,7 +48,7 @@ fn shell() -> (Child, impl FnMut(&str)) {
 }
 
 #[test]
-fn monitor_sees_an_execution_of_the_watched_process_alone() {
+fn monitor_detects_exec_of_the_watched_process_only() {
     let Some(monitor) = monitor(CountBy::Pid) else {
         return;
     };
@@ -71,7 +71,7 @@ fn monitor_sees_an_execution_of_the_watched_process_alone() {
 }
 
 #[test]
-fn monitor_counts_by_every_cgroup_above_where_pids_mean_nothing() {
+fn monitor_counts_by_every_ancestor_cgroup() {
     let Some(monitor) = monitor(CountBy::Cgroup) else {
         return;
     };
@@ -96,7 +96,7 @@ fn monitor_counts_by_every_cgroup_above_where_pids_mean_nothing() {
 }
 
 #[test]
-fn keys_are_spread_over_the_whole_table() {
+fn index_spreads_keys_over_the_whole_table() {
     let Some(monitor) = monitor(CountBy::Pid) else {
         return;
     };

@@ -32,7 +32,7 @@ fn machine(directories: &[&str]) -> (tempfile::TempDir, CgroupMounts) {
 }
 
 #[test]
-fn hierarchies_are_found_where_they_are_mounted() {
+fn find_returns_the_mounts_of_all_hierarchies() {
     let mountinfo = "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
                      32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
                      40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,name=systemd\n\
@@ -41,7 +41,7 @@ fn hierarchies_are_found_where_they_are_mounted() {
     let found = CgroupMounts::find(mountinfo);
     let mount = |names| {
         found
-            .of(names)
+            .get(names)
             .map(|found| found.mount.to_str().unwrap().to_owned())
     };
     assert_eq!(
@@ -57,7 +57,7 @@ fn hierarchies_are_found_where_they_are_mounted() {
 }
 
 #[test]
-fn those_that_root_alone_could_have_named_are_believed() {
+fn check_accepts_cgroups_that_only_root_could_name() {
     let pod = format!("kubepods/besteffort/pod{U}/{C}");
     let (_folder, machine) = machine(&["system.slice/billing.service", &pod]);
     for text in [
@@ -71,7 +71,7 @@ fn those_that_root_alone_could_have_named_are_believed() {
 }
 
 #[test]
-fn a_container_within_another_or_two_of_them_are_refused() {
+fn check_rejects_nested_or_different_containers() {
     let (outer, inner) = (
         format!("docker/{C}"),
         format!("docker/{C}/kubepods/pod{U}/{OTHER}"),
@@ -91,7 +91,7 @@ fn a_container_within_another_or_two_of_them_are_refused() {
 }
 
 #[test]
-fn what_a_user_could_have_named_is_refused() {
+fn check_rejects_cgroups_that_a_user_could_name() {
     let delegated = "user.slice/user@1002.service";
     let (folder, machine) = machine(&[&format!("{delegated}/app")]);
     chown(folder.path().join("v2").join(delegated), Some(1002), None).unwrap();
@@ -121,7 +121,7 @@ fn what_a_user_could_have_named_is_refused() {
 }
 
 #[test]
-fn what_cannot_be_looked_at_is_refused() {
+fn check_rejects_unreadable_cgroups() {
     let (_folder, machine) = machine(&["there"]);
     for text in [
         "0::/gone\n",
@@ -141,7 +141,7 @@ fn what_cannot_be_looked_at_is_refused() {
 /// the namespace.
 fn unified(mountinfo: &str) -> Option<(String, String, usize)> {
     let found = CgroupMounts::find(mountinfo);
-    let found = found.of("")?;
+    let found = found.get("")?;
     Some((
         found.mount.to_str().unwrap().to_owned(),
         found.base.clone(),
@@ -150,7 +150,7 @@ fn unified(mountinfo: &str) -> Option<(String, String, usize)> {
 }
 
 #[test]
-fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
+fn find_prefers_the_hosts_tree_in_a_container() {
     let own = format!(
         "/kubepods.slice/kubepods-pod{}.slice/cri-containerd-{C}.scope",
         U.replace('-', "_")
@@ -210,7 +210,7 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
 }
 
 #[test]
-fn paths_are_read_from_where_the_daemon_stands() {
+fn path_is_relative_to_the_daemons_cgroup_namespace() {
     let own = "/kubepods/burstable/own/container";
     let seen = |above, own: Option<&str>| {
         let own = own.map(str::to_owned);
@@ -278,7 +278,7 @@ fn paths_are_read_from_where_the_daemon_stands() {
 }
 
 #[test]
-fn its_own_place_is_found_by_its_inode() {
+fn own_path_is_found_by_inode() {
     let folder = tempfile::tempdir().unwrap();
     for directory in ["a/b/c", "a/d/c", "e/b/c"] {
         fs::create_dir_all(folder.path().join(directory)).unwrap();

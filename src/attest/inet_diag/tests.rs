@@ -79,7 +79,7 @@ impl DiagReply {
 }
 
 #[test]
-fn a_reply_is_read() {
+fn parse_reads_a_reply() {
     let expected = SocketInfo {
         uid: 1001,
         inode: 99,
@@ -118,7 +118,7 @@ fn a_reply_is_read() {
 }
 
 #[test]
-fn a_reply_about_anything_else_is_not_believed() {
+fn parse_rejects_replies_for_other_sockets() {
     // Every other state, among them LISTEN (10), TIME_WAIT (6), CLOSE_WAIT (8) and CLOSE (7).
     for state in [0, 2, 3, 6, 7, 8, 9, 10, 11, 12] {
         assert_eq!(
@@ -161,7 +161,7 @@ fn a_reply_about_anything_else_is_not_believed() {
 }
 
 #[test]
-fn a_broken_reply_is_an_error_at_every_length() {
+fn parse_fails_for_replies_of_every_shorter_length() {
     let bytes = DiagReply::good().bytes();
     for length in 0..NLMSG_HEADER + MAX_MESSAGE_BYTES {
         assert!(
@@ -177,7 +177,7 @@ fn a_broken_reply_is_an_error_at_every_length() {
 }
 
 #[test]
-fn only_loopback_is_asked_about() {
+fn lookup_rejects_addresses_outside_loopback() {
     let diag = SockDiag::open().unwrap();
     let neighbour = "192.0.2.7:22".parse().unwrap();
     assert_eq!(
@@ -191,7 +191,7 @@ fn only_loopback_is_asked_about() {
 }
 
 #[test]
-fn real_connections_are_found_over_both_families_and_lost_when_closed() {
+fn lookup_finds_real_connections_until_they_are_closed() {
     let diag = SockDiag::open().unwrap();
     for address in ["127.0.0.1:0", "[::1]:0"] {
         let listener = TcpListener::bind(address).unwrap();
@@ -223,7 +223,7 @@ fn real_connections_are_found_over_both_families_and_lost_when_closed() {
 }
 
 #[test]
-fn one_that_is_closed_keeps_nothing_and_finds_nobody() {
+fn lookup_fails_after_close() {
     let diag = SockDiag::open().unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

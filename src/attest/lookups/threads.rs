@@ -29,7 +29,7 @@ const MAX_PER_WORKLOAD: usize = 2;
 /// connections take 50 us.
 const STUCK_AFTER: Duration = Duration::from_millis(10);
 /// The shortest interval between two log lines about threads that cannot be started.
-const TELL_AGAIN: Duration = Duration::from_secs(60);
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// The number of all threads, with those that are blocked.
 const MAX_THREADS: usize = 512;
 
@@ -49,7 +49,7 @@ pub struct LookupThreads(Arc<ThreadPool>);
 
 struct ThreadPool {
     /// The number of threads that should run and not be blocked.
-    wanted: usize,
+    target: usize,
     state: Mutex<PoolState>,
     work: Condvar,
 }
@@ -61,7 +61,7 @@ struct LookupJob {
     task: Task,
     give_up: GiveUp,
     /// The runtime that the job comes from. `None` if it must not continue there.
-    home: Option<Handle>,
+    runtime: Option<Handle>,
     queued: Instant,
 }
 
@@ -96,7 +96,7 @@ struct WorkloadQueue {
 impl fmt::Debug for LookupThreads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LookupThreads")
-            .field("wanted", &self.0.wanted)
+            .field("target", &self.0.target)
             .finish_non_exhaustive()
     }
 }
@@ -109,9 +109,9 @@ impl Default for LookupThreads {
 }
 
 impl LookupThreads {
-    fn new(wanted: usize) -> Self {
+    fn new(target: usize) -> Self {
         Self(Arc::new(ThreadPool {
-            wanted,
+            target,
             state: Mutex::default(),
             work: Condvar::new(),
         }))
@@ -148,11 +148,11 @@ impl LookupThreads {
         self.push(owner, Box::pin(task), Box::new(give_up), None);
     }
 
-    fn push(&self, owner: WorkloadKey, task: Task, give_up: GiveUp, home: Option<Handle>) {
+    fn push(&self, owner: WorkloadKey, task: Task, give_up: GiveUp, runtime: Option<Handle>) {
         let job = LookupJob {
             task,
             give_up,
-            home,
+            runtime,
             queued: Instant::now(),
         };
         let mut state = self.0.state();
@@ -163,7 +163,7 @@ impl LookupThreads {
         if state.idle > 0 {
             drop(state);
             self.0.work.notify_one();
-        } else if state.busy.len() < self.0.wanted {
+        } else if state.busy.len() < self.0.target {
             let number = state.new_number();
             drop(state);
             self.start_thread(number);
@@ -178,11 +178,11 @@ impl LookupThreads {
             let (missing, overdue) = {
                 let mut state = self.0.state();
                 state.expire();
-                if state.is_quiet() {
+                if state.is_idle() {
                     state.watched = false;
                     return;
                 }
-                (state.missing(self.0.wanted), state.overdue())
+                (state.missing(self.0.target), state.overdue())
             };
             missing
                 .into_iter()
@@ -225,7 +225,7 @@ impl ThreadPool {
                 let LookupJob {
                     task,
                     give_up,
-                    home,
+                    runtime,
                     ..
                 } = job;
                 state.busy.insert(
@@ -236,7 +236,7 @@ impl ThreadPool {
                     },
                 );
                 drop(state);
-                run(task, home.as_ref());
+                run(task, runtime.as_ref());
                 state = self.state();
                 if state
                     .busy
@@ -249,7 +249,7 @@ impl ThreadPool {
                 continue;
             }
             state.busy.remove(&number);
-            if state.idle + state.count_running() >= self.wanted {
+            if state.idle + state.count_running() >= self.target {
                 // This thread replaced one that has returned since.
                 return;
             }
@@ -274,17 +274,17 @@ impl Default for BusyThread {
 }
 
 /// Polls a task once, and continues it on its own runtime if it has to wait.
-fn run(mut task: Task, home: Option<&Handle>) {
-    let entered = home.map(Handle::enter);
+fn run(mut task: Task, runtime: Option<&Handle>) {
+    let entered = runtime.map(Handle::enter);
     let mut context = Context::from_waker(Waker::noop());
     let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         task.as_mut().poll(&mut context)
     }));
     drop(entered);
     // A panic is logged, and ends only this connection.
-    if let (Ok(true), Some(home)) = (polled.map(|polled| polled.is_pending()), home) {
+    if let (Ok(true), Some(runtime)) = (polled.map(|polled| polled.is_pending()), runtime) {
         // The runtime polls the task again, which registers its waker.
-        home.spawn(task);
+        runtime.spawn(task);
     }
 }
 
@@ -297,7 +297,7 @@ impl Default for PoolState {
             busy: HashMap::new(),
             next_number: 0,
             watched: false,
-            unstarted: LogQuota::new(1, TELL_AGAIN),
+            unstarted: LogQuota::new(1, LOG_INTERVAL),
         }
     }
 }
@@ -310,9 +310,9 @@ impl PoolState {
         self.next_number
     }
 
-    /// Registers the threads to start, so that `wanted` threads are not blocked.
-    fn missing(&mut self, wanted: usize) -> Vec<u64> {
-        let missing = wanted
+    /// Registers the threads to start, so that `target` threads are not blocked.
+    fn missing(&mut self, target: usize) -> Vec<u64> {
+        let missing = target
             .saturating_sub(self.count_running())
             .min(self.ready.len());
         let missing = missing.min(MAX_THREADS.saturating_sub(self.busy.len()));
@@ -362,7 +362,7 @@ impl PoolState {
     }
 
     /// Returns whether no job can be run or given up.
-    fn is_quiet(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.workloads
             .values()
             .all(|queue| queue.waiting.is_empty())
@@ -397,11 +397,11 @@ impl PoolState {
             {
                 if let Some(LookupJob {
                     task,
-                    home: Some(home),
+                    runtime: Some(runtime),
                     ..
                 }) = queue.waiting.pop_front()
                 {
-                    home.spawn(task);
+                    runtime.spawn(task);
                 }
             }
         }

@@ -28,7 +28,7 @@ fn start_time_survives_hostile_names() {
 }
 
 #[test]
-fn only_the_initial_user_namespace_maps_every_id_to_itself() {
+fn identity_map_is_recognized_exactly() {
     assert!(is_identity_map("         0          0 4294967295\n"));
     for map in [
         "",
@@ -50,7 +50,7 @@ fn sleeper() -> std::process::Child {
 }
 
 #[test]
-fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
+fn process_is_unchanged_until_it_exits_even_as_a_zombie() {
     let mut child = sleeper();
     let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
     let host = host();
@@ -60,7 +60,7 @@ fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
     assert_eq!(held.to_process().pid, child.id());
     child.kill().unwrap();
     // The process is dead and not reaped before `wait` below, so /proc/<pid> still exists.
-    let mut fds = [PollFd::new(held.known.pidfd().as_fd(), PollFlags::POLLIN)];
+    let mut fds = [PollFd::new(held.handle.pidfd().as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1);
     assert!(
         Path::new("/proc")
@@ -74,7 +74,7 @@ fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
 }
 
 #[test]
-fn a_number_that_belongs_to_another_process_now_is_not_mistaken() {
+fn reused_pid_is_detected() {
     let mut dead = sleeper();
     let pidfd = crate::attest::sys::pidfd_open(dead.id()).unwrap();
     dead.kill().unwrap();
@@ -82,9 +82,9 @@ fn a_number_that_belongs_to_another_process_now_is_not_mistaken() {
     let mut living = sleeper();
     // This is as if the pid had been reused in the meantime.
     let host = host();
-    let known = host.process(living.id(), pidfd).unwrap();
+    let handle = host.process(living.id(), pidfd).unwrap();
     assert_eq!(
-        ProcessSnapshot::read_snapshot(&host, known).unwrap_err(),
+        ProcessSnapshot::read_snapshot(&host, handle).unwrap_err(),
         AttestError::CallerGone
     );
     living.kill().unwrap();

@@ -61,7 +61,7 @@ fn unit() -> CgroupPath {
 }
 
 #[test]
-fn the_holder_is_found_with_its_descriptor() {
+fn search_finds_the_owner_and_its_descriptor() {
     let (_listener, client, socket) = connection();
     let (host, tree) = machine();
     let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
@@ -72,7 +72,7 @@ fn the_holder_is_found_with_its_descriptor() {
 
 /// Covers a process that is moved between the read of the list and its own read.
 #[test]
-fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
+fn search_rejects_an_owner_in_another_cgroup() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, elsewhere) = listing(&format!("{}\n", std::process::id()));
@@ -83,7 +83,7 @@ fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
 }
 
 #[test]
-fn a_process_of_a_pid_namespace_that_is_not_seen_ends_the_search() {
+fn search_fails_for_an_invisible_pid_namespace() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("0\n{}\n", std::process::id()));
@@ -94,7 +94,7 @@ fn a_process_of_a_pid_namespace_that_is_not_seen_ends_the_search() {
 }
 
 #[test]
-fn a_search_over_its_budget_finds_nobody() {
+fn search_fails_over_its_budget() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
@@ -124,7 +124,7 @@ fn a_search_over_its_budget_finds_nobody() {
 }
 
 #[test]
-fn a_process_that_does_not_hold_the_socket_is_passed_over() {
+fn search_skips_a_process_without_the_socket() {
     let (_listener, client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
@@ -137,21 +137,21 @@ fn a_process_that_does_not_hold_the_socket_is_passed_over() {
 
 /// Covers a pid that belonged to another process when its handle was cached.
 #[test]
-fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
+fn search_finds_a_process_with_a_reused_pid() {
     let (_listener, _client, socket) = connection();
     let (host, tree) = machine();
     let mut gone = std::process::Command::new("true").spawn().unwrap();
     let pidfd = sys::pidfd_open(gone.id()).unwrap();
     gone.wait().unwrap();
-    let known = host.process(std::process::id(), pidfd).unwrap();
+    let handle = host.process(std::process::id(), pidfd).unwrap();
     // The other process had its connections at this number too.
-    (0..8).for_each(|number| known.record_held(number));
-    known.scanned([(socket.inode, 0)].into_iter());
+    (0..8).for_each(|number| handle.record_held(number));
+    handle.replace_socket_hints([(socket.inode, 0)].into_iter());
     let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
     let found = find_socket_owner(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
     assert_eq!(found.process.verify_unchanged(), Ok(()));
     assert!(!Arc::ptr_eq(
-        &known,
-        &host.processes.of(std::process::id()).unwrap()
+        &handle,
+        &host.processes.get(std::process::id()).unwrap()
     ));
 }

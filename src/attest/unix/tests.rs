@@ -23,7 +23,7 @@ fn peer(pid: u32, accepted: u64) -> Peer {
         pid,
         uid: geteuid().as_raw(),
         gid: getegid().as_raw(),
-        pinned: PeerPin::SinceAccept(accepted),
+        pin: PeerPin::SinceAccept(accepted),
     }
 }
 
@@ -66,7 +66,7 @@ fn start_time(child: &Child) -> u64 {
 }
 
 #[tokio::test]
-async fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
+async fn attest_uses_the_pid_without_a_kernel_pidfd() {
     let child = waiting("cat", &[]);
     let accepted = start_time(&child);
     let caller = attested(peer(child.id(), accepted)).unwrap();
@@ -77,7 +77,7 @@ async fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
 }
 
 #[test]
-fn without_one_a_process_that_started_after_the_connection_is_another() {
+fn attest_rejects_a_later_process_without_a_kernel_pidfd() {
     let child = waiting("cat", &[]);
     let accepted = start_time(&child) - 1;
     assert_eq!(
@@ -88,7 +88,7 @@ fn without_one_a_process_that_started_after_the_connection_is_another() {
 }
 
 #[test]
-fn without_one_nobody_in_a_container_is_served() {
+fn attest_rejects_containers_without_a_kernel_pidfd() {
     if !Uid::effective().is_root() {
         // A user namespace may not be allowed here; root may always create one.
         return;
@@ -108,7 +108,7 @@ fn without_one_nobody_in_a_container_is_served() {
 }
 
 #[test]
-fn other_ids_than_the_connectors_are_a_refusal() {
+fn attest_rejects_changed_ids() {
     let child = waiting("cat", &[]);
     let other = Peer {
         uid: geteuid().as_raw() + 1,
@@ -124,7 +124,7 @@ fn other_ids_than_the_connectors_are_a_refusal() {
 }
 
 #[tokio::test]
-async fn groups_and_program_are_looked_at_only_where_they_decide() {
+async fn groups_and_program_are_read_only_if_needed() {
     let (child, stream) = (waiting("cat", &[]), stream());
     let least = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
     let process = least.process.as_ref().unwrap();
@@ -158,7 +158,7 @@ async fn groups_and_program_are_looked_at_only_where_they_decide() {
 }
 
 #[tokio::test]
-async fn other_groups_than_the_connectors_are_a_refusal() {
+async fn attest_rejects_changed_groups() {
     if !Uid::effective().is_root() {
         return;
     }

@@ -68,7 +68,7 @@ fn check(roots: &PodRoots, table: &[(&str, &str, &str, &str)]) {
 }
 
 #[test]
-fn pods_are_found_where_kubelets_put_them() {
+fn find_returns_pods_below_the_kubelets_roots() {
     let table = [
         ("/kubepods/burstable/pod{U}", "/{C}", "{U}", "{C}"),
         ("/kubepods/besteffort/pod{U}", "/{C}", "{U}", "{C}"),
@@ -148,7 +148,7 @@ fn pods_are_found_where_kubelets_put_them() {
 }
 
 #[test]
-fn a_pods_name_anywhere_else_is_refused() {
+fn find_rejects_pod_names_at_other_paths() {
     let table = [
         "/user.slice/user-1002.slice/user@1002.service/kubepods/besteffort/pod{U}/{C}",
         "/user.slice/user-1002.slice/user@1002.service/kubepods.slice/kubepods-pod{U_}.slice/crio-{C}.scope",
@@ -190,7 +190,7 @@ fn a_pods_name_anywhere_else_is_refused() {
 }
 
 #[test]
-fn others_are_in_no_pod() {
+fn find_returns_none_outside_pods() {
     let table = [
         "/",
         "/system.slice/billing.service",
@@ -215,7 +215,7 @@ fn others_are_in_no_pod() {
 }
 
 #[test]
-fn a_root_that_is_configured_is_the_only_one() {
+fn configured_root_replaces_the_defaults() {
     let at = |root: &str| PodRoots::at(CgroupPath::parse(&text(root)).unwrap());
     check(
         &at("/docker/{D}/kubelet/kubepods"),
@@ -246,7 +246,7 @@ fn a_root_that_is_configured_is_the_only_one() {
 }
 
 #[test]
-fn uids_are_spelled_as_in_kubernetes() {
+fn pod_uid_has_the_spelling_of_kubernetes() {
     for uid in [U, STATIC] {
         assert_eq!(PodUid::parse(uid).unwrap().as_str(), uid);
     }

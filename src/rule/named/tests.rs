@@ -110,7 +110,7 @@ fn absent(names: &[AccountName]) -> MissingNames {
 }
 
 #[test]
-fn a_name_with_a_number_is_that_number() {
+fn known_name_matches_its_number() {
     let in_ops = NamedRule {
         group: Some(group("ops")),
         ..named("by-group")
@@ -137,7 +137,7 @@ fn a_name_with_a_number_is_that_number() {
 }
 
 #[test]
-fn a_name_without_a_number_matches_nobody() {
+fn unknown_name_matches_no_caller() {
     for name in ["ghost", "stranger"] {
         let rules = [
             of_user(name),
@@ -174,7 +174,7 @@ fn a_name_without_a_number_matches_nobody() {
 }
 
 #[test]
-fn names_without_an_answer_matter_to_whom_they_could_be() {
+fn unanswered_names_matter_to_callers_that_could_match() {
     let rules = [
         of_user("stranger"),
         of_unit("app", "app.service"),
@@ -219,7 +219,7 @@ fn names_without_an_answer_matter_to_whom_they_could_be() {
 }
 
 #[test]
-fn groups_without_an_answer_matter_unless_all_groups_have_other_names() {
+fn unanswered_groups_matter_unless_all_groups_have_other_names() {
     let primary = [
         NamedRule {
             group: Some(group("strangers")),
@@ -257,7 +257,7 @@ fn groups_without_an_answer_matter_unless_all_groups_have_other_names() {
 }
 
 #[test]
-fn a_name_that_does_not_exist_is_told_from_one_without_an_answer() {
+fn absent_name_is_distinguished_from_an_unanswered_one() {
     let rules = [of_user("ghost"), of_unit("app", "app.service")];
     assert_eq!(
         decided(&rules, &caller(1001, None)),
@@ -276,7 +276,7 @@ fn a_name_that_does_not_exist_is_told_from_one_without_an_answer() {
 }
 
 #[test]
-fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
+fn process_facts_are_needed_for_a_user_of_unknown_name() {
     let over_tcp = |uid| Caller {
         listener: ListenerKind::Tcp,
         ..caller(uid, None)

@@ -24,7 +24,7 @@ fn count(threads: &LookupThreads) -> usize {
 }
 
 #[tokio::test]
-async fn task_runs_there_and_goes_on_at_home() {
+async fn task_starts_on_a_lookup_thread_and_continues_on_its_runtime() {
     let threads = LookupThreads::new(1);
     assert!(where_it_runs(&threads, 1).await && !on_lookup_thread());
     let (go, wait) = oneshot::channel::<()>();
@@ -44,7 +44,7 @@ async fn task_runs_there_and_goes_on_at_home() {
 }
 
 #[tokio::test]
-async fn threads_that_are_kept_waiting_are_replaced() {
+async fn blocked_threads_are_replaced() {
     let threads = LookupThreads::new(2);
     let mut held = Vec::new();
     for uid in 0..20 {
@@ -81,7 +81,7 @@ async fn threads_that_are_kept_waiting_are_replaced() {
 }
 
 #[tokio::test]
-async fn workload_with_many_tasks_leaves_others_their_turns() {
+async fn pool_schedules_workloads_round_robin() {
     let threads = LookupThreads::new(1);
     let (release, wait) = mpsc::channel::<()>();
     spawn(&threads, 9, async move {
@@ -112,14 +112,14 @@ async fn workload_with_many_tasks_leaves_others_their_turns() {
 }
 
 #[tokio::test]
-async fn task_that_panics_ends_alone() {
+async fn panic_ends_only_its_own_task() {
     let threads = LookupThreads::new(1);
     spawn(&threads, 1, async { panic!("on purpose") });
     assert!(where_it_runs(&threads, 1).await);
 }
 
 #[tokio::test]
-async fn task_that_keeps_its_thread_waiting_is_given_up_once() {
+async fn blocked_task_is_given_up_once() {
     let threads = LookupThreads::new(1);
     let (release, wait) = mpsc::channel::<()>();
     let (give_up, mut given_up) = tokio::sync::mpsc::unbounded_channel();
