@@ -1,7 +1,7 @@
-//! Where a SPIFFE endpoint listens: the value of `SPIFFE_ENDPOINT_SOCKET` and `[identity] socket`.
+//! The address of a SPIFFE endpoint: the value of `SPIFFE_ENDPOINT_SOCKET` and `[identity] socket`.
 //!
-//! Grammar: SPIFFE_Workload_Endpoint.md, section 4. Nothing else is taken, so that a slip is an error at start, not a
-//! connection to somewhere else.
+//! Grammar: SPIFFE_Workload_Endpoint.md, section 4. Other forms are rejected, so a typing error
+//! fails at the start and does not connect to another address.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use crate::identity::InvalidName;
 
-/// `sun_path` holds 108 bytes, the last of them NUL (unix(7)).
+/// The longest path: `sun_path` holds 108 bytes, the last of them NUL (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
 
 /// The address of a SPIFFE endpoint.
@@ -17,7 +17,7 @@ const SOCKET_PATH_MAX: usize = 107;
 pub enum Endpoint {
     /// A unix socket, by its absolute path.
     Unix(PathBuf),
-    /// A TCP address. The standard has no names here, only IP addresses.
+    /// A TCP address. The standard allows only IP addresses here.
     Tcp(SocketAddr),
 }
 
@@ -61,7 +61,7 @@ fn parse_unix(rest: &str) -> Result<Endpoint, InvalidName> {
     if path.ends_with('/') {
         return invalid("a unix endpoint names a socket, not a directory");
     }
-    // In a URI these would not be part of the path, and implementations differ in how they read them.
+    // In a URI these would not be part of the path, and implementations read them differently.
     if path.contains(['?', '#', '%']) || path.chars().any(char::is_control) {
         return invalid("the path of a unix endpoint has no `?`, `#`, `%` or control characters");
     }

@@ -6,7 +6,8 @@ use nix::unistd::geteuid;
 
 use super::*;
 
-/// A namespace that lives as long as this: a thread that sits in it. `None` for who is not root.
+/// Creates a namespace that lives as long as the returned sender, with a thread in it. `None`
+/// without root.
 fn another() -> Option<(NetNs, std::sync::mpsc::Sender<()>)> {
     if !geteuid().is_root() {
         return None;

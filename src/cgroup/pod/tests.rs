@@ -7,7 +7,7 @@ const U_: &str = "72f7f152_440c_66ac_9084_e0fc1d8a910c";
 const V: &str = "00000000-440c-66ac-9084-e0fc1d8a910c";
 const STATIC: &str = "2732ca68f6358eba7703fb6f82a25c94";
 
-/// What is found: the pod's UID and directory, the container's id and directory.
+/// The expected result: the pod's UID and directory, the container's id and directory.
 #[derive(Debug, PartialEq)]
 enum Is {
     Pod(String, String, Option<(String, String)>),
@@ -33,7 +33,7 @@ fn find(roots: &PodRoots, path: &str) -> Is {
     }
 }
 
-/// `{C}` and so on stand for the constants.
+/// Replaces `{C}` and the like by the constants.
 fn text(template: &str) -> String {
     let names = [
         ("{C}", C),
@@ -93,7 +93,7 @@ fn find_returns_pods_below_the_kubelets_roots() {
             "{U}",
             "{C}",
         ),
-        // crun puts the container's processes one further down.
+        // crun creates a directory below the container's for its processes.
         (
             "/kubepods.slice/kubepods-pod{U_}.slice",
             "/crio-{C}.scope/container",
@@ -120,7 +120,7 @@ fn find_returns_pods_below_the_kubelets_roots() {
             "{S}",
             "{C}",
         ),
-        // What a container names below its own directory is nothing to go by.
+        // Names that a container chooses below its own directory prove nothing.
         ("/kubepods/pod{U}", "/{C}/init", "{U}", "{C}"),
         ("/kubepods/pod{U}", "/{C}/docker/{D}", "{U}", "{C}"),
         (
@@ -158,7 +158,7 @@ fn find_rejects_pod_names_at_other_paths() {
         "/kubepods-besteffort-pod{U_}.slice:cri-containerd:{C}",
         "/docker/{D}/kubepods/besteffort/pod{U}/{C}",
         "/kubelet/pod{S}",
-        // One driver's names below the other's root, another class's or another root's.
+        // Names of one driver below the other's root, of another class, or of another root.
         "/kubepods.slice/pod{U}/{C}",
         "/kubepods/kubepods-pod{U_}.slice/{C}",
         "/kubepods.slice/kubepods-burstable.slice/kubepods-besteffort-pod{U_}.slice/crio-{C}.scope",
