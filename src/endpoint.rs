@@ -48,7 +48,7 @@ fn parse_unix(rest: &str) -> Result<Endpoint, InvalidName> {
         Some(path) if path.starts_with('/') => path,
         Some(_) => {
             return invalid(
-                "a unix endpoint has no host: three slashes, as in unix:///run/spire/agent.sock",
+                "a unix endpoint has no host; write three slashes, as in unix:///run/spire/agent.sock",
             );
         }
         None => rest,
@@ -79,7 +79,7 @@ fn parse_tcp(rest: &str) -> Result<Endpoint, InvalidName> {
         );
     }
     match rest.parse::<SocketAddr>() {
-        Ok(address) if address.port() == 0 => invalid("port 0 is no port that anybody listens on"),
+        Ok(address) if address.port() == 0 => invalid("port 0 is not a valid port"),
         Ok(address) => Ok(Endpoint::Tcp(address)),
         Err(_) => invalid(
             "a tcp endpoint is an IP address (no name; IPv6 in brackets) and a port, as in tcp://127.0.0.1:8081",

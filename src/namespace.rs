@@ -176,7 +176,7 @@ impl Drop for RestoreGuard {
     fn drop(&mut self) {
         if let Err(error) = setns(&self.0, CloneFlags::CLONE_NEWNET) {
             // The thread would run its next work in a pod.
-            tracing::error!(%error, "a thread cannot leave a pod's network namespace; ending");
+            tracing::error!(%error, "cannot leave a pod's network namespace; aborting");
             std::process::abort();
         }
     }

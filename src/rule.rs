@@ -308,7 +308,7 @@ impl ExeMatcher {
                 tracing::warn!(
                     %error,
                     exe = %path.display(),
-                    "a rule's program cannot be looked at; callers that the rule may be for are refused until it can"
+                    "cannot read a rule's program; rejecting callers that the rule may match"
                 );
             }
         };
