@@ -1,6 +1,7 @@
-//! Network namespaces of pods: files on which a container runtime has mounted one, entered only to make sockets.
+//! Network namespaces of pods. A container runtime mounts each on a file, and the daemon enters
+//! them only to create sockets.
 //!
-//! Whatever is open of a namespace keeps it alive, this file too: it is opened, used, and closed again.
+//! Any open descriptor keeps a namespace alive. So the file is opened, used, and closed again.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -13,75 +14,82 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use thiserror::Error;
 
-/// The calling thread's own.
+/// The namespace of the calling thread.
 const OWN: &str = "/proc/thread-self/ns/net";
 
-/// The machine's first network namespace, by the inode that it has since Linux 6.17 (`NET_NS_INIT_INO` of linux/nsfs.h) ...
+/// The inode of the machine's initial network namespace since Linux 6.17 (`NET_NS_INIT_INO` of
+/// linux/nsfs.h).
 const FIRST_INODE: u64 = 0xEFFF_FFF9;
-/// ... and by its cookie, as long as network namespaces are counted alone: from 1 on. Since Linux 6.18 namespaces of all kinds
-/// are counted together, and this is one of the first of another kind.
+/// The cookie of the initial network namespace, on kernels that count network namespaces
+/// separately, from 1 on. Since Linux 6.18 all kinds of namespaces share one counter, and this
+/// value is that of another kind.
 const FIRST_COOKIE: u64 = 1;
 
-/// Which namespace it is, whatever its files are called. Another one may have the same number once this one is freed.
+/// The identity of a namespace, whatever its files are called. The number may be reused once the
+/// namespace is freed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct NamespaceId {
     device: u64,
     inode: u64,
 }
 
-/// A namespace that can be entered.
+/// An open network namespace, which can be entered.
 #[derive(Debug)]
 pub struct NetNs {
     file: File,
     id: NamespaceId,
 }
 
-/// Why a namespace can't be had.
+/// The reason why a namespace cannot be used.
 #[derive(Debug, Error)]
 pub enum NamespaceError {
-    /// The runtime makes a file first, and mounts the namespace on it some milliseconds later.
+    /// No namespace is mounted on the file. The runtime creates a file first, and mounts the
+    /// namespace on it some milliseconds later.
     #[error("no network namespace is mounted on it")]
     NotMounted,
-    /// `setns(2)` asks for `CAP_SYS_ADMIN`.
+    /// The kernel denied `setns(2)`, which requires `CAP_SYS_ADMIN`.
     #[error("the daemon may not enter network namespaces: {0}")]
     Denied(io::Error),
-    /// It is the one in which the machine has started, which is no pod's.
+    /// The namespace is the machine's initial one, which belongs to no pod.
     #[error("it is the machine's own network")]
     Machines,
-    /// Anything else.
+    /// Any other error of a system call.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
 impl NamespaceId {
-    /// That of the calling thread, which is the daemon's.
+    /// Returns the namespace of the calling thread, which is the daemon's.
     pub fn own() -> io::Result<Self> {
         Ok(Self::of(&std::fs::metadata(OWN)?))
     }
 
-    /// That of the namespace which is mounted on the file; `None` if none is, or if it is a link: that says nothing about
-    /// when the namespace ends. `own` tells the device on which all namespaces are.
+    /// Returns the namespace that is mounted on the file. `None` if none is, or if the file is a
+    /// link, which does not show when the namespace ends. `own` provides the device that all
+    /// namespaces are on.
     pub fn at(path: &Path, own: Self) -> io::Result<Option<Self>> {
         let found = Self::of(&std::fs::symlink_metadata(path)?);
         Ok((found.device == own.device).then_some(found))
     }
 
-    /// Whether it is the one in which the machine has started: that of the node and of all pods with `hostNetworkSettings`, who may
-    /// read each other's answers on its loopback device (attack 5). `cookie` is its `SO_NETNS_COOKIE`, which kernels before
-    /// 5.14 do not have.
+    /// Returns whether it is the machine's initial namespace.
+    ///
+    /// The node and all pods with `hostNetworkSettings` share it. They may read each other's
+    /// responses on its loopback device (T5). `cookie` is its `SO_NETNS_COOKIE`, which kernels
+    /// before 5.14 do not have.
     pub fn is_initial(self, cookie: Option<u64>) -> bool {
         self.inode == FIRST_INODE || cookie == Some(FIRST_COOKIE)
     }
 
-    /// Of [`Self::to_bytes`].
+    /// The length of [`Self::to_bytes`] in bytes.
     pub const LENGTH: usize = 16;
 
-    /// For another process on this machine.
+    /// Serializes the identity for another process on this machine.
     pub fn to_bytes(self) -> [u8; Self::LENGTH] {
         ((u128::from(self.device) << 64) | u128::from(self.inode)).to_ne_bytes()
     }
 
-    /// From another process on this machine.
+    /// Reads an identity from another process on this machine.
     pub fn from_bytes(bytes: [u8; Self::LENGTH]) -> Self {
         let [device, inode] =
             [64, 0].map(|shift| u128::from_ne_bytes(bytes) >> shift & u128::from(u64::MAX));
@@ -100,14 +108,14 @@ impl NamespaceId {
 }
 
 impl NetNs {
-    /// The calling thread's own.
+    /// Opens the namespace of the calling thread.
     pub fn own() -> Result<Self, NamespaceError> {
         Self::of(File::open(OWN)?)
     }
 
-    /// The one that is mounted on this file.
+    /// Opens the namespace that is mounted on this file.
     pub fn open(path: &Path) -> Result<Self, NamespaceError> {
-        // Whatever it is instead, opening it neither waits nor leads elsewhere.
+        // If the file is of another kind, the open neither blocks nor follows a link.
         let opened = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
@@ -128,13 +136,13 @@ impl NetNs {
         Ok(Self { file, id })
     }
 
-    /// Which one it is.
+    /// Returns the identity of the namespace.
     pub fn id(&self) -> NamespaceId {
         self.id
     }
 
-    /// Runs `make` inside, to make sockets there and nothing else. On a thread of its own, since a namespace is a thread's:
-    /// nothing else ever runs in it.
+    /// Runs `make` inside the namespace, only to create sockets there. It runs on a thread of its
+    /// own, since a namespace belongs to a thread.
     pub fn run_in<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
         let inside = || {
             let own = File::open(OWN)?;
@@ -143,7 +151,7 @@ impl NetNs {
                 Err(error @ (Errno::EPERM | Errno::EACCES)) => {
                     return Err(NamespaceError::Denied(error.into()));
                 }
-                // A namespace of another kind.
+                // A namespace of another kind than network.
                 Err(Errno::EINVAL) => return Err(NamespaceError::NotMounted),
                 Err(error) => return Err(io::Error::from(error).into()),
             }
@@ -161,14 +169,14 @@ impl NetNs {
     }
 }
 
-/// Where a thread goes back to, also from a panic.
+/// A guard that returns its thread to the previous namespace, also after a panic.
 struct RestoreGuard(File);
 
 impl Drop for RestoreGuard {
     fn drop(&mut self) {
         if let Err(error) = setns(&self.0, CloneFlags::CLONE_NEWNET) {
-            // Whatever this thread did next would happen in a pod.
-            tracing::error!(%error, "a thread cannot leave a pod's network namespace; ending");
+            // The thread would run its next work in a pod.
+            tracing::error!(%error, "cannot leave a pod's network namespace; aborting");
             std::process::abort();
         }
     }

@@ -1,7 +1,7 @@
-//! Where a SPIFFE endpoint listens: the value of `SPIFFE_ENDPOINT_SOCKET` and `[identity] socket`.
+//! The address of a SPIFFE endpoint: the value of `SPIFFE_ENDPOINT_SOCKET` and `[identity] socket`.
 //!
-//! Grammar: SPIFFE_Workload_Endpoint.md, section 4. Nothing else is taken, so that a slip is an error at start, not a
-//! connection to somewhere else.
+//! Grammar: SPIFFE_Workload_Endpoint.md, section 4. Other forms are rejected, so a typing error
+//! fails at the start and does not connect to another address.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use crate::identity::InvalidName;
 
-/// `sun_path` holds 108 bytes, the last of them NUL (unix(7)).
+/// The longest path: `sun_path` holds 108 bytes, the last of them NUL (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
 
 /// The address of a SPIFFE endpoint.
@@ -17,7 +17,7 @@ const SOCKET_PATH_MAX: usize = 107;
 pub enum Endpoint {
     /// A unix socket, by its absolute path.
     Unix(PathBuf),
-    /// A TCP address. The standard has no names here, only IP addresses.
+    /// A TCP address. The standard allows only IP addresses here.
     Tcp(SocketAddr),
 }
 
@@ -48,7 +48,7 @@ fn parse_unix(rest: &str) -> Result<Endpoint, InvalidName> {
         Some(path) if path.starts_with('/') => path,
         Some(_) => {
             return invalid(
-                "a unix endpoint has no host: three slashes, as in unix:///run/spire/agent.sock",
+                "a unix endpoint has no host; write three slashes, as in unix:///run/spire/agent.sock",
             );
         }
         None => rest,
@@ -61,7 +61,7 @@ fn parse_unix(rest: &str) -> Result<Endpoint, InvalidName> {
     if path.ends_with('/') {
         return invalid("a unix endpoint names a socket, not a directory");
     }
-    // In a URI these would not be part of the path, and implementations differ in how they read them.
+    // In a URI these would not be part of the path, and implementations read them differently.
     if path.contains(['?', '#', '%']) || path.chars().any(char::is_control) {
         return invalid("the path of a unix endpoint has no `?`, `#`, `%` or control characters");
     }
@@ -79,7 +79,7 @@ fn parse_tcp(rest: &str) -> Result<Endpoint, InvalidName> {
         );
     }
     match rest.parse::<SocketAddr>() {
-        Ok(address) if address.port() == 0 => invalid("port 0 is no port that anybody listens on"),
+        Ok(address) if address.port() == 0 => invalid("port 0 is not a valid port"),
         Ok(address) => Ok(Endpoint::Tcp(address)),
         Err(_) => invalid(
             "a tcp endpoint is an IP address (no name; IPv6 in brackets) and a port, as in tcp://127.0.0.1:8081",
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn endpoints_of_the_standard_are_read() {
+    fn parse_accepts_endpoints_of_the_standard() {
         let unix = |path: &str| Endpoint::Unix(PathBuf::from(path));
         let tcp = |address: &str| Endpoint::Tcp(address.parse().unwrap());
         let longest = format!("/{}", "s".repeat(106));
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_else_is_refused_with_the_reason() {
+    fn parse_rejects_other_endpoints_with_a_reason() {
         let too_long = format!("unix:///{}", "s".repeat(107));
         let table = [
             ("", "begins with unix:// or tcp://"),

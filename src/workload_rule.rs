@@ -1,4 +1,5 @@
-//! The `[[workload]]` rules: which SPIFFE ID a caller on this node has, where the node's configuration says so.
+//! The `[[workload]]` rules: they map callers on this node to SPIFFE IDs, if the node's
+//! configuration has any.
 
 use std::hash::{Hash, Hasher};
 use std::io;
@@ -16,33 +17,33 @@ mod named;
 
 pub use named::{AccountName, Known, MissingNames, NamedRule, Resolved};
 
-/// The kernel's stand-in for an id that has no mapping in the reader's user namespace. It is nobody in particular, so it
-/// matches no rule (attack 14).
+/// The kernel's placeholder for an id without a mapping in the reader's user namespace. It
+/// identifies no user, so it matches no rule (T14).
 pub const OVERFLOW_ID: u32 = 65534;
 
-/// How `cgroup` is compared.
+/// The options for globs in `cgroup`.
 pub const CGROUP_GLOB: glob::MatchOptions = glob::MatchOptions {
     case_sensitive: true,
     require_literal_separator: true,
     require_literal_leading_dot: false,
 };
 
-/// One rule. Each key that is given must match.
+/// One rule. It matches if every key in it matches.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct WorkloadRule {
-    /// What a caller that matches is.
+    /// The SPIFFE ID of a caller that matches.
     pub spiffe_id: SpiffeId,
-    /// The user.
+    /// The user id of the caller.
     pub uid: Option<u32>,
-    /// The primary group.
+    /// The primary group id.
     pub gid: Option<u32>,
-    /// One of the supplementary groups.
+    /// The id of one of the supplementary groups.
     pub supplementary_group: Option<u32>,
-    /// The executable.
     pub exe: Option<ExeMatcher>,
-    /// The systemd unit.
     pub systemd_unit: Option<String>,
-    /// The cgroup, as a glob: `*` stays within one segment, `**` doesn't. The only key that can name a container.
+    /// The cgroup, as a glob: `*` stays within one segment, `**` does not. Only this key can match
+    /// a container.
     pub cgroup: Option<glob::Pattern>,
 }
 
@@ -51,31 +52,32 @@ pub struct WorkloadRule {
 pub struct ExeMatcher {
     path: PathBuf,
     seen: Arc<Mutex<Option<CachedStat>>>,
-    /// Held by whoever looks: of a file server that does not answer, one look waits.
+    /// Held during a stat: only one task waits for a file server that does not respond.
     looking: Arc<tokio::sync::Mutex<()>>,
 }
 
-/// What was at a path, and when that was looked at.
+/// The result of a stat, and the time of it.
 #[derive(Debug, Clone, Copy)]
 struct CachedStat {
     file: StatResult,
     at: Instant,
-    /// The same by the clock that file systems tell the time by.
+    /// The same time by the wall clock, which file systems use.
     wall: SystemTime,
 }
 
-/// What was at a path.
+/// The file at a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum StatResult {
-    /// A file with this device and inode, changed last at this time.
+    /// A file with this device and inode, and its last change time.
     File {
         device: u64,
         inode: u64,
         changed: (i64, i64),
     },
-    /// Nothing.
+    /// No file exists there.
     Nothing,
-    /// That cannot be looked at: a file server is away, or a directory is closed to the daemon.
+    /// The file cannot be read: a file server is unavailable, or a directory is closed to the
+    /// daemon.
     Unreadable,
 }
 
@@ -102,41 +104,41 @@ impl StatResult {
         }
     }
 
-    /// Whether it is this file, whenever that was changed.
+    /// Returns whether it is this file, whatever its change time.
     fn is(self, exe: &Executable) -> bool {
         matches!(self, Self::File { device, inode, .. } if (device, inode) == (exe.device, exe.inode))
     }
 }
 
-/// A file that was at its path so long ago, and has not been changed since, is taken to be still there: one that was removed
-/// from there, renamed or replaced has been changed by that. What this does not see is another directory in the place of one
-/// that leads to it.
+/// The time for which a cached stat is used. A file that was at its path then and has not changed
+/// since is assumed to be there still: removing, renaming or replacing it would have changed it.
+/// This misses a directory on the path that was replaced by another.
 const STAT_TTL: Duration = Duration::from_millis(100);
 
-/// File systems tell the time of a change by whole ticks, and some by whole seconds.
+/// The granularity of change times. File systems use whole ticks, and some whole seconds.
 const CLOCK_TICK: Duration = Duration::from_secs(2);
 
-/// What the rules say of a caller.
+/// The decision of the rules about a caller.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision<'a> {
-    /// This rule is the first that matches.
+    /// The first rule that matches.
     Matched(&'a WorkloadRule),
-    /// None does.
+    /// No rule matches the caller.
     NoMatch,
-    /// It depends on the process, which has not been looked at, or on what it runs, which was not.
+    /// The decision depends on the process, or on its program, which was not read yet.
     NeedsProcess,
-    /// It depends on what this file is now.
+    /// The decision depends on the current file at this path.
     NeedsFile(&'a ExeMatcher),
 }
 
-/// Why it is not known whether a rule matches.
+/// The fact that is missing for a decision.
 enum UndecidedFact<'a> {
     Process,
     File(&'a ExeMatcher),
 }
 
-/// Finds the first rule that matches; stops at the first that can't be decided from what is known. Files of rules have been
-/// looked at since `asked`, or it is said which has to be.
+/// Returns the first rule that matches. Stops at the first rule that cannot be decided by the known
+/// facts. Uses only stats of rules' files since `since`, or returns the file that has to be read.
 pub fn decide<'a>(rules: &'a [WorkloadRule], caller: &Caller, asked: Instant) -> Decision<'a> {
     for rule in rules {
         match rule.matches(caller, asked) {
@@ -149,8 +151,9 @@ pub fn decide<'a>(rules: &'a [WorkloadRule], caller: &Caller, asked: Instant) ->
     Decision::NoMatch
 }
 
-/// What has to be looked at of the caller's process; `None` if what is known decides. It is what the rules need that are for a
-/// socket of this user in this cgroup, and so the same for all processes that may hold it.
+/// Returns the facts of the caller's process that have to be read, or `None` if the known facts
+/// decide. It covers all rules that could match a socket of this user in this cgroup. So it is the
+/// same for all processes that may hold the socket.
 pub fn facts_needed(rules: &[WorkloadRule], caller: &Caller) -> Option<ProcessFacts> {
     if decide(rules, caller, Instant::now()) != Decision::NeedsProcess {
         return None;
@@ -175,17 +178,21 @@ pub fn facts_needed(rules: &[WorkloadRule], caller: &Caller) -> Option<ProcessFa
 }
 
 impl WorkloadRule {
-    /// Keys that the socket alone decides come first, so that a rule for somebody else never causes a search, and the file
-    /// comes last.
+    /// Returns whether the rule matches.
     ///
-    /// On the host's TCP listeners the socket alone decides only where the rule names the place of the socket's maker, and
-    /// that is not root: else a process that is there has to hold the socket, and to agree. A program that was given a socket
-    /// which root has made is not root (T24), and a container without a name of its own is not its user on the host (T31).
+    /// The socket is compared first, so that a rule for another user never causes a search. The
+    /// file is compared last.
+    ///
+    /// On the host's TCP listeners the socket alone decides only if the rule has the location of
+    /// the socket's maker, and the maker is not root. Otherwise a process has to hold the socket
+    /// and match, too. A program that got a socket from root is not root (T24). A container without
+    /// a name in its cgroup is not its user on the host (T31).
     fn matches(&self, caller: &Caller, asked: Instant) -> Result<bool, UndecidedFact<'_>> {
         if !self.is_for_socket_of(caller) {
             return Ok(false);
         }
-        // A uid or a unit's name means the host's. Only a rule that names the container's own cgroup lets it in (attack 6).
+        // A uid or a unit's name means the host's. Only a rule with the container's own cgroup
+        // matches it (T6).
         if self.cgroup.is_none() && caller.in_container().ok_or(UndecidedFact::Process)? {
             return Ok(false);
         }
@@ -225,19 +232,19 @@ impl WorkloadRule {
         file.is(exe, asked).ok_or(UndecidedFact::File(file))
     }
 
-    /// Whether a caller on the host's TCP listeners can match it by its socket alone.
+    /// Returns whether a caller on the host's TCP listeners can match it by its socket alone.
     pub fn socket_decides(&self) -> bool {
         let needs_facts =
             self.gid.is_some() || self.supplementary_group.is_some() || self.exe.is_some();
         self.names_place() && self.uid != Some(0) && !needs_facts
     }
 
-    /// Whether it says where its callers' sockets are made.
+    /// Returns whether it restricts the location of its callers' sockets.
     fn names_place(&self) -> bool {
         self.cgroup.is_some() || self.systemd_unit.is_some()
     }
 
-    /// Whether it is for the user and the place of this caller's socket.
+    /// Returns whether it matches the user and the location of this caller's socket.
     fn is_for_socket_of(&self, caller: &Caller) -> bool {
         caller.uid != OVERFLOW_ID
             && self.uid.is_none_or(|uid| uid == caller.uid)
@@ -259,7 +266,7 @@ impl WorkloadRule {
 }
 
 impl ExeMatcher {
-    /// The one at this path, whichever that is at the time.
+    /// Creates a matcher for the file at this path, whichever file that is at the time.
     pub fn new(path: PathBuf) -> Self {
         Self {
             path,
@@ -268,13 +275,14 @@ impl ExeMatcher {
         }
     }
 
-    /// As it is written in the configuration.
+    /// Returns the path as it is in the configuration.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Looks at what is at the path now, and returns whether that can be seen. An upgrade replaces the file by another inode,
-    /// so it is looked at again and again; the file system that it is on may not answer, so that is waited for elsewhere.
+    /// Reads the file at the path now, and returns whether that succeeded. An upgrade replaces the
+    /// file by another inode, so the file is read repeatedly. The read runs on a blocking thread,
+    /// since its file system may not respond.
     pub async fn look(&self) -> bool {
         let begun = Instant::now();
         let looking = self.looking.clone().lock_owned().await;
@@ -300,7 +308,7 @@ impl ExeMatcher {
                 tracing::warn!(
                     %error,
                     exe = %path.display(),
-                    "a rule's program cannot be looked at; callers that the rule may be for are refused until it can"
+                    "cannot read a rule's program; rejecting callers that the rule may match"
                 );
             }
         };
@@ -308,7 +316,7 @@ impl ExeMatcher {
         self.seen().is_some_and(is_readable)
     }
 
-    /// Whether this is what somebody runs; `None` if the file has to be looked at first.
+    /// Returns whether `exe` is the file at the path. `None` if the file has to be read first.
     fn is(&self, exe: &Executable, asked: Instant) -> Option<bool> {
         let CachedStat { file, at, wall } = self.seen()?;
         if file == StatResult::Unreadable {
@@ -329,7 +337,8 @@ impl ExeMatcher {
         {
             return Some(true);
         }
-        // Another file was there, and this one was not given that name since then: it would have been changed by that.
+        // Another file was there. If this one had been moved to the path since, its change time
+        // would be later.
         let changed =
             UNIX_EPOCH.checked_add(Duration::from_secs(u64::try_from(exe.changed.0).ok()?));
         let is_other = !file.is(exe);

@@ -1,5 +1,7 @@
-//! Whether a process's cgroups can be believed by an agent that reads them: SPIRE takes the name of a container from any
-//! place in any of them, so a user to whom a part of a hierarchy was delegated could show it another's (attack 2).
+//! Checks whether an agent that reads a process's cgroups can be misled by them.
+//!
+//! SPIRE takes the name of a container from any level of any hierarchy. So a user with a delegated
+//! part of a hierarchy could show the container of another (T2).
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -8,26 +10,28 @@ use std::path::{Path, PathBuf};
 use crate::caller::AttestError;
 use crate::cgroup::{self, CgroupPath, ContainerName};
 
-/// Where the cgroup hierarchies of this machine are mounted.
+/// The mounts of the cgroup hierarchies on this machine.
 #[derive(Debug, Default)]
 pub(crate) struct CgroupMounts(Vec<CgroupMount>);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct CgroupMount {
-    /// The controllers of a v1 hierarchy, or `name=systemd`; none for v2's.
+    /// The controllers of a v1 hierarchy, or `name=systemd`. Empty for v2.
     names: Vec<String>,
     mount: PathBuf,
-    /// The path of the directory that is mounted; empty if that is the root.
+    /// The path of the mounted directory. Empty if that is the root.
     base: String,
-    /// How far it lies above the root of this process's own cgroup namespace, by which the kernel tells paths ...
+    /// The number of levels between the mount and the root of this process's own cgroup namespace.
+    /// The kernel reports paths relative to that root.
     above: usize,
-    /// ... and the path of that, where it is known.
+    /// The path of that root, where it is known.
     own: Option<String>,
 }
 
 impl CgroupMounts {
-    /// Takes them from the text of `/proc/self/mountinfo`: of each hierarchy the mount that shows most of it. In a container
-    /// several may be there, its own part, and the host's tree at a place that its manifest chose.
+    /// Parses the text of `/proc/self/mountinfo`, and selects the mount of each hierarchy that
+    /// shows the most of it. A container may have several: its own part, and the host's tree at a
+    /// path that its manifest chose.
     pub(crate) fn find(mountinfo: &str) -> Self {
         let mut found: Vec<CgroupMount> = Vec::new();
         for (next, is_own_root) in mountinfo.lines().filter_map(hierarchy) {
@@ -35,7 +39,8 @@ impl CgroupMounts {
                 found.push(next);
                 continue;
             };
-            // The way from the root of the namespace to the mount that was found first, or the other way around.
+            // The path runs from the namespace's root to the first mount found, or the other way
+            // around.
             let own_root = if is_own_root {
                 next.mount.clone()
             } else {
@@ -50,15 +55,15 @@ impl CgroupMounts {
                 best.own = own_path(&best.mount, &own_root, best.above);
             }
         }
-        // A part without its place among the rest is of no use but for the kubelet's own.
+        // A part of unknown position is useful only for the kubelet's own.
         Self(found)
     }
 
-    /// Refuses what an agent could be misled by: `text` is that of `/proc/<pid>/cgroup`.
+    /// Rejects cgroups that could mislead an agent. `text` is that of `/proc/<pid>/cgroup`.
     ///
-    /// Every directory on the way has to be root's. Where one is another user's, he can make and name directories below it
-    /// and move the process there and back, and nothing shows that he did. A container is named once, and by all
-    /// hierarchies that name one alike.
+    /// Root has to own every directory on the path. The owner of a directory could create and name
+    /// directories below it, and move the process there and back without a trace. At most one
+    /// container may be named, and all hierarchies that name one have to agree.
     pub(crate) fn check(&self, text: &str) -> Result<(), AttestError> {
         let mut seen = ContainerName::default();
         for (names, path) in cgroup::lines(text) {
@@ -73,12 +78,12 @@ impl CgroupMounts {
                 seen = name;
             }
             if !path.is_root() {
-                let hierarchy = self.of(names).ok_or(AttestError::UnreadableCgroup)?;
+                let hierarchy = self.get(names).ok_or(AttestError::UnreadableCgroup)?;
                 let below = path
                     .as_str()
                     .strip_prefix(&hierarchy.base)
                     .ok_or(AttestError::UnreadableCgroup)?;
-                roots_alone(
+                check_root_owned(
                     &hierarchy.mount,
                     below.split('/').filter(|segment| !segment.is_empty()),
                 )?;
@@ -87,31 +92,32 @@ impl CgroupMounts {
         Ok(())
     }
 
-    /// Where the v2 hierarchy is mounted, if there is one, and which directory of it.
+    /// Returns the mount point of the v2 hierarchy, if there is one, and the path of the mounted
+    /// directory.
     pub(crate) fn unified(&self) -> Option<(&Path, &str)> {
-        self.of("")
+        self.get("")
             .map(|hierarchy| (hierarchy.mount.as_path(), hierarchy.base.as_str()))
     }
 
-    /// Whether this v1 controller is mounted.
+    /// Returns whether this v1 controller is mounted.
     pub(crate) fn has(&self, controller: &str) -> bool {
         self.0
             .iter()
             .any(|hierarchy| hierarchy.names.iter().any(|name| name == controller))
     }
 
-    /// The path of a cgroup that the kernel calls `told` in `/proc/<pid>/cgroup`, as it is below what is mounted. That is relative
-    /// to this process's own cgroup namespace, where it has one: `/../x` lies beside it.
-    pub(crate) fn path(&self, names: &str, told: &str) -> Option<CgroupPath> {
+    /// Translates `shown`, a path in `/proc/<pid>/cgroup`, to a path below the mount. In a cgroup
+    /// namespace the kernel reports relative paths: `/../x` is a sibling of the namespace's root.
+    pub(crate) fn path(&self, names: &str, shown: &str) -> Option<CgroupPath> {
         let Some(CgroupMount {
             above: above @ 1..,
             own,
             ..
-        }) = self.of(names)
+        }) = self.get(names)
         else {
-            return CgroupPath::parse(told);
+            return CgroupPath::parse(shown);
         };
-        let mut rest = told;
+        let mut rest = shown;
         let mut up = 0;
         while let Some(below) = rest
             .strip_prefix("/..")
@@ -134,7 +140,7 @@ impl CgroupMounts {
         CgroupPath::parse(if path.is_empty() { "/" } else { &path })
     }
 
-    fn of(&self, names: &str) -> Option<&CgroupMount> {
+    fn get(&self, names: &str) -> Option<&CgroupMount> {
         let names: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
         let is = |hierarchy: &&CgroupMount| {
             hierarchy.names.is_empty() == names.is_empty()
@@ -146,7 +152,8 @@ impl CgroupMounts {
     }
 }
 
-/// One line of mountinfo (proc_pid_mountinfo(5)), and whether it mounts the root of this process's cgroup namespace.
+/// Parses one line of mountinfo (proc_pid_mountinfo(5)). Also returns whether it mounts the root of
+/// this process's cgroup namespace.
 fn hierarchy(line: &str) -> Option<(CgroupMount, bool)> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut fields = mount.split(' ').skip(3);
@@ -168,7 +175,8 @@ fn hierarchy(line: &str) -> Option<(CgroupMount, bool)> {
     } else {
         root.to_owned()
     };
-    // Beside the namespace, or in a part of a v1 hierarchy: paths there mean something else.
+    // The mount is outside the namespace, or a part of a v1 hierarchy. Paths have another meaning
+    // there.
     let is_aside = ups > 0 && root.len() != 3 * ups;
     if is_aside
         || (!base.is_empty()
@@ -188,12 +196,14 @@ fn hierarchy(line: &str) -> Option<(CgroupMount, bool)> {
     ))
 }
 
-/// Whether a mounted directory is that of a pod or of something smaller, as a container has its own mounted.
+/// Returns whether a mounted directory is that of a pod or part of one, as a container mounts its
+/// own.
 fn is_in_pod(base: &CgroupPath) -> bool {
     base.container().ok() != Some(ContainerName::default())
 }
 
-/// The path from `mount` down to the directory that is mounted at `own_root`, which lies so many levels below it.
+/// Finds the path from `mount` down to the directory that is mounted at `own_root`, `levels` below
+/// it.
 fn own_path(mount: &Path, own_root: &Path, levels: usize) -> Option<String> {
     let wanted = fs::metadata(own_root).ok()?.ino();
     let mut level = vec![(mount.to_owned(), String::new())];
@@ -221,8 +231,9 @@ fn own_path(mount: &Path, own_root: &Path, levels: usize) -> Option<String> {
     level.iter().find(is_it).map(|(_, path)| path.clone())
 }
 
-/// Whether nobody but root can make or name a directory from the mount down to the one that `segments` lead to.
-pub(crate) fn roots_alone<'s>(
+/// Verifies that only root can create or rename directories from the mount down to the one that
+/// `segments` lead to.
+pub(crate) fn check_root_owned<'s>(
     mount: &Path,
     segments: impl Iterator<Item = &'s str>,
 ) -> Result<(), AttestError> {

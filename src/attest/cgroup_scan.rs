@@ -1,5 +1,5 @@
-//! Walks through the cgroup tree, where the kernel does not open a directory by its id for this process: which directories
-//! there are, and how often that may be looked for.
+//! Scans of the cgroup tree, for kernels that do not open a directory by its id for this process.
+//! It finds the directories that exist, and limits how often that may be done.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -15,16 +15,17 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::cgroup::{CgroupPath, PodRoots};
 
-/// Directories below one workload's own that are taken notice of: whatever it makes there, beside each other or below, costs its
-/// neighbours no more time than that, and only its own processes are not found.
+/// The number of directories that are scanned below one workload's own. Whatever the workload
+/// creates there, its neighbours lose no more time than that. Only its own processes are not found.
 const MAX_DIRS_PER_WORKLOAD: usize = 512;
-/// Walks take so much of one processor's time at most, whoever asks for them: after each there is a pause of so many times its
-/// length. Anybody can have ids that are not in the tree, by a cgroup that he removes (attack 21).
+/// The pause after a scan, as a multiple of its length. It bounds the share of one CPU that scans
+/// take, whatever the number of requests. Any user can have ids that are not in the tree, with a
+/// cgroup that it removes (T21).
 const PAUSE_FACTOR: u32 = 9;
-/// The longest pause.
+/// The longest pause between two scans.
 pub(crate) const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// The tree below `mount`, which is the directory of `base` in it.
+/// A scanner for the tree below `mount`, which is the directory of `base` in it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CgroupScanner<'t> {
     pub(crate) mount: &'t Path,
@@ -32,10 +33,12 @@ pub(crate) struct CgroupScanner<'t> {
     pub(crate) roots: &'t PodRoots,
 }
 
-/// What directories had in them when they were looked into, by their ids: not looked into again as long as it is the same.
+/// The snapshots of directories at the last scan, by id. A directory is read again only if it has
+/// changed.
 pub(crate) type DirSnapshots = HashMap<u64, DirSnapshot>;
 
-/// The children of a directory, and how many of them the kernel counts, with the two names of the directory itself.
+/// The children of a directory, and its link count: one per child, and two for the directory
+/// itself.
 #[derive(Debug, Clone)]
 pub(crate) struct DirSnapshot {
     links: u64,
@@ -43,13 +46,14 @@ pub(crate) struct DirSnapshot {
 }
 
 impl DirSnapshot {
-    /// Whether these are all that there were. A file system that does not count tells nothing by it.
-    fn is_whole(&self) -> bool {
+    /// Returns whether the children are complete. A file system without link counts never matches.
+    fn is_complete(&self) -> bool {
         u64::try_from(self.children.len()).is_ok_and(|children| self.links == children + 2)
     }
 }
 
-/// One that is to be looked into: who it is, and how many directories may be found below, if that is one workload's.
+/// A directory that is still to be read, and the number of directories that may still be found
+/// below the workload it belongs to.
 struct PendingDir {
     id: u64,
     links: u64,
@@ -58,13 +62,14 @@ struct PendingDir {
 }
 
 impl CgroupScanner<'_> {
-    /// The ids and paths of all cgroups from `starts` down. `listings` is what was seen before, and then what is seen now.
+    /// Returns the ids and paths of all cgroups from `starts` down. `snapshots` holds the previous
+    /// snapshots, and is replaced by the current ones.
     pub(crate) fn scan(
         self,
         starts: &[CgroupPath],
-        listings: &mut DirSnapshots,
+        snapshots: &mut DirSnapshots,
     ) -> io::Result<HashMap<u64, CgroupPath>> {
-        let (mut found, mut seen) = (HashMap::new(), DirSnapshots::new());
+        let (mut found, mut current) = (HashMap::new(), DirSnapshots::new());
         let mut open = Vec::new();
         for path in starts {
             let start = fs::metadata(self.directory(path))?;
@@ -87,30 +92,30 @@ impl CgroupScanner<'_> {
             if left.is_some_and(|left| left.get() == 0) {
                 continue;
             }
-            let is_same = |before: &DirSnapshot| before.links == links && before.is_whole();
-            let before = listings.remove(&id).filter(is_same);
+            let is_same = |before: &DirSnapshot| before.links == links && before.is_complete();
+            let before = snapshots.remove(&id).filter(is_same);
             let same =
-                before.and_then(|before| Some((self.is_complete(&before.children)?, before)));
+                before.and_then(|before| Some((self.link_counts(&before.children)?, before)));
             let same = same.filter(|(_, before)| charge(before.children.len(), left));
-            let (counts, listing) = match same {
+            let (counts, snapshot) = match same {
                 Some(same) => same,
                 None => {
-                    let listing = DirSnapshot {
+                    let snapshot = DirSnapshot {
                         links,
                         children: self.list(&path, left),
                     };
                     (
-                        listing
+                        snapshot
                             .children
                             .iter()
                             .map(|(id, path)| self.links(*id, path))
                             .collect(),
-                        listing,
+                        snapshot,
                     )
                 }
             };
-            for ((id, path), links) in listing.children.iter().zip(counts) {
-                // One that was removed meanwhile is no error.
+            for ((id, path), links) in snapshot.children.iter().zip(counts) {
+                // A directory that was removed during the scan is skipped.
                 let Some(links) = links else { continue };
                 let left = left.cloned().or_else(|| {
                     self.is_workload_root(path)
@@ -124,14 +129,14 @@ impl CgroupScanner<'_> {
                     left,
                 });
             }
-            seen.insert(id, listing);
+            current.insert(id, snapshot);
         }
-        *listings = seen;
+        *snapshots = current;
         Ok(found)
     }
 
-    /// Reads a directory, which costs ten times as much as to see that it is there, as far as there may be directories in it.
-    /// How many files there are is the kernel's doing.
+    /// Reads a directory, as far as the charge allows. That costs ten times as much as to check
+    /// that it exists. The kernel determines the number of its files.
     fn list(self, path: &CgroupPath, left: Option<&Rc<Cell<usize>>>) -> Vec<(u64, CgroupPath)> {
         let above = path.as_str().trim_end_matches('/');
         let is_directory = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
@@ -143,7 +148,7 @@ impl CgroupScanner<'_> {
             .into_iter()
             .flatten()
             .filter_map(Result::ok);
-        // Also one counts whose name is no part of a path.
+        // A directory counts even if its name is not a valid part of a path.
         entries
             .filter(is_directory)
             .take_while(|_| charge(1, left))
@@ -151,21 +156,21 @@ impl CgroupScanner<'_> {
             .collect()
     }
 
-    /// How many links each of these has, if all are what they were.
-    fn is_complete(self, children: &[(u64, CgroupPath)]) -> Option<Vec<Option<u64>>> {
+    /// Returns the link count of each child, if all are unchanged.
+    fn link_counts(self, children: &[(u64, CgroupPath)]) -> Option<Vec<Option<u64>>> {
         children
             .iter()
             .map(|(id, path)| self.links(*id, path).map(Some))
             .collect()
     }
 
-    /// How many links the directory has; `None` if it is another one by now.
+    /// Returns the link count of the directory, or `None` if another directory is at the path.
     fn links(self, id: u64, path: &CgroupPath) -> Option<u64> {
         let found = fs::metadata(self.directory(path)).ok()?;
         (found.ino() == id).then(|| found.nlink())
     }
 
-    /// Whether everything below is one workload's.
+    /// Returns whether everything below the path belongs to one workload.
     fn is_workload_root(self, path: &CgroupPath) -> bool {
         let leads_to_pods = self.roots.iter().any(|root| root.is_at_or_below(path));
         let in_pod = || matches!(self.roots.find(path), Ok(Some(_)));
@@ -185,7 +190,7 @@ impl CgroupScanner<'_> {
     }
 }
 
-/// Takes so many directories from what is left of those that a workload may have, if there are so many.
+/// Charges directories to the workload's remaining number. Returns `false` if fewer are left.
 fn charge(directories: usize, left: Option<&Rc<Cell<usize>>>) -> bool {
     let Some(left) = left else { return true };
     let less = left.get().checked_sub(directories);
@@ -193,7 +198,7 @@ fn charge(directories: usize, left: Option<&Rc<Cell<usize>>>) -> bool {
     less.is_some()
 }
 
-/// When one part of the tree was walked, and may be again.
+/// The throttle of scans for one part of the tree.
 #[derive(Debug, Default)]
 pub(crate) struct ScanThrottle(tokio::sync::Mutex<ScanTimes>);
 
@@ -204,36 +209,38 @@ struct ScanTimes {
 }
 
 impl ScanThrottle {
-    /// Returns when a walk that began after this call is over. One is for all who had asked for it by then. It goes on whatever
-    /// becomes of whoever asked, so that nobody gets around the pause.
-    pub(crate) async fn run_after(self: &Arc<Self>, walk: impl FnOnce() + Send + 'static) {
-        let (asked, walks) = (Instant::now(), self.clone());
-        let walking = tokio::spawn(async move {
-            let mut turn = walks.0.lock().await;
-            if turn.begun.is_some_and(|begun| begun > asked) {
+    /// Waits until a scan that began after this call is over. One scan serves all calls before it.
+    /// It continues if the caller of this function is dropped, so that no caller gets around the
+    /// pause.
+    pub(crate) async fn run_after(self: &Arc<Self>, scan: impl FnOnce() + Send + 'static) {
+        let (called, throttle) = (Instant::now(), self.clone());
+        let scan_task = tokio::spawn(async move {
+            let mut times = throttle.0.lock().await;
+            if times.begun.is_some_and(|begun| begun > called) {
                 return;
             }
-            if let Some(next) = turn.next {
+            if let Some(next) = times.next {
                 tokio::time::sleep_until(next.into()).await;
             }
             let begun = Instant::now();
-            // A panic is in the log, and whoever asked finds nothing.
+            // A panic is logged, and the callers find nothing.
             let spent = tokio::task::spawn_blocking(|| {
                 let before = thread_time();
-                walk();
+                scan();
                 thread_time().saturating_sub(before)
             });
             let pause = (spent.await.unwrap_or(MAX_PAUSE) * PAUSE_FACTOR).min(MAX_PAUSE);
-            *turn = ScanTimes {
+            *times = ScanTimes {
                 begun: Some(begun),
                 next: Some(Instant::now() + pause),
             };
         });
-        let _ = walking.await;
+        let _ = scan_task.await;
     }
 }
 
-/// What this thread has had of the processor: on a busy machine a walk takes longer, and costs the same.
+/// Returns the CPU time of this thread. On a loaded machine a scan takes longer, and costs the
+/// same.
 fn thread_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
         .map(Duration::from)
@@ -250,7 +257,7 @@ mod tests {
     const V: &str = "82f7f152-440c-66ac-9084-e0fc1d8a910c";
     const W: &str = "92f7f152-440c-66ac-9084-e0fc1d8a910c";
 
-    /// How many directories are found at or below each.
+    /// Returns the number of directories at or below each path.
     fn walked(directories: &[String], below: &[&str]) -> Vec<usize> {
         let tree = tempfile::tempdir().unwrap();
         for directory in directories {
@@ -276,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_workload_makes_costs_the_others_nothing() {
+    fn scan_bounds_the_directories_of_each_workload() {
         let pod = format!("kubepods/burstable/pod{U}");
         let mut directories: Vec<_> = (0..400)
             .map(|number| format!("{pod}/hostile/{number}/{number}"))
@@ -285,7 +292,7 @@ mod tests {
             (0..400).map(|number| format!("user.slice/user-7.slice/user@7.service/{number}/x")),
         );
         directories.extend((0..300).map(|number| format!("system.slice/{number}.service/x")));
-        // Beside each other, also by names that are none of a cgroup that is there.
+        // These are siblings, some with names that no existing cgroup has.
         directories.extend((0..900).map(|number| format!("kubepods/pod{V}/{number}")));
         directories.extend((0..900).map(|number| format!("kubepods/pod{W}/{number} (deleted)")));
         directories.extend((0..300).map(|number| format!("kubepods/pod{W}/x/{number}")));
@@ -302,7 +309,7 @@ mod tests {
         else {
             unreachable!()
         };
-        // The directories above a user's own are the system's.
+        // The directories above a user's own belong to the system.
         assert_eq!(
             (hostile, user, wide),
             (
@@ -312,17 +319,17 @@ mod tests {
             )
         );
         assert_eq!((system, honest), (601, 1));
-        // Those without a path were read first, or with it.
+        // Directories without a path were read before it, or after it.
         assert!(nameless <= 2, "{nameless}");
     }
 
     #[test]
-    fn what_was_seen_before_is_looked_at_and_what_is_new_is_found() {
+    fn scan_reuses_snapshots_and_finds_new_directories() {
         let tree = tempfile::tempdir().unwrap();
         let make = |directory: &str| fs::create_dir_all(tree.path().join(directory)).unwrap();
         ["a/b/c", "a/d", "e"].into_iter().for_each(make);
         let root = [CgroupPath::parse("/").unwrap()];
-        let mut listings = DirSnapshots::new();
+        let mut snapshots = DirSnapshots::new();
         let mut walk = || {
             let roots = PodRoots::defaults();
             let found = CgroupScanner {
@@ -330,7 +337,7 @@ mod tests {
                 base: "",
                 roots: &roots,
             }
-            .scan(&root, &mut listings)
+            .scan(&root, &mut snapshots)
             .unwrap();
             for (id, path) in &found {
                 let directory = fs::metadata(tree.path().join(&path.as_str()[1..])).unwrap();
@@ -344,7 +351,7 @@ mod tests {
         assert_eq!(walk(), "/ /a /a/b /a/b/c /a/d /e");
         make("a/b/f");
         assert_eq!(walk(), "/ /a /a/b /a/b/c /a/b/f /a/d /e");
-        // Another one of the same name, and one in the place of another: nothing that is counted has changed.
+        // Another directory of the same name, and one in place of another: no counts have changed.
         let kept = fs::File::open(tree.path().join("e")).unwrap();
         fs::remove_dir(tree.path().join("e")).unwrap();
         make("e");
@@ -357,21 +364,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_walk_is_for_all_who_asked_before_it_began_and_then_there_is_a_pause() {
+    async fn throttle_shares_scans_and_pauses_after_each() {
         const WALK: Duration = Duration::from_millis(5);
-        let (walks, walked) = (
+        let (throttle, walked) = (
             Arc::<ScanThrottle>::default(),
             Arc::<AtomicUsize>::default(),
         );
         let ask = || {
-            let (walks, walked) = (walks.clone(), walked.clone());
+            let (throttle, walked) = (throttle.clone(), walked.clone());
             async move {
                 let walk = move || {
                     let begun = thread_time();
                     while thread_time() - begun < WALK {}
                     walked.fetch_add(1, Ordering::SeqCst);
                 };
-                walks.run_after(walk).await;
+                throttle.run_after(walk).await;
             }
         };
         let start = Instant::now();
@@ -381,7 +388,7 @@ mod tests {
         }
         assert!(walked.load(Ordering::SeqCst) <= 3, "{walked:?}");
         walked.store(0, Ordering::SeqCst);
-        // One after the other, and of each nobody waits for the end.
+        // The scans run one after the other, and no task waits for their end.
         let start_again = Instant::now();
         for _ in 0..3 {
             let one = tokio::spawn(ask());

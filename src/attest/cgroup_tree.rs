@@ -1,4 +1,4 @@
-//! The host's cgroup v2 tree: which path an id stands for, and which processes a cgroup has.
+//! The host's cgroup v2 tree: maps ids of cgroups to paths, and lists the processes of a cgroup.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -12,62 +12,67 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::readlink;
 
-use crate::attest::cgroup_mounts::{CgroupMounts, roots_alone};
+use crate::attest::cgroup_mounts::{CgroupMounts, check_root_owned};
 use crate::attest::cgroup_scan::{CgroupScanner, DirSnapshots, ScanThrottle};
 use crate::attest::sys;
 use crate::caller::AttestError;
 use crate::cgroup::{CgroupPath, PodRoots};
 use crate::limits::{FairKey, FairSemaphore};
 
-/// Paths that are remembered before those of removed cgroups are looked for and forgotten.
+/// The number of cached paths above which those of removed cgroups are evicted.
 const MAX_PATHS: usize = 10_000;
 
-/// Lists of processes that are kept open, before all are closed.
+/// The number of `cgroup.procs` files that are kept open, before all of them are closed.
 const MAX_OPEN_LISTS: usize = 64;
 
-/// A directory that was there so long ago is looked for again. A path is its id's for ever, so until then a socket that was
-/// made in a cgroup that is gone by now is still taken for what it is.
+/// The age at which a cached path is checked again. The path of an id never changes. So until then
+/// a socket that was made in a removed cgroup still gets that cgroup's path.
 const PATH_RECHECK_AFTER: Duration = Duration::from_millis(100);
 
-/// Where the tree is mounted, and what is known of its directories.
+/// The cgroup tree: its mount point, and a cache of its directories.
 ///
-/// A cgroup's id is the inode number of its directory, and never used again while the machine runs.
+/// The id of a cgroup is the inode number of its directory. The kernel does not reuse it until the
+/// next boot.
 #[derive(Debug)]
 pub(crate) struct CgroupTree {
     mount: PathBuf,
-    /// The path of the mounted directory, if that is not the root: nothing beside it is seen.
+    /// The path of the mounted directory, if that is not the root. Cgroups outside it are not
+    /// visible.
     base: String,
     roots: PodRoots,
-    /// Whether the kernel opens a directory by its id for this process: else an unknown id takes a walk.
+    /// Whether the kernel opens a directory by its id for this process. If not, an unknown id takes
+    /// a scan of the tree.
     handles: bool,
-    /// With so many paths those of removed directories are looked for. It doubles what is left then: looking for them takes a
-    /// system call for each.
+    /// The number of paths at which paths of removed directories are evicted. It is set to twice
+    /// the number of paths that remain, because a sweep takes a system call per path.
     sweep_at: AtomicUsize,
     paths: Mutex<HashMap<u64, CachedPath>>,
-    /// Of all of it, and of the kubelet's part.
-    walks: [Arc<ScanThrottle>; 2],
-    /// Those who wait for one.
-    waiting: FairSemaphore<WalkKey>,
-    /// What was seen in them.
-    listings: [Mutex<DirSnapshots>; 2],
-    /// Open `cgroup.procs` of cgroups that were searched: that of a removed one can't be read any more.
+    /// The throttles for scans of the whole tree and of the kubelet's part.
+    throttles: [Arc<ScanThrottle>; 2],
+    /// Limits the peers that wait for a scan.
+    waiting: FairSemaphore<ScanKey>,
+    /// The directories that the last scans found.
+    snapshots: [Mutex<DirSnapshots>; 2],
+    /// The open `cgroup.procs` of cgroups that were searched. The file of a removed cgroup fails to
+    /// read.
     lists: Mutex<HashMap<CgroupPath, Arc<Mutex<File>>>>,
 }
 
-/// Peers that wait for a walk ...
+/// The number of peers that may wait for a scan.
 const MAX_WAITING: usize = 512;
-/// ... and of those of one user, or in one pod's network. Removed cgroups are in no walk, and anybody can have those.
+/// The number of peers of one user, or in one pod's network, that may wait for a scan. A scan never
+/// finds removed cgroups, and any user can have those.
 const MAX_WAITING_PER_KEY: usize = 16;
 
-/// Whose peer waits for a walk, as far as it is known before that.
+/// The key by which peers that wait for a scan are counted. It holds the facts that are known before the scan.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct WalkKey {
-    /// That of a pod, where all users are the pod's.
+pub(crate) struct ScanKey {
+    /// The network namespace of a pod. All users in it belong to the pod.
     pub(crate) namespace: Option<u64>,
     pub(crate) uid: Option<u32>,
 }
 
-impl FairKey for WalkKey {
+impl FairKey for ScanKey {
     type Group = Self;
 
     fn group(&self) -> Self {
@@ -75,16 +80,16 @@ impl FairKey for WalkKey {
     }
 }
 
-/// In which part of the tree a cgroup may be.
+/// The part of the tree that may contain a cgroup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TreeScope {
-    /// Anywhere.
+    /// The whole tree, from its root.
     All,
-    /// Below the kubelet's cgroup roots.
+    /// The part below the kubelet's cgroup roots.
     Pods,
 }
 
-/// A cgroup's path, and when its directory was last seen there.
+/// A cgroup's path, and the time at which its directory was last found there.
 #[derive(Debug, Clone)]
 struct CachedPath {
     path: CgroupPath,
@@ -101,7 +106,7 @@ impl CachedPath {
 }
 
 impl CgroupTree {
-    /// Takes the directory on which the hierarchy's root is mounted.
+    /// Creates a tree for the directory on which the root of the hierarchy is mounted.
     pub(crate) fn at(mount: PathBuf, roots: PodRoots) -> Self {
         Self {
             mount,
@@ -110,26 +115,27 @@ impl CgroupTree {
             handles: false,
             sweep_at: AtomicUsize::new(MAX_PATHS),
             paths: Mutex::default(),
-            walks: Default::default(),
+            throttles: Default::default(),
             waiting: FairSemaphore::new(MAX_WAITING, MAX_WAITING_PER_KEY),
-            listings: Default::default(),
+            snapshots: Default::default(),
             lists: Mutex::default(),
         }
     }
 
-    /// Finds directories by their ids, where CAP_DAC_READ_SEARCH is held, as it shows by the root's.
+    /// Enables opening directories by id if CAP_DAC_READ_SEARCH is held. It tries that with the
+    /// root's id.
     fn enable_handles(mut self) -> Self {
         let root = fs::metadata(&self.mount).map(|root| root.ino());
         self.handles = root.is_ok_and(|id| self.path_by_handle(id).is_ok());
         self
     }
 
-    /// The kubelet's cgroup roots.
+    /// Returns the kubelet's cgroup roots.
     pub(crate) fn roots(&self) -> &PodRoots {
         &self.roots
     }
 
-    /// That of the v2 hierarchy; `None` on a host without one.
+    /// Finds the v2 hierarchy. `None` on a host without one.
     pub(crate) fn find(hierarchies: &CgroupMounts, roots: PodRoots) -> Option<Self> {
         let (mount, base) = hierarchies.unified()?;
         let tree = Self {
@@ -139,15 +145,18 @@ impl CgroupTree {
         Some(tree.enable_handles())
     }
 
-    /// The path of the cgroup with this id, in which a process lives: so it is there, and cgroups are never renamed. `shown` is
-    /// what the process itself shows of its cgroup; it saves a walk, and is believed only if the directory there has the id.
+    /// Returns the path of the cgroup with this id, in which a process lives. So it exists, and
+    /// cgroups are never renamed.
+    ///
+    /// `shown` reads the path that the process itself shows. It saves a scan, and is trusted only
+    /// if the directory there has the id.
     pub(crate) fn path_of_live_process(
         &self,
         id: u64,
         shown: impl FnOnce() -> Result<Option<CgroupPath>, AttestError>,
     ) -> Result<CgroupPath, AttestError> {
-        if let Some(known) = self.paths().get(&id) {
-            return Ok(known.path.clone());
+        if let Some(cached) = self.paths().get(&id) {
+            return Ok(cached.path.clone());
         }
         if let Some(found) = self.cached_path(id) {
             return found;
@@ -159,12 +168,13 @@ impl CgroupTree {
         Ok(path)
     }
 
-    /// The path of the cgroup with this id, which is looked for in this part of the tree if it is not known. A removed one, or
-    /// one outside, is a refusal. `on_wait` is called before that takes time.
+    /// Returns the path of the cgroup with this id, and scans this part of the tree if it is not
+    /// cached. Fails for a removed cgroup, or one outside this part. Calls `on_wait` before it
+    /// waits.
     pub(crate) async fn path_of(
         self: &Arc<Self>,
         id: u64,
-        (part, key): (TreeScope, WalkKey),
+        (scope, key): (TreeScope, ScanKey),
         on_wait: impl FnOnce(),
     ) -> Result<CgroupPath, AttestError> {
         if let Some(found) = self.cached_path(id) {
@@ -176,44 +186,45 @@ impl CgroupTree {
             .map_err(|_| AttestError::SearchBusy)?;
         on_wait();
         let tree = self.clone();
-        self.walks[part as usize]
-            .run_after(move || tree.walk(part))
+        self.throttles[scope as usize]
+            .run_after(move || tree.scan(scope))
             .await;
         self.paths()
             .get(&id)
-            .map(|known| known.path.clone())
+            .map(|cached| cached.path.clone())
             .ok_or(AttestError::UnreadableCgroup)
     }
 
-    /// Without others who ask.
+    /// Returns the path of the cgroup with this id, in tests without throttling.
     #[cfg(test)]
     pub(crate) fn path_of_blocking(&self, id: u64) -> Result<CgroupPath, AttestError> {
         self.cached_path(id).unwrap_or_else(|| {
-            self.walk(TreeScope::All);
+            self.scan(TreeScope::All);
             self.paths()
                 .get(&id)
-                .map(|known| known.path.clone())
+                .map(|cached| cached.path.clone())
                 .ok_or(AttestError::UnreadableCgroup)
         })
     }
 
-    /// Whether it says of a cgroup that was removed that it is not there; else that may also be one that was not looked for.
+    /// Returns whether a removed cgroup is reported as such. If not, an unknown cgroup may also be
+    /// outside the part that was scanned.
     pub(crate) fn detects_removed(&self) -> bool {
         self.handles
     }
 
-    /// What is known, or can be asked for, without a walk; `None` if nothing is.
+    /// Returns the result for this id without a scan. `None` if a scan is necessary.
     fn cached_path(&self, id: u64) -> Option<Result<CgroupPath, AttestError>> {
         let mut paths = self.paths();
-        if let Some(known) = paths.get_mut(&id) {
-            if known.seen.elapsed() < PATH_RECHECK_AFTER {
-                return Some(Ok(known.path.clone()));
+        if let Some(cached) = paths.get_mut(&id) {
+            if cached.seen.elapsed() < PATH_RECHECK_AFTER {
+                return Some(Ok(cached.path.clone()));
             }
-            if self.is_at(&known.path, id) {
-                known.seen = Instant::now();
-                return Some(Ok(known.path.clone()));
+            if self.is_at(&cached.path, id) {
+                cached.seen = Instant::now();
+                return Some(Ok(cached.path.clone()));
             }
-            // Its directory is gone, and will never be there again.
+            // A removed directory never reappears with this id.
             paths.remove(&id);
         }
         drop(paths);
@@ -229,16 +240,17 @@ impl CgroupTree {
     fn remember(&self, id: u64, path: &CgroupPath) {
         let mut paths = self.paths();
         if paths.len() >= self.sweep_at.load(Ordering::Relaxed) {
-            paths.retain(|id, known| self.is_at(&known.path, *id));
+            paths.retain(|id, cached| self.is_at(&cached.path, *id));
             self.sweep_at
                 .store(MAX_PATHS.max(2 * paths.len()), Ordering::Relaxed);
         }
         paths.insert(id, CachedPath::now(path.clone()));
     }
 
-    /// Notes all that is there, and forgets the rest. Nobody who is known waits meanwhile.
-    fn walk(&self, part: TreeScope) {
-        let starts: Vec<_> = match part {
+    /// Scans a part of the tree and replaces its cached paths. Lookups of cached paths do not wait
+    /// for it.
+    fn scan(&self, scope: TreeScope) {
+        let starts: Vec<_> = match scope {
             TreeScope::All => CgroupPath::parse(if self.base.is_empty() {
                 "/"
             } else {
@@ -253,19 +265,19 @@ impl CgroupTree {
                 .cloned()
                 .collect(),
         };
-        let ground = CgroupScanner {
+        let scanner = CgroupScanner {
             mount: &self.mount,
             base: &self.base,
             roots: &self.roots,
         };
-        let mut listings = self.listings[part as usize]
+        let mut snapshots = self.snapshots[scope as usize]
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        match ground.scan(&starts, &mut listings) {
+        match scanner.scan(&starts, &mut snapshots) {
             Ok(found) => {
                 let mut paths = self.paths();
-                paths.retain(|_, known| {
-                    !starts.iter().any(|start| known.path.is_at_or_below(start))
+                paths.retain(|_, cached| {
+                    !starts.iter().any(|start| cached.path.is_at_or_below(start))
                 });
                 paths.extend(
                     found
@@ -274,7 +286,7 @@ impl CgroupTree {
                 );
             }
             Err(error) => {
-                tracing::warn!(%error, mount = %self.mount.display(), "the cgroup tree cannot be read")
+                tracing::warn!(%error, mount = %self.mount.display(), "cannot read the cgroup tree")
             }
         }
     }
@@ -287,8 +299,9 @@ impl CgroupTree {
         fs::metadata(self.directory(path)).is_ok_and(|found| found.ino() == id)
     }
 
-    /// In one step, however large the tree is that somebody has made below his own cgroup. A directory outside the mounted
-    /// part of the tree would read as its root, so what was found has to have the id.
+    /// Finds the path in one step, whatever the size of the tree that a user made below its own
+    /// cgroup. A directory outside the mounted part would read as its root, so the directory at the
+    /// path found has to have the id.
     fn path_by_handle(&self, id: u64) -> nix::Result<CgroupPath> {
         let mount = File::open(&self.mount).map_err(|_| Errno::ENOENT)?;
         let found = sys::open_kernfs(mount.as_fd(), id)
@@ -306,8 +319,8 @@ impl CgroupTree {
             .ok_or(Errno::ESTALE)
     }
 
-    /// The pids in this cgroup itself; a refusal if their list has more than `bytes`. One that can't be listed (removed, or
-    /// of the threaded kind) is a refusal too.
+    /// Returns the pids in this cgroup itself. Fails if their list is longer than `bytes`, or if
+    /// the cgroup cannot be listed: it is removed, or of the threaded kind.
     pub(crate) fn processes(
         &self,
         path: &CgroupPath,
@@ -323,14 +336,15 @@ impl CgroupTree {
         Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
     }
 
-    /// What the list says that is open, if there is one, nobody else reads it now, and it is not that of a cgroup that is gone.
+    /// Reads the open list of a cgroup. `None` if none is open, another thread reads it now, or the
+    /// cgroup is removed.
     fn cached_pids(&self, path: &CgroupPath, most: usize) -> Option<String> {
         let list = self.lists().get(path)?.clone();
         let text = sys::read_whole(&*list.try_lock().ok()?, most);
         text.inspect_err(|_| drop(self.lists().remove(path))).ok()
     }
 
-    /// What the list says, opened now, and kept open.
+    /// Opens and reads the list of a cgroup, and keeps it open.
     fn list(&self, path: &CgroupPath, most: usize) -> Result<String, AttestError> {
         let file = File::open(self.directory(path).join("cgroup.procs"))
             .map_err(|_| AttestError::UnreadableCgroup)?;
@@ -345,7 +359,7 @@ impl CgroupTree {
             .entry(path.clone())
             .or_insert_with(|| Arc::new(Mutex::new(file)));
         drop(lists);
-        // Nobody waits while they are closed.
+        // The files are closed after the lock is released.
         drop(all);
         Ok(text)
     }
@@ -354,26 +368,27 @@ impl CgroupTree {
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether nobody but root can make or name a directory from the root down to this one.
+    /// Verifies that only root can create or rename directories from the root down to this one.
     pub(crate) fn check_root_owned(&self, path: &CgroupPath) -> Result<(), AttestError> {
         let below = path
             .as_str()
             .strip_prefix(&self.base)
             .ok_or(AttestError::UnreadableCgroup)?;
-        roots_alone(
+        check_root_owned(
             &self.mount,
             below.split('/').filter(|segment| !segment.is_empty()),
         )
     }
 
-    /// The id of the cgroup at this path.
+    /// Returns the id of the cgroup at this path.
     pub(crate) fn id(&self, path: &CgroupPath) -> Result<u64, AttestError> {
         fs::metadata(self.directory(path))
             .map(|found| found.ino())
             .map_err(|_| AttestError::UnreadableCgroup)
     }
 
-    /// Its directory. There is none for one that lies beside the part that is mounted.
+    /// Returns the directory of the cgroup. It does not exist for a cgroup outside the mounted
+    /// part.
     pub(crate) fn directory(&self, path: &CgroupPath) -> PathBuf {
         let below = path.as_str().strip_prefix(&self.base).unwrap_or("\0");
         self.mount.join(below.trim_start_matches('/'))

@@ -1,4 +1,4 @@
-//! Callers in a pod's own network namespace.
+//! Attestation of callers in a pod's own network namespace.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -12,10 +12,11 @@ use crate::attest::tcp::{SocketProof, TcpAttestor};
 use crate::caller::{AttestError, Caller};
 use crate::cgroup::PodUid;
 
-/// Attests the peers of a listener in one pod's network namespace.
+/// An attestor for the peers of a listener in one pod's network namespace.
 ///
-/// Nothing but a caller's cgroup says whose the namespace is. The first pod that is seen there is taken for its owner, as long as
-/// that pod lives; another's process must have been brought there by somebody who may enter namespaces, and gets nothing.
+/// Only a caller's cgroup shows the pod that owns the namespace. The first pod that connects is
+/// taken for the owner as long as it lives. A process of another pod can only be there if a
+/// privileged process moved it into the namespace, so it is rejected.
 pub struct PodAttestor {
     tcp: TcpAttestor,
     owner: Mutex<Option<NetnsOwner>>,
@@ -24,8 +25,8 @@ pub struct PodAttestor {
 
 struct NetnsOwner {
     pod: ResolvedPod,
-    /// Whether another pod's process was seen there, and told of.
-    intruded: bool,
+    /// Whether another pod's process has connected, and a warning has been logged.
+    has_intruder: bool,
 }
 
 impl fmt::Debug for PodAttestor {
@@ -46,67 +47,69 @@ impl PodAttestor {
         }
     }
 
-    /// The pod whose namespace it is, once one of its processes has asked.
+    /// Returns the pod that owns the namespace, once one of its processes has connected.
     pub fn owner(&self) -> Option<PodUid> {
         self.lock().as_ref().map(|owner| owner.pod.pod.uid.clone())
     }
 
-    /// As [`super::Attestor::tcp`], of peers in the namespace.
+    /// Attests a peer in the namespace, as [`super::Attestor::tcp`] does on the host.
     pub async fn tcp(
         &self,
         client: SocketAddr,
         server: SocketAddr,
         on_wait: impl FnOnce(),
     ) -> Result<Caller, Unattested> {
-        let proof = self.tcp.look((client, server), on_wait).await?;
-        self.belongs(&proof)
+        let proof = self.tcp.find_socket((client, server), on_wait).await?;
+        self.check_owner(&proof)
             .map_err(|refusal| Unattested::of(refusal, &proof.peer()))?;
         Ok(proof.into_caller())
     }
 
-    /// Lets the network namespace go, which would otherwise live as long as anybody remembers one of its callers. They are
-    /// gone from then on.
+    /// Releases the network namespace, which would otherwise live as long as one of its callers is
+    /// remembered. The callers count as gone from then on.
     pub fn close(&self) {
         self.tcp.close();
         self.closed.cancel();
     }
 
-    /// Waits until the network namespace is let go. No connection in it may stay open, since each would keep it.
+    /// Waits until the network namespace is released. No connection in it may stay open, since each
+    /// would keep it alive.
     pub async fn closed(&self) {
         self.closed.cancelled().await;
     }
 
-    fn belongs(&self, proof: &SocketProof) -> Result<(), AttestError> {
+    fn check_owner(&self, proof: &SocketProof) -> Result<(), AttestError> {
         let pod = proof.pod().ok_or(AttestError::NotAPod)?;
         let namespace = self.tcp.namespace();
         let mut owner = self.lock();
         let owner = match &mut *owner {
             Some(owner) if owner.pod.is_same(pod) => return Ok(()),
-            // Its directory was made anew, or it is another pod, and the one before has no process any more.
+            // The pod's directory was recreated, or this is another pod and the previous owner has
+            // no process left.
             Some(owner) if owner.pod.pod.uid != pod.pod.uid && !owner.pod.is_gone() => owner,
             owner => {
                 if let Some(before) = owner
                     .as_ref()
                     .filter(|before| before.pod.pod.uid != pod.pod.uid)
                 {
-                    // Whoever may enter namespaces could have waited for that.
+                    // A process that may enter namespaces could have waited for that.
                     tracing::info!(
                         pod = %pod.pod.uid, before = %before.pod.pod.uid, namespace,
-                        "a network namespace whose pod is gone has another pod now"
+                        "a network namespace has a new pod: its previous pod is gone"
                     );
                 }
                 *owner = Some(NetnsOwner {
                     pod: pod.clone(),
-                    intruded: false,
+                    has_intruder: false,
                 });
                 return Ok(());
             }
         };
-        // The audit has each.
-        if !std::mem::replace(&mut owner.intruded, true) {
+        // The audit log records each rejection.
+        if !std::mem::replace(&mut owner.has_intruder, true) {
             tracing::warn!(
                 pod = %pod.pod.uid, owner = %owner.pod.pod.uid, namespace,
-                "a process of a pod is in the network namespace of another one, and is refused there"
+                "rejecting a pod's process in the network namespace of another pod"
             );
         }
         Err(AttestError::OtherPod)

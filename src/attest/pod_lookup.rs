@@ -1,4 +1,4 @@
-//! The pod that a caller's cgroup is in, and whether that is there still.
+//! The pod that a caller's cgroup belongs to, and whether it still exists.
 
 use std::fs;
 use std::io;
@@ -11,13 +11,14 @@ use crate::attest::cgroup_tree::CgroupTree;
 use crate::caller::{AttestError, PodAge};
 use crate::cgroup::{CgroupPath, MisplacedPod, Pod, PodSegment};
 
-/// Finds the pods of cgroups.
+/// A lookup of pods by cgroup.
 #[derive(Debug)]
 pub(crate) struct PodLookup {
     tree: Arc<CgroupTree>,
 }
 
-/// A pod that was found, by its directory: that goes with the pod, and no other ever has its inode.
+/// A pod that was found, identified by its directory. The directory is removed with the pod, and
+/// its inode is never reused.
 #[derive(Debug, Clone)]
 pub(crate) struct ResolvedPod {
     pub(crate) pod: Pod,
@@ -31,7 +32,7 @@ impl PodLookup {
         Self { tree }
     }
 
-    /// Which of the kubelet's cgroup roots are there.
+    /// Returns the kubelet's cgroup roots that exist.
     pub(crate) fn discover_roots(&self) -> Vec<&CgroupPath> {
         self.tree
             .roots()
@@ -40,13 +41,15 @@ impl PodLookup {
             .collect()
     }
 
-    /// The pod of a process or socket in this cgroup; `None` if it is in none. Every directory down to the pod's own has to be
-    /// root's, else somebody else could have named it; with the pod's, root has named the container's too.
+    /// Returns the pod of a process or socket in this cgroup, or `None` if it is outside all pods.
+    ///
+    /// Root has to own every directory down to the pod's own; otherwise another user could have
+    /// named it. If root owns the pod's directory, root has also named the container's.
     pub(crate) fn of(&self, cgroup: &CgroupPath) -> Result<Option<ResolvedPod>, AttestError> {
         let place = self.tree.roots().find(cgroup).map_err(|MisplacedPod| {
             match self.tree.check_root_owned(cgroup) {
                 Err(AttestError::DelegatedCgroup) => AttestError::DelegatedCgroup,
-                // Root's doing: a kubelet with a place of its own, or a container that is root's own.
+                // Root made it: the kubelet has another root, or it is a container of root's own.
                 _ => AttestError::MisplacedPod,
             }
         })?;
@@ -78,7 +81,7 @@ impl PodLookup {
 }
 
 impl ResolvedPod {
-    /// Whether the pod is gone for good; not, where that can't be seen.
+    /// Returns whether the pod is certainly gone.
     pub(crate) fn is_gone(&self) -> bool {
         match fs::metadata(&self.directory) {
             Ok(found) => found.ino() != self.inode,
@@ -86,13 +89,13 @@ impl ResolvedPod {
         }
     }
 
-    /// Whether this is the same directory of the same pod.
+    /// Returns whether both are the same directory of the same pod.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         self.inode == other.inode && self.pod.uid == other.pod.uid
     }
 
-    /// Whether the pod is there, and since when.
-    pub(crate) fn is_there(&self) -> Result<PodAge, AttestError> {
+    /// Verifies that the pod exists, and returns its age.
+    pub(crate) fn verify_exists(&self) -> Result<PodAge, AttestError> {
         let found = fs::metadata(&self.directory)
             .ok()
             .filter(|found| found.ino() == self.inode);

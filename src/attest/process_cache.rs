@@ -1,6 +1,6 @@
-//! Processes that have been looked at before, kept open: whoever asks again and again is not opened anew each time.
+//! A cache of open process handles (pidfd and `/proc`), so that repeated requests skip the lookups.
 //!
-//! Nothing of what a process may change is remembered, but for hints.
+//! It stores nothing that a process can change, except hints.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -16,26 +16,28 @@ use nix::sys::stat::Mode;
 use crate::attest::sys;
 use crate::caller::AttestError;
 
-/// How many are kept, before all are let go: each has three descriptors of the daemon's.
+/// The number of cached handles, each with three descriptors. All are dropped when it is reached.
 const MAX_PROCESSES: usize = 128;
-/// Of the numbers under which a process held connections: as many as threads may well connect at a time.
+/// The number of hints about descriptors that held connections: as many as threads may connect at a
+/// time.
 const MAX_HINTS: usize = 8;
-/// Of the other sockets that were come across in a process: each is looked for next, if many connect at a time.
+/// The number of hints about other sockets of a process. If many connect at a time, each of these
+/// is searched for next.
 const MAX_SOCKETS: usize = 512;
 
-/// One process, by descriptors that are tied to it: they show nothing once it is gone, and never another process, even if
-/// its number is in use again.
+/// One process, by descriptors that are tied to it. They fail once it has exited, and never refer
+/// to another process that reuses its pid.
 #[derive(Debug)]
 pub(crate) struct ProcessHandle {
     pid: u32,
     pidfd: OwnedFd,
     inode: Option<u64>,
-    /// `/proc/<pid>`, opened when something of it is needed.
+    /// The directory `/proc/<pid>`, opened at the first use.
     directory: OnceLock<OwnedFd>,
-    /// `/proc/<pid>/fd`, likewise.
+    /// The directory `/proc/<pid>/fd`, opened at the first use.
     descriptors: OnceLock<OwnedFd>,
-    elsewhere: OnceLock<bool>,
-    /// What it ran last.
+    other_namespaces: OnceLock<bool>,
+    /// The file that it executed at the last read.
     program: Mutex<Option<ExePath>>,
     hints: Mutex<FdHints>,
 }
@@ -47,18 +49,18 @@ struct ExePath {
     path: Arc<Path>,
 }
 
-/// Where a process may have the descriptor of a connection.
+/// Hints about the descriptors with which a process may hold a connection.
 #[derive(Debug, Default)]
 struct FdHints {
-    /// Under which numbers it held its last connections; that of the latest comes last.
+    /// The descriptor numbers of its last connections, the latest at the end.
     numbers: [Option<u32>; MAX_HINTS],
-    /// The numbers of sockets that were come across in searches for others, by their inodes.
+    /// Other sockets that were found in searches: descriptor numbers by inode.
     sockets: HashMap<u32, u32>,
 }
 
 impl ProcessHandle {
-    /// The process behind `pidfd`, which is `pid` in the daemon's pid namespace; `inode` is the pidfd's, where no other
-    /// process ever has the same.
+    /// Creates a handle for the process behind `pidfd`, which has `pid` in the daemon's pid
+    /// namespace. `inode` is that of the pidfd, where it is unique to the process.
     pub(crate) fn new(pid: u32, pidfd: OwnedFd, inode: Option<u64>) -> Self {
         Self {
             pid,
@@ -66,29 +68,30 @@ impl ProcessHandle {
             inode,
             directory: OnceLock::new(),
             descriptors: OnceLock::new(),
-            elsewhere: OnceLock::new(),
+            other_namespaces: OnceLock::new(),
             program: Mutex::default(),
             hints: Mutex::default(),
         }
     }
 
-    /// In the daemon's pid namespace.
+    /// Returns the pid in the daemon's pid namespace.
     pub(crate) fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Names it for good.
+    /// Returns the pidfd, which always refers to this process.
     pub(crate) fn pidfd(&self) -> &OwnedFd {
         &self.pidfd
     }
 
-    /// Of the pidfd.
+    /// Returns the inode of the pidfd, where it is unique to the process.
     pub(crate) fn inode(&self) -> Option<u64> {
         self.inode
     }
 
-    /// Whether the process runs. A zombie still has its `/proc` entries, but its pidfd is readable.
-    pub(crate) fn alive(&self) -> Result<(), AttestError> {
+    /// Verifies that the process runs. A zombie still has its `/proc` entries, but its pidfd is
+    /// readable.
+    pub(crate) fn verify_alive(&self) -> Result<(), AttestError> {
         let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::ZERO) {
             Ok(0) => Ok(()),
@@ -97,7 +100,7 @@ impl ProcessHandle {
         }
     }
 
-    /// `/proc/<pid>`.
+    /// Opens `/proc/<pid>`, or returns it if it is open.
     pub(crate) fn directory(&self, proc_root: &Path) -> Result<&OwnedFd, AttestError> {
         if let Some(opened) = self.directory.get() {
             return Ok(opened);
@@ -108,12 +111,13 @@ impl ProcessHandle {
             Mode::empty(),
         );
         let directory = directory.map_err(|_| AttestError::CallerGone)?;
-        // Alive after it was opened, so that the number cannot have been another process's at that time.
-        self.alive()?;
+        // The process is alive after the open, so the pid cannot have belonged to another process
+        // before.
+        self.verify_alive()?;
         Ok(self.directory.get_or_init(|| directory))
     }
 
-    /// `/proc/<pid>/fd`.
+    /// Opens `/proc/<pid>/fd`, or returns it if it is open.
     fn descriptors(&self, proc_root: &Path) -> Result<&OwnedFd, AttestError> {
         if let Some(opened) = self.descriptors.get() {
             return Ok(opened);
@@ -123,54 +127,57 @@ impl ProcessHandle {
         Ok(self.descriptors.get_or_init(|| opened))
     }
 
-    /// The inode of the socket that is descriptor `number` of the process.
+    /// Returns the inode of the socket that is descriptor `number` of the process.
     pub(crate) fn socket(&self, proc_root: &Path, number: u32) -> Option<u32> {
         socket(self.descriptors(proc_root).ok()?.as_fd(), number)
     }
 
-    /// Whether it lives in namespaces of its own, which `look` is asked once: a process that moves to others later keeps its
-    /// user.
+    /// Returns whether the process lives in other namespaces than the daemon. Calls `read` once: a
+    /// process that enters others later keeps its user.
     pub(crate) fn in_other_namespaces(
         &self,
-        look: impl FnOnce() -> Result<bool, AttestError>,
+        read: impl FnOnce() -> Result<bool, AttestError>,
     ) -> Result<bool, AttestError> {
-        match self.elsewhere.get() {
+        match self.other_namespaces.get() {
             Some(answer) => Ok(*answer),
-            None => look().map(|answer| *self.elsewhere.get_or_init(|| answer)),
+            None => read().map(|answer| *self.other_namespaces.get_or_init(|| answer)),
         }
     }
 
-    /// The path of `file`, by device and inode, which it runs, as `look` shows it: for people, so it is asked once for each.
-    pub(crate) fn exe_path(&self, file: (u64, u64), look: impl FnOnce() -> PathBuf) -> Arc<Path> {
+    /// Returns the path of the executable `file`, given by device and inode. Calls `read` once per
+    /// file, since the path is only for display.
+    pub(crate) fn exe_path(&self, file: (u64, u64), read: impl FnOnce() -> PathBuf) -> Arc<Path> {
         let mut program = lock(&self.program);
         match &*program {
-            Some(ExePath { file: known, path }) if *known == file => path.clone(),
+            Some(ExePath { file: cached, path }) if *cached == file => path.clone(),
             _ => program
                 .insert(ExePath {
                     file,
-                    path: look().into(),
+                    path: read().into(),
                 })
                 .path
                 .clone(),
         }
     }
 
-    /// The number of the descriptor that is the socket with this inode: one that was come across in a search for another, or one
-    /// of those under which the process held its last connections. Whoever connects again and again mostly has one of these
-    /// again, and to list the descriptors of a process costs more than all else. `look` is called before each look.
+    /// Returns the descriptor number of the socket with this inode, if a hint leads to it.
+    ///
+    /// The hints are a socket that was found in a search for another, and the descriptors of the
+    /// last connections. A process that connects repeatedly mostly reuses one of these. To list all
+    /// descriptors of a process costs more than all else. `charge` is called before each read.
     pub(crate) fn find_by_hint(
         &self,
         proc_root: &Path,
         inode: u32,
-        mut look: impl FnMut() -> Result<(), AttestError>,
+        mut charge: impl FnMut() -> Result<(), AttestError>,
     ) -> Result<Option<u32>, AttestError> {
-        let (known, numbers) = {
+        let (hint, numbers) = {
             let mut hints = lock(&self.hints);
             (hints.sockets.remove(&inode), hints.numbers)
         };
-        // The one that was found last comes last: it is in use now.
-        for number in known.into_iter().chain(numbers.into_iter().flatten()) {
-            look()?;
+        // The latest descriptor comes last, since it is probably in use.
+        for number in hint.into_iter().chain(numbers.into_iter().flatten()) {
+            charge()?;
             match self.socket(proc_root, number) {
                 Some(found) if found == inode => return Ok(Some(number)),
                 Some(other) => self.record_hint(other, number),
@@ -188,31 +195,31 @@ impl ProcessHandle {
         sockets.insert(inode, number);
     }
 
-    /// Notes the sockets that a search of all descriptors came across, by inode and number, in place of those before.
-    pub(crate) fn scanned(&self, sockets: impl Iterator<Item = (u32, u32)>) {
+    /// Replaces the hints with the sockets that a full scan found, by inode and number.
+    pub(crate) fn replace_socket_hints(&self, sockets: impl Iterator<Item = (u32, u32)>) {
         lock(&self.hints).sockets = sockets.take(MAX_SOCKETS).collect();
     }
 
-    /// Notes that it holds a connection under this number.
+    /// Records that the process holds a connection with this descriptor.
     pub(crate) fn record_held(&self, number: u32) {
         let numbers = &mut lock(&self.hints).numbers;
         let at = numbers
             .iter()
-            .position(|known| *known == Some(number))
+            .position(|held| *held == Some(number))
             .unwrap_or(0);
         numbers[at..].rotate_left(1);
         numbers[MAX_HINTS - 1] = Some(number);
     }
 }
 
-/// Only names a directory.
+/// The flags to open a directory without reading it.
 const DIR_FLAGS: OFlag = OFlag::O_DIRECTORY
     .union(OFlag::O_CLOEXEC)
     .union(OFlag::O_PATH);
 
-/// The inode of the socket that is descriptor `number` in this `/proc/<pid>/fd`.
+/// Returns the inode of the socket that is descriptor `number` in this `/proc/<pid>/fd`.
 pub(crate) fn socket(descriptors: BorrowedFd<'_>, number: u32) -> Option<u32> {
-    // Room for more than the longest of each, so that nothing is cut off.
+    // The buffers are longer than the longest values, so nothing is cut off.
     let (mut name, mut room) = ([0; 16], [0; 32]);
     write!(&mut name[..], "{number}\0").ok()?;
     let link = sys::read_link(
@@ -229,28 +236,29 @@ pub(crate) fn socket(descriptors: BorrowedFd<'_>, number: u32) -> Option<u32> {
         .ok()
 }
 
-/// Those that were looked at last.
+/// The handles that were used last, by pid.
 #[derive(Debug, Default)]
 pub(crate) struct ProcessCache(Mutex<HashMap<u32, Arc<ProcessHandle>>>);
 
 impl ProcessCache {
-    /// The one that had this number when it was last looked at; it may be gone, and the number another one's.
-    pub(crate) fn of(&self, pid: u32) -> Option<Arc<ProcessHandle>> {
+    /// Returns the handle that had this pid when it was cached. Its process may be gone, and the
+    /// pid reused.
+    pub(crate) fn get(&self, pid: u32) -> Option<Arc<ProcessHandle>> {
         lock(&self.0).get(&pid).cloned()
     }
 
-    /// Keeps it open.
-    pub(crate) fn insert(&self, known: Arc<ProcessHandle>) {
+    /// Adds a handle to the cache.
+    pub(crate) fn insert(&self, handle: Arc<ProcessHandle>) {
         let mut processes = lock(&self.0);
-        let full = processes.len() >= MAX_PROCESSES && !processes.contains_key(&known.pid);
+        let full = processes.len() >= MAX_PROCESSES && !processes.contains_key(&handle.pid);
         let all = if full {
             std::mem::take(&mut *processes)
         } else {
             HashMap::new()
         };
-        processes.insert(known.pid, known);
+        processes.insert(handle.pid, handle);
         drop(processes);
-        // Nobody waits while they are closed.
+        // The descriptors are closed after the lock is released.
         drop(all);
     }
 }

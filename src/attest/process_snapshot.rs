@@ -1,7 +1,7 @@
-//! What the kernel says of a process, held so that it can be asked whether it is still the same one.
+//! A process with its facts, held so that they can be verified later.
 //!
-//! Interfaces: `PIDFD_GET_INFO` of `ioctl_pidfd(2)` where the kernel has it, else `proc_pid_status(5)` and
-//! `proc_pid_cgroup(5)`; `proc_pid_stat(5)`, `pidfd_open(2)`.
+//! Interfaces: `PIDFD_GET_INFO` of `ioctl_pidfd(2)` where the kernel has it, else
+//! `proc_pid_status(5)` and `proc_pid_cgroup(5)`; `proc_pid_stat(5)`, `pidfd_open(2)`.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
@@ -22,50 +22,52 @@ use crate::caller::{
 };
 use crate::cgroup::{self, CgroupPath};
 
-/// What changes when a process takes on other privileges, or is moved to another cgroup.
+/// The ids of a process, which change when it gains other privileges or is moved to another cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ProcessIds {
-    /// Real, effective, saved, filesystem.
+    /// The user ids: real, effective, saved, file system.
     pub(crate) uids: [u32; 4],
-    /// Likewise.
+    /// The group ids, in the same order.
     pub(crate) gids: [u32; 4],
-    /// In the v2 hierarchy.
+    /// The cgroup in the v2 hierarchy.
     pub(crate) cgroup: CgroupMembership,
 }
 
-/// A process's cgroup v2: by its id where the kernel tells it, else by what `/proc/<pid>/cgroup` says.
+/// A process's cgroup v2: by its id where the kernel reports it, else by the text of
+/// `/proc/<pid>/cgroup`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum CgroupMembership {
     Id(u64),
     Shown(Option<String>),
 }
 
-/// A process that was looked at, and can be looked at again without mistaking another one for it.
+/// A process and its facts at one time. They can be read again without mistaking another process
+/// for it.
 ///
-/// The pidfd and the directory are both tied to one process, so its start time needs no second look: reads fail once it is
-/// gone, even if its number is in use again.
+/// The pidfd and the directory are both tied to one process, so its start time is read only once.
+/// Reads fail once the process has exited, even if its pid is reused.
 #[derive(Debug, Clone)]
 pub(crate) struct ProcessSnapshot {
     host: Arc<Host>,
-    known: Arc<ProcessHandle>,
+    handle: Arc<ProcessHandle>,
     credentials: ProcessIds,
     cgroup: Option<CgroupPath>,
-    contained: bool,
-    /// Supplementary, where they were looked at.
+    in_container: bool,
+    /// The supplementary groups, if they were read.
     groups: Option<Groups>,
     program: Option<Program>,
-    /// See [`Process::started`], where it was looked at.
+    /// The start of the process as in [`Process::started`], if it was read.
     started: Option<u64>,
 }
 
 impl ProcessSnapshot {
-    /// Looks at the ids and the cgroup of a process. Whether it is alive is seen when it is looked at again.
+    /// Reads the ids and the cgroup of a process. Whether it is alive shows at the next read.
     pub(crate) fn read_snapshot(
         host: &Arc<Host>,
-        known: Arc<ProcessHandle>,
+        handle: Arc<ProcessHandle>,
     ) -> Result<Self, AttestError> {
-        let directory = || known.directory(&host.proc_root);
-        let credentials = ProcessIds::read(known.pidfd(), directory)?;
+        let directory = || handle.directory(&host.proc_root);
+        let credentials = ProcessIds::read(handle.pidfd(), directory)?;
         let cgroup = match (&credentials.cgroup, &host.cgroups) {
             (CgroupMembership::Shown(shown), _) => shown
                 .as_ref()
@@ -79,64 +81,64 @@ impl ProcessSnapshot {
             }
             (CgroupMembership::Id(_), None) => None,
         };
-        let contained = names_container(host, cgroup.as_ref(), directory)?
-            || known.in_other_namespaces(|| in_other_namespaces(host, &known))?;
+        let in_container = names_container(host, cgroup.as_ref(), directory)?
+            || handle.in_other_namespaces(|| in_other_namespaces(host, &handle))?;
         Ok(Self {
             host: host.clone(),
-            known,
+            handle,
             credentials,
             cgroup,
-            contained,
+            in_container,
             groups: None,
             program: None,
             started: None,
         })
     }
 
-    /// Looks at these as well. May have to wait: see [`crate::attest::lookups`].
-    pub(crate) fn with(&self, looks: ProcessFacts) -> Result<Self, AttestError> {
+    /// Reads these facts in addition. May block: see [`crate::attest::lookups`].
+    pub(crate) fn with(&self, facts: ProcessFacts) -> Result<Self, AttestError> {
         let mut next = self.clone();
-        if looks.groups != GroupDetail::None {
-            next.groups = Some(read_groups(self.directory()?, looks.groups)?);
+        if facts.groups != GroupDetail::None {
+            next.groups = Some(read_groups(self.directory()?, facts.groups)?);
         }
-        if looks.program {
+        if facts.program {
             next.program = Some(Program {
                 exe: self.executable()?,
             });
         }
-        // A zombie has no executable any more, but still has groups.
+        // A zombie has no executable, but still has groups.
         if next.groups.is_some()
             || next
                 .program
                 .as_ref()
                 .is_some_and(|program| program.exe.is_none())
         {
-            self.known.alive()?;
+            self.handle.verify_alive()?;
         }
-        if looks.started {
+        if facts.started {
             next.started = Some(self.instance()?);
         }
         Ok(next)
     }
 
-    /// The same, where it may wait.
+    /// Reads these facts in addition, on a lookup thread if that may block.
     pub(crate) async fn with_facts(
         &self,
         owner: &WorkloadKey,
-        looks: ProcessFacts,
+        facts: ProcessFacts,
     ) -> Result<Self, AttestError> {
-        if !looks.may_wait() {
-            return self.with(looks);
+        if !facts.may_wait() {
+            return self.with(facts);
         }
         let process = self.clone();
         self.host
             .lookups
-            .run(owner, move || process.with(looks))
+            .run(owner, move || process.with(facts))
             .await
     }
 
     fn directory(&self) -> Result<&OwnedFd, AttestError> {
-        self.known.directory(&self.host.proc_root)
+        self.handle.directory(&self.host.proc_root)
     }
 
     fn executable(&self) -> Result<Option<Executable>, AttestError> {
@@ -150,14 +152,15 @@ impl ProcessSnapshot {
             device: file.device,
             inode: file.inode,
             changed: file.changed,
-            path: self.known.exe_path((file.device, file.inode), path),
+            path: self.handle.exe_path((file.device, file.inode), path),
         }))
     }
 
-    /// Whether it is alive and everything that was looked at is as it was. May have to wait if its executable was.
+    /// Verifies that the process is alive and all facts that were read are unchanged. May block if
+    /// the executable was read.
     pub(crate) fn verify_unchanged(&self) -> Result<(), AttestError> {
         let credentials =
-            ProcessIds::read(self.known.pidfd(), || self.directory())? == self.credentials;
+            ProcessIds::read(self.handle.pidfd(), || self.directory())? == self.credentials;
         let groups = match &self.groups {
             Some(groups) => read_groups(self.directory()?, GroupDetail::Digest)? == *groups,
             None => true,
@@ -168,7 +171,7 @@ impl ProcessSnapshot {
             }
             None => true,
         };
-        self.known.alive()?;
+        self.handle.verify_alive()?;
         if credentials && groups && program {
             Ok(())
         } else {
@@ -176,7 +179,7 @@ impl ProcessSnapshot {
         }
     }
 
-    /// The same, where it may wait.
+    /// Verifies the process on a lookup thread if that may block.
     pub(crate) async fn verify(&self, owner: &WorkloadKey) -> Result<(), AttestError> {
         if self.program.is_none() && self.groups.is_none() {
             return self.verify_unchanged();
@@ -188,12 +191,13 @@ impl ProcessSnapshot {
             .await
     }
 
-    /// Whether it runs still.
+    /// Returns whether the process still runs.
     pub(crate) fn is_alive(&self) -> bool {
-        self.known.alive().is_ok()
+        self.handle.verify_alive().is_ok()
     }
 
-    /// Whether it is the same still, and no agent that reads its cgroups can take it for another workload's process.
+    /// Verifies that the process is unchanged, and that an agent cannot take its cgroups for those
+    /// of another workload.
     pub(crate) async fn for_agent(
         &self,
         owner: &WorkloadKey,
@@ -206,25 +210,26 @@ impl ProcessSnapshot {
         let cgroups = read(self.directory()?, "cgroup")?;
         self.host.hierarchies.check(&cgroups)?;
         Ok(AgentProcessRef {
-            pid: self.known.pid(),
+            pid: self.handle.pid(),
             cgroups,
         })
     }
 
-    /// Notices from now on whether it executes a program.
+    /// Starts to watch the process for exec.
     pub(crate) fn watch_exec(&self) -> Result<ExecCountWatch, AttestError> {
         let monitor = self
             .host
             .exec_monitor
             .as_ref()
             .ok_or(AttestError::ExecUnobservable)?;
-        let watch = monitor.watch(monitor.key(self.known.pid(), || self.workload_id())?);
-        // Alive after that, so that the number cannot have been another process's at that time.
-        self.known.alive()?;
+        let watch = monitor.watch(monitor.key(self.handle.pid(), || self.workload_id())?);
+        // The process is alive after that, so the pid cannot have belonged to another process
+        // before.
+        self.handle.verify_alive()?;
         Ok(watch)
     }
 
-    /// The id of the cgroup that is its workload's.
+    /// Returns the id of the cgroup of its workload.
     fn workload_id(&self) -> Result<u64, AttestError> {
         let (Some(cgroup), Some(tree)) = (&self.cgroup, &self.host.cgroups) else {
             return Err(AttestError::ExecUnobservable);
@@ -234,7 +239,7 @@ impl ProcessSnapshot {
         tree.id(&path)
     }
 
-    /// Whether the two agree in everything that a rule, or SPIRE by pid, can see of them.
+    /// Returns whether both agree in all facts that a rule, or SPIRE by pid, can see.
     pub(crate) fn same_facts(&self, other: &Self) -> bool {
         let exe = |held: &Self| {
             held.program
@@ -243,53 +248,53 @@ impl ProcessSnapshot {
                 .map(key)
         };
         self.credentials == other.credentials
-            && self.contained == other.contained
+            && self.in_container == other.in_container
             && self.groups == other.groups
             && exe(self) == exe(other)
     }
 
-    /// Ids and cgroup.
+    /// Returns the ids and the cgroup.
     pub(crate) fn ids(&self) -> &ProcessIds {
         &self.credentials
     }
 
-    /// The path of its cgroup, if there is a v2 hierarchy.
+    /// Returns the path of its cgroup, if there is a v2 hierarchy.
     pub(crate) fn cgroup(&self) -> Option<&CgroupPath> {
         self.cgroup.as_ref()
     }
 
-    /// See [`Process::in_container`].
-    pub(crate) fn contained(&self) -> bool {
-        self.contained
+    /// Returns whether it lives in a container, as [`Process::in_container`] defines it.
+    pub(crate) fn in_container(&self) -> bool {
+        self.in_container
     }
 
-    /// In clock ticks since boot. May have to wait.
+    /// Returns the start time in clock ticks since boot. May block.
     pub(crate) fn start_time(&self) -> Result<u64, AttestError> {
         start_time(&read(self.directory()?, "stat")?).ok_or(AttestError::Kernel)
     }
 
-    /// See [`Process::started`].
+    /// Returns the number that [`Process::started`] describes.
     fn instance(&self) -> Result<u64, AttestError> {
-        self.known.inode().map_or_else(|| self.start_time(), Ok)
+        self.handle.inode().map_or_else(|| self.start_time(), Ok)
     }
 
-    /// Whether descriptor `number` of the process is the socket with this inode.
+    /// Returns whether descriptor `number` of the process is the socket with this inode.
     pub(crate) fn has_fd(&self, number: u32, inode: u32) -> bool {
-        self.known.socket(&self.host.proc_root, number) == Some(inode)
+        self.handle.socket(&self.host.proc_root, number) == Some(inode)
     }
 
-    /// Supplementary, where they were looked at.
+    /// Returns the supplementary groups, if they were read.
     pub(crate) fn groups(&self) -> Option<&Groups> {
         self.groups.as_ref()
     }
 
-    /// As a plain value.
+    /// Returns the facts as a plain value.
     pub(crate) fn to_process(&self) -> Process {
         Process {
-            pid: self.known.pid(),
+            pid: self.handle.pid(),
             gid: self.credentials.gids[1],
             groups: self.groups.clone(),
-            in_container: self.contained,
+            in_container: self.in_container,
             program: self.program.clone(),
             started: self.started,
         }
@@ -317,7 +322,7 @@ impl ProcessIds {
         }
     }
 
-    /// As every kernel tells it.
+    /// Reads the ids from `/proc`, which every kernel has.
     fn of_proc(directory: &OwnedFd) -> Result<Self, AttestError> {
         let [uids, gids] = status_numbers(directory, [("Uid", 4), ("Gid", 4)])?;
         let four = |ids: Vec<u32>| ids.try_into().map_err(|_| AttestError::Kernel);
@@ -331,13 +336,13 @@ impl ProcessIds {
     }
 }
 
-/// The line of the v2 hierarchy.
+/// Returns the path on the line of the v2 hierarchy.
 fn v2(cgroups: &str) -> Option<&str> {
     cgroups.lines().find_map(|line| line.strip_prefix("0::"))
 }
 
-/// Whether any of its cgroups names a container. On a host that has cgroup v1 too, a container may sit in the root of the v2
-/// hierarchy, and only v1 names it.
+/// Returns whether any of its cgroups names a container. On a host that also has cgroup v1, a
+/// container may be in the root of the v2 hierarchy, and only v1 names it.
 fn names_container<'d>(
     host: &Host,
     cgroup: Option<&CgroupPath>,
@@ -351,33 +356,36 @@ fn names_container<'d>(
     Ok(paths.any(|path| path.is_none_or(|path| path.names_container())))
 }
 
-/// Whether it lives in another user or pid namespace than the daemon. Not by the links to its namespaces, for which the kernel
-/// takes a lock of the process, nor by its `status`, which is as long as the process has groups.
-fn in_other_namespaces(host: &Host, known: &ProcessHandle) -> Result<bool, AttestError> {
-    // A user namespace that maps every id to itself is as good as the host's (systemd's PrivateUsers=identity).
-    let other_user = !is_identity_map(&read(known.directory(&host.proc_root)?, "uid_map")?);
-    // What this process's own pidfd says of the other one: pidfd_open(2), "NSpid" from Linux 5.5 on.
+/// Returns whether the process lives in another user or pid namespace than the daemon.
+///
+/// It does not read the links to its namespaces, for which the kernel takes a lock of the process.
+/// It does not read its `status` either, which is as long as the list of its groups.
+fn in_other_namespaces(host: &Host, handle: &ProcessHandle) -> Result<bool, AttestError> {
+    // A user namespace that maps every id to itself equals the host's (systemd's
+    // PrivateUsers=identity).
+    let other_user = !is_identity_map(&read(handle.directory(&host.proc_root)?, "uid_map")?);
+    // The daemon's own pidfd shows the other process: pidfd_open(2), "NSpid" from Linux 5.5 on.
     let own = host
         .proc_root
         .join("self/fdinfo")
-        .join(known.pidfd().as_raw_fd().to_string());
+        .join(handle.pidfd().as_raw_fd().to_string());
     let info = std::fs::File::open(own).map_err(|_| AttestError::Kernel)?;
     let pids = match status::numbers(info, [NAMESPACE_PIDS]) {
         Ok([pids]) => pids,
         Err(_) => {
-            let [pids] = status_numbers(known.directory(&host.proc_root)?, [NAMESPACE_PIDS])?;
+            let [pids] = status_numbers(handle.directory(&host.proc_root)?, [NAMESPACE_PIDS])?;
             pids
         }
     };
     match pids[..] {
-        // It is gone, or cannot be seen from here.
+        // The process has exited, or is not visible from here.
         [] | [0, ..] => Err(AttestError::CallerGone),
         _ => Ok(other_user || pids.len() > 1),
     }
 }
 
-/// Whether the process with this number lives in this process's pid namespace. Where its link may not be read, by how many
-/// namespaces it has a number in.
+/// Returns whether the process with this pid lives in this process's pid namespace. If its link
+/// must not be read, the number of its pids decides.
 pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
     let directory = proc_root.join(pid.to_string());
     let namespace = |of: &Path| fcntl::readlink(&of.join("ns/pid"));
@@ -391,7 +399,7 @@ pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
     }
 }
 
-/// Device and inode: all of an executable that can't be forged (attack 11).
+/// Returns device and inode: the parts of an executable that cannot be forged (T11).
 fn key(exe: &Executable) -> (u64, u64) {
     (exe.device, exe.inode)
 }
@@ -400,7 +408,8 @@ fn file(facts: Option<sys::FileFacts>) -> Option<(u64, u64)> {
     facts.map(|facts| (facts.device, facts.inode))
 }
 
-/// Without `CAP_SYS_PTRACE` another user's executable can't be seen; then no rule by `exe` matches.
+/// Reads the executable's file. Without `CAP_SYS_PTRACE` another user's executable is not visible;
+/// then no rule with `exe` matches.
 fn executable_file(directory: &OwnedFd) -> Result<Option<sys::FileFacts>, AttestError> {
     match sys::file_facts(directory.as_fd(), c"exe") {
         Ok(facts) => Ok(Some(facts)),
@@ -409,7 +418,8 @@ fn executable_file(directory: &OwnedFd) -> Result<Option<sys::FileFacts>, Attest
     }
 }
 
-/// The process's number in each pid namespace that it is in, from that of the `/proc` mount on (the kernel nests 32).
+/// The line with the process's pid in each of its pid namespaces, from that of the `/proc` mount
+/// on. The kernel nests at most 32.
 const NAMESPACE_PIDS: (&str, usize) = ("NSpid", 33);
 
 fn read_groups(directory: &OwnedFd, detail: GroupDetail) -> Result<Groups, AttestError> {
@@ -422,7 +432,7 @@ fn status_numbers<const N: usize>(
     lines: [(&str, usize); N],
 ) -> Result<[Vec<u32>; N], AttestError> {
     status::numbers(open(directory, "status")?, lines).map_err(|error| match error {
-        StatusError::Io(error) => is_unread("status", error),
+        StatusError::Io(error) => read_error("status", error),
         StatusError::Malformed => AttestError::Kernel,
         // A process always has four ids of each kind, so only its groups can be too many.
         StatusError::TooMany => AttestError::TooManyGroups,
@@ -430,7 +440,7 @@ fn status_numbers<const N: usize>(
 }
 
 fn read(directory: &OwnedFd, name: &'static str) -> Result<String, AttestError> {
-    sys::read_whole(&open(directory, name)?, usize::MAX).map_err(|error| is_unread(name, error))
+    sys::read_whole(&open(directory, name)?, usize::MAX).map_err(|error| read_error(name, error))
 }
 
 fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, AttestError> {
@@ -440,26 +450,27 @@ fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, AttestError>
         OFlag::O_RDONLY | OFlag::O_CLOEXEC,
         Mode::empty(),
     );
-    file.map_err(|error| is_unread(name, error))
+    file.map_err(|error| read_error(name, error))
 }
 
-fn is_unread(name: &'static str, error: Errno) -> AttestError {
+fn read_error(name: &'static str, error: Errno) -> AttestError {
     match error {
         Errno::ESRCH | Errno::ENOENT => AttestError::CallerGone,
         error => {
-            tracing::warn!(%error, file = name, "a caller's /proc entry cannot be read");
+            tracing::warn!(%error, file = name, "cannot read a caller's /proc entry");
             AttestError::Kernel
         }
     }
 }
 
-/// Field 22 of `stat`. Counted from the *last* `)`, since field 2 is a name that the process chooses.
+/// Parses field 22 of `stat`. It counts from the *last* `)`, since the process chooses the name in
+/// field 2.
 pub(crate) fn start_time(stat: &str) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
-/// Whether a `uid_map` maps every id to itself, as in the initial user namespace.
+/// Returns whether a `uid_map` maps every id to itself, as in the initial user namespace.
 pub(crate) fn is_identity_map(text: &str) -> bool {
     let mut numbers = text.split_ascii_whitespace();
     (

@@ -1,4 +1,4 @@
-//! Asks the kernel whose a loopback TCP connection is: one exact `sock_diag(7)` lookup of the client's own socket.
+//! Finds the socket of a loopback TCP client, by one exact `sock_diag(7)` lookup in the kernel.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -17,40 +17,42 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_HEADER: usize = 16;
-/// The header and `struct inet_diag_req_v2`.
+/// The size of the request: the header and `struct inet_diag_req_v2`.
 const REQUEST_BYTES: u32 = 16 + 56;
-/// `struct inet_diag_msg`, before its attributes.
+/// The size of `struct inet_diag_msg`, before its attributes.
 const MAX_MESSAGE_BYTES: usize = 72;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
 const INET_DIAG_CGROUP_ID: u16 = 21;
-/// Any cookie: `INET_DIAG_NOCOOKIE` twice.
+/// `INET_DIAG_NOCOOKIE` twice, which matches any cookie.
 const NO_COOKIE: u64 = u64::MAX;
-/// States in which the client's end still belongs to a process: `TCP_ESTABLISHED`, `TCP_FIN_WAIT1`, `TCP_FIN_WAIT2`.
+/// The states in which the client's end still belongs to a process: `TCP_ESTABLISHED`,
+/// `TCP_FIN_WAIT1`, `TCP_FIN_WAIT2`.
 const LIVE_STATES: [u8; 3] = [1, 4, 5];
-/// Loopback, in every network namespace.
+/// The name of the loopback device in every network namespace.
 const LOOPBACK: &str = "lo";
-/// The network namespace of the thread that looks.
+/// The network namespace of the calling thread.
 const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 /// The client's socket of one connection, as the kernel describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SocketInfo {
-    /// Owner: the user who made it.
+    /// The owner: the user that made the socket.
     pub(crate) uid: u32,
-    /// In sockfs; what `/proc/<pid>/fd` shows as `socket:[inode]`.
+    /// The inode in sockfs. `/proc/<pid>/fd` shows it as `socket:[inode]`.
     pub(crate) inode: u32,
-    /// Unique for this socket until the next boot.
+    /// An id of this socket that is unique until the next boot.
     pub(crate) cookie: u64,
-    /// Inode number of the cgroup v2 directory in which it was made; `None` where the kernel doesn't say.
+    /// The inode number of the cgroup v2 directory in which the socket was made. `None` if the
+    /// kernel does not report it.
     pub(crate) cgroup_id: Option<u64>,
 }
 
-/// A `sock_diag` socket, which stays in the network namespace in which it was made.
+/// A `sock_diag` socket. It stays in the network namespace in which it was opened.
 #[derive(Debug)]
 pub struct SockDiag {
-    /// `None` once it is closed.
+    /// Each is `None` once it is closed.
     netlinks: Vec<Mutex<Option<OwnedFd>>>,
     loopback: u32,
     namespace: u64,
@@ -58,12 +60,13 @@ pub struct SockDiag {
 }
 
 impl SockDiag {
-    /// Opens one in the current network namespace. It keeps that alive until it is closed.
+    /// Opens a socket in the current network namespace. It keeps the namespace alive until it is
+    /// closed.
     pub fn open() -> io::Result<Self> {
         Self::of(1)
     }
 
-    /// The same for as many callers as there are processors, who then hardly ever wait for each other.
+    /// Opens one netlink socket per CPU, so that concurrent lookups rarely wait for each other.
     pub(crate) fn open_per_cpu() -> io::Result<Self> {
         Self::of(std::thread::available_parallelism().map_or(1, usize::from))
     }
@@ -82,12 +85,12 @@ impl SockDiag {
         })
     }
 
-    /// The network namespace, by its inode.
+    /// Returns the inode of the network namespace.
     pub fn namespace(&self) -> u64 {
         self.namespace
     }
 
-    /// Lets the network namespace go, whoever still holds this: nobody is found by it from here on.
+    /// Releases the network namespace, whatever still refers to this value. All later lookups fail.
     pub(crate) fn close(&self) {
         for netlink in &self.netlinks {
             drop(
@@ -99,10 +102,11 @@ impl SockDiag {
         }
     }
 
-    /// The socket at `client`'s end of its connection to `server`.
+    /// Finds the socket at `client`'s end of its connection to `server`.
     ///
-    /// Asked with loopback as the interface: without it the kernel skips a socket that is bound to a device and answers
-    /// with a *listener* on the same port, which is somebody else's (attack 1).
+    /// The request has loopback as its interface. Without it the kernel skips a socket that is
+    /// bound to a device. It then returns a *listener* on the same port, which may belong to
+    /// another process (T1).
     pub(crate) fn client_socket(
         &self,
         client: SocketAddr,
@@ -114,15 +118,17 @@ impl SockDiag {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let request = request(client, server, self.loopback, sequence);
         let mut buffer = [0_u8; 1024];
-        let length = self.exchange(&request, sequence, &mut buffer).map_err(|error| {
-            tracing::error!(%error, "sock_diag did not answer; TCP callers are refused until it does");
-            AttestError::Kernel
-        })?;
+        let length = self
+            .exchange(&request, sequence, &mut buffer)
+            .map_err(|error| {
+                tracing::error!(%error, "sock_diag query failed; rejecting the TCP caller");
+                AttestError::Kernel
+            })?;
         let length = length.ok_or(AttestError::CallerGone)?;
         parse(&buffer[..length], client, server)
     }
 
-    /// One that nobody uses now, else the next one whose turn it is.
+    /// Returns a netlink socket that is free, or else waits for the next one in order.
     fn netlink(&self, sequence: u32) -> MutexGuard<'_, Option<OwnedFd>> {
         let free = self
             .netlinks
@@ -135,7 +141,7 @@ impl SockDiag {
         })
     }
 
-    /// The length of the answer; `None` if this is closed.
+    /// Returns the length of the reply, or `None` if the socket is closed.
     fn exchange(
         &self,
         request: &[u8],
@@ -149,7 +155,7 @@ impl SockDiag {
         retry(|| socket::send(netlink.as_raw_fd(), request, MsgFlags::empty()))?;
         loop {
             let length = retry(|| socket::recv(netlink.as_raw_fd(), buffer, MsgFlags::empty()))?;
-            // An answer that came after its question had timed out is not ours.
+            // A late reply to a request that has timed out is skipped.
             if read_u32(buffer, 8) == Some(sequence) {
                 return Ok(Some(length));
             }
@@ -165,7 +171,7 @@ fn netlink() -> io::Result<OwnedFd> {
         flags,
         SockProtocol::NetlinkSockDiag,
     )?;
-    // The kernel answers within `send`; this only bounds the damage of being wrong about that.
+    // The kernel replies within `send`. The timeout only bounds the wait if that should fail.
     socket::setsockopt(
         &netlink,
         socket::sockopt::ReceiveTimeout,
@@ -183,7 +189,8 @@ fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
     }
 }
 
-/// `struct nlmsghdr`, then `struct inet_diag_req_v2`: family, protocol, ext, pad, states, `struct inet_diag_sockid`.
+/// Builds a request: `struct nlmsghdr`, then `struct inet_diag_req_v2` with family, protocol, ext,
+/// pad, states, and `struct inet_diag_sockid`.
 fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32) -> Vec<u8> {
     let mut out = Vec::with_capacity(REQUEST_BYTES as usize);
     out.extend(REQUEST_BYTES.to_ne_bytes());
@@ -210,7 +217,8 @@ fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32
     out
 }
 
-/// Believes an answer only if it describes exactly the asked connection's client end, alive.
+/// Parses a reply. Accepts it only if it describes the client's end of exactly this connection, and
+/// that end is alive.
 pub(crate) fn parse(
     reply: &[u8],
     client: SocketAddr,
@@ -240,7 +248,7 @@ pub(crate) fn parse(
     let target =
         endpoint(family, &message[24..40], [message[6], message[7]]).ok_or(AttestError::Kernel)?;
     let inode = read_u32(message, 68).unwrap_or(0);
-    // A socket that its process has closed reads as uid 0, inode 0.
+    // A socket that its process has closed has uid 0 and inode 0.
     if source != canonical(client)
         || target != canonical(server)
         || !LIVE_STATES.contains(&state)
@@ -270,12 +278,13 @@ fn endpoint(family: u8, address: &[u8], port: [u8; 2]) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip.to_canonical(), u16::from_be_bytes(port)))
 }
 
-/// Without scope and flow, and a v4-mapped address as the IPv4 address that it is.
+/// Removes scope and flow, and converts a v4-mapped address to the IPv4 address.
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// A `u64` among netlink attributes: length (2 bytes, with this header of 4), type (2), value, padded to 4.
+/// Finds a `u64` among netlink attributes: length (2 bytes, with this header of 4), type (2),
+/// value, padded to 4.
 fn attribute(mut rest: &[u8], wanted: u16) -> Option<u64> {
     loop {
         let length = usize::from(read_u16(rest, 0)?);

@@ -1,4 +1,5 @@
-//! Finds the process behind a TCP caller's socket, among the processes of the socket's own cgroup.
+//! Finds the process that holds a TCP caller's socket, among the processes of the socket's own
+//! cgroup.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -19,25 +20,25 @@ use crate::attest::sys;
 use crate::caller::{AttestError, ProcessFacts};
 use crate::cgroup::CgroupPath;
 
-/// How much one search may look at. The loop is as long as the caller makes it (attack 21).
+/// The limits of one search. The caller determines the length of its loop (T21).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Budget {
-    /// Bytes in the list of the cgroup's processes.
+    /// The bytes of the cgroup's list of processes.
     pub(crate) list: usize,
-    /// Descriptors.
+    /// The number of descriptors that are read.
     pub(crate) descriptors: usize,
-    /// Of the processor.
+    /// The CPU time of the search.
     pub(crate) time: Duration,
 }
 
 impl Budget {
-    /// What may be spent on an I/O thread: as much as a small program needs, well under a millisecond.
+    /// The budget on an I/O thread: as much as a small program needs, well under a millisecond.
     pub(crate) const INLINE: Self = Self {
         list: 1024,
         descriptors: 256,
         time: Duration::from_millis(1),
     };
-    /// All that one search may spend.
+    /// The budget on a lookup thread, the most that one search may use.
     pub(crate) const OFFLOADED: Self = Self {
         list: 64 * 1024,
         descriptors: 4096,
@@ -45,41 +46,43 @@ impl Budget {
     };
 }
 
-/// Between two looks at the clock.
+/// The number of steps between two reads of the clock.
 const CLOCK_CHECK_EVERY: usize = 64;
 
-/// A process that holds the socket, and under which descriptor number.
+/// A process that holds the socket, and the descriptor number.
 #[derive(Debug)]
 pub(crate) struct SocketOwner {
     pub(crate) process: ProcessSnapshot,
     pub(crate) descriptor: u32,
 }
 
-/// The process that holds `socket`, where `cgroup` is the socket's own.
+/// Finds the process that holds `socket`. `cgroup` is the socket's own.
 ///
-/// Several may (a forked worker pool does): they have to agree in everything that a rule or SPIRE can see, and the oldest is
-/// named. In the root cgroup only the processes of the socket's user are looked at, since all others are no neighbours.
-/// This proves no exclusive ownership: a descriptor may wait in a queue or an io_uring (attack 7).
+/// Several processes may hold it, as in a forked worker pool. They have to agree in all facts that
+/// a rule or SPIRE can see, and the oldest one is returned. In the root cgroup only processes of
+/// the socket's user are searched, since the others there are unrelated. This does not prove
+/// exclusive ownership: a descriptor may wait in a queue or an io_uring (T7).
 pub(crate) fn find_socket_owner(
     host: &Arc<Host>,
     cgroups: &CgroupTree,
     socket: &SocketInfo,
     cgroup: &CgroupPath,
-    (looks, budget): (ProcessFacts, Budget),
+    (facts, budget): (ProcessFacts, Budget),
 ) -> Result<SocketOwner, AttestError> {
-    let mut spent = BudgetTracker::start(budget);
+    let mut tracker = BudgetTracker::start(budget);
     let mut found: Option<SocketOwner> = None;
     for pid in cgroups.processes(cgroup, budget.list)? {
-        // 0 is a process outside the daemon's pid namespace.
+        // Pid 0 is a process outside the daemon's pid namespace.
         if pid == 0 {
             return Err(AttestError::InvisibleProcess);
         }
         let directory = host.proc_root.join(pid.to_string());
-        spent.check_time()?;
+        tracker.check_time()?;
         if cgroup.is_root() && !stat(&directory).is_ok_and(|process| process.st_uid == socket.uid) {
             continue;
         }
-        let Some(next) = process_owning(host, pid, &directory, (socket, looks), &mut spent)? else {
+        let Some(next) = process_owning(host, pid, &directory, (socket, facts), &mut tracker)?
+        else {
             continue;
         };
         if next.process.ids().uids != [socket.uid; 4] || next.process.cgroup() != Some(cgroup) {
@@ -96,47 +99,52 @@ pub(crate) fn find_socket_owner(
     found.ok_or(AttestError::NoSocketOwner)
 }
 
-/// Looks through one process's descriptors. Order matters: pidfd, then the facts, then the descriptor once more.
+/// Searches the descriptors of one process. The order matters: first the pidfd, then the facts,
+/// then the descriptor again.
 fn process_owning(
     host: &Arc<Host>,
     pid: u32,
     directory: &Path,
-    (socket, looks): (&SocketInfo, ProcessFacts),
-    spent: &mut BudgetTracker,
+    (socket, facts): (&SocketInfo, ProcessFacts),
+    tracker: &mut BudgetTracker,
 ) -> Result<Option<SocketOwner>, AttestError> {
-    let known = host.processes.of(pid);
-    let hinted = match &known {
-        Some(known) => known.find_by_hint(&host.proc_root, socket.inode, || spent.charge_fd())?,
+    let handle = host.processes.get(pid);
+    let hint = match &handle {
+        Some(handle) => {
+            handle.find_by_hint(&host.proc_root, socket.inode, || tracker.charge_fd())?
+        }
         None => None,
     };
-    let (known, descriptor) = match (known, hinted) {
-        (Some(known), Some(number)) => (known, number),
-        (known, _) => {
+    let (handle, descriptor) = match (handle, hint) {
+        (Some(handle), Some(number)) => (handle, number),
+        (handle, _) => {
             let mut others = Vec::new();
-            let Some(number) = read_fd(directory, socket.inode, &mut others, spent)? else {
+            let Some(number) = scan_fds(directory, socket.inode, &mut others, tracker)? else {
                 return Ok(None);
             };
-            // The number may be another process's by now. One that exits meanwhile holds nothing any more.
-            match known
-                .filter(|known| known.alive().is_ok())
-                .map_or_else(|| scan_fds(host, pid), Ok)
+            // The pid may belong to another process by now. A process that has exited holds
+            // nothing.
+            match handle
+                .filter(|handle| handle.verify_alive().is_ok())
+                .map_or_else(|| open_process(host, pid), Ok)
             {
-                Ok(known) => {
-                    known.scanned(others.into_iter());
-                    (known, number)
+                Ok(handle) => {
+                    handle.replace_socket_hints(others.into_iter());
+                    (handle, number)
                 }
                 Err(AttestError::CallerGone) => return Ok(None),
                 Err(refusal) => return Err(refusal),
             }
         }
     };
-    known.record_held(descriptor);
-    let process =
-        match ProcessSnapshot::read_snapshot(host, known).and_then(|process| process.with(looks)) {
-            Ok(process) => process,
-            Err(AttestError::CallerGone) => return Ok(None),
-            Err(refusal) => return Err(refusal),
-        };
+    handle.record_held(descriptor);
+    let process = match ProcessSnapshot::read_snapshot(host, handle)
+        .and_then(|process| process.with(facts))
+    {
+        Ok(process) => process,
+        Err(AttestError::CallerGone) => return Ok(None),
+        Err(refusal) => return Err(refusal),
+    };
     if !process.has_fd(descriptor, socket.inode) {
         return Ok(None);
     }
@@ -150,30 +158,30 @@ fn process_owning(
     }))
 }
 
-fn scan_fds(host: &Host, pid: u32) -> Result<Arc<ProcessHandle>, AttestError> {
+fn open_process(host: &Host, pid: u32) -> Result<Arc<ProcessHandle>, AttestError> {
     host.process(
         pid,
         sys::pidfd_open(pid).map_err(|_| AttestError::CallerGone)?,
     )
 }
 
-/// The number of the descriptor that is the socket, of the process whose directory this is. The highest come first: a
-/// connection that was just made has the number of the last one that was free. `others` gets the sockets before it, by inode
-/// and number.
-fn read_fd(
+/// Returns the descriptor number of the socket in the process with this directory. The highest
+/// numbers come first: a new connection mostly has the last free number. `others` gets the sockets
+/// before it, by inode and number.
+fn scan_fds(
     directory: &Path,
     inode: u32,
     others: &mut Vec<(u32, u32)>,
-    spent: &mut BudgetTracker,
+    tracker: &mut BudgetTracker,
 ) -> Result<Option<u32>, AttestError> {
-    // A process that is gone, or (kernel threads, no privilege) shows nothing.
+    // The process has exited, or shows nothing (kernel threads, missing privilege).
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else {
         return Ok(None);
     };
     let mut numbers: Vec<u32> = Vec::new();
     for entry in open.iter() {
-        spent.charge_fd()?;
+        tracker.charge_fd()?;
         numbers.extend(
             entry
                 .ok()
@@ -182,7 +190,7 @@ fn read_fd(
     }
     numbers.sort_unstable_by(|a, b| b.cmp(a));
     for number in numbers {
-        spent.check_time()?;
+        tracker.check_time()?;
         match process_cache::socket(open.as_fd(), number) {
             Some(found) if found == inode => return Ok(Some(number)),
             Some(other) => others.push((other, number)),
@@ -192,12 +200,12 @@ fn read_fd(
     Ok(None)
 }
 
-/// What one search has cost. Its time is that of the processor: on a busy machine a search is not longer for its caller's
-/// neighbours because it has to wait for its turn.
+/// The cost of one search so far. Its time is CPU time, not wall time, so that a loaded machine
+/// does not make searches fail.
 struct BudgetTracker {
     descriptors: usize,
-    looks: usize,
-    /// From the first look at the clock on: a short search takes none.
+    steps: usize,
+    /// Set at the first read of the clock, which a short search does not reach.
     deadline: Option<Duration>,
     budget: Budget,
 }
@@ -206,7 +214,7 @@ impl BudgetTracker {
     fn start(budget: Budget) -> Self {
         Self {
             descriptors: 0,
-            looks: 0,
+            steps: 0,
             deadline: None,
             budget,
         }
@@ -221,10 +229,10 @@ impl BudgetTracker {
         }
     }
 
-    /// To be called for each process and each descriptor that is looked at.
+    /// Counts a step. Call it for each process and each descriptor that is read.
     fn check_time(&mut self) -> Result<(), AttestError> {
-        self.looks += 1;
-        if !self.looks.is_multiple_of(CLOCK_CHECK_EVERY) {
+        self.steps += 1;
+        if !self.steps.is_multiple_of(CLOCK_CHECK_EVERY) {
             return Ok(());
         }
         let now = thread_time()?;

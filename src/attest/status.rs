@@ -1,31 +1,32 @@
 //! Reads single lines of `/proc/<pid>/status`: `proc_pid_status(5)`.
 //!
-//! The process decides how long its `Groups` line is: up to 65,536 numbers, 720 KB. Lines that are not wanted are skipped in
-//! chunks and never held (attack 27).
+//! The process determines the length of its `Groups` line: up to 65,536 numbers, 720 KB. Other
+//! lines are skipped in chunks and never held in memory (T27).
 
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 use nix::sys::uio::pread;
 
-/// More than the status of most processes.
+/// The bytes of one read: more than the status of most processes.
 const CHUNK: usize = 4096;
 /// The longest name of a line that can be read.
 const NAME_MAX: usize = 8;
 
-/// Why there are no numbers.
+/// The reason why the numbers could not be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StatusError {
-    /// Reading failed.
+    /// The read failed with this error.
     Io(Errno),
-    /// A line is missing, or has something else in it than numbers.
+    /// A line is missing, or contains something other than numbers.
     Malformed,
-    /// A line has more numbers than the caller allows.
+    /// A line has more numbers than the caller of the function allows.
     TooMany,
 }
 
-/// Reads the numbers in these lines, each given by its name and the most numbers that it may have. Reads nothing after the last
-/// of them. The process chooses the content of `Name`, the first line; the kernel escapes newlines in it.
+/// Reads the numbers in these lines, each given by its name and the most numbers that it may have.
+/// Reads nothing after the last of them. The process chooses the content of `Name`, the first line;
+/// the kernel escapes newlines in it.
 pub(crate) fn numbers<const N: usize>(
     file: impl AsFd,
     lines: [(&str, usize); N],
@@ -41,7 +42,7 @@ pub(crate) fn numbers<const N: usize>(
     }
 }
 
-/// Does the same with a text that comes in chunks of this size.
+/// Reads the numbers from a text that arrives in chunks of this size.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn numbers_of<const N: usize>(
     text: &[u8],
@@ -57,14 +58,14 @@ pub(crate) fn numbers_of<const N: usize>(
     scan.finish()
 }
 
-/// Where a scan stands.
+/// The position of a scan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum At {
     /// In the name of a line.
     Name,
-    /// In a wanted line, and perhaps in a number.
+    /// In a wanted line, and possibly in a number.
     Numbers(usize, Option<u32>),
-    /// In another line.
+    /// In a line that is skipped.
     Other,
 }
 
@@ -177,7 +178,7 @@ mod tests {
                         Groups:\t44 4 44 \nNSpid:\t12\t1\nVmSize:\t 1 kB\n";
 
     #[test]
-    fn lines_are_found_however_the_file_is_cut_and_wherever_they_stand() {
+    fn numbers_finds_lines_in_any_chunks_and_order() {
         for chunk in [1, 2, 3, 7, 4096] {
             let [uids, gids] =
                 numbers_of(TEXT.as_bytes(), [("Uid", 4), ("Gid", 4)], chunk).unwrap();
@@ -200,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_no_number_is_an_error() {
+    fn numbers_fails_for_missing_or_malformed_lines() {
         for (text, line) in [
             (TEXT, "PPid"),
             (TEXT, "VmSize"),
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_read_after_what_was_asked_for() {
+    fn numbers_reads_nothing_after_the_last_line() {
         let text = format!("{TEXT}Uid:\tnonsense\n");
         assert_eq!(
             numbers_of(text.as_bytes(), [("Uid", 4)], 4096),

@@ -1,116 +1,113 @@
-//! Why a caller was not attested.
+//! The reasons why a caller is not attested.
 
 use thiserror::Error;
 
 use super::Groups;
 
-/// Why a caller was not attested. Each is a refusal (403), or a failure (503) if [`AttestError::is_transient`]; all are counted and
-/// audited by [`AttestError::reason`].
+/// The reason why a caller is not attested. The request is rejected with 403, or with 503 if
+/// [`AttestError::is_transient`]. Metrics and audit records use [`AttestError::reason`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum AttestError {
-    /// The socket or process is gone, closing, or never was that of this connection.
+    /// The socket or the process is gone or closing, or never belonged to this connection.
     #[error("the calling socket or process is gone")]
     CallerGone,
     /// The peer's address is not loopback.
     #[error("the caller's address is not loopback")]
     NotLoopback,
-    /// The kernel names no process that the daemon can see.
+    /// The kernel reports no process that the daemon can see.
     #[error(
-        "the caller lives in a pid namespace that this daemon cannot see; in Kubernetes set hostPID: true"
+        "the caller is in a pid namespace that the daemon cannot see; in Kubernetes set hostPID: true"
     )]
     InvisibleProcess,
-    /// Several processes hold the socket and differ in what a rule can see, or the facts do not describe one process.
-    #[error("several different processes hold the calling socket, so it is not clear whose it is")]
+    /// Several processes hold the socket and differ in facts that a rule can see, or the facts do
+    /// not fit one process.
+    #[error(
+        "cannot determine the caller: several different processes hold the calling socket; open a new socket for this request"
+    )]
     Ambiguous,
-    /// No process of the socket's cgroup and user shows the socket among its descriptors.
+    /// No process of the socket's cgroup and user has the socket among its descriptors.
     #[error("no process of the caller's cgroup and user holds the calling socket")]
     NoSocketOwner,
-    /// The search for the socket's process went over its budget.
+    /// The search for the process that holds the socket exceeded its budget.
     #[error(
-        "the processes beside the caller have too many open descriptors to find the caller among them"
+        "cannot find the caller: the processes of its cgroup have too many open descriptors; use a rule by user or unit, or the unix socket"
     )]
     TooManyDescriptors,
-    /// The process changed its user, groups, cgroup or executable since it connected.
+    /// The process changed its user, groups, cgroup or executable after it connected.
     #[error(
-        "the calling process changed its user, groups, cgroup or executable after it connected"
+        "the calling process changed its user, groups, cgroup or executable after it connected; open a new connection"
     )]
     IdentityChanged,
-    /// The cgroup is removed, can't be listed, or is not below the tree that the daemon sees.
+    /// The cgroup is removed, cannot be listed, or is not in the tree that the daemon sees.
     #[error("the caller's cgroup cannot be read")]
     UnreadableCgroup,
-    /// Searches for others have taken all the time that there is.
-    #[error(
-        "more callers have to be searched for on this node than there is time for; ask again in a moment"
-    )]
+    /// Searches for other callers use up the time for searches.
+    #[error("cannot find the caller: too many searches run on this node; retry in a moment")]
     SearchBusy,
-    /// Somebody else than root can name cgroups beside the caller's own, so an agent may take it for a container's process.
+    /// A user other than root can name cgroups next to the caller's own. So an agent may take the
+    /// caller for a process of a container.
     #[error(
-        "the caller's cgroup is in the hands of a user, who could give it a container's name; run it in a cgroup of \
-         root's (not below user@.service)"
+        "the caller's cgroup is delegated to a user, which could give it a container's name; run the caller in a cgroup that root owns (not below user@.service)"
     )]
     DelegatedCgroup,
-    /// Its cgroup names a container in a place where no container runtime does, or several.
+    /// The cgroup names several containers, or one at a level where no container runtime creates
+    /// them.
     #[error(
-        "the caller's cgroups name a container inside another, or in a place that is no container runtime's"
+        "the caller's cgroups name a container inside another, or at a path that no container runtime uses"
     )]
     NestedContainer,
-    /// Its cgroup names a pod where this node's kubelet puts none.
+    /// The cgroup names a pod at a path where this node's kubelet creates none.
     #[error(
-        "the caller's cgroup names a pod in a place that is not the kubelet's; if it is, write the kubelet's cgroup root as \
-         `pods_cgroup` in [listen]"
+        "the caller's cgroup names a pod at a path outside the kubelet's cgroup root; if the kubelet has another root, set `pods_cgroup` in [listen]"
     )]
     MisplacedPod,
-    /// It came over a pod's listener, and is in no pod.
+    /// The caller connected to a pod's listener and does not belong to a pod.
     #[error(
-        "the caller uses a pod's network, but its cgroup is not that of a pod: use the unix socket, or the host's own \
-         network"
+        "the caller is in a pod's network, but its cgroup is not that of a pod; use the unix socket, or the host's own network"
     )]
     NotAPod,
-    /// It came over the listener of another pod.
-    #[error("the caller uses the network of another pod than its own")]
+    /// The caller connected to the listener of another pod.
+    #[error("the caller is in the network of another pod than its own")]
     OtherPod,
-    /// It has more than [`Groups::MAX`] supplementary groups, and the decision depends on them.
+    /// The caller has more than [`Groups::MAX`] supplementary groups, and they matter.
     #[error(
         "the calling process has more than {} supplementary groups, and the decision depends on them; run it with fewer",
         Groups::MAX
     )]
     TooManyGroups,
-    /// The socket was made by the service manager, which gives sockets to services of other users.
+    /// The service manager made the socket. It passes sockets to services of other users.
     #[error(
-        "the calling socket was made by the service manager (init.scope, or a .socket unit), so it does not tell which \
-         service is calling; open a new socket for this request"
+        "cannot determine the caller: the service manager made the calling socket (init.scope, or a .socket unit); open a new socket for this request"
     )]
     ManagerSocket,
-    /// The daemon may not see what the process runs, or would not notice that it runs something else meanwhile.
+    /// The daemon cannot see which program the process executes, or could not detect an exec.
     #[error(
-        "the daemon cannot see what the calling process executes; its log says at the start which privilege is missing \
-         (CAP_SYS_PTRACE, CAP_BPF, CAP_PERFMON, the system call bpf)"
+        "the daemon cannot see what the calling process executes; grant the privilege that its log names at the start (CAP_SYS_PTRACE, CAP_BPF, CAP_PERFMON, the system call bpf)"
     )]
     ExecUnobservable,
-    /// Each time that the agent looked at the process, a program was executed: by it, or where processes can't be told apart
-    /// ([`super::ExecWatch`]) by another one of its workload. Passes with that.
+    /// At each attempt a program was executed while the agent attested the process. It was executed
+    /// by the process itself, or by another one of its workload where [`super::ExecWatch`] cannot
+    /// distinguish them. The error is transient.
     #[error(
-        "the calling process, or another one of its workload, executed programs each time that the SPIFFE agent looked at \
-         it; ask again in a moment"
+        "the calling process, or another one of its workload, executed programs each time that the SPIFFE agent attested it; retry in a moment"
     )]
     ProcessExecuting,
-    /// What the process executes, or what a rule's `exe` names, cannot be looked at, or not in time. Passes if that was a file
-    /// system that hangs for a moment.
+    /// The executable of the process, or the file in a rule's `exe`, cannot be read, or not in
+    /// time. The error is transient if a file system hung for a moment.
     #[error(
-        "the daemon cannot see whether the calling process executes the program that a rule names: the process, or the file \
-         system of a program, does not answer"
+        "cannot compare the calling process with the program of a rule: the process, or the file system of a program, does not respond; retry in a moment"
     )]
     ProcessUnresponsive,
-    /// The kernel lacks what this listener needs for this caller.
-    #[error("this kernel cannot tell who is calling: {0}")]
+    /// The kernel lacks an interface that this listener needs for this caller.
+    #[error("this kernel cannot identify the caller: {0}")]
     Unsupported(&'static str),
-    /// Asking the kernel failed.
-    #[error("the kernel did not say who is calling")]
+    /// A query to the kernel failed.
+    #[error("a query to the kernel for the caller failed")]
     Kernel,
 }
 
 impl AttestError {
-    /// Whether it may pass by itself, so that the caller is to try again.
+    /// Returns whether the error may pass by itself, so that the caller should retry.
     pub fn is_transient(&self) -> bool {
         matches!(
             self,
@@ -118,7 +115,7 @@ impl AttestError {
         )
     }
 
-    /// The label in metrics and audit records.
+    /// Returns the label that metrics and audit records use.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::CallerGone => "caller_gone",

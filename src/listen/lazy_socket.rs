@@ -1,8 +1,8 @@
 //! The socket of an accepted connection.
 //!
-//! Mostly the request is there by the time it is read, and the answer fits into the kernel's buffer. So the runtime, which has
-//! to tell the kernel what to wake it for, and to take that back, hears of the socket only when something has to be waited
-//! for.
+//! In most cases the request has already arrived when it is read, and the response fits into the
+//! kernel's buffer. Registration with the runtime costs a system call, and another to undo it. So a
+//! socket is registered only when a read or write would block.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::listen::sys;
 
-/// A stream socket.
+/// A stream socket that is registered with the runtime only when it has to wait.
 #[derive(Debug)]
 pub struct LazySocket {
     fd: Arc<OwnedFd>,
@@ -31,7 +31,7 @@ enum IoDirection {
 }
 
 impl LazySocket {
-    /// Takes one that does not block.
+    /// Wraps a nonblocking socket.
     pub(super) fn new(fd: impl Into<OwnedFd>) -> Self {
         Self {
             fd: Arc::new(fd.into()),
@@ -39,14 +39,15 @@ impl LazySocket {
         }
     }
 
-    /// The connection, which is closed with the last who has this.
+    /// Returns the descriptor. The connection is closed with the last clone of it.
     pub fn descriptor(&self) -> &Arc<OwnedFd> {
         &self.fd
     }
 
-    /// Has the connection end with a reset when it is closed: that leaves no port waiting, as an orderly end would (T20).
+    /// Makes a later close send a reset, which leaves no port in TIME_WAIT as an orderly close
+    /// would (T20).
     pub fn reset_on_close(descriptor: &OwnedFd) {
-        // If that fails, and on a unix socket, it is closed the ordinary way.
+        // If that fails, and on a unix socket, the close is an ordinary one.
         let _ = setsockopt(
             descriptor,
             sockopt::Linger,
@@ -57,7 +58,7 @@ impl LazySocket {
         );
     }
 
-    /// Makes `call` until it does not have to wait.
+    /// Repeats `call` until it does not block.
     fn poll<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -129,7 +130,7 @@ impl AsyncWrite for LazySocket {
         true
     }
 
-    /// Nothing is held back here.
+    /// Returns at once: nothing is buffered here.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_there_is_read_without_the_runtime() {
+    async fn read_of_arrived_bytes_does_not_register_the_socket() {
         let (mut ours, mut theirs) = pair();
         io::Write::write_all(&mut theirs, b"there").unwrap();
         let mut room = [0; 16];
@@ -167,7 +168,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_comes_later_is_waited_for() {
+    async fn read_waits_for_bytes_that_arrive_later() {
         let (mut ours, mut theirs) = pair();
         let mut room = [0; 16];
         let nothing = timeout(Duration::from_millis(10), ours.read(&mut room)).await;
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_kernel_has_no_room_for_is_written_when_it_has() {
+    async fn write_waits_for_room_in_the_kernels_buffer() {
         let (mut ours, mut theirs) = pair();
         let much = vec![7; 4 * 1024 * 1024];
         let expected = much.len();

@@ -1,4 +1,4 @@
-//! A listener: how it is had, what it accepts, how it ends.
+//! A listener: how it is set up, how it accepts, and how it ends.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -18,59 +18,58 @@ use crate::listen::socket_file::SocketFile;
 use crate::listen::tcp::{BACKLOG, FreeBind, bind, bound_buffers};
 use crate::listen::{ListenError, sys};
 
-/// A listener.
+/// A listening socket of the daemon.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug)]
 pub enum Listener {
-    /// On a unix socket; its file is removed with it unless systemd owns both.
+    /// A unix socket. Its file is removed with it, unless systemd owns both.
     Unix {
-        /// Accepts.
         listener: AsyncFd<Arc<OwnedFd>>,
-        /// Where clients find it.
+        /// The path that clients connect to.
         path: PathBuf,
-        /// Its mode, for when it has to be bound again.
+        /// The mode of the file, kept for a rebind.
         mode: u32,
-        /// Removes the file at the end. `None`: systemd holds the socket.
+        /// The file, which is removed on drop. `None` if systemd holds the socket.
         file: Option<SocketFile>,
     },
-    /// On a loopback address.
+    /// A TCP socket on a loopback address.
     Tcp {
-        /// Accepts.
         listener: AsyncFd<Arc<OwnedFd>>,
-        /// Its address, with the port that the kernel chose if the configuration says 0.
+        /// The address, with the port that the kernel chose if the configuration has port 0.
         address: SocketAddr,
-        /// Who else has it.
+        /// The party that bound the socket.
         origin: ListenerSource,
     },
 }
 
-/// Where a TCP listener comes from.
+/// The origin of a TCP listener.
 #[derive(Debug)]
 pub enum ListenerSource {
-    /// The daemon has bound it, in its own network namespace.
+    /// The daemon bound it, in its own network namespace.
     Own,
-    /// systemd holds it, too.
+    /// systemd passed it and holds it, too.
     Inherited,
-    /// It is in a pod's network namespace.
+    /// The daemon bound it in a pod's network namespace.
     Pod(Arc<PodListener>),
 }
 
-/// A connection, and for TCP the address that it was accepted on.
+/// A connection, and for TCP its two addresses.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug)]
 pub enum AcceptedStream {
-    /// Over the unix socket.
+    /// A connection over a unix socket.
     Unix(LazySocket),
-    /// Over TCP.
+    /// A connection over TCP.
     Tcp {
-        /// The connection.
         stream: LazySocket,
-        /// The client's address.
         client: SocketAddr,
-        /// The daemon's.
+        /// The address that the connection was accepted on.
         server: SocketAddr,
     },
 }
 
-/// Whether nothing is wrong with the listener: accept(2) also tells of what happened to a connection that waited there.
+/// Returns whether the error of accept(2) concerns one connection only. The call also reports
+/// errors of connections that waited in the backlog; the listener is intact then.
 pub(super) fn is_per_connection_error(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error().map(Errno::from_raw),
@@ -91,9 +90,10 @@ pub(super) fn is_per_connection_error(error: &io::Error) -> bool {
 }
 
 impl Listener {
-    /// Listens on a TCP address, or takes the one that systemd holds.
+    /// Listens on a TCP address, or takes the listener that systemd passed.
     ///
-    /// Never with SO_REUSEPORT: whoever shares the port would get half of the connections (attack 9).
+    /// Never with SO_REUSEPORT: another process that shared the port would get half of the
+    /// connections (T9).
     pub fn tcp(address: SocketAddr, inherited: &mut ActivatedSockets) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Tcp { address, source };
         let (listener, origin) = match inherited.take_tcp(address) {
@@ -114,7 +114,7 @@ impl Listener {
         })
     }
 
-    /// Listens on a unix socket with this mode, or takes the one that systemd holds.
+    /// Listens on a unix socket with this mode, or takes the listener that systemd passed.
     pub fn unix(
         path: &Path,
         mode: u32,
@@ -137,7 +137,7 @@ impl Listener {
         })
     }
 
-    /// A TCP listener that systemd holds, whatever its address is.
+    /// Takes a TCP listener that systemd passed, at any address.
     pub(super) fn activated_tcp(listener: TcpListener) -> Result<Self, ListenError> {
         let address = listener.local_addr();
         let failed = |source| ListenError::Inherited { source };
@@ -150,7 +150,7 @@ impl Listener {
         })
     }
 
-    /// A unix listener that systemd holds, whatever its path is.
+    /// Takes a unix listener that systemd passed, at any path.
     pub(super) fn activated_unix(listener: UnixListener) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Inherited { source };
         let path = listener
@@ -168,41 +168,41 @@ impl Listener {
         })
     }
 
-    /// The listener that was made inside a pod's network namespace.
-    pub fn pod(inside: Arc<PodListener>) -> Result<Self, ListenError> {
-        let listener = sys::register_listener(inside.listener())
-            .map_err(|source| inside.bind_error(source))?;
+    /// Takes the listener that was bound inside a pod's network namespace.
+    pub fn pod(pod: Arc<PodListener>) -> Result<Self, ListenError> {
+        let listener =
+            sys::register_listener(pod.listener()).map_err(|source| pod.bind_error(source))?;
         Ok(Self::Tcp {
             listener,
-            address: inside.address(),
-            origin: ListenerSource::Pod(inside),
+            address: pod.address(),
+            origin: ListenerSource::Pod(pod),
         })
     }
 
-    /// For the log.
+    /// Returns the name of the listener for the log.
     pub fn name(&self) -> String {
         match self {
             Self::Unix { path, .. } => path.display().to_string(),
             Self::Tcp {
-                origin: ListenerSource::Pod(inside),
+                origin: ListenerSource::Pod(pod),
                 ..
-            } => inside.to_string(),
+            } => pod.to_string(),
             Self::Tcp { address, .. } => address.to_string(),
         }
     }
 
-    /// Waits until somebody has connected.
+    /// Waits until the backlog has a connection.
     pub(super) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, Arc<OwnedFd>>> {
         let (Self::Unix { listener, .. } | Self::Tcp { listener, .. }) = self;
         listener.readable().await
     }
 
-    /// Takes the one who has connected; `None` if somebody else was quicker.
+    /// Accepts a connection from the backlog. Returns `None` if another process accepted it first.
     pub(super) fn accept(
         &self,
-        arrived: &mut AsyncFdReadyGuard<'_, Arc<OwnedFd>>,
+        ready: &mut AsyncFdReadyGuard<'_, Arc<OwnedFd>>,
     ) -> Option<io::Result<AcceptedStream>> {
-        arrived
+        ready
             .try_io(|listener| self.accept_raw(listener.as_fd()))
             .ok()
     }
@@ -214,7 +214,7 @@ impl Listener {
             )?))),
             Self::Tcp { address, .. } => {
                 let (stream, client) = sys::accept_tcp(listener.as_fd())?;
-                // Without it only more packets are sent.
+                // Without the option the client gets more packets, but the same bytes.
                 let _ = sys::set_tcp_cork(&stream);
                 Ok(AcceptedStream::Tcp {
                     stream: LazySocket::new(stream),
@@ -225,19 +225,19 @@ impl Listener {
         }
     }
 
-    /// Ends listening, and gives those who have connected already: closing alone resets them, and some have sent their
-    /// request.
+    /// Stops listening and returns the connections in the backlog. A plain close would reset them,
+    /// and some have already sent their request.
     ///
-    /// Where systemd holds the socket, whoever comes from here on waits in its queue for the daemon's next start. Nobody may be
-    /// left there who came before: it would be started for him as soon as it has ended, though it was told to stop, and he
-    /// may be the daemon itself, which had asked whether it is ready.
+    /// Where systemd holds the socket, later connections wait in the backlog for the daemon's next
+    /// start. No connection from before the stop may stay there: systemd would restart awsvid at
+    /// once to serve it. It may be awsvid's own readiness probe.
     pub(super) fn close_and_drain_backlog(self) -> io::Result<Vec<AcceptedStream>> {
         let (Self::Unix { listener, .. } | Self::Tcp { listener, .. }) = &self;
         match &self {
-            // Whoever comes from here on is refused, so that the queue has an end.
+            // New connections are refused from here on, so that the backlog is finite.
             Self::Unix { file: Some(_), .. } => shutdown(listener.as_raw_fd(), Shutdown::Both)?,
-            // TCP has no way to end the queue alone. Who comes between the last of these and the close is reset, if no
-            // other process has the listener.
+            // TCP cannot close the backlog alone. A connection that arrives between the last accept
+            // and the close is reset, unless another process has the listener.
             Self::Unix { file: None, .. } | Self::Tcp { .. } => {}
         }
         let waiting = (0..BACKLOG).map(|_| self.accept_raw(listener.get_ref()));
@@ -246,15 +246,15 @@ impl Listener {
         Ok(waiting.filter_map(Result::ok).collect())
     }
 
-    /// A listener in the place of one that somebody has killed, as `ss -K` can (attack 9).
+    /// Binds a new listener in place of one that was killed, as `ss -K` can do (T9).
     pub(super) async fn rebind(&self) -> Result<Self, ListenError> {
         match self {
             Self::Tcp {
-                origin: ListenerSource::Pod(inside),
+                origin: ListenerSource::Pod(pod),
                 ..
             } => {
-                let inside = inside.clone();
-                let bound = tokio::task::spawn_blocking(move || inside.rebind().map(|()| inside));
+                let pod = pod.clone();
+                let bound = tokio::task::spawn_blocking(move || pod.rebind().map(|()| pod));
                 Self::pod(
                     bound
                         .await
@@ -270,13 +270,13 @@ impl Listener {
 }
 
 impl AcceptedStream {
-    /// The connection itself.
+    /// Returns the socket of the connection.
     pub fn socket(&self) -> &LazySocket {
         let (Self::Unix(stream) | Self::Tcp { stream, .. }) = self;
         stream
     }
 
-    /// The connection alone.
+    /// Takes the socket of the connection, without its addresses.
     pub fn into_socket(self) -> LazySocket {
         let (Self::Unix(stream) | Self::Tcp { stream, .. }) = self;
         stream

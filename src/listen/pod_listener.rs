@@ -11,32 +11,33 @@ use crate::listen::ListenError;
 use crate::listen::tcp::{FreeBind, bind, bound_buffers};
 use crate::netns::{NamespaceError, NamespaceId, NetNs};
 
-/// Where every SDK is told to ask, in every pod.
+/// The addresses of the credential endpoint in every pod.
 pub const POD_ADDRESSES: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT),
     SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), PORT),
 ];
-/// Below 1024, so that a pod's unprivileged users can't have it where the kernel's default holds.
+/// The port of the endpoint. It is below 1024, so that under the kernel's default a pod's
+/// unprivileged users cannot bind it.
 const PORT: u16 = 974;
 
-/// A pod's network namespace, and where it is found. Nothing of it is kept open.
+/// A reference to a pod's network namespace by one of its files. It keeps no descriptor open.
 #[derive(Debug)]
 pub struct NetnsRef {
     id: NamespaceId,
-    /// One of its files; another one if that is removed.
+    /// One of the namespace's files; replaced by another if that is removed.
     path: Mutex<PathBuf>,
 }
 
-/// A listener there. The one that accepts is replaced if it is killed.
+/// A listener in a pod's network namespace. Its socket is replaced if it is killed.
 #[derive(Debug)]
 pub struct PodListener {
-    place: Arc<NetnsRef>,
+    netns: Arc<NetnsRef>,
     address: SocketAddr,
     listener: Mutex<Arc<OwnedFd>>,
 }
 
 impl NetnsRef {
-    /// Of this namespace.
+    /// Creates a reference to the namespace `id`, which is found at `path`.
     pub fn new(id: NamespaceId, path: PathBuf) -> Self {
         Self {
             id,
@@ -44,22 +45,22 @@ impl NetnsRef {
         }
     }
 
-    /// Which one it is.
+    /// Returns the identifier of the namespace.
     pub fn id(&self) -> NamespaceId {
         self.id
     }
 
-    /// One of its files.
+    /// Returns one of the namespace's files.
     pub fn path(&self) -> PathBuf {
         lock(&self.path).clone()
     }
 
-    /// Where it is found from now on.
+    /// Sets the file at which the namespace is found from now on.
     pub fn update_path(&self, path: &Path) {
         path.clone_into(&mut lock(&self.path));
     }
 
-    /// Makes sockets there, if its file is still the same namespace's.
+    /// Runs `make` in the namespace. Fails if the file now belongs to another namespace.
     pub fn run_in<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
         let namespace = NetNs::open(&self.path())?;
         if namespace.id() != self.id {
@@ -70,41 +71,41 @@ impl NetnsRef {
 }
 
 impl PodListener {
-    /// Listens; to be called within the namespace. The address may be one that it does not have yet: a loopback device has
-    /// none before the pod's network is set up.
-    pub fn bind(place: Arc<NetnsRef>, address: SocketAddr) -> io::Result<Self> {
+    /// Binds and listens. Call it within the namespace. The address may not exist there yet: a
+    /// loopback device has none before the pod's network is set up.
+    pub fn bind(netns: Arc<NetnsRef>, address: SocketAddr) -> io::Result<Self> {
         let listener = Mutex::new(Arc::new(bind(address, FreeBind::Allowed)?));
         Ok(Self {
-            place,
+            netns,
             address,
             listener,
         })
     }
 
-    /// With a listener that another daemon has made, with whatever buffers.
-    pub fn with(place: Arc<NetnsRef>, address: SocketAddr, listener: OwnedFd) -> io::Result<Self> {
+    /// Wraps a listener that another instance of awsvid made, and bounds its buffers.
+    pub fn with(netns: Arc<NetnsRef>, address: SocketAddr, listener: OwnedFd) -> io::Result<Self> {
         bound_buffers(&listener)?;
         Ok(Self {
-            place,
+            netns,
             address,
             listener: Mutex::new(Arc::new(listener)),
         })
     }
 
-    /// Where it listens.
+    /// Returns the address that it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// What accepts there.
+    /// Returns the socket that accepts now.
     pub fn listener(&self) -> Arc<OwnedFd> {
         lock(&self.listener).clone()
     }
 
-    /// Binds it again, in the place of one that was killed.
+    /// Binds a new socket in place of one that was killed.
     pub(super) fn rebind(&self) -> Result<(), ListenError> {
         let bound = self
-            .place
+            .netns
             .run_in(|| bind(self.address, FreeBind::Allowed))
             .map_err(|error| match error {
                 NamespaceError::Io(error) => self.bind_error(error),
@@ -124,7 +125,7 @@ impl PodListener {
 
 impl fmt::Display for PodListener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} in {}", self.address, self.place.path().display())
+        write!(f, "{} in {}", self.address, self.netns.path().display())
     }
 }
 

@@ -1,4 +1,5 @@
-//! Sockets that systemd holds and hands over (`sd_listen_fds(3)`), so that they outlive the daemon's restarts.
+//! Sockets that systemd holds and passes to the daemon (`sd_listen_fds(3)`), so that they outlive
+//! the daemon's restarts.
 
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
@@ -6,7 +7,7 @@ use std::path::Path;
 
 use crate::listen::{ListenError, Listener};
 
-/// Listeners that were handed over and are not yet taken.
+/// Listeners that systemd passed and that are not yet claimed.
 #[derive(Debug, Default)]
 pub struct ActivatedSockets {
     unix: Vec<UnixListener>,
@@ -14,14 +15,14 @@ pub struct ActivatedSockets {
 }
 
 impl ActivatedSockets {
-    /// Takes them from the environment; to be called once, before threads are started.
+    /// Takes the sockets from the environment. Call it once, before threads are started.
     pub fn from_environment() -> Self {
-        let mut handed = listenfd::ListenFd::from_env();
+        let mut passed = listenfd::ListenFd::from_env();
         let mut inherited = Self::default();
-        for index in 0..handed.len() {
-            if let Ok(Some(listener)) = handed.take_unix_listener(index) {
+        for index in 0..passed.len() {
+            if let Ok(Some(listener)) = passed.take_unix_listener(index) {
                 inherited.unix.push(listener);
-            } else if let Ok(Some(listener)) = handed.take_tcp_listener(index) {
+            } else if let Ok(Some(listener)) = passed.take_tcp_listener(index) {
                 inherited.tcp.push(listener);
             }
         }
@@ -60,7 +61,7 @@ impl ActivatedSockets {
         Some(self.unix.swap_remove(index))
     }
 
-    /// Those that were not taken.
+    /// Takes the listeners that were not claimed.
     pub fn take_unclaimed(&mut self) -> Vec<Result<Listener, ListenError>> {
         let unix = std::mem::take(&mut self.unix)
             .into_iter()

@@ -6,7 +6,8 @@ use nix::unistd::geteuid;
 
 use super::*;
 
-/// A namespace that lives as long as this: a thread that sits in it. `None` for who is not root.
+/// Creates a namespace that lives as long as the returned sender, with a thread in it. `None`
+/// without root.
 fn another() -> Option<(NetNs, std::sync::mpsc::Sender<()>)> {
     if !geteuid().is_root() {
         return None;
@@ -22,7 +23,7 @@ fn another() -> Option<(NetNs, std::sync::mpsc::Sender<()>)> {
 }
 
 #[test]
-fn what_is_made_inside_is_there_and_nothing_else_is() {
+fn run_in_creates_sockets_in_the_namespace_only() {
     let Some((namespace, _end)) = another() else {
         return;
     };
@@ -44,7 +45,7 @@ fn what_is_made_inside_is_there_and_nothing_else_is() {
 }
 
 #[test]
-fn a_panic_inside_is_the_callers() {
+fn run_in_propagates_panics() {
     let Some((namespace, _end)) = another() else {
         return;
     };
@@ -54,7 +55,7 @@ fn a_panic_inside_is_the_callers() {
 }
 
 #[test]
-fn what_is_no_namespace_is_not_entered() {
+fn open_rejects_files_without_a_namespace() {
     let folder = tempfile::tempdir().unwrap();
     let own = NamespaceId::own().unwrap();
     let file = folder.path().join("file");
@@ -85,7 +86,7 @@ fn what_is_no_namespace_is_not_entered() {
 }
 
 #[test]
-fn another_process_reads_the_same_id() {
+fn namespace_id_survives_serialization() {
     let id = NamespaceId {
         device: 4,
         inode: u64::MAX - 1,
@@ -94,7 +95,7 @@ fn another_process_reads_the_same_id() {
 }
 
 #[test]
-fn the_machines_own_is_known_by_its_inode_or_its_cookie() {
+fn initial_namespace_is_recognized_by_inode_or_cookie() {
     let id = |inode| NamespaceId { device: 4, inode };
     let table = [
         ("5.15 to 6.17", 0xF000_0008, 1, true),

@@ -1,4 +1,4 @@
-//! Rules that name a user or a group, and what they come to with the numbers that are known.
+//! Rules with the name of a user or a group, and their result with the numbers that are known.
 
 use std::fmt;
 
@@ -11,31 +11,30 @@ use crate::workload_rule::{Decision, ExeMatcher, OVERFLOW_ID, WorkloadRule, deci
 /// A user or a group, by its name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum AccountName {
-    /// A user.
+    /// The name of a user.
     User(String),
-    /// A group.
+    /// The name of a group.
     Group(String),
 }
 
-/// What the name service has answered about a name.
+/// The answer of the name service about a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Known {
-    /// Its number.
+    /// The number of the user or group.
     Number(u32),
-    /// There is no such user or group.
+    /// The user or group does not exist.
     Absent,
-    /// Nothing yet: it does not answer, or it fails.
+    /// The name service has not responded yet, or has failed.
     Unanswered,
 }
 
-/// A `[[workload]]` as it is written. What it has by a name is missing in `rule`.
+/// A `[[workload]]` rule as it is in the configuration. Keys with a name are missing in `rule`.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct NamedRule {
-    /// The rule, with what it has by a number.
+    /// The rule, with its keys that have a number.
     pub rule: WorkloadRule,
-    /// The user's name.
     pub user: Option<AccountName>,
-    /// The primary group's name.
     pub group: Option<AccountName>,
     /// The name of one of the supplementary groups.
     pub supplementary_group: Option<AccountName>,
@@ -44,38 +43,39 @@ pub struct NamedRule {
 /// Rules with the numbers that were known at one time.
 #[derive(Debug, Default)]
 pub struct Resolved {
-    /// In the order of the configuration. A rule with an unknown name has [`OVERFLOW_ID`] instead, which matches no caller,
-    /// and still causes the process to be read where the known number would.
+    /// The rules in the order of the configuration. An unknown name is replaced by [`OVERFLOW_ID`],
+    /// which matches no caller. It still causes the process to be read where the known number
+    /// would.
     rules: Vec<WorkloadRule>,
     incomplete: Vec<Incomplete>,
 }
 
-/// A rule of which a name is not known.
+/// A rule with an unknown name.
 #[derive(Debug)]
 struct Incomplete {
-    /// Its index among the rules.
+    /// The index of the rule.
     index: usize,
-    /// The rule without that name: it matches at least the callers that the rule would match.
+    /// The rule without that name. It matches at least the callers that the rule would match.
     without: WorkloadRule,
     user: UnknownName,
     group: UnknownName,
     supplementary_group: UnknownName,
 }
 
-/// A name, and why its number is not known.
+/// A name, and the reason why its number is unknown.
 type UnknownName = Option<(AccountName, Known)>;
 
 /// The names on which the decision about one caller depends.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct MissingNames {
-    /// The name service has answered that there are no such users and groups.
+    /// The names without a user or group, by the answer of the name service.
     pub absent: Vec<AccountName>,
-    /// The name service has not answered.
+    /// The names that the name service has not answered.
     pub unanswered: Vec<AccountName>,
 }
 
 impl AccountName {
-    /// The name itself.
+    /// Returns the text of the name.
     pub fn as_str(&self) -> &str {
         let (Self::User(name) | Self::Group(name)) = self;
         name
@@ -103,19 +103,19 @@ impl From<WorkloadRule> for NamedRule {
 }
 
 impl NamedRule {
-    /// The SPIFFE ID of callers that match.
+    /// Returns the SPIFFE ID of callers that match.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.rule.spiffe_id
     }
 
-    /// The names in it.
+    /// Returns the names in the rule.
     pub fn names(&self) -> impl Iterator<Item = &AccountName> {
         [&self.user, &self.group, &self.supplementary_group]
             .into_iter()
             .flatten()
     }
 
-    /// Whether a caller on the host's TCP listeners can match it by its socket alone.
+    /// Returns whether a caller on the host's TCP listeners can match it by its socket alone.
     pub fn socket_decides(&self) -> bool {
         let is_root = self
             .user
@@ -125,7 +125,7 @@ impl NamedRule {
         !is_root && !has_group && self.rule.socket_decides()
     }
 
-    /// The rule with all numbers; `None` where one is not known.
+    /// Returns the rule with all numbers, or `None` if one is unknown.
     pub fn resolve(&self, number: impl Fn(&AccountName) -> Known) -> Option<WorkloadRule> {
         let is_known = |name: &AccountName| matches!(number(name), Known::Number(_));
         self.names()
@@ -150,7 +150,7 @@ impl NamedRule {
 }
 
 impl Resolved {
-    /// `number` gives what is known of a name.
+    /// Resolves the rules. `number` returns the known answer for a name.
     pub fn new(rules: &[NamedRule], number: impl Fn(&AccountName) -> Known) -> Self {
         let unknown = |name: &Option<AccountName>| {
             let name = name.clone()?;
@@ -188,13 +188,14 @@ impl Resolved {
         }
     }
 
-    /// The first rule that matches; see [`decide`].
+    /// Returns the first rule that matches, as [`decide`] does.
     pub fn decide(&self, caller: &Caller, asked: Instant) -> Decision<'_> {
         decide(&self.rules, caller, asked)
     }
 
-    /// What has to be looked at of the caller's process; `None` if what is known decides. For a user whose name may be one that
-    /// is not known yet, that is also what the rule with that name needs: its number may come before the decision.
+    /// Returns the facts of the caller's process that have to be read, or `None` if the known facts
+    /// decide. For a user that an unknown name may mean, it includes the facts for the rule with
+    /// that name, since its number may arrive before the decision.
     pub fn facts_needed(
         &self,
         caller: &Caller,
@@ -212,9 +213,9 @@ impl Resolved {
         })
     }
 
-    /// The names that could change `decision`: those of rules before the one that matched, which match this caller in
-    /// everything else. `is_other` is true where a user or group with this number has another name than this one. An error if
-    /// that depends on what a file is now.
+    /// Returns the names that could change `decision`: those of earlier rules that match this
+    /// caller in everything else. `is_other` returns true if the user or group with this number has
+    /// another name. Fails if the result depends on the current file at a path.
     pub fn missing(
         &self,
         caller: &Caller,
@@ -238,7 +239,8 @@ impl Resolved {
 }
 
 impl Incomplete {
-    /// Whether the rule would match with some number for each unknown name. What was not read of the process excludes nothing.
+    /// Returns whether the rule would match with some number for each unknown name. Facts that were
+    /// not read exclude nothing.
     fn could_match(
         &self,
         caller: &Caller,
@@ -255,7 +257,7 @@ impl Incomplete {
         }
     }
 
-    /// Whether the caller may be the user, and in the groups, whose names are not known.
+    /// Returns whether the caller may be the user, and in the groups, that the unknown names mean.
     fn can_be_of(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> bool {
         let process = caller.process.as_ref();
         let can_be = |unknown: &UnknownName, ids: Option<&[u32]>| match (unknown, ids) {
@@ -275,7 +277,8 @@ impl Incomplete {
             )
     }
 
-    /// A rule with a name that does not exist matches no caller, whatever its other names are.
+    /// Adds the unknown names of the rule. If one of them does not exist, the rule matches no
+    /// caller, and only such names count.
     fn add_to(&self, missing: &mut MissingNames) {
         let unknown = || {
             [&self.user, &self.group, &self.supplementary_group]

@@ -4,7 +4,7 @@ use super::*;
 use crate::caller::unchanged::unchanged;
 use crate::caller::{Groups, ListenerKind, Process, Program};
 
-/// A caller of whom only the socket is known.
+/// Returns a caller of which only the socket is known.
 fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
     unchanged(ListenerKind::Tcp, uid, cgroup, None)
 }
@@ -54,7 +54,7 @@ fn glob(text: &str) -> Option<glob::Pattern> {
     Some(glob::Pattern::new(text).unwrap())
 }
 
-/// With the files of rules looked at where they are needed.
+/// Decides with the files of rules read where they are needed.
 fn decided<'a>(rules: &'a [WorkloadRule], caller: &Caller) -> Decision<'a> {
     let asked = Instant::now();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -86,7 +86,7 @@ const CONTAINER: Option<&str> = Some(
 );
 
 #[test]
-fn socket_alone_decides_where_the_rule_names_a_place() {
+fn socket_decides_for_rules_with_a_location() {
     let unit = |name: &str| WorkloadRule {
         systemd_unit: Some(name.to_owned()),
         ..rule()
@@ -100,11 +100,11 @@ fn socket_alone_decides_where_the_rule_names_a_place() {
         ..rule()
     };
     let table = [
-        // A container without a cgroup of its own has a uid of the host's, too (T31).
+        // A container without a cgroup of its own also has a uid of the host (T31).
         (uid.clone(), 1001, HOST, "needs the process"),
         (uid.clone(), 1002, HOST, "no match"),
         (uid.clone(), 0, HOST, "no match"),
-        // Root's sockets are in others' hands, too, as those of a web server's workers are (T24).
+        // Other processes hold root's sockets too, such as the workers of a web server (T24).
         (unit("billing.service"), 0, HOST, "needs the process"),
         (cgroup("/system.slice/*"), 0, HOST, "needs the process"),
         (cgroup("/system.slice/*"), 0, None, "no match"),
@@ -122,7 +122,7 @@ fn socket_alone_decides_where_the_rule_names_a_place() {
             Some("/system.slice/other.service"),
             "no match",
         ),
-        // Delegated to its user, who can name what is below as he likes (attack 2).
+        // The unit is delegated to its user, which may choose names below it (T2).
         (
             unit("billing.service"),
             5,
@@ -153,7 +153,7 @@ fn socket_alone_decides_where_the_rule_names_a_place() {
         ),
         (cgroup("/system.slice/Billing.service"), 5, HOST, "no match"),
         (cgroup("/system.slice/*"), 5, None, "no match"),
-        // Only a rule that names the cgroup can mean a container (attack 6).
+        // Only a rule with the cgroup can match a container (T6).
         (cgroup("/system.slice/docker-*"), 5, CONTAINER, "matched"),
         (
             WorkloadRule {
@@ -207,7 +207,7 @@ fn socket_alone_decides_where_the_rule_names_a_place() {
 }
 
 #[test]
-fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
+fn rule_needs_the_process_if_no_cgroup_shows_a_container() {
     let uid = WorkloadRule {
         uid: Some(1001),
         ..rule()
@@ -230,7 +230,7 @@ fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
             "no match",
         );
     }
-    // A process in namespaces of its own is in a container, whatever its cgroup is called.
+    // A process in namespaces of its own is in a container, whatever its cgroup's name.
     let contained = Process {
         in_container: true,
         ..process()
@@ -252,7 +252,7 @@ fn where_no_cgroup_tells_whether_it_is_a_container_the_process_has_to() {
 }
 
 #[test]
-fn groups_need_the_process() {
+fn group_rules_need_the_process() {
     let table = [
         (
             WorkloadRule {
@@ -307,7 +307,7 @@ fn groups_need_the_process() {
             expected,
         );
         decides(&rule, &by_socket(7, CONTAINER), "no match");
-        // Of groups that were looked at for an agent it is not known which they are.
+        // Groups that were read for an agent are known by their digest only.
         let digest = Groups::new(vec![27, 1002], GroupDetail::Digest).unwrap();
         let unlisted = Process {
             groups: Some(digest),
@@ -319,7 +319,7 @@ fn groups_need_the_process() {
             expected
         };
         decides(&rule, &with_process(by_socket(7, HOST), unlisted), expected);
-        // What the socket rules out costs no search.
+        // If the socket excludes the caller, no search is necessary.
         decides(
             &WorkloadRule {
                 uid: Some(8),
@@ -332,7 +332,7 @@ fn groups_need_the_process() {
 }
 
 #[test]
-fn the_overflow_id_is_nobody() {
+fn overflow_id_matches_no_rule() {
     for rule in [
         WorkloadRule {
             uid: Some(OVERFLOW_ID),
@@ -383,13 +383,13 @@ fn executable(file: &std::fs::Metadata, shown: &Path) -> Executable {
 }
 
 #[test]
-fn an_executable_is_the_file_that_is_there_now() {
+fn exe_matches_the_current_file() {
     let directory = tempfile::tempdir().unwrap();
     let [program, copy, link] = ["program", "copy", "link"].map(|name| directory.path().join(name));
     std::fs::write(&program, "v1").unwrap();
     std::fs::write(&copy, "v1").unwrap();
     std::os::unix::fs::symlink(&program, &link).unwrap();
-    // `shown` is what /proc/<pid>/exe would read as, which the caller can forge (attack 11).
+    // `shown` is the target of /proc/<pid>/exe, which the caller can forge (T11).
     let running = |file: &Path, shown: &Path| {
         let exe = executable(&std::fs::metadata(file).unwrap(), shown);
         with_process(by_socket(7, HOST), running_program(Some(exe)))
@@ -408,7 +408,7 @@ fn an_executable_is_the_file_that_is_there_now() {
     );
     decides(&only(&link), &running(&program, &program), "matched");
     decides(&only(&program), &running(&copy, &program), "no match");
-    // Not looked at, and looked at without being allowed to see it.
+    // The program was not read, or could not be read for lack of permission.
     decides(
         &only(&program),
         &with_process(by_socket(7, HOST), process()),
@@ -459,16 +459,18 @@ fn an_executable_is_the_file_that_is_there_now() {
         "matched",
     );
 
-    // An upgrade replaces the file: what runs the old one is no longer that program, and what runs the new one is.
+    // An upgrade replaces the file. A process that executes the old file no longer matches, and one
+    // that executes the new file does.
     let old = running(&program, &program);
     std::fs::rename(&copy, &program).unwrap();
     decides(&only(&program), &old, "no match");
     decides(&only(&program), &running(&program, &program), "matched");
 }
 
-/// However short ago it was seen there: what runs on is looked at by its open file, as `/proc/<pid>/exe` shows it.
+/// Covers a stat of a moment ago. The executable of a running process is read by its open file, as
+/// `/proc/<pid>/exe` shows it.
 #[test]
-fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
+fn exe_does_not_match_a_file_that_was_moved() {
     let directory = tempfile::tempdir().unwrap();
     let [program, other] = ["program", "other"].map(|name| directory.path().join(name));
     let rule = WorkloadRule {
@@ -496,7 +498,7 @@ fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
         std::fs::write(&program, "v1").unwrap();
         let running = std::fs::File::open(&program).unwrap();
         decides_of(&running, "matched");
-        // Seen there a moment ago, and not looked for anew.
+        // The file was found there a moment ago, and is not read again.
         let seen = || {
             rule.exe
                 .as_ref()
@@ -514,7 +516,7 @@ fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
         take(&program, &other);
         decides_of(&running, "no match");
     }
-    // The other directory in its place that this does not see at once.
+    // This replaces a directory on the path, which the cache does not detect at once.
     let [old, new] = ["old", "new"].map(|name| directory.path().join(name));
     std::fs::create_dir(&old).unwrap();
     std::fs::write(old.join("program"), "v1").unwrap();
@@ -537,9 +539,9 @@ fn an_executable_that_was_taken_from_its_place_is_not_there_any_more() {
     assert_eq!(runs(), None);
 }
 
-/// A later rule would be another one's, if that is what runs.
+/// A later rule would return another workload's identity, if that program is running.
 #[test]
-fn a_file_that_cannot_be_looked_at_is_not_another_one() {
+fn unreadable_exe_is_undecided() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("program");
     std::os::unix::fs::symlink(&path, &path).unwrap();
@@ -558,7 +560,7 @@ fn a_file_that_cannot_be_looked_at_is_not_another_one() {
 }
 
 #[test]
-fn the_first_rule_that_matches_wins() {
+fn first_matching_rule_wins() {
     let named = |name: &str, rule: WorkloadRule| WorkloadRule {
         spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap(),
         ..rule
@@ -606,9 +608,9 @@ fn the_first_rule_that_matches_wins() {
         "other"
     );
     assert_eq!(chosen(&by_socket(3, HOST)), "NoMatch");
-    // The first rule names no place, so a process that is there has to agree.
+    // The first rule has no location, so a process has to hold the socket and match.
     assert_eq!(chosen(&by_socket(1, HOST)), "NeedsProcess");
-    // The second rule comes first, so the third must not be taken before the second is decided.
+    // The second rule comes first, so the third must not match before the second is decided.
     assert_eq!(chosen(&by_socket(2, HOST)), "NeedsProcess");
     assert_eq!(
         chosen(&with_process(by_socket(2, HOST), process())),

@@ -320,7 +320,7 @@ fn a_daemon_out_of_descriptors_recovers() {
         stage
             .daemon
             .log()
-            .matches("no connection can be taken for the moment")
+            .matches("cannot accept connections; backing off")
             .count()
     };
     for (round, listener) in LISTENERS.into_iter().enumerate() {

@@ -302,7 +302,11 @@ fn a_listener_that_its_pod_kills_comes_back() {
         assert!(stage.site.serves("a", &cgroup, address), "{address}");
     }
     let log = stage.daemon.log();
-    assert_eq!(log.matches("the listener was killed").count(), 2, "{log}");
+    assert_eq!(
+        log.matches("listener was killed; rebinding").count(),
+        2,
+        "{log}"
+    );
 }
 
 #[test]

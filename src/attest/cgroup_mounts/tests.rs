@@ -16,7 +16,7 @@ fn made(names: Vec<String>, mount: PathBuf) -> CgroupMount {
     }
 }
 
-/// Two hierarchies, v2 and v1's memory, with these directories in both.
+/// Creates two hierarchies, v2 and v1's memory, with these directories in both.
 fn machine(directories: &[&str]) -> (tempfile::TempDir, CgroupMounts) {
     let folder = tempfile::tempdir().unwrap();
     let [v2, memory] = ["v2", "memory"].map(|name| folder.path().join(name));
@@ -32,7 +32,7 @@ fn machine(directories: &[&str]) -> (tempfile::TempDir, CgroupMounts) {
 }
 
 #[test]
-fn hierarchies_are_found_where_they_are_mounted() {
+fn find_returns_the_mounts_of_all_hierarchies() {
     let mountinfo = "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
                      32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
                      40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,name=systemd\n\
@@ -41,7 +41,7 @@ fn hierarchies_are_found_where_they_are_mounted() {
     let found = CgroupMounts::find(mountinfo);
     let mount = |names| {
         found
-            .of(names)
+            .get(names)
             .map(|found| found.mount.to_str().unwrap().to_owned())
     };
     assert_eq!(
@@ -57,7 +57,7 @@ fn hierarchies_are_found_where_they_are_mounted() {
 }
 
 #[test]
-fn those_that_root_alone_could_have_named_are_believed() {
+fn check_accepts_cgroups_that_only_root_could_name() {
     let pod = format!("kubepods/besteffort/pod{U}/{C}");
     let (_folder, machine) = machine(&["system.slice/billing.service", &pod]);
     for text in [
@@ -71,7 +71,7 @@ fn those_that_root_alone_could_have_named_are_believed() {
 }
 
 #[test]
-fn a_container_within_another_or_two_of_them_are_refused() {
+fn check_rejects_nested_or_different_containers() {
     let (outer, inner) = (
         format!("docker/{C}"),
         format!("docker/{C}/kubepods/pod{U}/{OTHER}"),
@@ -91,7 +91,7 @@ fn a_container_within_another_or_two_of_them_are_refused() {
 }
 
 #[test]
-fn what_a_user_could_have_named_is_refused() {
+fn check_rejects_cgroups_that_a_user_could_name() {
     let delegated = "user.slice/user@1002.service";
     let (folder, machine) = machine(&[&format!("{delegated}/app")]);
     chown(folder.path().join("v2").join(delegated), Some(1002), None).unwrap();
@@ -104,7 +104,7 @@ fn what_a_user_could_have_named_is_refused() {
         Err(AttestError::DelegatedCgroup)
     );
     assert_eq!(machine.check("0::/user.slice\n"), Ok(()));
-    // In v1's hierarchy it is root's.
+    // In v1's hierarchy root owns it.
     assert_eq!(
         machine.check(&format!("4:memory:/{delegated}/app\n")),
         Ok(())
@@ -121,7 +121,7 @@ fn what_a_user_could_have_named_is_refused() {
 }
 
 #[test]
-fn what_cannot_be_looked_at_is_refused() {
+fn check_rejects_unreadable_cgroups() {
     let (_folder, machine) = machine(&["there"]);
     for text in [
         "0::/gone\n",
@@ -137,10 +137,11 @@ fn what_cannot_be_looked_at_is_refused() {
     }
 }
 
-/// What is seen of the v2 hierarchy: where, which directory of it, and how far above the namespace.
+/// Returns how the v2 hierarchy is visible: its mount, the mounted directory, and the levels above
+/// the namespace.
 fn unified(mountinfo: &str) -> Option<(String, String, usize)> {
     let found = CgroupMounts::find(mountinfo);
-    let found = found.of("")?;
+    let found = found.get("")?;
     Some((
         found.mount.to_str().unwrap().to_owned(),
         found.base.clone(),
@@ -149,7 +150,7 @@ fn unified(mountinfo: &str) -> Option<(String, String, usize)> {
 }
 
 #[test]
-fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
+fn find_prefers_the_hosts_tree_in_a_container() {
     let own = format!(
         "/kubepods.slice/kubepods-pod{}.slice/cri-containerd-{C}.scope",
         U.replace('-', "_")
@@ -157,12 +158,13 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
     let mount =
         |root: &str, at: &str| format!("41 31 0:38 {root} {at} ro,nosuid - cgroup2 cgroup2 rw\n");
     let table = [
-        // On the host.
+        // The daemon runs on the host.
         (
             mount("/", "/sys/fs/cgroup"),
             Some(("/sys/fs/cgroup", "", 0)),
         ),
-        // In the host's cgroup namespace, as with cgroup v1: its own part, and the whole at another place, in either order.
+        // The container is in the host's cgroup namespace, as with cgroup v1. Its own part and the
+        // whole tree are mounted, in either order.
         (
             mount(&own, "/sys/fs/cgroup") + &mount("/", "/host/cgroup"),
             Some(("/host/cgroup", "", 0)),
@@ -172,7 +174,7 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
             Some(("/host/cgroup", "", 0)),
         ),
         (mount(&own, "/sys/fs/cgroup"), None),
-        // Or the kubelet's part of it.
+        // The kubelet's part of the tree is mounted in place of the whole.
         (
             mount(&own, "/sys/fs/cgroup") + &mount("/kubepods.slice", "/host/pods"),
             Some(("/host/pods", "/kubepods.slice", 0)),
@@ -181,7 +183,7 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
             mount("/kubepods", "/host/pods") + &mount("/", "/host/cgroup"),
             Some(("/host/cgroup", "", 0)),
         ),
-        // In a namespace of its own the root is its own part.
+        // The container is in a namespace of its own, so its own part is the root.
         (
             mount("/", "/sys/fs/cgroup") + &mount("/../../..", "/host/cgroup"),
             Some(("/host/cgroup", "", 3)),
@@ -194,7 +196,7 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
             mount("/../../..", "/sys/fs/cgroup"),
             Some(("/sys/fs/cgroup", "", 3)),
         ),
-        // Something beside it is in no known place.
+        // A directory outside the namespace has no known position.
         (
             mount("/", "/sys/fs/cgroup") + &mount("/../other", "/x"),
             Some(("/sys/fs/cgroup", "", 0)),
@@ -208,7 +210,7 @@ fn in_a_container_the_hosts_tree_is_taken_and_not_its_own_part() {
 }
 
 #[test]
-fn paths_are_read_from_where_the_daemon_stands() {
+fn path_is_relative_to_the_daemons_cgroup_namespace() {
     let own = "/kubepods/burstable/own/container";
     let seen = |above, own: Option<&str>| {
         let own = own.map(str::to_owned);
@@ -247,7 +249,7 @@ fn paths_are_read_from_where_the_daemon_stands() {
             Some("/system.slice/x.service"),
         ),
         (4, Some(own), "/../../../..", Some("/")),
-        // Above what is mounted.
+        // These are above the mounted directory.
         (4, Some(own), "/../../../../../x", None),
         (4, Some(own), "/a/../b", None),
         (
@@ -256,7 +258,7 @@ fn paths_are_read_from_where_the_daemon_stands() {
             "/..x",
             Some("/kubepods/burstable/own/container/..x"),
         ),
-        // Where its own place is not known, only that of others who have nothing in common with it.
+        // If the own position is not known, only paths without a part in common are.
         (
             4,
             None,
@@ -276,7 +278,7 @@ fn paths_are_read_from_where_the_daemon_stands() {
 }
 
 #[test]
-fn its_own_place_is_found_by_its_inode() {
+fn own_path_is_found_by_inode() {
     let folder = tempfile::tempdir().unwrap();
     for directory in ["a/b/c", "a/d/c", "e/b/c"] {
         fs::create_dir_all(folder.path().join(directory)).unwrap();

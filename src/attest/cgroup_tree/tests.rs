@@ -6,7 +6,7 @@ fn found(mountinfo: &str) -> Option<CgroupTree> {
 }
 
 #[test]
-fn the_mount_is_found() {
+fn find_returns_the_v2_mount() {
     let hybrid = "30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
                   31 30 0:27 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw\n\
                   32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
@@ -23,7 +23,7 @@ fn the_mount_is_found() {
 }
 
 #[test]
-fn ids_become_paths_and_are_forgotten_with_their_directory() {
+fn path_is_evicted_with_its_directory() {
     let root = tempfile::tempdir().unwrap();
     let unit = root.path().join("system.slice/billing.service");
     fs::create_dir_all(&unit).unwrap();
@@ -43,7 +43,7 @@ fn ids_become_paths_and_are_forgotten_with_their_directory() {
         tree.path_of_blocking(1 << 60),
         Err(AttestError::UnreadableCgroup)
     );
-    // As if it had been seen longer ago than that.
+    // The path was last found there longer ago than the recheck time.
     let later = || {
         tree.paths
             .lock()
@@ -66,7 +66,7 @@ fn ids_become_paths_and_are_forgotten_with_their_directory() {
 }
 
 #[test]
-fn the_hosts_own_tree_is_asked_by_handle() {
+fn path_by_handle_works_on_the_real_tree() {
     let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else {
         return;
@@ -98,7 +98,7 @@ fn the_hosts_own_tree_is_asked_by_handle() {
 }
 
 #[test]
-fn a_cgroup_that_cannot_be_listed_is_refused() {
+fn listing_fails_for_unreadable_cgroups() {
     let root = tempfile::tempdir().unwrap();
     let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
     let path = CgroupPath::parse("/gone").unwrap();
@@ -112,7 +112,7 @@ fn a_cgroup_that_cannot_be_listed_is_refused() {
     );
 }
 
-/// A cgroup of the real tree, with its path in it, where that can be made.
+/// Creates a cgroup in the real tree where possible, and returns its directory and path.
 fn made(tree: &CgroupTree, name: &str) -> (PathBuf, CgroupPath) {
     let path =
         CgroupPath::parse(&format!("/awsvid-unit-test-{}-{name}", std::process::id())).unwrap();
@@ -126,7 +126,7 @@ fn move_to(directory: &Path, pid: u32) {
 }
 
 #[test]
-fn a_list_that_is_open_says_what_is_so_now() {
+fn open_list_returns_current_pids() {
     let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else {
         return;
@@ -149,7 +149,7 @@ fn a_list_that_is_open_says_what_is_so_now() {
         move_to(&directory, pids[count - 1]);
         assert_eq!(tree.processes(&path, 100), Ok(pids[..count].to_vec()));
     }
-    // Also while another one reads the list.
+    // The same holds while another thread reads the list.
     let busy = tree.lists()[&path].clone();
     let busy = busy.lock().unwrap();
     assert_eq!(tree.processes(&path, 100), Ok(pids.clone()));
@@ -167,7 +167,7 @@ fn a_list_that_is_open_says_what_is_so_now() {
         tree.processes(&path, 100),
         Err(AttestError::UnreadableCgroup)
     );
-    // Another one in its place is read, and not the one that is gone.
+    // A new cgroup at the same path is read, and not the removed one.
     fs::create_dir(&directory).unwrap();
     assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
     assert_ne!(kept(), first);
@@ -175,7 +175,7 @@ fn a_list_that_is_open_says_what_is_so_now() {
 }
 
 #[test]
-fn so_many_lists_are_open_and_no_more() {
+fn open_lists_are_bounded() {
     let root = tempfile::tempdir().unwrap();
     let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
     for number in 0..200 {
@@ -191,7 +191,7 @@ fn so_many_lists_are_open_and_no_more() {
     }
 }
 
-/// A part of the real tree, with these directories; gone at the end.
+/// A part of the real tree with these directories, which is removed on drop.
 struct Made(PathBuf);
 
 impl Made {
@@ -224,22 +224,23 @@ fn id_of(directory: &Path) -> u64 {
     fs::metadata(directory).unwrap().ino()
 }
 
-/// As for a peer in this pod's network.
+/// Finds a path as for a peer in this pod's network.
 async fn path_of(
     tree: &Arc<CgroupTree>,
     namespace: u64,
     id: u64,
 ) -> Result<CgroupPath, AttestError> {
-    let key = WalkKey {
+    let key = ScanKey {
         namespace: Some(namespace),
         uid: None,
     };
     tree.path_of(id, (TreeScope::Pods, key), || ()).await
 }
 
-/// A node of 250 pods with two containers each; one of them asks without end with ids that are nowhere.
+/// Simulates a node of 250 pods with two containers each. One pod floods the tree with ids that do
+/// not exist.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waiting() {
+async fn unknown_ids_cost_a_tenth_of_a_cpu_and_block_no_lookup() {
     let whole = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let (Some(whole), true) = (whole, nix::unistd::geteuid().is_root()) else {
         return;
@@ -301,9 +302,10 @@ async fn ids_that_are_nowhere_cost_a_tenth_of_a_processor_and_keep_nobody_waitin
     );
 }
 
-/// Attack 33: those who wait for a walk in vain keep others neither from being accepted nor from being looked for.
+/// Covers T33: peers that wait for a scan in vain block others neither from being accepted nor from
+/// a scan.
 #[tokio::test]
-async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
+async fn waiters_for_scans_are_limited_per_user_and_pod() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("new")).unwrap();
     let tree = Arc::new(CgroupTree::at(
@@ -311,7 +313,7 @@ async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
         PodRoots::defaults(),
     ));
     let id = id_of(&folder.path().join("new"));
-    let hostile = WalkKey {
+    let hostile = ScanKey {
         namespace: None,
         uid: Some(7),
     };
@@ -325,12 +327,12 @@ async fn waiting_for_a_walk_is_limited_for_each_user_and_pod() {
     for (namespace, uid) in [(None, Some(8)), (Some(1), None)] {
         let mut waits = false;
         let found = tree
-            .path_of(id, (TreeScope::All, WalkKey { namespace, uid }), || {
+            .path_of(id, (TreeScope::All, ScanKey { namespace, uid }), || {
                 waits = true
             })
             .await;
         assert_eq!(found.unwrap().as_str(), "/new");
-        // The first of them had to wait for a walk, and for the next it is known.
+        // The first peer had to wait for a scan, and the next one finds the path in the cache.
         assert_eq!(waits, namespace.is_none());
     }
     drop(held);

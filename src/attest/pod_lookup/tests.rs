@@ -5,7 +5,7 @@ use super::*;
 const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
 
-/// A tree with these directories, which are root's where root runs the test.
+/// Creates a tree with these directories. Root owns them if root runs the test.
 fn pods(directories: &[&str]) -> (tempfile::TempDir, PodLookup) {
     let folder = tempfile::tempdir().unwrap();
     for directory in directories {
@@ -27,7 +27,7 @@ fn is_root() -> bool {
 }
 
 #[test]
-fn a_pod_is_there_as_long_as_its_directory() {
+fn pod_exists_as_long_as_its_directory() {
     if !is_root() {
         return;
     }
@@ -35,28 +35,31 @@ fn a_pod_is_there_as_long_as_its_directory() {
     let (folder, pods) = pods(&[&format!("{pod}/{C}/init"), "system.slice/a.service"]);
     assert_eq!(pods.discover_roots(), [&path("/kubepods")]);
     assert!(pods.of(&path("/system.slice/a.service")).unwrap().is_none());
-    let housed = pods
+    let resolved = pods
         .of(&path(&format!("/{pod}/{C}/init")))
         .unwrap()
         .unwrap();
     assert_eq!(
-        (housed.pod.uid.as_str(), housed.pod.container.as_deref()),
+        (resolved.pod.uid.as_str(), resolved.pod.container.as_deref()),
         (U, Some(C))
     );
-    let ages = housed.is_there().unwrap();
+    let ages = resolved.verify_exists().unwrap();
     assert!(
         ages.pod < Duration::from_secs(60) && ages.container < Duration::from_secs(60),
         "{ages:?}"
     );
     fs::remove_dir_all(folder.path().join(&pod).join(C)).unwrap();
-    assert!(housed.is_there().is_ok(), "the pod outlives its containers");
-    // Another one in its place is another one.
+    assert!(
+        resolved.verify_exists().is_ok(),
+        "the pod outlives its containers"
+    );
+    // A new directory at the same path is another pod.
     let directory = folder.path().join(&pod);
     let _kept = fs::File::open(&directory).unwrap();
     fs::remove_dir(&directory).unwrap();
-    assert_eq!(housed.is_there(), Err(AttestError::CallerGone));
+    assert_eq!(resolved.verify_exists(), Err(AttestError::CallerGone));
     fs::create_dir(&directory).unwrap();
-    assert_eq!(housed.is_there(), Err(AttestError::CallerGone));
+    assert_eq!(resolved.verify_exists(), Err(AttestError::CallerGone));
     assert!(matches!(
         pods.of(&path(&format!("/{pod}/{C}"))),
         Ok(Some(_))
@@ -70,7 +73,7 @@ fn a_pod_is_there_as_long_as_its_directory() {
 }
 
 #[test]
-fn every_directory_down_to_the_pods_is_roots() {
+fn lookup_requires_root_to_own_every_directory() {
     if !is_root() {
         return;
     }
@@ -91,7 +94,7 @@ fn every_directory_down_to_the_pods_is_roots() {
             );
         }
     }
-    // What a container does with its own, whose name was given to it, is its own business.
+    // Root named the container's directory, and the container may do anything below it.
     let (folder, pods) = pods(&[&format!("{pod}/{C}/x")]);
     chown(folder.path().join(&pod).join(C), Some(1002), None).unwrap();
     assert_eq!(
@@ -106,7 +109,7 @@ fn every_directory_down_to_the_pods_is_roots() {
 }
 
 #[test]
-fn a_pods_name_in_another_place_is_refused_with_what_was_seen() {
+fn lookup_rejects_pod_names_at_other_paths() {
     if !is_root() {
         return;
     }

@@ -16,7 +16,7 @@ fn host() -> Host {
     )
 }
 
-/// A process of the test's own that waits until it is told to end.
+/// Starts a child process that waits until its standard input is closed.
 fn sleeper() -> Child {
     Command::new("cat").stdin(Stdio::piped()).spawn().unwrap()
 }
@@ -32,42 +32,42 @@ fn pidfd(pid: u32) -> OwnedFd {
 }
 
 #[test]
-fn a_process_is_opened_once() {
+fn host_reuses_the_handle_of_a_process() {
     let (host, child) = (host(), sleeper());
     let first = host.process(child.id(), pidfd(child.id())).unwrap();
     let again = host.process(child.id(), pidfd(child.id())).unwrap();
-    // Before Linux 6.9 nothing tells that it is the same.
+    // Before Linux 6.9 nothing shows that it is the same process.
     assert_eq!(Arc::ptr_eq(&first, &again), first.inode().is_some());
     end(child);
 }
 
 #[test]
-fn another_one_with_the_same_number_is_another() {
+fn host_does_not_reuse_a_handle_for_a_reused_pid() {
     let (host, old, new) = (host(), sleeper(), sleeper());
-    // As if the number of the new one had been that of the old one.
+    // This is as if the new process had the pid of the old one.
     let first = host.process(new.id(), pidfd(old.id())).unwrap();
     end(old);
-    assert_eq!(first.alive(), Err(AttestError::CallerGone));
+    assert_eq!(first.verify_alive(), Err(AttestError::CallerGone));
     let second = host.process(new.id(), pidfd(new.id())).unwrap();
     assert!(!Arc::ptr_eq(&first, &second));
-    assert!(Arc::ptr_eq(&second, &host.processes.of(new.id()).unwrap()));
-    assert_eq!(second.alive(), Ok(()));
+    assert!(Arc::ptr_eq(&second, &host.processes.get(new.id()).unwrap()));
+    assert_eq!(second.verify_alive(), Ok(()));
     end(new);
 }
 
 #[test]
-fn what_was_opened_of_one_that_is_gone_shows_nothing_any_more() {
+fn open_directories_fail_after_exit() {
     let child = sleeper();
-    let known = ProcessHandle::new(child.id(), pidfd(child.id()), None);
+    let handle = ProcessHandle::new(child.id(), pidfd(child.id()), None);
     let proc_root = Path::new("/proc");
-    known.descriptors(proc_root).unwrap();
+    handle.descriptors(proc_root).unwrap();
     end(child);
-    let directory = known.directory(proc_root).unwrap();
+    let directory = handle.directory(proc_root).unwrap();
     assert!(fcntl::openat(directory, "stat", OFlag::O_RDONLY, Mode::empty()).is_err());
-    assert!(fcntl::readlinkat(known.descriptors(proc_root).unwrap(), "0").is_err());
+    assert!(fcntl::readlinkat(handle.descriptors(proc_root).unwrap(), "0").is_err());
 }
 
-/// Connections of this process, with number and inode of each.
+/// Returns connections of this process, with descriptor number and inode of each.
 fn connections(count: usize) -> (TcpListener, Vec<(TcpStream, u32, u32)>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let connect = || {
@@ -89,23 +89,23 @@ fn own() -> ProcessHandle {
 }
 
 #[test]
-fn a_descriptor_that_is_a_socket_has_its_inode() {
+fn socket_returns_the_inode_of_a_descriptor() {
     let (_listener, connections) = connections(1);
     let file = std::fs::File::open("/dev/null").unwrap();
-    let (known, proc_root) = (own(), Path::new("/proc"));
+    let (handle, proc_root) = (own(), Path::new("/proc"));
     let (_, number, inode) = connections[0];
-    assert_eq!(known.socket(proc_root, number), Some(inode));
+    assert_eq!(handle.socket(proc_root, number), Some(inode));
     assert_eq!(
-        known.socket(proc_root, file.as_raw_fd().cast_unsigned()),
+        handle.socket(proc_root, file.as_raw_fd().cast_unsigned()),
         None
     );
-    assert_eq!(known.socket(proc_root, u32::MAX), None);
+    assert_eq!(handle.socket(proc_root, u32::MAX), None);
 }
 
-/// The number that is found for `inode`, and how many were looked at.
-fn hinted(known: &ProcessHandle, inode: u32) -> (Option<u32>, usize) {
+/// Returns the number that is found for `inode`, and how many were read.
+fn hinted(handle: &ProcessHandle, inode: u32) -> (Option<u32>, usize) {
     let mut looks = 0;
-    let found = known.find_by_hint(Path::new("/proc"), inode, || {
+    let found = handle.find_by_hint(Path::new("/proc"), inode, || {
         looks += 1;
         Ok(())
     });
@@ -113,77 +113,77 @@ fn hinted(known: &ProcessHandle, inode: u32) -> (Option<u32>, usize) {
 }
 
 #[test]
-fn the_last_numbers_are_tried_and_what_was_come_across_first() {
+fn hints_are_tried_in_order_and_scanned_sockets_first() {
     let (_listener, connections) = connections(10);
-    let known = own();
-    assert_eq!(hinted(&known, connections[0].2), (None, 0));
+    let handle = own();
+    assert_eq!(hinted(&handle, connections[0].2), (None, 0));
     connections
         .iter()
-        .for_each(|(_, number, _)| known.record_held(*number));
-    // The first two are forgotten by now; all others are seen in the search for one that is not there.
-    assert_eq!(hinted(&known, connections[0].2), (None, MAX_HINTS));
+        .for_each(|(_, number, _)| handle.record_held(*number));
+    // The first two hints are evicted by now. A search for a missing inode reads all others.
+    assert_eq!(hinted(&handle, connections[0].2), (None, MAX_HINTS));
     for (_, number, inode) in &connections[2..] {
-        assert_eq!(hinted(&known, *inode), (Some(*number), 1));
+        assert_eq!(hinted(&handle, *inode), (Some(*number), 1));
     }
-    // The oldest is tried first.
-    let known = own();
+    // The oldest hint is tried first.
+    let handle = own();
     connections[..3]
         .iter()
-        .for_each(|(_, number, _)| known.record_held(*number));
-    known.record_held(connections[0].1);
+        .for_each(|(_, number, _)| handle.record_held(*number));
+    handle.record_held(connections[0].1);
     assert_eq!(
-        hinted(&known, connections[2].2),
+        hinted(&handle, connections[2].2),
         (Some(connections[2].1), 2)
     );
 }
 
 #[test]
-fn socket_that_a_search_came_across_is_found_at_once() {
+fn scanned_socket_is_found_without_a_scan() {
     let (_listener, connections) = connections(100);
-    let known = own();
-    known.scanned(
+    let handle = own();
+    handle.replace_socket_hints(
         connections
             .iter()
             .map(|(_, number, inode)| (*inode, *number)),
     );
     for (_, number, inode) in &connections[1..] {
-        assert_eq!(hinted(&known, *inode), (Some(*number), 1));
-        assert_eq!(hinted(&known, *inode), (None, 0), "once");
+        assert_eq!(hinted(&handle, *inode), (Some(*number), 1));
+        assert_eq!(hinted(&handle, *inode), (None, 0), "once");
     }
-    // It is looked at, whatever was there before.
+    // The descriptor is read, whatever the hint was before.
     let (first, number, inode) = connections.into_iter().next().unwrap();
     drop(first);
     let _other = std::fs::File::open("/dev/null").unwrap();
-    assert_eq!(hinted(&known, inode), (None, 1), "{number}");
-    // So many are kept and no more.
-    known.scanned((0..10_000).map(|number| (number, number)));
-    assert_eq!(known.hints.lock().unwrap().sockets.len(), MAX_SOCKETS);
+    assert_eq!(hinted(&handle, inode), (None, 1), "{number}");
+    // The number of hints is bounded.
+    handle.replace_socket_hints((0..10_000).map(|number| (number, number)));
+    assert_eq!(handle.hints.lock().unwrap().sockets.len(), MAX_SOCKETS);
 }
 
 #[test]
-fn a_look_that_is_one_too_many_ends_the_search() {
+fn failed_charge_ends_the_search() {
     let (_listener, connections) = connections(2);
-    let known = own();
+    let handle = own();
     connections
         .iter()
-        .for_each(|(_, number, _)| known.record_held(*number));
-    let found = known.find_by_hint(Path::new("/proc"), connections[1].2, || {
+        .for_each(|(_, number, _)| handle.record_held(*number));
+    let found = handle.find_by_hint(Path::new("/proc"), connections[1].2, || {
         Err(AttestError::TooManyDescriptors)
     });
     assert_eq!(found, Err(AttestError::TooManyDescriptors));
 }
 
 #[test]
-fn a_path_is_read_once_for_each_file() {
-    let known = own();
-    let path = |file, path: &str| known.exe_path(file, || PathBuf::from(path));
+fn exe_path_is_read_once_per_file() {
+    let handle = own();
+    let path = |file, path: &str| handle.exe_path(file, || PathBuf::from(path));
     assert_eq!(&*path((1, 2), "/a"), Path::new("/a"));
     assert_eq!(&*path((1, 2), "/b"), Path::new("/a"));
     assert_eq!(&*path((1, 3), "/b"), Path::new("/b"));
 }
 
 #[test]
-fn so_many_are_kept_and_no_more() {
+fn process_cache_is_bounded() {
     let processes = ProcessCache::default();
     for pid in 1..1000 {
         processes.insert(Arc::new(ProcessHandle::new(
@@ -191,7 +191,7 @@ fn so_many_are_kept_and_no_more() {
             pidfd(std::process::id()),
             None,
         )));
-        assert!(processes.of(pid).is_some());
+        assert!(processes.get(pid).is_some());
         assert!(processes.0.lock().unwrap().len() <= MAX_PROCESSES);
     }
 }

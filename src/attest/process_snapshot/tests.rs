@@ -28,7 +28,7 @@ fn start_time_survives_hostile_names() {
 }
 
 #[test]
-fn only_the_initial_user_namespace_maps_every_id_to_itself() {
+fn identity_map_is_recognized_exactly() {
     assert!(is_identity_map("         0          0 4294967295\n"));
     for map in [
         "",
@@ -41,7 +41,7 @@ fn only_the_initial_user_namespace_maps_every_id_to_itself() {
     }
 }
 
-/// A process of the test's own that waits until it is told to end.
+/// Starts a child process that waits until its standard input is closed.
 fn sleeper() -> std::process::Child {
     std::process::Command::new("cat")
         .stdin(std::process::Stdio::piped())
@@ -50,7 +50,7 @@ fn sleeper() -> std::process::Child {
 }
 
 #[test]
-fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
+fn process_is_unchanged_until_it_exits_even_as_a_zombie() {
     let mut child = sleeper();
     let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
     let host = host();
@@ -59,8 +59,8 @@ fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
     assert_eq!(held.verify_unchanged(), Ok(()));
     assert_eq!(held.to_process().pid, child.id());
     child.kill().unwrap();
-    // Dead, and not reaped before `wait` below: /proc/<pid> is still there.
-    let mut fds = [PollFd::new(held.known.pidfd().as_fd(), PollFlags::POLLIN)];
+    // The process is dead and not reaped before `wait` below, so /proc/<pid> still exists.
+    let mut fds = [PollFd::new(held.handle.pidfd().as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1);
     assert!(
         Path::new("/proc")
@@ -74,17 +74,17 @@ fn a_process_is_the_same_until_it_ends_even_as_a_zombie() {
 }
 
 #[test]
-fn a_number_that_belongs_to_another_process_now_is_not_mistaken() {
+fn reused_pid_is_detected() {
     let mut dead = sleeper();
     let pidfd = crate::attest::sys::pidfd_open(dead.id()).unwrap();
     dead.kill().unwrap();
     dead.wait().unwrap();
     let mut living = sleeper();
-    // As if the number had been given out again in between.
+    // This is as if the pid had been reused in the meantime.
     let host = host();
-    let known = host.process(living.id(), pidfd).unwrap();
+    let handle = host.process(living.id(), pidfd).unwrap();
     assert_eq!(
-        ProcessSnapshot::read_snapshot(&host, known).unwrap_err(),
+        ProcessSnapshot::read_snapshot(&host, handle).unwrap_err(),
         AttestError::CallerGone
     );
     living.kill().unwrap();

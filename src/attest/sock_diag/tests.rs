@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 const CLIENT: &str = "127.0.0.1:40000";
 const SERVER: &str = "127.0.0.1:974";
 
-/// A reply as the kernel would send it.
+/// A reply as the kernel sends it.
 struct DiagReply {
     family: u8,
     state: u8,
@@ -19,7 +19,7 @@ struct DiagReply {
 impl DiagReply {
     fn good() -> Self {
         let mut attributes = Vec::new();
-        // One of 5 bytes first, so that padding matters.
+        // An attribute of 5 bytes comes first, so that padding matters.
         attributes.extend(5_u16.to_ne_bytes());
         attributes.extend(8_u16.to_ne_bytes());
         attributes.extend([3, 0, 0, 0]);
@@ -79,7 +79,7 @@ impl DiagReply {
 }
 
 #[test]
-fn a_reply_is_read() {
+fn parse_reads_a_reply() {
     let expected = SocketInfo {
         uid: 1001,
         inode: 99,
@@ -118,8 +118,8 @@ fn a_reply_is_read() {
 }
 
 #[test]
-fn a_reply_about_anything_else_is_not_believed() {
-    // Every other state, among them LISTEN (10), TIME_WAIT (6), CLOSE_WAIT (8), CLOSE (7).
+fn parse_rejects_replies_for_other_sockets() {
+    // Every other state, among them LISTEN (10), TIME_WAIT (6), CLOSE_WAIT (8) and CLOSE (7).
     for state in [0, 2, 3, 6, 7, 8, 9, 10, 11, 12] {
         assert_eq!(
             DiagReply {
@@ -148,7 +148,7 @@ fn a_reply_about_anything_else_is_not_believed() {
             "{client} {server}"
         );
     }
-    // A client that has closed already reads as root's.
+    // A client that has already closed has uid 0.
     assert_eq!(
         DiagReply {
             uid: 0,
@@ -161,7 +161,7 @@ fn a_reply_about_anything_else_is_not_believed() {
 }
 
 #[test]
-fn a_broken_reply_is_an_error_at_every_length() {
+fn parse_fails_for_replies_of_every_shorter_length() {
     let bytes = DiagReply::good().bytes();
     for length in 0..NLMSG_HEADER + MAX_MESSAGE_BYTES {
         assert!(
@@ -177,7 +177,7 @@ fn a_broken_reply_is_an_error_at_every_length() {
 }
 
 #[test]
-fn only_loopback_is_asked_about() {
+fn lookup_rejects_addresses_outside_loopback() {
     let diag = SockDiag::open().unwrap();
     let neighbour = "192.0.2.7:22".parse().unwrap();
     assert_eq!(
@@ -191,7 +191,7 @@ fn only_loopback_is_asked_about() {
 }
 
 #[test]
-fn real_connections_are_found_over_both_families_and_lost_when_closed() {
+fn lookup_finds_real_connections_until_they_are_closed() {
     let diag = SockDiag::open().unwrap();
     for address in ["127.0.0.1:0", "[::1]:0"] {
         let listener = TcpListener::bind(address).unwrap();
@@ -202,7 +202,7 @@ fn real_connections_are_found_over_both_families_and_lost_when_closed() {
         assert_eq!(found.uid, nix::unistd::geteuid().as_raw());
         assert!(found.cgroup_id.is_some());
         assert_eq!(diag.client_socket(peer, local), Ok(found));
-        // Half closed it is still the client's.
+        // A half-closed socket still belongs to the client.
         client.write_all(b"x").unwrap();
         client.shutdown(std::net::Shutdown::Write).unwrap();
         let mut one = [0];
@@ -223,7 +223,7 @@ fn real_connections_are_found_over_both_families_and_lost_when_closed() {
 }
 
 #[test]
-fn one_that_is_closed_keeps_nothing_and_finds_nobody() {
+fn lookup_fails_after_close() {
     let diag = SockDiag::open().unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

@@ -10,7 +10,7 @@ use crate::attest::sock_diag::SockDiag;
 use crate::caller::GroupDetail;
 use crate::cgroup::PodRoots;
 
-/// Everything that may be looked at.
+/// Returns the facts to read and a large budget.
 const ALL: ProcessFacts = ProcessFacts {
     groups: GroupDetail::List,
     program: true,
@@ -22,7 +22,7 @@ const PLENTY: Budget = Budget {
     time: Duration::from_secs(60),
 };
 
-/// A connection of this process, and what the kernel says of its client's socket.
+/// Returns a connection of this process, and the kernel's description of its client's socket.
 fn connection() -> (TcpListener, TcpStream, SocketInfo) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let server = listener.local_addr().unwrap();
@@ -34,7 +34,7 @@ fn connection() -> (TcpListener, TcpStream, SocketInfo) {
     (listener, client, socket)
 }
 
-/// The machine, with its real cgroup v2 tree.
+/// Returns the machine, with its real cgroup v2 tree.
 fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
     let hierarchies = CgroupMounts::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let host = Arc::new(Host::new(
@@ -47,7 +47,7 @@ fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
     (host, tree)
 }
 
-/// A tree whose root says that these are its processes.
+/// Returns a tree in which the root's list has these processes.
 fn listing(processes: &str) -> (tempfile::TempDir, CgroupTree) {
     let root = tempfile::tempdir().unwrap();
     fs::create_dir(root.path().join("unit")).unwrap();
@@ -61,7 +61,7 @@ fn unit() -> CgroupPath {
 }
 
 #[test]
-fn the_holder_is_found_with_its_descriptor() {
+fn search_finds_the_owner_and_its_descriptor() {
     let (_listener, client, socket) = connection();
     let (host, tree) = machine();
     let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
@@ -70,9 +70,9 @@ fn the_holder_is_found_with_its_descriptor() {
     assert_eq!(found.descriptor, client.as_raw_fd().cast_unsigned());
 }
 
-/// As when it is moved between the list and the look at it.
+/// Covers a process that is moved between the read of the list and its own read.
 #[test]
-fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
+fn search_rejects_an_owner_in_another_cgroup() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, elsewhere) = listing(&format!("{}\n", std::process::id()));
@@ -83,7 +83,7 @@ fn a_holder_that_lives_in_another_cgroup_than_the_socket_is_ambiguous() {
 }
 
 #[test]
-fn a_process_of_a_pid_namespace_that_is_not_seen_ends_the_search() {
+fn search_fails_for_an_invisible_pid_namespace() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("0\n{}\n", std::process::id()));
@@ -94,17 +94,17 @@ fn a_process_of_a_pid_namespace_that_is_not_seen_ends_the_search() {
 }
 
 #[test]
-fn a_search_over_its_budget_finds_nobody() {
+fn search_fails_over_its_budget() {
     let (_listener, _client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
-    // Made after the connection, so they are looked at before it.
+    // These are opened after the connection, so their numbers are higher and they are read first.
     let _others: Vec<_> = (0..300)
         .map(|_| fs::File::open("/dev/null").unwrap())
         .collect();
     for budget in [
         Budget { list: 1, ..PLENTY },
-        // The standard streams and the two sockets are more.
+        // The standard streams and the two sockets exceed the budget.
         Budget {
             descriptors: 3,
             ..PLENTY
@@ -124,7 +124,7 @@ fn a_search_over_its_budget_finds_nobody() {
 }
 
 #[test]
-fn a_process_that_does_not_hold_the_socket_is_passed_over() {
+fn search_skips_a_process_without_the_socket() {
     let (_listener, client, socket) = connection();
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
@@ -135,23 +135,23 @@ fn a_process_that_does_not_hold_the_socket_is_passed_over() {
     );
 }
 
-/// As when another process had this number when it was looked at last.
+/// Covers a pid that belonged to another process when its handle was cached.
 #[test]
-fn a_process_that_has_the_number_of_one_that_is_gone_is_found() {
+fn search_finds_a_process_with_a_reused_pid() {
     let (_listener, _client, socket) = connection();
     let (host, tree) = machine();
     let mut gone = std::process::Command::new("true").spawn().unwrap();
     let pidfd = sys::pidfd_open(gone.id()).unwrap();
     gone.wait().unwrap();
-    let known = host.process(std::process::id(), pidfd).unwrap();
-    // Where the other one had its connections, too.
-    (0..8).for_each(|number| known.record_held(number));
-    known.scanned([(socket.inode, 0)].into_iter());
+    let handle = host.process(std::process::id(), pidfd).unwrap();
+    // The other process had its connections at this number too.
+    (0..8).for_each(|number| handle.record_held(number));
+    handle.replace_socket_hints([(socket.inode, 0)].into_iter());
     let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
     let found = find_socket_owner(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
     assert_eq!(found.process.verify_unchanged(), Ok(()));
     assert!(!Arc::ptr_eq(
-        &known,
-        &host.processes.of(std::process::id()).unwrap()
+        &handle,
+        &host.processes.get(std::process::id()).unwrap()
     ));
 }

@@ -17,22 +17,22 @@ fn host() -> Arc<Host> {
     ))
 }
 
-/// What a kernel before 6.5 would have recorded of this process or a child of it.
+/// Returns what a kernel before 6.5 records of this process or a child of it.
 fn peer(pid: u32, accepted: u64) -> Peer {
     Peer {
         pid,
         uid: geteuid().as_raw(),
         gid: getegid().as_raw(),
-        pinned: PeerPin::SinceAccept(accepted),
+        pin: PeerPin::SinceAccept(accepted),
     }
 }
 
-/// This process's supplementary groups, which its children have too.
+/// Returns this process's supplementary groups, which its children have too.
 fn groups() -> Vec<u32> {
     getgroups().unwrap().into_iter().map(Gid::as_raw).collect()
 }
 
-/// One end of a connection to this process.
+/// Returns one end of a connection to this process.
 fn stream() -> Arc<OwnedFd> {
     Arc::new(UnixStream::pair().unwrap().0.into())
 }
@@ -41,7 +41,7 @@ fn attested(peer: Peer) -> Result<Caller, AttestError> {
     attest(&host(), peer, &stream()).map_err(|unattested| unattested.refusal)
 }
 
-/// A process that waits until it is killed.
+/// Starts a process that waits until it is killed.
 fn waiting(program: &str, arguments: &[&str]) -> Child {
     Command::new(program)
         .args(arguments)
@@ -66,7 +66,7 @@ fn start_time(child: &Child) -> u64 {
 }
 
 #[tokio::test]
-async fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
+async fn attest_uses_the_pid_without_a_kernel_pidfd() {
     let child = waiting("cat", &[]);
     let accepted = start_time(&child);
     let caller = attested(peer(child.id(), accepted)).unwrap();
@@ -77,7 +77,7 @@ async fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
 }
 
 #[test]
-fn without_one_a_process_that_started_after_the_connection_is_another() {
+fn attest_rejects_a_later_process_without_a_kernel_pidfd() {
     let child = waiting("cat", &[]);
     let accepted = start_time(&child) - 1;
     assert_eq!(
@@ -88,12 +88,12 @@ fn without_one_a_process_that_started_after_the_connection_is_another() {
 }
 
 #[test]
-fn without_one_nobody_in_a_container_is_served() {
+fn attest_rejects_containers_without_a_kernel_pidfd() {
     if !Uid::effective().is_root() {
-        // A user namespace may not be allowed here; with root it always is.
+        // A user namespace may not be allowed here; root may always create one.
         return;
     }
-    // In a user namespace of its own, with this user mapped to itself: all that tells is the namespace.
+    // In a user namespace of its own, with this user mapped to itself, only the namespace differs.
     let mut child = waiting(
         "unshare",
         &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"],
@@ -108,7 +108,7 @@ fn without_one_nobody_in_a_container_is_served() {
 }
 
 #[test]
-fn other_ids_than_the_connectors_are_a_refusal() {
+fn attest_rejects_changed_ids() {
     let child = waiting("cat", &[]);
     let other = Peer {
         uid: geteuid().as_raw() + 1,
@@ -124,7 +124,7 @@ fn other_ids_than_the_connectors_are_a_refusal() {
 }
 
 #[tokio::test]
-async fn groups_and_program_are_looked_at_only_where_they_decide() {
+async fn groups_and_program_are_read_only_if_needed() {
     let (child, stream) = (waiting("cat", &[]), stream());
     let least = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
     let process = least.process.as_ref().unwrap();
@@ -158,7 +158,7 @@ async fn groups_and_program_are_looked_at_only_where_they_decide() {
 }
 
 #[tokio::test]
-async fn other_groups_than_the_connectors_are_a_refusal() {
+async fn attest_rejects_changed_groups() {
     if !Uid::effective().is_root() {
         return;
     }

@@ -58,7 +58,8 @@ fn of_unit(path: &str, unit: &str) -> NamedRule {
     }
 }
 
-/// alice is 1001 and ops 2001; ghost does not exist; of everybody else nothing is known.
+/// Returns 1001 for alice and 2001 for ops. The user ghost does not exist, and all other names are
+/// unanswered.
 fn known(name: &AccountName) -> Known {
     match (name, name.as_str()) {
         (AccountName::User(_), "alice") => Known::Number(1001),
@@ -68,12 +69,12 @@ fn known(name: &AccountName) -> Known {
     }
 }
 
-/// Of users and groups, only root's names are known.
+/// Returns whether root has another name. Other users and groups may have any name.
 fn is_other(name: &AccountName, id: u32) -> bool {
     (id == 0) != (name.as_str() == "root")
 }
 
-/// The path of the rule that matches, and the names that could change that.
+/// Returns the path of the rule that matches, and the names that could change that.
 #[track_caller]
 fn decided(rules: &[NamedRule], caller: &Caller) -> (Option<String>, MissingNames) {
     let resolved = Resolved::new(rules, known);
@@ -110,7 +111,7 @@ fn absent(names: &[AccountName]) -> MissingNames {
 }
 
 #[test]
-fn a_name_with_a_number_is_that_number() {
+fn known_name_matches_its_number() {
     let in_ops = NamedRule {
         group: Some(group("ops")),
         ..named("by-group")
@@ -137,7 +138,7 @@ fn a_name_with_a_number_is_that_number() {
 }
 
 #[test]
-fn a_name_without_a_number_matches_nobody() {
+fn unknown_name_matches_no_caller() {
     for name in ["ghost", "stranger"] {
         let rules = [
             of_user(name),
@@ -159,7 +160,7 @@ fn a_name_without_a_number_matches_nobody() {
                 );
             }
         }
-        // The process is looked at for a group as it would be for a known one, and never for a user.
+        // The process is read for a group as for a known one, and never for a user.
         let resolved = Resolved::new(&rules, known);
         assert_eq!(
             resolved.decide(&caller(1001, None), Instant::now()),
@@ -174,13 +175,14 @@ fn a_name_without_a_number_matches_nobody() {
 }
 
 #[test]
-fn names_without_an_answer_matter_to_whom_they_could_be() {
+fn unanswered_names_matter_to_callers_that_could_match() {
     let rules = [
         of_user("stranger"),
         of_unit("app", "app.service"),
         of_user("late"),
     ];
-    // Whoever is in the unit could be the first rule's user, but not root; the last rule comes after the one that matches.
+    // Any caller in the unit could be the first rule's user, except root. The last rule comes after
+    // the one that matches.
     assert_eq!(
         decided(&rules, &caller(1001, None)),
         (matched("app"), unanswered(&[user("stranger")]))
@@ -211,7 +213,7 @@ fn names_without_an_answer_matter_to_whom_they_could_be() {
         decided(&[here], &caller(1001, None)),
         (None, unanswered(&[user("stranger")]))
     );
-    // The overflow id is nobody in particular, and so no user whose number is still to come.
+    // The overflow id identifies no user, so it is not a user of unknown number.
     assert_eq!(
         decided(&rules, &caller(OVERFLOW_ID, None)),
         (None, MissingNames::default())
@@ -219,7 +221,7 @@ fn names_without_an_answer_matter_to_whom_they_could_be() {
 }
 
 #[test]
-fn groups_without_an_answer_matter_unless_all_groups_have_other_names() {
+fn unanswered_groups_matter_unless_all_groups_have_other_names() {
     let primary = [
         NamedRule {
             group: Some(group("strangers")),
@@ -245,7 +247,7 @@ fn groups_without_an_answer_matter_unless_all_groups_have_other_names() {
         (matched("app"), MissingNames::default())
     );
     assert_eq!(decided(&other, &caller(0, Some((0, &[0, 5])))), missing());
-    // Nothing was read of the process, so nothing is excluded.
+    // No facts of the process were read, so nothing is excluded.
     let (decision, names) = decided(&primary, &caller(0, None));
     assert_eq!(
         (decision, names),
@@ -257,13 +259,13 @@ fn groups_without_an_answer_matter_unless_all_groups_have_other_names() {
 }
 
 #[test]
-fn a_name_that_does_not_exist_is_told_from_one_without_an_answer() {
+fn absent_name_is_distinguished_from_an_unanswered_one() {
     let rules = [of_user("ghost"), of_unit("app", "app.service")];
     assert_eq!(
         decided(&rules, &caller(1001, None)),
         (matched("app"), absent(&[user("ghost")]))
     );
-    // With a group that does not exist, nobody can match, whoever the user is.
+    // With a group that does not exist, the rule matches no caller, whatever the user.
     let both = NamedRule {
         user: Some(user("stranger")),
         group: Some(group("ghost")),
@@ -276,7 +278,7 @@ fn a_name_that_does_not_exist_is_told_from_one_without_an_answer() {
 }
 
 #[test]
-fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
+fn process_facts_are_needed_for_a_user_of_unknown_name() {
     let over_tcp = |uid| Caller {
         listener: ListenerKind::Tcp,
         ..caller(uid, None)
@@ -312,12 +314,13 @@ fn process_is_looked_at_for_a_user_whose_name_may_come_to_be_known() {
             needs(with_program(by_unit(name)), &caller(1001, None)),
             Some(program)
         );
-        // Root has another name, the unit decides alone, and over the unix socket the kernel names the process.
+        // Root has another name, the unit decides alone, and on the unix socket the kernel provides
+        // the process.
         assert_eq!(needs(of_user(name), &over_tcp(0)), None);
         assert_eq!(needs(by_unit(name), &over_tcp(1001)), None);
         assert_eq!(needs(of_user(name), &caller(1001, None)), None);
     }
-    // What other rules need is looked at, too.
+    // The facts that other rules need are read, too.
     let rules = [
         with_program(of_user("stranger")),
         NamedRule {

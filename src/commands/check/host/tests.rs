@@ -164,7 +164,7 @@ fn kernels_that_lack_something() {
         (
             without_tcp(TcpUnsupported::NoCgroupId),
             "",
-            Some((Failed, "does not tell the cgroup", "Linux 5.8")),
+            Some((Failed, "does not report the cgroup", "Linux 5.8")),
         ),
         (
             without_tcp(TcpUnsupported::WrongCgroupId),
@@ -181,7 +181,7 @@ fn kernels_that_lack_something() {
         (
             without_tcp(TcpUnsupported::NoCgroupId),
             "pods = true",
-            Some((Failed, "does not tell the cgroup", "Linux 5.8")),
+            Some((Failed, "does not report the cgroup", "Linux 5.8")),
         ),
         // TCP is no way out where it is not there.
         (
