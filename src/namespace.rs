@@ -144,7 +144,7 @@ impl NetNs {
     /// Runs `make` inside the namespace, only to create sockets there. It runs on a thread of its
     /// own, since a namespace belongs to a thread.
     pub fn run_in<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
-        let inside = || {
+        let enter = || {
             let own = File::open(OWN)?;
             match setns(&self.file, CloneFlags::CLONE_NEWNET) {
                 Ok(()) => {}
@@ -161,7 +161,7 @@ impl NetNs {
         thread::scope(|scope| {
             let thread = thread::Builder::new()
                 .name("namespace".to_owned())
-                .spawn_scoped(scope, inside)?;
+                .spawn_scoped(scope, enter)?;
             thread
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
