@@ -74,9 +74,9 @@ impl NamespaceId {
 
     /// Returns whether it is the machine's initial namespace.
     ///
-    /// The node and all pods with `hostNetworkSettings` share it. They may read each other's
-    /// responses on its loopback device (T5). `cookie` is its `SO_NETNS_COOKIE`, which kernels
-    /// before 5.14 do not have.
+    /// The node and all pods with `hostNetwork` share it. They may read each other's responses on
+    /// its loopback device (T5). `cookie` is its `SO_NETNS_COOKIE`, which kernels before 5.14 do
+    /// not have.
     pub fn is_initial(self, cookie: Option<u64>) -> bool {
         self.inode == FIRST_INODE || cookie == Some(FIRST_COOKIE)
     }

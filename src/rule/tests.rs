@@ -610,7 +610,7 @@ fn first_matching_rule_wins() {
     assert_eq!(chosen(&by_socket(3, HOST)), "NoMatch");
     // The first rule has no location, so a process has to hold the socket and match.
     assert_eq!(chosen(&by_socket(1, HOST)), "NeedsProcess");
-    // The second rule comes first, so the third must not match before the second is decide_with_files.
+    // The second rule comes first, so the third must not match before the second is decided.
     assert_eq!(chosen(&by_socket(2, HOST)), "NeedsProcess");
     assert_eq!(
         chosen(&with_process(by_socket(2, HOST), process())),
