@@ -13,15 +13,15 @@ pub const REQUEST_HOLD: Duration = Duration::from_millis(4500);
 /// A source of the wall-clock time. Tests can start it at any time.
 #[derive(Debug, Clone, Default)]
 pub struct Clock {
-    fixed: Option<Arc<Fixed>>,
+    simulated: Option<Arc<SimulatedTime>>,
 }
 
 #[derive(Debug)]
-struct Fixed {
+struct SimulatedTime {
     start: SystemTime,
     since: Instant,
     /// The seconds by which the clock was set ahead, or back.
-    stepped: AtomicI64,
+    offset: AtomicI64,
 }
 
 impl Clock {
@@ -33,35 +33,35 @@ impl Clock {
     /// Returns a clock that shows `now` at this moment and continues with tokio's time, which may
     /// be paused.
     pub fn starting_at(now: SystemTime) -> Self {
-        let fixed = Fixed {
+        let simulated = SimulatedTime {
             start: now,
             since: Instant::now(),
-            stepped: AtomicI64::new(0),
+            offset: AtomicI64::new(0),
         };
         Self {
-            fixed: Some(Arc::new(fixed)),
+            simulated: Some(Arc::new(simulated)),
         }
     }
 
     /// Sets a clock made by [`Clock::starting_at`], and all its clones, ahead by so many seconds,
     /// or back. Does not change the system's clock.
     pub fn step(&self, seconds: i64) {
-        if let Some(fixed) = &self.fixed {
-            fixed.stepped.fetch_add(seconds, Ordering::SeqCst);
+        if let Some(simulated) = &self.simulated {
+            simulated.offset.fetch_add(seconds, Ordering::SeqCst);
         }
     }
 
     /// Returns the current wall-clock time.
     pub fn now(&self) -> SystemTime {
-        let Some(fixed) = &self.fixed else {
+        let Some(simulated) = &self.simulated else {
             return SystemTime::now();
         };
-        let stepped = fixed.stepped.load(Ordering::SeqCst);
+        let offset = simulated.offset.load(Ordering::SeqCst);
         let (by, now) = (
-            Duration::from_secs(stepped.unsigned_abs()),
-            fixed.start + fixed.since.elapsed(),
+            Duration::from_secs(offset.unsigned_abs()),
+            simulated.start + simulated.since.elapsed(),
         );
-        if stepped < 0 { now - by } else { now + by }
+        if offset < 0 { now - by } else { now + by }
     }
 
     /// Returns the time until `moment`, or zero if it has passed.

@@ -152,8 +152,8 @@ impl ConnectionTracker {
     ///
     /// The wait depends only on the daemon's own work, never on a client: the workload is attested
     /// before the daemon reads from the connection. Until then the connection counts towards no
-    /// other limit. Each listener has its own permits, so a pod whose callers are slow to attest
-    /// does not block other listeners.
+    /// other limit. Each listener has its own permits, so a pod with callers that are slow to
+    /// attest does not block other listeners.
     async fn acquire_pending(&self, unattested: &Arc<Semaphore>) -> PendingConnection {
         // The semaphore is never closed, so a permit always follows.
         let permit = PendingPermit {

@@ -74,9 +74,9 @@ impl NamespaceId {
 
     /// Returns whether it is the machine's initial namespace.
     ///
-    /// The node and all pods with `hostNetworkSettings` share it. They may read each other's
-    /// responses on its loopback device (T5). `cookie` is its `SO_NETNS_COOKIE`, which kernels
-    /// before 5.14 do not have.
+    /// The node and all pods with `hostNetwork` share it. They may read each other's responses on
+    /// its loopback device (T5). `cookie` is its `SO_NETNS_COOKIE`, which kernels before 5.14 do
+    /// not have.
     pub fn is_initial(self, cookie: Option<u64>) -> bool {
         self.inode == FIRST_INODE || cookie == Some(FIRST_COOKIE)
     }
@@ -144,7 +144,7 @@ impl NetNs {
     /// Runs `make` inside the namespace, only to create sockets there. It runs on a thread of its
     /// own, since a namespace belongs to a thread.
     pub fn run_in<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
-        let inside = || {
+        let enter = || {
             let own = File::open(OWN)?;
             match setns(&self.file, CloneFlags::CLONE_NEWNET) {
                 Ok(()) => {}
@@ -161,7 +161,7 @@ impl NetNs {
         thread::scope(|scope| {
             let thread = thread::Builder::new()
                 .name("namespace".to_owned())
-                .spawn_scoped(scope, inside)?;
+                .spawn_scoped(scope, enter)?;
             thread
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))

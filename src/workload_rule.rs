@@ -51,9 +51,9 @@ pub struct WorkloadRule {
 #[derive(Debug, Clone)]
 pub struct ExeMatcher {
     path: PathBuf,
-    seen: Arc<Mutex<Option<CachedStat>>>,
+    cached: Arc<Mutex<Option<CachedStat>>>,
     /// Held during a stat: only one task waits for a file server that does not respond.
-    looking: Arc<tokio::sync::Mutex<()>>,
+    stat_lock: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// The result of a stat, and the time of it.
@@ -82,8 +82,8 @@ enum StatResult {
 }
 
 impl StatResult {
-    fn of(looked: &io::Result<std::fs::Metadata>) -> Self {
-        match looked {
+    fn of(result: &io::Result<std::fs::Metadata>) -> Self {
+        match result {
             Ok(file) => {
                 let changed = (file.ctime(), file.ctime_nsec());
                 Self::File {
@@ -139,9 +139,9 @@ enum UndecidedFact<'a> {
 
 /// Returns the first rule that matches. Stops at the first rule that cannot be decided by the known
 /// facts. Uses only stats of rules' files since `since`, or returns the file that has to be read.
-pub fn decide<'a>(rules: &'a [WorkloadRule], caller: &Caller, asked: Instant) -> Decision<'a> {
+pub fn decide<'a>(rules: &'a [WorkloadRule], caller: &Caller, since: Instant) -> Decision<'a> {
     for rule in rules {
-        match rule.matches(caller, asked) {
+        match rule.matches(caller, since) {
             Ok(true) => return Decision::Matched(rule),
             Ok(false) => {}
             Err(UndecidedFact::Process) => return Decision::NeedsProcess,
@@ -158,7 +158,7 @@ pub fn facts_needed(rules: &[WorkloadRule], caller: &Caller) -> Option<ProcessFa
     if decide(rules, caller, Instant::now()) != Decision::NeedsProcess {
         return None;
     }
-    let of_socket = |rule: &&WorkloadRule| rule.is_for_socket_of(caller);
+    let of_socket = |rule: &&WorkloadRule| rule.matches_socket_of(caller);
     let names_group = rules
         .iter()
         .filter(of_socket)
@@ -187,8 +187,8 @@ impl WorkloadRule {
     /// the socket's maker, and the maker is not root. Otherwise a process has to hold the socket
     /// and match, too. A program that got a socket from root is not root (T24). A container without
     /// a name in its cgroup is not its user on the host (T31).
-    fn matches(&self, caller: &Caller, asked: Instant) -> Result<bool, UndecidedFact<'_>> {
-        if !self.is_for_socket_of(caller) {
+    fn matches(&self, caller: &Caller, since: Instant) -> Result<bool, UndecidedFact<'_>> {
+        if !self.matches_socket_of(caller) {
             return Ok(false);
         }
         // A uid or a unit's name means the host's. Only a rule with the container's own cgroup
@@ -198,7 +198,7 @@ impl WorkloadRule {
         }
         if caller.listener == ListenerKind::Tcp
             && caller.process.is_none()
-            && (caller.uid == 0 || !self.names_place())
+            && (caller.uid == 0 || !self.has_location())
         {
             return Err(UndecidedFact::Process);
         }
@@ -229,23 +229,23 @@ impl WorkloadRule {
         let Some(exe) = &program.exe else {
             return Ok(false);
         };
-        file.is(exe, asked).ok_or(UndecidedFact::File(file))
+        file.is(exe, since).ok_or(UndecidedFact::File(file))
     }
 
     /// Returns whether a caller on the host's TCP listeners can match it by its socket alone.
     pub fn socket_decides(&self) -> bool {
         let needs_facts =
             self.gid.is_some() || self.supplementary_group.is_some() || self.exe.is_some();
-        self.names_place() && self.uid != Some(0) && !needs_facts
+        self.has_location() && self.uid != Some(0) && !needs_facts
     }
 
     /// Returns whether it restricts the location of its callers' sockets.
-    fn names_place(&self) -> bool {
+    fn has_location(&self) -> bool {
         self.cgroup.is_some() || self.systemd_unit.is_some()
     }
 
     /// Returns whether it matches the user and the location of this caller's socket.
-    fn is_for_socket_of(&self, caller: &Caller) -> bool {
+    fn matches_socket_of(&self, caller: &Caller) -> bool {
         caller.uid != OVERFLOW_ID
             && self.uid.is_none_or(|uid| uid == caller.uid)
             && self.cgroup_matches(caller)
@@ -270,8 +270,8 @@ impl ExeMatcher {
     pub fn new(path: PathBuf) -> Self {
         Self {
             path,
-            seen: Arc::default(),
-            looking: Arc::default(),
+            cached: Arc::default(),
+            stat_lock: Arc::default(),
         }
     }
 
@@ -285,25 +285,25 @@ impl ExeMatcher {
     /// since its file system may not respond.
     pub async fn look(&self) -> bool {
         let begun = Instant::now();
-        let looking = self.looking.clone().lock_owned().await;
-        let is_readable = |seen: CachedStat| seen.file != StatResult::Unreadable;
-        if let Some(seen) = self.seen().filter(|seen| seen.at >= begun) {
-            return is_readable(seen);
+        let stat_lock = self.stat_lock.clone().lock_owned().await;
+        let is_readable = |cached: CachedStat| cached.file != StatResult::Unreadable;
+        if let Some(cached) = self.cached().filter(|cached| cached.at >= begun) {
+            return is_readable(cached);
         }
-        let (path, seen) = (self.path.clone(), self.seen.clone());
-        let look = move || {
-            let _looking = looking;
+        let (path, cached) = (self.path.clone(), self.cached.clone());
+        let read = move || {
+            let _stat_lock = stat_lock;
             let (at, wall) = (Instant::now(), SystemTime::now());
-            let looked = std::fs::metadata(&path);
-            let file = StatResult::of(&looked);
-            let before = seen
+            let result = std::fs::metadata(&path);
+            let file = StatResult::of(&result);
+            let before = cached
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .replace(CachedStat { file, at, wall });
-            let is_news = before.is_none_or(is_readable);
-            if let Some(error) = looked
+            let is_first_failure = before.is_none_or(is_readable);
+            if let Some(error) = result
                 .err()
-                .filter(|_| is_news && file == StatResult::Unreadable)
+                .filter(|_| is_first_failure && file == StatResult::Unreadable)
             {
                 tracing::warn!(
                     %error,
@@ -312,17 +312,17 @@ impl ExeMatcher {
                 );
             }
         };
-        let _ = tokio::task::spawn_blocking(look).await;
-        self.seen().is_some_and(is_readable)
+        let _ = tokio::task::spawn_blocking(read).await;
+        self.cached().is_some_and(is_readable)
     }
 
     /// Returns whether `exe` is the file at the path. `None` if the file has to be read first.
-    fn is(&self, exe: &Executable, asked: Instant) -> Option<bool> {
-        let CachedStat { file, at, wall } = self.seen()?;
+    fn is(&self, exe: &Executable, since: Instant) -> Option<bool> {
+        let CachedStat { file, at, wall } = self.cached()?;
         if file == StatResult::Unreadable {
             return None;
         }
-        if at >= asked {
+        if at >= since {
             return Some(file.is(exe));
         }
         if at.elapsed() >= STAT_TTL {
@@ -346,8 +346,8 @@ impl ExeMatcher {
         (is_other && is_old).then_some(false)
     }
 
-    fn seen(&self) -> Option<CachedStat> {
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    fn cached(&self) -> Option<CachedStat> {
+        *self.cached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -258,7 +258,7 @@ mod tests {
     const W: &str = "92f7f152-440c-66ac-9084-e0fc1d8a910c";
 
     /// Returns the number of directories at or below each path.
-    fn walked(directories: &[String], below: &[&str]) -> Vec<usize> {
+    fn count_dirs(directories: &[String], below: &[&str]) -> Vec<usize> {
         let tree = tempfile::tempdir().unwrap();
         for directory in directories {
             fs::create_dir_all(tree.path().join(directory)).unwrap();
@@ -305,7 +305,7 @@ mod tests {
             &format!("/{pod}/honest"),
             &format!("/kubepods/pod{W}"),
         ];
-        let [hostile, user, system, wide, honest, nameless] = walked(&directories, &parts)[..]
+        let [hostile, user, system, wide, honest, nameless] = count_dirs(&directories, &parts)[..]
         else {
             unreachable!()
         };

@@ -64,7 +64,7 @@ const MAX_WAITING: usize = 512;
 /// finds removed cgroups, and any user can have those.
 const MAX_WAITING_PER_KEY: usize = 16;
 
-/// The key by which peers that wait for a scan are counted. It holds the facts that are known before the scan.
+/// The key by which peers that wait for a scan are counted, by the facts that are known before it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct ScanKey {
     /// The network namespace of a pod. All users in it belong to the pod.

@@ -60,7 +60,7 @@ pub(crate) fn numbers_of<const N: usize>(
 
 /// The position of a scan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum At {
+enum ScanPosition {
     /// In the name of a line.
     Name,
     /// In a wanted line, and possibly in a number.
@@ -72,7 +72,7 @@ enum At {
 struct Scan<'l, const N: usize> {
     lines: [(&'l str, usize); N],
     found: [Option<Vec<u32>>; N],
-    at: At,
+    at: ScanPosition,
     name: Vec<u8>,
 }
 
@@ -81,7 +81,7 @@ impl<'l, const N: usize> Scan<'l, N> {
         Self {
             lines,
             found: [const { None }; N],
-            at: At::Name,
+            at: ScanPosition::Name,
             name: Vec::with_capacity(NAME_MAX),
         }
     }
@@ -91,17 +91,17 @@ impl<'l, const N: usize> Scan<'l, N> {
         while let Some((&byte, rest)) = bytes.split_first() {
             bytes = rest;
             match self.at {
-                At::Other => {
+                ScanPosition::Other => {
                     let end = std::iter::once(&byte)
                         .chain(rest)
                         .position(|byte| *byte == b'\n');
                     let Some(end) = end else { return Ok(false) };
-                    (self.at, bytes) = (At::Name, &rest[end..]);
+                    (self.at, bytes) = (ScanPosition::Name, &rest[end..]);
                 }
-                At::Name => self.at = self.name(byte),
-                At::Numbers(line, number) => {
+                ScanPosition::Name => self.at = self.name(byte),
+                ScanPosition::Numbers(line, number) => {
                     self.at = self.number(line, number, byte)?;
-                    if self.at == At::Name && self.found.iter().all(Option::is_some) {
+                    if self.at == ScanPosition::Name && self.found.iter().all(Option::is_some) {
                         return Ok(true);
                     }
                 }
@@ -110,7 +110,7 @@ impl<'l, const N: usize> Scan<'l, N> {
         Ok(false)
     }
 
-    fn name(&mut self, byte: u8) -> At {
+    fn name(&mut self, byte: u8) -> ScanPosition {
         match byte {
             b'\n' => self.name.clear(),
             b':' => {
@@ -120,27 +120,32 @@ impl<'l, const N: usize> Scan<'l, N> {
                     .position(|(name, _)| name.as_bytes() == self.name);
                 let line = line.filter(|line| self.found[*line].is_none());
                 self.name.clear();
-                return line.map_or(At::Other, |line| {
+                return line.map_or(ScanPosition::Other, |line| {
                     self.found[line] = Some(Vec::new());
-                    At::Numbers(line, None)
+                    ScanPosition::Numbers(line, None)
                 });
             }
             _ if self.name.len() < NAME_MAX => self.name.push(byte),
             _ => {
                 self.name.clear();
-                return At::Other;
+                return ScanPosition::Other;
             }
         }
-        At::Name
+        ScanPosition::Name
     }
 
-    fn number(&mut self, line: usize, number: Option<u32>, byte: u8) -> Result<At, StatusError> {
+    fn number(
+        &mut self,
+        line: usize,
+        number: Option<u32>,
+        byte: u8,
+    ) -> Result<ScanPosition, StatusError> {
         if byte.is_ascii_digit() {
             let number = number
                 .unwrap_or(0)
                 .checked_mul(10)
                 .and_then(|n| n.checked_add(u32::from(byte - b'0')));
-            return Ok(At::Numbers(
+            return Ok(ScanPosition::Numbers(
                 line,
                 Some(number.ok_or(StatusError::Malformed)?),
             ));
@@ -155,15 +160,15 @@ impl<'l, const N: usize> Scan<'l, N> {
             found.push(number);
         }
         Ok(if byte == b'\n' {
-            At::Name
+            ScanPosition::Name
         } else {
-            At::Numbers(line, None)
+            ScanPosition::Numbers(line, None)
         })
     }
 
     fn finish(self) -> Result<[Vec<u32>; N], StatusError> {
         // Without its newline the last number may be incomplete.
-        if matches!(self.at, At::Numbers(..)) || self.found.iter().any(Option::is_none) {
+        if matches!(self.at, ScanPosition::Numbers(..)) || self.found.iter().any(Option::is_none) {
             return Err(StatusError::Malformed);
         }
         Ok(self.found.map(Option::unwrap_or_default))

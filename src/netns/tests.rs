@@ -8,23 +8,23 @@ use super::*;
 
 /// Creates a namespace that lives as long as the returned sender, with a thread in it. `None`
 /// without root.
-fn another() -> Option<(NetNs, std::sync::mpsc::Sender<()>)> {
+fn create_namespace() -> Option<(NetNs, std::sync::mpsc::Sender<()>)> {
     if !geteuid().is_root() {
         return None;
     }
-    let (give, given) = std::sync::mpsc::channel();
+    let (sender, receiver) = std::sync::mpsc::channel();
     let (end, ended) = std::sync::mpsc::channel();
     thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        give.send(NetNs::own().unwrap()).unwrap();
+        sender.send(NetNs::own().unwrap()).unwrap();
         let _ = ended.recv();
     });
-    Some((given.recv().unwrap(), end))
+    Some((receiver.recv().unwrap(), end))
 }
 
 #[test]
 fn run_in_creates_sockets_in_the_namespace_only() {
-    let Some((namespace, _end)) = another() else {
+    let Some((namespace, _end)) = create_namespace() else {
         return;
     };
     let own = NamespaceId::own().unwrap();
@@ -46,7 +46,7 @@ fn run_in_creates_sockets_in_the_namespace_only() {
 
 #[test]
 fn run_in_propagates_panics() {
-    let Some((namespace, _end)) = another() else {
+    let Some((namespace, _end)) = create_namespace() else {
         return;
     };
     let caught = std::panic::catch_unwind(|| namespace.run_in(|| panic!("inside")));

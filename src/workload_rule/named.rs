@@ -189,8 +189,8 @@ impl Resolved {
     }
 
     /// Returns the first rule that matches, as [`decide`] does.
-    pub fn decide(&self, caller: &Caller, asked: Instant) -> Decision<'_> {
-        decide(&self.rules, caller, asked)
+    pub fn decide(&self, caller: &Caller, since: Instant) -> Decision<'_> {
+        decide(&self.rules, caller, since)
     }
 
     /// Returns the facts of the caller's process that have to be read, or `None` if the known facts
@@ -205,10 +205,10 @@ impl Resolved {
         let may_be = |incomplete: &&Incomplete| {
             incomplete.user.is_some() && incomplete.can_be_of(caller, &is_other)
         };
-        let by_later = self.incomplete.iter().filter(may_be);
-        let by_later =
-            by_later.filter_map(|rule| facts_needed(std::slice::from_ref(&rule.without), caller));
-        by_later.fold(needed, |all, more| {
+        let by_unknown = self.incomplete.iter().filter(may_be);
+        let by_unknown =
+            by_unknown.filter_map(|rule| facts_needed(std::slice::from_ref(&rule.without), caller));
+        by_unknown.fold(needed, |all, more| {
             Some(all.map_or(more, |all| all.and(more)))
         })
     }
@@ -221,7 +221,7 @@ impl Resolved {
         caller: &Caller,
         decision: &Decision<'_>,
         is_other: impl Fn(&AccountName, u32) -> bool,
-        asked: Instant,
+        since: Instant,
     ) -> Result<MissingNames, &ExeMatcher> {
         let end = match decision {
             Decision::Matched(rule) => self.rules.iter().position(|one| std::ptr::eq(one, *rule)),
@@ -230,7 +230,7 @@ impl Resolved {
         let before = |incomplete: &&Incomplete| end.is_none_or(|end| incomplete.index < end);
         let mut missing = MissingNames::default();
         for incomplete in self.incomplete.iter().filter(before) {
-            if incomplete.could_match(caller, &is_other, asked)? {
+            if incomplete.could_match(caller, &is_other, since)? {
                 incomplete.add_to(&mut missing);
             }
         }
@@ -245,12 +245,12 @@ impl Incomplete {
         &self,
         caller: &Caller,
         is_other: impl Fn(&AccountName, u32) -> bool,
-        asked: Instant,
+        since: Instant,
     ) -> Result<bool, &ExeMatcher> {
         if !self.can_be_of(caller, is_other) {
             return Ok(false);
         }
-        match self.without.matches(caller, asked) {
+        match self.without.matches(caller, since) {
             Ok(matches) => Ok(matches),
             Err(super::UndecidedFact::Process) => Ok(true),
             Err(super::UndecidedFact::File(file)) => Err(file),

@@ -55,13 +55,13 @@ fn glob(text: &str) -> Option<glob::Pattern> {
 }
 
 /// Decides with the files of rules read where they are needed.
-fn decided<'a>(rules: &'a [WorkloadRule], caller: &Caller) -> Decision<'a> {
-    let asked = Instant::now();
+fn decide_with_files<'a>(rules: &'a [WorkloadRule], caller: &Caller) -> Decision<'a> {
+    let since = Instant::now();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
     loop {
-        match decide(rules, caller, asked) {
+        match decide(rules, caller, since) {
             Decision::NeedsFile(file) => assert!(runtime.block_on(file.look())),
             decision => return decision,
         }
@@ -70,7 +70,7 @@ fn decided<'a>(rules: &'a [WorkloadRule], caller: &Caller) -> Decision<'a> {
 
 #[track_caller]
 fn decides(rule: &WorkloadRule, caller: &Caller, expected: &str) {
-    let decision = match decided(std::slice::from_ref(rule), caller) {
+    let decision = match decide_with_files(std::slice::from_ref(rule), caller) {
         Decision::Matched(matched) if std::ptr::eq(matched, rule) => "matched",
         Decision::Matched(_) => "another rule",
         Decision::NoMatch => "no match",
@@ -220,24 +220,24 @@ fn rule_needs_the_process_if_no_cgroup_shows_a_container() {
             &with_process(by_socket(1001, path), process()),
             "matched",
         );
-        let contained = Process {
+        let in_container = Process {
             in_container: true,
             ..process()
         };
         decides(
             &uid,
-            &with_process(by_socket(1001, path), contained),
+            &with_process(by_socket(1001, path), in_container),
             "no match",
         );
     }
     // A process in namespaces of its own is in a container, whatever its cgroup's name.
-    let contained = Process {
+    let in_container = Process {
         in_container: true,
         ..process()
     };
     decides(
         &uid,
-        &with_process(by_socket(1001, HOST), contained.clone()),
+        &with_process(by_socket(1001, HOST), in_container.clone()),
         "no match",
     );
     let named = WorkloadRule {
@@ -246,7 +246,7 @@ fn rule_needs_the_process_if_no_cgroup_shows_a_container() {
     };
     decides(
         &named,
-        &with_process(by_socket(1001, HOST), contained),
+        &with_process(by_socket(1001, HOST), in_container),
         "matched",
     );
 }
@@ -503,7 +503,7 @@ fn exe_does_not_match_a_file_that_was_moved() {
             rule.exe
                 .as_ref()
                 .unwrap()
-                .seen
+                .cached
                 .lock()
                 .unwrap()
                 .as_ref()
@@ -535,7 +535,7 @@ fn exe_does_not_match_a_file_that_was_moved() {
     assert!(runtime.block_on(file.look()));
     assert_eq!(runs(), Some(true));
     std::fs::rename(&old, &new).unwrap();
-    file.seen.lock().unwrap().as_mut().unwrap().at -= STAT_TTL;
+    file.cached.lock().unwrap().as_mut().unwrap().at -= STAT_TTL;
     assert_eq!(runs(), None);
 }
 
@@ -547,8 +547,8 @@ fn unreadable_exe_is_undecided() {
     std::os::unix::fs::symlink(&path, &path).unwrap();
     let file = ExeMatcher::new(path.clone());
     let found = std::fs::metadata(directory.path()).unwrap();
-    let asked = Instant::now();
-    let runs = || file.is(&executable(&found, Path::new("")), asked);
+    let since = Instant::now();
+    let runs = || file.is(&executable(&found, Path::new("")), since);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
@@ -596,7 +596,7 @@ fn first_matching_rule_wins() {
             },
         ),
     ];
-    let chosen = |caller: &Caller| match decided(&rules, caller) {
+    let chosen = |caller: &Caller| match decide_with_files(&rules, caller) {
         Decision::Matched(rule) => rule
             .spiffe_id
             .to_string()
@@ -626,5 +626,8 @@ fn first_matching_rule_wins() {
         )),
         "by-uid"
     );
-    assert_eq!(decided(&[], &by_socket(1, HOST)), Decision::NoMatch);
+    assert_eq!(
+        decide_with_files(&[], &by_socket(1, HOST)),
+        Decision::NoMatch
+    );
 }

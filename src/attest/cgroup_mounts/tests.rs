@@ -6,7 +6,7 @@ const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde
 const OTHER: &str = "1123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
 
-fn made(names: Vec<String>, mount: PathBuf) -> CgroupMount {
+fn mount_of(names: Vec<String>, mount: PathBuf) -> CgroupMount {
     CgroupMount {
         names,
         mount,
@@ -25,8 +25,8 @@ fn machine(directories: &[&str]) -> (tempfile::TempDir, CgroupMounts) {
         fs::create_dir_all(memory.join(directory)).unwrap();
     }
     let hierarchies = CgroupMounts(vec![
-        made(Vec::new(), v2),
-        made(vec!["rw".to_owned(), "memory".to_owned()], memory),
+        mount_of(Vec::new(), v2),
+        mount_of(vec!["rw".to_owned(), "memory".to_owned()], memory),
     ]);
     (folder, hierarchies)
 }
@@ -217,7 +217,7 @@ fn path_is_relative_to_the_daemons_cgroup_namespace() {
         CgroupMounts(vec![CgroupMount {
             above,
             own,
-            ..made(Vec::new(), PathBuf::from("/host"))
+            ..mount_of(Vec::new(), PathBuf::from("/host"))
         }])
     };
     let table = [

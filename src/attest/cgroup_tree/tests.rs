@@ -113,7 +113,7 @@ fn listing_fails_for_unreadable_cgroups() {
 }
 
 /// Creates a cgroup in the real tree where possible, and returns its directory and path.
-fn made(tree: &CgroupTree, name: &str) -> (PathBuf, CgroupPath) {
+fn create_cgroup(tree: &CgroupTree, name: &str) -> (PathBuf, CgroupPath) {
     let path =
         CgroupPath::parse(&format!("/awsvid-unit-test-{}-{name}", std::process::id())).unwrap();
     let directory = tree.directory(&path);
@@ -131,7 +131,7 @@ fn open_list_returns_current_pids() {
     let (Some(tree), true) = (tree, nix::unistd::geteuid().is_root()) else {
         return;
     };
-    let (directory, path) = made(&tree, "list");
+    let (directory, path) = create_cgroup(&tree, "list");
     let mut children: Vec<_> = (0..2)
         .map(|_| {
             std::process::Command::new("cat")
@@ -196,7 +196,7 @@ struct Made(PathBuf);
 
 impl Made {
     fn of(tree: &CgroupTree, name: &str, directories: impl IntoIterator<Item = String>) -> Self {
-        let (part, _) = made(tree, name);
+        let (part, _) = create_cgroup(tree, name);
         for directory in directories {
             fs::create_dir_all(part.join(directory)).unwrap();
         }

@@ -103,7 +103,7 @@ fn socket_returns_the_inode_of_a_descriptor() {
 }
 
 /// Returns the number that is found for `inode`, and how many were read.
-fn hinted(handle: &ProcessHandle, inode: u32) -> (Option<u32>, usize) {
+fn hint_for(handle: &ProcessHandle, inode: u32) -> (Option<u32>, usize) {
     let mut looks = 0;
     let found = handle.find_by_hint(Path::new("/proc"), inode, || {
         looks += 1;
@@ -116,14 +116,14 @@ fn hinted(handle: &ProcessHandle, inode: u32) -> (Option<u32>, usize) {
 fn hints_are_tried_in_order_and_scanned_sockets_first() {
     let (_listener, connections) = connections(10);
     let handle = own();
-    assert_eq!(hinted(&handle, connections[0].2), (None, 0));
+    assert_eq!(hint_for(&handle, connections[0].2), (None, 0));
     connections
         .iter()
         .for_each(|(_, number, _)| handle.record_held(*number));
     // The first two hints are evicted by now. A search for a missing inode reads all others.
-    assert_eq!(hinted(&handle, connections[0].2), (None, MAX_HINTS));
+    assert_eq!(hint_for(&handle, connections[0].2), (None, MAX_HINTS));
     for (_, number, inode) in &connections[2..] {
-        assert_eq!(hinted(&handle, *inode), (Some(*number), 1));
+        assert_eq!(hint_for(&handle, *inode), (Some(*number), 1));
     }
     // The oldest hint is tried first.
     let handle = own();
@@ -132,7 +132,7 @@ fn hints_are_tried_in_order_and_scanned_sockets_first() {
         .for_each(|(_, number, _)| handle.record_held(*number));
     handle.record_held(connections[0].1);
     assert_eq!(
-        hinted(&handle, connections[2].2),
+        hint_for(&handle, connections[2].2),
         (Some(connections[2].1), 2)
     );
 }
@@ -147,14 +147,14 @@ fn scanned_socket_is_found_without_a_scan() {
             .map(|(_, number, inode)| (*inode, *number)),
     );
     for (_, number, inode) in &connections[1..] {
-        assert_eq!(hinted(&handle, *inode), (Some(*number), 1));
-        assert_eq!(hinted(&handle, *inode), (None, 0), "once");
+        assert_eq!(hint_for(&handle, *inode), (Some(*number), 1));
+        assert_eq!(hint_for(&handle, *inode), (None, 0), "once");
     }
     // The descriptor is read, whatever the hint was before.
     let (first, number, inode) = connections.into_iter().next().unwrap();
     drop(first);
     let _other = std::fs::File::open("/dev/null").unwrap();
-    assert_eq!(hinted(&handle, inode), (None, 1), "{number}");
+    assert_eq!(hint_for(&handle, inode), (None, 1), "{number}");
     // The number of hints is bounded.
     handle.replace_socket_hints((0..10_000).map(|number| (number, number)));
     assert_eq!(handle.hints.lock().unwrap().sockets.len(), MAX_SOCKETS);

@@ -37,12 +37,12 @@ fn stream() -> Arc<OwnedFd> {
     Arc::new(UnixStream::pair().unwrap().0.into())
 }
 
-fn attested(peer: Peer) -> Result<Caller, AttestError> {
+fn attest_peer(peer: Peer) -> Result<Caller, AttestError> {
     attest(&host(), peer, &stream()).map_err(|unattested| unattested.refusal)
 }
 
 /// Starts a process that waits until it is killed.
-fn waiting(program: &str, arguments: &[&str]) -> Child {
+fn spawn_waiting(program: &str, arguments: &[&str]) -> Child {
     Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
@@ -67,9 +67,9 @@ fn start_time(child: &Child) -> u64 {
 
 #[tokio::test]
 async fn attest_uses_the_pid_without_a_kernel_pidfd() {
-    let child = waiting("cat", &[]);
+    let child = spawn_waiting("cat", &[]);
     let accepted = start_time(&child);
-    let caller = attested(peer(child.id(), accepted)).unwrap();
+    let caller = attest_peer(peer(child.id(), accepted)).unwrap();
     assert_eq!(caller.process.as_ref().unwrap().pid, child.id());
     assert_eq!(caller.still_same().await, Ok(()));
     end(child);
@@ -78,10 +78,10 @@ async fn attest_uses_the_pid_without_a_kernel_pidfd() {
 
 #[test]
 fn attest_rejects_a_later_process_without_a_kernel_pidfd() {
-    let child = waiting("cat", &[]);
+    let child = spawn_waiting("cat", &[]);
     let accepted = start_time(&child) - 1;
     assert_eq!(
-        attested(peer(child.id(), accepted)).unwrap_err(),
+        attest_peer(peer(child.id(), accepted)).unwrap_err(),
         AttestError::CallerGone
     );
     end(child);
@@ -94,12 +94,12 @@ fn attest_rejects_containers_without_a_kernel_pidfd() {
         return;
     }
     // In a user namespace of its own, with this user mapped to itself, only the namespace differs.
-    let mut child = waiting(
+    let mut child = spawn_waiting(
         "unshare",
         &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"],
     );
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
-    let refusal = attested(peer(child.id(), u64::MAX)).unwrap_err();
+    let refusal = attest_peer(peer(child.id(), u64::MAX)).unwrap_err();
     assert!(
         matches!(refusal, AttestError::Unsupported(_)),
         "{refusal:?}"
@@ -109,23 +109,29 @@ fn attest_rejects_containers_without_a_kernel_pidfd() {
 
 #[test]
 fn attest_rejects_changed_ids() {
-    let child = waiting("cat", &[]);
+    let child = spawn_waiting("cat", &[]);
     let other = Peer {
         uid: geteuid().as_raw() + 1,
         ..peer(child.id(), u64::MAX)
     };
-    assert_eq!(attested(other).unwrap_err(), AttestError::IdentityChanged);
+    assert_eq!(
+        attest_peer(other).unwrap_err(),
+        AttestError::IdentityChanged
+    );
     let other = Peer {
         gid: getegid().as_raw() + 1,
         ..peer(child.id(), u64::MAX)
     };
-    assert_eq!(attested(other).unwrap_err(), AttestError::IdentityChanged);
+    assert_eq!(
+        attest_peer(other).unwrap_err(),
+        AttestError::IdentityChanged
+    );
     end(child);
 }
 
 #[tokio::test]
 async fn groups_and_program_are_read_only_if_needed() {
-    let (child, stream) = (waiting("cat", &[]), stream());
+    let (child, stream) = (spawn_waiting("cat", &[]), stream());
     let least = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
     let process = least.process.as_ref().unwrap();
     assert_eq!((&process.groups, &process.program), (&None, &None));
@@ -163,7 +169,7 @@ async fn attest_rejects_changed_groups() {
         return;
     }
     let (child, stream) = (
-        waiting(
+        spawn_waiting(
             "setpriv",
             &["--groups", "4000000000", "sh", "-c", "echo; exec cat"],
         ),

@@ -76,12 +76,12 @@ fn is_other(name: &AccountName, id: u32) -> bool {
 
 /// Returns the path of the rule that matches, and the names that could change that.
 #[track_caller]
-fn decided(rules: &[NamedRule], caller: &Caller) -> (Option<String>, MissingNames) {
+fn decide_with_missing(rules: &[NamedRule], caller: &Caller) -> (Option<String>, MissingNames) {
     let resolved = Resolved::new(rules, known);
-    let asked = Instant::now();
-    let decision = resolved.decide(caller, asked);
+    let since = Instant::now();
+    let decision = resolved.decide(caller, since);
     let missing = resolved
-        .missing(caller, &decision, is_other, asked)
+        .missing(caller, &decision, is_other, since)
         .unwrap();
     let path = match decision {
         Decision::Matched(rule) => Some(rule.spiffe_id.segments().collect::<Vec<_>>().join("/")),
@@ -92,7 +92,7 @@ fn decided(rules: &[NamedRule], caller: &Caller) -> (Option<String>, MissingName
     (path, missing)
 }
 
-fn matched(path: &str) -> Option<String> {
+fn rule_path(path: &str) -> Option<String> {
     Some(path.to_owned())
 }
 
@@ -122,15 +122,15 @@ fn known_name_matches_its_number() {
     };
     let rules = [of_user("alice"), in_ops, also_ops];
     let table = [
-        (caller(1001, None), matched("alice")),
-        (caller(7, Some((2001, &[]))), matched("by-group")),
-        (caller(7, Some((7, &[2001]))), matched("by-groups")),
+        (caller(1001, None), rule_path("alice")),
+        (caller(7, Some((2001, &[]))), rule_path("by-group")),
+        (caller(7, Some((7, &[2001]))), rule_path("by-groups")),
         (caller(7, Some((7, &[7]))), None),
-        (caller(7, None), matched("needs the process")),
+        (caller(7, None), rule_path("needs the process")),
     ];
     for (caller, expected) in table {
         assert_eq!(
-            decided(&rules, &caller),
+            decide_with_missing(&rules, &caller),
             (expected, MissingNames::default()),
             "{caller:?}"
         );
@@ -154,7 +154,7 @@ fn unknown_name_matches_no_caller() {
         for uid in [1, 1001, OVERFLOW_ID] {
             for gid in [1, OVERFLOW_ID] {
                 assert_eq!(
-                    decided(&rules, &caller(uid, Some((gid, &[1, gid])))).0,
+                    decide_with_missing(&rules, &caller(uid, Some((gid, &[1, gid])))).0,
                     None,
                     "{name} {uid} {gid}"
                 );
@@ -184,16 +184,16 @@ fn unanswered_names_matter_to_callers_that_could_match() {
     // Any caller in the unit could be the first rule's user, except root. The last rule comes after
     // the one that matches.
     assert_eq!(
-        decided(&rules, &caller(1001, None)),
-        (matched("app"), unanswered(&[user("stranger")]))
+        decide_with_missing(&rules, &caller(1001, None)),
+        (rule_path("app"), unanswered(&[user("stranger")]))
     );
     assert_eq!(
-        decided(&rules, &caller(0, None)),
-        (matched("app"), MissingNames::default())
+        decide_with_missing(&rules, &caller(0, None)),
+        (rule_path("app"), MissingNames::default())
     );
     let rules = [of_user("stranger"), of_user("late")];
     assert_eq!(
-        decided(&rules, &caller(1001, None)),
+        decide_with_missing(&rules, &caller(1001, None)),
         (None, unanswered(&[user("stranger"), user("late")]))
     );
     // A rule that excludes the caller in another way does not depend on its name.
@@ -202,7 +202,7 @@ fn unanswered_names_matter_to_callers_that_could_match() {
         ..of_unit("other", "other.service")
     };
     assert_eq!(
-        decided(&[elsewhere], &caller(1001, None)),
+        decide_with_missing(&[elsewhere], &caller(1001, None)),
         (None, MissingNames::default())
     );
     let here = NamedRule {
@@ -210,12 +210,12 @@ fn unanswered_names_matter_to_callers_that_could_match() {
         ..of_unit("other", "app.service")
     };
     assert_eq!(
-        decided(&[here], &caller(1001, None)),
+        decide_with_missing(&[here], &caller(1001, None)),
         (None, unanswered(&[user("stranger")]))
     );
     // The overflow id identifies no user, so it is not a user of unknown number.
     assert_eq!(
-        decided(&rules, &caller(OVERFLOW_ID, None)),
+        decide_with_missing(&rules, &caller(OVERFLOW_ID, None)),
         (None, MissingNames::default())
     );
 }
@@ -236,23 +236,29 @@ fn unanswered_groups_matter_unless_all_groups_have_other_names() {
         },
         of_unit("app", "app.service"),
     ];
-    let missing = || (matched("app"), unanswered(&[group("strangers")]));
-    assert_eq!(decided(&primary, &caller(0, Some((5, &[0])))), missing());
+    let missing = || (rule_path("app"), unanswered(&[group("strangers")]));
     assert_eq!(
-        decided(&primary, &caller(0, Some((0, &[5])))),
-        (matched("app"), MissingNames::default())
+        decide_with_missing(&primary, &caller(0, Some((5, &[0])))),
+        missing()
     );
     assert_eq!(
-        decided(&other, &caller(0, Some((5, &[0])))),
-        (matched("app"), MissingNames::default())
+        decide_with_missing(&primary, &caller(0, Some((0, &[5])))),
+        (rule_path("app"), MissingNames::default())
     );
-    assert_eq!(decided(&other, &caller(0, Some((0, &[0, 5])))), missing());
+    assert_eq!(
+        decide_with_missing(&other, &caller(0, Some((5, &[0])))),
+        (rule_path("app"), MissingNames::default())
+    );
+    assert_eq!(
+        decide_with_missing(&other, &caller(0, Some((0, &[0, 5])))),
+        missing()
+    );
     // No facts of the process were read, so nothing is excluded.
-    let (decision, names) = decided(&primary, &caller(0, None));
+    let (decision, names) = decide_with_missing(&primary, &caller(0, None));
     assert_eq!(
         (decision, names),
         (
-            matched("needs the process"),
+            rule_path("needs the process"),
             unanswered(&[group("strangers")])
         )
     );
@@ -262,8 +268,8 @@ fn unanswered_groups_matter_unless_all_groups_have_other_names() {
 fn absent_name_is_distinguished_from_an_unanswered_one() {
     let rules = [of_user("ghost"), of_unit("app", "app.service")];
     assert_eq!(
-        decided(&rules, &caller(1001, None)),
-        (matched("app"), absent(&[user("ghost")]))
+        decide_with_missing(&rules, &caller(1001, None)),
+        (rule_path("app"), absent(&[user("ghost")]))
     );
     // With a group that does not exist, the rule matches no caller, whatever the user.
     let both = NamedRule {
@@ -272,7 +278,7 @@ fn absent_name_is_distinguished_from_an_unanswered_one() {
         ..named("both")
     };
     assert_eq!(
-        decided(&[both], &caller(1001, Some((5, &[])))),
+        decide_with_missing(&[both], &caller(1001, Some((5, &[])))),
         (None, absent(&[group("ghost")]))
     );
 }

@@ -10,7 +10,7 @@ fn spawn(threads: &LookupThreads, uid: u32, task: impl Future<Output = ()> + Sen
 }
 
 /// Runs a task that reports whether it runs on a lookup thread, and returns the report.
-async fn where_it_runs(threads: &LookupThreads, uid: u32) -> bool {
+async fn runs_on_lookup_thread(threads: &LookupThreads, uid: u32) -> bool {
     let (say, said) = oneshot::channel();
     spawn(threads, uid, async move {
         let _ = say.send(on_lookup_thread());
@@ -26,7 +26,7 @@ fn count(threads: &LookupThreads) -> usize {
 #[tokio::test]
 async fn task_starts_on_a_lookup_thread_and_continues_on_its_runtime() {
     let threads = LookupThreads::new(1);
-    assert!(where_it_runs(&threads, 1).await && !on_lookup_thread());
+    assert!(runs_on_lookup_thread(&threads, 1).await && !on_lookup_thread());
     let (go, wait) = oneshot::channel::<()>();
     let (say, mut said) = tokio::sync::mpsc::unbounded_channel();
     spawn(&threads, 1, async move {
@@ -36,7 +36,7 @@ async fn task_starts_on_a_lookup_thread_and_continues_on_its_runtime() {
     });
     assert_eq!(said.recv().await, Some(true));
     // The task waits on its own runtime, so the one thread is free.
-    assert!(where_it_runs(&threads, 1).await);
+    assert!(runs_on_lookup_thread(&threads, 1).await);
     go.send(()).unwrap();
     // The task was woken on its own runtime.
     let second = said.recv().await;
@@ -61,7 +61,7 @@ async fn blocked_threads_are_replaced() {
         }
     }
     for uid in 100..150 {
-        assert!(where_it_runs(&threads, uid).await);
+        assert!(runs_on_lookup_thread(&threads, uid).await);
     }
     // There are two threads for each workload that blocks, and at least two more that do not block.
     let all = count(&threads);
@@ -71,7 +71,7 @@ async fn blocked_threads_are_replaced() {
     );
     drop(held);
     for uid in 0..20 {
-        assert!(where_it_runs(&threads, uid).await);
+        assert!(runs_on_lookup_thread(&threads, uid).await);
     }
     // The threads that have returned are too many.
     while count(&threads) > 2 {
@@ -115,7 +115,7 @@ async fn pool_schedules_workloads_round_robin() {
 async fn panic_ends_only_its_own_task() {
     let threads = LookupThreads::new(1);
     spawn(&threads, 1, async { panic!("on purpose") });
-    assert!(where_it_runs(&threads, 1).await);
+    assert!(runs_on_lookup_thread(&threads, 1).await);
 }
 
 #[tokio::test]
@@ -133,9 +133,9 @@ async fn blocked_task_is_given_up_once() {
     // It holds with no other job to run, and while others run.
     assert!(given_up.recv().await.unwrap() >= REQUEST_HOLD);
     assert_eq!(given_up.recv().await, None, "the closure is gone");
-    assert!(where_it_runs(&threads, 2).await);
+    assert!(runs_on_lookup_thread(&threads, 2).await);
     drop(release);
-    assert!(where_it_runs(&threads, 1).await);
+    assert!(runs_on_lookup_thread(&threads, 1).await);
     while threads.0.state().watched {
         tokio::task::yield_now().await;
     }
