@@ -316,7 +316,7 @@ async fn a_new_process_costs_one_call_and_a_known_one_none() {
     let other = source.token(&caller(1), &shop_id(), "minio").await.unwrap();
     assert_eq!((other.audience(), agent.calls()), ("minio", 3));
     assert_eq!(ids(source.identify(&caller(2)).await), [SHOP]);
-    assert_eq!((agent.calls(), source.0.memory().len()), (4, 2));
+    assert_eq!((agent.calls(), source.0.cache().len()), (4, 2));
     let metrics = source.0.metrics.encode();
     assert!(
         metrics.contains("awsvid_source_calls_total{result=\"ok\"} 4\n"),
@@ -377,7 +377,7 @@ async fn an_agent_is_not_asked_about_what_it_could_misread() {
             refusal.into()
         );
     }
-    assert_eq!((agent.calls(), source.0.memory().len()), (0, 0));
+    assert_eq!((agent.calls(), source.0.cache().len()), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -402,7 +402,7 @@ async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
             expected.into()
         );
     }
-    assert_eq!((agent.calls(), source.0.memory().len()), (4, 0));
+    assert_eq!((agent.calls(), source.0.cache().len()), (4, 0));
     assert_eq!(
         ids(source.identify(&caller(1)).await),
         [SHOP],
@@ -517,9 +517,9 @@ async fn a_process_that_is_gone_is_forgotten() {
         ))
         .await
         .unwrap();
-    assert_eq!(source.0.memory().len(), 1);
+    assert_eq!(source.0.cache().len(), 1);
     sleep(Duration::from_secs(32)).await;
-    assert_eq!((source.0.memory().len(), agent.calls()), (0, 1));
+    assert_eq!((source.0.cache().len(), agent.calls()), (0, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -573,7 +573,7 @@ async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_the
     }
     assert_eq!(busy, 50 - MAX_QUERIES_PER_WORKLOAD);
     assert_eq!(
-        source.0.memory().len(),
+        source.0.cache().len(),
         MAX_QUERIES_PER_WORKLOAD + 1,
         "those that were not asked about are not remembered"
     );

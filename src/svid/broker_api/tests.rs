@@ -89,18 +89,18 @@ impl Node {
     }
 
     /// Always with this answer.
-    fn serve_always(&self, answer: Result<FetchJwtsvidResponse, Status>) -> FakeBroker {
+    fn serve_always(&self, reply: Result<FetchJwtsvidResponse, Status>) -> FakeBroker {
         self.serve(move |_| {
-            let answer = answer.clone();
-            async { Some(answer) }
+            let reply = reply.clone();
+            async { Some(reply) }
         })
     }
 
     /// Gives awsvid another SVID, and returns when the client has it.
     async fn rotate(&self, client: &BrokerApi) {
-        let before = client.own.latest().unwrap().version;
+        let previous = client.own.latest().unwrap().version;
         self.stream.send(self.authority.message(ID));
-        while client.own.latest().unwrap().version == before {
+        while client.own.latest().unwrap().version == previous {
             tokio::task::yield_now().await;
         }
     }
@@ -226,7 +226,7 @@ async fn the_daemons_own_identities_are_those_of_its_certificates() {
     // While nothing keeps them up to date, it is not known that the agent knows the daemon.
     drop(node.stream);
     drop(node.workload_api);
-    while client.own.trouble().is_none() {
+    while client.own.failure().is_none() {
         tokio::task::yield_now().await;
     }
     let error = client.fetch_own(AUDIENCE).await.unwrap_err();
@@ -266,18 +266,18 @@ async fn it_is_ready_when_the_agent_lets_it_ask() {
     for (row, (process, pods, ready)) in table.into_iter().enumerate() {
         let _agent = node.serve(move |asked| {
             let reference = asked.request.reference.unwrap().reference.unwrap();
-            let answer = if reference.type_url == PID_REFERENCE {
+            let reply = if reference.type_url == PID_REFERENCE {
                 process.clone()
             } else {
                 pods.clone()
             };
-            async move { answer }
+            async move { reply }
         });
-        let said = client.ready(AUDIENCE).await;
+        let reply = client.ready(AUDIENCE).await;
         assert_eq!(
-            said.as_ref().copied().map_err(SourceError::reason),
+            reply.as_ref().copied().map_err(SourceError::reason),
             ready,
-            "{row}: {said:?}"
+            "{row}: {reply:?}"
         );
         std::fs::remove_file(&node.broker).unwrap();
     }
@@ -339,12 +339,12 @@ async fn each_refusal_of_a_pod_says_what_to_do() {
     ];
     let mut node = Node::new().await;
     let client = node.client().naming_pods();
-    for (code, said, reason, text) in table {
-        let agent = node.serve_always(Err(Status::new(code, format!("{said}\n"))));
+    for (code, reply, reason, text) in table {
+        let agent = node.serve_always(Err(Status::new(code, format!("{reply}\n"))));
         let error = client.fetch_for_pod(&pod(), AUDIENCE).await.unwrap_err();
-        assert_eq!(error.reason(), reason, "{code:?} {said}: {error}");
+        assert_eq!(error.reason(), reason, "{code:?} {reply}: {error}");
         assert!(
-            error.to_string().contains(text) && error.to_string().contains(said),
+            error.to_string().contains(text) && error.to_string().contains(reply),
             "{code:?}: {error}"
         );
         assert!(!error.to_string().contains('\n'), "{error}");
@@ -473,12 +473,12 @@ async fn each_refusal_says_what_to_do() {
     ];
     let mut node = Node::new().await;
     let client = node.client();
-    for (code, said, reason, text) in table {
-        let agent = node.serve_always(Err(Status::new(code, format!("{said}\n"))));
+    for (code, reply, reason, text) in table {
+        let agent = node.serve_always(Err(Status::new(code, format!("{reply}\n"))));
         let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
-        assert_eq!(error.reason(), reason, "{code:?} {said}: {error}");
+        assert_eq!(error.reason(), reason, "{code:?} {reply}: {error}");
         assert!(
-            error.to_string().contains(text) && error.to_string().contains(said),
+            error.to_string().contains(text) && error.to_string().contains(reply),
             "{code:?}: {error}"
         );
         assert!(!error.to_string().contains('\n'), "{error}");
@@ -531,7 +531,7 @@ async fn an_agent_that_does_not_know_its_client_any_more_gets_a_new_connection()
 async fn an_answer_without_measure_is_refused() {
     let mut node = Node::new().await;
     let long = Jwtsvid {
-        svid: "x".repeat(ANSWER_MAX),
+        svid: "x".repeat(MAX_REPLY_BYTES),
         ..Jwtsvid::default()
     };
     let _agent = node.serve_always(Ok(FetchJwtsvidResponse { svids: vec![long] }));
@@ -554,16 +554,16 @@ async fn a_call_that_is_never_answered_ends_at_the_deadline_and_is_made_once() {
     });
     let client = node.client_with(None, Duration::from_secs(7));
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
-    let begun = Instant::now();
+    let start = Instant::now();
     let error = client.fetch_for_pid(2, AUDIENCE).await.unwrap_err();
     assert!(
         matches!(&error, SourceError::Unavailable(text) if text.contains("within 7s")),
         "{error:?}"
     );
     assert!(
-        begun.elapsed() < Duration::from_millis(7500),
+        start.elapsed() < Duration::from_millis(7500),
         "{:?}",
-        begun.elapsed()
+        start.elapsed()
     );
     // One workload that keeps the agent waiting costs the others no connection.
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
@@ -595,13 +595,13 @@ async fn a_connection_that_breaks_during_the_call_is_an_outage_after_one_more_tr
     let arrived = Arc::new(Notify::new());
     let arrives = arrived.clone();
     let agent = node.serve(move |asked| {
-        let answer = if asked.connection == 0 {
+        let reply = if asked.connection == 0 {
             Some(good())
         } else {
             arrives.notify_one();
             None
         };
-        async { answer }
+        async { reply }
     });
     let client = Arc::new(node.client());
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
@@ -714,7 +714,7 @@ async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives(
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     std::fs::rename(&node.broker, node.dir.path().join("old.sock")).unwrap();
     let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
-    assert!(error.to_string().contains("there is no socket"), "{error}");
+    assert!(error.to_string().contains("no socket at"), "{error}");
     let new = node.serve_always(good());
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     assert_eq!((old.asked().len(), new.asked().len()), (1, 1));

@@ -152,7 +152,7 @@ async fn an_agent_that_was_started_again_or_replaced_is_asked_at_once() {
     timeout(DEADLINE, ended).await.unwrap();
     let away = token(&agent).await.unwrap_err();
     assert!(
-        matches!(&away, SourceError::Unavailable(text) if text.contains("nobody listens at")),
+        matches!(&away, SourceError::Unavailable(text) if text.contains("nothing listens at")),
         "{away:?}"
     );
     let _third = run(&path, Some(Ok(shop("third"))));
@@ -234,7 +234,7 @@ async fn what_is_wrong_with_the_socket_is_said() {
             .contains("where `admin_socket_path` is set"),
         "{missing}"
     );
-    let denied = no_admin(
+    let denied = admin_socket_error(
         &Endpoint::Unix(path),
         &std::io::ErrorKind::PermissionDenied.into(),
     );

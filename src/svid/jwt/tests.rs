@@ -151,7 +151,7 @@ fn bad_headers_are_refused() {
         (r#"["RS256","JWT"]"#, "objects"),
         ("null", "objects"),
         ("", "base64url"),
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
     ];
     for (header, reason) in table {
         let error = check(header, CLAIMS).expect_err(header);
@@ -312,7 +312,7 @@ fn bad_claims_are_refused() {
         ("", "base64url"),
         (
             r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER} x"#,
-            "no valid JSON",
+            "not valid JSON",
         ),
     ];
     for (claims, reason) in table {

@@ -84,8 +84,8 @@ fn found(memory: &mut IdentityCache, caller: &Arc<Caller>) -> Option<Arc<[Identi
         .find(&Subject::of(caller, true).unwrap(), caller)
         .unwrap()
     {
-        IdentityLookup::Known(identities) => Some(identities),
-        IdentityLookup::Asked(_) | IdentityLookup::Unknown(_) => None,
+        IdentityLookup::Cached(identities) => Some(identities),
+        IdentityLookup::InFlight(_) | IdentityLookup::Unknown(_) => None,
     }
 }
 
@@ -115,7 +115,7 @@ async fn one_question_for_all_who_ask_and_none_afterwards() {
         memory.find(&subject, &caller),
         Ok(IdentityLookup::Unknown(_))
     ));
-    let Ok(IdentityLookup::Asked(mut asked)) = memory.find(&subject, &caller) else {
+    let Ok(IdentityLookup::InFlight(mut asked)) = memory.find(&subject, &caller) else {
         panic!("it is being asked for")
     };
     note(&mut memory, &caller, Ok(ids(&["shop"])));
@@ -320,7 +320,7 @@ async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
         .collect();
     let known = |memory: &IdentityCache, caller: &Arc<Caller>| {
         memory
-            .known
+            .cached
             .contains_key(&Subject::of(caller, true).unwrap())
     };
     many[3].1.store(false, Ordering::SeqCst);

@@ -89,7 +89,7 @@ async fn the_first_identity_of_the_latest_message_is_the_one() {
         assert!(!svid.is_expired(UnixTime::now()));
         assert_eq!(own.latest().unwrap().version, number);
     }
-    assert!(own.trouble().is_none());
+    assert!(own.failure().is_none());
 }
 
 /// As of several registrations, or from an agent that puts two others' answers together.
@@ -128,9 +128,9 @@ async fn an_identity_that_comes_several_times_is_taken_from_one_that_is_its_own(
     stream.send(X509svidResponse {
         svids: vec![foreign.clone(), foreign, other],
     });
-    let now = until(&own, |now| now.trouble.is_some()).await;
+    let now = until(&own, |now| now.failure.is_some()).await;
     assert!(
-        now.trouble
+        now.failure
             .unwrap()
             .to_string()
             .contains("is that of spiffe://example.org/other, not of")
@@ -153,7 +153,7 @@ async fn a_message_that_cannot_be_used_keeps_the_one_before() {
         X509svidResponse { svids: vec![svid] }
     };
     let table = [
-        (X509svidResponse::default(), "there is none in it"),
+        (X509svidResponse::default(), "the message has none"),
         (
             change(&|svid| svid.spiffe_id.clear()),
             "begins with spiffe://",
@@ -199,7 +199,7 @@ async fn a_message_that_cannot_be_used_keeps_the_one_before() {
         let log = CapturedLog::start();
         stream.send(message);
         let now = until(&own, |now| {
-            now.trouble
+            now.failure
                 .as_ref()
                 .is_some_and(|why| why.to_string().contains(reason))
         })
@@ -215,7 +215,7 @@ async fn a_message_that_cannot_be_used_keeps_the_one_before() {
     }
     stream.send(authority.message(ID));
     version(&own, 2).await;
-    assert!(own.trouble().is_none());
+    assert!(own.failure().is_none());
 }
 
 #[tokio::test]
@@ -225,7 +225,7 @@ async fn a_first_message_that_cannot_be_used_says_so() {
     let own = own_at(&place);
     let stream = agent.asked().await.accept();
     stream.send(X509svidResponse::default());
-    until(&own, |now| now.trouble.is_some()).await;
+    until(&own, |now| now.failure.is_some()).await;
     let error = own.latest().unwrap_err();
     assert!(
         matches!(&error, SourceError::Unavailable(text) if text.contains("cannot be used")),
@@ -240,7 +240,7 @@ async fn a_refusal_takes_the_identity_back_until_the_agent_gives_one_again() {
     stream.fail(Status::permission_denied("no identity issued"));
     let now = until(&own, |now| now.svid.is_none()).await;
     let error = own.latest().unwrap_err();
-    assert_eq!(now.trouble, Some(error.clone()));
+    assert_eq!(now.failure, Some(error.clone()));
     assert!(
         matches!(&error, SourceError::Denied(text) if text.contains("register awsvid itself") && text.contains("no identity issued")),
         "{error:?}"
@@ -272,13 +272,13 @@ async fn a_stream_that_ends_or_breaks_takes_nothing_back_and_is_opened_again() {
     ];
     for (number, (reason, end)) in (2..).zip(ends) {
         end(stream.take().unwrap());
-        let now = until(&own, |now| now.trouble.is_some()).await;
-        assert!(now.trouble.unwrap().to_string().contains(reason));
+        let now = until(&own, |now| now.failure.is_some()).await;
+        assert!(now.failure.unwrap().to_string().contains(reason));
         assert_eq!(own.latest().unwrap().version, number - 1);
         let again = agent.asked().await.accept();
         again.send(authority.message(ID));
         version(&own, number).await;
-        assert!(own.trouble().is_none());
+        assert!(own.failure().is_none());
         stream = Some(again);
     }
 }
@@ -287,10 +287,10 @@ async fn a_stream_that_ends_or_breaks_takes_nothing_back_and_is_opened_again() {
 async fn an_agent_that_is_away_comes_back() {
     let (place, authority) = (place(), Authority::new());
     let own = own_at(&place);
-    until(&own, |now| now.trouble.is_some()).await;
+    until(&own, |now| now.failure.is_some()).await;
     let error = own.latest().unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket") && text.contains("`socket`")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("no socket at") && text.contains("`socket`")),
         "{error:?}"
     );
     let mut agent = FakeAgent::at(&place.path);
@@ -299,7 +299,7 @@ async fn an_agent_that_is_away_comes_back() {
     assert_eq!(svid.version, 1);
 
     drop(agent);
-    until(&own, |now| now.trouble.is_some()).await;
+    until(&own, |now| now.failure.is_some()).await;
     assert_eq!(own.latest().unwrap().version, 1, "it is still good");
     std::fs::remove_file(&place.path).unwrap();
     let mut agent = FakeAgent::at(&place.path);
@@ -313,7 +313,7 @@ async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives(
     let (_old, stream, own) = given(&place, &authority).await;
     std::fs::rename(&place.path, place.dir.path().join("old.sock")).unwrap();
     tokio::time::sleep(3 * SOCKET_POLL).await;
-    assert!(own.trouble().is_none(), "nobody has taken its place yet");
+    assert!(own.failure().is_none(), "nobody has taken its place yet");
     let mut new = FakeAgent::at(&place.path);
     new.asked().await.accept().send(authority.message(ID));
     stream.left().await;
@@ -384,7 +384,7 @@ async fn who_is_refused_asks_at_once_and_then_ever_more_rarely() {
     }
     // The first is the first try of all.
     assert!(pauses[1] < Duration::from_millis(50), "{pauses:?}");
-    let mut longest = PAUSE;
+    let mut longest = FIRST_PAUSE;
     for pause in &pauses[2..] {
         assert!(
             *pause >= longest / 2 && *pause <= longest + Duration::from_millis(50),

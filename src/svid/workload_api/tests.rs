@@ -332,7 +332,7 @@ async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives(
 
     std::fs::rename(&path, dir.path().join("old.sock")).unwrap();
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
-    assert!(error.to_string().contains("there is no socket"), "{error}");
+    assert!(error.to_string().contains("no socket at"), "{error}");
 
     let new = fake::at(
         &path,
@@ -350,14 +350,14 @@ async fn a_socket_that_is_not_there_yet_or_not_any_more() {
     let api = api(&path);
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("no socket at")),
         "{error}"
     );
 
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("nobody listens")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("nothing listens")),
         "{error}"
     );
 
@@ -496,7 +496,7 @@ async fn tcp_endpoints_are_asked_too() {
     assert!(
         error
             .to_string()
-            .contains(&format!("nobody listens at tcp://{address}")),
+            .contains(&format!("nothing listens at tcp://{address}")),
         "{error}"
     );
 }

@@ -100,7 +100,7 @@ fn no_socket() {
     let line = complaint(
         &daemon,
         &[
-            "there is no socket at unix://",
+            "no socket at unix://",
             "start the SPIFFE agent",
             "`admin_socket_path`",
         ],

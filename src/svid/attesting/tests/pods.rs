@@ -227,11 +227,11 @@ async fn nothing_is_had_for_a_pod_that_is_gone() {
         .identify(&housed(1, since(OLD, OLD), 3))
         .await
         .unwrap();
-    assert_eq!(source.0.memory().len(), 1);
+    assert_eq!(source.0.cache().len(), 1);
     let asked = agent.asked().len();
     sleep(Duration::from_secs(64)).await;
     assert_eq!(
-        (source.0.memory().len(), agent.asked().len()),
+        (source.0.cache().len(), agent.asked().len()),
         (0, asked + 1),
         "once more, while it was there"
     );
@@ -296,7 +296,7 @@ async fn a_new_pod_without_an_entry_is_told_to_come_back_in_time() {
         "{:?}",
         agent.asked()
     );
-    assert_eq!(source.0.memory().len(), 0);
+    assert_eq!(source.0.cache().len(), 0);
     // Trouble is not made better by asking again at once.
     let agent = Pods::says([Err(SourceError::Unavailable("away".to_owned()))]);
     let source = self::source(&agent);

@@ -239,14 +239,14 @@ async fn a_socket_that_is_not_there_or_not_listened_at() {
     let client = node.client();
     let error = client.connect().await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket")
+        matches!(&error, SourceError::Unavailable(text) if text.contains("no socket at")
             && text.contains("`broker_socket`") && text.contains("experimental { broker { socket_path")),
         "{error:?}"
     );
     drop(std::os::unix::net::UnixListener::bind(&node.broker).unwrap());
     let error = client.connect().await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("nobody listens")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("nothing listens")),
         "{error:?}"
     );
     std::fs::remove_file(&node.broker).unwrap();

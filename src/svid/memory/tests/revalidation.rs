@@ -92,7 +92,7 @@ async fn a_workload_is_asked_about_less_often_the_more_of_it_is_slow() {
     }
     assert_eq!(pauses, [30, 30, 60, 120, 240]);
     assert_eq!(
-        (memory.len(), memory.paused.len()),
+        (memory.len(), memory.pauses.len()),
         (1, 0),
         "they are believed no longer, and leave nothing"
     );
@@ -111,7 +111,7 @@ async fn a_workload_is_asked_about_less_often_the_more_of_it_is_slow() {
         memory.record(&asked.subject, said, QUICK_TIMEOUT);
         note(&mut memory, &modest, shop());
     }
-    assert!(memory.paused.is_empty());
+    assert!(memory.pauses.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -134,11 +134,11 @@ async fn after_an_outage_nobody_is_paused() {
             advance(Duration::from_secs(1)).await;
         }
         assert_eq!(
-            (memory.paused.len(), round(&mut memory, 100, 100)),
+            (memory.pauses.len(), round(&mut memory, 100, 100)),
             (10, vec![])
         );
         match is_own {
-            true => memory.own_confirmed(start),
+            true => memory.record_own_confirmation(start),
             false => drop(learn(&mut memory, 99, 1)),
         }
         assert_eq!(round(&mut memory, 100, 100).len(), 10);
@@ -224,14 +224,14 @@ async fn a_question_under_way_keeps_nothing_believed() {
     let asked = all
         .iter()
         .find(|caller| {
-            memory.known[&Subject::of(caller, true).unwrap()]
-                .asking
+            memory.cached[&Subject::of(caller, true).unwrap()]
+                .in_flight
                 .is_some()
         })
         .unwrap();
     let other = asked.uid ^ 1;
     revalidate(&mut memory, MAX_UNCONFIRMED * 2, &all, |uid| uid != other).await;
-    let Ok(IdentityLookup::Asked(mut said)) =
+    let Ok(IdentityLookup::InFlight(mut said)) =
         memory.find(&Subject::of(asked, true).unwrap(), asked)
     else {
         panic!("it is not believed, and being asked for")
@@ -279,7 +279,7 @@ async fn the_daemons_own_answer_counts_where_there_is_no_other() {
         );
         assert!(found(&mut memory, &alone).is_some());
         advance(REVALIDATE_AFTER).await;
-        memory.own_confirmed(answered);
+        memory.record_own_confirmation(answered);
         answered = Instant::now();
         assert!(learnt.elapsed() < MAX_UNCONFIRMED * 2);
     }
@@ -304,7 +304,7 @@ async fn long_texts_take_more_places() {
         advance(Duration::from_millis(1)).await;
     }
     assert_eq!(
-        (memory.len(), memory.slots_taken),
+        (memory.len(), memory.used_slots),
         (MAX_SUBJECTS_PER_WORKLOAD / 4, MAX_SUBJECTS_PER_WORKLOAD),
         "its path is kept three times"
     );
@@ -312,7 +312,7 @@ async fn long_texts_take_more_places() {
         learn(&mut memory, &of_length(10_000 + pid, 1));
     }
     assert_eq!(
-        (memory.len(), memory.slots_taken),
+        (memory.len(), memory.used_slots),
         (MAX_SUBJECTS_PER_WORKLOAD, MAX_SUBJECTS_PER_WORKLOAD)
     );
     assert_eq!(
