@@ -103,7 +103,7 @@ pub enum SourceError {
     Caller(#[from] AttestError),
     /// The source is at its limit of queries. Retry in a moment.
     #[error(
-        "more new processes ask for credentials than the SPIFFE agent can attest; retry in a moment"
+        "more new processes request credentials than the SPIFFE agent can attest; retry in a moment"
     )]
     Busy,
     /// A fact that the decision needs is unknown, since other rules applied when the caller was

@@ -48,7 +48,7 @@ pub trait AttestingAgent: Send + Sync + fmt::Debug {
     /// Returns the agent's address, for messages.
     fn endpoint(&self) -> &Endpoint;
 
-    /// Connects if there is no connection. Fails with `Misconfigured` if the connection is
+    /// Connects unless there is a connection. Fails with `Misconfigured` if the connection is
     /// unusable.
     async fn connect(&self) -> Result<(), SourceError>;
 }

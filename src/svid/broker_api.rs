@@ -228,7 +228,7 @@ impl BrokerApi {
             }
             Code::PermissionDenied if text.contains("impersonate-via-spire") => {
                 SourceError::Denied(format!(
-                    "Kubernetes does not let awsvid ask for {}: give the user that is named like awsvid's SPIFFE ID the verb \
+                    "Kubernetes does not let awsvid request SVIDs of {}: give the user that is named like awsvid's SPIFFE ID the verb \
                  impersonate-via-spire on pods ({reply})",
                     workload.name()
                 ))

@@ -68,7 +68,7 @@ impl SpireDelegated {
         match status.code() {
             Code::PermissionDenied if reply.contains("authorized delegate") => {
                 SourceError::Misconfigured(format!(
-                    "the SPIRE agent does not let awsvid ask for other workloads: add awsvid's own SPIFFE ID to \
+                    "the SPIRE agent does not accept awsvid as a delegate: add awsvid's own SPIFFE ID to \
                  `authorized_delegates` in the agent's configuration ({reply})"
                 ))
             }

@@ -113,7 +113,7 @@ type ChannelKey = (Option<(u64, u64)>, u64);
 
 /// Reason why a call failed.
 pub(super) enum CallError {
-    /// There is no connection.
+    /// The connection could not be opened.
     Unconnected(SourceError),
     /// The agent refused, or the connection broke.
     Answered(Status),
@@ -128,7 +128,7 @@ impl<D: Connector> ReconnectingChannel<D> {
         }
     }
 
-    /// Connects if there is no connection.
+    /// Connects unless there is a connection.
     pub(super) async fn connect(&self) -> Result<(), CallError> {
         self.channel().await.map(drop)
     }

@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn limiter_admits_each_text_once_in_a_while_however_they_alternate() {
+    async fn limiter_admits_each_alternating_text_once() {
         let limiter = LogLimiter::default();
         let admitted = || {
             ["one", "other"]
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn limiter_has_a_bound_and_counts_what_it_leaves_out() {
+    async fn limiter_is_bounded_and_counts_dropped_texts() {
         let limiter = LogLimiter::default();
         let admitted = (0..1000)
             .filter(|number| limiter.admit(&number.to_string()).is_some())

@@ -42,9 +42,9 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Number of further queries about known subjects that may be in flight.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Capacity {
-    /// Capacity of [`Lane::Quick`].
+    /// Number of further queries in [`Lane::Quick`].
     pub(super) quick: usize,
-    /// Capacity of [`Lane::Slow`].
+    /// Number of further queries in [`Lane::Slow`].
     pub(super) slow: usize,
 }
 

@@ -87,8 +87,8 @@ impl Verifier {
 }
 
 impl ServerCertVerifier for Verifier {
-    /// Verifies the chain and the ID. There is no host name to compare with, and no revocation
-    /// list: SVIDs live for an hour.
+    /// Verifies the chain and the ID. A host name and a revocation list do not exist: SVIDs live
+    /// for an hour.
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,

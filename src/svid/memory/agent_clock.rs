@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn agent_clock_follows_those_that_are_confirmed_again() {
+    fn clock_follows_repeated_confirmations() {
         let (mut clock, start) = (AgentClock::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         assert_eq!(clock.age(start), Duration::ZERO);
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn agent_clock_begins_anew_after_an_outage() {
+    fn clock_restarts_after_an_outage() {
         let (mut clock, start) = (AgentClock::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         for previous_answer in [0, 100, 7200, 7230] {

@@ -165,7 +165,8 @@ impl CachedIdentity {
     }
 }
 
-/// Counts the names that are kept of a caller: its cgroup's path three times, and its program's path.
+/// Counts the slots for the names of a caller: its cgroup's path three times, and its program's
+/// path.
 fn slots(caller: &Caller) -> usize {
     let cgroup = caller
         .cgroup

@@ -186,7 +186,7 @@ fn awsvid_is_no_delegate() {
     let line = complaint(
         &daemon,
         &[
-            "does not let awsvid ask for other workloads",
+            "does not accept awsvid as a delegate",
             "`authorized_delegates`",
         ],
     );
