@@ -1,4 +1,5 @@
-//! Credentials that are not cached: a JWT-SVID from the source, credentials from STS.
+//! Exchange of JWT-SVIDs for AWS credentials, without a cache: a token from the source, credentials
+//! from STS.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,81 +18,83 @@ use crate::sts::{AssumeRole, RetryPolicy, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
 use crate::upstream_status::LastError;
 
-/// No try begins later than this after the first. A client waits hardly longer, and what lasts longer than this is for
-/// the cache to try again, at its pace.
+/// No retry begins later than this after the start. A client hardly waits longer, and the cache
+/// retries longer outages at its own pace.
 const RETRY_WINDOW: Duration = Duration::from_secs(4);
-/// The tries of one issue after its first ones, at the source and at STS together.
+/// Maximum number of retries of one exchange, at the source and at STS together.
 const MAX_RETRIES: u32 = 3;
-/// Before the first of them; doubled before each other one, and jittered, so that a node's flights don't march in step.
+/// Delay before the first retry. It doubles with each retry, and has jitter so that a node's
+/// exchanges do not retry together.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
-/// How many calls to the source are under way at most: an agent answers most of them from its cache, and each has a
-/// connection of its own ...
+/// Maximum number of concurrent calls to the source. An agent answers most of them from its cache,
+/// and each has a connection of its own.
 const MAX_SOURCE_CALLS: usize = 64;
-/// ... and of those for one SPIFFE ID: a source that keeps one workload waiting (SPIRE does for up to 30 s) still has turns
-/// for all others.
+/// The part of [`MAX_SOURCE_CALLS`] that one SPIFFE ID may use. SPIRE can delay the calls of one
+/// workload for up to 30 s; permits for others remain.
 const MAX_SOURCE_CALLS_PER_WORKLOAD: usize = 4;
-/// What one SPIFFE ID may have issued at once: its 16 cached roles, and each of them once more ...
+/// Number of exchanges that one SPIFFE ID may start at once: its 16 cached roles, and each of them
+/// once more.
 const EXCHANGE_BURST: u32 = 32;
-/// ... and after that. Renewing 16 roles of the shortest session takes one in 28 s, and an outage of hours one in 4 s; so
-/// this is far above what anybody needs, and a thousandth of what STS takes from an account.
+/// Interval of further exchanges. 16 roles with the shortest session need one in 28 s, and an
+/// outage of hours needs one in 4 s. So it is far above any real need, and a thousandth of what STS
+/// accepts from an account.
 const EXCHANGE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Issues credentials. Of what it has issued it remembers nothing but how often.
+/// Client that exchanges JWT-SVIDs at STS. It keeps no state but the counts of its limiters.
 #[derive(Debug, Clone)]
 pub struct TokenExchanger {
     source: Arc<dyn IdentitySource>,
     sts: Arc<dyn AssumeRole>,
     clock: Clock,
     metrics: Metrics,
-    turns: FairSemaphore<SpiffeId>,
-    allowance: Arc<KeyedRateLimiter>,
+    source_permits: FairSemaphore<SpiffeId>,
+    rate_limit: Arc<KeyedRateLimiter>,
 }
 
-/// Why no credentials were issued.
+/// Reason why an exchange failed.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ExchangeError {
-    /// The source gave no token that may be used.
+    /// The source returned no usable token.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// STS gave no credentials for it.
+    /// STS returned no credentials for the token.
     #[error(transparent)]
     Sts(#[from] StsError),
-    /// This SPIFFE ID has had too many issued in a short time, or has too many calls waiting.
-    #[error(
-        "this workload asks for new credentials too often; ask again in some seconds, and for fewer roles"
-    )]
+    /// This SPIFFE ID has started too many exchanges in a short time, or has too many calls that
+    /// wait.
+    #[error("too many exchanges for this workload; retry in a few seconds, and for fewer roles")]
     TooOften,
-    /// The credentials end so soon that they are of no use.
+    /// The credentials expire too soon to be served.
     #[error(
-        "STS gave credentials that end within a minute: compare this node's clock, and give JWT-SVIDs a longer life if this STS \
-         ends credentials with the token that they were given for"
+        "STS returned credentials that expire within a minute; compare this node's clock with STS's, and \
+         raise the JWT-SVID lifetime if this STS ends sessions with the token"
     )]
     TooShort,
 }
 
 impl ExchangeError {
-    /// For a flight that ended by a panic, which is in the log.
+    /// Returns the error of a flight that ended by a panic. The panic itself is in the log.
     pub fn task_panicked() -> Self {
         Self::Source(SourceError::Unavailable(
-            "an error inside awsvid ended the exchange; its log has it".to_owned(),
+            "exchange ended by an internal error; see the panic in awsvid's log".to_owned(),
         ))
     }
 
-    /// Whether it may pass without anybody doing anything: an outage, not a refusal.
+    /// Returns true if the failure may pass by itself: an outage or a rate limit, not a refusal.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Source(error) => error.is_transient(),
             Self::Sts(error) => match error.again {
                 RetryPolicy::Later => true,
-                // The new token has been tried by now.
+                // The exchange has already retried with a new token.
                 RetryPolicy::NewToken | RetryPolicy::Never => false,
             },
             Self::TooOften | Self::TooShort => true,
         }
     }
 
-    /// The label in metrics and audit records.
+    /// Returns the label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Source(error) => error.reason(),
@@ -103,52 +106,54 @@ impl ExchangeError {
 }
 
 impl TokenExchanger {
-    /// Puts source and STS together.
+    /// Creates an exchanger of tokens from `source` for credentials from `sts`.
     pub fn new(
         source: Arc<dyn IdentitySource>,
         sts: Arc<dyn AssumeRole>,
         clock: Clock,
         metrics: Metrics,
     ) -> Self {
-        let turns = FairSemaphore::new(MAX_SOURCE_CALLS, MAX_SOURCE_CALLS_PER_WORKLOAD);
-        let allowance = Arc::new(KeyedRateLimiter::new(EXCHANGE_BURST, EXCHANGE_INTERVAL));
+        let source_permits = FairSemaphore::new(MAX_SOURCE_CALLS, MAX_SOURCE_CALLS_PER_WORKLOAD);
+        let rate_limit = Arc::new(KeyedRateLimiter::new(EXCHANGE_BURST, EXCHANGE_INTERVAL));
         Self {
             source,
             sts,
             clock,
             metrics,
-            turns,
-            allowance,
+            source_permits,
+            rate_limit,
         }
     }
 
-    /// Whether a token is only to be had for a caller that lives.
-    pub fn needs_caller(&self) -> bool {
+    /// Returns true if the source gives tokens only for a caller that is alive.
+    pub fn requires_live_caller(&self) -> bool {
         self.source.requires_live_caller()
     }
 
-    /// Credentials for `grant`, by a token that the source gives `caller`.
+    /// Exchanges a token that the source gives `caller` for the credentials of `grant`.
     ///
-    /// What passes quickly is tried again within seconds; a token that STS refuses is replaced once.
+    /// Outages are retried for [`RETRY_WINDOW`]. A token that STS refuses is replaced once.
     pub async fn exchange(
         &self,
         caller: &Arc<Caller>,
         grant: &Grant,
     ) -> Result<Credentials, ExchangeError> {
-        if !self.allowance.take(&grant.spiffe_id) {
+        if !self.rate_limit.take(&grant.spiffe_id) {
             return Err(ExchangeError::TooOften);
         }
-        let mut patience = RetryBudget::new();
-        let token = self.token(caller, grant, &mut patience).await?;
-        let refused = match self.assume(grant, &token, &mut patience).await {
+        let mut budget = RetryBudget::new();
+        let token = self.token(caller, grant, &mut budget).await?;
+        let refused = match self.assume(grant, &token, &mut budget).await {
             Err(error) if error.again == RetryPolicy::NewToken => error,
             result => return Ok(result?),
         };
-        let fresh = self.token(caller, grant, &mut patience).await?;
+        let fresh = self.token(caller, grant, &mut budget).await?;
         if fresh.is_same(&token) {
-            return Err(with_note(refused, "the identity source gave the same token again").into());
+            return Err(
+                with_note(refused, "the identity source returned the same token again").into(),
+            );
         }
-        match self.assume(grant, &fresh, &mut patience).await {
+        match self.assume(grant, &fresh, &mut budget).await {
             Err(error) if error.again == RetryPolicy::NewToken => {
                 Err(self.refused_twice(error, &fresh).into())
             }
@@ -160,26 +165,26 @@ impl TokenExchanger {
         &self,
         caller: &Arc<Caller>,
         grant: &Grant,
-        patience: &mut RetryBudget,
+        budget: &mut RetryBudget,
     ) -> Result<JwtSvid, ExchangeError> {
         let audience = &grant.role.audience;
         loop {
-            let turn = self
-                .turns
+            let permit = self
+                .source_permits
                 .acquire(&grant.spiffe_id)
                 .await
                 .ok_or(ExchangeError::TooOften)?;
             let result = self.source.token(caller, &grant.spiffe_id, audience).await;
-            drop(turn);
+            drop(permit);
             match result {
-                Err(SourceError::Unavailable(_)) if patience.pause().await => {}
-                // Checked against what the source was asked for, this can only be a mistake in the source's own code.
-                // It would hand one workload the account of another.
+                Err(SourceError::Unavailable(_)) if budget.pause().await => {}
+                // The source has checked the token against the request, so a mismatch is a bug of
+                // the source. It would give one workload the account of another.
                 Ok(token)
                     if *token.spiffe_id() != grant.spiffe_id || token.audience() != audience =>
                 {
                     return Err(SourceError::from(BadToken::Wrong(
-                        "it is not the one that was asked for".to_owned(),
+                        "the agent returned a token for another SPIFFE ID or audience".to_owned(),
                     ))
                     .into());
                 }
@@ -188,8 +193,9 @@ impl TokenExchanger {
         }
     }
 
-    /// Judges STS's refusal of a second token. If the token expired in a queue or between retries, the refusal is an outage:
-    /// it says nothing about the role, and cached credentials stay valid.
+    /// Classifies STS's refusal of a second token. If the token expired in a queue or between
+    /// retries, the refusal is an outage. The role may be right, so cached credentials
+    /// stay valid.
     fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
         match (token.check_life(self.clock.now()), token.short_life()) {
             (Err(expired), _) => StsError {
@@ -199,12 +205,12 @@ impl TokenExchanger {
             (Ok(()), Some(life)) => with_note(
                 error,
                 &format!(
-                    "a new token was refused as well; it is good for only {} s: {TTL_FIX}, and compare this node's clock with \
+                    "STS refused a new token as well; the token is good for only {} s: {TTL_FIX}, and compare this node's clock with \
                      STS's",
                     life.as_secs()
                 ),
             ),
-            (Ok(()), None) => with_note(error, "a new token was refused as well"),
+            (Ok(()), None) => with_note(error, "STS refused a new token as well"),
         }
     }
 
@@ -212,7 +218,7 @@ impl TokenExchanger {
         &self,
         grant: &Grant,
         token: &JwtSvid,
-        patience: &mut RetryBudget,
+        budget: &mut RetryBudget,
     ) -> Result<Credentials, StsError> {
         loop {
             let result = self.sts.assume(grant, token).await;
@@ -227,7 +233,7 @@ impl TokenExchanger {
             );
             match result {
                 Err(error) if error.again == RetryPolicy::Later => {
-                    if !patience.pause().await || token.expires() <= self.clock.now() {
+                    if !budget.pause().await || token.expires() <= self.clock.now() {
                         return Err(error);
                     }
                 }
@@ -253,7 +259,7 @@ fn with_note(error: StsError, note: &str) -> StsError {
     }
 }
 
-/// How many more tries one issue has, and until when.
+/// Number of retries of one exchange, and the time at which they end.
 struct RetryBudget {
     start: Instant,
     tries: u32,
@@ -267,7 +273,7 @@ impl RetryBudget {
         }
     }
 
-    /// Waits before another try; `false`, at once, if there is to be none.
+    /// Waits before a retry. Returns `false` at once if no retry is left.
     async fn pause(&mut self) -> bool {
         let pause = RETRY_PAUSE.mul_f64(f64::from(1 << self.tries) * (0.5 + 0.5 * fastrand::f64()));
         if self.tries == MAX_RETRIES || self.start.elapsed() + pause > RETRY_WINDOW {

@@ -1,5 +1,5 @@
-//! What the log says about places: once per change, not per try, and bounded, since an outage concerns all workloads of the
-//! node at once. `/status` and the metrics have the rest.
+//! The events that the cache logs. It logs once per change, not per try. The rate is limited, since
+//! an outage concerns all workloads of the node at once. `/status` and the metrics have the rest.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -8,12 +8,12 @@ use super::entry::Entry;
 use crate::exchange::ExchangeError;
 use crate::telemetry::LogQuota;
 
-/// So many lines at once ...
+/// Number of log lines at once.
 const BURST: u32 = 20;
-/// ... and after that.
+/// Interval between log lines after [`BURST`].
 const EVERY: Duration = Duration::from_secs(10);
 
-/// How many lines may be written still, and how many were left out.
+/// Limiter of the log lines, which counts those it drops.
 #[derive(Debug)]
 pub(super) struct EventLog(Mutex<LogQuota>);
 
@@ -24,52 +24,53 @@ impl Default for EventLog {
 }
 
 impl EventLog {
-    /// Whether one may be written now; if so, how many were left out since the last.
+    /// Returns the number of lines dropped since the last one if a line may be written now, else
+    /// `None`.
     pub(super) fn allows(&self) -> Option<u64> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
-/// Something to tell operators. To be told with nothing locked: a log may be slow.
+/// An event for operators. It is emitted with no lock held, since a log may be slow.
 pub(super) enum CacheEvent {
-    /// The first failure, or the first of its kind, and how many lines were left out before it.
+    /// The first failure, or the first of its kind, with the number of log lines dropped before it.
     Failed {
         error: ExchangeError,
         kept: bool,
         missed: u64,
     },
-    /// A success after a failure that the log has.
-    Again,
+    /// A success after a failure that was logged.
+    Recovered,
     /// The source has withdrawn the identity.
     Withdrawn(ExchangeError),
-    /// What is there has come to its end, or to that of the grace.
-    Over(ExchangeError),
+    /// The credentials or the grace have expired.
+    Expired(ExchangeError),
 }
 
 impl CacheEvent {
-    pub(super) fn emit(self, slot: &Entry, log: &EventLog) {
-        let (spiffe_id, role_arn) = (&slot.grant.spiffe_id, &slot.grant.role_arn);
+    pub(super) fn emit(self, entry: &Entry, log: &EventLog) {
+        let (spiffe_id, role_arn) = (&entry.grant.spiffe_id, &entry.grant.role_arn);
         if let Self::Failed {
             error,
             kept,
             missed,
         } = self
         {
-            // `kept`: those that were issued before are still handed out.
-            tracing::warn!(%spiffe_id, %role_arn, %error, kept, missed, "credentials were not issued");
+            // `kept` is true if the previous credentials are still served.
+            tracing::warn!(%spiffe_id, %role_arn, %error, kept, missed, "exchange failed");
             return;
         }
         let Some(missed) = log.allows() else { return };
         match self {
             Self::Failed { .. } => {}
-            Self::Again => {
-                tracing::info!(%spiffe_id, %role_arn, missed, "credentials are issued again")
+            Self::Recovered => {
+                tracing::info!(%spiffe_id, %role_arn, missed, "exchange succeeded again")
             }
             Self::Withdrawn(error) => {
-                tracing::warn!(%spiffe_id, %role_arn, %error, missed, "the identity is withdrawn, its credentials are ended");
+                tracing::warn!(%spiffe_id, %role_arn, %error, missed, "identity withdrawn: credentials removed");
             }
-            Self::Over(error) => {
-                tracing::warn!(%spiffe_id, %role_arn, %error, missed, "credentials are ended that could not be renewed");
+            Self::Expired(error) => {
+                tracing::warn!(%spiffe_id, %role_arn, %error, missed, "credentials removed: refresh failed");
             }
         }
     }

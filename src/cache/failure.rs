@@ -1,4 +1,5 @@
-//! What a failure means: for how long it is remembered, when the next try is due, and what it says of what is there.
+//! Failures of exchanges: how long each is cached, when the next try is due, and its effect on
+//! cached credentials.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,24 +8,25 @@ use tokio::time::Instant;
 use crate::exchange::ExchangeError;
 use crate::svid::SourceError;
 
-/// Waits between tries to refresh double from this ...
+/// First delay between tries to refresh. It doubles with each failure.
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
-/// ... to this, in as many steps. Each is jittered by half of it.
+/// Number of doublings. Each delay is jittered by half of it.
 const BACKOFF_STEPS: u32 = 6;
-/// Two denials of the source this far apart, without a success in between, are its last word: one alone may be a
-/// registration that has not spread yet, or a part of the source that has just started.
+/// A denial counts as final when a second one follows at least this much later with no success in
+/// between. A single one may be a registration entry that has not spread yet, or a part of the
+/// source that has just started.
 pub(super) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
 
-/// What a failure says about credentials that were issued before.
+/// Kind of failure, by its effect on credentials that are already cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FailureKind {
-    /// Nothing: an outage, or too many calls.
+    /// An outage or a rate limit. It has no effect.
     Outage,
-    /// Nothing, but without another caller there is no use in trying.
+    /// The caller is gone. It has no effect, but a try without another caller is useless.
     CallerGone,
-    /// That the source does not give this identity to the caller any more.
+    /// The source does not give this identity to the caller any more.
     Denied,
-    /// That they would not be issued now: STS refuses, or the source's answer can't be used.
+    /// STS refuses, or the source's reply is unusable. The credentials could not be issued now.
     Refused,
 }
 
@@ -39,12 +41,13 @@ impl FailureKind {
     }
 }
 
-/// **The** table of how long a failure is remembered where nothing is cached. SDKs repeat even a refused request three to
-/// six times within seconds; what may pass at any time is remembered no longer than clients are told to wait.
+/// Returns how long a failure is cached where no credentials are. SDKs repeat even a rejected
+/// request three to six times within seconds. A transient failure is cached no longer than clients
+/// are asked to wait.
 pub(super) fn negative_ttl(error: &ExchangeError) -> Duration {
     Duration::from_secs(match error {
         error if error.is_transient() => 1,
-        // Somebody may be registering it right now.
+        // An operator may be creating the registration entry right now.
         ExchangeError::Source(SourceError::Denied(_)) => 3,
         ExchangeError::Source(_)
         | ExchangeError::Sts(_)
@@ -53,55 +56,55 @@ pub(super) fn negative_ttl(error: &ExchangeError) -> Duration {
     })
 }
 
-/// What has failed since the last success.
+/// The failures since the last success.
 #[derive(Debug)]
 pub(super) struct FailureState {
     pub(super) error: ExchangeError,
     pub(super) at: Instant,
     pub(super) time: SystemTime,
-    /// No refresh begins earlier.
+    /// The earliest time of the next refresh.
     pub(super) retry_at: Instant,
     tries: u32,
-    /// The first refusal. An outage that comes after it does not make it undone.
+    /// Time of the first refusal. A later outage does not reset it.
     pub(super) refused_since: Option<(Instant, SystemTime)>,
     denied_since: Option<Instant>,
-    /// The source has denied it often enough.
+    /// True once a second denial has confirmed the first.
     pub(super) withdrawn: bool,
-    /// Whether this kind of failure is in the log.
+    /// True if this kind of failure has been logged.
     pub(super) logged: bool,
 }
 
 impl FailureState {
-    /// After another failure.
+    /// Returns the state after another failure.
     pub(super) fn record(
-        before: Option<&Self>,
+        previous: Option<&Self>,
         error: &ExchangeError,
         at: Instant,
         time: SystemTime,
     ) -> Self {
-        let class = FailureKind::of(error);
-        let since = before.and_then(|before| before.refused_since);
-        let refused_since = if class == FailureKind::Refused {
+        let kind = FailureKind::of(error);
+        let since = previous.and_then(|previous| previous.refused_since);
+        let refused_since = if kind == FailureKind::Refused {
             since.or(Some((at, time)))
         } else {
             since
         };
-        let since = before.and_then(|before| before.denied_since);
-        let denied_since = if class == FailureKind::Denied {
+        let since = previous.and_then(|previous| previous.denied_since);
+        let denied_since = if kind == FailureKind::Denied {
             since.or(Some(at))
         } else {
             since
         };
-        let asked_again =
+        let confirmed =
             denied_since.is_some_and(|since| at.duration_since(since) >= DENIAL_CONFIRMATION);
-        let tries = before.map_or(0, |before| before.tries);
+        let tries = previous.map_or(0, |previous| previous.tries);
         Self {
             error: error.clone(),
             at,
             time,
-            retry_at: match (class, denied_since) {
-                // The second question, which decides.
-                (FailureKind::Denied, Some(since)) if !asked_again => {
+            retry_at: match (kind, denied_since) {
+                // The second query to the source, which decides.
+                (FailureKind::Denied, Some(since)) if !confirmed => {
                     since + DENIAL_CONFIRMATION + BACKOFF_FIRST.mul_f64(fastrand::f64())
                 }
                 (FailureKind::CallerGone, _) => at + BACKOFF_FIRST,
@@ -110,8 +113,8 @@ impl FailureState {
             tries: (tries + 1).min(BACKOFF_STEPS),
             refused_since,
             denied_since,
-            withdrawn: class == FailureKind::Denied && asked_again,
-            logged: before.is_some_and(|before| before.logged),
+            withdrawn: kind == FailureKind::Denied && confirmed,
+            logged: previous.is_some_and(|previous| previous.logged),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What is to be done with a place, and when. Nothing here does it.
+//! The rule of what is due for a cache entry, and when. It decides only, and executes nothing.
 
 use tokio::time::Instant;
 
@@ -7,49 +7,49 @@ use super::failure::negative_ttl;
 use super::issued::MIN_REMAINING;
 use super::{CacheInner, Generation};
 
-/// What to do with a place.
+/// Action that is due for an entry.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Take its credentials away, for this reason.
+    /// Clear the credentials, for this reason.
     Clear(&'static str),
-    /// Take it out, for this reason.
+    /// Remove the entry, for this reason.
     Remove(&'static str),
-    /// Refresh it, or look again at this time at the latest if that can't be.
+    /// Refresh now. If that is not possible, check again at this time at the latest.
     Refresh(Instant),
-    /// Look again.
+    /// Check again at this time.
     Wait(Instant),
 }
 
 impl CacheInner {
-    /// **The** rule of what happens to a place, in the order of precedence.
+    /// Returns the due action of an entry. The checks are in order of precedence.
     pub(super) fn next_action(
         &self,
-        slot: &Entry,
+        entry: &Entry,
         state: &CachedState,
-        setup: &Generation,
+        generation: &Generation,
     ) -> Action {
         let now = Instant::now();
-        let trouble = state.trouble.as_deref();
-        let Some(issued) = slot.current.load_full() else {
+        let failure = state.failure.as_deref();
+        let Some(cached) = entry.current.load_full() else {
             if state.flight.is_some() {
                 return Action::Wait(now + MIN_REMAINING);
             }
-            let forget = trouble.map_or(now, |trouble| trouble.at + negative_ttl(&trouble.error));
+            let forget = failure.map_or(now, |failure| failure.at + negative_ttl(&failure.error));
             return if forget > now {
                 Action::Wait(forget)
             } else {
                 Action::Remove("empty")
             };
         };
-        let left = issued.remaining(&self.clock);
-        let grace = trouble
-            .and_then(|trouble| trouble.refused_since)
-            .map(|(at, _)| at + setup.limits.revocation_grace);
+        let remaining = cached.remaining(&self.clock);
+        let grace = failure
+            .and_then(|failure| failure.refused_since)
+            .map(|(at, _)| at + generation.limits.revocation_grace);
         let end = grace
-            .unwrap_or(now + left)
-            .min(now + left.saturating_sub(MIN_REMAINING));
+            .unwrap_or(now + remaining)
+            .min(now + remaining.saturating_sub(MIN_REMAINING));
         if end <= now {
-            return Action::Clear(if left <= MIN_REMAINING {
+            return Action::Clear(if remaining <= MIN_REMAINING {
                 "expired"
             } else {
                 "refused"
@@ -58,14 +58,14 @@ impl CacheInner {
         if state.flight.is_some() {
             return Action::Wait(end);
         }
-        if left > issued.refresh_left {
-            return Action::Wait(end.min(now + (left - issued.refresh_left)));
+        if remaining > cached.refresh_at_remaining {
+            return Action::Wait(end.min(now + (remaining - cached.refresh_at_remaining)));
         }
-        if slot.last_used() + issued.lifetime < self.start.elapsed() {
+        if entry.last_used() + cached.lifetime < self.start.elapsed() {
             return Action::Remove("unused");
         }
-        match trouble {
-            Some(trouble) if trouble.retry_at > now => Action::Wait(end.min(trouble.retry_at)),
+        match failure {
+            Some(failure) if failure.retry_at > now => Action::Wait(end.min(failure.retry_at)),
             _ => Action::Refresh(end),
         }
     }

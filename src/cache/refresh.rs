@@ -1,4 +1,4 @@
-//! The one task that looks at places when something is due: a refresh, an end, a failure to forget.
+//! The one task that serves due entries: a refresh, an expiry, a failure to drop.
 //!
 //! A task for each of 100,000 entries would cost more memory than the entries.
 
@@ -18,14 +18,15 @@ use super::next_action::Action;
 use super::{CacheInner, Generation};
 use crate::clock::Clock;
 
-/// How often the wall clock is compared with the monotonic one, by which the task sleeps.
+/// Interval at which the task compares the wall clock with the monotonic clock by which it sleeps.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(30);
-/// How many places are looked at before other tasks of the same thread have their turn.
+/// Number of entries that the task serves before it yields to other tasks of its thread.
 const BATCH: usize = 256;
-/// A refresh that has no turn now looks again after about this. It is not urgent, and thousands may wait.
+/// Mean delay until a refresh without a permit tries again. It is not urgent, and thousands may
+/// wait.
 const LIMITER_RETRY: Duration = Duration::from_secs(4);
 
-/// Places in the order of time, each once at most.
+/// Queue of entries by due time, each at most once.
 #[derive(Default)]
 pub(super) struct Schedule {
     queue: Mutex<BTreeMap<(Instant, usize), Arc<Entry>>>,
@@ -34,15 +35,16 @@ pub(super) struct Schedule {
 }
 
 impl Schedule {
-    /// Has `slot` looked at `at`, and not when it was to be before. `next` is its [`CachedState::next`].
-    pub(super) fn put(&self, slot: &Arc<Entry>, next: &mut Option<Instant>, at: Option<Instant>) {
-        let address = Arc::as_ptr(slot) as usize;
+    /// Schedules `entry` for `at` in place of its previous time. `next` is its
+    /// [`CachedState::next`].
+    pub(super) fn put(&self, entry: &Arc<Entry>, next: &mut Option<Instant>, at: Option<Instant>) {
+        let address = Arc::as_ptr(entry) as usize;
         let mut queue = self.lock();
-        if let Some(before) = next.take() {
-            queue.remove(&(before, address));
+        if let Some(previous) = next.take() {
+            queue.remove(&(previous, address));
         }
         if let Some(at) = at {
-            queue.insert((at, address), slot.clone());
+            queue.insert((at, address), entry.clone());
             *next = Some(at);
             if queue
                 .first_key_value()
@@ -53,7 +55,7 @@ impl Schedule {
         }
     }
 
-    /// Takes out some of those whose time has come.
+    /// Takes up to [`BATCH`] entries that are due.
     fn due(&self) -> Vec<Arc<Entry>> {
         let mut queue = self.lock();
         let now = Instant::now();
@@ -67,12 +69,13 @@ impl Schedule {
         due
     }
 
-    /// Until the first is due, or the clocks are to be compared, or something has changed; `false` at the end.
+    /// Waits until the first entry is due, the clocks are to be compared, or the queue has changed.
+    /// Returns `false` when the cache is dropped.
     async fn wait(&self) -> bool {
         let first = self.lock().first_key_value().map(|((at, _), _)| *at);
         match first {
             Some(at) => {
-                // Whichever comes first.
+                // A timeout and a notification both mean: process what is due.
                 let _ = timeout_at(
                     at.min(Instant::now() + CLOCK_CHECK_INTERVAL),
                     self.changed.notified(),
@@ -94,13 +97,14 @@ impl Schedule {
     }
 }
 
-/// Notices that the wall clock has left the monotonic one: it was set, or the machine was suspended.
+/// Detector of steps between the wall clock and the monotonic clock: the wall clock was set, or the
+/// machine was suspended.
 struct ClockStepDetector {
     wall: SystemTime,
     at: Instant,
 }
 
-/// Less is not worth a look at everything.
+/// Smaller steps do not justify a pass over all entries.
 const MIN_CLOCK_STEP: Duration = Duration::from_secs(1);
 
 impl ClockStepDetector {
@@ -111,34 +115,34 @@ impl ClockStepDetector {
         }
     }
 
-    /// Since the last time this was asked.
+    /// Returns true if the clocks have moved apart since the last call.
     fn stepped(&mut self, clock: &Clock) -> bool {
         let now = Self::new(clock);
         let expected = self.wall + now.at.duration_since(self.at);
-        let away = now
+        let step = now
             .wall
             .duration_since(expected)
             .unwrap_or_else(|error| error.duration());
         *self = now;
-        away > MIN_CLOCK_STEP
+        step > MIN_CLOCK_STEP
     }
 }
 
-/// Until the cache is dropped.
-pub(super) async fn run(shared: Weak<CacheInner>, schedule: Arc<Schedule>, clock: Clock) {
-    let mut drift = ClockStepDetector::new(&clock);
+/// Serves due entries until the cache is dropped.
+pub(super) async fn run(inner: Weak<CacheInner>, schedule: Arc<Schedule>, clock: Clock) {
+    let mut clock_steps = ClockStepDetector::new(&clock);
     while schedule.wait().await {
-        let Some(shared) = shared.upgrade() else {
+        let Some(inner) = inner.upgrade() else {
             return;
         };
-        if drift.stepped(&clock) {
+        if clock_steps.stepped(&clock) {
             let mut all = Vec::new();
-            shared.places.for_each(|slot| all.push(slot.clone()));
-            all.iter().for_each(|slot| shared.process_due(slot));
+            inner.table.for_each(|entry| all.push(entry.clone()));
+            all.iter().for_each(|entry| inner.process_due(entry));
         }
         loop {
             let due = schedule.due();
-            due.iter().for_each(|slot| shared.process_due(slot));
+            due.iter().for_each(|entry| inner.process_due(entry));
             if due.len() < BATCH {
                 break;
             }
@@ -148,74 +152,74 @@ pub(super) async fn run(shared: Weak<CacheInner>, schedule: Arc<Schedule>, clock
 }
 
 impl CacheInner {
-    /// Does what is to be done with a place now, and says when it is looked at again.
-    fn process_due(self: &Arc<Self>, slot: &Arc<Entry>) {
-        let setup = self.setup.load_full();
-        let mut state = slot.state();
-        if state.ended {
+    /// Executes the due action of an entry, and schedules its next one.
+    fn process_due(self: &Arc<Self>, entry: &Arc<Entry>) {
+        let generation = self.generation.load_full();
+        let mut state = entry.state();
+        if state.retired {
             return;
         }
-        let mut next = self.next_action(slot, &state, &setup);
-        let mut news = None;
+        let mut next = self.next_action(entry, &state, &generation);
+        let mut event = None;
         if let Action::Clear(reason) = next {
-            // Without another caller an end is what has to come.
-            let trouble = state
-                .trouble
+            // Without another caller an expiry is expected, so it is not logged.
+            let failure = state
+                .failure
                 .as_ref()
-                .filter(|trouble| FailureKind::of(&trouble.error) != FailureKind::CallerGone);
-            news = trouble.map(|trouble| CacheEvent::Over(trouble.error.clone()));
-            self.clear_credentials(slot, reason);
-            next = self.next_action(slot, &state, &setup);
+                .filter(|failure| FailureKind::of(&failure.error) != FailureKind::CallerGone);
+            event = failure.map(|failure| CacheEvent::Expired(failure.error.clone()));
+            self.clear_credentials(entry, reason);
+            next = self.next_action(entry, &state, &generation);
         }
         let again = match next {
             Action::Remove(reason) | Action::Clear(reason) => {
-                self.retire(slot, &mut state, reason);
+                self.retire(entry, &mut state, reason);
                 None
             }
             Action::Wait(at) => Some(at),
             Action::Refresh(end) => Some(
-                self.refresh(slot, &setup, &mut state)
+                self.refresh(entry, &generation, &mut state)
                     .map_or(end, |at| end.min(at)),
             ),
         };
-        self.schedule.put(slot, &mut state.next, again);
+        self.schedule.put(entry, &mut state.next, again);
         drop(state);
         if again.is_none() {
-            self.places.remove(slot);
+            self.table.remove(entry);
         }
-        if let Some(news) = news {
-            news.emit(slot, &self.log);
+        if let Some(event) = event {
+            event.emit(entry, &self.log);
         }
     }
 
-    /// Starts a refresh, if there is somebody to ask for it with, and a turn; if only that is missing, says when to look
-    /// again.
+    /// Starts a refresh if a caller and a permit are available. Returns the time to try again if
+    /// only the permit is missing.
     fn refresh(
         self: &Arc<Self>,
-        slot: &Arc<Entry>,
-        setup: &Generation,
+        entry: &Arc<Entry>,
+        generation: &Generation,
         state: &mut CachedState,
     ) -> Option<Instant> {
-        let caller = if setup.issuer.needs_caller() {
-            slot.latest.load_full()
+        let caller = if generation.exchanger.requires_live_caller() {
+            entry.latest.load_full()
         } else {
-            Some(self.nobody.clone())
+            Some(self.synthetic_caller.clone())
         };
-        // Without one, the next request brings it.
+        // Without a live caller, the next request starts the refresh.
         let caller = caller?;
-        let Ok(turn) = self.refreshes.try_acquire(&slot.grant.spiffe_id) else {
+        let Ok(permit) = self.refreshes.try_acquire(&entry.grant.spiffe_id) else {
             return Some(Instant::now() + LIMITER_RETRY.mul_f64(0.5 + fastrand::f64()));
         };
-        self.start_flight(slot, caller, state, Some(turn));
+        self.start_flight(entry, caller, state, Some(permit));
         None
     }
 
-    /// Has the place looked at when there is something to do.
-    pub(super) fn plan(&self, slot: &Arc<Entry>, state: &mut CachedState) {
-        let at = match self.next_action(slot, state, &self.setup.load()) {
+    /// Schedules the entry for its next action.
+    pub(super) fn plan(&self, entry: &Arc<Entry>, state: &mut CachedState) {
+        let at = match self.next_action(entry, state, &self.generation.load()) {
             Action::Wait(at) => at,
             Action::Refresh(_) | Action::Clear(_) | Action::Remove(_) => Instant::now(),
         };
-        self.schedule.put(slot, &mut state.next, Some(at));
+        self.schedule.put(entry, &mut state.next, Some(at));
     }
 }

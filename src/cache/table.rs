@@ -1,4 +1,4 @@
-//! All places, by SPIFFE ID, and how many there may be.
+//! The table of all entries by SPIFFE ID, and its bounds.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,20 +11,22 @@ use super::{CacheError, Generation};
 use crate::identity::SpiffeId;
 use crate::role::Grant;
 
-/// Roles of one SPIFFE ID, negative answers included: one that makes up names of roles, where it may name them, fills its
-/// own places only (attack 22).
+/// Maximum number of roles of one SPIFFE ID, cached failures included. A workload that requests
+/// invented role names fills only its own entries (T22).
 pub(super) const MAX_ROLES_PER_ID: usize = 16;
 
-/// The table. Its guards are held for moments, never over an await; places are locked inside, not the other way.
+/// The table of entries. Its guards are held for moments, never across an await. An entry's lock is
+/// taken inside a guard, never the other way round.
 #[derive(Default)]
 pub(super) struct EntryTable {
-    by_owner: DashMap<SpiffeId, Vec<Arc<Entry>>>,
+    by_spiffe_id: DashMap<SpiffeId, Vec<Arc<Entry>>>,
     count: AtomicUsize,
 }
 
-/// By the whole role definition (attack 17). Definitions are shared, so mostly their addresses tell.
-fn find_entry(slots: &[Arc<Entry>], grant: &Grant) -> Option<Arc<Entry>> {
-    slots.iter().find(|slot| slot.grant == *grant).cloned()
+/// Finds the entry by the whole role definition (T17). Definitions are shared, so the comparison is
+/// mostly one of addresses.
+fn find_entry(entries: &[Arc<Entry>], grant: &Grant) -> Option<Arc<Entry>> {
+    entries.iter().find(|entry| entry.grant == *grant).cloned()
 }
 
 impl EntryTable {
@@ -33,108 +35,114 @@ impl EntryTable {
     }
 
     pub(super) fn find(&self, grant: &Grant) -> Option<Arc<Entry>> {
-        find_entry(&self.by_owner.get(&grant.spiffe_id)?, grant)
+        find_entry(&self.by_spiffe_id.get(&grant.spiffe_id)?, grant)
     }
 
-    /// The place for `grant`; a new one if that is allowed and there is room, or room can be made among those of the same
-    /// SPIFFE ID. `end` is called for the one that goes.
+    /// Returns the entry of `grant`, or adds one. If a bound is reached, it first evicts an entry
+    /// of the same SPIFFE ID, and calls `retire` for it.
     pub(super) fn find_or_add(
         &self,
         grant: &Grant,
-        setup: &dyn Fn() -> Arc<Generation>,
-        end: impl Fn(&Arc<Entry>, &mut CachedState),
+        generation: &dyn Fn() -> Arc<Generation>,
+        retire: impl Fn(&Arc<Entry>, &mut CachedState),
     ) -> Result<Arc<Entry>, CacheError> {
-        let mut at = self.by_owner.entry(grant.spiffe_id.clone());
-        if let At::Occupied(owner) = &at
-            && let Some(slot) = find_entry(owner.get(), grant)
+        let mut at = self.by_spiffe_id.entry(grant.spiffe_id.clone());
+        if let At::Occupied(occupied) = &at
+            && let Some(entry) = find_entry(occupied.get(), grant)
         {
-            return Ok(slot);
+            return Ok(entry);
         }
-        // While this part of the table is locked a reload can't pass by: either `keep` is the new one already, or the
-        // reload is still to come here.
-        let setup = setup();
-        if !(setup.keep)(grant) {
+        // This shard of the table is locked. So either `keep` is that of the reload already, or the
+        // reload has yet to pass over this shard.
+        let generation = generation();
+        if !(generation.keep)(grant) {
             return Err(CacheError::Pending);
         }
-        let crowded = matches!(&at, At::Occupied(owner) if owner.get().len() >= MAX_ROLES_PER_ID);
-        if crowded || !self.reserve(setup.limits.max_entries) {
-            let made = match &mut at {
-                At::Occupied(owner) => evict_one(owner.get_mut(), &end),
+        let at_role_limit =
+            matches!(&at, At::Occupied(occupied) if occupied.get().len() >= MAX_ROLES_PER_ID);
+        if at_role_limit || !self.reserve(generation.limits.max_entries) {
+            let evicted = match &mut at {
+                At::Occupied(occupied) => evict_one(occupied.get_mut(), &retire),
                 At::Vacant(_) => false,
             };
-            if !made {
-                return Err(if crowded {
+            if !evicted {
+                return Err(if at_role_limit {
                     CacheError::TooManyRoles
                 } else {
                     CacheError::Full
                 });
             }
         }
-        let slot = Entry::new(grant.clone());
-        at.or_default().push(slot.clone());
-        Ok(slot)
+        let entry = Entry::new(grant.clone());
+        at.or_default().push(entry.clone());
+        Ok(entry)
     }
 
-    fn reserve(&self, most: usize) -> bool {
-        let more = |count| (count < most).then_some(count + 1);
+    fn reserve(&self, max_entries: usize) -> bool {
+        let more = |count| (count < max_entries).then_some(count + 1);
         self.count
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
             .is_ok()
     }
 
-    /// Takes out one that has ended. Nothing may be locked.
-    pub(super) fn remove(&self, slot: &Arc<Entry>) {
-        let At::Occupied(mut owner) = self.by_owner.entry(slot.grant.spiffe_id.clone()) else {
-            return;
-        };
-        let Some(index) = owner
-            .get()
-            .iter()
-            .position(|other| Arc::ptr_eq(other, slot))
+    /// Removes a retired entry. The caller must hold neither an entry's lock nor a guard of the
+    /// table.
+    pub(super) fn remove(&self, entry: &Arc<Entry>) {
+        let At::Occupied(mut occupied) = self.by_spiffe_id.entry(entry.grant.spiffe_id.clone())
         else {
             return;
         };
-        owner.get_mut().swap_remove(index);
+        let Some(index) = occupied
+            .get()
+            .iter()
+            .position(|other| Arc::ptr_eq(other, entry))
+        else {
+            return;
+        };
+        occupied.get_mut().swap_remove(index);
         self.count.fetch_sub(1, Ordering::Relaxed);
-        if owner.get().is_empty() {
-            owner.remove();
+        if occupied.get().is_empty() {
+            occupied.remove();
         }
     }
 
-    /// Takes out those that `keep` is false for.
+    /// Removes the entries that `keep` rejects.
     pub(super) fn retain(&self, keep: impl Fn(&Arc<Entry>) -> bool) {
-        self.by_owner.retain(|_, slots| {
-            let before = slots.len();
-            slots.retain(&keep);
+        self.by_spiffe_id.retain(|_, entries| {
+            let previous = entries.len();
+            entries.retain(&keep);
             self.count
-                .fetch_sub(before - slots.len(), Ordering::Relaxed);
-            !slots.is_empty()
+                .fetch_sub(previous - entries.len(), Ordering::Relaxed);
+            !entries.is_empty()
         });
     }
 
-    pub(super) fn for_each(&self, mut look: impl FnMut(&Arc<Entry>)) {
-        self.by_owner
+    pub(super) fn for_each(&self, mut visit: impl FnMut(&Arc<Entry>)) {
+        self.by_spiffe_id
             .iter()
-            .for_each(|slots| slots.iter().for_each(&mut look));
+            .for_each(|entries| entries.iter().for_each(&mut visit));
     }
 }
 
-/// Ends one of them: one without credentials if there is one, else the least recently used; none with a flight under way,
-/// since callers wait for those.
-fn evict_one(slots: &mut Vec<Arc<Entry>>, end: &impl Fn(&Arc<Entry>, &mut CachedState)) -> bool {
-    let mut order: Vec<usize> = (0..slots.len()).collect();
+/// Evicts one entry: one without credentials first, else the least recently used. An entry with a
+/// running flight stays, since callers wait for it.
+fn evict_one(
+    entries: &mut Vec<Arc<Entry>>,
+    retire: &impl Fn(&Arc<Entry>, &mut CachedState),
+) -> bool {
+    let mut order: Vec<usize> = (0..entries.len()).collect();
     order.sort_by_key(|index| {
         (
-            slots[*index].current.load().is_some(),
-            slots[*index].last_used(),
+            entries[*index].current.load().is_some(),
+            entries[*index].last_used(),
         )
     });
     for index in order {
-        let mut state = slots[index].state();
+        let mut state = entries[index].state();
         if state.flight.is_none() {
-            end(&slots[index], &mut state);
+            retire(&entries[index], &mut state);
             drop(state);
-            slots.swap_remove(index);
+            entries.swap_remove(index);
             return true;
         }
     }

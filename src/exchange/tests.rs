@@ -15,7 +15,7 @@ use crate::sts::tests::{good, grant, plain, refusal, settings};
 use crate::svid::IdentityBasis;
 use crate::svid::jwt::tests::{billing, now, raw_token, svid_for};
 
-/// Answers in turn, each after some time; the last one for ever.
+/// Replies in order, each after a delay. The last one repeats.
 #[derive(Debug)]
 struct Scripted<T> {
     answers: Mutex<VecDeque<(Duration, T)>>,
@@ -103,7 +103,7 @@ fn target() -> StsTarget {
     }
 }
 
-async fn issue(
+async fn exchange_once(
     source: &Arc<Tokens>,
     sts: &Arc<FakeStsReplies>,
 ) -> Result<Credentials, ExchangeError> {
@@ -144,13 +144,13 @@ fn refused(again: RetryPolicy) -> Result<Credentials, StsError> {
     })
 }
 
-/// What was asked for, with how many calls each, and how long it took.
+/// Returns the result, the number of calls of each kind, and the duration.
 async fn run(
     source: Arc<Tokens>,
     sts: Arc<FakeStsReplies>,
 ) -> (Result<Credentials, ExchangeError>, usize, usize, Duration) {
     let start = Instant::now();
-    let result = issue(&source, &sts).await;
+    let result = exchange_once(&source, &sts).await;
     (
         result,
         source.calls().len(),
@@ -160,9 +160,9 @@ async fn run(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_is_exchanged() {
+async fn exchange_sends_the_token_to_sts() {
     let (source, sts) = (Scripted::new([token(1)]), Scripted::new([credentials()]));
-    let issued = issue(&source, &sts).await.unwrap();
+    let issued = exchange_once(&source, &sts).await.unwrap();
     assert_eq!(issued.access_key_id, "ASIAEXAMPLE");
     assert_eq!(
         source.calls(),
@@ -172,7 +172,7 @@ async fn a_token_is_exchanged() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_passes_quickly_is_tried_again() {
+async fn exchange_retries_short_outages() {
     let recovers = Scripted::new([Err(unavailable()), Err(unavailable()), token(1)]);
     let (result, tokens, calls, took) = run(recovers, Scripted::new([credentials()])).await;
     assert!(
@@ -196,7 +196,7 @@ async fn what_passes_quickly_is_tried_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_lasts_is_given_up() {
+async fn exchange_fails_after_its_retries() {
     let (result, tokens, calls, took) = run(
         Scripted::new([Err(unavailable())]),
         Scripted::new([credentials()]),
@@ -215,7 +215,7 @@ async fn what_lasts_is_given_up() {
     assert_eq!((tokens, calls), (1, 4));
     assert!(took < RETRY_WINDOW, "{took:?}");
 
-    // The tries are those of the whole issue, not of each of its steps.
+    // The bound is for the whole exchange, not for each of its steps.
     let both = (
         Scripted::new([Err(unavailable()), Err(unavailable()), token(1)]),
         Scripted::new([refused(RetryPolicy::Later)]),
@@ -225,7 +225,7 @@ async fn what_lasts_is_given_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_slow_is_not_tried_again() {
+async fn exchange_does_not_retry_slow_failures() {
     let hangs = Scripted::slow(Duration::from_secs(35), [Err(unavailable())]);
     let (result, tokens, _, took) = run(hangs, Scripted::new([credentials()])).await;
     assert!(
@@ -242,7 +242,7 @@ async fn what_is_slow_is_not_tried_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn refusals_are_not_tried_again() {
+async fn exchange_does_not_retry_refusals() {
     let refusals = [
         SourceError::Denied("no".to_owned()),
         SourceError::Misconfigured("no".to_owned()),
@@ -268,12 +268,12 @@ async fn refusals_are_not_tried_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_that_sts_refuses_is_replaced_once() {
+async fn exchange_replaces_a_refused_token_once() {
     let (source, sts) = (
         Scripted::new([token(1), token(2)]),
         Scripted::new([refused(RetryPolicy::NewToken), credentials()]),
     );
-    issue(&source, &sts).await.unwrap();
+    exchange_once(&source, &sts).await.unwrap();
     assert_eq!(
         sts.calls(),
         [token(1).unwrap().secret(), token(2).unwrap().secret()]
@@ -290,11 +290,11 @@ async fn a_token_that_sts_refuses_is_replaced_once() {
         !error.is_transient()
             && error
                 .to_string()
-                .contains("a new token was refused as well"),
+                .contains("STS refused a new token as well"),
         "{error}"
     );
 
-    // An agent that answers from its cache. What STS has refused it would refuse again.
+    // An agent that replies from its cache. STS would refuse the same token again.
     let (result, tokens, calls, _) = run(
         Scripted::new([token(1)]),
         Scripted::new([refused(RetryPolicy::NewToken)]),
@@ -303,11 +303,11 @@ async fn a_token_that_sts_refuses_is_replaced_once() {
     let error = result.unwrap_err();
     assert_eq!((tokens, calls), (2, 1));
     assert!(
-        !error.is_transient() && error.to_string().contains("the same token again"),
+        !error.is_transient() && error.to_string().contains("returned the same token again"),
         "{error}"
     );
 
-    // What else happens to the new token is judged like the first.
+    // The result of the new token is classified like that of the first.
     let sts = Scripted::new([
         refused(RetryPolicy::NewToken),
         refused(RetryPolicy::Later),
@@ -327,13 +327,13 @@ async fn a_token_that_sts_refuses_is_replaced_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_that_expires_between_two_tries_is_not_sent_again() {
+async fn exchange_does_not_resend_an_expired_token() {
     let brief = svid_for(&billing(), 30, 1);
     let sts = Scripted::slow(Duration::from_secs(2), [refused(RetryPolicy::Later)]);
     let issuer = TokenExchanger::new(
         Scripted::new([Ok(brief.clone())]),
         sts.clone(),
-        // By now it has a second left: a source or a queue took its time.
+        // The token has a second left: a source or a queue has delayed it.
         Clock::starting_at(brief.expires() - Duration::from_secs(1)),
         Metrics::default(),
     );
@@ -344,9 +344,9 @@ async fn a_token_that_expires_between_two_tries_is_not_sent_again() {
     assert_eq!(sts.calls().len(), 1);
 }
 
-/// Tokens of few seconds queue for STS, and are refused as expired: that says nothing of the role.
+/// A short-lived token that expires in a queue before STS is not evidence against the role.
 #[tokio::test(start_paused = true)]
-async fn tokens_that_expire_on_their_way_are_an_outage() {
+async fn token_that_expires_in_a_queue_is_an_outage() {
     let brief = |serial| svid_for(&billing(), 9, serial);
     let sts = Scripted::slow(Duration::from_secs(10), [refused(RetryPolicy::NewToken)]);
     let (result, tokens, calls, _) = run(Scripted::new([Ok(brief(1)), Ok(brief(2))]), sts).await;
@@ -356,7 +356,7 @@ async fn tokens_that_expire_on_their_way_are_an_outage() {
         error.is_transient() && error.to_string().contains("was good for only 9 s"),
         "{error}"
     );
-    // One that STS takes for expired while it is not: its clock, or its own idea of how long a token has to be good.
+    // STS takes a valid token for expired, because of its clock or of its own minimum lifetime.
     let (result, ..) = run(
         Scripted::new([Ok(brief(1)), Ok(brief(2))]),
         Scripted::new([refused(RetryPolicy::NewToken)]),
@@ -365,7 +365,7 @@ async fn tokens_that_expire_on_their_way_are_an_outage() {
     let error = result.unwrap_err();
     assert!(!error.is_transient(), "{error}");
     for part in [
-        "a new token was refused as well",
+        "STS refused a new token as well",
         "good for only 9 s",
         "`default_jwt_svid_ttl`",
         "clock",
@@ -375,7 +375,7 @@ async fn tokens_that_expire_on_their_way_are_an_outage() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_of_another_never_reaches_sts() {
+async fn token_of_another_identity_does_not_reach_sts() {
     let other = SpiffeId::parse("spiffe://example.org/other").unwrap();
     let elsewhere = raw_token(
         r#"{"alg":"ES256"}"#,
@@ -391,7 +391,7 @@ async fn a_token_of_another_never_reaches_sts() {
 }
 
 #[tokio::test]
-async fn with_the_real_client_an_expired_token_is_replaced() {
+async fn sts_client_error_replaces_an_expired_token() {
     let server = FakeSts::start(|number, _| match number {
         0 => refusal(400, "ExpiredTokenException", "Token expired"),
         1 => refusal(
@@ -427,7 +427,7 @@ async fn with_the_real_client_an_expired_token_is_replaced() {
 }
 
 #[test]
-fn each_error_has_its_label_and_lasts_or_not() {
+fn exchange_error_has_label_and_transience() {
     let source = |error: SourceError| {
         (
             ExchangeError::from(error.clone()).reason(),

@@ -1,28 +1,29 @@
-//! The code and the message of a refusal, in every shape that is used.
+//! Code and message of an STS refusal, in every form in use.
 //!
-//! AWS's STS answers `<ErrorResponse><Error><Code>`. Ceph and RustFS leave out the outer element, as S3 does. Others leave out the
-//! namespace or the message, or answer in JSON. A load balancer in front of an STS answers in HTML, or with a status alone.
+//! AWS's STS sends `<ErrorResponse><Error><Code>`. Ceph and RustFS omit the outer element, as S3
+//! does. Others omit the namespace or the message, or send JSON. A load balancer in front of an STS
+//! sends HTML, or a status alone.
 
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_xml::decode::{Document, try_data};
 use serde_json::Value;
 
-/// AWS's services that speak JSON have the code in this header, and so do gateways in front of others.
+/// Header with the code, from AWS services that speak JSON and from gateways in front of others.
 const CODE_HEADER: &str = "x-amzn-errortype";
-/// No code is longer.
-const CODE_MAX: usize = 128;
-/// The depth to which JSON is searched.
-const DEPTH_MAX: usize = 4;
+/// Maximum length of a code, in bytes.
+const MAX_CODE_BYTES: usize = 128;
+/// Maximum depth of the search in JSON.
+const MAX_JSON_DEPTH: usize = 4;
 
-/// The reason for a refusal.
+/// Code and message of a refusal.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct StsErrorResponse {
-    /// As on the wire.
+    /// The code as on the wire.
     pub(super) code: Option<String>,
     pub(super) message: String,
 }
 
-/// Returns `None` if the answer has neither a code nor a message.
+/// Parses a refusal. Returns `None` if the response has neither a code nor a message.
 pub(super) fn read(response: &HttpResponse) -> Option<StsErrorResponse> {
     let body = response.body().bytes().unwrap_or_default();
     let text = String::from_utf8_lossy(body);
@@ -40,7 +41,8 @@ pub(super) fn read(response: &HttpResponse) -> Option<StsErrorResponse> {
     (refusal != StsErrorResponse::default()).then_some(refusal)
 }
 
-/// Finds the first `Code` and `Message`, at any depth and in any namespace, up to the first XML error.
+/// Finds the first `Code` and `Message`, at any depth and in any namespace, up to the first XML
+/// error.
 fn of_xml(text: &str) -> StsErrorResponse {
     let mut document = Document::new(text);
     let mut refusal = StsErrorResponse::default();
@@ -58,7 +60,7 @@ fn of_xml(text: &str) -> StsErrorResponse {
             refusal.message = data;
         }
     }
-    // A message without a code is not a refusal's.
+    // A message without a code does not belong to a refusal.
     if refusal.code.is_some() {
         refusal
     } else {
@@ -66,7 +68,8 @@ fn of_xml(text: &str) -> StsErrorResponse {
     }
 }
 
-/// `{"Error": {"Code", "Message"}}`, `{"__type", "message"}`, `{"code", "message"}` and OAuth's `{"error", "error_description"}`.
+/// Parses `{"Error": {"Code", "Message"}}`, `{"__type", "message"}`, `{"code", "message"}` and
+/// OAuth's `{"error", "error_description"}`.
 fn of_json(value: &Value, depth: usize) -> StsErrorResponse {
     const CODES: [&str; 5] = ["Code", "code", "__type", "errorCode", "error"];
     const MESSAGES: [&str; 5] = [
@@ -76,7 +79,7 @@ fn of_json(value: &Value, depth: usize) -> StsErrorResponse {
         "error_description",
         "detail",
     ];
-    let Some(fields) = value.as_object().filter(|_| depth < DEPTH_MAX) else {
+    let Some(fields) = value.as_object().filter(|_| depth < MAX_JSON_DEPTH) else {
         return StsErrorResponse::default();
     };
     let text = |name: &&str| fields.get(*name).and_then(Value::as_str);
@@ -100,11 +103,12 @@ fn of_json(value: &Value, depth: usize) -> StsErrorResponse {
     }
 }
 
-/// Returns the code in `com.amazonaws.sts#ExpiredToken:http://internal/`, which is one word; `None` for other texts.
+/// Returns the code in `com.amazonaws.sts#ExpiredToken:http://internal/`, which is one word.
+/// Returns `None` for other texts.
 fn code(text: &str) -> Option<String> {
     let word = text.trim().split(':').next().unwrap_or_default();
     let word = word.rsplit('#').next().unwrap_or_default();
-    let is_word = (1..=CODE_MAX).contains(&word.len())
+    let is_word = (1..=MAX_CODE_BYTES).contains(&word.len())
         && word
             .bytes()
             .all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-'));

@@ -1,9 +1,10 @@
-//! Sources B and D: an agent attests the caller's process itself, by its number, or its pod, by its UID, and says which
-//! identities it has.
+//! The common part of `spire-delegated` and `spiffe-broker`. An agent attests the caller's process
+//! by its number, or its pod by its UID, and returns its identities.
 //!
-//! By a process's number the agent looks at whatever has that number at some moment of the call. So the process is held by its pidfd, and looked
-//! at before and after: what is said counts only if it was the same process in every respect, both times (attack 3), and
-//! one whose cgroups the agent cannot misread (attack 2). It is then remembered for that process.
+//! An agent reads whatever process has the number at some moment of the call. So the daemon holds
+//! the process by its pidfd, and reads it before and after. The reply counts only if all facts were
+//! equal both times (T03), and if the agent cannot misread the process's cgroups (T02). It is then
+//! cached for that process.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
@@ -17,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::agent::{AgentSvid, AttestingAgent};
 use super::identity_cache::{
-    FACTS_FOR_AGENT, IdentityCache, IdentityLookup, IdentityResult, Subject, is_known,
+    FACTS_FOR_AGENT, IdentityCache, IdentityLookup, IdentityResult, Subject, has_all_facts,
 };
 use super::log_limit::{LogLimiter, LogPermit};
 use super::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
@@ -32,66 +33,69 @@ use crate::workload_rule::OVERFLOW_ID;
 
 mod revalidation;
 
-/// How long one waits for its turn to be asked for: SDKs give up after a second, and on a machine as busy as that the answer
+/// Maximum wait for a permit. SDKs give up after a second, and on such a busy machine the query
 /// needs a part of it.
 const QUERY_WAIT: Duration = Duration::from_millis(600);
-/// Questions under way about processes that are new ...
+/// Maximum number of concurrent queries about unknown subjects.
 const MAX_QUERIES: usize = 32;
-/// ... and of those about processes of one workload.
+/// The part of [`MAX_QUERIES`] that one workload may use.
 const MAX_QUERIES_PER_WORKLOAD: usize = 8;
-/// Tokens that came with an answer are kept so long for the exchange that follows it ...
+/// Time for which the tokens of a reply are held for the exchange that follows it.
 const TOKEN_TTL: Duration = Duration::from_secs(10);
-/// ... and so many of them.
+/// Maximum number of held tokens.
 const MAX_TOKENS: usize = 256;
-/// A pod or container that has been there for less than this may not be known yet to the kubelet's list, to the agent's cache of
-/// that, or to the agent as one that an entry is for ...
+/// Age of a pod or container up to which a denial is retried. The kubelet's list, the agent's cache
+/// of it, or a new registration entry may lack it.
 const NEW_POD_AGE: Duration = Duration::from_secs(10);
-/// ... so it is asked about again after this time, twice as long before each one after that, for as long as somebody waits.
+/// First delay before such a retry. It doubles with each retry, as long as a request waits.
 const NEW_POD_RETRY: Duration = Duration::from_millis(100);
-/// How long to wait each time that an execution was counted while the agent looked at a process, before it is asked again.
+/// Delays before the query is repeated, if the process may have executed a program during the
+/// query.
 const EXEC_RETRY_PAUSES: [Duration; 4] = [
     Duration::from_millis(20),
     Duration::from_millis(40),
     Duration::from_millis(80),
     Duration::ZERO,
 ];
-/// How long it is believed which identities the daemon itself has ...
+/// Time for which the daemon's own identities are taken as current.
 const OWN_ID_TTL: Duration = Duration::from_secs(60);
-/// ... or for so long, once the agent did not say ...
+/// Time until the next query of them after one that failed.
 const OWN_ID_RETRY: Duration = Duration::from_secs(5);
-/// ... and that the agent knows the daemon, when it says that it does not know a workload.
+/// Maximum age of the agent's last confirmation of the daemon, when the agent denies a workload.
 const OWN_ID_RECHECK: Duration = Duration::from_secs(1);
 
-/// An agent that attests callers, and what it has said of them. Asks again in the background until it is dropped.
+/// Identity source of an agent that attests callers. It caches identities, and revalidates them in
+/// the background until it is dropped.
 pub struct AgentSource(Arc<AgentSourceInner>);
 
 struct AgentSourceInner {
     agent: Arc<dyn AttestingAgent>,
-    /// `[identity] audience`: of the tokens that come with an identity.
+    /// `[identity] audience`, for the tokens that are fetched to learn identities.
     audience: String,
     clock: Clock,
     metrics: Metrics,
-    memory: Mutex<IdentityCache>,
+    cache: Mutex<IdentityCache>,
     tokens: Mutex<VecDeque<HeldToken>>,
-    turns: FairSemaphore<WorkloadKey>,
-    /// The daemon's own identities, which no workload is given.
+    query_permits: FairSemaphore<WorkloadKey>,
+    /// The daemon's own identities, which no workload gets.
     own: Mutex<Option<OwnIds>>,
-    /// Held by whoever asks for them. Those for whom they are fresh enough wait for nobody.
-    asking_own: tokio::sync::Mutex<()>,
+    /// Held during a query of them. Requests for which the cached ones are fresh enough do not
+    /// wait.
+    own_query_lock: tokio::sync::Mutex<()>,
     log: LogLimiter,
 }
 
-/// The daemon's own identities.
+/// The daemon's own identities, as the agent reported them.
 #[derive(Debug)]
 struct OwnIds {
     ids: BTreeSet<SpiffeId>,
-    /// When the agent last confirmed them.
+    /// Time of the agent's last confirmation.
     confirmed: Instant,
-    /// From when on their age counts. Set later than `confirmed` to delay the next query after one that failed.
+    /// The start of their age. Later than `confirmed` if a failed query delays the next one.
     fresh_from: Instant,
 }
 
-/// What an agent has answered.
+/// Reply of an agent to one query.
 type AgentReply = Result<Vec<AgentSvid>, SourceError>;
 
 struct HeldToken {
@@ -102,36 +106,36 @@ struct HeldToken {
 
 impl fmt::Debug for AgentSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Attesting")
+        f.debug_struct("AgentSource")
             .field("agent", &self.0.agent)
             .finish_non_exhaustive()
     }
 }
 
 impl AgentSource {
-    /// With tokens for `audience` unless a role wants another one; `most` processes are remembered. To be called within a
-    /// tokio runtime.
+    /// Creates a source with tokens for `audience`, unless a role has another one. It caches up to
+    /// `max_processes` processes. Must be called within a tokio runtime.
     pub fn new(
         agent: Arc<dyn AttestingAgent>,
         audience: String,
-        most: usize,
+        max_processes: usize,
         clock: Clock,
         metrics: Metrics,
     ) -> Self {
-        let shared = Arc::new(AgentSourceInner {
+        let inner = Arc::new(AgentSourceInner {
             agent,
             audience,
             clock,
             metrics,
-            memory: Mutex::new(IdentityCache::new(most)),
+            cache: Mutex::new(IdentityCache::new(max_processes)),
             tokens: Mutex::default(),
-            turns: FairSemaphore::new(MAX_QUERIES, MAX_QUERIES_PER_WORKLOAD),
+            query_permits: FairSemaphore::new(MAX_QUERIES, MAX_QUERIES_PER_WORKLOAD),
             own: Mutex::default(),
-            asking_own: tokio::sync::Mutex::default(),
+            own_query_lock: tokio::sync::Mutex::default(),
             log: LogLimiter::default(),
         });
-        tokio::spawn(revalidation::run(Arc::downgrade(&shared)));
-        Self(shared)
+        tokio::spawn(revalidation::run(Arc::downgrade(&inner)));
+        Self(inner)
     }
 }
 
@@ -139,21 +143,22 @@ impl AgentSource {
 impl IdentitySource for AgentSource {
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         let subject = self.0.subject(caller)?;
-        // The kernel's stand-in for ids without a mapping is nobody in particular (attack 14). In a pod it doesn't matter who.
+        // The kernel's stand-in for unmapped IDs does not identify a user (T14). In a pod the user
+        // does not matter.
         if caller.uid == OVERFLOW_ID && !matches!(subject, Subject::Pod(_)) {
             return Ok(Vec::new());
         }
-        let found = self.0.memory().find(&subject, caller)?;
-        let asked = match found {
-            IdentityLookup::Known(identities) => return Ok(identities.to_vec()),
-            IdentityLookup::Asked(asked) => asked,
-            IdentityLookup::Unknown(asked) => {
-                // Goes on whatever becomes of the caller's connection.
+        let found = self.0.cache().find(&subject, caller)?;
+        let receiver = match found {
+            IdentityLookup::Cached(identities) => return Ok(identities.to_vec()),
+            IdentityLookup::InFlight(receiver) => receiver,
+            IdentityLookup::Unknown(receiver) => {
+                // The query continues after the caller disconnects.
                 tokio::spawn(self.0.clone().query_new(subject, caller.clone()));
-                asked
+                receiver
             }
         };
-        wait(asked).await.map(|identities| identities.to_vec())
+        wait(receiver).await.map(|identities| identities.to_vec())
     }
 
     async fn token(
@@ -183,7 +188,7 @@ impl IdentitySource for AgentSource {
 
     fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
         let by_pod = caller.pod.is_some() && self.0.agent.supports_pod_references();
-        (!by_pod && !is_known(caller)).then_some(FACTS_FOR_AGENT)
+        (!by_pod && !has_all_facts(caller)).then_some(FACTS_FOR_AGENT)
     }
 
     fn basis(&self, _: &SpiffeId) -> IdentityBasis {
@@ -195,17 +200,19 @@ impl IdentitySource for AgentSource {
     }
 }
 
-/// Kubernetes may keep the agent waiting for half a minute. The question goes on, and the next try finds the answer.
-async fn wait(mut asked: watch::Receiver<Option<IdentityResult>>) -> IdentityResult {
-    let too_long =
-        || SourceError::Unavailable("the SPIFFE agent has not answered yet; ask again".to_owned());
-    let said = timeout(REQUEST_HOLD, asked.wait_for(Option::is_some))
+/// Waits for the result at most [`REQUEST_HOLD`]. Kubernetes may delay the agent for half a minute.
+/// The query continues, and the next request finds its result.
+async fn wait(mut receiver: watch::Receiver<Option<IdentityResult>>) -> IdentityResult {
+    let timeout_error =
+        || SourceError::Unavailable("the SPIFFE agent has not answered yet; retry".to_owned());
+    let reply = timeout(REQUEST_HOLD, receiver.wait_for(Option::is_some))
         .await
-        .map_err(|_| too_long())?;
-    // Whoever was to say it is gone only if the daemon ends.
-    said.ok()
-        .and_then(|said| said.clone())
-        .unwrap_or_else(|| Err(too_long()))
+        .map_err(|_| timeout_error())?;
+    // The sender is dropped without a result only if the daemon ends.
+    reply
+        .ok()
+        .and_then(|reply| reply.clone())
+        .unwrap_or_else(|| Err(timeout_error()))
 }
 
 impl AgentSourceInner {
@@ -213,95 +220,98 @@ impl AgentSourceInner {
         Subject::of(caller, self.agent.supports_pod_references())
     }
 
-    /// Asks about somebody of whom nothing is known, when the turn comes.
+    /// Queries the agent about an unknown subject, once a permit is free.
     async fn query_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
         let (until, mut pause) = (Instant::now() + REQUEST_HOLD, NEW_POD_RETRY);
-        let (said, took) = loop {
-            let begun = Instant::now();
-            let said = match self
-                .turns
+        let (reply, duration) = loop {
+            let start = Instant::now();
+            let reply = match self
+                .query_permits
                 .acquire_within(QUERY_WAIT, &WorkloadKey::of(&caller))
                 .await
             {
-                Some(_turn) => self.clone().identities(&caller, Some(&subject)).await,
+                Some(_permit) => self.clone().identities(&caller, Some(&subject)).await,
                 None => Err(SourceError::Busy),
             };
-            let is_denied = said.as_ref().is_ok_and(|identities| identities.is_empty());
-            if !is_denied || !is_young(&subject, &caller) {
-                break (said, begun.elapsed());
+            let is_denied = reply.as_ref().is_ok_and(|identities| identities.is_empty());
+            if !is_denied || !is_new_pod(&subject, &caller) {
+                break (reply, start.elapsed());
             }
             if Instant::now() + pause >= until {
-                let text = "the SPIFFE agent does not know this new pod yet, or has no registration entry for it; ask again";
+                let text = "the SPIFFE agent does not know this new pod yet, or has no registration entry for it; retry";
                 break (
                     Err(SourceError::Unavailable(text.to_owned())),
-                    begun.elapsed(),
+                    start.elapsed(),
                 );
             }
-            // Without a turn: whoever is known gets one meanwhile.
+            // The permit is released during the pause, for known subjects.
             sleep(pause).await;
             pause *= 2;
         };
-        self.memory().record(&subject, said, took);
+        self.cache().record(&subject, reply, duration);
     }
 
-    /// What the agent says of this process now: nothing is an answer. Its tokens are kept where an exchange may follow.
+    /// Queries the identities of this caller now; an empty list is a valid reply. Holds the tokens
+    /// if an exchange may follow.
     async fn identities(
         self: Arc<Self>,
         caller: &Arc<Caller>,
         keep: Option<&Subject>,
     ) -> IdentityResult {
-        let (shared, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
-        let asking = AbortOnDropHandle::new(tokio::spawn(async move {
-            match shared.query(&caller, &shared.audience).await {
-                Ok(svids) => shared.exclude_own_identities(svids, keep.as_ref()).await,
-                Err(SourceError::Denied(said)) => {
-                    shared.log_denial(&said);
+        let (inner, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
+        let query = AbortOnDropHandle::new(tokio::spawn(async move {
+            match inner.query(&caller, &inner.audience).await {
+                Ok(svids) => inner.exclude_own_identities(svids, keep.as_ref()).await,
+                Err(SourceError::Denied(reply)) => {
+                    inner.log_denial(&reply);
                     Ok(Arc::from([]))
                 }
                 Err(error) => Err(error),
             }
         }));
-        // A panic in a library below ends that question, not the place in the memory.
-        asking.await.unwrap_or_else(|_| {
+        // The query has its own task, so that a panic in a library fails this query and leaves the
+        // cache usable.
+        query.await.unwrap_or_else(|_| {
             Err(SourceError::Unavailable(
-                "an error inside awsvid ended the question; its log has it".to_owned(),
+                "query ended by an internal error; see the panic in awsvid's log".to_owned(),
             ))
         })
     }
 
-    /// Returns the identities that an answer proves by a token, without the daemon's own. An identity with several entries, or
-    /// from an agent that merges the answers of two others, keeps all of its hints.
+    /// Returns the identities that the reply proves by a token, without the daemon's own. An
+    /// identity keeps all of its hints if it has several entries, or if the agent merges the
+    /// replies of two others.
     async fn exclude_own_identities(
         &self,
         svids: Vec<AgentSvid>,
         keep: Option<&Subject>,
     ) -> IdentityResult {
         let own = self.own(OWN_ID_TTL).await?;
-        let (mut identities, mut unproven) = (Vec::new(), None);
+        let (mut identities, mut invalid_token) = (Vec::new(), None);
         for svid in svids {
             let Ok(spiffe_id) = SpiffeId::parse(&svid.spiffe_id) else {
                 if let Some(LogPermit { missed }) = self.log.admit("no SPIFFE ID") {
                     tracing::warn!(
                         missed,
-                        "the SPIFFE agent gave a process an identity that is no SPIFFE ID; it is left out"
+                        "agent returned an identity that is not a SPIFFE ID; it is ignored"
                     );
                 }
                 continue;
             };
             if own.contains(&spiffe_id) {
                 if let Some(LogPermit { missed }) = self.log.admit(&format!("own {spiffe_id}")) {
-                    tracing::info!(%spiffe_id, missed, "a process has awsvid's own identity, which is given to nobody");
+                    tracing::info!(%spiffe_id, missed, "a process has awsvid's own identity, which no workload gets");
                 }
                 continue;
             }
-            // Cached credentials of this identity are released without another check of a token.
+            // Cached credentials of this identity are served without another check of a token.
             if let Err(bad) = JwtSvid::check_subject(&svid.token, &spiffe_id) {
                 if let Some(LogPermit { missed }) =
                     self.log.admit(&format!("not its own {spiffe_id} {bad}"))
                 {
-                    tracing::warn!(%spiffe_id, missed, "the SPIFFE agent gave an identity without a token of its own; it is left out: {bad}");
+                    tracing::warn!(%spiffe_id, missed, error = %bad, "agent returned an identity without a valid token; it is ignored");
                 }
-                unproven = Some(bad);
+                invalid_token = Some(bad);
                 continue;
             }
             if let Some(subject) = keep
@@ -318,13 +328,13 @@ impl AgentSourceInner {
                 identities.push(identity);
             }
         }
-        match unproven {
+        match invalid_token {
             Some(bad) if identities.is_empty() => Err(bad.into()),
             _ => Ok(identities.into()),
         }
     }
 
-    /// Asks the agent about the caller.
+    /// Queries the agent about the caller.
     async fn query(
         &self,
         caller: &Arc<Caller>,
@@ -335,14 +345,16 @@ impl AgentSourceInner {
             Subject::Pod(pod) => self.query_by_pod(caller, &pod, audience).await?,
         };
         if matches!(result, Err(SourceError::Denied(_))) {
-            // An agent that does not know the daemon itself, as one that has just started, denies everybody.
+            // An agent that does not know the daemon itself, such as one that has just started,
+            // denies all workloads.
             self.own(OWN_ID_RECHECK).await?;
         }
         result
     }
 
-    /// What the agent says of the caller's process; dropped unless it is the same process as before. An execution that was
-    /// counted meanwhile, though the process is what it was, may have been another's, so the agent is asked again.
+    /// Queries the agent by the caller's process. The reply is discarded unless the process is the
+    /// same before and after. If an execution was counted meanwhile, the agent may have read
+    /// another process, so the query is repeated.
     async fn query_by_process(
         &self,
         caller: &Caller,
@@ -350,10 +362,10 @@ impl AgentSourceInner {
     ) -> Result<AgentReply, SourceError> {
         for pause in EXEC_RETRY_PAUSES {
             let watch = caller.evidence.watch_exec()?;
-            let before = caller.evidence.for_agent().await?;
-            let result = self.agent.fetch_for_pid(before.pid, audience).await;
+            let previous = caller.evidence.for_agent().await?;
+            let result = self.agent.fetch_for_pid(previous.pid, audience).await;
             self.count(&result);
-            if caller.evidence.for_agent().await? != before {
+            if caller.evidence.for_agent().await? != previous {
                 return Err(AttestError::IdentityChanged.into());
             }
             if watch.no_exec_seen() {
@@ -364,8 +376,8 @@ impl AgentSourceInner {
         Err(AttestError::ProcessExecuting.into())
     }
 
-    /// What the agent says of the caller's pod. A UID is that of one pod for ever, so all there is to see to is that nothing is
-    /// had for one that is gone.
+    /// Queries the agent by the caller's pod. A UID belongs to one pod for ever. So the only check
+    /// is that the pod still exists, before and after.
     async fn query_by_pod(
         &self,
         caller: &Caller,
@@ -391,28 +403,29 @@ impl AgentSourceInner {
     }
 
     /// Logs the agent's reason for a denial, which the caller does not learn.
-    fn log_denial(&self, said: &str) {
-        if let Some(LogPermit { missed }) = self.log.admit(said) {
-            tracing::warn!(missed, "a workload has no identity: {said}");
+    fn log_denial(&self, reply: &str) {
+        if let Some(LogPermit { missed }) = self.log.admit(reply) {
+            tracing::warn!(missed, reply, "agent has no identity for a workload");
         }
     }
 
-    /// The daemon's own identities, asked for if what is known is older than `age`.
+    /// Returns the daemon's own identities, queried again if they are older than `age`.
     async fn own(&self, age: Duration) -> Result<BTreeSet<SpiffeId>, SourceError> {
-        if let Some(ids) = self.known_own(age) {
+        if let Some(ids) = self.cached_own(age) {
             return Ok(ids);
         }
-        let _asking = self.asking_own.lock().await;
-        if let Some(ids) = self.known_own(age) {
+        let _lock = self.own_query_lock.lock().await;
+        if let Some(ids) = self.cached_own(age) {
             return Ok(ids);
         }
         let ids = match self.agent.fetch_own(&self.audience).await {
             Ok(ids) => ids,
-            // They hardly ever change, so what was said before holds; but that the agent knows the daemon now is not known.
+            // They rarely change, so the earlier ones still count. That the agent knows the daemon
+            // now is not proven by them.
             Err(error) if age == OWN_ID_TTL => {
                 let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
                 let own = own.as_mut().ok_or(error)?;
-                // Those who wait behind this one don't each try as well.
+                // Requests that wait for the lock do not each retry.
                 own.fresh_from = Instant::now()
                     .checked_sub(OWN_ID_TTL - OWN_ID_RETRY)
                     .unwrap_or(own.fresh_from);
@@ -433,15 +446,15 @@ impl AgentSourceInner {
         Ok(ids)
     }
 
-    fn known_own(&self, age: Duration) -> Option<BTreeSet<SpiffeId>> {
+    fn cached_own(&self, age: Duration) -> Option<BTreeSet<SpiffeId>> {
         let own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
         own.as_ref()
             .filter(|own| own.fresh_from.elapsed() < age)
             .map(|own| own.ids.clone())
     }
 
-    /// Returns when the agent last confirmed the daemon's own identities.
-    fn own_confirmed(&self) -> Option<Instant> {
+    /// Returns the time at which the agent last confirmed the daemon's own identities.
+    fn own_confirmed_at(&self) -> Option<Instant> {
         self.own
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -454,7 +467,7 @@ impl AgentSourceInner {
         while tokens.len() >= MAX_TOKENS
             || tokens
                 .front()
-                .is_some_and(|kept| kept.at.elapsed() >= TOKEN_TTL)
+                .is_some_and(|held| held.at.elapsed() >= TOKEN_TTL)
         {
             tokens.pop_front();
         }
@@ -467,18 +480,18 @@ impl AgentSourceInner {
 
     fn take_token(&self, subject: &Subject, id: &SpiffeId) -> Option<JwtSvid> {
         let mut tokens = self.tokens();
-        let wanted = |kept: &HeldToken| kept.subject == *subject && kept.token.spiffe_id() == id;
-        let kept = tokens
+        let is_match = |held: &HeldToken| held.subject == *subject && held.token.spiffe_id() == id;
+        let held = tokens
             .iter()
-            .position(wanted)
+            .position(is_match)
             .and_then(|index| tokens.remove(index))?;
         // A token with a short life may have expired meanwhile.
-        (kept.at.elapsed() < TOKEN_TTL && kept.token.check_life(self.clock.now()).is_ok())
-            .then_some(kept.token)
+        (held.at.elapsed() < TOKEN_TTL && held.token.check_life(self.clock.now()).is_ok())
+            .then_some(held.token)
     }
 
-    fn memory(&self) -> MutexGuard<'_, IdentityCache> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    fn cache(&self) -> MutexGuard<'_, IdentityCache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn tokens(&self) -> MutexGuard<'_, VecDeque<HeldToken>> {
@@ -486,8 +499,8 @@ impl AgentSourceInner {
     }
 }
 
-/// Whether the agent may not know the caller's pod, or container, for no other reason than that it is new.
-fn is_young(subject: &Subject, caller: &Caller) -> bool {
+/// Returns true if the agent may not know the caller's pod or container because it is new.
+fn is_new_pod(subject: &Subject, caller: &Caller) -> bool {
     caller
         .evidence
         .verify_pod()

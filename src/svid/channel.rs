@@ -1,4 +1,4 @@
-//! Connections to agents: how they are made, how one is kept for many calls, and what is said when there is none.
+//! Connections to agents: how they are opened, kept for many calls, and described in errors.
 
 use std::future::{Future, ready};
 use std::io;
@@ -17,17 +17,17 @@ use tonic::transport::{Channel, Uri};
 use super::{SourceError, one_line};
 use crate::socket_endpoint::Endpoint;
 
-/// A local agent accepts at once or not at all.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
+/// Timeout of a connection. A local agent accepts at once or not at all.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// One HTTP/2 connection over the stream that `connecting` gives.
+/// Opens one HTTP/2 connection over the stream that `connecting` returns.
 pub(super) async fn open<S>(connecting: impl Future<Output = io::Result<S>>) -> io::Result<Channel>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let stream = timeout(CONNECT_DEADLINE, connecting).await??;
+    let stream = timeout(CONNECT_TIMEOUT, connecting).await??;
     let mut stream = Some(TokioIo::new(stream));
-    // tonic would connect again if this connection broke; there is nothing more for it to take.
+    // tonic would reconnect after a failure, but this connector has only one stream.
     let connector = tower::service_fn(move |_: Uri| {
         ready(
             stream
@@ -35,20 +35,21 @@ where
                 .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)),
         )
     });
-    // The authority of the requests; nothing resolves it.
+    // The authority of the requests, which is never resolved.
     let over = tonic::transport::Endpoint::from_static("http://localhost");
     over.connect_with_connector(connector)
         .await
         .map_err(io::Error::other)
 }
 
-/// What went wrong between the daemon and the agent's socket, which `key` of `[identity]` names, and what to do about it.
+/// Describes an error of the connection to the agent's socket, and its fix. `key` is the key of
+/// `[identity]` that names the socket.
 pub(crate) fn unreachable(endpoint: &Endpoint, key: &str, error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => {
             format!(
-                "there is no socket at {endpoint}: start the SPIFFE agent, or correct `{key}` in [identity]; in Kubernetes the \
-                 agent's directory has to be there by a hostPath volume and a volumeMount"
+                "no socket at {endpoint}: start the SPIFFE agent, or correct `{key}` in [identity]; in Kubernetes mount the \
+                 agent's directory with a hostPath volume and a volumeMount"
             )
         }
         io::ErrorKind::PermissionDenied => format!(
@@ -58,12 +59,12 @@ pub(crate) fn unreachable(endpoint: &Endpoint, key: &str, error: &io::Error) -> 
         ),
         io::ErrorKind::ConnectionRefused => {
             format!(
-                "nobody listens at {endpoint}: start the SPIFFE agent (one that stopped leaves its socket behind)"
+                "nothing listens at {endpoint}: start the SPIFFE agent (a stopped agent leaves its socket behind)"
             )
         }
         io::ErrorKind::WouldBlock => {
             format!(
-                "the SPIFFE agent at {endpoint} takes no more connections: it hangs or has too many clients"
+                "the SPIFFE agent at {endpoint} takes no more connections: it hangs or has too many clients; restart it if it hangs"
             )
         }
         _ => format!(
@@ -73,43 +74,46 @@ pub(crate) fn unreachable(endpoint: &Endpoint, key: &str, error: &io::Error) -> 
     }
 }
 
-/// Whether the client made this status out of a broken connection; whatever its code is, the agent has not said it.
+/// Returns true if the client created this status for a broken connection. Then its code is not the
+/// agent's.
 pub(super) fn is_broken(status: &Status) -> bool {
     std::error::Error::source(status).is_some()
 }
 
-/// The socket's file, by device and inode, if there is one: another agent at the same path has another.
+/// Returns the device and inode of the socket's file. Another agent at the same path has another
+/// inode.
 pub(super) fn file_at(socket: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(socket)
         .ok()
         .map(|file| (file.dev(), file.ino()))
 }
 
-/// Makes connections to one agent.
+/// Factory of connections to one agent.
 #[async_trait]
 pub(super) trait Connector: Send + Sync {
-    /// A new connection.
+    /// Opens a new connection.
     async fn dial(&self) -> Result<Channel, SourceError>;
 
-    /// Which connections are as good as a new one: another number is given when older ones are to be left.
+    /// Returns the generation of a new connection. Kept connections of another generation are
+    /// discarded.
     fn generation(&self) -> u64 {
         0
     }
 }
 
-/// The connection to one agent, made when it is needed and kept while it is good.
+/// Connection to one agent, opened when needed and kept while it works.
 pub(super) struct ReconnectingChannel<D> {
     socket: PathBuf,
     dial: D,
     now: Mutex<Option<(ChannelKey, Channel)>>,
 }
 
-/// What a connection was made with: the socket's file, by device and inode, and the generation.
+/// Key of a kept connection: the socket's device and inode, and the generation.
 type ChannelKey = (Option<(u64, u64)>, u64);
 
-/// Why a call has no answer.
+/// Reason why a call failed.
 pub(super) enum CallError {
-    /// There was no connection.
+    /// The connection could not be opened.
     Unconnected(SourceError),
     /// The agent refused, or the connection broke.
     Answered(Status),
@@ -124,13 +128,13 @@ impl<D: Connector> ReconnectingChannel<D> {
         }
     }
 
-    /// Makes a connection if there is none.
+    /// Connects unless there is a connection.
     pub(super) async fn connect(&self) -> Result<(), CallError> {
         self.channel().await.map(drop)
     }
 
-    /// Makes one call; a second time over a new connection if the one that was kept turns out to be broken, as after the
-    /// agent was restarted. Nothing that is asked here changes anything at the agent.
+    /// Sends one call. If the kept connection is broken, as after a restart of the agent, it sends
+    /// the call again over a new one. No call changes any state at the agent.
     pub(super) async fn call<T, F>(
         &self,
         request: impl Fn(Channel) -> F + Send + Sync,
@@ -138,49 +142,50 @@ impl<D: Connector> ReconnectingChannel<D> {
     where
         F: Future<Output = Result<T, Status>> + Send,
     {
-        let (tag, channel, was_kept) = self.channel().await?;
+        let (key, channel, is_kept) = self.channel().await?;
         match request(channel).await {
             Err(status) if is_broken(&status) => {
-                self.invalidate(tag).await;
-                if !was_kept {
+                self.invalidate(key).await;
+                if !is_kept {
                     return Err(CallError::Answered(status));
                 }
             }
-            answer => return answer.map_err(CallError::Answered),
+            reply => return reply.map_err(CallError::Answered),
         }
-        let (tag, channel, _) = self.channel().await?;
-        let answer = request(channel).await;
-        if answer.as_ref().is_err_and(is_broken) {
-            self.invalidate(tag).await;
+        let (key, channel, _) = self.channel().await?;
+        let reply = request(channel).await;
+        if reply.as_ref().is_err_and(is_broken) {
+            self.invalidate(key).await;
         }
-        answer.map_err(CallError::Answered)
+        reply.map_err(CallError::Answered)
     }
 
-    /// The connection, and whether there was one. An agent that was replaced at the same path, while the old one lives
-    /// on, is noticed by the socket's file. Calls that are under way keep the connection that they have.
+    /// Returns the connection, and true if it was kept. The socket's file reveals an agent that was
+    /// replaced at the same path while the old one still runs. Running calls keep their connection.
     async fn channel(&self) -> Result<(ChannelKey, Channel, bool), CallError> {
         let mut now = self.now.lock().await;
-        let tag = (file_at(&self.socket), self.dial.generation());
-        if let Some((made_with, channel)) = &*now
-            && *made_with == tag
+        let key = (file_at(&self.socket), self.dial.generation());
+        if let Some((kept_key, channel)) = &*now
+            && *kept_key == key
         {
-            return Ok((tag, channel.clone(), true));
+            return Ok((key, channel.clone(), true));
         }
         *now = None;
         let channel = self.dial.dial().await.map_err(CallError::Unconnected)?;
-        *now = Some((tag, channel.clone()));
-        Ok((tag, channel, false))
+        *now = Some((key, channel.clone()));
+        Ok((key, channel, false))
     }
 
-    /// Has the next call make a new connection, unless another call has seen to that.
-    async fn invalidate(&self, tag: ChannelKey) {
+    /// Discards the connection with this key, so that the next call opens a new one.
+    async fn invalidate(&self, key: ChannelKey) {
         let mut now = self.now.lock().await;
-        if now.as_ref().is_some_and(|(made_with, _)| *made_with == tag) {
+        if now.as_ref().is_some_and(|(kept_key, _)| *kept_key == key) {
             *now = None;
         }
     }
 
-    /// Has the next call make a new connection. Those that are under way keep the one that they have.
+    /// Discards the kept connection, so that the next call opens a new one. Running calls keep
+    /// theirs.
     pub(super) async fn forget(&self) {
         *self.now.lock().await = None;
     }

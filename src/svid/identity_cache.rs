@@ -1,6 +1,7 @@
-//! What an agent has said of processes and pods, so that one that is known costs no call.
+//! Cache of the identities that an agent returned for processes and pods, so that a known one costs
+//! no call.
 //!
-//! Only what is remembered, and for how long; who asks is [`super::agent_source`].
+//! It only stores results and their times. [`super::agent_source`] sends the queries.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -18,36 +19,37 @@ mod known;
 mod subject;
 
 pub(super) use known::{IdentityLookup, IdentityResult, Lane, QUICK_TIMEOUT};
-pub(super) use subject::{FACTS_FOR_AGENT, Subject, is_known};
+pub(super) use subject::{FACTS_FOR_AGENT, Subject, has_all_facts};
 
 use agent_clock::AgentClock;
 use known::{CachedIdentity, REVALIDATE_AFTER};
 
-/// Slots of one workload: what it makes up fills its own slots only (attack 22).
+/// Slots of one workload. Subjects that a workload invents fill only its own slots (T22).
 const MAX_SUBJECTS_PER_WORKLOAD: usize = 1024;
-/// Processes of one workload that are asked about because of a request, or wait for that. The next are told at once to come
-/// back: with more in front of them they would wait in vain, and as many connections as they may have would soon be open, of
-/// which those beyond are reset without a word.
+/// Number of subjects of one workload that requests may wait for at once. Further requests are
+/// rejected at once. Behind so many others they would wait in vain, and soon use up the workload's
+/// connections, beyond which connections are reset without a response.
 const MAX_WAITING_PER_WORKLOAD: usize = 256;
-/// How long a workload is not revalidated after a query about it was not answered in time; doubled after each further one. An
-/// agent goes on hashing a program after its client has given up.
+/// Time for which a workload is not revalidated after a query about it timed out. It doubles with
+/// each further timeout. An agent continues to hash a program after its client has given up.
 const REVALIDATION_PAUSE: Duration = Duration::from_secs(30);
 const MAX_REVALIDATION_PAUSE: Duration = Duration::from_secs(300);
 /// An agent was unavailable if it answered no query for this long.
 const OUTAGE_AFTER: Duration = Duration::from_secs(60);
-/// Between two looks for processes that are gone.
+/// Minimum interval between two searches for processes that are gone.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How many more queries about known subjects may be in flight.
+/// Number of further queries about known subjects that may be in flight.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Capacity {
-    /// In [`Lane::Quick`].
+    /// Number of further queries in [`Lane::Quick`].
     pub(super) quick: usize,
-    /// In [`Lane::Slow`].
+    /// Number of further queries in [`Lane::Slow`].
     pub(super) slow: usize,
 }
 
-/// A query about a known subject. [`IdentityCache`] counts it as in flight until its result is noted.
+/// A query about a known subject. [`IdentityCache`] counts it as in flight until its result is
+/// recorded.
 #[derive(Debug)]
 pub(super) struct Query {
     pub(super) subject: Subject,
@@ -55,17 +57,18 @@ pub(super) struct Query {
     pub(super) lane: Lane,
 }
 
-/// What is due at one moment.
+/// Subjects that are due at one moment.
 #[derive(Debug, Default)]
 pub(super) struct Revalidation {
     pub(super) queries: Vec<Query>,
-    /// Callers whose identities have expired: the agent has not confirmed them for 10 minutes.
+    /// Callers with expired identities: the agent has not confirmed them for 10 minutes.
     pub(super) expired: Vec<Arc<Caller>>,
-    /// Whether the confirmation of a process is late.
+    /// True if the confirmation of a process is late.
     pub(super) is_overdue: bool,
 }
 
-/// One clock for processes and one for pods. A kubelet that does not answer keeps the agent from attesting pods alone.
+/// One clock for processes and one for pods. A kubelet that does not respond only prevents the
+/// attestation of pods.
 #[derive(Debug, Default)]
 struct Clocks {
     processes: AgentClock,
@@ -88,7 +91,7 @@ impl Clocks {
     }
 }
 
-/// Until when a workload is not revalidated.
+/// Time until which a workload is not revalidated.
 #[derive(Debug)]
 struct Pause {
     until: Instant,
@@ -111,293 +114,305 @@ impl Pause {
     }
 }
 
-/// All processes that an agent has said something of.
+/// Cache of all subjects that an agent was queried about.
 #[derive(Debug)]
 pub(super) struct IdentityCache {
-    most: usize,
-    known: HashMap<Subject, CachedIdentity>,
-    /// Slots of all subjects, and of each owner's.
-    slots_taken: usize,
+    max_slots: usize,
+    cached: HashMap<Subject, CachedIdentity>,
+    /// Slots in use, in total and of each workload.
+    used_slots: usize,
     counts: HashMap<WorkloadKey, usize>,
-    /// For how many of them a question is under way because of a request.
+    /// Number of queries in flight of each workload that requests wait for.
     waiting: HashMap<WorkloadKey, usize>,
-    /// Owners with a revalidation in flight.
+    /// Workloads with a revalidation in flight.
     revalidating: HashSet<WorkloadKey>,
-    /// Owners whose last query was not answered in time. The agent may still be busy with it.
-    paused: HashMap<WorkloadKey, Pause>,
-    /// When the agent last answered a query.
+    /// Workloads with a timeout in their last query. The agent may still be busy with it.
+    pauses: HashMap<WorkloadKey, Pause>,
+    /// Time of the agent's last answer.
     answered: Instant,
     clocks: Clocks,
-    /// When those that are gone were last looked for.
-    swept: Option<Instant>,
+    /// Time of the last search for subjects that are gone.
+    last_sweep: Option<Instant>,
 }
 
 impl IdentityCache {
-    /// Has slots for `most` processes, or for fewer with long names.
-    pub(super) fn new(most: usize) -> Self {
+    /// Creates a cache with slots for `max_slots` processes, or for fewer with long names.
+    pub(super) fn new(max_slots: usize) -> Self {
         Self {
-            most,
-            known: HashMap::new(),
-            slots_taken: 0,
+            max_slots,
+            cached: HashMap::new(),
+            used_slots: 0,
             counts: HashMap::new(),
             waiting: HashMap::new(),
             revalidating: HashSet::new(),
-            paused: HashMap::new(),
+            pauses: HashMap::new(),
             answered: Instant::now(),
             clocks: Clocks::default(),
-            swept: None,
+            last_sweep: None,
         }
     }
 
-    /// What is known of `subject`. If nothing is, and nobody has asked yet, the caller has to.
+    /// Returns the cached identities of `subject`, or the query to wait for. After
+    /// [`IdentityLookup::Unknown`] the caller of this function has to send the query.
     pub(super) fn find(
         &mut self,
         subject: &Subject,
         caller: &Arc<Caller>,
     ) -> Result<IdentityLookup, SourceError> {
         let clock = *self.clocks.of(subject);
-        if let Some(found) = self.known.get(subject).and_then(|known| known.found(clock)) {
+        if let Some(found) = self
+            .cached
+            .get(subject)
+            .and_then(|cached| cached.lookup(clock))
+        {
             return Ok(found);
         }
-        let owner = WorkloadKey::of(caller);
+        let workload = WorkloadKey::of(caller);
         if self
             .waiting
-            .get(&owner)
+            .get(&workload)
             .is_some_and(|waiting| *waiting >= MAX_WAITING_PER_WORKLOAD)
         {
             return Err(SourceError::Busy);
         }
-        let known = match self.known.get_mut(subject) {
-            Some(known) => known,
-            None => self.add(subject, caller, &owner)?,
+        let cached = match self.cached.get_mut(subject) {
+            Some(cached) => cached,
+            None => self.add(subject, caller, &workload)?,
         };
-        known.caller = caller.clone();
-        known.is_waited_for = true;
-        let asked = known.asking.insert(watch::Sender::new(None)).subscribe();
-        *self.waiting.entry(owner).or_default() += 1;
-        Ok(IdentityLookup::Unknown(asked))
+        cached.caller = caller.clone();
+        cached.has_waiters = true;
+        let receiver = cached
+            .in_flight
+            .insert(watch::Sender::new(None))
+            .subscribe();
+        *self.waiting.entry(workload).or_default() += 1;
+        Ok(IdentityLookup::Unknown(receiver))
     }
 
-    /// A place for one that was not known.
+    /// Adds a new subject, if there is room.
     fn add(
         &mut self,
         subject: &Subject,
         caller: &Arc<Caller>,
-        owner: &WorkloadKey,
+        workload: &WorkloadKey,
     ) -> Result<&mut CachedIdentity, SourceError> {
-        let known = CachedIdentity::new(caller, owner);
-        if !self.has_room(owner, known.slots) {
+        let cached = CachedIdentity::new(caller, workload);
+        if !self.has_room(workload, cached.slots) {
             return Err(SourceError::Busy);
         }
-        *self.counts.entry(owner.clone()).or_default() += known.slots;
-        self.slots_taken += known.slots;
+        *self.counts.entry(workload.clone()).or_default() += cached.slots;
+        self.used_slots += cached.slots;
         Ok(self
-            .known
+            .cached
             .entry(subject.clone())
-            .insert_entry(known)
+            .insert_entry(cached)
             .into_mut())
     }
 
     /// Records the result of a query that took this long, and passes it to the requests that wait.
-    pub(super) fn record(&mut self, subject: &Subject, said: IdentityResult, took: Duration) {
-        let Entry::Occupied(mut entry) = self.known.entry(subject.clone()) else {
+    pub(super) fn record(&mut self, subject: &Subject, result: IdentityResult, duration: Duration) {
+        let Entry::Occupied(mut entry) = self.cached.entry(subject.clone()) else {
             return;
         };
-        let known = entry.get_mut();
+        let cached = entry.get_mut();
         let now = Instant::now();
         let clock = self.clocks.of_mut(subject);
-        let is_answer = said.is_ok();
-        if std::mem::take(&mut known.is_waited_for) {
-            give_back(&mut self.waiting, &known.owner, 1);
+        let is_answer = result.is_ok();
+        if std::mem::take(&mut cached.has_waiters) {
+            release(&mut self.waiting, &cached.workload, 1);
         } else {
-            self.revalidating.remove(&known.owner);
+            self.revalidating.remove(&cached.workload);
             if is_answer {
-                clock.advance(known.answered);
-                self.paused.remove(&known.owner);
-            } else if took >= QUICK_TIMEOUT {
-                self.paused
-                    .entry(known.owner.clone())
+                clock.advance(cached.answered);
+                self.pauses.remove(&cached.workload);
+            } else if duration >= QUICK_TIMEOUT {
+                self.pauses
+                    .entry(cached.workload.clone())
                     .or_default()
                     .lengthen(now);
             }
         }
-        known.at = now;
+        cached.at = now;
         if is_answer {
-            known.answered = now;
+            cached.answered = now;
         }
-        known.lane = if took < QUICK_TIMEOUT {
+        cached.lane = if duration < QUICK_TIMEOUT {
             Lane::Quick
         } else {
             Lane::Slow
         };
-        let told = known.asking.take();
-        let (said, keep) = known.take(said, *clock);
+        let sender = cached.in_flight.take();
+        let (result, keep) = cached.take(result, *clock);
         if !keep {
-            let known = entry.remove();
-            self.forgotten(&known);
+            let cached = entry.remove();
+            self.release_slots(&cached);
         }
         if is_answer {
-            self.agent_answered(now);
+            self.record_agent_answer(now);
         }
-        if let Some(told) = told {
-            told.send_replace(Some(said));
+        if let Some(sender) = sender {
+            sender.send_replace(Some(result));
         }
     }
 
-    /// Records that the agent confirmed the daemon's own identity, as it did before at `before`. Only to be called while no
-    /// subject waits for a slot. Where all callers of a node are attested slowly, nothing else advances the clock.
-    pub(super) fn own_confirmed(&mut self, before: Instant) {
-        self.clocks.processes.advance(before);
-        self.agent_answered(Instant::now());
+    /// Records that the agent confirmed the daemon's own identity again, after an earlier time
+    /// `previous`. Must only be called while no subject waits for a slot. On a node where all
+    /// callers are attested slowly, nothing else advances the clock.
+    pub(super) fn record_own_confirmation(&mut self, previous: Instant) {
+        self.clocks.processes.advance(previous);
+        self.record_agent_answer(Instant::now());
     }
 
     /// Ends all pauses after an outage, during which every query failed.
-    fn agent_answered(&mut self, now: Instant) {
+    fn record_agent_answer(&mut self, now: Instant) {
         if now.duration_since(self.answered) >= OUTAGE_AFTER {
-            self.paused.clear();
+            self.pauses.clear();
         }
         self.answered = now;
     }
 
-    /// Takes the subjects that are due for revalidation: the most overdue first, one of each owner. Removes subjects that have
-    /// no identity, or whose identity has expired.
-    pub(super) fn take_due(&mut self, mut room: Capacity) -> Revalidation {
+    /// Takes the subjects that are due for revalidation: the most overdue first, one of each
+    /// workload. Removes subjects that have no identity, or an expired one.
+    pub(super) fn take_due(&mut self, mut capacity: Capacity) -> Revalidation {
         let now = Instant::now();
-        let (mut round, mut due, mut forgotten) = (Revalidation::default(), Vec::new(), Vec::new());
-        for (subject, known) in &mut self.known {
-            let has_identity = known.has_identity();
+        let (mut batch, mut due, mut removed) = (Revalidation::default(), Vec::new(), Vec::new());
+        for (subject, cached) in &mut self.cached {
+            let has_identity = cached.has_identity();
             let is_process = matches!(subject, Subject::Process { .. });
-            round.is_overdue |=
-                is_process && has_identity && known.answered + 2 * REVALIDATE_AFTER < now;
-            if known.asking.is_some() {
+            batch.is_overdue |=
+                is_process && has_identity && cached.answered + 2 * REVALIDATE_AFTER < now;
+            if cached.in_flight.is_some() {
                 continue;
             }
-            if has_identity && !known.is_valid(*self.clocks.of(subject)) {
-                round.expired.push(known.caller.clone());
-                forgotten.push(subject.clone());
-            } else if known.revalidate_at() > now {
+            if has_identity && !cached.is_valid(*self.clocks.of(subject)) {
+                batch.expired.push(cached.caller.clone());
+                removed.push(subject.clone());
+            } else if cached.revalidate_at() > now {
             } else if has_identity {
-                due.push((known.revalidate_at(), subject, known));
+                due.push((cached.revalidate_at(), subject, cached));
             } else {
-                forgotten.push(subject.clone());
+                removed.push(subject.clone());
             }
         }
         due.sort_unstable_by_key(|(due, ..)| *due);
-        for (_, subject, known) in due {
-            let free = if known.lane == Lane::Quick {
-                &mut room.quick
+        for (_, subject, cached) in due {
+            let free = if cached.lane == Lane::Quick {
+                &mut capacity.quick
             } else {
-                &mut room.slow
+                &mut capacity.slow
             };
             let is_paused = self
-                .paused
-                .get(&known.owner)
+                .pauses
+                .get(&cached.workload)
                 .is_some_and(|pause| pause.until > now);
-            if *free > 0 && !is_paused && self.revalidating.insert(known.owner.clone()) {
+            if *free > 0 && !is_paused && self.revalidating.insert(cached.workload.clone()) {
                 *free -= 1;
-                known.asking = Some(watch::Sender::new(None));
-                let (subject, caller, lane) = (subject.clone(), known.caller.clone(), known.lane);
-                round.queries.push(Query {
+                cached.in_flight = Some(watch::Sender::new(None));
+                let (subject, caller, lane) = (subject.clone(), cached.caller.clone(), cached.lane);
+                batch.queries.push(Query {
                     subject,
                     caller,
                     lane,
                 });
             }
         }
-        for subject in forgotten {
-            if let Some(known) = self.known.remove(&subject) {
-                self.forgotten(&known);
+        for subject in removed {
+            if let Some(cached) = self.cached.remove(&subject) {
+                self.release_slots(&cached);
             }
         }
-        round
+        batch
     }
 
-    /// How many are remembered.
+    /// Returns the number of cached subjects.
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
-        self.known.len()
+        self.cached.len()
     }
 
-    /// Makes room if there is none: first by those that are gone, then by the oldest of the same owner, or of the owner that
-    /// has the most where all together are too many.
-    fn has_room(&mut self, owner: &WorkloadKey, slots: usize) -> bool {
+    /// Makes room if there is none. It first removes subjects that are gone, then the oldest of the
+    /// same workload. If the total is too high, it removes the oldest of the workload with the most
+    /// slots.
+    fn has_room(&mut self, workload: &WorkloadKey, slots: usize) -> bool {
         let fits = |memory: &Self| {
-            memory.own_fits(owner, slots) && memory.slots_taken + slots <= memory.most
+            memory.fits_workload(workload, slots) && memory.used_slots + slots <= memory.max_slots
         };
         if fits(self) {
             return true;
         }
         if self
-            .swept
-            .is_none_or(|swept| swept.elapsed() >= SWEEP_INTERVAL)
+            .last_sweep
+            .is_none_or(|last_sweep| last_sweep.elapsed() >= SWEEP_INTERVAL)
         {
-            self.swept = Some(Instant::now());
-            self.forget_gone();
+            self.last_sweep = Some(Instant::now());
+            self.remove_gone();
         }
         while !fits(self) {
-            let greediest = || {
+            let largest = || {
                 self.counts
                     .iter()
                     .max_by_key(|(_, count)| **count)
-                    .map(|(owner, _)| owner.clone())
+                    .map(|(workload, _)| workload.clone())
             };
-            let victim = if self.own_fits(owner, slots) {
-                greediest()
+            let victim = if self.fits_workload(workload, slots) {
+                largest()
             } else {
-                Some(owner.clone())
+                Some(workload.clone())
             };
-            if !victim.is_some_and(|victim| self.forget_oldest(&victim)) {
+            if !victim.is_some_and(|victim| self.remove_oldest(&victim)) {
                 return false;
             }
         }
         true
     }
 
-    fn own_fits(&self, owner: &WorkloadKey, slots: usize) -> bool {
-        self.counts.get(owner).copied().unwrap_or_default() + slots <= MAX_SUBJECTS_PER_WORKLOAD
+    fn fits_workload(&self, workload: &WorkloadKey, slots: usize) -> bool {
+        self.counts.get(workload).copied().unwrap_or_default() + slots <= MAX_SUBJECTS_PER_WORKLOAD
     }
 
-    /// Removes the owner's oldest subject without a query in flight. `false` if it has none.
-    fn forget_oldest(&mut self, owner: &WorkloadKey) -> bool {
-        let its = self
-            .known
+    /// Removes the workload's oldest subject without a query in flight. Returns `false` if it has
+    /// none.
+    fn remove_oldest(&mut self, workload: &WorkloadKey) -> bool {
+        let candidates = self
+            .cached
             .iter()
-            .filter(|(_, known)| known.owner == *owner && known.asking.is_none());
-        let Some(oldest) = its
-            .min_by_key(|(_, known)| known.at)
+            .filter(|(_, cached)| cached.workload == *workload && cached.in_flight.is_none());
+        let Some(oldest) = candidates
+            .min_by_key(|(_, cached)| cached.at)
             .map(|(subject, _)| subject.clone())
         else {
             return false;
         };
-        if let Some(known) = self.known.remove(&oldest) {
-            self.forgotten(&known);
+        if let Some(cached) = self.cached.remove(&oldest) {
+            self.release_slots(&cached);
         }
         true
     }
 
-    fn forget_gone(&mut self) {
-        let is_gone = |subject: &Subject, known: &CachedIdentity| {
-            known.asking.is_none() && !subject.is_alive(&known.caller)
+    fn remove_gone(&mut self) {
+        let is_gone = |subject: &Subject, cached: &CachedIdentity| {
+            cached.in_flight.is_none() && !subject.is_alive(&cached.caller)
         };
         let gone: Vec<_> = self
-            .known
-            .extract_if(|subject, known| is_gone(subject, known))
+            .cached
+            .extract_if(|subject, cached| is_gone(subject, cached))
             .collect();
-        gone.iter().for_each(|(_, known)| self.forgotten(known));
+        gone.iter()
+            .for_each(|(_, cached)| self.release_slots(cached));
     }
 
-    /// Gives back the slots of a subject that was removed.
-    fn forgotten(&mut self, known: &CachedIdentity) {
-        self.slots_taken -= known.slots;
-        give_back(&mut self.counts, &known.owner, known.slots);
-        if !self.counts.contains_key(&known.owner) {
-            self.paused.remove(&known.owner);
+    /// Releases the slots of a subject that was removed.
+    fn release_slots(&mut self, cached: &CachedIdentity) {
+        self.used_slots -= cached.slots;
+        release(&mut self.counts, &cached.workload, cached.slots);
+        if !self.counts.contains_key(&cached.workload) {
+            self.pauses.remove(&cached.workload);
         }
     }
 }
 
-fn give_back(counts: &mut HashMap<WorkloadKey, usize>, owner: &WorkloadKey, number: usize) {
-    if let Entry::Occupied(mut count) = counts.entry(owner.clone()) {
+fn release(counts: &mut HashMap<WorkloadKey, usize>, workload: &WorkloadKey, number: usize) {
+    if let Entry::Occupied(mut count) = counts.entry(workload.clone()) {
         *count.get_mut() -= number;
         if *count.get() == 0 {
             count.remove();

@@ -1,7 +1,8 @@
-//! The daemon's own X.509-SVID, kept up to date by the stream of the SPIFFE Workload API.
+//! The daemon's own X.509-SVID, updated by the stream of the SPIFFE Workload API.
 //!
-//! Standard: SPIFFE_Workload_API.md, sections 4 and 5.2.1. Each message is the full state, the first identity in it is the
-//! default one, a refusal takes back what was given, and a stream that ends is opened again.
+//! Standard: SPIFFE_Workload_API.md, sections 4 and 5.2.1. Each message is the full state, and its
+//! first identity is the default one. A denial withdraws the earlier state. A stream that ends is
+//! opened again.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -26,16 +27,17 @@ mod certificates;
 
 pub use certificates::{OwnSvid, id_of};
 
-/// A stream that lasted so long was a good one: when it ends the next is opened at once.
+/// A stream that lasted this long was stable. When it ends, the next one is opened at once.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
-/// Before the second try to open one that does not last; twice as long before each one after that.
-const PAUSE: Duration = Duration::from_millis(200);
-/// No pause is longer. The agent is on this machine, and asking it costs little.
+/// Delay before the second try to open a stream. It doubles with each further try.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+/// Maximum delay. The agent is on this node, so a try costs little.
 const MAX_PAUSE: Duration = Duration::from_secs(10);
-/// Between two looks whether the agent was replaced at the same path, while the old one lives on and keeps its streams.
+/// Interval between checks for an agent that was replaced at the same path, while the old one still
+/// runs and keeps its streams.
 const SOCKET_POLL: Duration = Duration::from_secs(5);
 
-/// Who the daemon is, by the SPIFFE agent. Kept up to date until it is dropped.
+/// Source of the daemon's own X.509-SVID. It is kept up to date until it is dropped.
 #[derive(Debug)]
 pub struct OwnSvidSource {
     endpoint: Endpoint,
@@ -43,20 +45,20 @@ pub struct OwnSvidSource {
     _task: AbortOnDropHandle<()>,
 }
 
-/// What is known of it.
+/// The current state of the daemon's SVID.
 #[derive(Debug, Clone, Default)]
 struct OwnSvidState {
-    /// The latest one that was given and not taken back.
+    /// The latest SVID that was not withdrawn.
     svid: Option<Arc<OwnSvid>>,
-    /// Why no stream keeps it up to date at the moment.
-    trouble: Option<SourceError>,
+    /// Reason why no stream keeps it up to date at the moment.
+    failure: Option<SourceError>,
 }
 
 impl OwnSvidSource {
-    /// Asks the Workload API at `endpoint`. To be called within a tokio runtime.
+    /// Fetches from the Workload API at `endpoint`. Must be called within a tokio runtime.
     pub fn at(endpoint: Endpoint) -> Self {
         let (sender, now) = watch::channel(OwnSvidState::default());
-        let task = tokio::spawn(keep(endpoint.clone(), sender));
+        let task = tokio::spawn(run_streams(endpoint.clone(), sender));
         Self {
             endpoint,
             now,
@@ -64,28 +66,28 @@ impl OwnSvidSource {
         }
     }
 
-    /// The SVID to use now; else why there is none.
+    /// Returns the current SVID, or the reason why there is none.
     pub fn latest(&self) -> Result<Arc<OwnSvid>, SourceError> {
         let now = self.now.borrow();
         now.svid
             .clone()
-            .ok_or_else(|| now.trouble.clone().unwrap_or_else(|| self.not_yet()))
+            .ok_or_else(|| now.failure.clone().unwrap_or_else(|| self.no_svid_yet()))
     }
 
-    /// The same, but waits for the first one as long as `deadline`.
+    /// Returns the current SVID, after a wait of at most `deadline` for the first one.
     pub async fn first(&self, deadline: Duration) -> Result<Arc<OwnSvid>, SourceError> {
         let mut now = self.now.clone();
-        // Too late, or the task has panicked: there is none either way.
+        // After a timeout or a panic of the task, `latest` returns the reason.
         let _ = timeout(deadline, now.wait_for(|now| now.svid.is_some())).await;
         self.latest()
     }
 
-    /// Why what [`Self::latest`] gives may be outdated: the stream is down.
-    pub fn trouble(&self) -> Option<SourceError> {
-        self.now.borrow().trouble.clone()
+    /// Returns the reason why the current SVID may be outdated: the stream is down.
+    pub fn failure(&self) -> Option<SourceError> {
+        self.now.borrow().failure.clone()
     }
 
-    fn not_yet(&self) -> SourceError {
+    fn no_svid_yet(&self) -> SourceError {
         SourceError::Unavailable(format!(
             "the SPIFFE agent at {} has not given awsvid its own X.509-SVID yet",
             self.endpoint
@@ -94,7 +96,7 @@ impl OwnSvidSource {
 }
 
 /// Opens one stream after another, for ever.
-async fn keep(endpoint: Endpoint, now: watch::Sender<OwnSvidState>) {
+async fn run_streams(endpoint: Endpoint, now: watch::Sender<OwnSvidState>) {
     let mut state = StreamTask {
         endpoint,
         now,
@@ -103,29 +105,30 @@ async fn keep(endpoint: Endpoint, now: watch::Sender<OwnSvidState>) {
     };
     let mut tries = 0;
     loop {
-        let (begun, before) = (Instant::now(), state.version);
-        let Err(trouble) = state.read_stream().await;
-        if state.version > before && begun.elapsed() >= STABLE_AFTER {
+        let (start, previous) = (Instant::now(), state.version);
+        let Err(failure) = state.read_stream().await;
+        if state.version > previous && start.elapsed() >= STABLE_AFTER {
             tries = 0;
         }
-        state.record_failure(trouble);
+        state.record_failure(failure);
         sleep(pause(tries)).await;
         tries = tries.saturating_add(1);
     }
 }
 
-/// Before the next try after this many that came to nothing. Daemons whose agents were all restarted don't ask in step.
+/// Returns the delay before the next try after this many failed ones. The jitter spreads daemons
+/// after a restart of all agents.
 fn pause(tries: u32) -> Duration {
     let Some(doublings) = tries.checked_sub(1) else {
         return Duration::ZERO;
     };
-    let longest = PAUSE
+    let longest = FIRST_PAUSE
         .saturating_mul(1_u32.checked_shl(doublings).unwrap_or(u32::MAX))
         .min(MAX_PAUSE);
     longest.mul_f64(0.5 + 0.5 * fastrand::f64())
 }
 
-/// What the task has.
+/// State of the task that reads the streams.
 struct StreamTask {
     endpoint: Endpoint,
     now: watch::Sender<OwnSvidState>,
@@ -134,7 +137,7 @@ struct StreamTask {
 }
 
 impl StreamTask {
-    /// Takes each message of one stream, to its end.
+    /// Processes each message of one stream, to its end.
     async fn read_stream(&mut self) -> Result<Infallible, SourceError> {
         let file = self.file();
         let opening = async {
@@ -142,20 +145,21 @@ impl StreamTask {
             let first = stream.message().await;
             Ok::<_, SourceError>((stream, first))
         };
-        // The agent attests awsvid, which may take as long as for any workload, and then answers at once.
+        // The agent attests awsvid, which may take as long as for any workload, and then replies at
+        // once.
         let opened = timeout(CALL_TIMEOUT, opening).await;
-        let (mut stream, mut message) = opened.map_err(|_| self.silent())??;
-        let mut look = interval(SOCKET_POLL);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut stream, mut message) = opened.map_err(|_| self.timeout_error())??;
+        let mut poll = interval(SOCKET_POLL);
+        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let full_state = message.map_err(|status| self.refused(&status))?;
             self.received(full_state.ok_or_else(|| self.ended("ended the stream"))?);
             message = loop {
                 tokio::select! {
                     message = stream.message() => break message,
-                    _ = look.tick() => {
-                        let there = self.file();
-                        if there.is_some() && there != file {
+                    _ = poll.tick() => {
+                        let current = self.file();
+                        if current.is_some() && current != file {
                             return Err(self.ended("was replaced by another"));
                         }
                     }
@@ -173,14 +177,15 @@ impl StreamTask {
             SourceError::Unavailable(unreachable(&self.endpoint, "socket", &error))
         })?;
         let mut request = Request::new(X509svidRequest {});
-        // The standard's guard against request forgery. SPIRE refuses a request that has it twice.
+        // The standard's protection against request forgery. SPIRE rejects a request that has it
+        // twice.
         request
             .metadata_mut()
             .insert("workload.spiffe.io", MetadataValue::from_static("true"));
-        let answer = SpiffeWorkloadApiClient::new(channel)
+        let reply = SpiffeWorkloadApiClient::new(channel)
             .fetch_x509svid(request)
             .await;
-        answer
+        reply
             .map(tonic::Response::into_inner)
             .map_err(|status| self.refused(&status))
     }
@@ -192,23 +197,23 @@ impl StreamTask {
         }
     }
 
-    /// A message that cannot be used takes nothing back.
+    /// Stores the SVID of a message. An unusable message does not withdraw the current one.
     fn received(&mut self, message: X509svidResponse) {
         match OwnSvid::read(message, self.version + 1) {
             Ok(svid) => {
                 self.version = svid.version;
-                let before = self.now.send_replace(OwnSvidState {
+                let previous = self.now.send_replace(OwnSvidState {
                     svid: Some(Arc::new(svid)),
-                    trouble: None,
+                    failure: None,
                 });
                 let now = self.now.borrow();
                 let Some(svid) = &now.svid else { return };
-                let is_known = before
+                let is_known = previous
                     .svid
-                    .is_some_and(|before| before.spiffe_id == svid.spiffe_id);
+                    .is_some_and(|previous| previous.spiffe_id == svid.spiffe_id);
                 // An agent that ends each stream at once would fill the log.
-                let is_news = !is_known || before.trouble.is_some();
-                match is_news
+                let is_change = !is_known || previous.failure.is_some();
+                match is_change
                     .then(|| self.log.admit(svid.spiffe_id.as_str()))
                     .flatten()
                 {
@@ -228,25 +233,26 @@ impl StreamTask {
         }
     }
 
-    /// Nothing keeps the SVID up to date, or there is none any more.
-    fn record_failure(&self, trouble: SourceError) {
-        let mut is_news = false;
+    /// Records that the SVID is not kept up to date, and removes it after a denial.
+    fn record_failure(&self, failure: SourceError) {
+        let mut is_change = false;
         self.now.send_modify(|now| {
-            is_news = now.trouble.as_ref() != Some(&trouble);
-            if matches!(trouble, SourceError::Denied(_)) {
+            is_change = now.failure.as_ref() != Some(&failure);
+            if matches!(failure, SourceError::Denied(_)) {
                 now.svid = None;
             }
-            now.trouble = Some(trouble.clone());
+            now.failure = Some(failure.clone());
         });
-        if is_news && let Some(LogPermit { missed }) = self.log.admit(&trouble.to_string()) {
+        if is_change && let Some(LogPermit { missed }) = self.log.admit(&failure.to_string()) {
             tracing::warn!(
                 missed,
-                "awsvid's own X.509-SVID is not kept up to date: {trouble}"
+                error = %failure,
+                "awsvid's own X.509-SVID is not kept up to date"
             );
         }
     }
 
-    fn silent(&self) -> SourceError {
+    fn timeout_error(&self) -> SourceError {
         SourceError::Unavailable(format!(
             "the SPIFFE agent at {} did not give awsvid its own X.509-SVID within {CALL_TIMEOUT:?}",
             self.endpoint
@@ -257,22 +263,22 @@ impl StreamTask {
         SourceError::Unavailable(format!("the SPIFFE agent at {} {how}", self.endpoint))
     }
 
-    /// What the agent's refusal means: the table of SPIFFE_Workload_API.md, section 6.
+    /// Converts the agent's refusal: the table of SPIFFE_Workload_API.md, section 6.
     fn refused(&self, status: &Status) -> SourceError {
-        let (said, endpoint) = (one_line(status.message()), &self.endpoint);
+        let (reply, endpoint) = (one_line(status.message()), &self.endpoint);
         match status.code() {
             _ if is_broken(status) => SourceError::Unavailable(format!(
-                "the SPIFFE agent at {endpoint} broke off: {said}"
+                "the SPIFFE agent at {endpoint} broke off: {reply}"
             )),
             Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
                 "the SPIFFE agent at {endpoint} has no identity for awsvid: register awsvid itself, by its user and \
-                 executable ({said})"
+                 executable ({reply})"
             )),
             Code::InvalidArgument | Code::Unimplemented => SourceError::Misconfigured(format!(
-                "the server at {endpoint} has no X.509-SVIDs to give: is it a SPIFFE Workload API? ({said})"
+                "the server at {endpoint} does not offer X.509-SVIDs; check that it is a SPIFFE Workload API ({reply})"
             )),
             _ => SourceError::Unavailable(format!(
-                "the SPIFFE agent at {endpoint} did not give awsvid its own X.509-SVID: {said}"
+                "the SPIFFE agent at {endpoint} did not give awsvid its own X.509-SVID: {reply}"
             )),
         }
     }

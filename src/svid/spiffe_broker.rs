@@ -1,8 +1,10 @@
-//! Source D: the SPIFFE Broker API. The agent attests the caller's pod or process itself, as with the Delegated Identity API,
-//! but the daemon proves who it is by its own X.509-SVID, and has no way to ask for a workload that the agent does not see.
+//! Identity source `spiffe-broker`: the SPIFFE Broker API. The agent attests the caller's pod or
+//! process itself, as with the Delegated Identity API. But the daemon proves its identity by its
+//! own X.509-SVID, and cannot request tokens for a workload that the agent does not see.
 //!
-//! Standards: SPIFFE_Broker_API.md and SPIFFE_Broker_Endpoint.md (incubating). SPIRE has it from 1.15.2 on, as an
-//! experiment: <https://github.com/spiffe/spire/blob/main/doc/spire_agent.md>, "SPIFFE Broker API".
+//! Standards: SPIFFE_Broker_API.md and SPIFFE_Broker_Endpoint.md (incubating). SPIRE has it since
+//! 1.15.2, as an experiment: <https://github.com/spiffe/spire/blob/main/doc/spire_agent.md>,
+//! "SPIFFE Broker API".
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -26,7 +28,7 @@ use super::proto::broker::{
     FetchJwtsvidRequest, FetchJwtsvidResponse, KubernetesObjectReference, KubernetesObjectType,
     WorkloadPidReference, WorkloadReference,
 };
-use super::spire_delegated::other_pids;
+use super::spire_delegated::pid_namespace_error;
 use super::{SourceError, one_line};
 use crate::caller::AttestError;
 use crate::cgroup::PodUid;
@@ -38,30 +40,31 @@ mod server;
 
 use connection::BrokerConnector;
 
-/// An answer holds a token for each identity of one workload.
-const ANSWER_MAX: usize = 1024 * 1024;
-/// How a reference to a process is told from others.
+/// Maximum size of a reply, which has a token for each identity of one workload.
+const MAX_REPLY_BYTES: usize = 1024 * 1024;
+/// Type URL of a reference to a process.
 const PID_REFERENCE: &str = "type.googleapis.com/spiffe.broker.WorkloadPIDReference";
-/// ... and one to a pod.
+/// Type URL of a reference to a pod.
 const OBJECT_REFERENCE: &str = "type.googleapis.com/spiffe.broker.KubernetesObjectReference";
-/// No pod has it.
+/// A UID that no pod has, for probes.
 const NO_POD: &str = "00000000-0000-0000-0000-000000000000";
-/// How long [`AttestingAgent::connect`] waits for the daemon's first SVID: an agent that knows the daemon gives it at once.
-const FIRST_SVID: Duration = Duration::from_secs(5);
+/// Maximum wait of [`AttestingAgent::connect`] for the daemon's first SVID. An agent that knows the
+/// daemon sends it at once.
+const FIRST_SVID_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A SPIFFE agent's broker socket.
+/// Client of a SPIFFE agent's broker socket.
 pub struct BrokerApi {
     socket: PathBuf,
     endpoint: Endpoint,
     own: Arc<OwnSvidSource>,
     server: Option<SpiffeIdPattern>,
-    names_pods: bool,
-    names_processes: Arc<AtomicBool>,
+    refers_to_pods: bool,
+    shares_pids: Arc<AtomicBool>,
     connection: ReconnectingChannel<BrokerConnector>,
     deadline: Duration,
 }
 
-/// Whom the agent is asked about.
+/// The workload that a query is about.
 #[derive(Debug, Clone, Copy)]
 enum WorkloadRef<'a> {
     Process(i32),
@@ -78,37 +81,38 @@ impl fmt::Debug for BrokerApi {
 }
 
 impl BrokerApi {
-    /// The agent that listens at `socket`, asked as `own`, if its SPIFFE ID is one that `server` covers: by default, that of
-    /// any SPIRE agent of the daemon's own trust domain. No call lasts longer than `deadline`.
+    /// Creates a client of the agent at `socket`, which authenticates as `own`. The agent's SPIFFE
+    /// ID must match `server`. The default is any SPIRE agent of the daemon's own trust domain.
+    /// `deadline` bounds each call.
     pub fn new(
         socket: &Path,
         own: OwnSvidSource,
         server: Option<SpiffeIdPattern>,
         deadline: Duration,
     ) -> Self {
-        Self::made(socket.to_owned(), Arc::new(own), server, false, deadline)
+        Self::build(socket.to_owned(), Arc::new(own), server, false, deadline)
     }
 
-    /// The same, and callers in pods are named by their pod. Then an agent will do that numbers processes otherwise than this
-    /// one, as long as nobody else asks.
+    /// Refers to callers in pods by their pod. Then an agent in another pid namespace works too, as
+    /// long as all callers are in pods.
     pub fn naming_pods(self) -> Self {
-        Self::made(self.socket, self.own, self.server, true, self.deadline)
+        Self::build(self.socket, self.own, self.server, true, self.deadline)
     }
 
-    fn made(
+    fn build(
         socket: PathBuf,
         own: Arc<OwnSvidSource>,
         server: Option<SpiffeIdPattern>,
-        names_pods: bool,
+        refers_to_pods: bool,
         deadline: Duration,
     ) -> Self {
-        let names_processes = Arc::new(AtomicBool::new(false));
+        let shares_pids = Arc::new(AtomicBool::new(false));
         let broker = BrokerConnector {
             socket: socket.clone(),
             own: own.clone(),
             server: server.clone(),
-            names_pods,
-            names_processes: names_processes.clone(),
+            refers_to_pods,
+            shares_pids: shares_pids.clone(),
         };
         let (endpoint, connection) = (
             Endpoint::Unix(socket.clone()),
@@ -119,20 +123,20 @@ impl BrokerApi {
             endpoint,
             own,
             server,
-            names_pods,
-            names_processes,
+            refers_to_pods,
+            shares_pids,
             connection,
             deadline,
         }
     }
 
-    /// What the agent says within the deadline.
-    async fn svids_of(
+    /// Fetches the SVIDs of a workload within the deadline.
+    async fn fetch(
         &self,
-        whose: WorkloadRef<'_>,
+        workload: WorkloadRef<'_>,
         audience: &str,
     ) -> Result<Vec<AgentSvid>, SourceError> {
-        let answer = timeout(self.deadline, self.ask(whose, audience))
+        let reply = timeout(self.deadline, self.send(workload, audience))
             .await
             .map_err(|_| {
                 let (endpoint, deadline) = (&self.endpoint, self.deadline);
@@ -140,21 +144,21 @@ impl BrokerApi {
                     "the SPIFFE agent at {endpoint} did not answer within {deadline:?}"
                 ))
             })??;
-        Ok(answer
+        Ok(reply
             .svids
             .into_iter()
             .map(|svid| AgentSvid::new(svid.spiffe_id, svid.svid, svid.hint))
             .collect())
     }
 
-    async fn ask(
+    async fn send(
         &self,
-        whose: WorkloadRef<'_>,
+        workload: WorkloadRef<'_>,
         audience: &str,
     ) -> Result<FetchJwtsvidResponse, SourceError> {
-        let reference = whose.reference();
-        let ask = |channel: Channel| {
-            let mut client = ApiClient::new(channel).max_decoding_message_size(ANSWER_MAX);
+        let reference = workload.reference();
+        let send = |channel: Channel| {
+            let mut client = ApiClient::new(channel).max_decoding_message_size(MAX_REPLY_BYTES);
             let mut request = Request::new(FetchJwtsvidRequest {
                 reference: Some(WorkloadReference {
                     reference: Some(reference.clone()),
@@ -162,94 +166,98 @@ impl BrokerApi {
                 audience: vec![audience.to_owned()],
                 spiffe_id: String::new(),
             });
-            // The standard's guard against request forgery. SPIRE refuses a request that has it twice.
+            // The standard's protection against request forgery. SPIRE rejects a request that has
+            // it twice.
             request
                 .metadata_mut()
                 .insert("broker.spiffe.io", MetadataValue::from_static("true"));
-            // Tells the agent when nobody waits any more. tonic would end the call at that time too, and it would look as
-            // if the connection had broken.
+            // Lets the agent end the call when no request waits any more. tonic's own timeout would
+            // be later, since its error is like that of a broken connection.
             request.set_timeout(self.deadline + Duration::from_secs(1));
             async move { client.fetch_jwtsvid(request).await }
         };
-        match self.connection.call(ask).await {
-            Ok(answer) => Ok(answer.into_inner()),
+        match self.connection.call(send).await {
+            Ok(reply) => Ok(reply.into_inner()),
             Err(CallError::Unconnected(error)) => Err(error),
             Err(CallError::Answered(status)) => {
-                if is_unknown_to_it(&status) {
+                if is_client_unknown(&status) {
                     self.connection.forget().await;
                 }
-                Err(self.refused(whose, &status))
+                Err(self.refused(workload, &status))
             }
         }
     }
 
-    /// Whether the agent can be told of processes: a connection shows that.
-    async fn names_processes(&self) -> Result<bool, SourceError> {
+    /// Returns true if the agent shares the daemon's pid namespace. Connects to learn that.
+    async fn shares_pids(&self) -> Result<bool, SourceError> {
         match self.connection.connect().await {
-            Ok(()) => Ok(self.names_processes.load(Ordering::Relaxed)),
+            Ok(()) => Ok(self.shares_pids.load(Ordering::Relaxed)),
             Err(CallError::Unconnected(error)) => Err(error),
             Err(CallError::Answered(status)) => Err(self.refused(WorkloadRef::Process(0), &status)),
         }
     }
 
-    /// What the agent's refusal means. The texts are those of SPIRE 1.15.
-    fn refused(&self, whose: WorkloadRef<'_>, status: &Status) -> SourceError {
-        let (text, said, endpoint) = (status.message(), one_line(status.message()), &self.endpoint);
+    /// Converts the agent's refusal to an error with a fix. The texts are those of SPIRE 1.15.
+    fn refused(&self, workload: WorkloadRef<'_>, status: &Status) -> SourceError {
+        let (text, reply, endpoint) =
+            (status.message(), one_line(status.message()), &self.endpoint);
         let no_answer = || {
             SourceError::Unavailable(format!(
-                "the SPIFFE agent at {endpoint} gave no answer: {said}"
+                "the SPIFFE agent at {endpoint} gave no answer: {reply}"
             ))
         };
         if is_broken(status) {
             return no_answer();
         }
-        // These stand in the text of whatever code the agent makes of the errors of all its attestors.
+        // The agent includes these texts in the errors of all its attestors, with varying codes.
         if text.contains("broker configuration missing")
             || (text.contains("broker \"") && text.contains("not configured"))
         {
             return SourceError::Misconfigured(format!(
                 "the SPIFFE agent at {endpoint} does not attest pods for awsvid: its plugin WorkloadAttestor \"k8s\" needs \
-                 a block `experimental {{ broker {{ ... }} }}` of its own, with awsvid's SPIFFE ID in `brokers` ({said})"
+                 a block `experimental {{ broker {{ ... }} }}` of its own, with awsvid's SPIFFE ID in `brokers` ({reply})"
             ));
         }
         match status.code() {
             Code::PermissionDenied if text.contains("reference type") => {
-                let (plural, kind) = whose.kind();
+                let (plural, kind) = workload.kind();
                 SourceError::Misconfigured(format!(
                     "the SPIFFE agent at {endpoint} does not let awsvid name {plural}: add {{ type_url = \"{kind}\" }} to \
-                     awsvid's `allowed_reference_types` in the agent's `experimental {{ broker {{ ... }} }}` block ({said})"
+                     awsvid's `allowed_reference_types` in the agent's `experimental {{ broker {{ ... }} }}` block ({reply})"
                 ))
             }
             Code::PermissionDenied if text.contains("impersonate-via-spire") => {
                 SourceError::Denied(format!(
-                    "Kubernetes does not let awsvid ask for {}: give the user that is named like awsvid's SPIFFE ID the verb \
-                 impersonate-via-spire on pods ({said})",
-                    whose.name()
+                    "Kubernetes does not let awsvid request SVIDs of {}: give the user that is named like awsvid's SPIFFE ID the verb \
+                 impersonate-via-spire on pods ({reply})",
+                    workload.name()
                 ))
             }
-            Code::NotFound if matches!(whose, WorkloadRef::Pod(_)) => SourceError::Denied(format!(
-                "the SPIFFE agent at {endpoint} does not find {} on this node: it asks the kubelet for it, as its plugin \
-                 WorkloadAttestor \"k8s\" is set up ({said})",
-                whose.name()
-            )),
+            Code::NotFound if matches!(workload, WorkloadRef::Pod(_)) => {
+                SourceError::Denied(format!(
+                    "the SPIFFE agent at {endpoint} does not find {} on this node: check the configuration of its plugin \
+                 WorkloadAttestor \"k8s\", which queries the kubelet ({reply})",
+                    workload.name()
+                ))
+            }
             Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
-                "no registration entry of the SPIFFE agent at {endpoint} matches {} ({said})",
-                whose.name()
+                "no registration entry of the SPIFFE agent at {endpoint} matches {} ({reply})",
+                workload.name()
             )),
             Code::FailedPrecondition if text.contains("kubelet client") => {
                 SourceError::Misconfigured(format!(
-                    "the SPIFFE agent at {endpoint} cannot look for pods: let its plugin WorkloadAttestor \"k8s\" ask the kubelet, \
-                 or give awsvid `pod_reference_scope = \"cluster\"` there ({said})"
+                    "the SPIFFE agent at {endpoint} cannot search for pods: let its plugin WorkloadAttestor \"k8s\" query the kubelet, \
+                 or give awsvid `pod_reference_scope = \"cluster\"` there ({reply})"
                 ))
             }
             Code::InvalidArgument => SourceError::Misconfigured(format!(
-                "the SPIFFE agent at {endpoint} finds the request invalid: is its SPIRE newer than this awsvid? ({said})"
+                "the SPIFFE agent at {endpoint} finds the request invalid: check whether its SPIRE is newer than this awsvid ({reply})"
             )),
             Code::Unimplemented if text.contains("workload attestor") => {
                 SourceError::Misconfigured(format!(
-                    "the SPIFFE agent at {endpoint} has no plugin that attests {}, as WorkloadAttestor \"{}\" does ({said})",
-                    whose.kind().0,
-                    if matches!(whose, WorkloadRef::Pod(_)) {
+                    "the SPIFFE agent at {endpoint} has no plugin that attests {}, as WorkloadAttestor \"{}\" does ({reply})",
+                    workload.kind().0,
+                    if matches!(workload, WorkloadRef::Pod(_)) {
                         "k8s"
                     } else {
                         "unix"
@@ -258,10 +266,10 @@ impl BrokerApi {
             }
             Code::Unimplemented => SourceError::Misconfigured(format!(
                 "the server at {endpoint} has no SPIFFE Broker API: write the `socket_path` of the agent's `experimental \
-                 {{ broker {{ ... }} }}` block as `broker_socket` in [identity] ({said})"
+                 {{ broker {{ ... }} }}` block as `broker_socket` in [identity] ({reply})"
             )),
             Code::OutOfRange => SourceError::Misconfigured(format!(
-                "the answer of the SPIFFE agent at {endpoint} is far longer than the tokens of one workload ({said})"
+                "the SPIFFE agent at {endpoint} sent more than the tokens of one workload: check the socket's path ({reply})"
             )),
             _ => no_answer(),
         }
@@ -293,7 +301,7 @@ impl WorkloadRef<'_> {
         }
     }
 
-    /// What many of them are called, and how a reference to them is told from others.
+    /// Returns the plural for messages, and the type URL of a reference.
     fn kind(self) -> (&'static str, &'static str) {
         match self {
             Self::Process(_) => ("processes", PID_REFERENCE),
@@ -301,7 +309,7 @@ impl WorkloadRef<'_> {
         }
     }
 
-    /// What one is called.
+    /// Returns the description of this workload for messages.
     fn name(self) -> String {
         match self {
             Self::Process(_) => "this process".to_owned(),
@@ -311,8 +319,9 @@ impl WorkloadRef<'_> {
     }
 }
 
-/// Whether the server has forgotten whose connection this is. SPIRE uses the same code where an attestor fails.
-fn is_unknown_to_it(status: &Status) -> bool {
+/// Returns true if the server does not know the client of this connection any more. SPIRE uses the
+/// same code if an attestor fails.
+fn is_client_unknown(status: &Status) -> bool {
     status.code() == Code::Unauthenticated
         && !status.message().contains("workload attestation failed")
 }
@@ -321,14 +330,16 @@ fn is_unknown_to_it(status: &Status) -> bool {
 impl AttestingAgent for BrokerApi {
     async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
-        if self.names_pods && !self.names_processes().await? {
-            return Err(SourceError::Misconfigured(other_pids(&self.endpoint)));
+        if self.refers_to_pods && !self.shares_pids().await? {
+            return Err(SourceError::Misconfigured(pid_namespace_error(
+                &self.endpoint,
+            )));
         }
-        self.svids_of(WorkloadRef::Process(pid), audience).await
+        self.fetch(WorkloadRef::Process(pid), audience).await
     }
 
     fn supports_pod_references(&self) -> bool {
-        self.names_pods
+        self.refers_to_pods
     }
 
     async fn fetch_for_pod(
@@ -336,16 +347,16 @@ impl AttestingAgent for BrokerApi {
         pod: &PodUid,
         audience: &str,
     ) -> Result<Vec<AgentSvid>, SourceError> {
-        self.svids_of(WorkloadRef::Pod(pod), audience).await
+        self.fetch(WorkloadRef::Pod(pod), audience).await
     }
 
-    /// Those of its X.509-SVIDs, for which the agent attests it just the same. By its number another process would be meant
-    /// where the agent's numbers are others.
+    /// Returns the IDs of the daemon's X.509-SVIDs, for which the agent attests it as well. A
+    /// process ID would refer to another process if the agent is in another pid namespace.
     async fn fetch_own(&self, audience: &str) -> Result<Vec<String>, SourceError> {
-        if !self.names_pods {
+        if !self.refers_to_pods {
             return own_by_process(self.fetch_for_pid(std::process::id(), audience).await);
         }
-        let own = match (self.own.latest(), self.own.trouble()) {
+        let own = match (self.own.latest(), self.own.failure()) {
             (Ok(own), None) => own,
             (Err(error), _) | (Ok(_), Some(error)) => {
                 return Err(SourceError::Unavailable(error.to_string()));
@@ -354,29 +365,30 @@ impl AttestingAgent for BrokerApi {
         Ok(own.all.clone())
     }
 
-    /// By a pod that is none where processes can't be named, which shows whether pods can be.
+    /// If processes cannot be referred to, queries a pod that does not exist. The reply shows
+    /// whether pods can be referred to.
     async fn ready(&self, audience: &str) -> Result<(), SourceError> {
         self.fetch_own(audience).await?;
-        if !self.names_pods {
+        if !self.refers_to_pods {
             return Ok(());
         }
-        let by_process = self.names_processes().await?;
-        let said = if by_process {
+        let by_process = self.shares_pids().await?;
+        let reply = if by_process {
             self.fetch_for_pid(std::process::id(), audience)
                 .await
                 .map(drop)
         } else {
             Ok(())
         };
-        let said = match (by_process, said, PodUid::parse(NO_POD)) {
+        let reply = match (by_process, reply, PodUid::parse(NO_POD)) {
             (false, _, Some(pod)) | (true, Err(SourceError::Misconfigured(_)), Some(pod)) => {
                 self.fetch_for_pod(&pod, audience).await.map(drop)
             }
-            (_, said, _) => said,
+            (_, reply, _) => reply,
         };
-        match said {
+        match reply {
             Err(SourceError::Denied(_)) => Ok(()),
-            said => said,
+            reply => reply,
         }
     }
 
@@ -386,11 +398,12 @@ impl AttestingAgent for BrokerApi {
 
     async fn connect(&self) -> Result<(), SourceError> {
         let connected = self.connection.connect().await;
-        // In another pid namespace the daemon is attested by nobody, and its SVID never comes.
+        // Without an SVID the connection fails. An agent in another pid namespace cannot attest the
+        // daemon, so its SVID never arrives.
         let connected = match connected {
             Err(CallError::Unconnected(SourceError::Unavailable(_))) => {
-                // What becomes of it is seen when the connection is made.
-                let _ = self.own.first(FIRST_SVID).await;
+                // The next connection reports the failure.
+                let _ = self.own.first(FIRST_SVID_TIMEOUT).await;
                 self.connection.connect().await
             }
             connected => connected,

@@ -1,8 +1,8 @@
-//! Source B: SPIRE's Delegated Identity API. The agent attests the caller's process itself, and workloads keep their
-//! ordinary registration entries.
+//! Identity source `spire-delegated`: SPIRE's Delegated Identity API. The agent attests the
+//! caller's process itself, and workloads keep their ordinary registration entries.
 //!
-//! Reference: <https://github.com/spiffe/spire/blob/main/doc/spire_agent.md>, "Delegated Identity API". By pid from SPIRE
-//! 1.10.2 on.
+//! Reference: <https://github.com/spiffe/spire/blob/main/doc/spire_agent.md>, "Delegated Identity
+//! API". Queries by pid need SPIRE 1.10.2.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -23,12 +23,12 @@ use crate::attest::shares_pid_namespace_with_peer;
 use crate::caller::AttestError;
 use crate::socket_endpoint::Endpoint;
 
-/// An answer holds a token for each identity of one workload.
-const ANSWER_MAX: usize = 1024 * 1024;
-/// How long it may take to find out whether a socket is an admin socket.
-const KIND: Duration = Duration::from_secs(2);
+/// Maximum size of a reply, which has a token for each identity of one workload.
+const MAX_REPLY_BYTES: usize = 1024 * 1024;
+/// Timeout of the probe that checks whether a socket is an admin socket.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A SPIRE agent's admin socket.
+/// Client of a SPIRE agent's admin socket.
 pub struct SpireDelegated {
     endpoint: Endpoint,
     connection: ReconnectingChannel<AdminConnector>,
@@ -46,7 +46,7 @@ impl fmt::Debug for SpireDelegated {
 }
 
 impl SpireDelegated {
-    /// The agent whose `admin_socket_path` is `socket`. No call lasts longer than `deadline`.
+    /// Creates a client of the agent with this `admin_socket_path`. `deadline` bounds each call.
     pub fn new(socket: &Path, deadline: Duration) -> Self {
         let endpoint = Endpoint::Unix(socket.to_owned());
         Self {
@@ -56,34 +56,35 @@ impl SpireDelegated {
         }
     }
 
-    /// What the agent's refusal means. The texts are those of SPIRE 1.10 to 1.15.
+    /// Converts the agent's refusal to an error with a fix. The texts are those of SPIRE 1.10 to
+    /// 1.15.
     fn refused(&self, status: &Status) -> SourceError {
-        let (said, endpoint) = (one_line(status.message()), &self.endpoint);
+        let (reply, endpoint) = (one_line(status.message()), &self.endpoint);
         if is_broken(status) {
             return SourceError::Unavailable(format!(
-                "the SPIRE agent at {endpoint} gave no answer: {said}"
+                "the SPIRE agent at {endpoint} gave no answer: {reply}"
             ));
         }
         match status.code() {
-            Code::PermissionDenied if said.contains("authorized delegate") => {
+            Code::PermissionDenied if reply.contains("authorized delegate") => {
                 SourceError::Misconfigured(format!(
-                    "the SPIRE agent does not let awsvid ask for other workloads: add awsvid's own SPIFFE ID to \
-                 `authorized_delegates` in the agent's configuration ({said})"
+                    "the SPIRE agent does not accept awsvid as a delegate: add awsvid's own SPIFFE ID to \
+                 `authorized_delegates` in the agent's configuration ({reply})"
                 ))
             }
             Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
                 "no registration entry of the SPIRE agent at {endpoint} matches this process, or the agent is older than \
-                 1.10.2, which says so of every process ({said})"
+                 1.10.2, which sends this for every process ({reply})"
             )),
             Code::InvalidArgument => SourceError::Misconfigured(format!(
-                "the SPIRE agent at {endpoint} cannot be asked about a process: that takes SPIRE 1.10.2 or newer ({said})"
+                "the SPIRE agent at {endpoint} cannot be asked about a process: upgrade SPIRE to 1.10.2 or newer ({reply})"
             )),
             Code::Unimplemented => SourceError::Misconfigured(format!(
                 "{endpoint} is not the admin socket of a SPIRE agent: set `admin_socket` in [identity] to its \
-                 `admin_socket_path` ({said})"
+                 `admin_socket_path` ({reply})"
             )),
             _ => SourceError::Unavailable(format!(
-                "the SPIRE agent at {endpoint} gave no answer: {said}"
+                "the SPIRE agent at {endpoint} gave no answer: {reply}"
             )),
         }
     }
@@ -101,10 +102,10 @@ impl Connector for AdminConnector {
     async fn dial(&self) -> Result<Channel, SourceError> {
         let endpoint = Endpoint::Unix(self.0.clone());
         let stream = UnixStream::connect(&self.0).await;
-        let stream =
-            stream.map_err(|error| SourceError::Unavailable(no_admin(&endpoint, &error)))?;
+        let stream = stream
+            .map_err(|error| SourceError::Unavailable(admin_socket_error(&endpoint, &error)))?;
         if !shares_pid_namespace_with_peer(&stream) {
-            return Err(SourceError::Misconfigured(other_pids(&endpoint)));
+            return Err(SourceError::Misconfigured(pid_namespace_error(&endpoint)));
         }
         let channel = open(std::future::ready(Ok(stream))).await;
         channel.map_err(|error| {
@@ -113,8 +114,9 @@ impl Connector for AdminConnector {
     }
 }
 
-/// The socket's mode is 0770, and it is there only where the configuration asks for it.
-fn no_admin(endpoint: &Endpoint, error: &std::io::Error) -> String {
+/// Describes a failed connection. The socket has mode 0770, and exists only if the agent's
+/// configuration enables it.
+fn admin_socket_error(endpoint: &Endpoint, error: &std::io::Error) -> String {
     let text = unreachable(endpoint, "admin_socket", error);
     match error.kind() {
         std::io::ErrorKind::NotFound => {
@@ -129,8 +131,9 @@ fn no_admin(endpoint: &Endpoint, error: &std::io::Error) -> String {
     }
 }
 
-/// The agent would look at another process, and give the identity of that.
-pub(super) fn other_pids(endpoint: &Endpoint) -> String {
+/// Returns the error for an agent in another pid namespace. It would attest another process with
+/// the same number.
+pub(super) fn pid_namespace_error(endpoint: &Endpoint) -> String {
     format!(
         "the SPIFFE agent at {endpoint} lives in another pid namespace than awsvid, so it would take one process for \
          another: run both in the host's (Kubernetes: hostPID: true)"
@@ -141,21 +144,21 @@ pub(super) fn other_pids(endpoint: &Endpoint) -> String {
 impl AttestingAgent for SpireDelegated {
     async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
-        let ask = |channel: Channel| {
+        let send = |channel: Channel| {
             let mut client =
-                DelegatedIdentityClient::new(channel).max_decoding_message_size(ANSWER_MAX);
+                DelegatedIdentityClient::new(channel).max_decoding_message_size(MAX_REPLY_BYTES);
             let audience = vec![audience.to_owned()];
             let mut request = Request::new(FetchJwtsviDsRequest {
                 audience,
                 selectors: Vec::new(),
                 pid,
             });
-            // Tells the agent when nobody waits any more. tonic would end the call at that time too, and it would look as
-            // if the connection had broken.
+            // Lets the agent end the call when no request waits any more. tonic's own timeout would
+            // be later, since its error is like that of a broken connection.
             request.set_timeout(self.deadline + Duration::from_secs(1));
             async move { client.fetch_jwtsvi_ds(request).await }
         };
-        let answer = timeout(self.deadline, self.connection.call(ask))
+        let reply = timeout(self.deadline, self.connection.call(send))
             .await
             .map_err(|_| {
                 let (endpoint, deadline) = (&self.endpoint, self.deadline);
@@ -163,8 +166,8 @@ impl AttestingAgent for SpireDelegated {
                     "the SPIRE agent at {endpoint} did not answer within {deadline:?}"
                 ))
             })?;
-        let answer = answer.map_err(|failed| self.failed(failed))?;
-        let svids = answer.into_inner().svids.into_iter().map(|svid| {
+        let reply = reply.map_err(|failed| self.failed(failed))?;
+        let svids = reply.into_inner().svids.into_iter().map(|svid| {
             let id = svid.id.unwrap_or_default();
             AgentSvid::new(
                 format!("spiffe://{}{}", id.trust_domain, id.path),
@@ -184,16 +187,16 @@ impl AttestingAgent for SpireDelegated {
             .connect()
             .await
             .map_err(|failed| self.failed(failed))?;
-        // Without an audience any admin socket's agent refuses this before it looks at anybody. One that hangs tells nothing
-        // of its kind.
-        let ask = |channel: Channel| async move {
+        // Every agent with an admin socket rejects a request without an audience before it attests
+        // a process. The kind of an agent that hangs stays unknown.
+        let send = |channel: Channel| async move {
             let mut request = Request::new(FetchJwtsviDsRequest::default());
-            request.set_timeout(KIND);
+            request.set_timeout(PROBE_TIMEOUT);
             DelegatedIdentityClient::new(channel)
                 .fetch_jwtsvi_ds(request)
                 .await
         };
-        match self.connection.call(ask).await {
+        match self.connection.call(send).await {
             Err(CallError::Answered(status)) if status.code() == Code::Unimplemented => {
                 Err(self.refused(&status))
             }

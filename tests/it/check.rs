@@ -468,14 +468,14 @@ fn an_agent_that_cannot_be_asked() {
     assert_failed(
         &check(folder.path(), &text),
         "agent",
-        "there is no socket",
+        "no socket at",
         "start the SPIFFE agent",
     );
     drop(UnixListener::bind(&socket).unwrap());
     assert_failed(
         &check(folder.path(), &text),
         "agent",
-        "nobody listens",
+        "nothing listens",
         "start the SPIFFE agent",
     );
     fs::remove_file(&socket).unwrap();

@@ -149,8 +149,8 @@ fn ca_file_without_certificates_is_a_configuration_error() {
     let (status, log) = Daemon::refused(&[], folder.path(), &text);
     assert_eq!(status, Some(78), "{log}");
     assert!(
-        log.contains("ca.pem: it is no valid PEM file")
-            || log.contains("ca.pem: there is no certificate in it"),
+        log.contains("ca.pem: it is not a valid PEM file")
+            || log.contains("ca.pem: it has no certificate"),
         "{log}"
     );
 }

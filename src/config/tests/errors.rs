@@ -962,7 +962,7 @@ fn workload_ids_and_keys() {
         (
             "spiffe_id = \"spiffe://example.org/billing\"\nuid",
             "spiffe_id = \"spiffe://example.org/*\"\nuid",
-            (4, "workload.spiffe_id", "`*` is no path segment"),
+            (4, "workload.spiffe_id", "`*` is not a path segment"),
         ),
         (
             "spiffe_id = \"spiffe://example.org/billing\"\nuid",

@@ -13,7 +13,7 @@ fn of(body: &str) -> Option<(String, String)> {
 }
 
 #[test]
-fn code_is_read_wherever_it_stands() {
+fn code_is_found_in_every_form() {
     const XMLNS: &str = "xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"";
     let aws = format!(
         "<ErrorResponse {XMLNS}>\n  <Error>\n    <Type>Sender</Type>\n    <Code>AccessDenied</Code>\n    <Message>No</Message>\n  </Error>\n  \
@@ -25,7 +25,7 @@ fn code_is_read_wherever_it_stands() {
             "<ErrorResponse><Error><Code>AccessDenied</Code><Message>No</Message></Error></ErrorResponse>",
             "No",
         ),
-        // As an S3 has it: Ceph, RustFS.
+        // The form of an S3: Ceph, RustFS.
         (
             "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>AccessDenied</Code><Message>No</Message></Error>",
             "No",
@@ -60,7 +60,7 @@ fn code_is_read_wherever_it_stands() {
             "<Error><Message><![CDATA[No]]></Message><Code>AccessDenied</Code></Error>",
             "",
         ),
-        // Broken off behind the code.
+        // A response that ends after the code.
         ("<Error><Code>AccessDenied</Code><Mess", ""),
         (
             r#"{"Error":{"Code":"AccessDenied","Message":"No"},"RequestId":"r"}"#,
@@ -93,7 +93,7 @@ fn code_is_read_wherever_it_stands() {
 }
 
 #[test]
-fn answer_of_anything_else_has_no_code() {
+fn response_of_another_service_has_no_code() {
     let deep = format!("{}{{\"code\":\"X\"}}{}", "{\"a\":".repeat(9), "}".repeat(9));
     let table = [
         "",
@@ -116,7 +116,8 @@ fn answer_of_anything_else_has_no_code() {
     ];
     for body in table {
         let found = of(body);
-        // One word before a colon has the form of a code. No table has that code, so the status decides.
+        // One word before a colon has the form of a code. No table has that code, so the status
+        // decides.
         assert!(
             found.is_none() || body.contains("no route"),
             "{body}: {found:?}"
@@ -132,7 +133,7 @@ fn answer_of_anything_else_has_no_code() {
     );
 }
 
-/// An answer is whatever the other end sends.
+/// A response may be any bytes that the other end sends.
 #[test]
 fn mutated_answer_is_read_without_a_panic() {
     let seeds = [
@@ -158,7 +159,7 @@ fn mutated_answer_is_read_without_a_panic() {
         ));
         assert!(
             code.and_then(|refusal| refusal.code)
-                .is_none_or(|code| code.len() <= CODE_MAX)
+                .is_none_or(|code| code.len() <= MAX_CODE_BYTES)
         );
     }
 }

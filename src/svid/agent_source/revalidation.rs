@@ -1,8 +1,9 @@
-//! Revalidates the identities of known subjects in the background.
+//! Revalidation of the identities of known subjects, in the background.
 //!
-//! A workload decides how long the agent needs to attest its processes: a program file of 200 GB is hashed for minutes. The
-//! order, the limit per workload, the timeout and the separate limit for slow subjects keep it from delaying the revalidation of
-//! others, and so from hiding a deleted entry of theirs (attack 28).
+//! A workload influences how long the agent needs to attest its processes: hashing a program file
+//! of 200 GB takes minutes. It must not delay the revalidation of others, and so hide a deleted
+//! entry of theirs (T28). The order, the limit per workload, the timeout and the separate limit for
+//! slow subjects prevent that.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -16,48 +17,50 @@ use crate::svid::SourceError;
 use crate::svid::identity_cache::{Capacity, Lane, QUICK_TIMEOUT, Query};
 use crate::svid::log_limit::LogPermit;
 
-/// Queries in flight about subjects whose last answer was quick.
+/// Maximum number of queries in flight about subjects with a quick last reply.
 const MAX_QUICK_QUERIES: usize = 8;
-/// Queries in flight about all other subjects.
+/// Maximum number of queries in flight about all other subjects.
 const MAX_SLOW_QUERIES: usize = 4;
 /// Interval between two searches for subjects that are due.
 pub(super) const REVALIDATE_TICK: Duration = Duration::from_secs(1);
-/// Interval between two queries about the daemon itself, which show whether the agent answers at all.
+/// Interval between two queries about the daemon itself, which show whether the agent responds at
+/// all.
 const OWN_ID_MAX_AGE: Duration = Duration::from_secs(30);
 
-/// Runs until the source is dropped.
-pub(super) async fn run(shared: Weak<AgentSourceInner>) {
-    let (mut quick, mut slow, mut own_asked) = (JoinSet::new(), JoinSet::new(), None);
+/// Revalidates due subjects until the source is dropped.
+pub(super) async fn run(inner: Weak<AgentSourceInner>) {
+    let (mut quick, mut slow, mut own_queried_at) = (JoinSet::new(), JoinSet::new(), None);
     loop {
-        let Some(shared) = shared.upgrade() else {
+        let Some(inner) = inner.upgrade() else {
             return;
         };
         while quick.try_join_next().is_some() {}
         while slow.try_join_next().is_some() {}
-        let room = Capacity {
+        let capacity = Capacity {
             quick: MAX_QUICK_QUERIES - quick.len(),
             slow: MAX_SLOW_QUERIES - slow.len(),
         };
-        let round = shared.memory().take_due(room);
-        shared.log_expired(&round.expired);
-        for question in round.queries {
-            let lane = if question.lane == Lane::Quick {
+        let batch = inner.cache().take_due(capacity);
+        inner.log_expired(&batch.expired);
+        for query in batch.queries {
+            let lane = if query.lane == Lane::Quick {
                 &mut quick
             } else {
                 &mut slow
             };
-            lane.spawn(shared.clone().revalidate(question));
+            lane.spawn(inner.clone().revalidate(query));
         }
-        // Not while subjects wait for a slot: the daemon's own answer would advance the clock past them.
+        // While subjects wait for a slot, the daemon's own confirmation must not advance the clock
+        // past them.
         let is_idle = quick.len() < MAX_QUICK_QUERIES;
-        if round.is_overdue
+        if batch.is_overdue
             && is_idle
-            && own_asked.is_none_or(|at: Instant| at.elapsed() >= OWN_ID_MAX_AGE)
+            && own_queried_at.is_none_or(|at: Instant| at.elapsed() >= OWN_ID_MAX_AGE)
         {
-            own_asked = Some(Instant::now());
-            quick.spawn(shared.clone().confirm_own());
+            own_queried_at = Some(Instant::now());
+            quick.spawn(inner.clone().confirm_own());
         }
-        drop(shared);
+        drop(inner);
         tokio::select! {
             Some(_) = quick.join_next() => {}
             Some(_) = slow.join_next() => {}
@@ -75,31 +78,33 @@ impl AgentSourceInner {
             lane,
         }: Query,
     ) {
-        let asked = Instant::now();
-        let asking = self.clone().identities(&caller, None);
-        let said = match lane {
-            Lane::Quick => timeout(QUICK_TIMEOUT, asking).await.unwrap_or_else(|_| {
+        let receiver = Instant::now();
+        let query = self.clone().identities(&caller, None);
+        let reply = match lane {
+            Lane::Quick => timeout(QUICK_TIMEOUT, query).await.unwrap_or_else(|_| {
                 Err(SourceError::Unavailable(format!(
                     "the SPIFFE agent did not answer within {QUICK_TIMEOUT:?}"
                 )))
             }),
-            Lane::Slow => asking.await,
+            Lane::Slow => query.await,
         };
-        self.memory().record(&subject, said, asked.elapsed());
+        self.cache().record(&subject, reply, receiver.elapsed());
     }
 
-    /// Queries the daemon's own identity, to advance the clock on a node where all callers are attested slowly.
+    /// Queries the daemon's own identity, to advance the clock on a node where all callers are
+    /// attested slowly.
     async fn confirm_own(self: Arc<Self>) {
-        // There the identity comes from the Workload API's stream, and says nothing about the Broker API.
+        // With pod references the identity is from the Workload API's stream, which is not evidence
+        // about the Broker API.
         if self.agent.supports_pod_references() {
             return;
         }
-        let before = self.own_confirmed();
+        let previous = self.own_confirmed_at();
         let _ = timeout(QUICK_TIMEOUT, self.own(OWN_ID_MAX_AGE)).await;
-        if let (Some(before), Some(now)) = (before, self.own_confirmed())
-            && now > before
+        if let (Some(previous), Some(now)) = (previous, self.own_confirmed_at())
+            && now > previous
         {
-            self.memory().own_confirmed(before);
+            self.cache().record_own_confirmation(previous);
         }
     }
 
@@ -115,8 +120,8 @@ impl AgentSourceInner {
                     uid,
                     pid,
                     missed,
-                    "the SPIFFE agent has not confirmed a workload's identity for 10 minutes, while it confirmed others': it is \
-                     believed no longer; if the agent hashes large programs, set `workload_size_limit` in its unix plugin"
+                    "identity expired: the SPIFFE agent has not confirmed it for 10 minutes, while it confirmed others; \
+                     if the agent hashes large programs, set `workload_size_limit` in its unix plugin"
                 );
             }
         }

@@ -20,19 +20,19 @@ use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
 const AUDIENCE: &str = "sts.amazonaws.com";
 const MOST: usize = 100;
 
-/// An agent that does as it is told, and counts.
+/// An agent that replies by the test's script, and counts its calls.
 #[derive(Debug)]
 struct AgentScript {
-    /// What each process is, by its number; the daemon's own is asked for as well.
-    says: Mutex<Box<dyn FakeAgentReplies>>,
-    /// One for each call that may be answered.
+    /// The identities of each process by its number, the daemon's own included.
+    reply: Mutex<Box<dyn FakeAgentReplies>>,
+    /// One permit for each call that may be answered.
     gate: Semaphore,
-    /// About these it does not answer.
+    /// Processes for which it never answers.
     hangs: Mutex<HashSet<u32>>,
-    /// What it says instead, if there is something here.
+    /// The reply that replaces all others, if it is not empty.
     merged: Mutex<Vec<AgentSvid>>,
     calls: AtomicUsize,
-    /// One for each call that is under way.
+    /// One clone for each call in flight.
     active: Arc<()>,
     endpoint: Endpoint,
 }
@@ -47,9 +47,9 @@ impl fmt::Debug for dyn FakeAgentReplies {
 }
 
 impl AgentScript {
-    fn says(says: impl FakeAgentReplies + 'static) -> Arc<Self> {
+    fn reply(reply: impl FakeAgentReplies + 'static) -> Arc<Self> {
         Arc::new(Self {
-            says: Mutex::new(Box::new(says)),
+            reply: Mutex::new(Box::new(reply)),
             gate: Semaphore::new(Semaphore::MAX_PERMITS),
             hangs: Mutex::default(),
             merged: Mutex::default(),
@@ -59,16 +59,16 @@ impl AgentScript {
         })
     }
 
-    fn now_says(&self, says: impl FakeAgentReplies + 'static) {
-        *self.says.lock().unwrap() = Box::new(says);
+    fn set_reply(&self, reply: impl FakeAgentReplies + 'static) {
+        *self.reply.lock().unwrap() = Box::new(reply);
     }
 
-    /// How many calls are under way.
+    /// Returns the number of calls in flight.
     fn active(&self) -> usize {
         Arc::strong_count(&self.active) - 1
     }
 
-    /// How often it was asked about others than the daemon.
+    /// Returns the number of calls for processes other than the daemon.
     fn calls(&self) -> usize {
         self.calls.load(Ordering::SeqCst)
     }
@@ -97,7 +97,7 @@ impl AttestingAgent for AgentScript {
             };
             return Ok(merged.iter().map(copy).collect());
         }
-        let ids = (self.says.lock().unwrap())(pid)?;
+        let ids = (self.reply.lock().unwrap())(pid)?;
         Ok(ids.iter().map(|id| svid_of(id, audience)).collect())
     }
 
@@ -126,7 +126,7 @@ fn svid_of(id: &str, audience: &str) -> AgentSvid {
 const AWSVID: &str = "spiffe://example.org/awsvid";
 const SHOP: &str = "spiffe://example.org/shop";
 
-/// The daemon's own identity, and the shop's for everybody else.
+/// Replies with the daemon's own identity, and the shop's for all other processes.
 fn shop(pid: u32) -> Result<Vec<&'static str>, SourceError> {
     Ok(vec![if pid == std::process::id() {
         AWSVID
@@ -147,14 +147,14 @@ fn own_alone(pid: u32) -> Result<Vec<&'static str>, SourceError> {
     }
 }
 
-/// What `process` says, in turn: how often it was looked at; from this look on it is another.
+/// The facts of `process` by the number of reads so far. From this read on it is another process.
 #[derive(Debug)]
 struct Looked {
     pid: u32,
     looks: Arc<AtomicU32>,
     changes_at: Option<u32>,
     refusal: Option<AttestError>,
-    /// During so many more watches a program is executed.
+    /// Number of further watches during which a program is executed.
     executions: AtomicU32,
 }
 
@@ -222,7 +222,7 @@ fn caller_with(
     )
 }
 
-/// A caller that, or whose neighbours, execute programs while the agent looks at it for so many times.
+/// Returns a caller for which a program is executed during this many queries, by it or a neighbour.
 fn executing_caller(pid: u32, times: u32) -> Arc<Caller> {
     let executions = AtomicU32::new(times);
     caller_by(
@@ -293,13 +293,13 @@ fn shop_id() -> SpiffeId {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_new_process_costs_one_call_and_a_known_one_none() {
-    let agent = AgentScript::says(shop);
+async fn new_process_costs_one_call_and_a_known_one_none() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     for _ in 0..3 {
         assert_eq!(ids(source.identify(&caller(1)).await), [SHOP]);
     }
-    // The token came along; it is there for one exchange.
+    // The reply had a token, which is held for one exchange.
     let token = source
         .token(&caller(1), &shop_id(), AUDIENCE)
         .await
@@ -316,7 +316,7 @@ async fn a_new_process_costs_one_call_and_a_known_one_none() {
     let other = source.token(&caller(1), &shop_id(), "minio").await.unwrap();
     assert_eq!((other.audience(), agent.calls()), ("minio", 3));
     assert_eq!(ids(source.identify(&caller(2)).await), [SHOP]);
-    assert_eq!((agent.calls(), source.0.memory().len()), (4, 2));
+    assert_eq!((agent.calls(), source.0.cache().len()), (4, 2));
     let metrics = source.0.metrics.encode();
     assert!(
         metrics.contains("awsvid_source_calls_total{result=\"ok\"} 4\n"),
@@ -325,8 +325,8 @@ async fn a_new_process_costs_one_call_and_a_known_one_none() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_that_came_along_is_not_kept_for_long_nor_for_another_process() {
-    let agent = AgentScript::says(shop);
+async fn held_token_expires_and_is_for_one_process() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     source.identify(&caller(1)).await.unwrap();
     source
@@ -343,8 +343,8 @@ async fn a_token_that_came_along_is_not_kept_for_long_nor_for_another_process() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_who_ask_at_once_wait_for_one_question() {
-    let agent = AgentScript::says(shop);
+async fn concurrent_requests_share_one_query() {
+    let agent = AgentScript::reply(shop);
     let source = Arc::new(source(&agent));
     let asking: Vec<_> = (0..100)
         .map(|_| {
@@ -359,8 +359,8 @@ async fn all_who_ask_at_once_wait_for_one_question() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_is_not_asked_about_what_it_could_misread() {
-    let agent = AgentScript::says(shop);
+async fn agent_is_not_queried_about_a_misreadable_process() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     for refusal in [
         AttestError::DelegatedCgroup,
@@ -377,18 +377,18 @@ async fn an_agent_is_not_asked_about_what_it_could_misread() {
             refusal.into()
         );
     }
-    assert_eq!((agent.calls(), source.0.memory().len()), (0, 0));
+    assert_eq!((agent.calls(), source.0.cache().len()), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
-    let agent = AgentScript::says(shop);
+async fn reply_is_discarded_if_the_process_changed() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     for (refusal, expected) in [
         (None, AttestError::IdentityChanged),
         (Some(AttestError::CallerGone), AttestError::CallerGone),
     ] {
-        // The first look is before the call.
+        // The first read is before the call.
         let changed = || caller_with(1001, 1, Some(1), refusal.clone());
         assert_eq!(
             source.identify(&changed()).await,
@@ -402,7 +402,7 @@ async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
             expected.into()
         );
     }
-    assert_eq!((agent.calls(), source.0.memory().len()), (4, 0));
+    assert_eq!((agent.calls(), source.0.cache().len()), (4, 0));
     assert_eq!(
         ids(source.identify(&caller(1)).await),
         [SHOP],
@@ -412,8 +412,8 @@ async fn what_is_said_of_a_process_that_changed_meanwhile_is_dropped() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn process_is_attested_again_if_a_program_was_executed_meanwhile() {
-    let agent = AgentScript::says(shop);
+async fn process_is_queried_again_after_an_execution() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     let tries = u32::try_from(EXEC_RETRY_PAUSES.len()).unwrap();
     assert_eq!(
@@ -436,8 +436,8 @@ async fn process_is_attested_again_if_a_program_was_executed_meanwhile() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_daemons_own_identity_is_given_to_nobody() {
-    let agent = AgentScript::says(|_| Ok(vec![AWSVID, "spiffe://example.org/daemon-too"]));
+async fn own_identity_is_given_to_no_workload() {
+    let agent = AgentScript::reply(|_| Ok(vec![AWSVID, "spiffe://example.org/daemon-too"]));
     let source = source(&agent);
     assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);
     let own = SpiffeId::parse(AWSVID).unwrap();
@@ -446,13 +446,13 @@ async fn the_daemons_own_identity_is_given_to_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_denial_is_believed_only_of_an_agent_that_knows_the_daemon() {
-    let agent = AgentScript::says(own_alone);
+async fn denial_counts_only_if_the_agent_knows_the_daemon() {
+    let agent = AgentScript::reply(own_alone);
     let source = source(&agent);
     assert_eq!(source.ready(AUDIENCE).await, Ok(()));
     assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);
-    // It has been started again, and has not heard from its server yet.
-    agent.now_says(|_| Err(denied()));
+    // The agent has restarted, and does not have its entries from the server yet.
+    agent.set_reply(|_| Err(denied()));
     tokio::time::advance(OWN_ID_RECHECK).await;
     let new = source.identify(&caller(2)).await.unwrap_err();
     assert!(
@@ -467,11 +467,11 @@ async fn a_denial_is_believed_only_of_an_agent_that_knows_the_daemon() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_process_is_asked_about_again_and_loses_its_identity_within_the_minute() {
-    let agent = AgentScript::says(shop);
+async fn deleted_entry_takes_effect_within_a_minute() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     source.identify(&caller(1)).await.unwrap();
-    agent.now_says(own_alone);
+    agent.set_reply(own_alone);
     let deleted = Instant::now();
     while !source.identify(&caller(1)).await.unwrap().is_empty() {
         assert!(deleted.elapsed() < Duration::from_secs(60));
@@ -485,11 +485,11 @@ async fn a_process_is_asked_about_again_and_loses_its_identity_within_the_minute
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_that_is_away_takes_nothing_from_those_that_are_known() {
-    let agent = AgentScript::says(shop);
+async fn known_process_keeps_its_identity_in_an_outage() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     source.identify(&caller(1)).await.unwrap();
-    agent.now_says(|_| Err(SourceError::Unavailable("away".to_owned())));
+    agent.set_reply(|_| Err(SourceError::Unavailable("away".to_owned())));
     for _ in 0..600 {
         sleep(Duration::from_secs(1)).await;
         assert_eq!(ids(source.identify(&caller(1)).await), [SHOP]);
@@ -499,15 +499,15 @@ async fn an_agent_that_is_away_takes_nothing_from_those_that_are_known() {
         source.identify(&caller(2)).await,
         Err(SourceError::Unavailable("away".to_owned()))
     );
-    agent.now_says(shop);
+    agent.set_reply(shop);
     assert_eq!(ids(source.identify(&caller(2)).await), [SHOP]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_process_that_is_gone_is_forgotten() {
-    let agent = AgentScript::says(shop);
+async fn process_that_is_gone_is_removed() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
-    // Looked at before and after the first call, and then no more.
+    // One read before and one after the first call, and then no more.
     source
         .identify(&caller_with(
             1001,
@@ -517,14 +517,14 @@ async fn a_process_that_is_gone_is_forgotten() {
         ))
         .await
         .unwrap();
-    assert_eq!(source.0.memory().len(), 1);
+    assert_eq!(source.0.cache().len(), 1);
     sleep(Duration::from_secs(32)).await;
-    assert_eq!((source.0.memory().len(), agent.calls()), (0, 1));
+    assert_eq!((source.0.cache().len(), agent.calls()), (0, 1));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_agent_keeps_nobody_waiting_for_ever_and_its_answer_is_not_lost() {
-    let agent = AgentScript::says(shop);
+async fn slow_agent_is_waited_for_within_a_bound_and_its_reply_is_cached() {
+    let agent = AgentScript::reply(shop);
     agent.gate.forget_permits(Semaphore::MAX_PERMITS);
     let source = source(&agent);
     let start = Instant::now();
@@ -537,8 +537,8 @@ async fn a_slow_agent_keeps_nobody_waiting_for_ever_and_its_answer_is_not_lost()
 }
 
 #[tokio::test(start_paused = true)]
-async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_their_turns() {
-    let agent = AgentScript::says(shop);
+async fn excess_queries_are_rejected_and_other_workloads_get_permits() {
+    let agent = AgentScript::reply(shop);
     agent.gate.forget_permits(Semaphore::MAX_PERMITS);
     let source = Arc::new(source(&agent));
     let start = Instant::now();
@@ -573,15 +573,15 @@ async fn more_than_the_agent_can_do_is_refused_soon_and_other_workloads_have_the
     }
     assert_eq!(busy, 50 - MAX_QUERIES_PER_WORKLOAD);
     assert_eq!(
-        source.0.memory().len(),
+        source.0.cache().len(),
         MAX_QUERIES_PER_WORKLOAD + 1,
         "those that were not asked about are not remembered"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn nobody_in_particular_has_no_identity() {
-    let agent = AgentScript::says(shop);
+async fn overflow_user_has_no_identity() {
+    let agent = AgentScript::reply(shop);
     assert_eq!(
         source(&agent)
             .identify(&caller_with(OVERFLOW_ID, 1, None, None))
@@ -591,8 +591,8 @@ async fn nobody_in_particular_has_no_identity() {
     assert_eq!(agent.calls(), 0);
 }
 
-/// What is believed of an answer.
-async fn believed(
+/// Returns the identities that are accepted from a reply.
+async fn accepted_identities(
     source: &AgentSource,
     svids: Vec<AgentSvid>,
 ) -> Result<Vec<Identity>, SourceError> {
@@ -603,21 +603,21 @@ async fn believed(
         .map(|ids| ids.to_vec())
 }
 
-/// A token of `whose` under the name `id`.
-fn labelled(id: &str, whose: &str) -> AgentSvid {
+/// Returns a token of `subject` under the label `id`.
+fn labelled(id: &str, subject: &str) -> AgentSvid {
     AgentSvid {
         spiffe_id: id.to_owned(),
-        ..svid_of(whose, AUDIENCE)
+        ..svid_of(subject, AUDIENCE)
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_identity_that_is_no_spiffe_id_is_left_out() {
-    let agent = AgentScript::says(shop);
+async fn identity_that_is_not_a_spiffe_id_is_ignored() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     let odd = ["spiffe://", "https://example.org/x", ""].map(|id| labelled(id, SHOP));
     assert_eq!(
-        ids(believed(
+        ids(accepted_identities(
             &source,
             odd.into_iter().chain([svid_of(SHOP, AUDIENCE)]).collect()
         )
@@ -629,10 +629,10 @@ async fn an_identity_that_is_no_spiffe_id_is_left_out() {
 const OTHER: &str = "spiffe://example.org/other";
 
 #[tokio::test(start_paused = true)]
-async fn an_identity_counts_only_with_a_token_of_its_own() {
-    let agent = AgentScript::says(shop);
+async fn identity_needs_a_token_of_its_own() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
-    let refused = believed(&source, vec![labelled(SHOP, OTHER)])
+    let refused = accepted_identities(&source, vec![labelled(SHOP, OTHER)])
         .await
         .unwrap_err();
     assert!(matches!(refused, SourceError::BadToken(_)), "{refused:?}");
@@ -646,33 +646,36 @@ async fn an_identity_counts_only_with_a_token_of_its_own() {
         hint: None,
     };
     assert!(matches!(
-        believed(&source, vec![no_token]).await,
+        accepted_identities(&source, vec![no_token]).await,
         Err(SourceError::BadToken(_))
     ));
-    // What else is in the answer still counts, whichever comes first.
+    // The rest of the reply still counts, in any order.
     for svids in [
         [labelled(SHOP, OTHER), svid_of(OTHER, AUDIENCE)],
         [svid_of(OTHER, AUDIENCE), labelled(SHOP, OTHER)],
     ] {
-        assert_eq!(ids(believed(&source, svids.into()).await), [OTHER]);
+        assert_eq!(
+            ids(accepted_identities(&source, svids.into()).await),
+            [OTHER]
+        );
     }
-    // One that cannot be exchanged proves no less whose it is.
+    // A token that cannot be exchanged still proves the identity.
     assert_eq!(
-        ids(believed(&source, vec![svid_of(SHOP, "another audience")]).await),
+        ids(accepted_identities(&source, vec![svid_of(SHOP, "another audience")]).await),
         [SHOP]
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_identity_that_comes_several_times_has_each_of_its_hints() {
-    let agent = AgentScript::says(shop);
+async fn repeated_identity_keeps_all_hints() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     let hinted = |hint: &str| AgentSvid {
         hint: Some(hint.to_owned()),
         ..svid_of(SHOP, AUDIENCE)
     };
     let svids = vec![hinted("a"), hinted("b"), hinted("a"), labelled(SHOP, OTHER)];
-    let identities = believed(&source, svids).await.unwrap();
+    let identities = accepted_identities(&source, svids).await.unwrap();
     let hints: Vec<_> = identities
         .iter()
         .map(|identity| identity.hint.as_deref())
@@ -686,8 +689,8 @@ async fn an_identity_that_comes_several_times_has_each_of_its_hints() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_is_found_among_others_under_its_name() {
-    let agent = AgentScript::says(|_| Ok(vec![SHOP]));
+async fn token_is_found_among_others_with_its_label() {
+    let agent = AgentScript::reply(|_| Ok(vec![SHOP]));
     *agent.merged.lock().unwrap() = vec![
         labelled(SHOP, OTHER),
         svid_of(SHOP, AUDIENCE),
@@ -727,8 +730,8 @@ async fn a_token_is_found_among_others_under_its_name() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_kept_token_of_few_seconds_is_not_used_when_it_is_about_to_expire() {
-    let agent = AgentScript::says(shop);
+async fn held_token_is_not_used_when_about_to_expire() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     let short = |serial| {
         JwtSvid::check(
@@ -748,9 +751,9 @@ async fn a_kept_token_of_few_seconds_is_not_used_when_it_is_about_to_expire() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn refusals_that_alternate_are_each_in_the_log_once() {
+async fn alternating_denials_are_logged_once_each() {
     let log = crate::svid::jwt::tests::CapturedLog::start();
-    let agent = AgentScript::says(shop);
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     for _ in 0..100 {
         source.0.log_denial("no entry matches pod a");
@@ -768,8 +771,8 @@ async fn refusals_that_alternate_are_each_in_the_log_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_ends_with_its_owner() {
-    let agent = AgentScript::says(shop);
+async fn source_stops_its_task_when_dropped() {
+    let agent = AgentScript::reply(shop);
     drop(source(&agent));
     sleep(revalidation::REVALIDATE_TICK * 2).await;
     assert_eq!(Arc::strong_count(&agent), 1);

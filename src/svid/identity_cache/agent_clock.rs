@@ -1,4 +1,5 @@
-//! Measures the age of a confirmation in time during which the agent confirmed other subjects.
+//! Clock that measures the age of a confirmation by the time in which the agent confirmed other
+//! subjects.
 
 use std::time::Duration;
 
@@ -9,28 +10,30 @@ const MAX_STEP: Duration = Duration::from_secs(120);
 
 /// A clock that follows the agent's progress.
 ///
-/// Subjects are revalidated in the order of their last confirmation. When the agent confirms a subject that it confirmed before
-/// at time t, the queries about all subjects with older confirmations have been sent. So the clock advances to t. It stands
-/// still while the agent answers no query, and lags by the length of the queue. Neither an outage nor a queue ages a subject.
+/// Subjects are revalidated in the order of their last confirmation. When the agent confirms a
+/// subject that it confirmed before at time t, the queries about all subjects with older
+/// confirmations have been sent. So the clock advances to t. It stands still while the agent
+/// answers no query, and lags by the length of the queue. Neither an outage nor a queue ages a
+/// subject.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct AgentClock {
     now: Option<Instant>,
-    /// When the last outage ended.
+    /// Time at which the last outage ended.
     since: Option<Instant>,
 }
 
 impl AgentClock {
-    /// Advances to the time of the answer before the one that has just come, for the same subject.
-    pub(super) fn advance(&mut self, answered_before: Instant) {
+    /// Advances to the time of the previous answer for the subject that has just been confirmed.
+    pub(super) fn advance(&mut self, previous_answer: Instant) {
         let step = self
             .now
-            .map(|now| answered_before.checked_duration_since(now));
+            .map(|now| previous_answer.checked_duration_since(now));
         match step {
             Some(None) => return,
             Some(Some(step)) if step <= MAX_STEP => {}
-            _ => self.since = Some(answered_before),
+            _ => self.since = Some(previous_answer),
         }
-        self.now = Some(answered_before);
+        self.now = Some(previous_answer);
     }
 
     /// Returns the age of a confirmation.
@@ -47,12 +50,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn agent_clock_follows_those_that_are_confirmed_again() {
+    fn clock_follows_repeated_confirmations() {
         let (mut clock, start) = (AgentClock::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         assert_eq!(clock.age(start), Duration::ZERO);
         // The first answer only sets the clock. Answers out of order do not set it back.
-        for (answered_before, age) in [
+        for (previous_answer, age) in [
             (5, 0),
             (0, 0),
             (35, 30),
@@ -61,11 +64,11 @@ mod tests {
             (65, 60),
             (185, 180),
         ] {
-            clock.advance(at(answered_before));
+            clock.advance(at(previous_answer));
             assert_eq!(
                 clock.age(at(0)),
                 Duration::from_secs(age),
-                "{answered_before}"
+                "{previous_answer}"
             );
         }
         assert_eq!(clock.age(at(180)), Duration::from_secs(5));
@@ -73,11 +76,11 @@ mod tests {
     }
 
     #[test]
-    fn agent_clock_begins_anew_after_an_outage() {
+    fn clock_restarts_after_an_outage() {
         let (mut clock, start) = (AgentClock::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
-        for answered_before in [0, 100, 7200, 7230] {
-            clock.advance(at(answered_before));
+        for previous_answer in [0, 100, 7200, 7230] {
+            clock.advance(at(previous_answer));
         }
         assert_eq!(clock.age(at(0)), Duration::from_secs(30));
         assert_eq!(clock.age(at(7220)), Duration::from_secs(10));

@@ -1,4 +1,4 @@
-//! What is known of one subject, and for how long.
+//! Cached identities of one subject, and the time for which they are valid.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,98 +11,102 @@ use crate::caller::{Caller, WorkloadKey};
 use crate::role::Identity;
 use crate::svid::SourceError;
 
-/// What was said so long ago is asked again.
+/// Age at which identities are queried again.
 pub(super) const REVALIDATE_AFTER: Duration = Duration::from_secs(30);
-/// Two definite answers this far apart, without another in between, are the agent's last word: one alone may be an attestor
-/// that failed for a moment, which looks just the same.
+/// A denial counts as final when a second one follows at least this much later with no identity in
+/// between. A single one may be an attestor that failed for a moment.
 pub(super) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
-/// After a question without an answer, where one is due.
+/// Delay after a failed query, if a query is due.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(5);
-/// How long a process that has no identity is told so without asking: somebody may be registering it right now.
+/// Time for which the result "no identity" is cached. It is short, since an operator may be
+/// registering the workload right now.
 pub(super) const NO_IDENTITY_TTL: Duration = Duration::from_secs(2);
-/// A subject takes one slot, and one more for each so many bytes of names that the workload chose.
+/// A subject takes one slot, and one more for each of these many bytes of names that the workload
+/// chose.
 pub(super) const BYTES_PER_SLOT: usize = 2048;
-/// A query that takes longer is slow: the next one about this subject runs in [`Lane::Slow`] (attack 28).
+/// A query that takes longer is slow: the next one about this subject runs in [`Lane::Slow`] (T28).
 pub(in crate::svid) const QUICK_TIMEOUT: Duration = Duration::from_secs(5);
-/// An identity expires if the agent has not confirmed it for this long while it confirmed others. Else a workload that is
-/// attested slowly would keep the identity of a deleted entry. This is longer than a restart of the kubelet, the container
-/// runtime or the agent, and shorter than the shortest session: credentials issued before outlast it in any case.
+/// An identity expires if the agent has not confirmed it for this long while it confirmed others.
+/// Otherwise a workload that is attested slowly would keep the identity of a deleted entry. This
+/// exceeds a restart of the kubelet, the container runtime or the agent. It is below the shortest
+/// session, so credentials issued before outlast it in any case.
 pub(super) const MAX_UNCONFIRMED: Duration = Duration::from_secs(600);
 
-/// What is told to all who wait for one question.
+/// Result of a query, for all requests that wait for it.
 pub(in crate::svid) type IdentityResult = Result<Arc<[Identity]>, SourceError>;
 pub(super) type ResultSender = watch::Sender<Option<IdentityResult>>;
 
-/// Which limit a query about a known subject counts against, so that slow queries do not delay quick ones.
+/// The limit that a query about a known subject counts against, so that slow queries do not delay
+/// quick ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(in crate::svid) enum Lane {
-    /// Ends after [`QUICK_TIMEOUT`].
+    /// Lane of queries that end after [`QUICK_TIMEOUT`].
     Quick,
-    /// Lasts as long as a query to the agent may last.
+    /// Lane of queries that may last as long as any call to the agent.
     Slow,
 }
 
-/// What there is for a request.
+/// Result of a lookup for a request.
 #[derive(Debug)]
 pub(in crate::svid) enum IdentityLookup {
-    /// It is known.
-    Known(Arc<[Identity]>),
-    /// It is being asked for.
-    Asked(watch::Receiver<Option<IdentityResult>>),
-    /// It has to be asked for, by whoever finds this.
+    /// The identities are cached.
+    Cached(Arc<[Identity]>),
+    /// A query is in flight.
+    InFlight(watch::Receiver<Option<IdentityResult>>),
+    /// No query is in flight. The receiver of this result has to send one.
     Unknown(watch::Receiver<Option<IdentityResult>>),
 }
 
 #[derive(Debug)]
 pub(super) struct CachedIdentity {
-    /// With proof of which process or pod it is.
+    /// The caller that proves which process or pod it is.
     pub(super) caller: Arc<Caller>,
-    pub(super) owner: WorkloadKey,
+    pub(super) workload: WorkloadKey,
     /// `None` before the first answer.
     pub(super) identities: Option<Arc<[Identity]>>,
-    /// When the last answer or the last try came.
+    /// Time of the last answer or failed query.
     pub(super) at: Instant,
-    /// When the last answer came.
+    /// Time of the last answer.
     pub(super) answered: Instant,
-    /// When the last answer with identities came.
+    /// Time of the last answer with identities.
     pub(super) confirmed: Instant,
-    /// Since when it is denied.
+    /// Time of the first denial since then.
     pub(super) denied: Option<Instant>,
-    /// Who waits for the question that is under way, if one is.
-    pub(super) asking: Option<ResultSender>,
-    /// Whether that was asked because of a request. Such a question counts against the limit of those that wait.
-    pub(super) is_waited_for: bool,
+    /// Sender for the requests that wait for the query in flight, if there is one.
+    pub(super) in_flight: Option<ResultSender>,
+    /// True if a request caused that query. Then it counts against the limit of waiting requests.
+    pub(super) has_waiters: bool,
     pub(super) lane: Lane,
     pub(super) slots: usize,
 }
 
 impl CachedIdentity {
-    pub(super) fn new(caller: &Arc<Caller>, owner: &WorkloadKey) -> Self {
+    pub(super) fn new(caller: &Arc<Caller>, workload: &WorkloadKey) -> Self {
         let now = Instant::now();
         Self {
             caller: caller.clone(),
-            owner: owner.clone(),
+            workload: workload.clone(),
             identities: None,
             at: now,
             answered: now,
             confirmed: now,
             denied: None,
-            asking: None,
-            is_waited_for: false,
+            in_flight: None,
+            has_waiters: false,
             lane: Lane::Quick,
             slots: slots(caller),
         }
     }
 
-    /// What there is for a request; `None` if it has to be asked for.
-    pub(super) fn found(&self, clock: AgentClock) -> Option<IdentityLookup> {
+    /// Returns the result for a request, or `None` if a query has to be sent.
+    pub(super) fn lookup(&self, clock: AgentClock) -> Option<IdentityLookup> {
         let is_good = |ids: &&Arc<[Identity]>| match ids.is_empty() {
             true => self.revalidate_at() > Instant::now(),
             false => self.is_valid(clock),
         };
-        match (self.identities.as_ref().filter(is_good), &self.asking) {
-            (Some(identities), _) => Some(IdentityLookup::Known(identities.clone())),
-            (None, Some(told)) => Some(IdentityLookup::Asked(told.subscribe())),
+        match (self.identities.as_ref().filter(is_good), &self.in_flight) {
+            (Some(identities), _) => Some(IdentityLookup::Cached(identities.clone())),
+            (None, Some(sender)) => Some(IdentityLookup::InFlight(sender.subscribe())),
             (None, None) => None,
         }
     }
@@ -117,50 +121,52 @@ impl CachedIdentity {
         self.has_identity() && clock.age(self.confirmed) < MAX_UNCONFIRMED
     }
 
-    /// When it is to be asked about again.
+    /// Returns the time of the next query.
     pub(super) fn revalidate_at(&self) -> Instant {
         match (self.denied, &self.identities) {
-            // The second question, which decides.
+            // The second query, which decides.
             (Some(since), _) => (since + DENIAL_CONFIRMATION).max(self.at + RETRY_AFTER),
             (None, Some(identities)) if identities.is_empty() => self.at + NO_IDENTITY_TTL,
             (None, _) => self.at + REVALIDATE_AFTER,
         }
     }
 
-    /// Applies the result of a query. Returns the result for the requests that wait, and whether to keep the subject.
+    /// Applies the result of a query. Returns the result for the requests that wait, and whether to
+    /// keep the subject.
     pub(super) fn take(
         &mut self,
-        said: IdentityResult,
+        result: IdentityResult,
         clock: AgentClock,
     ) -> (IdentityResult, bool) {
         let now = Instant::now();
-        let before = self.identities.clone().filter(|_| self.is_valid(clock));
-        match (said, before) {
+        let previous = self.identities.clone().filter(|_| self.is_valid(clock));
+        match (result, previous) {
             (Ok(identities), _) if !identities.is_empty() => {
                 self.denied = None;
                 self.confirmed = now;
                 self.identities = Some(identities.clone());
                 (Ok(identities), true)
             }
-            // Once is not enough to take something away.
-            (Ok(_), Some(before))
+            // A single denial does not remove the identity.
+            (Ok(_), Some(previous))
                 if now.duration_since(*self.denied.get_or_insert(now)) < DENIAL_CONFIRMATION =>
             {
-                (Ok(before), true)
+                (Ok(previous), true)
             }
             (Ok(none), _) => {
                 self.denied = None;
                 self.identities = Some(none.clone());
                 (Ok(none), true)
             }
-            // It is not the process any more that it was.
+            // The process is not the same any more.
             (Err(error @ SourceError::Caller(_)), _) | (Err(error), None) => (Err(error), false),
-            (Err(_), Some(before)) => (Ok(before), true),
+            (Err(_), Some(previous)) => (Ok(previous), true),
         }
     }
 }
 
-/// Counts the names that are kept of a caller: its cgroup's path three times, and its program's path.
+/// Counts the slots for the names of a caller: its cgroup's path three times, and its program's
+/// path.
 fn slots(caller: &Caller) -> usize {
     let cgroup = caller
         .cgroup

@@ -1,4 +1,4 @@
-//! The process or pod that an agent's answer is about.
+//! The process or pod that an agent's reply is about.
 
 use std::path::Path;
 
@@ -6,23 +6,24 @@ use crate::caller::{AttestError, Caller, GroupDetail, Process, ProcessFacts};
 use crate::cgroup::{CgroupPath, PodUid};
 use crate::svid::SourceError;
 
-/// Whom an agent was asked about.
+/// Process or pod that a query is about.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(in crate::svid) enum Subject {
-    /// One process, with everything of it that may decide what it is: whoever changes any of it is another subject.
+    /// One process, with all facts that its identity may depend on. A change of any of them makes
+    /// another subject.
     Process {
-        /// The user id.
+        /// User ID of the process.
         uid: u32,
-        /// Its cgroup.
+        /// Cgroup of the process.
         cgroup: Option<CgroupPath>,
-        /// All that was looked at.
+        /// All facts that were read.
         process: Process,
     },
-    /// A pod, whichever of its processes asks.
+    /// A pod, with any of its processes as the caller.
     Pod(PodUid),
 }
 
-/// What an agent has to be told apart by.
+/// Facts that distinguish one process from another for an agent.
 pub(in crate::svid) const FACTS_FOR_AGENT: ProcessFacts = ProcessFacts {
     groups: GroupDetail::Digest,
     program: true,
@@ -30,13 +31,13 @@ pub(in crate::svid) const FACTS_FOR_AGENT: ProcessFacts = ProcessFacts {
 };
 
 impl Subject {
-    /// Of a caller; of its pod if it is in one and `pods` says that the agent is told of those, else of its process, which was
-    /// looked at then.
+    /// Returns the subject of a caller: its pod if it is in one and `pods` is true, otherwise its
+    /// process. Fails if the facts of the process were not read.
     pub(in crate::svid) fn of(caller: &Caller, pods: bool) -> Result<Self, SourceError> {
         if let Some(pod) = caller.pod.as_ref().filter(|_| pods) {
             return Ok(Self::Pod(pod.uid.clone()));
         }
-        if !is_known(caller) {
+        if !has_all_facts(caller) {
             return Err(SourceError::Reloaded);
         }
         let mut process = caller.process.clone().ok_or(SourceError::Reloaded)?;
@@ -45,7 +46,8 @@ impl Subject {
             .as_mut()
             .and_then(|program| program.exe.as_mut())
             .ok_or(AttestError::ExecUnobservable)?;
-        // The file is what counts. Its path is what the process shows, and reads otherwise once an upgrade has replaced it.
+        // The file is what counts. Its path is only what the process shows, and changes when an
+        // upgrade replaces the file.
         (exe.changed, exe.path) = ((0, 0), Path::new("").into());
         Ok(Self::Process {
             uid: caller.uid,
@@ -54,7 +56,7 @@ impl Subject {
         })
     }
 
-    /// Whether it is there still, as `caller` shows, who is it or in it.
+    /// Returns true if the subject still exists. `caller` is that process, or one in that pod.
     pub(super) fn is_alive(&self, caller: &Caller) -> bool {
         match self {
             Self::Process { .. } => caller.evidence.is_alive(),
@@ -63,10 +65,10 @@ impl Subject {
     }
 }
 
-/// Whether everything is known of the caller's process that a subject is made of.
-pub(in crate::svid) fn is_known(caller: &Caller) -> bool {
-    let known = |process: &Process| {
+/// Returns true if all facts of the caller's process that a subject needs are known.
+pub(in crate::svid) fn has_all_facts(caller: &Caller) -> bool {
+    let cached = |process: &Process| {
         process.groups.is_some() && process.program.is_some() && process.started.is_some()
     };
-    caller.process.as_ref().is_some_and(known)
+    caller.process.as_ref().is_some_and(cached)
 }

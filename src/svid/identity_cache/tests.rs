@@ -32,7 +32,7 @@ fn groups(groups: &[u32]) -> Groups {
     Groups::new(groups.to_vec(), GroupDetail::Digest).unwrap()
 }
 
-/// A process of this user, and whether it lives.
+/// Returns a process of this user, and a switch that ends it.
 fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
     let exe = Executable {
         device: 1,
@@ -77,60 +77,60 @@ fn unavailable() -> IdentityResult {
     Err(SourceError::Unavailable("away".to_owned()))
 }
 
-/// What a request by `caller` finds: its identities, or `None` if they have to be asked for.
+/// Returns the cached identities for a request by `caller`, or `None` if a query has to be sent.
 #[track_caller]
-fn found(memory: &mut IdentityCache, caller: &Arc<Caller>) -> Option<Arc<[Identity]>> {
-    match memory
+fn found(cache: &mut IdentityCache, caller: &Arc<Caller>) -> Option<Arc<[Identity]>> {
+    match cache
         .find(&Subject::of(caller, true).unwrap(), caller)
         .unwrap()
     {
-        IdentityLookup::Known(identities) => Some(identities),
-        IdentityLookup::Asked(_) | IdentityLookup::Unknown(_) => None,
+        IdentityLookup::Cached(identities) => Some(identities),
+        IdentityLookup::InFlight(_) | IdentityLookup::Unknown(_) => None,
     }
 }
 
-fn note(memory: &mut IdentityCache, caller: &Arc<Caller>, said: IdentityResult) {
-    memory.record(&Subject::of(caller, true).unwrap(), said, Duration::ZERO);
+fn note(cache: &mut IdentityCache, caller: &Arc<Caller>, result: IdentityResult) {
+    cache.record(&Subject::of(caller, true).unwrap(), result, Duration::ZERO);
 }
 
-/// Starts the queries that are due; returns the user ids of their callers.
-fn round(memory: &mut IdentityCache, quick: usize, slow: usize) -> Vec<u32> {
-    let round = memory.take_due(Capacity { quick, slow });
-    round
+/// Starts the queries that are due, and returns the user IDs of their callers.
+fn due_pids(cache: &mut IdentityCache, quick: usize, slow: usize) -> Vec<u32> {
+    let due_pids = cache.take_due(Capacity { quick, slow });
+    due_pids
         .queries
         .into_iter()
         .map(|question| question.caller.uid)
         .collect()
 }
 
-fn due(memory: &mut IdentityCache) -> usize {
-    round(memory, 100, 100).len()
+fn due(cache: &mut IdentityCache) -> usize {
+    due_pids(cache, 100, 100).len()
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_question_for_all_who_ask_and_none_afterwards() {
-    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
+async fn query_is_shared_and_its_result_cached() {
+    let (mut cache, (caller, _)) = (IdentityCache::new(10), process(1, 1));
     let subject = Subject::of(&caller, true).unwrap();
     assert!(matches!(
-        memory.find(&subject, &caller),
+        cache.find(&subject, &caller),
         Ok(IdentityLookup::Unknown(_))
     ));
-    let Ok(IdentityLookup::Asked(mut asked)) = memory.find(&subject, &caller) else {
+    let Ok(IdentityLookup::InFlight(mut asked)) = cache.find(&subject, &caller) else {
         panic!("it is being asked for")
     };
-    note(&mut memory, &caller, Ok(ids(&["shop"])));
-    let said = asked
+    note(&mut cache, &caller, Ok(ids(&["shop"])));
+    let result = asked
         .wait_for(Option::is_some)
         .await
         .unwrap()
         .clone()
         .unwrap();
-    assert_eq!(said, Ok(ids(&["shop"])));
-    assert_eq!(found(&mut memory, &caller), Some(ids(&["shop"])));
+    assert_eq!(result, Ok(ids(&["shop"])));
+    assert_eq!(found(&mut cache, &caller), Some(ids(&["shop"])));
 }
 
 #[tokio::test(start_paused = true)]
-async fn whoever_changes_anything_is_another() {
+async fn process_with_a_changed_fact_is_another_subject() {
     let (caller, _) = process(1, 1);
     let base = Subject::of(&caller, true).unwrap();
     let change = |change: &dyn Fn(&mut Caller)| {
@@ -148,7 +148,7 @@ async fn whoever_changes_anything_is_another() {
         }),
     };
     assert_eq!(change(&|_| {}), base);
-    // Its file was replaced by an upgrade: it is the same program still.
+    // An upgrade replaced the file, but the process still runs the same program.
     let replaced = Executable {
         device: 1,
         inode: 7,
@@ -190,7 +190,7 @@ async fn whoever_changes_anything_is_another() {
 }
 
 #[test]
-fn a_process_that_was_not_looked_at_is_nobody() {
+fn process_without_facts_is_not_a_subject() {
     let unseen = |change: &dyn Fn(&mut Process)| {
         let mut other = Arc::into_inner(process(1, 1).0).unwrap();
         change(other.process.as_mut().unwrap());
@@ -213,212 +213,212 @@ fn a_process_that_was_not_looked_at_is_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_is_asked_again_when_it_is_old_and_an_outage_takes_nothing_away() {
-    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
-    assert_eq!(found(&mut memory, &caller), None);
-    note(&mut memory, &caller, Ok(ids(&["shop"])));
+async fn identity_is_revalidated_and_survives_an_outage() {
+    let (mut cache, (caller, _)) = (IdentityCache::new(10), process(1, 1));
+    assert_eq!(found(&mut cache, &caller), None);
+    note(&mut cache, &caller, Ok(ids(&["shop"])));
     advance(REVALIDATE_AFTER - Duration::from_secs(1)).await;
-    assert_eq!(due(&mut memory), 0);
+    assert_eq!(due(&mut cache), 0);
     for _ in 0..100 {
         advance(REVALIDATE_AFTER).await;
-        assert_eq!(due(&mut memory), 1);
-        assert_eq!(due(&mut memory), 0, "it is being asked for");
+        assert_eq!(due(&mut cache), 1);
+        assert_eq!(due(&mut cache), 0, "it is being asked for");
         assert_eq!(
-            found(&mut memory, &caller),
+            found(&mut cache, &caller),
             Some(ids(&["shop"])),
             "nobody waits"
         );
-        note(&mut memory, &caller, unavailable());
+        note(&mut cache, &caller, unavailable());
     }
     advance(REVALIDATE_AFTER).await;
-    assert_eq!(due(&mut memory), 1);
-    note(&mut memory, &caller, Ok(ids(&["other"])));
+    assert_eq!(due(&mut cache), 1);
+    note(&mut cache, &caller, Ok(ids(&["other"])));
     assert_eq!(
-        found(&mut memory, &caller),
+        found(&mut cache, &caller),
         Some(ids(&["other"])),
         "another answer counts at once"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_definite_answers_ten_seconds_apart_take_it_away() {
-    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
-    found(&mut memory, &caller);
-    note(&mut memory, &caller, Ok(ids(&["shop"])));
+async fn second_denial_after_ten_seconds_removes_the_identity() {
+    let (mut cache, (caller, _)) = (IdentityCache::new(10), process(1, 1));
+    found(&mut cache, &caller);
+    note(&mut cache, &caller, Ok(ids(&["shop"])));
     advance(REVALIDATE_AFTER).await;
-    assert_eq!(due(&mut memory), 1);
-    note(&mut memory, &caller, Ok(ids(&[])));
-    assert_eq!(found(&mut memory, &caller), Some(ids(&["shop"])));
+    assert_eq!(due(&mut cache), 1);
+    note(&mut cache, &caller, Ok(ids(&[])));
+    assert_eq!(found(&mut cache, &caller), Some(ids(&["shop"])));
     advance(DENIAL_CONFIRMATION - Duration::from_secs(1)).await;
-    assert_eq!(due(&mut memory), 0);
+    assert_eq!(due(&mut cache), 0);
     advance(Duration::from_secs(1)).await;
-    assert_eq!(due(&mut memory), 1);
-    note(&mut memory, &caller, Ok(ids(&[])));
+    assert_eq!(due(&mut cache), 1);
+    note(&mut cache, &caller, Ok(ids(&[])));
     assert_eq!(
-        found(&mut memory, &caller),
+        found(&mut cache, &caller),
         Some(ids(&[])),
         "it is told so without a question"
     );
     advance(NO_IDENTITY_TTL).await;
-    assert_eq!(found(&mut memory, &caller), None, "for a moment");
+    assert_eq!(found(&mut cache, &caller), None, "for a moment");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_success_between_two_denials_or_no_answer_is_not_the_second() {
-    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
-    found(&mut memory, &caller);
-    note(&mut memory, &caller, Ok(ids(&["shop"])));
+async fn success_or_failure_between_denials_does_not_confirm() {
+    let (mut cache, (caller, _)) = (IdentityCache::new(10), process(1, 1));
+    found(&mut cache, &caller);
+    note(&mut cache, &caller, Ok(ids(&["shop"])));
     let steps = [
         (REVALIDATE_AFTER, Ok(ids(&[])), ids(&["shop"])),
         (DENIAL_CONFIRMATION, unavailable(), ids(&["shop"])),
         (RETRY_AFTER, Ok(ids(&["shop"])), ids(&["shop"])),
-        // The first one of two again.
+        // The first of two denials, again.
         (REVALIDATE_AFTER, Ok(ids(&[])), ids(&["shop"])),
         (DENIAL_CONFIRMATION, Ok(ids(&[])), ids(&[])),
     ];
-    for (step, (after, said, known)) in steps.into_iter().enumerate() {
+    for (step, (after, result, known)) in steps.into_iter().enumerate() {
         advance(after).await;
-        assert_eq!(due(&mut memory), 1, "{step}");
-        note(&mut memory, &caller, said);
-        assert_eq!(found(&mut memory, &caller), Some(known), "{step}");
+        assert_eq!(due(&mut cache), 1, "{step}");
+        note(&mut cache, &caller, result);
+        assert_eq!(found(&mut cache, &caller), Some(known), "{step}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_process_that_is_not_what_it_was_is_forgotten_and_a_failure_is_not_remembered() {
-    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
-    found(&mut memory, &caller);
-    note(&mut memory, &caller, unavailable());
-    assert_eq!(memory.len(), 0);
-    found(&mut memory, &caller);
-    note(&mut memory, &caller, Ok(ids(&["shop"])));
+async fn changed_process_is_removed_and_failures_are_not_cached() {
+    let (mut cache, (caller, _)) = (IdentityCache::new(10), process(1, 1));
+    found(&mut cache, &caller);
+    note(&mut cache, &caller, unavailable());
+    assert_eq!(cache.len(), 0);
+    found(&mut cache, &caller);
+    note(&mut cache, &caller, Ok(ids(&["shop"])));
     advance(REVALIDATE_AFTER).await;
-    assert_eq!(due(&mut memory), 1);
-    note(&mut memory, &caller, Err(AttestError::CallerGone.into()));
-    assert_eq!((memory.len(), memory.counts.len()), (0, 0));
+    assert_eq!(due(&mut cache), 1);
+    note(&mut cache, &caller, Err(AttestError::CallerGone.into()));
+    assert_eq!((cache.len(), cache.counts.len()), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_has_no_identity_is_forgotten_when_nobody_asks() {
-    let (mut memory, (caller, _)) = (IdentityCache::new(10), process(1, 1));
-    found(&mut memory, &caller);
-    note(&mut memory, &caller, Ok(ids(&[])));
+async fn subject_without_identity_is_removed_when_unused() {
+    let (mut cache, (caller, _)) = (IdentityCache::new(10), process(1, 1));
+    found(&mut cache, &caller);
+    note(&mut cache, &caller, Ok(ids(&[])));
     advance(NO_IDENTITY_TTL).await;
-    assert_eq!((due(&mut memory), memory.len()), (0, 0));
+    assert_eq!((due(&mut cache), cache.len()), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_workload_fills_its_own_places_and_those_that_are_gone_go_first() {
-    let mut memory = IdentityCache::new(MAX_SUBJECTS_PER_WORKLOAD + 10);
+async fn workload_fills_its_own_slots_and_gone_ones_are_evicted_first() {
+    let mut cache = IdentityCache::new(MAX_SUBJECTS_PER_WORKLOAD + 10);
     let first: Vec<_> = (0..5).map(|pid| process(2, pid)).collect();
     for (caller, _) in &first {
-        found(&mut memory, caller);
-        note(&mut memory, caller, Ok(ids(&["modest"])));
+        found(&mut cache, caller);
+        note(&mut cache, caller, Ok(ids(&["modest"])));
     }
     let many: Vec<_> = (0..u32::try_from(MAX_SUBJECTS_PER_WORKLOAD).unwrap() + 100)
         .map(|pid| process(1, 100 + pid))
         .collect();
-    let known = |memory: &IdentityCache, caller: &Arc<Caller>| {
-        memory
-            .known
+    let known = |cache: &IdentityCache, caller: &Arc<Caller>| {
+        cache
+            .cached
             .contains_key(&Subject::of(caller, true).unwrap())
     };
     many[3].1.store(false, Ordering::SeqCst);
     for (caller, _) in &many[..MAX_SUBJECTS_PER_WORKLOAD] {
-        found(&mut memory, caller);
-        note(&mut memory, caller, Ok(ids(&["greedy"])));
+        found(&mut cache, caller);
+        note(&mut cache, caller, Ok(ids(&["greedy"])));
         advance(Duration::from_millis(1)).await;
     }
-    assert!(known(&memory, &many[3].0), "there was room");
+    assert!(known(&cache, &many[3].0), "there was room");
     let last = &many[MAX_SUBJECTS_PER_WORKLOAD].0;
-    found(&mut memory, last);
+    found(&mut cache, last);
     assert!(
-        !known(&memory, &many[3].0) && known(&memory, &many[0].0),
+        !known(&cache, &many[3].0) && known(&cache, &many[0].0),
         "the one that is gone made room"
     );
     for (caller, _) in &many[MAX_SUBJECTS_PER_WORKLOAD..] {
-        found(&mut memory, caller);
-        note(&mut memory, caller, Ok(ids(&["greedy"])));
+        found(&mut cache, caller);
+        note(&mut cache, caller, Ok(ids(&["greedy"])));
     }
     assert_eq!(
-        memory.counts.get(&WorkloadKey::user(1)),
+        cache.counts.get(&WorkloadKey::user(1)),
         Some(&MAX_SUBJECTS_PER_WORKLOAD)
     );
-    assert!(!known(&memory, &many[0].0), "its oldest");
+    assert!(!known(&cache, &many[0].0), "its oldest");
     for (caller, _) in &first {
-        assert_eq!(found(&mut memory, caller), Some(ids(&["modest"])));
+        assert_eq!(found(&mut cache, caller), Some(ids(&["modest"])));
     }
-    // Where all together are too many, the one that has the most has one less.
+    // If the total is too high, the workload with the most loses one.
     for pid in 0..20 {
         let (caller, _) = process(3, pid);
-        assert_eq!(found(&mut memory, &caller), None);
-        note(&mut memory, &caller, Ok(ids(&["third"])));
-        assert_eq!(found(&mut memory, &caller), Some(ids(&["third"])));
+        assert_eq!(found(&mut cache, &caller), None);
+        note(&mut cache, &caller, Ok(ids(&["third"])));
+        assert_eq!(found(&mut cache, &caller), Some(ids(&["third"])));
     }
     for (caller, _) in &first {
-        assert_eq!(found(&mut memory, caller), Some(ids(&["modest"])));
+        assert_eq!(found(&mut cache, caller), Some(ids(&["modest"])));
     }
-    assert_eq!(memory.len(), MAX_SUBJECTS_PER_WORKLOAD + 10);
+    assert_eq!(cache.len(), MAX_SUBJECTS_PER_WORKLOAD + 10);
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_one_workload_only_so_many_wait_and_the_next_push_nobody_out() {
-    let mut memory = IdentityCache::new(MAX_SUBJECTS_PER_WORKLOAD);
+async fn waiting_requests_of_a_workload_are_bounded() {
+    let mut cache = IdentityCache::new(MAX_SUBJECTS_PER_WORKLOAD);
     let many = |pids: std::ops::Range<u32>| pids.map(|pid| process(1, pid).0).collect::<Vec<_>>();
     let waiting = u32::try_from(MAX_WAITING_PER_WORKLOAD).unwrap();
     let (known, new) = (many(0..500), many(1000..1000 + waiting));
     for caller in &known {
-        found(&mut memory, caller);
-        note(&mut memory, caller, Ok(ids(&["shop"])));
+        found(&mut cache, caller);
+        note(&mut cache, caller, Ok(ids(&["shop"])));
     }
     for caller in &new {
-        assert_eq!(found(&mut memory, caller), None);
+        assert_eq!(found(&mut cache, caller), None);
     }
-    let is_busy = |memory: &mut IdentityCache| {
+    let is_busy = |cache: &mut IdentityCache| {
         let (next, _) = process(1, 9000);
-        memory
+        cache
             .find(&Subject::of(&next, true).unwrap(), &next)
             .unwrap_err()
             == SourceError::Busy
     };
-    assert!(is_busy(&mut memory));
+    assert!(is_busy(&mut cache));
     assert!(
         known
             .iter()
-            .all(|caller| found(&mut memory, caller).is_some()),
+            .all(|caller| found(&mut cache, caller).is_some()),
         "those that are known are answered"
     );
     assert_eq!(
-        found(&mut memory, &new[0]),
+        found(&mut cache, &new[0]),
         None,
         "those that wait go on waiting"
     );
     assert_eq!(
-        found(&mut memory, &process(2, 1).0),
+        found(&mut cache, &process(2, 1).0),
         None,
         "another workload's is asked about"
     );
-    // There is a place as soon as one of them is done with, however that ends.
+    // A slot is free as soon as one of the queries ends, with any result.
     let ends = [
         Ok(ids(&["shop"])),
         Ok(ids(&[])),
         unavailable(),
         Err(AttestError::CallerGone.into()),
     ];
-    for (said, (caller, other)) in ends.into_iter().zip(new.iter().zip(many(2000..2004))) {
-        note(&mut memory, caller, said);
-        assert_eq!(found(&mut memory, &other), None);
-        assert!(is_busy(&mut memory));
+    for (result, (caller, other)) in ends.into_iter().zip(new.iter().zip(many(2000..2004))) {
+        note(&mut cache, caller, result);
+        assert_eq!(found(&mut cache, &other), None);
+        assert!(is_busy(&mut cache));
     }
-    // A question that nobody waits for takes none.
+    // A query without waiting requests does not count.
     advance(REVALIDATE_AFTER).await;
-    assert_eq!(due(&mut memory), 1);
+    assert_eq!(due(&mut cache), 1);
     known
         .iter()
-        .for_each(|caller| note(&mut memory, caller, Ok(ids(&["shop"]))));
-    assert!(is_busy(&mut memory));
+        .for_each(|caller| note(&mut cache, caller, Ok(ids(&["shop"]))));
+    assert!(is_busy(&mut cache));
     assert_eq!(
-        memory.waiting.get(&WorkloadKey::user(1)),
+        cache.waiting.get(&WorkloadKey::user(1)),
         Some(&MAX_WAITING_PER_WORKLOAD)
     );
 }

@@ -1,4 +1,6 @@
-//! An X.509-SVID as the Workload API sends it, read and checked.
+//! X.509-SVIDs as the Workload API sends them, parsed and checked.
+//!
+//! Standard: X509-SVID.md, and SPIFFE_Workload_API.md, section 5.2.1.
 //!
 //! Standard: X509-SVID.md, and SPIFFE_Workload_API.md, section 5.2.1.
 
@@ -15,17 +17,17 @@ use zeroize::Zeroizing;
 use crate::identity::SpiffeId;
 use crate::svid::proto::workload::{X509svid, X509svidResponse};
 
-/// An X.509-SVID of the daemon itself, with its key, and what others of its trust domain are verified by.
+/// An X.509-SVID of the daemon itself with its key, and the CAs of its trust domain.
 pub struct OwnSvid {
-    /// Who the daemon is.
+    /// The daemon's default SPIFFE ID.
     pub spiffe_id: SpiffeId,
-    /// All identities that it has, as they were given.
+    /// All SPIFFE IDs of the daemon, as the agent sent them.
     pub all: Vec<String>,
     /// The certificates, the leaf first, and the leaf's key.
     pub certified: Arc<CertifiedKey>,
-    /// The trust domain's CAs.
+    /// The CAs of the trust domain.
     pub roots: Arc<RootCertStore>,
-    /// Higher than that of every SVID before.
+    /// Number that increases with each SVID.
     pub version: u64,
 }
 
@@ -39,28 +41,29 @@ impl fmt::Debug for OwnSvid {
 }
 
 impl OwnSvid {
-    /// Reads the default identity of a message, which is the first. The error says what is wrong with it. An identity may come
-    /// several times: with several entries, or from an agent that merges the answers of two others and may label one wrongly.
-    /// Then the first usable SVID counts.
+    /// Parses the default identity of a message, which is the first. An identity may have several
+    /// SVIDs: with several entries, or from an agent that merges the replies of two others and may
+    /// label one wrongly. Then the first usable SVID counts.
     pub(super) fn read(mut message: X509svidResponse, version: u64) -> Result<Self, String> {
-        // Of all of them, before anything else: those that are not used must not stay in memory either.
-        let take = |svid: &mut X509svid| Zeroizing::new(std::mem::take(&mut svid.x509_svid_key));
-        let keys: Vec<_> = message.svids.iter_mut().map(take).collect();
+        // The keys of all SVIDs are moved first, so that unused ones are zeroized too.
+        let take_key =
+            |svid: &mut X509svid| Zeroizing::new(std::mem::take(&mut svid.x509_svid_key));
+        let keys: Vec<_> = message.svids.iter_mut().map(take_key).collect();
         let all: Vec<_> = message
             .svids
             .iter()
             .map(|svid| svid.spiffe_id.clone())
             .collect();
-        let default = all.first().ok_or("there is none in it")?;
-        let spiffe_id =
-            SpiffeId::parse(default).map_err(|error| format!("its SPIFFE ID is none: {error}"))?;
+        let default = all.first().ok_or("the message has none")?;
+        let spiffe_id = SpiffeId::parse(default)
+            .map_err(|error| format!("its SPIFFE ID is invalid: {error}"))?;
         let of_default = message
             .svids
             .iter()
             .zip(&keys)
             .filter(|(svid, _)| svid.spiffe_id == *default);
         let mut read = of_default.map(|(svid, key)| read_one(svid, key, &spiffe_id));
-        let first = read.next().ok_or("there is none in it")?;
+        let first = read.next().ok_or("the message has none")?;
         let (certified, roots) = first.or_else(|error| read.find_map(Result::ok).ok_or(error))?;
         drop(read);
         Ok(Self {
@@ -72,7 +75,7 @@ impl OwnSvid {
         })
     }
 
-    /// Whether it is over, so that nobody accepts it any more.
+    /// Returns true if the certificate has expired, so that no server accepts it.
     pub fn is_expired(&self, now: UnixTime) -> bool {
         let Some((leaf, intermediates)) = self.certified.cert.split_first() else {
             return true;
@@ -95,7 +98,8 @@ impl OwnSvid {
     }
 }
 
-/// Reads the certificates and the key of an SVID of this identity, and the CAs of its trust domain.
+/// Parses the certificates and the key of an SVID of this identity, and the CAs of its trust
+/// domain.
 fn read_one(
     svid: &X509svid,
     key: &[u8],
@@ -110,7 +114,7 @@ fn read_one(
         ));
     }
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
-    // The library's error says nothing of the key, and is not shown all the same.
+    // The library's error does not quote the key, and is omitted all the same.
     let key = any_supported_type(&key).map_err(|_| "its private key cannot be read")?;
     let certified = CertifiedKey::new(chain, key);
     certified
@@ -128,8 +132,8 @@ fn read_one(
     Ok((certified, roots))
 }
 
-/// Whose certificate it is: an X.509-SVID has exactly one URI among its names, the SPIFFE ID. Whether anybody has signed it
-/// is another question.
+/// Returns the SPIFFE ID of a certificate. An X.509-SVID has exactly one URI among its names. The
+/// signature is not verified.
 pub fn id_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, String> {
     let certificate =
         EndEntityCert::try_from(certificate).map_err(|error| format!("cannot be read: {error}"))?;
@@ -139,11 +143,11 @@ pub fn id_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, String> {
             SpiffeId::parse(name).map_err(|error| format!("has no SPIFFE ID: {error}"))
         }
         (None, _) => Err("has no SPIFFE ID".to_owned()),
-        (Some(_), Some(_)) => Err("has several URIs, so it is not clear whose it is".to_owned()),
+        (Some(_), Some(_)) => Err("has several URIs, so its SPIFFE ID is ambiguous".to_owned()),
     }
 }
 
-/// DER certificates that stand one after the other. `None` if that is not what they are.
+/// Splits concatenated DER certificates. Returns `None` for other bytes.
 pub(super) fn split(mut bytes: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
     let mut certificates = Vec::new();
     while !bytes.is_empty() {
@@ -154,11 +158,11 @@ pub(super) fn split(mut bytes: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
     Some(certificates)
 }
 
-/// How long the DER sequence is that `bytes` begin with, with its head.
+/// Returns the length of the DER sequence at the start of `bytes`, header included.
 fn length(bytes: &[u8]) -> Option<usize> {
     const SEQUENCE: u8 = 0x30;
-    let (&[tag, first], rest) = bytes.split_first_chunk()?;
-    if tag != SEQUENCE {
+    let (&[key, first], rest) = bytes.split_first_chunk()?;
+    if key != SEQUENCE {
         return None;
     }
     let (head, content) = match first {

@@ -12,7 +12,7 @@ use crate::svid::proto::workload::X509svid;
 use fake::{Authority, FakeAgent, Stream};
 
 const ID: &str = "spiffe://example.org/awsvid";
-/// For what happens at once.
+/// Timeout for events that happen at once.
 const SOON: Duration = Duration::from_secs(20);
 
 struct Place {
@@ -30,10 +30,10 @@ fn own_at(place: &Place) -> OwnSvidSource {
     OwnSvidSource::at(Endpoint::Unix(place.path.clone()))
 }
 
-/// Waits until it is known that `wanted`.
-async fn until(own: &OwnSvidSource, wanted: impl Fn(&OwnSvidState) -> bool) -> OwnSvidState {
+/// Waits until the state satisfies `condition`.
+async fn until(own: &OwnSvidSource, condition: impl Fn(&OwnSvidState) -> bool) -> OwnSvidState {
     let mut now = own.now.clone();
-    let now = timeout(SOON, now.wait_for(|now| wanted(now))).await;
+    let now = timeout(SOON, now.wait_for(|now| condition(now))).await;
     now.expect("in time").expect("the task runs").clone()
 }
 
@@ -48,29 +48,32 @@ async fn version(own: &OwnSvidSource, version: u64) -> Arc<OwnSvid> {
     .unwrap()
 }
 
-/// An identity that has been given once, with all that takes part.
-async fn given(place: &Place, authority: &Authority) -> (FakeAgent, Stream, OwnSvidSource) {
+/// Starts a source that has received one SVID.
+async fn source_with_svid(
+    place: &Place,
+    authority: &Authority,
+) -> (FakeAgent, Stream, OwnSvidSource) {
     let mut agent = FakeAgent::at(&place.path);
     let own = own_at(place);
-    let stream = agent.asked().await.accept();
+    let stream = agent.next_client().await.accept();
     stream.send(authority.message(ID));
     version(&own, 1).await;
     (agent, stream, own)
 }
 
 #[tokio::test]
-async fn the_first_identity_of_the_latest_message_is_the_one() {
+async fn latest_returns_the_first_identity_of_the_latest_message() {
     let (place, authority) = (place(), Authority::new());
     let mut agent = FakeAgent::at(&place.path);
     let own = own_at(&place);
-    let asked = agent.asked().await;
-    let header: Vec<_> = asked
+    let next_client = agent.next_client().await;
+    let header: Vec<_> = next_client
         .metadata
         .get_all("workload.spiffe.io")
         .iter()
         .collect();
     assert_eq!(header, ["true"]);
-    let stream = asked.accept();
+    let stream = next_client.accept();
     for (number, ids) in [
         (1, [ID, "spiffe://example.org/x"]),
         (2, ["spiffe://example.org/x", ID]),
@@ -89,14 +92,14 @@ async fn the_first_identity_of_the_latest_message_is_the_one() {
         assert!(!svid.is_expired(UnixTime::now()));
         assert_eq!(own.latest().unwrap().version, number);
     }
-    assert!(own.trouble().is_none());
+    assert!(own.failure().is_none());
 }
 
-/// As of several registrations, or from an agent that puts two others' answers together.
+/// An identity with several entries, or from an agent that merges the replies of two others.
 #[tokio::test]
-async fn an_identity_that_comes_several_times_is_taken_from_one_that_is_its_own() {
+async fn repeated_identity_is_read_from_a_valid_svid() {
     let (place, authority) = (place(), Authority::new());
-    let (_agent, stream, own) = given(&place, &authority).await;
+    let (_agent, stream, own) = source_with_svid(&place, &authority).await;
     let (good, other) = (
         authority.svid(ID),
         authority.svid("spiffe://example.org/other"),
@@ -124,13 +127,13 @@ async fn an_identity_that_comes_several_times_is_taken_from_one_that_is_its_own(
             (ID, &good.x509_svid[..])
         );
     }
-    // Where none is its own, that is said of the first.
+    // If none is valid, the error is that of the first.
     stream.send(X509svidResponse {
         svids: vec![foreign.clone(), foreign, other],
     });
-    let now = until(&own, |now| now.trouble.is_some()).await;
+    let now = until(&own, |now| now.failure.is_some()).await;
     assert!(
-        now.trouble
+        now.failure
             .unwrap()
             .to_string()
             .contains("is that of spiffe://example.org/other, not of")
@@ -139,9 +142,9 @@ async fn an_identity_that_comes_several_times_is_taken_from_one_that_is_its_own(
 }
 
 #[tokio::test]
-async fn a_message_that_cannot_be_used_keeps_the_one_before() {
+async fn unusable_message_keeps_the_previous_svid() {
     let (place, authority) = (place(), Authority::new());
-    let (_agent, stream, own) = given(&place, &authority).await;
+    let (_agent, stream, own) = source_with_svid(&place, &authority).await;
     let change = |change: &dyn Fn(&mut X509svid)| {
         let mut message = authority.message(ID);
         change(&mut message.svids[0]);
@@ -153,7 +156,7 @@ async fn a_message_that_cannot_be_used_keeps_the_one_before() {
         X509svidResponse { svids: vec![svid] }
     };
     let table = [
-        (X509svidResponse::default(), "there is none in it"),
+        (X509svidResponse::default(), "the message has none"),
         (
             change(&|svid| svid.spiffe_id.clear()),
             "begins with spiffe://",
@@ -199,7 +202,7 @@ async fn a_message_that_cannot_be_used_keeps_the_one_before() {
         let log = CapturedLog::start();
         stream.send(message);
         let now = until(&own, |now| {
-            now.trouble
+            now.failure
                 .as_ref()
                 .is_some_and(|why| why.to_string().contains(reason))
         })
@@ -215,17 +218,17 @@ async fn a_message_that_cannot_be_used_keeps_the_one_before() {
     }
     stream.send(authority.message(ID));
     version(&own, 2).await;
-    assert!(own.trouble().is_none());
+    assert!(own.failure().is_none());
 }
 
 #[tokio::test]
-async fn a_first_message_that_cannot_be_used_says_so() {
+async fn unusable_first_message_is_reported() {
     let place = place();
     let mut agent = FakeAgent::at(&place.path);
     let own = own_at(&place);
-    let stream = agent.asked().await.accept();
+    let stream = agent.next_client().await.accept();
     stream.send(X509svidResponse::default());
-    until(&own, |now| now.trouble.is_some()).await;
+    until(&own, |now| now.failure.is_some()).await;
     let error = own.latest().unwrap_err();
     assert!(
         matches!(&error, SourceError::Unavailable(text) if text.contains("cannot be used")),
@@ -234,29 +237,33 @@ async fn a_first_message_that_cannot_be_used_says_so() {
 }
 
 #[tokio::test]
-async fn a_refusal_takes_the_identity_back_until_the_agent_gives_one_again() {
+async fn denial_withdraws_the_svid() {
     let (place, authority) = (place(), Authority::new());
-    let (mut agent, stream, own) = given(&place, &authority).await;
+    let (mut agent, stream, own) = source_with_svid(&place, &authority).await;
     stream.fail(Status::permission_denied("no identity issued"));
     let now = until(&own, |now| now.svid.is_none()).await;
     let error = own.latest().unwrap_err();
-    assert_eq!(now.trouble, Some(error.clone()));
+    assert_eq!(now.failure, Some(error.clone()));
     assert!(
         matches!(&error, SourceError::Denied(text) if text.contains("register awsvid itself") && text.contains("no identity issued")),
         "{error:?}"
     );
     agent
-        .asked()
+        .next_client()
         .await
         .refuse(Status::permission_denied("no identity issued"));
-    agent.asked().await.accept().send(authority.message(ID));
+    agent
+        .next_client()
+        .await
+        .accept()
+        .send(authority.message(ID));
     version(&own, 2).await;
 }
 
 #[tokio::test]
-async fn a_stream_that_ends_or_breaks_takes_nothing_back_and_is_opened_again() {
+async fn ended_stream_is_reopened_and_keeps_the_svid() {
     let (place, authority) = (place(), Authority::new());
-    let (mut agent, stream, own) = given(&place, &authority).await;
+    let (mut agent, stream, own) = source_with_svid(&place, &authority).await;
     let mut stream = Some(stream);
     let ends: [(&str, &dyn Fn(Stream)); 4] = [
         ("ended the stream", &drop),
@@ -272,60 +279,68 @@ async fn a_stream_that_ends_or_breaks_takes_nothing_back_and_is_opened_again() {
     ];
     for (number, (reason, end)) in (2..).zip(ends) {
         end(stream.take().unwrap());
-        let now = until(&own, |now| now.trouble.is_some()).await;
-        assert!(now.trouble.unwrap().to_string().contains(reason));
+        let now = until(&own, |now| now.failure.is_some()).await;
+        assert!(now.failure.unwrap().to_string().contains(reason));
         assert_eq!(own.latest().unwrap().version, number - 1);
-        let again = agent.asked().await.accept();
+        let again = agent.next_client().await.accept();
         again.send(authority.message(ID));
         version(&own, number).await;
-        assert!(own.trouble().is_none());
+        assert!(own.failure().is_none());
         stream = Some(again);
     }
 }
 
 #[tokio::test]
-async fn an_agent_that_is_away_comes_back() {
+async fn missing_agent_is_found_later() {
     let (place, authority) = (place(), Authority::new());
     let own = own_at(&place);
-    until(&own, |now| now.trouble.is_some()).await;
+    until(&own, |now| now.failure.is_some()).await;
     let error = own.latest().unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket") && text.contains("`socket`")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("no socket at") && text.contains("`socket`")),
         "{error:?}"
     );
     let mut agent = FakeAgent::at(&place.path);
-    agent.asked().await.accept().send(authority.message(ID));
+    agent
+        .next_client()
+        .await
+        .accept()
+        .send(authority.message(ID));
     let svid = own.first(SOON).await.unwrap();
     assert_eq!(svid.version, 1);
 
     drop(agent);
-    until(&own, |now| now.trouble.is_some()).await;
+    until(&own, |now| now.failure.is_some()).await;
     assert_eq!(own.latest().unwrap().version, 1, "it is still good");
     std::fs::remove_file(&place.path).unwrap();
     let mut agent = FakeAgent::at(&place.path);
-    agent.asked().await.accept().send(authority.message(ID));
+    agent
+        .next_client()
+        .await
+        .accept()
+        .send(authority.message(ID));
     version(&own, 2).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives() {
+async fn replaced_agent_is_used_while_the_old_one_runs() {
     let (place, authority) = (place(), Authority::new());
-    let (_old, stream, own) = given(&place, &authority).await;
+    let (_old, stream, own) = source_with_svid(&place, &authority).await;
     std::fs::rename(&place.path, place.dir.path().join("old.sock")).unwrap();
     tokio::time::sleep(3 * SOCKET_POLL).await;
-    assert!(own.trouble().is_none(), "nobody has taken its place yet");
+    assert!(own.failure().is_none(), "nobody has taken its place yet");
     let mut new = FakeAgent::at(&place.path);
-    new.asked().await.accept().send(authority.message(ID));
-    stream.left().await;
+    new.next_client().await.accept().send(authority.message(ID));
+    stream.closed().await;
     version(&own, 2).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiting_for_the_first_one_ends_at_the_deadline_with_the_reason() {
+async fn first_ends_at_the_deadline_with_the_reason() {
     let place = place();
     let mut agent = FakeAgent::at(&place.path);
     let own = own_at(&place);
-    let asked = agent.asked().await;
+    let next_client = agent.next_client().await;
     let begun = Instant::now();
     let error = own.first(Duration::from_secs(7)).await.unwrap_err();
     assert!(
@@ -334,11 +349,11 @@ async fn waiting_for_the_first_one_ends_at_the_deadline_with_the_reason() {
     );
     assert_eq!(begun.elapsed().as_secs(), 7);
 
-    asked.refuse(Status::permission_denied("no identity issued"));
+    next_client.refuse(Status::permission_denied("no identity issued"));
     let refusing = tokio::spawn(async move {
         loop {
             agent
-                .asked()
+                .next_client()
                 .await
                 .refuse(Status::permission_denied("no identity issued"));
         }
@@ -352,15 +367,15 @@ async fn waiting_for_the_first_one_ends_at_the_deadline_with_the_reason() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_that_says_nothing_is_asked_again() {
+async fn silent_agent_is_tried_again() {
     let place = place();
     let mut agent = FakeAgent::at(&place.path);
     let own = own_at(&place);
     let begun = Instant::now();
-    let _mute = agent.asked().await;
-    let _empty = agent.asked().await.accept();
+    let _mute = agent.next_client().await;
+    let _empty = agent.next_client().await.accept();
     assert_eq!(begun.elapsed().as_secs(), CALL_TIMEOUT.as_secs());
-    let _third = agent.asked().await;
+    let _third = agent.next_client().await;
     let error = own.latest().unwrap_err();
     assert!(
         matches!(&error, SourceError::Unavailable(text) if text.contains("within 35s")),
@@ -369,7 +384,7 @@ async fn an_agent_that_says_nothing_is_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_refused_asks_at_once_and_then_ever_more_rarely() {
+async fn denied_source_backs_off() {
     let place = place();
     let mut agent = FakeAgent::at(&place.path);
     let _own = own_at(&place);
@@ -377,14 +392,14 @@ async fn who_is_refused_asks_at_once_and_then_ever_more_rarely() {
     for _ in 0..14 {
         let begun = Instant::now();
         agent
-            .asked()
+            .next_client()
             .await
             .refuse(Status::permission_denied("no identity issued"));
         pauses.push(begun.elapsed());
     }
-    // The first is the first try of all.
+    // The first pause precedes the second try.
     assert!(pauses[1] < Duration::from_millis(50), "{pauses:?}");
-    let mut longest = PAUSE;
+    let mut longest = FIRST_PAUSE;
     for pause in &pauses[2..] {
         assert!(
             *pause >= longest / 2 && *pause <= longest + Duration::from_millis(50),
@@ -395,11 +410,11 @@ async fn who_is_refused_asks_at_once_and_then_ever_more_rarely() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_a_stream_that_lasted_is_followed_by_another_at_once() {
+async fn stable_stream_is_reopened_at_once() {
     let (place, authority) = (place(), Authority::new());
-    let (mut agent, stream, _own) = given(&place, &authority).await;
+    let (mut agent, stream, _own) = source_with_svid(&place, &authority).await;
     let mut stream = Some(stream);
-    // How long each lasts, and how long it takes at least to the next.
+    // (lifetime of each stream, minimum delay until the next)
     let table = [
         (STABLE_AFTER, 0),
         (Duration::ZERO, 100),
@@ -412,7 +427,7 @@ async fn only_a_stream_that_lasted_is_followed_by_another_at_once() {
         tokio::time::sleep(lasts).await;
         drop(again);
         let begun = Instant::now();
-        let opened = agent.asked().await;
+        let opened = agent.next_client().await;
         let pause = begun.elapsed();
         let most = if least == 0 { 50 } else { 2 * least + 50 };
         assert!(
@@ -426,21 +441,21 @@ async fn only_a_stream_that_lasted_is_followed_by_another_at_once() {
 }
 
 #[tokio::test]
-async fn the_task_ends_with_its_owner() {
+async fn task_ends_when_the_source_is_dropped() {
     let (place, authority) = (place(), Authority::new());
-    let (mut agent, stream, own) = given(&place, &authority).await;
+    let (mut agent, stream, own) = source_with_svid(&place, &authority).await;
     drop(own);
-    stream.left().await;
+    stream.closed().await;
     drop(stream);
     tokio::task::yield_now().await;
-    assert!(agent.is_left_alone());
+    assert!(agent.has_no_client());
 }
 
 #[tokio::test]
-async fn the_private_key_is_shown_by_nothing() {
+async fn private_key_is_not_shown() {
     let log = CapturedLog::start();
     let (place, authority) = (place(), Authority::new());
-    let (_agent, stream, own) = given(&place, &authority).await;
+    let (_agent, stream, own) = source_with_svid(&place, &authority).await;
     let message = authority.message(ID);
     let key = message.svids[0].x509_svid_key.clone();
     let mut texts = vec![format!("{message:?}")];
@@ -458,7 +473,7 @@ async fn the_private_key_is_shown_by_nothing() {
         "{}",
         texts[4]
     );
-    // The part that is the secret, as numbers, as hexadecimal digits and as it is.
+    // The secret part, as numbers, as hexadecimal digits and as bytes.
     let secret = &key[36..60];
     let numbers = secret
         .iter()
@@ -475,7 +490,7 @@ async fn the_private_key_is_shown_by_nothing() {
 }
 
 #[test]
-fn an_svid_is_over_when_its_certificate_is() {
+fn svid_expires_with_its_certificate() {
     let authority = Authority::new();
     let past =
         |params: &mut rcgen::CertificateParams| params.not_after = rcgen::date_time_ymd(2020, 2, 1);
@@ -484,16 +499,16 @@ fn an_svid_is_over_when_its_certificate_is() {
     assert!(svid.is_expired(UnixTime::now()));
     let then = UnixTime::since_unix_epoch(Duration::from_secs(1_577_836_800));
     assert!(!svid.is_expired(then), "2020-01-01");
-    // Whoever is shown it decides about everything else.
-    let stranger = Authority::new();
+    // Servers check everything else.
+    let other_authority = Authority::new();
     let mut svid = authority.svid(ID);
-    svid.bundle = stranger.der;
+    svid.bundle = other_authority.der;
     let svid = OwnSvid::read(X509svidResponse { svids: vec![svid] }, 1).unwrap();
     assert!(!svid.is_expired(UnixTime::now()));
 }
 
 #[test]
-fn a_certificate_says_whose_it_is_by_one_uri() {
+fn certificate_id_is_its_only_uri() {
     let authority = Authority::new();
     let of = |uris: &[&str]| id_of(&authority.sign(uris, |_| {}).certificate.into());
     assert_eq!(of(&[ID]).unwrap().as_str(), ID);
@@ -527,7 +542,7 @@ fn a_certificate_says_whose_it_is_by_one_uri() {
 }
 
 #[test]
-fn certificates_that_stand_one_after_the_other_are_told_apart() {
+fn concatenated_certificates_are_split() {
     use certificates::split;
     let of = |length: usize, head: &[u8]| [head, &vec![7; length]].concat();
     let table = [

@@ -1,4 +1,4 @@
-//! The connection to a broker socket, and what it means if there is none.
+//! Connections to a broker socket, and the errors of failed ones.
 
 use std::future::ready;
 use std::io;
@@ -23,40 +23,45 @@ use crate::identity::SpiffeIdPattern;
 use crate::socket_endpoint::Endpoint;
 use crate::svid::channel::{Connector, open, unreachable};
 use crate::svid::own_svid::{OwnSvid, OwnSvidSource};
-use crate::svid::spire_delegated::other_pids;
+use crate::svid::spire_delegated::pid_namespace_error;
 use crate::svid::{SourceError, one_line};
 
-/// For a handshake with a process on this machine.
-const HANDSHAKE: Duration = Duration::from_secs(5);
-/// How long the server's first word is waited for. gRPC servers speak first.
-const FIRST_WORD: Duration = Duration::from_secs(1);
+/// Timeout of a TLS handshake with a process on this node.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Wait for the server's first bytes. gRPC servers send first.
+const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Where to connect, as whom, and to whom.
+/// Factory of connections to the broker socket: its path, the daemon's SVID, and the expected
+/// server.
 pub(super) struct BrokerConnector {
     pub(super) socket: PathBuf,
     pub(super) own: Arc<OwnSvidSource>,
     pub(super) server: Option<SpiffeIdPattern>,
-    /// Whether the agent is told of pods too, so that it may number processes otherwise.
-    pub(super) names_pods: bool,
-    /// Whether the agent at the other end of the latest connection numbers processes as awsvid does.
-    pub(super) names_processes: Arc<AtomicBool>,
+    /// True if callers in pods are referred to by pod. Then the agent may be in another pid
+    /// namespace.
+    pub(super) refers_to_pods: bool,
+    /// True if the agent at the other end of the latest connection shares the daemon's pid
+    /// namespace.
+    pub(super) shares_pids: Arc<AtomicBool>,
 }
 
 #[async_trait]
 impl Connector for BrokerConnector {
     async fn dial(&self) -> Result<Channel, SourceError> {
         let stream = UnixStream::connect(&self.socket).await;
-        let stream = stream
-            .map_err(|error| SourceError::Unavailable(no_broker(&self.endpoint(), &error)))?;
-        let names_processes = shares_pid_namespace_with_peer(&stream);
-        self.names_processes
-            .store(names_processes, Ordering::Relaxed);
-        if !names_processes && !self.names_pods {
-            return Err(SourceError::Misconfigured(other_pids(&self.endpoint())));
+        let stream = stream.map_err(|error| {
+            SourceError::Unavailable(broker_socket_error(&self.endpoint(), &error))
+        })?;
+        let shares_pids = shares_pid_namespace_with_peer(&stream);
+        self.shares_pids.store(shares_pids, Ordering::Relaxed);
+        if !shares_pids && !self.refers_to_pods {
+            return Err(SourceError::Misconfigured(pid_namespace_error(
+                &self.endpoint(),
+            )));
         }
         let own = self.own()?;
-        let shaken = timeout(HANDSHAKE, self.handshake(stream, &own)).await;
-        let stream = shaken
+        let handshake_result = timeout(HANDSHAKE_TIMEOUT, self.handshake(stream, &own)).await;
+        let stream = handshake_result
             .unwrap_or_else(|late| Err(late.into()))
             .map_err(|error| self.handshake_error(&own, &error))?;
         let channel = open(ready(Ok(stream))).await;
@@ -65,7 +70,7 @@ impl Connector for BrokerConnector {
         })
     }
 
-    /// Whoever has a new SVID shows it.
+    /// A new SVID of the daemon needs a new connection.
     fn generation(&self) -> u64 {
         self.own.latest().map_or(0, |own| own.version)
     }
@@ -76,26 +81,26 @@ impl BrokerConnector {
         Endpoint::Unix(self.socket.clone())
     }
 
-    /// An SVID that is good at this moment.
+    /// Returns an SVID of the daemon that is valid now.
     fn own(&self) -> Result<Arc<OwnSvid>, SourceError> {
         let own = self.own.latest().map_err(|error| match error {
-            // That awsvid has no identity says nothing about the workload.
+            // That awsvid has no identity is not evidence about the workload.
             SourceError::Denied(text) => SourceError::Unavailable(text),
             other => other,
         })?;
         if own.is_expired(UnixTime::now()) {
             let why = self
                 .own
-                .trouble()
-                .map_or(String::new(), |trouble| format!(": {trouble}"));
+                .failure()
+                .map_or(String::new(), |failure| format!(": {failure}"));
             return Err(SourceError::Unavailable(format!(
-                "awsvid's own X.509-SVID is over, and no other has come from the SPIFFE agent{why}"
+                "awsvid's own X.509-SVID has expired, and the SPIFFE agent has not sent a new one{why}"
             )));
         }
         Ok(own)
     }
 
-    /// Whoever the server has to be.
+    /// Returns the pattern that the server's SPIFFE ID has to match.
     fn expected_server_id(&self, own: &OwnSvid) -> Result<SpiffeIdPattern, Error> {
         if let Some(pattern) = &self.server {
             return Ok(pattern.clone());
@@ -113,22 +118,23 @@ impl BrokerConnector {
             .expected_server_id(own)
             .and_then(|expected| tls(own, expected))
             .map_err(io::Error::other)?;
-        let nameless = ServerName::from(std::net::Ipv4Addr::LOCALHOST);
+        let placeholder_name = ServerName::from(std::net::Ipv4Addr::LOCALHOST);
         let stream = TlsConnector::from(Arc::new(config))
-            .connect(nameless, stream)
+            .connect(placeholder_name, stream)
             .await?;
         let mut stream = BufReader::new(stream);
-        // With TLS 1.3 the client is done before the server has looked at its certificate: a refusal comes as the first
-        // thing to read, and nothing must be written before, for that would fail first, in words that say nothing.
-        match timeout(FIRST_WORD, stream.fill_buf()).await {
+        // With TLS 1.3 the client finishes before the server has checked its certificate. A
+        // rejection is the first data to read. A write before that would fail first, with an
+        // unclear error.
+        match timeout(FIRST_BYTES_TIMEOUT, stream.fill_buf()).await {
             Ok(Ok([])) => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(Err(error)) => Err(error),
-            // One that waits for the client's word has not refused it.
+            // A server that waits for the client's first bytes has not rejected it.
             Ok(Ok(_)) | Err(_) => Ok(stream),
         }
     }
 
-    /// What a handshake that failed means.
+    /// Converts a failed handshake to an error with a fix.
     fn handshake_error(&self, own: &OwnSvid, error: &io::Error) -> SourceError {
         let endpoint = self.endpoint();
         let Some(error) = error
@@ -150,10 +156,10 @@ impl BrokerConnector {
                      ID as `broker_server` in [identity]"
                 ))
             }
-            // A trust domain that has just got new CAs looks the same until the agent has told of them.
+            // A trust domain with new CAs fails in the same way until the agent has sent them.
             Error::InvalidCertificate(bad) => SourceError::Unavailable(format!(
-                "the server at {endpoint} has no certificate of awsvid's trust domain, {}, that is good now: is it the \
-                 agent that gives awsvid its own X.509-SVID? ({bad})",
+                "the server at {endpoint} has no certificate of awsvid's trust domain, {}, that is valid now; check that it is \
+                 the agent that gives awsvid its own X.509-SVID ({bad})",
                 own.spiffe_id.trust_domain()
             )),
             Error::InvalidMessage(_) => SourceError::Misconfigured(format!(
@@ -161,17 +167,18 @@ impl BrokerConnector {
                  `socket_path` of its `experimental {{ broker {{ ... }} }}` block as `broker_socket` in [identity]"
             )),
             other => SourceError::Misconfigured(format!(
-                "the server at {endpoint} and awsvid do not agree on TLS: is it the broker socket of a SPIFFE agent? \
+                "the server at {endpoint} and awsvid do not agree on TLS; check that it is the broker socket of a SPIFFE agent \
                  ({other})"
             )),
         }
     }
 
-    /// The server has sent the alert. Go's servers say the same of every certificate that they do not like.
+    /// Converts the server's alert to an error. Go's servers send the same alert for every
+    /// certificate that they reject.
     fn alert_error(&self, own: &OwnSvid, alert: AlertDescription) -> SourceError {
         use AlertDescription as A;
         let (endpoint, id) = (self.endpoint(), &own.spiffe_id);
-        match (alert, self.own.trouble()) {
+        match (alert, self.own.failure()) {
             (
                 A::NoApplicationProtocol
                 | A::ProtocolVersion
@@ -179,7 +186,7 @@ impl BrokerConnector {
                 | A::InsufficientSecurity,
                 _,
             ) => SourceError::Misconfigured(format!(
-                "the server at {endpoint} and awsvid do not agree on TLS: is it the broker socket of a SPIFFE agent? \
+                "the server at {endpoint} and awsvid do not agree on TLS; check that it is the broker socket of a SPIFFE agent \
                      ({alert:?})"
             )),
             (A::InternalError | A::CloseNotify | A::UserCanceled, _) => SourceError::Unavailable(
@@ -189,17 +196,18 @@ impl BrokerConnector {
                 "the SPIFFE agent at {endpoint} does not let awsvid in: add awsvid's SPIFFE ID, {id}, to `brokers` in the \
                  `experimental {{ broker {{ ... }} }}` block of the agent's configuration ({alert:?})"
             )),
-            // What is shown may be of a trust domain that has other CAs by now.
-            (_, Some(trouble)) => SourceError::Unavailable(format!(
-                "the SPIFFE agent at {endpoint} does not let {id} in ({alert:?}), of which awsvid has heard nothing new: \
-                 {trouble}"
+            // The daemon's SVID may be of a trust domain that has other CAs by now.
+            (_, Some(failure)) => SourceError::Unavailable(format!(
+                "the SPIFFE agent at {endpoint} does not let {id} in ({alert:?}), and awsvid's own X.509-SVID may be outdated: \
+                 {failure}"
             )),
         }
     }
 }
 
-/// The socket's mode is 0770, and it is there only where the configuration asks for it.
-fn no_broker(endpoint: &Endpoint, error: &io::Error) -> String {
+/// Describes a failed connection. The socket has mode 0770, and exists only if the agent's
+/// configuration enables it.
+fn broker_socket_error(endpoint: &Endpoint, error: &io::Error) -> String {
     let text = unreachable(endpoint, "broker_socket", error);
     match error.kind() {
         io::ErrorKind::NotFound => format!(

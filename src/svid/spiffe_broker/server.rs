@@ -1,4 +1,5 @@
-//! TLS with the agent: the daemon shows its own X.509-SVID, and takes nobody for the agent but the agent.
+//! TLS with the agent. The daemon presents its own X.509-SVID, and accepts only the agent as
+//! server.
 //!
 //! Standard: SPIFFE_Broker_Endpoint.md and X509-SVID.md, section 5.
 
@@ -22,12 +23,13 @@ use thiserror::Error as ErrorText;
 use crate::identity::SpiffeIdPattern;
 use crate::svid::own_svid::{OwnSvid, id_of};
 
-/// The server has a certificate of the trust domain, but is not who it should be.
+/// Error for a server of the trust domain that is not the expected agent.
 #[derive(Debug, ErrorText)]
 #[error("{0}")]
 pub(super) struct NotTheAgent(String);
 
-/// For one connection: with the SVID of now, to whom `expected` covers.
+/// Creates the configuration of one connection, with the current SVID and the pattern of the
+/// server's ID.
 pub(super) fn tls(own: &OwnSvid, expected: SpiffeIdPattern) -> Result<ClientConfig, Error> {
     let provider = Arc::new(default_provider());
     let verifier = Verifier::new(own, expected, &provider);
@@ -37,14 +39,15 @@ pub(super) fn tls(own: &OwnSvid, expected: SpiffeIdPattern) -> Result<ClientConf
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(own.certified.clone())));
     config.alpn_protocols = vec![b"h2".to_vec()];
-    // The server is told by its SPIFFE ID; it has no name.
+    // The server is identified by its SPIFFE ID, not by a name.
     config.enable_sni = false;
-    // Every connection shows the certificate of now, and checks the other one.
+    // Every connection has to present the current certificate, and check the server's.
     config.resumption = Resumption::disabled();
     Ok(config)
 }
 
-/// Accepts one kind of server: with an X.509-SVID of the daemon's own trust domain whose ID is one of those expected.
+/// Verifier that accepts only a server with an X.509-SVID of the daemon's own trust domain and an
+/// expected ID.
 #[derive(Debug)]
 struct Verifier {
     roots: Arc<RootCertStore>,
@@ -66,7 +69,7 @@ impl Verifier {
     fn authorize(&self, certificate: &CertificateDer<'_>) -> Result<(), NotTheAgent> {
         let id =
             id_of(certificate).map_err(|error| NotTheAgent(format!("its certificate {error}")))?;
-        // The CAs are those of one trust domain, and speak for no other.
+        // The CAs are those of one trust domain, and must not vouch for another.
         if id.trust_domain() != self.trust_domain {
             let text =
                 format!("its certificate is that of {id}, which is not of awsvid's trust domain");
@@ -84,7 +87,8 @@ impl Verifier {
 }
 
 impl ServerCertVerifier for Verifier {
-    /// There is no host name to compare with, and no list of revoked ones: SVIDs live for an hour.
+    /// Verifies the chain and the ID. A host name and a revocation list do not exist: SVIDs live
+    /// for an hour.
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -95,7 +99,7 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, Error> {
         let certificate = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.algorithms.all;
-        // This refuses a CA's certificate in the place of the server's, too.
+        // This also rejects the certificate of a CA in place of the server's.
         verify_server_cert_signed_by_trust_anchor(
             &certificate,
             &self.roots,

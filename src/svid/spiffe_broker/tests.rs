@@ -24,7 +24,7 @@ fn pod() -> PodUid {
     PodUid::parse(UID).unwrap()
 }
 
-/// One node: its Workload API, which has given awsvid an SVID, and its broker socket's place.
+/// One node: its Workload API, which has sent awsvid an SVID, and the path of its broker socket.
 struct Node {
     dir: TempDir,
     broker: PathBuf,
@@ -46,7 +46,7 @@ impl Node {
         let agent = dir.path().join("agent.sock");
         let mut workload_api = FakeAgent::at(&agent);
         let own = OwnSvidSource::at(Endpoint::Unix(agent));
-        let stream = workload_api.asked().await.accept();
+        let stream = workload_api.next_client().await.accept();
         stream.send(message);
         own.first(CALL_TIMEOUT).await.unwrap();
         Self {
@@ -59,7 +59,7 @@ impl Node {
         }
     }
 
-    /// The client; once.
+    /// Takes the client, once.
     fn client(&mut self) -> BrokerApi {
         self.client_with(None, CALL_TIMEOUT)
     }
@@ -69,12 +69,12 @@ impl Node {
         BrokerApi::new(&self.broker, self.own.take().unwrap(), server, deadline)
     }
 
-    /// A good certificate for the agent.
-    fn certified(&self) -> Certified {
+    /// Returns a valid certificate for the agent.
+    fn certificate(&self) -> Certified {
         self.authority.sign(&[AGENT], |_| {})
     }
 
-    /// The broker socket as it should be.
+    /// Serves a correct broker socket.
     fn serve<F>(&self, script: impl Fn(Asked) -> F + Send + Sync + 'static) -> FakeBroker
     where
         F: Future<Output = Answer> + Send + 'static,
@@ -82,25 +82,25 @@ impl Node {
         FakeBroker::at(
             &self.broker,
             &self.authority,
-            self.certified(),
+            self.certificate(),
             &[ID],
             script,
         )
     }
 
-    /// Always with this answer.
-    fn serve_always(&self, answer: Result<FetchJwtsvidResponse, Status>) -> FakeBroker {
+    /// Serves a broker socket that always sends this reply.
+    fn serve_always(&self, reply: Result<FetchJwtsvidResponse, Status>) -> FakeBroker {
         self.serve(move |_| {
-            let answer = answer.clone();
-            async { Some(answer) }
+            let reply = reply.clone();
+            async { Some(reply) }
         })
     }
 
-    /// Gives awsvid another SVID, and returns when the client has it.
+    /// Sends awsvid another SVID, and returns when the client has it.
     async fn rotate(&self, client: &BrokerApi) {
-        let before = client.own.latest().unwrap().version;
+        let previous = client.own.latest().unwrap().version;
         self.stream.send(self.authority.message(ID));
-        while client.own.latest().unwrap().version == before {
+        while client.own.latest().unwrap().version == previous {
             tokio::task::yield_now().await;
         }
     }
@@ -118,7 +118,7 @@ fn good() -> Result<FetchJwtsvidResponse, Status> {
 }
 
 #[tokio::test]
-async fn names_the_process_and_takes_every_svid_of_the_answer() {
+async fn query_refers_to_the_process_and_returns_every_svid() {
     let mut node = Node::new().await;
     let agent = node.serve_always(good());
     let client = node.client();
@@ -162,7 +162,7 @@ async fn names_the_process_and_takes_every_svid_of_the_answer() {
     assert_eq!(asked.request.spiffe_id, "");
     assert_eq!(asked.shown, client.own.latest().unwrap().certified.cert[0]);
 
-    // A number that no process can have is not sent.
+    // A number that a process cannot have is not sent.
     assert_eq!(
         client.fetch_for_pid(u32::MAX, AUDIENCE).await.unwrap_err(),
         SourceError::Caller(AttestError::CallerGone)
@@ -179,7 +179,7 @@ async fn names_the_process_and_takes_every_svid_of_the_answer() {
 }
 
 #[tokio::test]
-async fn names_the_pod() {
+async fn query_refers_to_the_pod() {
     let mut node = Node::new().await;
     let agent = node.serve_always(good());
     let client = node.client().naming_pods();
@@ -203,13 +203,13 @@ async fn names_the_pod() {
         (Some(pods), None, UID)
     );
     assert_eq!(asked.audience, [AUDIENCE]);
-    // The agent of this test numbers processes as the client does.
+    // The agent of this test is in the client's pid namespace.
     client.fetch_for_pid(4711, AUDIENCE).await.unwrap();
     assert_eq!(agent.asked().len(), 2);
 }
 
 #[tokio::test]
-async fn the_daemons_own_identities_are_those_of_its_certificates() {
+async fn own_identities_are_those_of_the_certificates() {
     let authority = Authority::new();
     let mut message = authority.message(ID);
     message
@@ -223,19 +223,19 @@ async fn the_daemons_own_identities_are_those_of_its_certificates() {
         [ID, "spiffe://example.org/daemon-too"]
     );
     assert_eq!(agent.asked().len(), 0);
-    // While nothing keeps them up to date, it is not known that the agent knows the daemon.
+    // While no stream updates them, it is not certain that the agent knows the daemon.
     drop(node.stream);
     drop(node.workload_api);
-    while client.own.trouble().is_none() {
+    while client.own.failure().is_none() {
         tokio::task::yield_now().await;
     }
     let error = client.fetch_own(AUDIENCE).await.unwrap_err();
     assert!(matches!(error, SourceError::Unavailable(_)), "{error:?}");
 }
 
-/// By a process where that may be named, else by a pod that is none.
+/// Readiness is checked by a process reference if possible, else by a pod that does not exist.
 #[tokio::test]
-async fn it_is_ready_when_the_agent_lets_it_ask() {
+async fn ready_succeeds_if_the_agent_allows_queries() {
     let not_allowed = |kind: &str| {
         let text = format!("broker \"{ID}\" is not allowed to use reference type \"{kind}\"");
         Some(Err::<FetchJwtsvidResponse, _>(Status::permission_denied(
@@ -266,25 +266,25 @@ async fn it_is_ready_when_the_agent_lets_it_ask() {
     for (row, (process, pods, ready)) in table.into_iter().enumerate() {
         let _agent = node.serve(move |asked| {
             let reference = asked.request.reference.unwrap().reference.unwrap();
-            let answer = if reference.type_url == PID_REFERENCE {
+            let reply = if reference.type_url == PID_REFERENCE {
                 process.clone()
             } else {
                 pods.clone()
             };
-            async move { answer }
+            async move { reply }
         });
-        let said = client.ready(AUDIENCE).await;
+        let reply = client.ready(AUDIENCE).await;
         assert_eq!(
-            said.as_ref().copied().map_err(SourceError::reason),
+            reply.as_ref().copied().map_err(SourceError::reason),
             ready,
-            "{row}: {said:?}"
+            "{row}: {reply:?}"
         );
         std::fs::remove_file(&node.broker).unwrap();
     }
 }
 
 #[tokio::test]
-async fn each_refusal_of_a_pod_says_what_to_do() {
+async fn pod_refusal_names_the_fix() {
     let k8s = "workload attestor \"k8s\" failed: rpc error: code = Internal desc = broker configuration missing";
     let table = [
         (
@@ -309,7 +309,7 @@ async fn each_refusal_of_a_pod_says_what_to_do() {
             Code::PermissionDenied,
             "Kubernetes authorizer does not allow the broker to use impersonate-via-spire for the referenced object",
             "source_denied",
-            "does not let awsvid ask for the pod 72f7f152-440c-66ac-9084-e0fc1d8a910c: give the user that is named like \
+            "does not let awsvid request SVIDs of the pod 72f7f152-440c-66ac-9084-e0fc1d8a910c: give the user that is named like \
              awsvid's SPIFFE ID the verb impersonate-via-spire on pods",
         ),
         (
@@ -339,12 +339,12 @@ async fn each_refusal_of_a_pod_says_what_to_do() {
     ];
     let mut node = Node::new().await;
     let client = node.client().naming_pods();
-    for (code, said, reason, text) in table {
-        let agent = node.serve_always(Err(Status::new(code, format!("{said}\n"))));
+    for (code, reply, reason, text) in table {
+        let agent = node.serve_always(Err(Status::new(code, format!("{reply}\n"))));
         let error = client.fetch_for_pod(&pod(), AUDIENCE).await.unwrap_err();
-        assert_eq!(error.reason(), reason, "{code:?} {said}: {error}");
+        assert_eq!(error.reason(), reason, "{code:?} {reply}: {error}");
         assert!(
-            error.to_string().contains(text) && error.to_string().contains(said),
+            error.to_string().contains(text) && error.to_string().contains(reply),
             "{code:?}: {error}"
         );
         assert!(!error.to_string().contains('\n'), "{error}");
@@ -358,7 +358,7 @@ async fn each_refusal_of_a_pod_says_what_to_do() {
 }
 
 #[tokio::test]
-async fn each_refusal_says_what_to_do() {
+async fn refusal_names_the_fix() {
     let k8s = "workload attestor \"k8s\" failed: rpc error: code = Internal desc = broker configuration missing";
     let table = [
         (
@@ -473,12 +473,12 @@ async fn each_refusal_says_what_to_do() {
     ];
     let mut node = Node::new().await;
     let client = node.client();
-    for (code, said, reason, text) in table {
-        let agent = node.serve_always(Err(Status::new(code, format!("{said}\n"))));
+    for (code, reply, reason, text) in table {
+        let agent = node.serve_always(Err(Status::new(code, format!("{reply}\n"))));
         let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
-        assert_eq!(error.reason(), reason, "{code:?} {said}: {error}");
+        assert_eq!(error.reason(), reason, "{code:?} {reply}: {error}");
         assert!(
-            error.to_string().contains(text) && error.to_string().contains(said),
+            error.to_string().contains(text) && error.to_string().contains(reply),
             "{code:?}: {error}"
         );
         assert!(!error.to_string().contains('\n'), "{error}");
@@ -492,7 +492,7 @@ async fn each_refusal_says_what_to_do() {
 }
 
 #[tokio::test]
-async fn an_agent_that_does_not_know_its_client_any_more_gets_a_new_connection() {
+async fn unauthenticated_connection_is_replaced() {
     let mut node = Node::new().await;
     let agent = node.serve_always(Err(Status::unauthenticated(
         "unable to determine caller identity",
@@ -510,7 +510,7 @@ async fn an_agent_that_does_not_know_its_client_any_more_gets_a_new_connection()
         [0, 1, 2]
     );
     std::fs::remove_file(&node.broker).unwrap();
-    // SPIRE's word for an attestor that failed, which has nothing to do with the connection.
+    // SPIRE's status for an attestor that failed, which does not concern the connection.
     let agent = node.serve_always(Err(Status::unauthenticated(
         "workload attestation failed: x",
     )));
@@ -528,10 +528,10 @@ async fn an_agent_that_does_not_know_its_client_any_more_gets_a_new_connection()
 }
 
 #[tokio::test]
-async fn an_answer_without_measure_is_refused() {
+async fn oversized_reply_is_rejected() {
     let mut node = Node::new().await;
     let long = Jwtsvid {
-        svid: "x".repeat(ANSWER_MAX),
+        svid: "x".repeat(MAX_REPLY_BYTES),
         ..Jwtsvid::default()
     };
     let _agent = node.serve_always(Ok(FetchJwtsvidResponse { svids: vec![long] }));
@@ -543,7 +543,7 @@ async fn an_answer_without_measure_is_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_is_never_answered_ends_at_the_deadline_and_is_made_once() {
+async fn unanswered_call_ends_at_the_deadline_without_a_retry() {
     let mut node = Node::new().await;
     let agent = node.serve(|asked| async move {
         let WorkloadPidReference { pid } = WorkloadPidReference::decode(
@@ -554,18 +554,18 @@ async fn a_call_that_is_never_answered_ends_at_the_deadline_and_is_made_once() {
     });
     let client = node.client_with(None, Duration::from_secs(7));
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
-    let begun = Instant::now();
+    let start = Instant::now();
     let error = client.fetch_for_pid(2, AUDIENCE).await.unwrap_err();
     assert!(
         matches!(&error, SourceError::Unavailable(text) if text.contains("within 7s")),
         "{error:?}"
     );
     assert!(
-        begun.elapsed() < Duration::from_millis(7500),
+        start.elapsed() < Duration::from_millis(7500),
         "{:?}",
-        begun.elapsed()
+        start.elapsed()
     );
-    // One workload that keeps the agent waiting costs the others no connection.
+    // A workload that delays the agent does not cost the others their connection.
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     assert_eq!(
         agent
@@ -578,7 +578,7 @@ async fn a_call_that_is_never_answered_ends_at_the_deadline_and_is_made_once() {
 }
 
 #[tokio::test]
-async fn a_kept_connection_that_is_broken_is_replaced_within_the_call() {
+async fn broken_kept_connection_is_replaced_within_the_call() {
     let mut node = Node::new().await;
     let agent = node.serve_always(good());
     let client = node.client();
@@ -590,18 +590,18 @@ async fn a_kept_connection_that_is_broken_is_replaced_within_the_call() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_during_the_call_is_an_outage_after_one_more_try() {
+async fn connection_that_breaks_is_an_outage_after_one_retry() {
     let mut node = Node::new().await;
     let arrived = Arc::new(Notify::new());
     let arrives = arrived.clone();
     let agent = node.serve(move |asked| {
-        let answer = if asked.connection == 0 {
+        let reply = if asked.connection == 0 {
             Some(good())
         } else {
             arrives.notify_one();
             None
         };
-        async { answer }
+        async { reply }
     });
     let client = Arc::new(node.client());
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
@@ -626,7 +626,7 @@ async fn a_connection_that_breaks_during_the_call_is_an_outage_after_one_more_tr
 }
 
 #[tokio::test]
-async fn a_call_under_way_keeps_its_connection_when_the_certificate_is_renewed() {
+async fn running_call_keeps_its_connection_at_a_renewal() {
     let mut node = Node::new().await;
     let (arrived, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let (first, released) = (arrived.clone(), go_on.clone());
@@ -665,7 +665,7 @@ async fn a_call_under_way_keeps_its_connection_when_the_certificate_is_renewed()
 }
 
 #[tokio::test]
-async fn no_call_fails_while_the_certificate_is_renewed_hundreds_of_times() {
+async fn calls_succeed_during_renewals() {
     const ROTATIONS: usize = 200;
     const TASKS: usize = 8;
     let mut node = Node::new().await;
@@ -686,7 +686,7 @@ async fn no_call_fails_while_the_certificate_is_renewed_hundreds_of_times() {
         .collect();
     for _ in 0..ROTATIONS {
         node.rotate(&client).await;
-        // A call that begins now shows the new one.
+        // A call that begins now presents the new certificate.
         client.fetch_for_pid(2, AUDIENCE).await.unwrap();
         assert!(agent.was_shown(&client.own.latest().unwrap().certified.cert[0]));
     }
@@ -707,21 +707,21 @@ async fn no_call_fails_while_the_certificate_is_renewed_hundreds_of_times() {
 }
 
 #[tokio::test]
-async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives() {
+async fn replaced_agent_is_used_while_the_old_one_runs() {
     let mut node = Node::new().await;
     let old = node.serve_always(good());
     let client = node.client();
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     std::fs::rename(&node.broker, node.dir.path().join("old.sock")).unwrap();
     let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
-    assert!(error.to_string().contains("there is no socket"), "{error}");
+    assert!(error.to_string().contains("no socket at"), "{error}");
     let new = node.serve_always(good());
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     assert_eq!((old.asked().len(), new.asked().len()), (1, 1));
 }
 
 #[tokio::test]
-async fn debug_shows_who_awsvid_is_and_no_more() {
+async fn debug_shows_only_the_spiffe_id() {
     let mut node = Node::new().await;
     let text = format!("{:?}", node.client());
     assert!(

@@ -17,7 +17,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 
 type Asked = Arc<Mutex<Vec<FetchJwtsviDsRequest>>>;
 
-/// An agent that answers as it is told, and never if it is told nothing.
+/// An agent that sends the given reply, or never replies without one.
 struct FakeAdminApi {
     answer: Option<Result<FetchJwtsviDsResponse, Status>>,
     asked: Asked,
@@ -37,7 +37,7 @@ impl DelegatedIdentity for FakeAdminApi {
     }
 }
 
-/// A running fake; it ends, with its connections, with the value.
+/// A running fake. It stops with its connections when the value is dropped.
 struct Running(Option<Runtime>, Asked);
 
 impl Drop for Running {
@@ -96,7 +96,7 @@ fn socket() -> (tempfile::TempDir, PathBuf) {
     (folder, path)
 }
 
-/// The token of the one SVID, or the error.
+/// Returns the token of the only SVID, or the error.
 async fn token(agent: &SpireDelegated) -> Result<String, SourceError> {
     let svids = agent.fetch_for_pid(4711, "minio").await?;
     let [svid] = &svids[..] else {
@@ -110,7 +110,7 @@ async fn token(agent: &SpireDelegated) -> Result<String, SourceError> {
 }
 
 #[tokio::test]
-async fn a_process_is_named_by_its_number_alone() {
+async fn query_has_only_the_pid() {
     let (_folder, path) = socket();
     let running = run(&path, Some(Ok(shop("a"))));
     let agent = SpireDelegated::new(&path, DEADLINE);
@@ -134,16 +134,16 @@ async fn a_process_is_named_by_its_number_alone() {
 }
 
 #[tokio::test]
-async fn an_agent_that_was_started_again_or_replaced_is_asked_at_once() {
+async fn restarted_or_replaced_agent_is_used_at_once() {
     let (_folder, path) = socket();
     let first = run(&path, Some(Ok(shop("first"))));
     let agent = SpireDelegated::new(&path, DEADLINE);
     assert_eq!(token(&agent).await.as_deref(), Ok("first"));
-    // The first one lives on.
+    // The first agent still runs.
     let second = run(&path, Some(Ok(shop("second"))));
     assert_eq!(token(&agent).await.as_deref(), Ok("second"));
     drop((first, second));
-    // Their connections end a moment later.
+    // Their connections close a moment later.
     let ended = async {
         while token(&agent).await.is_ok() {
             tokio::task::yield_now().await;
@@ -152,7 +152,7 @@ async fn an_agent_that_was_started_again_or_replaced_is_asked_at_once() {
     timeout(DEADLINE, ended).await.unwrap();
     let away = token(&agent).await.unwrap_err();
     assert!(
-        matches!(&away, SourceError::Unavailable(text) if text.contains("nobody listens at")),
+        matches!(&away, SourceError::Unavailable(text) if text.contains("nothing listens at")),
         "{away:?}"
     );
     let _third = run(&path, Some(Ok(shop("third"))));
@@ -160,7 +160,7 @@ async fn an_agent_that_was_started_again_or_replaced_is_asked_at_once() {
 }
 
 #[tokio::test]
-async fn one_that_does_not_answer_is_given_up_once() {
+async fn unanswered_call_is_abandoned_without_retry() {
     let (_folder, path) = socket();
     let running = run(&path, None);
     let late = token(&SpireDelegated::new(&path, Duration::from_millis(200)))
@@ -174,7 +174,7 @@ async fn one_that_does_not_answer_is_given_up_once() {
 }
 
 #[tokio::test]
-async fn each_refusal_says_what_to_do() {
+async fn refusal_names_the_fix() {
     type Is = fn(String) -> SourceError;
     let (denied, broken, wrong): (Is, Is, Is) = (
         SourceError::Denied,
@@ -222,7 +222,7 @@ async fn each_refusal_says_what_to_do() {
 }
 
 #[tokio::test]
-async fn what_is_wrong_with_the_socket_is_said() {
+async fn socket_error_names_the_cause() {
     let (_folder, path) = socket();
     let missing = SpireDelegated::new(&path, DEADLINE)
         .connect()
@@ -234,7 +234,7 @@ async fn what_is_wrong_with_the_socket_is_said() {
             .contains("where `admin_socket_path` is set"),
         "{missing}"
     );
-    let denied = no_admin(
+    let denied = admin_socket_error(
         &Endpoint::Unix(path),
         &std::io::ErrorKind::PermissionDenied.into(),
     );

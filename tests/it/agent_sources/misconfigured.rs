@@ -100,7 +100,7 @@ fn no_socket() {
     let line = complaint(
         &daemon,
         &[
-            "there is no socket at unix://",
+            "no socket at unix://",
             "start the SPIFFE agent",
             "`admin_socket_path`",
         ],
@@ -186,7 +186,7 @@ fn awsvid_is_no_delegate() {
     let line = complaint(
         &daemon,
         &[
-            "does not let awsvid ask for other workloads",
+            "does not accept awsvid as a delegate",
             "`authorized_delegates`",
         ],
     );

@@ -134,7 +134,7 @@ fn awsvids_own_identity_is_nobody_elses(source: Source) {
     assert!(head.starts_with("HTTP/1.1 403"), "{head}");
     world
         .daemon
-        .await_line(&["a process has awsvid's own identity, which is given to nobody"]);
+        .await_line(&["a process has awsvid's own identity, which no workload gets"]);
     let keys = world
         .daemon
         .audit()

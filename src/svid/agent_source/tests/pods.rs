@@ -1,4 +1,4 @@
-//! Callers in pods.
+//! Callers in pods, with an agent that supports pod references.
 
 use super::*;
 use crate::caller::PodAge;
@@ -7,11 +7,11 @@ use crate::cgroup::Pod;
 const UID: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
 const OLD: Duration = Duration::from_secs(3600);
 
-/// An agent that is told of pods, and answers in this order; the last answer stays.
+/// An agent that supports pod references, and sends these replies in order. The last one repeats.
 #[derive(Debug)]
 struct Pods {
-    says: Mutex<VecDeque<Answer>>,
-    asked: Mutex<Vec<(String, Instant)>>,
+    reply: Mutex<VecDeque<Answer>>,
+    queried: Mutex<Vec<(String, Instant)>>,
     names_pods: bool,
     endpoint: Endpoint,
 }
@@ -19,38 +19,38 @@ struct Pods {
 type Answer = Result<Vec<&'static str>, SourceError>;
 
 impl Pods {
-    fn says(says: impl IntoIterator<Item = Answer>) -> Arc<Self> {
-        Self::with(true, says)
+    fn reply(reply: impl IntoIterator<Item = Answer>) -> Arc<Self> {
+        Self::with(true, reply)
     }
 
-    fn with(names_pods: bool, says: impl IntoIterator<Item = Answer>) -> Arc<Self> {
+    fn with(names_pods: bool, reply: impl IntoIterator<Item = Answer>) -> Arc<Self> {
         let endpoint = Endpoint::Unix(PathBuf::from("/agent"));
-        let says = Mutex::new(says.into_iter().collect());
+        let reply = Mutex::new(reply.into_iter().collect());
         Arc::new(Self {
-            says,
-            asked: Mutex::default(),
+            reply,
+            queried: Mutex::default(),
             names_pods,
             endpoint,
         })
     }
 
-    /// Whom it was asked about.
-    fn asked(&self) -> Vec<String> {
-        self.asked
+    /// Returns the workloads that it was queried about.
+    fn queried(&self) -> Vec<String> {
+        self.queried
             .lock()
             .unwrap()
             .iter()
-            .map(|(whose, _)| whose.clone())
+            .map(|(subject, _)| subject.clone())
             .collect()
     }
 
-    fn answer(&self, whose: String, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
-        self.asked.lock().unwrap().push((whose, Instant::now()));
-        let mut says = self.says.lock().unwrap();
-        let ids = if says.len() > 1 {
-            says.pop_front().unwrap()
+    fn answer(&self, subject: String, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
+        self.queried.lock().unwrap().push((subject, Instant::now()));
+        let mut reply = self.reply.lock().unwrap();
+        let ids = if reply.len() > 1 {
+            reply.pop_front().unwrap()
         } else {
-            says[0].clone()
+            reply[0].clone()
         }?;
         Ok(ids.iter().map(|id| svid_of(id, audience)).collect())
     }
@@ -87,7 +87,7 @@ impl AttestingAgent for Pods {
     }
 }
 
-/// A pod that is there for so many looks.
+/// A pod that exists for this many checks.
 #[derive(Debug)]
 struct Housed {
     ages: PodAge,
@@ -145,7 +145,7 @@ fn since(pod: Duration, container: Duration) -> PodAge {
     PodAge { pod, container }
 }
 
-/// One whose process was looked at as well.
+/// Returns a caller with known process facts.
 fn with_process(ages: PodAge) -> Arc<Caller> {
     let process = Arc::into_inner(caller(7)).unwrap().process;
     Arc::new(Caller {
@@ -165,8 +165,8 @@ fn source(agent: &Arc<Pods>) -> AgentSource {
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_processes_of_a_pod_are_one_and_none_has_to_be_known() {
-    let agent = Pods::says([Ok(vec![SHOP])]);
+async fn pod_is_one_subject_for_all_its_processes() {
+    let agent = Pods::reply([Ok(vec![SHOP])]);
     let source = source(&agent);
     for uid in [0, 1001, OVERFLOW_ID] {
         let caller = housed(uid, since(OLD, OLD), u32::MAX);
@@ -178,16 +178,17 @@ async fn all_processes_of_a_pod_are_one_and_none_has_to_be_known() {
         .await
         .unwrap();
     assert_eq!(
-        (token.spiffe_id(), agent.asked()),
+        (token.spiffe_id(), agent.queried()),
         (&shop_id(), vec![format!("pod {UID}")])
     );
-    // Others of the node are named by their process, and so are all where the agent is not told of pods.
+    // Callers outside pods are referred to by process. So are all callers if the agent does not
+    // support pods.
     assert_eq!(
         source.facts_needed(&Caller::synthetic()),
         Some(FACTS_FOR_AGENT)
     );
     assert_eq!(ids(source.identify(&caller(7)).await), [SHOP]);
-    assert_eq!(agent.asked()[1..], ["process 7"]);
+    assert_eq!(agent.queried()[1..], ["process 7"]);
     let agent = Pods::with(false, [Ok(vec![SHOP])]);
     let source = self::source(&agent);
     assert_eq!(
@@ -198,21 +199,21 @@ async fn all_processes_of_a_pod_are_one_and_none_has_to_be_known() {
         ids(source.identify(&with_process(since(OLD, OLD))).await),
         [SHOP]
     );
-    assert_eq!(agent.asked(), ["process 7"]);
+    assert_eq!(agent.queried(), ["process 7"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_had_for_a_pod_that_is_gone() {
-    let agent = Pods::says([Ok(vec![SHOP])]);
+async fn pod_that_is_gone_gets_no_identity() {
+    let agent = Pods::reply([Ok(vec![SHOP])]);
     let source = source(&agent);
-    // Before the call, and during it.
+    // The pod is gone before the call, or during it.
     for (looks, calls) in [(0, 0), (1, 1)] {
         let caller = housed(1, since(OLD, OLD), looks);
         assert_eq!(
             source.identify(&caller).await,
             Err(AttestError::CallerGone.into())
         );
-        assert_eq!(agent.asked().len(), calls);
+        assert_eq!(agent.queried().len(), calls);
     }
     let caller = housed(1, since(OLD, OLD), 1);
     assert_eq!(
@@ -222,33 +223,33 @@ async fn nothing_is_had_for_a_pod_that_is_gone() {
             .unwrap_err(),
         AttestError::CallerGone.into()
     );
-    // One that is known is forgotten when it is looked at again.
+    // A cached pod is removed at its next revalidation.
     source
         .identify(&housed(1, since(OLD, OLD), 3))
         .await
         .unwrap();
-    assert_eq!(source.0.memory().len(), 1);
-    let asked = agent.asked().len();
+    assert_eq!(source.0.cache().len(), 1);
+    let queried = agent.queried().len();
     sleep(Duration::from_secs(64)).await;
     assert_eq!(
-        (source.0.memory().len(), agent.asked().len()),
-        (0, asked + 1),
+        (source.0.cache().len(), agent.queried().len()),
+        (0, queried + 1),
         "once more, while it was there"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_new_pod_that_the_agent_does_not_know_yet_is_asked_about_again_while_it_waits() {
+async fn new_pod_is_queried_again_while_its_request_waits() {
     let new = Duration::from_secs(1);
     let table = [
         (housed(1, since(new, new), u32::MAX), true),
         (housed(1, since(NEW_POD_AGE, new), u32::MAX), false),
         (housed(1, since(OLD, OLD), u32::MAX), false),
-        // By process it is the container that has to be new.
+        // With a process reference the age of the container counts.
         (with_process(since(new, new)), true),
         (with_process(since(OLD, new)), true),
         (with_process(since(OLD, NEW_POD_AGE)), false),
-        // Elsewhere a denial is a denial.
+        // For any other caller a denial is final.
         (caller(7), false),
     ];
     for (row, (caller, again)) in table.into_iter().enumerate() {
@@ -262,13 +263,13 @@ async fn a_new_pod_that_the_agent_does_not_know_yet_is_asked_about_again_while_i
         match again {
             true => {
                 assert_eq!(
-                    (said, agent.asked().len(), start.elapsed()),
+                    (said, agent.queried().len(), start.elapsed()),
                     (vec![SHOP.to_owned()], 3, NEW_POD_RETRY * 3),
                     "{row}"
                 )
             }
             false => assert_eq!(
-                (said, agent.asked().len(), start.elapsed()),
+                (said, agent.queried().len(), start.elapsed()),
                 (vec![], 1, Duration::ZERO),
                 "{row}"
             ),
@@ -277,8 +278,8 @@ async fn a_new_pod_that_the_agent_does_not_know_yet_is_asked_about_again_while_i
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_new_pod_without_an_entry_is_told_to_come_back_in_time() {
-    let agent = Pods::says([Err(denied())]);
+async fn new_pod_without_entry_is_unavailable_in_time() {
+    let agent = Pods::reply([Err(denied())]);
     let source = source(&agent);
     let start = Instant::now();
     let said = source
@@ -292,23 +293,23 @@ async fn a_new_pod_without_an_entry_is_told_to_come_back_in_time() {
     assert!(
         start.elapsed() > REQUEST_HOLD / 2
             && start.elapsed() < REQUEST_HOLD
-            && agent.asked().len() < 8,
+            && agent.queried().len() < 8,
         "{:?}",
-        agent.asked()
+        agent.queried()
     );
-    assert_eq!(source.0.memory().len(), 0);
-    // Trouble is not made better by asking again at once.
-    let agent = Pods::says([Err(SourceError::Unavailable("away".to_owned()))]);
+    assert_eq!(source.0.cache().len(), 0);
+    // An outage is not retried within the request.
+    let agent = Pods::reply([Err(SourceError::Unavailable("away".to_owned()))]);
     let source = self::source(&agent);
     source
         .identify(&housed(1, since(Duration::ZERO, Duration::ZERO), u32::MAX))
         .await
         .unwrap_err();
-    assert_eq!(agent.asked().len(), 1);
+    assert_eq!(agent.queried().len(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn new_pods_that_wait_keep_no_turn_from_others() {
+async fn waiting_new_pods_hold_no_permit() {
     let agent = Pods::with(false, [Err(denied())]);
     let source = Arc::new(source(&agent));
     let young = since(Duration::ZERO, Duration::ZERO);
@@ -323,19 +324,19 @@ async fn new_pods_that_wait_keep_no_turn_from_others() {
     }
     sleep(Duration::from_millis(50)).await;
     assert_eq!(
-        agent.asked().len(),
+        agent.queried().len(),
         32,
         "each was asked about once, and waits"
     );
-    *agent.says.lock().unwrap() = VecDeque::from([Ok(vec![SHOP])]);
+    *agent.reply.lock().unwrap() = VecDeque::from([Ok(vec![SHOP])]);
     let start = Instant::now();
     assert_eq!(ids(source.identify(&caller(99)).await), [SHOP]);
     assert_eq!(start.elapsed(), Duration::ZERO);
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_daemons_own_pod_is_given_nothing() {
-    let agent = Pods::says([Ok(vec![AWSVID])]);
+async fn own_pod_gets_no_identity() {
+    let agent = Pods::reply([Ok(vec![AWSVID])]);
     let source = source(&agent);
     let caller = housed(0, since(OLD, OLD), u32::MAX);
     assert_eq!(ids(source.identify(&caller).await), [""; 0]);

@@ -1,4 +1,4 @@
-//! Processes that the agent attests slowly, such as an attacker's with a program of 200 GB (attack 28).
+//! Processes that the agent attests slowly, such as an attacker's with a program of 200 GB (T28).
 
 use super::*;
 
@@ -9,10 +9,10 @@ fn of(uid: u32, pid: u32) -> Arc<Caller> {
     caller_with(uid, pid, None, None)
 }
 
-/// Has these known, and the victim's process; from then on the agent does not answer about these, and the victim's entry is
-/// deleted.
+/// Makes these processes and the victim's process known. From then on the agent never answers for
+/// them, and the victim's entry is deleted.
 async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<AgentScript>, AgentSource) {
-    let agent = AgentScript::says(shop);
+    let agent = AgentScript::reply(shop);
     let source = AgentSource::new(
         agent.clone(),
         AUDIENCE.to_owned(),
@@ -29,7 +29,7 @@ async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<AgentScript>, AgentSource) {
         .lock()
         .unwrap()
         .extend(slow.iter().map(|(_, pid)| *pid));
-    agent.now_says(|pid| {
+    agent.set_reply(|pid| {
         if pid == VICTIM {
             Err(denied())
         } else {
@@ -39,7 +39,7 @@ async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<AgentScript>, AgentSource) {
     (agent, source)
 }
 
-/// How long the victim's deleted entry lasts.
+/// Returns the time until the victim's deleted entry takes effect.
 async fn lasts(agent: &AgentScript, source: &AgentSource) -> Duration {
     let deleted = Instant::now();
     while !source
@@ -60,23 +60,23 @@ async fn lasts(agent: &AgentScript, source: &AgentSource) -> Duration {
 }
 
 #[tokio::test(start_paused = true)]
-async fn slow_processes_of_one_workload_hide_nobodys_deleted_entry() {
+async fn slow_processes_of_one_workload_do_not_hide_a_deleted_entry() {
     let slow: Vec<_> = (1..=500).map(|pid| (1001, pid)).collect();
     let (agent, source) = hide_behind(&slow).await;
     let lasted = lasts(&agent, &source).await;
     assert!(lasted < MINUTE, "{lasted:?}");
-    // Nor is the agent kept at work on one after the other.
+    // The agent does not have to attest one after the other, either.
     let calls = agent.calls();
     sleep(MINUTE * 8).await;
     assert!(agent.calls() < calls + 10, "{} more", agent.calls() - calls);
 }
 
 #[tokio::test(start_paused = true)]
-async fn slow_processes_of_many_workloads_hide_nobodys_deleted_entry() {
+async fn slow_processes_of_many_workloads_do_not_hide_a_deleted_entry() {
     let slow: Vec<_> = (1..=40).map(|pid| (1000 + pid, pid)).collect();
     let (agent, source) = hide_behind(&slow).await;
     let lasted = lasts(&agent, &source).await;
-    // Until each is known as slow, it takes a quick query's slot for five seconds.
+    // Until each is known as slow, it occupies a slot of quick queries for five seconds.
     assert!(lasted < MINUTE + Duration::from_secs(30), "{lasted:?}");
     sleep(MINUTE).await;
     assert_eq!(
@@ -86,7 +86,7 @@ async fn slow_processes_of_many_workloads_hide_nobodys_deleted_entry() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn slow_processes_that_are_known_as_such_delay_nobody() {
+async fn known_slow_processes_do_not_delay_others() {
     let slow: Vec<_> = (1..=200).map(|pid| (1000 + pid, pid)).collect();
     let (agent, source) = hide_behind(&slow).await;
     lasts(&agent, &source).await;
@@ -95,7 +95,7 @@ async fn slow_processes_that_are_known_as_such_delay_nobody() {
         [SHOP]
     );
     sleep(MINUTE * 5).await;
-    agent.now_says(|pid| {
+    agent.set_reply(|pid| {
         if pid == VICTIM + 1 {
             Err(denied())
         } else {
@@ -115,10 +115,10 @@ async fn slow_processes_that_are_known_as_such_delay_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn slow_processes_do_not_keep_their_own_deleted_entry_for_ever() {
-    // Alone on the node, and beside others.
+async fn slow_process_loses_its_own_deleted_entry() {
+    // Alone on the node, and with others.
     for others in [0, 5] {
-        let agent = AgentScript::says(shop);
+        let agent = AgentScript::reply(shop);
         let source = source(&agent);
         for pid in 0..=others {
             source.identify(&of(1000 + pid, 1 + pid)).await.unwrap();
@@ -144,13 +144,13 @@ async fn slow_processes_do_not_keep_their_own_deleted_entry_for_ever() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_that_hangs_for_hours_takes_nothing_from_those_that_are_known() {
-    let agent = AgentScript::says(shop);
+async fn known_process_keeps_its_identity_while_the_agent_hangs() {
+    let agent = AgentScript::reply(shop);
     let source = source(&agent);
     for pid in 1..=50 {
         source.identify(&of(1000 + pid, pid)).await.unwrap();
     }
-    // All of it, or it answers that it can't.
+    // The agent hangs completely, or answers with an error.
     for hangs in [true, false] {
         if hangs {
             agent
@@ -159,13 +159,13 @@ async fn an_agent_that_hangs_for_hours_takes_nothing_from_those_that_are_known()
                 .unwrap()
                 .extend((1..=50).chain([std::process::id()]));
         }
-        agent.now_says(|_| Err(SourceError::Unavailable("away".to_owned())));
+        agent.set_reply(|_| Err(SourceError::Unavailable("away".to_owned())));
         for _ in 0..120 {
             sleep(MINUTE).await;
             assert_eq!(ids(source.identify(&of(1001, 1)).await), [SHOP]);
         }
         agent.hangs.lock().unwrap().clear();
-        agent.now_says(shop);
+        agent.set_reply(shop);
         for _ in 0..60 {
             sleep(MINUTE).await;
             for pid in 1..=50 {

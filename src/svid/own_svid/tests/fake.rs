@@ -1,4 +1,4 @@
-//! A certificate authority, and a Workload API whose every stream the test decides about.
+//! A certificate authority, and a Workload API with streams that the test controls.
 
 use std::path::Path;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use crate::svid::proto::workload::spiffe_workload_api_server::{
 };
 use crate::svid::proto::workload::{X509svid, X509svidRequest, X509svidResponse};
 
-/// A CA, which signs whatever it is asked to.
+/// A CA that signs every certificate.
 pub(in crate::svid) struct Authority {
     pub(in crate::svid) der: Vec<u8>,
     issuer: Issuer<'static, KeyPair>,
@@ -43,7 +43,7 @@ impl Authority {
         }
     }
 
-    /// A certificate with these URIs, changed by `change` before it is signed.
+    /// Signs a certificate with these URIs, after `change` has changed it.
     pub(in crate::svid) fn sign(
         &self,
         uris: &[&str],
@@ -63,12 +63,12 @@ impl Authority {
         }
     }
 
-    /// An SVID as the Workload API sends it.
+    /// Returns an SVID in the form of the Workload API.
     pub(in crate::svid) fn svid(&self, id: &str) -> X509svid {
         self.svid_of(id, self.sign(&[id], |_| {}))
     }
 
-    /// The same with this certificate.
+    /// Returns an SVID with this certificate.
     pub(in crate::svid) fn svid_of(&self, id: &str, certified: Certified) -> X509svid {
         X509svid {
             spiffe_id: id.to_owned(),
@@ -79,7 +79,7 @@ impl Authority {
         }
     }
 
-    /// A message with nothing else in it.
+    /// Returns a message with only this SVID.
     pub(in crate::svid) fn message(&self, id: &str) -> X509svidResponse {
         X509svidResponse {
             svids: vec![self.svid(id)],
@@ -87,13 +87,13 @@ impl Authority {
     }
 }
 
-/// A running Workload API; it ends with the value, and so do its streams.
+/// A running Workload API. It stops with its streams when the value is dropped.
 pub(in crate::svid) struct FakeAgent {
     opened: mpsc::UnboundedReceiver<Opening>,
     task: JoinHandle<()>,
 }
 
-/// Somebody who asks for a stream, and waits.
+/// A client that waits for its stream.
 pub(in crate::svid) struct Opening {
     pub(in crate::svid) metadata: MetadataMap,
     reply: oneshot::Sender<Result<Messages, Status>>,
@@ -101,7 +101,7 @@ pub(in crate::svid) struct Opening {
 
 type Messages = mpsc::UnboundedReceiver<Result<X509svidResponse, Status>>;
 
-/// An open stream; it ends with the value.
+/// An open stream, which ends when the value is dropped.
 pub(in crate::svid) struct Stream(mpsc::UnboundedSender<Result<X509svidResponse, Status>>);
 
 impl Drop for FakeAgent {
@@ -120,16 +120,16 @@ impl FakeAgent {
         Self { opened, task }
     }
 
-    /// The next one who asks, which takes no client longer than this.
-    pub(in crate::svid) async fn asked(&mut self) -> Opening {
+    /// Returns the next client. Every client connects well within this timeout.
+    pub(in crate::svid) async fn next_client(&mut self) -> Opening {
         timeout(Duration::from_secs(120), self.opened.recv())
             .await
             .expect("somebody asks")
             .unwrap()
     }
 
-    /// Whether nobody has asked since the last one.
-    pub(in crate::svid) fn is_left_alone(&mut self) -> bool {
+    /// Returns true if no client has connected since the last one.
+    pub(in crate::svid) fn has_no_client(&mut self) -> bool {
         self.opened.try_recv().is_err()
     }
 }
@@ -156,8 +156,8 @@ impl Stream {
         self.0.send(Err(status)).unwrap();
     }
 
-    /// Returns when the client has left it.
-    pub(in crate::svid) async fn left(&self) {
+    /// Returns when the client has closed the stream.
+    pub(in crate::svid) async fn closed(&self) {
         self.0.closed().await;
     }
 }

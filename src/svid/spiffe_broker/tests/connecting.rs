@@ -1,4 +1,4 @@
-//! Whom the client takes for the agent, and what it says of everybody else.
+//! Verification of the agent's certificate, and the errors for other servers.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -8,24 +8,24 @@ use tokio::net::UnixListener;
 
 use super::*;
 
-/// What connecting to a server with this certificate comes to, where `server` is configured.
-async fn connecting(
+/// Returns the result of a connection to a server with this certificate, with `server` configured.
+async fn connect_error(
     server: Option<&str>,
-    certified: impl FnOnce(&Authority) -> Certified,
+    certificate: impl FnOnce(&Authority) -> Certified,
 ) -> Result<(), SourceError> {
     let mut node = Node::new().await;
-    let certified = certified(&node.authority);
+    let certificate = certificate(&node.authority);
     let agent = FakeBroker::at(
         &node.broker,
         &node.authority,
-        certified,
+        certificate,
         &[ID],
         async |_| Some(good()),
     );
     let client = node.client_with(server, CALL_TIMEOUT);
     let connected = client.connect().await;
     if connected.is_err() {
-        // And no request reaches it.
+        // The server receives no request.
         assert_eq!(
             client.fetch_for_pid(1, AUDIENCE).await.unwrap_err(),
             connected.clone().unwrap_err()
@@ -38,7 +38,7 @@ async fn connecting(
 }
 
 #[tokio::test]
-async fn the_server_has_to_be_one_that_is_expected() {
+async fn server_must_have_an_expected_id() {
     let named = |id: &'static str| move |authority: &Authority| authority.sign(&[id], |_| {});
     for (server, id) in [
         (None, AGENT),
@@ -49,7 +49,7 @@ async fn the_server_has_to_be_one_that_is_expected() {
             "spiffe://example.org/agents/seven",
         ),
     ] {
-        connecting(server, named(id))
+        connect_error(server, named(id))
             .await
             .unwrap_or_else(|error| panic!("{server:?} {id}: {error}"));
     }
@@ -65,7 +65,7 @@ async fn the_server_has_to_be_one_that_is_expected() {
         ),
         (Some("spiffe://example.org/spire/agent/seven"), AGENT),
     ] {
-        let error = connecting(server, named(id)).await.unwrap_err();
+        let error = connect_error(server, named(id)).await.unwrap_err();
         assert!(
             matches!(&error, SourceError::Misconfigured(text) if text.contains(id) && text.contains("`broker_server`")),
             "{server:?} {id}: {error:?}"
@@ -74,14 +74,14 @@ async fn the_server_has_to_be_one_that_is_expected() {
 }
 
 #[tokio::test]
-async fn a_certificate_with_another_number_of_uris_is_nobodys() {
+async fn certificate_without_exactly_one_uri_is_rejected() {
     for (uris, reason) in [
         (&[AGENT, "spiffe://example.org/x"][..], "several URIs"),
         (&["https://example.org/", AGENT], "several URIs"),
         (&[], "no SPIFFE ID"),
         (&["https://example.org/"], "no SPIFFE ID"),
     ] {
-        let error = connecting(None, |authority| authority.sign(uris, |_| {}))
+        let error = connect_error(None, |authority| authority.sign(uris, |_| {}))
             .await
             .unwrap_err();
         assert!(
@@ -94,13 +94,13 @@ async fn a_certificate_with_another_number_of_uris_is_nobodys() {
             "agent.example.org".try_into().unwrap(),
         ));
     };
-    connecting(None, |authority| authority.sign(&[AGENT], name))
+    connect_error(None, |authority| authority.sign(&[AGENT], name))
         .await
         .unwrap();
 }
 
 #[tokio::test]
-async fn a_certificate_that_the_trust_domain_does_not_stand_for_is_refused() {
+async fn certificate_of_another_ca_is_rejected() {
     let past: fn(&mut CertificateParams) =
         |params| params.not_after = rcgen::date_time_ymd(2020, 2, 1);
     let future: fn(&mut CertificateParams) =
@@ -116,7 +116,7 @@ async fn a_certificate_that_the_trust_domain_does_not_stand_for_is_refused() {
         ("a CA", ca),
         ("for mail", for_mail),
     ] {
-        let error = connecting(None, |authority| authority.sign(&[AGENT], change))
+        let error = connect_error(None, |authority| authority.sign(&[AGENT], change))
             .await
             .unwrap_err();
         assert!(
@@ -124,7 +124,7 @@ async fn a_certificate_that_the_trust_domain_does_not_stand_for_is_refused() {
             "{what}: {error:?}"
         );
     }
-    let error = connecting(None, |_| Authority::new().sign(&[AGENT], |_| {}))
+    let error = connect_error(None, |_| Authority::new().sign(&[AGENT], |_| {}))
         .await
         .unwrap_err();
     assert!(
@@ -134,21 +134,21 @@ async fn a_certificate_that_the_trust_domain_does_not_stand_for_is_refused() {
 }
 
 #[tokio::test]
-async fn a_server_that_does_not_let_awsvid_in_is_told_of_at_once() {
+async fn server_that_rejects_awsvid_is_reported_at_once() {
     let mut node = Node::new().await;
     let serve = |node: &Node, clients: &[&str]| {
         let _ = std::fs::remove_file(&node.broker);
         FakeBroker::at(
             &node.broker,
             &node.authority,
-            node.certified(),
+            node.certificate(),
             clients,
             async |_| Some(good()),
         )
     };
     let agent = serve(&node, &["spiffe://example.org/another"]);
     let client = node.client();
-    // Each time, however the server and the client come to run.
+    // The result does not depend on the order in which server and client run.
     for _ in 0..50 {
         let error = client.connect().await.unwrap_err();
         assert_eq!(client.fetch_for_pid(1, AUDIENCE).await.unwrap_err(), error);
@@ -162,12 +162,12 @@ async fn a_server_that_does_not_let_awsvid_in_is_told_of_at_once() {
     let _agent = serve(&node, &["spiffe://example.org/another", ID]);
     client.connect().await.unwrap();
 
-    // It may have another CA by now, of which awsvid has heard nothing.
+    // The agent may have another CA by now, which awsvid has not received.
     let _agent = serve(&node, &[]);
     let mut stream = Some(node.stream);
     drop(stream.take());
     node.workload_api
-        .asked()
+        .next_client()
         .await
         .refuse(Status::unavailable("starting"));
     let error = loop {
@@ -183,41 +183,41 @@ async fn a_server_that_does_not_let_awsvid_in_is_told_of_at_once() {
 }
 
 #[tokio::test]
-async fn without_an_svid_of_its_own_it_says_why() {
+async fn connect_without_own_svid_reports_the_reason() {
     let mut node = Node::new().await;
     let agent = node.serve_always(good());
     let client = node.client();
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
-    // The identity is taken back: the connection that was made with it is left, too.
+    // After a withdrawal the connection with that identity is discarded too.
     node.stream
         .fail(Status::permission_denied("no identity issued"));
     while client.own.latest().is_ok() {
         tokio::task::yield_now().await;
     }
     let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
-    // Denied would say that the workload has no identity.
+    // `Denied` would mean that the workload has no identity.
     assert!(
         matches!(&error, SourceError::Unavailable(text) if text.contains("register awsvid itself")),
         "{error:?}"
     );
     assert_eq!(agent.asked().len(), 1);
 
-    // Whoever is to be started waits for it.
+    // A start waits for the first SVID.
     node.workload_api
-        .asked()
+        .next_client()
         .await
         .refuse(Status::permission_denied("no identity issued"));
-    let connecting = tokio::spawn(async move { client.connect().await });
+    let connect_error = tokio::spawn(async move { client.connect().await });
     node.workload_api
-        .asked()
+        .next_client()
         .await
         .accept()
         .send(node.authority.message(ID));
-    connecting.await.unwrap().unwrap();
+    connect_error.await.unwrap().unwrap();
 }
 
 #[tokio::test]
-async fn an_svid_that_is_over_is_not_shown() {
+async fn expired_svid_is_not_presented() {
     let authority = Authority::new();
     let past = |params: &mut CertificateParams| params.not_after = rcgen::date_time_ymd(2020, 2, 1);
     let svid = authority.svid_of(ID, authority.sign(&[ID], past));
@@ -234,19 +234,19 @@ async fn an_svid_that_is_over_is_not_shown() {
 }
 
 #[tokio::test]
-async fn a_socket_that_is_not_there_or_not_listened_at() {
+async fn missing_or_dead_socket_is_unavailable() {
     let mut node = Node::new().await;
     let client = node.client();
     let error = client.connect().await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket")
+        matches!(&error, SourceError::Unavailable(text) if text.contains("no socket at")
             && text.contains("`broker_socket`") && text.contains("experimental { broker { socket_path")),
         "{error:?}"
     );
     drop(std::os::unix::net::UnixListener::bind(&node.broker).unwrap());
     let error = client.connect().await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("nobody listens")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("nothing listens")),
         "{error:?}"
     );
     std::fs::remove_file(&node.broker).unwrap();
@@ -255,8 +255,8 @@ async fn a_socket_that_is_not_there_or_not_listened_at() {
 }
 
 #[test]
-fn a_socket_that_awsvid_may_not_open() {
-    // For root, permissions count only under another file system uid, which is a thread's own.
+fn socket_without_permission_is_unavailable() {
+    // For root, permissions count only under another file system uid, which is per thread.
     let error = std::thread::spawn(|| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -284,7 +284,7 @@ fn a_socket_that_awsvid_may_not_open() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_no_broker_socket() {
+async fn server_without_broker_api_is_a_misconfiguration() {
     let mut node = Node::new().await;
     let client = node.client();
     // The agent's other sockets speak HTTP/2 without TLS.
@@ -313,7 +313,7 @@ async fn a_server_that_is_no_broker_socket() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_does_not_go_on_is_left() {
+async fn server_that_hangs_in_the_handshake_is_abandoned() {
     let mut node = Node::new().await;
     let client = node.client();
     let _mute = UnixListener::bind(&node.broker).unwrap();

@@ -1,4 +1,4 @@
-//! An agent's broker socket, as strict as SPIRE's and with whatever certificate and answers the test gives it.
+//! A fake broker socket, as strict as SPIRE's, with certificates and replies that the test chooses.
 
 use std::future::pending;
 use std::io;
@@ -38,17 +38,17 @@ use crate::svid::proto::broker::{FetchJwtsvidRequest, FetchJwtsvidResponse};
 pub(super) struct Asked {
     pub(super) metadata: MetadataMap,
     pub(super) request: FetchJwtsvidRequest,
-    /// Over which connection, from 0.
+    /// Number of the connection, from 0.
     pub(super) connection: usize,
-    /// The certificate that the client showed.
+    /// The certificate that the client presented.
     pub(super) shown: CertificateDer<'static>,
 }
 
-/// What to say; `None`: nothing, ever.
+/// A reply, or `None` for no reply at all.
 pub(super) type Answer = Option<Result<FetchJwtsvidResponse, Status>>;
 type BrokerScript = dyn Fn(Asked) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync;
 
-/// A running broker socket; it ends with the value, and so do its connections.
+/// A running broker socket. It stops with its connections when the value is dropped.
 pub(super) struct FakeBroker {
     asked: Arc<Mutex<Vec<Asked>>>,
     connections: Arc<Mutex<Vec<OwnedFd>>>,
@@ -67,7 +67,7 @@ impl FakeBroker {
         self.asked.lock().unwrap().clone()
     }
 
-    /// Whether a client with this certificate has asked.
+    /// Returns true if a client with this certificate has sent a request.
     pub(super) fn was_shown(&self, certificate: &CertificateDer<'_>) -> bool {
         self.asked
             .lock()
@@ -77,19 +77,20 @@ impl FakeBroker {
             .any(|asked| asked.shown == *certificate)
     }
 
-    /// Ends all connections that are open.
+    /// Closes all open connections.
     pub(super) fn cut(&self) {
         for connection in self.connections.lock().unwrap().drain(..) {
-            // An error means that the client has ended it.
+            // An error means that the client has closed it.
             let _ = std::os::unix::net::UnixStream::from(connection).shutdown(Shutdown::Both);
         }
     }
 
-    /// Listens at `path` with this certificate, lets in whom `clients` names, and answers by `script`.
+    /// Listens at `path` with this certificate, accepts the clients in `clients`, and replies by
+    /// `script`.
     pub(super) fn at<F>(
         path: &Path,
         authority: &Authority,
-        certified: Certified,
+        certificate: Certified,
         clients: &[&str],
         script: impl Fn(Asked) -> F + Send + Sync + 'static,
     ) -> Self
@@ -102,7 +103,7 @@ impl FakeBroker {
             Arc::<Mutex<Vec<OwnedFd>>>::default(),
         );
         let (seen, open) = (asked.clone(), connections.clone());
-        let tls = TlsAcceptor::from(Arc::new(config(authority, certified, clients)));
+        let tls = TlsAcceptor::from(Arc::new(config(authority, certificate, clients)));
         let listener = UnixListener::bind(path).unwrap();
         let task = tokio::spawn(async move {
             for number in 0.. {
@@ -142,7 +143,7 @@ impl FakeBroker {
     }
 }
 
-fn config(authority: &Authority, certified: Certified, clients: &[&str]) -> ServerConfig {
+fn config(authority: &Authority, certificate: Certified, clients: &[&str]) -> ServerConfig {
     let provider = Arc::new(default_provider());
     let mut roots = RootCertStore::empty();
     roots.add(authority.der.clone().into()).unwrap();
@@ -150,18 +151,18 @@ fn config(authority: &Authority, certified: Certified, clients: &[&str]) -> Serv
         .build()
         .unwrap();
     let clients = clients.iter().map(|id| (*id).to_owned()).collect();
-    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(certified.key));
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(certificate.key));
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_client_cert_verifier(Arc::new(Clients { by_chain, clients }))
-        .with_single_cert(vec![certified.certificate.into()], key)
+        .with_single_cert(vec![certificate.certificate.into()], key)
         .unwrap();
     config.alpn_protocols = vec![b"h2".to_vec()];
     config
 }
 
-/// Lets in clients of the trust domain with these IDs.
+/// Verifier that accepts clients of the trust domain with these IDs.
 #[derive(Debug)]
 struct Clients {
     by_chain: Arc<dyn ClientCertVerifier>,
@@ -255,7 +256,7 @@ impl Api for BrokerService {
     }
 }
 
-/// tonic takes streams that say something of themselves.
+/// A stream that implements tonic's `Connected`.
 struct Encrypted(TlsStream<UnixStream>);
 
 impl Connected for Encrypted {
