@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
-/// A whole answer.
+/// A complete response of the daemon.
 pub(super) struct LocalResponse {
     pub(super) status: u16,
-    /// How long the daemon would like a client to wait.
+    /// Minimum wait before a retry, as sent by the daemon.
     pub(super) retry_after: Option<Duration>,
-    /// It may hold credentials.
+    /// The body, which may contain credentials.
     pub(super) body: Zeroizing<Vec<u8>>,
 }
 
-/// A connection whose reads and writes can be limited in time.
+/// A connection with a time limit for reads and writes.
 pub(super) trait Connection: Read + Write {
     /// Limits each read and each write from now on.
     fn limit(&self, time: Duration) -> io::Result<()>;
@@ -36,7 +36,7 @@ impl Connection for TcpStream {
     }
 }
 
-/// Asks for `path`, and reads an answer of at most `most` bytes, until `deadline`.
+/// Requests `path`, and reads a response of at most `most` bytes, until `deadline`.
 pub(super) fn get(
     mut stream: impl Connection,
     path: &str,
@@ -46,7 +46,7 @@ pub(super) fn get(
     stream.limit(left(deadline)?)?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes())?;
-    // Made once in this size: a buffer that grows leaves copies of what is in it behind.
+    // The buffer gets its size at once: one that grows leaves copies of its content behind.
     let mut answer = Zeroizing::new(vec![0; most.min(64 * 1024)]);
     let mut length = 0;
     loop {
@@ -85,8 +85,9 @@ fn parse(answer: &[u8]) -> io::Result<LocalResponse> {
     let end = answer
         .windows(4)
         .position(|four| four == b"\r\n\r\n")
-        .ok_or_else(|| garbled("it has no head"))?;
-    let head = std::str::from_utf8(&answer[..end]).map_err(|_| garbled("its head is no text"))?;
+        .ok_or_else(|| garbled("it has no header section"))?;
+    let head = std::str::from_utf8(&answer[..end])
+        .map_err(|_| garbled("its header section is not UTF-8"))?;
     let mut lines = head.split("\r\n");
     let status = lines
         .next()
@@ -102,7 +103,7 @@ fn parse(answer: &[u8]) -> io::Result<LocalResponse> {
     }
     let body = &answer[end + 4..];
     if length != Some(body.len()) {
-        return Err(garbled("it was cut off"));
+        return Err(garbled("it ends too early"));
     }
     Ok(LocalResponse {
         status,
@@ -112,10 +113,7 @@ fn parse(answer: &[u8]) -> io::Result<LocalResponse> {
 }
 
 fn garbled(what: &str) -> io::Error {
-    io::Error::new(
-        ErrorKind::InvalidData,
-        format!("the answer can't be used: {what}"),
-    )
+    io::Error::new(ErrorKind::InvalidData, format!("invalid response: {what}"))
 }
 
 #[cfg(test)]
@@ -128,7 +126,7 @@ mod tests {
         let serving = thread::spawn(move || {
             let mut request = [0; 1024];
             let read = server.read(&mut request).unwrap();
-            // The client may have had enough.
+            // The client may have closed the connection.
             let _ = server.write_all(text.as_bytes());
             String::from_utf8(request[..read].to_vec()).unwrap()
         });

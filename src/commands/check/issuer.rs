@@ -1,4 +1,5 @@
-//! The issuer as STS sees it: the discovery document, the keys, their TLS chains, and the token against them.
+//! Checks of the issuer as STS reads it: discovery document, keys, their TLS chains, and the
+//! token's signature.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -17,15 +18,16 @@ const DISCOVERY: &str = "discovery";
 const KEYS: &str = "keys";
 /// AWS gives up on an issuer that needs longer for both documents.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// So often the keys are fetched at one time: no more than many workloads that start together.
+/// Number of concurrent fetches of the keys: fewer than many workloads that start together cause.
 const AT_ONCE: usize = 20;
-/// IAM reads so many of each kind.
+/// IAM reads this many keys of each kind.
 const KEYS_MAX: usize = 100;
-/// Nobody has seen AWS take a longer one.
+/// No longer subject is known that AWS accepted.
 const SUBJECT_MAX: usize = 255;
 
-/// Walks from the token's `iss` to the key that it is signed with. `base`: where the documents are instead, as seen from
-/// outside; `aws`: whether STS is AWS's.
+/// Checks the path from the token's `iss` to the key that signed it.
+///
+/// `base` is the documents' URL as seen from outside. `aws` is set if STS is AWS's.
 pub(super) async fn check(
     live: &LiveToken,
     base: Option<&str>,
@@ -36,11 +38,14 @@ pub(super) async fn check(
     let Some(issuer) = live.issuer() else {
         report.failed(
             TOKEN,
-            "the token has no `iss`, so STS cannot know whose it is",
+            "the token has no `iss`, so STS cannot know its issuer",
             "set jwt_issuer = \"https://...\" in the SPIRE server's configuration, to the URL of the OIDC discovery provider \
              without a slash at its end, and restart it",
         );
-        report.unchecked(DISCOVERY, "without an issuer there is nothing to look at");
+        report.unchecked(
+            DISCOVERY,
+            "without an issuer there are no documents to check",
+        );
         return;
     };
     token(live, issuer, aws, report);
@@ -52,7 +57,10 @@ pub(super) async fn check(
     )
     .await
     else {
-        report.unchecked(KEYS, "the discovery document says where the keys are");
+        report.unchecked(
+            KEYS,
+            "the keys' URL is in the discovery document, which failed",
+        );
         return;
     };
     belongs_to_issuer(&discovery, issuer, report);
@@ -74,8 +82,8 @@ pub(super) async fn check(
     signature(live, &keys, &url, report);
 }
 
-/// STS fetches the keys for whoever assumes a role, from many places: what limits rates or looks for robots stands in its way
-/// now and then, and never when an operator looks.
+/// Fetches the keys many times at once, as STS does for workloads that start together. Rate limits
+/// and bot protection make some of those fetches fail, but not the single fetch of an operator.
 async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport) {
     report.show_progress(&format!("{url}, {AT_ONCE} times at once"));
     let web = HttpProbe {
@@ -154,7 +162,7 @@ fn token(live: &LiveToken, issuer: &str, aws: bool, report: &mut CheckReport) {
     }
 }
 
-/// A JSON object, and how long it took.
+/// Fetches a JSON object, and returns it with the time that it took.
 async fn document(
     url: &str,
     step: &'static str,
@@ -168,7 +176,7 @@ async fn document(
             report.failed(
                 step,
                 format!("{url}: {error}"),
-                "STS fetches this over the internet: publish it there; from elsewhere look with --resolve or --url",
+                "STS fetches this over the internet: publish it there; to check from inside use --resolve or --url",
             );
             return None;
         }
@@ -200,15 +208,15 @@ async fn document(
         _ => {
             report.failed(
                 step,
-                format!("{url} is no JSON object: {} bytes of something else", answer.body.len()),
-                "is it the discovery provider that answers there, or a login page, a proxy, a default backend?",
+                format!("{url} is not a JSON object, but {} bytes of something else", answer.body.len()),
+                "find out what answers there: the discovery provider, a login page, a proxy, a default backend",
             );
             None
         }
     }
 }
 
-/// What another status than 200 means at SPIRE's OIDC discovery provider.
+/// Returns the meaning of a status other than 200 at SPIRE's OIDC discovery provider.
 fn status(answer: &HttpProbeResponse) -> Option<(String, &'static str)> {
     Some(match answer.status {
         200 => return None,
@@ -225,24 +233,24 @@ fn status(answer: &HttpProbeResponse) -> Option<(String, &'static str)> {
              pass the Host header on as it is",
         ),
         404 => (
-            "there is no such document".to_owned(),
+            "no such document exists there".to_owned(),
             "is the issuer's path right, and `server_path_prefix` of the OIDC discovery provider?",
         ),
         500 => (
             "the discovery provider has not got the keys yet".to_owned(),
-            "give it access to the SPIRE server's socket (server_api), or to an agent's (workload_api); its log says more",
+            "give it access to the SPIRE server's socket (server_api), or to an agent's (workload_api); its log has details",
         ),
         501 => (
             "the discovery provider has no JWT keys".to_owned(),
-            "let the SPIRE server of this trust domain have JWT keys: look at spire-server jwt, and at ca_key_type, jwt_key_type",
+            "let the SPIRE server of this trust domain have JWT keys: check spire-server jwt, ca_key_type and jwt_key_type",
         ),
         401 | 403 => (
-            "whoever is in front of it wants to know who asks".to_owned(),
-            "let everybody read it: STS shows no credentials. A firewall for web applications, or a bucket's policy?",
+            "a server in front of it requires authentication".to_owned(),
+            "allow anonymous reads, because STS sends no credentials: check the web application firewall and the bucket's policy",
         ),
         _ => (
             "it fails".to_owned(),
-            "look at the discovery provider's log, and at what stands in front of it",
+            "read the logs of the discovery provider and of the servers in front of it",
         ),
     })
 }
@@ -266,7 +274,7 @@ fn belongs_to_issuer(discovery: &Value, issuer: &str, report: &mut CheckReport) 
     }
 }
 
-/// In what two URLs differ.
+/// Describes the difference between two URLs.
 fn difference(one: &str, other: &str) -> String {
     let scheme = |url: &str| {
         url.split_once("://")
@@ -307,11 +315,11 @@ fn keys_url(
     report: &mut CheckReport,
 ) -> Option<String> {
     const FIX: &str = "set `jwks_uri` (or `server_path_prefix`) in the OIDC discovery provider's configuration, and let a proxy \
-                       that ends TLS say X-Forwarded-Proto: https";
+                       that ends TLS send X-Forwarded-Proto: https";
     let Some(url) = discovery["jwks_uri"].as_str() else {
         report.failed(
             DISCOVERY,
-            "it has no `jwks_uri`, so nobody finds the keys",
+            "it has no `jwks_uri`, so STS does not find the keys",
             FIX,
         );
         return None;
@@ -386,7 +394,7 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
         report.failed(
             KEYS,
             "the token's header names no key (`kid`)",
-            "STS finds the key by it: mend it at the SPIFFE provider",
+            "STS finds the key by it: correct it at the SPIFFE provider",
         );
         return;
     };
@@ -399,7 +407,7 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
         report.failed(
             KEYS,
             format!("the token is signed with the key {id:?}, and {url} has {known:?}: a copy from before the last rotation?"),
-            "publish the keys anew. SPIRE's provider looks every 10 s (poll_interval); a bucket or a CDN holds what it was given",
+            "publish the current keys: SPIRE's provider polls every 10 s (poll_interval), a bucket or a CDN keeps the old copy",
         );
         return;
     };
@@ -420,12 +428,12 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
                 "the signature by key {id:?} ({}) is not verified here",
                 live.svid.algorithm()
             ),
-            "STS does; ES512 is a curve that few can read",
+            "STS verifies it; few implementations support ES512",
         ),
     }
 }
 
-/// `None`: this program cannot tell.
+/// Verifies the signature. `None` if this program does not support the algorithm.
 fn verifies(token: &str, algorithm: &str, key: &Value) -> Option<bool> {
     let algorithm: Algorithm = algorithm.parse().ok()?;
     let key: Jwk = serde_json::from_value(key.clone()).ok()?;

@@ -101,7 +101,7 @@ fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
         &found,
         "identity",
         "did not answer within 10s",
-        "look at the agent's log",
+        "read the agent's log",
     );
     let (_, report) = found;
     assert!(
