@@ -242,11 +242,12 @@ impl App {
         config.listen = self.listen.clone();
         // An agent that attests workloads itself is kept, with the identities cached from it.
         let (identity, source) = &self.source;
-        let kept = (*identity == config.identity && identity.source != config::Source::WorkloadApi)
+        let reusable = (*identity == config.identity
+            && identity.source != config::Source::WorkloadApi)
             .then(|| source.clone());
         let parts = Components::new(
             &config,
-            (kept, true),
+            (reusable, true),
             &self.accounts,
             (&self.clock, &self.metrics),
         )
@@ -300,10 +301,10 @@ impl App {
             .unix
             .iter()
             .map(|path| ListenAddress::Unix(path.clone(), 0o666));
-        let wanted = unix
+        let addresses = unix
             .chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp))
             .collect();
-        let mut attempts = bind_all(wanted, inherited);
+        let mut attempts = bind_all(addresses, inherited);
         if !self.listen.pods && attempts.iter().all(|(_, bound)| bound.is_err()) {
             let error = attempts.drain(..).find_map(|(_, bound)| bound.err());
             return error.map_or(Ok(()), |error| Err(error.into()));

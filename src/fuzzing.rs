@@ -93,7 +93,7 @@ fn token(bytes: &[u8]) -> bool {
 }
 
 fn configuration(text: &str) -> bool {
-    let (problems, taken) = match Config::parse(text, &|_| None) {
+    let (problems, accepted) = match Config::parse(text, &|_| None) {
         Ok(loaded) => {
             let listen = &loaded.config.listen;
             assert!(listen.tcp.iter().all(|address| address.ip().is_loopback()));
@@ -115,12 +115,12 @@ fn configuration(text: &str) -> bool {
             .iter()
             .all(|problem| problem.line.is_none_or(|line| (1..=lines).contains(&line)))
     );
-    taken
+    accepted
 }
 
 fn spiffe_id(text: &str) -> bool {
     let (id, pattern) = (SpiffeId::parse(text), SpiffeIdPattern::parse(text));
-    let taken = id.is_ok() || pattern.is_ok();
+    let accepted = id.is_ok() || pattern.is_ok();
     if let Ok(id) = id {
         assert_eq!(id.as_str(), text);
         assert!(
@@ -151,7 +151,7 @@ fn spiffe_id(text: &str) -> bool {
         // Replaces each wildcard by text that it matches.
         let filled = text.replace("**", "x/y").replace('*', "x");
         let Ok(id) = SpiffeId::parse(&filled) else {
-            return taken;
+            return accepted;
         };
         assert!(pattern.matches(&id), "{text} and {filled}");
         assert!(pattern.least_segments() <= id.segments().count());
@@ -159,18 +159,18 @@ fn spiffe_id(text: &str) -> bool {
         let covers = SpiffeId::parse(&longer).is_ok_and(|longer| pattern.matches(&longer));
         assert!(!covers || text.ends_with("/**"), "{text} and {longer}");
     }
-    taken
+    accepted
 }
 
 fn arn(text: &str) -> bool {
     let (arn, template) = (RoleArn::parse(text), ArnTemplate::parse(text));
     let (name, names) = (RoleArn::opaque(text), ArnTemplate::opaque(text));
-    let taken = arn.is_ok() || template.is_ok() || names.is_ok();
+    let accepted = arn.is_ok() || template.is_ok() || names.is_ok();
     let (Ok(id), Ok(deeper)) = (
         SpiffeId::parse("spiffe://example.org/a/b"),
         SpiffeId::parse("spiffe://example.org/a/b.c/d_e"),
     ) else {
-        return taken;
+        return accepted;
     };
     if let Ok(arn) = arn {
         assert!(text.starts_with("arn:") && text.contains(":role/"));
@@ -190,7 +190,7 @@ fn arn(text: &str) -> bool {
             assert!(template.highest_segment().is_none_or(|highest| highest < 3));
         }
     }
-    taken
+    accepted
 }
 
 fn endpoint(text: &str) -> bool {
@@ -259,11 +259,11 @@ mod tests {
         let seeds = seeds();
         for choice in b"dpmgrtcsae" {
             // Without this a property could hold because no input reaches it.
-            let taken = seeds
+            let accepted = seeds
                 .iter()
                 .filter(|(_, bytes)| bytes.first() == Some(choice) && any(bytes))
                 .count();
-            assert!(taken > 0, "no seed that {} takes", char::from(*choice));
+            assert!(accepted > 0, "no seed that {} takes", char::from(*choice));
         }
         let check = |what: &str, bytes: &[u8]| {
             let fine = std::panic::catch_unwind(|| any(bytes)).is_ok();

@@ -122,9 +122,9 @@ impl DaemonFeatures {
 }
 
 /// Logs each capability that is missing, once, because callers see only its effects.
-pub fn warn_missing(does: DaemonFeatures) {
+pub fn warn_missing(features: DaemonFeatures) {
     let permitted = caps::read(None, CapSet::Permitted).unwrap_or_default();
-    for (capability, fails) in does
+    for (capability, fails) in features
         .required_capabilities()
         .filter(|(capability, _)| !permitted.contains(capability))
     {
@@ -169,7 +169,7 @@ impl DaemonFeatures {
 }
 
 /// Logs each capability that is held but useless, because a seccomp filter forbids its system call.
-fn log_forbidden_calls(does: DaemonFeatures) {
+fn log_forbidden_calls(features: DaemonFeatures) {
     let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
     for SyscallUse {
         capability,
@@ -177,7 +177,7 @@ fn log_forbidden_calls(does: DaemonFeatures) {
         fails,
         unit,
         attempt,
-    } in does.uses()
+    } in features.uses()
     {
         if effective.contains(&capability) && attempt() == Errno::EPERM {
             tracing::warn!(
@@ -190,9 +190,9 @@ fn log_forbidden_calls(does: DaemonFeatures) {
 
 /// Hardens the process. Failures are logged and tolerated. Has to be called before any thread is
 /// started, because capabilities belong to threads.
-pub fn harden_before_threads(does: DaemonFeatures) {
-    warn_missing(does);
-    log_forbidden_calls(does);
+pub fn harden_before_threads(features: DaemonFeatures) {
+    warn_missing(features);
+    log_forbidden_calls(features);
     let log = |what: &str, failed: bool| {
         if failed {
             tracing::warn!("{what} failed: the daemon runs with less protection");
@@ -208,7 +208,10 @@ pub fn harden_before_threads(does: DaemonFeatures) {
         setrlimit(Resource::RLIMIT_CORE, 0, 0).is_err(),
     );
     log("giving up new privileges", set_no_new_privs().is_err());
-    log("dropping capabilities", drop_capabilities(does).is_err());
+    log(
+        "dropping capabilities",
+        drop_capabilities(features).is_err(),
+    );
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE);
     let raised = descriptors.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     log("raising the number of descriptors", raised.is_err());
@@ -218,17 +221,18 @@ pub fn harden_before_threads(does: DaemonFeatures) {
 ///
 /// CAP_SYS_ADMIN is worth the most to an attacker in the daemon. It is kept only if the
 /// configuration at the start needs it. CAP_BPF and CAP_PERFMON are not needed after this point.
-fn drop_capabilities(does: DaemonFeatures) -> Result<(), caps::errors::CapsError> {
+fn drop_capabilities(features: DaemonFeatures) -> Result<(), caps::errors::CapsError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
-    let kept: CapsHashSet = ALWAYS_KEPT
+    let capabilities: CapsHashSet = ALWAYS_KEPT
         .into_iter()
         .chain(
-            does.required_capabilities()
+            features
+                .required_capabilities()
                 .map(|(capability, _)| capability),
         )
         .filter(|one| permitted.contains(one))
         .collect();
     caps::clear(None, CapSet::Inheritable)?;
-    caps::set(None, CapSet::Effective, &kept)?;
-    caps::set(None, CapSet::Permitted, &kept)
+    caps::set(None, CapSet::Effective, &capabilities)?;
+    caps::set(None, CapSet::Permitted, &capabilities)
 }

@@ -218,14 +218,14 @@ impl PodListeners {
         self.warn_no_directory();
         let found = self.scan();
         self.pods.retain(|id, pod| {
-            let there = found.get(id);
-            match there {
+            let path = found.get(id);
+            match path {
                 Some(path) => pod.netns.update_path(path),
                 None => {
                     tracing::debug!(namespace = %pod.path().display(), "network namespace removed")
                 }
             }
-            there.is_some()
+            path.is_some()
         });
         self.failed.retain(|id| found.contains_key(id));
         self.unserved.retain(|id| found.contains_key(id));

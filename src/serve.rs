@@ -58,10 +58,10 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     warn(path, &warnings);
-    let does = DaemonFeatures::of(&config);
+    let features = DaemonFeatures::of(&config);
     // The monitor needs capabilities that are dropped right after.
-    let exec_monitor = does.names_processes().then(exec_monitor).flatten();
-    hardening::harden_before_threads(does);
+    let exec_monitor = features.names_processes().then(exec_monitor).flatten();
+    hardening::harden_before_threads(features);
     if let Err(error) = log.start() {
         eprintln!("awsvid: the log cannot be written: {error}");
         return ExitCode::FAILURE;
@@ -156,9 +156,9 @@ fn seed_tls() {
 
 /// Reloads the configuration. One with errors changes nothing.
 async fn reload(app: &mut App, path: &Path, log: &Log) {
-    let begun = NotifyState::monotonic_usec_now().ok();
+    let reload_start = NotifyState::monotonic_usec_now().ok();
     notify(
-        &[Some(NotifyState::Reloading), begun]
+        &[Some(NotifyState::Reloading), reload_start]
             .into_iter()
             .flatten()
             .collect::<Vec<_>>(),
@@ -171,16 +171,16 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
     };
     let used = match loading.await {
         Ok(Ok(loaded)) => {
-            let (wanted, does) = (
+            let (log_config, features) = (
                 loaded.config.log.clone(),
                 DaemonFeatures::of(&loaded.config),
             );
             app.reload(loaded.config).await.map_err(|error| error.to_string()).inspect(|()| {
                 // It was checked with the configuration, so it cannot fail here.
-                let _ = log.change(&wanted.level, wanted.format);
+                let _ = log.change(&log_config.level, log_config.format);
                 warn(path, &loaded.warnings);
-                hardening::warn_missing(does);
-                if does.names_processes() && !app.counts_executions() {
+                hardening::warn_missing(features);
+                if features.names_processes() && !app.counts_executions() {
                     tracing::error!(
                         "{NOT_COUNTED}: the privileges for that were dropped at the start; restart awsvid"
                     );

@@ -56,10 +56,10 @@ impl LiveRules {
     /// Waits for a bounded time for the file systems of programs. Does the same for the name
     /// service where the result depends on a name without an answer or with a recent denial.
     pub async fn identify(&self, caller: &Caller) -> Result<Option<SpiffeId>, Undecided> {
-        let asked = Instant::now();
+        let request_time = Instant::now();
         let mut was_looked_up = false;
         loop {
-            let names = match self.decide(caller, asked) {
+            let names = match self.decide(caller, request_time) {
                 RulesOutcome::Decided(decided) => return decided,
                 RulesOutcome::NeedsFile(file) => {
                     // A file system that hangs delays only callers that its rule may match.
@@ -85,11 +85,14 @@ impl LiveRules {
         }
     }
 
-    fn decide(&self, caller: &Caller, asked: Instant) -> RulesOutcome {
+    fn decide(&self, caller: &Caller, request_time: Instant) -> RulesOutcome {
         let current = self.current();
-        let decision = current.resolved.decide(caller, asked);
+        let decision = current.resolved.decide(caller, request_time);
         let is_other = |name: &AccountName, id| current.numbers.is_other(name, id);
-        let missing = match current.resolved.missing(caller, &decision, is_other, asked) {
+        let missing = match current
+            .resolved
+            .missing(caller, &decision, is_other, request_time)
+        {
             Ok(missing) => missing,
             Err(file) => return RulesOutcome::NeedsFile(file.clone()),
         };

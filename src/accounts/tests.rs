@@ -92,12 +92,12 @@ async fn following(service: &Arc<FakeNameService>, wanted: &[&str]) -> Accounts 
     accounts
 }
 
-fn known(accounts: &Accounts, name: &str) -> Known {
+fn state_of(accounts: &Accounts, name: &str) -> Known {
     accounts.numbers().get(&user(name))
 }
 
 /// Waits until `name` has this state. The test's clock advances while nothing else happens.
-async fn await_known(accounts: &Accounts, name: &str, expected: Known) {
+async fn await_state(accounts: &Accounts, name: &str, expected: Known) {
     let mut numbers = accounts.0.numbers.subscribe();
     numbers
         .wait_for(|numbers| numbers.get(&user(name)) == expected)
@@ -109,16 +109,16 @@ async fn await_known(accounts: &Accounts, name: &str, expected: Known) {
 async fn lookup_finds_a_user_created_later() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
     let accounts = following(&service, &["alice", "away", "late"]).await;
-    assert_eq!(known(&accounts, "alice"), Known::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), Known::Number(1001));
     assert_eq!(
-        (known(&accounts, "away"), known(&accounts, "late")),
+        (state_of(&accounts, "away"), state_of(&accounts, "late")),
         (Known::Unanswered, Known::Absent)
     );
     assert_eq!(accounts.0.metrics.unknown_accounts.get(), 2);
     service.set("late", Ok(Some(1002)));
     service.set("away", Ok(Some(1003)));
-    await_known(&accounts, "late", Known::Number(1002)).await;
-    await_known(&accounts, "away", Known::Number(1003)).await;
+    await_state(&accounts, "late", Known::Number(1002)).await;
+    await_state(&accounts, "away", Known::Number(1003)).await;
     assert_eq!(accounts.0.metrics.unknown_accounts.get(), 0);
     // A stable number is resolved about once a minute.
     let before = service.count("alice");
@@ -133,12 +133,12 @@ async fn lookup_finds_a_user_created_later() {
 #[tokio::test(start_paused = true)]
 async fn lookup_backs_off_for_a_missing_user() {
     let service = FakeNameService::with(&[]);
-    let begun = Instant::now();
+    let start = Instant::now();
     let accounts = following(&service, &["late"]).await;
     tokio::time::sleep(Duration::from_secs(3600)).await;
     let hour = service.count("late");
     assert!((55..=75).contains(&hour), "{hour} lookups in an hour");
-    assert!(begun.elapsed() >= Duration::from_secs(3600));
+    assert!(start.elapsed() >= Duration::from_secs(3600));
     // Requests cause further lookups, at most one a second.
     for _ in 0..100 {
         accounts.await_lookup(&[user("late")], LOOKUP_WAIT).await;
@@ -153,13 +153,13 @@ async fn lookup_follows_a_changed_number_and_a_successor() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Ok(Some(2001)));
-    await_known(&accounts, "alice", Known::Number(2001)).await;
+    await_state(&accounts, "alice", Known::Number(2001)).await;
     // The user is deleted, and another one gets its number.
     service.set("alice", Ok(None));
     service.set("bob", Ok(Some(2001)));
-    let begun = Instant::now();
-    await_known(&accounts, "alice", Known::Absent).await;
-    assert!(begun.elapsed() <= RECHECK + PAUSE, "{:?}", begun.elapsed());
+    let start = Instant::now();
+    await_state(&accounts, "alice", Known::Absent).await;
+    assert!(start.elapsed() <= RECHECK + PAUSE, "{:?}", start.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -168,17 +168,17 @@ async fn number_survives_failures_and_restarts_of_the_name_service() {
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Err(Errno::ECONNREFUSED));
     tokio::time::sleep(Duration::from_secs(7200)).await;
-    assert_eq!(known(&accounts, "alice"), Known::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), Known::Number(1001));
     // Some name services report that a name does not exist while they restart.
     service.set("alice", Ok(None));
     tokio::time::sleep(ABSENT_GRACE).await;
-    assert_eq!(known(&accounts, "alice"), Known::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), Known::Number(1001));
     service.set("alice", Ok(Some(1001)));
     tokio::time::sleep(2 * RECHECK).await;
     service.set("alice", Ok(None));
-    let begun = Instant::now();
-    await_known(&accounts, "alice", Known::Absent).await;
-    assert!(begun.elapsed() >= ABSENT_GRACE, "{:?}", begun.elapsed());
+    let start = Instant::now();
+    await_state(&accounts, "alice", Known::Absent).await;
+    assert!(start.elapsed() >= ABSENT_GRACE, "{:?}", start.elapsed());
 }
 
 #[tokio::test]
@@ -196,12 +196,12 @@ async fn hanging_lookup_does_not_delay_others() {
     accounts
         .follow(names(&all), Duration::from_millis(100))
         .await;
-    await_known(&accounts, "alice", Known::Number(1001)).await;
-    assert_eq!(known(&accounts, "remote0"), Known::Unanswered);
+    await_state(&accounts, "alice", Known::Number(1001)).await;
+    assert_eq!(state_of(&accounts, "remote0"), Known::Unanswered);
     assert_eq!(service.lookups.lock().unwrap().len(), MAX_LOOKUPS + 1);
     service.set("remote0", Ok(Some(5)));
     service.hang(&[]);
-    await_known(&accounts, "remote0", Known::Number(5)).await;
+    await_state(&accounts, "remote0", Known::Number(5)).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -211,11 +211,11 @@ async fn numbers_survive_another_configuration() {
     service.set("alice", Err(Errno::EIO));
     accounts.follow(names(&["alice", "bob"]), WAIT).await;
     assert_eq!(
-        [known(&accounts, "alice"), known(&accounts, "bob")],
+        [state_of(&accounts, "alice"), state_of(&accounts, "bob")],
         [Known::Number(1001), Known::Number(1002)]
     );
     accounts.follow(names(&["bob"]), WAIT).await;
-    assert_eq!(known(&accounts, "alice"), Known::Unanswered);
+    assert_eq!(state_of(&accounts, "alice"), Known::Unanswered);
 }
 
 fn caller(uid: u32) -> Caller {
@@ -299,9 +299,9 @@ async fn new_user_is_found_by_its_first_request() {
     // Without requests it is resolved only every minute by then.
     tokio::time::sleep(Duration::from_secs(3600)).await;
     service.set("new", Ok(Some(1001)));
-    let begun = Instant::now();
+    let start = Instant::now();
     assert_eq!(identity(&rules, 1001).await, Ok("new".to_owned()));
-    assert!(begun.elapsed() < LOOKUP_WAIT);
+    assert!(start.elapsed() < LOOKUP_WAIT);
 }
 
 #[test]

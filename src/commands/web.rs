@@ -111,7 +111,7 @@ impl HttpProbe {
         url: &str,
         authorization: Option<&str>,
     ) -> Result<HttpProbeResponse, String> {
-        let begun = Instant::now();
+        let start = Instant::now();
         let uri: Uri = url.parse().map_err(|_| "not a URL".to_owned())?;
         let authority = uri.authority().ok_or("it has no host")?.clone();
         let secure = match uri.scheme_str() {
@@ -157,18 +157,18 @@ impl HttpProbe {
             .body(Empty::<Bytes>::new())
             .map_err(|error| error.to_string())?;
         if !secure {
-            return answer(stream, request, begun).await;
+            return answer(stream, request, start).await;
         }
-        let seen = Arc::new(CertCapture::default());
-        let connector = TlsConnector::from(Arc::new(tls(&seen)?));
+        let capture = Arc::new(CertCapture::default());
+        let connector = TlsConnector::from(Arc::new(tls(&capture)?));
         let name = ServerName::try_from(host.clone())
             .map_err(|_| format!("{host} is not the name of a server"))?;
         let stream = connector
             .connect(name, stream)
             .await
             .map_err(|error| format!("TLS: {error}"))?;
-        let mut answer = answer(stream, request, begun).await?;
-        answer.chain = seen
+        let mut answer = answer(stream, request, start).await?;
+        answer.chain = capture
             .chain
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -218,7 +218,7 @@ impl HttpProbe {
 async fn answer<S>(
     stream: S,
     request: Request<Empty<Bytes>>,
-    begun: Instant,
+    start: Instant,
 ) -> Result<HttpProbeResponse, String>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -248,7 +248,7 @@ where
             location,
             date,
             body,
-            took: begun.elapsed(),
+            took: start.elapsed(),
             chain: None,
         })
     };
@@ -261,7 +261,7 @@ where
     }
 }
 
-fn tls(seen: &Arc<CertCapture>) -> Result<ClientConfig, String> {
+fn tls(capture: &Arc<CertCapture>) -> Result<ClientConfig, String> {
     let provider = Arc::new(default_provider());
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
@@ -277,7 +277,7 @@ fn tls(seen: &Arc<CertCapture>) -> Result<ClientConfig, String> {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(RecordingVerifier {
             verifier,
-            seen: seen.clone(),
+            capture: capture.clone(),
         }))
         .with_no_client_auth();
     Ok(config)
@@ -299,7 +299,7 @@ impl std::fmt::Debug for CertCapture {
 #[derive(Debug)]
 struct RecordingVerifier {
     verifier: Arc<WebPkiServerVerifier>,
-    seen: Arc<CertCapture>,
+    capture: Arc<CertCapture>,
 }
 
 impl ServerCertVerifier for RecordingVerifier {
@@ -331,7 +331,7 @@ impl ServerCertVerifier for RecordingVerifier {
                 .collect(),
         };
         *self
-            .seen
+            .capture
             .chain
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(chain);

@@ -24,10 +24,13 @@ const PORT: u16 = 974;
 ///
 /// Unlike `serve`, the process drops no privileges. Otherwise a command that root runs could not
 /// become another user.
-#[expect(clippy::print_stderr, reason = "this is a person's terminal")]
+#[expect(
+    clippy::print_stderr,
+    reason = "errors of this command go to standard error"
+)]
 pub fn run(command: &[OsString]) -> ExitCode {
-    let ran = || Runtime::new()?.block_on(run_dev(command));
-    ran().unwrap_or_else(|error: Box<dyn Error>| {
+    let result = || Runtime::new()?.block_on(run_dev(command));
+    result().unwrap_or_else(|error: Box<dyn Error>| {
         eprintln!("awsvid dev: {error}");
         ExitCode::FAILURE
     })

@@ -148,30 +148,30 @@ impl StsState {
         parameters: &Parameters,
         request_id: &str,
     ) -> Result<LoopbackResponse, DevRefusal> {
-        let wanted = WebIdentityRequest::of(parameters)?;
+        let request = WebIdentityRequest::of(parameters)?;
         let now = self.clock.now();
-        let claims = token::verify(wanted.token, &self.account, now).await?;
+        let claims = token::verify(request.token, &self.account, now).await?;
         // A missing role and one that does not trust the token get the same error.
         let role = self
             .account
             .roles
             .iter()
-            .find(|role| role.arn == wanted.role_arn);
+            .find(|role| role.arn == request.role_arn);
         let Some(role) = role.filter(|role| role.trusts(&claims)) else {
             return Err(DevRefusal::new(
                 Code::AccessDenied,
                 "Not authorized to perform sts:AssumeRoleWithWebIdentity",
             ));
         };
-        if wanted.duration > role.max_duration {
+        if request.duration > role.max_duration {
             let message =
                 "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.";
             return Err(DevRefusal::new(Code::ValidationError, message));
         }
-        let caller = self.caller(&role.arn, &wanted.session_name);
+        let caller = self.caller(&role.arn, &request.session_name);
         let session = self
             .sessions
-            .issue(caller, now, wanted.duration)
+            .issue(caller, now, request.duration)
             .map_err(|error| DevRefusal::internal(&error))?;
         self.issued.fetch_add(1, Ordering::Relaxed);
         Ok(answer::assumed(

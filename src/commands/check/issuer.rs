@@ -343,7 +343,7 @@ fn contents(keys: &Value, report: &mut CheckReport) {
         );
         return;
     };
-    let mut seen = BTreeSet::new();
+    let mut ids = BTreeSet::new();
     for (i, key) in keys.iter().enumerate() {
         let needed: &[&str] = match key["kty"].as_str() {
             Some("RSA") => &["kid", "n", "e"],
@@ -362,7 +362,7 @@ fn contents(keys: &Value, report: &mut CheckReport) {
                 "correct the published JWK set",
             );
         }
-        if !id.is_empty() && !seen.insert(id) {
+        if !id.is_empty() && !ids.insert(id) {
             report.failed(
                 KEYS,
                 format!("two keys have the id {id:?}"),

@@ -165,13 +165,13 @@ fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
             "run it as the daemon runs: sudo awsvid check",
         );
     }
-    let held = fields("CapEff")
+    let effective = fields("CapEff")
         .first()
         .and_then(|set| u64::from_str_radix(set, 16).ok())
         .unwrap_or_default();
     let missing = DaemonFeatures::of(config)
         .required_capabilities()
-        .filter(|(needed, _)| held & needed.bitmask() == 0);
+        .filter(|(needed, _)| effective & needed.bitmask() == 0);
     let missing: Vec<String> = missing
         .map(|(needed, fails)| format!("{needed} ({fails})"))
         .collect();

@@ -53,7 +53,10 @@ fn the_table_of_the_readme_has_words_that_check_says_and_steps_that_it_has() {
             );
         }
         for text in &row.words {
-            assert!(words.contains(text), "check does not print {text:?}: {row:?}");
+            assert!(
+                words.contains(text),
+                "check does not print {text:?}: {row:?}"
+            );
         }
     }
 }

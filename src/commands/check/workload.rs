@@ -50,7 +50,7 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Che
             "export AWS_EC2_METADATA_DISABLED=true",
         );
     }
-    ask(&uri, &authorization, report).await;
+    request_credentials(&uri, &authorization, report).await;
 }
 
 fn check_precedence(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) {
@@ -87,14 +87,14 @@ fn check_precedence(env: &impl Fn(&str) -> Option<String>, report: &mut CheckRep
 /// Reports whether each profile that an SDK uses by default leads to awsvid, or to no credentials.
 fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) -> bool {
     let profiles = Profiles::read(env);
-    let named = PROFILES
+    let profile_names = PROFILES
         .into_iter()
         .filter_map(|variable| Some((Some(variable), env(variable)?)));
     let default = env(PROFILES[0])
         .is_none()
         .then(|| (None, DEFAULT.to_owned()));
     let mut clear = true;
-    for (variable, name) in named.chain(default) {
+    for (variable, name) in profile_names.chain(default) {
         match (profiles.lead(&name), variable) {
             (Lead::Nowhere, _) | (Lead::Missing, None) => {}
             (Lead::Awsvid, _) => report.ok(CHAIN, "the profile that SDKs take leads to awsvid"),
@@ -271,7 +271,7 @@ fn fix_for(path: &str) -> String {
     }
 }
 
-async fn ask(uri: &str, authorization: &str, report: &mut CheckReport) {
+async fn request_credentials(uri: &str, authorization: &str, report: &mut CheckReport) {
     report.show_progress(uri);
     let web = HttpProbe {
         resolve: Vec::new(),

@@ -47,11 +47,12 @@ pub(super) fn replace_in(
     temporary: &Path,
 ) -> ReplacedProfiles {
     let profiles = Profiles::read(inherited);
-    let named = VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
+    let profile_names =
+        VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
     let mut used: Vec<&str> = Vec::new();
     for (variable, name) in VARIABLES
         .into_iter()
-        .zip(named.iter().map(Option::as_deref))
+        .zip(profile_names.iter().map(Option::as_deref))
     {
         let Some(name) = name else { continue };
         if profiles.lead(name) == Lead::Missing {
@@ -64,7 +65,7 @@ pub(super) fn replace_in(
         }
     }
     // Without AWS_PROFILE most SDKs use this one.
-    if named[0].is_none() || environment.removed().contains(&VARIABLES[0]) {
+    if profile_names[0].is_none() || environment.removed().contains(&VARIABLES[0]) {
         used.push(DEFAULT);
     }
     let elsewhere = used.iter().find_map(|name| match profiles.lead(name) {

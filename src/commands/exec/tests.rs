@@ -394,18 +394,18 @@ fn copy_is_written_only_to_a_private_directory() {
     let private =
         |name: &str| profile::private_directory(&[(base.path().to_owned(), name.to_owned())]);
     mode(base.path(), 0o1777);
-    let made = private("made").unwrap();
+    let directory = private("made").unwrap();
     assert_eq!(
-        fs::metadata(&made).unwrap().permissions().mode() & 0o777,
+        fs::metadata(&directory).unwrap().permissions().mode() & 0o777,
         0o700
     );
-    assert_eq!(private("made").unwrap(), made);
+    assert_eq!(private("made").unwrap(), directory);
     for open in [0o777, 0o750, 0o701] {
         fs::create_dir(base.path().join(open.to_string())).unwrap();
         mode(&base.path().join(open.to_string()), open);
         assert!(private(&open.to_string()).is_err(), "{open:o}");
     }
-    symlink(&made, base.path().join("link")).unwrap();
+    symlink(&directory, base.path().join("link")).unwrap();
     assert!(private("link").is_err());
     if nix::unistd::geteuid().is_root() {
         fs::create_dir(base.path().join("other")).unwrap();

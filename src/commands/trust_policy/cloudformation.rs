@@ -27,10 +27,10 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
             (json!({ "Ref": PROVIDER }), what)
         }
     };
-    let mut taken = BTreeSet::from([PROVIDER.to_owned()]);
+    let mut used = BTreeSet::from([PROVIDER.to_owned()]);
     for role in account.roles.values() {
         resources.insert(
-            logical_id(&role.name, &mut taken),
+            logical_id(&role.name, &mut used),
             resource(plan, role, &provider),
         );
     }
@@ -68,12 +68,12 @@ fn resource(plan: &Plan, role: &PlannedRole, provider: &Value) -> Value {
 }
 
 /// Returns an id of letters and digits, unique among the roles.
-fn logical_id(name: &str, taken: &mut BTreeSet<String>) -> String {
+fn logical_id(name: &str, used: &mut BTreeSet<String>) -> String {
     let mut id: String = std::iter::once("Role")
         .flat_map(str::chars)
         .chain(name.chars().filter(char::is_ascii_alphanumeric))
         .collect();
-    while !taken.insert(id.clone()) {
+    while !used.insert(id.clone()) {
         id.push('X');
     }
     id

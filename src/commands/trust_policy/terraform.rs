@@ -16,9 +16,9 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
         "# Account {number}, partition {partition}.\n\n{}",
         provider(plan, name, account)
     );
-    let mut taken = BTreeSet::new();
+    let mut used = BTreeSet::new();
     for role in account.roles.values() {
-        let label = label(&role.name, &mut taken);
+        let label = label(&role.name, &mut used);
         // Writing to a string cannot fail.
         let _ = write!(
             text,
@@ -97,7 +97,7 @@ fn statement(plan: &Plan, statement: &Statement) -> String {
 }
 
 /// Returns a resource name of letters, digits and `_`, unique among the roles.
-fn label(name: &str, taken: &mut BTreeSet<String>) -> String {
+fn label(name: &str, used: &mut BTreeSet<String>) -> String {
     let mut label: String = name
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
@@ -105,7 +105,7 @@ fn label(name: &str, taken: &mut BTreeSet<String>) -> String {
     if !label.starts_with(|c: char| c.is_ascii_alphabetic()) {
         label.insert_str(0, "role_");
     }
-    while !taken.insert(label.clone()) {
+    while !used.insert(label.clone()) {
         label.push('_');
     }
     label

@@ -337,7 +337,7 @@ fn existing_provider_is_used_and_not_created() {
 }
 
 #[test]
-fn commands_create_the_provider_only_if_there_is_none() {
+fn script_creates_only_a_missing_provider() {
     let plan = plan(&role(
         "a",
         "spiffe://t/a",
@@ -354,15 +354,15 @@ fn commands_create_the_provider_only_if_there_is_none() {
             .output()
             .unwrap();
         assert!(output.status.success(), "{output:?}");
-        let called = String::from_utf8(output.stdout).unwrap();
+        let calls = String::from_utf8(output.stdout).unwrap();
         assert_eq!(
-            called.contains("create-open-id-connect-provider"),
+            calls.contains("create-open-id-connect-provider"),
             made,
-            "{called}"
+            "{calls}"
         );
         assert!(
-            called.ends_with("add-client-id-to-open-id-connect-provider\ncreate-role\n"),
-            "{called}"
+            calls.ends_with("add-client-id-to-open-id-connect-provider\ncreate-role\n"),
+            "{calls}"
         );
     }
     // The other formats cannot check this, so their output names the option.
@@ -414,7 +414,7 @@ fn ids_that_share_a_rendered_role_are_a_warning() {
         [""; 0]
     );
     // A fixed role next to one that is made from an ID.
-    let beside = role(
+    let fixed = role(
         "r",
         pattern,
         "arn:aws:iam::123456789012:role/{path[1]}={path[3]}",
@@ -424,7 +424,7 @@ fn ids_that_share_a_rendered_role_are_a_warning() {
         "arn:aws:iam::123456789012:role/a=x",
     );
     assert!(
-        warnings(&beside)[0]
+        warnings(&fixed)[0]
             .contains("gives this one role to spiffe://t/ns/a/sa/x and spiffe://t/other")
     );
     // Two IDs for one role without a placeholder are intended.

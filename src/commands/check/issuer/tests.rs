@@ -63,7 +63,7 @@ fn live(key: &SigningKey, issuer: &str) -> LiveToken {
 }
 
 /// Returns the findings for an issuer with these responses, in which `{own}` is its URL.
-async fn found(key: &SigningKey, discovery: &str, keys: &str) -> Vec<CheckFinding> {
+async fn findings_of(key: &SigningKey, discovery: &str, keys: &str) -> Vec<CheckFinding> {
     let url = serve(vec![
         ("/.well-known/openid-configuration", discovery.to_owned()),
         ("/keys", keys.to_owned()),
@@ -112,7 +112,7 @@ fn assert_all_documented(findings: &[CheckFinding]) {
 #[tokio::test]
 async fn correct_issuer_passes() {
     let key = SigningKey::generate().unwrap();
-    let findings = found(&key, &right(), &http("200 OK", &key.jwks())).await;
+    let findings = findings_of(&key, &right(), &http("200 OK", &key.jwks())).await;
     assert!(
         findings
             .iter()
@@ -195,7 +195,12 @@ async fn unavailable_documents_are_reported() {
         ("SSH-2.0\r\n".to_owned(), "no HTTP", "--resolve"),
     ];
     for (discovery, saw, fix) in table {
-        assert_failed(&found(&key, &discovery, &keys).await, "discovery", saw, fix);
+        assert_failed(
+            &findings_of(&key, &discovery, &keys).await,
+            "discovery",
+            saw,
+            fix,
+        );
     }
     let table = [
         (
@@ -207,7 +212,7 @@ async fn unavailable_documents_are_reported() {
         (http("200 OK", "{}"), "no list `keys`", "JWK set"),
     ];
     for (keys, saw, fix) in table {
-        assert_failed(&found(&key, &right(), &keys).await, "keys", saw, fix);
+        assert_failed(&findings_of(&key, &right(), &keys).await, "keys", saw, fix);
     }
 }
 
@@ -262,7 +267,7 @@ async fn unusable_key_sets_are_reported() {
         ),
     ];
     for (keys, saw, fix) in table {
-        assert_failed(&found(&key, &right(), &keys).await, "keys", saw, fix);
+        assert_failed(&findings_of(&key, &right(), &keys).await, "keys", saw, fix);
     }
 }
 

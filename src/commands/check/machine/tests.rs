@@ -122,7 +122,7 @@ fn complete_host_passes() {
         &KernelSupport::tried(&config, proc),
         &mut report,
     );
-    let said = report
+    let findings = report
         .findings()
         .iter()
         .map(|finding| finding.saw.as_str())
@@ -130,8 +130,9 @@ fn complete_host_passes() {
         .join("\n");
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     assert!(
-        said.contains(release.trim()) && said.contains(&format!("uid {}", nix::unistd::geteuid())),
-        "{said}"
+        findings.contains(release.trim())
+            && findings.contains(&format!("uid {}", nix::unistd::geteuid())),
+        "{findings}"
     );
 }
 

@@ -74,8 +74,8 @@ pub(crate) struct Read {
 }
 
 /// Returns the provider by the names of its three properties. The last one may be missing.
-fn provider_of(given: &Value, [url, audiences, thumbprints]: [&str; 3]) -> Value {
-    json!({ "Url": given[url], "ClientIDList": given[audiences], "ThumbprintList": given[thumbprints] })
+fn provider_of(input: &Value, [url, audiences, thumbprints]: [&str; 3]) -> Value {
+    json!({ "Url": input[url], "ClientIDList": input[audiences], "ThumbprintList": input[thumbprints] })
 }
 
 /// Runs the script in a shell, with a program `aws` that records its arguments.
@@ -111,8 +111,8 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
         };
         match command[..2] {
             ["iam", "create-open-id-connect-provider"] => {
-                let given: Value = serde_json::from_str(option("--cli-input-json")).unwrap();
-                read.provider = provider_of(&given, ["Url", "ClientIDList", "ThumbprintList"]);
+                let input: Value = serde_json::from_str(option("--cli-input-json")).unwrap();
+                read.provider = provider_of(&input, ["Url", "ClientIDList", "ThumbprintList"]);
             }
             ["iam", "create-role"] => {
                 let policy = serde_json::from_str(option("--assume-role-policy-document")).unwrap();
@@ -159,7 +159,7 @@ fn by_hcl(text: &str, provider: &str) -> Read {
     let document: Value =
         hcl::eval::from_str(text, &context).unwrap_or_else(|error| panic!("{error}\n{text}"));
     let resources = document["resource"].as_object().unwrap();
-    let made = &resources["aws_iam_openid_connect_provider"]["awsvid"];
+    let provider_resource = &resources["aws_iam_openid_connect_provider"]["awsvid"];
     let roles = resources["aws_iam_role"]
         .as_object()
         .unwrap()
@@ -178,7 +178,10 @@ fn by_hcl(text: &str, provider: &str) -> Read {
             )
         });
     Read {
-        provider: provider_of(made, ["url", "client_id_list", "thumbprint_list"]),
+        provider: provider_of(
+            provider_resource,
+            ["url", "client_id_list", "thumbprint_list"],
+        ),
         roles: roles.collect(),
     }
 }
