@@ -94,17 +94,16 @@ Examples:
         /// Shell to print the script for
         shell: Shell,
     },
-    /// Prints a manual page of awsvid or of one of its commands
+    /// Prints a manual page: of awsvid, or of one of its commands.
     #[command(after_help = "\
 Examples:
   awsvid man | man -l -
   awsvid man exec > awsvid-exec.1
-  sudo awsvid man --directory /usr/share/man/man1   writes all of them")]
+  sudo awsvid man --directory /usr/share/man/man1       all of them, for man(1)")]
     Man {
-        /// Command to print the page of
+        /// Which command.
         command: Option<String>,
-        /// Writes all pages into this directory instead of printing one. Creates the directory if
-        /// it is missing
+        /// Writes every page into this directory, which is made if need be, in place of printing one.
         #[arg(long, value_name = "DIR", conflicts_with = "command")]
         directory: Option<PathBuf>,
     },
@@ -161,8 +160,7 @@ fn completions(shell: Shell) -> ExitCode {
     print(&script)
 }
 
-/// Prints a page that is generated from the definitions above, so that it always agrees with
-/// `--help`.
+/// Of the definitions above, so that it can't say anything else than `--help`.
 fn man(name: Option<&str>) -> ExitCode {
     let mut all = defined();
     let command = match name {
@@ -172,7 +170,7 @@ fn man(name: Option<&str>) -> ExitCode {
             None => all
                 .error(
                     ErrorKind::InvalidValue,
-                    format!("unknown command {name:?}; see `awsvid --help`"),
+                    format!("there is no command {name:?}"),
                 )
                 .exit(),
         },
@@ -180,11 +178,8 @@ fn man(name: Option<&str>) -> ExitCode {
     page(command).map_or(ExitCode::FAILURE, |page| print(&page))
 }
 
-/// Writes all manual pages, under the file names that man(1) expects.
-#[expect(
-    clippy::print_stderr,
-    reason = "errors of this command go to standard error"
-)]
+/// All manual pages, in files that are called as man(1) looks for them.
+#[expect(clippy::print_stderr, reason = "a command that a person runs")]
 fn pages(directory: &Path) -> ExitCode {
     let all = defined();
     let commands = all
@@ -208,7 +203,7 @@ fn pages(directory: &Path) -> ExitCode {
     }
 }
 
-/// Builds the command with the full names of subcommands, as in awsvid-exec(1).
+/// With the whole names of subcommands, as in awsvid-exec(1).
 fn defined() -> clap::Command {
     let mut command = Arguments::command();
     command.build();
@@ -223,7 +218,7 @@ fn page(command: clap::Command) -> io::Result<Vec<u8>> {
     Ok(page)
 }
 
-/// Prints the text. A reader that stops early is not an error.
+/// Whoever has stopped reading has had enough.
 fn print(text: &[u8]) -> ExitCode {
     match io::stdout().write_all(text) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => ExitCode::FAILURE,

@@ -203,7 +203,7 @@ fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config
                 STEP,
                 errors.to_string(),
                 format!(
-                    "correct {0}; awsvid config --check {0} reports the same errors",
+                    "correct {0}; awsvid config --check {0} says the same",
                     options.config.display()
                 ),
             );
