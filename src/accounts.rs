@@ -29,12 +29,12 @@ pub use rules::{LiveRules, Undecided};
 
 /// Interval between lookups of a name with a number. It bounds the time until a changed number
 /// takes effect.
-const RECHECK: Duration = Duration::from_secs(60);
+const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// Delay after the first lookup without a number. Each further delay is twice as long, at most
-/// [`RECHECK`].
-const RETRY: Duration = Duration::from_secs(1);
+/// [`RECHECK_INTERVAL`].
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Minimum age of an answer before a request causes another lookup of the same name.
-const PAUSE: Duration = Duration::from_secs(1);
+const MIN_LOOKUP_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum time that a request waits for a lookup.
 const LOOKUP_WAIT: Duration = Duration::from_secs(2);
 /// Time for which a name that was removed keeps its number, unless another name gets the number:
@@ -159,7 +159,7 @@ impl Accounts {
         let now = Instant::now();
         let mut state = self.0.state();
         for name in names {
-            if !state.has_answer(name, now.checked_sub(PAUSE))
+            if !state.has_answer(name, now.checked_sub(MIN_LOOKUP_INTERVAL))
                 && let Some(entry) = state.names.get_mut(name)
             {
                 entry.is_wanted = true;
@@ -172,7 +172,7 @@ impl Accounts {
     /// Schedules lookups of these names, unless that was done a moment ago, and waits for
     /// them. Returns `false` after `patience`.
     async fn await_lookup(&self, names: &[AccountName], patience: Duration) -> bool {
-        let since = Instant::now().checked_sub(PAUSE);
+        let since = Instant::now().checked_sub(MIN_LOOKUP_INTERVAL);
         self.want(names);
         self.0
             .wait(patience, |state| {
@@ -319,7 +319,7 @@ impl AccountEntry {
             answered: None,
             absent_since: None,
             next: Instant::now(),
-            retry: RETRY,
+            retry: RETRY_DELAY,
             is_wanted: false,
             is_running: false,
         }
@@ -344,10 +344,10 @@ impl AccountEntry {
             (Err(error), _) => (self.known, self.error) = (Known::Unanswered, Some(error)),
         }
         if matches!(finding.number, Ok(Some(_))) {
-            (self.retry, self.next) = (RETRY, now + RECHECK);
+            (self.retry, self.next) = (RETRY_DELAY, now + RECHECK_INTERVAL);
         } else {
             self.next = now + self.retry;
-            self.retry = (self.retry * 2).min(RECHECK);
+            self.retry = (self.retry * 2).min(RECHECK_INTERVAL);
         }
         self.log(finding, before);
     }
@@ -414,7 +414,7 @@ async fn run(shared: Arc<AccountsInner>) {
                 Err(error) => tracing::error!(%error, "account lookup panicked"),
             },
             () = shared.wake.notified() => {}
-            () = sleep_until(due.unwrap_or(now + RECHECK)) => {}
+            () = sleep_until(due.unwrap_or(now + RECHECK_INTERVAL)) => {}
         }
     }
 }
@@ -424,7 +424,7 @@ async fn run(shared: Arc<AccountsInner>) {
 async fn read_local(service: &Arc<dyn NameService>) -> Arc<LocalAccounts> {
     let service = service.clone();
     let reading = tokio::task::spawn_blocking(move || service.local(&Arc::default()));
-    timeout(PAUSE, reading)
+    timeout(MIN_LOOKUP_INTERVAL, reading)
         .await
         .ok()
         .and_then(Result::ok)

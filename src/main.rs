@@ -38,7 +38,8 @@ Where to use them:
   for an AWS account               trust-policy
   in a workload                    exec, credential-process
 
-The daemon reads /etc/awsvid/awsvid.toml, or the file of AWSVID_CONFIG or --config.
+The configuration is /etc/awsvid/awsvid.toml. AWSVID_CONFIG or --config names
+another file.
 Output is coloured only on a terminal, and never if NO_COLOR is set.";
 
 #[derive(Subcommand)]

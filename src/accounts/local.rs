@@ -11,7 +11,7 @@ use crate::rule::AccountName;
 const PASSWD: &str = "/etc/passwd";
 const GROUP: &str = "/etc/group";
 /// Numbers that systemd assigns to units with `DynamicUser=`. Directory servers do not assign them.
-const DYNAMIC: std::ops::RangeInclusive<u32> = 61_184..=65_519;
+const DYNAMIC_IDS: std::ops::RangeInclusive<u32> = 61_184..=65_519;
 
 /// The users of `/etc/passwd` and the groups of `/etc/group` (`passwd(5)`, `group(5)`).
 #[derive(Debug, Default)]
@@ -69,7 +69,7 @@ impl LocalAccounts {
     /// Reports whether a local user or group has this number, and none of them has the name `name`.
     pub fn is_other(&self, name: &AccountName, id: u32) -> bool {
         let names = self.of_kind(name).by_id.get(&id);
-        let is_dynamic = matches!(name, AccountName::User(_)) && DYNAMIC.contains(&id);
+        let is_dynamic = matches!(name, AccountName::User(_)) && DYNAMIC_IDS.contains(&id);
         names.map_or(is_dynamic, |names| {
             !names.iter().any(|one| one == name.as_str())
         })

@@ -15,7 +15,7 @@ use crate::config::{AuditConfig, AuditFile};
 use crate::metrics::Metrics;
 
 /// Interval between attempts to open the file.
-const RETRY: Duration = Duration::from_secs(5);
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Opens the audit file, or retries in the background until it can be opened.
 ///
@@ -34,7 +34,7 @@ pub(super) fn open_audit(config: &AuditConfig, clock: Clock, metrics: Metrics) -
 async fn open_later(audit: Arc<Audit>, config: AuditConfig) {
     // A reload may open this file, or another one.
     while audit.is_unopened() {
-        sleep(RETRY).await;
+        sleep(RETRY_INTERVAL).await;
         let (opening, config) = (audit.clone(), config.clone());
         let opened = spawn_blocking(move || {
             opening.is_unopened() && opening.reopen(&config.file, config.required).is_ok()

@@ -17,7 +17,7 @@ use crate::listen::{
 use crate::metrics::Metrics;
 
 /// Interval between attempts to bind an address.
-const RETRY: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// An address in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -171,7 +171,10 @@ async fn bind_later(
     mut stop: watch::Receiver<bool>,
 ) -> Option<Listener> {
     loop {
-        if timeout(RETRY, stop.wait_for(|stop| *stop)).await.is_ok() {
+        if timeout(RETRY_INTERVAL, stop.wait_for(|stop| *stop))
+            .await
+            .is_ok()
+        {
             return None;
         }
         let wanted = address.clone();

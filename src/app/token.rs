@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 use crate::config::exposures;
 
 /// Interval between attempts to write the file.
-const RETRY: Duration = Duration::from_secs(5);
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The node's token, and the reason why its file is missing.
 pub(super) struct NodeToken {
@@ -68,7 +68,7 @@ fn read(path: &Path) -> io::Result<String> {
 /// Retries until the file is written: its directory may be on a file system that is mounted later.
 pub(super) async fn write_later(path: PathBuf, token: Zeroizing<String>) {
     loop {
-        sleep(RETRY).await;
+        sleep(RETRY_INTERVAL).await;
         let (to, text) = (path.clone(), token.clone());
         if let Ok(Ok(())) = spawn_blocking(move || write(&to, &text)).await {
             tracing::info!(path = %path.display(), "token file written");

@@ -30,7 +30,7 @@ use agent::CheckTarget;
 use report::CheckReport;
 
 /// Time limit of each document. STS itself does not wait longer.
-const DEADLINE: Duration = Duration::from_secs(8);
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Tries each step from the kernel to STS, and reports each problem with its fix
 ///
@@ -44,7 +44,7 @@ const DEADLINE: Duration = Duration::from_secs(8);
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   sudo awsvid check
-  sudo awsvid check --pid 4711       a workload's identity, where SPIRE attests it
+  sudo awsvid check --pid 4711       a workload, where SPIRE attests it
   sudo awsvid check --resolve oidc.example.org:443:203.0.113.7
                                      the issuer, as seen from outside
   sudo -u billing awsvid check --workload
@@ -152,7 +152,7 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
     let web = HttpProbe {
         resolve,
         network: Some(network),
-        deadline: DEADLINE,
+        deadline: DOCUMENT_TIMEOUT,
     };
     let Some(source) = agent::connect(&config, options.target(), report).await else {
         return report.unchecked(

@@ -17,12 +17,12 @@ use super::exec::role_in_path;
 use super::{ConfigFile, server};
 
 /// Total time of all attempts. SDKs run the command once and use its result.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TOTAL_TIMEOUT: Duration = Duration::from_secs(20);
 /// Pause between attempts if the daemon sends no `Retry-After`, and the maximum pause.
-const PAUSE: Duration = Duration::from_secs(1);
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+const MAX_RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// Maximum size of a response. SDKs do not accept larger ones either.
-const ANSWER_MAX: usize = 64 * 1024;
+const MAX_RESPONSE: usize = 64 * 1024;
 
 /// Prints credentials for `credential_process` in ~/.aws/config
 ///
@@ -119,9 +119,9 @@ impl CredentialProcess {
         };
         let mut owners = vec![0];
         owners.extend(self.same_user.then(|| geteuid().as_raw()));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TOTAL_TIMEOUT;
         loop {
-            let answer = server::get(&socket, &owners, &path, ANSWER_MAX, deadline)?;
+            let answer = server::get(&socket, &owners, &path, MAX_RESPONSE, deadline)?;
             match answer.status {
                 200 => return output(&answer.body),
                 503 if Instant::now() + pause(&answer) < deadline => thread::sleep(pause(&answer)),
@@ -134,8 +134,8 @@ impl CredentialProcess {
 fn pause(answer: &LocalResponse) -> Duration {
     answer
         .retry_after
-        .unwrap_or(PAUSE)
-        .clamp(Duration::from_millis(100), PAUSE_MAX)
+        .unwrap_or(RETRY_PAUSE)
+        .clamp(Duration::from_millis(100), MAX_RETRY_PAUSE)
 }
 
 /// Returns the daemon's error message, for the user of the workload.

@@ -10,8 +10,8 @@ use nix::unistd::geteuid;
 use super::{ConfigFile, server};
 
 /// Time limit of the response. The kubelet has a limit of its own.
-const PATIENCE: Duration = Duration::from_secs(10);
-const ANSWER_MAX: usize = 64 * 1024;
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+const MAX_RESPONSE: usize = 64 * 1024;
 
 /// Checks that the local daemon is alive or ready, for probes that run a command
 ///
@@ -67,8 +67,8 @@ impl Probe {
             &socket,
             &owners,
             path,
-            ANSWER_MAX,
-            Instant::now() + PATIENCE,
+            MAX_RESPONSE,
+            Instant::now() + RESPONSE_TIMEOUT,
         )?;
         Ok((
             answer.status,

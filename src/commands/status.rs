@@ -17,9 +17,9 @@ use super::style::Style;
 use super::{ConfigFile, server};
 
 /// Time limit of one response.
-const PATIENCE: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Ten thousand entries need some ten megabytes.
-const ANSWER_MAX: usize = 256 * 1024 * 1024;
+const MAX_RESPONSE: usize = 256 * 1024 * 1024;
 /// Clears a terminal and moves to its first line.
 const CLEAR: &str = "\x1b[2J\x1b[H";
 
@@ -81,8 +81,8 @@ impl StatusCommand {
             &socket,
             &owners,
             "/status",
-            ANSWER_MAX,
-            Instant::now() + PATIENCE,
+            MAX_RESPONSE,
+            Instant::now() + RESPONSE_TIMEOUT,
         )?;
         let status = serde_json::from_slice(&answer.body)
             .ok()

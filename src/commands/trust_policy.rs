@@ -23,7 +23,7 @@ use crate::sts::NetworkSettings;
 use plan::{Plan, PlannedAccount, PlannedAccountName, PlannedIssuer, PlannedProvider};
 
 /// Time limit of a token, and of each document of the issuer.
-const DEADLINE: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Exit status for errors of the configuration, as in `serve`.
 const EX_CONFIG: u8 = 78;
 
@@ -217,14 +217,14 @@ async fn live_issuer(config: &Config) -> Result<String, String> {
                 .map_or(&config.identity.audience, |role| &role.audience)
                 .clone();
             (
-                live::own(config, DEADLINE)
+                live::own(config, REQUEST_TIMEOUT)
                     .await
                     .map_err(|error| error.to_string())?,
                 audience,
             )
         }
     };
-    let live = LiveToken::fetch(config, &id, &audience, DEADLINE)
+    let live = LiveToken::fetch(config, &id, &audience, REQUEST_TIMEOUT)
         .await
         .map_err(|error| error.to_string())?;
     live.issuer()
@@ -244,7 +244,7 @@ async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, 
     let web = HttpProbe {
         resolve: Vec::new(),
         network: Some(network),
-        deadline: DEADLINE,
+        deadline: REQUEST_TIMEOUT,
     };
     let chain = async {
         let document = web.get(&live::discovery_url(issuer.url())).await?;

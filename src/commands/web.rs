@@ -28,7 +28,7 @@ use tokio_rustls::TlsConnector;
 use crate::sts::{NetworkSettings, Proxy};
 
 /// Maximum size of a body. An issuer's documents have a few kilobytes.
-const BODY_MAX: usize = 1024 * 1024;
+const MAX_BODY: usize = 1024 * 1024;
 
 /// Response of the server.
 pub(super) struct HttpProbeResponse {
@@ -239,7 +239,7 @@ where
                 .map(str::to_owned)
         };
         let (status, location, date) = (response.status().as_u16(), text(LOCATION), text(DATE));
-        let body = Limited::new(response.into_body(), BODY_MAX).collect().await;
+        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
         let body = body
             .map_err(|error| format!("the response ended early, or is over a megabyte: {error}"))?
             .to_bytes();

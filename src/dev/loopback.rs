@@ -22,11 +22,11 @@ const MAX_CONNECTIONS: usize = 256;
 /// percent-encoded.
 const MAX_BODY: usize = 128 * 1024;
 /// Maximum size of a key set: 100 keys of each kind, as AWS accepts them.
-const MAX_ANSWER: usize = 256 * 1024;
+const MAX_RESPONSE: usize = 256 * 1024;
 /// Lifetime of a connection, which carries one request.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause before the next accept when the process has no descriptor left.
-const PAUSE: Duration = Duration::from_millis(50);
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 /// Response of these servers.
 pub(super) type LoopbackResponse = Response<Full<Bytes>>;
@@ -75,7 +75,7 @@ where
             Ok(_) => tracing::warn!("dev: connection closed: too many connections"),
             Err(error) => {
                 tracing::warn!(%error, "dev: accepting a connection failed");
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
             }
         }
     }
@@ -98,11 +98,11 @@ where
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new())
-        .header_read_timeout(TIMEOUT)
+        .header_read_timeout(CONNECTION_TIMEOUT)
         .keep_alive(false);
     let connection = http.serve_connection(TokioIo::new(stream), service);
     // A client that disconnects or is too slow loses its response. That is not an error here.
-    let _ = timeout(TIMEOUT, connection).await;
+    let _ = timeout(CONNECTION_TIMEOUT, connection).await;
 }
 
 /// Returns a response without a body.
@@ -122,7 +122,7 @@ pub(super) struct FetchError {
 
 /// Fetches a document from a server on loopback. Any status but 200 is an error.
 pub(super) async fn get(url: &str) -> Result<Bytes, FetchError> {
-    match timeout(TIMEOUT, exchange(url)).await {
+    match timeout(CONNECTION_TIMEOUT, exchange(url)).await {
         Ok(Ok(body)) => Ok(body),
         Ok(Err(reason)) => Err(FetchError {
             url: url.to_owned(),
@@ -157,7 +157,7 @@ async fn exchange(url: &str) -> Result<Bytes, String> {
         if response.status() != StatusCode::OK {
             return Err(format!("answered {}", response.status()));
         }
-        let body = Limited::new(response.into_body(), MAX_ANSWER)
+        let body = Limited::new(response.into_body(), MAX_RESPONSE)
             .collect()
             .await;
         body.map(|body| body.to_bytes())
@@ -214,7 +214,7 @@ mod tests {
         let server = Server::start(listener, |request: Request<Bytes>| async move {
             match request.uri().path() {
                 "/document" => LoopbackResponse::new("text".into()),
-                "/long" => LoopbackResponse::new(vec![0; MAX_ANSWER + 1].into()),
+                "/long" => LoopbackResponse::new(vec![0; MAX_RESPONSE + 1].into()),
                 _ => empty(StatusCode::NOT_FOUND),
             }
         });

@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 use crate::telemetry::{self, Log};
 
 /// Usual port of the daemon.
-const PORT: u16 = 974;
+const DEFAULT_PORT: u16 = 974;
 
 /// Runs `awsvid dev`: with a command until the command ends, else until SIGINT or SIGTERM. Returns
 /// the exit status.
@@ -61,8 +61,8 @@ async fn run_dev(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
 /// Starts the daemon on its usual port. If that port is not available (not root, or in use), the
 /// kernel picks one.
 async fn start(dev: &Dev, quiet: bool) -> Result<(Log, App), Box<dyn Error>> {
-    let is_free = TcpListener::bind((Ipv4Addr::LOCALHOST, PORT)).is_ok();
-    let port = if is_free { PORT } else { 0 };
+    let is_free = TcpListener::bind((Ipv4Addr::LOCALHOST, DEFAULT_PORT)).is_ok();
+    let port = if is_free { DEFAULT_PORT } else { 0 };
     let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable);
     // The text is `dev`'s own, so an error can only be about environment variables.
     let loaded = loaded.map_err(|problems| {
@@ -122,9 +122,11 @@ async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
 #[expect(clippy::print_stdout, reason = "the output of this command")]
 fn announce(dev: &Dev, environment: &Environment, port: u16) {
     let port = match port {
-        PORT => String::new(),
+        DEFAULT_PORT => String::new(),
         other => {
-            format!("# The usual port {PORT} needs root, or is in use: this run has {other}.\n")
+            format!(
+                "# The usual port {DEFAULT_PORT} needs root, or is in use: this run has {other}.\n"
+            )
         }
     };
     let (first, others) = match dev.users() {

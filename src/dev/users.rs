@@ -9,7 +9,7 @@ use crate::rule::OVERFLOW_ID;
 /// Maximum number of users. A directory of thousands is too much for a trial.
 const MAX_USERS: usize = 100;
 /// First uid of people's accounts.
-const FIRST_PERSON: u32 = 1000;
+const FIRST_PERSONAL_UID: u32 = 1000;
 /// Shells of accounts without a login.
 const NO_SHELLS: [&str; 6] = ["", "nologin", "false", "sync", "shutdown", "halt"];
 
@@ -74,7 +74,7 @@ pub(super) fn people(passwd: &str) -> impl Iterator<Item = LocalAccount> {
         let uid = uid.parse().ok()?;
         let program = shell.rsplit('/').next().unwrap_or_default();
         let can_log_in = !NO_SHELLS.contains(&program);
-        (uid >= FIRST_PERSON || can_log_in).then(|| LocalAccount {
+        (uid >= FIRST_PERSONAL_UID || can_log_in).then(|| LocalAccount {
             uid,
             name: Some(name.to_owned()),
         })

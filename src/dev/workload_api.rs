@@ -33,7 +33,7 @@ use crate::svid::proto::workload::{
 };
 
 /// Lifetime of a JWT-SVID: SPIRE's default.
-const LIFETIME: Duration = Duration::from_secs(300);
+const SVID_LIFETIME: Duration = Duration::from_secs(300);
 /// The header that protects a workload from being tricked into a request, for instance by SSRF.
 const SECURITY_HEADER: &str = "workload.spiffe.io";
 
@@ -137,7 +137,7 @@ impl DevWorkloadApiService {
             sub: spiffe_id.as_str(),
             aud: audience,
             iat: seconds(now),
-            exp: seconds(now + LIFETIME),
+            exp: seconds(now + SVID_LIFETIME),
         };
         let svid = self
             .registrations

@@ -40,16 +40,16 @@ use crate::namespace::NamespaceId;
 use crate::pods::{LOG_INTERVAL, sys};
 use crate::telemetry::LogQuota;
 
-pub(super) const GIVE: u8 = b'G';
+pub(super) const REQUEST: u8 = b'G';
 pub(super) const SERVING: u8 = b'S';
 pub(super) const DONE: u8 = b'D';
 const LISTENER: u8 = b'L';
 const EARLIER: u8 = b'B';
 const END: u8 = b'E';
 /// Length of a record in bytes: kind, namespace, index of the address.
-const RECORD: usize = 1 + NamespaceId::LENGTH + 1;
+const RECORD_LENGTH: usize = 1 + NamespaceId::LENGTH + 1;
 /// Time limit of a step that takes milliseconds.
-pub(super) const DEADLINE: Duration = Duration::from_secs(5);
+pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Key of a listener: its namespace and address.
 pub(super) type HandoverKey = (NamespaceId, SocketAddr);
@@ -106,7 +106,7 @@ impl Handover {
 
 /// Connects to the previous instance.
 pub(super) async fn connect(path: &Path) -> io::Result<UnixStream> {
-    let stream = timeout(DEADLINE, UnixStream::connect(path))
+    let stream = timeout(STEP_TIMEOUT, UnixStream::connect(path))
         .await
         .map_err(io::Error::other)??;
     check_peer(&stream)?;
@@ -223,7 +223,7 @@ fn record(kind: u8, id: NamespaceId, index: u8) -> Vec<u8> {
 pub(super) async fn receive_all(stream: &UnixStream) -> io::Result<ReceivedListeners> {
     let mut received = ReceivedListeners::default();
     loop {
-        let mut record = [0; RECORD];
+        let mut record = [0; RECORD_LENGTH];
         let receive = || sys::receive(stream.as_fd(), &mut record);
         let (length, descriptor) = stream.async_io(Interest::READABLE, receive).await?;
         if length == 0 {
@@ -231,13 +231,15 @@ pub(super) async fn receive_all(stream: &UnixStream) -> io::Result<ReceivedListe
         }
         let [kind, id @ .., index] = record;
         match (kind, descriptor, POD_ADDRESSES.get(usize::from(index))) {
-            (END, None, _) if length == RECORD => return Ok(received),
-            (LISTENER, Some(listener), Some(address)) if length == RECORD => {
+            (END, None, _) if length == RECORD_LENGTH => return Ok(received),
+            (LISTENER, Some(listener), Some(address)) if length == RECORD_LENGTH => {
                 received
                     .listeners
                     .insert((NamespaceId::from_bytes(id), *address), listener);
             }
-            (EARLIER, Some(connection), _) if length == RECORD => received.earlier.push(connection),
+            (EARLIER, Some(connection), _) if length == RECORD_LENGTH => {
+                received.earlier.push(connection)
+            }
             _ => return Err(io::ErrorKind::InvalidData.into()),
         }
     }

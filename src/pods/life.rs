@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
 use crate::pods::handover::{
-    self, DEADLINE, DONE, GIVE, Handover, HandoverKey, ReceivedListeners, SERVING,
+    self, DONE, Handover, HandoverKey, REQUEST, ReceivedListeners, SERVING, STEP_TIMEOUT,
 };
 use crate::pods::{ListenedPod, MOUNT_POLL, PodListeners};
 
@@ -146,8 +146,8 @@ impl PodListeners {
         else {
             return;
         };
-        let taking = timeout(DEADLINE, async {
-            handover::send_message(&previous, GIVE).await?;
+        let taking = timeout(STEP_TIMEOUT, async {
+            handover::send_message(&previous, REQUEST).await?;
             handover::receive_all(&previous).await
         });
         let received = taking.await.unwrap_or_else(|late| Err(late.into()));
@@ -156,7 +156,7 @@ impl PodListeners {
                 tracing::info!(listeners = listeners.len(), "took over pods' listeners");
                 self.earlier = earlier;
                 self.reconcile_dir(listeners).await;
-                let released = timeout(DEADLINE, async {
+                let released = timeout(STEP_TIMEOUT, async {
                     handover::send_message(&previous, SERVING).await?;
                     handover::receive_message(&previous).await
                 });
@@ -179,7 +179,7 @@ impl PodListeners {
         let next = next?;
         let mut message = [0];
         match next.try_read(&mut message) {
-            Ok(1) if message == [GIVE] => {}
+            Ok(1) if message == [REQUEST] => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(next),
             _ => return None,
         }
@@ -192,7 +192,7 @@ impl PodListeners {
             "passed pods' listeners to the next instance"
         );
         // A failure means that it is gone, which the next event reports.
-        let _ = timeout(DEADLINE, handover::send_message(&next, DONE)).await;
+        let _ = timeout(STEP_TIMEOUT, handover::send_message(&next, DONE)).await;
         self.stage = HandoverRole::Superseded(next);
         None
     }
@@ -205,7 +205,7 @@ impl PodListeners {
         let sent: Vec<_> = self.pods.values().flat_map(|pod| pod.listening()).collect();
         self.earlier
             .retain(|connection| is_alive(connection.as_fd()));
-        let giving = timeout(DEADLINE, async {
+        let giving = timeout(STEP_TIMEOUT, async {
             handover::send_all(next, &sent, &self.earlier).await?;
             while let Some(message) = handover::receive_message(next).await? {
                 if message == SERVING {

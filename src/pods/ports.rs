@@ -9,7 +9,7 @@ use crate::pods::PodListeners;
 
 /// Age at which a namespace has its final setting. The runtime creates it with the kernel's
 /// default, and sets another value with the pod's first container.
-const SETTLED: Duration = Duration::from_secs(5);
+const SETTLE_TIME: Duration = Duration::from_secs(5);
 
 impl PodListeners {
     /// Reports whether a namespace's setting is still to be read. After the first one that is too
@@ -26,7 +26,7 @@ impl PodListeners {
         let settled = self
             .pods
             .values_mut()
-            .filter(|pod| !pod.ports_checked && pod.since + SETTLED <= Instant::now());
+            .filter(|pod| !pod.ports_checked && pod.since + SETTLE_TIME <= Instant::now());
         let namespaces: Vec<_> = settled
             .map(|pod| {
                 pod.ports_checked = true;
@@ -57,6 +57,7 @@ impl PodListeners {
 
     /// Returns the time of the next check.
     pub(super) fn next_ports_check(&self) -> Option<Instant> {
-        self.has_unchecked_ports().then(|| Instant::now() + SETTLED)
+        self.has_unchecked_ports()
+            .then(|| Instant::now() + SETTLE_TIME)
     }
 }

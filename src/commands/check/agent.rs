@@ -21,8 +21,8 @@ use crate::svid::{JwtSvid, SourceError, SpireDelegated, TTL_FIX, agent_unreachab
 const SOCKET: &str = "agent";
 const IDENTITY: &str = "identity";
 /// Time limit of a token: agents fetch the first one from their server.
-const TOKEN: Duration = Duration::from_secs(10);
-const CONNECT: Duration = Duration::from_secs(2);
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The source of the tokens.
 pub(super) enum TokenSource {
@@ -59,14 +59,16 @@ pub(super) async fn connect(
     }
     let (agent, socket): (Box<dyn AttestingAgent>, &Path) = match &config.identity.source {
         Source::WorkloadApi => return Some(TokenSource::WorkloadApi),
-        Source::SpireDelegated { socket } => (Box::new(SpireDelegated::new(socket, TOKEN)), socket),
+        Source::SpireDelegated { socket } => {
+            (Box::new(SpireDelegated::new(socket, TOKEN_TIMEOUT)), socket)
+        }
         Source::SpiffeBroker {
             socket,
             server,
             reference,
         } => {
             let own = OwnSvidSource::at(config.identity.socket.clone());
-            let broker = BrokerApi::new(socket, own, server.clone(), TOKEN);
+            let broker = BrokerApi::new(socket, own, server.clone(), TOKEN_TIMEOUT);
             match reference {
                 Reference::Auto => (Box::new(broker.naming_pods()), socket),
                 Reference::Process => (Box::new(broker), socket),
@@ -74,7 +76,7 @@ pub(super) async fn connect(
         }
     };
     report.show_progress("the agent, which attests this process");
-    match timeout(TOKEN, agent.connect()).await {
+    match timeout(TOKEN_TIMEOUT, agent.connect()).await {
         Ok(Ok(())) if agent.supports_pod_references() => {
             report.ok(SOCKET, format!("{} answers", socket.display()))
         }
@@ -106,7 +108,7 @@ async fn opens(
             Endpoint::Tcp(address) => TcpStream::connect(address).await.map(drop),
         }
     };
-    match timeout(CONNECT, connecting).await {
+    match timeout(CONNECT_TIMEOUT, connecting).await {
         Ok(Ok(())) => report.ok(SOCKET, format!("{endpoint} can be opened")),
         Ok(Err(error)) => {
             let text = agent_unreachable(endpoint, key, &error);
@@ -148,7 +150,7 @@ fn refused<T>(step: &'static str, error: &SourceError, report: &mut CheckReport)
 fn silent<T>(step: &'static str, report: &mut CheckReport) -> Option<T> {
     report.failed(
         step,
-        format!("the agent did not answer within {TOKEN:?}"),
+        format!("the agent did not answer within {TOKEN_TIMEOUT:?}"),
         "read the agent's log",
     );
     None
@@ -175,7 +177,7 @@ pub(super) async fn token(
                 );
                 return None;
             };
-            LiveToken::fetch(config, &id, &role.audience, TOKEN).await
+            LiveToken::fetch(config, &id, &role.audience, TOKEN_TIMEOUT).await
         }
         TokenSource::Agent(agent, target) => fetch_selected(agent.as_ref(), target, role)
             .await

@@ -12,7 +12,7 @@ use crate::config::Config;
 
 const STEP: &str = "daemon";
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
-const MAX_ANSWER: usize = 256 * 1024 * 1024;
+const MAX_RESPONSE: usize = 256 * 1024 * 1024;
 
 /// Queries the daemon at the configuration's status socket. Reports nothing without one, because
 /// `check` also runs before the first start.
@@ -46,7 +46,7 @@ fn status(socket: &Path) -> Result<Value, String> {
         socket,
         &owners,
         "/status",
-        MAX_ANSWER,
+        MAX_RESPONSE,
         Instant::now() + DAEMON_TIMEOUT,
     )?;
     serde_json::from_slice(&answer.body).map_err(|error| format!("{}: {error}", socket.display()))

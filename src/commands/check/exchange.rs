@@ -13,7 +13,7 @@ const STEP: &str = "sts";
 const CLOCK: &str = "clock";
 /// Maximum clock difference. With a larger one, tokens are expired or from the future for one of
 /// the two.
-const SKEW_MAX: Duration = Duration::from_secs(60);
+const MAX_SKEW: Duration = Duration::from_secs(60);
 
 /// Compares this node's clock with STS's, by the `Date` header of a response from the exchange
 /// host.
@@ -57,7 +57,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
     } else {
         "ahead of"
     };
-    match skew > SKEW_MAX {
+    match skew > MAX_SKEW {
         true => report.failed(
             CLOCK,
             format!(

@@ -17,13 +17,13 @@ const TOKEN: &str = "token";
 const DISCOVERY: &str = "discovery";
 const KEYS: &str = "keys";
 /// AWS gives up on an issuer that needs longer for both documents.
-const PATIENCE: Duration = Duration::from_secs(5);
+const MAX_ISSUER_TIME: Duration = Duration::from_secs(5);
 /// Number of concurrent fetches of the keys: fewer than many workloads that start together cause.
-const AT_ONCE: usize = 20;
+const CONCURRENT_FETCHES: usize = 20;
 /// IAM reads this many keys of each kind.
-const KEYS_MAX: usize = 100;
+const MAX_KEYS_PER_KIND: usize = 100;
 /// No longer subject is known that AWS accepted.
-const SUBJECT_MAX: usize = 255;
+const MAX_SUBJECT_LENGTH: usize = 255;
 
 /// Checks the path from the token's `iss` to the key that signed it.
 ///
@@ -71,9 +71,9 @@ pub(super) async fn check(
         return;
     };
     match took + took_too {
-        took if took > PATIENCE => report.failed(
+        took if took > MAX_ISSUER_TIME => report.failed(
             KEYS,
-            format!("the issuer needs {took:.1?} for both documents, and AWS waits about {PATIENCE:?}"),
+            format!("the issuer needs {took:.1?} for both documents, and AWS waits about {MAX_ISSUER_TIME:?}"),
             "put it nearer, or in front of it a cache that keeps no longer than the keys' rotation allows",
         ),
         _ => fetch_concurrently(&url, web, report).await,
@@ -85,13 +85,13 @@ pub(super) async fn check(
 /// Fetches the keys many times at once, as STS does for workloads that start together. Rate limits
 /// and bot protection make some of those fetches fail, but not the single fetch of an operator.
 async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport) {
-    report.show_progress(&format!("{url}, {AT_ONCE} times at once"));
+    report.show_progress(&format!("{url}, {CONCURRENT_FETCHES} times at once"));
     let web = HttpProbe {
-        deadline: web.deadline.min(PATIENCE),
+        deadline: web.deadline.min(MAX_ISSUER_TIME),
         ..web.clone()
     };
     let mut fetches = JoinSet::new();
-    for _ in 0..AT_ONCE {
+    for _ in 0..CONCURRENT_FETCHES {
         let (web, url) = (web.clone(), url.to_owned());
         fetches.spawn(async move { web.get(&url).await });
     }
@@ -111,7 +111,9 @@ async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport
     if failures.is_empty() {
         return report.ok(
             KEYS,
-            format!("{AT_ONCE} requests at once are answered, the slowest in {slowest:.0?}"),
+            format!(
+                "{CONCURRENT_FETCHES} requests at once are answered, the slowest in {slowest:.0?}"
+            ),
         );
     }
     let failed: usize = failures.values().sum();
@@ -121,7 +123,7 @@ async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport
         .collect();
     report.failed(
         KEYS,
-        format!("of {AT_ONCE} requests at once {failed} fail: {}", failures.join("; ")),
+        format!("of {CONCURRENT_FETCHES} requests at once {failed} fail: {}", failures.join("; ")),
         "STS asks as often as workloads do: take rate limits and bot protection off the keys and the discovery document, or \
          let a cache answer in their place",
     );
@@ -153,10 +155,10 @@ fn token(live: &LiveToken, issuer: &str, aws: bool, report: &mut CheckReport) {
         );
     }
     let length = live.svid.spiffe_id().as_str().len();
-    if length > SUBJECT_MAX {
+    if length > MAX_SUBJECT_LENGTH {
         report.info(
             TOKEN,
-            format!("its `sub` has {length} characters, more than {SUBJECT_MAX}"),
+            format!("its `sub` has {length} characters, more than {MAX_SUBJECT_LENGTH}"),
             "choose a shorter SPIFFE ID",
         );
     }
@@ -379,10 +381,10 @@ fn contents(keys: &Value, report: &mut CheckReport) {
     }
     for kind in ["RSA", "EC"] {
         let count = keys.iter().filter(|key| key["kty"] == kind).count();
-        if count > KEYS_MAX {
+        if count > MAX_KEYS_PER_KIND {
             report.failed(
                 KEYS,
-                format!("{count} {kind} keys, and IAM reads {KEYS_MAX}"),
+                format!("{count} {kind} keys, and IAM reads {MAX_KEYS_PER_KIND}"),
                 "withdraw old keys",
             );
         }

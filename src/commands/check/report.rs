@@ -47,12 +47,12 @@ pub(in crate::commands) struct CheckReport {
 /// Moves to the start of a terminal's line and clears it.
 const ERASE_LINE: &str = "\r\x1b[2K";
 /// Maximum length of a progress text on a terminal, in characters.
-const WAITING_MAX: usize = 70;
+const MAX_PROGRESS_LENGTH: usize = 70;
 
 /// At least one step has failed.
-const FAILED: u8 = 1;
+const EXIT_FAILED: u8 = 1;
 /// No step failed, but not all could be checked.
-const UNCHECKED: u8 = 2;
+const EXIT_UNCHECKED: u8 = 2;
 
 impl CheckReport {
     /// Creates the report. With `json` all of it is written at the end, else each line at once.
@@ -126,7 +126,7 @@ impl CheckReport {
         }
         self.clear_progress();
         // A line that wraps could not be erased.
-        let what: String = what.chars().take(WAITING_MAX).collect();
+        let what: String = what.chars().take(MAX_PROGRESS_LENGTH).collect();
         eprint!("  ...  {what}");
         self.waiting.set(true);
     }
@@ -172,8 +172,8 @@ impl CheckReport {
         };
         let (failed, unchecked) = (count(Verdict::Failed), count(Verdict::Unchecked));
         let (result, colour, status) = match (failed, unchecked) {
-            (1.., _) => ("failed", RED, ExitCode::from(FAILED)),
-            (0, 1..) => ("unchecked", YELLOW, ExitCode::from(UNCHECKED)),
+            (1.., _) => ("failed", RED, ExitCode::from(EXIT_FAILED)),
+            (0, 1..) => ("unchecked", YELLOW, ExitCode::from(EXIT_UNCHECKED)),
             (0, 0) => ("pass", GREEN, ExitCode::SUCCESS),
         };
         self.clear_progress();

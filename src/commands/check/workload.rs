@@ -23,7 +23,7 @@ const TOKEN_FILE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
 /// Variables that select the profile of an SDK.
 const PROFILES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
 /// Time limit of a request. The daemon holds a cold request for 4.5 s.
-const DEADLINE: Duration = Duration::from_secs(6);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(6);
 
 pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut CheckReport) {
     let env = |name: &str| env(name).filter(|value| !value.is_empty());
@@ -276,7 +276,7 @@ async fn request_credentials(uri: &str, authorization: &str, report: &mut CheckR
     let web = HttpProbe {
         resolve: Vec::new(),
         network: None,
-        deadline: DEADLINE,
+        deadline: REQUEST_TIMEOUT,
     };
     let answer = match web.get_with(uri, Some(authorization)).await {
         Ok(answer) => answer,

@@ -13,7 +13,7 @@ use crate::commands::client;
 
 /// Time limit of the daemon's response. A slow or missing daemon is left to the command.
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(2);
-const MAX_ANSWER: usize = 64 * 1024;
+const MAX_RESPONSE: usize = 64 * 1024;
 /// Path for the request: the daemon attests the caller and then finds nothing there, so it returns
 /// no credentials.
 const PATH: &str = "/probe";
@@ -47,7 +47,7 @@ fn is_unsupported(uri: &str) -> Option<bool> {
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
     let address = (host, port).to_socket_addrs().ok()?.next()?;
     let stream = TcpStream::connect_timeout(&address, DAEMON_TIMEOUT).ok()?;
-    let answer = client::get(stream, PATH, MAX_ANSWER, Instant::now() + DAEMON_TIMEOUT).ok()?;
+    let answer = client::get(stream, PATH, MAX_RESPONSE, Instant::now() + DAEMON_TIMEOUT).ok()?;
     let body: Value = serde_json::from_slice(&answer.body).ok()?;
     Some(answer.status == 403 && body["code"] == UNSUPPORTED)
 }

@@ -12,12 +12,12 @@ use crate::identity::{RoleArn, SpiffeId, SpiffeIdPattern};
 use crate::role::{Role, Roles};
 
 /// IAM's default: sessions of a role last at most an hour.
-const SESSION_DEFAULT: Duration = Duration::from_secs(3600);
+const DEFAULT_SESSION: Duration = Duration::from_secs(3600);
 /// IAM's default quota for a trust policy, in characters without white space.
-const POLICY_MAX: usize = 2048;
+const MAX_POLICY_LENGTH: usize = 2048;
 /// IAM's limits for an OIDC provider.
-const URL_MAX: usize = 255;
-const AUDIENCES_MAX: usize = 100;
+const MAX_URL_LENGTH: usize = 255;
+const MAX_AUDIENCES: usize = 100;
 
 /// The issuer of the tokens, as the URL that IAM compares byte by byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,9 +31,9 @@ impl PlannedIssuer {
         let rest = rest
             .ok_or_else(|| format!("the issuer {text:?} is not a URL; write it with https://"))?;
         let plain = |c: u8| c.is_ascii_alphanumeric() || b"-._~:/%[]".contains(&c);
-        if rest.is_empty() || text.len() > URL_MAX || !rest.bytes().all(plain) {
+        if rest.is_empty() || text.len() > MAX_URL_LENGTH || !rest.bytes().all(plain) {
             return Err(format!(
-                "IAM does not accept the issuer {text:?}; use a host and a path of at most {URL_MAX} characters"
+                "IAM does not accept the issuer {text:?}; use a host and a path of at most {MAX_URL_LENGTH} characters"
             ));
         }
         Ok(Self(text.to_owned()))
@@ -342,7 +342,7 @@ impl Plan {
             .or_insert_with(|| PlannedRole {
                 name: name.to_owned(),
                 path: format!("{path}/"),
-                max_session: SESSION_DEFAULT,
+                max_session: DEFAULT_SESSION,
                 statements: Vec::new(),
             });
         role.max_session = role.max_session.max(duration);
@@ -398,17 +398,17 @@ impl Plan {
 
     fn check_limits(&mut self) {
         for (name, account) in &self.accounts {
-            if account.audiences.len() > AUDIENCES_MAX {
+            if account.audiences.len() > MAX_AUDIENCES {
                 self.warnings.push(format!(
-                    "account {name}: an IAM provider takes at most {AUDIENCES_MAX} audiences"
+                    "account {name}: an IAM provider takes at most {MAX_AUDIENCES} audiences"
                 ));
             }
             let provider = Value::from(self.provider_arn(name));
             for (arn, role) in &account.roles {
                 let length = role.policy(&self.issuer, &provider).to_string().len();
-                if length > POLICY_MAX {
+                if length > MAX_POLICY_LENGTH {
                     self.warnings.push(format!(
-                        "{arn}: its trust policy has {length} characters, and IAM takes {POLICY_MAX} unless the quota was \
+                        "{arn}: its trust policy has {length} characters, and IAM takes {MAX_POLICY_LENGTH} unless the quota was \
                          raised (to 4096 at most)"
                     ));
                 }

@@ -5,7 +5,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// Maximum size of the proxy's response.
-const HEAD_MAX: usize = 8 * 1024;
+const MAX_HEADER_SIZE: usize = 8 * 1024;
 
 /// Opens a tunnel to `host` on this connection to a proxy.
 pub(super) async fn open(
@@ -31,7 +31,7 @@ pub(super) async fn open(
     // Byte by byte: the bytes after the header section belong to the tunnel.
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
-        if head.len() == HEAD_MAX {
+        if head.len() == MAX_HEADER_SIZE {
             return Err("its response is too long".to_owned());
         }
         head.push(

@@ -3,7 +3,7 @@
 use hyper::StatusCode;
 
 /// Maximum length of a value that a message repeats, in characters.
-const QUOTED_LENGTH: usize = 128;
+const MAX_QUOTED_LENGTH: usize = 128;
 
 /// Error codes of this STS. `wire()` returns them as they are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +77,7 @@ impl DevRefusal {
         let value = match value {
             Some(value) => format!(
                 "'{}'",
-                value.chars().take(QUOTED_LENGTH).collect::<String>()
+                value.chars().take(MAX_QUOTED_LENGTH).collect::<String>()
             ),
             None => "null".to_owned(),
         };

@@ -16,9 +16,9 @@ const DURATION: std::ops::RangeInclusive<u32> = 900..=43_200;
 /// Duration of a request without `DurationSeconds`, in seconds.
 const DEFAULT_DURATION: u32 = 3600;
 /// Maximum length of a session policy, in characters.
-const POLICY_MAX: usize = 2048;
+const MAX_POLICY_LENGTH: usize = 2048;
 /// Maximum number of managed session policies.
-const POLICY_ARNS_MAX: usize = 10;
+const MAX_POLICY_ARNS: usize = 10;
 
 /// The parameters of the URL, then those of a form.
 #[derive(Debug)]
@@ -143,7 +143,7 @@ fn duration(parameters: &Parameters) -> Result<Duration, DevRefusal> {
 /// permissions to narrow.
 fn check_policies(parameters: &Parameters) -> Result<(), DevRefusal> {
     if let Some(policy) = parameters.get("Policy") {
-        if policy.is_empty() || policy.len() > POLICY_MAX {
+        if policy.is_empty() || policy.len() > MAX_POLICY_LENGTH {
             return Err(DevRefusal::parameter(
                 "policy",
                 Some(policy),
@@ -158,7 +158,7 @@ fn check_policies(parameters: &Parameters) -> Result<(), DevRefusal> {
             ));
         }
     }
-    if parameters.policy_arns().count() > POLICY_ARNS_MAX {
+    if parameters.policy_arns().count() > MAX_POLICY_ARNS {
         return Err(DevRefusal::parameter(
             "policyArns",
             Some("..."),

@@ -15,7 +15,7 @@ use crate::dev::keys::{KeyError, random_bytes};
 /// Maximum number of sessions. Beyond it, the session that expires first is removed.
 const MAX_SESSIONS: usize = 10_000;
 /// Alphabet of AWS's ids (base32).
-const ID_LETTERS: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
+const ID_ALPHABET: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
 /// Number of characters after the four letters of the kind.
 const ID_LENGTH: usize = 16;
 
@@ -83,7 +83,7 @@ pub(super) fn random_id(prefix: &str) -> Result<String, KeyError> {
     let letters = random_bytes::<ID_LENGTH>()?;
     let letters = letters
         .iter()
-        .map(|byte| char::from(ID_LETTERS[usize::from(byte % 32)]));
+        .map(|byte| char::from(ID_ALPHABET[usize::from(byte % 32)]));
     Ok(prefix.chars().chain(letters).collect())
 }
 

@@ -19,9 +19,9 @@ use super::sessions::{Session, Sessions};
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";
 const SERVICE: &str = "sts";
 /// Maximum difference between a request's time and this clock.
-const SKEW: Duration = Duration::from_secs(15 * 60);
+const MAX_SKEW: Duration = Duration::from_secs(15 * 60);
 /// Maximum validity of a presigned request: a week, in seconds.
-const EXPIRES_MAX: u64 = 604_800;
+const MAX_EXPIRES: u64 = 604_800;
 /// Query parameters that presigning adds. Signing again adds them again.
 const PRESIGNED: [&str; 7] = [
     "X-Amz-Algorithm",
@@ -162,7 +162,7 @@ impl Signature {
         let Some(expires) = expires
             .parse()
             .ok()
-            .filter(|seconds| *seconds <= EXPIRES_MAX)
+            .filter(|seconds| *seconds <= MAX_EXPIRES)
         else {
             return incomplete("X-Amz-Expires must be a number of seconds, 604800 at most.");
         };
@@ -238,14 +238,14 @@ impl Signature {
                 "'Host' and all 'x-amz-*' headers must be 'SignedHeaders' in the AWS Authorization.",
             );
         }
-        let valid_for = self.expires.unwrap_or(SKEW);
+        let valid_for = self.expires.unwrap_or(MAX_SKEW);
         if now > self.time + valid_for {
             return mismatch(format!(
                 "Signature expired: {} is more than {valid_for:?} ago",
                 self.time_text
             ));
         }
-        if self.time > now + SKEW {
+        if self.time > now + MAX_SKEW {
             return mismatch(format!(
                 "Signature not yet current: {} is still later than now",
                 self.time_text

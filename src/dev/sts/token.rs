@@ -14,7 +14,7 @@ use crate::dev::loopback::{self, FetchError};
 use crate::dev::oidc::DISCOVERY_PATH;
 
 /// Maximum time by which a token may be issued ahead of this clock.
-const SKEW: Duration = Duration::from_secs(300);
+const MAX_SKEW: Duration = Duration::from_secs(300);
 /// Algorithms of STS that the library supports (it lacks ES512).
 const ALGORITHMS: [Algorithm; 5] = [
     Algorithm::RS256,
@@ -173,7 +173,7 @@ fn check(
         return Err(DevRefusal::new(Code::ExpiredWebIdentity, message));
     }
     let made = iat.max(not_before);
-    if made > now + SKEW.as_secs() {
+    if made > now + MAX_SKEW.as_secs() {
         return refused(format!(
             "Token is not yet valid: current date/time {now} must be after {made}"
         ));

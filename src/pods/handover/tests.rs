@@ -172,14 +172,14 @@ async fn socket_admits_only_its_owner() {
         0o600
     );
     let (next, before) = tokio::join!(handover.accept(), connect(&path));
-    send_message(&before.unwrap(), GIVE).await.unwrap();
+    send_message(&before.unwrap(), REQUEST).await.unwrap();
     let next = next.unwrap();
     assert_eq!(
         (
             receive_message(&next).await.unwrap(),
             receive_message(&next).await.unwrap()
         ),
-        (Some(GIVE), None)
+        (Some(REQUEST), None)
     );
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     drop(handover);

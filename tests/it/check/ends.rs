@@ -69,7 +69,7 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
     assert!(
         output
             .stdout
-            .ends_with("unchecked: nothing failed, but 1 step could not be looked at\n"),
+            .ends_with("unchecked: nothing failed, but 1 step could not be checked\n"),
         "{output:?}"
     );
 
