@@ -1,4 +1,4 @@
-//! The command `awsvid serve`: from the configuration file to an exit status, with the signals in between.
+//! The `awsvid serve` command: configuration, start, signals, exit status.
 
 use std::io;
 use std::path::Path;
@@ -18,24 +18,29 @@ use crate::pod_listeners::PodsError;
 use crate::telemetry;
 use crate::telemetry::Log;
 
-/// sysexits.h: something was found in an unconfigured or misconfigured state. systemd does not restart on it.
+/// EX_CONFIG of sysexits.h. The systemd unit does not restart on it.
 const EX_CONFIG: u8 = 78;
-/// With a signal's number added: ended by that signal while requests were open. As shells say it of a killed process.
+/// Added to a signal's number when that signal cut open requests, as shells report a killed
+/// process.
 const SIGNAL_EXIT_BASE: u8 = 128;
 
-const NOT_COUNTED: &str = "executions of programs cannot be counted, so callers' processes are not named to the agent (unseen_program)";
+const NOT_COUNTED: &str =
+    "executions of programs cannot be counted: callers are refused (unseen_program)";
 
-/// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT; SIGHUP reads it again. To be called before any
-/// thread is started. The exit statuses are in deploy/README.md.
+/// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT. SIGHUP reloads it.
+///
+/// Has to be called before any thread is started. The exit statuses are in deploy/README.md.
 #[expect(
     clippy::print_stderr,
-    reason = "before the log is there, standard error is where a person looks"
+    reason = "before the log is started, errors go to standard error"
 )]
 pub fn serve(path: &Path) -> ExitCode {
     let loaded = match Config::load(path, Exposure::Refused, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded,
         Err(errors) => {
-            eprintln!("{errors}\nawsvid: the configuration has errors and nothing was started");
+            eprintln!(
+                "{errors}\nawsvid: not started: the configuration has errors; correct the lines above"
+            );
             return ExitCode::from(EX_CONFIG);
         }
     };
@@ -53,19 +58,20 @@ pub fn serve(path: &Path) -> ExitCode {
         }
     };
     warn(path, &warnings);
-    let does = DaemonFeatures::of(&config);
-    // It takes capabilities that are given up right after.
-    let exec_monitor = does.names_processes().then(exec_monitor).flatten();
-    hardening::harden_before_threads(does);
+    let features = DaemonFeatures::of(&config);
+    // The monitor needs capabilities that are dropped right after.
+    let exec_monitor = features.names_processes().then(exec_monitor).flatten();
+    hardening::harden_before_threads(features);
     if let Err(error) = log.start() {
         eprintln!("awsvid: the log cannot be written: {error}");
         return ExitCode::FAILURE;
     }
-    // The default hook writes to standard error directly, and would wait for its reader.
+    // The default hook writes to standard error directly, and would block on its reader.
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     let status = start(path, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
-        // What another start would not change: a variable of the environment, or what the unit or the container lacks.
+        // Errors that another start would repeat: an environment variable, or a lack of the unit or
+        // the container.
         match error.downcast_ref() {
             Some(
                 AppError::Sts(_)
@@ -79,7 +85,8 @@ pub fn serve(path: &Path) -> ExitCode {
     status
 }
 
-/// What notices that a caller's process executes a program. Without it nobody is named to an agent, and the log says why.
+/// Starts the monitor of program executions. Without it no process is referred to an agent, and the
+/// log has the reason.
 fn exec_monitor() -> Option<ExecMonitor> {
     ExecMonitor::start()
         .inspect_err(|error| tracing::error!("{NOT_COUNTED}: {error}; {}", error.fix()))
@@ -102,7 +109,7 @@ fn start(
         metrics,
     };
     let ended = runtime.block_on(run(path, config, startup, log));
-    // Without waiting for what still blocks a thread, such as the lookup of a name that nobody needs any more.
+    // Does not wait for blocked threads, such as the lookup of a name that is not needed any more.
     runtime.shutdown_background();
     ended
 }
@@ -123,36 +130,35 @@ async fn run(
             _ = signals.end() => break,
             _ = hangup.recv() => {}
         }
-        // A name service may let it wait; the daemon can be ended all the same.
+        // A name service may block the reload. The signals still end the daemon.
         tokio::select! {
             _ = signals.end() => break,
             () = reload(&mut app, path, log) => {}
         }
     }
     notify(&[NotifyState::Stopping]);
-    tracing::info!(
-        "ending: no new connections, open ones are finished; a second signal ends at once"
-    );
+    tracing::info!("draining: open requests are finished; a second signal cuts them");
     tokio::select! {
         () = app.drain() => Ok(ExitCode::SUCCESS),
         number = signals.end() => {
-            tracing::warn!("ending at once: open requests are cut");
+            tracing::warn!("stopped before open requests were finished");
             Ok(ExitCode::from(SIGNAL_EXIT_BASE + number))
         }
     }
 }
 
-/// Has the TLS library gather its first randomness, which takes 40 ms of a processor, before a handshake waits for it.
+/// Lets the TLS library gather its first randomness, 40 ms of CPU time, before a handshake needs
+/// it.
 fn seed_tls() {
-    // A handshake would fail with the same error, and say so.
+    // A handshake would fail with the same error and report it.
     let _ = aws_lc_rs::rand::fill(&mut [0]);
 }
 
-/// Reads the configuration again. One that can't be used changes nothing.
+/// Reloads the configuration. One with errors changes nothing.
 async fn reload(app: &mut App, path: &Path, log: &Log) {
-    let begun = NotifyState::monotonic_usec_now().ok();
+    let reload_start = NotifyState::monotonic_usec_now().ok();
     notify(
-        &[Some(NotifyState::Reloading), begun]
+        &[Some(NotifyState::Reloading), reload_start]
             .into_iter()
             .flatten()
             .collect::<Vec<_>>(),
@@ -165,18 +171,18 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
     };
     let used = match loading.await {
         Ok(Ok(loaded)) => {
-            let (wanted, does) = (
+            let (log_config, features) = (
                 loaded.config.log.clone(),
                 DaemonFeatures::of(&loaded.config),
             );
             app.reload(loaded.config).await.map_err(|error| error.to_string()).inspect(|()| {
-                // It was read as a part of the configuration, so there is no error to lose.
-                let _ = log.change(&wanted.level, wanted.format);
+                // It was checked with the configuration, so it cannot fail here.
+                let _ = log.change(&log_config.level, log_config.format);
                 warn(path, &loaded.warnings);
-                hardening::warn_missing(does);
-                if does.names_processes() && !app.counts_executions() {
+                hardening::warn_missing(features);
+                if features.names_processes() && !app.counts_executions() {
                     tracing::error!(
-                        "{NOT_COUNTED}: that takes privileges which are given up at the start; restart awsvid"
+                        "{NOT_COUNTED}: the privileges for that were dropped at the start; restart awsvid"
                     );
                 }
             })
@@ -186,13 +192,13 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
     };
     let status = match used {
         Ok(()) => {
-            tracing::info!("the configuration was reloaded");
+            tracing::info!("configuration reloaded");
             "Reloaded"
         }
         Err(errors) => {
             errors.lines().for_each(|line| tracing::error!("{line}"));
-            tracing::error!("the configuration was not reloaded: the one before stays in effect");
-            "The configuration has errors, see the log: the one before stays in effect"
+            tracing::error!("configuration not reloaded: the previous one stays in effect");
+            "The new configuration has errors, see the log; the previous one stays in effect"
         }
     };
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
@@ -204,12 +210,11 @@ fn warn(path: &Path, warnings: &[Problem]) {
     }
 }
 
-/// Tells systemd. Not running under it is no error.
+/// Notifies systemd. Outside systemd this does nothing.
 fn notify(state: &[NotifyState<'_>]) {
     let _ = sd_notify::notify(state);
 }
 
-/// The signals that end the daemon.
 struct Signals {
     term: Signal,
     int: Signal,
@@ -223,7 +228,7 @@ impl Signals {
         })
     }
 
-    /// Waits for one of them; its number.
+    /// Waits for a signal that ends the daemon, and returns its number.
     async fn end(&mut self) -> u8 {
         const SIGINT: u8 = 2;
         const SIGTERM: u8 = 15;

@@ -1,4 +1,4 @@
-//! The `awsvid` command.
+//! The entry point of `awsvid`.
 
 use std::fs;
 use std::io::{self, Write};
@@ -16,13 +16,14 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-/// Gives each workload on this machine its own AWS credentials, by its SPIFFE identity.
+/// Gives each workload on this machine its own AWS credentials, by its SPIFFE ID
 ///
-/// awsvid is one daemon per node. AWS SDKs and the AWS CLI ask it over the container credential endpoint, which they all
-/// know; it learns from the kernel who is asking, gets that workload's JWT-SVID from SPIRE (or another SPIFFE provider), and
+/// awsvid is one daemon per node. AWS SDKs and the AWS CLI fetch credentials from it over the
+/// container credential endpoint, which all of them support. awsvid learns from the kernel which
+/// workload is calling, fetches that workload's JWT-SVID from SPIRE or another SPIFFE provider, and
 /// exchanges it at AWS STS.
 ///
-/// New here: `awsvid dev` tries all of it on this machine, with no AWS account and no SPIRE.
+/// To start: `awsvid dev` runs all of it on this machine, without an AWS account and without SPIRE.
 #[derive(Parser)]
 #[command(version, long_version = long_version(), after_help = AFTER)]
 struct Arguments {
@@ -31,26 +32,30 @@ struct Arguments {
 }
 
 const AFTER: &str = "\
-For whom:
-  to try it           dev
-  on a node           serve, config, status, probe, check
-  for its account     trust-policy
-  in a workload       exec, credential-process
+Where to use them:
+  on any machine, to try awsvid    dev
+  on a node                        serve, config, status, probe, check
+  for an AWS account               trust-policy
+  in a workload                    exec, credential-process
 
-The daemon's configuration is /etc/awsvid/awsvid.toml; AWSVID_CONFIG or --config names another.
-Colours are for terminals only, and not where NO_COLOR is set.";
+The configuration is /etc/awsvid/awsvid.toml. AWSVID_CONFIG or --config names
+another file.
+Output is coloured only on a terminal, and never if NO_COLOR is set.";
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs the daemon.
+    /// Runs the daemon
     ///
-    /// It runs until SIGTERM or SIGINT and then ends without cutting a request off; SIGHUP reads the configuration again. It
-    /// needs root, or the capabilities of deploy/systemd/awsvid.service.
+    /// The daemon runs until SIGTERM or SIGINT, and then finishes open requests. SIGHUP reloads the
+    /// configuration. It needs root, or the capabilities of deploy/systemd/awsvid.service.
     #[command(after_help = "\
-Exit status: 0 after a signal; 78 if the configuration has errors, each of which is on standard error with its line and what
-to do; 1 for anything else that keeps it from starting. Try a configuration first: awsvid config --check FILE")]
+Exit status: 0 after a signal, 78 if the configuration has errors, 1 if the
+daemon cannot start for another reason. Errors of the configuration are on
+standard error, each with its line and a fix.
+
+Check a configuration before the start: awsvid config --check FILE")]
     Serve {
-        /// The configuration file.
+        /// Path of the configuration file
         #[arg(
             long,
             env = "AWSVID_CONFIG",
@@ -66,27 +71,28 @@ to do; 1 for anything else that keeps it from starting. Try a configuration firs
     TrustPolicy(trust_policy::TrustPolicyArgs),
     Exec(Exec),
     CredentialProcess(CredentialProcess),
-    /// Tries the whole path on this machine: no AWS account and no SPIRE needed.
+    /// Tries awsvid on this machine, without an AWS account and without SPIRE
     ///
-    /// Starts the daemon between a small SPIFFE provider and an STS of its own, all on loopback. They really sign and verify,
-    /// but no AWS account knows them.
+    /// Starts the daemon between a small SPIFFE provider and an STS of its own, all on loopback.
+    /// Both really sign and verify, but AWS does not know the credentials.
     #[command(after_help = "\
 Examples:
-  awsvid dev                                      prints the variables for another terminal
-  awsvid dev -- aws sts get-caller-identity       runs one command with them")]
+  awsvid dev                                  prints variables to copy elsewhere
+  awsvid dev -- aws sts get-caller-identity   runs one command with them")]
     Dev {
-        /// A command to run with the credentials endpoint in its environment; without one, `dev` prints the variables.
+        /// Command to run with the endpoint in its environment. Without one, `dev` prints the
+        /// variables
         #[arg(last = true, value_name = "CMD")]
         command: Vec<std::ffi::OsString>,
     },
-    /// Prints a script that completes awsvid's commands and options in a shell.
+    /// Prints a shell's completion script for awsvid
     #[command(after_help = "\
 Examples:
-  awsvid completions bash | sudo tee /usr/share/bash-completion/completions/awsvid >/dev/null
-  awsvid completions zsh | sudo tee /usr/share/zsh/site-functions/_awsvid >/dev/null
+  awsvid completions bash > ~/.local/share/bash-completion/completions/awsvid
+  awsvid completions zsh > ~/.zfunc/_awsvid
   awsvid completions fish > ~/.config/fish/completions/awsvid.fish")]
     Completions {
-        /// Which shell.
+        /// Shell to print the script for
         shell: Shell,
     },
     /// Prints a manual page: of awsvid, or of one of its commands.
@@ -127,7 +133,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The facts of this build. The revision is proto/build.rs's.
+/// Returns the facts of this build. The revision is set by proto/build.rs.
 fn long_version() -> String {
     let libc = if cfg!(target_env = "musl") {
         "musl"

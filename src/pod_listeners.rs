@@ -1,8 +1,9 @@
-//! Listeners inside pods' network namespaces, where each workload finds the endpoint on its own loopback address.
+//! Listeners inside pods' network namespaces, so that each workload reaches the endpoint on its own
+//! loopback address.
 //!
-//! A container runtime mounts each namespace on a file in one directory. That directory is looked at again whenever
-//! something about it changes, and what is listened in follows what is there: nothing depends on the names of files, on the
-//! order of events, or on whether each of them was seen.
+//! A container runtime mounts each namespace on a file in one directory. On any change there the
+//! daemon scans the whole directory and adapts its listeners to the result. So it depends neither
+//! on file names, nor on the order of events, nor on a complete sequence of them.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -35,85 +36,87 @@ use netns_watch::{Change, NetnsWatch};
 use pod::{BindFailure, ListenedPod, NamespaceSockets, PodService, ReceivedSockets};
 use takeover::HandoverRole;
 
-/// A file on which nothing is mounted for so long is not one whose pod is just being made: that takes milliseconds, and some
-/// seconds where hundreds are being made on a machine that can't keep up.
+/// Maximum time for which a file without a mount may belong to a pod that the runtime is creating.
+///
+/// Creation takes milliseconds, and some seconds when an overloaded machine creates hundreds.
 const MOUNT_GRACE: Duration = Duration::from_secs(10);
-/// Between looks at a file that may still be waited for, if no event says that something is mounted on it.
+/// Interval between checks of a file without a mount, for mounts that no event reports.
 const MOUNT_POLL: Duration = Duration::from_millis(50);
-/// Between tries to bind an address that is taken.
+/// Interval between attempts to bind an address that is in use.
 const BIND_RETRY: Duration = Duration::from_secs(1);
-/// Between lines of the log about what does not pass.
+/// Minimum interval between log lines about a lasting failure.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// Where no pod is being made, a mount somewhere on the host is no reason to hurry.
+/// Delay before the scan after a mount event, while no pod is being created.
 const RESCAN_DEBOUNCE: Duration = Duration::from_millis(100);
 
-/// Why the daemon can't listen in pods.
+/// Reason why the daemon cannot serve pods.
 #[derive(Debug, Error)]
 pub enum PodsError {
-    /// A capability is missing.
+    /// The daemon may not enter network namespaces.
     #[error(
         "[listen] pods: {0}; in Kubernetes add SYS_ADMIN to the container's securityContext.capabilities.add, under systemd \
          add CAP_SYS_ADMIN to CapabilityBoundingSet= and AmbientCapabilities="
     )]
     Denied(NamespaceError),
-    /// The directory can't be watched.
+    /// The directory of namespaces cannot be watched.
     #[error("[listen] pods_dir {}: {source}", path.display())]
     Watch {
-        /// Which.
+        /// Path of the directory.
         path: PathBuf,
-        /// Why.
+        /// Error of the system call.
         source: io::Error,
     },
 }
 
-/// All pods' listeners.
+/// The listeners of all pods.
 #[derive(Debug)]
 pub struct PodListeners {
     directory: PathBuf,
     watch: NetnsWatch,
     service: PodService,
     metrics: Metrics,
-    /// The daemon's own namespace, which is no pod's.
+    /// The daemon's own namespace, which does not belong to a pod.
     own: NamespaceId,
     pods: HashMap<NamespaceId, ListenedPod>,
-    /// Files without a namespace, since when; `None` if that was told.
+    /// Files without a mount, since when. `None` after that was logged.
     waiting: HashMap<PathBuf, Option<Instant>>,
-    /// Namespaces that could not be had, to be tried again.
+    /// Namespaces that could not be entered or served, for a retry.
     failed: HashSet<NamespaceId>,
-    /// Those that are not to be served, or that this kernel lets nobody serve.
+    /// Namespaces that are not to be served, or cannot be served on this kernel.
     unserved: HashSet<NamespaceId>,
-    told: LoggedOnce,
-    /// Where the next daemon gets the listeners from.
+    logged: LoggedOnce,
+    /// Path of the socket on which the next instance gets the listeners.
     handover: Option<PathBuf>,
     successors: Option<Handover>,
     stage: HandoverRole,
-    /// The connection on which this daemon took over, and those on which daemons before took over that may be there still: as
-    /// long as one is open, the daemon at its other end knows that somebody lives who came after it.
-    before: Vec<OwnedFd>,
-    /// Whether this daemon could serve pods' workloads.
-    able: watch::Receiver<bool>,
-    /// Whether the namespaces that were there at the start have been tried.
-    tried: watch::Sender<bool>,
+    /// The connection on which this instance took over, and the connections of earlier takeovers
+    /// that may still be open. While one is open, the instance at its other end knows that a later
+    /// instance is alive.
+    earlier: Vec<OwnedFd>,
+    /// Set when this instance could serve pods' workloads.
+    could_serve: watch::Receiver<bool>,
+    /// Set when the namespaces that were there at the start have been tried.
+    first_scan: watch::Sender<bool>,
 }
 
-/// How readiness and pods wait for each other.
+/// The condition on which readiness and the pod listeners wait for each other.
 #[derive(Debug, Clone)]
 pub struct TakeoverGate {
-    able: watch::Sender<bool>,
-    tried: watch::Receiver<bool>,
+    could_serve: watch::Sender<bool>,
+    first_scan: watch::Receiver<bool>,
 }
 
 impl TakeoverGate {
-    /// Says that everything else has answered, so that listeners can pass from the daemon before; returns when pods are
-    /// listened in.
+    /// Reports that all other dependencies answered, so that the listeners can be taken over.
+    /// Returns when pods are served.
     pub async fn pass(&mut self) {
-        self.able.send_replace(true);
-        // An error says that the daemon ends.
-        let _ = self.tried.wait_for(|tried| *tried).await;
+        self.could_serve.send_replace(true);
+        // An error means that the daemon ends.
+        let _ = self.first_scan.wait_for(|first_scan| *first_scan).await;
     }
 }
 
-/// What the log has once, though it may be so in every pod, or seldom.
+/// State of log lines that appear once, though each pod may give a reason, or at a bounded rate.
 #[derive(Debug)]
 struct LoggedOnce {
     no_directory: bool,
@@ -125,8 +128,8 @@ struct LoggedOnce {
 }
 
 impl LoggedOnce {
-    /// Whether the log may have a line about it now, and how many it did not have since the last.
-    fn is_unwatched(&self) -> Option<u64> {
+    /// Returns the number of suppressed lines if a line may be logged now.
+    fn unwatched_quota(&self) -> Option<u64> {
         self.unwatched
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -135,8 +138,10 @@ impl LoggedOnce {
 }
 
 impl PodListeners {
-    /// Looks whether namespaces can be entered, and begins to watch the directory. When it returns, what is there is
-    /// listened in, unless another daemon does that and hands it over once the gate is passed.
+    /// Checks that namespaces can be entered, and starts to watch the directory.
+    ///
+    /// On return the present namespaces are served, unless another instance serves them and passes
+    /// its listeners once the gate is passed.
     pub async fn start(
         (directory, handover): (&Path, Option<&Path>),
         front: Arc<CredentialEndpoint>,
@@ -148,7 +153,7 @@ impl PodListeners {
             path: directory.to_owned(),
             source,
         };
-        // Into its own, which asks for the same privilege as into another.
+        // Entering its own namespace needs the same privilege as entering another.
         let own = NetNs::own()
             .and_then(|own| own.run_in(|| ()).map(|()| own.id()))
             .map_err(PodsError::Denied)?;
@@ -158,7 +163,8 @@ impl PodListeners {
             stop,
             loops: TaskTracker::new(),
         };
-        let ((able, is_able), (tried, is_tried)) = (watch::channel(false), watch::channel(false));
+        let ((could_serve, can_serve), (first_scan, first_scan_done)) =
+            (watch::channel(false), watch::channel(false));
         let mut pods = Self {
             directory: directory.to_owned(),
             watch: NetnsWatch::new(directory).map_err(failed)?,
@@ -169,7 +175,7 @@ impl PodListeners {
             waiting: HashMap::new(),
             failed: HashSet::new(),
             unserved: HashSet::new(),
-            told: LoggedOnce {
+            logged: LoggedOnce {
                 no_directory: false,
                 not_mounted: false,
                 denied: false,
@@ -180,31 +186,31 @@ impl PodListeners {
             handover: handover.map(Path::to_owned),
             successors: None,
             stage: HandoverRole::Active,
-            before: Vec::new(),
-            able: is_able,
-            tried,
+            earlier: Vec::new(),
+            could_serve: can_serve,
+            first_scan,
         };
-        // Also where the first look has to wait for the daemon before.
+        // Logged also where the first scan has to wait for the previous instance.
         pods.warn_no_directory();
         pods.begin().await;
         Ok((
             pods,
             TakeoverGate {
-                able,
-                tried: is_tried,
+                could_serve,
+                first_scan: first_scan_done,
             },
         ))
     }
 
-    /// Listens in the namespaces that there are, and in no other.
+    /// Listens in the namespaces that are in the directory, and in no others.
     async fn reconcile(&mut self) {
         self.reconcile_dir(HashMap::new()).await;
     }
 
-    /// The same, by listeners that the daemon before has given.
-    async fn reconcile_dir(&mut self, mut given: HashMap<HandoverKey, OwnedFd>) {
+    /// Does the same with listeners received from the previous instance.
+    async fn reconcile_dir(&mut self, mut received: HashMap<HandoverKey, OwnedFd>) {
         if let Err(error) = self.watch.renew()
-            && let Some(missed) = self.told.is_unwatched()
+            && let Some(missed) = self.logged.unwatched_quota()
         {
             let directory = self.directory.display();
             tracing::error!(%error, %directory, missed, "the directory of network namespaces cannot be watched");
@@ -212,35 +218,38 @@ impl PodListeners {
         self.warn_no_directory();
         let found = self.scan();
         self.pods.retain(|id, pod| {
-            let there = found.get(id);
-            match there {
-                Some(path) => pod.place.update_path(path),
-                None => tracing::debug!(namespace = %pod.path().display(), "the network namespace is gone"),
+            let path = found.get(id);
+            match path {
+                Some(path) => pod.netns.update_path(path),
+                None => {
+                    tracing::debug!(namespace = %pod.path().display(), "network namespace removed")
+                }
             }
-            there.is_some()
+            path.is_some()
         });
         self.failed.retain(|id| found.contains_key(id));
         self.unserved.retain(|id| found.contains_key(id));
         let new = found
             .into_iter()
             .filter(|(id, _)| !self.pods.contains_key(id) && !self.unserved.contains(id));
-        let mut given = |id| {
+        let mut received = |id| {
             POD_ADDRESSES
                 .into_iter()
-                .filter_map(|address| Some((address, given.remove(&(id, address))?)))
+                .filter_map(|address| Some((address, received.remove(&(id, address))?)))
                 .collect()
         };
-        let new = new.map(|(id, path)| (Arc::new(NetnsRef::new(id, path)), given(id)));
+        let new = new.map(|(id, path)| (Arc::new(NetnsRef::new(id, path)), received(id)));
         self.add_namespaces(new.collect()).await;
         self.bind_missing().await;
-        self.look_at_ports().await;
-        self.tried.send_replace(true);
+        self.check_ports().await;
+        self.first_scan.send_replace(true);
         self.metrics
             .pod_namespaces
             .set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
     }
 
-    /// The namespaces in the directory, each with one of its files. Also notes the files on which none is mounted (yet).
+    /// Scans the directory. Returns the namespaces in it, each with one of its files, and records
+    /// the files without a mount.
     fn scan(&mut self) -> HashMap<NamespaceId, PathBuf> {
         let (mut found, mut waiting) = (HashMap::new(), HashMap::new());
         let files = fs::read_dir(&self.directory)
@@ -260,7 +269,7 @@ impl PodListeners {
                         .unwrap_or_else(|| Some(Instant::now()));
                     waiting.insert(path, since);
                 }
-                // It has just been removed.
+                // The runtime has just removed it.
                 Err(_) => {}
             }
         }
@@ -270,9 +279,9 @@ impl PodListeners {
     }
 
     fn warn_no_directory(&mut self) {
-        if !self.watch.has_directory() && !std::mem::replace(&mut self.told.no_directory, true) {
+        if !self.watch.has_directory() && !std::mem::replace(&mut self.logged.no_directory, true) {
             tracing::warn!(
-                "[listen] pods_dir: {} is not there; it is waited for. In Kubernetes mount the host's directory by a hostPath volume",
+                "[listen] pods_dir: {} does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
                 self.directory.display()
             );
         }
@@ -290,9 +299,9 @@ impl PodListeners {
                     reason: "not_mounted",
                 })
                 .inc();
-            if !std::mem::replace(&mut self.told.not_mounted, true) {
+            if !std::mem::replace(&mut self.logged.not_mounted, true) {
                 tracing::warn!(
-                    "no network namespace is mounted on {}; if it is a pod's, the host's mounts do not reach this daemon: in \
+                    "no network namespace is mounted on {}: the host's mounts may not reach this daemon; in \
                      Kubernetes set mountPropagation: HostToContainer on the volumeMount of {}",
                     path.display(),
                     self.directory.display()
@@ -301,27 +310,27 @@ impl PodListeners {
         }
     }
 
-    /// Makes what is needed in each of these namespaces, and serves there.
-    async fn add_namespaces(&mut self, places: Vec<(Arc<NetnsRef>, ReceivedSockets)>) {
-        if places.is_empty() {
+    /// Makes the sockets that each of these namespaces needs, and serves there.
+    async fn add_namespaces(&mut self, namespaces: Vec<(Arc<NetnsRef>, ReceivedSockets)>) {
+        if namespaces.is_empty() {
             return;
         }
         let making = tokio::task::spawn_blocking(move || {
-            places
+            namespaces
                 .into_iter()
-                .map(|(place, given)| (NamespaceSockets::inside(&place, given), place))
+                .map(|(netns, received)| (NamespaceSockets::inside(&netns, received), netns))
                 .collect::<Vec<_>>()
         });
-        for (made, place) in making.await.unwrap_or_default() {
-            let id = place.id();
+        for (made, netns) in making.await.unwrap_or_default() {
+            let id = netns.id();
             let served = match made {
-                Ok(made) => ListenedPod::serve(place.clone(), made, &self.service)
+                Ok(made) => ListenedPod::serve(netns.clone(), made, &self.service)
                     .map_err(NamespaceError::Io),
                 Err(error) => Err(error),
             };
             match served {
                 Ok(Some((pod, unbound))) => {
-                    tracing::debug!(namespace = %place.path().display(), "listening in a pod's network namespace");
+                    tracing::debug!(namespace = %netns.path().display(), "serving a pod's network namespace");
                     self.failed.remove(&id);
                     self.warn_unbound(&pod, unbound);
                     self.pods.insert(id, pod);
@@ -333,16 +342,16 @@ impl PodListeners {
                 Err(error @ NamespaceError::Machines) => {
                     self.unserved.insert(id);
                     tracing::warn!(
-                        "{}: {error}; nobody is served there as in a pod",
-                        place.path().display()
+                        "network namespace {} is not served as a pod's: {error}",
+                        netns.path().display()
                     );
                 }
-                // It went while it was entered; if not, there will be an event.
+                // It was removed meanwhile. Otherwise an event follows.
                 Err(NamespaceError::NotMounted) => {}
                 Err(error) => {
                     if self.failed.insert(id) {
-                        let path = place.path();
-                        tracing::warn!(%error, "a pod's network namespace cannot be listened in: {}", path.display());
+                        let path = netns.path();
+                        tracing::warn!(%error, "a pod's network namespace cannot be served: {}", path.display());
                         self.record_failures("error");
                     }
                 }
@@ -350,11 +359,11 @@ impl PodListeners {
         }
     }
 
-    /// Tries again to listen where that failed.
+    /// Retries the binds that failed.
     async fn bind_missing(&mut self) {
         let missing = self.pods.values().filter(|pod| !pod.missing.is_empty());
         let missing: Vec<_> = missing
-            .map(|pod| (pod.place.clone(), pod.missing.clone()))
+            .map(|pod| (pod.netns.clone(), pod.missing.clone()))
             .collect();
         if missing.is_empty() {
             return;
@@ -362,23 +371,23 @@ impl PodListeners {
         let binding = tokio::task::spawn_blocking(move || {
             let bound = missing
                 .into_iter()
-                .map(|(place, missing)| (place.id(), pod::bind(&place, &missing)));
+                .map(|(netns, missing)| (netns.id(), pod::bind(&netns, &missing)));
             bound.collect::<Vec<_>>()
         });
         for (id, bound) in binding.await.unwrap_or_default() {
             if let (Some(pod), Ok(bound)) = (self.pods.get_mut(&id), bound) {
-                let before = pod.missing.len();
-                // What is in the way was told of.
+                let missing_before = pod.missing.len();
+                // The cause of the failure was logged before.
                 pod.add(bound, &self.service);
-                if pod.missing.len() < before {
+                if pod.missing.len() < missing_before {
                     tracing::info!(
-                        "{}: the port is free now, and listened on",
+                        "port 974 is served in {}: it is free now",
                         pod.path().display()
                     );
                 }
                 if let Some(owner) = pod.warn_missing_with_owner() {
                     tracing::warn!(
-                        "{}, where port 974 is taken, is the network of the pod {owner}",
+                        "port 974 is in use in {}, the network namespace of the pod {owner}",
                         pod.path().display()
                     );
                 }
@@ -401,31 +410,32 @@ impl PodListeners {
                 BindFailure::Denied => "port_denied",
                 BindFailure::Failed(_) => "error",
             };
-            // The other address has failed for the same reason.
+            // The other address failed for the same reason.
             if i > 0 {
                 continue;
             }
             self.record_failures(reason);
             match unbound {
                 BindFailure::Taken => tracing::warn!(
-                    "port 974 is taken in the network namespace {}: the workloads of that pod are not served there until \
-                     whoever has it lets it go",
+                    "port 974 is in use in the network namespace {}: the pod is not served; stop the process that \
+                     listens on it",
                     path.display()
                 ),
-                BindFailure::Denied if std::mem::replace(&mut self.told.denied, true) => {}
+                BindFailure::Denied if std::mem::replace(&mut self.logged.denied, true) => {}
                 BindFailure::Denied => tracing::warn!(
-                    "the daemon may not listen on port 974 in {}; in Kubernetes add NET_BIND_SERVICE to the container's \
-                     securityContext.capabilities.add, under systemd CAP_NET_BIND_SERVICE",
+                    "port 974 cannot be bound in {}: CAP_NET_BIND_SERVICE is missing; in Kubernetes add NET_BIND_SERVICE to the \
+                     container's securityContext.capabilities.add, under systemd CAP_NET_BIND_SERVICE to \
+                     CapabilityBoundingSet= and AmbientCapabilities=",
                     path.display()
                 ),
                 BindFailure::Failed(error) => {
-                    tracing::warn!(%error, "port 974 cannot be listened on in {}", path.display());
+                    tracing::warn!(%error, "port 974 cannot be bound in {}", path.display());
                 }
             }
         }
     }
 
-    /// Waits until there is something to look at.
+    /// Waits until the directory has to be scanned, or a bind retried.
     async fn wait_for_change(&self) {
         let waiting = self.waiting.values().any(Option::is_some);
         let failed =
@@ -436,7 +446,7 @@ impl PodListeners {
         ) {
             (true, _) => Some(Instant::now() + MOUNT_POLL),
             (false, true) => Some(Instant::now() + BIND_RETRY),
-            (false, false) => self.next_look_at_ports(),
+            (false, false) => self.next_ports_check(),
         };
         tokio::select! {
             biased;
@@ -444,7 +454,7 @@ impl PodListeners {
                 Ok(Change::Mounts) if !waiting => drop(timeout(RESCAN_DEBOUNCE, self.watch.files()).await),
                 Ok(_) => {}
                 Err(error) => {
-                    if let Some(missed) = self.told.is_unwatched() {
+                    if let Some(missed) = self.logged.unwatched_quota() {
                         tracing::error!(%error, missed, "network namespaces cannot be watched");
                     }
                     tokio::time::sleep(BIND_RETRY).await;

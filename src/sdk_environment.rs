@@ -1,4 +1,5 @@
-//! What a command is started with, so that an SDK or the AWS CLI in it finds awsvid, and finds nothing else first.
+//! Environment of a child process in which SDKs and the AWS CLI find awsvid, and find no other
+//! credentials first.
 
 pub mod profiles;
 
@@ -8,14 +9,14 @@ use std::process::Command;
 
 use HigherPrecedence::{Alone, IsSent, WithOthers};
 
-/// How a variable keeps an SDK from asking awsvid, or from asking as awsvid wants.
+/// The way in which a variable keeps an SDK from awsvid, or changes its request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HigherPrecedence {
-    /// It is enough by itself: who takes it, and how.
+    /// Sufficient by itself. The text names the SDKs and their behaviour.
     Alone(&'static str),
-    /// Only with others of these; a sign that somebody meant other credentials.
+    /// Effective only with other variables. It is a sign that other credentials are intended.
     WithOthers,
-    /// It is sent to awsvid, whatever is in it.
+    /// Sent to awsvid, with any value.
     IsSent,
 }
 
@@ -23,8 +24,8 @@ const KEYS: &str =
     "every SDK takes keys from the environment first, and some fail with one half of a pair";
 const LEGACY_VAR: &str = "older SDKs for Java, Go and Ruby take keys under this name";
 
-/// What comes before the container endpoint in the default chain of at least one SDK, or is sent to it instead of what
-/// awsvid wants.
+/// Variables that take precedence over the container endpoint in the default chain of at least one
+/// SDK, or change the request to it.
 pub const HIGHER_PRECEDENCE_VARS: [(&str, HigherPrecedence); 21] = [
     ("AWS_ACCESS_KEY_ID", Alone(KEYS)),
     ("AWS_SECRET_ACCESS_KEY", Alone(KEYS)),
@@ -45,12 +46,9 @@ pub const HIGHER_PRECEDENCE_VARS: [(&str, HigherPrecedence); 21] = [
     ("AMAZON_SESSION_TOKEN", Alone(LEGACY_VAR)),
     (
         "AWS_CREDENTIAL_FILE",
-        Alone("Python takes keys from that file before it looks here"),
+        Alone("Python prefers keys from that file"),
     ),
-    (
-        "BOTO_CONFIG",
-        Alone("Python takes keys from that file before it looks here"),
-    ),
+    ("BOTO_CONFIG", Alone("Python prefers keys from that file")),
     (
         "AWS_PROFILE",
         Alone("every SDK takes that profile first, and fails if there is none of the name"),
@@ -61,7 +59,7 @@ pub const HIGHER_PRECEDENCE_VARS: [(&str, HigherPrecedence); 21] = [
     ),
     (
         "AWS_WEB_IDENTITY_TOKEN_FILE",
-        Alone("every SDK exchanges that file's token itself, before it looks here"),
+        Alone("every SDK prefers to exchange that file's token itself"),
     ),
     ("AWS_ROLE_ARN", WithOthers),
     ("AWS_ROLE_SESSION_NAME", WithOthers),
@@ -72,7 +70,8 @@ pub const HIGHER_PRECEDENCE_VARS: [(&str, HigherPrecedence); 21] = [
     ("AWS_CONTAINER_AUTHORIZATION_TOKEN", IsSent),
     ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", IsSent),
 ];
-/// Where a proxy is set, the endpoint has to be named as an exception: a proxy's loopback is not this machine's.
+/// Proxy variables. With one set, the endpoint has to be an exception, because a proxy's loopback
+/// is another machine's.
 const PROXIES: [&str; 6] = [
     "http_proxy",
     "HTTP_PROXY",
@@ -82,11 +81,11 @@ const PROXIES: [&str; 6] = [
     "ALL_PROXY",
 ];
 
-/// The shell's exit statuses for a command that can't be run.
+/// The shell's exit statuses for a command that cannot be run.
 const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;
 
-/// What to set and what to remove.
+/// Variables to set and to remove.
 #[derive(Debug, Clone)]
 pub struct Environment {
     set: Vec<(&'static str, String)>,
@@ -94,11 +93,12 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// For the endpoint `uri` on `host`; `inherited` gives the variables of this process.
+    /// Returns the variables for the endpoint `uri` on `host`. `inherited` reads the variables of
+    /// this process.
     pub fn new(uri: String, host: &str, inherited: impl Fn(&str) -> Option<String>) -> Self {
         let mut set = vec![
             ("AWS_CONTAINER_CREDENTIALS_FULL_URI", uri),
-            // Else an SDK that gets no credentials here would look for those of an EC2 instance.
+            // Without this an SDK that gets no credentials here would try those of an EC2 instance.
             ("AWS_EC2_METADATA_DISABLED", "true".to_owned()),
         ];
         if PROXIES.iter().any(|name| inherited(name).is_some()) {
@@ -114,7 +114,7 @@ impl Environment {
         }
     }
 
-    /// Also sets this variable.
+    /// Sets another variable, too.
     pub fn set(&mut self, name: &'static str, value: impl Into<String>) {
         self.removed.retain(|removed| *removed != name);
         self.set.push((name, value.into()));
@@ -125,22 +125,22 @@ impl Environment {
         self.removed.retain(|removed| *removed != name);
     }
 
-    /// Also removes this variable.
+    /// Removes another variable, too.
     pub fn remove(&mut self, name: &'static str) {
         self.removed.push(name);
     }
 
-    /// What is set, in this order; the last of a name counts.
+    /// Returns the variables to set, in this order. The last one of a name counts.
     pub fn variables(&self) -> &[(&'static str, String)] {
         &self.set
     }
 
-    /// What is removed.
+    /// Returns the names of the variables to remove.
     pub fn removed(&self) -> &[&'static str] {
         &self.removed
     }
 
-    /// Gives a command this environment, on top of what it inherits.
+    /// Applies this environment to a command, on top of its inherited one.
     pub fn apply(&self, command: &mut Command) {
         self.removed.iter().for_each(|name| {
             command.env_remove(name);
@@ -149,7 +149,7 @@ impl Environment {
     }
 }
 
-/// As lines for a POSIX shell.
+/// Lines for a POSIX shell that apply the environment.
 impl fmt::Display for Environment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "unset {}", self.removed.join(" "))?;
@@ -159,7 +159,7 @@ impl fmt::Display for Environment {
     }
 }
 
-/// A word of a POSIX shell.
+/// Quotes a word for a POSIX shell.
 fn quoted(value: &str) -> String {
     let plain = |c: u8| c.is_ascii_alphanumeric() || b"/:._-,".contains(&c);
     if !value.is_empty() && value.bytes().all(plain) {
@@ -168,7 +168,7 @@ fn quoted(value: &str) -> String {
     format!("'{}'", value.replace('\'', r"'\''"))
 }
 
-/// What a shell's exit status would be for a command that could not be started.
+/// Returns the exit status of a shell for a command that could not be started.
 pub fn exit_code(error: &io::Error) -> u8 {
     match error.kind() {
         io::ErrorKind::NotFound => NOT_FOUND,
@@ -191,7 +191,7 @@ mod tests {
         )
     }
 
-    /// What a shell has in its environment after it has run the lines.
+    /// Returns the environment of a shell that has run the lines.
     fn in_a_shell(lines: &str, before: &[(&str, &str)]) -> BTreeMap<String, String> {
         let mut shell = Command::new("sh");
         shell
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shell_and_a_command_get_the_same_and_lose_the_same() {
+    fn shell_and_command_get_the_same_environment() {
         let before: Vec<(&str, &str)> = HIGHER_PRECEDENCE_VARS
             .iter()
             .map(|(name, _)| (*name, "x"))
@@ -230,7 +230,7 @@ mod tests {
         command.arg("-0").env_clear().envs(before.iter().copied());
         environment.apply(&mut command);
         let mut command = variables(command);
-        // Of the shell's own making.
+        // Variables that the shell itself sets.
         command.extend(
             ["PATH", "PWD", "SHLVL", "_", "OLDPWD"]
                 .iter()
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn behind_a_proxy_the_endpoint_becomes_an_exception() {
+    fn endpoint_is_an_exception_of_proxies() {
         let table = [
             (vec![("HTTPS_PROXY", "http://proxy:3128")], "127.0.0.1"),
             (
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn the_status_is_what_a_shell_would_give() {
+    fn exit_code_is_that_of_a_shell() {
         assert_eq!(exit_code(&io::ErrorKind::NotFound.into()), 127);
         assert_eq!(exit_code(&io::ErrorKind::PermissionDenied.into()), 126);
     }

@@ -1,4 +1,4 @@
-//! The token that callers over TCP may send, or must.
+//! The token that TCP callers may send or have to send.
 
 use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Read, Write};
@@ -14,22 +14,23 @@ use zeroize::Zeroizing;
 
 use crate::config::exposures;
 
-/// How often a file is tried again that could not be written.
-const RETRY: Duration = Duration::from_secs(5);
+/// Interval between attempts to write the file.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The node's token, and where it could not be written.
+/// The node's token, and the reason why its file is missing.
 pub(super) struct NodeToken {
-    /// The token.
     pub(super) token: Zeroizing<String>,
-    /// Why its file is not there yet.
+    /// Error of the attempt to write the file.
     pub(super) unwritten: Option<io::Error>,
 }
 
 impl NodeToken {
-    /// That of an earlier start, so that workloads that have read it keep working, or a new one. An error if the system has no
-    /// random numbers. A token that another user could have written is not kept (T38): that user would know it.
+    /// Loads the token of an earlier start, so that workloads that have read it keep working.
+    /// Otherwise makes a new one.
     ///
-    /// 32 random bytes in base64url, without a newline, since some SDKs send the file's bytes as they are.
+    /// A token that another user could have written is replaced (T38), because that user would know
+    /// it. The text is 32 random bytes in base64url, without a newline, since some SDKs send the
+    /// file's bytes unchanged. Fails if the system has no random numbers.
     pub(super) fn load(path: &Path) -> io::Result<Self> {
         let valid = |text: &String| text.len() == 43 && URL_SAFE_NO_PAD.decode(text).is_ok();
         if let Some(text) = read(path).ok().filter(valid) {
@@ -39,7 +40,8 @@ impl NodeToken {
             });
         }
         let mut bytes = Zeroizing::new([0_u8; 32]);
-        // The kernel's own: those of the TLS library take 40 ms at first, while it gathers jitter of the processor.
+        // The kernel's generator: that of the TLS library takes 40 ms at first, while it gathers
+        // jitter of the processor.
         getrandom::fill(&mut *bytes)?;
         let token = Zeroizing::new(URL_SAFE_NO_PAD.encode(*bytes));
         let unwritten = write(path, &token).err();
@@ -47,17 +49,15 @@ impl NodeToken {
     }
 }
 
-/// The content of the file; an error if another user could have written it.
+/// Reads the file. Fails if another user could have written it.
 fn read(path: &Path) -> io::Result<String> {
-    // Another user's FIFO would keep the start waiting.
+    // O_NONBLOCK: another user's FIFO would block the start.
     let mut file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
         .open(path)?;
     if let Some(exposed) = exposures(path, &file.metadata()?, "token file").first() {
-        tracing::warn!(
-            "[listen] token_file: {exposed}; a new token takes the place of the one in it"
-        );
+        tracing::warn!("[listen] token_file: {exposed}; the token in it is replaced");
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     let mut text = String::new();
@@ -65,13 +65,13 @@ fn read(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// Writes the file as soon as that is possible: its directory may be on a file system that is mounted later.
+/// Retries until the file is written: its directory may be on a file system that is mounted later.
 pub(super) async fn write_later(path: PathBuf, token: Zeroizing<String>) {
     loop {
-        sleep(RETRY).await;
+        sleep(RETRY_INTERVAL).await;
         let (to, text) = (path.clone(), token.clone());
         if let Ok(Ok(())) = spawn_blocking(move || write(&to, &text)).await {
-            tracing::info!(path = %path.display(), "the token file is written");
+            tracing::info!(path = %path.display(), "token file written");
             return;
         }
     }
@@ -100,7 +100,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn token_of_an_earlier_start_is_kept_unless_another_user_could_have_written_it() {
+    fn token_is_kept_unless_another_user_could_have_written_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
         let token = || NodeToken::load(&path).unwrap().token.to_string();
@@ -113,7 +113,7 @@ mod tests {
         let second = token();
         assert_ne!(second, first);
         assert_eq!(fs::read_to_string(&path).unwrap(), second);
-        // Its mode was mended with it.
+        // The replacement fixed the mode, too.
         assert_eq!(token(), second);
         fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
         assert_ne!(token(), second);

@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
-/// A whole answer.
+/// A complete response of the daemon.
 pub(super) struct LocalResponse {
     pub(super) status: u16,
-    /// How long the daemon would like a client to wait.
+    /// Minimum wait before a retry, as sent by the daemon.
     pub(super) retry_after: Option<Duration>,
-    /// It may hold credentials.
+    /// The body, which may contain credentials.
     pub(super) body: Zeroizing<Vec<u8>>,
 }
 
-/// A connection whose reads and writes can be limited in time.
+/// A connection with a time limit for reads and writes.
 pub(super) trait Connection: Read + Write {
     /// Limits each read and each write from now on.
     fn limit(&self, time: Duration) -> io::Result<()>;
@@ -36,29 +36,29 @@ impl Connection for TcpStream {
     }
 }
 
-/// Asks for `path`, and reads an answer of at most `most` bytes, until `deadline`.
+/// Requests `path`, and reads a response of at most `most` bytes, until `deadline`.
 pub(super) fn get(
     mut stream: impl Connection,
     path: &str,
     most: usize,
     deadline: Instant,
 ) -> io::Result<LocalResponse> {
-    stream.limit(left(deadline)?)?;
+    stream.limit(remaining_time(deadline)?)?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes())?;
-    // Made once in this size: a buffer that grows leaves copies of what is in it behind.
+    // The buffer gets its size at once: one that grows leaves copies of its content behind.
     let mut answer = Zeroizing::new(vec![0; most.min(64 * 1024)]);
     let mut length = 0;
     loop {
         if length == answer.len() {
             if length >= most {
-                return Err(garbled("it does not end"));
+                return Err(invalid_response("it does not end"));
             }
             let mut larger = Zeroizing::new(vec![0; (length * 2).min(most)]);
             larger[..length].copy_from_slice(&answer);
             answer = larger;
         }
-        stream.limit(left(deadline)?)?;
+        stream.limit(remaining_time(deadline)?)?;
         match stream.read(&mut answer[length..]) {
             Ok(0) => break,
             Ok(read) => length += read,
@@ -72,12 +72,12 @@ pub(super) fn get(
     parse(&answer[..length])
 }
 
-fn left(deadline: Instant) -> io::Result<Duration> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
+fn remaining_time(deadline: Instant) -> io::Result<Duration> {
+    let remaining_time = deadline.saturating_duration_since(Instant::now());
+    if remaining_time.is_zero() {
         Err(ErrorKind::TimedOut.into())
     } else {
-        Ok(left)
+        Ok(remaining_time)
     }
 }
 
@@ -85,13 +85,14 @@ fn parse(answer: &[u8]) -> io::Result<LocalResponse> {
     let end = answer
         .windows(4)
         .position(|four| four == b"\r\n\r\n")
-        .ok_or_else(|| garbled("it has no head"))?;
-    let head = std::str::from_utf8(&answer[..end]).map_err(|_| garbled("its head is no text"))?;
+        .ok_or_else(|| invalid_response("it has no header section"))?;
+    let head = std::str::from_utf8(&answer[..end])
+        .map_err(|_| invalid_response("its header section is not UTF-8"))?;
     let mut lines = head.split("\r\n");
     let status = lines
         .next()
         .and_then(|line| line.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok());
-    let status = status.ok_or_else(|| garbled("it is not HTTP"))?;
+    let status = status.ok_or_else(|| invalid_response("it is not HTTP"))?;
     let (mut length, mut retry_after) = (None, None);
     for (name, value) in lines.filter_map(|line| line.split_once(':')) {
         match name.to_ascii_lowercase().as_str() {
@@ -102,7 +103,7 @@ fn parse(answer: &[u8]) -> io::Result<LocalResponse> {
     }
     let body = &answer[end + 4..];
     if length != Some(body.len()) {
-        return Err(garbled("it was cut off"));
+        return Err(invalid_response("it ends too early"));
     }
     Ok(LocalResponse {
         status,
@@ -111,11 +112,8 @@ fn parse(answer: &[u8]) -> io::Result<LocalResponse> {
     })
 }
 
-fn garbled(what: &str) -> io::Error {
-    io::Error::new(
-        ErrorKind::InvalidData,
-        format!("the answer can't be used: {what}"),
-    )
+fn invalid_response(what: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, format!("invalid response: {what}"))
 }
 
 #[cfg(test)]
@@ -128,7 +126,7 @@ mod tests {
         let serving = thread::spawn(move || {
             let mut request = [0; 1024];
             let read = server.read(&mut request).unwrap();
-            // The client may have had enough.
+            // The client may have closed the connection.
             let _ = server.write_all(text.as_bytes());
             String::from_utf8(request[..read].to_vec()).unwrap()
         });
@@ -143,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_taken_whole_or_not_at_all() {
+    fn partial_response_is_an_error() {
         let answer =
             "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\ncontent-length: 4\r\n\r\nbody"
                 .to_owned();
@@ -169,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_answer_is_read_to_its_end() {
+    fn long_response_is_read_to_its_end() {
         let body = "x".repeat(300_000);
         let text = format!(
             "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}",
@@ -182,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_says_nothing_is_not_waited_for() {
+    fn get_ends_at_the_deadline() {
         let (client, _server) = UnixStream::pair().unwrap();
         let error = get(
             client,

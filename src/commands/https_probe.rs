@@ -1,5 +1,7 @@
-//! GET as STS makes it to an issuer: over TLS, without following anything, with a deadline. A chain that is not trusted is no
-//! error here but a finding: nothing secret is sent, and what lies behind it can be looked at too.
+//! GET requests as STS sends them to an issuer: over TLS, without redirects, with a time limit.
+//!
+//! An untrusted certificate chain is a finding here and not an error. No secret is sent, and the
+//! content behind it can be checked too.
 
 mod tunnel;
 
@@ -25,29 +27,30 @@ use tokio_rustls::TlsConnector;
 
 use crate::sts::{NetworkSettings, Proxy};
 
-/// Documents of an issuer are a few kilobytes.
-const BODY_MAX: usize = 1024 * 1024;
+/// Maximum size of a body. An issuer's documents have a few kilobytes.
+const MAX_BODY: usize = 1024 * 1024;
 
-/// What was answered.
+/// Response of the server.
 pub(super) struct HttpProbeResponse {
     pub(super) status: u16,
     pub(super) location: Option<String>,
     pub(super) date: Option<String>,
     pub(super) body: Bytes,
     pub(super) took: Duration,
-    /// Over https.
+    /// The server's chain, if the request used https.
     pub(super) chain: Option<ServerChain>,
 }
 
-/// The certificates that a server showed.
+/// The certificates that a server sent.
 pub(super) struct ServerChain {
-    /// Why this machine would not trust it.
+    /// Reason why this machine would not trust them.
     pub(super) distrust: Option<String>,
-    /// What IAM calls the thumbprint: the SHA-1 of the last certificate that the server sends, in hex.
+    /// IAM's thumbprint: the SHA-1 of the last certificate that the server sends, in hex.
     pub(super) thumbprint: String,
 }
 
-/// An address to connect to instead of what the name resolves to, as curl's `--resolve`: `host:port:address`.
+/// An address to connect to instead of the resolved one, like curl's `--resolve`:
+/// `host:port:address`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Resolve {
     host: String,
@@ -75,22 +78,23 @@ impl std::str::FromStr for Resolve {
     }
 }
 
-/// How to get somewhere.
+/// Client settings of a probe.
 #[derive(Clone)]
 pub(super) struct HttpProbe {
     pub(super) resolve: Vec<Resolve>,
-    /// With its proxies; `None`: always directly.
+    /// Settings with the proxies to use. `None`: connects directly.
     pub(super) network: Option<NetworkSettings>,
     pub(super) deadline: Duration,
 }
 
 impl HttpProbe {
-    /// The answer, whatever its status; else why there is none, in words for an operator.
+    /// Returns the response, with any status, or an error text for an operator.
     pub(super) async fn get(&self, url: &str) -> Result<HttpProbeResponse, String> {
         self.get_with(url, None).await
     }
 
-    /// The same with an `Authorization`, which goes over plain HTTP to loopback only.
+    /// Does the same with an `Authorization` header, which is sent over plain HTTP to loopback
+    /// only.
     pub(super) async fn get_with(
         &self,
         url: &str,
@@ -107,8 +111,8 @@ impl HttpProbe {
         url: &str,
         authorization: Option<&str>,
     ) -> Result<HttpProbeResponse, String> {
-        let begun = Instant::now();
-        let uri: Uri = url.parse().map_err(|_| "it is no URL".to_owned())?;
+        let start = Instant::now();
+        let uri: Uri = url.parse().map_err(|_| "not a URL".to_owned())?;
         let authority = uri.authority().ok_or("it has no host")?.clone();
         let secure = match uri.scheme_str() {
             Some("https") => true,
@@ -123,7 +127,7 @@ impl HttpProbe {
         let port = authority
             .port_u16()
             .unwrap_or(if secure { 443 } else { 80 });
-        // Who names an address wants to see what is there.
+        // With an address of the operator's, proxies would hide that address.
         let hop = match self
             .network
             .as_ref()
@@ -153,18 +157,18 @@ impl HttpProbe {
             .body(Empty::<Bytes>::new())
             .map_err(|error| error.to_string())?;
         if !secure {
-            return answer(stream, request, begun).await;
+            return answer(stream, request, start).await;
         }
-        let seen = Arc::new(CertCapture::default());
-        let connector = TlsConnector::from(Arc::new(tls(&seen)?));
+        let capture = Arc::new(CertCapture::default());
+        let connector = TlsConnector::from(Arc::new(tls(&capture)?));
         let name = ServerName::try_from(host.clone())
-            .map_err(|_| format!("{host} is no name of a server"))?;
+            .map_err(|_| format!("{host} is not the name of a server"))?;
         let stream = connector
             .connect(name, stream)
             .await
             .map_err(|error| format!("TLS: {error}"))?;
-        let mut answer = answer(stream, request, begun).await?;
-        answer.chain = seen
+        let mut answer = answer(stream, request, start).await?;
+        answer.chain = capture
             .chain
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -174,7 +178,7 @@ impl HttpProbe {
 
     async fn to_proxy(&self, hop: &Proxy) -> Result<TcpStream, String> {
         if hop.secure {
-            let what = "is to be asked over TLS, which awsvid check does not do: try it with curl";
+            let what = "needs TLS, which awsvid check does not support; try it with curl";
             return Err(format!("{hop} {what}"));
         }
         self.connect(&hop.host, hop.port)
@@ -214,7 +218,7 @@ impl HttpProbe {
 async fn answer<S>(
     stream: S,
     request: Request<Empty<Bytes>>,
-    begun: Instant,
+    start: Instant,
 ) -> Result<HttpProbeResponse, String>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -235,20 +239,20 @@ where
                 .map(str::to_owned)
         };
         let (status, location, date) = (response.status().as_u16(), text(LOCATION), text(DATE));
-        let body = Limited::new(response.into_body(), BODY_MAX).collect().await;
+        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
         let body = body
-            .map_err(|error| format!("the answer broke off, or is over a megabyte: {error}"))?
+            .map_err(|error| format!("the response ended early, or is over a megabyte: {error}"))?
             .to_bytes();
         Ok(HttpProbeResponse {
             status,
             location,
             date,
             body,
-            took: begun.elapsed(),
+            took: start.elapsed(),
             chain: None,
         })
     };
-    // The connection makes progress only while it is polled; the exchange decides when it is over.
+    // The connection progresses only while it is polled. The exchange decides when both end.
     tokio::pin!(connection);
     tokio::pin!(exchange);
     tokio::select! {
@@ -257,14 +261,14 @@ where
     }
 }
 
-fn tls(seen: &Arc<CertCapture>) -> Result<ClientConfig, String> {
+fn tls(capture: &Arc<CertCapture>) -> Result<ClientConfig, String> {
     let provider = Arc::new(default_provider());
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
         .build()
         .map_err(|_| {
-            "this machine trusts no certificates at all: install its package of CA certificates"
+            "this machine trusts no CA certificates; install its package of CA certificates"
                 .to_owned()
         })?;
     let config = ClientConfig::builder_with_provider(provider)
@@ -273,7 +277,7 @@ fn tls(seen: &Arc<CertCapture>) -> Result<ClientConfig, String> {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(RecordingVerifier {
             verifier,
-            seen: seen.clone(),
+            capture: capture.clone(),
         }))
         .with_no_client_auth();
     Ok(config)
@@ -290,11 +294,12 @@ impl std::fmt::Debug for CertCapture {
     }
 }
 
-/// Goes on with every server, and keeps what would have been said of its chain. For reading public documents only.
+/// Accepts every server, and records the result of the real verification. Only for reading public
+/// documents.
 #[derive(Debug)]
 struct RecordingVerifier {
     verifier: Arc<WebPkiServerVerifier>,
-    seen: Arc<CertCapture>,
+    capture: Arc<CertCapture>,
 }
 
 impl ServerCertVerifier for RecordingVerifier {
@@ -326,7 +331,7 @@ impl ServerCertVerifier for RecordingVerifier {
                 .collect(),
         };
         *self
-            .seen
+            .capture
             .chain
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(chain);

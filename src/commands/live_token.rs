@@ -1,4 +1,4 @@
-//! A token as workloads of this node get it, and what stands in it.
+//! A token as workloads of this node get it, with its claims.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::role::Role;
 use crate::svid::own_svid::OwnSvidSource;
 use crate::svid::{JwtSvid, SourceError, WorkloadApi};
 
-/// One token, asked for as the daemon asks for it.
+/// One token, fetched as the daemon fetches it.
 pub(super) struct LiveToken {
     pub(super) svid: JwtSvid,
     header: Value,
@@ -22,7 +22,8 @@ pub(super) struct LiveToken {
 }
 
 impl LiveToken {
-    /// For this identity of the daemon's. Safe beside the running daemon: an agent gives a token as often as it is asked.
+    /// Fetches a token for this identity. Safe while the daemon runs: an agent issues tokens
+    /// without a limit.
     pub(super) async fn fetch(
         config: &Config,
         id: &SpiffeId,
@@ -41,7 +42,7 @@ impl LiveToken {
     }
 
     pub(super) fn of(svid: JwtSvid) -> Self {
-        // The check that every token has passed has read both.
+        // Every token has passed a check that parsed both.
         let mut parts = svid.secret().split('.').map(|part| {
             let bytes = URL_SAFE_NO_PAD.decode(part).unwrap_or_default();
             serde_json::from_slice(&bytes).unwrap_or_default()
@@ -58,20 +59,21 @@ impl LiveToken {
         }
     }
 
-    /// `iss`, which decides the IAM provider that STS looks for.
+    /// Returns `iss`, which selects the IAM provider in STS.
     pub(super) fn issuer(&self) -> Option<&str> {
         self.claims["iss"]
             .as_str()
             .filter(|issuer| !issuer.is_empty())
     }
 
-    /// The key that it says it is signed with.
+    /// Returns the id of the key that the header names.
     pub(super) fn key_id(&self) -> Option<&str> {
         self.header["kid"].as_str().filter(|id| !id.is_empty())
     }
 }
 
-/// Whose token stands for all of a role's, on this node; `None` if no rule gives anybody an identity that it is for.
+/// Returns an identity of this node that the role covers, as an example for all. `None` if no rule
+/// gives one.
 pub(super) fn example(config: &Config, role: &Role) -> Option<SpiffeId> {
     config
         .workloads
@@ -81,22 +83,23 @@ pub(super) fn example(config: &Config, role: &Role) -> Option<SpiffeId> {
         .cloned()
 }
 
-/// awsvid's own identity: where the agent attests callers, tokens of others are given for living processes only.
+/// Returns awsvid's own identity. Where the agent attests callers, it issues tokens of others for
+/// living processes only.
 pub(super) async fn own(config: &Config, deadline: Duration) -> Result<SpiffeId, SourceError> {
     let own = OwnSvidSource::at(config.identity.socket.clone());
     Ok(own.first(deadline).await?.spiffe_id.clone())
 }
 
-/// Whether `[[workload]]` rules say who has which identity.
+/// Reports whether `[[workload]]` rules decide the identity of callers.
 pub(super) fn by_rules(config: &Config) -> bool {
     config.identity.source == Source::WorkloadApi
 }
 
-/// What is wrong with a token without `iss`.
-pub(super) const NO_ISSUER: &str = "the token has no `iss`, so STS cannot know whose it is: set `jwt_issuer` in the SPIRE server's \
+/// The problem of a token without `iss`, and its fix.
+pub(super) const NO_ISSUER: &str = "the token has no `iss`, so STS cannot know its issuer; set `jwt_issuer` in the SPIRE server's \
      configuration to the URL of the OIDC discovery provider, without a slash at its end";
 
-/// Where OpenID Connect Discovery 1.0, section 4, puts the document.
+/// Returns the document's URL by OpenID Connect Discovery 1.0, section 4.
 pub(super) fn discovery_url(issuer: &str) -> String {
     format!(
         "{}/.well-known/openid-configuration",

@@ -1,4 +1,5 @@
-//! Whether a unix socket is awsvid's: somebody else's would hand out credentials of *his* account, or hear what is asked.
+//! Verification that a unix socket is awsvid's. Another user's socket could return credentials of
+//! another account, or read the requests.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -11,19 +12,17 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::http_client::{self, LocalResponse};
 
-/// Connects to the socket at `path` if it belongs to one of `owners`: directory, file, and whoever listens on it.
+/// Connects to the socket at `path` if its directory, its file and its listener belong to one of
+/// `owners`.
 ///
-/// The listener's uid is what the kernel recorded when it began to listen, so a file that was swapped in between is of no
-/// use to anybody.
+/// The kernel recorded the listener's uid when it began to listen. So a file that was swapped in
+/// meanwhile gains nothing.
 fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
     let at = path.display();
     let failed = |error: io::Error| format!("{at}: {}", explain_connect_error(&error));
     let foreign = |what: &str, uid: u32| {
-        let fix =
-            "it has to be root, as whom awsvid runs; --same-user also trusts a daemon of your own";
-        Err(format!(
-            "{at}: {what} uid {uid}, so what is there is not trusted; {fix}"
-        ))
+        let fix = "the owner has to be root, as which awsvid runs; --same-user also trusts a daemon of your own";
+        Err(format!("{at}: not trusted: {what} uid {uid}; {fix}"))
     };
     let directory = path.parent().unwrap_or(Path::new("/"));
     let found = fs::metadata(directory).map_err(failed)?;
@@ -33,13 +32,13 @@ fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
     if found.mode() & 0o022 != 0 {
         let fix = format!("chmod go-w {}", directory.display());
         return Err(format!(
-            "{at}: others than its owner can put a socket of their own into the directory; {fix}"
+            "{at}: not trusted: other users can put their own socket into the directory; {fix}"
         ));
     }
     let found = fs::symlink_metadata(path).map_err(failed)?;
     if !found.file_type().is_socket() {
         return Err(format!(
-            "{at}: this is no socket; name that of [listen] with --socket"
+            "{at}: not a socket; give the socket of [listen] with --socket"
         ));
     }
     if !owners.contains(&found.uid()) {
@@ -49,12 +48,12 @@ fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
     let peer =
         getsockopt(&stream, sockopt::PeerCredentials).map_err(|errno| failed(errno.into()))?;
     if !owners.contains(&peer.uid()) {
-        return foreign("whoever listens there is", peer.uid());
+        return foreign("its listener runs as", peer.uid());
     }
     Ok(stream)
 }
 
-/// Asks the daemon whose socket is at `path`, as [`connect`] and [`http_client::get`] do it.
+/// Requests `what` from the daemon at `path`, by [`connect`] and [`http_client::get`].
 pub(super) fn get(
     path: &Path,
     owners: &[u32],
@@ -67,18 +66,18 @@ pub(super) fn get(
         .map_err(|error| format!("{}: {}", path.display(), explain_connect_error(&error)))
 }
 
-/// The error and what to do about it.
+/// Returns the error with its fix.
 fn explain_connect_error(error: &io::Error) -> String {
     let fix = match error.kind() {
         ErrorKind::NotFound => {
             "is awsvid installed and running here (systemctl status awsvid)? In a container its socket has to be mounted"
         }
-        ErrorKind::ConnectionRefused => "nobody listens there: systemctl start awsvid",
+        ErrorKind::ConnectionRefused => "no process listens there: systemctl start awsvid",
         ErrorKind::PermissionDenied => {
             "this user may not open it: use sudo, or see the modes of the socket and of its directory"
         }
         ErrorKind::TimedOut => "awsvid does not answer: journalctl -u awsvid",
-        _ => "journalctl -u awsvid may say more",
+        _ => "see journalctl -u awsvid",
     };
     format!("{error}; {fix}")
 }
@@ -93,7 +92,7 @@ mod tests {
     use nix::unistd::geteuid;
 
     #[test]
-    fn only_what_is_its_owners_alone_is_connected_to() {
+    fn connect_rejects_sockets_that_other_users_control() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
         let mode = |mode: u32| {
@@ -104,7 +103,7 @@ mod tests {
         mode(0o755);
         assert!(error(&[own]).contains("is awsvid installed"));
         fs::write(&path, "").unwrap();
-        assert!(error(&[own]).contains("no socket"));
+        assert!(error(&[own]).contains("not a socket"));
         fs::remove_file(&path).unwrap();
         let listener = UnixListener::bind(&path).unwrap();
         assert!(connect(&path, &[own + 1, own]).is_ok());
@@ -116,7 +115,7 @@ mod tests {
         mode(0o755);
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(connect(&link, &[own]).unwrap_err().contains("no socket"));
+        assert!(connect(&link, &[own]).unwrap_err().contains("not a socket"));
         drop(listener);
         assert!(error(&[own]).contains("systemctl start awsvid"));
     }

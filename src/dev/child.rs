@@ -1,4 +1,5 @@
-//! Runs the command of `awsvid dev -- CMD` as a shell would: same terminal, same signals, its exit status.
+//! Runs the command of `awsvid dev -- CMD` like a shell: same terminal, same signals, its exit
+//! status.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -13,15 +14,16 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::sdk_environment::Environment;
 
-/// Runs `command` to its end and gives its exit status, `128 + n` if signal `n` ended it.
+/// Runs `command` to its end. Returns its exit status, or `128 + n` if signal `n` ended it.
 ///
-/// SIGTERM, SIGHUP, SIGINT and SIGQUIT end the command, not `dev`, which ends after it. An error means that the command
-/// could not be started; [`crate::sdk_environment::exit_code`] is the status for that.
+/// SIGTERM, SIGHUP, SIGINT and SIGQUIT end the command, and `dev` ends after it. An error means
+/// that the command could not be started. [`crate::sdk_environment::exit_code`] is the exit status for
+/// that.
 pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<u8> {
     let (program, arguments) = command
         .split_first()
-        .ok_or_else(|| io::Error::other("there is no command"))?;
-    // Before the command is there, so that a signal never finds `dev` unprepared.
+        .ok_or_else(|| io::Error::other("the command is missing"))?;
+    // Before the command starts, so that `dev` handles every signal.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hang_up = signal(SignalKind::hangup())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -38,7 +40,8 @@ pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<
             _ = interrupt.recv() => Signal::SIGINT,
             _ = quit.recv() => Signal::SIGQUIT,
         };
-        // Ctrl-C reaches all processes in the terminal's foreground; a second one from here would be one too many.
+        // Ctrl-C reaches all processes in the terminal's foreground, so forwarding it would send it
+        // twice.
         if matches!(received, Signal::SIGTERM | Signal::SIGHUP) || !in_foreground() {
             forward(&child, received);
         }
@@ -53,10 +56,11 @@ fn code(status: ExitStatus) -> u8 {
         .unwrap_or(u8::MAX)
 }
 
-/// A child that has not been waited for keeps its pid, so this can't hit another process.
+/// Sends the signal to the child. A child that was not waited for keeps its pid, so no other
+/// process can get the signal.
 fn forward(child: &Child, signal: Signal) {
     if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
-        // It may have ended in this moment.
+        // It may have ended at this moment.
         let _ = kill(Pid::from_raw(pid), signal);
     }
 }
@@ -71,8 +75,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_status_is_what_a_shell_would_give() {
-        // As wait(2) has them: the exit code in the second byte, a signal in the first.
+    fn exit_status_is_that_of_a_shell() {
+        // Values of wait(2): the exit code in the second byte, a signal in the first.
         for (raw, expected) in [(0, 0), (7 << 8, 7), (255 << 8, 255), (15, 143), (9, 137)] {
             assert_eq!(code(ExitStatus::from_raw(raw)), expected, "{raw:#x}");
         }

@@ -1,4 +1,4 @@
-//! Whom `dev` serves: the user who runs it, and if that is root the people of this machine.
+//! Users that `dev` serves: the one that runs it, and for root also the people of this machine.
 
 use std::collections::BTreeSet;
 
@@ -6,31 +6,32 @@ use crate::config::DEV_TRUST_DOMAIN;
 use crate::identity::{InvalidName, SpiffeId};
 use crate::workload_rule::OVERFLOW_ID;
 
-/// Callers that `dev` knows at most; a directory of thousands has no place in a playground.
+/// Maximum number of users. A directory of thousands is too much for a trial.
 const MAX_USERS: usize = 100;
-/// From here on, uids are people's.
-const FIRST_PERSON: u32 = 1000;
-/// Instead of a shell, for accounts that nobody logs in to.
+/// First uid of people's accounts.
+const FIRST_PERSONAL_UID: u32 = 1000;
+/// Shells of accounts without a login.
 const NO_SHELLS: [&str; 6] = ["", "nologin", "false", "sync", "shutdown", "halt"];
 
 /// A user with an identity in `dev`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
-    /// The uid, which is what the rule goes by.
+    /// The uid, which the rule matches.
     pub uid: u32,
-    /// `spiffe://dev.local/user/<name>`.
+    /// SPIFFE ID of the user: `spiffe://dev.local/user/<name>`.
     pub spiffe_id: SpiffeId,
 }
 
-/// An account as the system knows it.
+/// An account in the user database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct LocalAccount {
     pub(super) uid: u32,
-    /// The login name, where there is one.
+    /// The login name, if the account has one.
     pub(super) name: Option<String>,
 }
 
-/// Gives each account its own SPIFFE ID, the first ones first; a uid that is there twice has the first name.
+/// Gives each account its own SPIFFE ID, in this order. For a uid with several names the first one
+/// counts.
 pub(super) fn identities(
     accounts: impl IntoIterator<Item = LocalAccount>,
 ) -> Result<Vec<User>, InvalidName> {
@@ -40,7 +41,8 @@ pub(super) fn identities(
         if users.len() == MAX_USERS || !uids.insert(account.uid) {
             continue;
         }
-        // A login name may hold what a SPIFFE ID can't, or be another account's, too: then the number stands for it.
+        // A login name may not be valid in a SPIFFE ID, or may equal another account's number. Then
+        // the number replaces it.
         let by_number = format!("uid-{}", account.uid);
         let name = account
             .name
@@ -56,12 +58,13 @@ pub(super) fn identities(
 }
 
 fn spiffe_id(name: &str) -> Result<SpiffeId, InvalidName> {
-    // One segment: a name with a slash would be somebody else's path.
+    // One segment: a name with a slash would be the path of another user.
     let name = if name.contains('/') { "" } else { name };
     SpiffeId::parse(&format!("spiffe://{DEV_TRUST_DOMAIN}/user/{name}"))
 }
 
-/// The people in the text of a passwd(5) file: those with a person's uid, and those who can log in.
+/// Returns the people in the text of a passwd(5) file: accounts with a person's uid, and those with
+/// a login shell.
 pub(super) fn people(passwd: &str) -> impl Iterator<Item = LocalAccount> {
     passwd.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
@@ -71,7 +74,7 @@ pub(super) fn people(passwd: &str) -> impl Iterator<Item = LocalAccount> {
         let uid = uid.parse().ok()?;
         let program = shell.rsplit('/').next().unwrap_or_default();
         let can_log_in = !NO_SHELLS.contains(&program);
-        (uid >= FIRST_PERSON || can_log_in).then(|| LocalAccount {
+        (uid >= FIRST_PERSONAL_UID || can_log_in).then(|| LocalAccount {
             uid,
             name: Some(name.to_owned()),
         })
@@ -113,7 +116,7 @@ nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
     }
 
     #[test]
-    fn names_that_could_be_a_path_become_numbers() {
+    fn names_with_a_slash_become_numbers() {
         for name in ["a/b", "..", "", "user name"] {
             let users = identities([LocalAccount {
                 uid: 7,
@@ -129,7 +132,7 @@ nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
     }
 
     #[test]
-    fn their_number_is_bounded() {
+    fn number_of_users_is_bounded() {
         let many = (2000..4000).map(|uid| LocalAccount { uid, name: None });
         assert_eq!(identities(many).unwrap().len(), MAX_USERS);
     }

@@ -1,4 +1,5 @@
-//! HTTP on loopback: how the issuer and the STS of `dev` answer, and the GET with which that STS fetches the keys.
+//! HTTP on loopback: the server of `dev`'s issuer and STS, and the client with which that STS
+//! fetches the keys.
 
 use std::convert::Infallible;
 use std::io;
@@ -15,21 +16,22 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-/// Connections at one time; more are closed at once.
+/// Maximum open connections. Further ones are closed at once.
 const MAX_CONNECTIONS: usize = 256;
-/// The longest token and the longest policy that STS takes, percent-encoded, fit in.
+/// Maximum size of a request body. The longest token and policy that STS accepts fit in it,
+/// percent-encoded.
 const MAX_BODY: usize = 128 * 1024;
-/// A key set: 100 keys of each kind at most, as AWS takes them.
-const MAX_ANSWER: usize = 256 * 1024;
-/// For a connection's whole life: it carries one request.
-const TIMEOUT: Duration = Duration::from_secs(10);
-/// How long no connection is accepted when the process has no descriptor left.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Maximum size of a key set: 100 keys of each kind, as AWS accepts them.
+const MAX_RESPONSE: usize = 256 * 1024;
+/// Lifetime of a connection, which carries one request.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause before the next accept when the process has no descriptor left.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
-/// What is answered.
+/// Response of these servers.
 pub(super) type LoopbackResponse = Response<Full<Bytes>>;
 
-/// An HTTP server on 127.0.0.1. It and all its connections end with this value.
+/// An HTTP server on 127.0.0.1. It and its connections end when this value is dropped.
 #[derive(Debug)]
 pub(super) struct Server {
     _accepting: JoinSet<()>,
@@ -43,7 +45,7 @@ pub(super) async fn bind() -> io::Result<(TcpListener, SocketAddr)> {
 }
 
 impl Server {
-    /// Answers requests, whose bodies are read and bounded before `answer` sees them.
+    /// Serves requests. Their bodies are bounded, and complete before `answer` gets them.
     pub(super) fn start<F, A>(listener: TcpListener, answer: F) -> Self
     where
         F: Fn(Request<Bytes>) -> A + Clone + Send + Sync + 'static,
@@ -70,10 +72,10 @@ where
             Ok((stream, _)) if connections.len() < MAX_CONNECTIONS => {
                 connections.spawn(serve(stream, answer.clone()));
             }
-            Ok(_) => tracing::warn!("dev: too many connections at one time, this one is closed"),
+            Ok(_) => tracing::warn!("dev: connection closed: too many connections"),
             Err(error) => {
-                tracing::warn!(%error, "dev: no connection can be accepted");
-                tokio::time::sleep(PAUSE).await;
+                tracing::warn!(%error, "dev: accepting a connection failed");
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
             }
         }
     }
@@ -96,21 +98,21 @@ where
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new())
-        .header_read_timeout(TIMEOUT)
+        .header_read_timeout(CONNECTION_TIMEOUT)
         .keep_alive(false);
     let connection = http.serve_connection(TokioIo::new(stream), service);
-    // A client that goes away in between, or is too slow, loses its answer and nothing else.
-    let _ = timeout(TIMEOUT, connection).await;
+    // A client that disconnects or is too slow loses its response. That is not an error here.
+    let _ = timeout(CONNECTION_TIMEOUT, connection).await;
 }
 
-/// An answer without a body.
+/// Returns a response without a body.
 pub(super) fn empty(status: StatusCode) -> LoopbackResponse {
     let mut response = Response::new(Full::default());
     *response.status_mut() = status;
     response
 }
 
-/// Why nothing could be fetched.
+/// Failure of a fetch, with its URL.
 #[derive(Debug, Error)]
 #[error("{url}: {reason}")]
 pub(super) struct FetchError {
@@ -118,9 +120,9 @@ pub(super) struct FetchError {
     reason: String,
 }
 
-/// Fetches a document from a server on loopback; only a 200 counts.
+/// Fetches a document from a server on loopback. Any status but 200 is an error.
 pub(super) async fn get(url: &str) -> Result<Bytes, FetchError> {
-    match timeout(TIMEOUT, exchange(url)).await {
+    match timeout(CONNECTION_TIMEOUT, exchange(url)).await {
         Ok(Ok(body)) => Ok(body),
         Ok(Err(reason)) => Err(FetchError {
             url: url.to_owned(),
@@ -128,7 +130,7 @@ pub(super) async fn get(url: &str) -> Result<Bytes, FetchError> {
         }),
         Err(_) => Err(FetchError {
             url: url.to_owned(),
-            reason: "no answer in time".to_owned(),
+            reason: "no response in time".to_owned(),
         }),
     }
 }
@@ -155,13 +157,13 @@ async fn exchange(url: &str) -> Result<Bytes, String> {
         if response.status() != StatusCode::OK {
             return Err(format!("answered {}", response.status()));
         }
-        let body = Limited::new(response.into_body(), MAX_ANSWER)
+        let body = Limited::new(response.into_body(), MAX_RESPONSE)
             .collect()
             .await;
         body.map(|body| body.to_bytes())
             .map_err(|error| error.to_string())
     };
-    // The connection makes progress only while it is polled; the answer decides when it is over.
+    // The connection progresses only while it is polled. The response decides when both end.
     tokio::pin!(connection);
     tokio::pin!(answer);
     tokio::select! {
@@ -189,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_loopback_is_asked() {
+    fn get_accepts_only_loopback_addresses() {
         let table = [
             ("http://127.0.0.1:8080/keys", Some("127.0.0.1:8080")),
             ("http://[::1]:8080/keys", Some("[::1]:8080")),
@@ -207,12 +209,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_document_is_fetched_and_anything_but_a_200_is_an_error() {
+    async fn get_accepts_only_status_200() {
         let (listener, address) = bind().await.unwrap();
         let server = Server::start(listener, |request: Request<Bytes>| async move {
             match request.uri().path() {
                 "/document" => LoopbackResponse::new("text".into()),
-                "/long" => LoopbackResponse::new(vec![0; MAX_ANSWER + 1].into()),
+                "/long" => LoopbackResponse::new(vec![0; MAX_RESPONSE + 1].into()),
                 _ => empty(StatusCode::NOT_FOUND),
             }
         });

@@ -1,4 +1,5 @@
-//! The issuer of `dev`: an OpenID Connect discovery document and the key set, over HTTP on loopback, where STS looks.
+//! The issuer of `dev`: an OpenID Connect discovery document and the key set, over HTTP on
+//! loopback.
 
 use std::io;
 
@@ -9,11 +10,11 @@ use hyper::{Method, Request, Response, StatusCode};
 
 use super::loopback_http::{self, LoopbackResponse, Server};
 
-/// Where OpenID Connect Discovery 1.0, section 4, puts the document.
+/// Path of the document by OpenID Connect Discovery 1.0, section 4.
 pub(super) const DISCOVERY_PATH: &str = "/.well-known/openid-configuration";
 const KEYS_PATH: &str = "/keys";
 
-/// A running issuer; it ends with this value.
+/// The running issuer. It ends when this value is dropped.
 #[derive(Debug)]
 pub struct DevOidcIssuer {
     url: String,
@@ -37,7 +38,7 @@ impl DevOidcIssuer {
         })
     }
 
-    /// The `iss` of its tokens: an http URL without a trailing slash.
+    /// Returns the `iss` of its tokens: an http URL without a trailing slash.
     pub fn url(&self) -> &str {
         &self.url
     }
@@ -59,7 +60,7 @@ fn answer(request: &Request<Bytes>, discovery: &Bytes, jwks: &Bytes) -> Loopback
     response
 }
 
-/// What IAM reads of an issuer, in the shape that SPIRE's OIDC discovery provider gives it.
+/// Returns the fields that IAM reads of an issuer, as SPIRE's OIDC discovery provider writes them.
 fn discovery(issuer: &str) -> String {
     serde_json::json!({
         "issuer": issuer,

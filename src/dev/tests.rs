@@ -27,7 +27,7 @@ fn parsed(dev: &Dev, quiet: bool) -> Loaded {
 }
 
 #[tokio::test]
-async fn the_daemons_own_parts_work_with_its_configuration() {
+async fn configuration_works_with_the_daemons_parts() {
     let dev = dev(&[(1000, "alice"), (1001, "bob")]).await;
     let config = parsed(&dev, false).config;
     let alice = SpiffeId::parse("spiffe://dev.local/user/alice").unwrap();
@@ -100,7 +100,7 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
 }
 
 #[tokio::test]
-async fn everything_is_on_loopback_or_in_a_directory_of_its_own() {
+async fn sockets_are_on_loopback_or_in_a_private_directory() {
     let dev = dev(&[(1000, "alice")]).await;
     let listen = parsed(&dev, false).config.listen;
     assert!(
@@ -130,7 +130,7 @@ async fn everything_is_on_loopback_or_in_a_directory_of_its_own() {
 }
 
 #[tokio::test]
-async fn beside_a_command_the_daemon_is_quiet() {
+async fn daemon_is_quiet_with_a_command() {
     let dev = dev(&[(1000, "alice")]).await;
     let loud = parsed(&dev, false).config;
     assert_eq!(
@@ -145,7 +145,7 @@ async fn beside_a_command_the_daemon_is_quiet() {
 }
 
 #[tokio::test]
-async fn the_one_who_runs_it_is_served() {
+async fn user_that_runs_dev_is_served() {
     let dev = Dev::start().await.unwrap();
     assert_eq!(dev.users()[0].uid, geteuid().as_raw());
     let rules = parsed(&dev, false).config.workloads;

@@ -1,12 +1,24 @@
-//! Pods' listeners pass from one daemon to the next over a unix socket, so that an update refuses no connection.
+//! Passes pods' listeners from one instance to the next over a unix socket, so that an update
+//! refuses no connection.
 //!
-//! The next daemon connects at its start, and once it could serve it asks for the listeners (`G`), or is given them when the
-//! daemon before is told to end. Each comes with its descriptor; then an end (`E`). It says when it serves (`S`); the one
-//! before stops accepting, lets this socket's path go, and says so (`D`). It keeps the listeners until it ends: if the next
-//! one is gone before that, it goes on serving. With the listeners the next one gets (`B`) the connections on which daemons
-//! before this one wait for that in their turn: each goes on only if all who came after it are gone. Whoever holds these
-//! listeners answers for awsvid in every pod (attack 10): the socket is root's alone, both look who the other is, and nothing
-//! that is received is used unseen.
+//! Each message is one byte, or a record with a descriptor:
+//!
+//! | message | sender | meaning |
+//! |---|---|---|
+//! | `G` | next | requests the listeners, when the next instance could serve |
+//! | `L` | previous | one listener, with its descriptor |
+//! | `B` | previous | one connection of an earlier takeover, with its descriptor |
+//! | `E` | previous | end of the records |
+//! | `S` | next | the next instance serves the listeners |
+//! | `D` | previous | it has stopped accepting, and removed the path of this socket |
+//!
+//! The next instance connects at its start. The previous one sends the records after `G`, or when
+//! it has to end. It keeps the listeners until it ends: if the next instance dies before that, it
+//! serves them again. The connections in `B` belong to instances before the previous one. Each of
+//! them resumes only if all later instances are gone.
+//!
+//! A process with these listeners answers as awsvid in every pod (T10). So only root can use the
+//! socket, both ends verify their peer, and each received descriptor is verified before use.
 
 use std::collections::HashMap;
 use std::io;
@@ -28,40 +40,40 @@ use crate::netns::NamespaceId;
 use crate::pod_listeners::{LOG_INTERVAL, sys};
 use crate::telemetry::LogQuota;
 
-pub(super) const GIVE: u8 = b'G';
+pub(super) const REQUEST: u8 = b'G';
 pub(super) const SERVING: u8 = b'S';
 pub(super) const DONE: u8 = b'D';
 const LISTENER: u8 = b'L';
-const BEFORE: u8 = b'B';
+const EARLIER: u8 = b'B';
 const END: u8 = b'E';
-/// One of the above, the namespace, and which of the addresses.
-const RECORD: usize = 1 + NamespaceId::LENGTH + 1;
-/// For what takes milliseconds.
-pub(super) const DEADLINE: Duration = Duration::from_secs(5);
+/// Length of a record in bytes: kind, namespace, index of the address.
+const RECORD_LENGTH: usize = 1 + NamespaceId::LENGTH + 1;
+/// Time limit of a step that takes milliseconds.
+pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A listener, by its namespace and address.
+/// Key of a listener: its namespace and address.
 pub(super) type HandoverKey = (NamespaceId, SocketAddr);
 
-/// What one daemon gives to the next.
+/// Listeners and connections that one instance passes to the next.
 #[derive(Debug, Default)]
 pub(super) struct ReceivedListeners {
-    /// None of them is known to be what it is said to be: see [`is_listener`].
+    /// Not verified yet: see [`is_listener`].
     pub(super) listeners: HashMap<HandoverKey, OwnedFd>,
-    /// Connections of daemons before the one that gives. Nothing is said on them, they are only kept open.
-    pub(super) before: Vec<OwnedFd>,
+    /// Connections of instances before the sender. They carry no messages and are only kept open.
+    pub(super) earlier: Vec<OwnedFd>,
 }
 
-/// Where the next daemon connects.
+/// The socket to which the next instance connects.
 #[derive(Debug)]
 pub(super) struct Handover {
     listener: UnixListener,
-    /// Bounds the log's lines about connections that are not the next daemon's.
+    /// Limits the log lines about connections from other processes.
     refusals: Mutex<LogQuota>,
     _file: SocketFile,
 }
 
 impl Handover {
-    /// To be called within the runtime.
+    /// Binds the socket. Has to be called within the runtime.
     pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
         let (listener, file) = SocketFile::bind_private(path)?;
         let failed = |source| ListenError::Unix {
@@ -76,7 +88,7 @@ impl Handover {
         })
     }
 
-    /// Whether the log may have a line about one, and how many it did not have since the last.
+    /// Returns the number of suppressed lines if a rejected connection may be logged now.
     pub(super) fn refusal(&self) -> Option<u64> {
         self.refusals
             .lock()
@@ -84,7 +96,7 @@ impl Handover {
             .take()
     }
 
-    /// The next daemon, as soon as one connects.
+    /// Waits for the next instance to connect.
     pub(super) async fn accept(&self) -> io::Result<UnixStream> {
         let (stream, _) = self.listener.accept().await?;
         check_peer(&stream)?;
@@ -92,32 +104,34 @@ impl Handover {
     }
 }
 
-/// The daemon before, if there is one.
+/// Connects to the previous instance.
 pub(super) async fn connect(path: &Path) -> io::Result<UnixStream> {
-    let stream = timeout(DEADLINE, UnixStream::connect(path))
+    let stream = timeout(STEP_TIMEOUT, UnixStream::connect(path))
         .await
         .map_err(io::Error::other)??;
     check_peer(&stream)?;
     Ok(stream)
 }
 
-/// Only a daemon of the same user, and where its process can be seen, of the same place among cgroups.
+/// Accepts only a peer of the same user and, where its process is visible, of the same kind of
+/// cgroup.
 fn check_peer(stream: &UnixStream) -> io::Result<()> {
     let denied = |what: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
     let peer = getsockopt(stream, sockopt::PeerCredentials)?;
     if peer.uid() != geteuid().as_raw() {
-        return denied(format!("the other end is user {}", peer.uid()));
+        return denied(format!("the peer runs as user {}", peer.uid()));
     }
-    // 0: it lives in another pid namespace, as daemons in pods mostly do of each other.
+    // The kernel returns 0 for a process in another pid namespace, as two instances in pods mostly
+    // are.
     if peer.pid() > 0 {
-        let place = |process: &str| {
+        let netns = |process: &str| {
             let text = std::fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
             let (_, path) = cgroup::lines(&text).find(|(controllers, _)| controllers.is_empty())?;
             Some(grandparent_cgroup(path))
         };
-        if place(&peer.pid().to_string()) != place("self") {
+        if netns(&peer.pid().to_string()) != netns("self") {
             return denied(format!(
-                "the other end, process {}, is in a cgroup of another kind",
+                "the peer, process {}, is in a cgroup of another kind",
                 peer.pid()
             ));
         }
@@ -125,8 +139,11 @@ fn check_peer(stream: &UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Without the parts that two pods, or two units, of one kind differ in: a pod and its container, or a service. In a cgroup
-/// namespace the own path is `/`, and another's begins with as many `..` as it is away.
+/// Returns the path without the parts in which two pods or two units of one kind differ: pod and
+/// container, or service.
+///
+/// In a cgroup namespace the own path is `/`, and a sibling's begins with one `..` for each level
+/// up.
 fn grandparent_cgroup(path: &str) -> Vec<String> {
     let mut parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     for _ in 0..2 {
@@ -138,47 +155,47 @@ fn grandparent_cgroup(path: &str) -> Vec<String> {
     parts.into_iter().map(str::to_owned).collect()
 }
 
-/// Says one word.
-pub(super) async fn send_message(stream: &UnixStream, word: u8) -> io::Result<()> {
-    send(stream, &[word], None).await
+/// Sends a message of one byte.
+pub(super) async fn send_message(stream: &UnixStream, message: u8) -> io::Result<()> {
+    send(stream, &[message], None).await
 }
 
-/// Hears one word; `None` at the end.
+/// Receives a message of one byte. `None` at the end of the stream.
 pub(super) async fn receive_message(stream: &UnixStream) -> io::Result<Option<u8>> {
-    let mut word = [0];
+    let mut message = [0];
     loop {
         stream.readable().await?;
-        match stream.try_read(&mut word) {
+        match stream.try_read(&mut message) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            length => return Ok((length? > 0).then_some(word[0])),
+            length => return Ok((length? > 0).then_some(message[0])),
         }
     }
 }
 
-/// Gives all of these.
-pub(super) async fn give(
+/// Sends all of these listeners and connections, then the end.
+pub(super) async fn send_all(
     stream: &UnixStream,
     listeners: &[(HandoverKey, Arc<OwnedFd>)],
-    before: &[OwnedFd],
+    earlier: &[OwnedFd],
 ) -> io::Result<()> {
     for ((id, address), listener) in listeners {
-        let which = POD_ADDRESSES
+        let index = POD_ADDRESSES
             .iter()
             .position(|known| known == address)
-            .and_then(|which| u8::try_from(which).ok());
-        let which = which.ok_or_else(|| io::Error::other("no address of a pod"))?;
+            .and_then(|index| u8::try_from(index).ok());
+        let index = index.ok_or_else(|| io::Error::other("not an address of a pod"))?;
         send(
             stream,
-            &record(LISTENER, *id, which),
+            &record(LISTENER, *id, index),
             Some(listener.as_fd()),
         )
         .await?;
     }
     let nowhere = NamespaceId::from_bytes([0; NamespaceId::LENGTH]);
-    for connection in before {
+    for connection in earlier {
         send(
             stream,
-            &record(BEFORE, nowhere, 0),
+            &record(EARLIER, nowhere, 0),
             Some(connection.as_fd()),
         )
         .await?;
@@ -198,36 +215,41 @@ async fn send(
         .await
 }
 
-fn record(kind: u8, id: NamespaceId, which: u8) -> Vec<u8> {
-    [&[kind][..], &id.to_bytes(), &[which]].concat()
+fn record(kind: u8, id: NamespaceId, index: u8) -> Vec<u8> {
+    [&[kind][..], &id.to_bytes(), &[index]].concat()
 }
 
-/// Takes what is given.
-pub(super) async fn take(stream: &UnixStream) -> io::Result<ReceivedListeners> {
-    let mut taken = ReceivedListeners::default();
+/// Receives records up to the end.
+pub(super) async fn receive_all(stream: &UnixStream) -> io::Result<ReceivedListeners> {
+    let mut received = ReceivedListeners::default();
     loop {
-        let mut record = [0; RECORD];
+        let mut record = [0; RECORD_LENGTH];
         let receive = || sys::receive(stream.as_fd(), &mut record);
         let (length, descriptor) = stream.async_io(Interest::READABLE, receive).await?;
         if length == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let [kind, id @ .., which] = record;
-        match (kind, descriptor, POD_ADDRESSES.get(usize::from(which))) {
-            (END, None, _) if length == RECORD => return Ok(taken),
-            (LISTENER, Some(listener), Some(address)) if length == RECORD => {
-                taken
+        let [kind, id @ .., index] = record;
+        match (kind, descriptor, POD_ADDRESSES.get(usize::from(index))) {
+            (END, None, _) if length == RECORD_LENGTH => return Ok(received),
+            (LISTENER, Some(listener), Some(address)) if length == RECORD_LENGTH => {
+                received
                     .listeners
                     .insert((NamespaceId::from_bytes(id), *address), listener);
             }
-            (BEFORE, Some(connection), _) if length == RECORD => taken.before.push(connection),
+            (EARLIER, Some(connection), _) if length == RECORD_LENGTH => {
+                received.earlier.push(connection)
+            }
             _ => return Err(io::ErrorKind::InvalidData.into()),
         }
     }
 }
 
-/// Whether this is a TCP listener on that address, in the network namespace that the calling thread is in: its cookie is
-/// that of a socket which is made here. (`SIOCGSKNS`, which leads to the namespace itself, asks for `CAP_NET_ADMIN`.)
+/// Checks that this is a TCP listener on that address in the calling thread's network namespace, by
+/// the namespace cookie.
+///
+/// The cookie has to equal that of a socket made here. `SIOCGSKNS`, which returns the namespace
+/// itself, would need `CAP_NET_ADMIN`.
 pub(super) fn is_listener(descriptor: &OwnedFd, address: SocketAddr) -> io::Result<bool> {
     let bound: SockaddrStorage = getsockname(descriptor.as_raw_fd())?;
     Ok(

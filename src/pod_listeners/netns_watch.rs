@@ -1,7 +1,8 @@
-//! Waits until there may be other network namespaces than before.
+//! Waits until the set of network namespaces may have changed.
 //!
-//! Files come and go by inotify, in a directory that itself may come later or be replaced. What is mounted on them, which
-//! for inotify is no event, is told by `/proc/self/mountinfo` (proc(5): it polls as exceptional after a change).
+//! inotify reports files, in a directory that may appear later or be replaced. It does not report
+//! mounts on them. Those come from `/proc/self/mountinfo`, which polls as exceptional after a
+//! change (proc(5)).
 
 use std::fs::File;
 use std::io;
@@ -15,31 +16,31 @@ use tokio::io::unix::AsyncFd;
 
 use crate::pod_listeners::sys;
 
-/// What may be different.
+/// Kind of change that was reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Change {
-    /// Which files there are.
+    /// The files in the directory.
     Files,
-    /// What is mounted somewhere.
+    /// The mounts of the host.
     Mounts,
 }
 
-/// Watches one directory.
+/// Watch on one directory of namespaces.
 #[derive(Debug)]
 pub(super) struct NetnsWatch {
     directory: PathBuf,
     inotify: Inotify,
-    /// The same descriptor, for the runtime.
+    /// The inotify descriptor, registered with the runtime.
     events: AsyncFd<OwnedFd>,
     mounts: AsyncFd<OwnedFd>,
-    /// On the directory, if it is there.
+    /// Watch on the directory, if it exists.
     inside: Option<WatchDescriptor>,
-    /// On the nearest directory above it that is there.
+    /// Watch on the nearest existing directory above it.
     above: Option<(WatchDescriptor, PathBuf)>,
 }
 
 impl NetnsWatch {
-    /// To be called within the runtime.
+    /// Creates the watch. Has to be called within the runtime.
     pub(super) fn new(directory: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let mut watch = Self {
@@ -57,8 +58,8 @@ impl NetnsWatch {
         Ok(watch)
     }
 
-    /// Follows the directory to where it is now. To be called before its files are looked at, so that no change is lost
-    /// between the two.
+    /// Moves the watches to where the directory is now. Has to be called before a scan, so that no
+    /// change is lost in between.
     pub(super) fn renew(&mut self) -> io::Result<()> {
         let files = AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_DELETE
@@ -68,7 +69,7 @@ impl NetnsWatch {
             | AddWatchFlags::IN_ONLYDIR;
         let directories =
             AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ONLYDIR;
-        // From the outside in: a directory that is made meanwhile is seen by one of the two.
+        // From the outside in: one of two watches reports a directory that is created meanwhile.
         let mut above = None;
         for directory in self.directory.ancestors().skip(1) {
             if let Some(watched) = self.add(directory, directories)? {
@@ -78,8 +79,8 @@ impl NetnsWatch {
         }
         let inside = self.add(&self.directory, files)?;
         let now = [inside, above.as_ref().map(|(watched, _)| *watched)];
-        let before = [self.inside, self.above.take().map(|(watched, _)| watched)];
-        for old in before
+        let old_watches = [self.inside, self.above.take().map(|(watched, _)| watched)];
+        for old in old_watches
             .into_iter()
             .flatten()
             .filter(|old| !now.contains(&Some(*old)))
@@ -91,7 +92,6 @@ impl NetnsWatch {
         Ok(())
     }
 
-    /// Whether the directory is there.
     pub(super) fn has_directory(&self) -> bool {
         self.inside.is_some()
     }
@@ -104,7 +104,7 @@ impl NetnsWatch {
         }
     }
 
-    /// Waits for a change.
+    /// Waits for a change of files or mounts.
     pub(super) async fn changed(&self) -> io::Result<Change> {
         tokio::select! {
             biased;
@@ -116,7 +116,7 @@ impl NetnsWatch {
         }
     }
 
-    /// Waits for a change of which files there are.
+    /// Waits for a change of the set of files.
     pub(super) async fn files(&self) -> io::Result<()> {
         loop {
             let mut ready = self.events.readable().await?;
@@ -135,7 +135,7 @@ impl NetnsWatch {
         if event.wd != *above || event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             return true;
         }
-        // Much happens in `/run` that is nobody's concern here.
+        // Most events in `/run` concern other directories.
         let below = self.directory.strip_prefix(path).ok();
         event.name.as_deref() == below.and_then(|below| below.iter().next())
     }

@@ -1,4 +1,4 @@
-//! One pod's network namespace: what was made inside, and how all of it ends.
+//! The network namespace of one pod: its sockets and their life.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,7 +22,7 @@ use crate::netns::{NamespaceError, NamespaceId};
 use crate::pod_listeners::handover_protocol::{self, HandoverKey};
 use crate::pod_listeners::sys;
 
-/// What serves every pod.
+/// Parts that all pods share.
 #[derive(Debug)]
 pub(super) struct PodService {
     pub(super) front: Arc<CredentialEndpoint>,
@@ -32,71 +32,72 @@ pub(super) struct PodService {
     pub(super) loops: TaskTracker,
 }
 
-/// A namespace that is listened in.
+/// A pod's namespace in which the daemon listens.
 #[derive(Debug)]
 pub(super) struct ListenedPod {
-    pub(super) place: Arc<NetnsRef>,
+    pub(super) netns: Arc<NetnsRef>,
     attestor: Arc<PodAttestor>,
     listeners: Vec<Arc<PodListener>>,
-    /// Addresses that could not be had yet.
+    /// Addresses that could not be bound yet.
     pub(super) missing: Vec<SocketAddr>,
-    /// Whether it was told whose pod it is where that happens.
+    /// Set when the pod that owns the namespace was logged.
     named: bool,
-    /// Since when it is listened in.
+    /// Time at which the daemon began to listen there.
     pub(super) since: Instant,
-    /// Whether it was looked at which ports its users may bind.
-    pub(super) ports_seen: bool,
-    /// Accept loops.
+    /// Set when the ports that unprivileged users can bind were checked.
+    pub(super) ports_checked: bool,
+    /// Cancels the pod's accept loops.
     accepting: CancellationToken,
 }
 
-/// What could be made inside.
+/// Results of making the sockets of one namespace.
 pub(super) struct NamespaceSockets {
     diag: io::Result<SockDiag>,
     listeners: Vec<BindResult>,
 }
 
-/// An address, and how binding it went.
+/// An address, and the result of binding it.
 pub(super) type BindResult = (SocketAddr, io::Result<PodListener>);
 
-/// Listeners of one namespace that another daemon says it had.
+/// Listeners that another instance claims to have had in one namespace. They are not verified yet.
 pub(super) type ReceivedSockets = Vec<(SocketAddr, OwnedFd)>;
 
-/// Listens on these addresses, in the namespace of this place.
+/// Listens on these addresses in the namespace `netns`.
 pub(super) fn bind(
-    place: &Arc<NetnsRef>,
+    netns: &Arc<NetnsRef>,
     addresses: &[SocketAddr],
 ) -> Result<Vec<BindResult>, NamespaceError> {
-    place.run_in(|| {
+    netns.run_in(|| {
         addresses
             .iter()
-            .map(|address| (*address, PodListener::bind(place.clone(), *address)))
+            .map(|address| (*address, PodListener::bind(netns.clone(), *address)))
             .collect()
     })
 }
 
 impl NamespaceSockets {
-    /// Makes everything that a pod needs, but for the listeners that another daemon has given. It keeps the namespace alive
-    /// until it is dropped.
+    /// Makes all sockets that a pod needs, except listeners that another instance passed. The
+    /// result keeps the namespace alive until it is dropped.
     pub(super) fn inside(
-        place: &Arc<NetnsRef>,
-        given: ReceivedSockets,
+        netns: &Arc<NetnsRef>,
+        received: ReceivedSockets,
     ) -> Result<Self, NamespaceError> {
-        let mut given: HashMap<_, _> = given.into_iter().collect();
-        let mut listener = |address: SocketAddr| match given
+        let mut received: HashMap<_, _> = received.into_iter().collect();
+        let mut listener = |address: SocketAddr| match received
             .remove(&address)
-            .filter(|given| handover_protocol::is_listener(given, address).unwrap_or(false))
+            .filter(|received| handover_protocol::is_listener(received, address).unwrap_or(false))
         {
-            Some(listener) => PodListener::with(place.clone(), address, listener),
-            None => PodListener::bind(place.clone(), address),
+            Some(listener) => PodListener::with(netns.clone(), address, listener),
+            None => PodListener::bind(netns.clone(), address),
         };
-        place.run_in(|| {
+        netns.run_in(|| {
             let cookie = match sys::cookie_here() {
-                // Kernels that have none tell nobody's cgroup either: what is made here is not served.
+                // Kernels without cookies do not report a caller's cgroup either: this namespace is
+                // not served.
                 Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
                 cookie => Some(cookie?),
             };
-            if place.id().is_initial(cookie) {
+            if netns.id().is_initial(cookie) {
                 return Err(NamespaceError::Machines);
             }
             let listeners = POD_ADDRESSES
@@ -111,21 +112,22 @@ impl NamespaceSockets {
     }
 }
 
-/// Why an address of a pod can't be had.
+/// Reason why an address of a pod cannot be bound.
 #[derive(Debug)]
 pub(super) enum BindFailure {
-    /// A process of the pod has it.
+    /// A process of the pod uses it.
     Taken,
-    /// `CAP_NET_BIND_SERVICE` is missing.
+    /// The daemon lacks `CAP_NET_BIND_SERVICE`.
     Denied,
-    /// Something else.
+    /// Any other error of the bind.
     Failed(io::Error),
 }
 
 impl ListenedPod {
-    /// Serves what was made in this place. `None` where the kernel doesn't tell TCP callers apart.
+    /// Serves on the sockets of this namespace. `None` where the kernel does not distinguish TCP
+    /// callers.
     pub(super) fn serve(
-        place: Arc<NetnsRef>,
+        netns: Arc<NetnsRef>,
         made: NamespaceSockets,
         service: &PodService,
     ) -> io::Result<Option<(Self, Vec<BindFailure>)>> {
@@ -133,20 +135,20 @@ impl ListenedPod {
             return Ok(None);
         };
         let mut pod = Self {
-            place,
+            netns,
             attestor: Arc::new(attestor),
             listeners: Vec::new(),
             missing: Vec::new(),
             named: false,
             since: Instant::now(),
-            ports_seen: false,
+            ports_checked: false,
             accepting: CancellationToken::new(),
         };
         let unbound = pod.add(made.listeners, service);
         Ok(Some((pod, unbound)))
     }
 
-    /// Serves on these, too; says which could not be had, and remembers those for another try.
+    /// Serves on these addresses, too. Returns the failures, and keeps their addresses for a retry.
     pub(super) fn add(
         &mut self,
         listeners: Vec<BindResult>,
@@ -199,14 +201,15 @@ impl ListenedPod {
         Ok(())
     }
 
-    /// All that accepts there.
+    /// Returns the listeners that accept there.
     pub(super) fn listening(&self) -> impl Iterator<Item = (HandoverKey, Arc<OwnedFd>)> {
         self.listeners
             .iter()
             .map(|inside| ((self.id(), inside.address()), inside.listener()))
     }
 
-    /// Stops accepting, and keeps those listeners that are among `kept`, which are another daemon's, too. Connections go on.
+    /// Stops accepting, and keeps the listeners in `kept`, which another instance has, too.
+    /// Connections go on.
     pub(super) fn pause(&mut self, kept: &[(HandoverKey, Arc<OwnedFd>)]) {
         self.accepting.cancel();
         let is_kept = |inside: &Arc<PodListener>| {
@@ -219,24 +222,25 @@ impl ListenedPod {
         self.listeners = listeners;
     }
 
-    /// Accepts again after a pause; what could not be kept is missing.
+    /// Accepts again after a pause. Addresses without a kept listener are missing.
     pub(super) fn resume(&mut self, service: &PodService) {
         self.accepting = CancellationToken::new();
         for inside in std::mem::take(&mut self.listeners) {
             let address = inside.address();
             if let Err(error) = self.listen(inside, service) {
-                tracing::warn!(%error, namespace = %self.path().display(), "a listener cannot be served again yet");
+                tracing::warn!(%error, namespace = %self.path().display(), "a pod's listener cannot be served again yet");
                 self.missing.push(address);
             }
         }
     }
 
-    /// Leaves listeners to whoever has them, too. Connections go on.
+    /// Drops the listeners that another instance has, too. Connections go on.
     pub(super) fn release(&mut self) {
         self.listeners.clear();
     }
 
-    /// Whose pod it is, if an address is missing there, once that is known; only once.
+    /// Returns the pod that owns the namespace if an address is missing there and the owner is
+    /// known. Returns it once.
     pub(super) fn warn_missing_with_owner(&mut self) -> Option<String> {
         if self.missing.is_empty() || self.named {
             return None;
@@ -246,19 +250,17 @@ impl ListenedPod {
         Some(owner)
     }
 
-    /// Which namespace it is.
     pub(super) fn id(&self) -> NamespaceId {
-        self.place.id()
+        self.netns.id()
     }
 
-    /// For the log.
     pub(super) fn path(&self) -> PathBuf {
-        self.place.path()
+        self.netns.path()
     }
 }
 
 impl Drop for ListenedPod {
-    /// Closes everything that was made inside: each of these would keep the network of a dead pod.
+    /// Closes all sockets made inside, because each of them would keep the network of a dead pod.
     fn drop(&mut self) {
         self.accepting.cancel();
         self.attestor.close();

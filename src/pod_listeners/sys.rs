@@ -1,4 +1,4 @@
-//! What has no safe wrapper here.
+//! System calls without a safe wrapper.
 #![allow(
     unsafe_code,
     reason = "raw system calls are this module's whole purpose; nothing else is in it"
@@ -14,16 +14,16 @@ use nix::sys::socket::{recvmsg, sendmsg, socket};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Linux 5.14.
+/// From Linux 5.14 on; the libc crate lacks it.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
-/// A descriptor that wakes whoever waits for this.
+/// Registers a descriptor with the runtime, so that tasks can wait for `interest`.
 pub(super) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: it owns the descriptor, and gives no other than that.
+    // SAFETY: the value owns the descriptor, and returns no other one.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
-/// Sends these few bytes, with a descriptor if there is one.
+/// Sends a few bytes, with a descriptor if there is one.
 pub(super) fn send(
     stream: BorrowedFd<'_>,
     bytes: &[u8],
@@ -41,7 +41,7 @@ pub(super) fn send(
         flags,
         None,
     )?;
-    // A unix stream takes so few at once, or none.
+    // A unix stream takes so few bytes whole or not at all.
     if sent == bytes.len() {
         Ok(())
     } else {
@@ -49,7 +49,7 @@ pub(super) fn send(
     }
 }
 
-/// Receives as many bytes as there is room for, and the descriptor that comes with them.
+/// Receives as many bytes as fit, and the descriptor that comes with them.
 pub(super) fn receive(
     stream: BorrowedFd<'_>,
     room: &mut [u8],
@@ -61,7 +61,8 @@ pub(super) fn receive(
     let mut received = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control {
-            // SAFETY: the kernel has just made these descriptors for this process, and nobody else knows them.
+            // SAFETY: the kernel has just made these descriptors for this process, and nothing else
+            // owns them.
             received.extend(
                 fds.into_iter()
                     .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
@@ -71,7 +72,7 @@ pub(super) fn receive(
     Ok((message.bytes, received.pop()))
 }
 
-/// That of the calling thread's network namespace.
+/// Returns the cookie of the calling thread's network namespace.
 pub(super) fn cookie_here() -> io::Result<u64> {
     let made = socket(
         AddressFamily::Inet,
@@ -82,18 +83,19 @@ pub(super) fn cookie_here() -> io::Result<u64> {
     network_cookie(made.as_fd())
 }
 
-/// `SO_NETNS_COOKIE` of `socket(7)`: the number of a socket's network namespace, which no other has until the next boot.
+/// Returns `SO_NETNS_COOKIE` of `socket(7)`: the number of a socket's network namespace, unique
+/// until the next boot.
 pub(super) fn network_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie: u64 = 0;
     let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
-    // SAFETY: `cookie` is a place of `length` bytes for the kernel to write to.
+    // SAFETY: `cookie` has `length` bytes that the kernel may write.
     let status = unsafe {
-        let place = (&raw mut cookie).cast();
+        let buffer = (&raw mut cookie).cast();
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
             SO_NETNS_COOKIE,
-            place,
+            buffer,
             &raw mut length,
         )
     };

@@ -1,4 +1,4 @@
-//! From the daemon before to the next one.
+//! Takeover of pods' listeners from the previous instance, and handover to the next one.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,53 +10,51 @@ use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
 use crate::pod_listeners::handover_protocol::{
-    self, DEADLINE, DONE, GIVE, Handover, HandoverKey, ReceivedListeners, SERVING,
+    self, DONE, Handover, HandoverKey, REQUEST, ReceivedListeners, SERVING, STEP_TIMEOUT,
 };
 use crate::pod_listeners::{ListenedPod, MOUNT_POLL, PodListeners};
 
-/// Who serves pods.
+/// Role of this instance among those that may serve pods.
 #[derive(Debug)]
 pub(super) enum HandoverRole {
-    /// The daemon before, until this one takes over.
+    /// The previous instance serves, until this one takes over.
     Standby(UnixStream),
-    /// This one.
+    /// This instance serves the pods.
     Active,
-    /// The next one, as long as it has this connection.
+    /// The next instance serves, as long as it keeps this connection open.
     Superseded(UnixStream),
 }
 
-/// What to do next.
+/// Next event that the loop handles.
 enum HandoverEvent {
-    Look,
+    Rescan,
     TakeOver,
-    /// A daemon has connected.
+    /// A later instance has connected.
     Next(UnixStream),
-    /// It has said something, or is gone.
-    Asked,
-    /// The next daemon is gone, after it had taken over.
+    /// It has sent a message, or is gone.
+    Message,
+    /// The next instance is gone after it had taken over.
     Resume,
 }
 
 impl PodListeners {
-    /// Finds out whether there is a daemon before.
+    /// Determines whether a previous instance serves pods.
     pub(super) async fn begin(&mut self) {
-        let before = match &self.handover {
+        let previous = match &self.handover {
             Some(path) => handover_protocol::connect(path).await,
             None => Err(io::ErrorKind::NotFound.into()),
         };
-        match before {
-            Ok(before) => {
-                tracing::info!(
-                    "another daemon serves pods; its listeners are taken over when this one is ready"
-                );
-                self.stage = HandoverRole::Standby(before);
+        match previous {
+            Ok(previous) => {
+                tracing::info!("waiting to take over pods' listeners from the previous instance");
+                self.stage = HandoverRole::Standby(previous);
             }
             Err(error) => {
                 if !matches!(
                     error.kind(),
                     io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
                 ) {
-                    tracing::warn!(%error, "[listen] handover: what answers there is not taken for a daemon before this one");
+                    tracing::warn!(%error, "[listen] handover: ignoring the socket: its peer is not a previous instance of awsvid");
                 }
                 self.reconcile().await;
                 self.listen_for_successor();
@@ -70,16 +68,16 @@ impl PodListeners {
         };
         match Handover::bind(path) {
             Ok(successors) => self.successors = Some(successors),
-            Err(error) if std::mem::replace(&mut self.told.no_handover, true) => {
-                tracing::debug!(%error, "listeners cannot be handed over yet");
+            Err(error) if std::mem::replace(&mut self.logged.no_handover, true) => {
+                tracing::debug!(%error, "the handover socket cannot be bound yet");
             }
             Err(error) => {
-                tracing::warn!(%error, "[listen] handover: at an update pods' listeners will be bound anew, not handed over");
+                tracing::warn!(%error, "[listen] handover: the socket cannot be bound: an update will interrupt pods' listeners");
             }
         }
     }
 
-    /// Follows what happens until the daemon is told to end, then waits for the connections that are open.
+    /// Handles events until the daemon has to stop, then waits for the open connections.
     pub async fn run(mut self) {
         let mut stop = self.service.stop.clone();
         let mut stopping = pin!(async { drop(stop.wait_for(|stop| *stop).await) });
@@ -91,37 +89,37 @@ impl PodListeners {
                 event = self.event(next.as_ref()) => event,
             };
             match event {
-                HandoverEvent::Look => self.follow().await,
+                HandoverEvent::Rescan => self.follow().await,
                 HandoverEvent::TakeOver => self.take_over().await,
                 HandoverEvent::Next(stream) => next = Some(stream),
-                HandoverEvent::Asked => next = self.hand_over(next).await,
+                HandoverEvent::Message => next = self.hand_over(next).await,
                 HandoverEvent::Resume => self.resume().await,
             }
         }
         self.end(next).await;
     }
 
-    /// Waits for what is next; `next` is a daemon that waits for the listeners.
+    /// Waits for the next event. `next` is an instance that waits for the listeners.
     async fn event(&self, next: Option<&UnixStream>) -> HandoverEvent {
         match &self.stage {
-            HandoverRole::Standby(before) => {
-                let mut able = self.able.clone();
+            HandoverRole::Standby(previous) => {
+                let mut could_serve = self.could_serve.clone();
                 tokio::select! {
-                    // It ends, and gives its listeners, or is gone.
-                    _ = before.readable() => {}
-                    () = async { drop(able.wait_for(|able| *able).await) } => {}
+                    // The previous instance ends and sends its listeners, or is gone.
+                    _ = previous.readable() => {}
+                    () = async { drop(could_serve.wait_for(|could_serve| *could_serve).await) } => {}
                 }
                 HandoverEvent::TakeOver
             }
             HandoverRole::Superseded(after) => tokio::select! {
                 () = end_of(after) => HandoverEvent::Resume,
-                () = self.wait_for_change() => HandoverEvent::Look,
+                () = self.wait_for_change() => HandoverEvent::Rescan,
             },
             HandoverRole::Active => tokio::select! {
                 biased;
                 stream = accept(self.successors.as_ref(), next) => HandoverEvent::Next(stream),
-                () = word(next) => HandoverEvent::Asked,
-                () = self.wait_for_change() => HandoverEvent::Look,
+                () = message(next) => HandoverEvent::Message,
+                () = self.wait_for_change() => HandoverEvent::Rescan,
             },
         }
     }
@@ -136,99 +134,98 @@ impl PodListeners {
         }
     }
 
-    /// Lets go what is gone, and listens in nothing new.
+    /// Drops the removed namespaces, and adds none.
     fn drop_removed(&mut self) {
         let found = self.scan();
         self.pods.retain(|id, _| found.contains_key(id));
     }
 
     async fn take_over(&mut self) {
-        let HandoverRole::Standby(before) =
+        let HandoverRole::Standby(previous) =
             std::mem::replace(&mut self.stage, HandoverRole::Active)
         else {
             return;
         };
-        let taking = timeout(DEADLINE, async {
-            handover_protocol::send_message(&before, GIVE).await?;
-            handover_protocol::take(&before).await
+        let taking = timeout(STEP_TIMEOUT, async {
+            handover_protocol::send_message(&previous, REQUEST).await?;
+            handover_protocol::receive_all(&previous).await
         });
-        let given = taking.await.unwrap_or_else(|late| Err(late.into()));
-        match given {
-            Ok(ReceivedListeners {
-                listeners,
-                before: earlier,
-            }) => {
-                tracing::info!(
-                    listeners = listeners.len(),
-                    "the listeners in pods are handed over"
-                );
-                self.before = earlier;
+        let received = taking.await.unwrap_or_else(|late| Err(late.into()));
+        match received {
+            Ok(ReceivedListeners { listeners, earlier }) => {
+                tracing::info!(listeners = listeners.len(), "took over pods' listeners");
+                self.earlier = earlier;
                 self.reconcile_dir(listeners).await;
-                let released = timeout(DEADLINE, async {
-                    handover_protocol::send_message(&before, SERVING).await?;
-                    handover_protocol::receive_message(&before).await
+                let released = timeout(STEP_TIMEOUT, async {
+                    handover_protocol::send_message(&previous, SERVING).await?;
+                    handover_protocol::receive_message(&previous).await
                 });
                 let _ = released.await;
-                // If it can't be kept it is closed, which says that this one is gone.
-                self.before.extend(before.into_std().map(OwnedFd::from));
+                // If it cannot be kept it is closed. The other end then finds this instance gone.
+                self.earlier.extend(previous.into_std().map(OwnedFd::from));
             }
             Err(error) => {
-                tracing::warn!(%error, "the daemon before hands nothing over; pods' listeners are bound anew");
-                drop(before);
+                tracing::warn!(%error, "taking over pods' listeners failed: binding new ones");
+                drop(previous);
                 self.reconcile().await;
             }
         }
         self.listen_for_successor();
     }
 
-    /// Gives the listeners to the next daemon, which asks for them. It is returned if it is there still, and has not taken over.
+    /// Passes the listeners to the next instance, which requested them. Returns `next` if it is
+    /// alive and has not taken over.
     async fn hand_over(&mut self, next: Option<UnixStream>) -> Option<UnixStream> {
         let next = next?;
-        let mut word = [0];
-        match next.try_read(&mut word) {
-            Ok(1) if word == [GIVE] => {}
+        let mut message = [0];
+        match next.try_read(&mut message) {
+            Ok(1) if message == [REQUEST] => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(next),
             _ => return None,
         }
-        let given = self.send_listeners(&next).await?;
+        let sent = self.send_listeners(&next).await?;
         self.successors = None;
-        self.pods.values_mut().for_each(|pod| pod.pause(&given));
+        self.pods.values_mut().for_each(|pod| pod.pause(&sent));
         self.metrics.pod_namespaces.set(0);
-        tracing::info!(listeners = given.len(), "the next daemon serves pods now");
-        // If it can't be told it is gone, which is seen next.
-        let _ = timeout(DEADLINE, handover_protocol::send_message(&next, DONE)).await;
+        tracing::info!(
+            listeners = sent.len(),
+            "passed pods' listeners to the next instance"
+        );
+        // A failure means that it is gone, which the next event reports.
+        let _ = timeout(STEP_TIMEOUT, handover_protocol::send_message(&next, DONE)).await;
         self.stage = HandoverRole::Superseded(next);
         None
     }
 
-    /// Gives all listeners, and waits until they are served. Both accept meanwhile.
+    /// Sends all listeners, and waits until they are served. Both instances accept meanwhile.
     async fn send_listeners(
         &mut self,
         next: &UnixStream,
     ) -> Option<Vec<(HandoverKey, Arc<OwnedFd>)>> {
-        let given: Vec<_> = self.pods.values().flat_map(|pod| pod.listening()).collect();
-        self.before.retain(|before| is_there(before.as_fd()));
-        let giving = timeout(DEADLINE, async {
-            handover_protocol::give(next, &given, &self.before).await?;
-            while let Some(word) = handover_protocol::receive_message(next).await? {
-                if word == SERVING {
+        let sent: Vec<_> = self.pods.values().flat_map(|pod| pod.listening()).collect();
+        self.earlier
+            .retain(|connection| is_alive(connection.as_fd()));
+        let giving = timeout(STEP_TIMEOUT, async {
+            handover_protocol::send_all(next, &sent, &self.earlier).await?;
+            while let Some(message) = handover_protocol::receive_message(next).await? {
+                if message == SERVING {
                     return Ok(());
                 }
             }
             Err(io::Error::from(io::ErrorKind::UnexpectedEof))
         });
         match giving.await.unwrap_or_else(|late| Err(late.into())) {
-            Ok(()) => Some(given),
+            Ok(()) => Some(sent),
             Err(error) => {
-                tracing::warn!(%error, "the next daemon does not take the listeners in pods");
+                tracing::warn!(%error, "passing pods' listeners to the next instance failed");
                 None
             }
         }
     }
 
-    /// The next daemon has ended before this one was told to: an update that failed.
+    /// Serves again, because the next instance ended before this one: the update failed.
     async fn resume(&mut self) {
-        tracing::warn!("the next daemon is gone; this one serves pods again");
+        tracing::warn!("the next instance is gone: serving pods again");
         self.stage = HandoverRole::Active;
         self.drop_removed();
         self.pods
@@ -237,15 +234,15 @@ impl PodListeners {
         self.follow().await;
     }
 
-    /// Accept loops have been told to end.
+    /// Ends after the accept loops have got the signal to stop.
     async fn end(mut self, next: Option<UnixStream>) {
         (self.successors, self.handover) = (None, None);
         if let (Some(next), HandoverRole::Active) = (next, &self.stage) {
-            // It serves from here on whether it is ready or not.
+            // From here on the next instance serves, ready or not.
             let _ = self.send_listeners(&next).await;
         }
-        // If there is no next one, the daemon before this one, if it is there still, serves again.
-        self.before.clear();
+        // Without a next instance, the previous one serves again if it is still alive.
+        self.earlier.clear();
         self.stage = HandoverRole::Active;
         self.pods.values_mut().for_each(ListenedPod::release);
         self.service.loops.close();
@@ -265,7 +262,7 @@ impl PodListeners {
     }
 }
 
-/// The next daemon to connect. Only one at a time is waited for.
+/// Waits for the next instance to connect. Only one at a time is accepted.
 async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> UnixStream {
     let (Some(successors), None) = (successors, next) else {
         return std::future::pending().await;
@@ -275,7 +272,7 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Uni
             Ok(stream) => return stream,
             Err(error) => {
                 if let Some(missed) = successors.refusal() {
-                    tracing::warn!(%error, missed, "[listen] handover: whoever asked there for pods' listeners does not get them");
+                    tracing::warn!(%error, missed, "[listen] handover: rejected a request for pods' listeners");
                 }
                 // A lack of descriptors does not pass at once.
                 sleep(MOUNT_POLL).await;
@@ -284,9 +281,9 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Uni
     }
 }
 
-/// Whether the daemon before is there, at the other end of this connection.
-fn is_there(before: BorrowedFd<'_>) -> bool {
-    let mut polled = [PollFd::new(before, PollFlags::POLLIN)];
+/// Checks that the previous instance is still alive at the other end of this connection.
+fn is_alive(previous: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::new(previous, PollFlags::POLLIN)];
     let ended = |polled: &PollFd<'_>| {
         polled
             .revents()
@@ -295,13 +292,13 @@ fn is_there(before: BorrowedFd<'_>) -> bool {
     poll(&mut polled, PollTimeout::ZERO).is_err() || !ended(&polled[0])
 }
 
-/// Waits until whoever is at the other end is gone.
+/// Waits until the peer has closed the connection.
 async fn end_of(stream: &UnixStream) {
     while let Ok(Some(_)) = handover_protocol::receive_message(stream).await {}
 }
 
-/// Waits until the next daemon asks, or is gone.
-async fn word(next: Option<&UnixStream>) {
+/// Waits until the next instance sends a message, or is gone.
+async fn message(next: Option<&UnixStream>) {
     match next {
         Some(next) => drop(next.readable().await),
         None => std::future::pending().await,

@@ -1,13 +1,14 @@
-//! The profiles in the files of SDKs and the AWS CLI, and which credentials they lead to. Those of a profile come before the
-//! container endpoint, and may come from there.
+//! The profiles in the files of SDKs and the AWS CLI, and the source of their credentials. A
+//! profile's credentials take precedence over the container endpoint, and may come from it.
 //!
-//! Format: the AWS SDKs' "shared config and credentials files". What an SDK does with a profile that has keys of several kinds
-//! differs, so such a profile leads to awsvid only if each of its kinds does.
+//! The format is that of the AWS SDKs' "shared config and credentials files". SDKs differ in how
+//! they treat a profile with keys of several kinds. So such a profile leads to awsvid only if each
+//! of its kinds does.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The variables that name the files, and where these are below HOME without them.
+/// Variables with the paths of the files, and the default paths below HOME.
 const FILES: [(&str, &str, Kind); 2] = [
     ("AWS_CONFIG_FILE", ".aws/config", Kind::Config),
     (
@@ -16,7 +17,7 @@ const FILES: [(&str, &str, Kind); 2] = [
         Kind::Credentials,
     ),
 ];
-/// The profile that is used if none is named.
+/// Name of the profile that SDKs use by default.
 pub const DEFAULT: &str = "default";
 
 /// Keys of a profile with which at least one SDK gets credentials.
@@ -32,7 +33,7 @@ const CREDENTIALS: [&str; 10] = [
     "sso_start_url",
     "login_session",
 ];
-/// Keys that belong to those credentials, and to nothing else.
+/// Keys that belong to those credentials only.
 const DETAILS: [&str; 12] = [
     "aws_session_token",
     "aws_security_token",
@@ -54,7 +55,7 @@ enum Kind {
     Credentials,
 }
 
-/// Both files, as far as this process can read them. What it can't read, its SDKs can't read either.
+/// Both files, as far as this process can read them. Its SDKs can read no more than that.
 #[derive(Debug, Default)]
 pub struct Profiles {
     config: Option<PathBuf>,
@@ -62,7 +63,7 @@ pub struct Profiles {
     sections: Vec<Section>,
 }
 
-/// A part of a file that belongs to one profile.
+/// Part of a file that belongs to one profile.
 #[derive(Debug)]
 struct Section {
     file: PathBuf,
@@ -70,7 +71,7 @@ struct Section {
     entries: Vec<ProfileEntry>,
 }
 
-/// A key, and the whole text that it stands in: a nested value goes on in indented lines.
+/// A key with its complete text: a nested value continues in indented lines.
 #[derive(Debug)]
 struct ProfileEntry {
     key: String,
@@ -78,16 +79,16 @@ struct ProfileEntry {
     text: String,
 }
 
-/// Where the credentials of a profile come from.
+/// Source of a profile's credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lead {
     /// No profile has this name.
     Missing,
-    /// Nowhere: an SDK goes on to the container endpoint.
+    /// The profile has no credentials, so an SDK continues with the container endpoint.
     Nowhere,
-    /// From awsvid.
+    /// The credentials come from awsvid.
     Awsvid,
-    /// From elsewhere, at least for some SDKs: by these keys of these files.
+    /// The credentials come from elsewhere, at least for some SDKs, by these keys of these files.
     Elsewhere(Vec<(PathBuf, &'static str)>),
 }
 
@@ -114,7 +115,7 @@ impl Profiles {
         }
     }
 
-    /// Where the credentials of the profile `name` come from.
+    /// Returns the source of the credentials of the profile `name`.
     pub fn lead(&self, name: &str) -> Lead {
         let mut visited = Vec::new();
         self.follow(name, &mut visited)
@@ -165,7 +166,7 @@ impl Profiles {
         }
     }
 
-    /// The region of the profile `name`.
+    /// Returns the region of the profile `name`.
     pub fn region(&self, name: &str) -> Option<&str> {
         let region = self
             .entries(name)
@@ -173,17 +174,17 @@ impl Profiles {
         region.map(|(_, entry)| entry.value.as_str())
     }
 
-    /// The path of the config file, which need not exist.
+    /// Returns the path of the config file, which may not exist.
     pub fn config(&self) -> Option<&Path> {
         self.config.as_deref()
     }
 
-    /// The text of the config file with another profile in it: it is called `new`, and has all of the profile `name` but what
-    /// leads to credentials.
+    /// Returns the text of the config file with the additional profile `new`: a copy of the profile
+    /// `name` without the keys that lead to credentials.
     pub fn config_with(&self, new: &str, name: &str) -> String {
         let mut text = String::new();
         let mut is_new = false;
-        // A section of that name from an earlier time would be there twice.
+        // Drops a section of that name from an earlier run.
         for line in self.config_text.lines() {
             if line.starts_with('[') {
                 is_new = profile_name(Kind::Config, line).as_deref() == Some(new);
@@ -214,7 +215,7 @@ impl Profiles {
     }
 }
 
-/// The path of a file, by the variables of this process.
+/// Returns the path of a file, by the variables of this process.
 fn path(
     variable: &str,
     below_home: &str,
@@ -249,7 +250,7 @@ fn sections(kind: Kind, file: &Path, text: &str) -> Vec<Section> {
         let Some(section) = sections.last_mut().filter(|_| is_profile) else {
             continue;
         };
-        // A line that is indented belongs to the key before it.
+        // An indented line belongs to the key before it.
         if line.starts_with([' ', '\t']) {
             if let Some(entry) = section.entries.last_mut() {
                 entry.text.extend([line, "\n"]);
@@ -266,8 +267,8 @@ fn sections(kind: Kind, file: &Path, text: &str) -> Vec<Section> {
     sections
 }
 
-/// The profile that a section is of. SDKs differ in whether `profile` may stand there in the credentials file, and in whether
-/// it may be missing in the config file: each reading counts.
+/// Returns the profile of a section. SDKs differ in whether the credentials file may have
+/// `profile`, and in whether the config file may lack it. Each reading counts.
 fn profile_name(kind: Kind, header: &str) -> Option<String> {
     let name = header.strip_prefix('[')?.split(']').next()?.trim();
     let (first, rest) = name
@@ -286,7 +287,7 @@ fn credential_key(key: &str) -> Option<&'static str> {
     CREDENTIALS.into_iter().find(|known| *known == key)
 }
 
-/// Whether a command line is `awsvid credential-process`.
+/// Reports whether a command line is `awsvid credential-process`.
 fn is_awsvid(command: &str) -> bool {
     let mut words = command
         .split_whitespace()

@@ -95,7 +95,7 @@ fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
         .unwrap();
     let lines: Vec<&str> = log
         .lines()
-        .filter(|line| line.contains("is not known on this node"))
+        .filter(|line| line.contains("the account does not exist on this node"))
         .collect();
     assert_eq!(lines.len(), 2, "not each once:\n{log}");
     let has = |words: &[&str]| {

@@ -423,7 +423,7 @@ fn a_copy_of_the_keys_from_before_the_last_rotation() {
         &found,
         "keys",
         "a copy from before the last rotation",
-        "publish the keys anew",
+        "publish the current keys",
     );
 }
 

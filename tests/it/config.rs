@@ -140,9 +140,9 @@ fn offline_nothing_of_this_machine_counts() {
     let here = piped(&["--check", "-"], &elsewhere);
     assert_eq!(here.status.code(), Some(0));
     for words in [
-        "-:5: warning: workload.user: there is no user \"of-another-node\"",
-        "-:3: warning: workload.exe: /opt/of-another-node is not there",
-        "-: warning: audit.file: there is no directory /of-another-node",
+        "-:5: warning: workload.user: the user \"of-another-node\" does not exist on this node",
+        "-:3: warning: workload.exe: /opt/of-another-node does not exist",
+        "-: warning: audit.file: the directory /of-another-node does not exist",
     ] {
         assert!(here.stderr.contains(words), "{words} in {here:?}");
     }

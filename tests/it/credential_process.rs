@@ -197,7 +197,7 @@ fn a_socket_of_somebody_else_is_not_asked() {
     fs::rename(&socket, &moved).unwrap();
     refused(&moved, "the socket belongs to uid 1777");
     chown(&moved, Some(0), Some(0)).unwrap();
-    refused(&moved, "whoever listens there is uid 1777");
+    refused(&moved, "its listener runs as uid 1777");
     // A connection tells nothing; the role that is asked for would.
     assert!(!process.log().contains("asked b'G"), "{}", process.log());
 }

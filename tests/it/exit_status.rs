@@ -194,12 +194,12 @@ fn an_audit_file_that_cannot_be_opened_yet_is_opened_later() {
     // Somebody without an identity is refused as ever; the record waits.
     assert_eq!(unix(&daemon).1["code"], "no_identity");
     assert!(
-        daemon.log().contains("no audit record can be written yet"),
+        daemon.log().contains("the audit file cannot be opened yet"),
         "{}",
         daemon.log()
     );
     fs::create_dir(&late).unwrap();
-    daemon.await_line(&["the audit file is open"]);
+    daemon.await_line(&["audit file opened"]);
     assert_eq!(unix(&daemon).1["code"], "no_identity");
     await_some("both records", PATIENCE, || {
         let text = fs::read_to_string(late.join("audit.log")).ok()?;
@@ -228,7 +228,7 @@ fn without_a_required_record_nothing_is_handed_out_until_its_file_can_be_opened(
     let daemon = Daemon::start_text(folder.path(), &text).ready();
     assert_eq!(unix(&daemon).1["code"], "not_audited");
     fs::create_dir(&late).unwrap();
-    daemon.await_line(&["the audit file is open"]);
+    daemon.await_line(&["audit file opened"]);
     let (status, body) = unix(&daemon);
     assert_eq!(status, 200, "{body}");
     let audit = fs::read_to_string(late.join("audit.log")).unwrap();
@@ -269,7 +269,7 @@ fn a_token_file_that_cannot_be_written_yet_is_written_later() {
     };
     assert_eq!(over_tcp("any"), "wrong_token");
     fs::remove_file(&late).unwrap();
-    daemon.await_line(&["the token file is written"]);
+    daemon.await_line(&["token file written"]);
     let written = fs::read_to_string(late.join("token")).unwrap();
     assert_eq!(over_tcp(&written), "no_identity");
 }
@@ -290,7 +290,7 @@ fn one_address_that_is_taken_keeps_nobody_from_the_others() {
     assert_eq!(
         daemon
             .log()
-            .matches("is not served yet: binding it is retried")
+            .matches("cannot be bound yet: retrying")
             .count(),
         2,
         "{}",

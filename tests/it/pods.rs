@@ -204,7 +204,7 @@ fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
     stage.site.node.add("last");
     stage.await_namespaces(2);
     let log = stage.daemon.log();
-    assert!(!log.contains("is taken"), "{log}");
+    assert!(!log.contains("is in use"), "{log}");
     // The one by whose file it was entered may be either.
     for name in ["a", "b"] {
         assert!(listens(&stage.site.node, name, V4), "{name}");
@@ -251,8 +251,7 @@ fn the_network_of_the_machine_is_no_pods() {
     assert!(listens(&node, "a", V4));
     let log = daemon.log();
     assert_eq!(
-        log.matches("listening in a pod's network namespace")
-            .count(),
+        log.matches("serving a pod's network namespace").count(),
         1,
         "{log}"
     );
@@ -334,15 +333,20 @@ fn a_port_that_is_taken_is_waited_for() {
         .trim_start_matches("pod");
     stage
         .daemon
-        .await_line(&["/netns/taken", "is the network of the pod", pod]);
-    stage
-        .daemon
-        .await_line(&["port 974 is taken", "/netns/taken"]);
+        .await_line(&["/netns/taken", "the network namespace of the pod", pod]);
+    stage.daemon.await_line(&[
+        "port 974 is in use in the network namespace",
+        "/netns/taken",
+    ]);
     drop(taken);
     stage.daemon.await_line(&["/netns/taken", "is free now"]);
     assert!(stage.site.serves("taken", &cgroup, V4));
     assert_eq!(
-        stage.daemon.log().matches("port 974 is taken in").count(),
+        stage
+            .daemon
+            .log()
+            .matches("port 974 is in use in the network namespace")
+            .count(),
         1,
         "it is said once, whatever is tried"
     );
@@ -378,7 +382,7 @@ fn the_directory_may_come_later_and_be_another_one() {
     let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else {
         return;
     };
-    stage.daemon.await_line(&["pods_dir", "is not there"]);
+    stage.daemon.await_line(&["pods_dir", "does not exist yet"]);
     fs::create_dir(stage.site.node.directory()).unwrap();
     stage.site.node.add("a");
     stage.await_namespaces(1);
@@ -460,7 +464,7 @@ fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
         });
     }
     let line = stage.daemon.await_line(&[
-        "any user of a pod can take port 974",
+        "any user of a pod can bind port 974",
         "enable_unprivileged_ports = false",
     ]);
     assert!(
@@ -473,7 +477,7 @@ fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
         stage
             .daemon
             .log()
-            .matches("any user of a pod can take port 974")
+            .matches("any user of a pod can bind port 974")
             .count(),
         1
     );

@@ -108,7 +108,7 @@ fn daemon_that_cannot_serve_tcp_is_ready_for_the_unix_socket() {
         "{output:?}"
     );
     for words in [
-        "refuses all callers over TCP",
+        "rejects all callers over TCP",
         "no cgroup v2 tree",
         "credential_process = awsvid credential-process",
     ] {

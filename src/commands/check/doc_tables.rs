@@ -8,7 +8,7 @@ const HEADER: &str = "| symptom | step | output of check |";
 #[derive(Debug)]
 pub(crate) struct Row<'a> {
     pub(crate) steps: Vec<&'a str>,
-    /// The words that are check's own.
+    /// Quoted words that check prints.
     pub(crate) words: Vec<&'a str>,
 }
 
@@ -34,7 +34,7 @@ fn row(line: &str) -> Option<Row<'_>> {
     (!steps.is_empty() && !words.is_empty()).then_some(Row { steps, words })
 }
 
-/// What stands between two of these marks each.
+/// Returns the texts between pairs of `mark`.
 fn within(cell: &str, mark: char) -> Vec<&str> {
     cell.split(mark).skip(1).step_by(2).collect()
 }

@@ -1,4 +1,5 @@
-//! The kernel, and what this process may do and see: all of it as `/proc` tells it, so that tests can tell it otherwise.
+//! Checks of the kernel and of this process's privileges, all read from `/proc`, so that tests can
+//! replace it.
 
 use std::fs;
 use std::path::Path;
@@ -10,20 +11,20 @@ use crate::config::Config;
 use crate::hardening::DaemonFeatures;
 
 const STEP: &str = "machine";
-/// Each machine's first cgroup namespace has this number, as linux/nsfs.h has it.
+/// The number of the initial cgroup namespace, by linux/nsfs.h.
 const INITIAL_CGROUP_NAMESPACE: &str = "cgroup:[4026531835]";
 
-/// What this kernel does when it is tried.
+/// Results of trying the kernel's features.
 #[derive(Debug)]
 pub(super) struct KernelSupport {
     unix: UnixSupport,
     tcp: Result<(), TcpUnsupported>,
-    /// `None` where nobody is named to an agent.
+    /// `None` where no process is referred to an agent.
     executions: Option<Result<(), String>>,
 }
 
 impl KernelSupport {
-    /// Tries it, as the daemon does.
+    /// Tries the features as the daemon does.
     pub(super) fn tried(config: &Config, proc: &Path) -> Self {
         let executions = DaemonFeatures::of(config)
             .names_processes()
@@ -49,7 +50,7 @@ fn count_an_execution() -> Result<(), String> {
     }
 }
 
-/// `proc` is where `/proc` is mounted.
+/// Runs the checks. `proc` is the mount point of `/proc`.
 pub(super) fn check(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut CheckReport) {
     kernel(config, proc, tried, report);
     cgroups(config, proc, report);
@@ -60,7 +61,7 @@ pub(super) fn check(config: &Config, proc: &Path, tried: &KernelSupport, report:
     }
 }
 
-/// What cannot be read says nothing, which no step takes for good.
+/// Reads a file of `/proc`. An unreadable one is empty, which no step takes as a pass.
 fn text(proc: &Path, name: &str) -> String {
     fs::read_to_string(proc.join(name)).unwrap_or_default()
 }
@@ -84,7 +85,7 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
         UnixSupport::Process => {}
         UnixSupport::Number => report.info(
             STEP,
-            "callers in containers are refused on the unix socket: this kernel does not tell their process (Linux 6.5)",
+            "callers in containers are refused on the unix socket: this kernel does not report their process (Linux 6.5)",
             match tried.tcp.is_ok() && over_tcp {
                 true => "use TCP for them, or a newer kernel",
                 false => "use a newer kernel",
@@ -102,7 +103,7 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
         Some(Err(error)) => {
             let (saw, fix) = error.split_once("; ").unwrap_or((error, "see the log"));
             let saw = format!(
-                "executions of programs cannot be counted, so callers' processes are not named to the agent: {saw}"
+                "executions of programs cannot be counted, so callers are refused (unseen_program): {saw}"
             );
             report.failed(STEP, saw, fix);
         }
@@ -111,7 +112,8 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
 
 fn cgroups(config: &Config, proc: &Path, report: &mut CheckReport) {
     let mounts = text(proc, "self/mountinfo");
-    // Which directory of the hierarchy each mount shows: in a namespace of one's own the way to its root begins with `/..`.
+    // The directory of the hierarchy that each mount shows. In a cgroup namespace the path to its
+    // root begins with `/..`.
     let roots: Vec<&str> = mounts
         .lines()
         .filter(|line| line.contains(" - cgroup2 "))
@@ -130,7 +132,7 @@ fn cgroups(config: &Config, proc: &Path, report: &mut CheckReport) {
     } else if roots.is_empty() {
         report.info(
             STEP,
-            "cgroup v2 is not mounted, so rules by systemd_unit and cgroup match nobody",
+            "cgroup v2 is not mounted, so rules by systemd_unit and cgroup match no caller",
             "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified",
         );
     } else if roots.iter().any(is_whole) {
@@ -139,7 +141,7 @@ fn cgroups(config: &Config, proc: &Path, report: &mut CheckReport) {
         report.info(
             STEP,
             "of the cgroups only a part is seen from here: callers outside of it are refused (unreadable_cgroup)",
-            "mount the host's /sys/fs/cgroup, for reading, beside the container's own; or use --cgroupns=host",
+            "mount the host's /sys/fs/cgroup read-only in addition to the container's own, or use --cgroupns=host",
         );
     }
 }
@@ -154,7 +156,7 @@ fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
             .split_ascii_whitespace()
             .collect::<Vec<_>>()
     };
-    // The real one, then the effective one.
+    // The real uid, then the effective one.
     let uid = fields("Uid").get(1).copied().unwrap_or("?");
     if uid != "0" {
         report.failed(
@@ -163,13 +165,13 @@ fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
             "run it as the daemon runs: sudo awsvid check",
         );
     }
-    let held = fields("CapEff")
+    let effective = fields("CapEff")
         .first()
         .and_then(|set| u64::from_str_radix(set, 16).ok())
         .unwrap_or_default();
     let missing = DaemonFeatures::of(config)
         .required_capabilities()
-        .filter(|(needed, _)| held & needed.bitmask() == 0);
+        .filter(|(needed, _)| effective & needed.bitmask() == 0);
     let missing: Vec<String> = missing
         .map(|(needed, fails)| format!("{needed} ({fails})"))
         .collect();
@@ -193,30 +195,31 @@ fn namespaces(config: &Config, proc: &Path, report: &mut CheckReport) {
             "run it, and awsvid, in the host's user namespace",
         );
     }
-    // Only the host's pid namespace has the kernel's own processes.
+    // Only the host's pid namespace shows the kernel's own processes.
     let sees_all = text(proc, "2/comm").trim() == "kthreadd";
     match (is_hosts, sees_all) {
         (_, false) if DaemonFeatures::of(config).sees_processes() => report.info(
             STEP,
-            "this is not the host's pid namespace: callers outside of this one cannot be told",
+            "this is not the host's pid namespace: callers outside of this one cannot be identified",
             "in Kubernetes set hostPID: true; in a container use --pid=host",
         ),
         (true, false) => report.ok(
             STEP,
-            "the host's user namespace; processes need not be seen, callers are pods",
+            "the host's user namespace; the host's pid namespace is not needed, because callers are pods",
         ),
         (true, true) => report.ok(STEP, "the host's user and pid namespace"),
         (false, _) => {}
     }
 }
 
-/// Who starts pods that have a kernel of their own, as containerd and CRI-O call the program.
+/// Programs that start pods with a kernel of their own, under the names that containerd and CRI-O
+/// use.
 const OWN_KERNELS: [(&str, &str); 2] = [
     ("containerd-shim-runsc-v1", "gVisor"),
     ("containerd-shim-kata-v2", "Kata"),
 ];
 
-/// Pods in whose loopback awsvid cannot listen: it is not one of this kernel's.
+/// Reports pods with a loopback that awsvid cannot listen on, because it belongs to another kernel.
 fn own_kernels(proc: &Path, report: &mut CheckReport) {
     let programs: Vec<Vec<u8>> = std::fs::read_dir(proc)
         .into_iter()
@@ -237,7 +240,7 @@ fn own_kernels(proc: &Path, report: &mut CheckReport) {
             report.info(
                 STEP,
                 format!("pods of {name} run here: they have a loopback of their own, and awsvid is not in it"),
-                "give pods that need credentials another runtimeClassName, whose pods share this kernel",
+                "give pods that need credentials another runtimeClassName, one with pods that share this kernel",
             );
         }
     }

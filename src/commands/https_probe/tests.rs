@@ -8,7 +8,8 @@ use tokio_rustls::TlsAcceptor;
 
 use super::*;
 
-/// An https server with a chain of a private CA; its port, and the thumbprint of what it sends last.
+/// Starts an https server with a chain of a private CA. Returns its port, and the thumbprint of its
+/// last certificate.
 async fn private() -> (u16, String) {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -51,7 +52,7 @@ async fn private() -> (u16, String) {
 }
 
 #[tokio::test]
-async fn a_chain_that_is_not_trusted_is_told_with_its_thumbprint() {
+async fn untrusted_chain_is_reported_with_its_thumbprint() {
     let (port, thumbprint) = private().await;
     let resolve = vec![
         format!("oidc.example.org:{port}:127.0.0.1")
@@ -74,7 +75,7 @@ async fn a_chain_that_is_not_trusted_is_told_with_its_thumbprint() {
 }
 
 #[tokio::test]
-async fn no_answer_is_waited_for_longer_than_the_deadline() {
+async fn get_ends_at_the_deadline() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let web = HttpProbe {
         resolve: Vec::new(),
@@ -90,7 +91,7 @@ async fn no_answer_is_waited_for_longer_than_the_deadline() {
 }
 
 #[test]
-fn what_resolves_where() {
+fn resolve_parses_host_port_and_address() {
     let parse = |text: &str| text.parse::<Resolve>();
     assert!(parse("a.example.org:443:192.0.2.1").is_ok() && parse("a:443:[2001:db8::1]").is_ok());
     for text in ["", "a", "a:443", "a:x:192.0.2.1", "a:443:b"] {
@@ -98,7 +99,8 @@ fn what_resolves_where() {
     }
 }
 
-/// A proxy that answers so, and after a success leads to `port` whatever it is asked for; what it was asked comes out.
+/// Starts a proxy with this answer, which connects each successful client to `port`. Returns the
+/// requests that it gets.
 async fn proxy(answer: &'static str, port: u16) -> (String, mpsc::UnboundedReceiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -130,7 +132,7 @@ fn network(variables: &[(&str, &str)]) -> NetworkSettings {
 }
 
 #[tokio::test]
-async fn it_goes_through_the_proxy_that_sts_is_reached_through() {
+async fn get_uses_the_proxy_of_sts() {
     const DEADLINE: Duration = Duration::from_secs(5);
     let (port, _) = private().await;
     let url = format!("https://oidc.example.org:{port}/keys");
@@ -159,7 +161,7 @@ async fn it_goes_through_the_proxy_that_sts_is_reached_through() {
         "{head}"
     );
 
-    // Where an address is named, or the host is an exception, it is the way of the others.
+    // With an address of the operator's, or a host that is an exception, the connection is direct.
     let resolve = vec![
         format!("oidc.example.org:{port}:127.0.0.1")
             .parse()
@@ -192,7 +194,7 @@ async fn it_goes_through_the_proxy_that_sts_is_reached_through() {
 }
 
 #[tokio::test]
-async fn what_a_proxy_says_against_it_is_told_without_its_password() {
+async fn refusal_of_a_proxy_is_reported_without_the_password() {
     let (address, mut heads) = proxy("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", 1).await;
     let through = network(&[("ALL_PROXY", &format!("http://user:s3cret@{address}"))]);
     let web = HttpProbe {
@@ -213,7 +215,8 @@ async fn what_a_proxy_says_against_it_is_told_without_its_password() {
             .starts_with("CONNECT oidc.example.org:443 ")
     );
 
-    // Without TLS the proxy asks itself, and gets nothing that is meant for loopback.
+    // Without TLS the proxy itself sends the request, and gets no header that is meant for
+    // loopback.
     let answer = web
         .get_with("http://oidc.example.org/a?b", Some("t0ken"))
         .await
@@ -225,7 +228,7 @@ async fn what_a_proxy_says_against_it_is_told_without_its_password() {
         "{head}"
     );
 
-    // Nor do its words reach the terminal as they are.
+    // Control characters of its response do not reach the terminal either.
     let (address, _heads) = proxy("HTTP/1.1 403 \x1b[2J\r\n\r\n", 1).await;
     let through = network(&[("HTTPS_PROXY", &address)]);
     let web = HttpProbe {
@@ -250,6 +253,6 @@ async fn what_a_proxy_says_against_it_is_told_without_its_password() {
             .await
             .err()
             .unwrap()
-            .contains("over TLS")
+            .contains("needs TLS")
     );
 }

@@ -1,13 +1,13 @@
-//! CONNECT (RFC 9110, section 9.3.6): a way through an HTTP proxy.
+//! CONNECT (RFC 9110, section 9.3.6): a tunnel through an HTTP proxy.
 
 use hyper::header::HeaderValue;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// No proxy says more about a connection.
-const HEAD_MAX: usize = 8 * 1024;
+/// Maximum size of the proxy's response.
+const MAX_HEADER_SIZE: usize = 8 * 1024;
 
-/// Makes this connection to a proxy one to `host`.
+/// Opens a tunnel to `host` on this connection to a proxy.
 pub(super) async fn open(
     stream: &mut TcpStream,
     host: &str,
@@ -28,17 +28,17 @@ pub(super) async fn open(
         .write_all(&request)
         .await
         .map_err(|error| error.to_string())?;
-    // Byte by byte: what comes after the head is not the proxy's.
+    // Byte by byte: the bytes after the header section belong to the tunnel.
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
-        if head.len() == HEAD_MAX {
-            return Err("its answer has no end".to_owned());
+        if head.len() == MAX_HEADER_SIZE {
+            return Err("its response is too long".to_owned());
         }
         head.push(
             stream
                 .read_u8()
                 .await
-                .map_err(|error| format!("it hangs up: {error}"))?,
+                .map_err(|error| format!("it closed the connection: {error}"))?,
         );
     }
     let head = String::from_utf8_lossy(&head);

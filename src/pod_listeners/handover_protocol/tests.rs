@@ -16,21 +16,21 @@ fn listener() -> (Arc<OwnedFd>, SocketAddr) {
 }
 
 #[tokio::test]
-async fn listeners_come_with_their_namespace_and_address() {
+async fn listeners_arrive_with_namespace_and_address() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let given: Vec<_> = (0..250)
+    let sent: Vec<_> = (0..250)
         .flat_map(|number| POD_ADDRESSES.map(|address| ((id(number), address), listener().0)))
         .collect();
     let (mut before, kept) = std::os::unix::net::UnixStream::pair().unwrap();
     let kept = [OwnedFd::from(kept)];
-    let (gave, taken) = tokio::join!(give(&ours, &given, &kept), take(&theirs));
-    gave.unwrap();
+    let (sending, received) = tokio::join!(send_all(&ours, &sent, &kept), receive_all(&theirs));
+    sending.unwrap();
     let ReceivedListeners {
-        listeners: taken,
-        before: kept_there,
-    } = taken.unwrap();
-    assert_eq!((taken.len(), kept_there.len()), (500, 1));
-    // It ends with the last who has it.
+        listeners: received,
+        earlier: kept_there,
+    } = received.unwrap();
+    assert_eq!((received.len(), kept_there.len()), (500, 1));
+    // The listening ends when its last owner closes it.
     before.set_nonblocking(true).unwrap();
     drop(kept);
     assert_eq!(
@@ -39,10 +39,10 @@ async fn listeners_come_with_their_namespace_and_address() {
     );
     drop(kept_there);
     assert_eq!(before.read(&mut [0]).unwrap(), 0);
-    for (key, listener) in &given {
+    for (key, listener) in &sent {
         let here: SockaddrStorage = getsockname(listener.as_raw_fd()).unwrap();
         assert_eq!(
-            getsockname::<SockaddrStorage>(taken[key].as_raw_fd()).unwrap(),
+            getsockname::<SockaddrStorage>(received[key].as_raw_fd()).unwrap(),
             here,
             "{key:?}"
         );
@@ -50,7 +50,7 @@ async fn listeners_come_with_their_namespace_and_address() {
 }
 
 #[tokio::test]
-async fn what_is_no_record_ends_the_taking() {
+async fn receiving_ends_at_an_invalid_record() {
     let end = record(END, id(0), 0);
     let with_one = record(LISTENER, id(1), 0);
     let (descriptor, _) = listener();
@@ -58,7 +58,11 @@ async fn what_is_no_record_ends_the_taking() {
         (&[], false, io::ErrorKind::UnexpectedEof),
         (&with_one, false, io::ErrorKind::InvalidData),
         (&end, true, io::ErrorKind::InvalidData),
-        (&record(BEFORE, id(0), 0), false, io::ErrorKind::InvalidData),
+        (
+            &record(EARLIER, id(0), 0),
+            false,
+            io::ErrorKind::InvalidData,
+        ),
         (&with_one[..9], true, io::ErrorKind::InvalidData),
         (
             &record(LISTENER, id(1), 2),
@@ -78,12 +82,16 @@ async fn what_is_no_record_ends_the_taking() {
             .unwrap();
         }
         drop(ours);
-        assert_eq!(take(&theirs).await.unwrap_err().kind(), kind, "{bytes:?}");
+        assert_eq!(
+            receive_all(&theirs).await.unwrap_err().kind(),
+            kind,
+            "{bytes:?}"
+        );
     }
 }
 
 #[test]
-fn only_a_listener_on_the_address_in_this_namespace_is_one() {
+fn listener_is_verified_by_address_and_namespace() {
     let (good, address) = listener();
     let is = |descriptor: OwnedFd, address| is_listener(&descriptor, address).unwrap_or(false);
     let another = |descriptor: &Arc<OwnedFd>| descriptor.try_clone().unwrap();
@@ -112,7 +120,7 @@ fn only_a_listener_on_the_address_in_this_namespace_is_one() {
 }
 
 #[test]
-fn two_pods_of_one_kind_are_in_the_same_place() {
+fn cgroups_of_two_pods_of_one_kind_are_equal() {
     let table = [
         (
             "/kubepods/besteffort/poda/x",
@@ -139,7 +147,7 @@ fn two_pods_of_one_kind_are_in_the_same_place() {
             "/system.slice/awsvid-next.service",
             true,
         ),
-        // As they look from within the first one's cgroup namespace.
+        // The paths as read from within the first one's cgroup namespace.
         ("/", "/../../podb/y", true),
         ("/", "/../../../burstable/podb/y", false),
         ("/", "/../../../../system.slice/x.service", false),
@@ -154,7 +162,7 @@ fn two_pods_of_one_kind_are_in_the_same_place() {
 }
 
 #[tokio::test]
-async fn the_socket_is_its_owners_alone() {
+async fn socket_admits_only_its_owner() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o700)).unwrap();
     let path = folder.path().join("handover.sock");
@@ -164,14 +172,14 @@ async fn the_socket_is_its_owners_alone() {
         0o600
     );
     let (next, before) = tokio::join!(handover.accept(), connect(&path));
-    send_message(&before.unwrap(), GIVE).await.unwrap();
+    send_message(&before.unwrap(), REQUEST).await.unwrap();
     let next = next.unwrap();
     assert_eq!(
         (
             receive_message(&next).await.unwrap(),
             receive_message(&next).await.unwrap()
         ),
-        (Some(GIVE), None)
+        (Some(REQUEST), None)
     );
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     drop(handover);

@@ -1,6 +1,6 @@
 use super::*;
 
-/// With these texts as config and credentials file.
+/// Parses these texts as config and credentials file.
 fn profiles(config: &str, credentials: &str) -> Profiles {
     let mut profiles = Profiles::default();
     profiles.add(Kind::Config, "config".into(), config.to_owned());
@@ -17,7 +17,7 @@ fn elsewhere(keys: &[&'static str]) -> Lead {
 }
 
 #[test]
-fn a_profile_is_judged_by_what_it_leads_to() {
+fn profile_leads_to_the_source_of_its_credentials() {
     let role = "role_arn = arn:aws:iam::123456789012:role/x\n";
     let table = [
         (
@@ -97,7 +97,7 @@ fn a_profile_is_judged_by_what_it_leads_to() {
             elsewhere(&["role_arn", "web_identity_token_file"]),
         ),
         ("", elsewhere(&["role_arn"])),
-        // Of two ways an SDK may take either.
+        // SDKs differ in which of two sources they prefer.
         (
             "credential_source = EcsContainer\naws_access_key_id = A\n",
             elsewhere(&["role_arn", "credential_source", "aws_access_key_id"]),
@@ -113,7 +113,7 @@ fn a_profile_is_judged_by_what_it_leads_to() {
 }
 
 #[test]
-fn a_chain_of_profiles_leads_where_its_end_leads() {
+fn chain_of_profiles_leads_to_the_source_of_its_end() {
     let link = |name: &str, source: &str| {
         format!("[profile {name}]\nrole_arn = x\nsource_profile = {source}\n")
     };
@@ -147,10 +147,10 @@ fn a_chain_of_profiles_leads_where_its_end_leads() {
     // SDKs take no credentials from the container endpoint for these.
     assert_eq!(lead(&[link("a", "b"), end("b", "region = x")], ""), other);
     assert_eq!(lead(&[link("a", "b")], ""), other);
-    // Circles, which SDKs refuse, and itself, which is its own keys.
+    // Circles, which SDKs reject, and a reference to itself, which means the profile's own keys.
     assert_eq!(lead(&[link("a", "b"), link("b", "a")], ""), other);
     assert_eq!(lead(&[link("a", "a")], ""), other);
-    // The keys may be in the one file and the rest in the other.
+    // The keys may be in one file and the rest in the other.
     let split = profiles(
         "[profile a]\nrole_arn = x\ncredential_source = EcsContainer\n",
         "[a]\naws_access_key_id = A\n",
@@ -162,7 +162,7 @@ fn a_chain_of_profiles_leads_where_its_end_leads() {
 }
 
 #[test]
-fn names_are_read_as_sdks_write_them() {
+fn profile_names_are_parsed_as_sdks_do() {
     let all = profiles(
         "[profile \"two words\"]\nregion = a\n[services x]\nregion = b\n[plain]\nregion = c\n",
         "[k]\nregion = d\n",
@@ -179,7 +179,7 @@ fn names_are_read_as_sdks_write_them() {
 }
 
 #[test]
-fn the_other_profile_has_all_but_what_leads_to_credentials() {
+fn copy_has_all_keys_except_credentials() {
     let config = "# mine\n[default]\nregion = eu-west-1\nsso_session = x\nsso_account_id = 1\nca_bundle = /ca.pem\n\
         use_fips_endpoint = true\nendpoint_url = https://x\nservices = s\ns3 =\n  addressing_style = path\n\
         [sso-session x]\nsso_start_url = https://y\n[profile new]\nregion = old\n[services s]\nsts =\n  endpoint_url = https://z\n";
@@ -212,7 +212,7 @@ fn the_other_profile_has_all_but_what_leads_to_credentials() {
 }
 
 #[test]
-fn the_files_are_where_sdks_look() {
+fn file_paths_are_those_of_sdks() {
     let with = |variables: &'static [(&str, &str)]| {
         path(FILES[0].0, FILES[0].1, |name| {
             variables

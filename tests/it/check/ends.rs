@@ -69,7 +69,7 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
     assert!(
         output
             .stdout
-            .ends_with("unchecked: nothing failed, but 1 step could not be looked at\n"),
+            .ends_with("unchecked: nothing failed, but 1 step could not be checked\n"),
         "{output:?}"
     );
 
@@ -101,7 +101,7 @@ fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
         &found,
         "identity",
         "did not answer within 10s",
-        "look at the agent's log",
+        "read the agent's log",
     );
     let (_, report) = found;
     assert!(

@@ -43,7 +43,7 @@ fn tokens_that_sts_would_refuse() {
     assert!(
         !right
             .to_string()
-            .contains("mend it at the SPIFFE provider: STS would refuse the token"),
+            .contains("STS would refuse the token: correct it at the SPIFFE provider"),
         "{right:#}"
     );
     let now = SystemTime::now()
@@ -82,7 +82,7 @@ fn tokens_that_sts_would_refuse() {
             &check(folder.path(), &text(&tokens)),
             "identity",
             saw,
-            "mend it at the SPIFFE provider",
+            "correct it at the SPIFFE provider",
         );
     }
     let tokens = Tokens::start(folder.path(), r#"{"alg":"EdDSA","kid":"k1"}"#, CLAIMS);
@@ -90,7 +90,7 @@ fn tokens_that_sts_would_refuse() {
         &check(folder.path(), &text(&tokens)),
         "identity",
         "its signature's algorithm",
-        "mend it",
+        "correct it",
     );
 }
 
@@ -126,7 +126,7 @@ fn tokens_that_are_good_for_a_short_time() {
         &lasting(now - 85, now + 5),
         "identity",
         "and was good for only 90 s",
-        "mend it",
+        "correct it",
     );
 }
 

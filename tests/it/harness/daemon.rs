@@ -192,8 +192,8 @@ impl Daemon {
 
     /// The same with the whole file.
     pub(crate) fn reload_text(&self, text: &str) -> bool {
-        const DONE: &str = "the configuration was reloaded";
-        const REFUSED: &str = "the configuration was not reloaded";
+        const DONE: &str = "configuration reloaded";
+        const REFUSED: &str = "configuration not reloaded";
         let count = |message: &str| self.process.log().matches(message).count();
         let before = [DONE, REFUSED].map(count);
         self.write_and_hang_up(text);

@@ -45,8 +45,8 @@ fn an_update_refuses_no_connection() {
     let mut folders = vec![folder()];
     for update in 0..10 {
         let mut new = site.next(folders.last().unwrap().path());
-        new.await_line(&["the listeners in pods are handed over"]);
-        old.await_line(&["the next daemon serves pods now"]);
+        new.await_line(&["took over pods' listeners"]);
+        old.await_line(&["passed pods' listeners to the next instance"]);
         // Between the two, pods come and go as ever.
         let name = format!("b{update}");
         site.node.add_with(&name, |_| peer.make());
@@ -70,7 +70,7 @@ fn an_update_refuses_no_connection() {
         eprintln!("ten updates: {counts:?} over {address}");
         assert!(counts.len() == 1 && counts["Success"] > 20, "{counts:?}");
     }
-    assert!(!old.log().contains("is taken"), "{}", old.log());
+    assert!(!old.log().contains("is in use"), "{}", old.log());
 }
 
 #[test]
@@ -83,13 +83,13 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     let next = stage.site.next(first.path());
     stage
         .daemon
-        .await_line(&["the next daemon serves pods now"]);
+        .await_line(&["passed pods' listeners to the next instance"]);
     let peer = Peer::new(21);
     stage.site.node.add_with("b", |_| peer.make());
     await_namespaces(&next, 2);
     // SIGKILL, which cuts what it has accepted, and nothing else.
     drop(next);
-    stage.daemon.await_line(&["the next daemon is gone"]);
+    stage.daemon.await_line(&["the next instance is gone"]);
     stage.await_namespaces(2);
     for name in ["a", "b"] {
         await_some("it is listened there", PATIENCE, || {
@@ -100,7 +100,7 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     // Which can hand over again.
     let asker = asking(&stage.site.node, "a", &cgroup, V4);
     let next = stage.site.next(second.path());
-    next.await_line(&["the listeners in pods are handed over"]);
+    next.await_line(&["took over pods' listeners"]);
     let counts = asker.enough();
     assert!(counts.len() == 1 && counts["Success"] > 2, "{counts:?}");
     // A namespace that goes while one has handed it over and the other has it, is freed all the same.
@@ -130,11 +130,11 @@ fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
         + RULE;
     let listen = handing_over(site.folder.path(), &site.node);
     let next = Daemon::start_behind(&words, folder.path(), &listen, &configuration);
-    next.await_line(&["another daemon serves pods"]);
+    next.await_line(&["waiting to take over pods' listeners"]);
     assert!(site.serves("a", &cgroup, V4), "the one before still does");
     let asker = asking(&site.node, "a", &cgroup, V4);
     old.process().signal(Signal::SIGTERM);
-    next.await_line(&["the listeners in pods are handed over"]);
+    next.await_line(&["took over pods' listeners"]);
     assert!(
         old.process()
             .owned()
@@ -172,9 +172,9 @@ fn a_daemon_goes_on_only_if_all_who_came_after_it_are_gone() {
     let cgroup = Cgroup::of_pod(54);
     let folders = [folder(), folder()];
     let mut second = site.next(folders[0].path());
-    first.await_line(&["the next daemon serves pods now"]);
+    first.await_line(&["passed pods' listeners to the next instance"]);
     let third = site.next(folders[1].path());
-    second.await_line(&["the next daemon serves pods now"]);
+    second.await_line(&["passed pods' listeners to the next instance"]);
     second.process().signal(Signal::SIGTERM);
     assert!(
         second
@@ -190,13 +190,13 @@ fn a_daemon_goes_on_only_if_all_who_came_after_it_are_gone() {
         assert_eq!(third.issued(), count, "nobody else answers");
     }
     assert!(
-        !first.log().contains("this one serves pods again"),
+        !first.log().contains("serving pods again"),
         "{}",
         first.log()
     );
     // SIGKILL.
     drop(third);
-    first.await_line(&["the next daemon is gone"]);
+    first.await_line(&["the next instance is gone"]);
     await_namespaces(&first, 1);
     assert!(site.serves("a", &cgroup, V4));
 }

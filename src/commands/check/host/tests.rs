@@ -1,4 +1,4 @@
-//! Machines that no test runs on, by what their `/proc` says.
+//! Machines that no test runs on, as their `/proc` shows them.
 
 use std::os::unix::fs::symlink;
 
@@ -14,7 +14,7 @@ const CGROUP2: &str = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 r
 /// The first 41 bits, which are all capabilities of today.
 const ALL: &str = "000001ffffffffff";
 
-/// The host of a daemon that lacks nothing, but for what a test changes.
+/// A host that lacks nothing, except for the changes of a test.
 struct Proc(TempDir);
 
 impl Proc {
@@ -43,7 +43,7 @@ impl Proc {
         self
     }
 
-    /// In a cgroup namespace that a container runtime has made.
+    /// A cgroup namespace that a container runtime has made.
     fn in_a_cgroup_namespace(self) -> Self {
         let path = self.0.path().join("self/ns/cgroup");
         fs::remove_file(&path).unwrap();
@@ -56,7 +56,7 @@ impl Proc {
         self
     }
 
-    /// What is found, but for what is well.
+    /// Returns all findings except passes.
     fn faults(&self, config: &Config) -> Vec<(Verdict, String, String)> {
         self.faults_of(
             config,
@@ -85,13 +85,13 @@ impl Proc {
         .collect()
     }
 
-    /// Asserts that it is this one fault.
+    /// Asserts that this fault is the only one.
     fn assert_fault(&self, config: &Config, verdict: Verdict, saw: &str, fix: &str) {
         let faults = self.faults(config);
         faults
             .iter()
             .for_each(|(_, saw, fix)| assert_documented(STEP, saw, fix));
-        let is_right = matches!(&faults[..], [(found, at, mend)] if *found == verdict && at.contains(saw) && mend.contains(fix));
+        let is_right = matches!(&faults[..], [(found, at, expected_fix)] if *found == verdict && at.contains(saw) && expected_fix.contains(fix));
         assert!(is_right, "not just {verdict:?} {saw:?} {fix:?}: {faults:?}");
     }
 }
@@ -111,9 +111,9 @@ fn config(listen: &str, identity: &str) -> Config {
 const BROKER: &str = "source = \"spiffe-broker\"\nbroker_socket = \"unix:///b\"";
 
 #[test]
-fn a_host_that_lacks_nothing() {
+fn complete_host_passes() {
     assert_eq!(Proc::right().faults(&config("", "")), []);
-    // The same as it really is here: whatever it has, it is read.
+    // The same checks with the real /proc, with any result.
     let mut report = CheckReport::new(true);
     let (config, proc) = (config("", ""), Path::new("/proc"));
     check(
@@ -122,7 +122,7 @@ fn a_host_that_lacks_nothing() {
         &KernelSupport::tried(&config, proc),
         &mut report,
     );
-    let said = report
+    let findings = report
         .findings()
         .iter()
         .map(|finding| finding.saw.as_str())
@@ -130,14 +130,15 @@ fn a_host_that_lacks_nothing() {
         .join("\n");
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     assert!(
-        said.contains(release.trim()) && said.contains(&format!("uid {}", nix::unistd::geteuid())),
-        "{said}"
+        findings.contains(release.trim())
+            && findings.contains(&format!("uid {}", nix::unistd::geteuid())),
+        "{findings}"
     );
 }
 
-/// What one part of a kernel lacks, in a table with what check says of it.
+/// Kernels that lack one part each, with the finding of check.
 #[test]
-fn kernels_that_lack_something() {
+fn missing_kernel_features_are_reported() {
     use Verdict::{Failed, Note};
     let right = || KernelSupport {
         unix: UnixSupport::Process,
@@ -176,14 +177,14 @@ fn kernels_that_lack_something() {
             "",
             Some((Failed, "loopback", "ip link set lo up")),
         ),
-        // Its own remedy is taken.
+        // The fix of the error itself is used.
         (without_tcp(TcpUnsupported::NoCgroupId), unix, None),
         (
             without_tcp(TcpUnsupported::NoCgroupId),
             "pods = true",
             Some((Failed, "does not report the cgroup", "Linux 5.8")),
         ),
-        // TCP is no way out where it is not there.
+        // Without TCP support the fix does not propose TCP.
         (
             KernelSupport {
                 unix: UnixSupport::Number,
@@ -200,7 +201,7 @@ fn kernels_that_lack_something() {
             unix,
             Some((Note, "Linux 6.5", "use a newer kernel")),
         ),
-        // Nobody uses the unix socket.
+        // The configuration does not use the unix socket.
         (
             KernelSupport {
                 unix: UnixSupport::Nothing,
@@ -245,8 +246,8 @@ fn kernels_that_lack_something() {
             .for_each(|(_, saw, fix)| assert_documented(STEP, saw, fix));
         let is_right = match (&faults[..], expected) {
             ([], None) => true,
-            ([(verdict, saw, fix)], Some((right, at, mend))) => {
-                *verdict == right && saw.contains(at) && fix.contains(mend)
+            ([(verdict, saw, fix)], Some((right, at, expected_fix))) => {
+                *verdict == right && saw.contains(at) && fix.contains(expected_fix)
             }
             _ => false,
         };
@@ -255,7 +256,7 @@ fn kernels_that_lack_something() {
 }
 
 #[test]
-fn cgroups_that_are_not_there_or_only_in_part() {
+fn missing_or_partial_cgroups_are_reported() {
     let with = |mounts: &str| Proc::right().with("self/mountinfo", mounts);
     let v1 = "31 23 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
     let mut by_unit = config("", "");
@@ -280,7 +281,7 @@ fn cgroups_that_are_not_there_or_only_in_part() {
         saw,
         fix,
     );
-    // In a container's own namespace its own part is the root; the host's tree lies above.
+    // In a container's own namespace its own cgroup is the root, and the host's tree lies above.
     with(CGROUP2)
         .in_a_cgroup_namespace()
         .assert_fault(&config("", ""), Verdict::Note, saw, fix);
@@ -294,7 +295,7 @@ fn cgroups_that_are_not_there_or_only_in_part() {
 }
 
 #[test]
-fn namespaces_of_others() {
+fn foreign_namespaces_are_reported() {
     let map = "         0       1000          1\n         1     100000      65536\n";
     let foreign = Proc::right().with("self/uid_map", map);
     foreign.assert_fault(
@@ -332,7 +333,7 @@ fn namespaces_of_others() {
 }
 
 #[test]
-fn privileges_by_what_the_configuration_needs() {
+fn privileges_depend_on_the_configuration() {
     let bits =
         |capabilities: &[Capability]| capabilities.iter().fold(0, |set, one| set | one.bitmask());
     let held = |set: u64| {
@@ -351,7 +352,7 @@ fn privileges_by_what_the_configuration_needs() {
             &[bind],
             "without CAP_SYS_PTRACE (callers' processes",
         ),
-        // The kernel tells a group there.
+        // The kernel reports the group of a caller on the unix socket.
         (config("tcp = []", ""), &[], ""),
         (
             config("", BROKER),
@@ -363,7 +364,7 @@ fn privileges_by_what_the_configuration_needs() {
             &[ptrace, search, bind],
             "without CAP_SYS_ADMIN",
         ),
-        // As the DaemonSet has it.
+        // The privileges of the DaemonSet.
         (config(pods, BROKER), &[admin, bind], ""),
         (
             config(pods, BROKER),
@@ -391,7 +392,7 @@ fn privileges_by_what_the_configuration_needs() {
 }
 
 #[test]
-fn pods_with_a_kernel_of_their_own_are_seen_by_who_starts_them() {
+fn pods_with_own_kernels_are_found_by_their_shims() {
     let table: [(&[u8], Option<&str>); 5] = [
         (
             b"/opt/bin/containerd-shim-kata-v2\0-namespace\0k8s.io\0",

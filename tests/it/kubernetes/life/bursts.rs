@@ -181,7 +181,7 @@ fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let times = lines
-        .filter(|line| line["message"] == "listening in a pod's network namespace")
+        .filter(|line| line["message"] == "serving a pod's network namespace")
         .filter_map(|line| {
             let path = line["namespace"].as_str()?;
             let file = fs::metadata(cluster.node.path(path)).ok()?;
