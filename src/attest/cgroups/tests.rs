@@ -293,7 +293,7 @@ async fn unknown_ids_cost_a_tenth_of_a_cpu_and_block_no_lookup() {
         requests += one.await.unwrap();
     }
     eprintln!(
-        "the first walk: {first:?}; {requests} ids that are nowhere; at most {longest_known:?} for a known one, {longest_new:?} for \
+        "the first scan: {first:?}; {requests} ids that are nowhere; at most {longest_known:?} for a known one, {longest_new:?} for \
          each of {news} new ones"
     );
     assert!(
