@@ -284,10 +284,10 @@ impl ExeMatcher {
     /// file by another inode, so the file is read repeatedly. The read runs on a blocking thread,
     /// since its file system may not respond.
     pub async fn look(&self) -> bool {
-        let begun = Instant::now();
+        let start = Instant::now();
         let stat_lock = self.stat_lock.clone().lock_owned().await;
         let is_readable = |cached: CachedStat| cached.file != StatResult::Unreadable;
-        if let Some(cached) = self.cached().filter(|cached| cached.at >= begun) {
+        if let Some(cached) = self.cached().filter(|cached| cached.at >= start) {
             return is_readable(cached);
         }
         let (path, cached) = (self.path.clone(), self.cached.clone());

@@ -65,17 +65,17 @@ impl CgroupMounts {
     /// directories below it, and move the process there and back without a trace. At most one
     /// container may be named, and all hierarchies that name one have to agree.
     pub(crate) fn check(&self, text: &str) -> Result<(), AttestError> {
-        let mut seen = ContainerName::default();
+        let mut first = ContainerName::default();
         for (names, path) in cgroup::lines(text) {
             let path = self
                 .path(names, path)
                 .ok_or(AttestError::UnreadableCgroup)?;
             let name = path.container().map_err(|_| AttestError::NestedContainer)?;
             if name != ContainerName::default() {
-                if seen != ContainerName::default() && seen != name {
+                if first != ContainerName::default() && first != name {
                     return Err(AttestError::NestedContainer);
                 }
-                seen = name;
+                first = name;
             }
             if !path.is_root() {
                 let hierarchy = self.get(names).ok_or(AttestError::UnreadableCgroup)?;

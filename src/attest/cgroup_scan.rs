@@ -204,7 +204,7 @@ pub(crate) struct ScanThrottle(tokio::sync::Mutex<ScanTimes>);
 
 #[derive(Debug, Default)]
 struct ScanTimes {
-    begun: Option<Instant>,
+    started: Option<Instant>,
     next: Option<Instant>,
 }
 
@@ -216,22 +216,22 @@ impl ScanThrottle {
         let (called, throttle) = (Instant::now(), self.clone());
         let scan_task = tokio::spawn(async move {
             let mut times = throttle.0.lock().await;
-            if times.begun.is_some_and(|begun| begun > called) {
+            if times.started.is_some_and(|started| started > called) {
                 return;
             }
             if let Some(next) = times.next {
                 tokio::time::sleep_until(next.into()).await;
             }
-            let begun = Instant::now();
+            let started = Instant::now();
             // A panic is logged, and the callers find nothing.
-            let spent = tokio::task::spawn_blocking(|| {
+            let cpu_time = tokio::task::spawn_blocking(|| {
                 let before = thread_time();
                 scan();
                 thread_time().saturating_sub(before)
             });
-            let pause = (spent.await.unwrap_or(MAX_PAUSE) * PAUSE_FACTOR).min(MAX_PAUSE);
+            let pause = (cpu_time.await.unwrap_or(MAX_PAUSE) * PAUSE_FACTOR).min(MAX_PAUSE);
             *times = ScanTimes {
-                begun: Some(begun),
+                started: Some(started),
                 next: Some(Instant::now() + pause),
             };
         });
@@ -374,8 +374,8 @@ mod tests {
             let (throttle, walked) = (throttle.clone(), walked.clone());
             async move {
                 let walk = move || {
-                    let begun = thread_time();
-                    while thread_time() - begun < WALK {}
+                    let started = thread_time();
+                    while thread_time() - started < WALK {}
                     walked.fetch_add(1, Ordering::SeqCst);
                 };
                 throttle.run_after(walk).await;

@@ -46,7 +46,7 @@ impl PodLookup {
     /// Root has to own every directory down to the pod's own; otherwise another user could have
     /// named it. If root owns the pod's directory, root has also named the container's.
     pub(crate) fn of(&self, cgroup: &CgroupPath) -> Result<Option<ResolvedPod>, AttestError> {
-        let place = self.tree.roots().find(cgroup).map_err(|MisplacedPod| {
+        let segment = self.tree.roots().find(cgroup).map_err(|MisplacedPod| {
             match self.tree.check_root_owned(cgroup) {
                 Err(AttestError::DelegatedCgroup) => AttestError::DelegatedCgroup,
                 // Root made it: the kubelet has another root, or it is a container of root's own.
@@ -57,7 +57,7 @@ impl PodLookup {
             pod,
             directory,
             container,
-        }) = place
+        }) = segment
         else {
             return Ok(None);
         };
@@ -112,8 +112,11 @@ impl ResolvedPod {
 }
 
 fn age(directory: &fs::Metadata) -> Duration {
-    let made = UNIX_EPOCH + Duration::from_secs(directory.ctime().try_into().unwrap_or_default());
-    SystemTime::now().duration_since(made).unwrap_or_default()
+    let created =
+        UNIX_EPOCH + Duration::from_secs(directory.ctime().try_into().unwrap_or_default());
+    SystemTime::now()
+        .duration_since(created)
+        .unwrap_or_default()
 }
 
 #[cfg(test)]

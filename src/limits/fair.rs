@@ -122,15 +122,15 @@ impl<K: FairKey> FairSemaphore<K> {
         self.acquire_within(ACQUIRE_TIMEOUT, key).await
     }
 
-    /// Waits for a permit, at most for `patience`. Returns `None` on timeout, or if the queue is
+    /// Waits for a permit, at most for `max_wait`. Returns `None` on timeout, or if the queue is
     /// full and no group has more waiters than this key's.
-    pub async fn acquire_within(&self, patience: Duration, key: &K) -> Option<FairPermit<K>> {
+    pub async fn acquire_within(&self, max_wait: Duration, key: &K) -> Option<FairPermit<K>> {
         let (granted, guard) = match self.0.acquire_or_wait(key) {
             Ok(permit) => return Some(permit),
             Err(None) => return None,
             Err(Some((granted, id))) => (granted, WaitGuard { limit: &self.0, id }),
         };
-        let permit = timeout(patience, granted).await;
+        let permit = timeout(max_wait, granted).await;
         drop(guard);
         permit.ok()?.ok()
     }

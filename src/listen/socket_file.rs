@@ -144,7 +144,7 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 /// A container in which the directory is mounted, even read-only, can take the lock too. That must
 /// not stop the daemon from starting, so a holder counts only if it listens.
 fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenError> {
-    let begun = Instant::now();
+    let start = Instant::now();
     loop {
         match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(Some(lock)),
@@ -153,7 +153,7 @@ fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenE
                     path: path.to_owned(),
                 });
             }
-            Err(_) if begun.elapsed() >= LOCK_TIMEOUT => {
+            Err(_) if start.elapsed() >= LOCK_TIMEOUT => {
                 tracing::warn!(
                     path = %path.display(),
                     "ignoring the socket's lock: its holder does not listen"

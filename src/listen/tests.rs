@@ -140,10 +140,10 @@ async fn tcp_listeners_have_small_buffers() {
     let inherited = elsewhere();
     let address = inherited.local_addr().unwrap();
     let by_systemd = Listener::tcp(address, &mut ActivatedSockets::of(inherited)).unwrap();
-    let given = elsewhere();
-    let address = given.local_addr().unwrap();
-    let given = PodListener::with(netns(), address, given.into()).unwrap();
-    let handed_over = Listener::pod(Arc::new(given)).unwrap();
+    let passed = elsewhere();
+    let address = passed.local_addr().unwrap();
+    let passed = PodListener::with(netns(), address, passed.into()).unwrap();
+    let handed_over = Listener::pod(Arc::new(passed)).unwrap();
     let inside = PodListener::bind(netns(), (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
     let port = sys::local_address(inside.listener()).unwrap();
     let in_a_pod = Listener::pod(Arc::new(inside)).unwrap();

@@ -29,10 +29,10 @@ fn run_in_creates_sockets_in_the_namespace_only() {
     };
     let own = NamespaceId::own().unwrap();
     assert_ne!(namespace.id(), own);
-    let seen = (0..8)
+    let ids = (0..8)
         .map(|_| namespace.run_in(|| NamespaceId::own().unwrap()).unwrap())
         .collect::<HashSet<_>>();
-    assert_eq!(seen, HashSet::from([namespace.id()]));
+    assert_eq!(ids, HashSet::from([namespace.id()]));
     assert_eq!(NamespaceId::own().unwrap(), own);
     let port = namespace
         .run_in(|| std::net::TcpListener::bind("127.0.0.1:0").unwrap())

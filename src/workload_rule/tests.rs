@@ -499,7 +499,7 @@ fn exe_does_not_match_a_file_that_was_moved() {
         let running = std::fs::File::open(&program).unwrap();
         decides_of(&running, "matched");
         // The file was found there a moment ago, and is not read again.
-        let seen = || {
+        let cached = || {
             rule.exe
                 .as_ref()
                 .unwrap()
@@ -510,9 +510,9 @@ fn exe_does_not_match_a_file_that_was_moved() {
                 .unwrap()
                 .at
         };
-        let first = seen();
+        let first = cached();
         decides_of(&running, "matched");
-        assert_eq!(seen(), first);
+        assert_eq!(cached(), first);
         take(&program, &other);
         decides_of(&running, "no match");
     }

@@ -212,7 +212,7 @@ fn find_prefers_the_hosts_tree_in_a_container() {
 #[test]
 fn path_is_relative_to_the_daemons_cgroup_namespace() {
     let own = "/kubepods/burstable/own/container";
-    let seen = |above, own: Option<&str>| {
+    let mounts = |above, own: Option<&str>| {
         let own = own.map(str::to_owned);
         CgroupMounts(vec![CgroupMount {
             above,
@@ -267,12 +267,12 @@ fn path_is_relative_to_the_daemons_cgroup_namespace() {
         ),
         (4, None, "/../../pod/container", None),
     ];
-    for (above, own, told, path) in table {
-        let found = seen(above, own).path("", told);
+    for (above, own, shown, path) in table {
+        let found = mounts(above, own).path("", shown);
         assert_eq!(
             found.as_ref().map(CgroupPath::as_str),
             path,
-            "{told} from {above} below {own:?}"
+            "{shown} from {above} below {own:?}"
         );
     }
 }

@@ -254,46 +254,46 @@ async fn unknown_ids_cost_a_tenth_of_a_cpu_and_block_no_lookup() {
     let containers = (0..250).flat_map(|pod| (0..2).map(move |number| container(pod, number)));
     let part = Made::of(&whole, "node", containers);
     let tree = Arc::new(CgroupTree::at(part.0.clone(), PodRoots::defaults()));
-    let begun = Instant::now();
+    let start = Instant::now();
     let known = id_of(&part.0.join(container(7, 0)));
     path_of(&tree, 0, known).await.unwrap();
-    let first = begun.elapsed();
+    let first = start.elapsed();
 
     let end = Instant::now() + Duration::from_secs(1);
     let hostile = (0..64_u64).map(|one| {
         let tree = tree.clone();
         tokio::spawn(async move {
-            let mut asked = 0;
+            let mut requests = 0;
             while Instant::now() < end {
-                let id = (1 << 60) + (one << 32) + asked;
+                let id = (1 << 60) + (one << 32) + requests;
                 assert_eq!(
                     path_of(&tree, one, id).await,
                     Err(AttestError::UnreadableCgroup)
                 );
-                asked += 1;
+                requests += 1;
             }
-            asked
+            requests
         })
     });
     let hostile: Vec<_> = hostile.collect();
     let (mut longest_known, mut longest_new, mut news) = (Duration::ZERO, Duration::ZERO, 0);
     while Instant::now() < end {
-        let begun = Instant::now();
+        let start = Instant::now();
         path_of(&tree, 0, known).await.unwrap();
-        longest_known = longest_known.max(begun.elapsed());
+        longest_known = longest_known.max(start.elapsed());
         news += 1;
         let directory = part.0.join(format!("kubepods/burstable/{:064x}", news));
         fs::create_dir(&directory).unwrap();
-        let begun = Instant::now();
+        let start = Instant::now();
         path_of(&tree, 0, id_of(&directory)).await.unwrap();
-        longest_new = longest_new.max(begun.elapsed());
+        longest_new = longest_new.max(start.elapsed());
     }
-    let mut asked = 0;
+    let mut requests = 0;
     for one in hostile {
-        asked += one.await.unwrap();
+        requests += one.await.unwrap();
     }
     eprintln!(
-        "the first walk: {first:?}; {asked} ids that are nowhere; at most {longest_known:?} for a known one, {longest_new:?} for \
+        "the first scan: {first:?}; {requests} ids that are nowhere; at most {longest_known:?} for a known one, {longest_new:?} for \
          each of {news} new ones"
     );
     assert!(

@@ -123,12 +123,12 @@ async fn blocked_task_is_given_up_once() {
     let threads = LookupThreads::new(1);
     let (release, wait) = mpsc::channel::<()>();
     let (give_up, mut given_up) = tokio::sync::mpsc::unbounded_channel();
-    let begun = Instant::now();
+    let start = Instant::now();
     let task = async move {
         let _ = wait.recv();
     };
     threads.spawn(WorkloadKey::user(1), task, move || {
-        give_up.send(begun.elapsed()).unwrap()
+        give_up.send(start.elapsed()).unwrap()
     });
     // It holds with no other job to run, and while others run.
     assert!(given_up.recv().await.unwrap() >= REQUEST_HOLD);
