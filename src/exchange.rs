@@ -85,7 +85,7 @@ impl ExchangeError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Source(error) => error.is_transient(),
-            Self::Sts(error) => match error.again {
+            Self::Sts(error) => match error.retry {
                 RetryPolicy::Later => true,
                 // The exchange has already retried with a new token.
                 RetryPolicy::NewToken | RetryPolicy::Never => false,
@@ -144,7 +144,7 @@ impl TokenExchanger {
         let mut budget = RetryBudget::new();
         let token = self.token(caller, grant, &mut budget).await?;
         let refused = match self.assume(grant, &token, &mut budget).await {
-            Err(error) if error.again == RetryPolicy::NewToken => error,
+            Err(error) if error.retry == RetryPolicy::NewToken => error,
             result => return Ok(result?),
         };
         let fresh = self.token(caller, grant, &mut budget).await?;
@@ -154,7 +154,7 @@ impl TokenExchanger {
             );
         }
         match self.assume(grant, &fresh, &mut budget).await {
-            Err(error) if error.again == RetryPolicy::NewToken => {
+            Err(error) if error.retry == RetryPolicy::NewToken => {
                 Err(self.refused_twice(error, &fresh).into())
             }
             result => Ok(result?),
@@ -199,7 +199,7 @@ impl TokenExchanger {
     fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
         match (token.check_life(self.clock.now()), token.short_life()) {
             (Err(expired), _) => StsError {
-                again: RetryPolicy::Later,
+                retry: RetryPolicy::Later,
                 ..with_note(error, &format!("the token: {expired}"))
             },
             (Ok(()), Some(life)) => with_note(
@@ -232,7 +232,7 @@ impl TokenExchanger {
                 self.clock.now(),
             );
             match result {
-                Err(error) if error.again == RetryPolicy::Later => {
+                Err(error) if error.retry == RetryPolicy::Later => {
                     if !budget.pause().await || token.expires() <= self.clock.now() {
                         return Err(error);
                     }
@@ -248,7 +248,7 @@ fn last_error<T>(result: &Result<T, StsError>) -> Option<LastError> {
     Some(LastError {
         text: error.to_string(),
         reason: error.reason,
-        outage: error.again == RetryPolicy::Later,
+        outage: error.retry == RetryPolicy::Later,
     })
 }
 

@@ -176,16 +176,16 @@ impl SpiffeIdPattern {
         if id.trust_domain() != self.domain {
             return false;
         }
-        let mut wanted = self.segments.iter();
+        let mut requested = self.segments.iter();
         for segment in id.segments() {
-            match wanted.next() {
+            match requested.next() {
                 Some(PatternSegment::Rest) => return true,
                 Some(PatternSegment::One) => {}
                 Some(PatternSegment::Exact(exact)) if exact == segment => {}
                 Some(PatternSegment::Exact(_)) | None => return false,
             }
         }
-        wanted.next().is_none()
+        requested.next().is_none()
     }
 
     /// Returns the ID itself if the pattern has no wildcard.

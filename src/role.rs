@@ -157,9 +157,9 @@ impl Roles {
     pub fn select(
         &self,
         identities: &[Identity],
-        wanted: &RequestedRole,
+        requested: &RequestedRole,
     ) -> Result<Grant, RoleDenied> {
-        match wanted {
+        match requested {
             RequestedRole::Default => {
                 let mut grants = self
                     .defined
@@ -185,12 +185,12 @@ impl Roles {
             spiffe_id: grant.spiffe_id.clone(),
             hint: None,
         }];
-        let wanted = [
+        let requested = [
             RequestedRole::ByName(grant.role.name.clone()),
             RequestedRole::ByArn(grant.role_arn.clone()),
         ];
-        wanted.iter().any(|wanted| {
-            self.select(&identity, wanted)
+        requested.iter().any(|requested| {
+            self.select(&identity, requested)
                 .is_ok_and(|granted| granted == *grant)
         })
     }

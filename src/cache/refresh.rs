@@ -171,7 +171,7 @@ impl CacheInner {
             self.clear_credentials(entry, reason);
             next = self.next_action(entry, &state, &generation);
         }
-        let again = match next {
+        let next_at = match next {
             Action::Remove(reason) | Action::Clear(reason) => {
                 self.retire(entry, &mut state, reason);
                 None
@@ -182,9 +182,9 @@ impl CacheInner {
                     .map_or(end, |at| end.min(at)),
             ),
         };
-        self.schedule.put(entry, &mut state.next, again);
+        self.schedule.put(entry, &mut state.next, next_at);
         drop(state);
-        if again.is_none() {
+        if next_at.is_none() {
             self.table.remove(entry);
         }
         if let Some(event) = event {

@@ -183,7 +183,7 @@ fn denied() -> SourceError {
 fn refused() -> StsError {
     let what = "STS refuses".to_owned();
     StsError {
-        again: RetryPolicy::Never,
+        retry: RetryPolicy::Never,
         reason: "sts_access_denied",
         code: "AccessDenied".to_owned(),
         what,
@@ -192,10 +192,10 @@ fn refused() -> StsError {
 }
 
 #[derive(Debug)]
-struct Always;
+struct ConstantProof;
 
 #[async_trait::async_trait]
-impl PeerProof for Always {
+impl PeerProof for ConstantProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
@@ -219,7 +219,7 @@ fn caller_of(uid: u32) -> Arc<Caller> {
         pod: None,
         namespace: None,
         process,
-        evidence: Box::new(Always),
+        evidence: Box::new(ConstantProof),
     })
 }
 

@@ -17,12 +17,12 @@ use crate::svid::jwt::tests::{billing, now, raw_token, svid_for};
 
 /// Replies in order, each after a delay. The last one repeats.
 #[derive(Debug)]
-struct Scripted<T> {
+struct ScriptedReplies<T> {
     answers: Mutex<VecDeque<(Duration, T)>>,
     calls: Mutex<Vec<String>>,
 }
 
-impl<T: Clone> Scripted<T> {
+impl<T: Clone> ScriptedReplies<T> {
     fn new(answers: impl IntoIterator<Item = T>) -> Arc<Self> {
         Self::slow(Duration::ZERO, answers)
     }
@@ -54,8 +54,8 @@ impl<T: Clone> Scripted<T> {
     }
 }
 
-type Tokens = Scripted<Result<JwtSvid, SourceError>>;
-type FakeStsReplies = Scripted<Result<Credentials, StsError>>;
+type Tokens = ScriptedReplies<Result<JwtSvid, SourceError>>;
+type FakeStsReplies = ScriptedReplies<Result<Credentials, StsError>>;
 
 #[async_trait]
 impl IdentitySource for Tokens {
@@ -133,10 +133,10 @@ fn credentials() -> Result<Credentials, StsError> {
     })
 }
 
-fn refused(again: RetryPolicy) -> Result<Credentials, StsError> {
+fn refused(retry: RetryPolicy) -> Result<Credentials, StsError> {
     let what = "STS refused".to_owned();
     Err(StsError {
-        again,
+        retry,
         reason: "sts_refused",
         code: "Code".to_owned(),
         what,
@@ -161,7 +161,10 @@ async fn run(
 
 #[tokio::test(start_paused = true)]
 async fn exchange_sends_the_token_to_sts() {
-    let (source, sts) = (Scripted::new([token(1)]), Scripted::new([credentials()]));
+    let (source, sts) = (
+        ScriptedReplies::new([token(1)]),
+        ScriptedReplies::new([credentials()]),
+    );
     let issued = exchange_once(&source, &sts).await.unwrap();
     assert_eq!(issued.access_key_id, "ASIAEXAMPLE");
     assert_eq!(
@@ -173,21 +176,21 @@ async fn exchange_sends_the_token_to_sts() {
 
 #[tokio::test(start_paused = true)]
 async fn exchange_retries_short_outages() {
-    let recovers = Scripted::new([Err(unavailable()), Err(unavailable()), token(1)]);
-    let (result, tokens, calls, took) = run(recovers, Scripted::new([credentials()])).await;
+    let recovers = ScriptedReplies::new([Err(unavailable()), Err(unavailable()), token(1)]);
+    let (result, tokens, calls, took) = run(recovers, ScriptedReplies::new([credentials()])).await;
     assert!(
         result.is_ok() && (tokens, calls) == (3, 1),
         "{result:?} {tokens} {calls}"
     );
     assert!(took >= RETRY_PAUSE && took < RETRY_WINDOW, "{took:?}");
 
-    let recovers = Scripted::new([
+    let recovers = ScriptedReplies::new([
         refused(RetryPolicy::Later),
         refused(RetryPolicy::Later),
         refused(RetryPolicy::Later),
         credentials(),
     ]);
-    let (result, tokens, calls, took) = run(Scripted::new([token(1)]), recovers).await;
+    let (result, tokens, calls, took) = run(ScriptedReplies::new([token(1)]), recovers).await;
     assert!(
         result.is_ok() && (tokens, calls) == (1, 4),
         "the token is still good: {result:?} {tokens} {calls}"
@@ -198,8 +201,8 @@ async fn exchange_retries_short_outages() {
 #[tokio::test(start_paused = true)]
 async fn exchange_fails_after_its_retries() {
     let (result, tokens, calls, took) = run(
-        Scripted::new([Err(unavailable())]),
-        Scripted::new([credentials()]),
+        ScriptedReplies::new([Err(unavailable())]),
+        ScriptedReplies::new([credentials()]),
     )
     .await;
     assert_eq!(result.unwrap_err(), ExchangeError::Source(unavailable()));
@@ -207,8 +210,8 @@ async fn exchange_fails_after_its_retries() {
     assert!(took < RETRY_WINDOW, "{took:?}");
 
     let (result, tokens, calls, took) = run(
-        Scripted::new([token(1)]),
-        Scripted::new([refused(RetryPolicy::Later)]),
+        ScriptedReplies::new([token(1)]),
+        ScriptedReplies::new([refused(RetryPolicy::Later)]),
     )
     .await;
     assert!(result.unwrap_err().is_transient());
@@ -217,8 +220,8 @@ async fn exchange_fails_after_its_retries() {
 
     // The bound is for the whole exchange, not for each of its steps.
     let both = (
-        Scripted::new([Err(unavailable()), Err(unavailable()), token(1)]),
-        Scripted::new([refused(RetryPolicy::Later)]),
+        ScriptedReplies::new([Err(unavailable()), Err(unavailable()), token(1)]),
+        ScriptedReplies::new([refused(RetryPolicy::Later)]),
     );
     let (_, tokens, calls, _) = run(both.0, both.1).await;
     assert_eq!((tokens, calls), (3, 2));
@@ -226,15 +229,15 @@ async fn exchange_fails_after_its_retries() {
 
 #[tokio::test(start_paused = true)]
 async fn exchange_does_not_retry_slow_failures() {
-    let hangs = Scripted::slow(Duration::from_secs(35), [Err(unavailable())]);
-    let (result, tokens, _, took) = run(hangs, Scripted::new([credentials()])).await;
+    let hangs = ScriptedReplies::slow(Duration::from_secs(35), [Err(unavailable())]);
+    let (result, tokens, _, took) = run(hangs, ScriptedReplies::new([credentials()])).await;
     assert!(
         result.is_err() && tokens == 1 && took == Duration::from_secs(35),
         "{tokens} {took:?}"
     );
 
-    let hangs = Scripted::slow(Duration::from_secs(5), [refused(RetryPolicy::Later)]);
-    let (result, _, calls, took) = run(Scripted::new([token(1)]), hangs).await;
+    let hangs = ScriptedReplies::slow(Duration::from_secs(5), [refused(RetryPolicy::Later)]);
+    let (result, _, calls, took) = run(ScriptedReplies::new([token(1)]), hangs).await;
     assert!(
         result.is_err() && calls == 1 && took == Duration::from_secs(5),
         "{calls} {took:?}"
@@ -251,16 +254,16 @@ async fn exchange_does_not_retry_refusals() {
     ];
     for refusal in refusals {
         let (result, tokens, calls, took) = run(
-            Scripted::new([Err(refusal.clone())]),
-            Scripted::new([credentials()]),
+            ScriptedReplies::new([Err(refusal.clone())]),
+            ScriptedReplies::new([credentials()]),
         )
         .await;
         assert_eq!(result.unwrap_err(), ExchangeError::Source(refusal));
         assert_eq!((tokens, calls, took), (1, 0, Duration::ZERO));
     }
     let (result, tokens, calls, took) = run(
-        Scripted::new([token(1)]),
-        Scripted::new([refused(RetryPolicy::Never)]),
+        ScriptedReplies::new([token(1)]),
+        ScriptedReplies::new([refused(RetryPolicy::Never)]),
     )
     .await;
     assert!(!result.unwrap_err().is_transient());
@@ -270,8 +273,8 @@ async fn exchange_does_not_retry_refusals() {
 #[tokio::test(start_paused = true)]
 async fn exchange_replaces_a_refused_token_once() {
     let (source, sts) = (
-        Scripted::new([token(1), token(2)]),
-        Scripted::new([refused(RetryPolicy::NewToken), credentials()]),
+        ScriptedReplies::new([token(1), token(2)]),
+        ScriptedReplies::new([refused(RetryPolicy::NewToken), credentials()]),
     );
     exchange_once(&source, &sts).await.unwrap();
     assert_eq!(
@@ -280,8 +283,8 @@ async fn exchange_replaces_a_refused_token_once() {
     );
 
     let (source, sts) = (
-        Scripted::new([token(1), token(2), token(3)]),
-        Scripted::new([refused(RetryPolicy::NewToken)]),
+        ScriptedReplies::new([token(1), token(2), token(3)]),
+        ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
     );
     let (result, tokens, calls, _) = run(source, sts).await;
     let error = result.unwrap_err();
@@ -296,8 +299,8 @@ async fn exchange_replaces_a_refused_token_once() {
 
     // An agent that replies from its cache. STS would refuse the same token again.
     let (result, tokens, calls, _) = run(
-        Scripted::new([token(1)]),
-        Scripted::new([refused(RetryPolicy::NewToken)]),
+        ScriptedReplies::new([token(1)]),
+        ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
     )
     .await;
     let error = result.unwrap_err();
@@ -308,19 +311,19 @@ async fn exchange_replaces_a_refused_token_once() {
     );
 
     // The result of the new token is classified like that of the first.
-    let sts = Scripted::new([
+    let sts = ScriptedReplies::new([
         refused(RetryPolicy::NewToken),
         refused(RetryPolicy::Later),
         credentials(),
     ]);
-    let (result, tokens, calls, _) = run(Scripted::new([token(1), token(2)]), sts).await;
+    let (result, tokens, calls, _) = run(ScriptedReplies::new([token(1), token(2)]), sts).await;
     assert!(result.is_ok() && (tokens, calls) == (2, 3));
-    let sts = Scripted::new([refused(RetryPolicy::NewToken), refused(RetryPolicy::Never)]);
-    let (result, ..) = run(Scripted::new([token(1), token(2)]), sts).await;
+    let sts = ScriptedReplies::new([refused(RetryPolicy::NewToken), refused(RetryPolicy::Never)]);
+    let (result, ..) = run(ScriptedReplies::new([token(1), token(2)]), sts).await;
     assert_eq!(result.unwrap_err().to_string(), "STS refused");
     let (result, _, calls, _) = run(
-        Scripted::new([token(1), Err(unavailable())]),
-        Scripted::new([refused(RetryPolicy::NewToken)]),
+        ScriptedReplies::new([token(1), Err(unavailable())]),
+        ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
     )
     .await;
     assert!(result.unwrap_err().is_transient() && calls == 1);
@@ -329,9 +332,9 @@ async fn exchange_replaces_a_refused_token_once() {
 #[tokio::test(start_paused = true)]
 async fn exchange_does_not_resend_an_expired_token() {
     let brief = svid_for(&billing(), 30, 1);
-    let sts = Scripted::slow(Duration::from_secs(2), [refused(RetryPolicy::Later)]);
+    let sts = ScriptedReplies::slow(Duration::from_secs(2), [refused(RetryPolicy::Later)]);
     let issuer = TokenExchanger::new(
-        Scripted::new([Ok(brief.clone())]),
+        ScriptedReplies::new([Ok(brief.clone())]),
         sts.clone(),
         // The token has a second left: a source or a queue has delayed it.
         Clock::starting_at(brief.expires() - Duration::from_secs(1)),
@@ -348,8 +351,9 @@ async fn exchange_does_not_resend_an_expired_token() {
 #[tokio::test(start_paused = true)]
 async fn token_that_expires_in_a_queue_is_an_outage() {
     let brief = |serial| svid_for(&billing(), 9, serial);
-    let sts = Scripted::slow(Duration::from_secs(10), [refused(RetryPolicy::NewToken)]);
-    let (result, tokens, calls, _) = run(Scripted::new([Ok(brief(1)), Ok(brief(2))]), sts).await;
+    let sts = ScriptedReplies::slow(Duration::from_secs(10), [refused(RetryPolicy::NewToken)]);
+    let (result, tokens, calls, _) =
+        run(ScriptedReplies::new([Ok(brief(1)), Ok(brief(2))]), sts).await;
     let error = result.unwrap_err();
     assert_eq!((tokens, calls), (2, 2));
     assert!(
@@ -358,8 +362,8 @@ async fn token_that_expires_in_a_queue_is_an_outage() {
     );
     // STS takes a valid token for expired, because of its clock or of its own minimum lifetime.
     let (result, ..) = run(
-        Scripted::new([Ok(brief(1)), Ok(brief(2))]),
-        Scripted::new([refused(RetryPolicy::NewToken)]),
+        ScriptedReplies::new([Ok(brief(1)), Ok(brief(2))]),
+        ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
     )
     .await;
     let error = result.unwrap_err();
@@ -383,8 +387,11 @@ async fn token_of_another_identity_does_not_reach_sts() {
     );
     let elsewhere = JwtSvid::check(elsewhere, &billing(), "minio", now()).unwrap();
     for token in [svid_for(&other, 300, 1), elsewhere] {
-        let (result, tokens, calls, _) =
-            run(Scripted::new([Ok(token)]), Scripted::new([credentials()])).await;
+        let (result, tokens, calls, _) = run(
+            ScriptedReplies::new([Ok(token)]),
+            ScriptedReplies::new([credentials()]),
+        )
+        .await;
         assert_eq!(result.unwrap_err().reason(), "bad_token");
         assert_eq!((tokens, calls), (1, 0));
     }
@@ -405,7 +412,7 @@ async fn sts_client_error_replaces_an_expired_token() {
     let clock = Clock::starting_at(now());
     let sts = Arc::new(Sts::new(settings(), clock.clone()));
     let issuer = TokenExchanger::new(
-        Scripted::new([token(1), token(2)]),
+        ScriptedReplies::new([token(1), token(2)]),
         sts,
         clock,
         Metrics::default(),
@@ -451,12 +458,12 @@ fn exchange_error_has_label_and_transience() {
         source(BadToken::Expiring(String::new()).into()),
         ("bad_token", true)
     );
-    for (again, transient) in [
+    for (retry, transient) in [
         (RetryPolicy::Later, true),
         (RetryPolicy::NewToken, false),
         (RetryPolicy::Never, false),
     ] {
-        let error = ExchangeError::from(refused(again).unwrap_err());
+        let error = ExchangeError::from(refused(retry).unwrap_err());
         assert_eq!(
             (error.reason(), error.is_transient()),
             ("sts_refused", transient)

@@ -39,8 +39,8 @@ fn identities(list: &[&str]) -> Vec<Identity> {
 }
 
 /// Returns the selected role's name and the SPIFFE ID's path, or the reason of the denial.
-fn choice(roles: &Roles, callers: &[&str], wanted: &RequestedRole) -> String {
-    match roles.select(&identities(callers), wanted) {
+fn choice(roles: &Roles, callers: &[&str], requested: &RequestedRole) -> String {
+    match roles.select(&identities(callers), requested) {
         Ok(grant) => {
             format!(
                 "{} as {}",
@@ -88,11 +88,11 @@ fn select_returns_the_first_or_the_named_role() {
         ("shop/billing", named("Billing"), "not_this_role"),
         ("shop/billing", named(""), "not_this_role"),
     ];
-    for (caller, wanted, expected) in table {
+    for (caller, requested, expected) in table {
         assert_eq!(
-            choice(&roles, &[caller], &wanted),
+            choice(&roles, &[caller], &requested),
             expected,
-            "{caller} {wanted:?}"
+            "{caller} {requested:?}"
         );
     }
     assert_eq!(choice(&roles, &[], &RequestedRole::Default), "no_role");
@@ -205,11 +205,11 @@ fn select_ignores_the_position_of_identities() {
         // A hint does not grant a role that does not match.
         (&["other/a billing"], RequestedRole::Default, "no_role"),
     ];
-    for (callers, wanted, expected) in table {
+    for (callers, requested, expected) in table {
         assert_eq!(
-            choice(&roles, callers, &wanted),
+            choice(&roles, callers, &requested),
             expected,
-            "{callers:?} {wanted:?}"
+            "{callers:?} {requested:?}"
         );
     }
 }
@@ -361,15 +361,15 @@ fn requested_arn_must_match_the_list() {
         };
         assert_eq!(choice(&all, &["ns/a"], &arn(text)), expected);
     }
-    let wanted = arn("arn:aws:iam::123456789012:role/app-x");
+    let requested = arn("arn:aws:iam::123456789012:role/app-x");
     assert_eq!(
-        choice(&all, &["ns/a", "ns/b"], &wanted),
+        choice(&all, &["ns/a", "ns/b"], &requested),
         "several_identities"
     );
-    assert_eq!(choice(&all, &[], &wanted), "no_role");
-    assert_eq!(choice(&roles([]), &["ns/a"], &wanted), "arn_not_allowed");
+    assert_eq!(choice(&all, &[], &requested), "no_role");
+    assert_eq!(choice(&roles([]), &["ns/a"], &requested), "arn_not_allowed");
     assert_eq!(
-        choice(&requesting(&[]), &["ns/a"], &wanted),
+        choice(&requesting(&[]), &["ns/a"], &requested),
         "arn_not_allowed"
     );
     // A pattern that is too wide still allows only ARNs at AWS.

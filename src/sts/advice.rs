@@ -69,7 +69,7 @@ impl FailedCall<'_> {
         let issuer = issuer(self.token);
         match reason {
             "sts_issuer_unreachable" => Some(format!(
-                "STS cannot fetch the keys of {issuer}; check the issuer's documents with awsvid check, and from outside this \
+                "STS cannot read the keys of {issuer}; check the issuer's documents with awsvid check, and from outside this \
                  network with --resolve or --url"
             )),
             "sts_region_disabled" => Some(format!(

@@ -28,7 +28,7 @@ pub enum RetryPolicy {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub struct StsError {
     /// The action after this failure.
-    pub again: RetryPolicy,
+    pub retry: RetryPolicy,
     /// The label in metrics and audit records.
     pub reason: &'static str,
     /// STS's own code, as on the wire. Empty without a response, or if the response has no code.
@@ -211,7 +211,7 @@ impl StsError {
         at: &StsDestination,
         call: Option<(&Grant, &JwtSvid)>,
     ) -> Self {
-        let (again, reason) = failure.classify();
+        let (retry, reason) = failure.classify();
         let sts = &at.name;
         let clean = |text: &str| one_line(&without_token(text, call.map(|(_, token)| token)));
         let what = match failure {
@@ -253,7 +253,7 @@ impl StsError {
         };
         let fix = advice::of(reason, &format!("{code} {fragments}"), at, call);
         Self {
-            again,
+            retry,
             reason,
             code,
             what,

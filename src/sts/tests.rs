@@ -10,7 +10,7 @@ use super::*;
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 use crate::role::Role;
 use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, svid_for};
-use fake::{FakeProxy, FakeSts, Meeting, StsReply};
+use fake::{FakeProxy, FakeSts, RequestBarrier, StsReply};
 
 const ARN: &str = "arn:aws:iam::123456789012:role/billing";
 
@@ -244,7 +244,7 @@ async fn unusable_response_is_an_error() {
     for (row, reply) in replies.into_iter().enumerate() {
         let error = assume_of(reply).await.0.expect_err(&format!("row {row}"));
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Later, "sts_bad_answer"),
             "row {row}: {error}"
         );
@@ -320,12 +320,12 @@ async fn refusal_on_the_wire_is_classified() {
         (400, "ExpiredToken", "", NewToken, "sts_expired_token"),
         (503, "STSNotInitialized", "", Later, "sts_unavailable"),
     ];
-    for (status, code, message, again, reason) in table {
+    for (status, code, message, retry, reason) in table {
         let (result, server) = assume_of(refusal(status, code, message)).await;
         let error = result.unwrap_err();
         assert_eq!(
-            (error.again, error.reason, error.code.as_str()),
-            (again, reason, code),
+            (error.retry, error.reason, error.code.as_str()),
+            (retry, reason, code),
             "{error}"
         );
         assert!(
@@ -372,14 +372,14 @@ async fn response_without_code_is_classified_by_status() {
             "sts_refused",
         ),
     ];
-    for (status, body, again, reason) in table {
+    for (status, body, retry, reason) in table {
         let error = assume_of(StsReply::Body(status, "text/html", body))
             .await
             .0
             .unwrap_err();
         assert_eq!(
-            (error.again, error.reason, error.code.as_str()),
-            (again, reason, ""),
+            (error.retry, error.reason, error.code.as_str()),
+            (retry, reason, ""),
             "{error}"
         );
         let text = error.to_string();
@@ -442,7 +442,7 @@ async fn code_is_classified_in_every_form() {
                 assume_of(StsReply::Body(status, kind, body.replace("{}", message))).await;
             let error = result.unwrap_err();
             assert_eq!(
-                (error.again, error.reason),
+                (error.retry, error.reason),
                 (RetryPolicy::Never, "sts_access_denied"),
                 "{body}: {error}"
             );
@@ -468,7 +468,7 @@ async fn redirect_is_not_followed() {
         assume_of(StsReply::Redirect(format!("http://{}/", elsewhere.address))).await;
     let error = result.unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Never, "sts_refused"),
         "{error}"
     );
@@ -488,7 +488,7 @@ async fn incomplete_response_is_an_outage() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
@@ -498,7 +498,7 @@ async fn incomplete_response_is_an_outage() {
     for reply in [StsReply::Breaks, endless] {
         let error = assume_of(reply).await.0.unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
@@ -512,7 +512,7 @@ async fn incomplete_response_is_an_outage() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Later, "sts_unreachable"),
         "{error}"
     );
@@ -541,7 +541,7 @@ async fn invalid_request_is_a_misconfiguration() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Never, "sts_misconfigured"),
             "{target:?}: {error}"
         );
@@ -554,7 +554,7 @@ async fn logs_and_errors_do_not_show_secrets() {
     let token = svid_for(&billing(), 300, 1);
     let log = CapturedLog::start();
     let echo = |status: u16| {
-        move |_: usize, request: &fake::Received| {
+        move |_: usize, request: &fake::ReceivedRequest| {
             let token = &request.form["WebIdentityToken"];
             let message = format!(
                 "1 validation error: Value '{token}' at 'webIdentityToken', {}...",
@@ -604,7 +604,7 @@ async fn logs_and_errors_do_not_show_secrets() {
 
 #[tokio::test]
 async fn concurrent_calls_are_bounded() {
-    let meeting = Meeting::new();
+    let meeting = RequestBarrier::new();
     let StsReply::Body(_, _, body) = good() else {
         unreachable!()
     };
@@ -651,7 +651,7 @@ async fn call_without_permit_fails_after_the_timeout() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Later, "sts_busy"),
         "{error}"
     );

@@ -8,7 +8,7 @@ fn env(open: usize) -> (Arc<CacheEnv>, CredentialCache) {
     (env, cache)
 }
 
-fn asked(env: &CacheEnv) -> Vec<u32> {
+fn requesters(env: &CacheEnv) -> Vec<u32> {
     env.requesters.lock().unwrap().clone()
 }
 
@@ -35,7 +35,7 @@ async fn flight_continues_with_latest_waiter_if_caller_is_gone() {
     for waiting in waiting {
         assert_eq!(waiting.await.unwrap().unwrap().1, CacheResult::Miss);
     }
-    assert_eq!(asked(&env), [1, 3, 2]);
+    assert_eq!(requesters(&env), [1, 3, 2]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -43,7 +43,7 @@ async fn flight_ends_without_a_live_caller() {
     let (env, cache) = env(100);
     env.gone.lock().unwrap().insert(1);
     assert_eq!(reason(&cache).await, "caller_gone");
-    assert_eq!(asked(&env), [1]);
+    assert_eq!(requesters(&env), [1]);
     advance(SECOND).await;
     assert!(key_for(&cache, "a", 2).await.is_ok());
 }
@@ -55,7 +55,7 @@ async fn refresh_uses_the_latest_caller() {
         key_for(&cache, "a", uid).await.unwrap();
     }
     pass(MINUTE * 34).await;
-    assert_eq!(asked(&env), [1, 3]);
+    assert_eq!(requesters(&env), [1, 3]);
     assert_eq!(cache.entries()[0].latest_uid, Some(3));
 }
 
@@ -65,7 +65,7 @@ async fn refresh_waits_for_a_live_caller() {
     key_for(&cache, "a", 1).await.unwrap();
     env.gone.lock().unwrap().insert(1);
     pass(MINUTE * 45).await;
-    assert_eq!(asked(&env), [1, 1], "it is not tried for ever");
+    assert_eq!(requesters(&env), [1, 1], "it is not tried for ever");
     assert_eq!(
         (cache.entries()[0].callers, cache.entries()[0].latest_uid),
         (0, Some(1))
@@ -76,7 +76,7 @@ async fn refresh_waits_for_a_live_caller() {
         ("KEY1".to_owned(), CacheResult::Stale)
     );
     settle().await;
-    assert_eq!(asked(&env), [1, 1, 2]);
+    assert_eq!(requesters(&env), [1, 1, 2]);
     assert_eq!(
         key_for(&cache, "a", 3).await.unwrap(),
         ("KEY3".to_owned(), CacheResult::Hit)
@@ -92,7 +92,7 @@ async fn entry_without_a_live_caller_is_served_until_expiry() {
     assert_eq!(cache.entries()[0].access_key_id.as_deref(), Some("KEY1"));
     pass(SECOND * 3).await;
     assert!(cache.entries().is_empty());
-    assert_eq!(asked(&env), [1, 1]);
+    assert_eq!(requesters(&env), [1, 1]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -100,13 +100,13 @@ async fn refresh_continues_with_a_caller_that_arrived_meanwhile() {
     let (env, cache) = env(1);
     key_for(&cache, "a", 1).await.unwrap();
     pass(MINUTE * 34).await;
-    assert_eq!(asked(&env), [1, 1]);
+    assert_eq!(requesters(&env), [1, 1]);
     // The caller has its credentials and has disconnected, but its process lives.
     key_for(&cache, "a", 2).await.unwrap();
     env.gone.lock().unwrap().insert(1);
     env.gate.add_permits(10);
     settle().await;
-    assert_eq!(asked(&env), [1, 1, 2]);
+    assert_eq!(requesters(&env), [1, 1, 2]);
     assert_eq!(key_for(&cache, "a", 3).await.unwrap().1, CacheResult::Hit);
 }
 
@@ -119,6 +119,6 @@ async fn cache_keeps_no_caller_if_the_source_needs_none() {
     assert_eq!(Arc::strong_count(&caller), 1);
     assert_eq!(cache.entries()[0].callers, 0);
     pass(MINUTE * 34).await;
-    assert_eq!(asked(&env), [5, u32::MAX]);
+    assert_eq!(requesters(&env), [5, u32::MAX]);
     assert!(Caller::synthetic().still_same().await.is_err());
 }

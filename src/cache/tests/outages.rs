@@ -225,14 +225,17 @@ async fn log_has_a_failure_once_per_change() {
     env.fail(denied());
     pass(MINUTE * 2).await;
     assert_eq!(
-        (count("exchange failed"), count("the identity is withdrawn")),
+        (
+            count("exchange failed"),
+            count("identity withdrawn: credentials removed")
+        ),
         (2, 1)
     );
     env.fail(None);
     pass(MINUTE).await;
     key(&cache).await.unwrap();
     assert_eq!(
-        count("issued again"),
+        count("exchange succeeded again"),
         0,
         "a new entry, which knows nothing of the old one"
     );
@@ -276,7 +279,7 @@ async fn log_has_recovery_and_is_bounded_in_an_outage() {
 
 #[test]
 fn negative_ttl_of_each_failure() {
-    let sts = |again| ExchangeError::from(StsError { again, ..refused() });
+    let sts = |retry| ExchangeError::from(StsError { retry, ..refused() });
     let table = [
         (ExchangeError::from(unavailable()), 1),
         (

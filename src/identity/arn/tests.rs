@@ -281,7 +281,7 @@ fn template_parser_rejects_invalid_templates() {
         ),
         (
             "arn:aws-{path[0]}:iam::123456789012:role/billing",
-            "behind `role/`",
+            "can only follow `role/`",
         ),
     ];
     for (text, words) in table {

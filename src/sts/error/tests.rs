@@ -234,10 +234,10 @@ fn code_is_classified() {
         (None, 503, "", Later, "sts_unavailable"),
         (None, 504, "", Later, "sts_unavailable"),
     ];
-    for (code, status, message, again, reason) in table {
+    for (code, status, message, retry, reason) in table {
         assert_eq!(
             refused(code, status, message).classify(),
-            (again, reason),
+            (retry, reason),
             "{code:?} {status} {message}"
         );
     }
@@ -260,8 +260,8 @@ fn code_is_classified() {
         (Failure::Untrusted(String::new()), Later, "sts_no_ca"),
         (Failure::Busy, Later, "sts_busy"),
     ];
-    for (failure, again, reason) in others {
-        assert_eq!(failure.classify(), (again, reason));
+    for (failure, retry, reason) in others {
+        assert_eq!(failure.classify(), (retry, reason));
     }
 }
 

@@ -33,7 +33,7 @@ pub(crate) enum StsReply {
     /// This head without a body, and a `Location`.
     Redirect(String),
     /// This response, once two requests wait for it.
-    Together(Arc<Meeting>, String),
+    Together(Arc<RequestBarrier>, String),
     /// No response at all.
     Never,
     /// The beginning of a response, without an end.
@@ -43,13 +43,13 @@ pub(crate) enum StsReply {
 }
 
 /// Barrier at which requests wait for one another, and are counted.
-pub(crate) struct Meeting {
+pub(crate) struct RequestBarrier {
     two: Barrier,
     waiting: AtomicUsize,
     pub(crate) most: AtomicUsize,
 }
 
-impl Meeting {
+impl RequestBarrier {
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             two: Barrier::new(2),
@@ -61,7 +61,7 @@ impl Meeting {
 
 /// A request that arrived.
 #[derive(Clone, Debug)]
-pub(crate) struct Received {
+pub(crate) struct ReceivedRequest {
     pub(crate) uri: String,
     pub(crate) headers: HeaderMap,
     pub(crate) form: HashMap<String, String>,
@@ -71,7 +71,7 @@ pub(crate) struct Received {
 /// A running server, which stops when the value is dropped.
 pub(crate) struct FakeSts {
     pub(crate) address: SocketAddr,
-    received: Arc<Mutex<Vec<Received>>>,
+    received: Arc<Mutex<Vec<ReceivedRequest>>>,
     task: JoinHandle<()>,
 }
 
@@ -81,12 +81,12 @@ impl Drop for FakeSts {
     }
 }
 
-type Script = dyn Fn(usize, &Received) -> StsReply + Send + Sync;
+type Script = dyn Fn(usize, &ReceivedRequest) -> StsReply + Send + Sync;
 
 impl FakeSts {
     /// Starts plain HTTP on loopback. `script` gets the request's number, from 0.
     pub(crate) async fn start(
-        script: impl Fn(usize, &Received) -> StsReply + Send + Sync + 'static,
+        script: impl Fn(usize, &ReceivedRequest) -> StsReply + Send + Sync + 'static,
     ) -> Self {
         Self::start_with(None, script).await
     }
@@ -94,7 +94,7 @@ impl FakeSts {
     /// Starts a server, with TLS if there is a certificate.
     pub(crate) async fn start_with(
         tls: Option<TlsAcceptor>,
-        script: impl Fn(usize, &Received) -> StsReply + Send + Sync + 'static,
+        script: impl Fn(usize, &ReceivedRequest) -> StsReply + Send + Sync + 'static,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -122,7 +122,7 @@ impl FakeSts {
         }
     }
 
-    pub(crate) fn received(&self) -> Vec<Received> {
+    pub(crate) fn received(&self) -> Vec<ReceivedRequest> {
         self.received.lock().unwrap().clone()
     }
 }
@@ -130,7 +130,7 @@ impl FakeSts {
 async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
     connection: usize,
-    previous: Arc<Mutex<Vec<Received>>>,
+    previous: Arc<Mutex<Vec<ReceivedRequest>>>,
     script: Arc<Script>,
 ) {
     let service = hyper::service::service_fn(|request: Request<Incoming>| async {
@@ -149,7 +149,7 @@ async fn serve(
         let form = form
             .map(|(name, value)| (decode(name), decode(value)))
             .collect();
-        let request = Received {
+        let request = ReceivedRequest {
             uri: head.uri.to_string(),
             headers: head.headers,
             form,

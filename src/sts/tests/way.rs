@@ -29,7 +29,7 @@ async fn private_ca_is_trusted_for_a_private_endpoint() {
         .await
         .unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
@@ -54,7 +54,7 @@ async fn private_ca_is_trusted_for_a_private_endpoint() {
     waiting.prepare(&[&target]).await.unwrap();
     let error = waiting.assume(&grant(&target), &token).await.unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Later, "sts_no_ca"),
         "{error}"
     );
@@ -80,7 +80,7 @@ async fn private_ca_is_trusted_for_a_private_endpoint() {
             .await
             .unwrap_err()
             .0
-            .contains("no certificate in it")
+            .contains("it has no certificate")
     );
 }
 
@@ -110,7 +110,7 @@ async fn prepare_checks_the_variables_of_a_target() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Never, "sts_misconfigured"),
             "{error}"
         );
@@ -135,7 +135,7 @@ async fn proxy_that_does_not_resolve_is_an_outage() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Later, "sts_unreachable"),
         "{error}"
     );

@@ -35,13 +35,13 @@ fn file_is_validated_before_the_sdk_reads_it() {
         (
             "cut.pem",
             certificate[..certificate.len() / 2].to_owned(),
-            Some("no valid PEM"),
+            Some("not a valid PEM"),
         ),
         ("broken.pem", broken.join("\n"), Some("cannot be read")),
         (
             "half.pem",
             format!("{certificate}-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"),
-            Some("no valid PEM"),
+            Some("not a valid PEM"),
         ),
     ];
     for (name, content, reason) in table {

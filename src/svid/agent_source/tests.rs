@@ -149,9 +149,9 @@ fn own_alone(pid: u32) -> Result<Vec<&'static str>, SourceError> {
 
 /// The facts of `process` by the number of reads so far. From this read on it is another process.
 #[derive(Debug)]
-struct Looked {
+struct ScriptedProof {
     pid: u32,
-    looks: Arc<AtomicU32>,
+    reads: Arc<AtomicU32>,
     changes_at: Option<u32>,
     refusal: Option<AttestError>,
     /// Number of further watches during which a program is executed.
@@ -159,28 +159,28 @@ struct Looked {
 }
 
 #[derive(Debug)]
-struct Watched {
-    is_unbroken: bool,
+struct ScriptedExecWatch {
+    no_exec: bool,
 }
 
-impl ExecWatch for Watched {
+impl ExecWatch for ScriptedExecWatch {
     fn no_exec_seen(&self) -> bool {
-        self.is_unbroken
+        self.no_exec
     }
 }
 
 #[async_trait::async_trait]
-impl PeerProof for Looked {
+impl PeerProof for ScriptedProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
-        let look = self.looks.fetch_add(1, Ordering::SeqCst);
+        let read = self.reads.fetch_add(1, Ordering::SeqCst);
         match (&self.refusal, self.changes_at) {
             (Some(refusal), None) => Err(refusal.clone()),
-            (Some(refusal), Some(at)) if look >= at => Err(refusal.clone()),
-            (None, Some(at)) if look >= at => Ok(AgentProcessRef {
+            (Some(refusal), Some(at)) if read >= at => Err(refusal.clone()),
+            (None, Some(at)) if read >= at => Ok(AgentProcessRef {
                 pid: self.pid,
                 cgroups: "0::/moved\n".to_owned(),
             }),
@@ -192,13 +192,13 @@ impl PeerProof for Looked {
     }
 
     fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
-        let left = self
-            .executions
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
-                left.checked_sub(1)
-            });
-        Ok(Box::new(Watched {
-            is_unbroken: left.is_err(),
+        let remaining =
+            self.executions
+                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |remaining| {
+                    remaining.checked_sub(1)
+                });
+        Ok(Box::new(ScriptedExecWatch {
+            no_exec: remaining.is_err(),
         }))
     }
 }
@@ -212,9 +212,9 @@ fn caller_with(
     let executions = AtomicU32::new(0);
     caller_by(
         uid,
-        Looked {
+        ScriptedProof {
             pid,
-            looks: Arc::default(),
+            reads: Arc::default(),
             changes_at,
             refusal,
             executions,
@@ -227,9 +227,9 @@ fn executing_caller(pid: u32, times: u32) -> Arc<Caller> {
     let executions = AtomicU32::new(times);
     caller_by(
         1001,
-        Looked {
+        ScriptedProof {
             pid,
-            looks: Arc::default(),
+            reads: Arc::default(),
             changes_at: None,
             refusal: None,
             executions,
@@ -237,7 +237,7 @@ fn executing_caller(pid: u32, times: u32) -> Arc<Caller> {
     )
 }
 
-fn caller_by(uid: u32, evidence: Looked) -> Arc<Caller> {
+fn caller_by(uid: u32, evidence: ScriptedProof) -> Arc<Caller> {
     let pid = evidence.pid;
     let exe = Executable {
         device: 1,
@@ -346,14 +346,14 @@ async fn held_token_expires_and_is_for_one_process() {
 async fn concurrent_requests_share_one_query() {
     let agent = AgentScript::reply(shop);
     let source = Arc::new(source(&agent));
-    let asking: Vec<_> = (0..100)
+    let requests: Vec<_> = (0..100)
         .map(|_| {
             let source = source.clone();
             tokio::spawn(async move { source.identify(&caller(1)).await })
         })
         .collect();
-    for asking in asking {
-        assert_eq!(ids(asking.await.unwrap()), [SHOP]);
+    for requests in requests {
+        assert_eq!(ids(requests.await.unwrap()), [SHOP]);
     }
     assert_eq!(agent.calls(), 1);
 }
@@ -542,7 +542,7 @@ async fn excess_queries_are_rejected_and_other_workloads_get_permits() {
     agent.gate.forget_permits(Semaphore::MAX_PERMITS);
     let source = Arc::new(source(&agent));
     let start = Instant::now();
-    let asking: Vec<_> = (1..=50)
+    let requests: Vec<_> = (1..=50)
         .map(|pid| {
             let source = source.clone();
             tokio::spawn(async move { (source.identify(&caller(pid)).await, Instant::now()) })
@@ -562,13 +562,13 @@ async fn excess_queries_are_rejected_and_other_workloads_get_permits() {
     agent.gate.add_permits(MAX_QUERIES_PER_WORKLOAD + 1);
     assert_eq!(ids(other.await.unwrap()), [SHOP]);
     let mut busy = 0;
-    for asking in asking {
-        match asking.await.unwrap() {
+    for requests in requests {
+        match requests.await.unwrap() {
             (Err(SourceError::Busy), at) => {
                 busy += 1;
                 assert_eq!(at - start, QUERY_WAIT);
             }
-            (said, _) => assert_eq!(ids(said), [SHOP]),
+            (result, _) => assert_eq!(ids(result), [SHOP]),
         }
     }
     assert_eq!(busy, 50 - MAX_QUERIES_PER_WORKLOAD);

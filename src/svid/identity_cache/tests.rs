@@ -15,10 +15,10 @@ use crate::role::Identity;
 mod revalidation;
 
 #[derive(Debug)]
-struct Living(Arc<AtomicBool>);
+struct AliveSwitch(Arc<AtomicBool>);
 
 #[async_trait::async_trait]
-impl PeerProof for Living {
+impl PeerProof for AliveSwitch {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
@@ -49,7 +49,7 @@ fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
         started: Some(u64::from(pid)),
     };
     let lives = Arc::new(AtomicBool::new(true));
-    let evidence = Box::new(Living(lives.clone()));
+    let evidence = Box::new(AliveSwitch(lives.clone()));
     let caller = Caller {
         listener: ListenerKind::Unix,
         uid,
@@ -115,11 +115,11 @@ async fn query_is_shared_and_its_result_cached() {
         cache.find(&subject, &caller),
         Ok(IdentityLookup::Unknown(_))
     ));
-    let Ok(IdentityLookup::InFlight(mut asked)) = cache.find(&subject, &caller) else {
+    let Ok(IdentityLookup::InFlight(mut queried)) = cache.find(&subject, &caller) else {
         panic!("it is being asked for")
     };
     note(&mut cache, &caller, Ok(ids(&["shop"])));
-    let result = asked
+    let result = queried
         .wait_for(Option::is_some)
         .await
         .unwrap()
@@ -276,11 +276,11 @@ async fn success_or_failure_between_denials_does_not_confirm() {
         (REVALIDATE_AFTER, Ok(ids(&[])), ids(&["shop"])),
         (DENIAL_CONFIRMATION, Ok(ids(&[])), ids(&[])),
     ];
-    for (step, (after, result, known)) in steps.into_iter().enumerate() {
+    for (step, (after, result, cached)) in steps.into_iter().enumerate() {
         advance(after).await;
         assert_eq!(due(&mut cache), 1, "{step}");
         note(&mut cache, &caller, result);
-        assert_eq!(found(&mut cache, &caller), Some(known), "{step}");
+        assert_eq!(found(&mut cache, &caller), Some(cached), "{step}");
     }
 }
 
@@ -318,7 +318,7 @@ async fn workload_fills_its_own_slots_and_gone_ones_are_evicted_first() {
     let many: Vec<_> = (0..u32::try_from(MAX_SUBJECTS_PER_WORKLOAD).unwrap() + 100)
         .map(|pid| process(1, 100 + pid))
         .collect();
-    let known = |cache: &IdentityCache, caller: &Arc<Caller>| {
+    let cached = |cache: &IdentityCache, caller: &Arc<Caller>| {
         cache
             .cached
             .contains_key(&Subject::of(caller, true).unwrap())
@@ -329,11 +329,11 @@ async fn workload_fills_its_own_slots_and_gone_ones_are_evicted_first() {
         note(&mut cache, caller, Ok(ids(&["greedy"])));
         advance(Duration::from_millis(1)).await;
     }
-    assert!(known(&cache, &many[3].0), "there was room");
+    assert!(cached(&cache, &many[3].0), "there was room");
     let last = &many[MAX_SUBJECTS_PER_WORKLOAD].0;
     found(&mut cache, last);
     assert!(
-        !known(&cache, &many[3].0) && known(&cache, &many[0].0),
+        !cached(&cache, &many[3].0) && cached(&cache, &many[0].0),
         "the one that is gone made room"
     );
     for (caller, _) in &many[MAX_SUBJECTS_PER_WORKLOAD..] {
@@ -344,7 +344,7 @@ async fn workload_fills_its_own_slots_and_gone_ones_are_evicted_first() {
         cache.counts.get(&WorkloadKey::user(1)),
         Some(&MAX_SUBJECTS_PER_WORKLOAD)
     );
-    assert!(!known(&cache, &many[0].0), "its oldest");
+    assert!(!cached(&cache, &many[0].0), "its oldest");
     for (caller, _) in &first {
         assert_eq!(found(&mut cache, caller), Some(ids(&["modest"])));
     }
@@ -366,8 +366,8 @@ async fn waiting_requests_of_a_workload_are_bounded() {
     let mut cache = IdentityCache::new(MAX_SUBJECTS_PER_WORKLOAD);
     let many = |pids: std::ops::Range<u32>| pids.map(|pid| process(1, pid).0).collect::<Vec<_>>();
     let waiting = u32::try_from(MAX_WAITING_PER_WORKLOAD).unwrap();
-    let (known, new) = (many(0..500), many(1000..1000 + waiting));
-    for caller in &known {
+    let (cached, new) = (many(0..500), many(1000..1000 + waiting));
+    for caller in &cached {
         found(&mut cache, caller);
         note(&mut cache, caller, Ok(ids(&["shop"])));
     }
@@ -383,7 +383,7 @@ async fn waiting_requests_of_a_workload_are_bounded() {
     };
     assert!(is_busy(&mut cache));
     assert!(
-        known
+        cached
             .iter()
             .all(|caller| found(&mut cache, caller).is_some()),
         "those that are known are answered"
@@ -413,7 +413,7 @@ async fn waiting_requests_of_a_workload_are_bounded() {
     // A query without waiting requests does not count.
     advance(REVALIDATE_AFTER).await;
     assert_eq!(due(&mut cache), 1);
-    known
+    cached
         .iter()
         .for_each(|caller| note(&mut cache, caller, Ok(ids(&["shop"]))));
     assert!(is_busy(&mut cache));

@@ -15,19 +15,19 @@ const ID: &str = "spiffe://example.org/awsvid";
 /// Timeout for events that happen at once.
 const SOON: Duration = Duration::from_secs(20);
 
-struct Place {
+struct SocketDir {
     dir: TempDir,
     path: PathBuf,
 }
 
-fn place() -> Place {
+fn socket_dir() -> SocketDir {
     let dir = tempdir().unwrap();
     let path = dir.path().join("agent.sock");
-    Place { dir, path }
+    SocketDir { dir, path }
 }
 
-fn own_at(place: &Place) -> OwnSvidSource {
-    OwnSvidSource::at(Endpoint::Unix(place.path.clone()))
+fn own_at(socket_dir: &SocketDir) -> OwnSvidSource {
+    OwnSvidSource::at(Endpoint::Unix(socket_dir.path.clone()))
 }
 
 /// Waits until the state satisfies `condition`.
@@ -50,11 +50,11 @@ async fn version(own: &OwnSvidSource, version: u64) -> Arc<OwnSvid> {
 
 /// Starts a source that has received one SVID.
 async fn source_with_svid(
-    place: &Place,
+    socket_dir: &SocketDir,
     authority: &Authority,
 ) -> (FakeAgent, Stream, OwnSvidSource) {
-    let mut agent = FakeAgent::at(&place.path);
-    let own = own_at(place);
+    let mut agent = FakeAgent::at(&socket_dir.path);
+    let own = own_at(socket_dir);
     let stream = agent.next_client().await.accept();
     stream.send(authority.message(ID));
     version(&own, 1).await;
@@ -63,9 +63,9 @@ async fn source_with_svid(
 
 #[tokio::test]
 async fn latest_returns_the_first_identity_of_the_latest_message() {
-    let (place, authority) = (place(), Authority::new());
-    let mut agent = FakeAgent::at(&place.path);
-    let own = own_at(&place);
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let mut agent = FakeAgent::at(&socket_dir.path);
+    let own = own_at(&socket_dir);
     let next_client = agent.next_client().await;
     let header: Vec<_> = next_client
         .metadata
@@ -98,8 +98,8 @@ async fn latest_returns_the_first_identity_of_the_latest_message() {
 /// An identity with several entries, or from an agent that merges the replies of two others.
 #[tokio::test]
 async fn repeated_identity_is_read_from_a_valid_svid() {
-    let (place, authority) = (place(), Authority::new());
-    let (_agent, stream, own) = source_with_svid(&place, &authority).await;
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let (_agent, stream, own) = source_with_svid(&socket_dir, &authority).await;
     let (good, other) = (
         authority.svid(ID),
         authority.svid("spiffe://example.org/other"),
@@ -143,8 +143,8 @@ async fn repeated_identity_is_read_from_a_valid_svid() {
 
 #[tokio::test]
 async fn unusable_message_keeps_the_previous_svid() {
-    let (place, authority) = (place(), Authority::new());
-    let (_agent, stream, own) = source_with_svid(&place, &authority).await;
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let (_agent, stream, own) = source_with_svid(&socket_dir, &authority).await;
     let change = |change: &dyn Fn(&mut X509svid)| {
         let mut message = authority.message(ID);
         change(&mut message.svids[0]);
@@ -214,7 +214,10 @@ async fn unusable_message_keeps_the_previous_svid() {
             text.contains("cannot be used") && text.contains(reason),
             "{reason}: {text}"
         );
-        assert!(text.contains(&place.path.display().to_string()), "{text}");
+        assert!(
+            text.contains(&socket_dir.path.display().to_string()),
+            "{text}"
+        );
     }
     stream.send(authority.message(ID));
     version(&own, 2).await;
@@ -223,9 +226,9 @@ async fn unusable_message_keeps_the_previous_svid() {
 
 #[tokio::test]
 async fn unusable_first_message_is_reported() {
-    let place = place();
-    let mut agent = FakeAgent::at(&place.path);
-    let own = own_at(&place);
+    let socket_dir = socket_dir();
+    let mut agent = FakeAgent::at(&socket_dir.path);
+    let own = own_at(&socket_dir);
     let stream = agent.next_client().await.accept();
     stream.send(X509svidResponse::default());
     until(&own, |now| now.failure.is_some()).await;
@@ -238,8 +241,8 @@ async fn unusable_first_message_is_reported() {
 
 #[tokio::test]
 async fn denial_withdraws_the_svid() {
-    let (place, authority) = (place(), Authority::new());
-    let (mut agent, stream, own) = source_with_svid(&place, &authority).await;
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let (mut agent, stream, own) = source_with_svid(&socket_dir, &authority).await;
     stream.fail(Status::permission_denied("no identity issued"));
     let now = until(&own, |now| now.svid.is_none()).await;
     let error = own.latest().unwrap_err();
@@ -262,18 +265,18 @@ async fn denial_withdraws_the_svid() {
 
 #[tokio::test]
 async fn ended_stream_is_reopened_and_keeps_the_svid() {
-    let (place, authority) = (place(), Authority::new());
-    let (mut agent, stream, own) = source_with_svid(&place, &authority).await;
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let (mut agent, stream, own) = source_with_svid(&socket_dir, &authority).await;
     let mut stream = Some(stream);
     let ends: [(&str, &dyn Fn(Stream)); 4] = [
         ("ended the stream", &drop),
         ("starting", &|stream| {
             stream.fail(Status::unavailable("starting"))
         }),
-        ("is it a SPIFFE Workload API?", &|stream| {
+        ("check that it is a SPIFFE Workload API", &|stream| {
             stream.fail(Status::unimplemented("what?"))
         }),
-        ("is it a SPIFFE Workload API?", &|stream| {
+        ("check that it is a SPIFFE Workload API", &|stream| {
             stream.fail(Status::invalid_argument("header"))
         }),
     ];
@@ -292,15 +295,15 @@ async fn ended_stream_is_reopened_and_keeps_the_svid() {
 
 #[tokio::test]
 async fn missing_agent_is_found_later() {
-    let (place, authority) = (place(), Authority::new());
-    let own = own_at(&place);
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let own = own_at(&socket_dir);
     until(&own, |now| now.failure.is_some()).await;
     let error = own.latest().unwrap_err();
     assert!(
         matches!(&error, SourceError::Unavailable(text) if text.contains("no socket at") && text.contains("`socket`")),
         "{error:?}"
     );
-    let mut agent = FakeAgent::at(&place.path);
+    let mut agent = FakeAgent::at(&socket_dir.path);
     agent
         .next_client()
         .await
@@ -312,8 +315,8 @@ async fn missing_agent_is_found_later() {
     drop(agent);
     until(&own, |now| now.failure.is_some()).await;
     assert_eq!(own.latest().unwrap().version, 1, "it is still good");
-    std::fs::remove_file(&place.path).unwrap();
-    let mut agent = FakeAgent::at(&place.path);
+    std::fs::remove_file(&socket_dir.path).unwrap();
+    let mut agent = FakeAgent::at(&socket_dir.path);
     agent
         .next_client()
         .await
@@ -324,12 +327,12 @@ async fn missing_agent_is_found_later() {
 
 #[tokio::test(start_paused = true)]
 async fn replaced_agent_is_used_while_the_old_one_runs() {
-    let (place, authority) = (place(), Authority::new());
-    let (_old, stream, own) = source_with_svid(&place, &authority).await;
-    std::fs::rename(&place.path, place.dir.path().join("old.sock")).unwrap();
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let (_old, stream, own) = source_with_svid(&socket_dir, &authority).await;
+    std::fs::rename(&socket_dir.path, socket_dir.dir.path().join("old.sock")).unwrap();
     tokio::time::sleep(3 * SOCKET_POLL).await;
     assert!(own.failure().is_none(), "nobody has taken its place yet");
-    let mut new = FakeAgent::at(&place.path);
+    let mut new = FakeAgent::at(&socket_dir.path);
     new.next_client().await.accept().send(authority.message(ID));
     stream.closed().await;
     version(&own, 2).await;
@@ -337,9 +340,9 @@ async fn replaced_agent_is_used_while_the_old_one_runs() {
 
 #[tokio::test(start_paused = true)]
 async fn first_ends_at_the_deadline_with_the_reason() {
-    let place = place();
-    let mut agent = FakeAgent::at(&place.path);
-    let own = own_at(&place);
+    let socket_dir = socket_dir();
+    let mut agent = FakeAgent::at(&socket_dir.path);
+    let own = own_at(&socket_dir);
     let next_client = agent.next_client().await;
     let begun = Instant::now();
     let error = own.first(Duration::from_secs(7)).await.unwrap_err();
@@ -368,9 +371,9 @@ async fn first_ends_at_the_deadline_with_the_reason() {
 
 #[tokio::test(start_paused = true)]
 async fn silent_agent_is_tried_again() {
-    let place = place();
-    let mut agent = FakeAgent::at(&place.path);
-    let own = own_at(&place);
+    let socket_dir = socket_dir();
+    let mut agent = FakeAgent::at(&socket_dir.path);
+    let own = own_at(&socket_dir);
     let begun = Instant::now();
     let _mute = agent.next_client().await;
     let _empty = agent.next_client().await.accept();
@@ -385,9 +388,9 @@ async fn silent_agent_is_tried_again() {
 
 #[tokio::test(start_paused = true)]
 async fn denied_source_backs_off() {
-    let place = place();
-    let mut agent = FakeAgent::at(&place.path);
-    let _own = own_at(&place);
+    let socket_dir = socket_dir();
+    let mut agent = FakeAgent::at(&socket_dir.path);
+    let _own = own_at(&socket_dir);
     let mut pauses = Vec::new();
     for _ in 0..14 {
         let begun = Instant::now();
@@ -411,8 +414,8 @@ async fn denied_source_backs_off() {
 
 #[tokio::test(start_paused = true)]
 async fn stable_stream_is_reopened_at_once() {
-    let (place, authority) = (place(), Authority::new());
-    let (mut agent, stream, _own) = source_with_svid(&place, &authority).await;
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let (mut agent, stream, _own) = source_with_svid(&socket_dir, &authority).await;
     let mut stream = Some(stream);
     // (lifetime of each stream, minimum delay until the next)
     let table = [
@@ -442,8 +445,8 @@ async fn stable_stream_is_reopened_at_once() {
 
 #[tokio::test]
 async fn task_ends_when_the_source_is_dropped() {
-    let (place, authority) = (place(), Authority::new());
-    let (mut agent, stream, own) = source_with_svid(&place, &authority).await;
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let (mut agent, stream, own) = source_with_svid(&socket_dir, &authority).await;
     drop(own);
     stream.closed().await;
     drop(stream);
@@ -454,8 +457,8 @@ async fn task_ends_when_the_source_is_dropped() {
 #[tokio::test]
 async fn private_key_is_not_shown() {
     let log = CapturedLog::start();
-    let (place, authority) = (place(), Authority::new());
-    let (_agent, stream, own) = source_with_svid(&place, &authority).await;
+    let (socket_dir, authority) = (socket_dir(), Authority::new());
+    let (_agent, stream, own) = source_with_svid(&socket_dir, &authority).await;
     let message = authority.message(ID);
     let key = message.svids[0].x509_svid_key.clone();
     let mut texts = vec![format!("{message:?}")];

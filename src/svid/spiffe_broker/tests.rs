@@ -9,10 +9,10 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::svid::CALL_TIMEOUT;
-use crate::svid::own_svid::tests::fake::{Authority, Certified, FakeAgent, Stream};
+use crate::svid::own_svid::tests::fake::{Authority, FakeAgent, Stream, TestCertificate};
 use crate::svid::proto::broker::Jwtsvid;
 use crate::svid::proto::workload::X509svidResponse;
-use fake::{Answer, Asked, FakeBroker};
+use fake::{Answer, BrokerRequest, FakeBroker};
 
 const ID: &str = "spiffe://example.org/awsvid";
 const AGENT: &str = "spiffe://example.org/spire/agent/join_token/7";
@@ -70,12 +70,12 @@ impl Node {
     }
 
     /// Returns a valid certificate for the agent.
-    fn certificate(&self) -> Certified {
+    fn certificate(&self) -> TestCertificate {
         self.authority.sign(&[AGENT], |_| {})
     }
 
     /// Serves a correct broker socket.
-    fn serve<F>(&self, script: impl Fn(Asked) -> F + Send + Sync + 'static) -> FakeBroker
+    fn serve<F>(&self, script: impl Fn(BrokerRequest) -> F + Send + Sync + 'static) -> FakeBroker
     where
         F: Future<Output = Answer> + Send + 'static,
     {
@@ -138,16 +138,26 @@ async fn query_refers_to_the_process_and_returns_every_svid() {
             ),
         ]
     );
-    let [asked] = &agent.asked()[..] else {
+    let [received] = &agent.requests()[..] else {
         panic!("not exactly one request")
     };
-    let header: Vec<_> = asked.metadata.get_all("broker.spiffe.io").iter().collect();
+    let header: Vec<_> = received
+        .metadata
+        .get_all("broker.spiffe.io")
+        .iter()
+        .collect();
     assert_eq!(header, ["true"]);
     assert!(
-        asked.metadata.contains_key("grpc-timeout"),
+        received.metadata.contains_key("grpc-timeout"),
         "the agent may give up when nobody waits any more"
     );
-    let reference = asked.request.reference.clone().unwrap().reference.unwrap();
+    let reference = received
+        .request
+        .reference
+        .clone()
+        .unwrap()
+        .reference
+        .unwrap();
     assert_eq!(
         reference.type_url,
         "type.googleapis.com/spiffe.broker.WorkloadPIDReference"
@@ -158,9 +168,12 @@ async fn query_refers_to_the_process_and_returns_every_svid() {
             .pid,
         4711
     );
-    assert_eq!(asked.request.audience, [AUDIENCE]);
-    assert_eq!(asked.request.spiffe_id, "");
-    assert_eq!(asked.shown, client.own.latest().unwrap().certified.cert[0]);
+    assert_eq!(received.request.audience, [AUDIENCE]);
+    assert_eq!(received.request.spiffe_id, "");
+    assert_eq!(
+        received.presented,
+        client.own.latest().unwrap().certified.cert[0]
+    );
 
     // A number that a process cannot have is not sent.
     assert_eq!(
@@ -170,9 +183,9 @@ async fn query_refers_to_the_process_and_returns_every_svid() {
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     assert_eq!(
         agent
-            .asked()
+            .requests()
             .iter()
-            .map(|asked| asked.connection)
+            .map(|received| received.connection)
             .collect::<Vec<_>>(),
         [0, 0]
     );
@@ -187,8 +200,8 @@ async fn query_refers_to_the_pod() {
         client.fetch_for_pod(&pod(), AUDIENCE).await.unwrap().len(),
         2
     );
-    let asked = agent.asked()[0].request.clone();
-    let reference = asked.reference.unwrap().reference.unwrap();
+    let received = agent.requests()[0].request.clone();
+    let reference = received.reference.unwrap().reference.unwrap();
     assert_eq!(
         reference.type_url,
         "type.googleapis.com/spiffe.broker.KubernetesObjectReference"
@@ -202,10 +215,10 @@ async fn query_refers_to_the_pod() {
         (object.r#type, object.key, object.uid.as_str()),
         (Some(pods), None, UID)
     );
-    assert_eq!(asked.audience, [AUDIENCE]);
+    assert_eq!(received.audience, [AUDIENCE]);
     // The agent of this test is in the client's pid namespace.
     client.fetch_for_pid(4711, AUDIENCE).await.unwrap();
-    assert_eq!(agent.asked().len(), 2);
+    assert_eq!(agent.requests().len(), 2);
 }
 
 #[tokio::test]
@@ -222,7 +235,7 @@ async fn own_identities_are_those_of_the_certificates() {
         client.fetch_own(AUDIENCE).await.unwrap(),
         [ID, "spiffe://example.org/daemon-too"]
     );
-    assert_eq!(agent.asked().len(), 0);
+    assert_eq!(agent.requests().len(), 0);
     // While no stream updates them, it is not certain that the agent knows the daemon.
     drop(node.stream);
     drop(node.workload_api);
@@ -264,8 +277,8 @@ async fn ready_succeeds_if_the_agent_allows_queries() {
     let mut node = Node::new().await;
     let client = node.client().naming_pods();
     for (row, (process, pods, ready)) in table.into_iter().enumerate() {
-        let _agent = node.serve(move |asked| {
-            let reference = asked.request.reference.unwrap().reference.unwrap();
+        let _agent = node.serve(move |received| {
+            let reference = received.request.reference.unwrap().reference.unwrap();
             let reply = if reference.type_url == PID_REFERENCE {
                 process.clone()
             } else {
@@ -328,7 +341,7 @@ async fn pod_refusal_names_the_fix() {
             Code::FailedPrecondition,
             "kubelet client is disabled",
             "source_misconfigured",
-            "ask the kubelet",
+            "query the kubelet",
         ),
         (
             Code::Unavailable,
@@ -349,7 +362,7 @@ async fn pod_refusal_names_the_fix() {
         );
         assert!(!error.to_string().contains('\n'), "{error}");
         assert_eq!(
-            agent.asked().len(),
+            agent.requests().len(),
             1,
             "{code:?} is for others to try again"
         );
@@ -425,7 +438,7 @@ async fn refusal_names_the_fix() {
             Code::OutOfRange,
             "too long",
             "source_misconfigured",
-            "far longer",
+            "sent more than the tokens of one workload",
         ),
         (
             Code::Unauthenticated,
@@ -483,7 +496,7 @@ async fn refusal_names_the_fix() {
         );
         assert!(!error.to_string().contains('\n'), "{error}");
         assert_eq!(
-            agent.asked().len(),
+            agent.requests().len(),
             1,
             "{code:?} is for others to try again"
         );
@@ -503,9 +516,9 @@ async fn unauthenticated_connection_is_replaced() {
     }
     assert_eq!(
         agent
-            .asked()
+            .requests()
             .iter()
-            .map(|asked| asked.connection)
+            .map(|received| received.connection)
             .collect::<Vec<_>>(),
         [0, 1, 2]
     );
@@ -519,9 +532,9 @@ async fn unauthenticated_connection_is_replaced() {
     }
     assert_eq!(
         agent
-            .asked()
+            .requests()
             .iter()
-            .map(|asked| asked.connection)
+            .map(|received| received.connection)
             .collect::<Vec<_>>(),
         [0, 0, 0]
     );
@@ -537,7 +550,7 @@ async fn oversized_reply_is_rejected() {
     let _agent = node.serve_always(Ok(FetchJwtsvidResponse { svids: vec![long] }));
     let error = node.client().fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Misconfigured(text) if text.contains("far longer")),
+        matches!(&error, SourceError::Misconfigured(text) if text.contains("sent more than the tokens of one workload")),
         "{error:?}"
     );
 }
@@ -545,9 +558,9 @@ async fn oversized_reply_is_rejected() {
 #[tokio::test(start_paused = true)]
 async fn unanswered_call_ends_at_the_deadline_without_a_retry() {
     let mut node = Node::new().await;
-    let agent = node.serve(|asked| async move {
+    let agent = node.serve(|received| async move {
         let WorkloadPidReference { pid } = WorkloadPidReference::decode(
-            &asked.request.reference.unwrap().reference.unwrap().value[..],
+            &received.request.reference.unwrap().reference.unwrap().value[..],
         )
         .unwrap();
         (pid == 1).then(good)
@@ -569,9 +582,9 @@ async fn unanswered_call_ends_at_the_deadline_without_a_retry() {
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     assert_eq!(
         agent
-            .asked()
+            .requests()
             .iter()
-            .map(|asked| asked.connection)
+            .map(|received| received.connection)
             .collect::<Vec<_>>(),
         [0, 0, 0]
     );
@@ -584,7 +597,7 @@ async fn broken_kept_connection_is_replaced_within_the_call() {
     let client = node.client();
     for connection in 0..3 {
         client.fetch_for_pid(1, AUDIENCE).await.unwrap();
-        assert_eq!(agent.asked().last().unwrap().connection, connection);
+        assert_eq!(agent.requests().last().unwrap().connection, connection);
         agent.cut();
     }
 }
@@ -594,8 +607,8 @@ async fn connection_that_breaks_is_an_outage_after_one_retry() {
     let mut node = Node::new().await;
     let arrived = Arc::new(Notify::new());
     let arrives = arrived.clone();
-    let agent = node.serve(move |asked| {
-        let reply = if asked.connection == 0 {
+    let agent = node.serve(move |received| {
+        let reply = if received.connection == 0 {
             Some(good())
         } else {
             arrives.notify_one();
@@ -617,9 +630,9 @@ async fn connection_that_breaks_is_an_outage_after_one_retry() {
     );
     assert_eq!(
         agent
-            .asked()
+            .requests()
             .iter()
-            .map(|asked| asked.connection)
+            .map(|received| received.connection)
             .collect::<Vec<_>>(),
         [0, 1]
     );
@@ -630,10 +643,10 @@ async fn running_call_keeps_its_connection_at_a_renewal() {
     let mut node = Node::new().await;
     let (arrived, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let (first, released) = (arrived.clone(), go_on.clone());
-    let agent = node.serve(move |asked| {
+    let agent = node.serve(move |received| {
         let (first, released) = (first.clone(), released.clone());
         async move {
-            if asked.connection == 0 {
+            if received.connection == 0 {
                 first.notify_one();
                 released.notified().await;
             }
@@ -649,14 +662,14 @@ async fn running_call_keeps_its_connection_at_a_renewal() {
     client.fetch_for_pid(2, AUDIENCE).await.unwrap();
     go_on.notify_one();
     under_way.await.unwrap().unwrap();
-    let shown: Vec<_> = agent
-        .asked()
+    let presented: Vec<_> = agent
+        .requests()
         .into_iter()
-        .map(|asked| (asked.connection, asked.shown))
+        .map(|received| (received.connection, received.presented))
         .collect();
     let new = client.own.latest().unwrap();
     assert_eq!(
-        shown,
+        presented,
         [
             (0, old.certified.cert[0].clone()),
             (1, new.certified.cert[0].clone())
@@ -688,16 +701,16 @@ async fn calls_succeed_during_renewals() {
         node.rotate(&client).await;
         // A call that begins now presents the new certificate.
         client.fetch_for_pid(2, AUDIENCE).await.unwrap();
-        assert!(agent.was_shown(&client.own.latest().unwrap().certified.cert[0]));
+        assert!(agent.was_presented(&client.own.latest().unwrap().certified.cert[0]));
     }
     for task in tasks {
         assert!(!task.is_finished(), "a call failed: {:?}", task.await);
         task.abort();
     }
     let connections = agent
-        .asked()
+        .requests()
         .iter()
-        .map(|asked| asked.connection)
+        .map(|received| received.connection)
         .max()
         .unwrap();
     assert!(
@@ -717,7 +730,7 @@ async fn replaced_agent_is_used_while_the_old_one_runs() {
     assert!(error.to_string().contains("no socket at"), "{error}");
     let new = node.serve_always(good());
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
-    assert_eq!((old.asked().len(), new.asked().len()), (1, 1));
+    assert_eq!((old.requests().len(), new.requests().len()), (1, 1));
 }
 
 #[tokio::test]

@@ -15,12 +15,12 @@ use crate::svid::proto::spire::api::types::{Jwtsvid, Spiffeid};
 
 const DEADLINE: Duration = Duration::from_secs(5);
 
-type Asked = Arc<Mutex<Vec<FetchJwtsviDsRequest>>>;
+type Requests = Arc<Mutex<Vec<FetchJwtsviDsRequest>>>;
 
 /// An agent that sends the given reply, or never replies without one.
 struct FakeAdminApi {
     answer: Option<Result<FetchJwtsviDsResponse, Status>>,
-    asked: Asked,
+    requests: Requests,
 }
 
 #[tonic::async_trait]
@@ -29,7 +29,7 @@ impl DelegatedIdentity for FakeAdminApi {
         &self,
         request: Request<FetchJwtsviDsRequest>,
     ) -> Result<Response<FetchJwtsviDsResponse>, Status> {
-        self.asked.lock().unwrap().push(request.into_inner());
+        self.requests.lock().unwrap().push(request.into_inner());
         match &self.answer {
             Some(answer) => answer.clone().map(Response::new),
             None => std::future::pending().await,
@@ -38,9 +38,9 @@ impl DelegatedIdentity for FakeAdminApi {
 }
 
 /// A running fake. It stops with its connections when the value is dropped.
-struct Running(Option<Runtime>, Asked);
+struct RunningAdminApi(Option<Runtime>, Requests);
 
-impl Drop for Running {
+impl Drop for RunningAdminApi {
     fn drop(&mut self) {
         if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
@@ -48,11 +48,11 @@ impl Drop for Running {
     }
 }
 
-fn run(path: &Path, answer: Option<Result<FetchJwtsviDsResponse, Status>>) -> Running {
-    let asked = Asked::default();
+fn run(path: &Path, answer: Option<Result<FetchJwtsviDsResponse, Status>>) -> RunningAdminApi {
+    let requests = Requests::default();
     let service = DelegatedIdentityServer::new(FakeAdminApi {
         answer,
-        asked: asked.clone(),
+        requests: requests.clone(),
     });
     let _ = std::fs::remove_file(path);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -71,7 +71,7 @@ fn run(path: &Path, answer: Option<Result<FetchJwtsviDsResponse, Status>>) -> Ru
             .unwrap();
     };
     runtime.spawn(serving);
-    Running(Some(runtime), asked)
+    RunningAdminApi(Some(runtime), requests)
 }
 
 fn shop(token: &str) -> FetchJwtsviDsResponse {
@@ -115,13 +115,13 @@ async fn query_has_only_the_pid() {
     let running = run(&path, Some(Ok(shop("a"))));
     let agent = SpireDelegated::new(&path, DEADLINE);
     assert_eq!(token(&agent).await.as_deref(), Ok("a"));
-    let asked = running.1.lock().unwrap().clone();
+    let requests = running.1.lock().unwrap().clone();
     let expected = FetchJwtsviDsRequest {
         audience: vec!["minio".to_owned()],
         selectors: Vec::new(),
         pid: 4711,
     };
-    assert_eq!(asked, [expected]);
+    assert_eq!(requests, [expected]);
     let printed = format!(
         "{:?} {:?}",
         agent.fetch_for_pid(4711, "minio").await,
@@ -150,10 +150,10 @@ async fn restarted_or_replaced_agent_is_used_at_once() {
         }
     };
     timeout(DEADLINE, ended).await.unwrap();
-    let away = token(&agent).await.unwrap_err();
+    let unavailable = token(&agent).await.unwrap_err();
     assert!(
-        matches!(&away, SourceError::Unavailable(text) if text.contains("nothing listens at")),
-        "{away:?}"
+        matches!(&unavailable, SourceError::Unavailable(text) if text.contains("nothing listens at")),
+        "{unavailable:?}"
     );
     let _third = run(&path, Some(Ok(shop("third"))));
     assert_eq!(token(&agent).await.as_deref(), Ok("third"));
@@ -195,7 +195,7 @@ async fn refusal_names_the_fix() {
         (
             Status::invalid_argument("could not parse provided selectors"),
             wrong,
-            "SPIRE 1.10.2 or newer",
+            "upgrade SPIRE to 1.10.2 or newer",
         ),
         (
             Status::unimplemented("unknown service"),

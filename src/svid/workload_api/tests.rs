@@ -50,7 +50,7 @@ async fn fetch_of(
 async fn request_has_one_audience_one_id_and_one_header() {
     let (result, fake) = fetch_of(Ok(good())).await;
     assert_eq!(result.unwrap().secret(), token_for(&billing(), 300, 1));
-    let [(metadata, request)] = &fake.seen.all()[..] else {
+    let [(metadata, request)] = &fake.requests.all()[..] else {
         panic!("not exactly one request")
     };
     assert_eq!(
@@ -172,7 +172,11 @@ async fn status_code_is_classified() {
             error.to_string().contains("what the agent says"),
             "{code:?}: {error}"
         );
-        assert_eq!(fake.seen.count(), 1, "{code:?} is for others to try again");
+        assert_eq!(
+            fake.requests.count(),
+            1,
+            "{code:?} is for others to try again"
+        );
     }
 }
 
@@ -216,7 +220,7 @@ async fn unanswered_call_ends_at_the_deadline() {
             "{took:?}"
         );
     }
-    assert_eq!(fake.seen.count(), 2);
+    assert_eq!(fake.requests.count(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -340,7 +344,7 @@ async fn replaced_agent_is_used_while_the_old_one_runs() {
     );
     let svid = api.fetch(&billing(), AUDIENCE).await.unwrap();
     assert_eq!(svid.secret(), token_for(&billing(), 300, 2));
-    assert_eq!((old.seen.count(), new.seen.count()), (1, 1));
+    assert_eq!((old.requests.count(), new.requests.count()), (1, 1));
 }
 
 #[tokio::test]
@@ -423,7 +427,7 @@ async fn server_without_workload_api_is_a_misconfiguration() {
     });
     let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Misconfigured(text) if text.contains("Workload API?")),
+        matches!(&error, SourceError::Misconfigured(text) if text.contains("check that it is a SPIFFE Workload API")),
         "{error:?}"
     );
     website.abort();
@@ -483,9 +487,9 @@ async fn tcp_endpoint_is_supported() {
         drop(agent);
     }
     // A port that is bound, so that no other process can take it, but without a listener.
-    let taken = tokio::net::TcpSocket::new_v4().unwrap();
-    taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let address = taken.local_addr().unwrap();
+    let bound_port = tokio::net::TcpSocket::new_v4().unwrap();
+    bound_port.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = bound_port.local_addr().unwrap();
     let api = WorkloadApi::new(
         Endpoint::Tcp(address),
         [],
@@ -612,7 +616,7 @@ async fn ready_ignores_identities_of_other_nodes() {
         );
         let result = api.ready(AUDIENCE).await;
         assert_eq!(
-            (result.is_ok(), fake.seen.count()),
+            (result.is_ok(), fake.requests.count()),
             (ready, expected),
             "{result:?}"
         );
@@ -638,7 +642,7 @@ async fn ready_ignores_identities_of_other_nodes() {
         api.ready(AUDIENCE).await,
         Err(SourceError::Unavailable(_))
     ));
-    assert_eq!(fake.seen.count(), 1);
+    assert_eq!(fake.requests.count(), 1);
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ const OLD: Duration = Duration::from_secs(3600);
 
 /// An agent that supports pod references, and sends these replies in order. The last one repeats.
 #[derive(Debug)]
-struct Pods {
+struct FakePodAgent {
     reply: Mutex<VecDeque<Answer>>,
     queried: Mutex<Vec<(String, Instant)>>,
     names_pods: bool,
@@ -18,7 +18,7 @@ struct Pods {
 
 type Answer = Result<Vec<&'static str>, SourceError>;
 
-impl Pods {
+impl FakePodAgent {
     fn reply(reply: impl IntoIterator<Item = Answer>) -> Arc<Self> {
         Self::with(true, reply)
     }
@@ -57,7 +57,7 @@ impl Pods {
 }
 
 #[async_trait]
-impl AttestingAgent for Pods {
+impl AttestingAgent for FakePodAgent {
     async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
         self.answer(format!("process {pid}"), audience)
     }
@@ -89,15 +89,15 @@ impl AttestingAgent for Pods {
 
 /// A pod that exists for this many checks.
 #[derive(Debug)]
-struct Housed {
+struct PodProof {
     ages: PodAge,
-    looks: AtomicU32,
-    there_for: u32,
+    reads: AtomicU32,
+    exists_for: u32,
     pid: u32,
 }
 
 #[async_trait::async_trait]
-impl PeerProof for Housed {
+impl PeerProof for PodProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
@@ -110,8 +110,8 @@ impl PeerProof for Housed {
     }
 
     fn verify_pod(&self) -> Result<PodAge, AttestError> {
-        let look = self.looks.fetch_add(1, Ordering::SeqCst);
-        if look < self.there_for {
+        let read = self.reads.fetch_add(1, Ordering::SeqCst);
+        if read < self.exists_for {
             Ok(self.ages)
         } else {
             Err(AttestError::CallerGone)
@@ -119,15 +119,15 @@ impl PeerProof for Housed {
     }
 }
 
-fn housed(uid: u32, ages: PodAge, there_for: u32) -> Arc<Caller> {
+fn caller_in_pod(uid: u32, ages: PodAge, exists_for: u32) -> Arc<Caller> {
     let pod = Pod {
         uid: PodUid::parse(UID).unwrap(),
         container: None,
     };
-    let evidence = Box::new(Housed {
+    let evidence = Box::new(PodProof {
         ages,
-        looks: AtomicU32::new(0),
-        there_for,
+        reads: AtomicU32::new(0),
+        exists_for,
         pid: 7,
     });
     Arc::new(Caller {
@@ -150,11 +150,11 @@ fn with_process(ages: PodAge) -> Arc<Caller> {
     let process = Arc::into_inner(caller(7)).unwrap().process;
     Arc::new(Caller {
         process,
-        ..Arc::into_inner(housed(1001, ages, u32::MAX)).unwrap()
+        ..Arc::into_inner(caller_in_pod(1001, ages, u32::MAX)).unwrap()
     })
 }
 
-fn source(agent: &Arc<Pods>) -> AgentSource {
+fn source(agent: &Arc<FakePodAgent>) -> AgentSource {
     AgentSource::new(
         agent.clone(),
         AUDIENCE.to_owned(),
@@ -166,15 +166,19 @@ fn source(agent: &Arc<Pods>) -> AgentSource {
 
 #[tokio::test(start_paused = true)]
 async fn pod_is_one_subject_for_all_its_processes() {
-    let agent = Pods::reply([Ok(vec![SHOP])]);
+    let agent = FakePodAgent::reply([Ok(vec![SHOP])]);
     let source = source(&agent);
     for uid in [0, 1001, OVERFLOW_ID] {
-        let caller = housed(uid, since(OLD, OLD), u32::MAX);
+        let caller = caller_in_pod(uid, since(OLD, OLD), u32::MAX);
         assert_eq!(source.facts_needed(&caller), None);
         assert_eq!(ids(source.identify(&caller).await), [SHOP]);
     }
     let token = source
-        .token(&housed(5, since(OLD, OLD), u32::MAX), &shop_id(), AUDIENCE)
+        .token(
+            &caller_in_pod(5, since(OLD, OLD), u32::MAX),
+            &shop_id(),
+            AUDIENCE,
+        )
         .await
         .unwrap();
     assert_eq!(
@@ -189,10 +193,10 @@ async fn pod_is_one_subject_for_all_its_processes() {
     );
     assert_eq!(ids(source.identify(&caller(7)).await), [SHOP]);
     assert_eq!(agent.queried()[1..], ["process 7"]);
-    let agent = Pods::with(false, [Ok(vec![SHOP])]);
+    let agent = FakePodAgent::with(false, [Ok(vec![SHOP])]);
     let source = self::source(&agent);
     assert_eq!(
-        source.facts_needed(&housed(1, since(OLD, OLD), u32::MAX)),
+        source.facts_needed(&caller_in_pod(1, since(OLD, OLD), u32::MAX)),
         Some(FACTS_FOR_AGENT)
     );
     assert_eq!(
@@ -204,18 +208,18 @@ async fn pod_is_one_subject_for_all_its_processes() {
 
 #[tokio::test(start_paused = true)]
 async fn pod_that_is_gone_gets_no_identity() {
-    let agent = Pods::reply([Ok(vec![SHOP])]);
+    let agent = FakePodAgent::reply([Ok(vec![SHOP])]);
     let source = source(&agent);
     // The pod is gone before the call, or during it.
-    for (looks, calls) in [(0, 0), (1, 1)] {
-        let caller = housed(1, since(OLD, OLD), looks);
+    for (reads, calls) in [(0, 0), (1, 1)] {
+        let caller = caller_in_pod(1, since(OLD, OLD), reads);
         assert_eq!(
             source.identify(&caller).await,
             Err(AttestError::CallerGone.into())
         );
         assert_eq!(agent.queried().len(), calls);
     }
-    let caller = housed(1, since(OLD, OLD), 1);
+    let caller = caller_in_pod(1, since(OLD, OLD), 1);
     assert_eq!(
         source
             .token(&caller, &shop_id(), AUDIENCE)
@@ -225,7 +229,7 @@ async fn pod_that_is_gone_gets_no_identity() {
     );
     // A cached pod is removed at its next revalidation.
     source
-        .identify(&housed(1, since(OLD, OLD), 3))
+        .identify(&caller_in_pod(1, since(OLD, OLD), 3))
         .await
         .unwrap();
     assert_eq!(source.0.cache().len(), 1);
@@ -242,9 +246,9 @@ async fn pod_that_is_gone_gets_no_identity() {
 async fn new_pod_is_queried_again_while_its_request_waits() {
     let new = Duration::from_secs(1);
     let table = [
-        (housed(1, since(new, new), u32::MAX), true),
-        (housed(1, since(NEW_POD_AGE, new), u32::MAX), false),
-        (housed(1, since(OLD, OLD), u32::MAX), false),
+        (caller_in_pod(1, since(new, new), u32::MAX), true),
+        (caller_in_pod(1, since(NEW_POD_AGE, new), u32::MAX), false),
+        (caller_in_pod(1, since(OLD, OLD), u32::MAX), false),
         // With a process reference the age of the container counts.
         (with_process(since(new, new)), true),
         (with_process(since(OLD, new)), true),
@@ -253,23 +257,23 @@ async fn new_pod_is_queried_again_while_its_request_waits() {
         (caller(7), false),
     ];
     for (row, (caller, again)) in table.into_iter().enumerate() {
-        let agent = Pods::with(
+        let agent = FakePodAgent::with(
             caller.process.is_none(),
             [Err(denied()), Err(denied()), Ok(vec![SHOP])],
         );
         let source = source(&agent);
         let start = Instant::now();
-        let said = ids(source.identify(&caller).await);
+        let result = ids(source.identify(&caller).await);
         match again {
             true => {
                 assert_eq!(
-                    (said, agent.queried().len(), start.elapsed()),
+                    (result, agent.queried().len(), start.elapsed()),
                     (vec![SHOP.to_owned()], 3, NEW_POD_RETRY * 3),
                     "{row}"
                 )
             }
             false => assert_eq!(
-                (said, agent.queried().len(), start.elapsed()),
+                (result, agent.queried().len(), start.elapsed()),
                 (vec![], 1, Duration::ZERO),
                 "{row}"
             ),
@@ -279,16 +283,20 @@ async fn new_pod_is_queried_again_while_its_request_waits() {
 
 #[tokio::test(start_paused = true)]
 async fn new_pod_without_entry_is_unavailable_in_time() {
-    let agent = Pods::reply([Err(denied())]);
+    let agent = FakePodAgent::reply([Err(denied())]);
     let source = source(&agent);
     let start = Instant::now();
-    let said = source
-        .identify(&housed(1, since(Duration::ZERO, Duration::ZERO), u32::MAX))
+    let result = source
+        .identify(&caller_in_pod(
+            1,
+            since(Duration::ZERO, Duration::ZERO),
+            u32::MAX,
+        ))
         .await
         .unwrap_err();
     assert!(
-        matches!(&said, SourceError::Unavailable(text) if text.contains("does not know this new pod yet")),
-        "{said:?}"
+        matches!(&result, SourceError::Unavailable(text) if text.contains("does not know this new pod yet")),
+        "{result:?}"
     );
     assert!(
         start.elapsed() > REQUEST_HOLD / 2
@@ -299,10 +307,14 @@ async fn new_pod_without_entry_is_unavailable_in_time() {
     );
     assert_eq!(source.0.cache().len(), 0);
     // An outage is not retried within the request.
-    let agent = Pods::reply([Err(SourceError::Unavailable("away".to_owned()))]);
+    let agent = FakePodAgent::reply([Err(SourceError::Unavailable("away".to_owned()))]);
     let source = self::source(&agent);
     source
-        .identify(&housed(1, since(Duration::ZERO, Duration::ZERO), u32::MAX))
+        .identify(&caller_in_pod(
+            1,
+            since(Duration::ZERO, Duration::ZERO),
+            u32::MAX,
+        ))
         .await
         .unwrap_err();
     assert_eq!(agent.queried().len(), 1);
@@ -310,14 +322,14 @@ async fn new_pod_without_entry_is_unavailable_in_time() {
 
 #[tokio::test(start_paused = true)]
 async fn waiting_new_pods_hold_no_permit() {
-    let agent = Pods::with(false, [Err(denied())]);
+    let agent = FakePodAgent::with(false, [Err(denied())]);
     let source = Arc::new(source(&agent));
     let young = since(Duration::ZERO, Duration::ZERO);
     for pid in 1..=32 {
         let process = Arc::into_inner(caller(pid)).unwrap().process;
         let caller = Caller {
             process,
-            ..Arc::into_inner(housed(1001, young, u32::MAX)).unwrap()
+            ..Arc::into_inner(caller_in_pod(1001, young, u32::MAX)).unwrap()
         };
         let source = source.clone();
         tokio::spawn(async move { source.identify(&Arc::new(caller)).await });
@@ -336,9 +348,9 @@ async fn waiting_new_pods_hold_no_permit() {
 
 #[tokio::test(start_paused = true)]
 async fn own_pod_gets_no_identity() {
-    let agent = Pods::reply([Ok(vec![AWSVID])]);
+    let agent = FakePodAgent::reply([Ok(vec![AWSVID])]);
     let source = source(&agent);
-    let caller = housed(0, since(OLD, OLD), u32::MAX);
+    let caller = caller_in_pod(0, since(OLD, OLD), u32::MAX);
     assert_eq!(ids(source.identify(&caller).await), [""; 0]);
     let own = SpiffeId::parse(AWSVID).unwrap();
     let refused = source.token(&caller, &own, AUDIENCE).await.unwrap_err();

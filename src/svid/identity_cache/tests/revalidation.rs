@@ -108,11 +108,11 @@ async fn workload_is_paused_longer_after_each_timeout() {
     for result in [unavailable(), shop(), shop()] {
         advance(REVALIDATE_AFTER).await;
         let questions = cache.take_due(Capacity { quick: 8, slow: 4 }).queries;
-        let asked = questions
+        let queried = questions
             .iter()
             .find(|question| question.caller.uid == 1)
             .expect("it is not paused");
-        cache.record(&asked.subject, result, QUICK_TIMEOUT);
+        cache.record(&queried.subject, result, QUICK_TIMEOUT);
         note(&mut cache, &modest, shop());
     }
     assert!(cache.pauses.is_empty());
@@ -224,7 +224,7 @@ async fn query_in_flight_does_not_delay_expiry() {
     let all: Vec<_> = (0..2).map(|uid| learn(&mut cache, uid, 1)).collect();
     advance(REVALIDATE_AFTER).await;
     assert_eq!(due_pids(&mut cache, 1, 1).len(), 1);
-    let asked = all
+    let queried = all
         .iter()
         .find(|caller| {
             cache.cached[&Subject::of(caller, true).unwrap()]
@@ -232,14 +232,14 @@ async fn query_in_flight_does_not_delay_expiry() {
                 .is_some()
         })
         .unwrap();
-    let other = asked.uid ^ 1;
+    let other = queried.uid ^ 1;
     revalidate(&mut cache, MAX_UNCONFIRMED * 2, &all, |uid| uid != other).await;
     let Ok(IdentityLookup::InFlight(mut result)) =
-        cache.find(&Subject::of(asked, true).unwrap(), asked)
+        cache.find(&Subject::of(queried, true).unwrap(), queried)
     else {
         panic!("it is not believed, and being asked for")
     };
-    note(&mut cache, asked, unavailable());
+    note(&mut cache, queried, unavailable());
     assert_eq!(
         *result.wait_for(Option::is_some).await.unwrap(),
         Some(unavailable())
@@ -275,10 +275,10 @@ async fn own_confirmation_advances_the_clock() {
     let mut cache = IdentityCache::new(1000);
     let alone = learn(&mut cache, 1, 1);
     let (learnt, mut answered) = (Instant::now(), Instant::now());
-    let nobody = Capacity { quick: 0, slow: 0 };
-    while cache.take_due(nobody).expired.is_empty() {
+    let no_workload = Capacity { quick: 0, slow: 0 };
+    while cache.take_due(no_workload).expired.is_empty() {
         assert_eq!(
-            cache.take_due(nobody).is_overdue,
+            cache.take_due(no_workload).is_overdue,
             learnt.elapsed() > REVALIDATE_AFTER * 2
         );
         assert!(found(&mut cache, &alone).is_some());

@@ -26,7 +26,7 @@ pub(in crate::svid) struct Authority {
 }
 
 /// A certificate and its key, in DER.
-pub(in crate::svid) struct Certified {
+pub(in crate::svid) struct TestCertificate {
     pub(in crate::svid) certificate: Vec<u8>,
     pub(in crate::svid) key: Vec<u8>,
 }
@@ -48,7 +48,7 @@ impl Authority {
         &self,
         uris: &[&str],
         change: impl FnOnce(&mut CertificateParams),
-    ) -> Certified {
+    ) -> TestCertificate {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.subject_alt_names = uris
@@ -57,7 +57,7 @@ impl Authority {
             .collect();
         change(&mut params);
         let certificate = params.signed_by(&key, &self.issuer).unwrap().der().to_vec();
-        Certified {
+        TestCertificate {
             certificate,
             key: key.serialize_der(),
         }
@@ -69,7 +69,7 @@ impl Authority {
     }
 
     /// Returns an SVID with this certificate.
-    pub(in crate::svid) fn svid_of(&self, id: &str, certified: Certified) -> X509svid {
+    pub(in crate::svid) fn svid_of(&self, id: &str, certified: TestCertificate) -> X509svid {
         X509svid {
             spiffe_id: id.to_owned(),
             x509_svid: certified.certificate,

@@ -11,7 +11,7 @@ use super::*;
 /// Returns the result of a connection to a server with this certificate, with `server` configured.
 async fn connect_error(
     server: Option<&str>,
-    certificate: impl FnOnce(&Authority) -> Certified,
+    certificate: impl FnOnce(&Authority) -> TestCertificate,
 ) -> Result<(), SourceError> {
     let mut node = Node::new().await;
     let certificate = certificate(&node.authority);
@@ -30,7 +30,7 @@ async fn connect_error(
             client.fetch_for_pid(1, AUDIENCE).await.unwrap_err(),
             connected.clone().unwrap_err()
         );
-        assert_eq!(agent.asked().len(), 0);
+        assert_eq!(agent.requests().len(), 0);
     } else {
         client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     }
@@ -128,7 +128,7 @@ async fn certificate_of_another_ca_is_rejected() {
         .await
         .unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("is it the agent that")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("check that it is the agent that")),
         "{error:?}"
     );
 }
@@ -158,7 +158,7 @@ async fn server_that_rejects_awsvid_is_reported_at_once() {
             "{error:?}"
         );
     }
-    assert_eq!(agent.asked().len(), 0);
+    assert_eq!(agent.requests().len(), 0);
     let _agent = serve(&node, &["spiffe://example.org/another", ID]);
     client.connect().await.unwrap();
 
@@ -177,7 +177,7 @@ async fn server_that_rejects_awsvid_is_reported_at_once() {
         }
     };
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("heard nothing new")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("own X.509-SVID may be outdated")),
         "{error:?}"
     );
 }
@@ -200,7 +200,7 @@ async fn connect_without_own_svid_reports_the_reason() {
         matches!(&error, SourceError::Unavailable(text) if text.contains("register awsvid itself")),
         "{error:?}"
     );
-    assert_eq!(agent.asked().len(), 1);
+    assert_eq!(agent.requests().len(), 1);
 
     // A start waits for the first SVID.
     node.workload_api
@@ -226,7 +226,7 @@ async fn expired_svid_is_not_presented() {
     let client = node.client();
     let error = client.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("X.509-SVID is over")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("X.509-SVID has expired")),
         "{error:?}"
     );
     node.rotate(&client).await;

@@ -29,28 +29,29 @@ use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status};
 
 use crate::svid::own_svid::id_of;
-use crate::svid::own_svid::tests::fake::{Authority, Certified};
+use crate::svid::own_svid::tests::fake::{Authority, TestCertificate};
 use crate::svid::proto::broker::api_server::{Api, ApiServer};
 use crate::svid::proto::broker::{FetchJwtsvidRequest, FetchJwtsvidResponse};
 
 /// A request that arrived.
 #[derive(Clone)]
-pub(super) struct Asked {
+pub(super) struct BrokerRequest {
     pub(super) metadata: MetadataMap,
     pub(super) request: FetchJwtsvidRequest,
     /// Number of the connection, from 0.
     pub(super) connection: usize,
     /// The certificate that the client presented.
-    pub(super) shown: CertificateDer<'static>,
+    pub(super) presented: CertificateDer<'static>,
 }
 
 /// A reply, or `None` for no reply at all.
 pub(super) type Answer = Option<Result<FetchJwtsvidResponse, Status>>;
-type BrokerScript = dyn Fn(Asked) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync;
+type BrokerScript =
+    dyn Fn(BrokerRequest) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync;
 
 /// A running broker socket. It stops with its connections when the value is dropped.
 pub(super) struct FakeBroker {
-    asked: Arc<Mutex<Vec<Asked>>>,
+    received: Arc<Mutex<Vec<BrokerRequest>>>,
     connections: Arc<Mutex<Vec<OwnedFd>>>,
     task: JoinHandle<()>,
 }
@@ -63,18 +64,18 @@ impl Drop for FakeBroker {
 }
 
 impl FakeBroker {
-    pub(super) fn asked(&self) -> Vec<Asked> {
-        self.asked.lock().unwrap().clone()
+    pub(super) fn requests(&self) -> Vec<BrokerRequest> {
+        self.received.lock().unwrap().clone()
     }
 
     /// Returns true if a client with this certificate has sent a request.
-    pub(super) fn was_shown(&self, certificate: &CertificateDer<'_>) -> bool {
-        self.asked
+    pub(super) fn was_presented(&self, certificate: &CertificateDer<'_>) -> bool {
+        self.received
             .lock()
             .unwrap()
             .iter()
             .rev()
-            .any(|asked| asked.shown == *certificate)
+            .any(|received| received.presented == *certificate)
     }
 
     /// Closes all open connections.
@@ -90,19 +91,19 @@ impl FakeBroker {
     pub(super) fn at<F>(
         path: &Path,
         authority: &Authority,
-        certificate: Certified,
+        certificate: TestCertificate,
         clients: &[&str],
-        script: impl Fn(Asked) -> F + Send + Sync + 'static,
+        script: impl Fn(BrokerRequest) -> F + Send + Sync + 'static,
     ) -> Self
     where
         F: Future<Output = Answer> + Send + 'static,
     {
-        let script: Arc<BrokerScript> = Arc::new(move |asked| Box::pin(script(asked)));
-        let (asked, connections) = (
-            Arc::<Mutex<Vec<Asked>>>::default(),
+        let script: Arc<BrokerScript> = Arc::new(move |received| Box::pin(script(received)));
+        let (received, connections) = (
+            Arc::<Mutex<Vec<BrokerRequest>>>::default(),
             Arc::<Mutex<Vec<OwnedFd>>>::default(),
         );
-        let (seen, open) = (asked.clone(), connections.clone());
+        let (seen, open) = (received.clone(), connections.clone());
         let tls = TlsAcceptor::from(Arc::new(config(authority, certificate, clients)));
         let listener = UnixListener::bind(path).unwrap();
         let task = tokio::spawn(async move {
@@ -116,15 +117,17 @@ impl FakeBroker {
                     let Ok(stream) = tls.accept(stream).await else {
                         return;
                     };
-                    let shown = stream.get_ref().1.peer_certificates().unwrap()[0].clone();
+                    let presented = stream.get_ref().1.peer_certificates().unwrap()[0].clone();
                     let (sender, streams) = mpsc::unbounded_channel();
-                    sender.send(Ok::<_, io::Error>(Encrypted(stream))).unwrap();
+                    sender
+                        .send(Ok::<_, io::Error>(ConnectedTlsStream(stream)))
+                        .unwrap();
                     drop(sender);
                     let service = ApiServer::new(BrokerService {
                         script,
                         seen,
                         number,
-                        shown,
+                        presented,
                     });
                     let streams = UnboundedReceiverStream::new(streams);
                     Server::builder()
@@ -136,14 +139,14 @@ impl FakeBroker {
             }
         });
         Self {
-            asked,
+            received,
             connections,
             task,
         }
     }
 }
 
-fn config(authority: &Authority, certificate: Certified, clients: &[&str]) -> ServerConfig {
+fn config(authority: &Authority, certificate: TestCertificate, clients: &[&str]) -> ServerConfig {
     let provider = Arc::new(default_provider());
     let mut roots = RootCertStore::empty();
     roots.add(authority.der.clone().into()).unwrap();
@@ -220,9 +223,9 @@ impl ClientCertVerifier for Clients {
 
 struct BrokerService {
     script: Arc<BrokerScript>,
-    seen: Arc<Mutex<Vec<Asked>>>,
+    seen: Arc<Mutex<Vec<BrokerRequest>>>,
     number: usize,
-    shown: CertificateDer<'static>,
+    presented: CertificateDer<'static>,
 }
 
 #[tonic::async_trait]
@@ -242,14 +245,14 @@ impl Api for BrokerService {
             ));
         }
         let metadata = request.metadata().clone();
-        let asked = Asked {
+        let received = BrokerRequest {
             metadata,
             request: request.into_inner(),
             connection: self.number,
-            shown: self.shown.clone(),
+            presented: self.presented.clone(),
         };
-        self.seen.lock().unwrap().push(asked.clone());
-        match (self.script)(asked).await {
+        self.seen.lock().unwrap().push(received.clone());
+        match (self.script)(received).await {
             Some(answer) => answer.map(Response::new),
             None => pending().await,
         }
@@ -257,15 +260,15 @@ impl Api for BrokerService {
 }
 
 /// A stream that implements tonic's `Connected`.
-struct Encrypted(TlsStream<UnixStream>);
+struct ConnectedTlsStream(TlsStream<UnixStream>);
 
-impl Connected for Encrypted {
+impl Connected for ConnectedTlsStream {
     type ConnectInfo = ();
 
     fn connect_info(&self) -> Self::ConnectInfo {}
 }
 
-impl AsyncRead for Encrypted {
+impl AsyncRead for ConnectedTlsStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -275,7 +278,7 @@ impl AsyncRead for Encrypted {
     }
 }
 
-impl AsyncWrite for Encrypted {
+impl AsyncWrite for ConnectedTlsStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

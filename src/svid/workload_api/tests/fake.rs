@@ -25,14 +25,14 @@ pub(super) type WorkloadApiScript =
 #[derive(Clone)]
 struct WorkloadApiService {
     script: Arc<WorkloadApiScript>,
-    seen: Seen,
+    requests: ReceivedRequests,
 }
 
 /// The requests that arrived, with their metadata.
 #[derive(Clone, Default)]
-pub(super) struct Seen(Arc<Mutex<Vec<(MetadataMap, JwtsvidRequest)>>>);
+pub(super) struct ReceivedRequests(Arc<Mutex<Vec<(MetadataMap, JwtsvidRequest)>>>);
 
-impl Seen {
+impl ReceivedRequests {
     pub(super) fn all(&self) -> Vec<(MetadataMap, JwtsvidRequest)> {
         self.0.lock().unwrap().clone()
     }
@@ -59,9 +59,9 @@ impl SpiffeWorkloadApi for WorkloadApiService {
             ));
         }
         let number = {
-            let mut seen = self.seen.0.lock().unwrap();
-            seen.push((request.metadata().clone(), request.into_inner()));
-            seen.len() - 1
+            let mut requests = self.requests.0.lock().unwrap();
+            requests.push((request.metadata().clone(), request.into_inner()));
+            requests.len() - 1
         };
         match (self.script)(number) {
             Some(answer) => answer.map(Response::new),
@@ -72,7 +72,7 @@ impl SpiffeWorkloadApi for WorkloadApiService {
 
 /// A running fake, which stops when the value is dropped.
 pub(super) struct FakeWorkloadApi {
-    pub(super) seen: Seen,
+    pub(super) requests: ReceivedRequests,
     task: JoinHandle<()>,
 }
 
@@ -82,21 +82,21 @@ impl Drop for FakeWorkloadApi {
     }
 }
 
-fn router(script: Arc<WorkloadApiScript>) -> (Router, Seen) {
-    let seen = Seen::default();
+fn router(script: Arc<WorkloadApiScript>) -> (Router, ReceivedRequests) {
+    let requests = ReceivedRequests::default();
     let service = WorkloadApiService {
         script,
-        seen: seen.clone(),
+        requests: requests.clone(),
     };
     (
         Server::builder().add_service(SpiffeWorkloadApiServer::new(service)),
-        seen,
+        requests,
     )
 }
 
 /// Starts a fake that listens at `path`.
 pub(super) fn at(path: &Path, script: Arc<WorkloadApiScript>) -> FakeWorkloadApi {
-    let (router, seen) = router(script);
+    let (router, requests) = router(script);
     let listener = UnixListener::bind(path).unwrap();
     let task = tokio::spawn(async move {
         router
@@ -104,7 +104,7 @@ pub(super) fn at(path: &Path, script: Arc<WorkloadApiScript>) -> FakeWorkloadApi
             .await
             .unwrap();
     });
-    FakeWorkloadApi { seen, task }
+    FakeWorkloadApi { requests, task }
 }
 
 /// Starts a fake at a free port of this address.
@@ -112,7 +112,7 @@ pub(super) async fn at_tcp(
     address: &str,
     script: Arc<WorkloadApiScript>,
 ) -> (FakeWorkloadApi, std::net::SocketAddr) {
-    let (router, seen) = router(script);
+    let (router, requests) = router(script);
     let listener = tokio::net::TcpListener::bind((address, 0)).await.unwrap();
     let bound = listener.local_addr().unwrap();
     let task = tokio::spawn(async move {
@@ -121,7 +121,7 @@ pub(super) async fn at_tcp(
             .await
             .unwrap();
     });
-    (FakeWorkloadApi { seen, task }, bound)
+    (FakeWorkloadApi { requests, task }, bound)
 }
 
 /// Accepts HTTP/2 connections below gRPC and passes each to `serve`.
