@@ -1,5 +1,5 @@
-//! A SPIRE agent of the test's own, and the STS that trusts it. It attests as SPIRE does, by what `/proc` shows of a process
-//! while it is being asked; the test says at which moment that is.
+//! A fake SPIRE agent, and the STS that trusts it. Like SPIRE, it attests a process by what `/proc`
+//! shows of it during the call. The test decides at which moment that is.
 
 use std::collections::HashMap;
 use std::fs;
@@ -29,13 +29,13 @@ use super::sts::{AUDIENCE, OneRoleSts};
 use super::world::AWSVID;
 
 const TRUST_DOMAIN: &str = "example.org";
-/// Of a test, for what takes milliseconds.
+/// Bounds steps that take milliseconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A registration entry: who has all of these selectors has this SPIFFE ID.
+/// A registration entry: a process with all of these selectors has this SPIFFE ID.
 pub(crate) struct Entry {
     id: String,
-    /// Whose token is given with it.
+    /// The `sub` of the token that the agent returns for this entry.
     sub: String,
     selectors: Vec<String>,
 }
@@ -46,7 +46,7 @@ impl Entry {
         Self::labelled(id, id, selectors)
     }
 
-    /// The same with another's token, as of an agent that puts others' answers together and mixes them up.
+    /// Makes an entry with the token of another ID, as an agent does that mixes up responses.
     pub(crate) fn labelled(id: &str, sub: &str, selectors: &[&str]) -> Self {
         let selectors = selectors.iter().map(|text| (*text).to_owned()).collect();
         Self {
@@ -57,7 +57,7 @@ impl Entry {
     }
 }
 
-/// The agent and the STS, until it is dropped.
+/// The agent and the STS, which run until this is dropped.
 pub(crate) struct FakeAgent {
     runtime: Runtime,
     desk: Arc<Desk>,
@@ -75,13 +75,13 @@ struct Desk {
 
 #[derive(Default)]
 struct Calls {
-    /// How often it was asked about each process.
+    /// The number of queries about each process.
     count: HashMap<i32, usize>,
-    /// About whom the next question is to be held.
+    /// The processes whose next query is held.
     held: HashMap<i32, watch::Sender<Stage>>,
 }
 
-/// How far a question that is held has come, in this order.
+/// The progress of a held query, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
     Expected,
@@ -91,7 +91,7 @@ enum Stage {
     Answered,
 }
 
-/// A question that goes on when the test says so; else when this is dropped.
+/// A held query. It goes on when the test lets it, and at the latest when this is dropped.
 pub(crate) struct Held<'a> {
     runtime: &'a Runtime,
     stage: watch::Sender<Stage>,
@@ -135,7 +135,7 @@ impl FakeAgent {
         }
     }
 
-    /// All that a daemon needs but `[listen]`, `[audit]` and `[log]`.
+    /// Returns all tables that a daemon needs, except `[listen]`, `[audit]` and `[log]`.
     pub(crate) fn configuration(&self) -> String {
         let identity = format!(
             "admin_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"",
@@ -147,7 +147,7 @@ impl FakeAgent {
         )
     }
 
-    /// Holds the next question about this process.
+    /// Holds the next query about this process.
     pub(crate) fn hold(&self, pid: i32) -> Held<'_> {
         let stage = watch::Sender::new(Stage::Expected);
         self.desk
@@ -162,7 +162,7 @@ impl FakeAgent {
         }
     }
 
-    /// How often it was asked about processes other than this one.
+    /// Returns the number of queries about processes other than this one.
     pub(crate) fn questions(&self, but: Pid) -> usize {
         let calls = self.desk.calls.lock().unwrap();
         calls
@@ -173,19 +173,20 @@ impl FakeAgent {
             .sum()
     }
 
-    /// How often a token was exchanged.
+    /// Returns the number of exchanged tokens.
     pub(crate) fn exchanged(&self) -> u64 {
         self.sts.exchanged()
     }
 }
 
 impl Held<'_> {
-    /// Waits until the question has come: nothing has been looked at. `false` if none comes.
+    /// Waits until the query has arrived, before the agent reads anything of the process. Returns
+    /// `false` if none arrives.
     pub(crate) fn await_asked(&self) -> bool {
         self.reached(Stage::Asked)
     }
 
-    /// Lets the agent look, and waits until it has: nothing is answered yet.
+    /// Lets the agent read the process, and waits until it has. It has not replied yet.
     pub(crate) fn look(&self) {
         self.advance(Stage::Looking);
         assert!(
@@ -194,7 +195,7 @@ impl Held<'_> {
         );
     }
 
-    /// Lets the answer go, to what was seen.
+    /// Lets the agent reply with what it has read.
     pub(crate) fn answer(&self) {
         self.advance(Stage::Answered);
     }
@@ -240,7 +241,7 @@ impl DelegatedIdentity for Desk {
             *calls.count.entry(pid).or_default() += 1;
             calls.held.remove(&pid)
         };
-        // Whoever holds it lets go at the latest when he is dropped.
+        // The query is released at the latest when its `Held` is dropped.
         let reached = async |to: Stage, wanted: Stage| {
             if let Some(stage) = &held {
                 advance(stage, to);
@@ -297,7 +298,8 @@ impl Desk {
     }
 }
 
-/// What SPIRE's attestor `unix` finds, with `discover_workload_path`: the effective ids and the executable's path.
+/// Returns the selectors that SPIRE's attestor `unix` finds with `discover_workload_path`: the
+/// effective ids and the executable's path.
 fn selectors(pid: i32) -> io::Result<Vec<String>> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let effective = |name: &str| {

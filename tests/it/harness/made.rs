@@ -1,22 +1,23 @@
-//! What the daemon has made of a request.
+//! The outcome of one request at the daemon.
 
 use serde_json::Value;
 
 use super::daemon::Daemon;
 
-/// What it may have made of one.
+/// The outcome of one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Made {
     /// Credentials of this identity.
     Answered(String),
-    /// A refusal, for this reason.
+    /// A refusal with this reason.
     Refused(String),
-    /// Nothing that the client saw.
+    /// No response that the client received.
     Silence,
 }
 
 impl Made {
-    /// What came of `what`, by the whole answer. Whose credentials are in it is read from the first audit record with their key.
+    /// Reads the outcome from the whole response to the request `what`. The identity is that of the
+    /// first audit record with the response's access key id.
     pub(crate) fn of(answer: &str, what: &str, daemon: &Daemon) -> Self {
         let Some((_, body)) = answer.split_once("\r\n\r\n") else {
             return Self::Silence;

@@ -1,4 +1,4 @@
-//! What runs in the node's pods, and what it has printed.
+//! Runs pods on the node and reads their output.
 
 use std::fs;
 
@@ -7,12 +7,12 @@ use serde_json::Value;
 use super::super::counterparts::process::await_some;
 use super::{Node, PATIENCE};
 
-/// How a pod has ended.
+/// The result of a pod that has ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
     /// Whether every container has ended with success.
     pub(crate) succeeded: bool,
-    /// What all of its containers have printed.
+    /// The output of all of its containers.
     pub(crate) log: String,
 }
 
@@ -41,7 +41,7 @@ impl Node {
         }
     }
 
-    /// What the containers of the pods have printed whose name begins so, the last one's last.
+    /// Returns the output of the containers of the pods whose name begins so, the last one's last.
     pub(crate) fn pod_log(&self, namespace: &str, name: &str) -> String {
         let mut files = Vec::new();
         for pod in fs::read_dir(self.path("/var/log/pods"))
@@ -63,7 +63,7 @@ impl Node {
                 files.extend(runs.filter_map(Result::ok).map(|run| run.path()));
             }
         }
-        // What is written to meanwhile keeps its place.
+        // A file that is written to meanwhile keeps its position.
         files.sort_by_cached_key(|file| fs::metadata(file).and_then(|found| found.modified()).ok());
         let texts: Vec<String> = files
             .iter()
