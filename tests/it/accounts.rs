@@ -1,4 +1,5 @@
-//! Users and groups by name: those that come later, those that never come, and a directory that does not answer.
+//! Users and groups by name: names that exist later, names that never exist, and a directory that
+//! does not respond.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use crate::harness::directory::{Account, Directory};
 const PATIENCE: Duration = Duration::from_secs(60);
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
-/// A daemon without an agent: the audit says which identity a caller has.
+/// Starts a daemon without an agent. The audit shows a caller's identity.
 fn start(folder: &Path, directory: &Directory, rules: &str) -> Daemon {
     let rest = "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
         [[role]]\nname = \"all\"\nspiffe_id = \"spiffe://example.org/**\"\nrole_arn = \"arn:aws:iam::123456789012:role/all\"\n";
@@ -26,11 +27,12 @@ fn rule(path: &str, keys: &str) -> String {
     format!("[[workload]]\nspiffe_id = \"spiffe://example.org/{path}\"\n{keys}\n")
 }
 
-/// The path of the SPIFFE ID that this user and group have over the listener, or why they have none.
+/// Returns the path of the SPIFFE ID that this user and group have over the listener, or the reason
+/// why they have none.
 fn identity(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cgroup) -> String {
     let before = daemon.audit().len();
     daemon.curl(listener, (uid, gid), cgroup);
-    // The daemon asks itself, too, as root.
+    // The daemon's own readiness probes, as root, are in the audit too.
     let is_its = |record: &Value| {
         let path = record["cgroup"]
             .as_str()
@@ -140,13 +142,13 @@ fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
     for (listener, (_, ids)) in LISTENERS.into_iter().zip(callers) {
         assert_eq!(identity(&daemon, listener, ids, &cgroup), "no_identity");
     }
-    // As useradd does, and as a directory does that comes up after the daemon.
+    // Like useradd, and like a directory that starts after the daemon.
     directory.add_local("local:x:51001:51001::/:/bin/sh");
     directory.set("late", Account::Is(51_002));
     directory.set("crew", Account::Is(51_009));
     for listener in LISTENERS {
         for (name, ids) in callers {
-            // The lookup of the request before may be less than a second old.
+            // The previous request's lookup may be less than a second old.
             await_some(name, PATIENCE, || {
                 (identity(&daemon, listener, ids, &cgroup) == name).then_some(())
             });
@@ -159,7 +161,8 @@ fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
         let ids = [51_002, 51_012].map(|uid| identity(&daemon, "tcp", (uid, 7), &cgroup));
         (ids == ["no_identity", "late"]).then_some(())
     });
-    // It is gone from the directory, and still who it was: some say that of everybody while they restart.
+    // The name keeps its number after the directory has dropped it: some directories deny every
+    // name while they restart.
     directory.set("late", Account::Fails);
     assert!(daemon.reload_text(&daemon.text()));
     assert_eq!(identity(&daemon, "unix", (51_012, 7), &cgroup), "late");
@@ -191,7 +194,8 @@ fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
         // Local users are served, by their own rule and by the later one.
         assert_eq!(identity(&daemon, listener, (51_001, 0), &cgroup), "alice");
         assert_eq!(identity(&daemon, listener, (0, 0), &cgroup), "everybody");
-        // Whoever could be the restricted user, or a fellow, is not everybody.
+        // A caller that could be the restricted user, or one of the group, does not get the rule
+        // for all others.
         assert_eq!(
             identity(&daemon, listener, (51_002, 0), &cgroup),
             "unknown_account",
@@ -218,7 +222,7 @@ fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
         identity(&daemon, "tcp", (0, 51_009), &cgroup),
         "unknown_account"
     );
-    // One that fails is no better than one that is silent.
+    // A lookup that fails has the same effect as one without a response.
     directory.set("fellows", Account::Fails);
     assert!(daemon.reload_text(&daemon.text()));
     assert_eq!(
@@ -229,7 +233,7 @@ fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
     await_some("an answer", PATIENCE, || {
         (identity(&daemon, "unix", (0, 51_009), &cgroup) == "fellow").then_some(())
     });
-    // A lookup that does not end keeps the daemon from nothing.
+    // A lookup that does not end delays nothing else.
     directory.set("restricted", Account::Hangs);
     assert!(daemon.reload_text(&daemon.text()));
     daemon.process().signal(Signal::SIGTERM);

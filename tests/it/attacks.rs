@@ -1,5 +1,5 @@
-//! What was tried against the daemon, carried out with real processes. The table of attacks and of the checks that stop each
-//! is in attacks/README.md.
+//! Attacks on the daemon, carried out with real processes. attacks/README.md has the table of
+//! attacks and of the checks that stop each.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,7 +17,7 @@ const ALICE: &str = "spiffe://example.org/user/alice";
 const BOB: &str = "spiffe://example.org/user/bob";
 const ROOT: &str = "spiffe://example.org/user/root";
 
-/// Which facts the rules need, so over TCP whether a process is searched for.
+/// The facts that the rules need. Over TCP they decide whether the daemon searches for a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rules {
     /// The user and the cgroup, which are the socket's own.
@@ -47,7 +47,8 @@ impl Stage {
         Self::with(folder(), key)
     }
 
-    /// With a rule for each user, who has this key beside `uid`. Root has one too: many attacks make somebody pass for root.
+    /// Starts a daemon with a rule for each user, with this key next to `uid`. Root has one too: in
+    /// many attacks a process tries to pass as root.
     fn with(folder: tempfile::TempDir, key: impl Fn(u32) -> String) -> Self {
         let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob"), (0, "root")]);
         let rule = |(id, uid)| {
@@ -71,7 +72,7 @@ impl Stage {
         }
     }
 
-    /// Plays a scene.
+    /// Plays a scene and returns its outcome.
     fn play(&self, scene: &str, listener: &str) -> Made {
         let play = || {
             play(
@@ -85,8 +86,8 @@ impl Stage {
         if !scene.ends_with("closed") || scene == "half-closed" {
             return Made::of(&play(), scene, &self.daemon);
         }
-        // Nobody is there to see an answer, so what was made of it is counted. There may be no record: of many refusals
-        // within a second the audit has one for all.
+        // The scene keeps no client to read a response, so the outcome is read from the counters.
+        // There may be no record: the audit has one for many refusals within a second.
         let before = self.requests();
         play();
         let counted = await_some("a request is counted", Duration::from_secs(30), || {
@@ -108,7 +109,8 @@ impl Stage {
         }
     }
 
-    /// What is counted of requests, and of connections that ended without one: the labels with the number.
+    /// Returns the counters of requests, and of connections that ended without one: the labels with
+    /// the number.
     fn requests(&self) -> BTreeSet<String> {
         let metrics = self.daemon.metrics();
         let counts = [
@@ -122,7 +124,8 @@ impl Stage {
     }
 }
 
-/// What is right in a scene. There is one right outcome: where it depends on how far the daemon is, the scene sees to that.
+/// The right outcomes of a scene. Each is one outcome: where it depends on the daemon's progress,
+/// the scene waits for that.
 struct Row {
     scene: &'static str,
     /// On the unix socket, for each kind of rules.
@@ -135,7 +138,7 @@ struct Row {
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
-/// Each scene with what is right.
+/// Returns each scene with its right outcomes.
 fn expected() -> Vec<Row> {
     let row = |scene, unix: &Made, socket: &Made, process: &Made| Row {
         scene,
@@ -158,8 +161,8 @@ fn expected() -> Vec<Row> {
     vec![
         row("alice", alice, alice, alice),
         row("bob", bob, bob, bob),
-        // Whoever holds the descriptor: on the unix socket the connector counts, on TCP the maker. Both are Alice, but on TCP
-        // it is Bob's process that is found.
+        // On the unix socket the connector decides, on TCP the maker of the socket; both are Alice.
+        // A search on TCP finds Bob's process.
         row("passed", alice, alice, ambiguous),
         row("passed-late", alice, alice, gone),
         row("made-for", bob, alice, ambiguous),
@@ -182,15 +185,15 @@ fn expected() -> Vec<Row> {
         row("setuid-late", changed, alice, changed),
         row("queued", alice, alice, no_holder),
         row("fixed-file", alice, alice, no_holder),
-        // Or nothing at all: see `is_right`.
+        // Or no outcome at all: see `is_right`.
         row("half-closed", alice, alice, alice),
         row("closed", gone, gone, gone),
         row("shut-and-closed", gone, gone, gone),
-        // It lets go of its own lock when the daemon waits for that, and others are answered before.
+        // It releases its own lock when the daemon waits for that, and others are answered before.
         row("stuck", alice, alice, alice),
         row("decoy", alice, alice, alice),
-        // The process lives in other namespaces than the daemon, as in a container that has no cgroup of its own. A rule that
-        // names the cgroup means whoever is there.
+        // The process lives in other namespaces than the daemon, as in a container that has no
+        // cgroup of its own. A rule that names the cgroup covers each process in it.
         Row {
             unix: [alice.clone(), nobody.clone(), nobody.clone()],
             ..row("user-namespace", nobody, alice, nobody)
@@ -199,17 +202,18 @@ fn expected() -> Vec<Row> {
             unix: [alice.clone(), nobody.clone(), nobody.clone()],
             ..row("pid-namespace", nobody, alice, nobody)
         },
-        // Of root's sockets none decides alone.
+        // None of root's sockets decides alone.
         row("dropped", changed, ambiguous, ambiguous),
         row("dropped-late", changed, changed, changed),
         row("listener-used-again", bob, ambiguous, ambiguous),
         row("shared-listener-used-again", bob, ambiguous, ambiguous),
         row("accepted-used-again", bob, ambiguous, ambiguous),
         row("made-for-activation", alice, activated, activated),
-        // By the socket alone it is hers who was given it. It takes root's capability to give it.
+        // The socket alone shows Alice, its new owner. Giving it to her takes root's capability.
         row("chowned", root, alice, ambiguous),
         row("chowned-late", root, changed, changed),
-        // On TCP what counts is the cgroup in which the socket was made. On the unix socket it is that of the connector.
+        // On TCP the cgroup in which the socket was made decides, on the unix socket that of the
+        // connector.
         row("moved", alice, alice, no_holder),
         row("moved-late", changed, alice, changed),
         row("removed-cgroup", alice, unreadable, unreadable),
@@ -219,10 +223,11 @@ fn expected() -> Vec<Row> {
     ]
 }
 
-/// The outcome that is right over this listener; none where the scene does not apply to it.
+/// Returns the outcome that is right over this listener, or `None` where the scene does not apply
+/// to it.
 fn right<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Made> {
     match (listener, rules) {
-        // Nobody listens on the port of a client without one.
+        // No process listens on the port of a client that has none.
         ("unix", _) if row.scene == "decoy" || row.scene.ends_with("used-again") => None,
         ("unix", rules) => Some(&row.unix[rules as usize]),
         (_, Rules::Place) => Some(&row.socket),
@@ -230,8 +235,8 @@ fn right<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Made> {
     }
 }
 
-/// Whether the daemon made the right thing of it. A client that has closed its half, or all, is gone for hyper if it sees that
-/// before it has begun with the request.
+/// Returns whether the outcome is right. hyper treats a client that has closed its half, or all, as
+/// gone if it sees that before it has begun with the request.
 fn is_right(row: &Row, made: &Made, right: &Made) -> bool {
     made == right || (row.scene.ends_with("closed") && *made == Made::Silence)
 }
@@ -257,7 +262,7 @@ fn check(rules: Rules) {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    // Attack 19: of all that, no workload shows in what operators see.
+    // T19: of all that, no workload shows in what operators see.
     let metrics = stage.daemon.metrics();
     assert!(
         !["alice", "61001", "arn:"]
@@ -282,7 +287,7 @@ fn scenes_where_the_user_and_the_group_decide() {
     check(Rules::UserAndGroup);
 }
 
-/// Attack 11: in a mount namespace of his own anybody can show any path.
+/// T11: in a mount namespace of its own any process can show any path.
 #[test]
 fn an_executable_is_its_file_and_not_its_path() {
     if !root() {
@@ -321,7 +326,8 @@ fn an_executable_is_its_file_and_not_its_path() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Supplementary groups are looked at where a rule names them. Root is in Bob's group when it connects, and then in Alice's.
+/// A rule may name supplementary groups. Root is in Bob's group when it connects, and later in
+/// Alice's.
 #[test]
 fn groups_are_those_of_the_connection() {
     if !root() {
@@ -336,7 +342,7 @@ fn groups_are_those_of_the_connection() {
     });
     let mut wrong = Vec::new();
     for listener in LISTENERS {
-        // On TCP nothing is known of the groups at connect, so those that are seen first count.
+        // On TCP the groups at connect are unknown, so the first that the daemon reads count.
         let early = if listener == "unix" {
             "identity_changed"
         } else {
@@ -355,9 +361,10 @@ fn groups_are_those_of_the_connection() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Scenes in random order, with honest callers of the same users in between. Nobody may ever be answered as somebody else, or
-/// where it is right to refuse; and of the honest at least 99.9 % have to be answered. A refusal that is not the
-/// scene's own hurts nobody, but has to be as rare.
+/// Plays scenes in random order, with honest callers of the same users in between. No caller may
+/// ever get another's credentials, or any where a refusal is right. At least 99.9 % of the honest
+/// callers must be answered. A refusal that is not the scene's own is harmless, but has to be as
+/// rare.
 #[test]
 fn many_scenes_in_random_order() {
     if !root() {
@@ -393,7 +400,7 @@ fn many_scenes_in_random_order() {
         let is_right = is_right(row, &made, right);
         if matches!(row.scene, "alice" | "bob") {
             honest += 1;
-            // Not answered is a failure of another kind than answered as somebody else.
+            // A refusal is a failure of another kind than credentials of another identity.
             if !is_right && !matches!(made, Made::Answered(_)) {
                 unanswered += 1;
                 continue;

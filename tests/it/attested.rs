@@ -1,4 +1,5 @@
-//! SPIRE attests the callers itself: the Delegated Identity API and the SPIFFE Broker API, with the real agent.
+//! SPIRE attests the callers itself: the Delegated Identity API and the SPIFFE Broker API, with the
+//! real agent.
 
 mod asked;
 mod examples;
@@ -20,7 +21,7 @@ use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio;
 use crate::harness::world::{Setting, Source, World, id};
 
-/// The demonstration, without one rule in awsvid's configuration.
+/// Runs the demonstration without a single rule in awsvid's configuration.
 fn each_process_has_its_own_entry(source: Source) {
     let folder = folder();
     let setting = Setting {
@@ -94,7 +95,8 @@ fn by_the_broker_api_each_process_has_its_own_entry() {
     each_process_has_its_own_entry(Source::Broker);
 }
 
-/// awsvid's own X.509-SVID is another one all the time; each new process is asked about over a connection with the latest.
+/// awsvid's own X.509-SVID changes continuously. The daemon queries each new process over a
+/// connection with the latest.
 #[test]
 fn no_request_fails_while_awsvids_own_identity_is_renewed() {
     let folder = folder();

@@ -1,4 +1,4 @@
-//! Callers that keep whoever looks at them waiting, and what comes of the others (attack 25).
+//! Callers that block each read of their `/proc` files, and the effect on other callers (T25).
 
 use std::fs::File;
 use std::io::Read;
@@ -25,7 +25,7 @@ const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const WORKLOADS: usize = 6;
 const CALLERS: usize = 3;
 
-/// Bob is answered while Alice's processes are stuck; they belong to several workloads.
+/// Checks that Bob is answered while Alice's processes are stuck. They belong to several workloads.
 fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
     let name = folder.file_name().unwrap().display().to_string();
     let honest = Cgroup::new(&format!("honest-{name}"));
@@ -91,10 +91,10 @@ fn callers_that_hold_their_own_locks_stop_nobody_else_where_an_agent_attests() {
     others_are_answered(&daemon, folder.path(), &id("bob"));
 }
 
-/// A rule names a program on a file system that hangs. Alice has that rule, and another one for whatever else she runs; Bob's
-/// rules name a program that is elsewhere.
+/// A rule names a program on a file system that hangs. Alice has that rule, and another one for her
+/// other programs. Bob's rules name a program on another file system.
 struct HangingRule {
-    /// First, so that it ends first.
+    /// The first field, so that it ends first.
     files: HangingFiles,
     daemon: Daemon,
     configuration: String,
@@ -148,14 +148,14 @@ impl HangingRule {
         }
     }
 
-    /// A caller that runs the file on that file system.
+    /// Connects as a caller that runs the file on that file system.
     fn runs_it(&self, uid: u32, listener: &str) -> Connector {
         let address = self.daemon.listener(listener);
         let (words, program) = (self.files.enter(), self.files.program());
         Connector::start_behind(&words, program, uid, listener, &address, self.cgroup.path())
     }
 
-    /// What comes of a request.
+    /// Returns the outcome of a request.
     fn made(&self, mut asked: File) -> Made {
         let mut answer = String::new();
         let patience = TimeVal::seconds(PATIENCE.as_secs().cast_signed());
@@ -173,7 +173,8 @@ fn send(caller: &Connector) -> File {
     client::send(File::from(caller.connect_and_keep()))
 }
 
-/// Nobody knows which of Alice's rules is right as long as the file cannot be looked at. Bob may run what he likes.
+/// While the file does not respond, the daemon cannot decide which of Alice's rules is right. Bob
+/// may run any program.
 #[test]
 fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     if !root() {
@@ -213,7 +214,7 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     bob_is_answered(&stage, "before");
 
     stage.files.hang();
-    // What was seen of the file counts for a moment.
+    // The daemon keeps the file's status for a moment.
     let unresponsive = refused("process_unresponsive");
     await_some("the file is looked at again", PATIENCE, || {
         let (alice, id) = &callers[0].1[0];
@@ -231,7 +232,7 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
         assert_eq!(stage.made(asked), unresponsive, "while it hangs");
     }
 
-    // What runs from there may end with the server, when it needs more of its file.
+    // Programs that run from there may end with the server, when they need more of their file.
     let connected: Vec<File> = alices()
         .map(|(alice, _)| File::from(alice.connect_and_keep()))
         .collect();

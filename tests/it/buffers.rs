@@ -1,4 +1,4 @@
-//! What the kernel keeps for connections, which counts as the daemon's memory (attack 32).
+//! The kernel's buffers for connections, which count as the daemon's memory (T32).
 
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -16,10 +16,11 @@ use crate::harness::gate::Gate;
 use crate::harness::upstream::Upstream;
 
 const CONNECTIONS: usize = 500;
-/// With each of them no head, or no more than one: well above what SDKs send.
+/// Each has an incomplete head, or at most one head: well above what SDKs send.
 const SUM: usize = CONNECTIONS * 20 * 1024;
 
-/// How many bytes the kernel holds for the sockets of this listener's connections, by the daemon's side, and for how many.
+/// Returns the bytes that the kernel holds for the daemon's sockets of this listener's connections,
+/// and their number.
 fn held(listener: SocketAddr) -> (usize, usize) {
     let mut ss = Command::new("ss");
     ss.args([
@@ -38,7 +39,7 @@ fn held(listener: SocketAddr) -> (usize, usize) {
         .fold((0, 0), |(sum, count), queue| (sum + queue, count + 1))
 }
 
-/// Requests that wait for their exchange, and go on sending for as long as they wait.
+/// Sends requests that wait for their exchange, and sends more data while they wait.
 #[test]
 fn what_waiting_callers_send_stays_small() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
@@ -46,7 +47,7 @@ fn what_waiting_callers_send_stays_small() {
     let folder = folder();
     let uid = nix::unistd::geteuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
-    // The SPIFFE provider takes every question, and answers none.
+    // The SPIFFE provider accepts every query, and replies to none.
     let agent = folder.path().join("agent.sock");
     let _gate = Gate::start(&agent, &upstream.socket());
     let rule = format!(

@@ -1,5 +1,5 @@
-//! `awsvid check` as an operator runs it: on a path where all is well, and on each that is wrong in one place, with the real
-//! counterpart set up wrong wherever one can be had.
+//! `awsvid check` as an operator runs it: on a path where all is well, and on paths with one fault
+//! each. The fault is a misconfigured real counterpart wherever that is possible.
 
 #[path = "../../src/commands/check/documented.rs"]
 mod documented;
@@ -35,7 +35,7 @@ use crate::harness::world::{Setting, Source, World, id};
 const PATIENCE: Duration = Duration::from_secs(120);
 const NOBODY: &str = "http://127.0.0.1:1";
 
-/// A configuration whose STS is at `sts`, with one workload of this name.
+/// Returns a configuration whose STS is at `sts`, with one workload of this name.
 fn configuration(socket: &Path, sts: &str, arn: &str, audience: &str) -> String {
     format!(
         "[identity]\nsocket = \"unix://{}\"\naudience = \"{audience}\"\n[sts]\nregion = \"us-east-1\"\nendpoint = \"{sts}\"\ntimeout = \"5s\"\n\
@@ -71,7 +71,7 @@ fn check_with(
             documented::assert_documented(text("step"), text("saw"), text("fix"));
         }
     }
-    // Whatever went wrong, no token is shown.
+    // Whatever has failed, no token is shown.
     assert!(
         !output.stdout.contains("eyJ") && !output.stderr.contains("eyJ"),
         "{output:?}"
@@ -83,7 +83,8 @@ fn check(folder: &Path, configuration: &str) -> (Output, Value) {
     check_with(&[], folder, configuration, &[])
 }
 
-/// Asserts that this step failed in these words, with a fix in those, and that the exit status says so.
+/// Asserts that this step failed with these words, that its fix has those, and that the exit status
+/// shows a failure.
 fn assert_failed((output, report): &(Output, Value), step: &str, saw: &str, fix: &str) {
     assert_eq!(output.status.code(), Some(1), "{report:#}");
     let found = report["findings"]
@@ -144,7 +145,7 @@ fn all_is_well_beside_the_running_daemon() {
     ] {
         assert!(said.contains(words), "{words}: {report:#}");
     }
-    // For people the same, line by line.
+    // The report for people is the same, line by line.
     let mut command = Command::new(PROGRAM);
     command
         .args(["check", "--config"])
@@ -170,7 +171,7 @@ fn all_is_well_beside_the_running_daemon() {
         text.contains("  ok   sts") && text.ends_with("pass\n"),
         "{text}"
     );
-    // The daemon goes on.
+    // The daemon keeps serving.
     assert!(world.curl(1001).1.contains("AccessKeyId"));
 
     // The workload itself, by the same daemon.
@@ -290,7 +291,7 @@ fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
     );
 }
 
-/// It can't say which keys there are, since it does not reach the server.
+/// It can't list its keys, since it does not reach the server.
 #[test]
 fn a_discovery_provider_without_its_server() {
     let folder = folder();
@@ -313,7 +314,7 @@ fn a_discovery_provider_without_its_server() {
     assert_failed(&found, "keys", "has not got the keys yet", "server_api");
 }
 
-/// As AWS may see it too: with a certificate that no machine has heard of.
+/// It has a certificate that no machine knows, as AWS may see it too.
 #[test]
 fn a_discovery_provider_with_a_private_certificate() {
     let folder = folder();
@@ -350,7 +351,7 @@ fn a_discovery_provider_with_a_private_certificate() {
         found.is_some_and(|finding| finding["fix"].as_str().unwrap().contains(&thumbprint)),
         "{thumbprint}: {report:#}"
     );
-    // What lies behind it is looked at all the same: here that a proxy which ends TLS has to say so.
+    // The steps behind it are checked all the same: here that a proxy which ends TLS must be named.
     assert!(
         report
             .to_string()
@@ -515,7 +516,8 @@ fn an_agent_that_does_not_know_awsvid() {
     assert_failed(&found, "identity", "does not give", "entry create");
 }
 
-/// An account as AWS has it, which trusts the tokens of one issuer with one audience for one subject.
+/// Returns an account as AWS has it, which trusts the tokens of one issuer with one audience for
+/// one subject.
 fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str) -> DevAccount {
     DevAccount {
         region: "us-east-1".to_owned(),
@@ -593,7 +595,7 @@ fn what_aws_refuses() {
     assert_eq!(check(folder.path(), &text).1["result"], "pass");
 }
 
-/// A clock cannot be set in a test: STS's is off instead.
+/// A test cannot set the clock, so STS's is off instead.
 #[test]
 fn a_clock_that_is_off() {
     let folder = folder();
@@ -652,7 +654,7 @@ fn where_spire_attests_a_workload_is_named() {
     }
 }
 
-/// What only AWS itself says, in its words.
+/// Errors that only AWS itself gives, in its words.
 #[test]
 fn what_aws_says_that_nobody_else_does() {
     let folder = folder();

@@ -1,4 +1,4 @@
-//! `awsvid config`.
+//! Tests of `awsvid config`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -76,7 +76,7 @@ fn check_reports_all_mistakes_and_warnings() {
     );
 }
 
-/// `awsvid config` with this on its standard input.
+/// Runs `awsvid config` with this on its standard input.
 fn piped(arguments: &[&str], text: &str) -> Output {
     let mut command = Command::new(PROGRAM);
     command.env_clear().arg("config").args(arguments);
@@ -146,7 +146,7 @@ fn offline_nothing_of_this_machine_counts() {
     ] {
         assert!(here.stderr.contains(words), "{words} in {here:?}");
     }
-    // What is wrong with the text counts everywhere.
+    // An error in the text counts on every machine.
     fs::write(&path, format!("{elsewhere}nonsense = 1\n")).unwrap();
     let wrong = config(&["--check", name, "--offline"]);
     assert_eq!(wrong.status.code(), Some(78));

@@ -28,7 +28,7 @@ fn ask(arguments: &[&str]) -> Output {
     run(command, b"", PATIENCE)
 }
 
-/// A daemon that serves the user of this test.
+/// Starts a daemon that serves the user of this test.
 fn daemon(folder: &Path) -> (Daemon, Upstream) {
     let uid = getuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
@@ -73,7 +73,8 @@ fn the_cli_takes_what_it_prints() {
     );
     assert_eq!(printed["Expiration"], status["expiration"]);
 
-    // The socket is the configuration's, whatever else is wrong with that; unless it is `[listen]` itself.
+    // The socket is the configuration's, even if other tables have errors, but not if `[listen]`
+    // itself has one.
     let path = folder.path().join("other.toml");
     let asked = |text: &str| {
         fs::write(&path, text).unwrap();
@@ -135,7 +136,7 @@ fn a_refusal_says_what_to_do_and_prints_nothing_else() {
         "{refused:?}"
     );
     if root() {
-        // Where this was built may be a place that others can't enter.
+        // Other users may be unable to enter the build folder.
         let program = folder.path().join("awsvid");
         fs::copy(PROGRAM, &program).unwrap();
         let nobody =
@@ -156,7 +157,7 @@ fn a_refusal_says_what_to_do_and_prints_nothing_else() {
     assert!(gone.stderr.contains("systemctl"), "{gone:?}");
 }
 
-/// Attack 12: a server of another user in the socket's place would give out credentials of his account.
+/// T12: a server of another user at the socket's path would return credentials of its own account.
 #[test]
 fn a_socket_of_somebody_else_is_not_asked() {
     if !root() {
@@ -198,6 +199,6 @@ fn a_socket_of_somebody_else_is_not_asked() {
     refused(&moved, "the socket belongs to uid 1777");
     chown(&moved, Some(0), Some(0)).unwrap();
     refused(&moved, "whoever listens there is uid 1777");
-    // A connection tells nothing; the role that is asked for would.
+    // A connection reveals nothing; the requested role would.
     assert!(!process.log().contains("asked b'G"), "{}", process.log());
 }

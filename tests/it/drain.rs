@@ -1,4 +1,4 @@
-//! The daemon's end: SIGTERM cuts nobody off, a second signal does.
+//! The daemon's end: SIGTERM cuts no connection, a second signal does.
 
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
@@ -19,10 +19,11 @@ use crate::harness::daemon::Daemon;
 use crate::harness::gate::Gate;
 use crate::harness::upstream::Upstream;
 
-/// For what takes milliseconds, or the daemon's own 16 s, on a machine that is busy with other tests.
+/// Bounds steps that take milliseconds, or the daemon's own 16 s, on a machine that is busy with
+/// other tests.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A daemon that serves the user of this test, and a gate before its source.
+/// A daemon that serves the user of this test, and a pausable proxy in front of its source.
 struct Stage {
     daemon: Daemon,
     gate: Gate,
@@ -31,7 +32,7 @@ struct Stage {
 }
 
 impl Stage {
-    /// Ready, with nothing cached and the gate closed.
+    /// Starts it, waits until it is ready, and closes the proxy. The cache is empty.
     fn set() -> Self {
         let folder = folder();
         let uid = nix::unistd::getuid().as_raw();
@@ -58,7 +59,8 @@ impl Stage {
         }
     }
 
-    /// A request for credentials that aren't cached, once the daemon has asked the source for them.
+    /// Sends a request for credentials that are not cached, and waits until the daemon has queried
+    /// the source for them.
     fn held(&self) -> UnixStream {
         let came = self.gate.came();
         let stream = send(UnixStream::connect(self.daemon.unix()).unwrap());
@@ -66,7 +68,7 @@ impl Stage {
         stream
     }
 
-    /// Sends the signal, and returns when the daemon takes no more connections.
+    /// Sends the signal, and returns once the daemon accepts no more connections.
     fn end(&mut self, signal: Signal) {
         self.daemon.process().signal(signal);
         await_some("no listener is left", PATIENCE, || {
@@ -135,7 +137,8 @@ fn who_has_connected_but_was_not_accepted_yet_is_answered() {
     stage.gate.set_open(true);
     let warm = ask(UnixStream::connect(stage.daemon.unix()).unwrap()).1["AccessKeyId"].clone();
     let (unix, tcp, tcp6) = (stage.daemon.unix(), stage.daemon.tcp(), stage.daemon.tcp6());
-    // While it stands still the kernel accepts for it. It finds the signal and the connections at the same time.
+    // While it is stopped the kernel accepts for it. On continuation it finds the signal and the
+    // connections at the same time.
     stage.daemon.process().signal(Signal::SIGSTOP);
     let queued: Vec<_> = (0..EACH)
         .map(|_| {
@@ -166,13 +169,13 @@ fn a_slow_reader_gets_all_of_its_answer() {
     let held = stage.held();
     let slow = [stage.daemon.tcp(), stage.daemon.tcp6()].map(|address| {
         let stream = TcpStream::connect(address).unwrap();
-        // The least that the kernel gives: the answer doesn't fit.
+        // The least that the kernel allows: the response doesn't fit.
         setsockopt(&stream.as_fd(), sockopt::RcvBuf, &1).unwrap();
         send(stream)
     });
     stage.end(Signal::SIGTERM);
     stage.gate.set_open(true);
-    // Whoever reads only when the daemon is gone.
+    // A client that reads only after the daemon has ended.
     assert_eq!(stage.exit_status(), Some(0));
     for stream in slow {
         assert_eq!(answer(&mut &stream).0, 200);

@@ -1,4 +1,4 @@
-//! The whole path with nothing of ours in the place of the real thing: SPIRE, MinIO, the AWS CLI.
+//! The whole path with real counterparts only: SPIRE, MinIO, the AWS CLI.
 
 use serde_json::Value;
 
@@ -9,12 +9,12 @@ use crate::harness::world::{Setting, World};
 const READER: &str = "spiffe://example.org/w/reader";
 const OTHER: &str = "spiffe://example.org/w/other";
 
-/// curl over the unix socket; the body.
+/// Runs curl over the unix socket, and returns the body.
 fn curl(world: &World, uid: u32) -> Value {
     serde_json::from_str(&world.curl(uid).1).unwrap()
 }
 
-/// Fetches and exchanges for an identity, by the counterparts' own logs.
+/// Returns the numbers of fetches and exchanges for an identity, by the counterparts' own logs.
 fn upstream(world: &World, trace: &minio::Trace, id: &str, access_key_id: &str) -> (usize, usize) {
     (
         world.spire.jwt_svids_fetched(id),
@@ -30,9 +30,10 @@ fn each_process_gets_its_own_credentials() {
         return;
     };
     let trace = world.minio.trace();
-    // Readiness asked the source for a token of the first [[workload]]; from here on only requests do.
+    // The readiness probe fetched a token of the first [[workload]]. From here on only requests
+    // fetch any.
     let fetched_before = world.spire.jwt_svids_fetched(READER);
-    // Its questions to its own listeners are requests too, and audited.
+    // The probes of its own listeners are requests too, and audited.
     let probes = world.daemon.audit().len();
 
     let output = world.copy(1001);
@@ -95,7 +96,7 @@ fn each_process_gets_its_own_credentials() {
     assert_eq!(curl(&world, 1002)["AccessKeyId"], other_key);
     assert_eq!(upstream(&world, &trace, OTHER, other_key), (1, 1));
 
-    // Nobody's: awsvid says so, and the CLI shows it.
+    // A user without an identity: awsvid reports that, and the CLI shows it.
     let output = world.copy(1003);
     assert!(!output.status.success());
     assert!(
@@ -113,7 +114,7 @@ fn each_process_gets_its_own_credentials() {
         "{refused:?}"
     );
 
-    // Nothing secret is anywhere in what the daemon wrote.
+    // Nothing that the daemon wrote has a secret in it.
     let secret = answer["SecretAccessKey"].as_str().unwrap();
     let token = answer["Token"].as_str().unwrap();
     let written = format!(

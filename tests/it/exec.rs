@@ -18,7 +18,7 @@ mod profiles;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `awsvid exec` with nothing else in its environment.
+/// Returns `awsvid exec` with an empty environment.
 fn exec(arguments: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
     command
@@ -33,7 +33,7 @@ fn output(command: Command) -> Output {
     run(command, b"", PATIENCE)
 }
 
-/// A daemon that serves the user of this test.
+/// Starts a daemon that serves the user of this test.
 fn daemon(folder: &Path, listen: &str) -> (Daemon, Upstream) {
     let uid = getuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
@@ -51,7 +51,7 @@ fn daemon(folder: &Path, listen: &str) -> (Daemon, Upstream) {
 fn a_command_has_awsvids_credentials_whatever_else_is_set() {
     let Some(aws) = tool("aws") else { return };
     let folder = folder();
-    // Any value would not do.
+    // The token is required, not just any value.
     let (daemon, upstream) = daemon(folder.path(), "authorization = \"token\"");
     fs::create_dir(folder.path().join(".aws")).unwrap();
     let profile = "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = s3cret\n";
@@ -134,7 +134,7 @@ fn the_configuration_says_where_the_daemon_is() {
             "{line} in:\n{environment}"
         );
     }
-    // What is wrong elsewhere is for the operator, not for whoever runs a command.
+    // An error in another table is for the operator, not for the user of a command.
     let wrong = configuration
         .replace("uid = 54321", "user = \"nobody-of-that-name\"")
         .replace("role_arn", "arn");
@@ -164,7 +164,7 @@ fn it_is_the_command_from_then_on() {
         ("kill -KILL $$", None),
     ];
     for (script, status) in table {
-        // By a signal if that is how the command ended: there is nobody in between who could say it differently.
+        // By a signal if that ended the command: no process in between could report it differently.
         assert_eq!(
             output(exec(&[&URL[..], &["sh", "-c", script]].concat()))
                 .status

@@ -1,7 +1,8 @@
-//! How `awsvid serve` ends, and with which status; and what does not end it, since it may pass by itself.
+//! The exit statuses of `awsvid serve`, and the faults that do not end it, since they may pass by
+//! themselves.
 //!
-//! 78 is for what another start would not change, and what systemd does not start again; 1 is tried again; 2 is a command line
-//! that nobody can have meant.
+//! 78 is for a fault that another start would not change, and systemd does not restart after it.
+//! After 1 it does. 2 is for an invalid command line.
 
 use std::fs;
 use std::net::TcpListener;
@@ -36,7 +37,7 @@ spiffe_id = "spiffe://example.org/a"
 role_arn = "arn:aws:iam::123456789012:role/a"
 "#;
 
-/// `awsvid serve` with this file, by these words, with these variables, to its end.
+/// Runs `awsvid serve` with this file, behind these words, with these variables, to its end.
 fn serve(words: &[&str], variables: &[(&str, &str)], path: &Path) -> Output {
     let all = [words, &[PROGRAM, "serve", "--config"]].concat();
     let mut command = Command::new(all[0]);
@@ -49,7 +50,7 @@ fn serve(words: &[&str], variables: &[(&str, &str)], path: &Path) -> Output {
     run(command, b"", PATIENCE)
 }
 
-/// A configuration with these listeners and this after it.
+/// Returns a configuration with these listeners and this text after it.
 fn configuration(folder: &Path, listen: &str, more: &str) -> String {
     let path = |name: &str| folder.join(name);
     format!(
@@ -127,14 +128,14 @@ fn what_another_start_would_not_change_is_78() {
         pods.status.code() == Some(78) && pods.stderr.contains("CAP_SYS_ADMIN"),
         "{pods:?}"
     );
-    // tests/it/exposure.rs has the file that others can change.
+    // tests/it/exposure.rs has the file that other users can change.
 }
 
 #[test]
 fn an_end_that_another_start_may_avoid_is_1() {
     let folder = folder();
     let path = folder.path().join("awsvid.toml");
-    // Every address is taken, as by another awsvid.
+    // Every address is in use, as by another awsvid.
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let _unix = UnixListener::bind(folder.path().join("awsvid.sock")).unwrap();
     let listen = format!("tcp = [\"{}\"]", taken.local_addr().unwrap());
@@ -191,7 +192,7 @@ fn an_audit_file_that_cannot_be_opened_yet_is_opened_later() {
         .unwrap()
         .to_owned();
     let daemon = Daemon::start_text(folder.path(), &text.replace(&line, &audit));
-    // Somebody without an identity is refused as ever; the record waits.
+    // A caller without an identity is refused as ever; the record waits.
     assert_eq!(unix(&daemon).1["code"], "no_identity");
     assert!(
         daemon.log().contains("no audit record can be written yet"),
@@ -242,7 +243,7 @@ fn without_a_required_record_nothing_is_handed_out_until_its_file_can_be_opened(
 fn a_token_file_that_cannot_be_written_yet_is_written_later() {
     let folder = folder();
     let late = folder.path().join("late");
-    // A file is in the place of the directory.
+    // A file has the path of the directory.
     fs::write(&late, "").unwrap();
     let token = folder.path().join("token");
     let text = text(folder.path(), "", REST).replace(
@@ -279,7 +280,7 @@ fn one_address_that_is_taken_keeps_nobody_from_the_others() {
     let folder = folder();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let (address, closed) = (taken.local_addr().unwrap(), folder.path().join("closed"));
-    // Another process has the port, and everybody may put a socket where the status is to be.
+    // Another process has the port, and any user may put a socket at the path of the status socket.
     fs::create_dir(&closed).unwrap();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o777)).unwrap();
     let text =

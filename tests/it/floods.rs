@@ -1,5 +1,5 @@
-//! One workload in masses, and another that is answered all the while (attacks 9, 20, 21, 23). Only numbers of answers are
-//! looked at here; how long they took is the bench's business.
+//! One workload sends masses of requests, and another is answered meanwhile (T9, T20, T21, T23).
+//! These tests check only the numbers of responses. The bench measures their latency.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use crate::harness::upstream::Upstream;
 const PATIENCE: Duration = Duration::from_secs(60);
 const ALICE: u32 = 61001;
 const BOB: u32 = 61002;
-/// Nobody has a rule for him.
+/// A user without a rule.
 const MALLORY: u32 = 61003;
 
 struct Stage {
@@ -30,7 +30,7 @@ struct Stage {
 }
 
 impl Stage {
-    /// `rule` is put into each rule, `listen` into `[listen]`.
+    /// Starts it with `rule` in each rule and `listen` in `[listen]`.
     fn set(listen: &str, rule: &str) -> Self {
         let folder = folder();
         let upstream = Upstream::start(&[(ALICE, "alice"), (BOB, "bob")]);
@@ -64,7 +64,7 @@ impl Stage {
         .begun()
     }
 
-    /// So many requests of Bob's, of which each has to be answered.
+    /// Sends this number of requests as Bob, each of which must be answered.
     fn bob_is_answered(&self, listener: &str, count: usize) {
         let answers = ask(
             listener,
@@ -95,7 +95,8 @@ fn counts(counts: &[(&str, usize)]) -> Counts {
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const DROPPED: &str = "awsvid_connections_dropped_total{reason=\"too_many_of_one\"}";
 
-/// Attack 20: twice as many idle connections as there may be of all. Alice has her share, and the rest is reset.
+/// T20: twice as many idle connections as all callers together may have. Alice gets her share, and
+/// the rest is reset.
 #[test]
 fn idle_connections_of_one_leave_room_for_others() {
     if !root() {
@@ -108,7 +109,8 @@ fn idle_connections_of_one_leave_room_for_others() {
     for listener in LISTENERS {
         let before = stage.metric(DROPPED);
         let held = stage.alice("hold", listener, &[2000]);
-        // Her own requests are refused meanwhile: first, since a connection that sends nothing ends after 5 s.
+        // Her own requests are refused meanwhile: first, since a connection that sends nothing ends
+        // after 5 s.
         let more = ask(
             listener,
             &stage.daemon.listener(listener),
@@ -128,8 +130,9 @@ fn idle_connections_of_one_leave_room_for_others() {
             "reset"
         };
         assert_eq!(ended.get(how), Some(&1600), "over {listener}: {ended:?}");
-        // Her places are free again, once the daemon has seen that they are given up: first it has to look for her process,
-        // which has so many descriptors that it looks for one connection at a time. The one that is left asks for the metrics.
+        // Her permits are free again once the daemon has seen that she closed her connections.
+        // First it has to search for her process, one connection at a time because that has so many
+        // descriptors. The one that is left is the request for the metrics.
         await_some("her connections are over", PATIENCE, || {
             (stage.metric("awsvid_connections") == 1).then_some(())
         });
@@ -151,7 +154,8 @@ fn idle_connections_of_one_leave_room_for_others() {
     );
 }
 
-/// Attack 29: sessions, and ids that a person may use beside its own, are no workloads of their own.
+/// T29: sessions, and ids that a person may use in addition to its own, are not workloads of their
+/// own.
 #[test]
 fn person_with_many_sessions_and_ids_has_one_share() {
     if !root() {
@@ -167,7 +171,8 @@ fn person_with_many_sessions_and_ids_has_one_share() {
             .map(|number| Cgroup::of_session(MALLORY, number))
             .collect();
         let hold = |(number, session): (usize, &Cgroup)| {
-            // Root in a container of its own has the person's id outside, and its users have subordinate ones.
+            // Root in a container of its own has the person's id outside, and its users have
+            // subordinate ones.
             let uid = if number == 0 {
                 usize::try_from(MALLORY).unwrap()
             } else {
@@ -191,7 +196,7 @@ fn person_with_many_sessions_and_ids_has_one_share() {
     }
 }
 
-/// Attack 29: where there is no connection left for anybody, whoever has the most gives way.
+/// T29: where no connection is left for any caller, the workload with the most gives one up.
 #[test]
 fn workload_with_the_most_connections_gives_way() {
     if !root() {
@@ -230,7 +235,7 @@ fn workload_with_the_most_connections_gives_way() {
     assert!(stage.metric("awsvid_connections_dropped_total{reason=\"evicted\"}") > 0);
 }
 
-/// Attack 20: who asks and doesn't read the answer has had his turn all the same.
+/// T20: a caller that does not read its response keeps no other from its own.
 #[test]
 fn answers_that_are_never_read_hold_nobody_up() {
     if !root() {
@@ -239,7 +244,7 @@ fn answers_that_are_never_read_hold_nobody_up() {
     let stage = Stage::set("", "");
     for listener in LISTENERS {
         let held = stage.alice("mute", listener, &[300]);
-        // The one that is open is the question for the metrics.
+        // The open one is the request for the metrics.
         await_some("all are over for the daemon", PATIENCE, || {
             (stage.metric("awsvid_connections") == 1).then_some(())
         });
@@ -249,7 +254,7 @@ fn answers_that_are_never_read_hold_nobody_up() {
     }
 }
 
-/// Attack 21: the search for a caller's process is as long as the caller makes it, and no longer than its budget.
+/// T21: the caller makes the search for its process long, but not longer than its budget.
 #[test]
 fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
     if !root() {
@@ -266,7 +271,7 @@ fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
             ["too_many_descriptors"],
             "{refused:?}"
         );
-        // As does Alice herself, without so many.
+        // So is Alice herself, without that many descriptors.
         let answers = ask(
             listener,
             &stage.daemon.listener(listener),
@@ -278,7 +283,7 @@ fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
     }
 }
 
-/// How many descriptors the process may have from now on; `None` for as many as its hard limit says.
+/// Sets how many descriptors the process may have from now on: `None` for its hard limit.
 #[allow(unsafe_code, reason = "nix has no prlimit")]
 fn set_limit(pid: Pid, wanted: Option<u64>) {
     let mut limit = libc::rlimit {
@@ -302,7 +307,8 @@ fn set_limit(pid: Pid, wanted: Option<u64>) {
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Attack 9: without descriptors the daemon takes no connections, but it lives, and does so again when it has some.
+/// T9: without descriptors the daemon accepts no connections, but it lives, and accepts them again
+/// once it has some.
 #[test]
 fn a_daemon_out_of_descriptors_recovers() {
     if !root() {
@@ -331,7 +337,7 @@ fn a_daemon_out_of_descriptors_recovers() {
             (short() > round).then_some(())
         });
         held.enough();
-        // By itself, before there is more.
+        // It recovers by itself, before there is more.
         await_some("Bob is answered", PATIENCE, || {
             let answers = ask(
                 listener,
@@ -352,7 +358,7 @@ fn a_daemon_out_of_descriptors_recovers() {
     }
 }
 
-/// The audit records about a user, and how many requests they stand for, by outcome.
+/// Returns the audit records about a user, and the number of requests they stand for, by outcome.
 fn audited(records: &[Value], uid: u32) -> (usize, BTreeMap<String, u64>) {
     let mut requests = BTreeMap::new();
     let these: Vec<_> = records
@@ -366,7 +372,8 @@ fn audited(records: &[Value], uid: u32) -> (usize, BTreeMap<String, u64>) {
     (these.len(), requests)
 }
 
-/// Attack 23: who is refused very often fills neither the disk nor the reader's eyes, and no record of another is missing.
+/// T23: a caller that is refused very often fills neither the disk nor the log, and no record of
+/// another caller is missing.
 #[test]
 fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     if !root() {
@@ -380,7 +387,7 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     let flood = Acting::start("ask", "tcp", &address, &numbers, stage.alice.path());
     stage.bob_is_answered("tcp", 100);
     assert_eq!(flood.enough(), counts(&[("no_identity", 3000)]));
-    // The last of them comes without a further request.
+    // The last of them is written without a further request.
     await_some("all refusals are accounted for", PATIENCE, || {
         (audited(&stage.daemon.audit(), MALLORY).1 == one("refused", 3000)).then_some(())
     });
@@ -389,7 +396,7 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     assert!(records <= 11 * seconds, "{records} records in {seconds} s");
     assert_eq!(audited(&stage.daemon.audit(), BOB).1, one("issued", 100));
 
-    // And what was only counted is written when the daemon ends.
+    // Requests that were only counted are written when the daemon ends.
     assert_eq!(
         ask("tcp", &address, MALLORY, 50, stage.alice.path()),
         counts(&[("no_identity", 50)])
@@ -410,7 +417,8 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     );
 }
 
-/// Attack 30: nor does a caller that is answered very often. Its first hit of a key has a record of its own.
+/// T30: a caller that is answered very often does not fill the disk either. Its first hit of a key
+/// has a record of its own.
 #[test]
 fn a_flood_of_hits_is_few_records_with_the_right_counts() {
     if !root() {

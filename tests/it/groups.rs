@@ -1,5 +1,5 @@
-//! Callers with very many supplementary groups, as any local user can have them who may make a user namespace (attack 27). The
-//! table of attacks is in attacks/README.md.
+//! Callers with very many supplementary groups, which any local user can have that may make a user
+//! namespace (T27). attacks/README.md has the table of attacks.
 
 use crate::harness::actor::{Acting, Counts};
 use crate::harness::agent::{Entry, FakeAgent};
@@ -12,16 +12,18 @@ use crate::harness::world::id;
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const ALICE: u32 = 61001;
 const BOB: u32 = 61002;
-/// The actor's processes have those from 100,000 on, so all of them have this one.
+/// The actor's processes have the groups from 100,000 on, so all of them have this one.
 const GROUP: u32 = 100_000;
-/// As documented.
+/// The documented bound of groups per caller.
 const MOST: usize = 1024;
-/// The most that a process can have.
+/// The most groups that a process can have.
 const NGROUPS_MAX: usize = 65_536;
-/// What hundreds of callers may add to the daemon's memory. Three copies of the groups of 300 were 230 MiB.
+/// The growth of the daemon's memory that hundreds of callers may cause. Three copies of the groups
+/// of 300 were 230 MiB.
 const MEMORY: u64 = 24 * 1024;
 
-/// What comes of requests of so many processes of a user, each with so many groups.
+/// Sends requests from this number of processes of a user, each with this number of groups, and
+/// returns the outcomes.
 fn ask(
     daemon: &Daemon,
     cgroup: &Cgroup,
@@ -45,7 +47,7 @@ fn all(code: &str, count: usize) -> Counts {
     Counts::from([(code.to_owned(), count)])
 }
 
-/// What the daemon's memory grows by while this is done.
+/// Checks the growth of the daemon's memory while `act` runs.
 #[track_caller]
 fn assert_memory_is_bounded(daemon: &Daemon, act: impl FnOnce()) {
     let before = daemon.memory();

@@ -1,5 +1,5 @@
-//! Hostile and clumsy clients, bytes in and bytes out. The client is somebody who may have credentials, so that a second
-//! request that anybody could hide in a first one would be answered with some.
+//! Hostile and clumsy clients, bytes in and bytes out. The client may have credentials, so a second
+//! request that is hidden in a first one would return some.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -18,7 +18,7 @@ use crate::harness::upstream::Upstream;
 const PATIENCE: Duration = Duration::from_secs(30);
 const ALICE: u32 = 61001;
 const HEADERS: &str = "Host: 127.0.0.1\r\nAuthorization: x\r\n";
-/// What is hidden in others: whole, and welcome if it came by itself.
+/// The request that others hide: whole, and valid by itself.
 const HIDDEN: &str = "GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: x\r\n\r\n";
 
 /// A listener, to which the client connects as a user with a rule, from a cgroup of its own.
@@ -27,14 +27,13 @@ struct Address {
     connector: Connector,
 }
 
-/// What has to come back.
+/// The response that is right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Right {
-    /// Credentials, once.
     Credentials,
     /// An error, audited: the status line, and the code in the body.
     Refused(&'static str, &'static str),
-    /// The same for a head that could not be understood: counted as a connection without a request.
+    /// An error for a head that could not be parsed: counted as a connection without a request.
     BadHead(&'static str, &'static str),
 }
 
@@ -58,14 +57,14 @@ struct Stage {
 }
 
 impl Stage {
-    /// `None` after a printed skip.
+    /// Starts it, or returns `None` after a printed skip.
     fn set() -> Option<Self> {
         if !root() {
             return None;
         }
         let folder = folder();
         let upstream = Upstream::start(&[(ALICE, "alice")]);
-        // Her process makes the connections and gives them to the test, so it is the place that decides.
+        // Her process makes the connections and passes them to the test, so the cgroup decides.
         let place = "cgroup = \"/awsvid-test-*.slice/**\"";
         let rule = format!(
             "[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{place}\n"
@@ -99,7 +98,7 @@ impl Stage {
         })
     }
 
-    /// The sum of a counter over all series that have these labels.
+    /// Returns the sum of a counter over all series that have these labels.
     fn counter(&self, name: &str, labels: &str) -> u64 {
         let metrics = self.daemon.metrics();
         let these = metrics
@@ -117,13 +116,14 @@ impl Stage {
         )
     }
 
-    /// Requests whose head arrived. Each has a record too; of refusals that come quickly one stands for several.
+    /// Returns the number of requests whose head arrived. Each has a record too, but one stands for
+    /// several refusals in quick succession.
     fn requests(&self, labels: &str) -> u64 {
         self.counter("awsvid_requests_total", labels)
     }
 }
 
-/// A connection of either kind.
+/// A connection over TCP or the unix socket.
 trait Connection: Read + Write + Send {
     fn end_writing(&self);
     fn wait_at_most(&self, time: Duration);
@@ -170,7 +170,8 @@ impl Address {
     }
 }
 
-/// Everything until the daemon closes; it may do that with a reset if there was more to read than it wanted.
+/// Reads until the daemon closes. It may do that with a reset if there was more input than it
+/// accepts.
 fn rest(stream: &mut dyn Connection) -> Vec<u8> {
     let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
     loop {
@@ -183,7 +184,7 @@ fn rest(stream: &mut dyn Connection) -> Vec<u8> {
     }
 }
 
-/// One answer and nothing after it: its status line, its headers but `Date`, its body.
+/// Parses one response with nothing after it: its status line, its headers except `Date`, its body.
 fn one_answer(bytes: &[u8]) -> (String, Vec<String>, Vec<u8>) {
     let text = String::from_utf8_lossy(bytes).into_owned();
     let (head, body) = text
@@ -201,7 +202,7 @@ fn one_answer(bytes: &[u8]) -> (String, Vec<String>, Vec<u8>) {
         .iter()
         .find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
     let length: usize = length.unwrap_or_else(|| panic!("no length: {head}"));
-    // An answer to HEAD says how long the body would have been.
+    // The response to HEAD has the length that the body would have had.
     assert!(
         body.is_empty() || body.len() == length,
         "{length} bytes and not one more: {text}"
@@ -209,7 +210,8 @@ fn one_answer(bytes: &[u8]) -> (String, Vec<String>, Vec<u8>) {
     (status, headers, body.as_bytes().to_vec())
 }
 
-/// The body of an error: both spellings, a code, a message that says who speaks, and nothing else.
+/// Checks the body of an error: both spellings, a code, a message that begins with the daemon's
+/// name, and nothing else.
 fn check_error(body: &[u8], code: &str) {
     let body: Value = serde_json::from_slice(body).unwrap();
     let keys: Vec<_> = body
@@ -227,7 +229,7 @@ fn check_error(body: &[u8], code: &str) {
     );
 }
 
-/// Sends `request` and checks the answer and the counters.
+/// Sends `request` and checks the response and the counters.
 fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
     let shown = String::from_utf8_lossy(&request[..request.len().min(300)]).into_owned();
     let labels = match right {
@@ -306,7 +308,8 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
         );
         return;
     }
-    // Counted before the answer. Exactly one: what was hidden in the request was not taken for another.
+    // Counted before the response. Exactly one: the text hidden in the request was not read as
+    // another request.
     assert_eq!(
         (stage.requests(""), stage.requests(&labels)),
         (all + 1, these + 1),
@@ -321,7 +324,7 @@ fn check_all(cases: &[(Vec<u8>, Right)]) {
     for address in stage.addresses() {
         check(&stage, &address, HIDDEN.as_bytes(), Right::Credentials);
         for (request, right) in cases {
-            // The unix socket asks for no Authorization.
+            // The unix socket requires no Authorization.
             let is_unix = address.listener == "unix";
             let right = if is_unix && *right == UNAUTHORIZED {
                 Right::Credentials
@@ -333,12 +336,13 @@ fn check_all(cases: &[(Vec<u8>, Right)]) {
     }
 }
 
-/// A good request with this line in place of the first, and these headers beside the usual.
+/// Returns a good request with this line in place of the first, and these headers in addition to
+/// the usual.
 fn request(line: &str, more: &str) -> Vec<u8> {
     format!("{line}\r\n{HEADERS}{more}\r\n").into_bytes()
 }
 
-/// A good request with these headers beside the usual, and these bytes after it.
+/// Returns a good request with these headers in addition to the usual, and these bytes after it.
 fn with(more: &str, after: &str) -> Vec<u8> {
     let mut bytes = request("GET /v1/credentials HTTP/1.1", more);
     bytes.extend(after.bytes());
@@ -350,7 +354,7 @@ fn no_second_request_hides_in_a_first() {
     let chunked = format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len());
     let length = format!("Content-Length: {}\r\n", HIDDEN.len());
     check_all(&[
-        // One answer, then the end: the second is nobody's.
+        // One response, then the end: the second request gets none.
         (with("", HIDDEN), Right::Credentials),
         (
             with("Connection: keep-alive\r\n", HIDDEN),
@@ -416,7 +420,7 @@ fn no_second_request_hides_in_a_first() {
             .concat(),
             BAD,
         ),
-        // Headers that are in one reader's eyes and not in another's.
+        // Headers that some parsers accept and others do not.
         (
             b"GET /v1/credentials HTTP/1.1\r\nHost : 127.0.0.1\r\nAuthorization: x\r\n\r\n"
                 .to_vec(),
@@ -607,7 +611,7 @@ fn what_is_understood_and_refused() {
                 .to_vec(),
             Right::Credentials,
         ),
-        // What the standard lets a server ignore.
+        // The standard lets a server ignore these.
         (
             [
                 b"GET /v1/credentials HTTP/1.1\r\nX: \xff\x80\r\n",
@@ -646,7 +650,8 @@ fn what_is_understood_and_refused() {
     ]);
 }
 
-/// What SDKs send, in pieces of every size: a head is a head however it comes.
+/// Requests as SDKs send them, in pieces of every size: the daemon reads a head however it is
+/// split.
 #[test]
 fn a_request_in_pieces() {
     let Some(stage) = Stage::set() else { return };
@@ -672,7 +677,8 @@ fn a_request_in_pieces() {
     }
 }
 
-/// A head that doesn't come, or not to its end: closed without a word, and counted.
+/// A head that does not arrive, or not to its end: the daemon closes without a response, and counts
+/// it.
 #[test]
 fn slow_heads_are_closed() {
     let Some(stage) = Stage::set() else { return };
@@ -690,7 +696,7 @@ fn slow_heads_are_closed() {
             stream
         })
         .collect();
-    // And one that sends a byte whenever it has waited a little, which is no progress.
+    // A client that sends a byte whenever it has waited a little, which is not progress.
     let mut dripping = stage.addresses()[0].connect();
     dripping.wait_at_most(Duration::from_millis(100));
     let drops = std::thread::spawn(move || {
@@ -717,7 +723,7 @@ fn slow_heads_are_closed() {
     });
 }
 
-/// Who goes away before a whole head is there is counted, and is no request.
+/// A client that closes before its whole head has arrived is counted, but not as a request.
 #[test]
 fn clients_that_go_away() {
     let Some(stage) = Stage::set() else { return };

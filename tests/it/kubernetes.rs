@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::harness::counterparts::folder;
 use cluster::{Cluster, OTHER, READER, container, copy, manifests, overlay};
 
-/// One node for all scenes, which takes longer to start than most of them take.
+/// Runs all scenes on one node, since its start takes longer than most of them.
 #[test]
 fn pods_have_their_own_credentials() {
     let directory = folder();
@@ -58,7 +58,7 @@ fn pods_have_their_own_credentials() {
     }
 }
 
-/// What happens to a node in its life.
+/// Plays the events in the life of a node.
 fn lives(cluster: &Cluster, done: &impl Fn(&str)) {
     life::pods_have_the_families_that_they_have(cluster);
     done("families");
@@ -73,7 +73,8 @@ fn lives(cluster: &Cluster, done: &impl Fn(&str)) {
     done("outages");
 }
 
-/// Two pods, of two namespaces and service accounts, whose containers differ in nothing that awsvid is told.
+/// Runs two pods, of two namespaces and service accounts, whose containers differ in nothing that
+/// the pod spec gives awsvid.
 fn each_reads_its_own(cluster: &Cluster, source: &str) {
     let name = format!("reads-{source}");
     for (own, others) in [(READER, OTHER), (OTHER, READER)] {
@@ -105,7 +106,8 @@ fn each_reads_its_own(cluster: &Cluster, source: &str) {
     }
 }
 
-/// A pod whose every container asks before it does anything else, one of them while the kubelet still waits for its hook.
+/// Runs a pod in which each container's first act is a request, one of them while the kubelet still
+/// waits for its hook.
 fn the_first_act_is_answered(cluster: &Cluster, source: &str) {
     let name = format!("asks-{source}");
     let ask = "busybox wget -q -O /dev/null --header 'Authorization: any' \"$AWS_CONTAINER_CREDENTIALS_FULL_URI\" && echo answered";
@@ -138,9 +140,9 @@ fn the_first_act_is_answered(cluster: &Cluster, source: &str) {
     );
 }
 
-/// All that can be applied is, on trial, as it stands.
+/// All that can be applied is applied unchanged in a dry run.
 fn every_manifest_is_accepted(cluster: &Cluster, folder: &Path) {
-    // Of the Prometheus Operator, as far as the API server looks at it.
+    // Of the Prometheus Operator, as far as the API server checks it.
     let (kind, plural) = ("PodMonitor", "podmonitors");
     let schema = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
     cluster.node.apply(&json!({

@@ -1,4 +1,4 @@
-//! A listener is nobody else's, and comes back when it is killed (attack 9).
+//! The daemon shares a listener with no other process, and binds it again when it is killed (T9).
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -29,7 +29,7 @@ spiffe_id = "spiffe://example.org/billing"
 role_arn = "arn:aws:iam::123456789012:role/billing"
 "#;
 
-/// The status of a request; `None` if nobody answers.
+/// Returns the status of a request, or `None` if there is no response.
 fn status(address: SocketAddr) -> Option<u16> {
     http_get(address, "/v1/credentials").map(|(status, _)| status)
 }
@@ -63,7 +63,7 @@ fn nobody_shares_the_port() {
     let SocketAddr::V4(address) = daemon.tcp() else {
         panic!("an IPv4 address")
     };
-    // The same user as the daemon, which is all that SO_REUSEPORT asks for.
+    // The same user as the daemon, which is all that SO_REUSEPORT requires.
     let fd = socket(
         AddressFamily::Inet,
         SockType::Stream,
@@ -79,7 +79,7 @@ fn nobody_shares_the_port() {
     assert_eq!(error.kind(), ErrorKind::AddrInUse);
 }
 
-/// Whether any user can take a port follows the kernel's value in the daemon's network namespace.
+/// The kernel's setting in the daemon's network namespace decides whether any user can bind a port.
 #[test]
 fn a_port_that_any_user_can_take_is_warned_of() {
     if !root() {

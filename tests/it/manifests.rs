@@ -1,9 +1,9 @@
-//! What can be seen of the files for Kubernetes without a cluster.
+//! Checks of the Kubernetes files that need no cluster.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A name without a registry is docker.io's, where another owner may have it (attack 38).
+/// A name without a registry is docker.io's, where another owner may have it (T38).
 #[test]
 fn every_image_names_its_registry_and_its_version() {
     let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy");
@@ -67,7 +67,7 @@ fn images(line: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Tells whether a container runtime adds nothing to this image's name.
+/// Returns whether a container runtime adds nothing to this image's name.
 fn is_whole(image: &str) -> bool {
     let Some((registry, path)) = image.split_once('/') else {
         return false;

@@ -1,4 +1,4 @@
-//! Operators are answered whatever others do at their address (attack 26).
+//! Operators are answered under any load at their address (T26).
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Of the flood. Probes come from 127.0.0.1.
+/// The address of the flood. Probes come from 127.0.0.1.
 const SOURCE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const PROBES: usize = 120;
 
@@ -50,7 +50,8 @@ fn stage(folder: &Path) -> (Daemon, Upstream) {
     )
 }
 
-/// What a flood sends with each connection. It keeps its last connections open, and reads no answer.
+/// Sends a flood in which each connection sends this. It keeps its last connections open, and reads
+/// no response.
 #[test]
 fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
     let folder = folder();
@@ -72,7 +73,8 @@ fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
                 };
                 let _ = stream.write_all(sent.as_bytes());
                 open.push_back(stream);
-                // Only as fast as the daemon ends them: a queue of the kernel's that overflows is another matter.
+                // Only as fast as the daemon ends them: an overflow of the kernel's queue is not
+                // the subject.
                 if open.len() > 300
                     && let Some(mut oldest) = open.pop_front()
                 {
@@ -87,7 +89,7 @@ fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
             let _end = EndLater(&ended);
             scope.spawn(flood);
             scope.spawn(flood);
-            // More than the daemon takes from one address.
+            // More than the daemon accepts from one address.
             while made.load(Ordering::Relaxed) < 1000 {
                 std::thread::yield_now();
             }
@@ -130,7 +132,8 @@ impl Drop for EndLater<'_> {
     }
 }
 
-/// However often they are asked for. In between something happens that they show.
+/// They are rendered at most once a second, however often they are requested. In between something
+/// happens that they show.
 #[test]
 fn metrics_are_rendered_once_a_second() {
     let folder = folder();
@@ -156,7 +159,7 @@ fn metrics_are_rendered_once_a_second() {
     );
 }
 
-/// Long before one at a listener of workloads is given up.
+/// The daemon closes it long before one at a listener of workloads.
 #[test]
 fn a_head_has_to_come_soon() {
     let folder = folder();

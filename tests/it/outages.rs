@@ -1,4 +1,5 @@
-//! SPIRE's agent and STS go away and come back: who has credentials notices nothing, who has none yet is told to come back.
+//! SPIRE's agent and STS become unavailable and recover. A workload with credentials notices
+//! nothing; one without gets a 503 with `Retry-After`.
 
 use std::cell::RefCell;
 use std::fs;
@@ -14,15 +15,17 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::gate::Gate;
 use crate::harness::world::{Setting, World, id};
 
-/// For the AWS CLI on a busy machine, several times.
+/// Bounds several calls of the AWS CLI on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// The test itself is warm all the time; the others get their first credentials in one test each way.
+/// The test itself is warm all the time. Each of the other users gets its first credentials in one
+/// test.
 const WARM: u32 = 0;
 const USERS: [(u32, &str); 3] = [(1001, "reader"), (WARM, "warm"), (1002, "other")];
-/// Before its request a cold workload has nothing at all: no flight, no failure that is remembered.
+/// Workloads without any state in the daemon before their request: no flight, no cached failure.
 const COLD: [u32; 2] = [1001, 1002];
 
-/// Has `act` done to the world while the warm one asks without a break, and that is answered with the same key throughout.
+/// Runs `act` on the environment while the warm workload sends requests without a break, and gets
+/// the same key throughout.
 fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
     let socket = world.daemon.unix();
     let ask = || ask(UnixStream::connect(&socket).unwrap());
@@ -44,7 +47,7 @@ fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
     });
 }
 
-/// What a cold workload gets: over HTTP, and as the AWS CLI shows it.
+/// Checks the response to a cold workload: over HTTP, and as the AWS CLI shows it.
 fn assert_told_to_come_back(world: &World, reason: &str) {
     let (head, body) = world.curl(COLD[1]);
     assert!(
@@ -57,7 +60,8 @@ fn assert_told_to_come_back(world: &World, reason: &str) {
         reason,
         "{body}"
     );
-    // The CLI gives each try 2 s, which on a busy machine may be over before the exchange has failed.
+    // The CLI gives each try 2 s, which on a busy machine may be over before the exchange has
+    // failed.
     let shown = format!(
         "Received non 200 response 503 from container metadata: {{\"code\":\"{reason}\",\"message\":\"awsvid: "
     );
@@ -90,7 +94,7 @@ fn an_agent_that_was_killed_and_started_again() {
         world.start_agent();
         assert_answered(world);
     });
-    // Readiness asks for the first user's; this one's was signed once, for all of its requests.
+    // Readiness fetches the first user's. This one was signed once, for all of its requests.
     assert_eq!(world.spire.jwt_svids_signed(&id("other")), 1);
 }
 
@@ -134,7 +138,7 @@ fn a_socket_that_was_replaced_while_the_old_one_lives_on() {
         panic!("two gates")
     };
     while_warm(&mut world, |world| {
-        // Whoever goes on with the old one waits in vain from now on.
+        // A daemon that keeps the old connection waits in vain from now on.
         old.set_open(false);
         replacement.set_open(true);
         let came = old.came();

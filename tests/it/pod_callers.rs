@@ -1,5 +1,6 @@
-//! Whose pod a caller is, over every listener, on real network namespaces and a real cgroup tree: attacks 2, 5 and the facts
-//! behind them. Also as in a DaemonSet, whose daemon may not open cgroups by their ids, and lives in a cgroup namespace.
+//! The pod of a caller over every listener, on real network namespaces and a real cgroup tree: T2,
+//! T5 and the facts behind them. They also run as in a DaemonSet, whose daemon may not open cgroups
+//! by their ids, and lives in a cgroup namespace.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -21,17 +22,18 @@ const V4: &str = "127.0.0.1:974";
 const PATIENCE: Duration = Duration::from_secs(60);
 const RULE: &str =
     "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
-/// As a container without that capability has it.
+/// A container without that capability has it like this.
 const NO_HANDLES: [&str; 3] = [
     "setpriv",
     "--bounding-set=-dac_read_search",
     "--inh-caps=-dac_read_search",
 ];
-/// Into a cgroup namespace of its own, whose root is the cgroup `$0`, with a mount of that on the directory `$1`.
+/// Enters a cgroup namespace whose root is the cgroup `$0`, with a mount of that on the directory
+/// `$1`.
 const IN_A_CONTAINER: &str = r#"echo 0 >"$0/cgroup.procs" && own="$1" && shift && exec unshare --cgroup -- \
     sh -c 'mount -t cgroup2 -o ro cgroup2 "$0" && exec "$@"' "$own" "$@""#;
 
-/// What the daemon is like.
+/// The environment of the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     OnTheHost,
@@ -88,7 +90,7 @@ impl Stage {
         }
     }
 
-    /// What the audit has of a process of this cgroup that asks in this network.
+    /// Returns the audit record of a process of this cgroup that sends a request in this network.
     fn ask(&self, name: &str, cgroup: &Cgroup) -> Value {
         let before = self.daemon.audit().len();
         let answer = self
@@ -97,7 +99,7 @@ impl Stage {
         self.record(before, &answer)
     }
 
-    /// The same over the unix socket.
+    /// Returns the audit record of such a request over the unix socket.
     fn ask_by_file(&self, cgroup: &Cgroup) -> Value {
         let before = self.daemon.audit().len();
         let mut command = behind(&cgroup.enter(), &actor::program());
@@ -145,7 +147,7 @@ fn check(kind: Kind, first_pod: u16) {
     }
     let stage = Stage::set(kind, first_pod);
     let [a, b] = &stage.pods;
-    // Somebody of the host is there before the pod itself, and is not taken for it.
+    // A process of the host that enters before the pod itself is not taken for the pod.
     let host = Cgroup::new(&format!("host-{first_pod}"));
     stage.is(&stage.ask("a", &host), "not_a_pod", None);
     let own = stage.ask("a", a);
@@ -168,7 +170,8 @@ fn check(kind: Kind, first_pod: u16) {
     assert_eq!(intruder["network_namespace"], own["network_namespace"]);
     stage.is(&stage.ask("a", a), "ok", Some(a));
 
-    // One who was there first keeps the pod from its own network as long as he lives, and no longer.
+    // A process that entered first keeps the pod from its own network while it lives, and no
+    // longer.
     stage.node.add("c");
     await_some("it is listened in", PATIENCE, || {
         (stage.daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
@@ -181,7 +184,7 @@ fn check(kind: Kind, first_pod: u16) {
     stage.is(&stage.ask("c", a), "ok", Some(a));
     stage.is(&stage.ask("c", b), "other_pod", Some(b));
 
-    // What it names below its own container is nothing to go by: not even another pod's name.
+    // Names below the pod's own container decide nothing, not even those of another pod.
     let [pod, container] = [b.path().parent().unwrap(), b.path()]
         .map(|path| path.file_name().unwrap().to_str().unwrap());
     let named = |outer: &Cgroup| {
@@ -193,7 +196,7 @@ fn check(kind: Kind, first_pod: u16) {
     stage.is(&stage.ask("a", &nested), "ok", Some(a));
     stage.is(&stage.ask("b", &nested), "other_pod", Some(a));
 
-    // Nor what somebody has named elsewhere.
+    // Nor does a cgroup of such a name outside the pods' root.
     let elsewhere = Cgroup::new(&format!("elsewhere-{first_pod}"));
     let misplaced = named(&elsewhere);
     let refused = stage.ask_by_file(&misplaced);

@@ -1,4 +1,5 @@
-//! Listeners inside pods' network namespaces: they come and go with the files on which a runtime mounts those.
+//! Listeners inside pods' network namespaces. They exist as long as the files on which a runtime
+//! mounts those.
 
 use std::fs;
 use std::io::{ErrorKind, Read};
@@ -18,7 +19,7 @@ use crate::harness::upstream::Upstream;
 
 mod handover;
 
-/// For what takes milliseconds, on a machine that is busy with other tests.
+/// Bounds steps that take milliseconds, on a machine that is busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(30);
 const V4: &str = "127.0.0.1:974";
 const V6: &str = "[::1]:974";
@@ -32,7 +33,7 @@ struct Stage {
     site: Site,
 }
 
-/// What daemons of one node have in common.
+/// The parts that daemons of one node share.
 struct Site {
     node: Node,
     upstream: Upstream,
@@ -40,12 +41,13 @@ struct Site {
 }
 
 impl Stage {
-    /// `None` for who is not root. `before` is there when the daemon starts.
+    /// Starts it, or returns `None` if the test is not root. `before` prepares the node before the
+    /// daemon starts.
     fn set(before: impl FnOnce(&Node)) -> Option<Self> {
         Self::set_with(before, |_, node| node.listen())
     }
 
-    /// The same, with what `listen` makes of the folder and the node.
+    /// Starts it with the configuration that `listen` makes of the folder and the node.
     fn set_with(
         before: impl FnOnce(&Node),
         listen: impl FnOnce(&Path, &Node) -> String,
@@ -66,14 +68,14 @@ impl Stage {
         Some(Self { daemon, site })
     }
 
-    /// Waits until so many namespaces are listened in.
+    /// Waits until the daemon listens in this number of namespaces.
     fn await_namespaces(&self, count: u64) {
         await_namespaces(&self.daemon, count);
     }
 }
 
 impl Site {
-    /// A daemon with its files in `folder`.
+    /// Starts a daemon with its files in `folder`.
     fn start(&self, folder: &Path, listen: &str) -> Daemon {
         let words = self.node.enter();
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -86,7 +88,7 @@ impl Site {
         .ready()
     }
 
-    /// One that takes over from another.
+    /// Starts a daemon that takes over from another.
     fn next(&self, folder: &Path) -> Daemon {
         self.start(
             folder,
@@ -94,7 +96,7 @@ impl Site {
         )
     }
 
-    /// Whether a process of a pod is answered here, as its first act.
+    /// Returns whether a process of a pod is answered here, as its first act.
     fn serves(&self, name: &str, cgroup: &Cgroup, address: &str) -> bool {
         let answer = self.node.ask(name, cgroup, address.parse().unwrap());
         answer.starts_with("HTTP/1.1 200") && answer.contains("AccessKeyId")
@@ -109,7 +111,7 @@ fn await_namespaces(daemon: &Daemon, count: u64) {
     );
 }
 
-/// Whether anybody listens there.
+/// Returns whether a process listens there.
 fn listens(node: &Node, name: &str, address: &str) -> bool {
     node.connect(name, address.parse().unwrap()).is_ok()
 }
@@ -153,7 +155,7 @@ fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
             .all(|record| record["spiffe_id"] == "spiffe://example.org/user/pod"),
         "{by_pods:?}"
     );
-    // A caller who was answered is remembered, for the next refresh. The namespace is not.
+    // The daemon keeps an answered caller for the next refresh, but not its namespace.
     for (i, peer) in peers.iter().enumerate() {
         assert!(peer.is_there());
         stage.site.node.remove(&format!("cni-{i}"));
@@ -175,7 +177,7 @@ fn what_is_open_in_a_namespace_is_cut_when_its_file_goes() {
     stage.await_namespaces(1);
     let mut open = TcpStream::from(stage.site.node.connect("a", V4.parse().unwrap()).unwrap());
     open.set_read_timeout(Some(PATIENCE)).unwrap();
-    // Only unmounted, which for inotify is no event.
+    // Only unmounted, which for inotify is not an event.
     stage.site.node.unmount("a");
     let cut = Instant::now();
     match open.read(&mut [0]) {
@@ -200,12 +202,12 @@ fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
     stage.site.node.add_own("host-too");
     stage.site.node.add_with("a", |_| peer.make());
     stage.site.node.add_again("a", "b");
-    // Whatever comes after them has been seen after them.
+    // The daemon sees this one after those before it.
     stage.site.node.add("last");
     stage.await_namespaces(2);
     let log = stage.daemon.log();
     assert!(!log.contains("is taken"), "{log}");
-    // The one by whose file it was entered may be either.
+    // Either name may be the one by which it was entered.
     for name in ["a", "b"] {
         assert!(listens(&stage.site.node, name, V4), "{name}");
     }
@@ -224,8 +226,8 @@ fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
     });
 }
 
-/// In a DaemonSet the daemon has a network of its own. That of the node is for all who are on it (attack 5), whoever has
-/// mounted it among those of pods.
+/// In a DaemonSet the daemon has a network of its own. The node's network serves all processes on
+/// it (T5), even if it is mounted among those of pods.
 #[test]
 fn the_network_of_the_machine_is_no_pods() {
     if !root() || !is_in_the_machines_network() {
@@ -256,7 +258,7 @@ fn the_network_of_the_machine_is_no_pods() {
         1,
         "{log}"
     );
-    // Once, whatever comes after it.
+    // Once, whatever follows it.
     node.add("b");
     await_some("the next one is listened in", PATIENCE, || {
         listens(&node, "b", V4).then_some(())
@@ -267,7 +269,7 @@ fn the_network_of_the_machine_is_no_pods() {
     );
 }
 
-/// By a setting that no other network has, whatever the kernel.
+/// Returns whether a setting exists that no other network has, on any kernel.
 fn is_in_the_machines_network() -> bool {
     let is = Path::new("/proc/sys/net/core/netdev_max_backlog").exists();
     if !is {
@@ -276,7 +278,7 @@ fn is_in_the_machines_network() -> bool {
     is
 }
 
-/// What a pod with CAP_NET_ADMIN can do.
+/// Kills a pod's listeners, as a pod with CAP_NET_ADMIN can.
 fn kill(node: &Node, name: &str) {
     let killed = node.inside(name, || {
         Command::new("ss")
@@ -408,7 +410,7 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
     let Some(stage) = Stage::set(|_| {}) else {
         return;
     };
-    // What a daemon sees whose mounts are not the host's: files without namespaces.
+    // A daemon whose mounts are not the host's sees files without namespaces.
     for name in ["x", "y"] {
         fs::File::create_new(stage.site.node.path(name)).unwrap();
     }
@@ -443,7 +445,7 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
     );
 }
 
-/// containerd sets it with the pod's first container, when the namespace has long been mounted.
+/// containerd sets it with the pod's first container, long after the namespace is mounted.
 #[test]
 fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
     let Some(stage) = Stage::set(|node| node.add("guarded")) else {
@@ -475,7 +477,8 @@ fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
     );
 }
 
-/// From the start of the process, and from the mount, until each of so many namespaces is listened in.
+/// Measures the time from the start of the process, and from the mount, until the daemon listens in
+/// each of this number of namespaces.
 #[test]
 fn many_namespaces_are_listened_in_soon() {
     let slow = is_slow();
@@ -508,7 +511,8 @@ fn many_namespaces_are_listened_in_soon() {
         longest = longest.max(listening);
     }
     eprintln!("one more: listened in at most {longest:?} after the mount");
-    // Each loop accepts, however many others wait: the test's own process is no pod's, and is told so.
+    // Each loop accepts, however many others wait: the test's own process is not in a pod, and gets
+    // that error.
     for (name, address) in names.iter().flat_map(|name| [(name, V4), (name, V6)]) {
         let mut stream = TcpStream::from(
             stage

@@ -1,4 +1,5 @@
-//! Which facts of a caller decide, over which listener: seen in the audit records. No source is needed for that.
+//! The facts of a caller that decide, by listener, as the audit records show them. No source is
+//! needed for that.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +15,7 @@ use crate::harness::daemon::Daemon;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// curl as this user and group, in this cgroup, over the listener.
+/// Runs curl as this user and group, in this cgroup, over the listener.
 fn ask(
     daemon: &Daemon,
     listener: &str,
@@ -112,7 +113,8 @@ gid = 51009
                 format!("spiffe://example.org/{id}"),
                 "{listener} {record}"
             );
-            // On TCP nothing else was looked at where the rule names the place: there was no search.
+            // On TCP the daemon read nothing else where the rule names the cgroup: there was no
+            // search.
             assert_eq!(
                 record["pid"].is_null(),
                 listener != "unix" && id != "user",
@@ -198,7 +200,7 @@ fn a_user_of_the_host_is_not_that_user_in_a_container() {
             "{listener}"
         );
         assert_eq!(reason(53001, &container), "no_identity", "{listener}");
-        // A rule that names the container's own cgroup means it.
+        // A rule that names the container's own cgroup covers it.
         assert_eq!(
             reason(53002, &container),
             "spiffe://example.org/named",

@@ -1,4 +1,4 @@
-//! The audit and the log where their readers have stopped, or the disk is full (attack 30).
+//! The audit and the log when their readers have stopped, or the disk is full (T30).
 
 use std::fs;
 use std::io::{Read, Write};
@@ -32,7 +32,7 @@ fn upstream() -> Upstream {
     Upstream::start(&[(nix::unistd::geteuid().as_raw(), "me")])
 }
 
-/// A pipe that is full from the beginning: its reader, and an end for a program to write to.
+/// Returns a pipe that is full from the start: its reader, and an end for a program to write to.
 fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
     let (from, to) = nix::unistd::pipe().unwrap();
     fcntl(&to, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -119,7 +119,7 @@ fn readers_that_have_stopped_stop_nothing() {
     }
 }
 
-/// How many requests these records stand for. One line may be broken.
+/// Returns the number of requests that these records stand for. One line may be broken.
 fn sum(text: &str) -> u64 {
     let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
     let records: Vec<Value> = lines
@@ -175,7 +175,7 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
     for listener in listeners {
         assert_eq!(answer(listener).0, 200);
     }
-    // Some are written still, and some hits only counted.
+    // Some are still being written, and some hits are only counted.
     let mut all = fs::File::create(inside(&filler)).unwrap();
     while all.write_all(&[b'x'; 4096]).is_ok() {}
     for listener in listeners {
@@ -200,7 +200,7 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
         assert_eq!(answer(listener).0, 200, "over {listener}");
     }
     daemon.await_line(&["audit records can be written again"]);
-    // With what was lost the records stand for all requests.
+    // With those that were lost the records stand for all requests.
     let requests: u64 = daemon
         .metrics()
         .lines()

@@ -1,4 +1,5 @@
-//! SIGHUP: another configuration takes effect as a whole or not at all, and nobody gets what only the old one gave.
+//! SIGHUP: another configuration takes effect as a whole or not at all, and no caller gets what
+//! only the old one gave.
 
 use std::collections::HashSet;
 use std::fs;
@@ -18,11 +19,11 @@ use crate::harness::gate::Gate;
 use crate::harness::upstream::Upstream;
 
 const ID: &str = "spiffe://example.org/user/me";
-/// For what takes milliseconds on a machine that is not busy with other tests.
+/// Bounds steps that take milliseconds on a machine that is not busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The servers of `awsvid dev`, with a gate before the source that is open, and the parts of configurations for them. The
-/// user of this test is the only one.
+/// The servers of `awsvid dev`, with an open proxy in front of the source, and the parts of
+/// configurations for them. The user of this test is the only one.
 struct Stage {
     gate: Gate,
     upstream: Upstream,
@@ -46,7 +47,7 @@ impl Stage {
         Daemon::start(self.folder.path(), "", configuration).ready()
     }
 
-    /// Everything but rules: the role with this added to it.
+    /// Returns everything except rules, with `more` in the role.
     fn role(&self, more: &str) -> String {
         let configuration = self
             .upstream
@@ -55,12 +56,12 @@ impl Stage {
         configuration.replace("[[role]]\n", &format!("[[role]]\n{more}\n"))
     }
 
-    /// With the rule for the user of this test.
+    /// Returns it with the rule for the user of this test.
     fn with_rule(&self, role: &str) -> String {
         self.role(role) + &rule(nix::unistd::getuid().as_raw())
     }
 
-    /// With a rule for somebody else.
+    /// Returns it with a rule for another user.
     fn without_rule(&self) -> String {
         self.role("") + &rule(54321)
     }
@@ -77,7 +78,7 @@ fn unix(daemon: &Daemon) -> UnixStream {
     UnixStream::connect(daemon.unix()).unwrap()
 }
 
-/// The key that is handed out now.
+/// Returns the access key id of the current response.
 fn key(daemon: &Daemon) -> String {
     let (status, body) = ask(unix(daemon));
     assert_eq!(status, 200, "{body}");
@@ -90,7 +91,7 @@ fn refusal(daemon: &Daemon) -> String {
     body["code"].as_str().unwrap().to_owned()
 }
 
-/// How long the credentials in an answer are good for.
+/// Returns how long the credentials in a response are valid.
 fn lifetime(body: &Value) -> Duration {
     let expiration = humantime::parse_rfc3339(body["Expiration"].as_str().unwrap()).unwrap();
     expiration
@@ -105,12 +106,12 @@ fn a_rule_comes_and_goes() {
     assert_eq!(refusal(&daemon), "no_identity");
     assert!(daemon.reload("", &stage.with_rule("")));
     let first = key(&daemon);
-    // Nothing is different: what is cached stays.
+    // Nothing differs: the cache stays.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_eq!(key(&daemon), first);
     assert!(daemon.reload("", &stage.without_rule()));
     assert_eq!(refusal(&daemon), "no_identity");
-    // Another rule than before for the same ID is not the old one.
+    // A different rule for the same ID does not equal the old one.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_ne!(key(&daemon), first);
 }
@@ -128,14 +129,14 @@ fn a_narrowed_role_leaves_nothing_of_the_wide_one() {
         assert!(daemon.reload("", &stage.with_rule(more)));
         assert!(seen.insert(key(&daemon)), "{more}: an old key");
     }
-    // An ARN that this STS does not know: refused there, and not served from before.
+    // An ARN that this STS does not know: it refuses, and the daemon serves nothing older.
     let other = stage.with_rule("").replace("role/dev", "role/other");
     assert!(daemon.reload("", &other));
     assert!(
         refusal(&daemon).starts_with("sts_"),
         "STS was asked about the other ARN"
     );
-    // The way back is not the way to what was cached then.
+    // Going back does not restore what was cached then.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert!(seen.insert(key(&daemon)), "an old key");
 }
@@ -144,7 +145,8 @@ fn a_narrowed_role_leaves_nothing_of_the_wide_one() {
 fn a_request_under_way_is_answered_by_the_new_configuration() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule("duration = \"2h\""));
-    // Three who wait for what the old configuration would give: a longer session, and then what is nobody's any more.
+    // Three callers wait for what the old configuration would give: a longer session, and then an
+    // identity that no rule gives any more.
     let wait = || {
         stage.gate.set_open(false);
         let came = stage.gate.came();
@@ -196,7 +198,7 @@ fn a_configuration_with_errors_changes_nothing() {
     let before = key(&daemon);
     let good = daemon.text();
     let lines = good.lines().count();
-    // Two mistakes, and a change that is none: without the rule nobody would be served.
+    // Two errors, and a change without effect: without the rule no caller would be served.
     let wrong = good.replace(ID, "spiffe:/wrong") + "levle = \"info\"\n[cache]\nmax_entries = 0\n";
     assert!(!daemon.reload_text(&wrong));
     assert_eq!(key(&daemon), before);
@@ -208,7 +210,7 @@ fn a_configuration_with_errors_changes_nothing() {
             "line {line} in:\n{log}"
         );
     }
-    // What only shows when it is used: a file that can't be opened.
+    // An error that only shows in use: a file that can't be opened.
     let wrong = daemon.text().replace("spiffe:/wrong", ID);
     assert_ne!(wrong, good);
     assert!(
@@ -223,7 +225,7 @@ fn a_configuration_with_errors_changes_nothing() {
     fs::remove_file(stage.folder.path().join("awsvid.toml")).unwrap();
     daemon_reads_nothing(&daemon);
     assert_eq!(key(&daemon), before);
-    // And it can be repaired.
+    // A corrected file takes effect.
     assert!(daemon.reload_text(&good));
     assert_eq!(key(&daemon), before);
 }
@@ -273,7 +275,7 @@ fn what_is_listened_on_stays_and_the_rest_takes_effect() {
     key(&daemon);
     assert_eq!(ask(TcpStream::connect(daemon.tcp()).unwrap()).0, 200);
     assert_eq!(ask(TcpStream::connect(daemon.tcp6()).unwrap()).0, 200);
-    // The same again, as at the start: there is nothing to be told.
+    // The same listeners as at the start: nothing is logged.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_eq!(
         daemon
@@ -294,7 +296,7 @@ fn the_audit_file_is_opened_anew() {
         stage.folder.path().join("audit.log.1"),
     );
     fs::rename(&current, &rotated).unwrap();
-    // Until it is told, the daemon writes to the file that it has open.
+    // Until the reload, the daemon writes to the file that it has open.
     key(&daemon);
     assert!(!current.exists());
     assert!(daemon.reload("", &stage.with_rule("")));
@@ -325,7 +327,7 @@ fn the_log_changes_its_level_and_format() {
         .replace("awsvid=debug,info", "warn")
         .replace("format = \"json\"", "format = \"text\"");
     let since = daemon.log().len();
-    // The only thing that it says at this level: that the rule needs a role.
+    // Its only line at this level: that the rule needs a role.
     let quiet = quiet + "\n[[workload]]\nspiffe_id = \"spiffe://other.example/x\"\nuid = 54321\n";
     daemon.write_and_hang_up(&quiet);
     let said = await_some("a warning", PATIENCE, || {
@@ -363,7 +365,7 @@ fn a_daemon_that_is_not_ready_becomes_so_by_another_configuration() {
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     assert!(daemon.reload("", &stage.with_rule("")));
     let daemon = daemon.ready();
-    // The source is the new one for requests, too.
+    // Requests use the new source, too.
     let came = stage.gate.came();
     key(&daemon);
     assert_eq!(stage.gate.came(), came + 1);
@@ -383,7 +385,7 @@ fn nobody_sees_an_error_during_fifty_reloads() {
         let _end = askers.each_ref().map(Asker::end_later);
         let running = askers.each_ref().map(|asker| scope.spawn(|| asker.run()));
         for round in 0..50 {
-            // The role is another one than before, the rules are others, and the file is a new one.
+            // The role and the rules differ from the previous ones, and the file is a new one.
             let minutes = 15 + round % 5;
             let more = if round % 2 == 0 {
                 rule(54321).replace("/me", "/x")

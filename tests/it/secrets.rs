@@ -1,4 +1,4 @@
-//! No command prints a secret but the one whose output is one.
+//! Only the command whose output is a secret prints one.
 
 use std::fs;
 use std::process::Command;
@@ -14,14 +14,14 @@ use crate::harness::terminal::on_a_terminal;
 use crate::harness::world::{Setting, World};
 
 const PATIENCE: Duration = Duration::from_secs(120);
-/// So much of a secret is nobody's to see.
+/// No output may have this many characters of a secret.
 const PART: usize = 12;
 
-/// What must not be seen, by what it is.
+/// The secrets that must not appear, with their names.
 struct Secrets(Vec<(&'static str, String)>);
 
 impl Secrets {
-    /// What of them is in a text: each piece of each part of a token counts.
+    /// Returns the names of those that are in a text: each piece of each part of a token counts.
     fn within(&self, text: &str) -> Vec<&'static str> {
         let is_in = |secret: &str| {
             let parts = secret.split(['.', '\n']).filter(|part| part.len() >= PART);
@@ -161,7 +161,8 @@ fn only_credential_process_prints_one() {
         );
     }
 
-    // It would have been seen. (The token that MinIO gives is a JWT itself, with the same claims in part.)
+    // The check would have found it. (MinIO's session token is a JWT itself, with the same claims
+    // in part.)
     let printed = workload.run(
         &program,
         &[

@@ -1,7 +1,9 @@
-//! Twenty processes of four users ask all the time, while SPIRE's agent and STS are killed and started again at random.
+//! Twenty processes of four users send requests continuously, while SPIRE's agent and STS are
+//! killed and started again at random.
 //!
-//! `tests/run` has a short form; `tests/run slow` the whole one of half an hour, in which each session of 15 minutes is
-//! renewed several times. Alone: `AWSVID_TESTS=slow cargo test --test it soak -- --nocapture`.
+//! `tests/run` has a short form. `tests/run slow` has the whole one of half an hour, in which each
+//! session of 15 minutes is renewed several times. Alone: `AWSVID_TESTS=slow cargo test --test it
+//! soak -- --nocapture`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -29,23 +31,24 @@ const USERS: [(u32, &str); 4] = [
     (61014, "four"),
 ];
 const PROCESSES: usize = 20;
-/// Between the requests of each. Without one the machine would measure itself, and the audit file be gigabytes.
+/// The pause between the requests of each. Without one the machine would measure itself, and the
+/// audit file be gigabytes.
 const PAUSE_MS: u64 = 100;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long, and how bad.
+/// The length and the bounds of a run.
 struct Form {
     length: Duration,
-    /// When memory is first looked at.
+    /// The time of the first reading of memory.
     settled: Duration,
-    /// The longest outage, as it is ordered: with the start of what was away it is some seconds longer.
+    /// The longest outage, as ordered. With the start of the counterpart it is some seconds longer.
     outage: Duration,
-    /// The shortest time between two outages. What is due for renewal is tried at least every 90 s, so that two outages don't
-    /// come to one of double length.
+    /// The shortest time between two outages. A due refresh is retried at least every 90 s, so that
+    /// two outages do not become one of double length.
     between: Duration,
-    /// How much more anonymous memory there may be at the end, in per cent of what there was and in KiB.
+    /// The growth of anonymous memory that is allowed, in per cent and in KiB.
     growth: (u64, u64),
-    /// How many keys each user has been given at least.
+    /// The least number of keys that each user gets.
     keys: usize,
 }
 
@@ -53,7 +56,7 @@ impl Form {
     fn wanted() -> Self {
         let seconds = Duration::from_secs;
         if is_slow() {
-            // The issue's own figures.
+            // The figures of the specification.
             Self {
                 length: seconds(1800),
                 settled: seconds(60),
@@ -63,8 +66,9 @@ impl Form {
                 keys: 3,
             }
         } else {
-            // Some seconds are not enough for a percentage: allocator and buffers still grow to what twenty processes at
-            // one time need. What leaks for each request (there are thousands) or each outage shows all the same.
+            // Some seconds are too short for a percentage: allocator and buffers still grow to what
+            // twenty processes at one time need. A leak for each request (there are thousands) or
+            // each outage shows all the same.
             Self {
                 length: seconds(20),
                 settled: seconds(5),
@@ -77,13 +81,13 @@ impl Form {
     }
 }
 
-/// One process that asks.
+/// One process that sends requests.
 struct Asker {
     process: Process,
     user: &'static str,
 }
 
-/// What all of them have seen.
+/// The sums over all processes.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counted {
     errors: u64,
@@ -100,7 +104,7 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
         .map_or_else(|| fastrand::u64(..), |text| text.parse().expect("a number"));
     eprintln!("soak: AWSVID_SEED={seed}");
     let folder = folder();
-    // Over TCP this user's process has to be searched for; see `start`.
+    // Over TCP the daemon has to search for this user's process; see `start`.
     let rule = |uid| {
         if uid == USERS[0].0 {
             format!("gid = {uid}")
@@ -194,11 +198,12 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
     );
 }
 
-/// Starts one that asks, in its user's cgroup, over one of the listeners.
+/// Starts such a process, in its user's cgroup, over one of the listeners.
 fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Asker {
     let (uid, user) = USERS[number % USERS.len()];
     let listeners = ["unix", "tcp", "tcp6"];
-    // A search has 20 ms, which is little on a machine that is busy with other tests. The unix socket needs none.
+    // A search has 20 ms, which is little on a machine that is busy with other tests. The unix
+    // socket needs none.
     let listener = listeners[if uid == USERS[0].0 {
         0
     } else {
@@ -227,7 +232,7 @@ fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Ask
     Asker { process, user }
 }
 
-/// Takes the agent, STS or both away for a while; how long they were.
+/// Stops the agent, STS or both for a while, and returns for how long.
 fn outage(world: &mut World, rng: &mut Rng, longest: Duration) -> Duration {
     let which = rng.u8(0..3);
     let (agent, sts) = (which != 1, which != 0);
@@ -252,7 +257,7 @@ fn between(rng: &mut Rng, least: Duration, most: Duration) -> Duration {
     least + (most - least).mul_f64(rng.f64())
 }
 
-/// What the processes have printed, and what the audit file says of their keys.
+/// The processes' output, and the audit's records of their keys.
 #[derive(Default)]
 struct Seen {
     answers: u64,
@@ -289,7 +294,7 @@ impl Seen {
         self.counted.empty += count("empty");
     }
 
-    /// Each key that a user was given is of its own identity, and each record of a user is of its own identity.
+    /// Checks that each key that a user got, and each record of a user, is of its own identity.
     fn compare(&mut self, audit: &Path) {
         let mut identities: BTreeMap<String, String> = BTreeMap::new();
         // As the file may be large, one line at a time.
@@ -322,7 +327,7 @@ impl Seen {
     }
 }
 
-/// Anonymous memory of a process.
+/// Returns the anonymous memory of a process, in KiB.
 fn anonymous_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status
@@ -332,8 +337,9 @@ fn anonymous_kib(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Descriptors of the daemon, but for what it keeps for the next request: connections to this port, and what it has open of
-/// some processes and cgroups, of which `attest` says how many there are at most.
+/// Returns the number of the daemon's descriptors, without those that it keeps for the next
+/// request. Those are connections to this port, and handles of some processes and cgroups, whose
+/// bounds are in `attest`.
 fn descriptors(pid: u32, but: u16) -> usize {
     let remote = format!(":{but:04X}");
     let kept: BTreeSet<String> = ["tcp", "tcp6"]

@@ -76,7 +76,7 @@ fn elsewhere_than_on_a_terminal_it_is_json() {
             && entry["next_try"].is_string()
             && entry["last_error"].is_null()
     );
-    // By rules nobody is kept for a refresh, but it is known who asked.
+    // With rules a refresh needs no caller, but the last request is shown.
     assert_eq!(
         (&entry["callers"], &entry["latest_uid"]),
         (&Value::from(0), &Value::from(getuid().as_raw()))
@@ -121,7 +121,7 @@ fn a_source_that_is_away_is_seen() {
     let folder = folder();
     let stage = stage(folder.path());
     std::fs::remove_file(folder.path().join("agent.sock")).unwrap();
-    // What is cached is dropped, so that the daemon has to ask.
+    // The cache is dropped, so that the daemon has to query the source.
     let configuration = stage
         .daemon
         .text()
@@ -164,7 +164,8 @@ fn on_a_terminal_it_is_a_table() {
     );
     assert!(on_a_terminal(command(folder.path(), &["--json"])).contains("\"credentials\""));
 
-    // Again and again in the same place; without colours too, since the screen is no colour.
+    // Repeatedly on the same screen. Without colours too, since clearing the screen is not a
+    // colour.
     for variables in [&[("TERM", "xterm")][..], &[("NO_COLOR", "1")]] {
         let mut watching = command(folder.path(), &["--watch", "1"]);
         watching.envs(variables.iter().copied());
@@ -180,7 +181,7 @@ fn on_a_terminal_it_is_a_table() {
     }
 }
 
-/// One line of a table for each row, by the header's columns.
+/// Returns one line of a table, by the header's columns.
 fn cells(shown: &str, spiffe_id: &str) -> Option<Vec<String>> {
     const COLUMNS: [&str; 7] = [
         "SPIFFE ID",
@@ -213,7 +214,8 @@ fn cells(shown: &str, spiffe_id: &str) -> Option<Vec<String>> {
     )
 }
 
-/// All that an operator looks for, of a daemon whose callers SPIRE attests: what is well, and what has failed.
+/// Shows all that an operator needs of a daemon whose callers SPIRE attests: working entries and
+/// failures.
 #[test]
 fn each_column_says_what_is_so() {
     let folder = folder();
@@ -297,7 +299,7 @@ fn each_column_says_what_is_so() {
         "{shown}"
     );
 
-    // What is refused is remembered for seconds, so it may have to be asked for again.
+    // A refusal is cached for seconds, so this may take several requests.
     let refused = || {
         let refused = world
             .curl_by(Path::new("/usr/bin/curl"), 1002, "unix", "/none")
@@ -342,7 +344,7 @@ fn each_column_says_what_is_so() {
         "{shown}"
     );
 
-    // STS, and then the agent, go away.
+    // STS, and then the agent, become unavailable.
     world.minio.stop();
     let ask = |uid| drop(world.curl(uid));
     let failing = await_some("STS fails", PATIENCE, || {
@@ -374,6 +376,6 @@ fn each_column_says_what_is_so() {
             "{shown}"
         );
     }
-    // What is cached is served on.
+    // Cached credentials are still served.
     assert_eq!(cells(&shown, &id("reader")).unwrap()[6], "ok", "{shown}");
 }

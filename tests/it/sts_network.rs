@@ -1,4 +1,5 @@
-//! The network between the daemon and its STS: late or missing certificates, variables, proxies, and the host that is called.
+//! The network between the daemon and its STS: late or missing certificates, variables, proxies,
+//! and the host of the calls.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -25,7 +26,7 @@ const MISSING: &str = "[sts] CA certificates are missing: calls to STS fail unti
 /// No call gets further than the test's own proxy.
 const AWS: &str = "[sts]\nregion = \"us-east-1\"\ntimeout = \"2s\"\n";
 
-/// A workload of this test's own user.
+/// Returns a rule for this test's own user.
 fn rule(upstream: &Upstream) -> String {
     let configuration = upstream.configuration();
     let id = "spiffe://example.org/user/self";
@@ -40,7 +41,7 @@ fn upstream() -> Upstream {
     Upstream::start(&[(geteuid().as_raw(), "self")])
 }
 
-/// The configuration with this `[sts]`.
+/// Returns the configuration with this `[sts]`.
 fn with_sts(upstream: &Upstream, sts: &str) -> String {
     let configuration = upstream.configuration();
     let from = configuration.find("[sts]").unwrap();
@@ -53,7 +54,7 @@ fn with_sts(upstream: &Upstream, sts: &str) -> String {
     )
 }
 
-/// What `awsvid check` finds, with these variables.
+/// Runs `awsvid check` with these variables and returns its findings.
 fn check(folder: &Path, variables: &[&str], configuration: &str) -> Vec<Value> {
     let path = folder.join("check.toml");
     fs::write(&path, configuration).unwrap();
@@ -130,7 +131,8 @@ fn late_ca_file_fails_only_the_calls_that_need_it() {
     assert!(status == 200 && body["AccessKeyId"].is_string(), "{body}");
     daemon.await_line(&["[sts] CA certificates were loaded"]);
     let daemon = daemon.ready();
-    // A reload with a file that is not there yet takes effect; one with a file that is wrong does not.
+    // A reload with a file that does not exist yet takes effect; one with a file that is wrong does
+    // not.
     assert!(daemon.reload("", &text.replace("late/ca.pem", "later.pem")));
     fs::write(folder.path().join("wrong.pem"), "no certificate\n").unwrap();
     assert!(!daemon.reload("", &text.replace("late/ca.pem", "wrong.pem")));

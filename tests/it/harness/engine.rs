@@ -1,4 +1,4 @@
-//! A Docker engine that knows one container, for SPIRE's attestor `docker`.
+//! A fake Docker engine that knows one container, for SPIRE's attestor `docker`.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,7 +9,7 @@ use std::thread;
 
 use serde_json::json;
 
-/// Runs until it is dropped.
+/// An engine that runs until it is dropped.
 pub(crate) struct FakeEngine {
     socket: PathBuf,
     state: Arc<State>,
@@ -51,7 +51,7 @@ impl FakeEngine {
         engine
     }
 
-    /// For the agent's configuration.
+    /// Returns the agent's configuration of the attestor.
     pub(crate) fn attestor(&self) -> String {
         let socket = self.socket.display();
         format!(
@@ -59,7 +59,7 @@ impl FakeEngine {
         )
     }
 
-    /// How often it was asked about a container.
+    /// Returns the number of queries about a container.
     pub(crate) fn asked(&self) -> usize {
         self.state.asked.load(Ordering::SeqCst)
     }
@@ -68,7 +68,7 @@ impl FakeEngine {
 impl Drop for FakeEngine {
     fn drop(&mut self) {
         self.state.ended.store(true, Ordering::SeqCst);
-        // Wakes the one who accepts.
+        // Wakes the thread in accept(2).
         let _ = UnixStream::connect(&self.socket);
     }
 }
@@ -77,7 +77,7 @@ impl State {
     fn serve(&self, client: UnixStream) {
         let mut lines = BufReader::new(&client).lines().map_while(Result::ok);
         while let Some(request) = lines.next() {
-            // What is asked here has no body.
+            // These requests have no body.
             if lines.by_ref().all(|line| !line.is_empty())
                 || self.answer(&client, &request).is_err()
             {
@@ -86,7 +86,7 @@ impl State {
         }
     }
 
-    /// A request line, as in `GET /v1.47/containers/<id>/json HTTP/1.1`.
+    /// Responds to a request line such as `GET /v1.47/containers/<id>/json HTTP/1.1`.
     fn answer(&self, mut client: &UnixStream, request: &str) -> io::Result<()> {
         let path = request.split(' ').nth(1).unwrap_or_default();
         let (status, body) = if path.ends_with("/_ping") {

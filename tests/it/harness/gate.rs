@@ -1,4 +1,5 @@
-//! A unix socket in front of another one, for tests of what happens while an answer is awaited.
+//! A proxy in front of a unix socket that a test can pause, for tests of what happens while a
+//! response is awaited.
 
 use std::io;
 use std::net::Shutdown;
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Takes connections at once, and lets their bytes through when it is open. It is made closed.
+/// Accepts connections at once, and forwards their bytes while it is open. It starts closed.
 pub(crate) struct Gate {
     path: PathBuf,
     state: Arc<State>,
@@ -50,7 +51,7 @@ impl Gate {
         gate
     }
 
-    /// Waits until `count` connections have come, since it was made, open or not.
+    /// Waits until `count` connections have arrived since the start, open or not.
     pub(crate) fn await_came(&self, count: usize) {
         let at = self.state.at.lock().unwrap();
         let (at, _) = self
@@ -61,12 +62,12 @@ impl Gate {
         assert!(at.came >= count, "{} connections came to the gate", at.came);
     }
 
-    /// How many have come.
+    /// Returns the number of connections that have arrived.
     pub(crate) fn came(&self) -> usize {
         self.state.at.lock().unwrap().came
     }
 
-    /// Opens or closes it, for those who wait and those who will come.
+    /// Opens or closes it, for waiting and for future connections.
     pub(crate) fn set_open(&self, open: bool) {
         self.state.at.lock().unwrap().open = open;
         self.state.changed.notify_all();
@@ -101,7 +102,7 @@ impl Drop for Gate {
     fn drop(&mut self) {
         self.state.at.lock().unwrap().ended = true;
         self.state.changed.notify_all();
-        // Wakes the one who accepts.
+        // Wakes the thread in accept(2).
         let _ = UnixStream::connect(&self.path);
     }
 }

@@ -1,4 +1,4 @@
-//! A file system that stops answering, in a mount namespace of its own: see `tests/actor/fuse.rs`.
+//! A file system that stops responding, in a mount namespace of its own: see `tests/actor/fuse.rs`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -8,18 +8,18 @@ use std::time::Duration;
 use super::actor;
 use super::counterparts::process::{Owned, spawn};
 
-/// With one file, which is the program `tests/actor`. Ends with the value, and whatever waits for an answer then gets an
-/// error: so this is to be dropped before what may wait, which cannot end before.
+/// A file system with one file, the program `tests/actor`. It ends with the value, and each pending
+/// call then gets an error. Drop it before all that may wait for it, which cannot end earlier.
 pub(crate) struct HangingFiles {
     owned: Owned,
-    /// `None` once it is told to end.
+    /// Is `None` once the server has been ended.
     hears: Option<ChildStdin>,
     says: BufReader<ChildStdout>,
     program: PathBuf,
 }
 
 impl HangingFiles {
-    /// Mounts it. It answers until it is told to hang.
+    /// Mounts it. It responds until `hang` is called.
     pub(crate) fn mount() -> Self {
         let mut command = Command::new(actor::program());
         command
@@ -40,12 +40,12 @@ impl HangingFiles {
         files
     }
 
-    /// Its file, as seen behind [`HangingFiles::enter`].
+    /// Returns the path of its file, as seen behind [`HangingFiles::enter`].
     pub(crate) fn program(&self) -> &Path {
         &self.program
     }
 
-    /// Words behind which a command sees it.
+    /// Returns words in front of a command that make it see the file system.
     pub(crate) fn enter(&self) -> [String; 3] {
         [
             "nsenter".to_owned(),
@@ -54,12 +54,13 @@ impl HangingFiles {
         ]
     }
 
-    /// From here on it does not answer where the file is, nor what it is. What was read of it can be read again.
+    /// From here on it does not respond to lookups and status calls of the file. Data that was read
+    /// of it can be read again.
     pub(crate) fn hang(&mut self) {
         self.step("hang");
     }
 
-    /// Its server ends, as one does that is killed: from here on there are errors instead of answers.
+    /// Ends its server, like a server that is killed: from here on calls fail at once.
     pub(crate) fn end_server(&mut self) {
         self.step("end");
     }
@@ -79,7 +80,8 @@ impl HangingFiles {
 impl Drop for HangingFiles {
     fn drop(&mut self) {
         drop(self.hears.take());
-        // It unmounts it and removes the directory; if it does not, it is killed, and the mount ends with its server.
+        // The server unmounts it and removes the directory. If it does not, it is killed, and the
+        // mount ends with it.
         self.owned.wait(Duration::from_secs(10));
     }
 }
