@@ -38,7 +38,7 @@ const BILLING: &str = "spiffe://example.org/billing";
 /// Two users without any privilege.
 const USERS: &str = "u billing 1001\nu shop 1002\n";
 
-/// How curl reaches the daemon.
+/// curl's arguments for the daemon's unix socket.
 const UNIX: &[&str] = &[
     "--unix-socket",
     "/run/awsvid/awsvid.sock",
@@ -54,7 +54,8 @@ fn shipped(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// A machine with awsvid installed as the README says, from the shipped files; nothing of it is started yet.
+/// Boots a machine with awsvid installed as the README describes, from the shipped files. No unit
+/// of awsvid is started yet.
 fn install(directory: &Path, more: &[(&str, Content<'_>)]) -> Option<SystemdMachine> {
     let sources = INSTALLED.map(|(_, source)| shipped(source));
     let mut files = vec![
@@ -75,7 +76,7 @@ fn install(directory: &Path, more: &[(&str, Content<'_>)]) -> Option<SystemdMach
 }
 
 fn start(machine: &SystemdMachine) {
-    // Succeeds when the daemon has said READY=1, for the unit is of Type=notify.
+    // Succeeds once the daemon has sent READY=1, since the unit is of Type=notify.
     machine
         .run(&[
             "systemctl",
@@ -87,7 +88,8 @@ fn start(machine: &SystemdMachine) {
         .success("enable and start awsvid");
 }
 
-/// Asks as a service of some user, and returns the status and the body. Panics if the connection is refused or reset.
+/// Sends a request as a service of some user, and returns the status and the body. Panics if the
+/// connection is refused or reset.
 fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u16, Value) {
     let fixed = [
         "curl",
@@ -109,7 +111,7 @@ fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u
     (status.parse().expect("a status"), body)
 }
 
-/// That awsvid answers, and has seen who asks: nobody that it knows.
+/// Asserts that awsvid answers and has attested the caller, which has no identity.
 fn assert_answered(machine: &SystemdMachine, address: &[&str]) {
     let (status, body) = ask(machine, "stranger.service", "shop", address);
     assert_eq!(
@@ -126,7 +128,8 @@ fn restarts(machine: &SystemdMachine) -> u32 {
         .expect("a number")
 }
 
-/// Step 1 of the README, word by word but for the build: it comes to what `install` above has, which all other tests start.
+/// Runs step 1 of the README, word by word except the build. The result equals that of `install`
+/// above, which all other tests start.
 #[test]
 fn what_the_readme_says_installs_it() {
     let directory = folder();
@@ -144,7 +147,7 @@ fn what_the_readme_says_installs_it() {
     let files = [
         ("/source/target/release/awsvid", Content::Copy(program)),
         ("/source/deploy", Content::Mount(&deploy)),
-        // The example is about one of them.
+        // The example has a rule for one of them.
         ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
     ];
     let Some(machine) = SystemdMachine::boot(directory.path(), &files) else {
@@ -200,7 +203,7 @@ fn the_units_are_clean_and_their_sandbox_holds() {
     ]);
     exposure.success("an exposure level of at most 3.0");
 
-    // tmpfiles.d has made it at boot.
+    // tmpfiles.d has created it at boot.
     let made = fs::metadata(machine.path("/run/awsvid")).unwrap();
     assert_eq!(
         (made.uid(), made.gid(), made.mode() & 0o7777),
@@ -226,8 +229,8 @@ fn the_units_are_clean_and_their_sandbox_holds() {
         line.unwrap_or_else(|| panic!("no {name} in {status}"))
             .trim()
     };
-    // CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH; CAP_PERFMON and CAP_BPF, which rules have no use for, are
-    // given up.
+    // CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH. The daemon drops CAP_PERFMON
+    // and CAP_BPF, which rules do not need.
     let three = 1_u64 << 10 | 1 << 19 | 1 << 2;
     let [three, five] = [three, three | 1 << 38 | 1 << 39].map(|set| format!("{set:016x}"));
     assert_eq!(
@@ -236,7 +239,7 @@ fn the_units_are_clean_and_their_sandbox_holds() {
     );
     assert_eq!([field("NoNewPrivs"), field("Seccomp")], ["1", "2"]);
     let mounts = fs::read_to_string(machine.path(&format!("{process}/mountinfo"))).unwrap();
-    // Of several mounts at one place the last is what is seen there.
+    // Of several mounts at one path the last one is visible.
     let is_writable = |path: &str| {
         let seen = statvfs(&machine.path(&format!("{process}/root{path}")));
         seen.is_ok_and(|found| !found.flags().contains(FsFlags::ST_RDONLY))
@@ -249,7 +252,8 @@ fn the_units_are_clean_and_their_sandbox_holds() {
                 .iter()
                 .any(|api| Path::new(path).starts_with(api))
         })
-        // Where systemd tells a unit, from version 254 on, that the machine is short of memory.
+        // In this file systemd, from version 254 on, notifies a unit that the machine is short of
+        // memory.
         .filter(|path| !path.ends_with("/awsvid.service/memory.pressure"))
         .filter(|path| is_writable(path))
         .collect();
@@ -274,7 +278,7 @@ fn callers_are_told_apart_by_their_unit_with_spire_beside() {
     let socket = spire.agent_socket();
     let agent = socket.parent().unwrap();
     symlink(socket.file_name().unwrap(), agent.join("spire-agent.sock")).unwrap();
-    // Where the example looks for it, and where SPIRE puts it by default.
+    // The path in the example, and SPIRE's default path.
     let more = [
         ("/run/spire/agent-sockets", Content::Mount(agent)),
         ("/tmp/spire-agent/public", Content::Mount(agent)),
@@ -284,7 +288,8 @@ fn callers_are_told_apart_by_their_unit_with_spire_beside() {
     };
     start(&machine);
 
-    // The example as it stands names an account at AWS, which can't be reached from here: one caller gets as far as that.
+    // The shipped example names an account at AWS, which can't be reached from here: one caller
+    // gets as far as that.
     for (_, address) in ADDRESSES {
         let (status, body) = ask(&machine, "billing.service", "billing", address);
         assert_eq!(
@@ -348,7 +353,7 @@ role_arn = "{}"
             (403, &Value::from("no_identity")),
             "{address:?}: {body}"
         );
-        // By its executable: over TCP the daemon has to look into a process of another user.
+        // By its executable: over TCP the daemon has to read a process of another user.
         let (status, body) = ask(&machine, "search.service", "shop", address);
         assert_eq!(status, 200, "{address:?}: {body}");
         keys.push(body["AccessKeyId"].clone());
@@ -366,7 +371,7 @@ role_arn = "{}"
         6,
         "{audit}"
     );
-    // Every listener, SPIRE and STS have answered.
+    // Every listener, SPIRE and STS have responded.
     let ready = ["curl", "--silent", "--fail", "http://127.0.0.1:975/readyz"];
     await_some("ready", PATIENCE, || {
         machine
@@ -377,7 +382,7 @@ role_arn = "{}"
     });
 }
 
-/// Attack 24: systemd makes the listener of a service as root, and holds it still when the service has it.
+/// T24: systemd creates a service's listener as root, and keeps it while the service has it.
 #[test]
 fn activated_service_is_not_root_on_the_socket_it_was_given() {
     let directory = folder();
@@ -393,7 +398,7 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
     let Some(machine) = install(directory.path(), &more) else {
         return;
     };
-    // Root has an identity, which is not handed out in this test: its agent is away.
+    // Root has an identity, which this test never serves: its agent is unavailable.
     let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/root\"\nuser = \"root\"\n\
                 [[role]]\nname = \"root\"\nspiffe_id = \"spiffe://example.org/root\"\n\
                 role_arn = \"arn:aws:iam::123456789012:role/root\"\n";
@@ -410,7 +415,8 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
     machine
         .run(&["systemctl", "start", "web.socket"])
         .success("start the socket");
-    // Whoever connects has the service started. It asks, and never answers the connection.
+    // A connection makes systemd start the service, which sends a request itself and never answers
+    // the connection.
     machine.run(&[
         "curl",
         "--silent",
@@ -433,7 +439,7 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
     };
     start(&machine);
 
-    // Restarts while callers ask: not one is turned away.
+    // Restarts while callers send requests: no connection is refused.
     let machine = &machine;
     thread::scope(|scope| {
         let askers = ADDRESSES.map(|(name, address)| {
@@ -452,7 +458,8 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
         }
     });
 
-    // Stopped, and nobody else can have the port: not a user, for it is below 1024, nor root, for systemd holds it.
+    // While the service is stopped, no other process can bind the port: no user, for it is below
+    // 1024, nor root, for systemd holds it.
     machine
         .run(&["systemctl", "stop", "awsvid.service"])
         .success("stop awsvid");
@@ -478,7 +485,7 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
     assert_answered(machine, TCP);
     assert_eq!(machine.property("awsvid.service", "ActiveState"), "active");
 
-    // Killed: it comes back by itself, and who asks meanwhile is answered.
+    // Killed: it restarts by itself, and requests meanwhile are answered.
     for (_, address) in ADDRESSES {
         let before = restarts(machine);
         machine
@@ -507,7 +514,8 @@ fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
         let askers = ADDRESSES.map(|(name, address)| {
             scope.spawn(move || ask(machine, &format!("waits-{name}.service"), "shop", address))
         });
-        // While the callers are there, more starts than systemd allows a service (5 in 10 s) and a socket (20 in 2 s).
+        // While the callers wait, there are more starts than systemd allows a service (5 in 10 s)
+        // and a socket (20 in 2 s).
         let before = restarts(machine);
         await_some("more restarts", PATIENCE, || {
             (restarts(machine) > before + 25).then_some(())
@@ -542,7 +550,8 @@ fn a_wrong_configuration_is_not_tried_again() {
         machine.run_as(unit, "shop", &[&["curl", "--silent"], address].concat())
     };
     thread::scope(|scope| {
-        // A connection that nobody takes makes systemd start the daemon: callers must not bring it into a loop.
+        // A connection that no process accepts makes systemd start the daemon. Callers must not
+        // cause a loop of starts.
         for (name, address) in ADDRESSES {
             let curl = &curl;
             let refused = move || {
@@ -572,7 +581,7 @@ fn a_wrong_configuration_is_not_tried_again() {
     );
     assert_eq!(machine.property("awsvid.socket", "ActiveState"), "inactive");
 
-    // `restart` of the service alone brings the sockets back too.
+    // `restart` of the service alone restores the sockets too.
     fs::write(machine.path(CONFIGURATION), good).unwrap();
     machine
         .run(&["systemctl", "restart", "awsvid.service"])
@@ -613,7 +622,7 @@ fn a_reload_reads_the_configuration_again() {
         "the journal tells what is wrong"
     );
     assert_answered(&machine, UNIX);
-    // In its sandbox it may open the audit file anew, and the rest takes effect.
+    // In its sandbox it can reopen the audit file, and the other changes take effect.
     let other = good
         .replace("[audit]", "[audit]\nfile = \"/var/log/awsvid/audit.log\"")
         .replace("\"billing\"\n", "\"shop\"\n");
@@ -630,7 +639,7 @@ fn a_reload_reads_the_configuration_again() {
         audit.lines().any(|line| line.contains("\"uid\":1002")),
         "{audit}"
     );
-    // Ends as ever.
+    // It ends as before.
     machine
         .run(&["systemctl", "stop", "awsvid.service"])
         .success("stop awsvid");
@@ -639,7 +648,7 @@ fn a_reload_reads_the_configuration_again() {
     assert_ne!(process, "0");
 }
 
-/// The commands in the first block of a document after these words.
+/// Returns the commands in the first block of a document after these words.
 fn commands(document: &str, after: &str) -> String {
     let (_, rest) = document
         .split_once(after)
@@ -655,8 +664,8 @@ fn commands(document: &str, after: &str) -> String {
         .collect()
 }
 
-/// The rollback as deploy/README.md has it, word by word, from a version that has a key more: this one's program with another
-/// name for a key is that version.
+/// Runs the rollback as deploy/README.md has it, word by word, from a version with one key more.
+/// That version is this program with another name for a key.
 #[test]
 fn the_documented_rollback_leaves_nobody_without_a_daemon() {
     const DOCUMENT: &str = include_str!("../../deploy/README.md");
@@ -688,7 +697,7 @@ fn the_documented_rollback_leaves_nobody_without_a_daemon() {
     };
     start(&machine);
     assert_known(ask(&machine, "billing.service", "billing", TCP));
-    // What CI says before such a file is anywhere.
+    // The result in CI, before such a file is on any machine.
     let check = commands(
         DOCUMENT,
         "with the\n  version that runs and with the one that you would go back to",
@@ -726,7 +735,7 @@ fn the_documented_rollback_leaves_nobody_without_a_daemon() {
     );
 }
 
-/// A configuration for rules, without an agent.
+/// Returns a configuration for rules, without an agent.
 fn with_rules(listen: &str, rules: &str) -> String {
     format!(
         "[listen]\n{listen}\n[sts]\nregion = \"eu-central-1\"\n{rules}\n\
@@ -738,7 +747,7 @@ fn rule(keys: &str) -> String {
     format!("[[workload]]\nspiffe_id = \"{BILLING}\"\n{keys}\n")
 }
 
-/// That awsvid has an identity for who asks, and no agent to have a token of.
+/// Asserts that awsvid has an identity for the caller, and no agent from which to fetch its token.
 fn assert_known((status, body): (u16, Value)) {
     assert_eq!(
         (status, &body["code"]),
@@ -754,7 +763,7 @@ fn a_socket_of_the_unit_that_the_configuration_does_not_name_is_refused_and_the_
     let Some(machine) = install(directory.path(), &[]) else {
         return;
     };
-    // What `awsvid check` recommends where callers over TCP can't be told apart.
+    // The advice of `awsvid check` where callers over TCP can't be distinguished.
     fs::write(
         machine.path(CONFIGURATION),
         with_rules("tcp = []", &rule("user = \"billing\"")),
@@ -815,7 +824,7 @@ fn callers_in_a_unit_with_many_cgroups_are_recognized() {
     )
     .unwrap();
     start(&machine);
-    // More than awsvid looks through where it has to search for a cgroup.
+    // More than awsvid reads when it has to search for a cgroup.
     let script = "cd /sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup); i=0; \
         while [ $i -lt 2000 ]; do mkdir g$i; i=$((i+1)); done; for last in g0 g400 g800 g1200 g1600 g1999; do echo 0 >$last/cgroup.procs; \
         curl --silent --max-time 50 --header 'Authorization: any' http://127.0.0.1:974/v1/credentials; echo; done";
@@ -909,7 +918,7 @@ fn what_a_stop_leaves_behind_is_the_token() {
     let left = fs::read_dir(machine.path("/run/awsvid"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name());
-    // Workloads that have read it go on with it.
+    // Workloads that have read it keep using it.
     assert_eq!(left.collect::<Vec<_>>(), ["token"]);
     start(&machine);
     assert_eq!(token(), before);

@@ -1,4 +1,5 @@
-//! `awsvid trust-policy` beside the real SPIRE: its issuer is that of the live token, and the AWS CLI takes its commands.
+//! `awsvid trust-policy` with the real SPIRE: its issuer is that of the live token, and the AWS CLI
+//! accepts its commands.
 
 #[path = "../../src/commands/trust_policy/tests/reading.rs"]
 mod reading;
@@ -80,7 +81,8 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     ] {
         assert!(script.contains(&words), "{words}: {script}");
     }
-    // The real CLI checks what it is given, and sends it: here to an account that has no provider, and takes everything.
+    // The real CLI checks its input and sends it: here to an account that has no provider and
+    // accepts everything.
     let (sender, requests) = channel();
     let iam = answering::start(move |_, body| {
         // The test may have ended.
@@ -162,7 +164,8 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     );
 }
 
-/// The live token of a workload, by what STS would look at in it; and those that differ from it by a little.
+/// Evaluates the policies as STS does, for the live token of a workload and for tokens that differ
+/// from it slightly.
 #[test]
 fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
     let folder = folder();
@@ -210,7 +213,7 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
         issuer.split_once("://").unwrap().1
     );
     let read = reading::same(outputs.each_ref().map(String::as_str), &provider);
-    // By which STS finds the provider, and what that lets in by itself.
+    // STS finds the provider by these, and the provider alone permits this.
     assert_eq!(
         read.provider,
         json!({ "Url": issuer, "ClientIDList": [audience], "ThumbprintList": null })
@@ -264,7 +267,8 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
             "/w/reader",
             "",
         ] {
-            // IAM's `*` is also nothing at all, which no SPIFFE ID has between two slashes or after the last.
+            // IAM's `*` also matches an empty text, which no SPIFFE ID has between two slashes or
+            // after the last.
             let is_no_id = other.ends_with("w/") && role != "exact";
             assert!(
                 is_no_id || !lets_in(role, &issuer, &audience, other),
@@ -272,7 +276,7 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
             );
         }
     }
-    // Which of the roles are for an identity that begins as the token's does.
+    // The roles that are for an identity which begins as the token's does.
     let table = [
         ("spiffe://example.org/w/reade", [false, true, true]),
         ("spiffe://example.org/w/readers", [false, true, true]),
@@ -286,8 +290,9 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
     }
 }
 
-/// AWS trusts what this machine trusts, more or less; the issuer's certificate is its own, and so made known or not.
-/// The thumbprint of an untrusted chain is written only with the option for it (attack 35).
+/// AWS trusts roughly what this machine trusts. The issuer's certificate is the test's own, so the
+/// test decides whether it is trusted. The command writes the thumbprint of an untrusted chain only
+/// with the option for it (T35).
 #[test]
 fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
     let folder = folder();
@@ -363,7 +368,7 @@ fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
     );
 }
 
-/// CloudFormation's own schemas of these resources, and its rules for what refers to what.
+/// CloudFormation's own schemas of these resources, and its rules for references between them.
 #[test]
 fn cloudformation_takes_the_template() {
     let Some(lint) = tool("cfn-lint") else { return };
@@ -398,7 +403,7 @@ fn cloudformation_takes_the_template() {
         run(command, b"", PATIENCE)
     };
     linted(&template).success("cfn-lint");
-    // It looks at it.
+    // The linter does detect faults.
     for (right, wrong) in [
         ("ClientIdList", "ClientIDList"),
         ("\"Ref\": \"Oidc", "\"Ref\": \"Other"),

@@ -1,4 +1,5 @@
-//! What the machine or the daemon's privileges lack, and what readiness, `/status`, `check` and `exec` make of it.
+//! Features that the machine or the daemon's privileges lack, and how readiness, `/status`, `check`
+//! and `exec` report them.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -14,7 +15,7 @@ use crate::harness::daemon::{Daemon, PROGRAM, text};
 use crate::harness::upstream::Upstream;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Starts a program where no cgroup v2 is mounted, and so no caller over TCP can be attested.
+/// Starts a program where no cgroup v2 is mounted, so that no caller over TCP can be attested.
 const WITHOUT_CGROUP_V2: [&str; 8] = [
     "unshare",
     "--mount",
@@ -26,7 +27,7 @@ const WITHOUT_CGROUP_V2: [&str; 8] = [
     "sh",
 ];
 
-/// By the user alone, since no cgroup is seen.
+/// Returns a configuration with a rule by user alone, since no cgroup is visible.
 fn configuration(upstream: &Upstream) -> String {
     let rule = format!(
         "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {}\n",
@@ -39,7 +40,7 @@ fn upstream() -> Upstream {
     Upstream::start(&[(getuid().as_raw(), "me")])
 }
 
-/// The program by these words, without an environment.
+/// Runs the program behind these words, without an environment.
 fn awsvid(words: &[&str], arguments: &[&str]) -> Output {
     let mut command = behind(words, Path::new(PROGRAM));
     command
@@ -171,7 +172,7 @@ fn daemon_that_cannot_serve_any_listener_is_not_ready() {
     );
 }
 
-/// STS answers without a role, so it is asked although the configuration names none.
+/// STS responds without a role, so the daemon probes it although the configuration names none.
 #[test]
 fn readiness_waits_for_the_sts_of_requested_roles() {
     let folder = folder();

@@ -1,5 +1,6 @@
-//! What becomes of a caller while the agent is being asked about its process. The agent is the test's own: it attests as
-//! SPIRE does, and is held before it looks at the process or after that. The table of attacks is in ../attacks/README.md.
+//! Changes of a caller while the daemon queries the agent about its process. The agent is the
+//! test's own: it attests as SPIRE does, and is held before or after it reads the process.
+//! ../attacks/README.md has the table of attacks.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,23 +28,24 @@ struct Stage {
     folder: tempfile::TempDir,
 }
 
-/// When something becomes of the caller.
+/// The time at which the caller changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Moment {
-    /// The agent is asked, and sees what has become of it.
+    /// The agent has the query, and reads the changed caller.
     Before,
-    /// The agent has seen the caller itself, and is about to answer.
+    /// The agent has read the original caller, and is about to reply.
     After,
-    /// The caller has been answered, and is known.
+    /// The caller has been answered and its identity is cached.
     Known,
 }
 
-/// What came of a scene.
+/// The outcomes of a scene.
 #[derive(Debug, PartialEq, Eq)]
 struct Played {
-    /// Of the request about which the agent was asked.
+    /// The outcome of the request that caused the query.
     made: Made,
-    /// Of a request of whoever is there then, and how many questions to the agent that took.
+    /// The outcome of the next request, by the process that exists then, and the number of queries
+    /// that it took.
     again: (Made, usize),
 }
 
@@ -58,7 +60,7 @@ impl Stage {
             ("group", 0o2755),
         ] {
             fs::copy(actor::program(), program(name)).unwrap();
-            // A change of owner takes these bits away.
+            // A change of owner clears these bits.
             chown(
                 program(name),
                 Some(0),
@@ -98,7 +100,7 @@ impl Stage {
         self.folder.path().join("first")
     }
 
-    /// An honest caller that nobody holds up.
+    /// Runs an honest caller whose query is not held.
     fn honest(&self, name: &str, listener: &str) -> Made {
         let address = self.daemon.listener(listener);
         let answer = actor::play_by(
@@ -112,8 +114,9 @@ impl Stage {
         Made::of(&answer, name, &self.daemon)
     }
 
-    /// Plays a scene; `meanwhile` goes on while the agent is about to answer. With `early`, whoever is there then asks before
-    /// that. `None` if it could not be played: somebody has taken the number that was to be used again.
+    /// Plays a scene; `meanwhile` runs while the agent is about to reply. With `early`, the process
+    /// that exists then sends its request before that. Returns `None` if the scene could not be
+    /// played, because another process has the number that was to be reused.
     fn play(
         &self,
         row: &Row,
@@ -132,7 +135,7 @@ impl Stage {
         let held = self.agent.hold(steps.caller());
         steps.step("ask");
         if !held.await_asked() {
-            // Whatever came of it; nothing has become of the caller.
+            // The outcome counts whatever it is: the caller has not changed.
             return Some(Played {
                 made: self.made(scene, &steps.step("alice answer")),
                 again: (Made::Silence, 0),
@@ -188,13 +191,14 @@ impl Stage {
     }
 }
 
-/// What the scene is about happens to the caller.
+/// Makes the change that the scene is about.
 fn becomes(steps: &mut Steps) -> Option<()> {
     (steps.step("change") == "changed").then_some(())
 }
 
 impl Played {
-    /// Whether somebody was answered as another, or where it is right to refuse, or by what was said of another.
+    /// Returns whether a caller was answered as another, or where a refusal is right, or by the
+    /// agent's reply about another.
     fn is_wrong(&self, right: &Self) -> bool {
         let is_other =
             |made: &Made, right: &Made| matches!(made, Made::Answered(_)) && made != right;
@@ -205,7 +209,7 @@ impl Played {
     }
 }
 
-/// What is right in a scene.
+/// The right outcomes of a scene.
 struct Row {
     scene: &'static str,
     moment: Moment,
@@ -213,12 +217,14 @@ struct Row {
 }
 
 impl Row {
-    /// Whether it is back at what it was once the agent has looked, and asks as that.
+    /// Returns whether the caller has its original state again after the agent has read it, and
+    /// sends requests in that state.
     fn is_back(&self) -> bool {
         self.scene.ends_with("-and-back")
     }
 
-    /// Whether another than the one who was asked about can ask while the answer is held.
+    /// Returns whether another process than the one in the query can send a request while the reply
+    /// is held.
     fn is_another(&self) -> bool {
         self.right.again.1 == 1 && self.moment != Moment::Known && !self.is_back()
     }
@@ -227,13 +233,15 @@ impl Row {
 fn expected(listener: &str) -> Vec<Row> {
     let first = &answered(&id("first"));
     let (gone, changed) = (&refused("caller_gone"), &refused("identity_changed"));
-    // It is attested again once it is back. Over TCP it does not have the socket any more by then.
+    // It is attested again in its original state. Over TCP it does not have the socket any more by
+    // then.
     let back = if listener == "unix" { first } else { gone };
-    // What is made of the request, and of the next one: whose it is, and whether the agent is asked about him.
+    // The outcomes of the request and of the next one: the identity, and whether the agent is
+    // queried about it.
     let scenes = [
         ("still", first, "first", 0),
         ("forked", first, "first", 0),
-        // Nobody is there to see an answer.
+        // No process is left to read a response.
         ("vanished", &Made::Silence, "first", 1),
         ("exited", gone, "first", 1),
         ("zombie", gone, "first", 1),
@@ -268,13 +276,13 @@ fn expected(listener: &str) -> Vec<Row> {
     rows.collect()
 }
 
-/// What the audit has of refusals of Alice's processes, by their reasons.
+/// Returns the reasons of the audited refusals of Alice's processes, with their numbers.
 fn refusals(daemon: &Daemon) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
     for record in
         daemon.audit_where(|_, line| line.contains("\"refused\"") && line.contains("61001"))
     {
-        // Of many within a second the last record stands for several.
+        // The last record stands for several of many within a second.
         let count = record["repeated"].as_u64().unwrap_or(1);
         *counts
             .entry(record["reason"].as_str().unwrap().to_owned())
@@ -315,9 +323,9 @@ fn an_answer_counts_only_for_the_process_that_asked() {
     );
 }
 
-/// Nobody's answer is another's, however often it is tried, and nobody else waits for a question that is held. As in the
-/// other scenes in random order, what is refused or not answered for another reason, as on a machine that is very busy, has to
-/// be rare.
+/// No caller gets another's credentials in many tries, and no other caller waits for a held query.
+/// As in the other scenes in random order, refusals for other reasons have to be rare. So have
+/// missing responses, as on a busy machine.
 #[test]
 fn many_scenes_in_random_order() {
     if !root() {
@@ -378,15 +386,15 @@ fn many_scenes_in_random_order() {
 
 #[derive(Debug, Default)]
 struct Count {
-    /// Scenes, of which
+    /// Scenes that were played.
     played: usize,
-    /// so many had another outcome than the right one, that hurts nobody.
+    /// Those with a harmless outcome other than the right one.
     otherwise: usize,
-    /// Callers that nothing becomes of, of whom
+    /// Callers that did not change.
     honest: usize,
-    /// so many were not answered.
+    /// Those of them without a response.
     unanswered: usize,
-    /// Answers that nobody should have been given.
+    /// Responses that no caller should have got.
     wrong: usize,
 }
 

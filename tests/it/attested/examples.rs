@@ -1,4 +1,4 @@
-//! The shipped configurations of the sources that attest callers themselves, as they stand.
+//! The shipped configurations, unchanged, of the sources that attest callers themselves.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,10 +15,11 @@ const BILLING: u32 = 51_002;
 const STRANGER: u32 = 51_003;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where the examples look for sockets, and what is there.
+/// A socket's path in the examples, and the real socket.
 type Place = (&'static str, PathBuf);
 
-/// Runs a program as on a machine of its own, with these sockets in their places and loopback addresses that nobody else has.
+/// Runs a program as on a machine of its own, with these sockets at their paths and a loopback
+/// device of its own.
 fn elsewhere(places: &[Place]) -> String {
     let mut script =
         String::from("mount -t tmpfs tmpfs /run; mkdir /run/awsvid; ip link set lo up");
@@ -99,8 +100,8 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
             serde_json::from_str(body).expect("JSON"),
         )
     };
-    // The example names an account at AWS, which can't be reached from here: one caller gets as far as that. Where a name
-    // server is asked for it, that may take longer than a request is held.
+    // The example names an account at AWS, which can't be reached from here: one caller gets as far
+    // as that. Where a name server is queried for it, that may take longer than a request is held.
     let told = || Some(ask(BILLING)).filter(|(_, body)| body["code"] != "pending");
     let (status, body) = daemon.await_some("what became of it", PATIENCE, told);
     assert_eq!(

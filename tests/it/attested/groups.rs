@@ -1,4 +1,5 @@
-//! The real agent sees supplementary groups (`unix:supplementary_gid`), and so they count: up to a number (attack 27).
+//! The real agent reads supplementary groups (`unix:supplementary_gid`), and so they count, up to a
+//! number (T27).
 
 use crate::harness::actor::{Acting, Counts};
 use crate::harness::counterparts::folder;

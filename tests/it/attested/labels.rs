@@ -1,5 +1,5 @@
-//! An agent that gives one identity several times, or a token under another's name, as one that puts the answers of two others
-//! together does: a token's own `sub` counts.
+//! An agent that returns one identity several times, or a token under another's name, like one that
+//! merges the responses of two others: a token's own `sub` counts.
 
 use crate::harness::actor::play;
 use crate::harness::agent::{Entry, FakeAgent};
@@ -12,7 +12,7 @@ use crate::harness::world::id;
 const ALICE: &str = "unix:uid:61001";
 const BOB: &str = "unix:uid:61002";
 
-/// What comes of a request of each over every listener.
+/// Returns the outcome of a request of each user over every listener.
 fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
     let folder = folder();
     let agent = FakeAgent::start(folder.path(), entries);
@@ -39,7 +39,7 @@ fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
         .to_vec()
 }
 
-/// Alice's credentials are in the cache, and are handed out without a look at a token.
+/// Alice's credentials are in the cache, and are served without a check of any token.
 #[test]
 fn nobody_is_who_is_named_beside_the_token_of_another() {
     if !root() {

@@ -1,4 +1,5 @@
-//! JWT-SVIDs that are good for seconds only, from the real SPIRE: they are used as long as STS takes them.
+//! JWT-SVIDs from the real SPIRE that are valid for seconds only: they are used as long as STS
+//! accepts them.
 
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ const LIVES: [&str; 2] = ["30", "20"];
 
 fn tokens_of_few_seconds_are_exchanged(source: Source) {
     let folder = folder();
-    // Of MinIO's sessions none is shorter than a quarter of an hour, so each life takes a role of its own.
+    // MinIO's shortest session is a quarter of an hour, so each life takes a role of its own.
     let setting = Setting {
         source,
         ..Setting::default()
@@ -30,7 +31,7 @@ fn tokens_of_few_seconds_are_exchanged(source: Source) {
             &[&format!("unix:uid:{owner}")],
             &["-jwtSVIDTTL", life],
         );
-        // It would go on to give the token that it has.
+        // The agent would otherwise keep returning the token that it has.
         world.spire.stop_agent();
         world.start_agent();
         let name = format!("life-{life}");
@@ -49,7 +50,7 @@ fn tokens_of_few_seconds_are_exchanged(source: Source) {
                     &format!("/{name}"),
                 )
             };
-            // An agent that has just started gives awsvid's own identity a moment later.
+            // An agent that has just started returns awsvid's own identity a moment later.
             await_some(
                 &format!("credentials over {listener} for {life} s"),
                 PATIENCE,

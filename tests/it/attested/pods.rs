@@ -1,5 +1,6 @@
-//! Pods, named to the real SPIRE agent by their UIDs. awsvid lives in a pid namespace of its own, and may neither look into
-//! other processes nor open cgroups by their ids, as in a DaemonSet without any of that.
+//! Pods, referenced at the real SPIRE agent by their UIDs. awsvid lives in a pid namespace of its
+//! own, and may neither read other processes nor open cgroups by their ids, as in a DaemonSet
+//! without any of that.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -76,7 +77,7 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
             kubelet.has(&uid(pod), name);
         }
     }
-    // The daemon's own pod, which is given nothing.
+    // The daemon's own pod, which gets no identity.
     let own = Cgroup::of_pod(243);
     kubelet.has(&uid(&own), "awsvid");
     let mut words = node.enter();
@@ -118,7 +119,8 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     }
     assert_eq!(ask("billing", &pods[1])["reason"], "other_pod");
 
-    // The kubelet does not know it yet when it asks, and is asked by the agent at most twice a second.
+    // The kubelet does not know the pod yet at its first request, and the agent queries it at most
+    // twice a second.
     let late = std::thread::scope(|scope| {
         let asking = scope.spawn(|| ask("late", &pods[2]));
         await_some(
@@ -136,7 +138,7 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     });
     is_own(&late, &pods[2], "late");
 
-    // The same by hand, from the daemon's place. Without a pod there is nobody to name.
+    // The same by `check`, from the daemon's namespaces. Without a pod there is no process to name.
     let check = |arguments: &[&str], status: i32| {
         let mut command = behind(&words, std::path::Path::new(PROGRAM));
         command
@@ -165,7 +167,8 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
         "{said}"
     );
 
-    // Whoever is known notices nothing of a pod that has no entry any more until it has been said twice.
+    // A cached pod is still served after its entry has been deleted, until the agent has denied it
+    // twice.
     kubelet.has_none();
     let gone = Instant::now();
     is_own(&ask("orders", &pods[1]), &pods[1], "orders");

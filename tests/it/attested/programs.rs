@@ -1,5 +1,5 @@
-//! What an agent tells by a process's executable, it tells of the caller itself: of two programs of one user, and of awsvid's
-//! own identity.
+//! An agent that selects by a process's executable selects by the caller's own: for two programs of
+//! one user, and for awsvid's own identity.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,14 +12,14 @@ use crate::harness::world::{AWSVID, Setting, Source, World, id};
 const USER: u32 = 51_001;
 const LISTENERS: [&str; 2] = ["unix", "tcp"];
 
-/// A copy of curl with a path, and an inode, of its own.
+/// Makes a copy of curl with a path, and an inode, of its own.
 fn curl(folder: &Path, name: &str) -> PathBuf {
     let path = folder.join(format!("curl-{name}"));
     fs::copy("/usr/bin/curl", &path).unwrap();
     path
 }
 
-/// The selectors of a user's program.
+/// Returns the selectors of a user's program.
 fn selectors(uid: u32, program: &Path) -> [String; 2] {
     [
         format!("unix:uid:{uid}"),
@@ -35,7 +35,8 @@ fn register(world: &mut World, spiffe_id: &str, uid: u32, program: &Path) {
     );
 }
 
-/// What the last request came to, by its audit record: the SPIFFE ID that it was answered for, or the reason.
+/// Returns the outcome of the last request by its audit record: the SPIFFE ID that it was answered
+/// for, or the reason.
 fn outcome(world: &World, uid: u32, program: &Path, listener: &str) -> (String, String) {
     let before = world.daemon.audit().len();
     let (_, body) = world.curl_by(program, uid, listener, "");
@@ -95,7 +96,7 @@ fn two_programs_of_one_user_are_two(source: Source) {
     }
 }
 
-/// Whoever SPIRE takes for awsvid itself gets nothing, whatever the roles say.
+/// A process with awsvid's own SPIFFE ID gets nothing, whatever the roles are.
 fn awsvids_own_identity_is_nobody_elses(source: Source) {
     let folder = folder();
     let setting = Setting {

@@ -1,7 +1,9 @@
-//! More new processes than the agent can attest: it is kept busy all the same, and who is too much is told so at once.
+//! More new processes than the agent can attest: the agent stays busy all the same, and the surplus
+//! gets a 503 at once.
 //!
-//! The agent has one processor, and everything else the others, whoever asks it: else this would compare how many processors
-//! are left for it. `tests/run` looks at the answers to a crowd; `tests/run slow` measures, with the daemon as it is released.
+//! The agent has one processor, and all other programs have the others, for every client of the
+//! agent. Otherwise the test would compare how many processors are left for the agent. `tests/run`
+//! checks the responses to a crowd. `tests/run slow` measures, with the release build.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -33,21 +35,21 @@ use crate::harness::is_slow;
 use crate::harness::world::{AWSVID, Setting, Source, World, id};
 
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Where rates are measured, other tests are behind the agent and awsvid.
+/// While rates are measured, other tests have a lower priority than the agent and awsvid.
 const BEFORE: [&str; 3] = ["nice", "-n", "-10"];
 const USERS: [(u32, &str); 2] = [(51_001, "one"), (51_002, "two")];
-/// Questions at one time, where the agent is asked without awsvid.
+/// The queries at one time of clients that bypass awsvid.
 const IN_FLIGHT: usize = 16;
-/// How often both are measured, one after the other: what else the machine does comes and goes ...
+/// The number of measurements of each, one after the other, since the machine's other load varies.
 const ROUNDS: u32 = 5;
-/// ... and for how long each time, of which the first quarter is left out.
+/// The length of each measurement. Its first quarter is left out.
 const ROUND: Duration = Duration::from_secs(4);
 
-/// Processors: for the agent, and for all others.
+/// The processors of the agent, and those of all others.
 struct Processors {
     agent: CpuSet,
     others: CpuSet,
-    /// The same as taskset(1) takes it.
+    /// The others as taskset(1) takes them.
     others_list: String,
 }
 
@@ -78,8 +80,8 @@ impl Processors {
         }
     }
 
-    /// Words behind which a command of root's runs in the cgroup of workloads, on the others' processors, behind awsvid: as if
-    /// it was on another machine's.
+    /// Returns words in front of a command of root that make it run in the cgroup of workloads, on
+    /// the others' processors, at a lower priority than awsvid, as if it was on another machine.
     fn behind<'a>(&'a self, world: &'a World) -> Vec<&'a str> {
         [
             &world.cgroup().enter()[..],
@@ -106,12 +108,12 @@ fn keep_on(process: Pid, processors: &CpuSet) {
             .unwrap()
             .parse()
             .unwrap();
-        // One that has ended meanwhile needs none.
+        // A thread that has ended meanwhile needs none.
         let _ = sched_setaffinity(Pid::from_raw(thread), processors);
     }
 }
 
-/// Processes that are there to be asked about.
+/// Idle processes that queries are about.
 struct Idle {
     _owned: Owned,
     pids: Vec<u32>,
@@ -137,7 +139,7 @@ impl Idle {
     }
 }
 
-/// The agent, asked without awsvid.
+/// A client of the agent that bypasses awsvid.
 struct Direct {
     runtime: Runtime,
     agent: Arc<dyn AttestingAgent>,
@@ -158,7 +160,7 @@ impl Direct {
             .enable_all()
             .build()
             .unwrap();
-        // This test's own process is one that may ask for others.
+        // This test's own process is a permitted client of the agent.
         let own = fs::read_link("/proc/self/exe").unwrap();
         world.spire.register(
             AWSVID,
@@ -180,7 +182,8 @@ impl Direct {
         Self { runtime, agent }
     }
 
-    /// How many processes that are new to it the agent attests in a second, once it is busy.
+    /// Returns how many processes that are new to it the agent attests in a second, once it is
+    /// busy.
     fn rate(&self, world: &World, processors: &Processors) -> f64 {
         let most = 2500 * usize::try_from(ROUND.as_secs()).unwrap();
         let idle = Idle::start(world, processors, USERS[0].0, most);
@@ -216,7 +219,7 @@ impl Direct {
     }
 }
 
-/// What new processes get that come at this rate, by `tests/actor/herd.rs`.
+/// Starts new processes at this rate, and returns their responses, by `tests/actor/herd.rs`.
 fn herd(world: &World, processors: &Processors, rate: f64, length: Duration) -> Value {
     let users = USERS.map(|(uid, _)| uid.to_string()).join(",");
     let mut command = behind(&processors.behind(world), &program());
@@ -232,7 +235,7 @@ fn herd(world: &World, processors: &Processors, rate: f64, length: Duration) -> 
     serde_json::from_str(&run(command, b"", PATIENCE).success("the herd")).unwrap()
 }
 
-/// Nobody gets anything but his own credentials, or is told to come back.
+/// Checks that each process got its own credentials or a 503.
 fn assert_right(world: &World, herd: &Value) {
     let answers = herd["answers"].as_object().unwrap();
     assert!(
@@ -268,7 +271,7 @@ fn assert_right(world: &World, herd: &Value) {
     }
 }
 
-/// Resident memory of the daemon in KiB, and its descriptors.
+/// Returns the daemon's resident memory in KiB, and the number of its descriptors.
 fn holds(world: &World) -> (u64, usize) {
     let pid = world.daemon.pid();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -294,7 +297,7 @@ fn start(folder: &Path, processors: &Processors, setting: &Setting<'_>) -> Optio
     Some(world)
 }
 
-/// Once the processes of a herd are gone, nothing is left of them.
+/// Checks that nothing is left of a herd's processes once they have ended.
 fn assert_nothing_left(world: &World, before: (u64, usize)) {
     let (kib, _) = holds(world);
     assert!(
@@ -302,7 +305,7 @@ fn assert_nothing_left(world: &World, before: (u64, usize)) {
         "{} KiB of memory, and {kib} after the herd",
         before.0
     );
-    // Of 128 processes the daemon has some open for the next request.
+    // Of 128 processes the daemon keeps some handles for the next request.
     let left = await_some(
         "the descriptors of those that are gone are closed",
         PATIENCE,
@@ -321,8 +324,8 @@ fn a_crowd_is_answered_or_told_to_come_back(source: Source) {
         return;
     };
     let before = holds(&world);
-    // This agent attests some tens in a second: at each question it reads the whole of a large awsvid. They are fewer than
-    // the connections of each user, so that nobody can be reset.
+    // This agent attests some tens in a second: at each query it reads the whole of a large awsvid.
+    // The processes are fewer than the connections of each user, so that no connection is reset.
     let herd = herd(&world, &processors, 400.0, Duration::from_secs(2));
     eprintln!("{}", herd["answers"]);
     assert_right(&world, &herd);
@@ -333,14 +336,15 @@ fn a_crowd_is_answered_or_told_to_come_back(source: Source) {
     assert_nothing_left(&world, before);
 }
 
-/// In the measured agent's own rate: how many are attested through awsvid where half as many more come.
+/// Returns how many are attested through awsvid when half as many more arrive, as a share of the
+/// measured agent's own rate.
 fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
     let (folder, processors) = (folder(), Processors::of_this_machine());
     let program = folder.path().join("awsvid");
     fs::copy(released(), &program).unwrap();
     if !without_hashes {
-        // Where the agent reads the program of whoever asks, it is no longer than this test's own; zeros at the end of a program
-        // are nothing.
+        // If the agent hashes its client's program, awsvid's is as long as this test's own: zeros
+        // at the end of a program have no effect.
         let own = fs::metadata("/proc/self/exe").unwrap().len();
         assert!(fs::metadata(&program).unwrap().len() <= own);
         File::options()

@@ -1,5 +1,5 @@
-//! What SPIRE said of a process is remembered: through an outage of the agent, but not past the end of an entry, and it costs
-//! the agent one question for each process.
+//! The daemon caches SPIRE's identity of a process: through an outage of the agent, but not past
+//! the deletion of an entry. It costs the agent one query for each process.
 
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
@@ -20,18 +20,18 @@ use crate::harness::world::{Setting, Source, World, id};
 const PATIENCE: Duration = Duration::from_secs(60);
 const READER: u32 = 51_001;
 const OTHER: u32 = 51_002;
-/// Asks once, and then no more for long.
+/// Sends one request, and then none for a long time.
 const QUIET: u32 = 51_003;
 const USERS: [(u32, &str); 3] = [(READER, "reader"), (OTHER, "other"), (QUIET, "quiet")];
 
-/// A process that asks on a new connection all the time, until the test has seen enough.
+/// A process that sends requests continuously, each on a new connection, until the test stops it.
 struct Asking {
     process: Process,
     name: String,
 }
 
 impl Asking {
-    /// Starts it as this user, over this listener; returns when it has got credentials.
+    /// Starts it as this user, over this listener, and returns when it has got credentials.
     fn start(world: &World, folder: &Path, uid: u32, listener: &str) -> Self {
         let address = world.daemon.listener(listener);
         let name = format!("{uid} over {listener}");
@@ -53,7 +53,7 @@ impl Asking {
         asking
     }
 
-    /// How many keys it has seen.
+    /// Returns the number of access key ids that it has got.
     fn keys(&self) -> usize {
         self.process
             .log()
@@ -62,7 +62,7 @@ impl Asking {
             .count()
     }
 
-    /// Waits until it has seen so many keys.
+    /// Waits until it has got this number of access key ids.
     fn await_keys(&self, count: usize) {
         let what = format!("{count} keys of {}", self.name);
         self.process
@@ -71,7 +71,7 @@ impl Asking {
             });
     }
 
-    /// How many answers it has got, all of which were credentials.
+    /// Returns the number of responses, all of which had credentials.
     fn answers(mut self) -> u64 {
         self.process.signal(Signal::SIGTERM);
         self.process.owned().wait(PATIENCE).expect("it ends");
@@ -84,7 +84,7 @@ impl Asking {
     }
 }
 
-/// A process that asks when the test says so.
+/// Starts a process that sends a request when the test wants it.
 fn connector(world: &World, uid: u32) -> Connector {
     Connector::start(
         uid,
@@ -98,7 +98,7 @@ fn ask_by(connector: &Connector) -> (u16, Value) {
     ask(UnixStream::from(connector.connect()))
 }
 
-/// A process that is new is told to come back.
+/// Checks that a new process gets a 503 with `Retry-After`.
 fn assert_told_to_come_back(world: &World, uid: u32) {
     let (head, body) = world.curl(uid);
     assert!(
@@ -111,7 +111,8 @@ fn assert_told_to_come_back(world: &World, uid: u32) {
 
 fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
     let slow = is_slow();
-    // Everybody is asked about again every 30 s. In ten minutes a session of a quarter of an hour is due for a new one, too.
+    // Each cached process is revalidated every 30 s. In ten minutes a session of a quarter of an
+    // hour is also due for a refresh.
     let away = Duration::from_secs(if slow { 600 } else { 38 });
     let folder = folder();
     let setting = Setting {
@@ -134,7 +135,8 @@ fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
 
     world.spire.stop_agent();
     let began = Instant::now();
-    // Of an identity that is warm, but nobody can say that it is this process's.
+    // A process of an identity that is warm, but only the agent could confirm that it is this
+    // process's.
     assert_told_to_come_back(&world, READER);
     thread::sleep(away.saturating_sub(began.elapsed()));
     assert_told_to_come_back(&world, OTHER);
@@ -213,9 +215,10 @@ fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
         "an entry that was deleted had an effect after {took:?} for a process that asked each second"
     );
     assert_eq!(refused["code"], "no_identity");
-    // By default the server and the agent take up to 10 s more to notice the deletion, each a half.
+    // By default the server and the agent take up to 10 s more to notice the deletion, half of that
+    // each.
     assert!(took < Duration::from_secs(50), "{took:?}");
-    // The other one has not asked since, and never hears of credentials again.
+    // The other one has sent no request since, and never gets credentials again.
     thread::sleep(Duration::from_secs(60).saturating_sub(began.elapsed()));
     assert_eq!(ask_by(&quiet).1["code"], "no_identity");
     let (head, _) = world.curl(READER);
@@ -223,7 +226,7 @@ fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
         head.starts_with("HTTP/1.1 200"),
         "a neighbour notices nothing: {head}"
     );
-    // It is registered again, and may have to be asked for once more.
+    // It is registered again, and may need one more request.
     world.register(&id("other"), &[&format!("unix:uid:{OTHER}")], &[]);
     await_some("it is answered again", PATIENCE, || {
         (ask_by(&busy).0 == 200).then_some(())
@@ -257,7 +260,7 @@ fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
     }
     let issued = world.daemon.status(&id("reader"));
     let key = issued["access_key_id"].as_str().unwrap();
-    // By the agent's own log. As a broker it does not say which process it has attested.
+    // By the agent's own log. As a broker it does not log which process it has attested.
     let attested = || world.spire.attested(&format!("uid:{READER}"));
     let asked = || match source {
         Source::Broker => world.spire.jwt_svids_fetched(&id("reader")),
@@ -285,7 +288,7 @@ fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
             1
         );
     }
-    // The agent attests whoever asks for others, too: here for that one question, and where awsvid asks about itself.
+    // The agent also attests its clients: here for that one query, and for awsvid's own identity.
     let own = world.spire.attested("uid:0").len() - own;
     assert!(own <= 3, "{own} questions of awsvid's");
     drop(trace);

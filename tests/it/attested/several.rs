@@ -1,4 +1,5 @@
-//! A process with several identities: which of them a role takes, by the real agent's own answers.
+//! A process with several identities, and the one that a role takes, by the real agent's own
+//! replies.
 
 use serde_json::Value;
 
@@ -8,7 +9,7 @@ use crate::harness::world::{Setting, Source, World, id};
 const TWO: u32 = 51_001;
 const ADMIN: u32 = 51_003;
 
-/// The SPIFFE ID that a user is given credentials for by a role, or the code of the refusal.
+/// Returns the SPIFFE ID for which a user gets credentials by a role, or the code of the refusal.
 fn by_role(world: &World, uid: u32, role: &str) -> String {
     let before = world.daemon.audit().len();
     let (_, body) = world.curl_by("/usr/bin/curl".as_ref(), uid, "unix", role);
@@ -26,7 +27,7 @@ fn by_role(world: &World, uid: u32, role: &str) -> String {
     given.or(body["code"].as_str()).unwrap().to_owned()
 }
 
-/// Roles beside `shop`, which comes first and is for all of `w/*`.
+/// Adds roles after `shop`, which is first and is for all of `w/*`.
 fn add_roles(world: &World, roles: &[(&str, &str)]) {
     let roles = roles.iter().map(|(name, ids)| {
         format!(
@@ -69,7 +70,8 @@ fn one_is_chosen_by_role_or_hint_and_never_by_its_place(source: Source) {
         ("/exact-first", &*id("first")),
         ("/exact-third", &*id("third")),
         ("/second-by-hint", &*id("second")),
-        // A role for all three, without a hint: for none of them, also where no role is asked for by name.
+        // A role for all three, without a hint: it takes none of them, also where the request names
+        // no role.
         ("/shop", "several_identities"),
         ("", "several_identities"),
         ("/of-others", "not_this_role"),
@@ -100,7 +102,8 @@ fn an_admin_entry_is_used_only_if_a_role_names_it(source: Source) {
         &world,
         &[("named", admin), ("all", "spiffe://example.org/**")],
     );
-    // Which agent gives such identities away differs; without a role of their own nobody gets anything by them.
+    // The agents differ in which such identities they return. Without a role of their own these
+    // give no process anything.
     let leaks = source == Source::Broker;
     assert_eq!(
         by_role(&world, ADMIN, ""),
@@ -130,7 +133,8 @@ fn an_admin_entry_is_used_only_if_a_role_names_it(source: Source) {
     );
 }
 
-/// Of several registrations for one SPIFFE ID the agent gives one token each, with the hint of that.
+/// For several registrations of one SPIFFE ID the agent returns one token each, with the hint of
+/// that registration.
 fn an_identity_of_several_registrations_is_one(source: Source) {
     let folder = folder();
     let setting = Setting {
@@ -140,7 +144,7 @@ fn an_identity_of_several_registrations_is_one(source: Source) {
     let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
-    // By rules all are awsvid's own.
+    // With rules all are awsvid's own.
     let (uid, owner) = if source == Source::Rules {
         (51_002, 0)
     } else {

@@ -1,5 +1,5 @@
-//! Attack 28 against the real agent, which hashes the program of whoever it attests: a user's program of 200 GB keeps it busy
-//! for minutes. The table of attacks is in ../attacks/README.md.
+//! T28 against the real agent, which hashes the program of each process that it attests: a user's
+//! program of 200 GB keeps it busy for minutes. ../attacks/README.md has the table of attacks.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -18,17 +18,18 @@ use crate::harness::world::{Setting, Source, World, id};
 const VICTIM: u32 = 51_001;
 const NEIGHBOUR: u32 = 51_002;
 const ATTACKER: u32 = 51_003;
-/// More than four questions of 35 s in a minute.
+/// More than four queries of 35 s in a minute.
 const PROCESSES: usize = 12;
 const PROGRAM: u64 = 200 << 30;
-/// Two questions, half a minute and ten seconds after what was said before, and what the agent needs beside hashing.
+/// Two queries, half a minute and ten seconds after the previous reply, and the agent's time apart
+/// from hashing.
 const USUAL: Duration = Duration::from_secs(90);
 
 fn asked(connector: &Connector) -> (u16, Value) {
     ask(UnixStream::from(connector.connect()))
 }
 
-/// How long it is answered still.
+/// Returns how long the process is still answered.
 fn lasts(connector: &Connector, since: Instant, most: Duration) -> (Duration, Value) {
     loop {
         let (status, body) = asked(connector);
@@ -65,7 +66,7 @@ fn slow_processes_hide_no_deleted_entry(source: Source) {
     };
     let large = folder.path().join("large");
     fs::copy(program(), &large).unwrap();
-    // A hole at its end takes no room, and is as good as zeros to whoever hashes it.
+    // A hole at its end takes no space, and is hashed like zeros.
     File::options()
         .write(true)
         .open(&large)
@@ -84,7 +85,7 @@ fn slow_processes_hide_no_deleted_entry(source: Source) {
     world.spire.stop_agent();
     world.spire.setting.without_hashes = false;
     world.start_agent();
-    // Until the first of them are asked about again.
+    // Until the first of them are revalidated.
     thread::sleep(Duration::from_secs(35));
     let deleted = Instant::now();
     world.unregister(&id("victim"));
@@ -94,7 +95,7 @@ fn slow_processes_hide_no_deleted_entry(source: Source) {
     assert_eq!(refusal["code"], "no_identity");
     assert!(lasted < USUAL, "{lasted:?}");
     assert_eq!(asked(&neighbour).0, 200);
-    // Nor does it keep his own for ever: 10 minutes of the agent's time.
+    // Nor do they keep their own for ever: 10 minutes of the agent's time.
     for attacker in &attackers {
         let (lasted, refusal) = lasts(attacker, deleted, Duration::from_secs(1200));
         eprintln!("a slow process kept its own for {lasted:?}: {refusal}");

@@ -1,5 +1,5 @@
-//! Attacks 2 and 3 against the real SPIRE agent: it falls for them when it is asked about the process, and awsvid does not.
-//! The table of attacks is in ../attacks/README.md.
+//! T2 and T3 against the real SPIRE agent: they succeed against the agent if it is queried about
+//! the process, and fail against awsvid. ../attacks/README.md has the table of attacks.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -22,11 +22,11 @@ use crate::harness::sts::{AUDIENCE, OneRoleSts};
 use crate::harness::world::{AWSVID, awsvid_selectors, id};
 
 const ALICE: u32 = 61001;
-/// This test's own SPIFFE ID, by which it may ask the agent, too.
+/// This test's own SPIFFE ID, by which it may query the agent, too.
 const TEST: &str = "spiffe://example.org/test";
 const LISTENERS: [&str; 2] = ["unix", "tcp"];
 
-/// SPIRE with a delegate besides awsvid: the test itself.
+/// SPIRE with a second delegate in addition to awsvid: the test itself.
 struct Agents {
     spire: Spire,
     asking: SpireDelegated,
@@ -60,7 +60,7 @@ impl Agents {
         })
     }
 
-    /// Whom the agent itself takes this process for.
+    /// Returns the SPIFFE IDs that the agent itself gives this process.
     fn ids(&self, pid: i32) -> Vec<String> {
         let svids = self
             .runtime
@@ -69,7 +69,7 @@ impl Agents {
         svids.into_iter().map(|svid| svid.spiffe_id).collect()
     }
 
-    /// How often somebody has asked it about another process.
+    /// Returns the number of queries that other clients made about a process.
     fn asked(&self) -> usize {
         self.spire
             .agent_log()
@@ -90,7 +90,7 @@ fn daemon(folder: &Path, admin_socket: &Path, sts: &OneRoleSts) -> Daemon {
     Daemon::start(folder, "", &configuration).ready()
 }
 
-/// A copy of the actor in the folder, whose path is an entry's.
+/// Makes a copy of the actor in the folder, whose path is in an entry.
 fn copy(folder: &Path, name: &str, mode: u32) -> PathBuf {
     let program = folder.join(name);
     fs::copy(actor::program(), &program).unwrap();
@@ -98,7 +98,7 @@ fn copy(folder: &Path, name: &str, mode: u32) -> PathBuf {
     program
 }
 
-/// A cgroup that is handed over to a user, as systemd does it for `user@.service`.
+/// Delegates a cgroup to a user, as systemd does for `user@.service`.
 fn delegate(cgroup: &Cgroup, uid: u32) {
     for name in [
         "",
@@ -114,7 +114,7 @@ fn random_id() -> String {
     (0..64).map(|_| fastrand::char('0'..='9')).collect()
 }
 
-/// Attack 2. The victim is a container that SPIRE knows by a label.
+/// T2: the victim is a container that SPIRE knows by a label.
 #[test]
 fn a_container_is_not_who_has_given_its_cgroup_that_name() {
     if !root() {
@@ -129,14 +129,14 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
     agents
         .spire
         .register(&id("victim"), &["docker:label:app:victim"]);
-    // There is no role for this one, so it leaves a choice to nobody.
+    // There is no role for this one, so it leaves no choice.
     let own = "spiffe://example.org/alice".to_owned();
     agents.spire.register(&own, &["unix:uid:61001"]);
     let sts = OneRoleSts::start(&agents.spire.issuer_url());
     let daemon = daemon(folder.path(), &agents.spire.admin_socket(), &sts);
     let docker = Cgroup::new("docker");
     let (container, attacker) = (docker.below(&victim), docker.below(&random_id()));
-    // What root in a container may make below its own cgroup, if that can be written to.
+    // Root in a container may create this below its own cgroup, if that is writable.
     let inner = attacker.path().join("docker").join(&victim);
     fs::create_dir_all(&inner).unwrap();
     let user = Cgroup::new("user@61001.service");
@@ -146,7 +146,7 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
     let other = id("victim");
     for listener in LISTENERS {
         for (start, then, taken_for, right) in [
-            // A container is asked about, and answered with its own.
+            // The query is about a container, and gets that container's identity.
             (container.path(), None, vec![&own, &other], None),
             (
                 user.path(),
@@ -160,7 +160,8 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
                 vec![&own, &other],
                 Some("delegated_cgroup"),
             ),
-            // There and back is seen nowhere, so nobody is asked about who lives in a user's own cgroups.
+            // No event shows a move there and back, so there is no query about a process in a
+            // user's own cgroups.
             (user.path(), None, vec![&own], Some("delegated_cgroup")),
             (
                 inner.as_path(),
@@ -205,7 +206,8 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
     }
 }
 
-/// Attack 3. The daemon's question to the agent waits at a gate until the caller has become something else.
+/// T3: the daemon's query to the agent waits at a proxy until the caller has executed another
+/// program.
 #[test]
 fn a_setuid_program_is_not_who_has_executed_it() {
     if !root() {
@@ -238,7 +240,7 @@ fn a_setuid_program_is_not_who_has_executed_it() {
     let cgroup = Cgroup::new("setuid");
 
     for listener in LISTENERS {
-        // The agent's socket is another one, so the next question comes over a new connection.
+        // The agent's socket is replaced, so the next query uses a new connection.
         let gate = new_gate();
         let mut steps = Steps::start(
             &first,
@@ -260,7 +262,7 @@ fn a_setuid_program_is_not_who_has_executed_it() {
             "over {listener}"
         );
         assert_eq!(sts.exchanged(), exchanged, "root's token was exchanged");
-        // Asked about for itself it is root, and nothing was kept of the question before.
+        // In a query about itself it is root, and nothing was kept of the previous query.
         assert_eq!(
             Made::of(&steps.step("again"), "setuid", &daemon),
             answered(&id("root")),

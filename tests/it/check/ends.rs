@@ -1,11 +1,11 @@
-//! How it ends and what it looks like: what could not be looked at, what hangs, terminals.
+//! Ends and outputs of `check`: steps that could not be checked, servers that hang, terminals.
 
 use std::net::TcpListener;
 
 use super::*;
 use crate::harness::terminal::on_a_terminal_until;
 
-/// Listens, and takes no notice of whoever connects.
+/// Listens, and ignores each connection.
 fn deaf() -> (TcpListener, String) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -57,7 +57,7 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
         panic!("{report:#}")
     };
     assert!(unchecked.contains("allow_requested_roles"), "{report:#}");
-    // For people the same.
+    // The report for people shows the same.
     let mut command = Command::new(PROGRAM);
     command
         .env_clear()
@@ -89,7 +89,7 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
     assert_eq!(findings(&report, "unchecked").len(), 1, "{report:#}");
 }
 
-/// An agent that takes connections and says nothing.
+/// An agent that accepts connections and never replies.
 #[test]
 fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
     let folder = folder();
@@ -111,7 +111,7 @@ fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
         "{report:#}"
     );
 
-    // Where it attests callers it is asked for more, and about itself first.
+    // An agent that attests callers gets more queries, the first one about check itself.
     let attested = text.split("[[workload]]").next().unwrap().to_owned()
         + &text[text.find("[[role]]").unwrap()..];
     let other = folder.path().join("other.sock");
@@ -176,7 +176,7 @@ fn an_issuer_that_hangs_is_waited_for_until_a_deadline() {
     );
 }
 
-/// On one that is no typewriter, what is waited for is a line that the next one takes the place of.
+/// On a terminal that can move its cursor, the line of a pending step is replaced by the next one.
 #[test]
 fn colours_are_for_terminals_and_who_wants_them() {
     let folder = folder();

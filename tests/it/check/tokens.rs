@@ -1,4 +1,4 @@
-//! Tokens that no SPIRE of today issues, and networks that no test machine has.
+//! Tokens that no current SPIRE issues, and networks that no test machine has.
 
 use std::sync::mpsc::channel;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,7 +10,7 @@ const HEADER: &str = r#"{"alg":"ES256","kid":"k1"}"#;
 const CLAIMS: &str =
     r#"{"iss":"http://127.0.0.1:1","sub":"{sub}","aud":"shop","iat":{now},"exp":{end}}"#;
 
-/// For STS of one's own.
+/// Returns a configuration for an STS other than AWS's.
 fn text(tokens: &Tokens) -> String {
     configuration(tokens.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
 }
@@ -31,7 +31,7 @@ fn noted(report: &Value, step: &str, saw: &str) -> bool {
         })
 }
 
-/// Those that awsvid itself takes to nobody.
+/// awsvid itself exchanges none of those.
 #[test]
 fn tokens_that_sts_would_refuse() {
     let folder = folder();
@@ -110,7 +110,7 @@ fn tokens_that_are_good_for_a_short_time() {
             &text(&Tokens::start(folder.path(), HEADER, &claims)),
         )
     };
-    // They are used as long as they are good.
+    // They are used as long as they are valid.
     let short = lasting(now, now + 60).1;
     assert!(
         noted(&short, "identity", "are good for only 60 s from the start"),
@@ -148,7 +148,7 @@ fn a_subject_that_may_be_too_long() {
     assert!(!with(255).to_string().contains("255 characters"));
 }
 
-/// AWS's STS and an issuer on the internet, where only a proxy leads to them: here it leads nowhere.
+/// AWS's STS and an issuer on the internet, which only a proxy can reach: here it reaches nothing.
 #[test]
 fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
     let folder = folder();
@@ -173,7 +173,7 @@ fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
         &text,
         &[],
     );
-    // No more can be seen of an account; of the token this much.
+    // An account shows no more than this, and this much of the token.
     assert_failed(&found, "token", "PS256, which AWS does not take", "RS256");
     let refused = "does not let through to oidc.example.org:443: HTTP/1.1 403";
     assert_failed(&found, "discovery", refused, "--resolve or --url");
@@ -209,7 +209,7 @@ fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
     assert!(!report.to_string().contains("the proxy 127"), "{report:#}");
 }
 
-/// Of AWS's five seconds each document takes more than half.
+/// Each document takes more than half of AWS's five seconds.
 #[test]
 fn an_issuer_that_is_too_slow() {
     let folder = folder();

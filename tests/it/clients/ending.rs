@@ -1,4 +1,5 @@
-//! A session of which less and less is left, with an STS that does not renew it. Only in `tests/run slow`, which has the time.
+//! A session that nears its end, with an STS that does not renew it. Only in `tests/run slow`,
+//! which has the time.
 
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -11,10 +12,10 @@ use crate::harness::counterparts::folder;
 use crate::harness::delay::Delay;
 use crate::harness::is_slow;
 
-/// What is left of the session, in minutes, when the clients read. The first is when it is new.
+/// The remaining minutes of the session at each read of the clients. At the first it is new.
 const LEFT: [u64; 4] = [25, 14, 9, 4];
 const READS: u32 = 9;
-/// Others ask once. Who asks again does so at each call, or every few seconds, as Java's v2.
+/// Most clients send one request. Some repeat it at each call, or every few seconds, as Java's v2.
 const AGAIN: usize = 2;
 /// Most of the time they wait for their next read.
 const AT_ONCE: usize = 4;
@@ -60,7 +61,7 @@ fn who_asks_at_each_call_when_a_session_is_about_to_end() {
     };
     let began = SystemTime::now();
     let mut all = vec![asked(LEFT[0])];
-    // Nothing is renewed from here on.
+    // No refresh succeeds from here on.
     drop(way);
     for left in &LEFT[1..] {
         // The clients' starts take their time; a minute is left for them in each direction.

@@ -1,4 +1,5 @@
-//! A session of an hour, to its end and on: all clients side by side, each with one client object. Only in `tests/run slow`.
+//! A session of an hour, to its end and on: all clients side by side, each with one client object.
+//! Only in `tests/run slow`.
 
 use std::time::Duration;
 
@@ -13,13 +14,14 @@ use crate::harness::is_slow;
 
 /// Between the reads of a program.
 const PAUSE: Duration = Duration::from_secs(20);
-/// Between the runs of a command, which has nothing that could get old.
+/// Between the runs of a command, which keeps no credentials.
 const BETWEEN_RUNS: Duration = Duration::from_secs(60);
 const LENGTH: Duration = Duration::from_secs(65 * 60);
-/// What asks no more often than this in that time does so when its credentials get old, and not by a schedule of its own.
+/// A client with at most this many requests in that time refreshes because its credentials get old,
+/// and not by a schedule of its own.
 const FEW: u64 = 5;
 
-/// With less left some SDKs ask at each call.
+/// With less left some SDKs fetch credentials at each call.
 const EARLIEST: Duration = Duration::from_secs(15 * 60);
 
 #[test]
@@ -61,7 +63,7 @@ fn nobody_notices_that_sessions_end() {
         }
         (failed, requests)
     });
-    // Whatever has less asks at each call, if it is one of those that ask early.
+    // An SDK that refreshes early fetches them at each call with less than this.
     let least = stage
         .members()
         .into_iter()
@@ -106,7 +108,7 @@ fn nobody_notices_that_sessions_end() {
     table::settle(&cells.collect::<Vec<_>>());
 }
 
-/// What was left of the credentials of an audit record.
+/// Returns the remaining life of the credentials of an audit record.
 fn left(record: &Value) -> Duration {
     let [time, expiration] = ["time", "expiration"].map(|field| {
         let text = record[field]

@@ -1,4 +1,5 @@
-//! Each client by each way to the daemon, cold, and refused. Only in `tests/run slow`.
+//! Each client with each way to configure the endpoint, cold, and refused. Only in `tests/run
+//! slow`.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -31,7 +32,7 @@ fn the_whole_matrix() {
     table::settle(&cells);
 }
 
-/// A cell for each client, made of what it has seen.
+/// Makes a cell for each client from its results.
 fn cells<T>(stage: &Stage, column: Column, seen: Vec<T>, text: impl Fn(T) -> String) -> Vec<Cell> {
     stage
         .members()
@@ -41,7 +42,8 @@ fn cells<T>(stage: &Stage, column: Column, seen: Vec<T>, text: impl Fn(T) -> Str
         .collect()
 }
 
-/// With a token that has to be right, from its file alone; over IPv6, by name, and for a role by its name.
+/// With a token that has to be right, from its file alone; over IPv6, by name, and for a role by
+/// its name.
 fn ways(stage: &Stage) -> Vec<Cell> {
     let serving = stage.daemon(
         "ways",
@@ -109,10 +111,11 @@ fn ways(stage: &Stage) -> Vec<Cell> {
 /// Together, half of it each. The daemon holds a request for 4.5 s.
 const UPSTREAM_TAKES: [f64; 3] = [0.3, 1.5, 4.0];
 
-/// On a busy machine a client may be late by itself. Who is too slow every time is too slow.
+/// On a busy machine a client may be late by itself. A client that is late in every try is too
+/// slow.
 const TRIES: u32 = 3;
 
-/// The first read of all, with nothing cached; then a second one.
+/// Measures the first read of all, with nothing cached, and then a second one.
 fn cold(stage: &Stage) -> Vec<Cell> {
     let waited = stage.members().into_iter().map(|member| (member.uid, 0.0));
     let mut waited: BTreeMap<u32, f64> = waited.collect();
@@ -140,7 +143,7 @@ fn cold(stage: &Stage) -> Vec<Cell> {
     )
 }
 
-/// Whether the first read of each of these came to its object.
+/// Returns whether the first read of each of these got its object.
 fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> Vec<bool> {
     let (each, name) = (
         Duration::from_secs_f64(seconds / 2.0),
@@ -166,7 +169,7 @@ fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> 
     let fetched = |member: &&Member| stage.spire.jwt_svids_fetched(&member.spiffe_id());
     let before: (usize, Vec<usize>) = (exchanged(), members.iter().map(fetched).collect());
     let reads = for_each(members, AT_ONCE, |_, member| {
-        // Its next try comes when what the first one started has come to its end.
+        // Its next try begins when the exchange that the first one started has ended.
         let pause = Duration::from_secs_f64(seconds.ceil());
         let reading = Reading {
             times: 2,
@@ -203,8 +206,8 @@ fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> 
 /// Most of the time they wait for their next try.
 const WAITING_AT_ONCE: usize = 6;
 
-/// From so many tries on their number is no part of what is compared: who has tries within tries, or an end in time, does not
-/// come to the same number each time.
+/// From this number of tries on, the number is not compared: a client with tries within tries, or
+/// with a deadline, does not reach the same number each time.
 const MANY: u64 = 7;
 
 /// Users without an identity: a 403.
@@ -224,7 +227,7 @@ fn refused(stage: &Stage) -> Vec<Cell> {
     cells(stage, Column::Refused, seen, |text| text)
 }
 
-/// While STS is away: a 503.
+/// While STS is unavailable: a 503.
 fn unavailable(stage: &Stage) -> Vec<Cell> {
     let (way, address) = Delay::tcp(stage.sts(), Duration::ZERO);
     let setting = Setting {
@@ -245,7 +248,8 @@ fn unavailable(stage: &Stage) -> Vec<Cell> {
     cells(stage, Column::Unavailable, seen, |text| text)
 }
 
-/// Whether the client shows what the daemon has said, and how often and how long it has asked.
+/// Returns whether the client shows the daemon's message, with the number of its requests and the
+/// time that they took.
 fn told(
     stage: &Stage,
     member: &Member,

@@ -1,4 +1,5 @@
-//! Profiles that come before the container endpoint, and those that lead to it, with the real AWS CLI and boto3.
+//! Profiles that precede the container endpoint, and those that lead to it, with the real AWS CLI
+//! and boto3.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,7 +24,7 @@ const ROLE: &str = "<AssumeRoleResponse xmlns=\"https://sts.amazonaws.com/doc/20
     <AccessKeyId>ASIAASSUMED</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken>\
     <Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>";
 
-/// An STS that believes everybody, and notes who has signed what.
+/// An STS that accepts every signature, and records the key of each request.
 struct Credulous {
     address: SocketAddr,
     /// The action, the access key id and the region of each request.
@@ -102,7 +103,7 @@ fn answer(stream: TcpStream, noted: &Mutex<Vec<(String, String, String)>>) {
 /// A config file, a credentials file, and variables.
 type Setup<'a> = (String, &'a str, &'a [(&'a str, &'a str)]);
 
-/// The clients, each as a command that asks the STS who it is.
+/// Returns the clients, each as a command that calls the STS for its own identity.
 fn clients(sts: &str) -> Option<Vec<(&'static str, Vec<String>)>> {
     // Not the link: Python knows its libraries by the path that it was started with.
     let python = fs::read_link(tool("client-boto3")?).unwrap();
@@ -137,7 +138,8 @@ impl Stage {
         fs::write(self.folder.path().join(".aws/credentials"), credentials).unwrap();
     }
 
-    /// What the client has asked the STS for, behind `awsvid exec` and with these variables; and what exec has said.
+    /// Runs the client behind `awsvid exec` with these variables. Returns its requests to the STS,
+    /// and the output of exec.
     fn requests(
         &self,
         client: &[String],
@@ -149,11 +151,11 @@ impl Stage {
         );
         let options = ["--url", &url, "--token-file", token.to_str().unwrap(), "--"];
         let client: Vec<&str> = client.iter().map(String::as_str).collect();
-        // Where the AWS CLI keeps the credentials of roles.
+        // The AWS CLI keeps the credentials of roles here.
         let _ = fs::remove_dir_all(self.folder.path().join(".aws/cli"));
         let mut command: Command = exec(&[&options[..], &client].concat());
         let sts = format!("http://{}", self.sts.address);
-        // What a profile asks of an STS goes to the same one.
+        // A profile's requests to an STS go to the same one.
         command
             .env("HOME", self.folder.path())
             .env("AWS_ENDPOINT_URL_STS", sts)
@@ -164,7 +166,7 @@ impl Stage {
         (self.sts.take(), said)
     }
 
-    /// The key ids that awsvid has handed out.
+    /// Returns the access key ids that awsvid has served.
     fn issued(&self) -> BTreeSet<String> {
         let keys = self
             .daemon
@@ -248,7 +250,7 @@ fn a_profile_that_leads_to_awsvid_is_used() {
     for (config, variables) in setups {
         stage.write(&config, "");
         for (name, client) in &clients {
-            // The version of Debian 12 knows no variable for the STS that a profile asks.
+            // The version of Debian 12 has no variable for the STS of a profile.
             if *name == "aws2" {
                 continue;
             }
@@ -267,7 +269,7 @@ fn a_profile_that_leads_to_awsvid_is_used() {
             assert!(!said.contains("awsvid exec"), "{name}: {said}");
         }
     }
-    // The process that asks over the unix socket.
+    // The process that sends the request over the unix socket.
     let process = format!(
         "credential_process = {PROGRAM} credential-process --socket {}",
         stage.daemon.unix().display()

@@ -1,5 +1,5 @@
-//! Attacks 2, 5, 9, 10 and 12 on a real node: what a pod's process can try in order to get another pod's credentials, or to keep
-//! it from its own. What runs in the pods is `attacker.py`.
+//! T2, T5, T9, T10 and T12 on a real node: attacks by a pod's process to get another pod's
+//! credentials, or to keep that pod from its own. The pods run `attacker.py`.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use crate::harness::counterparts::process::await_some;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const ATTACKER: &str = include_str!("attacker.py");
-/// Where the victim and those who would trick it meet: a directory of the node that both mount.
+/// A directory of the node that the victim and its attackers both mount.
 const MEETING: &str = "/run/awsvid-test-meeting";
 const URI: &str = "http://127.0.0.1:974/v1/credentials";
-/// A user of the node, and who he is where SPIRE looks at processes that are in no pod.
+/// A user of the node, and its identity where SPIRE attests processes that are in no pod.
 const PLAIN: u32 = 61234;
 const PLAIN_ID: &str = "spiffe://example.org/ns/node/sa/plain";
-/// Runs the words after it in a systemd unit, as cgroups tell.
+/// Runs the words after it in a systemd unit, as far as cgroups show.
 const IN_A_UNIT: &str = r#"cd /sys/fs/cgroup
 unit=system.slice/plain.service
 if [ ! -e cgroup.controllers ]; then
@@ -27,7 +27,7 @@ mkdir -p "$unit"
 echo $$ >"$unit/cgroup.procs"
 exec "$0" "$@""#;
 
-/// The pod whose credentials the others are after, and awsvid's source.
+/// The pod that the others attack, and awsvid's source.
 pub(super) struct Site<'a> {
     cluster: &'a Cluster,
     source: &'a str,
@@ -35,29 +35,30 @@ pub(super) struct Site<'a> {
     namespace: Value,
 }
 
-/// A pod that tries something, and what came of it.
+/// A pod that carries out an attack, and the outcome.
 #[derive(Debug)]
 struct Tried {
     pod: Value,
-    /// What it has printed.
+    /// The output of the pod.
     log: String,
-    /// What the audit has of it.
+    /// The audit records about the pod.
     records: Vec<Value>,
 }
 
-/// What a pod has that tries something.
+/// The settings of an attacking pod.
 #[derive(Debug, Default)]
 struct With<'a> {
     arguments: &'a [&'a str],
     privileged: bool,
     capabilities: &'a [&'a str],
     host_network: bool,
-    /// Directories of the node, and where they are mounted.
+    /// Directories of the node, and their mount points.
     mounts: &'a [(&'a str, &'a str)],
 }
 
 impl<'a> Site<'a> {
-    /// Starts the victim, which is known to be the owner of its network namespace once this returns.
+    /// Starts the victim, and waits until the daemon knows it as the owner of its network
+    /// namespace.
     pub(super) fn set(cluster: &'a Cluster, source: &'a str, name: &str) -> Self {
         cluster.node.run(&["rm", "-rf", MEETING]).success("rm");
         cluster.node.apply(&pod(
@@ -100,7 +101,7 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// Starts a pod of another account that tries this.
+    /// Starts a pod of another account that carries out this attack.
     fn start(&self, scene: &str, with: &With<'_>) {
         self.cluster
             .node
@@ -115,7 +116,7 @@ impl<'a> Site<'a> {
         )
     }
 
-    /// What came of it.
+    /// Returns the outcome of the attack.
     fn tried(&self, scene: &str) -> Tried {
         let name = self.name(scene);
         let ended = self.cluster.node.ended(READER.namespace, &name);
@@ -138,7 +139,7 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// The audit of the victim's sockets.
+    /// Returns the audit records of the victim's sockets.
     fn victims_records(&self) -> Vec<Value> {
         let records = self.cluster.audit().into_iter();
         records
@@ -148,7 +149,7 @@ impl<'a> Site<'a> {
 }
 
 impl Tried {
-    /// Asserts what the pod has printed, and the reasons in its records.
+    /// Asserts the pod's output, and the reasons in its records.
     #[track_caller]
     fn is(&self, printed: &[&str], reasons: &[&str]) {
         let log: Vec<&str> = self.log.lines().collect();
@@ -159,7 +160,7 @@ impl Tried {
             .map(|record| record["reason"].as_str().unwrap())
             .collect();
         assert_eq!(found, reasons, "{self:#?}");
-        // Whatever a pod of this account was given is its own.
+        // All credentials of a pod of this account are its own.
         for record in &self.records {
             let own = record["outcome"] != "issued" || record["spiffe_id"] == READER.id();
             assert!(
@@ -177,7 +178,7 @@ fn pod(account: Account, name: &str, scene: &str, with: &With<'_>) -> Value {
         volumes.push(
             json!({ "name": name, "hostPath": { "path": directory, "type": "DirectoryOrCreate" } }),
         );
-        // As a careful owner mounts the socket's directory; the others have to be written to.
+        // A careful owner mounts the socket's directory like this; the others have to be writable.
         let read_only = *inside == "/run/awsvid";
         mounts.push(
             json!({ "name": name, "mountPath": inside, "readOnly": read_only,
@@ -203,7 +204,7 @@ fn pod(account: Account, name: &str, scene: &str, with: &With<'_>) -> Value {
     })
 }
 
-/// All that is tried against a pod's own listener.
+/// Runs all attacks on a pod's own listener.
 pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     let site = Site::set(cluster, source, &format!("victim-{source}"));
     let victim = &site.victim;
@@ -275,12 +276,13 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     a_killed_listener_comes_back(&site);
     who_made_the_socket_is_answered(&site);
     who_is_in_no_pod_has_nothing_there(&site, address);
-    // Attack 5: there is nobody to ask unless that is wished for.
+    // T5: there is no listener on the node unless it is configured.
     site.tried("ask").is(&["ask: ECONNREFUSED"], &[]);
     site.end();
 }
 
-/// A network namespace of one's own has no listener; a socket that was made before is still the pod's.
+/// A network namespace of one's own has no listener. A socket that was made before is still the
+/// pod's.
 fn sockets_stay_in_their_network(site: &Site<'_>) {
     site.tried("unshared").is(
         &[
@@ -315,7 +317,7 @@ fn addresses_say_nothing(site: &Site<'_>) {
     assert!(refused > 0);
 }
 
-/// Attack 2. An agent that is told the process would read the victim's name.
+/// T2: an agent that gets the process would read the victim's name.
 fn names_below_ones_own_cgroup_say_nothing(site: &Site<'_>) {
     let tried = site.tried("nested");
     let (printed, reason) = match site.source {
@@ -363,7 +365,7 @@ fn who_is_in_no_pod_has_nothing_there(site: &Site<'_>, address: &str) {
     assert!(record.get("pod_uid").is_none(), "{record}");
 }
 
-/// Attack 9.
+/// T9 on a node: a killed listener is bound again.
 fn a_killed_listener_comes_back(site: &Site<'_>) {
     site.tried("destroy").is(
         &["before: 200", "destroyed: 0", "destroyed: 0", "after: 200"],
@@ -373,13 +375,14 @@ fn a_killed_listener_comes_back(site: &Site<'_>) {
 
 /// Over a volume that both pods mount.
 fn who_made_the_socket_is_answered(site: &Site<'_>) {
-    // Its maker has passed it on and asks through the other, who has connected it: in the maker's network.
+    // Its maker has passed it on, and sends a request through the other pod, which has connected
+    // it: in the maker's network.
     let taken = site.tried("taken");
     taken.is(&["taken: 200"], &["ok"]);
     assert_ne!(taken.records[0]["network_namespace"], site.namespace);
-    // The victim has made these and given them away itself. Each record is the victim's.
+    // The victim has made these and passed them on itself. Each record is the victim's.
     site.tried("given").is(&["given: 200"], &[]);
-    // By its process it is nobody's any more, which is seen at once or at the end.
+    // By its process it has no owner any more, which the daemon detects at once or at the end.
     let by_socket = site.source == "spiffe-broker";
     let (printed, reasons): (_, &[&str]) = if by_socket {
         ("given: 200", &["ok"])
@@ -408,7 +411,8 @@ fn who_made_the_socket_is_answered(site: &Site<'_>) {
     );
 }
 
-/// Where awsvid listens on the node itself: pods with its network, and pods and processes with the unix socket.
+/// Runs the attacks on the node's own listeners: by pods with its network, and by pods and
+/// processes over the unix socket.
 pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) {
     cluster
         .spire
@@ -434,7 +438,7 @@ pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) 
     tried.is(&["ask: 200"], &["ok"]);
     assert_eq!(tried.records[0]["listener"], "tcp");
 
-    // Attacks 10 and 12.
+    // T10 and T12 on the node's listeners.
     let (answer, reasons): (_, &[&str]) = if by_process {
         ("ask: 200", &["ok"])
     } else {
@@ -452,7 +456,7 @@ pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) 
         reasons,
     );
 
-    // What no pod has to do with.
+    // Processes that are in no pod.
     for (uid, id) in [(PLAIN, Some(PLAIN_ID)), (PLAIN + 1, None)] {
         let record = site.plain(uid, &[]);
         let id = id.filter(|_| by_process);
@@ -475,8 +479,8 @@ pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) 
 }
 
 impl Site<'_> {
-    /// What the audit has of a process of the node, in no pod, that asks on the loopback address: of the node, or of the network
-    /// that `behind` enters.
+    /// Returns the audit record of a process of the node, in no pod, that sends a request on the
+    /// loopback address: that of the node, or of the network that `behind` enters.
     fn plain(&self, uid: u32, behind: &[&str]) -> Value {
         let of_it = || {
             self.cluster

@@ -1,4 +1,4 @@
-//! Life on a node: updates, pods that come and go by the dozen, and what is away for a while.
+//! Events on a node: updates, pods that start and end by the dozen, and outages.
 
 mod asker;
 mod bursts;
@@ -21,10 +21,10 @@ pub(super) use outages::warm_pods_notice_nothing;
 pub(super) use startup::pods_wait_until_awsvid_is_ready;
 pub(super) use updates::{an_update_refuses_nobody, the_one_after_a_killed_one_listens_again};
 
-/// For what takes seconds, on a machine that is busy with other tests.
+/// Bounds steps that take seconds, on a machine that is busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// The ids, as the node has them, of the processes that run a program.
+/// Returns the ids, in the node's namespace, of the processes that run a program.
 fn processes(node: &Node, program: &str) -> Vec<u32> {
     let found = node.run(&["pgrep", "--exact", program]);
     found
@@ -34,7 +34,7 @@ fn processes(node: &Node, program: &str) -> Vec<u32> {
         .collect()
 }
 
-/// The id of the one process that runs a program, once those before it have ended.
+/// Returns the id of the one process that runs a program, once earlier ones have ended.
 fn process(node: &Node, program: &str) -> u32 {
     await_some(
         &format!("one process of {program}"),
@@ -51,7 +51,7 @@ fn signal(node: &Node, signal: &str, process: u32) {
         .success(signal);
 }
 
-/// A field of the process's status, in KiB.
+/// Returns a field of the process's status, in KiB.
 fn status(node: &Node, process: u32, field: &str) -> u64 {
     let text =
         fs::read_to_string(node.path(&format!("/proc/{process}/status"))).expect("its status");
@@ -66,7 +66,7 @@ fn status(node: &Node, process: u32, field: &str) -> u64 {
         .expect("a number")
 }
 
-/// A field of the process's `stat` in hundredths of a second, by its number in `proc(5)`.
+/// Returns a field of the process's `stat` in hundredths of a second, by its number in `proc(5)`.
 fn ticks(node: &Node, process: u32, field: usize) -> u64 {
     let text = fs::read_to_string(node.path(&format!("/proc/{process}/stat"))).expect("its times");
     let (_, fields) = text.rsplit_once(") ").expect("a name");

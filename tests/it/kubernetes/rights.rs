@@ -1,4 +1,4 @@
-//! Attacks 34 and 38: what the tokens of the manifests' service accounts can do beyond their work.
+//! T34 and T38: the powers of the manifests' service account tokens beyond their work.
 
 use std::path::Path;
 use std::time::Duration;
@@ -16,7 +16,7 @@ const AGENT: Account = Account {
     name: "spire-agent",
 };
 const MACHINE: &str = "aws:///eu-central-1a/i-0123456789abcdef0";
-/// Another taint than awsvid's, which keeps no pod away.
+/// Another taint than awsvid's, which repels no pod.
 const KEPT: &str = "example.org/kept=:PreferNoSchedule";
 
 /// Asserts that startup-taint's service account changes no field of a node but the one taint.
@@ -93,7 +93,7 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
             && answer.contains(message);
         assert!(refused, "{patch}: {answer}");
     }
-    // The API server keeps these fields by itself, and RBAC keeps the rest.
+    // The API server protects these fields by itself, and RBAC the rest.
     let map = json!({ "name": "m", "namespace": "default", "uid": "0", "resourceVersion": "0", "kubeletConfigKey": "k" });
     patched(
         cluster,
@@ -154,7 +154,7 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
     .success("the end");
 }
 
-/// Returns what kubectl has printed about a patch of the node by startup-taint's service account.
+/// Returns kubectl's output about a patch of the node by startup-taint's service account.
 fn patched(cluster: &Cluster, patch: &Value) -> String {
     let patch = format!("--patch={patch}");
     let output = cluster.node.kubectl(&[
@@ -169,7 +169,8 @@ fn patched(cluster: &Cluster, patch: &Value) -> String {
     output.stdout + &output.stderr
 }
 
-/// Returns what stays of a node, without what the kubelet reports and what the API server counts.
+/// Returns the constant part of a node, without the kubelet's reports and the API server's
+/// counters.
 fn kept(node: &Value) -> Value {
     let metadata = &node["metadata"];
     let metadata = [
@@ -183,7 +184,8 @@ fn kept(node: &Value) -> Value {
     json!([node["spec"], metadata, node["status"]["capacity"]])
 }
 
-/// Carries out attack 34: the agent's token at the kubelet is refused, and the right of the component for older clusters is enough.
+/// Carries out T34: the agent's token at the kubelet is refused, and the right of the component for
+/// older clusters is enough.
 pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
     let node = &cluster.node;
     node.apply(&cluster.pod(READER, "entered", "exec busybox sleep 3600"));
@@ -221,7 +223,7 @@ pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
         });
     };
     may("system:serviceaccount:spire:spire-agent");
-    // The kubelet remembers that the agent may not, so that another account shows what the right opens.
+    // The kubelet caches that the agent may not, so another account shows what the right opens.
     let trial = ["clusterrolebinding", "trial"];
     let binding = [
         "--clusterrole=spire-agent-nodes-proxy",
@@ -251,8 +253,8 @@ pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
     .success("its end");
 }
 
-/// Asks the kubelet to run a command in the pod with an account's token. Returns the head of the answer, and what the command
-/// has printed.
+/// Requests from the kubelet to run a command in the pod with an account's token. Returns the head
+/// of the response, and the command's output.
 fn entered(cluster: &Cluster, account: Account) -> String {
     let token = [
         "create",

@@ -20,7 +20,7 @@ pub(super) fn handing_over(folder: &Path, node: &Node) -> String {
     )
 }
 
-/// Asks from a pod, over and over, each time on a new connection, until it is told that it is enough.
+/// Sends requests from a pod repeatedly, each on a new connection, until it is stopped.
 fn asking(node: &Node, name: &str, cgroup: &Cgroup, address: &str) -> Acting {
     let words = node.enter_pod(name, cgroup);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -47,7 +47,7 @@ fn an_update_refuses_no_connection() {
         let mut new = site.next(folders.last().unwrap().path());
         new.await_line(&["the listeners in pods are handed over"]);
         old.await_line(&["the next daemon serves pods now"]);
-        // Between the two, pods come and go as ever.
+        // Between the two, pods start and end as usual.
         let name = format!("b{update}");
         site.node.add_with(&name, |_| peer.make());
         await_namespaces(&new, 2);
@@ -87,7 +87,7 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     let peer = Peer::new(21);
     stage.site.node.add_with("b", |_| peer.make());
     await_namespaces(&next, 2);
-    // SIGKILL, which cuts what it has accepted, and nothing else.
+    // SIGKILL, which cuts only the connections that it has accepted.
     drop(next);
     stage.daemon.await_line(&["the next daemon is gone"]);
     stage.await_namespaces(2);
@@ -97,20 +97,21 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
         });
     }
     assert!(stage.site.serves("a", &cgroup, V4) && stage.site.serves("b", &Cgroup::of_pod(52), V6));
-    // Which can hand over again.
+    // This one can hand over again.
     let asker = asking(&stage.site.node, "a", &cgroup, V4);
     let next = stage.site.next(second.path());
     next.await_line(&["the listeners in pods are handed over"]);
     let counts = asker.enough();
     assert!(counts.len() == 1 && counts["Success"] > 2, "{counts:?}");
-    // A namespace that goes while one has handed it over and the other has it, is freed all the same.
+    // A namespace that ends after one daemon has passed it to another is freed all the same.
     stage.site.node.remove("b");
     await_some("the namespace is freed", PATIENCE, || {
         (!peer.is_there()).then_some(())
     });
 }
 
-/// Both are restarted before the next one could serve. Whoever asks meanwhile is answered, if only that it has to wait.
+/// Both are restarted before the next one could serve. Requests meanwhile are answered, if only
+/// with a 503.
 #[test]
 fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
     let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
@@ -142,7 +143,7 @@ fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
             .expect("it ends")
             .success()
     );
-    // That a connection was refused, or reset, would be a panic of the asker's.
+    // A refused or reset connection would be a panic of the client.
     let counts = asker.enough();
     assert!(!counts.contains_key("nothing"), "{counts:?}");
 }
@@ -159,7 +160,8 @@ fn a_daemon_that_was_killed_is_followed_by_one_that_binds_anew() {
     assert!(stage.site.serves("a", &Cgroup::of_pod(51), V4));
 }
 
-/// Two updates one after the other, and the first daemon is there still: it is the last that serves again.
+/// Two updates, one after the other, and the first daemon still runs: it serves again only as the
+/// last one.
 #[test]
 fn a_daemon_goes_on_only_if_all_who_came_after_it_are_gone() {
     let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
@@ -184,7 +186,7 @@ fn a_daemon_goes_on_only_if_all_who_came_after_it_are_gone() {
             .expect("it ends")
             .success()
     );
-    // The end of the second one is seen by whoever waits for it before that one's process can be waited for.
+    // A daemon that waits for the second one sees its end before the process can be reaped.
     for count in 1..=20 {
         assert!(site.serves("a", &cgroup, V4));
         assert_eq!(third.issued(), count, "nobody else answers");

@@ -1,4 +1,4 @@
-//! A DaemonSet without something that awsvid needs says which field of the manifest is to be mended.
+//! A DaemonSet without something that awsvid needs logs the field of the manifest to correct.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use super::PATIENCE;
 use crate::harness::counterparts::process::await_some;
 use crate::kubernetes::cluster::Cluster;
 
-/// What is taken from the container, and the lines that follow.
+/// The parts that are removed from the container, and the resulting log lines.
 struct Missing<'a> {
     capabilities: &'a [&'a str],
     mounts: &'a [&'a str],
@@ -83,7 +83,7 @@ fn names(cluster: &Cluster, before: &Value, missing: &Missing<'_>) {
     says(cluster, &template, missing.lines);
 }
 
-/// Waits until a daemon that is started so has written these lines, which none wrote before.
+/// Waits until a daemon that is started so has written these lines, which no earlier one wrote.
 fn says(cluster: &Cluster, template: &Value, lines: &[&str]) {
     let log = || cluster.node.pod_log("awsvid", "awsvid");
     let before = log();

@@ -1,4 +1,4 @@
-//! What awsvid does while somebody else is away.
+//! awsvid during outages of the node's programs.
 
 use serde_json::json;
 
@@ -10,7 +10,7 @@ use crate::kubernetes::cluster::{Cluster, READER};
 pub(in crate::kubernetes) fn warm_pods_notice_nothing(cluster: &Cluster) {
     let node = &cluster.node;
     let warm = Asker::start(cluster, "warm");
-    // Stopped, they take connections and answer nothing: worse than not to be there.
+    // Stopped, they accept connections and never respond, which is worse than a refused connection.
     for program in ["kubelet", "kube-apiserver"] {
         let stopped = process(node, program);
         signal(node, "STOP", stopped);
@@ -39,7 +39,7 @@ pub(in crate::kubernetes) fn warm_pods_notice_nothing(cluster: &Cluster) {
         processes(node, "spire-agent").is_empty().then_some(())
     });
     warm.goes_on();
-    // Its standard input stays open until it is answered, else the client would be taken for gone.
+    // Its standard input stays open until the response, else the client would be taken for gone.
     let raw = "printf 'GET /v1/credentials HTTP/1.1\\r\\nHost: localhost\\r\\nAuthorization: any\\r\\nConnection: close\\r\\n\\r\\n'";
     let script = format!(
         "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo told; until ask 127.0.0.1; do busybox sleep 1; done"

@@ -50,7 +50,7 @@ pub(in crate::kubernetes) fn the_one_after_a_killed_one_listens_again(cluster: &
     assert!(!failed.is_empty(), "nobody was killed");
 }
 
-/// From a process's start until it has listened in all pods.
+/// Returns the time from a process's start until it listened in all pods.
 pub(super) fn listening_after(cluster: &Cluster, process: u32) -> Duration {
     let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
     let uptime: f64 = uptime.split(' ').next().unwrap().parse().unwrap();
