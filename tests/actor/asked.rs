@@ -1,8 +1,9 @@
-//! Scenes about a caller whom an agent is being asked about, by its number. The agent is the test's own, which holds it
-//! back and tells this program, by words on standard input, when to go on; each has an answer of one line.
+//! Scenes about a caller whose pid is in a query to an agent. The agent is the test's own. It holds
+//! the query, and the test sends words on standard input when the scene is to go on. Each word gets
+//! a reply of one line.
 //!
-//! This program is started from a folder with copies of it: `first`, which it is, `second`, and `root` and `group`, which
-//! are setuid root and setgid [`BOB`].
+//! This program is started from a folder with copies of it: `first`, which it is, `second`, and
+//! `root` and `group`, which are setuid root and setgid [`BOB`].
 
 use std::ffi::CString;
 use std::fs;
@@ -19,29 +20,30 @@ use crate::process::{become_user, child, reuse};
 use crate::wire::{self, Address};
 use crate::{ALICE, BOB};
 
-/// A process that does what it is told to, word by word, whatever it runs.
+/// A process that obeys words, whatever program it runs.
 struct Player {
     pid: Pid,
     words: UnixStream,
 }
 
-/// What a player is made of.
+/// The parts of a player.
 struct Part<'a> {
     listener: &'a str,
     address: &'a str,
     words: UnixStream,
-    /// Over which a connection is given and taken.
+    /// The socket over which connections are passed.
     over: Option<UnixStream>,
     connection: Option<OwnedFd>,
 }
 
-/// The scene's caller is Alice. Her heir has the same user and program, and is given her connection where she is to change.
+/// The scene's caller is Alice. The heir has the same user and program, and gets the caller's
+/// connection in scenes where the caller is to change.
 struct Stage<'a> {
     scene: &'a str,
     to: [&'a str; 2],
     alice: Player,
     heir: Player,
-    /// Who has the caller's number after that.
+    /// The process that has the caller's number after that.
     bob: Option<Player>,
     cgroup: Option<Cgroup>,
 }
@@ -68,7 +70,8 @@ impl Stage<'_> {
         match word {
             "ask" => self.alice.does("ask"),
             "change" => self.change(),
-            // As `newgrp` does and a busybox's `su`: from privileges back to the user, and to whatever he wants to run.
+            // As `newgrp` and busybox's `su` do: from privileges back to the user, and to any
+            // program.
             "back" => self.alice.does("back"),
             "answer" if matches!(self.scene, "still" | "moved") => self.alice.does("answer"),
             "answer" if self.scene == "vanished" => "\"\"".to_owned(),
@@ -79,7 +82,7 @@ impl Stage<'_> {
         }
     }
 
-    /// What becomes of the caller.
+    /// Makes the change of the caller that the scene is about.
     fn change(&mut self) -> String {
         if !matches!(self.scene, "still" | "moved" | "vanished") {
             self.alice.does("give");
@@ -110,7 +113,7 @@ impl Stage<'_> {
         "\"changed\"".to_owned()
     }
 
-    /// Who is there now asks on a connection of its own.
+    /// The process that exists now sends a request on a connection of its own.
     fn again(&mut self) -> String {
         match (self.scene, &mut self.bob) {
             (_, Some(bob)) => bob.does("again"),
@@ -153,13 +156,13 @@ impl Player {
         Some(Self { pid, words }.ready())
     }
 
-    /// Once it says so it is the user that it is to be, and ends with this program.
+    /// Waits for its line that it is the right user. It ends with this program.
     fn ready(mut self) -> Self {
         line(&mut self.words).expect("a player's first word");
         self
     }
 
-    /// Tells it to, and waits until it has said that it is done, or what it was answered.
+    /// Sends it a word, and waits for its reply or for the daemon's response.
     fn does(&mut self, word: &str) -> String {
         self.words
             .write_all(format!("{word}\n").as_bytes())
@@ -167,7 +170,7 @@ impl Player {
         line(&mut self.words).expect("a player's word")
     }
 
-    /// It ends; `reap`, or it stays a zombie.
+    /// Ends it. With `reap` it is reaped, else it stays a zombie.
     fn ends(&mut self, reap: bool) {
         self.words.write_all(b"end\n").unwrap();
         waitid(
@@ -196,7 +199,7 @@ fn line(words: &mut UnixStream) -> Option<String> {
 
 /// Goes on as the player that has executed this program.
 pub(crate) fn obey_on(descriptor: &str, to: [&str; 2]) {
-    // SAFETY: whoever executed this program has left the descriptor open for it.
+    // SAFETY: the program before this one has left the descriptor open for it.
     let words = unsafe { UnixStream::from_raw_fd(descriptor.parse().unwrap()) };
     Part::new(to, words, None).obey();
 }
@@ -212,7 +215,7 @@ impl<'a> Part<'a> {
         }
     }
 
-    /// Says first that it is there.
+    /// Reports first that it runs, and then obeys each word.
     fn obey(mut self) {
         self.words.write_all(b"\"done\"\n").unwrap();
         while let Some(word) = line(&mut self.words) {
@@ -259,7 +262,7 @@ impl<'a> Part<'a> {
         "\"done\"".to_owned()
     }
 
-    /// Becomes another program of the folder, which says itself that it is there.
+    /// Executes another program of the folder, which reports itself that it runs.
     fn execute(&self, program: &str) -> ! {
         let program = std::env::current_exe().unwrap().with_file_name(program);
         let words = wire::inheritable(self.words.try_clone().unwrap().into()).to_string();

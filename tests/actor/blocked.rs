@@ -1,4 +1,4 @@
-//! Callers that keep whoever looks at them waiting (attack 25).
+//! Callers that block each process which reads their `/proc` files (T25).
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -17,14 +17,15 @@ use crate::process::{Child, become_user, child, share_memory};
 use crate::wire::{self, Address};
 use crate::{ALICE, BOB};
 
-/// So many processes of Alice's in each of these cgroups have each sent a request, and then execute a program. That takes, and keeps, the lock of the
-/// process under which its memory is changed (`exec_update_lock`), and waits for the lock of its memory, which a helper
-/// that shares the memory holds: it maps a file whose server does not answer.
+/// Starts this number of processes of Alice in each of these cgroups. Each sends a request and then
+/// executes a program. That locks the process against changes of its memory (`exec_update_lock`),
+/// and waits for the lock of its memory. A helper that shares the memory holds that lock: it maps a
+/// file whose server does not respond.
 ///
-/// Says so when all of them are stuck, and ends when its input does.
+/// Prints a line when all of them are stuck, and ends when its input does.
 pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
     let files = HangingFiles::mount_privately(Hangs::Read);
-    // Its pages are locked until the server answers.
+    // Its pages are locked until the server responds.
     let mut reader = child(|_| {
         let _ = File::open(files.file()).unwrap().read(&mut [0]);
         String::new()
@@ -63,8 +64,9 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
     }
 }
 
-/// A caller of Alice's does the same, and goes on when the daemon is kept waiting for it, or has attested it. Bob asks before
-/// that: what comes of it, unless it is an answer, counts in the place of what Alice gets.
+/// A caller of Alice does the same, and goes on when a thread of the daemon waits for it, or has
+/// attested it. Bob sends a request before that. If Bob's outcome is not credentials, it counts
+/// instead of Alice's.
 pub(crate) fn stuck(to: &Address) -> String {
     let files = HangingFiles::mount_privately(Hangs::Read);
     let mut reader = child(|_| {
@@ -95,7 +97,7 @@ pub(crate) fn stuck(to: &Address) -> String {
     while !daemon::has_stuck_thread() && !daemon::is_read(&connection) {
         thread::yield_now();
     }
-    // Where a process is searched for, it is among all of its cgroup.
+    // A search for a process covers all of its cgroup.
     let elsewhere = Cgroup::named(&own_cgroup(), &format!("bob-{}", getpid()));
     let mut bob = child(|_| {
         elsewhere.write("cgroup.procs", "0");
@@ -117,14 +119,14 @@ pub(crate) fn stuck(to: &Address) -> String {
     }
 }
 
-/// One of them, and its helper. What it executes is what `begin` gives: the program and its words.
+/// Starts one of them, and its helper. `begin` returns the program to execute and its words.
 fn caller(files: &HangingFiles, begin: impl FnOnce() -> Vec<CString>) -> (Child, Pid) {
     let path = CString::new(files.file().to_str().unwrap()).unwrap();
     let (tell, told) = UnixStream::pair().unwrap();
     let mut caller = child(|cue| {
         let program = begin();
         let helper = share_memory(map, path.as_ptr().cast_mut().cast());
-        // From here on nothing may take memory: that would wait for the helper, too.
+        // From here on nothing may allocate memory: that would wait for the helper, too.
         let _ = nix::unistd::write(&tell, &helper.as_raw().to_ne_bytes());
         cue.wait();
         let _ = execv(&program[0], &program);

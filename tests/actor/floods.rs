@@ -1,5 +1,6 @@
-//! One user's processes in numbers: honest requests one after another, connections that are just held, and loops of several
-//! threads beside very many open descriptors. What the daemon answered is counted by its code.
+//! One user's processes in numbers: honest requests one after another, connections that are only
+//! held, and loops of several threads in a process with very many open descriptors. Responses are
+//! counted by their code.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,7 +16,8 @@ use nix::sys::socket::{MsgFlags, recv};
 use crate::process::{become_user, become_with_groups, child};
 use crate::wire::{self, Address};
 
-/// Answers by their code (`Success`, or an error's); `nothing` for connections that ended without one.
+/// Responses by their code (`Success`, or an error's), and `nothing` for connections that ended
+/// without one.
 type Counts = BTreeMap<String, usize>;
 
 pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
@@ -39,7 +41,8 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
     }
 }
 
-/// Connects whenever it is told to by a byte on standard input, a socket, and gives the connection away over that.
+/// Opens a connection at each byte on standard input, a socket, and passes the connection over
+/// that.
 pub(crate) fn connect(uid: u32, to: &Address) {
     become_user(uid);
     let mut asked = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
@@ -68,7 +71,8 @@ fn asked(to: &Address, count: usize) -> Counts {
     counts
 }
 
-/// Requests of so many processes of a user, each with so many supplementary groups (attack 27).
+/// Sends requests from this number of processes of a user, each with this number of supplementary
+/// groups (T27).
 fn grouped(to: &Address, uid: u32, groups: usize, processes: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..processes {
@@ -90,7 +94,7 @@ fn code(answer: &str) -> String {
     code.unwrap_or("nothing").to_owned()
 }
 
-/// Tells the test that this has begun, and waits until it says, by closing standard input, that it is enough.
+/// Prints that this has begun, and waits until the test closes standard input.
 fn begun() {
     println!("begun");
 }
@@ -99,7 +103,8 @@ fn enough() {
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
 }
 
-/// Opens connections, does `first` on each, and keeps all of them. How many the daemon had ended by the end.
+/// Opens connections, does `first` on each, and keeps all of them. Returns how many the daemon had
+/// ended by the end.
 fn hold(to: &Address, count: usize, first: impl Fn(&OwnedFd)) -> String {
     let held: Vec<OwnedFd> = (0..count)
         .map(|_| {
@@ -117,7 +122,7 @@ fn hold(to: &Address, count: usize, first: impl Fn(&OwnedFd)) -> String {
     show(&counts)
 }
 
-/// What the daemon has done with a connection, of which nothing is read.
+/// Returns the state of a connection, without reading from it.
 fn state(fd: &OwnedFd) -> &'static str {
     match recv(
         fd.as_raw_fd(),
@@ -131,7 +136,8 @@ fn state(fd: &OwnedFd) -> &'static str {
     }
 }
 
-/// Asks in a loop from each of so many threads, in a process that has so many descriptors open.
+/// Sends requests in a loop from each of this number of threads, in a process with this number of
+/// open descriptors.
 fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
     let open: Vec<File> = (0..descriptors)
         .map(|_| File::open("/dev/null").unwrap())
@@ -158,7 +164,7 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
                 })
             })
             .collect();
-        // Once there was an answer, it is under way.
+        // The first response shows that the loop runs.
         is_first.recv().unwrap();
         begun();
         enough();

@@ -1,4 +1,5 @@
-//! Scenes about sockets that a process of one user has made, and one of another user asks on (attack 24).
+//! Scenes about sockets that a process of one user has made, and a process of another user sends
+//! requests on (T24).
 
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -11,10 +12,11 @@ use crate::process::{become_user, child};
 use crate::wire::{self, Address};
 use crate::{ALICE, BOB};
 
-/// Which socket of root's Bob is given.
+/// The socket of root's that Bob gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Given {
-    /// A listener that root has no more, as a service manager's is in a service that it gave it to.
+    /// A listener that root does not have any more, like a service manager's that it has passed to
+    /// a service.
     Listener,
     /// A listener that root's process has, too, as a web server's master has those of its workers.
     SharedListener,
@@ -22,7 +24,8 @@ pub(crate) enum Given {
     Accepted,
 }
 
-/// Root makes a socket and gives it to Bob, who disconnects it, connects it to the daemon, and asks.
+/// Root makes a socket and passes it to Bob, who disconnects it, connects it to the daemon, and
+/// sends a request.
 pub(crate) fn used_again(to: &Address, given: Given) -> String {
     let listener = TcpListener::bind(to.another(0)).unwrap();
     let address = listener.local_addr().unwrap();
@@ -50,21 +53,22 @@ pub(crate) fn used_again(to: &Address, given: Given) -> String {
     said
 }
 
-/// The same as a service that systemd has started with a listener, as its only one.
+/// Does the same as a service that systemd has started with a listener, as its only one.
 pub(crate) fn used_again_by_service(to: &Address) -> String {
     let pid: i32 = std::env::var("LISTEN_PID").unwrap().parse().unwrap();
     assert_eq!(
         (Pid::from_raw(pid), std::env::var("LISTEN_FDS").as_deref()),
         (getpid(), Ok("1"))
     );
-    // SAFETY: the descriptor is this process's, as systemd says, and nothing else uses it.
+    // SAFETY: the descriptor is this process's, as systemd documents it, and nothing else uses it.
     let socket = unsafe { OwnedFd::from_raw_fd(3) };
     disconnect(&socket);
     to.connect_from(&socket);
     wire::ask(&socket)
 }
 
-/// Alice makes a socket in a cgroup that is named as one of systemd's socket units, and asks on it.
+/// Alice makes a socket in a cgroup that has the name of one of systemd's socket units, and sends a
+/// request on it.
 pub(crate) fn made_for_activation(to: &Address) -> String {
     let unit = Cgroup::named(&own_cgroup(), &format!("{}.socket", getpid()));
     let mut alice = child(|_| {
@@ -77,7 +81,7 @@ pub(crate) fn made_for_activation(to: &Address) -> String {
     said
 }
 
-/// Makes a listener, or a connected socket, one that can be connected (connect(2), `AF_UNSPEC`).
+/// Makes a listener, or a connected socket, connectable again (connect(2), `AF_UNSPEC`).
 fn disconnect(socket: &OwnedFd) {
     let nowhere = libc::sockaddr {
         sa_family: libc::AF_UNSPEC.try_into().unwrap(),

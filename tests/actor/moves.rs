@@ -1,4 +1,5 @@
-//! Scenes about cgroups, in ones below this process's own, and about sockets that io_uring makes (attacks 7 and 15).
+//! Scenes about cgroups below this process's own, and about sockets that io_uring makes (T7 and
+//! T15).
 
 use std::fs;
 use std::io::{Read, Write};
@@ -22,7 +23,7 @@ impl Cgroup {
         Self::named(parent, &format!("{name}-{}", std::process::id()))
     }
 
-    /// With just this name.
+    /// Creates one with exactly this name.
     pub(crate) fn named(parent: &Path, name: &str) -> Self {
         let path = parent.join(name);
         fs::create_dir(&path).unwrap();
@@ -56,8 +57,8 @@ pub(crate) fn own_cgroup() -> PathBuf {
     Path::new(mount.unwrap()).join(path)
 }
 
-/// Alice makes a socket in one cgroup, is moved to another, then connects and asks; with `late` she has begun to ask before
-/// she is moved. With `remove` the first cgroup is gone by then.
+/// Alice makes a socket in one cgroup, is moved to another, then connects and sends a request. With
+/// `late` the request has begun before the move. With `remove` the first cgroup is gone by then.
 pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
     let (here, there) = UnixStream::pair().unwrap();
     let own = own_cgroup();
@@ -94,7 +95,7 @@ pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
     said
 }
 
-/// Alice asks from a cgroup of the threaded kind, whose processes can't be listed.
+/// Alice sends a request from a cgroup of the threaded kind, whose processes can't be listed.
 pub(crate) fn threaded(to: &Address) -> String {
     let (here, there) = UnixStream::pair().unwrap();
     let domain = Cgroup::new(&own_cgroup(), "domain");
@@ -115,11 +116,12 @@ pub(crate) fn threaded(to: &Address) -> String {
     said
 }
 
-/// Root keeps Alice's credentials in an io_uring and becomes Bob, whose socket is then made as Alice.
+/// Root keeps Alice's credentials in an io_uring and becomes Bob. Bob's socket is then made as
+/// Alice.
 pub(crate) fn personality(to: &Address) -> String {
     let mut bob = child(|_| {
         let mut ring = IoUring::new(2).unwrap();
-        // The filesystem uid is what a new socket's owner is taken from.
+        // The kernel takes a new socket's owner from the filesystem uid.
         let as_alice = {
             nix::unistd::setfsuid(ALICE.into());
             let kept = ring.submitter().register_personality().unwrap();
@@ -143,7 +145,8 @@ pub(crate) fn personality(to: &Address) -> String {
     said
 }
 
-/// Alice asks by a connection that is among the fixed files of an io_uring, and no descriptor of anybody's.
+/// Alice sends a request on a connection that is among the fixed files of an io_uring, and in no
+/// process's descriptors.
 pub(crate) fn fixed_file(to: &Address) -> String {
     let (tell, told) = UnixStream::pair().unwrap();
     let held = daemon::hold();
@@ -180,9 +183,9 @@ pub(crate) fn fixed_file(to: &Address) -> String {
     said
 }
 
-/// Does one thing, and waits until it is done.
+/// Submits one entry, and waits until it is done.
 fn complete(ring: &mut IoUring, entry: &squeue::Entry) -> i32 {
-    // SAFETY: whatever memory the entry refers to is the caller's, who waits here.
+    // SAFETY: the memory that the entry refers to is the caller's, which waits here.
     unsafe { ring.submission().push(entry) }.unwrap();
     ring.submit_and_wait(1).unwrap();
     ring.completion().next().unwrap().result()

@@ -1,7 +1,8 @@
-//! What is played out. Each scene gives what the daemon answered on the connection that it is about.
+//! The scenes. Each returns the daemon's response on the connection that it is about.
 //!
-//! Where it matters whether the daemon looks before or after something happens, it is held back until it has happened, and in
-//! a scene whose name ends in `-late` it has attested the caller before.
+//! In some scenes it matters whether the daemon attests before or after an event. There the daemon
+//! is stopped until the event has happened. In a scene whose name ends in `-late` it has attested
+//! the caller before.
 
 use std::ffi::CString;
 use std::fs;
@@ -70,7 +71,7 @@ fn honest(to: &Address, uid: u32) -> String {
     }))
 }
 
-/// A scene that is Alice's alone.
+/// Plays a scene that is Alice's alone.
 fn alone(act: impl FnOnce() -> String) -> String {
     finish(child(|_| {
         become_user(ALICE);
@@ -84,7 +85,7 @@ fn finish(mut child: Child) -> String {
     said
 }
 
-/// Alice's connection is given to somebody who is to ask on it, and she has closed her own descriptor.
+/// Alice's connection, which another process is to use. Alice has closed her own descriptor.
 struct Given {
     alice: Child,
     heir: Child,
@@ -92,7 +93,8 @@ struct Given {
 }
 
 impl Given {
-    /// To a user with a group. With `late` the request has begun before. `then` is what Alice does when she is told to go on.
+    /// Passes it to a user with a group. With `late` the request has begun before. Alice does
+    /// `then` when she gets the cue.
     fn start(to: &Address, late: bool, heir: (u32, u32), then: impl FnOnce()) -> Self {
         let (over, from) = UnixStream::pair().unwrap();
         let (tell, told) = UnixStream::pair().unwrap();
@@ -132,7 +134,7 @@ fn goes_on(held: Option<Held>, mut asking: Child) -> String {
     finish(asking)
 }
 
-/// Bob, who is in Alice's group, asks on her connection while she lives.
+/// Bob, who is in Alice's group, sends a request on her connection while she lives.
 fn passed(to: &Address, late: bool) -> String {
     let Given {
         mut alice,
@@ -145,7 +147,7 @@ fn passed(to: &Address, late: bool) -> String {
     said
 }
 
-/// Alice makes a socket and Bob, who alone has it then, connects it and asks.
+/// Alice makes a socket. Bob, who alone has it then, connects it and sends a request.
 fn made_for(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
     let alice = child(|_| {
@@ -162,7 +164,7 @@ fn made_for(to: &Address) -> String {
     }))
 }
 
-/// Alice's process has ended, and a child of hers asks.
+/// Alice's process has ended, and a child of hers sends the request.
 fn exited(to: &Address, late: bool, reap: bool) -> String {
     let Given {
         mut alice,
@@ -180,7 +182,7 @@ fn exited(to: &Address, late: bool, reap: bool) -> String {
     said
 }
 
-/// As above, and Bob's process has the connector's number.
+/// Alice's process has ended, and Bob's process has the connector's number.
 fn reused(to: &Address, late: bool) -> String {
     let Given {
         mut alice,
@@ -214,7 +216,8 @@ fn executed(fd: OwnedFd) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Attack 3: Alice connects, leaves a child with the connection, and executes a program that is setuid root.
+/// T3: Alice connects, leaves a child with the connection, and executes a program that is setuid
+/// root.
 fn setuid(to: &Address, late: bool) -> String {
     let folder = std::env::temp_dir().join(format!("awsvid-setuid-{}", std::process::id()));
     fs::create_dir(&folder).unwrap();
@@ -240,7 +243,7 @@ fn setuid(to: &Address, late: bool) -> String {
     said
 }
 
-/// Until the process has executed the setuid program.
+/// Waits until the process has executed the setuid program.
 fn await_root(process: &Child) {
     let status = format!("/proc/{}/status", process.pid);
     // Real and effective: before it became Alice both were root's.
@@ -254,18 +257,19 @@ fn await_root(process: &Child) {
     }
 }
 
-/// Alice and Bob both hold the socket before it is connected; Alice asks.
+/// Alice and Bob both hold the socket before it is connected. Alice sends the request.
 fn shared(to: &Address) -> String {
     held_by_two(to, (BOB, BOB), (ALICE, ALICE))
 }
 
-/// A process of Alice's user but of Bob's group makes the connection and asks. One of Alice's own group, which has been
-/// there for longer, holds it too.
+/// A process of Alice's user but of Bob's group makes the connection and sends the request. An
+/// older one of Alice's own group holds it too.
 fn other_group(to: &Address) -> String {
     held_by_two(to, (ALICE, ALICE), (ALICE, BOB))
 }
 
-/// Two processes, each with a user and a group: the younger makes the socket, gives it to the elder, connects and asks.
+/// Two processes, each with a user and a group: the younger makes the socket, passes it to the
+/// elder, connects and sends the request.
 fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (told, tell) = UnixStream::pair().unwrap();
@@ -276,7 +280,7 @@ fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
         cue.wait();
         String::new()
     });
-    // Processes that start within one tick of the clock (10 ms) are of one age.
+    // Processes that start within one tick of the clock (10 ms) have the same age.
     std::thread::sleep(std::time::Duration::from_millis(20));
     let younger = child(|_| {
         become_of(younger.0, younger.1);
@@ -302,7 +306,8 @@ fn mixed_group(to: &Address) -> String {
     }))
 }
 
-/// Alice asks and is gone before the daemon looks. What it makes of her is in its audit alone.
+/// Alice sends a request and is gone before the daemon attests her. Only the daemon's audit has the
+/// outcome.
 fn closed(to: &Address, shut: bool) -> String {
     let held = daemon::hold();
     finish(child(|_| {
@@ -324,7 +329,8 @@ fn half_closed(fd: OwnedFd) -> String {
     wire::answer(&fd)
 }
 
-/// Attack 7: while the daemon looks, the connection is only in a queue, and among no process's descriptors.
+/// T7: while the daemon searches, the connection is only in a queue, and among no process's
+/// descriptors.
 fn queued(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
     let (tell, told) = UnixStream::pair().unwrap();
@@ -338,7 +344,7 @@ fn queued(to: &Address) -> String {
         drop(fd);
         (&tell).write_all(b"x").unwrap();
         cue.wait();
-        // On the unix socket nobody searches for it.
+        // On the unix socket the daemon does not search for it.
         if let (Some(client), Address::Tcp(server)) = (client, to) {
             daemon::await_answer(client, *server);
         }
@@ -350,13 +356,13 @@ fn queued(to: &Address) -> String {
     finish(alice)
 }
 
-/// Attack 1: Bob listens on the port that Alice connects from, on every address.
+/// T1: Bob listens on the port that Alice connects from, on every address.
 fn decoy(to: &Address) -> String {
     loop {
         let free = TcpListener::bind(to.another(0)).unwrap();
         let port = free.local_addr().unwrap().port();
         drop(free);
-        // Somebody else may have taken it meanwhile.
+        // Another process may have taken it meanwhile.
         if let Some(said) = decoy_on(to, port) {
             return said;
         }
@@ -400,7 +406,8 @@ fn decoy_on(to: &Address, port: u16) -> Option<String> {
     is_played.then_some(said)
 }
 
-/// Alice asks from a namespace of her own: one of users, in which she has no id at all, or one of processes.
+/// Alice sends a request from a namespace of her own: one of users, in which she has no id at all,
+/// or one of processes.
 fn apart(to: &Address, namespace: CloneFlags) -> String {
     finish(child(|_| {
         if namespace == CloneFlags::CLONE_NEWUSER {

@@ -1,4 +1,4 @@
-//! An honest workload that asks all the time, for long, and looks closely at what it gets.
+//! An honest workload that sends requests continuously, for long, and checks each response.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,7 +13,7 @@ use crate::process::become_user;
 use crate::wire::{self, Address};
 
 const KEYS: [&str; 4] = ["AccessKeyId", "SecretAccessKey", "Token", "Expiration"];
-/// How many bad answers are shown whole.
+/// The number of bad responses that are shown whole.
 const SHOWN: usize = 3;
 
 #[derive(Default)]
@@ -25,8 +25,9 @@ struct Seen {
     key: String,
 }
 
-/// Asks as `uid` until SIGTERM, with this many milliseconds between. Prints lines of JSON: each access key id that is
-/// another one than before, the first bad answers, and at the end what was counted.
+/// Sends requests as `uid` until SIGTERM, with this many milliseconds between. Prints lines of
+/// JSON: each access key id that differs from the previous one, the first bad responses, and at the
+/// end the counts.
 pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
     let mut end = SigSet::empty();
     end.add(Signal::SIGTERM);
@@ -84,7 +85,7 @@ impl Seen {
         };
         *bad += 1;
         if self.errors + self.expired + self.empty <= SHOWN {
-            // What was counted may hold secrets of these tests, which are worth nothing.
+            // A bad response may hold secrets of these tests, which are worthless.
             println!("{}", json!({ "bad": format!("{answer:?}") }));
         }
     }

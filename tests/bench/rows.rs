@@ -11,11 +11,10 @@ use crate::{Bench, Failed};
 /// A row, which may give several lines.
 #[derive(Clone, Copy)]
 pub(crate) struct Row {
-    /// For the command line.
+    /// Its name on the command line.
     pub(crate) name: &'static str,
-    /// For whoever reads the table.
+    /// Its meaning for readers of the table.
     pub(crate) meaning: &'static str,
-    /// Measures it.
     pub(crate) run: fn(&Bench) -> Result<Vec<Line>, Failed>,
 }
 

@@ -1,5 +1,6 @@
-//! What the daemon asks: a SPIFFE Workload API and an STS, in the bench's own process, which take the time that they are
-//! told to, and count. They verify nothing; the integration tests have those that do.
+//! The daemon's counterparts: a SPIFFE Workload API and an STS, in the bench's own process, which
+//! reply after a set time, and count. They verify nothing; the integration tests have those that
+//! do.
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -27,25 +28,24 @@ use awsvid::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
 use crate::{Failed, machine};
 
-/// The one trust domain.
 pub(crate) const TRUST_DOMAIN: &str = "bench.example";
 /// About as long as AWS's own.
 const SESSION_TOKEN: usize = 1024;
 
-/// What the two have done.
+/// The counters of both servers.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Counts {
-    /// JWT-SVIDs given.
+    /// Issued JWT-SVIDs.
     pub(crate) tokens: u32,
-    /// Sessions given.
+    /// Issued sessions.
     pub(crate) sessions: u32,
-    /// The time that all of these took here, from request to answer.
+    /// The time that all of these took here, from request to response.
     pub(crate) spent: Duration,
-    /// When the last session was given, by the machine's monotonic clock.
+    /// The time of the last session's response, by the machine's monotonic clock.
     pub(crate) answered: Duration,
 }
 
-/// Counts, and takes its time. Cheap to clone.
+/// Counts, and delays each reply. Cheap to clone.
 #[derive(Debug, Clone)]
 struct Desk {
     delay: Duration,
@@ -65,7 +65,7 @@ impl Desk {
     }
 }
 
-/// Both; they end with this value.
+/// Both servers, which end with this value.
 pub(crate) struct Upstream {
     desk: Desk,
     socket: PathBuf,
@@ -75,7 +75,8 @@ pub(crate) struct Upstream {
 }
 
 impl Upstream {
-    /// Starts them with their files in `folder`. Each answer takes `delay`. With `tls` the STS speaks TLS, as AWS's does.
+    /// Starts them with their files in `folder`. Each response takes `delay`. With `tls` the STS
+    /// speaks TLS, as AWS's does.
     pub(crate) fn start(folder: &Path, delay: Duration, tls: bool) -> Result<Self, Failed> {
         let runtime = Runtime::new()?;
         let desk = Desk {
@@ -111,7 +112,7 @@ impl Upstream {
         })
     }
 
-    /// So far.
+    /// Returns the counts so far.
     pub(crate) fn counts(&self) -> Counts {
         *self
             .desk
@@ -120,7 +121,7 @@ impl Upstream {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `[identity]` and `[sts]`.
+    /// Returns `[identity]` and `[sts]`.
     pub(crate) fn configuration(&self) -> String {
         let ca = self
             .ca
@@ -136,7 +137,7 @@ impl Upstream {
     }
 }
 
-/// The Workload API.
+/// The server of the Workload API.
 struct Agent(Desk);
 
 #[tonic::async_trait]
@@ -160,7 +161,8 @@ impl SpiffeWorkloadApi for Agent {
     }
 }
 
-/// A JWT-SVID that passes every check but that of its signature, which only STS can make.
+/// Returns a JWT-SVID that passes every check except that of its signature, which only STS can
+/// make.
 pub(crate) fn token(spiffe_id: &str, audience: &str) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -192,7 +194,7 @@ async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Desk) {
 
 async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, desk: Desk) {
     let service = hyper::service::service_fn(|request: Request<Incoming>| async {
-        // The daemon's own question for its readiness is answered, and counted, like any other.
+        // The daemon's own readiness probe is answered, and counted, like any other request.
         let _ = request.into_body().collect().await;
         let answer = session();
         desk.serve(|counts| {
@@ -221,7 +223,8 @@ fn session() -> String {
     )
 }
 
-/// A certificate for 127.0.0.1, which is its own authority: the file of that, and TLS.
+/// Makes a certificate for 127.0.0.1, which is its own authority. Returns its file, and TLS with
+/// it.
 fn certificate(folder: &Path) -> Result<(PathBuf, TlsAcceptor), Failed> {
     use tokio_rustls::rustls::ServerConfig;
     use tokio_rustls::rustls::crypto::aws_lc_rs::default_provider;

@@ -1,4 +1,4 @@
-//! What callers wait for: at a steady rate, and beside somebody who makes the daemon work.
+//! Latencies: at a steady rate, and while another user keeps the daemon busy.
 
 use super::ratio::{
     DESCRIPTORS, Pair, Run, TCP_PID, TCP_SOCKET, UNIX_FACTS, UNIX_UID, USER, measure,
@@ -12,10 +12,10 @@ use crate::{Bench, Failed};
 
 /// The steady rate, in requests a second.
 const RATE: u32 = 1500;
-/// Who asks without end in [`hostile`].
+/// The user of the endless requests in [`hostile`].
 const HOSTILE: u32 = 61102;
 
-/// Latency at 1,500 requests a second.
+/// Measures the latency at 1,500 requests a second.
 pub(crate) fn paced(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let mut lines = Vec::new();
     for shape in [TCP_SOCKET, TCP_PID, UNIX_UID, UNIX_FACTS] {
@@ -65,7 +65,7 @@ pub(crate) fn paced(bench: &Bench) -> Result<Vec<Line>, Failed> {
     Ok(lines)
 }
 
-/// One user's latency while another one makes the daemon search thousands of descriptors.
+/// Measures one user's latency while another one makes the daemon search thousands of descriptors.
 pub(crate) fn hostile(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, std::time::Duration::ZERO, false)?;
