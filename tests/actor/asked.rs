@@ -1,4 +1,4 @@
-//! Scenes about a caller whose pid is in a query to an agent. The agent is the test's own. It holds
+//! Scenes in which a query to an agent has the caller's pid. The agent is the test's own. It holds
 //! the query, and the test sends words on standard input when the scene is to go on. Each word gets
 //! a reply of one line.
 //!

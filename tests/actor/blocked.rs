@@ -20,7 +20,7 @@ use crate::{ALICE, BOB};
 /// Starts this number of processes of Alice in each of these cgroups. Each sends a request and then
 /// executes a program. That locks the process against changes of its memory (`exec_update_lock`),
 /// and waits for the lock of its memory. A helper that shares the memory holds that lock: it maps a
-/// file whose server does not respond.
+/// file of a server that does not respond.
 ///
 /// Prints a line when all of them are stuck, and ends when its input does.
 pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
@@ -149,7 +149,7 @@ fn await_stuck(pid: Pid) {
 
 /// Maps the file with this name.
 extern "C" fn map(path: *mut libc::c_void) -> libc::c_int {
-    // SAFETY: the path is a string of the caller's, whose memory this is too.
+    // SAFETY: the path is a string of the caller's, and this process shares that memory.
     unsafe {
         let path = CStr::from_ptr(path.cast());
         let file = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);

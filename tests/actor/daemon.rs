@@ -76,7 +76,7 @@ pub(crate) enum Connection {
 }
 
 impl Connection {
-    /// Returns the connection whose client's end is `fd`.
+    /// Returns the connection with the client's end `fd`.
     pub(crate) fn of(to: &Address, fd: &OwnedFd) -> Self {
         match to {
             Address::Unix(_) => Self::Unix(fd.try_clone().unwrap()),

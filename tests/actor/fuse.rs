@@ -32,10 +32,10 @@ const KEEP_CACHE: u32 = 2;
 /// The file's inode. The directory's is 1.
 const FILE: u64 = 2;
 const FILE_SIZE: u64 = 1 << 20;
-/// The seconds for which the kernel caches the attributes of a file that is not to be looked up
-/// again. It never caches the name.
+/// The seconds for which the kernel caches the attributes of a file without another lookup. It
+/// never caches the name.
 const VALID: u64 = 3600;
-/// The name whose lookup makes the file system stop responding. No file has it.
+/// A lookup of this name makes the file system stop responding. No file has it.
 const CUE: &str = "hang";
 
 /// The requests that never get a response.
@@ -256,7 +256,7 @@ impl Server {
         Answer::Body(body)
     }
 
-    /// Builds `struct fuse_entry_out`. The kernel has to look the name up each time.
+    /// Builds `struct fuse_entry_out`. The kernel caches no name.
     fn entry(&self) -> Vec<u8> {
         let words: [u64; 5] = [FILE, 0, 0, self.valid(), 0];
         words
@@ -275,7 +275,7 @@ impl Server {
         }
     }
 
-    /// Builds the `struct fuse_attr`.
+    /// Builds the bytes of `struct fuse_attr`.
     fn attributes(&self, node: u64) -> Vec<u8> {
         let (mode, links, size) = if node == FILE {
             (0o100_755, 1, self.size)
@@ -324,7 +324,7 @@ fn init() -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-/// Builds the `struct fuse_open_out`.
+/// Builds the bytes of `struct fuse_open_out`.
 fn open(flags: u32) -> Vec<u8> {
     [&7_u64.to_ne_bytes()[..], &flags.to_ne_bytes(), &[0; 4]].concat()
 }

@@ -24,7 +24,7 @@ pub(crate) enum Given {
     Accepted,
 }
 
-/// Root makes a socket and passes it to Bob, who disconnects it, connects it to the daemon, and
+/// Root makes a socket and passes it to Bob. Bob disconnects it, connects it to the daemon, and
 /// sends a request.
 pub(crate) fn used_again(to: &Address, given: Given) -> String {
     let listener = TcpListener::bind(to.another(0)).unwrap();

@@ -139,7 +139,7 @@ struct Seen {
 impl Seen {
     /// Reads all that is there: up to the end, if the pipe blocks.
     fn read(&mut self, said: &mut File) {
-        // An error means that there is no more for now.
+        // An error means that the pipe is empty for now.
         let _ = said.read_to_end(&mut self.rest);
         let whole = self.rest.len() / RECORD * RECORD;
         let records: Vec<u8> = self.rest.drain(..whole).collect();

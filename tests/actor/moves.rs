@@ -95,7 +95,7 @@ pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
     said
 }
 
-/// Alice sends a request from a cgroup of the threaded kind, whose processes can't be listed.
+/// Alice sends a request from a cgroup of the threaded kind, in which processes can't be listed.
 pub(crate) fn threaded(to: &Address) -> String {
     let (here, there) = UnixStream::pair().unwrap();
     let domain = Cgroup::new(&own_cgroup(), "domain");

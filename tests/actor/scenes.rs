@@ -1,8 +1,8 @@
 //! The scenes. Each returns the daemon's response on the connection that it is about.
 //!
 //! In some scenes it matters whether the daemon attests before or after an event. There the daemon
-//! is stopped until the event has happened. In a scene whose name ends in `-late` it has attested
-//! the caller before.
+//! is stopped until the event has happened. In a scene with a name in `-late` it has attested the
+//! caller before.
 
 use std::ffi::CString;
 use std::fs;
@@ -85,7 +85,7 @@ fn finish(mut child: Child) -> String {
     said
 }
 
-/// Alice's connection, which another process is to use. Alice has closed her own descriptor.
+/// Alice's connection, which another process is to use. Alice's own descriptor is closed.
 struct Given {
     alice: Child,
     heir: Child,
@@ -93,8 +93,8 @@ struct Given {
 }
 
 impl Given {
-    /// Passes it to a user with a group. With `late` the request has begun before. Alice does
-    /// `then` when she gets the cue.
+    /// Passes it to a user with a group. With `late` the request has begun before. Alice's process
+    /// does `then` at its cue.
     fn start(to: &Address, late: bool, heir: (u32, u32), then: impl FnOnce()) -> Self {
         let (over, from) = UnixStream::pair().unwrap();
         let (tell, told) = UnixStream::pair().unwrap();
@@ -134,7 +134,7 @@ fn goes_on(held: Option<Held>, mut asking: Child) -> String {
     finish(asking)
 }
 
-/// Bob, who is in Alice's group, sends a request on her connection while she lives.
+/// Bob, in Alice's group, sends a request on the connection of Alice's living process.
 fn passed(to: &Address, late: bool) -> String {
     let Given {
         mut alice,
@@ -147,7 +147,7 @@ fn passed(to: &Address, late: bool) -> String {
     said
 }
 
-/// Alice makes a socket. Bob, who alone has it then, connects it and sends a request.
+/// Alice makes a socket, which only Bob has then. Bob connects it and sends a request.
 fn made_for(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
     let alice = child(|_| {
@@ -306,8 +306,8 @@ fn mixed_group(to: &Address) -> String {
     }))
 }
 
-/// Alice sends a request and is gone before the daemon attests her. Only the daemon's audit has the
-/// outcome.
+/// Alice's process sends a request and is gone before the daemon attests it. Only the daemon's
+/// audit has the outcome.
 fn closed(to: &Address, shut: bool) -> String {
     let held = daemon::hold();
     finish(child(|_| {
@@ -406,8 +406,8 @@ fn decoy_on(to: &Address, port: u16) -> Option<String> {
     is_played.then_some(said)
 }
 
-/// Alice sends a request from a namespace of her own: one of users, in which she has no id at all,
-/// or one of processes.
+/// Alice sends a request from a new namespace: one of users, without any id in it, or one of
+/// processes.
 fn apart(to: &Address, namespace: CloneFlags) -> String {
     finish(child(|_| {
         if namespace == CloneFlags::CLONE_NEWUSER {

@@ -19,7 +19,6 @@ use crate::Failed;
 /// A response that takes longer than this counts as missing.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A client process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Caller {
     /// The user, and the group of the same number.

@@ -91,7 +91,7 @@ fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
     )?)
 }
 
-/// Returns a caller over TCP whose rule needs no process.
+/// Returns a caller over TCP with a rule that needs no process.
 fn caller(number: usize) -> Caller {
     let cgroup = CgroupPath::parse(&format!(
         "/system.slice/system-workload.slice/workload@{number}.service"

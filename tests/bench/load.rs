@@ -18,7 +18,6 @@ use crate::process::Part;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Plan {
     pub(crate) caller: Caller,
-    /// The server's address.
     pub(crate) address: String,
     /// The path of the requests.
     pub(crate) path: String,
@@ -33,7 +32,7 @@ pub(crate) struct Plan {
     pub(crate) rate: Option<u32>,
 }
 
-/// The clients' measurements.
+/// The measurements of the clients.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Report {
     /// Responses by status. 0 counts requests without one.

@@ -35,7 +35,7 @@ type Failed = Box<dyn std::error::Error>;
 
 /// The state that all rows share.
 struct Bench {
-    /// The short form, whose figures mean nothing.
+    /// The short form, with figures that mean nothing.
     quick: bool,
     cgroups: Cgroups,
     folder: TempDir,

@@ -35,9 +35,7 @@ const SESSION_TOKEN: usize = 1024;
 /// The counters of both servers.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Counts {
-    /// Issued JWT-SVIDs.
     pub(crate) tokens: u32,
-    /// Issued sessions.
     pub(crate) sessions: u32,
     /// The time that all of these took here, from request to response.
     pub(crate) spent: Duration,

@@ -103,7 +103,7 @@ async fn the_delegated_identity_api_attests_others() {
     );
 }
 
-/// Returns a client of the Broker API at `socket`, for an agent whose ID `server` covers.
+/// Returns a client of the Broker API at `socket`, for an agent with an ID that `server` covers.
 fn broker(spire: &Spire, socket: &Path, server: Option<&str>) -> BrokerApi {
     let own = OwnSvidSource::at(Endpoint::Unix(spire.agent_socket()));
     BrokerApi::new(

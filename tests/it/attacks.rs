@@ -167,7 +167,7 @@ fn expected() -> Vec<Row> {
         row("passed-late", alice, alice, gone),
         row("made-for", bob, alice, ambiguous),
         row("shared", alice, alice, ambiguous),
-        // On TCP the heir is Alice's process, and holds the socket that she made.
+        // On TCP the heir is Alice's process, and holds the socket that Alice made.
         Row {
             unix: [alice.clone(), alice.clone(), nobody.clone()],
             ..row("other-group", alice, alice, ambiguous)
@@ -209,7 +209,7 @@ fn expected() -> Vec<Row> {
         row("shared-listener-used-again", bob, ambiguous, ambiguous),
         row("accepted-used-again", bob, ambiguous, ambiguous),
         row("made-for-activation", alice, activated, activated),
-        // The socket alone shows Alice, its new owner. Giving it to her takes root's capability.
+        // The socket alone shows its new owner, Alice. The change of owner takes root's capability.
         row("chowned", root, alice, ambiguous),
         row("chowned-late", root, changed, changed),
         // On TCP the cgroup in which the socket was made decides, on the unix socket that of the

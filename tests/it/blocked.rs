@@ -91,8 +91,8 @@ fn callers_that_hold_their_own_locks_stop_nobody_else_where_an_agent_attests() {
     others_are_answered(&daemon, folder.path(), &id("bob"));
 }
 
-/// A rule names a program on a file system that hangs. Alice has that rule, and another one for her
-/// other programs. Bob's rules name a program on another file system.
+/// A rule names a program on a file system that hangs. Alice has that rule, and one for all other
+/// programs. Bob's rules name a program on another file system.
 struct HangingRule {
     /// The first field, so that it ends first.
     files: HangingFiles,

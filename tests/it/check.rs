@@ -35,7 +35,7 @@ use crate::harness::world::{Setting, Source, World, id};
 const PATIENCE: Duration = Duration::from_secs(120);
 const NOBODY: &str = "http://127.0.0.1:1";
 
-/// Returns a configuration whose STS is at `sts`, with one workload of this name.
+/// Returns a configuration with this STS and one workload of this name.
 fn configuration(socket: &Path, sts: &str, arn: &str, audience: &str) -> String {
     format!(
         "[identity]\nsocket = \"unix://{}\"\naudience = \"{audience}\"\n[sts]\nregion = \"us-east-1\"\nendpoint = \"{sts}\"\ntimeout = \"5s\"\n\

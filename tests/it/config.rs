@@ -1,4 +1,4 @@
-//! Tests of `awsvid config`.
+//! Tests of the command `awsvid config`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -147,7 +147,7 @@ fn operators_see_health_but_no_workload() {
     let folder = folder();
     let daemon = Daemon::start(folder.path(), "", CONFIGURATION);
     assert_eq!(http_get(daemon.admin(), "/healthz").unwrap().0, 200);
-    // There is no source and no STS here.
+    // The test has neither a source nor an STS.
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     assert_eq!(http_get(daemon.admin(), "/status").unwrap().0, 404);
     let (_, metrics) = http_get(daemon.admin(), "/metrics").unwrap();

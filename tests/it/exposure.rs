@@ -115,7 +115,7 @@ fn what_another_user_has_written_does_not_take_effect() {
     assert_ne!(ask(unix()).1["code"], "no_identity");
 }
 
-/// Returns a configuration whose STS is trusted by this file.
+/// Returns a configuration in which this file has the certificate of the STS.
 fn trusting(ca_file: &Path) -> String {
     let sts = format!("[sts]\nendpoint = \"https://127.0.0.1:9\"\nca_file = {ca_file:?}\n");
     let text = configuration(0).replace("[sts]\nregion = \"eu-central-1\"\n", &sts);

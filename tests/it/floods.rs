@@ -95,8 +95,8 @@ fn counts(counts: &[(&str, usize)]) -> Counts {
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const DROPPED: &str = "awsvid_connections_dropped_total{reason=\"too_many_of_one\"}";
 
-/// T20: twice as many idle connections as all callers together may have. Alice gets her share, and
-/// the rest is reset.
+/// T20: twice as many idle connections as all callers together may have. Alice gets one workload's
+/// share, and the rest is reset.
 #[test]
 fn idle_connections_of_one_leave_room_for_others() {
     if !root() {
@@ -109,8 +109,8 @@ fn idle_connections_of_one_leave_room_for_others() {
     for listener in LISTENERS {
         let before = stage.metric(DROPPED);
         let held = stage.alice("hold", listener, &[2000]);
-        // Her own requests are refused meanwhile: first, since a connection that sends nothing ends
-        // after 5 s.
+        // Alice's own requests are refused meanwhile: first, since a connection that sends nothing
+        // ends after 5 s.
         let more = ask(
             listener,
             &stage.daemon.listener(listener),
@@ -130,9 +130,9 @@ fn idle_connections_of_one_leave_room_for_others() {
             "reset"
         };
         assert_eq!(ended.get(how), Some(&1600), "over {listener}: {ended:?}");
-        // Her permits are free again once the daemon has seen that she closed her connections.
-        // First it has to search for her process, one connection at a time because that has so many
-        // descriptors. The one that is left is the request for the metrics.
+        // Alice's permits are free again once the daemon has seen that the connections are closed.
+        // First it has to search for Alice's process, one connection at a time because that has so
+        // many descriptors. The one that is left is the request for the metrics.
         await_some("her connections are over", PATIENCE, || {
             (stage.metric("awsvid_connections") == 1).then_some(())
         });

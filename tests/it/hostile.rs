@@ -64,7 +64,7 @@ impl Stage {
         }
         let folder = folder();
         let upstream = Upstream::start(&[(ALICE, "alice")]);
-        // Her process makes the connections and passes them to the test, so the cgroup decides.
+        // Alice's process makes the connections and passes them to the test, so the cgroup decides.
         let place = "cgroup = \"/awsvid-test-*.slice/**\"";
         let rule = format!(
             "[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{place}\n"
@@ -116,8 +116,8 @@ impl Stage {
         )
     }
 
-    /// Returns the number of requests whose head arrived. Each has a record too, but one stands for
-    /// several refusals in quick succession.
+    /// Returns the number of requests with a complete head. Each has a record too, but one stands
+    /// for several refusals in quick succession.
     fn requests(&self, labels: &str) -> u64 {
         self.counter("awsvid_requests_total", labels)
     }

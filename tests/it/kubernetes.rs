@@ -73,7 +73,7 @@ fn lives(cluster: &Cluster, done: &impl Fn(&str)) {
     done("outages");
 }
 
-/// Runs two pods, of two namespaces and service accounts, whose containers differ in nothing that
+/// Runs two pods, of two namespaces and service accounts. Their containers differ in nothing that
 /// the pod spec gives awsvid.
 fn each_reads_its_own(cluster: &Cluster, source: &str) {
     let name = format!("reads-{source}");

@@ -29,7 +29,7 @@ spiffe_id = "spiffe://example.org/billing"
 role_arn = "arn:aws:iam::123456789012:role/billing"
 "#;
 
-/// Returns the status of a request, or `None` if there is no response.
+/// Returns the status of a request, or `None` without a response.
 fn status(address: SocketAddr) -> Option<u16> {
     http_get(address, "/v1/credentials").map(|(status, _)| status)
 }

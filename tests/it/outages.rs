@@ -21,7 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// test.
 const WARM: u32 = 0;
 const USERS: [(u32, &str); 3] = [(1001, "reader"), (WARM, "warm"), (1002, "other")];
-/// Workloads without any state in the daemon before their request: no flight, no cached failure.
+/// Workloads without any state in the daemon: before their request there is neither a flight nor a
+/// cached failure.
 const COLD: [u32; 2] = [1001, 1002];
 
 /// Runs `act` on the environment while the warm workload sends requests without a break, and gets
@@ -72,7 +73,7 @@ fn assert_told_to_come_back(world: &World, reason: &str) {
     });
 }
 
-/// One try each.
+/// Sends one request over each listener.
 fn assert_answered(world: &World) {
     assert_eq!(
         world.copy(COLD[0]).success("aws s3 cp on the next try"),

@@ -1,5 +1,5 @@
 //! The pod of a caller over every listener, on real network namespaces and a real cgroup tree: T2,
-//! T5 and the facts behind them. They also run as in a DaemonSet, whose daemon may not open cgroups
+//! T5 and the facts behind them. They also run as in a DaemonSet. Its daemon may not open cgroups
 //! by their ids, and lives in a cgroup namespace.
 
 use std::fs;
@@ -28,8 +28,7 @@ const NO_HANDLES: [&str; 3] = [
     "--bounding-set=-dac_read_search",
     "--inh-caps=-dac_read_search",
 ];
-/// Enters a cgroup namespace whose root is the cgroup `$0`, with a mount of that on the directory
-/// `$1`.
+/// Enters a cgroup namespace with the root `$0`, and mounts that on the directory `$1`.
 const IN_A_CONTAINER: &str = r#"echo 0 >"$0/cgroup.procs" && own="$1" && shift && exec unshare --cgroup -- \
     sh -c 'mount -t cgroup2 -o ro cgroup2 "$0" && exec "$@"' "$own" "$@""#;
 

@@ -410,7 +410,7 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
     let Some(stage) = Stage::set(|_| {}) else {
         return;
     };
-    // A daemon whose mounts are not the host's sees files without namespaces.
+    // A daemon without the host's mounts sees files without namespaces.
     for name in ["x", "y"] {
         fs::File::create_new(stage.site.node.path(name)).unwrap();
     }

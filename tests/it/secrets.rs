@@ -1,4 +1,4 @@
-//! Only the command whose output is a secret prints one.
+//! No command prints a secret, except the one that has this purpose.
 
 use std::fs;
 use std::process::Command;
@@ -110,7 +110,7 @@ fn only_credential_process_prints_one() {
         "{shown}"
     );
 
-    // As the workload, whose environment has other keys.
+    // As the workload, which has other keys in its environment.
     let program = folder.path().join("awsvid");
     fs::copy(PROGRAM, &program).unwrap();
     let workload = Workload::new(1001)

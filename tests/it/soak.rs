@@ -263,7 +263,7 @@ struct Seen {
     answers: u64,
     counted: Counted,
     bad: Vec<String>,
-    /// By user.
+    /// The keys by user.
     keys: BTreeMap<&'static str, BTreeSet<String>>,
 }
 
@@ -338,8 +338,8 @@ fn anonymous_kib(pid: u32) -> u64 {
 }
 
 /// Returns the number of the daemon's descriptors, without those that it keeps for the next
-/// request. Those are connections to this port, and handles of some processes and cgroups, whose
-/// bounds are in `attest`.
+/// request. Those are connections to this port, and handles of some processes and cgroups. `attest`
+/// has their bounds.
 fn descriptors(pid: u32, but: u16) -> usize {
     let remote = format!(":{but:04X}");
     let kept: BTreeSet<String> = ["tcp", "tcp6"]

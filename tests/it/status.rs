@@ -214,8 +214,8 @@ fn cells(shown: &str, spiffe_id: &str) -> Option<Vec<String>> {
     )
 }
 
-/// Shows all that an operator needs of a daemon whose callers SPIRE attests: working entries and
-/// failures.
+/// Shows all that an operator needs of a daemon with callers that SPIRE attests: working entries
+/// and failures.
 #[test]
 fn each_column_says_what_is_so() {
     let folder = folder();

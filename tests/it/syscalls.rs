@@ -44,7 +44,7 @@ fn run_quietly(command: &mut Command) -> Option<String> {
     String::from_utf8(output.stdout).ok()
 }
 
-/// A daemon whose system calls are traced, with those of its threads.
+/// A daemon under a tracer of its system calls, with its threads.
 struct Traced {
     daemon: Daemon,
     trace: PathBuf,

@@ -208,7 +208,7 @@ impl Figures {
     }
 }
 
-/// Returns the line for these runs, in multiples of `base`, whose name is `name`.
+/// Returns the line for these runs, in multiples of `base`, which the table calls `name`.
 fn line(row: &str, name: &str, base: &[Run], runs: &[Run], asked: String) -> Line {
     let (base, figures) = (Figures::of(base), Figures::of(runs));
     let ratio = figures.cpu.median / base.cpu.median;

@@ -100,7 +100,7 @@ impl Stage {
         self.folder.path().join("first")
     }
 
-    /// Runs an honest caller whose query is not held.
+    /// Runs an honest caller, for which the agent replies at once.
     fn honest(&self, name: &str, listener: &str) -> Made {
         let address = self.daemon.listener(listener);
         let answer = actor::play_by(

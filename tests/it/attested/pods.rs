@@ -138,7 +138,7 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     });
     is_own(&late, &pods[2], "late");
 
-    // The same by `check`, from the daemon's namespaces. Without a pod there is no process to name.
+    // The same by `check`, from the daemon's namespaces. Without a pod there is nothing to name.
     let check = |arguments: &[&str], status: i32| {
         let mut command = behind(&words, std::path::Path::new(PROGRAM));
         command

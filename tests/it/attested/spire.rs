@@ -90,7 +90,7 @@ fn daemon(folder: &Path, admin_socket: &Path, sts: &OneRoleSts) -> Daemon {
     Daemon::start(folder, "", &configuration).ready()
 }
 
-/// Makes a copy of the actor in the folder, whose path is in an entry.
+/// Makes a copy of the actor in the folder, at a path for an entry.
 fn copy(folder: &Path, name: &str, mode: u32) -> PathBuf {
     let program = folder.join(name);
     fs::copy(actor::program(), &program).unwrap();
@@ -129,7 +129,7 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
     agents
         .spire
         .register(&id("victim"), &["docker:label:app:victim"]);
-    // There is no role for this one, so it leaves no choice.
+    // No role exists for this one, so it leaves no choice.
     let own = "spiffe://example.org/alice".to_owned();
     agents.spire.register(&own, &["unix:uid:61001"]);
     let sts = OneRoleSts::start(&agents.spire.issuer_url());
@@ -160,7 +160,7 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
                 vec![&own, &other],
                 Some("delegated_cgroup"),
             ),
-            // No event shows a move there and back, so there is no query about a process in a
+            // No event shows a move there and back, so the daemon does not query a process in a
             // user's own cgroups.
             (user.path(), None, vec![&own], Some("delegated_cgroup")),
             (

@@ -28,7 +28,7 @@ fn findings(report: &Value, verdict: &str) -> Vec<String> {
     .collect()
 }
 
-/// Which is neither a pass nor a failure.
+/// A step that could not be checked is neither a pass nor a failure.
 #[test]
 fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
     if !root() {

@@ -22,7 +22,7 @@ pub(crate) struct Reading<'a> {
     pub(crate) key: String,
     pub(crate) times: u32,
     pub(crate) pause: Duration,
-    /// For `awsvid exec --url`.
+    /// The value of `awsvid exec --url`.
     pub(crate) url: String,
     /// For its option `--role`.
     pub(crate) role: Option<&'a str>,

@@ -155,7 +155,7 @@ impl Connector {
         self.owned.id()
     }
 
-    /// Opens a connection whose only holder is the test.
+    /// Opens a connection that only the test holds.
     pub(crate) fn connect(&self) -> OwnedFd {
         self.connect_by(b"x")
     }

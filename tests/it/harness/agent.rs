@@ -77,7 +77,7 @@ struct Desk {
 struct Calls {
     /// The number of queries about each process.
     count: HashMap<i32, usize>,
-    /// The processes whose next query is held.
+    /// The processes for which the next query is held.
     held: HashMap<i32, watch::Sender<Stage>>,
 }
 

@@ -112,7 +112,7 @@ impl Port {
     }
 }
 
-/// Sends `GET path` over plain HTTP, and returns the status and body. Returns `None` if there is no
+/// Sends `GET path` over plain HTTP, and returns the status and body. Returns `None` without a
 /// response within 5 s, or if it is not HTTP.
 pub(crate) fn http_get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;

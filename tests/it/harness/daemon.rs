@@ -476,7 +476,7 @@ impl Daemon {
         })
     }
 
-    /// For which SPIFFE ID these credentials were handed out first, by the audit.
+    /// Returns the SPIFFE ID for which these credentials were issued first, by the audit.
     pub(crate) fn first_issued_to(&self, access_key_id: &str) -> String {
         let mut issued = self.issued.lock().unwrap();
         let mut found = false;

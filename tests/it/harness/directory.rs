@@ -28,7 +28,7 @@ exec "$@""#;
 pub(crate) enum Account {
     /// The name has this number.
     Is(u32),
-    /// The directory fails.
+    /// The directory returns an error.
     Fails,
     /// No response, until this is changed.
     Hangs,

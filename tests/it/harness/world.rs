@@ -45,9 +45,7 @@ pub(crate) struct Setting<'a> {
     pub(crate) socket: Option<&'a dyn Fn(&Path) -> PathBuf>,
     /// The source that maps users to identities.
     pub(crate) source: Source,
-    /// SPIRE's `default_x509_svid_ttl`.
     pub(crate) x509_svid_ttl: Option<&'static str>,
-    /// `SpireSetting::without_hashes`.
     pub(crate) without_hashes: bool,
     /// Another build of awsvid.
     pub(crate) program: Option<&'a Path>,
@@ -58,7 +56,7 @@ pub(crate) struct Setting<'a> {
 /// The source of awsvid's identities.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// All are registered for awsvid, whose rules map users to them.
+    /// All are registered for awsvid, which maps users to them by its rules.
     #[default]
     Rules,
     /// Each is registered for its user. SPIRE attests the caller over its admin socket.
@@ -207,7 +205,8 @@ impl World {
         })
     }
 
-    /// Runs `aws s3 cp` as a user whose environment has only the variables that the README names.
+    /// Runs `aws s3 cp` as a user with only those variables in its environment that the README
+    /// names.
     pub(crate) fn copy(&self, uid: u32) -> Output {
         let workload = Workload::new(uid)
             .env("AWS_CONTAINER_CREDENTIALS_FULL_URI", &self.daemon.uri())

@@ -276,7 +276,7 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     a_killed_listener_comes_back(&site);
     who_made_the_socket_is_answered(&site);
     who_is_in_no_pod_has_nothing_there(&site, address);
-    // T5: there is no listener on the node unless it is configured.
+    // T5: the node has no listener unless it is configured.
     site.tried("ask").is(&["ask: ECONNREFUSED"], &[]);
     site.end();
 }

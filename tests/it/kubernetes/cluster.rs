@@ -33,7 +33,7 @@ pub(super) struct Cluster {
     _forwards: [Forward; 3],
 }
 
-/// A service account whose pods may read the object `test.txt` in the bucket of its namespace's
+/// A service account. Its pods may read the object `test.txt` in the bucket of its namespace's
 /// name.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Account {

@@ -122,8 +122,8 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
     // A group of its own, so that ending it also ends what it has started.
     command.process_group(0);
     let parent = Pid::this();
-    // SAFETY: the closure runs between fork and exec and makes two system calls; it neither allocates nor takes a
-    // lock.
+    // SAFETY: the closure runs between fork and exec and makes two system calls. It neither
+    // allocates nor takes a lock.
     #[allow(unsafe_code)]
     unsafe {
         // After std's setuid, which would clear the signal again.

@@ -194,7 +194,7 @@ impl Spire {
         format!("http://{}", self.oidc_port.address())
     }
 
-    /// Creates a registration entry whose parent is the agent. If the agent runs, waits until it
+    /// Creates a registration entry with the agent as its parent. If the agent runs, waits until it
     /// serves the entry. Returns the entry's ID. Selectors are such as `unix:uid:1001`.
     pub(crate) fn register(&self, spiffe_id: &str, selectors: &[&str]) -> String {
         self.register_with(spiffe_id, selectors, &[])

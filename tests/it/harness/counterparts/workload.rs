@@ -1,4 +1,5 @@
-//! A workload: a process of some user, whose environment has only what the test sets.
+//! A workload: a process of some user, with only those variables in its environment that the test
+//! sets.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -60,7 +61,7 @@ impl Workload {
     }
 
     /// Returns a command of this workload, to be changed further and passed to `process::run`,
-    /// `Process::start` or `process::spawn`. `program` is a path: there is no PATH.
+    /// `Process::start` or `process::spawn`. `program` is a path, since PATH is not set.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         chown(self.home(), Some(self.uid), Some(self.gid))
             .expect("chown of the workload's HOME, as root");

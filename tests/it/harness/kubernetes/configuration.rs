@@ -109,7 +109,7 @@ pub(super) fn write_network(root: &Path, families: Families) {
         .expect("a file");
 }
 
-/// Returns a kubeconfig for a client whose certificate is in `directory`.
+/// Returns a kubeconfig for a client with its certificate in `directory`.
 pub(super) fn kubeconfig(directory: &Path, name: &str, server: &str) -> String {
     let data = |file: String| STANDARD.encode(fs::read(directory.join(file)).expect("a file"));
     format!(
@@ -171,7 +171,7 @@ fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-/// The thresholds are those of a computer whose disk may be nearly full.
+/// The thresholds are those of a computer with a disk that may be nearly full.
 const KUBELET: &str = r#"
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration

@@ -41,7 +41,7 @@ impl Node {
         }
     }
 
-    /// Returns the output of the containers of the pods whose name begins so, the last one's last.
+    /// Returns the output of the containers of the pods with this prefix, the last one's last.
     pub(crate) fn pod_log(&self, namespace: &str, name: &str) -> String {
         let mut files = Vec::new();
         for pod in fs::read_dir(self.path("/var/log/pods"))

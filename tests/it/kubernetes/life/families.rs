@@ -1,4 +1,4 @@
-//! Pods whose network is IPv4, IPv6, or both.
+//! Pods in an IPv4 network, an IPv6 network, or both.
 
 use std::net::IpAddr;
 

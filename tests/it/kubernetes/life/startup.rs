@@ -1,4 +1,4 @@
-//! A node that has just joined, whose pods wait for awsvid by a taint.
+//! A node that has just joined. Its pods wait for awsvid by a taint.
 
 use std::path::Path;
 
