@@ -103,16 +103,16 @@ fn caller(number: usize) -> Caller {
         pod: None,
         namespace: None,
         process: None,
-        evidence: Box::new(Seen([0; 128])),
+        evidence: Box::new(Facts([0; 128])),
     }
 }
 
 /// About the size of what attestation keeps.
 #[derive(Debug)]
-struct Seen(#[expect(dead_code, reason = "only its size matters")] [u8; 128]);
+struct Facts(#[expect(dead_code, reason = "only its size matters")] [u8; 128]);
 
 #[async_trait::async_trait]
-impl PeerProof for Seen {
+impl PeerProof for Facts {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }

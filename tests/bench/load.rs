@@ -96,7 +96,7 @@ impl Load {
     }
 
     /// Starts the measured requests.
-    pub(crate) fn go(&mut self) -> Result<(), Failed> {
+    pub(crate) fn begin(&mut self) -> Result<(), Failed> {
         self.0.say("go\n")
     }
 
@@ -145,7 +145,7 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failed> {
         io::stdin().lock().read_line(&mut String::new())?;
         stop.store(true, Ordering::Relaxed);
     }
-    let asked = threads
+    let samples = threads
         .into_iter()
         .flat_map(|thread| thread.join().unwrap_or_default())
         .collect();
@@ -154,17 +154,17 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failed> {
         "{}",
         serde_json::to_string(&Report {
             cpu,
-            ..summary(start, asked)
+            ..summary(start, samples)
         })?
     );
     Ok(())
 }
 
 /// The time that a request took, and its response. `None`: no response.
-type Asked = (Duration, Option<Answer>);
+type Sample = (Duration, Option<Answer>);
 
 /// Runs one thread. It waits twice at the gate: before `ready`, and for the start.
-fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<Asked> {
+fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<Sample> {
     let request = caller::request(&plan.path);
     let ask = || {
         let mut wire = caller::connect(&plan.address)?;
@@ -177,31 +177,31 @@ fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<A
     gate.wait();
     gate.wait();
     let begin = Instant::now();
-    let mut asked: Vec<Asked> = Vec::new();
+    let mut samples: Vec<Sample> = Vec::new();
     let all = if plan.requests == 0 {
         usize::MAX
     } else {
         plan.requests / plan.threads
     };
-    while asked.len() < all && !stop.load(Ordering::Relaxed) {
+    while samples.len() < all && !stop.load(Ordering::Relaxed) {
         let start = match plan.rate {
             None => Instant::now(),
-            Some(rate) => on_time(begin + turn(index, asked.len(), plan.threads, rate)),
+            Some(rate) => on_time(begin + due_at(index, samples.len(), plan.threads, rate)),
         };
         let answer = ask().ok();
         let at = answer
             .as_ref()
             .map_or_else(Instant::now, |answer| answer.at);
         // Of the credentials only the last are of interest.
-        if let Some((_, Some(previous))) = asked
+        if let Some((_, Some(previous))) = samples
             .last_mut()
             .filter(|(_, answer)| answer.as_ref().is_some_and(is_issued))
         {
             previous.body = String::new();
         }
-        asked.push((at - start, answer));
+        samples.push((at - start, answer));
     }
-    asked
+    samples
 }
 
 fn is_issued(answer: &Answer) -> bool {
@@ -209,7 +209,7 @@ fn is_issued(answer: &Answer) -> bool {
 }
 
 /// Returns the time at which thread `index` has its `number`th request to make.
-fn turn(index: usize, number: usize, threads: usize, rate: u32) -> Duration {
+fn due_at(index: usize, number: usize, threads: usize, rate: u32) -> Duration {
     let number = u32::try_from(number * threads + index).unwrap_or(u32::MAX);
     Duration::from_secs(1) * number / rate
 }
@@ -226,13 +226,13 @@ fn on_time(due: Instant) -> Instant {
     Instant::now()
 }
 
-fn summary(start: Instant, asked: Vec<Asked>) -> Report {
+fn summary(start: Instant, samples: Vec<Sample>) -> Report {
     let mut report = Report {
         finished: machine::monotonic(),
         ..Report::default()
     };
     report.seconds = start.elapsed().as_secs_f64();
-    let mut latencies: Vec<f64> = asked
+    let mut latencies: Vec<f64> = samples
         .iter()
         .map(|(latency, _)| latency.as_secs_f64() * 1e6)
         .collect();
@@ -245,7 +245,7 @@ fn summary(start: Instant, asked: Vec<Asked>) -> Report {
     };
     (report.p50, report.p99, report.max) = (at(0.5), at(0.99), at(1.0));
     let mut refused = None;
-    for (_, answer) in asked {
+    for (_, answer) in samples {
         *report
             .answers
             .entry(answer.as_ref().map_or(0, |answer| answer.status))
@@ -281,14 +281,14 @@ pub(crate) fn callers(plan: &Plan) -> Result<(), Failed> {
     let request = caller::request(&plan.path);
     ready()?;
     let start = Instant::now();
-    let mut asked: Vec<Asked> = Vec::new();
+    let mut samples: Vec<Sample> = Vec::new();
     for wire in &mut wires {
         wire.write_all(&request)?;
     }
     for wire in &mut wires {
         let answer = caller::answer(&mut **wire).ok();
-        asked.push((start.elapsed(), answer));
+        samples.push((start.elapsed(), answer));
     }
-    println!("{}", serde_json::to_string(&summary(start, asked))?);
+    println!("{}", serde_json::to_string(&summary(start, samples))?);
     Ok(())
 }

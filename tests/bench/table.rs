@@ -9,8 +9,8 @@ pub(crate) struct Line {
     /// The figure that the row is about.
     pub(crate) figure: String,
     /// Its bound, and the aim.
-    pub(crate) asked: String,
-    pub(crate) beside: String,
+    pub(crate) bound: String,
+    pub(crate) others: String,
 }
 
 impl Line {
@@ -18,14 +18,14 @@ impl Line {
     pub(crate) fn new(
         row: impl Into<String>,
         figure: String,
-        asked: impl Into<String>,
-        beside: String,
+        bound: impl Into<String>,
+        others: String,
     ) -> Self {
         Self {
             row: row.into(),
             figure,
-            asked: asked.into(),
-            beside,
+            bound: bound.into(),
+            others,
         }
     }
 }
@@ -35,12 +35,12 @@ pub(crate) fn render(lines: &[Line]) -> String {
     let head = Line::new(
         "row",
         "measured".to_owned(),
-        "asked",
-        "beside it".to_owned(),
+        "bound",
+        "other figures".to_owned(),
     );
     let rows: Vec<[&str; 4]> = std::iter::once(&head)
         .chain(lines)
-        .map(|line| [&line.row, &line.figure, &line.asked, &line.beside].map(String::as_str))
+        .map(|line| [&line.row, &line.figure, &line.bound, &line.others].map(String::as_str))
         .collect();
     let widths: Vec<usize> = (0..4)
         .map(|column| {

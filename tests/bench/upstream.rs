@@ -45,12 +45,12 @@ pub(crate) struct Counts {
 
 /// Counts, and delays each reply. Cheap to clone.
 #[derive(Debug, Clone)]
-struct Desk {
+struct CountingDelay {
     delay: Duration,
     counts: Arc<Mutex<Counts>>,
 }
 
-impl Desk {
+impl CountingDelay {
     async fn serve(&self, note: impl FnOnce(&mut Counts)) {
         let begin = machine::monotonic();
         if !self.delay.is_zero() {
@@ -65,7 +65,7 @@ impl Desk {
 
 /// Both servers, which end with this value.
 pub(crate) struct Upstream {
-    desk: Desk,
+    desk: CountingDelay,
     socket: PathBuf,
     sts: String,
     ca: Option<PathBuf>,
@@ -77,7 +77,7 @@ impl Upstream {
     /// speaks TLS, as AWS's does.
     pub(crate) fn start(folder: &Path, delay: Duration, tls: bool) -> Result<Self, Failed> {
         let runtime = Runtime::new()?;
-        let desk = Desk {
+        let desk = CountingDelay {
             delay,
             counts: Arc::default(),
         };
@@ -136,7 +136,7 @@ impl Upstream {
 }
 
 /// The server of the Workload API.
-struct Agent(Desk);
+struct Agent(CountingDelay);
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for Agent {
@@ -175,7 +175,7 @@ pub(crate) fn token(spiffe_id: &str, audience: &str) -> String {
         .join(".")
 }
 
-async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Desk) {
+async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: CountingDelay) {
     while let Ok((stream, _)) = listener.accept().await {
         let (tls, desk) = (tls.clone(), desk.clone());
         tokio::spawn(async move {
@@ -190,7 +190,7 @@ async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Desk) {
     }
 }
 
-async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, desk: Desk) {
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, desk: CountingDelay) {
     let service = hyper::service::service_fn(|request: Request<Incoming>| async {
         // The daemon's own readiness probe is answered, and counted, like any other request.
         let _ = request.into_body().collect().await;

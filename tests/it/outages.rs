@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// test.
 const WARM: u32 = 0;
 const USERS: [(u32, &str); 3] = [(1001, "reader"), (WARM, "warm"), (1002, "other")];
-/// Workloads without any state in the daemon: before their request there is neither a flight nor a
+/// Workloads without any state in the daemon. At their request there is neither a flight nor a
 /// cached failure.
 const COLD: [u32; 2] = [1001, 1002];
 
@@ -73,7 +73,7 @@ fn assert_told_to_come_back(world: &World, reason: &str) {
     });
 }
 
-/// Sends one request over each listener.
+/// Checks that the AWS CLI and curl are answered at their next try.
 fn assert_answered(world: &World) {
     assert_eq!(
         world.copy(COLD[0]).success("aws s3 cp on the next try"),

@@ -1,4 +1,5 @@
-//! The shipped units as they stand, under a real systemd: `deploy/systemd` and the example configuration.
+//! The shipped units, unchanged, under a real systemd: `deploy/systemd` and the example
+//! configuration.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -193,7 +193,7 @@ impl Figures {
         }
     }
 
-    fn beside(self, name: &str, other: Self) -> String {
+    fn compared_with(self, name: &str, other: Self) -> String {
         format!(
             "CPU {} / {name} {}; {:.0} req/s / {:.0}; p50 {} / {}; p99 {} / {}",
             self.cpu.show("us"),
@@ -209,18 +209,18 @@ impl Figures {
 }
 
 /// Returns the line for these runs, in multiples of `base`, which the table calls `name`.
-fn line(row: &str, name: &str, base: &[Run], runs: &[Run], asked: String) -> Line {
+fn line(row: &str, name: &str, base: &[Run], runs: &[Run], bound: String) -> Line {
     let (base, figures) = (Figures::of(base), Figures::of(runs));
     let ratio = figures.cpu.median / base.cpu.median;
     Line::new(
         row,
         format!("{ratio:.2} x"),
-        asked,
-        figures.beside(name, base),
+        bound,
+        figures.compared_with(name, base),
     )
 }
 
-fn asked(at_most: f64, aim: f64) -> String {
+fn bound(at_most: f64, aim: f64) -> String {
     format!("at most {at_most}, aim {aim}")
 }
 
@@ -232,7 +232,7 @@ pub(crate) fn own_cgroup(bench: &Bench, shape: &Shape) -> Result<Vec<Line>, Fail
         shape.name,
         &bench.cgroups.unit("load")?,
         DESCRIPTORS,
-        asked(shape.at_most, shape.aim),
+        bound(shape.at_most, shape.aim),
     )
 }
 
@@ -277,7 +277,7 @@ fn against_direct(
     row: &str,
     cgroup: &Path,
     descriptors: usize,
-    asked: String,
+    bound: String,
 ) -> Result<Vec<Line>, Failed> {
     let caller = Caller {
         uid: USER,
@@ -295,7 +295,7 @@ fn against_direct(
         .map(|_| pair.round(bench))
         .collect::<Result<Vec<_>, _>>()?;
     let (direct, runs): (Vec<_>, Vec<_>) = rounds.into_iter().unzip();
-    Ok(vec![line(row, "direct", &direct, &runs, asked)])
+    Ok(vec![line(row, "direct", &direct, &runs, bound)])
 }
 
 /// Measures each shape without and with background load, which starts and ends in each round.
@@ -325,7 +325,7 @@ pub(crate) fn busy_node(bench: &Bench) -> Result<Vec<Line>, Failed> {
             "without",
             without,
             with,
-            asked(1.2, 1.1),
+            bound(1.2, 1.1),
         )
     });
     Ok(lines.collect())

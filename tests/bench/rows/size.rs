@@ -60,8 +60,8 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
                     private,
                     resident,
                 },
-                asked| {
-        let beside = format!(
+                bound| {
+        let others = format!(
             "private {}, resident {}",
             mebibytes(private),
             mebibytes(resident)
@@ -69,8 +69,8 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
         Line::new(
             row,
             format!("anonymous {}", mebibytes(anonymous)),
-            asked,
-            beside,
+            bound,
+            others,
         )
     };
     Ok(vec![
@@ -143,7 +143,7 @@ pub(crate) fn start(bench: &Bench) -> Result<Vec<Line>, Failed> {
             "start ready",
             ready.show("ms"),
             "at most 50 ms",
-            "`/readyz` is 200; asked every 0.5 ms".to_owned(),
+            "`/readyz` is 200; polled every 0.5 ms".to_owned(),
         ),
     ])
 }

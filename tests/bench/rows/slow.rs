@@ -105,17 +105,17 @@ pub(crate) fn hostile(bench: &Bench) -> Result<Vec<Line>, Failed> {
     hostile.go()?;
     let mut load = Load::start(&victim)?;
     load.go()?;
-    let beside = load.report()?;
+    let report = load.report()?;
     let hostile = hostile.stop()?;
-    beside.all_issued()?;
+    report.all_issued()?;
     Ok(vec![Line::new(
         "hostile",
-        format!("p99 {}", millis(beside.p99)),
+        format!("p99 {}", millis(report.p99)),
         "below 10 ms",
         format!(
             "p50 {}, max {}; without it p50 {}, p99 {}; its own p50 {} and answers by status {:?}",
-            millis(beside.p50),
-            millis(beside.max),
+            millis(report.p50),
+            millis(report.max),
             millis(alone.p50),
             millis(alone.p99),
             millis(hostile.p50),
