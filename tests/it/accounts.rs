@@ -54,7 +54,7 @@ fn identity(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cg
 }
 
 #[test]
-fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
+fn unknown_name_among_fifty_blocks_no_caller() {
     if !root() {
         return;
     }
@@ -119,7 +119,7 @@ fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
 }
 
 #[test]
-fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
+fn user_or_group_is_found_by_first_request_after_its_creation() {
     if !root() {
         return;
     }
@@ -169,7 +169,7 @@ fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
 }
 
 #[test]
-fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
+fn hanging_directory_neither_delays_nor_misleads_other_callers() {
     if !root() {
         return;
     }

@@ -65,7 +65,7 @@ async fn attests_others(agent: &dyn AttestingAgent) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_delegated_identity_api_attests_others() {
+async fn delegated_identity_api_attests_other_processes() {
     if !root() {
         return;
     }
@@ -146,7 +146,7 @@ async fn misconfigured(agent: &BrokerApi) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_broker_api_attests_others() {
+async fn broker_api_attests_other_processes() {
     if !root() {
         return;
     }
@@ -229,7 +229,7 @@ async fn the_broker_api_attests_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_call_fails_while_the_certificate_is_renewed() {
+async fn calls_succeed_during_certificate_renewal() {
     /// Tasks that send queries continuously.
     const TASKS: usize = 8;
     /// The number of renewals of the SVID meanwhile.

@@ -273,23 +273,23 @@ fn check(rules: Rules) {
 }
 
 #[test]
-fn scenes_where_the_place_decides() {
+fn scenes_have_right_outcomes_by_user_and_cgroup() {
     check(Rules::Place);
 }
 
 #[test]
-fn scenes_where_the_user_decides() {
+fn scenes_have_right_outcomes_by_user() {
     check(Rules::User);
 }
 
 #[test]
-fn scenes_where_the_user_and_the_group_decide() {
+fn scenes_have_right_outcomes_by_user_and_group() {
     check(Rules::UserAndGroup);
 }
 
 /// T11: in a mount namespace of its own any process can show any path.
 #[test]
-fn an_executable_is_its_file_and_not_its_path() {
+fn exe_rule_matches_file_not_path() {
     if !root() {
         return;
     }
@@ -329,7 +329,7 @@ fn an_executable_is_its_file_and_not_its_path() {
 /// A rule may name supplementary groups. Root is in Bob's group when it connects, and later in
 /// Alice's.
 #[test]
-fn groups_are_those_of_the_connection() {
+fn group_rule_uses_groups_at_connect() {
     if !root() {
         return;
     }
@@ -366,7 +366,7 @@ fn groups_are_those_of_the_connection() {
 /// callers must be answered. A refusal that is not the scene's own is harmless, but has to be as
 /// rare.
 #[test]
-fn many_scenes_in_random_order() {
+fn many_scenes_have_right_outcomes_in_random_order() {
     if !root() {
         return;
     }

@@ -86,19 +86,19 @@ fn each_process_has_its_own_entry(source: Source) {
 }
 
 #[test]
-fn by_delegated_identity_each_process_has_its_own_entry() {
+fn each_process_uses_its_own_entry_with_spire_delegated() {
     each_process_has_its_own_entry(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_each_process_has_its_own_entry() {
+fn each_process_uses_its_own_entry_with_spiffe_broker() {
     each_process_has_its_own_entry(Source::Broker);
 }
 
 /// awsvid's own X.509-SVID changes continuously. The daemon queries each new process over a
 /// connection with the latest.
 #[test]
-fn no_request_fails_while_awsvids_own_identity_is_renewed() {
+fn requests_succeed_during_renewal_of_own_svid() {
     let folder = folder();
     let setting = Setting {
         source: Source::Broker,

@@ -58,7 +58,7 @@ fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
 }
 
 #[test]
-fn callers_that_hold_their_own_locks_stop_nobody_else() {
+fn blocked_callers_do_not_stop_others_with_rules() {
     if !root() {
         return;
     }
@@ -77,7 +77,7 @@ fn callers_that_hold_their_own_locks_stop_nobody_else() {
 }
 
 #[test]
-fn callers_that_hold_their_own_locks_stop_nobody_else_where_an_agent_attests() {
+fn blocked_callers_do_not_stop_others_with_agent() {
     if !root() {
         return;
     }
@@ -176,7 +176,7 @@ fn send(caller: &Connector) -> File {
 /// While the file does not respond, the daemon cannot decide which of Alice's rules is right. Bob
 /// may run any program.
 #[test]
-fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
+fn hanging_exe_rule_affects_only_its_user() {
     if !root() {
         return;
     }

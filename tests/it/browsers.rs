@@ -56,7 +56,7 @@ fn serve(page: String, asked: &Path) -> SocketAddr {
 }
 
 #[test]
-fn no_page_in_a_browser_gets_credentials() {
+fn browser_page_is_refused() {
     let chromium = Path::new("/usr/bin/chromium");
     if !chromium.exists() {
         return skip("chromium is missing: run tests/counterparts/get browser");

@@ -41,7 +41,7 @@ fn held(listener: SocketAddr) -> (usize, usize) {
 
 /// Sends requests that wait for their exchange, and sends more data while they wait.
 #[test]
-fn what_waiting_callers_send_stays_small() {
+fn kernel_buffers_of_waiting_callers_stay_small() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     let folder = folder();

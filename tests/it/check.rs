@@ -118,7 +118,7 @@ fn spire(folder: &Path, setting: SpireSetting) -> Option<Spire> {
 }
 
 #[test]
-fn all_is_well_beside_the_running_daemon() {
+fn check_passes_with_running_daemon() {
     let folder = folder();
     let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
         return;
@@ -199,7 +199,7 @@ fn all_is_well_beside_the_running_daemon() {
 }
 
 #[test]
-fn spire_without_an_issuer() {
+fn check_reports_missing_issuer() {
     let folder = folder();
     let setting = SpireSetting {
         jwt_issuer: Some(|_| String::new()),
@@ -221,7 +221,7 @@ fn spire_without_an_issuer() {
 }
 
 #[test]
-fn spire_with_a_slash_at_the_end_of_its_issuer() {
+fn check_reports_trailing_slash_of_issuer() {
     let folder = folder();
     let setting = SpireSetting {
         jwt_issuer: Some(|right| format!("{right}/")),
@@ -243,7 +243,7 @@ fn spire_with_a_slash_at_the_end_of_its_issuer() {
 }
 
 #[test]
-fn a_discovery_provider_that_does_not_know_its_domain() {
+fn check_reports_unknown_discovery_domain() {
     let folder = folder();
     let setting = SpireSetting {
         domains: Some("oidc.example.org"),
@@ -265,7 +265,7 @@ fn a_discovery_provider_that_does_not_know_its_domain() {
 }
 
 #[test]
-fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
+fn check_reports_wrong_jwks_uri() {
     let folder = folder();
     let setting = SpireSetting {
         oidc: "jwks_uri = \"http://127.0.0.1:1/keys\"",
@@ -293,7 +293,7 @@ fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
 
 /// It can't list its keys, since it does not reach the server.
 #[test]
-fn a_discovery_provider_without_its_server() {
+fn check_reports_discovery_provider_without_server() {
     let folder = folder();
     let setting = SpireSetting {
         oidc_server: Some("/nonexistent/server.sock"),
@@ -316,7 +316,7 @@ fn a_discovery_provider_without_its_server() {
 
 /// It has a certificate that no machine knows, as AWS may see it too.
 #[test]
-fn a_discovery_provider_with_a_private_certificate() {
+fn check_reports_private_certificate_of_issuer() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;
@@ -368,7 +368,7 @@ fn a_discovery_provider_with_a_private_certificate() {
 }
 
 #[test]
-fn a_copy_of_the_keys_from_before_the_last_rotation() {
+fn check_reports_outdated_keys() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;
@@ -429,7 +429,7 @@ fn a_copy_of_the_keys_from_before_the_last_rotation() {
 }
 
 #[test]
-fn what_minio_refuses() {
+fn check_reports_refusals_of_minio() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;
@@ -459,7 +459,7 @@ fn what_minio_refuses() {
 }
 
 #[test]
-fn an_agent_that_cannot_be_asked() {
+fn check_reports_unusable_agent_socket() {
     if !root() {
         return;
     }
@@ -496,7 +496,7 @@ fn an_agent_that_cannot_be_asked() {
 }
 
 #[test]
-fn an_agent_that_does_not_know_awsvid() {
+fn check_reports_missing_entry_of_awsvid() {
     let folder = folder();
     if !root() {
         return;
@@ -537,7 +537,7 @@ fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str)
 
 /// In AWS's words, by the verifying STS of `awsvid dev`.
 #[test]
-fn what_aws_refuses() {
+fn check_reports_refusals_of_aws() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;
@@ -597,7 +597,7 @@ fn what_aws_refuses() {
 
 /// A test cannot set the clock, so STS's is off instead.
 #[test]
-fn a_clock_that_is_off() {
+fn check_reports_clock_skew() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
     let sts = answering::start(|_, _| {
@@ -614,7 +614,7 @@ fn a_clock_that_is_off() {
 }
 
 #[test]
-fn where_spire_attests_a_workload_is_named() {
+fn check_names_workload_if_agent_attests() {
     let folder = folder();
     for source in [Source::Delegated, Source::Broker] {
         let folder = folder.path().join(format!("{source:?}"));
@@ -656,7 +656,7 @@ fn where_spire_attests_a_workload_is_named() {
 
 /// Errors that only AWS itself gives, in its words.
 #[test]
-fn what_aws_says_that_nobody_else_does() {
+fn check_explains_errors_of_aws_alone() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
     let table = [

@@ -24,7 +24,7 @@ use table::{Cell, Column, Table};
 const AT_ONCE: usize = 2;
 
 #[test]
-fn each_reads_its_own_object_and_not_anothers() {
+fn each_client_reads_only_its_own_object() {
     table::settle_rows();
     let folder = folder();
     let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {

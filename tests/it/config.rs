@@ -30,7 +30,7 @@ fn config(arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn check_reports_all_mistakes_and_warnings() {
+fn validate_reports_all_errors_and_warnings() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     let name = path.to_str().unwrap();
@@ -84,7 +84,7 @@ fn piped(arguments: &[&str], text: &str) -> Output {
 }
 
 #[test]
-fn standard_input_is_read_as_a_file_is() {
+fn standard_input_is_read_like_a_file() {
     let wrong = GOOD.replace("uid", "iud").replace("eu-central-1", "middle");
     let by_pipe = piped(&["--check", "-"], &wrong);
     assert_eq!(
@@ -116,7 +116,7 @@ fn standard_input_is_read_as_a_file_is() {
 }
 
 #[test]
-fn offline_nothing_of_this_machine_counts() {
+fn offline_validation_ignores_this_machine() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     let name = path.to_str().unwrap();
@@ -160,7 +160,7 @@ fn offline_nothing_of_this_machine_counts() {
 }
 
 #[test]
-fn a_file_that_others_can_change_is_a_mistake_for_root_and_a_warning_for_others() {
+fn exposed_file_is_error_for_root_and_warning_for_other_users() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, GOOD).unwrap();
@@ -199,7 +199,7 @@ fn a_file_that_others_can_change_is_a_mistake_for_root_and_a_warning_for_others(
 }
 
 #[test]
-fn what_explain_prints_is_a_configuration() {
+fn explain_output_is_valid_configuration() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, GOOD).unwrap();

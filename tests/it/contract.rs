@@ -143,7 +143,7 @@ fn refusals_are_counted_audited_and_readable() {
 }
 
 #[test]
-fn operators_see_health_but_no_workload() {
+fn admin_address_shows_health_but_no_workload() {
     let folder = folder();
     let daemon = Daemon::start(folder.path(), "", CONFIGURATION);
     assert_eq!(http_get(daemon.admin(), "/healthz").unwrap().0, 200);
@@ -170,7 +170,7 @@ fn operators_see_health_but_no_workload() {
 }
 
 #[test]
-fn the_socket_is_everybodys_and_gone_at_the_end() {
+fn unix_socket_is_public_and_removed_at_exit() {
     let folder = folder();
     let mut daemon = Daemon::start(folder.path(), "", CONFIGURATION);
     let path = daemon.unix();
@@ -206,7 +206,7 @@ fn the_socket_is_everybodys_and_gone_at_the_end() {
 }
 
 #[test]
-fn sigterm_lets_an_open_request_end() {
+fn sigterm_lets_open_request_end() {
     let folder = folder();
     let mut daemon = Daemon::start(folder.path(), "", CONFIGURATION);
     let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
@@ -239,7 +239,7 @@ fn serve(config: &str) -> Output {
 }
 
 #[test]
-fn every_mistake_in_the_configuration_is_reported_at_once() {
+fn configuration_errors_are_reported_together() {
     let folder = folder();
     let path = folder.path().join("wrong.toml");
     let text = "[listen]\ntpc = []\nadmin = 7\n[[workload]]\nuid = 1001\nspiffe_id = \"spiffe:/x\"\n[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole_arn = \"arn:aws:iam::12:role/x\"\nduration = \"1\"\n";
@@ -260,7 +260,7 @@ fn every_mistake_in_the_configuration_is_reported_at_once() {
 
 /// T14: in such a namespace all users that it does not map have the same uid.
 #[test]
-fn in_a_user_namespace_of_its_own_it_does_not_start() {
+fn daemon_does_not_start_in_own_user_namespace() {
     if !root() {
         return;
     }

@@ -43,7 +43,7 @@ fn daemon(folder: &Path) -> (Daemon, Upstream) {
 }
 
 #[test]
-fn the_cli_takes_what_it_prints() {
+fn output_is_accepted_by_cli() {
     let folder = folder();
     let (daemon, upstream) = daemon(folder.path());
     let socket = daemon.unix().display().to_string();
@@ -118,7 +118,7 @@ fn the_cli_takes_what_it_prints() {
 }
 
 #[test]
-fn a_refusal_says_what_to_do_and_prints_nothing_else() {
+fn refusal_prints_only_the_fix() {
     let folder = folder();
     let (mut daemon, _upstream) = daemon(folder.path());
     let socket = daemon.unix().display().to_string();
@@ -159,7 +159,7 @@ fn a_refusal_says_what_to_do_and_prints_nothing_else() {
 
 /// T12: a server of another user at the socket's path would return credentials of its own account.
 #[test]
-fn a_socket_of_somebody_else_is_not_asked() {
+fn socket_of_other_user_gets_no_request() {
     if !root() {
         return;
     }

@@ -96,7 +96,7 @@ impl Stage {
 }
 
 #[test]
-fn a_cold_request_is_answered_with_what_it_waited_for() {
+fn cold_request_gets_credentials_during_drain() {
     let mut stage = Stage::set();
     let mut held = stage.held();
     stage.end(Signal::SIGTERM);
@@ -117,7 +117,7 @@ fn a_cold_request_is_answered_with_what_it_waited_for() {
 }
 
 #[test]
-fn a_cold_request_that_waits_in_vain_is_told_so() {
+fn cold_request_gets_503_at_end_of_drain() {
     let mut stage = Stage::set();
     let mut held = stage.held();
     stage.end(Signal::SIGINT);
@@ -131,7 +131,7 @@ fn a_cold_request_that_waits_in_vain_is_told_so() {
 }
 
 #[test]
-fn who_has_connected_but_was_not_accepted_yet_is_answered() {
+fn pending_connection_is_answered_during_drain() {
     const EACH: usize = 150;
     let mut stage = Stage::set();
     stage.gate.set_open(true);
@@ -164,7 +164,7 @@ fn who_has_connected_but_was_not_accepted_yet_is_answered() {
 }
 
 #[test]
-fn a_slow_reader_gets_all_of_its_answer() {
+fn slow_reader_gets_whole_response_during_drain() {
     let mut stage = Stage::set();
     let held = stage.held();
     let slow = [stage.daemon.tcp(), stage.daemon.tcp6()].map(|address| {
@@ -184,7 +184,7 @@ fn a_slow_reader_gets_all_of_its_answer() {
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once() {
+fn second_signal_ends_daemon_at_once() {
     for (second, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
         let mut stage = Stage::set();
         let mut held = stage.held();

@@ -48,7 +48,7 @@ fn daemon(folder: &Path, listen: &str) -> (Daemon, Upstream) {
 }
 
 #[test]
-fn a_command_has_awsvids_credentials_whatever_else_is_set() {
+fn command_gets_credentials_despite_other_settings() {
     let Some(aws) = tool("aws") else { return };
     let folder = folder();
     // The token is required, not just any value.
@@ -112,7 +112,7 @@ fn a_command_has_awsvids_credentials_whatever_else_is_set() {
 }
 
 #[test]
-fn the_configuration_says_where_the_daemon_is() {
+fn exec_finds_daemon_by_configuration() {
     let folder = folder();
     let config = folder.path().join("awsvid.toml");
     let configuration = "[listen]\ntcp = [\"[::1]:974\", \"127.0.0.1:975\"]\nadmin = \"\"\ntoken_file = \"/nonexistent/token\"\n\
@@ -156,7 +156,7 @@ fn the_configuration_says_where_the_daemon_is() {
 const URL: [&str; 3] = ["--url", "http://127.0.0.1:974", "--"];
 
 #[test]
-fn it_is_the_command_from_then_on() {
+fn exec_replaces_itself_with_the_command() {
     let table = [
         ("exit 0", Some(0)),
         ("exit 7", Some(7)),

@@ -62,7 +62,7 @@ fn configuration(folder: &Path, listen: &str, more: &str) -> String {
 }
 
 #[test]
-fn what_another_start_would_not_change_is_78() {
+fn permanent_error_exits_with_78() {
     let folder = folder();
     let path = folder.path().join("awsvid.toml");
     let good = configuration(folder.path(), "tcp = []", "");
@@ -132,7 +132,7 @@ fn what_another_start_would_not_change_is_78() {
 }
 
 #[test]
-fn an_end_that_another_start_may_avoid_is_1() {
+fn temporary_error_exits_with_1() {
     let folder = folder();
     let path = folder.path().join("awsvid.toml");
     // Every address is in use, as by another awsvid.
@@ -149,7 +149,7 @@ fn an_end_that_another_start_may_avoid_is_1() {
 }
 
 #[test]
-fn an_argument_that_does_not_exist_is_2() {
+fn unknown_argument_exits_with_2() {
     let mut command = Command::new(PROGRAM);
     command
         .env_clear()
@@ -158,7 +158,7 @@ fn an_argument_that_does_not_exist_is_2() {
 }
 
 #[test]
-fn a_signal_is_0() {
+fn signal_exits_with_0() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let folder = folder();
         let mut daemon = Daemon::start(folder.path(), "", REST);
@@ -181,7 +181,7 @@ fn unix(daemon: &Daemon) -> (u16, serde_json::Value) {
 }
 
 #[test]
-fn an_audit_file_that_cannot_be_opened_yet_is_opened_later() {
+fn audit_file_is_opened_once_possible() {
     let folder = folder();
     let late = folder.path().join("late");
     let audit = format!("file = {:?}", late.join("audit.log"));
@@ -215,7 +215,7 @@ fn an_audit_file_that_cannot_be_opened_yet_is_opened_later() {
 }
 
 #[test]
-fn without_a_required_record_nothing_is_handed_out_until_its_file_can_be_opened() {
+fn required_audit_blocks_credentials_until_file_opens() {
     let folder = folder();
     let late = folder.path().join("late");
     let uid = getuid().as_raw();
@@ -240,7 +240,7 @@ fn without_a_required_record_nothing_is_handed_out_until_its_file_can_be_opened(
 }
 
 #[test]
-fn a_token_file_that_cannot_be_written_yet_is_written_later() {
+fn token_file_is_written_once_possible() {
     let folder = folder();
     let late = folder.path().join("late");
     // A file has the path of the directory.
@@ -276,7 +276,7 @@ fn a_token_file_that_cannot_be_written_yet_is_written_later() {
 }
 
 #[test]
-fn one_address_that_is_taken_keeps_nobody_from_the_others() {
+fn occupied_address_does_not_stop_other_listeners() {
     let folder = folder();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let (address, closed) = (taken.local_addr().unwrap(), folder.path().join("closed"));

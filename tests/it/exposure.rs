@@ -56,7 +56,7 @@ fn cases(noun: &str) -> [(String, Prepare); 5] {
 }
 
 #[test]
-fn a_file_or_folder_of_another_user_ends_the_start() {
+fn exposed_configuration_ends_the_start() {
     if !root() {
         return;
     }
@@ -75,7 +75,7 @@ fn a_file_or_folder_of_another_user_ends_the_start() {
 }
 
 #[test]
-fn what_another_user_has_written_does_not_take_effect() {
+fn exposed_configuration_is_rejected_by_reload() {
     if !root() {
         return;
     }
@@ -134,7 +134,7 @@ fn certificate() -> String {
 /// The user that writes the file decides which server gets the workloads' tokens and which
 /// credentials they get.
 #[test]
-fn ca_file_of_another_user_ends_the_start_and_the_reload() {
+fn exposed_ca_file_ends_start_and_reload() {
     if !root() {
         return;
     }
@@ -174,7 +174,7 @@ fn ca_file_of_another_user_ends_the_start_and_the_reload() {
 
 /// The daemon accepts no workload token that another user has chosen.
 #[test]
-fn token_of_another_user_is_not_taken() {
+fn exposed_token_is_replaced() {
     if !root() {
         return;
     }
@@ -201,7 +201,7 @@ fn token_of_another_user_is_not_taken() {
 }
 
 #[test]
-fn a_volume_of_kubernetes_is_taken() {
+fn kubernetes_volume_is_accepted() {
     if !root() {
         return;
     }

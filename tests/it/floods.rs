@@ -98,7 +98,7 @@ const DROPPED: &str = "awsvid_connections_dropped_total{reason=\"too_many_of_one
 /// T20: twice as many idle connections as all callers together may have. Alice gets one workload's
 /// share, and the rest is reset.
 #[test]
-fn idle_connections_of_one_leave_room_for_others() {
+fn idle_connections_leave_room_for_other_workloads() {
     if !root() {
         return;
     }
@@ -157,7 +157,7 @@ fn idle_connections_of_one_leave_room_for_others() {
 /// T29: sessions, and ids that a person may use in addition to its own, are not workloads of their
 /// own.
 #[test]
-fn person_with_many_sessions_and_ids_has_one_share() {
+fn sessions_and_ids_of_one_person_share_one_limit() {
     if !root() {
         return;
     }
@@ -198,7 +198,7 @@ fn person_with_many_sessions_and_ids_has_one_share() {
 
 /// T29: where no connection is left for any caller, the workload with the most gives one up.
 #[test]
-fn workload_with_the_most_connections_gives_way() {
+fn workload_with_most_connections_is_evicted_first() {
     if !root() {
         return;
     }
@@ -237,7 +237,7 @@ fn workload_with_the_most_connections_gives_way() {
 
 /// T20: a caller that does not read its response keeps no other from its own.
 #[test]
-fn answers_that_are_never_read_hold_nobody_up() {
+fn unread_responses_delay_no_other_caller() {
     if !root() {
         return;
     }
@@ -256,7 +256,7 @@ fn answers_that_are_never_read_hold_nobody_up() {
 
 /// T21: the caller makes the search for its process long, but not longer than its budget.
 #[test]
-fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
+fn many_descriptors_delay_only_their_owner() {
     if !root() {
         return;
     }
@@ -310,7 +310,7 @@ fn set_limit(pid: Pid, wanted: Option<u64>) {
 /// T9: without descriptors the daemon accepts no connections, but it lives, and accepts them again
 /// once it has some.
 #[test]
-fn a_daemon_out_of_descriptors_recovers() {
+fn daemon_recovers_from_descriptor_exhaustion() {
     if !root() {
         return;
     }
@@ -375,7 +375,7 @@ fn audited(records: &[Value], uid: u32) -> (usize, BTreeMap<String, u64>) {
 /// T23: a caller that is refused very often fills neither the disk nor the log, and no record of
 /// another caller is missing.
 #[test]
-fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
+fn refusals_are_aggregated_without_losing_issues() {
     if !root() {
         return;
     }
@@ -420,7 +420,7 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
 /// T30: a caller that is answered very often does not fill the disk either. Its first hit of a key
 /// has a record of its own.
 #[test]
-fn a_flood_of_hits_is_few_records_with_the_right_counts() {
+fn hits_are_aggregated_with_right_counts() {
     if !root() {
         return;
     }

@@ -61,7 +61,7 @@ fn assert_memory_is_bounded(daemon: &Daemon, act: impl FnOnce()) {
 }
 
 #[test]
-fn by_rules_groups_count_only_where_a_rule_names_one() {
+fn groups_count_only_for_group_rules_with_rules() {
     if !root() {
         return;
     }
@@ -109,7 +109,7 @@ fn by_rules_groups_count_only_where_a_rule_names_one() {
 }
 
 #[test]
-fn by_an_agent_groups_always_count_and_hundreds_of_callers_take_little_memory() {
+fn groups_always_count_and_take_little_memory_with_agent() {
     if !root() {
         return;
     }

@@ -350,7 +350,7 @@ fn with(more: &str, after: &str) -> Vec<u8> {
 }
 
 #[test]
-fn no_second_request_hides_in_a_first() {
+fn hidden_second_request_is_not_answered() {
     let chunked = format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len());
     let length = format!("Content-Length: {}\r\n", HIDDEN.len());
     check_all(&[
@@ -445,7 +445,7 @@ fn no_second_request_hides_in_a_first() {
 }
 
 #[test]
-fn what_is_no_http_1() {
+fn input_other_than_http_1_is_refused() {
     let hello: &[u8] =
         b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03GET /v1/credentials HTTP/1.1\r\n\r\n";
     let case = |bytes: &str| (bytes.as_bytes().to_vec(), BAD);
@@ -481,7 +481,7 @@ fn what_is_no_http_1() {
 }
 
 #[test]
-fn heads_over_a_bound() {
+fn oversized_heads_are_refused() {
     let long = |length: usize| "a".repeat(length);
     let many = |count: usize| {
         (0..count)
@@ -519,7 +519,7 @@ fn heads_over_a_bound() {
 }
 
 #[test]
-fn what_is_understood_and_refused() {
+fn valid_but_forbidden_requests_are_refused() {
     let plain = |line: &str, right| (request(line, ""), right);
     let bare = |headers: &str, right| {
         (
@@ -653,7 +653,7 @@ fn what_is_understood_and_refused() {
 /// Requests as SDKs send them, in pieces of every size: the daemon reads a head however it is
 /// split.
 #[test]
-fn a_request_in_pieces() {
+fn request_in_pieces_is_answered() {
     let Some(stage) = Stage::set() else { return };
     for address in stage.addresses() {
         for size in [1, 2, 7, 64] {
@@ -725,7 +725,7 @@ fn slow_heads_are_closed() {
 
 /// A client that closes before its whole head has arrived is counted, but not as a request.
 #[test]
-fn clients_that_go_away() {
+fn closing_clients_are_counted() {
     let Some(stage) = Stage::set() else { return };
     let (requests, before) = (stage.requests(""), stage.dropped("closed"));
     for address in stage.addresses() {

@@ -17,7 +17,7 @@ use cluster::{Cluster, OTHER, READER, container, copy, manifests, overlay};
 
 /// Runs all scenes on one node, since its start takes longer than most of them.
 #[test]
-fn pods_have_their_own_credentials() {
+fn pods_get_their_own_credentials() {
     let directory = folder();
     let start = Instant::now();
     let done = |what: &str| eprintln!("{what} after {:.1} s", start.elapsed().as_secs_f32());

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 #[test]
-fn a_file_imports_only_what_stands_above_it() {
+fn module_imports_only_modules_listed_above_it() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let map = std::fs::read_to_string(source.join("lib.rs")).unwrap();
     let order: HashMap<&str, usize> = map

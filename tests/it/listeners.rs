@@ -35,7 +35,7 @@ fn status(address: SocketAddr) -> Option<u16> {
 }
 
 #[test]
-fn a_killed_listener_is_bound_again() {
+fn killed_listener_is_rebound() {
     if !root() {
         return;
     }
@@ -57,7 +57,7 @@ fn a_killed_listener_is_bound_again() {
 }
 
 #[test]
-fn nobody_shares_the_port() {
+fn port_is_not_shared_with_other_process() {
     let folder = folder();
     let daemon = Daemon::start(folder.path(), "", CONFIGURATION);
     let SocketAddr::V4(address) = daemon.tcp() else {
@@ -81,7 +81,7 @@ fn nobody_shares_the_port() {
 
 /// The kernel's setting in the daemon's network namespace decides whether any user can bind a port.
 #[test]
-fn a_port_that_any_user_can_take_is_warned_of() {
+fn unprivileged_port_is_warned_of() {
     if !root() {
         return;
     }

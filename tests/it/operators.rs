@@ -53,7 +53,7 @@ fn stage(folder: &Path) -> (Daemon, Upstream) {
 /// Sends a flood in which each connection sends this. It keeps its last connections open, and reads
 /// no response.
 #[test]
-fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
+fn probes_are_answered_during_flood_from_other_address() {
     let folder = folder();
     let (daemon, _upstream) = stage(folder.path());
     let admin = daemon.admin();
@@ -135,7 +135,7 @@ impl Drop for EndLater<'_> {
 /// They are rendered at most once a second, however often they are requested. In between something
 /// happens that they show.
 #[test]
-fn metrics_are_rendered_once_a_second() {
+fn metrics_are_rendered_at_most_once_a_second() {
     let folder = folder();
     let (daemon, _upstream) = stage(folder.path());
     let started = Instant::now();
@@ -161,7 +161,7 @@ fn metrics_are_rendered_once_a_second() {
 
 /// The daemon closes it long before one at a listener of workloads.
 #[test]
-fn a_head_has_to_come_soon() {
+fn slow_admin_head_is_closed_early() {
     let folder = folder();
     let (daemon, _upstream) = stage(folder.path());
     let waits = |to: SocketAddr| {
@@ -191,7 +191,7 @@ fn probe(folder: &Path, what: &str) -> Output {
 }
 
 #[test]
-fn a_probe_says_why() {
+fn failed_probe_explains_the_reason() {
     let folder = folder();
     let uid = nix::unistd::geteuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);

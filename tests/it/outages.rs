@@ -84,7 +84,7 @@ fn assert_answered(world: &World) {
 }
 
 #[test]
-fn an_agent_that_was_killed_and_started_again() {
+fn workloads_survive_restart_of_agent() {
     let folder = folder();
     let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else {
         return;
@@ -100,7 +100,7 @@ fn an_agent_that_was_killed_and_started_again() {
 }
 
 #[test]
-fn an_sts_that_was_away() {
+fn workloads_survive_outage_of_sts() {
     let folder = folder();
     let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else {
         return;
@@ -114,7 +114,7 @@ fn an_sts_that_was_away() {
 }
 
 #[test]
-fn a_socket_that_was_replaced_while_the_old_one_lives_on() {
+fn daemon_uses_replaced_agent_socket() {
     let folder = folder();
     let (path, new) = (
         folder.path().join("agent.sock"),

@@ -221,16 +221,16 @@ fn check(kind: Kind, first_pod: u16) {
 }
 
 #[test]
-fn each_pod_is_itself_and_nobody_else_is() {
+fn pod_callers_are_attested_as_their_pod() {
     check(Kind::OnTheHost, 200);
 }
 
 #[test]
-fn the_same_where_cgroups_are_not_opened_by_their_ids() {
+fn pod_callers_are_attested_without_cgroup_handles() {
     check(Kind::WithoutHandles, 210);
 }
 
 #[test]
-fn the_same_in_a_container() {
+fn pod_callers_are_attested_in_a_container() {
     check(Kind::InAContainer, 220);
 }

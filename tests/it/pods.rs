@@ -117,7 +117,7 @@ fn listens(node: &Node, name: &str, address: &str) -> bool {
 }
 
 #[test]
-fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
+fn pod_is_served_from_first_act_and_leaves_nothing() {
     let Some(stage) = Stage::set(|node| node.add("early")) else {
         return;
     };
@@ -169,7 +169,7 @@ fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn what_is_open_in_a_namespace_is_cut_when_its_file_goes() {
+fn connections_are_cut_when_namespace_file_is_removed() {
     let Some(stage) = Stage::set(|_| {}) else {
         return;
     };
@@ -194,7 +194,7 @@ fn what_is_open_in_a_namespace_is_cut_when_its_file_goes() {
 }
 
 #[test]
-fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
+fn namespace_is_entered_once_and_own_never() {
     let Some(stage) = Stage::set(|node| node.add_own("host")) else {
         return;
     };
@@ -229,7 +229,7 @@ fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
 /// In a DaemonSet the daemon has a network of its own. The node's network serves all processes on
 /// it (T5), even if it is mounted among those of pods.
 #[test]
-fn the_network_of_the_machine_is_no_pods() {
+fn node_network_is_not_a_pod() {
     if !root() || !is_in_the_machines_network() {
         return;
     }
@@ -291,7 +291,7 @@ fn kill(node: &Node, name: &str) {
 }
 
 #[test]
-fn a_listener_that_its_pod_kills_comes_back() {
+fn listener_killed_by_pod_is_rebound() {
     let Some(stage) = Stage::set(|node| node.add("a")) else {
         return;
     };
@@ -308,7 +308,7 @@ fn a_listener_that_its_pod_kills_comes_back() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_waited_for() {
+fn occupied_pod_port_is_bound_once_free() {
     let Some(stage) = Stage::set(|_| {}) else {
         return;
     };
@@ -353,7 +353,7 @@ fn a_port_that_is_taken_is_waited_for() {
 }
 
 #[test]
-fn pods_may_have_one_family_alone() {
+fn pod_with_one_address_family_is_served() {
     let Some(stage) = Stage::set(|_| {}) else {
         return;
     };
@@ -372,7 +372,7 @@ fn pods_may_have_one_family_alone() {
 }
 
 #[test]
-fn the_directory_may_come_later_and_be_another_one() {
+fn netns_directory_may_appear_later_and_be_replaced() {
     let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else {
         return;
     };
@@ -406,7 +406,7 @@ fn the_directory_may_come_later_and_be_another_one() {
 }
 
 #[test]
-fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
+fn missing_mount_or_privilege_is_logged_with_manifest_field() {
     let Some(stage) = Stage::set(|_| {}) else {
         return;
     };
@@ -447,7 +447,7 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
 
 /// containerd sets it with the pod's first container, long after the namespace is mounted.
 #[test]
-fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
+fn unprivileged_pod_port_is_logged_once() {
     let Some(stage) = Stage::set(|node| node.add("guarded")) else {
         return;
     };
@@ -480,7 +480,7 @@ fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
 /// Measures the time from the start of the process, and from the mount, until the daemon listens in
 /// each of this number of namespaces.
 #[test]
-fn many_namespaces_are_listened_in_soon() {
+fn many_namespaces_are_served_soon() {
     let slow = is_slow();
     // A loop that waits takes nothing that the others need.
     let count = if slow { 250 } else { 40 };

@@ -74,7 +74,7 @@ role_arn = "arn:aws:iam::123456789012:role/all"
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
 #[test]
-fn unit_and_cgroup_are_seen_on_the_socket_alone() {
+fn unit_and_cgroup_are_read_from_socket_alone() {
     if !root() {
         return;
     }
@@ -140,7 +140,7 @@ gid = 51009
 }
 
 #[test]
-fn groups_and_executables_are_those_of_the_process() {
+fn groups_and_executable_are_read_from_process() {
     if !root() {
         return;
     }
@@ -172,7 +172,7 @@ fn groups_and_executables_are_those_of_the_process() {
 }
 
 #[test]
-fn a_user_of_the_host_is_not_that_user_in_a_container() {
+fn host_user_rule_does_not_match_in_container() {
     if !root() {
         return;
     }

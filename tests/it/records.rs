@@ -43,7 +43,7 @@ fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
 
 /// Standard error and standard output without a reader: the log and the audit.
 #[test]
-fn readers_that_have_stopped_stop_nothing() {
+fn stopped_log_readers_do_not_stop_daemon() {
     let upstream = upstream();
     for reads_again in [false, true] {
         let folder = folder();
@@ -134,7 +134,7 @@ fn sum(text: &str) -> u64 {
 }
 
 #[test]
-fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
+fn required_audit_blocks_credentials_on_full_disk() {
     if !root() {
         return;
     }

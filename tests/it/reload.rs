@@ -100,7 +100,7 @@ fn lifetime(body: &Value) -> Duration {
 }
 
 #[test]
-fn a_rule_comes_and_goes() {
+fn rule_takes_effect_and_ends_with_reload() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.without_rule());
     assert_eq!(refusal(&daemon), "no_identity");
@@ -117,7 +117,7 @@ fn a_rule_comes_and_goes() {
 }
 
 #[test]
-fn a_narrowed_role_leaves_nothing_of_the_wide_one() {
+fn narrowed_role_serves_no_wider_credentials() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let mut seen = HashSet::from([key(&daemon)]);
@@ -142,7 +142,7 @@ fn a_narrowed_role_leaves_nothing_of_the_wide_one() {
 }
 
 #[test]
-fn a_request_under_way_is_answered_by_the_new_configuration() {
+fn waiting_request_is_decided_by_new_configuration() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule("duration = \"2h\""));
     // Three callers wait for what the old configuration would give: a longer session, and then an
@@ -192,7 +192,7 @@ fn a_request_under_way_is_answered_by_the_new_configuration() {
 }
 
 #[test]
-fn a_configuration_with_errors_changes_nothing() {
+fn invalid_configuration_changes_nothing() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let before = key(&daemon);
@@ -248,7 +248,7 @@ fn daemon_reads_nothing(daemon: &Daemon) {
 }
 
 #[test]
-fn what_is_listened_on_stays_and_the_rest_takes_effect() {
+fn reload_keeps_listeners_and_applies_other_changes() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.without_rule());
     let socket = daemon.unix();
@@ -287,7 +287,7 @@ fn what_is_listened_on_stays_and_the_rest_takes_effect() {
 }
 
 #[test]
-fn the_audit_file_is_opened_anew() {
+fn reload_reopens_the_audit_file() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let first = key(&daemon);
@@ -319,7 +319,7 @@ fn the_audit_file_is_opened_anew() {
 }
 
 #[test]
-fn the_log_changes_its_level_and_format() {
+fn reload_changes_log_level_and_format() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let text = daemon.text();
@@ -352,7 +352,7 @@ fn the_log_changes_its_level_and_format() {
 }
 
 #[test]
-fn a_daemon_that_is_not_ready_becomes_so_by_another_configuration() {
+fn reload_makes_daemon_ready() {
     let stage = Stage::set();
     let wrong = stage.with_rule("").replace("gate.sock", "nobody.sock");
     let daemon = Daemon::start(stage.folder.path(), "", &wrong);
@@ -372,7 +372,7 @@ fn a_daemon_that_is_not_ready_becomes_so_by_another_configuration() {
 }
 
 #[test]
-fn nobody_sees_an_error_during_fifty_reloads() {
+fn callers_see_no_error_during_fifty_reloads() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let path = daemon.unix();

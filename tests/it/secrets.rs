@@ -38,7 +38,7 @@ impl Secrets {
 }
 
 #[test]
-fn only_credential_process_prints_one() {
+fn only_credential_process_prints_secrets() {
     let folder = folder();
     let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
         return;

@@ -97,7 +97,7 @@ struct Counted {
 }
 
 #[test]
-fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
+fn workloads_see_no_error_during_random_outages() {
     let form = Form::wanted();
     let seed = std::env::var("AWSVID_SEED")
         .ok()

@@ -60,7 +60,7 @@ fn status(folder: &Path, arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn elsewhere_than_on_a_terminal_it_is_json() {
+fn status_is_json_without_terminal() {
     let folder = folder();
     let mut stage = stage(folder.path());
     let text = status(folder.path(), &[]).success("awsvid status");
@@ -117,7 +117,7 @@ fn elsewhere_than_on_a_terminal_it_is_json() {
 }
 
 #[test]
-fn a_source_that_is_away_is_seen() {
+fn status_shows_unavailable_source() {
     let folder = folder();
     let stage = stage(folder.path());
     std::fs::remove_file(folder.path().join("agent.sock")).unwrap();
@@ -144,7 +144,7 @@ fn a_source_that_is_away_is_seen() {
 }
 
 #[test]
-fn on_a_terminal_it_is_a_table() {
+fn status_is_table_on_terminal() {
     let folder = folder();
     let _stage = stage(folder.path());
     let mut coloured = command(folder.path(), &[]);
@@ -217,7 +217,7 @@ fn cells(shown: &str, spiffe_id: &str) -> Option<Vec<String>> {
 /// Shows all that an operator needs of a daemon with callers that SPIRE attests: working entries
 /// and failures.
 #[test]
-fn each_column_says_what_is_so() {
+fn status_columns_show_state_of_entries() {
     let folder = folder();
     let none = format!(
         "[[role]]\nname = \"none\"\nspiffe_id = \"{}\"\nrole_arn = \"arn:minio:iam:::role/none\"\n",

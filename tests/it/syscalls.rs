@@ -249,7 +249,7 @@ fn allowed(unit: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_unit_allows_all_that_the_daemon_calls() {
+fn unit_allows_all_system_calls_of_daemon() {
     if !root() || !tools() {
         return;
     }

@@ -132,7 +132,7 @@ fn restarts(machine: &SystemdMachine) -> u32 {
 /// Runs step 1 of the README, word by word except the build. The result equals that of `install`
 /// above, which all other tests start.
 #[test]
-fn what_the_readme_says_installs_it() {
+fn readme_commands_install_awsvid() {
     let directory = folder();
     let (_, rest) = include_str!("../../README.md")
         .split_once("**Build and install.**")
@@ -178,7 +178,7 @@ fn what_the_readme_says_installs_it() {
 }
 
 #[test]
-fn the_units_are_clean_and_their_sandbox_holds() {
+fn units_are_valid_and_sandbox_holds() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -266,7 +266,7 @@ fn the_units_are_clean_and_their_sandbox_holds() {
 }
 
 #[test]
-fn callers_are_told_apart_by_their_unit_with_spire_beside() {
+fn callers_are_distinguished_by_unit_with_spire() {
     let directory = folder();
     let Some(spire) = Spire::start(directory.path()) else {
         return;
@@ -385,7 +385,7 @@ role_arn = "{}"
 
 /// T24: systemd creates a service's listener as root, and keeps it while the service has it.
 #[test]
-fn activated_service_is_not_root_on_the_socket_it_was_given() {
+fn activated_service_is_not_root_on_inherited_socket() {
     let directory = folder();
     let actor = actor::program();
     let socket = "[Socket]\nListenStream=127.0.0.1:8081\n";
@@ -433,7 +433,7 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
 }
 
 #[test]
-fn the_addresses_are_held_while_the_daemon_is_away() {
+fn addresses_are_held_while_daemon_is_stopped() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -498,7 +498,7 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
 }
 
 #[test]
-fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
+fn failing_daemon_is_restarted_while_callers_wait() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -535,7 +535,7 @@ fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
 }
 
 #[test]
-fn a_wrong_configuration_is_not_tried_again() {
+fn invalid_configuration_is_not_restarted() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -593,7 +593,7 @@ fn a_wrong_configuration_is_not_tried_again() {
 }
 
 #[test]
-fn a_reload_reads_the_configuration_again() {
+fn reload_reads_the_configuration_again() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -668,7 +668,7 @@ fn commands(document: &str, after: &str) -> String {
 /// Runs the rollback as deploy/README.md has it, word by word, from a version with one key more.
 /// That version is this program with another name for a key.
 #[test]
-fn the_documented_rollback_leaves_nobody_without_a_daemon() {
+fn documented_rollback_keeps_daemon_running() {
     const DOCUMENT: &str = include_str!("../../deploy/README.md");
     let directory = folder();
     let newer = directory.path().join("awsvid.newer");
@@ -758,7 +758,7 @@ fn assert_known((status, body): (u16, Value)) {
 }
 
 #[test]
-fn a_socket_of_the_unit_that_the_configuration_does_not_name_is_refused_and_the_others_are_served()
+fn unconfigured_socket_of_unit_is_refused_and_others_are_served()
 {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
@@ -814,7 +814,7 @@ fn a_socket_of_the_unit_that_the_configuration_does_not_name_is_refused_and_the_
 }
 
 #[test]
-fn callers_in_a_unit_with_many_cgroups_are_recognized() {
+fn callers_in_unit_with_many_cgroups_are_attested() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -856,7 +856,7 @@ fn callers_in_a_unit_with_many_cgroups_are_recognized() {
 }
 
 #[test]
-fn a_capability_that_the_filter_makes_useless_is_said_at_the_start() {
+fn capability_blocked_by_filter_is_logged_at_start() {
     let directory = folder();
     let drop_in = "[Service]\nSystemCallFilter=~open_by_handle_at\n";
     let more = [(
@@ -877,7 +877,7 @@ fn a_capability_that_the_filter_makes_useless_is_said_at_the_start() {
 }
 
 #[test]
-fn a_user_that_comes_after_the_boot_is_served() {
+fn user_created_after_boot_is_served() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -905,7 +905,7 @@ fn a_user_that_comes_after_the_boot_is_served() {
 }
 
 #[test]
-fn what_a_stop_leaves_behind_is_the_token() {
+fn stop_leaves_only_the_token() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -926,7 +926,7 @@ fn what_a_stop_leaves_behind_is_the_token() {
 }
 
 #[test]
-fn without_ipv6_the_other_addresses_are_served() {
+fn other_addresses_are_served_without_ipv6() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;

@@ -46,7 +46,7 @@ fn form(body: &str) -> HashMap<String, String> {
 }
 
 #[test]
-fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
+fn trust_policy_uses_live_issuer_and_cli_accepts_commands() {
     let folder = folder();
     let Some(aws) = tool("aws").filter(|_| root()) else {
         return;
@@ -167,7 +167,7 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
 /// Evaluates the policies as STS does, for the live token of a workload and for tokens that differ
 /// from it slightly.
 #[test]
-fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
+fn policies_accept_only_the_live_token() {
     let folder = folder();
     if !root() {
         return;
@@ -294,7 +294,7 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
 /// test decides whether it is trusted. The command writes the thumbprint of an untrusted chain only
 /// with the option for it (T35).
 #[test]
-fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
+fn thumbprint_of_untrusted_chain_needs_option() {
     let folder = folder();
     let config = folder.path().join("awsvid.toml");
     let role = "[[role]]\nname = \"app\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n";
@@ -370,7 +370,7 @@ fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
 
 /// CloudFormation's own schemas of these resources, and its rules for references between them.
 #[test]
-fn cloudformation_takes_the_template() {
+fn cloudformation_accepts_the_template() {
     let Some(lint) = tool("cfn-lint") else { return };
     let folder = folder();
     let config = folder.path().join("awsvid.toml");

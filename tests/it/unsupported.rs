@@ -57,7 +57,7 @@ fn status(daemon: &Daemon) -> Value {
 }
 
 #[test]
-fn daemon_that_cannot_serve_tcp_is_ready_for_the_unix_socket() {
+fn daemon_without_tcp_is_ready_on_unix_socket() {
     if !root() {
         return;
     }
@@ -118,7 +118,7 @@ fn daemon_that_cannot_serve_tcp_is_ready_for_the_unix_socket() {
 }
 
 #[test]
-fn command_is_started_if_the_daemon_serves_tcp_whatever_its_own_namespace_lacks() {
+fn command_starts_if_daemon_serves_tcp_despite_its_namespace() {
     if !root() {
         return;
     }
@@ -141,7 +141,7 @@ fn command_is_started_if_the_daemon_serves_tcp_whatever_its_own_namespace_lacks(
 }
 
 #[test]
-fn daemon_that_cannot_serve_any_listener_is_not_ready() {
+fn daemon_without_any_listener_is_not_ready() {
     if !root() {
         return;
     }

@@ -292,7 +292,7 @@ fn refusals(daemon: &Daemon) -> BTreeMap<String, u64> {
 }
 
 #[test]
-fn an_answer_counts_only_for_the_process_that_asked() {
+fn agent_reply_counts_only_for_attested_process() {
     if !root() {
         return;
     }
@@ -327,7 +327,7 @@ fn an_answer_counts_only_for_the_process_that_asked() {
 /// As in the other scenes in random order, refusals for other reasons have to be rare. So have
 /// missing responses, as on a busy machine.
 #[test]
-fn many_scenes_in_random_order() {
+fn many_scenes_have_right_outcomes_in_random_order() {
     if !root() {
         return;
     }

@@ -119,14 +119,14 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
 }
 
 #[test]
-fn the_example_for_delegated_identity() {
+fn example_works_with_spire_delegated() {
     as_it_stands("spire-delegated.toml", Source::Delegated, |spire| {
         vec![("/run/spire/admin/api.sock", spire.admin_socket())]
     });
 }
 
 #[test]
-fn the_example_for_the_broker_api() {
+fn example_works_with_spiffe_broker() {
     as_it_stands("spiffe-broker.toml", Source::Broker, |spire| {
         vec![
             (

@@ -60,11 +60,11 @@ fn too_many_groups_are_refused_and_the_agent_is_not_asked(source: Source) {
 }
 
 #[test]
-fn by_delegated_identity_too_many_groups_are_refused() {
+fn too_many_groups_are_refused_with_spire_delegated() {
     too_many_groups_are_refused_and_the_agent_is_not_asked(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_too_many_groups_are_refused() {
+fn too_many_groups_are_refused_with_spiffe_broker() {
     too_many_groups_are_refused_and_the_agent_is_not_asked(Source::Broker);
 }

@@ -41,7 +41,7 @@ fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
 
 /// Alice's credentials are in the cache, and are served without a check of any token.
 #[test]
-fn nobody_is_who_is_named_beside_the_token_of_another() {
+fn token_subject_overrides_the_agents_label() {
     if !root() {
         return;
     }
@@ -56,7 +56,7 @@ fn nobody_is_who_is_named_beside_the_token_of_another() {
 }
 
 #[test]
-fn an_identity_that_comes_several_times_is_one() {
+fn repeated_identity_counts_as_one() {
     if !root() {
         return;
     }

@@ -61,16 +61,16 @@ fn tokens_of_few_seconds_are_exchanged(source: Source) {
 }
 
 #[test]
-fn by_rules_tokens_of_few_seconds_are_exchanged() {
+fn short_lived_tokens_are_exchanged_with_rules() {
     tokens_of_few_seconds_are_exchanged(Source::Rules);
 }
 
 #[test]
-fn by_delegated_identity_tokens_of_few_seconds_are_exchanged() {
+fn short_lived_tokens_are_exchanged_with_spire_delegated() {
     tokens_of_few_seconds_are_exchanged(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_tokens_of_few_seconds_are_exchanged() {
+fn short_lived_tokens_are_exchanged_with_spiffe_broker() {
     tokens_of_few_seconds_are_exchanged(Source::Broker);
 }

@@ -85,7 +85,7 @@ fn assert_mended(daemon: &Daemon, line: &str) {
 }
 
 #[test]
-fn no_socket() {
+fn missing_socket_is_logged_with_fix() {
     let folder = folder();
     let Some(mut spire) = spire(folder.path()) else {
         return;
@@ -112,7 +112,7 @@ fn no_socket() {
 }
 
 #[test]
-fn a_socket_that_awsvid_may_not_open() {
+fn inaccessible_socket_is_logged_with_fix() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else {
         return;
@@ -148,7 +148,7 @@ fn a_socket_that_awsvid_may_not_open() {
 }
 
 #[test]
-fn awsvid_has_no_entry() {
+fn missing_entry_of_awsvid_is_logged_with_fix() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else {
         return;
@@ -171,7 +171,7 @@ fn awsvid_has_no_entry() {
 }
 
 #[test]
-fn awsvid_is_no_delegate() {
+fn missing_delegation_is_logged_with_fix() {
     if !root() {
         return;
     }
@@ -199,7 +199,7 @@ fn awsvid_is_no_delegate() {
 }
 
 #[test]
-fn the_socket_is_another_one() {
+fn wrong_socket_is_logged_with_fix() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else {
         return;
@@ -226,7 +226,7 @@ fn the_socket_is_another_one() {
 }
 
 #[test]
-fn awsvid_lives_in_another_pid_namespace() {
+fn foreign_pid_namespace_of_awsvid_is_logged_with_fix() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else {
         return;
@@ -249,7 +249,7 @@ fn awsvid_lives_in_another_pid_namespace() {
 }
 
 #[test]
-fn the_agent_lives_in_another_pid_namespace() {
+fn foreign_pid_namespace_of_agent_is_logged_with_fix() {
     if !root() {
         return;
     }
@@ -327,7 +327,7 @@ fn old_agent(path: &Path, answer: Answer) -> Runtime {
 }
 
 #[test]
-fn the_agent_is_too_old() {
+fn old_agent_is_logged_with_fix() {
     // One that reports a missing field of the request, and 1.10.1, which searches for entries
     // without selectors and finds none.
     let answers: [(Answer, &str); 2] = [

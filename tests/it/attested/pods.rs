@@ -42,7 +42,7 @@ fn uid(pod: &Cgroup) -> String {
 }
 
 #[test]
-fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
+fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
     if !root() {
         return;
     }

@@ -145,21 +145,21 @@ fn awsvids_own_identity_is_nobody_elses(source: Source) {
 }
 
 #[test]
-fn by_delegated_identity_two_programs_of_one_user_are_two() {
+fn programs_of_one_user_are_distinguished_with_spire_delegated() {
     two_programs_of_one_user_are_two(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_awsvids_own_identity_is_nobody_elses() {
+fn own_identity_is_never_served_with_spire_delegated() {
     awsvids_own_identity_is_nobody_elses(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_two_programs_of_one_user_are_two() {
+fn programs_of_one_user_are_distinguished_with_spiffe_broker() {
     two_programs_of_one_user_are_two(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_awsvids_own_identity_is_nobody_elses() {
+fn own_identity_is_never_served_with_spiffe_broker() {
     awsvids_own_identity_is_nobody_elses(Source::Broker);
 }

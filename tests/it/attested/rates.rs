@@ -383,12 +383,12 @@ fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
 }
 
 #[test]
-fn by_delegated_identity_a_crowd_is_answered_or_told_to_come_back() {
+fn crowd_gets_credentials_or_503_with_spire_delegated() {
     a_crowd_is_answered_or_told_to_come_back(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_an_agent_as_it_is_by_default_is_kept_busy() {
+fn default_agent_stays_busy_with_spire_delegated() {
     if is_slow()
         && let Some(share) = share_through_awsvid(Source::Delegated, false)
     {
@@ -397,7 +397,7 @@ fn by_delegated_identity_an_agent_as_it_is_by_default_is_kept_busy() {
 }
 
 #[test]
-fn by_delegated_identity_an_agent_that_is_as_fast_as_can_be_is_kept_busy() {
+fn fast_agent_stays_busy_with_spire_delegated() {
     if is_slow()
         && let Some(share) = share_through_awsvid(Source::Delegated, true)
     {
@@ -406,12 +406,12 @@ fn by_delegated_identity_an_agent_that_is_as_fast_as_can_be_is_kept_busy() {
 }
 
 #[test]
-fn by_the_broker_api_a_crowd_is_answered_or_told_to_come_back() {
+fn crowd_gets_credentials_or_503_with_spiffe_broker() {
     a_crowd_is_answered_or_told_to_come_back(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_an_agent_as_it_is_by_default_is_kept_busy() {
+fn default_agent_stays_busy_with_spiffe_broker() {
     if is_slow()
         && let Some(share) = share_through_awsvid(Source::Broker, false)
     {
@@ -420,7 +420,7 @@ fn by_the_broker_api_an_agent_as_it_is_by_default_is_kept_busy() {
 }
 
 #[test]
-fn by_the_broker_api_an_agent_that_is_as_fast_as_can_be_is_kept_busy() {
+fn fast_agent_stays_busy_with_spiffe_broker() {
     if is_slow()
         && let Some(share) = share_through_awsvid(Source::Broker, true)
     {

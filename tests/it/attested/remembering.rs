@@ -295,31 +295,31 @@ fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
 }
 
 #[test]
-fn by_delegated_identity_an_agent_that_is_away_cuts_off_nobody_who_is_known() {
+fn known_process_is_served_during_agent_outage_with_spire_delegated() {
     an_agent_that_is_away_cuts_off_nobody_who_is_known(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_a_deleted_entry_takes_effect_within_the_minute() {
+fn deleted_entry_takes_effect_within_a_minute_with_spire_delegated() {
     a_deleted_entry_takes_effect_within_the_minute(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_a_process_that_is_known_costs_the_agent_nothing() {
+fn known_process_causes_no_agent_call_with_spire_delegated() {
     a_process_that_is_known_costs_the_agent_nothing(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_an_agent_that_is_away_cuts_off_nobody_who_is_known() {
+fn known_process_is_served_during_agent_outage_with_spiffe_broker() {
     an_agent_that_is_away_cuts_off_nobody_who_is_known(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_a_deleted_entry_takes_effect_within_the_minute() {
+fn deleted_entry_takes_effect_within_a_minute_with_spiffe_broker() {
     a_deleted_entry_takes_effect_within_the_minute(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_a_process_that_is_known_costs_the_agent_nothing() {
+fn known_process_causes_no_agent_call_with_spiffe_broker() {
     a_process_that_is_known_costs_the_agent_nothing(Source::Broker);
 }

@@ -175,36 +175,36 @@ fn an_identity_of_several_registrations_is_one(source: Source) {
 }
 
 #[test]
-fn by_rules_an_identity_of_several_registrations_is_one() {
+fn registrations_of_one_identity_count_as_one_with_rules() {
     an_identity_of_several_registrations_is_one(Source::Rules);
 }
 
 #[test]
-fn by_delegated_identity_an_identity_of_several_registrations_is_one() {
+fn registrations_of_one_identity_count_as_one_with_spire_delegated() {
     an_identity_of_several_registrations_is_one(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_an_identity_of_several_registrations_is_one() {
+fn registrations_of_one_identity_count_as_one_with_spiffe_broker() {
     an_identity_of_several_registrations_is_one(Source::Broker);
 }
 
 #[test]
-fn by_delegated_identity_one_is_chosen_by_role_or_hint_and_never_by_its_place() {
+fn identity_is_selected_by_role_or_hint_with_spire_delegated() {
     one_is_chosen_by_role_or_hint_and_never_by_its_place(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_an_admin_entry_is_used_only_if_a_role_names_it() {
+fn admin_entry_is_used_only_for_its_role_with_spire_delegated() {
     an_admin_entry_is_used_only_if_a_role_names_it(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_one_is_chosen_by_role_or_hint_and_never_by_its_place() {
+fn identity_is_selected_by_role_or_hint_with_spiffe_broker() {
     one_is_chosen_by_role_or_hint_and_never_by_its_place(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_an_admin_entry_is_used_only_if_a_role_names_it() {
+fn admin_entry_is_used_only_for_its_role_with_spiffe_broker() {
     an_admin_entry_is_used_only_if_a_role_names_it(Source::Broker);
 }

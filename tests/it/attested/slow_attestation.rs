@@ -104,11 +104,11 @@ fn slow_processes_hide_no_deleted_entry(source: Source) {
 }
 
 #[test]
-fn by_delegated_identity_slow_processes_hide_no_deleted_entry() {
+fn slow_processes_hide_no_deleted_entry_with_spire_delegated() {
     slow_processes_hide_no_deleted_entry(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_slow_processes_hide_no_deleted_entry() {
+fn slow_processes_hide_no_deleted_entry_with_spiffe_broker() {
     slow_processes_hide_no_deleted_entry(Source::Broker);
 }

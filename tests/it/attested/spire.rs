@@ -116,7 +116,7 @@ fn random_id() -> String {
 
 /// T2: the victim is a container that SPIRE knows by a label.
 #[test]
-fn a_container_is_not_who_has_given_its_cgroup_that_name() {
+fn container_is_not_impersonated_by_cgroup_name() {
     if !root() {
         return;
     }
@@ -209,7 +209,7 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
 /// T3: the daemon's query to the agent waits at a proxy until the caller has executed another
 /// program.
 #[test]
-fn a_setuid_program_is_not_who_has_executed_it() {
+fn setuid_program_is_not_served_to_its_caller() {
     if !root() {
         return;
     }

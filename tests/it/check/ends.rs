@@ -30,7 +30,7 @@ fn findings(report: &Value, verdict: &str) -> Vec<String> {
 
 /// A step that could not be checked is neither a pass nor a failure.
 #[test]
-fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
+fn unchecked_steps_have_own_exit_status() {
     if !root() {
         return;
     }
@@ -91,7 +91,7 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
 
 /// An agent that accepts connections and never replies.
 #[test]
-fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
+fn hanging_agent_ends_at_deadline() {
     let folder = folder();
     let socket = folder.path().join("agent.sock");
     let _listener = UnixListener::bind(&socket).unwrap();
@@ -140,7 +140,7 @@ fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
 }
 
 #[test]
-fn an_sts_that_hangs_is_waited_for_until_a_deadline() {
+fn hanging_sts_ends_at_deadline() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
     let (_listener, sts) = deaf();
@@ -161,7 +161,7 @@ fn an_sts_that_hangs_is_waited_for_until_a_deadline() {
 }
 
 #[test]
-fn an_issuer_that_hangs_is_waited_for_until_a_deadline() {
+fn hanging_issuer_ends_at_deadline() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
     let (_listener, issuer) = deaf();

@@ -33,7 +33,7 @@ fn noted(report: &Value, step: &str, saw: &str) -> bool {
 
 /// awsvid itself exchanges none of those.
 #[test]
-fn tokens_that_sts_would_refuse() {
+fn invalid_tokens_are_reported() {
     let folder = folder();
     let right = check(
         folder.path(),
@@ -95,7 +95,7 @@ fn tokens_that_sts_would_refuse() {
 }
 
 #[test]
-fn tokens_that_are_good_for_a_short_time() {
+fn short_lived_tokens_are_reported() {
     let folder = folder();
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -131,7 +131,7 @@ fn tokens_that_are_good_for_a_short_time() {
 }
 
 #[test]
-fn a_subject_that_may_be_too_long() {
+fn long_subject_is_reported() {
     let folder = folder();
     let tokens = Tokens::start(folder.path(), HEADER, CLAIMS);
     let with = |length: usize| {
@@ -150,7 +150,7 @@ fn a_subject_that_may_be_too_long() {
 
 /// AWS's STS and an issuer on the internet, which only a proxy can reach: here it reaches nothing.
 #[test]
-fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
+fn all_steps_use_the_proxy_of_the_exchange() {
     let folder = folder();
     let claims = CLAIMS.replace("http://127.0.0.1:1", "https://oidc.example.org");
     let tokens = Tokens::start(folder.path(), r#"{"alg":"PS256","kid":"k1"}"#, &claims);
@@ -211,7 +211,7 @@ fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
 
 /// Each document takes more than half of AWS's five seconds.
 #[test]
-fn an_issuer_that_is_too_slow() {
+fn slow_issuer_is_reported() {
     let folder = folder();
     let late = |body: String| {
         answering::start(move |_, _| {

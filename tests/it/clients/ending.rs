@@ -21,7 +21,7 @@ const AGAIN: usize = 2;
 const AT_ONCE: usize = 4;
 
 #[test]
-fn who_asks_at_each_call_when_a_session_is_about_to_end() {
+fn clients_refetch_near_session_end_as_documented() {
     if !is_slow() {
         return;
     }

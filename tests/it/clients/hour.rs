@@ -25,7 +25,7 @@ const FEW: u64 = 5;
 const EARLIEST: Duration = Duration::from_secs(15 * 60);
 
 #[test]
-fn nobody_notices_that_sessions_end() {
+fn clients_see_no_error_at_session_end() {
     if !is_slow() {
         return;
     }

@@ -15,7 +15,7 @@ use crate::harness::delay::Delay;
 use crate::harness::is_slow;
 
 #[test]
-fn the_whole_matrix() {
+fn clients_match_the_documented_matrix() {
     if !is_slow() {
         return;
     }

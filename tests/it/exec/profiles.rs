@@ -191,7 +191,7 @@ fn stage() -> Stage {
 }
 
 #[test]
-fn a_profile_that_leads_elsewhere_is_replaced_and_the_rest_of_it_counts() {
+fn profile_of_other_provider_is_replaced_except_its_settings() {
     let stage = stage();
     let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else {
         return;
@@ -229,7 +229,7 @@ fn a_profile_that_leads_elsewhere_is_replaced_and_the_rest_of_it_counts() {
 }
 
 #[test]
-fn a_profile_that_leads_to_awsvid_is_used() {
+fn profile_for_awsvid_is_used() {
     let stage = stage();
     let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else {
         return;

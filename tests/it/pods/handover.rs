@@ -28,7 +28,7 @@ fn asking(node: &Node, name: &str, cgroup: &Cgroup, address: &str) -> Acting {
 }
 
 #[test]
-fn an_update_refuses_no_connection() {
+fn update_refuses_no_connection() {
     let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
@@ -74,7 +74,7 @@ fn an_update_refuses_no_connection() {
 }
 
 #[test]
-fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
+fn failed_update_leaves_previous_daemon_active() {
     let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
@@ -113,7 +113,7 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
 /// Both are restarted before the next one could serve. Requests meanwhile are answered, if only
 /// with a 503.
 #[test]
-fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
+fn ending_daemon_hands_over_to_standby_not_yet_ready() {
     let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
@@ -149,7 +149,7 @@ fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
 }
 
 #[test]
-fn a_daemon_that_was_killed_is_followed_by_one_that_binds_anew() {
+fn killed_daemon_is_replaced_by_one_that_binds() {
     let Some(mut stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
@@ -163,7 +163,7 @@ fn a_daemon_that_was_killed_is_followed_by_one_that_binds_anew() {
 /// Two updates, one after the other, and the first daemon still runs: it serves again only as the
 /// last one.
 #[test]
-fn a_daemon_goes_on_only_if_all_who_came_after_it_are_gone() {
+fn superseded_daemon_resumes_only_without_successors() {
     let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };

@@ -293,7 +293,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_access_key_id_of_a_call_is_read_from_wherever_it_stands() {
+    fn access_key_id_is_read_from_each_form_of_record() {
         let scope = "20261124/eu-central-1/s3/aws4_request";
         let signed = json!({ "Authorization": format!("AWS4-HMAC-SHA256 Credential=SIGNED/{scope}, Signature=0") });
         let presigned = format!(
